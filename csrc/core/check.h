@@ -1,0 +1,68 @@
+// Errors that name operator, argument, rule and value. python/tokenmill/check.py writes the same
+// text for the backends that do not pass through C++.
+#pragma once
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/stable.h"
+
+namespace tokenmill {
+
+inline std::string show(std::string_view s) { return "'" + std::string(s) + "'"; }
+inline std::string show(bool b) { return b ? "True" : "False"; }
+inline std::string show(int64_t i) { return std::to_string(i); }
+inline std::string show(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+inline std::string show(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + show(shape[i]);
+  return text + "]";
+}
+inline std::string show(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return torch::headeronly::toString(t);
+  }
+}
+
+[[noreturn]] inline void fail(std::string_view op, std::string_view argument, std::string_view rule,
+                              const std::string& value) {
+  std::string text = "tokenmill.";
+  text.append(op).append(": ").append(argument).append(": ").append(rule);
+  throw std::runtime_error(text + "; got " + value);
+}
+
+template <typename Value>
+void check(bool ok, std::string_view op, std::string_view argument, std::string_view rule,
+           const Value& value) {
+  if (!ok) [[unlikely]]
+    fail(op, argument, rule, show(value));
+}
+
+}  // namespace tokenmill

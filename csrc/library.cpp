@@ -1,0 +1,29 @@
+// Every operator of the package: the table of contents. Implementations register themselves in
+// csrc/<family>/<op>/host.cpp; fake and autograd in python/tokenmill/<family>/<op>.py.
+#include "core/stable.h"
+
+TOKENMILL_LIBRARY(m) {
+  // dense: attention with any score map. An output that a call does not have is of size 0.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, str kind, float scale, "
+      "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
+      "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
+      "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
+      "SymInt? max_seqlen_k, bool deterministic, str precision) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "
+      "bool[] needs, Tensor q, Tensor k, Tensor v, str kind, float scale, "
+      "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
+      "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
+      "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
+      "SymInt? max_seqlen_k, bool deterministic, str precision) -> (Tensor dq, Tensor dk, "
+      "Tensor dv, Tensor dscore_bias, Tensor dbias, Tensor dalibi_slopes, Tensor dsink)");
+  m.def("merge_attention_states(Tensor outs, Tensor? lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses, "
+      "Tensor lse) -> (Tensor douts, Tensor dlses)");
+
+  // introspection
+  m.def("cpu_isa(str? select=None) -> str");
+  m.def("cpu_peak_flops(str dtype, int repeats=5) -> float");
+}

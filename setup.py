@@ -1,0 +1,103 @@
+"""Drives CMake. Everything that is not a compiler belongs in pyproject.toml.
+
+Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
+replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
+package to build against; MAX_JOBS limits parallel compilers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from build_backend import find_torch
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+MAPPED = {"tokenmill.triton_kernels": "triton_kernels", "tokenmill.bench": "bench"}
+
+
+def mapped_packages() -> dict[str, str]:
+    """The packages that live outside python/, with their folders."""
+    found = dict(MAPPED)
+    for package, folder in MAPPED.items():
+        found |= {
+            f"{package}.{p}": f"{folder}/{p.replace('.', '/')}" for p in find_packages(folder)
+        }
+    return found
+
+
+class BuildPy(build_py):
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if not m[1].startswith("test_")]
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch_root = find_torch()
+        if torch_root is None:
+            raise SystemExit("tokenmill build: torch: no torch >= 2.10 found to build against")
+        install = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_INSTALL_PREFIX": install,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_ROOT": torch_root,
+            "TOKENMILL_VERSION": self.distribution.get_version(),
+            **cuda_options(),
+        }
+        if launcher := shutil.which("ccache"):
+            options |= {f"CMAKE_{lang}_COMPILER_LAUNCHER": launcher for lang in ("CXX", "CUDA")}
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        flags = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])
+        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", "install"])
+
+
+def cuda_options() -> dict[str, object]:
+    if os.environ.get("TOKENMILL_CPU_ONLY") == "1":
+        return {"TOKENMILL_CUDA": "OFF"}
+    archs = os.environ.get("TOKENMILL_CUDA_ARCHS")
+    options: dict[str, object] = {"TOKENMILL_CUDA": "ON" if archs else "AUTO"}
+    if archs:
+        options["CMAKE_CUDA_ARCHITECTURES"] = archs
+    return options | pypi_nvcc_options()
+
+
+def pypi_nvcc_options() -> dict[str, object]:
+    """Point CMake at an nvcc from PyPI wheels (site-packages/nvidia/cuXX) if no other is there."""
+    if shutil.which("nvcc") or "CUDACXX" in os.environ:
+        return {}
+    homes = (Path(p) / "nvidia" for p in sys.path if p)
+    found = [nvcc.parents[1] for home in homes for nvcc in sorted(home.glob("cu1*/bin/nvcc"))]
+    if not found:
+        return {}
+    home = found[-1]
+    # These wheels have lib where nvcc's profile says lib64, and no unversioned libcudart.so.
+    os.environ["LIBRARY_PATH"] = f"{home}/lib:{os.environ.get('LIBRARY_PATH', '')}"
+    return {
+        "CMAKE_CUDA_COMPILER": home / "bin" / "nvcc",
+        "CUDAToolkit_ROOT": home,
+        "CUDA_CUDART": next((home / "lib").glob("libcudart.so.*")),
+    }
+
+
+mapped = mapped_packages()
+setup(
+    packages=[*find_packages("python"), *mapped],
+    package_dir={"": "python", **mapped},
+    package_data={"tokenmill": ["py.typed", "_C.pyi"]},
+    ext_modules=[Extension("tokenmill._C", [])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
+)
