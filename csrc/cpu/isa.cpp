@@ -1,0 +1,61 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace tokenmill::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+
+bool find(const char* name, Isa& out) {
+  for (int i = 0; i < 4; ++i)
+    if (std::strcmp(name, kNames[i]) == 0) {
+      out = static_cast<Isa>(i);
+      return out <= best_isa();
+    }
+  return false;
+}
+
+Isa initial() {
+  Isa isa;
+  const char* asked = std::getenv("TOKENMILL_CPU_ISA");
+  return asked && find(asked, isa) ? isa : best_isa();
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{initial()};
+  return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const auto has = [](bool yes) { return yes; };
+  if (!has(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c")))
+    return Isa::baseline;
+  if (!has(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#else
+  return Isa::baseline;
+#endif
+}
+
+Isa current_isa() { return current().load(std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool select_isa(const char* name) {
+  Isa isa = best_isa();
+  if (*name && !find(name, isa)) return false;
+  current().store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace tokenmill::cpu

@@ -1,0 +1,195 @@
+// The one matrix product of the CPU backend and the packings that feed it.
+//
+// Operands are rows of 32-bit words. With Float32 a word is one float; with BFloat16 it is a pair
+// of neighbours along the reduction, so the same loads, broadcasts and transposes serve both:
+//
+//   C[m][n] += sum_k A[m][k] * B[k][n]      A: broadcast words,  B: vectors along n
+#pragma once
+#include "cpu/simd.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
+
+struct Float32 {
+  static constexpr int kPair = 1;  // reduction steps in a word
+  static TM_INLINE vf madd(vf acc, vf a, vf b) { return fma(a, b, acc); }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16 {
+  static constexpr int kPair = 2;
+  static TM_INLINE vf madd(vf acc, vf a, vf b) { return dot_bfloat(acc, a, b); }
+};
+#endif
+
+// A word (m, k) lies at a[m * lda + k], or at a[k * lda + m] if kTransposedA.
+template <class Op, bool kTransposedA, int M, int N>
+TM_INLINE void multiply(vf (&c)[M][N], const float* a, int64_t lda, const float* b, int64_t ldb,
+                        int64_t words) {
+  TM_UNROLL(2)
+  for (int64_t k = 0; k < words; ++k) {
+    vf bk[N];
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) bk[j] = load(b + k * ldb + j * kWidth);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      const vf ai = set(kTransposedA ? a[k * lda + i] : a[i * lda + k]);
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) c[i][j] = Op::madd(c[i][j], ai, bk[j]);
+    }
+  }
+}
+
+template <int M, int N>
+TM_INLINE void clear(vf (&c)[M][N]) {
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) c[i][j] = zero();
+  }
+}
+
+// C[M][width] += A * B (or = if kAssign), width a multiple of kWidth. The product is summed in
+// registers from zero and added once: a second level of accumulation for long reductions.
+template <class Op, bool kTransposedA, int M, bool kAssign, int N = kTileVectors>
+TM_INLINE void multiply_rows(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
+                             int64_t ldb, int64_t words, int64_t width) {
+  int64_t n = 0;
+  for (; n + N * kWidth <= width; n += N * kWidth) {
+    vf acc[M][N];
+    clear(acc);
+    multiply<Op, kTransposedA>(acc, a, lda, b + n, ldb, words);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) {
+        float* out = c + i * ldc + n + j * kWidth;
+        store(out, kAssign ? acc[i][j] : load(out) + acc[i][j]);
+      }
+    }
+  }
+  if constexpr (N > 1)
+    if (n < width)
+      multiply_rows<Op, kTransposedA, M, kAssign, N - 1>(c + n, ldc, a, lda, b + n, ldb, words,
+                                                         width - n);
+}
+
+template <class Op>
+constexpr int64_t words_of(int64_t elements) {
+  return ceil_div(elements, Op::kPair);
+}
+
+// How rows of elements become words: read n words (zero-filled to kWidth) that start at element i.
+// As floats, times a factor ...
+template <DType kFrom>
+struct FloatWords {
+  using Element = typename Elements<kFrom>::type;
+  vf factor;
+  TM_INLINE vf operator()(const Element* p, int64_t i, int64_t length) const {
+    return Elements<kFrom>::load_n(p, i, length - i) * factor;
+  }
+};
+// ... or as pairs of bfloat16, which lie in memory as they are wanted.
+struct PairWords {
+  using Element = uint16_t;
+  TM_INLINE vf operator()(const uint16_t* p, int64_t i, int64_t length) const {
+    if (i + 2 * kWidth <= length) return load(reinterpret_cast<const float*>(p + i));
+    uint16_t lane[2 * kWidth] = {};
+    for (int64_t l = i; l < length; ++l) lane[l - i] = p[l];
+    return load(reinterpret_cast<const float*>(lane));
+  }
+};
+
+// visit(p, words) with p and words of the right types; BFloat16 takes bfloat16 elements alone.
+template <class Op, typename Visit>
+TM_INLINE void visit_words(const void* p, DType t, float factor, const Visit& visit) {
+  if constexpr (Op::kPair == 2) {
+    visit(static_cast<const uint16_t*>(p), PairWords());
+  } else {
+    const vf f = set(factor);
+    switch (t) {
+      case DType::float16:
+        return visit(static_cast<const uint16_t*>(p), FloatWords<DType::float16>{f});
+      case DType::bfloat16:
+        return visit(static_cast<const uint16_t*>(p), FloatWords<DType::bfloat16>{f});
+      default:
+        return visit(static_cast<const float*>(p), FloatWords<DType::float32>{f});
+    }
+  }
+}
+
+// Rows as A operand: `rows` rows of `length` elements to `padded` rows of words (ld words apart, ld
+// a multiple of kWidth); rows past `rows` are zero.
+template <class Op>
+inline void pack_rows(const void* src, DType t, int64_t stride, int64_t rows, int64_t padded,
+                      int64_t length, float factor, float* dst, int64_t ld) {
+  visit_words<Op>(src, t, factor, [&](const auto* p, const auto words) TM_LAMBDA {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t w = 0; w < ld; w += kWidth)
+        store(dst + r * ld + w, words(p + r * stride, w * Op::kPair, length));
+  });
+  for (int64_t i = rows * ld; i < padded * ld; i += kWidth) store(dst + i, zero());
+}
+
+// Up to kPanel rows transposed, as B operand of a reduction over `length`: word (k, row) at
+// dst[k * kPanel + row]; rows past `rows` are zero.
+template <class Op>
+inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t rows, int64_t length,
+                            float factor, float* dst) {
+  const int64_t all = words_of<Op>(length);
+  visit_words<Op>(src, t, factor, [&](const auto* p, const auto words) TM_LAMBDA {
+    for (int64_t c = 0; c < kPanel; c += kWidth)
+      for (int64_t w = 0; w < all; w += kWidth) {
+        vf block[kWidth];
+        if (c + kWidth <= rows) {
+          TM_UNROLL(16)
+          for (int i = 0; i < kWidth; ++i)
+            block[i] = words(p + (c + i) * stride, w * Op::kPair, length);
+        } else {
+          for (int i = 0; i < kWidth; ++i)
+            block[i] = c + i < rows ? words(p + (c + i) * stride, w * Op::kPair, length) : zero();
+        }
+        transpose(block);
+        if (w + kWidth <= all) {
+          TM_UNROLL(16)
+          for (int i = 0; i < kWidth; ++i) store(dst + (w + i) * kPanel + c, block[i]);
+        } else {
+          for (int64_t i = 0; i < all - w; ++i) store(dst + (w + i) * kPanel + c, block[i]);
+        }
+      }
+  });
+}
+
+// Rows as B operand of a reduction over rows: word (k, column) at dst[k * ld + column], where k
+// counts groups of kPair rows; missing rows and columns up to ld (a multiple of kWidth) are zero.
+template <class Op>
+inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t rows,
+                              int64_t length, float* dst, int64_t ld) {
+  visit_elements(t, [&](auto e) TM_LAMBDA {
+    const auto* p = static_cast<const typename decltype(e)::type*>(src);
+    for (int64_t k = 0; k < words_of<Op>(rows); ++k)
+      for (int64_t w = 0; w < ld; w += kWidth) {
+        const auto row = [&](int64_t r) TM_LAMBDA {
+          return r < rows ? e.load_n(p + r * stride, w, length - w) : zero();
+        };
+        if constexpr (Op::kPair == 1) {
+          store(dst + k * ld + w, row(k));
+        } else {
+#if defined(__AVX512BF16__)
+          store(dst + k * ld + w, pair_bfloat(row(2 * k), row(2 * k + 1)));
+#endif
+        }
+      }
+  });
+}
+
+// Rows of floats, each times its factor, to rows of elements.
+TM_INLINE void store_row(const float* src, float factor, void* dst, DType t, int64_t length) {
+  visit_elements(t, [&](auto e) TM_LAMBDA {
+    const vf f = set(factor);
+    for (int64_t d = 0; d < length; d += kWidth) e.store_n(dst, d, load(src + d) * f, length - d);
+  });
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
