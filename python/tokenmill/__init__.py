@@ -1,0 +1,26 @@
+"""tokenmill: attention beyond plain softmax, and choosing, gathering and merging tokens.
+
+Every function runs on one of four backends with one meaning: plain PyTorch ("reference"), native
+C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are the same operators
+for other frameworks.
+"""
+
+from . import dense, testing
+from .check import InputError
+from .dense import attention, merge_attention_states, sigmoid_attention
+from .dispatch import backends, explain
+from .info import build_info
+from .version import __version__
+
+__all__ = [
+    "InputError",
+    "__version__",
+    "attention",
+    "backends",
+    "build_info",
+    "dense",
+    "explain",
+    "merge_attention_states",
+    "sigmoid_attention",
+    "testing",
+]

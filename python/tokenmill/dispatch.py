@@ -1,0 +1,170 @@
+"""Which backend runs a call, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import library
+from .check import InputError, fail, synchronising_checks
+
+if TYPE_CHECKING:
+    from .registry import OpSpec
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")  # in order of preference
+
+
+def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
+    """Why `backend` cannot run the call; empty if it can."""
+    if backend == "reference":
+        return []
+    first: torch.Tensor = next(t for t in lowered if isinstance(t, torch.Tensor))
+    device = first.device.type
+    why = []
+    if first.dtype == torch.float64:
+        why.append("float64 runs on the reference backend alone")
+    if backend == "cpu":
+        if device != "cpu":
+            why.append(f"the tensors are on {device}")
+        if not spec.forward.has_native("CPU"):
+            why.append("no native CPU kernel in this build")
+    elif backend == "cuda":
+        if device != "cuda":
+            why.append(f"the tensors are on {device}")
+        if not spec.forward.has_native("CUDA"):
+            why.append("no native CUDA kernel in this build")
+    else:
+        if spec.forward.triton is None:
+            why.append("the operator has no Triton kernel")
+        elif not library.triton_installed():
+            why.append("Triton is not installed (pip install tokenmill[triton])")
+        elif device == "cpu" and not library.triton_interpreted():
+            why.append("the tensors are on cpu (TRITON_INTERPRET=1 runs the kernel's interpreter)")
+    return why + spec.unsupported(backend, *lowered)
+
+
+def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -> str:
+    """The backend that runs the call: the one asked for (argument, then TOKENMILL_BACKEND), or the
+    first of BACKENDS that can. The reference always can; Triton's interpreter runs only if asked.
+    """
+    backend = backend or os.environ.get("TOKENMILL_BACKEND") or None
+    if backend is None:
+        for candidate in BACKENDS:
+            interpreted = candidate == "triton" and library.triton_interpreted()
+            if not interpreted and not reasons(spec, candidate, lowered):
+                return candidate
+        raise AssertionError("unreachable: the reference backend runs every call")
+    if backend not in BACKENDS:
+        fail(spec.name, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
+    if why := reasons(spec, backend, lowered):
+        raise InputError(
+            f"tokenmill.{spec.name}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
+        )
+    return backend
+
+
+def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[Any, ...]:
+    """Runs the lowered call on the backend chosen for it."""
+    chosen = choose(spec, lowered, backend)
+    if chosen == "reference":
+        spec.forward.check(*lowered, float64=True)
+        spec.forward.check_values(*lowered)
+        return spec.reference(*lowered)
+    if chosen != "cpu" and synchronising_checks():
+        spec.forward.check(*lowered)
+        spec.forward.check_values(*lowered)
+    namespace = library.TRITON_NAMESPACE if chosen == "triton" else library.NAMESPACE
+    return spec.forward.overload(namespace)(*lowered)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Answer of `explain`: the chosen backend with its kernel, and why not the others."""
+
+    op: str
+    backend: str | None
+    kernel: str | None
+    against: dict[str, list[str]]
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error:
+            lines = [f"tokenmill.{self.op}: this call is refused", f"  {self.error}"]
+        else:
+            lines = [f"tokenmill.{self.op}: {self.backend} ({self.kernel})"]
+        lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.against.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+    """Which backend and kernel would run `op(*args, **kwargs)`, and why the others would not.
+
+    op is the name of an operator or the public function. Nothing runs; a call that would be refused
+    is explained by its error. Complexity O(1).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q = torch.randn(1, 16, 2, 64)
+        >>> print(tm.explain("attention", q, q, q).backend)
+        cpu
+    """
+    from . import registry
+
+    spec = registry.get(op if isinstance(op, str) else op.__name__)
+    try:
+        with torch.no_grad():
+            lowered = spec.lower(*args, **kwargs)
+        spec.forward.check(*lowered, float64=True)
+        chosen = choose(spec, lowered, backend)
+    except RuntimeError as error:
+        return Explanation(spec.name, None, None, {}, str(error))
+    against = {}
+    for name in BACKENDS:
+        if name != chosen and (why := reasons(spec, name, lowered)):
+            against[name] = why
+        elif name != chosen:
+            against[name] = [_passed_over(name, backend)]
+    return Explanation(spec.name, chosen, kernel_name(spec, chosen, lowered), against)
+
+
+def _passed_over(name: str, asked: str | None) -> str:
+    if asked:
+        return "not asked for"
+    if name == "triton" and library.triton_interpreted():
+        return "the interpreter runs only if asked for"
+    return "comes later in the order of preference"
+
+
+def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
+    dtype = str(next(t for t in lowered if isinstance(t, torch.Tensor)).dtype)[6:]
+    if backend == "cpu":
+        return f"csrc/{spec.family}/{spec.name}, {library.native.cpu_isa()}, {dtype}"
+    if backend == "cuda":
+        return f"csrc/{spec.family}/{spec.name}, {dtype}"
+    if backend == "triton":
+        return f"triton_kernels/{spec.forward.triton}, {dtype}"
+    return f"reference/{spec.family}, plain PyTorch, {dtype}"
+
+
+def backends() -> dict[str, str]:
+    """Each backend with "available" or the reason why this machine does not have it."""
+    cuda = torch.cuda.is_available()
+    built = any(key == "CUDA" for _, key in library._native_keys)
+    triton = library.triton_installed()
+    return {
+        "cpu": f"available ({library.native.cpu_isa()})",
+        "cuda": "available" if cuda and built else ("no GPU" if built else "not in this build"),
+        "triton": (
+            "not installed"
+            if not triton
+            else "available"
+            if cuda
+            else "interpreter"
+            if library.triton_interpreted()
+            else "no GPU (TRITON_INTERPRET=1 interprets)"
+        ),
+        "reference": "available",
+    }

@@ -1,0 +1,67 @@
+"""What this build and this machine are."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from . import library
+from .version import __version__
+
+# A statically linked CUDA runtime needs a driver of its own generation (NVIDIA's rule).
+_MINIMUM_DRIVER = {"12": "525", "13": "580"}
+ENVIRONMENT = {
+    "TOKENMILL_BACKEND": "backend where a call names none",
+    "TOKENMILL_CHECK": "1: check values inside GPU tensors too, synchronising",
+    "TOKENMILL_CPU_ISA": "baseline, avx2, avx512 or avx512_bf16, up to what the machine has",
+    "TRITON_INTERPRET": "1: Triton kernels run in Triton's interpreter, on CPU tensors too",
+}
+
+
+def build_info() -> dict[str, Any]:
+    """Version, compilers, instruction sets and GPU architectures of this build.
+
+    Returns:
+        A dict with version, compiler, cpu_isas, cuda_version ("" without CUDA), cuda_archs and
+        cuda_driver (the oldest driver that can run the CUDA half). Without the optional module
+        tokenmill._C only version is known.
+
+    Example:
+        >>> import tokenmill as tm
+        >>> "baseline" in tm.build_info()["cpu_isas"]
+        True
+    """
+    try:
+        from . import _C
+    except ImportError:
+        return {"version": __version__}
+    info = _C.build_info()
+    info["cuda_driver"] = _MINIMUM_DRIVER.get(info["cuda_version"].split(".")[0], "")
+    return info
+
+
+def machine() -> dict[str, str]:
+    """The machine, as results of benchmarks name it."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "isa": library.native.cpu_isa(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

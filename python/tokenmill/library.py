@@ -1,0 +1,115 @@
+"""Loads the operator library and attaches to each operator what lives in Python: fake kernels,
+autograd, and Triton implementations.
+
+`torch.ops.tokenmill.<op>` is the native operator. `torch.ops.tokenmill_triton.<op>` has the same
+schema, fake and autograd, and runs the Triton kernel; where no native CUDA kernel is registered it
+serves `torch.ops.tokenmill.<op>` on CUDA too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMESPACE = "tokenmill"
+TRITON_NAMESPACE = "tokenmill_triton"
+
+_OPS = Path(__file__).parent / "_ops.so"
+if not _OPS.exists():
+    raise ImportError(f"tokenmill: {_OPS} is missing: the package was not built (pip install .)")
+torch.ops.load_library(str(_OPS))
+native: Any = getattr(torch.ops, NAMESPACE)
+if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
+    native.cpu_isa(_isa)
+
+_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
+_cuda_library = torch.library.Library(NAMESPACE, "IMPL")
+
+
+@dataclass(frozen=True)
+class TorchOp:
+    """One operator of the library. Every callable takes the arguments of the schema.
+
+    check raises for a bad call by metadata alone (float64=True admits float64, which only the
+    reference runs); check_values by what lies inside tensors, which costs a synchronisation on a
+    GPU. fake gives the outputs without data. triton is the "module:function" of the Triton
+    implementation inside tokenmill.triton_kernels.
+    """
+
+    name: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    check_values: Callable[..., None] = lambda *args: None
+    triton: str | None = None
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., Any] | None = None
+
+    @property
+    def qualname(self) -> str:
+        return f"{NAMESPACE}::{self.name}"
+
+    def has_native(self, key: str) -> bool:
+        """Whether a native kernel is registered for the dispatch key ("CPU" or "CUDA")."""
+        return (self.name, key) in _native_keys
+
+    def overload(self, namespace: str = NAMESPACE) -> Any:
+        return getattr(getattr(torch.ops, namespace), self.name).default
+
+
+_native_keys: set[tuple[str, str]] = set()
+
+
+def register(op: TorchOp) -> TorchOp:
+    for key in ("CPU", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
+            _native_keys.add((op.name, key))
+    namespaces = [NAMESPACE]
+    if op.triton:
+        schema = str(op.overload()._schema).removeprefix(f"{NAMESPACE}::")
+        _triton_library.define(schema)
+        launcher = functools.partial(_call_triton, op)
+        for key in ("CPU", "CUDA"):  # CPU: under Triton's interpreter
+            _triton_library.impl(op.name, launcher, key)
+        if not op.has_native("CUDA"):
+            _cuda_library.impl(op.name, launcher, "CUDA")
+        namespaces.append(TRITON_NAMESPACE)
+    for namespace in namespaces:
+        qualname = f"{namespace}::{op.name}"
+        torch.library.register_fake(qualname, functools.partial(_call_fake, op))
+        if op.backward:
+            torch.library.register_autograd(
+                qualname,
+                functools.partial(op.backward, getattr(torch.ops, namespace)),
+                setup_context=op.setup_context,
+            )
+    return op
+
+
+def _call_fake(op: TorchOp, *args: Any) -> Any:
+    op.check(*args)
+    return op.fake(*args)
+
+
+def _call_triton(op: TorchOp, *args: Any) -> Any:
+    op.check(*args)
+    assert op.triton
+    module, function = op.triton.split(":")
+    kernels = importlib.import_module(f"tokenmill.triton_kernels.{module}")
+    return getattr(kernels, function)(*args)
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

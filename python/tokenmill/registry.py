@@ -1,0 +1,78 @@
+"""What the package knows about each operator, written once: tests, benchmarks, documentation and
+`python -m tokenmill` all read it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .library import TorchOp
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call of a public function. `make` draws fresh tensors from a generator."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A call that must be refused: `change` edits the arguments of a sample in place."""
+
+    name: str
+    error: str  # a piece of the message: argument, rule and value
+    change: Callable[[list[Any], dict[str, Any]], None]
+    values: bool = False  # breaks a rule on values inside tensors, not on metadata
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One public operator.
+
+    lower takes the arguments of the public function and returns the lowered list: the arguments of
+    the schema, shared in one order by reference, C++ params and Triton launcher.
+    unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
+    every operator.
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Any]
+    lower: Callable[..., tuple[Any, ...]]
+    reference: Callable[..., tuple[Any, ...]]
+    forward: TorchOp
+    backward: TorchOp | None
+    samples: tuple[Sample, ...]
+    malformed: tuple[Malformed, ...]
+    differentiable: tuple[str, ...]
+    paper: str
+    flops: Callable[..., float]
+    unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
+
+    @property
+    def torch_ops(self) -> Iterable[TorchOp]:
+        return [op for op in (self.forward, self.backward) if op]
+
+
+_specs: dict[str, OpSpec] = {}
+
+
+def register_op(spec: OpSpec) -> OpSpec:
+    _specs[spec.name] = spec
+    return spec
+
+
+def ops() -> dict[str, OpSpec]:
+    """All operators by name, in the order of the documentation."""
+    return dict(_specs)
+
+
+def get(name: str) -> OpSpec:
+    if name not in _specs:
+        raise KeyError(f"tokenmill: no operator {name!r}; there are {', '.join(_specs)}")
+    return _specs[name]
