@@ -1,0 +1,117 @@
+// One warp per row (b, s, h): memory-bound, outs is read once forward and twice backward.
+#pragma once
+#include "cuda/vector.cuh"
+#include "cuda/warp.cuh"
+#include "dense/merge_attention_states/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kMergeThreads = 128;
+
+struct MergeRow {
+  int64_t index, outs, lses, lse;  // offsets of the row in elements
+
+  __device__ MergeRow(const MergeParams& p, int64_t row) {
+    const int64_t b = row / (p.seqlen * p.heads), s = row / p.heads % p.seqlen, h = row % p.heads;
+    index = row;
+    outs = b * p.outs_batch + s * p.outs_seq + h * p.outs_head;
+    lses = b * p.lses_batch + h * p.lses_head + s * p.lses_seq;
+    lse = (b * p.heads + h) * p.seqlen + s;
+  }
+};
+
+// An empty part has weight 0, whatever its out holds.
+__device__ __forceinline__ float merge_weight(const MergeParams& p, const MergeRow& row, int64_t i,
+                                              float lse) {
+  if (!p.lses) return 1.f;
+  const float x = p.lses[row.lses + i * p.lses_part];
+  return x == -INFINITY ? 0.f : expf(x - lse);
+}
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ MergeParams p) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t rows = p.batch * p.seqlen * p.heads;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kMergeThreads / kWarpSize);
+  const T* outs = static_cast<const T*>(p.outs);
+  T* out = static_cast<T*>(p.out);
+  for (int64_t r = (blockIdx.x * int64_t(kMergeThreads) + threadIdx.x) / kWarpSize; r < rows;
+       r += warps) {
+    const MergeRow row(p, r);
+    float lse = 0;
+    if (p.lses) {
+      float top = -INFINITY, sum = 0;
+      for (int64_t i = lane; i < p.parts; i += kWarpSize)
+        top = fmaxf(top, p.lses[row.lses + i * p.lses_part]);
+      top = warp_max(top);
+      const float pivot = top == -INFINITY ? 0 : top;
+      for (int64_t i = lane; i < p.parts; i += kWarpSize)
+        sum += expf(p.lses[row.lses + i * p.lses_part] - pivot);
+      lse = pivot + logf(warp_sum(sum));
+      if (lane == 0) p.lse[row.lse] = lse;
+    }
+    for (int64_t d = lane * kVector; d < p.dim; d += kWarpSize * kVector) {
+      float sum[kVector] = {}, x[kVector];
+      for (int64_t i = 0; i < p.parts; ++i) {
+        const float w = merge_weight(p, row, i, lse);
+        if (w == 0) continue;
+        load_floats(x, outs + row.outs + i * p.outs_part + d);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum[j] = fmaf(w, x[j], sum[j]);
+      }
+      store_floats(out + row.index * p.dim + d, sum);
+    }
+  }
+}
+
+// With delta_i = dout.outs_i and delta = sum_i w_i delta_i:
+//   douts_i = w_i dout,  dlses_i = w_i (delta_i - delta + dlse).
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_backward_kernel(const __grid_constant__ MergeBackwardParams q) {
+  const MergeParams& p = q.forward;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t rows = p.batch * p.seqlen * p.heads;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kMergeThreads / kWarpSize);
+  const T* outs = static_cast<const T*>(p.outs);
+  const T* dout = static_cast<const T*>(q.dout);
+  T* douts = static_cast<T*>(q.douts);
+  for (int64_t r = (blockIdx.x * int64_t(kMergeThreads) + threadIdx.x) / kWarpSize; r < rows;
+       r += warps) {
+    const MergeRow row(p, r);
+    const int64_t b = r / (p.seqlen * p.heads), s = r / p.heads % p.seqlen, h = r % p.heads;
+    const T* g = dout + b * q.dout_batch + s * q.dout_seq + h * q.dout_head;
+    const float lse = p.lses ? p.lse[row.lse] : 0;
+    float delta = 0;
+    for (int64_t i = 0; i < p.parts; ++i) {
+      const float w = merge_weight(p, row, i, lse);
+      float dot = 0;
+      for (int64_t d = lane * kVector; d < p.dim; d += kWarpSize * kVector) {
+        float gd[kVector], x[kVector] = {};
+        load_floats(gd, g + d);
+        if (p.lses && w != 0) load_floats(x, outs + row.outs + i * p.outs_part + d);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          dot = fmaf(gd[j], x[j], dot);
+          gd[j] = w != 0 ? w * gd[j] : 0;
+        }
+        store_floats(douts + (i * rows + row.index) * p.dim + d, gd);
+      }
+      if (!p.lses) continue;
+      dot = w != 0 ? warp_sum(dot) : 0;
+      delta = fmaf(w, dot, delta);
+      if (lane == 0) q.dlses[i * rows + row.lse] = dot;
+    }
+    if (!p.lses) continue;
+    __syncwarp();  // lane 0's dlses become visible to the warp
+    if (q.dlse) delta -= q.dlse[row.lse];
+    for (int64_t i = lane; i < p.parts; i += kWarpSize) {
+      const float w = merge_weight(p, row, i, lse);
+      float* dlse = q.dlses + i * rows + row.lse;
+      *dlse = w != 0 ? w * (*dlse - delta) : 0;
+    }
+  }
+}
+
+}  // namespace tokenmill::cuda
