@@ -1,0 +1,419 @@
+// Forward. A worker owns a tile of queries of one head and streams the keys past it in steps; the
+// score map is applied in the registers of the first product, and P goes to the second through L1.
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "dense/attention/cpu_scores.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int64_t kQueryTile = 96;  // a multiple of kTileRows
+constexpr int64_t kKeyStep = 256;   // a multiple of kPanel
+// Rows of P and of the accumulators start in different cache sets.
+constexpr int64_t kRowPad = 16;
+// P may exceed 1 by this power of two before a softmax row moves its pivot.
+constexpr float kHeadroom = 8;
+
+// Asks for one row of a tensor ahead of time. Packing and storing wait for memory otherwise, above
+// all where the rows of a head lie far apart ([B, S, H, D]). Reads go to L2: at such strides few of
+// the sets of L1 would hold them all.
+template <bool kWrite>
+TM_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, kWrite, kWrite ? 3 : 1);
+}
+
+// One head's keys and values as B operands, packed panel by panel when first needed.
+template <class Op>
+struct PackedHead {
+  float *k, *v;
+  uint8_t* done;
+  int64_t words, width;  // of a k row; of a v row
+  const AttentionParams* p;
+  const Sequence* s;
+  int64_t b, h;
+
+  static int64_t k_size(int64_t length, int64_t head_dim) {
+    return round_up(length, kPanel) * words_of<Op>(head_dim);
+  }
+  static int64_t v_size(int64_t length, int64_t width) {
+    return round_up(length, kPanel) / Op::kPair * width;
+  }
+  const float* k_panel(int64_t column) const { return k + column * words; }
+  const float* v_rows(int64_t column) const { return v + column / Op::kPair * width; }
+  char* k_row(int64_t j) const { return row_of(p->k, p->dtype, b, s->k_start, j, h); }
+  char* v_row(int64_t j) const { return row_of(p->v, p->dtype, b, s->k_start, j, h); }
+  int64_t rows_at(int64_t column) const {
+    return s->k_length - column < kPanel ? s->k_length - column : kPanel;
+  }
+
+  void ensure(int64_t column) {
+    if (done[column / kPanel]) return;
+    done[column / kPanel] = 1;
+    const int64_t n = rows_at(column);
+    pack_transposed<Op>(k_row(column), p->dtype, p->k.seq, n, p->head_dim, 1.f, k + column * words);
+    pack_reduced_rows<Op>(v_row(column), p->dtype, p->v.seq, n, p->value_dim,
+                          v + column / Op::kPair * width, width);
+  }
+
+  // Share `part` of `parts` of a panel.
+  void prefetch(int64_t column, int64_t part, int64_t parts) const {
+    const int64_t n = rows_at(column);
+    if (n <= 0 || done[column / kPanel]) return;
+    for (int64_t j = column + part * n / parts; j < column + (part + 1) * n / parts; ++j) {
+      prefetch_row<false>(k_row(j), p->head_dim * size_of(p->dtype));
+      prefetch_row<false>(v_row(j), p->value_dim * size_of(p->dtype));
+    }
+  }
+};
+
+struct QueryTile {
+  const ScoreTerms* terms;
+  Band band;
+  int64_t first, rows;  // queries first .. first + rows - 1
+  float* q;             // [kQueryTile][words]
+  int64_t words, ldq;
+  float* p;  // weights of the current step
+  int64_t ldp;
+  float* out;  // [kQueryTile][ldo]
+  int64_t ldo, width;
+  // softmax, per row: exponents are taken relative to pivot, an integer, so that moving it scales
+  // by an exact power of two; it moves when an exponent exceeds raise_above.
+  float *pivot, *raise_above, *sums;
+
+  bool touches(int64_t row, int64_t column) const {
+    return column < band.end(first + row + kTileRows - 1) &&
+           column + kPanel > band.begin(first + row);
+  }
+};
+
+TM_INLINE float power_of_two(float exponent) {
+  if (!(exponent >= -126)) return 0;
+  const int32_t bits = (static_cast<int32_t>(exponent) + 127) << 23;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+template <class Op>
+TM_INLINE vf scale_words(vf x, float factor) {
+  if constexpr (Op::kPair == 1) return x * set(factor);
+#if defined(__AVX512BF16__)
+  const __m512i bits = _mm512_castps_si512(x);
+  const vf hi = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
+  const vf lo = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  return pair_bfloat(lo * set(factor), hi * set(factor));
+#endif
+}
+
+// Moves the pivot of a softmax row up to `top` and rescales what was summed relative to the old
+// one.
+template <class Op>
+__attribute__((noinline)) void raise_pivot(const QueryTile& t, int64_t row, float top,
+                                           int64_t words_done) {
+  if (!(top > t.raise_above[row])) return;
+  const float pivot = std::ceil(top);
+  const float factor = t.raise_above[row] == -kInf ? 0 : power_of_two(t.pivot[row] - pivot);
+  t.pivot[row] = pivot;
+  t.raise_above[row] = pivot + kHeadroom;
+  float* p = t.p + row * t.ldp;
+  for (int64_t w = 0; w < words_done; w += kWidth)
+    store(p + w, scale_words<Op>(load(p + w), factor));
+  float* out = t.out + row * t.ldo;
+  for (int64_t d = 0; d < t.width; d += kWidth) store(out + d, load(out + d) * set(factor));
+  float* sums = t.sums + row * kWidth;
+  store(sums, load(sums) * set(factor));
+}
+
+// Weights of kTileRows queries and one panel of keys, at `slot` of the step.
+template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain>
+__attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
+                                          int64_t column, int64_t slot) {
+  vf s[kTileRows][kTileVectors];
+  clear(s);
+  multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
+
+  const int64_t i = t.first + row;
+  if constexpr (!kPlain) {
+    TM_UNROLL(8)
+    for (int r = 0; r < kTileRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j)
+        s[r][j] = t.terms->exponent(s[r][j], i + r, column + j * kWidth);
+    }
+  } else if constexpr (Op::kPair != 1) {  // else q holds the factor
+    const vf factor = set(t.terms->factor);
+    TM_UNROLL(8)
+    for (int r = 0; r < kTileRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j) s[r][j] = s[r][j] * factor;
+    }
+  }
+  if (column < t.band.begin(i + kTileRows - 1) || column + kPanel > t.band.end(i)) [[unlikely]] {
+    TM_UNROLL(8)
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t begin = t.band.begin(i + r) - column, end = t.band.end(i + r) - column;
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j)
+        s[r][j] = select(lanes(begin - j * kWidth, end - j * kWidth), s[r][j],
+                         set(hidden_exponent(kMap)));
+    }
+  }
+
+  const int64_t ldp = t.ldp;
+  float* p = t.p + row * ldp + slot / Op::kPair;
+  if constexpr (kMap == ScoreMap::softmax) {
+    vm over{};
+    vf top[kTileRows];
+    TM_UNROLL(8)
+    for (int r = 0; r < kTileRows; ++r) {
+      top[r] = s[r][0];
+      TM_UNROLL(4)
+      for (int j = 1; j < kTileVectors; ++j) top[r] = max_of(top[r], s[r][j]);
+      over = either(over, less(set(t.raise_above[row + r]), top[r]));
+    }
+    if (any(over)) [[unlikely]]
+      for (int r = 0; r < kTileRows; ++r)
+        raise_pivot<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
+  }
+  const vf odds = set(t.terms->odds), one = set(1.f);
+  TM_UNROLL(8)
+  for (int r = 0; r < kTileRows; ++r) {
+    if constexpr (kMap == ScoreMap::softmax) {
+      const vf pivot = set(t.pivot[row + r]);
+      float* sums = t.sums + (row + r) * kWidth;
+      vf sum = load(sums);
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j) {
+        s[r][j] = power<kCoarse>(s[r][j] - pivot);
+        sum = sum + s[r][j];
+      }
+      store(sums, sum);
+    } else {
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j)
+        s[r][j] = reciprocal<kCoarse>(fma(power<kCoarse>(s[r][j]), odds, one));
+    }
+    if constexpr (Op::kPair == 1) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kTileVectors; ++j) store(p + r * ldp + j * kWidth, s[r][j]);
+    } else {
+#if defined(__AVX512BF16__)
+      TM_UNROLL(2)
+      for (int j = 0; j < kTileVectors; j += 2)
+        store(p + r * ldp + j / 2 * kWidth, narrow_bfloat(s[r][j], s[r][j + 1]));
+#endif
+    }
+  }
+}
+
+struct RowScale {
+  float factor, lse;
+};
+
+// Normalises a softmax row whose weights sum to `sum` relative to 2^pivot. The sink is a logit
+// without a value; shift was left out of the exponents.
+RowScale finish_softmax(float sum, float pivot, bool seen, const float* sink, float shift) {
+  if (!seen) pivot = -kInf;
+  if (!sink) {
+    if (sum == 0) return {0, -kInf};
+    return {1 / sum, (pivot + std::log2(sum)) * kLn2 + shift};
+  }
+  const float a = (*sink - shift) * kLog2e;
+  const float top = a > pivot || !(pivot > -kInf) ? a : pivot;
+  if (top == -kInf) return {0, -kInf};
+  if (top == kInf) return {0, kInf};
+  const float weight = pivot == -kInf ? 0 : std::exp2(pivot - top);
+  const float total = sum * weight + std::exp2(a - top);
+  return {weight / total, (top + std::log2(total)) * kLn2 + shift};
+}
+
+struct Sizes {
+  int64_t longest_q = 0, longest_k = 0;
+  double pairs = 0;
+
+  explicit Sizes(const AttentionParams& p) {
+    for (int64_t b = 0; b < (p.cu_seqlens_q ? p.batch : 1); ++b) {
+      const Sequence s(p, b);
+      longest_q = s.q_length > longest_q ? s.q_length : longest_q;
+      longest_k = s.k_length > longest_k ? s.k_length : longest_k;
+      pairs += static_cast<double>(s.q_length) * static_cast<double>(s.k_length);
+    }
+    if (!p.cu_seqlens_q) pairs *= static_cast<double>(p.batch);
+  }
+};
+
+template <class Op, ScoreMap kMap, bool kCoarse>
+class Worker {
+ public:
+  Worker(const AttentionParams& p, const Sizes& sizes, int64_t shares)
+      : p(p),
+        shares(shares),
+        panels(ceil_div(sizes.longest_k, kPanel)),
+        words(words_of<Op>(p.head_dim)),
+        width(round_up(p.value_dim, kWidth)),
+        workspace(floats_needed(sizes)) {
+    head.p = &p;
+    head.words = words;
+    head.width = width;
+    head.k = workspace.take(head.k_size(sizes.longest_k, p.head_dim));
+    head.v = workspace.take(head.v_size(sizes.longest_k, width));
+    head.done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(panels, 4)));
+    t.words = words;
+    t.width = width;
+    t.ldq = round_up(words, kWidth);
+    t.ldo = width + kRowPad;
+    t.ldp = kKeyStep / Op::kPair + kRowPad;
+    t.q = workspace.take(kQueryTile * t.ldq);
+    t.out = workspace.take(kQueryTile * t.ldo);
+    t.p = workspace.take(kQueryTile * t.ldp);
+    t.sums = workspace.take(kQueryTile * kWidth);
+    t.pivot = workspace.take(kQueryTile);
+    t.raise_above = workspace.take(kQueryTile);
+  }
+
+  // One share of the query tiles of one KV head, all its query heads behind each other.
+  void run(int64_t item) {
+    const int64_t kv = item / shares, share = item % shares, group = p.heads / p.kv_heads;
+    const int64_t b = kv / p.kv_heads, kv_head = kv % p.kv_heads;
+    const Sequence s(p, b);
+    if (kv != packed) std::memset(head.done, 0, panels);
+    packed = kv;
+    head.s = &s;
+    head.b = b;
+    head.h = kv_head;
+    t.band = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
+    const int64_t tiles = ceil_div(s.q_length, kQueryTile);
+    for (int64_t n = share * tiles * group / shares; n < (share + 1) * tiles * group / shares;
+         ++n) {
+      const int64_t h = kv_head * group + n / tiles;
+      const ScoreTerms terms(p, b, h, s);
+      t.terms = &terms;
+      t.first = n % tiles * kQueryTile;
+      t.rows = s.q_length - t.first < kQueryTile ? s.q_length - t.first : kQueryTile;
+      load_queries(h);
+      stream_keys(h);
+      store_rows(h);
+    }
+  }
+
+ private:
+  int64_t floats_needed(const Sizes& sizes) const {
+    const int64_t row =
+        round_up(words, kWidth) + (width + kRowPad) + (kKeyStep / Op::kPair + kRowPad) + kWidth + 2;
+    return head.k_size(sizes.longest_k, p.head_dim) + head.v_size(sizes.longest_k, width) +
+           ceil_div(panels, 4) + kQueryTile * row + 9 * 16;
+  }
+
+  char* q_row(int64_t i, int64_t h) const {
+    return row_of(p.q, p.dtype, head.b, head.s->q_start, i, h);
+  }
+  char* out_row(int64_t i, int64_t h) const {
+    return row_of(p.out, p.dtype, head.b, head.s->q_start, i, h);
+  }
+
+  void load_queries(int64_t h) {
+    const int64_t padded = round_up(t.rows, kTileRows);
+    const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
+    pack_rows<Op>(q_row(t.first, h), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
+                  t.ldq);
+    std::memset(t.out, 0, padded * t.ldo * sizeof(float));
+    if (kMap == ScoreMap::softmax) {
+      std::memset(t.sums, 0, padded * kWidth * sizeof(float));
+      for (int64_t r = 0; r < padded; ++r) t.pivot[r] = 0, t.raise_above[r] = -kInf;
+    }
+  }
+
+  void stream_keys(int64_t h) {
+    const auto score =
+        t.terms->plain ? score_tile<Op, kMap, kCoarse, true> : score_tile<Op, kMap, kCoarse, false>;
+    const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
+    const int64_t end = t.band.end(t.first + t.rows - 1);
+    for (int64_t step = begin; step < end; step += kKeyStep) {
+      const int64_t step_end = step + kKeyStep < end ? step + kKeyStep : end;
+      for (int64_t column = step; column < step_end; column += kPanel) {
+        head.ensure(column);
+        for (int64_t row = 0; row < t.rows; row += kTileRows) {
+          prefetch(row, column, column == begin, h);
+          if (t.touches(row, column)) score(t, row, head.k_panel(column), column, column - step);
+        }
+      }
+      for (int64_t row = 0; row < t.rows; row += kTileRows) {
+        const int64_t i = t.first + row;
+        int64_t from = t.band.begin(i), to = t.band.end(i + kTileRows - 1);
+        from = (from < step ? step : from) / Op::kPair * Op::kPair;
+        to = round_up(to > step_end ? step_end : to, Op::kPair);
+        if (from >= to) continue;
+        multiply_rows<Op, false, kTileRows, false>(
+            t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
+            head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
+      }
+    }
+  }
+
+  // Beside the first panel of a tile: the rows of its output and of the next tile of queries.
+  void prefetch(int64_t row, int64_t column, bool first_panel, int64_t h) const {
+    head.prefetch(column + kPanel, row / kTileRows, ceil_div(t.rows, kTileRows));
+    if (!first_panel) return;
+    for (int64_t i = t.first + row; i < t.first + row + kTileRows; ++i) {
+      if (i < head.s->q_length) prefetch_row<true>(out_row(i, h), p.value_dim * size_of(p.dtype));
+      if (i + kQueryTile < head.s->q_length)
+        prefetch_row<false>(q_row(i + kQueryTile, h), p.head_dim * size_of(p.dtype));
+    }
+  }
+
+  void store_rows(int64_t h) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      RowScale scale{1, 0};
+      if (kMap == ScoreMap::softmax) {
+        scale =
+            finish_softmax(sum_lanes(load(t.sums + r * kWidth)), t.pivot[r],
+                           t.raise_above[r] > -kInf, p.sink ? p.sink + h : nullptr, t.terms->shift);
+        lse_of(p, p.lse, head.b, head.s->q_start, h)[t.first + r] = scale.lse;
+      }
+      store_row(t.out + r * t.ldo, scale.factor, out_row(t.first + r, h), p.dtype, p.value_dim);
+    }
+  }
+
+  const AttentionParams& p;
+  int64_t shares, panels, words, width;
+  cpu::Workspace workspace;
+  PackedHead<Op> head;
+  QueryTile t;
+  int64_t packed = -1;
+};
+
+template <class Op, ScoreMap kMap, bool kCoarse>
+void forward(const AttentionParams& p) {
+  const Sizes sizes(p);
+  // A parallel region costs about as much as 2 Mflop on one thread.
+  const double work = 2 * sizes.pairs * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
+  const int threads = work < 2e6 ? 1 : cpu::num_threads();
+  // An item is a share of the tiles of one KV head; at least four per thread for balance.
+  const int64_t tiles = p.heads / p.kv_heads * ceil_div(sizes.longest_q, kQueryTile);
+  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, p.batch * p.kv_heads);
+  if (shares > tiles) shares = tiles > 0 ? tiles : 1;
+  cpu::parallel_items(p.batch * p.kv_heads * shares, threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    Worker<Op, kMap, kCoarse> worker(p, sizes, shares);
+    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+  });
+}
+
+template <class Op, bool kCoarse>
+void forward(const AttentionParams& p) {
+  p.map == ScoreMap::softmax ? forward<Op, ScoreMap::softmax, kCoarse>(p)
+                             : forward<Op, ScoreMap::sigmoid, kCoarse>(p);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p) {
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::bfloat16) return forward<BFloat16, true>(p);
+#endif
+  p.dtype == DType::float32 ? forward<Float32, false>(p) : forward<Float32, true>(p);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

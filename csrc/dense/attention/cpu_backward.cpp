@@ -1,0 +1,504 @@
+// Backward, five products per pair of tiles, on transposed scores: rows are keys, lanes are
+// queries, so that row statistics of the queries are vectors.
+//
+//   S^T = K Q^T,  dP^T = V dO^T,  then in registers
+//   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// The keys are cut into at most kSplits parts; dQ is the sum, in order, of one partial sum per
+// part. Parts run behind each other or on several threads, with the same bits.
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "dense/attention/cpu_scores.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int64_t kKeyTile = 96;      // a multiple of kTileRows
+constexpr int64_t kQueryBlock = 128;  // a multiple of kPanel and of kQueryRows
+constexpr int64_t kQueryRows = 4;     // rows of the register tile of dQ
+constexpr int64_t kSplits = 8;
+constexpr int64_t kSplitKeys = 480;  // least keys of a part, a multiple of kKeyTile
+constexpr int64_t kRowPad = 16;      // rows start in different cache sets
+// e^-z beyond this is cut, so that P (1 - P) is 0 and not 0 * inf.
+constexpr float kMaxOdds = 1e37f;
+
+struct Split {
+  int64_t count, keys;  // parts of a sequence, keys of each but the last
+
+  explicit Split(int64_t length) : keys(round_up(ceil_div(length, kSplits), kKeyTile)) {
+    if (keys < kSplitKeys) keys = kSplitKeys;
+    count = length > 0 ? ceil_div(length, keys) : 1;
+  }
+};
+
+// Sums over the pairs of one head. Doubles: there may be 2^32 of them.
+struct HeadSums {
+  double score_bias = 0, alibi_slopes = 0, sink = 0;
+};
+
+// What one part of one head leaves for the head's total.
+struct Partials {
+  float* dq;  // [Sq padded][width_d]
+  HeadSums sums;
+};
+
+template <class Op, ScoreMap kMap, bool kCoarse>
+class Worker {
+ public:
+  Worker(const AttentionBackwardParams& bp, int64_t longest_q, int64_t longest_k, bool whole_head)
+      : bp(bp),
+        p(bp.forward),
+        words_d(words_of<Op>(p.head_dim)),
+        words_v(words_of<Op>(p.value_dim)),
+        width_d(round_up(p.head_dim, kWidth)),
+        width_v(round_up(p.value_dim, kWidth)),
+        padded_q(round_up(longest_q, kQueryBlock)),
+        most_keys(round_up(whole_head ? longest_k : Split(longest_k).keys, kKeyTile)),
+        workspace(floats_needed()) {
+    qt = workspace.take(padded_q * words_d);
+    gt = workspace.take(padded_q * words_v);
+    qr = workspace.take(padded_q / Op::kPair * width_d);
+    gr = workspace.take(padded_q / Op::kPair * width_v);
+    lse = workspace.take(padded_q);
+    delta = workspace.take(padded_q);
+    dq = workspace.take(padded_q * width_d);
+    dq_total = workspace.take(padded_q * width_d);
+    dk = workspace.take(most_keys * width_d);
+    dv = workspace.take(most_keys * width_v);
+    kr = workspace.take(kKeyTile * round_up(words_d, kWidth));
+    vr = workspace.take(kKeyTile * round_up(words_v, kWidth));
+    kb = workspace.take(kKeyTile / Op::kPair * width_d);
+    pt = workspace.take(kKeyTile * kLdp);
+    st = workspace.take(kKeyTile * kLdp);
+    sp = workspace.take(kKeyTile / 2 * kLdsp);
+  }
+
+  static int64_t padded(int64_t length_q) { return round_up(length_q, kQueryBlock); }
+
+  // Every part of one KV head behind each other.
+  void run_head(int64_t b, int64_t kv_head) {
+    enter(b, kv_head);
+    const Split split(s->k_length);
+    zero_key_sums(s->k_length);
+    for (int64_t g = 0; g < group; ++g) {
+      enter_query_head(kv_head * group + g);
+      HeadSums total;
+      if (bp.dsink) total.sink = sink_gradient();
+      for (int64_t part = 0; part < split.count; ++part) {
+        const HeadSums sums = run_part(part * split.keys, (part + 1) * split.keys, 0, dq);
+        add(sums, total);
+        add_rows(dq, dq_total, part == 0);
+      }
+      finish_queries(dq_total, total);
+    }
+    store_keys(0, s->k_length, 0);
+  }
+
+  // One part of one KV head; `partials` has an entry for each query head of the group.
+  void run_split(int64_t b, int64_t kv_head, int64_t part, Partials* partials) {
+    enter(b, kv_head);
+    const Split split(s->k_length);
+    if (part >= split.count) return;
+    const int64_t begin = part * split.keys, end = (part + 1) * split.keys;
+    zero_key_sums(end - begin);
+    for (int64_t g = 0; g < group; ++g) {
+      enter_query_head(kv_head * group + g);
+      partials[g].sums = run_part(begin, end, begin, partials[g].dq);
+      if (bp.dsink && part == 0) partials[g].sums.sink = sink_gradient();
+    }
+    store_keys(begin, end < s->k_length ? end : s->k_length, begin);
+  }
+
+  // The total of a KV head whose parts are all done; partials[part * group + g].
+  void reduce(int64_t b, int64_t kv_head, const Partials* partials) {
+    enter(b, kv_head);
+    const Split split(s->k_length);
+    for (int64_t g = 0; g < group; ++g) {
+      h = kv_head * group + g;
+      HeadSums total;
+      for (int64_t part = 0; part < split.count; ++part) {
+        const Partials& one = partials[part * group + g];
+        add(one.sums, total);
+        add_rows(one.dq, dq_total, part == 0);
+      }
+      finish_queries(dq_total, total);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLdp = kQueryBlock / Op::kPair + kRowPad;
+  static constexpr int64_t kLdsp = kQueryBlock + kRowPad;
+
+  int64_t floats_needed() const {
+    return padded_q * (words_d + words_v + (width_d + width_v) / Op::kPair + 2 + 2 * width_d) +
+           most_keys * (width_d + width_v) +
+           kKeyTile * (round_up(words_d, kWidth) + round_up(words_v, kWidth) + width_d + 2 * kLdp +
+                       kLdsp) +
+           20 * 16;
+  }
+
+  void enter(int64_t batch, int64_t head) {
+    b = batch;
+    kv_head = head;
+    sequence = Sequence(p, b);
+    s = &sequence;
+    group = p.heads / p.kv_heads;
+    band = Band::of_window(p.window_left, p.window_right, s->q_length, s->k_length);
+    seen_by = band.transposed(s->q_length);
+  }
+
+  char* row(const Rows& r, int64_t start, int64_t i, int64_t head) const {
+    return row_of(r, p.dtype, b, start, i, head);
+  }
+
+  // Packs the queries of head h and the gradients of its output, and their row statistics.
+  void enter_query_head(int64_t head) {
+    h = head;
+    terms = ScoreTerms(p, b, h, *s);
+    if (bp.dscore_bias) terms.make_general();  // that path sums dS
+    const int64_t n = s->q_length;
+    const float factor = terms.plain && Op::kPair == 1 ? terms.factor : 1;
+    for (int64_t i = 0; i < padded(n); i += kPanel) {
+      const int64_t rows = i < n ? (n - i < kPanel ? n - i : kPanel) : 0;
+      pack_transposed<Op>(row(p.q, s->q_start, i, h), p.dtype, p.q.seq, rows, p.head_dim, factor,
+                          qt + i * words_d);
+      pack_transposed<Op>(row(bp.dout, s->q_start, i, h), p.dtype, bp.dout.seq, rows, p.value_dim,
+                          1.f, gt + i * words_v);
+      pack_reduced_rows<Op>(row(p.q, s->q_start, i, h), p.dtype, p.q.seq, rows, p.head_dim,
+                            qr + i / Op::kPair * width_d, width_d);
+      pack_reduced_rows<Op>(row(bp.dout, s->q_start, i, h), p.dtype, bp.dout.seq, rows, p.value_dim,
+                            gr + i / Op::kPair * width_v, width_v);
+    }
+    if (kMap != ScoreMap::softmax) return;
+    const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
+    const float* dlse = bp.dlse ? lse_of(p, bp.dlse, b, s->q_start, h) : nullptr;
+    for (int64_t i = 0; i < n; ++i) {
+      // A row that saw nothing has P = 0.
+      lse[i] = lse_in[i] == -kInf ? kInf : (lse_in[i] - terms.shift) * kLog2e;
+      const char* g = row(bp.dout, s->q_start, i, h);
+      const char* o = row(p.out, s->q_start, i, h);
+      vf dot = zero();
+      visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
+        for (int64_t d = 0; d < p.value_dim; d += kWidth)
+          dot = fma(e.load_n(g, d, p.value_dim - d), e.load_n(o, d, p.value_dim - d), dot);
+      });
+      delta[i] = sum_lanes(dot) - (dlse ? dlse[i] : 0);
+    }
+    for (int64_t i = n; i < padded(n); ++i) lse[i] = kInf, delta[i] = 0;
+  }
+
+  void zero_key_sums(int64_t keys) {
+    const int64_t rows = round_up(keys, kKeyTile);
+    std::memset(dk, 0, rows * width_d * sizeof(float));
+    std::memset(dv, 0, rows * width_v * sizeof(float));
+  }
+
+  // Keys [begin, end) against all queries of head h: dq_out is set, dk and dv (whose row 0 is key
+  // `origin`) are added to.
+  HeadSums run_part(int64_t begin, int64_t end, int64_t origin, float* dq_out) {
+    if (end > s->k_length) end = s->k_length;
+    std::memset(dq_out, 0, padded(s->q_length) * width_d * sizeof(float));
+    HeadSums sums;
+    for (int64_t j = begin; j < end; j += kKeyTile) {
+      keys = end - j < kKeyTile ? end - j : kKeyTile;
+      first_key = j;
+      const int64_t rows = round_up(keys, kTileRows);
+      int64_t from = seen_by.begin(j), to = seen_by.end(j + keys - 1);
+      if (from >= to) continue;
+      pack_rows<Op>(row(p.k, s->k_start, j, kv_head), p.dtype, p.k.seq, keys, rows, p.head_dim, 1.f,
+                    kr, round_up(words_d, kWidth));
+      pack_rows<Op>(row(p.v, s->k_start, j, kv_head), p.dtype, p.v.seq, keys, rows, p.value_dim,
+                    1.f, vr, round_up(words_v, kWidth));
+      pack_reduced_rows<Op>(row(p.k, s->k_start, j, kv_head), p.dtype, p.k.seq, keys, p.head_dim,
+                            kb, width_d);
+      for (int64_t i = from / kQueryBlock * kQueryBlock; i < to; i += kQueryBlock)
+        run_block(i, dk + (j - origin) * width_d, dv + (j - origin) * width_v, dq_out + i * width_d,
+                  sums);
+    }
+    return sums;
+  }
+
+  static int64_t lower(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t upper(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  // The current tile of keys against queries i .. i + kQueryBlock - 1.
+  void run_block(int64_t i, float* dk_rows, float* dv_rows, float* dq_rows, HeadSums& sums) {
+    for (int64_t r = 0; r < keys; r += kTileRows) {
+      const int64_t j = first_key + r;
+      const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
+      for (int64_t c = 0; c < kQueryBlock; c += kPanel)
+        if (i + c < to && i + c + kPanel > from)
+          terms.plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
+      // Words of the queries that these keys see.
+      const int64_t begin = upper(from - i, 0) / Op::kPair;
+      const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
+      if (begin >= end) continue;
+      const int64_t at = i / Op::kPair + begin;
+      multiply_rows<Op, false, kTileRows, false>(dv_rows + r * width_v, width_v,
+                                                 pt + r * kLdp + begin, kLdp, gr + at * width_v,
+                                                 width_v, end - begin, width_v);
+      multiply_rows<Op, false, kTileRows, false>(dk_rows + r * width_d, width_d,
+                                                 st + r * kLdp + begin, kLdp, qr + at * width_d,
+                                                 width_d, end - begin, width_d);
+    }
+    for (int64_t q = 0; q < kQueryBlock && i + q < s->q_length; q += kQueryRows) {
+      const int64_t from = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
+      const int64_t to =
+          ceil_div(lower(band.end(i + q + kQueryRows - 1) - first_key, keys), Op::kPair);
+      if (from >= to) continue;
+      const float* a = Op::kPair == 1 ? st + from * kLdp + q : sp + from * kLdsp + q;
+      multiply_rows<Op, true, kQueryRows, false>(dq_rows + q * width_d, width_d, a,
+                                                 Op::kPair == 1 ? kLdp : kLdsp, kb + from * width_d,
+                                                 width_d, to - from, width_d);
+    }
+  }
+
+  // P^T and dS^T of kTileRows keys (row r of the tile) and kPanel queries (from i + c on).
+  template <bool kPlain>
+  __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
+    vf dp[kTileRows][kTileVectors], z[kTileRows][kTileVectors];
+    clear(dp);
+    multiply<Op, false>(dp, vr + r * round_up(words_v, kWidth), round_up(words_v, kWidth),
+                        gt + (i + c) * words_v, kPanel, words_v);
+    alignas(64) float dp_memory[kTileRows][kPanel];
+    for (int m = 0; m < kTileRows; ++m)
+      for (int n = 0; n < kTileVectors; ++n) store(dp_memory[m] + n * kWidth, dp[m][n]);
+    clear(z);
+    multiply<Op, false>(z, kr + r * round_up(words_d, kWidth), round_up(words_d, kWidth),
+                        qt + (i + c) * words_d, kPanel, words_d);
+
+    const int64_t query = i + c, key = first_key + r;
+    const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
+                        query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
+    const vf odds = set(terms.odds), one = set(1.f), factor = set(terms.factor);
+    vf bias_sum = zero(), slope_sum = zero();
+    TM_UNROLL(8)
+    for (int m = 0; m < kTileRows; ++m) {
+      vf w[kTileVectors], dz[kTileVectors];
+      TM_UNROLL(4)
+      for (int n = 0; n < kTileVectors; ++n) {
+        vf t = z[m][n], distance = zero();
+        if constexpr (!kPlain) {
+          distance = abs_of(iota() +
+                            set(static_cast<float>(query + n * kWidth + terms.diagonal - key - m)));
+          const vf b = terms.bias ? bias_lanes(query + n * kWidth, key + m) : zero();
+          t = terms.exponent(t, b, distance);
+        } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
+          t = t * factor;
+        }
+        const vf dpn = load(dp_memory[m] + n * kWidth);
+        if constexpr (kMap == ScoreMap::softmax) {
+          const vf dpd = dpn - load(delta + query + n * kWidth);
+          w[n] = power<kCoarse>(t - load(lse + query + n * kWidth));
+          dz[n] = w[n] * dpd;
+        } else {
+          const vf e = min_of(set(kMaxOdds), power<kCoarse>(t) * odds);
+          w[n] = reciprocal<kCoarse>(one + e);
+          dz[n] = w[n] * (e * w[n]) * dpn;
+        }
+        if (masked) [[unlikely]] {
+          const int64_t from = seen_by.begin(key + m) - query - n * kWidth;
+          const int64_t to = key + m < s->k_length ? seen_by.end(key + m) - query - n * kWidth : 0;
+          const vm seen = lanes(from, to);
+          w[n] = select(seen, w[n], zero());
+          dz[n] = select(seen, dz[n], zero());
+        }
+        if constexpr (!kPlain) {
+          bias_sum = bias_sum + dz[n];
+          slope_sum = fma(dz[n], distance, slope_sum);
+          if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key + m);
+          if (terms.softcap > 0) dz[n] = dz[n] * terms.cap_slope(z[m][n]);
+        }
+        z[m][n] = dz[n];
+      }
+      if constexpr (Op::kPair == 1) {
+        TM_UNROLL(4)
+        for (int n = 0; n < kTileVectors; ++n) {
+          store(pt + (r + m) * kLdp + c + n * kWidth, w[n]);
+          store(st + (r + m) * kLdp + c + n * kWidth, dz[n]);
+        }
+      } else {
+#if defined(__AVX512BF16__)
+        TM_UNROLL(2)
+        for (int n = 0; n < kTileVectors; n += 2) {
+          const int64_t at = (r + m) * kLdp + c / 2 + n / 2 * kWidth;
+          store(pt + at, narrow_bfloat(w[n], w[n + 1]));
+          store(st + at, narrow_bfloat(dz[n], dz[n + 1]));
+        }
+#endif
+      }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (Op::kPair == 2) {
+      TM_UNROLL(4)
+      for (int m = 0; m < kTileRows; m += 2) {
+        TM_UNROLL(4)
+        for (int n = 0; n < kTileVectors; ++n)
+          store(sp + (r + m) / 2 * kLdsp + c + n * kWidth, pair_bfloat(z[m][n], z[m + 1][n]));
+      }
+    }
+#endif
+    if constexpr (!kPlain) {
+      sums.score_bias += sum_lanes(bias_sum);
+      sums.alibi_slopes -= sum_lanes(slope_sum);
+    }
+  }
+
+  // Biases of queries query .. query + kWidth - 1 for one key: a column of the bias.
+  vf bias_lanes(int64_t query, int64_t key) const {
+    if (key >= terms.columns) return zero();
+    const int64_t at = key * terms.bias_k;
+    if (terms.bias_q == 0) return set(scalar_as_float(terms.bias, terms.bias_dtype, at));
+    return visit_elements(terms.bias_dtype, [&](auto e) TM_LAMBDA {
+      using T = typename decltype(e)::type;
+      T lane[kWidth] = {};
+      for (int64_t l = 0; l < kWidth && query + l < terms.rows; ++l)
+        lane[l] = static_cast<const T*>(terms.bias)[at + (query + l) * terms.bias_q];
+      return e.load(lane, 0);
+    });
+  }
+
+  void add_dbias(vf dz, int64_t query, int64_t key) const {
+    if (key >= terms.columns) return;
+    float* column = bp.dbias + b * bp.dbias_batch + h * bp.dbias_head + key * bp.dbias_k;
+    if (bp.dbias_q == 0) {
+      *column += sum_lanes(dz);
+      return;
+    }
+    float lane[kWidth];
+    store(lane, dz);
+    for (int64_t l = 0; l < kWidth && query + l < terms.rows; ++l)
+      column[(query + l) * bp.dbias_q] += lane[l];
+  }
+
+  static void add(const HeadSums& from, HeadSums& to) {
+    to.score_bias += from.score_bias;
+    to.alibi_slopes += from.alibi_slopes;
+    to.sink += from.sink;
+  }
+
+  void add_rows(const float* from, float* to, bool assign) const {
+    for (int64_t i = 0; i < padded(s->q_length) * width_d; i += kWidth)
+      store(to + i, assign ? load(from + i) : load(to + i) + load(from + i));
+  }
+
+  void finish_queries(const float* total, const HeadSums& sums) {
+    for (int64_t i = 0; i < s->q_length; ++i)
+      store_row(total + i * width_d, p.scale, row(bp.dq, s->q_start, i, h), p.dtype, p.head_dim);
+    if (bp.dscore_bias) bp.dscore_bias[b * p.heads + h] = static_cast<float>(sums.score_bias);
+    if (bp.dalibi_slopes) bp.dalibi_slopes[b * p.heads + h] = static_cast<float>(sums.alibi_slopes);
+    if (bp.dsink) bp.dsink[b * p.heads + h] = static_cast<float>(sums.sink);
+  }
+
+  // d loss / d sink = -sum_i P_i,sink delta_i: the sink has no value.
+  double sink_gradient() const {
+    const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
+    double sum = 0;
+    for (int64_t i = 0; i < s->q_length; ++i)
+      if (lse_in[i] != -kInf) sum -= std::exp(p.sink[h] - lse_in[i]) * delta[i];
+    return sum;
+  }
+
+  void store_keys(int64_t begin, int64_t end, int64_t origin) {
+    for (int64_t j = begin; j < end; ++j) {
+      store_row(dk + (j - origin) * width_d, p.scale, row(bp.dk, s->k_start, j, kv_head), p.dtype,
+                p.head_dim);
+      store_row(dv + (j - origin) * width_v, 1.f, row(bp.dv, s->k_start, j, kv_head), p.dtype,
+                p.value_dim);
+    }
+  }
+
+  const AttentionBackwardParams& bp;
+  const AttentionParams& p;
+  int64_t words_d, words_v, width_d, width_v;  // of an A row; of a B or C row
+  int64_t padded_q, most_keys;
+  cpu::Workspace workspace;
+  float *qt, *gt, *qr, *gr;  // Q and dO: transposed, and as rows
+  float *lse, *delta;
+  float *dq, *dq_total, *dk, *dv;
+  float *kr, *vr, *kb;  // one tile of keys: K and V as A operands, K as B operand
+  float *pt, *st, *sp;  // P^T, dS^T, and dS^T as pairs of keys
+
+  int64_t b = 0, kv_head = 0, h = 0, group = 1;
+  Sequence sequence{p, 0};
+  const Sequence* s = &sequence;
+  ScoreTerms terms{p, 0, 0, sequence};
+  Band band, seen_by;
+  int64_t first_key = 0, keys = 0;
+};
+
+template <class Op, ScoreMap kMap, bool kCoarse>
+void backward(const AttentionBackwardParams& bp) {
+  const AttentionParams& p = bp.forward;
+  int64_t longest_q = 0, longest_k = 0;
+  for (int64_t b = 0; b < (p.cu_seqlens_q ? p.batch : 1); ++b) {
+    const Sequence s(p, b);
+    longest_q = s.q_length > longest_q ? s.q_length : longest_q;
+    longest_k = s.k_length > longest_k ? s.k_length : longest_k;
+  }
+  const double pairs = static_cast<double>(p.seqlen_q) * static_cast<double>(longest_k);
+  const int threads =
+      pairs * static_cast<double>(p.heads * p.head_dim) < 5e5 ? 1 : cpu::num_threads();
+
+  // Heads that add to the same elements of dbias belong to one item, which runs them in order.
+  const bool share_batch = bp.dbias && bp.dbias_batch == 0,
+             share_head = bp.dbias && bp.dbias_head == 0;
+  const int64_t batches = share_batch ? 1 : p.batch, heads = share_head ? 1 : p.kv_heads;
+  const int64_t parts = Split(longest_k).count, group = p.heads / p.kv_heads;
+  const bool whole_head =
+      threads == 1 || parts == 1 || batches * heads >= 2 * threads || (bp.dbias && bp.dbias_k == 0);
+  const int64_t parts_apart = whole_head ? 1 : parts;
+
+  using W = Worker<Op, kMap, kCoarse>;
+  const int64_t entries = whole_head ? 0 : p.batch * p.kv_heads * parts * group;
+  const int64_t dq_size = W::padded(longest_q) * round_up(p.head_dim, kWidth);
+  constexpr int64_t kEntryFloats = sizeof(Partials) / sizeof(float);
+  cpu::Workspace shared(entries * (dq_size + kEntryFloats) + p.batch * p.kv_heads + 3 * 16);
+  auto* partials = reinterpret_cast<Partials*>(shared.take(entries * kEntryFloats));
+  float* dq = shared.take(entries * dq_size);
+  for (int64_t i = 0; i < entries; ++i) partials[i] = {dq + i * dq_size, {}};
+  auto* finished = reinterpret_cast<int32_t*>(shared.take(p.batch * p.kv_heads));
+  std::memset(finished, 0, p.batch * p.kv_heads * sizeof(int32_t));
+
+  cpu::parallel_items(batches * heads * parts_apart, threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    W worker(bp, longest_q, longest_k, whole_head);
+    for (int64_t item; (item = items.next()) >= 0;) {
+      const int64_t part = item % parts_apart, h0 = item / parts_apart % heads;
+      const int64_t b0 = item / parts_apart / heads;
+      for (int64_t b = b0; b < (share_batch ? p.batch : b0 + 1); ++b)
+        for (int64_t h = h0; h < (share_head ? p.kv_heads : h0 + 1); ++h) {
+          if (whole_head) {
+            worker.run_head(b, h);
+            continue;
+          }
+          const int64_t head = b * p.kv_heads + h;
+          Partials* all = partials + head * parts * group;
+          worker.run_split(b, h, part, all + part * group);
+          // The last part to finish adds all of them up.
+          if (__atomic_add_fetch(finished + head, 1, __ATOMIC_ACQ_REL) == parts)
+            worker.reduce(b, h, all);
+        }
+    }
+  });
+}
+
+template <class Op, bool kCoarse>
+void backward(const AttentionBackwardParams& p) {
+  p.forward.map == ScoreMap::softmax ? backward<Op, ScoreMap::softmax, kCoarse>(p)
+                                     : backward<Op, ScoreMap::sigmoid, kCoarse>(p);
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackwardParams& p) {
+#if defined(__AVX512BF16__)
+  if (p.forward.dtype == DType::bfloat16) return backward<BFloat16, true>(p);
+#endif
+  p.forward.dtype == DType::float32 ? backward<Float32, false>(p) : backward<Float32, true>(p);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

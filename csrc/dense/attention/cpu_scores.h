@@ -1,0 +1,146 @@
+// From q.k to the exponent of the score map, for the forward and backward CPU kernels.
+//
+// Exponents are in base 2: t = z log2(e) for softmax, P = 2^(t - pivot) / sum; t = -z log2(e) for
+// sigmoid, P = 1 / (1 + 2^t). Nothing cancels, so small weights keep their relative accuracy.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "dense/attention/band.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kMax = std::numeric_limits<float>::max();
+
+// The exponent that hides a pair.
+constexpr float hidden_exponent(ScoreMap map) { return map == ScoreMap::softmax ? -kInf : kInf; }
+constexpr float exponent_sign(ScoreMap map) { return map == ScoreMap::softmax ? kLog2e : -kLog2e; }
+
+struct Sequence {
+  int64_t q_start, k_start, q_length, k_length;
+
+  Sequence(const AttentionParams& p, int64_t b)
+      : q_start(p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0),
+        k_start(p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0),
+        q_length(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - q_start : p.seqlen_q),
+        k_length(p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - k_start : p.seqlen_k) {}
+};
+
+TM_INLINE int64_t size_of(DType t) { return t == DType::float32 ? 4 : 2; }
+
+// Row `seq` of sequence-relative index in head h of batch b.
+TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t start, int64_t seq, int64_t h) {
+  return static_cast<char*>(r.data) +
+         (b * r.batch + (start + seq) * r.seq + h * r.head) * size_of(t);
+}
+
+TM_INLINE float* lse_of(const AttentionParams& p, const float* lse, int64_t b, int64_t start,
+                        int64_t h) {
+  const int64_t at = p.cu_seqlens_q ? h * p.seqlen_q + start : (b * p.heads + h) * p.seqlen_q;
+  return const_cast<float*>(lse) + at;
+}
+
+// What lies between scale q.k and the score map, for one head of one sequence.
+struct ScoreTerms {
+  ScoreTerms(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
+      : map(p.map),
+        scale(p.scale),
+        softcap(p.softcap),
+        slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
+        constant(p.score_bias_value),
+        diagonal(s.k_length - s.q_length),
+        rows(s.q_length),
+        columns(s.k_length),
+        bias(p.bias ? static_cast<const char*>(p.bias) +
+                          (b * p.bias_batch + h * p.bias_head) * size_of(p.bias_dtype)
+                    : nullptr),
+        bias_dtype(p.bias_dtype),
+        bias_q(p.bias_q),
+        bias_k(p.bias_k) {
+    if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
+    if (p.score_bias_neg_log_n && columns > 0)
+      constant -= static_cast<float>(std::log(static_cast<double>(columns)));
+    has_slope = p.alibi_slopes != nullptr;
+    plain = softcap == 0 && !bias && !has_slope;
+    if (map == ScoreMap::softmax) {
+      // Softmax does not see a shift of its row: only lse and sink do.
+      shift = std::isfinite(constant) ? constant : 0;
+      constant -= shift;
+      if (constant != 0 || std::isnan(constant)) plain = false;
+      factor = kLog2e * scale;
+    } else {
+      // e^-constant as a factor of 2^t, as long as neither over- nor underflows alone.
+      if (!(std::fabs(constant) < 20)) plain = false;
+      factor = -kLog2e * scale;
+      odds = plain ? std::exp(-constant) : 1;
+    }
+  }
+
+  // Takes the constant back into the exponent.
+  void make_general() {
+    plain = false;
+    odds = 1;
+  }
+
+  // Exponents of kWidth keys from `column` on, for query `row`.
+  TM_INLINE vf exponent(vf qk, int64_t row, int64_t column) const {
+    vf b = zero(), distance = zero();
+    if (bias) b = bias_lanes(row, column);
+    if (has_slope) distance = abs_of(set(static_cast<float>(row + diagonal - column)) - iota());
+    return exponent(qk, b, distance);
+  }
+
+  TM_INLINE vf exponent(vf qk, vf b, vf distance) const {
+    vf z = cap(qk * set(scale));
+    // +inf counts as the largest finite logit; min_of keeps a NaN in its second operand.
+    if (bias) z = min_of(set(kMax), z + b);
+    if (has_slope) z = fma(set(-slope), distance, z);
+    z = z + set(constant);
+    vf t = z * set(exponent_sign(map));
+    // A finite logit has a finite exponent (-FLT_MAX log2(e) would not); -inf hides the pair.
+    if (bias && map == ScoreMap::softmax)
+      t = select(less(z, set(-kMax)), t, max_of(set(-kMax), min_of(set(kMax), t)));
+    return t;
+  }
+
+  TM_INLINE vf cap(vf z) const {
+    return softcap > 0 ? set(softcap) * tanh(z * set(1 / softcap)) : z;
+  }
+  // d cap(z) / dz at z = scale qk.
+  TM_INLINE vf cap_slope(vf qk) const {
+    const vf th = tanh(qk * set(scale / softcap));
+    return fma(th * set(-1.f), th, set(1.f));
+  }
+
+  TM_INLINE vf bias_lanes(int64_t row, int64_t column) const {
+    const int64_t at = (row < rows ? row : rows - 1) * bias_q;
+    if (bias_k == 0) return set(scalar_as_float(bias, bias_dtype, at));
+    if (column >= columns) return zero();
+    return load_as_float_n(bias, bias_dtype, at + column, columns - column);
+  }
+
+  ScoreMap map;
+  float scale, softcap, slope, constant;
+  int64_t diagonal, rows, columns;
+  const void* bias;
+  DType bias_dtype;
+  int64_t bias_q, bias_k;
+  bool has_slope, plain;  // plain: t = factor qk, and odds or shift hold the constant
+  float factor, shift = 0, odds = 1;
+};
+
+// 2^t as coarse as 16-bit results allow, or to float32 accuracy.
+template <bool kCoarse>
+TM_INLINE vf power(vf t) {
+  return exp2<kCoarse ? 3 : 5>(t);
+}
+template <bool kCoarse>
+TM_INLINE vf reciprocal(vf x) {
+  return kCoarse ? reciprocal_approx(x) : set(1.f) / x;
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

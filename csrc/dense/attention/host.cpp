@@ -1,0 +1,348 @@
+#include <cmath>
+#include <limits>
+
+#include "core/views.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "attention";
+constexpr int64_t kMaxHeadDim = 256;
+
+// The arguments of the schema after q, k, v: the lowered list.
+struct Options {
+  std::string kind;
+  double scale;
+  OptTensor score_bias;
+  double score_bias_value;
+  bool score_bias_neg_log_n;
+  OptTensor bias, alibi_slopes, sink;
+  double softcap;
+  bool causal;
+  int64_t window_left, window_right;
+  OptTensor cu_seqlens_q, cu_seqlens_k;
+  std::optional<int64_t> max_seqlen_q, max_seqlen_k;
+  std::string precision;
+
+  bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
+};
+
+// The checks below are those of python/tokenmill/dense/attention_rules.py, in its order and words.
+void check_qkv(const View& q, const View& k, const View& v, bool packed) {
+  const int64_t rank = packed ? 3 : 4;
+  const std::string layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
+  const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
+  for (auto [name, t] : all)
+    check(t->dim() == rank, kOp, name, "must have " + show(rank) + " dimensions " + layout,
+          t->dim());
+  check(is_kernel_dtype(q.dtype), kOp, "q", "must be float16, bfloat16 or float32", q.dtype);
+  for (auto [name, t] : {all[1], all[2]}) {
+    check(t->dtype == q.dtype, kOp, name, "must have the dtype of q, " + show(q.dtype), t->dtype);
+    if (!same_device(*t, q))
+      fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
+  }
+  for (auto [name, t] : all) {
+    check(t->last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
+          t->strides);
+    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, kOp, name,
+          "must have a head dimension of 1 to " + show(kMaxHeadDim), t->size(-1));
+  }
+  check(k.size(-1) == q.size(-1), kOp, "k",
+        "must have the head dimension of q, " + show(q.size(-1)), k.size(-1));
+  if (!packed)
+    check(k.size(0) == q.size(0), kOp, "k", "must have the batch size of q, " + show(q.size(0)),
+          k.size(0));
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), kOp, "v",
+        "must have the shape of k up to the head dimension, " + show(k.sizes), v.sizes);
+  const int64_t heads = q.size(-2), kv_heads = k.size(-2);
+  check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), kOp, "k",
+        "number of heads must divide that of q, " + show(heads) + " (GQA)", kv_heads);
+}
+
+void check_values(const char* name, const View& cu, const char* bound_name,
+                  const std::optional<int64_t>& bound, int64_t total) {
+  const int32_t* ends = cu.data<int32_t>();
+  const int64_t n = cu.size(0);
+  check(ends[0] == 0, kOp, name, "must start at 0", int64_t{ends[0]});
+  int64_t longest = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    check(ends[i] >= ends[i - 1], kOp, name, "must not decrease",
+          std::vector<int64_t>(ends, ends + n));
+    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
+  }
+  check(ends[n - 1] == total, kOp, name, "must end at the number of tokens, " + show(total),
+        int64_t{ends[n - 1]});
+  check(!bound || *bound >= longest, kOp, bound_name,
+        "must be at least the longest sequence, " + show(longest), bound.value_or(0));
+}
+
+// Returns the number of sequences.
+int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
+  const std::pair<const char*, const std::optional<int64_t>*> bounds[] = {
+      {"max_seqlen_q", &o.max_seqlen_q}, {"max_seqlen_k", &o.max_seqlen_k}};
+  if (!o.cu_seqlens_q || !o.cu_seqlens_k) {
+    if (o.packed())
+      fail(kOp, o.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
+           "must be given with its counterpart", "None");
+    for (auto [name, bound] : bounds)
+      check(!*bound, kOp, name, "goes with cu_seqlens alone", bound->value_or(0));
+    return q.size(0);
+  }
+  const View cu_q(*o.cu_seqlens_q), cu_k(*o.cu_seqlens_k);
+  const std::pair<const char*, const View*> all[] = {{"cu_seqlens_q", &cu_q},
+                                                     {"cu_seqlens_k", &cu_k}};
+  for (auto [name, t] : all) {
+    check(t->dtype == ScalarType::Int, kOp, name, "must be int32", t->dtype);
+    check(t->dim() == 1 && t->size(0) >= 1, kOp, name,
+          "must have 1 dimension of at least 1 element", t->sizes);
+    check(t->last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
+          t->strides);
+    if (!same_device(*t, q))
+      fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
+  }
+  check(cu_k.size(0) == cu_q.size(0), kOp, "cu_seqlens_k",
+        "must have the length of cu_seqlens_q, " + show(cu_q.size(0)), cu_k.size(0));
+  for (auto [name, bound] : bounds)
+    check(bound->value_or(0) >= 0, kOp, name, "must not be negative", bound->value_or(0));
+  if (!q.is_cuda) {
+    check_values("cu_seqlens_q", cu_q, "max_seqlen_q", o.max_seqlen_q, q.size(0));
+    check_values("cu_seqlens_k", cu_k, "max_seqlen_k", o.max_seqlen_k, k.size(0));
+  }
+  return cu_q.size(0) - 1;
+}
+
+void check_small(const char* name, const View& t, const View& q) {
+  check(t.dtype == ScalarType::Float, kOp, name, "must be float32", t.dtype);
+  check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
+        t.strides);
+  if (!same_device(t, q))
+    fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(t));
+}
+
+// [H] or [B, H]; sets the stride between batches.
+const float* per_head(const char* name, const OptTensor& tensor, const View& q, int64_t batch,
+                      int64_t heads, int64_t& batch_stride) {
+  batch_stride = 0;
+  if (!tensor) return nullptr;
+  const View t(*tensor);
+  const std::vector<int64_t> one{heads}, each{batch, heads};
+  check(t.sizes == one || t.sizes == each, kOp, name,
+        "must have shape " + show(one) + " or " + show(each), t.sizes);
+  check_small(name, t, q);
+  if (t.dim() == 2) batch_stride = t.step(0);
+  return t.data<float>();
+}
+
+Rows rows_of(const View& t, bool packed) {
+  const int64_t d = packed ? 0 : 1;
+  return {t.mutable_data(), packed ? 0 : t.step(0), t.step(d), t.step(d + 1)};
+}
+
+AttentionParams make_params(const View& q, const View& k, const View& v, const Options& o) {
+  const bool packed = o.packed();
+  check_qkv(q, k, v, packed);
+  check(o.kind == "softmax" || o.kind == "sigmoid", kOp, "kind", "must be 'softmax' or 'sigmoid'",
+        o.kind);
+  check(o.precision == "accurate" || o.precision == "fast", kOp, "precision",
+        "must be 'accurate' or 'fast'", o.precision);
+  check(std::isfinite(o.scale), kOp, "scale", "must be finite", o.scale);
+  check(std::isfinite(o.softcap) && o.softcap >= 0, kOp, "softcap",
+        "must be finite and not negative (0 = off)", o.softcap);
+  check(o.window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", o.window_left);
+  check(o.window_right >= -1, kOp, "window", "right must be >= -1 (-1 = no limit)", o.window_right);
+  AttentionParams p{};
+  p.batch = check_cu_seqlens(q, k, o);
+  p.heads = q.size(-2);
+  p.kv_heads = k.size(-2);
+  p.seqlen_q = q.size(packed ? 0 : 1);
+  p.seqlen_k = k.size(packed ? 0 : 1);
+  p.head_dim = q.size(-1);
+  p.value_dim = v.size(-1);
+  p.dtype = to_dtype(q.dtype);
+  p.map = o.kind == "softmax" ? ScoreMap::softmax : ScoreMap::sigmoid;
+  p.q = rows_of(q, packed);
+  p.k = rows_of(k, packed);
+  p.v = rows_of(v, packed);
+  if (packed) {
+    p.cu_seqlens_q = static_cast<const int32_t*>(o.cu_seqlens_q->const_data_ptr());
+    p.cu_seqlens_k = static_cast<const int32_t*>(o.cu_seqlens_k->const_data_ptr());
+  }
+  p.scale = static_cast<float>(o.scale);
+  p.softcap = static_cast<float>(o.softcap);
+  p.score_bias_value = static_cast<float>(o.score_bias_value);
+  p.score_bias_neg_log_n = o.score_bias_neg_log_n;
+  p.score_bias = per_head("score_bias", o.score_bias, q, p.batch, p.heads, p.score_bias_batch);
+  p.alibi_slopes = per_head("alibi_slopes", o.alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
+  if (o.sink) {
+    check(p.map == ScoreMap::softmax, kOp, "sink", "needs kind 'softmax', not", o.kind);
+    const View t(*o.sink);
+    const std::vector<int64_t> wanted{p.heads};
+    check(t.sizes == wanted, kOp, "sink", "must have shape " + show(wanted), t.sizes);
+    check_small("sink", t, q);
+    p.sink = t.data<float>();
+  }
+  if (o.bias) {
+    const View t(*o.bias);
+    const std::vector<int64_t> full{p.batch, p.heads,
+                                    packed ? o.max_seqlen_q.value_or(p.seqlen_q) : p.seqlen_q,
+                                    packed ? o.max_seqlen_k.value_or(p.seqlen_k) : p.seqlen_k};
+    bool ok = t.dim() == 4;
+    for (int i = 0; ok && i < 4; ++i) ok = t.size(i) == 1 || t.size(i) == full[i];
+    check(ok, kOp, "bias", "must broadcast to [B, H, Sq, Sk] = " + show(full), t.sizes);
+    check(t.dtype == q.dtype || t.dtype == ScalarType::Float, kOp, "bias",
+          "must be " + show(q.dtype) + " or float32", t.dtype);
+    check(t.last_contiguous(), kOp, "bias", "must have a contiguous last dimension; strides",
+          t.strides);
+    if (!same_device(t, q))
+      fail(kOp, "bias", "must be on the device of q, " + show_device(q), show_device(t));
+    p.bias = t.data();
+    p.bias_dtype = to_dtype(t.dtype);
+    p.bias_batch = t.step(0);
+    p.bias_head = t.step(1);
+    p.bias_q = t.step(2);
+    p.bias_k = t.step(3);
+  }
+  p.window_left = o.window_left;
+  p.window_right = o.causal ? 0 : o.window_right;
+  p.fast = o.precision == "fast";
+  return p;
+}
+
+std::vector<int64_t> lse_sizes(const AttentionParams& p) {
+  if (p.map == ScoreMap::sigmoid) return {0};
+  if (p.cu_seqlens_q) return {p.heads, p.seqlen_q};
+  return {p.batch, p.heads, p.seqlen_q};
+}
+
+float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> attention(
+    Tensor q, Tensor k, Tensor v, std::string kind, double scale, OptTensor score_bias,
+    double score_bias_value, bool score_bias_neg_log_n, OptTensor bias, OptTensor alibi_slopes,
+    OptTensor sink, double softcap, bool causal, int64_t window_left, int64_t window_right,
+    OptTensor cu_seqlens_q, OptTensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k, bool /*deterministic: always*/, std::string precision) {
+  const View qv(q), kv(k), vv(v);
+  const Options o{kind,         scale,        score_bias,   score_bias_value, score_bias_neg_log_n,
+                  bias,         alibi_slopes, sink,         softcap,          causal,
+                  window_left,  window_right, cu_seqlens_q, cu_seqlens_k,     max_seqlen_q,
+                  max_seqlen_k, precision};
+  AttentionParams p = make_params(qv, kv, vv, o);
+  std::vector<int64_t> out_sizes = qv.sizes;
+  out_sizes.back() = p.value_dim;
+  Tensor out = empty(out_sizes, q);
+  Tensor lse = empty(lse_sizes(p), q, ScalarType::Float);
+  p.out = rows_of(View(out), o.packed());
+  p.lse = p.map == ScoreMap::softmax ? float_data(lse) : nullptr;
+  if (out.numel() > 0) cpu::attention_forward(p);
+  return {out, lse};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Sums [B, H] over the batch where the argument was [H].
+Tensor fit(const Tensor& grad, const OptTensor& argument) {
+  if (!argument || argument->dim() == 2) return grad;
+  const int64_t dim = 0;
+  return torch::stable::sum(grad, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+}
+
+Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTensor lse,
+                             std::vector<bool> needs, Tensor q, Tensor k, Tensor v,
+                             std::string kind, double scale, OptTensor score_bias,
+                             double score_bias_value, bool score_bias_neg_log_n, OptTensor bias,
+                             OptTensor alibi_slopes, OptTensor sink, double softcap, bool causal,
+                             int64_t window_left, int64_t window_right, OptTensor cu_seqlens_q,
+                             OptTensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
+                             std::optional<int64_t> max_seqlen_k, bool /*deterministic: always*/,
+                             std::string precision) {
+  const View qv(q), kv(k), vv(v), dv_out(dout);
+  const Options o{kind,         scale,        score_bias,   score_bias_value, score_bias_neg_log_n,
+                  bias,         alibi_slopes, sink,         softcap,          causal,
+                  window_left,  window_right, cu_seqlens_q, cu_seqlens_k,     max_seqlen_q,
+                  max_seqlen_k, precision};
+  AttentionBackwardParams p{};
+  p.forward = make_params(qv, kv, vv, o);
+  const AttentionParams& f = p.forward;
+  const bool packed = o.packed(), softmax = f.map == ScoreMap::softmax;
+
+  std::vector<int64_t> out_sizes = qv.sizes;
+  out_sizes.back() = f.value_dim;
+  const auto check_like_out = [&](const View& t, const char* name) {
+    check(t.sizes == out_sizes, kOp, name, "must have shape " + show(out_sizes), t.sizes);
+    check(t.dtype == qv.dtype, kOp, name, "must have the dtype of q, " + show(qv.dtype), t.dtype);
+    check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
+          t.strides);
+    if (!same_device(t, qv))
+      fail(kOp, name, "must be on the device of q, " + show_device(qv), show_device(t));
+  };
+  const auto check_like_lse = [&](const Tensor& tensor, const char* name) {
+    const View t(tensor);
+    const std::vector<int64_t> wanted = lse_sizes(f);
+    check(t.sizes == wanted, kOp, name, "must have shape " + show(wanted), t.sizes);
+    check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
+          "must be float32 and contiguous", t.dtype);
+    if (!same_device(t, qv))
+      fail(kOp, name, "must be on the device of q, " + show_device(qv), show_device(t));
+  };
+  check_like_out(dv_out, "dout");
+  p.dout = rows_of(dv_out, packed);
+  if (softmax) {
+    if (!out || !lse) fail(kOp, out ? "lse" : "out", "must be given with kind 'softmax'", "None");
+    const View ov(*out);
+    check_like_out(ov, "out");
+    check_like_lse(*lse, "lse");
+    p.forward.out = rows_of(ov, packed);
+    p.forward.lse = float_data(*lse);
+    if (dlse) {
+      check_like_lse(*dlse, "dlse");
+      p.dlse = float_data(*dlse);
+    }
+  }
+  check(needs.size() == 4, kOp, "needs", "must have 4 flags (score_bias, bias, alibi_slopes, sink)",
+        static_cast<int64_t>(needs.size()));
+
+  Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
+  p.dq = rows_of(View(dq), packed);
+  p.dk = rows_of(View(dk), packed);
+  p.dv = rows_of(View(dv), packed);
+  const auto sums = [&](bool wanted) {
+    return torch::stable::new_zeros(q, std::vector<int64_t>{wanted ? f.batch : 0, f.heads},
+                                    ScalarType::Float);
+  };
+  Tensor dscore_bias = sums(needs[0] && score_bias), dalibi = sums(needs[2] && alibi_slopes);
+  Tensor dsink = sums(needs[3] && sink);
+  const bool wants_bias = needs[1] && bias;
+  Tensor dbias = torch::stable::new_zeros(
+      q, wants_bias ? View(*bias).sizes : std::vector<int64_t>{0}, ScalarType::Float);
+  if (needs[0] && score_bias) p.dscore_bias = float_data(dscore_bias);
+  if (needs[2] && alibi_slopes) p.dalibi_slopes = float_data(dalibi);
+  if (needs[3] && sink) p.dsink = float_data(dsink);
+  if (wants_bias) {
+    const View t(dbias);
+    p.dbias = float_data(dbias);
+    p.dbias_batch = t.step(0);
+    p.dbias_head = t.step(1);
+    p.dbias_q = t.step(2);
+    p.dbias_k = t.step(3);
+  }
+  if (q.numel() + k.numel() > 0) cpu::attention_backward(p);
+  const Tensor none = empty({0}, q, ScalarType::Float);
+  return {dq,
+          dk,
+          dv,
+          p.dscore_bias ? fit(dscore_bias, score_bias) : none,
+          dbias,
+          p.dalibi_slopes ? fit(dalibi, alibi_slopes) : none,
+          p.dsink ? fit(dsink, sink) : none};
+}
+
+}  // namespace
+
+TOKENMILL_IMPL(CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+}  // namespace tokenmill

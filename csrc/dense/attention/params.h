@@ -1,0 +1,55 @@
+#pragma once
+#include "core/dtype.h"
+#include "cpu/isa.h"
+
+namespace tokenmill {
+
+enum class ScoreMap : int32_t { softmax, sigmoid };
+
+// [B, S, H, D] with a contiguous last dimension, strides in elements. Packed tensors have batch =
+// 0: the sequences lie behind each other along seq.
+struct Rows {
+  void* data;
+  int64_t batch, seq, head;
+};
+
+struct AttentionParams {
+  int64_t batch, heads, kv_heads;  // batch counts sequences
+  int64_t seqlen_q, seqlen_k;      // packed: all tokens
+  int64_t head_dim, value_dim;
+  DType dtype;
+  ScoreMap map;
+  Rows q, k, v, out;
+  float* lse;  // [B, H, Sq], packed [H, Tq]; null if the map has none
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], null unless packed
+
+  float scale, softcap;
+  float score_bias_value;
+  bool score_bias_neg_log_n;
+  const float* score_bias;  // [H] or [B, H]: score_bias_batch is 0 or H
+  int64_t score_bias_batch;
+  const float* alibi_slopes;
+  int64_t alibi_batch;
+  const float* sink;  // [H]
+  const void* bias;   // [B|1, H|1, Sq|1, Sk|1], stride 0 where broadcast
+  DType bias_dtype;
+  int64_t bias_batch, bias_head, bias_q, bias_k;
+  int64_t window_left, window_right;  // -1: no limit; causal is right = 0
+  bool fast;
+};
+
+struct AttentionBackwardParams {
+  AttentionParams forward;  // out and lse as the forward left them (softmax alone)
+  Rows dout;
+  const float* dlse;  // like lse, or null
+  Rows dq, dk, dv;    // in the dtype of q
+  // Sums of dS over the pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
+  float *dscore_bias, *dalibi_slopes, *dsink;
+  float* dbias;
+  int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
+};
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(attention_forward, AttentionParams)
+TOKENMILL_CPU_KERNEL(attention_backward, AttentionBackwardParams)

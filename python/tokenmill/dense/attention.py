@@ -1,0 +1,386 @@
+"""attention: exact attention with a softmax or sigmoid score map."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..check import check_tensor, fail
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference import dense as reference
+from ..registry import OpSpec, register_op
+from .attention_cases import MALFORMED, SAMPLES
+from .attention_rules import OP, check_attention, check_attention_values
+
+Kind = Literal["softmax", "sigmoid"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: Kind = "softmax",
+    scale: float | None = None,
+    score_bias: float | Literal["neg_log_n"] | Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    precision: Literal["accurate", "fast"] = "accurate",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact attention with a softmax or sigmoid score map, without the matrix of scores in memory.
+
+    For query i and key j of one head, with :math:`r = i + S_k - S_q - j`:
+
+    .. math::
+        z_{ij} = cap(scale \; q_i \cdot k_j) + bias_{ij} - slope\,|r| + score\_bias, \qquad
+        cap(x) = softcap \tanh(x / softcap)
+
+    softmax: :math:`P_{ij} = e^{z_{ij} - lse_i}` with
+    :math:`lse_i = \log(e^{sink} + \sum_j e^{z_{ij}})`; sigmoid:
+    :math:`P_{ij} = 1 / (1 + e^{-z_{ij}})`; hidden pairs have :math:`P_{ij} = 0`; then
+    :math:`out_i = \sum_j P_{ij} v_j`.
+
+    Args:
+        q: ``[B, Sq, H, D]``, or packed ``[Tq, H, D]`` with cu_seqlens; float16, bfloat16 or float32
+            (float64 on the reference), any strides with a contiguous last dimension, D up to 256.
+        k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]`` (packed ``[Tk, Hk, ...]``); Hk divides H;
+            query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
+        kind: "softmax" or "sigmoid".
+        scale: factor of q.k; None = 1/sqrt(D).
+        score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: of each
+            sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0.
+        bias: broadcastable to ``[B, H, Sq, Sk]`` (packed: ``[B, H, max_seqlen_q, max_seqlen_k]``),
+            in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit.
+        alibi_slopes: ``[H]`` or ``[B, H]``; subtracts slope times distance.
+        sink: ``[H]``, softmax only: a learnable logit that takes weight and has no value.
+        softcap: 0 = off.
+        causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
+        window: (left, right) keys beside a query's own position; -1 = no limit.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where packed sequences begin and end;
+            cu_seqlens_k None = cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
+        return_lse: also return lse (softmax only).
+        deterministic: the same bits on every run, backward included. The cpu and triton backends
+            always are.
+        precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
+        ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, itself differentiable. A query
+        that sees no key has out 0 and lse -inf (with a sink: lse = sink). Gradients: q, k, v,
+        score_bias, bias, alibi_slopes, sink.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: 2 B H Sq Sk (D + Dv) operations over visible pairs, backward 2.5 times that; memory
+    linear in Sq and Sk.
+
+    Paper: FlashAttention-2 (Dao 2023); sigmoid: Theory, Analysis, and Best Practices for Sigmoid
+    Self-Attention (Ramapuram et al. 2024), section 2 and, for the bias -log n, section 4; sink:
+    When Attention Sink Emerges in Language Models (Gu et al. 2024).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q = torch.randn(2, 100, 8, 64)
+        >>> k = v = torch.randn(2, 100, 2, 64)
+        >>> tm.attention(q, k, v, causal=True).shape
+        torch.Size([2, 100, 8, 64])
+        >>> out, lse = tm.attention(q, k, v, window=(15, 0), return_lse=True)
+        >>> lse.shape
+        torch.Size([2, 8, 100])
+    """
+    if return_lse and kind == "sigmoid":
+        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
+    out, lse = call(
+        SPEC,
+        lower(
+            q,
+            k,
+            v,
+            kind=kind,
+            scale=scale,
+            score_bias=score_bias,
+            bias=bias,
+            alibi_slopes=alibi_slopes,
+            sink=sink,
+            softcap=softcap,
+            causal=causal,
+            window=window,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=deterministic,
+            precision=precision,
+        ),
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_bias: float | Literal["neg_log_n"] | Tensor | None = "neg_log_n",
+    **options: Any,
+) -> Tensor:
+    r"""Sigmoid attention: :func:`attention` with kind="sigmoid" and a score bias of -log n.
+
+    The default bias keeps the sum of a row of weights near 1 at initialisation, whatever the number
+    of keys: :math:`n\,\sigma(-\log n) = n / (n + 1)`.
+
+    Args:
+        q, k, v: as in :func:`attention`.
+        score_bias: as in :func:`attention`; default "neg_log_n".
+        options: every other keyword of :func:`attention` but sink and return_lse, which need a
+            normaliser.
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` in the dtype of q.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: as :func:`attention`; the backward needs neither out nor row statistics.
+
+    Paper: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (Ramapuram et al. 2024),
+    sections 2 and 4.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.randn(1, 64, 4, 32)
+        >>> tm.sigmoid_attention(x, x, torch.ones_like(x), scale=0.0)[0, 0, 0, 0]
+        tensor(0.9846)
+    """
+    return attention(q, k, v, kind="sigmoid", score_bias=score_bias, **options)  # type: ignore[return-value]
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str = "softmax",
+    scale: float | None = None,
+    score_bias: float | str | Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    precision: str = "accurate",
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(OP, name, t)
+    for name, t in (
+        ("bias", bias),
+        ("alibi_slopes", alibi_slopes),
+        ("sink", sink),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+    ):
+        check_tensor(OP, name, t, optional=True)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if not isinstance(x, int | float):
+            fail(OP, name, "must be a number", x)
+    if not (isinstance(window, tuple | list) and [type(w) for w in window] == [int, int]):
+        fail(OP, "window", "must be two ints (left, right)", window)
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not (bound is None or isinstance(bound, int | torch.SymInt)):
+            fail(OP, name, "must be an int or None", bound)
+    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
+
+    def widen(t: Tensor | None) -> Tensor | None:
+        return t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    score_bias_tensor = widen(score_bias) if isinstance(score_bias, Tensor) else None
+    neg_log_n = isinstance(score_bias, str)
+    if neg_log_n and score_bias != "neg_log_n":
+        fail(OP, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
+    constant = 0.0
+    if not (neg_log_n or score_bias is None or isinstance(score_bias, Tensor)):
+        if not isinstance(score_bias, int | float):
+            fail(OP, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
+        constant = float(score_bias)
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    if cu_seqlens_q is not None and cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    return (
+        q,
+        k,
+        v,
+        kind,
+        float(scale),
+        score_bias_tensor,
+        constant,
+        neg_log_n,
+        bias,
+        widen(alibi_slopes),
+        widen(sink),
+        float(softcap),
+        bool(causal),
+        window[0],
+        window[1],
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        bool(deterministic),
+        precision,
+    )
+
+
+SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK = 5, 8, 9, 10  # positions in the lowered list
+CU_SEQLENS_Q = 15
+
+
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
+    q, v, kind = lowered[0], lowered[2], lowered[3]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    if kind == "sigmoid":
+        lse_shape: tuple[int, ...] = (0,)
+    elif q.dim() == 3:
+        lse_shape = (q.shape[1], q.shape[0])
+    else:
+        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> tuple[Tensor, ...]:
+    def grad(t: Tensor | None, needed: bool) -> Tensor:
+        shape = t.shape if needed and t is not None else (0,)
+        return lowered[0].new_empty(shape, dtype=torch.float32)
+
+    extra = [grad(lowered[i], n) for i, n in zip(EXTRAS, needs, strict=True)]
+    return (*(t.new_empty(t.shape) for t in lowered[:3]), *extra)
+
+
+EXTRAS = (SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK)
+
+
+def _check_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> None:
+    check_attention(*lowered)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    softmax = inputs[3] == "softmax"
+    ctx.save_for_backward(
+        *(x if isinstance(x, Tensor) else None for x in inputs),
+        *(output if softmax else (None, None)),
+    )
+    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    lowered = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
+    q, v = lowered[0], lowered[2]
+    if dout is None:
+        dout = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = None if lse is None else dlse.contiguous()
+    needs = [ctx.needs_input_grad[i] for i in EXTRAS]
+    grads = ops.attention_backward(dout, dlse, out, lse, needs, *lowered)
+    result: list[Any] = [None] * len(lowered)
+    result[:3] = grads[:3]
+    for i, needed, grad in zip(EXTRAS, needs, grads[3:], strict=True):
+        if needed:
+            result[i] = grad.to(lowered[i].dtype)
+    return tuple(result)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, *lowered: Any) -> float:
+    """Operations of the two products over visible pairs, of a dense (not packed) call."""
+    causal, left, right = lowered[9:12]
+    sq, sk = q.shape[1], k.shape[1]
+    right = 0 if causal else right
+    if left < 0 and right == 0 and sq == sk:
+        pairs = sq * (sq + 1) / 2
+    else:
+        visible = reference.visible_pairs(sq, sk, left, right, torch.device("cpu"))
+        pairs = float(visible.sum()) if left >= 0 or right >= 0 else float(sq * sk)
+    return 2.0 * q.shape[0] * q.shape[2] * pairs * (q.shape[-1] + v.shape[-1])
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=check_attention,
+        check_values=check_attention_values,
+        fake=_fake,
+        triton="dense.attention:attention",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="dense.attention:attention_backward",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="dense",
+        function=attention,
+        lower=lower,
+        reference=reference.attention,
+        forward=FORWARD,
+        backward=BACKWARD,
+        samples=SAMPLES,
+        malformed=MALFORMED,
+        differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
+        paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",
+        flops=flops,
+    )
+)

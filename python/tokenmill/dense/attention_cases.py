@@ -1,0 +1,292 @@
+"""Calls of attention that every backend must answer, and calls that every backend must refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Malformed, Sample
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _qkv(
+    dtype: torch.dtype,
+    g: torch.Generator,
+    b: int = 2,
+    sq: int = 33,
+    sk: int = 33,
+    h: int = 4,
+    hk: int = 2,
+    d: int = 32,
+    dv: int = 32,
+) -> tuple[Tensor, ...]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    return draw(b, sq, h, d), draw(b, sk, hk, d), draw(b, sk, hk, dv)
+
+
+def _dense(sizes: dict[str, int], **options: Any) -> Any:
+    """Options that are callables draw a tensor from (dtype, generator)."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
+        return _qkv(dtype, g, **sizes), drawn
+
+    return make
+
+
+def _packed(lengths_q: list[int], lengths_k: list[int], **options: Any) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        q, k, v = _qkv(dtype, g, b=1, sq=sum(lengths_q), sk=sum(lengths_k), d=24, dv=40)
+        cu_q, cu_k = (
+            torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            for lengths in (lengths_q, lengths_k)
+        )
+        drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
+        return (q[0], k[0], v[0]), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **drawn}
+
+    return make
+
+
+def _draw(*shape: int, positive: bool = False) -> Any:
+    def draw(dtype: torch.dtype, g: torch.Generator) -> Tensor:
+        x = torch.randn(shape, generator=g)
+        return (x.abs() if positive else x).to(dtype)
+
+    return draw
+
+
+SAMPLES = (
+    Sample("softmax", _dense({})),
+    Sample("causal, more keys", _dense({"sq": 17, "sk": 65, "d": 64, "dv": 48}, causal=True)),
+    Sample("causal, more queries", _dense({"sq": 40, "sk": 9}, causal=True)),
+    Sample("window", _dense({"sq": 50, "sk": 50, "hk": 4}, window=(7, 3))),
+    Sample("sink, softcap", _dense({"hk": 1}, sink=_draw(4), softcap=5.0, window=(4, 0))),
+    Sample(
+        "every term",
+        _dense(
+            {"d": 20, "dv": 12},
+            bias=_draw(2, 1, 33, 33),
+            alibi_slopes=_draw(4, positive=True),
+            score_bias=_draw(2, 4),
+            softcap=3.0,
+            causal=True,
+        ),
+    ),
+    Sample("packed", _packed([5, 0, 29, 1], [7, 3, 29, 0], causal=True)),
+    Sample("no keys", _dense({"sk": 0})),
+    Sample("no queries", _dense({"sq": 0})),
+    Sample("sigmoid", _dense({"sk": 40}, kind="sigmoid", score_bias="neg_log_n")),
+    Sample("sigmoid causal", _dense({"hk": 4}, kind="sigmoid", score_bias=-2.0, causal=True)),
+    Sample(
+        "sigmoid, every term",
+        _dense(
+            {"d": 18, "dv": 33},
+            kind="sigmoid",
+            score_bias=_draw(4),
+            bias=_draw(1, 4, 33, 33),
+            alibi_slopes=_draw(2, 4, positive=True),
+            softcap=4.0,
+            window=(9, 9),
+        ),
+    ),
+    Sample(
+        "sigmoid packed",
+        _packed([12, 3], [20, 31], kind="sigmoid", score_bias="neg_log_n", window=(8, 2)),
+    ),
+    Sample("sigmoid row bias", _dense({}, kind="sigmoid", bias=_draw(1, 4, 33, 1))),
+    Sample("key bias", _dense({}, bias=_draw(2, 1, 1, 33))),
+)
+
+
+def _set(index: int, change: Any) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[index] = change(args[index])
+
+    return edit
+
+
+def _with(**options: Any) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        kwargs.update(options)
+
+    return edit
+
+
+def _pack(**changes: Any) -> Any:
+    """The first sample as two packed sequences of 33 tokens, with changes."""
+
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[:] = [a.flatten(0, 1) for a in args]
+        cu = torch.tensor([0, 33, 66], dtype=torch.int32)
+        kwargs.update({"cu_seqlens_q": cu, "cu_seqlens_k": cu, **changes})
+
+    return edit
+
+
+def _cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(ends, dtype=dtype)
+
+
+# Edits of the first sample: q [2, 33, 4, 32], k and v [2, 33, 2, 32].
+MALFORMED = (
+    Malformed("rank", "q: must have 4 dimensions [B, S, H, D]; got 3", _set(0, lambda q: q[0])),
+    Malformed(
+        "k rank", "k: must have 4 dimensions [B, S, H, D]; got 5", _set(1, lambda k: k[None])
+    ),
+    Malformed(
+        "dtype",
+        "q: must be float16, bfloat16 or float32; got int64",
+        _set(0, lambda q: q.long()),
+    ),
+    Malformed(
+        "dtype mix",
+        "k: must have the dtype of q, float32; got float16",
+        _set(1, lambda k: k.half()),
+    ),
+    Malformed(
+        "device mix",
+        "v: must be on the device of q, cpu; got meta",
+        _set(2, lambda v: v.to("meta")),
+    ),
+    Malformed(
+        "layout",
+        "k: must have a contiguous last dimension; strides; got [2112, 64, 32, 2]",
+        _set(
+            1,
+            lambda k: (
+                k.repeat_interleave(2, -1)[..., ::2]
+                .clone()
+                .as_strided((2, 33, 2, 16), (2112, 64, 32, 2))
+            ),
+        ),
+    ),
+    Malformed(
+        "head dimension",
+        "q: must have a head dimension of 1 to 256; got 257",
+        lambda a, k: a.__setitem__(slice(None), [torch.zeros(1, 2, 4, 257)] * 3),
+    ),
+    Malformed(
+        "head dimensions differ",
+        "k: must have the head dimension of q, 32; got 16",
+        _set(1, lambda k: k[..., :16]),
+    ),
+    Malformed("batch", "k: must have the batch size of q, 2; got 1", _set(1, lambda k: k[:1])),
+    Malformed(
+        "v shape",
+        "v: must have the shape of k up to the head dimension, [2, 33, 2, 32]; got [2, 32, 2, 32]",
+        _set(2, lambda v: v[:, 1:]),
+    ),
+    Malformed(
+        "GQA ratio",
+        "k: number of heads must divide that of q, 4 (GQA); got 3",
+        lambda a, k: a.__setitem__(slice(1, 3), [torch.zeros(2, 33, 3, 32)] * 2),
+    ),
+    Malformed("kind", "kind: must be 'softmax' or 'sigmoid'; got 'relu'", _with(kind="relu")),
+    Malformed(
+        "precision", "precision: must be 'accurate' or 'fast'; got 'fp8'", _with(precision="fp8")
+    ),
+    Malformed("scale", "scale: must be finite; got nan", _with(scale=float("nan"))),
+    Malformed(
+        "scale tensor",
+        "scale: must be a number; got a tensor of shape []",
+        _with(scale=torch.ones(())),
+    ),
+    Malformed(
+        "softcap", "softcap: must be finite and not negative (0 = off); got -1", _with(softcap=-1.0)
+    ),
+    Malformed(
+        "window", "window: left must be >= -1 (-1 = no limit); got -2", _with(window=(-2, 0))
+    ),
+    Malformed("window type", "window: must be two ints (left, right); got 4", _with(window=4)),
+    Malformed(
+        "score_bias word",
+        "score_bias: must be a number, 'neg_log_n' or a tensor; got 'log_n'",
+        _with(score_bias="log_n"),
+    ),
+    Malformed(
+        "score_bias shape",
+        "score_bias: must have shape [4] or [2, 4]; got [3]",
+        _with(score_bias=torch.zeros(3)),
+    ),
+    Malformed(
+        "alibi_slopes dtype",
+        "alibi_slopes: must be float32; got int64",
+        _with(alibi_slopes=torch.zeros(4, dtype=torch.int64)),
+    ),
+    Malformed(
+        "sink of sigmoid",
+        "sink: needs kind 'softmax', not; got 'sigmoid'",
+        _with(sink=torch.zeros(4), kind="sigmoid"),
+    ),
+    Malformed("sink shape", "sink: must have shape [4]; got [1]", _with(sink=torch.zeros(1))),
+    Malformed(
+        "bias shape",
+        "bias: must broadcast to [B, H, Sq, Sk] = [2, 4, 33, 33]; got [1, 1, 33, 32]",
+        _with(bias=torch.zeros(33, 32)),
+    ),
+    Malformed(
+        "bias dtype",
+        "bias: must be float32 or float32; got bool",
+        _with(bias=torch.zeros(33, 33, dtype=torch.bool)),
+    ),
+    Malformed(
+        "max_seqlen alone", "max_seqlen_q: goes with cu_seqlens alone; got 5", _with(max_seqlen_q=5)
+    ),
+    Malformed(
+        "packed rank",
+        "q: must have 3 dimensions [T, H, D] (packed); got 4",
+        _with(cu_seqlens_q=_cu(0, 33)),
+    ),
+    Malformed(
+        "cu_seqlens alone",
+        "cu_seqlens_q: must be given with its counterpart; got None",
+        _pack(cu_seqlens_q=None),
+    ),
+    Malformed(
+        "cu_seqlens dtype",
+        "cu_seqlens_q: must be int32; got int64",
+        _pack(cu_seqlens_q=_cu(0, 66, dtype=torch.int64)),
+    ),
+    Malformed(
+        "cu_seqlens shape",
+        "cu_seqlens_k: must have 1 dimension of at least 1 element; got [0]",
+        _pack(cu_seqlens_k=_cu()),
+    ),
+    Malformed(
+        "cu_seqlens lengths",
+        "cu_seqlens_k: must have the length of cu_seqlens_q, 3; got 2",
+        _pack(cu_seqlens_k=_cu(0, 66)),
+    ),
+    Malformed(
+        "max_seqlen negative", "max_seqlen_k: must not be negative; got -1", _pack(max_seqlen_k=-1)
+    ),
+    Malformed(
+        "cu_seqlens start",
+        "cu_seqlens_q: must start at 0; got 1",
+        _pack(cu_seqlens_q=_cu(1, 33, 66)),
+        values=True,
+    ),
+    Malformed(
+        "cu_seqlens order",
+        "cu_seqlens_q: must not decrease; got [0, 70, 66]",
+        _pack(cu_seqlens_q=_cu(0, 70, 66)),
+        values=True,
+    ),
+    Malformed(
+        "cu_seqlens end",
+        "cu_seqlens_k: must end at the number of tokens, 66; got 65",
+        _pack(cu_seqlens_k=_cu(0, 33, 65)),
+        values=True,
+    ),
+    Malformed(
+        "max_seqlen short",
+        "max_seqlen_q: must be at least the longest sequence, 33; got 32",
+        _pack(max_seqlen_q=32),
+        values=True,
+    ),
+)
