@@ -23,7 +23,9 @@ struct View {
   int64_t size(int64_t i) const { return sizes[i < 0 ? i + dim() : i]; }
   // The stride to step by, 0 where the dimension is broadcast.
   int64_t step(int64_t i) const { return size(i) == 1 ? 0 : strides[i < 0 ? i + dim() : i]; }
-  bool last_contiguous() const { return dim() == 0 || size(-1) <= 1 || strides.back() == 1; }
+  bool last_contiguous() const {
+    return dim() == 0 || size(-1) <= 1 || strides.back() == 1 || tensor.numel() == 0;
+  }
   template <typename T = void>
   const T* data() const {
     return static_cast<const T*>(tensor.const_data_ptr());

@@ -48,7 +48,7 @@ def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) 
 
 
 def check_last_contiguous(op: str, argument: str, t: torch.Tensor) -> None:
-    ok = t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
+    ok = t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1 or t.numel() == 0
     check(ok, op, argument, "must have a contiguous last dimension; strides", t.stride())
 
 

@@ -150,7 +150,13 @@ def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
 
 
 def backends() -> dict[str, str]:
-    """Each backend with "available" or the reason why this machine does not have it."""
+    """Each backend with "available" or the reason why this machine does not have it.
+
+    Example:
+        >>> import tokenmill as tm
+        >>> tm.backends()["reference"]
+        'available'
+    """
     cuda = torch.cuda.is_available()
     built = any(key == "CUDA" for _, key in library._native_keys)
     triton = library.triton_installed()

@@ -37,7 +37,8 @@ class OpSpec:
     lower takes the arguments of the public function and returns the lowered list: the arguments of
     the schema, shared in one order by reference, C++ params and Triton launcher.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
-    every operator.
+    every operator. plain is what PyTorch code without care for precision would do in the dtype of
+    the inputs: the yardstick of the error budget.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OpSpec:
     function: Callable[..., Any]
     lower: Callable[..., tuple[Any, ...]]
     reference: Callable[..., tuple[Any, ...]]
+    plain: Callable[..., tuple[Any, ...]]
     forward: TorchOp
     backward: TorchOp | None
     samples: tuple[Sample, ...]

@@ -9,37 +9,71 @@ plain PyTorch makes in the same dtype, plus a floor that covers the rounding of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import library, registry
+from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-# In units of the largest magnitude of the result: one rounding of an output element in 16 bits; in
-# float32 the few roundings of exponent and reciprocal that plain PyTorch also has, by luck or not.
-FLOOR = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6, torch.float64: 1e-14}
+# In units of the largest magnitude of the result: what a kernel rounds and plain PyTorch, by luck,
+# may not. Results: the output element (16 bits), a few roundings of exponent and reciprocal
+# (float32). Gradients: one rounding more, of the weights (16 bits) or of the log-sum-exp from which
+# they are computed again (float32).
+FORWARD_FLOOR = {
+    torch.float16: 2**-11,
+    torch.bfloat16: 2**-8,
+    torch.float32: 1e-6,
+    torch.float64: 1e-14,
+}
+GRADIENT_FLOOR = {
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+    torch.float32: 3e-6,
+    torch.float64: 3e-14,
+}
 
 
-def error(actual: Tensor, oracle: Tensor) -> float:
-    """Largest absolute difference, relative to the largest finite magnitude of the oracle. Infinite
-    where one has NaN or an infinity that the other has not."""
+def magnitude(x: Tensor) -> float:
+    """The largest finite absolute value, 0 if there is none."""
+    finite = x[torch.isfinite(x)]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def error(actual: Tensor, oracle: Tensor, scale: float | None = None) -> float:
+    """Largest absolute difference in units of scale, by default the magnitude of the oracle.
+    Infinite where one has NaN or an infinity that the other has not."""
     a, o = actual.double(), oracle.double()
     if a.shape != o.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(o.shape)}")
-    if not a.numel():
-        return 0.0
     finite = torch.isfinite(o)
     same = torch.where(torch.isnan(o), torch.isnan(a), a == o)
     if not bool((finite | same).all()) or not bool(torch.isfinite(a[finite]).all()):
         return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    scale = o[finite].abs().max().item()
-    worst = (a[finite] - o[finite]).abs().max().item()
-    return worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
+    worst = magnitude((a - o)[finite])
+    scale = magnitude(o) if scale is None else scale
+    return 0.0 if worst == 0 else worst / scale if scale > 0 else float("inf")
+
+
+def budget(
+    plain: Tensor,
+    oracle: Tensor,
+    dtype: torch.dtype,
+    *,
+    gradient: bool = False,
+    scale: float | None = None,
+) -> float:
+    """The error that a kernel may make on inputs of `dtype` where plain PyTorch returns `plain`."""
+    if gradient:
+        return GRADIENT_FACTOR * error(plain, oracle, scale) + GRADIENT_FLOOR[dtype]
+    return FORWARD_FACTOR * error(plain, oracle, scale) + FORWARD_FLOOR[dtype]
 
 
 def assert_accurate(
@@ -47,7 +81,7 @@ def assert_accurate(
     oracle: Tensor,
     plain: Tensor,
     *,
-    factor: float = FORWARD_FACTOR,
+    gradient: bool = False,
     name: str = "result",
 ) -> None:
     """Raises unless actual keeps the error budget.
@@ -56,7 +90,7 @@ def assert_accurate(
         actual: what the kernel returned.
         oracle: the float64 reference.
         plain: what plain PyTorch returns in the dtype of actual.
-        factor: 2 for results, 3 for gradients.
+        gradient: gradients have a wider budget (3 times plain PyTorch) than results (2 times).
         name: names the tensor in the message.
 
     Example:
@@ -64,23 +98,120 @@ def assert_accurate(
         >>> x = torch.randn(8, 8)
         >>> tm.testing.assert_accurate(x @ x, x.double() @ x.double(), x @ x)
     """
-    measured, allowed = error(actual, oracle), factor * error(plain, oracle) + FLOOR[actual.dtype]
+    measured = error(actual, oracle)
+    allowed = budget(plain, oracle, actual.dtype, gradient=gradient)
     if not measured <= allowed:
         raise AssertionError(
             f"{name}: relative error {measured:.3g} exceeds the budget {allowed:.3g} "
-            f"({factor:g} x plain PyTorch + floor, {str(actual.dtype)[6:]})"
+            f"({str(actual.dtype)[6:]})"
         )
 
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors (also inside tuples) in another dtype, everything else as it is."""
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if _is_float(value):
         return value.detach().to(dtype).requires_grad_(value.requires_grad)
     if isinstance(value, tuple | list):
         return type(value)(convert(v, dtype) for v in value)
     if isinstance(value, dict):
         return {k: convert(v, dtype) for k, v in value.items()}
     return value
+
+
+def evaluate(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    cotangents: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a call (without those that it does not have) and, given cotangents, the gradients
+    of all its floating-point tensors, in the order of the call."""
+    leaves: list[Tensor] = []
+
+    def leaf(x: Any) -> Any:
+        if cotangents is None or not _is_float(x):
+            return x
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
+    result = function(*[leaf(a) for a in args], **{k: leaf(v) for k, v in kwargs.items()})
+    results = (result,) if isinstance(result, Tensor) else result
+    outputs = [r for r in results if r.shape != (0,)]
+    if cotangents is None:
+        return outputs, []
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    grads = torch.autograd.grad(
+        [o for o, _ in pairs], leaves, [c.to(o) for o, c in pairs], allow_unused=True
+    )
+    filled = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+    return [o.detach() for o in outputs], filled
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor of one call against its error budget."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+
+def compare(
+    spec: OpSpec,
+    sample: Sample,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[Comparison]:
+    """Outputs and gradients of one sample on one backend, each against its error budget.
+
+    Errors are in units of the largest magnitude of a tensor over a few draws of the sample: one
+    draw of a small tensor may cancel to nearly nothing.
+    """
+    oracle = functools.partial(spec.function, backend="reference")
+
+    def draw(seed: int) -> tuple[Any, Any, list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        args, kwargs = sample.make(dtype, generator)
+        shapes = [o.shape for o in evaluate(oracle, args, kwargs)[0]]
+        cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
+        wide_args, wide_kwargs = convert(args, torch.float64), convert(kwargs, torch.float64)
+        wide = evaluate(oracle, wide_args, wide_kwargs, cotangents)
+        return args, kwargs, cotangents, [*wide[0], *wide[1]]
+
+    args, kwargs, cotangents, wide = draw(seed)
+    draws = [wide] + [draw(seed + i)[3] for i in range(1, 4)]
+    scales = [max(map(magnitude, tensors)) for tensors in zip(*draws, strict=True)]
+
+    def careless(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return spec.plain(*spec.lower(*args, **kwargs))[: len(cotangents)]
+
+    plain = evaluate(careless, args, kwargs, cotangents)
+    there = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    actual = evaluate(functools.partial(spec.function, backend=backend), there, options, cotangents)
+
+    given = [*zip(inspect.signature(spec.function).parameters, args, strict=False), *kwargs.items()]
+    names = [f"output {i}" for i in range(len(cotangents))]
+    names += [f"gradient of {name}" for name, value in given if _is_float(value)]
+    result = []
+    for name, a, w, p, scale in zip(
+        names, chain(*actual), wide, chain(*plain), scales, strict=True
+    ):
+        gradient = name.startswith("gradient")
+        allowed = budget(p, w, dtype, gradient=gradient, scale=scale)
+        result.append(Comparison(name, error(a.cpu(), w, scale), allowed))
+    return result
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 @contextlib.contextmanager

@@ -242,8 +242,8 @@ std::tuple<Tensor, Tensor> attention(
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Sums [B, H] over the batch where the argument was [H].
-Tensor fit(const Tensor& grad, const OptTensor& argument) {
-  if (!argument || argument->dim() == 2) return grad;
+Tensor fit(const Tensor& grad, const Tensor& argument) {
+  if (argument.dim() == 2) return grad;
   const int64_t dim = 0;
   return torch::stable::sum(grad, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
 }
@@ -307,18 +307,19 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   p.dq = rows_of(View(dq), packed);
   p.dk = rows_of(View(dk), packed);
   p.dv = rows_of(View(dv), packed);
-  const auto sums = [&](bool wanted) {
-    return torch::stable::new_zeros(q, std::vector<int64_t>{wanted ? f.batch : 0, f.heads},
-                                    ScalarType::Float);
+  const bool wants_score_bias = needs[0] && score_bias, wants_bias = needs[1] && bias;
+  const bool wants_alibi = needs[2] && alibi_slopes, wants_sink = needs[3] && sink;
+  const auto zeros = [&](bool wanted, std::vector<int64_t> sizes) {
+    if (!wanted) sizes = {0};
+    return torch::stable::new_zeros(q, sizes, ScalarType::Float);
   };
-  Tensor dscore_bias = sums(needs[0] && score_bias), dalibi = sums(needs[2] && alibi_slopes);
-  Tensor dsink = sums(needs[3] && sink);
-  const bool wants_bias = needs[1] && bias;
-  Tensor dbias = torch::stable::new_zeros(
-      q, wants_bias ? View(*bias).sizes : std::vector<int64_t>{0}, ScalarType::Float);
-  if (needs[0] && score_bias) p.dscore_bias = float_data(dscore_bias);
-  if (needs[2] && alibi_slopes) p.dalibi_slopes = float_data(dalibi);
-  if (needs[3] && sink) p.dsink = float_data(dsink);
+  Tensor dscore_bias = zeros(wants_score_bias, {f.batch, f.heads});
+  Tensor dalibi = zeros(wants_alibi, {f.batch, f.heads});
+  Tensor dsink = zeros(wants_sink, {f.batch, f.heads});
+  Tensor dbias = zeros(wants_bias, wants_bias ? View(*bias).sizes : std::vector<int64_t>{});
+  if (wants_score_bias) p.dscore_bias = float_data(dscore_bias);
+  if (wants_alibi) p.dalibi_slopes = float_data(dalibi);
+  if (wants_sink) p.dsink = float_data(dsink);
   if (wants_bias) {
     const View t(dbias);
     p.dbias = float_data(dbias);
@@ -328,14 +329,13 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
     p.dbias_k = t.step(3);
   }
   if (q.numel() + k.numel() > 0) cpu::attention_backward(p);
-  const Tensor none = empty({0}, q, ScalarType::Float);
   return {dq,
           dk,
           dv,
-          p.dscore_bias ? fit(dscore_bias, score_bias) : none,
+          wants_score_bias ? fit(dscore_bias, *score_bias) : dscore_bias,
           dbias,
-          p.dalibi_slopes ? fit(dalibi, alibi_slopes) : none,
-          p.dsink ? fit(dsink, sink) : none};
+          wants_alibi ? fit(dalibi, *alibi_slopes) : dalibi,
+          wants_sink ? fit(dsink, *sink) : dsink};
 }
 
 }  // namespace

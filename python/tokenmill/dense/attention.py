@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -106,8 +107,6 @@ def attention(
         >>> lse.shape
         torch.Size([2, 8, 100])
     """
-    if return_lse and kind == "sigmoid":
-        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     out, lse = call(
         SPEC,
         lower(
@@ -127,6 +126,7 @@ def attention(
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
+            return_lse=return_lse,
             deterministic=deterministic,
             precision=precision,
         ),
@@ -198,14 +198,16 @@ def lower(
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
-    for name, t in (
+    for name, option in (
         ("bias", bias),
         ("alibi_slopes", alibi_slopes),
         ("sink", sink),
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
     ):
-        check_tensor(OP, name, t, optional=True)
+        check_tensor(OP, name, option, optional=True)
+    if return_lse and kind == "sigmoid":
+        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     if scale is None:
         scale = 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
     for name, x in (("scale", scale), ("softcap", softcap)):
@@ -375,6 +377,7 @@ SPEC = register_op(
         function=attention,
         lower=lower,
         reference=reference.attention,
+        plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
         samples=SAMPLES,

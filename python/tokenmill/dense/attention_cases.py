@@ -29,12 +29,15 @@ def _qkv(
     return draw(b, sq, h, d), draw(b, sk, hk, d), draw(b, sk, hk, dv)
 
 
-def _dense(sizes: dict[str, int], **options: Any) -> Any:
+def _options(options: dict[str, Any], dtype: torch.dtype, g: torch.Generator) -> dict[str, Any]:
     """Options that are callables draw a tensor from (dtype, generator)."""
+    drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
+    return drawn if "kind" in drawn else drawn | {"return_lse": True}
 
+
+def _dense(sizes: dict[str, int], **options: Any) -> Any:
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
-        drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
-        return _qkv(dtype, g, **sizes), drawn
+        return _qkv(dtype, g, **sizes), _options(options, dtype, g)
 
     return make
 
@@ -46,8 +49,8 @@ def _packed(lengths_q: list[int], lengths_k: list[int], **options: Any) -> Any:
             torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             for lengths in (lengths_q, lengths_k)
         )
-        drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
-        return (q[0], k[0], v[0]), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, **drawn}
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+        return (q[0], k[0], v[0]), lengths | _options(options, dtype, g)
 
     return make
 
@@ -186,9 +189,18 @@ MALFORMED = (
         "k: number of heads must divide that of q, 4 (GQA); got 3",
         lambda a, k: a.__setitem__(slice(1, 3), [torch.zeros(2, 33, 3, 32)] * 2),
     ),
-    Malformed("kind", "kind: must be 'softmax' or 'sigmoid'; got 'relu'", _with(kind="relu")),
+    Malformed(
+        "kind",
+        "kind: must be 'softmax' or 'sigmoid'; got 'relu'",
+        _with(kind="relu", return_lse=False),
+    ),
     Malformed(
         "precision", "precision: must be 'accurate' or 'fast'; got 'fp8'", _with(precision="fp8")
+    ),
+    Malformed(
+        "lse of sigmoid",
+        "return_lse: needs a kind with a normaliser (softmax), not; got 'sigmoid'",
+        _with(kind="sigmoid"),
     ),
     Malformed("scale", "scale: must be finite; got nan", _with(scale=float("nan"))),
     Malformed(
@@ -221,7 +233,7 @@ MALFORMED = (
     Malformed(
         "sink of sigmoid",
         "sink: needs kind 'softmax', not; got 'sigmoid'",
-        _with(sink=torch.zeros(4), kind="sigmoid"),
+        _with(sink=torch.zeros(4), kind="sigmoid", return_lse=False),
     ),
     Malformed("sink shape", "sink: must have shape [4]; got [1]", _with(sink=torch.zeros(1))),
     Malformed(

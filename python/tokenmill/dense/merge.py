@@ -56,7 +56,8 @@ def merge_attention_states(
         >>> torch.allclose(out, tm.attention(q, k, v), atol=1e-5)
         True
     """
-    return call(SPEC, lower(outs, lses), backend)  # type: ignore[return-value]
+    out, lse = call(SPEC, lower(outs, lses), backend)
+    return out, lse
 
 
 def lower(outs: Tensor, lses: Tensor | None = None) -> tuple[Any, ...]:
@@ -166,6 +167,7 @@ SPEC = register_op(
         function=merge_attention_states,
         lower=lower,
         reference=reference.merge_attention_states,
+        plain=reference.merge_attention_states,
         forward=FORWARD,
         backward=BACKWARD,
         samples=(

@@ -149,7 +149,11 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
     pivot = torch.cat([z, extra], -1).detach().amax(-1, keepdim=True)
     pivot = torch.where(pivot == NEG_INF, 0.0, pivot)
     e = torch.exp(z - pivot)
-    total = e.sum(-1, keepdim=True) + torch.exp(extra - pivot)
+    # A sink of +inf takes everything; inf - inf must not be formed.
+    everything = extra == math.inf
+    relative = torch.where(everything, 0.0, extra) - torch.where(pivot == math.inf, 0.0, pivot)
+    sink_weight = torch.where(everything, 1.0, torch.exp(relative))
+    total = e.sum(-1, keepdim=True) + sink_weight
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, NEG_INF, pivot + torch.log(total))
