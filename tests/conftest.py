@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import HealthCheck, settings
+
+import tokenmill as tm
+
+settings.register_profile(
+    "tokenmill",
+    deadline=None,
+    print_blob=True,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tokenmill")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backends() -> list[str]:
+    """The kernels that this machine can run: every backend but the reference."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names.append("cuda")
+    if tm.library.triton_installed():
+        names.append("triton")
+    return names
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend in ("cpu", "reference") else DEVICE
+
+
+def cpu_variants() -> list[tuple[str, str | None]]:
+    """(backend, instruction set) for every kernel; None where there is no choice of set."""
+    others: list[tuple[str, str | None]] = [(b, None) for b in backends() if b != "cpu"]
+    return [("cpu", isa) for isa in tm.testing.cpu_isas()] + others
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty holds NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def isa(request):
+    """Indirect parameter: the instruction set to run, or None."""
+    if request.param is None:
+        yield None
+        return
+    with tm.testing.cpu_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

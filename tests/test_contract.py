@@ -1,0 +1,341 @@
+"""What every operator owes on every backend, from the registry alone."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import inspect
+import re
+
+import pytest
+import torch
+from conftest import backends, cpu_variants, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenmill as tm
+from tokenmill import library, registry
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SAMPLES = [(spec, sample) for spec in registry.ops().values() for sample in spec.samples]
+SPECS = list(registry.ops().values())
+MALFORMED = [(spec, bad) for spec in SPECS for bad in spec.malformed]
+
+each_sample = pytest.mark.parametrize(
+    ("spec", "sample"), SAMPLES, ids=[f"{spec.name}-{sample.name}" for spec, sample in SAMPLES]
+)
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+
+
+def draw(sample, dtype=torch.float32, seed=0):
+    return sample.make(dtype, torch.Generator().manual_seed(seed))
+
+
+def map_tensors(value, change):
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    return value
+
+
+def outputs(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
+
+
+def same_bits(a, b):
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_sample
+def test_results_and_gradients_keep_the_error_budget(spec, sample, dtype, backend, isa):
+    found = tm.testing.compare(spec, sample, backend, dtype, device=device_of(backend))
+    assert found
+    assert not [c for c in found if not c.ok]
+
+
+@each_sample
+def test_reference_gradcheck(spec, sample):
+    args, kwargs = tm.testing.convert(draw(sample), torch.float64)
+    shrunk = map_tensors((args, kwargs), lambda t: t)
+    leaves = []
+
+    def leaf(t):
+        if t.is_floating_point():
+            leaves.append(t.requires_grad_())
+        return t
+
+    args, kwargs = map_tensors(shrunk, leaf)
+
+    def run(*_):
+        result = outputs(spec.function(*args, backend="reference", **kwargs))
+        # A log-sum-exp of nothing is -inf for every input near by.
+        return tuple(torch.where(torch.isinf(r), 0.0, r) for r in result)
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", [*backends(), "reference"])
+@each_sample
+def test_strides_and_inputs_are_respected(spec, sample, backend):
+    args, kwargs = draw(sample)
+    device = device_of(backend)
+    args, kwargs = map_tensors((args, kwargs), lambda t: t.to(device))
+    before = copy.deepcopy((args, kwargs))
+    result = outputs(spec.function(*args, backend=backend, **kwargs))
+    for old, new in zip(tensors(before), tensors((args, kwargs)), strict=True):
+        assert torch.equal(old.nan_to_num(), new.nan_to_num())
+    for r in result:
+        assert all(r.data_ptr() != t.data_ptr() for t in tensors((args, kwargs)) if t.numel())
+
+    def scatter(t):  # same values, every stride but the last one odd
+        if t.dim() < 2:
+            return t
+        wide = t.new_zeros(*(2 * n + 1 for n in t.shape[:-1]), t.shape[-1] + 3)
+        view = wide[tuple(slice(1, 2 * n, 2) for n in t.shape[:-1])][..., 2 : 2 + t.shape[-1]]
+        view.copy_(t)
+        return view
+
+    spread_args, spread_kwargs = map_tensors((args, kwargs), scatter)
+    spread = outputs(spec.function(*spread_args, backend=backend, **spread_kwargs))
+    if backend == "reference":  # BLAS sums in another order at other strides
+        for r, s in zip(result, spread, strict=True):
+            torch.testing.assert_close(r, s)
+    else:
+        assert same_bits(result, spread)
+
+
+def tensors(tree):
+    found = []
+    map_tensors(tree, lambda t: found.append(t) or t)
+    return found
+
+
+@pytest.mark.parametrize("backend", backends())
+@each_sample
+def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
+    args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
+    cotangents = [torch.ones_like(o) for o in outputs(spec.function(*args, **kwargs))]
+
+    def run():
+        found = tm.testing.evaluate(
+            lambda *a, **k: spec.function(*a, backend=backend, **k), args, kwargs, cotangents
+        )
+        return [*found[0], *found[1]]
+
+    cotangents = [c for c in cotangents if c.shape != (0,)]
+    threads(1)
+    first = run()
+    for count in (1, 2, 5):
+        threads(count)
+        assert same_bits(first, run())
+
+
+@pytest.mark.parametrize("namespace", [library.NAMESPACE, library.TRITON_NAMESPACE])
+@each_sample
+def test_opcheck(spec, sample, namespace):
+    if namespace == library.TRITON_NAMESPACE and "triton" not in backends():
+        pytest.skip("Triton is not installed")
+    args, kwargs = draw(sample)
+    lowered = spec.lower(*args, **kwargs)
+    lowered = [
+        t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in lowered
+    ]
+    op = spec.forward.overload(namespace)
+    torch.library.opcheck(op, tuple(lowered), raise_exception=True)
+
+
+@pytest.mark.parametrize("backend", backends())
+@each_sample
+def test_compiles_as_one_graph(spec, sample, backend):
+    args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *a, **k: spec.function(*a, backend=backend, **k),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    want = outputs(spec.function(*args, backend=backend, **kwargs))
+    assert same_bits(want, outputs(compiled(*args, **kwargs)))
+
+
+@each_spec
+def test_exports(spec):
+    for sample in spec.samples[:2]:
+        args, kwargs = draw(sample)
+
+        class Module(torch.nn.Module):
+            def forward(self, *args, **kwargs):
+                return spec.function(*args, **kwargs)
+
+        exported = torch.export.export(Module(), args, kwargs)
+        targets = [str(n.target) for n in exported.graph.nodes]
+        assert any(t.startswith(f"{library.NAMESPACE}.{spec.name}") for t in targets)
+        want = outputs(spec.function(*args, **kwargs))
+        assert same_bits(want, outputs(exported.module()(*args, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"), MALFORMED, ids=[f"{spec.name}-{bad.name}" for spec, bad in MALFORMED]
+)
+def test_bad_input_is_refused_in_the_same_words_everywhere(spec, bad):
+    args, kwargs = draw(spec.samples[0])
+    args = list(args)
+    bad.change(args, kwargs)
+    said = {}
+    for backend in ("reference", *backends()):
+        if bad.values and backend in ("cuda", "triton"):
+            continue  # values never cost these backends a synchronisation
+        device = device_of(backend)
+        moved = [a.to(device) if isinstance(a, torch.Tensor) and not a.is_meta else a for a in args]
+        with pytest.raises(RuntimeError) as info:
+            spec.function(*moved, backend=backend, **kwargs)
+        said[backend] = str(info.value)
+    assert len(set(said.values())) == 1, said
+    message = said["reference"]
+    assert message.startswith(f"tokenmill.{spec.name}: {bad.error}")
+    assert re.fullmatch(r"tokenmill\.\w+: \w+: .*; got .*", message)
+    explained = tm.explain(spec.name, *args, **kwargs)
+    assert bad.values or (explained.backend is None and explained.error == message)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [m for m in MALFORMED if m[1].values],
+    ids=[f"{spec.name}-{bad.name}" for spec, bad in MALFORMED if bad.values],
+)
+def test_bad_values_stay_in_bounds_and_are_refused_on_request(spec, bad, backend, monkeypatch):
+    args, kwargs = draw(spec.samples[0])
+    args = list(args)
+    bad.change(args, kwargs)
+    args, kwargs = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
+    spec.function(*args, backend=backend, **kwargs)
+    monkeypatch.setenv("TOKENMILL_CHECK", "1")
+    with pytest.raises(RuntimeError, match=re.escape(bad.error)):
+        spec.function(*args, backend=backend, **kwargs)
+
+
+HOSTILE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.sampled_from([2**40, float("nan"), float("inf"), "nonsense", (), [], object()]),
+    st.builds(
+        lambda shape, dtype: torch.zeros(shape).to(dtype),
+        st.lists(st.sampled_from([0, 1, 2, 3, 33]), max_size=5),
+        st.sampled_from([torch.float32, torch.float16, torch.int32, torch.int64, torch.bool]),
+    ),
+)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@each_spec
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_argument_crashes_the_process(spec, backend, data):
+    """Whatever is passed, the call returns or raises."""
+    sample = data.draw(st.sampled_from(spec.samples))
+    args, kwargs = draw(sample)
+    args = list(args)
+    names = list(inspect.signature(spec.function).parameters)
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(names))
+        value = data.draw(HOSTILE)
+        if name in names[: len(args)]:
+            args[names.index(name)] = value
+        elif name != "backend":
+            kwargs[name] = value
+    try:
+        spec.function(*args, backend=backend, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        assert str(error)
+
+
+@each_spec
+def test_raw_operator_refuses_lowered_nonsense(spec):
+    """torch.ops bypasses the Python checks: the native kernels check by themselves."""
+    args, kwargs = draw(spec.samples[0])
+    lowered = list(spec.lower(*args, **kwargs))
+    for i, value in enumerate(lowered):
+        if not isinstance(value, torch.Tensor):
+            continue
+        for bad in (value.double(), value[None, None]):
+            edited = [*lowered[:i], bad, *lowered[i + 1 :]]
+            with pytest.raises(RuntimeError, match=rf"tokenmill\.{spec.name}") as native:
+                spec.forward.overload()(*edited)
+            with pytest.raises(RuntimeError) as python:
+                spec.forward.check(*edited)
+            assert str(native.value) == str(python.value)
+
+
+@each_spec
+def test_unknown_and_unable_backends_are_refused(spec):
+    args, kwargs = draw(spec.samples[0])
+    with pytest.raises(RuntimeError, match=r"backend: must be one of .*; got 'gpu'"):
+        spec.function(*args, backend="gpu", **kwargs)
+    if device_of("cuda") == "cpu":
+        with pytest.raises(RuntimeError, match="'cuda' cannot run this call: the tensors are on"):
+            spec.function(*args, backend="cuda", **kwargs)
+    wide = tm.testing.convert((args, kwargs), torch.float64)
+    with pytest.raises(RuntimeError, match="float64 runs on the reference"):
+        spec.function(*wide[0], backend="cpu", **wide[1])
+    assert tm.explain(spec.name, *wide[0], **wide[1]).backend == "reference"
+
+
+@each_spec
+def test_explain_names_kernel_and_reasons(spec):
+    args, kwargs = draw(spec.samples[0])
+    text = str(tm.explain(spec.name, *args, **kwargs))
+    assert text.startswith(f"tokenmill.{spec.name}: cpu (csrc/{spec.family}/{spec.name}, ")
+    assert "not cuda: the tensors are on cpu" in text
+    assert "not reference: comes later" in text
+
+
+@each_spec
+def test_environment_chooses_the_backend(spec, monkeypatch):
+    args, kwargs = draw(spec.samples[0])
+    monkeypatch.setenv("TOKENMILL_BACKEND", "reference")
+    assert tm.explain(spec.name, *args, **kwargs).backend == "reference"
+
+
+@each_spec
+def test_docstring_is_complete_and_its_example_runs(spec):
+    doc = inspect.getdoc(spec.function)
+    for section in ("Args:", "Returns:", "Raises:", "Complexity:", "Paper:", "Example:"):
+        assert section in doc, section
+    for name in inspect.signature(spec.function).parameters:
+        assert re.search(rf"\b{name}\b", doc), name
+    run_doctest(spec.function)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [f for n in tm.__all__ if inspect.isfunction(f := getattr(tm, n))]
+    + [tm.testing.assert_accurate, tm.testing.cpu_isa],
+    ids=lambda f: f.__name__,
+)
+def test_examples_run(function):
+    run_doctest(function)
+
+
+def run_doctest(function):
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(verbose=False)
+    found = finder.find(function, function.__name__, globs={"torch": torch, "tm": tm})
+    assert any(test.examples for test in found)
+    for test in found:
+        assert runner.run(test).failed == 0
+
+
+@each_spec
+def test_every_backend_is_there(spec):
+    """A missing backend would be a row in `python -m tokenmill ops`; today none is missing."""
+    assert spec.forward.has_native("CPU")
+    assert spec.forward.triton
+    assert spec.backward is None or spec.backward.has_native("CPU")
