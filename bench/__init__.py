@@ -1,0 +1,1 @@
+"""Benchmarks: named cases against named peers, one runner, results per machine."""

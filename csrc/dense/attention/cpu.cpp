@@ -57,15 +57,23 @@ struct PackedHead {
                           v + column / Op::kPair * width, width);
   }
 
-  // Share `part` of `parts` of a panel.
+  // Share `part` of `parts` of the panel at `column`.
   void prefetch(int64_t column, int64_t part, int64_t parts) const {
-    const int64_t n = rows_at(column);
-    if (n <= 0 || done[column / kPanel]) return;
+    if (column < s->k_length && !done[column / kPanel])
+      prefetch_rows(*p, *s, b, h, column, part, parts);
+  }
+  static void prefetch_rows(const AttentionParams& p, const Sequence& s, int64_t b, int64_t h,
+                            int64_t column, int64_t part, int64_t parts) {
+    const int64_t n = s.k_length - column < kPanel ? s.k_length - column : kPanel;
     for (int64_t j = column + part * n / parts; j < column + (part + 1) * n / parts; ++j) {
-      prefetch_row<false>(k_row(j), p->head_dim * size_of(p->dtype));
-      prefetch_row<false>(v_row(j), p->value_dim * size_of(p->dtype));
+      prefetch_row<false>(row_of(p.k, p.dtype, b, s.k_start, j, h), p.head_dim * size_of(p.dtype));
+      prefetch_row<false>(row_of(p.v, p.dtype, b, s.k_start, j, h), p.value_dim * size_of(p.dtype));
     }
   }
+};
+
+struct Vectors {
+  int64_t first, count;
 };
 
 struct QueryTile {
@@ -82,9 +90,14 @@ struct QueryTile {
   // by an exact power of two; it moves when an exponent exceeds raise_above.
   float *pivot, *raise_above, *sums;
 
-  bool touches(int64_t row, int64_t column) const {
-    return column < band.end(first + row + kTileRows - 1) &&
-           column + kPanel > band.begin(first + row);
+  // The vectors of the panel at `column` that one of kTileRows rows sees, in whole units of `pair`.
+  Vectors seen(int64_t row, int64_t column, int64_t pair) const {
+    const int64_t unit = kWidth * pair;
+    const int64_t from = band.begin(first + row) - column;
+    const int64_t to = band.end(first + row + kTileRows - 1) - column;
+    const int64_t begin = from > 0 ? from / unit : 0;
+    const int64_t end = to < kPanel ? ceil_div(to > 0 ? to : 0, unit) : kPanel / unit;
+    return {begin * pair, (end - begin) * pair};
   }
 };
 
@@ -126,11 +139,12 @@ __attribute__((noinline)) void raise_pivot(const QueryTile& t, int64_t row, floa
   store(sums, load(sums) * set(factor));
 }
 
-// Weights of kTileRows queries and one panel of keys, at `slot` of the step.
-template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain>
+// Weights of kTileRows queries and kVectors vectors of keys from `column` on, at `slot` of the
+// step. `panel` points at the first of these keys in its packed panel.
+template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kVectors>
 __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
                                           int64_t column, int64_t slot) {
-  vf s[kTileRows][kTileVectors];
+  vf s[kTileRows][kVectors];
   clear(s);
   multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
 
@@ -139,7 +153,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     TM_UNROLL(8)
     for (int r = 0; r < kTileRows; ++r) {
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j)
+      for (int j = 0; j < kVectors; ++j)
         s[r][j] = t.terms->exponent(s[r][j], i + r, column + j * kWidth);
     }
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
@@ -147,15 +161,16 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     TM_UNROLL(8)
     for (int r = 0; r < kTileRows; ++r) {
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j) s[r][j] = s[r][j] * factor;
+      for (int j = 0; j < kVectors; ++j) s[r][j] = s[r][j] * factor;
     }
   }
-  if (column < t.band.begin(i + kTileRows - 1) || column + kPanel > t.band.end(i)) [[unlikely]] {
+  if (column < t.band.begin(i + kTileRows - 1) || column + kVectors * kWidth > t.band.end(i))
+      [[unlikely]] {
     TM_UNROLL(8)
     for (int r = 0; r < kTileRows; ++r) {
       const int64_t begin = t.band.begin(i + r) - column, end = t.band.end(i + r) - column;
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j)
+      for (int j = 0; j < kVectors; ++j)
         s[r][j] = select(lanes(begin - j * kWidth, end - j * kWidth), s[r][j],
                          set(hidden_exponent(kMap)));
     }
@@ -170,7 +185,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     for (int r = 0; r < kTileRows; ++r) {
       top[r] = s[r][0];
       TM_UNROLL(4)
-      for (int j = 1; j < kTileVectors; ++j) top[r] = max_of(top[r], s[r][j]);
+      for (int j = 1; j < kVectors; ++j) top[r] = max_of(top[r], s[r][j]);
       over = either(over, less(set(t.raise_above[row + r]), top[r]));
     }
     if (any(over)) [[unlikely]]
@@ -185,27 +200,38 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
       float* sums = t.sums + (row + r) * kWidth;
       vf sum = load(sums);
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j) {
+      for (int j = 0; j < kVectors; ++j) {
         s[r][j] = power<kCoarse>(s[r][j] - pivot);
         sum = sum + s[r][j];
       }
       store(sums, sum);
     } else {
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j)
+      for (int j = 0; j < kVectors; ++j)
         s[r][j] = reciprocal<kCoarse>(fma(power<kCoarse>(s[r][j]), odds, one));
     }
     if constexpr (Op::kPair == 1) {
       TM_UNROLL(4)
-      for (int j = 0; j < kTileVectors; ++j) store(p + r * ldp + j * kWidth, s[r][j]);
+      for (int j = 0; j < kVectors; ++j) store(p + r * ldp + j * kWidth, s[r][j]);
     } else {
 #if defined(__AVX512BF16__)
       TM_UNROLL(2)
-      for (int j = 0; j < kTileVectors; j += 2)
+      for (int j = 0; j < kVectors; j += 2)
         store(p + r * ldp + j / 2 * kWidth, narrow_bfloat(s[r][j], s[r][j + 1]));
 #endif
     }
   }
+}
+
+using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
+
+// The copy of score_tile for 1 .. kTileVectors vectors.
+template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kVectors = kTileVectors>
+ScoreTile score_tile_for(int64_t vectors) {
+  if constexpr (kVectors > Op::kPair)
+    if (vectors < kVectors)
+      return score_tile_for<Op, kMap, kCoarse, kPlain, kVectors - Op::kPair>(vectors);
+  return &score_tile<Op, kMap, kCoarse, kPlain, kVectors>;
 }
 
 struct RowScale {
@@ -275,30 +301,63 @@ class Worker {
 
   // One share of the query tiles of one KV head, all its query heads behind each other.
   void run(int64_t item) {
-    const int64_t kv = item / shares, share = item % shares, group = p.heads / p.kv_heads;
-    const int64_t b = kv / p.kv_heads, kv_head = kv % p.kv_heads;
-    const Sequence s(p, b);
-    if (kv != packed) std::memset(head.done, 0, panels);
-    packed = kv;
-    head.s = &s;
-    head.b = b;
-    head.h = kv_head;
-    t.band = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
-    const int64_t tiles = ceil_div(s.q_length, kQueryTile);
-    for (int64_t n = share * tiles * group / shares; n < (share + 1) * tiles * group / shares;
-         ++n) {
-      const int64_t h = kv_head * group + n / tiles;
-      const ScoreTerms terms(p, b, h, s);
+    const Share tiles = share_of(item);
+    for (int64_t n = tiles.begin; n < tiles.end; ++n) {
+      place = place_of(item, n);
+      // The next item may go to another worker: then its first tile was prefetched in vain.
+      next =
+          n + 1 < tiles.end ? place_of(item, n + 1) : place_of(item + 1, share_of(item + 1).begin);
+      if (place.kv != packed) std::memset(head.done, 0, panels);
+      packed = place.kv;
+      head.s = &place.s;
+      head.b = place.b;
+      head.h = place.kv % p.kv_heads;
+      const ScoreTerms terms(p, place.b, place.h, place.s);
       t.terms = &terms;
-      t.first = n % tiles * kQueryTile;
-      t.rows = s.q_length - t.first < kQueryTile ? s.q_length - t.first : kQueryTile;
-      load_queries(h);
-      stream_keys(h);
-      store_rows(h);
+      t.band = place.band;
+      t.first = place.first;
+      t.rows = place.rows;
+      load_queries();
+      stream_keys();
+      store_rows();
     }
   }
 
  private:
+  struct Share {
+    int64_t begin, end;  // tiles of a KV head
+  };
+
+  // A tile of queries: rows `first` .. of query head h.
+  struct Place {
+    Sequence s;
+    Band band;
+    int64_t kv, b, h, first, rows;
+  };
+
+  Share share_of(int64_t item) const {
+    if (item >= p.batch * p.kv_heads * shares) return {0, 0};
+    const Sequence s(p, item / shares / p.kv_heads);
+    const int64_t tiles = ceil_div(s.q_length, kQueryTile) * (p.heads / p.kv_heads);
+    return {item % shares * tiles / shares, (item % shares + 1) * tiles / shares};
+  }
+
+  Place place_of(int64_t item, int64_t n) const {
+    const int64_t kv = item / shares, b = kv / p.kv_heads, group = p.heads / p.kv_heads;
+    if (b >= p.batch) return {place.s, place.band, kv, b, 0, 0, 0};
+    const Sequence s(p, b);
+    const int64_t tiles = ceil_div(s.q_length, kQueryTile);
+    const int64_t h = kv % p.kv_heads * group + (tiles ? n / tiles : 0);
+    const int64_t first = tiles ? n % tiles * kQueryTile : 0, left = s.q_length - first;
+    return {s,
+            Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length),
+            kv,
+            b,
+            h,
+            first,
+            left < kQueryTile ? left : kQueryTile};
+  }
+
   int64_t floats_needed(const Sizes& sizes) const {
     const int64_t row =
         round_up(words, kWidth) + (width + kRowPad) + (kKeyStep / Op::kPair + kRowPad) + kWidth + 2;
@@ -306,17 +365,14 @@ class Worker {
            ceil_div(panels, 4) + kQueryTile * row + 9 * 16;
   }
 
-  char* q_row(int64_t i, int64_t h) const {
-    return row_of(p.q, p.dtype, head.b, head.s->q_start, i, h);
-  }
-  char* out_row(int64_t i, int64_t h) const {
-    return row_of(p.out, p.dtype, head.b, head.s->q_start, i, h);
+  char* row_at(const Rows& rows, const Place& at, int64_t row) const {
+    return row_of(rows, p.dtype, at.b, at.s.q_start, at.first + row, at.h);
   }
 
-  void load_queries(int64_t h) {
+  void load_queries() {
     const int64_t padded = round_up(t.rows, kTileRows);
     const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
-    pack_rows<Op>(q_row(t.first, h), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
+    pack_rows<Op>(row_at(p.q, place, 0), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
                   t.ldq);
     std::memset(t.out, 0, padded * t.ldo * sizeof(float));
     if (kMap == ScoreMap::softmax) {
@@ -325,9 +381,11 @@ class Worker {
     }
   }
 
-  void stream_keys(int64_t h) {
-    const auto score =
-        t.terms->plain ? score_tile<Op, kMap, kCoarse, true> : score_tile<Op, kMap, kCoarse, false>;
+  void stream_keys() {
+    ScoreTile score[kTileVectors + 1];
+    for (int n = 1; n <= kTileVectors; ++n)
+      score[n] = t.terms->plain ? score_tile_for<Op, kMap, kCoarse, true>(n)
+                                : score_tile_for<Op, kMap, kCoarse, false>(n);
     const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
     const int64_t end = t.band.end(t.first + t.rows - 1);
     for (int64_t step = begin; step < end; step += kKeyStep) {
@@ -335,8 +393,12 @@ class Worker {
       for (int64_t column = step; column < step_end; column += kPanel) {
         head.ensure(column);
         for (int64_t row = 0; row < t.rows; row += kTileRows) {
-          prefetch(row, column, column == begin, h);
-          if (t.touches(row, column)) score(t, row, head.k_panel(column), column, column - step);
+          prefetch(row, column, column == begin);
+          const Vectors seen = t.seen(row, column, Op::kPair);
+          if (seen.count <= 0) continue;
+          const int64_t skip = seen.first * kWidth;
+          score[seen.count](t, row, head.k_panel(column) + skip, column + skip,
+                            column + skip - step);
         }
       }
       for (int64_t row = 0; row < t.rows; row += kTileRows) {
@@ -352,27 +414,31 @@ class Worker {
     }
   }
 
-  // Beside the first panel of a tile: the rows of its output and of the next tile of queries.
-  void prefetch(int64_t row, int64_t column, bool first_panel, int64_t h) const {
-    head.prefetch(column + kPanel, row / kTileRows, ceil_div(t.rows, kTileRows));
+  // A share of what is needed soon: the next panel; beside the first panel of a tile, the rows of
+  // its output, the next tile of queries, and the first panel of its head if that is another one.
+  void prefetch(int64_t row, int64_t column, bool first_panel) const {
+    const int64_t part = row / kTileRows, parts = ceil_div(t.rows, kTileRows);
+    head.prefetch(column + kPanel, part, parts);
     if (!first_panel) return;
-    for (int64_t i = t.first + row; i < t.first + row + kTileRows; ++i) {
-      if (i < head.s->q_length) prefetch_row<true>(out_row(i, h), p.value_dim * size_of(p.dtype));
-      if (i + kQueryTile < head.s->q_length)
-        prefetch_row<false>(q_row(i + kQueryTile, h), p.head_dim * size_of(p.dtype));
+    for (int64_t r = row; r < row + kTileRows; ++r) {
+      if (r < t.rows) prefetch_row<true>(row_at(p.out, place, r), p.value_dim * size_of(p.dtype));
+      if (r < next.rows) prefetch_row<false>(row_at(p.q, next, r), p.head_dim * size_of(p.dtype));
     }
+    if (next.rows > 0 && next.kv != place.kv)
+      PackedHead<Op>::prefetch_rows(p, next.s, next.b, next.kv % p.kv_heads,
+                                    next.band.begin(next.first) / kPanel * kPanel, part, parts);
   }
 
-  void store_rows(int64_t h) {
+  void store_rows() {
     for (int64_t r = 0; r < t.rows; ++r) {
       RowScale scale{1, 0};
       if (kMap == ScoreMap::softmax) {
-        scale =
-            finish_softmax(sum_lanes(load(t.sums + r * kWidth)), t.pivot[r],
-                           t.raise_above[r] > -kInf, p.sink ? p.sink + h : nullptr, t.terms->shift);
-        lse_of(p, p.lse, head.b, head.s->q_start, h)[t.first + r] = scale.lse;
+        scale = finish_softmax(sum_lanes(load(t.sums + r * kWidth)), t.pivot[r],
+                               t.raise_above[r] > -kInf, p.sink ? p.sink + place.h : nullptr,
+                               t.terms->shift);
+        lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
       }
-      store_row(t.out + r * t.ldo, scale.factor, out_row(t.first + r, h), p.dtype, p.value_dim);
+      store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, place, r), p.dtype, p.value_dim);
     }
   }
 
@@ -381,6 +447,7 @@ class Worker {
   cpu::Workspace workspace;
   PackedHead<Op> head;
   QueryTile t;
+  Place place{Sequence(p, 0), {}, 0, 0, 0, 0, 0}, next = place;
   int64_t packed = -1;
 };
 

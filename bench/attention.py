@@ -1,0 +1,129 @@
+"""Cases of attention. Peers get the memory layout that they like best: PyTorch [B, H, S, D],
+tokenmill [B, S, H, D]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tokenmill as tm
+
+from .case import Absent, Case, Run, causal_pairs
+
+SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+BIAS = -6.0
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def eager_sigmoid(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    p = torch.sigmoid(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + BIAS)
+    return (p.tril() if causal else p) @ v
+
+
+@functools.cache
+def _compiled_flex(length: int, left: int) -> Callable[..., Tensor]:
+    try:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    except ImportError as error:
+        raise Absent(f"flex_attention: {error}") from None
+    mask = create_block_mask(
+        lambda b, h, i, j: (j <= i) & (i - j <= left), None, None, length, length, device="cpu"
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(compiled, block_mask=mask)
+
+
+def flex_window(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
+    return _compiled_flex(q.shape[2], left)(q, k, v)
+
+
+def _with_backward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    cotangent = torch.randn_like(forward(*leaves))
+    return lambda: torch.autograd.grad(forward(*leaves), leaves, cotangent)
+
+
+def _case(
+    kind: str,
+    dtype: torch.dtype,
+    length: int,
+    peers: Mapping[str, Callable[..., Tensor]],
+    *,
+    causal: bool = False,
+    left: int = -1,
+    head_dim: int = 64,
+    backward: bool = False,
+    heads: int = 8,
+) -> Case:
+    pairs = causal_pairs(length, length, left) if causal else float(length) ** 2
+    size = torch.empty((), dtype=dtype).element_size()
+    tensors = 10 if backward else 4
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+        theirs = [
+            torch.randn(1, heads, length, head_dim, generator=generator).to(dtype) for _ in range(3)
+        ]
+        ours = [t.transpose(1, 2).contiguous() for t in theirs]
+        options: dict[str, Any] = {"kind": kind, "causal": causal, "window": (left, -1)}
+        if kind == "sigmoid":
+            options["score_bias"] = BIAS
+        forward = functools.partial(tm.attention, **options)
+
+        def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
+            if backward:
+                return _with_backward(function, tensors)
+            return lambda: function(*tensors)
+
+        def peer(function: Callable[..., Tensor]) -> Run:
+            run = call(function, theirs)
+            run()  # compiles, or shows that the peer cannot
+            return run
+
+        return call(forward, ours), {
+            name: functools.partial(peer, function) for name, function in peers.items()
+        }
+
+    mask = f"window {left + 1}" if left >= 0 else "causal" if causal else "dense"
+    return Case(
+        "attention",
+        f"{kind} {mask} S={length} D={head_dim}",
+        dtype,
+        2.0 * heads * pairs * 2 * head_dim * (3.5 if backward else 1.0),
+        float(tensors * heads * length * head_dim * size),
+        prepare,
+        "forward+backward" if backward else "forward",
+    )
+
+
+def cases() -> Iterator[Case]:
+    dense = {"sdpa": functools.partial(sdpa, causal=False)}
+    triangle = {"sdpa": functools.partial(sdpa, causal=True)}
+    eager = {"eager": functools.partial(eager_sigmoid, causal=False)}
+    for length in (SHORT, MIDDLE, LONG):
+        extra = eager if length < LONG else {}
+        yield _case("sigmoid", F32, length, dense | extra)
+        yield _case("sigmoid", F32, length, triangle, causal=True)
+    for dtype in (BF16, F16):
+        yield _case("sigmoid", dtype, SHORT, dense)
+        yield _case("sigmoid", dtype, MIDDLE, dense)
+        yield _case("sigmoid", dtype, MIDDLE, triangle, causal=True)
+    for dtype in (F32, BF16):
+        yield _case("sigmoid", dtype, MIDDLE, dense, backward=True)
+        yield _case("sigmoid", dtype, MIDDLE, triangle, causal=True, backward=True)
+    for dtype in (F32, BF16):
+        yield _case("softmax", dtype, MIDDLE, dense)
+        flex = {"flex (compiled)": functools.partial(flex_window, left=255)}
+        yield _case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
+    for head_dim in (32, 96, 128):
+        yield _case("sigmoid", F32, MIDDLE, dense, head_dim=head_dim)
+        yield _case("sigmoid", BF16, MIDDLE, dense, head_dim=head_dim)

@@ -1,0 +1,62 @@
+"""What a benchmark case is, and the list of all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+Run = Callable[[], object]
+
+
+class Absent(Exception):
+    """A peer that cannot run here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: our call and the calls of its peers on the same values.
+
+    prepare returns our call and, by name, what builds each peer's call; a builder raises Absent if
+    the peer is not there. work counts useful floating-point operations, moved the bytes that must
+    be read and written at least.
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    work: float
+    moved: float
+    prepare: Callable[[], tuple[Run, dict[str, Callable[[], Run]]]]
+    pass_name: str = "forward"
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {str(self.dtype)[6:]}, {self.pass_name}"
+
+
+def cases(ops: list[str] | None = None) -> Iterator[Case]:
+    """All cases of the operators named (None: of all)."""
+    from . import attention, merge
+
+    for module in (attention, merge):
+        for case in module.cases():
+            if not ops or case.op in ops:
+                yield case
+
+
+def causal_pairs(sq: int, sk: int, left: int = -1) -> float:
+    """Visible pairs of a causal mask, bottom-right aligned; `left` keys before a query's own."""
+    total = 0.0
+    for i in range(sq):
+        end = min(sk, i + sk - sq + 1)
+        begin = 0 if left < 0 else max(0, i + sk - sq - left)
+        total += max(0, end - begin)
+    return total
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan

@@ -1,0 +1,61 @@
+"""PNGs of benchmark results: rates beside peers and the measured peak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#c8553d", "#2d5d7b", "#8f9f8b", "#d9a441")
+
+
+def draw(results: dict[str, Any], folder: Path) -> list[Path]:
+    """One picture per operator. Returns the files written."""
+    try:
+        import matplotlib
+    except ImportError:
+        message = "tokenmill bench: --plot needs matplotlib (pip install tokenmill[bench])"
+        raise SystemExit(message) from None
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    ops = dict.fromkeys(row["op"] for row in results["rows"])
+    return [_draw_op(results, op, folder / f"{op}.png") for op in ops]
+
+
+def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in results["rows"] if row["op"] == op][::-1]
+    names = ["tokenmill", *dict.fromkeys(name for row in rows for name in row["peers"])]
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        present = [
+            (i, (row if name == "tokenmill" else row["peers"][name])["flops"] / 1e9)
+            for i, row in enumerate(rows)
+            if name == "tokenmill" or name in row["peers"]
+        ]
+        axes.barh(
+            [i + 0.4 - height * (k + 0.5) for i, _ in present],
+            [rate for _, rate in present],
+            height,
+            label=name,
+            color=COLOURS[k % len(COLOURS)],
+        )
+    for i, row in enumerate(rows):
+        peak = row["flops"] / row["peak_share"] / 1e9
+        axes.plot([peak, peak], [i - 0.42, i + 0.42], color="black", linewidth=1)
+    axes.plot([], [], color="black", linewidth=1, label="multiply-add peak")
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
+    axes.set_xlabel("GFLOP/s of useful work")
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    machine = results["machine"]
+    axes.set_title(
+        f"{op}: {machine['cpu']}, {machine['isa']}, {results['threads']} thread(s), "
+        f"torch {machine['torch']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
