@@ -71,7 +71,7 @@ def cuda_options() -> dict[str, object]:
     archs = os.environ.get("TOKENMILL_CUDA_ARCHS")
     options: dict[str, object] = {"TOKENMILL_CUDA": "ON" if archs else "AUTO"}
     if archs:
-        options["CMAKE_CUDA_ARCHITECTURES"] = archs
+        options["TOKENMILL_CUDA_ARCHS"] = archs
     return options | pypi_nvcc_options()
 
 

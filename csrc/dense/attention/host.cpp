@@ -244,8 +244,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 // Sums [B, H] over the batch where the argument was [H].
 Tensor fit(const Tensor& grad, const Tensor& argument) {
   if (argument.dim() == 2) return grad;
-  const int64_t dim = 0;
-  return torch::stable::sum(grad, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+  const std::vector<int64_t> batch{0};
+  return torch::stable::sum(grad, torch::headeronly::IntHeaderOnlyArrayRef(batch));
 }
 
 Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTensor lse,
@@ -309,9 +309,8 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   p.dv = rows_of(View(dv), packed);
   const bool wants_score_bias = needs[0] && score_bias, wants_bias = needs[1] && bias;
   const bool wants_alibi = needs[2] && alibi_slopes, wants_sink = needs[3] && sink;
-  const auto zeros = [&](bool wanted, std::vector<int64_t> sizes) {
-    if (!wanted) sizes = {0};
-    return torch::stable::new_zeros(q, sizes, ScalarType::Float);
+  const auto zeros = [&](bool wanted, const std::vector<int64_t>& sizes) {
+    return torch::stable::new_zeros(q, wanted ? sizes : std::vector<int64_t>(1), ScalarType::Float);
   };
   Tensor dscore_bias = zeros(wants_score_bias, {f.batch, f.heads});
   Tensor dalibi = zeros(wants_alibi, {f.batch, f.heads});
