@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..check import check_tensor, fail
 from ..dispatch import call
@@ -18,6 +19,56 @@ from .attention_cases import MALFORMED, SAMPLES
 from .attention_rules import OP, check_attention, check_attention_values
 
 Kind = Literal["softmax", "sigmoid"]
+Precision = Literal["accurate", "fast"]
+ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
+
+
+class SigmoidOptions(TypedDict, total=False):
+    """Keywords of :func:`sigmoid_attention` beside score_bias."""
+
+    scale: float | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    softcap: float
+    causal: bool
+    window: tuple[int, int]
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    deterministic: bool
+    precision: Precision
+    backend: str | None
+
+
+class AttentionOptions(SigmoidOptions, total=False):
+    """Keywords of :func:`attention` beside return_lse, on which the type of the result depends."""
+
+    kind: Kind
+    score_bias: ScoreBias
+    sink: Tensor | None
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -27,7 +78,7 @@ def attention(
     *,
     kind: Kind = "softmax",
     scale: float | None = None,
-    score_bias: float | Literal["neg_log_n"] | Tensor | None = None,
+    score_bias: ScoreBias = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
@@ -40,7 +91,7 @@ def attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-    precision: Literal["accurate", "fast"] = "accurate",
+    precision: Precision = "accurate",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with a softmax or sigmoid score map, without the matrix of scores in memory.
@@ -140,8 +191,8 @@ def sigmoid_attention(
     k: Tensor,
     v: Tensor,
     *,
-    score_bias: float | Literal["neg_log_n"] | Tensor | None = "neg_log_n",
-    **options: Any,
+    score_bias: ScoreBias = "neg_log_n",
+    **options: Unpack[SigmoidOptions],
 ) -> Tensor:
     r"""Sigmoid attention: :func:`attention` with kind="sigmoid" and a score bias of -log n.
 
@@ -171,7 +222,7 @@ def sigmoid_attention(
         >>> tm.sigmoid_attention(x, x, torch.ones_like(x), scale=0.0)[0, 0, 0, 0]
         tensor(0.9846)
     """
-    return attention(q, k, v, kind="sigmoid", score_bias=score_bias, **options)  # type: ignore[return-value]
+    return attention(q, k, v, kind="sigmoid", score_bias=score_bias, **options)
 
 
 def lower(
