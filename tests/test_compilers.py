@@ -1,0 +1,58 @@
+"""Inductor and AOTInductor, once, on a module that holds every operator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokenmill as tm
+from tokenmill import library, registry
+
+
+class Everything(torch.nn.Module):
+    """Calls each operator of the registry."""
+
+    def forward(self, x):
+        softmax, lse = tm.attention(x, x, x, causal=True, return_lse=True)
+        other, other_lse = tm.attention(x, x, x, window=(3, 3), return_lse=True)
+        merged, _ = tm.merge_attention_states(
+            torch.stack([softmax, other]), torch.stack([lse, other_lse])
+        )
+        return tm.sigmoid_attention(merged, x, x.relu()).sin()
+
+
+X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
+
+
+def test_the_module_holds_every_operator():
+    exported = torch.export.export(Everything(), (X,))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {f"{library.NAMESPACE}.{name}.default" for name in registry.ops()} <= targets
+
+
+def test_inductor_forward_and_backward():
+    torch._dynamo.reset()
+    module, x = Everything(), X.clone().requires_grad_()
+    compiled = torch.compile(module, fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    (got,) = torch.autograd.grad(compiled(x).sum(), x)
+    (want,) = torch.autograd.grad(module(x).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_aot_inductor_package(tmp_path):
+    module = Everything()
+    with torch.no_grad():
+        exported = torch.export.export(module, (X,))
+        path = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(tmp_path / "module.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(X), module(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_dtype_of_the_inputs(dtype):
+    x = torch.randn(1, 5, 2, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tm.attention(x, x, x).dtype == dtype

@@ -1,0 +1,45 @@
+"""Every example runs and says what it should."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenmill as tm
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="not a source tree")
+
+
+def run(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_numpy_through_dlpack():
+    out = run(sys.executable, EXAMPLES / "numpy_dlpack.py")
+    difference = re.search(r"NumPy ([\d.e+-]+)", out)
+    assert difference and float(difference[1]) < 1e-5
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_cpp_through_aot_inductor(tmp_path):
+    model = tmp_path / "model.pt2"
+    want = run(sys.executable, EXAMPLES / "aoti" / "export.py", model).split()[-1]
+    root = Path(torch.__file__).parent
+    run(
+        "c++", "-O0", "-std=c++20", EXAMPLES / "aoti" / "main.cpp", "-o", tmp_path / "main",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        "-isystem", root / "include", "-isystem", root / "include/torch/csrc/api/include",
+        f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed",
+        "-ltorch", "-ltorch_cpu", "-lc10", "-ldl",
+    )  # fmt: skip
+    got = run(tmp_path / "main", Path(tm.__file__).parent / "_ops.so", model).split()[-1]
+    assert abs(float(got) - float(want)) < 1e-3
