@@ -1,0 +1,23 @@
+# Sourced by the scripts beside it: a virtual environment of their own, with torch in it.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+
+step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$*"; }
+
+# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement.
+make_venv() {
+  local torch=${TOKENMILL_TORCH:-torch>=2.10}
+  VENV=$ROOT/.venv-$1
+  step "virtual environment $VENV"
+  [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+  export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
+  python -m pip install -q --upgrade pip
+  step "$torch"
+  # A wheel that PIP_FIND_LINKS offers (a CPU build, say) is taken before the index is asked, whose
+  # newest torch for Linux brings gigabytes of CUDA.
+  python -m pip install -q --no-index --no-deps "$torch" 2>/dev/null || true
+  python -m pip install -q "$torch"
+  python -c 'import importlib.metadata as m; print("torch", m.version("torch"))'
+}
