@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+
+from tokenmill import registry
 
 Run = Callable[[], object]
 
@@ -39,13 +43,34 @@ class Case:
 
 
 def cases(ops: list[str] | None = None) -> Iterator[Case]:
-    """All cases of the operators named (None: of all)."""
-    from . import attention, merge
+    """All cases of the operators named (None: of all): those of the module of this package that
+    has the operator's name, or else its samples."""
+    for spec in registry.ops().values():
+        if ops and spec.name not in ops:
+            continue
+        module = f"{__package__}.{spec.name}"
+        if importlib.util.find_spec(module):
+            yield from importlib.import_module(module).cases()
+        else:
+            yield from (_sample_case(spec, sample) for sample in spec.samples)
 
-    for module in (attention, merge):
-        for case in module.cases():
-            if not ops or case.op in ops:
-                yield case
+
+def _sample_case(spec: registry.OpSpec, sample: registry.Sample) -> Case:
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    lowered = spec.lower(*args, **kwargs)
+    result = spec.function(*args, **kwargs)
+    moved = (*lowered, *((result,) if isinstance(result, torch.Tensor) else result))
+    return Case(
+        spec.name,
+        sample.name,
+        torch.float32,
+        spec.flops(*lowered),
+        float(sum(t.nbytes for t in moved if isinstance(t, torch.Tensor))),
+        lambda: (
+            lambda: spec.function(*args, **kwargs),
+            {"plain PyTorch": lambda: lambda: spec.plain(*lowered)},
+        ),
+    )
 
 
 def causal_pairs(sq: int, sk: int, left: int = -1) -> float:
