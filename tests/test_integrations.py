@@ -1,0 +1,270 @@
+"""Models of transformers, random and tiny, give what their own attention gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.4")
+integration = pytest.importorskip("tokenmill.integrations.transformers")
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "initializer_range": 0.2,  # scores that a mask, a cap or a sink can be told from
+}
+CAUSAL = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+WINDOWED = CAUSAL | {"sliding_window": 4}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+def bert(**options):
+    config = transformers.BertConfig(
+        **SMALL, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, **options
+    )
+    return transformers.BertModel(config)
+
+
+def llama():
+    return transformers.LlamaModel(transformers.LlamaConfig(**CAUSAL))
+
+
+def mistral():
+    return transformers.MistralModel(transformers.MistralConfig(**WINDOWED))
+
+
+def gemma2():
+    config = transformers.Gemma2Config(**WINDOWED, attn_logit_softcapping=1.5)
+    return transformers.Gemma2Model(config)
+
+
+def gpt_oss():
+    model = transformers.GptOssModel(transformers.GptOssConfig(**WINDOWED, **EXPERTS))
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=40, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=6, dropout_rate=0.0
+    )
+    return transformers.T5Model(config)
+
+
+def bart():
+    sizes = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 2), ("attention_heads", 6), ("ffn_dim", 64))
+    }
+    return transformers.BartModel(
+        transformers.BartConfig(vocab_size=40, d_model=48, init_std=0.2, dropout=0.0, **sizes)
+    )
+
+
+MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, bart)
+PADDING = {
+    "none": None,
+    "right": ("1" * 11, "1" * 7 + "0" * 4, "1" + "0" * 10),
+    "left": ("0" * 5 + "1" * 6, "1" * 11, "0" * 9 + "11"),
+    "hole": ("1" * 11, "11100111100", "1" * 8 + "000"),
+}
+
+
+def padding_mask(name):
+    rows = PADDING[name]
+    return None if rows is None else torch.tensor([[int(bit) for bit in row] for row in rows])
+
+
+def run(model, implementation, ids, mask, cotangent):
+    """Outputs where there are tokens, and the gradients of all parameters."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    out = model(**inputs).last_hidden_state
+    if mask is not None and not model.config.is_encoder_decoder:
+        out = out * mask[..., None]
+    out.backward(cotangent)
+    return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def tokenmill():
+    return integration.register()
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("build", MODELS, ids=lambda f: f.__name__)
+def test_outputs_and_gradients_are_those_of_eager_attention(build, padding, tokenmill):
+    model = build().train()
+    ids, mask = torch.randint(40, (3, 11)), padding_mask(padding)
+    cotangent = torch.randn(3, 11, 48)
+    out, grads = run(model, tokenmill, ids, mask, cotangent)
+    expected, expected_grads = run(model, "eager", ids, mask, cotangent)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert grads.keys() == expected_grads.keys()
+    # The gradient of a bias of the keys is 0 but for rounding: one scale for all parameters.
+    scale = max(grad.abs().max().item() for grad in expected_grads.values())
+    for name, grad in grads.items():
+        expected = expected_grads[name]
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("padding", PADDING)
+def test_any_backend_and_sixteen_bits(padding, backend):
+    name = integration.register(f"tokenmill-{backend}", backend=backend)
+    model = llama().eval()
+    ids, mask = torch.randint(40, (3, 11)), padding_mask(padding)
+    expected = run(model, "eager", ids, mask, torch.zeros(3, 11, 48))[0]
+    model.to(torch.bfloat16)
+    out = run(model, name, ids, mask, torch.zeros(3, 11, 48, dtype=torch.bfloat16))[0]
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("build", [transformers.LlamaForCausalLM, transformers.MistralForCausalLM])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_generation_with_a_cache(padding, build, cache, tokenmill):
+    options = WINDOWED if build is transformers.MistralForCausalLM else CAUSAL
+    model = build(build.config_class(**options, eos_token_id=None, pad_token_id=0)).eval()
+    ids, mask = torch.randint(1, 40, (3, 11)), padding_mask(padding)
+    tokens = []
+    for name in ("eager", tokenmill):
+        model.set_attn_implementation(name)
+        tokens.append(
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids) if mask is None else mask,
+                max_new_tokens=6,
+                do_sample=False,
+                cache_implementation=cache,
+                disable_compile=True,
+            )
+        )
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_prefill_in_pieces(tokenmill):
+    model = llama().eval()
+    ids, mask = torch.randint(40, (3, 11)), padding_mask("left")
+    model.set_attn_implementation(tokenmill)
+    whole = model(ids, attention_mask=mask).last_hidden_state
+    cache = transformers.DynamicCache()
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).last_hidden_state
+        for a, b in ((0, 4), (4, 9), (9, 11))
+    ]
+    seen = mask[..., None]
+    torch.testing.assert_close(torch.cat(parts, 1) * seen, whole * seen, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences(tokenmill):
+    model = llama().eval()
+    model.set_attn_implementation(tokenmill)
+    pieces = [torch.randint(40, (1, n)) for n in (3, 7, 1)]
+    ends = torch.tensor([0, 3, 10, 11], dtype=torch.int32)
+    packed = model(
+        torch.cat(pieces, 1),
+        position_ids=torch.cat([torch.arange(p.shape[1]) for p in pieces])[None],
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=7,
+        max_length_k=7,
+    ).last_hidden_state
+    alone = torch.cat([model(p).last_hidden_state for p in pieces], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_sigmoid_counts_the_keys_that_are_not_padding(build):
+    name = integration.register("tokenmill-sigmoid", kind="sigmoid")
+    model = build().eval()
+    model.set_attn_implementation(name)
+    ids, mask = torch.randint(40, (3, 11)), padding_mask("right")
+    together = model(ids, attention_mask=mask).last_hidden_state
+    for row, n in zip(range(3), mask.sum(1).tolist(), strict=True):
+        alone = model(ids[row : row + 1, :n]).last_hidden_state
+        torch.testing.assert_close(together[row : row + 1, :n], alone, rtol=1e-4, atol=1e-5)
+    softmax = run(model, "sdpa", ids, mask, torch.zeros(3, 11, 48))[0]
+    assert (softmax - together * mask[..., None]).abs().max() > 0.01
+
+
+def forward(q, k, v, mask=None, **options):
+    layer = torch.nn.Identity()
+    layer.is_causal = False
+    return integration.attention_forward(
+        layer, q, k, v, mask, **{"kind": "softmax", "backend": None} | options
+    )[0]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_sliding_window_without_a_mask(causal):
+    q, k, v = torch.randn(3, 2, 4, 11, 8)
+    distance = torch.arange(11)[:, None] - torch.arange(11)
+    visible = (distance < 3) & (distance >= 0 if causal else distance > -3)
+    actual = forward(q, k, v, sliding_window=3, is_causal=causal)
+    torch.testing.assert_close(actual, forward(q, k, v, visible[None, None]))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_padded_keys_before_a_cached_piece(kind):
+    """Fewer queries than keys: each row is as if its padding were not there."""
+    q, k, v = torch.randn(4, 2, 4, 8), torch.randn(4, 2, 11, 8), torch.randn(4, 2, 11, 8)
+    padding = torch.arange(11) >= torch.tensor([0, 5, 9, 11])[:, None]
+    together = forward(q, k, v, padding, is_causal=True, kind=kind)
+    assert torch.equal(together[3], torch.zeros_like(together[3]))
+    for row, begin in enumerate((0, 5, 9)):
+        one = slice(row, row + 1)
+        alone = forward(q[one], k[one, :, begin:], v[one, :, begin:], is_causal=True, kind=kind)
+        torch.testing.assert_close(together[one], alone)
+
+
+def test_a_complete_mask_decides_alone():
+    q, k, v = torch.randn(3, 2, 4, 11, 8)
+    visible = torch.rand(2, 4, 11, 15) < 0.5
+    scores = (q @ k.mT / 8**0.5).masked_fill(~visible[..., :11], -torch.inf)
+    expected = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+    for mask in (visible, torch.where(visible, 0.0, -torch.inf)):
+        actual = forward(q, k, v, mask, is_causal=True, sliding_window=2)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_views_are_passed_without_copies(monkeypatch):
+    seen = []
+    real = integration.attention
+
+    def spy(*tensors, **options):
+        seen.extend(tensors)
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(integration, "attention", spy)
+    q, k, v = (x.transpose(1, 2) for x in torch.randn(2, 11, 3, 4, 8).unbind(2))
+    padding = padding_mask("right")[:2].bool()
+    for mask in (None, padding, padding[:, None, None].expand(2, 1, 11, 11)):
+        forward(q, k, v, mask)
+        pointers = [x.data_ptr() for x in seen]
+        assert pointers == [x.data_ptr() for x in (q, k, v)]
+        seen.clear()
+
+
+def test_what_needs_the_weights_is_refused(tokenmill):
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    with pytest.raises(RuntimeError, match=r"no dropout; got 0\.1"):
+        forward(q, k, v, dropout=0.1)
+    with pytest.raises(RuntimeError, match="head_mask"):
+        forward(q, k, v, head_mask=torch.ones(2))
+    with pytest.raises(RuntimeError, match="output_attentions"):
+        forward(q, k, v, output_attentions=True)
+    config = transformers.BertConfig(**SMALL, attn_implementation=tokenmill)
+    model = transformers.BertModel(config).train()
+    with pytest.raises(RuntimeError, match="attention_probs_dropout_prob"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    model.eval()(torch.zeros(1, 3, dtype=torch.int64))
