@@ -1,0 +1,309 @@
+"""What the attention kernels share: where rows lie, which keys a query sees, scores and weights.
+
+Names in kernels: p_ pointers, b_ blocks of values, i_ indices, o_ offsets, m_ masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenmill.library import triton_interpreted
+
+# What the decorators of this import made of the kernels.
+INTERPRETED = tl.constexpr(triton_interpreted())
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+# Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
+FLOAT16_SCALE = tl.constexpr(2.0**15)
+
+# Arguments by which no kernel is specialised: a new length compiles nothing.
+LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
+
+
+class Rows(NamedTuple):
+    """[B, S, H, D] with a contiguous last dimension; strides in elements. Packed sequences lie
+    behind each other along seq, and batch is 0."""
+
+    data: Tensor
+    batch: int
+    seq: int
+    head: int
+
+
+class Window(NamedTuple):
+    """Keys beside a query's own position; None: no limit."""
+
+    left: int | None
+    right: int | None
+
+
+class Terms(NamedTuple):
+    """What lies between q.k and the score map; None where a call does not have it.
+
+    z is in bits: weights are 2^z. Where a bias or slope may make z as large as a float32 gets, it
+    is in nats: multiplied by log2(e) it would overflow. scale is the softmax scale; factor, softcap
+    and constant are in the unit of z: z = factor q.k or softcap tanh(factor q.k), plus constant.
+    """
+
+    scale: float
+    factor: float
+    softcap: float | None
+    constant: float
+    neg_log_n: int  # a flag: the interpreter of Triton 3.6 takes no bool
+    score_bias: Tensor | None  # [H] or [B, H]
+    score_bias_batch: int
+    slopes: Tensor | None  # [H] or [B, H]
+    slopes_batch: int
+    bias: Tensor | None  # strides 0 where broadcast
+    bias_batch: int
+    bias_head: int
+    bias_q: int
+    bias_k: int
+
+
+class Sequence(NamedTuple):
+    """Where one sequence lies among the tokens."""
+
+    q_start: Any
+    q_length: Any
+    k_start: Any
+    k_length: Any
+    diagonal: Any  # position of query 0 among the keys
+
+
+class Head(NamedTuple):
+    """The terms of one head of one sequence. Softmax does not see what all scores share: shift is
+    in lse alone, and scores keep the digits that it would cost."""
+
+    constant: Any
+    shift: Any  # nats
+    slope: Any
+    bias: Any  # offset
+    log2e: Any  # bits per unit of z
+
+
+class Slice(NamedTuple):
+    """The rows of one head of one sequence."""
+
+    data: Any
+    seq: Any
+    length: Any
+
+
+@triton.jit
+def program(blocks, heads):
+    """Block, head and batch of this program."""
+    i = tl.program_id(0)
+    i_bh = i // blocks
+    return i % blocks, i_bh % heads, (i_bh // heads).to(tl.int64)
+
+
+@triton.jit
+def span(cu_seqlens, tokens, longest, i_b):
+    """Start and length of sequence i_b. Ends outside the tensor are cut."""
+    start = tokens - tokens
+    length = longest
+    if cu_seqlens is not None:
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + i_b), 0), tokens)
+        end = tl.maximum(tl.minimum(tl.load(cu_seqlens + i_b + 1), tokens), start)
+        length = tl.minimum(end - start, longest)
+    return start, length
+
+
+@triton.jit
+def sequence_of(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b):
+    q_start, q_length = span(cu_seqlens_q, tokens_q, longest_q, i_b)
+    k_start, k_length = span(cu_seqlens_k, tokens_k, longest_k, i_b)
+    return Sequence(q_start, q_length, k_start, k_length, k_length - q_length)
+
+
+@triton.jit
+def head_of(terms, i_b, i_h, k_length, SIGMOID: tl.constexpr):
+    log2e = 1.0
+    if terms.bias is not None or terms.slopes is not None:
+        log2e = LOG2E
+    constant = terms.constant
+    if terms.score_bias is not None:
+        p_score_bias = terms.score_bias + i_b * terms.score_bias_batch + i_h
+        constant += tl.load(p_score_bias) * (LOG2E / log2e)
+    if terms.neg_log_n:
+        constant -= tl.log2(tl.maximum(k_length, 1).to(tl.float32)) / log2e
+    shift = 0.0
+    if not SIGMOID:
+        finite = tl.where(tl.abs(constant) <= FLOAT_MAX, constant, 0.0)
+        constant -= finite
+        shift = finite * (log2e / LOG2E)
+    slope = 0.0
+    if terms.slopes is not None:
+        slope = tl.load(terms.slopes + i_b * terms.slopes_batch + i_h)
+    bias = i_b * terms.bias_batch + tl.cast(i_h, tl.int64) * terms.bias_head
+    return Head(constant, shift, slope, bias, log2e)
+
+
+@triton.jit
+def slice_of(rows, i_b, i_h, start, length):
+    offset = (
+        i_b * rows.batch + tl.cast(i_h, tl.int64) * rows.head + tl.cast(start, tl.int64) * rows.seq
+    )
+    return Slice(rows.data + offset, rows.seq, length)
+
+
+@triton.jit
+def statistics_of(cu_seqlens, i_b, i_h, heads, tokens, start):
+    """Offset of a head of a sequence in [B, H, S], packed in [H, T]."""
+    i_row = tl.cast(i_h, tl.int64)
+    if cu_seqlens is None:
+        i_row += i_b * heads
+    return i_row * tokens + start
+
+
+@triton.jit
+def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows beyond the sequence and columns beyond DIM are 0."""
+    o_col = tl.arange(0, BLOCK)
+    m_tile = (o_row < rows.length)[:, None] & (o_col < DIM)[None, :]
+    p_tile = rows.data + o_row.to(tl.int64)[:, None] * rows.seq + o_col[None, :]
+    return tl.load(p_tile, mask=m_tile, other=0.0)
+
+
+@triton.jit
+def rounded(b_x, dtype: tl.constexpr):
+    """b_x in dtype, to nearest even. The interpreter cuts the low half of a float32 off."""
+    if INTERPRETED and dtype == tl.bfloat16 and b_x.dtype == tl.float32:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16 << 16
+        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def store_rows(rows, o_row, b_x, DIM: tl.constexpr):
+    o_col = tl.arange(0, b_x.shape[1])
+    m_tile = (o_row < rows.length)[:, None] & (o_col < DIM)[None, :]
+    p_tile = rows.data + o_row.to(tl.int64)[:, None] * rows.seq + o_col[None, :]
+    tl.store(p_tile, rounded(b_x, rows.data.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def visible_parts(first, last, diagonal, left, right, length, BLOCK: tl.constexpr):
+    """Ends of three parts of the columns that rows first..last see, each a run of whole tiles:
+    every row sees all of part 1; parts 0 (empty without left) and 2 need a mask. Row i sees columns
+    i + diagonal - left up to i + diagonal + right."""
+    begin = 0
+    full_begin = 0
+    end = length
+    full_end = length
+    if right is not None:
+        end = tl.maximum(tl.minimum(last + diagonal + right + 1, length), 0)
+        full_end = tl.maximum(tl.minimum(first + diagonal + right + 1, length), 0)
+    if left is not None:
+        begin = tl.maximum(first + diagonal - left, 0) // BLOCK * BLOCK
+        end = tl.maximum(end, begin)
+        full_begin = tl.cdiv(tl.maximum(last + diagonal - left, 0), BLOCK) * BLOCK
+        full_begin = tl.minimum(full_begin, end)
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def inside(o_i, o_j, sequence):
+    return (o_i < sequence.q_length) & (o_j < sequence.k_length)
+
+
+@triton.jit
+def visible(o_i, o_j, sequence, window):
+    m_tile = inside(o_i, o_j, sequence)
+    if window.left is not None:
+        m_tile = m_tile & (o_j >= o_i + (sequence.diagonal - window.left))
+    if window.right is not None:
+        m_tile = m_tile & (o_j <= o_i + (sequence.diagonal + window.right))
+    return m_tile
+
+
+@triton.jit
+def dot(b_a, b_b):
+    """b_a in the dtype of b_b, accumulated in float32."""
+    b_a = rounded(b_a, b_b.dtype)
+    if INTERPRETED:  # it multiplies the bits of bfloat16 operands
+        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+    elif b_b.dtype == tl.float32:  # plain tf32 would round operands to 11 bits
+        b_product = tl.dot(b_a, b_b, input_precision="tf32x3")
+    else:
+        b_product = tl.dot(b_a, b_b)
+    return b_product
+
+
+@triton.jit
+def tanh(b_x):
+    """Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels."""
+    b_u = b_x * b_x
+    b_p = -0.005852168625 * b_u + 0.02075362886
+    b_p = b_p * b_u - 0.0537687047
+    b_p = b_p * b_u + 0.1333168896
+    b_p = b_p * b_u - 0.3333328326
+    b_p = b_p * b_u + 0.9999999975
+    return tl.where(b_u < 0.36, b_p * b_x, 1.0 - 2.0 / (1.0 + tl.exp2(b_x * (2 * LOG2E))))
+
+
+@triton.jit
+def distance(o_i, o_j, sequence):
+    return tl.abs(o_i + sequence.diagonal - o_j).to(tl.float32)
+
+
+@triton.jit
+def scores(b_qk, o_i, o_j, terms, head, sequence):
+    """z of queries o_i and keys o_j, which broadcast to the shape of b_qk."""
+    b_z = b_qk * terms.factor
+    if terms.softcap is not None:
+        b_z = tanh(b_z) * terms.softcap
+    if terms.bias is not None:
+        o_bias = o_i.to(tl.int64) * terms.bias_q + o_j.to(tl.int64) * terms.bias_k
+        m_bias = inside(o_i, o_j, sequence)
+        b_z += tl.load(terms.bias + head.bias + o_bias, mask=m_bias, other=0.0).to(tl.float32)
+        # +inf counts as the largest finite score. A comparison lets NaN pass.
+        b_z = tl.where(b_z > FLOAT_MAX, FLOAT_MAX, b_z)
+    if terms.slopes is not None:
+        b_z -= head.slope * distance(o_i, o_j, sequence)
+    return b_z + head.constant
+
+
+@triton.jit
+def exponential(b_z, head):
+    return tl.exp2(b_z * head.log2e)
+
+
+@triton.jit
+def sigmoid(b_z, head, FAST: tl.constexpr):
+    """P = 1 / (1 + e^-z) and 1 - P. Neither cancels, except where FAST."""
+    if FAST and not INTERPRETED:
+        b_half = b_z * (0.5 * head.log2e / LOG2E)
+        b_tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [b_half], tl.float32, is_pure=True, pack=1
+        )
+        b_p = 0.5 + 0.5 * b_tanh
+        b_rest = 0.5 - 0.5 * b_tanh
+    else:
+        b_odds = exponential(-b_z, head)
+        b_p = 1.0 / (1.0 + b_odds)
+        b_rest = tl.where(b_odds > 1e37, 1.0, b_odds * b_p)
+    return b_p, b_rest
+
+
+def architecture(t: Tensor) -> int:
+    """Compute capability of the device of t, 80 for 8.0."""
+    with torch.cuda.device_of(t):
+        return int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def launch(kernel: Any, programs: int, anchor: Tensor, *args: Any, **options: Any) -> None:
+    """Runs on the device of anchor. Multiplications and additions fuse; Triton's own default varies
+    by version."""
+    if programs > 0:
+        with torch.cuda.device_of(anchor):
+            kernel[(programs,)](*args, **options, enable_fp_fusion=True)

@@ -1,0 +1,344 @@
+"""Launches the kernels of attention, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import INTERPRETED, LOG2E, Rows, Terms, Window, architecture, launch
+from .attention_backward import bias_kernel, keys_kernel, queries_kernel
+from .attention_forward import attention_kernel
+
+FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
+
+
+class Tiles(NamedTuple):
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+class Plan(NamedTuple):
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
+
+
+# By bytes of an element and head dimension: the largest tiles whose registers do not spill (float32
+# beyond 128 dimensions spills at any size: the two halves of 16 queries fill them; 128 dimensions
+# spill 8 bytes on 12.0). Shared memory: 99 KiB, which every GPU from 8.0 on has.
+PLANS = {
+    (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+    (2, 128): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    (2, 256): Plan(Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 1), Tiles(32, 32, 8, 1)),
+    (4, 64): Plan(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 16, 4, 2)),
+    (4, 128): Plan(Tiles(16, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+    (4, 256): Plan(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
+# Of 9.0 and 10.x: 227 KiB, and products of 64 rows a warp group.
+LARGE_PLANS = PLANS | {
+    (2, 64): Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    (2, 128): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+    (2, 256): Plan(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
+    (4, 64): Plan(Tiles(64, 32, 8, 3), Tiles(64, 16, 8, 2), Tiles(32, 16, 4, 2)),
+}
+
+
+class Call(NamedTuple):
+    """The lowered list, and what the kernels take from it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kind: str
+    scale: float
+    score_bias: Tensor | None
+    score_bias_value: float
+    score_bias_neg_log_n: bool
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    softcap: float
+    causal: bool
+    window_left: int
+    window_right: int
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    deterministic: bool
+    precision: str
+
+    @property
+    def sigmoid(self) -> bool:
+        return self.kind == "sigmoid"
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def longest_q(self) -> int:
+        return _bounded(self.q.shape[-3], self.max_seqlen_q)
+
+    @property
+    def longest_k(self) -> int:
+        return _bounded(self.k.shape[-3], self.max_seqlen_k)
+
+    @property
+    def statistics_shape(self) -> Sequence[int]:
+        """Of lse and delta."""
+        lead = () if self.packed else (self.batch,)
+        return (*lead, self.heads, self.q.shape[-3])
+
+    def plan(self) -> Plan:
+        if INTERPRETED.value:
+            # A tile costs milliseconds whatever its size, yet short sequences take several.
+            m, n = (
+                min(max(triton.next_power_of_2(length) // 64, 32), 1024)
+                for length in (self.longest_q, self.longest_k)
+            )
+            return Plan(*[Tiles(m, n, 4, 1)] * 3)
+        plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
+        head_dim = triton.next_power_of_2(max(64, self.q.shape[-1], self.v.shape[-1]))
+        plan = plans[self.q.element_size(), head_dim]
+        if self.bias is None and not self.softcap:
+            return plan
+        # Their values take the registers of half a tile.
+        return Plan(*(t._replace(block_n=max(t.block_n // 2, 16)) for t in plan))
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
+        allocate = self.q.new_zeros if self.packed else self.q.new_empty
+        return allocate(shape, dtype=dtype or self.q.dtype)
+
+    def rows(self, t: Tensor) -> Rows:
+        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
+
+    def terms(self) -> Terms:
+        nats = self.bias is not None or self.alibi_slopes is not None
+        unit = 1.0 if nats else LOG2E.value
+        return Terms(
+            self.scale,
+            self.scale / self.softcap if self.softcap else self.scale * unit,
+            self.softcap * unit if self.softcap else None,
+            self.score_bias_value * unit,
+            int(self.score_bias_neg_log_n),
+            self.score_bias,
+            _batch_stride(self.score_bias),
+            self.alibi_slopes,
+            _batch_stride(self.alibi_slopes),
+            self.bias,
+            *_broadcast_strides(self.bias),
+        )
+
+    def window(self) -> Window:
+        right = 0 if self.causal else self.window_right
+        return Window(*(None if w < 0 else min(w, FAR) for w in (self.window_left, right)))
+
+    def arguments(self) -> Sequence[Any]:
+        """What every kernel takes, from terms to group."""
+        return (
+            self.terms(),
+            self.window(),
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.q.shape[-3],
+            self.k.shape[-3],
+            self.longest_q,
+            self.longest_k,
+            self.heads,
+            self.heads // max(self.kv_heads, 1),
+        )
+
+    def options(self, tiles: Tiles) -> dict[str, Any]:
+        head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "SIGMOID": self.sigmoid,
+            "FAST": self.precision == "fast",
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+            "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+
+def _bounded(tokens: int, bound: int | None) -> int:
+    return tokens if bound is None else min(tokens, bound)
+
+
+def _batch_stride(t: Tensor | None) -> int:
+    """Of [H] or [B, H]."""
+    return t.stride(0) if t is not None and t.dim() == 2 else 0
+
+
+def _broadcast_strides(t: Tensor | None) -> Sequence[int]:
+    if t is None:
+        return 0, 0, 0, 0
+    return [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+
+
+def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*lowered)
+    tiles = call.plan().forward
+    blocks = triton.cdiv(call.longest_q, tiles.block_m)
+    out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
+    lse = call.new((0,) if call.sigmoid else call.statistics_shape, torch.float32)
+    launch(
+        attention_kernel,
+        call.batch * call.heads * blocks,
+        call.q,
+        *map(call.rows, (call.q, call.k, call.v, out)),
+        lse,
+        call.sink,
+        *call.arguments(),
+        blocks,
+        **call.options(tiles),
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> tuple[Tensor, ...]:
+    call = Call(*lowered)
+    plan = call.plan()
+    extras = (call.score_bias, call.bias, call.alibi_slopes, call.sink)
+    score_bias, bias, slopes, sink = (
+        t if needed else None for t, needed in zip(extras, needs, strict=True)
+    )
+    douts, *qkv = map(call.rows, (dout, call.q, call.k, call.v))
+    dq, dk, dv = (call.new(t.shape) for t in (call.q, call.k, call.v))
+    delta = None if call.sigmoid else call.new(call.statistics_shape, torch.float32)
+
+    blocks = triton.cdiv(call.longest_q, plan.queries.block_m)
+    score_bias_sums, slope_sums = (
+        None if t is None else call.new((call.batch, call.heads, blocks), torch.float32)
+        for t in (score_bias, slopes)
+    )
+    launch(
+        queries_kernel,
+        call.batch * call.heads * blocks,
+        call.q,
+        douts,
+        dlse,
+        None if out is None else call.rows(out),
+        lse,
+        delta,
+        *qkv,
+        call.rows(dq),
+        score_bias_sums,
+        slope_sums,
+        *call.arguments(),
+        blocks,
+        **call.options(plan.queries),
+    )
+    blocks = triton.cdiv(call.longest_k, plan.keys.block_n)
+    launch(
+        keys_kernel,
+        call.batch * call.kv_heads * blocks,
+        call.q,
+        douts,
+        lse,
+        delta,
+        *qkv,
+        call.rows(dk),
+        call.rows(dv),
+        *call.arguments(),
+        blocks,
+        **call.options(plan.keys),
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        _sum_blocks(call, score_bias_sums, score_bias),
+        _bias_gradient(call, plan.queries, douts, lse, delta, qkv, bias),
+        _sum_blocks(call, slope_sums, slopes),
+        _sink_gradient(call, lse, delta, sink),
+    )
+
+
+def _none(call: Call) -> Tensor:
+    """The gradient of what needs none."""
+    return call.q.new_empty(0, dtype=torch.float32)
+
+
+def _bias_gradient(
+    call: Call,
+    tiles: Tiles,
+    douts: Rows,
+    lse: Tensor | None,
+    delta: Tensor | None,
+    qkv: Sequence[Rows],
+    bias: Tensor | None,
+) -> Tensor:
+    if bias is None:
+        return _none(call)
+    dbias = call.q.new_empty(bias.shape, dtype=torch.float32)
+    batch, heads, rows, columns = bias.shape
+    launch(
+        bias_kernel,
+        batch * heads * triton.cdiv(rows, tiles.block_m) * triton.cdiv(columns, tiles.block_n),
+        call.q,
+        douts,
+        lse,
+        delta,
+        *qkv,
+        dbias,
+        heads,
+        rows,
+        columns,
+        call.batch if batch == 1 else 1,
+        call.heads if heads == 1 else 1,
+        *call.arguments(),
+        SUM_Q=rows == 1,
+        SUM_K=columns == 1,
+        **call.options(tiles),
+    )
+    return dbias
+
+
+def _sum_blocks(call: Call, sums: Tensor | None, argument: Tensor | None) -> Tensor:
+    """Of [B, H, blocks], to the shape of the argument, [H] or [B, H]."""
+    if sums is None or argument is None:
+        return _none(call)
+    return sums.sum((0, 2) if argument.dim() == 1 else 2)
+
+
+def _sink_gradient(
+    call: Call, lse: Tensor | None, delta: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    """-sum of P_sink delta, for the sink has no value."""
+    if lse is None or delta is None or sink is None:
+        return _none(call)
+    logits = sink[:, None]
+    p = torch.where(lse == logits, 1.0, torch.exp(logits - lse))  # also where both are inf
+    p = torch.where(lse == float("-inf"), 0.0, p)
+    return -(p * delta).transpose(-1, -2).flatten(0, -2).sum(0)

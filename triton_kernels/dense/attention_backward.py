@@ -1,0 +1,411 @@
+"""Backward, without atomics: one kernel owns the queries, one the keys, one the tiles of a bias.
+
+sigmoid: dz = P (1 - P) dP;  softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    FLOAT16_SCALE,
+    FLOAT_MAX,
+    INF,
+    LENGTHS,
+    LOG2E,
+    distance,
+    dot,
+    exponential,
+    head_of,
+    load_rows,
+    program,
+    scores,
+    sequence_of,
+    sigmoid,
+    slice_of,
+    statistics_of,
+    store_rows,
+    tanh,
+    visible,
+    visible_parts,
+)
+
+
+@triton.jit
+def load_lse(p_lse, o_i, sequence, head):
+    """On the scale of z; inf, and with it P = 0, for rows that saw nothing."""
+    b_lse = tl.load(p_lse + o_i, mask=o_i < sequence.q_length, other=INF)
+    return (tl.where(b_lse == -INF, INF, b_lse) - head.shift) * (LOG2E / head.log2e)
+
+
+@triton.jit
+def load_delta(p_delta, o_i, sequence):
+    return tl.load(p_delta + o_i, mask=o_i < sequence.q_length, other=0.0)
+
+
+@triton.jit
+def gradients(
+    b_qk,
+    b_dp,
+    o_i,
+    o_j,
+    b_lse,
+    b_delta,
+    terms,
+    head,
+    sequence,
+    window,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say."""
+    b_z = scores(b_qk, o_i, o_j, terms, head, sequence)
+    if SIGMOID:
+        b_p, b_rest = sigmoid(b_z, head, FAST)
+        b_dz = b_p * b_rest * b_dp
+    else:
+        b_p = exponential(b_z - b_lse, head)
+        b_dz = b_p * (b_dp - b_delta)
+    if MASKED:
+        m_seen = visible(o_i, o_j, sequence, window)
+        b_p = tl.where(m_seen, b_p, 0.0)
+        b_dz = tl.where(m_seen, b_dz, 0.0)
+    if terms.bias is not None:
+        b_dz = tl.where(b_z >= FLOAT_MAX, 0.0, b_dz)
+    return b_p, b_dz
+
+
+@triton.jit
+def through_softcap(b_dz, b_qk, terms):
+    """Gradient of scale q.k."""
+    if terms.softcap is not None:
+        b_tanh = tanh(b_qk * terms.factor)
+        b_dz *= 1.0 - b_tanh * b_tanh
+    return b_dz
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def queries_kernel(
+    dout,
+    dlse,
+    out,
+    lse,
+    delta,
+    q,
+    k,
+    v,
+    dq,
+    bias_sums,
+    slope_sums,
+    terms,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    group,
+    blocks,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A block of queries: dq, delta, and the sums of dz and of -dz times distance."""
+    i_block, i_h, i_b = program(blocks, heads)
+    # The last queries see most keys under a causal mask: longest programs first.
+    first = (blocks - 1 - i_block) * BLOCK_M
+    sequence = sequence_of(
+        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+    )
+    if first >= sequence.q_length:
+        return
+    head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+    keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
+    values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
+    o_i = first + tl.arange(0, BLOCK_M)
+    queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
+    b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
+    douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
+    b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
+    b_lse = tl.zeros([BLOCK_M], tl.float32)
+    b_delta = tl.zeros([BLOCK_M], tl.float32)
+    if not SIGMOID:
+        outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
+        b_out = load_rows(outs, o_i, VALUE_DIM, BLOCK_V)
+        b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+        o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+        if dlse is not None:
+            b_delta -= tl.load(dlse + o_row + o_i, mask=o_i < sequence.q_length, other=0.0)
+        tl.store(delta + o_row + o_i, b_delta, mask=o_i < sequence.q_length)
+        b_lse = load_lse(lse + o_row, o_i, sequence, head)
+
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_bias_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
+    last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
+    parts = visible_parts(
+        first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
+    )
+    for PART in tl.static_range(1 if window.left is None else 0, 3):
+        for j in range(parts[PART], parts[PART + 1], BLOCK_N):
+            o_j = j + tl.arange(0, BLOCK_N)
+            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_dp = dot(b_dout, tl.trans(b_v))
+            _, b_dz = gradients(
+                b_qk,
+                b_dp,
+                o_i[:, None],
+                o_j[None, :],
+                b_lse[:, None],
+                b_delta[:, None],
+                terms,
+                head,
+                sequence,
+                window,
+                SIGMOID,
+                FAST,
+                MASKED=PART != 1,
+            )
+            if bias_sums is not None:
+                b_bias_sum += tl.sum(b_dz, 1)
+            if slope_sums is not None:
+                b_distance = distance(o_i[:, None], o_j[None, :], sequence)
+                b_slope_sum -= tl.sum(b_dz * b_distance, 1)
+            b_dq += dot(through_softcap(b_dz, b_qk, terms), b_k)
+
+    dqs = slice_of(dq, i_b, i_h, sequence.q_start, sequence.q_length)
+    store_rows(dqs, o_i, b_dq * terms.scale, HEAD_DIM)
+    if bias_sums is not None:
+        tl.store(bias_sums + tl.program_id(0), tl.sum(b_bias_sum, 0))
+    if slope_sums is not None:
+        tl.store(slope_sums + tl.program_id(0), tl.sum(b_slope_sum, 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def keys_kernel(
+    dout,
+    lse,
+    delta,
+    q,
+    k,
+    v,
+    dk,
+    dv,
+    terms,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    group,
+    blocks,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dk and dv of a block of keys, summed over the query heads that read it. Scores are
+    transposed: P^T and dz^T are the left operands of the products that follow."""
+    i_block, i_kv, i_b = program(blocks, heads // group)
+    first = i_block * BLOCK_N
+    sequence = sequence_of(
+        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+    )
+    if first >= sequence.k_length:
+        return
+    o_j = first + tl.arange(0, BLOCK_N)
+    keys = slice_of(k, i_b, i_kv, sequence.k_start, sequence.k_length)
+    b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+    values = slice_of(v, i_b, i_kv, sequence.k_start, sequence.k_length)
+    b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
+    # Key j is seen by queries j - diagonal - right up to j - diagonal + left.
+    parts = visible_parts(
+        first, last, -sequence.diagonal, window.right, window.left, sequence.q_length, BLOCK_M
+    )
+    for PART in tl.static_range(1 if window.right is None else 0, 3):
+        # One loop over heads and their blocks, so that loads run ahead across heads.
+        count = tl.cdiv(parts[PART + 1] - parts[PART], BLOCK_M)
+        for n in range(group * count):
+            i_h = i_kv * group + n // count
+            head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+            queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
+            douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
+            o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+            o_i = parts[PART] + n % count * BLOCK_M + tl.arange(0, BLOCK_M)
+            b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
+            b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
+            b_lse = tl.zeros([BLOCK_M], tl.float32)
+            b_delta = tl.zeros([BLOCK_M], tl.float32)
+            if not SIGMOID:
+                b_lse = load_lse(lse + o_row, o_i, sequence, head)
+                b_delta = load_delta(delta + o_row, o_i, sequence)
+            b_qk = dot(b_k, tl.trans(b_q))
+            b_dp = dot(b_v, tl.trans(b_dout))
+            b_p, b_dz = gradients(
+                b_qk,
+                b_dp,
+                o_i[None, :],
+                o_j[:, None],
+                b_lse[None, :],
+                b_delta[None, :],
+                terms,
+                head,
+                sequence,
+                window,
+                SIGMOID,
+                FAST,
+                MASKED=PART != 1,
+            )
+            if SIGMOID and b_q.dtype == tl.float16:
+                b_p *= FLOAT16_SCALE
+            b_dv += dot(b_p, b_dout)
+            b_dk += dot(through_softcap(b_dz, b_qk, terms), b_q)
+
+    if SIGMOID and b_k.dtype == tl.float16:
+        b_dv *= 1.0 / FLOAT16_SCALE
+    dks = slice_of(dk, i_b, i_kv, sequence.k_start, sequence.k_length)
+    store_rows(dks, o_j, b_dk * terms.scale, HEAD_DIM)
+    dvs = slice_of(dv, i_b, i_kv, sequence.k_start, sequence.k_length)
+    store_rows(dvs, o_j, b_dv, VALUE_DIM)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *LENGTHS,
+        "bias_heads",
+        "bias_rows",
+        "bias_columns",
+        "sum_batch",
+        "sum_heads",
+    ]
+)
+def bias_kernel(
+    dout,
+    lse,
+    delta,
+    q,
+    k,
+    v,
+    dbias,
+    bias_heads,
+    bias_rows,
+    bias_columns,
+    sum_batch,
+    sum_heads,
+    terms,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    group,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+    SUM_Q: tl.constexpr,
+    SUM_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A tile of dbias, [B|1, H|1, rows, columns]: the sum of dz, in order, over what the bias was
+    broadcast along: sum_batch sequences, sum_heads heads, SUM_Q all queries, SUM_K all keys."""
+    blocks_k = tl.cdiv(bias_columns, BLOCK_N)
+    i_tile, i_bias_h, i_bias_b = program(tl.cdiv(bias_rows, BLOCK_M) * blocks_k, bias_heads)
+    first_i = i_tile // blocks_k * BLOCK_M
+    first_j = i_tile % blocks_k * BLOCK_N
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_b in range(i_bias_b, i_bias_b + sum_batch):
+        sequence = sequence_of(
+            cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+        )
+        stop_i = sequence.q_length
+        if not SUM_Q:
+            stop_i = tl.minimum(first_i + BLOCK_M, stop_i)
+        for i_h in range(i_bias_h, i_bias_h + sum_heads):
+            head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+            queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
+            douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
+            keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
+            values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
+            o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+            for i in range(first_i, stop_i, BLOCK_M):
+                o_i = i + tl.arange(0, BLOCK_M)
+                b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
+                b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
+                b_lse = tl.zeros([BLOCK_M], tl.float32)
+                b_delta = tl.zeros([BLOCK_M], tl.float32)
+                if not SIGMOID:
+                    b_lse = load_lse(lse + o_row, o_i, sequence, head)
+                    b_delta = load_delta(delta + o_row, o_i, sequence)
+                last = tl.minimum(i + BLOCK_M, sequence.q_length) - 1
+                parts = visible_parts(
+                    i,
+                    last,
+                    sequence.diagonal,
+                    window.left,
+                    window.right,
+                    sequence.k_length,
+                    BLOCK_N,
+                )
+                begin = parts[0]
+                stop_j = parts[3]
+                if not SUM_K:
+                    begin = tl.maximum(begin, first_j)
+                    stop_j = tl.minimum(first_j + BLOCK_N, stop_j)
+                for j in range(begin, stop_j, BLOCK_N):
+                    o_j = j + tl.arange(0, BLOCK_N)
+                    b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+                    b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+                    _, b_dz = gradients(
+                        dot(b_q, tl.trans(b_k)),
+                        dot(b_dout, tl.trans(b_v)),
+                        o_i[:, None],
+                        o_j[None, :],
+                        b_lse[:, None],
+                        b_delta[:, None],
+                        terms,
+                        head,
+                        sequence,
+                        window,
+                        SIGMOID,
+                        FAST,
+                        MASKED=True,
+                    )
+                    b_sum += b_dz
+
+    if SUM_Q:
+        b_sum = tl.sum(b_sum, 0, keep_dims=True)
+    if SUM_K:
+        b_sum = tl.sum(b_sum, 1, keep_dims=True)
+    o_i = first_i + tl.arange(0, b_sum.shape[0])[:, None]
+    o_j = first_j + tl.arange(0, b_sum.shape[1])[None, :]
+    p_tile = dbias + ((i_bias_b * bias_heads + i_bias_h) * bias_rows + o_i) * bias_columns + o_j
+    tl.store(p_tile, b_sum, mask=(o_i < bias_rows) & (o_j < bias_columns))

@@ -1,0 +1,148 @@
+"""Forward: one program owns a block of queries of one head and streams the keys past it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    FLOAT16_SCALE,
+    INF,
+    LENGTHS,
+    LOG2E,
+    dot,
+    exponential,
+    head_of,
+    load_rows,
+    program,
+    scores,
+    sequence_of,
+    sigmoid,
+    slice_of,
+    statistics_of,
+    store_rows,
+    visible,
+    visible_parts,
+)
+
+
+@triton.jit
+def add(b_sum, b_lost, b_x):
+    """Compensated: b_lost is what rounding has added too much."""
+    b_y = b_x - b_lost
+    b_total = b_sum + b_y
+    return b_total, (b_total - b_sum) - b_y
+
+
+@triton.jit
+def normaliser(b_top, b_sum, sink, i_h, head):
+    """Factor of a row of sums relative to e^top, and its log-sum-exp. The sink is a logit without a
+    value."""
+    b_pivot = b_top
+    if sink is not None:
+        b_sink = (tl.load(sink + i_h) - head.shift) * (LOG2E / head.log2e)
+        b_pivot = tl.maximum(b_top, b_sink)
+    b_pivot = tl.where(b_pivot == -INF, 0.0, b_pivot)
+    b_factor = exponential(b_top - b_pivot, head)
+    b_total = b_sum * b_factor
+    if sink is not None:
+        b_total += tl.where(b_sink == b_pivot, 1.0, exponential(b_sink - b_pivot, head))
+    m_empty = b_total == 0.0
+    b_lse = b_pivot * (head.log2e / LOG2E) + tl.log(tl.where(m_empty, 1.0, b_total)) + head.shift
+    return (
+        b_factor / tl.where(m_empty, 1.0, b_total),
+        tl.where(m_empty, -INF, b_lse),
+    )
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    sink,
+    terms,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    group,
+    blocks,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_block, i_h, i_b = program(blocks, heads)
+    # The last queries see most keys under a causal mask: longest programs first.
+    first = (blocks - 1 - i_block) * BLOCK_M
+    sequence = sequence_of(
+        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+    )
+    if first >= sequence.q_length:
+        return
+    head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+    keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
+    values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
+    o_i = first + tl.arange(0, BLOCK_M)
+    queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
+    b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
+    parts = visible_parts(
+        first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
+    )
+    for PART in tl.static_range(1 if window.left is None else 0, 3):
+        for j in range(parts[PART], parts[PART + 1], BLOCK_N):
+            o_j = j + tl.arange(0, BLOCK_N)
+            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
+            if PART != 1:
+                m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
+                b_z = tl.where(m_seen, b_z, -INF)
+            if SIGMOID:
+                b_p, _ = sigmoid(b_z, head, FAST)
+                if b_v.dtype == tl.float16:
+                    b_p *= FLOAT16_SCALE
+            else:
+                b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
+                b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
+                b_p = exponential(b_z - b_pivot[:, None], head)
+                b_shrink = exponential(b_top - b_pivot, head)
+                b_top = b_new_top
+                b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
+                b_acc *= b_shrink[:, None]
+                b_acc_lost *= b_shrink[:, None]
+            b_pv = dot(b_p, b_v)
+            if b_v.dtype == tl.float32:
+                b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
+            else:
+                b_acc += b_pv
+
+    if SIGMOID:
+        if b_q.dtype == tl.float16:
+            b_acc *= 1.0 / FLOAT16_SCALE
+    else:
+        b_factor, b_lse = normaliser(b_top, b_sum, sink, i_h, head)
+        b_acc *= b_factor[:, None]
+        o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+        tl.store(lse + o_row + o_i, b_lse, mask=o_i < sequence.q_length)
+    outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
+    store_rows(outs, o_i, b_acc, VALUE_DIM)
