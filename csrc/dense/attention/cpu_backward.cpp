@@ -11,7 +11,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_scores.h"
+#include "dense/attention/cpu_backward_operands.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
@@ -51,26 +51,19 @@ class Worker {
   Worker(const AttentionBackwardParams& bp, int64_t longest_q, int64_t longest_k, bool whole_head)
       : bp(bp),
         p(bp.forward),
-        words_d(words_of<Op>(p.head_dim)),
-        words_v(words_of<Op>(p.value_dim)),
-        width_d(round_up(p.head_dim, kWidth)),
-        width_v(round_up(p.value_dim, kWidth)),
+        queries(bp),
+        tile(p),
+        width_d(queries.width_d),
+        width_v(queries.width_v),
         padded_q(round_up(longest_q, kQueryBlock)),
         most_keys(round_up(whole_head ? longest_k : Split(longest_k).keys, kKeyTile)),
         workspace(floats_needed()) {
-    qt = workspace.take(padded_q * words_d);
-    gt = workspace.take(padded_q * words_v);
-    qr = workspace.take(padded_q / Op::kPair * width_d);
-    gr = workspace.take(padded_q / Op::kPair * width_v);
-    lse = workspace.take(padded_q);
-    delta = workspace.take(padded_q);
+    queries.place(workspace, padded_q);
+    tile.place(workspace, kKeyTile);
     dq = workspace.take(padded_q * width_d);
     dq_total = workspace.take(padded_q * width_d);
     dk = workspace.take(most_keys * width_d);
     dv = workspace.take(most_keys * width_v);
-    kr = workspace.take(kKeyTile * round_up(words_d, kWidth));
-    vr = workspace.take(kKeyTile * round_up(words_v, kWidth));
-    kb = workspace.take(kKeyTile / Op::kPair * width_d);
     pt = workspace.take(kKeyTile * kLdp);
     st = workspace.take(kKeyTile * kLdp);
     sp = workspace.take(kKeyTile / 2 * kLdsp);
@@ -133,11 +126,8 @@ class Worker {
   static constexpr int64_t kLdsp = kQueryBlock + kRowPad;
 
   int64_t floats_needed() const {
-    return padded_q * (words_d + words_v + (width_d + width_v) / Op::kPair + 2 + 2 * width_d) +
-           most_keys * (width_d + width_v) +
-           kKeyTile * (round_up(words_d, kWidth) + round_up(words_v, kWidth) + width_d + 2 * kLdp +
-                       kLdsp) +
-           20 * 16;
+    return queries.size(padded_q) + tile.size(kKeyTile) + 2 * padded_q * width_d +
+           most_keys * (width_d + width_v) + kKeyTile * (2 * kLdp + kLdsp) + 7 * 16;
   }
 
   void enter(int64_t batch, int64_t head) {
@@ -154,40 +144,13 @@ class Worker {
     return row_of(r, p.dtype, b, start, i, head);
   }
 
-  // Packs the queries of head h and the gradients of its output, and their row statistics.
   void enter_query_head(int64_t head) {
     h = head;
     terms = ScoreTerms(p, b, h, *s);
     if (bp.dscore_bias) terms.make_general();  // that path sums dS
-    const int64_t n = s->q_length;
-    const float factor = terms.plain && Op::kPair == 1 ? terms.factor : 1;
-    for (int64_t i = 0; i < padded(n); i += kPanel) {
-      const int64_t rows = i < n ? (n - i < kPanel ? n - i : kPanel) : 0;
-      pack_transposed<Op>(row(p.q, s->q_start, i, h), p.dtype, p.q.seq, rows, p.head_dim, factor,
-                          qt + i * words_d);
-      pack_transposed<Op>(row(bp.dout, s->q_start, i, h), p.dtype, bp.dout.seq, rows, p.value_dim,
-                          1.f, gt + i * words_v);
-      pack_reduced_rows<Op>(row(p.q, s->q_start, i, h), p.dtype, p.q.seq, rows, p.head_dim,
-                            qr + i / Op::kPair * width_d, width_d);
-      pack_reduced_rows<Op>(row(bp.dout, s->q_start, i, h), p.dtype, bp.dout.seq, rows, p.value_dim,
-                            gr + i / Op::kPair * width_v, width_v);
-    }
-    if (kMap != ScoreMap::softmax) return;
-    const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
-    const float* dlse = bp.dlse ? lse_of(p, bp.dlse, b, s->q_start, h) : nullptr;
-    for (int64_t i = 0; i < n; ++i) {
-      // A row that saw nothing has P = 0.
-      lse[i] = lse_in[i] == -kInf ? kInf : (lse_in[i] - terms.shift) * kLog2e;
-      const char* g = row(bp.dout, s->q_start, i, h);
-      const char* o = row(p.out, s->q_start, i, h);
-      vf dot = zero();
-      visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
-        for (int64_t d = 0; d < p.value_dim; d += kWidth)
-          dot = fma(e.load_n(g, d, p.value_dim - d), e.load_n(o, d, p.value_dim - d), dot);
-      });
-      delta[i] = sum_lanes(dot) - (dlse ? dlse[i] : 0);
-    }
-    for (int64_t i = n; i < padded(n); ++i) lse[i] = kInf, delta[i] = 0;
+    queries.pack(*s, b, h, padded(s->q_length), terms.plain && Op::kPair == 1 ? terms.factor : 1);
+    if (kMap == ScoreMap::softmax)
+      queries.pack_statistics(*s, b, h, padded(s->q_length), terms.shift);
   }
 
   void zero_key_sums(int64_t keys) {
@@ -205,15 +168,9 @@ class Worker {
     for (int64_t j = begin; j < end; j += kKeyTile) {
       keys = end - j < kKeyTile ? end - j : kKeyTile;
       first_key = j;
-      const int64_t rows = round_up(keys, kTileRows);
-      int64_t from = seen_by.begin(j), to = seen_by.end(j + keys - 1);
+      const int64_t from = seen_by.begin(j), to = seen_by.end(j + keys - 1);
       if (from >= to) continue;
-      pack_rows<Op>(row(p.k, s->k_start, j, kv_head), p.dtype, p.k.seq, keys, rows, p.head_dim, 1.f,
-                    kr, round_up(words_d, kWidth));
-      pack_rows<Op>(row(p.v, s->k_start, j, kv_head), p.dtype, p.v.seq, keys, rows, p.value_dim,
-                    1.f, vr, round_up(words_v, kWidth));
-      pack_reduced_rows<Op>(row(p.k, s->k_start, j, kv_head), p.dtype, p.k.seq, keys, p.head_dim,
-                            kb, width_d);
+      tile.pack(*s, b, kv_head, j, keys);
       for (int64_t i = from / kQueryBlock * kQueryBlock; i < to; i += kQueryBlock)
         run_block(i, dk + (j - origin) * width_d, dv + (j - origin) * width_v, dq_out + i * width_d,
                   sums);
@@ -237,12 +194,12 @@ class Worker {
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
       if (begin >= end) continue;
       const int64_t at = i / Op::kPair + begin;
-      multiply_rows<Op, false, kTileRows, false>(dv_rows + r * width_v, width_v,
-                                                 pt + r * kLdp + begin, kLdp, gr + at * width_v,
-                                                 width_v, end - begin, width_v);
-      multiply_rows<Op, false, kTileRows, false>(dk_rows + r * width_d, width_d,
-                                                 st + r * kLdp + begin, kLdp, qr + at * width_d,
-                                                 width_d, end - begin, width_d);
+      multiply_rows<Op, false, kTileRows, false>(
+          dv_rows + r * width_v, width_v, pt + r * kLdp + begin, kLdp, queries.gr + at * width_v,
+          width_v, end - begin, width_v);
+      multiply_rows<Op, false, kTileRows, false>(
+          dk_rows + r * width_d, width_d, st + r * kLdp + begin, kLdp, queries.qr + at * width_d,
+          width_d, end - begin, width_d);
     }
     for (int64_t q = 0; q < kQueryBlock && i + q < s->q_length; q += kQueryRows) {
       const int64_t from = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
@@ -250,9 +207,9 @@ class Worker {
           ceil_div(lower(band.end(i + q + kQueryRows - 1) - first_key, keys), Op::kPair);
       if (from >= to) continue;
       const float* a = Op::kPair == 1 ? st + from * kLdp + q : sp + from * kLdsp + q;
-      multiply_rows<Op, true, kQueryRows, false>(dq_rows + q * width_d, width_d, a,
-                                                 Op::kPair == 1 ? kLdp : kLdsp, kb + from * width_d,
-                                                 width_d, to - from, width_d);
+      multiply_rows<Op, true, kQueryRows, false>(
+          dq_rows + q * width_d, width_d, a, Op::kPair == 1 ? kLdp : kLdsp,
+          tile.kb + from * width_d, width_d, to - from, width_d);
     }
   }
 
@@ -261,14 +218,14 @@ class Worker {
   __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
     vf dp[kTileRows][kTileVectors], z[kTileRows][kTileVectors];
     clear(dp);
-    multiply<Op, false>(dp, vr + r * round_up(words_v, kWidth), round_up(words_v, kWidth),
-                        gt + (i + c) * words_v, kPanel, words_v);
+    multiply<Op, false>(dp, tile.vr + r * tile.lda_v, tile.lda_v,
+                        queries.gt + (i + c) * queries.words_v, kPanel, queries.words_v);
     alignas(64) float dp_memory[kTileRows][kPanel];
     for (int m = 0; m < kTileRows; ++m)
       for (int n = 0; n < kTileVectors; ++n) store(dp_memory[m] + n * kWidth, dp[m][n]);
     clear(z);
-    multiply<Op, false>(z, kr + r * round_up(words_d, kWidth), round_up(words_d, kWidth),
-                        qt + (i + c) * words_d, kPanel, words_d);
+    multiply<Op, false>(z, tile.kr + r * tile.lda_d, tile.lda_d,
+                        queries.qt + (i + c) * queries.words_d, kPanel, queries.words_d);
 
     const int64_t query = i + c, key = first_key + r;
     const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
@@ -291,8 +248,8 @@ class Worker {
         }
         const vf dpn = load(dp_memory[m] + n * kWidth);
         if constexpr (kMap == ScoreMap::softmax) {
-          const vf dpd = dpn - load(delta + query + n * kWidth);
-          w[n] = power<kCoarse>(t - load(lse + query + n * kWidth));
+          const vf dpd = dpn - load(queries.delta + query + n * kWidth);
+          w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
           dz[n] = w[n] * dpd;
         } else {
           const vf e = min_of(set(kMaxOdds), power<kCoarse>(t) * odds);
@@ -397,8 +354,12 @@ class Worker {
   double sink_gradient() const {
     const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
     double sum = 0;
-    for (int64_t i = 0; i < s->q_length; ++i)
-      if (lse_in[i] != -kInf) sum -= std::exp(p.sink[h] - lse_in[i]) * delta[i];
+    for (int64_t i = 0; i < s->q_length; ++i) {
+      if (lse_in[i] == -kInf) continue;
+      const float weight =
+          p.sink[h] == lse_in[i] ? 1 : std::exp(p.sink[h] - lse_in[i]);  // also inf
+      sum -= weight * queries.delta[i];
+    }
     return sum;
   }
 
@@ -413,13 +374,12 @@ class Worker {
 
   const AttentionBackwardParams& bp;
   const AttentionParams& p;
-  int64_t words_d, words_v, width_d, width_v;  // of an A row; of a B or C row
+  QueryOperands<Op> queries;
+  KeyOperands<Op> tile;
+  int64_t width_d, width_v;  // of rows of gradients
   int64_t padded_q, most_keys;
   cpu::Workspace workspace;
-  float *qt, *gt, *qr, *gr;  // Q and dO: transposed, and as rows
-  float *lse, *delta;
   float *dq, *dq_total, *dk, *dv;
-  float *kr, *vr, *kb;  // one tile of keys: K and V as A operands, K as B operand
   float *pt, *st, *sp;  // P^T, dS^T, and dS^T as pairs of keys
 
   int64_t b = 0, kv_head = 0, h = 0, group = 1;
