@@ -76,8 +76,20 @@ def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[A
     if chosen != "cpu" and synchronising_checks():
         spec.forward.check(*lowered)
         spec.forward.check_values(*lowered)
-    namespace = library.TRITON_NAMESPACE if chosen == "triton" else library.NAMESPACE
-    return spec.forward.overload(namespace)(*lowered)
+    op = spec.forward.overload(
+        library.TRITON_NAMESPACE if chosen == "triton" else library.NAMESPACE
+    )
+    if torch.compiler.is_compiling() or _needs_autograd(lowered):
+        return op(*lowered)
+    # Autograd registered from Python costs 10 us a call, as much as the rest of the dispatch.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*lowered)
+
+
+def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in lowered
+    )
 
 
 @dataclass(frozen=True)
