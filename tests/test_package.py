@@ -112,7 +112,7 @@ def test_check_passes_and_can_fail(monkeypatch, capsys):
     assert cli("check", "merge_attention_states", "--backend", "cpu").returncode == 0
     from tokenmill import __main__ as main
 
-    monkeypatch.setattr(tm.testing, "budget", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(tm.testing, "budget", lambda *args, **kwargs: 1e-30)
     assert main.main(["check", "attention", "--backend", "cpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
 

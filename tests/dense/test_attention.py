@@ -234,9 +234,11 @@ def test_infinite_biases(backend):
 def test_sinks_far_above_and_below_the_scores(sink, backend):
     """exp(sink - row maximum) overflows from 88 on unless the sink takes part in the pivot."""
     q, k, v = (randn(1, 5, 2, 8, backend=backend) for _ in range(3))
-    out, lse = tm.attention(
-        q, k, v, sink=torch.full((2,), sink, device=q.device), return_lse=True, backend=backend
-    )
+    logits = torch.full((2,), sink, device=q.device, requires_grad=True)
+    out, lse = tm.attention(q, k, v, sink=logits, return_lse=True, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum() + lse.clamp(max=1e3).sum(), logits, retain_graph=True)
+    assert torch.isfinite(grad).all()
+    out, lse = out.detach(), lse.detach()
     plain, plain_lse = tm.attention(q, k, v, return_lse=True, backend=backend)
     want = torch.logaddexp(plain_lse.double(), torch.tensor(sink).double()).float()
     torch.testing.assert_close(lse, want, rtol=1e-5, atol=1e-5)
