@@ -49,7 +49,7 @@ def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
     axes.set_xlabel("GFLOP/s of useful work")
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8, frameon=False)
     machine = results["machine"]
     axes.set_title(
         f"{op}: {machine['cpu']}, {machine['isa']}, {results['threads']} thread(s), "

@@ -23,6 +23,12 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+def test_readme():
+    text = (EXAMPLES.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "tokenmill.attention: " in run(sys.executable, "-c", example)
+
+
 def test_numpy_through_dlpack():
     out = run(sys.executable, EXAMPLES / "numpy_dlpack.py")
     difference = re.search(r"NumPy ([\d.e+-]+)", out)
