@@ -67,12 +67,18 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(to_json(results))
         print(f"wrote {options.json}")
     if options.plot:
         for path in plot.draw(results, options.plot):
             print(f"wrote {path}")
     return 0
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """A line for each row."""
+    head = json.dumps(results | {"rows": []}, indent=1).removesuffix("[]\n}")
+    return head + "[\n" + ",\n".join(map(json.dumps, results["rows"])) + "\n]}\n"
 
 
 def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any) -> dict[str, Any]:
