@@ -51,6 +51,8 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": install,
+            # The build environment of an earlier build in this tree is gone, and its ninja with it.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": torch_root,
