@@ -36,6 +36,8 @@ class OpSpec:
 
     lower takes the arguments of the public function and returns the lowered list: the arguments of
     the schema, shared in one order by reference, C++ params and Triton launcher.
+    logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
+    an error there is a relative error of what they are the logarithm of.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
     the inputs: the yardstick of the error budget.
@@ -54,6 +56,7 @@ class OpSpec:
     differentiable: tuple[str, ...]
     paper: str
     flops: Callable[..., float]
+    logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
 
     @property

@@ -40,6 +40,9 @@ GRADIENT_FLOOR = {
     torch.float64: 3e-14,
 }
 
+# e^(z - lse) is off by what z, lse and their difference round in float32: 3 times 2^-24 |lse|.
+LSE_FLOOR = 2.0**-22
+
 
 def magnitude(x: Tensor) -> float:
     """The largest finite absolute value, 0 if there is none."""
@@ -69,10 +72,13 @@ def budget(
     *,
     gradient: bool = False,
     scale: float | None = None,
+    lse: float = 0.0,
 ) -> float:
-    """The error that a kernel may make on inputs of `dtype` where plain PyTorch returns `plain`."""
+    """The error that a kernel may make on inputs of `dtype` where plain PyTorch returns `plain`.
+    lse is the magnitude of the log-sum-exp from which a backward computes weights again."""
     if gradient:
-        return GRADIENT_FACTOR * error(plain, oracle, scale) + GRADIENT_FLOOR[dtype]
+        floor = max(GRADIENT_FLOOR[dtype], LSE_FLOOR * lse)
+        return GRADIENT_FACTOR * error(plain, oracle, scale) + floor
     return FORWARD_FACTOR * error(plain, oracle, scale) + FORWARD_FLOOR[dtype]
 
 
@@ -171,43 +177,62 @@ def compare(
 ) -> list[Comparison]:
     """Outputs and gradients of one sample on one backend, each against its error budget.
 
-    Errors are in units of the largest magnitude of a tensor over a few draws of the sample: one
-    draw of a small tensor may cancel to nearly nothing.
+    The magnitude of a tensor, which is the unit of its errors, and the error of plain PyTorch are
+    the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
+    nothing, and plain PyTorch may be lucky in one.
     """
     oracle = functools.partial(spec.function, backend="reference")
 
-    def draw(seed: int) -> tuple[Any, Any, list[Tensor], list[Tensor]]:
+    def draw(seed: int) -> _Draw:
         generator = torch.Generator().manual_seed(seed)
         args, kwargs = sample.make(dtype, generator)
         shapes = [o.shape for o in evaluate(oracle, args, kwargs)[0]]
         cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
-        wide_args, wide_kwargs = convert(args, torch.float64), convert(kwargs, torch.float64)
+
+        def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            return spec.plain(*spec.lower(*args, **kwargs))[: len(cotangents)]
+
+        wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
         wide = evaluate(oracle, wide_args, wide_kwargs, cotangents)
-        return args, kwargs, cotangents, [*wide[0], *wide[1]]
+        plain = evaluate(plainly, args, kwargs, cotangents)
+        return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 
-    args, kwargs, cotangents, wide = draw(seed)
-    draws = [wide] + [draw(seed + i)[3] for i in range(1, 4)]
-    scales = [max(map(magnitude, tensors)) for tensors in zip(*draws, strict=True)]
+    draws = [draw(seed + i) for i in range(4)]
+    first = draws[0]
+    there = [a.to(device) if isinstance(a, Tensor) else a for a in first.args]
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first.kwargs.items()}
+    run = functools.partial(spec.function, backend=backend)
+    actual = chain(*evaluate(run, there, options, first.cotangents))
 
-    def careless(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        return spec.plain(*spec.lower(*args, **kwargs))[: len(cotangents)]
-
-    plain = evaluate(careless, args, kwargs, cotangents)
-    there = [a.to(device) if isinstance(a, Tensor) else a for a in args]
-    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    actual = evaluate(functools.partial(spec.function, backend=backend), there, options, cotangents)
-
-    given = [*zip(inspect.signature(spec.function).parameters, args, strict=False), *kwargs.items()]
-    names = [f"output {i}" for i in range(len(cotangents))]
+    parameters = inspect.signature(spec.function).parameters
+    given = [*zip(parameters, first.args, strict=False), *first.kwargs.items()]
+    names = [f"output {i}" for i in range(len(first.cotangents))]
     names += [f"gradient of {name}" for name, value in given if _is_float(value)]
+    logarithms = [i for i in spec.logarithms if i < len(first.cotangents)]
+    lse = max((magnitude(d.wide[i]) for d in draws for i in logarithms), default=0.0)
     result = []
-    for name, a, w, p, scale in zip(
-        names, chain(*actual), wide, chain(*plain), scales, strict=True
-    ):
+    for i, (name, tensor) in enumerate(zip(names, actual, strict=True)):
+        unit = max(magnitude(d.wide[i]) for d in draws)
+        if i in logarithms:
+            unit = max(unit, 1.0)
         gradient = name.startswith("gradient")
-        allowed = budget(p, w, dtype, gradient=gradient, scale=scale)
-        result.append(Comparison(name, error(a.cpu(), w, scale), allowed))
+        allowed = max(
+            budget(d.plain[i], d.wide[i], dtype, gradient=gradient, scale=unit, lse=lse)
+            for d in draws
+        )
+        result.append(Comparison(name, error(tensor.cpu(), first.wide[i], unit), allowed))
     return result
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Arguments of a call, and its outputs and gradients from the oracle and plain PyTorch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    cotangents: list[Tensor]
+    wide: list[Tensor]
+    plain: list[Tensor]
 
 
 def _is_float(x: Any) -> bool:

@@ -167,6 +167,23 @@ def test_a_single_key(kind, backend):
     torch.testing.assert_close(out, weight * v)
 
 
+@each_kernel
+@each_dtype
+@pytest.mark.parametrize("scale", [0.0, None])
+def test_one_key_keeps_the_error_budget(scale, dtype, backend):
+    """lse is 0 at scale 0, and plain PyTorch makes no error in P = 1."""
+    for seed in range(4):
+        sample = registry.Sample(
+            "one key",
+            lambda dtype, g: (
+                tuple(torch.randn(1, 1, 2, d, generator=g).to(dtype) for d in (35, 35, 8)),
+                {"scale": scale, "return_lse": True},
+            ),
+        )
+        found = compare(SPEC, sample, backend, dtype, device=device_of(backend), seed=seed)
+        assert not [c for c in found if not c.ok]
+
+
 @each_backend
 @each_kind
 def test_scale_zero(kind, backend):

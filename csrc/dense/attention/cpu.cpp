@@ -86,8 +86,8 @@ struct QueryTile {
   int64_t ldp;
   float* out;  // [kQueryTile][ldo]
   int64_t ldo, width;
-  // softmax, per row: exponents are taken relative to pivot, an integer, so that moving it scales
-  // by an exact power of two; it moves when an exponent exceeds raise_above.
+  // softmax, per row: exponents are taken relative to pivot, the first maximum, so that the only
+  // key of a row has weight 1; it moves when an exponent exceeds raise_above.
   float *pivot, *raise_above, *sums;
 
   // The vectors of the panel at `column` that one of kTileRows rows sees, in whole units of `pair`.
@@ -100,14 +100,6 @@ struct QueryTile {
     return {begin * pair, (end - begin) * pair};
   }
 };
-
-TM_INLINE float power_of_two(float exponent) {
-  if (!(exponent >= -126)) return 0;
-  const int32_t bits = (static_cast<int32_t>(exponent) + 127) << 23;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 template <class Op>
 TM_INLINE vf scale_words(vf x, float factor) {
@@ -126,10 +118,9 @@ template <class Op>
 __attribute__((noinline)) void raise_pivot(const QueryTile& t, int64_t row, float top,
                                            int64_t words_done) {
   if (!(top > t.raise_above[row])) return;
-  const float pivot = std::ceil(top);
-  const float factor = t.raise_above[row] == -kInf ? 0 : power_of_two(t.pivot[row] - pivot);
-  t.pivot[row] = pivot;
-  t.raise_above[row] = pivot + kHeadroom;
+  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.pivot[row] - top);
+  t.pivot[row] = top;
+  t.raise_above[row] = top + kHeadroom;
   float* p = t.p + row * t.ldp;
   for (int64_t w = 0; w < words_done; w += kWidth)
     store(p + w, scale_words<Op>(load(p + w), factor));

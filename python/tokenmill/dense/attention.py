@@ -434,6 +434,7 @@ SPEC = register_op(
         samples=SAMPLES,
         malformed=MALFORMED,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
+        logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",
         flops=flops,
     )

@@ -210,6 +210,7 @@ SPEC = register_op(
             ),
         ),
         differentiable=("outs", "lses"),
+        logarithms=(1,),
         paper="FlashAttention (Dao et al. 2022), LeanAttention (Sanovar et al. 2024)",
         flops=lambda outs, lses: 2.0 * outs.numel(),
     )
