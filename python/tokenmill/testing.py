@@ -181,19 +181,19 @@ def compare(
     the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
     nothing, and plain PyTorch may be lucky in one.
     """
-    oracle = functools.partial(spec.function, backend="reference")
+    reference = oracle(spec.name)
 
     def draw(seed: int) -> _Draw:
         generator = torch.Generator().manual_seed(seed)
         args, kwargs = sample.make(dtype, generator)
-        shapes = [o.shape for o in evaluate(oracle, args, kwargs)[0]]
+        shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
         cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
 
         def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
             return spec.plain(*spec.lower(*args, **kwargs))[: len(cotangents)]
 
         wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
-        wide = evaluate(oracle, wide_args, wide_kwargs, cotangents)
+        wide = evaluate(reference, wide_args, wide_kwargs, cotangents)
         plain = evaluate(plainly, args, kwargs, cotangents)
         return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 

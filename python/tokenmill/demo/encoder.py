@@ -59,10 +59,6 @@ class Agreement:
     attention: float
     stock_attention: float
 
-    @property
-    def ok(self) -> bool:
-        return self.cosine >= MIN_COSINE
-
 
 class Stopwatch:
     """An attention implementation of transformers registered again, adding up the time it takes."""
