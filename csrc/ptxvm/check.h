@@ -1,0 +1,32 @@
+// One hook for every access to memory. Bounds and alignment are always checked; in check mode also
+// initialisation and races of shared memory, and in counting mode the traffic is counted.
+#pragma once
+#include "ptxvm/machine.h"
+
+namespace ptxvm {
+
+enum class Access : uint8_t { read, write, atomic };
+enum class Traffic : uint8_t { load, store, atomic, copy, matrix };  // row of the counters
+
+// Host address of `bytes` bytes at `address` of a space for one lane, or a Fault. `address` of
+// shared and local memory may be plain or in its window; generic addresses are resolved here.
+char* access(Warp&, const Instruction&, Space, uint64_t address, int lane, uint32_t bytes, Access);
+
+// Counts one warp-wide request: addresses of the lanes in mask, `bytes` each. No-op unless
+// counting.
+void count_request(Warp&, const Instruction&, Space, const uint64_t* addresses, Mask,
+                   uint32_t bytes, Traffic);
+
+// Global allocations, as the host registers them. Unregistered memory faults.
+void register_memory(const void* base, size_t bytes, bool writable);
+void unregister_memory(const void* base);
+void unregister_all_memory();
+
+// Called by the scheduler.
+void block_started(Block&);
+void block_finished(Block&);
+void barrier_released(Block&);
+void check_registers(Warp&, const Instruction&, Mask);   // before: sources hold values
+void define_registers(Warp&, const Instruction&, Mask);  // after: destinations do
+
+}  // namespace ptxvm

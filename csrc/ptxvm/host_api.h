@@ -1,0 +1,34 @@
+// C functions of the machine beside those of the CUDA runtime.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Global memory that kernels may touch from now on.
+void ptxvm_register(const void* base, size_t bytes, int writable);
+void ptxvm_unregister(const void* base);
+void ptxvm_unregister_all(void);
+
+// "check=1,count=1,order=reverse,seed=7,...": names of Options in machine.h. Returns 0, or -1 and
+// leaves a message for ptxvm_last_report.
+int ptxvm_configure(const char* settings);
+
+// What the last failed launch or call reported; empty if none failed since the last call.
+const char* ptxvm_last_report(void);
+
+// Counters of all launches since the last reset as JSON text, valid until the next call.
+const char* ptxvm_counters(void);
+void ptxvm_reset_counters(void);
+
+// Raw PTX text: returns a handle or NULL (see ptxvm_last_report). args are pointers to the values.
+void* ptxvm_load(const char* ptx);
+int ptxvm_launch(void* module, const char* kernel, const uint32_t grid[3], const uint32_t block[3],
+                 uint32_t dynamic_shared, void** args);
+void ptxvm_unload(void* module);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,202 @@
+// The PTX machine: what its parts share. A warp is 32 lanes that execute one instruction at a time
+// under a mask; its registers are slots of 32 values each. Instructions are decoded once into a
+// handler and the slots of its operands, so that nothing is looked up while a kernel runs.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace ptxvm {
+
+constexpr int kLanes = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+constexpr uint32_t kNoSlot = 0xffffffffu;
+using Mask = uint32_t;  // one bit per lane
+
+// A program that the machine refuses, or a kernel that broke a rule. What it says names kernel, PTX
+// line and instruction text; thrown through the launch, which turns it into a CUDA error.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Warp;
+struct Block;
+struct Kernel;
+struct Module;
+struct Instruction;
+
+// Executes one instruction for the lanes in `mask`, which is never 0.
+using Handler = void (*)(Warp&, const Instruction&, Mask mask);
+
+// What the scheduler does beside, or instead of, calling the handler.
+enum class Control : uint8_t {
+  none,
+  branch,    // to `target`
+  exit,      // ret, exit
+  barrier,   // bar, barrier: blocks the warp until the barrier releases it
+  converge,  // waits for all live lanes named by the member mask in slot `member` (kNoSlot: the
+             // whole warp, the .aligned instructions), then runs once for all of them
+};
+
+struct Instruction {
+  Handler run = nullptr;
+  // Byte offsets into the register file: destinations first, then sources; kNoSlot for an operand
+  // that is absent or "_".
+  const uint32_t* slots = nullptr;
+  int64_t offset = 0;   // constant part of an address
+  int64_t offset2 = 0;  // of a second address (the source of cp.async)
+  uint32_t target = 0;
+  uint32_t guard = kNoSlot;
+  uint32_t member = kNoSlot;
+  uint32_t line = 0;              // in the PTX text
+  uint8_t writes = 0, reads = 0;  // numbers of destination and source slots
+  bool guard_negated = false;
+  Control control = Control::none;
+  uint8_t variant = 0, width = 0, flags = 0;  // meaning is the handler's own
+  const char* text = nullptr;                 // as in the PTX, for reports
+};
+
+// Address spaces. A generic address is a host pointer (global), or lies in one of these windows.
+enum class Space : uint8_t { generic, global, shared, local, param, constant };
+constexpr uint64_t kSharedWindow = uint64_t{1} << 60;
+constexpr uint64_t kLocalWindow = uint64_t{2} << 60;
+constexpr uint64_t kParamWindow = uint64_t{3} << 60;
+constexpr uint64_t kWindowMask = uint64_t{0xf} << 60;
+
+struct Parameter {
+  std::string name;
+  uint32_t offset, bytes, alignment;
+};
+
+// One statement of a kernel body, taken apart but not yet understood.
+struct Statement {
+  uint32_t line;
+  std::string text;   // without the guard
+  std::string guard;  // predicate register or empty
+  bool guard_negated = false;
+  std::vector<std::string> opcode;    // "ld.global.v4.b32" -> ld, global, v4, b32
+  std::vector<std::string> operands;  // split at commas outside brackets and braces
+  int scope = 0;                      // index into the kernel's scopes, innermost
+  bool has(const char* part) const {
+    for (const auto& p : opcode)
+      if (p == part) return true;
+    return false;
+  }
+};
+
+struct Kernel {
+  std::string name;
+  Module* module = nullptr;
+  std::vector<Parameter> parameters;
+  uint32_t parameter_bytes = 0;
+  uint32_t max_threads = 0;         // .maxntid, 0 if none
+  uint32_t static_shared = 0;       // bytes
+  uint32_t local_bytes = 0;         // per lane
+  uint32_t max_dynamic_shared = 0;  // set by cudaFuncSetAttribute
+  uint32_t registers = 0;           // of the cubin beside the PTX, 0 if unknown
+  std::vector<Instruction> code;
+  uint32_t file_bytes = 0;  // size of one warp's register file
+  struct Constant {         // slots filled before the first instruction: immediates and addresses
+    uint32_t slot;
+    int bits;
+    uint64_t value;
+  };
+  std::vector<Constant> constants;
+  struct Special {
+    uint32_t slot;
+    int index;  // into the scheduler's table of special registers
+  };
+  std::vector<Special> specials;
+  // Counting mode: executions and active lanes per instruction, summed over launches since reset.
+  std::vector<uint64_t> issued, active;
+};
+
+// A group of lanes of a warp that stand at one program counter.
+struct Group {
+  uint32_t pc;
+  Mask mask;
+  enum class Wait : uint8_t { none, barrier, converge, sleep } wait = Wait::none;
+  uint32_t barrier = 0;
+};
+
+// A pending cp.async copy of one lane.
+struct AsyncCopy {
+  uint32_t destination;  // shared address
+  uint64_t source;
+  uint8_t bytes, source_bytes, lane;
+  uint32_t group;
+  const Instruction* from;
+};
+
+struct Warp {
+  char* file;  // registers
+  Block* block;
+  uint32_t index;  // in its block
+  Mask live;       // lanes that have not exited
+  uint32_t pc = 0;
+  Mask mask = 0;  // lanes that run now
+  std::vector<Group> others;
+  std::vector<AsyncCopy> copies;
+  uint32_t copy_group = 0;
+  std::vector<Mask>
+      defined;  // check mode: lanes of each 64-byte unit of the file that hold a value
+};
+
+struct SharedShadow;  // check.cpp: readers, writers and initialised bytes of shared memory
+
+struct Block {
+  const Kernel* kernel;
+  uint32_t x, y, z;            // blockIdx
+  uint32_t grid[3], shape[3];  // gridDim, blockDim
+  uint32_t threads;
+  char* shared;
+  uint32_t shared_bytes;
+  char* local;  // threads x local_bytes
+  const char* parameters;
+  std::vector<Warp> warps;
+  uint32_t exited = 0;                   // threads
+  uint32_t epoch = 1;                    // counts releases of barriers
+  std::unique_ptr<SharedShadow> shadow;  // check mode
+};
+
+template <typename T>
+T* lanes(Warp& warp, uint32_t slot) {
+  return reinterpret_cast<T*>(warp.file + slot);
+}
+inline Mask& predicate(Warp& warp, uint32_t slot) { return *lanes<Mask>(warp, slot); }
+
+// destination = values in the lanes of mask; the rest keeps its value.
+template <typename T>
+void assign(T* destination, const T* values, Mask mask) {
+  if (mask == kFullMask) {
+    std::memcpy(destination, values, sizeof(T) * kLanes);
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i)
+    if (mask >> i & 1) destination[i] = values[i];
+}
+
+// Reports and raises Fault for a rule that `instruction` broke in `lane`.
+[[noreturn]] void fault(Warp&, const Instruction&, int lane, const std::string& what);
+
+// How the machine runs: environment PTXVM_* at start, ptxvm_configure later.
+struct Options {
+  bool check = false;  // everything of check.h beyond bounds and alignment, which are always on
+  bool count = false;  // counters.h
+  bool fuse = true;    // contract mul.f32 + add.f32 as ptxas does where neither has .rn
+  int approximate =
+      0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
+  bool coarse_sums = false;  // tensor-core sums truncated as hardware may
+  enum class Order : uint8_t { forward, reverse, seeded } order = Order::forward;
+  uint64_t seed = 0;
+  uint32_t resident_blocks = 8;  // blocks that run interleaved
+  uint32_t fuel = 20000;         // instructions before another warp gets its turn (seeded: at most)
+};
+extern Options options;
+
+}  // namespace ptxvm
