@@ -2,7 +2,8 @@
 
 Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
-package to build against; MAX_JOBS limits parallel compilers.
+package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; MAX_JOBS limits parallel
+compilers. TOKENMILL_PTXVM=1 adds the PTX machine, for development.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_backend import find_torch
+from build_backend import find_cutlass, find_torch
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -74,6 +75,8 @@ def cuda_options() -> dict[str, object]:
     options: dict[str, object] = {"TOKENMILL_CUDA": "ON" if archs else "AUTO"}
     if archs:
         options["TOKENMILL_CUDA_ARCHS"] = archs
+    options["TOKENMILL_PTXVM"] = "ON" if os.environ.get("TOKENMILL_PTXVM") == "1" else "OFF"
+    options["CUTLASS_INCLUDE_DIR"] = find_cutlass() or ""
     return options | pypi_nvcc_options()
 
 

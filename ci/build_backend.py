@@ -1,15 +1,16 @@
-"""PEP 517 backend: setuptools, plus a torch that is taken from where it already lies.
+"""PEP 517 backend: setuptools, plus a torch and a CUTLASS that are taken from where they lie.
 
 The extension uses only torch's stable ABI, so any torch >= MIN_TORCH serves as a source of headers
-and link stubs. A build environment is isolated from the environment that the wheel is meant for;
-this backend looks for torch there by path (never importing it) and asks for a download only when
-there is none.
+and link stubs; of CUTLASS it needs headers alone. A build environment is isolated from the
+environment that the wheel is meant for; this backend looks there by path (never importing anything)
+and asks for a download only of what is missing, of CUTLASS only where CUDA will be built.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import site
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403
 
 MIN_TORCH = (2, 10)
+CUTLASS_REQUIREMENT = "nvidia-cutlass>=4.2"
 
 
 def _torch_version(root: Path) -> tuple[int, ...] | None:
@@ -55,13 +57,46 @@ def find_torch() -> Path | None:
     return None
 
 
-def _torch_requirement() -> list[str]:
-    return [] if find_torch() else [f"torch>={'.'.join(map(str, MIN_TORCH))}"]
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers, or None. TOKENMILL_CUTLASS names it, or a checkout."""
+    explicit = os.environ.get("TOKENMILL_CUTLASS")
+    if explicit:
+        candidates = [Path(explicit) / "include", Path(explicit)]
+    else:
+        candidates = [p / "cutlass_library" / "source" / "include" for p in _search_path()]
+    for folder in candidates:
+        if (folder / "cute" / "config.hpp").is_file():
+            return folder
+    if explicit:
+        raise SystemExit(
+            f"tokenmill build: TOKENMILL_CUTLASS: must hold include/cute/config.hpp; got {explicit}"
+        )
+    return None
+
+
+def wants_cuda() -> bool:
+    """Whether CMake will build the CUDA half."""
+    if os.environ.get("TOKENMILL_CPU_ONLY") == "1":
+        return False
+    wheels = any(next(p.glob("nvidia/cu1*/bin/nvcc"), None) for p in _search_path())
+    return bool(
+        os.environ.get("TOKENMILL_CUDA_ARCHS")
+        or os.environ.get("CUDACXX")
+        or shutil.which("nvcc")
+        or wheels
+    )
+
+
+def _requirements() -> list[str]:
+    wanted = [] if find_torch() else [f"torch>={'.'.join(map(str, MIN_TORCH))}"]
+    if wants_cuda() and not find_cutlass():
+        wanted.append(CUTLASS_REQUIREMENT)
+    return wanted
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return _setuptools.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+    return _setuptools.get_requires_for_build_wheel(config_settings) + _requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return _setuptools.get_requires_for_build_editable(config_settings) + _torch_requirement()
+    return _setuptools.get_requires_for_build_editable(config_settings) + _requirements()

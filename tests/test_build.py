@@ -1,4 +1,4 @@
-"""The in-tree build backend: which torch it builds against. Runs in a source tree alone."""
+"""The in-tree build backend: which torch and CUTLASS it takes. Runs in a source tree alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def backend(monkeypatch):
     monkeypatch.setitem(sys.modules, "build_backend", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module._setuptools, "get_requires_for_build_wheel", lambda config: [])
-    monkeypatch.delenv("TOKENMILL_TORCH_ROOT", raising=False)
+    for name in ("TOKENMILL_TORCH_ROOT", "TOKENMILL_CUTLASS", "TOKENMILL_CUDA_ARCHS", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TOKENMILL_CPU_ONLY", "1")
     return module
 
 
@@ -60,3 +62,27 @@ def test_an_explicit_root_must_be_good(backend, monkeypatch, tmp_path):
     root = fake_torch(tmp_path, "2.12.0")
     monkeypatch.setenv("TOKENMILL_TORCH_ROOT", str(root))
     assert backend.find_torch() == root
+
+
+def test_cutlass_is_asked_for_where_cuda_is_built(backend, monkeypatch, tmp_path):
+    torch_root = fake_torch(tmp_path, "2.12.0")
+    monkeypatch.setenv("TOKENMILL_TORCH_ROOT", str(torch_root))
+    monkeypatch.setattr(backend, "_search_path", lambda: [tmp_path])
+    assert backend.get_requires_for_build_wheel() == []
+    monkeypatch.delenv("TOKENMILL_CPU_ONLY")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert backend.get_requires_for_build_wheel() == ["nvidia-cutlass>=4.2"]
+    headers = tmp_path / "cutlass_library" / "source" / "include"
+    (headers / "cute").mkdir(parents=True)
+    (headers / "cute" / "config.hpp").touch()
+    assert backend.find_cutlass() == headers
+    assert backend.get_requires_for_build_wheel() == []
+
+
+def test_an_explicit_cutlass_must_be_good(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("TOKENMILL_CUTLASS", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"must hold include/cute/config\.hpp; got"):
+        backend.find_cutlass()
+    (tmp_path / "include" / "cute").mkdir(parents=True)
+    (tmp_path / "include" / "cute" / "config.hpp").touch()
+    assert backend.find_cutlass() == tmp_path / "include"

@@ -10,6 +10,16 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace tokenmill {
 
+#if defined(TOKENMILL_EMULATED)
+class CudaScope {
+ public:
+  explicit CudaScope(int32_t) {}
+  void* stream() const { return nullptr; }
+
+ private:
+  emulated::Registration registration_;
+};
+#else
 // Makes `device` current for its lifetime and names the stream that torch uses there.
 class CudaScope {
  public:
@@ -25,5 +35,6 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+#endif
 
 }  // namespace tokenmill

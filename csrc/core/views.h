@@ -16,8 +16,10 @@ struct View {
         sizes(t.sizes().begin(), t.sizes().end()),
         strides(t.strides().begin(), t.strides().end()),
         dtype(t.scalar_type()),
-        is_cuda(t.is_cuda()),
-        device(t.get_device_index()) {}
+        is_cuda(emulated::kEnabled || t.is_cuda()),
+        device(t.get_device_index()) {
+    note(false);
+  }
 
   int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
   int64_t size(int64_t i) const { return sizes[i < 0 ? i + dim() : i]; }
@@ -35,10 +37,20 @@ struct View {
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
 
+  // Tells the PTX machine of the elements that the strides reach: not of the rest of the storage.
+  void note(bool writable) const {
+    if constexpr (emulated::kEnabled) {
+      int64_t last = 0;
+      for (size_t i = 0; i < sizes.size(); ++i) last += (sizes[i] - 1) * strides[i];
+      if (tensor.numel() > 0)
+        emulated::note(tensor.const_data_ptr(), (last + 1) * tensor.element_size(), writable);
+    }
+  }
+
   const Tensor& tensor;
   std::vector<int64_t> sizes, strides;
   ScalarType dtype;
-  bool is_cuda;
+  bool is_cuda;  // runs launch_cuda: the tensor is on a GPU, or the PTX machine stands in for one
   int32_t device;
 };
 
@@ -57,13 +69,15 @@ inline bool same_device(const View& a, const View& b) {
 }
 
 inline std::string show_device(const View& v) {
-  return v.is_cuda ? "cuda:" + std::to_string(v.device) : "cpu";
+  return v.tensor.is_cuda() ? "cuda:" + std::to_string(v.device) : "cpu";
 }
 
 // A fresh contiguous tensor on the device of `like`; dtype defaults to that of `like`.
 inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Tensor made = torch::stable::new_empty(like, sizes, dtype);
+  if constexpr (emulated::kEnabled) View(made).note(true);
+  return made;
 }
 
 }  // namespace tokenmill

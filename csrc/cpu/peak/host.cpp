@@ -43,8 +43,8 @@ double cpu_peak_flops(std::string dtype, int64_t repeats) {
 }  // namespace
 
 TOKENMILL_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("cpu_peak_flops", TORCH_BOX(&cpu_peak_flops));
+  m.impl("cpu_isa", TOKENMILL_BOX(cpu_isa));
+  m.impl("cpu_peak_flops", TOKENMILL_BOX(cpu_peak_flops));
 }
 
 }  // namespace tokenmill

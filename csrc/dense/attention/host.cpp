@@ -340,8 +340,8 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
 }  // namespace
 
 TOKENMILL_IMPL(CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention", TOKENMILL_BOX(attention));
+  m.impl("attention_backward", TOKENMILL_BOX(attention_backward));
 }
 
 }  // namespace tokenmill

@@ -121,14 +121,14 @@ std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTenso
 }  // namespace
 
 TOKENMILL_IMPL(CPU, m) {
-  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
-  m.impl("merge_attention_states_backward", TORCH_BOX(&merge_attention_states_backward));
+  m.impl("merge_attention_states", TOKENMILL_BOX(merge_attention_states));
+  m.impl("merge_attention_states_backward", TOKENMILL_BOX(merge_attention_states_backward));
 }
 
 #if defined(TOKENMILL_WITH_CUDA)
 TOKENMILL_IMPL(CUDA, m) {
-  m.impl("merge_attention_states", TORCH_BOX(&merge_attention_states));
-  m.impl("merge_attention_states_backward", TORCH_BOX(&merge_attention_states_backward));
+  m.impl("merge_attention_states", TOKENMILL_BOX(merge_attention_states));
+  m.impl("merge_attention_states_backward", TOKENMILL_BOX(merge_attention_states_backward));
 }
 #endif
 
