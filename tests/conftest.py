@@ -22,26 +22,41 @@ settings.register_profile(
 settings.load_profile("tokenmill")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SLOW = ("triton", "emulated") if DEVICE == "cpu" else ("emulated",)  # interpreted
+_selected: list[str] = []
 
 
-def backends() -> list[str]:
-    """The kernels that this machine can run: every backend but the reference."""
-    names = ["cpu"]
-    if torch.cuda.is_available():
-        names.append("cuda")
-    if tm.library.triton_installed():
-        names.append("triton")
-    return names
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        choices=tm.dispatch.ALL_BACKENDS,
+        help="test this backend (repeatable; default: all that this machine has)",
+    )
+
+
+def pytest_configure(config):
+    _selected[:] = config.getoption("--backend")
+
+
+def backends(*others: str) -> list[str]:
+    """The kernels that this machine can run, and others, as far as --backend selects them."""
+    states = tm.backends()
+    able = [b for b, state in states.items() if state.startswith(("available", "interpreter"))]
+    found = [b for b in able if b != "reference"] + list(others)
+    return [b for b in found if not _selected or b in _selected]
 
 
 def device_of(backend: str) -> str:
-    return "cpu" if backend in ("cpu", "reference") else DEVICE
+    return "cpu" if backend in ("cpu", "emulated", "reference") else DEVICE
 
 
 def cpu_variants() -> list[tuple[str, str | None]]:
     """(backend, instruction set) for every kernel; None where there is no choice of set."""
     others: list[tuple[str, str | None]] = [(b, None) for b in backends() if b != "cpu"]
-    return [("cpu", isa) for isa in tm.testing.cpu_isas()] + others
+    sets = tm.testing.cpu_isas() if "cpu" in backends() else []
+    return [("cpu", isa) for isa in sets] + others
 
 
 @pytest.fixture(autouse=True)

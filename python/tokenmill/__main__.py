@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
     sub.add_argument("--dtype", choices=[*DTYPES, "float64"], default="float32")
     sub.add_argument("--device", default="cpu")
-    sub.add_argument("--backend", choices=dispatch.BACKENDS)
+    sub.add_argument("--backend", choices=dispatch.ALL_BACKENDS)
     sub = command("check", run_check, "every operator on this machine against the float64 oracle")
     sub.add_argument("ops", nargs="*", help="operators to check (default: all)")
     sub.add_argument("--backend", action="append", choices=dispatch.BACKENDS)
@@ -77,6 +77,8 @@ def run_ops(options: argparse.Namespace) -> int:
                 have = [True]
             elif backend == "triton":
                 have = [op.triton is not None for op in ops]
+            elif backend == "emulated":
+                have = [op.has_emulated() for op in ops]
             else:
                 have = [op.has_native(backend.upper()) for op in ops]
             cells.append("yes" if all(have) else "forward" if have[0] else "-")

@@ -14,7 +14,10 @@ from .check import InputError, fail, synchronising_checks
 if TYPE_CHECKING:
     from .registry import OpSpec
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")  # in order of preference
+# In order of preference. "emulated" is the CUDA kernel in the PTX machine: it runs only if asked.
+ALL_BACKENDS = ("cpu", "cuda", "triton", "emulated", "reference")
+BACKENDS = tuple(b for b in ALL_BACKENDS if b != "emulated" or library.emulated_built())
+_asked: str | None = None  # by testing.emulated_cuda
 
 
 def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
@@ -36,6 +39,14 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
             why.append(f"the tensors are on {device}")
         if not spec.forward.has_native("CUDA"):
             why.append("no native CUDA kernel in this build")
+    elif backend == "emulated":
+        if not library.emulated_built():
+            return ["not in this build (TOKENMILL_PTXVM=1)"]
+        if device != "cpu":
+            why.append(f"the tensors are on {device}")
+        if not spec.forward.has_emulated():
+            why.append("no native CUDA kernel in this build")
+        return why + spec.unsupported("cuda", *lowered)
     else:
         if spec.forward.triton is None:
             why.append("the operator has no Triton kernel")
@@ -47,23 +58,39 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
 
 
 def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -> str:
-    """The backend that runs the call: the one asked for (argument, then TOKENMILL_BACKEND), or the
-    first of BACKENDS that can. The reference always can; Triton's interpreter runs only if asked.
+    """The backend that runs the call: the one asked for (argument, testing.emulated_cuda, then
+    TOKENMILL_BACKEND), or the first of BACKENDS that can. The reference always can; interpreters
+    run only if asked.
     """
-    backend = backend or os.environ.get("TOKENMILL_BACKEND") or None
+    backend = _wanted(backend)
     if backend is None:
         for candidate in BACKENDS:
-            interpreted = candidate == "triton" and library.triton_interpreted()
-            if not interpreted and not reasons(spec, candidate, lowered):
+            if not _interpreted(candidate) and not reasons(spec, candidate, lowered):
                 return candidate
         raise AssertionError("unreachable: the reference backend runs every call")
-    if backend not in BACKENDS:
+    if backend not in ALL_BACKENDS:
         fail(spec.name, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
         raise InputError(
             f"tokenmill.{spec.name}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
         )
     return backend
+
+
+def _wanted(backend: str | None) -> str | None:
+    return backend or _asked or os.environ.get("TOKENMILL_BACKEND") or None
+
+
+def _interpreted(backend: str) -> bool:
+    return backend == "emulated" or (backend == "triton" and library.triton_interpreted())
+
+
+_NAMESPACES = {"triton": library.TRITON_NAMESPACE, "emulated": library.EMULATED_NAMESPACE}
+
+
+def namespace(backend: str) -> str:
+    """The namespace of torch.ops in which a backend's kernels are."""
+    return _NAMESPACES.get(backend, library.NAMESPACE)
 
 
 def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[Any, ...]:
@@ -76,9 +103,7 @@ def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[A
     if chosen != "cpu" and synchronising_checks():
         spec.forward.check(*lowered)
         spec.forward.check_values(*lowered)
-    op = spec.forward.overload(
-        library.TRITON_NAMESPACE if chosen == "triton" else library.NAMESPACE
-    )
+    op = spec.forward.overload(namespace(chosen))
     if torch.compiler.is_compiling() or _needs_autograd(lowered):
         return op(*lowered)
     # Autograd registered from Python costs 10 us a call, as much as the rest of the dispatch.
@@ -138,14 +163,14 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
         if name != chosen and (why := reasons(spec, name, lowered)):
             against[name] = why
         elif name != chosen:
-            against[name] = [_passed_over(name, backend)]
+            against[name] = [_passed_over(name, _wanted(backend))]
     return Explanation(spec.name, chosen, kernel_name(spec, chosen, lowered), against)
 
 
 def _passed_over(name: str, asked: str | None) -> str:
     if asked:
         return "not asked for"
-    if name == "triton" and library.triton_interpreted():
+    if _interpreted(name):
         return "the interpreter runs only if asked for"
     return "comes later in the order of preference"
 
@@ -156,6 +181,8 @@ def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
         return f"csrc/{spec.family}/{spec.name}, {library.native.cpu_isa()}, {dtype}"
     if backend == "cuda":
         return f"csrc/{spec.family}/{spec.name}, {dtype}"
+    if backend == "emulated":
+        return f"csrc/{spec.family}/{spec.name} in the PTX machine, {dtype}"
     if backend == "triton":
         return f"triton_kernels/{spec.forward.triton}, {dtype}"
     return f"reference/{spec.family}, plain PyTorch, {dtype}"
@@ -172,7 +199,7 @@ def backends() -> dict[str, str]:
     cuda = torch.cuda.is_available()
     built = any(key == "CUDA" for _, key in library._native_keys)
     triton = library.triton_installed()
-    return {
+    states = {
         "cpu": f"available ({library.native.cpu_isa()})",
         "cuda": "available" if cuda and built else ("no GPU" if built else "not in this build"),
         "triton": (
@@ -184,5 +211,7 @@ def backends() -> dict[str, str]:
             if library.triton_interpreted()
             else "no GPU (TRITON_INTERPRET=1 interprets)"
         ),
+        "emulated": "interpreter",
         "reference": "available",
     }
+    return {name: states[name] for name in BACKENDS}

@@ -3,7 +3,8 @@ autograd, and Triton implementations.
 
 `torch.ops.tokenmill.<op>` is the native operator. `torch.ops.tokenmill_triton.<op>` has the same
 schema, fake and autograd, and runs the Triton kernel; where no native CUDA kernel is registered it
-serves `torch.ops.tokenmill.<op>` on CUDA too.
+serves `torch.ops.tokenmill.<op>` on CUDA too. `torch.ops.tokenmill_emulated.<op>`, in development
+builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
+EMULATED_NAMESPACE = "tokenmill_emulated"
 
 _OPS = Path(__file__).parent / "_ops.so"
 if not _OPS.exists():
@@ -60,18 +62,24 @@ class TorchOp:
         """Whether a native kernel is registered for the dispatch key ("CPU" or "CUDA")."""
         return (self.name, key) in _native_keys
 
+    def has_emulated(self) -> bool:
+        """Whether this build can run the CUDA kernel in the PTX machine."""
+        return emulated_built() and self.name in _load_emulated()
+
     def overload(self, namespace: str = NAMESPACE) -> Any:
         return getattr(getattr(torch.ops, namespace), self.name).default
 
 
 _native_keys: set[tuple[str, str]] = set()
+_registered: list[TorchOp] = []
 
 
 def register(op: TorchOp) -> TorchOp:
     for key in ("CPU", "CUDA"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
             _native_keys.add((op.name, key))
-    namespaces = [NAMESPACE]
+    _registered.append(op)
+    _attach(op, NAMESPACE)
     if op.triton:
         schema = str(op.overload()._schema).removeprefix(f"{NAMESPACE}::")
         _triton_library.define(schema)
@@ -80,17 +88,20 @@ def register(op: TorchOp) -> TorchOp:
             _triton_library.impl(op.name, launcher, key)
         if not op.has_native("CUDA"):
             _cuda_library.impl(op.name, launcher, "CUDA")
-        namespaces.append(TRITON_NAMESPACE)
-    for namespace in namespaces:
-        qualname = f"{namespace}::{op.name}"
-        torch.library.register_fake(qualname, functools.partial(_call_fake, op))
-        if op.backward:
-            torch.library.register_autograd(
-                qualname,
-                functools.partial(op.backward, getattr(torch.ops, namespace)),
-                setup_context=op.setup_context,
-            )
+        _attach(op, TRITON_NAMESPACE)
     return op
+
+
+def _attach(op: TorchOp, namespace: str) -> None:
+    """Gives the operator in a namespace its fake kernel and its autograd."""
+    qualname = f"{namespace}::{op.name}"
+    torch.library.register_fake(qualname, functools.partial(_call_fake, op))
+    if op.backward:
+        torch.library.register_autograd(
+            qualname,
+            functools.partial(op.backward, getattr(torch.ops, namespace)),
+            setup_context=op.setup_context,
+        )
 
 
 def _call_fake(op: TorchOp, *args: Any) -> Any:
@@ -115,3 +126,24 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def triton_installed() -> bool:
     return _TRITON_INSTALLED
+
+
+_EMULATED = Path(os.environ.get("TOKENMILL_EMULATED") or Path(__file__).parent / "_emulated.so")
+_EMULATED_BUILT = _EMULATED.exists()
+_emulated_ops: set[str] = set()
+
+
+def emulated_built() -> bool:
+    return _EMULATED_BUILT
+
+
+def _load_emulated() -> set[str]:
+    """The operators of the emulated library, which is loaded at the first call."""
+    if not _emulated_ops:
+        torch.ops.load_library(str(_EMULATED))
+        for op in _registered:
+            qualname = f"{EMULATED_NAMESPACE}::{op.name}"
+            if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
+                _emulated_ops.add(op.name)
+                _attach(op, EMULATED_NAMESPACE)
+    return _emulated_ops

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library, registry
+from . import dispatch, library, registry
 from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -268,6 +268,26 @@ def cpu_isas() -> list[str]:
             found.append(name)
     library.native.cpu_isa(before)
     return found
+
+
+@contextlib.contextmanager
+def emulated_cuda() -> Iterator[None]:
+    """Runs every call on CPU tensors that names no backend through the compiled CUDA kernels, in
+    the PTX machine. In development builds alone (TOKENMILL_PTXVM=1).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.randn(1, 16, 2, 64)
+        >>> if "emulated" in tm.backends():
+        ...     with tm.testing.emulated_cuda():
+        ...         out = tm.merge_attention_states(x[None], None)
+    """
+    before = dispatch._asked
+    dispatch._asked = "emulated"
+    try:
+        yield
+    finally:
+        dispatch._asked = before
 
 
 def oracle(op: str) -> Callable[..., Any]:
