@@ -1,4 +1,4 @@
-// Reductions over the 32 lanes of a warp. Every lane gets the result.
+// Reductions over the lanes of a warp. Every lane gets the result.
 #pragma once
 
 namespace tokenmill::cuda {
@@ -19,6 +19,18 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
     x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
   return x;
+}
+
+// Over the 4 lanes that share a row of an accumulator (mma.cuh).
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// NaN lanes are ignored.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
 }  // namespace tokenmill::cuda

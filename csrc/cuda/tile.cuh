@@ -1,0 +1,36 @@
+// Tiles in shared memory without bank conflicts.
+#pragma once
+#include <cstdint>
+
+namespace tokenmill::cuda {
+
+constexpr int kChunkBytes = 16;
+
+// How the 16-byte chunks of row r are permuted. Both serve 16-byte accesses along a row and 8 rows
+// at the same chunk (ldmatrix).
+enum class Swizzle {
+  plain,  // chunk ^ r: also chunks l, l + 1 of the even (or odd) rows among 8
+  quad,   // r with its bits rotated: also chunks 4 j .. 4 j + 3 of two neighbouring rows
+};
+
+template <int kRowBytes_, Swizzle kSwizzle>
+struct SharedTile {
+  static constexpr int kRowBytes = kRowBytes_;
+  static constexpr int kChunks = kRowBytes / kChunkBytes;
+  // Chunk indices differing in a bit from here up differ by a constant offset in every row.
+  static constexpr int kSwizzledChunks = kChunks % 8 == 0 ? 8 : 4;
+  static_assert(kRowBytes % 64 == 0);
+
+  // Rows of an odd number of 64 bytes alternate between the halves of the 32 banks by themselves.
+  __device__ static int swizzle(int row) {
+    if constexpr (kSwizzledChunks == 4) return (row >> 1) & 3;
+    if constexpr (kSwizzle == Swizzle::plain) return row & 7;
+    return (row & 1) << 2 | ((row >> 1) & 3);
+  }
+  // In bytes. offset(row + 8 n, chunk) = offset(row, chunk) + 8 n kRowBytes.
+  __device__ static int offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ swizzle(row)) * kChunkBytes;
+  }
+};
+
+}  // namespace tokenmill::cuda
