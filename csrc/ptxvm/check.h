@@ -5,12 +5,27 @@
 
 namespace ptxvm {
 
-enum class Access : uint8_t { read, write, atomic };
+// Strong accesses (volatile, relaxed, acquire, release, atomic) do not race with one another.
+enum class Access : uint8_t { read, write, strong_read, strong_write, atomic };
 enum class Traffic : uint8_t { load, store, atomic, copy, matrix };  // row of the counters
 
 // Host address of `bytes` bytes at `address` of a space for one lane, or a Fault. `address` of
 // shared and local memory may be plain or in its window; generic addresses are resolved here.
 char* access(Warp&, const Instruction&, Space, uint64_t address, int lane, uint32_t bytes, Access);
+
+// The same for the lanes in mask at once: addresses become host addresses. Entries of other lanes
+// become those of the first lane in mask, so that reading them is harmless.
+void resolve(Warp&, const Instruction&, Space, uint64_t* addresses, Mask, uint32_t bytes, Access);
+
+// An asynchronous copy into shared memory between its issue and the wait that completes it. Race
+// checks see a write at both ends and an error in every access between them. No-ops unless
+// checking.
+void copy_issued(Warp&, const Instruction&, const AsyncCopy&);
+void copy_landed(Warp&, const AsyncCopy&);
+
+// A fence may belong to a synchronisation that the race check does not follow (a flag in memory):
+// what came before it is forgotten.
+void fence_executed(Warp&);
 
 // Counts one warp-wide request: addresses of the lanes in mask, `bytes` each. No-op unless
 // counting.

@@ -37,6 +37,7 @@ using Handler = void (*)(Warp&, const Instruction&, Mask mask);
 enum class Control : uint8_t {
   none,
   branch,    // to `target`
+  indirect,  // to an entry of the kernel's table number `target`, chosen by the last slot
   exit,      // ret, exit
   barrier,   // bar, barrier: blocks the warp until the barrier releases it
   converge,  // waits for all live lanes named by the member mask in slot `member` (kNoSlot: the
@@ -52,7 +53,7 @@ struct Instruction {
   int64_t offset2 = 0;  // of a second address (the source of cp.async)
   uint32_t target = 0;
   uint32_t guard = kNoSlot;
-  uint32_t member = kNoSlot;
+  uint32_t member = kNoSlot;      // a decode function gives the position among `slots`
   uint32_t line = 0;              // in the PTX text
   uint8_t writes = 0, reads = 0;  // numbers of destination and source slots
   bool guard_negated = false;
@@ -94,14 +95,19 @@ struct Kernel {
   Module* module = nullptr;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t max_threads = 0;         // .maxntid, 0 if none
-  uint32_t static_shared = 0;       // bytes
-  uint32_t local_bytes = 0;         // per lane
-  uint32_t max_dynamic_shared = 0;  // set by cudaFuncSetAttribute
-  uint32_t registers = 0;           // of the cubin beside the PTX, 0 if unknown
-  std::vector<Instruction> code;
-  uint32_t file_bytes = 0;  // size of one warp's register file
-  struct Constant {         // slots filled before the first instruction: immediates and addresses
+  uint32_t max_threads = 0;                   // .maxntid, 0 if none
+  uint32_t required[3] = {};                  // .reqntid, 0 if none
+  uint32_t static_shared = 0;                 // bytes
+  uint32_t dynamic_offset = 0;                // of .extern .shared
+  uint32_t local_bytes = 0;                   // per lane
+  uint32_t max_dynamic_shared = 0;            // set by cudaFuncSetAttribute
+  uint32_t registers = 0;                     // of the cubin beside the PTX, 0 if unknown
+  std::vector<Instruction> code;              // empty until the first launch decodes it
+  std::vector<uint32_t> slots;                // of all instructions
+  std::vector<std::vector<uint32_t>> tables;  // targets of indirect branches
+  bool shares_slots = false;                  // registers that never live together share a slot
+  uint32_t file_bytes = 0;                    // size of one warp's register file
+  struct Constant {  // slots filled before the first instruction: immediates and addresses
     uint32_t slot;
     int bits;
     uint64_t value;
@@ -110,6 +116,7 @@ struct Kernel {
   struct Special {
     uint32_t slot;
     int index;  // into the scheduler's table of special registers
+    int bits;
   };
   std::vector<Special> specials;
   // Counting mode: executions and active lanes per instruction, summed over launches since reset.
@@ -139,10 +146,11 @@ struct Warp {
   uint32_t index;  // in its block
   Mask live;       // lanes that have not exited
   uint32_t pc = 0;
-  Mask mask = 0;  // lanes that run now
+  Mask mask = 0;   // lanes that run now
+  Mask carry = 0;  // CC.CF, the condition code of add.cc and its kin
   std::vector<Group> others;
   std::vector<AsyncCopy> copies;
-  uint32_t copy_group = 0;
+  uint32_t copy_groups[kLanes] = {};  // commit_group instructions executed per lane
   std::vector<Mask>
       defined;  // check mode: lanes of each 64-byte unit of the file that hold a value
 };
@@ -161,7 +169,7 @@ struct Block {
   std::vector<Warp> warps;
   uint32_t exited = 0;                   // threads
   uint32_t epoch = 1;                    // counts releases of barriers
-  std::unique_ptr<SharedShadow> shadow;  // check mode
+  std::shared_ptr<SharedShadow> shadow;  // check mode
 };
 
 template <typename T>
@@ -188,7 +196,6 @@ void assign(T* destination, const T* values, Mask mask) {
 struct Options {
   bool check = false;  // everything of check.h beyond bounds and alignment, which are always on
   bool count = false;  // counters.h
-  bool fuse = true;    // contract mul.f32 + add.f32 as ptxas does where neither has .rn
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
   bool coarse_sums = false;  // tensor-core sums truncated as hardware may
@@ -196,6 +203,7 @@ struct Options {
   uint64_t seed = 0;
   uint32_t resident_blocks = 8;  // blocks that run interleaved
   uint32_t fuel = 20000;         // instructions before another warp gets its turn (seeded: at most)
+  uint64_t watchdog = 4000;      // million instructions without a finished block that mean a hang
 };
 extern Options options;
 

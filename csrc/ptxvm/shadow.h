@@ -1,0 +1,18 @@
+// What check mode knows of each byte of a block's shared and local memory. Only memory_map.cpp and
+// check.cpp see it; everybody else goes through check.h.
+#pragma once
+#include "ptxvm/check.h"
+
+namespace ptxvm {
+
+struct SharedShadow {
+  // Per byte of shared memory, who wrote and read it last: a stamp as of check.cpp, 0 for nobody.
+  std::vector<uint32_t> writers, readers;
+  std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
+};
+
+// One lane's access within bounds.
+void shadow_shared(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
+void shadow_local(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
+
+}  // namespace ptxvm
