@@ -17,6 +17,7 @@ from tokenmill.version import __version__
 
 from . import plot
 from .case import Absent, Case, cases, geometric_mean
+from .progress import progress
 from .timing import copy_bandwidth, interleave, peak_flops
 
 HEADER = ("case", "ms", "GFLOP/s", "% peak", "GB/s", "ratio to peers (their time / ours)")
@@ -31,9 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write results here as JSON")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs into this folder")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument(
+        "--counters",
+        action="store_true",
+        help="count what the CUDA kernels of attention do, on the PTX machine (development builds)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.counters:
+        from . import counters
+
+        return counters.run(options)
     chosen = [c for c in cases(options.ops) if re.search(options.filter, c.title)]
     if not chosen:
         print("tokenmill bench: no case matches", file=sys.stderr)
@@ -52,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"copy bandwidth (one thread): {bandwidth / 1e9:.1f} GB/s\n")
     print(_line(HEADER))
     rows = []
-    with _progress(len(chosen)) as advance:
+    with progress(len(chosen)) as advance:
         for case in chosen:
             rows.append(_measure(case, options, peaks[case.dtype], advance))
             print(_line(_cells(rows[-1])), flush=True)
@@ -145,31 +155,3 @@ def _summary(rows: list[dict[str, Any]]) -> None:
     for name in names:
         ratios = [row["peers"][name]["ratio"] for row in rows if name in row["peers"]]
         print(f"geometric mean against {name}: {geometric_mean(ratios):.2f}x ({len(ratios)} cases)")
-
-
-class _progress:
-    """A progress bar on a terminal where rich is installed; else nothing."""
-
-    def __init__(self, total: int) -> None:
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import Progress
-            except ImportError:
-                return
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("benchmarking", total=total)
-
-    def __enter__(self) -> Any:
-        if self.bar:
-            self.bar.start()
-        return self.advance
-
-    def advance(self, done: bool = False) -> None:
-        if self.bar:
-            self.bar.update(self.task, advance=1 if done else 0)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()

@@ -128,8 +128,8 @@ def triton_installed() -> bool:
     return _TRITON_INSTALLED
 
 
-_EMULATED = Path(os.environ.get("TOKENMILL_EMULATED") or Path(__file__).parent / "_emulated.so")
-_EMULATED_BUILT = _EMULATED.exists()
+EMULATED_PATH = Path(os.environ.get("TOKENMILL_EMULATED") or Path(__file__).parent / "_emulated.so")
+_EMULATED_BUILT = EMULATED_PATH.exists()
 _emulated_ops: set[str] = set()
 
 
@@ -140,7 +140,7 @@ def emulated_built() -> bool:
 def _load_emulated() -> set[str]:
     """The operators of the emulated library, which is loaded at the first call."""
     if not _emulated_ops:
-        torch.ops.load_library(str(_EMULATED))
+        torch.ops.load_library(str(EMULATED_PATH))
         for op in _registered:
             qualname = f"{EMULATED_NAMESPACE}::{op.name}"
             if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):

@@ -1,0 +1,54 @@
+"""The PTX machine of a development build seen from Python: its options, checks and counters."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from . import library
+
+
+@functools.cache
+def machine() -> ctypes.CDLL:
+    """The machine inside the emulated library, through the functions of csrc/ptxvm/host_api.h."""
+    if not library.emulated_built():
+        raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
+    found = ctypes.CDLL(str(library.EMULATED_PATH))
+    found.ptxvm_configure.argtypes = [ctypes.c_char_p]
+    found.ptxvm_last_report.restype = ctypes.c_char_p
+    found.ptxvm_counters.restype = ctypes.c_char_p
+    return found
+
+
+def configure(settings: str) -> None:
+    """Sets options of the machine: "check=1,order=reverse,seed=7" (docs/ptxvm.md lists them)."""
+    if machine().ptxvm_configure(settings.encode()):
+        raise ValueError(f"tokenmill.emulator: {machine().ptxvm_last_report().decode()}")
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[dict[str, Any]]]:
+    """Counts what the kernels inside do. The list is filled at the end, one entry per launch.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from tokenmill import emulator, library
+        >>> x = torch.randn(2, 1, 16, 2, 64)
+        >>> if library.emulated_built():
+        ...     with emulator.counting() as launches:
+        ...         out = tm.merge_attention_states(x, None, backend="emulated")
+        ...     assert launches[0]["instructions"] > 0
+    """
+    launches: list[dict[str, Any]] = []
+    machine().ptxvm_reset_counters()
+    configure("count=1")
+    try:
+        yield launches
+        launches += json.loads(machine().ptxvm_counters())["launches"]
+    finally:
+        configure("count=0")
+        machine().ptxvm_reset_counters()
