@@ -45,7 +45,7 @@ Frame::~Frame() { notes.clear(); }
 
 void note(const void* base, int64_t bytes, bool writable) {
   const char* begin = static_cast<const char*>(base);
-  if (bytes > 0) notes.push_back({begin, begin + bytes, writable});
+  if (begin && bytes > 0) notes.push_back({begin, begin + bytes, writable});
 }
 
 Registration::Registration() {

@@ -4,10 +4,12 @@ namespace tokenmill {
 namespace {
 
 template <typename Kernel, typename Params>
-const char* launch_rows(Kernel kernel, const Params& params, int64_t rows, void* stream) {
-  const int64_t rows_per_block = cuda::kMergeThreads / cuda::kWarpSize;
-  const int64_t blocks = ceil_div(rows, rows_per_block);
-  const unsigned grid = static_cast<unsigned>(blocks < (1 << 24) ? blocks : (1 << 24));
+const char* launch_rows(Kernel kernel, const Params& params, const MergeParams& p, void* stream) {
+  const auto limited = [](int64_t blocks) {
+    return static_cast<unsigned>(blocks < 65535 ? blocks : 65535);
+  };
+  const dim3 grid(limited(p.heads), limited(ceil_div(p.seqlen, cuda::kMergeWarps)),
+                  limited(p.batch));
   kernel<<<grid, cuda::kMergeThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -18,12 +20,11 @@ const char* launch_rows(Kernel kernel, const Params& params, int64_t rows, void*
 const char* launch_cuda(const MergeParams& p, void* stream) {
   const char* error = nullptr;
   cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    const int64_t rows = p.batch * p.seqlen * p.heads;
     constexpr int kVector = 16 / sizeof(T);
     error =
         cuda::is_vectorizable<T>(p.outs, p.dim, p.outs_part, p.outs_batch, p.outs_seq, p.outs_head)
-            ? launch_rows(cuda::merge_kernel<T, kVector>, p, rows, stream)
-            : launch_rows(cuda::merge_kernel<T, 1>, p, rows, stream);
+            ? launch_rows(cuda::merge_kernel<T, kVector>, p, p, stream)
+            : launch_rows(cuda::merge_kernel<T, 1>, p, p, stream);
   });
   return error;
 }
@@ -32,14 +33,13 @@ const char* launch_cuda(const MergeBackwardParams& q, void* stream) {
   const MergeParams& p = q.forward;
   const char* error = nullptr;
   cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    const int64_t rows = p.batch * p.seqlen * p.heads;
     constexpr int kVector = 16 / sizeof(T);
     const bool vector =
         cuda::is_vectorizable<T>(p.outs, p.dim, p.outs_part, p.outs_batch, p.outs_seq,
                                  p.outs_head) &&
         cuda::is_vectorizable<T>(q.dout, p.dim, q.dout_batch, q.dout_seq, q.dout_head);
-    error = vector ? launch_rows(cuda::merge_backward_kernel<T, kVector>, q, rows, stream)
-                   : launch_rows(cuda::merge_backward_kernel<T, 1>, q, rows, stream);
+    error = vector ? launch_rows(cuda::merge_backward_kernel<T, kVector>, q, p, stream)
+                   : launch_rows(cuda::merge_backward_kernel<T, 1>, q, p, stream);
   });
   return error;
 }

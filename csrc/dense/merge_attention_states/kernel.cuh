@@ -1,4 +1,6 @@
-// One warp per row (b, s, h): memory-bound, outs is read once forward and twice backward.
+// One warp per row (b, s, h): memory-bound, outs is read once forward and twice backward. The grid
+// is (heads, positions / warps, batch), each dimension up to a limit beyond which blocks take
+// several rows: no division, which for 64-bit numbers is a call that spills registers.
 #pragma once
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -7,18 +9,28 @@
 namespace tokenmill::cuda {
 
 constexpr int kMergeThreads = 128;
+constexpr int kMergeBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
+
+constexpr int kMergeWarps = kMergeThreads / kWarpSize;
 
 struct MergeRow {
   int64_t index, outs, lses, lse;  // offsets of the row in elements
 
-  __device__ MergeRow(const MergeParams& p, int64_t row) {
-    const int64_t b = row / (p.seqlen * p.heads), s = row / p.heads % p.seqlen, h = row % p.heads;
-    index = row;
-    outs = b * p.outs_batch + s * p.outs_seq + h * p.outs_head;
-    lses = b * p.lses_batch + h * p.lses_head + s * p.lses_seq;
-    lse = (b * p.heads + h) * p.seqlen + s;
-  }
+  __device__ MergeRow(const MergeParams& p, int64_t b, int64_t s, int64_t h)
+      : index((b * p.seqlen + s) * p.heads + h),
+        outs(b * p.outs_batch + s * p.outs_seq + h * p.outs_head),
+        lses(b * p.lses_batch + h * p.lses_head + s * p.lses_seq),
+        lse((b * p.heads + h) * p.seqlen + s) {}
 };
+
+// visit(b, s, h) for each row of this warp.
+template <typename Visit>
+__device__ __forceinline__ void visit_rows(const MergeParams& p, const Visit& visit) {
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t s = int64_t(blockIdx.y) * kMergeWarps + threadIdx.x / kWarpSize; s < p.seqlen;
+         s += int64_t(gridDim.y) * kMergeWarps)
+      for (int64_t h = blockIdx.x; h < p.heads; h += gridDim.x) visit(b, s, h);
+}
 
 // An empty part has weight 0, whatever its out holds.
 __device__ __forceinline__ float merge_weight(const MergeParams& p, const MergeRow& row, int64_t i,
@@ -29,16 +41,13 @@ __device__ __forceinline__ float merge_weight(const MergeParams& p, const MergeR
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     merge_kernel(const __grid_constant__ MergeParams p) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t rows = p.batch * p.seqlen * p.heads;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kMergeThreads / kWarpSize);
   const T* outs = static_cast<const T*>(p.outs);
   T* out = static_cast<T*>(p.out);
-  for (int64_t r = (blockIdx.x * int64_t(kMergeThreads) + threadIdx.x) / kWarpSize; r < rows;
-       r += warps) {
-    const MergeRow row(p, r);
+  visit_rows(p, [&](int64_t b, int64_t s, int64_t h) {
+    const MergeRow row(p, b, s, h);
     float lse = 0;
     if (p.lses) {
       float top = -INFINITY, sum = 0;
@@ -62,25 +71,22 @@ __global__ void __launch_bounds__(kMergeThreads)
       }
       store_floats(out + row.index * p.dim + d, sum);
     }
-  }
+  });
 }
 
 // With delta_i = dout.outs_i and delta = sum_i w_i delta_i:
 //   douts_i = w_i dout,  dlses_i = w_i (delta_i - delta + dlse).
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     merge_backward_kernel(const __grid_constant__ MergeBackwardParams q) {
   const MergeParams& p = q.forward;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t rows = p.batch * p.seqlen * p.heads;
-  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kMergeThreads / kWarpSize);
   const T* outs = static_cast<const T*>(p.outs);
   const T* dout = static_cast<const T*>(q.dout);
   T* douts = static_cast<T*>(q.douts);
-  for (int64_t r = (blockIdx.x * int64_t(kMergeThreads) + threadIdx.x) / kWarpSize; r < rows;
-       r += warps) {
-    const MergeRow row(p, r);
-    const int64_t b = r / (p.seqlen * p.heads), s = r / p.heads % p.seqlen, h = r % p.heads;
+  visit_rows(p, [&](int64_t b, int64_t s, int64_t h) {
+    const MergeRow row(p, b, s, h);
     const T* g = dout + b * q.dout_batch + s * q.dout_seq + h * q.dout_head;
     const float lse = p.lses ? p.lse[row.lse] : 0;
     float delta = 0;
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       delta = fmaf(w, dot, delta);
       if (lane == 0) q.dlses[i * rows + row.lse] = dot;
     }
-    if (!p.lses) continue;
+    if (!p.lses) return;
     __syncwarp();  // lane 0's dlses become visible to the warp
     if (q.dlse) delta -= q.dlse[row.lse];
     for (int64_t i = lane; i < p.parts; i += kWarpSize) {
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       float* dlse = q.dlses + i * rows + row.lse;
       *dlse = w != 0 ? w * (*dlse - delta) : 0;
     }
-  }
+  });
 }
 
 }  // namespace tokenmill::cuda
