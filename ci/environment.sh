@@ -1,8 +1,11 @@
 # Sourced by the scripts beside it: a virtual environment of their own, with torch in it.
+# nvcc is taken from the path or from /usr/local/cuda.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+
+command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || PATH=/usr/local/cuda/bin:$PATH
 
 step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
@@ -20,4 +23,13 @@ make_venv() {
   python -m pip install -q --no-index --no-deps "$torch" 2>/dev/null || true
   python -m pip install -q "$torch"
   python -c 'import importlib.metadata as m; print("torch", m.version("torch"))'
+}
+
+cuda_wanted() { [ "${TOKENMILL_CPU_ONLY:-}" != 1 ] && command -v nvcc >/dev/null; }
+
+# Headers of CUTLASS for the CUDA half, without what that package wants at run time. The build finds
+# them in the environment, or where TOKENMILL_CUTLASS points.
+cutlass_headers() {
+  ! cuda_wanted || [ -n "${TOKENMILL_CUTLASS:-}" ] ||
+    python -m pip install -q --no-deps "nvidia-cutlass>=4.2"
 }
