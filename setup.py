@@ -20,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+PTXVM = os.environ.get("TOKENMILL_PTXVM") == "1"
 MAPPED = {"tokenmill.triton_kernels": "triton_kernels", "tokenmill.bench": "bench"}
 
 
@@ -47,8 +48,11 @@ class CMakeBuild(build_ext):
         if torch_root is None:
             raise SystemExit("tokenmill build: torch: no torch >= 2.10 found to build against")
         install = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp + ("-ptxvm" if PTXVM else "")).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        if not PTXVM:  # of an earlier build in this tree: setuptools packs whatever lies there
+            (install / "_emulated.so").unlink(missing_ok=True)
+            shutil.rmtree(install / "_ptxvm", ignore_errors=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": install,
@@ -64,6 +68,7 @@ class CMakeBuild(build_ext):
             options |= {f"CMAKE_{lang}_COMPILER_LAUNCHER": launcher for lang in ("CXX", "CUDA")}
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         flags = [f"-D{key}={value}" for key, value in options.items()]
+        flags += [f"-U{key}" for key in ("TOKENMILL_CUDA_ARCHS",) if key not in options]
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])
         subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", "install"])
 
@@ -75,7 +80,7 @@ def cuda_options() -> dict[str, object]:
     options: dict[str, object] = {"TOKENMILL_CUDA": "ON" if archs else "AUTO"}
     if archs:
         options["TOKENMILL_CUDA_ARCHS"] = archs
-    options["TOKENMILL_PTXVM"] = "ON" if os.environ.get("TOKENMILL_PTXVM") == "1" else "OFF"
+    options["TOKENMILL_PTXVM"] = "ON" if PTXVM else "OFF"
     options["CUTLASS_INCLUDE_DIR"] = find_cutlass() or ""
     return options | pypi_nvcc_options()
 
@@ -102,7 +107,10 @@ mapped = mapped_packages()
 setup(
     packages=[*find_packages("python"), *mapped],
     package_dir={"": "python", **mapped},
-    package_data={"tokenmill": ["py.typed", "_C.pyi"]},
+    package_data={
+        "tokenmill": ["py.typed", "_C.pyi"],
+        "tokenmill.bench": ["peer_counters.json"],
+    },
     ext_modules=[Extension("tokenmill._C", [])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy},
 )
