@@ -1,0 +1,49 @@
+// What the instruction files of memory share: addresses of lanes, and the words that may stand in
+// an opcode.
+#pragma once
+#include <initializer_list>
+
+#include "ptxvm/check.h"
+#include "ptxvm/decode.h"
+
+namespace ptxvm {
+
+void add_atomics(OpcodeTable&);  // ops_atomic.cpp
+void add_copies(OpcodeTable&);   // ops_copy.cpp: cp.async, ldmatrix
+void add_hints(OpcodeTable&);    // ops_hints.cpp: fences, prefetches, isspacep
+
+// Bits of Instruction::flags; Instruction::variant is the Space.
+constexpr uint8_t kWide = 1;     // the base register of the address has 64 bits
+constexpr uint8_t kStrong = 2;   // volatile, relaxed, acquire, release
+constexpr uint8_t kOrdered = 4;  // acquire, release
+
+inline Space space_of(const Instruction& in) { return static_cast<Space>(in.variant); }
+
+inline void lane_addresses(Warp& warp, uint32_t slot, int64_t offset, bool wide,
+                           uint64_t* addresses) {
+  if (wide) {
+    const uint64_t* base = lanes<const uint64_t>(warp, slot);
+    for (int i = 0; i < kLanes; ++i) addresses[i] = base[i] + static_cast<uint64_t>(offset);
+  } else {
+    const uint32_t* base = lanes<const uint32_t>(warp, slot);
+    for (int i = 0; i < kLanes; ++i) addresses[i] = base[i] + static_cast<uint32_t>(offset);
+  }
+}
+
+// What the words of an opcode say about a memory access.
+struct Words {
+  Space space = Space::generic;
+  bool strong = false, ordered = false;
+  int vector = 1;
+  bool cache_hint = false;  // one more operand, a policy
+  std::string type;         // the last word
+};
+
+// Reads the words after the base opcode; those in `own` are left to the caller, anything else that
+// is unknown is an error.
+Words read_words(Decoder&, const Statement&, std::initializer_list<const char*> own = {});
+
+// Reads "[a]" and sets offset, variant and flags.
+void read_memory_operand(Decoder&, const std::string& operand, const Words&, Instruction&);
+
+}  // namespace ptxvm

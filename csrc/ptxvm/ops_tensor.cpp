@@ -1,0 +1,239 @@
+// mma for every shape of sm_80 that 8-, 16- and 32-bit operands have.
+#include <algorithm>
+#include <cmath>
+
+#include "ptxvm/decode.h"
+#include "ptxvm/floats.h"
+#include "ptxvm/tensor.h"
+
+namespace ptxvm {
+
+float ordered_sum(const float* a, const float* b, int k, float c) {
+  float even = c, odd = 0;
+  for (int i = 0; i < k; i += 2) {
+    even = std::fma(a[i], b[i], even);
+    odd = std::fma(a[i + 1], b[i + 1], odd);
+  }
+  return canonical(even + odd);
+}
+
+float coarse_sum(const float* a, const float* b, int k, int step, float c) {
+  for (int begin = 0; begin < k; begin += step) {
+    double terms[17] = {c}, largest = std::abs(c);
+    for (int i = 0; i < step; ++i) {
+      terms[1 + i] = static_cast<double>(a[begin + i]) * b[begin + i];
+      largest = std::max(largest, std::abs(terms[1 + i]));
+      if (!std::isfinite(terms[1 + i])) return ordered_sum(a, b, k, c);
+    }
+    if (!std::isfinite(c)) return ordered_sum(a, b, k, c);
+    if (largest == 0) continue;
+    const double quantum = std::ldexp(1.0, std::ilogb(largest) - 23);
+    double sum = 0;
+    for (int i = 0; i <= step; ++i) sum += std::trunc(terms[i] / quantum);
+    c = from_bits<float>(narrow<float>(sum * quantum, Rounding::zero));
+  }
+  return c;
+}
+
+namespace {
+
+constexpr int kRows = 16, kColumns = 8;
+
+struct F16 {
+  static constexpr int per = 2, step = 8;
+  static float get(uint32_t bits, int j) {
+    return to_float(Half{static_cast<uint16_t>(bits >> (16 * j))});
+  }
+};
+struct BF16 {
+  static constexpr int per = 2, step = 8;
+  static float get(uint32_t bits, int j) {
+    return to_float(BFloat{static_cast<uint16_t>(bits >> (16 * j))});
+  }
+};
+// The hardware ignores the low 13 bits.
+struct TF32 {
+  static constexpr int per = 1, step = 4;
+  static float get(uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); }
+};
+template <typename T>
+struct Int8 {
+  static constexpr int per = 4;
+  static int32_t get(uint32_t bits, int j) {
+    return static_cast<T>(static_cast<uint8_t>(bits >> (8 * j)));
+  }
+};
+
+// Slots of an instruction in the order of its operands.
+template <int k, int per>
+struct Slots {
+  static constexpr int a_count = kRows * k / per / kLanes, b_count = k * kColumns / per / kLanes;
+  const uint32_t *d, *a, *b, *c;
+  Slots(const uint32_t* slots, int c_count)
+      : d(slots), a(d + c_count), b(a + a_count), c(b + b_count) {}
+};
+
+// The columns of B lie one after the other.
+template <typename A, typename B, int k, typename V>
+void read_operands(Warp& warp, const Slots<k, A::per>& slots, V (*a)[k], V (*b)[k]) {
+  for (int s = 0; s < slots.a_count; ++s)
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int j = 0; j < A::per; ++j) {
+        const Place place = place_in_a(lane, s, j, A::per);
+        a[place.row][place.column] = A::get(lanes<uint32_t>(warp, slots.a[s])[lane], j);
+      }
+  for (int s = 0; s < slots.b_count; ++s)
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int j = 0; j < B::per; ++j) {
+        const Place place = place_in_b(lane, s, j, B::per);
+        b[place.column][place.row] = B::get(lanes<uint32_t>(warp, slots.b[s])[lane], j);
+      }
+}
+
+void require_full(Warp& warp, const Instruction& in, Mask mask) {
+  if (mask != kFullMask)
+    fault(warp, in, __builtin_ctz(~mask), "mma without all 32 lanes of the warp");
+}
+
+// Accumulators of f32, one per register.
+struct Single {
+  static constexpr int count = 4;
+  static float get(Warp& warp, const uint32_t* slots, int lane, int index) {
+    return lanes<float>(warp, slots[index])[lane];
+  }
+  static void set(Warp& warp, const uint32_t* slots, int lane, int index, float value) {
+    lanes<float>(warp, slots[index])[lane] = value;
+  }
+};
+// Accumulators of f16, two per register; the sum is rounded once.
+struct Packed {
+  static constexpr int count = 2;
+  static float get(Warp& warp, const uint32_t* slots, int lane, int index) {
+    return to_float(lanes<Half>(warp, slots[index / 2])[2 * lane + index % 2]);
+  }
+  static void set(Warp& warp, const uint32_t* slots, int lane, int index, float value) {
+    lanes<Half>(warp, slots[index / 2])[2 * lane + index % 2] = half_from(value);
+  }
+};
+
+template <typename T, int k, typename Accumulators>
+void multiply(Warp& warp, const Instruction& in, Mask mask) {
+  require_full(warp, in, mask);
+  if constexpr (k == 16 && std::is_same_v<Accumulators, Single> && T::per == 2) {
+    constexpr Half16 type = std::is_same_v<T, F16> ? Half16::f16 : Half16::bf16;
+    if (!options.coarse_sums && multiply_fast<type>(warp, in.slots)) return;
+  }
+  const Slots<k, T::per> slots(in.slots, Accumulators::count);
+  float a[kRows][k], b[kColumns][k], d[kLanes][4];
+  read_operands<T, T>(warp, slots, a, b);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int index = 0; index < 4; ++index) {
+      const Place place = place_in_c(lane, index);
+      const float c = Accumulators::get(warp, slots.c, lane, index);
+      const float *row = a[place.row], *column = b[place.column];
+      d[lane][index] = options.coarse_sums ? coarse_sum(row, column, k, std::min(k, T::step), c)
+                                           : ordered_sum(row, column, k, c);
+    }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int index = 0; index < 4; ++index)
+      Accumulators::set(warp, slots.d, lane, index, d[lane][index]);
+}
+
+template <typename A, typename B, int k, bool saturates>
+void multiply_int8(Warp& warp, const Instruction& in, Mask mask) {
+  require_full(warp, in, mask);
+  const Slots<k, 4> slots(in.slots, 4);
+  int32_t a[kRows][k], b[kColumns][k], d[kLanes][4];
+  read_operands<A, B>(warp, slots, a, b);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int index = 0; index < 4; ++index) {
+      const Place place = place_in_c(lane, index);
+      int64_t sum = lanes<int32_t>(warp, slots.c[index])[lane];
+      for (int i = 0; i < k; ++i) sum += a[place.row][i] * b[place.column][i];
+      if (saturates) sum = std::clamp<int64_t>(sum, INT32_MIN, INT32_MAX);
+      d[lane][index] = static_cast<int32_t>(sum);
+    }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int index = 0; index < 4; ++index)
+      lanes<int32_t>(warp, slots.d[index])[lane] = d[lane][index];
+}
+
+template <typename A, typename B>
+Handler pick_int8(int k, bool saturates) {
+  if (k == 16) return saturates ? multiply_int8<A, B, 16, true> : multiply_int8<A, B, 16, false>;
+  if (k == 32) return saturates ? multiply_int8<A, B, 32, true> : multiply_int8<A, B, 32, false>;
+  return nullptr;
+}
+
+struct Shape {
+  int k, bits;
+  std::string d, a, b, c;
+  bool saturates;
+};
+
+Handler pick(const Shape& s) {
+  const auto types = [&](const char* d, const char* a) {
+    return s.d == d && s.c == d && s.a == a && s.b == a;
+  };
+  using S8 = Int8<int8_t>;
+  using U8 = Int8<uint8_t>;
+  if (s.d == "s32" && s.c == "s32" && s.bits == 8) {
+    const bool a_signed = s.a == "s8", b_signed = s.b == "s8";
+    if (a_signed)
+      return b_signed ? pick_int8<S8, S8>(s.k, s.saturates) : pick_int8<S8, U8>(s.k, s.saturates);
+    return b_signed ? pick_int8<U8, S8>(s.k, s.saturates) : pick_int8<U8, U8>(s.k, s.saturates);
+  }
+  if (s.saturates) return nullptr;
+  if (types("f32", "f16") && s.k == 16) return multiply<F16, 16, Single>;
+  if (types("f32", "f16") && s.k == 8) return multiply<F16, 8, Single>;
+  if (types("f16", "f16") && s.k == 16) return multiply<F16, 16, Packed>;
+  if (types("f16", "f16") && s.k == 8) return multiply<F16, 8, Packed>;
+  if (types("f32", "bf16") && s.k == 16) return multiply<BF16, 16, Single>;
+  if (types("f32", "bf16") && s.k == 8) return multiply<BF16, 8, Single>;
+  if (types("f32", "tf32") && s.k == 8) return multiply<TF32, 8, Single>;
+  if (types("f32", "tf32") && s.k == 4) return multiply<TF32, 4, Single>;
+  return nullptr;
+}
+
+int operand_bits(const std::string& type) {
+  if (type == "f16" || type == "bf16") return 16;
+  if (type == "tf32") return 32;
+  return type == "s8" || type == "u8" ? 8 : 0;
+}
+
+void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
+  const auto& parts = statement.opcode;
+  const bool saturates = parts.size() == 11 && parts[6] == "satfinite";
+  if (parts.size() != 10u + saturates || parts[1] != "sync" || parts[2] != "aligned" ||
+      parts[3].substr(0, 6) != "m16n8k" || parts[4] != "row" || parts[5] != "col")
+    decoder.fail("unknown form of mma");
+  const size_t n = parts.size();
+  const Shape shape{std::stoi(parts[3].substr(6)),
+                    operand_bits(parts[n - 3]),
+                    parts[n - 4],
+                    parts[n - 3],
+                    parts[n - 2],
+                    parts[n - 1],
+                    saturates};
+  in.run = operand_bits(shape.b) == shape.bits && shape.bits ? pick(shape) : nullptr;
+  if (!in.run) decoder.fail("no mma of this shape and these types");
+  const int accumulators = shape.d == "f16" ? 2 : 4;
+  const int counts[4] = {accumulators, kRows * shape.k * shape.bits / 32 / kLanes,
+                         kColumns * shape.k * shape.bits / 32 / kLanes, accumulators};
+  if (statement.operands.size() != 4) decoder.fail("wrong number of operands");
+  for (int i = 0; i < 4; ++i) {
+    const auto registers = Decoder::elements(statement.operands[i]);
+    if (registers.size() != static_cast<size_t>(counts[i]))
+      decoder.fail("operand " + std::to_string(i + 1) + " needs " + std::to_string(counts[i]) +
+                   " registers");
+    for (const std::string& name : registers)
+      i == 0 ? decoder.write(name, 32) : decoder.read(name, 32);
+  }
+  in.control = Control::converge;
+}
+
+}  // namespace
+
+void add_tensor(OpcodeTable& table) { table["mma"] = decode_mma; }
+
+}  // namespace ptxvm

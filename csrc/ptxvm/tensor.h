@@ -1,0 +1,39 @@
+// Fragments of mma: which element of a matrix a lane's register holds (PTX ISA, "Matrix Fragments
+// for mma.m16n8k*"). `per` elements share a 32-bit register; lanes form 8 groups of 4.
+#pragma once
+#include "ptxvm/machine.h"
+
+namespace ptxvm {
+
+struct Place {
+  int row, column;
+};
+
+// A is 16 x k, B is k x 8, C and D are 16 x 8.
+constexpr Place place_in_a(int lane, int slot, int element, int per) {
+  return {lane / 4 + 8 * (slot % 2), (lane % 4 + 4 * (slot / 2)) * per + element};
+}
+constexpr Place place_in_b(int lane, int slot, int element, int per) {
+  return {(lane % 4 + 4 * slot) * per + element, lane / 4};
+}
+// `index` counts elements: two per row of 8, then 8 rows further.
+constexpr Place place_in_c(int lane, int index) {
+  return {lane / 4 + 8 * (index / 2), lane % 4 * 2 + index % 2};
+}
+
+// Sum of c and k products, in the one order that every build uses: even and odd k in a chain of
+// fused multiply-adds each, then both added.
+float ordered_sum(const float* a, const float* b, int k, float c);
+
+// The same as coarsely as hardware may: in steps of `step` products, all terms of a step are cut to
+// 24 bits below the largest, and so is what the step leaves.
+float coarse_sum(const float* a, const float* b, int k, int step, float c);
+
+enum class Half16 : uint8_t { f16, bf16 };
+
+// D = A B + C for m16n8k16 with 16-bit operands and f32 accumulators. Slots: d 4, a 4, b 2, c 4.
+// False if this build has no vector instructions for it.
+template <Half16 type>
+bool multiply_fast(Warp&, const uint32_t* slots);
+
+}  // namespace ptxvm
