@@ -13,7 +13,8 @@ from torch import Tensor
 
 import tokenmill as tm
 
-from .case import Absent, Case, Run, causal_pairs
+from . import case
+from .case import Absent, Case, Run, causal_pairs, place
 
 SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -36,7 +37,12 @@ def _compiled_flex(length: int, left: int) -> Callable[..., Tensor]:
     except ImportError as error:
         raise Absent(f"flex_attention: {error}") from None
     mask = create_block_mask(
-        lambda b, h, i, j: (j <= i) & (i - j <= left), None, None, length, length, device="cpu"
+        lambda b, h, i, j: (j <= i) & (i - j <= left),
+        None,
+        None,
+        length,
+        length,
+        device=case.device.type,
     )
     compiled = torch.compile(flex_attention, dynamic=False)
     return functools.partial(compiled, block_mask=mask)
@@ -71,7 +77,8 @@ def _case(
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         generator = torch.Generator().manual_seed(0)
         theirs = [
-            torch.randn(1, heads, length, head_dim, generator=generator).to(dtype) for _ in range(3)
+            place(torch.randn(1, heads, length, head_dim, generator=generator).to(dtype))
+            for _ in range(3)
         ]
         ours = [t.transpose(1, 2).contiguous() for t in theirs]
         options: dict[str, Any] = {"kind": kind, "causal": causal, "window": (left, -1)}

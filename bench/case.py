@@ -13,6 +13,12 @@ import torch
 from tokenmill import registry
 
 Run = Callable[[], object]
+device = torch.device("cpu")  # of the cases that are prepared; bench/run.py sets it
+
+
+def place(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor drawn on the CPU, on the device that is measured."""
+    return tensor.to(device)
 
 
 class Absent(Exception):
@@ -56,7 +62,9 @@ def cases(ops: list[str] | None = None) -> Iterator[Case]:
 
 
 def _sample_case(spec: registry.OpSpec, sample: registry.Sample) -> Case:
-    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    drawn, options = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    args = [place(a) if isinstance(a, torch.Tensor) else a for a in drawn]
+    kwargs = {k: place(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     lowered = spec.lower(*args, **kwargs)
     result = spec.function(*args, **kwargs)
     moved = (*lowered, *((result,) if isinstance(result, torch.Tensor) else result))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokenmill as tm
 
-from .case import Case, Run
+from .case import Case, Run, place
 
 
 def eager_merge(outs: Tensor, lses: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ def cases() -> Iterator[Case]:
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         generator = torch.Generator().manual_seed(0)
-        outs = torch.randn(parts, batch, length, heads, dim, generator=generator)
-        lses = torch.randn(parts, batch, heads, length, generator=generator)
+        outs = place(torch.randn(parts, batch, length, heads, dim, generator=generator))
+        lses = place(torch.randn(parts, batch, heads, length, generator=generator))
         return lambda: tm.merge_attention_states(outs, lses), {
             "eager": lambda: lambda: eager_merge(outs, lses),
             "clone of the inputs": lambda: outs.clone,

@@ -8,6 +8,13 @@ from typing import Any
 COLOURS = ("#c8553d", "#2d5d7b", "#8f9f8b", "#d9a441")
 
 
+def label(machine: dict[str, str], device: str, threads: int) -> str:
+    """The machine that was measured."""
+    if device == "cuda":
+        return f"{machine['gpu']}, torch {machine['torch']}"
+    return f"{machine['cpu']}, {machine['isa']}, {threads} thread(s), torch {machine['torch']}"
+
+
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     """One picture per operator. Returns the files written."""
     try:
@@ -50,12 +57,9 @@ def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8, frameon=False)
-    machine = results["machine"]
-    axes.set_title(
-        f"{op}: {machine['cpu']}, {machine['isa']}, {results['threads']} thread(s), "
-        f"torch {machine['torch']}",
-        fontsize=10,
-    )
+    # Results from before --device have none: they are a CPU's.
+    measured = label(results["machine"], results.get("device", "cpu"), results["threads"])
+    axes.set_title(f"{op}: {measured}", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -15,6 +15,7 @@ import torch
 from tokenmill import info
 from tokenmill.version import __version__
 
+from . import case as cases_module
 from . import plot
 from .case import Absent, Case, cases, geometric_mean
 from .progress import progress
@@ -27,6 +28,7 @@ WIDTHS = (58, 9, 8, 7, 6, 0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ops", nargs="*", help="operators to run (default: all)")
     parser.add_argument("--filter", default="", help="only cases whose title matches this regex")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1: see the docs)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case (default 3)")
     parser.add_argument("--json", type=Path, help="write results here as JSON")
@@ -44,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
         from . import counters
 
         return counters.run(options)
+    cases_module.device = torch.device(options.device)
     chosen = [c for c in cases(options.ops) if re.search(options.filter, c.title)]
     if not chosen:
         print("tokenmill bench: no case matches", file=sys.stderr)
@@ -52,14 +55,14 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(f"{c.op}: {c.title}" for c in chosen))
         return 0
     machine = info.machine()
-    print(
-        f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, {options.threads} thread(s)"
-    )
-    peaks = {dtype: peak_flops(dtype) * options.threads for dtype in {c.dtype for c in chosen}}
+    gpu = options.device == "cuda"
+    print(plot.label(machine, options.device, options.threads))
+    units = 1 if gpu else options.threads
+    peaks = {dtype: peak_flops(dtype, gpu) * units for dtype in {c.dtype for c in chosen}}
     for dtype, peak in sorted(peaks.items(), key=str):
         print(f"multiply-add peak for {str(dtype)[6:]}: {peak / 1e9:.1f} GFLOP/s")
-    bandwidth = copy_bandwidth()
-    print(f"copy bandwidth (one thread): {bandwidth / 1e9:.1f} GB/s\n")
+    bandwidth = copy_bandwidth(gpu)
+    print(f"copy bandwidth{'' if gpu else ' (one thread)'}: {bandwidth / 1e9:.1f} GB/s\n")
     print(_line(HEADER))
     rows = []
     with progress(len(chosen)) as advance:
@@ -71,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         "machine": machine,
         "tokenmill": __version__,
         "date": time.strftime("%Y-%m-%d"),
+        "device": options.device,
         "threads": options.threads,
         "copy_bandwidth": bandwidth,
         "rows": rows,
@@ -102,11 +106,14 @@ def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any)
             absent[name] = str(reason)
         except Exception as error:  # a peer that fails is a fact about the peer
             absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    timings = interleave(runs, threads=options.threads, seconds=options.seconds, tick=advance)
+    gpu = options.device == "cuda"
+    timings = interleave(
+        runs, threads=options.threads, seconds=options.seconds, tick=advance, gpu=gpu
+    )
     advance(done=True)
 
     def figure(name: str) -> float:
-        return timings[name].median if options.threads == 1 else timings[name].best
+        return timings[name].median if gpu or options.threads == 1 else timings[name].best
 
     seconds = figure("tokenmill")
     return {
