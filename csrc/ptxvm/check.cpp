@@ -4,7 +4,6 @@
 #include <cinttypes>
 #include <cstdio>
 
-#include "ptxvm/counters.h"
 #include "ptxvm/shadow.h"
 
 namespace ptxvm {
@@ -88,8 +87,8 @@ std::string who(uint32_t theirs) {
 
 uint32_t first_unit(uint32_t slot) { return slot / kUnit; }
 
-// Copies of a value that was never set are harmless and compilers make them.
-bool moves(const Instruction& instruction) { return opcode_of(instruction).substr(0, 3) == "mov"; }
+// Moving a value that was never set is harmless, and compilers do it.
+bool moves(const Instruction& instruction) { return !std::strncmp(instruction.text, "mov", 3); }
 
 }  // namespace
 
@@ -194,25 +193,28 @@ void block_finished(Block& block) { block.shadow.reset(); }
 void barrier_released(Block& block) { ++block.epoch; }
 
 void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
-  if (warp.defined.empty() || (moves(instruction) && instruction.writes)) return;
+  if (warp.defined.empty()) return;
+  const auto require = [&](uint32_t slot, int number) {
+    const Mask missing = mask & ~warp.defined[first_unit(slot)];
+    if (missing && !(moves(instruction) && slot != instruction.guard))
+      fault(warp, instruction, __builtin_ctz(missing),
+            std::string("read of an uninitialised register: ") +
+                (number ? "source " + std::to_string(number) : "the guard"));
+  };
+  if (instruction.guard != kNoSlot) require(instruction.guard, 0);
   for (int i = 0; i < instruction.reads; ++i) {
     const uint32_t slot = instruction.slots[instruction.writes + i];
-    if (slot == kNoSlot) continue;
-    const Mask missing = mask & ~warp.defined[first_unit(slot)];
-    if (missing)
-      fault(warp, instruction, __builtin_ctz(missing),
-            "read of an uninitialised register, source " + std::to_string(i + 1));
+    if (slot != kNoSlot) require(slot, i + 1);
   }
 }
 
 void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
-  Mask held = kFullMask;
-  if (moves(instruction))
-    for (int i = 0; i < instruction.reads; ++i) {
-      const uint32_t slot = instruction.slots[instruction.writes + i];
-      if (slot != kNoSlot) held &= warp.defined[first_unit(slot)];
-    }
+  Mask held = kFullMask;  // but for a move, check_registers has seen to that
+  for (int i = 0; i < instruction.reads; ++i) {
+    const uint32_t slot = instruction.slots[instruction.writes + i];
+    if (slot != kNoSlot) held &= warp.defined[first_unit(slot)];
+  }
   for (int i = 0; i < instruction.writes; ++i) {
     const uint32_t slot = instruction.slots[i];
     if (slot == kNoSlot) continue;
