@@ -1,0 +1,209 @@
+// Floating-point formats of PTX: conversions with every rounding, flushing and canonical NaNs. All
+// results are defined by integer arithmetic or IEEE operations, never by the host's modes.
+#pragma once
+#include <bit>
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace ptxvm {
+
+enum class Rounding : uint8_t { nearest, zero, down, up, away };  // away: ties away from zero
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+constexpr uint32_t kNaN32 = 0x7fffffff;  // what the hardware returns for every NaN of f32
+constexpr uint64_t kNaN64 = 0xfff8000000000000;
+constexpr uint16_t kNaN16 = 0x7fff;  // f16 and bf16
+
+// Layout of a format: bits of its fraction, least exponent of a normal number, infinity, NaN.
+template <typename T>
+struct Format;
+template <>
+struct Format<Half> {
+  static constexpr int fraction = 10, least = -14;
+  static constexpr uint32_t infinity = 0x7c00, sign = 0x8000, nan = kNaN16;
+};
+template <>
+struct Format<BFloat> {
+  static constexpr int fraction = 7, least = -126;
+  static constexpr uint32_t infinity = 0x7f80, sign = 0x8000, nan = kNaN16;
+};
+template <>
+struct Format<float> {
+  static constexpr int fraction = 23, least = -126;
+  static constexpr uint32_t infinity = 0x7f800000, sign = 0x80000000, nan = kNaN32;
+};
+
+inline float canonical(float x) { return x == x ? x : std::bit_cast<float>(kNaN32); }
+inline double canonical(double x) { return x == x ? x : std::bit_cast<double>(kNaN64); }
+
+// Subnormal numbers become zeros of their sign.
+inline float flush(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return std::bit_cast<float>((bits & 0x7f800000) == 0 ? bits & 0x80000000 : bits);
+}
+inline Half flush(Half x) {
+  return {static_cast<uint16_t>((x.bits & 0x7c00) == 0 ? x.bits & 0x8000 : x.bits)};
+}
+inline BFloat flush(BFloat x) {
+  return {static_cast<uint16_t>((x.bits & 0x7f80) == 0 ? x.bits & 0x8000 : x.bits)};
+}
+
+inline bool is_nan(Half x) { return (x.bits & 0x7fff) > 0x7c00; }
+inline bool is_nan(BFloat x) { return (x.bits & 0x7fff) > 0x7f80; }
+inline bool is_nan(float x) { return x != x; }
+inline bool is_nan(double x) { return x != x; }
+
+// Exact. A subnormal half is an integer times 2^-24, so that no subnormal float occurs on the way.
+inline float to_float(Half x) {
+  const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t small =
+      std::bit_cast<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t special = magnitude == 0x7c00 ? 0x7f800000u : kNaN32;
+  const uint32_t value = magnitude < 0x400 ? small : magnitude >= 0x7c00 ? special : normal;
+  return std::bit_cast<float>(value | (magnitude > 0x7c00 ? 0 : sign));
+}
+inline float to_float(BFloat x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+inline float to_float(float x) { return x; }
+
+inline double to_double(double x) { return x; }
+template <typename T>
+inline double to_double(T x) {
+  return static_cast<double>(to_float(x));
+}
+
+// Round to nearest even. 0.5 + x has the granularity of subnormal halves.
+inline Half half_from(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
+  const uint32_t normal = ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112u << 10);
+  const uint32_t small =
+      std::bit_cast<uint32_t>(0.5f + std::bit_cast<float>(magnitude)) - 0x3f000000u;
+  uint32_t value = magnitude < 0x38800000 ? small : normal;
+  value = magnitude >= 0x477ff000 ? 0x7c00 : value;
+  value |= bits >> 16 & 0x8000;
+  return {static_cast<uint16_t>(magnitude > 0x7f800000 ? kNaN16 : value)};
+}
+inline BFloat bfloat_from(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t value = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? kNaN16 : value)};
+}
+
+template <typename T>
+inline T nearest(float x);
+template <>
+inline Half nearest<Half>(float x) {
+  return half_from(x);
+}
+template <>
+inline BFloat nearest<BFloat>(float x) {
+  return bfloat_from(x);
+}
+template <>
+inline float nearest<float>(float x) {
+  return x;
+}
+
+// Any rounding of a double to a narrower format, as bits.
+template <typename T>
+inline uint32_t narrow(double x, Rounding rounding) {
+  using F = Format<T>;
+  const uint64_t bits = std::bit_cast<uint64_t>(x);
+  const bool negative = bits >> 63;
+  const uint32_t sign = negative ? F::sign : 0;
+  const int exponent = static_cast<int>(bits >> 52 & 0x7ff) - 1023;
+  const uint64_t fraction = bits & ((uint64_t{1} << 52) - 1);
+  if (exponent == 1024) return fraction ? F::nan : sign | F::infinity;
+  if ((bits << 1) == 0) return sign;
+  const uint64_t significand = fraction | (exponent == -1023 ? 0 : uint64_t{1} << 52);
+  const int scale = exponent < F::least ? F::least - exponent : 0;
+  const int shift = std::min(52 - F::fraction + scale, 62);
+  const uint64_t kept = significand >> shift;
+  const uint64_t rest = significand - (kept << shift), half = uint64_t{1} << (shift - 1);
+  bool up = false;
+  switch (rounding) {
+    case Rounding::nearest:
+      up = rest > half || (rest == half && (kept & 1));
+      break;
+    case Rounding::away:
+      up = rest >= half;
+      break;
+    case Rounding::zero:
+      break;
+    case Rounding::down:
+      up = negative && rest;
+      break;
+    case Rounding::up:
+      up = !negative && rest;
+      break;
+  }
+  // The hidden bit of a normal number adds one to the exponent field.
+  const uint64_t base = scale ? 0 : static_cast<uint64_t>(exponent - F::least) << F::fraction;
+  const uint64_t value = base + kept + up;
+  if (value < F::infinity) return sign | static_cast<uint32_t>(value);
+  const bool to_infinity = rounding == Rounding::nearest || rounding == Rounding::away ||
+                           rounding == (negative ? Rounding::down : Rounding::up);
+  return sign | (to_infinity ? F::infinity : F::infinity - 1);
+}
+
+template <typename T>
+inline T from_bits(uint32_t bits) {
+  return std::bit_cast<T>(static_cast<uint16_t>(bits));
+}
+template <>
+inline float from_bits<float>(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+
+// a * b + c rounded to odd, for a product that is exact in a double: what was lost shows in the
+// last bit, so that a second rounding to at most 51 bits is as good as a single one.
+inline double odd_fma(double a, double b, double c) {
+  const double product = a * b, sum = product + c;
+  const double shadow = sum - product;
+  const double lost = (product - (sum - shadow)) + (c - shadow);
+  const uint64_t bits = std::bit_cast<uint64_t>(sum);
+  const bool adjust =
+      lost != 0 && !(bits & 1) && std::abs(sum) <= std::numeric_limits<double>::max();
+  const bool outward = (lost > 0) == (sum > 0);
+  return std::bit_cast<double>(adjust ? (outward ? bits + 1 : bits - 1) : bits);
+}
+
+// An integer as a double, rounded to odd.
+inline double odd_double(uint64_t x) {
+  const int excess = 64 - 53 - std::countl_zero(x);
+  if (excess <= 0) return static_cast<double>(x);
+  const uint64_t low = (uint64_t{1} << excess) - 1;
+  return static_cast<double>((x & ~low) | ((x & low) ? uint64_t{1} << excess : 0));
+}
+inline double odd_double(int64_t x) {
+  return x < 0 ? -odd_double(uint64_t{0} - static_cast<uint64_t>(x))
+               : odd_double(static_cast<uint64_t>(x));
+}
+
+// Directed rounding of f32 and f64 by the host's mode. The operands are loaded and the results
+// stored between the two opaque calls, so that no compiler moves the arithmetic out.
+class RoundingScope {
+ public:
+  explicit RoundingScope(Rounding rounding) : old_(std::fegetround()) {
+    static constexpr int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
+    std::fesetround(modes[static_cast<int>(rounding)]);
+  }
+  ~RoundingScope() { std::fesetround(old_); }
+  RoundingScope(const RoundingScope&) = delete;
+  RoundingScope& operator=(const RoundingScope&) = delete;
+
+ private:
+  int old_;
+};
+
+}  // namespace ptxvm

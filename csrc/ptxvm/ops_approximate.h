@@ -1,0 +1,16 @@
+// Functions that PTX defines by a bound of their error, and what they share with exact forms.
+#pragma once
+#include <string>
+
+#include "ptxvm/floats.h"
+#include "ptxvm/machine.h"
+
+namespace ptxvm {
+
+Handler approximate_division(bool full, bool ftz);
+
+// in.variant holds the rounding.
+Handler rounded_reciprocal(const std::string& type, Rounding, bool ftz);
+Handler rounded_square_root(const std::string& type, Rounding, bool ftz);
+
+}  // namespace ptxvm
