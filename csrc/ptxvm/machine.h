@@ -146,7 +146,8 @@ struct Warp {
   uint32_t index;  // in its block
   Mask live;       // lanes that have not exited
   uint32_t pc = 0;
-  Mask mask = 0;   // lanes that run now
+  Mask mask = 0;       // lanes that run now
+  uint64_t stint = 0;  // instructions since another group ran
   Mask carry = 0;  // CC.CF, the condition code of add.cc and its kin
   std::vector<Group> others;
   std::vector<AsyncCopy> copies;
