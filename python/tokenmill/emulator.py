@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,3 +53,25 @@ def counting() -> Iterator[list[dict[str, Any]]]:
     finally:
         configure("count=0")
         machine().ptxvm_reset_counters()
+
+
+_DEFAULTS = {
+    "check": "0",
+    "count": "0",
+    "approximate": "0",
+    "coarse_sums": "0",
+    "order": "forward",
+    "seed": "0",
+}
+
+
+@contextlib.contextmanager
+def configured(settings: str) -> Iterator[None]:
+    """Sets options for a while; afterwards those named are what the environment made them."""
+    names = [setting.split("=")[0].strip() for setting in settings.split(",")]
+    before = {n: os.environ.get(f"PTXVM_{n.upper()}", _DEFAULTS[n]) for n in names}
+    configure(settings)
+    try:
+        yield
+    finally:
+        configure(",".join(f"{name}={value}" for name, value in before.items()))
