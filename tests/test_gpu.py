@@ -1,0 +1,128 @@
+"""What a device alone can show: that nothing synchronises, that a graph follows the contents of its
+inputs, that the device agrees with the machine. Without a GPU the PTX machine stands in for
+it, so that these tests run too."""
+
+from __future__ import annotations
+
+import functools
+from itertools import chain
+
+import pytest
+import torch
+from conftest import backends, device_of
+from test_contract import (
+    DTYPES,
+    SAMPLES,
+    draw,
+    each_sample,
+    map_tensors,
+    same_bits,
+    tensors,
+)
+
+import tokenmill as tm
+
+GPU = torch.cuda.is_available()
+BACKEND = next((b for b in ("cuda", "emulated") if b in backends()), None)
+pytestmark = pytest.mark.skipif(BACKEND is None, reason="neither a GPU nor the PTX machine")
+each_packed = pytest.mark.parametrize(
+    ("spec", "sample"),
+    [(spec, sample) for spec, sample in SAMPLES if "cu_seqlens_q" in draw(sample)[1]],
+    ids=lambda x: x.name,
+)
+
+
+def placed(sample, dtype=torch.float32, seed=0, backend=BACKEND):
+    return map_tensors(draw(sample, dtype, seed), lambda t: t.to(device_of(backend)))
+
+
+def forward_and_backward(spec, args, kwargs, backend=BACKEND):
+    """A function that computes outputs and gradients."""
+    call = functools.partial(spec.function, backend=backend)
+    shapes = [o.shape for o in tm.testing.evaluate(call, args, kwargs)[0]]
+    cotangents = [torch.ones(shape, device=device_of(backend)) for shape in shapes]
+
+    def run():
+        return [*chain(*tm.testing.evaluate(call, args, kwargs, cotangents))]
+
+    return run
+
+
+def captured(run):
+    """A function that replays run and returns its outputs."""
+    if not GPU:
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = run()
+
+    def replay():
+        graph.replay()
+        return static
+
+    return replay
+
+
+def overwrite(old, new):
+    with torch.no_grad():
+        for to, source in zip(tensors(old), tensors(new), strict=True):
+            to.copy_(source)
+
+
+@each_sample
+def test_a_graph_follows_the_values_of_its_inputs(spec, sample):
+    args, kwargs = placed(sample)
+    replay = captured(forward_and_backward(spec, args, kwargs))
+    replay()
+    other = placed(sample, seed=1)
+    overwrite((args, kwargs), other)
+    assert same_bits(replay(), forward_and_backward(spec, *other)())
+
+
+@each_packed
+def test_a_graph_follows_the_lengths_of_its_sequences(spec, sample):
+    args, kwargs = placed(sample)
+    replay = captured(forward_and_backward(spec, args, kwargs))
+    replay()
+    other_args, other_kwargs = placed(sample)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        lengths = other_kwargs[name].diff().flip(0)
+        other_kwargs[name][1:] = lengths.cumsum(0)
+        assert not torch.equal(other_kwargs[name], kwargs[name])
+    overwrite((args, kwargs), (other_args, other_kwargs))
+    assert same_bits(replay(), forward_and_backward(spec, other_args, other_kwargs)())
+
+
+@pytest.mark.skipif(not GPU, reason="the machine runs on the host")
+@each_sample
+def test_nothing_synchronises(spec, sample):
+    run = forward_and_backward(spec, *placed(sample))
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_sample
+def test_the_device_agrees_with_the_machine(spec, sample, dtype):
+    from tokenmill import emulator
+
+    on_device = forward_and_backward(spec, *placed(sample, dtype))()
+    there = placed(sample, dtype, backend="emulated")
+    with emulator.configured("order=reverse"):
+        on_machine = forward_and_backward(spec, *there, backend="emulated")()
+    if not GPU:  # the machine in both orders of warps and blocks
+        assert same_bits(on_device, on_machine)
+        return
+    allowed = [c.allowed for c in tm.testing.compare(spec, sample, "cuda", dtype, device="cuda")]
+    for got, want, limit in zip(on_device, on_machine, allowed, strict=True):
+        assert tm.testing.error(got.cpu(), want) <= limit
