@@ -29,7 +29,9 @@ class Decoder {
 
   int width(const std::string& operand) const;  // bits of the declared register, 0 if not one
   static std::vector<std::string> elements(const std::string& operand);  // of "{a, b}", or itself
-  [[noreturn]] void fail(const std::string& why) const;                  // names the PTX line
+  void branch_to(const std::string& label);              // fills in `target` once it is known
+  uint32_t branch_to_table(const std::string& table);    // number of the kernel's table
+  [[noreturn]] void fail(const std::string& why) const;  // names the PTX line
   Kernel& kernel();
 
   struct State;  // of decode.cpp
@@ -50,6 +52,9 @@ void add_warp(OpcodeTable&);     // ops_warp.cpp: shfl, vote, match, redux, acti
 void add_memory(OpcodeTable&);   // ops_memory.cpp: ld, st, atom, red, cp.async, ldmatrix, fences
 void add_tensor(OpcodeTable&);   // ops_tensor.cpp: mma
 void add_control(OpcodeTable&);  // sched.cpp: bra, ret, exit, bar, barrier, trap, call
+
+// Fills in the code of a kernel, unless it is there already. Throws Fault.
+void decode(Kernel&, bool share_slots);
 
 // Size in bits of a type suffix: "f16x2" 32, "pred" 1, "b128" 128; 0 if it is no type.
 int bits_of_type(const std::string& suffix);

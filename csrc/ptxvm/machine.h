@@ -148,7 +148,7 @@ struct Warp {
   uint32_t pc = 0;
   Mask mask = 0;       // lanes that run now
   uint64_t stint = 0;  // instructions since another group ran
-  Mask carry = 0;  // CC.CF, the condition code of add.cc and its kin
+  Mask carry = 0;      // CC.CF, the condition code of add.cc and its kin
   std::vector<Group> others;
   std::vector<AsyncCopy> copies;
   uint32_t copy_groups[kLanes] = {};  // commit_group instructions executed per lane

@@ -1,0 +1,254 @@
+// Registration of modules by compiled host code, and launches.
+#include <algorithm>
+
+#include "ptxvm/cudart.h"
+#include "ptxvm/device.h"
+#include "ptxvm/fatbin.h"
+
+using namespace ptxvm;
+
+namespace {
+
+struct CallConfiguration {
+  dim3 grid, block;
+  size_t dynamic_shared;
+  void* stream;
+};
+
+std::vector<CallConfiguration>& pending_calls() {
+  thread_local std::vector<CallConfiguration> calls;
+  return calls;
+}
+
+cudaError_t launch_record(KernelRecord* record, dim3 grid, dim3 block, void** arguments,
+                          size_t dynamic_shared) {
+  const uint32_t grid_size[3] = {grid.x, grid.y, grid.z};
+  const uint32_t block_size[3] = {block.x, block.y, block.z};
+  return static_cast<cudaError_t>(launch(record, grid_size, block_size, dynamic_shared, arguments));
+}
+
+cudaError_t launch_function(const void* function, dim3 grid, dim3 block, void** arguments,
+                            size_t dynamic_shared) {
+  const std::lock_guard lock(runtime().mutex);
+  return launch_record(runtime().find(function), grid, block, arguments, dynamic_shared);
+}
+
+cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_t dynamic_shared) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t capacity = uint64_t{multiprocessors()} *
+                            blocks_per_multiprocessor(*record->kernel, block.x * block.y * block.z,
+                                                      static_cast<uint32_t>(dynamic_shared));
+  if (blocks > capacity)
+    return refuse(cudaErrorCooperativeLaunchTooLarge,
+                  record->name + ": launch: a cooperative grid has at most " +
+                      std::to_string(capacity) + " blocks here; got " + std::to_string(blocks));
+  return cudaSuccess;
+}
+
+}  // namespace
+
+PTXVM_EXPORT void** __cudaRegisterFatBinary(void* wrapper) {
+  const std::lock_guard lock(runtime().mutex);
+  FatBinary binary = read_fat_binary(wrapper);
+  LoadedModule* loaded = nullptr;
+  try {
+    if (binary.error.empty()) loaded = load(binary.ptx);
+  } catch (const Fault& fault) {
+    binary.error = fault.what();
+  }
+  if (!loaded) {
+    runtime().modules.push_back(std::make_unique<LoadedModule>());
+    loaded = runtime().modules.back().get();
+    loaded->error = binary.error;
+  }
+  loaded->registers = std::move(binary.registers);
+  return reinterpret_cast<void**>(loaded);
+}
+
+PTXVM_EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
+
+PTXVM_EXPORT void __cudaUnregisterFatBinary(void** handle) {
+  const std::lock_guard lock(runtime().mutex);
+  unload(reinterpret_cast<LoadedModule*>(handle));
+}
+
+PTXVM_EXPORT char __cudaInitModule(void**) { return 1; }
+
+PTXVM_EXPORT void __cudaRegisterFunction(void** handle, const char* host_function, char*,
+                                         const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                                         int*) {
+  const std::lock_guard lock(runtime().mutex);
+  auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
+  auto record = std::make_unique<KernelRecord>(KernelRecord{loaded, name, nullptr});
+  if (loaded->module) {
+    const auto found = loaded->module->kernels.find(name);
+    if (found != loaded->module->kernels.end()) {
+      record->kernel = found->second.get();
+      const auto registers = loaded->registers.find(name);
+      if (registers != loaded->registers.end()) record->kernel->registers = registers->second;
+    }
+  }
+  runtime().kernels[host_function] = std::move(record);
+}
+
+PTXVM_EXPORT void __cudaRegisterVar(void** handle, char* shadow, char*, const char* name, int,
+                                    size_t, int, int) {
+  const std::lock_guard lock(runtime().mutex);
+  auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
+  if (!loaded->module) return;
+  const auto found = loaded->module->variables.find(name);
+  if (found != loaded->module->variables.end()) runtime().variables[shadow] = &found->second;
+}
+
+PTXVM_EXPORT void __cudaRegisterManagedVar(void** handle, void** pointer, char*, const char* name,
+                                           int, size_t, int, int) {
+  const std::lock_guard lock(runtime().mutex);
+  auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
+  if (!loaded->module) return;
+  const auto found = loaded->module->variables.find(name);
+  if (found != loaded->module->variables.end()) *pointer = found->second.memory;
+}
+
+PTXVM_EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t dynamic_shared,
+                                                  void* stream) {
+  pending_calls().push_back({grid, block, dynamic_shared, stream});
+  return 0;
+}
+
+PTXVM_EXPORT cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* dynamic_shared,
+                                                    void* stream) {
+  if (pending_calls().empty())
+    return refuse(cudaErrorMissingConfiguration, "a launch without a configuration");
+  const CallConfiguration call = pending_calls().back();
+  pending_calls().pop_back();
+  *grid = call.grid;
+  *block = call.block;
+  *dynamic_shared = call.dynamic_shared;
+  *static_cast<void**>(stream) = call.stream;
+  return cudaSuccess;
+}
+
+PTXVM_EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (!record) return refuse(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
+  *kernel = reinterpret_cast<cudaKernel_t>(record);
+  return cudaSuccess;
+}
+
+PTXVM_EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block,
+                                            void** arguments, size_t dynamic_shared, cudaStream_t) {
+  return launch_record(reinterpret_cast<KernelRecord*>(kernel), grid, block, arguments,
+                       dynamic_shared);
+}
+
+PTXVM_EXPORT cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block,
+                                                 void** arguments, size_t dynamic_shared,
+                                                 cudaStream_t) {
+  return launch_record(reinterpret_cast<KernelRecord*>(kernel), grid, block, arguments,
+                       dynamic_shared);
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t dynamic_shared, cudaStream_t) {
+  return launch_function(function, grid, block, arguments, dynamic_shared);
+}
+
+PTXVM_EXPORT cudaError_t cudaLaunchKernel_ptsz(const void* function, dim3 grid, dim3 block,
+                                               void** arguments, size_t dynamic_shared,
+                                               cudaStream_t) {
+  return launch_function(function, grid, block, arguments, dynamic_shared);
+}
+
+cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block,
+                                        void** arguments, size_t dynamic_shared, cudaStream_t) {
+  if (const auto error = check_cooperative(function, grid, block, dynamic_shared)) return error;
+  return launch_function(function, grid, block, arguments, dynamic_shared);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                void** arguments) {
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) {
+      const auto& cluster = attribute.val.clusterDim;
+      if (cluster.x * cluster.y * cluster.z != 1)
+        return refuse(cudaErrorNotSupported,
+                      "launch: clusters of more than one block need compute capability 9.0");
+    }
+    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative)
+      if (const auto error = check_cooperative(function, config->gridDim, config->blockDim,
+                                               config->dynamicSmemBytes))
+        return error;
+  }
+  return launch_function(function, config->gridDim, config->blockDim, arguments,
+                         config->dynamicSmemBytes);
+}
+
+PTXVM_EXPORT cudaError_t cudaLaunchKernelExC_ptsz(const cudaLaunchConfig_t* config,
+                                                  const void* function, void** arguments) {
+  return cudaLaunchKernelExC(config, function, arguments);
+}
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  Kernel& kernel = *record->kernel;
+  const int limit = static_cast<int>(kSharedPerBlockOptIn) - static_cast<int>(kernel.static_shared);
+  if (value < 0 || value > limit)
+    return refuse(cudaErrorInvalidValue,
+                  record->name + ": cudaFuncSetAttribute: dynamic shared memory is at most " +
+                      std::to_string(limit) + " bytes; got " + std::to_string(value));
+  kernel.max_dynamic_shared = static_cast<uint32_t>(value);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
+  const Kernel& kernel = *record->kernel;
+  *attributes = {};
+  attributes->sharedSizeBytes = kernel.static_shared;
+  attributes->localSizeBytes = kernel.local_bytes;
+  attributes->maxThreadsPerBlock =
+      static_cast<int>(kernel.max_threads ? kernel.max_threads : kMaxThreadsPerBlock);
+  attributes->numRegs = static_cast<int>(kernel.registers);
+  attributes->ptxVersion = attributes->binaryVersion = kComputeMajor * 10 + kComputeMinor;
+  attributes->maxDynamicSharedSizeBytes = static_cast<int>(dynamic_shared_limit(kernel));
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return cudaSuccess; }
+
+cudaError_t cudaFuncGetName(const char** name, const void* function) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (!record) return refuse(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
+  *name = record->name.c_str();
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    int* blocks, const void* function, int threads, size_t dynamic_shared, unsigned) {
+  const std::lock_guard lock(runtime().mutex);
+  KernelRecord* const record = runtime().find(function);
+  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
+  const bool fits = dynamic_shared <= dynamic_shared_limit(*record->kernel) && threads > 0;
+  *blocks = fits ? static_cast<int>(
+                       blocks_per_multiprocessor(*record->kernel, static_cast<uint32_t>(threads),
+                                                 static_cast<uint32_t>(dynamic_shared)))
+                 : 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
+                                                          int threads, size_t dynamic_shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads,
+                                                                dynamic_shared, 0);
+}

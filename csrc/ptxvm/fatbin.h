@@ -1,0 +1,18 @@
+// The container that nvcc puts into an object file: PTX and machine code of a module.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+
+namespace ptxvm {
+
+struct FatBinary {
+  std::string ptx;
+  std::string error;                          // why there is no PTX, if so
+  std::map<std::string, uint32_t> registers;  // per kernel, of the machine code beside the PTX
+};
+
+// `wrapper` is what __cudaRegisterFatBinary gets.
+FatBinary read_fat_binary(const void* wrapper);
+
+}  // namespace ptxvm

@@ -1,0 +1,178 @@
+// Export what the header declares, whatever the default visibility.
+#pragma GCC visibility push(default)
+#include "ptxvm/host_api.h"
+#pragma GCC visibility pop
+
+#include <driver_types.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "ptxvm/check.h"
+#include "ptxvm/counters.h"
+#include "ptxvm/device.h"
+#include "ptxvm/runtime.h"
+
+namespace ptxvm {
+namespace {
+
+void set_option(const std::string& name, const std::string& value) {
+  const auto number = [&](uint64_t low, uint64_t high) {
+    uint64_t parsed = 0;
+    if (!parse_literal(value, 64, parsed) || parsed < low || parsed > high)
+      throw Fault("ptxvm_configure: " + name + ": must be from " + std::to_string(low) + " to " +
+                  std::to_string(high) + "; got " + value);
+    return parsed;
+  };
+  if (name == "check") {
+    options.check = number(0, 1);
+  } else if (name == "count") {
+    options.count = number(0, 1);
+  } else if (name == "approximate") {
+    if (value != "-1" && value != "0" && value != "1")
+      throw Fault("ptxvm_configure: approximate: must be -1, 0 or 1; got " + value);
+    options.approximate = std::atoi(value.c_str());
+  } else if (name == "coarse_sums") {
+    options.coarse_sums = number(0, 1);
+  } else if (name == "seed") {
+    options.seed = number(0, UINT64_MAX);
+  } else if (name == "resident_blocks") {
+    options.resident_blocks = static_cast<uint32_t>(number(1, 1 << 20));
+  } else if (name == "fuel") {
+    options.fuel = static_cast<uint32_t>(number(1, 1u << 31));
+  } else if (name == "watchdog") {
+    options.watchdog = number(0, UINT32_MAX);
+  } else if (name == "order") {
+    if (value == "forward")
+      options.order = Options::Order::forward;
+    else if (value == "reverse")
+      options.order = Options::Order::reverse;
+    else if (value == "seeded")
+      options.order = Options::Order::seeded;
+    else
+      throw Fault("ptxvm_configure: order: must be forward, reverse or seeded; got " + value);
+  } else {
+    throw Fault("ptxvm_configure: unknown option " + name);
+  }
+}
+
+void configure(const std::string& settings) {
+  for (const std::string& setting : split_list(settings)) {
+    const size_t equals = setting.find('=');
+    if (equals == std::string::npos)
+      throw Fault("ptxvm_configure: '" + setting + "' is not of the form name=value");
+    set_option(trim(setting.substr(0, equals)), trim(setting.substr(equals + 1)));
+  }
+}
+
+// PTXVM_CHECK=1 and so on: the same names in capitals.
+const bool configured = [] {
+  for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED",
+                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER"}) {
+    const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
+    if (!value) continue;
+    std::string lower = name;
+    for (char& c : lower) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    try {
+      set_option(lower, value);
+    } catch (const Fault& fault) {
+      std::fprintf(stderr, "PTXVM_%s: %s\n", name, fault.what());
+      std::exit(2);
+    }
+  }
+  return true;
+}();
+
+}  // namespace
+}  // namespace ptxvm
+
+using namespace ptxvm;
+
+void ptxvm_register(const void* base, size_t bytes, int writable) {
+  const std::lock_guard lock(runtime().mutex);
+  register_memory(base, bytes, writable != 0);
+}
+
+void ptxvm_unregister(const void* base) {
+  const std::lock_guard lock(runtime().mutex);
+  unregister_memory(base);
+}
+
+void ptxvm_unregister_all(void) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  unregister_all_memory();
+  // What the machine itself owns stays known.
+  for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
+  for (const auto& loaded : state.modules)
+    if (loaded->module) register_variables(*loaded->module);
+}
+
+int ptxvm_configure(const char* settings) {
+  const std::lock_guard lock(runtime().mutex);
+  const Options before = options;
+  try {
+    configure(settings);
+  } catch (const Fault& fault) {
+    options = before;
+    fail(cudaErrorInvalidValue, fault.what());
+    last_error(true);
+    return -1;
+  }
+  return 0;
+}
+
+const char* ptxvm_last_report(void) {
+  thread_local std::string text;
+  const std::lock_guard lock(runtime().mutex);
+  text = std::exchange(runtime().report, {});
+  return text.c_str();
+}
+
+const char* ptxvm_counters(void) {
+  thread_local std::string text;
+  const std::lock_guard lock(runtime().mutex);
+  text = counters_json();
+  return text.c_str();
+}
+
+void ptxvm_reset_counters(void) {
+  const std::lock_guard lock(runtime().mutex);
+  reset_counters();
+}
+
+void* ptxvm_load(const char* ptx) {
+  const std::lock_guard lock(runtime().mutex);
+  try {
+    return load(ptx);
+  } catch (const Fault& fault) {
+    fail(cudaErrorInvalidPtx, fault.what());
+    last_error(true);
+    return nullptr;
+  }
+}
+
+int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const uint32_t block[3],
+                 uint32_t dynamic_shared, void** args) {
+  const std::lock_guard lock(runtime().mutex);
+  auto* const loaded = static_cast<LoadedModule*>(module);
+  const auto found = loaded->module->kernels.find(name);
+  KernelRecord record{loaded, name,
+                      found == loaded->module->kernels.end() ? nullptr : found->second.get()};
+  int error = prepare(&record);
+  if (!error) {
+    // A raw launch sets no attributes: all that the device has may be asked for.
+    record.kernel->max_dynamic_shared =
+        kSharedPerBlockOptIn - std::min(kSharedPerBlockOptIn, record.kernel->static_shared);
+    error = launch(&record, grid, block, dynamic_shared, args);
+  }
+  last_error(true);
+  return error;
+}
+
+void ptxvm_unload(void* module) {
+  const std::lock_guard lock(runtime().mutex);
+  unload(static_cast<LoadedModule*>(module));
+}

@@ -1,0 +1,176 @@
+// Launches: the rules of a launch, parameters, and what a failure leaves behind.
+#include <driver_types.h>
+#include <xmmintrin.h>
+
+#include "ptxvm/counters.h"
+#include "ptxvm/decode.h"
+#include "ptxvm/device.h"
+#include "ptxvm/runtime.h"
+#include "ptxvm/sched.h"
+
+namespace ptxvm {
+namespace {
+
+thread_local int thread_error = cudaSuccess;
+
+// Host threads may flush denormals; kernels decide that per instruction.
+class DefaultRounding {
+ public:
+  DefaultRounding() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultRounding() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+};
+
+std::string extent(const uint32_t size[3]) {
+  return "(" + std::to_string(size[0]) + ", " + std::to_string(size[1]) + ", " +
+         std::to_string(size[2]) + ")";
+}
+
+// A rule of the device or of the kernel that the launch breaks, and the error that CUDA gives.
+struct Refusal {
+  int error = cudaSuccess;
+  std::string rule;
+};
+
+Refusal check_shape(const Kernel& kernel, const uint32_t grid[3], const uint32_t block[3],
+                    size_t dynamic_shared) {
+  for (int i = 0; i < 3; ++i) {
+    if (grid[i] == 0 || grid[i] > kMaxGridExtent[i])
+      return {cudaErrorInvalidConfiguration,
+              "grid " + extent(grid) + " must be from 1 to (2147483647, 65535, 65535)"};
+    if (block[i] == 0 || block[i] > kMaxBlockExtent[i])
+      return {cudaErrorInvalidConfiguration,
+              "block " + extent(block) + " must be from 1 to (1024, 1024, 64)"};
+  }
+  const uint64_t threads = uint64_t{block[0]} * block[1] * block[2];
+  if (threads > kMaxThreadsPerBlock)
+    return {cudaErrorInvalidConfiguration, "a block has at most 1024 threads; got " +
+                                               std::to_string(threads) + " in " + extent(block)};
+  const auto& required = kernel.required;
+  if (required[0] && !std::equal(block, block + 3, required))
+    return {cudaErrorInvalidValue,
+            "the kernel requires blocks of " + extent(required) + "; got " + extent(block)};
+  if (kernel.max_threads && threads > kernel.max_threads)
+    return {cudaErrorInvalidValue, "the kernel is bound to " + std::to_string(kernel.max_threads) +
+                                       " threads per block; got " + std::to_string(threads)};
+  const uint32_t limit = dynamic_shared_limit(kernel);
+  if (dynamic_shared > limit)
+    return {
+        cudaErrorInvalidValue,
+        "dynamic shared memory is at most " + std::to_string(limit) + " bytes" +
+            (kernel.max_dynamic_shared ? ""
+                                       : " without cudaFuncAttributeMaxDynamicSharedMemorySize") +
+            "; got " + std::to_string(dynamic_shared)};
+  if (blocks_per_multiprocessor(kernel, static_cast<uint32_t>(threads),
+                                static_cast<uint32_t>(dynamic_shared)) == 0)
+    return {cudaErrorLaunchOutOfResources,
+            std::to_string(threads) + " threads with " + std::to_string(kernel.registers) +
+                " registers and " +
+                std::to_string(kernel.dynamic_offset + dynamic_shared + kSharedReserved) +
+                " bytes of shared memory do not fit into a multiprocessor"};
+  return {};
+}
+
+}  // namespace
+
+Runtime& runtime() {
+  static Runtime* const instance = new Runtime;
+  return *instance;
+}
+
+KernelRecord* Runtime::find(const void* function) {
+  const auto found = kernels.find(function);
+  if (found != kernels.end()) return found->second.get();
+  for (const auto& [host, record] : kernels)
+    if (record.get() == function) return record.get();
+  return nullptr;
+}
+
+LoadedModule* load(const std::string& ptx) {
+  auto loaded = std::make_unique<LoadedModule>();
+  loaded->module = load_module(ptx);
+  runtime().modules.push_back(std::move(loaded));
+  return runtime().modules.back().get();
+}
+
+void unload(LoadedModule* loaded) {
+  Runtime& state = runtime();
+  std::erase_if(state.kernels, [&](const auto& entry) { return entry.second->loaded == loaded; });
+  std::erase_if(state.variables, [&](const auto& entry) {
+    if (!loaded->module) return false;
+    for (const auto& [name, variable] : loaded->module->variables)
+      if (&variable == entry.second) return true;
+    return false;
+  });
+  std::erase_if(state.modules, [&](const auto& owned) { return owned.get() == loaded; });
+}
+
+int fail(int error, const std::string& report) {
+  Runtime& state = runtime();
+  const std::lock_guard lock(state.mutex);
+  state.report = report;
+  state.report_error = error;
+  thread_error = error;
+  return error;
+}
+
+int last_error(bool clear) {
+  const int error = thread_error;
+  if (clear) thread_error = cudaSuccess;
+  return error;
+}
+
+uint32_t dynamic_shared_limit(const Kernel& kernel) {
+  if (kernel.max_dynamic_shared) return kernel.max_dynamic_shared;
+  return kernel.static_shared < kSharedPerBlock ? kSharedPerBlock - kernel.static_shared : 0;
+}
+
+int prepare(KernelRecord* record) {
+  if (!record) return fail(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
+  if (!record->kernel)
+    return fail(cudaErrorInvalidKernelImage,
+                record->name + ": " +
+                    (record->loaded->error.empty() ? "the module has no such kernel"
+                                                   : record->loaded->error));
+  try {
+    // Sharing a slot hides a read of a register that was never written.
+    decode(*record->kernel, !options.check);
+  } catch (const Fault& fault) {
+    return fail(cudaErrorInvalidPtx, fault.what());
+  }
+  return cudaSuccess;
+}
+
+int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
+           size_t dynamic_shared, void** arguments) {
+  const std::lock_guard lock(runtime().mutex);
+  if (const int error = prepare(record)) return error;
+  Kernel& kernel = *record->kernel;
+  if (const Refusal refusal = check_shape(kernel, grid, block, dynamic_shared); refusal.error)
+    return fail(refusal.error, kernel.name + ": launch: " + refusal.rule);
+  std::vector<char> parameters(kernel.parameter_bytes + 16);
+  for (size_t i = 0; i < kernel.parameters.size(); ++i)
+    std::memcpy(parameters.data() + kernel.parameters[i].offset, arguments[i],
+                kernel.parameters[i].bytes);
+  Launch run{};
+  run.kernel = &kernel;
+  std::copy_n(grid, 3, run.grid);
+  std::copy_n(block, 3, run.block);
+  run.dynamic_shared = static_cast<uint32_t>(dynamic_shared);
+  run.parameters = parameters.data();
+  const DefaultRounding rounding;
+  try {
+    if (options.count) start_counting(kernel);
+    run_grid(run);
+    if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared);
+  } catch (const Fault& fault) {
+    return fail(cudaErrorLaunchFailure, fault.what());
+  } catch (const std::bad_alloc&) {
+    return fail(cudaErrorMemoryAllocation, kernel.name + ": launch: no memory for its blocks");
+  }
+  return cudaSuccess;
+}
+
+}  // namespace ptxvm

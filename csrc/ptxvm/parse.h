@@ -1,0 +1,76 @@
+// PTX text taken apart: variables, functions, and the statements of their bodies. What statements
+// mean is the decoder's business.
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ptxvm/machine.h"
+
+namespace ptxvm {
+
+struct Variable {
+  std::string name;
+  Space space = Space::generic;
+  uint32_t alignment = 1;
+  uint64_t bytes = 0;
+  uint32_t element_bytes = 1;
+  bool external = false;  // of .shared: dynamic; else defined nowhere
+  std::string initial;    // text after "="
+  uint32_t line = 0;
+  uint32_t order = 0;      // of declaration
+  char* memory = nullptr;  // of .global and .const, once the module is loaded
+};
+
+struct Scope {
+  int parent = -1;
+  std::unordered_map<std::string, int> registers;  // name -> bits
+  std::unordered_map<std::string, Variable> variables;
+  std::unordered_map<std::string, uint32_t> labels;                  // name -> statement
+  std::unordered_map<std::string, std::vector<std::string>> tables;  // .branchtargets
+};
+
+struct Function {
+  std::string name;
+  uint32_t line = 0;
+  bool defined = false;
+  std::vector<Parameter> parameters, results;
+  uint32_t parameter_bytes = 0;
+  uint32_t max_threads = 0;
+  uint32_t required[3] = {};
+  std::vector<Scope> scopes;
+  std::vector<Statement> statements;
+};
+
+struct Module {
+  std::unordered_map<std::string, Variable> variables;
+  std::map<std::string, std::unique_ptr<Function>> functions;  // kernels among them
+  std::map<std::string, std::unique_ptr<Kernel>> kernels;
+  std::vector<std::unique_ptr<char[]>> memory;
+
+  Module() = default;
+  Module(const Module&) = delete;
+  ~Module();
+};
+
+// Parses the text and allocates and initialises the variables of the module. Throws Fault.
+std::unique_ptr<Module> load_module(const std::string& ptx);
+
+// Registers the variables of a module as memory that kernels may touch.
+void register_variables(const Module&);
+
+// Value of an integer or floating-point literal in a field of `bits`; false if it is none.
+bool parse_literal(const std::string& text, int bits, uint64_t& value);
+
+// A list at its top-level commas: those outside (), [] and {}. Parts are trimmed.
+std::vector<std::string> split_list(const std::string& text);
+std::string trim(const std::string& text);
+
+// Stages of load_module.
+std::string blank_comments(std::string ptx);  // comments, .loc and .file become blanks
+void parse_text(Module&, const std::string& text);
+void place_variables(Module&);
+
+}  // namespace ptxvm

@@ -1,0 +1,59 @@
+// State of the emulated CUDA runtime: modules, kernels by their host functions, errors.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "ptxvm/parse.h"
+
+namespace ptxvm {
+
+struct LoadedModule {
+  std::unique_ptr<Module> module;
+  std::string error;  // why there is none
+  std::map<std::string, uint32_t> registers;
+};
+
+// What a kernel handle points to.
+struct KernelRecord {
+  LoadedModule* loaded;
+  std::string name;
+  Kernel* kernel;  // null if the module has none of that name
+};
+
+struct Runtime {
+  std::recursive_mutex mutex;
+  std::vector<std::unique_ptr<LoadedModule>> modules;
+  std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
+  std::unordered_map<const void*, const Variable*> variables;              // by host shadow
+  std::unordered_map<const void*, size_t> allocations;
+  std::string report;  // of the last failure
+  int report_error = 0;
+
+  // Kernel of a host function or of a handle; null if there is none.
+  KernelRecord* find(const void* function);
+};
+
+// Lives until the process ends: host code unregisters its modules while it exits.
+Runtime& runtime();
+
+LoadedModule* load(const std::string& ptx);
+void unload(LoadedModule*);
+
+// Records a failure for cudaGetLastError and cudaGetErrorString; returns the error.
+int fail(int error, const std::string& report);
+int last_error(bool clear);
+
+// Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
+int prepare(KernelRecord*);
+
+// Runs a kernel. 0, or a CUDA error that is recorded.
+int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
+           void** arguments);
+
+// Dynamic shared memory that a launch may ask for.
+uint32_t dynamic_shared_limit(const Kernel&);
+
+}  // namespace ptxvm

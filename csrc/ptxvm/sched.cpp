@@ -1,0 +1,250 @@
+#include "ptxvm/sched.h"
+
+#include <algorithm>
+#include <list>
+
+#include "ptxvm/check.h"
+#include "ptxvm/device.h"
+#include "ptxvm/special.h"
+#include "ptxvm/warps.h"
+
+namespace ptxvm {
+
+Options options;
+
+namespace {
+
+uint64_t issued_in_all = 0;
+
+std::string place(const Block& block) {
+  return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
+         std::to_string(block.z) + ")";
+}
+
+// SplitMix64 (Steele, Lea, Flood, 2014).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  uint64_t below(uint64_t bound) { return next() % bound; }
+
+ private:
+  uint64_t state_;
+};
+
+std::unique_ptr<char[]> allocate(uint64_t bytes, char*& aligned) {
+  constexpr uint64_t kAlignment = 1024;
+  auto memory = std::make_unique_for_overwrite<char[]>(bytes + kAlignment);
+  const auto base = reinterpret_cast<uint64_t>(memory.get());
+  aligned = reinterpret_cast<char*>((base + kAlignment - 1) / kAlignment * kAlignment);
+  return memory;
+}
+
+template <typename T>
+void fill_slot(Warp& warp, uint32_t slot, uint64_t value) {
+  std::fill_n(lanes<T>(warp, slot), kLanes, static_cast<T>(value));
+}
+
+class Grid {
+ public:
+  explicit Grid(const Launch& launch)
+      : launch_(launch), kernel_(*launch.kernel), random_(options.seed) {
+    threads_ = launch.block[0] * launch.block[1] * launch.block[2];
+    warps_ = (threads_ + kLanes - 1) / kLanes;
+    blocks_ = uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
+    shared_bytes_ = kernel_.dynamic_offset + launch.dynamic_shared;
+    capacity_ =
+        std::max<uint64_t>(uint64_t{multiprocessors()} *
+                               blocks_per_multiprocessor(kernel_, threads_, launch.dynamic_shared),
+                           options.resident_blocks);
+  }
+
+  void run() {
+    const bool seeded = options.order == Options::Order::seeded;
+    admit();
+    while (!residents_.empty()) {
+      if (seeded && residents_.size() < options.resident_blocks && next_ < blocks_) {
+        admit();
+        continue;
+      }
+      bool finished = false;
+      for (auto resident = residents_.begin(); resident != residents_.end();) {
+        run_block(**resident);
+        if ((*resident)->unfinished > 0) {
+          ++resident;
+          continue;
+        }
+        block_finished((*resident)->block);
+        spare_.splice(spare_.end(), residents_, resident++);
+        finished = true;
+        rounds_ = 0;
+        since_finish_ = 0;
+      }
+      // A block may wait for another: more of them join while none finishes, up to what the device
+      // holds at once.
+      ++rounds_;
+      const bool crowded = residents_.size() >= options.resident_blocks;
+      if (next_ < blocks_ &&
+          (!crowded || (rounds_ % 8 == 0 && !finished && residents_.size() < capacity_)))
+        admit();
+      if (options.watchdog && since_finish_ > options.watchdog * 1000000) report_hang();
+    }
+  }
+
+ private:
+  void admit() {
+    std::list<std::unique_ptr<Resident>> fresh;
+    if (!spare_.empty())
+      fresh.splice(fresh.end(), spare_, spare_.begin());
+    else
+      fresh.push_back(make_resident());
+    uint64_t index = next_++;
+    if (options.order == Options::Order::reverse) index = blocks_ - 1 - index;
+    start(*fresh.front(), index);
+    residents_.splice(residents_.end(), fresh);
+  }
+
+  std::unique_ptr<Resident> make_resident() {
+    auto resident = std::make_unique<Resident>();
+    Block& block = resident->block;
+    block.kernel = &kernel_;
+    std::copy_n(launch_.grid, 3, block.grid);
+    std::copy_n(launch_.block, 3, block.shape);
+    block.threads = threads_;
+    block.parameters = launch_.parameters;
+    block.shared_bytes = shared_bytes_;
+    resident->shared = allocate(shared_bytes_, block.shared);
+    resident->local = allocate(uint64_t{threads_} * kernel_.local_bytes, block.local);
+    block.warps.resize(warps_);
+    // Files a multiple of 4 KiB apart would share the sets of the cache.
+    const uint64_t stride = kernel_.file_bytes + 64 * (1 + kernel_.file_bytes / 64 % 2);
+    char* files = nullptr;
+    resident->files = allocate(stride * warps_, files);
+    for (uint32_t i = 0; i < warps_; ++i) {
+      Warp& warp = block.warps[i];
+      warp.file = files + stride * i;
+      warp.block = &block;
+      warp.index = i;
+      for (const Kernel::Constant& constant : kernel_.constants) fill_constant(warp, constant);
+    }
+    return resident;
+  }
+
+  static void fill_constant(Warp& warp, const Kernel::Constant& constant) {
+    switch (constant.bits) {
+      case 1:
+        predicate(warp, constant.slot) = constant.value ? kFullMask : 0;
+        break;
+      case 8:
+        fill_slot<uint8_t>(warp, constant.slot, constant.value);
+        break;
+      case 16:
+        fill_slot<uint16_t>(warp, constant.slot, constant.value);
+        break;
+      case 32:
+        fill_slot<uint32_t>(warp, constant.slot, constant.value);
+        break;
+      default:
+        fill_slot<uint64_t>(warp, constant.slot, constant.value);
+    }
+  }
+
+  void start(Resident& resident, uint64_t index) {
+    Block& block = resident.block;
+    block.x = static_cast<uint32_t>(index % launch_.grid[0]);
+    block.y = static_cast<uint32_t>(index / launch_.grid[0] % launch_.grid[1]);
+    block.z = static_cast<uint32_t>(index / launch_.grid[0] / launch_.grid[1]);
+    block.exited = 0;
+    block.epoch = 1;
+    block.shadow.reset();
+    std::memset(block.shared, 0xff, shared_bytes_);
+    std::memset(block.local, 0xff, uint64_t{threads_} * kernel_.local_bytes);
+    for (Barrier& barrier : resident.barriers) barrier = {};
+    resident.unfinished = warps_;
+    for (Warp& warp : block.warps) {
+      const uint32_t first = warp.index * kLanes;
+      const uint32_t count = std::min<uint32_t>(threads_ - first, kLanes);
+      warp.live = count == kLanes ? kFullMask : (Mask{1} << count) - 1;
+      warp.pc = 0;
+      warp.stint = 0;
+      warp.mask = warp.live;
+      warp.others.clear();
+      warp.copies.clear();
+      std::fill(std::begin(warp.copy_groups), std::end(warp.copy_groups), 0);
+      set_specials(warp);
+    }
+    block_started(block);
+  }
+
+  // A turn of the block: its warps in turns, until none of them can go on or each had its share.
+  void run_block(Resident& resident) {
+    const bool seeded = options.order == Options::Order::seeded;
+    for (uint32_t round = 0; round < kRounds && resident.unfinished > 0; ++round) {
+      uint64_t issued = 0;
+      const uint32_t rotation = seeded ? static_cast<uint32_t>(random_.below(warps_)) : 0;
+      for (uint32_t i = 0; i < warps_; ++i) {
+        uint32_t index = options.order == Options::Order::reverse ? warps_ - 1 - i : i;
+        if (seeded) index = (i + rotation) % warps_;
+        Warp& warp = resident.block.warps[index];
+        if (!warp.live) continue;
+        set_clocks(warp, issued_in_all + issued);
+        const uint64_t fuel = seeded ? 1 + random_.below(options.fuel) : options.fuel;
+        issued += run_warp(resident, warp, kernel_, fuel);
+      }
+      issued_in_all += issued;
+      since_finish_ += issued;
+      if (issued == 0) report_deadlock(resident.block);
+      if (seeded && random_.below(4) == 0) break;
+    }
+  }
+
+  [[noreturn]] void report_deadlock(const Block& block) const {
+    std::string text = kernel_.name + ": deadlock in " + place(block) + "\n";
+    for (const Warp& warp : block.warps) text += describe(warp);
+    throw Fault(text);
+  }
+
+  [[noreturn]] void report_hang() const {
+    std::string text = kernel_.name + ": no block finished within " +
+                       std::to_string(options.watchdog) + " million instructions\n";
+    size_t shown = 0;
+    for (const auto& resident : residents_) {
+      if (shown++ == 8) break;
+      text += " " + place(resident->block) + "\n";
+      for (const Warp& warp : resident->block.warps) text += describe(warp);
+    }
+    throw Fault(text);
+  }
+
+  static constexpr uint32_t kRounds = 16;  // of a block before another block gets its turn
+
+  const Launch& launch_;
+  Kernel& kernel_;
+  Random random_;
+  uint32_t threads_, warps_, shared_bytes_;
+  uint64_t blocks_, capacity_, next_ = 0, rounds_ = 0, since_finish_ = 0;
+  std::list<std::unique_ptr<Resident>> residents_, spare_;
+};
+
+}  // namespace
+
+void run_grid(const Launch& launch) {
+  if (launch.grid[0] && launch.grid[1] && launch.grid[2]) Grid(launch).run();
+}
+
+uint64_t instructions_issued() { return issued_in_all; }
+
+void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
+  const Block& block = *warp.block;
+  throw Fault(block.kernel->name + ", line " + std::to_string(instruction.line) + ": " +
+              instruction.text + ": " + what + " (" + place(block) + ", thread " +
+              std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
+              std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")");
+}
+
+}  // namespace ptxvm

@@ -1,0 +1,20 @@
+// Runs a grid: blocks in turns, their warps in turns, and the groups of lanes of a warp.
+#pragma once
+#include "ptxvm/machine.h"
+
+namespace ptxvm {
+
+struct Launch {
+  Kernel* kernel;
+  uint32_t grid[3], block[3];
+  uint32_t dynamic_shared;  // bytes
+  const char* parameters;   // kernel->parameter_bytes bytes
+};
+
+// Runs all blocks of a decoded kernel. Throws Fault; nothing of the launch is left then.
+void run_grid(const Launch&);
+
+// Warp instructions issued since the process began.
+uint64_t instructions_issued();
+
+}  // namespace ptxvm

@@ -1,0 +1,149 @@
+// Text level of PTX: comments, lists, literals, types.
+#include <algorithm>
+#include <bit>
+#include <cctype>
+#include <cstdlib>
+#include <cstring>
+
+#include "ptxvm/decode.h"
+#include "ptxvm/parse.h"
+
+namespace ptxvm {
+
+std::string trim(const std::string& text) {
+  const char* blanks = " \t\r\n";
+  const size_t first = text.find_first_not_of(blanks);
+  if (first == std::string::npos) return {};
+  return text.substr(first, text.find_last_not_of(blanks) - first + 1);
+}
+
+std::vector<std::string> split_list(const std::string& text) {
+  std::vector<std::string> parts;
+  int depth = 0;
+  size_t begin = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '(' || c == '[' || c == '{') ++depth;
+    if (c == ')' || c == ']' || c == '}') --depth;
+    if (c != ',' || depth != 0) continue;
+    parts.push_back(trim(text.substr(begin, i - begin)));
+    begin = i + 1;
+  }
+  const std::string last = trim(text.substr(begin));
+  if (!last.empty() || !parts.empty()) parts.push_back(last);
+  return parts;
+}
+
+namespace {
+
+bool starts_line_directive(const std::string& text, size_t at) {
+  for (const char* word : {".loc", ".file", ".version", ".target", ".address_size"}) {
+    const size_t length = std::strlen(word);
+    if (text.compare(at, length, word) == 0 && at + length < text.size() &&
+        std::isspace(static_cast<unsigned char>(text[at + length])))
+      return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+std::string blank_comments(std::string text) {
+  bool line_start = true;
+  bool quoted = false;
+  const auto blank_to = [&](size_t from, size_t to) {
+    for (size_t i = from; i < to && i < text.size(); ++i)
+      if (text[i] != '\n') text[i] = ' ';
+  };
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '"') quoted = !quoted;
+    if (quoted) continue;
+    size_t end = i;
+    if (c == '/' && text.compare(i, 2, "//") == 0)
+      end = std::min(text.find('\n', i), text.size());
+    else if (c == '/' && text.compare(i, 2, "/*") == 0)
+      end = std::min(text.find("*/", i + 2), text.size() - 2) + 2;
+    else if (c == '.' && line_start && starts_line_directive(text, i))
+      end = std::min(text.find('\n', i), text.size());
+    if (end > i) {
+      blank_to(i, end);
+      i = end - 1;
+      continue;
+    }
+    if (c == '\n')
+      line_start = true;
+    else if (!std::isspace(static_cast<unsigned char>(c)))
+      line_start = false;
+  }
+  return text;
+}
+
+bool parse_literal(const std::string& text, int bits, uint64_t& value) {
+  if (text.empty()) return false;
+  if (text == "WARP_SZ") {
+    value = kLanes;
+    return true;
+  }
+  const bool negative = text[0] == '-';
+  const char* digits = text.c_str() + (negative || text[0] == '+');
+  if (!std::isdigit(static_cast<unsigned char>(*digits))) return false;
+  char* end = nullptr;
+  const char kind = digits[1];
+  const auto store_real = [&](double real) {
+    if (negative) real = -real;
+    const float narrow = static_cast<float>(real);
+    if (bits == 32)
+      value = std::bit_cast<uint32_t>(narrow);
+    else
+      value = std::bit_cast<uint64_t>(real);
+  };
+  if (*digits == '0' && (kind == 'f' || kind == 'F') && !std::strchr(digits, '.')) {
+    const auto raw = static_cast<uint32_t>(std::strtoull(digits + 2, &end, 16));
+    if (end != digits + 10 || *end) return false;
+    if (bits == 64)
+      store_real(std::bit_cast<float>(raw));
+    else
+      value = raw ^ (negative ? 0x80000000u : 0u);
+    return true;
+  }
+  if (*digits == '0' && (kind == 'd' || kind == 'D') && !std::strchr(digits, '.')) {
+    const uint64_t raw = std::strtoull(digits + 2, &end, 16);
+    if (end != digits + 18 || *end) return false;
+    store_real(std::bit_cast<double>(raw));
+    return true;
+  }
+  const bool hexadecimal = *digits == '0' && (kind == 'x' || kind == 'X');
+  if (!hexadecimal && std::strpbrk(digits, ".eE")) {
+    store_real(std::strtod(digits, &end));
+    return *end == 0;
+  }
+  if (*digits == '0' && (kind == 'b' || kind == 'B'))
+    value = std::strtoull(digits + 2, &end, 2);
+  else
+    value = std::strtoull(digits, &end, 0);
+  if (*end == 'U') ++end;
+  if (*end) return false;
+  if (negative) value = ~value + 1;
+  return true;
+}
+
+int bits_of_type(const std::string& suffix) {
+  if (suffix == "pred") return 1;
+  if (suffix == "f16x2" || suffix == "bf16x2" || suffix == "tf32" || suffix == "b16x2" ||
+      suffix == "u16x2" || suffix == "s16x2")
+    return 32;
+  if (suffix == "e4m3x2" || suffix == "e5m2x2" || suffix == "bf16") return 16;
+  if (suffix == "e4m3" || suffix == "e5m2") return 8;
+  if (suffix.size() < 2 || !std::strchr("busf", suffix[0])) return 0;
+  int bits = 0;
+  for (size_t i = 1; i < suffix.size(); ++i) {
+    if (!std::isdigit(static_cast<unsigned char>(suffix[i]))) return 0;
+    bits = bits * 10 + (suffix[i] - '0');
+  }
+  for (const int known : {1, 4, 8, 16, 32, 64, 128})
+    if (bits == known) return bits;
+  return 0;
+}
+
+}  // namespace ptxvm

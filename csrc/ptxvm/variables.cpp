@@ -1,0 +1,111 @@
+// Memory of the module: variables of .global and .const get host memory and their initial values.
+#include <algorithm>
+
+#include "ptxvm/check.h"
+#include "ptxvm/decode.h"
+#include "ptxvm/parse.h"
+
+namespace ptxvm {
+namespace {
+
+// "name", "generic(name)", "name+4" or "0xff00(name)": an address, or the byte of it that a mask
+// picks.
+uint64_t symbol_value(const Module& module, const Variable& owner, const std::string& text) {
+  const auto fail = [&](const std::string& why) {
+    throw Fault("PTX, line " + std::to_string(owner.line) + ": initial value of " + owner.name +
+                ": " + why);
+  };
+  std::string symbol = text;
+  uint64_t mask = ~uint64_t{0}, addend = 0;
+  const size_t parenthesis = symbol.find('(');
+  if (parenthesis != std::string::npos && parse_literal(symbol.substr(0, parenthesis), 64, mask))
+    symbol = symbol.substr(parenthesis + 1, symbol.rfind(')') - parenthesis - 1);
+  const size_t plus = symbol.rfind('+');
+  if (plus != std::string::npos) {
+    if (!parse_literal(trim(symbol.substr(plus + 1)), 64, addend)) fail("no number after '+'");
+    symbol = trim(symbol.substr(0, plus));
+  }
+  if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.rfind(')') - 8);
+  const auto found = module.variables.find(trim(symbol));
+  if (found == module.variables.end() || !found->second.memory)
+    fail("'" + text + "' is neither a number nor a variable in global memory");
+  const uint64_t address = reinterpret_cast<uint64_t>(found->second.memory) + addend;
+  return (address & mask) >> (mask ? __builtin_ctzll(mask) : 0);
+}
+
+void fill(const Module& module, const Variable& variable) {
+  std::string list = variable.initial;
+  std::erase_if(list, [](char c) { return c == '{' || c == '}'; });
+  uint64_t at = 0;
+  for (const std::string& item : split_list(list)) {
+    if (at + variable.element_bytes > variable.bytes)
+      throw Fault("PTX, line " + std::to_string(variable.line) + ": more initial values than " +
+                  variable.name + " has elements");
+    uint64_t value = 0;
+    if (!parse_literal(item, static_cast<int>(variable.element_bytes * 8), value))
+      value = symbol_value(module, variable, item);
+    std::memcpy(variable.memory + at, &value, std::min<uint32_t>(variable.element_bytes, 8));
+    at += variable.element_bytes;
+  }
+}
+
+bool has_memory(const Variable& variable) {
+  return (variable.space == Space::global || variable.space == Space::constant) &&
+         !variable.external;
+}
+
+}  // namespace
+
+void place_variables(Module& module) {
+  const auto place = [&](Variable& variable) {
+    if (!has_memory(variable)) return;
+    const uint64_t alignment = std::max<uint64_t>(variable.alignment, 16);
+    module.memory.push_back(std::make_unique<char[]>(variable.bytes + alignment));
+    const auto base = reinterpret_cast<uint64_t>(module.memory.back().get());
+    variable.memory = reinterpret_cast<char*>((base + alignment - 1) / alignment * alignment);
+  };
+  for (auto& [name, variable] : module.variables) place(variable);
+  for (auto& [name, function] : module.functions)
+    for (Scope& scope : function->scopes)
+      for (auto& [local, variable] : scope.variables) place(variable);
+  for (auto& [name, variable] : module.variables)
+    if (has_memory(variable)) fill(module, variable);
+  for (auto& [name, function] : module.functions)
+    for (Scope& scope : function->scopes)
+      for (auto& [local, variable] : scope.variables)
+        if (has_memory(variable)) fill(module, variable);
+}
+
+namespace {
+
+template <typename Visit>
+void visit_memory(const Module& module, Visit visit) {
+  for (const auto& [name, variable] : module.variables)
+    if (variable.memory && variable.bytes) visit(variable);
+  for (const auto& [name, function] : module.functions)
+    for (const Scope& scope : function->scopes)
+      for (const auto& [local, variable] : scope.variables)
+        if (variable.memory && variable.bytes) visit(variable);
+}
+
+}  // namespace
+
+void register_variables(const Module& module) {
+  visit_memory(module, [](const Variable& variable) {
+    register_memory(variable.memory, variable.bytes, variable.space == Space::global);
+  });
+}
+
+Module::~Module() {
+  visit_memory(*this, [](const Variable& variable) { unregister_memory(variable.memory); });
+}
+
+std::unique_ptr<Module> load_module(const std::string& ptx) {
+  auto module = std::make_unique<Module>();
+  parse_text(*module, blank_comments(ptx));
+  place_variables(*module);
+  register_variables(*module);
+  return module;
+}
+
+}  // namespace ptxvm
