@@ -16,7 +16,11 @@ import pytest
 
 
 class MachineError(RuntimeError):
-    """What the machine reported of a failed call."""
+    """What the machine reported of a failed call; ``code`` is the CUDA error."""
+
+    def __init__(self, report: str, code: int) -> None:
+        super().__init__(report)
+        self.code = code
 
 
 def find_library() -> Path | None:
@@ -36,6 +40,9 @@ class Module:
     def __init__(self, machine: Machine, handle: int) -> None:
         self._machine = machine
         self._handle = handle
+
+    def __del__(self) -> None:
+        self._machine.library.ptxvm_unload(ctypes.c_void_p(self._handle))
 
     def launch(
         self,
@@ -64,21 +71,24 @@ class Machine:
         library.ptxvm_counters.restype = ctypes.c_char_p
         self.library = library
 
-    def _check(self, succeeded: bool) -> None:
-        if not succeeded:
-            raise MachineError(self.library.ptxvm_last_report().decode())
+    def _check(self, error: int) -> None:
+        if error:
+            raise MachineError(self.library.ptxvm_last_report().decode(), error)
 
-    def load(self, ptx: str, header: str = HEADER) -> Module:
-        """Parse PTX text; a text without .version gets a header."""
-        text = ptx if ".version" in ptx else header + ptx
-        handle = self.library.ptxvm_load(text.encode())
-        self._check(handle is not None)
+    def load(self, ptx: str) -> Module:
+        """Parse PTX text; the lines .version, .target and .address_size may be left out."""
+        handle = self.library.ptxvm_load(ptx.encode())
+        self._check(0 if handle else 218)
         return Module(self, handle)
+
+    def run(self, ptx: str, kernel: str, *arguments: Any, **launch: Any) -> None:
+        """Load a text and launch one kernel of it."""
+        self.load(ptx).launch(kernel, *arguments, **launch)
 
     def configure(self, **options: int | str) -> None:
         """Set options of machine.h."""
         settings = ",".join(f"{name}={value}" for name, value in options.items())
-        self._check(self.library.ptxvm_configure(settings.encode()) == 0)
+        self._check(self.library.ptxvm_configure(settings.encode()))
 
     @contextmanager
     def options(self, **options: int | str) -> Iterator[None]:
@@ -151,12 +161,12 @@ class Machine:
         finally:
             for address in registered:
                 self.library.ptxvm_unregister(ctypes.c_void_p(address))
-        self._check(error == 0)
+        self._check(error)
 
 
 def _three(size: int | Sequence[int]) -> Any:
     given = [size] if isinstance(size, int) else list(size)
-    return (ctypes.c_uint32 * 3)(*(given + [1, 1])[:3])
+    return (ctypes.c_uint32 * 3)(*[*given, 1, 1][:3])
 
 
 _path = find_library()
