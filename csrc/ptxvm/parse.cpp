@@ -115,12 +115,12 @@ class Parser {
       at_ = begin;
       until(";={");
       if (text_[at_] != ';') until(";");
-      ++at_;
-      for (Variable& variable : parse_variables(begin, at_ - 1)) {
+      for (Variable& variable : parse_variables(begin, at_)) {
         variable.external = external;
         if (!module_.variables.emplace(variable.name, variable).second)
           fail(begin, "a second declaration of " + variable.name);
       }
+      ++at_;
     } else {
       fail(begin, "unknown directive");
     }

@@ -93,7 +93,7 @@ class Machine:
     @contextmanager
     def options(self, **options: int | str) -> Iterator[None]:
         """Set options for a while; each goes back to its default."""
-        defaults = {
+        defaults: dict[str, int | str] = {
             "check": 0,
             "count": 0,
             "approximate": 0,
