@@ -1,0 +1,107 @@
+"""The compiled CUDA kernels in the PTX machine: the way there, and how faults come back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenmill as tm
+from tokenmill import dispatch, library
+
+BUILT = library.emulated_built()
+built = pytest.mark.skipif(not BUILT, reason="a development build alone has it (TOKENMILL_PTXVM=1)")
+
+
+def states(parts=3, shape=(2, 9, 3, 40)):
+    outs = torch.randn(parts, *shape)
+    return outs, torch.randn(parts, *shape[:-3], shape[-2], shape[-3])
+
+
+@built
+def test_results_come_from_the_machine():
+    from tokenmill import emulator
+
+    args = states()
+    want = tm.merge_attention_states(*args, backend="reference")
+    for backend, kernels in (("emulated", 1), ("cpu", 0)):
+        with emulator.counting() as launches:
+            got = tm.merge_attention_states(*args, backend=backend)
+        assert len(launches) == kernels
+        for output, wanted in zip(got, want, strict=True):
+            torch.testing.assert_close(output, wanted)
+
+
+@built
+def test_it_runs_only_if_asked(monkeypatch):
+    args = states()
+    assert tm.explain("merge_attention_states", *args).backend == "cpu"
+    with tm.testing.emulated_cuda():
+        explained = tm.explain("merge_attention_states", *args)
+        assert explained.backend == "emulated"
+        assert "in the PTX machine" in explained.kernel
+        assert tm.explain("merge_attention_states", *args, backend="cpu").backend == "cpu"
+    monkeypatch.setenv("TOKENMILL_BACKEND", "emulated")
+    assert tm.explain("merge_attention_states", *args).backend == "emulated"
+
+
+@built
+def test_other_dtypes_and_devices_are_refused():
+    outs, lses = states()
+    with pytest.raises(RuntimeError, match="float64 runs on the reference backend alone"):
+        tm.merge_attention_states(outs.double(), lses.double(), backend="emulated")
+    with pytest.raises(RuntimeError, match="the tensors are on meta"):
+        tm.merge_attention_states(outs.to("meta"), lses.to("meta"), backend="emulated")
+
+
+@pytest.mark.skipif(BUILT, reason="this build has it")
+def test_a_release_build_says_that_it_lacks_it():
+    args = states()
+    with pytest.raises(RuntimeError, match=r"not in this build \(TOKENMILL_PTXVM=1\)"):
+        tm.merge_attention_states(*args, backend="emulated")
+    assert "emulated" not in dispatch.BACKENDS and "emulated" not in tm.backends()
+
+
+@built
+def test_a_fault_is_an_exception_and_the_machine_goes_on():
+    outs, lses = states()
+    freed = outs.clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)merge_attention_states: .*merge_kernel"
+    ):
+        tm.merge_attention_states(freed, lses, backend="emulated")
+    want = tm.merge_attention_states(outs, lses, backend="reference")
+    torch.testing.assert_close(tm.merge_attention_states(outs, lses, backend="emulated"), want)
+
+
+@built
+@pytest.mark.parametrize("ends", [(0, 2**30, 9), (-(2**30), 4, 9), (9, 4, 0), (0, 0, 2**31 - 1)])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_bad_lengths_never_reach_beyond_a_tensor(kind, ends):
+    """Values inside tensors cost CUDA no synchronisation: kernels clamp them."""
+    q, k, v = (torch.randn(9, 2, 32, requires_grad=True) for _ in range(3))
+    good = torch.tensor([0, 4, 9], dtype=torch.int32)
+    bad = torch.tensor(ends, dtype=torch.int32)
+    for cu_q, cu_k in ((bad, good), (good, bad), (bad, bad)):
+        out = tm.attention(
+            q, k, v, kind=kind, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, backend="emulated"
+        )
+        torch.autograd.grad(out.sum(), (q, k, v))
+
+
+def test_the_package_can_load_it_from_elsewhere(tmp_path):
+    code = "import tokenmill as tm; print('emulated' in tm.backends())"
+    for path, there in ((tmp_path / "none.so", "False"), (Path(library.__file__), "True")):
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"TOKENMILL_EMULATED": str(path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert out.stdout.strip() == there
