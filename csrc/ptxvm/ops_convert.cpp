@@ -62,11 +62,10 @@ D limited(D x, const Instruction& in) {
   const double value = to_double(x);
   if (in.flags & kSaturate)
     return value > 0 ? (value < 1 ? x : from_double<D>(1, Rounding::nearest)) : D{};
-  if constexpr (!std::is_same_v<D, double>) {
+  if ((in.flags & kRelu) && std::signbit(value) && value == value) return D{};
+  if constexpr (!std::is_same_v<D, double>)
     if ((in.flags & kFinite) && std::isinf(value))
       return from_bits<D>((value < 0 ? Format<D>::sign : 0) | (Format<D>::infinity - 1));
-  }
-  if ((in.flags & kRelu) && (value < 0 || (value == 0 && std::signbit(value)))) return D{};
   return x;
 }
 
