@@ -1,0 +1,310 @@
+"""Check mode: each check fires on a small kernel that breaks its rule, and is silent on its right
+twin. Without check mode both run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from machine import MachineError, machine
+
+WARPS = 4
+
+
+def kernel(body: str) -> str:
+    """%r0 thread, %r1 warp, %r2 shared address of the thread's word, %d0 global memory."""
+    return f"""
+.visible .entry k(.param .u64 p) {{
+.reg .b16 %h<8>;
+.reg .b32 %r<24>;
+.reg .b64 %d<8>;
+.reg .f32 %f<8>;
+.reg .pred %p<8>;
+.shared .align 16 .b8 tile[2048];
+.local .align 16 .b8 mine[32];
+ld.param.u64 %d0, [p];
+mov.u32 %r0, %tid.x;
+shr.u32 %r1, %r0, 5;
+mov.u32 %r3, tile;
+mad.lo.u32 %r2, %r0, 4, %r3;
+setp.eq.u32 %p0, %r1, 0;
+setp.eq.u32 %p1, %r1, 1;
+setp.eq.u32 %p2, %r0, 0;
+{body}
+ret;
+}}
+"""
+
+
+def run(body: str, block: int = 32 * WARPS) -> np.ndarray:
+    data = np.zeros(512, np.float32)
+    machine.run(kernel(body), "k", data, block=block)
+    return data
+
+
+STORE = "st.shared.b32 [%r2], %r0;\n"
+LOAD_NEXT = "xor.b32 %r5, %r2, 128;\nld.shared.b32 %r6, [%r5];\n"  # of the next warp
+COPY = "cp.async.ca.shared.global [%r2], [%d0], 4;\n"
+FILL = STORE + "bar.sync 0;\n"
+
+# name: (wrong, right, what the report says)
+RACES = {
+    "read after write": (
+        FILL + STORE + LOAD_NEXT,
+        FILL + STORE + "bar.sync 0;\n" + LOAD_NEXT,
+        r"race: (read of|write to) shared address 0x\w+, (written|read) by warp \d since the last",
+    ),
+    "write after read": (
+        FILL + LOAD_NEXT + STORE,
+        FILL + LOAD_NEXT + "bar.sync 0;\n" + STORE,
+        r"race: (write to|read of) shared address 0x[0-9a-f]+, (read|written) by warp \d since",
+    ),
+    "write after write": (
+        "st.shared.b32 [%r3], %r0;\n",
+        "@%p0 st.shared.b32 [%r3], %r0;\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r0;\n",
+        r"race: write to shared address 0x0, written by warp \d since the last barrier",
+    ),
+    "read by several warps, then written": (
+        FILL + "ld.shared.b32 %r5, [%r3];\n@%p1 st.shared.b32 [%r3], %r0;\n",
+        FILL + "ld.shared.b32 %r5, [%r3];\nbar.sync 0;\n@%p1 st.shared.b32 [%r3], %r0;\n",
+        r"race: (write to shared address 0x0, read by|read of shared address 0x0, written by)",
+    ),
+    "one byte of a word": (
+        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r0;\n"
+        "@%p1 ld.shared.b8 %r6, [%r3+2];\n",
+        "shr.u32 %r4, %r0, 5;\nadd.u32 %r5, %r3, %r4;\nst.shared.b8 [%r5], %r0;\n"
+        "@%p1 ld.shared.b8 %r6, [%r3+1];\n",
+        r"(read of|write to) (uninitialised )?shared address 0x2",
+    ),
+    "wide accesses": (
+        FILL
+        + "@%p0 ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r3+112];\n"
+        "@%p1 st.shared.b16 [%r3+126], %h0;\n".replace("%h0", "%r0"),
+        FILL + "@%p0 ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r3+112];\n"
+        "@%p1 st.shared.b16 [%r3+128], %r0;\n",
+        r"write to shared address 0x7e, read by warp 0",
+    ),
+    "plain read of what atomics changed": (
+        FILL + "red.shared.add.u32 [%r3], %r0;\n@%p1 ld.shared.b32 %r5, [%r3];\n",
+        FILL + "red.shared.add.u32 [%r3], %r0;\nbar.sync 0;\n@%p1 ld.shared.b32 %r5, [%r3];\n",
+        r"race: (read of shared address 0x0, written by|write to shared address 0x0, read by)",
+    ),
+    "plain write of what atomics change": (
+        FILL + "@%p0 st.shared.b32 [%r3], %r0;\n@%p1 red.shared.add.u32 [%r3], %r0;\n",
+        FILL + "@%p0 red.shared.add.u32 [%r3], %r0;\n@%p1 red.shared.add.u32 [%r3], %r0;\n",
+        r"race: write to shared address 0x0, written by warp 0",
+    ),
+    "ldmatrix": (
+        "st.shared.b32 [%r2], %r0;\nand.b32 %r4, %r0, 31;\nmad.lo.u32 %r5, %r4, 16, %r3;\n"
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r6, %r7, %r8, %r9}, [%r5];\n",
+        "st.shared.b32 [%r2], %r0;\nbar.sync 0;\nand.b32 %r4, %r0, 31;\n"
+        "mad.lo.u32 %r5, %r4, 16, %r3;\n"
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r6, %r7, %r8, %r9}, [%r5];\n",
+        r"ldmatrix.*(uninitialised|race)",
+    ),
+}
+
+COPIES = {
+    "read before the wait": (
+        COPY + "cp.async.commit_group;\nld.shared.b32 %r5, [%r2];\n",
+        COPY + "cp.async.commit_group;\ncp.async.wait_group 0;\nld.shared.b32 %r5, [%r2];\n",
+        r"read of shared address 0x\w+ while a cp.async of warp \d into it is in flight",
+    ),
+    "wait for the wrong group": (
+        COPY + "cp.async.commit_group;\ncp.async.wait_group 1;\nld.shared.b32 %r5, [%r2];\n",
+        COPY + "cp.async.commit_group;\ncp.async.commit_group;\ncp.async.wait_group 1;\n"
+        "ld.shared.b32 %r5, [%r2];\n",
+        r"in flight",
+    ),
+    "no barrier after the wait": (
+        COPY + "cp.async.wait_all;\n" + LOAD_NEXT,
+        COPY + "cp.async.wait_all;\nbar.sync 0;\n" + LOAD_NEXT,
+        r"race: read of shared address|in flight|uninitialised",
+    ),
+    "barrier instead of wait": (
+        COPY + "cp.async.commit_group;\nbar.sync 0;\n" + LOAD_NEXT,
+        COPY + "cp.async.commit_group;\ncp.async.wait_group 0;\nbar.sync 0;\n" + LOAD_NEXT,
+        r"in flight \(no cp.async.wait_group or wait_all since\)",
+    ),
+    "issued while others read": (
+        FILL + LOAD_NEXT + COPY + "bar.sync 0;\ncp.async.wait_all;\n",
+        FILL + LOAD_NEXT + "bar.sync 0;\n" + COPY + "cp.async.wait_all;\n",
+        r"race: (write to|read of) shared address|read of shared address .* in flight",
+    ),
+    "overwritten in flight": (
+        COPY + STORE + "cp.async.wait_all;\n",
+        COPY + "cp.async.wait_all;\n" + STORE,
+        r"write to shared address 0x\w+ while a cp.async of warp \d",
+    ),
+    "two in flight to one place": (
+        COPY + COPY + "cp.async.wait_all;\n",
+        COPY + "cp.async.wait_all;\n" + COPY + "cp.async.wait_all;\n",
+        r"cp.async.*write to shared address 0x\w+ while a cp.async",
+    ),
+}
+
+UNINITIALISED = {
+    "shared memory": (
+        "ld.shared.b32 %r5, [%r2];\n",
+        STORE + "ld.shared.b32 %r5, [%r2];\n",
+        r"read of uninitialised shared address 0x\w+",
+    ),
+    "part of a shared access": (
+        STORE
+        + "@%p2 st.shared.b32 [%r2+1024], %r0;\n@%p2 ld.shared.v2.b32 {%r5, %r6}, [%r2+1024];",
+        STORE + "@%p2 st.shared.v2.b32 [%r2+1024], {%r0, %r0};\n"
+        "@%p2 ld.shared.v2.b32 {%r5, %r6}, [%r2+1024];\n",
+        r"read of uninitialised shared address 0x404",
+    ),
+    "shared atomics": (
+        "red.shared.add.u32 [%r2], %r0;\n",
+        STORE + "red.shared.add.u32 [%r2], %r0;\n",
+        r"read of uninitialised shared address 0x\w+",
+    ),
+    "local memory": (
+        "mov.u64 %d1, mine;\nst.local.b32 [%d1], %r0;\nld.local.b32 %r5, [%d1+4];\n",
+        "mov.u64 %d1, mine;\nst.local.b32 [%d1+4], %r0;\nld.local.b64 %d2, [%d1];\n",
+        r"read of uninitialised local memory, byte 4 of the thread",
+    ),
+    "a register": (
+        "add.u32 %r5, %r6, 1;\n",
+        "mov.b32 %r6, 0;\nadd.u32 %r5, %r6, 1;\n",
+        r"add.u32 .*: read of an uninitialised register: source 1",
+    ),
+    "a register in some lanes": (
+        "@%p2 mov.b32 %r6, 0;\nadd.u32 %r5, %r6, 1;\n",
+        "@%p2 mov.b32 %r6, 0;\n@%p2 add.u32 %r5, %r6, 1;\n",
+        r"uninitialised register: source 1 .*thread (1|32|64|96),",
+    ),
+    "a register that was moved": (
+        "mov.b32 %r6, %r7;\nadd.u32 %r5, %r0, %r6;\n",
+        "mov.b32 %r6, %r7;\nmov.b32 %r5, %r6;\n",
+        r"uninitialised register: source 2",
+    ),
+    "a register that is stored": (
+        "st.shared.b32 [%r2], %r7;\n",
+        "mov.b32 %r7, 1;\nst.shared.b32 [%r2], %r7;\n",
+        r"uninitialised register: source 2",
+    ),
+    "a guard": (
+        "@%p5 mov.b32 %r6, 0;\n@!%p5 mov.b32 %r6, 0;\n",
+        "setp.eq.u32 %p5, %r0, %r0;\n@%p5 mov.b32 %r6, 0;\n",
+        r"uninitialised register: the guard",
+    ),
+    "accumulators": (
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%f0,%f1,%f2,%f3}, {%r0,%r0}, {%r0}, "
+        "{%f4,%f4,%f4,%f4};\n",
+        "mov.b32 %f4, 0f00000000;\nmma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 "
+        "{%f0,%f1,%f2,%f3}, {%r0,%r0}, {%r0}, {%f4,%f4,%f4,%f4};\nadd.f32 %f5, %f3, %f0;\n",
+        r"mma.*uninitialised register: source 4",
+    ),
+}
+ALL = {
+    f"{group}: {name}": case
+    for group, cases in {"race": RACES, "copy": COPIES, "uninitialised": UNINITIALISED}.items()
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
+@pytest.mark.parametrize("name", list(ALL))
+def test_check(name, order):
+    wrong, right, message = ALL[name]
+    with machine.options(check=1, order=order, seed=3, fuel=7 if order == "seeded" else 20000):
+        run(right)
+        with pytest.raises(MachineError, match=message):
+            run(wrong)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_without_check_mode_nothing_is_reported(name):
+    wrong, right, _ = ALL[name]
+    run(right)
+    run(wrong)
+
+
+SILENT = {
+    "a warp with itself": STORE + "xor.b32 %r5, %r2, 4;\nld.shared.b32 %r6, [%r5];\n" + STORE,
+    "named barrier of two warps": """
+setp.lt.u32 %p3, %r1, 2;
+@!%p3 bra OTHERS;
+st.shared.b32 [%r2], %r0;
+bar.sync 1, 64;
+xor.b32 %r5, %r2, 128;
+ld.shared.b32 %r6, [%r5];
+bar.sync 1, 64;
+st.shared.b32 [%r2], %r6;
+bra DONE;
+OTHERS:
+st.shared.b32 [%r2], %r0;
+bar.sync 2, 64;
+xor.b32 %r5, %r2, 128;
+ld.shared.b32 %r6, [%r5];
+DONE:
+""",
+    "producer and consumer": """
+@!%p0 bra CONSUMER;
+st.shared.b32 [%r2], %r0;
+bar.arrive 1, 64;
+bar.sync 2, 64;
+st.shared.b32 [%r2], %r0;
+bra DONE;
+CONSUMER:
+@!%p1 bra DONE;
+bar.sync 1, 64;
+xor.b32 %r5, %r2, 128;
+ld.shared.b32 %r6, [%r5];
+bar.arrive 2, 64;
+DONE:
+""",
+    "strong accesses": FILL
+    + "st.volatile.shared.b32 [%r3], %r0;\nld.volatile.shared.b32 %r5, [%r3];\n"
+    "atom.shared.add.u32 %r6, [%r3], 1;\n",
+    "the last warp reads after a fence": """
+mov.b32 %r4, 0;
+@%p2 st.shared.b32 [%r3+1024], %r4;
+bar.sync 0;
+st.shared.b32 [%r2], %r0;
+membar.cta;
+and.b32 %r4, %r0, 31;
+setp.ne.u32 %p4, %r4, 0;
+@%p4 bra DONE;
+atom.shared.add.u32 %r5, [%r3+1024], 1;
+membar.cta;
+setp.ne.u32 %p3, %r5, 3;
+@%p3 bra DONE;
+ld.shared.b32 %r6, [%r3];
+ld.shared.b32 %r6, [%r3+384];
+DONE:
+""",
+    "warps that have exited": "setp.ge.u32 %p3, %r0, 64;\n@%p3 bra DONE;\n"
+    + STORE
+    + "bar.sync 0;\n"
+    + LOAD_NEXT
+    + "DONE:\n",
+    "copies that nobody waits for": COPY,
+    "padding of a struct": "mov.u64 %d1, mine;\n"
+    "st.local.b32 [%d1], %r0;\nst.local.b8 [%d1+4], %r0;\n"
+    "ld.local.v4.b32 {%r4, %r5, %r6, %r7}, [%d1];\n",
+}
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
+@pytest.mark.parametrize("name", list(SILENT))
+def test_silent(name, order):
+    with machine.options(check=1, order=order, seed=5, fuel=3 if order == "seeded" else 20000):
+        run(SILENT[name])
+
+
+def test_blocks_do_not_meet():
+    """Shared memory, registers and epochs of a block are its own."""
+    with machine.options(check=1):
+        data = np.zeros(512, np.float32)
+        right = kernel(STORE + "bar.sync 0;\n" + LOAD_NEXT)
+        machine.run(right, "k", data, grid=40, block=128)
+        wrong = kernel(
+            "mov.u32 %r7, %ctaid.x;\nsetp.lt.u32 %p3, %r7, 20;\n@%p3 "
+            + STORE
+            + "ld.shared.b32 %r6, [%r2];"
+        )
+        with pytest.raises(MachineError, match=r"uninitialised shared.*block \(2\d, 0, 0\)"):
+            machine.run(wrong, "k", data, grid=40, block=128)
