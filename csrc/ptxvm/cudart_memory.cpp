@@ -276,3 +276,31 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
+
+// Names that code compiled with a default stream per thread calls. There is one order of work.
+#define PTXVM_PER_THREAD(function, suffix) \
+  extern "C"                               \
+      __attribute__((visibility("default"), alias(#function))) decltype(function) function##suffix
+
+PTXVM_PER_THREAD(cudaMemcpy, _ptds);
+PTXVM_PER_THREAD(cudaMemcpy2D, _ptds);
+PTXVM_PER_THREAD(cudaMemcpyToSymbol, _ptds);
+PTXVM_PER_THREAD(cudaMemcpyFromSymbol, _ptds);
+PTXVM_PER_THREAD(cudaMemset, _ptds);
+PTXVM_PER_THREAD(cudaMemset2D, _ptds);
+PTXVM_PER_THREAD(cudaMemcpyAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemcpy2DAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemcpyToSymbolAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemcpyFromSymbolAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemsetAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMemset2DAsync, _ptsz);
+PTXVM_PER_THREAD(cudaMallocAsync, _ptsz);
+PTXVM_PER_THREAD(cudaFreeAsync, _ptsz);
+PTXVM_PER_THREAD(cudaStreamSynchronize, _ptsz);
+PTXVM_PER_THREAD(cudaStreamQuery, _ptsz);
+PTXVM_PER_THREAD(cudaStreamWaitEvent, _ptsz);
+PTXVM_PER_THREAD(cudaStreamIsCapturing, _ptsz);
+PTXVM_PER_THREAD(cudaStreamGetCaptureInfo, _ptsz);
+PTXVM_PER_THREAD(cudaLaunchHostFunc, _ptsz);
+PTXVM_PER_THREAD(cudaEventRecord, _ptsz);
+PTXVM_PER_THREAD(cudaEventRecordWithFlags, _ptsz);

@@ -1,0 +1,124 @@
+// Host code and kernels that reach the runtime in every way that compiled objects do.
+#include <cuda_runtime.h>
+
+struct Scaled {
+  const float* a;
+  const float* b;
+  float* out;
+  int n;
+  short scale;
+  double offset;
+};
+
+__constant__ float weights[4];
+__device__ unsigned counter = 7;
+
+__global__ void add(const float* a, const float* b, float* out, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) out[i] = a[i] + b[i];
+}
+
+__global__ void scaled(const __grid_constant__ Scaled p) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= p.n) return;
+  p.out[i] = p.a[i] * p.scale + p.b[i] * weights[i & 3] + static_cast<float>(p.offset);
+  atomicAdd(&counter, 1);
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) sum(const float* x, float* out, int n) {
+  extern __shared__ float partial[];
+  float total = 0;
+  for (int i = threadIdx.x; i < n; i += kThreads) total += x[i];
+  for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(0xffffffffu, total, step);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = total;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < kThreads / 32; ++i) total += partial[i];
+    *out = total;
+  }
+}
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int launch_add(const float* a, const float* b, float* out, int n, int threads) {
+  add<<<(n + 255) / 256, threads>>>(a, b, out, n);
+  return cudaGetLastError();
+}
+
+EXPORT int launch_add_by_pointer(const float* a, const float* b, float* out, int n) {
+  void* arguments[] = {&a, &b, &out, &n};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(add), dim3((n + 255) / 256), dim3(256),
+                          arguments, 0, nullptr);
+}
+
+EXPORT int launch_add_extended(const float* a, const float* b, float* out, int n, int cluster) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((n + 255) / 256);
+  config.blockDim = dim3(256);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, add, a, b, out, n);
+}
+
+EXPORT int launch_scaled(const float* a, const float* b, float* out, int n, unsigned* count) {
+  const float host[4] = {1, 2, 3, 4};
+  if (const auto error = cudaMemcpyToSymbol(weights, host, sizeof host)) return error;
+  scaled<<<(n + 127) / 128, 128>>>(Scaled{a, b, out, n, -3, 0.5});
+  return cudaMemcpyFromSymbol(count, counter, sizeof *count);
+}
+
+// With memory of the device, a stream and events.
+EXPORT int launch_sum(const float* x, float* out, int n, int threads, int shared, int allow) {
+  if (allow) {
+    const auto error =
+        cudaFuncSetAttribute(sum<256>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error) return error;
+  }
+  float *device_x, *device_out, milliseconds;
+  cudaStream_t stream;
+  cudaEvent_t start, stop;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  cudaEventCreate(&start);
+  cudaEventCreate(&stop);
+  if (const auto error = cudaMalloc(&device_x, n * sizeof(float))) return error;
+  cudaMalloc(&device_out, sizeof(float));
+  cudaMemcpyAsync(device_x, x, n * sizeof(float), cudaMemcpyHostToDevice, stream);
+  cudaMemsetAsync(device_out, 0, sizeof(float), stream);
+  cudaEventRecord(start, stream);
+  sum<256><<<1, threads, shared, stream>>>(device_x, device_out, n);
+  cudaError_t error = cudaGetLastError();
+  cudaEventRecord(stop, stream);
+  cudaMemcpyAsync(out, device_out, sizeof(float), cudaMemcpyDeviceToHost, stream);
+  if (!error) error = cudaStreamSynchronize(stream);
+  if (!error) error = cudaEventElapsedTime(&milliseconds, start, stop);
+  if (!error && milliseconds < 0) error = cudaErrorUnknown;
+  cudaFree(device_x);
+  cudaFree(device_out);
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaStreamDestroy(stream);
+  return error;
+}
+
+EXPORT int query(int* values) {
+  cudaFuncAttributes attributes;
+  cudaDeviceProp properties;
+  if (const auto error = cudaFuncGetAttributes(&attributes, sum<256>)) return error;
+  if (const auto error = cudaGetDeviceProperties(&properties, 0)) return error;
+  values[0] = attributes.maxThreadsPerBlock;
+  values[1] = attributes.numRegs;
+  values[2] = properties.major * 10 + properties.minor;
+  values[3] = properties.multiProcessorCount;
+  cudaDeviceGetAttribute(&values[4], cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&values[5], sum<256>, 256, 40000);
+  return cudaSuccess;
+}
+
+EXPORT const char* text_of(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+EXPORT int last_error() { return cudaGetLastError(); }

@@ -1,0 +1,147 @@
+"""Objects as nvcc writes them, launched through the stand-in for the CUDA runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from machine import machine
+
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+PTX = "-gencode=arch=compute_80,code=compute_80"
+VARIANTS = {
+    "plain": [PTX, "--compress-mode=none"],
+    "compressed": [PTX],
+    "beside machine code": ["-gencode=arch=compute_80,code=[sm_80,compute_80]"],
+    "stream per thread": [PTX, "--compress-mode=none", "--default-stream=per-thread"],
+}
+
+
+class Abi:
+    """One build of abi.cu. Arrays are registered as global memory while the test runs."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.library = ctypes.CDLL(str(path))
+        self.library.text_of.restype = ctypes.c_char_p
+        self.arrays: list[np.ndarray] = []
+
+    def call(self, function: str, *arguments: np.ndarray | int) -> int:
+        values: list[ctypes.c_void_p | int] = []
+        for argument in arguments:
+            if isinstance(argument, int):
+                values.append(argument)
+                continue
+            address = ctypes.c_void_p(argument.ctypes.data)
+            if not any(argument is known for known in self.arrays):
+                machine.library.ptxvm_register(address, ctypes.c_size_t(argument.nbytes), 1)
+                self.arrays.append(argument)
+            values.append(address)
+        return int(getattr(self.library, function)(*values))
+
+    def text(self, error: int) -> str:
+        return str(self.library.text_of(error).decode())
+
+
+def compile_abi(folder: Path, flags: list[str]) -> Path:
+    library = folder / "libabi.so"
+    source = Path(__file__).with_name("abi.cu")
+    command = [str(NVCC), "-std=c++17", "-cudart=shared", "-shared", "-Xcompiler=-fPIC", *flags]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Abi:
+    folder = tmp_path_factory.mktemp("abi")
+    return Abi(compile_abi(folder, VARIANTS[request.param]), request.param)
+
+
+@pytest.fixture
+def abi(build: Abi) -> Iterator[Abi]:
+    yield build
+    for array in build.arrays:
+        machine.library.ptxvm_unregister(ctypes.c_void_p(array.ctypes.data))
+    build.arrays.clear()
+
+
+def vectors(n: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    a, b = (random.random(n, dtype=np.float32) for _ in range(2))
+    return a, b, np.full(n, np.nan, np.float32)
+
+
+def test_ways_to_launch(abi: Abi) -> None:
+    a, b, out = vectors()
+    for function, *rest in (("launch_add", 256), ("launch_add_by_pointer",)):
+        out[:] = np.nan
+        assert abi.call(function, a, b, out, len(a), *rest) == 0
+        assert np.array_equal(out, a + b)
+    out[:] = np.nan
+    assert abi.call("launch_add_extended", a, b, out, len(a), 1) == 0
+    assert np.array_equal(out, a + b)
+    assert abi.call("launch_add_extended", a, b, out, len(a), 2) == 801
+    assert "clusters of more than one block" in abi.text(801)
+    assert abi.call("last_error") == 801
+    assert abi.call("last_error") == 0
+
+
+def test_structures_and_variables(abi: Abi) -> None:
+    a, b, out = vectors()
+    count = np.zeros(1, np.uint32)
+    expected = a * np.float32(-3) + b * (np.arange(1000, dtype=np.float32) % 4 + 1) + 0.5
+    for launches in (1, 2):
+        assert abi.call("launch_scaled", a, b, out, len(a), count) == 0
+        assert np.allclose(out, expected, atol=1e-6)
+        assert count[0] == 7 + 1000 * launches
+
+
+def test_device_memory_streams_and_events(abi: Abi) -> None:
+    x, _, out = vectors()
+    assert abi.call("launch_sum", x, out, len(x), 256, 4096, 0) == 0
+    assert out[0] == pytest.approx(x.astype(np.float64).sum(), rel=1e-5)
+
+
+def test_errors_are_those_of_cuda(abi: Abi) -> None:
+    x, b, out = vectors()
+    assert abi.call("launch_sum", x, out, len(x), 288, 4096, 0) == 1
+    assert "bound to 256 threads per block; got 288" in abi.text(1)
+    assert abi.call("launch_add", x, b, out, len(x), 1025) == 9
+    assert "block (1025, 1, 1) must be from 1 to" in abi.text(9)
+    assert abi.call("launch_sum", x, out, len(x), 256, 60000, 0) == 1
+    assert "at most 49152 bytes without cudaFuncAttribute" in abi.text(1)
+    assert abi.call("launch_sum", x, out, len(x), 256, 60000, 1) == 0
+    assert abi.call("launch_sum", x, out, len(x), 256, 163 * 1024 + 1, 1) == 1
+    assert "cudaFuncSetAttribute: dynamic shared memory is at most 166912" in abi.text(1)
+    short = np.zeros(10, np.float32)
+    assert abi.call("launch_add", x, short, out, len(x), 256) == 719
+    assert "unspecified launch failure: _Z3add" in abi.text(719)
+    assert "ld.global" in abi.text(719)
+    assert abi.call("launch_add", x, b, out, len(x), 256) == 0
+    assert abi.text(2) == "out of memory"
+
+
+def test_what_the_device_says(abi: Abi) -> None:
+    values = np.zeros(6, np.int32)
+    assert abi.call("query", values) == 0
+    threads, registers, capability, multiprocessors, shared, blocks = values.tolist()
+    assert (threads, capability, shared) == (256, 80, 163 * 1024)
+    assert multiprocessors == int(os.environ.get("PTXVM_SMS", "132"))
+    assert blocks == 4
+    assert (registers > 0) == (abi.name == "beside machine code")
+
+
+def test_module_for_another_architecture(tmp_path: Path) -> None:
+    flags = ["-gencode=arch=compute_90a,code=compute_90a", "--compress-mode=none"]
+    abi = Abi(compile_abi(tmp_path, flags), "newer")
+    a, b, out = vectors()
+    assert abi.call("launch_add", a, b, out, len(a), 256) == 200
+    assert "no PTX for compute_80 or below, only for compute_90" in abi.text(200)
