@@ -11,10 +11,13 @@
 namespace ptxvm {
 namespace {
 
-// Distance of neighbouring values of T around v.
+// Share of a bound that is used: the rest covers the error of `value` itself.
+constexpr double kInside = 1 - 0x1p-10;
+
+// Distance of neighbouring values of T around v; the lesser one at a power of two.
 template <typename T>
 double spacing(double v) {
-  const int exponent = v == 0 ? Format<T>::least : std::ilogb(v);
+  const int exponent = v == 0 ? Format<T>::least : std::ilogb(v * kInside);
   return std::ldexp(1.0, std::max(exponent, Format<T>::least) - Format<T>::fraction);
 }
 
@@ -102,10 +105,12 @@ T from_double(double v) {
 template <typename Function, typename T>
 T moved(double x, double v, int direction) {
   if (x == 0 || !std::isfinite(x) || v == 0 || !std::isfinite(v)) return from_double<T>(v);
-  double target = v + direction * Function::template bound<T>(x, v);
+  double target = v + direction * kInside * Function::template bound<T>(x, v);
   target = std::clamp(target, -Function::limit, Function::limit);
-  if (target * v <= 0) return from_double<T>(v);
-  return from_bits<T>(narrow<T>(target, direction > 0 ? Rounding::down : Rounding::up));
+  const T result = from_bits<T>(narrow<T>(target, direction > 0 ? Rounding::down : Rounding::up));
+  // Among subnormal results the bound may be less than their distance.
+  const T best = from_double<T>(v);
+  return target * v > 0 && direction * (to_double(result) - to_double(best)) > 0 ? result : best;
 }
 
 template <bool Ftz, typename T>
@@ -170,7 +175,7 @@ void divide(Warp& warp, const Instruction& in, Mask mask) {
       const float x = maybe_flush<Ftz>(a[i]), y = maybe_flush<Ftz>(b[i]);
       const double exact = static_cast<double>(x) / y;
       if (values[i] == 0 || !std::isfinite(values[i]) || !std::isfinite(y)) continue;
-      const double target = exact + options.approximate * 2 * spacing<float>(exact);
+      const double target = exact + options.approximate * kInside * 2 * spacing<float>(exact);
       values[i] = maybe_flush<Ftz>(from_bits<float>(
           narrow<float>(target, options.approximate > 0 ? Rounding::down : Rounding::up)));
     }
