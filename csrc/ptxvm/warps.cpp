@@ -40,7 +40,7 @@ class Runner {
  private:
   void add_group(uint32_t pc, Mask mask);
   bool pick();
-  uint32_t limit_after(uint32_t pc) const;
+  uint32_t limit_from(uint32_t pc) const;
   void exit_lanes(Mask mask);
   template <bool kCheck>
   void converge(const Instruction&, Mask active);
@@ -84,11 +84,11 @@ bool Runner::pick() {
   return true;
 }
 
-// The lowest program counter above pc at which other lanes are ready.
-uint32_t Runner::limit_after(uint32_t pc) const {
+// The lowest program counter from pc on at which other lanes are ready.
+uint32_t Runner::limit_from(uint32_t pc) const {
   uint32_t limit = UINT32_MAX;
   for (const Group& group : warp_.others)
-    if (group.wait == Group::Wait::none && group.pc > pc) limit = std::min(limit, group.pc);
+    if (group.wait == Group::Wait::none && group.pc >= pc) limit = std::min(limit, group.pc);
   return limit;
 }
 
@@ -97,7 +97,7 @@ constexpr uint32_t kLowest = UINT32_MAX;  // as warp.pc: pick the lowest program
 template <bool kCheck, bool kCount>
 uint64_t Runner::run(uint64_t fuel) {
   if (!warp_.mask && !pick()) return 0;
-  uint32_t pc = warp_.pc, limit = limit_after(pc);
+  uint32_t pc = warp_.pc, limit = limit_from(pc);
   Mask mask = warp_.mask;
   // Instructions that the running group may issue, and those left to the warp after them. A stint
   // ends after options.fuel instructions wherever turns end, so that what a warp does depends on
@@ -111,7 +111,7 @@ uint64_t Runner::run(uint64_t fuel) {
   const auto load = [&] {
     pc = warp_.pc;
     mask = warp_.mask;
-    limit = limit_after(pc);
+    limit = limit_from(pc);
   };
   const auto switch_group = [&] {
     left += budget;
@@ -166,6 +166,8 @@ uint64_t Runner::run(uint64_t fuel) {
     if (instruction.control == Control::branch) {
       const uint32_t target = instruction.target;
       if (active == mask) {
+        // A jump forward over lanes that are ready lets them catch up: the limit stays.
+        if (target <= pc && !warp_.others.empty()) limit = limit_from(target);
         pc = target;
       } else {
         const Mask rest = mask & ~active;
@@ -173,8 +175,8 @@ uint64_t Runner::run(uint64_t fuel) {
         add_group(forward ? target : pc + 1, forward ? active : rest);
         mask = forward ? rest : active;
         pc = forward ? pc + 1 : target;
+        limit = limit_from(pc);
       }
-      if (!warp_.others.empty()) limit = limit_after(pc);
       continue;
     }
     if (instruction.control == Control::converge) {

@@ -123,13 +123,16 @@ DONE:
     assert run_ints(body, given).tolist() == expected
 
 
-def test_lanes_meet_again_behind_a_branch() -> None:
-    """A vote of all lanes behind an if without else sees all of them."""
-    body = """
+@pytest.mark.parametrize("other", ["", "ELSE: sub.u32 %r3, %r3, 1;"])
+def test_lanes_meet_again_behind_a_branch(other: str) -> None:
+    """Behind an if, with or without else, all lanes are together."""
+    body = f"""
  ld.global.u32 %r3, [%in];
  setp.lt.u32 %p1, %r3, 16;
- @%p1 bra BEHIND;
+ @%p1 bra {"ELSE" if other else "BEHIND"};
  add.u32 %r3, %r3, 1;
+ bra.uni BEHIND;
+ {other}
 BEHIND:
  activemask.b32 %r4;
  st.global.u32 [%out], %r4;
