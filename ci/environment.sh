@@ -27,9 +27,12 @@ make_venv() {
 
 cuda_wanted() { [ "${TOKENMILL_CPU_ONLY:-}" != 1 ] && command -v nvcc >/dev/null; }
 
-# Headers of CUTLASS for the CUDA half, without what that package wants at run time. The build finds
-# them in the environment, or where TOKENMILL_CUTLASS points.
+# Headers of CUTLASS for the CUDA half, without what that package wants at run time, unless
+# TOKENMILL_CUTLASS points to some.
 cutlass_headers() {
-  ! cuda_wanted || [ -n "${TOKENMILL_CUTLASS:-}" ] ||
-    python -m pip install -q --no-deps "nvidia-cutlass>=4.2"
+  if cuda_wanted && [ -z "${TOKENMILL_CUTLASS:-}" ]; then
+    [ -d out/cutlass/cutlass_library ] ||
+      python -m pip install -q --no-deps --target out/cutlass "nvidia-cutlass>=4.2"
+    export TOKENMILL_CUTLASS=$ROOT/out/cutlass/cutlass_library/source
+  fi
 }
