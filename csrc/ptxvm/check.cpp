@@ -155,14 +155,12 @@ void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, i
 }
 
 void copy_issued(Warp& warp, const Instruction& instruction, const AsyncCopy& copy) {
-  if (!warp.block->shadow) return;
   shadow_shared(warp, instruction, copy.destination, copy.lane, copy.bytes, Access::write);
   uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
   for (int b = 0; b < copy.bytes; ++b) writers[b] |= kCopying;
 }
 
 void copy_landed(Warp& warp, const AsyncCopy& copy) {
-  if (!warp.block->shadow) return;
   uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
   std::fill_n(writers, copy.bytes, stamp(warp, Access::write));
 }

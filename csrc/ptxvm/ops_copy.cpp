@@ -15,6 +15,24 @@ constexpr uint8_t kIgnoreSource = 8, kIgnoreNegated = 16, kSourceSize = 32, kSou
 
 uint64_t shared_offset(uint64_t address) { return address & ~kWindowMask; }
 
+[[noreturn]] void report_copy(Warp& warp, const Instruction& in, Mask mask, const uint64_t* to,
+                              const uint64_t* from, const uint32_t* sizes) {
+  const std::string width = std::to_string(in.width);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    if (sizes[i] > in.width)
+      fault(warp, in, i,
+            "cp.async with a source size of " + std::to_string(sizes[i]) +
+                " bytes, more than the " + width + " of the copy");
+    if (sizes[i] && from[i] & (in.width - 1u))
+      fault(warp, in, i,
+            "cp.async from a misaligned global address, which must be a multiple of " + width +
+                " bytes");
+    access(warp, in, Space::shared, to[i], i, in.width, Access::write);
+  }
+  fault(warp, in, __builtin_ctz(mask), "cp.async broke a rule");
+}
+
 // Slots: destination, source, then source size or the predicate that says to ignore the source.
 void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
   alignas(64) uint64_t to[kLanes], from[kLanes];
@@ -28,34 +46,32 @@ void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
     const Mask ignored = in.flags & kIgnoreNegated ? ~value : value;
     for (int i = 0; i < kLanes; ++i) sizes[i] = ignored >> i & 1 ? 0 : in.width;
   }
-  Mask reading = 0;
-  for (int i = 0; i < kLanes; ++i) reading |= Mask{sizes[i] != 0} << i;
+  Mask reading = 0, whole = 0;
+  uint64_t wrong = 0;
+  const uint64_t low_bits = in.width - 1u, limit = warp.block->shared_bytes;
+  for (int i = 0; i < kLanes; ++i) {
+    reading |= Mask{sizes[i] != 0} << i;
+    whole |= Mask{sizes[i] == in.width} << i;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t offset = shared_offset(to[i]);
+    const uint64_t breaks = (offset & low_bits) | uint64_t{offset + in.width > limit} |
+                            uint64_t{sizes[i] > in.width} | (sizes[i] ? from[i] & low_bits : 0);
+    wrong |= mask >> i & 1 ? breaks : 0;
+  }
   reading &= mask;
   if (options.count) {
     count_request(warp, in, Space::shared, to, mask, in.width, Traffic::copy);
     count_request(warp, in, Space::global, from, reading, in.width, Traffic::copy);
   }
-  for (Mask rest = mask; rest; rest &= rest - 1) {
-    const int i = __builtin_ctz(rest);
-    if (sizes[i] > in.width)
-      fault(warp, in, i,
-            "cp.async with a source size of " + std::to_string(sizes[i]) +
-                " bytes, more than the " + std::to_string(in.width) + " of the copy");
-    if (from[i] & (in.width - 1u) && sizes[i])
-      fault(warp, in, i,
-            "cp.async from a misaligned global address, which must be a multiple of " +
-                std::to_string(in.width) + " bytes");
-  }
+  if (wrong) report_copy(warp, in, mask, to, from, sizes);
   // Bounds are checked now, so that a fault names the copy and not the wait. Partial sources are
   // whole bytes of an aligned access.
-  for (Mask rest = reading; rest; rest &= rest - 1) {
+  for (Mask rest = reading & ~whole; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
-    if (sizes[i] == in.width) continue;
     for (uint32_t b = 0; b < sizes[i]; ++b)
       access(warp, in, Space::global, from[i] + b, i, 1, Access::read);
   }
-  Mask whole = 0;
-  for (int i = 0; i < kLanes; ++i) whole |= Mask{sizes[i] == in.width} << i;
   if (mask & whole) {
     alignas(64) uint64_t host[kLanes];
     std::copy_n(from, kLanes, host);
@@ -63,17 +79,14 @@ void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
   }
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
-    const uint64_t offset = shared_offset(to[i]);
-    if (offset + in.width > warp.block->shared_bytes || offset & (in.width - 1u))
-      access(warp, in, Space::shared, to[i], i, in.width, Access::write);
-    const AsyncCopy copy{static_cast<uint32_t>(offset),
+    const AsyncCopy copy{static_cast<uint32_t>(shared_offset(to[i])),
                          from[i],
                          in.width,
                          static_cast<uint8_t>(sizes[i]),
                          static_cast<uint8_t>(i),
                          warp.copy_groups[i],
                          &in};
-    copy_issued(warp, in, copy);
+    if (warp.block->shadow) copy_issued(warp, in, copy);
     warp.copies.push_back(copy);
   }
 }
@@ -86,7 +99,7 @@ void land(Warp& warp, const AsyncCopy& copy) {
   char* to = warp.block->shared + copy.destination;
   std::memcpy(to, reinterpret_cast<const void*>(copy.source), copy.source_bytes);
   std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-  copy_landed(warp, copy);
+  if (warp.block->shadow) copy_landed(warp, copy);
 }
 
 // Completes the copies of the lanes in mask but those of their last `offset` groups.
