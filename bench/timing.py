@@ -100,6 +100,6 @@ def copy_bandwidth(gpu: bool = False) -> float:
     """Bytes per second, read and written, of a large copy (on a CPU: on one thread)."""
     source = torch.zeros(1 << (28 if gpu else 24), device="cuda" if gpu else "cpu")
     target = torch.empty_like(source)
-    runs = {"copy": lambda: target.copy_(source)}
+    runs: dict[str, Run] = {"copy": lambda: target.copy_(source)}
     run = interleave(runs, threads=1, seconds=0.3, gpu=gpu)["copy"]
     return 2 * source.numel() * 4 / run.best
