@@ -1,0 +1,117 @@
+"""Kernels that other compilers and libraries made, on the machine, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from machine import find_library, machine
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PTX of triton_programs.py, by a process whose Triton compiles and does not interpret."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    subprocess.run(
+        [sys.executable, str(HERE / "triton_programs.py"), str(folder)],
+        env=environment,
+        check=True,
+    )
+    return folder
+
+
+def launch(programs: Path, name: str, *arguments: Any, grid: tuple[int, ...]) -> None:
+    facts = json.loads((programs / f"{name}.json").read_text())
+    scratch = np.uint64(0)  # two hidden parameters: scratch memory of the grid and of the profiler
+    machine.load((programs / f"{name}.ptx").read_text()).launch(
+        facts["name"],
+        *arguments,
+        scratch,
+        scratch,
+        grid=grid,
+        block=facts["threads"],
+        shared=facts["shared"],
+    )
+
+
+def within(got: torch.Tensor, exact: torch.Tensor, share: float) -> None:
+    """Relative to the largest result; NaN counts as wrong."""
+    error = (got.double() - exact).abs().max() / exact.abs().max()
+    assert error <= share
+
+
+MODES = [{}, {"check": 1}, {"order": "reverse"}, {"order": "seeded", "seed": 5}, {"coarse_sums": 1}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "share"),
+    [(torch.float16, 1e-6), (torch.bfloat16, 1e-6), (torch.float32, 2e-3)],
+    ids=["fp16", "bf16", "tf32"],
+)
+def test_matmul(programs: Path, dtype: torch.dtype, share: float, mode: dict[str, Any]) -> None:
+    m, n, k, pad = 150, 144, 272, 16
+    torch.manual_seed(0)
+    a = torch.randn(m, k + pad).to(dtype)
+    b = torch.randn(k, n + pad).to(dtype)
+    c = torch.full((m, n), float("nan"))
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    sizes = [np.int32(x) for x in (m, n, k, k + pad, n + pad, n)]
+    with machine.options(**mode):
+        launch(programs, f"matmul_{name}", a, b, c, *sizes, grid=(-(-m // 64), -(-n // 64)))
+    within(c, a[:, :k].double() @ b[:, :n].double(), share * (8 if "coarse_sums" in mode else 1))
+
+
+@pytest.mark.parametrize("mode", [*MODES, {"approximate": 1}, {"approximate": -1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("length", [200, 257])
+def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[str, Any]) -> None:
+    heads, depth = 2, 64
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(heads, length, depth).to(dtype) for _ in range(3))
+    out = torch.full_like(q, float("nan"))
+    scale = np.float32(1.4426950408889634 / depth**0.5)
+    name = f"attention_{'fp16' if dtype is torch.float16 else 'bf16'}"
+    with machine.options(**mode):
+        grid = (-(-length // 64), heads)
+        launch(programs, name, q, k, v, out, np.int32(length), scale, grid=grid)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True
+    )
+    within(out, exact, 1e-3 if dtype is torch.float16 else 8e-3)
+
+
+def test_cutlass_gemm(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    package = importlib.util.find_spec("cutlass_library")
+    library = find_library()
+    if nvcc is None or package is None or package.origin is None or library is None:
+        pytest.skip("needs nvcc and the CUTLASS headers")
+    include = Path(package.origin).parent / "source" / "include"
+    program = tmp_path / "gemm"
+    flags = ["-std=c++20", "-O1", "-w", "-cudart=shared", "--compress-mode=none"]
+    flags += ["-gencode=arch=compute_80,code=compute_80", f"-I{include}"]
+    source = str(HERE / "cutlass_gemm.cu")
+    subprocess.run([nvcc, *flags, source, "-o", str(program)], check=True)
+    for mode in ({}, {"PTXVM_CHECK": "1"}, {"PTXVM_ORDER": "reverse"}):
+        environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)} | mode
+        command = [str(program), *(["whole"] if "PTXVM_CHECK" in mode else [])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        wrong = [line.split()[3] for line in done.stdout.splitlines()]
+        assert wrong == ["0"] * (3 if "PTXVM_CHECK" in mode else 5), mode
