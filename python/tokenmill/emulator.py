@@ -55,13 +55,16 @@ def counting() -> Iterator[list[dict[str, Any]]]:
         machine().ptxvm_reset_counters()
 
 
-_DEFAULTS = {
+_DEFAULTS = {  # of csrc/ptxvm/machine.h
     "check": "0",
     "count": "0",
     "approximate": "0",
     "coarse_sums": "0",
     "order": "forward",
     "seed": "0",
+    "resident_blocks": "8",
+    "fuel": "20000",
+    "watchdog": "4000",
 }
 
 
