@@ -20,6 +20,13 @@ std::vector<CallConfiguration>& pending_calls() {
   return calls;
 }
 
+// Host code that was loaded before the machine unregisters its modules when the machine's own
+// variables are gone.
+bool process_ends = false;
+struct AtEnd {
+  ~AtEnd() { process_ends = true; }
+} at_end;
+
 cudaError_t launch_record(KernelRecord* record, dim3 grid, dim3 block, void** arguments,
                           size_t dynamic_shared) {
   const uint32_t grid_size[3] = {grid.x, grid.y, grid.z};
@@ -71,6 +78,7 @@ PTXVM_EXPORT void** __cudaRegisterFatBinary(void* wrapper) {
 PTXVM_EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
 
 PTXVM_EXPORT void __cudaUnregisterFatBinary(void** handle) {
+  if (process_ends) return;
   const std::lock_guard lock(runtime().mutex);
   unload(reinterpret_cast<LoadedModule*>(handle));
 }
