@@ -40,12 +40,14 @@ namespace {
 constexpr int kRows = 16, kColumns = 8;
 
 struct F16 {
+  static constexpr Operand type = Operand::f16;
   static constexpr int per = 2, step = 8;
   static float get(uint32_t bits, int j) {
     return to_float(Half{static_cast<uint16_t>(bits >> (16 * j))});
   }
 };
 struct BF16 {
+  static constexpr Operand type = Operand::bf16;
   static constexpr int per = 2, step = 8;
   static float get(uint32_t bits, int j) {
     return to_float(BFloat{static_cast<uint16_t>(bits >> (16 * j))});
@@ -53,6 +55,7 @@ struct BF16 {
 };
 // The hardware ignores the low 13 bits.
 struct TF32 {
+  static constexpr Operand type = Operand::tf32;
   static constexpr int per = 1, step = 4;
   static float get(uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); }
 };
@@ -119,10 +122,8 @@ struct Packed {
 template <typename T, int k, typename Accumulators>
 void multiply(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
-  if constexpr (k == 16 && std::is_same_v<Accumulators, Single> && T::per == 2) {
-    constexpr Half16 type = std::is_same_v<T, F16> ? Half16::f16 : Half16::bf16;
-    if (!options.coarse_sums && multiply_fast<type>(warp, in.slots)) return;
-  }
+  if constexpr (k == 8 * T::per && std::is_same_v<Accumulators, Single>)
+    if (!options.coarse_sums && multiply_fast<T::type>(warp, in.slots)) return;
   const Slots<k, T::per> slots(in.slots, Accumulators::count);
   float a[kRows][k], b[kColumns][k], d[kLanes][4];
   read_operands<T, T>(warp, slots, a, b);

@@ -29,11 +29,10 @@ float ordered_sum(const float* a, const float* b, int k, float c);
 // 24 bits below the largest, and so is what the step leaves.
 float coarse_sum(const float* a, const float* b, int k, int step, float c);
 
-enum class Half16 : uint8_t { f16, bf16 };
-
-// D = A B + C for m16n8k16 with 16-bit operands and f32 accumulators. Slots: d 4, a 4, b 2, c 4.
-// False if this build has no vector instructions for it.
-template <Half16 type>
+// D = A B + C with f32 accumulators, for m16n8k16 of f16 and bf16 and m16n8k8 of tf32, which all
+// have the slots d 4, a 4, b 2, c 4. False if this build has no vector instructions for it.
+enum class Operand : uint8_t { f16, bf16, tf32 };
+template <Operand type>
 bool multiply_fast(Warp&, const uint32_t* slots);
 
 }  // namespace ptxvm

@@ -1,4 +1,4 @@
-// m16n8k16 without leaving the layout of the fragments. A group of 4 lanes is a row of D, so that
+// mma without leaving the layout of the fragments. A group of 4 lanes is a row of D, so that
 // an element of A is broadcast within 128 bits and a row of B is the same in each 128 bits; every
 // accumulator takes its products in the order of ordered_sum.
 #include "ptxvm/tensor.h"
@@ -8,20 +8,30 @@
 #endif
 
 namespace ptxvm {
+namespace {
+
+constexpr int kTf32Bits = ~0x1fff;  // the hardware ignores the rest
+
+template <Operand type>
+constexpr int kPer = type == Operand::tf32 ? 1 : 2;  // elements per register
+
+}  // namespace
 
 #if defined(__AVX512F__)
 
 namespace {
 
-// Low and high elements of 16 registers.
-template <Half16 type>
-void widen(__m512i pairs, __m512& low, __m512& high) {
-  if constexpr (type == Half16::f16) {
-    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+// The elements of 16 registers, low ones first.
+template <Operand type>
+void widen(__m512i bits, __m512* elements) {
+  if constexpr (type == Operand::f16) {
+    elements[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+    elements[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  } else if constexpr (type == Operand::bf16) {
+    elements[0] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    elements[1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(~0xffff)));
   } else {
-    low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(~0xffff)));
+    elements[0] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(kTf32Bits)));
   }
 }
 
@@ -29,13 +39,14 @@ struct Accumulators {
   __m512 chain[4][2];
 };
 
-// Products of column 8 * half + 2 * pair + odd of A. b holds even and odd columns of B.
-template <int pair>
-void step(Accumulators& d, const __m512* a, const __m512 (*b)[2], int odd) {
-  const __m512 upper = _mm512_permute_ps(a[0], pair * 0x55);
-  const __m512 lower = _mm512_permute_ps(a[1], pair * 0x55);
-  const __m512 even_columns = _mm512_shuffle_f32x4(b[odd][0], b[odd][0], pair * 0x55);
-  const __m512 odd_columns = _mm512_shuffle_f32x4(b[odd][1], b[odd][1], pair * 0x55);
+// Products of the column of A that is an element of lane `lane` of each group of 4, of its upper
+// and lower rows. b holds even and odd columns of B, odd says whether k is.
+template <int lane>
+void step(Accumulators& d, const __m512* a, const __m512* b, int odd) {
+  const __m512 upper = _mm512_permute_ps(a[0], lane * 0x55);
+  const __m512 lower = _mm512_permute_ps(a[1], lane * 0x55);
+  const __m512 even_columns = _mm512_shuffle_f32x4(b[0], b[0], lane * 0x55);
+  const __m512 odd_columns = _mm512_shuffle_f32x4(b[1], b[1], lane * 0x55);
   d.chain[0][odd] = _mm512_fmadd_ps(upper, even_columns, d.chain[0][odd]);
   d.chain[1][odd] = _mm512_fmadd_ps(upper, odd_columns, d.chain[1][odd]);
   d.chain[2][odd] = _mm512_fmadd_ps(lower, even_columns, d.chain[2][odd]);
@@ -44,22 +55,23 @@ void step(Accumulators& d, const __m512* a, const __m512 (*b)[2], int odd) {
 
 }  // namespace
 
-template <Half16 type>
+template <Operand type>
 bool multiply_fast(Warp& warp, const uint32_t* slots) {
   const auto load = [&](int index, int block) {
     return _mm512_loadu_si512(lanes<uint32_t>(warp, slots[index]) + 16 * block);
   };
-  // b[half][odd][parity]: 128 bits per pair of k, in them 4 columns of one parity.
-  __m512 b[2][2][2];
+  constexpr int per = kPer<type>;
+  // b[half of k][element][parity of the column]: 128 bits per lane of a group, in them 4 columns.
+  __m512 b[2][per][2];
   const __m512i even = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
   for (int half = 0; half < 2; ++half) {
-    __m512 first[2], second[2];
-    widen<type>(load(8 + half, 0), first[0], first[1]);
-    widen<type>(load(8 + half, 1), second[0], second[1]);
-    for (int h = 0; h < 2; ++h) {
-      b[half][h][0] = _mm512_permutex2var_ps(first[h], even, second[h]);
-      b[half][h][1] = _mm512_permutex2var_ps(first[h], odd, second[h]);
+    __m512 first[per], second[per];
+    widen<type>(load(8 + half, 0), first);
+    widen<type>(load(8 + half, 1), second);
+    for (int e = 0; e < per; ++e) {
+      b[half][e][0] = _mm512_permutex2var_ps(first[e], even, second[e]);
+      b[half][e][1] = _mm512_permutex2var_ps(first[e], odd, second[e]);
     }
   }
   for (int block = 0; block < 2; ++block) {
@@ -70,15 +82,16 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      __m512 a[2][2];  // [odd][upper or lower rows]
-      for (int row = 0; row < 2; ++row)
-        widen<type>(load(4 + 2 * half + row, block), a[0][row], a[1][row]);
+      __m512 upper[per], lower[per];
+      widen<type>(load(4 + 2 * half, block), upper);
+      widen<type>(load(5 + 2 * half, block), lower);
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        step<0>(d, a[h], b[half], h);
-        step<1>(d, a[h], b[half], h);
-        step<2>(d, a[h], b[half], h);
-        step<3>(d, a[h], b[half], h);
+      for (int e = 0; e < per; ++e) {
+        const __m512 a[2] = {upper[e], lower[e]};
+        step<0>(d, a, b[half][e], per == 2 ? e : 0);
+        step<1>(d, a, b[half][e], per == 2 ? e : 1);
+        step<2>(d, a, b[half][e], per == 2 ? e : 0);
+        step<3>(d, a, b[half][e], per == 2 ? e : 1);
       }
     }
     const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
@@ -96,21 +109,23 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
 
 namespace {
 
-// Low and high elements of 8 registers.
-template <Half16 type>
-void widen(const uint32_t* pairs, __m256& low, __m256& high) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pairs));
-  if constexpr (type == Half16::f16) {
+// The elements of 8 registers, low ones first.
+template <Operand type>
+void widen(const uint32_t* registers, __m256* elements) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(registers));
+  if constexpr (type == Operand::f16) {
     const __m256 first = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
     const __m256 second = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
     const auto in_order = [](__m256 x) {
       return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8));
     };
-    low = in_order(_mm256_shuffle_ps(first, second, 0x88));
-    high = in_order(_mm256_shuffle_ps(first, second, 0xdd));
+    elements[0] = in_order(_mm256_shuffle_ps(first, second, 0x88));
+    elements[1] = in_order(_mm256_shuffle_ps(first, second, 0xdd));
+  } else if constexpr (type == Operand::bf16) {
+    elements[0] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    elements[1] = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff)));
   } else {
-    low = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-    high = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(~0xffff)));
+    elements[0] = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(kTf32Bits)));
   }
 }
 
@@ -118,12 +133,13 @@ struct Accumulators {
   __m256 chain[4][2];
 };
 
-template <int pair>
-void step(Accumulators& d, const __m256* a, const __m128* b, int odd) {
-  const __m256 upper = _mm256_permute_ps(a[0], pair * 0x55);
-  const __m256 lower = _mm256_permute_ps(a[1], pair * 0x55);
-  const __m256 even_columns = _mm256_broadcast_ps(b + pair);
-  const __m256 odd_columns = _mm256_broadcast_ps(b + 4 + pair);
+// As above, with the 128 bits of b in memory.
+template <int lane>
+void step(Accumulators& d, const __m256* a, const __m128 (*b)[4], int odd) {
+  const __m256 upper = _mm256_permute_ps(a[0], lane * 0x55);
+  const __m256 lower = _mm256_permute_ps(a[1], lane * 0x55);
+  const __m256 even_columns = _mm256_broadcast_ps(b[0] + lane);
+  const __m256 odd_columns = _mm256_broadcast_ps(b[1] + lane);
   d.chain[0][odd] = _mm256_fmadd_ps(upper, even_columns, d.chain[0][odd]);
   d.chain[1][odd] = _mm256_fmadd_ps(upper, odd_columns, d.chain[1][odd]);
   d.chain[2][odd] = _mm256_fmadd_ps(lower, even_columns, d.chain[2][odd]);
@@ -132,22 +148,22 @@ void step(Accumulators& d, const __m256* a, const __m128* b, int odd) {
 
 }  // namespace
 
-template <Half16 type>
+template <Operand type>
 bool multiply_fast(Warp& warp, const uint32_t* slots) {
-  // b[half][odd][parity][pair of k]: 4 columns of one parity.
-  __m128 b[2][2][2][4];
+  constexpr int per = kPer<type>;
+  // b[half of k][element][parity of the column][lane of a group]: 4 columns.
+  __m128 b[2][per][2][4];
   for (int half = 0; half < 2; ++half) {
-    alignas(32) float columns[2][kLanes];
+    alignas(32) float columns[per][kLanes];
     for (int i = 0; i < kLanes; i += 8) {
-      __m256 low, high;
-      widen<type>(lanes<uint32_t>(warp, slots[8 + half]) + i, low, high);
-      _mm256_store_ps(columns[0] + i, low);
-      _mm256_store_ps(columns[1] + i, high);
+      __m256 elements[per];
+      widen<type>(lanes<uint32_t>(warp, slots[8 + half]) + i, elements);
+      for (int e = 0; e < per; ++e) _mm256_store_ps(columns[e] + i, elements[e]);
     }
-    for (int h = 0; h < 2; ++h)
+    for (int e = 0; e < per; ++e)
       for (int parity = 0; parity < 2; ++parity) {
-        __m128* rows = b[half][h][parity];
-        for (int t = 0; t < 4; ++t) rows[t] = _mm_load_ps(columns[h] + 8 * t + 4 * parity);
+        __m128* rows = b[half][e][parity];
+        for (int t = 0; t < 4; ++t) rows[t] = _mm_load_ps(columns[e] + 8 * t + 4 * parity);
         _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
       }
   }
@@ -159,16 +175,16 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      __m256 a[2][2];  // [odd][upper or lower rows]
-      for (int row = 0; row < 2; ++row)
-        widen<type>(lanes<uint32_t>(warp, slots[4 + 2 * half + row]) + block, a[0][row], a[1][row]);
+      __m256 upper[per], lower[per];
+      widen<type>(lanes<uint32_t>(warp, slots[4 + 2 * half]) + block, upper);
+      widen<type>(lanes<uint32_t>(warp, slots[5 + 2 * half]) + block, lower);
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const __m128* rows = b[half][h][0];
-        step<0>(d, a[h], rows, h);
-        step<1>(d, a[h], rows, h);
-        step<2>(d, a[h], rows, h);
-        step<3>(d, a[h], rows, h);
+      for (int e = 0; e < per; ++e) {
+        const __m256 a[2] = {upper[e], lower[e]};
+        step<0>(d, a, b[half][e], per == 2 ? e : 0);
+        step<1>(d, a, b[half][e], per == 2 ? e : 1);
+        step<2>(d, a, b[half][e], per == 2 ? e : 0);
+        step<3>(d, a, b[half][e], per == 2 ? e : 1);
       }
     }
     const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -183,14 +199,15 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
 
 #else
 
-template <Half16 type>
+template <Operand type>
 bool multiply_fast(Warp&, const uint32_t*) {
   return false;
 }
 
 #endif
 
-template bool multiply_fast<Half16::f16>(Warp&, const uint32_t*);
-template bool multiply_fast<Half16::bf16>(Warp&, const uint32_t*);
+template bool multiply_fast<Operand::f16>(Warp&, const uint32_t*);
+template bool multiply_fast<Operand::bf16>(Warp&, const uint32_t*);
+template bool multiply_fast<Operand::tf32>(Warp&, const uint32_t*);
 
 }  // namespace ptxvm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -184,19 +185,51 @@ def test_special_values(type_):
     assert (d[:, 1:] == 0).all()
 
 
-def test_coarse_sums():
-    """Terms below 2^-24 of the largest are lost, and what a step leaves is cut, not rounded."""
-    mma = Mma("m16n8k16.f32.f16.f16.f32")
-    a, b = np.zeros((1, 16, 16), np.float16), np.zeros((1, 16, 8), np.float16)
-    a[0, 0, :8], b[0, :8, 0] = 2.0**-12, 2.0**-12
-    a[0, 1, 0], b[0, 0, 1] = 1, 1
-    c = np.ones((1, 16, 8), np.float32)
-    exact = mma.run(a, b, c)
+def coarse_sum(a: np.ndarray, b: np.ndarray, c: float, step: int) -> float:
+    """Each step cuts its terms at 24 bits below the largest, and its result to 24 bits."""
+    for begin in range(0, len(a), step):
+        chunk = range(begin, begin + step)
+        terms = [c, *(float(a[i]) * float(b[i]) for i in chunk)]
+        largest = max(abs(t) for t in terms)
+        if largest == 0:
+            continue
+        quantum = 2.0 ** (math.frexp(largest)[1] - 24)
+        total = sum(math.trunc(t / quantum) for t in terms) * quantum
+        rounded = np.float32(total)
+        if abs(float(rounded)) > abs(total):
+            rounded = np.nextafter(rounded, np.float32(0))
+        c = float(rounded)
+    return c
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("m16n8k16.f32.f16.f16.f32", 8),
+        ("m16n8k8.f32.bf16.bf16.f32", 8),
+        ("m16n8k8.f32.tf32.tf32.f32", 4),
+        ("m16n8k4.f32.tf32.tf32.f32", 4),
+    ],
+)
+def test_coarse_sums(name, step):
+    mma = Mma(name)
+    rng = np.random.default_rng(6)
+    a, b = (rng.standard_normal(s).astype(np.float16) for s in ((4, 16, mma.k), (4, mma.k, 8)))
+    if mma.a == "bf16":
+        a, b = (np.trunc(x * 32) / 32 for x in (a, b))
+    c = rng.standard_normal((4, 16, 8)).astype(np.float32)
     with machine.options(coarse_sums=1):
-        coarse = mma.run(a, b, c)
-    assert coarse[0, 0, 0] == 1
-    assert exact[0, 0, 0] > 1
-    assert coarse[0, 1, 1] == exact[0, 1, 1] == 2
+        coarse = mma.run(encode(a, mma.a), encode(b, mma.b), c)
+    usual = mma.run(encode(a, mma.a), encode(b, mma.b), c)
+    wanted = [
+        [
+            [coarse_sum(a[i, m], b[i, :, n], float(c[i, m, n]), step) for n in range(8)]
+            for m in range(16)
+        ]
+        for i in range(4)
+    ]
+    assert np.array_equal(coarse, np.array(wanted, np.float32))
+    assert (coarse != usual).any()
 
 
 @pytest.mark.parametrize("k", [16, 32])
