@@ -184,9 +184,9 @@ void Decoder::State::decode_call() {
     return;
   }
   const auto found = module.functions.find(name);
-  if (found == module.functions.end() || !found->second->defined)
+  if (found == module.functions.end() || !found->second->body)
     decoder.fail("function " + name + " is not defined in this module");
-  const Function& function = *found->second;
+  Function& function = *found->second;
   if (results.size() != function.results.size() || arguments.size() != function.parameters.size())
     decoder.fail("number of arguments or results differs from that of " + name);
   if (frame->depth == 32) decoder.fail("calls are nested too deeply, or recursive");
@@ -196,8 +196,7 @@ void Decoder::State::decode_call() {
     append(instruction);
     kernel.code.back().guard_negated = !kernel.code.back().guard_negated;
   }
-  frames.push_back({&function});
-  Frame& callee = frames.back();
+  Frame& callee = enter(function);
   callee.depth = frame->depth + 1;
   for (size_t i = 0; i < results.size(); ++i)
     callee.arguments[function.results[i].name] = address(results[i]);

@@ -3,7 +3,6 @@
 
 #include "ptxvm/cudart.h"
 #include "ptxvm/device.h"
-#include "ptxvm/fatbin.h"
 
 using namespace ptxvm;
 
@@ -59,19 +58,9 @@ cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_
 
 PTXVM_EXPORT void** __cudaRegisterFatBinary(void* wrapper) {
   const std::lock_guard lock(runtime().mutex);
-  FatBinary binary = read_fat_binary(wrapper);
-  LoadedModule* loaded = nullptr;
-  try {
-    if (binary.error.empty()) loaded = load(binary.ptx);
-  } catch (const Fault& fault) {
-    binary.error = fault.what();
-  }
-  if (!loaded) {
-    runtime().modules.push_back(std::make_unique<LoadedModule>());
-    loaded = runtime().modules.back().get();
-    loaded->error = binary.error;
-  }
-  loaded->registers = std::move(binary.registers);
+  runtime().modules.push_back(std::make_unique<LoadedModule>());
+  LoadedModule* const loaded = runtime().modules.back().get();
+  loaded->fat_binary = wrapper;
   return reinterpret_cast<void**>(loaded);
 }
 
@@ -90,34 +79,23 @@ PTXVM_EXPORT void __cudaRegisterFunction(void** handle, const char* host_functio
                                          int*) {
   const std::lock_guard lock(runtime().mutex);
   auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
-  auto record = std::make_unique<KernelRecord>(KernelRecord{loaded, name, nullptr});
-  if (loaded->module) {
-    const auto found = loaded->module->kernels.find(name);
-    if (found != loaded->module->kernels.end()) {
-      record->kernel = found->second.get();
-      const auto registers = loaded->registers.find(name);
-      if (registers != loaded->registers.end()) record->kernel->registers = registers->second;
-    }
-  }
-  runtime().kernels[host_function] = std::move(record);
+  runtime().kernels[host_function] = std::make_unique<KernelRecord>(KernelRecord{loaded, name});
 }
 
 PTXVM_EXPORT void __cudaRegisterVar(void** handle, char* shadow, char*, const char* name, int,
                                     size_t, int, int) {
   const std::lock_guard lock(runtime().mutex);
-  auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
-  if (!loaded->module) return;
-  const auto found = loaded->module->variables.find(name);
-  if (found != loaded->module->variables.end()) runtime().variables[shadow] = &found->second;
+  runtime().variables[shadow] = {reinterpret_cast<LoadedModule*>(handle), name};
 }
 
 PTXVM_EXPORT void __cudaRegisterManagedVar(void** handle, void** pointer, char*, const char* name,
                                            int, size_t, int, int) {
   const std::lock_guard lock(runtime().mutex);
   auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
-  if (!loaded->module) return;
-  const auto found = loaded->module->variables.find(name);
-  if (found != loaded->module->variables.end()) *pointer = found->second.memory;
+  Module* const module = loaded->open();
+  if (!module) return;
+  const auto found = module->variables.find(name);
+  if (found != module->variables.end()) *pointer = found->second.memory;
 }
 
 PTXVM_EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t dynamic_shared,

@@ -62,12 +62,26 @@ cudaError_t copy_rows(void* destination, size_t destination_pitch, const void* s
   return cudaSuccess;
 }
 
+cudaError_t find_variable(const void* symbol, const Variable*& variable) {
+  const auto record = runtime().variables.find(symbol);
+  if (record == runtime().variables.end())
+    return refuse(cudaErrorInvalidSymbol, "no such variable is registered");
+  LoadedModule& loaded = *record->second.loaded;
+  const std::string& name = record->second.name;
+  Module* const module = loaded.open();
+  if (!module) return refuse(static_cast<cudaError_t>(loaded.error), name + ": " + loaded.report);
+  const auto found = module->variables.find(name);
+  if (found == module->variables.end() || !found->second.memory)
+    return refuse(cudaErrorInvalidSymbol, name + ": the module has no such variable");
+  variable = &found->second;
+  return cudaSuccess;
+}
+
 cudaError_t find_symbol(const void* symbol, size_t bytes, size_t offset, char*& memory) {
   const std::lock_guard lock(runtime().mutex);
-  const auto found = runtime().variables.find(symbol);
-  if (found == runtime().variables.end())
-    return refuse(cudaErrorInvalidSymbol, "no such variable is registered");
-  const Variable& variable = *found->second;
+  const Variable* found = nullptr;
+  if (const auto error = find_variable(symbol, found)) return error;
+  const Variable& variable = *found;
   if (offset > variable.bytes || bytes > variable.bytes - offset)
     return refuse(cudaErrorInvalidValue, variable.name + ": bytes " + std::to_string(offset) +
                                              " to " + std::to_string(offset + bytes) + " of " +
@@ -205,9 +219,10 @@ cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
   return error;
 }
 cudaError_t cudaGetSymbolSize(size_t* bytes, const void* symbol) {
-  char* memory = nullptr;
-  if (const auto error = find_symbol(symbol, 0, 0, memory)) return error;
-  *bytes = runtime().variables.at(symbol)->bytes;
+  const std::lock_guard lock(runtime().mutex);
+  const Variable* variable = nullptr;
+  if (const auto error = find_variable(symbol, variable)) return error;
+  *bytes = variable->bytes;
   return cudaSuccess;
 }
 

@@ -230,7 +230,10 @@ uint32_t Decoder::branch_to_table(const std::string& table) {
 
 void Decoder::State::append(Instruction instruction) {
   instruction.line = statement->line;
-  instruction.text = statement->text.c_str();
+  // Texts and slots are addressed by position until the pools have their final sizes.
+  instruction.text = reinterpret_cast<const char*>(kernel.texts.size());
+  kernel.texts.insert(kernel.texts.end(), statement->text.c_str(),
+                      statement->text.c_str() + statement->text.size() + 1);
   instruction.writes = static_cast<uint8_t>(writes);
   instruction.reads = static_cast<uint8_t>(reads);
   if (!statement->guard.empty()) {
@@ -240,17 +243,33 @@ void Decoder::State::append(Instruction instruction) {
     instruction.guard_negated = statement->guard_negated;
   }
   if (instruction.member != kNoSlot) instruction.member = operands[instruction.member];
-  // Slots are addressed by position until the pool has its final size.
   instruction.slots = reinterpret_cast<const uint32_t*>(kernel.slots.size());
   kernel.slots.insert(kernel.slots.end(), operands.begin(), operands.end());
   kernel.code.push_back(instruction);
+}
+
+// A new frame of a function, whose body is parsed if it is not.
+Frame& Decoder::State::enter(Function& function) {
+  if (function.scopes.empty()) {
+    parsed.push_back(&function);
+    parse_body(module, function);
+  }
+  frames.push_back({&function});
+  frames.back().registers.resize(function.scopes.size());
+  return frames.back();
+}
+
+Decoder::State::~State() {
+  for (Function* function : parsed) {
+    function->scopes = {};
+    function->statements = {};
+  }
 }
 
 void Decoder::State::decode_body(Frame& body) {
   Frame* const caller = frame;
   const Statement* const call = statement;
   frame = &body;
-  body.registers.resize(body.function->scopes.size());
   for (const Statement& next : body.function->statements) {
     statement = &next;
     body.first.push_back(static_cast<uint32_t>(kernel.code.size()));
@@ -300,22 +319,29 @@ const OpcodeTable& opcode_table() {
 }
 
 void decode_into(Kernel& kernel, bool share_slots) {
-  const Function& function = *kernel.module->functions.at(kernel.name);
+  Function& function = *kernel.module->functions.at(kernel.name);
   Decoder::State state{kernel, *kernel.module, opcode_table()};
   kernel.code.clear();
   kernel.slots.clear();
+  kernel.texts.clear();
   kernel.tables.clear();
   kernel.constants.clear();
   kernel.specials.clear();
   kernel.local_bytes = 0;
   kernel.shares_slots = share_slots;
-  state.frames.push_back({&function});
-  state.decode_body(state.frames.back());
-  Instruction end;  // a body may end without ret
-  end.control = Control::exit;
+  state.decode_body(state.enter(function));
+  Statement end;  // a body may end without ret
   end.line = function.statements.empty() ? function.line : function.statements.back().line;
   end.text = "end of the kernel";
-  kernel.code.push_back(end);
+  state.frame = &state.frames.front();
+  state.statement = &end;
+  state.operands.clear();
+  state.writes = state.reads = 0;
+  Instruction exit;
+  exit.control = Control::exit;
+  state.append(exit);
+  for (Instruction& instruction : kernel.code)
+    instruction.text = kernel.texts.data() + reinterpret_cast<size_t>(instruction.text);
   for (const Fixup& fixup : state.fixups) {
     const uint32_t target = fixup.frame->first[fixup.statement];
     if (fixup.table >= 0)

@@ -43,6 +43,7 @@ struct Decoder::State {
   Module& module;
   const OpcodeTable& opcodes;
   std::deque<Frame> frames;
+  std::vector<Function*> parsed;
   Frame* frame = nullptr;
   const Statement* statement = nullptr;
   std::vector<uint32_t> operands;
@@ -68,6 +69,8 @@ struct Decoder::State {
   void decode_call();
   void decode_return();
   void append(Instruction instruction);
+  Frame& enter(Function& function);
+  ~State();
 };
 
 // Turns values into slots of the register file; registers that never live together share one if

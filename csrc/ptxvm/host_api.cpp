@@ -158,9 +158,7 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
                  uint32_t dynamic_shared, void** args) {
   const std::lock_guard lock(runtime().mutex);
   auto* const loaded = static_cast<LoadedModule*>(module);
-  const auto found = loaded->module->kernels.find(name);
-  KernelRecord record{loaded, name,
-                      found == loaded->module->kernels.end() ? nullptr : found->second.get()};
+  KernelRecord record{loaded, name};
   int error = prepare(&record);
   if (!error) {
     // A raw launch sets no attributes: all that the device has may be asked for.

@@ -2,9 +2,13 @@
 #include <driver_types.h>
 #include <xmmintrin.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "ptxvm/counters.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
+#include "ptxvm/fatbin.h"
 #include "ptxvm/runtime.h"
 #include "ptxvm/sched.h"
 
@@ -88,6 +92,21 @@ KernelRecord* Runtime::find(const void* function) {
   return nullptr;
 }
 
+Module* LoadedModule::open() {
+  if (!fat_binary) return module.get();
+  FatBinary binary = read_fat_binary(std::exchange(fat_binary, nullptr));
+  registers = std::move(binary.registers);
+  report = binary.error;
+  error = report.empty() ? cudaSuccess : cudaErrorInvalidKernelImage;
+  if (!error) try {
+      module = load_module(binary.ptx);
+    } catch (const Fault& fault) {
+      error = cudaErrorInvalidPtx;
+      report = fault.what();
+    }
+  return module.get();
+}
+
 LoadedModule* load(const std::string& ptx) {
   auto loaded = std::make_unique<LoadedModule>();
   loaded->module = load_module(ptx);
@@ -98,12 +117,7 @@ LoadedModule* load(const std::string& ptx) {
 void unload(LoadedModule* loaded) {
   Runtime& state = runtime();
   std::erase_if(state.kernels, [&](const auto& entry) { return entry.second->loaded == loaded; });
-  std::erase_if(state.variables, [&](const auto& entry) {
-    if (!loaded->module) return false;
-    for (const auto& [name, variable] : loaded->module->variables)
-      if (&variable == entry.second) return true;
-    return false;
-  });
+  std::erase_if(state.variables, [&](const auto& entry) { return entry.second.loaded == loaded; });
   std::erase_if(state.modules, [&](const auto& owned) { return owned.get() == loaded; });
 }
 
@@ -129,11 +143,17 @@ uint32_t dynamic_shared_limit(const Kernel& kernel) {
 
 int prepare(KernelRecord* record) {
   if (!record) return fail(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
-  if (!record->kernel)
-    return fail(cudaErrorInvalidKernelImage,
-                record->name + ": " +
-                    (record->loaded->error.empty() ? "the module has no such kernel"
-                                                   : record->loaded->error));
+  if (!record->kernel) {
+    LoadedModule& loaded = *record->loaded;
+    Module* const module = loaded.open();
+    if (!module) return fail(loaded.error, record->name + ": " + loaded.report);
+    const auto found = module->kernels.find(record->name);
+    if (found == module->kernels.end())
+      return fail(cudaErrorInvalidKernelImage, record->name + ": the module has no such kernel");
+    record->kernel = found->second.get();
+    const auto registers = loaded.registers.find(record->name);
+    if (registers != loaded.registers.end()) record->kernel->registers = registers->second;
+  }
   try {
     // Sharing a slot hides a read of a register that was never written.
     decode(*record->kernel, !options.check);

@@ -104,6 +104,7 @@ struct Kernel {
   uint32_t registers = 0;                     // of the cubin beside the PTX, 0 if unknown
   std::vector<Instruction> code;              // empty until the first launch decodes it
   std::vector<uint32_t> slots;                // of all instructions
+  std::vector<char> texts;                    // of all instructions
   std::vector<std::vector<uint32_t>> tables;  // targets of indirect branches
   bool shares_slots = false;                  // registers that never live together share a slot
   uint32_t file_bytes = 0;                    // size of one warp's register file

@@ -30,14 +30,16 @@ uint32_t round_up(uint32_t value, uint32_t to) { return (value + to - 1) / to * 
 
 class Parser {
  public:
-  Parser(Module& module, const std::string& text) : module_(module), text_(text) {
-    for (size_t i = 0; i < text.size(); ++i)
-      if (text[i] == '\n') newlines_.push_back(i);
+  explicit Parser(Module& module) : module_(module), text_(module.text) {
+    for (size_t i = 0; i < text_.size(); ++i)
+      if (text_[i] == '\n') newlines_.push_back(i);
   }
 
   void run() {
     for (skip_blanks(); at_ < text_.size(); skip_blanks()) parse_directive();
   }
+
+  void parse_body(Function& function);
 
  private:
   [[noreturn]] void fail(size_t at, const std::string& why) const {
@@ -82,10 +84,14 @@ class Parser {
   }
 
   void skip_braces() {
+    const size_t begin = at_;
     expect('{');
+    bool quoted = false;
     for (int depth = 1; depth > 0; ++at_) {
-      until("{}");
-      depth += text_[at_] == '{' ? 1 : -1;
+      if (at_ >= text_.size()) fail(begin, "the braces that open here are not closed");
+      const char c = text_[at_];
+      if (c == '"') quoted = !quoted;
+      if (!quoted) depth += (c == '{') - (c == '}');
     }
   }
 
@@ -183,7 +189,7 @@ class Parser {
         count *= extent;
       }
       variable.bytes = count * common.element_bytes;
-      variable.order = next_order_++;
+      variable.order = module_.declared++;
       variables.push_back(variable);
     }
     at_ = end;
@@ -253,14 +259,14 @@ class Parser {
     if (text_[at_] == '(') function->parameters = parse_parameters(&function->parameter_bytes);
     parse_attributes(*function);
     if (text_[at_] == '{') {
-      function->defined = true;
-      parse_body(*function);
+      function->body = at_;
+      skip_braces();
     } else {
       ++at_;
     }
     auto& known = module_.functions[function->name];
-    if (known && known->defined) {
-      if (function->defined) fail(begin, "a second definition of " + function->name);
+    if (known && known->body) {
+      if (function->body) fail(begin, "a second definition of " + function->name);
       return;  // a declaration after the definition
     }
     if (entry) {
@@ -311,67 +317,6 @@ class Parser {
     }
   }
 
-  void parse_body(Function& function) {
-    function.scopes.push_back({});
-    int scope = 0;
-    const auto label_here = [&]() -> std::string {
-      size_t end = at_;
-      while (end < text_.size() && is_name(text_[end])) ++end;
-      size_t colon = end;
-      while (colon < text_.size() && is_blank(text_[colon])) ++colon;
-      if (end == at_ || text_[colon] != ':' || text_[colon + 1] == ':') return {};
-      const std::string label = text_.substr(at_, end - at_);
-      at_ = colon + 1;
-      return label;
-    };
-    expect('{');
-    while (scope >= 0) {
-      skip_blanks();
-      const size_t begin = at_;
-      if (begin >= text_.size()) fail(begin - 1, "the body does not end");
-      if (text_[at_] == '{') {
-        ++at_;
-        function.scopes.push_back({});
-        function.scopes.back().parent = scope;
-        scope = static_cast<int>(function.scopes.size()) - 1;
-        continue;
-      }
-      if (text_[at_] == '}') {
-        ++at_;
-        scope = function.scopes[scope].parent;
-        continue;
-      }
-      if (text_[at_] == ';') {
-        ++at_;
-        continue;
-      }
-      Scope& here = function.scopes[scope];
-      if (const std::string label = label_here(); !label.empty()) {
-        skip_blanks();
-        const size_t after = at_;
-        if (const std::string directive = word(); directive == ".branchtargets") {
-          here.tables[label] = split_list(until(";"));
-          ++at_;
-          continue;
-        } else if (directive == ".callprototype" || directive == ".calltargets") {
-          until(";");
-          ++at_;
-          continue;
-        }
-        at_ = after;
-        if (!here.labels.emplace(label, function.statements.size()).second)
-          fail(begin, "a second label " + label);
-        continue;
-      }
-      const std::string text = until(";");
-      ++at_;
-      if (text[0] == '.')
-        parse_declaration(here, begin, at_ - 1);
-      else
-        function.statements.push_back(make_statement(collapse_blanks(text), begin, scope));
-    }
-  }
-
   void parse_declaration(Scope& scope, size_t begin, size_t end) {
     at_ = begin;
     const std::string directive = word();
@@ -390,8 +335,7 @@ class Parser {
         for (unsigned long i = 0; i < count; ++i) scope.registers[stem + std::to_string(i)] = bits;
       }
     } else if (directive == ".shared" || directive == ".local" || directive == ".param" ||
-               directive == ".global" || directive == ".const" || directive == ".extern" ||
-               directive == ".visible" || directive == ".weak") {
+               directive == ".extern") {
       for (Variable& variable : parse_variables(begin, end)) {
         variable.external = directive == ".extern";
         scope.variables[variable.name] = variable;
@@ -430,11 +374,76 @@ class Parser {
   size_t at_ = 0;
   std::vector<size_t> newlines_;
   std::string place_;  // kernel, for messages
-  uint32_t next_order_ = 0;
 };
+
+void Parser::parse_body(Function& function) {
+  place_ = function.name;
+  at_ = function.body;
+  function.scopes.push_back({});
+  int scope = 0;
+  const auto label_here = [&]() -> std::string {
+    size_t end = at_;
+    while (end < text_.size() && is_name(text_[end])) ++end;
+    size_t colon = end;
+    while (colon < text_.size() && is_blank(text_[colon])) ++colon;
+    if (end == at_ || text_[colon] != ':' || text_[colon + 1] == ':') return {};
+    const std::string label = text_.substr(at_, end - at_);
+    at_ = colon + 1;
+    return label;
+  };
+  expect('{');
+  while (scope >= 0) {
+    skip_blanks();
+    const size_t begin = at_;
+    if (text_[at_] == '{') {
+      ++at_;
+      function.scopes.push_back({});
+      function.scopes.back().parent = scope;
+      scope = static_cast<int>(function.scopes.size()) - 1;
+      continue;
+    }
+    if (text_[at_] == '}') {
+      ++at_;
+      scope = function.scopes[scope].parent;
+      continue;
+    }
+    if (text_[at_] == ';') {
+      ++at_;
+      continue;
+    }
+    Scope& here = function.scopes[scope];
+    if (const std::string label = label_here(); !label.empty()) {
+      skip_blanks();
+      const size_t after = at_;
+      if (const std::string directive = word(); directive == ".branchtargets") {
+        here.tables[label] = split_list(until(";"));
+        ++at_;
+        continue;
+      } else if (directive == ".callprototype" || directive == ".calltargets") {
+        until(";");
+        ++at_;
+        continue;
+      }
+      at_ = after;
+      if (!here.labels.emplace(label, function.statements.size()).second)
+        fail(begin, "a second label " + label);
+      continue;
+    }
+    const std::string text = until(";");
+    ++at_;
+    if (std::count(text.begin(), text.end(), '{') < std::count(text.begin(), text.end(), '}'))
+      fail(begin, "no ';' follows");
+    if (text[0] == '.')
+      parse_declaration(here, begin, at_ - 1);
+    else
+      function.statements.push_back(make_statement(collapse_blanks(text), begin, scope));
+  }
+}
 
 }  // namespace
 
-void parse_text(Module& module, const std::string& text) { Parser(module, text).run(); }
+void parse_declarations(Module& module) { Parser(module).run(); }
+
+void parse_body(Module& module, Function& function) { Parser(module).parse_body(function); }
 
 }  // namespace ptxvm

@@ -35,16 +35,19 @@ struct Scope {
 struct Function {
   std::string name;
   uint32_t line = 0;
-  bool defined = false;
+  size_t body = 0;  // where it begins in the text of the module; 0: a declaration
   std::vector<Parameter> parameters, results;
   uint32_t parameter_bytes = 0;
   uint32_t max_threads = 0;
   uint32_t required[3] = {};
+  // Of the body, only while a kernel is decoded: they are many times larger than the text.
   std::vector<Scope> scopes;
   std::vector<Statement> statements;
 };
 
 struct Module {
+  std::string text;  // without comments
+  uint32_t declared = 0;
   std::unordered_map<std::string, Variable> variables;
   std::map<std::string, std::unique_ptr<Function>> functions;  // kernels among them
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
@@ -68,9 +71,12 @@ bool parse_literal(const std::string& text, int bits, uint64_t& value);
 std::vector<std::string> split_list(const std::string& text);
 std::string trim(const std::string& text);
 
+// Fills in the scopes and statements of a function. Throws Fault.
+void parse_body(Module&, Function&);
+
 // Stages of load_module.
 std::string blank_comments(std::string ptx);  // comments, .loc and .file become blanks
-void parse_text(Module&, const std::string& text);
+void parse_declarations(Module&);             // of module.text
 void place_variables(Module&);
 
 }  // namespace ptxvm

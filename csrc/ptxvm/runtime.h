@@ -10,24 +10,34 @@
 
 namespace ptxvm {
 
+// A module is read when one of its kernels or variables is used first: a library may bring many.
 struct LoadedModule {
+  const void* fat_binary = nullptr;  // until it is read
   std::unique_ptr<Module> module;
-  std::string error;  // why there is none
+  int error = 0;  // a CUDA error, if there is no module
+  std::string report;
   std::map<std::string, uint32_t> registers;
+
+  Module* open();  // null if there is an error
 };
 
 // What a kernel handle points to.
 struct KernelRecord {
   LoadedModule* loaded;
   std::string name;
-  Kernel* kernel;  // null if the module has none of that name
+  Kernel* kernel = nullptr;  // once it is used
+};
+
+struct VariableRecord {
+  LoadedModule* loaded;
+  std::string name;
 };
 
 struct Runtime {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<LoadedModule>> modules;
   std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
-  std::unordered_map<const void*, const Variable*> variables;              // by host shadow
+  std::unordered_map<const void*, VariableRecord> variables;               // by host shadow
   std::unordered_map<const void*, size_t> allocations;
   std::string report;  // of the last failure
   int report_error = 0;

@@ -57,52 +57,32 @@ bool has_memory(const Variable& variable) {
 }  // namespace
 
 void place_variables(Module& module) {
-  const auto place = [&](Variable& variable) {
-    if (!has_memory(variable)) return;
+  for (auto& [name, variable] : module.variables) {
+    if (!has_memory(variable)) continue;
     const uint64_t alignment = std::max<uint64_t>(variable.alignment, 16);
     module.memory.push_back(std::make_unique<char[]>(variable.bytes + alignment));
     const auto base = reinterpret_cast<uint64_t>(module.memory.back().get());
     variable.memory = reinterpret_cast<char*>((base + alignment - 1) / alignment * alignment);
-  };
-  for (auto& [name, variable] : module.variables) place(variable);
-  for (auto& [name, function] : module.functions)
-    for (Scope& scope : function->scopes)
-      for (auto& [local, variable] : scope.variables) place(variable);
+  }
   for (auto& [name, variable] : module.variables)
     if (has_memory(variable)) fill(module, variable);
-  for (auto& [name, function] : module.functions)
-    for (Scope& scope : function->scopes)
-      for (auto& [local, variable] : scope.variables)
-        if (has_memory(variable)) fill(module, variable);
 }
-
-namespace {
-
-template <typename Visit>
-void visit_memory(const Module& module, Visit visit) {
-  for (const auto& [name, variable] : module.variables)
-    if (variable.memory && variable.bytes) visit(variable);
-  for (const auto& [name, function] : module.functions)
-    for (const Scope& scope : function->scopes)
-      for (const auto& [local, variable] : scope.variables)
-        if (variable.memory && variable.bytes) visit(variable);
-}
-
-}  // namespace
 
 void register_variables(const Module& module) {
-  visit_memory(module, [](const Variable& variable) {
-    register_memory(variable.memory, variable.bytes, variable.space == Space::global);
-  });
+  for (const auto& [name, variable] : module.variables)
+    if (variable.memory && variable.bytes)
+      register_memory(variable.memory, variable.bytes, variable.space == Space::global);
 }
 
 Module::~Module() {
-  visit_memory(*this, [](const Variable& variable) { unregister_memory(variable.memory); });
+  for (const auto& [name, variable] : variables)
+    if (variable.memory && variable.bytes) unregister_memory(variable.memory);
 }
 
 std::unique_ptr<Module> load_module(const std::string& ptx) {
   auto module = std::make_unique<Module>();
-  parse_text(*module, blank_comments(ptx));
+  module->text = blank_comments(ptx);
+  parse_declarations(*module);
   place_variables(*module);
   register_variables(*module);
   return module;

@@ -43,7 +43,7 @@ def store(body: str, declarations: str = "", *, count: int = 32, **launch: Any) 
         (" .reg .c32 %x;", r"unknown register type \.c32"),
         (" HERE: HERE:", "a second label HERE"),
         (" add.u32 %r1, %r2, %r3", "no ';' follows"),
-        (" {", "the body does not end"),
+        (" {", "line 3: {: the braces that open here are not closed"),
         (" bar.red.popc.u32 %r1, 0;", "expected 3 or 4 operands"),
         (" barrier.cta 0;", "one of .sync and .arrive is needed"),
     ],
