@@ -253,3 +253,25 @@ st.global.b32 [%d12+128], %r3;
     machine.load(kernel(body, parameters=2)).launch("k", data, out)
     assert (out[:16] == 0xFFFFFFFF).all()  # shared memory begins as NaN
     assert np.array_equal(out[16:], data[16:])
+
+
+def test_lanes_wait_for_their_own_copies():
+    """Only lanes below 16 wait; what the others copied has not landed for anybody."""
+    body = """
+mul.lo.u32 %r1, %r0, 4;
+cvt.u64.u32 %d10, %r1;
+add.s64 %d11, %d0, %d10;
+mov.u32 %r2, tile;
+add.u32 %r2, %r2, %r1;
+cp.async.ca.shared.global [%r2], [%d11], 4;
+cp.async.commit_group;
+setp.lt.u32 %p1, %r0, 16;
+@%p1 cp.async.wait_group 0;
+ld.shared.b32 %r3, [%r2];
+add.s64 %d12, %d1, %d10;
+st.global.b32 [%d12], %r3;
+"""
+    data, out = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    machine.load(kernel(body, parameters=2)).launch("k", data, out)
+    assert np.array_equal(out[:16], data[:16])
+    assert (out[16:] == 0xFFFFFFFF).all()
