@@ -51,9 +51,9 @@ class Abi:
         return str(self.library.text_of(error).decode())
 
 
-def compile_abi(folder: Path, flags: list[str]) -> Path:
-    library = folder / "libabi.so"
-    source = Path(__file__).with_name("abi.cu")
+def compile_abi(folder: Path, flags: list[str], name: str = "abi.cu") -> Path:
+    library = folder / "library.so"
+    source = Path(__file__).with_name(name)
     command = [str(NVCC), "-std=c++17", "-cudart=shared", "-shared", "-Xcompiler=-fPIC", *flags]
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
     return library
@@ -145,3 +145,23 @@ def test_module_for_another_architecture(tmp_path: Path) -> None:
     a, b, out = vectors()
     assert abi.call("launch_add", a, b, out, len(a), 256) == 200
     assert "no PTX for compute_80 or below, only for compute_90" in abi.text(200)
+
+
+def test_module_that_cannot_be_read(tmp_path: Path) -> None:
+    """--compress-mode=speed writes LZ4."""
+    abi = Abi(compile_abi(tmp_path, [PTX, "--compress-mode=speed"]), "fast")
+    a, b, out = vectors()
+    assert abi.call("launch_add", a, b, out, len(a), 256) == 200
+    assert "LZ4; build it with nvcc --compress-mode=none" in abi.text(200)
+
+
+@pytest.mark.parametrize("flag", ["-O3", "-G", "-lineinfo"])
+def test_code_of_the_compiler(flag: str, tmp_path: Path) -> None:
+    abi = Abi(compile_abi(tmp_path, [PTX, flag], "language.cu"), flag)
+    out, expected = (np.full(1100, np.nan, np.float32) for _ in range(2))
+    with machine.options(check=1):
+        assert abi.call("on_device", out, 900) == 0
+        abi.library.on_host(ctypes.c_void_p(expected.ctypes.data), 900)
+        assert np.array_equal(out[:900], expected[:900])
+        assert abi.call("on_device", out, 1100) == 719
+    assert "assertion 'i < 1000' failed at" in abi.text(719)
