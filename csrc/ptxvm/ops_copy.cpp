@@ -7,6 +7,7 @@
 #endif
 
 #include "ptxvm/memory_ops.h"
+#include "ptxvm/parse.h"
 
 namespace ptxvm {
 namespace {
@@ -128,7 +129,9 @@ void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
   if (parts[2] == "commit_group" || parts[2] == "wait_all" || parts[2] == "wait_group") {
     const bool counted = parts[2] == "wait_group";
     if (parts.size() != 3 || operands.size() != counted) decoder.fail("malformed");
-    if (counted) in.offset = std::stoll(operands[0], nullptr, 0);
+    uint64_t groups = 0;
+    if (counted && !parse_literal(operands[0], 32, groups)) decoder.fail("no number of groups");
+    in.offset = static_cast<int64_t>(groups);
     in.run = counted ? wait_copies : parts[2] == "wait_all" ? wait_all_copies : commit_copies;
     return;
   }
@@ -138,7 +141,8 @@ void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
     decoder.fail("cp.async copies from global to shared memory");
   if (operands.size() < 3u + words.cache_hint || operands.size() > 4u + words.cache_hint)
     decoder.fail("wrong number of operands");
-  const unsigned long bytes = std::stoul(operands[2], nullptr, 0);
+  uint64_t bytes = 0;
+  if (!parse_literal(operands[2], 32, bytes)) decoder.fail("the size of a copy is no number");
   if (bytes != 16 && (parts[2] == "cg" || (bytes != 4 && bytes != 8)))
     decoder.fail("cp.async copies 16 bytes, and .ca also 4 or 8");
   in.width = static_cast<uint8_t>(bytes);

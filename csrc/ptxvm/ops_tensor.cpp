@@ -202,11 +202,18 @@ int operand_bits(const std::string& type) {
   return type == "s8" || type == "u8" ? 8 : 0;
 }
 
+// k of "m16n8k16", 0 for other shapes.
+int depth_of(const std::string& shape) {
+  for (const int k : {4, 8, 16, 32})
+    if (shape == "m16n8k" + std::to_string(k)) return k;
+  return 0;
+}
+
 void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   const bool saturates = parts.size() == 11 && parts[6] == "satfinite";
   if (parts.size() != 10u + saturates || parts[1] != "sync" || parts[2] != "aligned" ||
-      parts[3].substr(0, 6) != "m16n8k" || parts[4] != "row" || parts[5] != "col")
+      !depth_of(parts[3]) || parts[4] != "row" || parts[5] != "col")
     decoder.fail("unknown form of mma");
   const size_t n = parts.size();
   const Shape shape{std::stoi(parts[3].substr(6)),
