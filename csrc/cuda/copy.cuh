@@ -11,9 +11,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Hides where x comes from: the compiler then neither computes x again in each iteration of a loop
+// nor takes what follows from x out of the loop, where it would hold registers.
+__device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
+template <typename T>
+__device__ __forceinline__ void keep(const T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
 // 16 bytes from global to shared memory in the background, both ends aligned to 16 bytes.
+template <int kOffset = 0>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(to), "l"(from));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16;\n" ::"r"(to), "n"(kOffset),
+               "l"(from));
 }
 
 // The same, or 16 zero bytes. Nothing is read then, but `from` must still be a global address.
@@ -63,6 +75,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
 __device__ __forceinline__ void store_shared(uint32_t address, const uint32_t (&words)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3]));
+}
+
+// As one store: from assignments of uint4 the compiler makes four.
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 }  // namespace tokenmill::cuda

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/stream.h"
 #include "core/views.h"
 #include "dense/attention/params.h"
 
@@ -217,6 +218,18 @@ std::vector<int64_t> lse_sizes(const AttentionParams& p) {
 
 float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+void run_forward(const AttentionParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) {
+    CudaScope scope(q.device);
+    if (const char* error = launch_cuda(p, scope.stream()))
+      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
+    return;
+  }
+#endif
+  cpu::attention_forward(p);
+}
+
 std::tuple<Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, std::string kind, double scale, OptTensor score_bias,
     double score_bias_value, bool score_bias_neg_log_n, OptTensor bias, OptTensor alibi_slopes,
@@ -235,7 +248,7 @@ std::tuple<Tensor, Tensor> attention(
   Tensor lse = empty(lse_sizes(p), q, ScalarType::Float);
   p.out = rows_of(View(out), o.packed());
   p.lse = p.map == ScoreMap::softmax ? float_data(lse) : nullptr;
-  if (out.numel() > 0) cpu::attention_forward(p);
+  if (out.numel() > 0) run_forward(p, qv);
   return {out, lse};
 }
 
@@ -343,5 +356,9 @@ TOKENMILL_IMPL(CPU, m) {
   m.impl("attention", TOKENMILL_BOX(attention));
   m.impl("attention_backward", TOKENMILL_BOX(attention_backward));
 }
+
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) { m.impl("attention", TOKENMILL_BOX(attention)); }
+#endif
 
 }  // namespace tokenmill

@@ -49,6 +49,9 @@ struct AttentionBackwardParams {
   int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
 };
 
+// null, or what went wrong
+const char* launch_cuda(const AttentionParams&, void* stream);
+
 }  // namespace tokenmill
 
 TOKENMILL_CPU_KERNEL(attention_forward, AttentionParams)

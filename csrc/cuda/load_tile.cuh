@@ -1,0 +1,124 @@
+// Loads tiles of a matrix in global memory into shared memory, by all threads of a block.
+#pragma once
+#include "cuda/copy.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/unroll.cuh"
+#include "cuda/vector.cuh"
+
+namespace tokenmill::cuda {
+
+constexpr int kMaxThreads = 256;  // of a block
+
+// Rows a multiple of `stride` elements apart, the columns of a row behind each other.
+template <typename T>
+struct GlobalRows {
+  const T* data;
+  int64_t stride;
+  int rows, columns;
+  bool aligned;  // rows start at multiples of 16 bytes and consist of whole chunks
+};
+
+// 16 bytes from `column` on as words, zero beyond the columns.
+template <typename T>
+__device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row, int column,
+                                              int columns) {
+  constexpr int kCount = kChunkBytes / sizeof(T);
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    pack.x[i] = column + i < columns ? row[column + i] : static_cast<T>(0.f);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
+}
+
+// One tile of kRows rows after the other; what lies beyond the matrix becomes zero. Blocks have
+// kMaxThreads threads or half as many.
+template <typename T, typename Tile, int kRows>
+class TileLoader {
+ public:
+  // Bytes between the rows that one of `threads` threads loads.
+  static int64_t step(int64_t stride, int threads) {
+    return threads / kLanes * stride * static_cast<int64_t>(sizeof(T));
+  }
+
+  // Where a thread's first chunk lies in a tile.
+  __device__ static uint32_t own_offset() { return Tile::offset(own_row(), own_chunk()); }
+
+  // `step` from the host stays a constant operand; loaders of like tiles share an offset.
+  __device__ TileLoader(const GlobalRows<T>& from, int first, int64_t step, uint32_t offset)
+      : next_(from.data + (first + own_row()) * from.stride + own_chunk() * kCount),
+        step_(step),
+        rows_(from.rows),
+        columns_(from.columns),
+        offset_(offset),
+        aligned_(from.aligned) {}
+
+  // Loads the next tile, which starts at `row`. The caller commits the copies, waits for them and
+  // synchronises the block.
+  __device__ __forceinline__ void load(uint32_t tile, int row) {
+    int thread = threadIdx.x, row_step = blockDim.x / kLanes;
+    keep(thread);
+    keep(row_step);
+    const int own_column = thread % kLanes * kCount;
+    uint32_t to = tile + offset_;
+#pragma unroll 1
+    for (int r = thread / kLanes; r < kRows; r += row_step) {
+#pragma unroll 1
+      for (int c = 0; c < Tile::kChunks; c += kLanes) {
+        const int columns = row + r < rows_ ? columns_ - own_column - c * kCount : 0;
+        if (aligned_)
+          copy_async_or_zero(to + c * kChunkBytes, next_ + c * kCount, columns > 0);
+        else
+          copy_elements(to + c * kChunkBytes, next_ + c * kCount, columns);
+      }
+      advance();
+      to += row_step * Tile::kRowBytes;
+    }
+  }
+
+  // The same where all of the tile exists and blocks have kThreads threads.
+  template <int kThreads>
+  __device__ __forceinline__ void load_whole(uint32_t tile) {
+    constexpr int kRowStep = kThreads / kLanes;
+    unroll<kRows / kRowStep>([&](auto r) {
+      unroll<Tile::kChunks / kLanes>([&](auto c) {
+        copy_async<r * kRowStep * Tile::kRowBytes + c * kLanes * kChunkBytes>(
+            tile + offset_, next_ + c * kLanes * kCount);
+      });
+      advance();
+    });
+  }
+
+ private:
+  static constexpr int kCount = kChunkBytes / sizeof(T);
+  // Threads side by side in a row; each takes every kLanes-th chunk.
+  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : Tile::kChunks % 8 == 0 ? 8 : 4;
+  static_assert(kRows % (kMaxThreads / kLanes) == 0 && kMaxThreads / 2 / kLanes % 8 == 0);
+
+  __device__ static int own_row() { return threadIdx.x / kLanes; }
+  __device__ static int own_chunk() { return threadIdx.x % kLanes; }
+
+  __device__ void advance() {
+    next_ = reinterpret_cast<const T*>(reinterpret_cast<const char*>(next_) + step_);
+    keep(next_);
+  }
+
+  // A word at a time: this path is rare, and the registers of the kernel are taken.
+  static __device__ __forceinline__ void copy_elements(uint32_t to, const T* from, int columns) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; i += 4 / static_cast<int>(sizeof(T))) {
+      Pack<T, 4 / sizeof(T)> pack{};
+      for (int j = 0; j < 4 / static_cast<int>(sizeof(T)); ++j)
+        if (i + j < columns) pack.x[j] = from[i + j];
+      store_shared(to + i * static_cast<int>(sizeof(T)), reinterpret_cast<const uint32_t&>(pack));
+    }
+  }
+
+  const T* next_;
+  int64_t step_;  // bytes between the rows that a thread loads
+  int rows_, columns_;
+  uint32_t offset_;
+  bool aligned_;
+};
+
+}  // namespace tokenmill::cuda

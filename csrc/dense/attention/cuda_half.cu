@@ -1,0 +1,7 @@
+#include "dense/attention/cuda_instances.cuh"
+
+namespace tokenmill::cuda {
+
+template const char* launch_forward<__half>(const AttentionParams&, cudaStream_t);
+
+}  // namespace tokenmill::cuda

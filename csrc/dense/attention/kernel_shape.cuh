@@ -1,0 +1,85 @@
+// Tile sizes of the forward kernel and where a lane finds its fragments of keys and values.
+#pragma once
+#include "cuda/load_tile.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/warp.cuh"
+
+namespace tokenmill::cuda {
+
+// kBucket is the larger head dimension, rounded up.
+template <typename T, int kBucket_>
+struct ForwardShape {
+  static constexpr int kBucket = kBucket_;
+  static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
+  static constexpr int kTileKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
+  // 16-row tiles of queries per warp: their accumulators take 4 kBucket / 8 registers each.
+  static constexpr int kRowTiles = kBucket <= (kFloat ? 64 : 128) ? 2 : 1;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kStepKeys = !kFloat && kBucket <= 64 ? 32 : 16;
+  static constexpr bool kQueryInRegisters = !kFloat || kBucket <= 128;
+
+  using KeyTile = SharedTile<kRowBytes, Swizzle::quad>;
+  using ValueTile = SharedTile<kRowBytes, kFloat ? Swizzle::plain : Swizzle::quad>;
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;
+  static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
+  static constexpr int kSharedBytes = 2 * kStageBytes;
+
+  // A slice is 64 bytes of a row: 16 per lane of a quad, two products deep.
+  static constexpr int kSlices = kRowBytes / 64;
+  static constexpr int kSliceProducts = 2;
+};
+
+// Addresses in a stage, one for each pattern of the swizzle; the rest are immediates.
+template <typename Shape>
+struct StageAddresses {
+  using KeyTile = typename Shape::KeyTile;
+  using ValueTile = typename Shape::ValueTile;
+  static constexpr int kKeys = KeyTile::kSwizzledChunks / 4;
+  static constexpr int kValues = Shape::kFloat ? 2 : ValueTile::kSwizzledChunks / 2;
+
+  uint32_t key[kKeys], value[kValues];
+
+  __device__ explicit StageAddresses(uint32_t stage) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) key[i] = stage + KeyTile::offset(g, 4 * i + c);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i)
+      value[i] = stage + Shape::kTileBytes +
+                 (Shape::kFloat ? ValueTile::offset(2 * c + i, g)
+                                : ValueTile::offset(lane % 16, 2 * i + lane / 16));
+#pragma unroll
+    for (uint32_t& x : key) keep(x);
+#pragma unroll
+    for (uint32_t& x : value) keep(x);
+  }
+
+  __device__ __forceinline__ void move(int bytes) {
+#pragma unroll
+    for (uint32_t& x : key) x += bytes;
+#pragma unroll
+    for (uint32_t& x : value) x += bytes;
+  }
+
+  // 16 bytes of slice kSlice of key kRow + g: column g of two products.
+  template <int kRow, int kSlice>
+  __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {
+    load_shared<kRow * Shape::kRowBytes + kSlice / kKeys * kKeys * 64>(words, key[kSlice % kKeys]);
+  }
+
+  // 16 values from kRow on, columns 16 kPair ... + 15: word 2 i + k is word k of column tile i.
+  template <int kRow, int kPair>
+  __device__ __forceinline__ void load_values(uint32_t (&words)[4]) const {
+    load_matrices_transposed<kRow * Shape::kRowBytes + kPair / kValues * kValues * 32>(
+        words, value[kPair % kValues]);
+  }
+
+  // float: values kRow + 2 c + kOdd, columns 32 kGroup + 4 g ... + 3, one for each of 4 tiles.
+  template <int kRow, int kOdd, int kGroup>
+  __device__ __forceinline__ void load_float_values(uint32_t (&words)[4]) const {
+    load_shared<kRow * Shape::kRowBytes + kGroup * 128>(words, value[kOdd]);
+  }
+};
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,215 @@
+// The end of the forward: from sums of weighted values to rows of the output and their lse.
+#pragma once
+#include "dense/attention/kernel_warp.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T>
+struct OutputRows {
+  T* data;
+  int64_t stride;
+  int columns;
+  bool aligned;
+};
+
+struct RowScale {
+  float factor, lse;
+};
+
+// Normalises a softmax row whose weights sum to `sum` relative to 2^pivot. The sink is a logit
+// without a value; shift, the constant of all logits, was left out of the exponents.
+__device__ inline RowScale finish_softmax(float sum, float pivot, const float* sink, float shift) {
+  if (shift == -infinity()) sum = 0;
+  if (!(fabsf(shift) < infinity())) {
+    if (sum > 0) sum = quiet_nan();
+    shift = 0;
+  }
+  if (sum == 0) pivot = -infinity();
+  if (!sink) {
+    if (sum == 0) return {0, -infinity()};
+    return {1 / sum, fmaf(pivot, kLn2, log2_approx(sum) * kLn2) + shift};
+  }
+  const float a = (*sink - shift) * kLog2e;
+  const float top = a > pivot || !(pivot > -infinity()) ? a : pivot;
+  if (top == -infinity()) return {0, -infinity()};
+  if (top == infinity()) return {0, infinity()};
+  const float weight = pivot == -infinity() ? 0 : exp2_approx(pivot - top);
+  const float total = sum * weight + exp2_approx(a - top);
+  return {weight / total, fmaf(top, kLn2, log2_approx(total) * kLn2) + shift};
+}
+
+// The output of one warp. float keeps a second level of sums in the output itself, into which
+// `flush` moves what was summed; 16-bit outputs are stored once.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral>
+class WarpOutput {
+ public:
+  using Warp = ForwardWarp<T, kBucket, kWeights, kGeneral>;
+  using Shape = typename Warp::Shape;
+  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kFlushKeys = 256;
+
+  __device__ explicit WarpOutput(Warp& warp) : warp_(warp) {}
+
+  __device__ __forceinline__ void flush(const OutputRows<T>& out) {
+    static_assert(Shape::kFloat);
+    out_ = out;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float factor = take_level(m, h);
+        store_floats(m, h, factor, 1);
+        warp_.sum_[m][h] = 0;
+#pragma unroll
+        for (int n = 0; n < Warp::kTiles; ++n)
+          warp_.out_[m][n][2 * h] = warp_.out_[m][n][2 * h + 1] = 0;
+      }
+    flushed_ = true;
+  }
+
+  // `lse` and `sink` are those of the head; lse is null for sigmoid. `area` is shared memory for
+  // kWarpRows rows, free to use.
+  __device__ __forceinline__ void store(const OutputRows<T>& out, float* lse, const float* sink,
+                                        uint32_t area) {
+    out_ = out;
+    const int lane = threadIdx.x % kWarpSize;
+    const StageAddress staged(area);
+    unroll<2 * kRowTiles>([&](auto half) {
+      constexpr int m = half / 2, h = half % 2;
+      float factor = 1 / warp_.scale();
+      const float level = Shape::kFloat ? take_level(m, h) : 1;
+      if (warp_.weights() == Weights::softmax) {
+        const float sum = quad_sum(Shape::kFloat ? total_[m][h] : warp_.sum_[m][h]);
+        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, warp_.shift_);
+        const int row = row_of(m, h);
+        if (lane % 4 == 0 && row <= warp_.last_) lse[row] = scale.lse;
+        factor = scale.factor;
+      }
+      if constexpr (Shape::kFloat) {
+        store_floats(m, h, level, factor);
+      } else if (out_.aligned) {
+        stage<8 * half>(m, h, factor, staged);
+      } else {
+        store_elements(m, h, factor);
+      }
+    });
+    if constexpr (!Shape::kFloat)
+      if (out_.aligned) store_staged(area);
+  }
+
+ private:
+  __device__ int row_of(int m, int h) const {
+    return warp_.first_ + 16 * m + 8 * h + static_cast<int>(threadIdx.x % kWarpSize) / 4;
+  }
+  __device__ T* row_at(int row) const { return out_.data + row * out_.stride; }
+
+  // Adds a row's sum of weights to its second level; returns what its output there is worth now.
+  __device__ __forceinline__ float take_level(int m, int h) {
+    const float neg_pivot = warp_.neg_pivot_[m][h];
+    const float factor = flushed_ ? exp2_approx(neg_pivot - level_neg_pivot_[m][h]) : 0;
+    total_[m][h] = (flushed_ ? total_[m][h] * factor : 0) + warp_.sum_[m][h];
+    level_neg_pivot_[m][h] = neg_pivot;
+    return factor;
+  }
+
+  // float: lane c of a quad holds columns 32 group + 8 c ... + 7.
+  __device__ __forceinline__ void store_floats(int m, int h, float level, float scale) {
+    const int row = row_of(m, h), c = threadIdx.x % 4;
+    if (row > warp_.last_) return;
+#pragma unroll
+    for (int group = 0; group < kBucket / 32; ++group)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 32 * group + 8 * c + 4 * i;
+        float* to = reinterpret_cast<float*>(row_at(row)) + column;
+        float x[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) x[t] = warp_.out_[m][4 * group + t][2 * h + i];
+        if (out_.aligned) {
+          if (column >= out_.columns) continue;
+          float4 y{0, 0, 0, 0};
+          if (flushed_) y = *reinterpret_cast<const float4*>(to);
+          *reinterpret_cast<float4*>(to) = {
+              fmaf(y.x, level, x[0]) * scale, fmaf(y.y, level, x[1]) * scale,
+              fmaf(y.z, level, x[2]) * scale, fmaf(y.w, level, x[3]) * scale};
+        } else {
+#pragma unroll
+          for (int t = 0; t < 4; ++t)
+            if (column + t < out_.columns)
+              to[t] = (flushed_ ? fmaf(to[t], level, x[t]) : x[t]) * scale;
+        }
+      }
+  }
+
+  __device__ __forceinline__ void store_elements(int m, int h, float scale) {
+    const int row = row_of(m, h);
+    if (row > warp_.last_) return;
+    T* to = row_at(row);
+#pragma unroll
+    for (int n = 0; n < Warp::kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + 2 * static_cast<int>(threadIdx.x % 4) + i;
+        if (column < out_.columns) to[column] = static_cast<T>(warp_.out_[m][n][2 * h + i] * scale);
+      }
+  }
+
+  // A lane holds 4 bytes of a chunk: through shared memory they become whole sectors.
+  struct StageAddress {
+    static constexpr int kPatterns = Shape::KeyTile::kSwizzledChunks;
+    uint32_t at[kPatterns];
+
+    __device__ explicit StageAddress(uint32_t area) {
+      const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+      for (int n = 0; n < kPatterns; ++n) {
+        at[n] = area + lane % 4 * 4 + Shape::KeyTile::offset(lane / 4, n);
+        keep(at[n]);
+      }
+    }
+  };
+
+  template <int kRow>
+  __device__ __forceinline__ void stage(int m, int h, float scale, const StageAddress& to) {
+    unroll<Warp::kTiles>([&](auto n) {
+      constexpr int kPatterns = StageAddress::kPatterns;
+      const float (&x)[4] = warp_.out_[m][n];
+      store_shared<kRow * Shape::kRowBytes + n / kPatterns * kPatterns * kChunkBytes>(
+          to.at[n % kPatterns], pack<T>(x[2 * h] * scale, x[2 * h + 1] * scale));
+    });
+  }
+
+  __device__ __forceinline__ void store_staged(uint32_t area) {
+    using Tile = typename Shape::KeyTile;
+    constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : Tile::kChunks % 8 == 0 ? 8 : 4;
+    constexpr int kRows = kWarpSize / kLanes;  // at once
+    constexpr int kPatterns = 8 / kRows;
+    const int lane = threadIdx.x % kWarpSize, row = lane / kLanes, chunk = lane % kLanes;
+    uint32_t at[kPatterns];
+#pragma unroll
+    for (int i = 0; i < kPatterns; ++i) at[i] = area + Tile::offset(row + i * kRows, chunk);
+    const int rows = warp_.last_ + 1 - warp_.first_ - row;
+    constexpr int kCount = kChunkBytes / static_cast<int>(sizeof(T));
+    const int columns = out_.columns - chunk * kCount;
+    T* to = row_at(warp_.first_ + row) + chunk * kCount;
+    __syncwarp();
+    unroll<Shape::kWarpRows / kRows>([&](auto i) {
+      unroll<Tile::kChunks / kLanes>([&](auto c) {
+        if (i * kRows < rows && c * kLanes * kCount < columns) {
+          uint32_t w[4];
+          load_shared<i / kPatterns * 8 * Shape::kRowBytes + c * kLanes * kChunkBytes>(
+              w, at[i % kPatterns]);
+          store_global(to + c * kLanes * kCount, w);
+        }
+      });
+      to += kRows * out_.stride;
+    });
+  }
+
+  Warp& warp_;
+  OutputRows<T> out_;
+  bool flushed_ = false;
+  float total_[kRowTiles][2], level_neg_pivot_[kRowTiles][2];
+};
+
+}  // namespace tokenmill::cuda

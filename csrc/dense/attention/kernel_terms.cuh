@@ -1,0 +1,168 @@
+// What the forward and the backward kernels know about a head: its rows, its band, its scores.
+#pragma once
+#include "cuda/load_tile.cuh"
+#include "cuda/math.cuh"
+#include "cuda/warp.cuh"
+#include "dense/attention/band.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill::cuda {
+
+// Positions within a sequence are ints on the device; the host rejects longer sequences.
+constexpr int64_t kMaxLength = int64_t{1} << 29;
+
+struct Sequence {
+  int q_start, k_start, q_length, k_length;
+};
+
+// Bad cu_seqlens give wrong rows but stay inside the tensors.
+__device__ inline int clamped_end(const int32_t* cu_seqlens, int64_t i, int64_t tokens) {
+  const int end = cu_seqlens[i];
+  return end < 0 ? 0 : end > tokens ? static_cast<int>(tokens) : end;
+}
+
+__device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
+  if (!p.cu_seqlens_q) return {0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
+  const int q = clamped_end(p.cu_seqlens_q, b, p.seqlen_q);
+  const int k = clamped_end(p.cu_seqlens_k, b, p.seqlen_k);
+  const int q_length = clamped_end(p.cu_seqlens_q, b + 1, p.seqlen_q) - q;
+  const int k_length = clamped_end(p.cu_seqlens_k, b + 1, p.seqlen_k) - k;
+  return {q, k, q_length > 0 ? q_length : 0, k_length > 0 ? k_length : 0};
+}
+
+// A bound on the tiles of `rows` rows in all sequences that depends on shapes alone.
+inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows) {
+  return cu_seqlens ? tokens / rows + batch : ceil_div(tokens, rows);
+}
+
+struct TilePlace {
+  int b;     // -1: none
+  int tile;  // of the sequence
+};
+
+// Tile number `index` of packed sequences. All lanes of a warp together.
+__device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
+                                      int rows, int64_t index) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t first = 0; first < batch; first += kWarpSize) {
+    const int64_t b = first + lane;
+    int tiles = 0;
+    if (b < batch) {
+      const int length =
+          clamped_end(cu_seqlens, b + 1, tokens) - clamped_end(cu_seqlens, b, tokens);
+      tiles = length > 0 ? (length + rows - 1) / rows : 0;
+    }
+    int64_t end = tiles;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int64_t before = __shfl_up_sync(kFullWarp, end, offset);
+      if (lane >= offset) end += before;
+    }
+    const unsigned found = __ballot_sync(kFullWarp, index < end);
+    if (found) {
+      const int owner = __clz(__brev(found));  // the lowest bit
+      const int tile = static_cast<int>(index - (end - tiles));
+      return {static_cast<int>(first) + owner, __shfl_sync(kFullWarp, tile, owner)};
+    }
+    index -= __shfl_sync(kFullWarp, end, kWarpSize - 1);
+  }
+  return {-1, 0};
+}
+
+// Row 0 of a sequence in head h of batch b.
+template <typename T>
+__device__ __forceinline__ T* rows_at(const Rows& rows, int64_t b, int64_t start, int64_t h) {
+  return static_cast<T*>(rows.data) + b * rows.batch + start * rows.seq + h * rows.head;
+}
+
+__device__ __forceinline__ float* lse_at(const AttentionParams& p, const float* lse, int64_t b,
+                                         int64_t start, int64_t h) {
+  const int64_t at = p.cu_seqlens_q ? h * p.seqlen_q + start : (b * p.heads + h) * p.seqlen_q;
+  return const_cast<float*>(lse) + at;
+}
+
+// Band in ints: low and high are far beyond any sequence where there is no limit.
+struct WarpBand {
+  int low, high, columns;
+
+  __device__ WarpBand(const AttentionParams& p, const Sequence& s) : columns(s.k_length) {
+    const Band band = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
+    low = static_cast<int>(band.low < -kMaxLength ? -kMaxLength : band.low);
+    high = static_cast<int>(band.high > kMaxLength ? kMaxLength : band.high);
+  }
+  __device__ int begin(int row) const { return max(row + low, 0); }
+  __device__ int end(int row) const { return min(row + high, columns); }
+};
+
+// score_bias, score_bias_value and -log n in one.
+__device__ inline float constant_of(const AttentionParams& p, int64_t b, int64_t h, int columns) {
+  float constant = p.score_bias_value;
+  if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
+  if (p.score_bias_neg_log_n && columns > 0) constant -= logf(static_cast<float>(columns));
+  return constant;
+}
+
+// Bias, slope and soft cap of one head: what needs more than scale and constant.
+struct GeneralTerms {
+  __device__ GeneralTerms(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
+                          float constant)
+      : scale(p.scale),
+        softcap(p.softcap),
+        slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
+        constant(constant),
+        diagonal(s.k_length - s.q_length),
+        rows(s.q_length),
+        columns(s.k_length),
+        bias(p.bias),
+        bias_dtype(p.bias_dtype),
+        bias_start(b * p.bias_batch + h * p.bias_head),
+        bias_q(p.bias_q),
+        bias_k(p.bias_k),
+        has_slope(p.alibi_slopes != nullptr) {}
+
+  __device__ float bias_at(int row, int column) const {
+    if (row >= rows || column >= columns) return 0;
+    const int64_t at = bias_start + row * bias_q + column * bias_k;
+    switch (bias_dtype) {
+      case DType::float16:
+        return __half2float(static_cast<const __half*>(bias)[at]);
+      case DType::bfloat16:
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[at]);
+      default:
+        return static_cast<const float*>(bias)[at];
+    }
+  }
+
+  // The logit in nats; comparisons are written so that a NaN stays.
+  __device__ float logit(float qk, int row, int column) const {
+    float z = qk * scale;
+    if (softcap > 0) z = softcap * tanhf(z / softcap);
+    if (bias) {
+      z += bias_at(row, column);
+      z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
+    }
+    if (has_slope) z = fmaf(-slope, fabsf(static_cast<float>(row + diagonal - column)), z);
+    return z + constant;
+  }
+
+  // The exponent of a softmax weight in base 2. A finite logit has a finite exponent (-FLT_MAX
+  // log2e would not); -inf hides the pair.
+  __device__ float softmax_exponent(float z) const {
+    const float t = z * kLog2e;
+    if (!bias || z < -kFloatMax) return t;
+    return t > kFloatMax ? kFloatMax : t < -kFloatMax ? -kFloatMax : t;
+  }
+
+  float scale, softcap, slope, constant;
+  int diagonal, rows, columns;
+  const void* bias;
+  DType bias_dtype;
+  int64_t bias_start, bias_q, bias_k;
+  bool has_slope;
+};
+
+inline bool needs_general(const AttentionParams& p) {
+  return p.bias || p.alibi_slopes || p.softcap > 0 || !(p.scale > 0);
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,392 @@
+// One warp of the forward: its rows of queries, their weights for a step of keys, its output.
+#pragma once
+#include "dense/attention/kernel_shape.cuh"
+#include "dense/attention/kernel_terms.cuh"
+
+namespace tokenmill::cuda {
+
+// As a template argument, `any` leaves the choice to run time.
+enum class Weights : int { softmax, sigmoid, fast_sigmoid, any };
+
+__host__ __device__ inline Weights weights_of(const AttentionParams& p) {
+  if (p.map == ScoreMap::softmax) return Weights::softmax;
+  return p.fast ? Weights::fast_sigmoid : Weights::sigmoid;
+}
+
+// Softmax weights are relative to the pivot of their row and may exceed it by 2^kHeadroom before
+// the pivot moves: rescaling is rare, and the only key of a row has weight 1.
+constexpr float kHeadroom = 8;
+
+// Sigmoid weights are scaled: float16 cannot hold those near 1 / n from n = 16384 on. (The fast
+// ones have an absolute error of 2^-12 anyway.)
+template <typename T>
+constexpr int kLog2Scale = std::is_same_v<T, __half> ? 15 : 0;
+template <typename T>
+constexpr float kScale = 1 << kLog2Scale<T>;
+
+template <typename T, int kBucket, Weights kWeights, bool kGeneral>
+class ForwardWarp {
+ public:
+  using Shape = ForwardShape<T, kBucket>;
+  using Addresses = StageAddresses<Shape>;
+  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kTiles = kBucket / 8;  // of output columns
+
+  // Exponents (fast: arguments of tanh) = factor x + offset, x being q.k or the general logit. The
+  // factor comes from the host as a constant operand.
+  static float factor(const AttentionParams& p) {
+    const Weights weights = weights_of(p);
+    if (kGeneral) return weights == Weights::softmax ? 1 : unit(weights);
+    return unit(weights) * p.scale;
+  }
+
+  // `first` is the warp's first row of the sequence.
+  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band,
+                         int64_t b, int64_t h, int first, const GlobalRows<T>& queries,
+                         float factor)
+      : band_(band),
+        first_(first),
+        last_(min(first + Shape::kWarpRows, s.q_length) - 1),
+        shift_(constant_of(p, b, h, s.k_length)),
+        terms_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : shift_),
+        factor_(factor),
+        queries_(queries) {
+    weights_ = weights_of(p);
+    if constexpr (!kGeneral) offset_ = unit(weights()) * shift_;
+    if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
+      // With these a row's first weights overflow, which sets its pivot. -FLT_MAX, the least finite
+      // exponent, needs no other one.
+      neg_pivot_[m][0] = neg_pivot_[m][1] = kFloatMax;
+      sum_[m][0] = sum_[m][1] = 0;
+    }
+    if constexpr (Shape::kQueryInRegisters) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int j = 0; j < Shape::kSlices; ++j) load_query(q_[m][j], m, j);
+    }
+  }
+
+  // Adds the keys key0 .. of the stage at `at`, which is left as it was.
+  __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
+    int first = first_, last = last_;
+    if constexpr (kBucket > 64) keep(first), keep(last);  // registers are short there
+    if (!kGeneral && key0 >= band_.begin(last) && key0 + Shape::kTileKeys <= band_.end(first)) {
+      unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
+        add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0);
+      });
+      return;
+    }
+#pragma unroll 1
+    for (const int end = key0 + Shape::kTileKeys; key0 < end; key0 += kMaskedKeys) {
+      unroll<kRowTiles>([&](auto m) {
+        int row = first_ + 16 * m;
+        keep(row);
+        const int row_end = min(row + 16, last_ + 1);
+        if (row < row_end && key0 < band_.end(row_end - 1) && key0 + kMaskedKeys > band_.begin(row))
+          add_step<m, 1, kMaskedKeys, 0, true>(at, key0);
+      });
+      at.move(kMaskedKeys * Shape::kRowBytes);
+    }
+    at.move(-Shape::kTileBytes);
+  }
+
+  __device__ float scale() const { return weights() == Weights::sigmoid ? kScale<T> : 1; }
+  __device__ Weights weights() const { return kWeights == Weights::any ? weights_ : kWeights; }
+
+  WarpBand band_;
+  int first_, last_;
+  float shift_;  // the constant of the head, which softmax weights do not see
+  float out_[kRowTiles][kTiles][4];
+  float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+
+ private:
+  static constexpr int kMaskedKeys = 16;
+  static constexpr int kDepth = kMmaDepth<T>;
+
+  __host__ __device__ static float unit(Weights weights) {
+    return weights == Weights::softmax ? kLog2e : weights == Weights::sigmoid ? -kLog2e : 0.5f;
+  }
+
+  // 16 bytes of rows g and g + 8.
+  struct QuerySlice {
+    uint32_t words[2][4];
+  };
+
+  // Rows beyond the sequence repeat its last one.
+  __device__ __forceinline__ void load_query(QuerySlice& to, int m, int slice) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const int column = (4 * slice + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(first_ + 16 * m + 8 * h + lane / 4, queries_.rows - 1);
+      const T* from = queries_.data + row * queries_.stride;
+      if (queries_.aligned && queries_.columns == kBucket) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from + column);
+        to.words[h][0] = x.x, to.words[h][1] = x.y, to.words[h][2] = x.z, to.words[h][3] = x.w;
+      } else {
+        load_elements(to.words[h], from, column, queries_.columns);
+      }
+    }
+  }
+
+  template <int kFirst, int kCount, int kKeys, int kOffset, bool kMasked>
+  __device__ __forceinline__ void add_step(const Addresses& at, int key0) {
+    float s[kCount][kKeys / 8][4];
+    multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
+    if constexpr (kGeneral) finish_logits<kFirst>(s, key0);
+    if constexpr (kMasked) {
+      if (key0 < band_.begin(min(first_ + 16 * kFirst + 15, last_)) ||
+          key0 + kKeys > band_.end(first_ + 16 * kFirst))
+        hide<kFirst>(s, key0);
+    }
+    Fragment<T, 4> p[kCount][kKeys / kDepth];
+    if (weights() == Weights::softmax) {
+      softmax_weights<kFirst>(s, p);
+    } else if (weights() == Weights::sigmoid) {
+      sigmoid_weights(s, p);
+    } else {
+      fast_sigmoid_weights(s, p);
+    }
+    multiply_values<kFirst, kCount, kKeys, kOffset>(p, at);
+  }
+
+  template <int kFirst, int kCount, int kKeys, int kOffset>
+  __device__ __forceinline__ void multiply_keys(float (&s)[kCount][kKeys / 8][4],
+                                                const Addresses& at) {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+    unroll<Shape::kSlices>([&](auto j) {
+      QuerySlice loaded[kCount];
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+        if constexpr (Shape::kQueryInRegisters)
+          loaded[m] = q_[kFirst + m][j];
+        else
+          load_query(loaded[m], kFirst + m, j);
+      }
+      Fragment<T, 4> a[kCount][2];
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+        const auto& w = loaded[m].words;
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+          a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
+      }
+      unroll<kKeys / 8>([&](auto n) {
+        uint32_t w[4];
+        at.template load_keys<kOffset + 8 * n, j>(w);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
+#pragma unroll
+          for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
+        }
+      });
+    });
+  }
+
+  template <int kFirst, int kCount, int kKeys, int kOffset>
+  __device__ __forceinline__ void multiply_values(const Fragment<T, 4> (&p)[kCount][kKeys / kDepth],
+                                                  const Addresses& at) {
+    unroll<kKeys / kDepth>([&](auto k) {
+      if constexpr (Shape::kFloat) {
+        unroll<kBucket / 32>([&](auto group) {
+          uint32_t even[4], odd[4];
+          at.template load_float_values<kOffset + kDepth * k, 0, group>(even);
+          at.template load_float_values<kOffset + kDepth * k, 1, group>(odd);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const auto b = make_fragment<T>(even[t], odd[t]);
+#pragma unroll
+            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][4 * group + t], p[m][k], b);
+          }
+        });
+      } else {
+        unroll<kBucket / 16>([&](auto pair) {
+          uint32_t w[4];
+          at.template load_values<kOffset + kDepth * k, pair>(w);
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            const auto b = make_fragment<T>(w[2 * t], w[2 * t + 1]);
+#pragma unroll
+            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][2 * pair + t], p[m][k], b);
+          }
+        });
+      }
+    });
+  }
+
+  // visit(row tile, key tile, i, row, key) for the accumulators of this lane.
+  template <int kFirst, int kCount, int kKeyTiles, typename Visit>
+  __device__ __forceinline__ void each_pair(int key0, const Visit& visit) const {
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+          visit(m, n, i, first_ + 16 * (kFirst + m) + 8 * (i / 2) + lane / 4,
+                key0 + 8 * n + 2 * (lane % 4) + i % 2);
+  }
+
+  template <int kFirst, int kCount, int kKeyTiles>
+  __device__ __forceinline__ void finish_logits(float (&s)[kCount][kKeyTiles][4], int key0) const {
+    each_pair<kFirst, kCount, kKeyTiles>(key0, [&](int m, int n, int i, int row, int key) {
+      const float z = terms_.logit(s[m][n][i], row, key);
+      s[m][n][i] = weights() == Weights::softmax ? terms_.softmax_exponent(z) : z;
+    });
+  }
+
+  template <int kFirst, int kCount, int kKeyTiles>
+  __device__ __forceinline__ void hide(float (&s)[kCount][kKeyTiles][4], int key0) const {
+    each_pair<kFirst, kCount, kKeyTiles>(key0, [&](int m, int n, int i, int row, int key) {
+      if (key < band_.begin(row) || key >= band_.end(row)) s[m][n][i] = -infinity();
+    });
+  }
+
+  template <int kKeyTiles>
+  static __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kKeyTiles * 8 / kDepth],
+                                                       const float (&e)[kKeyTiles][4]) {
+#pragma unroll
+    for (int k = 0; k < kKeyTiles * 8 / kDepth; ++k) {
+      if constexpr (Shape::kFloat) {
+        p[k] = make_fragment<T>(__float_as_uint(e[k][0]), __float_as_uint(e[k][2]),
+                                __float_as_uint(e[k][1]), __float_as_uint(e[k][3]));
+      } else {
+        const float (&low)[4] = e[2 * k], (&high)[4] = e[2 * k + 1];
+        p[k] = make_fragment<T>(pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                                pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
+      }
+    }
+  }
+
+  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ void softmax_weights(const float (&s)[kCount][kKeyTiles][4],
+                                                  Fragment<T, 4> (&p)[kCount][kBlocks]) {
+    float sums[kCount][2];
+    exponentiate<kFirst>(s, p, sums);
+    float top = 0;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) top = fmaxf(top, fmaxf(sums[m][0], sums[m][1]));
+    if (__any_sync(kFullWarp, top > kSumLimit)) {
+      raise_pivots<kFirst>(s);
+      exponentiate<kFirst>(s, p, sums);
+    }
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
+  }
+
+  static constexpr float kSumLimit = 256;  // 2^kHeadroom
+
+  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ void exponentiate(const float (&s)[kCount][kKeyTiles][4],
+                                               Fragment<T, 4> (&p)[kCount][kBlocks],
+                                               float (&sums)[kCount][2]) const {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      float e[kKeyTiles][4];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          e[n][i] = exp2_approx(fmaf(s[m][n][i], factor_, neg_pivot_[kFirst + m][i / 2]));
+      set_fragments(p[m], e);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
+      }
+    }
+  }
+
+  // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
+  // moves depends on that row alone.
+  template <int kFirst, int kCount, int kKeyTiles>
+  __device__ __forceinline__ void raise_pivots(const float (&s)[kCount][kKeyTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float top = -infinity();
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+          top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor_, s[m][n][2 * h + 1] * factor_));
+        top = quad_max(top);
+        float& neg_pivot = neg_pivot_[kFirst + m][h];
+        if (top + neg_pivot > kHeadroom) {
+          const float shrink = exp2_approx(-neg_pivot - top);
+          neg_pivot = -top;
+          sum_[kFirst + m][h] *= shrink;
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            out_[kFirst + m][n][2 * h] *= shrink;
+            out_[kFirst + m][n][2 * h + 1] *= shrink;
+          }
+        }
+      }
+    }
+  }
+
+  template <int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ void sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
+                                                  Fragment<T, 4> (&p)[kCount][kBlocks]) const {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      float e[kKeyTiles][4];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          e[n][i] =
+              reciprocal_approx(exp2_approx(fmaf(s[m][n][i], factor_, offset_)) + 1 / kScale<T>);
+      set_fragments(p[m], e);
+    }
+  }
+
+  template <int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ void fast_sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
+                                                       Fragment<T, 4> (&p)[kCount][kBlocks]) const {
+    // float16 keeps what tanh.approx knows near -1; bfloat16 would not.
+    constexpr bool kPacked = std::is_same_v<T, __half>;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      float e[kKeyTiles][4];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          e[n][i] = tanh_approx(fmaf(s[m][n][i], factor_, offset_));
+          if (!kPacked) e[n][i] = fmaf(e[n][i], 0.5f, 0.5f);
+        }
+      set_fragments(p[m], e);
+      if constexpr (kPacked) {
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k)
+#pragma unroll
+          for (uint32_t& word : p[m][k].words)
+            asm("fma.rn.f16x2 %0, %0, %1, %1;" : "+r"(word) : "r"(0x38003800));  // 0.5
+      }
+    }
+  }
+
+  Weights weights_;
+  GeneralTerms terms_;
+  float factor_, offset_ = 0;
+  GlobalRows<T> queries_;
+  QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
+};
+
+}  // namespace tokenmill::cuda
