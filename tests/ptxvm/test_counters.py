@@ -210,6 +210,11 @@ SHARED_CASES = [
         (1, 32, 512, 16, 4),
     ),
     (
+        address(0) + "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r5, %r6}, [%r4];",
+        "matrix",
+        (1, 16, 256, 16, 2),
+    ),
+    (
         address(128) + "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r5, %r6}, [%r4];",
         "matrix",
         (1, 16, 256, 16, 2),
@@ -287,6 +292,8 @@ def test_barriers_are_warp_executions_and_arrivals_are_none():
     launch = count(body.replace("bar.arrive 1, 128;", "bar.arrive 1, 64;"), block=64)
     assert launch["barriers"] == 4
     assert count("barrier.cta.sync.aligned 0;\n", block=96)["barriers"] == 3
+    reduction = "setp.eq.u32 %p1, %r0, 0;\nbar.red.popc.u32 %r1, 0, %p1;\n"
+    assert count(reduction, block=96)["barriers"] == 3
 
 
 def test_local_memory():

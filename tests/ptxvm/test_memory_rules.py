@@ -63,6 +63,7 @@ FAULTS = [
     ("cp.async.ca.shared.global [%d5+512], [%d0], 4;", "write of 4 bytes at shared address 0x200"),
     ("ld.local.b32 %r1, [%d6+16];", "local memory of the thread has 16 bytes"),
     ("ld.param.b32 %r1, [p0+16];", "parameter memory"),
+    ("ld.param.v2.b64 {%d1,%d2}, [p0];", "memory of the block has 8 bytes, the access ends 8 "),
     ("ld.global.b32 %r1, [%d1];", "global address 0x0"),
 ]
 
