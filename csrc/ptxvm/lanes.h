@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "ptxvm/machine.h"
@@ -14,23 +15,30 @@
 
 namespace ptxvm {
 
+// How a value lies in a slot: halves are structures, which loops over integers read best.
+template <typename T>
+using Raw = std::conditional_t<std::is_class_v<T>, uint16_t, T>;
+
 // destination[i] = Op::apply(source[i] ...). Slots: destination, sources.
 //
 // A destination is the slot of a source or overlaps none. Where all are of one size a lane is read
 // before it is written, so the loop may write in place; else it goes through a copy.
 template <typename Op, typename D, typename... S, size_t... I>
 inline void map_slots(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<I...>) {
-  const std::tuple<const S*...> sources{lanes<const S>(warp, in.slots[1 + I])...};
-  D* destination = lanes<D>(warp, in.slots[0]);
+  const std::tuple<const Raw<S>*...> sources{lanes<const Raw<S>>(warp, in.slots[1 + I])...};
+  const auto apply = [&](int i) {
+    return std::bit_cast<Raw<D>>(Op::apply(std::bit_cast<S>(std::get<I>(sources)[i])...));
+  };
+  Raw<D>* destination = lanes<Raw<D>>(warp, in.slots[0]);
   if constexpr (((sizeof(D) == sizeof(S)) && ...)) {
     if (mask == kFullMask) {
 #pragma GCC ivdep
-      for (int i = 0; i < kLanes; ++i) destination[i] = Op::apply(std::get<I>(sources)[i]...);
+      for (int i = 0; i < kLanes; ++i) destination[i] = apply(i);
       return;
     }
   }
-  alignas(64) D values[kLanes];
-  for (int i = 0; i < kLanes; ++i) values[i] = Op::apply(std::get<I>(sources)[i]...);
+  alignas(64) Raw<D> values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = apply(i);
   assign(destination, values, mask);
 }
 

@@ -120,20 +120,19 @@ struct Extreme {
     using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
     constexpr U sign = U{1} << (8 * sizeof(T) - 1);
     if constexpr (Ftz) a = flush(a), b = flush(b);
-    const U x = std::bit_cast<U>(a), y = std::bit_cast<U>(b);
-    const U sign_of_both = (x ^ y) & sign;
-    if constexpr (Magnitude) {
-      a = std::bit_cast<T>(x & ~sign);
-      b = std::bit_cast<T>(y & ~sign);
-    }
-    const U p = std::bit_cast<U>(a), q = std::bit_cast<U>(b);
-    const U equal = Max ? p & q : p | q;
-    U result = a == b ? equal : (Max ? a > b : a < b) ? p : q;
-    result = is_nan(b) ? p : is_nan(a) ? q : result;
-    if constexpr (Magnitude) result |= sign_of_both;
-    const bool invalid = Nan ? is_nan(a) || is_nan(b) : is_nan(a) && is_nan(b);
-    constexpr U nan = sizeof(T) == 4 ? U{kNaN32} : static_cast<U>(kNaN64);
-    return std::bit_cast<T>(invalid ? nan : result);
+    U x = std::bit_cast<U>(a), y = std::bit_cast<U>(b);
+    const U sign_of_both = Magnitude ? (x ^ y) & sign : 0;
+    if constexpr (Magnitude) x &= ~sign, y &= ~sign;
+    const U p = x & ~sign, q = y & ~sign;
+    const bool nan_a = p > Format<T>::infinity, nan_b = q > Format<T>::infinity;
+    // Order of signed magnitudes as integers, -0 below +0.
+    using I = std::make_signed_t<U>;
+    const I i = static_cast<I>(x ^ (static_cast<U>(static_cast<I>(x) >> (8 * sizeof(T) - 1)) >> 1));
+    const I j = static_cast<I>(y ^ (static_cast<U>(static_cast<I>(y) >> (8 * sizeof(T) - 1)) >> 1));
+    U result = choose(Max ? i > j : i < j, x, y);
+    result = choose(nan_b, x, choose(nan_a, y, result)) | sign_of_both;
+    return std::bit_cast<T>(
+        choose(Nan ? nan_a | nan_b : nan_a & nan_b, static_cast<U>(Format<T>::nan), result));
   }
 };
 

@@ -7,13 +7,14 @@ namespace ptxvm {
 namespace {
 
 // A double as f32, rounded to odd: a second rounding to a half is then as good as a single one.
-inline float odd_float(double x) {
+[[gnu::always_inline]] inline float odd_float(double x) {
   const float value = static_cast<float>(x);
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const double error = x - value;
-  const bool adjust = error != 0 && !(bits & 1) && (bits & 0x7f800000) != 0x7f800000;
-  const bool outward = (error > 0) == (x > 0);
-  return std::bit_cast<float>(adjust ? (outward ? bits + 1 : bits - 1) : bits);
+  const bool finite = (bits & 0x7f800000) != 0x7f800000;
+  const bool adjust = (error != 0) & finite & !(bits & 1);
+  const uint32_t step = choose<uint32_t>((error > 0) == (x > 0), 1, ~0u);
+  return std::bit_cast<float>(bits + choose<uint32_t>(adjust, step, 0));
 }
 
 struct Add {
@@ -26,7 +27,9 @@ struct Multiply {
   static float apply(float a, float b) { return a * b; }
 };
 struct Fma {
-  static float apply(float a, float b, float c) { return odd_float(odd_fma(a, b, c)); }
+  [[gnu::always_inline]] static float apply(float a, float b, float c) {
+    return odd_float(odd_fma(a, b, c));
+  }
 };
 
 enum class Limit { none, saturate, relu };
@@ -39,22 +42,44 @@ T maybe_flush(T x) {
     return x;
 }
 
-template <typename Op, bool Ftz, Limit limit>
-struct Arithmetic {
-  template <typename T, typename... More>
-  static T apply(T first, More... more) {
-    const float exact =
-        Op::apply(to_float(maybe_flush<Ftz>(first)), to_float(maybe_flush<Ftz>(more))...);
-    T result = maybe_flush<Ftz>(nearest<T>(exact));
-    if constexpr (limit == Limit::saturate) {
-      const float value = to_float(result);
-      result = value > 0 ? (value < 1 ? result : nearest<T>(1.0f)) : T{0};
-    }
-    if constexpr (limit == Limit::relu)
-      result = is_nan(result) ? T{kNaN16} : (result.bits & 0x8000) ? T{0} : result;
-    return result;
+template <typename T, bool Ftz, Limit limit>
+uint32_t finish(float exact) {
+  T result = maybe_flush<Ftz>(nearest<T>(exact));
+  const bool nan = is_nan(result), negative = (result.bits & 0x8000) != 0;
+  if constexpr (limit == Limit::saturate) {
+    const uint16_t one = nearest<T>(1.0f).bits;
+    const uint16_t most = choose<uint16_t>(result.bits > one, one, result.bits);
+    result.bits = choose<uint16_t>(nan | negative, 0, most);
   }
-};
+  if constexpr (limit == Limit::relu)
+    result.bits = choose<uint16_t>(negative & !nan, 0, result.bits);
+  return result.bits;
+}
+
+// In steps of one element size each, which is what vectorises: halves to floats, the operation,
+// floats to halves. R is the register's type: 32 bits hold a pair.
+template <typename Op, typename T, typename R, bool Ftz, Limit limit, size_t... I>
+void arithmetic(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<I...>) {
+  alignas(64) uint32_t bits[kLanes], packed[kLanes] = {};
+  alignas(64) float operands[sizeof...(I)][kLanes], results[kLanes];
+  for (int shift = 0; shift < static_cast<int>(8 * sizeof(R)); shift += 16) {
+    for (size_t k = 0; k < sizeof...(I); ++k) {
+      const R* source = lanes<const R>(warp, in.slots[1 + k]);
+      for (int i = 0; i < kLanes; ++i) bits[i] = static_cast<uint32_t>(source[i]) >> shift & 0xffff;
+      for (int i = 0; i < kLanes; ++i)
+        operands[k][i] = to_float(maybe_flush<Ftz>(T{static_cast<uint16_t>(bits[i])}));
+    }
+    for (int i = 0; i < kLanes; ++i) results[i] = Op::apply(operands[I][i]...);
+    for (int i = 0; i < kLanes; ++i) packed[i] |= finish<T, Ftz, limit>(results[i]) << shift;
+  }
+  alignas(64) R values[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = static_cast<R>(packed[i]);
+  assign(lanes<R>(warp, in.slots[0]), values, mask);
+}
+template <typename Op, typename T, typename R, int Operands, bool Ftz, Limit limit>
+void arithmetic(Warp& warp, const Instruction& in, Mask mask) {
+  arithmetic<Op, T, R, Ftz, limit>(warp, in, mask, std::make_index_sequence<Operands>{});
+}
 
 template <bool Ftz>
 struct Negate {
@@ -75,18 +100,22 @@ struct Absolute {
 template <bool Max, bool Nan, bool Ftz, bool Magnitude>
 struct Extreme {
   template <typename T>
-  static T apply(T a, T b) {
+  [[gnu::always_inline]] static T apply(T a, T b) {
     a = maybe_flush<Ftz>(a);
     b = maybe_flush<Ftz>(b);
     const uint32_t sign_of_both = (a.bits ^ b.bits) & 0x8000u;
     if constexpr (Magnitude) a.bits &= 0x7fff, b.bits &= 0x7fff;
     // Order of signed magnitudes as integers, -0 below +0.
-    const auto key = [](T x) { return x.bits & 0x8000 ? -1 - (x.bits & 0x7fff) : x.bits & 0x7fff; };
-    uint32_t result = (Max ? key(a) > key(b) : key(a) < key(b)) ? a.bits : b.bits;
-    result = is_nan(b) ? a.bits : is_nan(a) ? b.bits : result;
+    const auto key = [](T v) {
+      const int32_t bits = static_cast<int16_t>(v.bits);
+      return bits ^ (bits >> 31 & 0x7fff);
+    };
+    const uint32_t x = a.bits, y = b.bits;
+    uint32_t result = choose(Max ? key(a) > key(b) : key(a) < key(b), x, y);
+    result = choose(is_nan(b), x, choose(is_nan(a), y, result));
     if constexpr (Magnitude) result |= sign_of_both;
-    const bool invalid = Nan ? is_nan(a) || is_nan(b) : is_nan(a) && is_nan(b);
-    return {static_cast<uint16_t>(invalid ? kNaN16 : result)};
+    const bool invalid = Nan ? is_nan(a) | is_nan(b) : is_nan(a) & is_nan(b);
+    return {static_cast<uint16_t>(choose<uint32_t>(invalid, kNaN16, result))};
   }
 };
 
@@ -94,7 +123,7 @@ struct Extreme {
 template <typename Op, typename T>
 struct Pair {
   template <typename... S>
-  static uint32_t apply(S... operands) {
+  [[gnu::always_inline]] static uint32_t apply(S... operands) {
     const T low = Op::apply(T{static_cast<uint16_t>(operands)}...);
     const T high = Op::apply(T{static_cast<uint16_t>(operands >> 16)}...);
     return low.bits | static_cast<uint32_t>(high.bits) << 16;
@@ -107,7 +136,6 @@ Handler by_type(const std::string& type) {
     using O = std::conditional_t<std::is_same_v<T, V>, Op, Pair<Op, T>>;
     if constexpr (Operands == 1) return map_lanes<O, V, V>;
     if constexpr (Operands == 2) return map_lanes<O, V, V, V>;
-    if constexpr (Operands == 3) return map_lanes<O, V, V, V, V>;
   };
   if (type == "f16") return pick.template operator()<Half, Half>();
   if (type == "f16x2") return pick.template operator()<Half, uint32_t>();
@@ -115,18 +143,22 @@ Handler by_type(const std::string& type) {
   return pick.template operator()<BFloat, uint32_t>();
 }
 
+template <typename Op, int Operands, bool Ftz, Limit limit>
+Handler arithmetic_by_type(const std::string& type) {
+  if (type == "f16") return arithmetic<Op, Half, uint16_t, Operands, Ftz, limit>;
+  if (type == "f16x2") return arithmetic<Op, Half, uint32_t, Operands, Ftz, limit>;
+  if (Ftz || limit == Limit::saturate) return nullptr;  // bf16 has neither
+  if (type == "bf16") return arithmetic<Op, BFloat, uint16_t, Operands, false, limit>;
+  return arithmetic<Op, BFloat, uint32_t, Operands, false, limit>;
+}
+
 template <typename Op, int Operands>
 Handler choose_arithmetic(const std::string& type, bool ftz, Limit limit) {
-  if (type[0] == 'b') {  // bf16 has neither .ftz nor .sat
-    if (ftz || limit == Limit::saturate) return nullptr;
-    return limit == Limit::relu ? by_type<Arithmetic<Op, false, Limit::relu>, Operands>(type)
-                                : by_type<Arithmetic<Op, false, Limit::none>, Operands>(type);
-  }
   const auto pick = [&]<bool Ftz>() -> Handler {
-    if (limit == Limit::relu) return by_type<Arithmetic<Op, Ftz, Limit::relu>, Operands>(type);
+    if (limit == Limit::relu) return arithmetic_by_type<Op, Operands, Ftz, Limit::relu>(type);
     if (limit == Limit::saturate)
-      return by_type<Arithmetic<Op, Ftz, Limit::saturate>, Operands>(type);
-    return by_type<Arithmetic<Op, Ftz, Limit::none>, Operands>(type);
+      return arithmetic_by_type<Op, Operands, Ftz, Limit::saturate>(type);
+    return arithmetic_by_type<Op, Operands, Ftz, Limit::none>(type);
   };
   return ftz ? pick.template operator()<true>() : pick.template operator()<false>();
 }
