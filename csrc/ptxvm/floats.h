@@ -185,11 +185,11 @@ inline float from_bits<float>(uint32_t bits) {
   const double product = a * b, sum = product + c;
   const double shadow = sum - product;
   const double lost = (product - (sum - shadow)) + (c - shadow);
-  const uint64_t bits = std::bit_cast<uint64_t>(sum);
+  const uint64_t bits = std::bit_cast<uint64_t>(sum), rest = std::bit_cast<uint64_t>(lost);
   const bool finite = (bits & Format<double>::infinity) != Format<double>::infinity;
-  const bool adjust = (lost != 0) & finite & !(bits & 1);
-  const uint64_t step = choose<uint64_t>((lost > 0) == (sum > 0), 1, ~uint64_t{0});
-  return std::bit_cast<double>(bits + choose<uint64_t>(adjust, step, 0));
+  const bool adjust = ((rest << 1) != 0) & finite & !(bits & 1);
+  const uint64_t inward = (rest ^ bits) >> 63;
+  return std::bit_cast<double>(bits + choose<uint64_t>(adjust, 1 - 2 * inward, 0));
 }
 
 // An integer as a double, rounded to odd.

@@ -6,15 +6,21 @@
 namespace ptxvm {
 namespace {
 
-// A double as f32, rounded to odd: a second rounding to a half is then as good as a single one.
-[[gnu::always_inline]] inline float odd_float(double x) {
-  const float value = static_cast<float>(x);
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const double error = x - value;
-  const bool finite = (bits & 0x7f800000) != 0x7f800000;
-  const bool adjust = (error != 0) & finite & !(bits & 1);
-  const uint32_t step = choose<uint32_t>((error > 0) == (x > 0), 1, ~0u);
-  return std::bit_cast<float>(bits + choose<uint32_t>(adjust, step, 0));
+// Doubles as f32, rounded to odd: a second rounding to a half is then as good as a single one.
+void odd_floats(const double* x, float* values) {
+  alignas(64) int32_t steps[kLanes];
+  for (int i = 0; i < kLanes; ++i) values[i] = static_cast<float>(x[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t error = std::bit_cast<uint64_t>(x[i] - static_cast<double>(values[i]));
+    const uint64_t inward = (error ^ std::bit_cast<uint64_t>(x[i])) >> 63;
+    steps[i] = static_cast<int32_t>(choose<uint64_t>((error << 1) != 0, 1 - 2 * inward, 0));
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(values[i]);
+    const bool adjust = ((bits & 0x7f800000) != 0x7f800000) & !(bits & 1);
+    const uint32_t step = choose<uint32_t>(adjust, static_cast<uint32_t>(steps[i]), 0);
+    values[i] = std::bit_cast<float>(bits + step);
+  }
 }
 
 struct Add {
@@ -26,11 +32,7 @@ struct Subtract {
 struct Multiply {
   static float apply(float a, float b) { return a * b; }
 };
-struct Fma {
-  [[gnu::always_inline]] static float apply(float a, float b, float c) {
-    return odd_float(odd_fma(a, b, c));
-  }
-};
+struct Fma {};  // in two steps, see arithmetic
 
 enum class Limit { none, saturate, relu };
 
@@ -69,7 +71,13 @@ void arithmetic(Warp& warp, const Instruction& in, Mask mask, std::index_sequenc
       for (int i = 0; i < kLanes; ++i)
         operands[k][i] = to_float(maybe_flush<Ftz>(T{static_cast<uint16_t>(bits[i])}));
     }
-    for (int i = 0; i < kLanes; ++i) results[i] = Op::apply(operands[I][i]...);
+    if constexpr (sizeof...(I) == 3) {
+      alignas(64) double wide[kLanes];
+      for (int i = 0; i < kLanes; ++i) wide[i] = odd_fma(operands[I][i]...);
+      odd_floats(wide, results);
+    } else {
+      for (int i = 0; i < kLanes; ++i) results[i] = Op::apply(operands[I][i]...);
+    }
     for (int i = 0; i < kLanes; ++i) packed[i] |= finish<T, Ftz, limit>(results[i]) << shift;
   }
   alignas(64) R values[kLanes];
