@@ -81,9 +81,9 @@ class Worker {
       HeadSums total;
       if (bp.dsink) total.sink = sink_gradient();
       for (int64_t part = 0; part < split.count; ++part) {
-        const HeadSums sums = run_part(part * split.keys, (part + 1) * split.keys, 0, dq);
-        add(sums, total);
-        add_rows(dq, dq_total, part == 0);
+        const int64_t begin = part * split.keys, end = begin + split.keys;
+        add(run_part(begin, end, 0, part == 0 ? dq_total : dq), total);
+        add_part(part == 0 ? dq_total : dq, queries_of(begin, end), part == 0);
       }
       finish_queries(dq_total, total);
     }
@@ -115,7 +115,7 @@ class Worker {
       for (int64_t part = 0; part < split.count; ++part) {
         const Partials& one = partials[part * group + g];
         add(one.sums, total);
-        add_rows(one.dq, dq_total, part == 0);
+        add_part(one.dq, queries_of(part * split.keys, (part + 1) * split.keys), part == 0);
       }
       finish_queries(dq_total, total);
     }
@@ -159,11 +159,22 @@ class Worker {
     std::memset(dv, 0, rows * width_v * sizeof(float));
   }
 
-  // Keys [begin, end) against all queries of head h: dq_out is set, dk and dv (whose row 0 is key
-  // `origin`) are added to.
+  struct Range {
+    int64_t begin, end;
+  };
+
+  // The queries that see keys [begin, end), in whole blocks.
+  Range queries_of(int64_t begin, int64_t end) const {
+    const int64_t from = seen_by.begin(begin), to = seen_by.end(lower(end, s->k_length) - 1);
+    if (from >= to) return {0, 0};
+    return {from / kQueryBlock * kQueryBlock, round_up(to, kQueryBlock)};
+  }
+
+  // Keys [begin, end) against all queries of head h: the rows queries_of(begin, end) of dq_out are
+  // set, dk and dv (whose row 0 is key `origin`) are added to.
   HeadSums run_part(int64_t begin, int64_t end, int64_t origin, float* dq_out) {
     if (end > s->k_length) end = s->k_length;
-    std::memset(dq_out, 0, padded(s->q_length) * width_d * sizeof(float));
+    zero_rows(dq_out, queries_of(begin, end));
     HeadSums sums;
     for (int64_t j = begin; j < end; j += kKeyTile) {
       keys = end - j < kKeyTile ? end - j : kKeyTile;
@@ -337,9 +348,19 @@ class Worker {
     to.sink += from.sink;
   }
 
-  void add_rows(const float* from, float* to, bool assign) const {
-    for (int64_t i = 0; i < padded(s->q_length) * width_d; i += kWidth)
-      store(to + i, assign ? load(from + i) : load(to + i) + load(from + i));
+  void zero_rows(float* rows, Range r) const {
+    std::memset(rows + r.begin * width_d, 0, (r.end - r.begin) * width_d * sizeof(float));
+  }
+
+  // Rows r of one part's dQ into dq_total, which the first part sets and may have written itself.
+  void add_part(const float* part, Range r, bool first) const {
+    if (first) {
+      zero_rows(dq_total, {0, r.begin});
+      zero_rows(dq_total, {r.end, padded(s->q_length)});
+      if (part == dq_total) return;
+    }
+    for (int64_t i = r.begin * width_d; i < r.end * width_d; i += kWidth)
+      store(dq_total + i, first ? load(part + i) : load(dq_total + i) + load(part + i));
   }
 
   void finish_queries(const float* total, const HeadSums& sums) {
