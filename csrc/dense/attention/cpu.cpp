@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kQueryTile = 96;  // a multiple of kTileRows
 constexpr int64_t kKeyStep = 256;   // a multiple of kPanel
+constexpr int kShortRows = 4;       // of a register tile where kTileRows would compute idle rows
 // Rows of P and of the accumulators start in different cache sets.
 constexpr int64_t kRowPad = 16;
 // P may exceed 1 by this power of two before a softmax row moves its pivot.
@@ -57,15 +58,16 @@ struct PackedHead {
                           v + column / Op::kPair * width, width);
   }
 
-  // Share `part` of `parts` of the panel at `column`.
-  void prefetch(int64_t column, int64_t part, int64_t parts) const {
+  // The panel at `column`, of which the share [part, part + count) of `parts`.
+  void prefetch(int64_t column, int64_t part, int64_t count, int64_t parts) const {
     if (column < s->k_length && !done[column / kPanel])
-      prefetch_rows(*p, *s, b, h, column, part, parts);
+      prefetch_rows(*p, *s, b, h, column, part, count, parts);
   }
   static void prefetch_rows(const AttentionParams& p, const Sequence& s, int64_t b, int64_t h,
-                            int64_t column, int64_t part, int64_t parts) {
+                            int64_t column, int64_t part, int64_t count, int64_t parts) {
     const int64_t n = s.k_length - column < kPanel ? s.k_length - column : kPanel;
-    for (int64_t j = column + part * n / parts; j < column + (part + 1) * n / parts; ++j) {
+    const int64_t last = part + count < parts ? part + count : parts;
+    for (int64_t j = column + part * n / parts; j < column + last * n / parts; ++j) {
       prefetch_row<false>(row_of(p.k, p.dtype, b, s.k_start, j, h), p.head_dim * size_of(p.dtype));
       prefetch_row<false>(row_of(p.v, p.dtype, b, s.k_start, j, h), p.value_dim * size_of(p.dtype));
     }
@@ -75,6 +77,12 @@ struct PackedHead {
 struct Vectors {
   int64_t first, count;
 };
+
+// Rows of the next register tile where `left` are to be done.
+constexpr int64_t rows_of_tile(int64_t left) {
+  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
+  return fits ? kShortRows : kTileRows;
+}
 
 struct QueryTile {
   const ScoreTerms* terms;
@@ -90,11 +98,11 @@ struct QueryTile {
   // key of a row has weight 1; it moves when an exponent exceeds raise_above.
   float *pivot, *raise_above, *sums;
 
-  // The vectors of the panel at `column` that one of kTileRows rows sees, in whole units of `pair`.
-  Vectors seen(int64_t row, int64_t column, int64_t pair) const {
+  // The vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
+  Vectors seen(int64_t row, int64_t count, int64_t column, int64_t pair) const {
     const int64_t unit = kWidth * pair;
     const int64_t from = band.begin(first + row) - column;
-    const int64_t to = band.end(first + row + kTileRows - 1) - column;
+    const int64_t to = band.end(first + row + count - 1) - column;
     const int64_t begin = from > 0 ? from / unit : 0;
     const int64_t end = to < kPanel ? ceil_div(to > 0 ? to : 0, unit) : kPanel / unit;
     return {begin * pair, (end - begin) * pair};
@@ -130,19 +138,19 @@ __attribute__((noinline)) void raise_pivot(const QueryTile& t, int64_t row, floa
   store(sums, load(sums) * set(factor));
 }
 
-// Weights of kTileRows queries and kVectors vectors of keys from `column` on, at `slot` of the
+// Weights of kRows queries and kVectors vectors of keys from `column` on, at `slot` of the
 // step. `panel` points at the first of these keys in its packed panel.
-template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kVectors>
+template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
                                           int64_t column, int64_t slot) {
-  vf s[kTileRows][kVectors];
+  vf s[kRows][kVectors];
   clear(s);
   multiply<Op, false>(s, t.q + row * t.ldq, t.ldq, panel, kPanel, t.words);
 
   const int64_t i = t.first + row;
   if constexpr (!kPlain) {
     TM_UNROLL(8)
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j)
         s[r][j] = t.terms->exponent(s[r][j], i + r, column + j * kWidth);
@@ -150,15 +158,15 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
     const vf factor = set(t.terms->factor);
     TM_UNROLL(8)
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) s[r][j] = s[r][j] * factor;
     }
   }
-  if (column < t.band.begin(i + kTileRows - 1) || column + kVectors * kWidth > t.band.end(i))
+  if (column < t.band.begin(i + kRows - 1) || column + kVectors * kWidth > t.band.end(i))
       [[unlikely]] {
     TM_UNROLL(8)
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const int64_t begin = t.band.begin(i + r) - column, end = t.band.end(i + r) - column;
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j)
@@ -171,21 +179,21 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
   float* p = t.p + row * ldp + slot / Op::kPair;
   if constexpr (kMap == ScoreMap::softmax) {
     vm over{};
-    vf top[kTileRows];
+    vf top[kRows];
     TM_UNROLL(8)
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       top[r] = s[r][0];
       TM_UNROLL(4)
       for (int j = 1; j < kVectors; ++j) top[r] = max_of(top[r], s[r][j]);
       over = either(over, less(set(t.raise_above[row + r]), top[r]));
     }
     if (any(over)) [[unlikely]]
-      for (int r = 0; r < kTileRows; ++r)
+      for (int r = 0; r < kRows; ++r)
         raise_pivot<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
   }
   const vf odds = set(t.terms->odds), one = set(1.f);
   TM_UNROLL(8)
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     if constexpr (kMap == ScoreMap::softmax) {
       const vf pivot = set(t.pivot[row + r]);
       float* sums = t.sums + (row + r) * kWidth;
@@ -217,12 +225,13 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
 using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
 
 // The copy of score_tile for 1 .. kTileVectors vectors.
-template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kVectors = kTileVectors>
+template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kRows,
+          int kVectors = kTileVectors>
 ScoreTile score_tile_for(int64_t vectors) {
   if constexpr (kVectors > Op::kPair)
     if (vectors < kVectors)
-      return score_tile_for<Op, kMap, kCoarse, kPlain, kVectors - Op::kPair>(vectors);
-  return &score_tile<Op, kMap, kCoarse, kPlain, kVectors>;
+      return score_tile_for<Op, kMap, kCoarse, kPlain, kRows, kVectors - Op::kPair>(vectors);
+  return &score_tile<Op, kMap, kCoarse, kPlain, kRows, kVectors>;
 }
 
 struct RowScale {
@@ -372,52 +381,59 @@ class Worker {
     }
   }
 
+  void stream_keys() { t.terms->plain ? stream_keys<true>() : stream_keys<false>(); }
+
+  template <bool kPlain>
   void stream_keys() {
-    ScoreTile score[kTileVectors + 1];
-    for (int n = 1; n <= kTileVectors; ++n)
-      score[n] = t.terms->plain ? score_tile_for<Op, kMap, kCoarse, true>(n)
-                                : score_tile_for<Op, kMap, kCoarse, false>(n);
+    ScoreTile full[kTileVectors + 1], shorter[kTileVectors + 1];
+    for (int n = 1; n <= kTileVectors; ++n) {
+      full[n] = score_tile_for<Op, kMap, kCoarse, kPlain, kTileRows>(n);
+      shorter[n] = score_tile_for<Op, kMap, kCoarse, kPlain, kShortRows>(n);
+    }
     const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
     const int64_t end = t.band.end(t.first + t.rows - 1);
     for (int64_t step = begin; step < end; step += kKeyStep) {
       const int64_t step_end = step + kKeyStep < end ? step + kKeyStep : end;
       for (int64_t column = step; column < step_end; column += kPanel) {
         head.ensure(column);
-        for (int64_t row = 0; row < t.rows; row += kTileRows) {
-          prefetch(row, column, column == begin);
-          const Vectors seen = t.seen(row, column, Op::kPair);
+        for (int64_t row = 0, n; row < t.rows; row += n) {
+          n = rows_of_tile(t.rows - row);
+          prefetch(row, n, column, column == begin);
+          const Vectors seen = t.seen(row, n, column, Op::kPair);
           if (seen.count <= 0) continue;
           const int64_t skip = seen.first * kWidth;
-          score[seen.count](t, row, head.k_panel(column) + skip, column + skip,
-                            column + skip - step);
+          (n == kTileRows ? full : shorter)[seen.count](t, row, head.k_panel(column) + skip,
+                                                        column + skip, column + skip - step);
         }
       }
-      for (int64_t row = 0; row < t.rows; row += kTileRows) {
+      for (int64_t row = 0, n; row < t.rows; row += n) {
+        n = rows_of_tile(t.rows - row);
         const int64_t i = t.first + row;
-        int64_t from = t.band.begin(i), to = t.band.end(i + kTileRows - 1);
+        int64_t from = t.band.begin(i), to = t.band.end(i + n - 1);
         from = (from < step ? step : from) / Op::kPair * Op::kPair;
         to = round_up(to > step_end ? step_end : to, Op::kPair);
         if (from >= to) continue;
-        multiply_rows<Op, false, kTileRows, false>(
-            t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
-            head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
+        const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false>
+                                            : &multiply_rows<Op, false, kShortRows, false>;
+        product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
+                head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
       }
     }
   }
 
   // A share of what is needed soon: the next panel; beside the first panel of a tile, the rows of
   // its output, the next tile of queries, and the first panel of its head if that is another one.
-  void prefetch(int64_t row, int64_t column, bool first_panel) const {
-    const int64_t part = row / kTileRows, parts = ceil_div(t.rows, kTileRows);
-    head.prefetch(column + kPanel, part, parts);
+  void prefetch(int64_t row, int64_t count, int64_t column, bool first_panel) const {
+    head.prefetch(column + kPanel, row, count, t.rows);
     if (!first_panel) return;
-    for (int64_t r = row; r < row + kTileRows; ++r) {
+    for (int64_t r = row; r < row + count; ++r) {
       if (r < t.rows) prefetch_row<true>(row_at(p.out, place, r), p.value_dim * size_of(p.dtype));
       if (r < next.rows) prefetch_row<false>(row_at(p.q, next, r), p.head_dim * size_of(p.dtype));
     }
     if (next.rows > 0 && next.kv != place.kv)
       PackedHead<Op>::prefetch_rows(p, next.s, next.b, next.kv % p.kv_heads,
-                                    next.band.begin(next.first) / kPanel * kPanel, part, parts);
+                                    next.band.begin(next.first) / kPanel * kPanel, row, count,
+                                    t.rows);
   }
 
   void store_rows() {
