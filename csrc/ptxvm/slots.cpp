@@ -101,9 +101,7 @@ class Liveness {
           uint64_t& defined = block.defined[value / 64];
           const uint64_t bit = uint64_t{1} << value % 64;
           if (!written && !(defined & bit)) block.used[value / 64] |= bit;
-          // Under a guard the old value may survive, so it stays live.
-          if (written && code_[i].guard != kNoSlot && !(defined & bit))
-            block.used[value / 64] |= bit;
+          // Under a guard the old value may survive.
           if (written && code_[i].guard == kNoSlot) defined |= bit;
         });
     }

@@ -65,6 +65,33 @@ DONE:
     assert run_ints(body, given, block=64).tolist() == expected
 
 
+def test_value_that_survives_a_guard_in_a_loop() -> None:
+    """Registers that share slots: %r6 lives where %r5 must not be forgotten."""
+    body = """
+ ld.global.u32 %r3, [%in];
+ mov.u32 %r4, 0; mov.u32 %r5, 100; mov.u32 %r7, 0;
+LOOP:
+ setp.eq.u32 %p1, %r7, %r3;
+ @%p1 mov.u32 %r5, 7;
+ add.u32 %r4, %r4, %r5;
+ mul.lo.u32 %r6, %r7, 1000;
+ xor.b32 %r4, %r4, %r6;
+ add.u32 %r7, %r7, 1;
+ setp.lt.u32 %p2, %r7, 5;
+ @%p2 bra LOOP;
+ st.global.u32 [%out], %r4;
+ ret;"""
+    given = np.arange(32) % 6
+    expected = []
+    for x in given:
+        total, value = 0, 100
+        for i in range(5):
+            value = 7 if i == x else value
+            total = (total + value) ^ (1000 * i)
+        expected.append(total)
+    assert run_ints(body, given).tolist() == expected
+
+
 def test_early_return_leaves_other_lanes_running() -> None:
     body = """
  ld.global.u32 %r3, [%in];
