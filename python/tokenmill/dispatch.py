@@ -112,9 +112,11 @@ def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[A
 
 
 def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in lowered
-    )
+    if torch.is_grad_enabled():
+        for t in lowered:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 @dataclass(frozen=True)

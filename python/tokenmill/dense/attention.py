@@ -256,7 +256,8 @@ def lower(
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
     ):
-        check_tensor(OP, name, option, optional=True)
+        if option is not None:
+            check_tensor(OP, name, option, optional=True)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     if scale is None:
@@ -264,17 +265,13 @@ def lower(
     for name, x in (("scale", scale), ("softcap", softcap)):
         if not isinstance(x, int | float):
             fail(OP, name, "must be a number", x)
-    if not (isinstance(window, tuple | list) and [type(w) for w in window] == [int, int]):
+    pair = isinstance(window, tuple | list) and len(window) == 2
+    if not (pair and type(window[0]) is int and type(window[1]) is int):
         fail(OP, "window", "must be two ints (left, right)", window)
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not (bound is None or isinstance(bound, int | torch.SymInt)):
             fail(OP, name, "must be an int or None", bound)
-    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
-
-    def widen(t: Tensor | None) -> Tensor | None:
-        return t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t
-
-    score_bias_tensor = widen(score_bias) if isinstance(score_bias, Tensor) else None
+    score_bias_tensor = _widen(score_bias, q) if isinstance(score_bias, Tensor) else None
     neg_log_n = isinstance(score_bias, str)
     if neg_log_n and score_bias != "neg_log_n":
         fail(OP, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
@@ -298,8 +295,8 @@ def lower(
         constant,
         neg_log_n,
         bias,
-        widen(alibi_slopes),
-        widen(sink),
+        None if alibi_slopes is None else _widen(alibi_slopes, q),
+        None if sink is None else _widen(sink, q),
         float(softcap),
         bool(causal),
         window[0],
@@ -315,6 +312,14 @@ def lower(
 
 SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK = 5, 8, 9, 10  # positions in the lowered list
 CU_SEQLENS_Q = 15
+
+
+def _widen(t: Tensor, q: Tensor) -> Tensor:
+    """A small tensor in float32, or in float64 beside a float64 q."""
+    if not t.is_floating_point():
+        return t
+    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
+    return t.to(wide)
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
