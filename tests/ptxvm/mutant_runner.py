@@ -1,0 +1,192 @@
+"""Runs operators on mutants of the emulated library, each in a process of its own.
+
+Reads mutations as JSON rows [kernel, kind, seed] from the standard input and prints an object for
+each: verdict (survived, wrong, report, hang), what was changed, and the report. The kind "original"
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mutate import Change, Mutation, mutate
+
+import tokenmill as tm
+from tokenmill import emulator, library
+
+Tensors = list[torch.Tensor]
+DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
+SECONDS = 60
+
+
+def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable[[str], Tensors]:
+    """Forward and backward; the dimension decides between vectors and single elements."""
+    random = torch.Generator().manual_seed(parts)
+    outs = torch.randn(parts, 2, 5, 2, dim, generator=random).to(dtype)
+    weights = torch.randn(parts, 2, 2, 5, generator=random) * 3
+    weights[0, 0] = -torch.inf
+    weights[:, 1, 1, 4] = -torch.inf
+    dout = torch.randn(2, 5, 2, dim, generator=random).to(dtype)
+    dlse = torch.randn(2, 2, 5, generator=random)
+
+    def run(backend: str) -> Tensors:
+        wide = backend == "reference"
+        x = (outs.double() if wide else outs).clone().requires_grad_()
+        w = (weights.double() if wide else weights).clone().requires_grad_() if lses else None
+        out, lse = tm.merge_attention_states(x, w, backend=backend)
+        results = [out.detach(), lse.detach()] if lses else [out.detach()]
+        losses = [out, lse] if lses else [out]
+        grads = [dout, dlse] if lses else [dout]
+        finite = [torch.where(torch.isfinite(y), y, 0.0) if y is not out else y for y in losses]
+        torch.autograd.backward(finite, [g.to(y.dtype) for g, y in zip(grads, finite, strict=True)])
+        results += [t.grad for t in (x, w) if t is not None and t.grad is not None]
+        return results
+
+    return run
+
+
+def attention_case(
+    dtype: torch.dtype, queries: int, keys: int, dim: int, **options: Any
+) -> Callable[[str], Tensors]:
+    """Two query heads share one of keys."""
+    random = torch.Generator().manual_seed(queries + dim)
+    q = torch.randn(2, queries, 4, dim, generator=random).to(dtype)
+    k, v = (torch.randn(2, keys, 2, dim, generator=random).to(dtype) for _ in range(2))
+
+    def run(backend: str) -> Tensors:
+        wide = backend == "reference"
+        inputs = [(x.double() if wide else x).clone() for x in (q, k, v)]
+        out, lse = tm.attention(*inputs, return_lse=True, backend=backend, **options)
+        return [out, lse]
+
+    return run
+
+
+def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
+    """What exercises a kernel, from its mangled name."""
+    element = r"I(?:\d+_*(?:nv_)?)?(half|bfloat16|f)L"
+    if found := re.search(f"merge_(backward_)?kernel{element}i(\\d)", kernel):
+        dtype = DTYPES[found[2]]
+        # Loops are unrolled by 4: one round or many, and 0 to 3 turns left over.
+        short, long = (40, 1416) if found[3] != "1" else (21, 333)
+        sizes = ((long, 4, True), (short, 3, True), (short, 203, True), (long, 6, False))
+        for dim, parts, lses in sizes:
+            yield merge_case(dtype, dim, parts, lses)
+    elif found := re.search(f"attention_forward_kernel{element}i(\\d+)E", kernel):
+        dtype, dim = DTYPES[found[1]], int(found[2])
+        yield attention_case(dtype, 200, 333, dim, causal=True)
+        yield attention_case(dtype, 100, 200, dim)
+        yield attention_case(dtype, 70, 129, dim - 8)
+        yield attention_case(dtype, 33, 65, dim - 3)
+    else:
+        raise LookupError(f"no case for kernel {kernel}")
+
+
+def wrong(got: Tensors, wanted: Tensors) -> str:
+    """Rounding of f32 adds up over a row; that of halves happens once, at the end."""
+    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        scale = w[torch.isfinite(w)].abs().max()
+        allowed = (64 if g.dtype is torch.float32 else 2) * torch.finfo(g.dtype).eps * scale
+        same = (g.double() == w) | ((g.double() - w).abs() <= allowed)
+        if not same.all():
+            return f"result {i}: {int((~same).sum())} of {g.numel()} elements"
+    return ""
+
+
+def judge(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
+    for run, expected in zip(cases(kernel), wanted, strict=True):
+        try:
+            got = run("emulated")
+        except RuntimeError as error:
+            return "report", str(error).splitlines()[0]
+        if difference := wrong(got, expected):
+            return "wrong", difference
+    return "survived", ""
+
+
+def sections(image: bytes) -> Iterator[tuple[int, str]]:
+    """PTX texts in a library, with their offsets."""
+    for found in re.finditer(rb"\.version \d", image):
+        start = image.rfind(b"\0", 0, found.start()) + 1
+        yield start, image[start : image.find(b"\0", start)].decode("latin1")
+
+
+def mutated_image(image: bytes, mutation: Mutation) -> tuple[bytes, Change]:
+    for start, text in sections(image):
+        if mutation.kernel not in text:
+            continue
+        new, change = mutate(text, mutation)
+        return image[:start] + new.encode("latin1") + image[start + len(new) :], change
+    raise LookupError(f"{mutation}: no such kernel")
+
+
+def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """The verdict of a process that loads the library at `path`."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        library.EMULATED_PATH = path
+        signal.alarm(SECONDS)
+        try:
+            emulator.configure("check=1,watchdog=20")
+            verdict = work()
+        except BaseException as error:  # the parent must hear of it
+            verdict = ("error", repr(error))
+        os.write(writing, json.dumps(verdict).encode()[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if answer:
+        verdict, detail = json.loads(answer)
+        return verdict, detail
+    alarm = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    return ("hang", "") if alarm else ("crash", f"status {status}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    image = library.EMULATED_PATH.read_bytes()
+    references: dict[str, list[Tensors]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for row in json.load(sys.stdin):
+            mutation = Mutation(*row)
+            started = time.monotonic()
+            if mutation.kernel not in references:
+                references[mutation.kernel] = [run("reference") for run in cases(mutation.kernel)]
+            path, change = library.EMULATED_PATH, Change(0, "", "")
+            if mutation.kind != "original":
+                changed, change = mutated_image(image, mutation)
+                path = Path(folder) / "_emulated.so"
+                path.unlink(missing_ok=True)
+                path.write_bytes(changed)
+            wanted = references[mutation.kernel]
+            verdict, detail = in_child(path, lambda m=mutation, w=wanted: judge(m.kernel, w))
+            answer: dict[str, Any] = {
+                "mutation": row,
+                "verdict": verdict,
+                "detail": detail,
+                "line": change.line,
+                "before": change.before,
+                "after": change.after,
+                "seconds": round(time.monotonic() - started, 2),
+            }
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

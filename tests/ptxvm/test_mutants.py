@@ -1,0 +1,96 @@
+"""Faults put into kernels on purpose: the machine's checks or a wrong result must show them.
+
+Which of them survive, and why, is in docs/ptxvm.md, section Mutants.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutate import KINDS, Mutation, mutate
+
+pytest.importorskip("tokenmill")
+from tokenmill import library
+
+if not library.emulated_built():
+    pytest.skip("a development build alone has the kernels", allow_module_level=True)
+
+HERE = Path(__file__).parent
+HALF = "merge_kernelI6__halfLi8"
+FLOAT = "merge_kernelIfLi4"
+SCALAR = "merge_kernelIfLi1"
+HALF_BACKWARD = "merge_backward_kernelI6__halfLi8"
+FLOAT_BACKWARD = "merge_backward_kernelIfLi4"
+KERNELS = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
+SHARE = 0.9
+
+MUTATIONS = [
+    Mutation(kernel, kind, seed)
+    for kernel in KERNELS
+    for kind in ("address", "constant", "comparison", "operands", "addend", "lane")
+    for seed in (0, 1)
+]
+
+
+def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
+    environment = os.environ | {"TOKENMILL_EMULATED": str(library.EMULATED_PATH)}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "mutant_runner.py")],
+        input=json.dumps([[m.kernel, m.kind, m.seed] for m in mutations]),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_original_kernels_are_right_and_clean() -> None:
+    for row in run([Mutation(kernel, "original", 0) for kernel in KERNELS]):
+        assert row["verdict"] == "survived", row
+
+
+def test_mutants_are_found() -> None:
+    rows = run(MUTATIONS)
+    assert len(rows) == len(MUTATIONS) >= 40
+    assert {row["verdict"] for row in rows} <= {"survived", "wrong", "report", "hang"}
+    survivors = [row for row in rows if row["verdict"] == "survived"]
+    listed = "\n".join(
+        f"{row['mutation']} line {row['line']}: {row['before']} => {row['after']}"
+        for row in survivors
+    )
+    assert len(survivors) <= (1 - SHARE) * len(rows), f"survivors:\n{listed}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mutation_is_the_same_every_time_and_keeps_the_length(kind: str) -> None:
+    text = """
+.visible .entry k()
+{
+bar.sync 0;
+cp.async.wait_group 1;
+mov.u32 %r29, 16;
+shfl.sync.bfly.b32 %r31|%p11, %r27, %r29, %r28, %r30;
+xor.b32 %r1, %r2, 112;
+ld.shared.f32 %f1, [%r1+16];
+add.s32 %r1, %r1, 64;
+@%p1 ld.global.f32 %f1, [%rd1];
+setp.lt.s32 %p1, %r1, %r2;
+sub.f32 %f1, %f2, %f30;
+fma.rn.f32 %f1, %f2, %f3, %f40;
+mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1,%r2}, {%r5}, {%f1};
+ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];
+ret;
+}
+"""
+    first, change = mutate(text, Mutation("k", kind, 0))
+    assert (first, change) == mutate(text, Mutation("k", kind, 0))
+    assert first != text and len(first) == len(text)
+    assert first.count("\n") == text.count("\n")
