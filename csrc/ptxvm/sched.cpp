@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <list>
+#include <numeric>
 
 #include "ptxvm/check.h"
 #include "ptxvm/device.h"
@@ -62,6 +63,11 @@ class Grid {
         std::max<uint64_t>(uint64_t{multiprocessors()} *
                                blocks_per_multiprocessor(kernel_, threads_, launch.dynamic_shared),
                            options.resident_blocks);
+    // Steps of a stride that shares no factor with the number of blocks visit each of them.
+    do {
+      stride_ = 1 + random_.below(blocks_);
+    } while (std::gcd(stride_, blocks_) != 1);
+    first_ = random_.below(blocks_);
   }
 
   void run() {
@@ -72,7 +78,6 @@ class Grid {
         admit();
         continue;
       }
-      bool finished = false;
       for (auto resident = residents_.begin(); resident != residents_.end();) {
         run_block(**resident);
         if ((*resident)->unfinished > 0) {
@@ -81,17 +86,15 @@ class Grid {
         }
         block_finished((*resident)->block);
         spare_.splice(spare_.end(), residents_, resident++);
-        finished = true;
         rounds_ = 0;
         since_finish_ = 0;
       }
-      // A block may wait for another: more of them join while none finishes, up to what the device
-      // holds at once.
       ++rounds_;
-      const bool crowded = residents_.size() >= options.resident_blocks;
-      if (next_ < blocks_ &&
-          (!crowded || (rounds_ % 8 == 0 && !finished && residents_.size() < capacity_)))
-        admit();
+      if (next_ < blocks_ && residents_.size() < options.resident_blocks) admit();
+      // Perhaps they wait for blocks that have not begun: more join, up to what the device holds.
+      if (rounds_ >= kPatience)
+        for (size_t i = residents_.size() / 4 + 1; i > 0; --i)
+          if (next_ < blocks_ && residents_.size() < capacity_) admit();
       if (options.watchdog && since_finish_ > options.watchdog * 1000000) report_hang();
     }
   }
@@ -103,10 +106,20 @@ class Grid {
       fresh.splice(fresh.end(), spare_, spare_.begin());
     else
       fresh.push_back(make_resident());
-    uint64_t index = next_++;
-    if (options.order == Options::Order::reverse) index = blocks_ - 1 - index;
-    start(*fresh.front(), index);
+    start(*fresh.front(), block_at(next_++));
     residents_.splice(residents_.end(), fresh);
+  }
+
+  uint64_t block_at(uint64_t position) const {
+    switch (options.order) {
+      case Options::Order::forward:
+        return position;
+      case Options::Order::reverse:
+        return blocks_ - 1 - position;
+      default:
+        return static_cast<uint64_t>((static_cast<unsigned __int128>(position) * stride_ + first_) %
+                                     blocks_);
+    }
   }
 
   std::unique_ptr<Resident> make_resident() {
@@ -181,10 +194,12 @@ class Grid {
     block_started(block);
   }
 
-  // A turn of the block: its warps in turns, until none of them can go on or each had its share.
+  // A turn of the block: its warps in turns, until it has finished or had its share.
   void run_block(Resident& resident) {
     const bool seeded = options.order == Options::Order::seeded;
-    for (uint32_t round = 0; round < kRounds && resident.unfinished > 0; ++round) {
+    uint64_t share = uint64_t{options.fuel} * warps_;
+    if (seeded) share = 1 + random_.below(share);
+    for (uint64_t used = 0; used < share && resident.unfinished > 0;) {
       uint64_t issued = 0;
       const uint32_t rotation = seeded ? static_cast<uint32_t>(random_.below(warps_)) : 0;
       for (uint32_t i = 0; i < warps_; ++i) {
@@ -198,8 +213,8 @@ class Grid {
       }
       issued_in_all += issued;
       since_finish_ += issued;
+      used += issued;
       if (issued == 0) report_deadlock(resident.block);
-      if (seeded && random_.below(4) == 0) break;
     }
   }
 
@@ -221,13 +236,14 @@ class Grid {
     throw Fault(text);
   }
 
-  static constexpr uint32_t kRounds = 16;  // of a block before another block gets its turn
+  static constexpr uint64_t kPatience = 16;  // turns of all blocks without a finished one
 
   const Launch& launch_;
   Kernel& kernel_;
   Random random_;
   uint32_t threads_, warps_, shared_bytes_;
-  uint64_t blocks_, capacity_, next_ = 0, rounds_ = 0, since_finish_ = 0;
+  uint64_t blocks_, capacity_, stride_, first_;
+  uint64_t next_ = 0, rounds_ = 0, since_finish_ = 0;
   std::list<std::unique_ptr<Resident>> residents_, spare_;
 };
 

@@ -31,7 +31,7 @@ GO:
  st.release.gpu.global.u32 [%rd4], %r0;
  ret;"""
     for last, offset in (("%r4", "4"), ("0", "-4")):
-        with machine.options(order=order, seed=5, resident_blocks=3, fuel=200):
+        with machine.options(order=order, seed=5, resident_blocks=3):
             text = body.replace("LAST", last).replace("OFFSET", offset)
             out = run_ints(text, np.zeros(32), grid=40, size=40)
         assert out.tolist() == list(range(40))
