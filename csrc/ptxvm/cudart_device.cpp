@@ -59,9 +59,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   thread_local std::string text;
   const ErrorName* const entry = find_error(error);
   text = entry ? entry->text : "unrecognized error code";
-  const std::lock_guard lock(runtime().mutex);
-  if (error != cudaSuccess && runtime().report_error == error && !runtime().report.empty())
-    text += ": " + runtime().report;
+  if (error != cudaSuccess && last_reported_error() == error && !last_report().empty())
+    text += ": " + last_report();
   return text.c_str();
 }
 

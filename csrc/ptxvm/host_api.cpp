@@ -126,8 +126,7 @@ int ptxvm_configure(const char* settings) {
 
 const char* ptxvm_last_report(void) {
   thread_local std::string text;
-  const std::lock_guard lock(runtime().mutex);
-  text = std::exchange(runtime().report, {});
+  text = std::exchange(last_report(), {});
   return text.c_str();
 }
 

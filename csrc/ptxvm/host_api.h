@@ -16,7 +16,7 @@ void ptxvm_unregister_all(void);
 // leaves a message for ptxvm_last_report.
 int ptxvm_configure(const char* settings);
 
-// What the last failed launch or call reported; empty if none failed since the last call.
+// What the last failed launch or call of this thread reported; empty if none failed since.
 const char* ptxvm_last_report(void);
 
 // Counters of all launches since the last reset as JSON text, valid until the next call.

@@ -15,7 +15,8 @@
 namespace ptxvm {
 namespace {
 
-thread_local int thread_error = cudaSuccess;
+thread_local int thread_error = cudaSuccess, reported_error = cudaSuccess;
+thread_local std::string thread_report;
 
 // Host threads may flush denormals; kernels decide that per instruction.
 class DefaultRounding {
@@ -122,13 +123,13 @@ void unload(LoadedModule* loaded) {
 }
 
 int fail(int error, const std::string& report) {
-  Runtime& state = runtime();
-  const std::lock_guard lock(state.mutex);
-  state.report = report;
-  state.report_error = error;
-  thread_error = error;
+  thread_report = report;
+  thread_error = reported_error = error;
   return error;
 }
+
+std::string& last_report() { return thread_report; }
+int last_reported_error() { return reported_error; }
 
 int last_error(bool clear) {
   const int error = thread_error;

@@ -39,8 +39,6 @@ struct Runtime {
   std::unordered_map<const void*, std::unique_ptr<KernelRecord>> kernels;  // by host function
   std::unordered_map<const void*, VariableRecord> variables;               // by host shadow
   std::unordered_map<const void*, size_t> allocations;
-  std::string report;  // of the last failure
-  int report_error = 0;
 
   // Kernel of a host function or of a handle; null if there is none.
   KernelRecord* find(const void* function);
@@ -52,9 +50,12 @@ Runtime& runtime();
 LoadedModule* load(const std::string& ptx);
 void unload(LoadedModule*);
 
-// Records a failure for cudaGetLastError and cudaGetErrorString; returns the error.
+// Records a failure of the calling thread for cudaGetLastError and cudaGetErrorString; returns the
+// error.
 int fail(int error, const std::string& report);
 int last_error(bool clear);
+std::string& last_report();  // of the failure before, with this error
+int last_reported_error();
 
 // Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
 int prepare(KernelRecord*);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -290,3 +291,32 @@ def test_options() -> None:
         assert machine.library.ptxvm_configure(settings.encode()) == -1
         assert report in machine.library.ptxvm_last_report().decode()
         assert machine.library.ptxvm_last_report() == b""
+
+
+def test_launches_from_several_threads() -> None:
+    """One launch runs at a time; a fault belongs to the thread that launched."""
+    text = """
+.visible .entry k(.param .u64 p_out, .param .u32 value, .param .u32 fails) {
+ .reg .pred %p1; .reg .b32 %r<9>; .reg .b64 %rd<3>;
+ ld.param.u64 %rd1, [p_out]; ld.param.u32 %r1, [value]; ld.param.u32 %r2, [fails];
+ mov.u32 %r3, %tid.x; mad.wide.u32 %rd2, %r3, 4, %rd1;
+ mov.u32 %r4, 0;
+LOOP: add.u32 %r5, %r5, %r1; add.u32 %r4, %r4, 1; setp.lt.u32 %p1, %r4, 1000; @%p1 bra LOOP;
+ setp.ne.u32 %p1, %r2, 0; setp.eq.and.u32 %p1, %r3, %r1, %p1; @%p1 trap;
+ st.global.u32 [%rd2], %r1; ret; }"""
+    module = machine.load(text)
+
+    def work(number: int) -> list[str]:
+        seen = []
+        for i in range(20):
+            out = np.zeros(64, np.int32)
+            try:
+                module.launch("k", out, np.uint32(number), np.uint32(i % 3 == number % 3), block=64)
+                seen.append("ran" if (out == number).all() else "wrong")
+            except MachineError as error:
+                seen.append("failed" if f"thread {number}," in str(error) else str(error))
+        return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        for number, seen in enumerate(pool.map(work, range(1, 5)), 1):
+            assert seen == ["failed" if i % 3 == number % 3 else "ran" for i in range(20)]
