@@ -9,11 +9,12 @@
 namespace ptxvm {
 namespace {
 
-// A stamp: 24 bits of the block's epoch, whether a copy is in flight, whether all of these accesses
-// were strong (atomic, volatile, relaxed, acquire, release: these do not race with one another),
-// and 1 + the warp or kSeveral. Two warps that meet in one epoch had no barrier between them.
-constexpr int kEpochShift = 8;
-constexpr uint32_t kCopying = 128, kStrong = 64, kWho = 63, kSeveral = 63;
+// A stamp: 23 bits of the block's epoch, whether the byte holds no value, whether a copy is in
+// flight, whether all of these accesses were strong (atomic, volatile, relaxed, acquire, release:
+// these do not race with one another), and 1 + the warp or kSeveral. Two warps that meet in one
+// epoch had no barrier between them.
+constexpr int kEpochShift = 9;
+constexpr uint32_t kUnset = 256, kCopying = 128, kStrong = 64, kWho = 63, kSeveral = 63;
 constexpr uint32_t kUnit = 64;  // bytes of the register file per entry of Warp::defined
 
 bool is_strong(Access kind) { return kind >= Access::strong_read; }
@@ -35,25 +36,37 @@ uint32_t merge(uint32_t theirs, uint32_t mine) {
   return same_epoch(theirs, mine) ? both : mine;
 }
 
+struct Findings {
+  uint32_t broken = 0, unset = 0;  // 0 if not
+};
+
 template <int bytes>
-uint32_t mark_read(const uint32_t* writers, uint32_t* readers, uint32_t mine) {
-  uint32_t wrong = 0;
+Findings mark_read(const uint32_t* writers, uint32_t* readers, uint32_t mine) {
+  Findings found;
   for (int b = 0; b < bytes; ++b) {
-    wrong |= conflict(writers[b], mine) | (writers[b] & kCopying) | (writers[b] == 0);
+    found.broken |= conflict(writers[b], mine) | (writers[b] & kCopying);
+    found.unset |= writers[b] & kUnset;
     readers[b] = merge(readers[b], mine);
   }
-  return wrong;
+  return found;
 }
 
 template <int bytes>
-uint32_t mark_write(uint32_t* writers, const uint32_t* readers, uint32_t mine, uint32_t unset) {
-  uint32_t wrong = 0;
+Findings mark_write(uint32_t* writers, const uint32_t* readers, uint32_t mine) {
+  Findings found;
   for (int b = 0; b < bytes; ++b) {
-    wrong |= conflict(writers[b], mine) | conflict(readers[b], mine) | (writers[b] & kCopying) |
-             (uint32_t{writers[b] == 0} & unset);
+    found.broken |=
+        conflict(writers[b], mine) | conflict(readers[b], mine) | (writers[b] & kCopying);
+    found.unset |= writers[b] & kUnset;
     writers[b] = merge(writers[b], mine);
   }
-  return wrong;
+  return found;
+}
+
+template <int bytes>
+Findings mark(uint32_t* writers, uint32_t* readers, uint32_t mine, bool writes) {
+  return writes ? mark_write<bytes>(writers, readers, mine)
+                : mark_read<bytes>(writers, readers, mine);
 }
 
 std::string who(uint32_t theirs) {
@@ -79,7 +92,7 @@ std::string who(uint32_t theirs) {
     if (writes && conflict(readers[b], mine))
       fault(warp, instruction, lane,
             "race: " + act + ", read by " + who(readers[b]) + " since the last barrier");
-    if (reads && !writers[b])
+    if (reads && writers[b] & kUnset)
       fault(warp, instruction, lane, std::string("read of uninitialised ") + place);
   }
   fault(warp, instruction, lane, "shared access broke a rule");
@@ -87,8 +100,17 @@ std::string who(uint32_t theirs) {
 
 uint32_t first_unit(uint32_t slot) { return slot / kUnit; }
 
-// Moving a value that was never set is harmless, and compilers do it.
-bool moves(const Instruction& instruction) { return !std::strncmp(instruction.text, "mov", 3); }
+void load_unset(Warp& warp, const Instruction& instruction, int lane) {
+  Undefined& undefined = warp.undefined;
+  if (undefined.by != &instruction) undefined = {&instruction, &instruction};
+  undefined.loaded |= Mask{1} << lane;
+}
+
+// Whether byte b of what the lane stores has no value.
+bool stores_unset(const Warp& warp, const Instruction& instruction, int lane, uint32_t b) {
+  const Undefined& undefined = warp.undefined;
+  return undefined.by == &instruction && undefined.values[b / instruction.width] >> lane & 1;
+}
 
 }  // namespace
 
@@ -101,46 +123,31 @@ void shadow_shared(Warp& warp, const Instruction& instruction, uint64_t offset, 
   std::copy_n(writers, bytes, before_writers);
   std::copy_n(readers, bytes, before_readers);
   const uint32_t mine = stamp(warp, kind);
-  const bool reads = is_read(kind) || kind == Access::atomic;
-  uint32_t wrong = 0;
-  if (is_read(kind)) {
-    switch (bytes) {
-      case 1:
-        wrong = mark_read<1>(writers, readers, mine);
-        break;
-      case 2:
-        wrong = mark_read<2>(writers, readers, mine);
-        break;
-      case 4:
-        wrong = mark_read<4>(writers, readers, mine);
-        break;
-      case 8:
-        wrong = mark_read<8>(writers, readers, mine);
-        break;
-      default:
-        wrong = mark_read<16>(writers, readers, mine);
-    }
-  } else {
-    switch (bytes) {
-      case 1:
-        wrong = mark_write<1>(writers, readers, mine, reads);
-        break;
-      case 2:
-        wrong = mark_write<2>(writers, readers, mine, reads);
-        break;
-      case 4:
-        wrong = mark_write<4>(writers, readers, mine, reads);
-        break;
-      case 8:
-        wrong = mark_write<8>(writers, readers, mine, reads);
-        break;
-      default:
-        wrong = mark_write<16>(writers, readers, mine, reads);
-    }
+  const bool writes = !is_read(kind);
+  Findings found;
+  switch (bytes) {
+    case 1:
+      found = mark<1>(writers, readers, mine, writes);
+      break;
+    case 2:
+      found = mark<2>(writers, readers, mine, writes);
+      break;
+    case 4:
+      found = mark<4>(writers, readers, mine, writes);
+      break;
+    case 8:
+      found = mark<8>(writers, readers, mine, writes);
+      break;
+    default:
+      found = mark<16>(writers, readers, mine, writes);
   }
-  if (wrong)
-    explain(warp, instruction, offset, lane, bytes, mine, !is_read(kind), reads, before_writers,
-            before_readers);
+  if (found.broken || (found.unset && kind == Access::atomic))
+    explain(warp, instruction, offset, lane, bytes, mine, writes, kind == Access::atomic,
+            before_writers, before_readers);
+  if (found.unset && !writes) load_unset(warp, instruction, lane);
+  if (writes && warp.undefined.by == &instruction)
+    for (uint32_t b = 0; b < bytes; ++b)
+      if (stores_unset(warp, instruction, lane, b)) writers[b] |= kUnset;
 }
 
 void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
@@ -148,10 +155,9 @@ void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, i
   uint8_t* written = warp.block->shadow->local_written.data() + offset;
   // Padding between the members of a struct is copied along with them: one byte is enough.
   if (is_read(kind) && std::find(written, written + bytes, 1) == written + bytes)
-    fault(warp, instruction, lane,
-          "read of uninitialised local memory, byte " +
-              std::to_string(offset % warp.block->kernel->local_bytes) + " of the thread");
-  if (!is_read(kind)) std::fill_n(written, bytes, uint8_t{1});
+    load_unset(warp, instruction, lane);
+  if (!is_read(kind))
+    for (uint32_t b = 0; b < bytes; ++b) written[b] = !stores_unset(warp, instruction, lane, b);
 }
 
 void copy_issued(Warp& warp, const Instruction& instruction, const AsyncCopy& copy) {
@@ -173,14 +179,15 @@ void block_started(Block& block) {
   if (!options.check) return;
   const Kernel& kernel = *block.kernel;
   block.shadow = std::make_unique<SharedShadow>();
-  block.shadow->writers.assign(block.shared_bytes, 0);
+  block.shadow->writers.assign(block.shared_bytes, kUnset);
   block.shadow->readers.assign(block.shared_bytes, 0);
   block.shadow->local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
   for (Warp& warp : block.warps) {
     warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
-    for (const auto& constant : kernel.constants)
-      warp.defined[first_unit(constant.slot)] = kFullMask;
-    for (const auto& special : kernel.specials) warp.defined[first_unit(special.slot)] = kFullMask;
+    warp.origins.assign(warp.defined.size(), nullptr);
+    warp.undefined = {};
+    for (const auto& constant : kernel.constants) warp.defined[constant.slot / kUnit] = kFullMask;
+    for (const auto& special : kernel.specials) warp.defined[special.slot / kUnit] = kFullMask;
   }
 }
 
@@ -189,36 +196,5 @@ void block_finished(Block& block) { block.shadow.reset(); }
 // Any barrier ends the epoch, also one of some of the warps: what those that stayed away did before
 // it is forgotten, which can hide a race but never invents one.
 void barrier_released(Block& block) { ++block.epoch; }
-
-void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
-  if (warp.defined.empty()) return;
-  const auto require = [&](uint32_t slot, int number) {
-    const Mask missing = mask & ~warp.defined[first_unit(slot)];
-    if (missing && !(moves(instruction) && slot != instruction.guard))
-      fault(warp, instruction, __builtin_ctz(missing),
-            std::string("read of an uninitialised register: ") +
-                (number ? "source " + std::to_string(number) : "the guard"));
-  };
-  if (instruction.guard != kNoSlot) require(instruction.guard, 0);
-  for (int i = 0; i < instruction.reads; ++i) {
-    const uint32_t slot = instruction.slots[instruction.writes + i];
-    if (slot != kNoSlot) require(slot, i + 1);
-  }
-}
-
-void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
-  if (warp.defined.empty()) return;
-  Mask held = kFullMask;  // but for a move, check_registers has seen to that
-  for (int i = 0; i < instruction.reads; ++i) {
-    const uint32_t slot = instruction.slots[instruction.writes + i];
-    if (slot != kNoSlot) held &= warp.defined[first_unit(slot)];
-  }
-  for (int i = 0; i < instruction.writes; ++i) {
-    const uint32_t slot = instruction.slots[i];
-    if (slot == kNoSlot) continue;
-    Mask& defined = warp.defined[first_unit(slot)];
-    defined = (defined & ~mask) | (held & mask);
-  }
-}
 
 }  // namespace ptxvm

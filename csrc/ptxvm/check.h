@@ -41,7 +41,9 @@ void unregister_all_memory();
 void block_started(Block&);
 void block_finished(Block&);
 void barrier_released(Block&);
-void check_registers(Warp&, const Instruction&, Mask);   // before: sources hold values
-void define_registers(Warp&, const Instruction&, Mask);  // after: destinations do
+// Before and after an instruction runs for the lanes in the mask: sources hold values where they
+// must, destinations do where the sources did (definedness.cpp).
+void check_registers(Warp&, const Instruction&, Mask);
+void define_registers(Warp&, const Instruction&, Mask);
 
 }  // namespace ptxvm

@@ -141,6 +141,14 @@ struct AsyncCopy {
   const Instruction* from;
 };
 
+// Check mode: what the instruction that runs does with values that were never set.
+struct Undefined {
+  const Instruction* by = nullptr;      // the rest holds for this instruction alone
+  const Instruction* origin = nullptr;  // of the values
+  Mask loaded = 0;                      // lanes that read memory that was never written
+  Mask values[8] = {};                  // per destination, or per value that is stored
+};
+
 struct Warp {
   char* file;  // registers
   Block* block;
@@ -153,8 +161,11 @@ struct Warp {
   std::vector<Group> others;
   std::vector<AsyncCopy> copies;
   uint32_t copy_groups[kLanes] = {};  // commit_group instructions executed per lane
-  std::vector<Mask>
-      defined;  // check mode: lanes of each 64-byte unit of the file that hold a value
+  // Check mode: lanes of each 64-byte unit of the file that hold a value, and where the others lost
+  // theirs (null: they never had one).
+  std::vector<Mask> defined;
+  std::vector<const Instruction*> origins;
+  Undefined undefined;
 };
 
 struct SharedShadow;  // check.cpp: readers, writers and initialised bytes of shared memory

@@ -192,6 +192,17 @@ void transpose(const uint16_t* from, uint16_t* to) {
 #endif
 }
 
+// From the lanes whose rows hold no value to those that get elements of these rows.
+template <int count, bool transposes>
+void spread_rows(Undefined& undefined) {
+  for (int i = 0; i < 8 * count; ++i) {
+    if (!(undefined.loaded >> i & 1)) continue;
+    const int row = i % 8;
+    undefined.values[i / 8] |= transposes ? Mask{0x11111111} << (row / 2) : Mask{0xf} << (4 * row);
+  }
+  undefined.loaded = 0;
+}
+
 // Lane 8j + r holds the address of row r of matrix j; row r goes to lanes 4r to 4r + 3 of register
 // j, two elements each, of the matrix or of its transpose.
 template <int count, bool transposes>
@@ -203,6 +214,7 @@ void load_matrices(Warp& warp, const Instruction& in, Mask mask) {
   constexpr Mask rows = kFullMask >> (kLanes - 8 * count);
   if (options.count) count_request(warp, in, Space::shared, addresses, rows, 16, Traffic::matrix);
   resolve(warp, in, space_of(in), addresses, rows, 16, Access::read);
+  if (warp.undefined.by == &in) spread_rows<count, transposes>(warp.undefined);
   alignas(64) uint16_t values[count][64];
   for (int j = 0; j < count; ++j) {
     alignas(64) uint16_t matrix[64];

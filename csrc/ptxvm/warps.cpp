@@ -151,7 +151,9 @@ uint64_t Runner::run(uint64_t fuel) {
       ++kernel_.issued[pc];
       kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
-    if constexpr (kCheck) check_registers(warp_, instruction, active);
+    // Lanes that converge are looked at together, when all are here.
+    if constexpr (kCheck)
+      if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
     if (instruction.control == Control::none) [[likely]] {
       ++pc;
       if (!active) continue;
@@ -184,6 +186,7 @@ uint64_t Runner::run(uint64_t fuel) {
                               ? kFullMask
                               : lanes<Mask>(warp_, instruction.member)[__builtin_ctz(active)];
       if ((needed & warp_.live) == active) [[likely]] {
+        if constexpr (kCheck) check_registers(warp_, instruction, active);
         instruction.run(warp_, instruction, active);
         if constexpr (kCheck) define_registers(warp_, instruction, active);
         ++pc;
@@ -294,6 +297,7 @@ void Runner::converge(const Instruction& instruction, Mask active) {
     const Mask together = gather(instruction, here, value & warp_.live, value);
     if (!together) continue;
     const Mask run = instruction.flags & kConvergesAnywhere ? here : together;
+    if constexpr (kCheck) check_registers(warp_, instruction, run);
     instruction.run(warp_, instruction, run);
     if constexpr (kCheck) define_registers(warp_, instruction, run);
   }

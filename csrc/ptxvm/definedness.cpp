@@ -1,0 +1,190 @@
+// Check mode: which lanes of which registers hold a value. Arithmetic on values that were never set
+// is harmless as long as nothing depends on it (compilers compute ahead and select afterwards,
+// tiles have rows that nobody wants), so it passes on that there is no value. What decides where
+// the kernel goes, what it touches and what it leaves behind must have one.
+#include <algorithm>
+
+#include "ptxvm/check.h"
+#include "ptxvm/counters.h"
+
+namespace ptxvm {
+namespace {
+
+constexpr uint32_t kUnit = 64;  // bytes of the register file per entry of Warp::defined
+
+Mask& defined(Warp& warp, uint32_t slot) { return warp.defined[slot / kUnit]; }
+
+Mask missing(Warp& warp, uint32_t slot) {
+  return slot == kNoSlot ? 0 : ~warp.defined[slot / kUnit];
+}
+
+bool is_in(std::string_view word, std::initializer_list<std::string_view> words) {
+  return std::find(words.begin(), words.end(), word) != words.end();
+}
+
+// What runs, and how far the operands of its warp are defined.
+struct Step {
+  Warp& warp;
+  const Instruction& instruction;
+  Mask mask;
+  std::string_view opcode, base;
+
+  uint32_t source(int i) const { return instruction.slots[instruction.writes + i]; }
+  Mask missing_in(int i) const { return missing(warp, source(i)); }
+  // All sources together, lane by lane.
+  Mask missing_in_any() const {
+    Mask any = 0;
+    for (int i = 0; i < instruction.reads; ++i) any |= missing_in(i);
+    return any;
+  }
+
+  // The lanes may go no further without a value in the slot.
+  void require(uint32_t slot, const std::string& what) const {
+    const Mask lost = mask & missing(warp, slot);
+    if (!lost) return;
+    const Instruction* origin = warp.origins[slot / kUnit];
+    fault(warp, instruction, __builtin_ctz(lost),
+          "depends on an uninitialised " +
+              (origin ? "value: " + what + ", which has none since line " +
+                            std::to_string(origin->line) + ": " + origin->text
+                      : "register: " + what));
+  }
+  void require_sources(int from, int to) const {
+    for (int i = from; i < to; ++i)
+      if (source(i) != kNoSlot) require(source(i), "source " + std::to_string(i + 1));
+  }
+};
+
+bool stores_to_global(const Step& step) {
+  if (step.opcode.find(".shared") != std::string_view::npos ||
+      step.opcode.find(".local") != std::string_view::npos ||
+      step.opcode.find(".param") != std::string_view::npos)
+    return false;
+  if (step.opcode.find(".global") != std::string_view::npos) return true;
+  const uint64_t* addresses = lanes<const uint64_t>(step.warp, step.source(0));
+  for (Mask rest = step.mask; rest; rest &= rest - 1) {
+    const uint64_t address = addresses[__builtin_ctz(rest)] + step.instruction.offset;
+    if (!(address & kWindowMask)) return true;
+  }
+  return false;
+}
+
+// The same value of A reaches a row of D, of B a column, of C its own place (tensor.h).
+void spread_matrices(const Step& step, Mask* values) {
+  const int d = step.instruction.writes, b_count = (step.instruction.reads - d) / 3,
+            a_count = 2 * b_count;
+  const auto add = [&](Mask lanes_of_d, int row_half, int parity) {  // -1: both
+    for (int i = 0; i < d; ++i) {
+      const int half = d == 4 ? i / 2 : i;
+      if (row_half >= 0 && half != row_half) continue;
+      if (parity >= 0 && d == 4 && i % 2 != parity) continue;
+      values[i] |= lanes_of_d;
+    }
+  };
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Mask quad = Mask{0xf} << (lane & ~3), column = Mask{0x11111111} << (lane / 8);
+    for (int i = 0; i < a_count; ++i)
+      if (step.missing_in(i) >> lane & 1) add(quad, i % 2, -1);
+    for (int i = 0; i < b_count; ++i)
+      if (step.missing_in(a_count + i) >> lane & 1) add(column, -1, lane / 4 % 2);
+  }
+  for (int i = 0; i < d; ++i) values[i] |= step.missing_in(a_count + b_count + i);
+}
+
+// Shuffles whether there is a value in place of the value.
+void spread_shuffle(const Step& step, Mask* values) {
+  const Instruction& in = step.instruction;
+  step.require_sources(1, in.reads);
+  if (in.slots[0] == kNoSlot) return;
+  uint32_t* source = lanes<uint32_t>(step.warp, step.source(0));
+  uint32_t* destination = lanes<uint32_t>(step.warp, in.slots[0]);
+  uint32_t old_source[kLanes], old_destination[kLanes];
+  const Mask old_predicate = in.slots[1] == kNoSlot ? 0 : predicate(step.warp, in.slots[1]);
+  std::copy_n(source, kLanes, old_source);
+  std::copy_n(destination, kLanes, old_destination);
+  const Mask none = step.missing_in(0);
+  for (int i = 0; i < kLanes; ++i) source[i] = none >> i & 1;
+  in.run(step.warp, in, step.mask);
+  for (int i = 0; i < kLanes; ++i) values[0] |= (destination[i] & 1) << i;
+  std::copy_n(old_destination, kLanes, destination);
+  std::copy_n(old_source, kLanes, source);
+  if (in.slots[1] != kNoSlot) predicate(step.warp, in.slots[1]) = old_predicate;
+}
+
+// Lanes whose result does not depend on what is missing.
+Mask decided(const Step& step) {
+  if (std::strchr(step.instruction.text, '!')) return 0;
+  if (step.base == "selp") {
+    const Mask chooses = predicate(step.warp, step.source(2));
+    return ~(step.missing_in(2) | (chooses & step.missing_in(0)) | (~chooses & step.missing_in(1)));
+  }
+  const bool is_and = step.opcode == "and.pred", is_or = step.opcode == "or.pred";
+  if (!is_and && !is_or) return 0;
+  Mask lanes_decided = 0;
+  for (int i = 0; i < 2; ++i) {
+    const Mask value = predicate(step.warp, step.source(i));
+    lanes_decided |= (is_and ? ~value : value) & ~step.missing_in(i);
+  }
+  return lanes_decided;
+}
+
+void follow(const Step& step, Mask* values) {
+  const Instruction& in = step.instruction;
+  if (step.base == "st") {
+    step.require_sources(0, 1);
+    if (stores_to_global(step)) step.require_sources(1, in.reads);
+    for (int i = 1; i < in.reads && i <= 8; ++i) values[i - 1] = step.missing_in(i);
+    return;
+  }
+  if (in.control == Control::branch || in.control == Control::exit) return;
+  if (in.control == Control::barrier || in.control == Control::indirect ||
+      is_in(step.base, {"ld", "ldu", "ldmatrix", "atom", "red", "cp", "vote", "match", "redux",
+                        "nanosleep", "isspacep"})) {
+    step.require_sources(0, in.reads);
+    return;
+  }
+  if (step.base == "mma") return spread_matrices(step, values);
+  if (step.base == "shfl") return spread_shuffle(step, values);
+  if (step.base == "movmatrix") {
+    values[0] = kFullMask;
+    return;
+  }
+  std::fill_n(values, in.writes, step.missing_in_any() & ~decided(step));
+}
+
+}  // namespace
+
+void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
+  if (warp.defined.empty()) return;
+  Mask lost = instruction.guard == kNoSlot ? 0 : missing(warp, instruction.guard);
+  const uint32_t* sources = instruction.slots + instruction.writes;
+  const bool crosses_lanes = instruction.control == Control::converge;
+  for (int i = 0; i < instruction.reads; ++i) lost |= missing(warp, sources[i]);
+  warp.undefined.by = nullptr;
+  if (!(lost & (crosses_lanes ? kFullMask : mask)) || !mask) return;
+  const std::string_view opcode = opcode_of(instruction);
+  const Step step{warp, instruction, mask, opcode, opcode.substr(0, opcode.find('.'))};
+  if (instruction.guard != kNoSlot) step.require(instruction.guard, "the guard");
+  Undefined undefined{&instruction, &instruction};
+  for (int i = instruction.reads - 1; i >= 0; --i)
+    if (mask & missing(warp, sources[i]))
+      undefined.origin =
+          warp.origins[sources[i] / kUnit] ? warp.origins[sources[i] / kUnit] : &instruction;
+  follow(step, undefined.values);
+  warp.undefined = undefined;
+}
+
+void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
+  if (warp.defined.empty()) return;
+  const bool all = warp.undefined.by != &instruction;
+  for (int i = 0; i < instruction.writes; ++i) {
+    const uint32_t slot = instruction.slots[i];
+    if (slot == kNoSlot) continue;
+    const Mask lost = all ? 0 : mask & (warp.undefined.values[i] | warp.undefined.loaded);
+    defined(warp, slot) = (defined(warp, slot) | mask) & ~lost;
+    if (lost) warp.origins[slot / kUnit] = warp.undefined.origin;
+  }
+  warp.undefined.by = nullptr;
+}
+
+}  // namespace ptxvm
