@@ -155,6 +155,13 @@ cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 bl
   return launch_function(function, grid, block, arguments, dynamic_shared);
 }
 
+PTXVM_EXPORT cudaError_t cudaLaunchCooperativeKernel_ptsz(const void* function, dim3 grid,
+                                                          dim3 block, void** arguments,
+                                                          size_t dynamic_shared,
+                                                          cudaStream_t stream) {
+  return cudaLaunchCooperativeKernel(function, grid, block, arguments, dynamic_shared, stream);
+}
+
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
   for (unsigned i = 0; i < config->numAttrs; ++i) {

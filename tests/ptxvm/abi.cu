@@ -39,6 +39,17 @@ __global__ void __launch_bounds__(kThreads) sum(const float* x, float* out, int 
   }
 }
 
+// Every block waits for all others.
+__global__ void meet(unsigned* arrived, unsigned* out) {
+  if (threadIdx.x == 0) {
+    atomicAdd(arrived, 1);
+    while (*static_cast<volatile unsigned*>(arrived) < gridDim.x) {
+    }
+  }
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = *static_cast<volatile unsigned*>(arrived);
+}
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int launch_add(const float* a, const float* b, float* out, int n, int threads) {
@@ -69,6 +80,12 @@ EXPORT int launch_scaled(const float* a, const float* b, float* out, int n, unsi
   if (const auto error = cudaMemcpyToSymbol(weights, host, sizeof host)) return error;
   scaled<<<(n + 127) / 128, 128>>>(Scaled{a, b, out, n, -3, 0.5});
   return cudaMemcpyFromSymbol(count, counter, sizeof *count);
+}
+
+EXPORT int launch_meet(unsigned* arrived, unsigned* out, int blocks) {
+  void* arguments[] = {&arrived, &out};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(meet), dim3(blocks), dim3(64),
+                                     arguments, 0, nullptr);
 }
 
 // With memory of the device, a stream and events.

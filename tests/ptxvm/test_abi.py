@@ -104,6 +104,16 @@ def test_structures_and_variables(abi: Abi) -> None:
         assert count[0] == 7 + 1000 * launches
 
 
+def test_cooperative_launch(abi: Abi) -> None:
+    arrived, out = np.zeros(1, np.uint32), np.zeros(200 * 64, np.uint32)
+    assert abi.call("launch_meet", arrived, out, 200) == 0
+    assert (out == 200).all()
+    blocks = 32 * int(os.environ.get("PTXVM_SMS", "132"))
+    assert abi.call("launch_meet", arrived, out, blocks + 1) == 720
+    assert f"at most {blocks} blocks here; got {blocks + 1}" in abi.text(720)
+    assert abi.call("last_error") == 720
+
+
 def test_device_memory_streams_and_events(abi: Abi) -> None:
     x, _, out = vectors()
     assert abi.call("launch_sum", x, out, len(x), 256, 4096, 0) == 0
