@@ -45,8 +45,15 @@ struct Function {
   std::vector<Statement> statements;
 };
 
+// Where the C++ source of a line of PTX and of those behind it is (.loc, from nvcc -lineinfo).
+struct SourceLine {
+  uint32_t ptx_line, file, line;
+};
+
 struct Module {
   std::string text;  // without comments
+  std::vector<SourceLine> source_lines;
+  std::unordered_map<uint32_t, std::string> source_files;
   uint32_t declared = 0;
   std::unordered_map<std::string, Variable> variables;
   std::map<std::string, std::unique_ptr<Function>> functions;  // kernels among them
@@ -60,6 +67,9 @@ struct Module {
 
 // Parses the text and allocates and initialises the variables of the module. Throws Fault.
 std::unique_ptr<Module> load_module(const std::string& ptx);
+
+// " (file.cuh:12)" of a line of PTX, or nothing.
+std::string source_of(const Module&, uint32_t ptx_line);
 
 // Registers the variables of a module as memory that kernels may touch.
 void register_variables(const Module&);
@@ -75,6 +85,7 @@ std::string trim(const std::string& text);
 void parse_body(Module&, Function&);
 
 // Stages of load_module.
+void read_source_lines(Module&, const std::string& ptx);
 std::string blank_comments(std::string ptx);  // comments, .loc and .file become blanks
 void parse_declarations(Module&);             // of module.text
 void place_variables(Module&);

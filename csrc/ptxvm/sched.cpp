@@ -6,6 +6,7 @@
 
 #include "ptxvm/check.h"
 #include "ptxvm/device.h"
+#include "ptxvm/parse.h"
 #include "ptxvm/special.h"
 #include "ptxvm/warps.h"
 
@@ -257,8 +258,9 @@ uint64_t instructions_issued() { return issued_in_all; }
 
 void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
   const Block& block = *warp.block;
-  throw Fault(block.kernel->name + ", line " + std::to_string(instruction.line) + ": " +
-              instruction.text + ": " + what + " (" + place(block) + ", thread " +
+  throw Fault(block.kernel->name + ", line " + std::to_string(instruction.line) +
+              source_of(*block.kernel->module, instruction.line) + ": " + instruction.text + ": " +
+              what + " (" + place(block) + ", thread " +
               std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
               std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")");
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -77,6 +78,39 @@ std::string blank_comments(std::string text) {
       line_start = false;
   }
   return text;
+}
+
+void read_source_lines(Module& module, const std::string& ptx) {
+  uint32_t line = 1;
+  for (size_t at = 0; at < ptx.size(); ++line) {
+    const size_t end = std::min(ptx.find('\n', at), ptx.size());
+    const size_t first = ptx.find_first_not_of(" \t", at);
+    uint32_t file = 0, source = 0;
+    if (first < end && ptx.compare(first, 4, ".loc") == 0) {
+      if (std::sscanf(&ptx[first], ".loc %u %u", &file, &source) == 2)
+        module.source_lines.push_back({line, file, source});
+    } else if (first < end && ptx.compare(first, 5, ".file") == 0) {
+      const size_t open = ptx.find('"', first), close = ptx.find('"', open + 1);
+      if (close < end && std::sscanf(&ptx[first], ".file %u", &file) == 1)
+        module.source_files[file] = ptx.substr(open + 1, close - open - 1);
+    }
+    at = end + 1;
+  }
+}
+
+std::string source_of(const Module& module, uint32_t ptx_line) {
+  const auto& lines = module.source_lines;
+  auto next = std::upper_bound(lines.begin(), lines.end(), ptx_line,
+                               [](uint32_t l, const SourceLine& s) { return l < s.ptx_line; });
+  if (next == lines.begin()) return {};
+  const auto file = module.source_files.find((--next)->file);
+  if (file == module.source_files.end()) return {};
+  // The last two folders tell apart files of one name.
+  size_t from = file->second.size();
+  for (int parts = 0; parts < 3 && from != std::string::npos && from > 0; ++parts)
+    from = file->second.rfind('/', from - 1);
+  const size_t begin = from == std::string::npos ? 0 : from + 1;
+  return " (" + file->second.substr(begin) + ":" + std::to_string(next->line) + ")";
 }
 
 bool parse_literal(const std::string& text, int bits, uint64_t& value) {

@@ -81,6 +81,7 @@ Module::~Module() {
 
 std::unique_ptr<Module> load_module(const std::string& ptx) {
   auto module = std::make_unique<Module>();
+  read_source_lines(*module, ptx);
   module->text = blank_comments(ptx);
   parse_declarations(*module);
   place_variables(*module);

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "ptxvm/check.h"
+#include "ptxvm/parse.h"
 #include "ptxvm/special.h"
 
 namespace ptxvm {
@@ -411,7 +412,8 @@ std::string describe(const Warp& warp) {
   std::string text;
   const auto line = [&](uint32_t pc, Mask mask, const std::string& why) {
     text += "  warp " + std::to_string(warp.index) + ", lanes " + in_hex(mask) + ", line " +
-            std::to_string(code[pc].line) + ": " + code[pc].text + ": " + why + "\n";
+            std::to_string(code[pc].line) + source_of(*warp.block->kernel->module, code[pc].line) +
+            ": " + code[pc].text + ": " + why + "\n";
   };
   if (warp.mask) line(warp.pc, warp.mask, "ready");
   for (const Group& group : warp.others) switch (group.wait) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -175,3 +176,10 @@ def test_code_of_the_compiler(flag: str, tmp_path: Path) -> None:
         assert np.array_equal(out[:900], expected[:900])
         assert abi.call("on_device", out, 1100) == 719
     assert "assertion 'i < 1000' failed at" in abi.text(719)
+    named = re.search(r"_Z6kernelPfi, line \d+ \((\S+):(\d+)\): call", abi.text(719))
+    assert (named is None) == (flag == "-O3")
+    if named:
+        source = Path(__file__).with_name("language.cu")
+        assert source.match(named[1])
+        line = source.read_text().splitlines()[int(named[2]) - 1]
+        assert flag == "-G" or "assert(" in line
