@@ -1,11 +1,16 @@
 // Floating-point formats of PTX: conversions with every rounding, flushing and canonical NaNs. All
 // results are defined by integer arithmetic or IEEE operations, never by the host's modes.
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace ptxvm {
 
@@ -205,19 +210,32 @@ inline double odd_double(int64_t x) {
 }
 
 // Directed rounding of f32 and f64 by the host's mode. The operands are loaded and the results
-// stored between the two opaque calls, so that no compiler moves the arithmetic out.
+// stored between constructor and destructor, across which no compiler moves accesses to memory.
 class RoundingScope {
  public:
-  explicit RoundingScope(Rounding rounding) : old_(std::fegetround()) {
+#if defined(__SSE2__) && defined(__FMA__)
+  explicit RoundingScope(Rounding rounding) : old_(_mm_getcsr()) {
+    static constexpr unsigned modes[] = {_MM_ROUND_NEAREST, _MM_ROUND_TOWARD_ZERO, _MM_ROUND_DOWN,
+                                         _MM_ROUND_UP};
+    _mm_setcsr((old_ & ~static_cast<unsigned>(_MM_ROUND_MASK)) | modes[static_cast<int>(rounding)]);
+    asm volatile("" ::: "memory");
+  }
+  ~RoundingScope() {
+    asm volatile("" ::: "memory");
+    _mm_setcsr(old_);
+  }
+#else  // fma is a function of the library, which asks for the mode of all units
+  explicit RoundingScope(Rounding rounding) : old_(static_cast<unsigned>(std::fegetround())) {
     static constexpr int modes[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
     std::fesetround(modes[static_cast<int>(rounding)]);
   }
-  ~RoundingScope() { std::fesetround(old_); }
+  ~RoundingScope() { std::fesetround(static_cast<int>(old_)); }
+#endif
   RoundingScope(const RoundingScope&) = delete;
   RoundingScope& operator=(const RoundingScope&) = delete;
 
  private:
-  int old_;
+  unsigned old_;
 };
 
 }  // namespace ptxvm

@@ -185,6 +185,38 @@ constexpr bool has_cast =
     (std::is_same_v<D, float> && is_float<S> && sizeof(S) == 2) ||
     (is_float<D> && sizeof(D) == 2 && std::is_same_v<S, float>);
 
+// f32 to f32, as expf and floorf are full of.
+struct ToUnit {
+  static float apply(float x) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t most = choose<uint32_t>(bits > 0x3f800000, 0x3f800000, bits);
+    return std::bit_cast<float>(choose<uint32_t>((bits >> 31) | (bits > 0x7f800000), 0, most));
+  }
+};
+template <Rounding rounding>
+struct ToIntegral {
+  static float apply(float x) {
+    if constexpr (rounding == Rounding::nearest) return canonical(__builtin_nearbyintf(x));
+    if constexpr (rounding == Rounding::zero) return canonical(__builtin_truncf(x));
+    if constexpr (rounding == Rounding::down) return canonical(__builtin_floorf(x));
+    return canonical(__builtin_ceilf(x));
+  }
+};
+Handler choose_float_to_float(const Instruction& in) {
+  if (in.flags == kSaturate && in.variant == 0) return map_lanes<ToUnit, float, float>;
+  if (in.flags != kToInteger) return nullptr;
+  switch (static_cast<Rounding>(in.variant)) {
+    case Rounding::nearest:
+      return map_lanes<ToIntegral<Rounding::nearest>, float, float>;
+    case Rounding::zero:
+      return map_lanes<ToIntegral<Rounding::zero>, float, float>;
+    case Rounding::down:
+      return map_lanes<ToIntegral<Rounding::down>, float, float>;
+    default:
+      return map_lanes<ToIntegral<Rounding::up>, float, float>;
+  }
+}
+
 Handler choose_convert(const std::string& result, const std::string& type, bool plain) {
   return with_type(result, [&]<typename D>(D) -> Handler {
     return with_type(type, [&]<typename S>(S) -> Handler {
@@ -340,7 +372,9 @@ void decode_cvt(Decoder& decoder, const Statement& statement, Instruction& in) {
   in.target = static_cast<uint32_t>(source_bits);
   const bool plain = in.flags == 0 && in.variant == 0 && result_bits == bits_of_type(result) &&
                      source_bits == bits_of_type(type);
-  in.run = choose_convert(result, type, plain);
+  if (result == "f32" && type == "f32" && result_bits == 32 && source_bits == 32)
+    in.run = choose_float_to_float(in);
+  if (!in.run) in.run = choose_convert(result, type, plain);
   if (!in.run) decoder.fail("types ." + result + "." + type + " are not supported here");
   decoder.write(statement.operands[0], result_bits);
   decoder.read(statement.operands[1], source_bits);
