@@ -41,8 +41,10 @@ void unregister_all_memory();
 void block_started(Block&);
 void block_finished(Block&);
 void barrier_released(Block&);
-// Before and after an instruction runs for the lanes in the mask: sources hold values where they
-// must, destinations do where the sources did (definedness.cpp).
+// Before a guard is asked, by the lanes in the mask. Before and after an instruction runs for the
+// lanes in the mask: sources hold values where they must, destinations do where the sources did
+// (definedness.cpp).
+void check_guard(Warp&, const Instruction&, Mask);
 void check_registers(Warp&, const Instruction&, Mask);
 void define_registers(Warp&, const Instruction&, Mask);
 

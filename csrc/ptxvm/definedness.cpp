@@ -154,9 +154,14 @@ void follow(const Step& step, Mask* values) {
 
 }  // namespace
 
+void check_guard(Warp& warp, const Instruction& instruction, Mask mask) {
+  if (warp.defined.empty() || !(mask & missing(warp, instruction.guard))) return;
+  Step{warp, instruction, mask, {}, {}}.require(instruction.guard, "the guard");
+}
+
 void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
-  Mask lost = instruction.guard == kNoSlot ? 0 : missing(warp, instruction.guard);
+  Mask lost = 0;
   const uint32_t* sources = instruction.slots + instruction.writes;
   const bool crosses_lanes = instruction.control == Control::converge;
   for (int i = 0; i < instruction.reads; ++i) lost |= missing(warp, sources[i]);
@@ -164,7 +169,6 @@ void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (!(lost & (crosses_lanes ? kFullMask : mask)) || !mask) return;
   const std::string_view opcode = opcode_of(instruction);
   const Step step{warp, instruction, mask, opcode, opcode.substr(0, opcode.find('.'))};
-  if (instruction.guard != kNoSlot) step.require(instruction.guard, "the guard");
   Undefined undefined{&instruction, &instruction};
   for (int i = instruction.reads - 1; i >= 0; --i)
     if (mask & missing(warp, sources[i]))

@@ -145,6 +145,7 @@ uint64_t Runner::run(uint64_t fuel) {
     const Instruction& instruction = code_[pc];
     Mask active = mask;
     if (instruction.guard != kNoSlot) {
+      if constexpr (kCheck) check_guard(warp_, instruction, mask);
       const Mask guard = predicate(warp_, instruction.guard);
       active &= instruction.guard_negated ? ~guard : guard;
     }

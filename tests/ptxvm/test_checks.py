@@ -256,6 +256,26 @@ UNINITIALISED = {
         STORE + "ld.shared.b32 %r5, [%r2];\n",
         r"ld.shared.b32 .*: depends on an uninitialised register: source 1",
     ),
+    "the address of a store": (
+        "st.shared.b32 [%r7], %r0;\n",
+        "st.shared.b32 [%r2], %r7;\n",
+        r"st.shared.b32 .*: depends on an uninitialised register: source 1",
+    ),
+    "a generic store": (
+        "@%p2 st.b32 [%d0], %r7;\n",
+        "mov.u64 %d1, tile;\ncvta.shared.u64 %d2, %d1;\n@%p2 st.b32 [%d2], %r7;\n",
+        r"uninitialised register: source 2",
+    ),
+    "what an atomic adds": (
+        STORE + "red.shared.add.u32 [%r2], %r7;\n",
+        STORE + "red.shared.add.u32 [%r2], %r0;\n",
+        r"red.shared.add.u32 .*uninitialised register: source 2",
+    ),
+    "the number of a barrier": (
+        "bar.sync %r7;\n",
+        "mov.b32 %r7, 1;\nbar.sync %r7;\n",
+        r"bar.sync %r7: depends on an uninitialised register: source 1",
+    ),
     "the size of a copy": (
         "cp.async.ca.shared.global [%r2], [%d0], 4, %r7;\n",
         "cp.async.ca.shared.global [%r2], [%d0], 4, 0;\n",
@@ -325,7 +345,15 @@ def test_check(name, order):
 
 
 # With whatever the register holds these break other rules.
-WILD = ("uninitialised: an address", "uninitialised: the size of a copy")
+WILD = [
+    f"uninitialised: {what}"
+    for what in (
+        "an address",
+        "the address of a store",
+        "the number of a barrier",
+        "the size of a copy",
+    )
+]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in WILD])
