@@ -318,7 +318,7 @@ const OpcodeTable& opcode_table() {
   return table;
 }
 
-void decode_into(Kernel& kernel, bool share_slots) {
+void decode_into(Kernel& kernel) {
   Function& function = *kernel.module->functions.at(kernel.name);
   Decoder::State state{kernel, *kernel.module, opcode_table()};
   kernel.code.clear();
@@ -328,7 +328,6 @@ void decode_into(Kernel& kernel, bool share_slots) {
   kernel.constants.clear();
   kernel.specials.clear();
   kernel.local_bytes = 0;
-  kernel.shares_slots = share_slots;
   state.decode_body(state.enter(function));
   Statement end;  // a body may end without ret
   end.line = function.statements.empty() ? function.line : function.statements.back().line;
@@ -358,10 +357,10 @@ void decode_into(Kernel& kernel, bool share_slots) {
 
 }  // namespace
 
-void decode(Kernel& kernel, bool share_slots) {
-  if (!kernel.code.empty() && kernel.shares_slots == share_slots) return;
+void decode(Kernel& kernel) {
+  if (!kernel.code.empty()) return;
   try {
-    decode_into(kernel, share_slots);
+    decode_into(kernel);
   } catch (...) {
     kernel.code.clear();
     throw;

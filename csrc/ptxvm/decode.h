@@ -54,7 +54,7 @@ void add_tensor(OpcodeTable&);   // ops_tensor.cpp: mma
 void add_control(OpcodeTable&);  // sched.cpp: bra, ret, exit, bar, barrier, trap, call
 
 // Fills in the code of a kernel, unless it is there already. Throws Fault.
-void decode(Kernel&, bool share_slots);
+void decode(Kernel&);
 
 // Size in bits of a type suffix: "f16x2" 32, "pred" 1, "b128" 128; 0 if it is no type.
 int bits_of_type(const std::string& suffix);

@@ -73,8 +73,7 @@ struct Decoder::State {
   ~State();
 };
 
-// Turns values into slots of the register file; registers that never live together share one if
-// the kernel says so.
+// Turns values into slots of the register file; registers that never live together share one.
 void place_slots(Decoder::State&);
 
 // Index and size in bits of a special register ("%tid.x"); false if it is none. sched.cpp gives

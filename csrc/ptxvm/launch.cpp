@@ -156,8 +156,7 @@ int prepare(KernelRecord* record) {
     if (registers != loaded.registers.end()) record->kernel->registers = registers->second;
   }
   try {
-    // Sharing a slot hides a read of a register that was never written.
-    decode(*record->kernel, !options.check);
+    decode(*record->kernel);
   } catch (const Fault& fault) {
     return fail(cudaErrorInvalidPtx, fault.what());
   }

@@ -106,7 +106,6 @@ struct Kernel {
   std::vector<uint32_t> slots;                // of all instructions
   std::vector<char> texts;                    // of all instructions
   std::vector<std::vector<uint32_t>> tables;  // targets of indirect branches
-  bool shares_slots = false;                  // registers that never live together share a slot
   uint32_t file_bytes = 0;                    // size of one warp's register file
   struct Constant {  // slots filled before the first instruction: immediates and addresses
     uint32_t slot;

@@ -1,6 +1,8 @@
-// Places values in the register file. Registers whose live ranges do not meet may share a slot,
-// which keeps the file of a large kernel in the cache. Liveness is that of one lane: instructions
-// write the lanes of their mask only, so lanes that stand elsewhere are not disturbed.
+// Places values in the register file. Registers whose live ranges do not meet share a slot, which
+// keeps the file of a large kernel in the cache. Liveness is that of one lane: instructions write
+// the lanes of their mask only, so lanes that stand elsewhere are not disturbed. A register that
+// may be read before it is written lives from the first instruction on, so its slot has not been
+// another's: check mode sees that nothing was written there.
 #include <algorithm>
 #include <array>
 #include <queue>
@@ -170,7 +172,7 @@ void place_slots(Decoder::State& state) {
   uint32_t top = 0;
   for (uint32_t value = 0; value < state.values.size(); ++value) {
     const Value& entry = state.values[value];
-    if (entry.kind == Value::Kind::variable && kernel.shares_slots) continue;
+    if (entry.kind == Value::Kind::variable) continue;
     slots[value] = top;
     top += slot_bytes(entry.bits);
     if (entry.kind == Value::Kind::constant)
@@ -181,7 +183,7 @@ void place_slots(Decoder::State& state) {
       kernel.specials.push_back(
           {slots[value], static_cast<int>(entry.bits_of_constant), entry.bits});
   }
-  if (kernel.shares_slots) share(state, slots, top);
+  share(state, slots, top);
   kernel.file_bytes = top;
   for (uint32_t& slot : kernel.slots)
     if (slot != kNoSlot) slot = slots[slot];
