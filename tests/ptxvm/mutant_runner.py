@@ -56,18 +56,46 @@ def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable
 
 
 def attention_case(
-    dtype: torch.dtype, queries: int, keys: int, dim: int, **options: Any
+    dtype: torch.dtype, queries: int, keys: int, dims: tuple[int, int], **options: Any
 ) -> Callable[[str], Tensors]:
-    """Two query heads share one of keys."""
-    random = torch.Generator().manual_seed(queries + dim)
-    q = torch.randn(2, queries, 4, dim, generator=random).to(dtype)
-    k, v = (torch.randn(2, keys, 2, dim, generator=random).to(dtype) for _ in range(2))
+    """Two query heads share one of keys; dims are those of keys and of values."""
+    random = torch.Generator().manual_seed(queries + keys)
+    q = torch.randn(2, queries, 4, dims[0], generator=random).to(dtype)
+    k = torch.randn(2, keys, 2, dims[0], generator=random).to(dtype)
+    v = torch.randn(2, keys, 2, dims[1], generator=random).to(dtype)
+    # The first keys matter least: a running maximum rises for long.
+    k *= torch.linspace(0.1, 1, keys)[:, None, None].to(dtype)
 
     def run(backend: str) -> Tensors:
         wide = backend == "reference"
         inputs = [(x.double() if wide else x).clone() for x in (q, k, v)]
-        out, lse = tm.attention(*inputs, return_lse=True, backend=backend, **options)
-        return [out, lse]
+        return list(tm.attention(*inputs, return_lse=True, backend=backend, **options))
+
+    return run
+
+
+def packed_attention_case(
+    dtype: torch.dtype, lengths: list[int], dim: int
+) -> Callable[[str], Tensors]:
+    """Sequences side by side; those of keys have other lengths."""
+    random = torch.Generator().manual_seed(dim)
+    ends = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, lengths[::-1])]
+    q = torch.randn(int(ends[0][-1]), 4, dim, generator=random).to(dtype)
+    k, v = (torch.randn(int(ends[1][-1]), 2, dim, generator=random).to(dtype) for _ in range(2))
+
+    def run(backend: str) -> Tensors:
+        wide = backend == "reference"
+        inputs = [(x.double() if wide else x).clone() for x in (q, k, v)]
+        results = tm.attention(
+            *inputs,
+            return_lse=True,
+            backend=backend,
+            cu_seqlens_q=ends[0],
+            cu_seqlens_k=ends[1],
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(lengths),
+        )
+        return list(results)
 
     return run
 
@@ -84,10 +112,13 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
             yield merge_case(dtype, dim, parts, lses)
     elif found := re.search(f"attention_forward_kernel{element}i(\\d+)E", kernel):
         dtype, dim = DTYPES[found[1]], int(found[2])
-        yield attention_case(dtype, 200, 333, dim, causal=True)
-        yield attention_case(dtype, 100, 200, dim)
-        yield attention_case(dtype, 70, 129, dim - 8)
-        yield attention_case(dtype, 33, 65, dim - 3)
+        yield attention_case(dtype, 200, 333, (dim, dim), causal=True)
+        yield attention_case(dtype, 100, 256, (dim, dim), scale=2.0)
+        yield attention_case(dtype, 70, 129, (dim - 8, dim), scale=3.0, causal=True)
+        yield attention_case(dtype, 33, 65, (dim - 31, dim - 3))
+        yield attention_case(dtype, 33, 65, (dim, 17))
+        yield attention_case(dtype, 300, 300, (dim, dim), window=(70, 20), scale=1.0)
+        yield packed_attention_case(dtype, [3, 0, 70, 1, 129, 64, 17] * 6, dim)
     else:
         raise LookupError(f"no case for kernel {kernel}")
 

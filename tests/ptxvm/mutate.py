@@ -107,10 +107,11 @@ KINDS: dict[str, tuple[str, Edit]] = {
 
 def bodies(text: str) -> dict[str, tuple[int, int]]:
     """Where the body of each entry lies."""
-    starts = [(m[1], m.start()) for m in re.finditer(r"\.entry[ \t]+(\w+)", text)]
-    ends = [s for _, s in starts[1:]] + [len(text)]
+    entries = list(re.finditer(r"\.entry[ \t]+(\w+)", text))
     found = {}
-    for (name, start), end in zip(starts, ends, strict=True):
+    for i, entry in enumerate(entries):
+        name, start = entry[1], entry.start()
+        end = entries[i + 1].start() if i + 1 < len(entries) else len(text)
         close = text.find("\n}", start, end)
         found[name] = (start, close if close >= 0 else end)
     return found

@@ -28,15 +28,24 @@ FLOAT = "merge_kernelIfLi4"
 SCALAR = "merge_kernelIfLi1"
 HALF_BACKWARD = "merge_backward_kernelI6__halfLi8"
 FLOAT_BACKWARD = "merge_backward_kernelIfLi4"
-KERNELS = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
+MERGE = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
+ATTENTION = "attention_forward_kernelI6__halfLi64ELNS0_7WeightsE0ELb0E"  # softmax, nothing added
 SHARE = 0.9
 
-MUTATIONS = [
-    Mutation(kernel, kind, seed)
-    for kernel in KERNELS
-    for kind in ("address", "constant", "comparison", "operands", "addend", "lane")
-    for seed in (0, 1)
-]
+MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
+ATTENTION_KINDS = {"barrier dropped": 2, "wait weakened": 1, "wait dropped": 1} | dict.fromkeys(
+    (*MERGE_KINDS, "swizzle", "fragment", "matrix"), 4
+)
+MUTATIONS = {
+    "merge": [
+        Mutation(kernel, kind, seed) for kernel in MERGE for kind in MERGE_KINDS for seed in (0, 1)
+    ],
+    "attention": [
+        Mutation(ATTENTION, kind, seed)
+        for kind, count in ATTENTION_KINDS.items()
+        for seed in range(count)
+    ],
+}
 
 
 def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
@@ -53,13 +62,15 @@ def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
 
 
 def test_the_original_kernels_are_right_and_clean() -> None:
-    for row in run([Mutation(kernel, "original", 0) for kernel in KERNELS]):
+    for row in run([Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION)]):
         assert row["verdict"] == "survived", row
 
 
-def test_mutants_are_found() -> None:
-    rows = run(MUTATIONS)
-    assert len(rows) == len(MUTATIONS) >= 40
+@pytest.mark.parametrize("family", MUTATIONS)
+def test_mutants_are_found(family: str) -> None:
+    mutations = MUTATIONS[family]
+    rows = run(mutations)
+    assert len(rows) == len(mutations) >= 40
     assert {row["verdict"] for row in rows} <= {"survived", "wrong", "report", "hang"}
     survivors = [row for row in rows if row["verdict"] == "survived"]
     listed = "\n".join(
