@@ -186,7 +186,7 @@ Handler choose_sign(const std::string& type, bool ftz) {
 
 enum class Property : uint8_t { finite, infinite, number, notanumber, normal, subnormal };
 
-template <typename T, typename U, U Infinity, U Least>
+template <typename U, U Infinity, U Least>
 void test_property(Warp& warp, const Instruction& in, Mask mask) {
   const U* bits = lanes<const U>(warp, in.slots[1]);
   Mask result = 0;
@@ -228,9 +228,8 @@ void decode_testp(Decoder& decoder, const Statement& statement, Instruction& in)
   if (found == std::end(names)) decoder.fail("property ." + name + " is not known");
   modifiers.finish();
   in.variant = static_cast<uint8_t>(found - std::begin(names));
-  in.run = type == "f32"
-               ? Handler{test_property<float, uint32_t, 0x7f800000, 0x00800000>}
-               : Handler{test_property<double, uint64_t, 0x7ff0000000000000, 0x0010000000000000>};
+  in.run = type == "f32" ? Handler{test_property<uint32_t, 0x7f800000, 0x00800000>}
+                         : Handler{test_property<uint64_t, 0x7ff0000000000000, 0x0010000000000000>};
   expect_operands(decoder, statement, 2);
   decoder.write(statement.operands[0], 1);
   decoder.read(statement.operands[1], bits_of_type(type));

@@ -187,6 +187,12 @@ def test_elect_and_activemask(members: int) -> None:
     assert out == [members] * len(lanes)
 
 
+def test_nanosleep_changes_nothing() -> None:
+    values = np.arange(96, dtype=np.uint32)
+    out, _ = run("mov.b32 %r3, %a; nanosleep.u32 %b; nanosleep.u32 100;", values, FULL)
+    assert out == list(range(32))
+
+
 def test_a_lane_outside_its_member_mask_is_a_fault() -> None:
     with pytest.raises(MachineError, match=r"not in its own member mask"):
         run("vote.sync.any.pred %p, %q, 1;", np.zeros(96, np.uint32), 3)
