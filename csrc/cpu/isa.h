@@ -1,6 +1,9 @@
 // Run-time choice among the copies of a kernel that CMake compiled for each instruction set.
 #pragma once
 #include <cstdint>
+#if defined(TOKENMILL_EMULATED)
+#include <stdexcept>
+#endif
 
 namespace tokenmill::cpu {
 
@@ -14,8 +17,15 @@ bool select_isa(const char* name);  // false: unknown, or not on this machine; "
 }  // namespace tokenmill::cpu
 
 // Declares `void fn(const Params&)` in each namespace and defines the chooser
-// `tokenmill::cpu::fn(const Params&)`.
-#if defined(__x86_64__)
+// `tokenmill::cpu::fn(const Params&)`. The emulated library has no CPU kernels.
+#if defined(TOKENMILL_EMULATED)
+#define TOKENMILL_CPU_KERNEL(fn, Params)                                             \
+  namespace tokenmill {                                                              \
+  namespace cpu {                                                                    \
+  [[noreturn]] inline void fn(const Params&) { throw std::logic_error("not CUDA"); } \
+  }                                                                                  \
+  }
+#elif defined(__x86_64__)
 #define TOKENMILL_CPU_KERNEL(fn, Params) \
   namespace tokenmill {                  \
   namespace baseline {                   \
