@@ -91,11 +91,6 @@ void decode_trap(Decoder& decoder, const Statement& statement, Instruction& inst
   instruction.run = raise_trap;
 }
 
-void decode_breakpoint(Decoder& decoder, const Statement& statement, Instruction& instruction) {
-  only(decoder, statement, {}, 0);
-  instruction.run = raise_trap;
-}
-
 // bar is barrier.aligned; the suffix .cta changes nothing.
 void decode_barrier(Decoder& decoder, const Statement& statement, Instruction& instruction) {
   const auto& operands = statement.operands;
@@ -212,7 +207,7 @@ void add_control(OpcodeTable& table) {
   table["ret"] = decode_exit;
   table["exit"] = decode_exit;
   table["trap"] = decode_trap;
-  table["brkpt"] = decode_breakpoint;
+  table["brkpt"] = decode_trap;
   table["bar"] = decode_barrier;
   table["barrier"] = decode_barrier;
 }

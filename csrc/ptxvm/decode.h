@@ -19,8 +19,8 @@ struct Address {
 class Decoder {
  public:
   // The slot of a destination or source operand goes to the end of the instruction's slots; all
-  // writes come before the first read. bits is 1 for predicates, else 8 to 64; a register may be
-  // wider or narrower than the operation where PTX allows it: width() tells.
+  // writes come before the first read. bits is 1 for predicates, else 8 to 128. A register of
+  // another width is an error, except for ld, st and cvt: width() tells them.
   void write(const std::string& operand, int bits);
   void read(const std::string& operand, int bits);   // register, immediate, special, symbol; a
                                                      // predicate's "!" is left to the caller
@@ -41,7 +41,7 @@ class Decoder {
   State& state_;
 };
 
-// Fills in `run`, `control` and what the handler needs; guard, line and text are already there. An
+// Fills in `run`, `control` and what the handler needs; guard, line, text and slots follow. An
 // opcode or modifier that is not understood is an error (decoder.fail), never ignored.
 using DecodeFunction = void (*)(Decoder&, const Statement&, Instruction&);
 using OpcodeTable = std::unordered_map<std::string, DecodeFunction>;  // by base opcode
@@ -51,7 +51,7 @@ void add_arithmetic(
 void add_warp(OpcodeTable&);     // ops_warp.cpp: shfl, vote, match, redux, activemask, elect
 void add_memory(OpcodeTable&);   // ops_memory.cpp: ld, st, atom, red, cp.async, ldmatrix, fences
 void add_tensor(OpcodeTable&);   // ops_tensor.cpp: mma
-void add_control(OpcodeTable&);  // sched.cpp: bra, ret, exit, bar, barrier, trap, call
+void add_control(OpcodeTable&);  // control.cpp: bra, ret, exit, bar, barrier, trap, call
 
 // Fills in the code of a kernel, unless it is there already. Throws Fault.
 void decode(Kernel&);

@@ -189,7 +189,6 @@ class Parser {
         count *= extent;
       }
       variable.bytes = count * common.element_bytes;
-      variable.order = module_.declared++;
       variables.push_back(variable);
     }
     at_ = end;

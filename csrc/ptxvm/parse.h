@@ -20,7 +20,6 @@ struct Variable {
   bool external = false;  // of .shared: dynamic; else defined nowhere
   std::string initial;    // text after "="
   uint32_t line = 0;
-  uint32_t order = 0;      // of declaration
   char* memory = nullptr;  // of .global and .const, once the module is loaded
 };
 
@@ -54,7 +53,6 @@ struct Module {
   std::string text;  // without comments
   std::vector<SourceLine> source_lines;
   std::unordered_map<uint32_t, std::string> source_files;
-  uint32_t declared = 0;
   std::unordered_map<std::string, Variable> variables;
   std::map<std::string, std::unique_ptr<Function>> functions;  // kernels among them
   std::map<std::string, std::unique_ptr<Kernel>> kernels;

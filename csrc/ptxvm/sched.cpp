@@ -254,8 +254,6 @@ void run_grid(const Launch& launch) {
   if (launch.grid[0] && launch.grid[1] && launch.grid[2]) Grid(launch).run();
 }
 
-uint64_t instructions_issued() { return issued_in_all; }
-
 void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
   const Block& block = *warp.block;
   throw Fault(block.kernel->name + ", line " + std::to_string(instruction.line) +

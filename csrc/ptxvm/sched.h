@@ -14,7 +14,4 @@ struct Launch {
 // Runs all blocks of a decoded kernel. Throws Fault; nothing of the launch is left then.
 void run_grid(const Launch&);
 
-// Warp instructions issued since the process began.
-uint64_t instructions_issued();
-
 }  // namespace ptxvm
