@@ -145,6 +145,14 @@ def judge(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
     return "survived", ""
 
 
+def judge_original(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
+    """As judge; that the cases launch the kernel at all is part of it."""
+    with emulator.counting() as launches:
+        verdict = judge(kernel, wanted)
+    launched = any(kernel in launch["kernel"] for launch in launches)
+    return verdict if launched else ("wrong", "the kernel was not launched")
+
+
 def sections(image: bytes) -> Iterator[tuple[int, str]]:
     """PTX texts in a library, with their offsets."""
     for found in re.finditer(rb"\.version \d", image):
@@ -199,14 +207,15 @@ def main() -> None:
             started = time.monotonic()
             if mutation.kernel not in references:
                 references[mutation.kernel] = [run("reference") for run in cases(mutation.kernel)]
-            path, change = library.EMULATED_PATH, Change(0, "", "")
+            path, change, look = library.EMULATED_PATH, Change(0, "", ""), judge_original
             if mutation.kind != "original":
                 changed, change = mutated_image(image, mutation)
                 path = Path(folder) / "_emulated.so"
                 path.unlink(missing_ok=True)
                 path.write_bytes(changed)
+                look = judge
             wanted = references[mutation.kernel]
-            verdict, detail = in_child(path, lambda m=mutation, w=wanted: judge(m.kernel, w))
+            verdict, detail = in_child(path, lambda m=mutation, w=wanted, f=look: f(m.kernel, w))
             answer: dict[str, Any] = {
                 "mutation": row,
                 "verdict": verdict,

@@ -30,6 +30,10 @@ HALF_BACKWARD = "merge_backward_kernelI6__halfLi8"
 FLOAT_BACKWARD = "merge_backward_kernelIfLi4"
 MERGE = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
 ATTENTION = "attention_forward_kernelI6__halfLi64ELNS0_7WeightsE0ELb0E"  # softmax, nothing added
+OTHERS = (  # clean and right, but not mutated
+    "attention_forward_kernelI13__nv_bfloat16Li64ELNS0_7WeightsE0ELb0E",
+    "attention_forward_kernelIfLi64ELNS0_7WeightsE3ELb0E",
+)
 SHARE = 0.9
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
@@ -62,7 +66,7 @@ def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
 
 
 def test_the_original_kernels_are_right_and_clean() -> None:
-    for row in run([Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION)]):
+    for row in run([Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION, *OTHERS)]):
         assert row["verdict"] == "survived", row
 
 
