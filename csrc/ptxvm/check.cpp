@@ -24,49 +24,9 @@ uint32_t stamp(const Warp& warp, Access kind) {
   return warp.block->epoch << kEpochShift | (is_strong(kind) ? kStrong : 0) | (warp.index + 1);
 }
 
-// The rules, free of branches so that they vectorise over the bytes of an access.
-uint32_t same_epoch(uint32_t a, uint32_t b) { return a >> kEpochShift == b >> kEpochShift; }
-uint32_t conflict(uint32_t theirs, uint32_t mine) {
-  return same_epoch(theirs, mine) & (((theirs ^ mine) & kWho) != 0) &
-         ((theirs & mine & kStrong) == 0);
-}
-uint32_t merge(uint32_t theirs, uint32_t mine) {
-  const uint32_t strong = mine & (theirs | ~kStrong);
-  const uint32_t both = (theirs ^ mine) & kWho ? strong | kSeveral : strong;
-  return same_epoch(theirs, mine) ? both : mine;
-}
-
-struct Findings {
-  uint32_t broken = 0, unset = 0;  // 0 if not
-};
-
-template <int bytes>
-Findings mark_read(const uint32_t* writers, uint32_t* readers, uint32_t mine) {
-  Findings found;
-  for (int b = 0; b < bytes; ++b) {
-    found.broken |= conflict(writers[b], mine) | (writers[b] & kCopying);
-    found.unset |= writers[b] & kUnset;
-    readers[b] = merge(readers[b], mine);
-  }
-  return found;
-}
-
-template <int bytes>
-Findings mark_write(uint32_t* writers, const uint32_t* readers, uint32_t mine) {
-  Findings found;
-  for (int b = 0; b < bytes; ++b) {
-    found.broken |=
-        conflict(writers[b], mine) | conflict(readers[b], mine) | (writers[b] & kCopying);
-    found.unset |= writers[b] & kUnset;
-    writers[b] = merge(writers[b], mine);
-  }
-  return found;
-}
-
-template <int bytes>
-Findings mark(uint32_t* writers, uint32_t* readers, uint32_t mine, bool writes) {
-  return writes ? mark_write<bytes>(writers, readers, mine)
-                : mark_read<bytes>(writers, readers, mine);
+bool conflict(uint32_t theirs, uint32_t mine) {
+  return theirs >> kEpochShift == mine >> kEpochShift && (theirs ^ mine) & kWho &&
+         !(theirs & mine & kStrong);
 }
 
 std::string who(uint32_t theirs) {
@@ -98,8 +58,6 @@ std::string who(uint32_t theirs) {
   fault(warp, instruction, lane, "shared access broke a rule");
 }
 
-uint32_t first_unit(uint32_t slot) { return slot / kUnit; }
-
 void load_unset(Warp& warp, const Instruction& instruction, int lane) {
   Undefined& undefined = warp.undefined;
   if (undefined.by != &instruction) undefined = {&instruction, &instruction};
@@ -112,42 +70,67 @@ bool stores_unset(const Warp& warp, const Instruction& instruction, int lane, ui
   return undefined.by == &instruction && undefined.values[b / instruction.width] >> lane & 1;
 }
 
+// One lane. The stamps are looked at before they change, so that a report shows what was there.
+// Vectors of one stamp per byte, because compilers unroll these loops before they vectorise them;
+// conflict() above says the rule for one byte.
+template <int bytes>
+void shadow_lane(Warp& warp, const Instruction& instruction, uint64_t offset, int lane, Access kind,
+                 uint32_t mine) {
+  using Stamps [[gnu::vector_size(4 * bytes)]] = uint32_t;
+  uint32_t* writers = warp.block->shadow->writers.data() + offset;
+  uint32_t* readers = warp.block->shadow->readers.data() + offset;
+  const bool writes = !is_read(kind), atomic = kind == Access::atomic;
+  Stamps wrote, read, all_mine = Stamps{} + mine;
+  std::memcpy(&wrote, writers, sizeof wrote);
+  std::memcpy(&read, readers, sizeof read);
+  const Stamps now_wrote = reinterpret_cast<Stamps>((wrote ^ all_mine) >> kEpochShift == 0);
+  const Stamps now_read = reinterpret_cast<Stamps>((read ^ all_mine) >> kEpochShift == 0);
+  const Stamps other_wrote = reinterpret_cast<Stamps>(((wrote ^ all_mine) & kWho) != 0);
+  const Stamps other_read = reinterpret_cast<Stamps>(((read ^ all_mine) & kWho) != 0);
+  const Stamps strong_wrote = reinterpret_cast<Stamps>((wrote & all_mine & kStrong) != 0);
+  const Stamps strong_read = reinterpret_cast<Stamps>((read & all_mine & kStrong) != 0);
+  Stamps broken = (now_wrote & other_wrote & ~strong_wrote) | (wrote & kCopying);
+  if (writes) broken |= now_read & other_read & ~strong_read;
+  uint32_t rules[bytes], any_broken = 0, any_unset = 0;
+  std::memcpy(rules, &broken, sizeof rules);
+  for (int b = 0; b < bytes; ++b) any_broken |= rules[b];
+  for (int b = 0; b < bytes; ++b) any_unset |= writers[b] & kUnset;
+  if (any_broken || (any_unset && atomic))
+    explain(warp, instruction, offset, lane, bytes, mine, writes, atomic, writers, readers);
+  const Stamps before = writes ? wrote : read, now = writes ? now_wrote : now_read;
+  const Stamps other = writes ? other_wrote : other_read;
+  const Stamps merged = (all_mine & (before | ~kStrong)) | (other & kSeveral);
+  const Stamps after = (now & merged) | (~now & all_mine);
+  std::memcpy(writes ? writers : readers, &after, sizeof after);
+  if (!writes && any_unset) load_unset(warp, instruction, lane);
+  if (writes && warp.undefined.by == &instruction)
+    for (int b = 0; b < bytes; ++b)
+      if (stores_unset(warp, instruction, lane, b)) writers[b] |= kUnset;
+}
+
+template <int bytes>
+void shadow_lanes(Warp& warp, const Instruction& instruction, const uint64_t* offsets, Mask mask,
+                  Access kind) {
+  const uint32_t mine = stamp(warp, kind);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    shadow_lane<bytes>(warp, instruction, offsets[lane], lane, kind, mine);
+  }
+}
+
+// Shadows of blocks that have finished; a launch needs a few and starts many blocks.
+std::vector<std::shared_ptr<SharedShadow>> spare_shadows;
+
 }  // namespace
 
-void shadow_shared(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
+void shadow_shared(Warp& warp, const Instruction& instruction, const uint64_t* offsets, Mask mask,
                    uint32_t bytes, Access kind) {
-  SharedShadow& shadow = *warp.block->shadow;
-  uint32_t* writers = shadow.writers.data() + offset;
-  uint32_t* readers = shadow.readers.data() + offset;
-  uint32_t before_writers[16], before_readers[16];
-  std::copy_n(writers, bytes, before_writers);
-  std::copy_n(readers, bytes, before_readers);
-  const uint32_t mine = stamp(warp, kind);
-  const bool writes = !is_read(kind);
-  Findings found;
-  switch (bytes) {
-    case 1:
-      found = mark<1>(writers, readers, mine, writes);
-      break;
-    case 2:
-      found = mark<2>(writers, readers, mine, writes);
-      break;
-    case 4:
-      found = mark<4>(writers, readers, mine, writes);
-      break;
-    case 8:
-      found = mark<8>(writers, readers, mine, writes);
-      break;
-    default:
-      found = mark<16>(writers, readers, mine, writes);
-  }
-  if (found.broken || (found.unset && kind == Access::atomic))
-    explain(warp, instruction, offset, lane, bytes, mine, writes, kind == Access::atomic,
-            before_writers, before_readers);
-  if (found.unset && !writes) load_unset(warp, instruction, lane);
-  if (writes && warp.undefined.by == &instruction)
-    for (uint32_t b = 0; b < bytes; ++b)
-      if (stores_unset(warp, instruction, lane, b)) writers[b] |= kUnset;
+  const auto run = bytes == 1   ? shadow_lanes<1>
+                   : bytes == 2 ? shadow_lanes<2>
+                   : bytes == 4 ? shadow_lanes<4>
+                   : bytes == 8 ? shadow_lanes<8>
+                                : shadow_lanes<16>;
+  run(warp, instruction, offsets, mask, kind);
 }
 
 void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
@@ -161,7 +144,9 @@ void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, i
 }
 
 void copy_issued(Warp& warp, const Instruction& instruction, const AsyncCopy& copy) {
-  shadow_shared(warp, instruction, copy.destination, copy.lane, copy.bytes, Access::write);
+  uint64_t offsets[kLanes];
+  offsets[copy.lane] = copy.destination;
+  shadow_shared(warp, instruction, offsets, Mask{1} << copy.lane, copy.bytes, Access::write);
   uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
   for (int b = 0; b < copy.bytes; ++b) writers[b] |= kCopying;
 }
@@ -178,7 +163,12 @@ void fence_executed(Warp& warp) {
 void block_started(Block& block) {
   if (!options.check) return;
   const Kernel& kernel = *block.kernel;
-  block.shadow = std::make_unique<SharedShadow>();
+  if (spare_shadows.empty()) {
+    block.shadow = std::make_shared<SharedShadow>();
+  } else {
+    block.shadow = std::move(spare_shadows.back());
+    spare_shadows.pop_back();
+  }
   block.shadow->writers.assign(block.shared_bytes, kUnset);
   block.shadow->readers.assign(block.shared_bytes, 0);
   block.shadow->local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
@@ -191,7 +181,9 @@ void block_started(Block& block) {
   }
 }
 
-void block_finished(Block& block) { block.shadow.reset(); }
+void block_finished(Block& block) {
+  if (block.shadow) spare_shadows.push_back(std::move(block.shadow));
+}
 
 // Any barrier ends the epoch, also one of some of the warps: what those that stayed away did before
 // it is forgotten, which can hide a race but never invents one.

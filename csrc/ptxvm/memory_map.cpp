@@ -201,7 +201,10 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
                  space == Space::local ? "thread" : "block", place.bytes,
                  offset + bytes - place.bytes));
   if (warp.block->shadow) {
-    if (space == Space::shared) shadow_shared(warp, instruction, offset, lane, bytes, kind);
+    uint64_t offsets[kLanes];
+    offsets[lane] = offset;
+    if (space == Space::shared)
+      shadow_shared(warp, instruction, offsets, Mask{1} << lane, bytes, kind);
     if (space == Space::local)
       shadow_local(warp, instruction, place.host + offset - warp.block->local, lane, bytes, kind);
   }
@@ -222,7 +225,7 @@ void resolve(Warp& warp, const Instruction& instruction, Space space, uint64_t* 
       begin = host = extent->begin;
       size = extent->bytes;
     }
-  } else if (real != Space::local && !(real == Space::shared && warp.block->shadow)) {
+  } else if (real != Space::local) {
     const Place place = windowed(warp, real, first);
     host = reinterpret_cast<uint64_t>(place.host);
     size = place.bytes;
@@ -234,6 +237,11 @@ void resolve(Warp& warp, const Instruction& instruction, Space space, uint64_t* 
     for (int i = 0; i < kLanes; ++i)
       wrong |= uint64_t{addresses[i] - begin > limit} | (addresses[i] & low_bits);
     if (!wrong) {
+      if (real == Space::shared && warp.block->shadow) {
+        uint64_t offsets[kLanes];
+        for (int i = 0; i < kLanes; ++i) offsets[i] = addresses[i] - begin;
+        shadow_shared(warp, instruction, offsets, mask, bytes, kind);
+      }
       for (int i = 0; i < kLanes; ++i) addresses[i] += host - begin;
       return;
     }

@@ -6,13 +6,14 @@
 namespace ptxvm {
 
 struct SharedShadow {
-  // Per byte of shared memory, who wrote and read it last: a stamp as of check.cpp, 0 for nobody.
+  // Per byte of shared memory, who wrote and read it last: a stamp as of check.cpp.
   std::vector<uint32_t> writers, readers;
   std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
 };
 
-// One lane's access within bounds.
-void shadow_shared(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
+// Accesses within bounds, of the lanes in the mask and of one lane.
+void shadow_shared(Warp&, const Instruction&, const uint64_t* offsets, Mask, uint32_t bytes,
+                   Access);
 void shadow_local(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
 
 }  // namespace ptxvm

@@ -235,6 +235,11 @@ UNINITIALISED = {
         "mul.lo.u32 %r5, %r6, 3;\nselp.b32 %r5, %r0, %r5, %p2;\n" + SINK,
         r"source 2, which has none since line \d+: mul.lo.u32 %r5, %r6, 3",
     ),
+    "a value that is selected": (
+        "selp.b32 %r5, %r7, %r0, %p2;\n" + SINK,
+        "selp.b32 %r5, %r0, %r7, %p2;\n" + SINK,
+        r"source 2, which has none since line \d+: selp.b32",
+    ),
     "a register in some lanes": (
         "@%p2 mov.b32 %r6, 0;\n@%p0 st.global.b32 [%d0], %r6;\n",
         "@%p2 mov.b32 %r6, 0;\n@%p2 st.global.b32 [%d0], %r6;\n",
