@@ -44,23 +44,22 @@ class TileLoader {
   // Where a thread's first chunk lies in a tile.
   __device__ static uint32_t own_offset() { return Tile::offset(own_row(), own_chunk()); }
 
-  // `step` from the host stays a constant operand; loaders of like tiles share an offset.
-  __device__ TileLoader(const GlobalRows<T>& from, int first, int64_t step, uint32_t offset)
+  // `step` from the host stays a constant operand.
+  __device__ TileLoader(const GlobalRows<T>& from, int first, int64_t step)
       : next_(from.data + (first + own_row()) * from.stride + own_chunk() * kCount),
         step_(step),
         rows_(from.rows),
         columns_(from.columns),
-        offset_(offset),
         aligned_(from.aligned) {}
 
-  // Loads the next tile, which starts at `row`. The caller commits the copies, waits for them and
-  // synchronises the block.
+  // Loads the next tile, which starts at `row`, to `tile`, where this thread's first chunk goes.
+  // The caller commits the copies, waits for them and synchronises the block.
   __device__ __forceinline__ void load(uint32_t tile, int row) {
     int thread = threadIdx.x, row_step = blockDim.x / kLanes;
     keep(thread);
     keep(row_step);
     const int own_column = thread % kLanes * kCount;
-    uint32_t to = tile + offset_;
+    uint32_t to = tile;
 #pragma unroll 1
     for (int r = thread / kLanes; r < kRows; r += row_step) {
 #pragma unroll 1
@@ -83,7 +82,7 @@ class TileLoader {
     unroll<kRows / kRowStep>([&](auto r) {
       unroll<Tile::kChunks / kLanes>([&](auto c) {
         copy_async<r * kRowStep * Tile::kRowBytes + c * kLanes * kChunkBytes>(
-            tile + offset_, next_ + c * kLanes * kCount);
+            tile, next_ + c * kLanes * kCount);
       });
       advance();
     });
@@ -117,7 +116,6 @@ class TileLoader {
   const T* next_;
   int64_t step_;  // bytes between the rows that a thread loads
   int rows_, columns_;
-  uint32_t offset_;
   bool aligned_;
 };
 

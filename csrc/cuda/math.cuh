@@ -60,4 +60,41 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return word;
 }
 
+// a b + c of two halves, and a b.
+__device__ __forceinline__ uint32_t fma_packed(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+__device__ __forceinline__ uint32_t mul_packed(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// a / 2 + 1 / 2 of two halves.
+__device__ __forceinline__ uint32_t half_plus_half(uint32_t a) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %2;" : "=r"(y) : "r"(a), "r"(0x38003800));
+  return y;
+}
+
+// Of both halves, of numbers; a NaN counts only if both are.
+template <typename T>
+__device__ __forceinline__ uint32_t max_packed(uint32_t a, uint32_t b);
+
+template <>
+__device__ __forceinline__ uint32_t max_packed<__half>(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+template <>
+__device__ __forceinline__ uint32_t max_packed<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 }  // namespace tokenmill::cuda

@@ -41,7 +41,8 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
   plan.value_step = Keys::step(p.v.seq, plan.warps * kWarpSize);
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
-  const int bytes = Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged;
+  const int bytes =
+      kParkedBytes + (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
   const auto kernel = attention_forward_kernel<T, kBucket, kWeights, kGeneral>;
   cudaError_t error = cudaSuccess;
   if (bytes > 48 * 1024)

@@ -21,6 +21,13 @@ struct ForwardPlan {
   bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
 };
 
+// Registers are short in the loop: what its end needs waits at the front of shared memory.
+struct alignas(16) Parked {
+  int b, h, q_start;
+  float shift;
+};
+constexpr int kParkedBytes = kMaxThreads / kWarpSize * sizeof(Parked);
+
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
@@ -29,7 +36,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t stages = shared_address(shared);
+  Parked* const parked = reinterpret_cast<Parked*>(shared);
+  const uint32_t stages = shared_address(shared + kParkedBytes);
 
   const int warp_index = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
   const int block_rows = Shape::kWarpRows << plan.log2_warps_per_head;
@@ -63,60 +71,66 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
   const int end = band.end(last_row);
-  uint32_t key_offset = Keys::own_offset();
-  keep(key_offset);
-  uint32_t value_offset = key_offset;
-  if constexpr (!std::is_same_v<Keys, Values>) value_offset = Values::own_offset();
-  Keys load_keys(keys, begin, plan.key_step, key_offset);
-  Values load_values(values, begin, plan.value_step, value_offset);
+  Keys load_keys(keys, begin, plan.key_step);
+  Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
   if constexpr (kBucket <= 64) keep(whole_end);
+  // Where this thread's first chunk goes: in a tile of keys, and from there in the one of values.
+  const uint32_t own = stages + Keys::own_offset();
+  const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
   const auto load_stage = [&](uint32_t stage, int key0) {
     if (key0 + Shape::kTileKeys <= whole_end) {
       if (blockDim.x == kMaxThreads) {
         load_keys.template load_whole<kMaxThreads>(stage);
-        load_values.template load_whole<kMaxThreads>(stage + Shape::kTileBytes);
+        load_values.template load_whole<kMaxThreads>(stage + to_values);
       } else {
         load_keys.template load_whole<kMaxThreads / 2>(stage);
-        load_values.template load_whole<kMaxThreads / 2>(stage + Shape::kTileBytes);
+        load_values.template load_whole<kMaxThreads / 2>(stage + to_values);
       }
     } else {
       load_keys.load(stage, key0);
-      load_values.load(stage + Shape::kTileBytes, key0);
+      load_values.load(stage + to_values, key0);
     }
     commit_copies();
   };
-  if (begin < end) load_stage(stages, begin);
+  if (begin < end) load_stage(own, begin);
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
   ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, queries,
                                                    plan.factor);
   WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
+  parked[warp_index] = {place.b, h, s.q_start, warp.shift_};
   const auto output_rows = [&] {
-    return OutputRows<T>{rows_at<T>(p.out, place.b, s.q_start, h), p.out.seq,
+    const Parked& at = parked[warp_index];
+    return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
                          static_cast<int>(p.value_dim), plan.output_aligned};
   };
 
-  StageAddresses<Shape> at(stages);
+  typename ForwardWarp<T, kBucket, kWeights, kGeneral>::Addresses at(stages);
   int other = Shape::kStageBytes;  // from the stage at hand to the other one
-  uint32_t next = stages + other;
+  uint32_t next = own + other;
+  keep(next);
+  bool more = begin < end;
 #pragma unroll 1
-  for (int key0 = begin; key0 < end; key0 += Shape::kTileKeys) {
+  for (int key0 = begin; more;) {
     wait_for_copies<0>();
     __syncthreads();
-    if (key0 + Shape::kTileKeys < end) load_stage(next, key0 + Shape::kTileKeys);
+    more = key0 + Shape::kTileKeys < end;
+    if (more) load_stage(next, key0 + Shape::kTileKeys);
     warp.add_tile(at, key0);
     at.move(other);
     other = -other;
     next += other;
+    key0 += Shape::kTileKeys;
     if constexpr (Shape::kFloat)
-      if ((key0 + Shape::kTileKeys - begin) % output.kFlushKeys == 0) output.flush(output_rows());
+      if ((key0 - begin) % output.kFlushKeys == 0) output.flush(output_rows());
   }
   __syncthreads();
   if (first <= warp.last_) {
-    float* lse = p.lse ? lse_at(p, p.lse, place.b, s.q_start, h) : nullptr;
-    output.store(output_rows(), lse, p.sink ? p.sink + h : nullptr,
+    const Parked& at = parked[warp_index];
+    float* lse = p.lse ? lse_at(p, p.lse, at.b, at.q_start, at.h) : nullptr;
+    output.store(output_rows(), lse, p.sink ? p.sink + at.h : nullptr, at.shift,
                  stages + warp_index * Shape::kWarpRows * Shape::kRowBytes);
   }
 }

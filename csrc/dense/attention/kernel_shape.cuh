@@ -30,22 +30,26 @@ struct ForwardShape {
   static constexpr int kSliceProducts = 2;
 };
 
-// Addresses in a stage, one for each pattern of the swizzle; the rest are immediates.
-template <typename Shape>
+// Addresses in a stage, one for each pattern of the swizzle; the rest are immediates. With kLean
+// half of those of values are computed at each use, for kernels short of registers.
+template <typename Shape, bool kLean>
 struct StageAddresses {
   using KeyTile = typename Shape::KeyTile;
   using ValueTile = typename Shape::ValueTile;
   static constexpr int kKeys = KeyTile::kSwizzledChunks / 4;
   static constexpr int kValues = Shape::kFloat ? 2 : ValueTile::kSwizzledChunks / 2;
 
-  uint32_t key[kKeys], value[kValues];
+  static constexpr int kStored = kLean ? kValues / 2 : kValues;
+  static_assert(!kLean || !Shape::kFloat);
+
+  uint32_t key[kKeys], value[kStored];
 
   __device__ explicit StageAddresses(uint32_t stage) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) key[i] = stage + KeyTile::offset(g, 4 * i + c);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i)
+    for (int i = 0; i < kStored; ++i)
       value[i] = stage + Shape::kTileBytes +
                  (Shape::kFloat ? ValueTile::offset(2 * c + i, g)
                                 : ValueTile::offset(lane % 16, 2 * i + lane / 16));
@@ -71,8 +75,11 @@ struct StageAddresses {
   // 16 values from kRow on, columns 16 kPair ... + 15: word 2 i + k is word k of column tile i.
   template <int kRow, int kPair>
   __device__ __forceinline__ void load_values(uint32_t (&words)[4]) const {
-    load_matrices_transposed<kRow * Shape::kRowBytes + kPair / kValues * kValues * 32>(
-        words, value[kPair % kValues]);
+    uint32_t address = value[kPair % kStored];
+    if constexpr (kPair % kValues >= kStored)
+      asm volatile("xor.b32 %0, %0, %1;" : "+r"(address) : "n"(kStored * 32));
+    load_matrices_transposed<kRow * Shape::kRowBytes + kPair / kValues * kValues * 32>(words,
+                                                                                       address);
   }
 
   // float: values kRow + 2 c + kOdd, columns 32 kGroup + 4 g ... + 3, one for each of 4 tiles.

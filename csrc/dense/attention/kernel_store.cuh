@@ -70,17 +70,17 @@ class WarpOutput {
   // `lse` and `sink` are those of the head; lse is null for sigmoid. `area` is shared memory for
   // kWarpRows rows, free to use.
   __device__ __forceinline__ void store(const OutputRows<T>& out, float* lse, const float* sink,
-                                        uint32_t area) {
+                                        float shift, uint32_t area) {
     out_ = out;
     const int lane = threadIdx.x % kWarpSize;
     const StageAddress staged(area);
     unroll<2 * kRowTiles>([&](auto half) {
       constexpr int m = half / 2, h = half % 2;
       float factor = 1 / warp_.scale();
-      const float level = Shape::kFloat ? take_level(m, h) : 1;
+      [[maybe_unused]] const float level = Shape::kFloat ? take_level(m, h) : 1;
       if (warp_.weights() == Weights::softmax) {
         const float sum = quad_sum(Shape::kFloat ? total_[m][h] : warp_.sum_[m][h]);
-        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, warp_.shift_);
+        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, shift);
         const int row = row_of(m, h);
         if (lane % 4 == 0 && row <= warp_.last_) lse[row] = scale.lse;
         factor = scale.factor;
@@ -209,7 +209,7 @@ class WarpOutput {
   Warp& warp_;
   OutputRows<T> out_;
   bool flushed_ = false;
-  float total_[kRowTiles][2], level_neg_pivot_[kRowTiles][2];
+  float total_[kRowTiles][2] = {}, level_neg_pivot_[kRowTiles][2] = {};
 };
 
 }  // namespace tokenmill::cuda

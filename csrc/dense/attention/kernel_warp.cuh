@@ -24,11 +24,25 @@ constexpr int kLog2Scale = std::is_same_v<T, __half> ? 15 : 0;
 template <typename T>
 constexpr float kScale = 1 << kLog2Scale<T>;
 
+// What ptxas spills differs from compute capability 9.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kSm90 = true;
+#else
+constexpr bool kSm90 = false;
+#endif
+
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
  public:
   using Shape = ForwardShape<T, kBucket>;
-  using Addresses = StageAddresses<Shape>;
+  static constexpr bool kLean = (kWeights == Weights::sigmoid && kBucket >= 128) ||
+                                (kWeights == Weights::softmax && kBucket == 128 && !kSm90) ||
+                                (kWeights == Weights::fast_sigmoid && kBucket == 128 && kSm90) ||
+                                (kWeights == Weights::any && kBucket == 256 && !Shape::kFloat);
+  // ptxas would overlap the steps of a tile here, and spill.
+  static constexpr bool kRolled =
+      kWeights == Weights::sigmoid && kBucket > 64 && Shape::kRowTiles == 2;
+  using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // of output columns
 
@@ -54,6 +68,7 @@ class ForwardWarp {
     weights_ = weights_of(p);
     if constexpr (!kGeneral) offset_ = unit(weights()) * shift_;
     if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
+    tail_ = shift_ < -3;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -77,9 +92,18 @@ class ForwardWarp {
     int first = first_, last = last_;
     if constexpr (kBucket > 64) keep(first), keep(last);  // registers are short there
     if (!kGeneral && key0 >= band_.begin(last) && key0 + Shape::kTileKeys <= band_.end(first)) {
-      unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
-        add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0);
-      });
+      if constexpr (kRolled) {
+#pragma unroll 1
+        for (int i = 0; i < Shape::kTileKeys; i += Shape::kStepKeys) {
+          add_step<0, kRowTiles, Shape::kStepKeys, 0, false>(at, key0);
+          at.move(Shape::kStepKeys * Shape::kRowBytes);
+        }
+        at.move(-Shape::kTileBytes);
+      } else {
+        unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
+          add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0);
+        });
+      }
       return;
     }
 #pragma unroll 1
@@ -108,6 +132,7 @@ class ForwardWarp {
  private:
   static constexpr int kMaskedKeys = 16;
   static constexpr int kDepth = kMmaDepth<T>;
+  static constexpr bool kHasTail = !Shape::kFloat && !kGeneral && kBucket <= 64;
 
   __host__ __device__ static float unit(Weights weights) {
     return weights == Weights::softmax ? kLog2e : weights == Weights::sigmoid ? -kLog2e : 0.5f;
@@ -147,7 +172,19 @@ class ForwardWarp {
     }
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
-      softmax_weights<kFirst>(s, p);
+      float sums[kCount][2];
+      // A loop, so that weights have one place where they are made and need no registers twice.
+      int raised = 0;
+#pragma unroll 1
+      while (exponentiate<kFirst>(s, p, sums) && !raised) {
+        raise_pivots<kFirst>(s);
+        raised = 1;
+        keep(raised);
+      }
+#pragma unroll
+      for (int m = 0; m < kCount; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p);
     } else {
@@ -270,30 +307,14 @@ class ForwardWarp {
     }
   }
 
+  // Weights relative to the pivots, and their sums. True, warp by warp, if one may exceed the
+  // headroom.
   template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
-  __device__ __forceinline__ void softmax_weights(const float (&s)[kCount][kKeyTiles][4],
-                                                  Fragment<T, 4> (&p)[kCount][kBlocks]) {
-    float sums[kCount][2];
-    exponentiate<kFirst>(s, p, sums);
-    float top = 0;
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) top = fmaxf(top, fmaxf(sums[m][0], sums[m][1]));
-    if (__any_sync(kFullWarp, top > kSumLimit)) {
-      raise_pivots<kFirst>(s);
-      exponentiate<kFirst>(s, p, sums);
-    }
-#pragma unroll
-    for (int m = 0; m < kCount; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
-  }
-
-  static constexpr float kSumLimit = 256;  // 2^kHeadroom
-
-  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
-  __device__ __forceinline__ void exponentiate(const float (&s)[kCount][kKeyTiles][4],
+  __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4],
                                                Fragment<T, 4> (&p)[kCount][kBlocks],
                                                float (&sums)[kCount][2]) const {
+    constexpr float kLimit = 256;  // 2^kHeadroom
+    float top = 0;
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       float e[kKeyTiles][4];
@@ -308,8 +329,10 @@ class ForwardWarp {
         sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
 #pragma unroll
         for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
+        top = fmaxf(top, sums[m][h]);
       }
     }
+    return __any_sync(kFullWarp, top > kLimit);
   }
 
   // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
@@ -340,18 +363,59 @@ class ForwardWarp {
     }
   }
 
+  // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one.
   template <int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ void sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
                                                   Fragment<T, 4> (&p)[kCount][kBlocks]) const {
+    if constexpr (kHasTail)
+      if (tail_ && tail_weights(s, p)) return;
+    weigh(s, p, [&](float x) {
+      return reciprocal_approx(exp2_approx(fmaf(x, factor_, offset_)) + 1 / kScale<T>);
+    });
+  }
+
+  // e / (1 + e), e = 2^-t, as e + e^2 (a + b e) with a relative error of 2^-12 up to e = 0.2.
+  // False, warp by warp, if a weight is larger. float16 has the digits to do it on pairs: only e
+  // and the sum are rounded to relative 2^-12.
+  template <int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ bool tail_weights(const float (&s)[kCount][kKeyTiles][4],
+                                               Fragment<T, 4> (&p)[kCount][kBlocks]) const {
+    constexpr float kA = -0.98670116f, kB = 0.77178835f;
+    constexpr bool kPacked = std::is_same_v<T, __half>;
+    weigh(s, p, [&](float x) {
+      const float e = exp2_approx(fmaf(x, -factor_, -offset_));
+      return kPacked ? e : fmaf(e * e, fmaf(e, kB, kA), e);
+    });
+    constexpr uint32_t kInverseScale2 = 0x02000200, kA2 = 0xbbe5bbe5, kB2 = 0x3a2d3a2d;
+    uint32_t top = p[0][0].words[0];
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k)
+#pragma unroll
+        for (uint32_t& word : p[m][k].words) {
+          top = max_packed<T>(top, word);
+          if constexpr (kPacked) {
+            const uint32_t e = mul_packed(word, kInverseScale2);
+            word = fma_packed(mul_packed(fma_packed(e, kB2, kA2), e), word, word);
+          }
+        }
+    // These are not negative: their bits compare like integers.
+    top = max(top & 0xffff, top >> 16);
+    return !__any_sync(kFullWarp, top > pack<T>(kPacked ? kScale<T> / 5 : 1 / 6.f, 0));
+  }
+
+  template <int kCount, int kKeyTiles, int kBlocks, typename Map>
+  static __device__ __forceinline__ void weigh(const float (&s)[kCount][kKeyTiles][4],
+                                               Fragment<T, 4> (&p)[kCount][kBlocks],
+                                               const Map& map) {
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
       float e[kKeyTiles][4];
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          e[n][i] =
-              reciprocal_approx(exp2_approx(fmaf(s[m][n][i], factor_, offset_)) + 1 / kScale<T>);
+        for (int i = 0; i < 4; ++i) e[n][i] = map(s[m][n][i]);
       set_fragments(p[m], e);
     }
   }
@@ -361,30 +425,24 @@ class ForwardWarp {
                                                        Fragment<T, 4> (&p)[kCount][kBlocks]) const {
     // float16 keeps what tanh.approx knows near -1; bfloat16 would not.
     constexpr bool kPacked = std::is_same_v<T, __half>;
+    weigh(s, p, [&](float x) {
+      const float t = tanh_approx(fmaf(x, factor_, offset_));
+      return kPacked ? t : fmaf(t, 0.5f, 0.5f);
+    });
+    if constexpr (kPacked) {
 #pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-      float e[kKeyTiles][4];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          e[n][i] = tanh_approx(fmaf(s[m][n][i], factor_, offset_));
-          if (!kPacked) e[n][i] = fmaf(e[n][i], 0.5f, 0.5f);
-        }
-      set_fragments(p[m], e);
-      if constexpr (kPacked) {
+      for (int m = 0; m < kCount; ++m)
 #pragma unroll
         for (int k = 0; k < kBlocks; ++k)
 #pragma unroll
-          for (uint32_t& word : p[m][k].words)
-            asm("fma.rn.f16x2 %0, %0, %1, %1;" : "+r"(word) : "r"(0x38003800));  // 0.5
-      }
+          for (uint32_t& word : p[m][k].words) word = half_plus_half(word);
     }
   }
 
   Weights weights_;
   GeneralTerms terms_;
   float factor_, offset_ = 0;
+  bool tail_;  // most weights are small
   GlobalRows<T> queries_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
