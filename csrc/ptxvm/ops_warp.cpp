@@ -12,54 +12,44 @@ enum class Shuffle : uint8_t { idx, bfly, up, down };
 
 void check_member(Warp& warp, const Instruction& in, Mask mask) {
   const uint32_t* members = lanes<const uint32_t>(warp, in.member);
-  for (Mask left = mask; left; left &= left - 1) {
-    const int lane = std::countr_zero(left);
-    if (!(members[lane] >> lane & 1))
-      fault(warp, in, lane,
-            "the lane is not in its own member mask " + std::to_string(members[lane]));
-  }
+  alignas(64) int32_t outside[kLanes];
+  for (int i = 0; i < kLanes; ++i) outside[i] = static_cast<int32_t>(members[i] >> i & 1) - 1;
+  const Mask wrong = pack_mask(outside) & mask;
+  if (wrong == 0) return;
+  const int lane = std::countr_zero(wrong);
+  fault(warp, in, lane, "the lane is not in its own member mask " + std::to_string(members[lane]));
 }
 
 // Slots: d, p, a, b, c, members.
+template <Shuffle mode>
 void shuffle(Warp& warp, const Instruction& in, Mask mask) {
   check_member(warp, in, mask);
   const uint32_t *a = lanes<const uint32_t>(warp, in.slots[2]),
                  *b = lanes<const uint32_t>(warp, in.slots[3]),
                  *c = lanes<const uint32_t>(warp, in.slots[4]);
-  alignas(64) uint32_t values[kLanes];
-  Mask valid = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int offset = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
-    const int first = lane & segment, last = first | (clamp & ~segment);
-    int from = lane;
-    bool inside = false;
-    switch (static_cast<Shuffle>(in.variant)) {
-      case Shuffle::up:
-        from = lane - offset;
-        inside = from >= last;
-        break;
-      case Shuffle::down:
-        from = lane + offset;
-        inside = from <= last;
-        break;
-      case Shuffle::bfly:
-        from = lane ^ offset;
-        inside = from <= last;
-        break;
-      case Shuffle::idx:
-        from = first | (offset & ~segment);
-        inside = from <= last;
-        break;
-    }
-    if (!inside) from = lane;
-    valid |= static_cast<Mask>(inside) << lane;
-    if (options.check && (mask >> lane & 1) && !(mask >> from & 1))
-      fault(warp, in, lane,
-            "reads the register of lane " + std::to_string(from) + ", which does not take part");
-    values[lane] = a[from];
+  alignas(64) int32_t from[kLanes], inside[kLanes];
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    const int32_t offset = b[lane] & 31, clamp = c[lane] & 31, segment = c[lane] >> 8 & 31;
+    const int32_t first = lane & segment, last = first | (clamp & ~segment);
+    const int32_t source = mode == Shuffle::up     ? lane - offset
+                           : mode == Shuffle::down ? lane + offset
+                           : mode == Shuffle::bfly ? lane ^ offset
+                                                   : first | (offset & ~segment);
+    inside[lane] = (mode == Shuffle::up ? source >= last : source <= last) ? -1 : 0;
+    from[lane] = (source & inside[lane]) | (lane & ~inside[lane]);
   }
+  if (options.check)
+    for (Mask left = mask; left; left &= left - 1) {
+      const int lane = std::countr_zero(left);
+      if (!(mask >> from[lane] & 1))
+        fault(warp, in, lane,
+              "reads the register of lane " + std::to_string(from[lane]) +
+                  ", which does not take part");
+    }
+  alignas(64) uint32_t values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = a[from[lane] & 31];
   if (in.slots[0] != kNoSlot) assign(lanes<uint32_t>(warp, in.slots[0]), values, mask);
-  assign_predicate(warp, in.slots[1], valid, mask);
+  if (in.slots[1] != kNoSlot) assign_predicate(warp, in.slots[1], pack_mask(inside), mask);
 }
 
 enum class Vote : uint8_t { all, any, uni, ballot };
@@ -178,12 +168,10 @@ void decode_shfl(Decoder& decoder, const Statement& statement, Instruction& in) 
   Modifiers modifiers(decoder, statement);
   need_sync(decoder, modifiers);
   if (!modifiers.take("b32")) decoder.fail("needs .b32");
-  static constexpr const char* names[] = {"idx", "bfly", "up", "down"};
-  for (uint8_t i = 0; i < 4; ++i) {
-    if (!modifiers.take(names[i])) continue;
-    in.variant = i;
-    in.run = shuffle;
-  }
+  if (modifiers.take("idx")) in.run = shuffle<Shuffle::idx>;
+  if (modifiers.take("bfly")) in.run = shuffle<Shuffle::bfly>;
+  if (modifiers.take("up")) in.run = shuffle<Shuffle::up>;
+  if (modifiers.take("down")) in.run = shuffle<Shuffle::down>;
   modifiers.finish();
   if (!in.run) decoder.fail("needs .idx, .bfly, .up or .down");
   expect_operands(decoder, statement, 5);
