@@ -252,6 +252,31 @@ std::tuple<Tensor, Tensor> attention(
   return {out, lse};
 }
 
+void run_backward(AttentionBackwardParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) {
+    const AttentionParams& f = p.forward;
+    const int64_t rows = f.cu_seqlens_q ? f.heads * f.seqlen_q : f.batch * f.heads * f.seqlen_q;
+    const int64_t sums =
+        f.cu_seqlens_q ? f.heads * blocks_of_sums(f) : f.batch * f.heads * blocks_of_sums(f);
+    const bool softmax = f.map == ScoreMap::softmax;
+    const bool wants_sums = p.dscore_bias || p.dalibi_slopes;
+    Tensor statistics = empty({softmax ? 2 * rows : 0}, q.tensor, ScalarType::Float);
+    Tensor partial = empty({wants_sums ? 2 * sums : 0}, q.tensor, ScalarType::Float);
+    if (softmax) {
+      p.minus_lse = float_data(statistics);
+      p.minus_delta = p.minus_lse + rows;
+    }
+    if (wants_sums) p.sums = float_data(partial);
+    CudaScope scope(q.device);
+    if (const char* error = launch_cuda(p, scope.stream()))
+      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
+    return;
+  }
+#endif
+  cpu::attention_backward(p);
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Sums [B, H] over the batch where the argument was [H].
@@ -323,7 +348,10 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   const bool wants_score_bias = needs[0] && score_bias, wants_bias = needs[1] && bias;
   const bool wants_alibi = needs[2] && alibi_slopes, wants_sink = needs[3] && sink;
   const auto zeros = [&](bool wanted, const std::vector<int64_t>& sizes) {
-    return torch::stable::new_zeros(q, wanted ? sizes : std::vector<int64_t>(1), ScalarType::Float);
+    Tensor made =
+        torch::stable::new_zeros(q, wanted ? sizes : std::vector<int64_t>(1), ScalarType::Float);
+    View(made).note(true);
+    return made;
   };
   Tensor dscore_bias = zeros(wants_score_bias, {f.batch, f.heads});
   Tensor dalibi = zeros(wants_alibi, {f.batch, f.heads});
@@ -340,7 +368,7 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
     p.dbias_q = t.step(2);
     p.dbias_k = t.step(3);
   }
-  if (q.numel() + k.numel() > 0) cpu::attention_backward(p);
+  if (q.numel() + k.numel() > 0) run_backward(p, qv);
   return {dq,
           dk,
           dv,
@@ -358,7 +386,10 @@ TOKENMILL_IMPL(CPU, m) {
 }
 
 #if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("attention", TOKENMILL_BOX(attention)); }
+TOKENMILL_IMPL(CUDA, m) {
+  m.impl("attention", TOKENMILL_BOX(attention));
+  m.impl("attention_backward", TOKENMILL_BOX(attention_backward));
+}
 #endif
 
 }  // namespace tokenmill

@@ -47,10 +47,19 @@ struct AttentionBackwardParams {
   float *dscore_bias, *dalibi_slopes, *dsink;
   float* dbias;
   int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
+  // Workspace of the CUDA backward. Statistics like lse: minus the log-sum-exp without what all
+  // scores of a row share, minus delta. Two sums for each 16 rows of each head.
+  float *minus_lse, *minus_delta, *sums;
 };
+
+// Blocks of 16 rows of one head, of one sequence or of all that are packed.
+constexpr int64_t blocks_of_sums(const AttentionParams& p) {
+  return p.cu_seqlens_q ? p.seqlen_q / 16 + p.batch : ceil_div(p.seqlen_q, 16);
+}
 
 // null, or what went wrong
 const char* launch_cuda(const AttentionParams&, void* stream);
+const char* launch_cuda(const AttentionBackwardParams&, void* stream);
 
 }  // namespace tokenmill
 

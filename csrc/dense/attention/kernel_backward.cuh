@@ -1,0 +1,241 @@
+// The loop of a block over the columns that its rows see.
+#pragma once
+#include "dense/attention/kernel_backward_pair.cuh"
+
+namespace tokenmill::cuda {
+
+// Rows of a block: those of every pair of warps, of one head or the same ones of several.
+struct BlockPlace {
+  int64_t batch, first_head;  // -1: none; head of K and V on the keys' side, else of Q
+  int first_row;
+
+  __device__ BlockPlace(const BackwardArgs& args, bool keys, int heads_per_block, int rows) {
+    const AttentionParams& p = args.p.forward;
+    const int64_t head_blocks = (keys ? p.kv_heads : p.heads) / heads_per_block;
+    int64_t block = blockIdx.x % args.row_blocks, head_block = blockIdx.x / args.row_blocks;
+    if (const int32_t* ends = keys ? p.cu_seqlens_k : p.cu_seqlens_q) {
+      const TilePlace place = find_tile(ends, p.batch, keys ? p.seqlen_k : p.seqlen_q, rows, block);
+      batch = place.b;
+      block = place.tile;
+    } else {
+      batch = head_block / head_blocks;
+      head_block %= head_blocks;
+      // Under a causal mask the last queries and the first keys have most partners: they start
+      // first.
+      if (!keys) block = args.row_blocks - 1 - block;
+    }
+    first_head = head_block * heads_per_block;
+    first_row = static_cast<int>(block) * rows;
+  }
+};
+
+template <typename T, int kDim, Side kSide, Mode kMode>
+__global__ void __launch_bounds__(256, 1)
+    backward_kernel(const __grid_constant__ BackwardArgs args) {
+  using Worker = PairWorker<T, kDim, kSide, kMode>;
+  using Shape = typename Worker::Shape;
+  using Tile = typename Shape::Tile;
+  constexpr bool kKeys = Worker::kKeys;
+  constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kColumns = Shape::kColumns;
+  extern __shared__ __align__(128) unsigned char shared[];
+
+  const AttentionBackwardParams& bp = args.p;
+  const AttentionParams& p = bp.forward;
+  const int heads_per_block = kKeys ? 1 : args.heads_per_block;
+  const uint32_t base = shared_address(shared) + Shape::info_bytes(blockDim.x / (2 * kWarpSize));
+  const uint32_t ring =
+      base + (Shape::kHeld ? 0 : blockDim.x / (2 * kWarpSize) * Shape::kOwnedBytes);
+  const uint32_t exchanges = ring + 2 * Shape::kStageBytes;
+  const BlockInfoView info{shared_address(shared)};
+  Worker worker{.args = args, .p = p, .info = info};
+  worker.place(base);
+  {
+    const int thread = threadIdx.x, pair = worker.pair;
+    const bool follows = worker.follows;
+    const int block_rows = static_cast<int>(blockDim.x) / (2 * kWarpSize) / heads_per_block * kRows;
+    const BlockPlace place(args, kKeys, heads_per_block, block_rows);
+    if (place.batch < 0) return;
+    const Sequence s = sequence_of(p, place.batch);
+    const int rows = kKeys ? s.k_length : s.q_length;
+    if (place.first_row >= rows) return;
+    const Band of_queries = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
+    const ColumnBand band = ColumnBand::of(kKeys ? of_queries.transposed(s.q_length) : of_queries);
+    const int64_t row_start = kKeys ? s.k_start : s.q_start;
+    const int64_t column_start = kKeys ? s.q_start : s.k_start;
+    const int64_t group = p.heads / p.kv_heads;
+    const int64_t column_head = kKeys ? place.first_head * group : place.first_head / group;
+    const int begin = band.begin(place.first_row) & -Shape::kStep;
+    const int end = band.end(min(place.first_row + block_rows, rows) - 1);
+    const int tiles = end > begin ? (end - begin + kColumns - 1) / kColumns : 0;
+    if (thread == 0)
+      *reinterpret_cast<BlockInfo*>(shared) = {
+          .low = band.low,
+          .high = band.high,
+          .columns = band.columns,
+          .rows = rows,
+          .begin = begin,
+          .tiles = tiles,
+          .total = kKeys ? tiles * static_cast<int>(group) : tiles,
+          .batch = place.batch,
+          .row_start = row_start,
+          .first_head = place.first_head,
+          .x = rows_at<T>(kKeys ? p.q : p.k, place.batch, column_start, column_head),
+          .y = rows_at<T>(kKeys ? bp.dout : p.v, place.batch, column_start, column_head),
+          .minus_lse = lse_at(p, bp.minus_lse, place.batch, s.q_start, column_head),
+          .minus_delta = lse_at(p, bp.minus_delta, place.batch, s.q_start, column_head)};
+
+    worker.first_row = place.first_row + pair / heads_per_block * kRows;
+    const int last = min(worker.first_row + kRows, rows) - 1;
+    const bool idle = worker.first_row >= rows;
+    if (worker.lane == 0 && !follows)
+      reinterpret_cast<PairInfo*>(shared + kPairInfoOffset)[pair] = {
+          band.begin(worker.first_row), idle ? 0 : band.end(last), band.begin(last),
+          idle ? 0 : band.end(worker.first_row), worker.first_row};
+    if constexpr (!Shape::kWide)
+      reinterpret_cast<StageAddresses*>(shared + kThreadInfoOffset)[thread] =
+          worker.make_addresses(exchanges);
+
+    const int64_t head = place.first_head + pair % heads_per_block;
+    const Rows& own = kKeys ? follows ? p.v : p.k : follows ? bp.dout : p.q;
+    copy_rows<kRows, Tile>(
+        worker.owned, rows_at<const T>(own, place.batch, row_start + worker.first_row, head),
+        own.seq, rows - worker.first_row, static_cast<int>(follows ? p.value_dim : p.head_dim),
+        args.vectors, worker.lane, kWarpSize);
+    commit_copies();
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = worker.first_row + 16 * m + 8 * half + worker.lane / 4;
+        worker.statistics[m][half] = 0;
+        if (!kKeys && p.map == ScoreMap::softmax && row < rows) {
+          const float* of_rows = follows ? bp.minus_delta : bp.minus_lse;
+          worker.statistics[m][half] = lse_at(p, of_rows, place.batch, s.q_start, head)[row];
+        }
+      }
+    wait_for_copies<0>();
+    __syncwarp();
+    if constexpr (Shape::kHeld)
+      unroll<kTiles>([&](auto m) {
+        unroll<Worker::kDepth>([&](auto k) { worker.left[m][k] = worker.load_left(m, k); });
+      });
+  }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int i = 0; i < 2 * Worker::kBlocks; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) worker.acc[m][i][j] = 0;
+  __syncthreads();  // the fragments are read: the ring may be written
+
+  // Tile n of the columns. On the keys' side the heads of a group follow each other.
+  const auto head_of = [&](int n) { return kKeys && n >= info.tiles() ? n / info.tiles() : 0; };
+  const auto column_of = [&](int n, int head) {
+    return info.begin() + (head > 0 ? n - head * info.tiles() : n) * kColumns;
+  };
+  const auto stage_of = [&](unsigned n) { return ring + n % 2 * Shape::kStageBytes; };
+  // By the pairs in turn: the leader fetches x and the statistics, the follower y.
+  const auto fetch = [&](int n) {
+    const unsigned warp = thread_index() / kWarpSize, pairs = blockDim.x / (2 * kWarpSize);
+    if (((warp ^ n) & (pairs - 1)) != 0) return;
+    const bool second = warp >= pairs;
+    const Rows &x = kKeys ? p.q : p.k, &y = kKeys ? bp.dout : p.v;
+    const int64_t stride = second ? y.seq : x.seq;
+    const int head = head_of(n), first = column_of(n, head), left = info.columns() - first;
+    const uint32_t stage = stage_of(n), tile = stage + (second ? Shape::kTileBytes : 0);
+    const T* from = second ? info.pointer<T, offsetof(BlockInfo, y)>()
+                           : info.pointer<T, offsetof(BlockInfo, x)>();
+    from += first * stride;
+    if (kKeys && head > 0) from += head * (second ? y.head : x.head);
+    if (args.whole && left >= kColumns)
+      copy_whole_rows<kColumns, Tile>(tile, from, stride);
+    else
+      copy_rows<kColumns, Tile>(tile, from, stride, left,
+                                static_cast<int>(second ? p.value_dim : p.head_dim), args.vectors,
+                                thread_index() % kWarpSize, kWarpSize);
+    if (kKeys && Worker::kStatistics && p.map == ScoreMap::softmax) {
+      // Minus lse for the leaders, minus delta for the followers. Queries beyond the sequence have
+      // dO = 0, so that any finite statistics do.
+      const int lane = thread_index() % kWarpSize;
+      const float* of_rows = (second ? info.pointer<float, offsetof(BlockInfo, minus_delta)>()
+                                     : info.pointer<float, offsetof(BlockInfo, minus_lse)>()) +
+                             head * p.seqlen_q + first + lane;
+      const uint32_t to = stage + 2 * Shape::kTileBytes + (second ? kColumns * 4 : 0) + lane * 4;
+#pragma unroll
+      for (int i = 0; i < kColumns; i += kWarpSize)
+        if (lane + i < kColumns) copy_word_or_zero(to + i * 4, of_rows + i, lane + i < left);
+    }
+    commit_copies();
+  };
+  const auto terms_of = [&](int index) {
+    const int64_t group = p.heads / p.kv_heads;
+    return typename Worker::Terms(p, info.batch(),
+                                  kKeys ? info.first_head() * group + index
+                                        : info.first_head() + worker.pair % heads_per_block);
+  };
+
+  if (kKeys && worker.follows) pair_arrive(worker.full + 1);
+  constexpr bool kKeepsTerms = kMode == Mode::sigmoid || kMode == Mode::fast_sigmoid;
+  auto terms = terms_of(0);
+  if constexpr (kKeepsTerms) worker.keep(terms);
+  // Fetching runs one tile ahead of the sums.
+  for (int n = -1; n < info.total(); ++n) {
+    if (n >= 0) {
+      wait_for_copies<0>();
+      __syncthreads();
+    }
+    if (n + 1 < info.total()) fetch(n + 1);
+    if (n < 0) continue;
+    worker.place(base);
+    const int head = head_of(n), first = column_of(n, head);
+    if (kKeys && kMode != Mode::softmax && head > 0 && first == info.begin()) {
+      terms = terms_of(head);
+      if constexpr (kKeepsTerms) worker.keep(terms);
+    }
+    const StageAddresses addresses = worker.addresses(stage_of(n), exchanges);
+    if constexpr (kKeepsTerms) terms.constant = __uint_as_float(addresses.statistics);
+    if (info.all_see(worker.pair, first, first + kColumns - 1))
+      worker.template run_tile<false>(terms, addresses, first);
+    else if (info.sees(worker.pair, first, first + kColumns - 1))
+      worker.template run_tile<true>(terms, addresses, first);
+  }
+  worker.place(base);
+  const bool follows = worker.follows;
+  const int pair = worker.pair;
+  if (kKeys && !follows) pair_sync(worker.full + 1);
+
+  float factor = kKeys && !follows ? 1.f : p.scale;
+  if (kKeys && !follows && Worker::kScale && p.map == ScoreMap::sigmoid) factor = 1 / kHalfScale;
+  if ((!kKeys || follows) && kMode == Mode::fast_sigmoid) factor *= 0.25f;
+  const Rows& to = kKeys ? follows ? bp.dk : bp.dv : bp.dq;
+  const int64_t batch = info.batch(), head = info.first_head() + pair % heads_per_block;
+  const int first_row = info.first_row(pair), rows = info.rows() - first_row;
+  const int dim = static_cast<int>(kKeys && !follows ? p.value_dim : p.head_dim);
+  T* out = rows_at<T>(to, batch, info.row_start() + first_row, head);
+  if (args.store_vectors) {
+    store_accumulators<kKeys ? 1 : 2, T, kTiles, Worker::kBlocks>(
+        worker.acc, factor, out, to.seq, rows, kKeys ? 0 : 16 * follows, dim, worker.lane);
+  } else {
+    __syncthreads();  // nobody reads the ring any more
+    // The two warps of a pair share a tile of dQ and store a half each.
+    const uint32_t tile = base + (kKeys ? 2 * pair + follows : pair) * kRows * Tile::kRowBytes;
+    put_accumulators<T, Tile, kTiles, Worker::kBlocks>(
+        worker.acc, factor, tile, worker.lane, [&](int i) { return kKeys ? i : 2 * i + follows; });
+    __syncthreads();
+    constexpr int kShare = kKeys ? kRows : kRows / 2;
+    const int own = kKeys ? 0 : follows * kShare;
+    store_rows<Tile>(out + own * to.seq, to.seq, min(kShare, rows - own), dim,
+                     tile + own * Tile::kRowBytes, worker.lane);
+  }
+
+  if constexpr (!kKeys && kMode == Mode::general) {
+    if (!follows || rows <= 0 || !bp.sums) return;
+    const float bias = warp_sum(worker.bias_sum), slope = warp_sum(worker.slope_sum);
+    if (worker.lane > 0) return;
+    float* sums = bp.sums + 2 * (sums_offset(args, batch, info.row_start(), head) + first_row / 16);
+    sums[0] = bias;
+    sums[1] = slope;
+  }
+}
+
+}  // namespace tokenmill::cuda

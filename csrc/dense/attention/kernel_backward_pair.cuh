@@ -1,0 +1,543 @@
+// Backward, seven products in two launches without atomics: one kernel owns the keys, one the
+// queries. Both are the same program, seen from either side:
+//
+//   keys:     S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q
+//   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
+//   softmax:  dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
+//
+// Rows are owned, columns pass by in tiles. Two warps share kRows rows: the leader holds the
+// fragments of K (or Q) and makes S and P, the follower those of V (or dO) and makes dP and dS. No
+// warp could hold both operands and both sums. P reaches the follower, and dS of the queries' side
+// the leader, through shared memory, each lane's own elements, in the order of the accumulators.
+#pragma once
+#include <cstddef>
+
+#include "dense/attention/kernel_backward_tiles.cuh"
+
+namespace tokenmill::cuda {
+
+struct BackwardArgs {
+  AttentionBackwardParams p;
+  int64_t row_blocks;   // of a sequence, packed: of all
+  int heads_per_block;  // of a group of query heads, on the queries' side
+  bool vectors;         // inputs may be read 16 bytes at once
+  bool whole;           // and all their rows have kDim elements
+  bool store_vectors;   // gradients, which are contiguous, may be written 8 bytes at once
+  bool direct_bias;     // no dimension of dbias is broadcast
+  float factor;         // of q.k in the argument of a plain map
+  int64_t head_sums;    // blocks_of_sums
+
+  int64_t largest_dim() const {
+    return p.forward.head_dim > p.forward.value_dim ? p.forward.head_dim : p.forward.value_dim;
+  }
+};
+
+// Shared memory begins with BlockInfo, PairInfo of each pair and StageAddresses of each thread.
+constexpr int kPairInfoOffset = 128, kThreadInfoOffset = 256;
+
+template <typename T, int kDim, Mode kMode>
+struct PairShape {
+  using Tile = SharedTile<kDim* static_cast<int>(sizeof(T)), Swizzle::plain>;
+
+  static constexpr bool kWide = sizeof(T) == 4;
+  static constexpr bool kGeneral = kMode == Mode::general;
+  // The left operands of the first product stay in registers.
+  static constexpr bool kHeld = !kWide && !(kGeneral && kDim > 128);
+  static constexpr int kBudget = kDim <= 64 ? 4 : kDim <= 128 ? 2 : 1;
+  static constexpr int kTiles = kWide ? 1 : kGeneral && kDim <= 128 ? kBudget / 2 : kBudget;
+  static constexpr int kRows = 16 * kTiles;
+  static constexpr int kColumns = kWide ? 16 : kDim <= 128 ? 64 : 32;
+  static constexpr int kStep = 16;                      // columns at once
+  static constexpr int kDepths = kStep / kMmaDepth<T>;  // products that a step of columns takes
+  // 16-bit weights on their way to the follower, where shared memory is what binds.
+  static constexpr bool kPacked = !kWide && kDim > 64 && !kGeneral;
+  static constexpr int kPlanes = kGeneral ? 2 : 1;
+
+  static constexpr int kSlotBytes = kWarpSize * kChunkBytes;
+  static constexpr int kPlaneSlots = kTiles * (kPacked ? 1 : 2);
+  static constexpr int kExchangeBytes = kPlanes * kPlaneSlots * kSlotBytes;
+  static constexpr int kOwnedBytes = 2 * kRows * Tile::kRowBytes;  // of a pair
+  static constexpr int kTileBytes = kColumns * Tile::kRowBytes;
+  static constexpr int kStatisticsBytes = 2 * kColumns * 4;
+  static constexpr int kStageBytes = 2 * kTileBytes + kStatisticsBytes;
+
+  static constexpr int shared_bytes(int pairs) { return info_bytes(pairs) + tile_bytes(pairs); }
+  __host__ __device__ static constexpr int info_bytes(int pairs) {
+    return kThreadInfoOffset + (kWide ? 0 : pairs * 2 * kWarpSize * 16);
+  }
+
+ private:
+  static constexpr int tile_bytes(int pairs) {
+    const int loop = 2 * kStageBytes + pairs * kExchangeBytes, owned = pairs * kOwnedBytes;
+    return !kHeld ? loop + owned : loop > owned ? loop : owned;
+  }
+};
+
+// Sums of the rows of a sequence, one for each 16 rows: its first.
+__device__ inline int64_t sums_offset(const BackwardArgs& args, int64_t b, int64_t start,
+                                      int64_t h) {
+  const AttentionParams& p = args.p.forward;
+  return p.cu_seqlens_q ? h * args.head_sums + start / 16 + b : (b * p.heads + h) * args.head_sums;
+}
+
+// Barriers of 64 threads; 0 is that of the block.
+__device__ __forceinline__ void pair_sync(int barrier) {
+  asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void pair_arrive(int barrier) {
+  asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
+}
+
+// What a block rarely needs, in shared memory: the loop has no registers to spare.
+struct BlockInfo {
+  int low, high, columns, rows;  // ColumnBand, and the rows that it is for
+  int begin, tiles, total;  // columns that the block sees: the first, tiles of a head and of all
+  int64_t batch, row_start, first_head;
+  const void *x, *y;  // column 0 of the first head: k or q, v or dout
+  const float *minus_lse, *minus_delta;
+};
+
+// Columns that a pair sees, and those that all its rows see; its first row.
+struct PairInfo {
+  int begin, end, full_begin, full_end, first_row, padding[3];
+};
+
+// BlockInfo at `address`; each read is a load.
+struct BlockInfoView {
+  uint32_t address;
+
+  template <int kOffset>
+  __device__ int number() const {
+    return load_int<kOffset>(address);
+  }
+  template <typename T, int kOffset>
+  __device__ const T* pointer() const {
+    return reinterpret_cast<const T*>(load_long<kOffset>(address));
+  }
+  __device__ ColumnBand band() const {
+    return {number<offsetof(BlockInfo, low)>(), number<offsetof(BlockInfo, high)>(), columns()};
+  }
+  __device__ int columns() const { return number<offsetof(BlockInfo, columns)>(); }
+  __device__ int rows() const { return number<offsetof(BlockInfo, rows)>(); }
+  __device__ int begin() const { return number<offsetof(BlockInfo, begin)>(); }
+  __device__ int tiles() const { return number<offsetof(BlockInfo, tiles)>(); }
+  __device__ int total() const { return number<offsetof(BlockInfo, total)>(); }
+  __device__ int64_t batch() const { return load_long<offsetof(BlockInfo, batch)>(address); }
+  __device__ int64_t row_start() const {
+    return load_long<offsetof(BlockInfo, row_start)>(address);
+  }
+  __device__ int64_t first_head() const {
+    return load_long<offsetof(BlockInfo, first_head)>(address);
+  }
+  // PairInfo
+  __device__ bool sees(int pair, int first, int last) const {
+    const uint32_t at = pair_address(pair);
+    return first < load_int<offsetof(PairInfo, end)>(at) &&
+           last >= load_int<offsetof(PairInfo, begin)>(at);
+  }
+  __device__ bool all_see(int pair, int first, int last) const {
+    const uint32_t at = pair_address(pair);
+    return first >= load_int<offsetof(PairInfo, full_begin)>(at) &&
+           last < load_int<offsetof(PairInfo, full_end)>(at);
+  }
+  __device__ int first_row(int pair) const {
+    return load_int<offsetof(PairInfo, first_row)>(pair_address(pair));
+  }
+
+ private:
+  __device__ uint32_t pair_address(int pair) const {
+    return address + kPairInfoOffset + pair * static_cast<int>(sizeof(PairInfo));
+  }
+};
+
+// Where a lane finds its parts of the tiles of a stage; all but exchange count from the stage and
+// move with the row of a step.
+struct StageAddresses {
+  uint32_t rows;        // right operands of its first product: 8 rows, transposed
+  uint32_t columns;     // right operands of its sums: 16 rows
+  uint32_t statistics;  // of the columns; plain sigmoid: the constant of its scores
+  uint32_t exchange;
+};
+
+template <typename T, int kDim, Side kSide, Mode kMode>
+struct PairWorker {
+  using Shape = PairShape<T, kDim, kMode>;
+  using Tile = typename Shape::Tile;
+  using Left = Fragment<T, 4>;
+  static constexpr bool kKeys = kSide == Side::keys;
+  static constexpr int kTiles = Shape::kTiles;
+  static constexpr int kDepth = kDim / kMmaDepth<T>;  // products along a row
+  // On the queries' side leader and follower sum every other block of 16 columns.
+  static constexpr int kBlocks = kKeys ? kDim / 16 : kDim / 32;
+  // Weights are scaled (sigmoid alone); those of the queries' side are not rounded to T.
+  static constexpr bool kScale = kKeys && std::is_same_v<T, __half> && kMode != Mode::softmax;
+  static constexpr bool kStatistics = kMode == Mode::softmax || kMode == Mode::general;
+  using Terms = HeadTerms<kMode, kScale>;
+
+  const BackwardArgs& args;
+  const AttentionParams& p;
+  BlockInfoView info;
+  // Of the warp and its tile: derived anew for each tile.
+  int lane, pair;
+  bool follows;
+  int full;  // barrier of the pair; full + 1 is the way back
+  uint32_t owned, exchange;
+  int first_row;  // set for masked tiles and for those of Mode::general
+  Left left[Shape::kHeld ? kTiles : 1][Shape::kHeld ? kDepth : 1];
+  float acc[kTiles][2 * kBlocks][4];
+  float statistics[kTiles][2];  // of the rows, on the queries' side
+  float bias_sum = 0, slope_sum = 0;
+
+  __device__ __forceinline__ void place(uint32_t base) {
+    const unsigned thread = thread_index(), pairs = blockDim.x / (2 * kWarpSize);
+    lane = thread % kWarpSize;
+    pair = thread / kWarpSize & (pairs - 1);
+    follows = thread / kWarpSize >= pairs;
+    full = 1 + 2 * pair;
+    owned = base + (pair * 2 + follows) * Shape::kRows * Tile::kRowBytes;
+  }
+
+  __device__ __forceinline__ StageAddresses make_addresses(uint32_t exchanges) const {
+    const uint32_t x = 0, y = Shape::kTileBytes, summed = kKeys && !follows ? y : x;
+    const int block = kKeys ? 0 : follows;
+    return {(follows ? y : x) + Tile::offset(lane % 8, lane / 8),
+            summed + (Shape::kWide
+                          ? Tile::offset(lane % 4 * 2, 4 * block + lane / 16) + lane / 4 % 4 * 4
+                          : Tile::offset(lane % 16, 2 * block + lane / 16)),
+            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8,
+            exchanges + pair * Shape::kExchangeBytes + lane * kChunkBytes};
+  }
+  __device__ uint32_t own_addresses() const {
+    return info.address + kThreadInfoOffset + thread_index() * sizeof(StageAddresses);
+  }
+  // Keeps what plain sigmoid knows of a head; the loop has no register for it.
+  __device__ void keep(const Terms& terms) const {
+    store_shared<offsetof(StageAddresses, statistics)>(own_addresses(),
+                                                       __float_as_uint(terms.constant));
+  }
+  __device__ __forceinline__ StageAddresses addresses(uint32_t stage, uint32_t exchanges) const {
+    StageAddresses a;
+    if constexpr (Shape::kWide) {
+      a = make_addresses(exchanges);
+    } else {
+      uint32_t words[4];
+      load_shared(words, own_addresses());
+      a = {words[0], words[1], words[2], words[3]};
+    }
+    return {a.rows + stage, a.columns + stage, a.statistics + (kStatistics ? stage : 0),
+            a.exchange};
+  }
+
+  __device__ __forceinline__ Left load_left(int m, int k) const {
+    uint32_t words[4];
+    load_matrices(words,
+                  owned + m * 16 * Tile::kRowBytes + Tile::offset(lane % 16, 2 * k + lane / 16));
+    return make_fragment<T>(words[0], words[1], words[2], words[3]);
+  }
+
+  // out = init + rows of block m times (8 rows of the tile, from kRow on)^T, handed to
+  // use(Index<m>{}, out) for each active block.
+  template <bool kMasked, int kRow, typename Init, typename Use>
+  __device__ __forceinline__ void multiply_rows(uint32_t address, unsigned active, const Init& init,
+                                                const Use& use) const {
+    constexpr int kParts = Tile::kRowBytes / 64;
+    // Holding either the right operands of all parts or the sums of all blocks.
+    constexpr bool kHoldRight = kParts < kTiles;
+    uint32_t words[kHoldRight ? kParts : 1][4];
+    float out[kHoldRight ? 1 : kTiles][4];
+    const auto load = [&](auto part, uint32_t (&to)[4]) {
+      at_part<Tile, part>(address, [&](uint32_t at, auto offset) {
+        load_matrices<decltype(offset)::value + kRow * Tile::kRowBytes>(to, at);
+      });
+    };
+    const auto multiply = [&](auto part, int m, const uint32_t (&w)[4], float (&sum)[4]) {
+      const Fragment<T, 2> right[2] = {make_fragment<T>(w[0], w[1]), make_fragment<T>(w[2], w[3])};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const Left a = Shape::kHeld ? left[m][2 * part + k] : load_left(m, 2 * part + k);
+        if (part == 0 && k == 0) {
+          const float c[4] = {init(m, 0), init(m, 1), init(m, 2), init(m, 3)};
+          mma_from<T>(sum, a, right[k], c);
+        } else {
+          mma(sum, a, right[k]);
+        }
+      }
+    };
+    if constexpr (kHoldRight) {
+      unroll<kParts>([&](auto part) { load(part, words[part]); });
+      unroll<kTiles>([&](auto m) {
+        if (kMasked && !(active >> m & 1)) return;
+        unroll<kParts>([&](auto part) { multiply(part, m, words[part], out[0]); });
+        use(m, out[0]);
+      });
+    } else {
+      unroll<kParts>([&](auto part) {
+        load(part, words[0]);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m)
+          if (!kMasked || active >> m & 1) multiply(part, m, words[0], out[m]);
+      });
+      unroll<kTiles>([&](auto m) {
+        if (!kMasked || active >> m & 1) use(m, out[m]);
+      });
+    }
+  }
+
+  // acc += a times the 16 rows of the tile from kRow on
+  template <bool kMasked, int kRow>
+  __device__ __forceinline__ void accumulate(const Left (&a)[Shape::kDepths][kTiles],
+                                             uint32_t address, unsigned active) {
+    unroll<kBlocks>([&](auto i) {
+      if constexpr (!Shape::kWide) {
+        // The compiler would load all right operands ahead, and spill.
+        if constexpr (kKeys && i == kBlocks / 2) __syncwarp();
+        uint32_t words[4];
+        const auto load = [&](uint32_t at, auto offset) {
+          load_matrices_transposed<decltype(offset)::value + kRow * Tile::kRowBytes>(words, at);
+        };
+        if constexpr (kKeys)
+          at_half_part<Tile, i>(address, load);
+        else
+          at_part<Tile, i>(address, load);
+        const Fragment<T, 2> right[2] = {make_fragment<T>(words[0], words[1]),
+                                         make_fragment<T>(words[2], words[3])};
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          if (kMasked && !(active >> m & 1)) continue;
+          mma(acc[m][2 * i], a[0][m], right[0]);
+          mma(acc[m][2 * i + 1], a[0][m], right[1]);
+        }
+      } else {
+        // Rows 2 c and 2 c + 1 of 8: their chunks differ in the lowest bit.
+        unroll<2 * Shape::kDepths>([&](auto n) {
+          constexpr int k = n / 2, j = n % 2;
+          at_part<Tile, kKeys ? i : 2 * i>(address ^ j * 32, [&](uint32_t at, auto offset) {
+            constexpr int kAt = decltype(offset)::value + (kRow + 8 * k) * Tile::kRowBytes;
+            const auto right =
+                make_fragment<T>(load_word<kAt>(at), load_word<kAt + Tile::kRowBytes>(at ^ 16));
+#pragma unroll
+            for (int m = 0; m < kTiles; ++m) mma(acc[m][2 * i + j], a[k][m], right);
+          });
+        });
+      }
+    });
+  }
+
+  // Where a lane sends block i of a plane, from its `exchange` on.
+  template <int kPlane, int kIndex>
+  static constexpr int kSlot = (kPlane * Shape::kPlaneSlots + kIndex) * Shape::kSlotBytes;
+  __device__ __forceinline__ static float2 unpack(uint32_t word) {
+    if constexpr (std::is_same_v<T, __half>)
+      return __half22float2(reinterpret_cast<const __half2&>(word));
+    else
+      return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+
+  // Accumulators of columns 8 h .. 8 h + 7 as their part of a left operand.
+  __device__ __forceinline__ static void to_left(Left (&to)[Shape::kDepths][kTiles], int m, int h,
+                                                 const float (&x)[4]) {
+    if constexpr (Shape::kWide) {
+      to[h][m] = make_fragment<T>(__float_as_uint(x[0]), __float_as_uint(x[2]),
+                                  __float_as_uint(x[1]), __float_as_uint(x[3]));
+    } else {
+      to[0][m].words[2 * h] = pack<T>(x[0], x[1]);
+      to[0][m].words[2 * h + 1] = pack<T>(x[2], x[3]);
+    }
+  }
+
+  // Statistics of element i of an accumulator: `columns` are those of its two columns.
+  __device__ __forceinline__ float statistic(int m, int i, float2 columns) const {
+    if constexpr (kKeys) return i % 2 ? columns.y : columns.x;
+    return statistics[m][i / 2];
+  }
+  template <int kColumn>
+  __device__ __forceinline__ float2 column_statistics(uint32_t address) const {
+    if constexpr (!kKeys || !kStatistics) return {0, 0};
+    if (kMode == Mode::general && p.map == ScoreMap::sigmoid) return {0, 0};
+    return load_float2<kColumn * 4>(address);
+  }
+
+  // Columns that a row sees, as an interval of what is added to `column`.
+  struct Seen {
+    int begin;
+    unsigned length;
+
+    __device__ Seen(const ColumnBand& band, int row, int column) {
+      begin = band.begin(row) - column;
+      const int end = band.end(row) - column;
+      length = end > begin ? end - begin : 0;
+    }
+    __device__ bool operator()(int i) const { return static_cast<unsigned>(i - begin) < length; }
+  };
+
+  __device__ __forceinline__ int row_of(int m, int i) const {
+    return first_row + 16 * m + i / 2 * 8 + lane / 4;
+  }
+
+  // `column` is the first of 16, at row kRow of the tiles of `stage`.
+  template <bool kMasked, int kRow>
+  __device__ __forceinline__ void lead(const Terms& terms, const StageAddresses& stage, int column,
+                                       unsigned active) {
+    Left weights[Shape::kDepths][kTiles], slopes[Shape::kDepths][kTiles];
+    unroll<2>([&](auto h) {
+      const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
+      const auto zero = [](int, int) { return 0.f; };
+      bool waited = !kKeys || h > 0;
+      multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, zero, [&](auto m, float (&s)[4]) {
+        if (!waited) pair_sync(full + 1);
+        waited = true;
+        float slope[4], through[4];
+        const ColumnBand band = kMasked ? info.band() : ColumnBand{0, 0, 0};
+        const int first = column + 8 * h + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = row_of(m, i), at = first + i % 2;
+          Weight w = terms.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
+                                 statistic(m, i, columns));
+          if (kMasked && !Seen(band, row, first)(i % 2)) w.p = w.slope = 0;
+          s[i] = w.p;
+          slope[i] = w.slope;
+          through[i] = w.through;
+        }
+        if (kKeys) to_left(weights, m, h, s);
+        if constexpr (Shape::kPacked) {
+          if constexpr (!kKeys || kMode != Mode::softmax) to_left(slopes, m, h, slope);
+        } else {
+          store_floats<kSlot<0, 2 * m + h>>(exchange, slope);
+          if constexpr (kMode == Mode::general)
+            store_floats<kSlot<1, 2 * m + h>>(exchange, through);
+        }
+      });
+    });
+    if constexpr (Shape::kPacked)
+      unroll<kTiles>([&](auto m) {
+        if (kMasked && !(active >> m & 1)) return;
+        if constexpr (kKeys && kMode == Mode::softmax)
+          store_words<kSlot<0, m>>(exchange, weights[0][m].words);
+        else
+          store_words<kSlot<0, m>>(exchange, slopes[0][m].words);
+      });
+    pair_arrive(full);
+    if constexpr (!kKeys) {
+      pair_sync(full + 1);
+      unroll<kTiles>([&](auto m) {
+        if (kMasked && !(active >> m & 1)) return;
+        if constexpr (Shape::kWide) {
+          unroll<2>([&](auto h) {
+            float ds[4];
+            load_floats<kSlot<0, 2 * m + h>>(ds, exchange);
+            to_left(weights, m, h, ds);
+          });
+        } else {
+          load_shared<kSlot<0, Shape::kPacked ? m : 2 * m>>(weights[0][m].words, exchange);
+        }
+      });
+    }
+    accumulate<kMasked, kRow>(weights, stage.columns, active);
+  }
+
+  template <bool kMasked, int kRow>
+  __device__ __forceinline__ void follow(const Terms& terms, const StageAddresses& stage,
+                                         int column, unsigned active) {
+    Left ds[Shape::kDepths][kTiles];
+    uint32_t packed[kTiles][4];
+    unroll<2>([&](auto h) {
+      const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
+      const auto init = [&](int m, int i) { return kStatistics ? statistic(m, i, columns) : 0.f; };
+      bool waited = h > 0;
+      multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, init, [&](auto m, float (&dp)[4]) {
+        if (!waited) pair_sync(full);
+        waited = true;
+        float w[4];
+        if constexpr (Shape::kPacked) {
+          if (h == 0) load_shared<kSlot<0, m>>(packed[m], exchange);
+          const float2 top = unpack(packed[m][2 * h]), bottom = unpack(packed[m][2 * h + 1]);
+          w[0] = top.x, w[1] = top.y, w[2] = bottom.x, w[3] = bottom.y;
+        } else {
+          load_floats<kSlot<0, 2 * m + h>>(w, exchange);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dp[i] = kMasked && w[i] == 0 ? 0.f : w[i] * dp[i];
+        if constexpr (kMode == Mode::general) {
+          if (!kKeys) add_sums(terms, dp, m, column + 8 * h + lane % 4 * 2);
+          load_floats<kSlot<1, 2 * m + h>>(w, exchange);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dp[i] *= w[i];
+        }
+        to_left(ds, m, h, dp);
+        if constexpr (!kKeys && Shape::kWide) store_floats<kSlot<0, 2 * m + h>>(exchange, dp);
+      });
+    });
+    if constexpr (!kKeys && !Shape::kWide)
+      unroll<kTiles>([&](auto m) {
+        if (kMasked && !(active >> m & 1)) return;
+        store_words<kSlot<0, Shape::kPacked ? m : 2 * m>>(exchange, ds[0][m].words);
+      });
+    pair_arrive(full + 1);
+    accumulate<kMasked, kRow>(ds, stage.columns, active);
+  }
+
+  // Blocks of 16 rows that see any of the 16 columns from `column` on, as bits.
+  __device__ unsigned active_blocks(int column) const {
+    unsigned active = 0;
+    const ColumnBand band = info.band();
+    const int rows = info.rows();
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      const int from = first_row + 16 * m, last = min(from + 16, rows) - 1;
+      if (from <= last && column < band.end(last) && column + Shape::kStep > band.begin(from))
+        active |= 1u << m;
+    }
+    return active;
+  }
+
+  // The tiles of a stage, whose first column is `first`.
+  template <bool kMasked>
+  __device__ __forceinline__ void run_tile(const Terms& terms, StageAddresses stage, int first) {
+    if constexpr (kMasked || kMode == Mode::general) first_row = info.first_row(pair);
+    exchange = stage.exchange;
+    if constexpr (!kMasked && kMode != Mode::general) {
+      constexpr int kSteps = kKeys ? 1 : 2;  // more would cost registers
+      const uint32_t end = stage.rows + Shape::kColumns * Tile::kRowBytes;
+#pragma unroll 1
+      for (; stage.rows != end; stage.rows += kSteps * Shape::kStep * Tile::kRowBytes) {
+        if (follows)
+          unroll<kSteps>([&](auto i) { follow<false, i * Shape::kStep>(terms, stage, 0, 0); });
+        else
+          unroll<kSteps>([&](auto i) { lead<false, i * Shape::kStep>(terms, stage, 0, 0); });
+        stage.columns += kSteps * Shape::kStep * Tile::kRowBytes;
+        stage.statistics += kSteps * Shape::kStep * 4;
+      }
+    } else {
+#pragma unroll 1
+      for (int column = first; column < first + Shape::kColumns; column += Shape::kStep) {
+        const unsigned active = kMasked ? active_blocks(column) : 1;
+        if (active) {
+          if (follows)
+            follow<kMasked, 0>(terms, stage, column, active);
+          else
+            lead<kMasked, 0>(terms, stage, column, active);
+        }
+        stage.rows += Shape::kStep * Tile::kRowBytes;
+        stage.columns += Shape::kStep * Tile::kRowBytes;
+        stage.statistics += Shape::kStep * 4;
+      }
+    }
+  }
+
+  // Gradients of logits dz of block m; `first` is the column of elements 0 and 2.
+  __device__ __forceinline__ void add_sums(const Terms& terms, const float (&dz)[4], int m,
+                                           int first) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int query = row_of(m, i), key = first + i % 2;
+      bias_sum += dz[i];
+      slope_sum -= dz[i] * terms.distance(query, key);
+      if (args.direct_bias && query < terms.sequence.q_length && key < terms.sequence.k_length)
+        args.p.dbias[terms.batch * args.p.dbias_batch + terms.head * args.p.dbias_head +
+                     query * args.p.dbias_q + key * args.p.dbias_k] = dz[i];
+    }
+  }
+};
+
+}  // namespace tokenmill::cuda

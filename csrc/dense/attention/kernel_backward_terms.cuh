@@ -1,0 +1,154 @@
+// The score maps with their derivatives, and the band of either side.
+#pragma once
+#include "dense/attention/kernel_terms.cuh"
+
+namespace tokenmill::cuda {
+
+// Whose rows a kernel owns; it runs over the columns, which belong to the other side.
+enum class Side { queries, keys };
+
+// The maps without further modifiers; general: any of them, with any.
+enum class Mode { softmax, sigmoid, fast_sigmoid, general };
+
+// float16 weights near 1 / n are subnormal from n = 16384 on.
+constexpr float kHalfScaleLog2 = 15, kHalfScale = 32768;
+// log2 of the e^-z from which on it is cut, so that P (1 - P) is 0 and not 0 * inf.
+constexpr float kMaxOddsLog2 = 122.9f;
+
+// Row i sees columns begin(i) .. end(i) - 1.
+struct ColumnBand {
+  int low, high, columns;
+
+  __device__ static ColumnBand of(const Band& band) {
+    return {clamp(band.low), clamp(band.high), static_cast<int>(band.columns)};
+  }
+  __device__ int begin(int row) const { return max(row + low, 0); }
+  __device__ int end(int row) const { return min(row + high, columns); }
+
+ private:
+  __device__ static int clamp(int64_t x) {
+    return static_cast<int>(x < -kMaxLength ? -kMaxLength : x > kMaxLength ? kMaxLength : x);
+  }
+};
+
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels.
+__device__ inline float tanh_accurate(float x) {
+  const float u = x * x;
+  float p = fmaf(u, -0.005852168625f, 0.02075362886f);
+  p = fmaf(p, u, -0.0537687047f);
+  p = fmaf(p, u, 0.1333168896f);
+  p = fmaf(p, u, -0.3333328326f);
+  p = fmaf(p, u, 0.9999999975f);
+  return u < 0.36f ? p * x : 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2 * kLog2e)));
+}
+
+// The weight P of a pair; dz / dP (softmax: of dP without delta); the derivative of the softcap.
+struct Weight {
+  float p, slope, through;
+};
+
+// From log2 of e^-z. kScale: e^-z is divided by kHalfScale, P is multiplied by it.
+template <bool kScale>
+__device__ __forceinline__ Weight sigmoid_weight(float odds) {
+  constexpr float kOne = kScale ? 1 / kHalfScale : 1.f;
+  const float e =
+      exp2_approx(min_or_nan(odds, kScale ? kMaxOddsLog2 - kHalfScaleLog2 : kMaxOddsLog2));
+  const float p = reciprocal_approx(e + kOne);
+  return {p, e * p * (kScale ? p * kOne : p), 1.f};  // e p is 1 - P
+}
+
+// From t = tanh(z / 2): P = (1 + t) / 2. The slope is 4 times that of P.
+template <bool kScale>
+__device__ __forceinline__ Weight fast_sigmoid_weight(float half_z) {
+  constexpr float kHalf = kScale ? kHalfScale / 2 : 0.5f;
+  const float t = tanh_approx(half_z);
+  return {fmaf(t, kHalf, kHalf), fmaf(-t, t, 1.f), 1.f};
+}
+
+// From q.k to the weight, for one head of one sequence.
+template <Mode kMode, bool kScale>
+struct HeadTerms {
+  float constant;  // sigmoid: of the argument of the map
+
+  __device__ HeadTerms(const AttentionParams& p, int64_t b, int64_t h) {
+    if constexpr (kMode == Mode::softmax) return;
+    constant = constant_of(p, b, h, sequence_of(p, b).k_length);
+    if constexpr (kMode == Mode::sigmoid)
+      constant = -constant * kLog2e - (kScale ? kHalfScaleLog2 : 0);
+    else
+      constant *= 0.5f;
+  }
+
+  // `statistic` of a softmax row: minus its log-sum-exp without the constant, in bits.
+  __device__ __forceinline__ Weight weigh(float qk, float factor, int, int, float statistic) const {
+    if constexpr (kMode == Mode::softmax) {
+      const float w = exp2_approx(fmaf(qk, factor, statistic));
+      return {w, w, 1.f};
+    } else {
+      const float x = fmaf(qk, factor, constant);
+      return kMode == Mode::sigmoid ? sigmoid_weight<kScale>(x) : fast_sigmoid_weight<kScale>(x);
+    }
+  }
+};
+
+template <bool kScale>
+struct HeadTerms<Mode::general, kScale> {
+  const AttentionParams& p;
+  int64_t batch, head;
+  Sequence sequence;
+  GeneralTerms terms;
+
+  __device__ HeadTerms(const AttentionParams& p, int64_t b, int64_t h)
+      : p(p),
+        batch(b),
+        head(h),
+        sequence(sequence_of(p, b)),
+        terms(p, b, h, sequence,
+              p.map == ScoreMap::softmax ? 0 : constant_of(p, b, h, sequence.k_length)) {}
+
+  __device__ HeadTerms& operator=(const HeadTerms& other) {
+    batch = other.batch;
+    head = other.head;
+    sequence = other.sequence;
+    terms = other.terms;
+    return *this;
+  }
+  __device__ float distance(int query, int key) const {
+    return fabsf(static_cast<float>(query + terms.diagonal - key));
+  }
+
+  // `statistic` in nats.
+  __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
+    float z = qk * p.scale, through = 1;
+    if (p.softcap > 0) {
+      const float t = tanh_accurate(z / p.softcap);
+      z = p.softcap * t;
+      through = fmaf(-t, t, 1.f);
+    }
+    if (p.bias) z = min_or_nan(z + terms.bias_at(query, key), kFloatMax);
+    // +inf counts as the largest finite logit, which does not move.
+    const bool stuck = p.bias && z >= kFloatMax;
+    if (p.alibi_slopes) z = fmaf(-terms.slope, distance(query, key), z);
+    z += terms.constant;
+    Weight w;
+    if (p.map == ScoreMap::softmax) {
+      w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
+    } else if (p.fast) {
+      w = fast_sigmoid_weight<kScale>(z * 0.5f);
+      w.slope *= 0.25f;
+    } else {
+      w = sigmoid_weight<kScale>(fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f));
+    }
+    w.through = through;
+    if (stuck) w.slope = 0;
+    return w;
+  }
+};
+
+}  // namespace tokenmill::cuda
