@@ -1,7 +1,7 @@
 // dbias where the bias was broadcast: a block owns a tile of it and sums dS, in order, over the
 // sequences, heads, queries or keys that share it. Both products are made once more.
 #pragma once
-#include "dense/attention/kernel_backward_pair.cuh"
+#include "dense/attention/kernel_backward_shape.cuh"
 
 namespace tokenmill::cuda {
 

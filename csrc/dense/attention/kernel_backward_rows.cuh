@@ -1,7 +1,7 @@
 // Before and behind the products of the backward: statistics of the rows, sums over the pairs.
 #pragma once
 #include "cuda/vector.cuh"
-#include "dense/attention/kernel_backward_pair.cuh"
+#include "dense/attention/kernel_backward_shape.cuh"
 
 namespace tokenmill::cuda {
 
