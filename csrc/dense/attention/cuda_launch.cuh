@@ -67,14 +67,17 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream);
 template <typename T, int kBucket>
 const char* launch_bucket(const AttentionParams& p, cudaStream_t stream) {
   if (needs_general(p)) return launch_forward<T, kBucket, Weights::any, true>(p, stream);
-  if constexpr (sizeof(T) == 4) return launch_forward<T, kBucket, Weights::any, false>(p, stream);
-  switch (weights_of(p)) {
-    case Weights::softmax:
-      return launch_forward<T, kBucket, Weights::softmax, false>(p, stream);
-    case Weights::sigmoid:
-      return launch_forward<T, kBucket, Weights::sigmoid, false>(p, stream);
-    default:
-      return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, stream);
+  if constexpr (sizeof(T) == 4) {
+    return launch_forward<T, kBucket, Weights::any, false>(p, stream);
+  } else {
+    switch (weights_of(p)) {
+      case Weights::softmax:
+        return launch_forward<T, kBucket, Weights::softmax, false>(p, stream);
+      case Weights::sigmoid:
+        return launch_forward<T, kBucket, Weights::sigmoid, false>(p, stream);
+      default:
+        return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, stream);
+    }
   }
 }
 

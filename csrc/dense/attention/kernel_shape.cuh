@@ -16,7 +16,8 @@ struct ForwardShape {
   // 16-row tiles of queries per warp: their accumulators take 4 kBucket / 8 registers each.
   static constexpr int kRowTiles = kBucket <= (kFloat ? 64 : 128) ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kStepKeys = !kFloat && kBucket <= 64 ? 32 : 16;
+  static constexpr int kStepKeys = kFloat ? (kBucket <= 192 ? 16 : 8) : kBucket <= 64 ? 32 : 16;
+  static constexpr int kMaskedKeys = kStepKeys < 16 ? kStepKeys : 16;  // of steps with masks
   static constexpr bool kQueryInRegisters = !kFloat || kBucket <= 128;
 
   using KeyTile = SharedTile<kRowBytes, Swizzle::quad>;

@@ -35,13 +35,15 @@ template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
  public:
   using Shape = ForwardShape<T, kBucket>;
-  static constexpr bool kLean = (kWeights == Weights::sigmoid && kBucket >= 128) ||
-                                (kWeights == Weights::softmax && kBucket == 128 && !kSm90) ||
-                                (kWeights == Weights::fast_sigmoid && kBucket == 128 && kSm90) ||
-                                (kWeights == Weights::any && kBucket == 256 && !Shape::kFloat);
+  static constexpr bool kLean =
+      (kWeights == Weights::sigmoid && kBucket >= 128) ||
+      (kWeights == Weights::softmax && kBucket == 128 && !kSm90) ||
+      (kWeights == Weights::fast_sigmoid && kBucket == 128 && kSm90) ||
+      (kWeights == Weights::any && kBucket == 256 && !Shape::kFloat && kSm90);
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled =
-      kWeights == Weights::sigmoid && kBucket > 64 && Shape::kRowTiles == 2;
+      (kWeights == Weights::sigmoid && kBucket > 64 && Shape::kRowTiles == 2) ||
+      (Shape::kFloat && kBucket == 256);
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // of output columns
@@ -130,7 +132,7 @@ class ForwardWarp {
   float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
  private:
-  static constexpr int kMaskedKeys = 16;
+  static constexpr int kMaskedKeys = Shape::kMaskedKeys;
   static constexpr int kDepth = kMmaDepth<T>;
   static constexpr bool kHasTail = !Shape::kFloat && !kGeneral && kBucket <= 64;
 
@@ -200,33 +202,49 @@ class ForwardWarp {
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
-    unroll<Shape::kSlices>([&](auto j) {
-      QuerySlice loaded[kCount];
-#pragma unroll
-      for (int m = 0; m < kCount; ++m) {
-        if constexpr (Shape::kQueryInRegisters)
-          loaded[m] = q_[kFirst + m][j];
-        else
-          load_query(loaded[m], kFirst + m, j);
-      }
-      Fragment<T, 4> a[kCount][2];
-#pragma unroll
-      for (int m = 0; m < kCount; ++m) {
-        const auto& w = loaded[m].words;
-#pragma unroll
-        for (int u = 0; u < 2; ++u)
-          a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-      }
-      unroll<kKeys / 8>([&](auto n) {
-        uint32_t w[4];
-        at.template load_keys<kOffset + 8 * n, j>(w);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
-#pragma unroll
-          for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
-        }
+    if constexpr (Shape::kQueryInRegisters) {
+      unroll<Shape::kSlices>([&](auto j) {
+        multiply_slice<kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
       });
+    } else {
+      // Two patterns of addresses at a time: unrolled, the loads of queries would run far ahead.
+      Addresses moving = at;
+#pragma unroll 1
+      for (int i = 0; i < Shape::kSlices; i += 2) {
+        unroll<2>([&](auto j) {
+          multiply_slice<kOffset, j>(s, moving, [&](int m) {
+            QuerySlice slice;
+            load_query(slice, kFirst + m, i + j);
+            return slice;
+          });
+        });
+#pragma unroll
+        for (uint32_t& address : moving.key) address += 128;
+      }
+    }
+  }
+
+  template <int kOffset, int kSlice, int kCount, int kKeyTiles, typename Query>
+  __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
+                                                 const Addresses& at, const Query& query) const {
+    Fragment<T, 4> a[kCount][2];
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      const QuerySlice slice = query(m);
+      const auto& w = slice.words;
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
+    }
+    unroll<kKeyTiles>([&](auto n) {
+      uint32_t w[4];
+      at.template load_keys<kOffset + 8 * n, kSlice>(w);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
+      }
     });
   }
 
