@@ -22,7 +22,6 @@ settings.register_profile(
 settings.load_profile("tokenmill")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SLOW = ("triton", "emulated") if DEVICE == "cpu" else ("emulated",)  # interpreted
 _selected: list[str] = []
 
 

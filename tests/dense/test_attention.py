@@ -29,11 +29,12 @@ def randn(*shape, dtype=torch.float32, backend="cpu"):
     return torch.randn(shape).to(dtype).to(device_of(backend))
 
 
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
 @settings(max_examples=150)
 @given(sample=attention_samples())
-def test_any_call_keeps_the_error_budget_on_cpu(dtype, sample):
-    found = compare(SPEC, sample, "cpu", dtype)
+def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
+    found = compare(SPEC, sample, backend, dtype)
     assert not [c for c in found if not c.ok], sample.name
 
 
@@ -46,7 +47,7 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     assert not [c for c in found if not c.ok], sample.name
 
 
-@pytest.mark.parametrize("isa", tm.testing.cpu_isas(), indirect=True)
+@pytest.mark.parametrize("isa", [i for b, i in cpu_variants() if b == "cpu"], indirect=True)
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
 @each_kind
 def test_long_sequences_cross_every_tile_border(kind, heads, isa):
