@@ -43,7 +43,7 @@ class ForwardWarp {
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled =
       (kWeights == Weights::sigmoid && kBucket > 64 && Shape::kRowTiles == 2) ||
-      (Shape::kFloat && kBucket == 256);
+      (Shape::kFloat && kBucket > 32);
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // of output columns
@@ -68,7 +68,11 @@ class ForwardWarp {
         factor_(factor),
         queries_(queries) {
     weights_ = weights_of(p);
-    if constexpr (!kGeneral) offset_ = unit(weights()) * shift_;
+    if constexpr (!kGeneral) {
+      offset_ = unit(weights()) * shift_;
+      // A hidden pair, whose logit is -inf, stays hidden.
+      if (fabsf(offset_) > kFloatMax) offset_ = copysignf(kFloatMax, offset_);
+    }
     if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
     tail_ = shift_ < -3;
 #pragma unroll
