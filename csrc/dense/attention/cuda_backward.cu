@@ -29,8 +29,9 @@ const char* launch_statistics(BackwardArgs args, bool in_nats, cudaStream_t stre
   const Rows &o = p.out, &g = args.p.dout;
   const bool vectors = is_vectorizable<T>(o.data, p.value_dim, o.batch, o.seq, o.head) &&
                        is_vectorizable<T>(g.data, p.value_dim, g.batch, g.seq, g.head);
-  args.row_blocks = ceil_div(p.seqlen_q, kStatisticsRows);
-  const unsigned grid = static_cast<unsigned>(args.row_blocks * p.heads * p.batch);
+  args.row_blocks = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows);
+  const unsigned grid =
+      static_cast<unsigned>(args.row_blocks * p.heads * (p.cu_seqlens_q ? 1 : p.batch));
   const float unit = in_nats ? 1 : kLog2e;
   if (vectors)
     statistics_kernel<T, kVector><<<grid, kStatisticsThreads, 0, stream>>>(args, unit);

@@ -15,11 +15,17 @@ __global__ void __launch_bounds__(kStatisticsThreads)
     statistics_kernel(const __grid_constant__ BackwardArgs args, float unit) {
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
-  const int64_t bh = blockIdx.x / args.row_blocks, batch = bh / p.heads, h = bh % p.heads;
+  const int64_t bh = blockIdx.x / args.row_blocks, h = bh % p.heads;
+  TilePlace place = {static_cast<int>(bh / p.heads),
+                     static_cast<int>(blockIdx.x % args.row_blocks)};
+  if (p.cu_seqlens_q) {
+    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows, place.tile);
+    if (place.b < 0) return;
+  }
+  const int64_t batch = place.b;
   const Sequence s = sequence_of(p, batch);
   const int lane = threadIdx.x % kLanesOfRow;
-  int row =
-      static_cast<int>(blockIdx.x % args.row_blocks) * kStatisticsRows + threadIdx.x / kLanesOfRow;
+  int row = place.tile * kStatisticsRows + threadIdx.x / kLanesOfRow;
   if (row - static_cast<int>(threadIdx.x) / kLanesOfRow >= s.q_length) return;
   const T* out = rows_at<const T>(p.out, batch, s.q_start + row, h);
   const T* dout = rows_at<const T>(bp.dout, batch, s.q_start + row, h);
