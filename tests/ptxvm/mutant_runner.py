@@ -27,6 +27,7 @@ from tokenmill import emulator, library
 Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
 SECONDS = 60
+PACKED = [3, 0, 70, 1, 129, 64, 17] * 6  # lengths of sequences
 
 
 def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable[[str], Tensors]:
@@ -56,36 +57,48 @@ def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable
 
 
 def attention_case(
-    dtype: torch.dtype, queries: int, keys: int, dims: tuple[int, int], **options: Any
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    dims: tuple[int, int],
+    gradients: bool = False,
+    **options: Any,
 ) -> Callable[[str], Tensors]:
     """Two query heads share one of keys; dims are those of keys and of values."""
     random = torch.Generator().manual_seed(queries + keys)
     q = torch.randn(2, queries, 4, dims[0], generator=random).to(dtype)
     k = torch.randn(2, keys, 2, dims[0], generator=random).to(dtype)
     v = torch.randn(2, keys, 2, dims[1], generator=random).to(dtype)
+    dout = torch.randn(2, queries, 4, dims[1], generator=random).to(dtype)
+    dlse = torch.randn(2, 4, queries, generator=random)
     # The first keys matter least: a running maximum rises for long.
     k *= torch.linspace(0.1, 1, keys)[:, None, None].to(dtype)
 
     def run(backend: str) -> Tensors:
         wide = backend == "reference"
-        inputs = [(x.double() if wide else x).clone() for x in (q, k, v)]
-        return list(tm.attention(*inputs, return_lse=True, backend=backend, **options))
+        inputs = [(x.double() if wide else x).clone().requires_grad_() for x in (q, k, v)]
+        results = tm.attention(*inputs, return_lse=True, backend=backend, **options)
+        if not gradients:
+            return [x.detach() for x in results]
+        torch.autograd.backward(results, [dout.to(results[0].dtype), dlse.to(results[1].dtype)])
+        return [x.grad for x in inputs if x.grad is not None]
 
     return run
 
 
 def packed_attention_case(
-    dtype: torch.dtype, lengths: list[int], dim: int
+    dtype: torch.dtype, lengths: list[int], dim: int, gradients: bool = False
 ) -> Callable[[str], Tensors]:
     """Sequences side by side; those of keys have other lengths."""
     random = torch.Generator().manual_seed(dim)
     ends = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, lengths[::-1])]
     q = torch.randn(int(ends[0][-1]), 4, dim, generator=random).to(dtype)
     k, v = (torch.randn(int(ends[1][-1]), 2, dim, generator=random).to(dtype) for _ in range(2))
+    dout = torch.randn(q.shape, generator=random).to(dtype)
 
     def run(backend: str) -> Tensors:
         wide = backend == "reference"
-        inputs = [(x.double() if wide else x).clone() for x in (q, k, v)]
+        inputs = [(x.double() if wide else x).clone().requires_grad_() for x in (q, k, v)]
         results = tm.attention(
             *inputs,
             return_lse=True,
@@ -95,7 +108,10 @@ def packed_attention_case(
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(lengths),
         )
-        return list(results)
+        if not gradients:
+            return [x.detach() for x in results]
+        torch.autograd.backward(results[0], dout.to(results[0].dtype))
+        return [x.grad for x in inputs if x.grad is not None]
 
     return run
 
@@ -117,8 +133,16 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
         yield attention_case(dtype, 70, 129, (dim - 8, dim), scale=3.0, causal=True)
         yield attention_case(dtype, 33, 65, (dim - 31, dim - 3))
         yield attention_case(dtype, 33, 65, (dim, 17))
+        yield attention_case(dtype, 33, 65, (dim - 25, 9))
         yield attention_case(dtype, 300, 300, (dim, dim), window=(70, 20), scale=1.0)
-        yield packed_attention_case(dtype, [3, 0, 70, 1, 129, 64, 17] * 6, dim)
+        yield packed_attention_case(dtype, PACKED, dim)
+    elif found := re.search(f"backward_kernel{element}i(\\d+)E", kernel):
+        dtype, dim = DTYPES[found[1]], int(found[2])
+        yield attention_case(dtype, 200, 333, (dim, dim), True, causal=True)
+        yield attention_case(dtype, 100, 256, (dim, dim), True, scale=1.0)
+        yield attention_case(dtype, 70, 129, (dim - 31, dim - 3), True, causal=True)
+        yield attention_case(dtype, 300, 200, (dim - 8, dim), True, window=(70, 20))
+        yield packed_attention_case(dtype, PACKED, dim, True)
     else:
         raise LookupError(f"no case for kernel {kernel}")
 

@@ -34,6 +34,7 @@ OTHERS = (  # clean and right, but not mutated
     "attention_forward_kernelI13__nv_bfloat16Li64ELNS0_7WeightsE0ELb0E",
     "attention_forward_kernelIfLi64ELNS0_7WeightsE3ELb0E",
 )
+BACKWARD = [f"15backward_kernelI6__halfLi64ELNS0_4SideE{side}ELNS0_4ModeE0E" for side in (0, 1)]
 SHARE = 0.9
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
@@ -48,6 +49,12 @@ MUTATIONS = {
         Mutation(ATTENTION, kind, seed)
         for kind, count in ATTENTION_KINDS.items()
         for seed in range(count)
+    ],
+    "attention_backward": [
+        Mutation(kernel, kind, seed)
+        for kernel in BACKWARD
+        for kind, count in ATTENTION_KINDS.items()
+        for seed in range(min(count, 2))
     ],
 }
 
@@ -66,7 +73,9 @@ def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
 
 
 def test_the_original_kernels_are_right_and_clean() -> None:
-    for row in run([Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION, *OTHERS)]):
+    for row in run(
+        [Mutation(kernel, "original", 0) for kernel in (*MERGE, ATTENTION, *OTHERS, *BACKWARD)]
+    ):
         assert row["verdict"] == "survived", row
 
 
