@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
 from hypothesis import HealthCheck, settings
 
 import tokenmill as tm
+import tokenmill.emulator
 
 settings.register_profile(
     "tokenmill",
@@ -37,6 +38,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     _selected[:] = config.getoption("--backend")
+    if tm.library.emulated_built():  # races and values that nobody set, beside the bounds
+        tm.emulator.configure("check=1")
 
 
 def backends(*others: str) -> list[str]:
