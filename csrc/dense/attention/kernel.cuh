@@ -21,7 +21,7 @@ struct ForwardPlan {
   bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
 };
 
-// Registers are short in the loop: what its end needs waits at the front of shared memory.
+// What the end of a block needs waits at the front of shared memory where registers are short.
 struct alignas(16) Parked {
   int b, h, q_start;
   float shift;
@@ -100,9 +100,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, queries,
                                                    plan.factor);
   WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
-  parked[warp_index] = {place.b, h, s.q_start, warp.shift_};
-  const auto output_rows = [&] {
-    const Parked& at = parked[warp_index];
+  const Parked kept{place.b, h, s.q_start, warp.shift_};
+  constexpr bool kParks = kBucket > 64 || Shape::kFloat;
+  if constexpr (kParks) parked[warp_index] = kept;
+  const auto recall = [&] {
+    if constexpr (kParks) return parked[warp_index];
+    return kept;
+  };
+  const auto output_rows = [&](const Parked& at) {
     return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
                          static_cast<int>(p.value_dim), plan.output_aligned};
   };
@@ -124,13 +129,13 @@ __global__ void __launch_bounds__(kMaxThreads)
     next += other;
     key0 += Shape::kTileKeys;
     if constexpr (Shape::kFloat)
-      if ((key0 - begin) % output.kFlushKeys == 0) output.flush(output_rows());
+      if ((key0 - begin) % output.kFlushKeys == 0) output.flush(output_rows(recall()));
   }
   __syncthreads();
   if (first <= warp.last_) {
-    const Parked& at = parked[warp_index];
+    const Parked at = recall();
     float* lse = p.lse ? lse_at(p, p.lse, at.b, at.q_start, at.h) : nullptr;
-    output.store(output_rows(), lse, p.sink ? p.sink + at.h : nullptr, at.shift,
+    output.store(output_rows(at), lse, p.sink ? p.sink + at.h : nullptr, at.shift,
                  stages + warp_index * Shape::kWarpRows * Shape::kRowBytes);
   }
 }

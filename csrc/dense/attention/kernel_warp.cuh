@@ -35,14 +35,16 @@ template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
  public:
   using Shape = ForwardShape<T, kBucket>;
+  static constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
   static constexpr bool kLean =
       (kWeights == Weights::sigmoid && kBucket >= 128) ||
       (kWeights == Weights::softmax && kBucket == 128 && !kSm90) ||
-      (kWeights == Weights::fast_sigmoid && kBucket == 128 && kSm90) ||
+      (kWeights == Weights::fast_sigmoid && kBucket == (kBfloat16 ? 256 : 128) && kSm90) ||
       (kWeights == Weights::any && kBucket == 256 && !Shape::kFloat && kSm90);
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled =
-      (kWeights == Weights::sigmoid && kBucket > 64 && Shape::kRowTiles == 2) ||
+      ((kWeights == Weights::sigmoid || (kWeights == Weights::fast_sigmoid && kBfloat16)) &&
+       kBucket > 64 && Shape::kRowTiles == 2) ||
       (Shape::kFloat && kBucket > 32);
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
@@ -71,7 +73,7 @@ class ForwardWarp {
     if constexpr (!kGeneral) {
       offset_ = unit(weights()) * shift_;
       // A hidden pair, whose logit is -inf, stays hidden.
-      if (fabsf(offset_) > kFloatMax) offset_ = copysignf(kFloatMax, offset_);
+      offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
     }
     if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
     tail_ = shift_ < -3;
