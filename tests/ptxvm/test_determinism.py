@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from machine import machine
 
 SOURCES = Path(__file__).parents[2] / "csrc"
@@ -110,6 +111,22 @@ def test_runs_and_orders() -> None:
         seen.append((bits, machine.counters()))
     assert [entry == seen[0] for entry in seen] == [True] * len(seen)
     assert [launch["kernel"] for launch in seen[0][1]] == ["rows", "product"]
+
+
+def test_the_caller_s_handling_of_denormals_does_not_matter() -> None:
+    half = """
+.visible .entry half(.param .u64 p_x) {
+ .reg .f32 %f0; .reg .b64 %rd0;
+ ld.param.u64 %rd0, [p_x]; ld.global.f32 %f0, [%rd0];
+ mul.rn.f32 %f0, %f0, 0f3F000000; st.global.f32 [%rd0], %f0; ret; }"""
+    x = np.array([1e-39], np.float32)
+    wanted = x.view(np.uint32) // 2  # before denormals are flushed: NumPy obeys too
+    flushed = torch.set_flush_denormal(True)
+    try:
+        machine.run(half, "half", x, block=1)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed and x.view(np.uint32).tolist() == wanted.tolist()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build another machine")
