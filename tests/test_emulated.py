@@ -92,6 +92,37 @@ def test_bad_lengths_never_reach_beyond_a_tensor(kind, ends):
         torch.autograd.grad(out.sum(), (q, k, v))
 
 
+@built
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_bias_below_the_longest_sequence_is_not_overrun(kind, rows):
+    """max_seqlen bounds the bias, and kernels cannot see that a sequence is longer."""
+    q, k, v = (torch.randn(45, 2, 32, requires_grad=True) for _ in range(3))
+    ends = torch.tensor([0, 5, 45], dtype=torch.int32)
+    shape = (2 if rows > 1 else 1, 2, rows, 16)
+    bias = torch.randn(shape, requires_grad=True)
+
+    def call(backend, ends, size, max_seqlen):
+        cut = [t[:size] for t in (q, k, v)]
+        out = tm.attention(
+            *cut,
+            kind=kind,
+            bias=bias[: len(ends) - 1],
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            backend=backend,
+        )
+        return out, torch.autograd.grad(out[:5].sum(), (q, bias))
+
+    out, (dq, dbias) = call("emulated", ends, 45, 16)
+    want, (dq_want, dbias_want) = call("reference", ends[:2], 5, 16)
+    torch.testing.assert_close(out[:5], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dq[:5], dq_want[:5], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dbias, dbias_want, atol=1e-5, rtol=1e-5)
+
+
 def test_the_package_can_load_it_from_elsewhere(tmp_path):
     code = "import tokenmill as tm; print('emulated' in tm.backends())"
     for path, there in ((tmp_path / "none.so", "False"), (Path(library.__file__), "True")):

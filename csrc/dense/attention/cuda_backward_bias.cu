@@ -7,12 +7,8 @@ namespace tokenmill::cuda {
 const char* launch_bias(const BackwardArgs& args, cudaStream_t stream) {
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
-  // Packed, the bias has as many rows as the longest sequence; its strides tell mostly.
-  const int64_t outer = bp.dbias_head ? bp.dbias_head : bp.dbias_batch;
-  const int64_t rows = p.cu_seqlens_q && bp.dbias_q && outer ? outer / bp.dbias_q : p.seqlen_q;
-  const int64_t columns = p.cu_seqlens_q && bp.dbias_q ? bp.dbias_q : p.seqlen_k;
-  const int64_t row_tiles = bp.dbias_q ? ceil_div(rows, kBiasRows) : 1;
-  const int64_t column_tiles = bp.dbias_k ? ceil_div(columns, kBiasColumns) : 1;
+  const int64_t row_tiles = bp.dbias_q ? ceil_div(p.bias_rows, kBiasRows) : 1;
+  const int64_t column_tiles = bp.dbias_k ? ceil_div(p.bias_columns, kBiasColumns) : 1;
   const int64_t blocks =
       row_tiles * column_tiles * (bp.dbias_head ? p.heads : 1) * (bp.dbias_batch ? p.batch : 1);
   const char* error = nullptr;

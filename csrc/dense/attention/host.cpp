@@ -3,6 +3,7 @@
 
 #include "core/stream.h"
 #include "core/views.h"
+#include "dense/attention/band.h"
 #include "dense/attention/params.h"
 
 namespace tokenmill {
@@ -203,6 +204,8 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
     p.bias_head = t.step(1);
     p.bias_q = t.step(2);
     p.bias_k = t.step(3);
+    p.bias_rows = t.size(2) == 1 ? Band::kFar : t.size(2);
+    p.bias_columns = t.size(3) == 1 ? Band::kFar : t.size(3);
   }
   p.window_left = o.window_left;
   p.window_right = o.causal ? 0 : o.window_right;

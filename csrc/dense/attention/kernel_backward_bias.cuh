@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kBiasThreads)
     const Sequence s = sequence_of(p, b);
     const ColumnBand band =
         ColumnBand::of(Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length));
-    rows = max(rows, s.q_length);
-    columns = max(columns, s.k_length);
+    rows = max(rows, static_cast<int>(min(p.bias_rows, static_cast<int64_t>(s.q_length))));
+    columns = max(columns, static_cast<int>(min(p.bias_columns, static_cast<int64_t>(s.k_length))));
     if (own_row >= s.q_length || own_column >= s.k_length) continue;
     for (int64_t h = own_head; h < own_head + heads; ++h) {
       const HeadTerms<Mode::general, false> terms(p, b, h);

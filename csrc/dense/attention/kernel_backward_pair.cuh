@@ -388,7 +388,7 @@ struct PairWorker {
       const int query = row_of(m, i), key = first + i % 2;
       bias_sum += dz[i];
       slope_sum -= dz[i] * terms.distance(query, key);
-      if (args.direct_bias && query < terms.sequence.q_length && key < terms.sequence.k_length)
+      if (args.direct_bias && query < terms.terms.rows && key < terms.terms.columns)
         args.p.dbias[terms.batch * args.p.dbias_batch + terms.head * args.p.dbias_head +
                      query * args.p.dbias_q + key * args.p.dbias_k] = dz[i];
     }
