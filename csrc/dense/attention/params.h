@@ -34,7 +34,7 @@ struct AttentionParams {
   const void* bias;   // [B|1, H|1, Sq|1, Sk|1], stride 0 where broadcast
   DType bias_dtype;
   int64_t bias_batch, bias_head, bias_q, bias_k;
-  int64_t bias_rows, bias_columns;  // that bias has; beyond any sequence where it is broadcast
+  int64_t bias_rows, bias_columns;    // that bias has; beyond any sequence where it is broadcast
   int64_t window_left, window_right;  // -1: no limit; causal is right = 0
   bool fast;
 };
