@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toolchain
 from machine import machine
 
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+NVCC = toolchain.nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 PTX = "-gencode=arch=compute_80,code=compute_80"

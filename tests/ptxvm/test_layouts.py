@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import toolchain
 from machine import MachineError, machine
 
 HERE = Path(__file__).parent
@@ -361,11 +360,9 @@ ret;
 
 def test_layouts_are_what_cute_says(tmp_path):
     """The committed layouts.json is what layouts.cu prints."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    package = importlib.util.find_spec("cutlass_library")
-    if nvcc is None or package is None or package.origin is None:
+    nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
+    if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")
-    include = Path(package.origin).parent / "source" / "include"
     program = tmp_path / "layouts"
     source = HERE / "layouts.cu"
     subprocess.run(

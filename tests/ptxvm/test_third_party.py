@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toolchain
 import torch
 from machine import find_library, machine
 
@@ -97,12 +96,10 @@ def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[s
 
 
 def test_cutlass_gemm(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    package = importlib.util.find_spec("cutlass_library")
+    nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     library = find_library()
-    if nvcc is None or package is None or package.origin is None or library is None:
+    if nvcc is None or include is None or library is None:
         pytest.skip("needs nvcc and the CUTLASS headers")
-    include = Path(package.origin).parent / "source" / "include"
     program = tmp_path / "gemm"
     flags = ["-std=c++20", "-O1", "-w", "-cudart=shared", "--compress-mode=none"]
     flags += ["-gencode=arch=compute_80,code=compute_80", f"-I{include}"]
