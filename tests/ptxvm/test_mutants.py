@@ -35,7 +35,7 @@ OTHERS = (  # clean and right, but not mutated
     "attention_forward_kernelIfLi64ELNS0_7WeightsE3ELb0E",
 )
 BACKWARD = [f"15backward_kernelI6__halfLi64ELNS0_4SideE{side}ELNS0_4ModeE0E" for side in (0, 1)]
-SHARE = 0.9
+SURVIVORS = 10  # one in so many, at most
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
 ATTENTION_KINDS = {"barrier dropped": 2, "wait weakened": 1, "wait dropped": 1} | dict.fromkeys(
@@ -90,7 +90,7 @@ def test_mutants_are_found(family: str) -> None:
         f"{row['mutation']} line {row['line']}: {row['before']} => {row['after']}"
         for row in survivors
     )
-    assert len(survivors) <= (1 - SHARE) * len(rows), f"survivors:\n{listed}"
+    assert len(survivors) * SURVIVORS <= len(rows), f"survivors:\n{listed}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
