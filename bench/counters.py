@@ -6,6 +6,7 @@ knows the throughput of each unit and nothing else, so it compares kernels and p
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -182,11 +183,17 @@ def measure(shape: Shape, variant: Variant) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _peer_rows() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(PEERS.read_text())["rows"]
+    return rows
+
+
 def bounds(shape: Shape, variant: Variant) -> dict[str, float]:
     """The figures of the peers that a row is held against."""
     rows = {
         row["peer"]: row
-        for row in json.loads(PEERS.read_text())["rows"]
+        for row in _peer_rows()
         if row["peer"] in COMPARED
         and row["dtype"] == "float16"
         and (row["pass"] == "backward") == shape.backward

@@ -46,12 +46,11 @@ def counting() -> Iterator[list[dict[str, Any]]]:
     """
     launches: list[dict[str, Any]] = []
     machine().ptxvm_reset_counters()
-    configure("count=1")
     try:
-        yield launches
+        with configured("count=1"):
+            yield launches
         launches += json.loads(machine().ptxvm_counters())["launches"]
     finally:
-        configure("count=0")
         machine().ptxvm_reset_counters()
 
 
