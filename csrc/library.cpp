@@ -23,6 +23,27 @@ TOKENMILL_LIBRARY(m) {
       "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses, "
       "Tensor lse) -> (Tensor douts, Tensor dlses)");
 
+  // linear: attention as a recurrence over a state
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, str feature_map, "
+      "float scale, bool normalize, Tensor? initial_state, bool return_final_state, "
+      "Tensor? cu_seqlens, SymInt? chunk_size) -> (Tensor out, Tensor final_state, "
+      "Tensor normalizer)");
+  m.def(
+      "linear_attention_out(Tensor q, Tensor k, Tensor v, Tensor? log_decay, str feature_map, "
+      "float scale, bool normalize, Tensor? initial_state, bool return_final_state, "
+      "Tensor? cu_seqlens, SymInt? chunk_size, Tensor(a!) out) -> (Tensor final_state, "
+      "Tensor normalizer)");
+  m.def(
+      "linear_attention_backward(Tensor? dout, Tensor? dfinal_state, Tensor? out, "
+      "Tensor? normalizer, bool[] needs, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+      "str feature_map, float scale, bool normalize, Tensor? initial_state, Tensor? cu_seqlens, "
+      "SymInt? chunk_size) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, "
+      "Tensor dinitial_state)");
+  m.def(
+      "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? log_decay, "
+      "str feature_map, float scale, bool normalize, Tensor? state_indices) -> Tensor");
+
   // introspection
   m.def("cpu_isa(str? select=None) -> str");
   m.def("cpu_peak_flops(str dtype, int repeats=5) -> float");

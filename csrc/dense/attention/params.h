@@ -1,17 +1,11 @@
 #pragma once
 #include "core/dtype.h"
+#include "core/rows.h"
 #include "cpu/isa.h"
 
 namespace tokenmill {
 
 enum class ScoreMap : int32_t { softmax, sigmoid };
-
-// [B, S, H, D] with a contiguous last dimension, strides in elements. Packed tensors have batch =
-// 0: the sequences lie behind each other along seq.
-struct Rows {
-  void* data;
-  int64_t batch, seq, head;
-};
 
 struct AttentionParams {
   int64_t batch, heads, kv_heads;  // batch counts sequences

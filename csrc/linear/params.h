@@ -1,0 +1,33 @@
+// What the operators of linear attention share.
+#pragma once
+#include "core/dtype.h"
+#include "core/rows.h"
+
+namespace tokenmill {
+
+// Applied to queries and keys. taylor2 keeps moments of the keys, (1, k_i, k_i k_j for i <= j), and
+// gives the query the factors: its state does not depend on the scale.
+enum class FeatureMap : int32_t { identity, elu1, relu, silu, taylor2 };
+
+// Natural logarithm of what remains of the state from one token to the next: none (null), of a head
+// (steps batch = seq = 0) or of each token. Steps in elements.
+struct LogDecay {
+  float* data;
+  int64_t batch, seq, head;
+  bool per_token;
+};
+
+// [N, H, F, Dv], with a normaliser [N, H, F, Dv + 1]: rows of one head lie without gaps.
+struct States {
+  float* data;
+  int64_t sequence, head;
+};
+
+constexpr int64_t feature_dim(FeatureMap map, int64_t head_dim) {
+  return map == FeatureMap::taylor2 ? 1 + head_dim + head_dim * (head_dim + 1) / 2 : head_dim;
+}
+
+// Added to the normaliser.
+constexpr float kNormalizerEpsilon = 1e-6f;
+
+}  // namespace tokenmill
