@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "core/stable.h"
@@ -58,11 +60,40 @@ inline std::string show(ScalarType t) {
   throw std::runtime_error(text + "; got " + value);
 }
 
+// A rule of several parts, which are put together only if it is broken: a good call must not pay
+// for that. Text stands as it is, other parts as `show` has them.
+template <typename... Parts>
+class Rule {
+ public:
+  explicit Rule(const Parts&... parts) : parts_(parts...) {}
+  std::string text() const {
+    return std::apply([](const auto&... parts) { return (std::string() + ... + part(parts)); },
+                      parts_);
+  }
+
+ private:
+  template <typename Part>
+  static std::string part(const Part& p) {
+    if constexpr (std::is_convertible_v<const Part&, std::string_view>)
+      return std::string(std::string_view(p));
+    else
+      return show(p);
+  }
+  std::tuple<const Parts&...> parts_;
+};
+
 template <typename Value>
 void check(bool ok, std::string_view op, std::string_view argument, std::string_view rule,
            const Value& value) {
   if (!ok) [[unlikely]]
     fail(op, argument, rule, show(value));
+}
+
+template <typename Value, typename... Parts>
+void check(bool ok, std::string_view op, std::string_view argument, const Rule<Parts...>& rule,
+           const Value& value) {
+  if (!ok) [[unlikely]]
+    fail(op, argument, rule.text(), show(value));
 }
 
 }  // namespace tokenmill

@@ -33,14 +33,13 @@ struct Options {
 // The checks below are those of python/tokenmill/dense/attention_rules.py, in its order and words.
 void check_qkv(const View& q, const View& k, const View& v, bool packed) {
   const int64_t rank = packed ? 3 : 4;
-  const std::string layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
+  const char* layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
   const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
   for (auto [name, t] : all)
-    check(t->dim() == rank, kOp, name, "must have " + show(rank) + " dimensions " + layout,
-          t->dim());
+    check(t->dim() == rank, kOp, name, Rule("must have ", rank, " dimensions ", layout), t->dim());
   check(is_kernel_dtype(q.dtype), kOp, "q", "must be float16, bfloat16 or float32", q.dtype);
   for (auto [name, t] : {all[1], all[2]}) {
-    check(t->dtype == q.dtype, kOp, name, "must have the dtype of q, " + show(q.dtype), t->dtype);
+    check(t->dtype == q.dtype, kOp, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
     if (!same_device(*t, q))
       fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
   }
@@ -48,18 +47,18 @@ void check_qkv(const View& q, const View& k, const View& v, bool packed) {
     check(t->last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
           t->strides);
     check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, kOp, name,
-          "must have a head dimension of 1 to " + show(kMaxHeadDim), t->size(-1));
+          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
   }
-  check(k.size(-1) == q.size(-1), kOp, "k",
-        "must have the head dimension of q, " + show(q.size(-1)), k.size(-1));
+  check(k.size(-1) == q.size(-1), kOp, "k", Rule("must have the head dimension of q, ", q.size(-1)),
+        k.size(-1));
   if (!packed)
-    check(k.size(0) == q.size(0), kOp, "k", "must have the batch size of q, " + show(q.size(0)),
+    check(k.size(0) == q.size(0), kOp, "k", Rule("must have the batch size of q, ", q.size(0)),
           k.size(0));
   check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), kOp, "v",
-        "must have the shape of k up to the head dimension, " + show(k.sizes), v.sizes);
+        Rule("must have the shape of k up to the head dimension, ", k.sizes), v.sizes);
   const int64_t heads = q.size(-2), kv_heads = k.size(-2);
   check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), kOp, "k",
-        "number of heads must divide that of q, " + show(heads) + " (GQA)", kv_heads);
+        Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
 }
 
 void check_values(const char* name, const View& cu, const char* bound_name,
@@ -73,10 +72,10 @@ void check_values(const char* name, const View& cu, const char* bound_name,
           std::vector<int64_t>(ends, ends + n));
     longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
   }
-  check(ends[n - 1] == total, kOp, name, "must end at the number of tokens, " + show(total),
+  check(ends[n - 1] == total, kOp, name, Rule("must end at the number of tokens, ", total),
         int64_t{ends[n - 1]});
   check(!bound || *bound >= longest, kOp, bound_name,
-        "must be at least the longest sequence, " + show(longest), bound.value_or(0));
+        Rule("must be at least the longest sequence, ", longest), bound.value_or(0));
 }
 
 // Returns the number of sequences.
@@ -104,7 +103,7 @@ int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
       fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
   }
   check(cu_k.size(0) == cu_q.size(0), kOp, "cu_seqlens_k",
-        "must have the length of cu_seqlens_q, " + show(cu_q.size(0)), cu_k.size(0));
+        Rule("must have the length of cu_seqlens_q, ", cu_q.size(0)), cu_k.size(0));
   for (auto [name, bound] : bounds)
     check(bound->value_or(0) >= 0, kOp, name, "must not be negative", bound->value_or(0));
   if (!q.is_cuda) {
@@ -129,8 +128,8 @@ const float* per_head(const char* name, const OptTensor& tensor, const View& q, 
   if (!tensor) return nullptr;
   const View t(*tensor);
   const std::vector<int64_t> one{heads}, each{batch, heads};
-  check(t.sizes == one || t.sizes == each, kOp, name,
-        "must have shape " + show(one) + " or " + show(each), t.sizes);
+  check(t.sizes == one || t.sizes == each, kOp, name, Rule("must have shape ", one, " or ", each),
+        t.sizes);
   check_small(name, t, q);
   if (t.dim() == 2) batch_stride = t.step(0);
   return t.data<float>();
@@ -180,7 +179,7 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
     check(p.map == ScoreMap::softmax, kOp, "sink", "needs kind 'softmax', not", o.kind);
     const View t(*o.sink);
     const std::vector<int64_t> wanted{p.heads};
-    check(t.sizes == wanted, kOp, "sink", "must have shape " + show(wanted), t.sizes);
+    check(t.sizes == wanted, kOp, "sink", Rule("must have shape ", wanted), t.sizes);
     check_small("sink", t, q);
     p.sink = t.data<float>();
   }
@@ -191,9 +190,9 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
                                     packed ? o.max_seqlen_k.value_or(p.seqlen_k) : p.seqlen_k};
     bool ok = t.dim() == 4;
     for (int i = 0; ok && i < 4; ++i) ok = t.size(i) == 1 || t.size(i) == full[i];
-    check(ok, kOp, "bias", "must broadcast to [B, H, Sq, Sk] = " + show(full), t.sizes);
+    check(ok, kOp, "bias", Rule("must broadcast to [B, H, Sq, Sk] = ", full), t.sizes);
     check(t.dtype == q.dtype || t.dtype == ScalarType::Float, kOp, "bias",
-          "must be " + show(q.dtype) + " or float32", t.dtype);
+          Rule("must be ", q.dtype, " or float32"), t.dtype);
     check(t.last_contiguous(), kOp, "bias", "must have a contiguous last dimension; strides",
           t.strides);
     if (!same_device(t, q))
@@ -311,8 +310,8 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   std::vector<int64_t> out_sizes = qv.sizes;
   out_sizes.back() = f.value_dim;
   const auto check_like_out = [&](const View& t, const char* name) {
-    check(t.sizes == out_sizes, kOp, name, "must have shape " + show(out_sizes), t.sizes);
-    check(t.dtype == qv.dtype, kOp, name, "must have the dtype of q, " + show(qv.dtype), t.dtype);
+    check(t.sizes == out_sizes, kOp, name, Rule("must have shape ", out_sizes), t.sizes);
+    check(t.dtype == qv.dtype, kOp, name, Rule("must have the dtype of q, ", qv.dtype), t.dtype);
     check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
           t.strides);
     if (!same_device(t, qv))
@@ -321,7 +320,7 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   const auto check_like_lse = [&](const Tensor& tensor, const char* name) {
     const View t(tensor);
     const std::vector<int64_t> wanted = lse_sizes(f);
-    check(t.sizes == wanted, kOp, name, "must have shape " + show(wanted), t.sizes);
+    check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
     check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
           "must be float32 and contiguous", t.dtype);
     if (!same_device(t, qv))

@@ -7,7 +7,11 @@ namespace {
 
 constexpr const char* kOp = "merge_attention_states";
 
-// The checks of reference.dense.check_merge_attention_states, in its order and words.
+void check_device(const char* name, const View& t, const View& outs) {
+  if (!same_device(t, outs)) fail(kOp, name, "must be on the device of outs", show_device(t));
+}
+
+// The checks of python/tokenmill/dense/merge.py, in its order and words.
 MergeParams make_params(const View& outs, const View* lses) {
   check(outs.dim() == 5 || outs.dim() == 4, kOp, "outs",
         "must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]", outs.dim());
@@ -34,10 +38,9 @@ MergeParams make_params(const View& outs, const View* lses) {
     if (b) wanted.push_back(p.batch);
     wanted.push_back(p.heads);
     wanted.push_back(p.seqlen);
-    check(lses->sizes == wanted, kOp, "lses", "must have shape " + show(wanted), lses->sizes);
+    check(lses->sizes == wanted, kOp, "lses", Rule("must have shape ", wanted), lses->sizes);
     check(lses->dtype == ScalarType::Float, kOp, "lses", "must be float32", lses->dtype);
-    check(same_device(*lses, outs), kOp, "lses", "must be on the device of outs",
-          show_device(*lses));
+    check_device("lses", *lses, outs);
     p.lses = lses->data<float>();
     p.lses_part = lses->step(0);
     p.lses_batch = b ? lses->step(1) : 0;
@@ -87,11 +90,11 @@ std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTenso
   MergeBackwardParams p{};
   p.forward = make_params(o, l ? &*l : nullptr);
   const std::vector<int64_t> wanted = without_front(o.sizes);
-  check(d.sizes == wanted, kOp, "dout", "must have shape " + show(wanted), d.sizes);
+  check(d.sizes == wanted, kOp, "dout", Rule("must have shape ", wanted), d.sizes);
   check(d.dtype == o.dtype, kOp, "dout", "must have the dtype of outs", d.dtype);
   check(d.last_contiguous(), kOp, "dout", "must have a contiguous last dimension; strides",
         d.strides);
-  check(same_device(d, o), kOp, "dout", "must be on the device of outs", show_device(d));
+  check_device("dout", d, o);
   const int64_t b = d.dim() - 3;
   p.dout = d.data();
   p.dout_batch = b ? d.step(0) : 0;
@@ -100,10 +103,10 @@ std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTenso
   const auto state = [&](const Tensor& t, const char* name) {
     const View v(t);
     check(v.sizes == without_front(l->sizes), kOp, name,
-          "must have shape " + show(without_front(l->sizes)), v.sizes);
+          Rule("must have shape ", without_front(l->sizes)), v.sizes);
     check(v.dtype == ScalarType::Float && t.is_contiguous(), kOp, name,
           "must be float32 and contiguous", v.dtype);
-    check(same_device(v, o), kOp, name, "must be on the device of outs", show_device(v));
+    check_device(name, v, o);
     return v.data<float>();
   };
   if (l) {
