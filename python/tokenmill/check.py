@@ -58,6 +58,61 @@ def check_dtype(op: str, argument: str, t: torch.Tensor, *, float64: bool) -> No
     check(ok, op, argument, "must be float16, bfloat16 or float32", t.dtype)
 
 
+MAX_HEAD_DIM = 256
+
+
+def check_qkv(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool, float64: bool
+) -> None:
+    """Rank, dtype, device, layout and the shapes that queries, keys and values share."""
+    rank, layout = (3, "[T, H, D] (packed)") if packed else (4, "[B, S, H, D]")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != rank:
+            fail(op, name, f"must have {rank} dimensions {layout}", t.dim())
+    check_dtype(op, "q", q, float64=float64)
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            fail(op, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+        check_device_of_q(op, name, t, q)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_last_contiguous(op, name, t)
+        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
+            fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+    if k.shape[-1] != q.shape[-1]:
+        fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
+    if not packed and k.shape[0] != q.shape[0]:
+        fail(op, "k", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
+    if v.shape[:-1] != k.shape[:-1]:
+        rule = f"must have the shape of k up to the head dimension, {show(k.shape)}"
+        fail(op, "v", rule, v.shape)
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
+        fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
+
+
+def check_device_of_q(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:
+    if t.device != q.device:
+        fail(op, argument, f"must be on the device of q, {show(q.device)}", t.device)
+
+
+def check_cu_seqlens(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:
+    check(t.dtype == torch.int32, op, argument, "must be int32", t.dtype)
+    rule = "must have 1 dimension of at least 1 element"
+    check(t.dim() == 1 and t.shape[0] >= 1, op, argument, rule, t.shape)
+    check_last_contiguous(op, argument, t)
+    check_device_of_q(op, argument, t, q)
+
+
+def check_cu_seqlens_values(op: str, argument: str, t: torch.Tensor, total: int) -> list[int]:
+    """The ends of packed sequences, which start at 0, never decrease and end at total."""
+    ends: list[int] = t.tolist()
+    check(ends[0] == 0, op, argument, "must start at 0", ends[0])
+    check(ends == sorted(ends), op, argument, "must not decrease", ends)
+    if ends[-1] != total:
+        fail(op, argument, f"must end at the number of tokens, {total}", ends[-1])
+    return ends
+
+
 def synchronising_checks() -> bool:
     """TOKENMILL_CHECK=1: also check values that lie on a GPU, at the price of a synchronisation."""
     return os.environ.get("TOKENMILL_CHECK") == "1"

@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, fail, show
+from ..check import (
+    check,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device_of_q,
+    check_last_contiguous,
+    check_qkv,
+    fail,
+    show,
+)
 
 OP = "attention"
 KINDS = ("softmax", "sigmoid")
 PRECISIONS = ("accurate", "fast")
-MAX_HEAD_DIM = 256
 
 
 def check_attention(
@@ -44,7 +52,7 @@ def check_attention(
     float64: bool = False,
 ) -> None:
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_qkv(q, k, v, packed, float64)
+    check_qkv(OP, q, k, v, packed, float64)
     check(kind in KINDS, OP, "kind", "must be 'softmax' or 'sigmoid'", kind)
     check(precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", precision)
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
@@ -80,33 +88,6 @@ def check_attention(
         _check_bias(bias, q, (batch, heads, rows, columns))
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, float64: bool) -> None:
-    rank, layout = (3, "[T, H, D] (packed)") if packed else (4, "[B, S, H, D]")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != rank:
-            fail(OP, name, f"must have {rank} dimensions {layout}", t.dim())
-    check_dtype(OP, "q", q, float64=float64)
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            fail(OP, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
-        if t.device != q.device:
-            fail(OP, name, f"must be on the device of q, {show(q.device)}", t.device)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_last_contiguous(OP, name, t)
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            fail(OP, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
-    if k.shape[-1] != q.shape[-1]:
-        fail(OP, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
-    if not packed and k.shape[0] != q.shape[0]:
-        fail(OP, "k", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
-    if v.shape[:-1] != k.shape[:-1]:
-        rule = f"must have the shape of k up to the head dimension, {show(k.shape)}"
-        fail(OP, "v", rule, v.shape)
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        fail(OP, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-
-
 def _check_cu_seqlens(
     q: Tensor,
     cu_seqlens_q: Tensor | None,
@@ -124,17 +105,7 @@ def _check_cu_seqlens(
                 fail(OP, name, "goes with cu_seqlens alone", bound)
         return q.shape[0]
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
-        check(
-            t.dim() == 1 and t.shape[0] >= 1,
-            OP,
-            name,
-            "must have 1 dimension of at least 1 element",
-            t.shape,
-        )
-        check_last_contiguous(OP, name, t)
-        if t.device != q.device:
-            fail(OP, name, f"must be on the device of q, {show(q.device)}", t.device)
+        check_cu_seqlens(OP, name, t, q)
     if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
         rule = f"must have the length of cu_seqlens_q, {cu_seqlens_q.shape[0]}"
         fail(OP, "cu_seqlens_k", rule, cu_seqlens_k.shape[0])
@@ -147,8 +118,7 @@ def _check_cu_seqlens(
 def _check_small(name: str, t: Tensor, q: Tensor, dtype: torch.dtype) -> None:
     check(t.dtype == dtype, OP, name, "must be float32", t.dtype)
     check_last_contiguous(OP, name, t)
-    if t.device != q.device:
-        fail(OP, name, f"must be on the device of q, {show(q.device)}", t.device)
+    check_device_of_q(OP, name, t, q)
 
 
 def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
@@ -158,8 +128,7 @@ def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
     if bias.dtype not in (q.dtype, torch.float32):
         fail(OP, "bias", f"must be {show(q.dtype)} or float32", bias.dtype)
     check_last_contiguous(OP, "bias", bias)
-    if bias.device != q.device:
-        fail(OP, "bias", f"must be on the device of q, {show(q.device)}", bias.device)
+    check_device_of_q(OP, "bias", bias, q)
 
 
 def check_attention_values(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
@@ -171,11 +140,7 @@ def check_attention_values(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
     ):
         if cu is None:
             continue
-        ends = cu.tolist()
-        check(ends[0] == 0, OP, name, "must start at 0", ends[0])
-        check(ends == sorted(ends), OP, name, "must not decrease", ends)
-        if ends[-1] != total:
-            fail(OP, name, f"must end at the number of tokens, {total}", ends[-1])
+        ends = check_cu_seqlens_values(OP, name, cu, total)
         longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
         if bound is not None and bound < longest:
             fail(OP, bound_name, f"must be at least the longest sequence, {longest}", bound)
