@@ -93,22 +93,66 @@ def namespace(backend: str) -> str:
     return _NAMESPACES.get(backend, library.NAMESPACE)
 
 
-def call(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None) -> tuple[Any, ...]:
-    """Runs the lowered call on the backend chosen for it."""
+def call(
+    spec: OpSpec, lowered: tuple[Any, ...], backend: str | None, out: torch.Tensor | None = None
+) -> tuple[Any, ...]:
+    """Runs the lowered call on the backend chosen for it; the first result is written into out."""
     chosen = choose(spec, lowered, backend)
+    checked, arguments = spec.forward, lowered
+    if out is not None:
+        assert spec.out
+        checked, arguments = spec.out, (*lowered, out)
+    autograd = _needs_autograd(arguments)
+    if autograd and checked.written:
+        _refuse_gradient(spec, checked, arguments)
     if chosen == "reference":
-        spec.forward.check(*lowered, float64=True)
+        checked.check(*arguments, float64=True)
         spec.forward.check_values(*lowered)
-        return spec.reference(*lowered)
+        return _results(spec.reference(*lowered), out)
     if chosen != "cpu" and synchronising_checks():
-        spec.forward.check(*lowered)
+        checked.check(*arguments)
         spec.forward.check_values(*lowered)
-    op = spec.forward.overload(namespace(chosen))
-    if torch.compiler.is_compiling() or _needs_autograd(lowered):
-        return op(*lowered)
+    if out is not None and not _has_out(spec, chosen):
+        checked.check(*arguments)
+        return _results(call(spec, lowered, chosen), out)
+    op = checked.overload(namespace(chosen))
+    if torch.compiler.is_compiling() or autograd:
+        return _results(op(*arguments), None, out)
     # Autograd registered from Python costs 10 us a call, as much as the rest of the dispatch.
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*lowered)
+        results = op(*arguments)
+    for name in checked.written:
+        _note_write(arguments[checked.position(name)])
+    return _results(results, None, out)
+
+
+def _results(
+    results: Any, copy_to: torch.Tensor | None, written: torch.Tensor | None = None
+) -> tuple[Any, ...]:
+    results = results if isinstance(results, tuple) else (results,)
+    if copy_to is not None:
+        return copy_to.copy_(results[0]), *results[1:]
+    return results if written is None else (written, *results)
+
+
+def _has_out(spec: OpSpec, backend: str) -> bool:
+    assert spec.out
+    if backend == "emulated":
+        return spec.out.has_emulated()
+    return backend in ("cpu", "cuda") and spec.out.has_native(backend.upper())
+
+
+def _note_write(t: torch.Tensor) -> None:
+    """Lets autograd see that a tensor which it saved was overwritten."""
+    if not t.is_inference():
+        torch.autograd.graph.increment_version(t)
+
+
+def _refuse_gradient(spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]) -> None:
+    for argument, value in zip(op.overload()._schema.arguments, arguments, strict=True):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            rule = f"must not require a gradient, as the call writes into {op.written[0]}"
+            fail(spec.name, argument.name, rule, value.requires_grad)
 
 
 def _needs_autograd(lowered: tuple[Any, ...]) -> bool:
@@ -153,10 +197,13 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     from . import registry
 
     spec = registry.get(op if isinstance(op, str) else op.__name__)
+    out = kwargs.pop("out", None) if spec.out else None
     try:
         with torch.no_grad():
             lowered = spec.lower(*args, **kwargs)
         spec.forward.check(*lowered, float64=True)
+        if spec.out and out is not None:
+            spec.out.check(*lowered, out, float64=True)
         chosen = choose(spec, lowered, backend)
     except RuntimeError as error:
         return Explanation(spec.name, None, None, {}, str(error))

@@ -66,6 +66,16 @@ class TorchOp:
         """Whether this build can run the CUDA kernel in the PTX machine."""
         return emulated_built() and self.name in _load_emulated()
 
+    @functools.cached_property
+    def written(self) -> tuple[str, ...]:
+        """Names of the arguments that a call writes into."""
+        arguments = self.overload()._schema.arguments
+        return tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write)
+
+    def position(self, name: str) -> int:
+        names = [a.name for a in self.overload()._schema.arguments]
+        return names.index(name)
+
     def overload(self, namespace: str = NAMESPACE) -> Any:
         return getattr(getattr(torch.ops, namespace), self.name).default
 

@@ -36,6 +36,8 @@ class OpSpec:
 
     lower takes the arguments of the public function and returns the lowered list: the arguments of
     the schema, shared in one order by reference, C++ params and Triton launcher.
+    differentiable names the arguments with a gradient. out, if there, is the operator that writes
+    the first result into its last argument. A call that writes into an argument has no gradient.
     logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
     an error there is a relative error of what they are the logarithm of.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
@@ -56,6 +58,7 @@ class OpSpec:
     differentiable: tuple[str, ...]
     paper: str
     flops: Callable[..., float]
+    out: TorchOp | None = None
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
 

@@ -153,6 +153,29 @@ def evaluate(
     return [o.detach() for o in outputs], filled
 
 
+def without_side_effects(spec: OpSpec, function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, which takes the arguments of spec's public function, on copies of those that a call
+    writes into. What was written is appended to the results."""
+    written = spec.forward.written
+    if not written:
+        return function
+    names = list(inspect.signature(spec.function).parameters)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in written:
+            t = given[name]
+            given[name] = torch.empty_strided(
+                t.shape, t.stride(), dtype=t.dtype, device=t.device
+            ).copy_(t)
+        changed = [given[name] for name, _ in zip(names, args, strict=False)]
+        results = function(*changed, **{name: given[name] for name in kwargs})
+        results = (results,) if isinstance(results, Tensor) else results
+        return (*results, *(given[name] for name in written))
+
+    return run
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One tensor of one call against its error budget."""
@@ -181,33 +204,37 @@ def compare(
     the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
     nothing, and plain PyTorch may be lucky in one.
     """
-    reference = oracle(spec.name)
+    reference = without_side_effects(spec, oracle(spec.name))
 
     def draw(seed: int) -> _Draw:
         generator = torch.Generator().manual_seed(seed)
         args, kwargs = sample.make(dtype, generator)
         shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
         cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
+        returned = len(cotangents) - len(spec.forward.written)
 
         def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            return spec.plain(*spec.lower(*args, **kwargs))[: len(cotangents)]
+            return spec.plain(*spec.lower(*args, **kwargs))[:returned]
 
+        weights = cotangents if spec.differentiable else None
         wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
-        wide = evaluate(reference, wide_args, wide_kwargs, cotangents)
-        plain = evaluate(plainly, args, kwargs, cotangents)
+        wide = evaluate(reference, wide_args, wide_kwargs, weights)
+        plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)
         return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 
     draws = [draw(seed + i) for i in range(4)]
     first = draws[0]
     there = [a.to(device) if isinstance(a, Tensor) else a for a in first.args]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first.kwargs.items()}
-    run = functools.partial(spec.function, backend=backend)
-    actual = chain(*evaluate(run, there, options, first.cotangents))
+    run = without_side_effects(spec, functools.partial(spec.function, backend=backend))
+    weights = first.cotangents if spec.differentiable else None
+    actual = chain(*evaluate(run, there, options, weights))
 
     parameters = inspect.signature(spec.function).parameters
     given = [*zip(parameters, first.args, strict=False), *first.kwargs.items()]
     names = [f"output {i}" for i in range(len(first.cotangents))]
-    names += [f"gradient of {name}" for name, value in given if _is_float(value)]
+    if spec.differentiable:
+        names += [f"gradient of {name}" for name, value in given if _is_float(value)]
     logarithms = [i for i in spec.logarithms if i < len(first.cotangents)]
     lse = max((magnitude(d.wide[i]) for d in draws for i in logarithms), default=0.0)
     result = []
