@@ -5,11 +5,17 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, testing
+from . import dense, linear, testing
 from .check import InputError
 from .dense import attention, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
 from .info import build_info
+from .linear import (
+    lightning_attention,
+    lightning_slopes,
+    linear_attention,
+    linear_attention_decode,
+)
 from .version import __version__
 
 __all__ = [
@@ -20,6 +26,11 @@ __all__ = [
     "build_info",
     "dense",
     "explain",
+    "lightning_attention",
+    "lightning_slopes",
+    "linear",
+    "linear_attention",
+    "linear_attention_decode",
     "merge_attention_states",
     "sigmoid_attention",
     "testing",

@@ -1,0 +1,447 @@
+"""linear_attention: attention as a recurrence over a decaying state."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..check import check_tensor, fail, synchronising_checks
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference import linear as reference
+from ..registry import OpSpec, register_op
+from .linear_attention_cases import MALFORMED, SAMPLES
+from .rules import LINEAR_ATTENTION as OP
+from .rules import (
+    check_linear_attention,
+    check_linear_attention_out,
+    check_linear_attention_values,
+    feature_dim,
+    rows_lie_together,
+)
+
+FeatureMap = Literal["identity", "elu1", "relu", "silu", "taylor2"]
+LIGHTNING = "lightning_attention"
+
+
+class LightningOptions(TypedDict, total=False):
+    """Keywords of :func:`lightning_attention` beside scale and return_final_state."""
+
+    feature_map: FeatureMap
+    normalize: bool
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    chunk_size: int | None
+    out: Tensor | None
+    backend: str | None
+
+
+class LinearOptions(LightningOptions, total=False):
+    """Keywords of :func:`linear_attention` beside return_final_state, on which the type of the
+    result depends."""
+
+    log_decay: Tensor | None
+    scale: float | None
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_final_state: Literal[False] = ...,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_final_state: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    feature_map: FeatureMap = "identity",
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Causal linear attention with decay: cost linear in the length, and a state of fixed size.
+
+    For token t of one head, from :math:`S_{-1}` = initial_state or 0:
+
+    .. math::
+        S_t = e^{log\_decay_t}\, S_{t-1} + \phi(k_t)^T v_t, \qquad
+        out_t = scale\; \phi(q_t)\, S_t
+
+    A token sees itself with weight 1; the decay of the first token acts on initial_state. With
+    normalize, :math:`z_t = \sum_s w_{ts} + 10^{-6}` over the weights :math:`w_{ts}` of the tokens
+    seen, and :math:`out_t` is divided by it. The kernels work on chunks, as products of matrices.
+
+    Args:
+        q: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens; float16, bfloat16 or float32
+            (float64 on the reference), any strides with a contiguous last dimension, D up to 256.
+        k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` (packed ``[T, Hk, ...]``); Hk divides H;
+            query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
+        log_decay: natural logarithm of what remains of the state, not positive; -inf forgets
+            everything. ``[H]`` for a constant of each head, ``[B, S, H]`` (packed ``[T, H]``) for a
+            gate of each token, in float32. None: no decay.
+        feature_map: :math:`\phi`: "identity", "elu1" (elu(x) + 1), "relu", "silu"; or "taylor2",
+            weights :math:`1 + u + u^2/2` with :math:`u = scale\; q_t \cdot k_s`, for D up to 32.
+        scale: None = 1/sqrt(D). With "taylor2" it is the scale inside u.
+        normalize: divide by the sum of the weights; meant for maps whose weights are positive.
+        initial_state: float32 ``[B, H, F, Dv]`` (packed: one for each sequence), as a call with
+            return_final_state returned it. F = D; "taylor2": 1 + D + D(D+1)/2, the sums of 1,
+            :math:`k_i` and :math:`k_i k_j` (i <= j) times v, which do not depend on the scale. With
+            normalize ``[B, H, F, Dv + 1]``, the last column being the sum of the keys.
+        return_final_state: also return the state after the last token.
+        cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end; each has its own state.
+        chunk_size: tokens per chunk, a power of two from 16 to 256; a hint that changes rounding
+            alone. None: the kernel's choice.
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension, no overlap with an input. Needs no_grad or inputs without gradient.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
+        also the state, float32. An empty sequence leaves its state as it was. Gradients: q, k, v,
+        log_decay, initial_state, through out and state.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: about 4 H S F Dv operations per sequence and a chunk's own 2 H S C (D + Dv); memory
+    linear in S.
+
+    Paper: Transformers are RNNs (Katharopoulos et al. 2020); decay of a head: Lightning
+    Attention-2 (Qin et al. 2024); gates: Mamba-2 (Dao and Gu 2024), section 6; "taylor2": Simple
+    linear attention language models balance the recall-throughput tradeoff (Arora et al. 2024).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k, v = torch.randn(3, 2, 100, 4, 16).unbind()
+        >>> gate = torch.nn.functional.logsigmoid(torch.randn(2, 100, 4))
+        >>> whole = tm.linear_attention(q, k, v, log_decay=gate)
+        >>> first, state = tm.linear_attention(
+        ...     *(t[:, :60] for t in (q, k, v)), log_decay=gate[:, :60], return_final_state=True)
+        >>> rest = tm.linear_attention(
+        ...     *(t[:, 60:] for t in (q, k, v)), log_decay=gate[:, 60:], initial_state=state)
+        >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-4)
+        True
+    """
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
+    result, final_state, _ = call(
+        SPEC,
+        lower(
+            q,
+            k,
+            v,
+            log_decay=log_decay,
+            feature_map=feature_map,
+            scale=scale,
+            normalize=normalize,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            cu_seqlens=cu_seqlens,
+            chunk_size=chunk_size,
+        ),
+        backend,
+        out,
+    )
+    return (result, final_state) if return_final_state else result
+
+
+@overload
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    *,
+    scale: float | None = ...,
+    return_final_state: Literal[False] = ...,
+    **options: Unpack[LightningOptions],
+) -> Tensor: ...
+
+
+@overload
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    *,
+    scale: float | None = ...,
+    return_final_state: Literal[True],
+    **options: Unpack[LightningOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    *,
+    scale: float | None = 1.0,
+    return_final_state: bool = False,
+    **options: Unpack[LightningOptions],
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Lightning attention: :func:`linear_attention` with the constant decay of each head.
+
+    :math:`out_t = scale \sum_{s \le t} e^{-slope (t - s)} (q_t \cdot k_s)\, v_s`: a token sees
+    itself with weight 1, and initial_state has decayed by :math:`e^{-slope (t + 1)}` at token t.
+
+    Args:
+        q, k, v: as in :func:`linear_attention`.
+        slopes: ``[H]`` float32, not negative: what :func:`lightning_slopes` returns, or learned.
+        scale: as in :func:`linear_attention`, but 1 by default, as in the published models.
+        return_final_state: also return the state after the last token.
+        options: every other keyword of :func:`linear_attention` but log_decay, which is -slopes.
+
+    Returns:
+        As :func:`linear_attention`. Gradients: q, k, v, slopes, initial_state.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: as :func:`linear_attention`.
+
+    Paper: Lightning Attention-2 (Qin et al. 2024); MiniMax-01 (2025).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> ones = torch.ones(1, 4, 1, 1)
+        >>> tm.lightning_attention(ones, ones, ones, torch.tensor([2.0]).log()).flatten()
+        tensor([1.0000, 1.5000, 1.7500, 1.8750])
+    """
+    check_tensor(LIGHTNING, "slopes", slopes)
+    if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
+        fail(LIGHTNING, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)
+    readable = slopes.device.type == "cpu" or synchronising_checks()
+    if readable and not torch.compiler.is_compiling():
+        negative = slopes[slopes < 0]
+        if negative.numel() > 0:
+            fail(LIGHTNING, "slopes", "must not be negative; least", negative.min().item())
+    return linear_attention(
+        q,
+        k,
+        v,
+        log_decay=-slopes,
+        scale=scale,
+        return_final_state=return_final_state,  # type: ignore[call-overload]
+        **options,
+    )
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    feature_map: str = "identity",
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(OP, name, t)
+    for name, option in (
+        ("log_decay", log_decay),
+        ("initial_state", initial_state),
+        ("cu_seqlens", cu_seqlens),
+    ):
+        if option is not None:
+            check_tensor(OP, name, option, optional=True)
+    if not (chunk_size is None or isinstance(chunk_size, int | torch.SymInt)):
+        fail(OP, "chunk_size", "must be an int or None", chunk_size)
+    if initial_state is not None and initial_state.dim() == 4:
+        initial_state = (
+            initial_state if rows_lie_together(initial_state) else initial_state.contiguous()
+        )
+    return (
+        q,
+        k,
+        v,
+        None if log_decay is None else widen(log_decay, q),
+        feature_map,
+        scale_or_default(OP, scale, q),
+        bool(normalize),
+        initial_state,
+        bool(return_final_state),
+        cu_seqlens,
+        chunk_size,
+    )
+
+
+LOG_DECAY, INITIAL_STATE, RETURN_FINAL_STATE = 3, 7, 8  # positions in the lowered list
+
+
+def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
+    if not isinstance(scale, int | float):
+        fail(op, "scale", "must be a number", scale)
+    return float(scale)
+
+
+def widen(t: Tensor, q: Tensor) -> Tensor:
+    """A small tensor in float32, or in float64 beside a float64 q."""
+    if not t.is_floating_point():
+        return t
+    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
+    return t.to(wide)
+
+
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, v = lowered[0], lowered[2]
+    return (q.new_empty((*q.shape[:-1], v.shape[-1])), *_fake_out(*lowered, None))
+
+
+def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, _, v, _, feature_map, _, normalize, _, return_final_state, cu_seqlens, _, _ = arguments
+    packed = cu_seqlens is not None
+    state: tuple[int, ...] = (0,)
+    if return_final_state:
+        sequences = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
+        features = feature_dim(feature_map, q.shape[-1])
+        state = (sequences, q.shape[-2], features, v.shape[-1] + int(normalize))
+    normalizer: tuple[int, ...] = (0,)
+    if normalize:
+        normalizer = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in (state, normalizer))
+
+
+def _check_backward(
+    dout: Tensor | None,
+    dfinal_state: Tensor | None,
+    out: Tensor | None,
+    normalizer: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> None:
+    forward = list(lowered)
+    forward.insert(RETURN_FINAL_STATE, True)
+    check_linear_attention(*forward)
+
+
+def _fake_backward(
+    dout: Tensor | None,
+    dfinal_state: Tensor | None,
+    out: Tensor | None,
+    normalizer: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> tuple[Tensor, ...]:
+    q, log_decay, initial_state, cu_seqlens = lowered[0], lowered[3], lowered[7], lowered[8]
+    decay_shape: tuple[int, ...] = (0,)
+    if needs[0] and log_decay.dim() > 1:
+        decay_shape = log_decay.shape
+    elif needs[0]:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        decay_shape = (sequences, q.shape[-2])
+    state_shape = initial_state.shape if needs[1] else (0,)
+    return (
+        *(t.new_empty(t.shape) for t in lowered[:3]),
+        *(q.new_empty(shape, dtype=torch.float32) for shape in (decay_shape, state_shape)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, normalizer = output
+    ctx.mark_non_differentiable(normalizer)
+    normalize = inputs[6]
+    ctx.save_for_backward(
+        *(x if isinstance(x, Tensor) else None for x in inputs),
+        *((out, normalizer) if normalize else (None, None)),
+    )
+    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    *tensors, out, normalizer = ctx.saved_tensors
+    lowered = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
+    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
+        dout = dout.contiguous()
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.contiguous() if lowered[RETURN_FINAL_STATE] else None
+    needs = [ctx.needs_input_grad[i] for i in (LOG_DECAY, INITIAL_STATE)]
+    arguments = [x for i, x in enumerate(lowered) if i != RETURN_FINAL_STATE]
+    dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
+        dout, dfinal_state, out, normalizer, needs, *arguments
+    )
+    result: list[Any] = [None] * len(lowered)
+    result[:3] = dq, dk, dv
+    if needs[0]:
+        per_token = lowered[LOG_DECAY].dim() > 1
+        result[LOG_DECAY] = dlog_decay if per_token else dlog_decay.sum(0)
+    if needs[1]:
+        result[INITIAL_STATE] = dinitial_state
+    return tuple(result)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_: Any) -> float:
+    """Operations of a token's update of the state and of its query."""
+    features = feature_dim(feature_map, q.shape[-1])
+    return 4.0 * math.prod(q.shape[:-1]) * features * v.shape[-1]
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=check_linear_attention,
+        check_values=check_linear_attention_values,
+        fake=_fake,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+OUT = register(TorchOp(OP + "_out", check=check_linear_attention_out, fake=_fake_out))
+BACKWARD = register(TorchOp(OP + "_backward", check=_check_backward, fake=_fake_backward))
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="linear",
+        function=linear_attention,
+        lower=lower,
+        reference=reference.linear_attention,
+        plain=functools.partial(reference.linear_attention_quadratic, upcast=False),
+        forward=FORWARD,
+        backward=BACKWARD,
+        out=OUT,
+        samples=SAMPLES,
+        malformed=MALFORMED,
+        differentiable=("q", "k", "v", "log_decay", "initial_state"),
+        paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
+        flops=flops,
+    )
+)
