@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
+from tokenmill.linear.linear_attention_cases import draw_state
 from tokenmill.registry import Sample
 
 LENGTHS = st.one_of(st.sampled_from([0, 1, 2, 5, 6, 7, 15, 16, 17, 63, 64, 65]), st.integers(0, 70))
@@ -93,3 +94,58 @@ def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid")):
     shapes = f"q {(batch, sq, heads, d)} k {(batch, sk, kv_heads, d)} v {dv} packed {packed}"
     terms = f"{options} bias {bias} score_bias {score_bias} slopes {slopes} sink {sink}"
     return Sample(f"{shapes} {terms}", make)
+
+
+@st.composite
+def linear_samples(draw, max_length=140, maps=("identity", "elu1", "relu", "silu", "taylor2")):
+    """A sample of linear attention with any combination of options."""
+    lengths = st.one_of(
+        st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]), st.integers(0, 140)
+    ).filter(lambda n: n <= max_length)
+    feature_map = draw(st.sampled_from(maps))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3)]))
+    heads = kv_heads * group
+    d, dv = draw(st.integers(1, 20) if feature_map == "taylor2" else HEAD_DIMS), draw(HEAD_DIMS)
+    packed = draw(st.booleans())
+    sequences = draw(st.lists(lengths, max_size=3)) if packed else None
+    n, length = draw(st.integers(0, 2)), draw(lengths)
+    lead = (sum(sequences),) if packed else (n, length)
+    n = len(sequences) if packed else n
+    decay = draw(st.sampled_from([None, "head", "steep", "token"]))
+    with_state = draw(st.booleans())
+    # Weights of both signs have no normaliser to speak of. Over one token out is v, and gradients
+    # of q and k are rounding errors.
+    longest = max(sequences, default=0) if packed else length
+    positive = feature_map in ("elu1", "taylor2") and (longest > 1 or with_state)
+    normalize = draw(st.booleans()) if positive else False
+    options = {
+        "feature_map": feature_map,
+        "normalize": normalize,
+        "scale": draw(st.sampled_from([None, 0.3] + ([] if normalize else [0.0, -0.2]))),
+        "chunk_size": draw(st.sampled_from([None, 16, 32, 64, 128, 256])),
+        "return_final_state": draw(st.booleans()),
+    }
+    layout = draw(st.tuples(*[st.integers(0, 2)] * 3))
+
+    def make(dtype, g):
+        q, k, v = (
+            layouts(lead + shape, dtype, g)[i]()
+            for shape, i in zip(((heads, d), (kv_heads, d), (kv_heads, dv)), layout, strict=True)
+        )
+        wide = torch.promote_types(dtype, torch.float32)
+        kwargs = dict(options)
+        if decay == "token":
+            gates = torch.randn(*lead, heads, generator=g) * 3 + 2
+            kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(wide)
+        elif decay is not None:
+            top = 0.5 if decay == "head" else 20.0
+            kwargs["log_decay"] = -top * torch.rand(heads, generator=g).to(wide)
+        if packed:
+            kwargs["cu_seqlens"] = torch.tensor([0, *sequences]).cumsum(0).to(torch.int32)
+        if with_state:
+            shape = (n, heads, d, dv)
+            kwargs["initial_state"] = draw_state(shape, feature_map, normalize, dtype, g)
+        return (q, k, v), kwargs
+
+    shapes = f"q {(*lead, heads, d)} kv heads {kv_heads} v {dv} sequences {sequences}"
+    return Sample(f"{shapes} {options} decay {decay} state {with_state}", make)
