@@ -18,7 +18,12 @@ class Everything(torch.nn.Module):
         merged, _ = tm.merge_attention_states(
             torch.stack([softmax, other]), torch.stack([lse, other_lse])
         )
-        return tm.sigmoid_attention(merged, x, x.relu()).sin()
+        linear, state = tm.linear_attention(
+            tm.sigmoid_attention(merged, x, x.relu()), x, x, return_final_state=True
+        )
+        token, slots = x.detach()[:, -1:], state.detach().clone()
+        following = tm.linear_attention_decode(token, token, token, slots)
+        return (linear + following + slots.sum()).sin()
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)

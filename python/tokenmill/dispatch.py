@@ -122,7 +122,7 @@ def call(
     with torch._C._AutoDispatchBelowAutograd():
         results = op(*arguments)
     for name in checked.written:
-        _note_write(arguments[checked.position(name)])
+        _note_write(arguments[checked.arguments.index(name)])
     return _results(results, None, out)
 
 
@@ -149,10 +149,10 @@ def _note_write(t: torch.Tensor) -> None:
 
 
 def _refuse_gradient(spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]) -> None:
-    for argument, value in zip(op.overload()._schema.arguments, arguments, strict=True):
+    for name, value in zip(op.arguments, arguments, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
             rule = f"must not require a gradient, as the call writes into {op.written[0]}"
-            fail(spec.name, argument.name, rule, value.requires_grad)
+            fail(spec.name, name, rule, value.requires_grad)
 
 
 def _needs_autograd(lowered: tuple[Any, ...]) -> bool:

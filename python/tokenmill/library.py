@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class TorchOp:
     triton: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
+    arguments: tuple[str, ...] = field(init=False)  # names of the schema
+    written: tuple[str, ...] = field(init=False)  # those that a call writes into
 
     @property
     def qualname(self) -> str:
@@ -66,15 +68,11 @@ class TorchOp:
         """Whether this build can run the CUDA kernel in the PTX machine."""
         return emulated_built() and self.name in _load_emulated()
 
-    @functools.cached_property
-    def written(self) -> tuple[str, ...]:
-        """Names of the arguments that a call writes into."""
-        arguments = self.overload()._schema.arguments
-        return tuple(a.name for a in arguments if a.alias_info and a.alias_info.is_write)
-
-    def position(self, name: str) -> int:
-        names = [a.name for a in self.overload()._schema.arguments]
-        return names.index(name)
+    def __post_init__(self) -> None:
+        schema = self.overload()._schema.arguments
+        written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
+        object.__setattr__(self, "arguments", tuple(a.name for a in schema))
+        object.__setattr__(self, "written", written)
 
     def overload(self, namespace: str = NAMESPACE) -> Any:
         return getattr(getattr(torch.ops, namespace), self.name).default
