@@ -38,7 +38,16 @@ def linear_attention(
         return recurrence(*features, _values(v, q, normalize), log_decay, state)
 
     return _by_sequence(
-        one, q, k, v, log_decay, normalize, initial_state, return_final_state, cu_seqlens
+        one,
+        q,
+        k,
+        v,
+        log_decay,
+        feature_map,
+        normalize,
+        initial_state,
+        return_final_state,
+        cu_seqlens,
     )
 
 
@@ -131,7 +140,16 @@ def linear_attention_quadratic(
         return y, after
 
     return _by_sequence(
-        one, q, k, v, log_decay, normalize, initial_state, return_final_state, cu_seqlens
+        one,
+        q,
+        k,
+        v,
+        log_decay,
+        feature_map,
+        normalize,
+        initial_state,
+        return_final_state,
+        cu_seqlens,
     )
 
 
@@ -177,6 +195,7 @@ def _by_sequence(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    feature_map: str,
     normalize: bool,
     initial_state: Tensor | None,
     return_final_state: bool,
@@ -205,8 +224,10 @@ def _by_sequence(
             states.append(after)
         out, normalizer = _divide(torch.cat(parts, 1), normalize)
         out, normalizer = out[0], normalizer[0]
-        none = q.new_zeros(0, q.shape[1], 1, 1, dtype=wide)
-        state = torch.cat(states) if states else none
+        if not states:
+            rows = key_features(k[:0, :1], feature_map).shape[-1]
+            states = [q.new_zeros(0, q.shape[1], rows, parts[0].shape[-1], dtype=wide)]
+        state = torch.cat(states)
     empty = q.new_empty(0, dtype=wide)
     return (
         out.to(q.dtype),
