@@ -17,7 +17,7 @@ __device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); 
 __device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(int64_t& x) { asm volatile("" : "+l"(x)); }
 template <typename T>
-__device__ __forceinline__ void keep(const T*& x) {
+__device__ __forceinline__ void keep(T*& x) {
   asm volatile("" : "+l"(x));
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "cuda/load_tile.cuh"
 #include "cuda/math.cuh"
-#include "cuda/warp.cuh"
+#include "cuda/sequences.cuh"
 #include "dense/attention/band.h"
 #include "dense/attention/params.h"
 
@@ -15,12 +15,6 @@ struct Sequence {
   int q_start, k_start, q_length, k_length;
 };
 
-// Bad cu_seqlens give wrong rows but stay inside the tensors.
-__device__ inline int clamped_end(const int32_t* cu_seqlens, int64_t i, int64_t tokens) {
-  const int end = cu_seqlens[i];
-  return end < 0 ? 0 : end > tokens ? static_cast<int>(tokens) : end;
-}
-
 __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   if (!p.cu_seqlens_q) return {0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k)};
   const int q = clamped_end(p.cu_seqlens_q, b, p.seqlen_q);
@@ -28,51 +22,6 @@ __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   const int q_length = clamped_end(p.cu_seqlens_q, b + 1, p.seqlen_q) - q;
   const int k_length = clamped_end(p.cu_seqlens_k, b + 1, p.seqlen_k) - k;
   return {q, k, q_length > 0 ? q_length : 0, k_length > 0 ? k_length : 0};
-}
-
-// A bound on the tiles of `rows` rows in all sequences that depends on shapes alone.
-inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t tokens, int64_t rows) {
-  return cu_seqlens ? tokens / rows + batch : ceil_div(tokens, rows);
-}
-
-struct TilePlace {
-  int b;     // -1: none
-  int tile;  // of the sequence
-};
-
-// Tile number `index` of packed sequences. All lanes of a warp together.
-__device__ inline TilePlace find_tile(const int32_t* cu_seqlens, int64_t batch, int64_t tokens,
-                                      int rows, int64_t index) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t first = 0; first < batch; first += kWarpSize) {
-    const int64_t b = first + lane;
-    int tiles = 0;
-    if (b < batch) {
-      const int length =
-          clamped_end(cu_seqlens, b + 1, tokens) - clamped_end(cu_seqlens, b, tokens);
-      tiles = length > 0 ? (length + rows - 1) / rows : 0;
-    }
-    int64_t end = tiles;
-#pragma unroll
-    for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int64_t before = __shfl_up_sync(kFullWarp, end, offset);
-      if (lane >= offset) end += before;
-    }
-    const unsigned found = __ballot_sync(kFullWarp, index < end);
-    if (found) {
-      const int owner = __clz(__brev(found));  // the lowest bit
-      const int tile = static_cast<int>(index - (end - tiles));
-      return {static_cast<int>(first) + owner, __shfl_sync(kFullWarp, tile, owner)};
-    }
-    index -= __shfl_sync(kFullWarp, end, kWarpSize - 1);
-  }
-  return {-1, 0};
-}
-
-// Row 0 of a sequence in head h of batch b.
-template <typename T>
-__device__ __forceinline__ T* rows_at(const Rows& rows, int64_t b, int64_t start, int64_t h) {
-  return static_cast<T*>(rows.data) + b * rows.batch + start * rows.seq + h * rows.head;
 }
 
 __device__ __forceinline__ float* lse_at(const AttentionParams& p, const float* lse, int64_t b,
