@@ -1,0 +1,197 @@
+"""What is particular to Triton: the code that its compiler makes of the kernels, what an import
+costs, and memory that nothing inside tensors may reach. tests/test_contract.py and the other files
+here check the results.
+
+As a script, it compiles the kernels of linear attention without a GPU and prints what they use:
+python tests/linear/test_linear_triton.py CAPABILITY [identity:float16:64:64:head ...]
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+import triton_compiler
+from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources
+
+import tokenmill as tm
+from tokenmill.linear.rules import feature_dim
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# feature map, dtype, dimensions of keys and values, decay, options: every value of each.
+CASES = (
+    "identity:bfloat16:128:128:head",
+    "silu:float16:64:64:none",
+    "relu:float16:128:64:token:packed",
+    "elu1:bfloat16:256:256:token:normalized",
+    "taylor2:float16:32:64:token:normalized",
+    "taylor2:bfloat16:16:64:none",
+    "identity:float32:128:128:head",
+    "elu1:float32:256:256:token:normalized",
+    "taylor2:float32:16:64:head:normalized",
+)
+PRODUCTS = ("sums", "results", "queries", "keys", "values", "decay")  # kernels that have some
+
+
+def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024):
+    """Forward, backward and decode, without data."""
+    from tokenmill.triton_kernels.linear.decode import linear_attention_decode
+    from tokenmill.triton_kernels.linear.linear_attention import (
+        linear_attention,
+        linear_attention_backward,
+    )
+
+    sequences, heads, kv_heads = 2, 8, 2
+    empty = functools.partial(torch.empty, device="meta")
+    packed, normalize = "packed" in options, "normalized" in options
+    lead = (sequences * tokens,) if packed else (sequences, tokens)
+    q = empty(*lead, heads, head_dim, dtype=dtype)
+    k = empty(*lead, kv_heads, head_dim, dtype=dtype)
+    v = empty(*lead, kv_heads, value_dim, dtype=dtype)
+    log_decay = {"none": None, "head": empty(heads), "token": empty(*lead, heads)}[decay]
+    columns = value_dim + int(normalize)
+    state = empty(sequences, heads, feature_dim(feature_map, head_dim), columns)
+    cu = empty(sequences + 1, dtype=torch.int32) if packed else None
+    how = (log_decay, feature_map, 0.125, normalize)
+
+    def launch():
+        out, final, z = linear_attention(q, k, v, *how, state, True, cu, None)
+        saved = (out, z) if normalize else (None, None)
+        needs = [log_decay is not None, True]
+        linear_attention_backward(out, final, *saved, needs, q, k, v, *how, state, cu, None)
+        if not packed:
+            slots = empty(sequences, dtype=torch.int32)
+            linear_attention_decode(q, k, v, state, *how, slots)
+
+    return launch
+
+
+def compiled(capability, case, **options):
+    feature_map, dtype, head_dim, value_dim, *rest = case.split(":")
+    launch = calls(
+        feature_map, getattr(torch, dtype), int(head_dim), int(value_dim), *rest, **options
+    )
+    return triton_compiler.compiled(capability, launch)
+
+
+def main(capability, *cases):
+    for case in cases:
+        for kernel, code in compiled(int(capability), case):
+            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
+
+
+run = functools.partial(fresh_process, __file__)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module", params=SHARED)
+def programs(request, folder):
+    """A compute capability, and what every kernel compiled for it uses."""
+    text = run(__file__, request.param, *CASES, folder=folder)
+    return request.param, [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_kernel_compiles_without_spilling_registers(programs):
+    capability, found = programs
+    for program in found:
+        assert_fits(program, capability)
+    kernels = {program["kernel"].removesuffix("_kernel") for program in found}
+    assert kernels == {*PRODUCTS, "scan", "delta", "sum_chunks", "decode"}
+
+
+def test_products_run_on_tensor_cores(programs):
+    """Stored 16-bit numbers as they are; what was computed from them in tf32, and in float32 calls
+    everything in tf32x3: tf32 alone has 11 bits."""
+    capability, found = programs
+    for program in found:
+        if program["kernel"].removesuffix("_kernel") not in PRODUCTS:
+            assert not program["products"], program
+            continue
+        dtype = program["case"].split(":")[1]
+        stored = OPERANDS[dtype]
+        assert program["products"], program
+        for product in program["products"]:
+            types = product.split(".f32", 1)[1]
+            assert types.startswith((f".{stored}.{stored}", ".tf32.tf32")), program
+            assert capability == 90 or product.startswith("mma.sync."), program
+        allowed = {"tf32x3"} if dtype == "float32" else {"tf32"}
+        assert allowed <= set(program["precisions"]), program
+
+
+def test_no_length_compiles_anew(folder):
+    code = """
+from test_linear_triton import compiled
+
+for case in (
+    "identity:float16:64:64:head",
+    "elu1:bfloat16:64:64:token:normalized",
+    "relu:float16:64:64:token:packed",
+):
+    first, *others = [[c for _, c in compiled(80, case, tokens=n)] for n in (1024, 1023, 130)]
+    assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
+"""
+    run("-c", code, folder=folder)
+
+
+def test_import_needs_no_gpu_and_starts_none(folder):
+    code = """
+import torch
+import tokenmill.triton_kernels.linear.decode
+import tokenmill.triton_kernels.linear.linear_attention
+
+assert not torch.cuda.is_initialized()
+"""
+    run("-c", code, folder=folder, CUDA_VISIBLE_DEVICES="")
+
+
+def surrounded(*shape):
+    """Numbers with NaN on both sides of the first dimension, which show what was read."""
+    around = torch.full((3 * shape[0], *shape[1:]), torch.nan, device=DEVICE)
+    inner = around[shape[0] : 2 * shape[0]]
+    inner.copy_(torch.randn(shape))
+    return around, inner
+
+
+@pytest.mark.parametrize("ends", [(5, 7, 3, 21), "extremes", (20, 0, 40, 7)], ids=str)
+def test_no_length_reaches_beyond_the_tensors(ends):
+    """Lengths inside tensors are not checked."""
+    if ends == "extremes":
+        ends = (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1)
+    cu = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+    arounds, tokens = zip(*(surrounded(20, 2, 16) for _ in range(3)), strict=True)
+    q, k, v = (t.detach().requires_grad_() for t in tokens)
+    gate = torch.zeros(20, 2, device=DEVICE, requires_grad=True)
+    out = tm.linear_attention(
+        q, k, v, log_decay=gate, cu_seqlens=cu, chunk_size=16, backend="triton"
+    )
+    torch.autograd.grad(out.sum(), (q, k, v, gate))
+    for around in arounds:
+        assert torch.isnan(around[:20]).all() and torch.isnan(around[40:]).all()
+        assert torch.isfinite(around[20:40]).all()
+
+
+def test_no_slot_reaches_beyond_the_states():
+    around, state = surrounded(4, 2, 16, 8)
+    before = state.clone()
+    q, k = torch.randn(2, 5, 1, 2, 16, device=DEVICE)
+    v = torch.randn(5, 1, 2, 8, device=DEVICE)
+    slots = torch.tensor([-1, 4, 2, 2**31 - 1, -(2**31)], dtype=torch.int32, device=DEVICE)
+    out = tm.linear_attention_decode(q, k, v, state, state_indices=slots, backend="triton")
+    assert torch.isnan(around[:4]).all() and torch.isnan(around[8:]).all()
+    assert torch.isfinite(around[4:8]).all()
+    changed = (state != before).flatten(1).any(1)
+    assert changed.tolist() == [False, False, True, False]
+    assert (out[2] != 0).any() and not out[[0, 1, 3, 4]].any()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
