@@ -35,6 +35,19 @@ def test_numpy_through_dlpack():
     assert difference and float(difference[1]) < 1e-5
 
 
+def test_long_context(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plots" / "speed.png"
+    out = run(sys.executable, EXAMPLES / "long_context_lm.py", "--quick", "--plot", plot)
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  \d+ s", out)]
+    assert losses[-1] < losses[0]
+    rows = re.findall(r"^ +(\d+) +[\d.]+ +\d+/s +\d+/s  (\d+) KiB / (\d+) KiB", out, re.M)
+    assert [row[0] for row in rows] == ["256", "1024"]
+    states, caches = ([int(row[i]) for row in rows] for i in (1, 2))
+    assert states[0] == states[1] and caches[1] == 4 * caches[0] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"
