@@ -100,7 +100,7 @@ def call(
     chosen = choose(spec, lowered, backend)
     checked, arguments = spec.forward, lowered
     if out is not None:
-        assert spec.out
+        assert spec.out is not None
         checked, arguments = spec.out, (*lowered, out)
     autograd = _needs_autograd(arguments)
     if autograd and checked.written:
@@ -136,7 +136,7 @@ def _results(
 
 
 def _has_out(spec: OpSpec, backend: str) -> bool:
-    assert spec.out
+    assert spec.out is not None
     if backend == "emulated":
         return spec.out.has_emulated()
     return backend in ("cpu", "cuda") and spec.out.has_native(backend.upper())
@@ -197,12 +197,12 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     from . import registry
 
     spec = registry.get(op if isinstance(op, str) else op.__name__)
-    out = kwargs.pop("out", None) if spec.out else None
+    out = kwargs.pop("out", None) if spec.out is not None else None
     try:
         with torch.no_grad():
             lowered = spec.lower(*args, **kwargs)
         spec.forward.check(*lowered, float64=True)
-        if spec.out and out is not None:
+        if spec.out is not None and out is not None:
             spec.out.check(*lowered, out, float64=True)
         chosen = choose(spec, lowered, backend)
     except RuntimeError as error:
