@@ -122,6 +122,8 @@ def test_lightning_attention_names_the_slopes():
         tm.lightning_attention(q, k, v, torch.zeros(1, 4, 2))
     with pytest.raises(tm.InputError, match=r"slopes: must be a tensor; got 0.5"):
         tm.lightning_attention(q, k, v, 0.5)
+    with pytest.raises(tm.InputError, match=r"slopes: must be float32; got int64"):
+        tm.lightning_attention(q, k, v, torch.zeros(2, dtype=torch.int64))
 
 
 @each_backend

@@ -237,7 +237,10 @@ def lightning_attention(
         >>> tm.lightning_attention(ones, ones, ones, torch.tensor([2.0]).log()).flatten()
         tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    check_tensor(LIGHTNING, "slopes", slopes)
+    for name, t in (("q", q), ("slopes", slopes)):
+        check_tensor(LIGHTNING, name, t)
+    if not slopes.is_floating_point():
+        fail(LIGHTNING, "slopes", "must be float32", slopes.dtype)
     if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
         fail(LIGHTNING, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)
     readable = slopes.device.type == "cpu" or synchronising_checks()
@@ -421,12 +424,20 @@ FORWARD = register(
         check=check_linear_attention,
         check_values=check_linear_attention_values,
         fake=_fake,
+        triton="linear.linear_attention:linear_attention",
         backward=_backward,
         setup_context=_setup_context,
     )
 )
 OUT = register(TorchOp(OP + "_out", check=check_linear_attention_out, fake=_fake_out))
-BACKWARD = register(TorchOp(OP + "_backward", check=_check_backward, fake=_fake_backward))
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="linear.linear_attention:linear_attention_backward",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
