@@ -182,7 +182,15 @@ def _two_slots(args: list[Any], kwargs: dict[str, Any]) -> None:
     del kwargs["state_indices"]
 
 
-FORWARD = register(TorchOp(OP, check=check_decode, check_values=check_decode_values, fake=_fake))
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=check_decode,
+        check_values=check_decode_values,
+        fake=_fake,
+        triton="linear.decode:linear_attention_decode",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -1,0 +1,160 @@
+"""The next tokens of each request: one program holds a tile of columns of a head's state, reads it
+once, and writes it once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import Rows, launch, slice_of
+from .common import (
+    LEAST_OF_TOKEN,
+    LogDecay,
+    States,
+    load_features,
+    load_tile,
+    scale_beside,
+    store_tile,
+)
+from .linear_attention import feature_dim
+from .linear_attention_forward import EPSILON
+
+ELEMENTS = 4096  # of a state, in one program
+LENGTHS = ["decay", "tokens", "slots", "heads", "group", "tiles"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def decode_kernel(
+    q,
+    k,
+    v,
+    out,
+    normalizer,
+    state,
+    indices,
+    decay,
+    scale,
+    tokens,
+    slots,
+    heads,
+    group,
+    tiles,
+    KEYS_ALONE: tl.constexpr,
+    MAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """KEYS_ALONE: only the last column, the sum of the keys, and the normaliser of every token. The
+    programs of the other columns read that: the column itself changes under them."""
+    i = tl.program_id(0)
+    i_tile = i % tiles
+    i_h = i // tiles % heads
+    i_b = (i // (tiles * heads)).to(tl.int64)
+    slot = i_b
+    if indices is not None:
+        slot = tl.load(indices + i_b).to(tl.int64)
+    used = (slot >= 0) & (slot < slots)
+    slot = tl.where(used, slot, 0)
+    queries = slice_of(q, i_b, i_h, 0, tokens)
+    keys = slice_of(k, i_b, i_h // group, 0, tokens)
+    o_f = tl.arange(0, BLOCK_F)
+    o_c = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    o_state = slot * state.sequence + tl.cast(i_h, tl.int64) * state.head
+    if KEYS_ALONE:
+        p_state = state.data + o_state + (o_f[:, None] * COLUMNS + VALUE_DIM + o_c[None, :])
+        m_state = (o_f < FEATURES)[:, None] & (o_c < 1)[None, :]
+    else:
+        p_state = state.data + o_state + (o_f[:, None] * COLUMNS + o_c[None, :])
+        m_state = (o_f < FEATURES)[:, None] & (o_c < VALUE_DIM)[None, :]
+    m_state = m_state & (tl.zeros([BLOCK_F, BLOCK_V], tl.int64) < tl.where(used, 1, 0))
+    b_state = tl.load(p_state, mask=m_state, other=0.0)
+    o_z = (i_b * heads + i_h) * tokens
+    for t in range(tokens):
+        o_row = t + tl.arange(0, 1)
+        if decay is not None:
+            p_decay = decay.data + tl.cast(i_h, tl.int64) * decay.head
+            if decay.seq is not None:
+                p_decay += i_b * decay.batch + tl.cast(t, tl.int64) * decay.seq
+            x = tl.load(p_decay)
+            b_state *= tl.exp(tl.where(x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, x))
+        b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
+        b_q = load_features(queries, o_row, o_f, scale, True, MAP, HEAD_DIM, FEATURES)
+        b_k = tl.trans(b_k.to(tl.float32))
+        b_q = tl.trans(b_q.to(tl.float32)) * scale_beside(scale, MAP)
+        if KEYS_ALONE:
+            b_state += b_k
+            b_z = tl.sum(b_q * b_state, 0) + EPSILON
+            tl.store(normalizer + o_z + t + o_c, b_z, mask=o_c < 1)
+        else:
+            values = slice_of(v, i_b, i_h // group, 0, tokens)
+            b_state += b_k * load_tile(values, o_row, o_c, VALUE_DIM).to(tl.float32)
+            b_y = tl.sum(b_q * b_state, 0)[None, :]
+            if COLUMNS > VALUE_DIM:
+                b_y = b_y / tl.load(normalizer + o_z + t)
+            b_y = tl.where(tl.zeros([1, BLOCK_V], tl.int64) < tl.where(used, 1, 0), b_y, 0.0)
+            store_tile(slice_of(out, i_b, i_h, 0, tokens), o_row, o_c, b_y, VALUE_DIM)
+    tl.store(p_state, b_state, mask=m_state)
+
+
+def linear_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    state_indices: Tensor | None,
+) -> Tensor:
+    batch, tokens, heads, head_dim = q.shape
+    value_dim = v.shape[-1]
+    features = feature_dim(feature_map, head_dim)
+    out = q.new_empty((batch, tokens, heads, value_dim))
+    normalizer = None
+    if normalize:
+        normalizer = q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    decay = None
+    if log_decay is not None:
+        steps = log_decay.stride() if log_decay.dim() == 3 else (0, None, log_decay.stride(0))
+        decay = LogDecay(log_decay, *steps)
+
+    def run(keys_alone: bool, block_v: int) -> None:
+        tiles = 1 if keys_alone else triton.cdiv(value_dim, block_v)
+        launch(
+            decode_kernel,
+            batch * heads * tiles if tokens > 0 else 0,
+            q,
+            *(Rows(t, *t.stride()[:3]) for t in (q, k, v, out)),
+            normalizer,
+            States(state, *state.stride()[:2]),
+            state_indices,
+            decay,
+            scale,
+            tokens,
+            state.shape[0],
+            heads,
+            heads // max(k.shape[-2], 1),
+            tiles,
+            KEYS_ALONE=keys_alone,
+            MAP=feature_map,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            FEATURES=features,
+            COLUMNS=value_dim + int(normalize),
+            BLOCK_F=block_f,
+            BLOCK_V=block_v,
+            num_warps=4,
+        )
+
+    block_f = triton.next_power_of_2(features)
+    if normalize:
+        run(True, 1)
+    run(False, min(triton.next_power_of_2(value_dim), max(ELEMENTS // block_f, 8), 64))
+    return out

@@ -1,0 +1,416 @@
+"""Launches the kernels of linear attention, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import INTERPRETED, Rows, launch
+from .common import LogDecay, States
+from .decay_gradient import decay_kernel, sum_chunks_kernel
+from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
+from .linear_attention_forward import results_kernel
+from .states import scan_kernel, sums_kernel
+
+ELEMENTS = 1024  # of a state, in one program of the scan
+
+
+class Tiles(NamedTuple):
+    tokens: int  # of a chunk
+    features: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+class Plan(NamedTuple):
+    """The chunks of the last three are the same."""
+
+    forward: Tiles
+    backward: Tiles
+    keys: Tiles
+    decay: Tiles
+
+
+# By bytes of an element: the largest tiles whose registers do not spill on 8.0 and 9.0, for any
+# feature map and form of decay. Products of 64 rows are the least that 9.0 has instructions for.
+PLANS = {
+    2: Plan(
+        Tiles(64, 64, 64, 4, 2),
+        Tiles(64, 64, 64, 8, 2),
+        Tiles(64, 64, 32, 8, 2),
+        Tiles(64, 32, 32, 8, 2),
+    ),
+    4: Plan(
+        Tiles(32, 32, 32, 4, 2),
+        Tiles(32, 32, 32, 8, 2),
+        Tiles(32, 32, 32, 8, 2),
+        Tiles(32, 32, 32, 8, 2),
+    ),
+}
+
+
+class Call(NamedTuple):
+    """The lowered list, and what the kernels take from it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    feature_map: str
+    scale: float
+    normalize: bool
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    chunk_size: int | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.q.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        return self.v.shape[-1] + int(self.normalize)
+
+    @property
+    def features(self) -> int:
+        return feature_dim(self.feature_map, self.q.shape[-1])
+
+    @property
+    def statistics_shape(self) -> Sequence[int]:
+        lead = () if self.packed else (self.sequences,)
+        return (*lead, self.heads, self.tokens)
+
+    @property
+    def state_shape(self) -> Sequence[int]:
+        return (self.sequences, self.heads, self.features, self.columns)
+
+    def plan(self) -> Plan:
+        if INTERPRETED.value:
+            # A tile costs milliseconds whatever its size.
+            tokens = min(max(triton.next_power_of_2(self.tokens) // 16, 64), 256)
+            plan = Plan(*[Tiles(tokens, 128, 128, 4, 1)] * 4)
+        else:
+            plan = PLANS[self.q.element_size()]
+        if self.chunk_size is None:
+            return plan
+        return Plan(*(t._replace(tokens=min(t.tokens, self.chunk_size)) for t in plan))
+
+    def slots(self, tiles: Tiles) -> int:
+        """How many chunks there may be."""
+        if not self.packed:
+            return self.sequences * self.per_sequence(tiles)
+        return self.tokens // tiles.tokens + self.sequences if self.sequences else 0
+
+    def per_sequence(self, tiles: Tiles) -> int:
+        return triton.cdiv(self.tokens, tiles.tokens)
+
+    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
+        allocate = self.q.new_zeros if self.packed else self.q.new_empty
+        return allocate(shape, dtype=dtype or self.q.dtype)
+
+    def float32(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def rows(self, t: Tensor) -> Rows:
+        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
+
+    def decay(self, t: Tensor | None) -> LogDecay | None:
+        if t is None:
+            return None
+        if t.dim() == 1:
+            return LogDecay(t, 0, None, t.stride(0))
+        return LogDecay(t, 0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1))
+
+    def place(self, tiles: Tiles) -> Sequence[Any]:
+        """What every kernel takes, from cu_seqlens to heads."""
+        return (
+            self.cu_seqlens,
+            self.tokens,
+            self.sequences,
+            self.per_sequence(tiles),
+            self.sequences.bit_length(),
+            self.heads,
+        )
+
+    @property
+    def group(self) -> int:
+        return self.heads // max(self.kv_heads, 1)
+
+    def options(self, tiles: Tiles) -> dict[str, Any]:
+        taylor2 = self.feature_map == "taylor2"
+        block_f = _block(self.features, tiles.features)
+        return {
+            "MAP": self.feature_map,
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+            "HEAD_DIM": self.q.shape[-1],
+            "VALUE_DIM": self.v.shape[-1],
+            "FEATURES": self.features,
+            "COLUMNS": self.columns,
+            "BLOCK_T": tiles.tokens,
+            "BLOCK_D": _block(self.q.shape[-1], 32) if taylor2 else block_f,
+            "BLOCK_F": block_f,
+            "BLOCK_V": _block(self.v.shape[-1], tiles.columns),
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+
+def feature_dim(feature_map: str, head_dim: int) -> int:
+    return head_dim if feature_map != "taylor2" else 1 + head_dim + head_dim * (head_dim + 1) // 2
+
+
+def _block(size: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), most)
+
+
+def _states(t: Tensor | None) -> States | None:
+    return None if t is None else States(t, t.stride(0), t.stride(1))
+
+
+def _states_of_chunks(
+    call: Call,
+    tiles: Tiles,
+    x: Tensor,
+    y: Tensor,
+    normalizer: Tensor | None,
+    delta: Tensor | None,
+    before: Tensor | None,
+    after: Tensor | None,
+    queries: bool,
+) -> Tensor:
+    """[slots, H, F, C]: the state that meets each chunk; from the other side (queries) the gradient
+    of the state after it."""
+    slots, options = call.slots(tiles), call.options(tiles)
+    sums = call.float32(slots, call.heads, call.features, call.columns)
+    factors = None if call.log_decay is None else call.float32(slots, call.heads)
+    parts = triton.cdiv(call.features, options["BLOCK_F"])
+    parts *= triton.cdiv(call.v.shape[-1], options["BLOCK_V"])
+    launch(
+        sums_kernel,
+        slots * call.heads * parts,
+        call.q,
+        call.rows(x),
+        call.rows(y),
+        normalizer,
+        delta,
+        sums,
+        factors,
+        call.decay(call.log_decay),
+        call.scale,
+        *call.place(tiles),
+        call.group,
+        parts,
+        QUERY=queries,
+        **options,
+    )
+    size = call.features * call.columns
+    parts = triton.cdiv(size, ELEMENTS)
+    launch(
+        scan_kernel,
+        call.sequences * call.heads * parts,
+        call.q,
+        sums,
+        factors,
+        _states(before),
+        _states(after),
+        call.cu_seqlens,
+        call.tokens,
+        call.per_sequence(tiles),
+        call.heads,
+        parts,
+        REVERSE=queries,
+        SIZE=size,
+        BLOCK_T=tiles.tokens,
+        BLOCK=ELEMENTS,
+    )
+    return sums
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(
+        q,
+        k,
+        v,
+        log_decay,
+        feature_map,
+        scale,
+        normalize,
+        initial_state,
+        cu_seqlens,
+        chunk_size,
+    )
+    tiles = call.plan().forward
+    out = call.new((*q.shape[:-1], v.shape[-1]))
+    normalizer = call.new(call.statistics_shape, torch.float32) if normalize else None
+    final_state = call.float32(*call.state_shape) if return_final_state else None
+    states = _states_of_chunks(
+        call, tiles, k, v, None, None, initial_state, final_state, queries=False
+    )
+    options = call.options(tiles)
+    parts = triton.cdiv(v.shape[-1], options["BLOCK_V"])
+    launch(
+        results_kernel,
+        call.slots(tiles) * call.heads * parts,
+        q,
+        *map(call.rows, (q, k, v, out)),
+        normalizer,
+        states,
+        call.decay(log_decay),
+        scale,
+        *call.place(tiles),
+        call.group,
+        parts,
+        **options,
+    )
+    none = call.float32(0)
+    return (
+        out,
+        none if final_state is None else final_state,
+        none if normalizer is None else normalizer,
+    )
+
+
+def linear_attention_backward(
+    dout: Tensor | None,
+    dfinal_state: Tensor | None,
+    out: Tensor | None,
+    normalizer: Tensor | None,
+    needs: list[bool],
+    *lowered: Any,
+) -> tuple[Tensor, ...]:
+    call = Call(*lowered)
+    q, k, v = call.q, call.k, call.v
+    plan = call.plan()
+    tiles = plan.backward
+    slots, place, options = call.slots(tiles), call.place(tiles), call.options(tiles)
+    if dout is None:
+        dout = q.new_zeros(v.shape[-1]).expand(*q.shape[:-1], v.shape[-1])
+    delta = None
+    if normalizer is not None:
+        assert out is not None
+        delta = torch.empty_like(normalizer)
+        launch(
+            delta_kernel,
+            slots * call.heads,
+            q,
+            call.rows(dout),
+            call.rows(out),
+            normalizer,
+            delta,
+            *place,
+            VALUE_DIM=v.shape[-1],
+            BLOCK_T=tiles.tokens,
+            BLOCK_V=options["BLOCK_V"],
+        )
+    states = _states_of_chunks(
+        call, tiles, k, v, None, None, call.initial_state, None, queries=False
+    )
+    dinitial = None
+    if needs[1]:
+        dinitial = call.float32(*call.state_shape)
+    gradients = _states_of_chunks(
+        call, tiles, q, dout, normalizer, delta, dfinal_state, dinitial, queries=True
+    )
+    inputs = (*map(call.rows, (q, k, v, dout)), normalizer, delta)
+    decay = call.decay(call.log_decay)
+    dq, dk, dv = (call.new(t.shape) for t in (q, k, v))
+    for kernel, tiles, heads, given, result, block in (
+        (queries_kernel, plan.backward, call.heads, states, dq, "BLOCK_D"),
+        (keys_kernel, plan.keys, call.kv_heads, gradients, dk, "BLOCK_D"),
+        (values_kernel, plan.backward, call.kv_heads, gradients, dv, "BLOCK_V"),
+    ):
+        options = call.options(tiles)
+        parts = triton.cdiv(result.shape[-1], options[block])
+        launch(
+            kernel,
+            slots * heads * parts,
+            q,
+            *inputs,
+            given,
+            call.rows(result),
+            decay,
+            call.scale,
+            *place,
+            call.group,
+            parts,
+            **options,
+        )
+    ddecay = call.float32(0)
+    if needs[0]:
+        ddecay = _decay_gradient(call, plan.decay, inputs, states, gradients)
+    return dq, dk, dv, ddecay, call.float32(0) if dinitial is None else dinitial
+
+
+def _decay_gradient(
+    call: Call, tiles: Tiles, inputs: Sequence[Any], states: Tensor, gradients: Tensor
+) -> Tensor:
+    assert call.log_decay is not None
+    slots, place = call.slots(tiles), call.place(tiles)
+    constant = call.log_decay.dim() == 1
+    sums = call.float32(slots, call.heads) if constant else None
+    shape = (call.sequences, call.heads) if constant else call.log_decay.shape
+    ddecay = call.new(shape, torch.float32)
+    launch(
+        decay_kernel,
+        slots * call.heads,
+        call.q,
+        *inputs,
+        states,
+        gradients,
+        None if constant else call.decay(ddecay),
+        sums,
+        call.decay(call.log_decay),
+        call.scale,
+        *place,
+        call.group,
+        **call.options(tiles),
+    )
+    if constant:
+        launch(
+            sum_chunks_kernel,
+            call.sequences,
+            call.q,
+            sums,
+            ddecay,
+            call.cu_seqlens,
+            call.tokens,
+            call.per_sequence(tiles),
+            call.heads,
+            BLOCK_T=tiles.tokens,
+            BLOCK_H=triton.next_power_of_2(max(call.heads, 1)),
+        )
+    return ddecay

@@ -1,0 +1,153 @@
+"""States before every chunk: each chunk's own sum first, then what remains of earlier ones.
+
+The same pair of kernels serves the backward, from the end: the gradient of the state after a chunk
+is the sum over later tokens of features of queries times gradients of results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import slice_of, span
+from .common import (
+    LENGTHS,
+    chunk_of,
+    factor_of_chunk,
+    first_slot,
+    from_start,
+    load_features,
+    load_statistic,
+    load_tile,
+    product,
+    remains_of,
+    scale_beside,
+    to_end,
+)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def sums_kernel(
+    x,
+    y,
+    normalizer,
+    delta,
+    sums,
+    factors,
+    decay,
+    scale,
+    cu_seqlens,
+    tokens,
+    sequences,
+    per_sequence,
+    halvings,
+    heads,
+    group,
+    tiles,
+    QUERY: tl.constexpr,
+    MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    FEATURES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A tile of a chunk's sum of features of x times rows of y: keys and values, weighted by what
+    remains of them after the chunk, or (QUERY) queries and gradients, by what remains at them of
+    the state before it."""
+    i = tl.program_id(0)
+    i_tile = i % tiles
+    i_h = i // tiles % heads
+    i_slot = i // (tiles * heads)
+    chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
+    if chunk.count <= 0:
+        return
+    o_t = tl.arange(0, BLOCK_T)
+    remains = remains_of(decay, chunk, i_h, o_t)
+    i_x = i_h // group
+    if QUERY:
+        i_x = i_h
+        b_row = from_start(remains, o_t) * scale_beside(scale, MAP)
+        b_normalizer = b_row
+        if COLUMNS > VALUE_DIM:
+            b_z = load_statistic(normalizer, cu_seqlens, chunk, i_h, heads, tokens, o_t, 1.0)
+            b_delta = load_statistic(delta, cu_seqlens, chunk, i_h, heads, tokens, o_t, 0.0)
+            b_normalizer = b_row * b_delta
+            b_row = b_row / b_z
+    else:
+        b_row = to_end(remains, chunk, o_t)
+        b_normalizer = b_row
+    rows_x = slice_of(x, chunk.batch, i_x, chunk.start, chunk.length)
+    rows_y = slice_of(y, chunk.batch, i_x, chunk.start, chunk.length)
+    o_row = chunk.first + o_t
+    columns: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
+    o_f = i_tile // columns * BLOCK_F + tl.arange(0, BLOCK_F)
+    o_c = i_tile % columns * BLOCK_V + tl.arange(0, BLOCK_V)
+    b_x = load_features(rows_x, o_row, o_f, scale, QUERY, MAP, HEAD_DIM, FEATURES)
+    b_x = b_x.to(tl.float32)
+    b_y = load_tile(rows_y, o_row, o_c, VALUE_DIM)
+    b_sum = product(tl.trans(b_x * b_row[:, None]), b_y, PRECISION)
+    o_state = (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
+    p_tile = sums + o_state + o_f[:, None] * COLUMNS + o_c[None, :]
+    tl.store(p_tile, b_sum, mask=(o_f < FEATURES)[:, None] & (o_c < VALUE_DIM)[None, :])
+    if COLUMNS > VALUE_DIM:
+        b_column = tl.sum(b_x * b_normalizer[:, None], 0)
+        p_column = sums + o_state + o_f * COLUMNS + VALUE_DIM
+        tl.store(p_column, b_column, mask=(o_f < FEATURES) & (i_tile % columns == 0))
+    if decay is not None:
+        tl.store(factors + i_slot * heads + i_h, factor_of_chunk(remains), mask=i_tile == 0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def scan_kernel(
+    sums,
+    factors,
+    before,
+    after,
+    cu_seqlens,
+    tokens,
+    per_sequence,
+    heads,
+    tiles,
+    REVERSE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements of the states of one head: every chunk's sum is replaced by the state that meets the
+    chunk. REVERSE goes from the last chunk to the first."""
+    i = tl.program_id(0)
+    i_h = i // tiles % heads
+    i_b = i // (tiles * heads)
+    o_x = i % tiles * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < SIZE
+    _, length = span(cu_seqlens, tokens, tokens, i_b)
+    chunks = tl.cdiv(length, BLOCK_T)
+    step = 1
+    slot = first_slot(cu_seqlens, tokens, i_b, per_sequence, BLOCK_T)
+    if REVERSE:
+        step = -1
+        slot += chunks - 1
+    b_state = tl.zeros([BLOCK], tl.float32)
+    if before is not None:
+        o_before = tl.cast(i_b, tl.int64) * before.sequence + tl.cast(i_h, tl.int64) * before.head
+        b_state = tl.load(before.data + o_before + o_x, mask=m_x, other=0.0)
+    o_head = tl.cast(i_h, tl.int64) * SIZE
+    o_slot = tl.cast(slot, tl.int64) * heads * SIZE + o_head
+    b_next = tl.load(sums + o_slot + o_x, mask=m_x & (o_x - o_x < chunks), other=0.0)
+    for c in range(chunks):
+        b_sum = b_next
+        o_slot = tl.cast(slot + c * step, tl.int64) * heads * SIZE + o_head
+        o_next = tl.cast(slot + (c + 1) * step, tl.int64) * heads * SIZE + o_head
+        b_next = tl.load(sums + o_next + o_x, mask=m_x & (o_x - o_x + c + 1 < chunks), other=0.0)
+        tl.store(sums + o_slot + o_x, b_state, mask=m_x)
+        if factors is not None:
+            b_state *= tl.load(factors + (slot + c * step) * heads + i_h)
+        b_state += b_sum
+    if after is not None:
+        o_after = tl.cast(i_b, tl.int64) * after.sequence + tl.cast(i_h, tl.int64) * after.head
+        tl.store(after.data + o_after + o_x, b_state, mask=m_x)
