@@ -8,6 +8,7 @@ namespace tokenmill {
 // Applied to queries and keys. taylor2 keeps moments of the keys, (1, k_i, k_i k_j for i <= j), and
 // gives the query the factors: its state does not depend on the scale.
 enum class FeatureMap : int32_t { identity, elu1, relu, silu, taylor2 };
+constexpr int64_t kMaxTaylorHeadDim = 32;
 
 // Natural logarithm of what remains of the state from one token to the next: none (null), of a head
 // (steps batch = seq = 0) or of each token. Steps in elements.
@@ -23,7 +24,7 @@ struct States {
   int64_t sequence, head;
 };
 
-constexpr int64_t feature_dim(FeatureMap map, int64_t head_dim) {
+TOKENMILL_HOST_DEVICE constexpr int64_t feature_dim(FeatureMap map, int64_t head_dim) {
   return map == FeatureMap::taylor2 ? 1 + head_dim + head_dim * (head_dim + 1) / 2 : head_dim;
 }
 

@@ -1,0 +1,25 @@
+// Feature maps of single elements; taylor2 is made of products of them.
+#pragma once
+#include "cuda/math.cuh"
+#include "linear/params.h"
+
+namespace tokenmill::cuda {
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal_approx(1 + exp2_approx(-kLog2e * x));
+}
+
+__device__ __forceinline__ float map_feature(FeatureMap map, float x) {
+  switch (map) {
+    case FeatureMap::elu1:
+      return x < 0 ? exp2_approx(kLog2e * x) : x + 1;
+    case FeatureMap::relu:
+      return x < 0 ? 0 : x;  // NaN stays
+    case FeatureMap::silu:
+      return x * sigmoid(x);
+    default:
+      return x;
+  }
+}
+
+}  // namespace tokenmill::cuda

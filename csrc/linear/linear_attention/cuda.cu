@@ -1,0 +1,115 @@
+#include "linear/linear_attention/cuda_launch.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+// The states at the end of each part of a sequence, from those that the parts alone would leave.
+__global__ void __launch_bounds__(kMaxThreads)
+    recurrence_scan_kernel(const __grid_constant__ Recurrence p,
+                           const __grid_constant__ RecurrencePlan plan) {
+  const int64_t b = blockIdx.z, head_slice = blockIdx.y;
+  int64_t first = b * plan.parts;
+  int64_t length = p.seqlen;
+  if (p.cu_seqlens) {
+    first = first_tile(p.cu_seqlens, p.seqlen, plan.tokens_per_part, b, 1);
+    length = clamped_end(p.cu_seqlens, b + 1, p.seqlen) - clamped_end(p.cu_seqlens, b, p.seqlen);
+  }
+  int64_t end = first + (length + plan.tokens_per_part - 1) / plan.tokens_per_part - 1;
+  if (end > plan.all_parts) end = plan.all_parts;
+  const int64_t step = p.heads * plan.slices * plan.slot_floats;
+  const int64_t total = plan.slot_floats - 4;
+  const int64_t used = p.normalize ? total : total - plan.features;
+  float* const slots = p.workspace + head_slice * plan.slot_floats;
+  for (int64_t i = 4 * (blockIdx.x * int64_t{kMaxThreads} + threadIdx.x); i < used;
+       i += int64_t{4} * kMaxThreads * gridDim.x) {
+    float4 sum{};
+    for (int64_t part = first; part < end; ++part) {
+      float* const slot = slots + part * step;
+      float4& at = *reinterpret_cast<float4*>(slot + i);
+      const float decay = part == first ? 0 : slot[total];
+      const float4 x = at;
+      if (part == first)
+        sum = x;
+      else
+        sum = {fmaf(decay, sum.x, x.x), fmaf(decay, sum.y, x.y), fmaf(decay, sum.z, x.z),
+               fmaf(decay, sum.w, x.w)};
+      at = sum;
+    }
+  }
+}
+
+Recurrence forward_of(const LinearAttentionParams& p) {
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  const int group = static_cast<int>(p.heads / p.kv_heads);
+  const bool taylor = p.map == FeatureMap::taylor2;
+  const FeatureMap map = taylor ? FeatureMap::identity : p.map;
+  const auto state = [&](const States& s) {
+    return StateRows{s.data, s.sequence, s.head, p.value_dim + p.normalize, 1};
+  };
+  Recurrence r{};
+  r.batch = p.batch;
+  r.heads = p.heads;
+  r.seqlen = p.seqlen;
+  r.cu_seqlens = p.cu_seqlens;
+  r.dtype = p.dtype;
+  r.q = {p.q, head_dim, 1, map};
+  r.k = {p.k, head_dim, group, map};
+  r.v = {p.v, value_dim, group, FeatureMap::identity};
+  r.out = p.out;
+  r.scale = p.scale;
+  r.taylor = taylor;
+  r.normalize = p.normalize;
+  r.normalizer = p.normalizer;
+  r.decay = p.decay;
+  r.initial = state(p.initial);
+  r.final = state(p.final);
+  r.workspace = p.workspace;
+  return r;
+}
+
+}  // namespace
+
+int64_t workspace_floats(const Recurrence& p) {
+  const RecurrencePlan plan = plan_recurrence(p);
+  if (!in_steps(p) && !plan.from_workspace) return 0;
+  return plan.all_parts * p.heads * plan.slices * plan.slot_floats;
+}
+
+const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream) {
+  if (p.batch == 0 || p.heads == 0) return nullptr;
+  if (p.seqlen >= kMaxRecurrenceLength) return "too many tokens";
+  RecurrencePlan plan = plan_recurrence(p);
+  plan.reverse = reverse;
+  const auto launch = [&]() -> const char* {
+    const char* error = nullptr;
+    visit_dtype(p.dtype, [&]<typename T>() {
+      error = launch_recurrence<T>(p, plan, static_cast<cudaStream_t>(stream));
+    });
+    return error;
+  };
+  if (plan.from_workspace) {
+    plan.states_only = true;
+    if (const char* error = launch()) return error;
+    plan.states_only = false;
+    const dim3 grid(static_cast<unsigned>(ceil_div(plan.slot_floats, int64_t{4} * kMaxThreads)),
+                    static_cast<unsigned>(p.heads * plan.slices), static_cast<unsigned>(p.batch));
+    recurrence_scan_kernel<<<grid, kMaxThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, plan);
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  return launch();
+}
+
+}  // namespace cuda
+
+int64_t workspace_floats(const LinearAttentionParams& p) {
+  return p.batch == 0 || p.heads == 0 ? 0 : cuda::workspace_floats(cuda::forward_of(p));
+}
+
+const char* launch_cuda(const LinearAttentionParams& p, void* stream) {
+  if (p.batch == 0 || p.heads == 0) return nullptr;
+  return cuda::launch_recurrence(cuda::forward_of(p), false, stream);
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,90 @@
+// Cuts sequences into parts and launches the kernels of a recurrence.
+#pragma once
+#include "linear/linear_attention/kernel.cuh"
+
+namespace tokenmill::cuda {
+
+// Fewer tokens than this are not worth a block and a state of their own.
+constexpr int64_t kLeastTokens = 256;
+constexpr int64_t kMaxRecurrenceLength = int64_t{1} << 29;
+
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
+    return 0;
+  return value;
+}
+
+inline int bucket_of(const Recurrence& p) {
+  const int dim = p.q.dim;
+  return p.taylor || dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
+// True if the state does not fit into accumulators (RecurrenceShape::kSteps).
+inline bool in_steps(const Recurrence& p) {
+  return p.taylor || (p.dtype == DType::float32 && bucket_of(p) > 128);
+}
+
+// What does not depend on the instance, from shapes alone.
+inline RecurrencePlan plan_recurrence(const Recurrence& p) {
+  RecurrencePlan plan{};
+  plan.warps = p.v.dim <= kSubtileColumns ? 4 : 8;
+  plan.slices = static_cast<int>(ceil_div(p.v.dim, plan.warps * kColumnsPerWarp));
+  plan.features = p.taylor
+                      ? static_cast<int>(round_up(feature_dim(FeatureMap::taylor2, p.q.dim), 64))
+                      : bucket_of(p);
+  plan.slot_floats = int64_t{plan.features} * (plan.warps * kColumnsPerWarp + 1) + 4;
+  const int64_t blocks = p.heads * plan.slices,
+                wanted = 2 * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t sequences = p.cu_seqlens ? 1 : p.batch;
+  int64_t tokens = p.seqlen;
+  if (p.batch * blocks < wanted) tokens = ceil_div(sequences * p.seqlen * blocks, wanted);
+  tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
+  plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : p.seqlen + 1);
+  plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
+  plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
+  plan.from_workspace = tokens < p.seqlen;
+  return plan;
+}
+
+template <typename T, int kBucket, bool kTaylor>
+const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream_t stream) {
+  using Shape = RecurrenceShape<T, kBucket, kTaylor>;
+  using Block = RecurrenceBlock<T, kBucket, kTaylor>;
+  const int threads = plan.warps * kWarpSize;
+  const auto aligned = [](const Rows& rows, int dim) {
+    return is_vectorizable<T>(rows.data, dim, rows.batch, rows.seq, rows.head);
+  };
+  plan.q_aligned = aligned(p.q.rows, p.q.dim);
+  plan.k_aligned = aligned(p.k.rows, p.k.dim);
+  plan.v_aligned = aligned(p.v.rows, p.v.dim);
+  plan.out_aligned = aligned(p.out, p.v.dim);
+  const int sign = plan.reverse ? -1 : 1;
+  plan.q_step = Block::Rows::step(sign * p.q.rows.seq, threads);
+  plan.k_step = Block::Rows::step(sign * p.k.rows.seq, threads);
+  plan.v_step = Block::Values::step(sign * p.v.rows.seq, threads);
+
+  const int fixed = static_cast<int>(sizeof(typename Block::Vectors)) + Shape::kWeightBytes +
+                    (kTaylor ? 2 * Shape::kFeatureBytes : 0);
+  const int stage = Shape::stage_bytes(plan.warps);
+  plan.stages = fixed + 2 * stage <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) ? 2 : 1;
+  const int bytes = fixed + plan.stages * stage;
+  const auto kernel = recurrence_kernel<T, kBucket, kTaylor>;
+  const int64_t blocks = plan.all_parts * p.heads * plan.slices;
+  if (blocks > 0x7fffffff) return "too many heads and parts of sequences for a launch";
+  cudaError_t error = cudaSuccess;
+  if (bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(p, plan);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Defined in cuda_<dtype>.cu each.
+template <typename T>
+const char* launch_recurrence(const Recurrence& p, const RecurrencePlan& plan, cudaStream_t stream);
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,433 @@
+// A block runs through one part of a sequence for one head and a slice of the columns of values,
+// chunk by chunk. A warp keeps the state of 16 of the columns in its accumulators.
+#pragma once
+#include "linear/linear_attention/kernel_decay.cuh"
+#include "linear/linear_attention/kernel_features.cuh"
+#include "linear/linear_attention/kernel_normalizer.cuh"
+#include "linear/linear_attention/kernel_products.cuh"
+#include "linear/linear_attention/kernel_state.cuh"
+
+namespace tokenmill::cuda {
+
+// Which part of which sequence a block has.
+struct Part {
+  int64_t b, slot;    // slot: number of the part among those of all sequences
+  int index, count;   // among the parts of the sequence
+  int start, length;  // of the sequence, in tokens
+  int first, end;     // of the part, in tokens of the sequence
+
+  // All lanes of a warp together.
+  __device__ Part(const Recurrence& p, const RecurrencePlan& plan, int64_t number)
+      : b(number / plan.parts), slot(number), index(number % plan.parts) {
+    if (p.cu_seqlens) {
+      const TilePlace place =
+          find_tile(p.cu_seqlens, p.batch, p.seqlen, plan.tokens_per_part, number, 1);
+      b = place.b;
+      index = place.tile;
+      if (b < 0) return;
+      start = clamped_end(p.cu_seqlens, b, p.seqlen);
+      length = max(clamped_end(p.cu_seqlens, b + 1, p.seqlen) - start, 0);
+    } else {
+      start = 0;
+      length = static_cast<int>(p.seqlen);
+    }
+    count = max((length + plan.tokens_per_part - 1) / plan.tokens_per_part, 1);
+    first = index * plan.tokens_per_part;
+    end = min(length - first, plan.tokens_per_part) + first;
+  }
+
+  __device__ bool is_last() const { return index == count - 1; }
+};
+
+template <typename T, int kBucket, bool kTaylor>
+class RecurrenceBlock {
+ public:
+  using Shape = RecurrenceShape<T, kBucket, kTaylor>;
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kTokenTiles = kTokens / 8;
+  using Vectors = SharedVectors<kTokens>;
+  using Rows = TileLoader<T, typename Shape::RowTile, kTokens>;
+  using Values = TileLoader<T, typename Shape::ValueTile, kTokens>;
+
+  __device__ RecurrenceBlock(const Recurrence& p, const RecurrencePlan& plan, const Part& part,
+                             int64_t h, int slice, unsigned char* shared)
+      : p_(p),
+        plan_(plan),
+        part_(part),
+        h_(h),
+        vectors_(*reinterpret_cast<Vectors*>(shared)),
+        weights_(shared_address(shared) + sizeof(Vectors)),
+        stages_(weights_ + Shape::kWeightBytes + (kTaylor ? 2 * Shape::kFeatureBytes : 0)),
+        warp_(__shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0)),
+        column_(slice * plan.warps * kColumnsPerWarp),
+        slot_((part.slot * p.heads + h) * plan.slices + slice),
+        decays_(p.decay, plan.reverse, part.b, part.start, part.length, h),
+        slot_state_(p.workspace + slot_ * plan.slot_floats) {}
+
+  __device__ void run() {
+    if (kTaylor) list_features(vectors_, p_.q.dim, plan_.features);
+    for (int i = threadIdx.x; i < kTokens + kTableBefore; i += blockDim.x)
+      vectors_.table[i] =
+          i < kTableBefore ? 0 : output_scale() * decays_.at_distance(i - kTableBefore);
+    start_state();
+
+    const auto load = [&](uint32_t stage, int row) {
+      if (!plan_.states_only)
+        Rows(rows_of(p_.q, plan_.q_aligned, 0), row, plan_.q_step)
+            .load(stage + Rows::own_offset(), row);
+      Rows(rows_of(p_.k, plan_.k_aligned, 0), row, plan_.k_step)
+          .load(stage + Shape::kRowBytes + Rows::own_offset(), row);
+      const uint32_t to = stage + 2 * Shape::kRowBytes + Values::own_offset();
+#pragma unroll 1
+      for (int i = 0; i < plan_.warps * kColumnsPerWarp; i += kSubtileColumns)
+        Values(rows_of(p_.v, plan_.v_aligned, column_ + i), row, plan_.v_step)
+            .load(to + i / kSubtileColumns * Shape::kValueBytes, row);
+      commit_copies();
+    };
+
+    const int stage_bytes = Shape::stage_bytes(plan_.warps);
+    uint32_t stage = stages_, other = plan_.stages > 1 ? stages_ + stage_bytes : stages_;
+    if (part_.first < part_.end) load(stage, part_.first);
+#pragma unroll 1
+    for (int first = part_.first; first < part_.end; first += kTokens) {
+      wait_for_copies<0>();
+      __syncthreads();
+      const bool more = first + kTokens < part_.end;
+      if (more && plan_.stages > 1) load(other, first + kTokens);
+      add_chunk(stage, first, min(part_.end - first, kTokens));
+      if (more && plan_.stages == 1) {
+        __syncthreads();
+        load(stage, first + kTokens);
+      }
+      const uint32_t swap = stage;
+      stage = other;
+      other = swap;
+    }
+    finish_state();
+  }
+
+ private:
+  // Of the weights; taylor2 has the scale inside.
+  __device__ float output_scale() const { return kTaylor ? 1 : p_.scale; }
+  __device__ bool live() const { return column_ + warp_ * kColumnsPerWarp < p_.v.dim; }
+  __device__ int steps() const { return Shape::kSteps ? plan_.features / Shape::kFeatures : 1; }
+  __device__ CallerState caller_state(const StateRows& rows) const {
+    return {rows, part_.b, h_,
+            static_cast<int>(kTaylor ? feature_dim(FeatureMap::taylor2, p_.q.dim) : p_.q.dim),
+            p_.v.dim};
+  }
+  __device__ __forceinline__ GlobalRows<T> rows_of(const Operand& x, bool aligned,
+                                                   int column) const {
+    const int64_t last = part_.start + int64_t{part_.length} - 1;
+    return {rows_at<T>(x.rows, part_.b, plan_.reverse ? last : part_.start, h_ / x.group) + column,
+            plan_.reverse ? -x.rows.seq : x.rows.seq, part_.end, x.dim - column, aligned};
+  }
+  __device__ int warp_column() const { return column_ + warp_ * kColumnsPerWarp; }
+  __device__ float* slot_normalizer(SlotState<Shape> slot) const {
+    return slot.data() + plan_.features * kColumnsPerWarp * plan_.warps;
+  }
+
+  // Between parts the state comes from the workspace. One too large for accumulators stays there: a
+  // part takes the slot of the one before it, the first that of the last.
+  __device__ __forceinline__ void start_state() {
+    const bool carried = plan_.from_workspace && !plan_.states_only && part_.index > 0;
+    const int64_t slot_step = p_.heads * plan_.slices * plan_.slot_floats;
+    if (carried) {
+      slot_state_.move(-slot_step);
+    } else if (Shape::kSteps && !plan_.states_only) {
+      const int64_t slots = plan_.all_parts - 1 - part_.slot;
+      slot_state_.move((part_.count - 1 < slots ? part_.count - 1 : slots) * slot_step);
+    }
+    const CallerState initial = caller_state(p_.initial);
+    const bool given = part_.index == 0 && initial.data;
+    have_state_ = carried || given;
+    if (!carried || !Shape::kSteps) {
+#pragma unroll 1
+      for (int step = 0; step < steps(); ++step) {
+        if (carried) {
+          slot_state_.load(s_, step);
+        } else {
+#pragma unroll
+          for (auto& s : s_) s[0] = s[1] = s[2] = s[3] = 0;
+          if (given)
+            initial.each(s_, step * Shape::kFeatures, warp_column(),
+                         [](const float& from, float& to) { to = from; });
+        }
+        if (Shape::kSteps) slot_state_.store(s_, step);
+      }
+    }
+    if (!p_.normalize) return;
+    for (int f = threadIdx.x; f < plan_.features; f += blockDim.x)
+      vectors_.normalizer[f] =
+          carried ? slot_normalizer(slot_state_)[f]
+          : given && f < initial.features
+              ? initial.data[f * initial.feature_step + initial.columns * initial.column_step]
+              : 0;
+  }
+
+  __device__ __forceinline__ void finish_state() {
+    if (plan_.states_only) {
+      if (!Shape::kSteps) slot_state_.store(s_, 0);
+      __syncthreads();
+      float* const normalizer = slot_normalizer(slot_state_);
+      if (p_.normalize)
+        for (int f = threadIdx.x; f < plan_.features; f += blockDim.x)
+          normalizer[f] = vectors_.normalizer[f];
+      if (threadIdx.x == 0) normalizer[plan_.features] = remaining_;
+      return;
+    }
+    const CallerState last = caller_state(p_.final);
+    if (!last.data || !part_.is_last()) return;
+    const float factor = decays_.behind_last();
+#pragma unroll 1
+    for (int step = 0; step < steps(); ++step) {
+      if (Shape::kSteps) slot_state_.load(s_, step);
+      last.each(s_, step * Shape::kFeatures, warp_column(),
+                [&](float& to, float from) { to = factor * from; });
+    }
+    if (!p_.normalize || column_ > 0) return;
+    __syncthreads();
+    for (int f = threadIdx.x; f < last.features; f += blockDim.x)
+      last.data[f * last.feature_step + last.columns * last.column_step] =
+          factor * vectors_.normalizer[f];
+  }
+
+  // Tokens first ... first + n - 1.
+  __device__ __forceinline__ void add_chunk(uint32_t stage, int first, int n) {
+    const uint32_t queries = stage, keys = stage + Shape::kRowBytes;
+    const uint32_t values =
+        keys + Shape::kRowBytes + warp_ * kColumnsPerWarp / kSubtileColumns * Shape::kValueBytes;
+    if (!kTaylor) map_chunk(queries, keys, n);
+    if (decays_.per_token() || n != prepared_ || first == 0) {
+      prepared_ = first == 0 && plan_.reverse ? -1 : n;
+      if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale());
+      __syncthreads();
+    }
+    if (!plan_.states_only) make_weights(queries, keys);
+
+    ValueFragments<T, Shape> fragments;
+    const int subtile_column = warp_ * kColumnsPerWarp % kSubtileColumns;
+    if (Shape::kSteps && live()) fragments.load(values, subtile_column);
+    float acc[kTokenTiles][4];
+#pragma unroll
+    for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
+    const NormalizerRow<T, Shape> row;
+    float normalizer = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps(); ++step) {
+      const int bytes = step * Shape::kFeatures * static_cast<int>(sizeof(T));
+      uint32_t step_queries = queries + bytes, step_keys = keys + bytes;
+      if constexpr (kTaylor) {
+        step_queries = weights_ + Shape::kWeightBytes;
+        step_keys = step_queries + Shape::kFeatureBytes;
+        __syncthreads();
+        if (!plan_.states_only)
+          make_features<T, Shape, true>(step_queries, queries, vectors_, step, n, p_.scale);
+        make_features<T, Shape, false>(step_keys, keys, vectors_, step, n, p_.scale);
+        __syncthreads();
+      }
+      if (live()) {
+        if (Shape::kSteps) slot_state_.load(s_, step);
+        if (!plan_.states_only && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
+        if (p_.decay.data) {
+          const float total = vectors_.total[0];
+#pragma unroll
+          for (auto& s : s_) s[0] *= total, s[1] *= total, s[2] *= total, s[3] *= total;
+        }
+        if (!Shape::kSteps) fragments.load(values, subtile_column);
+        add_to_state<T, Shape>(s_, fragments, p_.decay.data ? vectors_.end : nullptr, step_keys);
+        if (Shape::kSteps) slot_state_.store(s_, step);
+      }
+      if (p_.normalize) {
+        float* const state = vectors_.normalizer + step * Shape::kFeatures;
+        if (!plan_.states_only) normalizer += row.of_state(step_queries, state);
+        __syncthreads();
+        add_to_normalizer<T, Shape>(state, vectors_.total[0], vectors_.end, step_keys, n);
+      }
+    }
+    have_state_ = true;
+    remaining_ *= vectors_.total[0];
+    if (plan_.states_only) return;
+    __syncthreads();
+    if (p_.normalize) normalize(row, normalizer, first, n);
+    if (!live()) return;
+    const int c = threadIdx.x % 4;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const float2 start = *reinterpret_cast<const float2*>(vectors_.start + 8 * t + 2 * c);
+      acc[t][0] *= start.x, acc[t][1] *= start.y, acc[t][2] *= start.x, acc[t][3] *= start.y;
+    }
+    multiply_weights<T, Shape>(acc, fragments, weights_);
+    if (p_.normalize) {
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const float2 by = *reinterpret_cast<const float2*>(vectors_.inverse + 8 * t + 2 * c);
+        acc[t][0] *= by.x, acc[t][1] *= by.y, acc[t][2] *= by.x, acc[t][3] *= by.y;
+      }
+    }
+    store(acc, values, first, n);
+  }
+
+  __device__ __forceinline__ void map_chunk(uint32_t queries, uint32_t keys, int n) {
+    if (p_.q.map == FeatureMap::identity && p_.k.map == FeatureMap::identity &&
+        p_.v.map == FeatureMap::identity)
+      return;
+    if (p_.q.map != FeatureMap::identity && !plan_.states_only)
+      map_tile<T, typename Shape::RowTile, kTokens>(queries, p_.q.map, n, p_.q.dim);
+    if (p_.k.map != FeatureMap::identity)
+      map_tile<T, typename Shape::RowTile, kTokens>(keys, p_.k.map, n, p_.k.dim);
+    if (p_.v.map != FeatureMap::identity)
+      for (int i = 0; i < plan_.warps * kColumnsPerWarp; i += kSubtileColumns)
+        map_tile<T, typename Shape::ValueTile, kTokens>(
+            keys + Shape::kRowBytes + i / kSubtileColumns * Shape::kValueBytes, p_.v.map, n,
+            p_.v.dim - column_ - i);
+    __syncthreads();
+  }
+
+  // Weights of the keys of the chunk for its queries, 16 by 16 at a time; above the diagonal of
+  // such squares nothing is stored.
+  __device__ __forceinline__ void make_weights(uint32_t queries, uint32_t keys) {
+    constexpr int kSquares = kTokens / 16;
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+    const int row = warp_ % kSquares;
+#pragma unroll 1
+    for (int column = warp_ / kSquares; column <= row; column += plan_.warps / kSquares) {
+      float w[2][4] = {};
+      multiply_rows<T, typename Shape::RowTile>(w, queries, 16 * row, keys, 16 * column);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int key = 16 * column + 8 * n + 2 * c;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int query = 16 * row + 8 * h + g;
+          float x[2] = {w[n][2 * h], w[n][2 * h + 1]};
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (kTaylor) {
+              const float u = p_.scale * x[e];
+              x[e] = fmaf(fmaf(0.5f, u, 1.f), u, 1.f);
+            }
+            x[e] *= weight(query, key + e);
+          }
+          if constexpr (Shape::kFloat) {
+            const uint32_t at = float_at<typename Shape::WeightTile>(weights_, query, key);
+            store_shared(at, __float_as_uint(x[0]));
+            store_shared<4>(at, __float_as_uint(x[1]));
+          } else {
+            store_shared(weights_ + Shape::WeightTile::offset(query, key / 8) + 4 * c,
+                         pack<T>(x[0], x[1]));
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float weight(int query, int key) const {
+    if (!decays_.per_token()) return vectors_.table[kTableBefore + query - key];
+    if (key > query) return 0;
+    return output_scale() * exp2_approx((vectors_.high[query] - vectors_.high[key]) +
+                                        (vectors_.low[query] - vectors_.low[key]));
+  }
+
+  __device__ __forceinline__ void normalize(const NormalizerRow<T, Shape>& row, float of_state,
+                                            int first, int n) {
+    vectors_.sums[threadIdx.x] =
+        fmaf(vectors_.start[row.token], of_state, row.of_weights(weights_));
+    __syncthreads();
+    if (threadIdx.x < kTokens) {
+      float sum = kNormalizerEpsilon;
+      for (int i = threadIdx.x; i < static_cast<int>(blockDim.x); i += kTokens)
+        sum += vectors_.sums[i];
+      vectors_.inverse[threadIdx.x] = 1 / sum;
+      if (column_ == 0 && static_cast<int>(threadIdx.x) < n) {
+        const int64_t token = part_.start + first + threadIdx.x;
+        const int64_t row_of = p_.cu_seqlens ? h_ : part_.b * p_.heads + h_;
+        p_.normalizer[row_of * p_.seqlen + token] = sum;
+      }
+    }
+    __syncthreads();
+  }
+
+  // 16-bit results pass through the warp's own columns of the values, which nobody needs any more.
+  __device__ __forceinline__ void store(const float (&acc)[kTokenTiles][4], uint32_t values,
+                                        int first, int n) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+    const int64_t token = plan_.reverse ? part_.start + int64_t{part_.length} - 1 - first
+                                        : part_.start + int64_t{first};
+    const int64_t step = plan_.reverse ? -p_.out.seq : p_.out.seq;
+    T* const out = rows_at<T>(p_.out, part_.b, token, h_) + warp_column();
+    const int columns = p_.v.dim - warp_column();
+    if constexpr (Shape::kFloat) {
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 8 * t + 2 * c + i % 2, column = g + i / 2 * 8;
+          if (row < n && column < columns) out[row * step + column] = acc[t][i];
+        }
+    } else {
+      using Tile = typename Shape::ValueTile;
+      const int column = warp_ * kColumnsPerWarp % kSubtileColumns;
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          store_shared(values + Tile::offset(8 * t + g, column / 8 + h) + 4 * c,
+                       transpose(pack<T>(acc[t][2 * h], acc[t][2 * h + 1])));
+      __syncwarp();
+      const uint32_t own = ValueFragments<T, Shape>::own_chunk(values, column);
+      const int own_row = lane % 8 + lane / 16 * 8, own_column = lane / 8 % 2 * 8;
+      unroll<kTokens / 16>([&](auto i) {
+        uint32_t words[4];
+        load_shared<i * 16 * Tile::kRowBytes>(words, own);
+        const int row = 16 * i + own_row;
+        if (row >= n) return;
+        T* const to = out + row * step + own_column;
+        if (plan_.out_aligned && own_column < columns) {
+          store_global(to, words);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e)
+            if (own_column + e < columns) to[e] = reinterpret_cast<const T*>(words)[e];
+        }
+      });
+    }
+  }
+
+  // Of an 8 by 8 matrix of 16-bit elements, two of a row per lane.
+  static __device__ __forceinline__ uint32_t transpose(uint32_t word) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(word));
+    return y;
+  }
+
+  const Recurrence& p_;
+  const RecurrencePlan& plan_;
+  const Part& part_;
+  const int64_t h_;
+  Vectors& vectors_;
+  const uint32_t weights_, stages_;
+  const int warp_, column_;  // column_: first one of the block
+  const int64_t slot_;
+  const Decays decays_;
+  SlotState<Shape> slot_state_;
+  float s_[Shape::kFeatureTiles][4];
+  float remaining_ = 1;  // of what the part started with
+  int prepared_ = -1;    // tokens that the vectors of decays hold for
+  bool have_state_;      // else it is zero
+};
+
+template <typename T, int kBucket, bool kTaylor>
+__global__ void __launch_bounds__(kMaxThreads)
+    recurrence_kernel(const __grid_constant__ Recurrence p,
+                      const __grid_constant__ RecurrencePlan plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const unsigned slice = blockIdx.x % plan.slices, rest = blockIdx.x / plan.slices;
+  const unsigned heads = static_cast<unsigned>(p.heads);
+  const Part part(p, plan, rest / heads);
+  if (part.b < 0 || (plan.states_only && part.is_last())) return;
+  RecurrenceBlock<T, kBucket, kTaylor>(p, plan, part, rest % heads, slice, shared).run();
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,90 @@
+// Weights that decays give to the tokens of a chunk, relative to its ends.
+#pragma once
+#include "linear/decay.cuh"
+#include "linear/linear_attention/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// The decays of one head of one sequence, in the order of the recurrence. Backwards, the step from
+// token t + 1 to t has the decay of t + 1, and the first step has none.
+class Decays {
+ public:
+  __device__ Decays(const LogDecay& decay, bool reverse, int64_t b, int64_t start, int length,
+                    int64_t h)
+      : per_token_(decay.data && decay.per_token),
+        reverse_(reverse),
+        length_(length),
+        step_(decay.seq),
+        data_(nullptr) {
+    if (!decay.data) return;
+    const float* of_head = decay.data + h * decay.head;
+    if (per_token_) {
+      data_ = of_head + b * decay.batch + start * decay.seq;
+    } else {
+      head_ = log2_decay(*of_head, kLeastHeadDecay);
+    }
+  }
+
+  __device__ bool per_token() const { return per_token_; }
+
+  // Weight of a key `distance` tokens before the query.
+  __device__ float at_distance(int distance) const { return exp2_exact(head_ * distance); }
+
+  // What the last step leaves to the next one, which backwards has its decay from this sequence.
+  __device__ float behind_last() const {
+    if (!reverse_ || length_ == 0) return 1;
+    return exp2_exact(per_token_ ? of_token(0) : head_);
+  }
+
+  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start`.
+  template <int kTokens>
+  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n,
+                                          float scale) const {
+    constexpr int kEach = kTokens / kWarpSize;
+    const int lane = threadIdx.x % kWarpSize;
+    double x[kEach];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = kEach * lane + e;
+      x[e] = i < n ? step(first + i) : 0;
+      if (e > 0) x[e] += x[e - 1];
+    }
+    double before = x[kEach - 1];
+#pragma unroll
+    for (int by = 1; by < kWarpSize; by *= 2) {
+      const double other = __shfl_up_sync(kFullWarp, before, by);
+      if (lane >= by) before += other;
+    }
+    const double last = __shfl_sync(kFullWarp, before, kWarpSize - 1);
+    before -= x[kEach - 1];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = kEach * lane + e;
+      const double sum = before + x[e];
+      to.start[i] = scale * exp2_exact(sum);
+      to.end[i] = i < n ? exp2_exact(last - sum) : 0;
+      to.high[i] = static_cast<float>(sum);
+      to.low[i] = static_cast<float>(sum - to.high[i]);
+    }
+    if (lane == 0) to.total[0] = exp2_exact(last);
+  }
+
+ private:
+  __device__ double step(int i) const {
+    if (reverse_ && i == 0) return 0;
+    if (!per_token_) return head_;
+    return of_token(reverse_ ? length_ - i : i);
+  }
+
+  __device__ double of_token(int token) const {
+    return log2_decay(data_[token * step_], kLeastTokenDecay);
+  }
+
+  bool per_token_, reverse_;
+  int length_;
+  int64_t step_;
+  const float* data_;
+  double head_ = 0;
+};
+
+}  // namespace tokenmill::cuda

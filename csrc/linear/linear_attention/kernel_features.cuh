@@ -1,0 +1,103 @@
+// Feature maps on tiles in shared memory, by all threads of a block.
+#pragma once
+#include "linear/linear_attention/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// The pair (i, j) of each feature of taylor2: x_i x_j, where x at kNoFeature is 1. Features
+// rounded up have none.
+constexpr uint8_t kPadding = 255;
+
+template <int kTokens>
+__device__ void list_features(SharedVectors<kTokens>& to, int dim, int features) {
+  for (int f = threadIdx.x; f < features; f += blockDim.x) {
+    int first = kNoFeature, second = kNoFeature;
+    if (f >= 1 && f <= dim) first = f - 1;
+    if (f > dim) {
+      int rest = f - 1 - dim;
+      for (first = 0; first < dim && rest >= dim - first; ++first) rest -= dim - first;
+      second = first + rest;
+      if (first == dim) first = kPadding;
+    }
+    to.first[f] = first;
+    to.second[f] = second;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float load_element(uint32_t address) {
+  if constexpr (sizeof(T) == 4) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(address));
+    return x;
+  } else {
+    uint16_t word;
+    asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(word) : "r"(address));
+    return static_cast<float>(reinterpret_cast<const T&>(word));
+  }
+}
+
+// Features 64 step ... of n tokens, zero beyond them. kQuery: with the factors of the query.
+template <typename T, typename Shape, bool kQuery>
+__device__ void make_features(uint32_t to, uint32_t rows,
+                              const SharedVectors<Shape::kTokens>& vectors, int step, int n,
+                              float scale) {
+  using From = typename Shape::RowTile;
+  using To = typename Shape::FeatureTile;
+  const int lane = threadIdx.x % kWarpSize;
+  int first[2], second[2];
+  float factor[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int f = step * Shape::kFeatures + 2 * lane + e;
+    first[e] = vectors.first[f];
+    second[e] = vectors.second[f];
+    factor[e] = first[e] == kPadding ? 0 : 1;
+    if (kQuery && first[e] < kNoFeature)
+      factor[e] = second[e] == kNoFeature ? scale
+                  : second[e] == first[e] ? scale * scale / 2
+                                          : scale * scale;
+  }
+  for (int token = threadIdx.x / kWarpSize; token < Shape::kTokens;
+       token += blockDim.x / kWarpSize) {
+    float y[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const auto x = [&](int i) {
+        if (i >= kNoFeature) return 1.f;
+        const int byte = i * static_cast<int>(sizeof(T));
+        return load_element<T>(rows + From::offset(token, byte / kChunkBytes) + byte % kChunkBytes);
+      };
+      y[e] = token < n ? factor[e] * (x(first[e]) * x(second[e])) : 0;
+    }
+    const int byte = 2 * lane * static_cast<int>(sizeof(T));
+    const uint32_t at = to + To::offset(token, byte / kChunkBytes) + byte % kChunkBytes;
+    if constexpr (Shape::kFloat) {
+      store_shared(at, __float_as_uint(y[0]));
+      store_shared<4>(at, __float_as_uint(y[1]));
+    } else {
+      store_shared(at, pack<T>(y[0], y[1]));
+    }
+  }
+}
+
+// The map on a tile in place; what lies beyond n rows and the columns stays zero.
+template <typename T, typename Tile, int kRows>
+__device__ void map_tile(uint32_t tile, FeatureMap map, int n, int columns) {
+  constexpr int kCount = kChunkBytes / sizeof(T);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n * Tile::kChunks; i += blockDim.x) {
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const uint32_t at = tile + Tile::offset(row, chunk);
+    uint32_t words[4];
+    load_shared(words, at);
+    Pack<T, kCount>& pack = reinterpret_cast<Pack<T, kCount>&>(words);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+      pack.x[e] = static_cast<T>(
+          chunk * kCount + e < columns ? map_feature(map, static_cast<float>(pack.x[e])) : 0.f);
+    store_shared(at, words);
+  }
+}
+
+}  // namespace tokenmill::cuda

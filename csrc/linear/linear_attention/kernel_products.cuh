@@ -1,0 +1,297 @@
+// The four products of a chunk, by one warp. Weights W = queries keys^T lie in shared memory, rows
+// are queries; everything that has columns of values is transposed: 16 columns of values are the
+// rows of a fragment, so that the state, which stays in accumulators, is itself an operand.
+#pragma once
+#include "linear/linear_attention/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// 16-bit tiles: where a lane points for ldmatrix of rows row ... row + 15. The pair of chunks
+// 2 kPair, 2 kPair + 1 is at square<Tile, kPair>(base), rows 16 n on at kRowBytes 16 n more.
+template <typename Tile>
+__device__ __forceinline__ uint32_t square_base(uint32_t tile, int row) {
+  const int lane = threadIdx.x % kWarpSize;
+  return tile + Tile::offset(row + lane % 16, lane / 16);
+}
+template <typename Tile, int kPair, int kRow = 0>
+__device__ __forceinline__ void load_square(uint32_t (&w)[4], uint32_t base) {
+  constexpr int kPattern = Tile::kSwizzledChunks / 2;
+  load_matrices<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
+      w, base ^ (kPair % kPattern * 32));
+}
+template <typename Tile, int kPair, int kRow = 0>
+__device__ __forceinline__ void load_square_transposed(uint32_t (&w)[4], uint32_t base) {
+  constexpr int kPattern = Tile::kSwizzledChunks / 2;
+  load_matrices_transposed<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
+      w, base ^ (kPair % kPattern * 32));
+}
+
+__device__ __forceinline__ void load_pair(uint32_t& x, uint32_t& y, uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(x), "=r"(y) : "r"(address));
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(address));
+  return x;
+}
+
+// Element (row, column) of a tile of floats.
+template <typename Tile>
+__device__ __forceinline__ uint32_t float_at(uint32_t tile, int row, int column) {
+  return tile + Tile::offset(row, column / 4) + column % 4 * 4;
+}
+
+// d[16][16] += rows query ... query + 15 by rows key ... key + 15, over all columns.
+template <typename T, typename Tile>
+__device__ __forceinline__ void multiply_rows(float (&d)[2][4], uint32_t queries, int query,
+                                              uint32_t keys, int key) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t a_base = square_base<Tile>(queries, query),
+                   b_base = square_base<Tile>(keys, key);
+    unroll<Tile::kChunks / 2>([&](auto pair) {
+      uint32_t a[4], b[4];
+      load_square<Tile, pair>(a, a_base);
+      load_square<Tile, pair>(b, b_base);
+      const auto fragment = make_fragment<T>(a[0], a[1], a[2], a[3]);
+      mma(d[0], fragment, make_fragment<T>(b[0], b[2]));
+      mma(d[1], fragment, make_fragment<T>(b[1], b[3]));
+    });
+  } else {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll 2
+    for (int slice = 0; slice < Tile::kChunks / 4; ++slice) {
+      uint32_t low[4], high[4], b[2][4];
+      load_shared(low, queries + Tile::offset(query + g, 4 * slice + c));
+      load_shared(high, queries + Tile::offset(query + 8 + g, 4 * slice + c));
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        load_shared(b[n], keys + Tile::offset(key + 8 * n + g, 4 * slice + c));
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const auto a = make_fragment<T>(low[2 * u], high[2 * u], low[2 * u + 1], high[2 * u + 1]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) mma(d[n], a, make_fragment<T>(b[n][2 * u], b[n][2 * u + 1]));
+      }
+    }
+  }
+}
+
+// The scale of rows g and g + 8 of the state that makes it fit into float16, and its inverse:
+// powers of two, so that the largest element is near 2^14.
+struct RowScale {
+  float factor[2], inverse[2];
+
+  template <int kTiles>
+  __device__ explicit RowScale(const float (&s)[kTiles][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = 0;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        top = fmaxf(top, fmaxf(fabsf(s[n][2 * h]), fabsf(s[n][2 * h + 1])));
+      const int exponent = max(__float_as_int(quad_max(top)) >> 23, 15);
+      factor[h] = __int_as_float(268 - exponent << 23);
+      inverse[h] = __int_as_float(exponent - 14 << 23);
+    }
+  }
+};
+
+// acc[tokens][16 columns]^T += state^T queries^T.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply_state(float (&acc)[Shape::kTokens / 8][4],
+                                               const float (&s)[Shape::kFeatureTiles][4],
+                                               uint32_t queries) {
+  using Tile = typename Shape::FeatureTile;
+  constexpr int kTokenTiles = Shape::kTokens / 8;
+  if constexpr (Shape::kFloat) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int n = 0; n < Shape::kFeatureTiles; ++n) {
+      const auto a = make_fragment<T>(__float_as_uint(s[n][0]), __float_as_uint(s[n][2]),
+                                      __float_as_uint(s[n][1]), __float_as_uint(s[n][3]));
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        uint32_t x, y;
+        load_pair(x, y, float_at<Tile>(queries, 8 * t + g, 8 * n + 2 * c));
+        mma(acc[t], a, make_fragment<T>(x, y));
+      }
+    }
+  } else {
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    const uint32_t base = square_base<Tile>(queries, 0);
+    // float16: scaled to its range. bfloat16: high + low, for the sums over long contexts.
+    float factor[2] = {1, 1}, inverse[2] = {1, 1};
+    float part[kHalf ? kTokenTiles : 1][4];
+    if constexpr (kHalf) {
+      const RowScale scale(s);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) factor[h] = scale.factor[h], inverse[h] = scale.inverse[h];
+#pragma unroll
+      for (auto& x : part) x[0] = x[1] = x[2] = x[3] = 0;
+    }
+    unroll<Shape::kFeatureTiles / 2>([&](auto k) {
+      uint32_t high[4];
+      [[maybe_unused]] uint32_t low[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = s[2 * k + i / 2][i % 2 * 2] * factor[i % 2];
+        const float y = s[2 * k + i / 2][i % 2 * 2 + 1] * factor[i % 2];
+        high[i] = pack<T>(x, y);
+        if constexpr (!kHalf)
+          low[i] = pack<T>(x - __uint_as_float(high[i] << 16),
+                           y - __uint_as_float(high[i] & 0xffff0000u));
+      }
+      const auto a = make_fragment<T>(high[0], high[1], high[2], high[3]);
+      unroll<kTokenTiles / 2>([&](auto pair) {
+        uint32_t w[4];
+        load_square<Tile, k, 16 * pair>(w, base);
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const auto b = make_fragment<T>(w[t], w[t + 2]);
+          if constexpr (kHalf) {
+            mma(part[2 * pair + t], a, b);
+          } else {
+            mma(acc[2 * pair + t], make_fragment<T>(low[0], low[1], low[2], low[3]), b);
+            mma(acc[2 * pair + t], a, b);
+          }
+        }
+      });
+    });
+    if constexpr (kHalf) {
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[t][i] = fmaf(part[t][i], inverse[i / 2], acc[t][i]);
+    }
+  }
+}
+
+// The warp's 16 columns of a chunk of values, transposed: words of fragments, still without
+// weights.
+template <typename T, typename Shape>
+struct ValueFragments {
+  static constexpr int kBlocks = Shape::kTokens / Shape::kDepth;
+  uint32_t words[kBlocks][4];
+
+  // `column` of the subtile at `values`.
+  __device__ __forceinline__ void load(uint32_t values, int column) {
+    using Tile = typename Shape::ValueTile;
+    if constexpr (Shape::kFloat) {
+      const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          words[k][i] =
+              load_word(float_at<Tile>(values, 8 * k + 2 * c + i / 2, column + g + i % 2 * 8));
+    } else {
+      const uint32_t at = own_chunk(values, column);
+      unroll<kBlocks>(
+          [&](auto k) { load_matrices_transposed<16 * k * Tile::kRowBytes>(words[k], at); });
+    }
+  }
+
+  // Chunk (lane / 8) % 2 of row lane % 8 + 8 (lane / 16) of the 16 columns.
+  __device__ static uint32_t own_chunk(uint32_t values, int column) {
+    const int lane = threadIdx.x % kWarpSize;
+    return values + Shape::ValueTile::offset(lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2);
+  }
+
+  __device__ __forceinline__ Fragment<T, 4> operator[](int k) const {
+    return make_fragment<T>(words[k][0], words[k][1], words[k][2], words[k][3]);
+  }
+
+  // Times the weights of their tokens.
+  __device__ __forceinline__ Fragment<T, 4> weighted(int k, const float* weights) const {
+    const int c = threadIdx.x % 4;
+    uint32_t w[4];
+    if constexpr (Shape::kFloat) {
+      const float2 of = *reinterpret_cast<const float2*>(weights + 8 * k + 2 * c);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        w[i] = __float_as_uint(__uint_as_float(words[k][i]) * (i < 2 ? of.x : of.y));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 of = *reinterpret_cast<const float2*>(weights + 16 * k + 2 * c + i / 2 * 8);
+        const float2 x = unpack(words[k][i]);
+        w[i] = pack<T>(x.x * of.x, x.y * of.y);
+      }
+    }
+    return make_fragment<T>(w[0], w[1], w[2], w[3]);
+  }
+
+ private:
+  __device__ static float2 unpack(uint32_t word) {
+    if constexpr (std::is_same_v<T, __half>)
+      return __half22float2(reinterpret_cast<const __half2&>(word));
+    else
+      return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
+};
+
+// acc += values^T weights^T. Keys behind the last query of a tile are left out.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8][4],
+                                                 const ValueFragments<T, Shape>& values,
+                                                 uint32_t weights) {
+  using Tile = typename Shape::WeightTile;
+  if constexpr (Shape::kFloat) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int k = 0; k < Shape::kTokens / 8; ++k) {
+      const auto a = values[k];
+#pragma unroll
+      for (int t = k; t < Shape::kTokens / 8; ++t) {
+        uint32_t x, y;
+        load_pair(x, y, float_at<Tile>(weights, 8 * t + g, 8 * k + 2 * c));
+        mma(acc[t], a, make_fragment<T>(x, y));
+      }
+    }
+  } else {
+    const uint32_t base = square_base<Tile>(weights, 0);
+    constexpr int kBlocks = Shape::kTokens / 16;
+    unroll<kBlocks>([&](auto k) {
+      const auto a = values[k];
+      unroll<kBlocks - k>([&](auto pair) {
+        uint32_t w[4];
+        load_square<Tile, k, 16 * (k + pair)>(w, base);
+        mma(acc[2 * (k + pair)], a, make_fragment<T>(w[0], w[2]));
+        mma(acc[2 * (k + pair) + 1], a, make_fragment<T>(w[1], w[3]));
+      });
+    });
+  }
+}
+
+// state^T += weighted values^T keys.
+template <typename T, typename Shape>
+__device__ __forceinline__ void add_to_state(float (&s)[Shape::kFeatureTiles][4],
+                                             const ValueFragments<T, Shape>& values,
+                                             const float* weights, uint32_t keys) {
+  using Tile = typename Shape::FeatureTile;
+  if constexpr (Shape::kFloat) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int k = 0; k < Shape::kTokens / 8; ++k) {
+      const auto a = weights ? values.weighted(k, weights) : values[k];
+#pragma unroll
+      for (int n = 0; n < Shape::kFeatureTiles; ++n)
+        mma(s[n], a,
+            make_fragment<T>(load_word(float_at<Tile>(keys, 8 * k + 2 * c, 8 * n + g)),
+                             load_word(float_at<Tile>(keys, 8 * k + 2 * c + 1, 8 * n + g))));
+    }
+  } else {
+    const uint32_t base = square_base<Tile>(keys, 0);
+    unroll<Shape::kTokens / 16>([&](auto k) {
+      const auto a = weights ? values.weighted(k, weights) : values[k];
+      unroll<Shape::kFeatureTiles / 2>([&](auto pair) {
+        uint32_t w[4];
+        load_square_transposed<Tile, pair, 16 * k>(w, base);
+        mma(s[2 * pair], a, make_fragment<T>(w[0], w[1]));
+        mma(s[2 * pair + 1], a, make_fragment<T>(w[2], w[3]));
+      });
+    });
+  }
+}
+
+}  // namespace tokenmill::cuda

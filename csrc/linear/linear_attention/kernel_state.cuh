@@ -1,0 +1,76 @@
+// Where the state of a block lies in global memory: in the tensors of the caller, or in a slot of
+// the workspace, as the accumulators of its threads.
+#pragma once
+#include "linear/linear_attention/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// Accumulators of a step of features, which is step number `step`.
+template <typename Shape>
+class SlotState {
+ public:
+  __device__ explicit SlotState(float* slot) : slot_(slot) {}
+  __device__ void move(int64_t floats) { slot_ += floats; }
+  __device__ float* data() const { return slot_; }
+
+  __device__ __forceinline__ void load(float (&s)[Shape::kFeatureTiles][4], int step) const {
+    const float4* from = own(step);
+#pragma unroll
+    for (int n = 0; n < Shape::kFeatureTiles; ++n) {
+      const float4 x = from[n * blockDim.x];
+      s[n][0] = x.x, s[n][1] = x.y, s[n][2] = x.z, s[n][3] = x.w;
+    }
+  }
+  __device__ __forceinline__ void store(const float (&s)[Shape::kFeatureTiles][4], int step) const {
+    float4* to = own(step);
+#pragma unroll
+    for (int n = 0; n < Shape::kFeatureTiles; ++n)
+      to[n * blockDim.x] = {s[n][0], s[n][1], s[n][2], s[n][3]};
+  }
+
+ private:
+  __device__ float4* own(int step) const {
+    return reinterpret_cast<float4*>(slot_) +
+           static_cast<int64_t>(step) * Shape::kFeatureTiles * blockDim.x + threadIdx.x;
+  }
+  float* slot_;
+};
+
+// The state of one head as the caller has it.
+struct CallerState {
+  float* data;
+  int64_t feature_step, column_step;
+  int features, columns;
+
+  __device__ CallerState(const StateRows& rows, int64_t b, int64_t h, int features, int columns)
+      : data(rows.data ? rows.data + b * rows.sequence + h * rows.head : nullptr),
+        feature_step(rows.feature_step),
+        column_step(rows.column_step),
+        features(features),
+        columns(columns) {}
+
+  // visit(element, accumulator) for this lane's elements, from `feature` and `column` on, that
+  // exist.
+  template <int kTiles, typename Visit>
+  __device__ __forceinline__ void each(float (&s)[kTiles][4], int feature, int column,
+                                       const Visit& visit) const {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+    const int v = column + g;
+    int f = feature + 2 * c;
+    float* at = data + f * feature_step + v * column_step;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (f + i % 2 < features && v + i / 2 * 8 < columns)
+          visit(at[i % 2 * feature_step + i / 2 * 8 * column_step], s[n][i]);
+      f += 8;
+      at += 8 * feature_step;
+      keep(f);  // or the compiler would compute all addresses at once
+      keep(at);
+      if constexpr (kTiles > 16) __syncwarp();  // or ptxas would
+    }
+  }
+};
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,41 @@
+// The recurrence that forward and backward are made of:
+//   S_t = exp(decay_t) S_{t-1} + k_t^T v_t,  out_t = scale q_t S_t,
+// run forwards or, with reversed tokens, backwards.
+#pragma once
+#include "linear/linear_attention/params.h"
+
+namespace tokenmill::cuda {
+
+struct Operand {
+  Rows rows;
+  int dim;
+  int group;  // heads of the recurrence that share one of the operand
+  FeatureMap map;
+};
+
+// State of a head: element (feature, column) is feature_step x feature + column_step x column on.
+struct StateRows {
+  float* data;
+  int64_t sequence, head, feature_step, column_step;
+};
+
+struct Recurrence {
+  int64_t batch, heads, seqlen;  // as in LinearAttentionParams
+  const int32_t* cu_seqlens;
+  DType dtype;
+  Operand q, k, v;
+  Rows out;
+  float scale;
+  bool taylor;  // taylor2 on q and k
+  bool normalize;
+  float* normalizer;
+  LogDecay decay;
+  StateRows initial, final;
+  float* workspace;
+};
+
+// Of a recurrence, in floats; the current device decides.
+int64_t workspace_floats(const Recurrence&);
+const char* launch_recurrence(const Recurrence&, bool reverse, void* stream);
+
+}  // namespace tokenmill::cuda
