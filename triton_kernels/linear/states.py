@@ -97,7 +97,7 @@ def sums_kernel(
     if COLUMNS > VALUE_DIM:
         b_column = tl.sum(b_x * b_normalizer[:, None], 0)
         p_column = sums + o_state + o_f * COLUMNS + VALUE_DIM
-        tl.store(p_column, b_column, mask=(o_f < FEATURES) & (i_tile % columns == 0))
+        tl.store(p_column, b_column, mask=o_f < tl.where(i_tile % columns == 0, FEATURES, 0))
     if decay is not None:
         tl.store(factors + i_slot * heads + i_h, factor_of_chunk(remains), mask=i_tile == 0)
 
