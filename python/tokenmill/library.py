@@ -75,6 +75,8 @@ class TorchOp:
         object.__setattr__(self, "written", written)
 
     def overload(self, namespace: str = NAMESPACE) -> Any:
+        if namespace == EMULATED_NAMESPACE:
+            _load_emulated()
         return getattr(getattr(torch.ops, namespace), self.name).default
 
 
