@@ -44,6 +44,13 @@ TOKENMILL_LIBRARY(m) {
       "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? log_decay, "
       "str feature_map, float scale, bool normalize, Tensor? state_indices) -> Tensor");
 
+  // select: which keys to attend to
+  m.def(
+      "topk_select(Tensor scores, SymInt k, Tensor? lengths, Tensor? row_starts, str tie, "
+      "str order, SymInt force_first, SymInt force_last, Tensor? page_table, SymInt page_size, "
+      "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
+      "Tensor values, Tensor physical)");
+
   // introspection
   m.def("cpu_isa(str? select=None) -> str");
   m.def("cpu_peak_flops(str dtype, int repeats=5) -> float");

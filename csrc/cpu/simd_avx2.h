@@ -27,6 +27,13 @@ TM_INLINE vm lanes(int64_t begin, int64_t end) {
   const auto clamp = [](int64_t i) { return static_cast<float>(i < 0 ? 0 : i > 8 ? 8 : i); };
   return _mm256_andnot_ps(less(iota(), set(clamp(begin))), less(iota(), set(clamp(end))));
 }
+// first + lane for each lane of the mask, in order. Returns how many; writes at most kWidth.
+TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
+  int count = 0;
+  for (unsigned bits = _mm256_movemask_ps(m); bits; bits &= bits - 1)
+    to[count++] = first + __builtin_ctz(bits);
+  return count;
+}
 TM_INLINE float first(vf x) { return _mm256_cvtss_f32(x); }
 TM_INLINE float sum_lanes(vf x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

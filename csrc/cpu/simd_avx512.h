@@ -27,6 +27,13 @@ TM_INLINE vm lanes(int64_t begin, int64_t end) {
   const uint32_t below_begin = begin <= 0 ? 0 : begin >= 16 ? 0xffffu : (1u << begin) - 1;
   return static_cast<vm>(below_end & ~below_begin);
 }
+// first + lane for each lane of the mask, in order. Returns how many; writes kWidth.
+TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(m, numbers));
+  return __builtin_popcount(m);
+}
 TM_INLINE float first(vf x) { return _mm512_cvtss_f32(x); }
 TM_INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps(x); }
 TM_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }

@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, testing
+from . import dense, linear, select, testing
 from .check import InputError
 from .dense import attention, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -16,6 +16,7 @@ from .linear import (
     linear_attention,
     linear_attention_decode,
 )
+from .select import topk_select
 from .version import __version__
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "linear_attention",
     "linear_attention_decode",
     "merge_attention_states",
+    "select",
     "sigmoid_attention",
     "testing",
+    "topk_select",
 ]

@@ -1,0 +1,55 @@
+"""Cases of topk_select: what attention scores look like, and rows of many ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import tokenmill as tm
+
+from .case import Case, Run, place
+
+ROWS = {8192: 32, 65536: 8, 1 << 20: 2}
+COUNTS = (64, 256, 1024, 2048)
+
+
+def cases() -> Iterator[Case]:
+    for columns, rows in ROWS.items():
+        for k in COUNTS:
+            yield _case("normal", rows, columns, k, torch.float32)
+        for kind in ("equal", "relu"):
+            yield _case(kind, rows, columns, 512, torch.float32)
+    yield _case("normal", ROWS[65536], 65536, 512, torch.bfloat16)
+    yield _case("99.9 % ties", 2, 1 << 20, 512, torch.float32)
+
+
+def _scores(kind: str, rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(rows, columns, generator=generator)
+    if kind == "equal":
+        return torch.full_like(scores, 0.5)
+    if kind == "relu":
+        return scores.relu()
+    if kind == "99.9 % ties":
+        tied = torch.rand(rows, columns, generator=generator) < 0.999
+        return torch.where(tied, 0.5, scores)
+    return scores
+
+
+def _case(kind: str, rows: int, columns: int, k: int, dtype: torch.dtype) -> Case:
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        scores = place(_scores(kind, rows, columns).to(dtype))
+        return lambda: tm.topk_select(scores, k), {
+            "topk + sort": lambda: lambda: torch.topk(scores, k)[1].sort(),
+            "clone of the scores": lambda: scores.clone,
+        }
+
+    return Case(
+        "topk_select",
+        f"{kind} {rows} x {columns} k={k}",
+        dtype,
+        float(rows * columns),
+        float(rows * columns * dtype.itemsize + rows * k * 4),
+        prepare,
+    )

@@ -1,0 +1,275 @@
+// The k largest of each row. A threshold from a sample leaves a few candidates in one pass over the
+// row; the k-th of them is exact. Ties at the threshold need no candidates.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "cpu/workspace.h"
+#include "select/topk_select/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr float kNegInf = -__builtin_inff();
+constexpr int64_t kMaxSample = 2048;
+constexpr int kMaxBins = 2048;
+
+// Unsigned integers in the order of the scores; NaN counts as -inf, -0 as 0.
+TM_INLINE uint32_t key_of(float x) {
+  if (!(x > kNegInf)) x = kNegInf;
+  const uint32_t bits = std::bit_cast<uint32_t>(x == 0 ? 0.f : x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+TM_INLINE float score_of(uint32_t key) {
+  return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// The rank-th largest key, rank from 1. Overwrites keys.
+uint32_t nth_largest(uint32_t* keys, int64_t count, int64_t rank) {
+  int32_t bins[kMaxBins];
+  while (true) {
+    uint32_t least = keys[0], most = keys[0];
+    for (int64_t i = 1; i < count; ++i) {
+      least = keys[i] < least ? keys[i] : least;
+      most = keys[i] > most ? keys[i] : most;
+    }
+    const int width = std::bit_width(most - least);  // bits that differ
+    if (width == 0) return least;
+    const int bits = std::clamp<int>(std::bit_width(static_cast<uint64_t>(count)), 4, 11);
+    const int shift = width > bits ? width - bits : 0;
+    std::fill(bins, bins + (1 << bits), 0);
+    for (int64_t i = 0; i < count; ++i) ++bins[(keys[i] - least) >> shift];
+    uint32_t bin = (most - least) >> shift;
+    for (; bins[bin] < rank; --bin) rank -= bins[bin];
+    if (shift == 0) return least + bin;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      keys[kept] = keys[i];
+      kept += (keys[i] - least) >> shift == bin;
+    }
+    count = kept;
+  }
+}
+
+// Positions begin .. end - 1 of a row of scores.
+template <DType kType>
+struct Range {
+  const void* scores;  // position 0
+  int64_t begin, end;
+
+  float at(int64_t i) const {
+    if constexpr (kType == DType::float32) return static_cast<const float*>(scores)[i];
+    return first(Elements<kType>::load_n(scores, i, 1));
+  }
+
+  // Appends, in order, the positions above the threshold to `to`, which has room for `room` of them
+  // and kWidth more. Returns how many, or room + 1 if there are more.
+  int64_t above(float threshold, int32_t* to, int64_t room) const {
+    constexpr int kBatch = 4;
+    const vf bound = set(threshold);
+    int64_t count = 0, i = begin;
+    for (; i + kBatch * kWidth <= end; i += kBatch * kWidth) {
+      vm m[kBatch];
+      TM_UNROLL(4)
+      for (int b = 0; b < kBatch; ++b)
+        m[b] = less(bound, Elements<kType>::load(scores, i + b * kWidth));
+      if (!any(either(either(m[0], m[1]), either(m[2], m[3])))) continue;
+      TM_UNROLL(4)
+      for (int b = 0; b < kBatch; ++b) {
+        count += store_lane_numbers(to + count, static_cast<int32_t>(i + b * kWidth), m[b]);
+        if (count > room) return room + 1;
+      }
+    }
+    for (; i < end; i += kWidth) {
+      const int64_t n = std::min<int64_t>(kWidth, end - i);
+      const vf x = select(lanes(0, n), Elements<kType>::load_n(scores, i, n), set(kNegInf));
+      count += store_lane_numbers(to + count, static_cast<int32_t>(i), less(bound, x));
+      if (count > room) return room + 1;
+    }
+    return count;
+  }
+
+  // The first (or last) `wanted` positions with this score, in order. Returns how many there are.
+  int64_t equal_to(float score, bool from_the_end, int64_t wanted, int32_t* to) const {
+    const vf x = set(score);
+    const int64_t vectors = ceil_div(end - begin, kWidth);
+    int64_t count = 0;
+    int32_t found[kWidth * 2];
+    for (int64_t v = 0; v < vectors && count < wanted; ++v) {
+      const int64_t i = begin + (from_the_end ? vectors - 1 - v : v) * kWidth;
+      const int64_t n = std::min<int64_t>(kWidth, end - i);
+      const vm m = n < kWidth ? equal(select(lanes(0, n), Elements<kType>::load_n(scores, i, n),
+                                             set(__builtin_nanf(""))),
+                                      x)
+                              : equal(Elements<kType>::load(scores, i), x);
+      if (!any(m)) continue;
+      const int64_t here = store_lane_numbers(found, static_cast<int32_t>(i), m);
+      const int64_t taken = std::min(here, wanted - count);
+      if (from_the_end)  // backwards, from the last place on
+        std::copy(found + here - taken, found + here, to + wanted - count - taken);
+      else
+        std::copy(found, found + taken, to + count);
+      count += taken;
+    }
+    if (from_the_end && count < wanted) std::copy(to + wanted - count, to + wanted, to);
+    return count;
+  }
+
+  // A score that probably has a few more than `wanted` positions above it; if it has fewer, then
+  // probably because many are equal to it.
+  float guess(int64_t wanted, uint32_t* keys) const {
+    const int64_t length = end - begin, sample = std::clamp<int64_t>(length / 128, 256, kMaxSample);
+    const double expected = static_cast<double>(wanted) * sample / length;
+    const double margin = 3.5 * std::sqrt(expected) + 3;
+    if (sample >= length || expected + margin >= sample) return kNegInf;
+    // One position of each of `sample` intervals, which a period in the scores does not meet.
+    uint32_t random = 0x9e3779b9;
+    const uint64_t interval = length / sample;
+    for (int64_t s = 0; s < sample; ++s) {
+      random = random * 1664525 + 1013904223;
+      keys[s] = key_of(at(begin + s * interval + static_cast<int64_t>(random * interval >> 32)));
+    }
+    return score_of(nth_largest(keys, sample, static_cast<int64_t>(expected + margin)));
+  }
+
+  // The wanted-th largest score, by passes over the whole range.
+  float exact(int64_t wanted) const {
+    uint32_t prefix = 0;
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift == 10 ? 0 : -1) {
+      const int bits = shift == 0 ? 10 : 11;
+      int64_t bins[kMaxBins] = {};
+      for (int64_t i = begin; i < end; ++i) {
+        const uint32_t key = key_of(at(i));
+        if (shift == 21 || key >> (shift + bits) == prefix)
+          ++bins[key >> shift & ((1u << bits) - 1)];
+      }
+      uint32_t bin = (1u << bits) - 1;
+      for (; bin > 0 && bins[bin] < wanted; --bin) wanted -= bins[bin];
+      prefix = prefix << bits | bin;
+    }
+    return score_of(prefix);
+  }
+};
+
+// Memory for one row: positions and keys of candidates, and of ties.
+struct Scratch {
+  int32_t *positions, *ties;
+  uint32_t *keys, *sorted;
+  int64_t room;
+
+  Scratch(cpu::Workspace& memory, const TopkParams& p) : room(room_of(p)) {
+    positions = reinterpret_cast<int32_t*>(memory.take(room + 2 * kWidth));
+    ties = reinterpret_cast<int32_t*>(memory.take(p.k + kWidth));
+    keys = reinterpret_cast<uint32_t*>(memory.take(std::max(room, kMaxSample)));
+    sorted = reinterpret_cast<uint32_t*>(memory.take(room));
+  }
+  static int64_t room_of(const TopkParams& p) {
+    return std::min(p.columns, 8 * p.k + 16384 + p.columns / 64);
+  }
+  static int64_t floats(const TopkParams& p) {
+    return 3 * room_of(p) + kMaxSample + p.k + 4 * 16 + 3 * kWidth;
+  }
+};
+
+// The `wanted` largest scores above -inf, in the order of the positions. Returns how many there
+// are.
+template <DType kType>
+int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high,
+                     const Scratch& scratch, int32_t* to) {
+  if (wanted == 0 || range.begin == range.end) return 0;
+  int32_t* const positions = scratch.positions;
+  const int64_t room = scratch.room;
+  float threshold = kNegInf;
+  if (wanted < range.end - range.begin) threshold = range.guess(wanted, scratch.keys);
+  int64_t above = range.above(threshold, positions, room), equals = 0;
+  if (above < wanted && threshold > kNegInf) {
+    equals = range.equal_to(threshold, tie_high, wanted - above, scratch.ties);
+    if (above + equals < wanted) above = room + 1;
+  }
+  if (above > room) {  // the guess was bad
+    threshold = range.exact(wanted);
+    above = range.above(threshold, positions, room);
+    equals =
+        threshold > kNegInf ? range.equal_to(threshold, tie_high, wanted - above, scratch.ties) : 0;
+  }
+  if (above <= wanted) {
+    std::merge(positions, positions + above, scratch.ties, scratch.ties + equals, to);
+    return above + equals;
+  }
+  for (int64_t c = 0; c < above; ++c) {
+    scratch.keys[c] = key_of(range.at(positions[c]));
+    scratch.sorted[c] = scratch.keys[c];
+  }
+  const uint32_t least = nth_largest(scratch.sorted, above, wanted);
+  int64_t larger = 0, same = 0;
+  for (int64_t c = 0; c < above; ++c) {
+    larger += scratch.keys[c] > least;
+    same += scratch.keys[c] == least;
+  }
+  // Of the candidates with the least score, those number `from` to `from + wanted - larger - 1`.
+  const int64_t from = tie_high ? same - (wanted - larger) : 0, until = from + wanted - larger;
+  int64_t count = 0, seen = 0;
+  for (int64_t c = 0; c < above; ++c) {
+    const bool tie = scratch.keys[c] == least;
+    to[count] = positions[c];
+    count += scratch.keys[c] > least || (tie && seen >= from && seen < until);
+    seen += tie;
+    if (count == wanted) break;
+  }
+  return count;
+}
+
+template <DType kType>
+void order_by_score(const Range<kType>& row, bool tie_high, int32_t* positions, int64_t count) {
+  std::sort(positions, positions + count, [&](int32_t a, int32_t b) {
+    const uint32_t x = key_of(row.at(a)), y = key_of(row.at(b));
+    return x != y ? x > y : tie_high ? a > b : a < b;
+  });
+}
+
+template <DType kType>
+void select_row(const TopkParams& p, int64_t r, const Scratch& scratch) {
+  using Element = typename Elements<kType>::type;
+  const TopkWindow window = topk_window(p, r);
+  const Element* scores = static_cast<const Element*>(p.scores) + r * p.row_stride + window.start;
+  const int64_t first_end = std::min(p.force_first, window.length);
+  const int64_t last_begin = std::max(first_end, window.length - p.force_last);
+  int32_t* const to = p.indices + r * p.k;
+  int64_t count = 0;
+  for (int64_t i = 0; i < first_end; ++i) to[count++] = static_cast<int32_t>(i);
+  const int64_t forced = first_end + window.length - last_begin;
+  count += select_range(Range<kType>{scores, first_end, last_begin}, p.k - forced, p.tie_high,
+                        scratch, to + count);
+  for (int64_t i = last_begin; i < window.length; ++i) to[count++] = static_cast<int32_t>(i);
+  if (p.by_score) order_by_score(Range<kType>{scores, 0, window.length}, p.tie_high, to, count);
+  std::fill(to + count, to + p.k, -1);
+  p.counts[r] = static_cast<int32_t>(count);
+  if (p.values) {
+    Element* const values = static_cast<Element*>(p.values) + r * p.k;
+    for (int64_t i = 0; i < count; ++i) values[i] = scores[to[i]];
+    for (int64_t i = count; i < p.k; ++i) store_from_float_n(values, kType, i, set(kNegInf), 1);
+  }
+  if (p.page_table) {
+    int32_t* const physical = p.physical + r * p.k;
+    for (int64_t i = 0; i < count; ++i) physical[i] = topk_physical(p, r, to[i]);
+    std::fill(physical + count, physical + p.k, -1);
+  }
+}
+
+}  // namespace
+
+void topk_select(const TopkParams& p) {
+  // Below about 32 Ki scores a parallel region costs more than it gains.
+  const int threads = p.rows * p.columns < (1 << 15) ? 1 : cpu::num_threads();
+  cpu::parallel_items(p.rows, threads, [&](cpu::ItemCounter& rows) {
+    cpu::Workspace memory(Scratch::floats(p));
+    const Scratch scratch(memory, p);
+    for (int64_t r; (r = rows.next()) >= 0;)
+      visit_elements(p.dtype,
+                     [&]<DType kType>(Elements<kType>) { select_row<kType>(p, r, scratch); });
+  });
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,59 @@
+#pragma once
+#include "core/dtype.h"
+#include "cpu/isa.h"
+
+namespace tokenmill {
+
+// Row r of scores [rows, columns] is searched in columns start .. start + length - 1, clamped to
+// those that there are; positions count from start.
+struct TopkParams {
+  int64_t rows, columns, k;
+  DType dtype;
+  const void* scores;
+  int64_t row_stride;               // in elements
+  const int32_t* lengths;           // [rows]; null: up to the last column
+  const int32_t* row_starts;        // [rows]; null: 0
+  bool tie_high;                    // of equal scores the higher position goes first
+  bool by_score;                    // in the order of the scores, not of the positions
+  int64_t force_first, force_last;  // positions that are taken whatever their score
+  const int32_t* page_table;        // [page_rows, pages]; null: no physical positions
+  int64_t page_rows, pages, page_stride;
+  int32_t log2_page_size;
+  const int32_t* row_to_batch;  // [rows], the row of the page table; null: r
+  int32_t *indices, *counts;    // [rows, k], -1 behind the last; [rows]
+  void* values;                 // [rows, k] of dtype, -inf behind the last; null: not wanted
+  int32_t* physical;            // [rows, k], beside indices
+  void* workspace;              // of the CUDA kernels
+};
+
+struct TopkWindow {
+  int64_t start, length;
+};
+
+TOKENMILL_HOST_DEVICE inline TopkWindow topk_window(const TopkParams& p, int64_t row) {
+  int64_t start = p.row_starts ? p.row_starts[row] : 0;
+  start = start < 0 ? 0 : start > p.columns ? p.columns : start;
+  int64_t length = p.columns - start;
+  if (p.lengths && p.lengths[row] < length) length = p.lengths[row] < 0 ? 0 : p.lengths[row];
+  return {start, length};
+}
+
+// Where a position lies in a paged cache, -1 if its page is not there.
+TOKENMILL_HOST_DEVICE inline int32_t topk_physical(const TopkParams& p, int64_t row, int64_t i) {
+  const int64_t batch = p.row_to_batch ? p.row_to_batch[row] : row;
+  const int64_t page = i >> p.log2_page_size;
+  if (batch < 0 || batch >= p.page_rows || page >= p.pages) return -1;
+  const int64_t found = p.page_table[batch * p.page_stride + page];
+  const int64_t slot = (found << p.log2_page_size) + (i - (page << p.log2_page_size));
+  return found < 0 || slot > 0x7fffffff ? -1 : static_cast<int32_t>(slot);
+}
+
+// What the CUDA kernels need beside the outputs, on the current device.
+int64_t workspace_bytes(const TopkParams&);
+
+// null, or what went wrong
+const char* launch_cuda(const TopkParams&, void* stream);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(topk_select, TopkParams)
