@@ -1,8 +1,8 @@
 #include <cmath>
 #include <limits>
 
+#include "core/qkv.h"
 #include "core/stream.h"
-#include "core/views.h"
 #include "dense/attention/band.h"
 #include "dense/attention/params.h"
 
@@ -10,7 +10,6 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "attention";
-constexpr int64_t kMaxHeadDim = 256;
 
 // The arguments of the schema after q, k, v: the lowered list.
 struct Options {
@@ -31,49 +30,9 @@ struct Options {
 };
 
 // The checks below are those of python/tokenmill/dense/attention_rules.py, in its order and words.
-void check_qkv(const View& q, const View& k, const View& v, bool packed) {
-  const int64_t rank = packed ? 3 : 4;
-  const char* layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
-  const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
-  for (auto [name, t] : all)
-    check(t->dim() == rank, kOp, name, Rule("must have ", rank, " dimensions ", layout), t->dim());
-  check(is_kernel_dtype(q.dtype), kOp, "q", "must be float16, bfloat16 or float32", q.dtype);
-  for (auto [name, t] : {all[1], all[2]}) {
-    check(t->dtype == q.dtype, kOp, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
-    if (!same_device(*t, q))
-      fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
-  }
-  for (auto [name, t] : all) {
-    check(t->last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
-          t->strides);
-    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, kOp, name,
-          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
-  }
-  check(k.size(-1) == q.size(-1), kOp, "k", Rule("must have the head dimension of q, ", q.size(-1)),
-        k.size(-1));
-  if (!packed)
-    check(k.size(0) == q.size(0), kOp, "k", Rule("must have the batch size of q, ", q.size(0)),
-          k.size(0));
-  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), kOp, "v",
-        Rule("must have the shape of k up to the head dimension, ", k.sizes), v.sizes);
-  const int64_t heads = q.size(-2), kv_heads = k.size(-2);
-  check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), kOp, "k",
-        Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
-}
-
 void check_values(const char* name, const View& cu, const char* bound_name,
                   const std::optional<int64_t>& bound, int64_t total) {
-  const int32_t* ends = cu.data<int32_t>();
-  const int64_t n = cu.size(0);
-  check(ends[0] == 0, kOp, name, "must start at 0", int64_t{ends[0]});
-  int64_t longest = 0;
-  for (int64_t i = 1; i < n; ++i) {
-    check(ends[i] >= ends[i - 1], kOp, name, "must not decrease",
-          std::vector<int64_t>(ends, ends + n));
-    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
-  }
-  check(ends[n - 1] == total, kOp, name, Rule("must end at the number of tokens, ", total),
-        int64_t{ends[n - 1]});
+  const int64_t longest = check_cu_seqlens_values(kOp, name, cu, total);
   check(!bound || *bound >= longest, kOp, bound_name,
         Rule("must be at least the longest sequence, ", longest), bound.value_or(0));
 }
@@ -93,15 +52,7 @@ int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
   const View cu_q(*o.cu_seqlens_q), cu_k(*o.cu_seqlens_k);
   const std::pair<const char*, const View*> all[] = {{"cu_seqlens_q", &cu_q},
                                                      {"cu_seqlens_k", &cu_k}};
-  for (auto [name, t] : all) {
-    check(t->dtype == ScalarType::Int, kOp, name, "must be int32", t->dtype);
-    check(t->dim() == 1 && t->size(0) >= 1, kOp, name,
-          "must have 1 dimension of at least 1 element", t->sizes);
-    check(t->last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
-          t->strides);
-    if (!same_device(*t, q))
-      fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(*t));
-  }
+  for (auto [name, t] : all) check_cu_seqlens(kOp, name, *t, q);
   check(cu_k.size(0) == cu_q.size(0), kOp, "cu_seqlens_k",
         Rule("must have the length of cu_seqlens_q, ", cu_q.size(0)), cu_k.size(0));
   for (auto [name, bound] : bounds)
@@ -115,10 +66,8 @@ int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
 
 void check_small(const char* name, const View& t, const View& q) {
   check(t.dtype == ScalarType::Float, kOp, name, "must be float32", t.dtype);
-  check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
-        t.strides);
-  if (!same_device(t, q))
-    fail(kOp, name, "must be on the device of q, " + show_device(q), show_device(t));
+  check_last_contiguous(kOp, name, t);
+  check_device_of_q(kOp, name, t, q);
 }
 
 // [H] or [B, H]; sets the stride between batches.
@@ -135,14 +84,9 @@ const float* per_head(const char* name, const OptTensor& tensor, const View& q, 
   return t.data<float>();
 }
 
-Rows rows_of(const View& t, bool packed) {
-  const int64_t d = packed ? 0 : 1;
-  return {t.mutable_data(), packed ? 0 : t.step(0), t.step(d), t.step(d + 1)};
-}
-
 AttentionParams make_params(const View& q, const View& k, const View& v, const Options& o) {
   const bool packed = o.packed();
-  check_qkv(q, k, v, packed);
+  check_qkv(kOp, q, k, v, packed);
   check(o.kind == "softmax" || o.kind == "sigmoid", kOp, "kind", "must be 'softmax' or 'sigmoid'",
         o.kind);
   check(o.precision == "accurate" || o.precision == "fast", kOp, "precision",
@@ -193,10 +137,8 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
     check(ok, kOp, "bias", Rule("must broadcast to [B, H, Sq, Sk] = ", full), t.sizes);
     check(t.dtype == q.dtype || t.dtype == ScalarType::Float, kOp, "bias",
           Rule("must be ", q.dtype, " or float32"), t.dtype);
-    check(t.last_contiguous(), kOp, "bias", "must have a contiguous last dimension; strides",
-          t.strides);
-    if (!same_device(t, q))
-      fail(kOp, "bias", "must be on the device of q, " + show_device(q), show_device(t));
+    check_last_contiguous(kOp, "bias", t);
+    check_device_of_q(kOp, "bias", t, q);
     p.bias = t.data();
     p.bias_dtype = to_dtype(t.dtype);
     p.bias_batch = t.step(0);
@@ -312,10 +254,8 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
   const auto check_like_out = [&](const View& t, const char* name) {
     check(t.sizes == out_sizes, kOp, name, Rule("must have shape ", out_sizes), t.sizes);
     check(t.dtype == qv.dtype, kOp, name, Rule("must have the dtype of q, ", qv.dtype), t.dtype);
-    check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
-          t.strides);
-    if (!same_device(t, qv))
-      fail(kOp, name, "must be on the device of q, " + show_device(qv), show_device(t));
+    check_last_contiguous(kOp, name, t);
+    check_device_of_q(kOp, name, t, qv);
   };
   const auto check_like_lse = [&](const Tensor& tensor, const char* name) {
     const View t(tensor);
@@ -323,8 +263,7 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
     check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
     check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
           "must be float32 and contiguous", t.dtype);
-    if (!same_device(t, qv))
-      fail(kOp, name, "must be on the device of q, " + show_device(qv), show_device(t));
+    check_device_of_q(kOp, name, t, qv);
   };
   check_like_out(dv_out, "dout");
   p.dout = rows_of(dv_out, packed);

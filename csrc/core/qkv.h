@@ -1,0 +1,82 @@
+// The checks that operators on queries, keys and values share: those of python/tokenmill/check.py,
+// in its order and words.
+#pragma once
+#include <algorithm>
+
+#include "core/rows.h"
+#include "core/views.h"
+
+namespace tokenmill {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+inline void check_device_of_q(const char* op, const char* name, const View& t, const View& q) {
+  if (!same_device(t, q))
+    fail(op, name, "must be on the device of q, " + show_device(q), show_device(t));
+}
+
+inline void check_last_contiguous(const char* op, const char* name, const View& t) {
+  check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
+}
+
+// Rank, dtype, device, layout and shapes.
+inline void check_qkv(const char* op, const View& q, const View& k, const View& v, bool packed) {
+  const int64_t rank = packed ? 3 : 4;
+  const char* layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
+  const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
+  for (auto [name, t] : all)
+    check(t->dim() == rank, op, name, Rule("must have ", rank, " dimensions ", layout), t->dim());
+  check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
+  for (auto [name, t] : {all[1], all[2]}) {
+    check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
+    check_device_of_q(op, name, *t, q);
+  }
+  for (auto [name, t] : all) {
+    check_last_contiguous(op, name, *t);
+    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, op, name,
+          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
+  }
+  check(k.size(-1) == q.size(-1), op, "k", Rule("must have the head dimension of q, ", q.size(-1)),
+        k.size(-1));
+  if (!packed)
+    check(k.size(0) == q.size(0), op, "k", Rule("must have the batch size of q, ", q.size(0)),
+          k.size(0));
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v",
+        Rule("must have the shape of k up to the head dimension, ", k.sizes), v.sizes);
+  const int64_t heads = q.size(-2), kv_heads = k.size(-2);
+  check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), op, "k",
+        Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
+}
+
+inline void check_cu_seqlens(const char* op, const char* name, const View& t, const View& q) {
+  check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
+  check(t.dim() == 1 && t.size(0) >= 1, op, name, "must have 1 dimension of at least 1 element",
+        t.sizes);
+  check_last_contiguous(op, name, t);
+  check_device_of_q(op, name, t, q);
+}
+
+// The ends of packed sequences, which start at 0, never decrease and end at total. Returns the
+// longest sequence.
+inline int64_t check_cu_seqlens_values(const char* op, const char* name, const View& cu,
+                                       int64_t total) {
+  const int32_t* ends = cu.data<int32_t>();
+  const int64_t n = cu.size(0);
+  check(ends[0] == 0, op, name, "must start at 0", int64_t{ends[0]});
+  int64_t longest = 0;
+  for (int64_t i = 1; i < n; ++i) {
+    check(ends[i] >= ends[i - 1], op, name, "must not decrease",
+          std::vector<int64_t>(ends, ends + n));
+    longest = std::max<int64_t>(longest, ends[i] - ends[i - 1]);
+  }
+  check(ends[n - 1] == total, op, name, Rule("must end at the number of tokens, ", total),
+        int64_t{ends[n - 1]});
+  return longest;
+}
+
+inline Rows rows_of(const View& t, bool packed) {
+  const int64_t d = packed ? 0 : 1;
+  return {t.mutable_data(), packed ? 0 : t.step(0), t.step(d), t.step(d + 1)};
+}
+
+}  // namespace tokenmill
