@@ -1,0 +1,309 @@
+// Backward: three recurrences of the kind of the forward. With y the sums before normalisation and
+// q holding the scale,
+//
+//   dq_i = sum_{j <= i} pair (dy_i . v_j) k_j    forward in time, the state transposed
+//   dv_j = sum_{i >= j} pair (k_j . q_i) dy_i    backward in time
+//   dk_j = sum_{i >= j} pair (v_j . dy_i) q_i    backward in time, the state transposed
+//
+// Memory does not grow with the length, unless the gradient of the decay is wanted. That at token t
+// is the sum of all weights from before t to t or later, times dy . v: from one token to the next
+// it changes by q.dq - k.dk, where the pair of a token with itself, which cancels, is left out from
+// the start. It starts anew from the states at the end of each segment.
+#include "cpu/parallel.h"
+#include "linear/linear_attention/cpu_gradients.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int64_t kSegment = 4 * kChunk;
+
+// One recurrence: operands in place, and what a chunk gives.
+struct Recurrence {
+  ChunkOperands o;
+  ChunkDecay decay;
+  Recurrence(const LogDecay& log_decay, int64_t features, int64_t width, bool backward,
+             bool diagonal)
+      : o(features, width, false), decay(log_decay, backward, diagonal) {}
+};
+
+enum class Part { all, queries, keys };
+
+class Worker {
+ public:
+  Worker(const LinearAttentionBackwardParams& bp, int64_t longest)
+      : bp(bp),
+        p(bp.forward),
+        group(p.heads / p.kv_heads),
+        segments(bp.ddecay.data ? ceil_div(longest, kSegment) : 0),
+        rows(p),
+        to_queries(p.decay, rows.width, rows.features, false, segments == 0),
+        to_keys(p.decay, rows.width, rows.features, true, segments == 0),
+        to_values(p.decay, rows.features, p.value_dim, true, true),
+        ldo(round_up(rows.features > rows.width ? rows.features : rows.width, kWidth)),
+        workspace(floats_needed()) {
+    rows.place(workspace);
+    for (Recurrence* r : {&to_queries, &to_keys, &to_values}) {
+      r->o.y = r == &to_queries ? workspace.take(operand_size()) : to_queries.o.y;
+      r->o.z = r == &to_queries ? workspace.take(operand_size()) : to_queries.o.z;
+      r->o.weights = r == &to_queries ? workspace.take(kPaddedRows * kChunk) : to_queries.o.weights;
+    }
+    std::memset(to_queries.o.y, 0, operand_size() * sizeof(float));
+    std::memset(to_queries.o.weights, 0, kPaddedRows * kChunk * sizeof(float));
+    to_queries.o.x = to_queries.o.state = nullptr;
+    transposed_states = workspace.take(group * to_keys.o.state_size());
+    value_states = workspace.take(group * to_values.o.state_size());
+    out = workspace.take(kChunk * ldo);
+    spare = workspace.take(kTileRows * ldo);
+    dk = workspace.take(kChunk * ldo);
+    dv = workspace.take(kChunk * ldo);
+    saved = workspace.take(group * segments * to_keys.o.state_size());
+    restart = workspace.take(group * segments);
+    changes = workspace.take(group * segments * kSegment);
+  }
+
+  void run(int64_t b, int64_t kv, Part part) {
+    const Sequence s(p, b);
+    if (part != Part::keys)
+      for (int64_t g = 0; g < group; ++g) queries(s, b, kv, g);
+    if (part != Part::queries) keys(s, b, kv);
+    if (segments > 0)
+      for (int64_t g = 0; g < group; ++g) store_decay(s, b, kv, g);
+  }
+
+ private:
+  // y and z of any of the three.
+  int64_t operand_size() const {
+    int64_t size = 0;
+    for (const Recurrence* r : {&to_queries, &to_keys, &to_values}) {
+      size = r->o.y_size() > size ? r->o.y_size() : size;
+      size = r->o.z_size() > size ? r->o.z_size() : size;
+    }
+    return size;
+  }
+
+  int64_t floats_needed() const {
+    return rows.size() + 2 * operand_size() + kPaddedRows * kChunk +
+           group * (to_keys.o.state_size() * (1 + segments) + to_values.o.state_size() +
+                    segments * (1 + kSegment)) +
+           (3 * kChunk + kTileRows) * ldo + 11 * 16;
+  }
+
+  static int64_t rows_at(const Sequence& s, int64_t t) {
+    return s.length - t < kChunk ? s.length - t : kChunk;
+  }
+
+  // The state in memory [features][width], transposed.
+  template <bool kStore>
+  void move_transposed(const ChunkOperands& o, float* memory) const {
+    for (int64_t c = 0; c < o.width; c += kPanel)
+      for (int64_t e = 0; e < o.features; ++e) {
+        float* ours = o.state_panel(c) + e * kPanel;
+        for (int64_t f = c; f < o.width && f < c + kPanel; ++f) {
+          float& theirs = memory[f * rows.width + e];
+          kStore ? theirs = ours[f - c] : ours[f - c] = theirs;
+        }
+      }
+  }
+
+  // dq of query head g of a group, and the states at the ends of segments.
+  void queries(const Sequence& s, int64_t b, int64_t kv, int64_t g) {
+    ChunkOperands& o = to_queries.o;
+    const int64_t h = kv * group + g;
+    o.state = transposed_states;
+    std::memset(o.state, 0, o.state_size() * sizeof(float));
+    bool state = p.initial.data != nullptr;
+    if (state)
+      move_transposed<false>(o, p.initial.data + b * p.initial.sequence + h * p.initial.head);
+    to_queries.decay.start_head(b, h);
+    for (int64_t t = 0; t < s.length; t += kChunk) {
+      const int64_t n = rows_at(s, t), first = s.start + t;
+      rows.load_keys(b, kv, first, n, false);
+      rows.load_queries(bp, b, h, first, n, false);
+      o.x = rows.dy;
+      rows.as_y(o, rows.v, rows.ldw, n);
+      rows.as_z(o, rows.k, rows.ldf, n);
+      to_queries.decay.start_chunk(first, n);
+      chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare);
+      if (segments > 0) {
+        float* change = changes + g * segments * kSegment + t;
+        for (int64_t r = 0; r < n; ++r)
+          change[r] = rows.take_diagonal(r, rows.q, rows.k, out + r * ldo);
+      }
+      store_gradients<true>(span_of(bp.dq, p.dtype, b, h, first, n),
+                            span_of(p.q, p.dtype, b, h, first, n), out);
+      if (t + n < s.length || segments > 0) chunk_state(o, to_queries.decay, n);
+      if (segments > 0 && (t + n == s.length || (t + n) % kSegment == 0))
+        std::memcpy(saved_state(g, t / kSegment), o.state, o.state_size() * sizeof(float));
+      state = true;
+    }
+  }
+
+  float* saved_state(int64_t g, int64_t segment) const {
+    return saved + (g * segments + segment) * to_keys.o.state_size();
+  }
+
+  // dk, dv and dinitial of a KV head: the sums over its query heads.
+  void keys(const Sequence& s, int64_t b, int64_t kv) {
+    ChunkOperands &ok = to_keys.o, &ov = to_values.o;
+    bool state = bp.dfinal.data != nullptr;
+    std::memset(transposed_states, 0, group * ok.state_size() * sizeof(float));
+    std::memset(value_states, 0, group * ov.state_size() * sizeof(float));
+    for (int64_t g = 0; state && g < group; ++g) {
+      float* from = bp.dfinal.data + b * bp.dfinal.sequence + (kv * group + g) * bp.dfinal.head;
+      use_states(g);
+      move_transposed<false>(ok, from);
+      move_state<false>(ov, from, rows.width, rows.features, 0, p.value_dim, 0);
+    }
+    for (int64_t t = (s.length - 1) / kChunk * kChunk; s.length > 0 && t >= 0; t -= kChunk) {
+      const int64_t n = rows_at(s, t), first = s.start + t;
+      rows.load_keys(b, kv, first, n, true);
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t h = kv * group + g;
+        use_states(g);
+        rows.load_queries(bp, b, h, first, n, true);
+        if (segments > 0 && (t + n == s.length || (t + n) % kSegment == 0))
+          restart[g * segments + t / kSegment] = inner(saved_state(g, t / kSegment), ok);
+        for (Recurrence* r : {&to_keys, &to_values}) {
+          r->decay.start_head(b, h);
+          r->decay.start_chunk(first, n);
+        }
+        ok.x = rows.v;
+        rows.as_y(ok, rows.dy, rows.ldw, n);
+        rows.as_z(ok, rows.q, rows.ldf, n);
+        chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare);
+        if (segments > 0) {
+          float* change = changes + g * segments * kSegment + t;
+          for (int64_t r = 0; r < n; ++r)
+            change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
+        }
+        if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n);
+        add_rows(dk, n, rows.features, g == 0);
+
+        ov.x = rows.k;
+        rows.as_y(ov, rows.q, rows.ldf, n);
+        rows.as_z(ov, rows.dy, rows.ldw, n);
+        chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare);
+        if (t > 0) chunk_state(ov, to_values.decay, n);
+        add_rows(dv, n, p.value_dim, g == 0);
+      }
+      store_gradients<false>(span_of(bp.dk, p.dtype, b, kv, first, n).reversed(),
+                             span_of(p.k, p.dtype, b, kv, first, n).reversed(), dk);
+      const Span to = span_of(bp.dv, p.dtype, b, kv, first, n).reversed();
+      for (int64_t r = 0; r < n; ++r) store_row(dv + r * ldo, 1.f, to.row(r), p.dtype, p.value_dim);
+      state = true;
+    }
+    if (bp.dinitial.data)
+      for (int64_t g = 0; g < group; ++g) {
+        use_states(g);
+        move_transposed<true>(
+            ok, bp.dinitial.data + b * bp.dinitial.sequence + (kv * group + g) * bp.dinitial.head);
+      }
+  }
+
+  void use_states(int64_t g) {
+    to_keys.o.state = transposed_states + g * to_keys.o.state_size();
+    to_values.o.state = value_states + g * to_values.o.state_size();
+  }
+
+  static float inner(const float* a, const ChunkOperands& o) {
+    double sum = 0;
+    for (int64_t c = 0; c < o.width; c += kPanel)
+      for (int64_t e = 0; e < o.features; ++e) {
+        const int64_t row = c * o.state_rows + e * kPanel;
+        vf acc = zero();
+        for (int64_t j = 0; j < kPanel; j += kWidth)
+          acc = fma(load(a + row + j), load(o.state + row + j), acc);
+        sum += static_cast<double>(sum_lanes(acc));
+      }
+    return static_cast<float>(sum);
+  }
+
+  void add_rows(float* to, int64_t n, int64_t length, bool assign) const {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t d = 0; d < length; d += kWidth) {
+        const vf x = load(out + r * ldo + d);
+        store(to + r * ldo + d, assign ? x : load(to + r * ldo + d) + x);
+      }
+  }
+
+  // Through the feature map, from gradients of features to those of the elements.
+  template <bool kQuery>
+  void store_gradients(const Span& to, const Span& elements, float* gradients) const {
+    const float factor = kQuery ? p.scale : 1;
+    const int64_t length = p.head_dim;
+    for (int64_t r = 0; r < to.n; ++r) {
+      float* g = gradients + r * ldo;
+      if (p.map == FeatureMap::taylor2) {
+        float x[kMaxTaylorHeadDim + kWidth], dx[kMaxTaylorHeadDim + kWidth];
+        for (int64_t d = 0; d < length; d += kWidth)
+          store(x + d, load_as_float_n(elements.row(r), p.dtype, d, length - d) * set(factor));
+        taylor_row_backward<kQuery>(x, g, length, dx);
+        store_row(dx, factor, to.row(r), p.dtype, length);
+        continue;
+      }
+      if (p.map != FeatureMap::identity)
+        visit_map(p.map, [&](auto m) TM_LAMBDA {
+          for (int64_t d = 0; d < length; d += kWidth) {
+            const vf x = load_as_float_n(elements.row(r), p.dtype, d, length - d);
+            store(g + d, load(g + d) * feature_slope<decltype(m)::value>(x));
+          }
+        });
+      store_row(g, factor, to.row(r), p.dtype, length);
+    }
+  }
+
+  void store_decay(const Sequence& s, int64_t b, int64_t kv, int64_t g) const {
+    const LogDecay& d = bp.ddecay;
+    float* to = d.data + b * d.batch + (kv * group + g) * d.head;
+    const float* change = changes + g * segments * kSegment;
+    double sum = 0, total = 0;
+    for (int64_t t = s.length - 1; t >= 0; --t) {
+      if (t == s.length - 1 || (t + 1) % kSegment == 0)
+        sum = static_cast<double>(restart[g * segments + t / kSegment]);
+      sum += static_cast<double>(change[t]);
+      total += sum;
+      if (d.per_token) to[(s.start + t) * d.seq] = static_cast<float>(sum);
+    }
+    if (!d.per_token) *to = static_cast<float>(total);
+  }
+
+  const LinearAttentionBackwardParams& bp;
+  const LinearAttentionParams& p;
+  int64_t group, segments;
+  GradientRows rows;
+  Recurrence to_queries, to_keys, to_values;
+  int64_t ldo;
+  cpu::Workspace workspace;
+  float *transposed_states, *value_states, *out, *spare, *dk, *dv;
+  float *saved, *restart, *changes;
+};
+
+}  // namespace
+
+void linear_attention_backward(const LinearAttentionBackwardParams& bp) {
+  const LinearAttentionParams& p = bp.forward;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < (p.cu_seqlens ? p.batch : 1); ++b) {
+    const int64_t length = Sequence(p, b).length;
+    longest = length > longest ? length : longest;
+  }
+  const int64_t tokens = p.cu_seqlens ? p.seqlen : p.batch * p.seqlen;
+  // A parallel region costs about as much as 2 Mflop on one thread.
+  const double work = 12.0 *
+                      static_cast<double>(tokens * p.heads * feature_dim(p.map, p.head_dim)) *
+                      static_cast<double>(p.value_dim);
+  const int threads = work < 2e6 ? 1 : cpu::num_threads();
+  const int64_t heads = p.batch * p.kv_heads;
+  const bool split = heads < threads && !bp.ddecay.data;
+  cpu::parallel_items(heads * (split ? 2 : 1), threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    Worker worker(bp, longest);
+    for (int64_t item; (item = items.next()) >= 0;) {
+      const int64_t head = split ? item / 2 : item;
+      const Part part = !split ? Part::all : item % 2 == 0 ? Part::keys : Part::queries;
+      worker.run(head / p.kv_heads, head % p.kv_heads, part);
+    }
+  });
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,218 @@
+// One chunk of a linear recurrence, for the forward and backward CPU kernels:
+//
+//   out_r = sum_{s <= r} pair(r, s) (x_r . y_s) z_s + from_start(r) x_r State
+//   State = total State + sum_s to_end(s) y_s^T z_s
+//
+// x and y are rows of `features` numbers, z and out of `width`. Three kinds of register tile, each
+// a function of its own (see multiply_rows in cpu/tile.h).
+#pragma once
+#include <cstring>
+
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "linear/linear_attention/cpu_decay.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
+constexpr int64_t kTokenPanels = kChunk / kPanel;
+constexpr int64_t kPaddedRows = kChunk + 2 * kWidth;  // of x: whole tiles, and whole vectors
+
+struct ChunkOperands {
+  int64_t features, width;
+  int64_t score_features;  // of which the scores take this many, from first_score on
+  int64_t first_score;
+  bool taylor;         // the weight of a pair is 1 + u + u^2/2
+  bool transposed;     // x
+  int64_t state_rows;  // features, and zeros up to whole tiles
+  int64_t ldx;
+  float* x;        // [kPaddedRows][ldx], or transposed [features][ldx]; zero past the tokens
+  float* y;        // [kTokenPanels][state_rows][kPanel]: transposed, zero past the tokens
+  float* z;        // [panels of width][kChunk][kPanel]
+  float* state;    // [panels of width][state_rows][kPanel]
+  float* weights;  // [kPaddedRows][kChunk]
+
+  ChunkOperands(int64_t features, int64_t width, bool transposed)
+      : features(features),
+        width(width),
+        score_features(features),
+        first_score(0),
+        taylor(false),
+        transposed(transposed),
+        state_rows(round_up(features, kTileRows)),
+        ldx(transposed ? kPaddedRows : round_up(features, kWidth)) {}
+
+  int64_t width_panels() const { return ceil_div(width, kPanel); }
+  int64_t x_size() const { return (transposed ? features : kPaddedRows) * ldx; }
+  int64_t y_size() const { return state_rows * kChunk; }
+  int64_t z_size() const { return width_panels() * kChunk * kPanel; }
+  int64_t state_size() const { return width_panels() * state_rows * kPanel; }
+  int64_t size() const {
+    return x_size() + y_size() + z_size() + state_size() + kPaddedRows * kChunk + 5 * 16;
+  }
+  void place(cpu::Workspace& workspace) {
+    x = zeros(workspace, x_size());
+    y = zeros(workspace, y_size());
+    z = zeros(workspace, z_size());
+    state = zeros(workspace, state_size());
+    weights = zeros(workspace, kPaddedRows * kChunk);
+  }
+  static float* zeros(cpu::Workspace& workspace, int64_t floats) {
+    float* p = workspace.take(floats);
+    std::memset(p, 0, floats * sizeof(float));
+    return p;
+  }
+
+  float* y_panel(int64_t token) const { return y + token * state_rows; }
+  float* z_panel(int64_t column) const { return z + column * kChunk; }
+  float* state_panel(int64_t column) const { return state + column * state_rows; }
+};
+
+// Rows of the next register tile where `left` are to be done.
+constexpr int64_t rows_of_tile(int64_t left) {
+  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
+  return fits ? kShortRows : kTileRows;
+}
+
+template <bool kTransposedX, int M, int N>
+__attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDecay& decay,
+                                          int64_t row, int64_t column) {
+  vf s[M][N];
+  clear(s);
+  const float* x = kTransposedX ? o.x + o.first_score * o.ldx + row : o.x + row * o.ldx;
+  const float* y = o.y_panel(column / kPanel * kPanel) + column % kPanel + o.first_score * kPanel;
+  multiply<Float32, kTransposedX>(s, x, o.ldx, y, kPanel, o.score_features);
+  if (kTransposedX && o.taylor) {
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j)
+        s[i][j] = fma(fma(s[i][j], set(0.5f), set(1.f)), s[i][j], set(1.f));
+    }
+  }
+  const float* pair = decay.pair + row * decay.pair_step + column;
+  float* to = o.weights + row * kChunk + column;
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j)
+      store(to + i * kChunk + j * kWidth, s[i][j] * load(pair + i * decay.pair_step + j * kWidth));
+  }
+}
+
+// `tokens` of the chunk have a weight in these rows; without a state, features are not looked at.
+template <bool kTransposedX, int M, int N>
+__attribute__((noinline)) void out_tile(const ChunkOperands& o, const ChunkDecay& decay,
+                                        int64_t row, int64_t column, int64_t tokens, bool state,
+                                        float* out, int64_t ldo) {
+  vf acc[M][N];
+  clear(acc);
+  if (state) {
+    const float* x = kTransposedX ? o.x + row : o.x + row * o.ldx;
+    multiply<Float32, kTransposedX>(acc, x, o.ldx, o.state_panel(column), kPanel, o.features);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      const vf factor = set(decay.from_start[row + i]);
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
+    }
+  }
+  multiply<Float32, false>(acc, o.weights + row * kChunk, kChunk, o.z_panel(column), kPanel,
+                           tokens);
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) store(out + i * ldo + j * kWidth, acc[i][j]);
+  }
+}
+
+// y holds to_end already. The chunk is summed from zero: a second level of accumulation.
+template <int M, int N>
+__attribute__((noinline)) void state_tile(const ChunkOperands& o, float total, int64_t row,
+                                          int64_t column, int64_t n) {
+  vf acc[M][N];
+  clear(acc);
+  for (int64_t t = 0; t < n; t += kPanel)
+    multiply<Float32, false>(acc, o.y_panel(t) + row * kPanel, kPanel,
+                             o.z_panel(column) + t * kPanel, kPanel,
+                             n - t < kPanel ? n - t : kPanel);
+  float* state = o.state_panel(column) + row * kPanel;
+  const vf factor = set(total);
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) {
+      float* at = state + i * kPanel + j * kWidth;
+      store(at, fma(load(at), factor, acc[i][j]));
+    }
+  }
+}
+
+// fn.template operator()<M, N>() for a tile of `rows` (kTileRows or kShortRows) and `vectors`.
+template <int N = kTileVectors, typename Fn>
+TM_INLINE void with_tile(int64_t rows, int64_t vectors, const Fn& fn) {
+  if (vectors == N)
+    return rows == kTileRows ? fn.template operator()<kTileRows, N>()
+                             : fn.template operator()<kShortRows, N>();
+  if constexpr (N > 1) with_tile<N - 1>(rows, vectors, fn);
+}
+
+TM_INLINE int64_t vectors_of(int64_t columns) {
+  return columns >= kPanel ? kTileVectors : ceil_div(columns, kWidth);
+}
+
+inline void scale_keys(const ChunkOperands& o, const ChunkDecay& decay, int64_t n) {
+  for (int64_t t = 0; t < n; t += kPanel) {
+    float* y = o.y_panel(t);
+    for (int64_t f = 0; f < o.features; ++f) {
+      TM_UNROLL(8)
+      for (int64_t c = 0; c < kPanel; c += kWidth)
+        store(y + f * kPanel + c, load(y + f * kPanel + c) * load(decay.to_end + t + c));
+    }
+  }
+}
+
+// Rows past n of the last tile go to `spare` instead of `out`: all rows of that tile do, and those
+// that exist are copied. width is rounded up to vectors, so must out be; spare has kTileRows rows.
+template <bool kTransposedX>
+inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool state,
+                          float* out, int64_t ldo, float* spare) {
+  for (int64_t row = 0, rows; row < n; row += rows) {
+    rows = rows_of_tile(n - row);
+    const int64_t tokens = row + rows < n ? row + rows : n;
+    for (int64_t column = 0; column < tokens; column += kPanel)
+      with_tile(rows, vectors_of(tokens - column), [&]<int M, int N>() TM_LAMBDA {
+        score_tile<kTransposedX, M, N>(o, decay, row, column);
+      });
+  }
+  const int64_t ld_spare = round_up(o.width, kWidth);
+  for (int64_t column = 0; column < o.width; column += kPanel)
+    for (int64_t row = 0, rows; row < n; row += rows) {
+      rows = rows_of_tile(n - row);
+      const bool whole = row + rows <= n;
+      const int64_t tokens = whole ? row + rows : n, vectors = vectors_of(o.width - column);
+      float* to = whole ? out + row * ldo + column : spare + column;
+      const int64_t ld = whole ? ldo : ld_spare;
+      with_tile(rows, vectors, [&]<int M, int N>() TM_LAMBDA {
+        out_tile<kTransposedX, M, N>(o, decay, row, column, tokens, state, to, ld);
+      });
+      if (!whole)
+        for (int64_t i = 0; i < n - row; ++i)
+          for (int64_t c = 0; c < vectors * kWidth; c += kWidth)
+            store(out + (row + i) * ldo + column + c, load(to + i * ld + c));
+    }
+}
+
+// Consumes y.
+inline void chunk_state(const ChunkOperands& o, const ChunkDecay& decay, int64_t n) {
+  if (!decay.none()) scale_keys(o, decay, n);
+  for (int64_t column = 0; column < o.width; column += kPanel)
+    for (int64_t row = 0, rows; row < o.features; row += rows) {
+      rows = rows_of_tile(o.features - row);
+      with_tile(rows, vectors_of(o.width - column), [&]<int M, int N>() TM_LAMBDA {
+        state_tile<M, N>(o, decay.total, row, column, n);
+      });
+    }
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

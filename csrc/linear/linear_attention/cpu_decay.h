@@ -1,0 +1,110 @@
+// What remains from token to token within a chunk, for the CPU kernels.
+#pragma once
+#include <cmath>
+
+#include "cpu/simd.h"
+#include "linear/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int64_t kChunk = 64;
+
+// Exponents below these give the same float32 results, and inf - inf is never formed.
+constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
+
+// A recurrence runs forward in time, or, for gradients, backward: its row r is then token n - 1 - r
+// of the chunk. All factors are powers of e with exponents <= 0.
+class ChunkDecay {
+ public:
+  // The diagonal of the pairs can be left out.
+  ChunkDecay(const LogDecay& decay, bool backward, bool diagonal)
+      : decay_(decay), backward_(backward), diagonal_(diagonal) {}
+
+  bool none() const { return !decay_.data; }
+
+  // For all chunks of head h of batch b, whose first token has the given index along seq.
+  void start_head(int64_t b, int64_t h) {
+    head_ = decay_.data ? decay_.data + b * decay_.batch + h * decay_.head : nullptr;
+    if (decay_.per_token) return;
+    const double each = none() ? 0 : clamp(*head_, kLeastConstant);
+    for (int64_t i = 0; i <= kChunk; ++i)
+      powers_[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
+    float* row = pairs_ + kRowsPad + kChunk - 1;  // row[s - r]
+    for (int64_t i = 0; i < kRowsPad + kChunk; ++i) row[-i] = powers_[i < kChunk ? i : kChunk];
+    if (!diagonal_) *row = 0;
+    for (int64_t i = 1; i < kChunk + kWidth; ++i) row[i] = 0;
+    pair = row;
+    pair_step = -1;
+  }
+
+  // Tokens first .. first + n - 1.
+  void start_chunk(int64_t first, int64_t n) {
+    if (decay_.per_token) return per_token(first, n);
+    if (n == prepared_ && head_ == prepared_head_) return;
+    for (int64_t r = 0; r < n; ++r) {
+      from_start[r] = powers_[backward_ ? r : r + 1];
+      to_end[r] = powers_[backward_ ? n - r : n - 1 - r];
+    }
+    for (int64_t r = n; r < kChunk + kRowsPad; ++r) from_start[r] = to_end[r] = 0;
+    total = powers_[n];
+    prepared_ = n;
+    prepared_head_ = head_;
+  }
+
+  static constexpr int64_t kRowsPad = 16;
+  float from_start[kChunk + kRowsPad];  // of the state before the chunk, in row r
+  float to_end[kChunk + kRowsPad];      // of row r, in the state after it
+  float total;
+  const float* pair;  // of row s in row r: pair[r * pair_step + s], 0 for s > r
+  int64_t pair_step;
+
+ private:
+  static double clamp(float x, double least) { return x < least ? least : x; }
+
+  void per_token(int64_t first, int64_t n) {
+    double prefix[kChunk];
+    double sum = 0;
+    for (int64_t t = 0; t < n; ++t)
+      prefix[t] = sum += clamp(head_[(first + t) * decay_.seq], kLeastOfToken);
+    total = static_cast<float>(std::exp(sum));
+    // Differences of two floats each, in powers of 2: a prefix alone is too coarse.
+    constexpr double kLog2eDouble = 1.4426950408889634;
+    float high[kChunk + kRowsPad], low[kChunk + kRowsPad];
+    float start[kChunk + kRowsPad], end[kChunk + kRowsPad];
+    for (int64_t r = 0; r < kChunk + kRowsPad; ++r) {
+      const int64_t row = r < n ? r : n - 1, t = backward_ ? n - 1 - row : row;
+      const double x = kLog2eDouble * (backward_ ? -prefix[t] : prefix[t]);
+      high[r] = static_cast<float>(x);
+      low[r] = static_cast<float>(x - static_cast<double>(high[r]));
+      start[r] = static_cast<float>(kLog2eDouble * (backward_ ? sum - prefix[t] : prefix[t]));
+      end[r] = static_cast<float>(kLog2eDouble * (backward_ ? prefix[t] : sum - prefix[t]));
+    }
+    for (int64_t r = 0; r < kChunk; r += kWidth) {
+      store(from_start + r, select(lanes(0, n - r), exp2<5>(load(start + r)), zero()));
+      store(to_end + r, select(lanes(0, n - r), exp2<5>(load(end + r)), zero()));
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const vf row_high = set(high[r]), row_low = set(low[r]);
+      const int64_t seen = diagonal_ ? r + 1 : r;
+      for (int64_t s = 0; s < r + 1; s += kWidth) {
+        const vf x = (row_high - load(high + s)) + (row_low - load(low + s));
+        store(pairs_ + r * kChunk + s, select(lanes(0, seen - s), exp2<5>(x), zero()));
+      }
+      for (int64_t s = round_up(r + 1, kWidth); s < kChunk; s += kWidth)
+        store(pairs_ + r * kChunk + s, zero());
+    }
+    for (int64_t i = n * kChunk; i < (kChunk + kRowsPad) * kChunk; i += kWidth)
+      store(pairs_ + i, zero());
+    pair = pairs_;
+    pair_step = kChunk;
+  }
+
+  const LogDecay& decay_;
+  bool backward_, diagonal_;
+  const float *head_ = nullptr, *prepared_head_ = nullptr;
+  int64_t prepared_ = -1;
+  float powers_[kChunk + 1];
+  float pairs_[(kChunk + kRowsPad) * kChunk];  // of a constant decay: one row, read from its end on
+};
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,108 @@
+// The rows of a chunk that the backward CPU kernel takes its operands from.
+#pragma once
+#include "linear/linear_attention/cpu_rows.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// Rows of floats, zero past the tokens: features of q (scale included) and k, v and the gradient dy
+// of the sums, with a normaliser each with its column.
+struct GradientRows {
+  const LinearAttentionParams& p;
+  int64_t features, width, ldf, ldw;
+  float *q, *k, *v, *dy;
+
+  explicit GradientRows(const LinearAttentionParams& p)
+      : p(p),
+        features(feature_dim(p.map, p.head_dim)),
+        width(p.value_dim + p.normalize),
+        ldf(round_up(features, kWidth)),
+        ldw(round_up(width, kWidth)) {}
+
+  int64_t size() const { return kPaddedRows * 2 * (ldf + ldw) + 4 * 16; }
+  void place(cpu::Workspace& workspace) {
+    q = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
+    k = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
+    v = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
+    dy = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
+  }
+
+  void load_keys(int64_t b, int64_t head, int64_t first, int64_t n, bool backward) const {
+    const Span ks = span_of(p.k, p.dtype, b, head, first, n);
+    const Span vs = span_of(p.v, p.dtype, b, head, first, n);
+    load_features<false>(backward ? ks.reversed() : ks, 1, k);
+    load(backward ? vs.reversed() : vs, 1, p.value_dim, v, ldw);
+    if (p.normalize)
+      for (int64_t r = 0; r < n; ++r) v[r * ldw + p.value_dim] = 1;
+  }
+
+  void load_queries(const LinearAttentionBackwardParams& bp, int64_t b, int64_t head, int64_t first,
+                    int64_t n, bool backward) const {
+    const Span qs = span_of(p.q, p.dtype, b, head, first, n);
+    load_features<true>(backward ? qs.reversed() : qs, p.scale, q);
+    if (!bp.dout.data) return;  // dy stays zero
+    const Span gs = span_of(bp.dout, p.dtype, b, head, first, n);
+    load(backward ? gs.reversed() : gs, 1, p.value_dim, dy, ldw);
+    if (!p.normalize) return;
+    const Span os = span_of(p.out, p.dtype, b, head, first, n);
+    const float* z = p.normalizer + (p.cu_seqlens ? head : b * p.heads + head) * p.seqlen + first;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t t = backward ? n - 1 - r : r;
+      float* row = dy + r * ldw;
+      const vf factor = set(1 / z[t]);
+      vf dot = zero();
+      for (int64_t d = 0; d < p.value_dim; d += kWidth) {
+        const vf g = TOKENMILL_ISA::load(row + d) * factor;
+        dot = fma(g, load_as_float_n(os.row(t), p.dtype, d, p.value_dim - d), dot);
+        store(row + d, g);
+      }
+      row[p.value_dim] = -sum_lanes(dot);
+    }
+  }
+
+  void as_y(const ChunkOperands& o, float* from, int64_t ld, int64_t n) const {
+    pack_y(o, span_of(from, ld, n), FeatureMap::identity, 1, o.features);
+  }
+  void as_z(const ChunkOperands& o, float* from, int64_t ld, int64_t n) const {
+    pack_z(o, span_of(from, ld, n), o.width);
+  }
+
+  // For a row of gradients that lacks the pair of token r with itself: returns a_r . gradients,
+  // then adds that pair.
+  float take_diagonal(int64_t r, const float* a, const float* other, float* gradients) const {
+    vf dot = zero(), weight = zero();
+    for (int64_t f = 0; f < features; f += kWidth)
+      dot = fma(TOKENMILL_ISA::load(a + r * ldf + f), TOKENMILL_ISA::load(gradients + f), dot);
+    for (int64_t e = 0; e < width; e += kWidth)
+      weight =
+          fma(TOKENMILL_ISA::load(v + r * ldw + e), TOKENMILL_ISA::load(dy + r * ldw + e), weight);
+    const vf own = set(sum_lanes(weight));
+    for (int64_t f = 0; f < features; f += kWidth)
+      store(gradients + f,
+            fma(own, TOKENMILL_ISA::load(other + r * ldf + f), TOKENMILL_ISA::load(gradients + f)));
+    return sum_lanes(dot);
+  }
+
+ private:
+  static void load(const Span& s, float factor, int64_t length, float* to, int64_t ld) {
+    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, round_up(s.n, kTileRows) + kTileRows, length,
+                       factor, to, ld);
+  }
+
+  template <bool kQuery>
+  void load_features(const Span& s, float factor, float* to) const {
+    if (p.map == FeatureMap::identity) return load(s, factor, p.head_dim, to, ldf);
+    if (p.map != FeatureMap::taylor2) {
+      load(s, 1, p.head_dim, to, ldf);
+      return map_rows(p.map, factor, to, ldf, s.n, p.head_dim);
+    }
+    float x[kMaxTaylorHeadDim + kWidth];
+    for (int64_t r = 0; r < s.n; ++r) {
+      for (int64_t d = 0; d < p.head_dim; d += kWidth)
+        store(x + d, load_as_float_n(s.row(r), s.dtype, d, p.head_dim - d) * set(factor));
+      taylor_row<kQuery>(x, p.head_dim, to + r * ldf);
+    }
+    std::memset(to + s.n * ldf, 0, (kPaddedRows - s.n) * ldf * sizeof(float));
+  }
+};
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,119 @@
+// From tensors to the operands of a chunk and back, for the CPU kernels.
+#pragma once
+#include "linear/cpu_features.h"
+#include "linear/linear_attention/cpu_chunk.h"
+#include "linear/linear_attention/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+TM_INLINE int64_t size_of(DType t) { return t == DType::float32 ? 4 : 2; }
+
+struct Sequence {
+  int64_t start, length;
+  Sequence(const LinearAttentionParams& p, int64_t b)
+      : start(p.cu_seqlens ? p.cu_seqlens[b] : 0),
+        length(p.cu_seqlens ? p.cu_seqlens[b + 1] - start : p.seqlen) {}
+};
+
+// n rows of one head, `step` elements apart; a negative step walks back in time.
+struct Span {
+  char* data;
+  DType dtype;
+  int64_t step, n;
+
+  char* row(int64_t r) const { return data + r * step * size_of(dtype); }
+  Span columns(int64_t first) const { return {data + first * size_of(dtype), dtype, step, n}; }
+  Span rows(int64_t first, int64_t count) const { return {row(first), dtype, step, count}; }
+  Span reversed() const { return {row(n - 1), dtype, -step, n}; }
+};
+
+// Tokens first .. first + n - 1 of a tensor, counted along seq.
+TM_INLINE Span span_of(const Rows& r, DType t, int64_t b, int64_t h, int64_t first, int64_t n) {
+  return {static_cast<char*>(r.data) + (b * r.batch + first * r.seq + h * r.head) * size_of(t), t,
+          r.seq, n};
+}
+TM_INLINE Span span_of(float* rows, int64_t step, int64_t n) {
+  return {reinterpret_cast<char*>(rows), DType::float32, step, n};
+}
+
+// factor * features of `length` elements, as x.
+inline void pack_x(const ChunkOperands& o, const Span& s, FeatureMap map, float factor,
+                   int64_t length) {
+  if (map != FeatureMap::taylor2) {
+    const bool plain = map == FeatureMap::identity;
+    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, round_up(s.n, kTileRows) + kTileRows, length,
+                       plain ? factor : 1.f, o.x, o.ldx);
+    if (!plain) map_rows(map, factor, o.x, o.ldx, s.n, length);
+    return;
+  }
+  for (int64_t r = 0; r < kPaddedRows; ++r)
+    for (int64_t d = 0; d < length; d += kWidth) {
+      float lane[kWidth];
+      store(lane, r < s.n ? load_as_float_n(s.row(r), s.dtype, d, length - d) : zero());
+      for (int64_t l = 0; l < kWidth && d + l < length; ++l)
+        o.x[(1 + d + l) * o.ldx + r] = lane[l] * factor;
+    }
+  taylor_features<true>(o.x, o.ldx, length, kPaddedRows, s.n);
+}
+
+// Features of `length` elements, as y.
+inline void pack_y(const ChunkOperands& o, const Span& s, FeatureMap map, float factor,
+                   int64_t length) {
+  const bool taylor = map == FeatureMap::taylor2;
+  for (int64_t t = 0; t < s.n; t += kPanel) {
+    const int64_t tokens = s.n - t < kPanel ? s.n - t : kPanel;
+    float* y = o.y_panel(t);
+    float* first = y + (taylor ? kPanel : 0);
+    const bool scaled = map == FeatureMap::identity || taylor;
+    pack_transposed<Float32>(s.row(t), s.dtype, s.step, tokens, length, scaled ? factor : 1.f,
+                             first);
+    if (taylor)
+      taylor_features<false>(y, kPanel, length, kPanel, tokens);
+    else if (!scaled)
+      map_rows(map, factor, first, kPanel, length, tokens);
+  }
+}
+
+// `length` elements, as z.
+inline void pack_z(const ChunkOperands& o, const Span& s, int64_t length) {
+  for (int64_t c = 0; c < o.width; c += kPanel) {
+    const int64_t ld = o.width - c < kPanel ? round_up(o.width - c, kWidth) : kPanel;
+    const Span from = s.columns(c);
+    if (ld == kPanel) {
+      pack_rows<Float32>(from.data, from.dtype, from.step, from.n, from.n, length - c, 1.f,
+                         o.z_panel(c), kPanel);
+      continue;
+    }
+    visit_elements(from.dtype, [&](auto e) TM_LAMBDA {
+      for (int64_t r = 0; r < from.n; ++r)
+        for (int64_t w = 0; w < ld; w += kWidth)
+          store(o.z_panel(c) + r * kPanel + w, e.load_n(from.row(r), w, length - c - w));
+    });
+  }
+}
+
+// Column `column` of z.
+inline void fill_z(const ChunkOperands& o, int64_t column, int64_t n, float value) {
+  float* to = o.z_panel(column / kPanel * kPanel) + column % kPanel;
+  for (int64_t r = 0; r < n; ++r) to[r * kPanel] = value;
+}
+
+// Columns first .. first + count - 1 of `rows` rows of a state in memory, each of ld floats, from
+// or to column `at` of the operand.
+template <bool kStore>
+inline void move_state(const ChunkOperands& o, float* memory, int64_t ld, int64_t rows,
+                       int64_t first, int64_t count, int64_t at) {
+  for (int64_t c = 0; c < count;) {
+    const int64_t column = at + c, panel = column / kPanel * kPanel;
+    const int64_t left = panel + kPanel - column, n = count - c < left ? count - c : left;
+    for (int64_t f = 0; f < rows; ++f) {
+      float* ours = o.state_panel(panel) + f * kPanel + column - panel;
+      float* theirs = memory + f * ld + first + c;
+      kStore ? std::memcpy(theirs, ours, n * sizeof(float))
+             : std::memcpy(ours, theirs, n * sizeof(float));
+    }
+    c += n;
+  }
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
