@@ -8,7 +8,8 @@
 // Memory does not grow with the length, unless the gradient of the decay is wanted. That at token t
 // is the sum of all weights from before t to t or later, times dy . v: from one token to the next
 // it changes by q.dq - k.dk, where the pair of a token with itself, which cancels, is left out from
-// the start. It starts anew from the states at the end of each segment.
+// the start, and so is that of the last token with the gradient of the final state. The sum starts
+// anew from the states at the end of each segment.
 #include "cpu/parallel.h"
 #include "linear/linear_attention/cpu_gradients.h"
 
@@ -131,6 +132,7 @@ class Worker {
       }
       store_gradients<true>(span_of(bp.dq, p.dtype, b, h, first, n),
                             span_of(p.q, p.dtype, b, h, first, n), out);
+      if (t + n == s.length && segments > 0) to_queries.decay.drop_last(n);
       if (t + n < s.length || segments > 0) chunk_state(o, to_queries.decay, n);
       if (segments > 0 && (t + n == s.length || (t + n) % kSegment == 0))
         std::memcpy(saved_state(g, t / kSegment), o.state, o.state_size() * sizeof(float));
@@ -167,6 +169,8 @@ class Worker {
           r->decay.start_head(b, h);
           r->decay.start_chunk(first, n);
         }
+        const bool last = segments > 0 && state && t + n == s.length;
+        if (last) to_keys.decay.blind_first();
         ok.x = rows.v;
         rows.as_y(ok, rows.dy, rows.ldw, n);
         rows.as_z(ok, rows.q, rows.ldf, n);
@@ -176,6 +180,7 @@ class Worker {
           for (int64_t r = 0; r < n; ++r)
             change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
         }
+        if (last) add_state_row(ok, out);
         if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n);
         add_rows(dk, n, rows.features, g == 0);
 
@@ -198,6 +203,17 @@ class Worker {
         move_transposed<true>(
             ok, bp.dinitial.data + b * bp.dinitial.sequence + (kv * group + g) * bp.dinitial.head);
       }
+  }
+
+  // row += x_0 State
+  static void add_state_row(const ChunkOperands& o, float* row) {
+    for (int64_t c = 0; c < o.width; c += kWidth) {
+      const float* state = o.state_panel(c / kPanel * kPanel) + c % kPanel;
+      vf sum = load(row + c);
+      for (int64_t e = 0; e < o.features; ++e)
+        sum = fma(set(o.x[e]), load(state + e * kPanel), sum);
+      store(row + c, sum);
+    }
   }
 
   void use_states(int64_t g) {

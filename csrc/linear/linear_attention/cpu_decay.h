@@ -51,6 +51,17 @@ class ChunkDecay {
     prepared_head_ = head_;
   }
 
+  // The last row of n leaves nothing in the state, until the next chunk starts.
+  void drop_last(int64_t n) {
+    to_end[n - 1] = 0;
+    prepared_ = -1;
+  }
+  // The first row sees nothing of the state, until the next chunk starts.
+  void blind_first() {
+    from_start[0] = 0;
+    prepared_ = -1;
+  }
+
   static constexpr int64_t kRowsPad = 16;
   float from_start[kChunk + kRowsPad];  // of the state before the chunk, in row r
   float to_end[kChunk + kRowsPad];      // of row r, in the state after it
