@@ -42,6 +42,7 @@ class Case:
     prepare: Callable[[], tuple[Run, dict[str, Callable[[], Run]]]]
     pass_name: str = "forward"
     tags: frozenset[str] = field(default_factory=frozenset)
+    length: int | None = None  # tokens, where the time of a token against the length is of interest
 
     @property
     def title(self) -> str:

@@ -25,7 +25,51 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     ops = dict.fromkeys(row["op"] for row in results["rows"])
-    return [_draw_op(results, op, folder / f"{op}.png") for op in ops]
+    lengths = {row["op"] for row in results["rows"] if "length" in row}
+    return [
+        (_draw_lengths if op in lengths else _draw_op)(results, op, folder / f"{op}.png")
+        for op in ops
+    ]
+
+
+def _draw_lengths(results: dict[str, Any], op: str, path: Path) -> Path:
+    """Time of a token against the number of tokens, of the rows that differ from the first in their
+    length alone."""
+    from matplotlib import pyplot as plt
+
+    def kind(row: dict[str, Any]) -> str:
+        return str(row["case"]).replace(f"S={row['length']} ", "")
+
+    rows = [row for row in results["rows"] if row["op"] == op]
+    rows = [row for row in rows if kind(row) == kind(rows[0])]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for k, name in enumerate(
+        ["tokenmill", *dict.fromkeys(n for row in rows for n in row["peers"])]
+    ):
+        points = [
+            (row["length"], (row if name == "tokenmill" else row["peers"][name])["seconds"])
+            for row in rows
+            if name == "tokenmill" or name in row["peers"]
+        ]
+        axes.plot(
+            [n for n, _ in points],
+            [seconds / n * 1e6 for n, seconds in points],
+            marker="o",
+            label=name,
+            color=COLOURS[k % len(COLOURS)],
+            linestyle="-" if k < len(COLOURS) else "--",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("microseconds a token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    measured = label(results["machine"], results.get("device", "cpu"), results["threads"])
+    axes.set_title(f"{op}, {kind(rows[0])}\n{measured}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
 
 
 def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:

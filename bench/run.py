@@ -120,6 +120,7 @@ def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any)
         "op": case.op,
         "case": case.title,
         "dtype": str(case.dtype)[6:],
+        **({} if case.length is None else {"length": case.length}),
         "seconds": seconds,
         "rounds": timings["tokenmill"].rounds,
         "flops": case.work / seconds,
