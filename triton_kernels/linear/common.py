@@ -15,8 +15,7 @@ from ..common import INTERPRETED, rounded, span, statistics_of
 
 # Arguments by which no kernel is specialised: a new length compiles nothing.
 LENGTHS = [
-    "decay",
-    "ddecay",
+    "decay_batch",
     "tokens",
     "sequences",
     "per_sequence",
@@ -31,12 +30,20 @@ LEAST_OF_HEAD = tl.constexpr(-1e4)
 
 
 class LogDecay(NamedTuple):
-    """Of each head (seq is None) or of each token. Strides in elements."""
+    """Of each head (seq is None) or of each token. Strides in elements; that of sequences varies
+    with their length and is an argument of its own."""
 
     data: Tensor
-    batch: int
     seq: int | None
     head: int
+
+
+def log_decay_of(t: Tensor | None) -> tuple[LogDecay | None, int]:
+    """Of [H], [B, S, H] or [T, H]; and the stride of sequences."""
+    if t is None:
+        return None, 0
+    seq = None if t.dim() == 1 else t.stride(-2)
+    return LogDecay(t, seq, t.stride(-1)), t.stride(0) if t.dim() == 3 else 0
 
 
 class States(NamedTuple):
@@ -102,7 +109,7 @@ def chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOC
 
 
 @triton.jit
-def remains_of(decay, chunk, i_h, o_t):
+def remains_of(decay, decay_batch, chunk, i_h, o_t):
     slope = None
     b_high = None
     b_low = None
@@ -115,7 +122,7 @@ def remains_of(decay, chunk, i_h, o_t):
             total = slope * chunk.count
         else:
             o_token = tl.cast(chunk.start + chunk.first, tl.int64) + o_t
-            p_token = p_decay + chunk.batch * decay.batch + o_token * decay.seq
+            p_token = p_decay + chunk.batch * decay_batch + o_token * decay.seq
             b_x = tl.load(p_token, mask=o_t < chunk.count, other=0.0)
             b_x = tl.where(b_x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, b_x).to(tl.float64)
             b_sum = tl.cumsum(b_x, 0)

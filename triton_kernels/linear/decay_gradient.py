@@ -43,6 +43,7 @@ def decay_kernel(
     ddecay,
     sums,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -70,7 +71,7 @@ def decay_kernel(
         return
     o_t = tl.arange(0, BLOCK_T)
     o_row = chunk.first + o_t
-    remains = remains_of(decay, chunk, i_h, o_t)
+    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
     queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
     keys = slice_of(k, chunk.batch, i_h // group, chunk.start, chunk.length)
     values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
@@ -148,8 +149,9 @@ def decay_kernel(
         tl.store(sums + i_slot * heads + i_h, tl.sum(b_decay, 0))
     else:
         o_token = tl.cast(chunk.start, tl.int64) + o_row
-        p_decay = ddecay.data + chunk.batch * ddecay.batch + i_h * ddecay.head
-        tl.store(p_decay + o_token * ddecay.seq, b_decay, mask=o_t < chunk.count)
+        if cu_seqlens is None:
+            o_token += chunk.batch * tokens
+        tl.store(ddecay + o_token * heads + i_h, b_decay, mask=o_t < chunk.count)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

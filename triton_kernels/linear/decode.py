@@ -11,10 +11,10 @@ from torch import Tensor
 from ..common import Rows, launch, slice_of
 from .common import (
     LEAST_OF_TOKEN,
-    LogDecay,
     States,
     load_features,
     load_tile,
+    log_decay_of,
     scale_beside,
     store_tile,
 )
@@ -22,7 +22,7 @@ from .linear_attention import feature_dim
 from .linear_attention_forward import EPSILON
 
 ELEMENTS = 4096  # of a state, in one program
-LENGTHS = ["decay", "tokens", "slots", "heads", "group", "tiles"]
+LENGTHS = ["decay_batch", "tokens", "slots", "heads", "group", "tiles"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -35,6 +35,7 @@ def decode_kernel(
     state,
     indices,
     decay,
+    decay_batch,
     scale,
     tokens,
     slots,
@@ -80,7 +81,7 @@ def decode_kernel(
         if decay is not None:
             p_decay = decay.data + tl.cast(i_h, tl.int64) * decay.head
             if decay.seq is not None:
-                p_decay += i_b * decay.batch + tl.cast(t, tl.int64) * decay.seq
+                p_decay += i_b * decay_batch + tl.cast(t, tl.int64) * decay.seq
             x = tl.load(p_decay)
             b_state *= tl.exp(tl.where(x < LEAST_OF_TOKEN, LEAST_OF_TOKEN, x))
         b_k = load_features(keys, o_row, o_f, scale, False, MAP, HEAD_DIM, FEATURES)
@@ -120,10 +121,7 @@ def linear_attention_decode(
     normalizer = None
     if normalize:
         normalizer = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    decay = None
-    if log_decay is not None:
-        steps = log_decay.stride() if log_decay.dim() == 3 else (0, None, log_decay.stride(0))
-        decay = LogDecay(log_decay, *steps)
+    decay, decay_batch = log_decay_of(log_decay)
 
     def run(keys_alone: bool, block_v: int) -> None:
         tiles = 1 if keys_alone else triton.cdiv(value_dim, block_v)
@@ -136,6 +134,7 @@ def linear_attention_decode(
             States(state, *state.stride()[:2]),
             state_indices,
             decay,
+            decay_batch,
             scale,
             tokens,
             state.shape[0],

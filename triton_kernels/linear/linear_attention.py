@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..common import INTERPRETED, Rows, launch
-from .common import LogDecay, States
+from .common import States, log_decay_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
 from .linear_attention_forward import results_kernel
@@ -136,13 +136,6 @@ class Call(NamedTuple):
     def rows(self, t: Tensor) -> Rows:
         return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
-    def decay(self, t: Tensor | None) -> LogDecay | None:
-        if t is None:
-            return None
-        if t.dim() == 1:
-            return LogDecay(t, 0, None, t.stride(0))
-        return LogDecay(t, 0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1))
-
     def place(self, tiles: Tiles) -> Sequence[Any]:
         """What every kernel takes, from cu_seqlens to heads."""
         return (
@@ -217,7 +210,7 @@ def _states_of_chunks(
         delta,
         sums,
         factors,
-        call.decay(call.log_decay),
+        *log_decay_of(call.log_decay),
         call.scale,
         *call.place(tiles),
         call.group,
@@ -289,7 +282,7 @@ def linear_attention(
         *map(call.rows, (q, k, v, out)),
         normalizer,
         states,
-        call.decay(log_decay),
+        *log_decay_of(log_decay),
         scale,
         *call.place(tiles),
         call.group,
@@ -346,7 +339,6 @@ def linear_attention_backward(
         call, tiles, q, dout, normalizer, delta, dfinal_state, dinitial, queries=True
     )
     inputs = (*map(call.rows, (q, k, v, dout)), normalizer, delta)
-    decay = call.decay(call.log_decay)
     dq, dk, dv = (call.new(t.shape) for t in (q, k, v))
     for kernel, tiles, heads, given, result, block in (
         (queries_kernel, plan.backward, call.heads, states, dq, "BLOCK_D"),
@@ -362,7 +354,7 @@ def linear_attention_backward(
             *inputs,
             given,
             call.rows(result),
-            decay,
+            *log_decay_of(call.log_decay),
             call.scale,
             *place,
             call.group,
@@ -391,9 +383,9 @@ def _decay_gradient(
         *inputs,
         states,
         gradients,
-        None if constant else call.decay(ddecay),
+        ddecay,
         sums,
-        call.decay(call.log_decay),
+        *log_decay_of(call.log_decay),
         call.scale,
         *place,
         call.group,

@@ -113,6 +113,7 @@ def queries_kernel(
     states,
     dq,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -142,7 +143,7 @@ def queries_kernel(
         return
     o_t = tl.arange(0, BLOCK_T)
     o_row = chunk.first + o_t
-    remains = remains_of(decay, chunk, i_h, o_t)
+    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
     queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
     keys = slice_of(k, chunk.batch, i_h // group, chunk.start, chunk.length)
     values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)
@@ -210,6 +211,7 @@ def keys_kernel(
     gradients,
     dk,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -246,7 +248,7 @@ def keys_kernel(
     o_d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)
     b_dk = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for i_h in range(i_hk * group, (i_hk + 1) * group):
-        remains = remains_of(decay, chunk, i_h, o_t)
+        remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
         queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
         douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
         p_state = gradients + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)
@@ -307,6 +309,7 @@ def values_kernel(
     gradients,
     dv,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -341,7 +344,7 @@ def values_kernel(
     o_c = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
     b_dv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for i_h in range(i_hk * group, (i_hk + 1) * group):
-        remains = remains_of(decay, chunk, i_h, o_t)
+        remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
         queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
         douts = slice_of(dout, chunk.batch, i_h, chunk.start, chunk.length)
         p_state = gradients + (tl.cast(i_slot, tl.int64) * heads + i_h) * (FEATURES * COLUMNS)

@@ -35,6 +35,7 @@ def results_kernel(
     normalizer,
     states,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -64,7 +65,7 @@ def results_kernel(
         return
     o_t = tl.arange(0, BLOCK_T)
     o_row = chunk.first + o_t
-    remains = remains_of(decay, chunk, i_h, o_t)
+    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
     queries = slice_of(q, chunk.batch, i_h, chunk.start, chunk.length)
     keys = slice_of(k, chunk.batch, i_h // group, chunk.start, chunk.length)
     values = slice_of(v, chunk.batch, i_h // group, chunk.start, chunk.length)

@@ -35,6 +35,7 @@ def sums_kernel(
     sums,
     factors,
     decay,
+    decay_batch,
     scale,
     cu_seqlens,
     tokens,
@@ -67,7 +68,7 @@ def sums_kernel(
     if chunk.count <= 0:
         return
     o_t = tl.arange(0, BLOCK_T)
-    remains = remains_of(decay, chunk, i_h, o_t)
+    remains = remains_of(decay, decay_batch, chunk, i_h, o_t)
     i_x = i_h // group
     if QUERY:
         i_x = i_h
