@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+import triton_compiler
+from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources
 
 import tokenmill as tm
 
@@ -40,26 +37,6 @@ MASKS = {
     "causal": (True, -1, -1),
     "window": (False, 100, 20),
 }
-REGISTERS = 255  # of one thread
-SHARED = {80: 99, 90: 227}  # KiB of one program; 8.6 and 8.9 run the code of 8.0 in 99
-
-
-class Target:
-    """Stands in for the driver, which needs a GPU."""
-
-    def __init__(self, capability):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def lowered(kind, dtype, head_dim, mask, every_term=False, tokens=1024):
@@ -80,44 +57,14 @@ def lowered(kind, dtype, head_dim, mask, every_term=False, tokens=1024):
 
 def compiled(capability, call):
     """The kernels that forward and backward of a call would launch."""
-    import triton
-
     from tokenmill.triton_kernels.dense import attention
 
-    kernels = []
-    run = triton.JITFunction.run
-
-    def compile_only(kernel, *args, grid, warmup, **options):
-        kernels.append((kernel, run(kernel, *args, grid=grid, warmup=True, **options)))
-
-    triton.runtime.driver.set_active(Target(capability))
-    with mock.patch.object(triton.JITFunction, "run", compile_only):
+    def launch():
         out, lse = attention.attention(*call)
         saved = (out, lse) if call[3] == "softmax" else (None, None)
         attention.attention_backward(out, None, *saved, [True] * 4, *call)
-    return kernels
 
-
-def resources(kernel, code):
-    """What ptxas made of a kernel. Spilled registers lie on the stack."""
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    cubin = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    cubin.write_bytes(code.asm["cubin"])
-    dump = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
-    products = re.findall(r"(?:wgmma\.mma_async|mma)\.sync\.\S+|tcgen05\.mma\S+", code.asm["ptx"])
-    return {
-        "kernel": kernel.__name__,
-        "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"],
-        "shared": code.metadata.shared,
-        "products": sorted({re.sub(r"\.m\d+n\d+k\d+", "", p) for p in products}),
-        "precisions": sorted(set(re.findall(r"inputPrecision = (\w+)", code.asm["ttir"]))),
-    }
+    return triton_compiler.compiled(capability, launch)
 
 
 def main(capability, *cases):
@@ -128,18 +75,7 @@ def main(capability, *cases):
             print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
 
 
-def run(*arguments, folder, **environment):
-    """A fresh process that compiles into folder: whether to interpret is settled on import."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=inherited | {"TRITON_CACHE_DIR": str(folder)} | environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+run = functools.partial(fresh_process, __file__)
 
 
 @pytest.fixture(scope="module")
@@ -158,16 +94,13 @@ def test_every_kernel_compiles_without_spilling_registers(programs):
     capability, found = programs
     assert len(found) == 3 * len(CASES) + 1  # dbias has a kernel of its own
     for program in found:
-        assert program["spilled"] == 0, program
-        assert program["registers"] <= REGISTERS, program
-        assert program["shared"] <= SHARED[capability] * 1024, program
+        assert_fits(program, capability)
 
 
 def test_products_run_on_tensor_cores(programs):
     capability, found = programs
-    short = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}
     for program in found:
-        operand = short[program["case"].split(":")[1]]
+        operand = OPERANDS[program["case"].split(":")[1]]
         assert program["products"], program
         for product in program["products"]:
             assert f".f32.{operand}.{operand}" in product, program

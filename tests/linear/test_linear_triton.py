@@ -123,8 +123,7 @@ def test_products_run_on_tensor_cores(programs):
             types = product.split(".f32", 1)[1]
             assert types.startswith((f".{stored}.{stored}", ".tf32.tf32")), program
             assert capability == 90 or product.startswith("mma.sync."), program
-        allowed = {"tf32x3"} if dtype == "float32" else {"tf32"}
-        assert allowed <= set(program["precisions"]), program
+        assert program["precisions"] == ["tf32x3" if dtype == "float32" else "tf32"], program
 
 
 def test_no_length_compiles_anew(folder):
