@@ -42,13 +42,9 @@ __global__ void __launch_bounds__(256, 1)
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const int heads_per_block = kKeys ? 1 : args.heads_per_block;
-  const uint32_t base = shared_address(shared) + Shape::info_bytes(blockDim.x / (2 * kWarpSize));
-  const uint32_t ring =
-      base + (Shape::kHeld ? 0 : blockDim.x / (2 * kWarpSize) * Shape::kOwnedBytes);
-  const uint32_t exchanges = ring + 2 * Shape::kStageBytes;
-  const BlockInfoView info{shared_address(shared)};
-  Worker worker{.args = args, .p = p, .info = info};
-  worker.place(base);
+  Worker worker{.args = args, .p = p};
+  worker.enter(shared_address(shared));
+  const BlockInfoView& info = worker.info;
   {
     const int thread = threadIdx.x, pair = worker.pair;
     const bool follows = worker.follows;
@@ -91,9 +87,10 @@ __global__ void __launch_bounds__(256, 1)
       reinterpret_cast<PairInfo*>(shared + kPairInfoOffset)[pair] = {
           band.begin(worker.first_row), idle ? 0 : band.end(last), band.begin(last),
           idle ? 0 : band.end(worker.first_row), worker.first_row};
+    worker.counter = -1;
     if constexpr (!Shape::kWide)
       reinterpret_cast<StageAddresses*>(shared + kThreadInfoOffset)[thread] =
-          worker.make_addresses(exchanges);
+          worker.make_addresses();
 
     const int64_t head = place.first_head + pair % heads_per_block;
     const Rows& own = kKeys ? follows ? p.v : p.k : follows ? bp.dout : p.q;
@@ -133,10 +130,10 @@ __global__ void __launch_bounds__(256, 1)
   const auto column_of = [&](int n, int head) {
     return info.begin() + (head > 0 ? n - head * info.tiles() : n) * kColumns;
   };
-  const auto stage_of = [&](unsigned n) { return ring + n % 2 * Shape::kStageBytes; };
+  const auto stage_of = [&](unsigned n) { return worker.ring + n % 2 * Shape::kStageBytes; };
   // By the pairs in turn: the leader fetches x and the statistics, the follower y.
   const auto fetch = [&](int n) {
-    const unsigned warp = thread_index() / kWarpSize, pairs = blockDim.x / (2 * kWarpSize);
+    const unsigned warp = thread_index() / kWarpSize, pairs = thread_count() / (2 * kWarpSize);
     if (((warp ^ n) & (pairs - 1)) != 0) return;
     const bool second = warp >= pairs;
     const Rows &x = kKeys ? p.q : p.k, &y = kKeys ? bp.dout : p.v;
@@ -179,27 +176,26 @@ __global__ void __launch_bounds__(256, 1)
   auto terms = terms_of(0);
   if constexpr (kKeepsTerms) worker.keep(terms);
   // Fetching runs one tile ahead of the sums.
-  for (int n = -1; n < info.total(); ++n) {
+  for (; worker.tile() < info.total(); worker.next_tile()) {
+    const int n = worker.tile();
     if (n >= 0) {
       wait_for_copies<0>();
       __syncthreads();
     }
     if (n + 1 < info.total()) fetch(n + 1);
     if (n < 0) continue;
-    worker.place(base);
     const int head = head_of(n), first = column_of(n, head);
     if (kKeys && kMode != Mode::softmax && head > 0 && first == info.begin()) {
       terms = terms_of(head);
       if constexpr (kKeepsTerms) worker.keep(terms);
     }
-    const StageAddresses addresses = worker.addresses(stage_of(n), exchanges);
+    const StageAddresses addresses = worker.addresses(stage_of(n));
     if constexpr (kKeepsTerms) terms.constant = __uint_as_float(addresses.statistics);
     if (info.all_see(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<false>(terms, addresses, first);
     else if (info.sees(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<true>(terms, addresses, first);
   }
-  worker.place(base);
   const bool follows = worker.follows;
   const int pair = worker.pair;
   if (kKeys && !follows) pair_sync(worker.full + 1);
@@ -218,7 +214,8 @@ __global__ void __launch_bounds__(256, 1)
   } else {
     __syncthreads();  // nobody reads the ring any more
     // The two warps of a pair share a tile of dQ and store a half each.
-    const uint32_t tile = base + (kKeys ? 2 * pair + follows : pair) * kRows * Tile::kRowBytes;
+    const uint32_t tile =
+        worker.base + (kKeys ? 2 * pair + follows : pair) * kRows * Tile::kRowBytes;
     put_accumulators<T, Tile, kTiles, Worker::kBlocks>(
         worker.acc, factor, tile, worker.lane, [&](int i) { return kKeys ? i : 2 * i + follows; });
     __syncthreads();

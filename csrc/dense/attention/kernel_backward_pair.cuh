@@ -31,36 +31,48 @@ struct PairWorker {
 
   const BackwardArgs& args;
   const AttentionParams& p;
-  BlockInfoView info;
+  uint32_t exchange;  // of the lane: the only address that outlives a tile
   // Of the warp and its tile: derived anew for each tile.
+  BlockInfoView info;
   int lane, pair;
   bool follows;
   int full;  // barrier of the pair; full + 1 is the way back
-  uint32_t owned, exchange;
+  uint32_t base, ring, owned;
   int first_row;  // set for masked tiles and for those of Mode::general
+  int counter;    // of tiles, if not in shared memory
   Left left[Shape::kHeld ? kTiles : 1][Shape::kHeld ? kDepth : 1];
   float acc[kTiles][2 * kBlocks][4];
   float statistics[kTiles][2];  // of the rows, on the queries' side
   float bias_sum = 0, slope_sum = 0;
 
-  __device__ __forceinline__ void place(uint32_t base) {
-    const unsigned thread = thread_index(), pairs = blockDim.x / (2 * kWarpSize);
+  // From the beginning of shared memory.
+  __device__ __forceinline__ void enter(uint32_t shared) {
+    exchange = 0;
+    place();
+    exchange = shared - info.address;
+    place();
+  }
+  __device__ __forceinline__ void place() {
+    const unsigned thread = thread_index(), pairs = thread_count() / (2 * kWarpSize);
     lane = thread % kWarpSize;
     pair = thread / kWarpSize & (pairs - 1);
     follows = thread / kWarpSize >= pairs;
     full = 1 + 2 * pair;
+    const uint32_t exchanges = exchange - pair * Shape::kExchangeBytes - lane * kChunkBytes;
+    ring = exchanges - 2 * Shape::kStageBytes;
+    base = ring - (Shape::kHeld ? 0 : pairs * Shape::kOwnedBytes);
     owned = base + (pair * 2 + follows) * Shape::kRows * Tile::kRowBytes;
+    info.address = base - Shape::info_bytes(pairs);
   }
 
-  __device__ __forceinline__ StageAddresses make_addresses(uint32_t exchanges) const {
+  __device__ __forceinline__ StageAddresses make_addresses() const {
     const uint32_t x = 0, y = Shape::kTileBytes, summed = kKeys && !follows ? y : x;
     const int block = kKeys ? 0 : follows;
     return {(follows ? y : x) + Tile::offset(lane % 8, lane / 8),
             summed + (Shape::kWide
                           ? Tile::offset(lane % 4 * 2, 4 * block + lane / 16) + lane / 4 % 4 * 4
                           : Tile::offset(lane % 16, 2 * block + lane / 16)),
-            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8,
-            exchanges + pair * Shape::kExchangeBytes + lane * kChunkBytes};
+            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8, -1};
   }
   __device__ uint32_t own_addresses() const {
     return info.address + kThreadInfoOffset + thread_index() * sizeof(StageAddresses);
@@ -70,17 +82,32 @@ struct PairWorker {
     store_shared<offsetof(StageAddresses, statistics)>(own_addresses(),
                                                        __float_as_uint(terms.constant));
   }
-  __device__ __forceinline__ StageAddresses addresses(uint32_t stage, uint32_t exchanges) const {
-    StageAddresses a;
+  // Number of the tile of columns.
+  __device__ __forceinline__ int tile() const {
+    if constexpr (Shape::kWide) return counter;
+    return load_int<offsetof(StageAddresses, tile)>(own_addresses());
+  }
+  __device__ __forceinline__ void next_tile() {
+    place();
+    if constexpr (Shape::kWide)
+      ++counter;
+    else
+      store_shared<offsetof(StageAddresses, tile)>(own_addresses(),
+                                                   static_cast<uint32_t>(tile() + 1));
+  }
+  __device__ __forceinline__ StageAddresses addresses(uint32_t stage) const {
+    StageAddresses a = {};
     if constexpr (Shape::kWide) {
-      a = make_addresses(exchanges);
+      a = make_addresses();
     } else {
       uint32_t words[4];
       load_shared(words, own_addresses());
-      a = {words[0], words[1], words[2], words[3]};
+      a.rows = words[0], a.columns = words[1], a.statistics = words[2];
     }
-    return {a.rows + stage, a.columns + stage, a.statistics + (kStatistics ? stage : 0),
-            a.exchange};
+    a.rows += stage;
+    a.columns += stage;
+    if constexpr (kStatistics) a.statistics += stage;
+    return a;
   }
 
   __device__ __forceinline__ Left load_left(int m, int k) const {
@@ -144,8 +171,8 @@ struct PairWorker {
                                              uint32_t address, unsigned active) {
     unroll<kBlocks>([&](auto i) {
       if constexpr (!Shape::kWide) {
-        // The compiler would load all right operands ahead, and spill.
-        if constexpr (kKeys && i == kBlocks / 2) __syncwarp();
+        // All right operands would be loaded ahead.
+        if constexpr (kKeys && i == kBlocks / 2) end_block(args.heads_per_block);
         uint32_t words[4];
         const auto load = [&](uint32_t at, auto offset) {
           load_matrices_transposed<decltype(offset)::value + kRow * Tile::kRowBytes>(words, at);
@@ -239,7 +266,7 @@ struct PairWorker {
       const auto zero = [](int, int) { return 0.f; };
       bool waited = !kKeys || h > 0;
       multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, zero, [&](auto m, float (&s)[4]) {
-        if (!waited) pair_sync(full + 1);
+        if (!waited) pair_sync_next(full);
         waited = true;
         float slope[4], through[4];
         const ColumnBand band = kMasked ? info.band() : ColumnBand{0, 0, 0};
@@ -274,7 +301,7 @@ struct PairWorker {
       });
     pair_arrive(full);
     if constexpr (!kKeys) {
-      pair_sync(full + 1);
+      pair_sync_next(full);
       unroll<kTiles>([&](auto m) {
         if (kMasked && !(active >> m & 1)) return;
         if constexpr (Shape::kWide) {
@@ -328,7 +355,8 @@ struct PairWorker {
         if (kMasked && !(active >> m & 1)) return;
         store_words<kSlot<0, Shape::kPacked ? m : 2 * m>>(exchange, ds[0][m].words);
       });
-    pair_arrive(full + 1);
+    pair_arrive_next(full);
+    if constexpr (kKeys && !kMasked && !Shape::kWide) end_block(args.heads_per_block);
     accumulate<kMasked, kRow>(ds, stage.columns, active);
   }
 
@@ -350,19 +378,21 @@ struct PairWorker {
   template <bool kMasked>
   __device__ __forceinline__ void run_tile(const Terms& terms, StageAddresses stage, int first) {
     if constexpr (kMasked || kMode == Mode::general) first_row = info.first_row(pair);
-    exchange = stage.exchange;
     if constexpr (!kMasked && kMode != Mode::general) {
       constexpr int kSteps = kKeys ? 1 : 2;  // more would cost registers
       const uint32_t end = stage.rows + Shape::kColumns * Tile::kRowBytes;
+      const auto steps = [&](const auto& step) {
 #pragma unroll 1
-      for (; stage.rows != end; stage.rows += kSteps * Shape::kStep * Tile::kRowBytes) {
-        if (follows)
-          unroll<kSteps>([&](auto i) { follow<false, i * Shape::kStep>(terms, stage, 0, 0); });
-        else
-          unroll<kSteps>([&](auto i) { lead<false, i * Shape::kStep>(terms, stage, 0, 0); });
-        stage.columns += kSteps * Shape::kStep * Tile::kRowBytes;
-        stage.statistics += kSteps * Shape::kStep * 4;
-      }
+        for (; stage.rows != end; stage.rows += kSteps * Shape::kStep * Tile::kRowBytes) {
+          unroll<kSteps>([&](auto i) { step(Index<i * Shape::kStep>{}); });
+          stage.columns += kSteps * Shape::kStep * Tile::kRowBytes;
+          stage.statistics += kSteps * Shape::kStep * 4;
+        }
+      };
+      if (follows)
+        steps([&](auto row) { follow<false, row>(terms, stage, 0, 0); });
+      else
+        steps([&](auto row) { lead<false, row>(terms, stage, 0, 0); });
     } else {
 #pragma unroll 1
       for (int column = first; column < first + Shape::kColumns; column += Shape::kStep) {

@@ -77,6 +77,15 @@ __device__ __forceinline__ void pair_sync(int barrier) {
 __device__ __forceinline__ void pair_arrive(int barrier) {
   asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
 }
+// The same for the barrier after it, whose number is not worth a register.
+__device__ __forceinline__ void pair_sync_next(int barrier) {
+  asm volatile("{ .reg .b32 next; add.s32 next, %0, 1; bar.sync next, 64; }" ::"r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void pair_arrive_next(int barrier) {
+  asm volatile("{ .reg .b32 next; add.s32 next, %0, 1; bar.arrive next, 64; }" ::"r"(barrier)
+               : "memory");
+}
 
 // What a block rarely needs, in shared memory: the loop has no registers to spare.
 struct BlockInfo {
@@ -140,13 +149,13 @@ struct BlockInfoView {
   }
 };
 
-// Where a lane finds its parts of the tiles of a stage; all but exchange count from the stage and
-// move with the row of a step.
+// Where a lane finds its parts of the tiles of a stage, counted from it; they move with the row of
+// a step.
 struct StageAddresses {
   uint32_t rows;        // right operands of its first product: 8 rows, transposed
   uint32_t columns;     // right operands of its sums: 16 rows
   uint32_t statistics;  // of the columns; plain sigmoid: the constant of its scores
-  uint32_t exchange;
+  int tile;             // in shared memory alone: its number
 };
 
 }  // namespace tokenmill::cuda

@@ -9,11 +9,23 @@
 
 namespace tokenmill::cuda {
 
-// Read anew wherever it is used.
+// Read anew wherever they are used.
 __device__ __forceinline__ unsigned thread_index() {
   unsigned x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
+}
+
+__device__ __forceinline__ unsigned thread_count() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%ntid.x;" : "=r"(x));
+  return x;
+}
+
+// Ends a basic block. ptxas mixes what lies within one, until more is live than there are
+// registers. `positive` is what it cannot know.
+__device__ __forceinline__ void end_block(int positive) {
+  asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, 0; @p exit; }" ::"r"(positive) : "memory");
 }
 
 // A word from global to shared memory in the background, or 0.
