@@ -21,12 +21,8 @@ struct ForwardPlan {
   bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
 };
 
-// What the end of a block needs waits at the front of shared memory where registers are short.
-struct alignas(16) Parked {
-  int b, h, q_start;
-  float shift;
-};
-constexpr int kParkedBytes = kMaxThreads / kWarpSize * sizeof(Parked);
+// Where registers are short, the places of the warps wait at the front of shared memory.
+constexpr int kParkedBytes = kMaxThreads / kWarpSize * sizeof(WarpPlace);
 
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -36,7 +32,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
   extern __shared__ __align__(128) unsigned char shared[];
-  Parked* const parked = reinterpret_cast<Parked*>(shared);
   const uint32_t stages = shared_address(shared + kParkedBytes);
 
   const int warp_index = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
@@ -64,10 +59,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   const WarpBand band(p, s);
   const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
-  const GlobalRows<T> keys{rows_at<T>(p.k, place.b, s.k_start, kv_head), p.k.seq, s.k_length,
-                           static_cast<int>(p.head_dim), plan.inputs_aligned};
-  const GlobalRows<T> values{rows_at<T>(p.v, place.b, s.k_start, kv_head), p.v.seq, s.k_length,
-                             static_cast<int>(p.value_dim), plan.inputs_aligned};
+  const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,
+                              int head) {
+    return GlobalRows<T>{rows_at<T>(rows, b, start, head), rows.seq, length,
+                         static_cast<int>(columns), plan.inputs_aligned};
+  };
+  const auto keys = input_rows(p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
+  const auto values = input_rows(p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
 
   const int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
   const int end = band.end(last_row);
@@ -97,17 +95,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
-  ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, queries,
-                                                   plan.factor);
+  ForwardWarp<T, kBucket, kWeights, kGeneral> warp(
+      p, s, band, place.b, h, first, queries, plan.factor, reinterpret_cast<WarpPlace*>(shared));
   WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
-  const Parked kept{place.b, h, s.q_start, warp.shift_};
-  constexpr bool kParks = kBucket > 64 || Shape::kFloat;
-  if constexpr (kParks) parked[warp_index] = kept;
-  const auto recall = [&] {
-    if constexpr (kParks) return parked[warp_index];
-    return kept;
-  };
-  const auto output_rows = [&](const Parked& at) {
+  const auto output_rows = [&](const WarpPlace& at) {
     return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
                          static_cast<int>(p.value_dim), plan.output_aligned};
   };
@@ -122,21 +113,36 @@ __global__ void __launch_bounds__(kMaxThreads)
     wait_for_copies<0>();
     __syncthreads();
     more = key0 + Shape::kTileKeys < end;
-    if (more) load_stage(next, key0 + Shape::kTileKeys);
+    if (more) {
+      if constexpr (kGeneral) {  // leaves no registers to keep these
+        const WarpPlace at_warp = warp.place();
+        const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
+        const int head = at_warp.h / group;
+        load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
+                         key0 + Shape::kTileKeys, plan.key_step);
+        load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
+                             key0 + Shape::kTileKeys, plan.value_step);
+      }
+      load_stage(next, key0 + Shape::kTileKeys);
+    }
     warp.add_tile(at, key0);
     at.move(other);
     other = -other;
     next += other;
     key0 += Shape::kTileKeys;
     if constexpr (Shape::kFloat)
-      if ((key0 - begin) % output.kFlushKeys == 0) output.flush(output_rows(recall()));
+      if ((key0 - begin) % output.kFlushKeys == 0) {
+        const WarpPlace warp_place = warp.place();
+        output.flush(output_rows(warp_place), warp_place);
+      }
   }
   __syncthreads();
-  if (first <= warp.last_) {
-    const Parked at = recall();
-    float* lse = p.lse ? lse_at(p, p.lse, at.b, at.q_start, at.h) : nullptr;
-    output.store(output_rows(at), lse, p.sink ? p.sink + at.h : nullptr, at.shift,
-                 stages + warp_index * Shape::kWarpRows * Shape::kRowBytes);
+  const WarpPlace warp_place = warp.place();
+  if (warp_place.first <= warp_place.last) {
+    float* lse = p.lse ? lse_at(p, p.lse, warp_place.b, warp_place.q_start, warp_place.h) : nullptr;
+    const uint32_t area = stages + threadIdx.x / kWarpSize * (Shape::kWarpRows * Shape::kRowBytes);
+    output.store(output_rows(warp_place), warp_place, lse, p.sink ? p.sink + warp_place.h : nullptr,
+                 area);
   }
 }
 

@@ -62,9 +62,9 @@ struct StageAddresses {
 
   __device__ __forceinline__ void move(int bytes) {
 #pragma unroll
-    for (uint32_t& x : key) x += bytes;
+    for (uint32_t& x : key) x += bytes, keep(x);
 #pragma unroll
-    for (uint32_t& x : value) x += bytes;
+    for (uint32_t& x : value) x += bytes, keep(x);
   }
 
   // 16 bytes of slice kSlice of key kRow + g: column g of two products.

@@ -50,9 +50,10 @@ class WarpOutput {
 
   __device__ explicit WarpOutput(Warp& warp) : warp_(warp) {}
 
-  __device__ __forceinline__ void flush(const OutputRows<T>& out) {
+  __device__ __forceinline__ void flush(const OutputRows<T>& out, const WarpPlace& place) {
     static_assert(Shape::kFloat);
     out_ = out;
+    first_ = place.first, last_ = place.last;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -69,9 +70,10 @@ class WarpOutput {
 
   // `lse` and `sink` are those of the head; lse is null for sigmoid. `area` is shared memory for
   // kWarpRows rows, free to use.
-  __device__ __forceinline__ void store(const OutputRows<T>& out, float* lse, const float* sink,
-                                        float shift, uint32_t area) {
+  __device__ __forceinline__ void store(const OutputRows<T>& out, const WarpPlace& place,
+                                        float* lse, const float* sink, uint32_t area) {
     out_ = out;
+    first_ = place.first, last_ = place.last;
     const int lane = threadIdx.x % kWarpSize;
     const StageAddress staged(area);
     unroll<2 * kRowTiles>([&](auto half) {
@@ -80,9 +82,9 @@ class WarpOutput {
       [[maybe_unused]] const float level = Shape::kFloat ? take_level(m, h) : 1;
       if (warp_.weights() == Weights::softmax) {
         const float sum = quad_sum(Shape::kFloat ? total_[m][h] : warp_.sum_[m][h]);
-        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, shift);
+        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, place.shift);
         const int row = row_of(m, h);
-        if (lane % 4 == 0 && row <= warp_.last_) lse[row] = scale.lse;
+        if (lane % 4 == 0 && row <= last_) lse[row] = scale.lse;
         factor = scale.factor;
       }
       if constexpr (Shape::kFloat) {
@@ -99,7 +101,7 @@ class WarpOutput {
 
  private:
   __device__ int row_of(int m, int h) const {
-    return warp_.first_ + 16 * m + 8 * h + static_cast<int>(threadIdx.x % kWarpSize) / 4;
+    return first_ + 16 * m + 8 * h + static_cast<int>(threadIdx.x % kWarpSize) / 4;
   }
   __device__ T* row_at(int row) const { return out_.data + row * out_.stride; }
 
@@ -115,7 +117,7 @@ class WarpOutput {
   // float: lane c of a quad holds columns 32 group + 8 c ... + 7.
   __device__ __forceinline__ void store_floats(int m, int h, float level, float scale) {
     const int row = row_of(m, h), c = threadIdx.x % 4;
-    if (row > warp_.last_) return;
+    if (row > last_) return;
 #pragma unroll
     for (int group = 0; group < kBucket / 32; ++group)
 #pragma unroll
@@ -143,7 +145,7 @@ class WarpOutput {
 
   __device__ __forceinline__ void store_elements(int m, int h, float scale) {
     const int row = row_of(m, h);
-    if (row > warp_.last_) return;
+    if (row > last_) return;
     T* to = row_at(row);
 #pragma unroll
     for (int n = 0; n < Warp::kTiles; ++n)
@@ -188,10 +190,10 @@ class WarpOutput {
     uint32_t at[kPatterns];
 #pragma unroll
     for (int i = 0; i < kPatterns; ++i) at[i] = area + Tile::offset(row + i * kRows, chunk);
-    const int rows = warp_.last_ + 1 - warp_.first_ - row;
+    const int rows = last_ + 1 - first_ - row;
     constexpr int kCount = kChunkBytes / static_cast<int>(sizeof(T));
     const int columns = out_.columns - chunk * kCount;
-    T* to = row_at(warp_.first_ + row) + chunk * kCount;
+    T* to = row_at(first_ + row) + chunk * kCount;
     __syncwarp();
     unroll<Shape::kWarpRows / kRows>([&](auto i) {
       unroll<Tile::kChunks / kLanes>([&](auto c) {
@@ -208,6 +210,7 @@ class WarpOutput {
 
   Warp& warp_;
   OutputRows<T> out_;
+  int first_, last_;
   bool flushed_ = false;
   float total_[kRowTiles][2] = {}, level_neg_pivot_[kRowTiles][2] = {};
 };

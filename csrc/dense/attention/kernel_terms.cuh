@@ -34,6 +34,7 @@ __device__ __forceinline__ float* lse_at(const AttentionParams& p, const float* 
 struct WarpBand {
   int low, high, columns;
 
+  WarpBand() = default;
   __device__ WarpBand(const AttentionParams& p, const Sequence& s) : columns(s.k_length) {
     const Band band = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
     low = static_cast<int>(band.low < -kMaxLength ? -kMaxLength : band.low);
@@ -41,6 +42,14 @@ struct WarpBand {
   }
   __device__ int begin(int row) const { return max(row + low, 0); }
   __device__ int end(int row) const { return min(row + high, columns); }
+};
+
+// What a warp of the forward needs only where there are masks, general terms and at its end.
+struct alignas(16) WarpPlace {
+  int b, h, q_start, k_start;
+  int first, last;  // rows of the sequence
+  WarpBand band;
+  float shift;  // the constant of the head, which softmax weights do not see
 };
 
 // score_bias, score_bias_value and -log n in one.

@@ -24,28 +24,15 @@ constexpr int kLog2Scale = std::is_same_v<T, __half> ? 15 : 0;
 template <typename T>
 constexpr float kScale = 1 << kLog2Scale<T>;
 
-// What ptxas spills differs from compute capability 9.0 on.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kSm90 = true;
-#else
-constexpr bool kSm90 = false;
-#endif
-
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
  public:
   using Shape = ForwardShape<T, kBucket>;
-  static constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
   static constexpr bool kLean =
-      (kWeights == Weights::sigmoid && kBucket >= 128) ||
-      (kWeights == Weights::softmax && kBucket == 128 && !kSm90) ||
-      (kWeights == Weights::fast_sigmoid && kBucket == (kBfloat16 ? 256 : 128) && kSm90) ||
-      (kWeights == Weights::any && kBucket == 256 && !Shape::kFloat && kSm90);
+      !Shape::kFloat && ((kBucket == 128 && kWeights != Weights::fast_sigmoid) ||
+                         (kBucket == 256 && kWeights != Weights::softmax));
   // ptxas would overlap the steps of a tile here, and spill.
-  static constexpr bool kRolled =
-      ((kWeights == Weights::sigmoid || (kWeights == Weights::fast_sigmoid && kBfloat16)) &&
-       kBucket > 64 && Shape::kRowTiles == 2) ||
-      (Shape::kFloat && kBucket > 32);
+  static constexpr bool kRolled = Shape::kFloat && kBucket > 32;
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // of output columns
@@ -58,25 +45,29 @@ class ForwardWarp {
     return unit(weights) * p.scale;
   }
 
-  // `first` is the warp's first row of the sequence.
-  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band,
-                         int64_t b, int64_t h, int first, const GlobalRows<T>& queries,
-                         float factor)
-      : band_(band),
-        first_(first),
-        last_(min(first + Shape::kWarpRows, s.q_length) - 1),
-        shift_(constant_of(p, b, h, s.k_length)),
-        terms_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : shift_),
+  // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
+  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band, int b,
+                         int h, int first, const GlobalRows<T>& queries, float factor,
+                         WarpPlace* parked)
+      : place_{b,         h,
+               s.q_start, s.k_start,
+               first,     min(first + Shape::kWarpRows, s.q_length) - 1,
+               band,      constant_of(p, b, h, s.k_length)},
+        terms_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : place_.shift),
         factor_(factor),
-        queries_(queries) {
+        queries_(queries),
+        parked_(parked) {
     weights_ = weights_of(p);
+    if constexpr (kParks) parked_[threadIdx.x / kWarpSize] = place_;
     if constexpr (!kGeneral) {
-      offset_ = unit(weights()) * shift_;
+      whole_begin_ = band.begin(place_.last);
+      whole_end_ = band.end(first);
+      offset_ = unit(weights()) * place_.shift;
       // A hidden pair, whose logit is -inf, stays hidden.
       offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
     }
     if (weights() == Weights::sigmoid) offset_ -= kLog2Scale<T>;
-    tail_ = shift_ < -3;
+    tail_ = place_.shift < -3;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -91,37 +82,49 @@ class ForwardWarp {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int j = 0; j < Shape::kSlices; ++j) load_query(q_[m][j], m, j);
+        for (int j = 0; j < Shape::kSlices; ++j) load_query(q_[m][j], m, j, first);
     }
+  }
+
+  __device__ WarpPlace place() const {
+    if constexpr (!kParks) return place_;
+    int thread = threadIdx.x;
+    keep(thread);
+    return parked_[thread / kWarpSize];
   }
 
   // Adds the keys key0 .. of the stage at `at`, which is left as it was.
   __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
-    int first = first_, last = last_;
-    if constexpr (kBucket > 64) keep(first), keep(last);  // registers are short there
-    if (!kGeneral && key0 >= band_.begin(last) && key0 + Shape::kTileKeys <= band_.end(first)) {
+    if (!kGeneral && key0 >= whole_begin_ && key0 + Shape::kTileKeys <= whole_end_) {
       if constexpr (kRolled) {
 #pragma unroll 1
         for (int i = 0; i < Shape::kTileKeys; i += Shape::kStepKeys) {
-          add_step<0, kRowTiles, Shape::kStepKeys, 0, false>(at, key0);
+          add_step<0, kRowTiles, Shape::kStepKeys, 0, false>(at, key0, {});
           at.move(Shape::kStepKeys * Shape::kRowBytes);
         }
         at.move(-Shape::kTileBytes);
       } else {
+        // ptxas would overlap the steps, and spill: a branch, never taken, keeps them apart.
+        int keys = whole_end_ - key0;
+        keep(keys);
         unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
-          add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0);
+          if (kBucket > 64 && i > 0 && keys <= i * Shape::kStepKeys) return;
+          add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0, {});
         });
       }
       return;
     }
+    const WarpPlace own = place();
 #pragma unroll 1
     for (const int end = key0 + Shape::kTileKeys; key0 < end; key0 += kMaskedKeys) {
       unroll<kRowTiles>([&](auto m) {
-        int row = first_ + 16 * m;
+        const WarpPlace now = recall(own);
+        int row = now.first + 16 * m;
         keep(row);
-        const int row_end = min(row + 16, last_ + 1);
-        if (row < row_end && key0 < band_.end(row_end - 1) && key0 + kMaskedKeys > band_.begin(row))
-          add_step<m, 1, kMaskedKeys, 0, true>(at, key0);
+        const int row_end = min(row + 16, now.last + 1);
+        if (row < row_end && key0 < now.band.end(row_end - 1) &&
+            key0 + kMaskedKeys > now.band.begin(row))
+          add_step<m, 1, kMaskedKeys, 0, true>(at, key0, own);
       });
       at.move(kMaskedKeys * Shape::kRowBytes);
     }
@@ -131,9 +134,6 @@ class ForwardWarp {
   __device__ float scale() const { return weights() == Weights::sigmoid ? kScale<T> : 1; }
   __device__ Weights weights() const { return kWeights == Weights::any ? weights_ : kWeights; }
 
-  WarpBand band_;
-  int first_, last_;
-  float shift_;  // the constant of the head, which softmax weights do not see
   float out_[kRowTiles][kTiles][4];
   float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
@@ -152,12 +152,12 @@ class ForwardWarp {
   };
 
   // Rows beyond the sequence repeat its last one.
-  __device__ __forceinline__ void load_query(QuerySlice& to, int m, int slice) const {
+  __device__ __forceinline__ void load_query(QuerySlice& to, int m, int slice, int first) const {
     const int lane = threadIdx.x % kWarpSize;
     const int column = (4 * slice + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = min(first_ + 16 * m + 8 * h + lane / 4, queries_.rows - 1);
+      const int row = min(first + 16 * m + 8 * h + lane / 4, queries_.rows - 1);
       const T* from = queries_.data + row * queries_.stride;
       if (queries_.aligned && queries_.columns == kBucket) {
         const uint4 x = *reinterpret_cast<const uint4*>(from + column);
@@ -168,15 +168,22 @@ class ForwardWarp {
     }
   }
 
+  // Where there are general terms, nothing is kept from the start of a tile on.
+  __device__ WarpPlace recall(const WarpPlace& of_tile) const {
+    return kGeneral ? place() : of_tile;
+  }
+
   template <int kFirst, int kCount, int kKeys, int kOffset, bool kMasked>
-  __device__ __forceinline__ void add_step(const Addresses& at, int key0) {
+  __device__ __forceinline__ void add_step(const Addresses& at, int key0,
+                                           const WarpPlace& of_tile) {
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
-    if constexpr (kGeneral) finish_logits<kFirst>(s, key0);
+    const WarpPlace own = recall(of_tile);
+    if constexpr (kGeneral) finish_logits<kFirst>(s, key0, own);
     if constexpr (kMasked) {
-      if (key0 < band_.begin(min(first_ + 16 * kFirst + 15, last_)) ||
-          key0 + kKeys > band_.end(first_ + 16 * kFirst))
-        hide<kFirst>(s, key0);
+      const int first = own.first + 16 * kFirst;
+      if (key0 < own.band.begin(min(first + 15, own.last)) || key0 + kKeys > own.band.end(first))
+        hide<kFirst>(s, key0, own);
     }
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
@@ -215,12 +222,13 @@ class ForwardWarp {
     } else {
       // Two patterns of addresses at a time: unrolled, the loads of queries would run far ahead.
       Addresses moving = at;
+      const int first = place().first;
 #pragma unroll 1
       for (int i = 0; i < Shape::kSlices; i += 2) {
         unroll<2>([&](auto j) {
           multiply_slice<kOffset, j>(s, moving, [&](int m) {
             QuerySlice slice;
-            load_query(slice, kFirst + m, i + j);
+            load_query(slice, kFirst + m, i + j, first);
             return slice;
           });
         });
@@ -287,7 +295,8 @@ class ForwardWarp {
 
   // visit(row tile, key tile, i, row, key) for the accumulators of this lane.
   template <int kFirst, int kCount, int kKeyTiles, typename Visit>
-  __device__ __forceinline__ void each_pair(int key0, const Visit& visit) const {
+  __device__ __forceinline__ void each_pair(int key0, const WarpPlace& own,
+                                            const Visit& visit) const {
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
 #pragma unroll
@@ -296,22 +305,24 @@ class ForwardWarp {
       for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n)
-          visit(m, n, i, first_ + 16 * (kFirst + m) + 8 * (i / 2) + lane / 4,
+          visit(m, n, i, own.first + 16 * (kFirst + m) + 8 * (i / 2) + lane / 4,
                 key0 + 8 * n + 2 * (lane % 4) + i % 2);
   }
 
   template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void finish_logits(float (&s)[kCount][kKeyTiles][4], int key0) const {
-    each_pair<kFirst, kCount, kKeyTiles>(key0, [&](int m, int n, int i, int row, int key) {
+  __device__ __forceinline__ void finish_logits(float (&s)[kCount][kKeyTiles][4], int key0,
+                                                const WarpPlace& own) const {
+    each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       const float z = terms_.logit(s[m][n][i], row, key);
       s[m][n][i] = weights() == Weights::softmax ? terms_.softmax_exponent(z) : z;
     });
   }
 
   template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void hide(float (&s)[kCount][kKeyTiles][4], int key0) const {
-    each_pair<kFirst, kCount, kKeyTiles>(key0, [&](int m, int n, int i, int row, int key) {
-      if (key < band_.begin(row) || key >= band_.end(row)) s[m][n][i] = -infinity();
+  __device__ __forceinline__ void hide(float (&s)[kCount][kKeyTiles][4], int key0,
+                                       const WarpPlace& own) const {
+    each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
+      if (key < own.band.begin(row) || key >= own.band.end(row)) s[m][n][i] = -infinity();
     });
   }
 
@@ -463,11 +474,16 @@ class ForwardWarp {
     }
   }
 
+  // Registers are short there: places wait in shared memory.
+  static constexpr bool kParks = kBucket > 64 || Shape::kFloat;
+  WarpPlace place_;
   Weights weights_;
   GeneralTerms terms_;
   float factor_, offset_ = 0;
   bool tail_;  // most weights are small
   GlobalRows<T> queries_;
+  int whole_begin_ = 0, whole_end_ = 0;  // keys that all rows see
+  WarpPlace* parked_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 
