@@ -1,77 +1,104 @@
-// Forward: chunk by chunk, the state in cache. A worker owns one head of a sequence, or some of its
-// value columns where there are fewer heads than threads.
+// Forward: chunk by chunk, the states in cache. A worker owns some heads of a sequence, or some
+// value columns of one where there are fewer heads than threads.
 #include "cpu/parallel.h"
 #include "linear/linear_attention/cpu_rows.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
+struct Division {
+  int64_t heads, blocks;        // heads of an item, and how many times that a sequence has
+  int64_t slices, slice_width;  // of value columns
+
+  int64_t items(const LinearAttentionParams& p) const { return p.batch * blocks * slices; }
+};
+
 class Worker {
  public:
-  Worker(const LinearAttentionParams& p, int64_t slices, int64_t slice_width)
+  Worker(const LinearAttentionParams& p, const Division& division)
       : p(p),
-        slices(slices),
-        slice_width(slice_width),
+        division(division),
         taylor(p.map == FeatureMap::taylor2),
-        o(feature_dim(p.map, p.head_dim), slice_width + p.normalize, taylor),
+        o(feature_dim(p.map, p.head_dim), division.slice_width + p.normalize, taylor),
         decay(p.decay, false, true),
         ldo(round_up(o.width, kWidth)),
-        workspace(o.size() + (kChunk + kTileRows) * ldo + 2 * 16) {
+        workspace(o.size() + division.heads * (o.state_size() + ChunkDecay::kTable + 16) +
+                  (kChunk + kTileRows) * ldo + 4 * 16) {
     if (taylor) {
       o.taylor = true;
       o.first_score = 1;
       o.score_features = p.head_dim;
     }
     o.place(workspace);
+    states = workspace.take(division.heads * o.state_size());
+    tables = workspace.take(division.heads * ChunkDecay::kTable);
     out = workspace.take(kChunk * ldo);
     spare = workspace.take(kTileRows * ldo);
+    state_size = o.state_size();
   }
 
   void run(int64_t item) {
-    const int64_t slice = item % slices, h = item / slices % p.heads;
-    const int64_t b = item / slices / p.heads;
-    first = slice * slice_width;
-    columns = p.value_dim - first < slice_width ? p.value_dim - first : slice_width;
+    const int64_t slice = item % division.slices, block = item / division.slices;
+    const int64_t b = block / division.blocks;
+    const int64_t first_head = block % division.blocks * division.heads;
+    const int64_t left = p.heads - first_head;
+    const int64_t heads = left < division.heads ? left : division.heads;
+    first = slice * division.slice_width;
+    columns =
+        p.value_dim - first < division.slice_width ? p.value_dim - first : division.slice_width;
     o.width = columns + p.normalize;
     const Sequence s(p, b);
-    const int64_t kv_head = h / (p.heads / p.kv_heads);
-    const int64_t rows = o.features, ld = p.value_dim + p.normalize;
-    bool state = p.initial.data != nullptr;
-    if (state) {
-      float* from = p.initial.data + b * p.initial.sequence + h * p.initial.head;
-      move_state<false>(o, from, ld, rows, first, columns, 0);
-      if (p.normalize) move_state<false>(o, from, ld, rows, p.value_dim, 1, columns);
-    } else {
-      std::memset(o.state, 0, o.state_size() * sizeof(float));
+    for (int64_t i = 0; i < heads; ++i) {
+      decay.fill_table(tables + i * ChunkDecay::kTable, b, first_head + i);
+      load_state(b, first_head + i, i);
     }
-    decay.start_head(b, h);
-    for (int64_t t = 0; t < s.length; t += kChunk) {
-      const int64_t n = s.length - t < kChunk ? s.length - t : kChunk;
-      pack_x(o, span_of(p.q, p.dtype, b, h, s.start + t, n), p.map, p.scale, p.head_dim);
-      pack_y(o, span_of(p.k, p.dtype, b, kv_head, s.start + t, n), p.map, 1.f, p.head_dim);
-      pack_z(o, span_of(p.v, p.dtype, b, kv_head, s.start + t, n).columns(first), columns);
-      if (p.normalize) fill_z(o, columns, n, 1.f);
-      decay.start_chunk(s.start + t, n);
-      const Span to = span_of(p.out, p.dtype, b, h, s.start + t, n).columns(first);
-      const bool direct = p.dtype == DType::float32 && !p.normalize && columns % kWidth == 0;
-      float* rows_out = direct ? reinterpret_cast<float*>(to.data) : out;
-      const int64_t step = direct ? to.step : ldo;
-      if (taylor)
-        chunk_outputs<true>(o, decay, n, state, rows_out, step, spare);
-      else
-        chunk_outputs<false>(o, decay, n, state, rows_out, step, spare);
-      if (!direct) store_rows(to, b, h, s, t);
-      if (t + n < s.length || p.final.data) chunk_state(o, decay, n);
-      state = true;
-    }
-    if (p.final.data) {
-      float* to = p.final.data + b * p.final.sequence + h * p.final.head;
-      move_state<true>(o, to, ld, rows, first, columns, 0);
-      if (p.normalize && slice == 0) move_state<true>(o, to, ld, rows, p.value_dim, 1, columns);
-    }
+    for (int64_t t = 0; t < s.length; t += kChunk)
+      for (int64_t i = 0; i < heads; ++i) chunk(s, b, first_head + i, i, t);
+    if (p.final.data)
+      for (int64_t i = 0; i < heads; ++i) store_state(b, first_head + i, i, slice);
   }
 
  private:
+  void chunk(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t t) {
+    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
+    const int64_t kv_head = h / (p.heads / p.kv_heads);
+    o.state = states + i * state_size;
+    pack_x(o, span_of(p.q, p.dtype, b, h, at, n), p.map, p.scale, p.head_dim);
+    pack_y(o, span_of(p.k, p.dtype, b, kv_head, at, n), p.map, 1.f, p.head_dim);
+    pack_z(o, span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), columns);
+    if (p.normalize) fill_z(o, columns, n, 1.f);
+    decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
+    const bool state = t > 0 || p.initial.data;
+    const Span to = span_of(p.out, p.dtype, b, h, at, n).columns(first);
+    const bool direct = p.dtype == DType::float32 && !p.normalize && columns % kWidth == 0;
+    float* rows_out = direct ? reinterpret_cast<float*>(to.data) : out;
+    const int64_t step = direct ? to.step : ldo;
+    if (taylor)
+      chunk_outputs<true>(o, decay, n, state, rows_out, step, spare);
+    else
+      chunk_outputs<false>(o, decay, n, state, rows_out, step, spare);
+    if (!direct) store_rows(to, b, h, s, t);
+    if (t + n < s.length || p.final.data) chunk_state(o, decay, n);
+  }
+
+  void load_state(int64_t b, int64_t h, int64_t i) {
+    o.state = states + i * state_size;
+    std::memset(o.state, 0, state_size * sizeof(float));
+    if (!p.initial.data) return;
+    float* from = p.initial.data + b * p.initial.sequence + h * p.initial.head;
+    const int64_t ld = p.value_dim + p.normalize;
+    move_state<false>(o, from, ld, o.features, first, columns, 0);
+    if (p.normalize) move_state<false>(o, from, ld, o.features, p.value_dim, 1, columns);
+  }
+
+  void store_state(int64_t b, int64_t h, int64_t i, int64_t slice) {
+    o.state = states + i * state_size;
+    float* to = p.final.data + b * p.final.sequence + h * p.final.head;
+    const int64_t ld = p.value_dim + p.normalize;
+    move_state<true>(o, to, ld, o.features, first, columns, 0);
+    if (p.normalize && slice == 0) move_state<true>(o, to, ld, o.features, p.value_dim, 1, columns);
+  }
+
   void store_rows(const Span& to, int64_t b, int64_t h, const Sequence& s, int64_t t) {
     float* normalizer = nullptr;
     if (p.normalize)
@@ -89,13 +116,14 @@ class Worker {
   }
 
   const LinearAttentionParams& p;
-  int64_t slices, slice_width;
+  const Division& division;
   bool taylor;
   ChunkOperands o;
   ChunkDecay decay;
   int64_t ldo;
   cpu::Workspace workspace;
-  float *out, *spare;
+  float *states, *tables, *out, *spare;
+  int64_t state_size;
   int64_t first = 0, columns = 0;
 };
 
@@ -108,14 +136,16 @@ void linear_attention_forward(const LinearAttentionParams& p) {
   const double work = static_cast<double>(tokens * p.heads) *
                       static_cast<double>(features * (4 * p.value_dim + kChunk));
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  int64_t slices = 1;
-  const int64_t heads = p.batch * p.heads;
-  if (heads > 0 && heads < threads) slices = ceil_div(threads, heads);
-  const int64_t slice_width = round_up(ceil_div(p.value_dim, slices), kPanel / 2);
-  slices = ceil_div(p.value_dim, slice_width);
-  cpu::parallel_items(heads * slices, threads, [&](cpu::ItemCounter& items) {
+  Division d{1, p.heads, 1, round_up(p.value_dim, kWidth)};
+  if (p.batch * p.heads > 0 && p.batch * p.heads < threads)
+    d.slice_width = round_up(ceil_div(p.value_dim, ceil_div(threads, p.batch * p.heads)), kWidth);
+  else
+    d.heads = heads_per_item(p.batch, p.heads, threads, features * (p.value_dim + p.normalize));
+  d.blocks = ceil_div(p.heads, d.heads);
+  d.slices = ceil_div(p.value_dim, d.slice_width);
+  cpu::parallel_items(d.items(p), threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    Worker worker(p, slices, slice_width);
+    Worker worker(p, d);
     for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
   });
 }

@@ -31,10 +31,11 @@ enum class Part { all, queries, keys };
 
 class Worker {
  public:
-  Worker(const LinearAttentionBackwardParams& bp, int64_t longest)
+  Worker(const LinearAttentionBackwardParams& bp, int64_t longest, int64_t kv_heads)
       : bp(bp),
         p(bp.forward),
         group(p.heads / p.kv_heads),
+        heads(kv_heads * group),
         segments(bp.ddecay.data ? ceil_div(longest, kSegment) : 0),
         rows(p),
         to_queries(p.decay, rows.width, rows.features, false, segments == 0),
@@ -51,24 +52,28 @@ class Worker {
     std::memset(to_queries.o.y, 0, operand_size() * sizeof(float));
     std::memset(to_queries.o.weights, 0, kPaddedRows * kChunk * sizeof(float));
     to_queries.o.x = to_queries.o.state = nullptr;
-    transposed_states = workspace.take(group * to_keys.o.state_size());
-    value_states = workspace.take(group * to_values.o.state_size());
+    transposed_states = workspace.take(heads * to_keys.o.state_size());
+    value_states = workspace.take(heads * to_values.o.state_size());
+    tables = workspace.take(3 * heads * ChunkDecay::kTable);
     out = workspace.take(kChunk * ldo);
     spare = workspace.take(kTileRows * ldo);
     dk = workspace.take(kChunk * ldo);
     dv = workspace.take(kChunk * ldo);
-    saved = workspace.take(group * segments * to_keys.o.state_size());
-    restart = workspace.take(group * segments);
-    changes = workspace.take(group * segments * kSegment);
+    saved = workspace.take(heads * segments * to_keys.o.state_size());
+    restart = workspace.take(heads * segments);
+    changes = workspace.take(heads * segments * kSegment);
   }
 
-  void run(int64_t b, int64_t kv, Part part) {
+  // KV heads kv .. kv + count - 1 of sequence b.
+  void run(int64_t b, int64_t kv, int64_t count, Part part) {
     const Sequence s(p, b);
-    if (part != Part::keys)
-      for (int64_t g = 0; g < group; ++g) queries(s, b, kv, g);
-    if (part != Part::queries) keys(s, b, kv);
+    for (int64_t l = 0; l < count * group; ++l)
+      for (const Recurrence* r : {&to_queries, &to_keys, &to_values})
+        r->decay.fill_table(table(*r, l), b, kv * group + l);
+    if (part != Part::keys) queries(s, b, kv, count);
+    if (part != Part::queries) keys(s, b, kv, count);
     if (segments > 0)
-      for (int64_t g = 0; g < group; ++g) store_decay(s, b, kv, g);
+      for (int64_t l = 0; l < count * group; ++l) store_decay(s, b, kv * group + l, l);
   }
 
  private:
@@ -84,9 +89,9 @@ class Worker {
 
   int64_t floats_needed() const {
     return rows.size() + 2 * operand_size() + kPaddedRows * kChunk +
-           group * (to_keys.o.state_size() * (1 + segments) + to_values.o.state_size() +
-                    segments * (1 + kSegment)) +
-           (3 * kChunk + kTileRows) * ldo + 11 * 16;
+           heads * (to_keys.o.state_size() * (1 + segments) + to_values.o.state_size() +
+                    segments * (1 + kSegment) + 3 * ChunkDecay::kTable) +
+           (3 * kChunk + kTileRows) * ldo + 12 * 16;
   }
 
   static int64_t rows_at(const Sequence& s, int64_t t) {
@@ -106,103 +111,121 @@ class Worker {
       }
   }
 
-  // dq of query head g of a group, and the states at the ends of segments.
-  void queries(const Sequence& s, int64_t b, int64_t kv, int64_t g) {
-    ChunkOperands& o = to_queries.o;
-    const int64_t h = kv * group + g;
-    o.state = transposed_states;
-    std::memset(o.state, 0, o.state_size() * sizeof(float));
-    bool state = p.initial.data != nullptr;
-    if (state)
-      move_transposed<false>(o, p.initial.data + b * p.initial.sequence + h * p.initial.head);
-    to_queries.decay.start_head(b, h);
-    for (int64_t t = 0; t < s.length; t += kChunk) {
-      const int64_t n = rows_at(s, t), first = s.start + t;
-      rows.load_keys(b, kv, first, n, false);
-      rows.load_queries(bp, b, h, first, n, false);
-      o.x = rows.dy;
-      rows.as_y(o, rows.v, rows.ldw, n);
-      rows.as_z(o, rows.k, rows.ldf, n);
-      to_queries.decay.start_chunk(first, n);
-      chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare);
-      if (segments > 0) {
-        float* change = changes + g * segments * kSegment + t;
-        for (int64_t r = 0; r < n; ++r)
-          change[r] = rows.take_diagonal(r, rows.q, rows.k, out + r * ldo);
-      }
-      store_gradients<true>(span_of(bp.dq, p.dtype, b, h, first, n),
-                            span_of(p.q, p.dtype, b, h, first, n), out);
-      if (t + n == s.length && segments > 0) to_queries.decay.drop_last(n);
-      if (t + n < s.length || segments > 0) chunk_state(o, to_queries.decay, n);
-      if (segments > 0 && (t + n == s.length || (t + n) % kSegment == 0))
-        std::memcpy(saved_state(g, t / kSegment), o.state, o.state_size() * sizeof(float));
-      state = true;
+  // dq, and the states at the ends of segments.
+  void queries(const Sequence& s, int64_t b, int64_t kv, int64_t count) {
+    std::memset(transposed_states, 0, heads * to_queries.o.state_size() * sizeof(float));
+    for (int64_t l = 0; p.initial.data && l < count * group; ++l) {
+      const int64_t h = kv * group + l;
+      use_states(l);
+      move_transposed<false>(to_queries.o,
+                             p.initial.data + b * p.initial.sequence + h * p.initial.head);
     }
+    for (int64_t t = 0; t < s.length; t += kChunk)
+      for (int64_t l = 0; l < count * group; ++l) {
+        if (l % group == 0) rows.load_keys(b, kv + l / group, s.start + t, rows_at(s, t), false);
+        query_chunk(s, b, kv * group + l, l, t);
+      }
   }
 
-  float* saved_state(int64_t g, int64_t segment) const {
-    return saved + (g * segments + segment) * to_keys.o.state_size();
+  // Of query head h, the l-th of this worker.
+  void query_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t) {
+    ChunkOperands& o = to_queries.o;
+    const int64_t n = rows_at(s, t), first = s.start + t;
+    use_states(l);
+    rows.load_queries(bp, b, h, first, n, false);
+    o.x = rows.dy;
+    rows.as_y(o, rows.v, rows.ldw, n);
+    rows.as_z(o, rows.k, rows.ldf, n);
+    to_queries.decay.start_chunk(table(to_queries, l), b, h, first, n);
+    const bool state = t > 0 || p.initial.data;
+    chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare);
+    if (segments > 0) {
+      float* change = changes + l * segments * kSegment + t;
+      for (int64_t r = 0; r < n; ++r)
+        change[r] = rows.take_diagonal(r, rows.q, rows.k, out + r * ldo);
+    }
+    store_gradients<true>(span_of(bp.dq, p.dtype, b, h, first, n),
+                          span_of(p.q, p.dtype, b, h, first, n), out);
+    const bool last = t + n == s.length;
+    if (last && segments > 0) to_queries.decay.drop_last(n);
+    if (!last || segments > 0) chunk_state(o, to_queries.decay, n);
+    if (segments > 0 && ends_segment(s, t + n))
+      std::memcpy(saved_state(l, t / kSegment), o.state, o.state_size() * sizeof(float));
   }
 
-  // dk, dv and dinitial of a KV head: the sums over its query heads.
-  void keys(const Sequence& s, int64_t b, int64_t kv) {
+  static bool ends_segment(const Sequence& s, int64_t t) {
+    return t == s.length || t % kSegment == 0;
+  }
+  float* table(const Recurrence& r, int64_t l) const {
+    const int64_t which = &r == &to_queries ? 0 : &r == &to_keys ? 1 : 2;
+    return tables + (which * heads + l) * ChunkDecay::kTable;
+  }
+  float* saved_state(int64_t l, int64_t segment) const {
+    return saved + (l * segments + segment) * to_keys.o.state_size();
+  }
+
+  // dk, dv and dinitial; dk and dv are sums over the query heads of a KV head.
+  void keys(const Sequence& s, int64_t b, int64_t kv, int64_t count) {
     ChunkOperands &ok = to_keys.o, &ov = to_values.o;
-    bool state = bp.dfinal.data != nullptr;
-    std::memset(transposed_states, 0, group * ok.state_size() * sizeof(float));
-    std::memset(value_states, 0, group * ov.state_size() * sizeof(float));
-    for (int64_t g = 0; state && g < group; ++g) {
-      float* from = bp.dfinal.data + b * bp.dfinal.sequence + (kv * group + g) * bp.dfinal.head;
-      use_states(g);
+    std::memset(transposed_states, 0, heads * ok.state_size() * sizeof(float));
+    std::memset(value_states, 0, heads * ov.state_size() * sizeof(float));
+    for (int64_t l = 0; bp.dfinal.data && l < count * group; ++l) {
+      float* from = bp.dfinal.data + b * bp.dfinal.sequence + (kv * group + l) * bp.dfinal.head;
+      use_states(l);
       move_transposed<false>(ok, from);
       move_state<false>(ov, from, rows.width, rows.features, 0, p.value_dim, 0);
     }
-    for (int64_t t = (s.length - 1) / kChunk * kChunk; s.length > 0 && t >= 0; t -= kChunk) {
-      const int64_t n = rows_at(s, t), first = s.start + t;
-      rows.load_keys(b, kv, first, n, true);
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t h = kv * group + g;
-        use_states(g);
-        rows.load_queries(bp, b, h, first, n, true);
-        if (segments > 0 && (t + n == s.length || (t + n) % kSegment == 0))
-          restart[g * segments + t / kSegment] = inner(saved_state(g, t / kSegment), ok);
-        for (Recurrence* r : {&to_keys, &to_values}) {
-          r->decay.start_head(b, h);
-          r->decay.start_chunk(first, n);
-        }
-        const bool last = segments > 0 && state && t + n == s.length;
-        if (last) to_keys.decay.blind_first();
-        ok.x = rows.v;
-        rows.as_y(ok, rows.dy, rows.ldw, n);
-        rows.as_z(ok, rows.q, rows.ldf, n);
-        chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare);
-        if (segments > 0) {
-          float* change = changes + g * segments * kSegment + t;
-          for (int64_t r = 0; r < n; ++r)
-            change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
-        }
-        if (last) add_state_row(ok, out);
-        if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n);
-        add_rows(dk, n, rows.features, g == 0);
-
-        ov.x = rows.k;
-        rows.as_y(ov, rows.q, rows.ldf, n);
-        rows.as_z(ov, rows.dy, rows.ldw, n);
-        chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare);
-        if (t > 0) chunk_state(ov, to_values.decay, n);
-        add_rows(dv, n, p.value_dim, g == 0);
+    for (int64_t t = (s.length - 1) / kChunk * kChunk; s.length > 0 && t >= 0; t -= kChunk)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = rows_at(s, t), first = s.start + t;
+        rows.load_keys(b, kv + i, first, n, true);
+        for (int64_t g = 0; g < group; ++g)
+          key_chunk(s, b, (kv + i) * group + g, i * group + g, t, g == 0);
+        store_gradients<false>(span_of(bp.dk, p.dtype, b, kv + i, first, n).reversed(),
+                               span_of(p.k, p.dtype, b, kv + i, first, n).reversed(), dk);
+        const Span to = span_of(bp.dv, p.dtype, b, kv + i, first, n).reversed();
+        for (int64_t r = 0; r < n; ++r)
+          store_row(dv + r * ldo, 1.f, to.row(r), p.dtype, p.value_dim);
       }
-      store_gradients<false>(span_of(bp.dk, p.dtype, b, kv, first, n).reversed(),
-                             span_of(p.k, p.dtype, b, kv, first, n).reversed(), dk);
-      const Span to = span_of(bp.dv, p.dtype, b, kv, first, n).reversed();
-      for (int64_t r = 0; r < n; ++r) store_row(dv + r * ldo, 1.f, to.row(r), p.dtype, p.value_dim);
-      state = true;
+    for (int64_t l = 0; bp.dinitial.data && l < count * group; ++l) {
+      use_states(l);
+      move_transposed<true>(
+          ok, bp.dinitial.data + b * bp.dinitial.sequence + (kv * group + l) * bp.dinitial.head);
     }
-    if (bp.dinitial.data)
-      for (int64_t g = 0; g < group; ++g) {
-        use_states(g);
-        move_transposed<true>(
-            ok, bp.dinitial.data + b * bp.dinitial.sequence + (kv * group + g) * bp.dinitial.head);
-      }
+  }
+
+  // Of query head h, the l-th of this worker, to dk and dv.
+  void key_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t, bool assign) {
+    ChunkOperands &ok = to_keys.o, &ov = to_values.o;
+    const int64_t n = rows_at(s, t), first = s.start + t;
+    const bool at_end = t + n == s.length, state = !at_end || bp.dfinal.data;
+    use_states(l);
+    rows.load_queries(bp, b, h, first, n, true);
+    if (segments > 0 && ends_segment(s, t + n))
+      restart[l * segments + t / kSegment] = inner(saved_state(l, t / kSegment), ok);
+    for (Recurrence* r : {&to_keys, &to_values}) r->decay.start_chunk(table(*r, l), b, h, first, n);
+
+    const bool blind = segments > 0 && at_end && state;
+    if (blind) to_keys.decay.blind_first();
+    ok.x = rows.v;
+    rows.as_y(ok, rows.dy, rows.ldw, n);
+    rows.as_z(ok, rows.q, rows.ldf, n);
+    chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare);
+    if (segments > 0) {
+      float* change = changes + l * segments * kSegment + t;
+      for (int64_t r = 0; r < n; ++r)
+        change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
+    }
+    if (blind) add_state_row(ok, out);
+    if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n);
+    add_rows(dk, n, rows.features, assign);
+
+    ov.x = rows.k;
+    rows.as_y(ov, rows.q, rows.ldf, n);
+    rows.as_z(ov, rows.dy, rows.ldw, n);
+    chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare);
+    if (t > 0) chunk_state(ov, to_values.decay, n);
+    add_rows(dv, n, p.value_dim, assign);
   }
 
   // row += x_0 State
@@ -216,9 +239,9 @@ class Worker {
     }
   }
 
-  void use_states(int64_t g) {
-    to_keys.o.state = transposed_states + g * to_keys.o.state_size();
-    to_values.o.state = value_states + g * to_values.o.state_size();
+  void use_states(int64_t l) {
+    to_queries.o.state = to_keys.o.state = transposed_states + l * to_keys.o.state_size();
+    to_values.o.state = value_states + l * to_values.o.state_size();
   }
 
   static float inner(const float* a, const ChunkOperands& o) {
@@ -268,14 +291,14 @@ class Worker {
     }
   }
 
-  void store_decay(const Sequence& s, int64_t b, int64_t kv, int64_t g) const {
+  void store_decay(const Sequence& s, int64_t b, int64_t h, int64_t l) const {
     const LogDecay& d = bp.ddecay;
-    float* to = d.data + b * d.batch + (kv * group + g) * d.head;
-    const float* change = changes + g * segments * kSegment;
+    float* to = d.data + b * d.batch + h * d.head;
+    const float* change = changes + l * segments * kSegment;
     double sum = 0, total = 0;
     for (int64_t t = s.length - 1; t >= 0; --t) {
       if (t == s.length - 1 || (t + 1) % kSegment == 0)
-        sum = static_cast<double>(restart[g * segments + t / kSegment]);
+        sum = static_cast<double>(restart[l * segments + t / kSegment]);
       sum += static_cast<double>(change[t]);
       total += sum;
       if (d.per_token) to[(s.start + t) * d.seq] = static_cast<float>(sum);
@@ -285,13 +308,13 @@ class Worker {
 
   const LinearAttentionBackwardParams& bp;
   const LinearAttentionParams& p;
-  int64_t group, segments;
+  int64_t group, heads, segments;
   GradientRows rows;
   Recurrence to_queries, to_keys, to_values;
   int64_t ldo;
   cpu::Workspace workspace;
   float *transposed_states, *value_states, *out, *spare, *dk, *dv;
-  float *saved, *restart, *changes;
+  float *saved, *restart, *changes, *tables;
 };
 
 }  // namespace
@@ -309,15 +332,19 @@ void linear_attention_backward(const LinearAttentionBackwardParams& bp) {
                       static_cast<double>(tokens * p.heads * feature_dim(p.map, p.head_dim)) *
                       static_cast<double>(p.value_dim);
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  const int64_t heads = p.batch * p.kv_heads;
-  const bool split = heads < threads && !bp.ddecay.data;
-  cpu::parallel_items(heads * (split ? 2 : 1), threads, [&](cpu::ItemCounter& items) {
+  const bool split = p.batch * p.kv_heads < threads && !bp.ddecay.data;
+  const int64_t group = p.kv_heads > 0 ? p.heads / p.kv_heads : 1;
+  const int64_t size = heads_per_item(p.batch, p.kv_heads, threads,
+                                      2 * group * feature_dim(p.map, p.head_dim) * p.value_dim);
+  const int64_t blocks = ceil_div(p.kv_heads, size);
+  cpu::parallel_items(p.batch * blocks * (split ? 2 : 1), threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    Worker worker(bp, longest);
+    Worker worker(bp, longest, size);
     for (int64_t item; (item = items.next()) >= 0;) {
-      const int64_t head = split ? item / 2 : item;
+      const int64_t block = split ? item / 2 : item;
       const Part part = !split ? Part::all : item % 2 == 0 ? Part::keys : Part::queries;
-      worker.run(head / p.kv_heads, head % p.kv_heads, part);
+      const int64_t first = block % blocks * size, left = p.kv_heads - first;
+      worker.run(block / blocks, first, left < size ? left : size, part);
     }
   });
 }

@@ -1,6 +1,7 @@
 // What remains from token to token within a chunk, for the CPU kernels.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "cpu/simd.h"
 #include "linear/params.h"
@@ -22,47 +23,38 @@ class ChunkDecay {
 
   bool none() const { return !decay_.data; }
 
-  // For all chunks of head h of batch b, whose first token has the given index along seq.
-  void start_head(int64_t b, int64_t h) {
-    head_ = decay_.data ? decay_.data + b * decay_.batch + h * decay_.head : nullptr;
+  static constexpr int64_t kRowsPad = 16;
+  // Floats of what is known of a constant decay before the first chunk.
+  static constexpr int64_t kTable = kChunk + kRowsPad + kRowsPad + kChunk + kChunk + kWidth;
+
+  void fill_table(float* table, int64_t b, int64_t h) const {
     if (decay_.per_token) return;
-    const double each = none() ? 0 : clamp(*head_, kLeastConstant);
-    for (int64_t i = 0; i <= kChunk; ++i)
-      powers_[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
-    float* row = pairs_ + kRowsPad + kChunk - 1;  // row[s - r]
-    for (int64_t i = 0; i < kRowsPad + kChunk; ++i) row[-i] = powers_[i < kChunk ? i : kChunk];
+    const double each = none() ? 0 : clamp(*head(b, h), kLeastConstant);
+    for (int64_t i = 0; i < kChunk + kRowsPad; ++i)
+      table[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
+    float* row = row_of(table);
+    for (int64_t i = 0; i < kRowsPad + kChunk; ++i) row[-i] = table[i];
     if (!diagonal_) *row = 0;
     for (int64_t i = 1; i < kChunk + kWidth; ++i) row[i] = 0;
-    pair = row;
-    pair_step = -1;
   }
 
-  // Tokens first .. first + n - 1.
-  void start_chunk(int64_t first, int64_t n) {
-    if (decay_.per_token) return per_token(first, n);
-    if (n == prepared_ && head_ == prepared_head_) return;
-    for (int64_t r = 0; r < n; ++r) {
-      from_start[r] = powers_[backward_ ? r : r + 1];
-      to_end[r] = powers_[backward_ ? n - r : n - 1 - r];
-    }
+  // Tokens first .. first + n - 1, counted along seq, of head h of batch b.
+  void start_chunk(const float* table, int64_t b, int64_t h, int64_t first, int64_t n) {
+    if (decay_.per_token) return per_token(head(b, h), first, n);
+    pair = row_of(table);
+    pair_step = -1;
+    total = table[n];
+    std::memcpy(from_start, table + (backward_ ? 0 : 1), n * sizeof(float));
+    std::memcpy(to_end, pair - n + (backward_ ? 0 : 1), n * sizeof(float));
+    if (!backward_) to_end[n - 1] = 1;  // pair may lack its diagonal
     for (int64_t r = n; r < kChunk + kRowsPad; ++r) from_start[r] = to_end[r] = 0;
-    total = powers_[n];
-    prepared_ = n;
-    prepared_head_ = head_;
   }
 
   // The last row of n leaves nothing in the state, until the next chunk starts.
-  void drop_last(int64_t n) {
-    to_end[n - 1] = 0;
-    prepared_ = -1;
-  }
+  void drop_last(int64_t n) { to_end[n - 1] = 0; }
   // The first row sees nothing of the state, until the next chunk starts.
-  void blind_first() {
-    from_start[0] = 0;
-    prepared_ = -1;
-  }
+  void blind_first() { from_start[0] = 0; }
 
-  static constexpr int64_t kRowsPad = 16;
   float from_start[kChunk + kRowsPad];  // of the state before the chunk, in row r
   float to_end[kChunk + kRowsPad];      // of row r, in the state after it
   float total;
@@ -72,11 +64,20 @@ class ChunkDecay {
  private:
   static double clamp(float x, double least) { return x < least ? least : x; }
 
-  void per_token(int64_t first, int64_t n) {
+  const float* head(int64_t b, int64_t h) const {
+    return decay_.data + b * decay_.batch + h * decay_.head;
+  }
+  // Of a table, what remains to a row from rows s - r further on, 0 for those after it.
+  template <typename Float>
+  static Float* row_of(Float* table) {
+    return table + kChunk + kRowsPad + kRowsPad + kChunk - 1;
+  }
+
+  void per_token(const float* head, int64_t first, int64_t n) {
     double prefix[kChunk];
     double sum = 0;
     for (int64_t t = 0; t < n; ++t)
-      prefix[t] = sum += clamp(head_[(first + t) * decay_.seq], kLeastOfToken);
+      prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kLeastOfToken);
     total = static_cast<float>(std::exp(sum));
     // Differences of two floats each, in powers of 2: a prefix alone is too coarse.
     constexpr double kLog2eDouble = 1.4426950408889634;
@@ -112,10 +113,7 @@ class ChunkDecay {
 
   const LogDecay& decay_;
   bool backward_, diagonal_;
-  const float *head_ = nullptr, *prepared_head_ = nullptr;
-  int64_t prepared_ = -1;
-  float powers_[kChunk + 1];
-  float pairs_[(kChunk + kRowsPad) * kChunk];  // of a constant decay: one row, read from its end on
+  float pairs_[(kChunk + kRowsPad) * kChunk];  // of decays of tokens
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA

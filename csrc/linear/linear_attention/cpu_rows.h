@@ -15,6 +15,19 @@ struct Sequence {
         length(p.cu_seqlens ? p.cu_seqlens[b + 1] - start : p.seqlen) {}
 };
 
+// Heads that one worker takes through a sequence side by side, chunk by chunk: their rows lie next
+// to each other in memory, their states stay in L2.
+inline int64_t heads_per_item(int64_t batch, int64_t heads, int64_t threads, int64_t state_floats) {
+  constexpr int64_t kStates = 1 << 17;
+  int64_t size = heads > 0 ? heads : 1;
+  const auto uneven = [&] {
+    const int64_t items = batch * ceil_div(heads, size);
+    return items < 4 * threads && items % threads != 0;
+  };
+  while (size > 1 && (size * state_floats > kStates || uneven())) size = ceil_div(size, 2);
+  return size;
+}
+
 // n rows of one head, `step` elements apart; a negative step walks back in time.
 struct Span {
   char* data;
