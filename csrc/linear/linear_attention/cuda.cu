@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (end > plan.all_parts) end = plan.all_parts;
   const int64_t step = p.heads * plan.slices * plan.slot_floats;
   const int64_t total = plan.slot_floats - 4;
-  const int64_t used = p.normalize ? total : total - plan.features;
+  const int64_t used = p.normalize || p.extra != Extra::none ? total : total - plan.tail;
   float* const slots = p.workspace + head_slice * plan.slot_floats;
   for (int64_t i = 4 * (blockIdx.x * int64_t{kMaxThreads} + threadIdx.x); i < used;
        i += int64_t{4} * kMaxThreads * gridDim.x) {
@@ -56,6 +56,7 @@ Recurrence forward_of(const LinearAttentionParams& p) {
   r.q = {p.q, head_dim, 1, map};
   r.k = {p.k, head_dim, group, map};
   r.v = {p.v, value_dim, group, FeatureMap::identity};
+  r.columns = value_dim;
   r.out = p.out;
   r.scale = p.scale;
   r.taylor = taylor;

@@ -29,19 +29,23 @@ inline bool in_steps(const Recurrence& p) {
 // What does not depend on the instance, from shapes alone.
 inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   RecurrencePlan plan{};
-  plan.warps = p.v.dim <= kSubtileColumns ? 4 : 8;
-  plan.slices = static_cast<int>(ceil_div(p.v.dim, plan.warps * kColumnsPerWarp));
+  plan.warps = p.columns <= kSubtileColumns ? 4 : 8;
+  plan.slices = static_cast<int>(ceil_div(p.columns, plan.warps * kColumnsPerWarp));
   plan.features = p.taylor
                       ? static_cast<int>(round_up(feature_dim(FeatureMap::taylor2, p.q.dim), 64))
                       : bucket_of(p);
-  plan.slot_floats = int64_t{plan.features} * (plan.warps * kColumnsPerWarp + 1) + 4;
+  const int columns = plan.warps * kColumnsPerWarp;
+  plan.tail = plan.features > columns ? plan.features : columns;
+  plan.slot_floats = int64_t{plan.features} * columns + plan.tail + 4;
+  plan.segments = p.cu_seqlens ? p.seqlen / kSegment + p.batch
+                               : p.batch * ceil_div(p.seqlen, int64_t{kSegment});
   const int64_t blocks = p.heads * plan.slices,
                 wanted = 2 * attribute(cudaDevAttrMultiProcessorCount);
   const int64_t sequences = p.cu_seqlens ? 1 : p.batch;
   int64_t tokens = p.seqlen;
   if (p.batch * blocks < wanted) tokens = ceil_div(sequences * p.seqlen * blocks, wanted);
   tokens = round_up(tokens < kLeastTokens ? kLeastTokens : tokens, 64);
-  plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : p.seqlen + 1);
+  plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
   plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
   plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
   plan.from_workspace = tokens < p.seqlen;
@@ -59,7 +63,7 @@ const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream
   plan.q_aligned = aligned(p.q.rows, p.q.dim);
   plan.k_aligned = aligned(p.k.rows, p.k.dim);
   plan.v_aligned = aligned(p.v.rows, p.v.dim);
-  plan.out_aligned = aligned(p.out, p.v.dim);
+  plan.out_aligned = aligned(p.out, p.columns);
   const int sign = plan.reverse ? -1 : 1;
   plan.q_step = Block::Rows::step(sign * p.q.rows.seq, threads);
   plan.k_step = Block::Rows::step(sign * p.k.rows.seq, threads);
@@ -67,7 +71,7 @@ const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream
 
   const int fixed = static_cast<int>(sizeof(typename Block::Vectors)) + Shape::kWeightBytes +
                     (kTaylor ? 2 * Shape::kFeatureBytes : 0);
-  const int stage = Shape::stage_bytes(plan.warps);
+  const int stage = Shape::stage_bytes(plan.warps, p.value_taylor);
   plan.stages = fixed + 2 * stage <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) ? 2 : 1;
   const int bytes = fixed + plan.stages * stage;
   const auto kernel = recurrence_kernel<T, kBucket, kTaylor>;

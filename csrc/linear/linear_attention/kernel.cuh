@@ -4,40 +4,11 @@
 #include "linear/linear_attention/kernel_decay.cuh"
 #include "linear/linear_attention/kernel_features.cuh"
 #include "linear/linear_attention/kernel_normalizer.cuh"
-#include "linear/linear_attention/kernel_products.cuh"
+#include "linear/linear_attention/kernel_part.cuh"
 #include "linear/linear_attention/kernel_state.cuh"
+#include "linear/linear_attention/kernel_store.cuh"
 
 namespace tokenmill::cuda {
-
-// Which part of which sequence a block has.
-struct Part {
-  int64_t b, slot;    // slot: number of the part among those of all sequences
-  int index, count;   // among the parts of the sequence
-  int start, length;  // of the sequence, in tokens
-  int first, end;     // of the part, in tokens of the sequence
-
-  // All lanes of a warp together.
-  __device__ Part(const Recurrence& p, const RecurrencePlan& plan, int64_t number)
-      : b(number / plan.parts), slot(number), index(number % plan.parts) {
-    if (p.cu_seqlens) {
-      const TilePlace place =
-          find_tile(p.cu_seqlens, p.batch, p.seqlen, plan.tokens_per_part, number, 1);
-      b = place.b;
-      index = place.tile;
-      if (b < 0) return;
-      start = clamped_end(p.cu_seqlens, b, p.seqlen);
-      length = max(clamped_end(p.cu_seqlens, b + 1, p.seqlen) - start, 0);
-    } else {
-      start = 0;
-      length = static_cast<int>(p.seqlen);
-    }
-    count = max((length + plan.tokens_per_part - 1) / plan.tokens_per_part, 1);
-    first = index * plan.tokens_per_part;
-    end = min(length - first, plan.tokens_per_part) + first;
-  }
-
-  __device__ bool is_last() const { return index == count - 1; }
-};
 
 template <typename T, int kBucket, bool kTaylor>
 class RecurrenceBlock {
@@ -65,62 +36,79 @@ class RecurrenceBlock {
         slot_state_(p.workspace + slot_ * plan.slot_floats) {}
 
   __device__ void run() {
-    if (kTaylor) list_features(vectors_, p_.q.dim, plan_.features);
+    if (kTaylor || p_.value_taylor) list_features(vectors_, kTaylor ? p_.q.dim : p_.v.dim);
     for (int i = threadIdx.x; i < kTokens + kTableBefore; i += blockDim.x)
       vectors_.table[i] =
           i < kTableBefore ? 0 : output_scale() * decays_.at_distance(i - kTableBefore);
     start_state();
 
     const auto load = [&](uint32_t stage, int row) {
+      const int end = row + tokens_from(row);
       if (!plan_.states_only)
-        Rows(rows_of(p_.q, plan_.q_aligned, 0), row, plan_.q_step)
+        Rows(rows_of(p_.q, plan_.q_aligned, 0, end), row, plan_.q_step)
             .load(stage + Rows::own_offset(), row);
-      Rows(rows_of(p_.k, plan_.k_aligned, 0), row, plan_.k_step)
+      Rows(rows_of(p_.k, plan_.k_aligned, 0, end), row, plan_.k_step)
           .load(stage + Shape::kRowBytes + Rows::own_offset(), row);
       const uint32_t to = stage + 2 * Shape::kRowBytes + Values::own_offset();
+      const int raw = p_.value_taylor ? subtiles() : 0;
 #pragma unroll 1
-      for (int i = 0; i < plan_.warps * kColumnsPerWarp; i += kSubtileColumns)
-        Values(rows_of(p_.v, plan_.v_aligned, column_ + i), row, plan_.v_step)
-            .load(to + i / kSubtileColumns * Shape::kValueBytes, row);
+      for (int i = raw; i < subtiles() || i == raw; ++i)
+        Values(rows_of(p_.v, plan_.v_aligned, raw ? 0 : column_ + i * kSubtileColumns, end), row,
+               plan_.v_step)
+            .load(to + i * Shape::kValueBytes, row);
       commit_copies();
     };
 
-    const int stage_bytes = Shape::stage_bytes(plan_.warps);
+    const int stage_bytes = Shape::stage_bytes(plan_.warps, p_.value_taylor);
     uint32_t stage = stages_, other = plan_.stages > 1 ? stages_ + stage_bytes : stages_;
     if (part_.first < part_.end) load(stage, part_.first);
 #pragma unroll 1
-    for (int first = part_.first; first < part_.end; first += kTokens) {
+    for (int first = part_.first; first < part_.end;) {
+      const int n = tokens_from(first), next = first + n;
       wait_for_copies<0>();
       __syncthreads();
-      const bool more = first + kTokens < part_.end;
-      if (more && plan_.stages > 1) load(other, first + kTokens);
-      add_chunk(stage, first, min(part_.end - first, kTokens));
+      const bool more = next < part_.end;
+      if (more && plan_.stages > 1) load(other, next);
+      if (plan_.reverse) save_state(part_.length - first);
+      add_chunk(stage, first, n);
+      if (!plan_.reverse) save_state(next);
       if (more && plan_.stages == 1) {
         __syncthreads();
-        load(stage, first + kTokens);
+        load(stage, next);
       }
       const uint32_t swap = stage;
       stage = other;
       other = swap;
+      first = next;
     }
     finish_state();
   }
 
  private:
   // Of the weights; taylor2 has the scale inside.
-  __device__ float output_scale() const { return kTaylor ? 1 : p_.scale; }
-  __device__ bool live() const { return column_ + warp_ * kColumnsPerWarp < p_.v.dim; }
+  __device__ float output_scale() const { return kTaylor || p_.value_taylor ? 1 : p_.scale; }
+  __device__ bool live() const { return warp_column() < p_.columns; }
   __device__ int steps() const { return Shape::kSteps ? plan_.features / Shape::kFeatures : 1; }
   __device__ CallerState caller_state(const StateRows& rows) const {
     return {rows, part_.b, h_,
             static_cast<int>(kTaylor ? feature_dim(FeatureMap::taylor2, p_.q.dim) : p_.q.dim),
-            p_.v.dim};
+            p_.columns};
   }
-  __device__ __forceinline__ GlobalRows<T> rows_of(const Operand& x, bool aligned,
-                                                   int column) const {
+  __device__ int subtiles() const { return plan_.warps * kColumnsPerWarp / kSubtileColumns; }
+  // Of the chunk that starts at `first`.
+  __device__ int tokens_from(int first) const {
+    return min(part_.end - first, kTokens - (first + part_.padding) % kTokens);
+  }
+
+  __device__ __forceinline__ GlobalRows<T> rows_of(const Operand& x, bool aligned, int column,
+                                                   int end) const {
     const int64_t last = part_.start + int64_t{part_.length} - 1;
     return {rows_at<T>(x.rows, part_.b, plan_.reverse ? last : part_.start, h_ / x.group) + column,
-            plan_.reverse ? -x.rows.seq : x.rows.seq, part_.end, x.dim - column, aligned};
+            plan_.reverse ? -x.rows.seq : x.rows.seq, end, x.dim - column, aligned};
+  }
+
+  __device__ int64_t normalizer_row() const {
+    return (p_.cu_seqlens ? h_ : part_.b * p_.heads + h_) * p_.seqlen;
   }
   __device__ int warp_column() const { return column_ + warp_ * kColumnsPerWarp; }
   __device__ float* slot_normalizer(SlotState<Shape> slot) const {
@@ -156,6 +144,15 @@ class RecurrenceBlock {
         if (Shape::kSteps) slot_state_.store(s_, step);
       }
     }
+
+    if (p_.extra != Extra::none) {
+      const int column = warp_column() + threadIdx.x % kColumnsPerWarp;
+      extra_state_ =
+          carried ? slot_normalizer(slot_state_)[column - column_]
+          : given && column < p_.columns
+              ? initial.data[initial.features * initial.feature_step + column * initial.column_step]
+              : 0;
+    }
     if (!p_.normalize) return;
     for (int f = threadIdx.x; f < plan_.features; f += blockDim.x)
       vectors_.normalizer[f] =
@@ -173,7 +170,9 @@ class RecurrenceBlock {
       if (p_.normalize)
         for (int f = threadIdx.x; f < plan_.features; f += blockDim.x)
           normalizer[f] = vectors_.normalizer[f];
-      if (threadIdx.x == 0) normalizer[plan_.features] = remaining_;
+      store_extra(normalizer);
+      if (threadIdx.x == 0) normalizer[plan_.tail] = remaining_;
+
       return;
     }
     const CallerState last = caller_state(p_.final);
@@ -185,11 +184,41 @@ class RecurrenceBlock {
       last.each(s_, step * Shape::kFeatures, warp_column(),
                 [&](float& to, float from) { to = factor * from; });
     }
+    const int column = warp_column() + threadIdx.x % kColumnsPerWarp;
+    if (p_.extra != Extra::none && column < p_.columns)
+      last.data[last.features * last.feature_step + column * last.column_step] =
+          factor * extra_state_;
     if (!p_.normalize || column_ > 0) return;
+
     __syncthreads();
     for (int f = threadIdx.x; f < last.features; f += blockDim.x)
       last.data[f * last.feature_step + last.columns * last.column_step] =
           factor * vectors_.normalizer[f];
+  }
+
+  __device__ void store_extra(float* to) const {
+    if (p_.extra != Extra::none && threadIdx.x % kWarpSize < kColumnsPerWarp)
+      to[warp_column() - column_ + threadIdx.x % kColumnsPerWarp] = extra_state_;
+  }
+
+  // After `tokens` tokens, counted from the first: if a segment ends there.
+  __device__ __forceinline__ void save_state(int tokens) {
+    if (!p_.saved || plan_.states_only || (tokens % kSegment != 0 && tokens != part_.length))
+      return;
+    const int64_t before = p_.cu_seqlens
+                               ? first_tile(p_.cu_seqlens, p_.seqlen, kSegment, part_.b, 0)
+                               : part_.b * ((p_.seqlen + kSegment - 1) / kSegment);
+    const int64_t segment = before + (tokens - 1) / kSegment;
+    if (segment >= plan_.segments) return;  // wrong cu_seqlens
+    const int64_t slice = column_ / (plan_.warps * kColumnsPerWarp);
+    const SlotState<Shape> slot(p_.saved + ((segment * p_.heads + h_) * plan_.slices + slice) *
+                                               plan_.slot_floats);
+#pragma unroll 1
+    for (int step = 0; step < steps(); ++step) {
+      if (Shape::kSteps) slot_state_.load(s_, step);
+      slot.store(s_, step);
+    }
+    store_extra(slot_normalizer(slot));
   }
 
   // Tokens first ... first + n - 1.
@@ -198,9 +227,25 @@ class RecurrenceBlock {
     const uint32_t values =
         keys + Shape::kRowBytes + warp_ * kColumnsPerWarp / kSubtileColumns * Shape::kValueBytes;
     if (!kTaylor) map_chunk(queries, keys, n);
-    if (decays_.per_token() || n != prepared_ || first == 0) {
+    if (p_.value_taylor) {
+      const uint32_t to = keys + Shape::kRowBytes;
+#pragma unroll 1
+      for (int i = 0; i < subtiles(); ++i)
+        make_features<T, typename Shape::ValueTile, typename Shape::ValueTile>(
+            to + i * Shape::kValueBytes, to + subtiles() * Shape::kValueBytes, vectors_,
+            column_ + i * kSubtileColumns, n, p_.value_factors, p_.scale);
+      __syncthreads();
+    }
+    if (decays_.per_token() || n != prepared_ || first == 0 || p_.extra != Extra::none) {
+      if (p_.extra != Extra::none && threadIdx.x < kTokens) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        const int64_t token = part_.start + (plan_.reverse ? part_.length - 1 - i : i);
+        vectors_.extra[threadIdx.x] =
+            static_cast<int>(threadIdx.x) < n ? p_.extra_data[normalizer_row() + token] : 0;
+      }
+
       prepared_ = first == 0 && plan_.reverse ? -1 : n;
-      if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale());
+      if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale(), p_.scale_keys);
       __syncthreads();
     }
     if (!plan_.states_only) make_weights(queries, keys);
@@ -222,8 +267,11 @@ class RecurrenceBlock {
         step_keys = step_queries + Shape::kFeatureBytes;
         __syncthreads();
         if (!plan_.states_only)
-          make_features<T, Shape, true>(step_queries, queries, vectors_, step, n, p_.scale);
-        make_features<T, Shape, false>(step_keys, keys, vectors_, step, n, p_.scale);
+          make_features<T, typename Shape::RowTile, typename Shape::FeatureTile>(
+              step_queries, queries, vectors_, step * Shape::kFeatures, n, !p_.key_factors,
+              p_.scale);
+        make_features<T, typename Shape::RowTile, typename Shape::FeatureTile>(
+            step_keys, keys, vectors_, step * Shape::kFeatures, n, p_.key_factors, p_.scale);
         __syncthreads();
       }
       if (live()) {
@@ -235,7 +283,8 @@ class RecurrenceBlock {
           for (auto& s : s_) s[0] *= total, s[1] *= total, s[2] *= total, s[3] *= total;
         }
         if (!Shape::kSteps) fragments.load(values, subtile_column);
-        add_to_state<T, Shape>(s_, fragments, p_.decay.data ? vectors_.end : nullptr, step_keys);
+        add_to_state<T, Shape>(s_, fragments,
+                               p_.decay.data || p_.scale_keys ? vectors_.end : nullptr, step_keys);
         if (Shape::kSteps) slot_state_.store(s_, step);
       }
       if (p_.normalize) {
@@ -245,6 +294,7 @@ class RecurrenceBlock {
         add_to_normalizer<T, Shape>(state, vectors_.total[0], vectors_.end, step_keys, n);
       }
     }
+    if (p_.extra != Extra::none && live()) add_extra(acc, values, n);
     have_state_ = true;
     remaining_ *= vectors_.total[0];
     if (plan_.states_only) return;
@@ -266,6 +316,32 @@ class RecurrenceBlock {
       }
     }
     store(acc, values, first, n);
+  }
+
+  // The extra feature: its part of acc and its row of the state, a column per lane.
+  __device__ __forceinline__ void add_extra(float (&acc)[kTokenTiles][4], uint32_t values, int n) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+    const float of_column[2] = {__shfl_sync(kFullWarp, extra_state_, g),
+                                __shfl_sync(kFullWarp, extra_state_, g + 8)};
+    const bool queries = p_.extra == Extra::queries;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        acc[t][i] =
+            fmaf(queries ? vectors_.extra[8 * t + 2 * c + i % 2] : 1, of_column[i / 2], acc[t][i]);
+    const int byte = (warp_ * kColumnsPerWarp % kSubtileColumns + lane % kColumnsPerWarp) *
+                     static_cast<int>(sizeof(T));
+    float sum = 0;
+#pragma unroll 1
+    for (int token = lane / kColumnsPerWarp; token < n; token += 2) {
+      const uint32_t at =
+          values + Shape::ValueTile::offset(token, byte / kChunkBytes) + byte % kChunkBytes;
+      sum = fmaf(vectors_.end[token] * (queries ? 1 : vectors_.extra[token]), load_element<T>(at),
+                 sum);
+    }
+    sum += __shfl_xor_sync(kFullWarp, sum, kColumnsPerWarp);
+    extra_state_ = fmaf(vectors_.total[0], extra_state_, sum);
   }
 
   __device__ __forceinline__ void map_chunk(uint32_t queries, uint32_t keys, int n) {
@@ -307,6 +383,8 @@ class RecurrenceBlock {
               const float u = p_.scale * x[e];
               x[e] = fmaf(fmaf(0.5f, u, 1.f), u, 1.f);
             }
+            if (p_.extra != Extra::none)
+              x[e] += vectors_.extra[p_.extra == Extra::queries ? query : key + e];
             x[e] *= weight(query, key + e);
           }
           if constexpr (Shape::kFloat) {
@@ -341,65 +419,25 @@ class RecurrenceBlock {
       vectors_.inverse[threadIdx.x] = 1 / sum;
       if (column_ == 0 && static_cast<int>(threadIdx.x) < n) {
         const int64_t token = part_.start + first + threadIdx.x;
-        const int64_t row_of = p_.cu_seqlens ? h_ : part_.b * p_.heads + h_;
-        p_.normalizer[row_of * p_.seqlen + token] = sum;
+        p_.normalizer[normalizer_row() + token] = sum;
       }
     }
     __syncthreads();
   }
 
-  // 16-bit results pass through the warp's own columns of the values, which nobody needs any more.
   __device__ __forceinline__ void store(const float (&acc)[kTokenTiles][4], uint32_t values,
-                                        int first, int n) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+                                        int first, int n) const {
     const int64_t token = plan_.reverse ? part_.start + int64_t{part_.length} - 1 - first
                                         : part_.start + int64_t{first};
     const int64_t step = plan_.reverse ? -p_.out.seq : p_.out.seq;
-    T* const out = rows_at<T>(p_.out, part_.b, token, h_) + warp_column();
-    const int columns = p_.v.dim - warp_column();
-    if constexpr (Shape::kFloat) {
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = 8 * t + 2 * c + i % 2, column = g + i / 2 * 8;
-          if (row < n && column < columns) out[row * step + column] = acc[t][i];
-        }
-    } else {
-      using Tile = typename Shape::ValueTile;
-      const int column = warp_ * kColumnsPerWarp % kSubtileColumns;
-      __syncwarp();
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          store_shared(values + Tile::offset(8 * t + g, column / 8 + h) + 4 * c,
-                       transpose(pack<T>(acc[t][2 * h], acc[t][2 * h + 1])));
-      __syncwarp();
-      const uint32_t own = ValueFragments<T, Shape>::own_chunk(values, column);
-      const int own_row = lane % 8 + lane / 16 * 8, own_column = lane / 8 % 2 * 8;
-      unroll<kTokens / 16>([&](auto i) {
-        uint32_t words[4];
-        load_shared<i * 16 * Tile::kRowBytes>(words, own);
-        const int row = 16 * i + own_row;
-        if (row >= n) return;
-        T* const to = out + row * step + own_column;
-        if (plan_.out_aligned && own_column < columns) {
-          store_global(to, words);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e)
-            if (own_column + e < columns) to[e] = reinterpret_cast<const T*>(words)[e];
-        }
-      });
-    }
-  }
-
-  // Of an 8 by 8 matrix of 16-bit elements, two of a row per lane.
-  static __device__ __forceinline__ uint32_t transpose(uint32_t word) {
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(word));
-    return y;
+    const int columns = p_.columns - warp_column();
+    if (Shape::kFloat || p_.out_float)
+      store_accumulators<Shape>(rows_at<float>(p_.out, part_.b, token, h_) + warp_column(), step,
+                                acc, n, columns);
+    else if constexpr (!Shape::kFloat)
+      store_packed<T, Shape>(rows_at<T>(p_.out, part_.b, token, h_) + warp_column(), step, acc, n,
+                             columns, plan_.out_aligned, values,
+                             warp_ * kColumnsPerWarp % kSubtileColumns);
   }
 
   const Recurrence& p_;
@@ -413,9 +451,11 @@ class RecurrenceBlock {
   const Decays decays_;
   SlotState<Shape> slot_state_;
   float s_[Shape::kFeatureTiles][4];
-  float remaining_ = 1;  // of what the part started with
-  int prepared_ = -1;    // tokens that the vectors of decays hold for
-  bool have_state_;      // else it is zero
+
+  float extra_state_ = 0;  // of the lane's column
+  float remaining_ = 1;    // of what the part started with
+  int prepared_ = -1;      // tokens that the vectors of decays hold for
+  bool have_state_;        // else it is zero
 };
 
 template <typename T, int kBucket, bool kTaylor>

@@ -36,10 +36,11 @@ class Decays {
     return exp2_exact(per_token_ ? of_token(0) : head_);
   }
 
-  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start`.
+  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start` or, with
+  // scale_keys, `end`.
   template <int kTokens>
-  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n,
-                                          float scale) const {
+  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, float scale,
+                                          bool scale_keys) const {
     constexpr int kEach = kTokens / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     double x[kEach];
@@ -61,8 +62,8 @@ class Decays {
     for (int e = 0; e < kEach; ++e) {
       const int i = kEach * lane + e;
       const double sum = before + x[e];
-      to.start[i] = scale * exp2_exact(sum);
-      to.end[i] = i < n ? exp2_exact(last - sum) : 0;
+      to.start[i] = (scale_keys ? 1 : scale) * exp2_exact(sum);
+      to.end[i] = i < n ? (scale_keys ? scale : 1) * exp2_exact(last - sum) : 0;
       to.high[i] = static_cast<float>(sum);
       to.low[i] = static_cast<float>(sum - to.high[i]);
     }

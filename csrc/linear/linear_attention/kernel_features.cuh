@@ -9,8 +9,8 @@ namespace tokenmill::cuda {
 constexpr uint8_t kPadding = 255;
 
 template <int kTokens>
-__device__ void list_features(SharedVectors<kTokens>& to, int dim, int features) {
-  for (int f = threadIdx.x; f < features; f += blockDim.x) {
+__device__ void list_features(SharedVectors<kTokens>& to, int dim) {
+  for (int f = threadIdx.x; f < kMaxFeatures; f += blockDim.x) {
     int first = kNoFeature, second = kNoFeature;
     if (f >= 1 && f <= dim) first = f - 1;
     if (f > dim) {
@@ -37,29 +37,25 @@ __device__ __forceinline__ float load_element(uint32_t address) {
   }
 }
 
-// Features 64 step ... of n tokens, zero beyond them. kQuery: with the factors of the query.
-template <typename T, typename Shape, bool kQuery>
-__device__ void make_features(uint32_t to, uint32_t rows,
-                              const SharedVectors<Shape::kTokens>& vectors, int step, int n,
-                              float scale) {
-  using From = typename Shape::RowTile;
-  using To = typename Shape::FeatureTile;
+// Features begin ... begin + 63 of n tokens, zero beyond them.
+template <typename T, typename From, typename To, int kTokens>
+__device__ void make_features(uint32_t to, uint32_t rows, const SharedVectors<kTokens>& vectors,
+                              int begin, int n, bool factors, float scale) {
   const int lane = threadIdx.x % kWarpSize;
   int first[2], second[2];
   float factor[2];
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    const int f = step * Shape::kFeatures + 2 * lane + e;
-    first[e] = vectors.first[f];
-    second[e] = vectors.second[f];
+    const int f = begin + 2 * lane + e;
+    first[e] = f < kMaxFeatures ? vectors.first[f] : kPadding;
+    second[e] = f < kMaxFeatures ? vectors.second[f] : kNoFeature;
     factor[e] = first[e] == kPadding ? 0 : 1;
-    if (kQuery && first[e] < kNoFeature)
+    if (factors && first[e] < kNoFeature)
       factor[e] = second[e] == kNoFeature ? scale
                   : second[e] == first[e] ? scale * scale / 2
                                           : scale * scale;
   }
-  for (int token = threadIdx.x / kWarpSize; token < Shape::kTokens;
-       token += blockDim.x / kWarpSize) {
+  for (int token = threadIdx.x / kWarpSize; token < kTokens; token += blockDim.x / kWarpSize) {
     float y[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -72,7 +68,7 @@ __device__ void make_features(uint32_t to, uint32_t rows,
     }
     const int byte = 2 * lane * static_cast<int>(sizeof(T));
     const uint32_t at = to + To::offset(token, byte / kChunkBytes) + byte % kChunkBytes;
-    if constexpr (Shape::kFloat) {
+    if constexpr (sizeof(T) == 4) {
       store_shared(at, __float_as_uint(y[0]));
       store_shared<4>(at, __float_as_uint(y[1]));
     } else {

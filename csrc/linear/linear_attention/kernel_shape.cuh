@@ -45,6 +45,10 @@ struct RecurrenceShape {
   __host__ __device__ static constexpr int stage_bytes(int warps) {
     return 2 * kRowBytes + warps * kColumnsPerWarp / kSubtileColumns * kValueBytes;
   }
+  // Also values whose features are made.
+  __host__ __device__ static constexpr int stage_bytes(int warps, bool value_taylor) {
+    return stage_bytes(warps) + (value_taylor ? kValueBytes : 0);
+  }
 };
 
 // Per block, in front of the tiles.
@@ -56,6 +60,7 @@ struct alignas(128) SharedVectors {
   float high[kTokens], low[kTokens];    // log2 of decays from the chunk's start, two floats
   float sums[kMaxThreads];              // parts of the normaliser
   float inverse[kTokens];               // 1 / normaliser
+  float extra[kTokens];                 // feature
   float total[4];                       // of the state from start to end of the chunk
   float normalizer[kMaxFeatures];       // its state
   uint8_t first[kMaxFeatures], second[kMaxFeatures];  // factors of the features of taylor2
@@ -66,8 +71,11 @@ struct RecurrencePlan {
   int warps, stages;
   int slices;                // of values
   int tokens_per_part;       // of a sequence that one block runs through, whole chunks
+  int tail;                  // floats of a slot behind the state: normaliser or extra feature
   int64_t parts, all_parts;  // of a sequence (packed: 1), of all (packed: a bound)
   int64_t slot_floats;
+  int64_t segments;  // of all sequences, a bound if packed
+
   int features;                    // rounded up
   int64_t q_step, k_step, v_step;  // TileLoader::step
   bool q_aligned, k_aligned, v_aligned, out_aligned;

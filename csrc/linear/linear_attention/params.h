@@ -32,6 +32,7 @@ struct LinearAttentionBackwardParams {
 
 // Floats of workspace that the CUDA kernels want; shapes and the current device decide.
 int64_t workspace_floats(const LinearAttentionParams&);
+int64_t workspace_floats(const LinearAttentionBackwardParams&);
 
 // null, or what went wrong
 const char* launch_cuda(const LinearAttentionParams&, void* stream);

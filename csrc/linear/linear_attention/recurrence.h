@@ -19,18 +19,33 @@ struct StateRows {
   int64_t sequence, head, feature_step, column_step;
 };
 
+// A feature beyond those of queries and keys: given for one side, 1 on the other.
+enum class Extra : int32_t { none, queries, keys };
+
+constexpr int kSegment = 256;  // tokens from one saved state to the next
+
 struct Recurrence {
   int64_t batch, heads, seqlen;  // as in LinearAttentionParams
   const int32_t* cu_seqlens;
   DType dtype;
   Operand q, k, v;
+  int columns;  // of the state
   Rows out;
+  bool out_float;  // whatever the dtype
   float scale;
-  bool taylor;  // taylor2 on q and k
+  bool scale_keys;  // not queries: the state holds the scale
+
+  bool taylor;        // taylor2 on q and k
+  bool key_factors;   // of taylor2: k has those that depend on the scale, not q
+  bool value_taylor;  // columns are the features taylor2 of v
+  bool value_factors;
   bool normalize;
   float* normalizer;
   LogDecay decay;
   StateRows initial, final;
+  Extra extra;
+  const float* extra_data;  // as the normaliser
+  float* saved;  // [segments of all sequences, H, slices], slots: states at the ends of segments
   float* workspace;
 };
 

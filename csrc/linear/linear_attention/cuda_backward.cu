@@ -1,0 +1,217 @@
+// The backward is three recurrences. With y the sums before normalisation, w the decays between two
+// tokens and phi the feature map:
+//
+//   dphi(q)_i = sum of w (dy_i . v_j) phi(k)_j over j <= i       forwards, the state transposed
+//   dphi(k)_j = sum of w (v_j . dy_i) phi(q)_i over i >= j       backwards, the state transposed
+//   dv_j      = sum of w (phi(k)_j . phi(q)_i) dy_i over i >= j  backwards
+//
+// The column of ones of the normaliser is a further feature of the first two.
+#include "linear/linear_attention/cuda_launch.cuh"
+#include "linear/linear_attention/kernel_backward.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+// Hands out the workspace, or measures it where there is none.
+class Allocator {
+ public:
+  explicit Allocator(float* base) : base_(base) {}
+  float* take(int64_t floats) {
+    float* const at = base_ ? base_ + used_ : nullptr;
+    used_ += round_up(floats, 32);
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+struct Backward {
+  LinearAttentionBackwardParams p;
+  BackwardPlan plan{};
+  Recurrence to_queries{}, to_keys{}, to_values{};
+  int64_t floats = 0;
+
+  explicit Backward(const LinearAttentionBackwardParams& params) : p(params) {
+    const LinearAttentionParams& f = p.forward;
+    Allocator workspace(f.workspace);
+    const int64_t size = f.dtype == DType::float32 ? 4 : 2;
+    const bool plain = f.map == FeatureMap::identity && !p.ddecay.data;
+    plan.tokens = f.cu_seqlens ? f.seqlen : f.batch * f.seqlen;
+    plan.group = static_cast<int>(f.heads / f.kv_heads);
+    plan.taylor = f.map == FeatureMap::taylor2;
+    plan.features = static_cast<int>(feature_dim(f.map, f.head_dim));
+    const int64_t rows = plan.tokens * f.heads;
+    if (f.normalize || !p.dout.data)
+      plan.dy_zero = workspace.take(rows * f.value_dim * size / 4 + 1);
+    if (f.normalize) plan.dz = workspace.take(rows);
+    in_workspace_ = {!plain, !plain || plan.group > 1, plan.group > 1};
+    if (in_workspace_[0]) plan.dq = workspace.take(rows * plan.features);
+    if (in_workspace_[1]) plan.dk = workspace.take(rows * plan.features);
+    if (in_workspace_[2]) plan.dv = workspace.take(rows * f.value_dim);
+    set_recurrences();
+    const RecurrencePlan saved = plan_recurrence(to_queries);
+    plan.segments = saved.segments;
+    plan.slices = saved.slices;
+    plan.slot_floats = saved.slot_floats;
+    const int64_t columns = saved.warps * kColumnsPerWarp;
+    plan.state_floats = saved.features * columns;
+    plan.tail_floats = f.normalize ? columns : 0;
+    if (p.ddecay.data) {
+      const int64_t states = plan.segments * f.heads * plan.slices * plan.slot_floats;
+      plan.forward_states = workspace.take(states);
+      plan.backward_states = workspace.take(states);
+      plan.change = workspace.take(rows);
+      plan.partial = workspace.take(plan.segments * f.heads);
+      to_queries.saved = plan.forward_states;
+      to_keys.saved = plan.backward_states;
+    }
+    int64_t most = 0;
+    for (const Recurrence* r : {&to_queries, &to_keys, &to_values})
+      if (const int64_t n = workspace_floats(*r); n > most) most = n;
+    float* const states = workspace.take(most);
+    for (Recurrence* r : {&to_queries, &to_keys, &to_values}) r->workspace = states;
+    floats = workspace.used();
+  }
+
+ private:
+  // Rows [tokens, H, dim] of the workspace.
+  Rows workspace_rows(float* data, int64_t dim) const {
+    const LinearAttentionParams& f = p.forward;
+    return {data, f.cu_seqlens ? 0 : f.seqlen * f.heads * dim, f.heads * dim, dim};
+  }
+
+  void set_recurrences() {
+    const LinearAttentionParams& f = p.forward;
+    const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
+    const FeatureMap map = plan.taylor ? FeatureMap::identity : f.map;
+    const Rows dy_rows = plan.dy_zero || f.normalize || !p.dout.data
+                             ? workspace_rows(plan.dy_zero, value_dim)
+                             : p.dout;
+    const Operand q{f.q, head_dim, 1, map}, k{f.k, head_dim, plan.group, map};
+    const Operand v{f.v, value_dim, plan.group, FeatureMap::identity};
+    const Operand dy{dy_rows, value_dim, 1, FeatureMap::identity};
+    const int64_t columns = value_dim + f.normalize;
+    const auto straight = [&](const States& s) {
+      return StateRows{s.data, s.sequence, s.head, columns, 1};
+    };
+    const auto transposed = [&](const States& s) {
+      return StateRows{s.data, s.sequence, s.head, 1, columns};
+    };
+    Recurrence r{};
+    r.batch = f.batch;
+    r.heads = f.heads;
+    r.seqlen = f.seqlen;
+    r.cu_seqlens = f.cu_seqlens;
+    r.dtype = f.dtype;
+    r.scale = f.scale;
+    r.decay = f.decay;
+
+    to_queries = to_keys = to_values = r;
+    for (Recurrence* x : {&to_queries, &to_keys}) {
+      x->columns = plan.features;
+      x->value_taylor = plan.taylor;
+      x->extra_data = plan.dz;
+    }
+    to_keys.scale_keys = to_values.scale_keys = true;
+    to_queries.q = dy;
+    to_queries.k = v;
+    to_queries.v = k;
+    to_queries.out_float = in_workspace_[0];
+    to_queries.out = in_workspace_[0] ? workspace_rows(plan.dq, plan.features) : p.dq;
+    to_queries.initial = transposed(f.initial);
+    if (f.normalize) to_queries.extra = Extra::queries;
+
+    to_keys.q = v;
+    to_keys.k = dy;
+    to_keys.v = q;
+    to_keys.value_factors = true;
+    to_keys.out_float = in_workspace_[1];
+    to_keys.out = in_workspace_[1] ? workspace_rows(plan.dk, plan.features) : p.dk;
+    to_keys.initial = transposed(p.dfinal);
+    to_keys.final = transposed(p.dinitial);
+    if (f.normalize) to_keys.extra = Extra::keys;
+
+    to_values.q = k;
+    to_values.k = q;
+    to_values.v = dy;
+    to_values.columns = value_dim;
+    to_values.taylor = plan.taylor;
+    to_values.key_factors = true;
+    to_values.out_float = in_workspace_[2];
+    to_values.out = in_workspace_[2] ? workspace_rows(plan.dv, value_dim) : p.dv;
+    to_values.initial = straight(p.dfinal);
+  }
+
+  struct {
+    bool which[3];
+    bool operator[](int i) const { return which[i]; }
+  } in_workspace_{};
+};
+
+unsigned warp_blocks(int64_t warps) {
+  return static_cast<unsigned>(ceil_div(warps, kMaxThreads / kWarpSize));
+}
+
+template <typename T>
+void finish(const Backward& of, cudaStream_t stream) {
+  const BackwardPlan& plan = of.plan;
+  const LinearAttentionParams& f = of.p.forward;
+  const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
+  const auto launch = [&](const GradientRows& rows) {
+    if (rows.from)
+      finish_gradients_kernel<T>
+          <<<warp_blocks(plan.tokens * (f.heads / rows.group)), kMaxThreads, 0, stream>>>(
+              f, rows, plan.tokens);
+  };
+  launch({plan.dq, f.q, of.p.dq, plan.features, head_dim, 1, f.map, true});
+  launch({plan.dk, f.k, of.p.dk, plan.features, head_dim, plan.group, f.map, false});
+  launch({plan.dv, {}, of.p.dv, value_dim, value_dim, plan.group, FeatureMap::identity, false});
+  if (of.p.ddecay.data)
+    decay_change_kernel<T><<<warp_blocks(plan.tokens * f.heads), kMaxThreads, 0, stream>>>(f, plan);
+}
+
+const char* launch(const Backward& of, cudaStream_t stream) {
+  const BackwardPlan& plan = of.plan;
+  const LinearAttentionParams& f = of.p.forward;
+  const int64_t rows = plan.tokens * f.heads;
+  if (rows > int64_t{1} << 33) return "too many tokens and heads for a launch";
+  if (plan.dy_zero && rows > 0)
+    visit_dtype(f.dtype, [&]<typename T>() {
+      divide_gradients_kernel<T><<<warp_blocks(rows), kMaxThreads, 0, stream>>>(of.p, plan);
+    });
+  if (const char* error = launch_recurrence(of.to_queries, false, stream)) return error;
+  if (const char* error = launch_recurrence(of.to_keys, true, stream)) return error;
+  if (const char* error = launch_recurrence(of.to_values, true, stream)) return error;
+  if (rows > 0) visit_dtype(f.dtype, [&]<typename T>() { finish<T>(of, stream); });
+  if (of.p.ddecay.data) {
+    if (plan.segments > 0)
+      decay_gradient_kernel<<<static_cast<unsigned>(plan.segments * f.heads), kSegment, 0,
+                              stream>>>(of.p, plan);
+    if (!of.p.ddecay.per_token)
+      sum_decay_gradients_kernel<<<warp_blocks(f.batch * f.heads), kMaxThreads, 0, stream>>>(of.p,
+                                                                                             plan);
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t workspace_floats(const LinearAttentionBackwardParams& p) {
+  if (p.forward.batch == 0 || p.forward.heads == 0) return 0;
+  LinearAttentionBackwardParams unplaced = p;
+  unplaced.forward.workspace = nullptr;
+  return cuda::Backward(unplaced).floats;
+}
+
+const char* launch_cuda(const LinearAttentionBackwardParams& p, void* stream) {
+  if (p.forward.batch == 0 || p.forward.heads == 0) return nullptr;
+  return cuda::launch(cuda::Backward(p), static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace tokenmill

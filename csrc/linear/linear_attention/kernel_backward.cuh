@@ -1,0 +1,267 @@
+// What the backward does around its three recurrences: gradients of what the normaliser divides,
+// sums over the query heads of a group, derivatives of feature maps, the gradient of decays.
+#pragma once
+#include "cuda/vector.cuh"
+#include "linear/decay.cuh"
+#include "linear/linear_attention/kernel_state.cuh"
+
+namespace tokenmill::cuda {
+
+// Rows are numbered through all sequences: [tokens, H, ...] in the workspace.
+struct BackwardPlan {
+  int64_t tokens, segments;  // of all sequences, segments at most
+  int features, group;
+  bool taylor;
+  float *dy_zero, *dz;  // dy: elements of the dtype of q, see launch
+  float *dq, *dk, *dv;  // [tokens, H, features or value dimension]; null: written in place
+  float *forward_states, *backward_states;
+  int64_t slot_floats, slices, state_floats, tail_floats;  // of the saved states
+  float *change, *restart, *partial;  // [tokens, H], [segments, H], [segments, H]
+};
+
+struct TokenPlace {
+  int64_t b, t;
+};
+__device__ __forceinline__ TokenPlace place_of(const LinearAttentionParams& p, int64_t token) {
+  if (p.cu_seqlens) return {0, token};
+  return {token / p.seqlen, token % p.seqlen};
+}
+
+__device__ __forceinline__ int64_t warp_number() {
+  return (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarpSize;
+}
+
+// With z the normaliser: dy = dout / z and, for the column of ones, dz = -dout . out / z.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    divide_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
+                            const __grid_constant__ BackwardPlan plan) {
+  const LinearAttentionParams& f = p.forward;
+  const int64_t row = warp_number();
+  if (row >= plan.tokens * f.heads) return;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t token = row / f.heads, h = row % f.heads;
+  const auto [b, t] = place_of(f, token);
+  const int64_t at = (f.cu_seqlens ? h : b * f.heads + h) * f.seqlen + t;
+  const float inverse = f.normalize && p.dout.data ? 1 / f.normalizer[at] : 0;
+  T* const dy = reinterpret_cast<T*>(plan.dy_zero) + row * f.value_dim;
+  float sum = 0;
+  for (int c = lane; c < f.value_dim; c += kWarpSize) {
+    float x = 0;
+    if (p.dout.data) {
+      x = static_cast<float>(rows_at<T>(p.dout, b, t, h)[c]) * inverse;
+      sum = fmaf(x, static_cast<float>(rows_at<T>(f.out, b, t, h)[c]), sum);
+    }
+    dy[c] = static_cast<T>(x);
+  }
+  sum = warp_sum(sum);
+  if (f.normalize && lane == 0) plan.dz[at] = -sum;
+}
+
+__device__ __forceinline__ int pair_feature(int i, int j, int dim) {
+  const int low = min(i, j), high = max(i, j);
+  return 1 + dim + low * dim - low * (low - 1) / 2 + high - low;
+}
+
+// d map / dx
+__device__ __forceinline__ float map_derivative(FeatureMap map, float x) {
+  switch (map) {
+    case FeatureMap::elu1:
+      return x < 0 ? exp2_approx(kLog2e * x) : 1;
+    case FeatureMap::relu:
+      return x > 0 ? 1 : x <= 0 ? 0 : x;  // NaN stays
+    case FeatureMap::silu: {
+      const float s = sigmoid(x);
+      return s * fmaf(x, 1 - s, 1.f);
+    }
+    default:
+      return 1;
+  }
+}
+
+// One gradient of rows of `dim` elements from those of their features, summed over `group` heads.
+struct GradientRows {
+  const float* from;  // [tokens, H, features]
+  Rows x, to;
+  int features, dim, group;
+  FeatureMap map;
+  bool query;  // taylor2: has the factors
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    finish_gradients_kernel(const __grid_constant__ LinearAttentionParams p,
+                            const __grid_constant__ GradientRows g, int64_t tokens) {
+  const int64_t row = warp_number(), heads = p.heads / g.group;
+  if (row >= tokens * heads) return;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t token = row / heads, h = row % heads;
+  const auto [b, t] = place_of(p, token);
+  const float* from = g.from + (token * p.heads + h * g.group) * g.features;
+  const T* x = g.x.data ? rows_at<T>(g.x, b, t, h) : nullptr;
+  T* to = rows_at<T>(g.to, b, t, h);
+  const auto sum = [&](int feature) {
+    float y = 0;
+    for (int i = 0; i < g.group; ++i) y += from[int64_t{i} * g.features + feature];
+    return y;
+  };
+  for (int c = lane; c < g.dim; c += kWarpSize) {
+    float y;
+    if (g.map == FeatureMap::taylor2) {
+      const float linear = g.query ? p.scale : 1, pair = g.query ? p.scale * p.scale : 1;
+      y = linear * sum(1 + c);
+      for (int j = 0; j < g.dim; ++j) {
+        const float factor = j == c && !g.query ? 2 : 1;
+        y = fmaf(pair * factor * sum(pair_feature(c, j, g.dim)), static_cast<float>(x[j]), y);
+      }
+    } else {
+      y = sum(c);
+      if (x) y *= map_derivative(g.map, static_cast<float>(x[c]));
+    }
+    to[c] = static_cast<T>(y);
+  }
+}
+
+// phi(q) . dphi(q) - phi(k) . dphi(k)
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    decay_change_kernel(const __grid_constant__ LinearAttentionParams p,
+                        const __grid_constant__ BackwardPlan plan) {
+  const int64_t row = warp_number();
+  if (row >= plan.tokens * p.heads) return;
+  const int lane = threadIdx.x % kWarpSize, dim = static_cast<int>(p.head_dim);
+  const int64_t token = row / p.heads, h = row % p.heads;
+  const auto [b, t] = place_of(p, token);
+  const T* q = rows_at<T>(p.q, b, t, h);
+  const T* k = rows_at<T>(p.k, b, t, h / plan.group);
+  const float* dq = plan.dq + row * plan.features;
+  const float* dk = plan.dk + row * plan.features;
+  const auto x = [](const T* from, int i) { return static_cast<float>(from[i]); };
+  float sum = 0;
+  if (plan.taylor) {
+    if (lane == 0) sum = dq[0] - dk[0];
+    for (int i = lane; i < dim; i += kWarpSize) {
+      sum += p.scale * x(q, i) * dq[1 + i] - x(k, i) * dk[1 + i];
+      for (int j = i; j < dim; ++j) {
+        const int f = pair_feature(i, j, dim);
+        const float factor = p.scale * p.scale * (i == j ? 0.5f : 1);
+        sum += factor * x(q, i) * x(q, j) * dq[f] - x(k, i) * x(k, j) * dk[f];
+      }
+    }
+  } else {
+    for (int i = lane; i < dim; i += kWarpSize)
+      sum += map_feature(p.map, x(q, i)) * dq[i] - map_feature(p.map, x(k, i)) * dk[i];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) plan.change[row] = sum;
+}
+
+// A segment of a sequence: its first token and their number.
+struct Segment {
+  int64_t b;  // -1: none
+  int start, length, first, count;
+
+  // All lanes of a warp together.
+  __device__ Segment(const LinearAttentionParams& p, int64_t number) {
+    const int64_t each = (p.seqlen + kSegment - 1) / kSegment;
+    TilePlace place{static_cast<int>(each ? number / each : -1),
+                    static_cast<int>(each ? number % each : 0)};
+    start = 0;
+    length = static_cast<int>(p.seqlen);
+    if (p.cu_seqlens) place = find_tile(p.cu_seqlens, p.batch, p.seqlen, kSegment, number);
+    b = place.b;
+    if (b < 0) return;
+    if (p.cu_seqlens) {
+      start = clamped_end(p.cu_seqlens, b, p.seqlen);
+      length = clamped_end(p.cu_seqlens, b + 1, p.seqlen) - start;
+    }
+    first = place.tile * kSegment;
+    count = min(length - first, kSegment);
+  }
+  __device__ bool is_last() const { return first + count == length; }
+};
+
+// Of `count` threads of a block, a power of two; every thread gets the result.
+__device__ inline float block_sum(float x, float* shared) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  float sum = 0;
+  for (int i = 0; i < kMaxThreads / kWarpSize; ++i) sum += shared[i];
+  return sum;
+}
+
+__device__ inline float decay_at(const LogDecay& decay, int64_t b, int64_t t, int64_t h) {
+  const float x = decay.data[b * decay.batch + t * decay.seq + h * decay.head];
+  return exp2_exact(log2_decay(x, kLeastHeadDecay));
+}
+
+// The gradient of each decay of a segment: change summed from the segment's end, and what passes
+// between the state at its end and later tokens.
+__global__ void __launch_bounds__(kSegment)
+    decay_gradient_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
+                          const __grid_constant__ BackwardPlan plan) {
+  __shared__ float sums[2][kSegment];
+  __shared__ float parts[kMaxThreads / kWarpSize];
+  const LinearAttentionParams& f = p.forward;
+  const int64_t number = blockIdx.x / f.heads, h = blockIdx.x % f.heads;
+  const Segment s(f, number);
+  if (s.b < 0) return;
+  float inner = 0;
+  for (int64_t slice = 0; slice < plan.slices; ++slice) {
+    const int64_t at = ((number * f.heads + h) * plan.slices + slice) * plan.slot_floats;
+    const float* x = plan.forward_states + at;
+    const float* y = plan.backward_states + at;
+    for (int64_t i = threadIdx.x; i < plan.state_floats + plan.tail_floats; i += kSegment)
+      inner = fmaf(x[i], y[i], inner);
+  }
+  inner = block_sum(inner, parts);
+  const int64_t row = f.cu_seqlens ? 0 : s.b;  // of tensors with tokens
+  if (!s.is_last())
+    inner *= decay_at(f.decay, f.decay.per_token ? row : s.b, s.start + s.first + s.count, h);
+  const int i = threadIdx.x;
+  const int64_t token = row * f.seqlen + s.start + s.first + i;
+  float x = i < s.count ? plan.change[token * f.heads + h] : 0;
+  int from = 0;
+  for (int step = 1; step < kSegment; step *= 2) {
+    sums[from][i] = x;
+    __syncthreads();
+    if (i + step < kSegment) x += sums[from][i + step];
+    from ^= 1;
+  }
+  x = i < s.count ? x + inner : 0;
+  if (p.ddecay.per_token) {
+    if (i < s.count)
+      p.ddecay
+          .data[row * p.ddecay.batch + (s.start + s.first + i) * p.ddecay.seq + h * p.ddecay.head] =
+          x;
+  } else {
+    x = block_sum(x, parts);
+    if (i == 0) plan.partial[number * f.heads + h] = x;
+  }
+}
+
+// Sums over the segments of a sequence; a warp each.
+__global__ void __launch_bounds__(kMaxThreads)
+    sum_decay_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
+                               const __grid_constant__ BackwardPlan plan) {
+  const LinearAttentionParams& f = p.forward;
+  const int64_t row = warp_number();
+  if (row >= f.batch * f.heads) return;
+  const int64_t b = row / f.heads, h = row % f.heads;
+  int64_t first = b * ((f.seqlen + kSegment - 1) / kSegment), length = f.seqlen;
+  if (f.cu_seqlens) {
+    first = first_tile(f.cu_seqlens, f.seqlen, kSegment, b, 0);
+    length = clamped_end(f.cu_seqlens, b + 1, f.seqlen) - clamped_end(f.cu_seqlens, b, f.seqlen);
+  }
+  int64_t end = first + (length + kSegment - 1) / kSegment;
+  if (end > plan.segments) end = plan.segments;
+  float sum = 0;
+  for (int64_t i = first + threadIdx.x % kWarpSize; i < end; i += kWarpSize)
+    sum += plan.partial[i * f.heads + h];
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarpSize == 0) p.ddecay.data[b * p.ddecay.batch + h * p.ddecay.head] = sum;
+}
+
+}  // namespace tokenmill::cuda
