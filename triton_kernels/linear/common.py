@@ -184,6 +184,16 @@ def between(remains, o_t, KEYS_FIRST: tl.constexpr, STRICT: tl.constexpr):
 
 
 @triton.jit
+def operand(b_x, PRECISION: tl.constexpr):
+    """In float32. Tensor cores cut a float32 to tf32, which would make every product smaller."""
+    if b_x.dtype == tl.float32 and PRECISION == "tf32":
+        b_x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [b_x], tl.int32, is_pure=True, pack=1
+        ).to(tl.float32, bitcast=True)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
 def product(b_a, b_b, PRECISION: tl.constexpr):
     """Accumulated in float32. Stored 16-bit operands are multiplied as they are; whatever was
     computed (features, weights, states) would lose range or digits in 16 bits, and is multiplied in
@@ -193,7 +203,9 @@ def product(b_a, b_b, PRECISION: tl.constexpr):
     elif b_a.dtype == b_b.dtype and b_a.dtype != tl.float32:
         b_product = tl.dot(b_a, b_b)
     else:
-        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision=PRECISION)
+        b_a = operand(b_a, PRECISION)
+        b_b = operand(b_b, PRECISION)
+        b_product = tl.dot(b_a, b_b, input_precision=PRECISION)
     return b_product
 
 

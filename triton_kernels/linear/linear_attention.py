@@ -112,6 +112,8 @@ class Call(NamedTuple):
             plan = Plan(*[Tiles(tokens, 128, 128, 4, 1)] * 4)
         else:
             plan = PLANS[self.q.element_size()]
+            if max(self.q.shape[-1], self.v.shape[-1]) > 128:
+                plan = plan._replace(forward=plan.forward._replace(num_warps=8))
         if self.chunk_size is None:
             return plan
         return Plan(*(t._replace(tokens=min(t.tokens, self.chunk_size)) for t in plan))
@@ -289,11 +291,10 @@ def linear_attention(
         parts,
         **options,
     )
-    none = call.float32(0)
     return (
         out,
-        none if final_state is None else final_state,
-        none if normalizer is None else normalizer,
+        call.float32(0) if final_state is None else final_state,
+        call.float32(0) if normalizer is None else normalizer,
     )
 
 
