@@ -53,13 +53,28 @@ class Worker {
       load_state(b, first_head + i, i);
     }
     for (int64_t t = 0; t < s.length; t += kChunk)
-      for (int64_t i = 0; i < heads; ++i) chunk(s, b, first_head + i, i, t);
+      for (int64_t i = 0; i < heads; ++i)
+        chunk(s, b, first_head + i, i, t,
+              i + 1 < heads ? ahead_of(s, b, first_head + i + 1, t)
+                            : ahead_of(s, b, first_head, t + kChunk));
     if (p.final.data)
       for (int64_t i = 0; i < heads; ++i) store_state(b, first_head + i, i, slice);
   }
 
  private:
-  void chunk(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t t) {
+  Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
+    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
+    const int64_t kv_head = h / (p.heads / p.kv_heads);
+    Ahead a;
+    if (n <= 0) return a;
+    a.scores = span_of(p.q, p.dtype, b, h, at, n).ahead(p.head_dim);
+    a.outputs = span_of(p.k, p.dtype, b, kv_head, at, n).ahead(p.head_dim);
+    a.state = span_of(p.v, p.dtype, b, kv_head, at, n).columns(first).ahead(columns);
+    a.written = span_of(p.out, p.dtype, b, h, at, n).columns(first).ahead(columns);
+    return a;
+  }
+
+  void chunk(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t t, const Ahead& ahead) {
     const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     o.state = states + i * state_size;
@@ -74,11 +89,11 @@ class Worker {
     float* rows_out = direct ? reinterpret_cast<float*>(to.data) : out;
     const int64_t step = direct ? to.step : ldo;
     if (taylor)
-      chunk_outputs<true>(o, decay, n, state, rows_out, step, spare);
+      chunk_outputs<true>(o, decay, n, state, rows_out, step, spare, ahead);
     else
-      chunk_outputs<false>(o, decay, n, state, rows_out, step, spare);
+      chunk_outputs<false>(o, decay, n, state, rows_out, step, spare, ahead);
     if (!direct) store_rows(to, b, h, s, t);
-    if (t + n < s.length || p.final.data) chunk_state(o, decay, n);
+    if (t + n < s.length || p.final.data) chunk_state(o, decay, n, ahead);
   }
 
   void load_state(int64_t b, int64_t h, int64_t i) {

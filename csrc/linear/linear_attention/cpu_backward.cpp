@@ -123,12 +123,27 @@ class Worker {
     for (int64_t t = 0; t < s.length; t += kChunk)
       for (int64_t l = 0; l < count * group; ++l) {
         if (l % group == 0) rows.load_keys(b, kv + l / group, s.start + t, rows_at(s, t), false);
-        query_chunk(s, b, kv * group + l, l, t);
+        const bool more = l + 1 < count * group;
+        query_chunk(s, b, kv * group + l, l, t,
+                    ahead_of(s, b, kv * group + (more ? l + 1 : 0), more ? t : t + kChunk));
       }
   }
 
+  // What the chunk of query head h at t reads.
+  Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
+    Ahead a;
+    if (t < 0 || t >= s.length) return a;
+    const int64_t n = rows_at(s, t), first = s.start + t, kv = h / group;
+    a.scores = span_of(p.q, p.dtype, b, h, first, n).ahead(p.head_dim);
+    if (bp.dout.data) a.outputs = span_of(bp.dout, p.dtype, b, h, first, n).ahead(p.value_dim);
+    a.state = span_of(p.k, p.dtype, b, kv, first, n).ahead(p.head_dim);
+    a.written = span_of(p.v, p.dtype, b, kv, first, n).ahead(p.value_dim);
+    return a;
+  }
+
   // Of query head h, the l-th of this worker.
-  void query_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t) {
+  void query_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t,
+                   const Ahead& ahead) {
     ChunkOperands& o = to_queries.o;
     const int64_t n = rows_at(s, t), first = s.start + t;
     use_states(l);
@@ -138,7 +153,7 @@ class Worker {
     rows.as_z(o, rows.k, rows.ldf, n);
     to_queries.decay.start_chunk(table(to_queries, l), b, h, first, n);
     const bool state = t > 0 || p.initial.data;
-    chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare);
+    chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare, ahead);
     if (segments > 0) {
       float* change = changes + l * segments * kSegment + t;
       for (int64_t r = 0; r < n; ++r)
@@ -148,7 +163,7 @@ class Worker {
                           span_of(p.q, p.dtype, b, h, first, n), out);
     const bool last = t + n == s.length;
     if (last && segments > 0) to_queries.decay.drop_last(n);
-    if (!last || segments > 0) chunk_state(o, to_queries.decay, n);
+    if (!last || segments > 0) chunk_state(o, to_queries.decay, n, ahead);
     if (segments > 0 && ends_segment(s, t + n))
       std::memcpy(saved_state(l, t / kSegment), o.state, o.state_size() * sizeof(float));
   }
@@ -179,8 +194,10 @@ class Worker {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows_at(s, t), first = s.start + t;
         rows.load_keys(b, kv + i, first, n, true);
-        for (int64_t g = 0; g < group; ++g)
-          key_chunk(s, b, (kv + i) * group + g, i * group + g, t, g == 0);
+        for (int64_t l = i * group; l < (i + 1) * group; ++l)
+          key_chunk(s, b, kv * group + l, l, t, l == i * group,
+                    l + 1 < count * group ? ahead_of(s, b, kv * group + l + 1, t)
+                                          : ahead_of(s, b, kv * group, t - kChunk));
         store_gradients<false>(span_of(bp.dk, p.dtype, b, kv + i, first, n).reversed(),
                                span_of(p.k, p.dtype, b, kv + i, first, n).reversed(), dk);
         const Span to = span_of(bp.dv, p.dtype, b, kv + i, first, n).reversed();
@@ -195,7 +212,8 @@ class Worker {
   }
 
   // Of query head h, the l-th of this worker, to dk and dv.
-  void key_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t, bool assign) {
+  void key_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t, bool assign,
+                 const Ahead& ahead) {
     ChunkOperands &ok = to_keys.o, &ov = to_values.o;
     const int64_t n = rows_at(s, t), first = s.start + t;
     const bool at_end = t + n == s.length, state = !at_end || bp.dfinal.data;
@@ -210,21 +228,21 @@ class Worker {
     ok.x = rows.v;
     rows.as_y(ok, rows.dy, rows.ldw, n);
     rows.as_z(ok, rows.q, rows.ldf, n);
-    chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare);
+    chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare, ahead);
     if (segments > 0) {
       float* change = changes + l * segments * kSegment + t;
       for (int64_t r = 0; r < n; ++r)
         change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
     }
     if (blind) add_state_row(ok, out);
-    if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n);
+    if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n, {});
     add_rows(dk, n, rows.features, assign);
 
     ov.x = rows.k;
     rows.as_y(ov, rows.q, rows.ldf, n);
     rows.as_z(ov, rows.dy, rows.ldw, n);
-    chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare);
-    if (t > 0) chunk_state(ov, to_values.decay, n);
+    chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare, {});
+    if (t > 0) chunk_state(ov, to_values.decay, n, ahead);
     add_rows(dv, n, p.value_dim, assign);
   }
 

@@ -68,6 +68,25 @@ struct ChunkOperands {
   float* state_panel(int64_t column) const { return state + column * state_rows; }
 };
 
+// Rows of tensors to ask for during a chunk, before the next one packs or stores them: rows of a
+// head lie apart, which no hardware prefetcher follows. Reads go to L2.
+struct Ahead {
+  struct Rows {
+    const char* data = nullptr;
+    int64_t step = 0, n = 0, bytes = 0;  // step and bytes of a row
+  };
+  Rows scores, outputs, state, written;  // asked for beside these products
+
+  // The share [part, part + count) of `parts`.
+  template <bool kWrite = false>
+  static TM_INLINE void ask(const Rows& r, int64_t part, int64_t count, int64_t parts) {
+    const int64_t end = (part + count < parts ? part + count : parts) * r.n / parts;
+    for (int64_t i = part * r.n / parts; i < end; ++i)
+      for (int64_t b = 0; b < r.bytes; b += 64)
+        __builtin_prefetch(r.data + i * r.step + b, kWrite, kWrite ? 3 : 1);
+  }
+};
+
 // Rows of the next register tile where `left` are to be done.
 constexpr int64_t rows_of_tile(int64_t left) {
   const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
@@ -176,10 +195,11 @@ inline void scale_keys(const ChunkOperands& o, const ChunkDecay& decay, int64_t 
 // that exist are copied. width is rounded up to vectors, so must out be; spare has kTileRows rows.
 template <bool kTransposedX>
 inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool state,
-                          float* out, int64_t ldo, float* spare) {
+                          float* out, int64_t ldo, float* spare, const Ahead& ahead) {
   for (int64_t row = 0, rows; row < n; row += rows) {
     rows = rows_of_tile(n - row);
     const int64_t tokens = row + rows < n ? row + rows : n;
+    Ahead::ask(ahead.scores, row, rows, n);
     for (int64_t column = 0; column < tokens; column += kPanel)
       with_tile(rows, vectors_of(tokens - column), [&]<int M, int N>() TM_LAMBDA {
         score_tile<kTransposedX, M, N>(o, decay, row, column);
@@ -193,6 +213,7 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
       const int64_t tokens = whole ? row + rows : n, vectors = vectors_of(o.width - column);
       float* to = whole ? out + row * ldo + column : spare + column;
       const int64_t ld = whole ? ldo : ld_spare;
+      if (column == 0) Ahead::ask(ahead.outputs, row, rows, n);
       with_tile(rows, vectors, [&]<int M, int N>() TM_LAMBDA {
         out_tile<kTransposedX, M, N>(o, decay, row, column, tokens, state, to, ld);
       });
@@ -204,11 +225,16 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
 }
 
 // Consumes y.
-inline void chunk_state(const ChunkOperands& o, const ChunkDecay& decay, int64_t n) {
+inline void chunk_state(const ChunkOperands& o, const ChunkDecay& decay, int64_t n,
+                        const Ahead& ahead) {
   if (!decay.none()) scale_keys(o, decay, n);
   for (int64_t column = 0; column < o.width; column += kPanel)
     for (int64_t row = 0, rows; row < o.features; row += rows) {
       rows = rows_of_tile(o.features - row);
+      if (column == 0) {
+        Ahead::ask(ahead.state, row, rows, o.features);
+        Ahead::ask<true>(ahead.written, row, rows, o.features);
+      }
       with_tile(rows, vectors_of(o.width - column), [&]<int M, int N>() TM_LAMBDA {
         state_tile<M, N>(o, decay.total, row, column, n);
       });

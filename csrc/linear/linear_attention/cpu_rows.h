@@ -37,6 +37,9 @@ struct Span {
   char* row(int64_t r) const { return data + r * step * size_of(dtype); }
   Span columns(int64_t first) const { return {data + first * size_of(dtype), dtype, step, n}; }
   Span rows(int64_t first, int64_t count) const { return {row(first), dtype, step, count}; }
+  Ahead::Rows ahead(int64_t length) const {
+    return {data, step * size_of(dtype), n, length * size_of(dtype)};
+  }
   Span reversed() const { return {row(n - 1), dtype, -step, n}; }
 };
 
