@@ -49,7 +49,8 @@ struct PairWorker {
   __device__ __forceinline__ void enter(uint32_t shared) {
     exchange = 0;
     place();
-    exchange = shared - info.address;
+    // Through a shuffle: of a sum, ptxas would keep the terms.
+    exchange = __shfl_sync(kFullWarp, shared - info.address, lane);
     place();
   }
   __device__ __forceinline__ void place() {
@@ -88,6 +89,7 @@ struct PairWorker {
     return load_int<offsetof(StageAddresses, tile)>(own_addresses());
   }
   __device__ __forceinline__ void next_tile() {
+    cuda::keep(exchange);  // what is derived from it must not outlive the tile
     place();
     if constexpr (Shape::kWide)
       ++counter;
@@ -394,8 +396,10 @@ struct PairWorker {
       else
         steps([&](auto row) { lead<false, row>(terms, stage, 0, 0); });
     } else {
+      // The end is read again: a register for it is one too many.
+      int column = first;
 #pragma unroll 1
-      for (int column = first; column < first + Shape::kColumns; column += Shape::kStep) {
+      do {
         const unsigned active = kMasked ? active_blocks(column) : 1;
         if (active) {
           if (follows)
@@ -406,7 +410,8 @@ struct PairWorker {
         stage.rows += Shape::kStep * Tile::kRowBytes;
         stage.columns += Shape::kStep * Tile::kRowBytes;
         stage.statistics += Shape::kStep * 4;
-      }
+        column += Shape::kStep;
+      } while ((column - info.begin()) % Shape::kColumns != 0);
     }
   }
 
