@@ -9,7 +9,7 @@ from conftest import device_of
 from tokenmill import registry
 from tokenmill.reference import linear as reference
 
-SIZE = 256
+SIZE = 128
 
 
 def chunked(q, k, v, *, log_decay=None, initial_state=None, **options):
