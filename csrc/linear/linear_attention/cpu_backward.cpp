@@ -36,7 +36,8 @@ class Worker {
         p(bp.forward),
         group(p.heads / p.kv_heads),
         heads(kv_heads * group),
-        segments(bp.ddecay.data ? ceil_div(longest, kSegment) : 0),
+        // One of no tokens, so that the gradient of a decay is written.
+        segments(bp.ddecay.data ? ceil_div(longest > 0 ? longest : 1, kSegment) : 0),
         rows(p),
         to_queries(p.decay, rows.width, rows.features, false, segments == 0),
         to_keys(p.decay, rows.width, rows.features, true, segments == 0),
