@@ -1,6 +1,7 @@
 // Forward: chunk by chunk, the states in cache. A worker owns some heads of a sequence, or some
 // value columns of one where there are fewer heads than threads.
 #include "cpu/parallel.h"
+#include "linear/linear_attention/cpu_chunk_bfloat16.h"
 #include "linear/linear_attention/cpu_rows.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -19,20 +20,28 @@ class Worker {
       : p(p),
         division(division),
         taylor(p.map == FeatureMap::taylor2),
+        narrow(p.dtype == DType::bfloat16 && p.map == FeatureMap::identity && !p.normalize),
         o(feature_dim(p.map, p.head_dim), division.slice_width + p.normalize, taylor),
         decay(p.decay, false, true),
+#if defined(__AVX512BF16__)
+        pairs(o, p.scale),
+#endif
         ldo(round_up(o.width, kWidth)),
-        workspace(o.size() + division.heads * (o.state_size() + ChunkDecay::kTable + 16) +
-                  (kChunk + kTileRows) * ldo + 4 * 16) {
+        workspace(narrow_size() + o.size() +
+                  division.heads * (o.state_size() + ChunkDecay::kTable + 16) +
+                  (kChunk + 2 * kTileRows) * ldo + 4 * 16) {
     if (taylor) {
       o.taylor = true;
       o.first_score = 1;
       o.score_features = p.head_dim;
     }
     o.place(workspace);
+#if defined(__AVX512BF16__)
+    if (narrow) pairs.place(workspace);
+#endif
     states = workspace.take(division.heads * o.state_size());
     tables = workspace.take(division.heads * ChunkDecay::kTable);
-    out = workspace.take(kChunk * ldo);
+    out = workspace.take((kChunk + kTileRows) * ldo);
     spare = workspace.take(kTileRows * ldo);
     state_size = o.state_size();
   }
@@ -62,6 +71,13 @@ class Worker {
   }
 
  private:
+  int64_t narrow_size() const {
+#if defined(__AVX512BF16__)
+    if (narrow) return pairs.size();
+#endif
+    return 0;
+  }
+
   Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
     const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
@@ -78,13 +94,26 @@ class Worker {
     const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     o.state = states + i * state_size;
+    const bool state = t > 0 || p.initial.data;
+    const bool advance = t + n < s.length || p.final.data;
+    const Span to = span_of(p.out, p.dtype, b, h, at, n).columns(first);
+#if defined(__AVX512BF16__)
+    if (narrow) {
+      decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
+      pairs.pack(span_of(p.q, p.dtype, b, h, at, n), span_of(p.k, p.dtype, b, kv_head, at, n),
+                 span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), decay, p.head_dim,
+                 columns);
+      chunk_outputs(pairs, decay, n, state, out, ldo, ahead);
+      store_rows(to, b, h, s, t);
+      if (advance) chunk_state(pairs, decay, n, ahead);
+      return;
+    }
+#endif
     pack_x(o, span_of(p.q, p.dtype, b, h, at, n), p.map, p.scale, p.head_dim);
     pack_y(o, span_of(p.k, p.dtype, b, kv_head, at, n), p.map, 1.f, p.head_dim);
     pack_z(o, span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), columns);
     if (p.normalize) fill_z(o, columns, n, 1.f);
     decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
-    const bool state = t > 0 || p.initial.data;
-    const Span to = span_of(p.out, p.dtype, b, h, at, n).columns(first);
     const bool direct = p.dtype == DType::float32 && !p.normalize && columns % kWidth == 0;
     float* rows_out = direct ? reinterpret_cast<float*>(to.data) : out;
     const int64_t step = direct ? to.step : ldo;
@@ -93,7 +122,7 @@ class Worker {
     else
       chunk_outputs<false>(o, decay, n, state, rows_out, step, spare, ahead);
     if (!direct) store_rows(to, b, h, s, t);
-    if (t + n < s.length || p.final.data) chunk_state(o, decay, n, ahead);
+    if (advance) chunk_state(o, decay, n, ahead);
   }
 
   void load_state(int64_t b, int64_t h, int64_t i) {
@@ -133,8 +162,12 @@ class Worker {
   const LinearAttentionParams& p;
   const Division& division;
   bool taylor;
+  bool narrow;  // products of bfloat16, where there are such: the operands are in bfloat16 already
   ChunkOperands o;
   ChunkDecay decay;
+#if defined(__AVX512BF16__)
+  BFloat16Operands pairs;
+#endif
   int64_t ldo;
   cpu::Workspace workspace;
   float *states, *tables, *out, *spare;
