@@ -116,6 +116,7 @@ SAMPLES = (
     Sample("narrow heads", _sample(h=3, hk=1, d=1, dv=3, decay="head")),
     Sample("one token", _sample(s=1, decay="head", state=True)),
     Sample("no tokens", _sample(s=0, decay="head", state=True)),
+    Sample("packed, no tokens", _sample(lengths=(0, 0), decay="head", state=True)),
     Sample("no sequences", _sample(lengths=(), return_final_state=True)),
 )
 
