@@ -24,7 +24,7 @@ LENGTHS = [
     "group",
     "tiles",
 ]
-# e^-128 is 0 in float32. Sums of more than a chunk's count of -1e4 stay finite.
+# Stand for -inf: e^-128 is 0 in float32, and no difference of sums over a chunk is inf - inf.
 LEAST_OF_TOKEN = tl.constexpr(-128.0)
 LEAST_OF_HEAD = tl.constexpr(-1e4)
 
