@@ -88,7 +88,7 @@ def topk_select(
         page_size=page_size, row_to_batch=row_to_batch, return_values=return_values,
     )  # fmt: skip
     indices, counts, values, physical = call(SPEC, lowered, backend)
-    found = (indices, counts)
+    found: tuple[Tensor, ...] = (indices, counts)
     if return_values:
         found += (values,)
     return found if page_table is None else (*found, physical)
