@@ -37,9 +37,9 @@ def _case(batch: int, tokens: int = 1) -> Case:
         copy = functools.partial(other.copy_, state.view(-1))
         peers: dict[str, Callable[[], Run]] = {"copy of the state": lambda: copy}
         if tokens == 1:
-            theirs = [t[:, 0] for t in (q * HEAD_DIM**-0.5, k, v)]
-            run = functools.partial(eager_decode, *theirs, state.clone(), torch.exp(-slopes))
-            peers["eager"] = lambda: run
+            theirs = (q * HEAD_DIM**-0.5)[:, 0], k[:, 0], v[:, 0]
+            last, decay = state.clone(), torch.exp(-slopes)
+            peers["eager"] = lambda: lambda: eager_decode(*theirs, last, decay)
         return lambda: tm.linear_attention_decode(q, k, v, state, log_decay=-slopes), peers
 
     return Case(

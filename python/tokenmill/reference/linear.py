@@ -225,8 +225,8 @@ def _by_sequence(
         out, normalizer = _divide(torch.cat(parts, 1), normalize)
         out, normalizer = out[0], normalizer[0]
         if not states:
-            rows = key_features(k[:0, :1], feature_map).shape[-1]
-            states = [q.new_zeros(0, q.shape[1], rows, parts[0].shape[-1], dtype=wide)]
+            features = key_features(k[:0, :1], feature_map).shape[-1]
+            states = [q.new_zeros(0, q.shape[1], features, parts[0].shape[-1], dtype=wide)]
         state = torch.cat(states)
     empty = q.new_empty(0, dtype=wide)
     return (
