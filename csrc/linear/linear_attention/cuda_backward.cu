@@ -65,6 +65,8 @@ struct Backward {
       plan.forward_states = workspace.take(states);
       plan.backward_states = workspace.take(states);
       plan.change = workspace.take(rows);
+      plan.diagonal = workspace.take(rows);
+      to_queries.no_diagonal = to_keys.no_diagonal = true;
       plan.partial = workspace.take(plan.segments * f.heads);
       to_queries.saved = plan.forward_states;
       to_keys.saved = plan.backward_states;
@@ -93,6 +95,7 @@ struct Backward {
                              : p.dout;
     const Operand q{f.q, head_dim, 1, map}, k{f.k, head_dim, plan.group, map};
     const Operand v{f.v, value_dim, plan.group, FeatureMap::identity};
+    plan.dy = dy_rows;
     const Operand dy{dy_rows, value_dim, 1, FeatureMap::identity};
     const int64_t columns = value_dim + f.normalize;
     const auto straight = [&](const States& s) {
@@ -167,11 +170,23 @@ void finish(const Backward& of, cudaStream_t stream) {
           <<<warp_blocks(plan.tokens * (f.heads / rows.group)), kMaxThreads, 0, stream>>>(
               f, rows, plan.tokens);
   };
-  launch({plan.dq, f.q, of.p.dq, plan.features, head_dim, 1, f.map, true});
-  launch({plan.dk, f.k, of.p.dk, plan.features, head_dim, plan.group, f.map, false});
-  launch({plan.dv, {}, of.p.dv, value_dim, value_dim, plan.group, FeatureMap::identity, false});
   if (of.p.ddecay.data)
     decay_change_kernel<T><<<warp_blocks(plan.tokens * f.heads), kMaxThreads, 0, stream>>>(f, plan);
+  launch({plan.dq, plan.diagonal, f.q, f.k, of.p.dq, plan.features, head_dim, 1, plan.group, f.map,
+          true});
+  launch({plan.dk, plan.diagonal, f.k, f.q, of.p.dk, plan.features, head_dim, plan.group, 1, f.map,
+          false});
+  launch({plan.dv,
+          nullptr,
+          {},
+          {},
+          of.p.dv,
+          value_dim,
+          value_dim,
+          plan.group,
+          1,
+          FeatureMap::identity,
+          false});
 }
 
 const char* launch(const Backward& of, cudaStream_t stream) {

@@ -38,8 +38,9 @@ class RecurrenceBlock {
   __device__ void run() {
     if (kTaylor || p_.value_taylor) list_features(vectors_, kTaylor ? p_.q.dim : p_.v.dim);
     for (int i = threadIdx.x; i < kTokens + kTableBefore; i += blockDim.x)
-      vectors_.table[i] =
-          i < kTableBefore ? 0 : output_scale() * decays_.at_distance(i - kTableBefore);
+      vectors_.table[i] = i < kTableBefore + p_.no_diagonal
+                              ? 0
+                              : output_scale() * decays_.at_distance(i - kTableBefore);
     start_state();
 
     const auto load = [&](uint32_t stage, int row) {
@@ -402,7 +403,7 @@ class RecurrenceBlock {
 
   __device__ __forceinline__ float weight(int query, int key) const {
     if (!decays_.per_token()) return vectors_.table[kTableBefore + query - key];
-    if (key > query) return 0;
+    if (key + p_.no_diagonal > query) return 0;
     return output_scale() * exp2_approx((vectors_.high[query] - vectors_.high[key]) +
                                         (vectors_.low[query] - vectors_.low[key]));
   }

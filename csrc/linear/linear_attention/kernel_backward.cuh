@@ -16,7 +16,11 @@ struct BackwardPlan {
   float *dq, *dk, *dv;  // [tokens, H, features or value dimension]; null: written in place
   float *forward_states, *backward_states;
   int64_t slot_floats, slices, state_floats, tail_floats;  // of the saved states
-  float *change, *restart, *partial;  // [tokens, H], [segments, H], [segments, H]
+  // For the gradient of decays: [tokens, H], [segments, H], [tokens, H]. diagonal: what a token's
+  // pair with itself weighs in dphi(q) and dphi(k), which leave it out until then, because it
+  // cancels.
+  float *change, *partial, *diagonal;
+  Rows dy;
 };
 
 struct TokenPlace {
@@ -81,11 +85,12 @@ __device__ __forceinline__ float map_derivative(FeatureMap map, float x) {
 
 // One gradient of rows of `dim` elements from those of their features, summed over `group` heads.
 struct GradientRows {
-  const float* from;  // [tokens, H, features]
-  Rows x, to;
-  int features, dim, group;
+  const float* from;      // [tokens, H, features]
+  const float* diagonal;  // [tokens, H], times features of `other`; or null
+  Rows x, other, to;
+  int features, dim, group, other_group;
   FeatureMap map;
-  bool query;  // taylor2: has the factors
+  bool query;  // taylor2: has the factors, else `other` has
 };
 
 template <typename T>
@@ -95,34 +100,44 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t row = warp_number(), heads = p.heads / g.group;
   if (row >= tokens * heads) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = row / heads, h = row % heads;
+  const int64_t token = row / heads, h = row % heads, first = h * g.group;
   const auto [b, t] = place_of(p, token);
-  const float* from = g.from + (token * p.heads + h * g.group) * g.features;
+  const float* from = g.from + (token * p.heads + first) * g.features;
+  const float* diagonal = g.diagonal ? g.diagonal + token * p.heads + first : nullptr;
   const T* x = g.x.data ? rows_at<T>(g.x, b, t, h) : nullptr;
   T* to = rows_at<T>(g.to, b, t, h);
-  const auto sum = [&](int feature) {
+  // Of a feature: element i of the row, mapped, times element j if there is one.
+  const auto sum = [&](int feature, int i, int j, float factor) {
     float y = 0;
-    for (int i = 0; i < g.group; ++i) y += from[int64_t{i} * g.features + feature];
+    for (int n = 0; n < g.group; ++n) {
+      y += from[int64_t{n} * g.features + feature];
+      if (!diagonal) continue;
+      const T* other = rows_at<T>(g.other, b, t, (first + n) / g.other_group);
+      float value = factor * map_feature(g.map, static_cast<float>(other[i]));
+      if (j >= 0) value *= static_cast<float>(other[j]);
+      y = fmaf(diagonal[n], value, y);
+    }
     return y;
   };
   for (int c = lane; c < g.dim; c += kWarpSize) {
     float y;
     if (g.map == FeatureMap::taylor2) {
-      const float linear = g.query ? p.scale : 1, pair = g.query ? p.scale * p.scale : 1;
-      y = linear * sum(1 + c);
+      const float scale = p.scale, own = g.query ? scale : 1, other = g.query ? 1 : scale;
+      y = own * sum(1 + c, c, -1, other);
       for (int j = 0; j < g.dim; ++j) {
-        const float factor = j == c && !g.query ? 2 : 1;
-        y = fmaf(pair * factor * sum(pair_feature(c, j, g.dim)), static_cast<float>(x[j]), y);
+        const float mine = j == c && !g.query ? 2 : own * own;
+        const float theirs = j == c && !g.query ? scale * scale / 2 : other * other;
+        y = fmaf(mine * sum(pair_feature(c, j, g.dim), c, j, theirs), static_cast<float>(x[j]), y);
       }
     } else {
-      y = sum(c);
+      y = sum(c, c, -1, 1);
       if (x) y *= map_derivative(g.map, static_cast<float>(x[c]));
     }
     to[c] = static_cast<T>(y);
   }
 }
 
-// phi(q) . dphi(q) - phi(k) . dphi(k)
+// phi(q) . dphi(q) - phi(k) . dphi(k), without the diagonal, and the diagonal.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     decay_change_kernel(const __grid_constant__ LinearAttentionParams p,
@@ -154,6 +169,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   sum = warp_sum(sum);
   if (lane == 0) plan.change[row] = sum;
+  const T* dy = rows_at<T>(plan.dy, b, t, h);
+  const T* v = rows_at<T>(p.v, b, t, h / plan.group);
+  float own = 0;
+  for (int i = lane; i < p.value_dim; i += kWarpSize) own = fmaf(x(dy, i), x(v, i), own);
+  own = warp_sum(own);
+  if (p.normalize) own += plan.dz[(p.cu_seqlens ? h : b * p.heads + h) * p.seqlen + t];
+  if (lane == 0) plan.diagonal[row] = plan.taylor ? own : p.scale * own;
 }
 
 // A segment of a sequence: its first token and their number.

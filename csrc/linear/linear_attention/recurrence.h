@@ -35,6 +35,7 @@ struct Recurrence {
   float scale;
   bool scale_keys;  // not queries: the state holds the scale
 
+  bool no_diagonal;   // a token does not see itself
   bool taylor;        // taylor2 on q and k
   bool key_factors;   // of taylor2: k has those that depend on the scale, not q
   bool value_taylor;  // columns are the features taylor2 of v
