@@ -1,6 +1,6 @@
 // A chunk whose operands are pairs of bfloat16 along each reduction: q, k and v as they are stored,
-// weights, decayed keys and the state rounded once for the products that take them. Sums, and the
-// state from chunk to chunk, are float32.
+// weights and decayed keys rounded once for the products that take them, the state as a sum of two.
+// Sums, and the state from chunk to chunk, are float32.
 #pragma once
 #include "linear/linear_attention/cpu_rows.h"
 
@@ -15,7 +15,7 @@ struct BFloat16Operands {
   float* y;        // [words][kPanel]
   float* keys;     // [kChunk / 2][ldk]: to_end y, pairs of tokens
   float* z;        // [panels of width][kChunk / 2][kPanel]: pairs of tokens
-  float* state;    // [panels of width][words][kPanel]: pairs of features
+  float* state;    // [panels of width][2][words][kPanel]: pairs of features, and what they lack
   float* weights;  // [kPaddedRows][kChunk / 2]
   static_assert(kPanel == kChunk);
 
@@ -27,7 +27,7 @@ struct BFloat16Operands {
         ldk(round_up(o.state_rows, kWidth)) {}
 
   int64_t z_size() const { return o.width_panels() * kChunk / 2 * kPanel; }
-  int64_t state_size() const { return o.width_panels() * words * kPanel; }
+  int64_t state_size() const { return o.width_panels() * 2 * words * kPanel; }
   int64_t size() const {
     return kPaddedRows * (ldx + kChunk / 2) + words * kPanel + kChunk / 2 * ldk + z_size() +
            state_size() + 6 * 16;
@@ -66,19 +66,31 @@ struct BFloat16Operands {
         }
   }
 
-  // Rounds the state for the next product.
-  void round_state() const {
+  // Splits the state for the next product.
+  void split_state() const {
     for (int64_t c = 0; c < o.width; c += kPanel)
       for (int64_t f = 0; f < words; ++f) {
         const float* from = o.state_panel(c) + 2 * f * kPanel;
-        for (int64_t w = 0; w < kPanel; w += kWidth)
-          store(state_panel(c) + f * kPanel + w,
-                pair_bfloat(load(from + w), load(from + kPanel + w)));
+        float* to = state_panel(c) + f * kPanel;
+        for (int64_t w = 0; w < kPanel; w += kWidth) {
+          const vf even = load(from + w), odd = load(from + kPanel + w);
+          const vf high = pair_bfloat(even, odd);
+          store(to + w, high);
+          store(to + words * kPanel + w,
+                pair_bfloat(rest(even, _mm512_slli_epi32(_mm512_castps_si512(high), 16)),
+                            rest(odd, _mm512_and_si512(_mm512_castps_si512(high),
+                                                       _mm512_set1_epi32(0xffff0000)))));
+        }
       }
+  }
+  // x - taken, 0 where that is inf - inf.
+  static TM_INLINE vf rest(vf x, __m512i taken) {
+    const vf r = x - _mm512_castsi512_ps(taken);
+    return select(equal(r, r), r, zero());
   }
 
   float* z_panel(int64_t column) const { return z + column * (kChunk / 2); }
-  float* state_panel(int64_t column) const { return state + column * words; }
+  float* state_panel(int64_t column) const { return state + column * 2 * words; }
 };
 
 template <int M, int N>
@@ -108,7 +120,9 @@ __attribute__((noinline)) void out_tile(const BFloat16Operands& b, const ChunkDe
   vf acc[M][N];
   clear(acc);
   if (state) {
-    multiply<BFloat16, false>(acc, b.x + row * b.ldx, b.ldx, b.state_panel(column), kPanel,
+    const float* high = b.state_panel(column);
+    multiply<BFloat16, false>(acc, b.x + row * b.ldx, b.ldx, high, kPanel, b.words);
+    multiply<BFloat16, false>(acc, b.x + row * b.ldx, b.ldx, high + b.words * kPanel, kPanel,
                               b.words);
     TM_UNROLL(16)
     for (int i = 0; i < M; ++i) {
@@ -156,7 +170,7 @@ inline void chunk_outputs(const BFloat16Operands& b, const ChunkDecay& decay, in
       if constexpr (N % 2 == 0) score_tile<M, N>(b, decay, row);
     });
   }
-  if (state) b.round_state();
+  if (state) b.split_state();
   for (int64_t column = 0; column < b.o.width; column += kPanel)
     for (int64_t row = 0, rows; row < n; row += rows) {
       rows = rows_of_tile(n - row);
