@@ -411,7 +411,7 @@ struct PairWorker {
         stage.columns += Shape::kStep * Tile::kRowBytes;
         stage.statistics += Shape::kStep * 4;
         column += Shape::kStep;
-      } while ((column - info.begin()) % Shape::kColumns != 0);
+      } while (Shape::kColumns > Shape::kStep && (column - info.begin()) % Shape::kColumns != 0);
     }
   }
 
