@@ -155,9 +155,16 @@ struct Backward {
   } in_workspace_{};
 };
 
-unsigned warp_blocks(int64_t warps) {
-  return static_cast<unsigned>(ceil_div(warps, kMaxThreads / kWarpSize));
-}
+// A warp for each head of each of `rows`.
+struct HeadWarps {
+  dim3 grid;
+  unsigned threads;
+  HeadWarps(int64_t rows, int64_t heads) {
+    const int64_t warps = heads < kMaxThreads / kWarpSize ? heads : kMaxThreads / kWarpSize;
+    threads = static_cast<unsigned>(warps * kWarpSize);
+    grid = {static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(heads, warps))};
+  }
+};
 
 template <typename T>
 void finish(const Backward& of, cudaStream_t stream) {
@@ -165,13 +172,13 @@ void finish(const Backward& of, cudaStream_t stream) {
   const LinearAttentionParams& f = of.p.forward;
   const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
   const auto launch = [&](const GradientRows& rows) {
-    if (rows.from)
-      finish_gradients_kernel<T>
-          <<<warp_blocks(plan.tokens * (f.heads / rows.group)), kMaxThreads, 0, stream>>>(
-              f, rows, plan.tokens);
+    if (!rows.from) return;
+    const HeadWarps warps(plan.tokens, f.heads / rows.group);
+    finish_gradients_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(f, rows);
   };
-  if (of.p.ddecay.data)
-    decay_change_kernel<T><<<warp_blocks(plan.tokens * f.heads), kMaxThreads, 0, stream>>>(f, plan);
+  const HeadWarps warps(plan.tokens, f.heads);
+  if (of.p.ddecay.data) decay_change_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(f, plan);
+
   launch({plan.dq, plan.diagonal, f.q, f.k, of.p.dq, plan.features, head_dim, 1, plan.group, f.map,
           true});
   launch({plan.dk, plan.diagonal, f.k, f.q, of.p.dk, plan.features, head_dim, plan.group, 1, f.map,
@@ -193,10 +200,12 @@ const char* launch(const Backward& of, cudaStream_t stream) {
   const BackwardPlan& plan = of.plan;
   const LinearAttentionParams& f = of.p.forward;
   const int64_t rows = plan.tokens * f.heads;
-  if (rows > int64_t{1} << 33) return "too many tokens and heads for a launch";
+  if (plan.tokens > 0x7fffffff) return "too many tokens for a launch";
+  const HeadWarps warps(plan.tokens, f.heads);
+
   if (plan.dy_zero && rows > 0)
     visit_dtype(f.dtype, [&]<typename T>() {
-      divide_gradients_kernel<T><<<warp_blocks(rows), kMaxThreads, 0, stream>>>(of.p, plan);
+      divide_gradients_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(of.p, plan);
     });
   if (const char* error = launch_recurrence(of.to_queries, false, stream)) return error;
   if (const char* error = launch_recurrence(of.to_keys, true, stream)) return error;
@@ -206,9 +215,10 @@ const char* launch(const Backward& of, cudaStream_t stream) {
     if (plan.segments > 0)
       decay_gradient_kernel<<<static_cast<unsigned>(plan.segments * f.heads), kSegment, 0,
                               stream>>>(of.p, plan);
-    if (!of.p.ddecay.per_token)
-      sum_decay_gradients_kernel<<<warp_blocks(f.batch * f.heads), kMaxThreads, 0, stream>>>(of.p,
-                                                                                             plan);
+    if (!of.p.ddecay.per_token) {
+      const HeadWarps sums(f.batch, f.heads);
+      sum_decay_gradients_kernel<<<sums.grid, sums.threads, 0, stream>>>(of.p, plan);
+    }
   }
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

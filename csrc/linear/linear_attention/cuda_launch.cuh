@@ -22,9 +22,7 @@ inline int bucket_of(const Recurrence& p) {
 }
 
 // True if the state does not fit into accumulators (RecurrenceShape::kSteps).
-inline bool in_steps(const Recurrence& p) {
-  return p.taylor || (p.dtype == DType::float32 && bucket_of(p) > 128);
-}
+inline bool in_steps(const Recurrence& p) { return p.taylor || bucket_of(p) > 128; }
 
 // What does not depend on the instance, from shapes alone.
 inline RecurrencePlan plan_recurrence(const Recurrence& p) {

@@ -28,11 +28,13 @@ struct TokenPlace {
 };
 __device__ __forceinline__ TokenPlace place_of(const LinearAttentionParams& p, int64_t token) {
   if (p.cu_seqlens) return {0, token};
-  return {token / p.seqlen, token % p.seqlen};
+  const unsigned t = static_cast<unsigned>(token), length = static_cast<unsigned>(p.seqlen);
+  return {t / length, t % length};
 }
 
-__device__ __forceinline__ int64_t warp_number() {
-  return (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kWarpSize;
+// Warps of a block are heads of its token.
+__device__ __forceinline__ int64_t head_of_warp() {
+  return blockIdx.y * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
 }
 
 // With z the normaliser: dy = dout / z and, for the column of ones, dz = -dout . out / z.
@@ -41,10 +43,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     divide_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
                             const __grid_constant__ BackwardPlan plan) {
   const LinearAttentionParams& f = p.forward;
-  const int64_t row = warp_number();
-  if (row >= plan.tokens * f.heads) return;
+  const int64_t token = blockIdx.x, h = head_of_warp(), row = token * f.heads + h;
+  if (h >= f.heads) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = row / f.heads, h = row % f.heads;
+
   const auto [b, t] = place_of(f, token);
   const int64_t at = (f.cu_seqlens ? h : b * f.heads + h) * f.seqlen + t;
   const float inverse = f.normalize && p.dout.data ? 1 / f.normalizer[at] : 0;
@@ -93,46 +95,53 @@ struct GradientRows {
   bool query;  // taylor2: has the factors, else `other` has
 };
 
+// The gradient of a feature: element i of the row, mapped, times element j if there is one.
+template <typename T>
+__device__ __forceinline__ float sum_heads(const GradientRows& g, const float* from,
+                                           const float* diagonal, int64_t b, int64_t t, int head,
+                                           int feature, int i, int j, float factor) {
+  float y = 0;
+#pragma unroll 1
+  for (int n = 0; n < g.group; ++n) {
+    y += from[int64_t{n} * g.features + feature];
+    if (!diagonal) continue;
+    const T* other = rows_at<T>(g.other, b, t, (head + n) / g.other_group);
+    float value = factor * map_feature(g.map, static_cast<float>(other[i]));
+    if (j >= 0) value *= static_cast<float>(other[j]);
+    y = fmaf(diagonal[n], value, y);
+  }
+  return y;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     finish_gradients_kernel(const __grid_constant__ LinearAttentionParams p,
-                            const __grid_constant__ GradientRows g, int64_t tokens) {
-  const int64_t row = warp_number(), heads = p.heads / g.group;
-  if (row >= tokens * heads) return;
+                            const __grid_constant__ GradientRows g) {
+  const int64_t token = blockIdx.x, h = head_of_warp(), first = h * g.group;
+  if (first >= p.heads) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = row / heads, h = row % heads, first = h * g.group;
+
   const auto [b, t] = place_of(p, token);
   const float* from = g.from + (token * p.heads + first) * g.features;
   const float* diagonal = g.diagonal ? g.diagonal + token * p.heads + first : nullptr;
   const T* x = g.x.data ? rows_at<T>(g.x, b, t, h) : nullptr;
   T* to = rows_at<T>(g.to, b, t, h);
-  // Of a feature: element i of the row, mapped, times element j if there is one.
-  const auto sum = [&](int feature, int i, int j, float factor) {
-    float y = 0;
-    for (int n = 0; n < g.group; ++n) {
-      y += from[int64_t{n} * g.features + feature];
-      if (!diagonal) continue;
-      const T* other = rows_at<T>(g.other, b, t, (first + n) / g.other_group);
-      float value = factor * map_feature(g.map, static_cast<float>(other[i]));
-      if (j >= 0) value *= static_cast<float>(other[j]);
-      y = fmaf(diagonal[n], value, y);
-    }
-    return y;
-  };
+  const bool taylor = g.map == FeatureMap::taylor2;
+  const float own = taylor && g.query ? p.scale : 1, theirs = taylor && !g.query ? p.scale : 1;
   for (int c = lane; c < g.dim; c += kWarpSize) {
-    float y;
-    if (g.map == FeatureMap::taylor2) {
-      const float scale = p.scale, own = g.query ? scale : 1, other = g.query ? 1 : scale;
-      y = own * sum(1 + c, c, -1, other);
-      for (int j = 0; j < g.dim; ++j) {
-        const float mine = j == c && !g.query ? 2 : own * own;
-        const float theirs = j == c && !g.query ? scale * scale / 2 : other * other;
-        y = fmaf(mine * sum(pair_feature(c, j, g.dim), c, j, theirs), static_cast<float>(x[j]), y);
-      }
-    } else {
-      y = sum(c, c, -1, 1);
-      if (x) y *= map_derivative(g.map, static_cast<float>(x[c]));
+    float y = 0;
+    // Element c alone, then in its products with element j.
+#pragma unroll 1
+    for (int j = -1; j < (taylor ? g.dim : 0); ++j) {
+      const bool square = j == c && !g.query;
+      const float factor = square ? theirs * theirs / 2 : j < 0 ? theirs : theirs * theirs;
+      const float weight = square ? 2 : j < 0 ? own : own * own;
+      const int feature = !taylor ? c : j < 0 ? 1 + c : pair_feature(c, j, g.dim);
+      const float sum =
+          sum_heads<T>(g, from, diagonal, b, t, static_cast<int>(first), feature, c, j, factor);
+      y = fmaf(weight * sum, j < 0 ? 1 : static_cast<float>(x[j]), y);
     }
+    if (x && !taylor) y *= map_derivative(g.map, static_cast<float>(x[c]));
     to[c] = static_cast<T>(y);
   }
 }
@@ -142,13 +151,13 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     decay_change_kernel(const __grid_constant__ LinearAttentionParams p,
                         const __grid_constant__ BackwardPlan plan) {
-  const int64_t row = warp_number();
-  if (row >= plan.tokens * p.heads) return;
+  const int64_t token = blockIdx.x, h = head_of_warp(), row = token * p.heads + h;
+  if (h >= p.heads) return;
   const int lane = threadIdx.x % kWarpSize, dim = static_cast<int>(p.head_dim);
-  const int64_t token = row / p.heads, h = row % p.heads;
+
   const auto [b, t] = place_of(p, token);
   const T* q = rows_at<T>(p.q, b, t, h);
-  const T* k = rows_at<T>(p.k, b, t, h / plan.group);
+  const T* k = rows_at<T>(p.k, b, t, static_cast<int>(h) / plan.group);
   const float* dq = plan.dq + row * plan.features;
   const float* dk = plan.dk + row * plan.features;
   const auto x = [](const T* from, int i) { return static_cast<float>(from[i]); };
@@ -170,7 +179,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   sum = warp_sum(sum);
   if (lane == 0) plan.change[row] = sum;
   const T* dy = rows_at<T>(plan.dy, b, t, h);
-  const T* v = rows_at<T>(p.v, b, t, h / plan.group);
+  const T* v = rows_at<T>(p.v, b, t, static_cast<int>(h) / plan.group);
   float own = 0;
   for (int i = lane; i < p.value_dim; i += kWarpSize) own = fmaf(x(dy, i), x(v, i), own);
   own = warp_sum(own);
@@ -269,9 +278,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     sum_decay_gradients_kernel(const __grid_constant__ LinearAttentionBackwardParams p,
                                const __grid_constant__ BackwardPlan plan) {
   const LinearAttentionParams& f = p.forward;
-  const int64_t row = warp_number();
-  if (row >= f.batch * f.heads) return;
-  const int64_t b = row / f.heads, h = row % f.heads;
+  const int64_t b = blockIdx.x, h = head_of_warp();
+  if (h >= f.heads) return;
+
   int64_t first = b * ((f.seqlen + kSegment - 1) / kSegment), length = f.seqlen;
   if (f.cu_seqlens) {
     first = first_tile(f.cu_seqlens, f.seqlen, kSegment, b, 0);

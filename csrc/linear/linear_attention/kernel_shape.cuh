@@ -20,10 +20,10 @@ template <typename T, int kBucket, bool kTaylor_>
 struct RecurrenceShape {
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr bool kTaylor = kTaylor_;
-  static constexpr int kTokens = kFloat || kBucket > 128 ? 32 : 64;  // of a chunk
+  static constexpr int kTokens = kFloat ? 32 : 64;  // of a chunk
   static constexpr int kDim = kTaylor ? kTaylorDim : kBucket;
   // A step of features, whose state the accumulators hold; that of several lies in the workspace.
-  static constexpr int kFeatures = kFloat && kBucket > 128 ? 128 : kBucket;
+  static constexpr int kFeatures = kBucket <= 128 ? kBucket : kFloat ? 64 : 128;
   static constexpr bool kSteps = kTaylor || kFeatures < kBucket;
   static constexpr int kFeatureTiles = kFeatures / 8;
   static constexpr int kFeatureChunks = kFeatures * static_cast<int>(sizeof(T)) / kChunkBytes;

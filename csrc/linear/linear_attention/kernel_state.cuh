@@ -68,7 +68,6 @@ struct CallerState {
       at += 8 * feature_step;
       keep(f);  // or the compiler would compute all addresses at once
       keep(at);
-      if constexpr (kTiles > 16) __syncwarp();  // or ptxas would
     }
   }
 };
