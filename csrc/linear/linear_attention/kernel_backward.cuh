@@ -262,6 +262,9 @@ __global__ void __launch_bounds__(kSegment)
     from ^= 1;
   }
   x = i < s.count ? x + inner : 0;
+  // The first token's decay acts on the initial state alone.
+  if (!f.initial.data && s.first + i == 0) x = 0;
+
   if (p.ddecay.per_token) {
     if (i < s.count)
       p.ddecay
