@@ -95,8 +95,9 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
-  ForwardWarp<T, kBucket, kWeights, kGeneral> warp(
-      p, s, band, place.b, h, first, queries, plan.factor, reinterpret_cast<WarpPlace*>(shared));
+  ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, end, queries,
+                                                   plan.factor,
+                                                   reinterpret_cast<WarpPlace*>(shared));
   WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
   const auto output_rows = [&](const WarpPlace& at) {
     return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
@@ -107,13 +108,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   int other = Shape::kStageBytes;  // from the stage at hand to the other one
   uint32_t next = own + other;
   keep(next);
-  bool more = begin < end;
+  const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
 #pragma unroll 1
-  for (int key0 = begin; more;) {
+  for (int key0 = begin; key0 < block_end();) {
     wait_for_copies<0>();
     __syncthreads();
-    more = key0 + Shape::kTileKeys < end;
-    if (more) {
+    if (key0 + Shape::kTileKeys < block_end()) {
       if constexpr (kGeneral) {  // leaves no registers to keep these
         const WarpPlace at_warp = warp.place();
         const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;

@@ -49,7 +49,9 @@ struct alignas(16) WarpPlace {
   int b, h, q_start, k_start;
   int first, last;  // rows of the sequence
   WarpBand band;
-  float shift;  // the constant of the head, which softmax weights do not see
+  float shift;                 // the constant of the head, which softmax weights do not see
+  int block_end;               // of the keys that any warp of the block sees
+  int whole_begin, whole_end;  // of those that all rows see
 };
 
 // score_bias, score_bias_value and -log n in one.

@@ -33,6 +33,9 @@ class ForwardWarp {
                          (kBucket == 256 && kWeights != Weights::softmax));
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled = Shape::kFloat && kBucket > 32;
+  // Where registers are short, places wait in shared memory; softmax has some for the ends of keys.
+  static constexpr bool kParks = kBucket > 64 || Shape::kFloat;
+  static constexpr bool kParksBounds = kParks && kWeights != Weights::softmax;
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kTiles = kBucket / 8;  // of output columns
@@ -47,12 +50,19 @@ class ForwardWarp {
 
   // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
   __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band, int b,
-                         int h, int first, const GlobalRows<T>& queries, float factor,
-                         WarpPlace* parked)
-      : place_{b,         h,
-               s.q_start, s.k_start,
-               first,     min(first + Shape::kWarpRows, s.q_length) - 1,
-               band,      constant_of(p, b, h, s.k_length)},
+                         int h, int first, int block_end, const GlobalRows<T>& queries,
+                         float factor, WarpPlace* parked)
+      : place_{b,
+               h,
+               s.q_start,
+               s.k_start,
+               first,
+               min(first + Shape::kWarpRows, s.q_length) - 1,
+               band,
+               constant_of(p, b, h, s.k_length),
+               block_end,
+               band.begin(min(first + Shape::kWarpRows, s.q_length) - 1),
+               band.end(first)},
         terms_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : place_.shift),
         factor_(factor),
         queries_(queries),
@@ -60,8 +70,6 @@ class ForwardWarp {
     weights_ = weights_of(p);
     if constexpr (kParks) parked_[threadIdx.x / kWarpSize] = place_;
     if constexpr (!kGeneral) {
-      whole_begin_ = band.begin(place_.last);
-      whole_end_ = band.end(first);
       offset_ = unit(weights()) * place_.shift;
       // A hidden pair, whose logit is -inf, stays hidden.
       offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
@@ -95,7 +103,8 @@ class ForwardWarp {
 
   // Adds the keys key0 .. of the stage at `at`, which is left as it was.
   __device__ __forceinline__ void add_tile(Addresses& at, int key0) {
-    if (!kGeneral && key0 >= whole_begin_ && key0 + Shape::kTileKeys <= whole_end_) {
+    const WarpPlace whole = kParksBounds ? place() : place_;
+    if (!kGeneral && key0 >= whole.whole_begin && key0 + Shape::kTileKeys <= whole.whole_end) {
       if constexpr (kRolled) {
 #pragma unroll 1
         for (int i = 0; i < Shape::kTileKeys; i += Shape::kStepKeys) {
@@ -105,7 +114,7 @@ class ForwardWarp {
         at.move(-Shape::kTileBytes);
       } else {
         // ptxas would overlap the steps, and spill: a branch, never taken, keeps them apart.
-        int keys = whole_end_ - key0;
+        int keys = whole.whole_end - key0;
         keep(keys);
         unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
           if (kBucket > 64 && i > 0 && keys <= i * Shape::kStepKeys) return;
@@ -474,15 +483,12 @@ class ForwardWarp {
     }
   }
 
-  // Registers are short there: places wait in shared memory.
-  static constexpr bool kParks = kBucket > 64 || Shape::kFloat;
   WarpPlace place_;
   Weights weights_;
   GeneralTerms terms_;
   float factor_, offset_ = 0;
   bool tail_;  // most weights are small
   GlobalRows<T> queries_;
-  int whole_begin_ = 0, whole_end_ = 0;  // keys that all rows see
   WarpPlace* parked_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
