@@ -263,7 +263,7 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
 
 // One block per row.
 template <typename T>
-__global__ __launch_bounds__(kTopkThreads) void topk_row_kernel(
+__global__ __launch_bounds__(kTopkThreads, 1) void topk_row_kernel(
     const __grid_constant__ TopkParams p, const __grid_constant__ TopkMemory memory) {
   constexpr int kVector = TopkRow<T>::kVector;
   __shared__ TopkShared shared;
