@@ -122,6 +122,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                          key0 + Shape::kTileKeys, plan.key_step);
         load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
                              key0 + Shape::kTileKeys, plan.value_step);
+        whole_end = plan.inputs_whole ? length : 0;
       }
       load_stage(next, key0 + Shape::kTileKeys);
     }
