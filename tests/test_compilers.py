@@ -23,7 +23,10 @@ class Everything(torch.nn.Module):
         )
         token, slots = x.detach()[:, -1:], state.detach().clone()
         following = tm.linear_attention_decode(token, token, token, slots)
-        return (linear + following + slots.sum()).sin()
+        indices, _ = tm.topk_select(linear[0, -1].detach(), 3)
+        kept = linear[0, -1].gather(1, indices.long()).mean()
+        # The mean: a sum of the slots is so large that its rounding shows in the sine.
+        return (linear + following + kept + slots.mean()).sin()
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
