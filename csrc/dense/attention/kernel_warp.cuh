@@ -113,10 +113,10 @@ class ForwardWarp {
         }
         at.move(-Shape::kTileBytes);
       } else {
-        // ptxas would overlap the steps, and spill: a branch, never taken, keeps them apart.
         int keys = whole.whole_end - key0;
-        keep(keys);
+        if constexpr (kBucket > 64) keep(keys);
         unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
+          // ptxas would overlap the steps, and spill: a branch, never taken, keeps them apart.
           if (kBucket > 64 && i > 0 && keys <= i * Shape::kStepKeys) return;
           add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys, false>(at, key0, {});
         });
