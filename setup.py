@@ -3,7 +3,8 @@
 Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
 package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; MAX_JOBS limits parallel
-compilers. TOKENMILL_PTXVM=1 adds the PTX machine, for development.
+compilers. For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
+("select/topk_select;dense/attention") builds the kernels of these operators alone.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": torch_root,
             "TOKENMILL_VERSION": self.distribution.get_version(),
+            "TOKENMILL_OPS": os.environ.get("TOKENMILL_OPS", ""),
             **cuda_options(),
         }
         if launcher := shutil.which("ccache"):
