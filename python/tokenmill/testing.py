@@ -204,25 +204,7 @@ def compare(
     the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
     nothing, and plain PyTorch may be lucky in one.
     """
-    reference = without_side_effects(spec, oracle(spec.name))
-
-    def draw(seed: int) -> _Draw:
-        generator = torch.Generator().manual_seed(seed)
-        args, kwargs = sample.make(dtype, generator)
-        shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
-        cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
-        returned = len(cotangents) - len(spec.forward.written)
-
-        def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            return spec.plain(*spec.lower(*args, **kwargs))[:returned]
-
-        weights = cotangents if spec.differentiable else None
-        wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
-        wide = evaluate(reference, wide_args, wide_kwargs, weights)
-        plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)
-        return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
-
-    draws = [draw(seed + i) for i in range(4)]
+    draws = [_draw(spec.name, sample, dtype, seed + i) for i in range(4)]
     first = draws[0]
     there = [a.to(device) if isinstance(a, Tensor) else a for a in first.args]
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first.kwargs.items()}
@@ -262,6 +244,26 @@ class _Draw:
     cotangents: list[Tensor]
     wide: list[Tensor]
     plain: list[Tensor]
+
+
+@functools.lru_cache(maxsize=4)  # one sample's: backends and instruction sets follow each other
+def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
+    spec = registry.get(op)
+    reference = without_side_effects(spec, oracle(op))
+    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = sample.make(dtype, generator)
+    shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
+    cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
+    returned = len(cotangents) - len(spec.forward.written)
+
+    def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        return spec.plain(*spec.lower(*args, **kwargs))[:returned]
+
+    weights = cotangents if spec.differentiable else None
+    wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
+    wide = evaluate(reference, wide_args, wide_kwargs, weights)
+    plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)
+    return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 
 
 def _is_float(x: Any) -> bool:

@@ -47,26 +47,30 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     assert not [c for c in found if not c.ok], sample.name
 
 
+LONG = [
+    registry.Sample(
+        f"{kind}-{sq}x{sk}-{h}/{hk}-{options}",
+        lambda dtype, g, kind=kind, sq=sq, sk=sk, h=h, hk=hk, options=options: (
+            (
+                torch.randn(1, sq, h, 40, generator=g).to(dtype),
+                torch.randn(1, sk, hk, 40, generator=g).to(dtype),
+                torch.randn(1, sk, hk, 72, generator=g).to(dtype),
+            ),
+            {"kind": kind, **options},
+        ),
+    )
+    for kind in ("softmax", "sigmoid")
+    for h, hk in ((1, 1), (6, 2))
+    for sq, sk in ((400, 1100), (1100, 400))
+    for options in ({}, {"causal": True}, {"window": (130, 5)})
+]
+
+
 @pytest.mark.parametrize("isa", [i for b, i in cpu_variants() if b == "cpu"], indirect=True)
-@pytest.mark.parametrize("heads", [(1, 1), (6, 2)], ids=str)
-@each_kind
-def test_long_sequences_cross_every_tile_border(kind, heads, isa):
-    h, hk = heads
-    for sq, sk in ((400, 1100), (1100, 400)):
-        for options in ({}, {"causal": True}, {"window": (130, 5)}):
-            sample = registry.Sample(
-                "long",
-                lambda dtype, g, sq=sq, sk=sk, options=options: (
-                    (
-                        torch.randn(1, sq, h, 40, generator=g).to(dtype),
-                        torch.randn(1, sk, hk, 40, generator=g).to(dtype),
-                        torch.randn(1, sk, hk, 72, generator=g).to(dtype),
-                    ),
-                    {"kind": kind, **options},
-                ),
-            )
-            for dtype in (torch.float32, torch.bfloat16):
-                assert not [c for c in compare(SPEC, sample, "cpu", dtype) if not c.ok]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", LONG, ids=lambda sample: sample.name)
+def test_long_sequences_cross_every_tile_border(sample, dtype, isa):
+    assert not [c for c in compare(SPEC, sample, "cpu", dtype) if not c.ok]
 
 
 # --- numerics ---------------------------------------------------------------------------------
