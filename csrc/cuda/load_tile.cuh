@@ -31,6 +31,20 @@ __device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row
   for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
 }
 
+// The first `columns` elements of a chunk to shared memory, then zeros. A word at a time: this path
+// is rare, and the registers of the kernels are taken.
+template <typename T>
+__device__ __forceinline__ void copy_elements(uint32_t to, const T* from, int columns) {
+  constexpr int kCount = kChunkBytes / sizeof(T);
+#pragma unroll 1
+  for (int i = 0; i < kCount; i += 4 / static_cast<int>(sizeof(T))) {
+    Pack<T, 4 / sizeof(T)> pack{};
+    for (int j = 0; j < 4 / static_cast<int>(sizeof(T)); ++j)
+      if (i + j < columns) pack.x[j] = from[i + j];
+    store_shared(to + i * static_cast<int>(sizeof(T)), reinterpret_cast<const uint32_t&>(pack));
+  }
+}
+
 // One tile of kRows rows after the other; what lies beyond the matrix becomes zero. Blocks have
 // kMaxThreads threads or half as many.
 template <typename T, typename Tile, int kRows>
@@ -100,17 +114,6 @@ class TileLoader {
   __device__ void advance() {
     next_ = reinterpret_cast<const T*>(reinterpret_cast<const char*>(next_) + step_);
     keep(next_);
-  }
-
-  // A word at a time: this path is rare, and the registers of the kernel are taken.
-  static __device__ __forceinline__ void copy_elements(uint32_t to, const T* from, int columns) {
-#pragma unroll 1
-    for (int i = 0; i < kCount; i += 4 / static_cast<int>(sizeof(T))) {
-      Pack<T, 4 / sizeof(T)> pack{};
-      for (int j = 0; j < 4 / static_cast<int>(sizeof(T)); ++j)
-        if (i + j < columns) pack.x[j] = from[i + j];
-      store_shared(to + i * static_cast<int>(sizeof(T)), reinterpret_cast<const uint32_t&>(pack));
-    }
   }
 
   const T* next_;

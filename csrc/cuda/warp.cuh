@@ -1,12 +1,14 @@
 // Reductions over the lanes of a warp. Every lane gets the result.
 #pragma once
+#include <cstdint>
 
 namespace tokenmill::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
     x += __shfl_xor_sync(kFullWarp, x, offset);

@@ -9,11 +9,11 @@
 #include "cpu/simd.h"
 #include "cpu/tile.h"
 #include "dense/attention/band.h"
+#include "dense/attention/cpu_finish.h"
 #include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kMax = std::numeric_limits<float>::max();
 
 // The exponent that hides a pair.

@@ -1,10 +1,10 @@
-#include <cmath>
 #include <limits>
 
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "dense/attention/band.h"
 #include "dense/attention/params.h"
+#include "dense/terms.h"
 
 namespace tokenmill {
 namespace {
@@ -64,36 +64,13 @@ int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
   return cu_q.size(0) - 1;
 }
 
-void check_small(const char* name, const View& t, const View& q) {
-  check(t.dtype == ScalarType::Float, kOp, name, "must be float32", t.dtype);
-  check_last_contiguous(kOp, name, t);
-  check_device_of_q(kOp, name, t, q);
-}
-
-// [H] or [B, H]; sets the stride between batches.
-const float* per_head(const char* name, const OptTensor& tensor, const View& q, int64_t batch,
-                      int64_t heads, int64_t& batch_stride) {
-  batch_stride = 0;
-  if (!tensor) return nullptr;
-  const View t(*tensor);
-  const std::vector<int64_t> one{heads}, each{batch, heads};
-  check(t.sizes == one || t.sizes == each, kOp, name, Rule("must have shape ", one, " or ", each),
-        t.sizes);
-  check_small(name, t, q);
-  if (t.dim() == 2) batch_stride = t.step(0);
-  return t.data<float>();
-}
-
 AttentionParams make_params(const View& q, const View& k, const View& v, const Options& o) {
   const bool packed = o.packed();
   check_qkv(kOp, q, k, v, packed);
-  check(o.kind == "softmax" || o.kind == "sigmoid", kOp, "kind", "must be 'softmax' or 'sigmoid'",
-        o.kind);
+  check_kind(kOp, o.kind);
   check(o.precision == "accurate" || o.precision == "fast", kOp, "precision",
         "must be 'accurate' or 'fast'", o.precision);
-  check(std::isfinite(o.scale), kOp, "scale", "must be finite", o.scale);
-  check(std::isfinite(o.softcap) && o.softcap >= 0, kOp, "softcap",
-        "must be finite and not negative (0 = off)", o.softcap);
+  check_scale(kOp, o.scale, o.softcap);
   check(o.window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", o.window_left);
   check(o.window_right >= -1, kOp, "window", "right must be >= -1 (-1 = no limit)", o.window_right);
   AttentionParams p{};
@@ -117,16 +94,7 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
   p.softcap = static_cast<float>(o.softcap);
   p.score_bias_value = static_cast<float>(o.score_bias_value);
   p.score_bias_neg_log_n = o.score_bias_neg_log_n;
-  p.score_bias = per_head("score_bias", o.score_bias, q, p.batch, p.heads, p.score_bias_batch);
-  p.alibi_slopes = per_head("alibi_slopes", o.alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
-  if (o.sink) {
-    check(p.map == ScoreMap::softmax, kOp, "sink", "needs kind 'softmax', not", o.kind);
-    const View t(*o.sink);
-    const std::vector<int64_t> wanted{p.heads};
-    check(t.sizes == wanted, kOp, "sink", Rule("must have shape ", wanted), t.sizes);
-    check_small("sink", t, q);
-    p.sink = t.data<float>();
-  }
+  set_terms(kOp, p, q, o.kind, o.score_bias, o.alibi_slopes, o.sink);
   if (o.bias) {
     const View t(*o.bias);
     const std::vector<int64_t> full{p.batch, p.heads,

@@ -1,5 +1,6 @@
 // The end of the forward: from sums of weighted values to rows of the output and their lse.
 #pragma once
+#include "dense/attention/kernel_finish.cuh"
 #include "dense/attention/kernel_warp.cuh"
 
 namespace tokenmill::cuda {
@@ -11,32 +12,6 @@ struct OutputRows {
   int columns;
   bool aligned;
 };
-
-struct RowScale {
-  float factor, lse;
-};
-
-// Normalises a softmax row whose weights sum to `sum` relative to 2^pivot. The sink is a logit
-// without a value; shift, the constant of all logits, was left out of the exponents.
-__device__ inline RowScale finish_softmax(float sum, float pivot, const float* sink, float shift) {
-  if (shift == -infinity()) sum = 0;
-  if (!(fabsf(shift) < infinity())) {
-    if (sum > 0) sum = quiet_nan();
-    shift = 0;
-  }
-  if (sum == 0) pivot = -infinity();
-  if (!sink) {
-    if (sum == 0) return {0, -infinity()};
-    return {1 / sum, fmaf(pivot, kLn2, log2_approx(sum) * kLn2) + shift};
-  }
-  const float a = (*sink - shift) * kLog2e;
-  const float top = a > pivot || !(pivot > -infinity()) ? a : pivot;
-  if (top == -infinity()) return {0, -infinity()};
-  if (top == infinity()) return {0, infinity()};
-  const float weight = pivot == -infinity() ? 0 : exp2_approx(pivot - top);
-  const float total = sum * weight + exp2_approx(a - top);
-  return {weight / total, fmaf(top, kLn2, log2_approx(total) * kLn2) + shift};
-}
 
 // The output of one warp. float keeps a second level of sums in the output itself, into which
 // `flush` moves what was summed; 16-bit outputs are stored once.

@@ -13,17 +13,6 @@ __host__ __device__ inline Weights weights_of(const AttentionParams& p) {
   return p.fast ? Weights::fast_sigmoid : Weights::sigmoid;
 }
 
-// Softmax weights are relative to the pivot of their row and may exceed it by 2^kHeadroom before
-// the pivot moves: rescaling is rare, and the only key of a row has weight 1.
-constexpr float kHeadroom = 8;
-
-// Sigmoid weights are scaled: float16 cannot hold those near 1 / n from n = 16384 on. (The fast
-// ones have an absolute error of 2^-12 anyway.)
-template <typename T>
-constexpr int kLog2Scale = std::is_same_v<T, __half> ? 15 : 0;
-template <typename T>
-constexpr float kScale = 1 << kLog2Scale<T>;
-
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
  public:

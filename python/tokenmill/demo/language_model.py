@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..dense import attention
-from ..dense.attention import Kind
+from ..dense.terms import Kind
 from . import text
 
 KINDS: tuple[Kind, ...] = ("softmax", "sigmoid")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..dense.attention import Kind
+from ..dense.terms import Kind
 from . import text
 from .language_model import Run
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Literal, TypeAlias, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +16,17 @@ from ..reference import dense as reference
 from ..registry import OpSpec, register_op
 from .attention_cases import MALFORMED, SAMPLES
 from .attention_rules import OP, check_attention, check_attention_values
+from .terms import (
+    Kind,
+    ScoreBias,
+    check_numbers,
+    check_window,
+    lower_score_bias,
+    scale_or_default,
+    widen,
+)
 
-Kind = Literal["softmax", "sigmoid"]
 Precision = Literal["accurate", "fast"]
-ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
 
 
 class SigmoidOptions(TypedDict, total=False):
@@ -260,26 +266,12 @@ def lower(
             check_tensor(OP, name, option, optional=True)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
-    for name, x in (("scale", scale), ("softcap", softcap)):
-        if not isinstance(x, int | float):
-            fail(OP, name, "must be a number", x)
-    pair = isinstance(window, tuple | list) and len(window) == 2
-    if not (pair and type(window[0]) is int and type(window[1]) is int):
-        fail(OP, "window", "must be two ints (left, right)", window)
+    scale = scale_or_default(scale, q)
+    check_numbers(OP, scale=scale, softcap=softcap)
+    check_window(OP, window)
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not (bound is None or isinstance(bound, int | torch.SymInt)):
             fail(OP, name, "must be an int or None", bound)
-    score_bias_tensor = _widen(score_bias, q) if isinstance(score_bias, Tensor) else None
-    neg_log_n = isinstance(score_bias, str)
-    if neg_log_n and score_bias != "neg_log_n":
-        fail(OP, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
-    constant = 0.0
-    if not (neg_log_n or score_bias is None or isinstance(score_bias, Tensor)):
-        if not isinstance(score_bias, int | float):
-            fail(OP, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
-        constant = float(score_bias)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     if cu_seqlens_q is not None and cu_seqlens_k is None:
@@ -291,12 +283,10 @@ def lower(
         v,
         kind,
         float(scale),
-        score_bias_tensor,
-        constant,
-        neg_log_n,
+        *lower_score_bias(OP, score_bias, q),
         bias,
-        None if alibi_slopes is None else _widen(alibi_slopes, q),
-        None if sink is None else _widen(sink, q),
+        None if alibi_slopes is None else widen(alibi_slopes, q),
+        None if sink is None else widen(sink, q),
         float(softcap),
         bool(causal),
         window[0],
@@ -312,14 +302,6 @@ def lower(
 
 SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK = 5, 8, 9, 10  # positions in the lowered list
 CU_SEQLENS_Q = 15
-
-
-def _widen(t: Tensor, q: Tensor) -> Tensor:
-    """A small tensor in float32, or in float64 beside a float64 q."""
-    if not t.is_floating_point():
-        return t
-    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
-    return t.to(wide)
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:

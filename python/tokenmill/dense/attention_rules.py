@@ -4,7 +4,6 @@ same order and words; the contract test compares the two."""
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from ..check import (
     fail,
     show,
 )
+from .terms import check_kind, check_scale, check_terms
 
 OP = "attention"
-KINDS = ("softmax", "sigmoid")
 PRECISIONS = ("accurate", "fast")
 
 
@@ -53,39 +52,20 @@ def check_attention(
 ) -> None:
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(OP, q, k, v, packed, float64)
-    check(kind in KINDS, OP, "kind", "must be 'softmax' or 'sigmoid'", kind)
+    check_kind(OP, kind)
     check(precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", precision)
-    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
-    check(
-        math.isfinite(softcap) and softcap >= 0,
-        OP,
-        "softcap",
-        "must be finite and not negative (0 = off)",
-        softcap,
-    )
+    check_scale(OP, scale, softcap)
     check(window_left >= -1, OP, "window", "left must be >= -1 (-1 = no limit)", window_left)
     check(window_right >= -1, OP, "window", "right must be >= -1 (-1 = no limit)", window_right)
     batch = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    heads = q.shape[-2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for name, t in (("score_bias", score_bias), ("alibi_slopes", alibi_slopes)):
-        if t is None:
-            continue
-        if list(t.shape) != [heads] and list(t.shape) != [batch, heads]:
-            fail(OP, name, f"must have shape [{heads}] or [{batch}, {heads}]", t.shape)
-        _check_small(name, t, q, wide)
-    if sink is not None:
-        check(kind == "softmax", OP, "sink", "needs kind 'softmax', not", kind)
-        if list(sink.shape) != [heads]:
-            fail(OP, "sink", f"must have shape [{heads}]", sink.shape)
-        _check_small("sink", sink, q, wide)
+    check_terms(OP, q, batch, kind, score_bias, alibi_slopes, sink)
     if bias is not None:
         if packed:
             rows = q.shape[0] if max_seqlen_q is None else max_seqlen_q
             columns = k.shape[0] if max_seqlen_k is None else max_seqlen_k
         else:
             rows, columns = q.shape[1], k.shape[1]
-        _check_bias(bias, q, (batch, heads, rows, columns))
+        _check_bias(bias, q, (batch, q.shape[-2], rows, columns))
 
 
 def _check_cu_seqlens(
@@ -113,12 +93,6 @@ def _check_cu_seqlens(
         if bound is not None:
             check(bound >= 0, OP, name, "must not be negative", bound)
     return cu_seqlens_q.shape[0] - 1
-
-
-def _check_small(name: str, t: Tensor, q: Tensor, dtype: torch.dtype) -> None:
-    check(t.dtype == dtype, OP, name, "must be float32", t.dtype)
-    check_last_contiguous(OP, name, t)
-    check_device_of_q(OP, name, t, q)
 
 
 def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..dense import attention
-from ..dense.attention import Kind
+from ..dense.terms import Kind
 
 UNSUPPORTED = {
     "head_mask": "a mask over heads needs the weights, which are never in memory",

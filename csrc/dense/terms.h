@@ -1,0 +1,57 @@
+// The checks of what lies between q.k and the weights, for operators with a score map: those of
+// python/tokenmill/dense/terms.py, in its order and words.
+#pragma once
+#include <cmath>
+
+#include "core/qkv.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill {
+
+inline void check_small(const char* op, const char* name, const View& t, const View& q) {
+  check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
+  check_last_contiguous(op, name, t);
+  check_device_of_q(op, name, t, q);
+}
+
+inline void check_kind(const char* op, const std::string& kind) {
+  check(kind == "softmax" || kind == "sigmoid", op, "kind", "must be 'softmax' or 'sigmoid'", kind);
+}
+
+inline void check_scale(const char* op, double scale, double softcap) {
+  check(std::isfinite(scale), op, "scale", "must be finite", scale);
+  check(std::isfinite(softcap) && softcap >= 0, op, "softcap",
+        "must be finite and not negative (0 = off)", softcap);
+}
+
+// [H] or [B, H]; sets the stride between batches.
+inline const float* per_head(const char* op, const char* name, const OptTensor& tensor,
+                             const View& q, int64_t batch, int64_t heads, int64_t& batch_stride) {
+  batch_stride = 0;
+  if (!tensor) return nullptr;
+  const View t(*tensor);
+  const std::vector<int64_t> one{heads}, each{batch, heads};
+  check(t.sizes == one || t.sizes == each, op, name, Rule("must have shape ", one, " or ", each),
+        t.sizes);
+  check_small(op, name, t, q);
+  if (t.dim() == 2) batch_stride = t.step(0);
+  return t.data<float>();
+}
+
+// Batch, heads and map of p must be known.
+inline void set_terms(const char* op, AttentionParams& p, const View& q, const std::string& kind,
+                      const OptTensor& score_bias, const OptTensor& alibi_slopes,
+                      const OptTensor& sink) {
+  p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
+  p.alibi_slopes = per_head(op, "alibi_slopes", alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
+  if (sink) {
+    check(p.map == ScoreMap::softmax, op, "sink", "needs kind 'softmax', not", kind);
+    const View t(*sink);
+    const std::vector<int64_t> wanted{p.heads};
+    check(t.sizes == wanted, op, "sink", Rule("must have shape ", wanted), t.sizes);
+    check_small(op, "sink", t, q);
+    p.sink = t.data<float>();
+  }
+}
+
+}  // namespace tokenmill
