@@ -1,0 +1,42 @@
+// A cache of keys and values, dense or in pages, as kernels see it: where key t of request b lies.
+// Free of torch; core/kv_cache_checks.h fills it.
+#pragma once
+#include "core/dtype.h"
+#include "core/rows.h"
+
+namespace tokenmill {
+
+// Lengths and page numbers come from tensors that a GPU cannot check without a synchronisation:
+// both are cut to what is there, so that no address lies outside the cache.
+struct KvCache {
+  Rows k, v;                   // [pages, page size, Hk, D]: batch steps from page to page
+  const int32_t* seqlens;      // [B]
+  const int32_t* block_table;  // [B, pages of a request], or null: request b has page b alone
+  int64_t table_stride;
+  int64_t pages;
+  int64_t capacity;  // keys that a request may have
+  int32_t log2_page_size;
+
+  struct Slot {
+    int32_t page, row;
+  };
+
+  TOKENMILL_HOST_DEVICE int64_t length(int64_t b) const {
+    const int64_t n = seqlens[b];
+    return n < 0 ? 0 : n > capacity ? capacity : n;
+  }
+
+  TOKENMILL_HOST_DEVICE Slot slot(int64_t b, int64_t t) const {
+    if (!block_table) return {static_cast<int32_t>(b), static_cast<int32_t>(t)};
+    const int32_t page = block_table[b * table_stride + (t >> log2_page_size)];
+    return {page < 0 || page >= pages ? 0 : page,
+            static_cast<int32_t>(t & ((int64_t{1} << log2_page_size) - 1))};
+  }
+
+  // Of a row of k or v, in elements.
+  TOKENMILL_HOST_DEVICE static int64_t offset(const Rows& rows, Slot at, int64_t head) {
+    return at.page * rows.batch + at.row * rows.seq + head * rows.head;
+  }
+};
+
+}  // namespace tokenmill

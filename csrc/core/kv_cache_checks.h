@@ -1,0 +1,84 @@
+// The checks of a cache of keys and values: those of python/tokenmill/kv_cache.py, in its order and
+// words.
+#pragma once
+#include <bit>
+
+#include "core/kv_cache.h"
+#include "core/qkv.h"
+
+namespace tokenmill {
+
+// q [B, Sq, H, D] against a dense cache [B, S, Hk, D] or pages [P, page size, Hk, D].
+inline void check_cache(const char* op, const View& q, const View& k, const View& v, bool paged) {
+  const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k_cache", &k}, {"v_cache", &v}};
+  for (auto [name, t] : all)
+    check(t->dim() == 4, op, name,
+          t == &q ? "must have 4 dimensions [B, Sq, H, D]"
+                  : "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])",
+          t->dim());
+  check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
+  for (auto [name, t] : {all[1], all[2]}) {
+    check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
+    check_device_of_q(op, name, *t, q);
+  }
+  for (auto [name, t] : all) {
+    check_last_contiguous(op, name, *t);
+    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, op, name,
+          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
+  }
+  check(k.size(3) == q.size(3), op, "k_cache",
+        Rule("must have the head dimension of q, ", q.size(3)), k.size(3));
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v_cache",
+        Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
+  const int64_t heads = q.size(2), kv_heads = k.size(2), size = k.size(1);
+  check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), op, "k_cache",
+        Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
+  if (paged)
+    check(std::has_single_bit(static_cast<uint64_t>(size)), op, "k_cache",
+          "must have pages of a power of two of tokens", size);
+  else
+    check(k.size(0) == q.size(0), op, "k_cache", Rule("must have the batch size of q, ", q.size(0)),
+          k.size(0));
+}
+
+// The cache as kernels see it. Lengths and page numbers are checked on a CPU alone.
+inline KvCache make_cache(const char* op, const View& q, const View& k, const View& v,
+                          const View& seqlens, const std::optional<View>& table) {
+  const int64_t batch = q.size(0);
+  const std::vector<int64_t> wanted{batch};
+  check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
+  check(seqlens.sizes == wanted, op, "seqlens_k", Rule("must have shape ", wanted), seqlens.sizes);
+  check_last_contiguous(op, "seqlens_k", seqlens);
+  check_device_of_q(op, "seqlens_k", seqlens, q);
+  KvCache cache{};
+  cache.k = rows_of(k, false);
+  cache.v = rows_of(v, false);
+  cache.seqlens = seqlens.data<int32_t>();
+  cache.pages = k.size(0);
+  cache.capacity = k.size(1);
+  if (table) {
+    check(table->dtype == ScalarType::Int, op, "block_table", "must be int32", table->dtype);
+    check(table->dim() == 2 && table->size(0) == batch, op, "block_table",
+          Rule("must have shape [", batch, ", pages]"), table->sizes);
+    check_last_contiguous(op, "block_table", *table);
+    check_device_of_q(op, "block_table", *table, q);
+    cache.block_table = table->data<int32_t>();
+    cache.table_stride = table->step(0);
+    cache.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
+    cache.capacity = cache.pages > 0 ? table->size(1) * k.size(1) : 0;
+  }
+  if (q.is_cuda) return cache;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = cache.seqlens[b];
+    check(length >= 0 && length <= cache.capacity, op, "seqlens_k",
+          Rule("must be 0 to what the cache holds of a request, ", cache.capacity), length);
+    for (int64_t i = 0; table && i < ceil_div(length, k.size(1)); ++i) {
+      const int64_t page = cache.block_table[b * cache.table_stride + i];
+      check(page >= 0 && page < cache.pages, op, "block_table",
+            Rule("must name pages below ", cache.pages, " where keys lie"), page);
+    }
+  }
+  return cache;
+}
+
+}  // namespace tokenmill

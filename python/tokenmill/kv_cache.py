@@ -1,0 +1,92 @@
+"""What calls on a cache of keys and values must keep to. csrc/core/kv_cache_checks.h has the same
+rules in the same order and words; the contract test compares the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .check import (
+    MAX_HEAD_DIM,
+    check,
+    check_device_of_q,
+    check_dtype,
+    check_last_contiguous,
+    fail,
+    show,
+)
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool, float64: bool) -> None:
+    """q [B, Sq, H, D] against a dense cache [B, S, Hk, D] or pages [P, page size, Hk, D]."""
+    caches = (("k_cache", k), ("v_cache", v))
+    check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
+    for name, t in caches:
+        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+        check(t.dim() == 4, op, name, rule, t.dim())
+    check_dtype(op, "q", q, float64=float64)
+    for name, t in caches:
+        if t.dtype != q.dtype:
+            fail(op, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+        check_device_of_q(op, name, t, q)
+    for name, t in (("q", q), *caches):
+        check_last_contiguous(op, name, t)
+        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
+            fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+    if k.shape[3] != q.shape[3]:
+        fail(op, "k_cache", f"must have the head dimension of q, {q.shape[3]}", k.shape[3])
+    if v.shape[:-1] != k.shape[:-1]:
+        rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
+        fail(op, "v_cache", rule, v.shape)
+    heads, kv_heads, size = q.shape[2], k.shape[2], k.shape[1]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
+        fail(op, "k_cache", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
+    if paged:
+        rule = "must have pages of a power of two of tokens"
+        check(is_power_of_two(size), op, "k_cache", rule, size)
+    elif k.shape[0] != q.shape[0]:
+        fail(op, "k_cache", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
+
+
+def check_lengths(op: str, q: Tensor, seqlens_k: Tensor, block_table: Tensor | None) -> None:
+    batch = q.shape[0]
+    check_int32(op, "seqlens_k", seqlens_k)
+    if list(seqlens_k.shape) != [batch]:
+        fail(op, "seqlens_k", f"must have shape [{batch}]", seqlens_k.shape)
+    check_last_contiguous(op, "seqlens_k", seqlens_k)
+    check_device_of_q(op, "seqlens_k", seqlens_k, q)
+    if block_table is not None:
+        check_int32(op, "block_table", block_table)
+        if block_table.dim() != 2 or block_table.shape[0] != batch:
+            fail(op, "block_table", f"must have shape [{batch}, pages]", block_table.shape)
+        check_last_contiguous(op, "block_table", block_table)
+        check_device_of_q(op, "block_table", block_table, q)
+
+
+def check_int32(op: str, argument: str, t: Tensor) -> None:
+    check(t.dtype == torch.int32, op, argument, "must be int32", t.dtype)
+
+
+def capacity(k: Tensor, block_table: Tensor | None) -> int:
+    """Keys that a request may have."""
+    if block_table is None:
+        return k.shape[1]
+    return block_table.shape[1] * k.shape[1] if k.shape[0] > 0 else 0
+
+
+def check_lengths_values(op: str, k: Tensor, seqlens_k: Tensor, block_table: Tensor | None) -> None:
+    """The rules on values: lengths within the cache, pages that exist."""
+    most, pages, size = capacity(k, block_table), k.shape[0], k.shape[1]
+    table = None if block_table is None else block_table.tolist()
+    for b, length in enumerate(seqlens_k.tolist()):
+        if not 0 <= length <= most:
+            rule = f"must be 0 to what the cache holds of a request, {most}"
+            fail(op, "seqlens_k", rule, length)
+        for page in [] if table is None else table[b][: -(-length // size)]:
+            if not 0 <= page < pages:
+                rule = f"must name pages below {pages} where keys lie"
+                fail(op, "block_table", rule, page)
