@@ -18,6 +18,11 @@ TOKENMILL_LIBRARY(m) {
       "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
       "SymInt? max_seqlen_k, bool deterministic, str precision) -> (Tensor dq, Tensor dk, "
       "Tensor dv, Tensor dscore_bias, Tensor dbias, Tensor dalibi_slopes, Tensor dsink)");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens_k, "
+      "Tensor? block_table, str kind, float scale, Tensor? score_bias, float score_bias_value, "
+      "bool score_bias_neg_log_n, Tensor? alibi_slopes, Tensor? sink, float softcap, "
+      "SymInt window_left, SymInt num_splits, str schedule) -> (Tensor out, Tensor lse)");
   m.def("merge_attention_states(Tensor outs, Tensor? lses) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses, "

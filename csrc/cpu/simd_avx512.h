@@ -37,6 +37,25 @@ TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
 TM_INLINE float first(vf x) { return _mm512_cvtss_f32(x); }
 TM_INLINE float sum_lanes(vf x) { return _mm512_reduce_add_ps(x); }
 TM_INLINE float max_lanes(vf x) { return _mm512_reduce_max_ps(x); }
+// Lane i: the sum of the lanes of x[i].
+TM_INLINE vf sum_each(const vf (&x)[16]) {
+  __m512d pair[8];
+  TM_UNROLL(8)
+  for (int i = 0; i < 8; ++i)
+    pair[i] = _mm512_castps_pd(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) +
+                               _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+  vf four[4], eight[2];
+  TM_UNROLL(4)
+  for (int i = 0; i < 4; ++i)
+    four[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pair[2 * i], pair[2 * i + 1])) +
+              _mm512_castpd_ps(_mm512_unpackhi_pd(pair[2 * i], pair[2 * i + 1]));
+  TM_UNROLL(2)
+  for (int i = 0; i < 2; ++i)
+    eight[i] = _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x44) +
+               _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xee);
+  return _mm512_shuffle_f32x4(eight[0], eight[1], 0x88) +
+         _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd);
+}
 TM_INLINE vf iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 TM_INLINE vf reciprocal_approx(vf x) { return _mm512_rcp14_ps(x); }
 
@@ -120,6 +139,19 @@ TM_INLINE vf pair_bfloat(vf lo, vf hi) {
   const __m512i l = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(lo)));
   const __m512i h = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(hi)));
   return _mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+}
+// Words (a, b) of the 32 columns of two rows: `low` has columns 0-3, 8-11, 16-19 and 24-27.
+TM_INLINE void interleave_bfloat(vf a, vf b, vf& low, vf& high) {
+  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+  low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(x, y));
+  high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(x, y));
+}
+// The columns of interleave_bfloat back in order: 0-15 in `low`.
+TM_INLINE void restore_columns(vf& low, vf& high) {
+  const vf front = _mm512_shuffle_f32x4(low, high, 0x44);
+  const vf back = _mm512_shuffle_f32x4(low, high, 0xee);
+  low = _mm512_shuffle_f32x4(front, front, 0xd8);
+  high = _mm512_shuffle_f32x4(back, back, 0xd8);
 }
 // 32 floats, in order, as 16 words.
 TM_INLINE vf narrow_bfloat(vf first_half, vf second_half) {

@@ -45,6 +45,10 @@ TM_INLINE int store_lane_numbers(int32_t* to, int32_t first, vm m) {
 }
 TM_INLINE float first(vf x) { return x[0]; }
 TM_INLINE float sum_lanes(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+// Lane i: the sum of the lanes of x[i].
+TM_INLINE vf sum_each(const vf (&x)[4]) {
+  return vf{sum_lanes(x[0]), sum_lanes(x[1]), sum_lanes(x[2]), sum_lanes(x[3])};
+}
 TM_INLINE float max_lanes(vf x) {
   const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
   return a > b ? a : b;

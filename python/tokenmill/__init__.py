@@ -7,7 +7,7 @@ for other frameworks.
 
 from . import dense, linear, select, testing
 from .check import InputError
-from .dense import attention, merge_attention_states, sigmoid_attention
+from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
 from .info import build_info
 from .linear import (
@@ -23,6 +23,7 @@ __all__ = [
     "InputError",
     "__version__",
     "attention",
+    "attention_decode",
     "backends",
     "build_info",
     "dense",

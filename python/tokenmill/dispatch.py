@@ -103,7 +103,7 @@ def call(
         assert spec.out is not None
         checked, arguments = spec.out, (*lowered, out)
     autograd = _needs_autograd(arguments)
-    if autograd and checked.written:
+    if autograd and (checked.written or spec.refuses_gradients):
         _refuse_gradient(spec, checked, arguments)
     if chosen == "reference":
         checked.check(*arguments, float64=True)
@@ -151,7 +151,8 @@ def _note_write(t: torch.Tensor) -> None:
 def _refuse_gradient(spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]) -> None:
     for name, value in zip(op.arguments, arguments, strict=True):
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            rule = f"must not require a gradient, as the call writes into {op.written[0]}"
+            why = f"as the call writes into {op.written[0]}" if op.written else "there is none"
+            rule = f"must not require a gradient, {why}"
             fail(spec.name, name, rule, value.requires_grad)
 
 

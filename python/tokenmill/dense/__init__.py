@@ -1,6 +1,7 @@
 """Attention with any score map."""
 
 from .attention import attention, sigmoid_attention
+from .attention_decode import attention_decode
 from .merge import merge_attention_states
 
-__all__ = ["attention", "merge_attention_states", "sigmoid_attention"]
+__all__ = ["attention", "attention_decode", "merge_attention_states", "sigmoid_attention"]

@@ -29,7 +29,7 @@ def _qkv(
     return draw(b, sq, h, d), draw(b, sk, hk, d), draw(b, sk, hk, dv)
 
 
-def _options(options: dict[str, Any], dtype: torch.dtype, g: torch.Generator) -> dict[str, Any]:
+def with_options(options: dict[str, Any], dtype: torch.dtype, g: torch.Generator) -> dict[str, Any]:
     """Options that are callables draw a tensor from (dtype, generator)."""
     drawn = {k: o(dtype, g) if callable(o) else o for k, o in options.items()}
     return drawn if "kind" in drawn else drawn | {"return_lse": True}
@@ -37,7 +37,7 @@ def _options(options: dict[str, Any], dtype: torch.dtype, g: torch.Generator) ->
 
 def _dense(sizes: dict[str, int], **options: Any) -> Any:
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
-        return _qkv(dtype, g, **sizes), _options(options, dtype, g)
+        return _qkv(dtype, g, **sizes), with_options(options, dtype, g)
 
     return make
 
@@ -50,12 +50,12 @@ def _packed(lengths_q: list[int], lengths_k: list[int], **options: Any) -> Any:
             for lengths in (lengths_q, lengths_k)
         )
         lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-        return (q[0], k[0], v[0]), lengths | _options(options, dtype, g)
+        return (q[0], k[0], v[0]), lengths | with_options(options, dtype, g)
 
     return make
 
 
-def _draw(*shape: int, positive: bool = False) -> Any:
+def draw_tensor(*shape: int, positive: bool = False) -> Any:
     def draw(dtype: torch.dtype, g: torch.Generator) -> Tensor:
         x = torch.randn(shape, generator=g)
         return (x.abs() if positive else x).to(dtype)
@@ -68,14 +68,14 @@ SAMPLES = (
     Sample("causal, more keys", _dense({"sq": 17, "sk": 65, "d": 64, "dv": 48}, causal=True)),
     Sample("causal, more queries", _dense({"sq": 40, "sk": 9}, causal=True)),
     Sample("window", _dense({"sq": 50, "sk": 50, "hk": 4}, window=(7, 3))),
-    Sample("sink, softcap", _dense({"hk": 1}, sink=_draw(4), softcap=5.0, window=(4, 0))),
+    Sample("sink, softcap", _dense({"hk": 1}, sink=draw_tensor(4), softcap=5.0, window=(4, 0))),
     Sample(
         "every term",
         _dense(
             {"d": 20, "dv": 12},
-            bias=_draw(2, 1, 33, 33),
-            alibi_slopes=_draw(4, positive=True),
-            score_bias=_draw(2, 4),
+            bias=draw_tensor(2, 1, 33, 33),
+            alibi_slopes=draw_tensor(4, positive=True),
+            score_bias=draw_tensor(2, 4),
             softcap=3.0,
             causal=True,
         ),
@@ -90,9 +90,9 @@ SAMPLES = (
         _dense(
             {"d": 18, "dv": 33},
             kind="sigmoid",
-            score_bias=_draw(4),
-            bias=_draw(1, 4, 33, 33),
-            alibi_slopes=_draw(2, 4, positive=True),
+            score_bias=draw_tensor(4),
+            bias=draw_tensor(1, 4, 33, 33),
+            alibi_slopes=draw_tensor(2, 4, positive=True),
             softcap=4.0,
             window=(9, 9),
         ),
@@ -101,8 +101,8 @@ SAMPLES = (
         "sigmoid packed",
         _packed([12, 3], [20, 31], kind="sigmoid", score_bias="neg_log_n", window=(8, 2)),
     ),
-    Sample("sigmoid row bias", _dense({}, kind="sigmoid", bias=_draw(1, 4, 33, 1))),
-    Sample("key bias", _dense({}, bias=_draw(2, 1, 1, 33))),
+    Sample("sigmoid row bias", _dense({}, kind="sigmoid", bias=draw_tensor(1, 4, 33, 1))),
+    Sample("key bias", _dense({}, bias=draw_tensor(2, 1, 1, 33))),
 )
 
 

@@ -1,0 +1,150 @@
+// A few rows of queries against keys and values where they lie: no packing, each key is read once.
+//
+// kRows rows stand side by side in a vector of scores: lane r * kKeys + k is row r and key k.
+#pragma once
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int kStep = 64;  // keys
+
+template <int kRows>
+constexpr int kKeys = kWidth / kRows;
+
+// Where the rows of one step lie; those behind its last key repeat it.
+struct StepRows {
+  const char *k[kStep], *v[kStep];
+};
+
+// A row of keys as words of Op, of which `words` exist.
+template <class Op, DType kType>
+TM_INLINE vf load_words(const char* row, int64_t word, int64_t words) {
+  if constexpr (Op::kPair == 1) {
+    if (word + kWidth <= words) return Elements<kType>::load(row, word);
+    return Elements<kType>::load_n(row, word, words - word);
+  } else {
+    return PairWords()(reinterpret_cast<const uint16_t*>(row), 2 * word, words);
+  }
+}
+
+// kRows rows of queries, ldq words apart, times kKeys keys.
+template <class Op, DType kType, int kRows>
+TM_INLINE vf multiply_keys(const float* q, int64_t ldq, const char* const* rows, int64_t dim) {
+  constexpr int kCount = kKeys<kRows>;
+  vf sum[kWidth];
+  TM_UNROLL(16)
+  for (int i = 0; i < kWidth; ++i) sum[i] = zero();
+  const int64_t whole = dim / Op::kPair / kWidth * kWidth;
+  const auto add = [&](int64_t word, const auto& key) TM_LAMBDA {
+    TM_UNROLL(16)
+    for (int k = 0; k < kCount; ++k) {
+      const vf x = key(rows[k]);
+      TM_UNROLL(4)
+      for (int r = 0; r < kRows; ++r)
+        sum[r * kCount + k] = Op::madd(sum[r * kCount + k], load(q + r * ldq + word), x);
+    }
+  };
+  for (int64_t word = 0; word < whole; word += kWidth)
+    add(word, [&](const char* row) TM_LAMBDA {
+      if constexpr (Op::kPair == 1)
+        return Elements<kType>::load(row, word);
+      else
+        return load(reinterpret_cast<const float*>(row) + word);
+    });
+  if (whole * Op::kPair < dim)
+    add(whole, [&](const char* row) TM_LAMBDA { return load_words<Op, kType>(row, whole, dim); });
+  return sum_each(sum);
+}
+
+// Weights of a block of keys, as words that multiply_values broadcasts.
+template <class Op>
+TM_INLINE void store_weights(float* p, int64_t block, vf first, vf second) {
+  if constexpr (Op::kPair == 1) {
+    store(p + block * kWidth, first);
+    store(p + (block + 1) * kWidth, second);
+  } else {
+#if defined(__AVX512BF16__)
+    store(p + block / 2 * kWidth, narrow_bfloat(first, second));
+#endif
+  }
+}
+
+// Adds the products of the weights with kVectors vectors of columns of the values to out, rows ldo
+// floats apart. A step is summed from zero in registers and added once.
+template <class Op, DType kType, int kRows, int kVectors>
+TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, int64_t keys,
+                                      int64_t column, int64_t columns, float* out, int64_t ldo) {
+  constexpr int kCount = kKeys<kRows> / Op::kPair;  // words of a row in a block
+  const bool whole = column + kVectors * kWidth <= columns;
+  vf sum[kRows][kVectors];
+  clear(sum);
+  for (int64_t key = 0; key < keys; key += Op::kPair) {
+    vf value[kVectors];
+    if constexpr (Op::kPair == 1) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t at = column + j * kWidth;
+        value[j] = whole ? Elements<kType>::load(rows[key], at)
+                         : Elements<kType>::load_n(rows[key], at, columns - at);
+      }
+    } else {
+#if defined(__AVX512BF16__)
+      TM_UNROLL(2)
+      for (int j = 0; j < kVectors; j += 2) {
+        const int64_t at = column + j * kWidth;
+        const auto row = [&](int64_t r) TM_LAMBDA {
+          const uint16_t* from = reinterpret_cast<const uint16_t*>(rows[r]);
+          return whole ? load(reinterpret_cast<const float*>(from + at))
+                       : PairWords()(from, at, columns);
+        };
+        interleave_bfloat(row(key), row(key + 1), value[j], value[j + 1]);
+      }
+#endif
+    }
+    const int64_t word = key / Op::kPair;
+    const float* weights = p + word / kCount * (kRows * kCount) + word % kCount;
+    TM_UNROLL(4)
+    for (int r = 0; r < kRows; ++r) {
+      const vf w = set(weights[r * kCount]);
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) sum[r][j] = Op::madd(sum[r][j], w, value[j]);
+    }
+  }
+  TM_UNROLL(4)
+  for (int r = 0; r < kRows; ++r) {
+    TM_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = out + r * ldo + column + j * kWidth;
+      store(to, load(to) + sum[r][j]);
+    }
+  }
+}
+
+template <class Op, DType kType, int kRows>
+__attribute__((noinline)) void multiply_values(const float* p, const char* const* rows,
+                                               int64_t keys, int64_t columns, float* out,
+                                               int64_t ldo) {
+  int64_t column = 0;
+  for (; column + kTileVectors * kWidth <= columns; column += kTileVectors * kWidth)
+    multiply_value_columns<Op, kType, kRows, kTileVectors>(p, rows, keys, column, columns, out,
+                                                           ldo);
+  for (; column < columns; column += Op::kPair * kWidth)
+    multiply_value_columns<Op, kType, kRows, Op::kPair>(p, rows, keys, column, columns, out, ldo);
+}
+
+// Columns of sums of multiply_values in order.
+template <class Op>
+TM_INLINE void restore_order(float* row, int64_t width) {
+#if defined(__AVX512BF16__)
+  if constexpr (Op::kPair == 2)
+    for (int64_t c = 0; c < width; c += 2 * kWidth) {
+      vf low = load(row + c), high = load(row + c + kWidth);
+      restore_columns(low, high);
+      store(row + c, low);
+      store(row + c + kWidth, high);
+    }
+#endif
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

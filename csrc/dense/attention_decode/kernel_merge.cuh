@@ -1,0 +1,77 @@
+// Partial sums of one output tile, merged in a fixed order: those of the warps of a block, and
+// those of segments that several blocks worked on.
+#pragma once
+#include "dense/attention/kernel_finish.cuh"
+#include "dense/attention_decode/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// Sums of one row, the columns lane, lane + 32, ... of a warp.
+template <typename Shape>
+struct RowSums {
+  static constexpr int kColumns = Shape::kBucket / kWarpSize;
+  float value[kColumns];
+  float sum, pivot;
+
+  // Of parts 0 .. count - 1, of which row_of(n) is the row.
+  template <typename RowOf>
+  __device__ __forceinline__ RowSums(int count, bool softmax, const RowOf& row_of) : sum(0) {
+    const int lane = threadIdx.x % kWarpSize;
+    // Part 0 may lie in another memory than the others, so that loads are generic: __ldcg is not
+    // for them. No row was in this block's L1 cache before it was written.
+    pivot = -kFloatMax;
+    for (int n = 0; softmax && n < count; ++n) pivot = fmaxf(pivot, row_of(n)[Shape::kPivotAt]);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) value[i] = 0;
+    for (int n = 0; n < count; ++n) {
+      const float* row = row_of(n);
+      const float own = row[Shape::kPivotAt];
+      const float factor = softmax && own != pivot ? exp2_approx(own - pivot) : 1;
+      sum = fmaf(row[Shape::kSumAt], factor, sum);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        value[i] = fmaf(row[lane + i * kWarpSize], factor, value[i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(float* row) const {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) row[lane + i * kWarpSize] = value[i];
+    if (lane == 0) row[Shape::kSumAt] = sum, row[Shape::kPivotAt] = pivot;
+  }
+};
+
+// The result of row `row` of an output tile.
+template <typename T, typename Shape>
+__device__ __forceinline__ void store_result(const DecodeParams& d, const DecodePlan& plan,
+                                             const Segment& s, int row,
+                                             const RowSums<Shape>& sums) {
+  const AttentionParams& p = d.attention;
+  const int lane = threadIdx.x % kWarpSize;
+  const int in_head = s.row_tile * plan.tile_rows + row;
+  const int i = in_head / plan.group, h = s.h * plan.group + in_head % plan.group;
+  float factor = 1 / kScale<T>;
+  if (p.map == ScoreMap::softmax) {
+    const float shift = constant_of(p, s.b, h, static_cast<int>(d.cache.length(s.b)));
+    const RowScale scale =
+        finish_softmax(sums.sum, sums.pivot, p.sink ? p.sink + h : nullptr, shift);
+    if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
+    factor = scale.factor;
+  }
+  T* out = rows_at<T>(p.out, s.b, i, h);
+#pragma unroll
+  for (int c = 0; c < sums.kColumns; ++c) {
+    const int column = lane + c * kWarpSize;
+    if (column < p.value_dim) out[column] = static_cast<T>(sums.value[c] * factor);
+  }
+}
+
+// Where a segment keeps its sums. A block of stream-K has two such: one for an output tile that it
+// did not begin (its first), one for those that it did.
+__device__ __forceinline__ int64_t slot_of(const DecodePlan& plan, const Segment& s, int part) {
+  const int64_t block = s.first_block + part;
+  return plan.splits > 0 ? block : 2 * block + (part == 0);
+}
+
+}  // namespace tokenmill::cuda

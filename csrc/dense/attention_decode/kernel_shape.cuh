@@ -1,0 +1,187 @@
+// Tile sizes of the decode kernel, and what it shares out among blocks.
+//
+// An output tile is up to kMaxRows rows of one KV head of one request: row r is query r / group of
+// head r % group. The keys that its rows see, in steps of kTileKeys, are cut into segments. A block
+// takes one segment (split), or all that fall into its share of the steps of all output tiles
+// (stream-K).
+#pragma once
+#include "dense/attention/kernel_shape.cuh"
+#include "dense/attention/kernel_terms.cuh"
+#include "dense/attention_decode/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
+
+// kBucket is the larger head dimension, rounded up.
+template <typename T, int kBucket_>
+struct DecodeShape {
+  static constexpr int kBucket = kBucket_;
+  static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
+  static constexpr int kTileKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
+  static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
+  static constexpr bool kQueryInRegisters = kRowBytes <= 256;
+
+  // Warps share the keys of a tile if there are few rows, and the rows if there are many.
+  static constexpr int kMinRowWarps =
+      kDecodeWarps * kStepKeys <= kTileKeys ? 1 : kDecodeWarps * kStepKeys / kTileKeys;
+  static constexpr int kMaxRowWarps = kRowBytes <= 512 ? kDecodeWarps : 2;
+
+  using KeyTile = SharedTile<kRowBytes, Swizzle::quad>;
+  using ValueTile = SharedTile<kRowBytes, kFloat ? Swizzle::plain : Swizzle::quad>;
+  static constexpr int kTileBytes = kTileKeys * kRowBytes;
+  static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
+  static constexpr int kSlices = kRowBytes / 64;
+
+  // Sums of one row: of the weighted values, of the weights, then the pivot of the weights. Four
+  // more floats than values keep the rows of an accumulator in different banks.
+  static constexpr int kSumAt = kBucket, kPivotAt = kBucket + 1, kPartialRow = kBucket + 4;
+  static constexpr int kPartialBytes = kDecodeWarps * 16 * kPartialRow * 4;  // of all warps
+
+  // float32 sums over many keys have a second level.
+  static constexpr int kChunkKeys = kFloat ? 1024 : 1 << 30;
+
+  // Stages, in which partial sums take turns; slots of two tiles; queries.
+  static constexpr int kWorkBytes =
+      2 * kStageBytes > kPartialBytes ? 2 * kStageBytes : kPartialBytes;
+  static constexpr int kSlotBytes = 2 * kTileKeys * static_cast<int>(sizeof(KvCache::Slot));
+  static constexpr int shared_bytes(int row_warps) {
+    return kWorkBytes + kSlotBytes + row_warps * 16 * kRowBytes;
+  }
+};
+
+// What the host chose for a launch.
+struct DecodePlan {
+  int log2_row_warps;
+  int group;        // query heads of a KV head
+  int rows;         // of a KV head: group * Sq
+  int row_tiles;    // output tiles of a KV head
+  int tile_rows;    // 16 << log2_row_warps
+  int splits;       // of an output tile; 0: stream-K
+  bool aligned;     // rows of q, k and v are whole 16-byte chunks
+  float* partials;  // [slots][tile_rows][kPartialRow]
+  int* arrived;     // segments of each output tile that are done
+};
+
+// A run of keys of an output tile.
+struct Segment {
+  int b, h, row_tile;
+  int begin, end;               // keys
+  int part, parts;              // of the output tile
+  int64_t output, first_block;  // number of the output tile; block of part 0
+};
+
+// Fewer steps than these are not worth a block.
+template <typename Shape>
+constexpr int kLeastSteps = 256 / Shape::kTileKeys;
+
+// Steps of one output tile of request b: one at least, which stores what there is without keys.
+template <typename Shape>
+__device__ __forceinline__ int steps_of(const DecodeParams& d, int b) {
+  const KeyRange keys = KeyRange::of(decode_band(d.attention, d.cache.length(b)));
+  const int count = static_cast<int>(keys.end - keys.begin);
+  return count > 0 ? (count + Shape::kTileKeys - 1) / Shape::kTileKeys : 1;
+}
+
+// The segments of a block, one after the other. All lanes of a warp together.
+template <typename Shape>
+class Segments {
+ public:
+  __device__ Segments(const DecodeParams& d, const DecodePlan& plan)
+      : d_(d), plan_(plan), tiles_(static_cast<int>(d.attention.kv_heads) * plan.row_tiles) {
+    if (plan.splits > 0) {
+      const int64_t output = blockIdx.x / plan.splits;
+      b_ = static_cast<int>(output / tiles_);
+      steps_ = steps_of<Shape>(d, b_);
+      before_ = b_ * int64_t{tiles_} * steps_;  // as if all requests were like this one
+      const int parts = min(plan.splits, steps_), part = blockIdx.x % plan.splits;
+      const int64_t first = output * steps_;
+      next_ = first + int64_t{part} * steps_ / parts;
+      end_ = part < parts ? first + int64_t{part + 1} * steps_ / parts : next_;
+      return;
+    }
+    const int lane = threadIdx.x % kWarpSize;
+    int64_t total = 0;
+    for (int64_t b = lane; b < d.attention.batch; b += kWarpSize)
+      total += steps_of<Shape>(d, static_cast<int>(b));
+    total_ = warp_sum(total) * tiles_;
+    const int64_t worth = (total_ + kLeastSteps<Shape> - 1) / kLeastSteps<Shape>;
+    blocks_ = worth < gridDim.x ? worth : gridDim.x;
+    if (blockIdx.x >= blocks_) return;
+    next_ = blockIdx.x * total_ / blocks_;
+    end_ = (blockIdx.x + 1) * total_ / blocks_;
+    find_request();
+  }
+
+  __device__ __forceinline__ bool take(Segment& s) {
+    if (next_ >= end_) return false;
+    while (next_ >= before_ + int64_t{tiles_} * steps_) {
+      before_ += int64_t{tiles_} * steps_;
+      steps_ = steps_of<Shape>(d_, ++b_);
+    }
+    const int64_t in_request = next_ - before_;
+    const int tile = static_cast<int>(in_request / steps_);
+    const int64_t first = before_ + int64_t{tile} * steps_;  // step of the output tile
+    const int step = static_cast<int>(next_ - first);
+    const int count = static_cast<int>(end_ - next_ < steps_ - step ? end_ - next_ : steps_ - step);
+    s.b = b_;
+    s.h = tile / plan_.row_tiles;
+    s.row_tile = tile % plan_.row_tiles;
+    s.output = b_ * int64_t{tiles_} + tile;
+    if (plan_.splits > 0) {
+      s.first_block = s.output * plan_.splits;
+      s.parts = min(plan_.splits, steps_);
+    } else {
+      s.first_block = block_of(first);
+      s.parts = static_cast<int>(block_of(first + steps_ - 1) - s.first_block) + 1;
+    }
+    s.part = static_cast<int>(blockIdx.x - s.first_block);
+    const KeyRange keys = KeyRange::of(decode_band(d_.attention, d_.cache.length(b_)));
+    const KeyRange own = keys.part(step, step + count, Shape::kTileKeys);
+    s.begin = static_cast<int>(own.begin);
+    s.end = static_cast<int>(own.end);
+    next_ += count;
+    return true;
+  }
+
+ private:
+  // The request in which step next_ lies.
+  __device__ void find_request() {
+    const int lane = threadIdx.x % kWarpSize;
+    before_ = 0;
+    for (int64_t first = 0;; first += kWarpSize) {
+      const int64_t b = first + lane;
+      const int own = b < d_.attention.batch ? steps_of<Shape>(d_, static_cast<int>(b)) : 0;
+      int64_t end = int64_t{own} * tiles_;
+#pragma unroll
+      for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const int64_t other = __shfl_up_sync(kFullWarp, end, offset);
+        if (lane >= offset) end += other;
+      }
+      const unsigned found = __ballot_sync(kFullWarp, next_ < before_ + end);
+      if (found) {
+        const int owner = __clz(__brev(found));  // the lowest bit
+        b_ = static_cast<int>(first) + owner;
+        steps_ = __shfl_sync(kFullWarp, own, owner);
+        before_ += __shfl_sync(kFullWarp, end, owner) - int64_t{steps_} * tiles_;
+        return;
+      }
+      before_ += __shfl_sync(kFullWarp, end, kWarpSize - 1);
+    }
+  }
+
+  // The block that takes a step, of blocks_ that take [i total_ / blocks_, (i + 1) total_ /
+  // blocks_).
+  __device__ int64_t block_of(int64_t step) const { return ((step + 1) * blocks_ - 1) / total_; }
+
+  const DecodeParams& d_;
+  const DecodePlan& plan_;
+  int tiles_;  // output tiles of a request
+  int b_ = 0, steps_ = 1;
+  int64_t before_ = 0, next_ = 0, end_ = 0;  // steps: those of earlier requests, own range
+  int64_t total_ = 0, blocks_ = 0;
+};
+
+}  // namespace tokenmill::cuda

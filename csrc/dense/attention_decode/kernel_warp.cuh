@@ -1,0 +1,243 @@
+// One warp: 16 rows of an output tile, their weights for a step of keys, their weighted values.
+#pragma once
+#include "dense/attention_decode/kernel_shape.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T, int kBucket>
+class DecodeWarp {
+ public:
+  using Shape = DecodeShape<T, kBucket>;
+  using Addresses = StageAddresses<Shape, false>;
+  static constexpr int kTiles = kBucket / 8;  // of value columns
+  static constexpr int kKeyTiles = Shape::kStepKeys / 8;
+
+  // `queries` is where the queries of the output tile lie in shared memory.
+  __device__ DecodeWarp(const DecodeParams& d, const DecodePlan& plan, uint32_t queries)
+      : p_(d.attention),
+        softmax_(p_.map == ScoreMap::softmax),
+        row_warp_((threadIdx.x / kWarpSize) & ((1 << plan.log2_row_warps) - 1)),
+        unit_(softmax_ ? kLog2e : -kLog2e) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kPatterns; ++i)
+      query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +
+                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+  }
+
+  // Rows that do not exist see no key.
+  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s, int length) {
+    const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
+    const int diagonal = length - static_cast<int>(p_.seqlen_q);
+    const Band band = decode_band(p_, length);
+    active_ = first < plan.rows;
+    const int last = min(first + 15, plan.rows - 1);
+    whole_begin_ = static_cast<int>(band.begin(last / plan.group));
+    whole_end_ = first / plan.group + diagonal + 1;
+    general_ = p_.softcap > 0 || p_.alibi_slopes;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first + 8 * half + static_cast<int>(threadIdx.x % kWarpSize) / 4;
+      const int i = row / plan.group, h = s.h * plan.group + row % plan.group;
+      const bool exists = row < plan.rows;
+      begin_[half] = exists ? static_cast<int>(band.begin(i)) : 0;
+      end_[half] = exists ? i + diagonal + 1 : 0;
+      slope_[half] = exists && p_.alibi_slopes ? p_.alibi_slopes[s.b * p_.alibi_batch + h] : 0;
+      constant_[half] = exists && !softmax_ ? constant_of(p_, s.b, h, length) : 0;
+    }
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) out_[n][0] = out_[n][1] = out_[n][2] = out_[n][3] = 0;
+    // With these a row's first weights overflow, which sets its pivot.
+    neg_pivot_[0] = neg_pivot_[1] = kFloatMax;
+    sum_[0] = sum_[1] = 0;
+  }
+
+  __device__ __forceinline__ void load_queries() {
+    if constexpr (Shape::kQueryInRegisters)
+      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j]); });
+  }
+
+  // Adds the kStepKeys keys from `key` on, at `at`. Nothing behind `end` counts.
+  __device__ __forceinline__ void add_step(const Addresses& at, int key, int end) {
+    float s[kKeyTiles][4];
+    multiply_keys(s, at);
+    if (general_) {
+      finish_logits(s, key);
+    } else {
+      const float factor = unit_ * p_.scale;
+      each_score(s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
+    }
+    if (key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end)) hide(s, key, end);
+    if (softmax_)
+      exponentiate(s);
+    else
+      each_score(s, [&](float& x, int, int) {
+        x = reciprocal_approx(exp2_approx(x - kLog2Scale<T>) + 1 / kScale<T>);
+      });
+    multiply_values(s, at);
+  }
+
+  // The sums of this warp to 16 rows of partials.
+  __device__ __forceinline__ void store(float* rows) const {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* row = rows + (8 * half + lane / 4) * Shape::kPartialRow;
+      const float sum = quad_sum(sum_[half]);
+      if constexpr (Shape::kFloat) {
+        // Lane c of a quad holds columns 32 group + 8 c ... + 7.
+#pragma unroll
+        for (int group = 0; group < kBucket / 32; ++group)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float4 x{out_[4 * group][2 * half + i], out_[4 * group + 1][2 * half + i],
+                           out_[4 * group + 2][2 * half + i], out_[4 * group + 3][2 * half + i]};
+            *reinterpret_cast<float4*>(row + 32 * group + 8 * (lane % 4) + 4 * i) = x;
+          }
+      } else {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          *reinterpret_cast<float2*>(row + 8 * n + 2 * (lane % 4)) = {out_[n][2 * half],
+                                                                      out_[n][2 * half + 1]};
+      }
+      if (lane % 4 == 0) {
+        row[Shape::kSumAt] = sum;
+        row[Shape::kPivotAt] = -neg_pivot_[half];
+      }
+    }
+  }
+
+  __device__ int row_warp() const { return row_warp_; }
+  __device__ bool active() const { return active_; }
+
+ private:
+  static constexpr int kPatterns = Addresses::kKeys;
+
+  // 16 bytes of rows g and g + 8.
+  struct QuerySlice {
+    uint32_t words[2][4];
+  };
+
+  template <int kSlice>
+  __device__ __forceinline__ void load_query(QuerySlice& to) const {
+    constexpr int kOffset = kSlice / kPatterns * kPatterns * 64;
+    load_shared<kOffset>(to.words[0], query_[kSlice % kPatterns]);
+    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], query_[kSlice % kPatterns]);
+  }
+
+  __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+    unroll<Shape::kSlices>([&](auto j) {
+      QuerySlice slice;
+      if constexpr (Shape::kQueryInRegisters)
+        slice = q_[j];
+      else
+        load_query<j>(slice);
+      const auto& w = slice.words;
+      Fragment<T, 4> a[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
+      unroll<kKeyTiles>([&](auto n) {
+        uint32_t k[4];
+        at.template load_keys<8 * n, j>(k);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
+      });
+    });
+  }
+
+  // visit(score, row g or g + 8, key of the step)
+  template <typename Visit>
+  static __device__ __forceinline__ void each_score(float (&s)[kKeyTiles][4], const Visit& visit) {
+    const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) visit(s[n][i], i / 2, 8 * n + column + i % 2);
+  }
+
+  __device__ __forceinline__ void finish_logits(float (&s)[kKeyTiles][4], int key0) const {
+    each_score(s, [&](float& x, int half, int key) {
+      float z = x * p_.scale;
+      if (p_.softcap > 0) z = p_.softcap * tanhf(z / p_.softcap);
+      const int distance = end_[half] - 1 - (key0 + key);  // the row's own key is its last one
+      z = fmaf(-slope_[half], fabsf(static_cast<float>(distance)), z) + constant_[half];
+      x = z * unit_;
+    });
+  }
+
+  __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], int key0, int end) const {
+    const float hidden = softmax_ ? -infinity() : infinity();
+    each_score(s, [&](float& x, int half, int key) {
+      if (key0 + key < begin_[half] || key0 + key >= min(end_[half], end)) x = hidden;
+    });
+  }
+
+  // Weights relative to the pivots of their rows, which move if a weight exceeds the headroom.
+  __device__ __forceinline__ void exponentiate(float (&s)[kKeyTiles][4]) {
+    float top[2] = {-infinity(), -infinity()};
+    each_score(s, [&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
+    top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
+    const bool over = top[0] + neg_pivot_[0] > kHeadroom || top[1] + neg_pivot_[1] > kHeadroom;
+    if (__any_sync(kFullWarp, over)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!(top[half] + neg_pivot_[half] > kHeadroom)) continue;
+        const float shrink = exp2_approx(-neg_pivot_[half] - top[half]);
+        neg_pivot_[half] = -top[half];
+        sum_[half] *= shrink;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          out_[n][2 * half] *= shrink, out_[n][2 * half + 1] *= shrink;
+      }
+    }
+    each_score(s, [&](float& x, int half, int) {
+      x = exp2_approx(x + neg_pivot_[half]);
+      sum_[half] += x;
+    });
+  }
+
+  __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
+                                                  const Addresses& at) {
+    if constexpr (Shape::kFloat) {
+      const auto p = make_fragment<T>(__float_as_uint(e[0][0]), __float_as_uint(e[0][2]),
+                                      __float_as_uint(e[0][1]), __float_as_uint(e[0][3]));
+      unroll<kBucket / 32>([&](auto group) {
+        uint32_t even[4], odd[4];
+        at.template load_float_values<0, 0, group>(even);
+        at.template load_float_values<0, 1, group>(odd);
+#pragma unroll
+        for (int t = 0; t < 4; ++t) mma(out_[4 * group + t], p, make_fragment<T>(even[t], odd[t]));
+      });
+    } else {
+      const auto p = make_fragment<T>(pack<T>(e[0][0], e[0][1]), pack<T>(e[0][2], e[0][3]),
+                                      pack<T>(e[1][0], e[1][1]), pack<T>(e[1][2], e[1][3]));
+      unroll<kBucket / 16>([&](auto pair) {
+        uint32_t w[4];
+        at.template load_values<0, pair>(w);
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+          mma(out_[2 * pair + t], p, make_fragment<T>(w[2 * t], w[2 * t + 1]));
+      });
+    }
+  }
+
+  const AttentionParams& p_;
+  bool softmax_, active_, general_;
+  int row_warp_;
+  float unit_;
+  int whole_begin_, whole_end_;  // of the keys that all rows see
+  int begin_[2], end_[2];        // of rows g and g + 8
+  float slope_[2], constant_[2];
+  float neg_pivot_[2], sum_[2];
+  uint32_t query_[kPatterns];
+  float out_[kTiles][4];
+  QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
+};
+
+}  // namespace tokenmill::cuda

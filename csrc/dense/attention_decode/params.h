@@ -1,0 +1,42 @@
+#pragma once
+#include "core/kv_cache.h"
+#include "dense/attention/band.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill {
+
+struct DecodeParams {
+  AttentionParams attention;  // k, v and seqlen_k are the cache's; causal, neither bias nor packed
+  KvCache cache;
+  int64_t num_splits;  // 0: automatic
+  bool stream_k;       // CUDA: ranges of equal length over all requests
+  void* workspace;     // CUDA
+};
+
+// The keys that each query of a request with `length` keys sees.
+TOKENMILL_HOST_DEVICE inline Band decode_band(const AttentionParams& p, int64_t length) {
+  return Band::of_window(p.window_left, 0, p.seqlen_q, length);
+}
+
+// The keys that any query of a request sees; part `i` of `parts` of them in whole steps of `step`.
+struct KeyRange {
+  int64_t begin, end;
+
+  TOKENMILL_HOST_DEVICE static KeyRange of(const Band& band) {
+    const int64_t begin = band.begin(0);
+    return {begin, begin < band.columns ? band.columns : begin};
+  }
+  TOKENMILL_HOST_DEVICE int64_t steps(int64_t step) const { return ceil_div(end - begin, step); }
+  TOKENMILL_HOST_DEVICE KeyRange part(int64_t first_step, int64_t last_step, int64_t step) const {
+    const int64_t last = begin + last_step * step;
+    return {begin + first_step * step, last < end ? last : end};
+  }
+};
+
+// null, or what went wrong
+const char* launch_cuda(const DecodeParams&, void* stream);
+int64_t workspace_bytes(const DecodeParams&);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(attention_decode, DecodeParams)

@@ -1,0 +1,319 @@
+"""attention_decode: one or a few query tokens of each request against its cache of keys."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_tensor, fail
+from ..dispatch import call
+from ..kv_cache import check_cache, check_lengths, check_lengths_values
+from ..library import TorchOp, register
+from ..reference import dense as reference
+from ..registry import OpSpec, register_op
+from .attention_decode_cases import MALFORMED, OP, SAMPLES
+from .terms import (
+    Kind,
+    ScoreBias,
+    check_kind,
+    check_numbers,
+    check_scale,
+    check_terms,
+    check_window,
+    lower_score_bias,
+    scale_or_default,
+    widen,
+)
+
+Schedule = Literal["auto", "split", "stream_k"]
+MAX_SPLITS = 1024
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block_table: Tensor | None = ...,
+    kind: Kind = ...,
+    scale: float | None = ...,
+    score_bias: ScoreBias = ...,
+    alibi_slopes: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    softcap: float = ...,
+    window: tuple[int, int] = ...,
+    num_splits: int = ...,
+    schedule: Schedule = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block_table: Tensor | None = ...,
+    kind: Kind = ...,
+    scale: float | None = ...,
+    score_bias: ScoreBias = ...,
+    alibi_slopes: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    softcap: float = ...,
+    window: tuple[int, int] = ...,
+    num_splits: int = ...,
+    schedule: Schedule = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block_table: Tensor | None = None,
+    kind: Kind = "softmax",
+    scale: float | None = None,
+    score_bias: ScoreBias = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    window: tuple[int, int] = (-1, -1),
+    num_splits: int = 0,
+    schedule: Schedule = "auto",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention of the newest tokens of each request to its keys in a cache.
+
+    Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included, and its queries are
+    the last Sq of n positions: query i sees keys j <= n - Sq + i. The result is that of
+    :func:`tokenmill.attention` with causal=True on those keys, request by request. Keys and values
+    are read once for each KV head, whatever H / Hk and Sq.
+
+    Args:
+        q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, D up to 256. Sq is 1, or a few for speculative tokens.
+        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv
+            up to 256; with block_table pages ``[P, page size, Hk, D]`` and ``[P, page size, Hk,
+            Dv]``, the page size a power of two. Any strides with a contiguous last dimension, so
+            ``[P, Hk, page size, D]`` is passed as its transpose. The new keys must be there.
+        seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
+            What lies behind them is never read.
+        block_table: int32 ``[B, pages]``, the pages of each request in order; entries behind its
+            last key may hold anything.
+        kind, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
+        score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
+        window: (left, right) keys beside a query's own position; -1 = no limit. As nothing lies to
+            the right of a query, right is -1 or 0.
+        num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
+            each step of the kernel. With n > 0 a request's result has the same bits in any batch,
+            whatever the other requests are; on the cpu backend that holds for 0 too.
+        schedule: how the cuda backend spreads the keys over the GPU. "split" cuts each request into
+            equally many ranges, "stream_k" all requests together into equally long ranges, best for
+            unequal lengths; "auto" takes stream_k unless num_splits is given. The cpu and triton
+            backends have one schedule and take any of these.
+        return_lse: also return lse (softmax only).
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
+        natural log. A query that sees no key has out 0 and lse -inf (with a sink: lse = sink). NaN
+        in one request stays there. The same inputs give the same bits. There is no gradient: inputs
+        that require one are refused unless under no_grad.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs. On a GPU a length is
+            cut to what the cache holds, and a page that does not exist is read as page 0.
+
+    Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a request;
+    nothing is allocated but results of ranges, which are summed in the order of the keys.
+
+    Paper: Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024), section 4, for
+    stream_k; PagedAttention (Kwon et al. 2023) for pages.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q = torch.randn(2, 1, 8, 64)
+        >>> k = v = torch.randn(10, 16, 2, 64)  # 10 pages of 16 tokens
+        >>> table = torch.tensor([[7, 2, 9], [0, 4, -1]], dtype=torch.int32)
+        >>> lengths = torch.tensor([40, 17], dtype=torch.int32)
+        >>> tm.attention_decode(q, k, v, seqlens_k=lengths, block_table=table).shape
+        torch.Size([2, 1, 8, 64])
+    """
+    out, lse = call(
+        SPEC,
+        lower(
+            q,
+            k_cache,
+            v_cache,
+            seqlens_k=seqlens_k,
+            block_table=block_table,
+            kind=kind,
+            scale=scale,
+            score_bias=score_bias,
+            alibi_slopes=alibi_slopes,
+            sink=sink,
+            softcap=softcap,
+            window=window,
+            num_splits=num_splits,
+            schedule=schedule,
+            return_lse=return_lse,
+        ),
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def lower(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block_table: Tensor | None = None,
+    kind: str = "softmax",
+    scale: float | None = None,
+    score_bias: ScoreBias = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    window: tuple[int, int] = (-1, -1),
+    num_splits: int = 0,
+    schedule: str = "auto",
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    for name, t in (
+        ("q", q),
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        ("seqlens_k", seqlens_k),
+    ):
+        check_tensor(OP, name, t)
+    for name, option in (
+        ("block_table", block_table),
+        ("alibi_slopes", alibi_slopes),
+        ("sink", sink),
+    ):
+        if option is not None:
+            check_tensor(OP, name, option, optional=True)
+    if return_lse and kind == "sigmoid":
+        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
+    scale = scale_or_default(scale, q)
+    check_numbers(OP, scale=scale, softcap=softcap)
+    check_window(OP, window)
+    if window[1] not in (-1, 0):
+        fail(OP, "window", "right must be -1 or 0: no query sees a later key", window[1])
+    if not isinstance(num_splits, int | torch.SymInt):
+        fail(OP, "num_splits", "must be an int", num_splits)
+    return (
+        q,
+        k_cache,
+        v_cache,
+        seqlens_k,
+        block_table,
+        kind,
+        float(scale),
+        *lower_score_bias(OP, score_bias, q),
+        None if alibi_slopes is None else widen(alibi_slopes, q),
+        None if sink is None else widen(sink, q),
+        float(softcap),
+        window[0],
+        num_splits,
+        schedule,
+    )
+
+
+# csrc/dense/attention_decode/host.cpp has the same rules in the same order and words.
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    kind: str,
+    scale: float,
+    score_bias: Tensor | None,
+    score_bias_value: float,
+    score_bias_neg_log_n: bool,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    softcap: float,
+    window_left: int,
+    num_splits: int,
+    schedule: str,
+    *,
+    float64: bool = False,
+) -> None:
+    check_cache(OP, q, k_cache, v_cache, block_table is not None, float64)
+    check_kind(OP, kind)
+    check_scale(OP, scale, softcap)
+    check(window_left >= -1, OP, "window", "left must be >= -1 (-1 = no limit)", window_left)
+    splits = f"must be 0 (automatic) to {MAX_SPLITS}"
+    check(0 <= num_splits <= MAX_SPLITS, OP, "num_splits", splits, num_splits)
+    schedules = "must be 'auto', 'split' or 'stream_k'"
+    check(schedule in ("auto", "split", "stream_k"), OP, "schedule", schedules, schedule)
+    if num_splits > 0:
+        rule = f"must be 'auto' or 'split' with num_splits {num_splits}"
+        check(schedule != "stream_k", OP, "schedule", rule, schedule)
+    check_lengths(OP, q, seqlens_k, block_table)
+    check_terms(OP, q, q.shape[0], kind, score_bias, alibi_slopes, sink)
+
+
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
+) -> None:
+    check_lengths_values(OP, k, seqlens_k, block_table)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kind = rest[2]
+    lse = (0,) if kind == "sigmoid" else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, *rest: Any) -> float:
+    """Operations of the two products over the keys of each request (without a window)."""
+    keys = float(seqlens_k.clamp(0).sum())
+    return 2.0 * q.shape[1] * q.shape[2] * keys * (q.shape[-1] + v.shape[-1])
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        check_values=_check_values,
+        fake=_fake,
+        triton="dense.attention_decode:attention_decode",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="dense",
+        function=attention_decode,
+        lower=lower,
+        reference=reference.attention_decode,
+        plain=functools.partial(reference.attention_decode, upcast=False),
+        forward=FORWARD,
+        backward=None,
+        samples=SAMPLES,
+        malformed=MALFORMED,
+        differentiable=(),
+        refuses_gradients=True,
+        logarithms=(1,),
+        paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",
+        flops=flops,
+    )
+)
