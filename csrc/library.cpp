@@ -55,6 +55,17 @@ TOKENMILL_LIBRARY(m) {
       "str order, SymInt force_first, SymInt force_last, Tensor? page_table, SymInt page_size, "
       "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
       "Tensor values, Tensor physical)");
+  m.def(
+      "block_pool_keys(Tensor k, SymInt block, str mode, Tensor? lengths, Tensor? block_table) "
+      "-> Tensor");
+  m.def(
+      "block_pool_keys_update(Tensor k, Tensor(a!) pooled, SymInt block, str mode, Tensor start, "
+      "Tensor? lengths, Tensor? block_table) -> ()");
+  m.def(
+      "kv_block_scores(Tensor q, Tensor k, str scoring, SymInt block_k, str q_reduce, "
+      "SymInt block_q, str head_reduce, float scale, bool causal, SymInt num_sink, "
+      "SymInt num_recent, Tensor? lengths, Tensor? block_table) -> Tensor");
+  m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold) -> Tensor");
 
   // introspection
   m.def("cpu_isa(str? select=None) -> str");

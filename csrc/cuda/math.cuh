@@ -42,6 +42,18 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
+// The larger (smaller) of two, NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // Two floats rounded to T; `low` takes the low half, the lower address.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);

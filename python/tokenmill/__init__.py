@@ -16,7 +16,14 @@ from .linear import (
     linear_attention,
     linear_attention_decode,
 )
-from .select import topk_select
+from .select import (
+    block_pool_keys,
+    block_pool_keys_update,
+    kv_block_scores,
+    query_similarity_gate,
+    token_select,
+    topk_select,
+)
 from .version import __version__
 
 __all__ = [
@@ -25,17 +32,22 @@ __all__ = [
     "attention",
     "attention_decode",
     "backends",
+    "block_pool_keys",
+    "block_pool_keys_update",
     "build_info",
     "dense",
     "explain",
+    "kv_block_scores",
     "lightning_attention",
     "lightning_slopes",
     "linear",
     "linear_attention",
     "linear_attention_decode",
     "merge_attention_states",
+    "query_similarity_gate",
     "select",
     "sigmoid_attention",
     "testing",
+    "token_select",
     "topk_select",
 ]

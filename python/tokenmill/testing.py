@@ -46,7 +46,7 @@ LSE_FLOOR = 2.0**-22
 
 def magnitude(x: Tensor) -> float:
     """The largest finite absolute value, 0 if there is none."""
-    finite = x[torch.isfinite(x)]
+    finite = x[torch.isfinite(x)].double()
     return finite.abs().max().item() if finite.numel() else 0.0
 
 

@@ -1,5 +1,16 @@
 """Which keys to attend to."""
 
+from .block_pool_keys import block_pool_keys, block_pool_keys_update
+from .kv_block_scores import kv_block_scores
+from .query_similarity_gate import query_similarity_gate
+from .token_select import token_select
 from .topk_select import topk_select
 
-__all__ = ["topk_select"]
+__all__ = [
+    "block_pool_keys",
+    "block_pool_keys_update",
+    "kv_block_scores",
+    "query_similarity_gate",
+    "token_select",
+    "topk_select",
+]

@@ -1,0 +1,101 @@
+// Bound by the memory of the keys: the columns of a head stay in registers over a block's tokens.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "cpu/workspace.h"
+#include "select/block_pool_keys/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int kColumns = kWidth == 16 ? 8 : 4;  // vectors, twice as many accumulators
+constexpr float kInfinity = __builtin_inff();
+
+// Columns c .. c + N * kWidth - 1 (N = 1: up to kWidth of them) of one head over the rows.
+template <DType kType, bool kMean, int N>
+TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t count, int64_t head,
+                            void* out, int64_t c) {
+  const int64_t n = N == 1 ? std::min<int64_t>(kWidth, p.head_dim - c) : kWidth;
+  vf low[N], high[N];
+  TM_UNROLL(8)
+  for (int j = 0; j < N; ++j) {
+    low[j] = set(kMean ? 0 : kInfinity);
+    high[j] = set(-kInfinity);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) {
+      const vf x = Elements<kType>::load_n(p.k.data, rows[t] + head + c + j * kWidth, n);
+      if constexpr (kMean) {
+        low[j] = low[j] + x;
+      } else {
+        // A NaN replaces both and stays.
+        const vm number = equal(x, x), unset = equal(low[j], low[j]);
+        low[j] = select(number, select(unset, min_of(low[j], x), low[j]), x);
+        high[j] = select(number, select(unset, max_of(high[j], x), high[j]), x);
+      }
+    }
+  }
+  TM_UNROLL(8)
+  for (int j = 0; j < N; ++j) {
+    const int64_t column = c + j * kWidth;
+    if (kMean) {
+      Elements<kType>::store_n(out, column, low[j] / set(static_cast<float>(std::max<int64_t>(count, 1))), n);
+      continue;
+    }
+    if (p.mode == PoolMode::minmax) Elements<kType>::store_n(out, column, low[j], n);
+    Elements<kType>::store_n(out, p.out_half + column, high[j], n);
+  }
+}
+
+template <DType kType, bool kMean>
+void pool_block(const PoolParams& p, int64_t b, int64_t block, const int64_t* rows, int64_t count) {
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    void* out = static_cast<typename Elements<kType>::type*>(p.out) + b * p.out_batch +
+                block * p.out_block + h * p.out_head;
+    int64_t c = 0;
+    for (; c + kColumns * kWidth <= p.head_dim; c += kColumns * kWidth)
+      pool_columns<kType, kMean, kColumns>(p, rows, count, h * p.k.head, out, c);
+    for (; c < p.head_dim; c += kWidth)
+      pool_columns<kType, kMean, 1>(p, rows, count, h * p.k.head, out, c);
+  }
+}
+
+}  // namespace
+
+void block_pool_keys(const PoolParams& p) {
+  // Below about 128 Ki elements a parallel region costs more than it gains.
+  const int64_t elements = p.batch * p.k.rows * p.kv_heads * p.head_dim;
+  const int threads = p.start || elements < (1 << 17) ? 1 : cpu::num_threads();
+  // Items are runs of blocks, at least 64 tokens.
+  const int64_t each = ceil_div(64, p.block), runs = ceil_div(p.blocks, each);
+  const int64_t most = std::min(p.block, p.k.rows);
+  cpu::parallel_items(p.batch * runs, threads, [&](cpu::ItemCounter& items) {
+    cpu::Workspace memory(2 * most);
+    int64_t* const rows = reinterpret_cast<int64_t*>(memory.take(2 * most));
+    for (int64_t item; (item = items.next()) >= 0;) {
+      const int64_t b = item / runs;
+      const PoolBlocks blocks = pool_blocks(p, b);
+      const int64_t first = std::max(item % runs * each, blocks.begin);
+      const int64_t last = std::min((item % runs + 1) * each, blocks.end);
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t end = std::min((block + 1) * p.block, blocks.length);
+        int64_t count = 0;
+        for (int64_t t = block * p.block; t < end;) {
+          const KeyRun run = key_run(p.k, b, t);
+          for (int64_t i = 0; t < std::min(run.end, end); ++t, ++i)
+            rows[count++] = run.offset + i * p.k.seq;
+        }
+        visit_elements(p.dtype, [&]<DType kType>(Elements<kType>) {
+          if (p.mode == PoolMode::mean)
+            pool_block<kType, true>(p, b, block, rows, count);
+          else
+            pool_block<kType, false>(p, b, block, rows, count);
+        });
+      }
+    }
+  });
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,60 @@
+// What the functional and the in-place operator share.
+#pragma once
+#include "core/stream.h"
+#include "select/block_pool_keys/params.h"
+#include "select/checks.h"
+
+namespace tokenmill {
+
+// The checks are those of python/tokenmill/select/pool_rules.py, in its order and words.
+inline PoolParams pool_params(const char* op, const View& k, int64_t block, const std::string& mode,
+                              const OptTensor& lengths, const OptTensor& block_table) {
+  check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
+        k.dim());
+  check(is_kernel_dtype(k.dtype), op, "k", "must be float16, bfloat16 or float32", k.dtype);
+  check_contiguous_rows(op, "k", k);
+  check(block >= 1 && block < (int64_t{1} << 31), op, "block", "must be 1 to 2^31 - 1", block);
+  check(mode == "mean" || mode == "max" || mode == "minmax", op, "mode",
+        "must be 'mean', 'max' or 'minmax'", mode);
+  check_block_table(op, block_table, k);
+  PoolParams p{};
+  p.batch = batch_of(k, block_table);
+  p.lengths = per_request(op, "lengths", lengths, p.batch, k);
+  p.kv_heads = k.size(2);
+  p.head_dim = k.size(3);
+  p.block = block;
+  p.mode = mode == "mean" ? PoolMode::mean : mode == "max" ? PoolMode::max : PoolMode::minmax;
+  p.dtype = to_dtype(k.dtype);
+  p.k = key_rows(k, block_table);
+  p.blocks = ceil_div(p.k.rows, block);
+  return p;
+}
+
+inline std::vector<int64_t> pooled_sizes(const PoolParams& p) {
+  if (p.mode == PoolMode::minmax) return {p.batch, p.blocks, p.kv_heads, 2, p.head_dim};
+  return {p.batch, p.blocks, p.kv_heads, p.head_dim};
+}
+
+inline void set_pooled(PoolParams& p, const View& pooled) {
+  p.out = pooled.mutable_data();
+  p.out_batch = pooled.step(0);
+  p.out_block = pooled.step(1);
+  p.out_head = pooled.step(2);
+  p.out_half = p.mode == PoolMode::minmax ? pooled.step(3) : 0;
+}
+
+inline void run_pool(const char* op, const PoolParams& p, const View& k) {
+  if (p.batch == 0 || p.blocks == 0 || p.kv_heads == 0 || p.head_dim == 0) return;
+#if defined(TOKENMILL_WITH_CUDA)
+  if (k.is_cuda) {
+    CudaScope scope(k.device);
+    if (const char* error = launch_cuda(p, scope.stream()))
+      throw std::runtime_error("tokenmill." + std::string(op) + ": " + error);
+    return;
+  }
+#endif
+  check_block_table_values(op, p.k, p.batch, p.lengths);
+  cpu::block_pool_keys(p);
+}
+
+}  // namespace tokenmill

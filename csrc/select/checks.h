@@ -1,0 +1,73 @@
+// The checks that operators on keys share: those of python/tokenmill/select/rules.py, in its order
+// and words.
+#pragma once
+#include <algorithm>
+
+#include "core/views.h"
+#include "select/keys.h"
+
+namespace tokenmill {
+
+inline void check_device_of(const char* op, const char* name, const View& t, const char* other,
+                            const View& first) {
+  if (!same_device(t, first))
+    fail(op, name, Rule("must be on the device of ", other, ", ", show_device(first).c_str()).text(),
+         show_device(t));
+}
+
+inline void check_contiguous_rows(const char* op, const char* name, const View& t) {
+  check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
+}
+
+// [B] int32; null if not given
+inline const int32_t* per_request(const char* op, const char* name, const OptTensor& tensor,
+                                  int64_t batch, const View& k) {
+  if (!tensor) return nullptr;
+  const View t(*tensor);
+  const std::vector<int64_t> wanted{batch};
+  check(t.sizes == wanted, op, name, Rule("must have shape ", wanted), t.sizes);
+  check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
+  check_contiguous_rows(op, name, t);
+  check_device_of(op, name, t, "k", k);
+  return t.data<int32_t>();
+}
+
+// Requests of keys [B, S, ...], or of a table of pages.
+inline int64_t batch_of(const View& k, const OptTensor& block_table) {
+  return block_table ? View(*block_table).size(0) : k.size(0);
+}
+
+inline void check_block_table(const char* op, const OptTensor& block_table, const View& k) {
+  if (!block_table) return;
+  const View t(*block_table);
+  check(t.dim() == 2, op, "block_table", "must have 2 dimensions [B, P]", t.dim());
+  check(t.dtype == ScalarType::Int, op, "block_table", "must be int32", t.dtype);
+  check_contiguous_rows(op, "block_table", t);
+  check_device_of(op, "block_table", t, "k", k);
+}
+
+// k [B, S, H, ...] or [pages, page_size, H, ...]
+inline KeyRows key_rows(const View& k, const OptTensor& block_table) {
+  KeyRows rows{k.data(), k.step(0), k.step(1), k.step(2), k.size(1), nullptr, 0, k.size(1), 0};
+  if (block_table) {
+    const View t(*block_table);
+    rows.rows = t.size(1) * k.size(1);
+    rows.table = t.data<int32_t>();
+    rows.table_stride = t.step(0);
+    rows.pages = k.size(0);
+  }
+  return rows;
+}
+
+// On the CPU alone: the pages of the first lengths[b] rows must be there.
+inline void check_block_table_values(const char* op, const KeyRows& k, int64_t batch,
+                                     const int32_t* lengths) {
+  for (int64_t b = 0; b < batch && k.table && k.page_size > 0; ++b)
+    for (int64_t p = 0; p * k.page_size < clamped_length(lengths, b, k.rows); ++p) {
+      const int64_t page = k.table[b * k.table_stride + p];
+      check(page >= 0 && page < k.pages, op, "block_table",
+            Rule("must hold pages below ", k.pages, " up to the length"), page);
+    }
+}
+
+}  // namespace tokenmill

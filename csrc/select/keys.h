@@ -1,0 +1,37 @@
+// Where the keys of a request lie, packed or in pages. Free of torch.
+#pragma once
+#include "core/dtype.h"
+
+namespace tokenmill {
+
+// Row t of request b: without a table at b * batch + t * seq, with one at row t % page_size of page
+// table[b][t / page_size]; pages are `batch` elements apart. Strides in elements.
+struct KeyRows {
+  const void* data;
+  int64_t batch, seq, head;
+  int64_t rows;          // of a request
+  const int32_t* table;  // [B, *]; null: none
+  int64_t table_stride, page_size, pages;
+};
+
+// Rows t .. end - 1 lie `seq` apart from `offset` on; offset < 0: their page is not there.
+struct KeyRun {
+  int64_t offset, end;
+};
+
+TOKENMILL_HOST_DEVICE inline KeyRun key_run(const KeyRows& k, int64_t b, int64_t t) {
+  if (!k.table) return {b * k.batch + t * k.seq, k.rows};
+  const int64_t page = t / k.page_size, first = page * k.page_size;
+  const int64_t found = k.table[b * k.table_stride + page];
+  const bool there = found >= 0 && found < k.pages;
+  return {there ? found * k.batch + (t - first) * k.seq : -1, first + k.page_size};
+}
+
+// lengths [B] clamped to the rows that there are; null: all.
+TOKENMILL_HOST_DEVICE inline int64_t clamped_length(const int32_t* lengths, int64_t b,
+                                                    int64_t most) {
+  if (!lengths || lengths[b] > most) return most;
+  return lengths[b] < 0 ? 0 : lengths[b];
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,327 @@
+// Scores on tensor cores. A warp takes 16 rows of keys at a time, straight from memory into the
+// registers of its fragments, and multiplies them by query rows in shared memory. Boxes are keys of
+// twice the width, whose queries are split by sign.
+#pragma once
+#include "cuda/load_tile.cuh"
+#include "cuda/math.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/warp.cuh"
+#include "select/kv_block_scores/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kScoreWarps = 4;
+constexpr int kScoreThreads = kScoreWarps * kWarpSize;
+constexpr int kScoreRows = 16;         // of keys, of a product
+constexpr int kSliceBatch = 4;         // slices of keys that are loaded at once
+constexpr int kSliceBytes = 64;        // 16 of each lane of a quad, two products deep
+constexpr int kSlotLd = kScoreRows + 1;
+
+// Score rows ("columns", as the keys are the rows of the product) of a key head are ordered by row
+// of the result, head, query. A set of them makes one result. A block takes one part, whole sets, a
+// piece of the columns in shared memory at a time. A unit is what a warp takes of the keys: 16 rows,
+// whole blocks of which are its slots, or all rows of one block.
+struct ScorePlan {
+  int group, row_queries, set;
+  int64_t columns, part_columns, parts;
+  int units, unit_rows, slots;
+  int rounds;  // units of a warp
+  int64_t unit_groups;
+  int half_chunks, chunks, slices;  // 16 bytes of a row of keys, of a row and its other half; 64
+  int query_bytes;                  // between columns in shared memory: 64 bytes more than a multiple
+                                    // of 128, so that two columns side by side differ in their banks
+  bool keys_aligned, queries_aligned;
+};
+
+template <int kColumnTiles>
+struct ScoreShape {
+  static constexpr int kColumns = 8 * kColumnTiles;  // in shared memory
+  static constexpr int kScores = kColumns * kSlotLd;  // of a warp
+
+  static int shared_bytes(int query_bytes) {
+    return kColumns * query_bytes + (kScoreWarps * kScores + kColumns) * 4;
+  }
+};
+
+struct ScoreColumn {
+  int64_t row, query;  // of the result; of the sequence, -1 beyond its end
+  int head;            // of the group
+
+  __device__ ScoreColumn(const BlockScoreParams& p, const ScorePlan& plan, int64_t column) {
+    const int64_t rest = column / plan.row_queries;
+    row = rest / plan.group;
+    head = static_cast<int>(rest % plan.group);
+    query = p.mean_q ? last_query(p, row) : row * p.block_q + column % plan.row_queries;
+    if (query >= p.queries) query = -1;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk, int dim,
+                                           bool aligned) {
+  const int column = chunk * (kChunkBytes / static_cast<int>(sizeof(T)));
+  if (aligned) {
+    const uint4 x = *reinterpret_cast<const uint4*>(row + column);
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+  } else {
+    load_elements(words, row, column, dim);
+  }
+}
+
+// The negative elements, or the positive ones; NaN is both.
+template <typename T>
+__device__ __forceinline__ void keep_sign(uint32_t (&words)[4], bool positive) {
+  constexpr int kCount = kChunkBytes / sizeof(T);
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t (&)[4]>(pack)[i] = words[i];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float x = static_cast<float>(pack.x[i]);
+    if (positive ? x < 0 : x > 0) pack.x[i] = static_cast<T>(0.f);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
+}
+
+// A piece of the columns of one key head: their queries to shared memory, and up to where each sees
+// keys. By all threads of a block.
+template <typename T>
+__device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, int64_t b,
+                             int64_t kv_head, int64_t first, int columns, int padded,
+                             uint32_t queries, int* ends) {
+  const int chunks = plan.slices * (kSliceBytes / kChunkBytes);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < padded * chunks; i += kScoreThreads) {
+    const int c = i / chunks, chunk = i % chunks;
+    uint32_t words[4] = {};
+    if (c < columns && chunk < plan.chunks) {
+      const ScoreColumn column(p, plan, first + c);
+      const int64_t at = p.mean_q ? column.row : column.query < 0 ? 0 : column.query;
+      const T* row = static_cast<const T*>(p.q.data) + b * p.q.batch + at * p.q.seq +
+                     (kv_head * plan.group + column.head) * p.q.head;
+      const bool high = chunk >= plan.half_chunks;
+      load_chunk(words, row, high ? chunk - plan.half_chunks : chunk,
+                 static_cast<int>(p.head_dim), plan.queries_aligned);
+      if (p.boxes) keep_sign<T>(words, high);
+    }
+    store_shared(queries + c * plan.query_bytes + chunk * kChunkBytes, words);
+  }
+  if (threadIdx.x < padded) {
+    const int c = threadIdx.x;
+    ends[c] = 0;
+    if (c < columns) {
+      const int64_t query = ScoreColumn(p, plan, first + c).query;
+      if (query >= 0) ends[c] = static_cast<int>(seen_rows(p, tokens_of(p, b), query).end);
+    }
+  }
+}
+
+// Keys of one key head.
+template <typename T>
+struct ScoreKeys {
+  struct Row {
+    const T* data;  // null: zeros
+    bool hidden;
+  };
+
+  const BlockScoreParams& p;
+  const ScorePlan& plan;
+  int64_t b, kv_head;
+
+  __device__ __forceinline__ Row row(int i, int end) const {
+    if (i >= end) return {nullptr, true};
+    const KeyRun run = key_run(p.k, b, i);
+    if (run.offset < 0) return {nullptr, false};
+    const T* const data = static_cast<const T*>(p.k.data) + run.offset + kv_head * p.k.head;
+    return {data, p.boxes && static_cast<float>(data[0]) > static_cast<float>(data[p.k_half])};
+  }
+  // Of a row and, behind it, its other half.
+  __device__ __forceinline__ void load(uint32_t (&words)[4], const T* row, int chunk) const {
+    words[0] = words[1] = words[2] = words[3] = 0;
+    if (row == nullptr || chunk >= plan.chunks) return;
+    const bool high = chunk >= plan.half_chunks;
+    load_chunk(words, high ? row + p.k_half : row, high ? chunk - plan.half_chunks : chunk,
+               static_cast<int>(p.head_dim), plan.keys_aligned);
+  }
+};
+
+// s[n] = products of 16 rows of keys with columns 8 n .. 8 n + 7 of `queries`, of which there are
+// `tiles`.
+template <typename T, int kColumnTiles>
+__device__ __forceinline__ void multiply_queries(float (&s)[kColumnTiles][4],
+                                                 const ScoreKeys<T>& keys, const T* low,
+                                                 const T* high, uint32_t queries, int tiles) {
+  const int lane = threadIdx.x % kWarpSize, c = lane % 4;
+  const uint32_t own = queries + lane / 4 * keys.plan.query_bytes + c * kChunkBytes;
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll 1
+  for (int first = 0; first < keys.plan.slices; first += kSliceBatch) {
+    uint32_t k[kSliceBatch][2][4];
+#pragma unroll
+    for (int j = 0; j < kSliceBatch; ++j) {
+      keys.load(k[j][0], low, 4 * (first + j) + c);
+      keys.load(k[j][1], high, 4 * (first + j) + c);
+    }
+#pragma unroll
+    for (int j = 0; j < kSliceBatch; ++j) {
+      if (first + j >= keys.plan.slices) break;
+      Fragment<T, 4> a[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        a[u] = make_fragment<T>(k[j][0][2 * u], k[j][1][2 * u], k[j][0][2 * u + 1],
+                                k[j][1][2 * u + 1]);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        if (n >= tiles) break;
+        uint32_t w[4];
+        load_shared(w, own + 8 * n * keys.plan.query_bytes + (first + j) * kSliceBytes);
+#pragma unroll
+        for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(w[2 * u], w[2 * u + 1]));
+      }
+    }
+  }
+}
+
+// Scores of one unit with the columns in shared memory: to scores[column * kSlotLd + slot].
+template <typename T, int kColumnTiles>
+__device__ __forceinline__ void score_unit(const ScoreKeys<T>& keys, int unit, int seen_begin,
+                                           int seen_end, uint32_t queries, const int* ends,
+                                           int tiles, float* scores) {
+  const BlockScoreParams& p = keys.p;
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+  const int first = unit * keys.plan.unit_rows;
+  const int last = min(first + keys.plan.unit_rows, static_cast<int>(p.k.rows));
+  const int span = keys.plan.slots == 1 ? 8 : kScoreRows / keys.plan.slots;  // rows in a half
+  bool fresh = true;
+#pragma unroll 1
+  for (int row = first; row < last; row += kScoreRows) {
+    if (row >= seen_end || row + kScoreRows <= seen_begin) continue;
+    const auto low = keys.row(row + g, min(last, seen_end));
+    const auto high = keys.row(row + g + 8, min(last, seen_end));
+    float s[kColumnTiles][4];
+    multiply_queries(s, keys, low.data, high.data, queries, tiles);
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      if (n >= tiles) break;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = row + g + 8 * (i / 2), column = 8 * n + 2 * c + i % 2;
+        const bool hidden = i / 2 == 0 ? low.hidden : high.hidden;
+        const bool seen = !hidden && at >= seen_begin && at < ends[column];
+        s[n][i] = seen ? p.scale * s[n][i] : -infinity();
+#pragma unroll 1
+        for (int o = 1; o < span; o *= 2)
+          s[n][i] = max_or_nan(s[n][i], __shfl_xor_sync(kFullWarp, s[n][i], 4 * o));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float* const to = scores + (8 * n + 2 * c + i) * kSlotLd;
+        if (keys.plan.slots == 1) {
+          const float most = max_or_nan(s[n][i], s[n][i + 2]);
+          if (g == 0) to[0] = fresh ? most : max_or_nan(to[0], most);
+        } else if (g % span == 0) {
+          to[g / span] = s[n][i];
+          to[(g + 8) / span] = s[n][i + 2];
+        }
+      }
+    }
+    fresh = false;
+  }
+  if (fresh)
+    for (int i = lane; i < 8 * kColumnTiles * kSlotLd; i += kWarpSize) scores[i] = -infinity();
+}
+
+// The result of a set so far; sets larger than what shared memory holds go through several pieces.
+struct ScoreSet {
+  float most, total;
+  int query, head;
+
+  __device__ void start() { most = -infinity(), query = 0, head = 0; }
+  __device__ __forceinline__ void add(const BlockScoreParams& p, const ScorePlan& plan, float x) {
+    most = max_or_nan(most, x);
+    if (++query < plan.row_queries) return;
+    total = head == 0                                     ? most
+            : p.head_reduce == HeadReduce::group_mean ? total + most
+                                                      : max_or_nan(total, most);
+    most = -infinity(), query = 0, ++head;
+  }
+  __device__ float result(const BlockScoreParams& p, const ScorePlan& plan) const {
+    return p.head_reduce == HeadReduce::group_mean ? total / static_cast<float>(plan.group) : total;
+  }
+};
+
+// Reduces the columns of whole sets, or of a piece of one, and writes the results of a unit.
+// Lanes side by side have neighbouring blocks of keys.
+__device__ __forceinline__ void reduce_sets(const BlockScoreParams& p, const ScorePlan& plan,
+                                            int64_t b, int64_t kv_head, int64_t first, int columns,
+                                            int unit, const float* scores, ScoreSet& set) {
+  const int lane = threadIdx.x % kWarpSize, slot = lane % plan.slots;
+  const int64_t block = int64_t{unit} * plan.slots + slot;
+#pragma unroll 1
+  for (int c = lane / plan.slots * plan.set; c < columns; c += kWarpSize / plan.slots * plan.set) {
+    const int64_t number = (first + c) / plan.set;
+    if (number * plan.set == first + c) set.start();
+    const int end = min(c + plan.set, columns);
+#pragma unroll 4
+    for (int i = c; i < end; ++i) set.add(p, plan, scores[i * kSlotLd + slot]);
+    if (first + end != (number + 1) * plan.set || block >= p.blocks) continue;
+    float* const out = p.head_reduce == HeadReduce::softmax_vote ? p.scores : p.out;
+    const int64_t head = reduces_group(p)
+                             ? b * p.kv_heads + kv_head
+                             : b * p.heads + kv_head * plan.group + number % plan.group;
+    const int64_t row = reduces_group(p) ? number : number / plan.group;
+    out[(head * p.rows + row) * p.blocks + block] = set.result(p, plan);
+  }
+}
+
+template <typename T, int kColumnTiles>
+__global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
+    score_kernel(const __grid_constant__ BlockScoreParams p,
+                 const __grid_constant__ ScorePlan plan) {
+  using Shape = ScoreShape<kColumnTiles>;
+  extern __shared__ uint4 shared[];
+  float* const all_scores = reinterpret_cast<float*>(shared) + Shape::kColumns * plan.query_bytes / 4;
+  int* const ends = reinterpret_cast<int*>(all_scores + kScoreWarps * Shape::kScores);
+  const uint32_t queries = shared_address(shared);
+  const int warp = threadIdx.x / kWarpSize;
+  float* const scores = all_scores + warp * Shape::kScores;
+
+  const int64_t group = blockIdx.x % plan.unit_groups, rest = blockIdx.x / plan.unit_groups;
+  const int64_t part = rest % plan.parts, head = rest / plan.parts;
+  const int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
+  const ScoreKeys<T> keys{p, plan, b, kv_head};
+  const int64_t part_begin = part * plan.part_columns;
+  const int64_t part_end = min(part_begin + plan.part_columns, plan.columns);
+  const int64_t last_row = ScoreColumn(p, plan, part_end - 1).row;
+  const SeenRows seen = seen_rows(p, tokens_of(p, b), last_query(p, last_row));
+  const int seen_begin = static_cast<int>(min(seen.begin, p.k.rows));
+  const int seen_end = static_cast<int>(seen.end);
+  const bool whole = part_end - part_begin <= Shape::kColumns;
+
+  ScoreSet set;
+  set.start();
+#pragma unroll 1
+  for (int round = 0; round < plan.rounds; ++round) {
+    const int64_t unit = (group * plan.rounds + round) * kScoreWarps + warp;
+#pragma unroll 1
+    for (int64_t first = part_begin; first < part_end; first += Shape::kColumns) {
+      const int columns = static_cast<int>(min(part_end - first, int64_t{Shape::kColumns}));
+      if (round == 0 || !whole) {
+        __syncthreads();
+        load_queries<T>(p, plan, b, kv_head, first, columns, Shape::kColumns, queries, ends);
+        __syncthreads();
+      }
+      if (unit < plan.units) {
+        score_unit<T, kColumnTiles>(keys, static_cast<int>(unit), seen_begin, seen_end, queries,
+                                    ends, (columns + 7) / 8, scores);
+        __syncwarp();
+        reduce_sets(p, plan, b, kv_head, first, columns, static_cast<int>(unit), scores, set);
+        __syncwarp();
+      }
+    }
+  }
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,99 @@
+// The sum over heads of the softmax of their scores, which lie in memory: maxima and sums of pieces
+// of a row, then the vote.
+#pragma once
+#include "cuda/math.cuh"
+#include "cuda/warp.cuh"
+#include "select/kv_block_scores/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kVoteThreads = 256;
+constexpr int kVoteEach = 16;                            // scores of a thread, of a piece
+constexpr int kVotePiece = kVoteThreads * kVoteEach;
+constexpr int kVoteColumns = kVoteThreads;               // of a block
+constexpr int kVoteHeads = 64;                           // at a time
+
+// Of a piece of a row: the maximum in bits, and the sum of powers of two relative to it.
+struct VotePart {
+  float most, sum;
+};
+
+// Of all numbers in a block; NaN is ignored.
+template <bool kMax>
+__device__ __forceinline__ float block_reduce(float x) {
+  __shared__ float parts[kVoteThreads / kWarpSize];
+  x = kMax ? warp_max(x) : warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = x;
+  __syncthreads();
+  float y = parts[0];
+#pragma unroll
+  for (int i = 1; i < kVoteThreads / kWarpSize; ++i) y = kMax ? fmaxf(y, parts[i]) : y + parts[i];
+  return y;
+}
+
+// blockIdx.x: row of scores [B, H, rows], piece
+__global__ void __launch_bounds__(kVoteThreads, 4)
+    vote_parts_kernel(const __grid_constant__ BlockScoreParams p, VotePart* parts, int pieces) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(pieces);
+  const int64_t first = int64_t{blockIdx.x % static_cast<unsigned>(pieces)} * kVotePiece;
+  const float* const z = p.scores + row * p.blocks + first;
+  const int64_t count = p.blocks - first;
+  float t[kVoteEach], most = -infinity();
+#pragma unroll
+  for (int i = 0; i < kVoteEach; ++i) {
+    const int at = i * kVoteThreads + threadIdx.x;
+    t[i] = at < count ? kLog2e * z[at] : -infinity();
+    most = fmaxf(most, t[i]);
+  }
+  most = block_reduce<true>(most);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kVoteEach; ++i) {
+    const float e = exp2_approx(t[i] - most);
+    sum += e == e ? e : 0;
+  }
+  sum = block_reduce<false>(sum);
+  if (threadIdx.x == 0) parts[blockIdx.x] = {most, sum};
+}
+
+// blockIdx.x: b, row, piece of the blocks of keys
+__global__ void __launch_bounds__(kVoteThreads, 4)
+    vote_kernel(const __grid_constant__ BlockScoreParams p, const VotePart* parts, int pieces,
+                int column_pieces) {
+  __shared__ float lse[kVoteHeads];  // in bits
+  const int64_t place = blockIdx.x / static_cast<unsigned>(column_pieces);
+  const int64_t b = place / p.rows, row = place % p.rows;
+  const int64_t column =
+      int64_t{blockIdx.x % static_cast<unsigned>(column_pieces)} * kVoteColumns + threadIdx.x;
+  const int lane = threadIdx.x % kWarpSize;
+  float vote = 0;
+#pragma unroll 1
+  for (int64_t first = 0; first < p.heads; first += kVoteHeads) {
+    const int heads = static_cast<int>(min(p.heads - first, int64_t{kVoteHeads}));
+    __syncthreads();
+    for (int h = threadIdx.x / kWarpSize; h < heads; h += kVoteThreads / kWarpSize) {
+      const VotePart* const own = parts + ((b * p.heads + first + h) * p.rows + row) * pieces;
+      float most = -infinity(), sum = 0;
+      for (int i = lane; i < pieces; i += kWarpSize) most = fmaxf(most, own[i].most);
+      most = warp_max(most);
+      for (int i = lane; i < pieces; i += kWarpSize)
+        if (own[i].sum > 0) sum += own[i].sum * exp2_approx(own[i].most - most);
+      sum = warp_sum(sum);
+      if (lane == 0) lse[h] = sum > 0 ? most + log2_approx(sum) : most;
+    }
+    __syncthreads();
+    if (column < p.blocks)
+      for (int h = 0; h < heads; ++h) {
+        const float z = p.scores[((b * p.heads + first + h) * p.rows + row) * p.blocks + column];
+        vote += exp2_approx(kLog2e * z - lse[h]);
+      }
+  }
+  if (column >= p.blocks) return;
+  const SeenRows seen = seen_rows(p, tokens_of(p, b), last_query(p, row));
+  const int64_t begin = column * p.block_rows, end = begin + p.block_rows;
+  const bool sees = (seen.begin > begin ? seen.begin : begin) < (seen.end < end ? seen.end : end);
+  p.out[place * p.blocks + column] = sees ? vote : -infinity();
+}
+
+}  // namespace tokenmill::cuda

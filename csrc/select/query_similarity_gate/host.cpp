@@ -1,0 +1,63 @@
+#include "core/qkv.h"
+#include "core/stream.h"
+#include "select/query_similarity_gate/params.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "query_similarity_gate";
+
+void run(const SimilarityGateParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) {
+    CudaScope scope(q.device);
+    if (const char* error = launch_cuda(p, scope.stream()))
+      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
+    return;
+  }
+#endif
+  cpu::query_similarity_gate(p);
+}
+
+// The checks are those of python/tokenmill/select/query_similarity_gate.py, in its order and words.
+Tensor query_similarity_gate(Tensor q, Tensor q_ref, double threshold) {
+  const View views[2] = {View(q), View(q_ref)};
+  constexpr const char* kNames[2] = {"q", "q_ref"};
+  for (int i = 0; i < 2; ++i)
+    check(views[i].dim() == 4, kOp, kNames[i], "must have 4 dimensions [B, S, H, D]",
+          views[i].dim());
+  const View &first = views[0], &second = views[1];
+  check(is_kernel_dtype(first.dtype), kOp, "q", "must be float16, bfloat16 or float32",
+        first.dtype);
+  check(second.dtype == first.dtype, kOp, "q_ref", Rule("must have the dtype of q, ", first.dtype),
+        second.dtype);
+  check_device_of_q(kOp, "q_ref", second, first);
+  for (int i = 0; i < 2; ++i) check_last_contiguous(kOp, kNames[i], views[i]);
+  const std::vector<int64_t> wanted{first.size(0), first.size(2), first.size(3)};
+  const std::vector<int64_t> found{second.size(0), second.size(2), second.size(3)};
+  check(found == wanted, kOp, "q_ref", Rule("must have the B, H and D of q, ", wanted), found);
+  SimilarityGateParams p{};
+  p.batch = first.size(0);
+  p.heads = first.size(2);
+  p.head_dim = first.size(3);
+  p.dtype = to_dtype(first.dtype);
+  p.threshold = static_cast<float>(threshold);
+  for (int i = 0; i < 2; ++i) {
+    p.lengths[i] = views[i].size(1);
+    p.rows[i] = rows_of(views[i], false);
+  }
+  Tensor out = empty({p.batch}, q, ScalarType::Bool);
+  p.out = static_cast<bool*>(out.mutable_data_ptr());
+  if (p.batch > 0) run(p, first);
+  return out;
+}
+
+}  // namespace
+
+TOKENMILL_IMPL(CPU, m) { m.impl("query_similarity_gate", TOKENMILL_BOX(query_similarity_gate)); }
+
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) { m.impl("query_similarity_gate", TOKENMILL_BOX(query_similarity_gate)); }
+#endif
+
+}  // namespace tokenmill

@@ -1,0 +1,302 @@
+"""kv_block_scores: how much queries care for each block of keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import MAX_HEAD_DIM, check, check_dtype, check_last_contiguous, check_tensor, fail, show
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference import select as reference
+from ..registry import OpSpec, register_op
+from .kv_block_scores_cases import MALFORMED, SAMPLES
+from .rules import (
+    batch_of,
+    check_block_table,
+    check_block_table_values,
+    check_device_of,
+    check_per_request,
+    check_whole,
+    rows_of_request,
+)
+
+OP = "kv_block_scores"
+SCORINGS = ("dot", "minmax", "max_block")
+Q_REDUCES = ("none", "mean", "max")
+HEAD_REDUCES = ("none", "group_max", "group_mean", "softmax_vote")
+
+
+def kv_block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scoring: str = "dot",
+    block_k: int = 1,
+    q_reduce: str = "none",
+    block_q: int = 1,
+    head_reduce: str = "none",
+    scale: float | None = None,
+    causal: bool = False,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""How much the queries of each row care for each block of keys.
+
+    A query and a row of k give the score z, and a score is reduced in this order:
+
+    1. The queries of a block_q become one with q_reduce="mean": their mean in float32, rounded once
+       to the dtype of q, so that its product is the mean of their products. It stands where its
+       last query does.
+    2. z = scale q·k ("dot": k has a pooled key for each block, or tokens with block_k=1), or with
+       scoring="minmax" the bound :math:`scale \sum_d \max(q_d, 0) M_d + \min(q_d, 0) m_d`, which no
+       key of a box exceeds (for scale > 0), or with "max_block" q·k of raw keys.
+    3. z is -inf where the query does not see the row: tokens from lengths on, later than the query
+       if causal (bottom-right aligned: query i stands at lengths - Sq + i), before num_sink, and
+       the last num_recent of those that are left. A row of several tokens is seen if one of them
+       is. Boxes without keys (minimum above maximum) are not seen either.
+    4. "max_block" takes the maximum over the tokens of each block.
+    5. q_reduce="max" takes the maximum over the queries of each block_q.
+    6. head_reduce takes the maximum or the mean over the query heads of a key head, or with
+       "softmax_vote" the sum over all heads of the softmax of z over the blocks that are seen. A
+       NaN there does not count in the softmax, and gives NaN to its own block alone.
+
+    Blocks that no query of a row sees are -inf, and a NaN in a key makes its own block NaN.
+    :func:`topk_select` selects neither. Sums and results are float32.
+
+    Args:
+        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, D up to 256.
+        k: ``[B, N, Hk, D]`` in the dtype of q, Hk a divisor of H (GQA): pooled keys or tokens
+            (scoring="dot"), tokens ("max_block"); ``[B, N, Hk, 2, D]``, minima first ("minmax"; see
+            :func:`block_pool_keys`). With block_table ``[pages, page_size, ...]``.
+        scoring: "dot", "minmax" or "max_block".
+        block_k: tokens of a block.
+        q_reduce: "none", "mean" or "max" over the queries of a row; with "none" block_q is 1.
+        block_q: queries of a row; the last row may have fewer.
+        head_reduce: "none", "group_max", "group_mean" or "softmax_vote".
+        scale: factor of z. None = 1/sqrt(D).
+        causal: a query sees no later token.
+        num_sink: first tokens that are not scored, as they are kept anyway.
+        num_recent: last tokens likewise, of those that the query sees.
+        lengths: ``[B]`` int32, tokens (not blocks) of each request; clamped to those that there
+            are, negative = none. None: all.
+        block_table: ``[B, P]`` int32, the pages of each request; row t of k is row t % page_size of
+            page ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        float32 (float64 on the reference) ``[B, H, ceil(Sq / block_q), Nb]``, with "group_max" and
+        "group_mean" ``[B, Hk, ...]``, with "softmax_vote" ``[B, 1, ...]``. Nb = N, with "max_block"
+        ceil(N / block_k). Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU rows of pages that are not there
+            count as zeros.
+
+    Complexity: 2 Sq H N D operations (twice that for "minmax"; Sq / block_q for Sq with "mean").
+    Keys are read once for the query heads of a key head. Scores of tokens are written nowhere with
+    "max_block"; "softmax_vote" writes B H Nb floats for each row beside its result, which is less
+    than a second reading of the keys would cost.
+
+    Paper: Quest (Tang et al. 2024), section 3.3; TokenSelect (Wu et al. 2024), section 4.2; MInference
+    (Jiang et al. 2024), section 3.2.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k = torch.randn(2, 8, 64), torch.randn(1, 1000, 2, 64)
+        >>> boxes = tm.block_pool_keys(k, 16, mode="minmax")
+        >>> bound = tm.kv_block_scores(q[None, :1], boxes, scoring="minmax", block_k=16)
+        >>> best = tm.kv_block_scores(q[None, :1], k, scoring="max_block", block_k=16)
+        >>> bound.shape, bool((bound + 1e-5 >= best).all())
+        (torch.Size([1, 8, 1, 63]), True)
+    """
+    lowered = lower(
+        q, k, scoring=scoring, block_k=block_k, q_reduce=q_reduce, block_q=block_q,
+        head_reduce=head_reduce, scale=scale, causal=causal, num_sink=num_sink,
+        num_recent=num_recent, lengths=lengths, block_table=block_table,
+    )  # fmt: skip
+    return call(SPEC, lowered, backend)[0]
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scoring: str = "dot",
+    block_k: int = 1,
+    q_reduce: str = "none",
+    block_q: int = 1,
+    head_reduce: str = "none",
+    scale: float | None = None,
+    causal: bool = False,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k)):
+        check_tensor(OP, name, t)
+    for name, option in (("lengths", lengths), ("block_table", block_table)):
+        check_tensor(OP, name, option, optional=True)
+    for name, number in (("block_k", block_k), ("block_q", block_q), ("num_sink", num_sink),
+                         ("num_recent", num_recent)):  # fmt: skip
+        check_whole(OP, name, number)
+    for name, text in (("scoring", scoring), ("q_reduce", q_reduce), ("head_reduce", head_reduce)):
+        check(isinstance(text, str), OP, name, "must be a string", text)
+    check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
+    if scale is None:
+        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    check(is_number, OP, "scale", "must be a number or None", scale)
+    return (
+        q.detach() if q.requires_grad else q, k.detach() if k.requires_grad else k, scoring,
+        block_k, q_reduce, block_q, head_reduce, float(scale), causal, num_sink, num_recent,
+        lengths, block_table,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    scoring: str,
+    block_k: int,
+    q_reduce: str,
+    block_q: int,
+    head_reduce: str,
+    scale: float,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    float64: bool = False,
+) -> None:
+    rule = "must be 'dot', 'minmax' or 'max_block'"
+    check(scoring in SCORINGS, OP, "scoring", rule, scoring)
+    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
+    rule = "must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]"
+    if scoring == "minmax":
+        rule = "must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]"
+    check(k.dim() == (5 if scoring == "minmax" else 4), OP, "k", rule, k.dim())
+    check_dtype(OP, "q", q, float64=float64)
+    if k.dtype != q.dtype:
+        fail(OP, "k", f"must have the dtype of q, {show(q.dtype)}", k.dtype)
+    check_device_of(OP, "k", k, "q", q)
+    for name, t in (("q", q), ("k", k)):
+        check_last_contiguous(OP, name, t)
+    dim = q.shape[3]
+    check(1 <= dim <= MAX_HEAD_DIM, OP, "q", f"must have a head dimension of 1 to {MAX_HEAD_DIM}",
+          dim)  # fmt: skip
+    if k.shape[-1] != dim:
+        fail(OP, "k", f"must have the head dimension of q, {dim}", k.shape[-1])
+    if scoring == "minmax":
+        rule = "must have 2 rows for each block, minimum and maximum"
+        check(k.shape[3] == 2, OP, "k", rule, k.shape[3])
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
+        fail(OP, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
+    check_block_table(OP, block_table, k)
+    batch = batch_of(k, block_table)
+    name = "k" if block_table is None else "block_table"
+    if batch != q.shape[0]:
+        fail(OP, name, f"must have the batch size of q, {q.shape[0]}", batch)
+    for name, size in (("block_k", block_k), ("block_q", block_q)):
+        check(1 <= size < 2**31, OP, name, "must be 1 to 2^31 - 1", size)
+    check(q_reduce in Q_REDUCES, OP, "q_reduce", "must be 'none', 'mean' or 'max'", q_reduce)
+    if q_reduce == "none":
+        check(block_q == 1, OP, "block_q", "must be 1 with q_reduce 'none'", block_q)
+    rule = "must be 'none', 'group_max', 'group_mean' or 'softmax_vote'"
+    check(head_reduce in HEAD_REDUCES, OP, "head_reduce", rule, head_reduce)
+    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
+    check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
+    check_per_request(OP, "lengths", lengths, batch, k)
+
+
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    scoring: str,
+    block_k: int,
+    q_reduce: str,
+    block_q: int,
+    head_reduce: str,
+    scale: float,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    if lengths is not None and scoring != "max_block":  # in rows of k
+        lengths = (lengths.long().clamp(min=0) + block_k - 1) // block_k
+    check_block_table_values(OP, block_table, k, lengths)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    scoring: str,
+    block_k: int,
+    q_reduce: str,
+    block_q: int,
+    head_reduce: str,
+    scale: float,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+) -> Tensor:
+    batch, queries, heads, _ = q.shape
+    if head_reduce != "none":
+        heads = 1 if head_reduce == "softmax_vote" else k.shape[2]
+    blocks = rows_of_request(k, block_table)
+    if scoring == "max_block":
+        blocks = (blocks + block_k - 1) // block_k
+    rows = (queries + block_q - 1) // block_q
+    return q.new_empty((batch, heads, rows, blocks), dtype=torch.float32)
+
+
+def _plain(q: Tensor, *lowered: Any) -> tuple[Tensor]:
+    return reference.kv_block_scores(q, *lowered, dtype=q.dtype)
+
+
+def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:
+    return 2.0 * q.shape[1] * q.shape[2] * k.numel() / max(k.shape[2], 1)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="select.kv_block_scores:kv_block_scores",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=kv_block_scores,
+        lower=lower,
+        reference=reference.kv_block_scores,
+        plain=_plain,
+        forward=FORWARD,
+        backward=None,
+        samples=SAMPLES,
+        malformed=MALFORMED,
+        differentiable=(),
+        paper="Quest (Tang et al. 2024), TokenSelect (Wu et al. 2024)",
+        flops=_flops,
+    )
+)

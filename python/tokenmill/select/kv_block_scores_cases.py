@@ -1,0 +1,232 @@
+"""Samples and malformed calls of kv_block_scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..registry import Malformed, Sample
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _ints(*values: int) -> Any:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _sample(
+    b: int = 2,
+    sq: int = 1,
+    n: int = 50,
+    h: int = 4,
+    hk: int = 2,
+    d: int = 32,
+    pages: tuple[int, int] | None = None,
+    change: Any = None,
+    **options: Any,
+) -> Any:
+    """n rows of keys; pages: how many of how many rows there are."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        q = torch.randn(b, sq, h, d, generator=g)
+        lead = pages or (b, n)
+        if options.get("scoring") == "minmax":
+            k = torch.randn(*lead, hk, 2, d, generator=g).sort(3)[0]
+        else:
+            k = torch.randn(*lead, hk, d, generator=g)
+        if change:
+            change(q, k)
+        return (q.to(dtype), k.to(dtype)), dict(options)
+
+    return make
+
+
+def _nan_key(q: torch.Tensor, k: torch.Tensor) -> None:
+    k[0, 20, 0, 3] = float("nan")
+
+
+def _nan_query(q: torch.Tensor, k: torch.Tensor) -> None:
+    q[0, 0, 0, 3] = float("nan")
+
+
+def _empty_boxes(q: torch.Tensor, k: torch.Tensor) -> None:
+    k[0, 7:9, :, 0], k[0, 7:9, :, 1] = float("inf"), -float("inf")
+
+
+TABLE = torch.tensor([[4, 1, 2, -1], [0, 3, -1, -1]], dtype=torch.int32)
+
+SAMPLES = (
+    Sample("dot", _sample(sq=3)),
+    Sample("tokens of a cache", _sample(n=300, h=8, d=64, lengths=_ints(277, 9))),
+    Sample(
+        "minmax",
+        _sample(n=40, d=64, scoring="minmax", block_k=16, lengths=_ints(600, 17)),
+    ),
+    Sample("max_block", _sample(n=130, scoring="max_block", block_k=32, lengths=_ints(130, 33))),
+    Sample("small blocks", _sample(sq=2, n=61, scoring="max_block", block_k=4, causal=True)),
+    Sample(
+        "odd blocks",
+        _sample(sq=5, n=90, h=3, hk=1, d=20, scoring="max_block", block_k=21, causal=True),
+    ),
+    Sample(
+        "mean of queries",
+        _sample(sq=37, n=9, block_k=8, q_reduce="mean", block_q=8, causal=True, scale=1.0),
+    ),
+    Sample(
+        "max of queries",
+        _sample(sq=37, n=70, block_k=1, q_reduce="max", block_q=16, causal=True),
+    ),
+    Sample(
+        "long blocks of queries",
+        _sample(
+            b=1, sq=80, n=50, h=2, hk=1, scoring="max_block", block_k=16, q_reduce="max",
+            block_q=80, head_reduce="group_mean", causal=True,
+        ),
+    ),
+    Sample("group maximum", _sample(sq=2, h=6, n=33, head_reduce="group_max")),
+    Sample(
+        "group mean",
+        _sample(
+            sq=9, h=10, n=33, scoring="minmax", block_k=4, head_reduce="group_mean",
+            q_reduce="max", block_q=4, causal=True, lengths=_ints(132, 60),
+        ),
+    ),
+    Sample(
+        "vote",
+        _sample(
+            n=200, h=8, head_reduce="softmax_vote", num_sink=5, num_recent=33,
+            lengths=_ints(190, 30),
+        ),
+    ),
+    Sample(
+        "vote of rows",
+        _sample(
+            sq=11, n=90, scoring="max_block", block_k=8, head_reduce="softmax_vote",
+            q_reduce="max", block_q=4, num_sink=4, num_recent=9, causal=True,
+        ),
+    ),
+    Sample("sink and recent", _sample(sq=4, n=30, causal=True, block_k=3, num_sink=7, num_recent=5)),
+    Sample("NaN in a key", _sample(scoring="max_block", block_k=4, change=_nan_key)),
+    Sample("NaN in a vote", _sample(head_reduce="softmax_vote", change=_nan_key)),
+    Sample("NaN in a query", _sample(sq=2, change=_nan_query)),
+    Sample("empty boxes", _sample(scoring="minmax", block_k=4, d=12, change=_empty_boxes)),
+    Sample(
+        "paged",
+        _sample(sq=2, pages=(5, 16), causal=True, lengths=_ints(41, 20), block_table=TABLE),
+    ),
+    Sample(
+        "paged blocks",
+        _sample(
+            pages=(5, 16), scoring="max_block", block_k=12, lengths=_ints(41, 20),
+            block_table=TABLE,
+        ),
+    ),
+    Sample("wide heads", _sample(n=20, h=2, hk=1, d=250, scoring="minmax", block_k=2)),
+    Sample("more queries than keys", _sample(sq=9, n=5, causal=True)),
+    Sample("no keys", _sample(n=0, head_reduce="group_max")),
+    Sample("no keys to vote for", _sample(n=0, head_reduce="softmax_vote")),
+    Sample("no queries", _sample(sq=0)),
+    Sample("no requests", _sample(b=0)),
+)  # fmt: skip
+
+
+def _set(**changes: Any) -> Any:
+    return lambda a, k: k.update(changes)
+
+
+# Edits of the first sample: q [2, 3, 4, 32], k [2, 50, 2, 32].
+MALFORMED = (
+    Malformed(
+        "scoring",
+        "scoring: must be 'dot', 'minmax' or 'max_block'; got 'sum'",
+        _set(scoring="sum"),
+    ),
+    Malformed(
+        "rank of q",
+        "q: must have 4 dimensions [B, S, H, D]; got 3",
+        lambda a, k: a.__setitem__(0, a[0][0]),
+    ),
+    Malformed(
+        "rank of k",
+        "k: must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]; got 3",
+        lambda a, k: a.__setitem__(1, a[1][0]),
+    ),
+    Malformed(
+        "rank of boxes",
+        "k: must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]; got 4",
+        _set(scoring="minmax"),
+    ),
+    Malformed(
+        "dtype",
+        "q: must be float16, bfloat16 or float32; got int32",
+        lambda a, k: a.__setitem__(0, a[0].int()),
+    ),
+    Malformed(
+        "dtype of k",
+        "k: must have the dtype of q, float32; got float16",
+        lambda a, k: a.__setitem__(1, a[1].half()),
+    ),
+    Malformed(
+        "layout",
+        "k: must have a contiguous last dimension",
+        lambda a, k: a.__setitem__(1, a[1].transpose(1, 3)),
+    ),
+    Malformed(
+        "head dimension",
+        "k: must have the head dimension of q, 32; got 31",
+        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
+    ),
+    Malformed(
+        "wide head",
+        "q: must have a head dimension of 1 to 256; got 257",
+        lambda a, k: a.__setitem__(0, torch.zeros(2, 3, 4, 257)),
+    ),
+    Malformed(
+        "halves",
+        "k: must have 2 rows for each block, minimum and maximum; got 3",
+        lambda a, k: (k.update(scoring="minmax"), a.__setitem__(1, torch.zeros(2, 5, 2, 3, 32))),
+    ),
+    Malformed(
+        "heads",
+        "k: number of heads must divide that of q, 4 (GQA); got 3",
+        lambda a, k: a.__setitem__(1, torch.zeros(2, 5, 3, 32)),
+    ),
+    Malformed(
+        "batch",
+        "k: must have the batch size of q, 2; got 1",
+        lambda a, k: a.__setitem__(1, a[1][:1]),
+    ),
+    Malformed(
+        "batch of the table",
+        "block_table: must have the batch size of q, 2; got 3",
+        _set(block_table=torch.zeros(3, 1, dtype=torch.int32)),
+    ),
+    Malformed("block_k", "block_k: must be 1 to 2^31 - 1; got 0", _set(block_k=0)),
+    Malformed("block_q", "block_q: must be 1 to 2^31 - 1; got -1", _set(block_q=-1)),
+    Malformed(
+        "q_reduce", "q_reduce: must be 'none', 'mean' or 'max'; got 'sum'", _set(q_reduce="sum")
+    ),
+    Malformed(
+        "block_q alone", "block_q: must be 1 with q_reduce 'none'; got 4", _set(block_q=4)
+    ),
+    Malformed(
+        "head_reduce",
+        "head_reduce: must be 'none', 'group_max', 'group_mean' or 'softmax_vote'; got 'max'",
+        _set(head_reduce="max"),
+    ),
+    Malformed("scale", "scale: must be finite; got inf", _set(scale=float("inf"))),
+    Malformed("num_sink", "num_sink: must not be negative; got -1", _set(num_sink=-1)),
+    Malformed("num_recent", "num_recent: must not be negative; got -2", _set(num_recent=-2)),
+    Malformed(
+        "lengths",
+        "lengths: must have shape [2]; got [3]",
+        _set(lengths=torch.zeros(3, dtype=torch.int32)),
+    ),
+    Malformed(
+        "missing page",
+        "block_table: must hold pages below 2 up to the length; got 7",
+        _set(block_table=torch.tensor([[0], [7]], dtype=torch.int32)),
+        values=True,
+    ),
+)

@@ -1,0 +1,162 @@
+"""query_similarity_gate: whether a selection of keys still serves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    check,
+    check_device_of_q,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    show,
+)
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference import select as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+
+OP = "query_similarity_gate"
+
+
+def query_similarity_gate(
+    q: Tensor, q_ref: Tensor, threshold: float = 0.9, *, backend: str | None = None
+) -> Tensor:
+    r"""Whether the queries of a request are still like those for which keys were selected.
+
+    The mean over the tokens of q and that of q_ref, all heads side by side, are compared by their
+    cosine. The answer stays on the device: a selection kernel can be predicated on it without a
+    synchronisation.
+
+    Args:
+        q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension.
+        q_ref: ``[B, S', H, D]`` in the dtype of q: those queries, or their mean (S' = 1).
+        threshold: least cosine at which the selection still serves.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        ``[B]`` bool, True where the cosine is at least the threshold. A mean of zeros and a NaN are
+        like nothing. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads q and q_ref once.
+
+    Paper: TokenSelect (Wu et al. 2024), section 4.3.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).view(2, 1, 1, 2)
+        >>> tm.query_similarity_gate(q, torch.tensor([3.0, 0.5]).expand(2, 1, 1, 2)).tolist()
+        [True, False]
+    """
+    return call(SPEC, lower(q, q_ref, threshold), backend)[0]
+
+
+def lower(q: Tensor, q_ref: Tensor, threshold: float = 0.9) -> tuple[Any, ...]:
+    check_tensor(OP, "q", q)
+    check_tensor(OP, "q_ref", q_ref)
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    check(number, OP, "threshold", "must be a number", threshold)
+    return (*(t.detach() if t.requires_grad else t for t in (q, q_ref)), float(threshold))
+
+
+def _check(q: Tensor, q_ref: Tensor, threshold: float, *, float64: bool = False) -> None:
+    for name, t in (("q", q), ("q_ref", q_ref)):
+        check(t.dim() == 4, OP, name, "must have 4 dimensions [B, S, H, D]", t.dim())
+    check_dtype(OP, "q", q, float64=float64)
+    if q_ref.dtype != q.dtype:
+        fail(OP, "q_ref", f"must have the dtype of q, {show(q.dtype)}", q_ref.dtype)
+    check_device_of_q(OP, "q_ref", q_ref, q)
+    for name, t in (("q", q), ("q_ref", q_ref)):
+        check_last_contiguous(OP, name, t)
+    wanted, found = ([t.shape[0], *t.shape[2:]] for t in (q, q_ref))
+    if found != wanted:
+        fail(OP, "q_ref", f"must have the B, H and D of q, {show(wanted)}", found)
+
+
+def _sample(b: int, s: int, s_ref: int, h: int = 4, d: int = 32, change: Any = None) -> Any:
+    """Requests that are near and far from their queries, in turn."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        base = torch.randn(b, 1, h, d, generator=g)
+        q = base + 0.05 * torch.randn(b, s, h, d, generator=g)
+        q_ref = base + 0.05 * torch.randn(b, s_ref, h, d, generator=g)
+        q_ref[1::2] = torch.randn(q_ref[1::2].shape, generator=g)
+        if change:
+            change(q)
+        return (q.to(dtype), q_ref.to(dtype)), {}
+
+    return make
+
+
+def _hostile(q: Tensor) -> None:
+    q[0] = 0
+    q[2, 0, 0, 0] = math.nan
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=lambda q, q_ref, threshold: q.new_empty((q.shape[0],), dtype=torch.bool),
+        triton="select.query_similarity_gate:query_similarity_gate",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=query_similarity_gate,
+        lower=lower,
+        reference=reference.query_similarity_gate,
+        plain=reference.query_similarity_gate,
+        forward=FORWARD,
+        backward=None,
+        samples=(
+            Sample("decode", _sample(5, 1, 1)),
+            Sample("chunk", _sample(4, 37, 5, d=20)),
+            Sample("zeros and NaN", _sample(5, 2, 1, change=_hostile)),
+            Sample("no tokens", _sample(2, 0, 1)),
+            Sample("no requests", _sample(0, 1, 1)),
+        ),
+        malformed=(
+            Malformed(
+                "rank",
+                "q: must have 4 dimensions [B, S, H, D]; got 3",
+                lambda a, k: a.__setitem__(0, a[0][0]),
+            ),
+            Malformed(
+                "dtype",
+                "q: must be float16, bfloat16 or float32; got int32",
+                lambda a, k: a.__setitem__(0, a[0].int()),
+            ),
+            Malformed(
+                "dtype of q_ref",
+                "q_ref: must have the dtype of q, float32; got float16",
+                lambda a, k: a.__setitem__(1, a[1].half()),
+            ),
+            Malformed(
+                "layout",
+                "q_ref: must have a contiguous last dimension",
+                lambda a, k: a.__setitem__(1, a[1].transpose(1, 3)),
+            ),
+            Malformed(
+                "heads",
+                "q_ref: must have the B, H and D of q, [5, 4, 32]; got [5, 3, 32]",
+                lambda a, k: a.__setitem__(1, a[1][:, :, 1:]),
+            ),
+        ),
+        differentiable=(),
+        paper="TokenSelect (Wu et al. 2024)",
+        flops=lambda q, q_ref, threshold: 1.0 * q.numel() + q_ref.numel(),
+    )
+)

@@ -1,0 +1,64 @@
+"""The checks that operators on keys share. csrc/select/checks.h has them in the same words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_last_contiguous, fail, show
+
+
+def check_whole(op: str, name: str, value: Any) -> None:
+    whole = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    check(whole, op, name, "must be an integer", value)
+
+
+def check_device_of(op: str, name: str, t: Tensor, other: str, first: Tensor) -> None:
+    if t.device != first.device:
+        fail(op, name, f"must be on the device of {other}, {show(first.device)}", t.device)
+
+
+def check_per_request(op: str, name: str, t: Tensor | None, batch: int, k: Tensor) -> None:
+    if t is None:
+        return
+    check(list(t.shape) == [batch], op, name, f"must have shape [{batch}]", t.shape)
+    check(t.dtype == torch.int32, op, name, "must be int32", t.dtype)
+    check_last_contiguous(op, name, t)
+    check_device_of(op, name, t, "k", k)
+
+
+def batch_of(k: Tensor, block_table: Tensor | None) -> int:
+    """Requests of keys [B, S, ...], or of a table of pages."""
+    return k.shape[0] if block_table is None else block_table.shape[0]
+
+
+def rows_of_request(k: Tensor, block_table: Tensor | None) -> int:
+    return k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
+
+
+def check_block_table(op: str, block_table: Tensor | None, k: Tensor) -> None:
+    if block_table is None:
+        return
+    check(block_table.dim() == 2, op, "block_table", "must have 2 dimensions [B, P]",
+          block_table.dim())  # fmt: skip
+    check(block_table.dtype == torch.int32, op, "block_table", "must be int32", block_table.dtype)
+    check_last_contiguous(op, "block_table", block_table)
+    check_device_of(op, "block_table", block_table, "k", k)
+
+
+def check_block_table_values(
+    op: str, block_table: Tensor | None, k: Tensor, lengths: Tensor | None
+) -> None:
+    """The pages of the first lengths[b] rows must be there."""
+    if block_table is None or k.shape[1] == 0:
+        return
+    pages, page_size = k.shape[:2]
+    first = torch.arange(block_table.shape[1], device=block_table.device) * page_size
+    used = torch.ones_like(block_table, dtype=torch.bool)
+    if lengths is not None:
+        used = first < lengths[:, None]
+    bad = block_table[used & ((block_table < 0) | (block_table >= pages))].tolist()
+    if bad:
+        fail(op, "block_table", f"must hold pages below {pages} up to the length", bad[0])

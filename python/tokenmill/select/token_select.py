@@ -1,0 +1,87 @@
+"""token_select: the tokens of a cache that the heads vote for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..check import check, check_tensor
+from .kv_block_scores import kv_block_scores
+from .rules import check_whole
+from .topk_select import topk_select
+
+OP = "token_select"
+
+
+def token_select(
+    q: Tensor,
+    k_cache: Tensor,
+    *,
+    k: int,
+    num_sink: int = 128,
+    num_recent: int = 512,
+    vote: str = "softmax",
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The k tokens of a cache that all heads together care for most, beside the first and last.
+
+    Candidates are the tokens num_sink to lengths - num_recent - 1. The mean of the queries of q
+    (rounded to their dtype) gives each head a softmax over the candidates, and a token's vote is
+    its sum over heads: :math:`w_t = \sum_h \exp(scale\, \bar q_h \cdot k_t - lse_h)`. The list
+    holds candidates alone: the first num_sink and the last num_recent tokens are attended to
+    anyway, and where no more than k candidates are left, all of them are in it.
+
+    This is :func:`kv_block_scores` with "softmax_vote", then :func:`topk_select`. The keys are read
+    once. Between the two lie 4 S bytes of votes, and within the first 4 H S bytes of scores, each
+    written once and read at most three times, against 2 Hk D S bytes of 16-bit keys: with H = 32,
+    Hk = 8 and D = 128, 6 % of the keys for each time. Reading the keys twice would cost 100 %.
+
+    Args:
+        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32: a token, or those of a chunk. They are
+            taken as seen from the end of the cache, so num_recent should cover a chunk that is in
+            it already.
+        k_cache: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H; with block_table ``[pages,
+            page_size, Hk, D]``.
+        k: tokens wanted, 1 to 65536.
+        num_sink: first tokens, which are not in the list.
+        num_recent: last tokens, which are not in the list.
+        vote: "softmax".
+        scale: factor of the products. None = 1/sqrt(D); the authors' code has 1.
+        lengths: ``[B]`` int32, tokens of each request. None: all.
+        block_table: ``[B, P]`` int32, the pages of each request.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (indices ``[B, 1, 1, k]`` int32, counts ``[B, 1, 1]`` int32): one list for all heads, of
+        positions in the request, ascending, -1 behind the last; of equal votes the lower position
+        goes first. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 2 H S D operations; reads each key once.
+
+    Paper: TokenSelect (Wu et al. 2024), section 4.2.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, cache = torch.ones(1, 1, 2, 4), torch.zeros(1, 100, 1, 4)
+        >>> cache[0, 30:33] = 1
+        >>> indices, counts = tm.token_select(q, cache, k=3, num_sink=4, num_recent=16)
+        >>> indices.flatten().tolist(), counts.flatten().tolist()
+        ([30, 31, 32], [3])
+    """
+    check_tensor(OP, "q", q)
+    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
+    check_whole(OP, "k", k)
+    check(vote == "softmax", OP, "vote", "must be 'softmax'", vote)
+    votes = kv_block_scores(
+        q, k_cache, q_reduce="mean", block_q=max(q.shape[1], 1), head_reduce="softmax_vote",
+        scale=scale, num_sink=num_sink, num_recent=num_recent, lengths=lengths,
+        block_table=block_table, backend=backend,
+    )  # fmt: skip
+    batch, _, rows, tokens = votes.shape
+    indices, counts = topk_select(votes.view(batch * rows, tokens), k, backend=backend)
+    return indices.view(batch, 1, rows, k), counts.view(batch, 1, rows)

@@ -1,0 +1,120 @@
+"""block_pool_keys: a program pools blocks of tokens of one head, a tile of tokens at a time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INF, launch, rounded
+from .keys import KeyRows, key_rows, length_of, load_keys
+
+TILE = 4096  # elements
+SLOTS = 8  # programs that share the blocks to update
+SIZES = ["out_batch", "out_block", "out_head", "out_half", "heads", "block", "blocks", "slots"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pool_kernel(
+    keys,
+    out,
+    lengths,
+    start,
+    out_batch,
+    out_block,
+    out_head,
+    out_half,
+    heads,
+    block,
+    blocks,
+    slots,
+    MEAN: tl.constexpr,
+    BOTH: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i = tl.program_id(0)
+    i_h = i % heads
+    i_b = (i // (heads * slots)).to(tl.int64)
+    length = length_of(lengths, i_b, keys.rows)
+    first = tl.zeros([], tl.int64)
+    last = first + blocks
+    if start is not None:
+        begin = tl.maximum(tl.load(start + i_b).to(tl.int64), 0)
+        first = begin // block
+        last = tl.where(begin < length, (length + block - 1) // block, first)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DIM
+    for j in range(first + i // heads % slots, last, slots):
+        end = tl.minimum((j + 1) * block, length)
+        b_low = tl.full([BLOCK_D], 0.0 if MEAN else INF, tl.float32)
+        b_high = tl.full([BLOCK_D], -INF, tl.float32)
+        b_bad = tl.zeros([BLOCK_D], tl.int32)
+        for t in range(j * block, end, BLOCK_T):
+            o_t = t + tl.arange(0, BLOCK_T)
+            b_k, m_t = load_keys(keys, i_b, i_h, o_t, o_t < end, o_d, m_d)
+            b_k = b_k.to(tl.float32)
+            if MEAN:
+                b_low += tl.sum(b_k, 0)
+            else:
+                m_k = m_t[:, None] & (b_k == b_k)
+                b_low = tl.minimum(b_low, tl.min(tl.where(m_k, b_k, INF), 0))
+                b_high = tl.maximum(b_high, tl.max(tl.where(m_k, b_k, -INF), 0))
+                b_bad += tl.sum((b_k != b_k).to(tl.int32), 0)
+        p_out = out + i_b * out_batch + j * out_block + tl.cast(i_h, tl.int64) * out_head + o_d
+        dtype = out.dtype.element_ty
+        if MEAN:
+            b_count = tl.full([BLOCK_D], 0.0, tl.float32) + tl.maximum(end - j * block, 1)
+            tl.store(p_out, rounded(tl.div_rn(b_low, b_count), dtype), mask=m_d)
+        else:
+            if BOTH:
+                tl.store(p_out, tl.where(b_bad > 0, float("nan"), b_low).to(dtype), mask=m_d)
+            b_high = tl.where(b_bad > 0, float("nan"), b_high)
+            tl.store(p_out + out_half, b_high.to(dtype), mask=m_d)
+
+
+def _pool(
+    k: Tensor,
+    out: Tensor,
+    block: int,
+    mode: str,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    heads, dim = k.shape[2:]
+    batch, blocks = out.shape[:2]
+    slots = blocks if start is None else min(SLOTS, blocks)
+    block_d = triton.next_power_of_2(max(dim, 1))
+    block_t = min(triton.next_power_of_2(block), max(TILE // block_d, 1), 128)
+    launch(
+        pool_kernel, batch * slots * heads if dim else 0, k, key_rows(k, block_table), out,
+        lengths, start, *out.stride()[:3], out.stride(3) if mode == "minmax" else 0, heads, block,
+        blocks, slots, MEAN=mode == "mean", BOTH=mode == "minmax", DIM=dim, BLOCK_T=block_t,
+        BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+
+
+def block_pool_keys(
+    k: Tensor, block: int, mode: str, lengths: Tensor | None, block_table: Tensor | None
+) -> Tensor:
+    rows = key_rows(k, block_table).rows
+    batch = k.shape[0] if block_table is None else block_table.shape[0]
+    half = (2,) if mode == "minmax" else ()
+    out = k.new_empty((batch, triton.cdiv(rows, block), k.shape[2], *half, k.shape[3]))
+    _pool(k, out, block, mode, None, lengths, block_table)
+    return out
+
+
+def block_pool_keys_update(
+    k: Tensor,
+    pooled: Tensor,
+    block: int,
+    mode: str,
+    start: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    _pool(k, pooled, block, mode, start, lengths, block_table)

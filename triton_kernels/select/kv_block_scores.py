@@ -1,0 +1,264 @@
+"""kv_block_scores: a program has rows of queries and whole blocks of keys, and loops over what is
+reduced: tokens of a block, queries of a row, heads of a group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INF, Rows, dot, launch
+from .block_pool_keys import block_pool_keys
+from .keys import KeyRows, key_rows, length_of, load_keys
+
+BLOCK_M = 16  # score rows of a program
+TILE_ROWS = 64  # of keys, of a product
+VOTE_TILE = 512
+
+
+class Seen(NamedTuple):
+    """What decides which tokens a query sees."""
+
+    queries: int
+    block_q: int
+    row_tokens: int
+    num_sink: int
+    num_recent: int
+
+
+SIZES = ["out_batch", "rows", "blocks", "block_rows", "row_queries", "heads", "m_tiles", "n_tiles"]
+
+
+@triton.jit
+def either_max(a, b):
+    """The larger, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def last_query(seen, o_row):
+    return tl.minimum((o_row + 1) * seen.block_q, seen.queries) - 1
+
+
+@triton.jit
+def seen_end(seen, length, o_query, CAUSAL: tl.constexpr):
+    """Rows of keys before which a query sees them."""
+    end = length - seen.num_recent
+    if CAUSAL:
+        end = end + o_query - seen.queries + 1
+    else:
+        end = end + o_query * 0
+    return (tl.maximum(end, 0) + seen.row_tokens - 1) // seen.row_tokens
+
+
+@triton.jit
+def load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d):
+    o_q = i_b * q.batch + o_i.to(tl.int64) * q.seq + o_h.to(tl.int64) * q.head
+    return tl.load(
+        q.data + o_q[:, None] + o_d[None, :], mask=m_i[:, None] & m_d[None, :], other=0.0
+    )
+
+
+@triton.jit
+def tile_scores(q, keys, k_half, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale, BOXES: tl.constexpr,
+                DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """z of a tile, and the rows that are boxes without keys."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DIM
+    b_q = load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d)
+    b_k, m_there = load_keys(keys, i_b, i_kh, o_t, m_t, o_d, m_d)
+    m_empty = tl.zeros(o_t.shape, tl.int1)
+    if BOXES:
+        upper = KeyRows(keys.data + k_half, keys.batch, keys.seq, keys.head, keys.rows, keys.table,
+                        keys.table_stride, keys.page_size, keys.pages)  # fmt: skip
+        b_m, _ = load_keys(upper, i_b, i_kh, o_t, m_t, o_d, m_d)
+        b_x = b_q.to(tl.float32)
+        b_zero = tl.zeros_like(b_q)
+        b_z = dot(tl.where(b_x > 0, b_zero, b_q), tl.trans(b_k))
+        b_z += dot(tl.where(b_x < 0, b_zero, b_q), tl.trans(b_m))
+        m_first = (o_d == 0)[None, :]
+        b_low = tl.sum(tl.where(m_first, b_k.to(tl.float32), 0.0), 1)
+        b_high = tl.sum(tl.where(m_first, b_m.to(tl.float32), 0.0), 1)
+        m_empty = m_there & (b_low > b_high)
+    else:
+        b_z = dot(b_q, tl.trans(b_k))
+    return b_z * scale, m_empty
+
+
+@triton.jit(do_not_specialize=SIZES)
+def score_kernel(
+    q,
+    keys,
+    seen,
+    lengths,
+    out,
+    k_half,
+    scale,
+    out_batch,
+    rows,
+    blocks,
+    block_rows,
+    row_queries,
+    heads,
+    m_tiles,
+    n_tiles,
+    GROUP: tl.constexpr,
+    GROUPED: tl.constexpr,
+    MEAN: tl.constexpr,
+    MEAN_QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOXES: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_N blocks of keys, BLOCK_T rows of each at a time. A score row m is row m // GROUP of
+    head m % GROUP, or if GROUPED row m of all heads."""
+    i = tl.program_id(0)
+    i_n = i % n_tiles
+    i_m = i // n_tiles % m_tiles
+    i_kh = i // (n_tiles * m_tiles) % heads
+    i_b = (i // (n_tiles * m_tiles * heads)).to(tl.int64)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_row = o_m if GROUPED else o_m // GROUP
+    m_row = o_row < rows
+    o_n = (i_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o_bt = tl.arange(0, BLOCK_N * BLOCK_T)
+    o_block = (i_n * BLOCK_N + o_bt // BLOCK_T).to(tl.int64)
+    length = length_of(lengths, i_b, keys.rows * seen.row_tokens)
+    begin = seen.num_sink // seen.row_tokens
+    last = tl.minimum((i_m + 1) * BLOCK_M, rows * (1 if GROUPED else GROUP)) - 1
+    last_row = last if GROUPED else last // GROUP
+    end = seen_end(seen, length, last_query(seen, last_row), CAUSAL)
+
+    b_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_g in range(GROUP if GROUPED else 1):
+        o_h = i_kh * GROUP + (o_m * 0 + i_g if GROUPED else o_m % GROUP)
+        b_most = tl.full([BLOCK_M, BLOCK_N], -INF, tl.float32)
+        for i_q in range(row_queries):
+            if MEAN_QUERIES:
+                o_i = o_row
+                o_query = last_query(seen, o_row)
+            else:
+                o_i = o_row * seen.block_q + i_q
+                o_query = o_i
+            m_i = m_row & (o_query < seen.queries)
+            o_end = seen_end(seen, length, o_query, CAUSAL)
+            for t in range(0, block_rows, BLOCK_T):
+                o_in = t + o_bt % BLOCK_T
+                o_t = o_block * block_rows + o_in
+                m_t = (o_in < block_rows) & (o_t < end) & (o_t >= begin)
+                b_z, m_empty = tile_scores(q, keys, k_half, i_b, i_kh, o_h, o_i, m_i, o_t, m_t,
+                                           scale, BOXES, DIM, BLOCK_D)  # fmt: skip
+                m_z = (m_t & ~m_empty)[None, :] & (o_t[None, :] < o_end[:, None])
+                b_z = tl.where(m_z & m_i[:, None], b_z, -INF)
+                if BLOCK_T > 1:
+                    b_z = tl.reshape(b_z, [BLOCK_M, BLOCK_N, BLOCK_T])
+                    b_bad = tl.max((b_z != b_z).to(tl.int32), 2)
+                    b_z = tl.max(tl.where(b_z == b_z, b_z, -INF), 2)
+                    b_z = tl.where(b_bad > 0, float("nan"), b_z)
+                b_most = either_max(b_most, b_z)
+        if MEAN:
+            b_total += b_most
+        elif GROUPED:
+            b_total = either_max(b_total, b_most) if i_g > 0 else b_most
+        else:
+            b_total = b_most
+    if MEAN:
+        b_total = tl.div_rn(b_total, tl.zeros_like(b_total) + GROUP)
+    o_head = i_kh + o_m * 0 if GROUPED else i_kh * GROUP + o_m % GROUP
+    o_out = i_b * out_batch + (o_head.to(tl.int64) * rows + o_row) * blocks
+    m_out = m_row[:, None] & (o_n < blocks)[None, :]
+    tl.store(out + o_out[:, None] + o_n[None, :], b_total, mask=m_out)
+
+
+@triton.jit(do_not_specialize=["rows", "blocks", "block_rows", "heads", "n_tiles"])
+def vote_kernel(
+    scores,
+    lse,
+    seen,
+    lengths,
+    out,
+    key_rows,
+    rows,
+    blocks,
+    block_rows,
+    heads,
+    n_tiles,
+    CAUSAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i = tl.program_id(0)
+    i_row = i // n_tiles % rows
+    i_b = (i // (n_tiles * rows)).to(tl.int64)
+    o_n = (i % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    b_vote = tl.zeros([BLOCK_N], tl.float32)
+    for h in range(heads):
+        i_z = (i_b * heads + h) * rows + i_row
+        b_z = tl.load(scores + i_z * blocks + o_n, mask=o_n < blocks, other=-INF)
+        b_vote += tl.exp(b_z - tl.load(lse + i_z))
+    length = length_of(lengths, i_b, key_rows * seen.row_tokens)
+    begin = seen.num_sink // seen.row_tokens
+    end = seen_end(seen, length, last_query(seen, i_row), CAUSAL)
+    m_seen = tl.maximum(o_n * block_rows, begin) < tl.minimum((o_n + 1) * block_rows, end)
+    p_out = out + (i_b * rows + i_row) * blocks + o_n
+    tl.store(p_out, tl.where(m_seen, b_vote, -INF), mask=o_n < blocks)
+
+
+def kv_block_scores(
+    q: Tensor,
+    k: Tensor,
+    scoring: str,
+    block_k: int,
+    q_reduce: str,
+    block_q: int,
+    head_reduce: str,
+    scale: float,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+) -> Tensor:
+    batch, queries, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    keys = key_rows(k, block_table)
+    row_tokens, block_rows = (1, block_k) if scoring == "max_block" else (block_k, 1)
+    block_rows = min(block_rows, max(keys.rows, 1))
+    block_q = min(block_q, max(queries, 1))
+    rows, blocks = triton.cdiv(queries, block_q), triton.cdiv(keys.rows, block_rows)
+    grouped, votes = head_reduce.startswith("group"), head_reduce == "softmax_vote"
+    seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
+    if q_reduce == "mean":
+        q = block_pool_keys(q, block_q, "mean", None, None)
+    group = heads // max(kv_heads, 1)
+    z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
+    block_t = min(triton.next_power_of_2(block_rows), TILE_ROWS)
+    block_n = TILE_ROWS // block_t
+    n_tiles = triton.cdiv(blocks, block_n)
+    m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
+    launch(
+        score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]), keys, seen,
+        lengths, z, k.stride(3) if scoring == "minmax" else 0, scale, z.stride(0), rows, blocks,
+        block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
+        GROUPED=grouped, MEAN=head_reduce == "group_mean", MEAN_QUERIES=q_reduce == "mean",
+        CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
+        BLOCK_T=block_t, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=4,
+    )  # fmt: skip
+    if not votes:
+        return z
+    out = q.new_empty((batch, 1, rows, blocks), dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    lse = torch.where(z.isnan(), -torch.inf, z).logsumexp(3)
+    n_tiles = triton.cdiv(blocks, VOTE_TILE)
+    launch(
+        vote_kernel, batch * rows * n_tiles, q, z, lse, seen, lengths, out, keys.rows, rows, blocks,
+        block_rows, heads, n_tiles, CAUSAL=causal, BLOCK_N=VOTE_TILE, num_warps=4,
+    )  # fmt: skip
+    return out
