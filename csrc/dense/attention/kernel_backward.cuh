@@ -88,9 +88,11 @@ __global__ void __launch_bounds__(256, 1)
           band.begin(worker.first_row), idle ? 0 : band.end(last), band.begin(last),
           idle ? 0 : band.end(worker.first_row), worker.first_row};
     worker.counter = -1;
-    if constexpr (!Shape::kWide)
-      reinterpret_cast<StageAddresses*>(shared + kThreadInfoOffset)[thread] =
+    if constexpr (!Shape::kWide) {
+      reinterpret_cast<int*>(shared + kTileNumberOffset)[thread] = worker.counter;
+      reinterpret_cast<StageAddresses*>(shared + kTileNumberOffset + thread_count() * 4)[thread] =
           worker.make_addresses();
+    }
 
     const int64_t head = place.first_head + pair % heads_per_block;
     const Rows& own = kKeys ? follows ? p.v : p.k : follows ? bp.dout : p.q;

@@ -73,10 +73,14 @@ struct PairWorker {
             summed + (Shape::kWide
                           ? Tile::offset(lane % 4 * 2, 4 * block + lane / 16) + lane / 4 % 4 * 4
                           : Tile::offset(lane % 16, 2 * block + lane / 16)),
-            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8, -1};
+            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8};
+  }
+  __device__ uint32_t own_tile_number() const {
+    return info.address + kTileNumberOffset + thread_index() * 4;
   }
   __device__ uint32_t own_addresses() const {
-    return info.address + kThreadInfoOffset + thread_index() * sizeof(StageAddresses);
+    return info.address + kTileNumberOffset + thread_count() * 4 +
+           thread_index() * sizeof(StageAddresses);
   }
   // Keeps what plain sigmoid knows of a head; the loop has no register for it.
   __device__ void keep(const Terms& terms) const {
@@ -86,7 +90,7 @@ struct PairWorker {
   // Number of the tile of columns.
   __device__ __forceinline__ int tile() const {
     if constexpr (Shape::kWide) return counter;
-    return load_int<offsetof(StageAddresses, tile)>(own_addresses());
+    return load_int<0>(own_tile_number());
   }
   __device__ __forceinline__ void next_tile() {
     cuda::keep(exchange);  // what is derived from it must not outlive the tile
@@ -94,8 +98,7 @@ struct PairWorker {
     if constexpr (Shape::kWide)
       ++counter;
     else
-      store_shared<offsetof(StageAddresses, tile)>(own_addresses(),
-                                                   static_cast<uint32_t>(tile() + 1));
+      store_shared<0>(own_tile_number(), static_cast<uint32_t>(tile() + 1));
   }
   __device__ __forceinline__ StageAddresses addresses(uint32_t stage) const {
     StageAddresses a = {};

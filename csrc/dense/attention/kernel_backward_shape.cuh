@@ -22,8 +22,9 @@ struct BackwardArgs {
   }
 };
 
-// Shared memory begins with BlockInfo, PairInfo of each pair and StageAddresses of each thread.
-constexpr int kPairInfoOffset = 128, kThreadInfoOffset = 256;
+// Shared memory begins with BlockInfo, PairInfo of each pair, and the number of the tile and
+// StageAddresses of each thread.
+constexpr int kPairInfoOffset = 128, kTileNumberOffset = 256;
 
 template <typename T, int kDim, Mode kMode>
 struct PairShape {
@@ -53,7 +54,7 @@ struct PairShape {
 
   static constexpr int shared_bytes(int pairs) { return info_bytes(pairs) + tile_bytes(pairs); }
   __host__ __device__ static constexpr int info_bytes(int pairs) {
-    return kThreadInfoOffset + (kWide ? 0 : pairs * 2 * kWarpSize * 16);
+    return kTileNumberOffset + (kWide ? 0 : pairs * 2 * kWarpSize * 20);
   }
 
  private:
@@ -155,7 +156,7 @@ struct StageAddresses {
   uint32_t rows;        // right operands of its first product: 8 rows, transposed
   uint32_t columns;     // right operands of its sums: 16 rows
   uint32_t statistics;  // of the columns; plain sigmoid: the constant of its scores
-  int tile;             // in shared memory alone: its number
+  uint32_t padding;
 };
 
 }  // namespace tokenmill::cuda
