@@ -295,6 +295,50 @@ def sigmoid(b_z, head, FAST: tl.constexpr):
     return b_p, b_rest
 
 
+FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
+
+
+def window_of(left: int, right: int) -> Window:
+    return Window(*(None if w < 0 else min(w, FAR) for w in (left, right)))
+
+
+def terms_of(
+    scale: float,
+    softcap: float,
+    score_bias_value: float,
+    score_bias_neg_log_n: bool,
+    score_bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None = None,
+) -> Terms:
+    nats = bias is not None or alibi_slopes is not None
+    unit = 1.0 if nats else LOG2E.value
+    return Terms(
+        scale,
+        scale / softcap if softcap else scale * unit,
+        softcap * unit if softcap else None,
+        score_bias_value * unit,
+        int(score_bias_neg_log_n),
+        score_bias,
+        _batch_stride(score_bias),
+        alibi_slopes,
+        _batch_stride(alibi_slopes),
+        bias,
+        *_broadcast_strides(bias),
+    )
+
+
+def _batch_stride(t: Tensor | None) -> int:
+    """Of [H] or [B, H]."""
+    return t.stride(0) if t is not None and t.dim() == 2 else 0
+
+
+def _broadcast_strides(t: Tensor | None) -> tuple[int, ...]:
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
 def architecture(t: Tensor) -> int:
     """Compute capability of the device of t, 80 for 8.0."""
     with torch.cuda.device_of(t):

@@ -9,11 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import INTERPRETED, LOG2E, Rows, Terms, Window, architecture, launch
+from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
-
-FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
 
 
 class Tiles(NamedTuple):
@@ -133,25 +131,18 @@ class Call(NamedTuple):
         return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
     def terms(self) -> Terms:
-        nats = self.bias is not None or self.alibi_slopes is not None
-        unit = 1.0 if nats else LOG2E.value
-        return Terms(
+        return terms_of(
             self.scale,
-            self.scale / self.softcap if self.softcap else self.scale * unit,
-            self.softcap * unit if self.softcap else None,
-            self.score_bias_value * unit,
-            int(self.score_bias_neg_log_n),
+            self.softcap,
+            self.score_bias_value,
+            self.score_bias_neg_log_n,
             self.score_bias,
-            _batch_stride(self.score_bias),
             self.alibi_slopes,
-            _batch_stride(self.alibi_slopes),
             self.bias,
-            *_broadcast_strides(self.bias),
         )
 
     def window(self) -> Window:
-        right = 0 if self.causal else self.window_right
-        return Window(*(None if w < 0 else min(w, FAR) for w in (self.window_left, right)))
+        return window_of(self.window_left, 0 if self.causal else self.window_right)
 
     def arguments(self) -> Sequence[Any]:
         """What every kernel takes, from terms to group."""
@@ -186,17 +177,6 @@ class Call(NamedTuple):
 
 def _bounded(tokens: int, bound: int | None) -> int:
     return tokens if bound is None else min(tokens, bound)
-
-
-def _batch_stride(t: Tensor | None) -> int:
-    """Of [H] or [B, H]."""
-    return t.stride(0) if t is not None and t.dim() == 2 else 0
-
-
-def _broadcast_strides(t: Tensor | None) -> Sequence[int]:
-    if t is None:
-        return 0, 0, 0, 0
-    return [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
 
 
 def attention(*lowered: Any) -> tuple[Tensor, Tensor]:

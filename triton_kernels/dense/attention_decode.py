@@ -1,0 +1,383 @@
+"""attention_decode: one program owns a range of the keys of one KV head, past all rows of queries
+that read it; a second kernel merges the ranges of each row in order.
+
+Row r of a KV head is query r // group of head r % group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    FLOAT16_SCALE,
+    INF,
+    INTERPRETED,
+    Rows,
+    Sequence,
+    dot,
+    exponential,
+    head_of,
+    launch,
+    rounded,
+    scores,
+    sigmoid,
+    terms_of,
+    window_of,
+)
+from .attention_forward import add, normaliser
+
+SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
+SIZES += ["capacity", "pages", "most"]
+MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
+
+
+class Cache(NamedTuple):
+    """Keys and values, dense or in pages."""
+
+    keys: Rows
+    values: Rows
+    seqlens: Tensor
+    block_table: Tensor | None
+    table_stride: int
+    pages: int
+    capacity: int
+
+
+class Partials(NamedTuple):
+    """Sums of ranges, [splits, B, Hk, rows]: of weighted values, of weights, and the top scores."""
+
+    values: Tensor
+    sums: Tensor
+    tops: Tensor
+
+
+@triton.jit
+def length_of(cache, i_b):
+    """Lengths outside the cache are cut."""
+    return tl.minimum(tl.maximum(tl.load(cache.seqlens + i_b), 0), cache.capacity)
+
+
+@triton.jit
+def row_offsets(rows, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
+    """Offsets of keys o_j of a request: where dense and paged caches differ. A page that does not
+    exist is page 0."""
+    o_page = i_b + tl.zeros_like(o_j).to(tl.int64)
+    o_row = o_j
+    if cache.block_table is not None:
+        p_page = cache.block_table + i_b * cache.table_stride + o_j // PAGE_SIZE
+        o_page = tl.load(p_page, mask=m_j, other=0).to(tl.int64)
+        o_page = tl.where((o_page < 0) | (o_page >= cache.pages), 0, o_page)
+        o_row = o_j % PAGE_SIZE
+    return o_page * rows.batch + o_row.to(tl.int64) * rows.seq + i_kv.to(tl.int64) * rows.head
+
+
+@triton.jit
+def load_keys(
+    rows,
+    cache,
+    i_b,
+    i_kv,
+    o_j,
+    m_j,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Rows of hidden keys and columns beyond DIM are 0."""
+    o_col = tl.arange(0, BLOCK)
+    p_tile = rows.data + row_offsets(rows, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)[:, None]
+    return tl.load(p_tile + o_col[None, :], mask=m_j[:, None] & (o_col < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def visible_begin(sequence, left):
+    """The first key that any query sees."""
+    begin = sequence.k_length - sequence.k_length
+    if left is not None:
+        begin = tl.maximum(sequence.diagonal - left, 0)
+    return tl.minimum(begin, sequence.k_length)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def ranges_kernel(
+    q,
+    cache,
+    partials,
+    terms,
+    window,
+    batch,
+    kv_heads,
+    group,
+    seqlen_q,
+    rows,
+    row_blocks,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    i_split = i_program % splits
+    i_block = i_program // splits % row_blocks
+    i_kv = i_program // splits // row_blocks % kv_heads
+    i_b = (i_program // splits // row_blocks // kv_heads).to(tl.int64)
+    length = length_of(cache, i_b)
+    sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+    begin = visible_begin(sequence, window.left)
+    steps = tl.cdiv(length - begin, BLOCK_N)
+    parts = tl.maximum(tl.minimum(splits, steps), 1)
+    first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK_N
+    last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK_N
+
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < rows
+    o_i = (o_row // group)[:, None]
+    o_h = (i_kv * group + tl.where(m_row, o_row % group, 0))[:, None]
+    head = head_of(terms, i_b, o_h, length, SIGMOID)
+    o_col = tl.arange(0, BLOCK_D)[None, :]
+    p_q = q.data + i_b * q.batch + o_i.to(tl.int64) * q.seq + o_h.to(tl.int64) * q.head
+    b_q = tl.load(p_q + o_col, mask=m_row[:, None] & (o_col < HEAD_DIM), other=0.0)
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    for j in range(first, tl.minimum(last, length), BLOCK_N):
+        o_j = j + tl.arange(0, BLOCK_N)
+        m_j = o_j < length
+        b_k = load_keys(cache.keys, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+        b_v = load_keys(cache.values, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
+        o_key = o_j[None, :]
+        b_z = scores(dot(b_q, tl.trans(b_k)), o_i, o_key, terms, head, sequence)
+        m_seen = (o_key < length) & (o_key <= o_i + sequence.diagonal)
+        if window.left is not None:
+            m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
+        b_z = tl.where(m_seen, b_z, -INF)
+        if SIGMOID:
+            b_p, _ = sigmoid(b_z, head, False)
+            if b_v.dtype == tl.float16:
+                b_p *= FLOAT16_SCALE
+        else:
+            b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
+            b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
+            b_p = exponential(b_z - b_pivot[:, None], head)
+            b_shrink = exponential(b_top - b_pivot, head)
+            b_top = b_new_top
+            b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
+            b_acc *= b_shrink[:, None]
+            b_acc_lost *= b_shrink[:, None]
+        b_pv = dot(b_p, b_v)
+        if b_v.dtype == tl.float32:
+            b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
+        else:
+            b_acc += b_pv
+
+    o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
+    o_value = tl.arange(0, BLOCK_V)[None, :]
+    p_value = partials.values + o_partial[:, None] * VALUE_DIM + o_value
+    tl.store(p_value, b_acc, mask=m_row[:, None] & (o_value < VALUE_DIM))
+    if not SIGMOID:
+        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
+        tl.store(partials.tops + o_partial, b_top, mask=m_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def merge_kernel(
+    partials,
+    cache,
+    out,
+    lse,
+    sink,
+    terms,
+    heads,
+    group,
+    seqlen_q,
+    splits,
+    most,
+    VALUE_DIM: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    FLOAT16: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Rows o_x of most = B Hk rows."""
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_x = o_x < most
+    rows = group * seqlen_q
+    o_x = tl.where(m_x, o_x, 0)
+    o_i = o_x % rows // group
+    o_h = o_x // rows % (heads // group) * group + o_x % group
+    o_b = o_x // rows // (heads // group)
+    o_value = tl.arange(0, BLOCK_V)[None, :]
+    m_value = m_x[:, None] & (o_value < VALUE_DIM)
+
+    b_top = tl.full([BLOCK_R], -INF, tl.float32)
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    head = head_of(terms, o_b, o_h, length_of(cache, o_b), SIGMOID)
+    if not SIGMOID:
+        for i in range(splits):
+            b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
+    b_pivot = tl.where(b_top == -INF, 0.0, b_top)
+    for i in range(splits):
+        o_partial = tl.cast(i, tl.int64) * most + o_x
+        p_value = partials.values + o_partial[:, None] * VALUE_DIM + o_value
+        b_value = tl.load(p_value, mask=m_value, other=0.0)
+        if SIGMOID:
+            b_out += b_value
+        else:
+            b_own = tl.load(partials.tops + o_partial)
+            b_weight = tl.where(b_own == b_pivot, 1.0, exponential(b_own - b_pivot, head))
+            b_sum += tl.load(partials.sums + o_partial) * b_weight
+            b_out += b_value * b_weight[:, None]
+
+    if SIGMOID:
+        if FLOAT16:
+            b_out *= 1.0 / FLOAT16_SCALE
+    else:
+        b_factor, b_lse = normaliser(b_top, b_sum, sink, o_h, head)
+        b_out *= b_factor[:, None]
+        tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
+    p_out = out.data + o_b * out.batch + o_i * out.seq + o_h * out.head
+    tl.store(p_out[:, None] + o_value, rounded(b_out, out.data.dtype.element_ty), mask=m_value)
+
+
+def rows_of(t: Tensor) -> Rows:
+    return Rows(t, t.stride(0), t.stride(1), t.stride(2))
+
+
+def multiprocessors(t: Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 8
+
+
+# By bytes of an element and head dimension: keys of a step, warps, stages.
+TILES = {
+    (2, 64): (128, 4, 2),
+    (2, 128): (64, 4, 2),
+    (2, 256): (32, 4, 2),
+    (4, 64): (64, 4, 2),
+    (4, 128): (32, 4, 2),
+    (4, 256): (16, 4, 1),
+}
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    kind: str,
+    scale: float,
+    score_bias: Tensor | None,
+    score_bias_value: float,
+    score_bias_neg_log_n: bool,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    softcap: float,
+    window_left: int,
+    num_splits: int,
+    schedule: str,
+) -> tuple[Tensor, Tensor]:
+    batch, seqlen_q, heads, head_dim = q.shape
+    kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
+    sigmoid = kind == "sigmoid"
+    out = q.new_empty((batch, seqlen_q, heads, value_dim))
+    lse = q.new_empty((0,) if sigmoid else (batch, heads, seqlen_q), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    group = heads // kv_heads
+    rows = group * seqlen_q
+    capacity = k_cache.shape[1]
+    if block_table is not None:
+        capacity = capacity * block_table.shape[1] if k_cache.shape[0] > 0 else 0
+
+    wide = triton.next_power_of_2(max(64, head_dim, value_dim))
+    block_n, num_warps, num_stages = TILES[q.element_size(), wide]
+    block_m = min(max(triton.next_power_of_2(rows), 16), 64 if q.element_size() == 2 else 16)
+    row_blocks = triton.cdiv(rows, block_m)
+    splits = num_splits
+    if splits == 0:
+        filling = triton.cdiv(2 * multiprocessors(q), batch * kv_heads * row_blocks)
+        splits = max(min(filling, triton.cdiv(capacity, MIN_RANGE), MAX_RANGES), 1)
+    partials = Partials(
+        *(
+            q.new_empty((splits, batch, kv_heads, rows, *last), dtype=torch.float32)
+            for last in ((value_dim,), (), ())
+        )
+    )
+    cache = Cache(
+        rows_of(k_cache),
+        rows_of(v_cache),
+        seqlens_k,
+        block_table,
+        0 if block_table is None else block_table.stride(0),
+        k_cache.shape[0],
+        capacity,
+    )
+    terms = terms_of(
+        scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes
+    )
+    launch(
+        ranges_kernel,
+        batch * kv_heads * row_blocks * splits,
+        q,
+        rows_of(q),
+        cache,
+        partials,
+        terms,
+        window_of(window_left, 0),
+        batch,
+        kv_heads,
+        group,
+        seqlen_q,
+        rows,
+        row_blocks,
+        splits,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
+        SIGMOID=sigmoid,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+        BLOCK_V=max(triton.next_power_of_2(value_dim), 16),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    block_v = triton.next_power_of_2(value_dim)
+    block_r = max(1, (1 << 16 if INTERPRETED.value else 1024) // block_v)
+    most = batch * kv_heads * rows
+    launch(
+        merge_kernel,
+        triton.cdiv(most, block_r),
+        q,
+        partials,
+        cache,
+        rows_of(out),
+        lse,
+        sink,
+        terms,
+        heads,
+        group,
+        seqlen_q,
+        splits,
+        most,
+        VALUE_DIM=value_dim,
+        SIGMOID=sigmoid,
+        FLOAT16=q.dtype == torch.float16,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
+    )
+    return out, lse
