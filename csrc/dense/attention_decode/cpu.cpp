@@ -1,6 +1,6 @@
-// An item is a range of the keys of one KV head of one request, which streams past all queries that
-// read it. Ranges depend on the request alone: neither the number of threads nor other requests
-// change a bit. Whoever finishes the last range of a head merges them in order.
+// An item is a range of the keys of a few KV heads of one request, which streams past all queries
+// that read it. Ranges depend on the request alone: neither the number of threads nor other
+// requests change a bit. Whoever finishes the last range of these heads merges them in order.
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_finish.h"
@@ -10,16 +10,20 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kRangeSteps = 32;  // of an automatic range
+constexpr int64_t kRangeSteps = 64;  // of an automatic range of one KV head
+// KV heads of an item: what they have of a token lies together, and memory is read in longer runs.
+constexpr int64_t kMaxHeads = 8;
 // Weights may exceed 1 by this power of two before a softmax row moves its pivot.
 constexpr float kHeadroom = 8;
 constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
 
 constexpr int64_t size_of(DType t) { return t == DType::float32 ? 4 : 2; }
 
-int64_t parts_of(const DecodeParams& d, int64_t steps) {
-  const int64_t wanted = d.num_splits > 0 ? d.num_splits : ceil_div(steps, kRangeSteps);
-  return wanted < steps ? wanted : steps > 1 ? steps : 1;
+// The largest divisor of the number of KV heads up to kMaxHeads.
+int64_t heads_of_item(int64_t kv_heads) {
+  int64_t heads = kMaxHeads;
+  while (kv_heads % heads != 0) --heads;
+  return heads;
 }
 
 // What all workers share.
@@ -29,48 +33,56 @@ struct Plan {
         p(d.attention),
         group(p.heads / p.kv_heads),
         rows(group * p.seqlen_q),
+        heads(heads_of_item(p.kv_heads)),
+        head_groups(p.kv_heads / heads),
         ldo(round_up(p.value_dim, 2 * kWidth)),
         partial_row(ldo + 2),
         workspace(counts_floats() + partial_floats()) {
     first_item = reinterpret_cast<int64_t*>(workspace.take(2 * (p.batch + 1)));
-    arrived = reinterpret_cast<int32_t*>(workspace.take(p.batch * p.kv_heads));
+    arrived = reinterpret_cast<int32_t*>(workspace.take(p.batch * head_groups));
     partials = workspace.take(partial_floats());
     first_item[0] = 0;
     for (int64_t b = 0; b < p.batch; ++b)
-      first_item[b + 1] = first_item[b] + p.kv_heads * parts_of(d, range_of(b).steps(kStep));
-    for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) arrived[i] = 0;
+      first_item[b + 1] = first_item[b] + head_groups * parts_of(range_of(b).steps(kStep));
+    for (int64_t i = 0; i < p.batch * head_groups; ++i) arrived[i] = 0;
   }
 
   KeyRange range_of(int64_t b) const { return KeyRange::of(decode_band(p, d.cache.length(b))); }
   int64_t items() const { return first_item[p.batch]; }
+  int64_t parts_of(int64_t steps) const {
+    const int64_t wanted = d.num_splits > 0 ? d.num_splits : ceil_div(steps * heads, kRangeSteps);
+    return wanted < steps ? wanted : steps > 1 ? steps : 1;
+  }
+  int64_t partial_size() const { return heads * rows * partial_row; }
 
   const DecodeParams& d;
   const AttentionParams& p;
-  int64_t group, rows, ldo, partial_row;
+  int64_t group, rows;         // of one KV head
+  int64_t heads, head_groups;  // KV heads of an item; groups of so many
+  int64_t ldo, partial_row;
   cpu::Workspace workspace;
   int64_t* first_item;  // of each request
-  int32_t* arrived;     // ranges of each KV head
-  float* partials;      // [items][rows][partial_row]: sums of values, of weights, pivot
+  int32_t* arrived;     // ranges of each group of heads
+  float* partials;      // [items][heads * rows][partial_row]: sums of values, of weights, pivot
 
  private:
-  int64_t counts_floats() const { return 2 * p.batch + p.batch * p.kv_heads + 64; }
+  int64_t counts_floats() const { return 2 * p.batch + p.batch * head_groups + 64; }
   // None where no request has more than one range.
   int64_t partial_floats() const {
     int64_t items = 0;
     bool any = false;
     for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t parts = parts_of(d, range_of(b).steps(kStep));
-      items += p.kv_heads * parts;
+      const int64_t parts = parts_of(range_of(b).steps(kStep));
+      items += head_groups * parts;
       any |= parts > 1;
     }
-    return any ? items * rows * partial_row : 0;
+    return any ? items * partial_size() : 0;
   }
 };
 
-// kRows rows of one item: row r is query (first + r) / group of head (first + r) % group.
+// kRows rows of one KV head of an item.
 template <int kRows>
 struct RowBlock {
-  int64_t first, count;
   int64_t begin[kRows], end[kRows], position[kRows];
   alignas(64) float slope[kWidth], constant[kWidth];
   alignas(64) float pivot[kWidth], raise_above[kWidth], sums[kWidth];
@@ -83,13 +95,14 @@ class Worker {
       : plan_(plan),
         d_(plan.d),
         p_(plan.p),
-        blocks_(ceil_div(plan.rows, kRows)),
+        head_blocks_(ceil_div(plan.rows, kRows)),
+        blocks_(plan.heads * head_blocks_),
         ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
-        workspace_(blocks_ * kRows * (ldq_ + plan.ldo) + plan.rows * plan.partial_row +
-                   kStep * kRows + blocks_ * kBlockFloats + 5 * 16) {
+        workspace_(blocks_ * kRows * (ldq_ + plan.ldo) + plan.partial_size() + kStep * kRows +
+                   blocks_ * kBlockFloats + 5 * 16) {
     q_ = workspace_.take(blocks_ * kRows * ldq_);
     out_ = workspace_.take(blocks_ * kRows * plan.ldo);
-    own_ = workspace_.take(plan.rows * plan.partial_row);
+    own_ = workspace_.take(plan.partial_size());
     weights_ = workspace_.take(kStep * kRows);
     block_ = reinterpret_cast<RowBlock<kRows>*>(workspace_.take(blocks_ * kBlockFloats));
   }
@@ -98,12 +111,12 @@ class Worker {
     find(item);
     load_queries();
     stream_keys();
-    float* partial = parts_ > 1 ? plan_.partials + item * plan_.rows * plan_.partial_row : own_;
+    float* partial = parts_ > 1 ? plan_.partials + item * plan_.partial_size() : own_;
     store_partial(partial);
     if (parts_ == 1) return merge(partial);
-    int32_t& arrived = plan_.arrived[b_ * p_.kv_heads + h_];
+    int32_t& arrived = plan_.arrived[b_ * plan_.head_groups + head_group_];
     if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == parts_)
-      merge(plan_.partials + (item - part_) * plan_.rows * plan_.partial_row);
+      merge(plan_.partials + (item - part_) * plan_.partial_size());
   }
 
  private:
@@ -121,19 +134,23 @@ class Worker {
     b_ = low;
     const KeyRange all = plan_.range_of(b_);
     const int64_t steps = all.steps(kStep), in_request = item - plan_.first_item[b_];
-    parts_ = parts_of(d_, steps);
-    h_ = in_request / parts_;
+    parts_ = plan_.parts_of(steps);
+    head_group_ = in_request / parts_;
     part_ = in_request % parts_;
     keys_ = all.part(part_ * steps / parts_, (part_ + 1) * steps / parts_, kStep);
     length_ = d_.cache.length(b_);
   }
 
-  int64_t head_of(int64_t row) const { return h_ * plan_.group + row % plan_.group; }
-
-  const char* query(int64_t row) const {
-    const int64_t i = row / plan_.group;
-    return static_cast<const char*>(p_.q.data) +
-           (b_ * p_.q.batch + i * p_.q.seq + head_of(row) * p_.q.head) * kElement;
+  // Row r of KV head `kv` of the item is query i of head h.
+  struct Query {
+    int64_t i, h;
+  };
+  Query query_of(int64_t kv, int64_t r) const {
+    return {r / plan_.group, (head_group_ * plan_.heads + kv) * plan_.group + r % plan_.group};
+  }
+  char* row_at(const Rows& rows, Query at) const {
+    return static_cast<char*>(rows.data) +
+           (b_ * rows.batch + at.i * rows.seq + at.h * rows.head) * kElement;
   }
 
   // The constant of a head, of which softmax weights do not see the finite part.
@@ -154,14 +171,12 @@ class Worker {
     const Band band = decode_band(p_, length_);
     for (int64_t n = 0; n < blocks_; ++n) {
       RowBlock<kRows>& block = block_[n];
-      block.first = n * kRows;
-      block.count = plan_.rows - block.first < kRows ? plan_.rows - block.first : kRows;
       for (int r = 0; r < kRows; ++r) {
         // Rows that do not exist repeat the last one.
-        const int64_t row = block.first + (r < block.count ? r : block.count - 1);
-        const int64_t i = row / plan_.group, head = head_of(row);
-        pack_rows<Op>(query(row), kType, 0, 1, 1, p_.head_dim, 1.f, q_ + (n * kRows + r) * ldq_,
-                      ldq_);
+        const int64_t row = n % head_blocks_ * kRows + r;
+        const auto [i, head] = query_of(n / head_blocks_, row < plan_.rows ? row : plan_.rows - 1);
+        pack_rows<Op>(row_at(p_.q, {i, head}), kType, 0, 1, 1, p_.head_dim, 1.f,
+                      q_ + (n * kRows + r) * ldq_, ldq_);
         block.begin[r] = band.begin(i);
         block.end[r] = band.end(i);
         block.position[r] = i + length_ - p_.seqlen_q;
@@ -180,16 +195,16 @@ class Worker {
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
   }
 
-  // Key `t` of the request: where dense and paged caches differ.
-  const char* row_at(const Rows& rows, KvCache::Slot at) const {
-    return static_cast<const char*>(rows.data) + KvCache::offset(rows, at, h_) * kElement;
-  }
+  // Key `t` of the request: where dense and paged caches differ. Rows of the item's first head.
   void find_rows(StepRows& to, int64_t key0) const {
-    const int64_t last = keys_.end - 1;
+    const int64_t last = keys_.end - 1, head = head_group_ * plan_.heads;
     for (int64_t i = 0; i < kStep; ++i) {
       const KvCache::Slot at = d_.cache.slot(b_, key0 + i < last ? key0 + i : last);
-      to.k[i] = row_at(d_.cache.k, at);
-      to.v[i] = row_at(d_.cache.v, at);
+      const auto row = [&](const Rows& rows) {
+        return static_cast<const char*>(rows.data) + KvCache::offset(rows, at, head) * kElement;
+      };
+      to.k[i] = row(d_.cache.k);
+      to.v[i] = row(d_.cache.v);
     }
   }
 
@@ -202,37 +217,46 @@ class Worker {
       const bool more = key0 + kStep < keys_.end;
       if (more) find_rows(rows[at ^ 1], key0 + kStep);
       const int64_t count = keys_.end - key0 < kStep ? keys_.end - key0 : kStep;
-      for (int64_t n = 0; n < blocks_; ++n)
-        add_step(n, rows[at], key0, count, more && n == 0 ? &rows[at ^ 1] : nullptr);
+      Ahead ahead{more ? &rows[at ^ 1] : nullptr, 0, 0};
+      for (int64_t n = 0; n < blocks_; ++n) add_step(n, rows[at], key0, count, ahead);
     }
   }
 
-  void add_step(int64_t n, const StepRows& rows, int64_t key0, int64_t count,
-                const StepRows* next) {
+  // What of the next step was asked for ahead of time.
+  struct Ahead {
+    const StepRows* rows;
+    int64_t key, head;
+  };
+
+  void add_step(int64_t n, const StepRows& rows, int64_t key0, int64_t count, Ahead& ahead) {
     RowBlock<kRows>& block = block_[n];
-    const int64_t vectors = ceil_div(count, 2 * kCount) * 2;
+    const int64_t vectors = ceil_div(count, 2 * kCount) * 2, kv = n / head_blocks_;
     vf scores[kStep / kCount];
     for (int64_t j = 0; j < vectors; ++j) {
-      if (next) prefetch(*next, j * kCount);
+      if (n % head_blocks_ == 0) prefetch(ahead);
       scores[j] = multiply_keys<Op, kType, kRows>(q_ + n * kRows * ldq_, ldq_, rows.k + j * kCount,
-                                                  p_.head_dim);
+                                                  kv * d_.cache.k.head * kElement, p_.head_dim);
     }
     general_ ? exponents<true>(block, scores, key0, vectors)
              : exponents<false>(block, scores, key0, vectors);
     p_.map == ScoreMap::softmax ? softmax(n, scores, vectors) : sigmoid(scores, vectors);
     for (int64_t j = 0; j < vectors; j += 2)
       store_weights<Op>(weights_, j, scores[j], scores[j + 1]);
-    multiply_values<Op, kType, kRows>(weights_, rows.v, round_up(count, Op::kPair), p_.value_dim,
+    multiply_values<Op, kType, kRows>(weights_, rows.v, kv * d_.cache.v.head * kElement,
+                                      round_up(count, Op::kPair), p_.value_dim,
                                       out_ + n * kRows * plan_.ldo, plan_.ldo);
   }
 
-  // The rows of a head lie apart: no hardware prefetcher follows them.
-  void prefetch(const StepRows& next, int64_t first) const {
-    for (int64_t i = first; i < first + kCount; ++i) {
-      for (int64_t at = 0; at < p_.head_dim * kElement; at += 64)
-        __builtin_prefetch(next.k[i] + at);
-      for (int64_t at = 0; at < p_.value_dim * kElement; at += 64)
-        __builtin_prefetch(next.v[i] + at);
+  // kCount rows of keys and of values, in the order of memory: no hardware prefetcher follows the
+  // order of the computation. To L2, which holds a step of all heads.
+  void prefetch(Ahead& ahead) const {
+    if (!ahead.rows) return;
+    for (int i = 0; i < kCount && ahead.key < kStep; ++i) {
+      const char* k = ahead.rows->k[ahead.key] + ahead.head * d_.cache.k.head * kElement;
+      const char* v = ahead.rows->v[ahead.key] + ahead.head * d_.cache.v.head * kElement;
+      for (int64_t at = 0; at < p_.head_dim * kElement; at += 64) __builtin_prefetch(k + at, 0, 2);
+      for (int64_t at = 0; at < p_.value_dim * kElement; at += 64) __builtin_prefetch(v + at, 0, 2);
+      if (++ahead.head == plan_.heads) ahead.head = 0, ++ahead.key;
     }
   }
 
@@ -330,24 +354,25 @@ class Worker {
   }
 
   void store_partial(float* to) {
-    for (int64_t row = 0; row < plan_.rows; ++row, to += plan_.partial_row) {
-      const RowBlock<kRows>& block = block_[row / kRows];
-      const int64_t lane = row % kRows * kCount;
-      float sum = 0;
-      for (int k = 0; k < kCount; ++k) sum += block.sums[lane + k];
-      float* from = out_ + row * plan_.ldo;
-      restore_order<Op>(from, plan_.ldo);
-      for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
-      to[plan_.ldo] = sum;
-      to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.pivot[lane] : -kInf;
-    }
+    for (int64_t kv = 0; kv < plan_.heads; ++kv)
+      for (int64_t row = 0; row < plan_.rows; ++row, to += plan_.partial_row) {
+        const int64_t n = kv * head_blocks_ + row / kRows, lane = row % kRows * kCount;
+        const RowBlock<kRows>& block = block_[n];
+        float sum = 0;
+        for (int k = 0; k < kCount; ++k) sum += block.sums[lane + k];
+        float* from = out_ + (n * kRows + row % kRows) * plan_.ldo;
+        restore_order<Op>(from, plan_.ldo);
+        for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
+        to[plan_.ldo] = sum;
+        to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.pivot[lane] : -kInf;
+      }
   }
 
-  // All ranges of a head, from that at `first` on, in order.
+  // All ranges of the item's heads, from that at `first` on, in order.
   void merge(const float* first) const {
-    const int64_t between = plan_.rows * plan_.partial_row;
-    for (int64_t row = 0; row < plan_.rows; ++row, first += plan_.partial_row) {
-      const int64_t i = row / plan_.group, head = head_of(row);
+    const int64_t between = plan_.partial_size();
+    for (int64_t row = 0; row < plan_.heads * plan_.rows; ++row, first += plan_.partial_row) {
+      const auto [i, head] = query_of(row / plan_.rows, row % plan_.rows);
       const auto pivot_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
       float top = -kInf;
       for (int64_t n = 0; n < parts_; ++n) top = pivot_of(n) > top ? pivot_of(n) : top;
@@ -368,20 +393,18 @@ class Worker {
                                constant_of(head).shift);
         p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
       }
-      char* out = static_cast<char*>(p_.out.data) +
-                  (b_ * p_.out.batch + i * p_.out.seq + head * p_.out.head) * kElement;
-      store_row(out_, scale.factor, out, kType, p_.value_dim);
+      store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
     }
   }
 
   const Plan& plan_;
   const DecodeParams& d_;
   const AttentionParams& p_;
-  int64_t blocks_, ldq_;
+  int64_t head_blocks_, blocks_, ldq_;
   cpu::Workspace workspace_;
   float *q_, *out_, *own_, *weights_;
   RowBlock<kRows>* block_;
-  int64_t b_, h_, part_, parts_, length_;
+  int64_t b_, head_group_, part_, parts_, length_;
   KeyRange keys_;
   bool general_ = false;
 };

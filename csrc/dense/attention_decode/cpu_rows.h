@@ -7,7 +7,7 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int kStep = 64;  // keys
+constexpr int kStep = 32;  // keys
 
 template <int kRows>
 constexpr int kKeys = kWidth / kRows;
@@ -28,9 +28,10 @@ TM_INLINE vf load_words(const char* row, int64_t word, int64_t words) {
   }
 }
 
-// kRows rows of queries, ldq words apart, times kKeys keys.
+// kRows rows of queries, ldq words apart, times kKeys keys, `offset` bytes behind `rows`.
 template <class Op, DType kType, int kRows>
-TM_INLINE vf multiply_keys(const float* q, int64_t ldq, const char* const* rows, int64_t dim) {
+TM_INLINE vf multiply_keys(const float* q, int64_t ldq, const char* const* rows, int64_t offset,
+                           int64_t dim) {
   constexpr int kCount = kKeys<kRows>;
   vf sum[kWidth];
   TM_UNROLL(16)
@@ -39,7 +40,7 @@ TM_INLINE vf multiply_keys(const float* q, int64_t ldq, const char* const* rows,
   const auto add = [&](int64_t word, const auto& key) TM_LAMBDA {
     TM_UNROLL(16)
     for (int k = 0; k < kCount; ++k) {
-      const vf x = key(rows[k]);
+      const vf x = key(rows[k] + offset);
       TM_UNROLL(4)
       for (int r = 0; r < kRows; ++r)
         sum[r * kCount + k] = Op::madd(sum[r * kCount + k], load(q + r * ldq + word), x);
@@ -73,8 +74,9 @@ TM_INLINE void store_weights(float* p, int64_t block, vf first, vf second) {
 // Adds the products of the weights with kVectors vectors of columns of the values to out, rows ldo
 // floats apart. A step is summed from zero in registers and added once.
 template <class Op, DType kType, int kRows, int kVectors>
-TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, int64_t keys,
-                                      int64_t column, int64_t columns, float* out, int64_t ldo) {
+TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, int64_t offset,
+                                      int64_t keys, int64_t column, int64_t columns, float* out,
+                                      int64_t ldo) {
   constexpr int kCount = kKeys<kRows> / Op::kPair;  // words of a row in a block
   const bool whole = column + kVectors * kWidth <= columns;
   vf sum[kRows][kVectors];
@@ -85,8 +87,8 @@ TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, i
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) {
         const int64_t at = column + j * kWidth;
-        value[j] = whole ? Elements<kType>::load(rows[key], at)
-                         : Elements<kType>::load_n(rows[key], at, columns - at);
+        value[j] = whole ? Elements<kType>::load(rows[key] + offset, at)
+                         : Elements<kType>::load_n(rows[key] + offset, at, columns - at);
       }
     } else {
 #if defined(__AVX512BF16__)
@@ -94,7 +96,7 @@ TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, i
       for (int j = 0; j < kVectors; j += 2) {
         const int64_t at = column + j * kWidth;
         const auto row = [&](int64_t r) TM_LAMBDA {
-          const uint16_t* from = reinterpret_cast<const uint16_t*>(rows[r]);
+          const uint16_t* from = reinterpret_cast<const uint16_t*>(rows[r] + offset);
           return whole ? load(reinterpret_cast<const float*>(from + at))
                        : PairWords()(from, at, columns);
         };
@@ -123,14 +125,15 @@ TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, i
 
 template <class Op, DType kType, int kRows>
 __attribute__((noinline)) void multiply_values(const float* p, const char* const* rows,
-                                               int64_t keys, int64_t columns, float* out,
-                                               int64_t ldo) {
+                                               int64_t offset, int64_t keys, int64_t columns,
+                                               float* out, int64_t ldo) {
   int64_t column = 0;
   for (; column + kTileVectors * kWidth <= columns; column += kTileVectors * kWidth)
-    multiply_value_columns<Op, kType, kRows, kTileVectors>(p, rows, keys, column, columns, out,
-                                                           ldo);
+    multiply_value_columns<Op, kType, kRows, kTileVectors>(p, rows, offset, keys, column, columns,
+                                                           out, ldo);
   for (; column < columns; column += Op::kPair * kWidth)
-    multiply_value_columns<Op, kType, kRows, Op::kPair>(p, rows, keys, column, columns, out, ldo);
+    multiply_value_columns<Op, kType, kRows, Op::kPair>(p, rows, offset, keys, column, columns, out,
+                                                        ldo);
 }
 
 // Columns of sums of multiply_values in order.
