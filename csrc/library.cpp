@@ -56,6 +56,10 @@ TOKENMILL_LIBRARY(m) {
       "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
       "Tensor values, Tensor physical)");
   m.def(
+      "attention_column_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, "
+      "str reduce, SymInt? window_queries, str head_reduce, Tensor? lengths, "
+      "Tensor? query_lengths, float gumbel_tau, int seed) -> Tensor");
+  m.def(
       "block_pool_keys(Tensor k, SymInt block, str mode, Tensor? lengths, Tensor? block_table) "
       "-> Tensor");
   m.def(

@@ -17,6 +17,7 @@ from .linear import (
     linear_attention_decode,
 )
 from .select import (
+    attention_column_scores,
     block_pool_keys,
     block_pool_keys_update,
     kv_block_scores,
@@ -30,6 +31,7 @@ __all__ = [
     "InputError",
     "__version__",
     "attention",
+    "attention_column_scores",
     "attention_decode",
     "backends",
     "block_pool_keys",

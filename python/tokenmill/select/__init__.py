@@ -1,14 +1,18 @@
 """Which keys to attend to."""
 
+from ..reference.cache_scores import gumbel_noise
 from .block_pool_keys import block_pool_keys, block_pool_keys_update
+from .column_scores import attention_column_scores
 from .kv_block_scores import kv_block_scores
 from .query_similarity_gate import query_similarity_gate
 from .token_select import token_select
 from .topk_select import topk_select
 
 __all__ = [
+    "attention_column_scores",
     "block_pool_keys",
     "block_pool_keys_update",
+    "gumbel_noise",
     "kv_block_scores",
     "query_similarity_gate",
     "token_select",

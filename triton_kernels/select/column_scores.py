@@ -1,0 +1,289 @@
+"""Sums of columns of attention weights: one program owns keys and streams the queries past them. A
+first kernel, without lse, finds maximum and sum of each query's row."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    INF,
+    INTERPRETED,
+    LENGTHS,
+    LOG2E,
+    Rows,
+    dot,
+    launch,
+    load_rows,
+    program,
+    slice_of,
+)
+
+LOG2_LN2 = tl.constexpr(-0.528766373)
+BELOW_ONE = tl.constexpr(0.99999994)  # 1 - 2^-24
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
+
+
+class Requests(NamedTuple):
+    """[B] int32, or None: all."""
+
+    lengths: Tensor | None
+    query_lengths: Tensor | None
+    window: int  # of the queries, those that count
+    causal: int
+
+
+class Noise(NamedTuple):
+    seed: int
+    inverse_tau: float
+
+
+class Request(NamedTuple):
+    """Queries first_row .. rows - 1 and keys of one request."""
+
+    first_row: Any
+    rows: Any
+    columns: Any
+    diagonal: Any
+
+
+@triton.jit
+def clamped(lengths, i_b, longest):
+    length = longest
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), longest)
+    return length
+
+
+@triton.jit
+def request_of(requests, tokens_q, tokens_k, i_b):
+    rows = clamped(requests.query_lengths, i_b, tokens_q)
+    columns = clamped(requests.lengths, i_b, tokens_k)
+    return Request(tl.maximum(rows - requests.window, 0), rows, columns, columns - rows)
+
+
+@triton.jit
+def log2(b_x):
+    """Of positive normal numbers; relative error 2^-22 also around 1, where it vanishes."""
+    b_bits = b_x.to(tl.int32, bitcast=True)
+    b_e = (b_bits - SQRT_HALF_BITS) >> 23
+    b_m = (b_bits - (b_e << 23)).to(tl.float32, bitcast=True)
+    b_s = (b_m - 1.0) / (b_m + 1.0)
+    b_u = b_s * b_s
+    b_p = 0.320598898 * b_u + 0.412198583
+    b_p = b_p * b_u + 0.577078016
+    b_p = b_p * b_u + 0.961796694
+    b_p = b_p * b_u + 2.88539008
+    return b_p * b_s + b_e.to(tl.float32)
+
+
+@triton.jit
+def gumbel_bits(seed, i_b, i_h, o_position, o_j):
+    """-log(-log u) in bits, of the first words of Philox, u in the middle of one of 2^23 parts."""
+    b_i = (o_position + tl.zeros_like(o_j)).to(tl.uint32, bitcast=True)
+    b_j = (o_j + tl.zeros_like(o_position)).to(tl.uint32, bitcast=True)
+    b_zero = tl.zeros_like(b_i)
+    b_b = b_zero + i_b.to(tl.uint32)
+    b_h = b_zero + i_h.to(tl.uint32)
+    b_word, _, _, _ = tl.philox(seed, b_b, b_h, b_i, b_j)
+    b_u = ((b_word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - BELOW_ONE
+    return -LOG2_LN2 - log2(-log2(b_u))
+
+
+@triton.jit
+def exponents(b_qk, o_i, o_j, request, requests, factor, noise, i_b, i_h):
+    """In bits; -inf where hidden."""
+    b_t = b_qk * factor
+    if noise is not None:
+        b_t += noise.inverse_tau * gumbel_bits(noise.seed, i_b, i_h, o_i + request.diagonal, o_j)
+    m_seen = (o_i >= request.first_row) & (o_i < request.rows) & (o_j < request.columns)
+    if requests.causal:
+        m_seen = m_seen & (o_j <= o_i + request.diagonal)
+    return tl.where(m_seen, b_t, -INF)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def rows_kernel(
+    q,
+    k,
+    pivots,
+    weights,
+    requests,
+    noise,
+    factor,
+    tokens_q,
+    tokens_k,
+    heads,
+    group,
+    blocks,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_block, i_h, i_b = program(blocks, heads)
+    request = request_of(requests, tokens_q, tokens_k, i_b)
+    first = request.first_row + i_block * BLOCK_M
+    if first >= request.rows:
+        return
+    o_i = first + tl.arange(0, BLOCK_M)
+    b_q = load_rows(slice_of(q, i_b, i_h, 0, request.rows), o_i, HEAD_DIM, BLOCK_D)
+    keys = slice_of(k, i_b, i_h // group, 0, request.columns)
+    end = request.columns
+    if requests.causal:
+        last = tl.minimum(first + BLOCK_M, request.rows) - 1
+        end = tl.minimum(last + request.diagonal + 1, end)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, end, BLOCK_N):
+        o_j = j + tl.arange(0, BLOCK_N)
+        b_qk = dot(b_q, tl.trans(load_rows(keys, o_j, HEAD_DIM, BLOCK_D)))
+        b_t = exponents(
+            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, noise, i_b, i_h
+        )
+        b_new_top = tl.maximum(b_top, tl.max(b_t, 1))
+        b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
+        b_sum = b_sum * tl.exp2(b_top - b_pivot) + tl.sum(tl.exp2(b_t - b_pivot[:, None]), 1)
+        b_top = b_new_top
+    # Nothing is below +inf: P = 0.
+    m_empty = b_sum == 0.0
+    o_row = (i_b * heads + i_h) * tokens_q + o_i
+    m_row = o_i < request.rows
+    tl.store(pivots + o_row, tl.where(m_empty, INF, b_top), mask=m_row)
+    tl.store(
+        weights + o_row, tl.where(m_empty, 0.0, 1.0 / tl.where(m_empty, 1.0, b_sum)), mask=m_row
+    )
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def columns_kernel(
+    q,
+    k,
+    pivots,
+    weights,
+    scores,
+    requests,
+    noise,
+    factor,
+    tokens_q,
+    tokens_k,
+    heads,
+    group,
+    blocks,
+    HEAD_DIM: tl.constexpr,
+    REDUCE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_block, i_h, i_b = program(blocks, heads)
+    request = request_of(requests, tokens_q, tokens_k, i_b)
+    first = i_block * BLOCK_N
+    o_j = first + tl.arange(0, BLOCK_N)
+    b_k = load_rows(slice_of(k, i_b, i_h // group, 0, request.columns), o_j, HEAD_DIM, BLOCK_D)
+    queries = slice_of(q, i_b, i_h, 0, request.rows)
+    begin = request.first_row
+    o_begin = begin + tl.zeros_like(o_j)
+    if requests.causal:
+        begin = tl.maximum(first - request.diagonal, begin)
+        o_begin = tl.maximum(o_j - request.diagonal, o_begin)
+    b_sum = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(begin, request.rows, BLOCK_M):
+        o_i = i + tl.arange(0, BLOCK_M)
+        b_qk = dot(load_rows(queries, o_i, HEAD_DIM, BLOCK_D), tl.trans(b_k))
+        b_t = exponents(
+            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, noise, i_b, i_h
+        )
+        o_row = (i_b * heads + i_h) * tokens_q + o_i
+        b_pivot = tl.load(pivots + o_row, mask=o_i < request.rows, other=INF)
+        b_weight = tl.load(weights + o_row, mask=o_i < request.rows, other=0.0)
+        b_p = tl.exp2(b_t - b_pivot[:, None]) * b_weight[:, None]
+        # Also the NaN of a row that is not there for a key.
+        b_sum += tl.sum(tl.where(b_t == -INF, 0.0, b_p), 0)
+    if REDUCE == "mean":
+        b_sum /= tl.maximum(request.rows - request.first_row, 1).to(tl.float32)
+    if REDUCE == "visible_mean":
+        b_sum /= tl.maximum(request.rows - o_begin, 1).to(tl.float32)
+    b_sum = tl.where(o_j < request.columns, b_sum, 0.0)
+    o_score = (i_b * heads + i_h) * tokens_k + o_j
+    tl.store(scores + o_score, b_sum, mask=o_j < tokens_k)
+
+
+def attention_column_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    window_queries: int | None,
+    head_reduce: str,
+    lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    gumbel_tau: float,
+    seed: int,
+) -> Tensor:
+    batch, rows, heads, head_dim = q.shape
+    columns, kv_heads = k.shape[1:3]
+    together = head_reduce != "none"
+    if heads == 0:
+        return q.new_zeros((batch, kv_heads if together else 0, columns), dtype=torch.float32)
+    group = heads // kv_heads
+    window = rows if window_queries is None else min(window_queries, rows)
+    scores = q.new_empty((batch, heads, columns), dtype=torch.float32)
+    noise = Noise(seed, 1.0 / gumbel_tau) if gumbel_tau > 0 else None
+    tiles = _tiles(head_dim, rows, columns, q.element_size())
+    shared: tuple[Any, ...] = (
+        Requests(lengths, query_lengths, window, int(causal)),
+        noise,
+        scale * LOG2E.value / (gumbel_tau if gumbel_tau > 0 else 1.0),
+        rows,
+        columns,
+        heads,
+        group,
+    )
+    options = {"HEAD_DIM": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16), **tiles}
+    places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
+    if lse is None:
+        pivots = q.new_empty((batch, heads, rows), dtype=torch.float32)
+        weights = torch.empty_like(pivots)
+        blocks = triton.cdiv(window, tiles["BLOCK_M"])
+        launch(
+            rows_kernel, blocks * batch * heads, q, *places, pivots, weights, *shared, blocks,
+            **options,
+        )  # fmt: skip
+    else:
+        nothing = lse == -torch.inf
+        pivots = torch.where(nothing, torch.inf, lse * LOG2E.value)
+        weights = torch.where(nothing, 0.0, 1.0)
+        pivots, weights = pivots.contiguous(), weights.expand(pivots.shape).contiguous()
+    blocks = triton.cdiv(columns, tiles["BLOCK_N"])
+    launch(
+        columns_kernel, blocks * batch * heads, q, *places, pivots, weights, scores, *shared,
+        blocks, REDUCE=reduce, **options,
+    )  # fmt: skip
+    if not together:
+        return scores
+    grouped = scores.view(batch, kv_heads, group, columns)
+    return grouped.mean(2) if head_reduce == "group_mean" else grouped.amax(2)
+
+
+def _tiles(head_dim: int, rows: int, columns: int, element_size: int) -> dict[str, int]:
+    """The largest tiles whose registers do not spill."""
+    if INTERPRETED.value:
+        # A tile costs milliseconds whatever its size, yet short sequences take several.
+        m, n = (
+            min(max(triton.next_power_of_2(length) // 64, 32), 1024) for length in (rows, columns)
+        )
+        return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
+    side = 64 if head_dim <= 64 or (element_size == 2 and head_dim <= 128) else 32
+    return {
+        "BLOCK_M": side if element_size == 2 else 32,
+        "BLOCK_N": side,
+        "num_warps": 4 if head_dim <= 64 else 8,
+        "num_stages": 2 if head_dim <= 128 else 1,
+    }
