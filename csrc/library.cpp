@@ -60,6 +60,9 @@ TOKENMILL_LIBRARY(m) {
       "str reduce, SymInt? window_queries, str head_reduce, Tensor? lengths, "
       "Tensor? query_lengths, float gumbel_tau, int seed) -> Tensor");
   m.def(
+      "attention_row_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, str reduce, "
+      "SymInt skip, Tensor? lengths) -> Tensor");
+  m.def(
       "block_pool_keys(Tensor k, SymInt block, str mode, Tensor? lengths, Tensor? block_table) "
       "-> Tensor");
   m.def(

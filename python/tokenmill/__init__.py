@@ -18,6 +18,7 @@ from .linear import (
 )
 from .select import (
     attention_column_scores,
+    attention_row_scores,
     block_pool_keys,
     block_pool_keys_update,
     kv_block_scores,
@@ -33,6 +34,7 @@ __all__ = [
     "attention",
     "attention_column_scores",
     "attention_decode",
+    "attention_row_scores",
     "backends",
     "block_pool_keys",
     "block_pool_keys_update",
