@@ -63,6 +63,10 @@ TOKENMILL_LIBRARY(m) {
       "attention_row_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, str reduce, "
       "SymInt skip, Tensor? lengths) -> Tensor");
   m.def(
+      "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, "
+      "Tensor? lengths, Tensor? block_table, Tensor? rotations, bool interleaved, "
+      "bool compensation) -> (Tensor lengths_now, Tensor k_sum, Tensor v_sum, Tensor dropped)");
+  m.def(
       "block_pool_keys(Tensor k, SymInt block, str mode, Tensor? lengths, Tensor? block_table) "
       "-> Tensor");
   m.def(

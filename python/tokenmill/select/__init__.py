@@ -2,6 +2,7 @@
 
 from ..reference.cache_scores import gumbel_noise
 from .block_pool_keys import block_pool_keys, block_pool_keys_update
+from .cache_compact import kv_cache_compact
 from .column_scores import attention_column_scores
 from .kv_block_scores import kv_block_scores
 from .query_similarity_gate import query_similarity_gate
@@ -16,6 +17,7 @@ __all__ = [
     "block_pool_keys_update",
     "gumbel_noise",
     "kv_block_scores",
+    "kv_cache_compact",
     "query_similarity_gate",
     "token_select",
     "topk_select",
