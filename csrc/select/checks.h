@@ -11,7 +11,8 @@ namespace tokenmill {
 inline void check_device_of(const char* op, const char* name, const View& t, const char* other,
                             const View& first) {
   if (!same_device(t, first))
-    fail(op, name, Rule("must be on the device of ", other, ", ", show_device(first).c_str()).text(),
+    fail(op, name,
+         Rule("must be on the device of ", other, ", ", show_device(first).c_str()).text(),
          show_device(t));
 }
 

@@ -51,7 +51,7 @@ def seen_end(seen, length, o_query, CAUSAL: tl.constexpr):
         end = end + o_query - seen.queries + 1
     else:
         end = end + o_query * 0
-    return (tl.maximum(end, 0) + seen.row_tokens - 1) // seen.row_tokens
+    return tl.where(end > seen.num_sink, (end + seen.row_tokens - 1) // seen.row_tokens, 0)
 
 
 @triton.jit

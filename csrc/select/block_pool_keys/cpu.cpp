@@ -12,40 +12,48 @@ namespace {
 constexpr int kColumns = kWidth == 16 ? 8 : 4;  // vectors, twice as many accumulators
 constexpr float kInfinity = __builtin_inff();
 
-// Columns c .. c + N * kWidth - 1 (N = 1: up to kWidth of them) of one head over the rows.
+// Columns c .. c + N * kWidth - 1 (N = 1: up to kWidth of them) of one head over the rows, which
+// lie at rows[t] + head; those at rows[t] + next come next.
 template <DType kType, bool kMean, int N>
 TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t count, int64_t head,
-                            void* out, int64_t c) {
+                            int64_t next, void* out, int64_t c) {
+  using Element = typename Elements<kType>::type;
+  const Element* const data = static_cast<const Element*>(p.k.data);
   const int64_t n = N == 1 ? std::min<int64_t>(kWidth, p.head_dim - c) : kWidth;
-  vf low[N], high[N];
+  vf low[N], high[N], nan[N];
   TM_UNROLL(8)
   for (int j = 0; j < N; ++j) {
     low[j] = set(kMean ? 0 : kInfinity);
     high[j] = set(-kInfinity);
+    nan[j] = zero();
   }
   for (int64_t t = 0; t < count; ++t) {
     TM_UNROLL(8)
     for (int j = 0; j < N; ++j) {
-      const vf x = Elements<kType>::load_n(p.k.data, rows[t] + head + c + j * kWidth, n);
+      const int64_t at = rows[t] + c + j * kWidth;
+      if (j * kWidth * sizeof(Element) % 64 == 0) __builtin_prefetch(data + at + next);
+      const vf x = Elements<kType>::load_n(data, at + head, n);
       if constexpr (kMean) {
         low[j] = low[j] + x;
       } else {
-        // A NaN replaces both and stays.
-        const vm number = equal(x, x), unset = equal(low[j], low[j]);
-        low[j] = select(number, select(unset, min_of(low[j], x), low[j]), x);
-        high[j] = select(number, select(unset, max_of(high[j], x), high[j]), x);
+        low[j] = min_of(x, low[j]);
+        high[j] = max_of(x, high[j]);
+        nan[j] = select(equal(x, x), nan[j], x);
       }
     }
   }
+  const vf divisor = set(static_cast<float>(std::max<int64_t>(count, 1)));
   TM_UNROLL(8)
   for (int j = 0; j < N; ++j) {
     const int64_t column = c + j * kWidth;
-    if (kMean) {
-      Elements<kType>::store_n(out, column, low[j] / set(static_cast<float>(std::max<int64_t>(count, 1))), n);
-      continue;
+    if constexpr (kMean) {
+      Elements<kType>::store_n(out, column, low[j] / divisor, n);
+    } else {
+      const vm number = equal(nan[j], nan[j]);
+      if (p.mode == PoolMode::minmax)
+        Elements<kType>::store_n(out, column, select(number, low[j], nan[j]), n);
+      Elements<kType>::store_n(out, p.out_half + column, select(number, high[j], nan[j]), n);
     }
-    if (p.mode == PoolMode::minmax) Elements<kType>::store_n(out, column, low[j], n);
-    Elements<kType>::store_n(out, p.out_half + column, high[j], n);
   }
 }
 
@@ -54,11 +62,13 @@ void pool_block(const PoolParams& p, int64_t b, int64_t block, const int64_t* ro
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     void* out = static_cast<typename Elements<kType>::type*>(p.out) + b * p.out_batch +
                 block * p.out_block + h * p.out_head;
+    const int64_t head = h * p.k.head;
+    const int64_t next = h + 1 < p.kv_heads ? head + p.k.head : p.block * p.k.seq;
     int64_t c = 0;
     for (; c + kColumns * kWidth <= p.head_dim; c += kColumns * kWidth)
-      pool_columns<kType, kMean, kColumns>(p, rows, count, h * p.k.head, out, c);
+      pool_columns<kType, kMean, kColumns>(p, rows, count, head, next, out, c);
     for (; c < p.head_dim; c += kWidth)
-      pool_columns<kType, kMean, 1>(p, rows, count, h * p.k.head, out, c);
+      pool_columns<kType, kMean, 1>(p, rows, count, head, next, out, c);
   }
 }
 

@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kPoolThreads)
         pooled.add(x);
       }
     }
-    T* const out = static_cast<T*>(p.out) + b * p.out_batch + block * p.out_block +
-                   h * p.out_head + c;
+    T* const out =
+        static_cast<T*>(p.out) + b * p.out_batch + block * p.out_block + h * p.out_head + c;
     if constexpr (kMean) {
       const float count = end > begin ? static_cast<float>(end - begin) : 1;
 #pragma unroll
@@ -78,8 +78,7 @@ const char* launch_pool(const PoolParams& p, cudaStream_t stream) {
   // Tokens are appended to few blocks at a time.
   plan.slots = p.start && p.blocks > 8 ? 8 : p.blocks;
   plan.chunks = static_cast<int>(ceil_div(p.head_dim, kVector));
-  const int64_t blocks =
-      ceil_div(p.batch * plan.slots * p.kv_heads * plan.chunks, kPoolThreads);
+  const int64_t blocks = ceil_div(p.batch * plan.slots * p.kv_heads * plan.chunks, kPoolThreads);
   if (blocks > 0x7fffffff) return "too many blocks for a launch";
   pool_kernel<T, kMean, kVector>
       <<<static_cast<unsigned>(blocks), kPoolThreads, 0, stream>>>(p, plan);

@@ -6,7 +6,8 @@ namespace tokenmill {
 
 enum class PoolMode : int32_t { mean, max, minmax };
 
-// Pools blocks of keys: all of them, or with `start` those that tokens start[b] .. length - 1 touch.
+// Pools blocks of keys: all of them, or with `start` those that tokens start[b] .. length - 1
+// touch.
 struct PoolParams {
   int64_t batch, kv_heads, head_dim, block, blocks;
   PoolMode mode;

@@ -1,5 +1,6 @@
-// Panels of keys, transposed once, times the query rows of a key head. What a query does not see is
-// hidden in the product, which is then reduced over rows of a block, queries and heads in cache.
+// Panels of keys times the query rows of a key head: a few of those are multiplied with the keys as
+// they lie in memory, more with a transposed copy. What a query does not see is hidden in the
+// product, which is then reduced over rows of a block, queries and heads in cache.
 #include <algorithm>
 #include <cstring>
 
@@ -11,11 +12,15 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kPartColumns = 96;  // that share a panel, at least, if there are as many
+constexpr int64_t kPartColumns = 96;  // that share a panel, if there are as many
+constexpr int64_t kAllColumns = 768;  // the same of all key heads, which stay in cache
 constexpr int64_t kItemRows = 1024;   // of keys, at least
+constexpr int64_t kAheadRows = 16;    // of prefetches
+constexpr int64_t kFewColumns = 8;    // for which a transposed copy does not pay
 
 // Score rows ("columns", as they lie behind each other in memory) of a key head are ordered by row
-// of the result, head, query. A set makes one result.
+// of the result, head, query. A set makes one result. An item is some rows of the result, of all
+// heads, and some blocks of keys, whose heads are read one after another: they lie side by side.
 struct ScorePlan {
   int64_t group, row_queries, set, part_sets, sets, parts;
   int64_t panel_blocks, item_blocks, items_per_part;
@@ -24,7 +29,8 @@ struct ScorePlan {
       : group(p.heads / std::max<int64_t>(p.kv_heads, 1)),
         row_queries(queries_of_row(p)),
         set(row_queries * (reduces_group(p) ? group : 1)),
-        part_sets(std::max<int64_t>(kPartColumns / set, 1)),
+        part_sets(std::max<int64_t>(
+            std::min(kPartColumns, kAllColumns / std::max<int64_t>(p.kv_heads, 1)) / set, 1)),
         sets(p.rows * (reduces_group(p) ? 1 : group)),
         parts(ceil_div(sets, part_sets)),
         panel_blocks(std::max<int64_t>(kPanel / p.block_rows, 1)),
@@ -47,18 +53,20 @@ class Scorer {
         words(words_of<Op>(p.head_dim)),
         ldq(round_up(words, kWidth)),
         element_size(p.dtype == DType::float32 ? 4 : 2),
+        few(std::min(columns, plan.sets * plan.set) <= kFewColumns),
         block_ld(round_up(std::min(plan.panel_blocks, p.blocks), kWidth)),
-        memory(halves * (columns * ldq + words * kPanel + kPanel * row_floats()) +
-               columns * (kPanel + block_ld + 2) + 4 * row_floats() + 5 * kPanel + 16 * 16) {
-    queries = memory.take(halves * columns * ldq);
+        memory(halves * (p.kv_heads * columns * ldq + words * kPanel + kPanel * row_floats()) +
+               columns * (p.kv_heads * (block_ld + (few ? kPanel : 0)) + kPanel + 2) +
+               4 * row_floats() + 7 * kPanel + 16 * 16) {
+    queries = memory.take(halves * p.kv_heads * columns * ldq);
     keys = memory.take(halves * words * kPanel);
     gathered = reinterpret_cast<char*>(memory.take(halves * kPanel * row_floats()));
-    products = memory.take(columns * kPanel);
-    blocks = memory.take(columns * block_ld);
+    products = memory.take(columns * kPanel * (few ? p.kv_heads : 1));
+    blocks = memory.take(p.kv_heads * columns * block_ld);
+    offsets = reinterpret_cast<int64_t*>(memory.take(2 * kPanel));
     ends = reinterpret_cast<int64_t*>(memory.take(2 * columns));
     for (float*& row : rows) row = memory.take(row_floats());
     hidden = memory.take(kPanel);
-    best = memory.take(2 * kPanel);
     total = memory.take(2 * kPanel);
   }
 
@@ -81,28 +89,26 @@ class Scorer {
 
   // The columns of a part as words, and where their queries see keys.
   void load_queries(int64_t part) {
-    const int64_t kv_head_row = part / plan.parts;
-    b = kv_head_row / p.kv_heads;
-    kv_head = kv_head_row % p.kv_heads;
+    b = part / plan.parts;
     first_set = part % plan.parts * plan.part_sets;
     count = (std::min(first_set + plan.part_sets, plan.sets) - first_set) * plan.set;
     const int64_t tokens = tokens_of(p, b);
-    begin = 0, end = 0;
+    end = 0;
     for (int64_t c = 0; c < count; ++c) {
       const int64_t column = first_set * plan.set + c;
       const int64_t row = column / (plan.group * plan.row_queries);
-      const int64_t h = kv_head * plan.group + column / plan.row_queries % plan.group;
-      const int64_t i = p.mean_q ? last_query(p, row)
-                                 : row * p.block_q + column % plan.row_queries;
+      const int64_t i = p.mean_q ? last_query(p, row) : row * p.block_q + column % plan.row_queries;
       const SeenRows seen = seen_rows(p, tokens, i);
       begin = seen.begin;
       ends[c] = i < p.queries ? seen.end : 0;
       end = std::max(end, ends[c]);
-      const void* from = p.mean_q ? mean_row(h, row) : query_row(h, std::min(i, p.queries - 1));
-      for (int half = 0; half < halves; ++half) {
-        const void* x = p.boxes ? clamped_row(from, half) : from;
-        pack_rows<Op>(x, p.dtype, 0, 1, 1, p.head_dim, 1, queries + (half * columns + c) * ldq,
-                      ldq);
+      for (int64_t h = 0; h < p.kv_heads; ++h) {
+        const int64_t head = h * plan.group + column / plan.row_queries % plan.group;
+        const void* query =
+            p.mean_q ? mean_row(head, row) : query_row(head, std::min(i, p.queries - 1));
+        for (int half = 0; half < halves; ++half)
+          pack_rows<Op>(p.boxes ? clamped_row(query, half) : query, p.dtype, 0, 1, 1, p.head_dim, 1,
+                        query_words(h, half, c), ldq);
       }
     }
   }
@@ -129,151 +135,234 @@ class Scorer {
     return rows[1 + half];
   }
 
+  float* query_words(int64_t h, int half, int64_t c) const {
+    return queries + ((h * halves + half) * columns + c) * ldq;
+  }
+  // Scores of a column with a panel, and with its blocks if those have several rows.
+  float* panel_scores(int64_t h, int64_t c) const {
+    return products + ((few ? h : 0) * columns + c) * kPanel;
+  }
+  float* block_scores(int64_t h, int64_t c) const { return blocks + (h * columns + c) * block_ld; }
+
   void score_blocks(int64_t block, int64_t block_end) {
     const int64_t first = block * p.block_rows;
     const int64_t last = std::min(block_end * p.block_rows, p.k.rows);
+    const bool reduces = p.block_rows > 1;
     bool fresh = true;  // no panel of these blocks has been added
     const int64_t skipped = std::max<int64_t>(begin - first, 0) / kPanel * kPanel;
     for (int64_t row = first + skipped; row < std::min(last, end); row += kPanel) {
-      const int64_t panel = std::min<int64_t>(kPanel, last - row);
-      load_keys(row, panel);
-      multiply_all();
-      for (int64_t c = 0; c < count; ++c) {
-        hide(c, row, panel);
-        if (p.block_rows > 1) reduce_rows(c, panel, fresh);
+      panel = std::min<int64_t>(kPanel, last - row);
+      width = round_up(panel, kWidth);
+      find_rows(row);
+      if (few) multiply_few();
+      for (int64_t h = 0; h < p.kv_heads; ++h) {
+        if (p.boxes) find_empty_boxes(h);
+        if (!few) {
+          transpose_keys(h);
+          multiply_many(h);
+        }
+        for (int64_t c = 0; c < count; ++c) {
+          hide(panel_scores(h, c), ends[c], row);
+          if (reduces) reduce_rows(panel_scores(h, c), block_scores(h, c), fresh);
+        }
+        if (!reduces) emit_sets(h, panel_scores(h, 0), kPanel, block, block_end - block);
       }
       fresh = false;
     }
-    if (fresh) {
-      float* const all = p.block_rows > 1 ? blocks : products;
-      std::fill(all, all + count * ld(), -__builtin_inff());
-    }
-    for (int64_t s = 0; s < count / plan.set; ++s) emit(s, block, block_end - block);
+    if (fresh) std::fill(blocks, blocks + p.kv_heads * columns * block_ld, -__builtin_inff());
+    for (int64_t h = 0; h < p.kv_heads && (reduces || fresh); ++h)
+      emit_sets(h, block_scores(h, 0), block_ld, block, block_end - block);
   }
 
-  int64_t ld() const { return p.block_rows > 1 ? block_ld : kPanel; }
-
-  void load_keys(int64_t row, int64_t panel) {
-    const char* const data = static_cast<const char*>(p.k.data);
-    const int64_t head = kv_head * p.k.head;
-    KeyRun run = key_run(p.k, b, row);
-    const char* from = data + (run.offset + head) * element_size;
-    int64_t stride = p.k.seq, half_stride = p.k_half;
-    if (run.end < row + panel) {  // rows of several pages
-      stride = row_floats();
-      half_stride = kPanel * row_floats();
-      for (int64_t i = 0, page = row; i < panel; ++i) {
-        if (row + i == run.end) run = key_run(p.k, b, page = row + i);
-        for (int half = 0; half < halves; ++half)
-          std::memcpy(gathered + (half * half_stride + i * stride) * element_size,
-                      data + (run.offset + (row + i - page) * p.k.seq + head + half * p.k_half) *
-                                 element_size,
-                      p.head_dim * element_size);
-      }
-      from = gathered;
+  void find_rows(int64_t row) {
+    KeyRun run{0, row};
+    for (int64_t i = 0, page = row; i < panel; ++i) {
+      if (row + i == run.end) run = key_run(p.k, b, page = row + i);
+      offsets[i] = run.offset + (row + i - page) * p.k.seq;
     }
-    for (int half = 0; half < halves; ++half)
-      pack_transposed<Op>(from + half * half_stride * element_size, p.dtype, stride, panel,
-                          p.head_dim, 1, keys + half * words * kPanel);
+    whole = key_run(p.k, b, row).end >= row + panel;
+  }
+  const char* key(int64_t i, int64_t h, int half) const {
+    return static_cast<const char*>(p.k.data) +
+           (offsets[i] + h * p.k.head + half * p.k_half) * element_size;
+  }
+
+  void find_empty_boxes(int64_t h) {
     any_hidden = false;
-    for (int64_t i = 0; i < panel && p.boxes; ++i) {
-      const char* at = from + i * stride * element_size;
-      hidden[i] = scalar_as_float(at, p.dtype, 0) > scalar_as_float(at, p.dtype, half_stride);
+    for (int64_t i = 0; i < panel; ++i) {
+      hidden[i] =
+          scalar_as_float(key(i, h, 0), p.dtype, 0) > scalar_as_float(key(i, h, 1), p.dtype, 0);
       any_hidden |= hidden[i] != 0;
     }
   }
 
-  template <bool kAssign, int M>
-  void multiply_some(int64_t& c, int half) {
-    for (; c + M <= count; c += M)
-      multiply_rows<Op, false, M, kAssign>(products + c * kPanel, kPanel,
-                                           queries + (half * columns + c) * ldq, ldq,
-                                           keys + half * words * kPanel, kPanel, words, kPanel);
-  }
-  template <bool kAssign>
-  void multiply_half(int half) {
-    int64_t c = 0;
-    multiply_some<kAssign, kTileRows>(c, half);
-    multiply_some<kAssign, 4>(c, half);
-    multiply_some<kAssign, 2>(c, half);
-    multiply_some<kAssign, 1>(c, half);
-  }
-  void multiply_all() {
-    multiply_half<true>(0);
-    if (halves > 1) multiply_half<false>(1);
-  }
-
-  void hide(int64_t c, int64_t row, int64_t panel) {
-    const int64_t from = begin - row, to = std::min(ends[c] - row, panel);
-    const vf scale = set(p.scale), nothing = set(-__builtin_inff());
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      float* const at = products + c * kPanel + i;
-      vf z = load(at) * scale;
-      if (any_hidden) z = select(less(zero(), load(hidden + i)), nothing, z);
-      if (from > i || to < i + kWidth) z = select(lanes(from - i, to - i), z, nothing);
-      store(at, z);
+  void transpose_keys(int64_t h) {
+    for (int half = 0; half < halves; ++half) {
+      const char* from = key(0, h, half);
+      int64_t stride = p.k.seq;
+      if (!whole) {
+        stride = row_floats();
+        for (int64_t i = 0; i < panel; ++i)
+          std::memcpy(gathered + i * stride * element_size, key(i, h, half),
+                      p.head_dim * element_size);
+        from = gathered;
+      }
+      pack_transposed<Op>(from, p.dtype, stride, panel, p.head_dim, 1,
+                          keys + half * words * kPanel);
     }
   }
 
-  void reduce_rows(int64_t c, int64_t panel, bool fresh) {
-    const float* z = products + c * kPanel;
-    for (int64_t i = 0, block = 0; i < panel; ++block) {
+  // Rows some way behind these ones: no hardware follows the rows of a head from page to page.
+  TM_INLINE void prefetch(const void* row, int64_t count) const {
+    const int64_t step = p.k.seq * element_size, bytes = p.head_dim * element_size;
+    const char* at = static_cast<const char*>(row) + kAheadRows * step;
+    for (int64_t j = 0; j < count; ++j, at += step)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  }
+
+  // Columns first .. last - 1 of all heads, kCount at a time. A vector of sums for each of kWidth
+  // pairs of a key and a column, whose transpose adds them up.
+  template <int kCount>
+  __attribute__((noinline)) void multiply_rows_of(int64_t first, int64_t last) {
+    constexpr int kKeys = kWidth / kCount;
+    visit_words<Op>(p.k.data, p.dtype, 1, [&]<typename T>(const T*, const auto words_at) TM_LAMBDA {
+      for (int64_t i = 0; i < panel; i += kKeys)
+        for (int64_t h = 0; h < p.kv_heads; ++h)
+          for (int64_t c = first; c < last; c += kCount) {
+            vf acc[kWidth];
+            TM_UNROLL(16)
+            for (int a = 0; a < kWidth; ++a) acc[a] = zero();
+            for (int half = 0; half < halves; ++half) {
+              const T* row[kKeys];
+              TM_UNROLL(16)
+              for (int j = 0; j < kKeys; ++j)
+                row[j] = reinterpret_cast<const T*>(key(std::min(i + j, panel - 1), h, half));
+              if (c == first) prefetch(row[0], kKeys);
+              const float* const q = query_words(h, half, c);
+              for (int64_t w = 0; w < ldq; w += kWidth) {
+                vf k[kKeys];
+                TM_UNROLL(16)
+                for (int j = 0; j < kKeys; ++j) k[j] = words_at(row[j], w * Op::kPair, p.head_dim);
+                TM_UNROLL(16)
+                for (int g = 0; g < kCount; ++g) {
+                  const vf x = load(q + g * ldq + w);
+                  TM_UNROLL(16)
+                  for (int j = 0; j < kKeys; ++j)
+                    acc[g * kKeys + j] = Op::madd(acc[g * kKeys + j], x, k[j]);
+                }
+              }
+            }
+            transpose(acc);
+            TM_UNROLL(4)
+            for (int step = kWidth / 2; step > 0; step /= 2)
+              for (int a = 0; a < step; ++a) acc[a] = acc[a] + acc[a + step];
+            float sums[kWidth];
+            store(sums, acc[0]);
+            TM_UNROLL(16)
+            for (int g = 0; g < kCount; ++g)
+              std::memcpy(panel_scores(h, c + g) + i, sums + g * kKeys, kKeys * sizeof(float));
+          }
+    });
+  }
+  void multiply_few() {
+    const int64_t fours = count / 4 * 4, twos = count / 2 * 2;
+    if (fours > 0) multiply_rows_of<4>(0, fours);
+    if (twos > fours) multiply_rows_of<2>(fours, twos);
+    if (count > twos) multiply_rows_of<1>(twos, count);
+  }
+
+  template <bool kAssign, int M>
+  void multiply_some(int64_t h, int half, int64_t& c) {
+    for (; c + M <= count; c += M)
+      multiply_rows<Op, false, M, kAssign>(products + c * kPanel, kPanel, query_words(h, half, c),
+                                           ldq, keys + half * words * kPanel, kPanel, words, width);
+  }
+  template <bool kAssign>
+  void multiply_half(int64_t h, int half) {
+    int64_t c = 0;
+    multiply_some<kAssign, kTileRows>(h, half, c);
+    multiply_some<kAssign, 4>(h, half, c);
+    multiply_some<kAssign, 2>(h, half, c);
+    multiply_some<kAssign, 1>(h, half, c);
+  }
+  void multiply_many(int64_t h) {
+    multiply_half<true>(h, 0);
+    if (halves > 1) multiply_half<false>(h, 1);
+  }
+
+  void hide(float* z, int64_t seen_end, int64_t row) const {
+    const int64_t from = begin - row, to = std::min(seen_end - row, panel);
+    const vf scale = set(p.scale), nothing = set(-__builtin_inff());
+    for (int64_t i = 0; i < width; i += kWidth) {
+      vf x = load(z + i) * scale;
+      if (any_hidden) x = select(less(zero(), load(hidden + i)), nothing, x);
+      if (from > i || to < i + kWidth) x = select(lanes(from - i, to - i), x, nothing);
+      store(z + i, x);
+    }
+  }
+
+  void reduce_rows(const float* z, float* to, bool fresh) const {
+    for (int64_t i = 0; i < panel; ++to) {
       const int64_t until = std::min(i + p.block_rows, panel);
       vf most = set(-__builtin_inff());
       for (; i + kWidth <= until; i += kWidth) most = max_or_nan(most, load(z + i));
       float m = max_lanes(most);
       if (max_lanes(select(equal(most, most), zero(), set(1.f))) > 0) m = __builtin_nanf("");
       for (; i < until; ++i) m = max_or_nan(m, z[i]);
-      float& of_block = blocks[c * block_ld + block];
-      of_block = fresh ? m : max_or_nan(of_block, m);
+      *to = fresh ? m : max_or_nan(*to, m);
     }
   }
 
-  // Set s of the part: the maximum over queries, then the maximum or mean over heads.
-  void emit(int64_t s, int64_t block, int64_t n) {
-    const int64_t number = first_set + s, heads = reduces_group(p) ? plan.group : 1;
-    const int64_t row = number / (plan.group / heads), g = number % (plan.group / heads);
-    const float* z = (p.block_rows > 1 ? blocks : products) + s * plan.set * ld();
-    const float* from = z;
-    if (plan.set > 1) {
-      for (int64_t h = 0; h < heads; ++h) {
-        for (int64_t i = 0; i < plan.row_queries; ++i, z += ld())
-          for (int64_t j = 0; j < n; j += kWidth)
-            store(best + j, i == 0 ? load(z + j) : max_or_nan(load(best + j), load(z + j)));
-        for (int64_t j = 0; j < n; j += kWidth) {
-          const vf x = load(best + j), sum = load(total + j);
-          store(total + j, h == 0                                     ? x
-                           : p.head_reduce == HeadReduce::group_mean ? sum + x
-                                                                      : max_or_nan(sum, x));
-        }
+  // Each set of columns, ld apart: the maximum over queries, then the maximum or mean over heads.
+  void emit_sets(int64_t kv_head, const float* z, int64_t ld, int64_t block, int64_t n) const {
+    const int64_t heads = reduces_group(p) ? plan.group : 1, others = plan.group / heads;
+    for (int64_t s = 0; s < count / plan.set; ++s, z += plan.set * ld) {
+      const int64_t row = (first_set + s) / others, g = (first_set + s) % others;
+      const float* from = z;
+      if (plan.set > 1) {
+        reduce_set(z, ld, heads, n);
+        from = total;
       }
-      const vf divisor = set(static_cast<float>(plan.group));
-      for (int64_t j = 0; j < n && p.head_reduce == HeadReduce::group_mean; j += kWidth)
-        store(total + j, load(total + j) / divisor);
-      from = total;
+      const int64_t out_head =
+          reduces_group(p) ? b * p.kv_heads + kv_head : b * p.heads + kv_head * plan.group + g;
+      float* const out = p.head_reduce == HeadReduce::softmax_vote ? p.scores : p.out;
+      std::memcpy(out + (out_head * p.rows + row) * p.blocks + block, from, n * sizeof(float));
     }
-    const bool votes = p.head_reduce == HeadReduce::softmax_vote;
-    const int64_t out_head = reduces_group(p) ? b * p.kv_heads + kv_head
-                                              : b * p.heads + kv_head * plan.group + g;
-    float* const to = (votes ? p.scores : p.out) + (out_head * p.rows + row) * p.blocks + block;
-    std::memcpy(to, from, n * sizeof(float));
+  }
+  void reduce_set(const float* z, int64_t ld, int64_t heads, int64_t n) const {
+    const bool mean = p.head_reduce == HeadReduce::group_mean;
+    const vf divisor = set(static_cast<float>(mean ? heads : 1));
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const float* at = z + j;
+      vf all = zero();
+      for (int64_t h = 0; h < heads; ++h) {
+        vf most = load(at);
+        for (int64_t i = 1; i < plan.row_queries; ++i) most = max_or_nan(most, load(at + i * ld));
+        at += plan.row_queries * ld;
+        all = h == 0 ? most : mean ? all + most : max_or_nan(all, most);
+      }
+      store(total + j, all / divisor);
+    }
   }
 
   const BlockScoreParams& p;
   const ScorePlan plan;
-  int64_t columns, halves, words, ldq, element_size, block_ld;
+  int64_t columns, halves, words, ldq, element_size;
+  bool few;  // columns, of all parts
+  int64_t block_ld;
   cpu::Workspace memory;
-  float *queries, *keys, *products, *blocks, *rows[3], *hidden, *best, *total;
-  int64_t* ends;
+  float *queries, *keys, *products, *blocks, *rows[3], *hidden, *total;
+  int64_t *ends, *offsets;  // of columns, of the rows of a panel
   char* gathered;
-  int64_t loaded = -1, b = 0, kv_head = 0, first_set = 0, count = 0, begin = 0, end = 0;
-  bool any_hidden = false;
+  int64_t loaded = -1, b = 0, first_set = 0, count = 0, begin = 0, end = 0;
+  int64_t panel = 0, width = 0;  // rows of keys; columns of products
+  bool whole = true, any_hidden = false;
 };
 
 template <class Op>
 void score(const BlockScoreParams& p, int threads) {
   const ScorePlan plan(p);
-  const int64_t items = p.batch * p.kv_heads * plan.parts * plan.items_per_part;
+  const int64_t items = p.heads > 0 ? p.batch * plan.parts * plan.items_per_part : 0;
   cpu::parallel_items(items, threads, [&](cpu::ItemCounter& counter) {
     FlushDenormals flush;
     Scorer<Op> scorer(p);

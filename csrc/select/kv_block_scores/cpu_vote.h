@@ -39,8 +39,7 @@ inline void softmax(float* z, int64_t n) {
   const float all = sum_lanes(sum);
   const vf factor = set(all > 0 ? 1 / all : 1.f);
   for (int64_t i = 0; i < n; i += kWidth)
-    Elements<DType::float32>::store_n(z, i,
-                                      Elements<DType::float32>::load_n(z, i, n - i) * factor,
+    Elements<DType::float32>::store_n(z, i, Elements<DType::float32>::load_n(z, i, n - i) * factor,
                                       n - i);
 }
 

@@ -83,8 +83,7 @@ const char* launch_scores(const BlockScoreParams& p, cudaStream_t stream) {
   plan.query_bytes = (plan.slices | 1) * kSliceBytes;
   plan.keys_aligned =
       is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head, p.k_half);
-  plan.queries_aligned =
-      is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
+  plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
   constexpr int kWide = 8;
   if (plan.columns > 8 && ScoreShape<kWide>::shared_bytes(plan.query_bytes) <= kMaxShared)
     return launch_scores<T, kWide>(p, plan, stream);
@@ -99,8 +98,8 @@ const char* launch_vote(const BlockScoreParams& p, VotePart* parts, cudaStream_t
   if (rows > 0)
     vote_parts_kernel<<<static_cast<unsigned>(rows * pieces), kVoteThreads, 0, stream>>>(
         p, parts, static_cast<int>(pieces));
-  vote_kernel<<<static_cast<unsigned>(p.batch * p.rows * column_pieces), kVoteThreads, 0,
-                stream>>>(p, parts, static_cast<int>(pieces), static_cast<int>(column_pieces));
+  vote_kernel<<<static_cast<unsigned>(p.batch * p.rows * column_pieces), kVoteThreads, 0, stream>>>(
+      p, parts, static_cast<int>(pieces), static_cast<int>(column_pieces));
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

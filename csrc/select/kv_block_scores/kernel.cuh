@@ -12,15 +12,15 @@ namespace tokenmill::cuda {
 
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarpSize;
-constexpr int kScoreRows = 16;         // of keys, of a product
-constexpr int kSliceBatch = 4;         // slices of keys that are loaded at once
-constexpr int kSliceBytes = 64;        // 16 of each lane of a quad, two products deep
+constexpr int kScoreRows = 16;   // of keys, of a product
+constexpr int kSliceBatch = 4;   // slices of keys that are loaded at once
+constexpr int kSliceBytes = 64;  // 16 of each lane of a quad, two products deep
 constexpr int kSlotLd = kScoreRows + 1;
 
 // Score rows ("columns", as the keys are the rows of the product) of a key head are ordered by row
 // of the result, head, query. A set of them makes one result. A block takes one part, whole sets, a
-// piece of the columns in shared memory at a time. A unit is what a warp takes of the keys: 16 rows,
-// whole blocks of which are its slots, or all rows of one block.
+// piece of the columns in shared memory at a time. A unit is what a warp takes of the keys: 16
+// rows, whole blocks of which are its slots, or all rows of one block.
 struct ScorePlan {
   int group, row_queries, set;
   int64_t columns, part_columns, parts;
@@ -28,14 +28,14 @@ struct ScorePlan {
   int rounds;  // units of a warp
   int64_t unit_groups;
   int half_chunks, chunks, slices;  // 16 bytes of a row of keys, of a row and its other half; 64
-  int query_bytes;                  // between columns in shared memory: 64 bytes more than a multiple
-                                    // of 128, so that two columns side by side differ in their banks
+  int query_bytes;  // between columns in shared memory: 64 bytes more than a multiple
+                    // of 128, so that two columns side by side differ in their banks
   bool keys_aligned, queries_aligned;
 };
 
 template <int kColumnTiles>
 struct ScoreShape {
-  static constexpr int kColumns = 8 * kColumnTiles;  // in shared memory
+  static constexpr int kColumns = 8 * kColumnTiles;   // in shared memory
   static constexpr int kScores = kColumns * kSlotLd;  // of a warp
 
   static int shared_bytes(int query_bytes) {
@@ -101,8 +101,8 @@ __device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, i
       const T* row = static_cast<const T*>(p.q.data) + b * p.q.batch + at * p.q.seq +
                      (kv_head * plan.group + column.head) * p.q.head;
       const bool high = chunk >= plan.half_chunks;
-      load_chunk(words, row, high ? chunk - plan.half_chunks : chunk,
-                 static_cast<int>(p.head_dim), plan.queries_aligned);
+      load_chunk(words, row, high ? chunk - plan.half_chunks : chunk, static_cast<int>(p.head_dim),
+                 plan.queries_aligned);
       if (p.boxes) keep_sign<T>(words, high);
     }
     store_shared(queries + c * plan.query_bytes + chunk * kChunkBytes, words);
@@ -242,7 +242,7 @@ struct ScoreSet {
   __device__ __forceinline__ void add(const BlockScoreParams& p, const ScorePlan& plan, float x) {
     most = max_or_nan(most, x);
     if (++query < plan.row_queries) return;
-    total = head == 0                                     ? most
+    total = head == 0                                 ? most
             : p.head_reduce == HeadReduce::group_mean ? total + most
                                                       : max_or_nan(total, most);
     most = -infinity(), query = 0, ++head;
@@ -282,7 +282,8 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
                  const __grid_constant__ ScorePlan plan) {
   using Shape = ScoreShape<kColumnTiles>;
   extern __shared__ uint4 shared[];
-  float* const all_scores = reinterpret_cast<float*>(shared) + Shape::kColumns * plan.query_bytes / 4;
+  float* const all_scores =
+      reinterpret_cast<float*>(shared) + Shape::kColumns * plan.query_bytes / 4;
   int* const ends = reinterpret_cast<int*>(all_scores + kScoreWarps * Shape::kScores);
   const uint32_t queries = shared_address(shared);
   const int warp = threadIdx.x / kWarpSize;

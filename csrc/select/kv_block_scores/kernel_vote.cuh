@@ -8,10 +8,10 @@
 namespace tokenmill::cuda {
 
 constexpr int kVoteThreads = 256;
-constexpr int kVoteEach = 16;                            // scores of a thread, of a piece
+constexpr int kVoteEach = 16;  // scores of a thread, of a piece
 constexpr int kVotePiece = kVoteThreads * kVoteEach;
-constexpr int kVoteColumns = kVoteThreads;               // of a block
-constexpr int kVoteHeads = 64;                           // at a time
+constexpr int kVoteColumns = kVoteThreads;  // of a block
+constexpr int kVoteHeads = 64;              // at a time
 
 // Of a piece of a row: the maximum in bits, and the sum of powers of two relative to it.
 struct VotePart {

@@ -11,22 +11,22 @@ enum class HeadReduce : int32_t { none, group_max, group_mean, softmax_vote };
 // one of a block, and scores of block_q queries one of a row.
 struct BlockScoreParams {
   int64_t batch, heads, kv_heads, head_dim;
-  int64_t queries;              // Sq
-  int64_t block_q, rows;        // rows = ceil(Sq / block_q)
-  int64_t block_rows, blocks;   // blocks = ceil(k.rows / block_rows)
-  int64_t row_tokens;           // of a row of k
-  bool boxes, mean_q, causal;   // mean_q: queries are averaged; else the maximum of their scores
+  int64_t queries;             // Sq
+  int64_t block_q, rows;       // rows = ceil(Sq / block_q)
+  int64_t block_rows, blocks;  // blocks = ceil(k.rows / block_rows)
+  int64_t row_tokens;          // of a row of k
+  bool boxes, mean_q, causal;  // mean_q: queries are averaged; else the maximum of their scores
   HeadReduce head_reduce;
   DType dtype;
   float scale;
   Rows q;
   KeyRows k;
-  int64_t k_half;               // from a minimum to its maximum
+  int64_t k_half;  // from a minimum to its maximum
   int64_t num_sink, num_recent;
-  const int32_t* lengths;       // [B], tokens, clamped; null: all
-  float* out;                   // [B, heads of the result, rows, blocks]
-  float* scores;                // [B, H, rows, blocks], of softmax_vote
-  void* workspace;              // of the CUDA kernels
+  const int32_t* lengths;  // [B], tokens, clamped; null: all
+  float* out;              // [B, heads of the result, rows, blocks]
+  float* scores;           // [B, H, rows, blocks], of softmax_vote
+  void* workspace;         // of the CUDA kernels
 };
 
 // Rows of k that a query sees: begin .. end - 1.
@@ -41,7 +41,7 @@ TOKENMILL_HOST_DEVICE inline int64_t tokens_of(const BlockScoreParams& p, int64_
 TOKENMILL_HOST_DEVICE inline SeenRows seen_rows(const BlockScoreParams& p, int64_t tokens,
                                                 int64_t query) {
   const int64_t end = tokens - p.num_recent + (p.causal ? query - p.queries + 1 : 0);
-  return {p.num_sink / p.row_tokens, end > 0 ? ceil_div(end, p.row_tokens) : 0};
+  return {p.num_sink / p.row_tokens, end > p.num_sink ? ceil_div(end, p.row_tokens) : 0};
 }
 
 TOKENMILL_HOST_DEVICE inline int64_t last_query(const BlockScoreParams& p, int64_t row) {

@@ -181,7 +181,8 @@ def kv_block_scores(
     length = lengths_of(lengths, batch, rows * row_tokens, q.device)
     end = (length - num_recent)[:, None] + (last - queries + 1 if causal else 0 * last)
     row = torch.arange(rows, device=q.device)
-    seen = ((row + 1) * row_tokens > num_sink) & (row * row_tokens < end[..., None])
+    until = torch.minimum((row + 1) * row_tokens, end[..., None])
+    seen = (row * row_tokens).clamp(min=num_sink) < until
     seen = seen[:, None]
     z = torch.where(seen, z, -torch.inf)
     z, seen = (_blocks(t, 3, block_rows, f).amax(4) for t, f in ((z, -torch.inf), (seen, False)))
