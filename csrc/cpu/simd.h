@@ -3,6 +3,7 @@
 //   vf            kWidth floats           vm           a lane mask
 //   load store    unaligned               load_n/store_n   the first n lanes, zero-filled
 //   lanes(b, e)   mask of lanes b..e-1    select(m, x, y)  m ? x : y
+//   sum_rows      kWidth sums of lanes    transpose        of kWidth vectors
 //   exp2<degree>  2^t, relative error 7.5e-5 (degree 3) or 7.5e-8 (5); NaN, +-inf as in IEEE
 //
 // Operand order of max_of/min_of matters: a NaN in the second operand survives.

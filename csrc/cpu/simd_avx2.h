@@ -122,6 +122,18 @@ TM_INLINE void transpose(vf (&r)[8]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
+// Lane i of the result is the sum of the lanes of rows[i].
+TM_INLINE vf sum_rows(const vf (&rows)[8]) {
+  vf quads[2];
+  TM_UNROLL(2)
+  for (int q = 0; q < 2; ++q) {
+    const vf* r = rows + 4 * q;
+    quads[q] = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  }
+  return _mm256_permute2f128_ps(quads[0], quads[1], 0x20) +
+         _mm256_permute2f128_ps(quads[0], quads[1], 0x31);
+}
+
 constexpr unsigned kFlushBits = 0x8040;  // FTZ and DAZ
 TM_INLINE unsigned read_float_mode() { return _mm_getcsr(); }
 TM_INLINE void write_float_mode(unsigned m) { _mm_setcsr(m); }

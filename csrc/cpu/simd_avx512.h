@@ -129,6 +129,23 @@ TM_INLINE void transpose(vf (&rows)[16]) {
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_castsi512_ps(r[i]);
 }
 
+// Lane i of the result is the sum of the lanes of rows[i].
+TM_INLINE vf sum_rows(const vf (&rows)[16]) {
+  vf quads[4];  // lanes 4 j + i: a fourth of the sum of row 4 q + i
+  TM_UNROLL(4)
+  for (int q = 0; q < 4; ++q) {
+    const vf* r = rows + 4 * q;
+    const vf low = _mm512_unpacklo_ps(r[0], r[1]) + _mm512_unpackhi_ps(r[0], r[1]);
+    const vf high = _mm512_unpacklo_ps(r[2], r[3]) + _mm512_unpackhi_ps(r[2], r[3]);
+    quads[q] = _mm512_shuffle_ps(low, high, 0x44) + _mm512_shuffle_ps(low, high, 0xee);
+  }
+  const vf first = _mm512_shuffle_f32x4(quads[0], quads[1], 0x88) +
+                   _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd);
+  const vf second = _mm512_shuffle_f32x4(quads[2], quads[3], 0x88) +
+                    _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd);
+  return _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
+}
+
 #if defined(__AVX512BF16__)
 // Two bfloat16 products per 32-bit word and lane, accumulated in float32.
 TM_INLINE vf dot_bfloat(vf acc, vf a, vf b) {

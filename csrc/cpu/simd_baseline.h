@@ -134,6 +134,12 @@ TM_INLINE void transpose(vf (&r)[4]) {
   r[3] = __builtin_shuffle(b, d, vm{2, 3, 6, 7});
 }
 
+// Lane i of the result is the sum of the lanes of rows[i].
+TM_INLINE vf sum_rows(vf (&rows)[4]) {
+  transpose(rows);
+  return (rows[0] + rows[1]) + (rows[2] + rows[3]);
+}
+
 #if defined(__SSE2__)
 constexpr unsigned kFlushBits = 0x8040;  // FTZ and DAZ
 TM_INLINE unsigned read_float_mode() { return _mm_getcsr(); }

@@ -12,13 +12,17 @@ namespace {
 constexpr int kColumns = kWidth == 16 ? 8 : 4;  // vectors, twice as many accumulators
 constexpr float kInfinity = __builtin_inff();
 
+// Memory that is wanted next, `step` bytes for each row that is pooled.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
+
 // Columns c .. c + N * kWidth - 1 (N = 1: up to kWidth of them) of one head over the rows, which
-// lie at rows[t] + head; those at rows[t] + next come next.
+// lie at rows[t] + head.
 template <DType kType, bool kMean, int N>
 TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t count, int64_t head,
-                            int64_t next, void* out, int64_t c) {
-  using Element = typename Elements<kType>::type;
-  const Element* const data = static_cast<const Element*>(p.k.data);
+                            const Ahead& ahead, void* out, int64_t c) {
   const int64_t n = N == 1 ? std::min<int64_t>(kWidth, p.head_dim - c) : kWidth;
   vf low[N], high[N], nan[N];
   TM_UNROLL(8)
@@ -28,11 +32,11 @@ TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t co
     nan[j] = zero();
   }
   for (int64_t t = 0; t < count; ++t) {
+    for (int64_t byte = 0; byte < ahead.step; byte += 64)
+      __builtin_prefetch(ahead.from + t * ahead.step + byte, 0, 2);
     TM_UNROLL(8)
     for (int j = 0; j < N; ++j) {
-      const int64_t at = rows[t] + c + j * kWidth;
-      if (j * kWidth * sizeof(Element) % 64 == 0) __builtin_prefetch(data + at + next);
-      const vf x = Elements<kType>::load_n(data, at + head, n);
+      const vf x = Elements<kType>::load_n(p.k.data, rows[t] + head + c + j * kWidth, n);
       if constexpr (kMean) {
         low[j] = low[j] + x;
       } else {
@@ -59,16 +63,22 @@ TM_INLINE void pool_columns(const PoolParams& p, const int64_t* rows, int64_t co
 
 template <DType kType, bool kMean>
 void pool_block(const PoolParams& p, int64_t b, int64_t block, const int64_t* rows, int64_t count) {
+  using Element = typename Elements<kType>::type;
+  // Of the next block a part for each head, so that all memory is asked for in order: no hardware
+  // follows the rows of a head from page to page.
+  const bool in_order = !p.k.table && p.kv_heads * p.head_dim == p.k.seq && count > 0;
+  const int64_t step = in_order ? p.head_dim * static_cast<int64_t>(sizeof(Element)) : 0;
+  const int64_t next = in_order ? rows[0] + p.block * p.k.seq : 0;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
-    void* out = static_cast<typename Elements<kType>::type*>(p.out) + b * p.out_batch +
-                block * p.out_block + h * p.out_head;
-    const int64_t head = h * p.k.head;
-    const int64_t next = h + 1 < p.kv_heads ? head + p.k.head : p.block * p.k.seq;
+    Element* const out =
+        static_cast<Element*>(p.out) + b * p.out_batch + block * p.out_block + h * p.out_head;
+    const Element* const from = static_cast<const Element*>(p.k.data) + next;
+    Ahead ahead{reinterpret_cast<const char*>(from) + h * count * step, step};
     int64_t c = 0;
-    for (; c + kColumns * kWidth <= p.head_dim; c += kColumns * kWidth)
-      pool_columns<kType, kMean, kColumns>(p, rows, count, head, next, out, c);
-    for (; c < p.head_dim; c += kWidth)
-      pool_columns<kType, kMean, 1>(p, rows, count, head, next, out, c);
+    for (; c + kColumns * kWidth <= p.head_dim; c += kColumns * kWidth, ahead.step = 0)
+      pool_columns<kType, kMean, kColumns>(p, rows, count, h * p.k.head, ahead, out, c);
+    for (; c < p.head_dim; c += kWidth, ahead.step = 0)
+      pool_columns<kType, kMean, 1>(p, rows, count, h * p.k.head, ahead, out, c);
   }
 }
 

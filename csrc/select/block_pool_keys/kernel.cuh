@@ -33,7 +33,7 @@ struct Pooled {
 };
 
 template <typename T, bool kMean, int kVector>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 4)
     pool_kernel(const __grid_constant__ PoolParams p, const __grid_constant__ PoolPlan plan) {
   const int64_t item = int64_t{blockIdx.x} * kPoolThreads + threadIdx.x;
   const int64_t row = item / plan.chunks, place = row / p.kv_heads, b = place / plan.slots;
