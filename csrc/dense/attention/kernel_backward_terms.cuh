@@ -31,12 +31,6 @@ struct ColumnBand {
   }
 };
 
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-  float y;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-}
-
 // Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels.
 __device__ inline float tanh_accurate(float x) {
   const float u = x * x;
