@@ -55,6 +55,7 @@ TOKENMILL_LIBRARY(m) {
       "str order, SymInt force_first, SymInt force_last, Tensor? page_table, SymInt page_size, "
       "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
       "Tensor values, Tensor physical)");
+  // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "attention_column_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, "
       "str reduce, SymInt? window_queries, str head_reduce, Tensor? lengths, "
@@ -67,11 +68,11 @@ TOKENMILL_LIBRARY(m) {
       "Tensor? lengths, Tensor? block_table, Tensor? rotations, bool interleaved, "
       "bool compensation) -> (Tensor lengths_now, Tensor k_sum, Tensor v_sum, Tensor dropped)");
   m.def(
-      "block_pool_keys(Tensor k, SymInt block, str mode, Tensor? lengths, Tensor? block_table) "
-      "-> Tensor");
+      "block_pool_keys(Tensor k, SymInt block, str pooling, Tensor? lengths, "
+      "Tensor? block_table) -> Tensor");
   m.def(
-      "block_pool_keys_update(Tensor k, Tensor(a!) pooled, SymInt block, str mode, Tensor start, "
-      "Tensor? lengths, Tensor? block_table) -> ()");
+      "block_pool_keys_update(Tensor k, Tensor(a!) pooled, SymInt block, str pooling, "
+      "Tensor start, Tensor? lengths, Tensor? block_table) -> ()");
   m.def(
       "kv_block_scores(Tensor q, Tensor k, str scoring, SymInt block_k, str q_reduce, "
       "SymInt block_q, str head_reduce, float scale, bool causal, SymInt num_sink, "

@@ -207,6 +207,18 @@ def test_a_nan_stays_in_its_block(at, block_k, backend):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
+def test_a_nan_of_a_query_stays_in_its_rows(backend):
+    """Of a vote it is all: every block has the sum of all heads."""
+    device = device_of(backend)
+    q, k = torch.randn(2, 3, 4, 32, device=device), torch.randn(2, 20, 2, 32, device=device)
+    q[1, 2, 1, 7] = NAN
+    for head_reduce, heads in (("none", [1]), ("group_max", [0]), ("softmax_vote", [0])):
+        z = tm.kv_block_scores(q, k, head_reduce=head_reduce, backend=backend)
+        bad = z.isnan()
+        assert bad[1, heads, 2].all() and bad.sum() == 20
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
 def test_a_vote_sums_to_the_heads_over_many_tokens(backend):
     """Small weights count relatively: uniform ones over 5000 tokens, in several pieces of a row."""
     tokens = 700 if backend == "triton" else 5000

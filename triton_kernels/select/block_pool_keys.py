@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import INF, launch, rounded
-from .keys import KeyRows, key_rows, length_of, load_keys
+from ..common import INF, Rows, launch, rounded
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, rows_of_request
 
 TILE = 4096  # elements
 SLOTS = 8  # programs that share the blocks to update
-SIZES = ["out_batch", "out_block", "out_head", "out_half", "heads", "block", "blocks", "slots"]
+SIZES = ["out_batch", "heads", "block", "blocks", "slots"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *KEY_SIZES])
 def pool_kernel(
-    keys,
+    k,
+    table,
+    key_count,
+    table_stride,
+    page_size,
+    pages,
     out,
     lengths,
     start,
@@ -35,6 +39,7 @@ def pool_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     i = tl.program_id(0)
     i_h = i % heads
     i_b = (i // (heads * slots)).to(tl.int64)
@@ -90,7 +95,8 @@ def _pool(
     block_d = triton.next_power_of_2(max(dim, 1))
     block_t = min(triton.next_power_of_2(block), max(TILE // block_d, 1), 128)
     launch(
-        pool_kernel, batch * slots * heads if dim else 0, k, key_rows(k, block_table), out,
+        pool_kernel, batch * slots * heads if dim else 0, k, Rows(k, *k.stride()[:3]),
+        block_table, *key_sizes(k, block_table), out,
         lengths, start, *out.stride()[:3], out.stride(3) if mode == "minmax" else 0, heads, block,
         blocks, slots, MEAN=mode == "mean", BOTH=mode == "minmax", DIM=dim, BLOCK_T=block_t,
         BLOCK_D=block_d, num_warps=4,
@@ -100,7 +106,7 @@ def _pool(
 def block_pool_keys(
     k: Tensor, block: int, mode: str, lengths: Tensor | None, block_table: Tensor | None
 ) -> Tensor:
-    rows = key_rows(k, block_table).rows
+    rows = rows_of_request(k, block_table)
     batch = k.shape[0] if block_table is None else block_table.shape[0]
     half = (2,) if mode == "minmax" else ()
     out = k.new_empty((batch, triton.cdiv(rows, block), k.shape[2], *half, k.shape[3]))

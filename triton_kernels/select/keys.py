@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# Arguments that come from key_sizes: by their values no kernel is specialised.
+KEY_SIZES = ["key_count", "table_stride", "page_size", "pages"]
+
 
 class KeyRows(NamedTuple):
-    """Keys [B, S, H, D], or with a table of pages [pages, page_size, H, D]; strides in elements."""
+    """Keys [B, S, H, D], or with a table of pages [pages, page_size, H, D]; strides in elements.
+    Kernels put it together: the fields of a tuple that they are given are specialised."""
 
-    data: Tensor
-    batch: int
-    seq: int
-    head: int
-    rows: int  # of a request
-    table: Tensor | None  # [B, P]
-    table_stride: int
-    page_size: int
-    pages: int
+    data: Any
+    batch: Any
+    seq: Any
+    head: Any
+    rows: Any  # of a request
+    table: Any  # [B, P]; None: no pages
+    table_stride: Any
+    page_size: Any
+    pages: Any
 
 
-def key_rows(k: Tensor, block_table: Tensor | None) -> KeyRows:
-    strides = k.stride()[:3]
-    if block_table is None:
-        return KeyRows(k, *strides, k.shape[1], None, 0, 1, 0)
-    rows = block_table.shape[1] * k.shape[1]
-    return KeyRows(k, *strides, rows, block_table, block_table.stride(0), k.shape[1], k.shape[0])
+def rows_of_request(k: Tensor, block_table: Tensor | None) -> int:
+    return k.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def key_sizes(k: Tensor, block_table: Tensor | None) -> tuple[int, int, int, int]:
+    rows = rows_of_request(k, block_table)
+    stride = 0 if block_table is None else block_table.stride(0)
+    return rows, stride, max(k.shape[1], 1), k.shape[0]
 
 
 @triton.jit

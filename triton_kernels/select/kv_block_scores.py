@@ -3,7 +3,7 @@ reduced: tokens of a block, queries of a row, heads of a group."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..common import INF, Rows, dot, launch
 from .block_pool_keys import block_pool_keys
-from .keys import KeyRows, key_rows, length_of, load_keys
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 
 BLOCK_M = 16  # score rows of a program
 TILE_ROWS = 64  # of keys, of a product
@@ -22,13 +22,14 @@ VOTE_TILE = 512
 class Seen(NamedTuple):
     """What decides which tokens a query sees."""
 
-    queries: int
-    block_q: int
-    row_tokens: int
-    num_sink: int
-    num_recent: int
+    queries: Any
+    block_q: Any
+    row_tokens: Any
+    num_sink: Any
+    num_recent: Any
 
 
+SEEN = ["queries", "block_q", "row_tokens", "num_sink", "num_recent"]
 SIZES = ["out_batch", "rows", "blocks", "block_rows", "row_queries", "heads", "m_tiles", "n_tiles"]
 
 
@@ -88,11 +89,20 @@ def tile_scores(q, keys, k_half, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale, BOXE
     return b_z * scale, m_empty
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *SEEN, *KEY_SIZES])
 def score_kernel(
     q,
-    keys,
-    seen,
+    k,
+    table,
+    key_count,
+    table_stride,
+    page_size,
+    pages,
+    queries,
+    block_q,
+    row_tokens,
+    num_sink,
+    num_recent,
     lengths,
     out,
     k_half,
@@ -119,6 +129,8 @@ def score_kernel(
 ):
     """BLOCK_N blocks of keys, BLOCK_T rows of each at a time. A score row m is row m // GROUP of
     head m % GROUP, or if GROUPED row m of all heads."""
+    keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
+    seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
     i = tl.program_id(0)
     i_n = i % n_tiles
     i_m = i // n_tiles % m_tiles
@@ -177,14 +189,20 @@ def score_kernel(
     tl.store(out + o_out[:, None] + o_n[None, :], b_total, mask=m_out)
 
 
-@triton.jit(do_not_specialize=["rows", "blocks", "block_rows", "heads", "n_tiles"])
+@triton.jit(
+    do_not_specialize=["key_count", *SEEN, "rows", "blocks", "block_rows", "heads", "n_tiles"]
+)
 def vote_kernel(
     scores,
     lse,
-    seen,
+    key_count,
+    queries,
+    block_q,
+    row_tokens,
+    num_sink,
+    num_recent,
     lengths,
     out,
-    key_rows,
     rows,
     blocks,
     block_rows,
@@ -193,6 +211,7 @@ def vote_kernel(
     CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
     i = tl.program_id(0)
     i_row = i // n_tiles % rows
     i_b = (i // (n_tiles * rows)).to(tl.int64)
@@ -202,7 +221,7 @@ def vote_kernel(
         i_z = (i_b * heads + h) * rows + i_row
         b_z = tl.load(scores + i_z * blocks + o_n, mask=o_n < blocks, other=-INF)
         b_vote += tl.exp(b_z - tl.load(lse + i_z))
-    length = length_of(lengths, i_b, key_rows * seen.row_tokens)
+    length = length_of(lengths, i_b, key_count * seen.row_tokens)
     begin = seen.num_sink // seen.row_tokens
     end = seen_end(seen, length, last_query(seen, i_row), CAUSAL)
     m_seen = tl.maximum(o_n * block_rows, begin) < tl.minimum((o_n + 1) * block_rows, end)
@@ -227,13 +246,14 @@ def kv_block_scores(
 ) -> Tensor:
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
-    keys = key_rows(k, block_table)
+    sizes = key_sizes(k, block_table)
+    key_count = sizes[0]
     row_tokens, block_rows = (1, block_k) if scoring == "max_block" else (block_k, 1)
-    block_rows = min(block_rows, max(keys.rows, 1))
+    block_rows = min(block_rows, max(key_count, 1))
     block_q = min(block_q, max(queries, 1))
-    rows, blocks = triton.cdiv(queries, block_q), triton.cdiv(keys.rows, block_rows)
+    rows, blocks = triton.cdiv(queries, block_q), triton.cdiv(key_count, block_rows)
     grouped, votes = head_reduce.startswith("group"), head_reduce == "softmax_vote"
-    seen = Seen(queries, block_q, row_tokens, num_sink, num_recent)
+    seen = (queries, block_q, row_tokens, num_sink, num_recent)
     if q_reduce == "mean":
         q = block_pool_keys(q, block_q, "mean", None, None)
     group = heads // max(kv_heads, 1)
@@ -243,9 +263,10 @@ def kv_block_scores(
     n_tiles = triton.cdiv(blocks, block_n)
     m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
     launch(
-        score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]), keys, seen,
-        lengths, z, k.stride(3) if scoring == "minmax" else 0, scale, z.stride(0), rows, blocks,
-        block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
+        score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]),
+        Rows(k, *k.stride()[:3]), block_table, *sizes, *seen, lengths, z,
+        k.stride(3) if scoring == "minmax" else 0, scale, z.stride(0), rows, blocks, block_rows,
+        1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
         GROUPED=grouped, MEAN=head_reduce == "group_mean", MEAN_QUERIES=q_reduce == "mean",
         CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
         BLOCK_T=block_t, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=4,
@@ -258,7 +279,7 @@ def kv_block_scores(
     lse = torch.where(z.isnan(), -torch.inf, z).logsumexp(3)
     n_tiles = triton.cdiv(blocks, VOTE_TILE)
     launch(
-        vote_kernel, batch * rows * n_tiles, q, z, lse, seen, lengths, out, keys.rows, rows, blocks,
-        block_rows, heads, n_tiles, CAUSAL=causal, BLOCK_N=VOTE_TILE, num_warps=4,
+        vote_kernel, batch * rows * n_tiles, q, z, lse, key_count, *seen, lengths, out, rows,
+        blocks, block_rows, heads, n_tiles, CAUSAL=causal, BLOCK_N=VOTE_TILE, num_warps=4,
     )  # fmt: skip
     return out

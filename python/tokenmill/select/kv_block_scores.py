@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import MAX_HEAD_DIM, check, check_dtype, check_last_contiguous, check_tensor, fail, show
+from ..check import (
+    MAX_HEAD_DIM,
+    check,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    show,
+)
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import select as reference
@@ -105,8 +113,8 @@ def kv_block_scores(
     "max_block"; "softmax_vote" writes B H Nb floats for each row beside its result, which is less
     than a second reading of the keys would cost.
 
-    Paper: Quest (Tang et al. 2024), section 3.3; TokenSelect (Wu et al. 2024), section 4.2; MInference
-    (Jiang et al. 2024), section 3.2.
+    Paper: Quest (Tang et al. 2024), section 3.3; TokenSelect (Wu et al. 2024), section 4.2;
+    MInference (Jiang et al. 2024), section 3.2.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -267,7 +275,8 @@ def _fake(
 
 
 def _plain(q: Tensor, *lowered: Any) -> tuple[Tensor]:
-    return reference.kv_block_scores(q, *lowered, dtype=q.dtype)
+    arguments: tuple[Any, ...] = (q, *lowered, q.dtype)
+    return reference.kv_block_scores(*arguments)
 
 
 def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:

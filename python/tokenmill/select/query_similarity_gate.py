@@ -147,7 +147,7 @@ SPEC = register_op(
             Malformed(
                 "layout",
                 "q_ref: must have a contiguous last dimension",
-                lambda a, k: a.__setitem__(1, a[1].transpose(1, 3)),
+                lambda a, k: a.__setitem__(1, a[1].expand(5, 2, 4, 32).transpose(2, 3)),
             ),
             Malformed(
                 "heads",

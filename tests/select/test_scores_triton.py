@@ -1,0 +1,98 @@
+"""The Triton kernels of scores and pooled keys compiled for GPUs: they fit, and no length compiles
+anew."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCORES = {
+    "dot": {},
+    "paged": {"paged": True, "causal": True, "head_reduce": "group_max"},
+    "boxes": {"scoring": "minmax", "block_k": 16, "head_reduce": "group_mean"},
+    "blocks": {"scoring": "max_block", "block_k": 64, "q_reduce": "max", "block_q": 16},
+    "vote": {"head_reduce": "softmax_vote", "q_reduce": "mean", "block_q": 4},
+}
+
+
+def scores(dtype, case, tokens=1000, queries=5, dim=128):
+    from tokenmill.triton_kernels.select.kv_block_scores import kv_block_scores
+
+    o = dict(SCORES[case])
+    half = (2,) if case == "boxes" else ()
+    k = torch.zeros(2, tokens, 2, *half, dim, dtype=dtype)
+    table = None
+    if o.get("paged"):
+        k = k.view(-1, 8, *k.shape[2:])
+        table = torch.zeros(2, tokens // 8, dtype=torch.int32)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    return lambda: kv_block_scores(
+        torch.zeros(2, queries, 8, dim, dtype=dtype), k, o.get("scoring", "dot"),
+        o.get("block_k", 1), o.get("q_reduce", "none"), o.get("block_q", 1),
+        o.get("head_reduce", "none"), 0.1, o.get("causal", False), 3, 5, lengths, table,
+    )  # fmt: skip
+
+
+def pool(dtype, mode, tokens=1000):
+    from tokenmill.triton_kernels.select.block_pool_keys import block_pool_keys
+
+    k = torch.zeros(2, tokens, 2, 128, dtype=dtype)
+    return lambda: block_pool_keys(k, 16, mode, torch.zeros(2, dtype=torch.int32), None)
+
+
+def gate(dtype):
+    from tokenmill.triton_kernels.select.query_similarity_gate import query_similarity_gate
+
+    q = torch.zeros(2, 3, 8, 128, dtype=dtype)
+    return lambda: query_similarity_gate(q, q, 0.9)
+
+
+def main(capability):
+    """Prints what ptxas made of each kernel."""
+    found = []
+    for name, dtype in DTYPES.items():
+        calls = [*(scores(dtype, case) for case in SCORES), gate(dtype)]
+        calls += [pool(dtype, mode) for mode in ("mean", "minmax")]
+        for call in calls:
+            for kernel, code in compiled(int(capability), call):
+                found.append({"case": name, **resources(kernel, code)})
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_kernels_fit(capability, tmp_path):
+    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
+    assert {p["kernel"] for p in found} == {
+        "score_kernel", "vote_kernel", "pool_kernel", "gate_kernel"
+    }  # fmt: skip
+    for program in found:
+        assert_fits(program, capability)
+        if program["kernel"] == "score_kernel":
+            assert program["products"], program
+
+
+def test_no_length_compiles_anew(tmp_path):
+    code = """
+import torch
+from test_scores_triton import compiled, pool, scores
+
+for case in ("dot", "vote", "paged"):
+    calls = [scores(torch.float16, case, n, s) for n, s in ((1000, 5), (4096, 16), (72, 17))]
+    first, *others = [[code for _, code in compiled(80, c)] for c in calls]
+    assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
+first, *others = [[code for _, code in compiled(80, pool(torch.float16, "max", n))]
+                  for n in (1000, 4096, 17)]
+assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+"""
+    fresh_process(__file__, "-c", code, folder=tmp_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
