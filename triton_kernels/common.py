@@ -132,8 +132,8 @@ def head_of(terms, i_b, i_h, k_length, SIGMOID: tl.constexpr):
     if terms.score_bias is not None:
         p_score_bias = terms.score_bias + i_b * terms.score_bias_batch + i_h
         constant += tl.load(p_score_bias) * (LOG2E / log2e)
-    if terms.neg_log_n:
-        constant -= tl.log2(tl.maximum(k_length, 1).to(tl.float32)) / log2e
+    # Not a branch: constant may be a scalar and k_length one length for each row.
+    constant -= terms.neg_log_n * (tl.log2(tl.maximum(k_length, 1).to(tl.float32)) / log2e)
     shift = 0.0
     if not SIGMOID:
         finite = tl.where(tl.abs(constant) <= FLOAT_MAX, constant, 0.0)

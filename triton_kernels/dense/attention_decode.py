@@ -32,15 +32,15 @@ from ..common import (
 from .attention_forward import add, normaliser
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
-SIZES += ["capacity", "pages", "most"]
+SIZES += ["table_stride", "pages", "capacity", "most"]
 MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
 
 
 class Cache(NamedTuple):
     """Keys and values, dense or in pages."""
 
-    keys: Rows
-    values: Rows
+    k: Rows
+    v: Rows
     seqlens: Tensor
     block_table: Tensor | None
     table_stride: int
@@ -51,15 +51,15 @@ class Cache(NamedTuple):
 class Partials(NamedTuple):
     """Sums of ranges, [splits, B, Hk, rows]: of weighted values, of weights, and the top scores."""
 
-    values: Tensor
+    outs: Tensor  # not values: a tuple of Triton has an attribute of that name
     sums: Tensor
     tops: Tensor
 
 
 @triton.jit
-def length_of(cache, i_b):
+def length_of(seqlens, capacity, i_b):
     """Lengths outside the cache are cut."""
-    return tl.minimum(tl.maximum(tl.load(cache.seqlens + i_b), 0), cache.capacity)
+    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
 
 
 @triton.jit
@@ -106,7 +106,13 @@ def visible_begin(sequence, left):
 @triton.jit(do_not_specialize=SIZES)
 def ranges_kernel(
     q,
-    cache,
+    k,
+    v,
+    seqlens,
+    block_table,
+    table_stride,
+    pages,
+    capacity,
     partials,
     terms,
     window,
@@ -126,12 +132,13 @@ def ranges_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
     i_program = tl.program_id(0)
     i_split = i_program % splits
     i_block = i_program // splits % row_blocks
     i_kv = i_program // splits // row_blocks % kv_heads
     i_b = (i_program // splits // row_blocks // kv_heads).to(tl.int64)
-    length = length_of(cache, i_b)
+    length = length_of(seqlens, capacity, i_b)
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
     begin = visible_begin(sequence, window.left)
     steps = tl.cdiv(length - begin, BLOCK_N)
@@ -156,8 +163,8 @@ def ranges_kernel(
     for j in range(first, tl.minimum(last, length), BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
         m_j = o_j < length
-        b_k = load_keys(cache.keys, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
-        b_v = load_keys(cache.values, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
+        b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+        b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
         o_key = o_j[None, :]
         b_z = scores(dot(b_q, tl.trans(b_k)), o_i, o_key, terms, head, sequence)
         m_seen = (o_key < length) & (o_key <= o_i + sequence.diagonal)
@@ -185,7 +192,7 @@ def ranges_kernel(
 
     o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
     o_value = tl.arange(0, BLOCK_V)[None, :]
-    p_value = partials.values + o_partial[:, None] * VALUE_DIM + o_value
+    p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
     tl.store(p_value, b_acc, mask=m_row[:, None] & (o_value < VALUE_DIM))
     if not SIGMOID:
         tl.store(partials.sums + o_partial, b_sum, mask=m_row)
@@ -195,7 +202,8 @@ def ranges_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partials,
-    cache,
+    seqlens,
+    capacity,
     out,
     lse,
     sink,
@@ -211,28 +219,28 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Rows o_x of most = B Hk rows."""
-    o_x = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call."""
+    o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_x = o_x < most
     rows = group * seqlen_q
     o_x = tl.where(m_x, o_x, 0)
     o_i = o_x % rows // group
     o_h = o_x // rows % (heads // group) * group + o_x % group
-    o_b = o_x // rows // (heads // group)
+    o_b = (o_x // rows // (heads // group)).to(tl.int64)
     o_value = tl.arange(0, BLOCK_V)[None, :]
     m_value = m_x[:, None] & (o_value < VALUE_DIM)
 
     b_top = tl.full([BLOCK_R], -INF, tl.float32)
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    head = head_of(terms, o_b, o_h, length_of(cache, o_b), SIGMOID)
+    head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), SIGMOID)
     if not SIGMOID:
         for i in range(splits):
             b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
     b_pivot = tl.where(b_top == -INF, 0.0, b_top)
     for i in range(splits):
         o_partial = tl.cast(i, tl.int64) * most + o_x
-        p_value = partials.values + o_partial[:, None] * VALUE_DIM + o_value
+        p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
         b_value = tl.load(p_value, mask=m_value, other=0.0)
         if SIGMOID:
             b_out += b_value
@@ -249,7 +257,7 @@ def merge_kernel(
         b_factor, b_lse = normaliser(b_top, b_sum, sink, o_h, head)
         b_out *= b_factor[:, None]
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
-    p_out = out.data + o_b * out.batch + o_i * out.seq + o_h * out.head
+    p_out = out.data + o_b * out.batch + o_i.to(tl.int64) * out.seq + o_h * out.head
     tl.store(p_out[:, None] + o_value, rounded(b_out, out.data.dtype.element_ty), mask=m_value)
 
 
@@ -317,15 +325,6 @@ def attention_decode(
             for last in ((value_dim,), (), ())
         )
     )
-    cache = Cache(
-        rows_of(k_cache),
-        rows_of(v_cache),
-        seqlens_k,
-        block_table,
-        0 if block_table is None else block_table.stride(0),
-        k_cache.shape[0],
-        capacity,
-    )
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes
     )
@@ -334,7 +333,13 @@ def attention_decode(
         batch * kv_heads * row_blocks * splits,
         q,
         rows_of(q),
-        cache,
+        rows_of(k_cache),
+        rows_of(v_cache),
+        seqlens_k,
+        block_table,
+        0 if block_table is None else block_table.stride(0),
+        k_cache.shape[0],
+        capacity,
         partials,
         terms,
         window_of(window_left, 0),
@@ -364,7 +369,8 @@ def attention_decode(
         triton.cdiv(most, block_r),
         q,
         partials,
-        cache,
+        seqlens_k,
+        capacity,
         rows_of(out),
         lse,
         sink,

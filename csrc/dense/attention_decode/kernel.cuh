@@ -51,7 +51,7 @@ class DecodeBlock {
   __device__ __forceinline__ void run(const Segment& s) {
     s_ = s;
     warp_.start(plan_, s, static_cast<int>(d_.cache.length(s.b)));
-    load_queries();
+    if (s.begin < s.end) load_queries();
     bool first = true;
     for (int begin = s.begin; first || begin < s.end; begin += Shape::kChunkKeys, first = false) {
       const int end = s.end - begin < Shape::kChunkKeys ? s.end : begin + Shape::kChunkKeys;
@@ -111,10 +111,7 @@ class DecodeBlock {
 
   // Keys begin .. end - 1 past the queries, which `fresh` ones must be waited for.
   __device__ __forceinline__ void stream(int begin, int end, bool fresh) {
-    if (begin >= end) {
-      wait_for_copies<0>();
-      return;
-    }
+    if (begin >= end) return;
     const int thread = threadIdx.x, own = thread % Shape::kTileKeys;
     if (thread < 2 * Shape::kTileKeys) slots_[thread] = slot(begin + thread, end);
     __syncthreads();
