@@ -55,7 +55,6 @@ TOKENMILL_LIBRARY(m) {
       "str order, SymInt force_first, SymInt force_last, Tensor? page_table, SymInt page_size, "
       "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
       "Tensor values, Tensor physical)");
-  // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "attention_column_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, "
       "str reduce, SymInt? window_queries, str head_reduce, Tensor? lengths, "
@@ -67,6 +66,7 @@ TOKENMILL_LIBRARY(m) {
       "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, "
       "Tensor? lengths, Tensor? block_table, Tensor? rotations, bool interleaved, "
       "bool compensation) -> (Tensor lengths_now, Tensor k_sum, Tensor v_sum, Tensor dropped)");
+  // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "block_pool_keys(Tensor k, SymInt block, str pooling, Tensor? lengths, "
       "Tensor? block_table) -> Tensor");
