@@ -263,8 +263,9 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
 
 // One block per row.
 template <typename T>
-__global__ __launch_bounds__(kTopkThreads, 1) void topk_row_kernel(
-    const __grid_constant__ TopkParams p, const __grid_constant__ TopkMemory memory) {
+__global__ void __launch_bounds__(kTopkThreads, 1)
+    topk_row_kernel(const __grid_constant__ TopkParams p,
+                    const __grid_constant__ TopkMemory memory) {
   constexpr int kVector = TopkRow<T>::kVector;
   __shared__ TopkShared shared;
   __shared__ uint32_t candidate_keys[kCandidates];
