@@ -12,57 +12,44 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import INTERPRETED, Rows, launch, rounded
+from .column_scores import clamped
 
 TURN = tl.constexpr(6.283185307179586)
 
 
+# By which no kernel is specialised: a new length compiles nothing.
+SIZES = [
+    "keep_batch", "keep_head", "counts_batch", "counts_head", "entries", "table_stride",
+    "page_count", "page_size", "capacity", "heads", "pairs",
+]  # fmt: skip
+
+
 class Lists(NamedTuple):
-    """What is kept, [B, Hk or 1, entries] and [B, Hk or 1]."""
+    """What is kept of one head of one request."""
 
-    keep: Tensor
-    keep_batch: int
-    keep_head: int
-    counts: Tensor
-    counts_batch: int
-    counts_head: int
-    entries: int
-    heads: int
-
-
-class Pages(NamedTuple):
-    """Where tokens lie; table None: request b has page b alone."""
-
-    lengths: Tensor | None
-    table: Tensor | None
-    table_stride: int
-    pages: int
-    page_size: int
-    capacity: int
+    keep: Any
+    count: Any
 
 
 @triton.jit
-def count_of(lists, i_b, i_h):
-    count = tl.load(lists.counts + i_b * lists.counts_batch + i_h * lists.counts_head)
-    return tl.minimum(tl.maximum(count, 0), lists.entries)
+def list_of(keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h):
+    count = tl.load(counts + i_b * counts_batch + i_h * counts_head)
+    count = tl.minimum(tl.maximum(count, 0), entries)
+    return Lists(keep + i_b * keep_batch + i_h * keep_head, count)
 
 
 @triton.jit
-def length_of(pages, i_b):
-    length = pages.capacity
-    if pages.lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(pages.lengths + i_b), 0), length)
-    return length
-
-
-@triton.jit
-def offset_of(rows, pages, i_b, o_t, m_t):
-    """Of tokens in elements, of head 0, and where there is a page."""
-    if pages.table is None:
-        return i_b * rows.batch + o_t.to(tl.int64) * rows.seq, m_t
-    p_page = pages.table + i_b * pages.table_stride + o_t // pages.page_size
-    o_page = tl.load(p_page, mask=m_t, other=-1).to(tl.int64)
-    o_row = (o_t % pages.page_size).to(tl.int64)
-    return o_page * rows.batch + o_row * rows.seq, m_t & (o_page >= 0) & (o_page < pages.pages)
+def offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t):
+    """Of tokens in elements, of head 0, and where there is a page. table None: request b has page b
+    alone."""
+    o_page = i_b
+    o_row = o_t.to(tl.int64)
+    if table is not None:
+        p_page = table + i_b * table_stride + o_t // page_size
+        o_page = tl.load(p_page, mask=m_t, other=-1).to(tl.int64)
+        o_row = o_row % page_size
+        m_t = m_t & (o_page >= 0) & (o_page < page_count)
+    return o_page * rows.batch + o_row * rows.seq, m_t
 
 
 @triton.jit
@@ -88,11 +75,23 @@ def turned(b_x, b_other, b_sign, b_delta, turns, rest, o_pair, m_pair):
     return b_x * tl.cos(b_angle) + b_sign[None, :] * b_other * tl.sin(b_angle)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=SIZES)
 def move_kernel(
     rows,
-    lists,
-    pages,
+    keep,
+    counts,
+    keep_batch,
+    keep_head,
+    counts_batch,
+    counts_head,
+    entries,
+    lengths,
+    table,
+    table_stride,
+    page_count,
+    page_size,
+    capacity,
+    heads,
     turns,
     rest,
     pairs,
@@ -101,19 +100,22 @@ def move_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    i_h = (tl.program_id(0) % lists.heads).to(tl.int64)
-    i_b = (tl.program_id(0) // lists.heads).to(tl.int64)
-    count = count_of(lists, i_b, i_h)
-    length = length_of(pages, i_b)
-    p_keep = lists.keep + i_b * lists.keep_batch + i_h * lists.keep_head
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
+    i_b = (tl.program_id(0) // heads).to(tl.int64)
+    lists = list_of(
+        keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h
+    )
+    length = clamped(lengths, i_b, capacity)
     p_head = rows.data + i_h * rows.head
     o_d = tl.arange(0, BLOCK_D)
-    for first in range(0, count, BLOCK_T):
+    for first in range(0, lists.count, BLOCK_T):
         o_to = first + tl.arange(0, BLOCK_T)
-        o_from = tl.load(p_keep + o_to, mask=o_to < count, other=0)
-        m_t = (o_to < count) & (o_from > o_to) & (o_from < length)
-        o_source, m_t = offset_of(rows, pages, i_b, o_from, m_t)
-        o_target, m_t = offset_of(rows, pages, i_b, o_to, m_t)
+        o_from = tl.load(lists.keep + o_to, mask=o_to < lists.count, other=0)
+        m_t = (o_to < lists.count) & (o_from > o_to) & (o_from < length)
+        o_source, m_t = offset_of(
+            rows, table, table_stride, page_count, page_size, i_b, o_from, m_t
+        )
+        o_target, m_t = offset_of(rows, table, table_stride, page_count, page_size, i_b, o_to, m_t)
         m_x = m_t[:, None] & (o_d < DIM)[None, :]
         b_x = tl.load(p_head + o_source[:, None] + o_d[None, :], mask=m_x, other=0.0)
         if turns is not None:
@@ -135,11 +137,23 @@ def move_kernel(
         tl.store(p_head + o_target[:, None] + o_d[None, :], b_x, mask=m_x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_kernel(
     rows,
-    lists,
-    pages,
+    keep,
+    counts,
+    keep_batch,
+    keep_head,
+    counts_batch,
+    counts_head,
+    entries,
+    lengths,
+    table,
+    table_stride,
+    page_count,
+    page_size,
+    capacity,
+    heads,
     sums,
     dropped,
     DIM: tl.constexpr,
@@ -147,11 +161,12 @@ def sum_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sums over the tokens that no list names."""
-    i_h = (tl.program_id(0) % lists.heads).to(tl.int64)
-    i_b = (tl.program_id(0) // lists.heads).to(tl.int64)
-    count = count_of(lists, i_b, i_h)
-    length = length_of(pages, i_b)
-    p_keep = lists.keep + i_b * lists.keep_batch + i_h * lists.keep_head
+    i_h = (tl.program_id(0) % heads).to(tl.int64)
+    i_b = (tl.program_id(0) // heads).to(tl.int64)
+    lists = list_of(
+        keep, counts, keep_batch, keep_head, counts_batch, counts_head, entries, i_b, i_h
+    )
+    length = clamped(lengths, i_b, capacity)
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     number = 0
@@ -159,21 +174,21 @@ def sum_kernel(
         o_t = first + tl.arange(0, BLOCK_T)
         # How many entries are below, by halving: the entry there names the token, or none does.
         o_low = tl.zeros([BLOCK_T], tl.int32)
-        o_high = o_low + count
-        for _ in range(0, 31):
+        o_high = o_low + lists.count
+        for _ in range(31):
             o_middle = (o_low + o_high) // 2
-            b_slot = tl.load(p_keep + o_middle, mask=o_middle < count, other=2147483647)
+            b_slot = tl.load(lists.keep + o_middle, mask=o_middle < lists.count, other=2147483647)
             m_below = (b_slot < o_t) & (o_low < o_high)
             o_high = tl.where((o_low < o_high) & (b_slot >= o_t), o_middle, o_high)
             o_low = tl.where(m_below, o_middle + 1, o_low)
-        b_slot = tl.load(p_keep + o_low, mask=o_low < count, other=-1)
+        b_slot = tl.load(lists.keep + o_low, mask=o_low < lists.count, other=-1)
         m_t = (o_t < length) & (b_slot != o_t)
         number += tl.sum(m_t.to(tl.int32), 0)
-        o_source, m_t = offset_of(rows, pages, i_b, o_t, m_t)
+        o_source, m_t = offset_of(rows, table, table_stride, page_count, page_size, i_b, o_t, m_t)
         p_x = rows.data + i_h * rows.head + o_source[:, None] + o_d[None, :]
         b_x = tl.load(p_x, mask=m_t[:, None] & (o_d < DIM)[None, :], other=0.0)
         b_sum += tl.sum(b_x.to(tl.float32), 0)
-    i_row = i_b * lists.heads + i_h
+    i_row = i_b * heads + i_h
     tl.store(sums + i_row * DIM + o_d, b_sum, mask=o_d < DIM)
     if dropped is not None:
         tl.store(dropped + i_row, number)
@@ -199,13 +214,12 @@ def kv_cache_compact(
 
     k_sum, v_sum = (sums(batch, heads, c.shape[3]) for c in (k_cache, v_cache))
     dropped = sums(batch, heads, dtype=torch.int32)
-    lists = Lists(
-        keep, keep.stride(0), keep.stride(1) if per_head else 0, counts, counts.stride(0),
-        counts.stride(1) if per_head else 0, entries, heads,
-    )  # fmt: skip
-    pages = Pages(
-        lengths, block_table, block_table.stride(0) if block_table is not None else 0,
-        k_cache.shape[0], size, block_table.shape[1] * size if block_table is not None else size,
+    table_stride = block_table.stride(0) if block_table is not None else 0
+    capacity = block_table.shape[1] * size if block_table is not None else size
+    places = (
+        keep, counts, keep.stride(0), keep.stride(1) if per_head else 0, counts.stride(0),
+        counts.stride(1) if per_head else 0, entries, lengths, block_table, table_stride,
+        k_cache.shape[0], size, capacity, heads,
     )  # fmt: skip
     for cache, total, number in ((k_cache, k_sum, dropped), (v_cache, v_sum, None)):
         turns: tuple[Any, ...] = (None, None, 0)
@@ -221,10 +235,10 @@ def kv_cache_compact(
             "num_stages": 1,
         }
         if compensation:
-            launch(sum_kernel, batch * heads, cache, rows, lists, pages, total, number, **options)
+            launch(sum_kernel, batch * heads, cache, rows, *places, total, number, **options)
         if entries > 0:
             launch(
-                move_kernel, batch * heads, cache, rows, lists, pages, *turns,
+                move_kernel, batch * heads, cache, rows, *places, *turns,
                 INTERLEAVED=interleaved, **options,
             )  # fmt: skip
     return counts.clamp(0, entries), k_sum, v_sum, dropped

@@ -33,13 +33,7 @@ class Requests(NamedTuple):
 
     lengths: Tensor | None
     query_lengths: Tensor | None
-    window: int  # of the queries, those that count
     causal: int
-
-
-class Noise(NamedTuple):
-    seed: int
-    inverse_tau: float
 
 
 class Request(NamedTuple):
@@ -60,10 +54,10 @@ def clamped(lengths, i_b, longest):
 
 
 @triton.jit
-def request_of(requests, tokens_q, tokens_k, i_b):
+def request_of(requests, window, tokens_q, tokens_k, i_b):
     rows = clamped(requests.query_lengths, i_b, tokens_q)
     columns = clamped(requests.lengths, i_b, tokens_k)
-    return Request(tl.maximum(rows - requests.window, 0), rows, columns, columns - rows)
+    return Request(tl.maximum(rows - window, 0), rows, columns, columns - rows)
 
 
 @triton.jit
@@ -95,26 +89,28 @@ def gumbel_bits(seed, i_b, i_h, o_position, o_j):
 
 
 @triton.jit
-def exponents(b_qk, o_i, o_j, request, requests, factor, noise, i_b, i_h):
+def exponents(b_qk, o_i, o_j, request, requests, factor, inverse_tau, seed, i_b, i_h):
     """In bits; -inf where hidden."""
     b_t = b_qk * factor
-    if noise is not None:
-        b_t += noise.inverse_tau * gumbel_bits(noise.seed, i_b, i_h, o_i + request.diagonal, o_j)
+    if inverse_tau is not None:
+        b_t += inverse_tau * gumbel_bits(seed, i_b, i_h, o_i + request.diagonal, o_j)
     m_seen = (o_i >= request.first_row) & (o_i < request.rows) & (o_j < request.columns)
     if requests.causal:
         m_seen = m_seen & (o_j <= o_i + request.diagonal)
     return tl.where(m_seen, b_t, -INF)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "seed", "window"])
 def rows_kernel(
     q,
     k,
     pivots,
     weights,
     requests,
-    noise,
+    inverse_tau,
     factor,
+    seed,
+    window,
     tokens_q,
     tokens_k,
     heads,
@@ -126,7 +122,7 @@ def rows_kernel(
     BLOCK_D: tl.constexpr,
 ):
     i_block, i_h, i_b = program(blocks, heads)
-    request = request_of(requests, tokens_q, tokens_k, i_b)
+    request = request_of(requests, window, tokens_q, tokens_k, i_b)
     first = request.first_row + i_block * BLOCK_M
     if first >= request.rows:
         return
@@ -143,7 +139,7 @@ def rows_kernel(
         o_j = j + tl.arange(0, BLOCK_N)
         b_qk = dot(b_q, tl.trans(load_rows(keys, o_j, HEAD_DIM, BLOCK_D)))
         b_t = exponents(
-            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, noise, i_b, i_h
+            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
         b_new_top = tl.maximum(b_top, tl.max(b_t, 1))
         b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
@@ -159,7 +155,7 @@ def rows_kernel(
     )
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "seed", "window"])
 def columns_kernel(
     q,
     k,
@@ -167,8 +163,10 @@ def columns_kernel(
     weights,
     scores,
     requests,
-    noise,
+    inverse_tau,
     factor,
+    seed,
+    window,
     tokens_q,
     tokens_k,
     heads,
@@ -181,7 +179,7 @@ def columns_kernel(
     BLOCK_D: tl.constexpr,
 ):
     i_block, i_h, i_b = program(blocks, heads)
-    request = request_of(requests, tokens_q, tokens_k, i_b)
+    request = request_of(requests, window, tokens_q, tokens_k, i_b)
     first = i_block * BLOCK_N
     o_j = first + tl.arange(0, BLOCK_N)
     b_k = load_rows(slice_of(k, i_b, i_h // group, 0, request.columns), o_j, HEAD_DIM, BLOCK_D)
@@ -196,7 +194,7 @@ def columns_kernel(
         o_i = i + tl.arange(0, BLOCK_M)
         b_qk = dot(load_rows(queries, o_i, HEAD_DIM, BLOCK_D), tl.trans(b_k))
         b_t = exponents(
-            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, noise, i_b, i_h
+            b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
         o_row = (i_b * heads + i_h) * tokens_q + o_i
         b_pivot = tl.load(pivots + o_row, mask=o_i < request.rows, other=INF)
@@ -235,12 +233,13 @@ def attention_column_scores(
     group = heads // kv_heads
     window = rows if window_queries is None else min(window_queries, rows)
     scores = q.new_empty((batch, heads, columns), dtype=torch.float32)
-    noise = Noise(seed, 1.0 / gumbel_tau) if gumbel_tau > 0 else None
     tiles = _tiles(head_dim, rows, columns, q.element_size())
     shared: tuple[Any, ...] = (
-        Requests(lengths, query_lengths, window, int(causal)),
-        noise,
+        Requests(lengths, query_lengths, int(causal)),
+        1.0 / gumbel_tau if gumbel_tau > 0 else None,
         scale * LOG2E.value / (gumbel_tau if gumbel_tau > 0 else 1.0),
+        seed,
+        window,
         rows,
         columns,
         heads,
@@ -280,10 +279,11 @@ def _tiles(head_dim: int, rows: int, columns: int, element_size: int) -> dict[st
             min(max(triton.next_power_of_2(length) // 64, 32), 1024) for length in (rows, columns)
         )
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
-    side = 64 if head_dim <= 64 or (element_size == 2 and head_dim <= 128) else 32
-    return {
-        "BLOCK_M": side if element_size == 2 else 32,
-        "BLOCK_N": side,
-        "num_warps": 4 if head_dim <= 64 else 8,
-        "num_stages": 2 if head_dim <= 128 else 1,
-    }
+    if element_size == 4:
+        m, n, warps = (16, 32, 4) if head_dim <= 128 else (16, 16, 8)
+    elif head_dim <= 128:
+        m, n, warps = 64, 64, 4 if head_dim <= 64 else 8
+    else:
+        m, n, warps = 32, 32, 8
+    stages = 2 if head_dim <= 128 else 1
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

@@ -118,7 +118,7 @@ def reduce_kernel(
     o_j = skip + o_out
     m_out = o_out < wanted
     b_score = tl.zeros([BLOCK], tl.float32)
-    for row in range(0, heads * rows):
+    for row in range(heads * rows):
         i_row = i_b * heads * rows + row
         m_seen = o_j < end_of(row % rows, rows, length, CAUSAL)
         b_t = tl.load(exponents + i_row * tokens_k + o_j, mask=m_seen, other=-INF)

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "core/qkv.h"
 #include "core/stream.h"
 #include "select/attention_column_scores/params.h"
 #include "select/lengths.h"
@@ -68,8 +69,8 @@ Tensor attention_column_scores(Tensor q, Tensor k, OptTensor lse, double scale, 
                   : head_reduce == "group_mean" ? HeadReduce::group_mean
                                                 : HeadReduce::group_max;
   p.window_queries = std::min(window_queries.value_or(p.seqlen_q), p.seqlen_q);
-  p.lengths = check_lengths(kOp, "lengths", lengths, qv);
-  p.query_lengths = check_lengths(kOp, "query_lengths", query_lengths, qv);
+  p.lengths = per_request(kOp, "lengths", lengths, p.batch, kv);
+  p.query_lengths = per_request(kOp, "query_lengths", query_lengths, p.batch, kv);
   check(std::isfinite(gumbel_tau) && gumbel_tau >= 0, kOp, "gumbel_tau",
         "must be finite and not negative (0 = off)", gumbel_tau);
   check(seed >= 0, kOp, "seed", "must be 0 to 2^63 - 1", seed);

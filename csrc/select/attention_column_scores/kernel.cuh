@@ -54,7 +54,8 @@ class ScoreWarp {
   using Shape = ScoreShape<T, kBucket>;
   static constexpr int kTiles = Shape::kOwnTiles;
   // Streamed rows of a step. The noise of a step is unrolled.
-  static constexpr int kStep = kNoise ? 8 : Shape::kFloat || kBucket > 64 ? 16 : 32;
+  static constexpr bool kShort = Shape::kFloat || kBucket > 64 || kPass == ScorePass::columns;
+  static constexpr int kStep = kNoise ? 8 : kShort ? 16 : 32;
   static_assert(Shape::kTileRows % kStep == 0);
 
   __device__ ScoreWarp(const ColumnScoresParams& p, const ScorePlan& plan,

@@ -8,46 +8,44 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kKeyBlock = 512;  // of a worker; a multiple of kPanel
+constexpr int64_t kKeyBlock = 256;  // of a worker; a multiple of kWidth
 
-// Exponents, in bits, of kRows rows at q and the panel at hand.
-template <class Op, int kRows>
-__attribute__((noinline)) void row_tile(const float* q, int64_t ld, const float* panel,
-                                        int64_t words, float factor, float (*to)[kPanel],
-                                        int64_t rows) {
-  vf t[kRows][kTileVectors];
-  clear(t);
-  multiply<Op, false>(t, q, ld, panel, kPanel, words);
-  for (int64_t m = 0; m < lower(kRows, rows); ++m)
-    for (int n = 0; n < kTileVectors; ++n) store(to[m] + n * kWidth, t[m][n] * set(factor));
+// Dot products of one row and kWidth keys.
+template <class E>
+TM_INLINE vf dot_keys(const float* q, const E& e, const typename E::type* const (&keys)[kWidth],
+                      int64_t dim) {
+  vf sums[kWidth] = {};
+  for (int64_t d = 0; d < dim; d += kWidth) {
+    const vf x = load(q + d);
+    TM_UNROLL(16)
+    for (int i = 0; i < kWidth; ++i) sums[i] = fma(e.load_n(keys[i], d, dim - d), x, sums[i]);
+  }
+  transpose(sums);
+  TM_UNROLL(4)
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    TM_UNROLL(8)
+    for (int i = 0; i < step; ++i) sums[i] = sums[i] + sums[i + step];
+  }
+  return sums[0];
 }
 
-// Exponents of keys j .. of one key head, for all rows of its group.
-template <class Op>
-void find_exponents(const RowScoresParams& p, int64_t b, int64_t kv_head, int64_t j,
-                    cpu::Workspace& workspace) {
-  const int64_t group = p.heads / p.kv_heads, rows = group * p.rows;
-  const int64_t words = words_of<Op>(p.head_dim), ld = round_up(words, kWidth);
-  float* q = workspace.take(round_up(rows, kTileRows) * ld);
-  float* panel = workspace.take(words * kPanel);
-  for (int64_t g = 0; g < group; ++g)
-    pack_rows<Op>(row_of(p.q, p.dtype, b, 0, kv_head * group + g), p.dtype, p.q.seq, p.rows, p.rows,
-                  p.head_dim, 1, q + g * p.rows * ld, ld);
-  for (int64_t i = rows * ld; i < round_up(rows, kTileRows) * ld; ++i) q[i] = 0;
-  const int64_t length = p.length(b), end = lower(j + kKeyBlock, length);
-  for (; j < end; j += kPanel) {
-    const int64_t keys = lower(kPanel, end - j);
-    pack_transposed<Op>(row_of(p.k, p.dtype, b, j, kv_head), p.dtype, p.k.seq, keys, p.head_dim, 1,
-                        panel);
-    each_tile(rows, [&](int64_t r, auto tile) {
-      float t[tile][kPanel];
-      row_tile<Op, tile>(q + r * ld, ld, panel, words, p.scale * kLog2e, t, rows - r);
-      for (int64_t m = 0; m < lower(tile, rows - r); ++m) {
-        float* to = p.exponents + ((b * p.heads + kv_head * group) * p.rows + r + m) * p.seqlen_k;
-        for (int64_t c = 0; c < keys; ++c) to[j + c] = t[m][c];
+// Exponents, in bits, of keys from j on, of all heads and rows: what lies together is read
+// together. q holds the rows [H, R] as floats times the scale.
+void find_exponents(const RowScoresParams& p, int64_t b, int64_t j, const float* q, int64_t ld) {
+  const int64_t group = p.heads / p.kv_heads, length = p.length(b);
+  visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
+    using T = typename decltype(e)::type;
+    for (const int64_t end = lower(j + kKeyBlock, length); j < end; j += kWidth)
+      for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
+        const T* keys[kWidth];
+        for (int i = 0; i < kWidth; ++i)
+          keys[i] = reinterpret_cast<const T*>(
+              row_of(p.k, p.dtype, b, lower(j + i, length - 1), kv_head));
+        for (int64_t r = kv_head * group * p.rows; r < (kv_head + 1) * group * p.rows; ++r)
+          store_from_float_n(p.exponents + (b * p.heads * p.rows + r) * p.seqlen_k, DType::float32,
+                             j, dot_keys(q + r * ld, e, keys, p.head_dim), end - j);
       }
-    });
-  }
+  });
 }
 
 // Replaces the exponents of a row by weights P.
@@ -100,12 +98,12 @@ void reduce_rows(const RowScoresParams& p, int64_t b, int64_t first) {
         score = p.reduce == RowReduce::max ? max_of(score, w) : score + w;
     }
     if (p.reduce == RowReduce::none) continue;
-    if (p.reduce == RowReduce::mean) score = score * set(1 / static_cast<float>(rows));
+    if (p.reduce == RowReduce::mean) score = score * set(1.f / static_cast<float>(rows));
     store_from_float_n(p.out + b * wanted, DType::float32, j, score, there);
   }
 }
 
-template <class Op, bool kCoarse>
+template <bool kCoarse>
 void row_scores(const RowScoresParams& p) {
   const double work = static_cast<double>(p.batch * p.heads * p.rows) *
                       static_cast<double>(p.seqlen_k * p.head_dim);
@@ -117,12 +115,15 @@ void row_scores(const RowScoresParams& p) {
       for (int64_t item; (item = counter.next()) >= 0;) run(item);
     });
   };
-  const int64_t ld = round_up(words_of<Op>(p.head_dim), kWidth);
-  const int64_t floats = round_up(rows / p.kv_heads, kTileRows) * ld + ld * kPanel + 2 * 16;
-  each(p.batch * p.kv_heads * blocks, [&](int64_t item) {
-    cpu::Workspace workspace(floats);
-    find_exponents<Op>(p, item / blocks / p.kv_heads, item / blocks % p.kv_heads,
-                       item % blocks * kKeyBlock, workspace);
+  const int64_t ld = round_up(p.head_dim, kWidth);
+  cpu::Workspace workspace(p.batch * rows * ld);
+  float* q = workspace.take(p.batch * rows * ld);
+  for (int64_t bh = 0; bh < p.batch * p.heads; ++bh)
+    pack_rows<Float32>(row_of(p.q, p.dtype, bh / p.heads, 0, bh % p.heads), p.dtype, p.q.seq,
+                       p.rows, p.rows, p.head_dim, p.scale * kLog2e, q + bh * p.rows * ld, ld);
+  each(p.batch * blocks, [&](int64_t item) {
+    const int64_t b = item / blocks;
+    find_exponents(p, b, item % blocks * kKeyBlock, q + b * rows * ld, ld);
   });
   each(p.batch * rows, [&](int64_t item) {
     finish_row<kCoarse>(p, item / rows, item % rows / p.rows, item % p.rows);
@@ -134,10 +135,7 @@ void row_scores(const RowScoresParams& p) {
 }  // namespace
 
 void attention_row_scores(const RowScoresParams& p) {
-#if defined(__AVX512BF16__)
-  if (p.dtype == DType::bfloat16) return row_scores<BFloat16, true>(p);
-#endif
-  p.dtype == DType::float32 ? row_scores<Float32, false>(p) : row_scores<Float32, true>(p);
+  p.dtype == DType::float32 ? row_scores<false>(p) : row_scores<true>(p);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

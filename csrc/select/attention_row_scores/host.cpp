@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "core/qkv.h"
 #include "core/stream.h"
 #include "select/attention_row_scores/params.h"
 #include "select/lengths.h"
@@ -64,7 +65,7 @@ Tensor attention_row_scores(Tensor q, Tensor k, OptTensor lse, double scale, boo
              : reduce == "mean" ? RowReduce::mean
                                 : RowReduce::max;
   p.skip = skip;
-  p.lengths = check_lengths(kOp, "lengths", lengths, qv);
+  p.lengths = per_request(kOp, "lengths", lengths, p.batch, kv);
   if (!qv.is_cuda) check_length_values(kOp, "lengths", p.lengths, p.batch, p.seqlen_k);
   const std::vector<int64_t> sizes =
       p.reduce == RowReduce::none

@@ -28,6 +28,12 @@ __device__ __forceinline__ float transposed_sum(float (&x)[kRowsAtOnce], int lan
   return x[0];
 }
 
+// Where 4 columns of a row of queries lie: those that lanes read at once are neighbours.
+template <int kBucket, int kCount>
+__device__ __forceinline__ int query_slot(int column) {
+  return (column % kCount / 4 * (kBucket / kCount) + column / kCount) * 4;
+}
+
 // A block owns keys of one head, and takes the rows of its group 8 at a time.
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(kRowThreads)
@@ -50,7 +56,8 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int i = threadIdx.x; i < count * kBucket; i += kRowThreads) {
       const int row = row0 + i / kBucket, column = i % kBucket;
       const T* q = rows_at<T>(p.q, b, row % p.rows, kv_head * group + row / p.rows);
-      queries[i / kBucket][column] = column < dim ? static_cast<float>(q[column]) : 0.f;
+      queries[i / kBucket][query_slot<kBucket, kCount>(column) + column % 4] =
+          column < dim ? static_cast<float>(q[column]) : 0.f;
     }
     __syncthreads();
 #pragma unroll 1
@@ -73,7 +80,8 @@ __global__ void __launch_bounds__(kRowThreads)
           if (r < count) {
 #pragma unroll
             for (int e = 0; e < kCount; e += 4) {
-              const float4 q = *reinterpret_cast<const float4*>(&queries[r][column + e]);
+              const float4 q = *reinterpret_cast<const float4*>(
+                  &queries[r][query_slot<kBucket, kCount>(column + e)]);
               sums[r] = fmaf(q.x, x[e], sums[r]);
               sums[r] = fmaf(q.y, x[e + 1], sums[r]);
               sums[r] = fmaf(q.z, x[e + 2], sums[r]);

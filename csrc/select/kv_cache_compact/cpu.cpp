@@ -31,11 +31,10 @@ TM_INLINE vf sine_of_turns(vf x) {
 // Of pairs i .. i + kWidth - 1 after a step of `delta` slots. Whole revolutions are taken off what
 // two floats hold, so that far steps keep their digits.
 TM_INLINE Angle angle_of(const CompactParams& p, int64_t i, float delta) {
-  const vf step = set(delta);
   const vf turns = load_as_float_n(p.turns, DType::float32, i, p.pairs - i);
   const vf rest = load_as_float_n(p.turns_rest, DType::float32, i, p.pairs - i);
 #if defined(__FMA__)
-  const vf product = step * turns;
+  const vf step = set(delta), product = step * turns;
   const vf low = fma(step, turns, zero() - product) + step * rest;
 #else  // no fused product to take the error of a product from
   vf product, low;

@@ -2,6 +2,7 @@
 
 #include "core/qkv.h"
 #include "core/stream.h"
+#include "select/checks.h"
 #include "select/kv_cache_compact/params.h"
 
 namespace tokenmill {
@@ -9,16 +10,10 @@ namespace {
 
 constexpr const char* kOp = "kv_cache_compact";
 
-void check_device(const char* name, const View& t, const View& k) {
-  if (!same_device(t, k))
-    fail(kOp, name, Rule("must be on the device of k_cache, ", show_device(k).c_str()).text(),
-         show_device(t));
-}
-
 void check_ints(const char* name, const View& t, const View& k) {
   check(t.dtype == ScalarType::Int, kOp, name, "must be int32", t.dtype);
-  check_last_contiguous(kOp, name, t);
-  check_device(name, t, k);
+  check_contiguous_rows(kOp, name, t);
+  check_device_of(kOp, name, t, "k_cache", k);
 }
 
 void check_values(const CompactParams& p) {
@@ -73,9 +68,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
   check(is_kernel_dtype(k.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32", k.dtype);
   check(v.dtype == k.dtype, kOp, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
         v.dtype);
-  check_device("v_cache", v, k);
+  check_device_of(kOp, "v_cache", v, "k_cache", k);
   for (auto [name, t] : caches) {
-    check_last_contiguous(kOp, name, *t);
+    check_contiguous_rows(kOp, name, *t);
     check(t->size(3) >= 1 && t->size(3) <= kMaxHeadDim, kOp, name,
           Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(3));
   }
@@ -121,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
     check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= k.size(3), kOp,
           "rerotate", Rule("must have 1 to ", k.size(3) / 2, " frequencies"), t.sizes);
     check(t.dtype == ScalarType::Float, kOp, "rerotate", "must be float32", t.dtype);
-    check_last_contiguous(kOp, "rerotate", t);
-    check_device("rerotate", t, k);
+    check_contiguous_rows(kOp, "rerotate", t);
+    check_device_of(kOp, "rerotate", t, "k_cache", k);
     p.turns = t.data<float>();
     p.turns_rest = p.turns + t.step(0);
     p.pairs = t.size(1);

@@ -223,7 +223,7 @@ def kv_cache_compact(
     if not compensation:
         empty = k_cache.new_empty(0, dtype=wide)
         return counts.clone(), empty, empty.clone(), empty.int()
-    return counts.clone(), *sums, dropped
+    return counts.clone(), sums[0], sums[1], dropped
 
 
 def _turn(

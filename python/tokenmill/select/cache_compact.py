@@ -23,6 +23,7 @@ from ..library import TorchOp, register
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
 from .cache_compact_cases import MALFORMED, SAMPLES
+from .rules import check_device_of
 
 OP = "kv_cache_compact"
 
@@ -162,7 +163,7 @@ def _check(
     if v_cache.dtype != k_cache.dtype:
         rule = f"must have the dtype of k_cache, {show(k_cache.dtype)}"
         fail(OP, "v_cache", rule, v_cache.dtype)
-    _check_device("v_cache", v_cache, k_cache)
+    check_device_of(OP, "v_cache", v_cache, "k_cache", k_cache)
     for name, t in caches:
         check_last_contiguous(OP, name, t)
         rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
@@ -199,18 +200,13 @@ def _check(
         wide = torch.promote_types(k_cache.dtype, torch.float32)
         check(rotations.dtype == wide, OP, "rerotate", "must be float32", rotations.dtype)
         check_last_contiguous(OP, "rerotate", rotations)
-        _check_device("rerotate", rotations, k_cache)
+        check_device_of(OP, "rerotate", rotations, "k_cache", k_cache)
 
 
 def _check_ints(name: str, t: Tensor, k_cache: Tensor) -> None:
     check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
     check_last_contiguous(OP, name, t)
-    _check_device(name, t, k_cache)
-
-
-def _check_device(name: str, t: Tensor, k_cache: Tensor) -> None:
-    if t.device != k_cache.device:
-        fail(OP, name, f"must be on the device of k_cache, {show(k_cache.device)}", t.device)
+    check_device_of(OP, name, t, "k_cache", k_cache)
 
 
 def _check_values(
@@ -231,7 +227,7 @@ def _check_values(
         rule = f"must be 0 to what the cache holds of a request, {capacity}"
         check(0 <= n <= capacity, OP, "lengths", rule, n)
     for b in range(batch):
-        lists = keep[b].reshape(-1, entries).tolist() if keep.dim() == 3 else [keep[b].tolist()]
+        lists = keep[b].tolist() if keep.dim() == 3 else [keep[b].tolist()]
         for kept, count in zip(lists, counts[b].reshape(-1).tolist(), strict=True):
             rule = f"must be 0 to the entries of keep, {entries}"
             check(0 <= count <= entries, OP, "counts", rule, count)

@@ -34,7 +34,7 @@ def _sample(
             n = int(count.flatten()[at])
             length = capacity if lengths is None else lengths[at * b // count.numel()]
             chosen = torch.randperm(length, generator=g)[:n].sort()[0]
-            keep.view(-1, entries)[at, :n] = chosen.int()
+            keep.view(count.numel(), entries)[at, :n] = chosen.int()
         given = dict(options)
         if lengths is not None:
             given["lengths"] = torch.tensor(lengths, dtype=torch.int32)
@@ -72,6 +72,11 @@ SAMPLES = (
 
 def _ints(*values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def _pages_of_heads(args: list[Any], kwargs: dict[str, Any]) -> None:
+    args[2:] = [t[:, None].repeat_interleave(2, 1) for t in args[2:]]
+    kwargs.update(block_table=_ints([0], [1]))
 
 
 # Edits of the first sample: caches [2, 40, 2, 32], keep [2, 20], counts [20, 7].
@@ -123,10 +128,7 @@ MALFORMED = (
     Malformed(
         "pages of heads",
         "keep: per head goes with a dense cache alone; got [2, 2, 20]",
-        lambda a, k: (
-            a.__setitem__(slice(2, 4), [t[:, None].repeat_interleave(2, 1) for t in a[2:]]),
-            k.update(block_table=_ints([0], [1])),
-        ),
+        _pages_of_heads,
     ),
     Malformed(
         "shape of lengths",

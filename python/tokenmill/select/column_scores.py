@@ -23,6 +23,7 @@ from ..linear.linear_attention import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
 from .column_scores_cases import MALFORMED, SAMPLES
+from .rules import check_per_request, check_whole
 
 OP = "attention_column_scores"
 REDUCTIONS = ("sum", "mean", "visible_mean")
@@ -128,14 +129,14 @@ def lower(
     for name, text in (("reduce", reduce), ("head_reduce", head_reduce)):
         check(isinstance(text, str), OP, name, "must be a string", text)
     if window_queries is not None:
-        check(is_int(window_queries), OP, "window_queries", "must be an integer", window_queries)
+        check_whole(OP, "window_queries", window_queries)
     tau = 0.0
     if gumbel_tau is not None:
         number = isinstance(gumbel_tau, int | float) and not isinstance(gumbel_tau, bool)
         rule = "must be positive and finite"
         check(number and 0 < gumbel_tau < math.inf, OP, "gumbel_tau", rule, gumbel_tau)
         tau = float(gumbel_tau)
-        check(is_int(seed), OP, "seed", "must be an integer with gumbel_tau", seed)
+        check_whole(OP, "seed", seed)
     elif seed is not None:
         fail(OP, "seed", "goes with gumbel_tau alone", seed)
     return (
@@ -143,10 +144,6 @@ def lower(
         scale_or_default(OP, scale, q), causal, reduce, window_queries, head_reduce, lengths,
         query_lengths, tau, 0 if seed is None else seed,
     )  # fmt: skip
-
-
-def is_int(x: Any) -> bool:
-    return isinstance(x, int | torch.SymInt) and not isinstance(x, bool)
 
 
 def _check(
@@ -183,21 +180,10 @@ def _check(
     rule = "must be 'none', 'group_mean' or 'group_max'"
     check(head_reduce in HEAD_REDUCTIONS, OP, "head_reduce", rule, head_reduce)
     for name, t in (("lengths", lengths), ("query_lengths", query_lengths)):
-        check_lengths(OP, name, t, q)
+        check_per_request(OP, name, t, q.shape[0], k)
     finite = math.isfinite(gumbel_tau) and gumbel_tau >= 0
     check(finite, OP, "gumbel_tau", "must be finite and not negative (0 = off)", gumbel_tau)
     check(0 <= seed < 2**63, OP, "seed", "must be 0 to 2^63 - 1", seed)
-
-
-def check_lengths(op: str, name: str, t: Tensor | None, q: Tensor) -> None:
-    """int32 [B]"""
-    if t is None:
-        return
-    if list(t.shape) != [q.shape[0]]:
-        fail(op, name, f"must have shape [{q.shape[0]}]", t.shape)
-    check(t.dtype == torch.int32, op, name, "must be int32", t.dtype)
-    check_last_contiguous(op, name, t)
-    check_device_of_q(op, name, t, q)
 
 
 def check_length_values(op: str, name: str, t: Tensor | None, longest: int) -> None:

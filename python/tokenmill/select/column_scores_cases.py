@@ -91,6 +91,11 @@ def _ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def _negative_seed(args: list[Any], kwargs: dict[str, Any]) -> None:
+    args.pop()
+    kwargs.update(gumbel_tau=1.0, seed=-1)
+
+
 # Edits of the first sample: q [2, 70, 4, 32], k [2, 70, 2, 32], lse [2, 4, 70].
 MALFORMED = (
     Malformed(
@@ -125,7 +130,7 @@ MALFORMED = (
     ),
     Malformed(
         "no seed",
-        "seed: must be an integer with gumbel_tau; got None",
+        "seed: must be an integer; got None",
         lambda a, k: k.update(gumbel_tau=1.0),
     ),
     Malformed(
@@ -134,7 +139,7 @@ MALFORMED = (
     Malformed(
         "negative seed",
         "seed: must be 0 to 2^63 - 1; got -1",
-        lambda a, k: (a.pop(), k.update(gumbel_tau=1.0, seed=-1)),
+        _negative_seed,
     ),
     Malformed("scale", "scale: must be finite; got inf", lambda a, k: k.update(scale=float("inf"))),
     Malformed(

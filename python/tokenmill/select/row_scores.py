@@ -15,7 +15,8 @@ from ..library import TorchOp, register
 from ..linear.linear_attention import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from .column_scores import check_length_values, check_lengths, is_int
+from .column_scores import check_length_values
+from .rules import check_per_request, check_whole
 
 OP = "attention_row_scores"
 REDUCTIONS = ("none", "sum", "mean", "max")
@@ -100,7 +101,7 @@ def lower(
         check_tensor(OP, name, t, optional=True)
     check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
     check(isinstance(reduce, str), OP, "reduce", "must be a string", reduce)
-    check(is_int(skip), OP, "skip", "must be an integer", skip)
+    check_whole(OP, "skip", skip)
     return (
         q_rows.detach(), k.detach(), None if lse is None else widen(lse, q_rows).detach(),
         scale_or_default(OP, scale, q_rows), causal, reduce, skip, lengths,
@@ -133,7 +134,7 @@ def _check(
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if not 0 <= skip <= k.shape[1]:
         fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
-    check_lengths(OP, "lengths", lengths, q)
+    check_per_request(OP, "lengths", lengths, q.shape[0], k)
 
 
 def _check_values(q: Tensor, k: Tensor, *lowered: Any) -> None:

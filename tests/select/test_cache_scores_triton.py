@@ -1,0 +1,88 @@
+"""The Triton kernels that score and compact a cache, compiled for GPUs: they fit, and no length
+compiles anew."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KERNELS = {
+    "rows_kernel", "columns_kernel", "exponents_kernel", "weights_kernel", "reduce_kernel",
+    "sum_kernel", "move_kernel",
+}  # fmt: skip
+
+
+def columns(dtype, d, noise=False, rows=500, keys=700):
+    from tokenmill.triton_kernels.select.column_scores import attention_column_scores
+
+    q, k = torch.zeros(2, rows, 4, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
+    lengths = torch.zeros(2, dtype=torch.int32) if noise else None
+    return lambda: attention_column_scores(
+        q, k, None, 0.1, True, "visible_mean" if noise else "sum", None, "none", lengths, lengths,
+        1.5 if noise else 0.0, rows,
+    )  # fmt: skip
+
+
+def rows(dtype, d, keys=700, skip=1, count=1):
+    from tokenmill.triton_kernels.select.row_scores import attention_row_scores
+
+    q, k = torch.zeros(2, count, 8, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
+    return lambda: attention_row_scores(q, k, None, 0.1, True, "mean", skip, None)
+
+
+def compact(dtype, d, length=700, entries=300):
+    from tokenmill.triton_kernels.select.cache_compact import kv_cache_compact
+
+    k = torch.zeros(2, length, 2, d, dtype=dtype)
+    keep, counts = torch.zeros(2, entries, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    turns = torch.zeros(2, d // 2)
+    return lambda: kv_cache_compact(k, k, keep, counts, counts, None, turns, False, True)
+
+
+def main(capability):
+    """Prints what ptxas made of each kernel."""
+    found = []
+    for name, dtype in DTYPES.items():
+        calls = [columns(dtype, d) for d in (64, 128, 256)] + [columns(dtype, 64, True)]
+        calls += [make(dtype, d) for make in (rows, compact) for d in (64, 256)]
+        for call in calls:
+            for kernel, code in compiled(int(capability), call):
+                found.append({"case": name, **resources(kernel, code)})
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_kernels_fit(capability, tmp_path):
+    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
+    assert {p["kernel"] for p in found} == KERNELS
+    for program in found:
+        assert_fits(program, capability)
+        assert all(OPERANDS[program["case"]] in p for p in program["products"])
+
+
+def test_no_length_compiles_anew(tmp_path):
+    code = """
+import torch
+from test_cache_scores_triton import columns, compact, compiled, rows
+
+half = torch.float16
+for calls in (
+    [columns(half, 64, True, *n) for n in ((500, 700), (16, 4096), (1001, 77))],
+    [rows(half, 64, *n) for n in ((700, 1, 1), (4096, 16, 16), (77, 3, 7))],
+    [compact(half, 64, *n) for n in ((700, 300), (4096, 16), (77, 1))],
+):
+    first, *others = [[code for _, code in compiled(80, c)] for c in calls]
+    assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+"""
+    fresh_process(__file__, "-c", code, folder=tmp_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,96 @@
+"""attention_row_scores: the attention that a few queries give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import backends, cpu_variants, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import HEAD_DIMS, layouts
+
+import tokenmill as tm
+from tokenmill.registry import Sample
+
+SPEC = tm.registry.get("attention_row_scores")
+NAN = float("nan")
+
+
+def draw(b, r, n, h, hk, d, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(b, r, h, d, generator=g), torch.randn(b, n, hk, d, generator=g)
+    return q.to(device), k.to(device)
+
+
+@st.composite
+def calls(draw, longest):
+    b, r = draw(st.integers(0, 2)), draw(st.sampled_from([0, 1, 1, 2, 5, 9]))
+    n = draw(st.one_of(st.sampled_from([0, 1, 15, 64, 65, 130]), st.integers(0, longest)))
+    hk, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 11)]))
+    d = draw(HEAD_DIMS)
+    options = {
+        "causal": draw(st.booleans()),
+        "reduce": draw(st.sampled_from(["none", "sum", "mean", "max"])),
+        "skip": draw(st.integers(0, min(n, 20))),
+        "scale": draw(st.sampled_from([None, 0.0, 0.4, -0.2])),
+    }
+    lengths = None
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.integers(0, n), min_size=b, max_size=b))
+    order = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
+
+    def make(dtype, g):
+        q = layouts((b, r, hk * group, d), dtype, g)[order[0]]()
+        k = layouts((b, n, hk, d), dtype, g)[order[1]]()
+        given = {} if lengths is None else {"lengths": torch.tensor(lengths, dtype=torch.int32)}
+        return (q, k), options | given
+
+    return Sample(f"q {(b, r, hk * group, d)} k {(n, hk)} {options} {lengths}", make)
+
+
+@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_call_keeps_the_error_budget(backend, isa, data):
+    sample = data.draw(calls(40 if backend == "triton" else 300))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    found = tm.testing.compare(SPEC, sample, backend, dtype, device=device_of(backend))
+    assert not [c for c in found if not c.ok]
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_class_token_of_evit(backend):
+    """The mean over heads of row 0 of the map, without the class token's own column."""
+    q, k = draw(2, 197, 197, 3, 3, 64, device_of(backend))
+    maps = torch.einsum("bihd,bjhd->bhij", q, k).mul(64**-0.5).softmax(-1)
+    found = tm.attention_row_scores(q[:, :1], k, skip=1, backend=backend)
+    torch.testing.assert_close(found, maps[:, :, 0, 1:].mean(1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_sums_are_those_of_columns(backend):
+    q, k = draw(2, 5, 40, 4, 2, 32, device_of(backend))
+    lengths = torch.tensor([40, 23], dtype=torch.int32, device=q.device)
+    options = {"causal": True, "lengths": lengths, "backend": backend}
+    rows = tm.attention_row_scores(q, k, reduce="sum", **options)
+    columns = tm.attention_column_scores(q, k, **options)
+    torch.testing.assert_close(rows, columns.sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_nothing_beyond_the_lengths_counts(backend):
+    q, k = draw(2, 2, 70, 2, 1, 32, device_of(backend))
+    lengths = torch.tensor([33, 0], dtype=torch.int32, device=q.device)
+    k[0, 33:], k[1] = NAN, NAN
+    found = tm.attention_row_scores(q, k, reduce="sum", lengths=lengths, backend=backend)
+    torch.testing.assert_close(found[0].sum(), torch.tensor(4.0, device=q.device))
+    assert (found[0, 33:] == 0).all() and (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_lengths_out_of_range_are_clamped(backend):
+    q, k = draw(2, 1, 9, 1, 1, 8, device_of(backend))
+    wild = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=q.device)
+    found = tm.attention_row_scores(q, k, lengths=wild, backend=backend)
+    want = tm.attention_row_scores(q[:1], k[:1], backend=backend)
+    assert torch.equal(found[:1], want) and (found[1] == 0).all()
