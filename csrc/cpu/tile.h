@@ -135,14 +135,14 @@ inline void pack_rows(const void* src, DType t, int64_t stride, int64_t rows, in
   for (int64_t i = rows * ld; i < padded * ld; i += kWidth) store(dst + i, zero());
 }
 
-// Up to kPanel rows transposed, as B operand of a reduction over `length`: word (k, row) at
-// dst[k * kPanel + row]; rows past `rows` are zero.
-template <class Op>
+// Up to kColumns rows transposed, as B operand of a reduction over `length`: word (k, row) at
+// dst[k * kColumns + row]; rows past `rows` are zero.
+template <class Op, int kColumns = kPanel>
 inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t rows, int64_t length,
                             float factor, float* dst) {
   const int64_t all = words_of<Op>(length);
   visit_words<Op>(src, t, factor, [&](const auto* p, const auto words) TM_LAMBDA {
-    for (int64_t c = 0; c < kPanel; c += kWidth)
+    for (int64_t c = 0; c < kColumns; c += kWidth)
       for (int64_t w = 0; w < all; w += kWidth) {
         vf block[kWidth];
         if (c + kWidth <= rows) {
@@ -156,9 +156,9 @@ inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t ro
         transpose(block);
         if (w + kWidth <= all) {
           TM_UNROLL(16)
-          for (int i = 0; i < kWidth; ++i) store(dst + (w + i) * kPanel + c, block[i]);
+          for (int i = 0; i < kWidth; ++i) store(dst + (w + i) * kColumns + c, block[i]);
         } else {
-          for (int64_t i = 0; i < all - w; ++i) store(dst + (w + i) * kPanel + c, block[i]);
+          for (int64_t i = 0; i < all - w; ++i) store(dst + (w + i) * kColumns + c, block[i]);
         }
       }
   });

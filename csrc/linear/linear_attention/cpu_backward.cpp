@@ -16,7 +16,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSegment = 4 * kChunk;
+constexpr int64_t kSegment = 256;
+static_assert(kSegment % kChunk == 0);
 
 // One recurrence: operands in place, and what a chunk gives.
 struct Recurrence {

@@ -15,8 +15,10 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
-constexpr int64_t kTokenPanels = kChunk / kPanel;
-constexpr int64_t kPaddedRows = kChunk + 2 * kWidth;  // of x: whole tiles, and whole vectors
+constexpr int64_t kChunk = 32;
+constexpr int kTokenPanel = kPanel < kChunk ? kPanel : kChunk;
+// Of x: whole tiles and one more, and whole vectors.
+constexpr int64_t kPaddedRows = round_up(round_up(kChunk, kTileRows) + kTileRows, kWidth);
 
 struct ChunkOperands {
   int64_t features, width;
@@ -26,9 +28,9 @@ struct ChunkOperands {
   bool transposed;     // x
   int64_t state_rows;  // features, and zeros up to whole tiles
   int64_t ldx;
-  float* x;        // [kPaddedRows][ldx], or transposed [features][ldx]; zero past the tokens
-  float* y;        // [kTokenPanels][state_rows][kPanel]: transposed, zero past the tokens
-  float* z;        // [panels of width][kChunk][kPanel]
+  float* x;  // [kPaddedRows][ldx], or transposed [features][ldx]; zero past the tokens
+  float* y;  // [kChunk / kTokenPanel][state_rows][kTokenPanel]: transposed, zero past the tokens
+  float* z;  // [panels of width][kChunk][kPanel]
   float* state;    // [panels of width][state_rows][kPanel]
   float* weights;  // [kPaddedRows][kChunk]
 
@@ -99,8 +101,8 @@ __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDec
   vf s[M][N];
   clear(s);
   const float* x = kTransposedX ? o.x + o.first_score * o.ldx + row : o.x + row * o.ldx;
-  const float* y = o.y_panel(column / kPanel * kPanel) + column % kPanel + o.first_score * kPanel;
-  multiply<Float32, kTransposedX>(s, x, o.ldx, y, kPanel, o.score_features);
+  const float* y = o.y_panel(column) + o.first_score * kTokenPanel;
+  multiply<Float32, kTransposedX>(s, x, o.ldx, y, kTokenPanel, o.score_features);
   if (kTransposedX && o.taylor) {
     TM_UNROLL(16)
     for (int i = 0; i < M; ++i) {
@@ -151,10 +153,10 @@ __attribute__((noinline)) void state_tile(const ChunkOperands& o, float total, i
                                           int64_t column, int64_t n) {
   vf acc[M][N];
   clear(acc);
-  for (int64_t t = 0; t < n; t += kPanel)
-    multiply<Float32, false>(acc, o.y_panel(t) + row * kPanel, kPanel,
+  for (int64_t t = 0; t < n; t += kTokenPanel)
+    multiply<Float32, false>(acc, o.y_panel(t) + row * kTokenPanel, kTokenPanel,
                              o.z_panel(column) + t * kPanel, kPanel,
-                             n - t < kPanel ? n - t : kPanel);
+                             n - t < kTokenPanel ? n - t : kTokenPanel);
   float* state = o.state_panel(column) + row * kPanel;
   const vf factor = set(total);
   TM_UNROLL(16)
@@ -181,12 +183,12 @@ TM_INLINE int64_t vectors_of(int64_t columns) {
 }
 
 inline void scale_keys(const ChunkOperands& o, const ChunkDecay& decay, int64_t n) {
-  for (int64_t t = 0; t < n; t += kPanel) {
+  for (int64_t t = 0; t < n; t += kTokenPanel) {
     float* y = o.y_panel(t);
     for (int64_t f = 0; f < o.features; ++f) {
       TM_UNROLL(8)
-      for (int64_t c = 0; c < kPanel; c += kWidth)
-        store(y + f * kPanel + c, load(y + f * kPanel + c) * load(decay.to_end + t + c));
+      for (int64_t c = 0; c < kTokenPanel; c += kWidth)
+        store(y + f * kTokenPanel + c, load(y + f * kTokenPanel + c) * load(decay.to_end + t + c));
     }
   }
 }
@@ -200,7 +202,7 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
     rows = rows_of_tile(n - row);
     const int64_t tokens = row + rows < n ? row + rows : n;
     Ahead::ask(ahead.scores, row, rows, n);
-    for (int64_t column = 0; column < tokens; column += kPanel)
+    for (int64_t column = 0; column < tokens; column += kTokenPanel)
       with_tile(rows, vectors_of(tokens - column), [&]<int M, int N>() TM_LAMBDA {
         score_tile<kTransposedX, M, N>(o, decay, row, column);
       });

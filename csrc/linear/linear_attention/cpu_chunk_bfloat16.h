@@ -7,17 +7,20 @@
 #if defined(__AVX512BF16__)
 namespace tokenmill::TOKENMILL_ISA {
 
+constexpr int64_t kPairChunk = 64;
+static_assert(kPairChunk == kPanel);
+constexpr int64_t kPairRows = kPairChunk + 2 * kWidth;
+
 struct BFloat16Operands {
   const ChunkOperands& o;  // whose state it is
   float factor;            // of x
   int64_t words, ldx, ldk;
-  float* x;        // [kPaddedRows][ldx], zero past the tokens
+  float* x;        // [kPairRows][ldx], zero past the tokens
   float* y;        // [words][kPanel]
-  float* keys;     // [kChunk / 2][ldk]: to_end y, pairs of tokens
-  float* z;        // [panels of width][kChunk / 2][kPanel]: pairs of tokens
+  float* keys;     // [kPairChunk / 2][ldk]: to_end y, pairs of tokens
+  float* z;        // [panels of width][kPairChunk / 2][kPanel]: pairs of tokens
   float* state;    // [panels of width][2][words][kPanel]: pairs of features, and what they lack
-  float* weights;  // [kPaddedRows][kChunk / 2]
-  static_assert(kPanel == kChunk);
+  float* weights;  // [kPairRows][kPairChunk / 2]
 
   BFloat16Operands(const ChunkOperands& o, float factor)
       : o(o),
@@ -26,19 +29,19 @@ struct BFloat16Operands {
         ldx(round_up(words, kWidth)),
         ldk(round_up(o.state_rows, kWidth)) {}
 
-  int64_t z_size() const { return o.width_panels() * kChunk / 2 * kPanel; }
+  int64_t z_size() const { return o.width_panels() * kPairChunk / 2 * kPanel; }
   int64_t state_size() const { return o.width_panels() * 2 * words * kPanel; }
   int64_t size() const {
-    return kPaddedRows * (ldx + kChunk / 2) + words * kPanel + kChunk / 2 * ldk + z_size() +
+    return kPairRows * (ldx + kPairChunk / 2) + words * kPanel + kPairChunk / 2 * ldk + z_size() +
            state_size() + 6 * 16;
   }
   void place(cpu::Workspace& workspace) {
-    x = ChunkOperands::zeros(workspace, kPaddedRows * ldx);
+    x = ChunkOperands::zeros(workspace, kPairRows * ldx);
     y = ChunkOperands::zeros(workspace, words * kPanel);
-    keys = ChunkOperands::zeros(workspace, kChunk / 2 * ldk);
+    keys = ChunkOperands::zeros(workspace, kPairChunk / 2 * ldk);
     z = ChunkOperands::zeros(workspace, z_size());
     state = ChunkOperands::zeros(workspace, state_size());
-    weights = ChunkOperands::zeros(workspace, kPaddedRows * kChunk / 2);
+    weights = ChunkOperands::zeros(workspace, kPairRows * kPairChunk / 2);
   }
 
   void pack(const Span& q, const Span& k, const Span& v, const ChunkDecay& decay, int64_t length,
@@ -89,7 +92,7 @@ struct BFloat16Operands {
     return select(equal(r, r), r, zero());
   }
 
-  float* z_panel(int64_t column) const { return z + column * (kChunk / 2); }
+  float* z_panel(int64_t column) const { return z + column * (kPairChunk / 2); }
   float* state_panel(int64_t column) const { return state + column * 2 * words; }
 };
 
@@ -100,7 +103,7 @@ __attribute__((noinline)) void score_tile(const BFloat16Operands& b, const Chunk
   clear(s);
   multiply<BFloat16, false>(s, b.x + row * b.ldx, b.ldx, b.y, kPanel, b.words);
   const float* pair = decay.pair + row * decay.pair_step;
-  float* to = b.weights + row * (kChunk / 2);
+  float* to = b.weights + row * (kPairChunk / 2);
   const vf factor = set(b.factor);
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
@@ -109,7 +112,7 @@ __attribute__((noinline)) void score_tile(const BFloat16Operands& b, const Chunk
       s[i][j] = s[i][j] * factor * load(pair + i * decay.pair_step + j * kWidth);
     TM_UNROLL(8)
     for (int j = 0; j < N; j += 2)
-      store(to + i * (kChunk / 2) + j / 2 * kWidth, narrow_bfloat(s[i][j], s[i][j + 1]));
+      store(to + i * (kPairChunk / 2) + j / 2 * kWidth, narrow_bfloat(s[i][j], s[i][j + 1]));
   }
 }
 
@@ -131,8 +134,8 @@ __attribute__((noinline)) void out_tile(const BFloat16Operands& b, const ChunkDe
       for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
     }
   }
-  multiply<BFloat16, false>(acc, b.weights + row * (kChunk / 2), kChunk / 2, b.z_panel(column),
-                            kPanel, words_of<BFloat16>(tokens));
+  multiply<BFloat16, false>(acc, b.weights + row * (kPairChunk / 2), kPairChunk / 2,
+                            b.z_panel(column), kPanel, words_of<BFloat16>(tokens));
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)

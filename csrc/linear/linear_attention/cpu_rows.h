@@ -76,17 +76,17 @@ inline void pack_x(const ChunkOperands& o, const Span& s, FeatureMap map, float 
 inline void pack_y(const ChunkOperands& o, const Span& s, FeatureMap map, float factor,
                    int64_t length) {
   const bool taylor = map == FeatureMap::taylor2;
-  for (int64_t t = 0; t < s.n; t += kPanel) {
-    const int64_t tokens = s.n - t < kPanel ? s.n - t : kPanel;
+  for (int64_t t = 0; t < s.n; t += kTokenPanel) {
+    const int64_t tokens = s.n - t < kTokenPanel ? s.n - t : kTokenPanel;
     float* y = o.y_panel(t);
-    float* first = y + (taylor ? kPanel : 0);
+    float* first = y + (taylor ? kTokenPanel : 0);
     const bool scaled = map == FeatureMap::identity || taylor;
-    pack_transposed<Float32>(s.row(t), s.dtype, s.step, tokens, length, scaled ? factor : 1.f,
-                             first);
+    pack_transposed<Float32, kTokenPanel>(s.row(t), s.dtype, s.step, tokens, length,
+                                          scaled ? factor : 1.f, first);
     if (taylor)
-      taylor_features<false>(y, kPanel, length, kPanel, tokens);
+      taylor_features<false>(y, kTokenPanel, length, kTokenPanel, tokens);
     else if (!scaled)
-      map_rows(map, factor, first, kPanel, length, tokens);
+      map_rows(map, factor, first, kTokenPanel, length, tokens);
   }
 }
 
