@@ -83,6 +83,7 @@ TM_INLINE vf tanh(vf x) {
 template <DType kType>
 struct Elements {
   using type = uint16_t;
+  static constexpr bool kIsBFloat = kType == DType::bfloat16;
   static TM_INLINE vf load(const void* p, int64_t i) {
     const uint16_t* from = static_cast<const uint16_t*>(p) + i;
     return kType == DType::float16 ? load_half(from) : load_bfloat(from);
@@ -107,6 +108,7 @@ struct Elements {
 template <>
 struct Elements<DType::float32> {
   using type = float;
+  static constexpr bool kIsBFloat = false;
   static TM_INLINE vf load(const void* p, int64_t i) {
     return TOKENMILL_ISA::load(static_cast<const float*>(p) + i);
   }

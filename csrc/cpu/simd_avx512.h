@@ -151,11 +151,26 @@ TM_INLINE vf sum_rows(const vf (&rows)[16]) {
 TM_INLINE vf dot_bfloat(vf acc, vf a, vf b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+// Words (first + i, second + i), i the lane: numbers of 16-bit elements.
+TM_INLINE __m512i element_pairs(int first, int second) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)),
+                          _mm512_set1_epi32(first + (second << 16)));
+}
 // Words (lo, hi) of lane i rounded to bfloat16.
 TM_INLINE vf pair_bfloat(vf lo, vf hi) {
-  const __m512i l = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(lo)));
-  const __m512i h = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(hi)));
-  return _mm512_castsi512_ps(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(hi, lo));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(element_pairs(0, 16), halves));
+}
+// Words (even[i], odd[i]) of 16-bit elements 0 to 15, or 16 to 31.
+TM_INLINE vf interleave(vf even, vf odd, bool upper) {
+  const __m512i order = upper ? element_pairs(16, 48) : element_pairs(0, 32);
+  return _mm512_castsi512_ps(
+      _mm512_permutex2var_epi16(_mm512_castps_si512(even), order, _mm512_castps_si512(odd)));
+}
+TM_INLINE void store_narrow(uint16_t* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 // Words (a, b) of the 32 columns of two rows: `low` has columns 0-3, 8-11, 16-19 and 24-27.
 TM_INLINE void interleave_bfloat(vf a, vf b, vf& low, vf& high) {

@@ -171,8 +171,19 @@ inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t 
                               int64_t length, float* dst, int64_t ld) {
   visit_elements(t, [&](auto e) TM_LAMBDA {
     const auto* p = static_cast<const typename decltype(e)::type*>(src);
-    for (int64_t k = 0; k < words_of<Op>(rows); ++k)
-      for (int64_t w = 0; w < ld; w += kWidth) {
+    for (int64_t k = 0; k < words_of<Op>(rows); ++k) {
+      int64_t w = 0;
+#if defined(__AVX512BF16__)
+      if constexpr (Op::kPair == 2 && decltype(e)::kIsBFloat)
+        for (const auto* even = p + 2 * k * stride;
+             2 * k + 1 < rows && w + 2 * kWidth <= (length < ld ? length : ld); w += 2 * kWidth) {
+          const vf a = load(reinterpret_cast<const float*>(even + w));
+          const vf b = load(reinterpret_cast<const float*>(even + stride + w));
+          store(dst + k * ld + w, interleave(a, b, false));
+          store(dst + k * ld + w + kWidth, interleave(a, b, true));
+        }
+#endif
+      for (; w < ld; w += kWidth) {
         const auto row = [&](int64_t r) TM_LAMBDA {
           return r < rows ? e.load_n(p + r * stride, w, length - w) : zero();
         };
@@ -184,6 +195,7 @@ inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t 
 #endif
         }
       }
+    }
   });
 }
 

@@ -22,14 +22,15 @@ class Worker {
         taylor(p.map == FeatureMap::taylor2),
         narrow(p.dtype == DType::bfloat16 && p.map == FeatureMap::identity && !p.normalize),
         o(feature_dim(p.map, p.head_dim), division.slice_width + p.normalize, taylor),
-        decay(p.decay, false, true),
+        scale_at_end(p.map == FeatureMap::identity),
+        decay(p.decay, false, true, scale_at_end ? p.scale : 1),
 #if defined(__AVX512BF16__)
-        pairs(o, p.scale),
+        pairs(o),
 #endif
         ldo(round_up(o.width, kWidth)),
         workspace(narrow_size() + o.size() +
                   division.heads * (o.state_size() + ChunkDecay::kTable + 16) +
-                  (kMaxChunk + 2 * kTileRows) * ldo + 4 * 16) {
+                  (kChunk + 2 * kTileRows) * ldo + 4 * 16) {
     if (taylor) {
       o.taylor = true;
       o.first_score = 1;
@@ -37,14 +38,13 @@ class Worker {
     }
     o.place(workspace);
 #if defined(__AVX512BF16__)
-    if (narrow) {
-      pairs.place(workspace);
-      tokens = kPairChunk;
-    }
+    if (narrow) pairs.place(workspace);
 #endif
+    x = o.x;
+    ldx = o.ldx;
     states = workspace.take(division.heads * o.state_size());
     tables = workspace.take(division.heads * ChunkDecay::kTable);
-    out = workspace.take((kMaxChunk + kTileRows) * ldo);
+    out = workspace.take((kChunk + kTileRows) * ldo);
     spare = workspace.take(kTileRows * ldo);
     state_size = o.state_size();
   }
@@ -64,11 +64,11 @@ class Worker {
       decay.fill_table(tables + i * ChunkDecay::kTable, b, first_head + i);
       load_state(b, first_head + i, i);
     }
-    for (int64_t t = 0; t < s.length; t += tokens)
+    for (int64_t t = 0; t < s.length; t += kChunk)
       for (int64_t i = 0; i < heads; ++i)
         chunk(s, b, first_head + i, i, t,
               i + 1 < heads ? ahead_of(s, b, first_head + i + 1, t)
-                            : ahead_of(s, b, first_head, t + tokens));
+                            : ahead_of(s, b, first_head, t + kChunk));
     if (p.final.data)
       for (int64_t i = 0; i < heads; ++i) store_state(b, first_head + i, i, slice);
   }
@@ -82,7 +82,7 @@ class Worker {
   }
 
   Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
-    const int64_t n = s.length - t < tokens ? s.length - t : tokens, at = s.start + t;
+    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     Ahead a;
     if (n <= 0) return a;
@@ -94,25 +94,34 @@ class Worker {
   }
 
   void chunk(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t t, const Ahead& ahead) {
-    const int64_t n = s.length - t < tokens ? s.length - t : tokens, at = s.start + t;
+    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     o.state = states + i * state_size;
     const bool state = t > 0 || p.initial.data;
     const bool advance = t + n < s.length || p.final.data;
+    const Span q = span_of(p.q, p.dtype, b, h, at, n);
     const Span to = span_of(p.out, p.dtype, b, h, at, n).columns(first);
 #if defined(__AVX512BF16__)
     if (narrow) {
       decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
-      pairs.pack(span_of(p.q, p.dtype, b, h, at, n), span_of(p.k, p.dtype, b, kv_head, at, n),
+      pairs.pack(q, span_of(p.k, p.dtype, b, kv_head, at, n),
                  span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), decay, p.head_dim,
-                 columns);
-      chunk_outputs(pairs, decay, n, state, out, ldo, ahead);
-      store_rows(to, b, h, s, t);
+                 columns, state);
+      if (n == kChunk && columns % kWidth == 0) {
+        chunk_outputs(pairs, decay, n, state, reinterpret_cast<uint16_t*>(to.data), to.step, ahead);
+      } else {
+        chunk_outputs(pairs, decay, n, state, out, ldo, ahead);
+        store_rows(to, b, h, s, t);
+      }
       if (advance) chunk_state(pairs, decay, n, ahead);
       return;
     }
 #endif
-    pack_x(o, span_of(p.q, p.dtype, b, h, at, n), p.map, p.scale, p.head_dim);
+    // Tiles of a whole chunk read its rows alone.
+    const bool in_place = scale_at_end && p.dtype == DType::float32 && n == kChunk;
+    o.x = in_place ? reinterpret_cast<float*>(q.data) : x;
+    o.ldx = in_place ? q.step : ldx;
+    if (!in_place) pack_x(o, q, p.map, scale_at_end ? 1 : p.scale, p.head_dim);
     pack_y(o, span_of(p.k, p.dtype, b, kv_head, at, n), p.map, 1.f, p.head_dim);
     pack_z(o, span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), columns);
     if (p.normalize) fill_z(o, columns, n, 1.f);
@@ -165,16 +174,17 @@ class Worker {
   const LinearAttentionParams& p;
   const Division& division;
   bool taylor;
-  int64_t tokens = kChunk;  // of a chunk
   bool narrow;  // products of bfloat16, where there are such: the operands are in bfloat16 already
   ChunkOperands o;
+  bool scale_at_end;  // of the products of queries, not before them
   ChunkDecay decay;
 #if defined(__AVX512BF16__)
   BFloat16Operands pairs;
 #endif
   int64_t ldo;
   cpu::Workspace workspace;
-  float *states, *tables, *out, *spare;
+  float *x, *states, *tables, *out, *spare;
+  int64_t ldx;
   int64_t state_size;
   int64_t first = 0, columns = 0;
 };

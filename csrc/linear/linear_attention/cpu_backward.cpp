@@ -25,7 +25,7 @@ struct Recurrence {
   ChunkDecay decay;
   Recurrence(const LogDecay& log_decay, int64_t features, int64_t width, bool backward,
              bool diagonal)
-      : o(features, width, false), decay(log_decay, backward, diagonal) {}
+      : o(features, width, false), decay(log_decay, backward, diagonal, 1) {}
 };
 
 enum class Part { all, queries, keys };

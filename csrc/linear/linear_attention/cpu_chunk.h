@@ -15,7 +15,6 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
-constexpr int64_t kChunk = 32;
 constexpr int kTokenPanel = kPanel < kChunk ? kPanel : kChunk;
 // Of x: whole tiles and one more, and whole vectors.
 constexpr int64_t kPaddedRows = round_up(round_up(kChunk, kTileRows) + kTileRows, kWidth);

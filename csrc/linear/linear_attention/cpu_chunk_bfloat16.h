@@ -1,54 +1,53 @@
 // A chunk whose operands are pairs of bfloat16 along each reduction: q, k and v as they are stored,
-// weights and decayed keys rounded once for the products that take them, the state as a sum of two.
-// Sums, and the state from chunk to chunk, are float32.
+// weights and decayed keys rounded once for the products that take them. The state, its product
+// with the queries and all sums are float32: rounded once the state would lose exact counts, and as
+// a sum of two bfloat16 it takes as many multiply-adds.
 #pragma once
 #include "linear/linear_attention/cpu_rows.h"
 
 #if defined(__AVX512BF16__)
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kPairChunk = 64;
-static_assert(kPairChunk == kPanel);
-constexpr int64_t kPairRows = kPairChunk + 2 * kWidth;
-
 struct BFloat16Operands {
-  const ChunkOperands& o;  // whose state it is
-  float factor;            // of x
+  const ChunkOperands& o;  // whose state it is, and rows of x as floats
   int64_t words, ldx, ldk;
-  float* x;        // [kPairRows][ldx], zero past the tokens
-  float* y;        // [words][kPanel]
-  float* keys;     // [kPairChunk / 2][ldk]: to_end y, pairs of tokens
-  float* z;        // [panels of width][kPairChunk / 2][kPanel]: pairs of tokens
-  float* state;    // [panels of width][2][words][kPanel]: pairs of features, and what they lack
-  float* weights;  // [kPairRows][kPairChunk / 2]
+  const float* x;  // [kPaddedRows][step_x]: packed_x, or where they lie
+  int64_t step_x;
+  float* packed_x;  // [kPaddedRows][ldx], zero past the tokens
+  float* y;         // [words][kChunk]
+  float* keys;      // [kChunk / 2][ldk]: to_end y, pairs of tokens
+  float* z;         // [panels of width][kChunk / 2][kPanel]: pairs of tokens
+  float* weights;   // [kPaddedRows][kChunk / 2]
+  static_assert(kTokenPanel == kChunk && kChunk == 2 * kWidth);
 
-  BFloat16Operands(const ChunkOperands& o, float factor)
+  explicit BFloat16Operands(const ChunkOperands& o)
       : o(o),
-        factor(factor),
         words(words_of<BFloat16>(o.features)),
         ldx(round_up(words, kWidth)),
         ldk(round_up(o.state_rows, kWidth)) {}
 
-  int64_t z_size() const { return o.width_panels() * kPairChunk / 2 * kPanel; }
-  int64_t state_size() const { return o.width_panels() * 2 * words * kPanel; }
+  int64_t z_size() const { return o.width_panels() * kChunk / 2 * kPanel; }
   int64_t size() const {
-    return kPairRows * (ldx + kPairChunk / 2) + words * kPanel + kPairChunk / 2 * ldk + z_size() +
-           state_size() + 6 * 16;
+    return kPaddedRows * (ldx + kChunk / 2) + words * kChunk + kChunk / 2 * ldk + z_size() + 5 * 16;
   }
   void place(cpu::Workspace& workspace) {
-    x = ChunkOperands::zeros(workspace, kPairRows * ldx);
-    y = ChunkOperands::zeros(workspace, words * kPanel);
-    keys = ChunkOperands::zeros(workspace, kPairChunk / 2 * ldk);
+    packed_x = ChunkOperands::zeros(workspace, kPaddedRows * ldx);
+    y = ChunkOperands::zeros(workspace, words * kChunk);
+    keys = ChunkOperands::zeros(workspace, kChunk / 2 * ldk);
     z = ChunkOperands::zeros(workspace, z_size());
-    state = ChunkOperands::zeros(workspace, state_size());
-    weights = ChunkOperands::zeros(workspace, kPairRows * kPairChunk / 2);
+    weights = ChunkOperands::zeros(workspace, kPaddedRows * kChunk / 2);
   }
 
   void pack(const Span& q, const Span& k, const Span& v, const ChunkDecay& decay, int64_t length,
-            int64_t columns) const {
-    pack_rows<BFloat16>(q.data, q.dtype, q.step, q.n, round_up(q.n, kTileRows) + kTileRows, length,
-                        1.f, x, ldx);
-    pack_transposed<BFloat16>(k.data, k.dtype, k.step, k.n, length, 1.f, y);
+            int64_t columns, bool state) {
+    if (state) pack_x(o, q, FeatureMap::identity, 1, length);
+    const bool in_place = q.n == kChunk && length % 2 == 0 && q.step % 2 == 0;
+    x = in_place ? reinterpret_cast<const float*>(q.data) : packed_x;
+    step_x = in_place ? q.step / 2 : ldx;
+    if (!in_place)
+      pack_rows<BFloat16>(q.data, q.dtype, q.step, q.n, round_up(q.n, kTileRows) + kTileRows,
+                          length, 1.f, packed_x, ldx);
+    pack_transposed<BFloat16, kTokenPanel>(k.data, k.dtype, k.step, k.n, length, 1.f, y);
     const Elements<DType::bfloat16> e;
     for (int64_t t = 0; t < k.n; t += 2) {
       const vf even = set(decay.to_end[t]), odd = set(decay.to_end[t + 1]);
@@ -60,40 +59,11 @@ struct BFloat16Operands {
       }
     }
     for (int64_t c = 0; c < columns; c += kPanel)
-      for (int64_t t = 0; t < v.n; t += 2)
-        for (int64_t w = 0; w < kPanel && c + w < columns; w += kWidth) {
-          const int64_t left = columns - c - w;
-          const vf low = e.load_n(v.row(t), c + w, left);
-          const vf high = t + 1 < v.n ? e.load_n(v.row(t + 1), c + w, left) : zero();
-          store(z_panel(c) + t / 2 * kPanel + w, pair_bfloat(low, high));
-        }
+      pack_reduced_rows<BFloat16>(v.columns(c).data, v.dtype, v.step, v.n, columns - c, z_panel(c),
+                                  kPanel);
   }
 
-  // Splits the state for the next product.
-  void split_state() const {
-    for (int64_t c = 0; c < o.width; c += kPanel)
-      for (int64_t f = 0; f < words; ++f) {
-        const float* from = o.state_panel(c) + 2 * f * kPanel;
-        float* to = state_panel(c) + f * kPanel;
-        for (int64_t w = 0; w < kPanel; w += kWidth) {
-          const vf even = load(from + w), odd = load(from + kPanel + w);
-          const vf high = pair_bfloat(even, odd);
-          store(to + w, high);
-          store(to + words * kPanel + w,
-                pair_bfloat(rest(even, _mm512_slli_epi32(_mm512_castps_si512(high), 16)),
-                            rest(odd, _mm512_and_si512(_mm512_castps_si512(high),
-                                                       _mm512_set1_epi32(0xffff0000)))));
-        }
-      }
-  }
-  // x - taken, 0 where that is inf - inf.
-  static TM_INLINE vf rest(vf x, __m512i taken) {
-    const vf r = x - _mm512_castsi512_ps(taken);
-    return select(equal(r, r), r, zero());
-  }
-
-  float* z_panel(int64_t column) const { return z + column * (kPairChunk / 2); }
-  float* state_panel(int64_t column) const { return state + column * 2 * words; }
+  float* z_panel(int64_t column) const { return z + column * (kChunk / 2); }
 };
 
 template <int M, int N>
@@ -101,45 +71,42 @@ __attribute__((noinline)) void score_tile(const BFloat16Operands& b, const Chunk
                                           int64_t row) {
   vf s[M][N];
   clear(s);
-  multiply<BFloat16, false>(s, b.x + row * b.ldx, b.ldx, b.y, kPanel, b.words);
+  multiply<BFloat16, false>(s, b.x + row * b.step_x, b.step_x, b.y, kChunk, b.words);
   const float* pair = decay.pair + row * decay.pair_step;
-  float* to = b.weights + row * (kPairChunk / 2);
-  const vf factor = set(b.factor);
+  float* to = b.weights + row * (kChunk / 2);
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
-    for (int j = 0; j < N; ++j)
-      s[i][j] = s[i][j] * factor * load(pair + i * decay.pair_step + j * kWidth);
-    TM_UNROLL(8)
-    for (int j = 0; j < N; j += 2)
-      store(to + i * (kPairChunk / 2) + j / 2 * kWidth, narrow_bfloat(s[i][j], s[i][j + 1]));
+    for (int j = 0; j < N; ++j) s[i][j] = s[i][j] * load(pair + i * decay.pair_step + j * kWidth);
+    store(to + i * (kChunk / 2), narrow_bfloat(s[i][0], N > 1 ? s[i][N - 1] : zero()));
   }
 }
 
-template <int M, int N>
+TM_INLINE void store_out(float* to, vf x) { store(to, x); }
+TM_INLINE void store_out(uint16_t* to, vf x) { store_narrow(to, x); }
+
+template <int M, int N, typename Out>
 __attribute__((noinline)) void out_tile(const BFloat16Operands& b, const ChunkDecay& decay,
                                         int64_t row, int64_t column, int64_t tokens, bool state,
-                                        float* out, int64_t ldo) {
+                                        Out* out, int64_t ldo) {
   vf acc[M][N];
   clear(acc);
   if (state) {
-    const float* high = b.state_panel(column);
-    multiply<BFloat16, false>(acc, b.x + row * b.ldx, b.ldx, high, kPanel, b.words);
-    multiply<BFloat16, false>(acc, b.x + row * b.ldx, b.ldx, high + b.words * kPanel, kPanel,
-                              b.words);
+    multiply<Float32, false>(acc, b.o.x + row * b.o.ldx, b.o.ldx, b.o.state_panel(column), kPanel,
+                             b.o.features);
     TM_UNROLL(16)
     for (int i = 0; i < M; ++i) {
-      const vf factor = set(decay.from_start[row + i] * b.factor);
+      const vf factor = set(decay.from_start[row + i]);
       TM_UNROLL(8)
       for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
     }
   }
-  multiply<BFloat16, false>(acc, b.weights + row * (kPairChunk / 2), kPairChunk / 2,
-                            b.z_panel(column), kPanel, words_of<BFloat16>(tokens));
+  multiply<BFloat16, false>(acc, b.weights + row * (kChunk / 2), kChunk / 2, b.z_panel(column),
+                            kPanel, words_of<BFloat16>(tokens));
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
-    for (int j = 0; j < N; ++j) store(out + i * ldo + j * kWidth, acc[i][j]);
+    for (int j = 0; j < N; ++j) store_out(out + i * ldo + j * kWidth, acc[i][j]);
   }
 }
 
@@ -163,17 +130,16 @@ __attribute__((noinline)) void state_tile(const BFloat16Operands& b, float total
 }
 
 // out has whole tiles of rows.
+template <typename Out>
 inline void chunk_outputs(const BFloat16Operands& b, const ChunkDecay& decay, int64_t n, bool state,
-                          float* out, int64_t ldo, const Ahead& ahead) {
+                          Out* out, int64_t ldo, const Ahead& ahead) {
   for (int64_t row = 0, rows; row < n; row += rows) {
     rows = rows_of_tile(n - row);
     const int64_t tokens = row + rows < n ? row + rows : n;
     Ahead::ask(ahead.scores, row, rows, n);
-    with_tile(rows, 2 * ceil_div(tokens, 2 * kWidth), [&]<int M, int N>() TM_LAMBDA {
-      if constexpr (N % 2 == 0) score_tile<M, N>(b, decay, row);
-    });
+    with_tile<2>(rows, vectors_of(tokens),
+                 [&]<int M, int N>() TM_LAMBDA { score_tile<M, N>(b, decay, row); });
   }
-  if (state) b.split_state();
   for (int64_t column = 0; column < b.o.width; column += kPanel)
     for (int64_t row = 0, rows; row < n; row += rows) {
       rows = rows_of_tile(n - row);

@@ -8,35 +8,35 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kMaxChunk = 64;  // tokens
+constexpr int64_t kChunk = 32;  // tokens
 
 // Exponents below these give the same float32 results, and inf - inf is never formed.
 constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
 
 // A recurrence runs forward in time, or, for gradients, backward: its row r is then token n - 1 - r
-// of the chunk. All factors are powers of e with exponents <= 0.
+// of the chunk. All factors are powers of e with exponents <= 0; those that make outputs, of pairs
+// and from_start, are times `scale`.
 class ChunkDecay {
  public:
   // The diagonal of the pairs can be left out.
-  ChunkDecay(const LogDecay& decay, bool backward, bool diagonal)
-      : decay_(decay), backward_(backward), diagonal_(diagonal) {}
+  ChunkDecay(const LogDecay& decay, bool backward, bool diagonal, float scale)
+      : decay_(decay), backward_(backward), diagonal_(diagonal), scale_(scale) {}
 
   bool none() const { return !decay_.data; }
 
   static constexpr int64_t kRowsPad = 16;
   // Floats of what is known of a constant decay before the first chunk.
-  static constexpr int64_t kTable =
-      kMaxChunk + kRowsPad + kRowsPad + kMaxChunk + kMaxChunk + kWidth;
+  static constexpr int64_t kTable = kChunk + kRowsPad + kRowsPad + kChunk + kChunk + kWidth;
 
   void fill_table(float* table, int64_t b, int64_t h) const {
     if (decay_.per_token) return;
     const double each = none() ? 0 : clamp(*head(b, h), kLeastConstant);
-    for (int64_t i = 0; i < kMaxChunk + kRowsPad; ++i)
+    for (int64_t i = 0; i < kChunk + kRowsPad; ++i)
       table[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
     float* row = row_of(table);
-    for (int64_t i = 0; i < kRowsPad + kMaxChunk; ++i) row[-i] = table[i];
+    for (int64_t i = 0; i < kRowsPad + kChunk; ++i) row[-i] = table[i] * scale_;
     if (!diagonal_) *row = 0;
-    for (int64_t i = 1; i < kMaxChunk + kWidth; ++i) row[i] = 0;
+    for (int64_t i = 1; i < kChunk + kWidth; ++i) row[i] = 0;
   }
 
   // Tokens first .. first + n - 1, counted along seq, of head h of batch b.
@@ -45,9 +45,10 @@ class ChunkDecay {
     pair = row_of(table);
     pair_step = -1;
     total = table[n];
-    std::memcpy(from_start, table + (backward_ ? 0 : 1), n * sizeof(float));
-    std::memcpy(to_end, pair - n + (backward_ ? 0 : 1), n * sizeof(float));
-    if (!backward_) to_end[n - 1] = 1;  // pair may lack its diagonal
+    const float* power = table + (backward_ ? 0 : 1);
+    for (int64_t r = 0; r < n; ++r) from_start[r] = power[r] * scale_;
+    power = table + n - (backward_ ? 0 : 1);
+    for (int64_t r = 0; r < n; ++r) to_end[r] = power[-r];
     std::memset(from_start + n, 0, kRowsPad * sizeof(float));
     std::memset(to_end + n, 0, kRowsPad * sizeof(float));
   }
@@ -57,8 +58,8 @@ class ChunkDecay {
   // The first row sees nothing of the state, until the next chunk starts.
   void blind_first() { from_start[0] = 0; }
 
-  float from_start[kMaxChunk + kRowsPad] = {};  // of the state before the chunk, in row r
-  float to_end[kMaxChunk + kRowsPad] = {};      // of row r, in the state after it
+  float from_start[kChunk + kRowsPad] = {};  // of the state before the chunk, in row r
+  float to_end[kChunk + kRowsPad] = {};      // of row r, in the state after it
   float total;
   const float* pair;  // of row s in row r: pair[r * pair_step + s], 0 for s > r
   int64_t pair_step;
@@ -72,19 +73,19 @@ class ChunkDecay {
   // Of a table, what remains to a row from rows s - r further on, 0 for those after it.
   template <typename Float>
   static Float* row_of(Float* table) {
-    return table + kMaxChunk + kRowsPad + kRowsPad + kMaxChunk - 1;
+    return table + kChunk + kRowsPad + kRowsPad + kChunk - 1;
   }
 
   void per_token(const float* head, int64_t first, int64_t n) {
-    double prefix[kMaxChunk];
+    double prefix[kChunk];
     double sum = 0;
     for (int64_t t = 0; t < n; ++t)
       prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kLeastOfToken);
     total = static_cast<float>(std::exp(sum));
     // Differences of two floats each, in powers of 2: a prefix alone is too coarse.
     constexpr double kLog2eDouble = 1.4426950408889634;
-    float high[kMaxChunk + kRowsPad], low[kMaxChunk + kRowsPad];
-    float start[kMaxChunk + kRowsPad], end[kMaxChunk + kRowsPad];
+    float high[kChunk + kRowsPad], low[kChunk + kRowsPad];
+    float start[kChunk + kRowsPad], end[kChunk + kRowsPad];
     for (int64_t r = 0; r < n + kRowsPad; ++r) {
       const int64_t row = r < n ? r : n - 1, t = backward_ ? n - 1 - row : row;
       const double x = kLog2eDouble * (backward_ ? -prefix[t] : prefix[t]);
@@ -93,8 +94,9 @@ class ChunkDecay {
       start[r] = static_cast<float>(kLog2eDouble * (backward_ ? sum - prefix[t] : prefix[t]));
       end[r] = static_cast<float>(kLog2eDouble * (backward_ ? prefix[t] : sum - prefix[t]));
     }
+    const vf scale = set(scale_);
     for (int64_t r = 0; r < n; r += kWidth) {
-      store(from_start + r, select(lanes(0, n - r), exp2<5>(load(start + r)), zero()));
+      store(from_start + r, select(lanes(0, n - r), exp2<5>(load(start + r)) * scale, zero()));
       store(to_end + r, select(lanes(0, n - r), exp2<5>(load(end + r)), zero()));
     }
     pair = pairs_;
@@ -104,7 +106,7 @@ class ChunkDecay {
       const int64_t seen = diagonal_ ? r + 1 : r;
       for (int64_t s = 0; s < r + 1; s += kWidth) {
         const vf x = (row_high - load(high + s)) + (row_low - load(low + s));
-        store(pairs_ + r * step + s, select(lanes(0, seen - s), exp2<5>(x), zero()));
+        store(pairs_ + r * step + s, select(lanes(0, seen - s), exp2<5>(x) * scale, zero()));
       }
       for (int64_t s = round_up(r + 1, kWidth); s < step; s += kWidth)
         store(pairs_ + r * step + s, zero());
@@ -114,7 +116,8 @@ class ChunkDecay {
 
   const LogDecay& decay_;
   bool backward_, diagonal_;
-  float pairs_[(kMaxChunk + kRowsPad) * kMaxChunk];  // of decays of tokens
+  float scale_;
+  float pairs_[(kChunk + kRowsPad) * kChunk];  // of decays of tokens
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA
