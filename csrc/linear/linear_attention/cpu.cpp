@@ -123,7 +123,7 @@ class Worker {
     o.ldx = in_place ? q.step : ldx;
     if (!in_place) pack_x(o, q, p.map, scale_at_end ? 1 : p.scale, p.head_dim);
     pack_y(o, span_of(p.k, p.dtype, b, kv_head, at, n), p.map, 1.f, p.head_dim);
-    pack_z(o, span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), columns);
+    pack_z(o, span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), 1, columns);
     if (p.normalize) fill_z(o, columns, n, 1.f);
     decay.start_chunk(tables + i * ChunkDecay::kTable, b, h, at, n);
     const bool direct = p.dtype == DType::float32 && !p.normalize && columns % kWidth == 0;

@@ -24,8 +24,8 @@ struct Recurrence {
   ChunkOperands o;
   ChunkDecay decay;
   Recurrence(const LogDecay& log_decay, int64_t features, int64_t width, bool backward,
-             bool diagonal)
-      : o(features, width, false), decay(log_decay, backward, diagonal, 1) {}
+             bool diagonal, float scale = 1)
+      : o(features, width, false), decay(log_decay, backward, diagonal, scale) {}
 };
 
 enum class Part { all, queries, keys };
@@ -39,8 +39,8 @@ class Worker {
         heads(kv_heads * group),
         // One of no tokens, so that the gradient of a decay is written.
         segments(bp.ddecay.data ? ceil_div(longest > 0 ? longest : 1, kSegment) : 0),
-        rows(p),
-        to_queries(p.decay, rows.width, rows.features, false, segments == 0),
+        rows(p, p.map == FeatureMap::identity && !p.normalize && bp.dout.data && segments == 0),
+        to_queries(p.decay, rows.width, rows.features, false, segments == 0, rows.q_factor),
         to_keys(p.decay, rows.width, rows.features, true, segments == 0),
         to_values(p.decay, rows.features, p.value_dim, true, true),
         ldo(round_up(rows.features > rows.width ? rows.features : rows.width, kWidth)),
@@ -59,8 +59,8 @@ class Worker {
     tables = workspace.take(3 * heads * ChunkDecay::kTable);
     out = workspace.take(kChunk * ldo);
     spare = workspace.take(kTileRows * ldo);
-    dk = workspace.take(kChunk * ldo);
-    dv = workspace.take(kChunk * ldo);
+    packed_dk = workspace.take(kChunk * ldo);
+    packed_dv = workspace.take(kChunk * ldo);
     saved = workspace.take(heads * segments * to_keys.o.state_size());
     restart = workspace.take(heads * segments);
     changes = workspace.take(heads * segments * kSegment);
@@ -96,6 +96,18 @@ class Worker {
            (3 * kChunk + kTileRows) * ldo + 12 * 16;
   }
 
+  // Rows of gradients: those of a tensor, in the end, or rows to be stored in one.
+  struct Target {
+    float* rows;
+    int64_t step;
+    bool final;
+  };
+  Target target(const Span& to, int64_t length, float* packed) const {
+    if (rows.plain && to.dtype == DType::float32 && to.n == kChunk && length % kWidth == 0)
+      return {reinterpret_cast<float*>(to.data), to.step, true};
+    return {packed, ldo, false};
+  }
+
   static int64_t rows_at(const Sequence& s, int64_t t) {
     return s.length - t < kChunk ? s.length - t : kChunk;
   }
@@ -127,19 +139,30 @@ class Worker {
         if (l % group == 0) rows.load_keys(b, kv + l / group, s.start + t, rows_at(s, t), false);
         const bool more = l + 1 < count * group;
         query_chunk(s, b, kv * group + l, l, t,
-                    ahead_of(s, b, kv * group + (more ? l + 1 : 0), more ? t : t + kChunk));
+                    ahead_of(s, b, kv * group + (more ? l + 1 : 0), more ? t : t + kChunk, false));
       }
   }
 
-  // What the chunk of query head h at t reads.
-  Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
+  // For the chunk of query head h at t. Queries are read where dq is only written, but for maps.
+  Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t, bool keys) const {
     Ahead a;
     if (t < 0 || t >= s.length) return a;
     const int64_t n = rows_at(s, t), first = s.start + t, kv = h / group;
-    a.scores = span_of(p.q, p.dtype, b, h, first, n).ahead(p.head_dim);
-    if (bp.dout.data) a.outputs = span_of(bp.dout, p.dtype, b, h, first, n).ahead(p.value_dim);
+    if (bp.dout.data) a.scores = span_of(bp.dout, p.dtype, b, h, first, n).ahead(p.value_dim);
+    a.outputs = span_of(p.v, p.dtype, b, kv, first, n).ahead(p.value_dim);
     a.state = span_of(p.k, p.dtype, b, kv, first, n).ahead(p.head_dim);
-    a.written = span_of(p.v, p.dtype, b, kv, first, n).ahead(p.value_dim);
+    a.written =
+        span_of(keys || !rows.plain ? p.q : bp.dq, p.dtype, b, h, first, n).ahead(p.head_dim);
+    return a;
+  }
+
+  // The gradients written by the chunk of query head h at t.
+  Ahead written_ahead(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
+    Ahead a;
+    if (t < 0 || t >= s.length) return a;
+    const int64_t n = rows_at(s, t), first = s.start + t, kv = h / group;
+    a.outputs = span_of(bp.dv, p.dtype, b, kv, first, n).ahead(p.value_dim);
+    a.written = span_of(bp.dk, p.dtype, b, kv, first, n).ahead(p.head_dim);
     return a;
   }
 
@@ -150,19 +173,20 @@ class Worker {
     const int64_t n = rows_at(s, t), first = s.start + t;
     use_states(l);
     rows.load_queries(bp, b, h, first, n, false);
-    o.x = rows.dy;
-    rows.as_y(o, rows.v, rows.ldw, n);
-    rows.as_z(o, rows.k, rows.ldf, n);
+    rows.as_x(o, rows.dy, rows.packed_dy);
+    rows.as_y(o, rows.v);
+    rows.as_z(o, rows.k);
     to_queries.decay.start_chunk(table(to_queries, l), b, h, first, n);
     const bool state = t > 0 || p.initial.data;
-    chunk_outputs<false>(o, to_queries.decay, n, state, out, ldo, spare, ahead);
+    const Span dq = span_of(bp.dq, p.dtype, b, h, first, n);
+    const Target to = target(dq, p.head_dim, out);
+    chunk_outputs<false>(o, to_queries.decay, n, state, to.rows, to.step, spare, ahead);
     if (segments > 0) {
       float* change = changes + l * segments * kSegment + t;
       for (int64_t r = 0; r < n; ++r)
-        change[r] = rows.take_diagonal(r, rows.q, rows.k, out + r * ldo);
+        change[r] = rows.take_diagonal(r, rows.packed_q, rows.packed_k, out + r * ldo);
     }
-    store_gradients<true>(span_of(bp.dq, p.dtype, b, h, first, n),
-                          span_of(p.q, p.dtype, b, h, first, n), out);
+    if (!to.final) store_gradients<true>(dq, span_of(p.q, p.dtype, b, h, first, n), out);
     const bool last = t + n == s.length;
     if (last && segments > 0) to_queries.decay.drop_last(n);
     if (!last || segments > 0) chunk_state(o, to_queries.decay, n, ahead);
@@ -196,15 +220,21 @@ class Worker {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows_at(s, t), first = s.start + t;
         rows.load_keys(b, kv + i, first, n, true);
+        const Span to_k = span_of(bp.dk, p.dtype, b, kv + i, first, n).reversed();
+        const Span to_v = span_of(bp.dv, p.dtype, b, kv + i, first, n).reversed();
+        dk = target(to_k, p.head_dim, packed_dk);
+        dv = target(to_v, p.value_dim, packed_dv);
         for (int64_t l = i * group; l < (i + 1) * group; ++l)
           key_chunk(s, b, kv * group + l, l, t, l == i * group,
-                    l + 1 < count * group ? ahead_of(s, b, kv * group + l + 1, t)
-                                          : ahead_of(s, b, kv * group, t - kChunk));
-        store_gradients<false>(span_of(bp.dk, p.dtype, b, kv + i, first, n).reversed(),
-                               span_of(p.k, p.dtype, b, kv + i, first, n).reversed(), dk);
-        const Span to = span_of(bp.dv, p.dtype, b, kv + i, first, n).reversed();
-        for (int64_t r = 0; r < n; ++r)
-          store_row(dv + r * ldo, 1.f, to.row(r), p.dtype, p.value_dim);
+                    l + 1 < count * group ? ahead_of(s, b, kv * group + l + 1, t, true)
+                                          : ahead_of(s, b, kv * group, t - kChunk, true),
+                    l + 1 < count * group ? written_ahead(s, b, kv * group + l + 1, t)
+                                          : written_ahead(s, b, kv * group, t - kChunk));
+        if (!dk.final)
+          store_gradients<false>(to_k, span_of(p.k, p.dtype, b, kv + i, first, n).reversed(),
+                                 packed_dk);
+        for (int64_t r = 0; !dv.final && r < n; ++r)
+          store_row(packed_dv + r * ldo, 1.f, to_v.row(r), p.dtype, p.value_dim);
       }
     for (int64_t l = 0; bp.dinitial.data && l < count * group; ++l) {
       use_states(l);
@@ -215,7 +245,7 @@ class Worker {
 
   // Of query head h, the l-th of this worker, to dk and dv.
   void key_chunk(const Sequence& s, int64_t b, int64_t h, int64_t l, int64_t t, bool assign,
-                 const Ahead& ahead) {
+                 const Ahead& ahead, const Ahead& written) {
     ChunkOperands &ok = to_keys.o, &ov = to_values.o;
     const int64_t n = rows_at(s, t), first = s.start + t;
     const bool at_end = t + n == s.length, state = !at_end || bp.dfinal.data;
@@ -227,25 +257,28 @@ class Worker {
 
     const bool blind = segments > 0 && at_end && state;
     if (blind) to_keys.decay.blind_first();
-    ok.x = rows.v;
-    rows.as_y(ok, rows.dy, rows.ldw, n);
-    rows.as_z(ok, rows.q, rows.ldf, n);
-    chunk_outputs<false>(ok, to_keys.decay, n, state, out, ldo, spare, ahead);
+    rows.as_x(ok, rows.v, rows.packed_v);
+    rows.as_y(ok, rows.dy);
+    rows.as_z(ok, rows.q, rows.q_factor);
+    const Target to_k = assign ? dk : Target{out, ldo, false};
+    chunk_outputs<false>(ok, to_keys.decay, n, state, to_k.rows, to_k.step, spare, ahead);
     if (segments > 0) {
       float* change = changes + l * segments * kSegment + t;
       for (int64_t r = 0; r < n; ++r)
-        change[n - 1 - r] -= rows.take_diagonal(r, rows.k, rows.q, out + r * ldo);
+        change[n - 1 - r] -=
+            rows.take_diagonal(r, rows.packed_k, rows.packed_q, to_k.rows + r * ldo);
     }
-    if (blind) add_state_row(ok, out);
-    if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n, {});
-    add_rows(dk, n, rows.features, assign);
+    if (blind) add_state_row(ok, to_k.rows);
+    if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n, written);
+    if (!assign) add_rows(dk, n, rows.features);
 
-    ov.x = rows.k;
-    rows.as_y(ov, rows.q, rows.ldf, n);
-    rows.as_z(ov, rows.dy, rows.ldw, n);
-    chunk_outputs<false>(ov, to_values.decay, n, state, out, ldo, spare, {});
+    rows.as_x(ov, rows.k, rows.packed_k);
+    rows.as_y(ov, rows.q, rows.q_factor);
+    rows.as_z(ov, rows.dy);
+    const Target to_v = assign ? dv : Target{out, ldo, false};
+    chunk_outputs<false>(ov, to_values.decay, n, state, to_v.rows, to_v.step, spare, written);
     if (t > 0) chunk_state(ov, to_values.decay, n, ahead);
-    add_rows(dv, n, p.value_dim, assign);
+    if (!assign) add_rows(dv, n, p.value_dim);
   }
 
   // row += x_0 State
@@ -277,18 +310,18 @@ class Worker {
     return static_cast<float>(sum);
   }
 
-  void add_rows(float* to, int64_t n, int64_t length, bool assign) const {
+  void add_rows(const Target& to, int64_t n, int64_t length) const {
     for (int64_t r = 0; r < n; ++r)
       for (int64_t d = 0; d < length; d += kWidth) {
-        const vf x = load(out + r * ldo + d);
-        store(to + r * ldo + d, assign ? x : load(to + r * ldo + d) + x);
+        float* sum = to.rows + r * to.step + d;
+        store(sum, load(sum) + load(out + r * ldo + d));
       }
   }
 
   // Through the feature map, from gradients of features to those of the elements.
   template <bool kQuery>
   void store_gradients(const Span& to, const Span& elements, float* gradients) const {
-    const float factor = kQuery ? p.scale : 1;
+    const float factor = kQuery && !rows.plain ? p.scale : 1;
     const int64_t length = p.head_dim;
     for (int64_t r = 0; r < to.n; ++r) {
       float* g = gradients + r * ldo;
@@ -333,8 +366,9 @@ class Worker {
   Recurrence to_queries, to_keys, to_values;
   int64_t ldo;
   cpu::Workspace workspace;
-  float *transposed_states, *value_states, *out, *spare, *dk, *dv;
+  float *transposed_states, *value_states, *out, *spare, *packed_dk, *packed_dv;
   float *saved, *restart, *changes, *tables;
+  Target dk, dv;  // of the chunk
 };
 
 }  // namespace

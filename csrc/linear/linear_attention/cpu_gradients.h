@@ -4,15 +4,21 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Rows of floats, zero past the tokens: features of q (scale included) and k, v and the gradient dy
-// of the sums, with a normaliser each with its column.
+// Features of q and k, v and the gradient dy of the sums, with a normaliser each with its column:
+// where the tensors hold them (`plain`: q without the scale), or packed rows of floats, zero past
+// the tokens (q with the scale).
 struct GradientRows {
   const LinearAttentionParams& p;
+  bool plain;
+  float q_factor;  // of what q holds
   int64_t features, width, ldf, ldw;
-  float *q, *k, *v, *dy;
+  Span q, k, v, dy;
+  float *packed_q, *packed_k, *packed_v, *packed_dy;
 
-  explicit GradientRows(const LinearAttentionParams& p)
+  GradientRows(const LinearAttentionParams& p, bool plain)
       : p(p),
+        plain(plain),
+        q_factor(plain ? p.scale : 1),
         features(feature_dim(p.map, p.head_dim)),
         width(p.value_dim + p.normalize),
         ldf(round_up(features, kWidth)),
@@ -20,34 +26,39 @@ struct GradientRows {
 
   int64_t size() const { return kPaddedRows * 2 * (ldf + ldw) + 4 * 16; }
   void place(cpu::Workspace& workspace) {
-    q = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
-    k = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
-    v = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
-    dy = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
+    packed_q = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
+    packed_k = ChunkOperands::zeros(workspace, kPaddedRows * ldf);
+    packed_v = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
+    packed_dy = ChunkOperands::zeros(workspace, kPaddedRows * ldw);
   }
 
-  void load_keys(int64_t b, int64_t head, int64_t first, int64_t n, bool backward) const {
-    const Span ks = span_of(p.k, p.dtype, b, head, first, n);
-    const Span vs = span_of(p.v, p.dtype, b, head, first, n);
-    load_features<false>(backward ? ks.reversed() : ks, 1, k);
-    load(backward ? vs.reversed() : vs, 1, p.value_dim, v, ldw);
+  void load_keys(int64_t b, int64_t head, int64_t first, int64_t n, bool backward) {
+    k = in_order(span_of(p.k, p.dtype, b, head, first, n), backward);
+    v = in_order(span_of(p.v, p.dtype, b, head, first, n), backward);
+    if (plain) return;
+    load_features<false>(k, 1, packed_k);
+    load(v, 1, p.value_dim, packed_v, ldw);
     if (p.normalize)
-      for (int64_t r = 0; r < n; ++r) v[r * ldw + p.value_dim] = 1;
+      for (int64_t r = 0; r < n; ++r) packed_v[r * ldw + p.value_dim] = 1;
+    k = span_of(packed_k, ldf, n);
+    v = span_of(packed_v, ldw, n);
   }
 
   void load_queries(const LinearAttentionBackwardParams& bp, int64_t b, int64_t head, int64_t first,
-                    int64_t n, bool backward) const {
-    const Span qs = span_of(p.q, p.dtype, b, head, first, n);
-    load_features<true>(backward ? qs.reversed() : qs, p.scale, q);
-    if (!bp.dout.data) return;  // dy stays zero
-    const Span gs = span_of(bp.dout, p.dtype, b, head, first, n);
-    load(backward ? gs.reversed() : gs, 1, p.value_dim, dy, ldw);
-    if (!p.normalize) return;
+                    int64_t n, bool backward) {
+    q = in_order(span_of(p.q, p.dtype, b, head, first, n), backward);
+    if (bp.dout.data) dy = in_order(span_of(bp.dout, p.dtype, b, head, first, n), backward);
+    if (plain) return;
+    load_features<true>(q, p.scale, packed_q);
+    q = span_of(packed_q, ldf, n);
+    if (bp.dout.data) load(dy, 1, p.value_dim, packed_dy, ldw);  // else it stays zero
+    dy = span_of(packed_dy, ldw, n);
+    if (!bp.dout.data || !p.normalize) return;
     const Span os = span_of(p.out, p.dtype, b, head, first, n);
     const float* z = p.normalizer + (p.cu_seqlens ? head : b * p.heads + head) * p.seqlen + first;
     for (int64_t r = 0; r < n; ++r) {
       const int64_t t = backward ? n - 1 - r : r;
-      float* row = dy + r * ldw;
+      float* row = packed_dy + r * ldw;
       const vf factor = set(1 / z[t]);
       vf dot = zero();
       for (int64_t d = 0; d < p.value_dim; d += kWidth) {
@@ -59,22 +70,29 @@ struct GradientRows {
     }
   }
 
-  void as_y(const ChunkOperands& o, float* from, int64_t ld, int64_t n) const {
-    pack_y(o, span_of(from, ld, n), FeatureMap::identity, 1, o.features);
+  // Tiles of a whole chunk read its rows alone.
+  void as_x(ChunkOperands& o, const Span& s, float* packed) const {
+    const bool in_place = !plain || (s.dtype == DType::float32 && s.n == kChunk);
+    o.ldx = in_place ? s.step : round_up(o.features, kWidth);
+    o.x = in_place ? reinterpret_cast<float*>(s.data) : packed;
+    if (!in_place) load(s, 1, o.features, packed, o.ldx);
   }
-  void as_z(const ChunkOperands& o, float* from, int64_t ld, int64_t n) const {
-    pack_z(o, span_of(from, ld, n), o.width);
+  static void as_y(const ChunkOperands& o, const Span& s, float factor = 1) {
+    pack_y(o, s, FeatureMap::identity, factor, o.features);
+  }
+  static void as_z(const ChunkOperands& o, const Span& s, float factor = 1) {
+    pack_z(o, s, factor, o.width);
   }
 
-  // For a row of gradients that lacks the pair of token r with itself: returns a_r . gradients,
-  // then adds that pair.
+  // Of packed rows. For a row of gradients that lacks the pair of token r with itself: returns a_r
+  // . gradients, then adds that pair.
   float take_diagonal(int64_t r, const float* a, const float* other, float* gradients) const {
     vf dot = zero(), weight = zero();
     for (int64_t f = 0; f < features; f += kWidth)
       dot = fma(TOKENMILL_ISA::load(a + r * ldf + f), TOKENMILL_ISA::load(gradients + f), dot);
     for (int64_t e = 0; e < width; e += kWidth)
-      weight =
-          fma(TOKENMILL_ISA::load(v + r * ldw + e), TOKENMILL_ISA::load(dy + r * ldw + e), weight);
+      weight = fma(TOKENMILL_ISA::load(packed_v + r * ldw + e),
+                   TOKENMILL_ISA::load(packed_dy + r * ldw + e), weight);
     const vf own = set(sum_lanes(weight));
     for (int64_t f = 0; f < features; f += kWidth)
       store(gradients + f,
@@ -83,6 +101,8 @@ struct GradientRows {
   }
 
  private:
+  static Span in_order(const Span& s, bool backward) { return backward ? s.reversed() : s; }
+
   static void load(const Span& s, float factor, int64_t length, float* to, int64_t ld) {
     pack_rows<Float32>(s.data, s.dtype, s.step, s.n, round_up(s.n, kTileRows) + kTileRows, length,
                        factor, to, ld);

@@ -90,20 +90,21 @@ inline void pack_y(const ChunkOperands& o, const Span& s, FeatureMap map, float 
   }
 }
 
-// `length` elements, as z.
-inline void pack_z(const ChunkOperands& o, const Span& s, int64_t length) {
+// factor * `length` elements, as z.
+inline void pack_z(const ChunkOperands& o, const Span& s, float factor, int64_t length) {
   for (int64_t c = 0; c < o.width; c += kPanel) {
     const int64_t ld = o.width - c < kPanel ? round_up(o.width - c, kWidth) : kPanel;
     const Span from = s.columns(c);
     if (ld == kPanel) {
-      pack_rows<Float32>(from.data, from.dtype, from.step, from.n, from.n, length - c, 1.f,
+      pack_rows<Float32>(from.data, from.dtype, from.step, from.n, from.n, length - c, factor,
                          o.z_panel(c), kPanel);
       continue;
     }
     visit_elements(from.dtype, [&](auto e) TM_LAMBDA {
       for (int64_t r = 0; r < from.n; ++r)
         for (int64_t w = 0; w < ld; w += kWidth)
-          store(o.z_panel(c) + r * kPanel + w, e.load_n(from.row(r), w, length - c - w));
+          store(o.z_panel(c) + r * kPanel + w,
+                e.load_n(from.row(r), w, length - c - w) * set(factor));
     });
   }
 }
