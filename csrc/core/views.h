@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "core/dtype.h"
 #include "core/stable.h"
+#include "cpu/pages.h"
 
 namespace tokenmill {
 
@@ -76,6 +77,9 @@ inline std::string show_device(const View& v) {
 inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like,
                     std::optional<ScalarType> dtype = std::nullopt) {
   Tensor made = torch::stable::new_empty(like, sizes, dtype);
+  if (!made.is_cuda())
+    cpu::prefer_huge_pages(made.mutable_data_ptr(),
+                           made.numel() * static_cast<int64_t>(made.element_size()));
   if constexpr (emulated::kEnabled) View(made).note(true);
   return made;
 }
