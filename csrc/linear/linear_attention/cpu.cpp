@@ -30,7 +30,7 @@ class Worker {
         ldo(round_up(o.width, kWidth)),
         workspace(narrow_size() + o.size() +
                   division.heads * (o.state_size() + ChunkDecay::kTable + 16) +
-                  (kChunk + 2 * kTileRows) * ldo + 4 * 16) {
+                  (kMaxChunk + 2 * kTileRows) * ldo + 4 * 16) {
     if (taylor) {
       o.taylor = true;
       o.first_score = 1;
@@ -38,13 +38,16 @@ class Worker {
     }
     o.place(workspace);
 #if defined(__AVX512BF16__)
-    if (narrow) pairs.place(workspace);
+    if (narrow) {
+      pairs.place(workspace);
+      tokens = kPairChunk;
+    }
 #endif
     x = o.x;
     ldx = o.ldx;
     states = workspace.take(division.heads * o.state_size());
     tables = workspace.take(division.heads * ChunkDecay::kTable);
-    out = workspace.take((kChunk + kTileRows) * ldo);
+    out = workspace.take((kMaxChunk + kTileRows) * ldo);
     spare = workspace.take(kTileRows * ldo);
     state_size = o.state_size();
   }
@@ -64,11 +67,11 @@ class Worker {
       decay.fill_table(tables + i * ChunkDecay::kTable, b, first_head + i);
       load_state(b, first_head + i, i);
     }
-    for (int64_t t = 0; t < s.length; t += kChunk)
+    for (int64_t t = 0; t < s.length; t += tokens)
       for (int64_t i = 0; i < heads; ++i)
         chunk(s, b, first_head + i, i, t,
               i + 1 < heads ? ahead_of(s, b, first_head + i + 1, t)
-                            : ahead_of(s, b, first_head, t + kChunk));
+                            : ahead_of(s, b, first_head, t + tokens));
     if (p.final.data)
       for (int64_t i = 0; i < heads; ++i) store_state(b, first_head + i, i, slice);
   }
@@ -82,7 +85,7 @@ class Worker {
   }
 
   Ahead ahead_of(const Sequence& s, int64_t b, int64_t h, int64_t t) const {
-    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
+    const int64_t n = s.length - t < tokens ? s.length - t : tokens, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     Ahead a;
     if (n <= 0) return a;
@@ -94,7 +97,7 @@ class Worker {
   }
 
   void chunk(const Sequence& s, int64_t b, int64_t h, int64_t i, int64_t t, const Ahead& ahead) {
-    const int64_t n = s.length - t < kChunk ? s.length - t : kChunk, at = s.start + t;
+    const int64_t n = s.length - t < tokens ? s.length - t : tokens, at = s.start + t;
     const int64_t kv_head = h / (p.heads / p.kv_heads);
     o.state = states + i * state_size;
     const bool state = t > 0 || p.initial.data;
@@ -107,7 +110,7 @@ class Worker {
       pairs.pack(q, span_of(p.k, p.dtype, b, kv_head, at, n),
                  span_of(p.v, p.dtype, b, kv_head, at, n).columns(first), decay, p.head_dim,
                  columns, state);
-      if (n == kChunk && columns % kWidth == 0) {
+      if (n == tokens && columns % kWidth == 0) {
         chunk_outputs(pairs, decay, n, state, reinterpret_cast<uint16_t*>(to.data), to.step, ahead);
       } else {
         chunk_outputs(pairs, decay, n, state, out, ldo, ahead);
@@ -174,6 +177,7 @@ class Worker {
   const LinearAttentionParams& p;
   const Division& division;
   bool taylor;
+  int64_t tokens = kChunk;  // of a chunk
   bool narrow;  // products of bfloat16, where there are such: the operands are in bfloat16 already
   ChunkOperands o;
   bool scale_at_end;  // of the products of queries, not before them

@@ -15,9 +15,22 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
+// Tokens. The fewer, the less work within a chunk, and the more often the state is updated.
+constexpr int64_t kChunk = 16;
 constexpr int kTokenPanel = kPanel < kChunk ? kPanel : kChunk;
-// Of x: whole tiles and one more, and whole vectors.
-constexpr int64_t kPaddedRows = round_up(round_up(kChunk, kTileRows) + kTileRows, kWidth);
+constexpr int64_t kPaddedRows = round_up(kMaxChunk + kTileRows, kWidth);  // of x: whole tiles
+
+// Rows of the next register tile where `left` are to be done.
+constexpr int64_t rows_of_tile(int64_t left) {
+  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
+  return fits ? kShortRows : kTileRows;
+}
+// Rows that the tiles of n rows compute.
+constexpr int64_t rows_of_tiles(int64_t n) {
+  int64_t rows = 0;
+  while (rows < n) rows += rows_of_tile(n - rows);
+  return rows;
+}
 
 struct ChunkOperands {
   int64_t features, width;
@@ -87,12 +100,6 @@ struct Ahead {
         __builtin_prefetch(r.data + i * r.step + b, kWrite, kWrite ? 3 : 1);
   }
 };
-
-// Rows of the next register tile where `left` are to be done.
-constexpr int64_t rows_of_tile(int64_t left) {
-  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
-  return fits ? kShortRows : kTileRows;
-}
 
 template <bool kTransposedX, int M, int N>
 __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDecay& decay,

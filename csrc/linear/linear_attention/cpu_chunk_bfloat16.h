@@ -8,17 +8,19 @@
 #if defined(__AVX512BF16__)
 namespace tokenmill::TOKENMILL_ISA {
 
+constexpr int64_t kPairChunk = 2 * kWidth;  // tokens
+static_assert(kPairChunk <= kMaxChunk);
+
 struct BFloat16Operands {
   const ChunkOperands& o;  // whose state it is, and rows of x as floats
   int64_t words, ldx, ldk;
   const float* x;  // [kPaddedRows][step_x]: packed_x, or where they lie
   int64_t step_x;
   float* packed_x;  // [kPaddedRows][ldx], zero past the tokens
-  float* y;         // [words][kChunk]
-  float* keys;      // [kChunk / 2][ldk]: to_end y, pairs of tokens
-  float* z;         // [panels of width][kChunk / 2][kPanel]: pairs of tokens
-  float* weights;   // [kPaddedRows][kChunk / 2]
-  static_assert(kTokenPanel == kChunk && kChunk == 2 * kWidth);
+  float* y;         // [words][kPairChunk]
+  float* keys;      // [kPairChunk / 2][ldk]: to_end y, pairs of tokens
+  float* z;         // [panels of width][kPairChunk / 2][kPanel]: pairs of tokens
+  float* weights;   // [kPaddedRows][kPairChunk / 2]
 
   explicit BFloat16Operands(const ChunkOperands& o)
       : o(o),
@@ -26,28 +28,29 @@ struct BFloat16Operands {
         ldx(round_up(words, kWidth)),
         ldk(round_up(o.state_rows, kWidth)) {}
 
-  int64_t z_size() const { return o.width_panels() * kChunk / 2 * kPanel; }
+  int64_t z_size() const { return o.width_panels() * kPairChunk / 2 * kPanel; }
   int64_t size() const {
-    return kPaddedRows * (ldx + kChunk / 2) + words * kChunk + kChunk / 2 * ldk + z_size() + 5 * 16;
+    return kPaddedRows * (ldx + kPairChunk / 2) + words * kPairChunk + kPairChunk / 2 * ldk +
+           z_size() + 5 * 16;
   }
   void place(cpu::Workspace& workspace) {
     packed_x = ChunkOperands::zeros(workspace, kPaddedRows * ldx);
-    y = ChunkOperands::zeros(workspace, words * kChunk);
-    keys = ChunkOperands::zeros(workspace, kChunk / 2 * ldk);
+    y = ChunkOperands::zeros(workspace, words * kPairChunk);
+    keys = ChunkOperands::zeros(workspace, kPairChunk / 2 * ldk);
     z = ChunkOperands::zeros(workspace, z_size());
-    weights = ChunkOperands::zeros(workspace, kPaddedRows * kChunk / 2);
+    weights = ChunkOperands::zeros(workspace, kPaddedRows * kPairChunk / 2);
   }
 
   void pack(const Span& q, const Span& k, const Span& v, const ChunkDecay& decay, int64_t length,
             int64_t columns, bool state) {
     if (state) pack_x(o, q, FeatureMap::identity, 1, length);
-    const bool in_place = q.n == kChunk && length % 2 == 0 && q.step % 2 == 0;
+    const bool in_place = q.n == kPairChunk && length % 2 == 0 && q.step % 2 == 0;
     x = in_place ? reinterpret_cast<const float*>(q.data) : packed_x;
     step_x = in_place ? q.step / 2 : ldx;
     if (!in_place)
-      pack_rows<BFloat16>(q.data, q.dtype, q.step, q.n, round_up(q.n, kTileRows) + kTileRows,
-                          length, 1.f, packed_x, ldx);
-    pack_transposed<BFloat16, kTokenPanel>(k.data, k.dtype, k.step, k.n, length, 1.f, y);
+      pack_rows<BFloat16>(q.data, q.dtype, q.step, q.n, rows_of_tiles(q.n), length, 1.f, packed_x,
+                          ldx);
+    pack_transposed<BFloat16, kPairChunk>(k.data, k.dtype, k.step, k.n, length, 1.f, y);
     const Elements<DType::bfloat16> e;
     for (int64_t t = 0; t < k.n; t += 2) {
       const vf even = set(decay.to_end[t]), odd = set(decay.to_end[t + 1]);
@@ -63,7 +66,7 @@ struct BFloat16Operands {
                                   kPanel);
   }
 
-  float* z_panel(int64_t column) const { return z + column * (kChunk / 2); }
+  float* z_panel(int64_t column) const { return z + column * (kPairChunk / 2); }
 };
 
 template <int M, int N>
@@ -71,14 +74,14 @@ __attribute__((noinline)) void score_tile(const BFloat16Operands& b, const Chunk
                                           int64_t row) {
   vf s[M][N];
   clear(s);
-  multiply<BFloat16, false>(s, b.x + row * b.step_x, b.step_x, b.y, kChunk, b.words);
+  multiply<BFloat16, false>(s, b.x + row * b.step_x, b.step_x, b.y, kPairChunk, b.words);
   const float* pair = decay.pair + row * decay.pair_step;
-  float* to = b.weights + row * (kChunk / 2);
+  float* to = b.weights + row * (kPairChunk / 2);
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
     for (int j = 0; j < N; ++j) s[i][j] = s[i][j] * load(pair + i * decay.pair_step + j * kWidth);
-    store(to + i * (kChunk / 2), narrow_bfloat(s[i][0], N > 1 ? s[i][N - 1] : zero()));
+    store(to + i * (kPairChunk / 2), narrow_bfloat(s[i][0], N > 1 ? s[i][N - 1] : zero()));
   }
 }
 
@@ -101,8 +104,8 @@ __attribute__((noinline)) void out_tile(const BFloat16Operands& b, const ChunkDe
       for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
     }
   }
-  multiply<BFloat16, false>(acc, b.weights + row * (kChunk / 2), kChunk / 2, b.z_panel(column),
-                            kPanel, words_of<BFloat16>(tokens));
+  multiply<BFloat16, false>(acc, b.weights + row * (kPairChunk / 2), kPairChunk / 2,
+                            b.z_panel(column), kPanel, words_of<BFloat16>(tokens));
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)

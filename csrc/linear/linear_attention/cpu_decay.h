@@ -8,7 +8,7 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kChunk = 32;  // tokens
+constexpr int64_t kMaxChunk = 32;  // tokens
 
 // Exponents below these give the same float32 results, and inf - inf is never formed.
 constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
@@ -26,17 +26,18 @@ class ChunkDecay {
 
   static constexpr int64_t kRowsPad = 16;
   // Floats of what is known of a constant decay before the first chunk.
-  static constexpr int64_t kTable = kChunk + kRowsPad + kRowsPad + kChunk + kChunk + kWidth;
+  static constexpr int64_t kTable =
+      kMaxChunk + kRowsPad + kRowsPad + kMaxChunk + kMaxChunk + kWidth;
 
   void fill_table(float* table, int64_t b, int64_t h) const {
     if (decay_.per_token) return;
     const double each = none() ? 0 : clamp(*head(b, h), kLeastConstant);
-    for (int64_t i = 0; i < kChunk + kRowsPad; ++i)
+    for (int64_t i = 0; i < kMaxChunk + kRowsPad; ++i)
       table[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
     float* row = row_of(table);
-    for (int64_t i = 0; i < kRowsPad + kChunk; ++i) row[-i] = table[i] * scale_;
+    for (int64_t i = 0; i < kRowsPad + kMaxChunk; ++i) row[-i] = table[i] * scale_;
     if (!diagonal_) *row = 0;
-    for (int64_t i = 1; i < kChunk + kWidth; ++i) row[i] = 0;
+    for (int64_t i = 1; i < kMaxChunk + kWidth; ++i) row[i] = 0;
   }
 
   // Tokens first .. first + n - 1, counted along seq, of head h of batch b.
@@ -58,8 +59,8 @@ class ChunkDecay {
   // The first row sees nothing of the state, until the next chunk starts.
   void blind_first() { from_start[0] = 0; }
 
-  float from_start[kChunk + kRowsPad] = {};  // of the state before the chunk, in row r
-  float to_end[kChunk + kRowsPad] = {};      // of row r, in the state after it
+  float from_start[kMaxChunk + kRowsPad] = {};  // of the state before the chunk, in row r
+  float to_end[kMaxChunk + kRowsPad] = {};      // of row r, in the state after it
   float total;
   const float* pair;  // of row s in row r: pair[r * pair_step + s], 0 for s > r
   int64_t pair_step;
@@ -73,19 +74,19 @@ class ChunkDecay {
   // Of a table, what remains to a row from rows s - r further on, 0 for those after it.
   template <typename Float>
   static Float* row_of(Float* table) {
-    return table + kChunk + kRowsPad + kRowsPad + kChunk - 1;
+    return table + kMaxChunk + kRowsPad + kRowsPad + kMaxChunk - 1;
   }
 
   void per_token(const float* head, int64_t first, int64_t n) {
-    double prefix[kChunk];
+    double prefix[kMaxChunk];
     double sum = 0;
     for (int64_t t = 0; t < n; ++t)
       prefix[t] = sum += clamp(head[(first + t) * decay_.seq], kLeastOfToken);
     total = static_cast<float>(std::exp(sum));
     // Differences of two floats each, in powers of 2: a prefix alone is too coarse.
     constexpr double kLog2eDouble = 1.4426950408889634;
-    float high[kChunk + kRowsPad], low[kChunk + kRowsPad];
-    float start[kChunk + kRowsPad], end[kChunk + kRowsPad];
+    float high[kMaxChunk + kRowsPad], low[kMaxChunk + kRowsPad];
+    float start[kMaxChunk + kRowsPad], end[kMaxChunk + kRowsPad];
     for (int64_t r = 0; r < n + kRowsPad; ++r) {
       const int64_t row = r < n ? r : n - 1, t = backward_ ? n - 1 - row : row;
       const double x = kLog2eDouble * (backward_ ? -prefix[t] : prefix[t]);
@@ -117,7 +118,7 @@ class ChunkDecay {
   const LogDecay& decay_;
   bool backward_, diagonal_;
   float scale_;
-  float pairs_[(kChunk + kRowsPad) * kChunk];  // of decays of tokens
+  float pairs_[(kMaxChunk + kRowsPad) * kMaxChunk];  // of decays of tokens
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA

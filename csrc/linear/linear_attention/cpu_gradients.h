@@ -104,8 +104,7 @@ struct GradientRows {
   static Span in_order(const Span& s, bool backward) { return backward ? s.reversed() : s; }
 
   static void load(const Span& s, float factor, int64_t length, float* to, int64_t ld) {
-    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, round_up(s.n, kTileRows) + kTileRows, length,
-                       factor, to, ld);
+    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, rows_of_tiles(s.n), length, factor, to, ld);
   }
 
   template <bool kQuery>

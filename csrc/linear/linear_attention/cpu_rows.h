@@ -57,19 +57,20 @@ inline void pack_x(const ChunkOperands& o, const Span& s, FeatureMap map, float 
                    int64_t length) {
   if (map != FeatureMap::taylor2) {
     const bool plain = map == FeatureMap::identity;
-    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, round_up(s.n, kTileRows) + kTileRows, length,
+    pack_rows<Float32>(s.data, s.dtype, s.step, s.n, rows_of_tiles(s.n), length,
                        plain ? factor : 1.f, o.x, o.ldx);
     if (!plain) map_rows(map, factor, o.x, o.ldx, s.n, length);
     return;
   }
-  for (int64_t r = 0; r < kPaddedRows; ++r)
+  const int64_t rows = round_up(rows_of_tiles(s.n), kWidth);
+  for (int64_t r = 0; r < rows; ++r)
     for (int64_t d = 0; d < length; d += kWidth) {
       float lane[kWidth];
       store(lane, r < s.n ? load_as_float_n(s.row(r), s.dtype, d, length - d) : zero());
       for (int64_t l = 0; l < kWidth && d + l < length; ++l)
         o.x[(1 + d + l) * o.ldx + r] = lane[l] * factor;
     }
-  taylor_features<true>(o.x, o.ldx, length, kPaddedRows, s.n);
+  taylor_features<true>(o.x, o.ldx, length, rows, s.n);
 }
 
 // Features of `length` elements, as y.
