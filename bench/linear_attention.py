@@ -109,10 +109,10 @@ def _case(
 
 
 def cases() -> Iterator[Case]:
-    for length in (1024, 2048, 8192):
+    for length in (1024, 2048, 8192, 32768):
         yield _case(length, with_sdpa=True)
-    yield _case(32768)
-    yield _case(262144, with_eager=False)
+    for length in (1024, 4096, 16384, 65536, 262144):  # peers leave cold caches behind
+        yield _case(length, with_eager=False, name="constant decay, no peers,")
     for dtype in (BF16, F16):
         yield _case(8192, dtype, with_sdpa=dtype == BF16, with_eager=dtype == BF16)
     yield _case(8192, backward=True)

@@ -33,14 +33,14 @@ def _case(batch: int, tokens: int = 1) -> Case:
 
         q, k, v = (draw(batch, tokens, HEADS, HEAD_DIM) for _ in range(3))
         state, other = draw(batch, HEADS, HEAD_DIM, HEAD_DIM), place(torch.empty(elements))
-        slopes = place(tm.lightning_slopes(HEADS))
+        decay = -place(tm.lightning_slopes(HEADS))
         copy = functools.partial(other.copy_, state.view(-1))
         peers: dict[str, Callable[[], Run]] = {"copy of the state": lambda: copy}
         if tokens == 1:
             theirs = (q * HEAD_DIM**-0.5)[:, 0], k[:, 0], v[:, 0]
-            last, decay = state.clone(), torch.exp(-slopes)
-            peers["eager"] = lambda: lambda: eager_decode(*theirs, last, decay)
-        return lambda: tm.linear_attention_decode(q, k, v, state, log_decay=-slopes), peers
+            last, factors = state.clone(), torch.exp(decay)
+            peers["eager"] = lambda: lambda: eager_decode(*theirs, last, factors)
+        return lambda: tm.linear_attention_decode(q, k, v, state, log_decay=decay), peers
 
     return Case(
         "linear_attention_decode",

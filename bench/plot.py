@@ -33,24 +33,26 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _draw_lengths(results: dict[str, Any], op: str, path: Path) -> Path:
-    """Time of a token against the number of tokens, of the rows that differ from the first in their
-    length alone."""
+    """Time of a token against the number of tokens: of the rows that differ from the first in their
+    length alone, with their peers, and of any other kind that has three lengths or more."""
     from matplotlib import pyplot as plt
 
     def kind(row: dict[str, Any]) -> str:
         return str(row["case"]).replace(f"S={row['length']} ", "")
 
-    rows = [row for row in results["rows"] if row["op"] == op]
-    rows = [row for row in rows if kind(row) == kind(rows[0])]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for k, name in enumerate(
-        ["tokenmill", *dict.fromkeys(n for row in rows for n in row["peers"])]
-    ):
-        points = [
-            (row["length"], (row if name == "tokenmill" else row["peers"][name])["seconds"])
-            for row in rows
-            if name == "tokenmill" or name in row["peers"]
+    every = [row for row in results["rows"] if row["op"] == op]
+    rows = [row for row in every if kind(row) == kind(every[0])]
+    lines = {"tokenmill": [(row["length"], row["seconds"]) for row in rows]}
+    for other in dict.fromkeys(kind(row) for row in every if row not in rows):
+        alike = [(row["length"], row["seconds"]) for row in every if kind(row) == other]
+        if len(alike) >= 3:
+            lines[f"tokenmill: {other}"] = alike
+    for name in dict.fromkeys(n for row in rows for n in row["peers"]):
+        lines[name] = [
+            (row["length"], row["peers"][name]["seconds"]) for row in rows if name in row["peers"]
         ]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for k, (name, points) in enumerate(lines.items()):
         axes.plot(
             [n for n, _ in points],
             [seconds / n * 1e6 for n, seconds in points],

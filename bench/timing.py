@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
+SLOW = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,21 @@ def interleave(
     tick: Callable[[], None] = lambda: None,
     gpu: bool = False,
 ) -> dict[str, Timing]:
-    """Times the runs in turn, A B C A B C ..., for about `seconds` and at least 5 rounds."""
+    """Times the runs in turn, A B C A B C ..., for about `seconds` and at least 5 rounds; slow ones
+    take part in the first two."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     measure = _gpu_seconds if gpu else _cpu_seconds(threads)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     try:
-        for run in runs.values():
-            run()
+        slow = {name for name, run in runs.items() if measure(run) > SLOW}
         end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(next(iter(samples.values()))) < 5:
+        rounds = 0
+        while time.perf_counter() < end or rounds < 5:
             for name, run in runs.items():
-                samples[name].append(measure(run))
+                if name not in slow or rounds < 2:
+                    samples[name].append(measure(run))
+            rounds += 1
             tick()
     finally:
         torch.set_num_threads(before)
