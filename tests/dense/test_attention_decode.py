@@ -128,6 +128,18 @@ def test_long_caches_cross_every_border(dtype, heads, backend, isa):
 
 
 @each_kernel
+@pytest.mark.parametrize("dims", [(96, 128), (256, 256), (160, 40)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (5, 4), (20, 2)], ids=str)
+@each_dtype
+def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
+    """How warps share rows, keys and columns depends on all of these."""
+    group, sq = rows
+    call = decode_call((100, 37), sq=sq, h=group, hk=1, d=dims[0], dv=dims[1], capacity=100)
+    found = compare(SPEC, Sample("wide", call), backend, dtype, device=device_of(backend))
+    assert not [c for c in found if not c.ok]
+
+
+@each_kernel
 @each_kind
 @each_dtype
 def test_any_number_of_splits_keeps_the_error_budget(dtype, kind, backend):

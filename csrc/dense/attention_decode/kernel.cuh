@@ -116,11 +116,9 @@ class DecodeBlock {
     if (thread < 2 * Shape::kTileKeys) slots_[thread] = slot(begin + thread, end);
     __syncthreads();
     load_stage(stages_, slots_, end - begin);
-    const int key_warps = kDecodeWarps >> plan_.log2_row_warps;
-    const int share = Shape::kTileKeys / key_warps;
-    const int offset = (threadIdx.x / kWarpSize >> plan_.log2_row_warps) * share;
-    typename Warp::Addresses at(stages_);
-    at.move(offset * Shape::kRowBytes);
+    const int share = Shape::kTileKeys / (Shape::kRowOrKeyWarps >> plan_.log2_row_warps);
+    const int offset = (Warp::row_or_key_warp() >> plan_.log2_row_warps) * share;
+    auto at = Warp::addresses(stages_, offset);
     int stage = 0;
 #pragma unroll 1
     for (int key0 = begin; key0 < end; key0 += Shape::kTileKeys, stage ^= 1) {
@@ -151,10 +149,11 @@ class DecodeBlock {
 
   // The sums of all warps, on those of earlier chunks.
   __device__ __forceinline__ void merge_warps(bool first_chunk, bool last_chunk) {
-    const int warp = threadIdx.x / kWarpSize, key_warps = kDecodeWarps >> plan_.log2_row_warps;
+    const int warp = threadIdx.x / kWarpSize;
+    const int key_warps = Shape::kRowOrKeyWarps >> plan_.log2_row_warps;
+    const int key_warp = Warp::row_or_key_warp() >> plan_.log2_row_warps;
     __syncthreads();
-    warp_.store(sums_ + ((warp >> plan_.log2_row_warps) * plan_.tile_rows + 16 * warp_.row_warp()) *
-                            Shape::kPartialRow);
+    warp_.store(sums_ + (key_warp * plan_.tile_rows + 16 * warp_.row_warp()) * Shape::kPartialRow);
     __syncthreads();
     float* slot = slot_rows(s_.part);
     const bool softmax = d_.attention.map == ScoreMap::softmax;

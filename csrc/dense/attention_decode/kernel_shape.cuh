@@ -24,10 +24,13 @@ struct DecodeShape {
   static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
   static constexpr bool kQueryInRegisters = kRowBytes <= 256;
 
-  // Warps share the keys of a tile if there are few rows, and the rows if there are many.
+  // Warps share the keys of a tile if there are few rows, and the rows if there are many. Two warps
+  // share 256 columns of values, whose accumulators would take half of the registers of one.
+  static constexpr int kColumnWarps = kBucket <= 128 ? 1 : 2;
+  static constexpr int kRowOrKeyWarps = kDecodeWarps / kColumnWarps;
   static constexpr int kMinRowWarps =
-      kDecodeWarps * kStepKeys <= kTileKeys ? 1 : kDecodeWarps * kStepKeys / kTileKeys;
-  static constexpr int kMaxRowWarps = kRowBytes <= 512 ? kDecodeWarps : 2;
+      kRowOrKeyWarps * kStepKeys <= kTileKeys ? 1 : kRowOrKeyWarps * kStepKeys / kTileKeys;
+  static constexpr int kMaxRowWarps = kRowOrKeyWarps;
 
   using KeyTile = SharedTile<kRowBytes, Swizzle::quad>;
   using ValueTile = SharedTile<kRowBytes, kFloat ? Swizzle::plain : Swizzle::quad>;

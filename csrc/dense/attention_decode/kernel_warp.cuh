@@ -9,20 +9,40 @@ class DecodeWarp {
  public:
   using Shape = DecodeShape<T, kBucket>;
   using Addresses = StageAddresses<Shape, false>;
-  static constexpr int kTiles = kBucket / 8;  // of value columns
+  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
+  static constexpr int kTiles = kColumns / 8;
   static constexpr int kKeyTiles = Shape::kStepKeys / 8;
 
   // `queries` is where the queries of the output tile lie in shared memory.
   __device__ DecodeWarp(const DecodeParams& d, const DecodePlan& plan, uint32_t queries)
       : p_(d.attention),
         softmax_(p_.map == ScoreMap::softmax),
-        row_warp_((threadIdx.x / kWarpSize) & ((1 << plan.log2_row_warps) - 1)),
+        row_warp_(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1)),
         unit_(softmax_ ? kLog2e : -kLog2e) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < kPatterns; ++i)
       query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +
                   Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+  }
+
+  static __device__ int row_or_key_warp() {
+    return threadIdx.x / kWarpSize % Shape::kRowOrKeyWarps;
+  }
+  static __device__ int first_column() {
+    return threadIdx.x / kWarpSize / Shape::kRowOrKeyWarps * kColumns;
+  }
+
+  // In a stage, of the keys that start at row `row` there.
+  static __device__ __forceinline__ Addresses addresses(uint32_t stage, int row) {
+    Addresses at(stage);
+    at.move(row * Shape::kRowBytes);
+    if constexpr (Shape::kColumnWarps > 1) {
+      static_assert(kColumns * sizeof(T) % (8 * kChunkBytes) == 0);
+#pragma unroll
+      for (uint32_t& x : at.value) x += first_column() * static_cast<int>(sizeof(T)), keep(x);
+    }
+    return at;
   }
 
   // Rows that do not exist see no key.
@@ -57,7 +77,7 @@ class DecodeWarp {
 
   __device__ __forceinline__ void load_queries() {
     if constexpr (Shape::kQueryInRegisters)
-      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j]); });
+      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j], query_); });
   }
 
   // Adds the kStepKeys keys from `key` on, at `at`. Nothing behind `end` counts.
@@ -86,24 +106,25 @@ class DecodeWarp {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* row = rows + (8 * half + lane / 4) * Shape::kPartialRow;
+      float* columns = row + first_column();
       const float sum = quad_sum(sum_[half]);
       if constexpr (Shape::kFloat) {
         // Lane c of a quad holds columns 32 group + 8 c ... + 7.
 #pragma unroll
-        for (int group = 0; group < kBucket / 32; ++group)
+        for (int group = 0; group < kColumns / 32; ++group)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const float4 x{out_[4 * group][2 * half + i], out_[4 * group + 1][2 * half + i],
                            out_[4 * group + 2][2 * half + i], out_[4 * group + 3][2 * half + i]};
-            *reinterpret_cast<float4*>(row + 32 * group + 8 * (lane % 4) + 4 * i) = x;
+            *reinterpret_cast<float4*>(columns + 32 * group + 8 * (lane % 4) + 4 * i) = x;
           }
       } else {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
-          *reinterpret_cast<float2*>(row + 8 * n + 2 * (lane % 4)) = {out_[n][2 * half],
-                                                                      out_[n][2 * half + 1]};
+          *reinterpret_cast<float2*>(columns + 8 * n + 2 * (lane % 4)) = {out_[n][2 * half],
+                                                                          out_[n][2 * half + 1]};
       }
-      if (lane % 4 == 0) {
+      if (lane % 4 == 0 && first_column() == 0) {
         row[Shape::kSumAt] = sum;
         row[Shape::kPivotAt] = -neg_pivot_[half];
       }
@@ -122,32 +143,52 @@ class DecodeWarp {
   };
 
   template <int kSlice>
-  __device__ __forceinline__ void load_query(QuerySlice& to) const {
+  static __device__ __forceinline__ void load_query(QuerySlice& to,
+                                                    const uint32_t (&at)[kPatterns]) {
     constexpr int kOffset = kSlice / kPatterns * kPatterns * 64;
-    load_shared<kOffset>(to.words[0], query_[kSlice % kPatterns]);
-    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], query_[kSlice % kPatterns]);
+    load_shared<kOffset>(to.words[0], at[kSlice % kPatterns]);
+    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], at[kSlice % kPatterns]);
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    unroll<Shape::kSlices>([&](auto j) {
-      QuerySlice slice;
-      if constexpr (Shape::kQueryInRegisters)
-        slice = q_[j];
-      else
-        load_query<j>(slice);
-      const auto& w = slice.words;
-      Fragment<T, 4> a[2];
+    if constexpr (Shape::kQueryInRegisters) {
+      unroll<Shape::kSlices>([&](auto j) { multiply_slice<j>(s, at, q_[j]); });
+    } else {
+      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
+      Addresses keys = at;
+      uint32_t queries[kPatterns];
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
-        a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-      unroll<kKeyTiles>([&](auto n) {
-        uint32_t k[4];
-        at.template load_keys<8 * n, j>(k);
+      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
+#pragma unroll 1
+      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
+        unroll<kPatterns>([&](auto j) {
+          QuerySlice slice;
+          load_query<j>(slice, queries);
+          multiply_slice<j>(s, keys, slice);
+        });
 #pragma unroll
-        for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
-      });
+        for (int j = 0; j < kPatterns; ++j)
+          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
+      }
+    }
+  }
+
+  template <int kSlice>
+  static __device__ __forceinline__ void multiply_slice(float (&s)[kKeyTiles][4],
+                                                        const Addresses& at,
+                                                        const QuerySlice& slice) {
+    const auto& w = slice.words;
+    Fragment<T, 4> a[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+      a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
+    unroll<kKeyTiles>([&](auto n) {
+      uint32_t k[4];
+      at.template load_keys<8 * n, kSlice>(k);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
     });
   }
 
@@ -207,7 +248,7 @@ class DecodeWarp {
     if constexpr (Shape::kFloat) {
       const auto p = make_fragment<T>(__float_as_uint(e[0][0]), __float_as_uint(e[0][2]),
                                       __float_as_uint(e[0][1]), __float_as_uint(e[0][3]));
-      unroll<kBucket / 32>([&](auto group) {
+      unroll<kColumns / 32>([&](auto group) {
         uint32_t even[4], odd[4];
         at.template load_float_values<0, 0, group>(even);
         at.template load_float_values<0, 1, group>(odd);
@@ -217,7 +258,7 @@ class DecodeWarp {
     } else {
       const auto p = make_fragment<T>(pack<T>(e[0][0], e[0][1]), pack<T>(e[0][2], e[0][3]),
                                       pack<T>(e[1][0], e[1][1]), pack<T>(e[1][2], e[1][3]));
-      unroll<kBucket / 16>([&](auto pair) {
+      unroll<kColumns / 16>([&](auto pair) {
         uint32_t w[4];
         at.template load_values<0, pair>(w);
 #pragma unroll
