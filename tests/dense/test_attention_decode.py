@@ -73,7 +73,7 @@ def decode_samples(draw, longest):
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.5])),
         "window": (draw(st.one_of(st.just(-1), st.integers(0, longest))), 0),
         "score_bias": draw(st.sampled_from([None, -3.0, "neg_log_n"])),
-        "num_splits": draw(st.sampled_from([0, 0, 1, 2, 3, 7, 100])),
+        "num_splits": draw(st.sampled_from([0, 0, 1, 2, 3, 7, 20])),
     }
     if options["num_splits"] == 0:
         options["schedule"] = draw(st.sampled_from(["auto", "split", "stream_k"]))
@@ -144,7 +144,7 @@ def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
 @each_dtype
 def test_any_number_of_splits_keeps_the_error_budget(dtype, kind, backend):
     shape = {"sq": 2, "capacity": 300, "kind": kind, "score_bias": "neg_log_n"}
-    schedules = [{"num_splits": n} for n in (1, 2, 3, 10, 1000)]
+    schedules = [{"num_splits": n} for n in (1, 2, 3, 10, 40)]
     schedules += [{"schedule": name} for name in ("split", "stream_k")]
     for schedule in schedules:
         sample = Sample("splits", decode_call((300, 7, 129), **shape, **schedule))

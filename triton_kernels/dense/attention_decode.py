@@ -313,6 +313,8 @@ def attention_decode(
 
     wide = triton.next_power_of_2(max(64, head_dim, value_dim))
     block_n, num_warps, num_stages = TILES[q.element_size(), wide]
+    if INTERPRETED.value:  # a tile costs milliseconds whatever its size
+        block_n = min(max(triton.next_power_of_2(capacity) // 16, 32), 1024)
     block_m = min(max(triton.next_power_of_2(rows), 16), 64 if q.element_size() == 2 else 16)
     row_blocks = triton.cdiv(rows, block_m)
     splits = num_splits
