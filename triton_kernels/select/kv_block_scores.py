@@ -15,7 +15,8 @@ from .block_pool_keys import block_pool_keys
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 
 BLOCK_M = 16  # score rows of a program
-TILE_ROWS = 64  # of keys, of a product
+TILE_ROWS = 64  # of keys, of a product, at most
+TILE_BYTES = 16384
 VOTE_TILE = 512
 
 
@@ -258,8 +259,11 @@ def kv_block_scores(
         q = block_pool_keys(q, block_q, "mean", None, None)
     group = heads // max(kv_heads, 1)
     z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
-    block_t = min(triton.next_power_of_2(block_rows), TILE_ROWS)
-    block_n = TILE_ROWS // block_t
+    block_d = max(triton.next_power_of_2(dim), 16)
+    row_bytes = block_d * q.element_size() * (2 if scoring == "minmax" else 1)
+    tile_rows = min(max(TILE_BYTES // row_bytes, 16), TILE_ROWS)
+    block_t = min(triton.next_power_of_2(block_rows), tile_rows)
+    block_n = tile_rows // block_t
     n_tiles = triton.cdiv(blocks, block_n)
     m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
     launch(
@@ -269,7 +273,7 @@ def kv_block_scores(
         1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
         GROUPED=grouped, MEAN=head_reduce == "group_mean", MEAN_QUERIES=q_reduce == "mean",
         CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
-        BLOCK_T=block_t, BLOCK_D=max(triton.next_power_of_2(dim), 16), num_warps=4,
+        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     if not votes:
         return z

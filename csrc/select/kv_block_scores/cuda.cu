@@ -39,9 +39,9 @@ const char* average_queries(BlockScoreParams& p, cudaStream_t stream) {
 template <typename T, int kColumnTiles>
 const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_t stream) {
   using Shape = ScoreShape<kColumnTiles>;
-  const int64_t whole_sets = plan.set < Shape::kColumns ? Shape::kColumns / plan.set : 1;
+  const int whole_sets = plan.set < Shape::kColumns ? Shape::kColumns / plan.set : 1;
   plan.part_columns = whole_sets * plan.set;
-  plan.parts = ceil_div(plan.columns, plan.part_columns);
+  plan.parts = static_cast<int>(ceil_div(plan.columns, plan.part_columns));
   int device = 0, sms = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
@@ -49,7 +49,7 @@ const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_
   const int64_t others = p.batch * p.kv_heads * plan.parts;
   const int64_t rounds = others * ceil_div(plan.units, kScoreWarps) / (16 * sms);
   plan.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
-  plan.unit_groups = ceil_div(plan.units, kScoreWarps * plan.rounds);
+  plan.unit_groups = static_cast<int>(ceil_div(plan.units, kScoreWarps * plan.rounds));
   if (others * plan.unit_groups > 0x7fffffff) return "too many blocks for a launch";
   const int bytes = Shape::shared_bytes(plan.query_bytes);
   const auto kernel = score_kernel<T, kColumnTiles>;
@@ -67,12 +67,13 @@ const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_
 template <typename T>
 const char* launch_scores(const BlockScoreParams& p, cudaStream_t stream) {
   if (p.heads == 0) return nullptr;
-  if (p.k.rows > 0x7fffff00) return "more than 2^31 rows of keys";
+  const int64_t columns = p.rows * p.heads / p.kv_heads * queries_of_row(p);
+  if (p.k.rows > 0x7fffff00 || columns > 0x7fffff00) return "more than 2^31 rows of a head";
   ScorePlan plan{};
   plan.group = static_cast<int>(p.heads / p.kv_heads);
   plan.row_queries = static_cast<int>(queries_of_row(p));
   plan.set = plan.row_queries * (reduces_group(p) ? plan.group : 1);
-  plan.columns = p.rows * plan.group * plan.row_queries;
+  plan.columns = static_cast<int>(columns);
   const bool packed = p.block_rows <= kScoreRows / 2 && kScoreRows % p.block_rows == 0;
   plan.slots = packed ? static_cast<int>(kScoreRows / p.block_rows) : 1;
   plan.unit_rows = packed ? kScoreRows : static_cast<int>(p.block_rows);

@@ -23,10 +23,10 @@ constexpr int kSlotLd = kScoreRows + 1;
 // rows, whole blocks of which are its slots, or all rows of one block.
 struct ScorePlan {
   int group, row_queries, set;
-  int64_t columns, part_columns, parts;
+  int columns, part_columns, parts;
   int units, unit_rows, slots;
   int rounds;  // units of a warp
-  int64_t unit_groups;
+  int unit_groups;
   int half_chunks, chunks, slices;  // 16 bytes of a row of keys, of a row and its other half; 64
   int query_bytes;  // between columns in shared memory: 64 bytes more than a multiple
                     // of 128, so that two columns side by side differ in their banks
@@ -44,14 +44,15 @@ struct ScoreShape {
 };
 
 struct ScoreColumn {
-  int64_t row, query;  // of the result; of the sequence, -1 beyond its end
-  int head;            // of the group
+  int row, query;  // of the result; of the sequence, -1 beyond its end
+  int head;        // of the group
 
-  __device__ ScoreColumn(const BlockScoreParams& p, const ScorePlan& plan, int64_t column) {
-    const int64_t rest = column / plan.row_queries;
+  __device__ ScoreColumn(const BlockScoreParams& p, const ScorePlan& plan, int column) {
+    const int rest = column / plan.row_queries;
     row = rest / plan.group;
-    head = static_cast<int>(rest % plan.group);
-    query = p.mean_q ? last_query(p, row) : row * p.block_q + column % plan.row_queries;
+    head = rest % plan.group;
+    query = static_cast<int>(p.mean_q ? last_query(p, row)
+                                      : row * p.block_q + column % plan.row_queries);
     if (query >= p.queries) query = -1;
   }
 };
@@ -88,8 +89,8 @@ __device__ __forceinline__ void keep_sign(uint32_t (&words)[4], bool positive) {
 // keys. By all threads of a block.
 template <typename T>
 __device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, int64_t b,
-                             int64_t kv_head, int64_t first, int columns, int padded,
-                             uint32_t queries, int* ends) {
+                             int64_t kv_head, int first, int columns, int padded, uint32_t queries,
+                             int* ends) {
   const int chunks = plan.slices * (kSliceBytes / kChunkBytes);
 #pragma unroll 1
   for (int i = threadIdx.x; i < padded * chunks; i += kScoreThreads) {
@@ -255,13 +256,13 @@ struct ScoreSet {
 // Reduces the columns of whole sets, or of a piece of one, and writes the results of a unit.
 // Lanes side by side have neighbouring blocks of keys.
 __device__ __forceinline__ void reduce_sets(const BlockScoreParams& p, const ScorePlan& plan,
-                                            int64_t b, int64_t kv_head, int64_t first, int columns,
+                                            int64_t b, int64_t kv_head, int first, int columns,
                                             int unit, const float* scores, ScoreSet& set) {
   const int lane = threadIdx.x % kWarpSize, slot = lane % plan.slots;
   const int64_t block = int64_t{unit} * plan.slots + slot;
 #pragma unroll 1
   for (int c = lane / plan.slots * plan.set; c < columns; c += kWarpSize / plan.slots * plan.set) {
-    const int64_t number = (first + c) / plan.set;
+    const int number = (first + c) / plan.set;
     if (number * plan.set == first + c) set.start();
     const int end = min(c + plan.set, columns);
 #pragma unroll 4
@@ -271,7 +272,7 @@ __device__ __forceinline__ void reduce_sets(const BlockScoreParams& p, const Sco
     const int64_t head = reduces_group(p)
                              ? b * p.kv_heads + kv_head
                              : b * p.heads + kv_head * plan.group + number % plan.group;
-    const int64_t row = reduces_group(p) ? number : number / plan.group;
+    const int row = reduces_group(p) ? number : number / plan.group;
     out[(head * p.rows + row) * p.blocks + block] = set.result(p, plan);
   }
 }
@@ -289,13 +290,14 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
   const int warp = threadIdx.x / kWarpSize;
   float* const scores = all_scores + warp * Shape::kScores;
 
-  const int64_t group = blockIdx.x % plan.unit_groups, rest = blockIdx.x / plan.unit_groups;
-  const int64_t part = rest % plan.parts, head = rest / plan.parts;
+  const int group = static_cast<int>(blockIdx.x) % plan.unit_groups;
+  const int rest = static_cast<int>(blockIdx.x) / plan.unit_groups;
+  const int part = rest % plan.parts, head = rest / plan.parts;
   const int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
   const ScoreKeys<T> keys{p, plan, b, kv_head};
-  const int64_t part_begin = part * plan.part_columns;
-  const int64_t part_end = min(part_begin + plan.part_columns, plan.columns);
-  const int64_t last_row = ScoreColumn(p, plan, part_end - 1).row;
+  const int part_begin = part * plan.part_columns;
+  const int part_end = min(part_begin + plan.part_columns, plan.columns);
+  const int last_row = ScoreColumn(p, plan, part_end - 1).row;
   const SeenRows seen = seen_rows(p, tokens_of(p, b), last_query(p, last_row));
   const int seen_begin = static_cast<int>(min(seen.begin, p.k.rows));
   const int seen_end = static_cast<int>(seen.end);
@@ -305,20 +307,20 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
   set.start();
 #pragma unroll 1
   for (int round = 0; round < plan.rounds; ++round) {
-    const int64_t unit = (group * plan.rounds + round) * kScoreWarps + warp;
+    const int unit = (group * plan.rounds + round) * kScoreWarps + warp;
 #pragma unroll 1
-    for (int64_t first = part_begin; first < part_end; first += Shape::kColumns) {
-      const int columns = static_cast<int>(min(part_end - first, int64_t{Shape::kColumns}));
+    for (int first = part_begin; first < part_end; first += Shape::kColumns) {
+      const int columns = min(part_end - first, Shape::kColumns);
       if (round == 0 || !whole) {
         __syncthreads();
         load_queries<T>(p, plan, b, kv_head, first, columns, Shape::kColumns, queries, ends);
         __syncthreads();
       }
       if (unit < plan.units) {
-        score_unit<T, kColumnTiles>(keys, static_cast<int>(unit), seen_begin, seen_end, queries,
-                                    ends, (columns + 7) / 8, scores);
+        score_unit<T, kColumnTiles>(keys, unit, seen_begin, seen_end, queries, ends,
+                                    (columns + 7) / 8, scores);
         __syncwarp();
-        reduce_sets(p, plan, b, kv_head, first, columns, static_cast<int>(unit), scores, set);
+        reduce_sets(p, plan, b, kv_head, first, columns, unit, scores, set);
         __syncwarp();
       }
     }
