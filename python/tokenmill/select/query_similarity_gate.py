@@ -126,7 +126,6 @@ SPEC = register_op(
             Sample("chunk", _sample(4, 37, 5, d=20)),
             Sample("zeros and NaN", _sample(5, 2, 1, change=_hostile)),
             Sample("no tokens", _sample(2, 0, 1)),
-            Sample("no requests", _sample(0, 1, 1)),
         ),
         malformed=(
             Malformed(
