@@ -16,6 +16,7 @@ from ..common import (
     LENGTHS,
     LOG2E,
     Rows,
+    Slice,
     dot,
     launch,
     load_rows,
@@ -89,6 +90,31 @@ def gumbel_bits(seed, i_b, i_h, o_position, o_j):
 
 
 @triton.jit
+def from_column(rows, o):
+    return Slice(rows.data + o, rows.seq, rows.length)
+
+
+@triton.jit
+def products(
+    queries, keys, o_i, o_j, b_held, HOLDS_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """q.k of queries o_i and keys o_j. b_held are those that the program owns; where they have more
+    than BLOCK_D columns the registers would not hold them, and both are read in parts."""
+    if HEAD_DIM > BLOCK_D:
+        b_qk = tl.zeros([o_i.shape[0], o_j.shape[0]], tl.float32)
+        for o in tl.static_range(0, HEAD_DIM, BLOCK_D):
+            b_q = load_rows(from_column(queries, o), o_i, HEAD_DIM - o, BLOCK_D)
+            b_k = load_rows(from_column(keys, o), o_j, HEAD_DIM - o, BLOCK_D)
+            b_qk += dot(b_q, tl.trans(b_k))
+    elif HOLDS_KEYS:
+        b_qk = dot(load_rows(queries, o_i, HEAD_DIM, BLOCK_D), tl.trans(b_held))
+    else:
+        b_qk = dot(b_held, tl.trans(load_rows(keys, o_j, HEAD_DIM, BLOCK_D)))
+    return b_qk
+
+
+@triton.jit
 def exponents(b_qk, o_i, o_j, request, requests, factor, inverse_tau, seed, i_b, i_h):
     """In bits; -inf where hidden."""
     b_t = b_qk * factor
@@ -127,7 +153,8 @@ def rows_kernel(
     if first >= request.rows:
         return
     o_i = first + tl.arange(0, BLOCK_M)
-    b_q = load_rows(slice_of(q, i_b, i_h, 0, request.rows), o_i, HEAD_DIM, BLOCK_D)
+    queries = slice_of(q, i_b, i_h, 0, request.rows)
+    b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
     keys = slice_of(k, i_b, i_h // group, 0, request.columns)
     end = request.columns
     if requests.causal:
@@ -137,7 +164,7 @@ def rows_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for j in range(0, end, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
-        b_qk = dot(b_q, tl.trans(load_rows(keys, o_j, HEAD_DIM, BLOCK_D)))
+        b_qk = products(queries, keys, o_i, o_j, b_q, False, HEAD_DIM, BLOCK_D)
         b_t = exponents(
             b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
@@ -182,7 +209,8 @@ def columns_kernel(
     request = request_of(requests, window, tokens_q, tokens_k, i_b)
     first = i_block * BLOCK_N
     o_j = first + tl.arange(0, BLOCK_N)
-    b_k = load_rows(slice_of(k, i_b, i_h // group, 0, request.columns), o_j, HEAD_DIM, BLOCK_D)
+    keys = slice_of(k, i_b, i_h // group, 0, request.columns)
+    b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
     queries = slice_of(q, i_b, i_h, 0, request.rows)
     begin = request.first_row
     o_begin = begin + tl.zeros_like(o_j)
@@ -192,7 +220,7 @@ def columns_kernel(
     b_sum = tl.zeros([BLOCK_N], tl.float32)
     for i in range(begin, request.rows, BLOCK_M):
         o_i = i + tl.arange(0, BLOCK_M)
-        b_qk = dot(load_rows(queries, o_i, HEAD_DIM, BLOCK_D), tl.trans(b_k))
+        b_qk = products(queries, keys, o_i, o_j, b_k, True, HEAD_DIM, BLOCK_D)
         b_t = exponents(
             b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
@@ -245,7 +273,10 @@ def attention_column_scores(
         heads,
         group,
     )
-    options = {"HEAD_DIM": head_dim, "BLOCK_D": max(triton.next_power_of_2(head_dim), 16), **tiles}
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    if q.dtype == torch.float32:
+        block_d = min(block_d, 128)
+    options = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, **tiles}
     places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
     if lse is None:
         pivots = q.new_empty((batch, heads, rows), dtype=torch.float32)
@@ -280,10 +311,10 @@ def _tiles(head_dim: int, rows: int, columns: int, element_size: int) -> dict[st
         )
         return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1}
     if element_size == 4:
-        m, n, warps = (16, 32, 4) if head_dim <= 128 else (16, 16, 8)
+        m, n, warps = 16, 32, 4
     elif head_dim <= 128:
         m, n, warps = 64, 64, 4 if head_dim <= 64 else 8
     else:
-        m, n, warps = 32, 32, 8
+        m, n, warps = 32, 32, 4
     stages = 2 if head_dim <= 128 else 1
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

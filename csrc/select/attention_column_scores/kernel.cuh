@@ -301,8 +301,9 @@ class ScoreWarp {
   float top_[kTiles][2], sum_[kTiles][2];  // of this lane
 };
 
+// Without a number of blocks ptxas spills a few bytes for the sake of one block more.
 template <typename T, int kBucket, ScorePass kPass, bool kNoise>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kScoreThreads, 3)
     column_scores_kernel(const __grid_constant__ ColumnScoresParams p,
                          const __grid_constant__ ScorePlan plan) {
   using Shape = ScoreShape<T, kBucket>;

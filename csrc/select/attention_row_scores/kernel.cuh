@@ -35,8 +35,9 @@ __device__ __forceinline__ int query_slot(int column) {
 }
 
 // A block owns keys of one head, and takes the rows of its group 8 at a time.
+// Without a number of blocks ptxas spills a few bytes for the sake of one block more.
 template <typename T, int kBucket>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     row_exponents_kernel(const __grid_constant__ RowScoresParams p, unsigned blocks, bool aligned) {
   constexpr int kCount = kChunkBytes / sizeof(T);
   constexpr int kChunks = kBucket / kCount / kKeyLanes;  // of one lane
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const int key = first + i + static_cast<int>(threadIdx.x) / kKeyLanes;
       const T* from = keys + static_cast<int64_t>(min(key, length - 1)) * p.k.seq;
       float sums[kRowsAtOnce] = {};
-#pragma unroll
+#pragma unroll 2
       for (int c = 0; c < kChunks; ++c) {
         const int column = (c * kKeyLanes + lane) * kCount;
         uint32_t words[4] = {};
