@@ -47,8 +47,8 @@ def _case(
         def sdpa() -> Run:
             if min(lengths) < longest or tokens > 1:
                 raise Absent("SDPA: a mask for each request")
-            q_, k_, v_ = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-            return lambda: F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=True)
+            q_t, k_t, v_t = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+            return lambda: F.scaled_dot_product_attention(q_t, k_t, v_t, enable_gqa=True)
 
         def read() -> Run:
             # Words of 4 bytes: sums of 16-bit numbers are bound by their conversion.
