@@ -47,6 +47,13 @@ def length_of(lengths, i_b, rows):
 
 
 @triton.jit
+def moved(keys, offset):
+    """Rows that begin `offset` elements later."""
+    return KeyRows(keys.data + offset, keys.batch, keys.seq, keys.head, keys.rows, keys.table,
+                   keys.table_stride, keys.page_size, keys.pages)  # fmt: skip
+
+
+@triton.jit
 def load_keys(keys, i_b, i_h, o_t, m_t, o_d, m_d):
     """Rows o_t of a head, 0 where masked or where the page is not there; and the mask of the rows
     that are there."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..common import INF, Rows, dot, launch
 from .block_pool_keys import block_pool_keys
-from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, moved
 
 BLOCK_M = 16  # score rows of a program
-TILE_ROWS = 64  # of keys, of a product, at most
-TILE_BYTES = 16384
+TILE_ROWS = 64  # of keys, of a product
+PIECE_BYTES = 128  # of a row
+REGISTERS = 200  # left to itself, ptxas takes 128 and spills
 VOTE_TILE = 512
 
 
@@ -31,7 +32,17 @@ class Seen(NamedTuple):
 
 
 SEEN = ["queries", "block_q", "row_tokens", "num_sink", "num_recent"]
-SIZES = ["out_batch", "rows", "blocks", "block_rows", "row_queries", "heads", "m_tiles", "n_tiles"]
+SIZES = [
+    "pieces",
+    "out_batch",
+    "rows",
+    "blocks",
+    "block_rows",
+    "row_queries",
+    "heads",
+    "m_tiles",
+    "n_tiles",
+]
 
 
 @triton.jit
@@ -65,28 +76,29 @@ def load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d):
 
 
 @triton.jit
-def tile_scores(q, keys, k_half, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale, BOXES: tl.constexpr,
-                DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """z of a tile, and the rows that are boxes without keys."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < DIM
-    b_q = load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d)
-    b_k, m_there = load_keys(keys, i_b, i_kh, o_t, m_t, o_d, m_d)
+def tile_scores(q, keys, k_half, pieces, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale,
+                BOXES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """z of a tile, and the rows that are boxes without keys. A row of keys, or both of a box,
+    consists of pieces of BLOCK_D columns."""
+    of_half: tl.constexpr = (DIM + BLOCK_D - 1) // BLOCK_D
+    b_z = tl.zeros([o_i.shape[0], o_t.shape[0]], tl.float32)
+    for piece in range(pieces):
+        o_d = piece % of_half * BLOCK_D + tl.arange(0, BLOCK_D)
+        half = piece // of_half
+        b_q = load_queries(q, i_b, o_h, o_i, m_i, o_d, o_d < DIM)
+        b_k, _ = load_keys(moved(keys, half * k_half), i_b, i_kh, o_t, m_t, o_d, o_d < DIM)
+        if BOXES:
+            b_x = b_q.to(tl.float32)
+            m_other = tl.where(half == 0, b_x, -b_x) > 0
+            b_q = tl.where(m_other, tl.zeros_like(b_q), b_q)
+        b_z += dot(b_q, tl.trans(b_k))
     m_empty = tl.zeros(o_t.shape, tl.int1)
     if BOXES:
-        upper = KeyRows(keys.data + k_half, keys.batch, keys.seq, keys.head, keys.rows, keys.table,
-                        keys.table_stride, keys.page_size, keys.pages)  # fmt: skip
-        b_m, _ = load_keys(upper, i_b, i_kh, o_t, m_t, o_d, m_d)
-        b_x = b_q.to(tl.float32)
-        b_zero = tl.zeros_like(b_q)
-        b_z = dot(tl.where(b_x > 0, b_zero, b_q), tl.trans(b_k))
-        b_z += dot(tl.where(b_x < 0, b_zero, b_q), tl.trans(b_m))
-        m_first = (o_d == 0)[None, :]
-        b_low = tl.sum(tl.where(m_first, b_k.to(tl.float32), 0.0), 1)
-        b_high = tl.sum(tl.where(m_first, b_m.to(tl.float32), 0.0), 1)
-        m_empty = m_there & (b_low > b_high)
-    else:
-        b_z = dot(b_q, tl.trans(b_k))
+        o_0 = tl.arange(0, 1)
+        b_low, m_there = load_keys(keys, i_b, i_kh, o_t, m_t, o_0, o_0 < 1)
+        b_high, _ = load_keys(moved(keys, k_half), i_b, i_kh, o_t, m_t, o_0, o_0 < 1)
+        m_above = b_low.to(tl.float32) > b_high.to(tl.float32)
+        m_empty = m_there & (tl.sum(m_above.to(tl.int32), 1) > 0)
     return b_z * scale, m_empty
 
 
@@ -107,6 +119,7 @@ def score_kernel(
     lengths,
     out,
     k_half,
+    pieces,
     scale,
     out_batch,
     rows,
@@ -166,8 +179,8 @@ def score_kernel(
                 o_in = t + o_bt % BLOCK_T
                 o_t = o_block * block_rows + o_in
                 m_t = (o_in < block_rows) & (o_t < end) & (o_t >= begin)
-                b_z, m_empty = tile_scores(q, keys, k_half, i_b, i_kh, o_h, o_i, m_i, o_t, m_t,
-                                           scale, BOXES, DIM, BLOCK_D)  # fmt: skip
+                b_z, m_empty = tile_scores(q, keys, k_half, pieces, i_b, i_kh, o_h, o_i, m_i, o_t,
+                                           m_t, scale, BOXES, DIM, BLOCK_D)  # fmt: skip
                 m_z = (m_t & ~m_empty)[None, :] & (o_t[None, :] < o_end[:, None])
                 b_z = tl.where(m_z & m_i[:, None], b_z, -INF)
                 if BLOCK_T > 1:
@@ -259,21 +272,20 @@ def kv_block_scores(
         q = block_pool_keys(q, block_q, "mean", None, None)
     group = heads // max(kv_heads, 1)
     z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
-    block_d = max(triton.next_power_of_2(dim), 16)
-    row_bytes = block_d * q.element_size() * (2 if scoring == "minmax" else 1)
-    tile_rows = min(max(TILE_BYTES // row_bytes, 16), TILE_ROWS)
-    block_t = min(triton.next_power_of_2(block_rows), tile_rows)
-    block_n = tile_rows // block_t
+    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
+    pieces = triton.cdiv(dim, block_d) * (2 if scoring == "minmax" else 1)
+    block_t = min(triton.next_power_of_2(block_rows), TILE_ROWS)
+    block_n = TILE_ROWS // block_t
     n_tiles = triton.cdiv(blocks, block_n)
     m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
     launch(
         score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]),
         Rows(k, *k.stride()[:3]), block_table, *sizes, *seen, lengths, z,
-        k.stride(3) if scoring == "minmax" else 0, scale, z.stride(0), rows, blocks, block_rows,
-        1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
+        k.stride(3) if scoring == "minmax" else 0, pieces, scale, z.stride(0), rows, blocks,
+        block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
         GROUPED=grouped, MEAN=head_reduce == "group_mean", MEAN_QUERIES=q_reduce == "mean",
         CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
-        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     if not votes:
         return z
