@@ -37,10 +37,12 @@ def placed(sample, dtype=torch.float32, seed=0, backend=BACKEND):
 
 
 def forward_and_backward(spec, args, kwargs, backend=BACKEND):
-    """A function that computes outputs and gradients."""
-    call = functools.partial(spec.function, backend=backend)
-    shapes = [o.shape for o in tm.testing.evaluate(call, args, kwargs)[0]]
-    cotangents = [torch.ones(shape, device=device_of(backend)) for shape in shapes]
+    """A function that computes outputs, what is written, and gradients where there are any."""
+    call = tm.testing.without_side_effects(spec, functools.partial(spec.function, backend=backend))
+    cotangents = None
+    if spec.differentiable:
+        outputs = tm.testing.evaluate(call, args, kwargs)[0]
+        cotangents = [torch.ones(o.shape, device=device_of(backend)) for o in outputs]
 
     def run():
         return [*chain(*tm.testing.evaluate(call, args, kwargs, cotangents))]
