@@ -25,8 +25,25 @@ class Everything(torch.nn.Module):
         following = tm.linear_attention_decode(token, token, token, slots)
         indices, _ = tm.topk_select(linear[0, -1].detach(), 3)
         kept = linear[0, -1].gather(1, indices.long()).mean()
+        cached = decode_from_cache(token, x.detach())
         # The mean: a sum of the slots is so large that its rounding shows in the sine.
-        return (linear + following + kept + slots.mean()).sin()
+        return (linear + following + kept + slots.mean()).sin() + cached
+
+
+def decode_from_cache(q, k):
+    """A step with the operators on caches."""
+    lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32)
+    pooled = tm.block_pool_keys(k, 4)
+    tm.block_pool_keys_update(k, pooled, 4, start=lengths - 1)
+    blocks = tm.kv_block_scores(q, pooled, block_k=4)
+    columns = tm.attention_column_scores(k, k, causal=True)
+    rows = tm.attention_row_scores(q, k)
+    again = tm.query_similarity_gate(q, q, 0.5)
+    keep, counts = tm.topk_select(rows, 6)
+    kept = k.clone(), k.clone()
+    lengths = tm.kv_cache_compact(*kept, keep, counts)
+    scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean()
+    return tm.attention_decode(q, *kept, seqlens_k=lengths) + scores
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
