@@ -2,7 +2,7 @@
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "core/stable.h"
+#include "core/views.h"
 
 // Lives in libtorch_cuda.so. Weak, so that one library also loads beside a CPU-only torch.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -35,6 +35,16 @@ class CudaScope {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
+#endif
+
+#if defined(TOKENMILL_WITH_CUDA)
+// launch_cuda(p, stream), which returns what went wrong or null, on the device of `first`.
+template <typename Params>
+void launch_on_device(const char* op, const View& first, const Params& p) {
+  CudaScope scope(first.device);
+  if (const char* error = launch_cuda(p, scope.stream()))
+    throw std::runtime_error("tokenmill." + std::string(op) + ": " + error);
+}
 #endif
 
 }  // namespace tokenmill

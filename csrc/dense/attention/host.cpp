@@ -132,12 +132,7 @@ float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_p
 
 void run_forward(const AttentionParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
-  }
+  if (q.is_cuda) return launch_on_device(kOp, q, p);
 #endif
   cpu::attention_forward(p);
 }
@@ -180,10 +175,7 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
       p.minus_delta = p.minus_lse + rows;
     }
     if (wants_sums) p.sums = float_data(partial);
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::attention_backward(p);

@@ -15,10 +15,7 @@ void run(DecodeParams& p, const View& q) {
     const int64_t bytes = (CudaScope(q.device), workspace_bytes(p));
     Tensor workspace = empty({bytes}, q.tensor, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::attention_decode(p);

@@ -54,18 +54,11 @@ std::vector<int64_t> without_front(const std::vector<int64_t>& sizes) {
   return {sizes.begin() + 1, sizes.end()};
 }
 
-[[maybe_unused]] void throw_if(const char* error) {
-  if (error) throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-}
-
 template <typename Params, typename Cpu>
 void launch(const Params& p, const View& where, const Cpu& launch_cpu) {
   if (where.tensor.numel() == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
-  if (where.is_cuda) {
-    CudaScope scope(where.device);
-    return throw_if(launch_cuda(p, scope.stream()));
-  }
+  if (where.is_cuda) return launch_on_device(kOp, where, p);
 #endif
   launch_cpu(p);
 }

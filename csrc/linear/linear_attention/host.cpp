@@ -114,9 +114,7 @@ void run_cuda(Params& p, const View& q) {
   }
   Tensor workspace = empty({floats}, q.tensor, ScalarType::Float);
   forward_of(p).workspace = float_data(workspace);
-  CudaScope scope(q.device);
-  if (const char* error = launch_cuda(p, scope.stream()))
-    throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
+  launch_on_device(kOp, q, p);
 }
 #endif
 

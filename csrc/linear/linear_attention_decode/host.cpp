@@ -27,12 +27,7 @@ void check_values(const View& state, const std::optional<View>& decay,
 
 void run(const LinearDecodeParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
-  }
+  if (q.is_cuda) return launch_on_device(kOp, q, p);
 #endif
   cpu::linear_attention_decode(p);
 }

@@ -9,12 +9,7 @@ constexpr const char* kOp = "query_similarity_gate";
 
 void run(const SimilarityGateParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
-  }
+  if (q.is_cuda) return launch_on_device(kOp, q, p);
 #endif
   cpu::query_similarity_gate(p);
 }
