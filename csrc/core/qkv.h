@@ -10,9 +10,16 @@ namespace tokenmill {
 
 constexpr int64_t kMaxHeadDim = 256;
 
+inline void check_device_of(const char* op, const char* name, const View& t, const char* other,
+                            const View& first) {
+  if (!same_device(t, first))
+    fail(op, name,
+         Rule("must be on the device of ", other, ", ", show_device(first).c_str()).text(),
+         show_device(t));
+}
+
 inline void check_device_of_q(const char* op, const char* name, const View& t, const View& q) {
-  if (!same_device(t, q))
-    fail(op, name, "must be on the device of q, " + show_device(q), show_device(t));
+  check_device_of(op, name, t, "q", q);
 }
 
 inline void check_last_contiguous(const char* op, const char* name, const View& t) {

@@ -3,34 +3,44 @@
 #pragma once
 #include <algorithm>
 
-#include "core/views.h"
+#include "core/qkv.h"
 #include "select/keys.h"
 
 namespace tokenmill {
 
-inline void check_device_of(const char* op, const char* name, const View& t, const char* other,
-                            const View& first) {
-  if (!same_device(t, first))
-    fail(op, name,
-         Rule("must be on the device of ", other, ", ", show_device(first).c_str()).text(),
-         show_device(t));
-}
-
-inline void check_contiguous_rows(const char* op, const char* name, const View& t) {
-  check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
-}
-
 // [B] int32; null if not given
 inline const int32_t* per_request(const char* op, const char* name, const OptTensor& tensor,
-                                  int64_t batch, const View& k) {
+                                  int64_t batch, const char* other, const View& first) {
   if (!tensor) return nullptr;
   const View t(*tensor);
   const std::vector<int64_t> wanted{batch};
   check(t.sizes == wanted, op, name, Rule("must have shape ", wanted), t.sizes);
   check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
-  check_contiguous_rows(op, name, t);
-  check_device_of(op, name, t, "k", k);
+  check_last_contiguous(op, name, t);
+  check_device_of(op, name, t, other, first);
   return t.data<int32_t>();
+}
+
+inline void check_length_values(const char* op, const char* name, const int32_t* lengths,
+                                int64_t batch, int64_t longest) {
+  for (int64_t b = 0; lengths && b < batch; ++b)
+    check(lengths[b] >= 0 && lengths[b] <= longest, op, name, Rule("must be 0 to ", longest),
+          int64_t{lengths[b]});
+}
+
+// [B, H, Sq] of q [B, Sq, H, D]; null if not given
+template <typename Params>
+void set_lse(const char* op, const OptTensor& lse, const View& q, Params& p) {
+  if (!lse) return;
+  const View t(*lse);
+  const std::vector<int64_t> wanted{q.size(0), q.size(2), q.size(1)};
+  check(t.sizes == wanted, op, "lse", Rule("must have shape ", wanted), t.sizes);
+  check(t.dtype == ScalarType::Float, op, "lse", "must be float32", t.dtype);
+  check_last_contiguous(op, "lse", t);
+  check_device_of_q(op, "lse", t, q);
+  p.lse = t.data<float>();
+  p.lse_batch = t.step(0);
+  p.lse_head = t.step(1);
 }
 
 // Requests of keys [B, S, ...], or of a table of pages.
@@ -43,7 +53,7 @@ inline void check_block_table(const char* op, const OptTensor& block_table, cons
   const View t(*block_table);
   check(t.dim() == 2, op, "block_table", "must have 2 dimensions [B, P]", t.dim());
   check(t.dtype == ScalarType::Int, op, "block_table", "must be int32", t.dtype);
-  check_contiguous_rows(op, "block_table", t);
+  check_last_contiguous(op, "block_table", t);
   check_device_of(op, "block_table", t, "k", k);
 }
 

@@ -90,9 +90,15 @@ def check_qkv(
         fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
 
 
+def check_device_of(
+    op: str, argument: str, t: torch.Tensor, other: str, first: torch.Tensor
+) -> None:
+    if t.device != first.device:
+        fail(op, argument, f"must be on the device of {other}, {show(first.device)}", t.device)
+
+
 def check_device_of_q(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:
-    if t.device != q.device:
-        fail(op, argument, f"must be on the device of q, {show(q.device)}", t.device)
+    check_device_of(op, argument, t, "q", q)
 
 
 def check_cu_seqlens(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:
@@ -111,6 +117,10 @@ def check_cu_seqlens_values(op: str, argument: str, t: torch.Tensor, total: int)
     if ends[-1] != total:
         fail(op, argument, f"must end at the number of tokens, {total}", ends[-1])
     return ends
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
 
 
 def synchronising_checks() -> bool:

@@ -13,12 +13,9 @@ from .check import (
     check_dtype,
     check_last_contiguous,
     fail,
+    is_power_of_two,
     show,
 )
-
-
-def is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
 
 
 def check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool, float64: bool) -> None:

@@ -3,7 +3,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "select/attention_column_scores/params.h"
-#include "select/lengths.h"
+#include "select/checks.h"
 
 namespace tokenmill {
 namespace {
@@ -15,10 +15,7 @@ void run(ColumnScoresParams& p, const View& q) {
   if (q.is_cuda) {
     Tensor workspace = empty({workspace_bytes(p)}, q.tensor, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::attention_column_scores(p);
@@ -41,18 +38,8 @@ Tensor attention_column_scores(Tensor q, Tensor k, OptTensor lse, double scale, 
   p.dtype = to_dtype(qv.dtype);
   p.q = rows_of(qv, false);
   p.k = rows_of(kv, false);
-  if (lse) {
-    const View t(*lse);
-    const std::vector<int64_t> wanted{p.batch, p.heads, p.seqlen_q};
-    check(t.sizes == wanted, kOp, "lse", Rule("must have shape ", wanted), t.sizes);
-    check(t.dtype == ScalarType::Float, kOp, "lse", "must be float32", t.dtype);
-    check_last_contiguous(kOp, "lse", t);
-    check_device_of_q(kOp, "lse", t, qv);
-    check(gumbel_tau == 0, kOp, "lse", "goes without gumbel_tau", t.sizes);
-    p.lse = t.data<float>();
-    p.lse_batch = t.step(0);
-    p.lse_head = t.step(1);
-  }
+  set_lse(kOp, lse, qv, p);
+  if (lse) check(gumbel_tau == 0, kOp, "lse", "goes without gumbel_tau", View(*lse).sizes);
   check(std::isfinite(scale), kOp, "scale", "must be finite", scale);
   check(reduce == "sum" || reduce == "mean" || reduce == "visible_mean", kOp, "reduce",
         "must be 'sum', 'mean' or 'visible_mean'", reduce);
@@ -69,8 +56,8 @@ Tensor attention_column_scores(Tensor q, Tensor k, OptTensor lse, double scale, 
                   : head_reduce == "group_mean" ? HeadReduce::group_mean
                                                 : HeadReduce::group_max;
   p.window_queries = std::min(window_queries.value_or(p.seqlen_q), p.seqlen_q);
-  p.lengths = per_request(kOp, "lengths", lengths, p.batch, kv);
-  p.query_lengths = per_request(kOp, "query_lengths", query_lengths, p.batch, kv);
+  p.lengths = per_request(kOp, "lengths", lengths, p.batch, "k", kv);
+  p.query_lengths = per_request(kOp, "query_lengths", query_lengths, p.batch, "k", kv);
   check(std::isfinite(gumbel_tau) && gumbel_tau >= 0, kOp, "gumbel_tau",
         "must be finite and not negative (0 = off)", gumbel_tau);
   check(seed >= 0, kOp, "seed", "must be 0 to 2^63 - 1", seed);

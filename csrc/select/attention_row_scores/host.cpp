@@ -3,7 +3,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "select/attention_row_scores/params.h"
-#include "select/lengths.h"
+#include "select/checks.h"
 
 namespace tokenmill {
 namespace {
@@ -18,10 +18,7 @@ void run(RowScoresParams& p, const View& q) {
   if (q.is_cuda) {
     Tensor statistics = empty({2 * rows}, q.tensor, ScalarType::Float);
     p.statistics = static_cast<float*>(statistics.mutable_data_ptr());
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::attention_row_scores(p);
@@ -42,17 +39,7 @@ Tensor attention_row_scores(Tensor q, Tensor k, OptTensor lse, double scale, boo
   p.dtype = to_dtype(qv.dtype);
   p.q = rows_of(qv, false);
   p.k = rows_of(kv, false);
-  if (lse) {
-    const View t(*lse);
-    const std::vector<int64_t> wanted{p.batch, p.heads, p.rows};
-    check(t.sizes == wanted, kOp, "lse", Rule("must have shape ", wanted), t.sizes);
-    check(t.dtype == ScalarType::Float, kOp, "lse", "must be float32", t.dtype);
-    check_last_contiguous(kOp, "lse", t);
-    check_device_of_q(kOp, "lse", t, qv);
-    p.lse = t.data<float>();
-    p.lse_batch = t.step(0);
-    p.lse_head = t.step(1);
-  }
+  set_lse(kOp, lse, qv, p);
   check(std::isfinite(scale), kOp, "scale", "must be finite", scale);
   check(reduce == "none" || reduce == "sum" || reduce == "mean" || reduce == "max", kOp, "reduce",
         "must be 'none', 'sum', 'mean' or 'max'", reduce);
@@ -65,7 +52,7 @@ Tensor attention_row_scores(Tensor q, Tensor k, OptTensor lse, double scale, boo
              : reduce == "mean" ? RowReduce::mean
                                 : RowReduce::max;
   p.skip = skip;
-  p.lengths = per_request(kOp, "lengths", lengths, p.batch, kv);
+  p.lengths = per_request(kOp, "lengths", lengths, p.batch, "k", kv);
   if (!qv.is_cuda) check_length_values(kOp, "lengths", p.lengths, p.batch, p.seqlen_k);
   const std::vector<int64_t> sizes =
       p.reduce == RowReduce::none

@@ -6,20 +6,20 @@
 
 namespace tokenmill {
 
-// The checks are those of python/tokenmill/select/pool_rules.py, in its order and words.
+// The checks are those of python/tokenmill/select/block_pool_keys.py, in its order and words.
 inline PoolParams pool_params(const char* op, const View& k, int64_t block, const std::string& mode,
                               const OptTensor& lengths, const OptTensor& block_table) {
   check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
         k.dim());
   check(is_kernel_dtype(k.dtype), op, "k", "must be float16, bfloat16 or float32", k.dtype);
-  check_contiguous_rows(op, "k", k);
+  check_last_contiguous(op, "k", k);
   check(block >= 1 && block < (int64_t{1} << 31), op, "block", "must be 1 to 2^31 - 1", block);
   check(mode == "mean" || mode == "max" || mode == "minmax", op, "mode",
         "must be 'mean', 'max' or 'minmax'", mode);
   check_block_table(op, block_table, k);
   PoolParams p{};
   p.batch = batch_of(k, block_table);
-  p.lengths = per_request(op, "lengths", lengths, p.batch, k);
+  p.lengths = per_request(op, "lengths", lengths, p.batch, "k", k);
   p.kv_heads = k.size(2);
   p.head_dim = k.size(3);
   p.block = block;
@@ -46,12 +46,7 @@ inline void set_pooled(PoolParams& p, const View& pooled) {
 inline void run_pool(const char* op, const PoolParams& p, const View& k) {
   if (p.batch == 0 || p.blocks == 0 || p.kv_heads == 0 || p.head_dim == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
-  if (k.is_cuda) {
-    CudaScope scope(k.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(op) + ": " + error);
-    return;
-  }
+  if (k.is_cuda) return launch_on_device(op, k, p);
 #endif
   check_block_table_values(op, p.k, p.batch, p.lengths);
   cpu::block_pool_keys(p);

@@ -9,12 +9,12 @@ void block_pool_keys_update(Tensor k, Tensor pooled, int64_t block, std::string 
                             OptTensor lengths, OptTensor block_table) {
   const View keys(k), out(pooled);
   PoolParams p = pool_params(kOp, keys, block, mode, lengths, block_table);
-  p.start = per_request(kOp, "start", start, p.batch, keys);
+  p.start = per_request(kOp, "start", start, p.batch, "k", keys);
   const std::vector<int64_t> wanted = pooled_sizes(p);
   check(out.sizes == wanted, kOp, "pooled", Rule("must have shape ", wanted), out.sizes);
   check(out.dtype == keys.dtype, kOp, "pooled", Rule("must have the dtype of k, ", keys.dtype),
         out.dtype);
-  check_contiguous_rows(kOp, "pooled", out);
+  check_last_contiguous(kOp, "pooled", out);
   check_device_of(kOp, "pooled", out, "k", keys);
   out.note(true);
   set_pooled(p, out);

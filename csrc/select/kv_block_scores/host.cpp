@@ -27,10 +27,7 @@ void run(BlockScoreParams& p, const View& q) {
   if (q.is_cuda) {
     Tensor workspace = empty({workspace_bytes(p)}, q.tensor, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
-    CudaScope scope(q.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::kv_block_scores(p);
@@ -53,8 +50,8 @@ Tensor kv_block_scores(Tensor q, Tensor k, std::string scoring, int64_t block_k,
   check(is_kernel_dtype(qv.dtype), kOp, "q", "must be float16, bfloat16 or float32", qv.dtype);
   check(kv.dtype == qv.dtype, kOp, "k", Rule("must have the dtype of q, ", qv.dtype), kv.dtype);
   check_device_of(kOp, "k", kv, "q", qv);
-  check_contiguous_rows(kOp, "q", qv);
-  check_contiguous_rows(kOp, "k", kv);
+  check_last_contiguous(kOp, "q", qv);
+  check_last_contiguous(kOp, "k", kv);
   const int64_t dim = qv.size(3);
   check(dim >= 1 && dim <= kMaxHeadDim, kOp, "q",
         Rule("must have a head dimension of 1 to ", kMaxHeadDim), dim);
@@ -81,7 +78,7 @@ Tensor kv_block_scores(Tensor q, Tensor k, std::string scoring, int64_t block_k,
   check(std::isfinite(scale), kOp, "scale", "must be finite", scale);
   check(num_sink >= 0, kOp, "num_sink", "must not be negative", num_sink);
   check(num_recent >= 0, kOp, "num_recent", "must not be negative", num_recent);
-  p.lengths = per_request(kOp, "lengths", lengths, batch, kv);
+  p.lengths = per_request(kOp, "lengths", lengths, batch, "k", kv);
   p.batch = batch;
   p.heads = heads;
   p.kv_heads = kv_heads;

@@ -12,7 +12,7 @@ constexpr const char* kOp = "kv_cache_compact";
 
 void check_ints(const char* name, const View& t, const View& k) {
   check(t.dtype == ScalarType::Int, kOp, name, "must be int32", t.dtype);
-  check_contiguous_rows(kOp, name, t);
+  check_last_contiguous(kOp, name, t);
   check_device_of(kOp, name, t, "k_cache", k);
 }
 
@@ -44,12 +44,7 @@ void check_values(const CompactParams& p) {
 
 void run(const CompactParams& p, const View& k) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (k.is_cuda) {
-    CudaScope scope(k.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
-  }
+  if (k.is_cuda) return launch_on_device(kOp, k, p);
 #endif
   cpu::kv_cache_compact(p);
 }
@@ -70,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
         v.dtype);
   check_device_of(kOp, "v_cache", v, "k_cache", k);
   for (auto [name, t] : caches) {
-    check_contiguous_rows(kOp, name, *t);
+    check_last_contiguous(kOp, name, *t);
     check(t->size(3) >= 1 && t->size(3) <= kMaxHeadDim, kOp, name,
           Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(3));
   }
@@ -116,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
     check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= k.size(3), kOp,
           "rerotate", Rule("must have 1 to ", k.size(3) / 2, " frequencies"), t.sizes);
     check(t.dtype == ScalarType::Float, kOp, "rerotate", "must be float32", t.dtype);
-    check_contiguous_rows(kOp, "rerotate", t);
+    check_last_contiguous(kOp, "rerotate", t);
     check_device_of(kOp, "rerotate", t, "k_cache", k);
     p.turns = t.data<float>();
     p.turns_rest = p.turns + t.step(0);

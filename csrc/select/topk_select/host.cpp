@@ -1,7 +1,7 @@
 #include <bit>
 
 #include "core/stream.h"
-#include "core/views.h"
+#include "select/checks.h"
 #include "select/topk_select/params.h"
 
 namespace tokenmill {
@@ -10,23 +10,9 @@ namespace {
 constexpr const char* kOp = "topk_select";
 constexpr int64_t kMaxK = 65536;
 
-void check_device(const char* name, const View& t, const View& scores) {
-  if (!same_device(t, scores))
-    fail(kOp, name, Rule("must be on the device of scores, ", show_device(scores).c_str()).text(),
-         show_device(t));
-}
-
 // [R] int32
 const int32_t* per_row(const char* name, const OptTensor& tensor, const View& scores) {
-  if (!tensor) return nullptr;
-  const View t(*tensor);
-  const std::vector<int64_t> wanted{scores.size(0)};
-  check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
-  check(t.dtype == ScalarType::Int, kOp, name, "must be int32", t.dtype);
-  check(t.last_contiguous(), kOp, name, "must have a contiguous last dimension; strides",
-        t.strides);
-  check_device(name, t, scores);
-  return t.data<int32_t>();
+  return per_request(kOp, name, tensor, scores.size(0), "scores", scores);
 }
 
 void run(TopkParams& p, const View& scores) {
@@ -35,10 +21,7 @@ void run(TopkParams& p, const View& scores) {
     const int64_t bytes = (CudaScope(scores.device), workspace_bytes(p));
     Tensor workspace = empty({bytes}, scores.tensor, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
-    CudaScope scope(scores.device);
-    if (const char* error = launch_cuda(p, scope.stream()))
-      throw std::runtime_error("tokenmill." + std::string(kOp) + ": " + error);
-    return;
+    return launch_on_device(kOp, scores, p);
   }
 #endif
   cpu::topk_select(p);
@@ -54,8 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_select(Tensor scores, int64_t k,
   const View s(scores);
   check(s.dim() == 2, kOp, "scores", "must have 2 dimensions [R, n]", s.dim());
   check(is_kernel_dtype(s.dtype), kOp, "scores", "must be float16, bfloat16 or float32", s.dtype);
-  check(s.last_contiguous(), kOp, "scores", "must have a contiguous last dimension; strides",
-        s.strides);
+  check_last_contiguous(kOp, "scores", s);
   check(s.size(1) < (int64_t{1} << 31), kOp, "scores", "must have fewer than 2^31 columns",
         s.size(1));
   check(k >= 1 && k <= kMaxK, kOp, "k", "must be 1 to 65536", k);
@@ -87,9 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_select(Tensor scores, int64_t k,
     const View t(*page_table);
     check(t.dim() == 2, kOp, "page_table", "must have 2 dimensions [B, P]", t.dim());
     check(t.dtype == ScalarType::Int, kOp, "page_table", "must be int32", t.dtype);
-    check(t.last_contiguous(), kOp, "page_table", "must have a contiguous last dimension; strides",
-          t.strides);
-    check_device("page_table", t, s);
+    check_last_contiguous(kOp, "page_table", t);
+    check_device_of(kOp, "page_table", t, "scores", s);
     check(row_to_batch || t.size(0) == p.rows, kOp, "page_table",
           Rule("must have a row for each row of scores, ", p.rows, ", without row_to_batch"),
           t.size(0));

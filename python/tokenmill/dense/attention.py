@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from ..check import check_tensor, fail
 from ..dispatch import call
 from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
 from ..reference import dense as reference
 from ..registry import OpSpec, register_op
 from .attention_cases import MALFORMED, SAMPLES
@@ -19,11 +20,9 @@ from .attention_rules import OP, check_attention, check_attention_values
 from .terms import (
     Kind,
     ScoreBias,
-    check_numbers,
+    check_number,
     check_window,
     lower_score_bias,
-    scale_or_default,
-    widen,
 )
 
 Precision = Literal["accurate", "fast"]
@@ -266,8 +265,8 @@ def lower(
             check_tensor(OP, name, option, optional=True)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
-    scale = scale_or_default(scale, q)
-    check_numbers(OP, scale=scale, softcap=softcap)
+    scale = scale_or_default(OP, scale, q)
+    check_number(OP, "softcap", softcap)
     check_window(OP, window)
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not (bound is None or isinstance(bound, int | torch.SymInt)):
@@ -282,7 +281,7 @@ def lower(
         k,
         v,
         kind,
-        float(scale),
+        scale,
         *lower_score_bias(OP, score_bias, q),
         bias,
         None if alibi_slopes is None else widen(alibi_slopes, q),

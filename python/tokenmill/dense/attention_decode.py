@@ -12,6 +12,7 @@ from ..check import check, check_tensor, fail
 from ..dispatch import call
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
 from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
 from ..reference import dense as reference
 from ..registry import OpSpec, register_op
 from .attention_decode_cases import MALFORMED, OP, SAMPLES
@@ -19,13 +20,11 @@ from .terms import (
     Kind,
     ScoreBias,
     check_kind,
-    check_numbers,
+    check_number,
     check_scale,
     check_terms,
     check_window,
     lower_score_bias,
-    scale_or_default,
-    widen,
 )
 
 Schedule = Literal["auto", "split", "stream_k"]
@@ -210,8 +209,8 @@ def lower(
             check_tensor(OP, name, option, optional=True)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
-    scale = scale_or_default(scale, q)
-    check_numbers(OP, scale=scale, softcap=softcap)
+    scale = scale_or_default(OP, scale, q)
+    check_number(OP, "softcap", softcap)
     check_window(OP, window)
     if window[1] not in (-1, 0):
         fail(OP, "window", "right must be -1 or 0: no query sees a later key", window[1])
@@ -224,7 +223,7 @@ def lower(
         seqlens_k,
         block_table,
         kind,
-        float(scale),
+        scale,
         *lower_score_bias(OP, score_bias, q),
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),

@@ -11,22 +11,16 @@ import torch
 from torch import Tensor
 
 from ..check import check, check_device_of_q, check_last_contiguous, fail
+from ..lowering import widen
 
 Kind = Literal["softmax", "sigmoid"]
 ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
 KINDS = ("softmax", "sigmoid")
 
 
-def scale_or_default(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
-    return scale
-
-
-def check_numbers(op: str, **numbers: Any) -> None:
-    for name, x in numbers.items():
-        if not isinstance(x, int | float):
-            fail(op, name, "must be a number", x)
+def check_number(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, int | float):
+        fail(op, name, "must be a number", x)
 
 
 def check_window(op: str, window: Any) -> None:
@@ -46,14 +40,6 @@ def lower_score_bias(
     if not isinstance(score_bias, int | float):
         fail(op, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
     return None, float(score_bias), False
-
-
-def widen(t: Tensor, q: Tensor) -> Tensor:
-    """A small tensor in float32, or in float64 beside a float64 q."""
-    if not t.is_floating_point():
-        return t
-    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
-    return t.to(wide)
 
 
 def check_kind(op: str, kind: str) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..check import check_tensor
 from ..dispatch import call
 from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
 from ..reference import linear as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from .linear_attention import FeatureMap, flops, scale_or_default, widen
+from .linear_attention import FeatureMap, flops
 from .linear_attention_cases import Arguments, draw_state
 from .rules import DECODE as OP
 from .rules import check_decode, check_decode_values

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from ..check import check_tensor, fail, synchronising_checks
 from ..dispatch import call
 from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
 from ..reference import linear as reference
 from ..registry import OpSpec, register_op
 from .linear_attention_cases import MALFORMED, SAMPLES
@@ -304,22 +305,6 @@ def lower(
 
 
 LOG_DECAY, INITIAL_STATE, RETURN_FINAL_STATE = 3, 7, 8  # positions in the lowered list
-
-
-def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(max(int(q.shape[-1]), 1)) if q.dim() else 1.0
-    if not isinstance(scale, int | float):
-        fail(op, "scale", "must be a number", scale)
-    return float(scale)
-
-
-def widen(t: Tensor, q: Tensor) -> Tensor:
-    """A small tensor in float32, or in float64 beside a float64 q."""
-    if not t.is_floating_point():
-        return t
-    wide = torch.promote_types(q.dtype, torch.float32) if q.is_floating_point() else torch.float32
-    return t.to(wide)
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor, fail, show
+from ..check import (
+    check,
+    check_device_of,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    show,
+)
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import select as reference
@@ -16,7 +24,6 @@ from .rules import (
     batch_of,
     check_block_table,
     check_block_table_values,
-    check_device_of,
     check_per_request,
     check_whole,
     rows_of_request,
@@ -185,7 +192,7 @@ def _check(
     check(1 <= block < 2**31, op, "block", "must be 1 to 2^31 - 1", block)
     check(mode in MODES, op, "mode", "must be 'mean', 'max' or 'minmax'", mode)
     check_block_table(op, block_table, k)
-    check_per_request(op, "lengths", lengths, batch_of(k, block_table), k)
+    check_per_request(op, "lengths", lengths, batch_of(k, block_table), "k", k)
 
 
 def _check_update(
@@ -200,7 +207,7 @@ def _check_update(
     float64: bool = False,
 ) -> None:
     _check(k, block, mode, lengths, block_table, op=UPDATE, float64=float64)
-    check_per_request(UPDATE, "start", start, batch_of(k, block_table), k)
+    check_per_request(UPDATE, "start", start, batch_of(k, block_table), "k", k)
     wanted = _pooled_sizes(k, block, mode, block_table)
     rule = f"must have shape {show(wanted)}"
     check(list(pooled.shape) == wanted, UPDATE, "pooled", rule, pooled.shape)

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..check import (
     MAX_HEAD_DIM,
     check,
+    check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
     fail,
+    is_power_of_two,
     show,
 )
 from ..dispatch import call
@@ -23,7 +25,6 @@ from ..library import TorchOp, register
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
 from .cache_compact_cases import MALFORMED, SAMPLES
-from .rules import check_device_of
 
 OP = "kv_cache_compact"
 
@@ -185,8 +186,8 @@ def _check(
         _check_ints("block_table", block_table, k_cache)
         rule = "per head goes with a dense cache alone"
         check(keep.dim() == 2, OP, "keep", rule, keep.shape)
-        power = size > 0 and size & (size - 1) == 0
-        check(power, OP, "k_cache", "must have pages of a power of two of tokens", size)
+        rule = "must have pages of a power of two of tokens"
+        check(is_power_of_two(size), OP, "k_cache", rule, size)
     elif k_cache.shape[0] != batch:
         fail(OP, "k_cache", f"must have the requests of keep, {batch}", k_cache.shape[0])
     if lengths is not None:

@@ -9,21 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..check import (
-    check,
-    check_device_of_q,
-    check_last_contiguous,
-    check_qkv,
-    check_tensor,
-    fail,
-)
+from ..check import check, check_qkv, check_tensor, fail
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..linear.linear_attention import scale_or_default, widen
+from ..lowering import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
 from .column_scores_cases import MALFORMED, SAMPLES
-from .rules import check_per_request, check_whole
+from .rules import check_length_values, check_lse, check_per_request, check_whole
 
 OP = "attention_column_scores"
 REDUCTIONS = ("sum", "mean", "visible_mean")
@@ -163,14 +156,8 @@ def _check(
     float64: bool = False,
 ) -> None:
     check_qkv(OP, q, k, k, False, float64)
+    check_lse(OP, lse, q)
     if lse is not None:
-        wanted = [q.shape[0], q.shape[2], q.shape[1]]
-        if list(lse.shape) != wanted:
-            fail(OP, "lse", f"must have shape [{', '.join(map(str, wanted))}]", lse.shape)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        check(lse.dtype == wide, OP, "lse", "must be float32", lse.dtype)
-        check_last_contiguous(OP, "lse", lse)
-        check_device_of_q(OP, "lse", lse, q)
         check(gumbel_tau == 0, OP, "lse", "goes without gumbel_tau", lse.shape)
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
     rule = "must be 'sum', 'mean' or 'visible_mean'"
@@ -180,15 +167,10 @@ def _check(
     rule = "must be 'none', 'group_mean' or 'group_max'"
     check(head_reduce in HEAD_REDUCTIONS, OP, "head_reduce", rule, head_reduce)
     for name, t in (("lengths", lengths), ("query_lengths", query_lengths)):
-        check_per_request(OP, name, t, q.shape[0], k)
+        check_per_request(OP, name, t, q.shape[0], "k", k)
     finite = math.isfinite(gumbel_tau) and gumbel_tau >= 0
     check(finite, OP, "gumbel_tau", "must be finite and not negative (0 = off)", gumbel_tau)
     check(0 <= seed < 2**63, OP, "seed", "must be 0 to 2^63 - 1", seed)
-
-
-def check_length_values(op: str, name: str, t: Tensor | None, longest: int) -> None:
-    for length in [] if t is None else t.tolist():
-        check(0 <= length <= longest, op, name, f"must be 0 to {longest}", length)
 
 
 def _check_values(

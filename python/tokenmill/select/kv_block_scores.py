@@ -11,6 +11,7 @@ from torch import Tensor
 from ..check import (
     MAX_HEAD_DIM,
     check,
+    check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
@@ -26,7 +27,6 @@ from .rules import (
     batch_of,
     check_block_table,
     check_block_table_values,
-    check_device_of,
     check_per_request,
     check_whole,
     rows_of_request,
@@ -226,7 +226,7 @@ def _check(
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
     check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
     check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
-    check_per_request(OP, "lengths", lengths, batch, k)
+    check_per_request(OP, "lengths", lengths, batch, "k", k)
 
 
 def _check_values(

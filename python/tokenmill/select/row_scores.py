@@ -9,14 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of_q, check_last_contiguous, check_qkv, check_tensor, fail
+from ..check import check, check_qkv, check_tensor, fail
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..linear.linear_attention import scale_or_default, widen
+from ..lowering import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from .column_scores import check_length_values
-from .rules import check_per_request, check_whole
+from .rules import check_length_values, check_lse, check_per_request, check_whole
 
 OP = "attention_row_scores"
 REDUCTIONS = ("none", "sum", "mean", "max")
@@ -121,20 +120,13 @@ def _check(
     float64: bool = False,
 ) -> None:
     check_qkv(OP, q, k, k, False, float64)
-    if lse is not None:
-        wanted = [q.shape[0], q.shape[2], q.shape[1]]
-        if list(lse.shape) != wanted:
-            fail(OP, "lse", f"must have shape [{', '.join(map(str, wanted))}]", lse.shape)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        check(lse.dtype == wide, OP, "lse", "must be float32", lse.dtype)
-        check_last_contiguous(OP, "lse", lse)
-        check_device_of_q(OP, "lse", lse, q)
+    check_lse(OP, lse, q)
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
     rule = "must be 'none', 'sum', 'mean' or 'max'"
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if not 0 <= skip <= k.shape[1]:
         fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
-    check_per_request(OP, "lengths", lengths, q.shape[0], k)
+    check_per_request(OP, "lengths", lengths, q.shape[0], "k", k)
 
 
 def _check_values(q: Tensor, k: Tensor, *lowered: Any) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_last_contiguous, fail, show
+from ..check import (
+    check,
+    check_device_of,
+    check_device_of_q,
+    check_last_contiguous,
+    fail,
+    show,
+)
 
 
 def check_whole(op: str, name: str, value: Any) -> None:
@@ -15,18 +22,33 @@ def check_whole(op: str, name: str, value: Any) -> None:
     check(whole, op, name, "must be an integer", value)
 
 
-def check_device_of(op: str, name: str, t: Tensor, other: str, first: Tensor) -> None:
-    if t.device != first.device:
-        fail(op, name, f"must be on the device of {other}, {show(first.device)}", t.device)
-
-
-def check_per_request(op: str, name: str, t: Tensor | None, batch: int, k: Tensor) -> None:
+def check_per_request(
+    op: str, name: str, t: Tensor | None, batch: int, other: str, first: Tensor
+) -> None:
     if t is None:
         return
     check(list(t.shape) == [batch], op, name, f"must have shape [{batch}]", t.shape)
     check(t.dtype == torch.int32, op, name, "must be int32", t.dtype)
     check_last_contiguous(op, name, t)
-    check_device_of(op, name, t, "k", k)
+    check_device_of(op, name, t, other, first)
+
+
+def check_length_values(op: str, name: str, t: Tensor | None, longest: int) -> None:
+    for length in [] if t is None else t.tolist():
+        check(0 <= length <= longest, op, name, f"must be 0 to {longest}", length)
+
+
+def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
+    """[B, H, Sq] of q [B, Sq, H, D]."""
+    if lse is None:
+        return
+    wanted = [q.shape[0], q.shape[2], q.shape[1]]
+    if list(lse.shape) != wanted:
+        fail(op, "lse", f"must have shape {show(wanted)}", lse.shape)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    check(lse.dtype == wide, op, "lse", "must be float32", lse.dtype)
+    check_last_contiguous(op, "lse", lse)
+    check_device_of_q(op, "lse", lse, q)
 
 
 def batch_of(k: Tensor, block_table: Tensor | None) -> int:

@@ -7,11 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor, fail, show
+from ..check import (
+    check,
+    check_device_of,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    is_power_of_two,
+)
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import select as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
+from .rules import check_per_request, check_whole
 
 OP = "topk_select"
 MAX_K = 65536
@@ -115,8 +124,7 @@ def lower(
         check_tensor(OP, name, t, optional=True)
     for name, number in (("k", k), ("force_first", force_first), ("force_last", force_last),
                          ("page_size", page_size)):  # fmt: skip
-        whole = isinstance(number, int | torch.SymInt) and not isinstance(number, bool)
-        check(whole, OP, name, "must be an integer", number)
+        check_whole(OP, name, number)
     for name, text in (("tie", tie), ("order", order)):
         check(isinstance(text, str), OP, name, "must be a string", text)
     check(isinstance(return_values, bool), OP, "return_values", "must be a bool", return_values)
@@ -155,40 +163,26 @@ def _check(
     if not force_first + force_last <= k:
         rule = f"must leave force_first + force_last <= k, {k}, with force_first {force_first}"
         fail(OP, "force_last", rule, force_last)
-    _check_per_row("lengths", lengths, scores)
-    _check_per_row("row_starts", row_starts, scores)
-    power = 1 <= page_size <= 2**30 and page_size & (page_size - 1) == 0
+    rows = scores.shape[0]
+    check_per_request(OP, "lengths", lengths, rows, "scores", scores)
+    check_per_request(OP, "row_starts", row_starts, rows, "scores", scores)
+    power = page_size <= 2**30 and is_power_of_two(page_size)
     check(power, OP, "page_size", "must be a power of two", page_size)
     if page_table is not None:
         _check_page_table(page_table, scores, row_to_batch)
     elif row_to_batch is not None:
         fail(OP, "row_to_batch", "goes with page_table alone", row_to_batch.shape)
-    _check_per_row("row_to_batch", row_to_batch, scores)
+    check_per_request(OP, "row_to_batch", row_to_batch, rows, "scores", scores)
 
 
 def _check_page_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | None) -> None:
     check(table.dim() == 2, OP, "page_table", "must have 2 dimensions [B, P]", table.dim())
     check(table.dtype == torch.int32, OP, "page_table", "must be int32", table.dtype)
     check_last_contiguous(OP, "page_table", table)
-    _check_device("page_table", table, scores)
+    check_device_of(OP, "page_table", table, "scores", scores)
     if row_to_batch is None and table.shape[0] != scores.shape[0]:
         rule = f"must have a row for each row of scores, {scores.shape[0]}, without row_to_batch"
         fail(OP, "page_table", rule, table.shape[0])
-
-
-def _check_per_row(name: str, t: Tensor | None, scores: Tensor) -> None:
-    if t is None:
-        return
-    rows = scores.shape[0]
-    check(list(t.shape) == [rows], OP, name, f"must have shape [{rows}]", t.shape)
-    check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
-    check_last_contiguous(OP, name, t)
-    _check_device(name, t, scores)
-
-
-def _check_device(name: str, t: Tensor, scores: Tensor) -> None:
-    if t.device != scores.device:
-        fail(OP, name, f"must be on the device of scores, {show(scores.device)}", t.device)
 
 
 def _check_values(
