@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 class Abi:
-    """One build of abi.cu. Arrays are registered as global memory while the test runs."""
+    """One build of abi.cu. Arrays are registered as global memory until they are released."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -47,6 +47,11 @@ class Abi:
                 self.arrays.append(argument)
             values.append(address)
         return int(getattr(self.library, function)(*values))
+
+    def release(self) -> None:
+        for array in self.arrays:
+            machine.library.ptxvm_unregister(ctypes.c_void_p(array.ctypes.data))
+        self.arrays.clear()
 
     def text(self, error: int) -> str:
         return str(self.library.text_of(error).decode())
@@ -69,9 +74,21 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def abi(build: Abi) -> Iterator[Abi]:
     yield build
-    for array in build.arrays:
-        machine.library.ptxvm_unregister(ctypes.c_void_p(array.ctypes.data))
-    build.arrays.clear()
+    build.release()
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Iterator[Callable[..., Abi]]:
+    """Compiles one more library, for one test."""
+    libraries = []
+
+    def build(flags: list[str], name: str = "abi.cu") -> Abi:
+        libraries.append(Abi(compile_abi(tmp_path, flags, name), name))
+        return libraries[-1]
+
+    yield build
+    for library in libraries:
+        library.release()
 
 
 def vectors(n: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,25 +167,24 @@ def test_what_the_device_says(abi: Abi) -> None:
     assert (registers > 0) == (abi.name == "beside machine code")
 
 
-def test_module_for_another_architecture(tmp_path: Path) -> None:
-    flags = ["-gencode=arch=compute_90a,code=compute_90a", "--compress-mode=none"]
-    abi = Abi(compile_abi(tmp_path, flags), "newer")
+def test_module_for_another_architecture(built: Callable[..., Abi]) -> None:
+    abi = built(["-gencode=arch=compute_90a,code=compute_90a", "--compress-mode=none"])
     a, b, out = vectors()
     assert abi.call("launch_add", a, b, out, len(a), 256) == 200
     assert "no PTX for compute_80 or below, only for compute_90" in abi.text(200)
 
 
-def test_module_that_cannot_be_read(tmp_path: Path) -> None:
+def test_module_that_cannot_be_read(built: Callable[..., Abi]) -> None:
     """--compress-mode=speed writes LZ4."""
-    abi = Abi(compile_abi(tmp_path, [PTX, "--compress-mode=speed"]), "fast")
+    abi = built([PTX, "--compress-mode=speed"])
     a, b, out = vectors()
     assert abi.call("launch_add", a, b, out, len(a), 256) == 200
     assert "LZ4; build it with nvcc --compress-mode=none" in abi.text(200)
 
 
 @pytest.mark.parametrize("flag", ["-O3", "-G", "-lineinfo"])
-def test_code_of_the_compiler(flag: str, tmp_path: Path) -> None:
-    abi = Abi(compile_abi(tmp_path, [PTX, flag], "language.cu"), flag)
+def test_code_of_the_compiler(flag: str, built: Callable[..., Abi]) -> None:
+    abi = built([PTX, flag], "language.cu")
     out, expected = (np.full(1100, np.nan, np.float32) for _ in range(2))
     with machine.options(check=1):
         assert abi.call("on_device", out, 900) == 0
