@@ -139,7 +139,6 @@ def linear_samples(draw, max_length=140, maps=("identity", "elu1", "relu", "silu
             kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(wide)
         elif decay is not None:
             top = torch.full((heads,), 0.5 if decay == "head" else 20.0)
-            top[0] = 0.5  # gradients of steep decays alone are what terms of order 1 leave
             kwargs["log_decay"] = -(top * torch.rand(heads, generator=g)).to(wide)
         if packed:
             kwargs["cu_seqlens"] = torch.tensor([0, *sequences]).cumsum(0).to(torch.int32)

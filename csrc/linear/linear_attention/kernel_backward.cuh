@@ -146,7 +146,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// phi(q) . dphi(q) - phi(k) . dphi(k), without the diagonal, and the diagonal.
+// By one warp, whether `token`, number t of its batch, is the last of its sequence.
+__device__ __forceinline__ bool ends_sequence(const LinearAttentionParams& p, int64_t token,
+                                              int64_t t) {
+  if (!p.cu_seqlens) return t + 1 == p.seqlen;
+  bool found = false;
+  for (int64_t b = threadIdx.x % kWarpSize; b < p.batch; b += kWarpSize)
+    found |= clamped_end(p.cu_seqlens, b + 1, p.seqlen) == token + 1;
+  return __any_sync(kFullWarp, found);
+}
+
+// phi(q) . dphi(q) - phi(k) . dphi(k), without the diagonal, and the diagonal. Without it, the key
+// of a sequence's last token acts on the final state alone, which the saved states leave out too.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     decay_change_kernel(const __grid_constant__ LinearAttentionParams p,
@@ -161,20 +172,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float* dq = plan.dq + row * plan.features;
   const float* dk = plan.dk + row * plan.features;
   const auto x = [](const T* from, int i) { return static_cast<float>(from[i]); };
+  const float key = ends_sequence(p, token, t) ? 0 : 1;
   float sum = 0;
   if (plan.taylor) {
-    if (lane == 0) sum = dq[0] - dk[0];
+    if (lane == 0) sum = dq[0] - key * dk[0];
     for (int i = lane; i < dim; i += kWarpSize) {
-      sum += p.scale * x(q, i) * dq[1 + i] - x(k, i) * dk[1 + i];
+      sum += p.scale * x(q, i) * dq[1 + i] - key * x(k, i) * dk[1 + i];
       for (int j = i; j < dim; ++j) {
         const int f = pair_feature(i, j, dim);
         const float factor = p.scale * p.scale * (i == j ? 0.5f : 1);
-        sum += factor * x(q, i) * x(q, j) * dq[f] - x(k, i) * x(k, j) * dk[f];
+        sum += factor * x(q, i) * x(q, j) * dq[f] - key * x(k, i) * x(k, j) * dk[f];
       }
     }
   } else {
     for (int i = lane; i < dim; i += kWarpSize)
-      sum += map_feature(p.map, x(q, i)) * dq[i] - map_feature(p.map, x(k, i)) * dk[i];
+      sum += map_feature(p.map, x(q, i)) * dq[i] - key * map_feature(p.map, x(k, i)) * dk[i];
   }
   sum = warp_sum(sum);
   if (lane == 0) plan.change[row] = sum;

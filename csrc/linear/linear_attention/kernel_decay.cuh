@@ -36,11 +36,11 @@ class Decays {
     return exp2_exact(per_token_ ? of_token(0) : head_);
   }
 
-  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start` or, with
-  // scale_keys, `end`.
+  // By one warp: the vectors of the n tokens from `first` on, of which `kept` leave something in
+  // the state. `scale` goes into `start` or, with scale_keys, `end`.
   template <int kTokens>
-  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, float scale,
-                                          bool scale_keys) const {
+  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, int kept,
+                                          float scale, bool scale_keys) const {
     constexpr int kEach = kTokens / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     double x[kEach];
@@ -63,7 +63,7 @@ class Decays {
       const int i = kEach * lane + e;
       const double sum = before + x[e];
       to.start[i] = (scale_keys ? 1 : scale) * exp2_exact(sum);
-      to.end[i] = i < n ? (scale_keys ? scale : 1) * exp2_exact(last - sum) : 0;
+      to.end[i] = i < kept ? (scale_keys ? scale : 1) * exp2_exact(last - sum) : 0;
       to.high[i] = static_cast<float>(sum);
       to.low[i] = static_cast<float>(sum - to.high[i]);
     }
