@@ -66,6 +66,13 @@ TOKENMILL_LIBRARY(m) {
       "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, "
       "Tensor? lengths, Tensor? block_table, Tensor? rotations, bool interleaved, "
       "bool compensation) -> (Tensor lengths_now, Tensor k_sum, Tensor v_sum, Tensor dropped)");
+  m.def(
+      "sparse_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
+      "Tensor counts, Tensor seqlens_k, Tensor? block_table, SymInt block_k, SymInt num_sink, "
+      "SymInt num_recent, str pos_mode, Tensor? cos, Tensor? sin, bool interleaved, "
+      "Tensor? extra_k, Tensor? extra_v, Tensor? extra_log_count, float scale, float softcap, "
+      "Tensor? sink, SymInt num_splits, bool return_mass) -> (Tensor out, Tensor lse, "
+      "Tensor mass)");
   // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "block_pool_keys(Tensor k, SymInt block, str pooling, Tensor? lengths, "

@@ -26,11 +26,17 @@ struct KvCache {
     return n < 0 ? 0 : n > capacity ? capacity : n;
   }
 
-  TOKENMILL_HOST_DEVICE Slot slot(int64_t b, int64_t t) const {
+  // page < 0: there is no such page
+  TOKENMILL_HOST_DEVICE Slot find(int64_t b, int64_t t) const {
     if (!block_table) return {static_cast<int32_t>(b), static_cast<int32_t>(t)};
     const int32_t page = block_table[b * table_stride + (t >> log2_page_size)];
-    return {page < 0 || page >= pages ? 0 : page,
+    return {page < pages ? page : -1,
             static_cast<int32_t>(t & ((int64_t{1} << log2_page_size) - 1))};
+  }
+
+  TOKENMILL_HOST_DEVICE Slot slot(int64_t b, int64_t t) const {
+    const Slot at = find(b, t);
+    return {at.page < 0 ? 0 : at.page, at.row};
   }
 
   // Of a row of k or v, in elements.

@@ -43,7 +43,8 @@ inline void check_cache(const char* op, const View& q, const View& k, const View
 
 // The cache as kernels see it. Lengths and page numbers are checked on a CPU alone.
 inline KvCache make_cache(const char* op, const View& q, const View& k, const View& v,
-                          const View& seqlens, const std::optional<View>& table) {
+                          const View& seqlens, const std::optional<View>& table,
+                          bool pages_may_lack = false) {
   const int64_t batch = q.size(0);
   const std::vector<int64_t> wanted{batch};
   check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
@@ -72,7 +73,7 @@ inline KvCache make_cache(const char* op, const View& q, const View& k, const Vi
     const int64_t length = cache.seqlens[b];
     check(length >= 0 && length <= cache.capacity, op, "seqlens_k",
           Rule("must be 0 to what the cache holds of a request, ", cache.capacity), length);
-    for (int64_t i = 0; table && i < ceil_div(length, k.size(1)); ++i) {
+    for (int64_t i = 0; table && !pages_may_lack && i < ceil_div(length, k.size(1)); ++i) {
       const int64_t page = cache.block_table[b * cache.table_stride + i];
       check(page >= 0 && page < cache.pages, op, "block_table",
             Rule("must name pages below ", cache.pages, " where keys lie"), page);

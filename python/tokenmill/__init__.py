@@ -24,6 +24,7 @@ from .select import (
     kv_block_scores,
     kv_cache_compact,
     query_similarity_gate,
+    sparse_decode_attention,
     token_select,
     topk_select,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "query_similarity_gate",
     "select",
     "sigmoid_attention",
+    "sparse_decode_attention",
     "testing",
     "token_select",
     "topk_select",

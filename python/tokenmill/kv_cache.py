@@ -75,10 +75,17 @@ def capacity(k: Tensor, block_table: Tensor | None) -> int:
     return block_table.shape[1] * k.shape[1] if k.shape[0] > 0 else 0
 
 
-def check_lengths_values(op: str, k: Tensor, seqlens_k: Tensor, block_table: Tensor | None) -> None:
+def check_lengths_values(
+    op: str,
+    k: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    *,
+    pages_may_lack: bool = False,
+) -> None:
     """The rules on values: lengths within the cache, pages that exist."""
     most, pages, size = capacity(k, block_table), k.shape[0], k.shape[1]
-    table = None if block_table is None else block_table.tolist()
+    table = None if block_table is None or pages_may_lack else block_table.tolist()
     for b, length in enumerate(seqlens_k.tolist()):
         if not 0 <= length <= most:
             rule = f"must be 0 to what the cache holds of a request, {most}"

@@ -67,15 +67,15 @@ def check_terms(
             continue
         if list(t.shape) != [heads] and list(t.shape) != [batch, heads]:
             fail(op, name, f"must have shape [{heads}] or [{batch}, {heads}]", t.shape)
-        _check_small(op, name, t, q)
+        check_small(op, name, t, q)
     if sink is not None:
         check(kind == "softmax", op, "sink", "needs kind 'softmax', not", kind)
         if list(sink.shape) != [heads]:
             fail(op, "sink", f"must have shape [{heads}]", sink.shape)
-        _check_small(op, "sink", sink, q)
+        check_small(op, "sink", sink, q)
 
 
-def _check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:
+def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:
     wide = torch.promote_types(q.dtype, torch.float32)
     check(t.dtype == wide, op, name, "must be float32", t.dtype)
     check_last_contiguous(op, name, t)

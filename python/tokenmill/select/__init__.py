@@ -7,6 +7,7 @@ from .column_scores import attention_column_scores
 from .kv_block_scores import kv_block_scores
 from .query_similarity_gate import query_similarity_gate
 from .row_scores import attention_row_scores
+from .sparse_decode import sparse_decode_attention
 from .token_select import token_select
 from .topk_select import topk_select
 
@@ -19,6 +20,7 @@ __all__ = [
     "kv_block_scores",
     "kv_cache_compact",
     "query_similarity_gate",
+    "sparse_decode_attention",
     "token_select",
     "topk_select",
 ]

@@ -1,0 +1,137 @@
+// Attention of the newest tokens of a request to some of its keys. Free of torch.
+//
+// The keys that a list head attends to stand in a row: the first tokens of the request, the blocks
+// of its list, the last tokens, and keys from outside the cache. Kernels stream over that row.
+#pragma once
+#include "core/kv_cache.h"
+#include "cpu/isa.h"
+#include "dense/attention/params.h"
+
+namespace tokenmill {
+
+struct SparseDecodeParams {
+  AttentionParams attention;  // softmax; neither bias, score bias, ALiBi, window nor packed
+  KvCache cache;
+  const int32_t* indices;  // [B, list heads, entries] with strides
+  int64_t indices_batch, indices_head, entries;
+  const int32_t* counts;  // [B, list heads] with strides
+  int64_t counts_batch, counts_head;
+  int64_t list_heads;  // 1, KV heads or query heads
+  int32_t log2_block;  // keys of an entry
+  int64_t num_sink, num_recent;
+  // [positions, pairs] with strides between positions, or null: no rotation.
+  const float *cos, *sin;
+  int64_t cos_stride, sin_stride, positions, pairs;
+  bool interleaved;              // pairs (2 i, 2 i + 1), or (i, i + pairs)
+  bool cache_positions;          // keys are turned by their place in the row, not in the request
+  Rows extra_k, extra_v;         // [B, extra, Hk, D]
+  const float* extra_log_count;  // [B, Hk, extra] with strides
+  int64_t extra, extra_log_count_batch, extra_log_count_head;
+  int64_t num_splits;  // 0: automatic
+  float* mass;         // [B, KV heads or query heads, entries], or null
+  void* workspace;     // CUDA
+
+  // Heads with a list of their own or a shared one: those of the cache unless each query head has a
+  // list. All rows of one read the same keys.
+  TOKENMILL_HOST_DEVICE int64_t row_heads() const {
+    return list_heads > attention.kv_heads ? attention.heads : attention.kv_heads;
+  }
+  TOKENMILL_HOST_DEVICE int64_t kv_head(int64_t h) const {
+    return h / (row_heads() / attention.kv_heads);
+  }
+  TOKENMILL_HOST_DEVICE const int32_t* list(int64_t b, int64_t h) const {
+    return indices + b * indices_batch + (list_heads == 1 ? 0 : h) * indices_head;
+  }
+  TOKENMILL_HOST_DEVICE int64_t count(int64_t b, int64_t h) const {
+    const int64_t n = counts[b * counts_batch + (list_heads == 1 ? 0 : h) * counts_head];
+    return n < 0 ? 0 : n > entries ? entries : n;
+  }
+};
+
+// Where a key of a row lies, and its position in the request.
+struct RowKey {
+  static constexpr int32_t kExtra = -1;  // for a row: `page` is the number of an extra key
+  static constexpr int32_t kNowhere = 0x7fffffff;  // for a position: no query sees it
+
+  KvCache::Slot at{0, 0};
+  int32_t position = kNowhere;
+};
+
+// The row of keys of one head h < row_heads() of one request.
+struct KeyRow {
+  int64_t length, sinks, first, last;  // keys of the request; entries first .. last - 1 of the list
+  int64_t recent_begin;                // in the request
+  int64_t list_begin, list_end, cached, total;  // in the row: of the list, of the cache, of all
+
+  // Entries whose keys all lie among the first tokens, or behind what any query sees through a
+  // list, are left out; that the list ascends is what the search takes for granted.
+  TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t h) {
+    KeyRow row{};
+    row.length = d.cache.length(b);
+    const int64_t old = row.length > d.num_recent ? row.length - d.num_recent : 0;
+    row.sinks = d.num_sink < old ? d.num_sink : old;
+    const int32_t* list = d.list(b, h);
+    const int64_t count = d.count(b, h);
+    row.first = search(list, count, (row.sinks >> d.log2_block) << d.log2_block, d.log2_block);
+    row.last = search(list, count, old, d.log2_block);
+    if (row.last < row.first) row.last = row.first;
+    const int64_t recent = row.length - d.attention.seqlen_q + 1 - d.num_recent;
+    row.recent_begin = d.num_recent == 0 ? row.length : recent > 0 ? recent : 0;
+    row.list_begin = row.sinks;
+    row.list_end = row.list_begin + ((row.last - row.first) << d.log2_block);
+    row.cached = row.list_end + row.length - row.recent_begin;
+    row.total = row.cached + d.extra;
+    return row;
+  }
+
+  // The first of `count` entries whose block begins at key `key` or behind it.
+  TOKENMILL_HOST_DEVICE static int64_t search(const int32_t* list, int64_t count, int64_t key,
+                                              int32_t log2_block) {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (int64_t{list[middle]} * (int64_t{1} << log2_block) < key)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+  // Number t of the row. Entries that do not ascend, keys that the request does not have and pages
+  // that do not exist are nowhere.
+  TOKENMILL_HOST_DEVICE RowKey key(const SparseDecodeParams& d, int64_t b, int64_t h,
+                                   int64_t t) const {
+    if (t >= cached) return {{static_cast<int32_t>(t - cached), RowKey::kExtra}, 0};
+    int64_t position = t;
+    if (t >= list_end) {
+      position = recent_begin + t - list_end;
+    } else if (t >= list_begin) {
+      const int32_t* list = d.list(b, h);
+      const int64_t entry = first + ((t - list_begin) >> d.log2_block);
+      const int64_t block = int64_t{1} << d.log2_block;
+      position = list[entry] * block + ((t - list_begin) & (block - 1));
+      const bool ascends = entry == 0 || list[entry] > list[entry - 1];
+      if (!ascends || position < sinks || position >= length) return {};
+    }
+    const KvCache::Slot at = d.cache.find(b, position);
+    if (at.page < 0) return {};
+    return {at, static_cast<int32_t>(position)};
+  }
+
+  // Whether the query at position p sees key number t of the row, at `position`.
+  TOKENMILL_HOST_DEVICE bool sees(const SparseDecodeParams& d, int64_t p, int64_t t,
+                                  int64_t position) const {
+    if (t >= cached) return true;
+    const bool recent = position > p - d.num_recent;
+    return position <= p && recent == (t >= list_end);
+  }
+};
+
+// null, or what went wrong
+const char* launch_cuda(const SparseDecodeParams&, void* stream);
+int64_t workspace_bytes(const SparseDecodeParams&);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(sparse_decode_attention, SparseDecodeParams)
