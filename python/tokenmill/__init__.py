@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, select, testing
+from . import dense, linear, policies, select, testing
 from .check import InputError
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -51,6 +51,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_decode",
     "merge_attention_states",
+    "policies",
     "query_similarity_gate",
     "select",
     "sigmoid_attention",

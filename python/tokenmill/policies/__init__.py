@@ -1,0 +1,51 @@
+"""KV selection methods behind one interface, each a short composition of operators.
+
+A policy is one layer's attention: `prefill` reads prompts with full attention and `step` attends
+for one new token of each request, to the keys that the method chooses. All take grouped query
+heads, requests of different lengths, and any backend.
+
+| policy | keys attended to | cache |
+|---|---|---|
+| :class:`FullAttention` | all | dense or pages |
+| :class:`TokenSelect` | those that the heads vote for, first, last | dense or pages |
+| :class:`TidalDecode` | those that a layer before chose | dense or pages |
+| :class:`Quest` | pages of the largest bounds | dense or pages |
+| :class:`RecycledAttention` | those of the last full step, new ones | dense or pages |
+| :class:`StreamingLLM` | first, last | dense or pages; evicts |
+| :class:`H2O` | those with the most attention so far, last | dense; evicts |
+| :class:`Keyformer` | the same, with noise | dense; evicts |
+| :class:`SnapKV` | those that the end of the prompt chose, all after | dense; evicts |
+| :class:`RazorAttention` | all in retrieval heads; first, last, a mean | dense or pages; evicts |
+
+Example:
+    >>> import torch
+    >>> from tokenmill import policies
+    >>> k = v = torch.zeros(1, 4096, 2, 64)  # room for 4096 tokens, 2 key heads
+    >>> layer = policies.TokenSelect(policies.KVCache(k, v.clone()), k=64, num_recent=64)
+    >>> q, prompt = torch.randn(1, 3000, 8, 64), torch.randn(1, 3000, 2, 64)
+    >>> out = layer.prefill(q, prompt, prompt)
+    >>> out = layer.step(q[:, :1], prompt[:, :1], prompt[:, :1])
+    >>> out.shape, layer.kept.tolist(), layer.bytes_read / (3001 * 1024)  # of full attention
+    (torch.Size([1, 1, 8, 64]), [3001], 0.5853...)
+"""
+
+from .cache import KVCache
+from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
+from .policy import FullAttention, Policy, stack
+from .selecting import Quest, RecycledAttention, TidalDecode, TokenSelect
+
+__all__ = [
+    "H2O",
+    "FullAttention",
+    "KVCache",
+    "Keyformer",
+    "Policy",
+    "Quest",
+    "RazorAttention",
+    "RecycledAttention",
+    "SnapKV",
+    "StreamingLLM",
+    "TidalDecode",
+    "TokenSelect",
+    "stack",
+]

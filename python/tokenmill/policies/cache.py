@@ -1,0 +1,102 @@
+"""The keys and values that a policy attends to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..check import check
+from ..kv_cache import capacity
+from ..select import kv_cache_compact
+
+NAME = "policies.KVCache"
+
+
+class KVCache:
+    r"""Keys and values of some requests in one layer, dense or in pages.
+
+    Lengths live on the device; the longest that any may be is known on the host, so that nothing
+    here waits for the device (but :meth:`fill` of a cache in pages).
+
+    Args:
+        k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
+            Hk, ...]`` that no two requests share. Written in place.
+        block_table: int32 ``[B, pages]``, the pages of each request in order.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> cache = tm.policies.KVCache(torch.zeros(2, 8, 1, 4), torch.zeros(2, 8, 1, 4))
+        >>> k = torch.randn(2, 5, 1, 4)
+        >>> cache.fill(k, k, torch.tensor([5, 3], dtype=torch.int32))
+        >>> cache.append(k[:, :1], k[:, :1])
+        >>> cache.lengths.tolist(), cache.longest
+        ([6, 4], 6)
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, block_table: Tensor | None = None):
+        self.k, self.v, self.block_table = k, v, block_table
+        batch = k.shape[0] if block_table is None else block_table.shape[0]
+        self.requests = torch.arange(batch, device=k.device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=k.device)
+        self.longest = 0
+
+    @classmethod
+    def like(cls, k: Tensor, v: Tensor, capacity: int) -> KVCache:
+        """An empty dense cache of that capacity for keys and values like k and v."""
+        return cls(*(t.new_empty(t.shape[0], capacity, *t.shape[2:]) for t in (k, v)))
+
+    @property
+    def capacity(self) -> int:
+        return capacity(self.k, self.block_table)
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one token, all heads."""
+        return self.k.shape[2] * self.k.shape[3] * self.k.element_size()
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's key and value, all heads."""
+        return self.key_bytes + self.v.shape[2] * self.v.shape[3] * self.v.element_size()
+
+    def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Holds the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None: all."""
+        tokens = k.shape[1]
+        check(tokens <= self.capacity, NAME, "k", f"must fit into {self.capacity}", tokens)
+        full = torch.full_like(self.lengths, tokens)
+        self.lengths = full if lengths is None else lengths.clamp(0, tokens)
+        self.longest = tokens
+        if self.block_table is None:
+            self.k[:, :tokens], self.v[:, :tokens] = k, v
+            return
+        at = torch.arange(tokens, device=k.device)
+        there = at < self.lengths[:, None]
+        page, row = self._slots(at.expand_as(there))
+        self.k[page[there], row[there]], self.v[page[there], row[there]] = k[there], v[there]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
+        check(k.dim() == 4 and k.shape[1] == 1, NAME, "k", "must be [B, 1, Hk, D]", k.shape)
+        room = self.longest < self.capacity
+        check(room, NAME, "k", f"must fit into {self.capacity}", self.longest + 1)
+        page, row = self._slots(self.lengths[:, None].long())
+        self.k[page, row], self.v[page, row] = k, v
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
+    def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
+        """Keeps the slots of lists ``[B, K]`` or (dense) ``[B, Hk, K]``; see kv_cache_compact."""
+        kv_cache_compact(
+            self.k, self.v, keep, counts, lengths=self.lengths, block_table=self.block_table,
+            backend=backend,
+        )  # fmt: skip
+        self.lengths = counts if counts.dim() == 1 else counts[:, 0]
+        self.longest = min(self.longest, keep.shape[-1])
+
+    def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Page (dense: request) and row of positions [B, n]."""
+        if self.block_table is None:
+            return self.requests[:, None].expand_as(at), at
+        size = self.k.shape[1]
+        page = (at // size).clamp(max=self.block_table.shape[1] - 1)
+        return self.block_table.long().gather(1, page), at % size

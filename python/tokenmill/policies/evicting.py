@@ -1,0 +1,395 @@
+"""Policies that throw keys away. Those with lists of their own for each head need dense caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d
+
+from ..check import check
+from ..dense import attention
+from ..reference.sparse_decode import rotate
+from ..select import attention_column_scores, kv_cache_compact, topk_select
+from .cache import KVCache
+from .policy import FullAttention, Policy, rows_of, span
+
+Share = int | float
+
+
+@dataclass(eq=False)
+class StreamingLLM(Policy):
+    r"""To the first tokens and the last ones, at the places that they have in that row.
+
+    With rope the policy is given queries and keys without rotary embedding, and turns each key by
+    its place among those attended to, so that no place is beyond num_sink + num_recent. Without it
+    they are used as they are. A full cache is compacted; what a step sees does not depend on when.
+    Pages behind the lengths are free.
+
+    Args:
+        num_sink, num_recent: first and last tokens; the last include the newest.
+        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
+            longest prompt has tokens, and num_sink + num_recent.
+        interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
+
+    Paper: StreamingLLM (Xiao et al. 2024), section 3.2. Prompts are read with full attention.
+    """
+
+    num_sink: int = 4
+    num_recent: int = 2044
+    rope: tuple[Tensor, Tensor] | None = None
+    interleaved: bool = False
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        turned_q, turned_k, rope = q, k, self.rope
+        if rope is not None:
+            few = f"must have a position for each token of the prompt, {q.shape[1]}"
+            check(len(rope[0]) >= q.shape[1], "policies.StreamingLLM", "rope", few, rope[0].shape)
+            cos, sin = (t[: q.shape[1], None].float() for t in rope)
+            turned_q, turned_k = (
+                rotate(x.float(), cos, sin, self.interleaved).to(x) for x in (q, k)
+            )
+        out, lse = attention(
+            turned_q, turned_k, v, scale=self.scale, causal=True, return_lse=True,
+            backend=self.backend,
+        )  # fmt: skip
+        self.begin(q, k, v, lse, lengths=lengths)
+        return out
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        if cache.longest == cache.capacity:
+            self._evict()
+        self._append(k, v)
+        nothing = cache.lengths.new_zeros(len(cache.lengths), 1)
+        out, _ = self._attend(
+            q, nothing[..., None], nothing, num_sink=self.num_sink, num_recent=self.num_recent,
+            pos_mode="cache", rope=self.rope, interleaved=self.interleaved,
+        )  # fmt: skip
+        return out
+
+    @property
+    def kept(self) -> Tensor:
+        return self.cache.lengths.clamp(max=self.num_sink + self.num_recent)
+
+    def _evict(self) -> None:
+        """Leaves what the next step, which adds a token, sees of it."""
+        recent = max(self.num_recent - 1, 0)
+        last = torch.full_like(self.cache.lengths, recent)
+        keep, counts = first_and_last(self.cache.lengths, self.num_sink, last, recent)
+        self.cache.compact(keep, counts, self.backend)
+
+
+@dataclass(eq=False)
+class H2O(Policy):
+    r"""To the tokens that got the most attention so far, and the last ones.
+
+    A key's score is the attention that it got from all queries that saw it, averaged over the query
+    heads of its head. After each step the lowest score outside the last tokens goes. Lists say what
+    is left, and a full cache is compacted to them.
+
+    Args:
+        heavy, recent: keys kept for their score and as the last ones: a number, or a share of the
+            prompt's tokens (rounded down, but the last token stays).
+
+    Paper: H2O (Zhang et al. 2023), section 4; the shares are those of its 20 % budget.
+    """
+
+    heavy: Share = 0.1
+    recent: Share = 0.1
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
+        n, tokens = self.cache.lengths, q.shape[1]
+        scores = attention_column_scores(
+            q, k, lse, causal=True, scale=self.scale, head_reduce="group_mean", lengths=n,
+            query_lengths=n, backend=self.backend,
+        )  # fmt: skip
+        self._recent = amount(self.recent, n).clamp(min=1)
+        self._budget = amount(self.heavy, n) + self._recent
+        self._most = most(self.heavy, tokens) + max(most(self.recent, tokens), 1)
+        self._list = span(torch.zeros_like(n), tokens)[:, None].expand(scores.shape).contiguous()
+        self._counts = n[:, None].repeat(1, k.shape[2])
+        self._evict(scores)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        if cache.longest == cache.capacity:
+            cache.compact(self._list, self._counts, self.backend)
+            self._list = torch.arange(self._most, dtype=torch.int32, device=q.device).expand_as(
+                self._list
+            )
+        newest = self._counts[..., None].long()
+        self._append(k, v)
+        pad = (*newest.shape[:2], 1)
+        slot = (cache.lengths - 1)[:, None, None].expand(pad)
+        lists = torch.cat([self._list, slot.new_zeros(pad)], -1).scatter(-1, newest, slot)
+        scores = torch.cat([self._scores, self._scores.new_zeros(pad)], -1)
+        out, _, mass = self._attend(q, lists, self._counts + 1, return_mass=True)
+        self._list, self._counts = lists, self._counts + 1
+        self._evict(scores + mass * (cache.k.shape[2] / q.shape[2]))
+        return out
+
+    @property
+    def kept(self) -> Tensor:
+        return self._counts
+
+    def _evict(self, scores: Tensor) -> None:
+        chosen, self._scores, self._counts = keep_best(
+            scores, self._counts, self._budget, self._recent, self._most, self.backend
+        )
+        self._list = self._list.gather(-1, chosen.long())
+
+
+@dataclass(eq=False)
+class Keyformer(Policy):
+    r"""As H2O, with noise in the scores: a softmax of logits plus Gumbel noise, at a temperature
+    that rises by a little each step.
+
+    Args:
+        budget: keys kept: a number, or a share of the prompt's tokens.
+        recent: of these the last ones: a number, or a share of the budget.
+        tau, tau_step: temperature for the prompt, and what each step adds.
+        seed: of the noise.
+
+    Paper: Keyformer (Adnan et al. 2024), section 3; defaults of the released code, which only masks
+    what it drops, and sums the scores of all requests; here each request drops its own.
+    """
+
+    budget: Share = 0.6
+    recent: Share = 0.3
+    tau: float = 1.0
+    tau_step: float = 0.01
+    seed: int = 0
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
+        n, tokens = self.cache.lengths, q.shape[1]
+        self._steps = 0
+        self._budget = amount(self.budget, n).clamp(min=1)
+        self._recent = amount(self.recent, self._budget).clamp(min=1)
+        self._most = min(max(most(self.budget, tokens), 1), self.cache.capacity)
+        self._evict(self._scores_of(q, k, causal=True, lengths=n, query_lengths=n))
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        self._append(k, v)
+        self._steps += 1
+        out = self._attend_all(q)
+        new = self._scores_of(q, cache.k, lengths=cache.lengths)
+        new[..., : self._scores.shape[-1]] += self._scores
+        self._evict(new)
+        self._reads.append((cache.lengths, cache.key_bytes))
+        return out
+
+    def _scores_of(self, q: Tensor, k: Tensor, **options: Any) -> Tensor:
+        # The cache stays as long as it is, and the noise of a place with it but for the seed.
+        return attention_column_scores(
+            q, k, gumbel_tau=self.tau + self._steps * self.tau_step, seed=self.seed + self._steps,
+            scale=self.scale, head_reduce="group_mean", backend=self.backend, **options,
+        )  # fmt: skip
+
+    def _evict(self, scores: Tensor) -> None:
+        counts = self.cache.lengths[:, None].repeat(1, scores.shape[1])
+        chosen, self._scores, counts = keep_best(
+            scores, counts, self._budget, self._recent, self._most, self.backend
+        )
+        self.cache.compact(chosen, counts, self.backend)
+
+
+@dataclass(eq=False)
+class SnapKV(Policy):
+    r"""To the keys that the last tokens of the prompt attend to, those tokens, and all new ones.
+
+    The prompt alone is thinned out: a key's score is the mean attention from the last window
+    queries, averaged over kernel neighbours and over the query heads of its head.
+
+    Args:
+        budget: keys kept of a prompt, the window's among them.
+        window: last tokens of the prompt, which choose and stay.
+        kernel: neighbours averaged, odd.
+
+    Paper: SnapKV (Li et al. 2024), section 4.
+    """
+
+    budget: int = 1024
+    window: int = 64
+    kernel: int = 5
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
+        n, heads = self.cache.lengths, k.shape[2]
+        check(self.kernel % 2 == 1, "policies.SnapKV", "kernel", "must be odd", self.kernel)
+        scores = attention_column_scores(
+            q, k, lse, causal=True, scale=self.scale, reduce="mean", window_queries=self.window,
+            head_reduce="group_mean", lengths=n, query_lengths=n, backend=self.backend,
+        )  # fmt: skip
+        own = span(self.window - n, q.shape[1])[:, None] >= 0
+        scores = avg_pool1d(scores.masked_fill(own, 0), self.kernel, 1, self.kernel // 2)
+        keep, counts = topk_select(
+            scores.flatten(0, 1), self.budget, lengths=rows_of(n, heads), force_last=self.window,
+            backend=self.backend,
+        )  # fmt: skip
+        self.cache.compact(keep.unflatten(0, (-1, heads)), counts.view(-1, heads), self.backend)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
+        return self._attend_all(q)
+
+
+@dataclass(eq=False)
+class RazorAttention(Policy):
+    r"""To all keys in retrieval heads; to the first and last ones, and to one token that stands for
+    the rest, in the others.
+
+    That token's key and value are the means of the keys and values left out, and its logit gets the
+    logarithm of their number. The cache is that of the retrieval heads, ``[B, S, len(retrieval),
+    D]``; the others have a short dense one of the policy's own.
+
+    Args:
+        retrieval: key heads that keep everything.
+        num_sink: first tokens that the others keep.
+        local, share: the others keep local last tokens, or the share-th part of the prompt if that
+            is more.
+        slack: tokens added to the short cache before it is compacted; results do not depend on it.
+
+    Paper: RazorAttention (Tang et al. 2024), section 3.3 and algorithm 1.
+    """
+
+    retrieval: tuple[int, ...] = ()
+    num_sink: int = 4
+    local: int = 4000
+    share: int = 5
+    slack: int = 64
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        others = [h for h in range(k.shape[2]) if h not in self.retrieval]
+        self._heads = [
+            torch.tensor(h, dtype=torch.long, device=k.device) for h in (self.retrieval, others)
+        ]
+        short = self.num_sink + max(self.local, k.shape[1] // self.share) + max(self.slack, 1)
+        cache = KVCache.like(k[:, :, : len(others)], v[:, :, : len(others)], short)
+        rest = _Compensated(
+            cache, scale=self.scale, backend=self.backend, num_sink=self.num_sink,
+            local=self.local, share=self.share,
+        )  # fmt: skip
+        self._parts = (FullAttention(self.cache, scale=self.scale, backend=self.backend), rest)
+        for part, heads in zip(self._parts, self._heads, strict=True):
+            part.begin(q, k[:, :, heads], v[:, :, heads], lse, lengths=lengths)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q.unflatten(2, (k.shape[2], -1))  # the query heads of each key head
+        out = q.new_empty(*q.shape[:4], v.shape[3])
+        for part, heads in zip(self._parts, self._heads, strict=True):
+            mine = part.step(q[:, :, heads].flatten(2, 3), k[:, :, heads], v[:, :, heads])
+            out[:, :, heads] = mine.unflatten(2, (len(heads), q.shape[3]))
+        self._reads = [read for part in self._parts for read in part._reads]
+        return out.flatten(2, 3)
+
+    @property
+    def kept(self) -> Tensor:
+        kept = self.cache.lengths[:, None].repeat(1, sum(len(h) for h in self._heads))
+        for part, heads in zip(self._parts, self._heads, strict=True):
+            kept[:, heads] = part.kept[:, None]
+        return kept
+
+
+@dataclass(eq=False)
+class _Compensated(Policy):
+    """To the first and last tokens, and to the mean of the others. begin overwrites k and v."""
+
+    num_sink: int = 4
+    local: int = 4000
+    share: int = 5
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        tokens = k.shape[1]
+        n = torch.full_like(self.cache.lengths, tokens) if lengths is None else lengths
+        self._local = (n // self.share).clamp(min=self.local)
+        self._width = max(self.local, tokens // self.share)
+        keep, counts = first_and_last(n, self.num_sink, self._local, self._width)
+        sums = kv_cache_compact(
+            k, v, keep, counts, lengths=n, compensation=True, backend=self.backend
+        )
+        self._k_sum, self._v_sum, self._dropped = sums[1], sums[2], sums[3]
+        most = min(self.num_sink + self._width, tokens)
+        self.cache.fill(k[:, :most], v[:, :most], counts)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        if cache.longest == cache.capacity:  # what goes is in the sums
+            keep, counts = first_and_last(cache.lengths, self.num_sink, self._local, self._width)
+            cache.compact(keep, counts, self.backend)
+        self._append(k, v)
+        self._drop()
+        count = self._dropped[:, None, :, None].clamp(min=1)
+        last = span((cache.lengths - self._local).clamp(min=0), self._width)[:, None]
+        out, _ = self._attend(
+            q, last, torch.minimum(cache.lengths, self._local)[:, None], num_sink=self.num_sink,
+            extra_k=(self._k_sum[:, None] / count).to(q.dtype),
+            extra_v=(self._v_sum[:, None] / count).to(q.dtype),
+            extra_log_count=self._dropped.float().log()[..., None],
+        )  # fmt: skip
+        self._reads.append((self._dropped.clamp(max=1), cache.token_bytes // max(k.shape[2], 1)))
+        return out
+
+    @property
+    def kept(self) -> Tensor:
+        return torch.minimum(self.cache.lengths, self._local + self.num_sink)
+
+    def _drop(self) -> None:
+        """Adds the token that is none of the last ones any more to the sums."""
+        cache = self.cache
+        slot = (cache.lengths - 1 - self._local).long()
+        leaves = slot >= self.num_sink
+        at = (cache.requests, slot.clamp(min=0))
+        self._k_sum = self._k_sum + cache.k[at].float().where(leaves[:, None, None], 0)
+        self._v_sum = self._v_sum + cache.v[at].float().where(leaves[:, None, None], 0)
+        self._dropped = self._dropped + leaves[:, None].int()
+
+
+def amount(share: Share, of: Tensor) -> Tensor:
+    """A number of keys for each request, given as such or as a share."""
+    return torch.full_like(of, share) if isinstance(share, int) else (of.double() * share).int()
+
+
+def most(share: Share, of: int) -> int:
+    return share if isinstance(share, int) else int(of * share)
+
+
+def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of n[b] slots the first ones and the last[b] last ones, up to width: lists, counts."""
+    at = span(torch.zeros_like(n), first + width)
+    gap = (n - last - first).clamp(min=0)[:, None]
+    return torch.where(at < first, at, at + gap), torch.minimum(n, last + first)
+
+
+def keep_best(
+    scores: Tensor, counts: Tensor, budget: Tensor, recent: Tensor, most: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first counts[b, h] scores [B, Hk, S] the budget[b] largest, the last recent[b] always
+    among them: int32 [B, Hk, most] ascending, their scores (0 behind the last), how many."""
+    at = torch.arange(max(scores.shape[2], most), device=scores.device)
+    last = at[: scores.shape[2]] >= (counts - recent[:, None])[..., None]
+    chosen, found = topk_select(
+        scores.masked_fill(last, torch.inf).flatten(0, 1), most, lengths=counts.flatten(),
+        order="score", backend=backend,
+    )  # fmt: skip
+    counts = torch.minimum(found.view(counts.shape), budget[:, None])
+    unused = at[:most] >= counts[..., None]
+    end = torch.iinfo(torch.int32).max
+    chosen = chosen.view(unused.shape).masked_fill(unused, end).sort(-1).values
+    chosen = chosen.masked_fill(unused, 0)
+    return chosen, scores.gather(-1, chosen.long()).masked_fill(unused, 0), counts

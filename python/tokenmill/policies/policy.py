@@ -1,0 +1,167 @@
+"""What all policies share, and full attention as the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..dense import attention, attention_decode
+from ..select import sparse_decode_attention
+from .cache import KVCache
+
+
+@dataclass(eq=False)
+class Policy:
+    """One layer's attention over a cache, token by token.
+
+    `prefill` (or `begin`) once, then `step` for each token. Both put the keys and values that they
+    are given into the cache. Nothing in a step waits for the device.
+
+    Args:
+        cache: where the layer's keys and values go; empty.
+        layer: the layer's number, from 0, for policies that treat layers differently.
+        previous: the policy of the layer before, for those that hand a selection on
+            (:func:`stack` sets both).
+        scale: factor of the products, None = 1/sqrt(D).
+        backend: of all operators, None = the best available.
+    """
+
+    cache: KVCache
+    layer: int = 0
+    previous: Policy | None = field(default=None, repr=False)
+    scale: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes of one
+        self._list: Tensor  # selected keys [B, 1 | Hk, K], and how many
+        self._counts: Tensor
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Causal attention over prompts, then :meth:`begin`.
+
+        Args:
+            q: ``[B, S, H, D]``, prompts padded on the right with anything finite.
+            k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``.
+            lengths: int32 ``[B]``, tokens of each prompt; None: S. Rows of the result behind them
+                mean nothing.
+
+        Returns:
+            ``[B, S, H, Dv]``.
+        """
+        out, lse = attention(
+            q, k, v, scale=self.scale, causal=True, return_lse=True, backend=self.backend
+        )
+        self.begin(q, k, v, lse, lengths=lengths)
+        return out
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        """Puts prompts into the cache and chooses what to keep of them: `prefill` for those whose
+        attention was computed elsewhere, with its lse ``[B, H, S]``."""
+        self.cache.fill(k, v, lengths)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one new token of each request.
+
+        Args:
+            q: ``[B, 1, H, D]``.
+            k, v: ``[B, 1, Hk, D]`` and ``[B, 1, Hk, Dv]``.
+
+        Returns:
+            ``[B, 1, H, Dv]``.
+        """
+        raise NotImplementedError
+
+    @property
+    def kept(self) -> Tensor:
+        """Keys of each request that later steps may attend to: int32 ``[B]`` or ``[B, Hk]``."""
+        return self.cache.lengths
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of cache (and of what stands for keys) that the last step had to read, each once
+        for all query heads that share them. Waits for the device."""
+        return sum(int(rows.sum()) * size for rows, size in self._reads)
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        self.cache.append(k, v)
+        self._reads = []
+
+    def _attend_all(self, q: Tensor) -> Tensor:
+        """To the whole cache."""
+        cache = self.cache
+        self._reads.append((cache.lengths, cache.token_bytes))
+        return attention_decode(
+            q, cache.k, cache.v, seqlens_k=cache.lengths, block_table=cache.block_table,
+            scale=self.scale, backend=self.backend,
+        )  # fmt: skip
+
+    def _attend(
+        self, q: Tensor, indices: Tensor, counts: Tensor, **options: Any
+    ) -> tuple[Any, ...]:
+        """To the keys of lists ``[B, 1 | Hk, K]``, and the first and last ones."""
+        cache = self.cache
+        always = options.get("num_sink", 0) + options.get("num_recent", 0)
+        listed = counts * options.get("block_k", 1)
+        self._reads.append((cache.lengths.clamp(max=always), cache.token_bytes))
+        self._reads.append((listed, cache.token_bytes // counts.shape[1]))
+        return sparse_decode_attention(
+            q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,
+            block_table=cache.block_table, scale=self.scale, backend=self.backend, **options,
+        )  # fmt: skip
+
+
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+
+
+def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) -> list[AnyPolicy]:
+    """A policy for each layer of a model, each knowing its number and the one before.
+
+    Args:
+        method: the class of the policies.
+        caches: one for each layer.
+        options: fields of the policies, the same in all layers.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from tokenmill import policies
+        >>> k = v = torch.zeros(1, 64, 2, 16)
+        >>> layers = policies.stack(
+        ...     policies.TidalDecode, [policies.KVCache(k.clone(), v.clone()) for _ in range(4)],
+        ...     budget=8)
+        >>> prompt = torch.randn(1, 32, 2, 16)
+        >>> for layer in layers:
+        ...     _ = layer.prefill(prompt, prompt, prompt)
+        ...     out = layer.step(*torch.randn(3, 1, 1, 2, 16))
+        >>> [layer.bytes_read for layer in layers]
+        [8448, 8448, 12672, 2304]
+    """
+    layers: list[AnyPolicy] = []
+    for layer, cache in enumerate(caches):
+        previous = layers[-1] if layers else None
+        layers.append(method(cache, layer=layer, previous=previous, **options))
+    return layers
+
+
+class FullAttention(Policy):
+    """To all keys: what the other policies come near to."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
+        return self._attend_all(q)
+
+
+def rows_of(x: Tensor, heads: int) -> Tensor:
+    """[B] -> [B * heads], for an operator that takes a row for each head."""
+    return x[:, None].expand(-1, heads).reshape(-1).contiguous()
+
+
+def span(start: Tensor, width: int) -> Tensor:
+    """int32 [B, width]: start[b], start[b] + 1, ..."""
+    return start[:, None] + torch.arange(width, dtype=torch.int32, device=start.device)

@@ -1,0 +1,216 @@
+"""Policies that keep every key and attend to some: caches dense or in pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..check import fail
+from ..select import (
+    block_pool_keys,
+    block_pool_keys_update,
+    kv_block_scores,
+    query_similarity_gate,
+    token_select,
+    topk_select,
+)
+from .policy import Policy, rows_of, span
+
+
+@dataclass(eq=False)
+class TokenSelect(Policy):
+    r"""To the first and last tokens, and the k that all heads together vote for.
+
+    A head votes with its softmax over the candidates, and one list serves all heads. As long as a
+    request's query is like the one that last selected (cosine of at least threshold, the heads side
+    by side), its list stays, and no key is read to select.
+
+    Args:
+        k: tokens selected beside the first and last.
+        num_sink, num_recent: first and last tokens, always attended to.
+        threshold: least cosine at which a selection serves again; above 1: never.
+
+    Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3. Prompts are read with full attention
+    here, not in chunks with selection. The released code takes key head h mod Hk for head h, scores
+    in 16 bits, one request at a time, and has the reuse switched off; here h // (H / Hk), float32,
+    any number of requests. Its softmax has no scale: scale=1 gives that.
+    """
+
+    k: int = 2048
+    num_sink: int = 128
+    num_recent: int = 512
+    threshold: float = 0.9
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
+        self._list = self.cache.lengths.new_zeros(q.shape[0], 1, self.k)
+        self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
+        super().begin(q, k, v, lse, lengths=lengths)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
+        serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
+        asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
+        indices, counts = token_select(
+            q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=self.num_recent,
+            scale=self.scale, lengths=asked, block_table=self.cache.block_table,
+            backend=self.backend,
+        )  # fmt: skip
+        serves = serves[:, None, None]
+        self._list = torch.where(serves, self._list, indices[:, :, 0])
+        self._counts = torch.where(serves[:, 0], self._counts, counts[:, :, 0])
+        self._query = torch.where(serves[..., None], self._query, q)
+        out, _ = self._attend(
+            q, self._list, self._counts, num_sink=self.num_sink, num_recent=self.num_recent
+        )
+        self._reads.append((asked, self.cache.key_bytes))
+        return out
+
+
+@dataclass(eq=False)
+class TidalDecode(Policy):
+    r"""Full attention in a few layers, which choose the tokens for the layers behind them.
+
+    Layers below first are full. Layer first and layer correction are full too and select, for each
+    key head, the budget tokens with the largest logit of any of its query heads; the layers behind
+    attend to those and to the newest token. Make the layers of a model with :func:`stack`.
+
+    Args:
+        budget: tokens selected.
+        first: the first layer that selects.
+        correction: the layer that selects again.
+
+    Paper: TidalDecode (Yang et al. 2024), section 3. The released kernels need one request and as
+    many key heads as query heads; here the heads of a group share a list. Recomputing the cache of
+    generated tokens now and then is left to the caller.
+    """
+
+    budget: int = 256
+    first: int = 2
+    correction: int = 13
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
+        if self.layer in (self.first, self.correction):
+            return self._select(q)
+        if self.layer < self.first:
+            return self._attend_all(q)
+        before = self.previous
+        if not isinstance(before, TidalDecode):
+            rule = "must be the TidalDecode of the layer before (see stack)"
+            fail("policies.TidalDecode", "previous", rule, type(before).__name__)
+        self._list, self._counts = before._list, before._counts
+        return self._attend(q, self._list, self._counts, num_recent=1)[0]
+
+    def _select(self, q: Tensor) -> Tensor:
+        cache, heads = self.cache, self.cache.k.shape[2]
+        logits = kv_block_scores(
+            q, cache.k, head_reduce="group_max", scale=self.scale, num_recent=1,
+            lengths=cache.lengths, block_table=cache.block_table, backend=self.backend,
+        )  # fmt: skip
+        indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
+        self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
+        out = self._attend_all(q)
+        self._reads.append((cache.lengths, cache.key_bytes))
+        return out
+
+
+@dataclass(eq=False)
+class Quest(Policy):
+    r"""To the pages of keys whose box promises the largest logits, and the newest page.
+
+    A box holds the minimum and maximum of each column over the keys of a page, and gives a bound
+    that no logit of the page exceeds. The heads of a group take the largest of their bounds, and
+    share a list.
+
+    Args:
+        budget: tokens attended to, at least 3 pages.
+        page: tokens of a page; a power of two, whatever the page size of the cache.
+        dense_layers: first layers, which are full.
+
+    Paper: Quest (Tang et al. 2024), section 3.3. The released kernels need one request and as many
+    key heads as query heads.
+    """
+
+    budget: int = 1024
+    page: int = 16
+    dense_layers: int = 2
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
+        if self.layer >= self.dense_layers:
+            self._boxes = block_pool_keys(
+                self.cache.k, self.page, mode="minmax", lengths=self.cache.lengths,
+                block_table=self.cache.block_table, backend=self.backend,
+            )  # fmt: skip
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache, heads = self.cache, self.cache.k.shape[2]
+        self._append(k, v)
+        if self.layer < self.dense_layers:
+            return self._attend_all(q)
+        block_pool_keys_update(
+            cache.k, self._boxes, self.page, start=cache.lengths - 1, mode="minmax",
+            lengths=cache.lengths, block_table=cache.block_table, backend=self.backend,
+        )  # fmt: skip
+        bounds = kv_block_scores(
+            q, self._boxes, scoring="minmax", block_k=self.page, head_reduce="group_max",
+            scale=self.scale, lengths=cache.lengths, backend=self.backend,
+        )  # fmt: skip
+        pages = (cache.lengths + self.page - 1) // self.page
+        indices, counts = topk_select(
+            bounds.flatten(0, 2), max(3, self.budget // self.page), lengths=rows_of(pages, heads),
+            force_last=1, backend=self.backend,
+        )  # fmt: skip
+        out, _ = self._attend(
+            q, indices.unflatten(0, (-1, heads)), counts.view(-1, heads), block_k=self.page
+        )
+        self._reads.append((pages, 2 * cache.key_bytes))
+        return out
+
+
+@dataclass(eq=False)
+class RecycledAttention(Policy):
+    r"""Full attention every few steps, and in between to the keys that got most of it.
+
+    A full step keeps, for each key head, the budget keys with the largest probability summed over
+    its query heads; the steps behind attend to those and to the tokens that came since. All keys
+    stay in the cache for the next full step.
+
+    Args:
+        budget: keys kept of a full step.
+        stride: steps from one full step to the next, the first step being one.
+
+    Paper: Recycled Attention (Xu et al. 2024), section 3.
+    """
+
+    budget: int = 4096
+    stride: int = 50
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        self._steps = 0
+        super().begin(q, k, v, lse, lengths=lengths)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        self._append(k, v)
+        since, self._steps = self._steps % self.stride, self._steps + 1
+        if since > 0:
+            return self._attend(q, self._list, self._counts, num_recent=since)[0]
+        everything = span(torch.zeros_like(cache.lengths), cache.capacity)[:, None]
+        out, _, mass = self._attend(q, everything, cache.lengths[:, None], return_mass=True)
+        heads = mass.shape[1]
+        indices, counts = topk_select(
+            mass.flatten(0, 1), self.budget, lengths=rows_of(cache.lengths, heads),
+            backend=self.backend,
+        )  # fmt: skip
+        self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
+        return out

@@ -1,0 +1,101 @@
+"""Prompts and steps for tests of policies, and attention one head at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill import policies
+
+H, HK, D, DV = 4, 2, 16, 8
+GROUP, SCALE = H // HK, D**-0.5
+LENGTHS, STEPS = (37, 22), 9
+
+
+@dataclass
+class Tokens:
+    """Prompts of LENGTHS tokens, padded with large numbers, then STEPS tokens for each."""
+
+    prompt: tuple[Tensor, Tensor, Tensor]  # q, k, v [B, S, heads, D]
+    steps: list[tuple[Tensor, Tensor, Tensor]]
+
+    def of(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All queries, keys and values of a request, float64."""
+        n = LENGTHS[b]
+        parts = [
+            torch.cat([self.prompt[i][b, :n], *(s[i][b] for s in self.steps)]) for i in (0, 1, 2)
+        ]
+        return parts[0].double(), parts[1].double(), parts[2].double()
+
+
+def draw(seed: int = 0, alike: float = 1.0) -> Tokens:
+    """A query of a step differs from the one before by `alike`, but now and then by all."""
+    g = torch.Generator().manual_seed(seed)
+
+    def token(n: int) -> list[Tensor]:
+        shapes = ((H, D), (HK, D), (HK, DV))
+        return [torch.randn(len(LENGTHS), n, *s, generator=g) * 1.5 for s in shapes]
+
+    prompt = token(max(LENGTHS))
+    for t in prompt[1:]:
+        for b, n in enumerate(LENGTHS):
+            t[b, n:] = 1e3
+    steps = [token(1) for _ in range(STEPS)]
+    for i in range(1, STEPS):
+        for b in range(len(LENGTHS)):
+            if (i + b) % 4:
+                steps[i][0][b] = steps[i - 1][0][b] + alike * steps[i][0][b]
+    return Tokens(tuple(prompt), [tuple(s) for s in steps])
+
+
+def new_cache(page: int | None, capacity: int = 64, heads: int = HK) -> policies.KVCache:
+    batch = len(LENGTHS)
+    if page is None:
+        shape, table = (batch, capacity), None
+    else:
+        pages = capacity // page
+        shape = (batch * pages, page)
+        table = torch.randperm(batch * pages).int().view(batch, pages)
+    return policies.KVCache(
+        torch.full((*shape, heads, D), math.nan), torch.full((*shape, heads, DV), math.nan), table
+    )
+
+
+def run(policy: policies.Policy, tokens: Tokens) -> Tensor:
+    """[steps, B, H, Dv]"""
+    out = policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
+    for b, n in enumerate(LENGTHS):
+        q, k, v = tokens.of(b)
+        for i in (0, n - 1):
+            for h in range(H):
+                want = attend(q[i, h], k[: i + 1, h // GROUP], v[: i + 1, h // GROUP])
+                torch.testing.assert_close(out[b, i, h].double(), want, rtol=0, atol=1e-5)
+    return torch.cat([policy.step(*step)[None, :, 0] for step in tokens.steps])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, more: Tensor | None = None) -> Tensor:
+    """One query over keys [n, D], with something added to the logits."""
+    z = k @ q * SCALE
+    return torch.softmax(z if more is None else z + more, 0) @ v
+
+
+def best(scores: Tensor, k: int) -> list[int]:
+    """Positions of the k largest, ascending; of equal ones the first."""
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j].item(), j))
+    return sorted(order[:k])
+
+
+def over(q: Tensor, k: Tensor, v: Tensor, chosen: list[list[int]]) -> Tensor:
+    """All heads of a query, each over the keys chosen for its key head."""
+    return torch.stack([
+        attend(q[h], k[chosen[h // GROUP], h // GROUP], v[chosen[h // GROUP], h // GROUP])
+        for h in range(H)
+    ])  # fmt: skip
+
+
+def rotation(positions: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(positions)[:, None] * 10000.0 ** (-torch.arange(D // 2) / (D // 2))
+    return angle.cos(), angle.sin()

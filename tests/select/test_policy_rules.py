@@ -1,0 +1,132 @@
+"""What holds for every policy."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from policy_inputs import DV, HK, LENGTHS, D, H, Tokens, draw, new_cache, rotation, run
+
+import tokenmill as tm
+from tokenmill import policies
+
+GENEROUS = [
+    (policies.FullAttention, {}),
+    (policies.TokenSelect, {"k": 64, "num_sink": 0, "num_recent": 1, "threshold": 2.0}),
+    (policies.Quest, {"budget": 64, "layer": 5}),
+    (policies.RecycledAttention, {"budget": 64, "stride": 3}),
+    (policies.StreamingLLM, {"num_sink": 4, "num_recent": 60}),
+    (policies.H2O, {"heavy": 64}),
+    (policies.Keyformer, {"budget": 64}),
+    (policies.SnapKV, {"budget": 64, "window": 8}),
+    (policies.RazorAttention, {"local": 64, "retrieval": (1,)}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), GENEROUS)
+def test_a_budget_for_all_keys_is_full_attention(method, options):
+    heads = len(options.get("retrieval", range(HK)))
+    out = run(method(new_cache(None, heads=heads), **options), draw())
+    full = run(policies.FullAttention(new_cache(None)), draw())
+    torch.testing.assert_close(out, full, rtol=0, atol=2e-6)
+
+
+SPARING = [
+    (policies.FullAttention, {}),
+    (policies.TokenSelect, {"k": 8, "num_sink": 2, "num_recent": 4}),
+    (policies.TidalDecode, {"budget": 8, "layer": 2}),
+    (policies.Quest, {"budget": 16, "page": 4, "layer": 5}),
+    (policies.RecycledAttention, {"budget": 8, "stride": 3}),
+    (policies.StreamingLLM, {"num_recent": 20}),
+    (policies.H2O, {}),
+    (policies.Keyformer, {}),
+    (policies.SnapKV, {"budget": 16, "window": 8}),
+    (policies.RazorAttention, {"local": 8, "slack": 4, "retrieval": (1,)}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), SPARING)
+def test_a_request_alone_is_as_in_company(method, options):
+    tokens, heads = draw(), len(options.get("retrieval", range(HK)))
+    company = run(method(new_cache(None, heads=heads), **options), tokens)
+    cache = new_cache(None, heads=heads)
+    policy = method(policies.KVCache(cache.k[:1], cache.v[:1]), **options)
+    policy.prefill(*(t[:1, : LENGTHS[0]] for t in tokens.prompt))
+    alone = torch.cat([policy.step(*(t[:1] for t in step)) for step in tokens.steps])
+    torch.testing.assert_close(alone[:, 0], company[:, 0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("method", "options"), SPARING)
+def test_16_bits(method, options, dtype):
+    """Keys whose products are whole numbers: the same are chosen in any type."""
+    tokens = draw()
+    whole = Tokens(
+        tuple(t.round() for t in tokens.prompt), [tuple(t.round() for t in s) for s in tokens.steps]
+    )
+    heads = len(options.get("retrieval", range(HK)))
+
+    def result(dtype):
+        cache = new_cache(None, heads=heads)
+        cache = policies.KVCache(cache.k.to(dtype), cache.v.to(dtype))
+        policy = method(cache, scale=0.25, **options)
+        lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+        policy.prefill(*(t.to(dtype) for t in whole.prompt), lengths=lengths)
+        return torch.cat([policy.step(*(t.to(dtype) for t in step)) for step in whole.steps])
+
+    want = result(torch.float32)
+    floor = 4 * torch.finfo(dtype).eps * want.abs().max().item()
+    torch.testing.assert_close(result(dtype).float(), want, rtol=0, atol=floor)
+
+
+def test_wrong_options_are_refused():
+    prompt = draw().prompt
+    with pytest.raises(RuntimeError, match=r"policies.SnapKV: kernel: must be odd; got 4"):
+        policies.SnapKV(new_cache(None), kernel=4).prefill(*prompt)
+    policy = policies.StreamingLLM(new_cache(None), rope=rotation(8))
+    with pytest.raises(RuntimeError, match=r"policies.StreamingLLM: rope: must have a position"):
+        policy.prefill(*prompt)
+    policy = policies.TidalDecode(new_cache(None), layer=5)
+    policy.prefill(*prompt)
+    with pytest.raises(RuntimeError, match=r"policies.TidalDecode: previous: must be .*NoneType"):
+        policy.step(*draw().steps[0])
+
+
+@pytest.mark.parametrize(("method", "options"), SPARING)
+def test_nothing_waits_for_the_device(method, options, monkeypatch):
+    """Tensors without data: whoever asks for a value is refused. Operators are their fakes, also
+    those for which this build has no kernel."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(tm.library.TorchOp, "has_native", lambda self, key: True)
+    heads, evicts = (
+        len(options.get("retrieval", range(HK))),
+        method.__name__ in ("H2O", "Keyformer"),
+    )
+    with FakeTensorMode():
+        if method is policies.StreamingLLM:
+            options = {**options, "rope": rotation(64)}
+        policy = method(new_cache(None, 48 if evicts else 72, heads=heads), **options)
+        policy.prefill(*(torch.empty(2, 37, h, d) for h, d in ((H, D), (HK, D), (HK, DV))))
+        for _ in range(30):
+            out = policy.step(*(torch.empty(2, 1, h, d) for h, d in ((H, D), (HK, D), (HK, DV))))
+    assert out.shape == (2, 1, H, DV)
+
+
+def test_a_full_cache_is_refused():
+    cache = new_cache(None, 4)
+    k, v = torch.zeros(2, 5, HK, D), torch.zeros(2, 5, HK, DV)
+    with pytest.raises(RuntimeError, match=r"policies.KVCache: k: must fit into 4; got 5"):
+        cache.fill(k, v)
+    cache.fill(k[:, :4], v[:, :4])
+    with pytest.raises(RuntimeError, match=r"policies.KVCache: k: must fit into 4; got 5"):
+        cache.append(k[:, :1], v[:, :1])
+    with pytest.raises(RuntimeError, match=r"policies.KVCache: k: must be \[B, 1, Hk, D\]"):
+        cache.append(k, v)
+
+
+@pytest.mark.parametrize("module", [policies, policies.cache, policies.policy])
+def test_examples_of_the_documentation(module):
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0 and found.failed == 0
