@@ -48,6 +48,34 @@ def test_long_context(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_needle(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    plot = tmp_path / "plots" / "needle.png"
+    command = (
+        sys.executable,
+        EXAMPLES / "needle.py",
+        "--quick",
+        "--checkpoint",
+        tmp_path / "model",
+    )
+    out = run(*command, "--plot", plot)
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  of answers", out)]
+    assert losses[-1] < losses[0]
+    found = re.findall(r"(\w+) +│ +(\d)/4 │ +[█·]{4} │ +(\d+) │ +(\d+) │ +(\d+) │", out)
+    rows = {name: (int(read), int(kept)) for name, _, _, read, kept in found}
+    assert list(rows) == [
+        "full", "TokenSelect", "TidalDecode", "Quest", "Recycled", "StreamingLLM", "H2O",
+        "Keyformer", "SnapKV", "Razor",
+    ]  # fmt: skip
+    assert all(read < rows["full"][0] for name, (read, _) in rows.items() if name != "full")
+    kept = {name: kept for name, (_, kept) in rows.items()}
+    assert kept["full"] == kept["Quest"] > kept["Razor"] > kept["H2O"] == kept["StreamingLLM"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    again = run(*command, "--policy", "full", "--policy", "H2O")
+    assert "loss" not in again and re.search(r"H2O +│ +\d/4", again) and "Quest" not in again
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"
