@@ -30,6 +30,7 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, S, H, D], k, v [B, S, 
 WINDOW = 12  # characters that a key tells of
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NAME, ANSWER = 4, 3  # characters
+SCALE = 1.0  # of queries and keys of length sqrt(32): a match outweighs all that is in a long text
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mix: Mix, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory: the last WINDOW normed inputs [B, WINDOW, width]."""
         inputs = torch.cat([memory, self.norms[0](x)], 1)
-        gram = self.before(inputs.mT).mT  # of the WINDOW inputs before each, and of the last
+        gram = self.before(inputs.mT).mT  # [:, i]: of the WINDOW inputs before the i-th of x
         q = self.norm_q(self.q(gram[:, 1:]).unflatten(-1, (-1, self.dim)))
         k = self.norm_k(self.k(gram[:, :-1]).unflatten(-1, (-1, self.dim)))
         v = self.v(inputs[:, WINDOW:]).unflatten(-1, (-1, self.dim))
@@ -105,9 +106,6 @@ class Model(nn.Module):
             x, after = block(x, mix, before)
             now.append(after)
         return self.head(self.norm(x)), now
-
-
-SCALE = 1.0  # of queries and keys of norm sqrt(32): weights of equal and other characters far apart
 
 
 def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -276,7 +274,7 @@ def ask(
     """Asks for every name; after each question the caches are as they were."""
     layers: list[policies.Policy] = []
     for number, (q, k, v, lse) in enumerate(prompts):
-        held = k.shape[2] if "retrieval" not in options[number] else 1
+        held = len(options[number].get("retrieval", range(k.shape[2])))
         cache = policies.KVCache.like(k[:, :, :held], v[:, :, :held], k.shape[1] + 16)
         previous = layers[-1] if layers else None
         layers.append(
@@ -329,10 +327,12 @@ def plot(rows: list[Row], length: int, path: Path) -> None:
     share = [100 * sum(row.right) / len(row.right) for row in rows]
     read_kib = [row.bytes_read / 1024 for row in rows]
     axes.scatter(read_kib, share, color=colours, s=30)
-    seen: dict[float, int] = {}
+    above: dict[float, tuple[float, int]] = {}  # the last name at a height, and its level
     for row, x, y in sorted(zip(rows, read_kib, share, strict=True), key=lambda each: each[1]):
-        level = seen[y] = seen.get(y, -1) + 1  # names of equal answers at different heights
-        axes.annotate(row.name, (x, y), (0, 8 + 10 * (level % 4)), textcoords="offset points",
+        beside, level = above.get(y, (0.0, 0))
+        level = level + 1 if x < 1.6 * beside else 0  # names must not overlap
+        above[y] = (x, level)
+        axes.annotate(row.name, (x, y), (0, 7 + 10 * level), textcoords="offset points",
                       ha="center", fontsize=8)  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(-5, 125)

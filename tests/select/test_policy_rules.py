@@ -126,6 +126,18 @@ def test_a_full_cache_is_refused():
         cache.append(k, v)
 
 
+def test_a_page_that_is_not_there_is_refused():
+    cache = new_cache(4, 16)
+    cache.block_table[1, 1] = -1
+    k, v = torch.zeros(2, 5, HK, D), torch.zeros(2, 5, HK, DV)
+    rule = r"policies.KVCache: block_table: must name pages below 8 where tokens go; got -1"
+    with pytest.raises(RuntimeError, match=rule):
+        cache.fill(k, v)
+    cache.fill(k, v, torch.tensor([5, 4], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=rule):
+        cache.append(k[:, :1], v[:, :1])
+
+
 @pytest.mark.parametrize("module", [policies, policies.cache, policies.policy])
 def test_examples_of_the_documentation(module):
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import check
+from ..check import check, synchronising_checks
 from ..kv_cache import capacity
 from ..select import kv_cache_compact
 
@@ -21,7 +21,8 @@ class KVCache:
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
             Hk, ...]`` that no two requests share. Written in place.
-        block_table: int32 ``[B, pages]``, the pages of each request in order.
+        block_table: int32 ``[B, pages]``, the pages of each request in order. Those that tokens are
+            written to must be there; on a GPU that is not checked (but with TOKENMILL_CHECK=1).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -72,7 +73,7 @@ class KVCache:
         at = torch.arange(tokens, device=k.device)
         there = at < self.lengths[:, None]
         page, row = self._slots(at.expand_as(there))
-        self.k[page[there], row[there]], self.v[page[there], row[there]] = k[there], v[there]
+        self._write(page[there], row[there], k[there], v[there])
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
@@ -80,7 +81,7 @@ class KVCache:
         room = self.longest < self.capacity
         check(room, NAME, "k", f"must fit into {self.capacity}", self.longest + 1)
         page, row = self._slots(self.lengths[:, None].long())
-        self.k[page, row], self.v[page, row] = k, v
+        self._write(page, row, k, v)
         self.lengths = self.lengths + 1
         self.longest += 1
 
@@ -100,3 +101,12 @@ class KVCache:
         size = self.k.shape[1]
         page = (at // size).clamp(max=self.block_table.shape[1] - 1)
         return self.block_table.long().gather(1, page), at % size
+
+    def _write(self, page: Tensor, row: Tensor, k: Tensor, v: Tensor) -> None:
+        paged = self.block_table is not None
+        if paged and (self.k.device.type == "cpu" or synchronising_checks()):
+            pages = self.k.shape[0]
+            wrong = page[(page < 0) | (page >= pages)].tolist()
+            rule = f"must name pages below {pages} where tokens go"
+            check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
+        self.k[page, row], self.v[page, row] = k, v
