@@ -336,6 +336,7 @@ def plot(rows: list[Row], length: int, path: Path) -> None:
                       ha="center", fontsize=8)  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(-5, 125)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_xlabel("KiB of cache read for a token")
     axes.set_ylabel("answers right, %")
     axes.set_title(f"{len(rows[0].right)} needles in {length} characters", fontsize=10)
