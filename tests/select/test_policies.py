@@ -38,7 +38,8 @@ def check(policy, tokens, literal):
 
 
 @pytest.mark.parametrize("page", [None, 4])
-def test_token_select(page):
+@pytest.mark.parametrize("vote_scale", [None, 1.0])
+def test_token_select(page, vote_scale):
     k_best, sink, recent, threshold = 5, 2, 4, 0.9
     served = []
 
@@ -53,20 +54,25 @@ def test_token_select(page):
             if not served[-1]:
                 votes = torch.zeros(now - recent - sink, dtype=torch.float64)
                 for h in range(H):
-                    z = k[sink : now - recent, h // GROUP] @ x[h] * SCALE
+                    z = k[sink : now - recent, h // GROUP] @ x[h] * (vote_scale or SCALE)
                     votes += torch.softmax(z, 0)
                 chosen, reference = [sink + j for j in best(votes, k_best)], x
             every = sorted({*range(sink), *chosen, *range(now - recent, now)})
             yield over(x, k, v, [every] * HK)
 
     policy = policies.TokenSelect(
-        new_cache(page), k=k_best, num_sink=sink, num_recent=recent, threshold=threshold
+        new_cache(page),
+        k=k_best,
+        num_sink=sink,
+        num_recent=recent,
+        threshold=threshold,
+        vote_scale=vote_scale,
     )
     check(policy, draw(alike=0.2), literal)
     assert any(served) and not all(served)
-    if not any(served[i] for i in (STEPS - 1, -1)):  # both requests selected in the last step
-        read = sum(n + STEPS for n in LENGTHS) * HK * D * 4
-        assert policy.bytes_read == read + 2 * (k_best + sink + recent) * HK * (D + DV) * 4
+    selected = [n + STEPS for n, i in zip(LENGTHS, (STEPS - 1, -1), strict=True) if not served[i]]
+    listed = len(LENGTHS) * (k_best + sink + recent) * (D + DV)
+    assert policy.bytes_read == 4 * HK * (sum(selected) * D + listed)
 
 
 @pytest.mark.parametrize("page", [None, 8])

@@ -31,17 +31,19 @@ class TokenSelect(Policy):
         k: tokens selected beside the first and last.
         num_sink, num_recent: first and last tokens, always attended to.
         threshold: least cosine at which a selection serves again; above 1: never.
+        vote_scale: factor of the products in the votes; None = scale. The released code has 1.
 
     Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3. Prompts are read with full attention
     here, not in chunks with selection. The released code takes key head h mod Hk for head h, scores
     in 16 bits, one request at a time, and has the reuse switched off; here h // (H / Hk), float32,
-    any number of requests. Its softmax has no scale: scale=1 gives that.
+    any number of requests.
     """
 
     k: int = 2048
     num_sink: int = 128
     num_recent: int = 512
     threshold: float = 0.9
+    vote_scale: float | None = None
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -57,8 +59,8 @@ class TokenSelect(Policy):
         asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
         indices, counts = token_select(
             q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=self.num_recent,
-            scale=self.scale, lengths=asked, block_table=self.cache.block_table,
-            backend=self.backend,
+            scale=self.scale if self.vote_scale is None else self.vote_scale, lengths=asked,
+            block_table=self.cache.block_table, backend=self.backend,
         )  # fmt: skip
         serves = serves[:, None, None]
         self._list = torch.where(serves, self._list, indices[:, :, 0])
@@ -187,7 +189,7 @@ class RecycledAttention(Policy):
         budget: keys kept of a full step.
         stride: steps from one full step to the next, the first step being one.
 
-    Paper: Recycled Attention (Xu et al. 2024), section 3.
+    Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed stride.
     """
 
     budget: int = 4096
