@@ -61,9 +61,9 @@ def sparse_call(
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         batch = len(lengths)
         q = torch.randn(batch, sq, h, d, generator=g).to(dtype)
-        (k, v), kwargs = draw_cache(lengths, page_size, capacity, ((hk, d), (hk, dv)), dtype, g)
+        (k, v), where = draw_cache(lengths, page_size, capacity, ((hk, d), (hk, dv)), dtype, g)
         indices, counts = draw_lists(lengths, lists, entries, block_k, g)
-        kwargs |= {"block_k": block_k, "return_mass": return_mass}
+        kwargs: dict[str, Any] = {**where, "block_k": block_k, "return_mass": return_mass}
         if pairs:
             kwargs["rope"] = rotations(capacity, pairs)
         if extra:
