@@ -55,6 +55,7 @@ void set_rope(SparseDecodeParams& d, const View& q, const OptTensor& cos, const 
     const int64_t attended = d.num_sink + (d.entries << d.log2_block) + d.num_recent;
     longest = attended < longest ? attended : longest;
   }
+  if (longest < 1) longest = 1;
   const View c(*cos), s(*sin);
   const int64_t pairs = q.size(3) / 2;
   check(c.dim() == 2 && c.size(0) >= longest && c.size(1) >= 1 && c.size(1) <= pairs, kOp, "rope",

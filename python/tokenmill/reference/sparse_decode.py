@@ -62,6 +62,7 @@ def sparse_decode_attention(
             if pos_mode == "cache":
                 place = torch.arange(len(position), device=q.device)
                 turn = place, (p[:, 0] * 0 + len(position) - 1).clamp(min=0)
+            turn = turn[0].clamp(max=len(cos) - 1), turn[1].clamp(max=len(cos) - 1)
             k = rotate(k, cos[turn[0]], sin[turn[0]], interleaved)
             x = rotate(x, cos[turn[1], None], sin[turn[1], None], interleaved)
         z_extra = None

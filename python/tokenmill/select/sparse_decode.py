@@ -148,7 +148,8 @@ def sparse_decode_attention(
             the last one.
         rope: (cos, sin), float ``[positions, pairs]`` each, pairs up to D / 2: q and the cache
             come without their rotary embedding, and are turned here by the row of their position.
-            Columns behind the pairs stay as they are. None: they are used as they are.
+            Columns behind the pairs stay as they are. None: they are used as they are. Places
+            count keys of a block that are left out, and stop at the last row of the tables.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
         extra_k, extra_v: ``[B, E, Hk, D]`` and ``[B, E, Hk, Dv]``: keys and values from outside the
             cache that every query sees, never turned.
@@ -351,7 +352,7 @@ def _check(
     longest = capacity(k_cache, block_table)
     if pos_mode == "cache":
         longest = min(longest, num_sink + indices.shape[2] * block_k + num_recent)
-    _check_rope(q, cos, sin, longest)
+    _check_rope(q, cos, sin, max(longest, 1))
     _check_extra(q, k_cache, v_cache, extra_k, extra_v, extra_log_count)
     check_terms(OP, q, q.shape[0], "softmax", None, None, sink)
 
