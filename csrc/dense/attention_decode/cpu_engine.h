@@ -1,0 +1,484 @@
+// Rows of keys that stream past all queries that read them: decode, whichever keys a row is of.
+//
+// A unit is the row of keys of a few heads of one request, an item a range of it. Ranges depend on
+// the unit alone: neither the number of threads nor other requests change a bit. Whoever finishes
+// the last range of a unit merges them in order.
+//
+// Keys, of a worker, says what rows are made of:
+//
+//   Params, Row, Step  of the call; of a unit; of kStep keys: StepRows and what else is known
+//   row_heads, heads   heads that have a row, and how many of them one unit has
+//   row, range, kept   the row of a unit; which keys of it any query sees; floats kept for it
+//   begin, find        a unit is about to be read; a step of it
+//   query, place       a query as it is multiplied; a step's rows of one head of the unit
+//   general, add       whether logits have terms by key; adds them
+//   hide               exponents of what queries do not see
+//   keep, count        weights of a step; what becomes of them once rows are normalised
+#pragma once
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "dense/attention/cpu_finish.h"
+#include "dense/attention_decode/cpu_rows.h"
+#include "dense/attention_decode/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int64_t kRangeSteps = 64;  // of an automatic range of one head
+// Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
+constexpr int64_t kMaxHeads = 8;
+// Weights may exceed 1 by this power of two before a softmax row moves its pivot.
+constexpr float kHeadroom = 8;
+constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
+
+template <DType kType>
+constexpr int64_t kElementBytes = kType == DType::float32 ? 4 : 2;
+
+// The largest divisor of a number of heads up to kMaxHeads.
+TM_INLINE int64_t heads_together(int64_t all) {
+  int64_t heads = kMaxHeads;
+  while (all % heads != 0) --heads;
+  return heads;
+}
+
+// A row of queries, of elements that the products take.
+struct QueryRow {
+  const void* elements;
+  DType type;
+};
+
+// kRows rows of one head of a unit, spread over the lanes of a vector of scores.
+template <int kRows>
+struct RowBlock {
+  int64_t query[kRows];
+  alignas(64) float slope[kWidth], constant[kWidth];
+  alignas(64) float pivot[kWidth], raise_above[kWidth], sums[kWidth];
+};
+
+// f(r) in the lanes of row r.
+template <int kRows, typename F>
+TM_INLINE vf lanes_of(const F& f) {
+  alignas(64) float x[kWidth];
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k < kKeys<kRows>; ++k) x[r * kKeys<kRows> + k] = f(r);
+  return load(x);
+}
+// f(k) in the lanes of key k.
+template <int kRows, typename F>
+TM_INLINE vf lanes_of_keys(const F& f) {
+  alignas(64) float x[kWidth];
+  for (int l = 0; l < kWidth; ++l) x[l] = f(l % kKeys<kRows>);
+  return load(x);
+}
+
+// What all workers share.
+template <class Keys, int kRows>
+struct DecodePlan {
+  using Params = typename Keys::Params;
+  struct Unit {
+    typename Keys::Row row;
+    int64_t first_item, kept;  // kept: where, in floats
+    int32_t arrived;           // ranges
+  };
+
+  explicit DecodePlan(const Params& d)
+      : d(d),
+        p(d.attention),
+        heads(Keys::heads(d)),
+        head_groups(Keys::row_heads(d) / heads),
+        group(p.heads / Keys::row_heads(d)),
+        rows(group * p.seqlen_q),
+        head_blocks(ceil_div(rows, kRows)),
+        ldo(round_up(p.value_dim, 2 * kWidth)),
+        partial_row(ldo + 2),
+        unit_memory(ceil_div((units() + 1) * sizeof(Unit), 4)),
+        unit(reinterpret_cast<Unit*>(unit_memory.take(0))),
+        memory(describe_units()),
+        partials(memory.take(partial_floats)),
+        kept(memory.take(kept_floats)) {}
+
+  int64_t units() const { return p.batch * head_groups; }
+  int64_t items() const { return unit[units()].first_item; }
+  KeyRange range_of(int64_t u) const { return Keys::range(unit[u].row); }
+  int64_t parts_of(int64_t steps) const {
+    const int64_t wanted = d.num_splits > 0 ? d.num_splits : ceil_div(steps * heads, kRangeSteps);
+    return wanted < steps ? wanted : steps > 1 ? steps : 1;
+  }
+  int64_t partial_size() const { return heads * rows * partial_row; }
+
+  const Params& d;
+  const AttentionParams& p;
+  int64_t heads, head_groups;  // of a unit; units of a request
+  int64_t group, rows;         // of one head
+  int64_t head_blocks;         // RowBlocks of one head
+  int64_t ldo, partial_row;
+  cpu::Workspace unit_memory;
+  Unit* unit;  // and one behind the last, which has first_item alone
+  int64_t partial_floats = 0, kept_floats = 0;
+  cpu::Workspace memory;
+  float* partials;  // [items][heads * rows][partial_row]: sums of values, of weights, pivot
+  float* kept;
+
+ private:
+  // Returns the floats that partials and what is kept take; partials are needed only where a unit
+  // has several ranges.
+  int64_t describe_units() {
+    int64_t items = 0;
+    bool any = false;
+    for (int64_t u = 0; u < units(); ++u) {
+      unit[u].row = Keys::row(d, u / head_groups, u % head_groups * heads);
+      unit[u].first_item = items;
+      unit[u].kept = kept_floats;
+      unit[u].arrived = 0;
+      const int64_t parts = parts_of(range_of(u).steps(kStep));
+      items += parts;
+      any |= parts > 1;
+      kept_floats += Keys::template kept<kRows>(d, unit[u].row, heads * head_blocks);
+    }
+    unit[units()].first_item = items;
+    if (any) partial_floats = items * partial_size();
+    return partial_floats + kept_floats + 16;
+  }
+};
+
+template <class Keys, int kRows>
+class DecodeWorker {
+ public:
+  using Op = typename Keys::Op;
+  static constexpr DType kType = Keys::kType;
+
+  explicit DecodeWorker(const DecodePlan<Keys, kRows>& plan)
+      : plan_(plan),
+        p_(plan.p),
+        blocks_(plan.heads * plan.head_blocks),
+        ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
+        workspace_(blocks_ * kRows * (ldq_ + plan.ldo) + plan.partial_size() + kStep * kRows +
+                   blocks_ * kBlockFloats + 5 * 16),
+        keys_(plan.d) {
+    q_ = workspace_.take(blocks_ * kRows * ldq_);
+    out_ = workspace_.take(blocks_ * kRows * plan.ldo);
+    own_ = workspace_.take(plan.partial_size());
+    weights_ = workspace_.take(kStep * kRows);
+    block_ = reinterpret_cast<RowBlock<kRows>*>(workspace_.take(blocks_ * kBlockFloats));
+  }
+
+  void run(int64_t item) {
+    find(item);
+    load_queries();
+    stream_keys();
+    float* partial = parts_ > 1 ? plan_.partials + item * plan_.partial_size() : own_;
+    store_partial(partial);
+    if (parts_ == 1) return merge(partial);
+    if (__atomic_add_fetch(&plan_.unit[unit_].arrived, 1, __ATOMIC_ACQ_REL) == parts_)
+      merge(plan_.partials + (item - part_) * plan_.partial_size());
+  }
+
+ private:
+  static constexpr int kCount = kKeys<kRows>;
+  static constexpr int64_t kBlockFloats = ceil_div(sizeof(RowBlock<kRows>), 64) * 16;
+  static constexpr int64_t kElement = kElementBytes<kType>;
+  static constexpr int kDegree = kType == DType::float32 ? 5 : 3;  // of exp2
+  using Step = typename Keys::Step;
+
+  void find(int64_t item) {
+    int64_t low = 0, high = plan_.units();
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (plan_.unit[middle].first_item <= item ? low : high) = middle;
+    }
+    unit_ = low;
+    b_ = unit_ / plan_.head_groups;
+    first_head_ = unit_ % plan_.head_groups * plan_.heads;
+    const auto& unit = plan_.unit[unit_];
+    const KeyRange all = plan_.range_of(unit_);
+    const int64_t steps = all.steps(kStep);
+    parts_ = plan_.parts_of(steps);
+    part_ = item - unit.first_item;
+    range_ = all.part(part_ * steps / parts_, (part_ + 1) * steps / parts_, kStep);
+    length_ = plan_.d.cache.length(b_);
+    keys_.begin(b_, first_head_, unit.row, plan_.kept + unit.kept);
+  }
+
+  // Row r of head `own` of the unit is query i of head h.
+  struct Query {
+    int64_t i, h;
+  };
+  Query query_of(int64_t own, int64_t r) const {
+    return {r / plan_.group, (first_head_ + own) * plan_.group + r % plan_.group};
+  }
+  char* row_at(const Rows& rows, Query at) const {
+    return static_cast<char*>(rows.data) +
+           (b_ * rows.batch + at.i * rows.seq + at.h * rows.head) * kElement;
+  }
+
+  // The constant of a head, of which softmax weights do not see the finite part.
+  struct Constant {
+    float seen, shift;
+  };
+  Constant constant_of(int64_t head) const {
+    float x = p_.score_bias_value;
+    if (p_.score_bias) x += p_.score_bias[b_ * p_.score_bias_batch + head];
+    if (p_.score_bias_neg_log_n && length_ > 0)
+      x -= static_cast<float>(std::log(static_cast<double>(length_)));
+    if (p_.map == ScoreMap::softmax && std::isfinite(x)) return {0, x};
+    return {x, 0};
+  }
+
+  void load_queries() {
+    general_ = p_.softcap > 0 || p_.alibi_slopes;
+    for (int64_t n = 0; n < blocks_; ++n) {
+      RowBlock<kRows>& block = block_[n];
+      for (int r = 0; r < kRows; ++r) {
+        // Rows that do not exist repeat the last one.
+        const int64_t row = n % plan_.head_blocks * kRows + r;
+        const auto [i, head] =
+            query_of(n / plan_.head_blocks, row < plan_.rows ? row : plan_.rows - 1);
+        const auto [from, type] = keys_.query(row_at(p_.q, {i, head}), i);
+        pack_rows<Op>(from, type, 0, 1, 1, p_.head_dim, 1.f, q_ + (n * kRows + r) * ldq_, ldq_);
+        block.query[r] = i;
+        const float slope = p_.alibi_slopes ? p_.alibi_slopes[b_ * p_.alibi_batch + head] : 0;
+        const float constant = constant_of(head).seen;
+        general_ |= constant != 0 || constant != constant;
+        for (int k = 0; k < kCount; ++k) {
+          block.slope[r * kCount + k] = slope;
+          block.constant[r * kCount + k] = constant;
+        }
+      }
+      for (int l = 0; l < kWidth; ++l)
+        block.pivot[l] = block.sums[l] = 0, block.raise_above[l] = -kInf;
+    }
+
+    for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
+  }
+
+  void stream_keys() {
+    if (range_.begin >= range_.end) return;
+    Step steps[2];
+    keys_.find(steps[0], range_, range_.begin);
+    int at = 0;
+    for (int64_t key0 = range_.begin; key0 < range_.end; key0 += kStep, at ^= 1) {
+      const bool more = key0 + kStep < range_.end;
+      if (more) keys_.find(steps[at ^ 1], range_, key0 + kStep);
+      const int64_t count = range_.end - key0 < kStep ? range_.end - key0 : kStep;
+      Ahead ahead{more ? &steps[at ^ 1] : nullptr, 0, 0};
+      for (int64_t n = 0; n < blocks_; ++n) add_step(n, steps[at], key0, count, ahead);
+    }
+  }
+
+  // What of the next step was asked for ahead of time.
+  struct Ahead {
+    const StepRows* rows;
+    int64_t key, head;
+  };
+
+  void add_step(int64_t n, const Step& step, int64_t key0, int64_t count, Ahead& ahead) {
+    RowBlock<kRows>& block = block_[n];
+    const int64_t vectors = ceil_div(count, 2 * kCount) * 2;
+    const bool first = n % plan_.head_blocks == 0;
+    if (first) placed_ = keys_.place(step, n / plan_.head_blocks, vectors * kCount);
+    vf scores[kStep / kCount];
+    for (int64_t j = 0; j < vectors; ++j) {
+      if (first) prefetch(ahead);
+      const float* q = q_ + n * kRows * ldq_;
+      const char* const* k = placed_.k + j * kCount;
+      if (Keys::kTurns && placed_.turned)
+        scores[j] = multiply_keys<Op, Keys::kTurned, kRows>(q, ldq_, k, 0, p_.head_dim);
+      else
+        scores[j] = multiply_keys<Op, kType, kRows>(q, ldq_, k, placed_.k_offset, p_.head_dim);
+    }
+    general_ || keys_.general(step) ? exponents<true>(block, scores, step, key0, vectors)
+                                    : exponents<false>(block, scores, step, key0, vectors);
+    p_.map == ScoreMap::softmax ? softmax(n, scores, vectors) : sigmoid(scores, vectors);
+    keys_.keep(key0, n, blocks_, block, scores, vectors);
+    for (int64_t j = 0; j < vectors; j += 2)
+      store_weights<Op>(weights_, j, scores[j], scores[j + 1]);
+    multiply_values<Op, kType, kRows>(weights_, placed_.v, placed_.v_offset,
+                                      round_up(count, Op::kPair), p_.value_dim,
+                                      out_ + n * kRows * plan_.ldo, plan_.ldo);
+  }
+
+  // kCount rows of keys and of values, in the order of memory: no hardware prefetcher follows the
+  // order of the computation. To L2, which holds a step of all heads.
+  void prefetch(Ahead& ahead) const {
+    if (!ahead.rows) return;
+    const KvCache& cache = plan_.d.cache;
+    for (int i = 0; i < kCount && ahead.key < kStep; ++i) {
+      const char* k = ahead.rows->k[ahead.key] + ahead.head * cache.k.head * kElement;
+      const char* v = ahead.rows->v[ahead.key] + ahead.head * cache.v.head * kElement;
+      for (int64_t at = 0; at < p_.head_dim * kElement; at += 64) __builtin_prefetch(k + at, 0, 2);
+      for (int64_t at = 0; at < p_.value_dim * kElement; at += 64) __builtin_prefetch(v + at, 0, 2);
+      if (++ahead.head == plan_.heads) ahead.head = 0, ++ahead.key;
+    }
+  }
+
+  // Exponents in base 2 of the weights: q.k times scale with all terms, hidden keys at infinity.
+  template <bool kGeneral>
+  __attribute__((noinline)) void exponents(const RowBlock<kRows>& block, vf* scores,
+                                           const Step& step, int64_t key0, int64_t vectors) const {
+    const float unit = p_.map == ScoreMap::softmax ? kLog2e : -kLog2e;
+    const vf factor = set(unit * p_.scale);
+    if constexpr (kGeneral) {
+      const vf slope = load(block.slope), constant = load(block.constant);
+      const vf key = lanes_of_keys<kRows>([](int k) { return static_cast<float>(k); });
+      const vf position = lanes_of<kRows>(
+          [&](int r) { return static_cast<float>(block.query[r] + length_ - p_.seqlen_q - key0); });
+      for (int64_t j = 0; j < vectors; ++j) {
+        vf z = scores[j] * set(p_.scale);
+        if (p_.softcap > 0) z = set(p_.softcap) * tanh(z * set(1 / p_.softcap));
+        const vf at = key + set(static_cast<float>(j * kCount));
+        if (p_.alibi_slopes) z = z - slope * abs_of(position - at);
+        z = keys_.template add<kRows>(step, j, z);
+        scores[j] = (z + constant) * set(unit);
+      }
+    } else {
+      for (int64_t j = 0; j < vectors; ++j) scores[j] = scores[j] * factor;
+    }
+    keys_.hide(block, step, key0, scores, vectors, set(unit > 0 ? -kInf : kInf));
+  }
+
+  void softmax(int64_t n, vf* scores, int64_t vectors) {
+    RowBlock<kRows>& block = block_[n];
+    vf top = scores[0];
+    for (int64_t j = 1; j < vectors; ++j) top = max_of(top, scores[j]);
+    if (any(less(load(block.raise_above), top))) raise_pivots(n, top);
+    const vf pivot = load(block.pivot);
+    vf sum = zero();
+    for (int64_t j = 0; j < vectors; ++j) {
+      scores[j] = exp2<kDegree>(scores[j] - pivot);
+      sum = sum + scores[j];
+    }
+    store(block.sums, load(block.sums) + sum);
+  }
+
+  // Moves the pivots that a weight exceeds too far, and rescales what was summed before.
+  __attribute__((noinline)) void raise_pivots(int64_t n, vf top) {
+    RowBlock<kRows>& block = block_[n];
+    alignas(64) float lane[kWidth];
+    store(lane, top);
+    for (int r = 0; r < kRows; ++r) {
+      float most = -kInf;
+      for (int l = r * kCount; l < (r + 1) * kCount; ++l) most = lane[l] > most ? lane[l] : most;
+      if (!(most > block.raise_above[r * kCount])) continue;
+      const bool seen = block.raise_above[r * kCount] > -kInf;
+      const float factor = seen ? std::exp2(block.pivot[r * kCount] - most) : 0;
+      for (int l = r * kCount; l < (r + 1) * kCount; ++l) {
+        block.pivot[l] = most;
+        block.raise_above[l] = most + kHeadroom;
+        block.sums[l] *= factor;
+      }
+      float* out = out_ + (n * kRows + r) * plan_.ldo;
+      for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(out + c, load(out + c) * set(factor));
+    }
+  }
+
+  static void sigmoid(vf* scores, int64_t vectors) {
+    const vf one = set(1.f);
+    for (int64_t j = 0; j < vectors; ++j) {
+      const vf x = one + exp2<kDegree>(scores[j]);
+      scores[j] = kType == DType::float32 ? one / x : reciprocal_approx(x);
+    }
+  }
+
+  void store_partial(float* to) {
+    for (int64_t own = 0; own < plan_.heads; ++own)
+      for (int64_t row = 0; row < plan_.rows; ++row, to += plan_.partial_row) {
+        const int64_t n = own * plan_.head_blocks + row / kRows, lane = row % kRows * kCount;
+        const RowBlock<kRows>& block = block_[n];
+        float sum = 0;
+        for (int k = 0; k < kCount; ++k) sum += block.sums[lane + k];
+        float* from = out_ + (n * kRows + row % kRows) * plan_.ldo;
+        restore_order<Op>(from, plan_.ldo);
+        for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
+        to[plan_.ldo] = sum;
+        to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.pivot[lane] : -kInf;
+      }
+  }
+
+  // All ranges of the unit, from that at `first` on, in order.
+  void merge(const float* first) {
+    const int64_t between = plan_.partial_size();
+    for (int64_t n = 0; n < blocks_; ++n) store(block_[n].sums, zero());
+    for (int64_t row = 0; row < plan_.heads * plan_.rows; ++row, first += plan_.partial_row) {
+      const int64_t own = row / plan_.rows, r = row % plan_.rows;
+      const auto [i, head] = query_of(own, r);
+      const auto pivot_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
+      float top = -kInf;
+      for (int64_t n = 0; n < parts_; ++n) top = pivot_of(n) > top ? pivot_of(n) : top;
+      float sum = 0;
+      for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(out_ + c, zero());
+      for (int64_t n = 0; n < parts_; ++n) {
+        const float* from = first + n * between;
+        const float shrink = pivot_of(n) - top;
+        const float factor =
+            p_.map == ScoreMap::sigmoid || pivot_of(n) == top ? 1 : std::exp2(shrink);
+        sum += from[plan_.ldo] * factor;
+        for (int64_t c = 0; c < plan_.ldo; c += kWidth)
+          store(out_ + c, fma(load(from + c), set(factor), load(out_ + c)));
+      }
+      RowScale scale{1, 0};
+      if (p_.map == ScoreMap::softmax) {
+        scale = finish_softmax(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
+                               constant_of(head).shift);
+        p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
+      }
+      store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
+      // Its sums are no longer needed: the block says by what its weights are multiplied.
+      RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
+      for (int l = r % kRows * kCount; l < (r % kRows + 1) * kCount; ++l)
+        block.pivot[l] = top, block.sums[l] = scale.factor;
+    }
+    keys_.template count<kRows>(block_, plan_.heads, plan_.head_blocks);
+  }
+
+  const DecodePlan<Keys, kRows>& plan_;
+  const AttentionParams& p_;
+  int64_t blocks_, ldq_;
+  cpu::Workspace workspace_;
+  float *q_, *out_, *own_, *weights_;
+  RowBlock<kRows>* block_;
+  Keys keys_;
+  typename Keys::Placed placed_;
+  int64_t unit_, b_, first_head_, part_, parts_, length_;
+  KeyRange range_;
+  bool general_ = false;
+};
+
+template <class Keys, int kRows>
+void decode_rows(const typename Keys::Params& d) {
+  const DecodePlan<Keys, kRows> plan(d);
+  const AttentionParams& p = d.attention;
+  int64_t keys = 0;
+  for (int64_t u = 0; u < plan.units(); ++u) keys += plan.range_of(u).end - plan.range_of(u).begin;
+  const int64_t bytes = keys * plan.heads * (p.head_dim + p.value_dim) * kElementBytes<Keys::kType>;
+  const int threads = bytes < kSerialBytes ? 1 : cpu::num_threads();
+  cpu::parallel_items(plan.items(), threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    DecodeWorker<Keys, kRows> worker(plan);
+    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+  });
+}
+
+template <class Keys>
+void decode(const typename Keys::Params& d) {
+  const int64_t rows = d.attention.heads / Keys::row_heads(d) * d.attention.seqlen_q;
+  if (rows == 1) return decode_rows<Keys, 1>(d);
+  rows == 2 ? decode_rows<Keys, 2>(d) : decode_rows<Keys, 4>(d);
+}
+
+// KeysOf<Op, element type> for the elements at hand.
+template <template <class, DType> class KeysOf, class Params>
+void decode_elements(const Params& d) {
+  switch (d.attention.dtype) {
+    case DType::float16:
+      return decode<KeysOf<Float32, DType::float16>>(d);
+    case DType::bfloat16:
+#if defined(__AVX512BF16__)
+      return decode<KeysOf<BFloat16, DType::bfloat16>>(d);
+#else
+      return decode<KeysOf<Float32, DType::bfloat16>>(d);
+#endif
+    default:
+      return decode<KeysOf<Float32, DType::float32>>(d);
+  }
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
