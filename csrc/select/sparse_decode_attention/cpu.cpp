@@ -1,0 +1,313 @@
+#include "dense/attention_decode/cpu_engine.h"
+#include "select/sparse_decode_attention/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+// The first keys of a request, the blocks of a list, the last keys, and keys from outside the
+// cache.
+template <class Products, DType kElementType>
+class ListedKeys {
+ public:
+  using Op = Products;
+  static constexpr DType kType = kElementType;
+  // What was turned in float32 is rounded to what the products take.
+  static constexpr DType kTurned = Op::kPair == 2 ? DType::bfloat16 : DType::float32;
+  static constexpr bool kTurns = true;
+  using Params = SparseDecodeParams;
+  using Row = KeyRow;
+
+  // Query i sees key t of a step if from[t] <= i < until[t].
+  struct Step : StepRows {
+    float from[kStep], until[kStep];
+    int32_t turn[kStep];   // row of the rotary tables, or -1
+    int32_t extra[kStep];  // number of an extra key, or -1
+    bool all_seen, all_cached;
+  };
+  struct Placed {
+    const char *const *k, *const *v;
+    int64_t k_offset, v_offset;
+    bool turned;
+  };
+
+  static int64_t row_heads(const Params& d) { return d.row_heads(); }
+  // Heads that share a list read what lies side by side.
+  static int64_t heads(const Params& d) {
+    return d.list_heads == 1 ? heads_together(d.row_heads()) : 1;
+  }
+  static Row row(const Params& d, int64_t b, int64_t head) { return KeyRow::of(d, b, head); }
+  static KeyRange range(const Row& row) { return {0, row.total}; }
+  template <int kRows>
+  static int64_t kept(const Params& d, const Row& row, int64_t blocks) {
+    return d.mass ? kept_steps(row) * blocks * kKept<kRows> : 0;
+  }
+
+  explicit ListedKeys(const Params& d)
+      : d_(d),
+        p_(d.attention),
+        ldk_(round_up(p_.head_dim, 2 * kWidth)),
+        workspace_(round_up(p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim, 16) +
+                   (kStep + 3) * ldk_ + 4 * 16) {
+    const int64_t widest = p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim;
+    float* zeros = workspace_.take(widest);
+    for (int64_t i = 0; i < widest; ++i) zeros[i] = 0;
+    zeros_ = reinterpret_cast<const char*>(zeros);
+    loaded_ = workspace_.take(ldk_);
+    moved_ = workspace_.take(ldk_);
+    turned_ = reinterpret_cast<char*>(workspace_.take((kStep + 1) * ldk_));
+  }
+
+  void begin(int64_t b, int64_t head, const Row& row, float* kept) {
+    b_ = b;
+    head_ = head;
+    row_ = row;
+    recent_ = d_.num_recent < row.length ? d_.num_recent : row.length;
+    kept_ = kept;
+  }
+
+  void find(Step& to, const KeyRange& range, int64_t key0) const {
+    const int64_t old = row_.length - p_.seqlen_q;  // the position of query 0
+    to.all_seen = key0 + kStep <= range.end;
+    to.all_cached = true;
+    for (int64_t i = 0; i < kStep; ++i) {
+      const int64_t t = key0 + i;
+      to.k[i] = to.v[i] = zeros_;
+      to.from[i] = static_cast<float>(p_.seqlen_q);
+      to.until[i] = 0;
+      to.turn[i] = to.extra[i] = -1;
+      if (t >= range.end) {
+        to.all_cached = false;
+        continue;
+      }
+      if (t >= row_.cached) {
+        find_extra(to, i, t - row_.cached);
+        continue;
+      }
+      const RowKey key = row_.key(d_, b_, head_, t);
+      const bool recent = t >= row_.list_end;
+      const int64_t first = key.position - old + (recent ? 0 : recent_);
+      const int64_t last = recent ? key.position - old + recent_ : p_.seqlen_q;
+      if (key.position == RowKey::kNowhere || first >= p_.seqlen_q) {
+        to.all_seen = to.all_cached = false;
+        continue;
+      }
+      to.from[i] = static_cast<float>(first > 0 ? first : 0);
+      to.until[i] = static_cast<float>(last < p_.seqlen_q ? last : p_.seqlen_q);
+      to.all_seen &= first <= 0 && last >= p_.seqlen_q;
+      to.k[i] = row_at(d_.cache.k, key.at);
+      to.v[i] = row_at(d_.cache.v, key.at);
+      if (d_.cos) to.turn[i] = table_row(d_.cache_positions ? t : key.position);
+    }
+    if (!d_.cos) return;
+    for (int64_t i = 0; i < kStep; ++i) {
+      if (to.turn[i] < 0) continue;
+      for (int64_t c = 0; c < d_.pairs; c += 16) {
+        __builtin_prefetch(d_.cos + to.turn[i] * d_.cos_stride + c, 0, 2);
+        __builtin_prefetch(d_.sin + to.turn[i] * d_.sin_stride + c, 0, 2);
+      }
+    }
+  }
+
+  QueryRow query(const void* row, int64_t i) {
+    if (!d_.cos) return {row, kType};
+    const int64_t position = row_.length - p_.seqlen_q + i;
+    char* to = turned_ + kStep * ldk_ * kTurnedBytes;
+    turn(row, table_row(d_.cache_positions ? row_.cached - 1 : position), to);
+    return {to, kTurned};
+  }
+
+  Placed place(const Step& step, int64_t own, int64_t keys) {
+    Placed to{step.k, step.v, own * d_.cache.k.head * kElement, own * d_.cache.v.head * kElement,
+              d_.cos != nullptr};
+    if (!step.all_cached) {
+      for (int64_t i = 0; i < kStep; ++i) {
+        const bool cached = step.k[i] != zeros_ && step.extra[i] < 0;
+        k_[i] = step.k[i] + (cached ? to.k_offset : extra_offset(d_.extra_k, step.extra[i], own));
+        v_[i] = step.v[i] + (cached ? to.v_offset : extra_offset(d_.extra_v, step.extra[i], own));
+        log_count_[i] = log_count(step.extra[i], own);
+      }
+      to.k = k_;
+      to.v = v_;
+      to.k_offset = to.v_offset = 0;
+    }
+    if (d_.cos) {
+      for (int64_t i = 0; i < keys; ++i) {
+        char* row = turned_ + i * ldk_ * kTurnedBytes;
+        turn(to.k[i] + to.k_offset, step.turn[i], row);
+        turned_rows_[i] = row;
+      }
+      to.k = turned_rows_;
+      to.k_offset = 0;
+    }
+    return to;
+  }
+
+  bool general(const Step& step) const { return d_.extra_log_count && !step.all_cached; }
+  template <int kRows>
+  vf add(const Step& step, int64_t j, vf z) const {
+    return general(step) ? z + by_key<kRows>(log_count_, j) : z;
+  }
+
+  template <int kRows>
+  void hide(const RowBlock<kRows>& block, const Step& step, int64_t, vf* scores, int64_t vectors,
+            vf hidden) const {
+    if (step.all_seen) return;
+    const vf query = lanes_of<kRows>([&](int r) { return static_cast<float>(block.query[r]); });
+    for (int64_t j = 0; j < vectors; ++j) {
+      const vf seen = select(less(query, by_key<kRows>(step.from, j)), hidden, scores[j]);
+      scores[j] = select(less(query, by_key<kRows>(step.until, j)), seen, hidden);
+    }
+  }
+
+  // Weights relative to the pivots of the time, and those.
+  template <int kRows>
+  void keep(int64_t key0, int64_t n, int64_t blocks, const RowBlock<kRows>& block, const vf* scores,
+            int64_t vectors) const {
+    const bool listed = key0 + kStep > row_.list_begin && key0 < row_.list_end;
+    if (!d_.mass || !listed || row_.list_begin == row_.list_end) return;
+    float* to = kept_ + ((key0 / kStep - row_.list_begin / kStep) * blocks + n) * kKept<kRows>;
+    store(to, load(block.pivot));
+    for (int64_t j = 0; j < vectors; ++j) store(to + (j + 1) * kWidth, scores[j]);
+  }
+
+  // block[n].pivot and .sums: the final pivots, and factors of weights relative to them.
+  template <int kRows>
+  void count(const RowBlock<kRows>* block, int64_t heads, int64_t head_blocks) const {
+    if (!d_.mass) return;
+    constexpr int kCount = kKeys<kRows>;
+    for (int64_t own = 0; own < heads; ++own) {
+      float* mass = d_.mass + (b_ * d_.row_heads() + head_ + own) * d_.entries;
+      for (int64_t e = 0; e < d_.entries; ++e) mass[e] = 0;
+      for (int64_t s = 0; s < kept_steps(row_); ++s) {
+        const int64_t key0 = (row_.list_begin / kStep + s) * kStep;
+        const float* from = kept_ + (s * heads + own) * head_blocks * kKept<kRows>;
+        vf sum[kStep / kCount] = {};
+        for (int64_t n = 0; n < head_blocks; ++n, from += kKept<kRows>) {
+          const RowBlock<kRows>& rows = block[own * head_blocks + n];
+          // A pivot rises; that of a row which saw nothing is above the final one, and its weights
+          // 0.
+          const vf shrink = min_of(load(from) - load(rows.pivot), zero());
+          const vf factor = load(rows.sums) * exp2<5>(shrink);
+          for (int64_t j = 0; j < kept_vectors<kRows>(key0); ++j)
+            sum[j] = sum[j] + load(from + (j + 1) * kWidth) * factor;
+        }
+        add_mass<kRows>(mass, sum, key0);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kElement = kElementBytes<kType>;
+  static constexpr int64_t kTurnedBytes = kElementBytes<kTurned>;
+  template <int kRows>
+  static constexpr int64_t kKept = kStep * kRows + kWidth;  // of a block and a step
+
+  static int64_t kept_steps(const Row& row) {
+    if (row.list_begin == row.list_end) return 0;
+    return ceil_div(row.list_end, kStep) - row.list_begin / kStep;
+  }
+  template <int kRows>
+  int64_t kept_vectors(int64_t key0) const {
+    const int64_t keys = row_.list_end - key0 < kStep ? row_.list_end - key0 : kStep;
+    return ceil_div(keys, kKeys<kRows>);
+  }
+
+  template <int kRows>
+  void add_mass(float* mass, const vf* sum, int64_t key0) const {
+    constexpr int kCount = kKeys<kRows>;
+    for (int64_t j = 0; j < kept_vectors<kRows>(key0); ++j) {
+      alignas(64) float lane[kWidth];
+      store(lane, sum[j]);
+      for (int k = 0; k < kCount; ++k) {
+        const int64_t t = key0 + j * kCount + k;
+        if (t < row_.list_begin || t >= row_.list_end) continue;
+        float rows = 0;
+        for (int r = 0; r < kRows; ++r) rows += lane[r * kCount + k];
+        mass[row_.first + ((t - row_.list_begin) >> d_.log2_block)] += rows;
+      }
+    }
+  }
+
+  // x[k] in the lanes of key k of vector j of a step.
+  template <int kRows>
+  static vf by_key(const float* x, int64_t j) {
+    if constexpr (kRows == 1) return load(x + j * kWidth);
+    return lanes_of_keys<kRows>([&](int k) { return x[j * kKeys<kRows> + k]; });
+  }
+
+  const char* row_at(const Rows& rows, KvCache::Slot at) const {
+    return static_cast<const char*>(rows.data) +
+           KvCache::offset(rows, at, d_.kv_head(head_)) * kElement;
+  }
+  int64_t extra_offset(const Rows& rows, int64_t extra, int64_t own) const {
+    return extra < 0 ? 0 : own * rows.head * kElement;
+  }
+  float log_count(int64_t extra, int64_t own) const {
+    if (extra < 0 || !d_.extra_log_count) return 0;
+    return d_.extra_log_count[b_ * d_.extra_log_count_batch +
+                              (d_.kv_head(head_) + own) * d_.extra_log_count_head + extra];
+  }
+  int32_t table_row(int64_t position) const {
+    const int64_t last = d_.positions - 1;
+    return static_cast<int32_t>(position < 0 ? 0 : position < last ? position : last);
+  }
+
+  void find_extra(Step& to, int64_t i, int64_t extra) const {
+    to.all_cached = false;
+    const KvCache::Slot at{static_cast<int32_t>(b_), static_cast<int32_t>(extra)};
+    to.k[i] = row_at(d_.extra_k, at);
+    to.v[i] = row_at(d_.extra_v, at);
+    to.extra[i] = static_cast<int32_t>(extra);
+    to.from[i] = 0;
+    to.until[i] = static_cast<float>(p_.seqlen_q);
+  }
+
+  // A row of elements with its pairs of columns turned; `at` < 0: as it is.
+  void turn(const void* from, int64_t at, void* to) {
+    const int64_t dim = p_.head_dim, pairs = d_.pairs;
+    float* __restrict x = loaded_, * __restrict y = moved_;
+    for (int64_t c = 0; c < dim; c += kWidth)
+      store(x + c, Elements<kType>::load_n(from, c, dim - c));
+    const float* result = x;
+    if (at >= 0) {
+      const float* __restrict cos = d_.cos + at * d_.cos_stride;
+      const float* __restrict sin = d_.sin + at * d_.sin_stride;
+      if (d_.interleaved) {
+        for (int64_t i = 0; i < pairs; ++i) {
+          y[2 * i] = x[2 * i] * cos[i] - x[2 * i + 1] * sin[i];
+          y[2 * i + 1] = x[2 * i] * sin[i] + x[2 * i + 1] * cos[i];
+        }
+      } else {
+        for (int64_t i = 0; i < pairs; ++i) {
+          y[i] = x[i] * cos[i] - x[pairs + i] * sin[i];
+          y[pairs + i] = x[i] * sin[i] + x[pairs + i] * cos[i];
+        }
+      }
+      for (int64_t c = 2 * pairs; c < dim; ++c) y[c] = x[c];
+      result = y;
+    }
+    // Rows have room for whole vectors.
+    for (int64_t c = 0; c < dim; c += kWidth) Elements<kTurned>::store(to, c, load(result + c));
+  }
+
+  const Params& d_;
+  const AttentionParams& p_;
+  int64_t ldk_;
+  cpu::Workspace workspace_;
+  const char* zeros_;
+  float *loaded_, *moved_;  // rows that are being turned
+  char* turned_;            // kStep rows of keys and one of queries, ldk_ elements each
+  // Of the step and the head that were placed last.
+  const char *k_[kStep], *v_[kStep], *turned_rows_[kStep];
+  float log_count_[kStep];
+  int64_t b_ = 0, head_ = 0;
+  Row row_{};
+  int64_t recent_ = 0;     // last tokens that exist
+  float* kept_ = nullptr;  // [steps][blocks][kKept]
+};
+
+}  // namespace
+
+void sparse_decode_attention(const SparseDecodeParams& d) { decode_elements<ListedKeys>(d); }
+
+}  // namespace tokenmill::TOKENMILL_ISA
