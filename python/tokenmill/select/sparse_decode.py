@@ -185,7 +185,7 @@ def sparse_decode_attention(
     Example:
         >>> import torch, tokenmill as tm
         >>> q, k = torch.ones(1, 1, 2, 4), torch.zeros(1, 100, 1, 4)
-        >>> v = torch.arange(100.0).view(1, 100, 1, 1).expand(1, 100, 1, 4)
+        >>> v = torch.arange(100.0).view(1, 100, 1, 1).repeat(1, 1, 1, 4)
         >>> indices = torch.tensor([[[30, 50, -1]]], dtype=torch.int32)
         >>> counts = torch.tensor([[2]], dtype=torch.int32)
         >>> n = torch.tensor([80], dtype=torch.int32)
@@ -393,8 +393,8 @@ def _check_extra(
     both = (extra_k is None) == (extra_v is None)
     check(both, OP, "extra_v", "must be given with extra_k, and only then", extra_v is not None)
     if extra_k is None or extra_v is None:
-        none = extra_log_count is None
-        check(none, OP, "extra_log_count", "needs extra_k and extra_v", extra_log_count)
+        if extra_log_count is not None:
+            fail(OP, "extra_log_count", "needs extra_k and extra_v", extra_log_count.shape)
         return
     extras = (("extra_k", extra_k, k_cache), ("extra_v", extra_v, v_cache))
     entries = extra_k.shape[1] if extra_k.dim() == 4 else -1

@@ -227,7 +227,7 @@ MALFORMED = (
     ),
     Malformed(
         "keys without values",
-        "extra_v: must be given with extra_k, and only then; got false",
+        "extra_v: must be given with extra_k, and only then; got False",
         _with(extra_k=_EXTRA),
     ),
     Malformed(
