@@ -98,6 +98,11 @@ class ListedKeys {
       to.v[i] = row_at(d_.cache.v, key.at);
       if (d_.cos) to.turn[i] = table_row(d_.cache_positions ? t : key.position);
     }
+    // Rows lie on pages of their own: their translations are asked for at once.
+    for (int64_t i = 0; i < kStep; ++i) {
+      __builtin_prefetch(to.k[i], 0, 2);
+      __builtin_prefetch(to.v[i], 0, 2);
+    }
     if (!d_.cos) return;
     for (int64_t i = 0; i < kStep; ++i) {
       if (to.turn[i] < 0) continue;
