@@ -20,38 +20,34 @@ inline int multiprocessors() {
   return count;
 }
 
-// By shapes alone: lengths lie on the device.
-template <typename T, int kBucket>
-DecodeLaunch plan_decode(const DecodeParams& d) {
-  using Shape = DecodeShape<T, kBucket>;
-  const AttentionParams& p = d.attention;
+// The row tiles of `heads` heads of a request, which have p.heads / heads query heads each, and
+// `longest` keys at most. By shapes alone: lengths lie on the device.
+template <typename Keys>
+DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longest,
+                         int64_t num_splits, bool stream_k) {
+  using Shape = typename Keys::Shape;
   DecodeLaunch launch{};
   DecodePlan& plan = launch.plan;
-  const int64_t rows = p.heads / p.kv_heads * p.seqlen_q;
+  const int64_t rows = p.heads / heads * p.seqlen_q;
   int row_warps = Shape::kMinRowWarps;
   while (row_warps < Shape::kMaxRowWarps && 16 * row_warps < rows) row_warps *= 2;
   while (1 << plan.log2_row_warps < row_warps) ++plan.log2_row_warps;
-  plan.group = static_cast<int>(p.heads / p.kv_heads);
+  plan.group = static_cast<int>(p.heads / heads);
   plan.rows = static_cast<int>(rows);
   plan.tile_rows = 16 * row_warps;
   plan.row_tiles = static_cast<int>(ceil_div(rows, plan.tile_rows));
-  plan.aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
-                 is_vectorizable<T>(d.cache.k.data, p.head_dim, d.cache.k.batch, d.cache.k.seq,
-                                    d.cache.k.head) &&
-                 is_vectorizable<T>(d.cache.v.data, p.value_dim, d.cache.v.batch, d.cache.v.seq,
-                                    d.cache.v.head);
-  launch.shared_bytes = Shape::shared_bytes(row_warps);
-  launch.outputs = p.batch * p.kv_heads * plan.row_tiles;
+  launch.shared_bytes = Shape::shared_bytes(Keys::kBytes, row_warps);
+  launch.outputs = p.batch * heads * plan.row_tiles;
   const int64_t filling = 2 * multiprocessors();
   // What a request has room for may be far more than what it has: never more blocks than fill.
-  const int64_t worth = ceil_div(d.cache.capacity, kLeastSteps<Shape> * Shape::kTileKeys);
+  const int64_t worth = ceil_div(longest, kLeastSteps<Shape> * Shape::kTileKeys);
   const int64_t most = worth < 1 ? 1 : worth < kMaxAutoSplits ? worth : kMaxAutoSplits;
-  if (d.stream_k) {
+  if (stream_k) {
     launch.blocks = launch.outputs * most < filling ? launch.outputs * most : filling;
     launch.partial_floats = 2 * launch.blocks;
   } else {
-    const int64_t wanted = ceil_div(filling, launch.outputs);
-    plan.splits = static_cast<int>(d.num_splits > 0 ? d.num_splits : wanted < most ? wanted : most);
+    const int64_t wanted = launch.outputs > 0 ? ceil_div(filling, launch.outputs) : 1;
+    plan.splits = static_cast<int>(num_splits > 0 ? num_splits : wanted < most ? wanted : most);
     launch.blocks = launch.outputs * plan.splits;
     // float32 sums over many keys need room of their own.
     launch.partial_floats = plan.splits > 1 || Shape::kFloat ? launch.blocks : 0;
@@ -60,18 +56,34 @@ DecodeLaunch plan_decode(const DecodeParams& d) {
   return launch;
 }
 
+template <typename T>
+bool has_whole_chunks(const Rows& rows, int64_t columns) {
+  return is_vectorizable<T>(rows.data, columns, rows.batch, rows.seq, rows.head);
+}
+
+template <typename T, int kBucket>
+DecodeLaunch plan_decode(const DecodeParams& d) {
+  const AttentionParams& p = d.attention;
+  DecodeLaunch launch =
+      plan_decode<CacheKeys<T, kBucket>>(p, p.kv_heads, d.cache.capacity, d.num_splits, d.stream_k);
+  launch.plan.aligned = has_whole_chunks<T>(p.q, p.head_dim) &&
+                        has_whole_chunks<T>(d.cache.k, p.head_dim) &&
+                        has_whole_chunks<T>(d.cache.v, p.value_dim);
+  return launch;
+}
+
 inline int64_t workspace_bytes(const DecodeLaunch& launch) {
   return 4 * (launch.partial_floats + launch.outputs);
 }
 
-template <typename T, int kBucket>
-const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
-  DecodeLaunch launch = plan_decode<T, kBucket>(d);
+// kernel(d, plan), whose partial sums and counters lie at `workspace`.
+template <typename Kernel, typename Params>
+const char* launch_planned(Kernel* kernel, const Params& d, DecodeLaunch& launch, void* workspace,
+                           cudaStream_t stream) {
   if (launch.blocks > 0x7fffffff) return "2^31 blocks at most on CUDA";
-  launch.plan.partials = static_cast<float*>(d.workspace);
+  launch.plan.partials = static_cast<float*>(workspace);
   launch.plan.arrived = reinterpret_cast<int*>(launch.plan.partials + launch.partial_floats);
   cudaMemsetAsync(launch.plan.arrived, 0, launch.outputs * sizeof(int), stream);
-  const auto kernel = attention_decode_kernel<T, kBucket>;
   cudaError_t error = cudaSuccess;
   if (launch.shared_bytes > 48 * 1024)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -82,6 +94,12 @@ const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T, int kBucket>
+const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
+  DecodeLaunch launch = plan_decode<T, kBucket>(d);
+  return launch_planned(attention_decode_kernel<T, kBucket>, d, launch, d.workspace, stream);
 }
 
 // visit.operator()<bucket>()

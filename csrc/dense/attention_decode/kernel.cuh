@@ -31,26 +31,31 @@ struct RowChunks {
   }
 };
 
-template <typename T, int kBucket>
+// Keys (CacheKeys) knows where the keys of a row lie, its Warp what a key means to a query.
+template <typename Keys>
 class DecodeBlock {
  public:
-  using Shape = DecodeShape<T, kBucket>;
-  using Warp = DecodeWarp<T, kBucket>;
-  using Keys = RowChunks<T, typename Shape::KeyTile>;
-  using Values = RowChunks<T, typename Shape::ValueTile>;
+  using T = typename Keys::Element;
+  using Params = typename Keys::Params;
+  using Shape = typename Keys::Shape;
+  using Warp = typename Keys::Warp;
+  using KeyChunks = RowChunks<T, typename Shape::KeyTile>;
+  using ValueChunks = RowChunks<T, typename Shape::ValueTile>;
 
-  __device__ DecodeBlock(const DecodeParams& d, const DecodePlan& plan, unsigned char* shared)
+  __device__ DecodeBlock(const Params& d, const DecodePlan& plan, unsigned char* shared)
       : d_(d),
         plan_(plan),
         stages_(shared_address(shared)),
         sums_(reinterpret_cast<float*>(shared)),
-        slots_(reinterpret_cast<KvCache::Slot*>(shared + Shape::kWorkBytes)),
-        queries_(stages_ + Shape::kWorkBytes + Shape::kSlotBytes),
+        queries_(stages_ + Shape::kWorkBytes + Keys::kBytes),
+        keys_(d, shared + Shape::kWorkBytes),
         warp_(d, plan, queries_) {}
+
+  __device__ Keys& keys() { return keys_; }
 
   __device__ __forceinline__ void run(const Segment& s) {
     s_ = s;
-    warp_.start(plan_, s, static_cast<int>(d_.cache.length(s.b)));
+    warp_.start(plan_, s, d_, keys_);
     if (s.begin < s.end) load_queries();
     bool first = true;
     for (int begin = s.begin; first || begin < s.end; begin += Shape::kChunkKeys, first = false) {
@@ -69,43 +74,37 @@ class DecodeBlock {
 
   __device__ __forceinline__ void load_queries() const {
     const AttentionParams& p = d_.attention;
-    const int first = threadIdx.x / Keys::kLanes;
+    const int first = threadIdx.x / KeyChunks::kLanes;
     const int last = s_.row_tile * plan_.tile_rows + rows() - 1;
-    for (int r = first; r < plan_.tile_rows; r += Keys::kRowStep) {
+    for (int r = first; r < plan_.tile_rows; r += KeyChunks::kRowStep) {
       const int row = s_.row_tile * plan_.tile_rows + r, read = min(row, last);
       const T* from =
           rows_at<T>(p.q, s_.b, read / plan_.group, s_.h * plan_.group + read % plan_.group);
-      Keys::copy(queries_ + Shape::KeyTile::offset(r, threadIdx.x % Keys::kLanes), from,
-                 row <= last ? static_cast<int>(p.head_dim) : 0, plan_.aligned);
+      KeyChunks::copy(queries_ + Shape::KeyTile::offset(r, threadIdx.x % KeyChunks::kLanes), from,
+                      row <= last ? static_cast<int>(p.head_dim) : 0, plan_.aligned);
     }
   }
 
-  // Key number `t` of the request: where dense and paged caches differ.
-  __device__ __forceinline__ KvCache::Slot slot(int t, int end) const {
-    return d_.cache.slot(s_.b, min(t, end - 1));
-  }
-
-  template <typename Chunks, typename Tile>
-  __device__ __forceinline__ void load_rows(const Rows& rows, int64_t columns, uint32_t tile,
-                                            const KvCache::Slot* slots, int count) const {
+  template <bool kValues, typename Chunks, typename Tile>
+  __device__ __forceinline__ void load_rows(int64_t columns, uint32_t tile, int place,
+                                            int count) const {
     const int first = threadIdx.x / Chunks::kLanes;
     uint32_t to = tile + Tile::offset(first, threadIdx.x % Chunks::kLanes);
-    const T* data = static_cast<const T*>(rows.data);
 #pragma unroll 4
     for (int r = first; r < Shape::kTileKeys; r += Chunks::kRowStep) {
-      Chunks::copy(to, data + KvCache::offset(rows, slots[r], s_.h),
-                   r < count ? static_cast<int>(columns) : 0, plan_.aligned);
+      Chunks::copy(to, keys_.template row<kValues>(s_, place + r),
+                   r < count && keys_.exists(place + r) ? static_cast<int>(columns) : 0,
+                   plan_.aligned);
       to += Chunks::kRowStep * Shape::kRowBytes;
     }
   }
 
   // What lies behind `count` keys becomes zero.
-  __device__ __forceinline__ void load_stage(uint32_t stage, const KvCache::Slot* slots,
-                                             int count) const {
+  __device__ __forceinline__ void load_stage(uint32_t stage, int place, int count) const {
     const AttentionParams& p = d_.attention;
-    load_rows<Keys, typename Shape::KeyTile>(d_.cache.k, p.head_dim, stage, slots, count);
-    load_rows<Values, typename Shape::ValueTile>(d_.cache.v, p.value_dim, stage + Shape::kTileBytes,
-                                                 slots, count);
+    load_rows<false, KeyChunks, typename Shape::KeyTile>(p.head_dim, stage, place, count);
+    load_rows<true, ValueChunks, typename Shape::ValueTile>(p.value_dim, stage + Shape::kTileBytes,
+                                                            place, count);
     commit_copies();
   }
 
@@ -113,9 +112,12 @@ class DecodeBlock {
   __device__ __forceinline__ void stream(int begin, int end, bool fresh) {
     if (begin >= end) return;
     const int thread = threadIdx.x, own = thread % Shape::kTileKeys;
-    if (thread < 2 * Shape::kTileKeys) slots_[thread] = slot(begin + thread, end);
+    const int tile = thread / Shape::kTileKeys;
+    if (tile < 2)
+      keys_.store(Keys::place(tile, begin + tile * Shape::kTileKeys) + own,
+                  keys_.find(s_, begin + thread, end));
     __syncthreads();
-    load_stage(stages_, slots_, end - begin);
+    load_stage(stages_, Keys::place(0, begin), end - begin);
     const int share = Shape::kTileKeys / (Shape::kRowOrKeyWarps >> plan_.log2_row_warps);
     const int offset = (Warp::row_or_key_warp() >> plan_.log2_row_warps) * share;
     auto at = Warp::addresses(stages_, offset);
@@ -124,26 +126,37 @@ class DecodeBlock {
     for (int key0 = begin; key0 < end; key0 += Shape::kTileKeys, stage ^= 1) {
       wait_for_copies<0>();
       __syncthreads();
-      if (fresh) warp_.load_queries(), fresh = false;
       const int next = key0 + Shape::kTileKeys;
+      if constexpr (!Keys::kTurns)
+        if (fresh) warp_.load_queries();
       if (next < end)
-        load_stage(stages_ + (stage ^ 1) * Shape::kStageBytes,
-                   slots_ + (stage ^ 1) * Shape::kTileKeys, end - next);
+        load_stage(stages_ + (stage ^ 1) * Shape::kStageBytes, Keys::place(stage ^ 1, next),
+                   end - next);
+      if constexpr (Keys::kTurns) {
+        unsigned char* const shared = reinterpret_cast<unsigned char*>(sums_);
+        keys_.turn(plan_, s_, shared + stage * Shape::kStageBytes, Keys::place(stage, key0),
+                   fresh ? shared + Shape::kWorkBytes + Keys::kBytes : nullptr);
+        if (fresh) warp_.load_queries();
+      }
+      fresh = false;
       // Page numbers are on their way while the tile is worked on.
-      KvCache::Slot ahead{};
-      const bool fetches = thread < Shape::kTileKeys && next + Shape::kTileKeys < end;
-      if (fetches) ahead = slot(next + Shape::kTileKeys + own, end);
+      typename Keys::Key ahead{};
+      const int second = next + Shape::kTileKeys;
+      const bool fetches = thread < Shape::kTileKeys && second < end;
+      if (fetches) ahead = keys_.find(s_, second + own, end);
       if (warp_.active()) {
         int k = 0;
 #pragma unroll 1
         for (; k < share; k += Shape::kStepKeys) {
-          if (key0 + offset + k < end) warp_.add_step(at, key0 + offset + k, end);
+          if (key0 + offset + k < end)
+            warp_.add_step(keys_, at, Keys::place(stage, key0) + offset + k, key0 + offset + k,
+                           end);
           at.move(Shape::kStepKeys * Shape::kRowBytes);
         }
         at.move(-k * Shape::kRowBytes);
       }
       at.move(stage ? -Shape::kStageBytes : Shape::kStageBytes);
-      if (fetches) slots_[stage * Shape::kTileKeys + own] = ahead;
+      if (fetches) keys_.store(Keys::place(stage, second) + own, ahead);
     }
   }
 
@@ -164,7 +177,7 @@ class DecodeBlock {
         return sums_ + ((n - earlier) * plan_.tile_rows + row) * Shape::kPartialRow;
       });
       if (last_chunk && s_.parts == 1)
-        store_result<T, Shape>(d_, plan_, s_, row, sums);
+        store_result<T>(d_, plan_, s_, row, sums);
       else
         sums.store(slot + row * Shape::kPartialRow);
       __syncwarp();
@@ -192,17 +205,17 @@ class DecodeBlock {
       const RowSums<Shape> sums(s_.parts, softmax, [&](int n) -> const float* {
         return slot_rows(n) + row * Shape::kPartialRow;
       });
-      store_result<T, Shape>(d_, plan_, s_, row, sums);
+      store_result<T>(d_, plan_, s_, row, sums);
     }
   }
 
-  const DecodeParams& d_;
+  const Params& d_;
   const DecodePlan& plan_;
   uint32_t stages_;
   float* sums_;
-  KvCache::Slot* slots_;
   uint32_t queries_;
   Segment s_;
+  Keys keys_;
   Warp warp_;
 };
 
@@ -212,7 +225,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
                             const __grid_constant__ DecodePlan plan) {
   extern __shared__ __align__(128) unsigned char shared[];
   Segments<DecodeShape<T, kBucket>> segments(d, plan);
-  DecodeBlock<T, kBucket> block(d, plan, shared);
+  DecodeBlock<CacheKeys<T, kBucket>> block(d, plan, shared);
   for (Segment s; segments.take(s);) block.run(s);
 }
 

@@ -43,8 +43,8 @@ struct RowSums {
 };
 
 // The result of row `row` of an output tile.
-template <typename T, typename Shape>
-__device__ __forceinline__ void store_result(const DecodeParams& d, const DecodePlan& plan,
+template <typename T, typename Params, typename Shape>
+__device__ __forceinline__ void store_result(const Params& d, const DecodePlan& plan,
                                              const Segment& s, int row,
                                              const RowSums<Shape>& sums) {
   const AttentionParams& p = d.attention;

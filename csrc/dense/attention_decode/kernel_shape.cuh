@@ -46,12 +46,11 @@ struct DecodeShape {
   // float32 sums over many keys have a second level.
   static constexpr int kChunkKeys = kFloat ? 1024 : 1 << 30;
 
-  // Stages, in which partial sums take turns; slots of two tiles; queries.
+  // Stages, in which partial sums take turns; then what is known of the keys (key_bytes); queries.
   static constexpr int kWorkBytes =
       2 * kStageBytes > kPartialBytes ? 2 * kStageBytes : kPartialBytes;
-  static constexpr int kSlotBytes = 2 * kTileKeys * static_cast<int>(sizeof(KvCache::Slot));
-  static constexpr int shared_bytes(int row_warps) {
-    return kWorkBytes + kSlotBytes + row_warps * 16 * kRowBytes;
+  static constexpr int shared_bytes(int key_bytes, int row_warps) {
+    return kWorkBytes + key_bytes + row_warps * 16 * kRowBytes;
   }
 };
 

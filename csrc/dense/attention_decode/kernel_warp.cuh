@@ -1,52 +1,65 @@
-// One warp: 16 rows of an output tile, their weights for a step of keys, their weighted values.
+// What attention_decode knows of the keys of a request, and what its scores become: masks and
+// terms.
 #pragma once
-#include "dense/attention_decode/kernel_shape.cuh"
+#include "dense/attention_decode/kernel_products.cuh"
 
 namespace tokenmill::cuda {
 
 template <typename T, int kBucket>
-class DecodeWarp {
+class DecodeWarp;
+
+// Key t of a row is key t of the request: where dense and paged caches differ.
+template <typename T, int kBucket>
+class CacheKeys {
  public:
+  using Params = DecodeParams;
+  using Element = T;
   using Shape = DecodeShape<T, kBucket>;
-  using Addresses = StageAddresses<Shape, false>;
-  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
-  static constexpr int kTiles = kColumns / 8;
-  static constexpr int kKeyTiles = Shape::kStepKeys / 8;
+  using Warp = DecodeWarp<T, kBucket>;
+  using Key = KvCache::Slot;
+  static constexpr int kBytes = 2 * Shape::kTileKeys * static_cast<int>(sizeof(Key));
+  static constexpr bool kTurns = false;
 
-  // `queries` is where the queries of the output tile lie in shared memory.
+  __device__ CacheKeys(const DecodeParams& d, unsigned char* shared)
+      : d_(d), slots_(reinterpret_cast<Key*>(shared)) {}
+
+  __device__ __forceinline__ Key find(const Segment& s, int t, int end) const {
+    return d_.cache.slot(s.b, min(t, end - 1));
+  }
+
+  // Where in shared memory the keys of a tile are kept, which starts at key `key0`.
+  static __device__ __forceinline__ int place(int stage, int) { return stage * Shape::kTileKeys; }
+  __device__ __forceinline__ void store(int at, Key key) { slots_[at] = key; }
+
+  template <bool kValues>
+  __device__ __forceinline__ const T* row(const Segment& s, int at) const {
+    const Rows& rows = kValues ? d_.cache.v : d_.cache.k;
+    return static_cast<const T*>(rows.data) + KvCache::offset(rows, slots_[at], s.h);
+  }
+  __device__ static bool exists(int) { return true; }
+
+ private:
+  const DecodeParams& d_;
+  Key* slots_;
+};
+
+template <typename T, int kBucket>
+class DecodeWarp : public DecodeProducts<T, kBucket> {
+ public:
+  using Products = DecodeProducts<T, kBucket>;
+  using typename Products::Addresses;
+  using typename Products::Shape;
+
   __device__ DecodeWarp(const DecodeParams& d, const DecodePlan& plan, uint32_t queries)
-      : p_(d.attention),
+      : Products(plan, queries),
+        p_(d.attention),
         softmax_(p_.map == ScoreMap::softmax),
-        row_warp_(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1)),
-        unit_(softmax_ ? kLog2e : -kLog2e) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < kPatterns; ++i)
-      query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +
-                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
-  }
-
-  static __device__ int row_or_key_warp() {
-    return threadIdx.x / kWarpSize % Shape::kRowOrKeyWarps;
-  }
-  static __device__ int first_column() {
-    return threadIdx.x / kWarpSize / Shape::kRowOrKeyWarps * kColumns;
-  }
-
-  // In a stage, of the keys that start at row `row` there.
-  static __device__ __forceinline__ Addresses addresses(uint32_t stage, int row) {
-    Addresses at(stage);
-    at.move(row * Shape::kRowBytes);
-    if constexpr (Shape::kColumnWarps > 1) {
-      static_assert(kColumns * sizeof(T) % (8 * kChunkBytes) == 0);
-#pragma unroll
-      for (uint32_t& x : at.value) x += first_column() * static_cast<int>(sizeof(T)), keep(x);
-    }
-    return at;
-  }
+        unit_(softmax_ ? kLog2e : -kLog2e) {}
 
   // Rows that do not exist see no key.
-  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s, int length) {
+  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
+                                        const DecodeParams& d, const CacheKeys<T, kBucket>&) {
+    const int length = static_cast<int>(d.cache.length(s.b));
     const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
     const int diagonal = length - static_cast<int>(p_.seqlen_q);
     const Band band = decode_band(p_, length);
@@ -67,143 +80,33 @@ class DecodeWarp {
     }
   }
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) out_[n][0] = out_[n][1] = out_[n][2] = out_[n][3] = 0;
-    // With these a row's first weights overflow, which sets its pivot.
-    neg_pivot_[0] = neg_pivot_[1] = kFloatMax;
-    sum_[0] = sum_[1] = 0;
-  }
-
-  __device__ __forceinline__ void load_queries() {
-    if constexpr (Shape::kQueryInRegisters)
-      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j], query_); });
-  }
-
   // Adds the kStepKeys keys from `key` on, at `at`. Nothing behind `end` counts.
-  __device__ __forceinline__ void add_step(const Addresses& at, int key, int end) {
+  __device__ __forceinline__ void add_step(const CacheKeys<T, kBucket>&, const Addresses& at, int,
+                                           int key, int end) {
     float s[kKeyTiles][4];
-    multiply_keys(s, at);
+    this->multiply_keys(s, at);
     if (general_) {
       finish_logits(s, key);
     } else {
       const float factor = unit_ * p_.scale;
-      each_score(s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
+      Products::each_score(
+          s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
     }
     if (key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end)) hide(s, key, end);
     if (softmax_)
-      exponentiate(s);
+      this->exponentiate(s);
     else
-      each_score(s, [&](float& x, int, int) {
+      Products::each_score(s, [&](float& x, int, int) {
         x = reciprocal_approx(exp2_approx(x - kLog2Scale<T>) + 1 / kScale<T>);
       });
-    multiply_values(s, at);
+    this->multiply_values(s, at);
   }
-
-  // The sums of this warp to 16 rows of partials.
-  __device__ __forceinline__ void store(float* rows) const {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* row = rows + (8 * half + lane / 4) * Shape::kPartialRow;
-      float* columns = row + first_column();
-      const float sum = quad_sum(sum_[half]);
-      if constexpr (Shape::kFloat) {
-        // Lane c of a quad holds columns 32 group + 8 c ... + 7.
-#pragma unroll
-        for (int group = 0; group < kColumns / 32; ++group)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float4 x{out_[4 * group][2 * half + i], out_[4 * group + 1][2 * half + i],
-                           out_[4 * group + 2][2 * half + i], out_[4 * group + 3][2 * half + i]};
-            *reinterpret_cast<float4*>(columns + 32 * group + 8 * (lane % 4) + 4 * i) = x;
-          }
-      } else {
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          *reinterpret_cast<float2*>(columns + 8 * n + 2 * (lane % 4)) = {out_[n][2 * half],
-                                                                          out_[n][2 * half + 1]};
-      }
-      if (lane % 4 == 0 && first_column() == 0) {
-        row[Shape::kSumAt] = sum;
-        row[Shape::kPivotAt] = -neg_pivot_[half];
-      }
-    }
-  }
-
-  __device__ int row_warp() const { return row_warp_; }
-  __device__ bool active() const { return active_; }
 
  private:
-  static constexpr int kPatterns = Addresses::kKeys;
-
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
-
-  template <int kSlice>
-  static __device__ __forceinline__ void load_query(QuerySlice& to,
-                                                    const uint32_t (&at)[kPatterns]) {
-    constexpr int kOffset = kSlice / kPatterns * kPatterns * 64;
-    load_shared<kOffset>(to.words[0], at[kSlice % kPatterns]);
-    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], at[kSlice % kPatterns]);
-  }
-
-  __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) { multiply_slice<j>(s, at, q_[j]); });
-    } else {
-      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
-      Addresses keys = at;
-      uint32_t queries[kPatterns];
-#pragma unroll
-      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
-        unroll<kPatterns>([&](auto j) {
-          QuerySlice slice;
-          load_query<j>(slice, queries);
-          multiply_slice<j>(s, keys, slice);
-        });
-#pragma unroll
-        for (int j = 0; j < kPatterns; ++j)
-          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
-      }
-    }
-  }
-
-  template <int kSlice>
-  static __device__ __forceinline__ void multiply_slice(float (&s)[kKeyTiles][4],
-                                                        const Addresses& at,
-                                                        const QuerySlice& slice) {
-    const auto& w = slice.words;
-    Fragment<T, 4> a[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-      a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    unroll<kKeyTiles>([&](auto n) {
-      uint32_t k[4];
-      at.template load_keys<8 * n, kSlice>(k);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
-    });
-  }
-
-  // visit(score, row g or g + 8, key of the step)
-  template <typename Visit>
-  static __device__ __forceinline__ void each_score(float (&s)[kKeyTiles][4], const Visit& visit) {
-    const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) visit(s[n][i], i / 2, 8 * n + column + i % 2);
-  }
+  using Products::active_, Products::row_warp_, Products::kKeyTiles;
 
   __device__ __forceinline__ void finish_logits(float (&s)[kKeyTiles][4], int key0) const {
-    each_score(s, [&](float& x, int half, int key) {
+    Products::each_score(s, [&](float& x, int half, int key) {
       float z = x * p_.scale;
       if (p_.softcap > 0) z = p_.softcap * tanhf(z / p_.softcap);
       const int distance = end_[half] - 1 - (key0 + key);  // the row's own key is its last one
@@ -214,71 +117,17 @@ class DecodeWarp {
 
   __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], int key0, int end) const {
     const float hidden = softmax_ ? -infinity() : infinity();
-    each_score(s, [&](float& x, int half, int key) {
+    Products::each_score(s, [&](float& x, int half, int key) {
       if (key0 + key < begin_[half] || key0 + key >= min(end_[half], end)) x = hidden;
     });
   }
 
-  // Weights relative to the pivots of their rows, which move if a weight exceeds the headroom.
-  __device__ __forceinline__ void exponentiate(float (&s)[kKeyTiles][4]) {
-    float top[2] = {-infinity(), -infinity()};
-    each_score(s, [&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
-    top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-    const bool over = top[0] + neg_pivot_[0] > kHeadroom || top[1] + neg_pivot_[1] > kHeadroom;
-    if (__any_sync(kFullWarp, over)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (!(top[half] + neg_pivot_[half] > kHeadroom)) continue;
-        const float shrink = exp2_approx(-neg_pivot_[half] - top[half]);
-        neg_pivot_[half] = -top[half];
-        sum_[half] *= shrink;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          out_[n][2 * half] *= shrink, out_[n][2 * half + 1] *= shrink;
-      }
-    }
-    each_score(s, [&](float& x, int half, int) {
-      x = exp2_approx(x + neg_pivot_[half]);
-      sum_[half] += x;
-    });
-  }
-
-  __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
-                                                  const Addresses& at) {
-    if constexpr (Shape::kFloat) {
-      const auto p = make_fragment<T>(__float_as_uint(e[0][0]), __float_as_uint(e[0][2]),
-                                      __float_as_uint(e[0][1]), __float_as_uint(e[0][3]));
-      unroll<kColumns / 32>([&](auto group) {
-        uint32_t even[4], odd[4];
-        at.template load_float_values<0, 0, group>(even);
-        at.template load_float_values<0, 1, group>(odd);
-#pragma unroll
-        for (int t = 0; t < 4; ++t) mma(out_[4 * group + t], p, make_fragment<T>(even[t], odd[t]));
-      });
-    } else {
-      const auto p = make_fragment<T>(pack<T>(e[0][0], e[0][1]), pack<T>(e[0][2], e[0][3]),
-                                      pack<T>(e[1][0], e[1][1]), pack<T>(e[1][2], e[1][3]));
-      unroll<kColumns / 16>([&](auto pair) {
-        uint32_t w[4];
-        at.template load_values<0, pair>(w);
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-          mma(out_[2 * pair + t], p, make_fragment<T>(w[2 * t], w[2 * t + 1]));
-      });
-    }
-  }
-
   const AttentionParams& p_;
-  bool softmax_, active_, general_;
-  int row_warp_;
+  bool softmax_, general_;
   float unit_;
   int whole_begin_, whole_end_;  // of the keys that all rows see
   int begin_[2], end_[2];        // of rows g and g + 8
   float slope_[2], constant_[2];
-  float neg_pivot_[2], sum_[2];
-  uint32_t query_[kPatterns];
-  float out_[kTiles][4];
-  QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 
 }  // namespace tokenmill::cuda

@@ -63,18 +63,39 @@ struct KeyRow {
   int64_t recent_begin;                // in the request
   int64_t list_begin, list_end, cached, total;  // in the row: of the list, of the cache, of all
 
-  // Entries whose keys all lie among the first tokens, or behind what any query sees through a
-  // list, are left out; that the list ascends is what the search takes for granted.
+  // What the blocks of a list hold that any query sees through it. Entries whose keys all lie
+  // among the first tokens, or behind that, are left out; that the list ascends is what the search
+  // for its two ends takes for granted.
+  struct Listed {
+    int64_t begin, end;
+
+    TOKENMILL_HOST_DEVICE static Listed of(const SparseDecodeParams& d, int64_t b) {
+      const int64_t length = d.cache.length(b);
+      const int64_t old = length > d.num_recent ? length - d.num_recent : 0;
+      return {d.num_sink < old ? d.num_sink : old, old};
+    }
+    // The first key of the block in which the first one lies.
+    TOKENMILL_HOST_DEVICE int64_t first_block(int32_t log2_block) const {
+      return (begin >> log2_block) << log2_block;
+    }
+  };
+
   TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t h) {
-    KeyRow row{};
-    row.length = d.cache.length(b);
-    const int64_t old = row.length > d.num_recent ? row.length - d.num_recent : 0;
-    row.sinks = d.num_sink < old ? d.num_sink : old;
+    const Listed listed = Listed::of(d, b);
     const int32_t* list = d.list(b, h);
     const int64_t count = d.count(b, h);
-    row.first = search(list, count, (row.sinks >> d.log2_block) << d.log2_block, d.log2_block);
-    row.last = search(list, count, old, d.log2_block);
-    if (row.last < row.first) row.last = row.first;
+    return of(d, b, search(list, count, listed.first_block(d.log2_block), d.log2_block),
+              search(list, count, listed.end, d.log2_block));
+  }
+
+  // With what those searches found.
+  TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t first,
+                                         int64_t last) {
+    KeyRow row{};
+    row.length = d.cache.length(b);
+    row.sinks = Listed::of(d, b).begin;
+    row.first = first;
+    row.last = last < first ? first : last;
     const int64_t recent = row.length - d.attention.seqlen_q + 1 - d.num_recent;
     row.recent_begin = d.num_recent == 0 ? row.length : recent > 0 ? recent : 0;
     row.list_begin = row.sinks;
