@@ -38,9 +38,11 @@ struct DecodeShape {
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kSlices = kRowBytes / 64;
 
-  // Sums of one row: of the weighted values, of the weights, then the pivot of the weights. Four
-  // more floats than values keep the rows of an accumulator in different banks.
-  static constexpr int kSumAt = kBucket, kPivotAt = kBucket + 1, kPartialRow = kBucket + 4;
+  // Sums of one row: of the weighted values, of the weights, then the pivot of the weights. A few
+  // more floats than values keep those rows of an accumulator in different banks that are stored
+  // together: two, four floats a lane (kFloat), or four, two floats a lane.
+  static constexpr int kSumAt = kBucket, kPivotAt = kBucket + 1;
+  static constexpr int kPartialRow = kBucket + (kFloat ? 4 : 8);
   static constexpr int kPartialBytes = kDecodeWarps * 16 * kPartialRow * 4;  // of all warps
 
   // float32 sums over many keys have a second level.
