@@ -1,0 +1,74 @@
+#include "select/sparse_decode_attention/cuda_launch.cuh"
+#include "select/sparse_decode_attention/kernel_mass.cuh"
+
+namespace tokenmill {
+namespace cuda {
+
+template <>
+const char* launch_sparse<__half>(const SparseLaunch&, void*, cudaStream_t);
+template <>
+const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
+template <>
+const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
+
+namespace {
+
+int64_t rows_of_head(const SparseDecodeParams& d) {
+  return d.attention.heads / d.row_heads() * d.attention.seqlen_q;
+}
+
+// Whole steps on both ends of what a list adds.
+int64_t logit_row(const SparseDecodeParams& d) {
+  return round_up(listed_keys(d), kLogitAlign) + 2 * kLogitAlign;
+}
+
+int64_t logit_count(const SparseDecodeParams& d) {
+  return d.mass ? d.attention.batch * d.row_heads() * rows_of_head(d) * logit_row(d) : 0;
+}
+
+const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
+  const int64_t heads = d.attention.batch * d.row_heads();
+  const int64_t warps = ceil_div(d.entries, mass_entries(d.log2_block));
+  const int64_t blocks = ceil_div(heads * warps, kMassWarps);
+  if (blocks > 0x7fffffff) return "2^33 entries at most on CUDA";
+  sparse_mass_kernel<<<static_cast<unsigned>(blocks), kMassThreads, 0, stream>>>(
+      d, static_cast<int>(rows_of_head(d)), warps, heads);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t workspace_bytes(const SparseDecodeParams& d) {
+  int64_t bytes = 0;
+  cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    bytes = cuda::visit_bucket(d.attention, [&]<int kBucket>() {
+      return cuda::workspace_bytes(cuda::plan_sparse<T, kBucket>(d));
+    });
+  });
+  return bytes + 4 * cuda::logit_count(d);
+}
+
+const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  cuda::SparseLaunch d{params, nullptr, cuda::logit_row(params), false};
+  if (d.cache.pages > 0x7fffffff) return "a cache may have 2^31 - 1 pages at most on CUDA";
+  if (d.cache.capacity > cuda::kMaxLength)
+    return "a request may have room for 2^29 keys at most on CUDA";
+  if (cuda::listed_keys(d) + d.extra > cuda::kMaxLength)
+    return "lists and extra keys may have 2^29 keys at most on CUDA";
+  if (d.positions == 0) d.cos = d.sin = nullptr;
+  d.wide_tables = cuda::is_vectorizable<float>(d.cos, d.pairs, d.cos_stride) &&
+                  cuda::is_vectorizable<float>(d.sin, d.pairs, d.sin_stride);
+  float* const workspace = static_cast<float*>(d.workspace);
+  if (d.mass) d.logits = workspace;
+  const char* error = nullptr;
+  if (d.attention.seqlen_q > 0)
+    cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+      error = cuda::launch_sparse<T>(d, workspace + cuda::logit_count(d), s);
+    });
+  return error || !d.mass ? error : cuda::launch_mass(d, s);
+}
+
+}  // namespace tokenmill

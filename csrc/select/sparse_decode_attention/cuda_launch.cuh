@@ -1,0 +1,48 @@
+// Plans and launches instances of the kernels of sparse_decode_attention.
+#pragma once
+#include "dense/attention_decode/cuda_launch.cuh"
+#include "select/sparse_decode_attention/kernel.cuh"
+
+namespace tokenmill::cuda {
+
+// Most keys that a list adds to a row.
+inline int64_t listed_keys(const SparseDecodeParams& d) { return d.entries << d.log2_block; }
+
+inline int64_t cut(int64_t keys, const KvCache& cache) {
+  return keys < cache.capacity ? keys : cache.capacity;
+}
+
+template <typename T, int kBucket>
+DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
+  const AttentionParams& p = d.attention;
+  const int64_t first_and_last = cut(d.num_sink, d.cache) + cut(d.num_recent, d.cache);
+  const int64_t longest = cut(first_and_last + listed_keys(d) + p.seqlen_q, d.cache) + d.extra;
+  DecodeLaunch launch =
+      plan_decode<ListedKeys<T, kBucket>>(p, d.row_heads(), longest, d.num_splits, false);
+  launch.plan.aligned =
+      has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(d.cache.k, p.head_dim) &&
+      has_whole_chunks<T>(d.cache.v, p.value_dim) &&
+      (d.extra == 0 ||
+       (has_whole_chunks<T>(d.extra_k, p.head_dim) && has_whole_chunks<T>(d.extra_v, p.value_dim)));
+  return launch;
+}
+
+template <typename T, int kBucket>
+const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
+  DecodeLaunch launch = plan_sparse<T, kBucket>(d);
+  return launch_planned(sparse_decode_kernel<T, kBucket>, d, launch, workspace, stream);
+}
+
+// Defined in cuda_<dtype>.cu each.
+template <typename T>
+const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream);
+
+#define TOKENMILL_SPARSE_DECODE_INSTANCES(T)                                                  \
+  template <>                                                                                 \
+  const char* launch_sparse<T>(const SparseLaunch& d, void* workspace, cudaStream_t stream) { \
+    return visit_bucket(d.attention, [&]<int kBucket>() {                                     \
+      return launch_sparse<T, kBucket>(d, workspace, stream);                                 \
+    });                                                                                       \
+  }
+
+}  // namespace tokenmill::cuda

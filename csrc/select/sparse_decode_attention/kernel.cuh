@@ -1,0 +1,92 @@
+// The scores of attention_decode over the row of keys of a list head.
+#pragma once
+#include "dense/attention_decode/kernel.cuh"
+#include "select/sparse_decode_attention/kernel_keys.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T, int kBucket>
+class SparseWarp : public DecodeProducts<T, kBucket> {
+ public:
+  using Products = DecodeProducts<T, kBucket>;
+  using Keys = ListedKeys<T, kBucket>;
+  using typename Products::Addresses;
+  using typename Products::Shape;
+
+  __device__ SparseWarp(const SparseLaunch& d, const DecodePlan& plan, uint32_t queries)
+      : Products(plan, queries), d_(d) {}
+
+  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
+                                        const SparseLaunch& d, const Keys& keys) {
+    const KeyRow& row = keys.row();
+    const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
+    active_ = first < plan.rows;
+    const int own = first + static_cast<int>(threadIdx.x % kWarpSize) / 4;
+    const int diagonal = static_cast<int>(row.length - d.attention.seqlen_q);
+    rows_ = plan.rows - own;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) position_[half] = diagonal + (own + 8 * half) / plan.group;
+    list_begin_ = static_cast<int>(row.list_begin);
+    list_end_ = d.logits && Products::first_column() == 0 ? static_cast<int>(row.list_end) : 0;
+    const int64_t in_heads = (s.b * d.row_heads() + s.h) * plan.rows + own;
+    logits_ = d.logits + in_heads * d.logit_row - list_begin_ / kLogitAlign * kLogitAlign;
+  }
+
+  // Adds the kStepKeys keys from `key` on, at `at`, of which `keys` knows more at `place`.
+  __device__ __forceinline__ void add_step(const Keys& keys, const Addresses& at, int place,
+                                           int key, int) {
+    float s[kKeyTiles][4];
+    this->multiply_keys(s, at);
+    finish_logits(s, keys, place);
+    if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
+    this->exponentiate(s);
+    this->multiply_values(s, at);
+  }
+
+ private:
+  using Products::active_, Products::row_warp_, Products::kKeyTiles;
+
+  __device__ __forceinline__ void finish_logits(float (&s)[kKeyTiles][4], const Keys& keys,
+                                                int place) const {
+    const float cap = d_.attention.softcap;
+    if (cap > 0)
+      Products::each_score(
+          s, [&](float& x, int, int) { x = cap * tanhf(x * d_.attention.scale / cap); });
+    const float factor = kLog2e * (cap > 0 ? 1 : d_.attention.scale);
+    Products::each_score(s, [&](float& x, int half, int key) {
+      const int2 seen_by = keys.seen_by(place + key);
+      const bool sees = position_[half] >= seen_by.x && position_[half] < seen_by.y;
+      x = sees ? fmaf(x, factor, keys.term(place + key)) : -infinity();
+    });
+  }
+
+  __device__ __forceinline__ void store_logits(const float (&s)[kKeyTiles][4], int key) const {
+    const int column = key + 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (8 * half >= rows_) continue;
+      float* to = logits_ + 8 * half * d_.logit_row + column;
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+        *reinterpret_cast<float2*>(to + 8 * n) = {s[n][2 * half], s[n][2 * half + 1]};
+    }
+  }
+
+  const SparseLaunch& d_;
+  int position_[2];  // of the queries of rows g and g + 8, in the request
+  int rows_;         // from row g on
+  int list_begin_, list_end_;
+  float* logits_;  // of row g and key 0
+};
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(kDecodeThreads)
+    sparse_decode_kernel(const __grid_constant__ SparseLaunch d,
+                         const __grid_constant__ DecodePlan plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  DecodeBlock<ListedKeys<T, kBucket>> block(d, plan, shared);
+  Segment s;
+  if (block.keys().take(plan, s)) block.run(s);
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,267 @@
+// The row of keys of a list head, as the engine of attention_decode streams over it.
+#pragma once
+#include "dense/attention_decode/kernel_products.cuh"
+#include "select/sparse_decode_attention/params.h"
+
+namespace tokenmill::cuda {
+
+// What the host adds to a call.
+struct SparseLaunch : SparseDecodeParams {
+  // Exponents in base 2 of what the list adds, for mass: a row of `logit_row` of them for each row
+  // of each list head. Null without mass.
+  float* logits;
+  int64_t logit_row;
+  bool wide_tables;  // four rotations at once can be read
+};
+
+// Of the first key in a row of logits: whole steps of the kernel are stored.
+constexpr int kLogitAlign = 16;
+
+// KeyRow::of by a warp, whose lanes all call it: for both ends of the list at once, four halvings
+// at a time, half a warp reads the 15 entries that these may ask for.
+__device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_t h) {
+  const int lane = threadIdx.x % kWarpSize, node = lane % 16;
+  const KeyRow::Listed listed = KeyRow::Listed::of(d, b);
+  const int64_t key = lane < 16 ? listed.first_block(d.log2_block) : listed.end;
+  const int32_t* list = d.list(b, h);
+  int low = 0, high = static_cast<int>(d.count(b, h));
+  const auto halve = [](int& from, int& to, bool below) {
+    if (from >= to) return;
+    const int middle = (from + to) / 2;
+    below ? from = middle + 1 : to = middle;
+  };
+  while (__any_sync(kFullWarp, low < high)) {
+    int from = low, to = high;
+    for (int level = 30 - __clz(max(node, 1)); level >= 0; --level)
+      halve(from, to, node >> level & 1);
+    const bool below = node > 0 && from < to &&
+                       int64_t{list[(from + to) / 2]} * (int64_t{1} << d.log2_block) < key;
+    const unsigned found = __ballot_sync(kFullWarp, below) >> (lane & 16);
+#pragma unroll
+    for (int level = 0, at = 1; level < 4; ++level) {
+      const bool right = found >> at & 1;
+      halve(low, high, right);
+      at = 2 * at + right;
+    }
+  }
+  return KeyRow::of(d, b, int64_t{__shfl_sync(kFullWarp, low, 0)},
+                    int64_t{__shfl_sync(kFullWarp, low, 16)});
+}
+
+// A key in registers, on its way to shared memory.
+struct ListedKey {
+  KvCache::Slot at;
+  int2 seen_by;  // positions begin .. end - 1 of the queries that see it
+  float term;    // of its logit, in base 2
+  int turn;      // row of the tables of rotations, -1: none
+};
+
+template <typename T, int kBucket>
+class SparseWarp;
+
+template <typename T, int kBucket>
+class ListedKeys {
+ public:
+  using Params = SparseLaunch;
+  using Element = T;
+  using Shape = DecodeShape<T, kBucket>;
+  using Warp = SparseWarp<T, kBucket>;
+  using Key = ListedKey;
+  static constexpr int kTile = Shape::kTileKeys;
+  // Four tiles: one is worked on, one is loaded, one is looked up, and slower warps may still work
+  // on the one before.
+  static constexpr int kRing = 4 * kTile;
+  static constexpr int kRowBytes = 128;
+  static_assert(sizeof(KeyRow) <= kRowBytes);
+  static constexpr int kBytes = kRowBytes + kRing * static_cast<int>(sizeof(Key));
+  static constexpr bool kTurns = true;
+
+  __device__ ListedKeys(const Params& d, unsigned char* shared)
+      : d_(d),
+        row_(reinterpret_cast<KeyRow*>(shared)),
+        at_(reinterpret_cast<KvCache::Slot*>(shared + kRowBytes)),
+        seen_by_(reinterpret_cast<int2*>(at_ + kRing)),
+        terms_(reinterpret_cast<float*>(seen_by_ + kRing)),
+        turns_(reinterpret_cast<int*>(terms_ + kRing)) {}
+
+  // The keys of this block, if any. All threads together.
+  __device__ __forceinline__ bool take(const DecodePlan& plan, Segment& s) {
+    const int tiles = static_cast<int>(d_.row_heads()) * plan.row_tiles;
+    s.output = blockIdx.x / plan.splits;
+    s.b = static_cast<int>(s.output / tiles);
+    const int tile = static_cast<int>(s.output % tiles);
+    s.h = tile / plan.row_tiles;
+    s.row_tile = tile % plan.row_tiles;
+    s.first_block = s.output * plan.splits;
+    s.part = blockIdx.x % plan.splits;
+    const KeyRow found = find_row(d_, s.b, s.h);
+    if (threadIdx.x == 0) *row_ = found;
+    __syncthreads();
+    const int total = static_cast<int>(found.total);
+    const int steps = total > 0 ? (total + kTile - 1) / kTile : 1;
+    s.parts = min(plan.splits, steps);
+    if (s.part >= s.parts) return false;
+    s.begin = static_cast<int>(int64_t{s.part} * steps / s.parts) * kTile;
+    s.end = min(static_cast<int>(int64_t{s.part + 1} * steps / s.parts) * kTile, total);
+    return true;
+  }
+
+  __device__ __forceinline__ Key find(const Segment& s, int t, int end) const {
+    Key key{{0, 0}, {kNever, kNever}, 0, -1};
+    if (t >= end) return key;
+    const RowKey found = row_->key(d_, s.b, s.h, t);
+    if (found.at.row == RowKey::kExtra) {
+      key.at = found.at;
+      const float term = extra_term(s, found.at.page);
+      if (term == -infinity()) return key;
+      key.seen_by.x = -kNever;
+      key.term = term;
+      return key;
+    }
+    if (found.position == RowKey::kNowhere) return key;
+    // Longer ones than any request mean the same.
+    const int recent = static_cast<int>(d_.num_recent < kMaxLength ? d_.num_recent : kMaxLength);
+    const bool is_recent = t >= row_->list_end;
+    const int begin = found.position + (is_recent ? 0 : recent);
+    if (begin >= row_->length) return key;
+    key.at = found.at;
+    key.seen_by = {begin, is_recent ? found.position + recent : kNever};
+    if (d_.cos) key.turn = table_row(d_.cache_positions ? t : found.position);
+    return key;
+  }
+
+  static __device__ __forceinline__ int place(int, int key0) { return key0 & (kRing - 1); }
+
+  __device__ __forceinline__ void store(int at, const Key& key) {
+    at_[at] = key.at;
+    seen_by_[at] = key.seen_by;
+    terms_[at] = key.term;
+    turns_[at] = key.turn;
+  }
+
+  template <bool kValues>
+  __device__ __forceinline__ const T* row(const Segment& s, int at) const {
+    const KvCache::Slot slot = at_[at];
+    const bool extra = slot.row == RowKey::kExtra;
+    const Rows& cache = kValues ? d_.cache.v : d_.cache.k;
+    const Rows& added = kValues ? d_.extra_v : d_.extra_k;
+    const int64_t h = d_.kv_head(s.h);
+    const int64_t offset = extra ? s.b * added.batch + slot.page * added.seq + h * added.head
+                                 : KvCache::offset(cache, slot, h);
+    return static_cast<const T*>(extra ? added.data : cache.data) + offset;
+  }
+  // Rows of keys that nobody sees are not read.
+  __device__ __forceinline__ bool exists(int at) const { return seen_by_[at].x != kNever; }
+
+  __device__ __forceinline__ int2 seen_by(int at) const { return seen_by_[at]; }
+  __device__ __forceinline__ float term(int at) const { return terms_[at]; }
+  __device__ const KeyRow& row() const { return *row_; }
+
+  // Rotates the keys of a tile in shared memory, and the queries unless null.
+  __device__ __forceinline__ void turn(const DecodePlan& plan, const Segment& s,
+                                       unsigned char* tile, int place, unsigned char* queries) {
+    if (!d_.cos) return;
+    turn_rows(tile, kTile, [&](int r) { return turns_[place + r]; });
+    if (queries) {
+      const int length = static_cast<int>(row_->length - d_.attention.seqlen_q);
+      turn_rows(queries, plan.tile_rows, [&](int r) {
+        const int query = (s.row_tile * plan.tile_rows + r) / plan.group;
+        return table_row(d_.cache_positions ? static_cast<int>(row_->cached) - 1 : length + query);
+      });
+    }
+    __syncthreads();
+  }
+
+ private:
+  static constexpr int kNever = 0x7fffffff;
+
+  __device__ __forceinline__ float extra_term(const Segment& s, int n) const {
+    if (!d_.extra_log_count) return 0;
+    return kLog2e * d_.extra_log_count[s.b * d_.extra_log_count_batch +
+                                       d_.kv_head(s.h) * d_.extra_log_count_head + n];
+  }
+
+  __device__ __forceinline__ int table_row(int position) const {
+    return min(max(position, 0), static_cast<int>(d_.positions) - 1);
+  }
+
+  // 16 threads a row.
+  template <typename TableRow>
+  __device__ __forceinline__ void turn_rows(unsigned char* tile, int rows,
+                                            const TableRow& table_row) const {
+    constexpr int kLanes = 16;
+#pragma unroll 1
+    for (int r = threadIdx.x / kLanes; r < rows; r += kDecodeThreads / kLanes) {
+      const int at = table_row(r);
+      if (at < 0) continue;
+      const float* cos = d_.cos + at * d_.cos_stride;
+      const float* sin = d_.sin + at * d_.sin_stride;
+      const int pairs = static_cast<int>(d_.pairs);
+      const int lane = threadIdx.x % kLanes;
+      if (d_.wide_tables) {
+        // Four elements at i and at i + pairs, in either layout.
+#pragma unroll 1
+        for (int i = 4 * lane; i < pairs; i += 4 * kLanes)
+          turn_four(element(tile, r, i), element(tile, r, i + pairs), cos, sin, i);
+      } else {
+#pragma unroll 1
+        for (int i = lane; i < pairs; i += kLanes) {
+          T* a = element(tile, r, d_.interleaved ? 2 * i : i);
+          T* b = element(tile, r, d_.interleaved ? 2 * i + 1 : i + pairs);
+          float x = static_cast<float>(*a), y = static_cast<float>(*b);
+          turn_pair(x, y, cos[i], sin[i]);
+          *a = static_cast<T>(x);
+          *b = static_cast<T>(y);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ T* element(unsigned char* tile, int r, int column) {
+    const int byte = column * static_cast<int>(sizeof(T));
+    return reinterpret_cast<T*>(tile + Shape::KeyTile::offset(r, byte / kChunkBytes) +
+                                byte % kChunkBytes);
+  }
+
+  static __device__ __forceinline__ void turn_pair(float& x, float& y, float cos, float sin) {
+    const float turned = fmaf(-y, sin, x * cos);
+    y = fmaf(y, cos, x * sin);
+    x = turned;
+  }
+
+  // The elements at a and b, column i and the one as many columns behind as there are pairs.
+  __device__ __forceinline__ void turn_four(T* a, T* b, const float* cos, const float* sin,
+                                            int i) const {
+    float x[4], y[4], c[2][2], s[2][2];
+    load_floats(x, a);
+    load_floats(y, b);
+    if (d_.interleaved) {
+      const int second = (i + static_cast<int>(d_.pairs)) / 2;
+      load_floats(c[0], cos + i / 2);
+      load_floats(c[1], cos + second);
+      load_floats(s[0], sin + i / 2);
+      load_floats(s[1], sin + second);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        turn_pair(x[2 * n], x[2 * n + 1], c[0][n], s[0][n]);
+        turn_pair(y[2 * n], y[2 * n + 1], c[1][n], s[1][n]);
+      }
+    } else {
+      load_floats(reinterpret_cast<float (&)[4]>(c), cos + i);
+      load_floats(reinterpret_cast<float (&)[4]>(s), sin + i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) turn_pair(x[n], y[n], c[n / 2][n % 2], s[n / 2][n % 2]);
+    }
+    store_floats(a, x);
+    store_floats(b, y);
+  }
+
+  const Params& d_;
+  KeyRow* row_;  // in shared memory, as are the others: registers are short
+  KvCache::Slot* at_;
+  int2* seen_by_;
+  float* terms_;
+  int* turns_;
+};
+
+}  // namespace tokenmill::cuda
