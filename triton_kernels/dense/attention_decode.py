@@ -13,23 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill.kv_cache import capacity
+
 from ..common import (
     FLOAT16_SCALE,
     INF,
     INTERPRETED,
     Rows,
     Sequence,
+    Terms,
     dot,
     exponential,
     head_of,
     launch,
     rounded,
     scores,
-    sigmoid,
     terms_of,
     window_of,
 )
-from .attention_forward import add, normaliser
+from .attention_forward import accumulate, normaliser
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
 SIZES += ["table_stride", "pages", "capacity", "most"]
@@ -57,21 +59,48 @@ class Partials(NamedTuple):
 
 
 @triton.jit
+def decode_program(splits, row_blocks, heads):
+    """Range of keys, block of rows, head and request of this program."""
+    i = tl.program_id(0)
+    i_split = i % splits
+    i_block = i // splits % row_blocks
+    i_h = i // splits // row_blocks % heads
+    return i_split, i_block, i_h, (i // splits // row_blocks // heads).to(tl.int64)
+
+
+@triton.jit
+def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
+    """Ends of range i_split of the keys begin .. end - 1: whole tiles, as many in each range as in
+    the others, or one more."""
+    steps = tl.cdiv(end - begin, BLOCK)
+    parts = tl.maximum(tl.minimum(splits, steps), 1)
+    first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
+    last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK
+    return first, tl.minimum(last, end)
+
+
+@triton.jit
 def length_of(seqlens, capacity, i_b):
     """Lengths outside the cache are cut."""
     return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
 
 
 @triton.jit
-def row_offsets(rows, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """Offsets of keys o_j of a request: where dense and paged caches differ. A page that does not
-    exist is page 0."""
+def page_of(cache, i_b, o_j, m_j, PAGE_SIZE: tl.constexpr):
+    """Pages of keys o_j of a request, negative where there is none. A dense cache has a page for
+    each request."""
     o_page = i_b + tl.zeros_like(o_j).to(tl.int64)
-    o_row = o_j
     if cache.block_table is not None:
         p_page = cache.block_table + i_b * cache.table_stride + o_j // PAGE_SIZE
         o_page = tl.load(p_page, mask=m_j, other=0).to(tl.int64)
-        o_page = tl.where((o_page < 0) | (o_page >= cache.pages), 0, o_page)
+        o_page = tl.where(o_page < cache.pages, o_page, -1)
+    return o_page
+
+
+@triton.jit
+def offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE: tl.constexpr):
+    o_row = o_j
+    if cache.block_table is not None:
         o_row = o_j % PAGE_SIZE
     return o_page * rows.batch + o_row.to(tl.int64) * rows.seq + i_kv.to(tl.int64) * rows.head
 
@@ -88,10 +117,23 @@ def load_keys(
     BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Rows of hidden keys and columns beyond DIM are 0."""
+    """Rows of hidden keys and columns beyond DIM are 0. A page that does not exist is page 0."""
     o_col = tl.arange(0, BLOCK)
-    p_tile = rows.data + row_offsets(rows, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)[:, None]
+    o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
+    p_tile = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)[:, None]
     return tl.load(p_tile + o_col[None, :], mask=m_j[:, None] & (o_col < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store_partials(
+    partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM: tl.constexpr, SIGMOID: tl.constexpr
+):
+    o_value = tl.arange(0, b_acc.shape[1])[None, :]
+    p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
+    tl.store(p_value, b_acc, mask=m_row[:, None] & (o_value < VALUE_DIM))
+    if not SIGMOID:
+        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
+        tl.store(partials.tops + o_partial, b_top, mask=m_row)
 
 
 @triton.jit
@@ -133,18 +175,11 @@ def ranges_kernel(
     BLOCK_V: tl.constexpr,
 ):
     cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
-    i_program = tl.program_id(0)
-    i_split = i_program % splits
-    i_block = i_program // splits % row_blocks
-    i_kv = i_program // splits // row_blocks % kv_heads
-    i_b = (i_program // splits // row_blocks // kv_heads).to(tl.int64)
+    i_split, i_block, i_kv, i_b = decode_program(splits, row_blocks, kv_heads)
     length = length_of(seqlens, capacity, i_b)
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
     begin = visible_begin(sequence, window.left)
-    steps = tl.cdiv(length - begin, BLOCK_N)
-    parts = tl.maximum(tl.minimum(splits, steps), 1)
-    first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK_N
-    last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK_N
+    first, last = range_of(begin, length, splits, i_split, BLOCK_N)
 
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
@@ -160,7 +195,7 @@ def ranges_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    for j in range(first, tl.minimum(last, length), BLOCK_N):
+    for j in range(first, last, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
         m_j = o_j < length
         b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
@@ -171,32 +206,12 @@ def ranges_kernel(
         if window.left is not None:
             m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
         b_z = tl.where(m_seen, b_z, -INF)
-        if SIGMOID:
-            b_p, _ = sigmoid(b_z, head, False)
-            if b_v.dtype == tl.float16:
-                b_p *= FLOAT16_SCALE
-        else:
-            b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
-            b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
-            b_p = exponential(b_z - b_pivot[:, None], head)
-            b_shrink = exponential(b_top - b_pivot, head)
-            b_top = b_new_top
-            b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
-            b_acc *= b_shrink[:, None]
-            b_acc_lost *= b_shrink[:, None]
-        b_pv = dot(b_p, b_v)
-        if b_v.dtype == tl.float32:
-            b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
-        else:
-            b_acc += b_pv
+        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, False
+        )
 
     o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
-    o_value = tl.arange(0, BLOCK_V)[None, :]
-    p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
-    tl.store(p_value, b_acc, mask=m_row[:, None] & (o_value < VALUE_DIM))
-    if not SIGMOID:
-        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
-        tl.store(partials.tops + o_partial, b_top, mask=m_row)
+    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, SIGMOID)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -206,6 +221,7 @@ def merge_kernel(
     capacity,
     out,
     lse,
+    scales,
     sink,
     terms,
     heads,
@@ -219,7 +235,9 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call."""
+    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call. scales [2,
+    most], if asked for: pivot and factor of each row, with which a score z has the probability
+    2^(z - pivot) factor."""
     o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_x = o_x < most
     rows = group * seqlen_q
@@ -257,6 +275,9 @@ def merge_kernel(
         b_factor, b_lse = normaliser(b_top, b_sum, sink, o_h, head)
         b_out *= b_factor[:, None]
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
+        if scales is not None:
+            tl.store(scales + o_x, b_pivot, mask=m_x)
+            tl.store(scales + most + o_x, b_factor, mask=m_x)
     p_out = out.data + o_b * out.batch + o_i.to(tl.int64) * out.seq + o_h * out.head
     tl.store(p_out[:, None] + o_value, rounded(b_out, out.data.dtype.element_ty), mask=m_value)
 
@@ -278,6 +299,81 @@ TILES = {
     (4, 128): (32, 4, 2),
     (4, 256): (16, 4, 1),
 }
+
+
+class Tile(NamedTuple):
+    """Of rows and keys in one step, and how the compiler is to spread it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_of(q: Tensor, value_dim: int, rows: int, longest: int) -> Tile:
+    """longest: keys that a row may have."""
+    wide = triton.next_power_of_2(max(64, q.shape[3], value_dim))
+    keys, warps, stages = TILES[q.element_size(), wide]
+    if INTERPRETED.value:  # a tile costs milliseconds whatever its size
+        keys = min(max(triton.next_power_of_2(longest) // 16, 32), 1024)
+    most = 64 if q.element_size() == 2 else 16
+    return Tile(min(max(triton.next_power_of_2(rows), 16), most), keys, warps, stages)
+
+
+def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
+    """Ranges of a row of keys, with so many programs in each."""
+    if num_splits > 0:
+        return num_splits
+    filling = triton.cdiv(2 * multiprocessors(q), programs)
+    return max(min(filling, triton.cdiv(longest, MIN_RANGE), MAX_RANGES), 1)
+
+
+def new_partials(q: Tensor, splits: int, heads: int, rows: int, value_dim: int) -> Partials:
+    shape = (splits, q.shape[0], heads, rows)
+    return Partials(
+        *(q.new_empty(shape + last, dtype=torch.float32) for last in ((value_dim,), (), ()))
+    )
+
+
+def merge(
+    partials: Partials,
+    seqlens_k: Tensor,
+    capacity: int,
+    out: Tensor,
+    lse: Tensor,
+    scales: Tensor | None,
+    sink: Tensor | None,
+    terms: Terms,
+    sigmoid: bool = False,
+) -> None:
+    splits, batch, kv_heads, rows, value_dim = partials.outs.shape
+    seqlen_q, heads = out.shape[1:3]
+    most = batch * kv_heads * rows
+    block_v = triton.next_power_of_2(value_dim)
+    block_r = max(1, (1 << 16 if INTERPRETED.value else 1024) // block_v)
+    launch(
+        merge_kernel,
+        triton.cdiv(most, block_r),
+        out,
+        partials,
+        seqlens_k,
+        capacity,
+        rows_of(out),
+        lse,
+        scales,
+        sink,
+        terms,
+        heads,
+        heads // kv_heads,
+        seqlen_q,
+        splits,
+        most,
+        VALUE_DIM=value_dim,
+        SIGMOID=sigmoid,
+        FLOAT16=out.dtype == torch.float16,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
+    )
 
 
 def attention_decode(
@@ -307,26 +403,11 @@ def attention_decode(
         return out, lse
     group = heads // kv_heads
     rows = group * seqlen_q
-    capacity = k_cache.shape[1]
-    if block_table is not None:
-        capacity = capacity * block_table.shape[1] if k_cache.shape[0] > 0 else 0
-
-    wide = triton.next_power_of_2(max(64, head_dim, value_dim))
-    block_n, num_warps, num_stages = TILES[q.element_size(), wide]
-    if INTERPRETED.value:  # a tile costs milliseconds whatever its size
-        block_n = min(max(triton.next_power_of_2(capacity) // 16, 32), 1024)
-    block_m = min(max(triton.next_power_of_2(rows), 16), 64 if q.element_size() == 2 else 16)
-    row_blocks = triton.cdiv(rows, block_m)
-    splits = num_splits
-    if splits == 0:
-        filling = triton.cdiv(2 * multiprocessors(q), batch * kv_heads * row_blocks)
-        splits = max(min(filling, triton.cdiv(capacity, MIN_RANGE), MAX_RANGES), 1)
-    partials = Partials(
-        *(
-            q.new_empty((splits, batch, kv_heads, rows, *last), dtype=torch.float32)
-            for last in ((value_dim,), (), ())
-        )
-    )
+    most = capacity(k_cache, block_table)
+    tile = tile_of(q, value_dim, rows, most)
+    row_blocks = triton.cdiv(rows, tile.rows)
+    splits = splits_of(q, num_splits, batch * kv_heads * row_blocks, most)
+    partials = new_partials(q, splits, kv_heads, rows, value_dim)
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes
     )
@@ -341,7 +422,7 @@ def attention_decode(
         block_table,
         0 if block_table is None else block_table.stride(0),
         k_cache.shape[0],
-        capacity,
+        most,
         partials,
         terms,
         window_of(window_left, 0),
@@ -356,36 +437,12 @@ def attention_decode(
         VALUE_DIM=value_dim,
         PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
         SIGMOID=sigmoid,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_V=max(triton.next_power_of_2(value_dim), 16),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    block_v = triton.next_power_of_2(value_dim)
-    block_r = max(1, (1 << 16 if INTERPRETED.value else 1024) // block_v)
-    most = batch * kv_heads * rows
-    launch(
-        merge_kernel,
-        triton.cdiv(most, block_r),
-        q,
-        partials,
-        seqlens_k,
-        capacity,
-        rows_of(out),
-        lse,
-        sink,
-        terms,
-        heads,
-        group,
-        seqlen_q,
-        splits,
-        most,
-        VALUE_DIM=value_dim,
-        SIGMOID=sigmoid,
-        FLOAT16=q.dtype == torch.float16,
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-    )
+    merge(partials, seqlens_k, most, out, lse, None, sink, terms, sigmoid)
     return out, lse

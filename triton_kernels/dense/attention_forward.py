@@ -35,6 +35,42 @@ def add(b_sum, b_lost, b_x):
 
 
 @triton.jit
+def accumulate(
+    b_z,
+    b_v,
+    b_acc,
+    b_acc_lost,
+    b_sum,
+    b_sum_lost,
+    b_top,
+    head,
+    SIGMOID: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Adds a tile of keys to the sums of each row: of weighted values and, relative to the top
+    score, of weights."""
+    if SIGMOID:
+        b_p, _ = sigmoid(b_z, head, FAST)
+        if b_v.dtype == tl.float16:
+            b_p *= FLOAT16_SCALE
+    else:
+        b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
+        b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
+        b_p = exponential(b_z - b_pivot[:, None], head)
+        b_shrink = exponential(b_top - b_pivot, head)
+        b_top = b_new_top
+        b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
+        b_acc *= b_shrink[:, None]
+        b_acc_lost *= b_shrink[:, None]
+    b_pv = dot(b_p, b_v)
+    if b_v.dtype == tl.float32:
+        b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
+    else:
+        b_acc += b_pv
+    return b_acc, b_acc_lost, b_sum, b_sum_lost, b_top
+
+
+@triton.jit
 def normaliser(b_top, b_sum, sink, i_h, head):
     """Factor of a row of sums relative to e^top, and its log-sum-exp. The sink is a logit without a
     value."""
@@ -117,24 +153,9 @@ def attention_kernel(
             if PART != 1:
                 m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
                 b_z = tl.where(m_seen, b_z, -INF)
-            if SIGMOID:
-                b_p, _ = sigmoid(b_z, head, FAST)
-                if b_v.dtype == tl.float16:
-                    b_p *= FLOAT16_SCALE
-            else:
-                b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
-                b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
-                b_p = exponential(b_z - b_pivot[:, None], head)
-                b_shrink = exponential(b_top - b_pivot, head)
-                b_top = b_new_top
-                b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
-                b_acc *= b_shrink[:, None]
-                b_acc_lost *= b_shrink[:, None]
-            b_pv = dot(b_p, b_v)
-            if b_v.dtype == tl.float32:
-                b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
-            else:
-                b_acc += b_pv
+            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, FAST
+            )
 
     if SIGMOID:
         if b_q.dtype == tl.float16:
