@@ -1,0 +1,547 @@
+"""sparse_decode_attention: the engine of attention_decode on rows of keys that lists put together.
+The keys of a list head stand in a row: first tokens, blocks of the list, last tokens, extra keys.
+
+Row r of a list head is query r // group of head r % group. Scores are in bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenmill.kv_cache import capacity
+
+from ..common import (
+    FAR,
+    INF,
+    INTERPRETED,
+    LOG2E,
+    Sequence,
+    dot,
+    head_of,
+    launch,
+    program,
+    rounded,
+    scores,
+    terms_of,
+)
+from ..dense.attention_decode import (
+    Cache,
+    decode_program,
+    length_of,
+    merge,
+    new_partials,
+    offsets_of,
+    page_of,
+    range_of,
+    rows_of,
+    splits_of,
+    store_partials,
+    tile_of,
+)
+from ..dense.attention_forward import accumulate, add
+
+# By which no kernel is specialised: a new length compiles nothing.
+SIZES = ["indices_batch", "indices_head", "counts_batch", "counts_head", "entries", "num_sink"]
+SIZES += ["num_recent", "seqlen_q", "extra_count", "table_stride", "pages", "capacity"]
+SIZES += ["log_count_batch", "log_count_head", "positions", "batch", "row_heads", "shared", "group"]
+SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks"]
+
+
+NOWHERE = tl.constexpr(2147483647)  # for a position
+
+
+class Rope(NamedTuple):
+    """[positions, pairs]; strides in elements."""
+
+    cos: Tensor
+    sin: Tensor
+    cos_stride: int
+    sin_stride: int
+
+
+class KeyRow(NamedTuple):
+    """Where the parts of a row of keys end."""
+
+    entries: Any  # the list
+    length: Any  # keys of the request
+    sinks: Any  # first tokens; the list begins here
+    first: Any  # entry of the list
+    last: Any  # the entry behind the last one
+    recent_begin: Any  # position of the first of the last tokens
+    list_end: Any
+    cached: Any  # keys of the cache; extra keys begin here
+    total: Any
+
+
+class Places(NamedTuple):
+    """Where rows of the cache lie, and extra ones, and which are which."""
+
+    p_row: Any
+    m_row: Any
+    p_extra: Any
+    m_extra: Any
+
+
+class Columns(NamedTuple):
+    """Of rows: the first and the second of each pair, turned, and those behind the pairs."""
+
+    first: Any
+    second: Any
+    rest: Any
+
+
+@triton.jit
+def key_row(
+    indices,
+    counts,
+    indices_batch,
+    indices_head,
+    counts_batch,
+    counts_head,
+    entries,
+    halvings,
+    seqlens,
+    capacity,
+    num_sink,
+    num_recent,
+    seqlen_q,
+    extra_count,
+    i_b,
+    i_h,
+    BLOCK_K: tl.constexpr,
+):
+    """Entries whose keys are all among the first tokens, or behind what a query sees through a
+    list, are left out. Where the list does not ascend, the halving decides which those are."""
+    length = length_of(seqlens, capacity, i_b)
+    old = tl.maximum(length - num_recent, 0)
+    sinks = tl.minimum(num_sink, old)
+    i_list = tl.cast(i_h, tl.int64)
+    p_list = indices + i_b * indices_batch + i_list * indices_head
+    count = tl.load(counts + i_b * counts_batch + i_list * counts_head)
+    count = tl.minimum(tl.maximum(count, 0), entries)
+
+    o_end = tl.arange(0, 2)
+    b_least = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
+    b_low = tl.zeros([2], tl.int32)
+    b_high = b_low + count
+    for _ in range(halvings):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_least
+        b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
+        b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
+    first = tl.sum(tl.where(o_end == 0, b_low, 0), 0)
+    last = tl.maximum(tl.sum(tl.where(o_end == 1, b_low, 0), 0), first)
+
+    recent_begin = tl.maximum(length - seqlen_q + 1 - num_recent, 0)
+    recent_begin = tl.where(num_recent == 0, length, recent_begin)
+    list_end = sinks + (last - first) * BLOCK_K
+    cached = list_end + length - recent_begin
+    total = cached + extra_count
+    return KeyRow(p_list, length, sinks, first, last, recent_begin, list_end, cached, total)
+
+
+@triton.jit
+def find(row, cache, i_b, o_t, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Positions in the request of keys o_t of the row, NOWHERE where the cache has none, and their
+    pages."""
+    m_list = (o_t >= row.sinks) & (o_t < row.list_end)
+    o_listed = o_t - row.sinks
+    o_entry = row.first + o_listed // BLOCK_K
+    b_id = tl.load(row.entries + o_entry, mask=m_list, other=0)
+    b_before = tl.load(row.entries + o_entry - 1, mask=m_list & (o_entry > 0), other=-2147483648)
+    m_id = (b_id > b_before) & (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
+    o_own = tl.where(m_id, b_id, 0) * BLOCK_K + o_listed % BLOCK_K
+    m_own = m_id & (o_own >= row.sinks) & (o_own < row.length)
+    o_j = tl.where(o_t < row.list_end, o_t, row.recent_begin + (o_t - row.list_end))
+    o_j = tl.where(m_list, o_own, o_j)
+    m_j = (o_t < row.cached) & (m_own | (m_list == 0))
+    o_page = page_of(cache, i_b, o_j, m_j, PAGE_SIZE)
+    return tl.where(m_j & (o_page >= 0), o_j, NOWHERE), tl.maximum(o_page, 0)
+
+
+@triton.jit
+def places_of(rows, extra, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE: tl.constexpr):
+    m_extra = (o_t >= row.cached) & (o_t < row.total)
+    p_extra = None
+    if extra is not None:
+        o_extra = (o_t - row.cached).to(tl.int64) * extra.seq + i_kv.to(tl.int64) * extra.head
+        p_extra = extra.data + i_b * extra.batch + o_extra
+    p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
+    return Places(p_row, o_j != NOWHERE, p_extra, m_extra)
+
+
+@triton.jit
+def load_columns(places, o_col, m_col):
+    """Two loads: where pointers are chosen among, the compiler no longer knows that they are
+    aligned."""
+    m_tile = places.m_row[:, None] & m_col[None, :]
+    b_x = tl.load(places.p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
+    if places.p_extra is not None:
+        m_extra = places.m_extra[:, None] & m_col[None, :]
+        b_extra = tl.load(places.p_extra[:, None] + o_col[None, :], mask=m_extra, other=0.0)
+        b_x = tl.where(m_extra, b_extra, b_x)
+    return b_x
+
+
+@triton.jit
+def load_turned(
+    places,
+    o_turn,
+    rope,
+    positions,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Rows whose pairs of columns are turned by rows o_turn of the tables, but for extra ones."""
+    b_first = None
+    b_second = None
+    b_rest = None
+    if PAIRS > 0:
+        o_pair = tl.arange(0, BLOCK_P)
+        m_pair = o_pair < PAIRS
+        if INTERLEAVED:
+            o_col = tl.arange(0, 2 * BLOCK_P)
+            b_xy = load_columns(places, o_col, o_col < 2 * PAIRS)
+            b_x, b_y = tl.split(tl.reshape(b_xy, [b_xy.shape[0], BLOCK_P, 2]))
+        else:
+            b_x = load_columns(places, o_pair, m_pair)
+            b_y = load_columns(places, o_pair + PAIRS, m_pair)
+        o_turn = tl.minimum(tl.maximum(o_turn, 0), positions - 1).to(tl.int64)
+        m_table = places.m_row[:, None] & m_pair[None, :]
+        p_cos = rope.cos + (o_turn * rope.cos_stride)[:, None] + o_pair[None, :]
+        p_sin = rope.sin + (o_turn * rope.sin_stride)[:, None] + o_pair[None, :]
+        b_cos = tl.load(p_cos, mask=m_table, other=1.0)
+        b_sin = tl.load(p_sin, mask=m_table, other=0.0)
+        b_wide_x = b_x.to(tl.float32)
+        b_wide_y = b_y.to(tl.float32)
+        b_first = rounded(b_wide_x * b_cos - b_wide_y * b_sin, b_x.dtype)
+        b_second = rounded(b_wide_x * b_sin + b_wide_y * b_cos, b_x.dtype)
+    if 2 * PAIRS < DIM:
+        o_rest = 2 * PAIRS + tl.arange(0, BLOCK_R)
+        b_rest = load_columns(places, o_rest, o_rest < DIM)
+    return Columns(b_first, b_second, b_rest)
+
+
+@triton.jit
+def products(queries, keys, DIM: tl.constexpr, PAIRS: tl.constexpr):
+    if PAIRS > 0:
+        b_qk = dot(queries.first, tl.trans(keys.first)) + dot(queries.second, tl.trans(keys.second))
+        if 2 * PAIRS < DIM:
+            b_qk += dot(queries.rest, tl.trans(keys.rest))
+    else:
+        b_qk = dot(queries.rest, tl.trans(keys.rest))
+    return b_qk
+
+
+@triton.jit(do_not_specialize=SIZES)
+def sparse_ranges_kernel(
+    q,
+    k,
+    v,
+    seqlens,
+    block_table,
+    table_stride,
+    pages,
+    capacity,
+    indices,
+    counts,
+    indices_batch,
+    indices_head,
+    counts_batch,
+    counts_head,
+    entries,
+    halvings,
+    num_sink,
+    num_recent,
+    rope,
+    positions,
+    extra_k,
+    extra_v,
+    extra_count,
+    log_count,
+    log_count_batch,
+    log_count_head,
+    partials,
+    logits,
+    terms,
+    batch,
+    row_heads,
+    shared,
+    group,
+    seqlen_q,
+    rows,
+    row_blocks,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BY_PLACE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """logits [B, row heads, rows, entries, BLOCK_K], if asked for: the scores of listed keys."""
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+    i_split, i_block, i_h, i_b = decode_program(splits, row_blocks, row_heads)
+    i_kv = i_h // shared
+    row = key_row(
+        indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
+        seqlens, capacity, num_sink, num_recent, seqlen_q, extra_count, i_b, i_h, BLOCK_K,
+    )  # fmt: skip
+    first, last = range_of(0, row.total, splits, i_split, BLOCK_N)
+    sequence = Sequence(0, seqlen_q, 0, row.length, row.length - seqlen_q)
+
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < rows
+    o_i = o_row // group
+    o_head = i_h * group + tl.where(m_row, o_row % group, 0)
+    head = head_of(terms, i_b, o_head, row.length, False)
+    o_query = o_i + sequence.diagonal
+    p_q = q.data + i_b * q.batch + o_i.to(tl.int64) * q.seq + o_head.to(tl.int64) * q.head
+    o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
+    b_q = load_turned(
+        Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
+        BLOCK_P, BLOCK_R,
+    )  # fmt: skip
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    # A step early: keys are found through two loads, one upon the other.
+    o_j, o_page = find(row, cache, i_b, first + tl.arange(0, BLOCK_N), BLOCK_K, PAGE_SIZE)
+    for t in range(first, last, BLOCK_N):
+        o_t = t + tl.arange(0, BLOCK_N)
+        keys = places_of(k, extra_k, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
+        values = places_of(v, extra_v, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
+        o_turn_k = o_t if BY_PLACE else o_j
+        b_k = load_turned(
+            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R
+        )
+        o_value = tl.arange(0, BLOCK_V)
+        b_v = load_columns(values, o_value, o_value < VALUE_DIM)
+        b_qk = products(b_q, b_k, HEAD_DIM, PAIRS)
+        b_z = scores(b_qk, o_i[:, None], o_t[None, :], terms, head, sequence)
+        if log_count is not None:
+            p_count = log_count + i_b * log_count_batch + i_kv.to(tl.int64) * log_count_head
+            b_count = tl.load(p_count + (o_t - row.cached), mask=keys.m_extra, other=0.0)
+            b_z += (b_count * LOG2E)[None, :]
+        m_recent = o_j[None, :] > o_query[:, None] - num_recent
+        m_seen = keys.m_row[None, :] & (o_j[None, :] <= o_query[:, None])
+        m_seen = m_seen & (m_recent == (o_t >= row.list_end)[None, :])
+        b_z = tl.where(m_seen | keys.m_extra[None, :], b_z, -INF)
+        if logits is not None:
+            o_logit = (row.first.to(tl.int64) * BLOCK_K + (o_t - row.sinks))[None, :]
+            i_rows = (i_b * row_heads + i_h) * rows
+            p_logit = logits + (i_rows + o_row)[:, None] * entries * BLOCK_K + o_logit
+            m_list = (o_t >= row.sinks) & (o_t < row.list_end)
+            tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
+        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
+        )
+        o_j, o_page = find(row, cache, i_b, o_t + BLOCK_N, BLOCK_K, PAGE_SIZE)
+
+    o_partial = ((i_split * batch + i_b) * row_heads + i_h) * rows + o_row
+    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, False)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mass_kernel(
+    logits,
+    scales,
+    mass,
+    seqlens,
+    capacity,
+    indices,
+    counts,
+    indices_batch,
+    indices_head,
+    counts_batch,
+    counts_head,
+    entries,
+    halvings,
+    num_sink,
+    num_recent,
+    seqlen_q,
+    row_heads,
+    rows,
+    most,
+    blocks,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Probabilities of the keys of BLOCK_E entries, over all rows in order."""
+    i_block, i_h, i_b = program(blocks, row_heads)
+    row = key_row(
+        indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
+        seqlens, capacity, num_sink, num_recent, seqlen_q, 0, i_b, i_h, BLOCK_K,
+    )  # fmt: skip
+    o_entry = i_block * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_entry = (o_entry >= row.first) & (o_entry < row.last)
+    o_logit = o_entry.to(tl.int64)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    b_mass = tl.zeros([BLOCK_E], tl.float32)
+    b_lost = tl.zeros([BLOCK_E], tl.float32)
+    i_head = i_b * row_heads + i_h
+    for r in range(rows):
+        i_x = i_head * rows + r
+        p_logit = logits + i_x * entries * BLOCK_K + o_logit
+        b_z = tl.load(p_logit, mask=m_entry[:, None], other=-INF)
+        b_p = tl.exp2(b_z - tl.load(scales + i_x)) * tl.load(scales + most + i_x)
+        b_mass, b_lost = add(b_mass, b_lost, tl.sum(b_p, 1))
+    tl.store(mass + i_head * entries + o_entry, b_mass, mask=o_entry < entries)
+
+
+def sparse_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    block_k: int,
+    num_sink: int,
+    num_recent: int,
+    pos_mode: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    extra_log_count: Tensor | None,
+    scale: float,
+    softcap: float,
+    sink: Tensor | None,
+    num_splits: int,
+    return_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, seqlen_q, heads, head_dim = q.shape
+    kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
+    list_heads, entries = indices.shape[1:]
+    row_heads = heads if list_heads > kv_heads else kv_heads
+    out = q.new_empty((batch, seqlen_q, heads, value_dim))
+    lse = q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+    shape = (batch, row_heads, entries) if return_mass else (0,)
+    if out.numel() == 0:
+        return out, lse, q.new_zeros(shape, dtype=torch.float32)
+    mass = q.new_empty(shape, dtype=torch.float32)
+    rows = heads // row_heads * seqlen_q
+    keys = capacity(k_cache, block_table)
+    extra_count = 0 if extra_k is None else extra_k.shape[1]
+    longest = min(num_sink + entries * block_k + num_recent + seqlen_q, FAR) + extra_count
+    pairs = 0 if cos is None else cos.shape[1]
+    tile = tile_of(q, value_dim, rows, longest)
+    if not INTERPRETED.value:  # where keys lie and how they turn takes registers
+        partly = 0 < 2 * pairs < head_dim
+        tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
+        if partly and q.dtype == torch.float32:
+            tile = tile._replace(warps=8, stages=1)
+    row_blocks = triton.cdiv(rows, tile.rows)
+    splits = splits_of(q, num_splits, batch * row_heads * row_blocks, longest)
+    partials = new_partials(q, splits, row_heads, rows, value_dim)
+    most = batch * row_heads * rows
+    logits, scales = None, None
+    if mass.numel() > 0:
+        logits = q.new_empty((most, entries * block_k), dtype=torch.float32)
+        scales = q.new_empty((2, most), dtype=torch.float32)
+    rope = None if cos is None or sin is None else Rope(cos, sin, cos.stride(0), sin.stride(0))
+    terms = terms_of(scale, softcap, 0.0, False, None, None)
+    one_list = list_heads == 1
+    lists = (
+        indices,
+        counts,
+        indices.stride(0),
+        0 if one_list else indices.stride(1),
+        counts.stride(0),
+        0 if one_list else counts.stride(1),
+        entries,
+        entries.bit_length(),
+        min(num_sink, keys),
+        min(num_recent, keys),
+    )
+    launch(
+        sparse_ranges_kernel,
+        batch * row_heads * row_blocks * splits,
+        q,
+        rows_of(q),
+        rows_of(k_cache),
+        rows_of(v_cache),
+        seqlens_k,
+        block_table,
+        0 if block_table is None else block_table.stride(0),
+        k_cache.shape[0],
+        keys,
+        *lists,
+        rope,
+        0 if cos is None else cos.shape[0],
+        None if extra_k is None else rows_of(extra_k),
+        None if extra_v is None else rows_of(extra_v),
+        extra_count,
+        extra_log_count,
+        0 if extra_log_count is None else extra_log_count.stride(0),
+        0 if extra_log_count is None else extra_log_count.stride(1),
+        partials,
+        logits,
+        terms,
+        batch,
+        row_heads,
+        row_heads // kv_heads,
+        heads // row_heads,
+        seqlen_q,
+        rows,
+        row_blocks,
+        splits,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
+        BLOCK_K=block_k,
+        PAIRS=pairs,
+        INTERLEAVED=interleaved,
+        BY_PLACE=pos_mode == "cache",
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        BLOCK_P=max(triton.next_power_of_2(pairs), 16),
+        BLOCK_R=max(triton.next_power_of_2(head_dim - 2 * pairs), 16),
+        BLOCK_V=max(triton.next_power_of_2(value_dim), 16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    merge(partials, seqlens_k, keys, out, lse, scales, sink, terms)
+    if logits is not None:
+        block_e = max((1 << 14 if INTERPRETED.value else 1024) // block_k, 1)
+        blocks = triton.cdiv(entries, block_e)
+        launch(
+            mass_kernel,
+            batch * row_heads * blocks,
+            q,
+            logits,
+            scales,
+            mass,
+            seqlens_k,
+            keys,
+            *lists,
+            seqlen_q,
+            row_heads,
+            rows,
+            most,
+            blocks,
+            BLOCK_K=block_k,
+            BLOCK_E=block_e,
+            num_warps=4,
+        )
+    return out, lse, mass
