@@ -4,7 +4,8 @@ Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-rea
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
 package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; MAX_JOBS limits parallel
 compilers. For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
-("select/topk_select;dense/attention") builds the kernels of these operators alone.
+("select/topk_select;dense/attention") builds the kernels of these operators alone,
+TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class CMakeBuild(build_ext):
             "TORCH_ROOT": torch_root,
             "TOKENMILL_VERSION": self.distribution.get_version(),
             "TOKENMILL_OPS": os.environ.get("TOKENMILL_OPS", ""),
+            "TOKENMILL_SANITIZE": "ON" if os.environ.get("TOKENMILL_SANITIZE") == "1" else "OFF",
             **cuda_options(),
         }
         if launcher := shutil.which("ccache"):
