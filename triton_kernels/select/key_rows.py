@@ -1,0 +1,203 @@
+"""Rows of keys that lists put together: first tokens, blocks of the list, last tokens, extra keys.
+csrc/select/sparse_decode_attention/params.h has the same rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import dot, rounded
+from ..dense.attention_decode import length_of, offsets_of, page_of
+
+NOWHERE = tl.constexpr(2147483647)  # for a position
+
+
+class Rope(NamedTuple):
+    """[positions, pairs]; strides in elements."""
+
+    cos: Tensor
+    sin: Tensor
+    cos_stride: int
+    sin_stride: int
+
+
+class KeyRow(NamedTuple):
+    """Where the parts of a row of keys end."""
+
+    entries: Any  # the list
+    length: Any  # keys of the request
+    sinks: Any  # first tokens; the list begins here
+    first: Any  # entry of the list
+    last: Any  # the entry behind the last one
+    recent_begin: Any  # position of the first of the last tokens
+    list_end: Any
+    cached: Any  # keys of the cache; extra keys begin here
+    total: Any
+
+
+class Places(NamedTuple):
+    """Where rows of the cache lie, and extra ones, and which are which."""
+
+    p_row: Any
+    m_row: Any
+    p_extra: Any
+    m_extra: Any
+
+
+class Columns(NamedTuple):
+    """Of rows: the first and the second of each pair, turned, and those behind the pairs."""
+
+    first: Any
+    second: Any
+    rest: Any
+
+
+@triton.jit
+def key_row(
+    indices,
+    counts,
+    indices_batch,
+    indices_head,
+    counts_batch,
+    counts_head,
+    entries,
+    halvings,
+    seqlens,
+    capacity,
+    num_sink,
+    num_recent,
+    seqlen_q,
+    extra_count,
+    i_b,
+    i_h,
+    BLOCK_K: tl.constexpr,
+):
+    """Entries whose keys are all among the first tokens, or behind what a query sees through a
+    list, are left out. Where the list does not ascend, the halving decides which those are."""
+    length = length_of(seqlens, capacity, i_b)
+    old = tl.maximum(length - num_recent, 0)
+    sinks = tl.minimum(num_sink, old)
+    i_list = tl.cast(i_h, tl.int64)
+    p_list = indices + i_b * indices_batch + i_list * indices_head
+    count = tl.load(counts + i_b * counts_batch + i_list * counts_head)
+    count = tl.minimum(tl.maximum(count, 0), entries)
+
+    o_end = tl.arange(0, 2)
+    b_least = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
+    b_low = tl.zeros([2], tl.int32)
+    b_high = b_low + count
+    for _ in range(halvings):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_least
+        b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
+        b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
+    first = tl.sum(tl.where(o_end == 0, b_low, 0), 0)
+    last = tl.maximum(tl.sum(tl.where(o_end == 1, b_low, 0), 0), first)
+
+    recent_begin = tl.maximum(length - seqlen_q + 1 - num_recent, 0)
+    recent_begin = tl.where(num_recent == 0, length, recent_begin)
+    list_end = sinks + (last - first) * BLOCK_K
+    cached = list_end + length - recent_begin
+    total = cached + extra_count
+    return KeyRow(p_list, length, sinks, first, last, recent_begin, list_end, cached, total)
+
+
+@triton.jit
+def find(row, cache, i_b, o_t, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Positions in the request of keys o_t of the row, NOWHERE where the cache has none, and their
+    pages."""
+    m_list = (o_t >= row.sinks) & (o_t < row.list_end)
+    o_listed = o_t - row.sinks
+    o_entry = row.first + o_listed // BLOCK_K
+    b_id = tl.load(row.entries + o_entry, mask=m_list, other=0)
+    b_before = tl.load(row.entries + o_entry - 1, mask=m_list & (o_entry > 0), other=-2147483648)
+    m_id = (b_id > b_before) & (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
+    o_own = tl.where(m_id, b_id, 0) * BLOCK_K + o_listed % BLOCK_K
+    m_own = m_id & (o_own >= row.sinks) & (o_own < row.length)
+    o_j = tl.where(o_t < row.list_end, o_t, row.recent_begin + (o_t - row.list_end))
+    o_j = tl.where(m_list, o_own, o_j)
+    m_j = (o_t < row.cached) & (m_own | (m_list == 0))
+    o_page = page_of(cache, i_b, o_j, m_j, PAGE_SIZE)
+    return tl.where(m_j & (o_page >= 0), o_j, NOWHERE), tl.maximum(o_page, 0)
+
+
+@triton.jit
+def places_of(rows, extra, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE: tl.constexpr):
+    m_extra = (o_t >= row.cached) & (o_t < row.total)
+    p_extra = None
+    if extra is not None:
+        o_extra = (o_t - row.cached).to(tl.int64) * extra.seq + i_kv.to(tl.int64) * extra.head
+        p_extra = extra.data + i_b * extra.batch + o_extra
+    p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
+    return Places(p_row, o_j != NOWHERE, p_extra, m_extra)
+
+
+@triton.jit
+def load_columns(places, o_col, m_col):
+    """Two loads: where pointers are chosen among, the compiler no longer knows that they are
+    aligned."""
+    m_tile = places.m_row[:, None] & m_col[None, :]
+    b_x = tl.load(places.p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
+    if places.p_extra is not None:
+        m_extra = places.m_extra[:, None] & m_col[None, :]
+        b_extra = tl.load(places.p_extra[:, None] + o_col[None, :], mask=m_extra, other=0.0)
+        b_x = tl.where(m_extra, b_extra, b_x)
+    return b_x
+
+
+@triton.jit
+def load_turned(
+    places,
+    o_turn,
+    rope,
+    positions,
+    DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Rows whose pairs of columns are turned by rows o_turn of the tables, but for extra ones."""
+    b_first = None
+    b_second = None
+    b_rest = None
+    if PAIRS > 0:
+        o_pair = tl.arange(0, BLOCK_P)
+        m_pair = o_pair < PAIRS
+        if INTERLEAVED:
+            o_col = tl.arange(0, 2 * BLOCK_P)
+            b_xy = load_columns(places, o_col, o_col < 2 * PAIRS)
+            b_x, b_y = tl.split(tl.reshape(b_xy, [b_xy.shape[0], BLOCK_P, 2]))
+        else:
+            b_x = load_columns(places, o_pair, m_pair)
+            b_y = load_columns(places, o_pair + PAIRS, m_pair)
+        o_turn = tl.minimum(tl.maximum(o_turn, 0), positions - 1).to(tl.int64)
+        m_table = places.m_row[:, None] & m_pair[None, :]
+        p_cos = rope.cos + (o_turn * rope.cos_stride)[:, None] + o_pair[None, :]
+        p_sin = rope.sin + (o_turn * rope.sin_stride)[:, None] + o_pair[None, :]
+        b_cos = tl.load(p_cos, mask=m_table, other=1.0)
+        b_sin = tl.load(p_sin, mask=m_table, other=0.0)
+        b_wide_x = b_x.to(tl.float32)
+        b_wide_y = b_y.to(tl.float32)
+        b_first = rounded(b_wide_x * b_cos - b_wide_y * b_sin, b_x.dtype)
+        b_second = rounded(b_wide_x * b_sin + b_wide_y * b_cos, b_x.dtype)
+    if 2 * PAIRS < DIM:
+        o_rest = 2 * PAIRS + tl.arange(0, BLOCK_R)
+        b_rest = load_columns(places, o_rest, o_rest < DIM)
+    return Columns(b_first, b_second, b_rest)
+
+
+@triton.jit
+def products(queries, keys, DIM: tl.constexpr, PAIRS: tl.constexpr):
+    if PAIRS > 0:
+        b_qk = dot(queries.first, tl.trans(keys.first)) + dot(queries.second, tl.trans(keys.second))
+        if 2 * PAIRS < DIM:
+            b_qk += dot(queries.rest, tl.trans(keys.rest))
+    else:
+        b_qk = dot(queries.rest, tl.trans(keys.rest))
+    return b_qk
