@@ -237,9 +237,8 @@ class RecurrenceBlock {
             column_ + i * kSubtileColumns, n, p_.value_factors, p_.scale);
       __syncthreads();
     }
-    // What the last token itself leaves in the final state cancels in the gradient of its decay.
-    const bool drops = p_.saved && !plan_.reverse && first + n == part_.length;
-    if (decays_.per_token() || n != prepared_ || first == 0 || drops || p_.extra != Extra::none) {
+    if (decays_.per_token() || n != prepared_ || first == 0 || first + n == part_.length ||
+        p_.extra != Extra::none) {
       if (p_.extra != Extra::none && threadIdx.x < kTokens) {
         const int i = first + static_cast<int>(threadIdx.x);
         const int64_t token = part_.start + (plan_.reverse ? part_.length - 1 - i : i);
@@ -248,7 +247,9 @@ class RecurrenceBlock {
       }
 
       prepared_ = first == 0 && plan_.reverse ? -1 : n;
-      if (warp_ == 0) decays_.prepare(vectors_, first, n, n - drops, output_scale(), p_.scale_keys);
+      // What the last token itself leaves in the final state cancels in the gradient of its decay.
+      const bool drop_last = p_.saved && !plan_.reverse;
+      if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale(), p_.scale_keys, drop_last);
       __syncthreads();
     }
     if (!plan_.states_only) make_weights(queries, keys);

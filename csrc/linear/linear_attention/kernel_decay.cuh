@@ -36,13 +36,14 @@ class Decays {
     return exp2_exact(per_token_ ? of_token(0) : head_);
   }
 
-  // By one warp: the vectors of the n tokens from `first` on, of which `kept` leave something in
-  // the state. `scale` goes into `start` or, with scale_keys, `end`.
+  // By one warp: the vectors of the n tokens from `first` on. `scale` goes into `start` or, with
+  // scale_keys, `end`. With drop_last the last token leaves nothing in the state.
   template <int kTokens>
-  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, int kept,
-                                          float scale, bool scale_keys) const {
+  __device__ __forceinline__ void prepare(SharedVectors<kTokens>& to, int first, int n, float scale,
+                                          bool scale_keys, bool drop_last) const {
     constexpr int kEach = kTokens / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    const int kept = n - (drop_last && first + n == length_);
     double x[kEach];
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {

@@ -57,7 +57,9 @@ struct RowKey {
   int32_t position = kNowhere;
 };
 
-// The row of keys of one head h < row_heads() of one request.
+// The row of keys of one head h < row_heads() of one request. A query at position p sees keys
+// before list_end if they lie at p - num_recent or before, those from there on if they lie behind
+// that and not behind p, and extra keys.
 struct KeyRow {
   int64_t length, sinks, first, last;  // keys of the request; entries first .. last - 1 of the list
   int64_t recent_begin;                // in the request
@@ -138,14 +140,6 @@ struct KeyRow {
     const KvCache::Slot at = d.cache.find(b, position);
     if (at.page < 0) return {};
     return {at, static_cast<int32_t>(position)};
-  }
-
-  // Whether the query at position p sees key number t of the row, at `position`.
-  TOKENMILL_HOST_DEVICE bool sees(const SparseDecodeParams& d, int64_t p, int64_t t,
-                                  int64_t position) const {
-    if (t >= cached) return true;
-    const bool recent = position > p - d.num_recent;
-    return position <= p && recent == (t >= list_end);
   }
 };
 
