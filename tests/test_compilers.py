@@ -40,10 +40,12 @@ def decode_from_cache(q, k):
     rows = tm.attention_row_scores(q, k)
     again = tm.query_similarity_gate(q, q, 0.5)
     keep, counts = tm.topk_select(rows, 6)
+    lists = keep[:, None], counts[:, None]
+    listed, _ = tm.sparse_decode_attention(q, k, k, *lists, seqlens_k=lengths, num_recent=2)
     kept = k.clone(), k.clone()
     lengths = tm.kv_cache_compact(*kept, keep, counts)
     scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean()
-    return tm.attention_decode(q, *kept, seqlens_k=lengths) + scores
+    return tm.attention_decode(q, *kept, seqlens_k=lengths) + listed + scores
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
