@@ -97,8 +97,14 @@ def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid")):
 
 
 @st.composite
-def linear_samples(draw, max_length=140, maps=("identity", "elu1", "relu", "silu", "taylor2")):
-    """A sample of linear attention with any combination of options."""
+def linear_samples(
+    draw,
+    max_length=140,
+    maps=("identity", "elu1", "relu", "silu", "taylor2"),
+    gentle_head=False,
+):
+    """A sample of linear attention with any combination of options. With gentle_head one head of
+    steep decays is gentle, which gives their gradient a magnitude."""
     lengths = st.one_of(
         st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]), st.integers(0, 140)
     ).filter(lambda n: n <= max_length)
@@ -139,6 +145,7 @@ def linear_samples(draw, max_length=140, maps=("identity", "elu1", "relu", "silu
             kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(wide)
         elif decay is not None:
             top = torch.full((heads,), 0.5 if decay == "head" else 20.0)
+            top[: int(gentle_head)] = 0.5
             kwargs["log_decay"] = -(top * torch.rand(heads, generator=g)).to(wide)
         if packed:
             kwargs["cu_seqlens"] = torch.tensor([0, *sequences]).cumsum(0).to(torch.int32)

@@ -87,7 +87,7 @@ import torch
 from test_sparse_decode_triton import kernels
 
 options = "paged,rope,extra,mass"
-sizes = [(4096, 1024, 1, 4), (1024, 16, 3, 1), (256, 77, 16, 5)]
+sizes = [(4096, 1024, 1, 4), (1024, 16, 3, 1), (256, 77, 4, 5)]
 names = ("tokens", "entries", "queries", "batch")
 calls = [
     [code for _, code in kernels(80, torch.float16, 64, options, **dict(zip(names, n)))]

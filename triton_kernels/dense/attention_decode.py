@@ -350,7 +350,7 @@ def merge(
     seqlen_q, heads = out.shape[1:3]
     most = batch * kv_heads * rows
     block_v = triton.next_power_of_2(value_dim)
-    block_r = max(1, (1 << 16 if INTERPRETED.value else 1024) // block_v)
+    block_r = max(1, (1 << 16 if INTERPRETED.value else 2048) // block_v)
     launch(
         merge_kernel,
         triton.cdiv(most, block_r),
