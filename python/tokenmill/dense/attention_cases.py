@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -106,20 +107,6 @@ SAMPLES = (
 )
 
 
-def _set(index: int, change: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[index] = change(args[index])
-
-    return edit
-
-
-def _with(**options: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        kwargs.update(options)
-
-    return edit
-
-
 def _pack(**changes: Any) -> Any:
     """The first sample as two packed sequences of 33 tokens, with changes."""
 
@@ -137,29 +124,33 @@ def _cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 # Edits of the first sample: q [2, 33, 4, 32], k and v [2, 33, 2, 32].
 MALFORMED = (
-    Malformed("rank", "q: must have 4 dimensions [B, S, H, D]; got 3", _set(0, lambda q: q[0])),
     Malformed(
-        "k rank", "k: must have 4 dimensions [B, S, H, D]; got 5", _set(1, lambda k: k[None])
+        "rank", "q: must have 4 dimensions [B, S, H, D]; got 3", set_argument(0, lambda q: q[0])
+    ),
+    Malformed(
+        "k rank",
+        "k: must have 4 dimensions [B, S, H, D]; got 5",
+        set_argument(1, lambda k: k[None]),
     ),
     Malformed(
         "dtype",
         "q: must be float16, bfloat16 or float32; got int64",
-        _set(0, lambda q: q.long()),
+        set_argument(0, lambda q: q.long()),
     ),
     Malformed(
         "dtype mix",
         "k: must have the dtype of q, float32; got float16",
-        _set(1, lambda k: k.half()),
+        set_argument(1, lambda k: k.half()),
     ),
     Malformed(
         "device mix",
         "v: must be on the device of q, cpu; got meta",
-        _set(2, lambda v: v.to("meta")),
+        set_argument(2, lambda v: v.to("meta")),
     ),
     Malformed(
         "layout",
         "k: must have a contiguous last dimension; strides; got [2112, 64, 32, 2]",
-        _set(
+        set_argument(
             1,
             lambda k: (
                 k.repeat_interleave(2, -1)[..., ::2]
@@ -176,13 +167,15 @@ MALFORMED = (
     Malformed(
         "head dimensions differ",
         "k: must have the head dimension of q, 32; got 16",
-        _set(1, lambda k: k[..., :16]),
+        set_argument(1, lambda k: k[..., :16]),
     ),
-    Malformed("batch", "k: must have the batch size of q, 2; got 1", _set(1, lambda k: k[:1])),
+    Malformed(
+        "batch", "k: must have the batch size of q, 2; got 1", set_argument(1, lambda k: k[:1])
+    ),
     Malformed(
         "v shape",
         "v: must have the shape of k up to the head dimension, [2, 33, 2, 32]; got [2, 32, 2, 32]",
-        _set(2, lambda v: v[:, 1:]),
+        set_argument(2, lambda v: v[:, 1:]),
     ),
     Malformed(
         "GQA ratio",
@@ -192,67 +185,75 @@ MALFORMED = (
     Malformed(
         "kind",
         "kind: must be 'softmax' or 'sigmoid'; got 'relu'",
-        _with(kind="relu", return_lse=False),
+        set_options(kind="relu", return_lse=False),
     ),
     Malformed(
-        "precision", "precision: must be 'accurate' or 'fast'; got 'fp8'", _with(precision="fp8")
+        "precision",
+        "precision: must be 'accurate' or 'fast'; got 'fp8'",
+        set_options(precision="fp8"),
     ),
     Malformed(
         "lse of sigmoid",
         "return_lse: needs a kind with a normaliser (softmax), not; got 'sigmoid'",
-        _with(kind="sigmoid"),
+        set_options(kind="sigmoid"),
     ),
-    Malformed("scale", "scale: must be finite; got nan", _with(scale=float("nan"))),
+    Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
     Malformed(
         "scale tensor",
         "scale: must be a number; got a tensor of shape []",
-        _with(scale=torch.ones(())),
+        set_options(scale=torch.ones(())),
     ),
     Malformed(
-        "softcap", "softcap: must be finite and not negative (0 = off); got -1", _with(softcap=-1.0)
+        "softcap",
+        "softcap: must be finite and not negative (0 = off); got -1",
+        set_options(softcap=-1.0),
     ),
     Malformed(
-        "window", "window: left must be >= -1 (-1 = no limit); got -2", _with(window=(-2, 0))
+        "window", "window: left must be >= -1 (-1 = no limit); got -2", set_options(window=(-2, 0))
     ),
-    Malformed("window type", "window: must be two ints (left, right); got 4", _with(window=4)),
+    Malformed(
+        "window type", "window: must be two ints (left, right); got 4", set_options(window=4)
+    ),
     Malformed(
         "score_bias word",
         "score_bias: must be a number, 'neg_log_n' or a tensor; got 'log_n'",
-        _with(score_bias="log_n"),
+        set_options(score_bias="log_n"),
     ),
     Malformed(
         "score_bias shape",
         "score_bias: must have shape [4] or [2, 4]; got [3]",
-        _with(score_bias=torch.zeros(3)),
+        set_options(score_bias=torch.zeros(3)),
     ),
     Malformed(
         "alibi_slopes dtype",
         "alibi_slopes: must be float32; got int64",
-        _with(alibi_slopes=torch.zeros(4, dtype=torch.int64)),
+        set_options(alibi_slopes=torch.zeros(4, dtype=torch.int64)),
     ),
     Malformed(
         "sink of sigmoid",
         "sink: needs kind 'softmax', not; got 'sigmoid'",
-        _with(sink=torch.zeros(4), kind="sigmoid", return_lse=False),
+        set_options(sink=torch.zeros(4), kind="sigmoid", return_lse=False),
     ),
-    Malformed("sink shape", "sink: must have shape [4]; got [1]", _with(sink=torch.zeros(1))),
+    Malformed("sink shape", "sink: must have shape [4]; got [1]", set_options(sink=torch.zeros(1))),
     Malformed(
         "bias shape",
         "bias: must broadcast to [B, H, Sq, Sk] = [2, 4, 33, 33]; got [1, 1, 33, 32]",
-        _with(bias=torch.zeros(33, 32)),
+        set_options(bias=torch.zeros(33, 32)),
     ),
     Malformed(
         "bias dtype",
         "bias: must be float32 or float32; got bool",
-        _with(bias=torch.zeros(33, 33, dtype=torch.bool)),
+        set_options(bias=torch.zeros(33, 33, dtype=torch.bool)),
     ),
     Malformed(
-        "max_seqlen alone", "max_seqlen_q: goes with cu_seqlens alone; got 5", _with(max_seqlen_q=5)
+        "max_seqlen alone",
+        "max_seqlen_q: goes with cu_seqlens alone; got 5",
+        set_options(max_seqlen_q=5),
     ),
     Malformed(
         "packed rank",
         "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        _with(cu_seqlens_q=_cu(0, 33)),
+        set_options(cu_seqlens_q=_cu(0, 33)),
     ),
     Malformed(
         "cu_seqlens alone",

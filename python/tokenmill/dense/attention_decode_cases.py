@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 from .attention_cases import Arguments, draw_tensor, with_options
 
@@ -111,20 +112,6 @@ SAMPLES = (
 )
 
 
-def _set(index: int, change: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[index] = change(args[index])
-
-    return edit
-
-
-def _with(**options: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        kwargs.update(options)
-
-    return edit
-
-
 def _caches(change: Any, **options: Any) -> Any:
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[1:] = [change(t) for t in args[1:]]
@@ -146,37 +133,39 @@ _TABLE = _ints([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
 
 # Edits of the first sample: q [3, 1, 4, 32], k_cache and v_cache [3, 64, 2, 32], lengths 37, 64, 5.
 MALFORMED = (
-    Malformed("rank", "q: must have 4 dimensions [B, Sq, H, D]; got 3", _set(0, lambda q: q[0])),
+    Malformed(
+        "rank", "q: must have 4 dimensions [B, Sq, H, D]; got 3", set_argument(0, lambda q: q[0])
+    ),
     Malformed(
         "cache rank",
         "v_cache: must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D]); got 5",
-        _set(2, lambda v: v[None]),
+        set_argument(2, lambda v: v[None]),
     ),
     Malformed(
         "dtype",
         "q: must be float16, bfloat16 or float32; got int64",
-        _set(0, lambda q: q.long()),
+        set_argument(0, lambda q: q.long()),
     ),
     Malformed(
         "cache dtype",
         "k_cache: must have the dtype of q, float32; got float16",
-        _set(1, lambda k: k.half()),
+        set_argument(1, lambda k: k.half()),
     ),
     Malformed(
         "cache layout",
         "k_cache: must have a contiguous last dimension; strides; got [4096, 2, 1, 128]",
-        _set(1, lambda k: torch.empty_strided(k.shape, (4096, 2, 1, 128)).copy_(k)),
+        set_argument(1, lambda k: torch.empty_strided(k.shape, (4096, 2, 1, 128)).copy_(k)),
     ),
     Malformed(
         "head dimensions differ",
         "k_cache: must have the head dimension of q, 32; got 16",
-        _set(1, lambda k: k[..., :16]),
+        set_argument(1, lambda k: k[..., :16]),
     ),
     Malformed(
         "shapes of the caches",
         "v_cache: must have the shape of k_cache up to the head dimension, [3, 64, 2, 32]; "
         "got [3, 63, 2, 32]",
-        _set(2, lambda v: v[:, 1:]),
+        set_argument(2, lambda v: v[:, 1:]),
     ),
     Malformed(
         "GQA ratio",
@@ -196,43 +185,49 @@ MALFORMED = (
     Malformed(
         "kind",
         "kind: must be 'softmax' or 'sigmoid'; got 'relu'",
-        _with(kind="relu", return_lse=False),
+        set_options(kind="relu", return_lse=False),
     ),
     Malformed(
         "lse of sigmoid",
         "return_lse: needs a kind with a normaliser (softmax), not; got 'sigmoid'",
-        _with(kind="sigmoid"),
+        set_options(kind="sigmoid"),
     ),
-    Malformed("scale", "scale: must be finite; got inf", _with(scale=float("inf"))),
+    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
     Malformed(
-        "softcap", "softcap: must be finite and not negative (0 = off); got -1", _with(softcap=-1.0)
+        "softcap",
+        "softcap: must be finite and not negative (0 = off); got -1",
+        set_options(softcap=-1.0),
     ),
     Malformed(
-        "window", "window: left must be >= -1 (-1 = no limit); got -2", _with(window=(-2, 0))
+        "window", "window: left must be >= -1 (-1 = no limit); got -2", set_options(window=(-2, 0))
     ),
     Malformed(
         "window to the right",
         "window: right must be -1 or 0: no query sees a later key; got 3",
-        _with(window=(4, 3)),
+        set_options(window=(4, 3)),
     ),
-    Malformed("splits", "num_splits: must be 0 (automatic) to 1024; got -1", _with(num_splits=-1)),
+    Malformed(
+        "splits", "num_splits: must be 0 (automatic) to 1024; got -1", set_options(num_splits=-1)
+    ),
     Malformed(
         "schedule",
         "schedule: must be 'auto', 'split' or 'stream_k'; got 'lean'",
-        _with(schedule="lean"),
+        set_options(schedule="lean"),
     ),
     Malformed(
         "splits of stream_k",
         "schedule: must be 'auto' or 'split' with num_splits 2; got 'stream_k'",
-        _with(num_splits=2, schedule="stream_k"),
+        set_options(num_splits=2, schedule="stream_k"),
     ),
     Malformed(
         "lengths dtype",
         "seqlens_k: must be int32; got int64",
-        _with(seqlens_k=_ints([37, 64, 5], torch.int64)),
+        set_options(seqlens_k=_ints([37, 64, 5], torch.int64)),
     ),
     Malformed(
-        "lengths shape", "seqlens_k: must have shape [3]; got [2]", _with(seqlens_k=_ints([37, 64]))
+        "lengths shape",
+        "seqlens_k: must have shape [3]; got [2]",
+        set_options(seqlens_k=_ints([37, 64])),
     ),
     Malformed(
         "table shape",
@@ -247,19 +242,19 @@ MALFORMED = (
     Malformed(
         "score_bias shape",
         "score_bias: must have shape [4] or [3, 4]; got [3]",
-        _with(score_bias=torch.zeros(3)),
+        set_options(score_bias=torch.zeros(3)),
     ),
-    Malformed("sink shape", "sink: must have shape [4]; got [1]", _with(sink=torch.zeros(1))),
+    Malformed("sink shape", "sink: must have shape [4]; got [1]", set_options(sink=torch.zeros(1))),
     Malformed(
         "length",
         "seqlens_k: must be 0 to what the cache holds of a request, 64; got 65",
-        _with(seqlens_k=_ints([37, 65, 5])),
+        set_options(seqlens_k=_ints([37, 65, 5])),
         values=True,
     ),
     Malformed(
         "negative length",
         "seqlens_k: must be 0 to what the cache holds of a request, 64; got -1",
-        _with(seqlens_k=_ints([37, 64, -1])),
+        set_options(seqlens_k=_ints([37, 64, -1])),
         values=True,
     ),
     Malformed(

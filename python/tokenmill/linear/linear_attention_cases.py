@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..edits import set_argument, set_options
 from ..reference import linear as reference
 from ..registry import Malformed, Sample
 
@@ -121,20 +122,6 @@ SAMPLES = (
 )
 
 
-def _set(index: int, change: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[index] = change(args[index])
-
-    return edit
-
-
-def _with(**options: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        kwargs.update(options)
-
-    return edit
-
-
 def _pack(*ends: int, dtype: torch.dtype = torch.int32, **changes: Any) -> Any:
     """The first sample as packed sequences of 66 tokens in all."""
 
@@ -156,26 +143,32 @@ def _taylor2_of_33(args: list[Any], kwargs: dict[str, Any]) -> None:
 
 # Edits of the first sample: q [2, 33, 4, 32], k and v [2, 33, 2, 32], log_decay [4].
 MALFORMED = (
-    Malformed("rank", "q: must have 4 dimensions [B, S, H, D]; got 3", _set(0, lambda q: q[0])),
+    Malformed(
+        "rank", "q: must have 4 dimensions [B, S, H, D]; got 3", set_argument(0, lambda q: q[0])
+    ),
     Malformed(
         "packed rank",
         "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        _with(cu_seqlens=torch.tensor([0, 33], dtype=torch.int32)),
+        set_options(cu_seqlens=torch.tensor([0, 33], dtype=torch.int32)),
     ),
     Malformed(
-        "dtype", "q: must be float16, bfloat16 or float32; got int64", _set(0, lambda q: q.long())
+        "dtype",
+        "q: must be float16, bfloat16 or float32; got int64",
+        set_argument(0, lambda q: q.long()),
     ),
     Malformed(
         "dtype mix",
         "v: must have the dtype of q, float32; got float16",
-        _set(2, lambda v: v.half()),
+        set_argument(2, lambda v: v.half()),
     ),
     Malformed(
         "device mix",
         "v: must be on the device of q, cpu; got meta",
-        _set(2, lambda v: v.to("meta")),
+        set_argument(2, lambda v: v.to("meta")),
     ),
-    Malformed("layout", "k: must have a contiguous last dimension; strides", _set(1, _narrow)),
+    Malformed(
+        "layout", "k: must have a contiguous last dimension; strides", set_argument(1, _narrow)
+    ),
     Malformed(
         "head dimension",
         "q: must have a head dimension of 1 to 256; got 257",
@@ -184,13 +177,15 @@ MALFORMED = (
     Malformed(
         "head dimensions differ",
         "k: must have the head dimension of q, 32; got 16",
-        _set(1, lambda k: k[..., :16]),
+        set_argument(1, lambda k: k[..., :16]),
     ),
-    Malformed("batch", "k: must have the batch size of q, 2; got 1", _set(1, lambda k: k[:1])),
+    Malformed(
+        "batch", "k: must have the batch size of q, 2; got 1", set_argument(1, lambda k: k[:1])
+    ),
     Malformed(
         "v shape",
         "v: must have the shape of k up to the head dimension, [2, 33, 2, 32]; got [2, 32, 2, 32]",
-        _set(2, lambda v: v[:, 1:]),
+        set_argument(2, lambda v: v[:, 1:]),
     ),
     Malformed(
         "GQA ratio",
@@ -205,62 +200,64 @@ MALFORMED = (
     Malformed(
         "feature map",
         "feature_map: must be 'identity', 'elu1', 'relu', 'silu' or 'taylor2'; got 'softmax'",
-        _with(feature_map="softmax"),
+        set_options(feature_map="softmax"),
     ),
     Malformed(
         "taylor2 width",
         "q: must have a head dimension of 1 to 32 with 'taylor2'; got 33",
         _taylor2_of_33,
     ),
-    Malformed("scale", "scale: must be finite; got nan", _with(scale=float("nan"))),
+    Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
     Malformed(
         "scale tensor",
         "scale: must be a number; got a tensor of shape []",
-        _with(scale=torch.ones(())),
+        set_options(scale=torch.ones(())),
     ),
     Malformed(
         "log_decay shape",
         "log_decay: must have shape [4] or [2, 33, 4]; got [2, 4]",
-        _with(log_decay=torch.zeros(2, 4)),
+        set_options(log_decay=torch.zeros(2, 4)),
     ),
     Malformed(
         "log_decay dtype",
         "log_decay: must be float32; got int64",
-        _with(log_decay=torch.zeros(4, dtype=torch.int64)),
+        set_options(log_decay=torch.zeros(4, dtype=torch.int64)),
     ),
     Malformed(
-        "log_decay number", "log_decay: must be a tensor or None; got -0.5", _with(log_decay=-0.5)
+        "log_decay number",
+        "log_decay: must be a tensor or None; got -0.5",
+        set_options(log_decay=-0.5),
     ),
     Malformed(
         "log_decay positive",
         "log_decay: must not be positive; largest; got 0.5",
-        _with(log_decay=torch.tensor([-1.0, 0.5, 0.25, 0.0])),
+        set_options(log_decay=torch.tensor([-1.0, 0.5, 0.25, 0.0])),
         values=True,
     ),
     Malformed(
         "state shape",
         "initial_state: must have shape [2, 4, 32, 32]; got [2, 2, 32, 32]",
-        _with(initial_state=torch.zeros(2, 2, 32, 32)),
+        set_options(initial_state=torch.zeros(2, 2, 32, 32)),
     ),
     Malformed(
         "state without normaliser",
         "initial_state: must have shape [2, 4, 32, 33]; got [2, 4, 32, 32]",
-        _with(initial_state=torch.zeros(2, 4, 32, 32), normalize=True),
+        set_options(initial_state=torch.zeros(2, 4, 32, 32), normalize=True),
     ),
     Malformed(
         "state dtype",
         "initial_state: must be float32; got bfloat16",
-        _with(initial_state=torch.zeros(2, 4, 32, 32, dtype=torch.bfloat16)),
+        set_options(initial_state=torch.zeros(2, 4, 32, 32, dtype=torch.bfloat16)),
     ),
     Malformed(
         "chunk size",
         "chunk_size: must be a power of two from 16 to 256; got 48",
-        _with(chunk_size=48),
+        set_options(chunk_size=48),
     ),
     Malformed(
         "chunk size word",
         "chunk_size: must be an int or None; got 'auto'",
-        _with(chunk_size="auto"),
+        set_options(chunk_size="auto"),
     ),
     Malformed(
         "cu_seqlens dtype", "cu_seqlens: must be int32; got int64", _pack(0, 66, dtype=torch.int64)
@@ -286,16 +283,16 @@ MALFORMED = (
     Malformed(
         "out shape",
         "out: must have shape [2, 33, 4, 32]; got [2, 33, 2, 32]",
-        _with(out=torch.zeros(2, 33, 2, 32)),
+        set_options(out=torch.zeros(2, 33, 2, 32)),
     ),
     Malformed(
         "out dtype",
         "out: must have the dtype of q, float32; got float16",
-        _with(out=torch.zeros(2, 33, 4, 32, dtype=torch.float16)),
+        set_options(out=torch.zeros(2, 33, 4, 32, dtype=torch.float16)),
     ),
     Malformed(
         "out layout",
         "out: must have a contiguous last dimension; strides",
-        _with(out=_narrow(torch.zeros(2, 33, 4, 32))),
+        set_options(out=_narrow(torch.zeros(2, 33, 4, 32))),
     ),
 )
