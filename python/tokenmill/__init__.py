@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, policies, select, testing
+from . import dense, linear, policies, select, sparse, testing
 from .check import InputError
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -28,6 +28,7 @@ from .select import (
     token_select,
     topk_select,
 )
+from .sparse import block_sparse_attention, transpose_block_list
 from .version import __version__
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "backends",
     "block_pool_keys",
     "block_pool_keys_update",
+    "block_sparse_attention",
     "build_info",
     "dense",
     "explain",
@@ -55,8 +57,10 @@ __all__ = [
     "query_similarity_gate",
     "select",
     "sigmoid_attention",
+    "sparse",
     "sparse_decode_attention",
     "testing",
     "token_select",
     "topk_select",
+    "transpose_block_list",
 ]

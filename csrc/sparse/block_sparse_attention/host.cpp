@@ -1,0 +1,158 @@
+#include "core/stream.h"
+#include "dense/terms.h"
+#include "select/checks.h"
+#include "sparse/block_sparse_attention/params.h"
+#include "sparse/checks.h"
+#include "sparse/transpose_block_list/params.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "block_sparse_attention";
+
+float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// The checks are those of python/tokenmill/sparse/block_sparse.py, in its order and words.
+BlockSparseParams make_params(const View& q, const View& k, const View& v, const View& indices,
+                              const View& counts, int64_t block_q, int64_t block_k, bool causal,
+                              int64_t num_sink, int64_t num_recent, double scale, double softcap,
+                              const OptTensor& lengths) {
+  check_qkv(kOp, q, k, v, false);
+  BlockSparseParams d{};
+  d.log2_block_q = check_block(kOp, "block_q", block_q);
+  d.log2_block_k = check_block(kOp, "block_k", block_k);
+  check(num_sink >= 0, kOp, "num_sink", "must not be negative", num_sink);
+  check(num_recent >= 0, kOp, "num_recent", "must not be negative", num_recent);
+  check(num_recent == 0 || causal, kOp, "num_recent", "goes with causal alone", num_recent);
+  check_scale(kOp, scale, softcap);
+  const int64_t batch = q.size(0), heads = q.size(2), kv_heads = k.size(2);
+  const int64_t rows = (q.size(1) + block_q - 1) / block_q;
+  const bool fits =
+      indices.dim() == 4 && indices.size(0) == batch && indices.size(2) == rows &&
+      (indices.size(1) == 1 || indices.size(1) == kv_heads || indices.size(1) == heads);
+  d.list = check_list(
+      kOp, indices, counts,
+      Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
+      "q", q);
+  d.lengths = per_request(kOp, "lengths", lengths, batch, "q", q);
+  d.causal = causal;
+  d.num_sink = num_sink;
+  d.num_recent = num_recent;
+  AttentionParams& p = d.attention;
+  p.batch = batch;
+  p.seqlen_q = q.size(1);
+  p.seqlen_k = k.size(1);
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = q.size(3);
+  p.value_dim = v.size(3);
+  p.dtype = to_dtype(q.dtype);
+  p.map = ScoreMap::softmax;
+  p.q = rows_of(q, false);
+  p.k = rows_of(k, false);
+  p.v = rows_of(v, false);
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  p.window_left = p.window_right = -1;
+  return d;
+}
+
+void run_forward(const BlockSparseParams& d, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) return launch_on_device(kOp, q, d);
+#endif
+  cpu::block_sparse_attention_forward(d);
+}
+
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices,
+                                                  Tensor counts, int64_t block_q, int64_t block_k,
+                                                  bool causal, int64_t num_sink, int64_t num_recent,
+                                                  double scale, double softcap, OptTensor lengths,
+                                                  bool /*deterministic: always*/) {
+  const View qv(q);
+  BlockSparseParams d = make_params(qv, View(k), View(v), View(indices), View(counts), block_q,
+                                    block_k, causal, num_sink, num_recent, scale, softcap, lengths);
+  AttentionParams& p = d.attention;
+  Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
+  Tensor lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);
+  p.out = rows_of(View(out), false);
+  p.lse = float_data(lse);
+  if (out.numel() > 0) run_forward(d, qv);
+  return {out, lse};
+}
+
+void run_backward(BlockSparseBackwardParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) {
+    const BlockSparseParams& f = p.forward;
+    TransposeBlockListParams t{f.list, f.attention.batch, f.key_blocks()};
+    const auto [sort_bytes, bytes] =
+        (CudaScope(q.device), std::pair(workspace_bytes(t), workspace_bytes(p)));
+    const auto take = [&](std::vector<int64_t> sizes, ScalarType dtype) {
+      return empty(sizes, q.tensor, dtype);
+    };
+    Tensor offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
+    Tensor rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
+    Tensor sort = take({sort_bytes}, ScalarType::Byte);
+    Tensor workspace = take({bytes}, ScalarType::Byte);
+    t.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
+    t.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
+    t.workspace = sort.mutable_data_ptr();
+    launch_on_device(kOp, q, t);
+    p.offsets = t.offsets;
+    p.rows = t.rows;
+    p.workspace = workspace.mutable_data_ptr();
+    return launch_on_device(kOp, q, p);
+  }
+#endif
+  cpu::block_sparse_attention_backward(p);
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
+    Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
+    Tensor indices, Tensor counts, int64_t block_q, int64_t block_k, bool causal, int64_t num_sink,
+    int64_t num_recent, double scale, double softcap, OptTensor lengths,
+    bool /*deterministic: always*/) {
+  const View qv(q), kv(k), vv(v);
+  BlockSparseBackwardParams p{};
+  p.forward = make_params(qv, kv, vv, View(indices), View(counts), block_q, block_k, causal,
+                          num_sink, num_recent, scale, softcap, lengths);
+  AttentionParams& f = p.forward.attention;
+  const std::vector<int64_t> like_out{f.batch, f.seqlen_q, f.heads, f.value_dim};
+  const std::vector<int64_t> like_lse{f.batch, f.heads, f.seqlen_q};
+  const auto rows_like_out = [&](const char* name, const Tensor& tensor) {
+    const View t(tensor);
+    check(t.sizes == like_out, kOp, name, Rule("must have shape ", like_out), t.sizes);
+    check(t.dtype == qv.dtype, kOp, name, Rule("must have the dtype of q, ", qv.dtype), t.dtype);
+    check_last_contiguous(kOp, name, t);
+    check_device_of_q(kOp, name, t, qv);
+    return rows_of(t, false);
+  };
+  const auto data_like_lse = [&](const char* name, const Tensor& tensor) {
+    const View t(tensor);
+    check(t.sizes == like_lse, kOp, name, Rule("must have shape ", like_lse), t.sizes);
+    check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
+          "must be float32 and contiguous", t.dtype);
+    check_device_of_q(kOp, name, t, qv);
+    return float_data(tensor);
+  };
+  p.dout = rows_like_out("dout", dout);
+  f.out = rows_like_out("out", out);
+  f.lse = data_like_lse("lse", lse);
+  if (dlse) p.dlse = data_like_lse("dlse", *dlse);
+  Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
+  p.dq = rows_of(View(dq), false);
+  p.dk = rows_of(View(dk), false);
+  p.dv = rows_of(View(dv), false);
+  if (q.numel() + k.numel() > 0) run_backward(p, qv);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+TOKENMILL_IMPL(CPU, m) {
+  m.impl("block_sparse_attention", TOKENMILL_BOX(block_sparse_attention));
+  m.impl("block_sparse_attention_backward", TOKENMILL_BOX(block_sparse_attention_backward));
+}
+
+}  // namespace tokenmill

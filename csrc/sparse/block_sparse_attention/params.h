@@ -1,0 +1,70 @@
+// Attention of blocks of queries to listed blocks of keys. Free of torch.
+#pragma once
+#include "cpu/isa.h"
+#include "dense/attention/params.h"
+#include "sparse/block_list.h"
+
+namespace tokenmill {
+
+// Query i of a request sees the keys [0, sinks), those of its list in [sinks, listed), and
+// [listed, end). None of the three decreases with i.
+struct SeenKeys {
+  int64_t sinks, listed, end;
+};
+
+struct BlockSparseParams {
+  AttentionParams attention;  // softmax with softcap; no other term, neither window nor packed
+  BlockList list;
+  const int32_t* lengths;  // [B], or null: all keys
+  int32_t log2_block_q, log2_block_k;
+  bool causal;
+  int64_t num_sink, num_recent;  // num_recent with causal alone
+
+  TOKENMILL_HOST_DEVICE int64_t length(int64_t b) const {
+    if (!lengths) return attention.seqlen_k;
+    const int64_t n = lengths[b];
+    return n < 0 ? 0 : n > attention.seqlen_k ? attention.seqlen_k : n;
+  }
+  TOKENMILL_HOST_DEVICE int64_t key_blocks() const {
+    return (attention.seqlen_k + (int64_t{1} << log2_block_k) - 1) >> log2_block_k;
+  }
+  TOKENMILL_HOST_DEVICE SeenKeys seen(int64_t b, int64_t i) const {
+    int64_t end = length(b);
+    if (causal) end += i + 1 - attention.seqlen_q;
+    if (end < 0) end = 0;
+    const int64_t sinks = num_sink < end ? num_sink : end;
+    const int64_t listed = causal && num_recent > 0 ? end - num_recent : end;
+    return {sinks, listed < sinks ? sinks : listed, end};
+  }
+  // Heads that share a list and keys: the query heads h with the same h / heads_together().
+  TOKENMILL_HOST_DEVICE int64_t heads_together() const {
+    return list.heads > attention.kv_heads ? 1 : attention.heads / attention.kv_heads;
+  }
+  TOKENMILL_HOST_DEVICE int64_t kv_head(int64_t query_head) const {
+    return query_head / (attention.heads / attention.kv_heads);
+  }
+  TOKENMILL_HOST_DEVICE int64_t list_head(int64_t query_head) const {
+    return list.heads == 1 ? 0 : list.heads == attention.heads ? query_head : kv_head(query_head);
+  }
+};
+
+struct BlockSparseBackwardParams {
+  BlockSparseParams forward;  // out and lse as the forward left them
+  Rows dout;
+  const float* dlse;  // like lse, or null
+  Rows dq, dk, dv;    // in the dtype of q
+  // CUDA: the lists seen from the keys, as transpose_block_list makes them, [B, heads, blocks + 1]
+  // and [B, heads, rows * entries], and workspace.
+  const int32_t *offsets, *rows;
+  void* workspace;
+};
+
+// null, or what went wrong
+const char* launch_cuda(const BlockSparseParams&, void* stream);
+const char* launch_cuda(const BlockSparseBackwardParams&, void* stream);
+int64_t workspace_bytes(const BlockSparseBackwardParams&);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(block_sparse_attention_forward, BlockSparseParams)
+TOKENMILL_CPU_KERNEL(block_sparse_attention_backward, BlockSparseBackwardParams)

@@ -1,0 +1,22 @@
+// Which blocks of queries list a block of keys. Free of torch.
+#pragma once
+#include "cpu/isa.h"
+#include "sparse/block_list.h"
+
+namespace tokenmill {
+
+struct TransposeBlockListParams {
+  BlockList list;
+  int64_t batch, blocks;  // blocks of keys
+  int32_t* offsets;       // [B, heads, blocks + 1]
+  int32_t* rows;          // [B, heads, list.rows * list.entries], -1 behind the last
+  void* workspace;        // CUDA
+};
+
+// null, or what went wrong
+const char* launch_cuda(const TransposeBlockListParams&, void* stream);
+int64_t workspace_bytes(const TransposeBlockListParams&);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(transpose_block_list, TransposeBlockListParams)
