@@ -14,7 +14,7 @@ from ..dense.terms import check_number, check_scale
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
-from ..reference import sparse as reference
+from ..reference import block_sparse as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_per_request, check_whole
 from .block_sparse_cases import MALFORMED, OP, SAMPLES

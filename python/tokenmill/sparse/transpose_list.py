@@ -11,7 +11,7 @@ from ..check import check, check_tensor
 from ..dispatch import call
 from ..edits import set_argument
 from ..library import TorchOp, register
-from ..reference import sparse as reference
+from ..reference import block_sparse as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from ..select.rules import check_whole
 from .block_sparse_cases import draw_lists, hostile_lists
