@@ -86,20 +86,13 @@ TOKENMILL_LIBRARY(m) {
       "SymInt num_recent, Tensor? lengths, Tensor? block_table) -> Tensor");
   m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold) -> Tensor");
 
-  // sparse: attention to some blocks of keys
+  // sparse: attention to blocks of keys, and which blocks
   m.def(
-      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
-      "SymInt block_q, SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, "
-      "float scale, float softcap, Tensor? lengths, bool deterministic) -> (Tensor out, "
-      "Tensor lse)");
-  m.def(
-      "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt block_q, "
-      "SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, float scale, "
-      "float softcap, Tensor? lengths, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
-      "(Tensor offsets, Tensor rows)");
+      "hip_block_select(Tensor q, Tensor k, SymInt budget, SymInt block_q, SymInt block_k, "
+      "SymInt stride_q, str representative, SymInt num_sink, SymInt num_recent, str bound, "
+      "Tensor? start_indices, Tensor? start_counts, SymInt restart_span, bool causal, "
+      "str head_reduce, Tensor? seqlens_k, Tensor? block_table) -> (Tensor indices, "
+      "Tensor counts)");
 
   // introspection
   m.def("cpu_isa(str? select=None) -> str");

@@ -28,7 +28,7 @@ from .select import (
     token_select,
     topk_select,
 )
-from .sparse import block_sparse_attention, transpose_block_list
+from .sparse import hip_block_select
 from .version import __version__
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "build_info",
     "dense",
     "explain",
+    "hip_block_select",
     "kv_block_scores",
     "kv_cache_compact",
     "lightning_attention",

@@ -1,6 +1,5 @@
-"""Attention to some blocks of keys, chosen for each block of queries."""
+"""Attention to blocks of keys, and which blocks."""
 
-from .block_sparse import block_sparse_attention
-from .transpose_list import transpose_block_list
+from .hip_block_select import hip_block_select
 
-__all__ = ["block_sparse_attention", "transpose_block_list"]
+__all__ = ["hip_block_select"]
