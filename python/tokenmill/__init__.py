@@ -28,7 +28,12 @@ from .select import (
     token_select,
     topk_select,
 )
-from .sparse import hip_block_select
+from .sparse import (
+    block_sparse_attention,
+    hip_attention,
+    hip_block_select,
+    transpose_block_list,
+)
 from .version import __version__
 
 __all__ = [
@@ -45,6 +50,7 @@ __all__ = [
     "build_info",
     "dense",
     "explain",
+    "hip_attention",
     "hip_block_select",
     "kv_block_scores",
     "kv_cache_compact",

@@ -1,5 +1,13 @@
 """Attention to blocks of keys, and which blocks."""
 
+from .block_sparse import block_sparse_attention
+from .hip_attention import HipLists, hip_attention
 from .hip_block_select import hip_block_select
 
-__all__ = ["hip_block_select"]
+__all__ = [
+    "HipLists",
+    "block_sparse_attention",
+    "hip_attention",
+    "hip_block_select",
+    "transpose_block_list",
+]

@@ -1,0 +1,136 @@
+"""hip_attention: the search and the attention together, in prefill and in decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import backends, device_of
+
+import tokenmill as tm
+from tokenmill.sparse import HipLists, hip_attention
+
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+SIZES = {"budget": 16, "block_q": 16, "block_k": 2, "num_sink": 4, "num_recent": 8}
+
+
+def draw(backend, sq, sk, h=4, hk=2, d=32, dv=24):
+    g = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=g).to(device_of(backend))
+        for shape in ((2, sq, h, d), (2, sk, hk, d), (2, sk, hk, dv))
+    ]
+
+
+def close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+@each_backend
+def test_short_sequences_get_exact_attention(backend):
+    q, k, v = (t.requires_grad_() for t in draw(backend, 28, 28))
+    ours = hip_attention(q, k, v, **SIZES, return_lse=True, backend=backend)
+    dense = tm.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    close(ours, dense)
+    cotangent = torch.randn_like(ours[0])
+    grads = [torch.autograd.grad(out, (q, k, v), cotangent) for out, _ in (ours, dense)]
+    close(*grads)
+
+
+@each_backend
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_is_selection_then_block_sparse_attention(backend, causal):
+    q, k, v = draw(backend, 50, 70)
+    sizes = SIZES if causal else SIZES | {"num_recent": 0}
+    ours = hip_attention(
+        q, k, v, **sizes, causal=causal, softcap=3.0, return_lse=True, backend=backend
+    )
+    lists = tm.hip_block_select(q, k, **sizes, causal=causal, backend=backend)
+    attended = {n: sizes[n] for n in ("block_q", "block_k", "num_sink", "num_recent")}
+    want = tm.block_sparse_attention(
+        q, k, v, *lists, **attended, causal=causal, softcap=3.0, return_lse=True, backend=backend
+    )
+    for a, b in zip(ours, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_backend
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decoding_is_prefill_of_the_last_rows(backend, tokens):
+    q, k, v = draw(backend, tokens, 90)
+    lengths = torch.tensor([90, 61], dtype=torch.int32, device=q.device)
+    ours = hip_attention(
+        q, k, v, **SIZES, seqlens_k=lengths, return_lse=True, scale=0.3, backend=backend
+    )
+    lists = tm.hip_block_select(q, k, **SIZES, seqlens_k=lengths, backend=backend)
+    attended = {n: SIZES[n] for n in ("block_q", "block_k", "num_sink", "num_recent")}
+    want = tm.block_sparse_attention(
+        q, k, v, *lists, **attended, causal=True, lengths=lengths, return_lse=True, scale=0.3,
+        backend=backend,
+    )  # fmt: skip
+    close(ours, want)
+
+
+@each_backend
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_pages_hold_what_a_cache_holds(backend, page_size):
+    q, k, v = draw(backend, 1, 64)
+    lengths = torch.tensor([64, 33], dtype=torch.int32, device=q.device)
+    pages = 64 // page_size
+    order = torch.randperm(2 * pages, generator=torch.Generator().manual_seed(1)).to(q.device)
+    table = order.int().view(2, pages)
+    paged = []
+    for t in (k, v):
+        cache = torch.empty_like(t).view(2 * pages, page_size, *t.shape[2:])
+        cache[order] = t.reshape(2 * pages, page_size, *t.shape[2:])
+        paged.append(cache)
+    options = {**SIZES, "seqlens_k": lengths, "return_lse": True, "backend": backend}
+    close(hip_attention(q, *paged, block_table=table, **options), hip_attention(q, k, v, **options))
+
+
+@each_backend
+def test_lists_serve_an_interval_and_new_tokens_are_seen(backend, monkeypatch):
+    searches = []
+    search = tm.sparse.hip_attention.__globals__["hip_block_select"]
+    monkeypatch.setitem(
+        tm.sparse.hip_attention.__globals__,
+        "hip_block_select",
+        lambda *args, **options: searches.append(1) or search(*args, **options),
+    )
+    q, k, v = draw(backend, 1, 80)
+    lists, ages = HipLists(), []
+    for n in range(70, 77):
+        lengths = torch.tensor([n, n], dtype=torch.int32, device=q.device)
+        v[:, n - 1] = 1e6  # of the newest key, which no list holds
+        out = hip_attention(
+            q, k, v, **SIZES, seqlens_k=lengths, lists=lists, refresh_interval=3, backend=backend
+        )
+        ages.append(lists.age)
+        v[:, n - 1] = 0.0
+        assert (out > 1).all()
+    assert ages == [1, 2, 3, 1, 2, 3, 1] and len(searches) == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("refresh_interval: must be 1 to num_recent, 8; got 9", {"refresh_interval": 9}),
+        ("refresh_interval: goes with lists alone; got 2", {"lists": None, "refresh_interval": 2}),
+        ("lists: must be a HipLists or None; got 3", {"lists": 3}),
+        ("lists: are for decoding: causal, up to 8 queries; got False", {"causal": False}),
+        ("budget: ", {"budget": 17}),
+        ("block_q: must be an integer; got 16", {"block_q": 16.0}),
+    ],
+)
+def test_bad_calls_are_refused(message, changes):
+    q, k, v = draw("cpu", 1, 40)
+    with pytest.raises(RuntimeError, match=r"tokenmill\.hip") as raised:
+        hip_attention(q, k, v, **{**SIZES, "lists": HipLists(), **changes})
+    assert message in str(raised.value)
+
+
+def test_prefill_over_pages_is_refused():
+    q, k, v = draw("cpu", 40, 40)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"block_table: is for decoding: .*; q has; got 40"):
+        hip_attention(q, k, v, **SIZES, block_table=table)
