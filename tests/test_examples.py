@@ -76,6 +76,22 @@ def test_needle(tmp_path):
     assert "loss" not in again and re.search(r"H2O +│ +\d/4", again) and "Quest" not in again
 
 
+def test_hip_text(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("rich")
+    plot = tmp_path / "plots" / "hip.png"
+    out = run(
+        sys.executable, EXAMPLES / "hip_text.py", "--quick", "--no-encoder", "--plot", plot
+    )  # fmt: skip
+    rows = re.findall(r"│ (HiP|HiP, exact|window|random) +│ ([\d.]+) / [\d.]+ │ ([\d.]+) /", out)
+    recall = {name: [float(x) for x in found] for name, *found in rows}
+    assert list(recall) == ["HiP", "HiP, exact", "window", "random"]
+    assert recall["HiP, exact"][0] > recall["random"][0]
+    assert all(low <= high <= 1.001 for low, high in recall.values())
+    assert len(re.findall(r"^ +\d+ keys +HiP", out, re.M)) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"
