@@ -41,6 +41,25 @@ TM_INLINE void multiply(vf (&c)[M][N], const float* a, int64_t lda, const float*
   }
 }
 
+// The same with a B of N panels of kWidth columns, each packed by itself: word (k, n) of panel j at
+// b[j][k * kWidth + n].
+template <class Op, int M, int N>
+TM_INLINE void multiply_panels(vf (&c)[M][N], const float* a, int64_t lda,
+                               const float* const (&b)[N], int64_t words) {
+  TM_UNROLL(2)
+  for (int64_t k = 0; k < words; ++k) {
+    vf bk[N];
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) bk[j] = load(b[j] + k * kWidth);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      const vf ai = set(a[i * lda + k]);
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) c[i][j] = Op::madd(c[i][j], ai, bk[j]);
+    }
+  }
+}
+
 template <int M, int N>
 TM_INLINE void clear(vf (&c)[M][N]) {
   TM_UNROLL(16)
@@ -76,6 +95,29 @@ __attribute__((noinline)) void multiply_rows(float* c, int64_t ldc, const float*
     if (n < width)
       multiply_rows<Op, kTransposedA, M, kAssign, N - 1>(c + n, ldc, a, lda, b + n, ldb, words,
                                                          width - n);
+}
+
+// The same with rows of C that lie anywhere.
+template <class Op, bool kTransposedA, int M, int N = kTileVectors>
+__attribute__((noinline)) void add_to_rows(float* const* c, int64_t column, const float* a,
+                                           int64_t lda, const float* b, int64_t ldb, int64_t words,
+                                           int64_t width) {
+  int64_t n = column;
+  for (; n + N * kWidth <= width; n += N * kWidth) {
+    vf acc[M][N];
+    clear(acc);
+    multiply<Op, kTransposedA>(acc, a, lda, b + n, ldb, words);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) {
+        float* out = c[i] + n + j * kWidth;
+        store(out, load(out) + acc[i][j]);
+      }
+    }
+  }
+  if constexpr (N > 1)
+    if (n < width) add_to_rows<Op, kTransposedA, M, N - 1>(c, n, a, lda, b, ldb, words, width);
 }
 
 template <class Op>
@@ -122,36 +164,60 @@ TM_INLINE void visit_words(const void* p, DType t, float factor, const Visit& vi
   }
 }
 
+// Where the rows of an operand lie: `stride` elements apart ...
+struct EvenRows {
+  const void* first;
+  int64_t stride;
+  template <typename T>
+  TM_INLINE const T* at(int64_t r) const {
+    return static_cast<const T*>(first) + r * stride;
+  }
+};
+// ... or anywhere.
+struct ScatteredRows {
+  const char* const* rows;
+  template <typename T>
+  TM_INLINE const T* at(int64_t r) const {
+    return reinterpret_cast<const T*>(rows[r]);
+  }
+};
+
 // Rows as A operand: `rows` rows of `length` elements to `padded` rows of words (ld words apart, ld
 // a multiple of kWidth); rows past `rows` are zero.
+template <class Op, class Source>
+inline void pack_rows(const Source from, DType t, int64_t rows, int64_t padded, int64_t length,
+                      float factor, float* dst, int64_t ld) {
+  visit_words<Op>(nullptr, t, factor, [&]<typename T>(const T*, const auto words) TM_LAMBDA {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t w = 0; w < ld; w += kWidth)
+        store(dst + r * ld + w, words(from.template at<T>(r), w * Op::kPair, length));
+  });
+  for (int64_t i = rows * ld; i < padded * ld; i += kWidth) store(dst + i, zero());
+}
 template <class Op>
 inline void pack_rows(const void* src, DType t, int64_t stride, int64_t rows, int64_t padded,
                       int64_t length, float factor, float* dst, int64_t ld) {
-  visit_words<Op>(src, t, factor, [&](const auto* p, const auto words) TM_LAMBDA {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t w = 0; w < ld; w += kWidth)
-        store(dst + r * ld + w, words(p + r * stride, w * Op::kPair, length));
-  });
-  for (int64_t i = rows * ld; i < padded * ld; i += kWidth) store(dst + i, zero());
+  pack_rows<Op>(EvenRows{src, stride}, t, rows, padded, length, factor, dst, ld);
 }
 
 // Up to kColumns rows transposed, as B operand of a reduction over `length`: word (k, row) at
 // dst[k * kColumns + row]; rows past `rows` are zero.
-template <class Op, int kColumns = kPanel>
-inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t rows, int64_t length,
-                            float factor, float* dst) {
+template <class Op, int kColumns = kPanel, class Source>
+inline void pack_transposed(const Source from, DType t, int64_t rows, int64_t length, float factor,
+                            float* dst) {
   const int64_t all = words_of<Op>(length);
-  visit_words<Op>(src, t, factor, [&](const auto* p, const auto words) TM_LAMBDA {
+  visit_words<Op>(nullptr, t, factor, [&]<typename T>(const T*, const auto words) TM_LAMBDA {
+    const auto word = [&](int64_t r, int64_t w) TM_LAMBDA {
+      return words(from.template at<T>(r), w * Op::kPair, length);
+    };
     for (int64_t c = 0; c < kColumns; c += kWidth)
       for (int64_t w = 0; w < all; w += kWidth) {
         vf block[kWidth];
         if (c + kWidth <= rows) {
           TM_UNROLL(16)
-          for (int i = 0; i < kWidth; ++i)
-            block[i] = words(p + (c + i) * stride, w * Op::kPair, length);
+          for (int i = 0; i < kWidth; ++i) block[i] = word(c + i, w);
         } else {
-          for (int i = 0; i < kWidth; ++i)
-            block[i] = c + i < rows ? words(p + (c + i) * stride, w * Op::kPair, length) : zero();
+          for (int i = 0; i < kWidth; ++i) block[i] = c + i < rows ? word(c + i, w) : zero();
         }
         transpose(block);
         if (w + kWidth <= all) {
@@ -163,29 +229,36 @@ inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t ro
       }
   });
 }
+template <class Op, int kColumns = kPanel>
+inline void pack_transposed(const void* src, DType t, int64_t stride, int64_t rows, int64_t length,
+                            float factor, float* dst) {
+  pack_transposed<Op, kColumns>(EvenRows{src, stride}, t, rows, length, factor, dst);
+}
 
 // Rows as B operand of a reduction over rows: word (k, column) at dst[k * ld + column], where k
 // counts groups of kPair rows; missing rows and columns up to ld (a multiple of kWidth) are zero.
-template <class Op>
-inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t rows,
-                              int64_t length, float* dst, int64_t ld) {
+template <class Op, class Source>
+inline void pack_reduced_rows(const Source from, DType t, int64_t rows, int64_t length, float* dst,
+                              int64_t ld) {
   visit_elements(t, [&](auto e) TM_LAMBDA {
-    const auto* p = static_cast<const typename decltype(e)::type*>(src);
+    using T = typename decltype(e)::type;
     for (int64_t k = 0; k < words_of<Op>(rows); ++k) {
       int64_t w = 0;
 #if defined(__AVX512BF16__)
       if constexpr (Op::kPair == 2 && decltype(e)::kIsBFloat)
-        for (const auto* even = p + 2 * k * stride;
-             2 * k + 1 < rows && w + 2 * kWidth <= (length < ld ? length : ld); w += 2 * kWidth) {
-          const vf a = load(reinterpret_cast<const float*>(even + w));
-          const vf b = load(reinterpret_cast<const float*>(even + stride + w));
-          store(dst + k * ld + w, interleave(a, b, false));
-          store(dst + k * ld + w + kWidth, interleave(a, b, true));
+        if (2 * k + 1 < rows) {
+          const T *even = from.template at<T>(2 * k), *odd = from.template at<T>(2 * k + 1);
+          for (; w + 2 * kWidth <= (length < ld ? length : ld); w += 2 * kWidth) {
+            const vf a = load(reinterpret_cast<const float*>(even + w));
+            const vf b = load(reinterpret_cast<const float*>(odd + w));
+            store(dst + k * ld + w, interleave(a, b, false));
+            store(dst + k * ld + w + kWidth, interleave(a, b, true));
+          }
         }
 #endif
       for (; w < ld; w += kWidth) {
         const auto row = [&](int64_t r) TM_LAMBDA {
-          return r < rows ? e.load_n(p + r * stride, w, length - w) : zero();
+          return r < rows ? e.load_n(from.template at<T>(r), w, length - w) : zero();
         };
         if constexpr (Op::kPair == 1) {
           store(dst + k * ld + w, row(k));
@@ -197,6 +270,11 @@ inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t 
       }
     }
   });
+}
+template <class Op>
+inline void pack_reduced_rows(const void* src, DType t, int64_t stride, int64_t rows,
+                              int64_t length, float* dst, int64_t ld) {
+  pack_reduced_rows<Op>(EvenRows{src, stride}, t, rows, length, dst, ld);
 }
 
 // Rows of floats, each times its factor, to rows of elements.

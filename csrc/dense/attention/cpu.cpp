@@ -3,27 +3,13 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
-#include "cpu/workspace.h"
-#include "dense/attention/cpu_scores.h"
+#include "dense/attention/cpu_weights.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr int64_t kQueryTile = 96;  // a multiple of kTileRows
 constexpr int64_t kKeyStep = 256;   // a multiple of kPanel
-constexpr int kShortRows = 4;       // of a register tile where kTileRows would compute idle rows
-// Rows of P and of the accumulators start in different cache sets.
-constexpr int64_t kRowPad = 16;
-// P may exceed 1 by this power of two before a softmax row moves its pivot.
-constexpr float kHeadroom = 8;
-
-// Asks for one row of a tensor ahead of time. Packing and storing wait for memory otherwise, above
-// all where the rows of a head lie far apart ([B, S, H, D]). Reads go to L2: at such strides few of
-// the sets of L1 would hold them all.
-template <bool kWrite>
-TM_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, kWrite, kWrite ? 3 : 1);
-}
 
 // One head's keys and values as B operands, packed panel by panel when first needed.
 template <class Op>
@@ -78,25 +64,9 @@ struct Vectors {
   int64_t first, count;
 };
 
-// Rows of the next register tile where `left` are to be done.
-constexpr int64_t rows_of_tile(int64_t left) {
-  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
-  return fits ? kShortRows : kTileRows;
-}
-
-struct QueryTile {
-  const ScoreTerms* terms;
+struct QueryTile : QueryRows {
   Band band;
-  int64_t first, rows;  // queries first .. first + rows - 1
-  float* q;             // [kQueryTile][words]
-  int64_t words, ldq;
-  float* p;  // weights of the current step
-  int64_t ldp;
-  float* out;  // [kQueryTile][ldo]
-  int64_t ldo, width;
-  // softmax, per row: exponents are taken relative to pivot, the first maximum, so that the only
-  // key of a row has weight 1; it moves when an exponent exceeds raise_above.
-  float *pivot, *raise_above, *sums;
+  int64_t first;  // queries first .. first + rows - 1
 
   // The vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
   Vectors seen(int64_t row, int64_t count, int64_t column, int64_t pair) const {
@@ -108,35 +78,6 @@ struct QueryTile {
     return {begin * pair, (end - begin) * pair};
   }
 };
-
-template <class Op>
-TM_INLINE vf scale_words(vf x, float factor) {
-  if constexpr (Op::kPair == 1) return x * set(factor);
-#if defined(__AVX512BF16__)
-  const __m512i bits = _mm512_castps_si512(x);
-  const vf hi = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
-  const vf lo = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-  return pair_bfloat(lo * set(factor), hi * set(factor));
-#endif
-}
-
-// Moves the pivot of a softmax row up to `top` and rescales what was summed relative to the old
-// one.
-template <class Op>
-__attribute__((noinline)) void raise_pivot(const QueryTile& t, int64_t row, float top,
-                                           int64_t words_done) {
-  if (!(top > t.raise_above[row])) return;
-  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.pivot[row] - top);
-  t.pivot[row] = top;
-  t.raise_above[row] = top + kHeadroom;
-  float* p = t.p + row * t.ldp;
-  for (int64_t w = 0; w < words_done; w += kWidth)
-    store(p + w, scale_words<Op>(load(p + w), factor));
-  float* out = t.out + row * t.ldo;
-  for (int64_t d = 0; d < t.width; d += kWidth) store(out + d, load(out + d) * set(factor));
-  float* sums = t.sums + row * kWidth;
-  store(sums, load(sums) * set(factor));
-}
 
 // Weights of kRows queries and kVectors vectors of keys from `column` on, at `slot` of the
 // step. `panel` points at the first of these keys in its packed panel.
@@ -175,51 +116,7 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     }
   }
 
-  const int64_t ldp = t.ldp;
-  float* p = t.p + row * ldp + slot / Op::kPair;
-  if constexpr (kMap == ScoreMap::softmax) {
-    vm over{};
-    vf top[kRows];
-    TM_UNROLL(8)
-    for (int r = 0; r < kRows; ++r) {
-      top[r] = s[r][0];
-      TM_UNROLL(4)
-      for (int j = 1; j < kVectors; ++j) top[r] = max_of(top[r], s[r][j]);
-      over = either(over, less(set(t.raise_above[row + r]), top[r]));
-    }
-    if (any(over)) [[unlikely]]
-      for (int r = 0; r < kRows; ++r)
-        raise_pivot<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
-  }
-  const vf odds = set(t.terms->odds), one = set(1.f);
-  TM_UNROLL(8)
-  for (int r = 0; r < kRows; ++r) {
-    if constexpr (kMap == ScoreMap::softmax) {
-      const vf pivot = set(t.pivot[row + r]);
-      float* sums = t.sums + (row + r) * kWidth;
-      vf sum = load(sums);
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) {
-        s[r][j] = power<kCoarse>(s[r][j] - pivot);
-        sum = sum + s[r][j];
-      }
-      store(sums, sum);
-    } else {
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j)
-        s[r][j] = reciprocal<kCoarse>(fma(power<kCoarse>(s[r][j]), odds, one));
-    }
-    if constexpr (Op::kPair == 1) {
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) store(p + r * ldp + j * kWidth, s[r][j]);
-    } else {
-#if defined(__AVX512BF16__)
-      TM_UNROLL(2)
-      for (int j = 0; j < kVectors; j += 2)
-        store(p + r * ldp + j / 2 * kWidth, narrow_bfloat(s[r][j], s[r][j + 1]));
-#endif
-    }
-  }
+  store_weights<Op, kMap, kCoarse>(t, row, s, slot);
 }
 
 using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
@@ -256,26 +153,15 @@ class Worker {
       : p(p),
         shares(shares),
         panels(ceil_div(sizes.longest_k, kPanel)),
-        words(words_of<Op>(p.head_dim)),
-        width(round_up(p.value_dim, kWidth)),
+        t(tile_of(p)),
         workspace(floats_needed(sizes)) {
     head.p = &p;
-    head.words = words;
-    head.width = width;
+    head.words = t.words;
+    head.width = t.width;
     head.k = workspace.take(head.k_size(sizes.longest_k, p.head_dim));
-    head.v = workspace.take(head.v_size(sizes.longest_k, width));
+    head.v = workspace.take(head.v_size(sizes.longest_k, t.width));
     head.done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(panels, 4)));
-    t.words = words;
-    t.width = width;
-    t.ldq = round_up(words, kWidth);
-    t.ldo = width + kRowPad;
-    t.ldp = kKeyStep / Op::kPair + kRowPad;
-    t.q = workspace.take(kQueryTile * t.ldq);
-    t.out = workspace.take(kQueryTile * t.ldo);
-    t.p = workspace.take(kQueryTile * t.ldp);
-    t.sums = workspace.take(kQueryTile * kWidth);
-    t.pivot = workspace.take(kQueryTile);
-    t.raise_above = workspace.take(kQueryTile);
+    t.place(workspace, kQueryTile);
   }
 
   // One share of the query tiles of one KV head, all its query heads behind each other.
@@ -337,11 +223,15 @@ class Worker {
             left < kQueryTile ? left : kQueryTile};
   }
 
+  static QueryTile tile_of(const AttentionParams& p) {
+    QueryTile tile{};
+    tile.set_sizes<Op>(p, kKeyStep);
+    return tile;
+  }
+
   int64_t floats_needed(const Sizes& sizes) const {
-    const int64_t row =
-        round_up(words, kWidth) + (width + kRowPad) + (kKeyStep / Op::kPair + kRowPad) + kWidth + 2;
-    return head.k_size(sizes.longest_k, p.head_dim) + head.v_size(sizes.longest_k, width) +
-           ceil_div(panels, 4) + kQueryTile * row + 9 * 16;
+    return head.k_size(sizes.longest_k, p.head_dim) + head.v_size(sizes.longest_k, t.width) +
+           ceil_div(panels, 4) + t.size(kQueryTile) + 3 * 16;
   }
 
   char* row_at(const Rows& rows, const Place& at, int64_t row) const {
@@ -353,11 +243,7 @@ class Worker {
     const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
     pack_rows<Op>(row_at(p.q, place, 0), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
                   t.ldq);
-    std::memset(t.out, 0, padded * t.ldo * sizeof(float));
-    if (kMap == ScoreMap::softmax) {
-      std::memset(t.sums, 0, padded * kWidth * sizeof(float));
-      for (int64_t r = 0; r < padded; ++r) t.pivot[r] = 0, t.raise_above[r] = -kInf;
-    }
+    t.clear<kMap>(padded);
   }
 
   void stream_keys() { t.terms->plain ? stream_keys<true>() : stream_keys<false>(); }
@@ -419,9 +305,7 @@ class Worker {
     for (int64_t r = 0; r < t.rows; ++r) {
       RowScale scale{1, 0};
       if (kMap == ScoreMap::softmax) {
-        scale = finish_softmax(sum_lanes(load(t.sums + r * kWidth)), t.pivot[r],
-                               t.raise_above[r] > -kInf, p.sink ? p.sink + place.h : nullptr,
-                               t.terms->shift);
+        scale = t.finish(r, p.sink ? p.sink + place.h : nullptr);
         lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
       }
       store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, place, r), p.dtype, p.value_dim);
@@ -429,10 +313,10 @@ class Worker {
   }
 
   const AttentionParams& p;
-  int64_t shares, panels, words, width;
+  int64_t shares, panels;
+  QueryTile t;
   cpu::Workspace workspace;
   PackedHead<Op> head;
-  QueryTile t;
   Place place{Sequence(p, 0), {}, 0, 0, 0, 0, 0}, next = place;
   int64_t packed = -1;
 };

@@ -4,9 +4,6 @@
 //   S^T = K Q^T,  dP^T = V dO^T,  then in registers
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
-//
-// The keys are cut into at most kSplits parts; dQ is the sum, in order, of one partial sum per
-// part. Parts run behind each other or on several threads, with the same bits.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -16,23 +13,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kKeyTile = 96;      // a multiple of kTileRows
-constexpr int64_t kQueryBlock = 128;  // a multiple of kPanel and of kQueryRows
-constexpr int64_t kQueryRows = 4;     // rows of the register tile of dQ
-constexpr int64_t kSplits = 8;
-constexpr int64_t kSplitKeys = 480;  // least keys of a part, a multiple of kKeyTile
-constexpr int64_t kRowPad = 16;      // rows start in different cache sets
 // e^-z beyond this is cut, so that P (1 - P) is 0 and not 0 * inf.
 constexpr float kMaxOdds = 1e37f;
-
-struct Split {
-  int64_t count, keys;  // parts of a sequence, keys of each but the last
-
-  explicit Split(int64_t length) : keys(round_up(ceil_div(length, kSplits), kKeyTile)) {
-    if (keys < kSplitKeys) keys = kSplitKeys;
-    count = length > 0 ? ceil_div(length, keys) : 1;
-  }
-};
 
 // Sums over the pairs of one head. Doubles: there may be 2^32 of them.
 struct HeadSums {
@@ -64,9 +46,7 @@ class Worker {
     dq_total = workspace.take(padded_q * width_d);
     dk = workspace.take(most_keys * width_d);
     dv = workspace.take(most_keys * width_v);
-    pt = workspace.take(kKeyTile * kLdp);
-    st = workspace.take(kKeyTile * kLdp);
-    sp = workspace.take(kKeyTile / 2 * kLdsp);
+    scores.place(workspace, kKeyTile);
   }
 
   static int64_t padded(int64_t length_q) { return round_up(length_q, kQueryBlock); }
@@ -122,12 +102,11 @@ class Worker {
   }
 
  private:
-  static constexpr int64_t kLdp = kQueryBlock / Op::kPair + kRowPad;
-  static constexpr int64_t kLdsp = kQueryBlock + kRowPad;
+  using Scores = ScoreOperands<Op, kQueryBlock>;
 
   int64_t floats_needed() const {
     return queries.size(padded_q) + tile.size(kKeyTile) + 2 * padded_q * width_d +
-           most_keys * (width_d + width_v) + kKeyTile * (2 * kLdp + kLdsp) + 7 * 16;
+           most_keys * (width_d + width_v) + scores.size(kKeyTile) + 4 * 16;
   }
 
   void enter(int64_t batch, int64_t head) {
@@ -206,20 +185,19 @@ class Worker {
       if (begin >= end) continue;
       const int64_t at = i / Op::kPair + begin;
       multiply_rows<Op, false, kTileRows, false>(
-          dv_rows + r * width_v, width_v, pt + r * kLdp + begin, kLdp, queries.gr + at * width_v,
-          width_v, end - begin, width_v);
+          dv_rows + r * width_v, width_v, scores.pt + r * Scores::kLdp + begin, Scores::kLdp,
+          queries.gr + at * width_v, width_v, end - begin, width_v);
       multiply_rows<Op, false, kTileRows, false>(
-          dk_rows + r * width_d, width_d, st + r * kLdp + begin, kLdp, queries.qr + at * width_d,
-          width_d, end - begin, width_d);
+          dk_rows + r * width_d, width_d, scores.st + r * Scores::kLdp + begin, Scores::kLdp,
+          queries.qr + at * width_d, width_d, end - begin, width_d);
     }
     for (int64_t q = 0; q < kQueryBlock && i + q < s->q_length; q += kQueryRows) {
       const int64_t from = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
       const int64_t to =
           ceil_div(lower(band.end(i + q + kQueryRows - 1) - first_key, keys), Op::kPair);
       if (from >= to) continue;
-      const float* a = Op::kPair == 1 ? st + from * kLdp + q : sp + from * kLdsp + q;
       multiply_rows<Op, true, kQueryRows, false>(
-          dq_rows + q * width_d, width_d, a, Op::kPair == 1 ? kLdp : kLdsp,
+          dq_rows + q * width_d, width_d, scores.gradient(from, q), Scores::gradient_ld(),
           tile.kb + from * width_d, width_d, to - from, width_d);
     }
   }
@@ -227,16 +205,9 @@ class Worker {
   // P^T and dS^T of kTileRows keys (row r of the tile) and kPanel queries (from i + c on).
   template <bool kPlain>
   __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
-    vf dp[kTileRows][kTileVectors], z[kTileRows][kTileVectors];
-    clear(dp);
-    multiply<Op, false>(dp, tile.vr + r * tile.lda_v, tile.lda_v,
-                        queries.gt + (i + c) * queries.words_v, kPanel, queries.words_v);
+    vf z[kTileRows][kTileVectors];
     alignas(64) float dp_memory[kTileRows][kPanel];
-    for (int m = 0; m < kTileRows; ++m)
-      for (int n = 0; n < kTileVectors; ++n) store(dp_memory[m] + n * kWidth, dp[m][n]);
-    clear(z);
-    multiply<Op, false>(z, tile.kr + r * tile.lda_d, tile.lda_d,
-                        queries.qt + (i + c) * queries.words_d, kPanel, queries.words_d);
+    multiply_scores<Op>(z, dp_memory, tile, r, queries, i + c);
 
     const int64_t query = i + c, key = first_key + r;
     const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
@@ -282,33 +253,9 @@ class Worker {
         }
         z[m][n] = dz[n];
       }
-      if constexpr (Op::kPair == 1) {
-        TM_UNROLL(4)
-        for (int n = 0; n < kTileVectors; ++n) {
-          store(pt + (r + m) * kLdp + c + n * kWidth, w[n]);
-          store(st + (r + m) * kLdp + c + n * kWidth, dz[n]);
-        }
-      } else {
-#if defined(__AVX512BF16__)
-        TM_UNROLL(2)
-        for (int n = 0; n < kTileVectors; n += 2) {
-          const int64_t at = (r + m) * kLdp + c / 2 + n / 2 * kWidth;
-          store(pt + at, narrow_bfloat(w[n], w[n + 1]));
-          store(st + at, narrow_bfloat(dz[n], dz[n + 1]));
-        }
-#endif
-      }
+      scores.store_key(r + m, c, w, dz);
     }
-#if defined(__AVX512BF16__)
-    if constexpr (Op::kPair == 2) {
-      TM_UNROLL(4)
-      for (int m = 0; m < kTileRows; m += 2) {
-        TM_UNROLL(4)
-        for (int n = 0; n < kTileVectors; ++n)
-          store(sp + (r + m) / 2 * kLdsp + c + n * kWidth, pair_bfloat(z[m][n], z[m + 1][n]));
-      }
-    }
-#endif
+    scores.store_pairs(r, c, z);
     if constexpr (!kPlain) {
       sums.score_bias += sum_lanes(bias_sum);
       sums.alibi_slopes -= sum_lanes(slope_sum);
@@ -401,7 +348,7 @@ class Worker {
   int64_t padded_q, most_keys;
   cpu::Workspace workspace;
   float *dq, *dq_total, *dk, *dv;
-  float *pt, *st, *sp;  // P^T, dS^T, and dS^T as pairs of keys
+  Scores scores;
 
   int64_t b = 0, kv_head = 0, h = 0, group = 1;
   Sequence sequence{p, 0};

@@ -6,6 +6,23 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
+constexpr int64_t kKeyTile = 96;      // a multiple of kTileRows
+constexpr int64_t kQueryBlock = 128;  // a multiple of kPanel and of kQueryRows
+constexpr int64_t kQueryRows = 4;     // rows of the register tile of dQ
+constexpr int64_t kSplits = 8;
+constexpr int64_t kSplitKeys = 480;  // least keys of a part, a multiple of kKeyTile
+
+// The keys are cut into at most kSplits parts; dQ is the sum, in order, of one partial sum per
+// part. Parts run behind each other or on several threads, with the same bits.
+struct Split {
+  int64_t count, keys;  // parts of a sequence, keys of each but the last
+
+  explicit Split(int64_t length) : keys(round_up(ceil_div(length, kSplits), kKeyTile)) {
+    if (keys < kSplitKeys) keys = kSplitKeys;
+    count = length > 0 ? ceil_div(length, keys) : 1;
+  }
+};
+
 // Lengths of packed rows: in words where they are an A operand, in floats where they are a B or C
 // operand; of q and k, and of v and dout.
 template <class Op>
@@ -50,15 +67,18 @@ struct QueryOperands : RowSizes<Op> {
     for (int64_t i = 0; i < padded; i += kPanel) {
       const int64_t left = s.q_length - i;
       const int64_t rows = left < 0 ? 0 : left < kPanel ? left : kPanel;
-      const char* q = row_of(p.q, p.dtype, b, s.q_start, i, h);
-      const char* g = row_of(bp.dout, p.dtype, b, s.q_start, i, h);
-      pack_transposed<Op>(q, p.dtype, p.q.seq, rows, p.head_dim, factor, qt + i * words_d);
-      pack_transposed<Op>(g, p.dtype, bp.dout.seq, rows, p.value_dim, 1.f, gt + i * words_v);
-      pack_reduced_rows<Op>(q, p.dtype, p.q.seq, rows, p.head_dim, qr + i / Op::kPair * width_d,
-                            width_d);
-      pack_reduced_rows<Op>(g, p.dtype, bp.dout.seq, rows, p.value_dim,
-                            gr + i / Op::kPair * width_v, width_v);
+      pack_panel(i, rows, EvenRows{row_of(p.q, p.dtype, b, s.q_start, i, h), p.q.seq},
+                 EvenRows{row_of(bp.dout, p.dtype, b, s.q_start, i, h), bp.dout.seq}, factor);
     }
+  }
+  // Rows i .. i + kPanel - 1, the first `rows` of them from q and g.
+  template <class Source>
+  void pack_panel(int64_t i, int64_t rows, const Source& q, const Source& g, float factor) {
+    const AttentionParams& p = bp.forward;
+    pack_transposed<Op>(q, p.dtype, rows, p.head_dim, factor, qt + i * words_d);
+    pack_transposed<Op>(g, p.dtype, rows, p.value_dim, 1.f, gt + i * words_v);
+    pack_reduced_rows<Op>(q, p.dtype, rows, p.head_dim, qr + i / Op::kPair * width_d, width_d);
+    pack_reduced_rows<Op>(g, p.dtype, rows, p.value_dim, gr + i / Op::kPair * width_v, width_v);
   }
 
   // lse in base 2 without `shift`, and delta = rowsum(dout out) - dlse.
@@ -66,19 +86,23 @@ struct QueryOperands : RowSizes<Op> {
     const AttentionParams& p = bp.forward;
     const float* lse_in = lse_of(p, p.lse, b, s.q_start, h);
     const float* dlse = bp.dlse ? lse_of(p, bp.dlse, b, s.q_start, h) : nullptr;
-    for (int64_t i = 0; i < s.q_length; ++i) {
-      // A row that saw nothing has P = 0.
-      lse[i] = lse_in[i] == -kInf ? kInf : (lse_in[i] - shift) * kLog2e;
-      const char* g = row_of(bp.dout, p.dtype, b, s.q_start, i, h);
-      const char* o = row_of(p.out, p.dtype, b, s.q_start, i, h);
-      vf dot = zero();
-      visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
-        for (int64_t d = 0; d < p.value_dim; d += kWidth)
-          dot = fma(e.load_n(g, d, p.value_dim - d), e.load_n(o, d, p.value_dim - d), dot);
-      });
-      delta[i] = sum_lanes(dot) - (dlse ? dlse[i] : 0);
-    }
+    for (int64_t i = 0; i < s.q_length; ++i)
+      pack_statistics(i, lse_in[i], dlse ? dlse[i] : 0, shift,
+                      row_of(bp.dout, p.dtype, b, s.q_start, i, h),
+                      row_of(p.out, p.dtype, b, s.q_start, i, h));
     for (int64_t i = s.q_length; i < padded; ++i) lse[i] = kInf, delta[i] = 0;
+  }
+  void pack_statistics(int64_t i, float lse_in, float dlse, float shift, const char* g,
+                       const char* o) {
+    const AttentionParams& p = bp.forward;
+    // A row that saw nothing has P = 0.
+    lse[i] = lse_in == -kInf ? kInf : (lse_in - shift) * kLog2e;
+    vf dot = zero();
+    visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
+      for (int64_t d = 0; d < p.value_dim; d += kWidth)
+        dot = fma(e.load_n(g, d, p.value_dim - d), e.load_n(o, d, p.value_dim - d), dot);
+    });
+    delta[i] = sum_lanes(dot) - dlse;
   }
 };
 
@@ -101,14 +125,90 @@ struct KeyOperands : RowSizes<Op> {
 
   // Keys begin .. begin + count - 1 of KV head h.
   void pack(const Sequence& s, int64_t b, int64_t h, int64_t begin, int64_t count) {
-    const int64_t padded = round_up(count, kTileRows);
-    const char* k = row_of(p.k, p.dtype, b, s.k_start, begin, h);
-    const char* v = row_of(p.v, p.dtype, b, s.k_start, begin, h);
-    pack_rows<Op>(k, p.dtype, p.k.seq, count, padded, p.head_dim, 1.f, kr, lda_d);
-    pack_rows<Op>(v, p.dtype, p.v.seq, count, padded, p.value_dim, 1.f, vr, lda_v);
-    if constexpr (Op::kPair != 1)
-      pack_reduced_rows<Op>(k, p.dtype, p.k.seq, count, p.head_dim, kb, width_d);
+    pack(count, EvenRows{row_of(p.k, p.dtype, b, s.k_start, begin, h), p.k.seq},
+         EvenRows{row_of(p.v, p.dtype, b, s.k_start, begin, h), p.v.seq});
   }
+  template <class Source>
+  void pack(int64_t count, const Source& k, const Source& v) {
+    const int64_t padded = round_up(count, kTileRows);
+    pack_rows<Op>(k, p.dtype, count, padded, p.head_dim, 1.f, kr, lda_d);
+    pack_rows<Op>(v, p.dtype, count, padded, p.value_dim, 1.f, vr, lda_v);
+    if constexpr (Op::kPair != 1) pack_reduced_rows<Op>(k, p.dtype, count, p.head_dim, kb, width_d);
+  }
+};
+
+// S^T = K Q^T into z and dP^T = V dO^T into dp, for kTileRows keys from row r of the tile on and N
+// vectors of queries from i on.
+template <class Op, int N>
+TM_INLINE void multiply_scores(vf (&z)[kTileRows][N], float (&dp)[kTileRows][kPanel],
+                               const KeyOperands<Op>& keys, int64_t r,
+                               const QueryOperands<Op>& queries, int64_t i) {
+  vf x[kTileRows][N];
+  clear(x);
+  multiply<Op, false>(x, keys.vr + r * keys.lda_v, keys.lda_v, queries.gt + i * queries.words_v,
+                      kPanel, queries.words_v);
+  for (int m = 0; m < kTileRows; ++m)
+    for (int n = 0; n < N; ++n) store(dp[m] + n * kWidth, x[m][n]);
+  clear(z);
+  multiply<Op, false>(z, keys.kr + r * keys.lda_d, keys.lda_d, queries.qt + i * queries.words_d,
+                      kPanel, queries.words_d);
+}
+
+// P^T and dS^T of a tile of keys (rows) and a block of queries, as operands of the other products.
+template <class Op, int64_t kQueries>
+struct ScoreOperands {
+  static constexpr int64_t kRowPad = 16;  // rows start in different cache sets
+  static constexpr int64_t kLdp = kQueries / Op::kPair + kRowPad;
+  static constexpr int64_t kLdsp = kQueries + kRowPad;
+
+  float *pt, *st, *sp;  // P^T, dS^T, and dS^T as pairs of keys
+
+  static int64_t size(int64_t keys) { return keys * (2 * kLdp + kLdsp) + 3 * 16; }
+  void place(cpu::Workspace& workspace, int64_t keys) {
+    pt = workspace.take(keys * kLdp);
+    st = workspace.take(keys * kLdp);
+    sp = workspace.take(keys / 2 * kLdsp);
+  }
+
+  // Weights w and their gradients dz for key r, and queries c and on.
+  template <int N>
+  TM_INLINE void store_key(int64_t r, int64_t c, const vf (&w)[N], const vf (&dz)[N]) const {
+    if constexpr (Op::kPair == 1) {
+      TM_UNROLL(4)
+      for (int n = 0; n < N; ++n) {
+        store(pt + r * kLdp + c + n * kWidth, w[n]);
+        store(st + r * kLdp + c + n * kWidth, dz[n]);
+      }
+    } else {
+#if defined(__AVX512BF16__)
+      TM_UNROLL(2)
+      for (int n = 0; n < N; n += 2) {
+        const int64_t at = r * kLdp + c / 2 + n / 2 * kWidth;
+        store(pt + at, narrow_bfloat(w[n], w[n + 1]));
+        store(st + at, narrow_bfloat(dz[n], dz[n + 1]));
+      }
+#endif
+    }
+  }
+  // dS^T of keys r .. r + kTileRows - 1 as pairs of keys, where words are pairs.
+  template <int N>
+  TM_INLINE void store_pairs(int64_t r, int64_t c, const vf (&dz)[kTileRows][N]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (Op::kPair == 2) {
+      TM_UNROLL(4)
+      for (int m = 0; m < kTileRows; m += 2) {
+        TM_UNROLL(4)
+        for (int n = 0; n < N; ++n)
+          store(sp + (r + m) / 2 * kLdsp + c + n * kWidth, pair_bfloat(dz[m][n], dz[m + 1][n]));
+      }
+    }
+#endif
+  }
+  // dS as A operand of dQ: columns are queries.
+  const float* gradient(int64_t key_word, int64_t query) const {
+    return Op::kPair == 1 ? st + key_word * kLdp + query : sp + key_word * kLdsp + query;
+  }
+  static constexpr int64_t gradient_ld() { return Op::kPair == 1 ? kLdp : kLdsp; }
 };
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,154 @@
+// From exponents to weights, for forward CPU kernels: a tile of query rows, what is summed for each
+// of them, and the score map in the registers of the first product.
+#pragma once
+#include "cpu/workspace.h"
+#include "dense/attention/cpu_scores.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
+// Rows of P and of the accumulators start in different cache sets.
+constexpr int64_t kRowPad = 16;
+// P may exceed 1 by this power of two before a softmax row moves its pivot.
+constexpr float kHeadroom = 8;
+
+// Asks for one row of a tensor ahead of time. Packing and storing wait for memory otherwise, above
+// all where the rows of a head lie far apart ([B, S, H, D]). Reads go to L2: at such strides few of
+// the sets of L1 would hold them all.
+template <bool kWrite>
+TM_INLINE void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, kWrite, kWrite ? 3 : 1);
+}
+
+// Rows of the next register tile where `left` are to be done.
+constexpr int64_t rows_of_tile(int64_t left) {
+  const bool fits = left <= kShortRows || (left > kTileRows && left <= 2 * kShortRows);
+  return fits ? kShortRows : kTileRows;
+}
+
+struct QueryRows {
+  const ScoreTerms* terms;
+  int64_t rows;
+  float* q;  // [most rows][ldq]
+  int64_t words, ldq;
+  float* p;  // weights of the current step, [most rows][ldp]
+  int64_t ldp;
+  float* out;  // [most rows][ldo]
+  int64_t ldo, width;
+  // softmax, per row: exponents are taken relative to pivot, the first maximum, so that the only
+  // key of a row has weight 1; it moves when an exponent exceeds raise_above.
+  float *pivot, *raise_above, *sums;
+
+  template <class Op>
+  void set_sizes(const AttentionParams& p, int64_t step) {
+    words = words_of<Op>(p.head_dim);
+    width = round_up(p.value_dim, kWidth);
+    ldq = round_up(words, kWidth);
+    ldo = width + kRowPad;
+    ldp = step / Op::kPair + kRowPad;
+  }
+  int64_t size(int64_t most) const { return most * (ldq + ldo + ldp + kWidth + 2) + 6 * 16; }
+  void place(cpu::Workspace& workspace, int64_t most) {
+    q = workspace.take(most * ldq);
+    out = workspace.take(most * ldo);
+    p = workspace.take(most * ldp);
+    sums = workspace.take(most * kWidth);
+    pivot = workspace.take(most);
+    raise_above = workspace.take(most);
+  }
+
+  template <ScoreMap kMap>
+  void clear(int64_t padded) {
+    std::memset(out, 0, padded * ldo * sizeof(float));
+    if (kMap == ScoreMap::softmax) {
+      std::memset(sums, 0, padded * kWidth * sizeof(float));
+      for (int64_t r = 0; r < padded; ++r) pivot[r] = 0, raise_above[r] = -kInf;
+    }
+  }
+  RowScale finish(int64_t r, const float* sink) const {
+    return finish_softmax(sum_lanes(load(sums + r * kWidth)), pivot[r], raise_above[r] > -kInf,
+                          sink, terms->shift);
+  }
+};
+
+template <class Op>
+TM_INLINE vf scale_words(vf x, float factor) {
+  if constexpr (Op::kPair == 1) return x * set(factor);
+#if defined(__AVX512BF16__)
+  const __m512i bits = _mm512_castps_si512(x);
+  const vf hi = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
+  const vf lo = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  return pair_bfloat(lo * set(factor), hi * set(factor));
+#endif
+}
+
+// Moves the pivot of a softmax row up to `top` and rescales what was summed relative to the old
+// one.
+template <class Op>
+__attribute__((noinline)) void raise_pivot(const QueryRows& t, int64_t row, float top,
+                                           int64_t words_done) {
+  if (!(top > t.raise_above[row])) return;
+  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.pivot[row] - top);
+  t.pivot[row] = top;
+  t.raise_above[row] = top + kHeadroom;
+  float* p = t.p + row * t.ldp;
+  for (int64_t w = 0; w < words_done; w += kWidth)
+    store(p + w, scale_words<Op>(load(p + w), factor));
+  float* out = t.out + row * t.ldo;
+  for (int64_t d = 0; d < t.width; d += kWidth) store(out + d, load(out + d) * set(factor));
+  float* sums = t.sums + row * kWidth;
+  store(sums, load(sums) * set(factor));
+}
+
+// Rows `row` and on: exponents s to weights, at `slot` of the step.
+template <class Op, ScoreMap kMap, bool kCoarse, int kRows, int kVectors>
+TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVectors],
+                             int64_t slot) {
+  const int64_t ldp = t.ldp;
+  float* p = t.p + row * ldp + slot / Op::kPair;
+  if constexpr (kMap == ScoreMap::softmax) {
+    vm over{};
+    vf top[kRows];
+    TM_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      top[r] = s[r][0];
+      TM_UNROLL(4)
+      for (int j = 1; j < kVectors; ++j) top[r] = max_of(top[r], s[r][j]);
+      over = either(over, less(set(t.raise_above[row + r]), top[r]));
+    }
+    if (any(over)) [[unlikely]]
+      for (int r = 0; r < kRows; ++r)
+        raise_pivot<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
+  }
+  const vf odds = set(t.terms->odds), one = set(1.f);
+  TM_UNROLL(8)
+  for (int r = 0; r < kRows; ++r) {
+    if constexpr (kMap == ScoreMap::softmax) {
+      const vf pivot = set(t.pivot[row + r]);
+      float* sums = t.sums + (row + r) * kWidth;
+      vf sum = load(sums);
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) {
+        s[r][j] = power<kCoarse>(s[r][j] - pivot);
+        sum = sum + s[r][j];
+      }
+      store(sums, sum);
+    } else {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j)
+        s[r][j] = reciprocal<kCoarse>(fma(power<kCoarse>(s[r][j]), odds, one));
+    }
+    if constexpr (Op::kPair == 1) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) store(p + r * ldp + j * kWidth, s[r][j]);
+    } else {
+#if defined(__AVX512BF16__)
+      TM_UNROLL(2)
+      for (int j = 0; j < kVectors; j += 2)
+        store(p + r * ldp + j / 2 * kWidth, narrow_bfloat(s[r][j], s[r][j + 1]));
+#endif
+    }
+  }
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
