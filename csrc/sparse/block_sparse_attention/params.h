@@ -28,6 +28,14 @@ struct BlockSparseParams {
   TOKENMILL_HOST_DEVICE int64_t key_blocks() const {
     return (attention.seqlen_k + (int64_t{1} << log2_block_k) - 1) >> log2_block_k;
   }
+  // Pairs of a query and a key that it may see, if lists and requests are full.
+  double most_pairs() const {
+    const AttentionParams& p = attention;
+    double keys = static_cast<double>(list.entries << log2_block_k) +
+                  static_cast<double>(num_sink) + static_cast<double>(num_recent);
+    if (keys > static_cast<double>(p.seqlen_k)) keys = static_cast<double>(p.seqlen_k);
+    return keys * static_cast<double>(p.batch * p.heads * p.seqlen_q);
+  }
   TOKENMILL_HOST_DEVICE SeenKeys seen(int64_t b, int64_t i) const {
     int64_t end = length(b);
     if (causal) end += i + 1 - attention.seqlen_q;
