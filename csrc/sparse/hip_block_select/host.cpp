@@ -109,23 +109,12 @@ std::tuple<Tensor, Tensor> hip_block_select(
   Tensor counts = empty({batch, p.lists, p.blocks}, q, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  if (counts.numel() > 0) {
-#if defined(TOKENMILL_WITH_CUDA)
-    if (qv.is_cuda)
-      launch_on_device(kOp, qv, p);
-    else
-#endif
-      cpu::hip_block_select(p);
-  }
+  if (counts.numel() > 0) cpu::hip_block_select(p);
   return {indices, counts};
 }
 
 }  // namespace
 
 TOKENMILL_IMPL(CPU, m) { m.impl("hip_block_select", TOKENMILL_BOX(hip_block_select)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("hip_block_select", TOKENMILL_BOX(hip_block_select)); }
-#endif
 
 }  // namespace tokenmill

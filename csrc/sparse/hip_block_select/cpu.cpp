@@ -1,0 +1,417 @@
+// The search of one query block after the other. Its queries lie across the lanes of vectors, and
+// the keys of representatives are multiplied with them from where they are in memory: nothing is
+// gathered but what must be converted. Few queries are multiplied along the head dimension instead.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "sparse/hip_block_select/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr float kNegInf = -__builtin_inff();
+constexpr int kRows = kWidth == 16 ? 8 : 6;  // keys of a register tile
+constexpr int kVectors = 2;                  // of queries
+constexpr int kLanes = kVectors * kWidth;
+constexpr int64_t kFewQueries = 4;
+constexpr int64_t kAhead = 2 * kRows;  // keys that are prefetched
+
+// Unsigned integers in the order of the scores, and back.
+TM_INLINE uint32_t key_of(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+TM_INLINE float score_of(uint32_t key) {
+  return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+struct Candidate {
+  HipNode node;
+  float score;  // NaN: not known yet
+};
+
+// A key of a representative: what it counts for.
+struct Probe {
+  const char* key;
+  int32_t slot;  // of the candidate among those that are scored
+  float room;    // of the end of the last query; queries of a smaller deficit count the key
+};
+
+// best[i] = max(best[i], products of row i with kLanes queries that count it), a vector for each
+// row. A function of its own, as the one in cpu/tile.h.
+template <class Op>
+__attribute__((noinline)) void score_rows(const float* const (&rows)[kRows], const float* queries,
+                                          int64_t words, const float* deficits,
+                                          const float (&rooms)[kRows], bool masked,
+                                          float* const (&best)[kRows]) {
+  vf acc[kRows][kVectors];
+  clear(acc);
+  TM_UNROLL(2)
+  for (int64_t w = 0; w < words; ++w) {
+    vf q[kVectors];
+    TM_UNROLL(2)
+    for (int n = 0; n < kVectors; ++n) q[n] = load(queries + w * kLanes + n * kWidth);
+    TM_UNROLL(8)
+    for (int i = 0; i < kRows; ++i) {
+      const vf x = set(rows[i][w]);
+      TM_UNROLL(2)
+      for (int n = 0; n < kVectors; ++n) acc[i][n] = Op::madd(acc[i][n], x, q[n]);
+    }
+  }
+  TM_UNROLL(8)
+  for (int i = 0; i < kRows; ++i) {
+    vf most = load(best[i]);
+    TM_UNROLL(2)
+    for (int n = 0; n < kVectors; ++n) {
+      vf x = acc[i][n];
+      if (masked) x = select(less(load(deficits + n * kWidth), set(rooms[i])), x, set(kNegInf));
+      most = max_of(x, most);  // not a NaN
+    }
+    store(best[i], most);
+  }
+}
+
+template <class Op>
+class Searcher {
+ public:
+  explicit Searcher(const HipParams& p)
+      : p(p),
+        element_size(p.dtype == DType::float32 ? 4 : 2),
+        words(words_of<Op>(p.head_dim)),
+        ldw(round_up(words, kWidth)),
+        row_floats(round_up(p.head_dim, 16) + 16),
+        most_queries(p.group * (std::min(p.block_q, p.queries) / p.stride_q + 1)),
+        padded(round_up(most_queries, kLanes)),
+        room(2 * p.wanted + kWidth),
+        memory(padded * (ldw + 1) + kLanes * row_floats + kRows * ldw + room * (kWidth + 5) +
+               row_floats + (p.wanted * 2 * p.block_k + kAhead) * kProbeFloats + 16 * 16) {
+    queries = memory.take(padded * ldw);
+    deficits = memory.take(padded);
+    gathered = reinterpret_cast<char*>(memory.take(kLanes * row_floats));
+    converted = memory.take(kRows * ldw);
+    best = memory.take(room * kWidth);
+    scores = memory.take(room);
+    todo = reinterpret_cast<int32_t*>(memory.take(room));
+    candidates = reinterpret_cast<Candidate*>(memory.take(3 * room));
+    zeros = memory.take(row_floats);
+    std::fill(zeros, zeros + row_floats, 0.f);
+    probes =
+        reinterpret_cast<Probe*>(memory.take((p.wanted * 2 * p.block_k + kAhead) * kProbeFloats));
+  }
+
+  void run(int64_t item) {
+    const int64_t block = item % p.blocks, list = item / p.blocks % p.lists;
+    b = item / (p.blocks * p.lists);
+    const HipRows rows = hip_rows(p, block);
+    end = hip_end(p, clamped_length(p.lengths, b, p.k.rows), rows.first);
+    const HipNode all = hip_admissible(p, end);
+    int32_t* const indices = p.indices + item * p.wanted;
+    int64_t found = std::min<int64_t>(all.end - all.begin, p.wanted);
+    if (all.end - all.begin <= p.wanted) {
+      for (int32_t i = 0; i < found; ++i) indices[i] = all.begin + i;
+    } else {
+      kv_head = list * p.kv_heads / p.lists;
+      load_queries(list, rows);
+      found = p.exact ? scan(all) : descend(all, list, block);
+      for (int64_t i = 0; i < found; ++i) indices[i] = candidates[i].node.begin;
+    }
+    std::fill(indices + found, indices + p.wanted, -1);
+    p.counts[item] = static_cast<int32_t>(found);
+  }
+
+ private:
+  static constexpr int64_t kProbeFloats = sizeof(Probe) / sizeof(float);
+
+  // All admissible blocks, so many at a time as a list has.
+  int64_t scan(HipNode all) {
+    int64_t count = 0;
+    for (int32_t block = all.begin; block < all.end;) {
+      const int32_t last = static_cast<int32_t>(std::min(all.end, block + int32_t(p.wanted)));
+      for (; block < last; ++block) candidates[count++] = {{block, block + 1}, __builtin_nanf("")};
+      score(count);
+      count = keep_best(count);
+    }
+    return count;
+  }
+
+  int64_t descend(HipNode all, int64_t list, int64_t block) {
+    int64_t count = p.start ? list_nodes(all, list, block) : 0;
+    if (count == 0) count = start_nodes(all);
+    while (true) {
+      int32_t largest = 0;
+      for (int64_t i = 0; i < count; ++i)
+        largest = std::max(largest, candidates[i].node.end - candidates[i].node.begin);
+      if (largest == 1) return count;
+      count = halve(count);
+      score(count);
+      count = keep_best(count);
+    }
+  }
+
+  int64_t start_nodes(HipNode all) {
+    const int64_t n = all.end - all.begin;
+    for (int64_t i = 0; i < p.wanted; ++i)
+      candidates[i] = {{static_cast<int32_t>(all.begin + n * i / p.wanted),
+                        static_cast<int32_t>(all.begin + n * (i + 1) / p.wanted)},
+                       __builtin_nanf("")};
+    return p.wanted;
+  }
+
+  int64_t list_nodes(HipNode all, int64_t list, int64_t block) {
+    const int64_t at[] = {b, list, block};
+    const int32_t *ids = p.start, *counts = p.start_counts;
+    for (int i = 0; i < 3; ++i) {
+      ids += at[i] * p.start_strides[i];
+      counts += at[i] * p.start_count_strides[i];
+    }
+    int64_t count = 0;
+    int32_t before = -1;
+    for (int64_t i = 0; i < std::min<int64_t>(*counts, p.wanted); ++i) {
+      if (ids[i] <= before || ids[i] < all.begin || ids[i] >= all.end) continue;
+      before = ids[i];
+      const HipNode node = hip_restart_node(p, all, before);
+      if (count > 0 && candidates[count - 1].node.begin == node.begin) continue;
+      candidates[count++] = {node, __builtin_nanf("")};
+    }
+    return count;
+  }
+
+  // Nodes become their halves, from the last on: in place. A half with the representative of its
+  // node has its score.
+  int64_t halve(int64_t count) {
+    int64_t single = 0;
+    for (int64_t i = 0; i < count; ++i)
+      single += candidates[i].node.end - candidates[i].node.begin == 1;
+    const int64_t halves = 2 * count - single;
+    for (int64_t i = count - 1, to = halves; i >= 0; --i) {
+      const Candidate c = candidates[i];
+      const int32_t size = c.node.end - c.node.begin, middle = c.node.begin + size / 2;
+      if (size == 1) {
+        candidates[--to] = c;
+        continue;
+      }
+      const int32_t known = hip_representative(p, c.node);
+      const auto half = [&](HipNode node) TM_LAMBDA {
+        const bool same = hip_representative(p, node) == known;
+        return Candidate{node, same ? c.score : __builtin_nanf("")};
+      };
+      candidates[--to] = half({middle, c.node.end});
+      candidates[--to] = half({c.node.begin, middle});
+    }
+    return halves;
+  }
+
+  // The queries that speak for a block, the last one first, each head of the list by itself.
+  // Lanes without a query have the last one's.
+  void load_queries(int64_t list, HipRows rows) {
+    count_queries = p.group * rows.rows;
+    few = count_queries <= kFewQueries;
+    const auto row = [&](int64_t i) TM_LAMBDA {
+      const int64_t h = i < count_queries ? i / rows.rows : 0;
+      const int64_t t = i < count_queries ? i % rows.rows : 0;
+      deficits[i] = p.causal ? static_cast<float>(t * p.stride_q) : 0.f;
+      return static_cast<const char*>(p.q.data) +
+             (b * p.q.batch + (rows.first - t * p.stride_q) * p.q.seq +
+              (list * p.group + h) * p.q.head) *
+                 element_size;
+    };
+    max_deficit = p.causal ? static_cast<float>((rows.rows - 1) * p.stride_q) : 0.f;
+    if (few) {
+      for (int64_t i = 0; i < count_queries; ++i)
+        pack_rows<Op>(row(i), p.dtype, 0, 1, 1, p.head_dim, 1, queries + i * ldw, ldw);
+      return;
+    }
+    panels = ceil_div(count_queries, kLanes);
+    const int64_t stride = row_floats * 4 / element_size;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t i = 0; i < kLanes; ++i)
+        std::memcpy(gathered + i * row_floats * 4, row(panel * kLanes + i),
+                    p.head_dim * element_size);
+      pack_transposed<Op, kLanes>(gathered, p.dtype, stride, kLanes, p.head_dim, 1,
+                                  queries + panel * kLanes * words);
+    }
+  }
+
+  const char* key(int64_t t) const {
+    const KeyRun run = key_run(p.k, b, t);
+    if (run.offset < 0) return reinterpret_cast<const char*>(zeros);
+    return static_cast<const char*>(p.k.data) + (run.offset + kv_head * p.k.head) * element_size;
+  }
+
+  // Scores of the candidates that have none.
+  void score(int64_t count) {
+    int64_t slots = 0, probed = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (candidates[i].score == candidates[i].score) continue;
+      const int64_t first = hip_representative(p, candidates[i].node) * p.block_k;
+      const int64_t from = std::max(first, p.num_sink), until = std::min(first + p.block_k, end);
+      for (int64_t t = from; t < until; ++t)
+        probes[probed++] = {key(t), static_cast<int32_t>(slots), static_cast<float>(end - t)};
+      todo[slots++] = static_cast<int32_t>(i);
+    }
+    if (probed == 0) return;
+    for (int64_t i = probed; i < probed + kAhead; ++i) probes[i] = probes[probed - 1];
+    std::fill(scores, scores + slots, kNegInf);
+    if (few) {
+      score_few(probed);
+    } else {
+      score_many(probed, slots);
+    }
+    for (int64_t i = 0; i < slots; ++i) candidates[todo[i]].score = scores[i] + 0.f;  // not -0
+  }
+
+  void score_many(int64_t probed, int64_t slots) {
+    const bool direct = p.dtype == DType::float32 || (Op::kPair == 2 && p.head_dim % 2 == 0);
+    const int64_t row_bytes = p.head_dim * element_size;
+    for (int64_t i = 0; i < slots * kWidth; i += kWidth) store(best + i, set(kNegInf));
+    for (int64_t first = 0; first < probed; first += kRows) {
+      const float* rows[kRows];
+      float* to[kRows];
+      float rooms[kRows];
+      bool masked = false;
+      for (int i = 0; i < kRows; ++i) {
+        const Probe& probe = probes[std::min(first + i, probed - 1)];
+        rows[i] = reinterpret_cast<const float*>(probe.key);
+        to[i] = best + probe.slot * kWidth;
+        rooms[i] = probe.room;
+        masked |= probe.room <= max_deficit;
+        const char* const ahead = probes[std::min(first + i + kAhead, probed - 1)].key;
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      if (!direct)
+        for (int i = 0; i < kRows; ++i) {
+          pack_rows<Op>(rows[i], p.dtype, 0, 1, 1, p.head_dim, 1, converted + i * ldw, ldw);
+          rows[i] = converted + i * ldw;
+        }
+      for (int64_t panel = 0; panel < panels; ++panel)
+        score_rows<Op>(rows, queries + panel * kLanes * words, words, deficits + panel * kLanes,
+                       rooms, masked, to);
+    }
+    for (int64_t i = 0; i < slots; i += kWidth) {
+      vf most[kWidth];
+      TM_UNROLL(16)
+      for (int j = 0; j < kWidth; ++j) most[j] = load(best + (i + j) * kWidth);
+      transpose(most);
+      TM_UNROLL(4)
+      for (int step = kWidth / 2; step > 0; step /= 2)
+        for (int j = 0; j < step; ++j) most[j] = max_of(most[j], most[j + step]);
+      store(scores + i, most[0]);
+    }
+  }
+
+  void score_few(int64_t probed) {
+    visit_words<Op>(p.k.data, p.dtype, 1, [&]<typename T>(const T*, const auto words_at) TM_LAMBDA {
+      for (int64_t first = 0; first < probed; first += kWidth) {
+        const T* row[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) {
+          row[i] = reinterpret_cast<const T*>(probes[std::min(first + i, probed - 1)].key);
+          __builtin_prefetch(probes[std::min(first + i + kAhead, probed - 1)].key);
+        }
+        for (int64_t r = 0; r < count_queries; ++r) {
+          vf acc[kWidth];
+          TM_UNROLL(16)
+          for (int i = 0; i < kWidth; ++i) acc[i] = zero();
+          for (int64_t w = 0; w < ldw; w += kWidth) {
+            const vf q = load(queries + r * ldw + w);
+            TM_UNROLL(16)
+            for (int i = 0; i < kWidth; ++i)
+              acc[i] = Op::madd(acc[i], q, words_at(row[i], w * Op::kPair, p.head_dim));
+          }
+          float sums[kWidth];
+          store(sums, sum_rows(acc));
+          for (int64_t i = 0; i < std::min<int64_t>(kWidth, probed - first); ++i) {
+            const Probe& probe = probes[first + i];
+            float& to = scores[probe.slot];
+            if (deficits[r] < probe.room && sums[i] > to) to = sums[i];
+          }
+        }
+      }
+    });
+  }
+
+  // The best candidates, in order, come first; of equal ones the lower blocks. Returns how many.
+  int64_t keep_best(int64_t count) {
+    if (count <= p.wanted) return count;
+    float least = candidates[0].score, most = least;
+    for (int64_t i = 0; i < count; ++i) {
+      scores[i] = candidates[i].score;
+      least = std::min(least, scores[i]);
+      most = std::max(most, scores[i]);
+    }
+    const int64_t length = round_up(count, kWidth);
+    std::fill(scores + count, scores + length, __builtin_nanf(""));
+    // At least `wanted` scores reach `low`, fewer reach `high`.
+    uint32_t low = key_of(least), high = key_of(most) + 1;
+    int64_t reaching = count;
+    while (high - low > 1 && reaching != p.wanted) {
+      const uint32_t middle = low + (high - low) / 2;
+      const int64_t now = count_reaching(score_of(middle), length);
+      if (now >= p.wanted) {
+        low = middle;
+        reaching = now;
+      } else {
+        high = middle;
+      }
+    }
+    const float bar = score_of(low);
+    int64_t ties = p.wanted, kept = 0;
+    for (int64_t i = 0; i < count; ++i) ties -= scores[i] > bar;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool equal = scores[i] == bar && ties > 0;
+      candidates[kept] = candidates[i];
+      kept += scores[i] > bar || equal;
+      ties -= equal;
+    }
+    return kept;
+  }
+
+  int64_t count_reaching(float bar, int64_t length) const {
+    const vf x = set(bar), one = set(1.f);
+    vf count = zero();
+    for (int64_t i = 0; i < length; i += kWidth) {
+      const vf s = load(scores + i);
+      count = count + select(either(less(x, s), equal(x, s)), one, zero());
+    }
+    return static_cast<int64_t>(sum_lanes(count));
+  }
+
+  const HipParams& p;
+  int64_t element_size, words, ldw, row_floats, most_queries, padded, room;
+  cpu::Workspace memory;
+  float *queries, *deficits, *converted, *best, *scores, *zeros;
+  char* gathered;
+  int32_t* todo;
+  Candidate* candidates;
+  Probe* probes;
+  int64_t b = 0, kv_head = 0, end = 0, count_queries = 0, panels = 0;
+  float max_deficit = 0;
+  bool few = false;
+};
+
+template <class Op>
+void search(const HipParams& p, int threads) {
+  cpu::parallel_items(p.batch * p.lists * p.blocks, threads, [&](cpu::ItemCounter& counter) {
+    FlushDenormals flush;
+    Searcher<Op> searcher(p);
+    for (int64_t item; (item = counter.next()) >= 0;) searcher.run(item);
+  });
+}
+
+}  // namespace
+
+void hip_block_select(const HipParams& p) {
+  // Below about 64 Ki products a parallel region costs more than it gains.
+  const int64_t products = p.batch * p.lists * p.group * p.queries * p.k.rows;
+  const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::bfloat16) return search<BFloat16>(p, threads);
+#endif
+  search<Float32>(p, threads);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
