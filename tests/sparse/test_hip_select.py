@@ -1,0 +1,351 @@
+"""hip_block_select: what its lists hold, what they surely find and what they may miss."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import backends, cpu_variants, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenmill as tm
+
+NAN = float("nan")
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+
+
+def whole(shape, generator, dtype=torch.float32, most=4):
+    """Whole numbers: products are exact, whatever their order."""
+    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
+
+
+def select(q, k, backend, **options):
+    device = device_of(backend)
+
+    def there(x):
+        if isinstance(x, tuple):
+            return tuple(map(there, x))
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    options = {name: there(value) for name, value in options.items()}
+    lists = tm.hip_block_select(there(q), there(k), **options, backend=backend)
+    return tuple(t.cpu() for t in lists)
+
+
+def admissible(o, queries, tokens, row):
+    """First and last + 1 admissible block of a query block, by looking at every pair."""
+    last = min((row + 1) * o["block_q"], queries) - 1
+    seen = tokens - queries + last + 1 if o["causal"] else tokens
+    counted = range(o["num_sink"], max(seen - o["num_recent"], o["num_sink"]))
+    blocks = sorted({j // o["block_k"] for j in counted})
+    return (blocks[0], blocks[-1] + 1) if blocks else (0, 0)
+
+
+@st.composite
+def calls(draw, longest=220):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
+    batch, dim = draw(st.integers(1, 2)), draw(st.sampled_from([1, 4, 16, 24, 64, 67, 130]))
+    queries = draw(st.sampled_from([1, 1, 2, 5, 20, 41]))
+    tokens = draw(st.integers(0, longest))
+    block_k = draw(st.sampled_from([1, 2, 2, 3, 8, 16, 33]))
+    o = {
+        "block_k": block_k,
+        "budget": block_k * draw(st.sampled_from([1, 2, 5, 8, 16])),
+        "block_q": draw(st.sampled_from([1, 4, 16, 64])),
+        "stride_q": draw(st.sampled_from([1, 2, 2, 3, 100])),
+        "representative": draw(st.sampled_from(["first", "middle", "last"])),
+        "num_sink": draw(st.sampled_from([0, 0, 1, 16])),
+        "num_recent": draw(st.sampled_from([0, 1, 7, 40])),
+        "bound": draw(st.sampled_from(["sample", "sample", "minmax"])),
+        "causal": draw(st.booleans()),
+        "head_reduce": draw(st.sampled_from(["none", "group_max"])),
+    }
+    q = whole((batch, queries, kv_heads * group, dim), generator, dtype)
+    k = whole((batch, tokens, kv_heads, dim), generator, dtype)
+    if draw(st.sampled_from([False, False, True])) and tokens:
+        k[0, draw(st.integers(0, tokens - 1)) :: 3, 0, 0] = NAN
+    if draw(st.booleans()):
+        lengths = [draw(st.integers(0, tokens)) for _ in range(batch)]
+        o["seqlens_k"] = torch.tensor(lengths, dtype=torch.int32)
+    if draw(st.booleans()) and o["bound"] == "sample":
+        o["restart_span"] = draw(st.sampled_from([1, 2, 3, 8, 1000]))
+        heads = kv_heads if o["head_reduce"] == "group_max" else kv_heads * group
+        shape = (batch, heads, -(-queries // o["block_q"]), o["budget"] // block_k)
+        ids = torch.randint(-2, tokens // block_k + 3, shape, generator=generator)
+        if draw(st.booleans()):
+            ids = ids.sort()[0]
+        counts = torch.randint(-1, shape[-1] + 2, shape[:-1], generator=generator)
+        o["start"] = (ids.int(), counts.int())
+    cache = k
+    if draw(st.booleans()):
+        size = draw(st.sampled_from([1, 4, 16]))
+        pages = -(-tokens // size)
+        table = torch.randperm(batch * pages + 1, generator=generator)[: batch * pages].int()
+        o["block_table"] = table.view(batch, pages)
+        padded = torch.zeros(batch, pages * size, kv_heads, dim, dtype=dtype)
+        padded[:, :tokens] = k
+        cache = torch.full((batch * pages + 1, size, kv_heads, dim), NAN, dtype=dtype)
+        cache[table.long()] = padded.unflatten(1, (pages, size)).flatten(0, 1)
+        o.setdefault("seqlens_k", torch.full((batch,), tokens, dtype=torch.int32))
+    return q, k, cache, o
+
+
+def check_lists(call, backend):
+    """I2 (unique), I3, I4 and I8, and the blocks of the oracle."""
+    q, k, cache, o = call
+    found = select(q, cache, backend, **o)
+    indices, counts = found
+    assert indices.dtype == counts.dtype == torch.int32
+    for again in (select(q, cache, backend, **o), select(q, cache, "reference", **o)):
+        assert torch.equal(indices, again[0]) and torch.equal(counts, again[1])
+    o = {**o, "queries": q.shape[1]}
+    lengths = o.get("seqlens_k", torch.full((len(q),), k.shape[1]))
+    for b, h, r in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+        first, until = admissible(o, q.shape[1], int(lengths[b]), r)
+        held = indices[b, h, r, : counts[b, h, r]].tolist()
+        assert held == sorted(set(held)) and all(first <= i < until for i in held)
+        assert (indices[b, h, r, len(held) :] == -1).all()
+        wanted = min(until - first, o["budget"] // o["block_k"])
+        if "start" in o:
+            assert len(held) <= wanted and (len(held) > 0) == (wanted > 0)
+        else:
+            assert len(held) == wanted
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
+)
+@settings(max_examples=60)
+@given(call=calls())
+def test_lists_on_every_instruction_set(call, backend, isa):
+    check_lists(call, backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
+@settings(max_examples=40)
+@given(call=calls(longest=150))
+def test_lists(call, backend):
+    check_lists(call, backend)
+
+
+@each_backend
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_budget_that_suffices_leaves_nothing_out(data, backend):
+    """I1 and I2: list, first and last keys are all that any query sees."""
+    queries, tokens = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+    o = {
+        "block_q": data.draw(st.sampled_from([1, 8, 16])),
+        "block_k": data.draw(st.sampled_from([1, 2, 5])),
+        "num_sink": data.draw(st.integers(0, 9)),
+        "num_recent": data.draw(st.integers(0, 20)),
+        "causal": data.draw(st.booleans()),
+    }
+    o["budget"] = o["block_k"] * -(-tokens // o["block_k"])
+    q, k = torch.randn(1, queries, 1, 8), torch.randn(1, tokens, 1, 8)
+    indices, counts = select(q, k, backend, **o)
+    for i in range(queries):
+        seen = range(tokens - queries + i + 1 if o["causal"] else tokens)
+        held = set(range(o["num_sink"])) | set(seen[max(len(seen) - o["num_recent"], 0) :])
+        row = i // o["block_q"]
+        for block in indices[0, 0, row, : counts[0, 0, row]].tolist():
+            held |= set(range(block * o["block_k"], (block + 1) * o["block_k"]))
+        assert held >= set(seen)
+
+
+def block_scores(q, k, o):
+    """Of the admissible blocks of the only list and query block, in Python."""
+    first, until = admissible(o, q.shape[1], k.shape[1], 0)
+    rows = range(q.shape[1] - 1, -1, -o["stride_q"])
+    scores = {}
+    for block in range(first, until):
+        scores[block] = -float("inf")
+        for i in rows:
+            end = (k.shape[1] - q.shape[1] + i + 1 if o["causal"] else k.shape[1]) - o["num_recent"]
+            keys = range(max(block * o["block_k"], o["num_sink"]), (block + 1) * o["block_k"])
+            for j in keys:
+                if j < end:
+                    products = (q[0, i].double() * k[0, j].double()).sum(-1)
+                    scores[block] = max([scores[block], *products.tolist()])
+    return scores
+
+
+def best_of(scores, wanted):
+    return sorted(sorted(scores, key=lambda block: (-scores[block], block))[:wanted])
+
+
+SMALL = {"block_q": 16, "block_k": 2, "stride_q": 2, "num_sink": 4, "num_recent": 6, "causal": True}
+
+
+@each_backend
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), wanted=st.integers(1, 20), tokens=st.integers(20, 130))
+def test_exact_mode_is_exact(seed, wanted, tokens, backend):
+    generator = torch.Generator().manual_seed(seed)
+    q, k = whole((1, 9, 1, 8), generator), whole((1, tokens, 1, 8), generator)
+    indices, counts = select(q, k, backend, **SMALL, budget=2 * wanted, bound="minmax")
+    found = indices[0, 0, 0, : counts[0, 0, 0]].tolist()
+    assert found == best_of(block_scores(q, k, SMALL), wanted)
+
+
+@each_backend
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), wanted=st.integers(1, 12))
+def test_the_best_representative_stays(seed, wanted, backend):
+    """I5: with "first", whatever the first step looked at, nothing better is lost."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = whole((1, 5, 1, 8), generator), whole((1, 150, 1, 8), generator)
+    o = {**SMALL, "budget": 2 * wanted, "representative": "first"}
+    indices, counts = select(q, k, backend, **o)
+    scores = block_scores(q, k, SMALL)
+    first, n = min(scores), len(scores)
+    ends = [first + n * i // wanted for i in range(wanted + 1)]
+    looked_at = [*ends[:-1], *((a + (b - a) // 2) for a, b in itertools.pairwise(ends))]
+    found = [scores[i] for i in indices[0, 0, 0, : counts[0, 0, 0]].tolist()]
+    assert max(found) >= max(scores[i] for i in looked_at)
+
+
+@each_backend
+@pytest.mark.parametrize("representative", ["first", "middle", "last"])
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), wanted=st.integers(1, 12), tokens=st.integers(40, 200))
+def test_keys_that_are_alike_in_each_first_node_are_found(
+    seed, wanted, tokens, representative, backend
+):
+    """I6"""
+    generator = torch.Generator().manual_seed(seed)
+    o = {**SMALL, "block_q": 1, "num_sink": 0, "num_recent": 0}
+    tokens -= tokens % 2
+    n = tokens // 2
+    q, k = whole((1, 1, 1, 8), generator), torch.zeros(1, tokens, 1, 8)
+    for i in range(wanted):
+        k[0, 2 * (n * i // wanted) : 2 * (n * (i + 1) // wanted)] = whole((1, 8), generator)
+    indices, counts = select(q, k, backend, **o, budget=2 * wanted, representative=representative)
+    scores = block_scores(q, k, o)
+    found = sorted(scores[i] for i in indices[0, 0, 0, : counts[0, 0, 0]].tolist())
+    assert found == sorted(scores[i] for i in best_of(scores, wanted))
+
+
+@each_backend
+@settings(max_examples=20)
+@given(
+    peak=st.integers(0, 299), wanted=st.integers(2, 12), slopes=st.tuples(*[st.integers(1, 5)] * 2)
+)
+def test_a_peak_is_found(peak, wanted, slopes, backend):
+    """I6: one slope up, one down, whatever they are."""
+    j = torch.arange(300.0)
+    k = torch.where(j < peak, (j - peak) * slopes[0], (peak - j) * slopes[1])[None, :, None, None]
+    o = {**SMALL, "num_sink": 0, "num_recent": 0, "block_k": 1}
+    indices, _ = select(torch.ones(1, 1, 1, 1), k, backend, **o, budget=wanted)
+    assert peak in indices
+
+
+@each_backend
+def test_an_isolated_spike_can_be_missed(backend):
+    """There is no worst-case guarantee but with bound="minmax"."""
+    q, k = torch.ones(1, 1, 1, 4), torch.zeros(1, 1000, 1, 4)
+    k[0, 777] = 100
+    o = {**SMALL, "budget": 16}
+    assert 777 // 2 not in select(q, k, backend, **o)[0]
+    assert 777 // 2 in select(q, k, backend, **o, bound="minmax")[0]
+
+
+@each_backend
+def test_orders_and_unseen_keys_do_not_matter(backend):
+    """I7"""
+    generator = torch.Generator().manual_seed(0)
+    q, k = whole((3, 30, 6, 16), generator), whole((3, 250, 2, 16), generator)
+    lengths = torch.tensor([250, 20, 131], dtype=torch.int32)
+    o = {**SMALL, "budget": 32, "seqlens_k": lengths}
+    indices, counts = select(q, k, backend, **o)
+    batch, heads = torch.tensor([2, 0, 1]), torch.tensor([4, 5, 3, 1, 2, 0])
+    moved = {**o, "seqlens_k": lengths[batch]}
+    there = select(q[batch][:, :, heads], k[batch][:, :, [1, 0]], backend, **moved)
+    assert torch.equal(there[0], indices[batch][:, heads])
+    assert torch.equal(there[1], counts[batch][:, heads])
+    k[1, 20:], k[2, 131:] = NAN, NAN  # beyond the lengths
+    q[1, :10] = NAN  # before the first key: 20 keys for 30 queries
+    again = select(q, k, backend, **o)
+    assert torch.equal(again[0], indices) and torch.equal(again[1], counts)
+
+
+def recall(k, q, wanted, backend):
+    o = {**SMALL, "block_q": 1, "num_sink": 0, "num_recent": 0, "budget": 2 * wanted}
+    found, best = (
+        select(q, k, backend, **o, bound=bound)[0].flatten(0, 2) for bound in ("sample", "minmax")
+    )
+    shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), best.tolist(), strict=True)]
+    return sum(shared) / best.numel()
+
+
+@each_backend
+def test_recall_is_that_of_chance_or_better(backend):
+    """I9: independent keys, then keys that resemble their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    lists, tokens, wanted = (24, 512, 32) if backend in ("cpu", "reference") else (8, 256, 16)
+    chance = wanted / (tokens // 2)
+    q = torch.randn(1, 1, lists, 16, generator=generator)
+    noise = torch.randn(1, tokens, lists, 16, generator=generator)
+    assert recall(noise, q, wanted, backend) >= chance - 0.03
+    smooth = noise.clone()
+    for t in range(1, tokens):
+        smooth[:, t] = 0.97 * smooth[:, t - 1] + (1 - 0.97**2) ** 0.5 * noise[:, t]
+    assert recall(smooth, q, wanted, backend) > 3 * chance
+
+
+@each_backend
+def test_decoding_selects_what_prefill_does(backend):
+    generator = torch.Generator().manual_seed(0)
+    q, k = whole((1, 40, 2, 16), generator), whole((1, 190, 1, 16), generator)
+    o = {**SMALL, "block_q": 1, "budget": 16}
+    indices, counts = select(q, k, backend, **o)
+    for i in (0, 17, 39):
+        one = select(q[:, i : i + 1], k[:, : 151 + i], backend, **o)
+        assert torch.equal(one[0], indices[:, :, i : i + 1])
+        assert torch.equal(one[1], counts[:, :, i : i + 1])
+
+
+@each_backend
+def test_a_list_goes_on_from_itself(backend):
+    """Nodes of one block stay; nodes of two or more have the blocks of the list among theirs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = whole((1, 1, 2, 16), generator), whole((1, 800, 2, 16), generator)
+    o = {**SMALL, "budget": 32}
+    start = select(q, k, backend, **o)
+    same = select(q, k, backend, **o, start=start, restart_span=1)
+    assert torch.equal(start[0], same[0])
+    exact = select(q, k, backend, **o, bound="minmax")
+    wide = select(q, k, backend, **o, start=start, restart_span=4)
+    groups = [set((x // 4).tolist()) for x in start[0][0, :, 0]]
+    assert all(set((x // 4).tolist()) <= g for x, g in zip(wide[0][0, :, 0], groups, strict=True))
+    refined = select(q, k, backend, **o, start=exact, restart_span=1)
+    assert torch.equal(refined[0], exact[0])
+
+
+@each_backend
+def test_nan_comes_after_every_number(backend):
+    q, k = torch.ones(1, 1, 1, 4), torch.full((1, 100, 1, 4), NAN)
+    k[0, ::7] = -1.0
+    o = {**SMALL, "block_k": 1, "num_sink": 0, "num_recent": 0, "bound": "minmax"}
+    numbers = list(range(0, 100, 7))
+    assert select(q, k, backend, **o, budget=15)[0].flatten().tolist() == numbers
+    more = select(q, k, backend, **o, budget=17)[0].flatten().tolist()
+    assert more == sorted([*numbers, 1, 2])
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_pages_out_of_range_count_as_zeros(backend):
+    q, k = torch.ones(1, 1, 1, 8), -torch.ones(3, 4, 1, 8)
+    table = torch.tensor([[0, 1, -1, 3, 2**31 - 1, 2]], dtype=torch.int32)
+    o = {**SMALL, "block_k": 4, "num_sink": 0, "num_recent": 0, "block_table": table}
+    for bound in ("sample", "minmax"):
+        assert select(q, k, backend, **o, budget=12, bound=bound)[0].flatten().tolist() == [2, 3, 4]
+
+
+def test_gradients_are_not_asked_for():
+    q, k = (torch.randn(1, 9, 1, 8, requires_grad=True) for _ in range(2))
+    assert not tm.hip_block_select(q, k)[0].requires_grad
