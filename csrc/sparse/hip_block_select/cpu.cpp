@@ -15,11 +15,13 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr float kNegInf = -__builtin_inff();
+constexpr float kUnknown = __builtin_nanf("");
 constexpr int kRows = kWidth == 16 ? 8 : 6;  // keys of a register tile
 constexpr int kVectors = 2;                  // of queries
 constexpr int kLanes = kVectors * kWidth;
 constexpr int64_t kFewQueries = 4;
 constexpr int64_t kAhead = 2 * kRows;  // keys that are prefetched
+constexpr int64_t kAheadFew = 64;
 
 // Unsigned integers in the order of the scores, and back.
 TM_INLINE uint32_t key_of(float x) {
@@ -30,15 +32,10 @@ TM_INLINE float score_of(uint32_t key) {
   return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-struct Candidate {
-  HipNode node;
-  float score;  // NaN: not known yet
-};
-
 // A key of a representative: what it counts for.
 struct Probe {
   const char* key;
-  int32_t slot;  // of the candidate among those that are scored
+  int32_t slot;  // of its node among those that are scored
   float room;    // of the end of the last query; queries of a smaller deficit count the key
 };
 
@@ -89,19 +86,19 @@ class Searcher {
         padded(round_up(most_queries, kLanes)),
         room(2 * p.wanted + kWidth),
         memory(padded * (ldw + 1) + kLanes * row_floats + kRows * ldw + room * (kWidth + 5) +
-               row_floats + (p.wanted * 2 * p.block_k + kAhead) * kProbeFloats + 16 * 16) {
+               row_floats + p.wanted * 2 * p.block_k * kProbeFloats + 16 * 16) {
     queries = memory.take(padded * ldw);
     deficits = memory.take(padded);
     gathered = reinterpret_cast<char*>(memory.take(kLanes * row_floats));
     converted = memory.take(kRows * ldw);
     best = memory.take(room * kWidth);
+    nodes = reinterpret_cast<HipNode*>(memory.take(2 * room));
     scores = memory.take(room);
-    todo = reinterpret_cast<int32_t*>(memory.take(room));
-    candidates = reinterpret_cast<Candidate*>(memory.take(3 * room));
+    found_scores = memory.take(room);
+    numbers = reinterpret_cast<int32_t*>(memory.take(room + kWidth));
     zeros = memory.take(row_floats);
     std::fill(zeros, zeros + row_floats, 0.f);
-    probes =
-        reinterpret_cast<Probe*>(memory.take((p.wanted * 2 * p.block_k + kAhead) * kProbeFloats));
+    probes = reinterpret_cast<Probe*>(memory.take(p.wanted * 2 * p.block_k * kProbeFloats));
   }
 
   void run(int64_t item) {
@@ -118,7 +115,7 @@ class Searcher {
       kv_head = list * p.kv_heads / p.lists;
       load_queries(list, rows);
       found = p.exact ? scan(all) : descend(all, list, block);
-      for (int64_t i = 0; i < found; ++i) indices[i] = candidates[i].node.begin;
+      for (int64_t i = 0; i < found; ++i) indices[i] = nodes[i].begin;
     }
     std::fill(indices + found, indices + p.wanted, -1);
     p.counts[item] = static_cast<int32_t>(found);
@@ -127,12 +124,17 @@ class Searcher {
  private:
   static constexpr int64_t kProbeFloats = sizeof(Probe) / sizeof(float);
 
+  void add(int64_t& count, HipNode node) {
+    nodes[count] = node;
+    scores[count++] = kUnknown;
+  }
+
   // All admissible blocks, so many at a time as a list has.
   int64_t scan(HipNode all) {
     int64_t count = 0;
     for (int32_t block = all.begin; block < all.end;) {
       const int32_t last = static_cast<int32_t>(std::min(all.end, block + int32_t(p.wanted)));
-      for (; block < last; ++block) candidates[count++] = {{block, block + 1}, __builtin_nanf("")};
+      for (; block < last; ++block) add(count, {block, block + 1});
       score(count);
       count = keep_best(count);
     }
@@ -145,7 +147,7 @@ class Searcher {
     while (true) {
       int32_t largest = 0;
       for (int64_t i = 0; i < count; ++i)
-        largest = std::max(largest, candidates[i].node.end - candidates[i].node.begin);
+        largest = std::max(largest, nodes[i].end - nodes[i].begin);
       if (largest == 1) return count;
       count = halve(count);
       score(count);
@@ -155,11 +157,11 @@ class Searcher {
 
   int64_t start_nodes(HipNode all) {
     const int64_t n = all.end - all.begin;
+    int64_t count = 0;
     for (int64_t i = 0; i < p.wanted; ++i)
-      candidates[i] = {{static_cast<int32_t>(all.begin + n * i / p.wanted),
-                        static_cast<int32_t>(all.begin + n * (i + 1) / p.wanted)},
-                       __builtin_nanf("")};
-    return p.wanted;
+      add(count, {static_cast<int32_t>(all.begin + n * i / p.wanted),
+                  static_cast<int32_t>(all.begin + n * (i + 1) / p.wanted)});
+    return count;
   }
 
   int64_t list_nodes(HipNode all, int64_t list, int64_t block) {
@@ -175,8 +177,7 @@ class Searcher {
       if (ids[i] <= before || ids[i] < all.begin || ids[i] >= all.end) continue;
       before = ids[i];
       const HipNode node = hip_restart_node(p, all, before);
-      if (count > 0 && candidates[count - 1].node.begin == node.begin) continue;
-      candidates[count++] = {node, __builtin_nanf("")};
+      if (count == 0 || nodes[count - 1].begin != node.begin) add(count, node);
     }
     return count;
   }
@@ -184,24 +185,19 @@ class Searcher {
   // Nodes become their halves, from the last on: in place. A half with the representative of its
   // node has its score.
   int64_t halve(int64_t count) {
-    int64_t single = 0;
-    for (int64_t i = 0; i < count; ++i)
-      single += candidates[i].node.end - candidates[i].node.begin == 1;
-    const int64_t halves = 2 * count - single;
+    int64_t halves = 2 * count;
+    for (int64_t i = 0; i < count; ++i) halves -= nodes[i].end - nodes[i].begin == 1;
     for (int64_t i = count - 1, to = halves; i >= 0; --i) {
-      const Candidate c = candidates[i];
-      const int32_t size = c.node.end - c.node.begin, middle = c.node.begin + size / 2;
-      if (size == 1) {
-        candidates[--to] = c;
-        continue;
-      }
-      const int32_t known = hip_representative(p, c.node);
-      const auto half = [&](HipNode node) TM_LAMBDA {
-        const bool same = hip_representative(p, node) == known;
-        return Candidate{node, same ? c.score : __builtin_nanf("")};
-      };
-      candidates[--to] = half({middle, c.node.end});
-      candidates[--to] = half({c.node.begin, middle});
+      const HipNode node = nodes[i];
+      const float score = scores[i];
+      const int32_t middle = node.begin + (node.end - node.begin) / 2;
+      const int32_t known = hip_representative(p, node);
+      const HipNode left{node.begin, middle}, right{middle, node.end};
+      nodes[--to] = right;  // of a node of one block: the node
+      scores[to] = hip_representative(p, right) == known ? score : kUnknown;
+      if (middle == node.begin) continue;
+      nodes[--to] = left;
+      scores[to] = hip_representative(p, left) == known ? score : kUnknown;
     }
     return halves;
   }
@@ -243,31 +239,36 @@ class Searcher {
     return static_cast<const char*>(p.k.data) + (run.offset + kv_head * p.k.head) * element_size;
   }
 
-  // Scores of the candidates that have none.
+  // Scores of the nodes that have none.
   void score(int64_t count) {
     int64_t slots = 0, probed = 0;
+    const bool paged = p.k.table != nullptr;
+    const char* const keys = paged ? nullptr : key(0);
+    const int64_t step = p.k.seq * element_size;
     for (int64_t i = 0; i < count; ++i) {
-      if (candidates[i].score == candidates[i].score) continue;
-      const int64_t first = hip_representative(p, candidates[i].node) * p.block_k;
+      if (scores[i] == scores[i]) continue;
+      const int64_t first = hip_representative(p, nodes[i]) * p.block_k;
       const int64_t from = std::max(first, p.num_sink), until = std::min(first + p.block_k, end);
       for (int64_t t = from; t < until; ++t)
-        probes[probed++] = {key(t), static_cast<int32_t>(slots), static_cast<float>(end - t)};
-      todo[slots++] = static_cast<int32_t>(i);
+        probes[probed++] = {paged ? key(t) : keys + t * step, static_cast<int32_t>(slots),
+                            static_cast<float>(end - t)};
+      numbers[slots++] = static_cast<int32_t>(i);
     }
-    if (probed == 0) return;
-    for (int64_t i = probed; i < probed + kAhead; ++i) probes[i] = probes[probed - 1];
-    std::fill(scores, scores + slots, kNegInf);
-    if (few) {
-      score_few(probed);
-    } else {
+    if (slots == 0) return;
+    if (few)
+      score_few(probed, slots);
+    else
       score_many(probed, slots);
-    }
-    for (int64_t i = 0; i < slots; ++i) candidates[todo[i]].score = scores[i] + 0.f;  // not -0
+    for (int64_t i = 0; i < slots; ++i) scores[numbers[i]] = found_scores[i] + 0.f;  // not -0
+  }
+
+  TM_INLINE void prefetch(int64_t i) const {
+    for (int64_t byte = 0; byte < p.head_dim * element_size; byte += 64)
+      __builtin_prefetch(probes[i].key + byte, 0, 2);
   }
 
   void score_many(int64_t probed, int64_t slots) {
     const bool direct = p.dtype == DType::float32 || (Op::kPair == 2 && p.head_dim % 2 == 0);
-    const int64_t row_bytes = p.head_dim * element_size;
     for (int64_t i = 0; i < slots * kWidth; i += kWidth) store(best + i, set(kNegInf));
     for (int64_t first = 0; first < probed; first += kRows) {
       const float* rows[kRows];
@@ -280,8 +281,7 @@ class Searcher {
         to[i] = best + probe.slot * kWidth;
         rooms[i] = probe.room;
         masked |= probe.room <= max_deficit;
-        const char* const ahead = probes[std::min(first + i + kAhead, probed - 1)].key;
-        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+        prefetch(std::min(first + i + kAhead, probed - 1));
       }
       if (!direct)
         for (int i = 0; i < kRows; ++i) {
@@ -300,17 +300,18 @@ class Searcher {
       TM_UNROLL(4)
       for (int step = kWidth / 2; step > 0; step /= 2)
         for (int j = 0; j < step; ++j) most[j] = max_of(most[j], most[j + step]);
-      store(scores + i, most[0]);
+      store(found_scores + i, most[0]);
     }
   }
 
-  void score_few(int64_t probed) {
+  void score_few(int64_t probed, int64_t slots) {
+    std::fill(found_scores, found_scores + slots, kNegInf);
     visit_words<Op>(p.k.data, p.dtype, 1, [&]<typename T>(const T*, const auto words_at) TM_LAMBDA {
       for (int64_t first = 0; first < probed; first += kWidth) {
         const T* row[kWidth];
         for (int64_t i = 0; i < kWidth; ++i) {
           row[i] = reinterpret_cast<const T*>(probes[std::min(first + i, probed - 1)].key);
-          __builtin_prefetch(probes[std::min(first + i + kAhead, probed - 1)].key);
+          prefetch(std::min(first + i + kAheadFew, probed - 1));
         }
         for (int64_t r = 0; r < count_queries; ++r) {
           vf acc[kWidth];
@@ -326,7 +327,7 @@ class Searcher {
           store(sums, sum_rows(acc));
           for (int64_t i = 0; i < std::min<int64_t>(kWidth, probed - first); ++i) {
             const Probe& probe = probes[first + i];
-            float& to = scores[probe.slot];
+            float& to = found_scores[probe.slot];
             if (deficits[r] < probe.room && sums[i] > to) to = sums[i];
           }
         }
@@ -334,19 +335,18 @@ class Searcher {
     });
   }
 
-  // The best candidates, in order, come first; of equal ones the lower blocks. Returns how many.
+  // The best nodes, in order, come first; of equal ones the lower blocks. Returns how many.
   int64_t keep_best(int64_t count) {
     if (count <= p.wanted) return count;
-    float least = candidates[0].score, most = least;
-    for (int64_t i = 0; i < count; ++i) {
-      scores[i] = candidates[i].score;
-      least = std::min(least, scores[i]);
-      most = std::max(most, scores[i]);
-    }
     const int64_t length = round_up(count, kWidth);
-    std::fill(scores + count, scores + length, __builtin_nanf(""));
+    std::fill(scores + count, scores + length, kUnknown);
+    vf least = set(-kNegInf), most = set(kNegInf);
+    for (int64_t i = 0; i < length; i += kWidth) {
+      least = min_of(load(scores + i), least);  // not a NaN
+      most = max_of(load(scores + i), most);
+    }
     // At least `wanted` scores reach `low`, fewer reach `high`.
-    uint32_t low = key_of(least), high = key_of(most) + 1;
+    uint32_t low = key_of(-max_lanes(zero() - least)), high = key_of(max_lanes(most)) + 1;
     int64_t reaching = count;
     while (high - low > 1 && reaching != p.wanted) {
       const uint32_t middle = low + (high - low) / 2;
@@ -358,14 +358,26 @@ class Searcher {
         high = middle;
       }
     }
-    const float bar = score_of(low);
-    int64_t ties = p.wanted, kept = 0;
-    for (int64_t i = 0; i < count; ++i) ties -= scores[i] > bar;
-    for (int64_t i = 0; i < count; ++i) {
-      const bool equal = scores[i] == bar && ties > 0;
-      candidates[kept] = candidates[i];
-      kept += scores[i] > bar || equal;
-      ties -= equal;
+    const vf bar = set(score_of(low));
+    int64_t kept = 0, above = 0;
+    if (reaching == p.wanted) {
+      for (int64_t i = 0; i < length; i += kWidth) {
+        const vf x = load(scores + i);
+        kept += store_lane_numbers(numbers + kept, static_cast<int32_t>(i),
+                                   either(less(bar, x), equal(bar, x)));
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) above += scores[i] > first(bar);
+      for (int64_t i = 0, ties = p.wanted - above; i < count; ++i) {
+        const bool tied = scores[i] == first(bar) && ties > 0;
+        numbers[kept] = static_cast<int32_t>(i);
+        kept += scores[i] > first(bar) || tied;
+        ties -= tied;
+      }
+    }
+    for (int64_t i = 0; i < kept; ++i) {
+      nodes[i] = nodes[numbers[i]];
+      scores[i] = scores[numbers[i]];
     }
     return kept;
   }
@@ -383,10 +395,11 @@ class Searcher {
   const HipParams& p;
   int64_t element_size, words, ldw, row_floats, most_queries, padded, room;
   cpu::Workspace memory;
-  float *queries, *deficits, *converted, *best, *scores, *zeros;
+  float *queries, *deficits, *converted, *best, *zeros;
   char* gathered;
-  int32_t* todo;
-  Candidate* candidates;
+  HipNode* nodes;
+  float *scores, *found_scores;  // kUnknown: not known yet
+  int32_t* numbers;
   Probe* probes;
   int64_t b = 0, kv_head = 0, end = 0, count_queries = 0, panels = 0;
   float max_deficit = 0;
