@@ -52,7 +52,7 @@ def flex_window(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
     return _compiled_flex(q.shape[2], left)(q, k, v)
 
 
-def _with_backward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
+def with_backward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
     leaves = [t.detach().requires_grad_() for t in tensors]
     cotangent = torch.randn_like(forward(*leaves))
     return lambda: torch.autograd.grad(forward(*leaves), leaves, cotangent)
@@ -88,7 +88,7 @@ def _case(
 
         def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
             if backward:
-                return _with_backward(function, tensors)
+                return with_backward(function, tensors)
             return lambda: function(*tensors)
 
         def peer(function: Callable[..., Tensor]) -> Run:

@@ -16,33 +16,40 @@ constexpr int64_t kStepVectors = 256 / kWidth;
 static_assert(kStepVectors <= 64 && kStepVectors % kTileVectors == 0);
 
 struct KeyVector {
-  const float *k, *v;
+  const float *k, *v;                 // packed
   int64_t keys;                       // fewer than kWidth if gathered
-  bool gathered;                      // else at[0] .. at[0] + kWidth - 1
-  int64_t at[kWidth];                 // keys of the request
-  float from[kWidth], until[kWidth];  // the queries that see them; unset if each sees all
+  bool gathered;                      // else keys at[0] .. at[0] + kWidth - 1
+  int64_t at[kWidth];                 // of the request
+  float from[kWidth], until[kWidth];  // the queries of the block that see them
   float first_from, last_from, first_until, last_until;
 
-  bool seen(float first, float last) const { return first_from <= last && first < last_until; }
-  bool whole(float first, float last) const { return last_from <= first && last < first_until; }
-
-  void see(int64_t lane, SeenBy by) {
-    from[lane] = static_cast<float>(by.from);
-    until[lane] = static_cast<float>(by.until);
+  void open(bool gather) {
+    keys = 0;
+    gathered = gather;
+    for (int l = 0; l < kWidth; ++l) from[l] = 0, until[l] = SeenBy::kNever;
+    first_from = first_until = SeenBy::kNever;
+    last_from = last_until = 0;
   }
-  // Keys ascend in a run; those of several runs need not.
-  void bound() {
-    first_from = last_from = from[0];
-    first_until = last_until = until[0];
-    for (int64_t l = 1; l < keys; ++l) {
-      if (from[l] < first_from) first_from = from[l];
-      if (from[l] > last_from) last_from = from[l];
-      if (until[l] < first_until) first_until = until[l];
-      if (until[l] > last_until) last_until = until[l];
-    }
+  // Lanes are seen by every query if nothing else is said.
+  void see_all() { first_from = 0, last_until = SeenBy::kNever; }
+  void see(int64_t lane, SeenBy by) {
+    const float begin = static_cast<float>(by.from), end = static_cast<float>(by.until);
+    from[lane] = begin;
+    until[lane] = end;
+    first_from = begin < first_from ? begin : first_from;
+    last_from = begin > last_from ? begin : last_from;
+    first_until = end < first_until ? end : first_until;
+    last_until = end > last_until ? end : last_until;
+  }
+  void close() {
+    if (!gathered) return;
     for (int64_t l = keys; l < kWidth; ++l) from[l] = SeenBy::kNever, until[l] = 0;
     if (keys < kWidth) last_from = SeenBy::kNever;
   }
+
+  // Queries from first to last: whether one sees one of the keys, and whether each sees all.
+  bool seen(float first, float last) const { return first_from <= last && first < last_until; }
+  bool whole(float first, float last) const { return last_from <= first && last < first_until; }
 };
 
 struct Step {
@@ -153,7 +160,8 @@ class Worker {
     own_k = workspace.take(kStepVectors * k_floats);
     own_v = workspace.take(kStepVectors * v_floats);
     runs.place(workspace.take(runs.floats()));
-    steps = reinterpret_cast<Step*>(workspace.take(2 * kStepFloats));
+    now = reinterpret_cast<Step*>(workspace.take(kStepFloats));
+    coming = reinterpret_cast<Step*>(workspace.take(kStepFloats));
     t.place(workspace, kRowsOfTile);
     t.query = workspace.take(kRowsOfTile);
     t.lowest = workspace.take(kRowsOfTile);
@@ -162,12 +170,13 @@ class Worker {
 
   // One share of the tiles of one KV head.
   void run(int64_t item) {
-    const int64_t kv = item / shares, share = item % shares;
+    kv = item / shares;
+    const int64_t share = item % shares;
+    next_tile = share * tiles.count / shares;
+    end_tile = (share + 1) * tiles.count / shares;
     std::memset(done, 0, vectors);
-    for (int64_t n = share * tiles.count / shares; n < (share + 1) * tiles.count / shares; ++n) {
-      tile = tiles.at(kv, n);
-      if (tile.rows <= 0) continue;
-      length = d.length(tile.b);
+    for (find_next(), fill(*coming); next.rows > 0;) {
+      tile = next;
       const ScoreTerms terms(p, tile.b, tile.head, Sequence(p, tile.b));
       t.terms = &terms;
       t.rows = tile.rows;
@@ -191,18 +200,22 @@ class Worker {
            2 * kStepFloats + t.size(kRowsOfTile) + 3 * kRowsOfTile + 10 * 16;
   }
 
-  char* row_at(const Rows& rows, int64_t r) const {
-    return row_of(rows, p.dtype, tile.b, 0, tile.query_of(r), tile.head_of(r));
+  char* row_at(const Rows& rows, const RowTile& of, int64_t r) const {
+    return row_of(rows, p.dtype, of.b, 0, of.query_of(r), of.head_of(r));
   }
-  const char* k_row(int64_t x) const { return row_of(p.k, p.dtype, tile.b, 0, x, tile.kv_head); }
-  const char* v_row(int64_t x) const { return row_of(p.v, p.dtype, tile.b, 0, x, tile.kv_head); }
+  const char* k_row(int64_t x) const {
+    return row_of(p.k, p.dtype, kv / p.kv_heads, 0, x, kv % p.kv_heads);
+  }
+  const char* v_row(int64_t x) const {
+    return row_of(p.v, p.dtype, kv / p.kv_heads, 0, x, kv % p.kv_heads);
+  }
 
   void load_queries() {
     const int64_t padded = round_up(t.rows, kTileRows);
     const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
     tile.for_each_head([&](int64_t r, int64_t n) {
-      pack_rows<Op>(row_at(p.q, r), p.dtype, p.q.seq, n, n, p.head_dim, factor, t.q + r * t.ldq,
-                    t.ldq);
+      pack_rows<Op>(row_at(p.q, tile, r), p.dtype, p.q.seq, n, n, p.head_dim, factor,
+                    t.q + r * t.ldq, t.ldq);
     });
     std::memset(t.q + t.rows * t.ldq, 0, (padded - t.rows) * t.ldq * sizeof(float));
     t.clear<ScoreMap::softmax>(padded);
@@ -225,17 +238,21 @@ class Worker {
       full[n] = score_tile_for<Op, kCoarse, kPlain, kTileRows>(n);
       shorter[n] = score_tile_for<Op, kCoarse, kPlain, kShortRows>(n);
     }
-    runs.find(tile);
-    next_run = 0;
-    next_key = runs.count() > 0 ? runs[0].begin : 0;
-    Step *now = steps, *next = steps + 1;
-    for (fill(*now); now->count > 0; std::swap(now, next)) {
-      fill(*next);
+    for (bool last = false; !last;) {
+      std::swap(now, coming);
+      fill(*coming);
+      last = coming->count == 0;
+      if (last) find_next(), fill(*coming);
+      const int64_t rows_of_step = ceil_div(now->count, kTileVectors) * t.rows;
+      int64_t rows_done = 0;
       for (int64_t c = 0; c < now->count; c += kTileVectors) {
         const int64_t end = c + kTileVectors < now->count ? c + kTileVectors : now->count;
         for (int64_t j = c; j < end; ++j) pack(now->vectors[j], j);
         for (int64_t row = 0, n; row < t.rows; row += n) {
           n = rows_of_tile(t.rows - row);
+          prefetch(rows_done, rows_done + n, rows_of_step);
+          if (last && c == 0) prefetch_rows(row, n);
+          rows_done += n;
           int64_t count = end - c;
           while (count > 0 && !sees(now->vectors[c + count - 1], row)) --count;
           count = round_up(count, Op::kPair);
@@ -256,6 +273,41 @@ class Worker {
     }
   }
 
+  // The share [from, to) of `all` of the rows that the coming step packs.
+  void prefetch(int64_t from, int64_t to, int64_t all) const {
+    const int64_t keys = coming->count * kWidth;
+    to = to < all ? to : all;
+    for (int64_t i = from * keys / all; i < to * keys / all; ++i) {
+      const KeyVector& of = coming->vectors[i / kWidth];
+      const int64_t l = i % kWidth;
+      if (of.gathered ? l >= of.keys : done[of.at[0] / kWidth]) continue;
+      const int64_t x = of.gathered ? of.at[l] : of.at[0] + l;
+      prefetch_row<false>(k_row(x), p.head_dim * size_of(p.dtype));
+      prefetch_row<false>(v_row(x), p.value_dim * size_of(p.dtype));
+    }
+  }
+
+  // Rows of the output, and of the next tile's queries.
+  void prefetch_rows(int64_t row, int64_t count) const {
+    for (int64_t r = row; r < row + count; ++r) {
+      if (r < t.rows) prefetch_row<true>(row_at(p.out, tile, r), p.value_dim * size_of(p.dtype));
+      if (r < next.rows) prefetch_row<false>(row_at(p.q, next, r), p.head_dim * size_of(p.dtype));
+    }
+  }
+
+  // The next tile that has rows, if there is one, and the runs of keys that it sees.
+  void find_next() {
+    next.rows = 0;
+    while (next_tile < end_tile && next.rows <= 0) next = tiles.at(kv, next_tile++);
+    if (next.rows <= 0) {
+      next.rows = 0;
+      runs.clear();
+    } else {
+      runs.find(next);
+    }
+    next_run = next_key = 0;
+  }
+
   bool sees(const KeyVector& keys, int64_t row) const {
     return keys.seen(t.lowest[row], t.highest[row]);
   }
@@ -264,37 +316,41 @@ class Worker {
   void fill(Step& step) {
     step.count = 0;
     KeyVector* open = nullptr;
-    while (next_run < runs.count()) {
-      const KeyRun& from = runs[next_run];
-      if (next_key == from.end) {
-        if (++next_run < runs.count()) next_key = runs[next_run].begin;
-        continue;
-      }
-      const bool aligned = next_key % kWidth == 0 && next_key + kWidth <= from.end;
-      if (aligned || !open || open->keys == kWidth) {
-        if (step.count == kStepVectors) break;
-        KeyVector& made = step.vectors[step.count++];
-        made.gathered = !aligned;
-        made.keys = aligned ? kWidth : 0;
-        if (!aligned) open = &made;
-        if (aligned) {
-          made.at[0] = next_key;
-          for (int64_t l = 0; l < kWidth; ++l) made.see(l, runs.seen_by(from, next_key + l));
-          next_key += kWidth;
-          continue;
+    for (; next_run < runs.count(); ++next_run, next_key = 0) {
+      const KeyRun& run = runs[next_run];
+      if (next_key < run.begin) next_key = run.begin;
+      while (next_key < run.end) {
+        const bool aligned = next_key % kWidth == 0 && next_key + kWidth <= run.end;
+        KeyVector* to = aligned ? nullptr : open;
+        if (!to || to->keys == kWidth) {
+          if (step.count == kStepVectors) return close(step);
+          to = &step.vectors[step.count++];
+          to->open(!aligned);
+          if (!aligned) open = to;
         }
+        const int64_t to_border = kWidth - next_key % kWidth, room = kWidth - to->keys;
+        int64_t n = to_border < room ? to_border : room;
+        if (n > run.end - next_key) n = run.end - next_key;
+        const SeenBy first = runs.seen_by(run, next_key),
+                     last = runs.seen_by(run, next_key + n - 1);
+        if (last.from == 0 && first.until >= next.queries) {
+          to->see_all();
+        } else {
+          for (int64_t l = 0; l < n; ++l) to->see(to->keys + l, runs.seen_by(run, next_key + l));
+        }
+        for (int64_t l = 0; l < n; ++l) to->at[to->keys++] = next_key++;
       }
-      open->see(open->keys, runs.seen_by(from, next_key));
-      open->at[open->keys++] = next_key++;
     }
+    close(step);
+  }
+
+  static void close(Step& step) {
+    for (int64_t j = 0; j < step.count; ++j) step.vectors[j].close();
     // Pairs of vectors share words of P: a last one that nobody sees fills up.
-    for (int64_t j = 0; j < step.count; ++j) step.vectors[j].bound();
     if (step.count % Op::kPair) {
       KeyVector& nothing = step.vectors[step.count++];
-      nothing.keys = 0;
-      nothing.gathered = true;
-      nothing.see(0, {SeenBy::kNever, 0});
-      nothing.bound();
+      nothing.open(true);
+      nothing.close();
     }
   }
 
@@ -327,7 +383,7 @@ class Worker {
     for (int64_t r = 0; r < t.rows; ++r) {
       const RowScale scale = t.finish(r, nullptr);
       lse_of(p, p.lse, tile.b, 0, tile.head_of(r))[tile.query_of(r)] = scale.lse;
-      store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, r), p.dtype, p.value_dim);
+      store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, tile, r), p.dtype, p.value_dim);
     }
   }
 
@@ -342,11 +398,11 @@ class Worker {
   float *head_k, *head_v;  // of the KV head, vectors packed when first needed
   uint8_t* done;
   float *own_k, *own_v;  // of the step
-  Step* steps;           // the current one and the next
+  Step *now, *coming;    // steps of keys
 
-  RowTile tile{};
-  int64_t length = 0;
-  int64_t next_run = 0, next_key = 0;  // the next key that no step has
+  int64_t kv = 0, next_tile = 0, end_tile = 0;
+  RowTile tile{}, next{};
+  int64_t next_run = 0, next_key = 0;  // the first key that no step has
 };
 
 template <class Op, bool kCoarse>

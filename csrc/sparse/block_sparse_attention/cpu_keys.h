@@ -107,6 +107,7 @@ class KeyRuns {
     }
     if (recent > 0) add({upper(first.listed, d.num_sink), last.end, enter, recent});
   }
+  void clear() { count_ = 0; }
   int64_t count() const { return count_; }
   const KeyRun& operator[](int64_t i) const { return runs_[i]; }
 

@@ -1,0 +1,120 @@
+"""Cases of block_sparse_attention, on lists drawn at random for each head: compiled flex_attention
+with the same mask is the peer to leave behind, dense attention times the density the one to reach.
+Peers get the memory layout that they like best: PyTorch [B, H, S, D], tokenmill [B, S, H, D]."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import tokenmill as tm
+
+from .attention import sdpa, with_backward
+from .case import Absent, Case, Run, place
+
+S, H, D, BLOCK_Q = 8192, 8, 64, 64
+
+
+@functools.cache
+def _flex() -> tuple[Callable[..., Tensor], Callable[..., object], type]:
+    try:
+        from torch.nn.attention.flex_attention import (
+            BlockMask,
+            create_block_mask,
+            flex_attention,
+        )
+    except ImportError as error:
+        raise Absent(f"flex_attention: {error}") from None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return compiled, torch.compile(create_block_mask), BlockMask
+
+
+def _flex_mask(q: Tensor, k: Tensor, v: Tensor, listed: Tensor, block_k: int) -> Run:
+    """Every call makes its mask from the lists, as a mask of each pair."""
+    flex, create, _ = _flex()
+
+    def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return listed[h, i // BLOCK_Q, j // block_k]
+
+    def run() -> Tensor:
+        mask = create(pair, 1, H, S, S, device=q.device.type, BLOCK_SIZE=(BLOCK_Q, block_k))
+        return flex(q, k, v, block_mask=mask)
+
+    run()  # compiles
+    return run
+
+
+def _flex_lists(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor) -> Run:
+    """Every call makes its mask from the lists, which flex_attention has in the same form."""
+    flex, _, block_mask = _flex()
+
+    def run() -> Tensor:
+        columns = S // BLOCK_Q - indices.shape[-1]
+        full = torch.nn.functional.pad(indices.clamp(min=0), (0, columns))
+        partial = torch.zeros_like(counts), torch.zeros_like(full)
+        mask = block_mask.from_kv_blocks(*partial, counts, full, BLOCK_SIZE=BLOCK_Q)
+        return flex(q, k, v, block_mask=mask)
+
+    run()
+    return run
+
+
+def _case(dtype: torch.dtype, block_k: int, percent: int, backward: bool = False) -> Case:
+    entries = max(1, round(S // block_k * percent / 100))
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        g = torch.Generator().manual_seed(0)
+        theirs = [place(torch.randn(1, H, S, D, generator=g).to(dtype)) for _ in range(3)]
+        ours = [t.transpose(1, 2).contiguous() for t in theirs]
+        blocks = S // block_k
+        order = torch.rand(H, S // BLOCK_Q, blocks, generator=g).argsort(-1)
+        indices = place(order[None, ..., :entries].sort(-1).values.int())
+        counts = place(torch.full((1, H, S // BLOCK_Q), entries, dtype=torch.int32))
+
+        def sparse(*qkv: Tensor) -> Tensor:
+            return tm.block_sparse_attention(
+                *qkv, indices, counts, block_q=BLOCK_Q, block_k=block_k
+            )
+
+        def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
+            if backward:
+                return with_backward(function, tensors)
+            return lambda: function(*tensors)
+
+        peers: dict[str, Callable[[], Run]] = {
+            "dense": lambda: call(tm.attention, ours),
+            "dense sdpa": lambda: call(functools.partial(sdpa, causal=False), theirs),
+        }
+        if block_k == BLOCK_Q and not backward:
+            listed = torch.zeros(H, S // BLOCK_Q, blocks, dtype=torch.bool, device=indices.device)
+            listed.scatter_(-1, indices[0].long(), True)
+            peers |= {
+                "flex, mask of pairs": lambda: _flex_mask(*theirs, listed, block_k),
+                "flex, lists": lambda: _flex_lists(*theirs, indices, counts),
+            }
+        return call(sparse, ours), peers
+
+    size = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        "block_sparse_attention",
+        f"S={S} D={D} blocks {BLOCK_Q}x{block_k} {percent} %",
+        dtype,
+        4.0 * H * S * entries * block_k * D * (3.5 if backward else 1.0),
+        float((10 if backward else 4) * H * S * D * size),
+        prepare,
+        "forward+backward" if backward else "forward",
+    )
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for percent in (5, 20, 50):
+            yield _case(dtype, 64, percent)
+        for block_k in (16, 2):
+            yield _case(dtype, block_k, 5)
+            yield _case(dtype, block_k, 20)
+        yield _case(dtype, 64, 20, backward=True)
+        yield _case(dtype, 2, 20, backward=True)
