@@ -1,7 +1,8 @@
 // Forward. A worker owns a tile of rows (queries of a block, in the heads that share a list and
 // keys) and streams past it the keys that they see, in vectors of kWidth. Where a whole vector of
 // neighbours is seen it is packed once for the KV head; what is left of small blocks and at the
-// ends of ranges is gathered for the tile.
+// ends of ranges is gathered for the tile, from copies of its rows that lie side by side: in a
+// tensor [B, S, H, D] each lies on another page, and tiles read it again and again.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -153,10 +154,14 @@ class Worker {
         t(sparse_rows(p)),
         k_floats(t.words * kWidth),
         v_floats(t.width * kWidth / Op::kPair),
+        k_bytes(round_up(p.head_dim * size_of(p.dtype), 64)),
+        v_bytes(round_up(p.value_dim * size_of(p.dtype), 64)),
         workspace(floats_needed()) {
     head_k = workspace.take(vectors * k_floats);
     head_v = workspace.take(vectors * v_floats);
     done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(vectors, 4)));
+    copy = reinterpret_cast<char*>(workspace.take(p.seqlen_k * (k_bytes + v_bytes) / 4));
+    copied = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(p.seqlen_k, 4)));
     own_k = workspace.take(kStepVectors * k_floats);
     own_v = workspace.take(kStepVectors * v_floats);
     runs.place(workspace.take(runs.floats()));
@@ -174,7 +179,11 @@ class Worker {
     const int64_t share = item % shares;
     next_tile = share * tiles.count / shares;
     end_tile = (share + 1) * tiles.count / shares;
-    std::memset(done, 0, vectors);
+    if (kv != packed) {
+      std::memset(done, 0, vectors);
+      std::memset(copied, 0, p.seqlen_k);
+      packed = kv;
+    }
     for (find_next(), fill(*coming); next.rows > 0;) {
       tile = next;
       const ScoreTerms terms(p, tile.b, tile.head, Sequence(p, tile.b));
@@ -196,8 +205,9 @@ class Worker {
   }
 
   int64_t floats_needed() const {
-    return (vectors + kStepVectors) * (k_floats + v_floats) + ceil_div(vectors, 4) + runs.floats() +
-           2 * kStepFloats + t.size(kRowsOfTile) + 3 * kRowsOfTile + 10 * 16;
+    return (vectors + kStepVectors) * (k_floats + v_floats) + ceil_div(vectors, 4) +
+           p.seqlen_k * (k_bytes + v_bytes) / 4 + ceil_div(p.seqlen_k, 4) + runs.floats() +
+           2 * kStepFloats + t.size(kRowsOfTile) + 3 * kRowsOfTile + 12 * 16;
   }
 
   char* row_at(const Rows& rows, const RowTile& of, int64_t r) const {
@@ -282,8 +292,12 @@ class Worker {
       const int64_t l = i % kWidth;
       if (of.gathered ? l >= of.keys : done[of.at[0] / kWidth]) continue;
       const int64_t x = of.gathered ? of.at[l] : of.at[0] + l;
-      prefetch_row<false>(k_row(x), p.head_dim * size_of(p.dtype));
-      prefetch_row<false>(v_row(x), p.value_dim * size_of(p.dtype));
+      if (of.gathered && copied[x]) {
+        prefetch_row<false>(copy_of(x), k_bytes + v_bytes);
+      } else {
+        prefetch_row<false>(k_row(x), p.head_dim * size_of(p.dtype));
+        prefetch_row<false>(v_row(x), p.value_dim * size_of(p.dtype));
+      }
     }
   }
 
@@ -354,6 +368,18 @@ class Worker {
     }
   }
 
+  // The rows of K and V of key x behind each other.
+  char* copy_of(int64_t x) const { return copy + x * (k_bytes + v_bytes); }
+  const char* copied_row(int64_t x) {
+    char* to = copy_of(x);
+    if (!copied[x]) {
+      copied[x] = 1;
+      std::memcpy(to, k_row(x), p.head_dim * size_of(p.dtype));
+      std::memcpy(to + k_bytes, v_row(x), p.value_dim * size_of(p.dtype));
+    }
+    return to;
+  }
+
   void pack(KeyVector& keys, int64_t slot) {
     float *k = own_k + slot * k_floats, *v = own_v + slot * v_floats;
     if (!keys.gathered) {
@@ -368,8 +394,10 @@ class Worker {
       }
     } else {
       const char *k_rows[kWidth], *v_rows[kWidth];
-      for (int64_t l = 0; l < keys.keys; ++l)
-        k_rows[l] = k_row(keys.at[l]), v_rows[l] = v_row(keys.at[l]);
+      for (int64_t l = 0; l < keys.keys; ++l) {
+        k_rows[l] = copied_row(keys.at[l]);
+        v_rows[l] = k_rows[l] + k_bytes;
+      }
       pack_transposed<Op, kWidth>(ScatteredRows{k_rows}, p.dtype, keys.keys, p.head_dim, 1.f, k);
       pack_reduced_rows<Op>(ScatteredRows{v_rows}, p.dtype, keys.keys, p.value_dim, v, t.width);
       const int64_t set = words_of<Op>(keys.keys) * t.width;
@@ -394,13 +422,17 @@ class Worker {
   int64_t shares, vectors;
   SparseRows t;
   int64_t k_floats, v_floats;  // of a packed vector of keys
+  int64_t k_bytes, v_bytes;    // of a copied row
   cpu::Workspace workspace;
   float *head_k, *head_v;  // of the KV head, vectors packed when first needed
   uint8_t* done;
+  char* copy;  // of rows that were gathered
+  uint8_t* copied;
   float *own_k, *own_v;  // of the step
   Step *now, *coming;    // steps of keys
 
-  int64_t kv = 0, next_tile = 0, end_tile = 0;
+  int64_t kv = 0, packed = -1;  // KV heads: the current one, and that of what is packed
+  int64_t next_tile = 0, end_tile = 0;
   RowTile tile{}, next{};
   int64_t next_run = 0, next_key = 0;  // the first key that no step has
 };
