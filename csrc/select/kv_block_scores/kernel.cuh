@@ -2,19 +2,14 @@
 // registers of its fragments, and multiplies them by query rows in shared memory. Boxes are keys of
 // twice the width, whose queries are split by sign.
 #pragma once
-#include "cuda/load_tile.cuh"
 #include "cuda/math.cuh"
-#include "cuda/mma.cuh"
-#include "cuda/warp.cuh"
 #include "select/kv_block_scores/params.h"
+#include "select/products.cuh"
 
 namespace tokenmill::cuda {
 
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarpSize;
-constexpr int kScoreRows = 16;   // of keys, of a product
-constexpr int kSliceBatch = 4;   // slices of keys that are loaded at once
-constexpr int kSliceBytes = 64;  // 16 of each lane of a quad, two products deep
 constexpr int kSlotLd = kScoreRows + 1;
 
 // Score rows ("columns", as the keys are the rows of the product) of a key head are ordered by row
@@ -56,18 +51,6 @@ struct ScoreColumn {
     if (query >= p.queries) query = -1;
   }
 };
-
-template <typename T>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk, int dim,
-                                           bool aligned) {
-  const int column = chunk * (kChunkBytes / static_cast<int>(sizeof(T)));
-  if (aligned) {
-    const uint4 x = *reinterpret_cast<const uint4*>(row + column);
-    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
-  } else {
-    load_elements(words, row, column, dim);
-  }
-}
 
 // The negative elements, or the positive ones; NaN is both.
 template <typename T>
@@ -146,44 +129,6 @@ struct ScoreKeys {
                static_cast<int>(p.head_dim), plan.keys_aligned);
   }
 };
-
-// s[n] = products of 16 rows of keys with columns 8 n .. 8 n + 7 of `queries`, of which there are
-// `tiles`.
-template <typename T, int kColumnTiles>
-__device__ __forceinline__ void multiply_queries(float (&s)[kColumnTiles][4],
-                                                 const ScoreKeys<T>& keys, const T* low,
-                                                 const T* high, uint32_t queries, int tiles) {
-  const int lane = threadIdx.x % kWarpSize, c = lane % 4;
-  const uint32_t own = queries + lane / 4 * keys.plan.query_bytes + c * kChunkBytes;
-#pragma unroll
-  for (int n = 0; n < kColumnTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll 1
-  for (int first = 0; first < keys.plan.slices; first += kSliceBatch) {
-    uint32_t k[kSliceBatch][2][4];
-#pragma unroll
-    for (int j = 0; j < kSliceBatch; ++j) {
-      keys.load(k[j][0], low, 4 * (first + j) + c);
-      keys.load(k[j][1], high, 4 * (first + j) + c);
-    }
-#pragma unroll
-    for (int j = 0; j < kSliceBatch; ++j) {
-      if (first + j >= keys.plan.slices) break;
-      Fragment<T, 4> a[2];
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
-        a[u] = make_fragment<T>(k[j][0][2 * u], k[j][1][2 * u], k[j][0][2 * u + 1],
-                                k[j][1][2 * u + 1]);
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        if (n >= tiles) break;
-        uint32_t w[4];
-        load_shared(w, own + 8 * n * keys.plan.query_bytes + (first + j) * kSliceBytes);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(w[2 * u], w[2 * u + 1]));
-      }
-    }
-  }
-}
 
 // Scores of one unit with the columns in shared memory: to scores[column * kSlotLd + slot].
 template <typename T, int kColumnTiles>

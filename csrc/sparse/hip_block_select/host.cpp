@@ -27,6 +27,13 @@ const int32_t* start_list(const char* name, const OptTensor& tensor,
   return t.data<int32_t>();
 }
 
+void run(const HipParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) return launch_on_device(kOp, q, p);
+#endif
+  cpu::hip_block_select(p);
+}
+
 // The checks are those of python/tokenmill/sparse/hip_block_select.py, in its order and words.
 std::tuple<Tensor, Tensor> hip_block_select(
     Tensor q, Tensor k, int64_t budget, int64_t block_q, int64_t block_k, int64_t stride_q,
@@ -109,12 +116,16 @@ std::tuple<Tensor, Tensor> hip_block_select(
   Tensor counts = empty({batch, p.lists, p.blocks}, q, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  if (counts.numel() > 0) cpu::hip_block_select(p);
+  if (counts.numel() > 0) run(p, qv);
   return {indices, counts};
 }
 
 }  // namespace
 
 TOKENMILL_IMPL(CPU, m) { m.impl("hip_block_select", TOKENMILL_BOX(hip_block_select)); }
+
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) { m.impl("hip_block_select", TOKENMILL_BOX(hip_block_select)); }
+#endif
 
 }  // namespace tokenmill

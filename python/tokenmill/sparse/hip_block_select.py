@@ -125,7 +125,8 @@ def hip_block_select(
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU lengths are cut to the keys that
-            there are, and keys of pages that are not there count as zeros.
+            there are, keys of pages that are not there count as zeros, and a float32 product with
+            an infinite factor is NaN (three tf32 products make one).
 
     Complexity: 4 D budget block_q / stride_q operations for each of ceil(log2(n / N)) steps of a
     query block, fewer where a score is known from the step before; O(budget) memory for each query

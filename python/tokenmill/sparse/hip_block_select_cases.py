@@ -48,7 +48,6 @@ def _sample(
 def _poison(q: torch.Tensor, k: torch.Tensor) -> None:
     q[0, 7, 0, 3] = float("nan")
     k[0, 40:60, :, 1] = float("nan")
-    k[0, 100, :, 2], k[0, 101, :, 0] = float("inf"), -float("inf")
 
 
 def _zeros(q: torch.Tensor, k: torch.Tensor) -> None:
@@ -90,8 +89,8 @@ SAMPLES = (
     Sample("restart from nothing", _sample(start=_list(3))),
     Sample("more queries than keys", _sample(sq=60, n=45)),
     Sample("everything kept anyway", _sample(num_recent=1000)),
-    Sample("nan and inf", _sample(change=_poison)),
-    Sample("nan and inf, exact", _sample(change=_poison, bound="minmax")),
+    Sample("nan", _sample(change=_poison)),
+    Sample("nan, exact", _sample(change=_poison, bound="minmax")),
     Sample("ties", _sample(change=_zeros)),
     Sample("wide heads", _sample(n=200, d=250)),
     Sample("no keys", _sample(n=0)),

@@ -1,0 +1,59 @@
+#include <algorithm>
+
+#include "sparse/hip_block_select/kernel.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+constexpr int kMaxShared = 97 * 1024;  // of a block on every device, beside what is static
+
+template <typename T, int kColumnTiles>
+const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t stream) {
+  const int64_t blocks = p.batch * p.lists * p.blocks;
+  if (blocks > 0x7fffffff) return "too many blocks for a launch";
+  const int bytes = HipShape<kColumnTiles>::shared_bytes(plan.query_bytes, plan.wanted);
+  const auto kernel = hip_kernel<T, kColumnTiles>;
+  cudaError_t error = cudaSuccess;
+  if (bytes > 32 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), kHipThreads, bytes, stream>>>(p, plan);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T>
+const char* launch_search(const HipParams& p, cudaStream_t stream) {
+  const int64_t columns = p.group * ((std::min(p.block_q, p.queries) - 1) / p.stride_q + 1);
+  if (columns > 0x7fffff00) return "more than 2^31 queries of a block";
+  HipPlan plan{};
+  plan.wanted = static_cast<int>(p.wanted);
+  const bool packed = p.block_k <= kScoreRows / 2 && kScoreRows % p.block_k == 0;
+  plan.slots = packed ? static_cast<int>(kScoreRows / p.block_k) : 1;
+  plan.chunks = static_cast<int>(ceil_div(p.head_dim * sizeof(T), kChunkBytes));
+  plan.slices = static_cast<int>(ceil_div(plan.chunks * kChunkBytes, kSliceBytes));
+  plan.query_bytes = (plan.slices | 1) * kSliceBytes;
+  for (int64_t span = std::min(p.restart_span, p.k.rows); span > 1; span = ceil_div(span, 2))
+    ++plan.rounds;
+  plan.keys_aligned = is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head);
+  plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
+  constexpr int kWide = 8;
+  if (columns > 8 && HipShape<kWide>::shared_bytes(plan.query_bytes, plan.wanted) <= kMaxShared)
+    return launch_search<T, kWide>(p, plan, stream);
+  return launch_search<T, 1>(p, plan, stream);
+}
+
+}  // namespace
+}  // namespace cuda
+
+const char* launch_cuda(const HipParams& p, void* stream) {
+  const char* error = nullptr;
+  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    error = cuda::launch_search<T>(p, static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace tokenmill
