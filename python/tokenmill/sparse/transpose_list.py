@@ -92,7 +92,9 @@ def _sample(
     return make
 
 
-FORWARD = register(TorchOp(OP, check=_check, fake=_fake))
+FORWARD = register(
+    TorchOp(OP, check=_check, fake=_fake, triton="sparse.transpose_list:transpose_block_list")
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
