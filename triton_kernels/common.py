@@ -164,12 +164,24 @@ def statistics_of(cu_seqlens, i_b, i_h, heads, tokens, start):
 
 
 @triton.jit
+def row_pointers(rows, i_b, o_i, o_h):
+    """To rows o_i of heads o_h."""
+    return rows.data + i_b * rows.batch + o_i.to(tl.int64) * rows.seq + o_h.to(tl.int64) * rows.head
+
+
+@triton.jit
+def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Masked rows and columns beyond DIM are 0."""
+    o_col = tl.arange(0, BLOCK)
+    m_tile = m_row[:, None] & (o_col < DIM)[None, :]
+    return tl.load(p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
+
+
+@triton.jit
 def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows beyond the sequence and columns beyond DIM are 0."""
-    o_col = tl.arange(0, BLOCK)
-    m_tile = (o_row < rows.length)[:, None] & (o_col < DIM)[None, :]
-    p_tile = rows.data + o_row.to(tl.int64)[:, None] * rows.seq + o_col[None, :]
-    return tl.load(p_tile, mask=m_tile, other=0.0)
+    p_row = rows.data + o_row.to(tl.int64) * rows.seq
+    return load_tile(p_row, o_row < rows.length, DIM, BLOCK)
 
 
 @triton.jit
@@ -183,11 +195,17 @@ def rounded(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_rows(rows, o_row, b_x, DIM: tl.constexpr):
+def store_tile(p_row, m_row, b_x, DIM: tl.constexpr):
     o_col = tl.arange(0, b_x.shape[1])
-    m_tile = (o_row < rows.length)[:, None] & (o_col < DIM)[None, :]
-    p_tile = rows.data + o_row.to(tl.int64)[:, None] * rows.seq + o_col[None, :]
-    tl.store(p_tile, rounded(b_x, rows.data.dtype.element_ty), mask=m_tile)
+    m_tile = m_row[:, None] & (o_col < DIM)[None, :]
+    p_tile = p_row[:, None] + o_col[None, :]
+    tl.store(p_tile, rounded(b_x, p_row.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def store_rows(rows, o_row, b_x, DIM: tl.constexpr):
+    p_row = rows.data + o_row.to(tl.int64) * rows.seq
+    store_tile(p_row, o_row < rows.length, b_x, DIM)
 
 
 @triton.jit
@@ -209,6 +227,21 @@ def visible_parts(first, last, diagonal, left, right, length, BLOCK: tl.constexp
         full_begin = tl.minimum(full_begin, end)
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def lower_bound(p_list, b_begin, b_end, b_least, halvings):
+    """First of the entries b_begin .. b_end - 1 of an ascending list that is at least b_least,
+    b_end if none is; halvings: bits of the largest count."""
+    b_low = b_begin
+    b_high = b_end
+    for _ in range(halvings):
+        b_middle = (b_low + b_high) // 2
+        m_open = b_low < b_high
+        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_least
+        b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
+        b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
+    return b_low
 
 
 @triton.jit

@@ -47,6 +47,30 @@ LARGE_PLANS = PLANS | {
 }
 
 
+def plan_of(
+    plans: dict[tuple[int, int], Plan], q: Tensor, value_dim: int, more_terms: bool
+) -> Plan:
+    """more_terms: a bias, or softcap."""
+    plan = plans[q.element_size(), triton.next_power_of_2(max(64, q.shape[-1], value_dim))]
+    if not more_terms:
+        return plan
+    # Their values take the registers of half a tile.
+    return Plan(*(t._replace(block_n=max(t.block_n // 2, 16)) for t in plan))
+
+
+def tile_options(tiles: Tiles, head_dim: int, value_dim: int) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
 class Call(NamedTuple):
     """The lowered list, and what the kernels take from it."""
 
@@ -115,12 +139,8 @@ class Call(NamedTuple):
             )
             return Plan(*[Tiles(m, n, 4, 1)] * 3)
         plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
-        head_dim = triton.next_power_of_2(max(64, self.q.shape[-1], self.v.shape[-1]))
-        plan = plans[self.q.element_size(), head_dim]
-        if self.bias is None and not self.softcap:
-            return plan
-        # Their values take the registers of half a tile.
-        return Plan(*(t._replace(block_n=max(t.block_n // 2, 16)) for t in plan))
+        more_terms = self.bias is not None or self.softcap != 0.0
+        return plan_of(plans, self.q, self.v.shape[-1], more_terms)
 
     def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """An output. Tokens of no packed sequence, to which no program comes, are 0."""
@@ -160,18 +180,10 @@ class Call(NamedTuple):
         )
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
-        head_dim, value_dim = self.q.shape[-1], self.v.shape[-1]
         return {
-            "HEAD_DIM": head_dim,
-            "VALUE_DIM": value_dim,
             "SIGMOID": self.sigmoid,
             "FAST": self.precision == "fast",
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
-            "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
-            "num_warps": tiles.num_warps,
-            "num_stages": tiles.num_stages,
+            **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
         }
 
 

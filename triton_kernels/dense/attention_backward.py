@@ -55,12 +55,12 @@ def gradients(
     terms,
     head,
     sequence,
-    window,
+    m_seen,
     SIGMOID: tl.constexpr,
     FAST: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say."""
+    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say. m_seen None:
+    all are seen."""
     b_z = scores(b_qk, o_i, o_j, terms, head, sequence)
     if SIGMOID:
         b_p, b_rest = sigmoid(b_z, head, FAST)
@@ -68,8 +68,7 @@ def gradients(
     else:
         b_p = exponential(b_z - b_lse, head)
         b_dz = b_p * (b_dp - b_delta)
-    if MASKED:
-        m_seen = visible(o_i, o_j, sequence, window)
+    if m_seen is not None:
         b_p = tl.where(m_seen, b_p, 0.0)
         b_dz = tl.where(m_seen, b_dz, 0.0)
     if terms.bias is not None:
@@ -162,6 +161,7 @@ def queries_kernel(
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))
             b_dp = dot(b_dout, tl.trans(b_v))
+            m_seen = None if PART == 1 else visible(o_i[:, None], o_j[None, :], sequence, window)
             _, b_dz = gradients(
                 b_qk,
                 b_dp,
@@ -172,10 +172,9 @@ def queries_kernel(
                 terms,
                 head,
                 sequence,
-                window,
+                m_seen,
                 SIGMOID,
                 FAST,
-                MASKED=PART != 1,
             )
             if bias_sums is not None:
                 b_bias_sum += tl.sum(b_dz, 1)
@@ -263,6 +262,7 @@ def keys_kernel(
                 b_delta = load_delta(delta + o_row, o_i, sequence)
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
+            m_seen = None if PART == 1 else visible(o_i[None, :], o_j[:, None], sequence, window)
             b_p, b_dz = gradients(
                 b_qk,
                 b_dp,
@@ -273,10 +273,9 @@ def keys_kernel(
                 terms,
                 head,
                 sequence,
-                window,
+                m_seen,
                 SIGMOID,
                 FAST,
-                MASKED=PART != 1,
             )
             if SIGMOID and b_q.dtype == tl.float16:
                 b_p *= FLOAT16_SCALE
@@ -384,6 +383,7 @@ def bias_kernel(
                     o_j = j + tl.arange(0, BLOCK_N)
                     b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+                    m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
                     _, b_dz = gradients(
                         dot(b_q, tl.trans(b_k)),
                         dot(b_dout, tl.trans(b_v)),
@@ -394,10 +394,9 @@ def bias_kernel(
                         terms,
                         head,
                         sequence,
-                        window,
+                        m_seen,
                         SIGMOID,
                         FAST,
-                        MASKED=True,
                     )
                     b_sum += b_dz
 

@@ -26,8 +26,10 @@ from ..common import (
     exponential,
     head_of,
     launch,
-    rounded,
+    load_tile,
+    row_pointers,
     scores,
+    store_tile,
     terms_of,
     window_of,
 )
@@ -118,19 +120,16 @@ def load_keys(
     PAGE_SIZE: tl.constexpr,
 ):
     """Rows of hidden keys and columns beyond DIM are 0. A page that does not exist is page 0."""
-    o_col = tl.arange(0, BLOCK)
     o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
-    p_tile = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)[:, None]
-    return tl.load(p_tile + o_col[None, :], mask=m_j[:, None] & (o_col < DIM)[None, :], other=0.0)
+    p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
+    return load_tile(p_row, m_j, DIM, BLOCK)
 
 
 @triton.jit
 def store_partials(
     partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM: tl.constexpr, SIGMOID: tl.constexpr
 ):
-    o_value = tl.arange(0, b_acc.shape[1])[None, :]
-    p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
-    tl.store(p_value, b_acc, mask=m_row[:, None] & (o_value < VALUE_DIM))
+    store_tile(partials.outs + o_partial * VALUE_DIM, m_row, b_acc, VALUE_DIM)
     if not SIGMOID:
         tl.store(partials.sums + o_partial, b_sum, mask=m_row)
         tl.store(partials.tops + o_partial, b_top, mask=m_row)
@@ -183,12 +182,11 @@ def ranges_kernel(
 
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
-    o_i = (o_row // group)[:, None]
-    o_h = (i_kv * group + tl.where(m_row, o_row % group, 0))[:, None]
-    head = head_of(terms, i_b, o_h, length, SIGMOID)
-    o_col = tl.arange(0, BLOCK_D)[None, :]
-    p_q = q.data + i_b * q.batch + o_i.to(tl.int64) * q.seq + o_h.to(tl.int64) * q.head
-    b_q = tl.load(p_q + o_col, mask=m_row[:, None] & (o_col < HEAD_DIM), other=0.0)
+    o_i = o_row // group
+    o_h = i_kv * group + tl.where(m_row, o_row % group, 0)
+    b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
+    o_i = o_i[:, None]
+    head = head_of(terms, i_b, o_h[:, None], length, SIGMOID)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -278,8 +276,7 @@ def merge_kernel(
         if scales is not None:
             tl.store(scales + o_x, b_pivot, mask=m_x)
             tl.store(scales + most + o_x, b_factor, mask=m_x)
-    p_out = out.data + o_b * out.batch + o_i.to(tl.int64) * out.seq + o_h * out.head
-    tl.store(p_out[:, None] + o_value, rounded(b_out, out.data.dtype.element_ty), mask=m_value)
+    store_tile(row_pointers(out, o_b, o_i, o_h), m_x, b_out, VALUE_DIM)
 
 
 def rows_of(t: Tensor) -> Rows:

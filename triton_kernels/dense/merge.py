@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import INF, launch, rounded
+from ..common import INF, launch, load_tile, store_tile
 
 ELEMENTS = 4096  # of one part in one program
 SIZES = ["parts", "seqlen", "heads", "rows"]
@@ -36,21 +36,6 @@ def pointers_of(x, i, o_row, seqlen, heads):
     o_token = o_row // heads
     o_x = o_token // seqlen * x.batch + o_token % seqlen * x.seq + o_row % heads * x.head
     return x.data + tl.cast(i, tl.int64) * x.part + o_x
-
-
-@triton.jit
-def load_rows(p_rows, m_row, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_tile = m_row[:, None] & (o_d < DIM)
-    return tl.load(p_rows[:, None] + o_d, mask=m_tile, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(p_rows, b_x, m_row, DIM: tl.constexpr):
-    o_d = tl.arange(0, b_x.shape[1])[None, :]
-    p_tile = p_rows[:, None] + o_d
-    m_tile = m_row[:, None] & (o_d < DIM)
-    tl.store(p_tile, rounded(b_x, p_rows.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
@@ -97,7 +82,8 @@ def merged(
     for i in range(parts):
         b_w = weight(lses, i, b_lse, o_row, m_row, seqlen, heads)
         p_out = pointers_of(outs, i, o_row, seqlen, heads)
-        b_sum += b_w[:, None] * load_rows(p_out, m_row & (b_w != 0.0), DIM, BLOCK_D)
+        b_out = load_tile(p_out, m_row & (b_w != 0.0), DIM, BLOCK_D)
+        b_sum += b_w[:, None] * b_out.to(tl.float32)
     return b_sum
 
 
@@ -122,7 +108,7 @@ def merge_kernel(
         b_lse = log_sum_exp(lses, parts, o_row, m_row, seqlen, heads)
         tl.store(pointers_of(lse, 0, o_row, seqlen, heads), b_lse, mask=m_row)
     b_out = merged(outs, lses, b_lse, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D)
-    store_rows(pointers_of(out, 0, o_row, seqlen, heads), b_out, m_row, DIM)
+    store_tile(pointers_of(out, 0, o_row, seqlen, heads), m_row, b_out, DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -144,7 +130,8 @@ def merge_backward_kernel(
 ):
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < rows
-    b_dout = load_rows(pointers_of(dout, 0, o_row, seqlen, heads), m_row, DIM, BLOCK_D)
+    b_dout = load_tile(pointers_of(dout, 0, o_row, seqlen, heads), m_row, DIM, BLOCK_D)
+    b_dout = b_dout.to(tl.float32)
     b_lse = tl.zeros([BLOCK_R], tl.float32)
     b_delta = tl.zeros([BLOCK_R], tl.float32)
     if lses is not None:
@@ -157,10 +144,10 @@ def merge_backward_kernel(
         b_w = weight(lses, i, b_lse, o_row, m_row, seqlen, heads)
         m_used = b_w != 0.0
         b_dx = tl.where(m_used[:, None], b_w[:, None] * b_dout, 0.0)
-        store_rows(pointers_of(douts, i, o_row, seqlen, heads), b_dx, m_row, DIM)
+        store_tile(pointers_of(douts, i, o_row, seqlen, heads), m_row, b_dx, DIM)
         if lses is not None:
             p_out = pointers_of(outs, i, o_row, seqlen, heads)
-            b_out = load_rows(p_out, m_row & m_used, DIM, BLOCK_D)
+            b_out = load_tile(p_out, m_row & m_used, DIM, BLOCK_D).to(tl.float32)
             b_dlse = tl.where(m_used, b_w * (tl.sum(b_dout * b_out, 1) - b_delta), 0.0)
             tl.store(pointers_of(dlses, i, o_row, seqlen, heads), b_dlse, mask=m_row)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import dot, rounded
+from ..common import dot, lower_bound, rounded
 from ..dense.attention_decode import length_of, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
@@ -88,16 +88,10 @@ def key_row(
 
     o_end = tl.arange(0, 2)
     b_least = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
-    b_low = tl.zeros([2], tl.int32)
-    b_high = b_low + count
-    for _ in range(halvings):
-        b_middle = (b_low + b_high) // 2
-        m_open = b_low < b_high
-        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < b_least
-        b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
-        b_high = tl.where(m_open & (m_below == 0), b_middle, b_high)
-    first = tl.sum(tl.where(o_end == 0, b_low, 0), 0)
-    last = tl.maximum(tl.sum(tl.where(o_end == 1, b_low, 0), 0), first)
+    b_first = tl.zeros([2], tl.int32)
+    b_at = lower_bound(p_list, b_first, b_first + count, b_least, halvings)
+    first = tl.sum(tl.where(o_end == 0, b_at, 0), 0)
+    last = tl.maximum(tl.sum(tl.where(o_end == 1, b_at, 0), 0), first)
 
     recent_begin = tl.maximum(length - seqlen_q + 1 - num_recent, 0)
     recent_begin = tl.where(num_recent == 0, length, recent_begin)

@@ -21,6 +21,7 @@ from ..common import (
     head_of,
     launch,
     program,
+    row_pointers,
     scores,
     terms_of,
 )
@@ -123,7 +124,7 @@ def sparse_ranges_kernel(
     o_head = i_h * group + tl.where(m_row, o_row % group, 0)
     head = head_of(terms, i_b, o_head, row.length, False)
     o_query = o_i + sequence.diagonal
-    p_q = q.data + i_b * q.batch + o_i.to(tl.int64) * q.seq + o_head.to(tl.int64) * q.head
+    p_q = row_pointers(q, i_b, o_i, o_head)
     o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
     b_q = load_turned(
         Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
