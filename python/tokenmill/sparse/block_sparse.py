@@ -315,9 +315,23 @@ def flops(
 
 
 FORWARD = register(
-    TorchOp(OP, check=_check, fake=_fake, backward=_backward, setup_context=_setup_context)
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        triton="sparse.block_sparse:block_sparse_attention",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
 )
-BACKWARD = register(TorchOp(OP + "_backward", check=_check_backward, fake=_fake_backward))
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="sparse.block_sparse_backward:block_sparse_attention_backward",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
