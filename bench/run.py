@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--counters",
         action="store_true",
-        help="count what the CUDA kernels of attention do, on the PTX machine (development builds)",
+        help="count what the CUDA kernels do, on the PTX machine (development builds)",
     )
 
 

@@ -24,7 +24,7 @@ def cases() -> Iterator[Case]:
     yield _case("99.9 % ties", 2, 1 << 20, 512, torch.float32)
 
 
-def _scores(kind: str, rows: int, columns: int) -> torch.Tensor:
+def scores_of(kind: str, rows: int, columns: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(rows, columns, generator=generator)
     if kind == "equal":
@@ -39,7 +39,7 @@ def _scores(kind: str, rows: int, columns: int) -> torch.Tensor:
 
 def _case(kind: str, rows: int, columns: int, k: int, dtype: torch.dtype) -> Case:
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
-        scores = place(_scores(kind, rows, columns).to(dtype))
+        scores = place(scores_of(kind, rows, columns).to(dtype))
         return lambda: tm.topk_select(scores, k), {
             "topk + sort": lambda: lambda: torch.topk(scores, k)[1].sort(),
             "clone of the scores": lambda: scores.clone,

@@ -1,13 +1,18 @@
-"""bench --counters: its arithmetic on made-up counters, its peers' data, and one real row."""
+"""bench --counters: its arithmetic on made-up counters, its peers' data, and real rows of each
+operator."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import torch
 
 import tokenmill as tm
+from tokenmill.__main__ import main
 from tokenmill.bench import counters
+from tokenmill.bench.counters import attention, case, decode, linear, select
 
 built = pytest.mark.skipif(
     not tm.library.emulated_built(),
@@ -36,8 +41,8 @@ def launch(**changes):
     ],
 )
 def test_units_of_a_row(unit, changes):
-    got = counters.cycles([launch(), launch(**changes)], scores=2000)
-    assert got == {name: 4.0 if name == unit else 0.0 for name in counters.UNITS}
+    got = case.cycles([launch(), launch(**changes)], units=2)
+    assert got == {name: 4.0 if name == unit else 0.0 for name in case.UNITS}
 
 
 @pytest.mark.parametrize(
@@ -48,38 +53,127 @@ def test_units_of_a_row(unit, changes):
 def test_lanes_of_a_row(kind, unit, per_cycle):
     some = launch()
     some["classes"][kind]["lanes"] = 3 * per_cycle
-    assert counters.cycles([some], scores=1000)[unit] == 3.0
+    assert case.cycles([some], units=1)[unit] == 3.0
 
 
 def test_least_work_of_a_shape():
-    full = counters.Shape(False, 64, 512, 2, 1, False)
+    full = attention.Shape(False, 64, 512, 2, 1, False)
     assert full.scores == 2 * 512 * 512
     # two products of S x S x D, 4096 multiplications and additions an instruction
     assert full.least_mma == 2 * 2 * 512 * 512 * 64 * 2 / 4096
     assert full.least_bytes("sigmoid") == (2 * 2 + 2) * 512 * 64 * 2
     assert full.least_bytes("softmax") - full.least_bytes("sigmoid") == 2 * 512 * 4
-    causal = counters.Shape(True, 64, 3, 1, 1, True)
+    causal = attention.Shape(True, 64, 3, 1, 1, True)
     assert causal.scores == 6 and causal.least_mma == 5 * 6 * 64 * 2 / 4096
 
 
-@pytest.mark.parametrize("variant", counters.VARIANTS, ids=lambda v: v.title)
+@pytest.mark.parametrize("variant", attention.VARIANTS, ids=lambda v: v.title)
 def test_every_row_has_peers(variant):
-    for shape in counters.shapes():
-        assert min(counters.bounds(shape, variant).values()) > 0
+    for shape in attention.shapes():
+        assert min(attention.bounds(shape, variant).values()) > 0
+
+
+def test_least_work_of_linear_attention():
+    shape = linear.Shape(64)
+    # of each token: pairs within chunks of 64 (32.5 on average) twice, and the state twice
+    macs = 1024 * 2 * (2 * 32.5 * 64 + 2 * 64 * 64)
+    assert shape.least_mma == macs * 2 / 4096
+    assert shape.least_bytes == 4 * 1024 * 2 * 64 * 2
+    backward = linear.Shape(64, backward=True, gates=True)
+    assert backward.least_mma == 2.5 * shape.least_mma
+    assert backward.least_bytes == 7 * 1024 * 2 * 64 * 2 + 2 * 1024 * 2 * 4
+
+
+def test_peers_of_linear_attention():
+    """Two kernels of flash-linear-attention count as one; each figure is the best of all."""
+    bounds = linear.bounds(64)
+    assert bounds["instructions"] == pytest.approx(4 * (5.39 + 11.77))
+    assert bounds["traffic_over_least"] == 1.5  # of lightning-attention
+    assert round(bounds["mma_over_least"], 2) == 1.33
+    assert bounds["binding_cycles"] == pytest.approx(6.25 + 14.16)
+    assert not linear.bounds(256)
+
+
+def test_peers_of_topk_select():
+    bounds = select.topk_bounds()
+    assert bounds["instructions"] == pytest.approx(449.7, abs=0.05)
+    assert bounds["traffic_over_least"] == pytest.approx(11.4, abs=0.05)
+
+
+def test_rows_that_lists_name():
+    lists = torch.tensor([[0, 2, 5, -1], [1, 2, 3, 4]], dtype=torch.int32)
+    counts = torch.tensor([3, 4])
+    # blocks of 2 of 11 keys, the first and the last two: 0 1 4 5 9 10, and 0 2..10
+    assert decode.listed_rows(lists, counts, 2, 11, 1, 2) == 6 + 10
+    assert decode.listed_rows(lists[:1], counts[:1], 1, 11, 0, 0) == 3
+
+
+def test_titles_are_names():
+    for counted in counters.OPS.values():
+        titles = [c.title for c in counted.cases()]
+        assert len(titles) == len(set(titles))
+        assert max(map(len, titles)) < counters.CASE_WIDTH
+
+
+def test_unknown_operators_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(tm.library, "emulated_built", lambda: True)
+    assert main(["bench", "--counters", "merge_attention_states"]) == 2
+    assert "merge_attention_states: not one of attention, " in capsys.readouterr().out
+    assert main(["bench", "--counters", "--filter", "no such case"]) == 2
+    assert "no case matches" in capsys.readouterr().out
+
+
+def rows_of(pattern, ops, tmp_path):
+    target = tmp_path / "counters.json"
+    wanted = ["--filter", pattern, "--json", str(target)]
+    assert main(["bench", "--counters", *ops, *wanted]) == 0
+    return json.loads(target.read_text())["rows"]
 
 
 @built
 def test_a_row_says_what_the_kernel_did(capsys, tmp_path):
-    from tokenmill.__main__ import main
-
-    target = tmp_path / "counters.json"
-    title = "forward D64 S512 causal"
-    wanted = ["--filter", f"^{title} softmax", "--json", str(target)]
-    assert main(["bench", "--counters", "attention", *wanted]) == 0
-    (row,) = json.loads(target.read_text())["rows"]
-    assert row["case"] == title and row["variant"] == "softmax"
+    title = "forward D64 S512 causal softmax"
+    (row,) = rows_of(f"^{title}$", ["attention"], tmp_path)
+    assert row["case"] == title and row["op"] == "attention"
     assert title in capsys.readouterr().out
     # no kernel does less than the least, and ours neither spills nor meets conflicts of banks
     assert 1 <= row["mma_over_least"] < 1.2 and 1 <= row["traffic_over_least"] < 4
     assert row["waves_over_ideal"] == 1 and row["local_requests"] == 0
     assert row["binding_cycles"] == max(c for u, c in row["cycles"].items() if u != "l2")
+
+
+# Pattern of one case of each operator, and what must hold of its figures.
+ROWS = {
+    "attention_decode": ("^bfloat16, keys 2000, 300, stream_k", {"traffic_over_least": 1.1}),
+    "kv_block_scores": ("^maxima of 64 of 8192 tokens", {"traffic_over_least": 1.05}),
+    "linear_attention": (
+        "^forward D64 S1024 H2, decay",
+        {"traffic_over_least": 1.8, "mma_over_least": 3.32 / 2},
+    ),
+    "sparse_decode_attention": ("^tokens$", {"traffic_over_least": 1.15}),
+    "topk_select": ("^normal 1 x 65536, k=512", {"traffic_over_least": 3, "instructions": 100}),
+}
+
+
+@built
+@pytest.mark.parametrize("op", ROWS)
+def test_rows_of_each_operator(op, capsys, tmp_path):
+    pattern, most = ROWS[op]
+    (row,) = rows_of(pattern, [op], tmp_path)
+    assert row["op"] == op and re.search(pattern, row["case"])
+    out = capsys.readouterr().out
+    assert all(own not in out for own in counters.OPS if own not in (op, "attention"))
+    for key, bound in most.items():
+        assert row[key] <= bound, key
+    assert row["traffic_over_least"] >= 1 and row["local_requests"] == 0
+    if op == "topk_select":  # no products; its histograms meet in banks
+        assert row["mma_over_least"] == 0 and row["waves_over_ideal"] < 1.5
+    else:
+        assert row["mma_over_least"] >= 1 and row["waves_over_ideal"] <= 1.01
+
+
+@built
+def test_gradients_are_counted_apart(tmp_path):
+    """A backward row has the kernels of the backward alone, and no peers."""
+    (row,) = rows_of("^backward D64 S1024 H2, decay", ["linear_attention"], tmp_path)
+    assert row["against"] == {} and 1 <= row["mma_over_least"] < 2

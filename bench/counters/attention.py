@@ -1,0 +1,163 @@
+"""Cases of attention, beside FlashAttention-2 and FlashSigmoid."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import tokenmill as tm
+
+from .case import Counted, CounterCase, peer_rows
+
+COMPARED = ("FlashAttention-2", "FlashSigmoid")
+PEER_UNITS = ("tensor", "mufu", "fp32", "alu", "shared", "issue")  # l2 is not an on-chip bound
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row: batch 1, float16, inputs N(0, 1)."""
+
+    backward: bool
+    head_dim: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+    causal: bool
+
+    @property
+    def title(self) -> str:
+        group = f" H{self.heads}/{self.kv_heads}" if self.heads != self.kv_heads else ""
+        mask = "causal" if self.causal else "full"
+        name = "backward" if self.backward else "forward"
+        return f"{name} D{self.head_dim} S{self.seqlen}{group} {mask}"
+
+    @property
+    def scores(self) -> int:
+        """Pairs of a query and a key that it sees."""
+        s = self.seqlen
+        return self.heads * (s * (s + 1) // 2 if self.causal else s * s)
+
+    @property
+    def least_mma(self) -> float:
+        """Of m16n8k16, for the visible pairs alone: 2 products forward, 5 backward."""
+        return (10 if self.backward else 4) * self.head_dim * self.scores / 4096
+
+    def least_bytes(self, kind: str) -> int:
+        """Every tensor once."""
+        query = self.heads * self.seqlen * self.head_dim * 2
+        key = self.kv_heads * self.seqlen * self.head_dim * 2
+        lse = self.heads * self.seqlen * 4
+        softmax = kind == "softmax"
+        if not self.backward:
+            return 2 * query + 2 * key + (lse if softmax else 0)
+        return 3 * query + 4 * key + (query + lse if softmax else 0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    kind: str
+    precision: str
+    bias: bool  # score_bias -log S, as models use it; else 0
+
+    @property
+    def title(self) -> str:
+        if self.kind == "softmax":
+            return "softmax"
+        return f"sigmoid {self.precision}" + ("" if self.bias else ", bias 0")
+
+    @property
+    def map_peer(self) -> str:
+        """The peer with the same score map, hence with the same tensors to read and write."""
+        return "FlashAttention-2" if self.kind == "softmax" else "FlashSigmoid"
+
+    @property
+    def instruction_peer(self) -> str:
+        return "FlashSigmoid" if self.precision == "fast" else "FlashAttention-2"
+
+
+VARIANTS = (
+    Variant("softmax", "accurate", False),
+    Variant("sigmoid", "accurate", True),
+    Variant("sigmoid", "fast", True),
+    Variant("sigmoid", "accurate", False),
+)
+
+
+def shapes() -> Iterator[Shape]:
+    for backward in (False, True):
+        for head_dim in (64, 128):
+            for seqlen in (512, 1024):
+                for causal in (True, False):
+                    yield Shape(backward, head_dim, seqlen, 1, 1, causal)
+                    if (head_dim, seqlen, causal) == (64, 512, True):
+                        yield Shape(backward, head_dim, seqlen, 2, 1, causal)
+
+
+def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
+    """One pass."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> torch.Tensor:
+        size = (1, shape.seqlen, heads, shape.head_dim)
+        return torch.randn(size, generator=generator).half().requires_grad_(shape.backward)
+
+    q, k, v = draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
+    options: dict[str, Any] = {"kind": variant.kind, "causal": shape.causal}
+    options |= {"precision": variant.precision, "backend": "emulated"}
+    if variant.bias:
+        options["score_bias"] = -math.log(shape.seqlen)
+    if not shape.backward:
+        return lambda: tm.attention(q, k, v, **options)
+    out = tm.attention(q, k, v, **options)
+    assert isinstance(out, torch.Tensor)
+    cotangent = torch.randn(out.shape, generator=generator).half()
+    return lambda: torch.autograd.grad(out, (q, k, v), cotangent)
+
+
+def bounds(shape: Shape, variant: Variant) -> dict[str, float]:
+    """The figures of the peers that a row is held against."""
+    rows = {
+        row["peer"]: row
+        for row in peer_rows("attention")
+        if row["peer"] in COMPARED
+        and row["dtype"] == "float16"
+        and (row["pass"] == "backward") == shape.backward
+        and all(
+            row[key] == getattr(shape, key)
+            for key in ("head_dim", "seqlen", "heads", "kv_heads", "causal")
+        )
+    }
+
+    def binding(row: dict[str, Any]) -> float:
+        return max(row["cycles"][unit] for unit in PEER_UNITS)
+
+    def traffic_share(row: dict[str, Any]) -> float:
+        return (row["read_kib"] + row["write_kib"] + row["atomic_kib"]) / row["floor_kib"]
+
+    return {
+        "binding_cycles": min(map(binding, rows.values())),
+        "instructions": rows[variant.instruction_peer]["lean_per_1000_scores"],
+        "traffic_over_least": traffic_share(rows[variant.map_peer]),
+    }
+
+
+def cases() -> Iterator[CounterCase]:
+    for shape in shapes():
+        for variant in VARIANTS:
+            yield CounterCase(
+                f"{shape.title} {variant.title}",
+                shape.scores / 1000,
+                shape.least_bytes(variant.kind),
+                shape.least_mma,
+                functools.partial(prepare, shape, variant),
+                bounds(shape, variant),
+                held=variant.bias or variant.kind == "softmax",
+            )
+
+
+COUNTED = Counted("1000 useful scores", cases, "FlashAttention-2 and FlashSigmoid")

@@ -1,0 +1,130 @@
+"""What a case of the counters is, and what is made of them. A model of an H100 turns counters into
+cycles: it knows the throughput of each unit and nothing else, so it compares kernels and predicts
+no time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmill import emulator
+
+Launches = list[dict[str, Any]]
+
+PEERS = Path(__file__).parents[1] / "peer_counters.json"
+SECTOR_BYTES = 32
+
+# Per cycle of one SM of an H100: 4096 operations of 16-bit products (one m16n8k16), 16 special
+# functions, 128 float32 and 64 integer, comparison or conversion lanes, one wave of shared memory,
+# four instructions, 64 bytes between L1 and L2.
+UNITS = ("tensor", "special", "fp32", "alu", "shared", "issue", "l2")
+
+# Of a row, with the heads of their columns: cycles of the busiest unit (L2 is not one of the chip's
+# own), warp instructions without moves, bytes between L1 and L2 over the least that must move,
+# tensor-core work over the least, waves of shared memory, and these over the ideal.
+FIGURES = {
+    "binding_cycles": "cycles",
+    "instructions": "instr.",
+    "traffic_over_least": "bytes",
+    "mma_over_least": "mma",
+    "waves": "waves",
+    "waves_over_ideal": "/ideal",
+}
+
+
+@dataclass(frozen=True)
+class CounterCase:
+    """One row. prepare draws the tensors and returns the call whose kernels are counted; figures
+    are per `units`. Without least_mma tensor cores are not looked at. against: the peers' figures;
+    held: whether they count in the verdict below the table."""
+
+    title: str
+    units: float
+    least_bytes: float
+    least_mma: float
+    prepare: Callable[[], Callable[[], object]]
+    against: Mapping[str, float] = field(default_factory=dict)
+    held: bool = True
+    with_moves: bool = False  # instructions: the peers' are known so alone
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The cases of one operator."""
+
+    per: str
+    cases: Callable[[], Iterable[CounterCase]]
+    peers: str = ""
+
+
+def products(macs: float, dtype: torch.dtype) -> float:
+    """Tensor-core work of so many multiplications and additions, in m16n8k16. float32 takes three
+    products of tf32, at half the speed."""
+    return macs / 2048 * (6 if dtype == torch.float32 else 1)
+
+
+def count(case: CounterCase) -> Launches:
+    call = case.prepare()
+    with emulator.counting() as launches:
+        call()
+    return launches
+
+
+def measure(case: CounterCase) -> dict[str, Any]:
+    launches = count(case)
+    units = cycles(launches, case.units)
+    on_chip = {unit: c for unit, c in units.items() if unit != "l2"}
+    waves, ideal = (sum(r[key] for r in _shared(launches)) for key in ("waves", "ideal"))
+    instructions = "instructions" if case.with_moves else "instructions_without_moves"
+    mma = sum(launch["mma"] for launch in launches)
+    return {
+        "binding_unit": max(on_chip, key=lambda unit: on_chip[unit]),
+        "binding_cycles": max(on_chip.values()),
+        "instructions": sum(launch[instructions] for launch in launches) / case.units,
+        "traffic_over_least": traffic(launches) / case.least_bytes,
+        "mma_over_least": mma / case.least_mma if case.least_mma else 0.0,
+        "waves": waves / case.units,
+        "waves_over_ideal": waves / ideal if ideal else 1.0,
+        "local_requests": sum(launch["local_requests"] for launch in launches),
+        "cycles": units,
+    }
+
+
+def cycles(launches: Launches, units: float) -> dict[str, float]:
+    """Of one SM, by unit of the SM."""
+
+    def lanes(*classes: str) -> float:
+        return sum(launch["classes"][c]["lanes"] for launch in launches for c in classes)
+
+    totals = {
+        "tensor": sum(launch["mma"] for launch in launches),
+        "special": lanes("special") / 16,
+        "fp32": lanes("fp32") / 128,
+        "alu": lanes("integer", "select", "convert") / 64,
+        "shared": sum(r["waves"] for r in _shared(launches)),
+        "issue": sum(launch["instructions_without_moves"] for launch in launches) / 4,
+        "l2": traffic(launches) / 64,
+    }
+    return {unit: totals[unit] / units for unit in UNITS}
+
+
+def traffic(launches: Launches) -> int:
+    """Bytes between L1 and L2, whole sectors."""
+    rows = [r for launch in launches for r in launch["global"].values()]
+    return sum(r["sectors"] for r in rows) * SECTOR_BYTES
+
+
+def _shared(launches: Launches) -> Iterator[dict[str, int]]:
+    return (r for launch in launches for r in launch["shared"].values())
+
+
+@functools.cache
+def peer_rows(op: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(PEERS.read_text())[op]
+    return rows

@@ -1,0 +1,127 @@
+"""Cases of attention_decode and sparse_decode_attention. A row is a key of a key head, with its
+value; keys of a list are rows of each head that has a list or shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenmill as tm
+from tokenmill.dense.attention_decode_cases import decode_call
+from tokenmill.select.sparse_decode_cases import sparse_call
+
+from .case import Counted, CounterCase, products
+
+H, HK, D = 32, 8, 128
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def _case(
+    title: str,
+    rows: int,
+    row_queries: int,
+    queries: int,
+    dim: int,
+    dtype: torch.dtype,
+    prepare: Callable[[], Callable[[], object]],
+) -> CounterCase:
+    """rows are seen by row_queries query rows each; `queries` query rows in all."""
+    size = dtype.itemsize
+    return CounterCase(
+        title,
+        rows,
+        2 * rows * dim * size + queries * (2 * dim * size + 4),  # keys, values; q, out, lse
+        products(2 * rows * row_queries * dim, dtype),
+        prepare,
+    )
+
+
+def _draw(make: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = make(dtype, torch.Generator().manual_seed(0))
+    return args, kwargs | {"backend": "emulated"}
+
+
+def _dense(
+    name: str, lengths: tuple[int, ...], schedule: str, dtype: torch.dtype = BF16,
+    tokens: int = 1, page_size: int | None = None, dim: int = D,
+) -> CounterCase:  # fmt: skip
+    def prepare() -> Callable[[], object]:
+        make = decode_call(
+            lengths, tokens, H, HK, dim, dim, page_size, max(lengths), schedule=schedule
+        )
+        args, kwargs = _draw(make, dtype)
+        return lambda: tm.attention_decode(*args, **kwargs)
+
+    # A token does not see those after it.
+    rows = HK * sum(lengths)
+    return _case(
+        f"{str(dtype)[6:]}, keys {', '.join(map(str, lengths))}{name}, {schedule}",
+        rows, H // HK * tokens, len(lengths) * tokens * H, dim, dtype, prepare,
+    )  # fmt: skip
+
+
+def dense_cases() -> Iterator[CounterCase]:
+    for dtype in (BF16, F32):
+        for schedule in ("split", "stream_k"):
+            yield _dense("", (2000, 300), schedule, dtype)
+    for schedule in ("split", "stream_k"):
+        yield _dense("", (5000, 2500, 1200, 300), schedule)
+    yield _dense(", pages of 16", (2000, 304), "split", page_size=16)
+    yield _dense(", 4 tokens", (2000, 300), "split", tokens=4)
+    yield _dense(", D=64", (2000, 300), "split", dim=64)
+
+
+def listed_rows(
+    indices: Tensor, counts: Tensor, block_k: int, length: int, first: int, last: int
+) -> int:
+    """Keys of one request that any of the lists [lists, entries] names or that are among the first
+    or last ones, for each list."""
+    total = 0
+    for entries, n in zip(indices, counts, strict=True):
+        seen = torch.zeros(length, dtype=torch.bool)
+        seen[:first] = seen[length - last :] = True
+        for block in entries[: int(n)].tolist():
+            seen[block * block_k : (block + 1) * block_k] = True
+        total += int(seen.sum())
+    return total
+
+
+def _sparse(name: str, dtype: torch.dtype = BF16, dim: int = D, **options: Any) -> CounterCase:
+    """One request of 4096 keys, a list of 512 for each key head unless `options` say otherwise, 4
+    first and 64 last keys."""
+    length, first, last = 4096, 4, 64
+    chosen = {"lists": HK, "entries": 512, "block_k": 1, "return_mass": False} | options
+    make = sparse_call(
+        (length,), h=H, hk=HK, d=dim, dv=dim, capacity=length, num_sink=first, num_recent=last,
+        **chosen,
+    )  # fmt: skip
+
+    def prepare() -> Callable[[], object]:
+        args, kwargs = _draw(make, dtype)
+        return lambda: tm.sparse_decode_attention(*args, **kwargs)
+
+    (*_, indices, counts), _options = _draw(make, dtype)
+    shared = HK // chosen["lists"] if chosen["lists"] < HK else 1
+    rows = shared * listed_rows(indices[0], counts[0], chosen["block_k"], length, first, last)
+    heads = max(chosen["lists"], HK)
+    return _case(name, rows, H // heads, H, dim, dtype, prepare)
+
+
+def sparse_cases() -> Iterator[CounterCase]:
+    blocks: dict[str, Any] = {"block_k": 16, "entries": 32}
+    yield _sparse("tokens")
+    yield _sparse("blocks of 16 in pages of 16", **blocks, page_size=16)
+    yield _sparse("tokens, mass", return_mass=True)
+    yield _sparse("blocks of 16, mass", **blocks, return_mass=True)
+    yield _sparse("64 pairs turned, halves", pairs=64)
+    yield _sparse("64 pairs turned, interleaved", pairs=64, interleaved=True)
+    yield _sparse("D=64", dim=64)
+    yield _sparse("list of 256 for each query head", lists=H, entries=256)
+    yield _sparse("shared list of 256, float32", F32, lists=1, entries=256)
+
+
+DENSE = Counted(f"row; H={H}, Hk={HK}, D={D}", dense_cases)
+SPARSE = Counted(f"row; bfloat16, H={H}, Hk={HK}, D={D}, lists of 512 of 4096 keys", sparse_cases)

@@ -1,0 +1,138 @@
+"""Cases of linear_attention, beside the Triton kernels of lightning-attention and
+flash-linear-attention, each as compiled for 8.0 and for 9.0."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import tokenmill as tm
+
+from ..linear_attention import useful_work
+from .case import Counted, CounterCase, peer_rows
+
+LENGTH, HEADS = 1024, 2  # of the peers
+FILLING = 132  # sequences with which no sequence is cut into parts on the machine's H100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row: sequences of 1024 tokens, two heads, inputs N(0, 1)."""
+
+    head_dim: int
+    backward: bool = False
+    gates: bool = False  # a decay of each token, with its gradient, instead of one of each head
+    dtype: torch.dtype = torch.float16
+    batch: int = 1
+
+    @property
+    def title(self) -> str:
+        parts = ["backward" if self.backward else "forward", f"D{self.head_dim} S{LENGTH} H{HEADS}"]
+        parts += [f"B{self.batch}"] if self.batch > 1 else []
+        parts += [str(self.dtype)[6:]] if self.dtype != torch.float16 else []
+        return " ".join(parts) + (", gates of tokens" if self.gates else ", decay of a head")
+
+    @property
+    def tokens(self) -> int:
+        """Of all heads."""
+        return self.batch * HEADS * LENGTH
+
+    @property
+    def least_mma(self) -> float:
+        """In chunks of 64 tokens, of which visible pairs alone: two products of pairs and two with
+        the state forward, five of each backward."""
+        forward = useful_work(LENGTH, HEADS, self.head_dim, self.head_dim) * self.batch / 4096
+        return forward * (2.5 if self.backward else 1)
+
+    @property
+    def least_bytes(self) -> float:
+        """Every tensor once."""
+        gates = 4 * (self.backward + 1) * self.gates
+        return self.tokens * ((7 if self.backward else 4) * self.head_dim * 2 + gates)
+
+
+def prepare(shape: Shape) -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    size = (LENGTH, HEADS, shape.head_dim)
+
+    def draw() -> torch.Tensor:
+        x = torch.randn(size, generator=generator).to(shape.dtype).expand(shape.batch, *size)
+        return x.detach().requires_grad_(shape.backward)
+
+    q, k, v = draw(), draw(), draw()
+    if shape.gates:
+        gates = torch.randn(LENGTH, HEADS, generator=generator) * 3 + 2
+        log_decay = torch.nn.functional.logsigmoid(gates).expand(shape.batch, LENGTH, HEADS)
+        log_decay = log_decay.detach().requires_grad_(shape.backward)
+    else:
+        log_decay = -tm.lightning_slopes(HEADS)
+    leaves = (q, k, v, log_decay) if shape.gates else (q, k, v)
+
+    def forward() -> Any:
+        return tm.linear_attention(q, k, v, log_decay=log_decay, backend="emulated")
+
+    if not shape.backward:
+        return forward
+    out = forward()
+    cotangent = torch.randn(size, generator=generator).to(shape.dtype).expand_as(out)
+    return lambda: torch.autograd.grad(out, leaves, cotangent)
+
+
+def bounds(head_dim: int) -> dict[str, float]:
+    """Of each figure the best of the peers: forward, chunks of 64 tokens. Reads of operands by
+    wgmma, which 9.0 has, are among the waves."""
+    kernels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in peer_rows("linear_attention"):
+        if row["head_dim"] == head_dim:
+            kernels.setdefault((row["peer"], row["capability"]), []).append(row)
+    if not kernels:
+        return {}
+    peers = [_figures(rows) for rows in kernels.values()]
+    return {key: min(p[key] for p in peers) for key in peers[0]}
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of kernels that follow each other."""
+    units = {unit: sum(row["cycles"][unit] for row in rows) for unit in rows[0]["cycles"]}
+    waves = sum(row["bank_waves"] for row in rows)
+    shape = Shape(rows[0]["head_dim"])
+    return {
+        "binding_cycles": max(c for unit, c in units.items() if unit != "l2"),
+        "instructions": 4 * units["issue"],
+        "traffic_over_least": sum(row["traffic_kib"] for row in rows) / rows[0]["floor_kib"],
+        "mma_over_least": sum(row["mma"] for row in rows) / shape.least_mma,
+        "waves": units["shared"],
+        "waves_over_ideal": waves / sum(r["bank_waves"] / r["waves_over_ideal"] for r in rows),
+    }
+
+
+def shapes() -> Iterator[Shape]:
+    for head_dim in (64, 128):
+        for backward in (False, True):
+            for gates in (False, True):
+                yield Shape(head_dim, backward, gates)
+            yield Shape(head_dim, backward, batch=FILLING)
+    for head_dim in (64, 128):
+        yield Shape(head_dim, dtype=torch.bfloat16)
+    yield Shape(256, batch=FILLING)
+
+
+def cases() -> Iterator[CounterCase]:
+    for shape in shapes():
+        yield CounterCase(
+            shape.title,
+            shape.tokens,
+            shape.least_bytes,
+            shape.least_mma,
+            functools.partial(prepare, shape),
+            {} if shape.backward else bounds(shape.head_dim),
+        )
+
+
+COUNTED = Counted(
+    "token and head", cases, "the best of lightning-attention and flash-linear-attention"
+)

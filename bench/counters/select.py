@@ -1,0 +1,109 @@
+"""Cases of topk_select, beside CUB's radix sort and torch's radix select, and of
+kv_block_scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+import tokenmill as tm
+
+from ..topk_select import scores_of
+from .case import Counted, CounterCase, peer_rows, products
+
+COLUMNS = 65536  # of the peers
+
+
+def topk_bounds() -> dict[str, float]:
+    """Of each figure the best of the peers; warp instructions for 32 keys are thread instructions
+    for each."""
+    rows = peer_rows("topk_select")
+    return {
+        "instructions": min(row["warp_instructions"] for row in rows) / (COLUMNS / 32),
+        "traffic_over_least": min(row["sector_kib"] for row in rows) * 1024 / (COLUMNS * 4),
+    }
+
+
+def _topk(kind: str, k: int, columns: int = COLUMNS) -> CounterCase:
+    def prepare() -> Callable[[], object]:
+        scores = scores_of(kind, 1, columns)
+        return lambda: tm.topk_select(scores, k, backend="emulated")
+
+    return CounterCase(
+        f"{kind} 1 x {columns}, k={k}",
+        columns / 32,
+        columns * 4,
+        0,
+        prepare,
+        topk_bounds() if columns == COLUMNS and kind == "normal" else {},
+        with_moves=True,
+    )
+
+
+def topk_cases() -> Iterator[CounterCase]:
+    for k in (512, 2048):
+        yield _topk("normal", k)
+    for kind in ("equal", "99.9 % ties"):
+        yield _topk(kind, 512)
+    yield _topk("normal", 512, 4 * COLUMNS)
+
+
+H, HK, D = 32, 8, 128
+
+
+def _scores(
+    name: str, scoring: str, tokens: int, dtype: torch.dtype = torch.bfloat16, block: int = 1,
+    queries: int = 1, q_reduce: str = "none", block_q: int = 1, head_reduce: str = "none",
+) -> CounterCase:  # fmt: skip
+    keys = tokens if scoring == "max_block" else tokens // block
+    half = 2 if scoring == "minmax" else 1
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(1, queries, H, D, generator=generator).to(dtype)
+        k = torch.randn(1, keys, HK, half, D, generator=generator).sort(3)[0].to(dtype)
+        k = k if scoring == "minmax" else k[:, :, :, 0].contiguous()
+        return lambda: tm.kv_block_scores(
+            q, k, scoring=scoring, block_k=block, q_reduce=q_reduce, block_q=block_q,
+            head_reduce=head_reduce, backend="emulated",
+        )  # fmt: skip
+
+    rows = queries // block_q
+    scored = rows if q_reduce == "mean" else queries  # rows of queries
+    read = (keys * half * HK + queries * H) * D * dtype.itemsize
+    heads = {"none": H, "softmax_vote": 1}.get(head_reduce, HK)
+    return CounterCase(
+        f"{name}, {str(dtype)[6:]}",
+        keys * HK,
+        read + heads * rows * (tokens // block) * 4,
+        products(H * D * half * keys * scored, dtype),
+        prepare,
+    )
+
+
+def scores_cases() -> Iterator[CounterCase]:
+    yield _scores("8192 tokens", "dot", 8192)
+    yield _scores("8192 tokens", "dot", 8192, torch.float32)
+    yield _scores("8192 tokens, vote", "dot", 8192, head_reduce="softmax_vote")
+    yield _scores("maxima of 16 of 8192 tokens", "max_block", 8192, block=16)
+    yield _scores("maxima of 64 of 8192 tokens", "max_block", 8192, block=64)
+    yield _scores("2048 boxes", "minmax", 32768, block=16)
+    yield _scores(
+        "2048 boxes, maximum of a group", "minmax", 32768, block=16, head_reduce="group_max"
+    )
+    yield _scores("2048 boxes", "minmax", 32768, torch.float32, 16)
+    yield _scores(
+        "means of 64 of 2048 queries, 32 keys", "dot", 2048, block=64, queries=2048,
+        q_reduce="mean", block_q=64,
+    )  # fmt: skip
+    yield _scores(
+        "maxima of 64 of 512 queries and groups, 32 keys", "dot", 2048, block=64,
+        queries=512, q_reduce="max", block_q=64, head_reduce="group_max",
+    )  # fmt: skip
+
+
+TOPK = Counted(
+    "32 keys, moves among the instructions", topk_cases, "CUB's sort and torch's radix select"
+)
+SCORES = Counted(f"key of a key head; H={H}, Hk={HK}, D={D}", scores_cases)
