@@ -25,7 +25,7 @@ class Everything(torch.nn.Module):
         following = tm.linear_attention_decode(token, token, token, slots)
         indices, _ = tm.topk_select(linear[0, -1].detach(), 3)
         kept = linear[0, -1].gather(1, indices.long()).mean()
-        cached = decode_from_cache(token, x.detach())
+        cached = decode_from_cache(token, x.detach()) + attend_to_blocks(linear, x)
         # The mean: a sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
 
@@ -46,6 +46,15 @@ def decode_from_cache(q, k):
     lengths = tm.kv_cache_compact(*kept, keep, counts)
     scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean()
     return tm.attention_decode(q, *kept, seqlens_k=lengths) + listed + scores
+
+
+def attend_to_blocks(q, k):
+    """The operators on lists of blocks."""
+    lists = tm.hip_block_select(q, k, budget=4, block_q=4, num_sink=1, num_recent=2)
+    offsets, rows = tm.transpose_block_list(*lists, 6)
+    sizes = {"block_q": 4, "block_k": 2, "num_sink": 1, "num_recent": 2}
+    out = tm.block_sparse_attention(q, k, k, *lists, causal=True, **sizes)
+    return out + offsets.float().mean() + rows.float().mean()
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
