@@ -7,6 +7,17 @@ namespace {
 
 constexpr const char* kOp = "transpose_block_list";
 
+void run(TransposeBlockListParams& p, const View& indices) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (indices.is_cuda) {
+    Tensor workspace = empty({workspace_bytes(p)}, indices.tensor, ScalarType::Byte);
+    p.workspace = workspace.mutable_data_ptr();
+    return launch_on_device(kOp, indices, p);
+  }
+#endif
+  cpu::transpose_block_list(p);
+}
+
 // The checks are those of python/tokenmill/sparse/transpose_list.py, in its order and words.
 std::tuple<Tensor, Tensor> transpose_block_list(Tensor indices, Tensor counts, int64_t num_blocks) {
   const View ids(indices);
@@ -21,12 +32,16 @@ std::tuple<Tensor, Tensor> transpose_block_list(Tensor indices, Tensor counts, i
   Tensor rows = empty({p.batch, p.list.heads, p.list.rows * p.list.entries}, indices);
   p.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
   p.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
-  if (offsets.numel() > 0) cpu::transpose_block_list(p);
+  if (offsets.numel() > 0) run(p, ids);
   return {offsets, rows};
 }
 
 }  // namespace
 
 TOKENMILL_IMPL(CPU, m) { m.impl("transpose_block_list", TOKENMILL_BOX(transpose_block_list)); }
+
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) { m.impl("transpose_block_list", TOKENMILL_BOX(transpose_block_list)); }
+#endif
 
 }  // namespace tokenmill

@@ -1,0 +1,29 @@
+// Which ids of a list count, by a warp that reads 32 of them at once.
+#pragma once
+#include "cuda/warp.cuh"
+#include "sparse/block_list.h"
+
+namespace tokenmill::cuda {
+
+// ListWalk of the next 32 ids, one a lane. All lanes together; those past the end have a negative
+// id.
+struct WarpListWalk {
+  int blocks;
+  int largest = -1;  // of the ids so far
+
+  __device__ __forceinline__ bool counts(int id) {
+    const int lane = threadIdx.x % kWarpSize;
+    int top = id;
+#pragma unroll
+    for (int offset = 1; offset < kWarpSize; offset *= 2) {
+      const int before = __shfl_up_sync(kFullWarp, top, offset);
+      if (lane >= offset) top = max(top, before);
+    }
+    const int before = __shfl_up_sync(kFullWarp, top, 1);
+    const bool exceeds = id > (lane > 0 ? max(before, largest) : largest);
+    largest = max(largest, __shfl_sync(kFullWarp, top, kWarpSize - 1));
+    return exceeds && id < blocks;
+  }
+};
+
+}  // namespace tokenmill::cuda

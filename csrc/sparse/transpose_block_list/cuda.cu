@@ -1,0 +1,58 @@
+#include <cuda_runtime.h>
+
+#include "sparse/transpose_block_list/kernel.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+constexpr int64_t kLeastRows = 16;  // of a part
+
+int64_t list_heads(const TransposeBlockListParams& p) { return p.batch * p.list.heads; }
+int64_t entries_of_head(const TransposeBlockListParams& p) { return p.list.rows * p.list.entries; }
+
+// As many parts as leave the memory linear in the entries and the blocks.
+TransposePlan make_plan(const TransposeBlockListParams& p) {
+  const int64_t most = ceil_div(p.list.rows, kLeastRows);
+  const int64_t linear = p.blocks > 0 ? entries_of_head(p) / p.blocks : 1;
+  const int64_t wanted = linear < most ? linear : most;
+  TransposePlan plan{};
+  plan.part_rows = static_cast<int>(ceil_div(p.list.rows, wanted > 1 ? wanted : 1));
+  plan.parts = plan.part_rows > 0 ? static_cast<int>(ceil_div(p.list.rows, plan.part_rows)) : 1;
+  plan.ids = static_cast<int32_t*>(p.workspace);
+  plan.places = plan.ids + list_heads(p) * entries_of_head(p);
+  return plan;
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t workspace_bytes(const TransposeBlockListParams& p) {
+  const int64_t places = cuda::make_plan(p).parts * p.blocks;
+  return cuda::list_heads(p) * (cuda::entries_of_head(p) + places) * 4;
+}
+
+const char* launch_cuda(const TransposeBlockListParams& p, void* stream) {
+  using namespace cuda;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const TransposePlan plan = make_plan(p);
+  const int64_t heads = list_heads(p), entries = heads * entries_of_head(p);
+  constexpr int64_t kMaxGrid = 0x7fffffff;
+  if (heads == 0) return nullptr;
+  if (heads * plan.parts > kMaxGrid) return "2^31 - 1 heads at most on CUDA";
+  cudaMemsetAsync(plan.places, 0, heads * plan.parts * p.blocks * sizeof(int32_t), s);
+  cudaMemsetAsync(p.rows, 0xff, entries * sizeof(int32_t), s);  // -1
+  if (entries > 0) {
+    const int64_t blocks = ceil_div(heads * p.list.rows, kTransposeThreads / kWarpSize);
+    transpose_count_kernel<<<static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid),
+                             kTransposeThreads, 0, s>>>(p, plan);
+  }
+  transpose_scan_kernel<<<static_cast<unsigned>(heads), kScanThreads, 0, s>>>(p, plan);
+  if (entries > 0)
+    transpose_place_kernel<<<static_cast<unsigned>(heads * plan.parts), kTransposeThreads, 0, s>>>(
+        p, plan);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tokenmill
