@@ -1,5 +1,6 @@
 #include "dense/attention/kernel_backward_launch.cuh"
 #include "dense/attention/kernel_backward_rows.cuh"
+#include "dense/attention/kernel_backward_statistics.cuh"
 
 namespace tokenmill {
 namespace cuda {
@@ -21,24 +22,6 @@ extern template const char* launch_pairs<float, Mode::general>(const BackwardArg
 const char* launch_bias(const BackwardArgs&, cudaStream_t);
 
 namespace {
-
-template <typename T>
-const char* launch_statistics(BackwardArgs args, bool in_nats, cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(T);
-  const AttentionParams& p = args.p.forward;
-  const Rows &o = p.out, &g = args.p.dout;
-  const bool vectors = is_vectorizable<T>(o.data, p.value_dim, o.batch, o.seq, o.head) &&
-                       is_vectorizable<T>(g.data, p.value_dim, g.batch, g.seq, g.head);
-  args.row_blocks = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows);
-  const unsigned grid =
-      static_cast<unsigned>(args.row_blocks * p.heads * (p.cu_seqlens_q ? 1 : p.batch));
-  const float unit = in_nats ? 1 : kLog2e;
-  if (vectors)
-    statistics_kernel<T, kVector><<<grid, kStatisticsThreads, 0, stream>>>(args, unit);
-  else
-    statistics_kernel<T, 1><<<grid, kStatisticsThreads, 0, stream>>>(args, unit);
-  return check_launch(cudaGetLastError());
-}
 
 template <typename T>
 const char* launch_backward(BackwardArgs args, cudaStream_t stream) {

@@ -1,66 +1,8 @@
-// Before and behind the products of the backward: statistics of the rows, sums over the pairs.
+// Behind the products of the backward: sums over the pairs.
 #pragma once
-#include "cuda/vector.cuh"
 #include "dense/attention/kernel_backward_shape.cuh"
 
 namespace tokenmill::cuda {
-
-constexpr int kStatisticsThreads = 128, kLanesOfRow = 8, kRowsOfLanes = 4;
-constexpr int kStatisticsRows = kStatisticsThreads / kLanesOfRow * kRowsOfLanes;  // of a block
-
-// minus_lse in bits (in nats for Mode::general) and minus_delta of softmax; minus_lse is -inf, and
-// with it P = 0, for rows that saw nothing. A block has rows of one head.
-template <typename T, int kVector>
-__global__ void __launch_bounds__(kStatisticsThreads)
-    statistics_kernel(const __grid_constant__ BackwardArgs args, float unit) {
-  const AttentionBackwardParams& bp = args.p;
-  const AttentionParams& p = bp.forward;
-  const int64_t bh = blockIdx.x / args.row_blocks, h = bh % p.heads;
-  TilePlace place = {static_cast<int>(bh / p.heads),
-                     static_cast<int>(blockIdx.x % args.row_blocks)};
-  if (p.cu_seqlens_q) {
-    place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows, place.tile);
-    if (place.b < 0) return;
-  }
-  const int64_t batch = place.b;
-  const Sequence s = sequence_of(p, batch);
-  const int lane = threadIdx.x % kLanesOfRow;
-  int row = place.tile * kStatisticsRows + threadIdx.x / kLanesOfRow;
-  if (row - static_cast<int>(threadIdx.x) / kLanesOfRow >= s.q_length) return;
-  const T* out = rows_at<const T>(p.out, batch, s.q_start + row, h);
-  const T* dout = rows_at<const T>(bp.dout, batch, s.q_start + row, h);
-  float dot[kRowsOfLanes] = {};
-  constexpr int kStep = kStatisticsThreads / kLanesOfRow;
-#pragma unroll
-  for (int r = 0; r < kRowsOfLanes; ++r) {
-    if (row + r * kStep >= s.q_length) continue;
-    for (int d = lane * kVector; d < p.value_dim; d += kLanesOfRow * kVector) {
-      float x[kVector], y[kVector];
-      load_floats(x, out + r * kStep * p.out.seq + d);
-      load_floats(y, dout + r * kStep * bp.dout.seq + d);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) dot[r] = fmaf(x[j], y[j], dot[r]);
-    }
-  }
-  static_assert(kLanesOfRow == 8 && kRowsOfLanes == 4);
-  // Lane i of a group of 8 keeps the sum of row i / 2.
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float other = __shfl_xor_sync(kFullWarp, lane & 4 ? dot[r] : dot[r + 2], 4);
-    dot[r] = (lane & 4 ? dot[r + 2] : dot[r]) + other;
-  }
-  const float other = __shfl_xor_sync(kFullWarp, lane & 2 ? dot[0] : dot[1], 2);
-  float sum = (lane & 2 ? dot[1] : dot[0]) + other;
-  sum += __shfl_xor_sync(kFullWarp, sum, 1);
-  row += lane / 2 * kStep;
-  if (lane & 1 || row >= s.q_length) return;
-  const float lse = lse_at(p, p.lse, batch, s.q_start, h)[row];
-  const float constant = constant_of(p, batch, h, s.k_length);
-  lse_at(p, bp.minus_lse, batch, s.q_start, h)[row] =
-      lse == -infinity() ? lse : (constant - lse) * unit;
-  if (bp.dlse) sum -= lse_at(p, bp.dlse, batch, s.q_start, h)[row];
-  lse_at(p, bp.minus_delta, batch, s.q_start, h)[row] = -sum;
-}
 
 constexpr int kSumThreads = 256;
 

@@ -5,10 +5,10 @@
 
 namespace tokenmill::cuda {
 
-template <typename T, int kBucket>
+template <typename T, int kBucket, typename Shape_ = DecodeShape<T, kBucket>>
 class DecodeProducts {
  public:
-  using Shape = DecodeShape<T, kBucket>;
+  using Shape = Shape_;
   using Addresses = StageAddresses<Shape, false>;
   static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
   static constexpr int kTiles = kColumns / 8;
@@ -16,7 +16,10 @@ class DecodeProducts {
 
   // `queries` is where the queries of the output tile lie in shared memory.
   __device__ DecodeProducts(const DecodePlan& plan, uint32_t queries)
-      : row_warp_(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1)) {
+      : DecodeProducts(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1), queries) {}
+
+  // Of the 16 rows number row_warp.
+  __device__ DecodeProducts(int row_warp, uint32_t queries) : row_warp_(row_warp) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < kPatterns; ++i)
@@ -209,11 +212,11 @@ class DecodeProducts {
 
   bool active_;
   int row_warp_;
+  float neg_pivot_[2], sum_[2];  // of rows g, g + 8; sums of this lane
+  float out_[kTiles][4];
 
  private:
-  float neg_pivot_[2], sum_[2];
   uint32_t query_[kPatterns];
-  float out_[kTiles][4];
   QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 
