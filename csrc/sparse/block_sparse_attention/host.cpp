@@ -155,4 +155,11 @@ TOKENMILL_IMPL(CPU, m) {
   m.impl("block_sparse_attention_backward", TOKENMILL_BOX(block_sparse_attention_backward));
 }
 
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) {
+  m.impl("block_sparse_attention", TOKENMILL_BOX(block_sparse_attention));
+  m.impl("block_sparse_attention_backward", TOKENMILL_BOX(block_sparse_attention_backward));
+}
+#endif
+
 }  // namespace tokenmill

@@ -1,0 +1,24 @@
+#include "sparse/block_sparse_attention/cuda_launch.cuh"
+
+namespace tokenmill {
+namespace cuda {
+
+template <>
+const char* launch_block_sparse<__half>(const BlockSparseParams&, cudaStream_t);
+template <>
+const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseParams&, cudaStream_t);
+template <>
+const char* launch_block_sparse<float>(const BlockSparseParams&, cudaStream_t);
+
+}  // namespace cuda
+
+const char* launch_cuda(const BlockSparseParams& d, void* stream) {
+  if (const char* error = cuda::check_sizes(d)) return error;
+  const char* error = nullptr;
+  cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    error = cuda::launch_block_sparse<T>(d, static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,29 @@
+#include "sparse/block_sparse_attention/cuda_backward_launch.cuh"
+
+namespace tokenmill {
+namespace cuda {
+
+template <>
+const char* launch_block_sparse<__half>(const BlockSparseBackwardParams&, cudaStream_t);
+template <>
+const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseBackwardParams&, cudaStream_t);
+template <>
+const char* launch_block_sparse<float>(const BlockSparseBackwardParams&, cudaStream_t);
+
+}  // namespace cuda
+
+int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
+  const AttentionParams& f = p.forward.attention;
+  return 2 * sizeof(float) * f.batch * f.heads * f.seqlen_q;
+}
+
+const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
+  if (const char* error = cuda::check_sizes(p.forward)) return error;
+  const char* error = nullptr;
+  cuda::visit_dtype(p.forward.attention.dtype, [&]<typename T>() {
+    error = cuda::launch_block_sparse<T>(p, static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace tokenmill

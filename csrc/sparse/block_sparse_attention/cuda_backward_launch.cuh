@@ -1,0 +1,75 @@
+// Launches the kernels of the backward for one element type.
+#pragma once
+#include "dense/attention/kernel_backward_statistics.cuh"
+#include "sparse/block_sparse_attention/cuda_plan.cuh"
+#include "sparse/block_sparse_attention/kernel_backward.cuh"
+
+namespace tokenmill::cuda {
+
+// Keys of a block: more than 64 of them only where all are in one block of the lists.
+inline int key_row_warps(const BlockSparseParams& d, int most) {
+  int warps = d.log2_block_k > 6 ? 8 : 4;
+  if (warps > most) warps = most;
+  while (warps > 1 && 8 * warps >= d.attention.seqlen_k) warps /= 2;
+  return warps;
+}
+
+template <typename T, int kBucket>
+const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSparseGradients& g,
+                             cudaStream_t stream) {
+  using Queries = QuerySideShape<T, kBucket>;
+  using Keys = KeySideShape<T, kBucket>;
+  const AttentionParams& p = bp.forward.attention;
+  BlockSparseGradients d = g;
+  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, Queries::kMaxRowWarps);
+  d.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
+              has_whole_chunks<T>(p.v, p.value_dim) && has_whole_chunks<T>(bp.dout, p.value_dim);
+  const char* error = nullptr;
+  if (p.seqlen_q > 0)
+    error = launch_blocks(block_sparse_queries_kernel<T, kBucket>, query_tiles(d),
+                          d.row_warps * kWarpSize, Queries::shared_bytes(d.row_warps), d, stream);
+  if (error || p.seqlen_k == 0) return error;
+  d.row_warps = key_row_warps(d, Keys::kMaxRowWarps);
+  d.tiles = static_cast<int>(ceil_div(p.seqlen_k, 16 * d.row_warps));
+  return launch_blocks(block_sparse_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.tiles,
+                       d.row_warps * Keys::kColumnWarps * kWarpSize,
+                       Keys::shared_bytes(d.row_warps), d, stream);
+}
+
+template <typename T>
+const char* launch_gradients(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
+  const AttentionParams& p = bp.forward.attention;
+  float* const minus_lse = static_cast<float*>(bp.workspace);
+  float* const minus_delta = minus_lse + p.batch * p.heads * p.seqlen_q;
+  BackwardArgs args{};
+  args.p.forward = p;
+  args.p.dout = bp.dout;
+  args.p.dlse = bp.dlse;
+  args.p.minus_lse = minus_lse;
+  args.p.minus_delta = minus_delta;
+  if (p.seqlen_q > 0)
+    if (const char* error = launch_statistics<T>(args, false, stream)) return error;
+  BlockSparseGradients d{};
+  d.dout = bp.dout;
+  d.dq = bp.dq;
+  d.dk = bp.dk;
+  d.dv = bp.dv;
+  d.minus_lse = minus_lse;
+  d.minus_delta = minus_delta;
+  d.offsets = bp.offsets;
+  d.listing = bp.rows;
+  return visit_bucket(p,
+                      [&]<int kBucket>() { return launch_gradients<T, kBucket>(bp, d, stream); });
+}
+
+// Defined in cuda_backward_<dtype>.cu each.
+template <typename T>
+const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream);
+
+#define TOKENMILL_BLOCK_SPARSE_GRADIENTS(T)                                                      \
+  template <>                                                                                    \
+  const char* launch_block_sparse<T>(const BlockSparseBackwardParams& bp, cudaStream_t stream) { \
+    return launch_gradients<T>(bp, stream);                                                      \
+  }
+
+}  // namespace tokenmill::cuda

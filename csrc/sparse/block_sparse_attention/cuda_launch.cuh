@@ -1,0 +1,31 @@
+// Launches the forward for one element type.
+#pragma once
+#include "sparse/block_sparse_attention/cuda_plan.cuh"
+#include "sparse/block_sparse_attention/kernel.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T, int kBucket>
+const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
+  using Shape = BlockShape<T, kBucket>;
+  const AttentionParams& p = d.attention;
+  BlockSparseLaunch launch = plan_queries(d, Shape::kMaxRowWarps);
+  launch.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
+                   has_whole_chunks<T>(p.v, p.value_dim);
+  return launch_blocks(block_sparse_forward_kernel<T, kBucket>, query_tiles(launch),
+                       launch.row_warps * kWarpSize, Shape::shared_bytes(launch.row_warps), launch,
+                       stream);
+}
+
+// Defined in cuda_<dtype>.cu each.
+template <typename T>
+const char* launch_block_sparse(const BlockSparseParams& d, cudaStream_t stream);
+
+#define TOKENMILL_BLOCK_SPARSE_INSTANCES(T)                                                    \
+  template <>                                                                                  \
+  const char* launch_block_sparse<T>(const BlockSparseParams& d, cudaStream_t stream) {        \
+    return visit_bucket(d.attention,                                                           \
+                        [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); }); \
+  }
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,194 @@
+// One warp of the backward: 16 rows, of queries or of keys, and the products that they take part
+// in.
+#pragma once
+#include "dense/attention/kernel_backward_tiles.cuh"
+#include "sparse/block_sparse_attention/kernel_keys.cuh"
+
+namespace tokenmill::cuda {
+
+// x is what the scores are made of (Q, K), y the other tensor (dO, V). A block owns rows of one
+// side; those of the other stream by.
+template <typename T, int kBucket, Side kSide>
+struct GradientShape {
+  static constexpr bool kFloat = sizeof(T) == 4;
+  static constexpr bool kKeys = kSide == Side::keys;
+  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
+  using Tile = SharedTile<kRowBytes, Swizzle::plain>;
+
+  static constexpr int kTileRows = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
+  static constexpr int kRing = 4 * kTileRows;
+  static constexpr int kTileBytes = kTileRows * kRowBytes;
+  // Of queries also minus lse and minus delta.
+  static constexpr int kStatisticsBytes = kKeys ? 2 * kTileRows * 4 : 0;
+  static constexpr int kStageBytes = 2 * kTileBytes + kStatisticsBytes;
+
+  // Two warps share 256 columns of dK and dV, whose accumulators no warp could hold.
+  static constexpr int kColumnWarps = kKeys && kBucket == 256 ? 2 : 1;
+  static constexpr int kColumns = kBucket / kColumnWarps;
+  static constexpr int kMaxRowWarps = kRowBytes <= 128 ? 8 : 32768 / (32 * kRowBytes);
+  static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
+
+  static constexpr int kStep = kMmaDepth<T>;  // streamed rows at once
+};
+
+template <typename T, int kBucket, Side kSide>
+class GradientWarp {
+ public:
+  using Shape = GradientShape<T, kBucket, kSide>;
+  using Tile = typename Shape::Tile;
+  static constexpr bool kKeys = Shape::kKeys;
+  static constexpr int kBlocks = Shape::kColumns / 16;
+  static constexpr int kStep = Shape::kStep, kStepTiles = kStep / 8;
+
+  // `owned` is where the rows of the block lie in shared memory: x, then y.
+  __device__ GradientWarp(const AttentionParams& p, int row_warps, uint32_t owned)
+      : row_warp_(threadIdx.x / kWarpSize % row_warps),
+        first_column_(threadIdx.x / kWarpSize / row_warps * Shape::kColumns),
+        softcap_(p.softcap),
+        factor_(p.softcap > 0 ? p.scale : p.scale * kLog2e) {
+    const int lane = threadIdx.x % kWarpSize;
+    left_ = owned + row_warp_ * 16 * Shape::kRowBytes + Tile::offset(lane % 16, lane / 16);
+    left_y_ = row_warps * 16 * Shape::kRowBytes;
+    rows_ = Tile::offset(lane % 8, lane / 8);
+    columns_ = (Shape::kFloat ? Tile::offset(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4
+                              : Tile::offset(lane % 16, lane / 16)) +
+               first_column_ * static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        of_x_[i][j] = 0;
+        if constexpr (kKeys) of_y_[i][j] = 0;
+      }
+  }
+
+  __device__ int row_warp() const { return row_warp_; }
+
+  // The kStep streamed rows from `row` on of the tile at `stage`. statistic(kind, n, i): minus the
+  // log-sum-exp in bits (0) or minus delta (1) of element i of accumulator n; sees(n, i) is asked
+  // unless `whole`.
+  template <typename Statistic, typename Sees>
+  __device__ __forceinline__ void add_step(uint32_t stage, int row, bool whole,
+                                           const Statistic& statistic, const Sees& sees) {
+    const uint32_t x = stage + row * Shape::kRowBytes, y = x + Shape::kTileBytes;
+    float s[kStepTiles][4], dp[kStepTiles][4];
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0, dp[n][i] = statistic(1, n, i);
+    multiply_rows(s, left_, x + rows_);
+    multiply_rows(dp, left_ + left_y_, y + rows_);
+    Fragment<T, 4> weights, slopes;
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n) {
+      float w[4], ds[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float through = 1, exponent = fmaf(s[n][i], factor_, statistic(0, n, i));
+        if (softcap_ > 0) {
+          const float t = tanh_accurate(s[n][i] * factor_ / softcap_);
+          exponent = fmaf(softcap_ * t, kLog2e, statistic(0, n, i));
+          through = fmaf(-t, t, 1.f);
+        }
+        const bool seen = whole || sees(n, i);
+        w[i] = seen ? exp2_approx(exponent) : 0;
+        ds[i] = seen ? w[i] * dp[n][i] * through : 0;
+      }
+      if constexpr (kKeys) to_left(weights, n, w);
+      to_left(slopes, n, ds);
+    }
+    if constexpr (kKeys) accumulate(of_y_, weights, y + columns_);
+    accumulate(of_x_, slopes, x + columns_);
+  }
+
+  // Sums of row r < rows of this warp to row_of(r), `dim` columns each.
+  template <bool kOfX, typename RowOf>
+  __device__ __forceinline__ void store(float factor, int rows, int dim, const RowOf& row_of) {
+    const int lane = threadIdx.x % kWarpSize;
+    const bool pairs = dim % 2 == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = lane / 4 + 8 * half;
+      if (r >= rows) continue;
+      T* to = row_of(r);
+#pragma unroll
+      for (int n = 0; n < 2 * kBlocks; ++n) {
+        const int column = first_column_ + 8 * n + lane % 4 * 2;
+        const float (&sums)[4] = kOfX ? of_x_[n] : of_y_[n];
+        const float both[2] = {sums[2 * half] * factor, sums[2 * half + 1] * factor};
+        if (pairs && column < dim) store_floats(to + column, both);
+        if (pairs) continue;
+        if (column < dim) to[column] = static_cast<T>(both[0]);
+        if (column + 1 < dim) to[column + 1] = static_cast<T>(both[1]);
+      }
+    }
+  }
+
+ private:
+  // out += the 16 rows at `left` times (kStep rows at `right`)^T
+  __device__ __forceinline__ void multiply_rows(float (&out)[kStepTiles][4], uint32_t left,
+                                                uint32_t right) const {
+    unroll<Shape::kRowBytes / 64>([&](auto part) {
+      Fragment<T, 4> a[2];
+      unroll<2>([&](auto k) {
+        at_half_part<Tile, 2 * part + k>(left, [&](uint32_t at, auto offset) {
+          uint32_t words[4];
+          load_matrices<decltype(offset)::value>(words, at);
+          a[k] = make_fragment<T>(words[0], words[1], words[2], words[3]);
+        });
+      });
+      at_part<Tile, part>(right, [&](uint32_t at, auto offset) {
+        unroll<kStepTiles>([&](auto n) {
+          uint32_t words[4];
+          load_matrices<decltype(offset)::value + 8 * n * Shape::kRowBytes>(words, at);
+          mma(out[n], a[0], make_fragment<T>(words[0], words[1]));
+          mma(out[n], a[1], make_fragment<T>(words[2], words[3]));
+        });
+      });
+    });
+  }
+
+  // Accumulators of columns 8 n ... + 7 as their part of a left operand.
+  static __device__ __forceinline__ void to_left(Fragment<T, 4>& to, int n, const float (&x)[4]) {
+    if constexpr (Shape::kFloat) {
+      to = make_fragment<T>(__float_as_uint(x[0]), __float_as_uint(x[2]), __float_as_uint(x[1]),
+                            __float_as_uint(x[3]));
+    } else {
+      to.words[2 * n] = pack<T>(x[0], x[1]);
+      to.words[2 * n + 1] = pack<T>(x[2], x[3]);
+    }
+  }
+
+  // acc += a times the kStep rows at `right`
+  static __device__ __forceinline__ void accumulate(float (&acc)[2 * kBlocks][4],
+                                                    const Fragment<T, 4>& a, uint32_t right) {
+    unroll<kBlocks>([&](auto i) {
+      if constexpr (!Shape::kFloat) {
+        at_half_part<Tile, i>(right, [&](uint32_t at, auto offset) {
+          uint32_t words[4];
+          load_matrices_transposed<decltype(offset)::value>(words, at);
+          mma(acc[2 * i], a, make_fragment<T>(words[0], words[1]));
+          mma(acc[2 * i + 1], a, make_fragment<T>(words[2], words[3]));
+        });
+      } else {
+        // Rows 2 c and 2 c + 1 of 8: their chunks differ in the lowest bit.
+        unroll<2>([&](auto j) {
+          at_part<Tile, i>(right ^ j * 32, [&](uint32_t at, auto offset) {
+            constexpr int kAt = decltype(offset)::value;
+            mma(acc[2 * i + j], a,
+                make_fragment<T>(load_word<kAt>(at), load_word<kAt + Shape::kRowBytes>(at ^ 16)));
+          });
+        });
+      }
+    });
+  }
+
+  int row_warp_, first_column_;
+  float softcap_, factor_;
+  uint32_t left_;            // of this lane: left operands from x
+  int left_y_;               // and from there those from y
+  uint32_t rows_, columns_;  // in a tile of the stream: right operands
+  float of_x_[2 * kBlocks][4], of_y_[kKeys ? 2 * kBlocks : 1][4];  // sums of dS x and P y
+};
+
+}  // namespace tokenmill::cuda

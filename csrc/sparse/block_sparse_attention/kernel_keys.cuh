@@ -1,0 +1,168 @@
+// A tile of queries and the row of keys that it sees: the first keys, those of listed blocks, and
+// the last keys.
+#pragma once
+#include "sparse/block_sparse_attention/kernel_stream.cuh"
+#include "sparse/block_sparse_attention/params.h"
+
+namespace tokenmill::cuda {
+
+// What the host adds to a call.
+struct BlockSparseLaunch : BlockSparseParams {
+  int row_warps;         // of a block
+  int tiles;             // of a block of queries
+  int64_t query_blocks;  // of a head
+  bool aligned;          // rows of the inputs are whole 16-byte chunks
+};
+
+// Rows of a tile: queries of one block, times the heads that share their keys. Row r is query r /
+// together of head r % together.
+struct QueryTile {
+  int b, head, together;
+  int block, first_query;  // of the block
+  int first, rows;         // of the block's rows
+  int diagonal;            // of the position of query 0
+
+  __device__ static QueryTile of(const BlockSparseLaunch& d) {
+    const AttentionParams& p = d.attention;
+    QueryTile q;
+    q.together = static_cast<int>(d.heads_together());
+    const int heads = static_cast<int>(p.heads) / q.together;
+    const unsigned head_blocks = blockIdx.x / d.tiles;
+    const unsigned blocks = static_cast<unsigned>(d.query_blocks);
+    // The last queries see most keys under a causal mask: they start first.
+    q.block = static_cast<int>(blocks - 1 - head_blocks % blocks);
+    q.b = static_cast<int>(head_blocks / blocks) / heads;
+    q.head = static_cast<int>(head_blocks / blocks) % heads * q.together;
+    q.first_query = q.block << d.log2_block_q;
+    const int queries = min(1 << d.log2_block_q, static_cast<int>(p.seqlen_q) - q.first_query);
+    const int tile_rows = 16 * d.row_warps;
+    q.first = static_cast<int>(blockIdx.x % d.tiles) * tile_rows;
+    q.rows = min(tile_rows, queries * q.together - q.first);
+    q.diagonal = static_cast<int>(d.length(q.b) - p.seqlen_q);
+    return q;
+  }
+
+  __device__ int query(int r) const { return first_query + (first + r) / together; }
+  __device__ int head_of(int r) const { return head + (first + r) % together; }
+  __device__ int position(int r) const { return query(r) + diagonal; }
+};
+
+// In shared memory: registers are short. Key t of the row is a first key before `sinks`, a listed
+// one before `list_end`, else a last one.
+struct TileKeys {
+  static constexpr int kNowhere = -1;
+  static constexpr int kFar = 0x3fffffff;  // beyond any position, and any sum of two
+
+  const int32_t* list;
+  int log2_block, blocks;
+  int first;                     // entry of the list
+  int sinks, list_end, total;    // in the row
+  int listed_begin, listed_end;  // of the keys that lists add
+  int recent_begin, recent;
+  bool ascends, causal;
+
+  // All threads of a block together; `shared` is room for one. The list is read once: where it
+  // ascends, how many ids lie before an end is where that end is.
+  __device__ static void find(const BlockSparseLaunch& d, const QueryTile& q, TileKeys* shared,
+                              int* counters) {
+    const int64_t h = d.list_head(q.head);
+    const int32_t* list = d.list.at(q.b, h, q.block);
+    const int count = static_cast<int>(d.list.count(q.b, h, q.block));
+    const SeenKeys of_first = d.seen(q.b, q.query(0)), of_last = d.seen(q.b, q.query(q.rows - 1));
+    const int begin = static_cast<int>(of_last.sinks), end = static_cast<int>(of_last.listed);
+    if (threadIdx.x < 2) counters[threadIdx.x] = 0;
+    __syncthreads();
+    bool ascends = true;
+    int before = 0, inside = 0;
+    for (int e = threadIdx.x; e < count; e += blockDim.x) {
+      const int id = list[e];
+      ascends &= e == 0 || id > list[e - 1];
+      before += id < begin >> d.log2_block_k;
+      inside += int64_t{id} * (int64_t{1} << d.log2_block_k) < end;
+    }
+    before = warp_sum(before);
+    inside = warp_sum(inside);
+    if (threadIdx.x % kWarpSize == 0) {
+      atomicAdd(counters, before);
+      atomicAdd(counters + 1, inside);
+    }
+    ascends = __syncthreads_and(ascends);
+    if (threadIdx.x == 0) {
+      TileKeys keys;
+      keys.list = list;
+      keys.log2_block = d.log2_block_k;
+      keys.blocks = static_cast<int>(d.key_blocks());
+      keys.ascends = ascends;
+      keys.causal = d.causal;
+      keys.first = ascends ? counters[0] : 0;
+      const int last = ascends ? max(counters[1], keys.first) : count;
+      keys.listed_begin = static_cast<int>(d.num_sink < kFar ? d.num_sink : kFar);
+      keys.listed_end = end;
+      keys.recent = static_cast<int>(d.num_recent < kFar ? d.num_recent : kFar);
+      keys.recent_begin = max(keys.listed_begin, static_cast<int>(of_first.listed));
+      const int recents = static_cast<int>(of_last.end) - keys.recent_begin;
+      keys.sinks = begin;
+      keys.list_end = begin + ((last - keys.first) << d.log2_block_k);
+      keys.total = keys.list_end + (keys.recent > 0 ? max(recents, 0) : 0);
+      *shared = keys;
+    }
+    __syncthreads();
+  }
+
+  // The position of key t, kNowhere if no query of the tile sees it.
+  __device__ __forceinline__ int look_up(int t) const {
+    if (t < sinks) return t;
+    if (t >= list_end) return t < total ? recent_begin + t - list_end : kNowhere;
+    const int entry = first + ((t - sinks) >> log2_block);
+    const int id = list[entry];
+    if (id < 0 || id >= blocks) return kNowhere;
+    // What no list should be like: an id counts if it is greater than all before it.
+    for (int e = 0; !ascends && e < entry; ++e)
+      if (list[e] >= id) return kNowhere;
+    const int position = (id << log2_block) + ((t - sinks) & ((1 << log2_block) - 1));
+    return position >= listed_begin && position < listed_end ? position : kNowhere;
+  }
+
+  // Queries at positions x .. y - 1 see key t, which lies at `position`.
+  __device__ __forceinline__ int2 seen_by(int t, int position) const {
+    if (position < 0) return {kFar, kFar};
+    if (!causal) return {-kFar, kFar};
+    const bool listed = t >= sinks && t < list_end;
+    return {position + (listed ? recent : 0), t >= list_end ? position + recent : kFar};
+  }
+};
+
+// Rows of keys and values of a tile of queries, as stream_rows wants them.
+template <typename T, typename Shape_, typename KeyTile, typename ValueTile>
+struct KeySource {
+  using Shape = Shape_;
+  using KeyCopy = RowCopy<T, KeyTile>;
+  using ValueCopy = RowCopy<T, ValueTile>;
+
+  const BlockSparseLaunch& d;
+  const TileKeys& keys;
+  int* places;  // a ring of positions, in shared memory
+  uint32_t stages;
+  const T *k, *v;  // of the request and head
+
+  __device__ int look_up(int t) const { return keys.look_up(t); }
+  __device__ void store(int t, int position) { at(t) = position; }
+  __device__ int& at(int t) const { return places[t & (Shape::kRing - 1)]; }
+
+  __device__ __forceinline__ void load(int stage, int first) const {
+    const AttentionParams& p = d.attention;
+    const uint32_t tile = stages + stage * Shape::kStageBytes;
+#pragma unroll 2
+    for (int r = KeyCopy::first_row(); r < Shape::kTileRows; r += KeyCopy::row_step()) {
+      const int position = at(first + r), row = max(position, 0);
+      const bool exists = position >= 0;
+      KeyCopy::copy(tile, r, k + row * p.k.seq, exists ? static_cast<int>(p.head_dim) : 0,
+                    d.aligned);
+      ValueCopy::copy(tile + Shape::kTileBytes, r, v + row * p.v.seq,
+                      exists ? static_cast<int>(p.value_dim) : 0, d.aligned);
+    }
+    commit_copies();
+  }
+};
+
+}  // namespace tokenmill::cuda
