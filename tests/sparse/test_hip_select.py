@@ -44,7 +44,7 @@ def admissible(o, queries, tokens, row):
 
 
 @st.composite
-def calls(draw, longest=220):
+def calls(draw, longest=220, most_lists=200):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
@@ -64,6 +64,8 @@ def calls(draw, longest=220):
         "causal": draw(st.booleans()),
         "head_reduce": draw(st.sampled_from(["none", "group_max"])),
     }
+    heads = kv_heads if o["head_reduce"] == "group_max" else kv_heads * group
+    o["block_q"] = max(o["block_q"], -(-queries * batch * heads // most_lists))
     q = whole((batch, queries, kv_heads * group, dim), generator, dtype)
     k = whole((batch, tokens, kv_heads, dim), generator, dtype)
     if draw(st.sampled_from([False, False, True])) and tokens:
@@ -73,7 +75,6 @@ def calls(draw, longest=220):
         o["seqlens_k"] = torch.tensor(lengths, dtype=torch.int32)
     if draw(st.booleans()) and o["bound"] == "sample":
         o["restart_span"] = draw(st.sampled_from([1, 2, 3, 8, 1000]))
-        heads = kv_heads if o["head_reduce"] == "group_max" else kv_heads * group
         shape = (batch, heads, -(-queries // o["block_q"]), o["budget"] // block_k)
         ids = torch.randint(-2, tokens // block_k + 3, shape, generator=generator)
         if draw(st.booleans()):
@@ -127,7 +128,7 @@ def test_lists_on_every_instruction_set(call, backend, isa):
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
 @settings(max_examples=40)
-@given(call=calls(longest=150))
+@given(call=calls(longest=150, most_lists=16))
 def test_lists(call, backend):
     check_lists(call, backend)
 

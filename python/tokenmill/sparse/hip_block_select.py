@@ -342,6 +342,7 @@ FORWARD = register(
         check=_check,
         fake=_fake,
         check_values=_check_values,
+        triton="sparse.hip_block_select:hip_block_select",
     )
 )
 SPEC = register_op(
