@@ -101,10 +101,8 @@ def linear_samples(
     draw,
     max_length=140,
     maps=("identity", "elu1", "relu", "silu", "taylor2"),
-    gentle_head=False,
 ):
-    """A sample of linear attention with any combination of options. With gentle_head one head of
-    steep decays is gentle, which gives their gradient a magnitude."""
+    """A sample of linear attention with any combination of options."""
     lengths = st.one_of(
         st.sampled_from([0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129]), st.integers(0, 140)
     ).filter(lambda n: n <= max_length)
@@ -117,7 +115,7 @@ def linear_samples(
     n, length = draw(st.integers(0, 2)), draw(lengths)
     lead = (sum(sequences),) if packed else (n, length)
     n = len(sequences) if packed else n
-    decay = draw(st.sampled_from([None, "head", "steep", "token"]))
+    decay = draw(st.sampled_from([None, "head", "steep", "token", "steep token"]))
     with_state = draw(st.booleans())
     # Weights of both signs have no normaliser to speak of. Over one token out is v, and gradients
     # of q and k are rounding errors.
@@ -143,9 +141,10 @@ def linear_samples(
         if decay == "token":
             gates = torch.randn(*lead, heads, generator=g) * 3 + 2
             kwargs["log_decay"] = torch.nn.functional.logsigmoid(gates).to(wide)
+        elif decay == "steep token":
+            kwargs["log_decay"] = -(20 * torch.rand(*lead, heads, generator=g)).to(wide)
         elif decay is not None:
-            top = torch.full((heads,), 0.5 if decay == "head" else 20.0)
-            top[: int(gentle_head)] = 0.5
+            top = 0.5 if decay == "head" else 20.0
             kwargs["log_decay"] = -(top * torch.rand(heads, generator=g)).to(wide)
         if packed:
             kwargs["cu_seqlens"] = torch.tensor([0, *sequences]).cumsum(0).to(torch.int32)

@@ -59,7 +59,7 @@ def test_the_recurrence_is_the_matrix_of_weights(sample):
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
 @settings(max_examples=70)
-@given(sample=linear_samples(gentle_head=True))
+@given(sample=linear_samples())
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype)
     assert not [c for c in found if not c.ok], sample.name

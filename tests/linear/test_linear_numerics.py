@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
 from linear_oracle import chunked, inputs, interpreted, relative_error
+from strategies import layouts
 
 import tokenmill as tm
 from tokenmill import registry
+from tokenmill.linear.linear_attention_cases import draw_state
+from tokenmill.registry import Sample
 from tokenmill.testing import compare
 
 SPEC = registry.get("linear_attention")
@@ -124,6 +127,27 @@ def test_the_gradient_of_slopes_is_the_slope_of_the_loss(backend):
         change[h] = step
         want = (at(change) - at(-change)) / (2 * step)
         assert got[h].item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "isa"), [v for v in cpu_variants() if v[0] == "cpu"], indirect=["isa"], ids=str
+)
+def test_the_gradient_of_steep_decays_is_a_sum_of_pairs(backend, isa, gated):
+    """Summed over tokens, differences of q.dq and k.dk left up to six times the error budget here:
+    pairs of neighbours alone weigh something, and their own sum may be nearly nothing."""
+
+    def make(dtype, g):
+        q, k, v = (layouts((63, 2, 1), dtype, g)[i]() for i in (1, 2, 0))
+        decay = -20 * torch.rand((63, 2) if gated else 2, generator=g)
+        wide = torch.promote_types(dtype, torch.float32)
+        state = draw_state((2, 2, 1, 1), "identity", False, dtype, g)
+        options = {"log_decay": decay.to(wide), "initial_state": state}
+        return (q, k, v), options | {"cu_seqlens": torch.tensor([0, 0, 63], dtype=torch.int32)}
+
+    for seed in (11, 39, 56, 59):
+        found = compare(SPEC, Sample("steep", make), backend, torch.float32, seed=seed)
+        assert not [c for c in found if not c.ok], seed
 
 
 @each_backend

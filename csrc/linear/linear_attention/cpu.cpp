@@ -23,7 +23,7 @@ class Worker {
         narrow(p.dtype == DType::bfloat16 && p.map == FeatureMap::identity && !p.normalize),
         o(feature_dim(p.map, p.head_dim), division.slice_width + p.normalize, taylor),
         scale_at_end(p.map == FeatureMap::identity),
-        decay(p.decay, false, true, scale_at_end ? p.scale : 1),
+        decay(p.decay, false, scale_at_end ? p.scale : 1),
 #if defined(__AVX512BF16__)
         pairs(o),
 #endif

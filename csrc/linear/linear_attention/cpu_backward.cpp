@@ -6,17 +6,18 @@
 //   dk_j = sum_{i >= j} pair (v_j . dy_i) q_i    backward in time, the state transposed
 //
 // Memory does not grow with the length, unless the gradient of the decay is wanted. That at token t
-// is the sum of all weights from before t to t or later, times dy . v: from one token to the next
-// it changes by q.dq - k.dk, where the pair of a token with itself, which cancels, is left out from
-// the start, and so is that of the last token with the gradient of the final state. The sum starts
-// anew from the states at the end of each segment.
+// is the sum over all i >= t > j of pair (q_i . k_j) (dy_i . v_j): of pairs within the chunk of t,
+// of q_i . dq_i and k_j . dk_j as far as they come from the state, and of the states <S, dS> before
+// and after the chunk, between which the chunk's decay lies. Nothing of it cancels (the difference
+// of q.dq and k.dk, summed over the tokens behind, would leave the rounding of both). S is saved
+// before each segment and from there computed again.
 #include "cpu/parallel.h"
 #include "linear/linear_attention/cpu_gradients.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSegment = 256;
+constexpr int64_t kSegment = 256, kChunksOfSegment = kSegment / kChunk;
 static_assert(kSegment % kChunk == 0);
 
 // One recurrence: operands in place, and what a chunk gives.
@@ -24,8 +25,8 @@ struct Recurrence {
   ChunkOperands o;
   ChunkDecay decay;
   Recurrence(const LogDecay& log_decay, int64_t features, int64_t width, bool backward,
-             bool diagonal, float scale = 1)
-      : o(features, width, false), decay(log_decay, backward, diagonal, scale) {}
+             float scale = 1)
+      : o(features, width, false), decay(log_decay, backward, scale) {}
 };
 
 enum class Part { all, queries, keys };
@@ -40,9 +41,10 @@ class Worker {
         // One of no tokens, so that the gradient of a decay is written.
         segments(bp.ddecay.data ? ceil_div(longest > 0 ? longest : 1, kSegment) : 0),
         rows(p, p.map == FeatureMap::identity && !p.normalize && bp.dout.data && segments == 0),
-        to_queries(p.decay, rows.width, rows.features, false, segments == 0, rows.q_factor),
-        to_keys(p.decay, rows.width, rows.features, true, segments == 0),
-        to_values(p.decay, rows.features, p.value_dim, true, true),
+        to_queries(p.decay, rows.width, rows.features, false, rows.q_factor),
+        to_keys(p.decay, rows.width, rows.features, true),
+        to_values(p.decay, rows.features, p.value_dim, true),
+        undecayed(no_decay, true, 1),
         ldo(round_up(rows.features > rows.width ? rows.features : rows.width, kWidth)),
         workspace(floats_needed()) {
     rows.place(workspace);
@@ -59,11 +61,16 @@ class Worker {
     tables = workspace.take(3 * heads * ChunkDecay::kTable);
     out = workspace.take(kChunk * ldo);
     spare = workspace.take(kTileRows * ldo);
+    by_state = workspace.take(segments > 0 ? kChunk * ldo : 0);
+    kept_weights = workspace.take(kChunk * kChunk);
+    undecayed_table = workspace.take(ChunkDecay::kTable);
+    undecayed.fill_table(undecayed_table, 0, 0);
     packed_dk = workspace.take(kChunk * ldo);
     packed_dv = workspace.take(kChunk * ldo);
     saved = workspace.take(heads * segments * to_keys.o.state_size());
-    restart = workspace.take(heads * segments);
-    changes = workspace.take(heads * segments * kSegment);
+    before_chunks =
+        workspace.take(segments > 0 ? heads * kChunksOfSegment * to_keys.o.state_size() : 0);
+    decay_gradients = workspace.take(heads * segments * kSegment);
   }
 
   // KV heads kv .. kv + count - 1 of sequence b.
@@ -92,8 +99,9 @@ class Worker {
   int64_t floats_needed() const {
     return rows.size() + 2 * operand_size() + kPaddedRows * kChunk +
            heads * (to_keys.o.state_size() * (1 + segments) + to_values.o.state_size() +
-                    segments * (1 + kSegment) + 3 * ChunkDecay::kTable) +
-           (3 * kChunk + kTileRows) * ldo + 12 * 16;
+                    segments * kSegment + 3 * ChunkDecay::kTable) +
+           (segments > 0 ? heads * kChunksOfSegment * to_keys.o.state_size() + kChunk * ldo : 0) +
+           ChunkDecay::kTable + kChunk * kChunk + (3 * kChunk + kTileRows) * ldo + 16 * 16;
   }
 
   // Rows of gradients: those of a tensor, in the end, or rows to be stored in one.
@@ -125,7 +133,28 @@ class Worker {
       }
   }
 
-  // dq, and the states at the ends of segments.
+  // Outputs of a chunk, in rows `step` apart; if the gradient of the decay is wanted, also what the
+  // state adds to row r times row r of `factors`, in crossing[r].
+  void outputs(const Recurrence& r, int64_t n, bool state, float* to, int64_t step,
+               const float* factors, float* crossing, const Ahead& ahead) {
+    if (segments == 0) return chunk_outputs<false>(r.o, r.decay, n, state, to, step, spare, ahead);
+    chunk_scores<false>(r.o, r.decay, n, ahead);
+    chunk_products<false>(r.o, r.decay, n, true, false, to, step, spare, ahead);
+    std::memset(crossing, 0, n * sizeof(float));
+    if (!state) return;
+    chunk_products<false>(r.o, r.decay, n, false, true, by_state, ldo, spare, Ahead());
+    for (int64_t i = 0; i < n; ++i) {
+      vf dot = zero();
+      for (int64_t f = 0; f < rows.features; f += kWidth) {
+        const vf x = load(by_state + i * ldo + f);
+        dot = fma(x, load(factors + i * rows.ldf + f), dot);
+        store(to + i * step + f, load(to + i * step + f) + x);
+      }
+      crossing[i] = sum_lanes(dot);
+    }
+  }
+
+  // dq, and the states before segments.
   void queries(const Sequence& s, int64_t b, int64_t kv, int64_t count) {
     std::memset(transposed_states, 0, heads * to_queries.o.state_size() * sizeof(float));
     for (int64_t l = 0; p.initial.data && l < count * group; ++l) {
@@ -180,22 +209,32 @@ class Worker {
     const bool state = t > 0 || p.initial.data;
     const Span dq = span_of(bp.dq, p.dtype, b, h, first, n);
     const Target to = target(dq, p.head_dim, out);
-    chunk_outputs<false>(o, to_queries.decay, n, state, to.rows, to.step, spare, ahead);
-    if (segments > 0) {
-      float* change = changes + l * segments * kSegment + t;
-      for (int64_t r = 0; r < n; ++r)
-        change[r] = rows.take_diagonal(r, rows.packed_q, rows.packed_k, out + r * ldo);
-    }
+    if (segments > 0 && t % kSegment == 0) copy_state(saved_state(l, t / kSegment), o.state);
+    outputs(to_queries, n, state, to.rows, to.step, rows.packed_q, decay_gradient(l, t), ahead);
     if (!to.final) store_gradients<true>(dq, span_of(p.q, p.dtype, b, h, first, n), out);
-    const bool last = t + n == s.length;
-    if (last && segments > 0) to_queries.decay.drop_last(n);
-    if (!last || segments > 0) chunk_state(o, to_queries.decay, n, ahead);
-    if (segments > 0 && ends_segment(s, t + n))
-      std::memcpy(saved_state(l, t / kSegment), o.state, o.state_size() * sizeof(float));
+    if (t + n < s.length) chunk_state(o, to_queries.decay, n, ahead);
   }
 
-  static bool ends_segment(const Sequence& s, int64_t t) {
-    return t == s.length || t % kSegment == 0;
+  // The states of queries before each chunk of the segment from t on.
+  void restore_states(const Sequence& s, int64_t b, int64_t kv, int64_t count, int64_t t) {
+    for (int64_t l = 0; l < count * group; ++l)
+      copy_state(state_before(l, 0), saved_state(l, t / kSegment));
+    for (int64_t c = 1; c < kChunksOfSegment && t + c * kChunk < s.length; ++c)
+      for (int64_t l = 0; l < count * group; ++l) {
+        const int64_t first = s.start + t + (c - 1) * kChunk;
+        if (l % group == 0) rows.load_keys(b, kv + l / group, first, kChunk, false);
+        ChunkOperands& o = to_queries.o;
+        o.state = state_before(l, c);
+        copy_state(o.state, state_before(l, c - 1));
+        rows.as_y(o, rows.v);
+        rows.as_z(o, rows.k);
+        to_queries.decay.start_chunk(table(to_queries, l), b, kv * group + l, first, kChunk);
+        chunk_state(o, to_queries.decay, kChunk, Ahead());
+      }
+  }
+
+  void copy_state(float* to, const float* from) const {
+    std::memcpy(to, from, to_keys.o.state_size() * sizeof(float));
   }
   float* table(const Recurrence& r, int64_t l) const {
     const int64_t which = &r == &to_queries ? 0 : &r == &to_keys ? 1 : 2;
@@ -203,6 +242,13 @@ class Worker {
   }
   float* saved_state(int64_t l, int64_t segment) const {
     return saved + (l * segments + segment) * to_keys.o.state_size();
+  }
+  float* state_before(int64_t l, int64_t chunk) const {
+    return before_chunks + (l * kChunksOfSegment + chunk) * to_keys.o.state_size();
+  }
+  // Of token t. The forward pass leaves there what the state gives to it.
+  float* decay_gradient(int64_t l, int64_t t) const {
+    return decay_gradients + l * segments * kSegment + t;
   }
 
   // dk, dv and dinitial; dk and dv are sums over the query heads of a KV head.
@@ -216,7 +262,10 @@ class Worker {
       move_transposed<false>(ok, from);
       move_state<false>(ov, from, rows.width, rows.features, 0, p.value_dim, 0);
     }
-    for (int64_t t = (s.length - 1) / kChunk * kChunk; s.length > 0 && t >= 0; t -= kChunk)
+    for (int64_t t = (s.length - 1) / kChunk * kChunk; s.length > 0 && t >= 0; t -= kChunk) {
+      const int64_t end = t + rows_at(s, t);
+      if (segments > 0 && (end == s.length || end % kSegment == 0))
+        restore_states(s, b, kv, count, t / kSegment * kSegment);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows_at(s, t), first = s.start + t;
         rows.load_keys(b, kv + i, first, n, true);
@@ -236,6 +285,7 @@ class Worker {
         for (int64_t r = 0; !dv.final && r < n; ++r)
           store_row(packed_dv + r * ldo, 1.f, to_v.row(r), p.dtype, p.value_dim);
       }
+    }
     for (int64_t l = 0; bp.dinitial.data && l < count * group; ++l) {
       use_states(l);
       move_transposed<true>(
@@ -251,29 +301,31 @@ class Worker {
     const bool at_end = t + n == s.length, state = !at_end || bp.dfinal.data;
     use_states(l);
     rows.load_queries(bp, b, h, first, n, true);
-    if (segments > 0 && ends_segment(s, t + n))
-      restart[l * segments + t / kSegment] = inner(saved_state(l, t / kSegment), ok);
     for (Recurrence* r : {&to_keys, &to_values}) r->decay.start_chunk(table(*r, l), b, h, first, n);
 
-    const bool blind = segments > 0 && at_end && state;
-    if (blind) to_keys.decay.blind_first();
     rows.as_x(ok, rows.v, rows.packed_v);
     rows.as_y(ok, rows.dy);
     rows.as_z(ok, rows.q, rows.q_factor);
     const Target to_k = assign ? dk : Target{out, ldo, false};
-    chunk_outputs<false>(ok, to_keys.decay, n, state, to_k.rows, to_k.step, spare, ahead);
+    float crossing[kChunk];
+    outputs(to_keys, n, state, to_k.rows, to_k.step, rows.packed_k, crossing, ahead);
+    double across = 0;
     if (segments > 0) {
-      float* change = changes + l * segments * kSegment + t;
-      for (int64_t r = 0; r < n; ++r)
-        change[n - 1 - r] -=
-            rows.take_diagonal(r, rows.packed_k, rows.packed_q, to_k.rows + r * ldo);
+      std::memcpy(kept_weights, ok.weights, n * kChunk * sizeof(float));
+      if (state && (t > 0 || p.initial.data))
+        across = static_cast<double>(to_keys.decay.total) *
+                 inner(state_before(l, t % kSegment / kChunk), ok);
     }
-    if (blind) add_state_row(ok, to_k.rows);
     if (t > 0 || bp.dinitial.data) chunk_state(ok, to_keys.decay, n, written);
     if (!assign) add_rows(dk, n, rows.features);
 
     rows.as_x(ov, rows.k, rows.packed_k);
     rows.as_y(ov, rows.q, rows.q_factor);
+    if (segments > 0) {
+      undecayed.start_chunk(undecayed_table, 0, 0, 0, n);
+      chunk_scores<false>(ov, undecayed, n, Ahead());
+      add_decay_gradient(decay_gradient(l, t), n, crossing, ov.weights, across);
+    }
     rows.as_z(ov, rows.dy);
     const Target to_v = assign ? dv : Target{out, ldo, false};
     chunk_outputs<false>(ov, to_values.decay, n, state, to_v.rows, to_v.step, spare, written);
@@ -281,15 +333,27 @@ class Worker {
     if (!assign) add_rows(dv, n, p.value_dim);
   }
 
-  // row += x_0 State
-  static void add_state_row(const ChunkOperands& o, float* row) {
-    for (int64_t c = 0; c < o.width; c += kWidth) {
-      const float* state = o.state_panel(c / kPanel * kPanel) + c % kPanel;
-      vf sum = load(row + c);
-      for (int64_t e = 0; e < o.features; ++e)
-        sum = fma(set(o.x[e]), load(state + e * kPanel), sum);
-      store(row + c, sum);
+  // Of n tokens. Rows are in reversed order, those of `gradients` in that of time: they hold
+  // q_i . dq_i, and keys k_j . dk_j, as far as these come from a state; `scores` are k_j . q_i.
+  void add_decay_gradient(float* gradients, int64_t n, const float* keys, const float* scores,
+                          double across) const {
+    double sums[kChunk];
+    double sum = across;
+    for (int64_t r = 0; r < n; ++r) sums[r] = sum += static_cast<double>(gradients[n - 1 - r]);
+    sum = 0;
+    for (int64_t r = n - 1; r >= 0; --r) {
+      sums[r] += sum;
+      sum += static_cast<double>(keys[r]);
     }
+    for (int64_t j = 1; j < n; ++j) {
+      double weight = 0;  // of key j with the queries 0 .. i
+      for (int64_t i = 0; i < j; ++i) {
+        const int64_t at = j * kChunk + i;
+        weight += static_cast<double>(kept_weights[at]) * static_cast<double>(scores[at]);
+        sums[i] += weight;
+      }
+    }
+    for (int64_t r = 0; r < n; ++r) gradients[n - 1 - r] = static_cast<float>(sums[r]);
   }
 
   void use_states(int64_t l) {
@@ -297,7 +361,7 @@ class Worker {
     to_values.o.state = value_states + l * to_values.o.state_size();
   }
 
-  static float inner(const float* a, const ChunkOperands& o) {
+  static double inner(const float* a, const ChunkOperands& o) {
     double sum = 0;
     for (int64_t c = 0; c < o.width; c += kPanel)
       for (int64_t e = 0; e < o.features; ++e) {
@@ -307,7 +371,7 @@ class Worker {
           acc = fma(load(a + row + j), load(o.state + row + j), acc);
         sum += static_cast<double>(sum_lanes(acc));
       }
-    return static_cast<float>(sum);
+    return sum;
   }
 
   void add_rows(const Target& to, int64_t n, int64_t length) const {
@@ -347,14 +411,11 @@ class Worker {
   void store_decay(const Sequence& s, int64_t b, int64_t h, int64_t l) const {
     const LogDecay& d = bp.ddecay;
     float* to = d.data + b * d.batch + h * d.head;
-    const float* change = changes + l * segments * kSegment;
-    double sum = 0, total = 0;
-    for (int64_t t = s.length - 1; t >= 0; --t) {
-      if (t == s.length - 1 || (t + 1) % kSegment == 0)
-        sum = static_cast<double>(restart[l * segments + t / kSegment]);
-      sum += static_cast<double>(change[t]);
-      total += sum;
-      if (d.per_token) to[(s.start + t) * d.seq] = static_cast<float>(sum);
+    const float* gradient = decay_gradient(l, 0);
+    double total = 0;
+    for (int64_t t = 0; t < s.length; ++t) {
+      total += static_cast<double>(gradient[t]);
+      if (d.per_token) to[(s.start + t) * d.seq] = gradient[t];
     }
     if (!d.per_token) *to = static_cast<float>(total);
   }
@@ -364,10 +425,13 @@ class Worker {
   int64_t group, heads, segments;
   GradientRows rows;
   Recurrence to_queries, to_keys, to_values;
+  LogDecay no_decay{};
+  ChunkDecay undecayed;
   int64_t ldo;
   cpu::Workspace workspace;
   float *transposed_states, *value_states, *out, *spare, *packed_dk, *packed_dv;
-  float *saved, *restart, *changes, *tables;
+  float *by_state, *kept_weights, *undecayed_table;
+  float *saved, *before_chunks, *decay_gradients, *tables;
   Target dk, dv;  // of the chunk
 };
 

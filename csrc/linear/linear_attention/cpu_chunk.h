@@ -199,11 +199,10 @@ inline void scale_keys(const ChunkOperands& o, const ChunkDecay& decay, int64_t 
   }
 }
 
-// Rows past n of the last tile go to `spare` instead of `out`: all rows of that tile do, and those
-// that exist are copied. width is rounded up to vectors, so must out be; spare has kTileRows rows.
+// The weights of pairs.
 template <bool kTransposedX>
-inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool state,
-                          float* out, int64_t ldo, float* spare, const Ahead& ahead) {
+inline void chunk_scores(const ChunkOperands& o, const ChunkDecay& decay, int64_t n,
+                         const Ahead& ahead) {
   for (int64_t row = 0, rows; row < n; row += rows) {
     rows = rows_of_tile(n - row);
     const int64_t tokens = row + rows < n ? row + rows : n;
@@ -213,12 +212,21 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
         score_tile<kTransposedX, M, N>(o, decay, row, column);
       });
   }
+}
+
+// What pairs, of which weights are there, and the state add up to, or one of them alone. Rows past
+// n of the last tile go to `spare` instead of `out`: all rows of that tile do, and those that exist
+// are copied. width is rounded up to vectors, so must out be; spare has kTileRows rows.
+template <bool kTransposedX>
+inline void chunk_products(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool pairs,
+                           bool state, float* out, int64_t ldo, float* spare, const Ahead& ahead) {
   const int64_t ld_spare = round_up(o.width, kWidth);
   for (int64_t column = 0; column < o.width; column += kPanel)
     for (int64_t row = 0, rows; row < n; row += rows) {
       rows = rows_of_tile(n - row);
       const bool whole = row + rows <= n;
-      const int64_t tokens = whole ? row + rows : n, vectors = vectors_of(o.width - column);
+      const int64_t seen = whole ? row + rows : n, tokens = pairs ? seen : 0;
+      const int64_t vectors = vectors_of(o.width - column);
       float* to = whole ? out + row * ldo + column : spare + column;
       const int64_t ld = whole ? ldo : ld_spare;
       if (column == 0) Ahead::ask(ahead.outputs, row, rows, n);
@@ -230,6 +238,13 @@ inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64
           for (int64_t c = 0; c < vectors * kWidth; c += kWidth)
             store(out + (row + i) * ldo + column + c, load(to + i * ld + c));
     }
+}
+
+template <bool kTransposedX>
+inline void chunk_outputs(const ChunkOperands& o, const ChunkDecay& decay, int64_t n, bool state,
+                          float* out, int64_t ldo, float* spare, const Ahead& ahead) {
+  chunk_scores<kTransposedX>(o, decay, n, ahead);
+  chunk_products<kTransposedX>(o, decay, n, true, state, out, ldo, spare, ahead);
 }
 
 // Consumes y.

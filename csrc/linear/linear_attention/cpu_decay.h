@@ -18,9 +18,8 @@ constexpr double kLeastConstant = -1e4, kLeastOfToken = -128;
 // and from_start, are times `scale`.
 class ChunkDecay {
  public:
-  // The diagonal of the pairs can be left out.
-  ChunkDecay(const LogDecay& decay, bool backward, bool diagonal, float scale)
-      : decay_(decay), backward_(backward), diagonal_(diagonal), scale_(scale) {}
+  ChunkDecay(const LogDecay& decay, bool backward, float scale)
+      : decay_(decay), backward_(backward), scale_(scale) {}
 
   bool none() const { return !decay_.data; }
 
@@ -36,7 +35,6 @@ class ChunkDecay {
       table[i] = i == 0 ? 1 : static_cast<float>(std::exp(each * static_cast<double>(i)));
     float* row = row_of(table);
     for (int64_t i = 0; i < kRowsPad + kMaxChunk; ++i) row[-i] = table[i] * scale_;
-    if (!diagonal_) *row = 0;
     for (int64_t i = 1; i < kMaxChunk + kWidth; ++i) row[i] = 0;
   }
 
@@ -53,11 +51,6 @@ class ChunkDecay {
     std::memset(from_start + n, 0, kRowsPad * sizeof(float));
     std::memset(to_end + n, 0, kRowsPad * sizeof(float));
   }
-
-  // The last row of n leaves nothing in the state, until the next chunk starts.
-  void drop_last(int64_t n) { to_end[n - 1] = 0; }
-  // The first row sees nothing of the state, until the next chunk starts.
-  void blind_first() { from_start[0] = 0; }
 
   float from_start[kMaxChunk + kRowsPad] = {};  // of the state before the chunk, in row r
   float to_end[kMaxChunk + kRowsPad] = {};      // of row r, in the state after it
@@ -104,10 +97,9 @@ class ChunkDecay {
     const int64_t step = pair_step = round_up(n, 2 * kRowsPad);  // whole vectors of any tile
     for (int64_t r = 0; r < n; ++r) {
       const vf row_high = set(high[r]), row_low = set(low[r]);
-      const int64_t seen = diagonal_ ? r + 1 : r;
       for (int64_t s = 0; s < r + 1; s += kWidth) {
         const vf x = (row_high - load(high + s)) + (row_low - load(low + s));
-        store(pairs_ + r * step + s, select(lanes(0, seen - s), exp2<5>(x) * scale, zero()));
+        store(pairs_ + r * step + s, select(lanes(0, r + 1 - s), exp2<5>(x) * scale, zero()));
       }
       for (int64_t s = round_up(r + 1, kWidth); s < step; s += kWidth)
         store(pairs_ + r * step + s, zero());
@@ -116,7 +108,7 @@ class ChunkDecay {
   }
 
   const LogDecay& decay_;
-  bool backward_, diagonal_;
+  bool backward_;
   float scale_;
   float pairs_[(kMaxChunk + kRowsPad) * kMaxChunk];  // of decays of tokens
 };

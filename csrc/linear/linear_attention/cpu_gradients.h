@@ -84,22 +84,6 @@ struct GradientRows {
     pack_z(o, s, factor, o.width);
   }
 
-  // Of packed rows. For a row of gradients that lacks the pair of token r with itself: returns a_r
-  // . gradients, then adds that pair.
-  float take_diagonal(int64_t r, const float* a, const float* other, float* gradients) const {
-    vf dot = zero(), weight = zero();
-    for (int64_t f = 0; f < features; f += kWidth)
-      dot = fma(TOKENMILL_ISA::load(a + r * ldf + f), TOKENMILL_ISA::load(gradients + f), dot);
-    for (int64_t e = 0; e < width; e += kWidth)
-      weight = fma(TOKENMILL_ISA::load(packed_v + r * ldw + e),
-                   TOKENMILL_ISA::load(packed_dy + r * ldw + e), weight);
-    const vf own = set(sum_lanes(weight));
-    for (int64_t f = 0; f < features; f += kWidth)
-      store(gradients + f,
-            fma(own, TOKENMILL_ISA::load(other + r * ldf + f), TOKENMILL_ISA::load(gradients + f)));
-    return sum_lanes(dot);
-  }
-
  private:
   static Span in_order(const Span& s, bool backward) { return backward ? s.reversed() : s; }
 
