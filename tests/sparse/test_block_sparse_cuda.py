@@ -99,6 +99,28 @@ def test_windows_of_blocks_of_queries(lists, group):
     assert not [c for c in found if not c.ok]
 
 
+@pytest.mark.parametrize("dv", [20, 18])
+def test_sums_of_float32_have_a_second_level(dv):
+    """Lists of more than 1024 keys."""
+    sample = Sample(
+        "long lists",
+        block_sparse_call(
+            sq=20, sk=2600, b=1, h=1, hk=1, lists=1, d=16, dv=dv, block_k=16, entries=163
+        ),
+    )
+    found = compare(SPEC, sample, "emulated", torch.float32, device="cpu")
+    assert not [c for c in found if not c.ok]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_wide_tiles_without_keys(dtype):
+    """Sums of the warps take the place of the queries at once."""
+    args, kwargs = drawn(dtype, sq=128, sk=30, b=1, h=1, hk=1, lists=1, d=128, dv=128, block_q=128)
+    args[4].zero_()
+    out, lse = run(args, kwargs)
+    assert (out == 0).all() and (lse == -float("inf")).all()
+
+
 @pytest.mark.parametrize("rows, entries, blocks", [(500, 40, 60), (200, 64, 64), (70, 9, 2000)])
 def test_parts_of_the_rows_of_transposed_lists(rows, entries, blocks):
     lists = draw_lists(1, 2, rows, entries, blocks, torch.Generator().manual_seed(1))

@@ -46,14 +46,28 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
     this->clear();
   }
 
-  // Adds the kStepKeys keys from t on, at `at`; `places` are their positions.
+  // All rows see the kTileKeys keys from t on.
+  __device__ __forceinline__ bool sees_all(const TileKeys& keys, const int* places, int t) const {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < Shape::kTileKeys; i += kWarpSize) {
+      const int key = (i + static_cast<int>(threadIdx.x) % kWarpSize) % Shape::kTileKeys;
+      const int2 by = keys.seen_by(t + key, places[key]);
+      all &= by.x <= first_position_ && by.y > last_position_;
+    }
+    return __all_sync(kFullWarp, all);
+  }
+
+  // Adds the kStepKeys keys from t on, at `at`; `places` are their positions. `whole`: all rows see
+  // all of them; if not, that is found out.
   __device__ __forceinline__ void add_step(const TileKeys& keys, const int* places,
-                                           const Addresses& at, int t) {
-    const int lane = threadIdx.x % kWarpSize % Shape::kStepKeys;
-    const int2 seen_by = keys.seen_by(t + lane, places[lane]);
-    if (!__any_sync(kFullWarp, seen_by.x <= last_position_ && seen_by.y > first_position_)) return;
-    const bool whole =
-        __all_sync(kFullWarp, seen_by.x <= first_position_ && seen_by.y > last_position_);
+                                           const Addresses& at, int t, bool whole) {
+    if (!whole) {
+      const int lane = threadIdx.x % kWarpSize % Shape::kStepKeys;
+      const int2 by = keys.seen_by(t + lane, places[lane]);
+      if (!__any_sync(kFullWarp, by.x <= last_position_ && by.y > first_position_)) return;
+      whole = __all_sync(kFullWarp, by.x <= first_position_ && by.y > last_position_);
+    }
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
     const float cap = d_.attention.softcap, scale = d_.attention.scale;
@@ -74,6 +88,7 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
   __device__ __forceinline__ void flush(const QueryTile& q, bool last) {
     const AttentionParams& p = d_.attention;
     const int c = threadIdx.x % 4;
+    const bool fours = p.value_dim % 4 == 0;  // out is contiguous
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float level = flushed_ ? exp2_approx(neg_pivot_[half] - level_neg_pivot_[half]) : 0;
@@ -86,16 +101,26 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
         const int i = q.query(row), h = q.head_of(row);
         if (last && c == 0) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
         float* to = rows_at<float>(p.out, q.b, i, h);
+        const float factor = last ? scale.factor : 1;
         // Lane c of a quad holds columns 32 group + 8 c ... + 7.
 #pragma unroll
-        for (int n = 0; n < Products::kTiles; ++n)
+        for (int n = 0; n < 2 * kBucket / 32; ++n) {
+          const int column = 32 * (n / 2) + 8 * c + 4 * (n % 2);
+          float x[4], y[4] = {0, 0, 0, 0};
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int column = 32 * (n / 4) + 8 * c + 4 * j + n % 4;
-            if (column >= p.value_dim) continue;
-            const float x = fmaf(flushed_ ? to[column] : 0, level, out_[n][2 * half + j]);
-            to[column] = last ? x * scale.factor : x;
+          for (int t = 0; t < 4; ++t) x[t] = out_[4 * (n / 2) + t][2 * half + n % 2];
+          if (fours && column < p.value_dim) {
+            if (flushed_) load_floats(y, to + column);
+#pragma unroll
+            for (int t = 0; t < 4; ++t) x[t] = fmaf(y[t], level, x[t]) * factor;
+            store_floats(to + column, x);
           }
+          if (fours) continue;
+#pragma unroll
+          for (int t = 0; t < 4; ++t)
+            if (column + t < p.value_dim)
+              to[column + t] = (flushed_ ? fmaf(to[column + t], level, x[t]) : x[t]) * factor;
+        }
       }
 #pragma unroll
       for (int n = 0; n < Products::kTiles; ++n) out_[n][2 * half] = out_[n][2 * half + 1] = 0;
@@ -103,24 +128,36 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
     flushed_ = true;
   }
 
-  // 16 bits: sums in `rows` of this warp, in shared memory, become results.
+  // 16 bits: sums in `rows` of this warp, in shared memory, become results. Lane l knows where row
+  // l % 16 goes.
   __device__ __forceinline__ void finish(const QueryTile& q, float* rows) {
     const AttentionParams& p = d_.attention;
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = threadIdx.x % kWarpSize, own = lane % 16;
+    const int count = min(16, q.rows - 16 * row_warp_), in_tile = 16 * row_warp_ + own;
+    const int i = q.query(in_tile), h = q.head_of(in_tile);
     this->store(rows);
     __syncwarp();
-    const float* own = rows + lane % 16 * Shape::kPartialRow;
-    const RowScale scale = finish_softmax(own[Shape::kSumAt], own[Shape::kPivotAt], nullptr, 0);
+    const float* sums = rows + own * Shape::kPartialRow;
+    const RowScale scale = finish_softmax(sums[Shape::kSumAt], sums[Shape::kPivotAt], nullptr, 0);
+    if (lane < count) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
+    const auto row = reinterpret_cast<uint64_t>(rows_at<T>(p.out, q.b, i, h));
+    const bool pairs = p.value_dim % 2 == 0;  // out is contiguous
 #pragma unroll 1
-    for (int r = 0; r < 16 && 16 * row_warp_ + r < q.rows; ++r) {
-      const float* row = rows + r * Shape::kPartialRow;
-      const int in_tile = 16 * row_warp_ + r, i = q.query(in_tile), h = q.head_of(in_tile);
+    for (int r = 0; r < count; ++r) {
       const float factor = __shfl_sync(kFullWarp, scale.factor, r);
-      if (lane == r) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
-      T* to = rows_at<T>(p.out, q.b, i, h);
+      T* to = reinterpret_cast<T*>(__shfl_sync(kFullWarp, row, r));
 #pragma unroll
-      for (int column = lane; column < kBucket; column += kWarpSize)
-        if (column < p.value_dim) to[column] = static_cast<T>(row[column] * factor);
+      for (int first = 0; first < kBucket; first += 2 * kWarpSize) {
+        const int column = first + 2 * lane;
+        const float2 x = *reinterpret_cast<const float2*>(rows + r * Shape::kPartialRow + column);
+        const float both[2] = {x.x * factor, x.y * factor};
+        if (pairs) {
+          if (column < p.value_dim) store_floats(to + column, both);
+        } else {
+          if (column < p.value_dim) to[column] = static_cast<T>(both[0]);
+          if (column + 1 < p.value_dim) to[column + 1] = static_cast<T>(both[1]);
+        }
+      }
     }
   }
 
@@ -175,10 +212,11 @@ __global__ void __launch_bounds__(BlockShape<T, kBucket>::kMaxRowWarps* kWarpSiz
   typename BlockWarp<T, kBucket>::Addresses at(stages);
   stream_rows<Shape::kTileKeys, int>(source, keys->total, [&](int stage, int first) {
     if (warp.active()) {
+      const bool whole = warp.sees_all(*keys, &source.at(first), first);
       int k = 0;
 #pragma unroll 1
       for (; k < Shape::kTileKeys; k += Shape::kStepKeys) {
-        warp.add_step(*keys, &source.at(first + k), at, first + k);
+        warp.add_step(*keys, &source.at(first + k), at, first + k, whole);
         at.move(Shape::kStepKeys * Shape::kRowBytes);
       }
       if constexpr (Shape::kFloat)
