@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ S, H, D, BLOCK_Q = 8192, 8, 64, 64
 
 
 @functools.cache
-def _flex() -> tuple[Callable[..., Tensor], Callable[..., object], type]:
+def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any], Any]:
     try:
         from torch.nn.attention.flex_attention import (
             BlockMask,
@@ -32,8 +33,9 @@ def _flex() -> tuple[Callable[..., Tensor], Callable[..., object], type]:
     return compiled, torch.compile(create_block_mask), BlockMask
 
 
-def _flex_mask(q: Tensor, k: Tensor, v: Tensor, listed: Tensor, block_k: int) -> Run:
+def _flex_mask(qkv: list[Tensor], listed: Tensor, block_k: int) -> Run:
     """Every call makes its mask from the lists, as a mask of each pair."""
+    q, k, v = qkv
     flex, create, _ = _flex()
 
     def pair(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -47,8 +49,9 @@ def _flex_mask(q: Tensor, k: Tensor, v: Tensor, listed: Tensor, block_k: int) ->
     return run
 
 
-def _flex_lists(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor) -> Run:
+def _flex_lists(qkv: list[Tensor], indices: Tensor, counts: Tensor) -> Run:
     """Every call makes its mask from the lists, which flex_attention has in the same form."""
+    q, k, v = qkv
     flex, _, block_mask = _flex()
 
     def run() -> Tensor:
@@ -74,9 +77,9 @@ def _case(dtype: torch.dtype, block_k: int, percent: int, backward: bool = False
         indices = place(order[None, ..., :entries].sort(-1).values.int())
         counts = place(torch.full((1, H, S // BLOCK_Q), entries, dtype=torch.int32))
 
-        def sparse(*qkv: Tensor) -> Tensor:
+        def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tm.block_sparse_attention(
-                *qkv, indices, counts, block_q=BLOCK_Q, block_k=block_k
+                q, k, v, indices, counts, block_q=BLOCK_Q, block_k=block_k
             )
 
         def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
@@ -92,8 +95,8 @@ def _case(dtype: torch.dtype, block_k: int, percent: int, backward: bool = False
             listed = torch.zeros(H, S // BLOCK_Q, blocks, dtype=torch.bool, device=indices.device)
             listed.scatter_(-1, indices[0].long(), True)
             peers |= {
-                "flex, mask of pairs": lambda: _flex_mask(*theirs, listed, block_k),
-                "flex, lists": lambda: _flex_lists(*theirs, indices, counts),
+                "flex, mask of pairs": lambda: _flex_mask(theirs, listed, block_k),
+                "flex, lists": lambda: _flex_lists(theirs, indices, counts),
             }
         return call(sparse, ours), peers
 

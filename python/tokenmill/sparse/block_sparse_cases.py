@@ -24,7 +24,8 @@ def draw_lists(
         most = min(entries, blocks)
         count = int(torch.randint(most // 2, most + 1, (), generator=g))
         ids = torch.randperm(blocks, generator=g)[:count].sort().values
-        indices[(*at, slice(count))], counts[tuple(at)] = ids.int(), count
+        counts[tuple(at)] = count
+        indices[tuple(at)][:count] = ids.int()
     return indices, counts
 
 

@@ -183,11 +183,12 @@ def hip_attention(
         lists.age = tokens + (lists.age if kept else 0)
         lists.lists = found
     if not decoding or tokens == 0:
-        return block_sparse_attention(
+        out, lse = block_sparse_attention(
             q, k, v, *found, block_q=block_q, block_k=block_k, causal=causal, num_sink=num_sink,
             num_recent=num_recent, scale=scale, softcap=softcap, lengths=seqlens_k,
-            return_lse=return_lse, backend=backend,
+            return_lse=True, backend=backend,
         )  # fmt: skip
+        return (out, lse) if return_lse else out
     if seqlens_k is None:
         pages = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
         seqlens_k = torch.full((q.shape[0],), pages, dtype=torch.int32, device=q.device)

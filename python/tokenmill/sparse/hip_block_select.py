@@ -256,16 +256,16 @@ def _check(
     check(head_reduce in HEAD_REDUCES, OP, "head_reduce", rule, head_reduce)
     check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)
     shape = _list_shape(q, k, budget, block_q, block_k, head_reduce)
-    for name, t, wanted in (("start_indices", start_indices, shape),
+    for name, given, wanted in (("start_indices", start_indices, shape),
                             ("start_counts", start_counts, shape[:-1])):  # fmt: skip
-        if t is None:
+        if given is None:
             continue
-        check(bound == "sample", OP, name, "must be None with bound 'minmax'", t)
-        if list(t.shape) != wanted:
-            fail(OP, name, f"must have the shape of the result, {show(wanted)}", t.shape)
-        check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
-        check_last_contiguous(OP, name, t)
-        check_device_of(OP, name, t, "q", q)
+        check(bound == "sample", OP, name, "must be None with bound 'minmax'", given)
+        if list(given.shape) != wanted:
+            fail(OP, name, f"must have the shape of the result, {show(wanted)}", given.shape)
+        check(given.dtype == torch.int32, OP, name, "must be int32", given.dtype)
+        check_last_contiguous(OP, name, given)
+        check_device_of(OP, name, given, "q", q)
     if start_indices is not None and start_counts is None:
         fail(OP, "start_counts", "must be given with start_indices", None)
     keys = rows_of_request(k, block_table)
