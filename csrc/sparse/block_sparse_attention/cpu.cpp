@@ -4,6 +4,7 @@
 // ends of ranges is gathered for the tile, from copies of its rows that lie side by side: in a
 // tensor [B, S, H, D] each lies on another page, and tiles read it again and again.
 #include <cstring>
+#include <utility>
 
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_weights.h"
@@ -184,7 +185,8 @@ class Worker {
       std::memset(copied, 0, p.seqlen_k);
       packed = kv;
     }
-    for (find_next(), fill(*coming); next.rows > 0;) {
+    find_next();
+    while (next.rows > 0) {
       tile = next;
       const ScoreTerms terms(p, tile.b, tile.head, Sequence(p, tile.b));
       t.terms = &terms;
@@ -252,7 +254,7 @@ class Worker {
       std::swap(now, coming);
       fill(*coming);
       last = coming->count == 0;
-      if (last) find_next(), fill(*coming);
+      if (last) find_next();
       const int64_t rows_of_step = ceil_div(now->count, kTileVectors) * t.rows;
       int64_t rows_done = 0;
       for (int64_t c = 0; c < now->count; c += kTileVectors) {
@@ -309,7 +311,7 @@ class Worker {
     }
   }
 
-  // The next tile that has rows, if there is one, and the runs of keys that it sees.
+  // The next tile that has rows, if there is one, the runs of keys that it sees and its first step.
   void find_next() {
     next.rows = 0;
     while (next_tile < end_tile && next.rows <= 0) next = tiles.at(kv, next_tile++);
@@ -320,6 +322,7 @@ class Worker {
       runs.find(next);
     }
     next_run = next_key = 0;
+    fill(*coming);
   }
 
   bool sees(const KeyVector& keys, int64_t row) const {
