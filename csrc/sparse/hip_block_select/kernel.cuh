@@ -415,10 +415,9 @@ class HipSearch {
   int columns;
 };
 
+// Of a multiprocessor.
 template <typename T, int kColumnTiles>
-constexpr int kHipBlocks = kColumnTiles == 1 ? 4
-                           : sizeof(T) == 4  ? 2
-                                             : 3;  // of a multiprocessor
+constexpr int kHipBlocks = (kColumnTiles == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
 
 template <typename T, int kColumnTiles>
 __global__ void __launch_bounds__(kHipThreads, kHipBlocks<T, kColumnTiles>)
