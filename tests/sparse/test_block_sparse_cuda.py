@@ -63,7 +63,9 @@ def test_forward_reads_listed_keys_once_and_multiplies_what_it_reads(
     assert launch["mma"] == 4 * dim * covered / 4096
     assert launch["classes"]["special"]["lanes"] <= 1.2 * covered
     waves, ideal = (sum(r[k] for r in launch["shared"].values()) for k in ("waves", "ideal"))
-    assert waves <= 1.02 * ideal and launch["local_requests"] == 0
+    warps = args[0].numel() // dim // 16
+    assert waves <= ideal + 8 * warps  # where a warp reads the sums of its rows, once
+    assert launch["local_requests"] == 0
 
 
 def test_backward_multiplies_covered_tiles():
