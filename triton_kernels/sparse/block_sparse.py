@@ -19,6 +19,7 @@ from ..common import (
     INF,
     INTERPRETED,
     Sequence,
+    architecture,
     dot,
     head_of,
     launch,
@@ -39,8 +40,13 @@ from .transpose_list import compacted
 
 # As those of attention: where keys lie takes registers.
 SPARSE_PLANS = PLANS | {
-    (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    (2, 128): Plan(Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)),
+    (2, 128): Plan(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    (4, 128): PLANS[4, 128]._replace(forward=Tiles(16, 16, 4, 2)),
+}
+# Of 9.0 and 10.x, whose products of 64 rows want four warps.
+LARGE_SPARSE_PLANS = SPARSE_PLANS | {
+    (2, 128): SPARSE_PLANS[2, 128]._replace(forward=Tiles(128, 64, 8, 2)),
 }
 NOWHERE = tl.constexpr(FAR)  # for a position
 # By which no kernel is specialised: a new length compiles nothing.
@@ -298,9 +304,12 @@ class Call(NamedTuple):
             n = min(max(triton.next_power_of_2(keys) // 16, 32), 1024)
             plan = Plan(*[Tiles(64, n, 4, 1)] * 3)
         else:
-            plan = plan_of(SPARSE_PLANS, self.q, self.v.shape[3], self.softcap != 0.0)
+            plans = LARGE_SPARSE_PLANS if 90 <= architecture(self.q) < 120 else SPARSE_PLANS
+            plan = plan_of(plans, self.q, self.v.shape[3], self.softcap != 0.0)
         most = max(triton.next_power_of_2(self.block_q * self.group), 16)
-        forward, queries = (t._replace(block_m=min(t.block_m, most)) for t in plan[:2])
+        forward, queries = (
+            t if most >= t.block_m else t._replace(block_m=most, num_warps=4) for t in plan[:2]
+        )
         return Plan(forward, queries, plan.keys)
 
     def query_tiles(self, tiles: Tiles) -> int:
