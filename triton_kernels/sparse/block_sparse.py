@@ -46,7 +46,7 @@ SPARSE_PLANS = PLANS | {
 }
 # Of 9.0 and 10.x, whose products of 64 rows want four warps.
 LARGE_SPARSE_PLANS = SPARSE_PLANS | {
-    (2, 128): SPARSE_PLANS[2, 128]._replace(forward=Tiles(128, 64, 8, 2)),
+    (2, 128): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
 }
 NOWHERE = tl.constexpr(FAR)  # for a position
 # By which no kernel is specialised: a new length compiles nothing.
