@@ -21,7 +21,7 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
   using Keys = KeySideShape<T, kBucket>;
   const AttentionParams& p = bp.forward.attention;
   BlockSparseGradients d = g;
-  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, Queries::kMaxRowWarps);
+  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, 1, Queries::kMaxRowWarps);
   d.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
               has_whole_chunks<T>(p.v, p.value_dim) && has_whole_chunks<T>(bp.dout, p.value_dim);
   const char* error = nullptr;

@@ -20,13 +20,13 @@ auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   return visit.template operator()<256>();
 }
 
-// Tiles of the rows of a block of queries, by the least warps that hold them, `most` at most.
-inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int most) {
+// Tiles of the rows of a block of queries, by the least warps that hold them, `least` to `most`.
+inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int least, int most) {
   BlockSparseLaunch launch{d};
   const int64_t block_q = int64_t{1} << d.log2_block_q;
   const int64_t queries = block_q < d.attention.seqlen_q ? block_q : d.attention.seqlen_q;
   const int64_t rows = queries * d.heads_together();
-  launch.row_warps = 1;
+  launch.row_warps = least;
   while (launch.row_warps < most && 16 * launch.row_warps < rows) launch.row_warps *= 2;
   launch.tiles = static_cast<int>(ceil_div(rows, 16 * launch.row_warps));
   launch.query_blocks = ceil_div(d.attention.seqlen_q, block_q);

@@ -7,14 +7,18 @@
 
 namespace tokenmill::cuda {
 
-// Warps own rows alone, not columns. Queries take half of what is left beside the stages, so that
-// blocks fit the 99 KiB of shared memory of small chips.
+// Warps own rows; two of them share 256 columns of float32, whose accumulators leave one no room.
+// Queries take half of what is left beside the stages, so that blocks fit the 99 KiB of shared
+// memory of small chips.
 template <typename T, int kBucket>
 struct BlockShape : DecodeShape<T, kBucket> {
   using Base = DecodeShape<T, kBucket>;
   using Stream = StreamShape<T, kBucket>;
-  static constexpr int kColumnWarps = 1, kRowOrKeyWarps = 8;
+  static constexpr int kColumnWarps = Base::kRowBytes > 512 ? 2 : 1;
   static constexpr int kMaxRowWarps = Base::kRowBytes <= 256 ? 8 : 32768 / (16 * Base::kRowBytes);
+  static constexpr int kRowOrKeyWarps = kMaxRowWarps;
+  static constexpr int kMinRowWarps = kColumnWarps > 1 ? kRowOrKeyWarps : 1;
+  static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
   static constexpr int kKeysBytes = 128, kRingBytes = Stream::kRing * 4;
   static_assert(sizeof(TileKeys) + 8 <= kKeysBytes && Stream::kTileRows == Base::kTileKeys);
 
@@ -35,7 +39,7 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
   static constexpr int kFlushKeys = 1024;
 
   __device__ BlockWarp(const BlockSparseLaunch& d, const QueryTile& q, uint32_t queries)
-      : Products(threadIdx.x / kWarpSize, queries), d_(d) {
+      : Products(Products::row_or_key_warp(), queries), d_(d) {
     const int first = 16 * row_warp_;
     active_ = first < q.rows;
     own_ = first + static_cast<int>(threadIdx.x % kWarpSize) / 4;
@@ -99,13 +103,14 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
       const RowScale scale = finish_softmax(total_[half], -neg_pivot_[half], nullptr, 0);
       if (row < q.rows) {
         const int i = q.query(row), h = q.head_of(row);
-        if (last && c == 0) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
+        if (last && c == 0 && Products::first_column() == 0)
+          p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
         float* to = rows_at<float>(p.out, q.b, i, h);
         const float factor = last ? scale.factor : 1;
         // Lane c of a quad holds columns 32 group + 8 c ... + 7.
 #pragma unroll
-        for (int n = 0; n < 2 * kBucket / 32; ++n) {
-          const int column = 32 * (n / 2) + 8 * c + 4 * (n % 2);
+        for (int n = 0; n < Products::kTiles / 2; ++n) {
+          const int column = Products::first_column() + 32 * (n / 2) + 8 * c + 4 * (n % 2);
           float x[4], y[4] = {0, 0, 0, 0};
 #pragma unroll
           for (int t = 0; t < 4; ++t) x[t] = out_[4 * (n / 2) + t][2 * half + n % 2];
@@ -174,7 +179,7 @@ class BlockWarp : public DecodeProducts<T, kBucket, BlockShape<T, kBucket>> {
 };
 
 template <typename T, int kBucket>
-__global__ void __launch_bounds__(BlockShape<T, kBucket>::kMaxRowWarps* kWarpSize)
+__global__ void __launch_bounds__(BlockShape<T, kBucket>::kMaxThreads)
     block_sparse_forward_kernel(const __grid_constant__ BlockSparseLaunch d) {
   using Shape = BlockShape<T, kBucket>;
   using KeyTile = typename Shape::KeyTile;
@@ -209,7 +214,7 @@ __global__ void __launch_bounds__(BlockShape<T, kBucket>::kMaxRowWarps* kWarpSiz
                 stages,
                 rows_at<const T>(p.k, q.b, 0, kv_head),
                 rows_at<const T>(p.v, q.b, 0, kv_head)};
-  typename BlockWarp<T, kBucket>::Addresses at(stages);
+  auto at = BlockWarp<T, kBucket>::addresses(stages, 0);
   stream_rows<Shape::kTileKeys, int>(source, keys->total, [&](int stage, int first) {
     if (warp.active()) {
       const bool whole = warp.sees_all(*keys, &source.at(first), first);
