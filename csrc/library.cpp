@@ -88,6 +88,19 @@ TOKENMILL_LIBRARY(m) {
 
   // sparse: attention to blocks of keys, and which blocks
   m.def(
+      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
+      "SymInt block_q, SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, "
+      "float scale, float softcap, Tensor? lengths, bool deterministic) -> (Tensor out, "
+      "Tensor lse)");
+  m.def(
+      "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt block_q, "
+      "SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, float scale, "
+      "float softcap, Tensor? lengths, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
+      "(Tensor offsets, Tensor rows)");
+  m.def(
       "hip_block_select(Tensor q, Tensor k, SymInt budget, SymInt block_q, SymInt block_k, "
       "SymInt stride_q, str representative, SymInt num_sink, SymInt num_recent, str bound, "
       "Tensor? start_indices, Tensor? start_counts, SymInt restart_span, bool causal, "

@@ -3,6 +3,7 @@
 from .block_sparse import block_sparse_attention
 from .hip_attention import HipLists, hip_attention
 from .hip_block_select import hip_block_select
+from .transpose_list import transpose_block_list
 
 __all__ = [
     "HipLists",

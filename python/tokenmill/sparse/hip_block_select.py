@@ -20,7 +20,7 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import sparse as reference
+from ..reference import hip as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import (
     batch_of,
@@ -34,6 +34,8 @@ from ..select.rules import (
 from .hip_block_select_cases import MALFORMED, OP, SAMPLES
 
 Representative = Literal["first", "middle", "last"]
+Bound = Literal["sample", "minmax"]
+HeadReduce = Literal["none", "group_max"]
 REPRESENTATIVES = ("first", "middle", "last")
 BOUNDS = ("sample", "minmax")
 HEAD_REDUCES = ("none", "group_max")
@@ -52,11 +54,11 @@ def hip_block_select(
     representative: Representative = "middle",
     num_sink: int = 16,
     num_recent: int = 256,
-    bound: Literal["sample", "minmax"] = "sample",
+    bound: Bound = "sample",
     start: tuple[Tensor, Tensor] | None = None,
     restart_span: int = 8,
     causal: bool = True,
-    head_reduce: Literal["none", "group_max"] = "none",
+    head_reduce: HeadReduce = "none",
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
