@@ -96,7 +96,7 @@ def compacted(indices: Tensor, counts: Tensor, blocks: int, factor: int = 1) -> 
     kept = counts.new_empty(counts.shape)
     bits = None if factor == 1 else indices.new_zeros(indices.shape)
     largest = indices.cummax(-1).values.contiguous() if entries else ids
-    block_e = min(max(triton.next_power_of_2(entries), 16), 1024)
+    block_e = 64
     block_r = (1 << 16 if INTERPRETED.value else 1024) // block_e
     most = batch * heads * rows
     launch(
