@@ -52,12 +52,18 @@ def main(capability):
     print(json.dumps(found))
 
 
+# Bytes that are known to spill, docs/performance.md: by capability, dtype and case.
+SPILLS = {(80, "float32", "search"): 88, **{(90, dtype, "restart"): 24 for dtype in DTYPES}}
+
+
 @pytest.mark.parametrize("capability", list(SHARED))
 def test_kernel_fits(capability, tmp_path):
     found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
     assert len(found) == len(DTYPES) * len(CASES)
     for program in found:
-        assert_fits(program, capability)
+        known = SPILLS.get((capability, program["dtype"], program["case"]), 0)
+        assert program["spilled"] <= known, program
+        assert_fits(program | {"spilled": 0}, capability)
         assert program["products"], program
         assert all(OPERANDS[program["dtype"]] in p for p in program["products"]), program
 

@@ -439,7 +439,6 @@ def hip_block_select(
     nodes = max(triton.next_power_of_2(wanted), 16)
     places = q.new_empty((programs, 8 * nodes), dtype=torch.int32)
     values = q.new_empty((programs, 3 * nodes), dtype=torch.float32)
-    columns = group * triton.cdiv(block_q, stride_q)
     block_t = min(triton.next_power_of_2(block_k), TILE_ROWS)
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
     launch(
@@ -448,8 +447,8 @@ def hip_block_select(
         block_k, wanted, min(num_sink, most), min(num_recent, most), group,
         max(lists // max(kv_heads, 1), 1), min(restart_span, most), lists, blocks,
         REPRESENTATIVE=REPRESENTATIVES[representative], EXACT=bound == "minmax", CAUSAL=causal,
-        DIM=dim, NODES=nodes, BLOCK_M=min(max(triton.next_power_of_2(columns), 16), 32),
+        DIM=dim, NODES=nodes, BLOCK_M=16,
         BLOCK_N=TILE_ROWS // block_t, BLOCK_T=block_t, BLOCK_D=block_d,
-        num_warps=4 if nodes <= 512 else 8, num_stages=2,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     return indices, counts
