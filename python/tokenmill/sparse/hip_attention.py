@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..check import check, check_tensor, fail
+from ..kv_cache import capacity
 from ..select.rules import check_whole
 from ..select.sparse_decode import sparse_decode_attention
 from .block_sparse import block_sparse_attention
@@ -190,8 +191,8 @@ def hip_attention(
         )  # fmt: skip
         return (out, lse) if return_lse else out
     if seqlens_k is None:
-        pages = k.shape[1] if block_table is None else block_table.shape[1] * k.shape[1]
-        seqlens_k = torch.full((q.shape[0],), pages, dtype=torch.int32, device=q.device)
+        most = capacity(k, block_table)
+        seqlens_k = torch.full((q.shape[0],), most, dtype=torch.int32, device=q.device)
     indices, counts = (t[:, :, 0] for t in found)
     out, lse = sparse_decode_attention(
         q, k, v, indices, counts, block_k=block_k, seqlens_k=seqlens_k, block_table=block_table,
