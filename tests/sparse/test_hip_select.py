@@ -231,18 +231,34 @@ def test_keys_that_are_alike_in_each_first_node_are_found(
     assert found == sorted(scores[i] for i in best_of(scores, wanted))
 
 
-@each_backend
-@settings(max_examples=20)
-@given(
-    peak=st.integers(0, 299), wanted=st.integers(2, 12), slopes=st.tuples(*[st.integers(1, 5)] * 2)
-)
-def test_a_peak_is_found(peak, wanted, slopes, backend):
-    """I6: one slope up, one down, whatever they are."""
+def peak_found(peak, wanted, slopes, backend):
     j = torch.arange(300.0)
     k = torch.where(j < peak, (j - peak) * slopes[0], (peak - j) * slopes[1])[None, :, None, None]
     o = {**SMALL, "num_sink": 0, "num_recent": 0, "block_k": 1}
     indices, _ = select(torch.ones(1, 1, 1, 1), k, backend, **o, budget=wanted)
-    assert peak in indices
+    return peak in indices
+
+
+@each_backend
+@settings(max_examples=20)
+@given(
+    peak=st.integers(0, 299), more=st.integers(1, 12), slopes=st.tuples(*[st.integers(1, 5)] * 2)
+)
+def test_a_peak_is_found(peak, more, slopes, backend):
+    """I6: a slope up and one down, the steeper one at most as often as there are other blocks.
+
+    Of a level, the block's node has the nearest representative on its side of the peak. Nodes of
+    s or s + 1 blocks put the n-th of the other side at (n - 1/2) s or farther, and its own at
+    (s + 1) / 2 or nearer: no more than the ratio of the slopes come before it.
+    """
+    assert peak_found(peak, more - (-max(slopes) // min(slopes)), slopes, backend)
+
+
+@each_backend
+def test_a_peak_with_one_steep_side_can_be_missed(backend):
+    """Two nodes of the gentle side, and the peak's own speaks from the steep one."""
+    assert not peak_found(4, 2, (1, 3), backend)
+    assert peak_found(4, 3, (1, 3), backend)
 
 
 @each_backend
