@@ -98,6 +98,15 @@ TOKENMILL_LIBRARY(m) {
       "SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, float scale, "
       "float softcap, Tensor? lengths, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
+      "bilevel_routing_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
+      "SymInt region_y, SymInt region_x, SymInt key_region_y, SymInt key_region_x, float scale, "
+      "bool mask_padding) -> (Tensor out, Tensor lse)");
+  m.def(
+      "bilevel_routing_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
+      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt region_y, "
+      "SymInt region_x, SymInt key_region_y, SymInt key_region_x, float scale, "
+      "bool mask_padding) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
       "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
       "(Tensor offsets, Tensor rows)");
   m.def(

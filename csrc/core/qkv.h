@@ -26,10 +26,11 @@ inline void check_last_contiguous(const char* op, const char* name, const View& 
   check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
 }
 
-// Rank, dtype, device, layout and shapes.
-inline void check_qkv(const char* op, const View& q, const View& k, const View& v, bool packed) {
-  const int64_t rank = packed ? 3 : 4;
-  const char* layout = packed ? "[T, H, D] (packed)" : "[B, S, H, D]";
+// Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
+inline void check_qkv(const char* op, const View& q, const View& k, const View& v, int64_t rank) {
+  const char* layout = rank == 3   ? "[T, H, D] (packed)"
+                       : rank == 4 ? "[B, S, H, D]"
+                                   : "[B, Y, X, H, D]";
   const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k", &k}, {"v", &v}};
   for (auto [name, t] : all)
     check(t->dim() == rank, op, name, Rule("must have ", rank, " dimensions ", layout), t->dim());
@@ -45,7 +46,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   }
   check(k.size(-1) == q.size(-1), op, "k", Rule("must have the head dimension of q, ", q.size(-1)),
         k.size(-1));
-  if (!packed)
+  if (rank > 3)
     check(k.size(0) == q.size(0), op, "k", Rule("must have the batch size of q, ", q.size(0)),
           k.size(0));
   check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v",
@@ -53,6 +54,26 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   const int64_t heads = q.size(-2), kv_heads = k.size(-2);
   check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), op, "k",
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
+}
+
+// Of a backward: dout or out.
+inline void check_like_out(const char* op, const char* name, const View& t,
+                           const std::vector<int64_t>& sizes, const View& q) {
+  check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);
+  check(t.dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t.dtype);
+  check_last_contiguous(op, name, t);
+  check_device_of_q(op, name, t, q);
+}
+
+// Of a backward: lse or dlse.
+inline float* check_like_lse(const char* op, const char* name, const Tensor& tensor,
+                             const std::vector<int64_t>& sizes, const View& q) {
+  const View t(tensor);
+  check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);
+  check(t.dtype == ScalarType::Float && tensor.is_contiguous(), op, name,
+        "must be float32 and contiguous", t.dtype);
+  check_device_of_q(op, name, t, q);
+  return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
 inline void check_cu_seqlens(const char* op, const char* name, const View& t, const View& q) {

@@ -23,7 +23,7 @@ inline std::optional<FeatureMap> feature_map_of(const std::string& name) {
 inline FeatureMap check_linear_inputs(const char* op, const View& q, const View& k, const View& v,
                                       const std::optional<View>& log_decay,
                                       const std::string& feature_map, double scale, bool packed) {
-  check_qkv(op, q, k, v, packed);
+  check_qkv(op, q, k, v, packed ? 3 : 4);
   check(k.size(-3) == q.size(-3), op, "k", Rule("must have the length of q, ", q.size(-3)),
         k.size(-3));
   const std::optional<FeatureMap> map = feature_map_of(feature_map);

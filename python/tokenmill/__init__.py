@@ -29,6 +29,7 @@ from .select import (
     topk_select,
 )
 from .sparse import (
+    bilevel_routing_attention,
     block_sparse_attention,
     hip_attention,
     hip_block_select,
@@ -44,6 +45,7 @@ __all__ = [
     "attention_decode",
     "attention_row_scores",
     "backends",
+    "bilevel_routing_attention",
     "block_pool_keys",
     "block_pool_keys_update",
     "block_sparse_attention",

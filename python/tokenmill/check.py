@@ -62,10 +62,11 @@ MAX_HEAD_DIM = 256
 
 
 def check_qkv(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: bool, float64: bool
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int, float64: bool
 ) -> None:
-    """Rank, dtype, device, layout and the shapes that queries, keys and values share."""
-    rank, layout = (3, "[T, H, D] (packed)") if packed else (4, "[B, S, H, D]")
+    """Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and the shapes that queries,
+    keys and values share."""
+    layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != rank:
             fail(op, name, f"must have {rank} dimensions {layout}", t.dim())
@@ -80,7 +81,7 @@ def check_qkv(
             fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
     if k.shape[-1] != q.shape[-1]:
         fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
-    if not packed and k.shape[0] != q.shape[0]:
+    if rank > 3 and k.shape[0] != q.shape[0]:
         fail(op, "k", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
     if v.shape[:-1] != k.shape[:-1]:
         rule = f"must have the shape of k up to the head dimension, {show(k.shape)}"

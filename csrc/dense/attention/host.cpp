@@ -66,7 +66,7 @@ int64_t check_cu_seqlens(const View& q, const View& k, const Options& o) {
 
 AttentionParams make_params(const View& q, const View& k, const View& v, const Options& o) {
   const bool packed = o.packed();
-  check_qkv(kOp, q, k, v, packed);
+  check_qkv(kOp, q, k, v, packed ? 3 : 4);
   check_kind(kOp, o.kind);
   check(o.precision == "accurate" || o.precision == "fast", kOp, "precision",
         "must be 'accurate' or 'fast'", o.precision);
@@ -211,33 +211,15 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
 
   std::vector<int64_t> out_sizes = qv.sizes;
   out_sizes.back() = f.value_dim;
-  const auto check_like_out = [&](const View& t, const char* name) {
-    check(t.sizes == out_sizes, kOp, name, Rule("must have shape ", out_sizes), t.sizes);
-    check(t.dtype == qv.dtype, kOp, name, Rule("must have the dtype of q, ", qv.dtype), t.dtype);
-    check_last_contiguous(kOp, name, t);
-    check_device_of_q(kOp, name, t, qv);
-  };
-  const auto check_like_lse = [&](const Tensor& tensor, const char* name) {
-    const View t(tensor);
-    const std::vector<int64_t> wanted = lse_sizes(f);
-    check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
-    check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
-          "must be float32 and contiguous", t.dtype);
-    check_device_of_q(kOp, name, t, qv);
-  };
-  check_like_out(dv_out, "dout");
+  check_like_out(kOp, "dout", dv_out, out_sizes, qv);
   p.dout = rows_of(dv_out, packed);
   if (softmax) {
     if (!out || !lse) fail(kOp, out ? "lse" : "out", "must be given with kind 'softmax'", "None");
     const View ov(*out);
-    check_like_out(ov, "out");
-    check_like_lse(*lse, "lse");
+    check_like_out(kOp, "out", ov, out_sizes, qv);
     p.forward.out = rows_of(ov, packed);
-    p.forward.lse = float_data(*lse);
-    if (dlse) {
-      check_like_lse(*dlse, "dlse");
-      p.dlse = float_data(*dlse);
-    }
+    p.forward.lse = check_like_lse(kOp, "lse", *lse, lse_sizes(f), qv);
+    if (dlse) p.dlse = check_like_lse(kOp, "dlse", *dlse, lse_sizes(f), qv);
   }
   check(needs.size() == 4, kOp, "needs", "must have 4 flags (score_bias, bias, alibi_slopes, sink)",
         static_cast<int64_t>(needs.size()));

@@ -27,7 +27,7 @@ Tensor attention_column_scores(Tensor q, Tensor k, OptTensor lse, double scale, 
                                std::string head_reduce, OptTensor lengths, OptTensor query_lengths,
                                double gumbel_tau, int64_t seed) {
   const View qv(q), kv(k);
-  check_qkv(kOp, qv, kv, kv, false);
+  check_qkv(kOp, qv, kv, kv, 4);
   ColumnScoresParams p{};
   p.batch = qv.size(0);
   p.seqlen_q = qv.size(1);

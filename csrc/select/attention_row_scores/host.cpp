@@ -28,7 +28,7 @@ void run(RowScoresParams& p, const View& q) {
 Tensor attention_row_scores(Tensor q, Tensor k, OptTensor lse, double scale, bool causal,
                             std::string reduce, int64_t skip, OptTensor lengths) {
   const View qv(q), kv(k);
-  check_qkv(kOp, qv, kv, kv, false);
+  check_qkv(kOp, qv, kv, kv, 4);
   RowScoresParams p{};
   p.batch = qv.size(0);
   p.rows = qv.size(1);

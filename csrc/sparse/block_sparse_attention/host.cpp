@@ -17,7 +17,7 @@ BlockSparseParams make_params(const View& q, const View& k, const View& v, const
                               const View& counts, int64_t block_q, int64_t block_k, bool causal,
                               int64_t num_sink, int64_t num_recent, double scale, double softcap,
                               const OptTensor& lengths) {
-  check_qkv(kOp, q, k, v, false);
+  check_qkv(kOp, q, k, v, 4);
   BlockSparseParams d{};
   d.log2_block_q = check_block(kOp, "block_q", block_q);
   d.log2_block_k = check_block(kOp, "block_k", block_k);
@@ -120,26 +120,13 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   AttentionParams& f = p.forward.attention;
   const std::vector<int64_t> like_out{f.batch, f.seqlen_q, f.heads, f.value_dim};
   const std::vector<int64_t> like_lse{f.batch, f.heads, f.seqlen_q};
-  const auto rows_like_out = [&](const char* name, const Tensor& tensor) {
-    const View t(tensor);
-    check(t.sizes == like_out, kOp, name, Rule("must have shape ", like_out), t.sizes);
-    check(t.dtype == qv.dtype, kOp, name, Rule("must have the dtype of q, ", qv.dtype), t.dtype);
-    check_last_contiguous(kOp, name, t);
-    check_device_of_q(kOp, name, t, qv);
-    return rows_of(t, false);
-  };
-  const auto data_like_lse = [&](const char* name, const Tensor& tensor) {
-    const View t(tensor);
-    check(t.sizes == like_lse, kOp, name, Rule("must have shape ", like_lse), t.sizes);
-    check(t.dtype == ScalarType::Float && tensor.is_contiguous(), kOp, name,
-          "must be float32 and contiguous", t.dtype);
-    check_device_of_q(kOp, name, t, qv);
-    return float_data(tensor);
-  };
-  p.dout = rows_like_out("dout", dout);
-  f.out = rows_like_out("out", out);
-  f.lse = data_like_lse("lse", lse);
-  if (dlse) p.dlse = data_like_lse("dlse", *dlse);
+  const View dout_view(dout), out_view(out);
+  check_like_out(kOp, "dout", dout_view, like_out, qv);
+  check_like_out(kOp, "out", out_view, like_out, qv);
+  p.dout = rows_of(dout_view, false);
+  f.out = rows_of(out_view, false);
+  f.lse = check_like_lse(kOp, "lse", lse, like_lse, qv);
+  if (dlse) p.dlse = check_like_lse(kOp, "dlse", *dlse, like_lse, qv);
   Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
   p.dq = rows_of(View(dq), false);
   p.dk = rows_of(View(dk), false);

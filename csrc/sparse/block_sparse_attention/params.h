@@ -1,8 +1,7 @@
 // Attention of blocks of queries to listed blocks of keys. Free of torch.
 #pragma once
 #include "cpu/isa.h"
-#include "dense/attention/params.h"
-#include "sparse/block_list.h"
+#include "sparse/listed.h"
 
 namespace tokenmill {
 
@@ -12,9 +11,7 @@ struct SeenKeys {
   int64_t sinks, listed, end;
 };
 
-struct BlockSparseParams {
-  AttentionParams attention;  // softmax with softcap; no other term, neither window nor packed
-  BlockList list;
+struct BlockSparseParams : ListedAttention {
   const int32_t* lengths;  // [B], or null: all keys
   int32_t log2_block_q, log2_block_k;
   bool causal;
@@ -43,16 +40,6 @@ struct BlockSparseParams {
     const int64_t sinks = num_sink < end ? num_sink : end;
     const int64_t listed = causal && num_recent > 0 ? end - num_recent : end;
     return {sinks, listed < sinks ? sinks : listed, end};
-  }
-  // Heads that share a list and keys: the query heads h with the same h / heads_together().
-  TOKENMILL_HOST_DEVICE int64_t heads_together() const {
-    return list.heads > attention.kv_heads ? 1 : attention.heads / attention.kv_heads;
-  }
-  TOKENMILL_HOST_DEVICE int64_t kv_head(int64_t query_head) const {
-    return query_head / (attention.heads / attention.kv_heads);
-  }
-  TOKENMILL_HOST_DEVICE int64_t list_head(int64_t query_head) const {
-    return list.heads == 1 ? 0 : list.heads == attention.heads ? query_head : kv_head(query_head);
   }
 };
 

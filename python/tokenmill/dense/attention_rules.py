@@ -51,7 +51,7 @@ def check_attention(
     float64: bool = False,
 ) -> None:
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_qkv(OP, q, k, v, packed, float64)
+    check_qkv(OP, q, k, v, 3 if packed else 4, float64)
     check_kind(OP, kind)
     check(precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", precision)
     check_scale(OP, scale, softcap)

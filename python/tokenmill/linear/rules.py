@@ -126,7 +126,7 @@ def _check_inputs(
     packed: bool,
     float64: bool,
 ) -> None:
-    check_qkv(op, q, k, v, packed, float64)
+    check_qkv(op, q, k, v, 3 if packed else 4, float64)
     length = q.shape[-3]
     if k.shape[-3] != length:
         fail(op, "k", f"must have the length of q, {length}", k.shape[-3])

@@ -155,7 +155,7 @@ def _check(
     *,
     float64: bool = False,
 ) -> None:
-    check_qkv(OP, q, k, k, False, float64)
+    check_qkv(OP, q, k, k, 4, float64)
     check_lse(OP, lse, q)
     if lse is not None:
         check(gumbel_tau == 0, OP, "lse", "goes without gumbel_tau", lse.shape)

@@ -119,7 +119,7 @@ def _check(
     *,
     float64: bool = False,
 ) -> None:
-    check_qkv(OP, q, k, k, False, float64)
+    check_qkv(OP, q, k, k, 4, float64)
     check_lse(OP, lse, q)
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
     rule = "must be 'none', 'sum', 'mean' or 'max'"

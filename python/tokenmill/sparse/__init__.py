@@ -1,5 +1,6 @@
 """Attention to blocks of keys, and which blocks."""
 
+from .bilevel_routing import bilevel_routing_attention
 from .block_sparse import block_sparse_attention
 from .hip_attention import HipLists, hip_attention
 from .hip_block_select import hip_block_select
@@ -7,6 +8,7 @@ from .transpose_list import transpose_block_list
 
 __all__ = [
     "HipLists",
+    "bilevel_routing_attention",
     "block_sparse_attention",
     "hip_attention",
     "hip_block_select",

@@ -235,7 +235,7 @@ def _check(
     *,
     float64: bool = False,
 ) -> None:
-    check_qkv(OP, q, k, v, False, float64)
+    check_qkv(OP, q, k, v, 4, float64)
     check_block(OP, "block_q", block_q)
     check_block(OP, "block_k", block_k)
     for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):

@@ -1,0 +1,24 @@
+// Attention of queries to what lists hold. Free of torch.
+#pragma once
+#include "dense/attention/params.h"
+#include "sparse/block_list.h"
+
+namespace tokenmill {
+
+struct ListedAttention {
+  AttentionParams attention;  // softmax with softcap; no other term, neither window nor packed
+  BlockList list;
+
+  // Heads that share a list and keys: the query heads h with the same h / heads_together().
+  TOKENMILL_HOST_DEVICE int64_t heads_together() const {
+    return list.heads > attention.kv_heads ? 1 : attention.heads / attention.kv_heads;
+  }
+  TOKENMILL_HOST_DEVICE int64_t kv_head(int64_t query_head) const {
+    return query_head / (attention.heads / attention.kv_heads);
+  }
+  TOKENMILL_HOST_DEVICE int64_t list_head(int64_t query_head) const {
+    return list.heads == 1 ? 0 : list.heads == attention.heads ? query_head : kv_head(query_head);
+  }
+};
+
+}  // namespace tokenmill
