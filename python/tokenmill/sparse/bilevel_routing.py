@@ -56,8 +56,8 @@ def bilevel_routing_attention(
     Args:
         q: ``[B, Y, X, H, D]`` (channels last), float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension, D up to 256.
-        k, v: ``[B, Yk, Xk, Hk, D]`` and ``[B, Yk, Xk, Hk, Dv]``, Hk a divisor of H. Their map may
-            have another size: it is cut into as many regions.
+        k, v: ``[B, Yk, Xk, Hk, D]`` and ``[B, Yk, Xk, Hk, Dv]``, Hk a divisor of H. A map of
+            another size is cut into as many regions, of ceil(Yk / number) pixels.
         regions: how many along Y and X (one number: both). Regions have ceil(Y / number) pixels;
             there may be fewer of them than asked for.
         topk: regions that each region attends to, 1 to their number.
@@ -174,7 +174,8 @@ def _region_sizes(
         size = tuple(max(-(-side // n), 1) for side, n in zip(pixels, count, strict=True))
     else:
         size = _pair("region_size", region_size)
-    # As many regions of k as there are of q.
+    if k.shape[1:3] == q.shape[1:3]:
+        return size[0], size[1], size[0], size[1]
     rows, columns = (max(-(-q.shape[1 + i] // size[i]), 1) for i in range(2))
     return size[0], size[1], max(-(-k.shape[1] // rows), 1), max(-(-k.shape[2] // columns), 1)
 
