@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, policies, select, sparse, testing
+from . import dense, linear, nn, policies, select, sparse, testing
 from .check import InputError
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -62,6 +62,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_decode",
     "merge_attention_states",
+    "nn",
     "policies",
     "query_similarity_gate",
     "select",

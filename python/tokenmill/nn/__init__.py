@@ -1,0 +1,13 @@
+"""Modules with the defaults of the papers, on top of the operators.
+
+Example:
+    >>> import torch
+    >>> from tokenmill import nn
+    >>> layer = nn.BiFormerAttention(64, num_heads=2, topk=4)
+    >>> layer(torch.randn(1, 56, 56, 64)).shape
+    torch.Size([1, 56, 56, 64])
+"""
+
+from .biformer import BiFormerAttention
+
+__all__ = ["BiFormerAttention"]
