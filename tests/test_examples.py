@@ -92,6 +92,16 @@ def test_hip_text(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_biformer_image(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plots" / "regions.png"
+    out = run(sys.executable, EXAMPLES / "biformer_image.py", "--quick", "--plot", plot)
+    assert "224x224 pixels, map 56x56" in out
+    rows = re.findall(r"^  (tokenmill|gather)(, backward too)? +[\d.]+ ms", out, re.M)
+    assert len(rows) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"

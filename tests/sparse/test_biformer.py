@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bilevel_calls import gathered_attention
 from conftest import backends, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenmill as tm
+from tokenmill.bench.bilevel_routing_attention import gathered_attention
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 

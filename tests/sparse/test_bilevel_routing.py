@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bilevel_calls import bilevel_samples, gathered_attention
+from bilevel_calls import bilevel_samples
 from block_sparse_calls import NAN, gradients
 from conftest import backends, cpu_variants, device_of
 from hypothesis import given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tokenmill as tm
 from tokenmill import registry
+from tokenmill.bench.bilevel_routing_attention import gathered_attention
 from tokenmill.sparse.bilevel_routing_cases import bilevel_call
 from tokenmill.testing import compare
 
