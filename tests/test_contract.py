@@ -142,7 +142,9 @@ def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
 
     threads(1)
     first = run()
-    for count in (1, 2, 5):
+    # The interpreter of Triton takes programs one by one, whatever the number of threads is.
+    interpreted = backend == "triton" and device_of(backend) == "cpu"
+    for count in (5,) if interpreted else (1, 2, 5):
         threads(count)
         assert same_bits(first, run())
 
