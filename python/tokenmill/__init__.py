@@ -31,6 +31,7 @@ from .select import (
 from .sparse import (
     bilevel_routing_attention,
     block_sparse_attention,
+    core_context_attention,
     hip_attention,
     hip_block_select,
     transpose_block_list,
@@ -50,6 +51,7 @@ __all__ = [
     "block_pool_keys_update",
     "block_sparse_attention",
     "build_info",
+    "core_context_attention",
     "dense",
     "explain",
     "hip_attention",
