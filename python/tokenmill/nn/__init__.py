@@ -9,5 +9,6 @@ Example:
 """
 
 from .biformer import BiFormerAttention
+from .sparsifiner import SparsifinerAttention
 
-__all__ = ["BiFormerAttention"]
+__all__ = ["BiFormerAttention", "SparsifinerAttention"]

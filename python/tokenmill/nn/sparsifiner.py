@@ -1,0 +1,168 @@
+"""The attention of Sparsifiner."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check
+from ..dense import attention
+from ..select import topk_select
+from ..sparse import block_sparse_attention
+
+NAME = "nn.SparsifinerAttention"
+
+
+class SparsifinerAttention(nn.Module):
+    r"""Attention of each token to the tokens that a low-rank estimate of its attention likes best.
+
+    The estimate is a mixture of n' patterns over the tokens, the same for all inputs. With queries
+    and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 8,
+
+    .. math::
+       C = \operatorname{softmax}\!\big((q W_q + b_q)\,((k W_k + b_k)^\top W_n)\, H^{-1/2}\big),
+       \qquad \tilde A = \operatorname{top}_8(C)\, |W_{back}|^\top,
+
+    where weights that are not above 0.02 and coefficients that are not among the 8 largest count as
+    0. A token attends, in each head, to the ceil(0.25 N) tokens of
+    the largest :math:`\tilde A`, of equal ones to the first. The class token attends to all. The
+    choice has no gradient: the estimate is trained on its own, by :meth:`approximate`.
+
+    Args:
+        dim: channels C of the input.
+        num_tokens: tokens N, the class token first: patterns belong to places.
+        num_heads: heads H, which divide the channels.
+        keep_rate: share of the tokens that each one attends to.
+        reduce_tokens, reduce_channels: N / n' and D / c.
+        coefficients: patterns that an estimate is made of at most. None: all.
+        basis_threshold: what a pattern must exceed.
+        qkv_bias: whether the projection of queries, keys and values has a bias.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, N, C]`` to ``[B, N, C]``; float16, bfloat16, float32.
+
+    Weights: qkv, proj, and mask_predictor with proj_c_q, proj_c_k (linear), proj_n and proj_back_n
+    ``[N, n']``, as the published models call them.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 2 N c n' + 2 N N n' operations a head for the estimate and 4 N K D for the attention
+    to K tokens. Memory is that of the estimate, [B, H, N, N]; on a CPU, dense attention is the
+    faster one unless tokens keep less than about a sixteenth of the others (docs/sparse.md).
+
+    Paper: Sparsifiner (Wei et al. 2023), sections 3.2 and 3.3. The factor of the estimate is 1 /
+    sqrt(H), not 1 / sqrt(c), as in the published code.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.SparsifinerAttention(64, num_tokens=197, num_heads=2)
+        >>> layer(torch.randn(1, 197, 64)).shape
+        torch.Size([1, 197, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_tokens: int = 197,
+        num_heads: int = 8,
+        *,
+        keep_rate: float = 0.25,
+        reduce_tokens: int = 8,
+        reduce_channels: int = 2,
+        coefficients: int | None = 8,
+        basis_threshold: float = 0.02,
+        qkv_bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        divides = num_heads > 0 and dim % num_heads == 0
+        check(divides, NAME, "num_heads", f"must divide dim, {dim}", num_heads)
+        check(0 < keep_rate <= 1, NAME, "keep_rate", "must be above 0 and at most 1", keep_rate)
+        patterns = num_tokens // reduce_tokens if reduce_tokens > 0 else 0
+        rule = f"must be 1 to num_tokens, {num_tokens}"
+        check(patterns >= 1, NAME, "reduce_tokens", rule, reduce_tokens)
+        reduced = dim // num_heads // reduce_channels if reduce_channels > 0 else 0
+        rule = f"must be 1 to the dimension of a head, {dim // num_heads}"
+        check(reduced >= 1, NAME, "reduce_channels", rule, reduce_channels)
+        fits = coefficients is None or coefficients >= 1
+        check(fits, NAME, "coefficients", "must be at least 1, or None", coefficients)
+        self.num_tokens, self.num_heads, self.backend = num_tokens, num_heads, backend
+        self.budget = math.ceil(keep_rate * num_tokens)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.mask_predictor = LowRankAttention(
+            dim // num_heads, reduced, num_tokens, patterns, num_heads, coefficients,
+            basis_threshold,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._qkv(x)
+        first = attention(q[:, :1], k, v, backend=self.backend)
+        with torch.no_grad():
+            scores = self.mask_predictor(q[:, 1:], k, sparse=True)
+        indices, counts = topk_select(scores.flatten(0, 2), self.budget, backend=self.backend)[:2]
+        others = block_sparse_attention(
+            q[:, 1:], k, v, indices.view(*scores.shape[:3], -1), counts.view(scores.shape[:3]),
+            block_q=1, block_k=1, backend=self.backend,
+        )  # fmt: skip
+        return self.proj(torch.cat([first, others], 1).flatten(2))
+
+    def approximate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The estimate ``[B, H, N - 1, N]``, of all patterns and with its gradient, and the
+        attention that it is to match, for every token but the first: what the estimate is trained
+        on (materialised: for training at the papers' lengths)."""
+        q, k, _ = self._qkv(x)
+        z = torch.einsum("bihd,bjhd->bhij", q[:, 1:], k) * q.shape[-1] ** -0.5
+        return self.mask_predictor(q[:, 1:], k, sparse=False), torch.softmax(z, -1)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        wanted = [self.num_tokens, self.proj.in_features]
+        shaped = x.dim() == 3 and list(x.shape[1:]) == wanted
+        check(shaped, NAME, "x", f"must have shape [B, {wanted[0]}, {wanted[1]}]", x.shape)
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+
+    def extra_repr(self) -> str:
+        return f"num_tokens={self.num_tokens}, num_heads={self.num_heads}, budget={self.budget}"
+
+
+class LowRankAttention(nn.Module):
+    """The estimate: q ``[B, M, H, D]`` and k ``[B, N, H, D]`` to ``[B, H, M, N]``."""
+
+    def __init__(
+        self,
+        dim: int,
+        reduced: int,
+        num_tokens: int,
+        patterns: int,
+        num_heads: int,
+        coefficients: int | None,
+        basis_threshold: float,
+    ) -> None:
+        super().__init__()
+        self.proj_c_q = nn.Linear(dim, reduced)
+        self.proj_c_k = nn.Linear(dim, reduced)
+        self.proj_n = nn.Parameter(torch.empty(num_tokens, patterns))
+        self.proj_back_n = nn.Parameter(torch.empty(num_tokens, patterns))
+        for weight in (self.proj_n, self.proj_back_n):
+            nn.init.trunc_normal_(weight, std=0.02)
+        self.scale = num_heads**-0.5
+        self.coefficients = coefficients
+        self.basis_threshold = basis_threshold
+
+    def forward(self, q: Tensor, k: Tensor, sparse: bool) -> Tensor:
+        """sparse: patterns above the threshold, and the largest coefficients alone."""
+        keys = torch.einsum("bjhc,jn->bhcn", self.proj_c_k(k), self.proj_n)
+        weights = self.proj_c_q(q).transpose(1, 2) @ keys * self.scale
+        weights = torch.softmax(weights, -1)
+        basis = self.proj_back_n.T
+        if sparse:
+            basis = basis.abs()
+            basis = torch.where(basis > self.basis_threshold, basis, 0)
+            if self.coefficients is not None and self.coefficients < weights.shape[-1]:
+                best = weights.topk(self.coefficients, -1)
+                weights = torch.zeros_like(weights).scatter(-1, best.indices, best.values)
+        return weights @ basis
