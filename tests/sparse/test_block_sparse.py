@@ -43,14 +43,14 @@ LONG = [
     registry.Sample(
         f"{block_q}x{block_k} {options}",
         block_sparse_call(
-            sq=500, sk=900, b=1, d=40, dv=72, block_q=block_q, block_k=block_k,
+            sq=500, sk=900, b=1, h=2, hk=1, d=40, dv=72, block_q=block_q, block_k=block_k,
             entries=400 // block_k, **options,
         ),
     )
     for block_q, block_k in ((1, 4), (16, 1), (32, 16), (64, 64), (128, 2), (128, 128))
     for options in (
-        {"lists": 4},
-        {"lists": 2, "causal": True, "num_sink": 3, "num_recent": 70},
+        {"lists": 2},
+        {"lists": 1, "causal": True, "num_sink": 3, "num_recent": 70},
     )
 ]  # fmt: skip
 
