@@ -1,0 +1,8 @@
+#include "sparse/bilevel_routing_attention/cpu_regions.h"
+#include "sparse/cpu_forward.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+void bilevel_routing_attention_forward(const BilevelParams& d) { listed_forward<RegionWalk>(d); }
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,11 @@
+#include "sparse/cpu_backward.h"
+
+#include "sparse/bilevel_routing_attention/cpu_regions.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+void bilevel_routing_attention_backward(const BilevelBackwardParams& g) {
+  listed_backward<RegionWalk>(g);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,490 @@
+// Forward of attention to what lists hold, for any walk (sparse/cpu_walk.h). A worker owns a tile
+// of rows (queries of a block, in the heads that share a list and keys) and streams past it the
+// keys that they see, in vectors of kWidth. Where a whole vector of neighbours is seen it is packed
+// once for the KV head; what is left of small blocks and at the ends of ranges is gathered for the
+// tile, from copies of its rows that lie side by side: in a tensor [B, S, H, D] each lies on
+// another page, and tiles read it again and again.
+#pragma once
+#include <cstring>
+#include <utility>
+
+#include "cpu/parallel.h"
+#include "dense/attention/cpu_weights.h"
+#include "sparse/cpu_walk.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+constexpr int64_t kRowsOfTile = 144;  // a multiple of kTileRows
+constexpr int64_t kStepVectors = 256 / kWidth;
+static_assert(kStepVectors <= 64 && kStepVectors % kTileVectors == 0);
+
+struct KeyVector {
+  const float *k, *v;                 // packed
+  int64_t keys;                       // fewer than kWidth if gathered
+  bool gathered;                      // else keys at[0] .. at[0] + kWidth - 1
+  int64_t at[kWidth];                 // of the request
+  float from[kWidth], until[kWidth];  // the queries of the block that see them
+  float first_from, last_from, first_until, last_until;
+
+  void open(bool gather) {
+    keys = 0;
+    gathered = gather;
+    for (int l = 0; l < kWidth; ++l) from[l] = 0, until[l] = SeenBy::kNever;
+    first_from = first_until = SeenBy::kNever;
+    last_from = last_until = 0;
+  }
+  // Lanes are seen by every query if nothing else is said.
+  void see_all() { first_from = 0, last_until = SeenBy::kNever; }
+  void see(int64_t lane, SeenBy by) {
+    const float begin = static_cast<float>(by.from), end = static_cast<float>(by.until);
+    from[lane] = begin;
+    until[lane] = end;
+    first_from = begin < first_from ? begin : first_from;
+    last_from = begin > last_from ? begin : last_from;
+    first_until = end < first_until ? end : first_until;
+    last_until = end > last_until ? end : last_until;
+  }
+  void close() {
+    if (!gathered) return;
+    for (int64_t l = keys; l < kWidth; ++l) from[l] = SeenBy::kNever, until[l] = 0;
+    if (keys < kWidth) last_from = SeenBy::kNever;
+  }
+
+  // Queries from first to last: whether one sees one of the keys, and whether each sees all.
+  bool seen(float first, float last) const { return first_from <= last && first < last_until; }
+  bool whole(float first, float last) const { return last_from <= first && last < first_until; }
+};
+
+struct Step {
+  int64_t count;
+  KeyVector vectors[kStepVectors];
+};
+
+struct SparseRows : QueryRows {
+  float* query;             // of each row, relative to the block's first
+  float *lowest, *highest;  // of the register tile that starts at a row
+};
+
+// Weights of kRows rows and kVectors vectors of keys, at `slot` of the step.
+template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors>
+__attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, const KeyVector* keys,
+                                          int64_t slot) {
+  vf s[kRows][kVectors];
+  clear(s);
+  const float* panels[kVectors];
+  for (int j = 0; j < kVectors; ++j) panels[j] = keys[j].k;
+  multiply_panels<Op>(s, t.q + row * t.ldq, t.ldq, panels, t.words);
+
+  if constexpr (!kPlain) {
+    TM_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) s[r][j] = t.terms->exponent(s[r][j], zero(), zero());
+    }
+  } else if constexpr (Op::kPair != 1) {  // else q holds the factor
+    const vf factor = set(t.terms->factor);
+    TM_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j) s[r][j] = s[r][j] * factor;
+    }
+  }
+  const vf hidden = set(hidden_exponent(ScoreMap::softmax));
+  TM_UNROLL(4)
+  for (int j = 0; j < kVectors; ++j) {
+    if (keys[j].whole(t.lowest[row], t.highest[row])) [[likely]]
+      continue;
+    const vf from = load(keys[j].from), until = load(keys[j].until);
+    TM_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      const vf query = set(t.query[row + r]);
+      s[r][j] = select(less(query, from), hidden, select(less(query, until), s[r][j], hidden));
+    }
+  }
+  store_weights<Op, ScoreMap::softmax, kCoarse>(t, row, s, slot);
+}
+
+using ScoreTile = void (*)(const SparseRows&, int64_t, const KeyVector*, int64_t);
+
+// The copy of score_tile for 1 .. kTileVectors vectors.
+template <class Op, bool kCoarse, bool kPlain, int kRows, int kVectors = kTileVectors>
+ScoreTile score_tile_for(int64_t vectors) {
+  if constexpr (kVectors > Op::kPair)
+    if (vectors < kVectors)
+      return score_tile_for<Op, kCoarse, kPlain, kRows, kVectors - Op::kPair>(vectors);
+  return &score_tile<Op, kCoarse, kPlain, kRows, kVectors>;
+}
+
+// C[M][width] += P V over the vectors of the step that `seen` has bits of, summed in registers
+// first.
+template <class Op, int M, int N = kTileVectors>
+__attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p, int64_t ldp,
+                                          const KeyVector* keys, uint64_t seen, int64_t column,
+                                          int64_t width) {
+  constexpr int64_t kWords = kWidth / Op::kPair;
+  int64_t n = column;
+  for (; n + N * kWidth <= width; n += N * kWidth) {
+    vf acc[M][N];
+    clear(acc);
+    for (uint64_t left = seen; left; left &= left - 1) {
+      const int64_t j = __builtin_ctzll(left);
+      multiply<Op, false>(acc, p + j * kWords, ldp, keys[j].v + n, width, kWords);
+    }
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) {
+        float* out = c + i * ldc + n + j * kWidth;
+        store(out, load(out) + acc[i][j]);
+      }
+    }
+  }
+  if constexpr (N > 1)
+    if (n < width) add_values<Op, M, N - 1>(c, ldc, p, ldp, keys, seen, n, width);
+}
+
+template <class Op, bool kCoarse, class Walk>
+class ForwardWorker {
+ public:
+  ForwardWorker(const Walk& walk, int64_t shares)
+      : walk(walk),
+        p(walk.d.attention),
+        tiles(walk, kRowsOfTile, kTileRows),
+        runs(walk.most_runs()),
+        shares(shares),
+        places(walk.key_places()),
+        vectors(ceil_div(places, kWidth)),
+        t(sparse_rows(p)),
+        k_floats(t.words * kWidth),
+        v_floats(t.width * kWidth / Op::kPair),
+        k_bytes(round_up(p.head_dim * size_of(p.dtype), 64)),
+        v_bytes(round_up(p.value_dim * size_of(p.dtype), 64)),
+        workspace(floats_needed()) {
+    head_k = workspace.take(vectors * k_floats);
+    head_v = workspace.take(vectors * v_floats);
+    done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(vectors, 4)));
+    copy = reinterpret_cast<char*>(workspace.take(places * (k_bytes + v_bytes) / 4));
+    copied = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(places, 4)));
+    own_k = workspace.take(kStepVectors * k_floats);
+    own_v = workspace.take(kStepVectors * v_floats);
+    runs.place(workspace.take(runs.floats()));
+    now = reinterpret_cast<Step*>(workspace.take(kStepFloats));
+    coming = reinterpret_cast<Step*>(workspace.take(kStepFloats));
+    t.place(workspace, kRowsOfTile);
+    t.query = workspace.take(kRowsOfTile);
+    t.lowest = workspace.take(kRowsOfTile);
+    t.highest = workspace.take(kRowsOfTile);
+  }
+
+  // One share of the tiles of one KV head.
+  void run(int64_t item) {
+    kv = item / shares;
+    const int64_t share = item % shares;
+    next_tile = share * tiles.count / shares;
+    end_tile = (share + 1) * tiles.count / shares;
+    if (kv != packed) {
+      std::memset(done, 0, vectors);
+      std::memset(copied, 0, places);
+      packed = kv;
+    }
+    find_next();
+    while (next.rows > 0) {
+      tile = next;
+      sink = runs.sink;
+      stored = RowCursor(tile);
+      const ScoreTerms terms(p, tile.b, tile.head, Sequence(p, tile.b));
+      t.terms = &terms;
+      t.rows = tile.rows;
+      load_queries();
+      terms.plain ? stream_keys<true>() : stream_keys<false>();
+      store_rows();
+    }
+  }
+
+ private:
+  static constexpr int64_t kStepFloats = sizeof(Step) / sizeof(float);
+
+  static SparseRows sparse_rows(const AttentionParams& p) {
+    SparseRows rows{};
+    rows.set_sizes<Op>(p, kStepVectors * kWidth);
+    return rows;
+  }
+
+  int64_t floats_needed() const {
+    return (vectors + kStepVectors) * (k_floats + v_floats) + ceil_div(vectors, 4) +
+           places * (k_bytes + v_bytes) / 4 + ceil_div(places, 4) + runs.floats() +
+           2 * kStepFloats + t.size(kRowsOfTile) + 3 * kRowsOfTile + 12 * 16;
+  }
+
+  const char* k_row(int64_t x) const {
+    return walk.key_row(walk.k(), kv / p.kv_heads, x, kv % p.kv_heads);
+  }
+  const char* v_row(int64_t x) const {
+    return walk.key_row(walk.v(), kv / p.kv_heads, x, kv % p.kv_heads);
+  }
+
+  void load_queries() {
+    const int64_t padded = round_up(t.rows, kTileRows);
+    const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
+    const char* q_rows[kRowsOfTile];
+    RowCursor at(tile);
+    for (int64_t r = 0; r < t.rows; ++r, at.next()) {
+      q_rows[r] = walk.query_row(walk.q(), tile.b, at.query(), at.head());
+      t.query[r] = static_cast<float>(at.query() - tile.query);
+    }
+    for (int64_t r = t.rows; r < padded; ++r) t.query[r] = t.query[t.rows - 1];
+    pack_rows<Op>(ScatteredRows{q_rows}, p.dtype, t.rows, padded, p.head_dim, factor, t.q, t.ldq);
+    t.clear<ScoreMap::softmax>(padded);
+    for (int64_t row = 0, n; row < t.rows; row += n) {
+      n = rows_of_tile(t.rows - row);
+      t.lowest[row] = t.highest[row] = t.query[row];
+      for (int64_t r = row + 1; r < row + n; ++r) {
+        t.lowest[row] = t.query[r] < t.lowest[row] ? t.query[r] : t.lowest[row];
+        t.highest[row] = t.query[r] > t.highest[row] ? t.query[r] : t.highest[row];
+      }
+    }
+  }
+
+  template <bool kPlain>
+  void stream_keys() {
+    ScoreTile full[kTileVectors + 1], shorter[kTileVectors + 1];
+    for (int n = 1; n <= kTileVectors; ++n) {
+      full[n] = score_tile_for<Op, kCoarse, kPlain, kTileRows>(n);
+      shorter[n] = score_tile_for<Op, kCoarse, kPlain, kShortRows>(n);
+    }
+    for (bool last = false; !last;) {
+      std::swap(now, coming);
+      fill(*coming);
+      last = coming->count == 0;
+      if (last) find_next();
+      const int64_t rows_of_step = ceil_div(now->count, kTileVectors) * t.rows;
+      int64_t rows_done = 0;
+      for (int64_t c = 0; c < now->count; c += kTileVectors) {
+        const int64_t end = c + kTileVectors < now->count ? c + kTileVectors : now->count;
+        for (int64_t j = c; j < end; ++j) pack(now->vectors[j], j);
+        for (int64_t row = 0, n; row < t.rows; row += n) {
+          n = rows_of_tile(t.rows - row);
+          prefetch(rows_done, rows_done + n, rows_of_step);
+          if (last && c == 0) prefetch_rows(row, n);
+          rows_done += n;
+          int64_t count = end - c;
+          while (count > 0 && !sees(now->vectors[c + count - 1], row)) --count;
+          count = round_up(count, Op::kPair);
+          if (count > 0)
+            (n == kTileRows ? full : shorter)[count](t, row, now->vectors + c, c * kWidth);
+        }
+      }
+      for (int64_t row = 0, n; row < t.rows; row += n) {
+        n = rows_of_tile(t.rows - row);
+        uint64_t seen = 0;
+        for (int64_t j = 0; j < now->count; ++j) seen |= uint64_t{sees(now->vectors[j], row)} << j;
+        if (!seen) continue;
+        const auto product =
+            n == kTileRows ? &add_values<Op, kTileRows> : &add_values<Op, kShortRows>;
+        product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp, t.ldp, now->vectors, seen, 0,
+                t.width);
+      }
+    }
+  }
+
+  // The share [from, to) of `all` of the rows that the coming step packs.
+  void prefetch(int64_t from, int64_t to, int64_t all) const {
+    const int64_t keys = coming->count * kWidth;
+    to = to < all ? to : all;
+    for (int64_t i = from * keys / all; i < to * keys / all; ++i) {
+      const KeyVector& of = coming->vectors[i / kWidth];
+      const int64_t l = i % kWidth;
+      if (of.gathered ? l >= of.keys : done[of.at[0] / kWidth]) continue;
+      const int64_t x = of.gathered ? of.at[l] : of.at[0] + l;
+      if (of.gathered && copied[x]) {
+        prefetch_row<false>(copy_of(x), k_bytes + v_bytes);
+      } else {
+        prefetch_row<false>(k_row(x), p.head_dim * size_of(p.dtype));
+        prefetch_row<false>(v_row(x), p.value_dim * size_of(p.dtype));
+      }
+    }
+  }
+
+  // `count` more rows of the output, and of the next tile's queries.
+  void prefetch_rows(int64_t row, int64_t count) {
+    for (int64_t r = row; r < row + count; ++r) {
+      if (r < t.rows) {
+        prefetch_row<true>(walk.query_row(walk.out(), tile.b, stored.query(), stored.head()),
+                           p.value_dim * size_of(p.dtype));
+        stored.next();
+      }
+      if (r < next.rows) {
+        prefetch_row<false>(walk.query_row(walk.q(), next.b, coming_row.query(), coming_row.head()),
+                            p.head_dim * size_of(p.dtype));
+        coming_row.next();
+      }
+    }
+  }
+
+  // The next tile that has rows, if there is one, the runs of keys that it sees and its first step.
+  void find_next() {
+    next.rows = 0;
+    while (next_tile < end_tile && next.rows <= 0) next = tiles.at(kv, next_tile++);
+    if (next.rows <= 0) {
+      next.rows = 0;
+      runs.clear();
+    } else {
+      walk.find(next, runs);
+      coming_row = RowCursor(next);
+    }
+    next_run = next_key = 0;
+    fill(*coming);
+  }
+
+  bool sees(const KeyVector& keys, int64_t row) const {
+    return keys.seen(t.lowest[row], t.highest[row]);
+  }
+
+  // The next vectors of keys, as many as a step takes.
+  void fill(Step& step) {
+    step.count = 0;
+    KeyVector* open = nullptr;
+    for (; next_run < runs.count(); ++next_run, next_key = 0) {
+      const KeyRun& run = runs[next_run];
+      if (next_key < run.begin) next_key = run.begin;
+      while (next_key < run.end) {
+        const bool aligned = next_key % kWidth == 0 && next_key + kWidth <= run.end;
+        KeyVector* to = aligned ? nullptr : open;
+        if (!to || to->keys == kWidth) {
+          if (step.count == kStepVectors) return close(step);
+          to = &step.vectors[step.count++];
+          to->open(!aligned);
+          if (!aligned) open = to;
+        }
+        const int64_t to_border = kWidth - next_key % kWidth, room = kWidth - to->keys;
+        int64_t n = to_border < room ? to_border : room;
+        if (n > run.end - next_key) n = run.end - next_key;
+        const SeenBy first = walk.seen_by(run, next_key),
+                     last = walk.seen_by(run, next_key + n - 1);
+        if (last.from == 0 && first.until >= next.queries) {
+          to->see_all();
+        } else {
+          for (int64_t l = 0; l < n; ++l) to->see(to->keys + l, walk.seen_by(run, next_key + l));
+        }
+        for (int64_t l = 0; l < n; ++l) to->at[to->keys++] = next_key++;
+      }
+    }
+    close(step);
+  }
+
+  static void close(Step& step) {
+    for (int64_t j = 0; j < step.count; ++j) step.vectors[j].close();
+    // Pairs of vectors share words of P: a last one that nobody sees fills up.
+    if (step.count % Op::kPair) {
+      KeyVector& nothing = step.vectors[step.count++];
+      nothing.open(true);
+      nothing.close();
+    }
+  }
+
+  // The rows of K and V of key x behind each other.
+  char* copy_of(int64_t x) const { return copy + x * (k_bytes + v_bytes); }
+  const char* copied_row(int64_t x) {
+    char* to = copy_of(x);
+    if (!copied[x]) {
+      copied[x] = 1;
+      std::memcpy(to, k_row(x), p.head_dim * size_of(p.dtype));
+      std::memcpy(to + k_bytes, v_row(x), p.value_dim * size_of(p.dtype));
+    }
+    return to;
+  }
+
+  void pack(KeyVector& keys, int64_t slot) {
+    const char *k_rows[kWidth], *v_rows[kWidth];
+    if (!keys.gathered) {
+      const int64_t n = keys.at[0] / kWidth;
+      keys.k = head_k + n * k_floats;
+      keys.v = head_v + n * v_floats;
+      if (done[n]) return;
+      done[n] = 1;
+      for (int64_t l = 0; l < kWidth; ++l) {
+        k_rows[l] = k_row(keys.at[l]);
+        v_rows[l] = v_row(keys.at[l]);
+      }
+      return pack_rows_of(k_rows, v_rows, kWidth, head_k + n * k_floats, head_v + n * v_floats);
+    }
+    float *k = own_k + slot * k_floats, *v = own_v + slot * v_floats;
+    for (int64_t l = 0; l < keys.keys; ++l) {
+      k_rows[l] = copied_row(keys.at[l]);
+      v_rows[l] = k_rows[l] + k_bytes;
+    }
+    pack_rows_of(k_rows, v_rows, keys.keys, k, v);
+    const int64_t set = words_of<Op>(keys.keys) * t.width;
+    std::memset(v + set, 0, (v_floats - set) * sizeof(float));
+    keys.k = k;
+    keys.v = v;
+  }
+  void pack_rows_of(const char* const* k_rows, const char* const* v_rows, int64_t count, float* k,
+                    float* v) const {
+    pack_transposed<Op, kWidth>(ScatteredRows{k_rows}, p.dtype, count, p.head_dim, 1.f, k);
+    pack_reduced_rows<Op>(ScatteredRows{v_rows}, p.dtype, count, p.value_dim, v, t.width);
+  }
+
+  void store_rows() {
+    RowCursor at(tile);
+    for (int64_t r = 0; r < t.rows; ++r, at.next()) {
+      const RowScale scale = t.finish(r, sink > -kInf ? &sink : nullptr);
+      lse_of(p, p.lse, tile.b, 0, at.head())[walk.lse_at(at.query())] = scale.lse;
+      store_row(t.out + r * t.ldo, scale.factor,
+                walk.query_row(walk.out(), tile.b, at.query(), at.head()), p.dtype, p.value_dim);
+    }
+  }
+
+  const Walk& walk;
+  const AttentionParams& p;
+  RowTiles<Walk> tiles;
+  KeyRuns runs;
+  int64_t shares, places, vectors;
+  SparseRows t;
+  int64_t k_floats, v_floats;  // of a packed vector of keys
+  int64_t k_bytes, v_bytes;    // of a copied row
+  cpu::Workspace workspace;
+  float *head_k, *head_v;  // of the KV head, vectors packed when first needed
+  uint8_t* done;
+  char* copy;  // of rows that were gathered
+  uint8_t* copied;
+  float *own_k, *own_v;  // of the step
+  Step *now, *coming;    // steps of keys
+
+  int64_t kv = 0, packed = -1;  // KV heads: the current one, and that of what is packed
+  int64_t next_tile = 0, end_tile = 0;
+  RowTile tile{}, next{};
+  float sink = -kInf;
+  RowCursor stored, coming_row;        // the next rows to prefetch: of the output, and of `next`
+  int64_t next_run = 0, next_key = 0;  // the first key that no step has
+};
+
+template <class Op, bool kCoarse, class Walk>
+void forward_on(const Walk& walk) {
+  const AttentionParams& p = walk.d.attention;
+  const RowTiles<Walk> tiles(walk, kRowsOfTile, kTileRows);
+  // A parallel region costs about as much as 2 Mflop on one thread.
+  const double work = 2 * walk.d.most_pairs() * static_cast<double>(p.head_dim + p.value_dim);
+  const int threads = work < 2e6 ? 1 : cpu::num_threads();
+  // An item is a share of the tiles of one KV head; at least four per thread for balance.
+  const int64_t heads = p.batch * p.kv_heads;
+  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, heads);
+  if (shares > tiles.count) shares = tiles.count > 0 ? tiles.count : 1;
+  cpu::parallel_items(heads * shares, threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    ForwardWorker<Op, kCoarse, Walk> worker(walk, shares);
+    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+  });
+}
+
+template <class Walk>
+void listed_forward(const typename Walk::Params& d) {
+  const Walk walk(d);
+#if defined(__AVX512BF16__)
+  if (d.attention.dtype == DType::bfloat16) return forward_on<BFloat16, true>(walk);
+#endif
+  d.attention.dtype == DType::float32 ? forward_on<Float32, false>(walk)
+                                      : forward_on<Float32, true>(walk);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

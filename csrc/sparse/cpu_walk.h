@@ -1,0 +1,125 @@
+// Which rows a tile has and which keys they see, for the CPU kernels of attention to what lists
+// hold. Queries and keys have places: numbers in the order in which the kernels see them. A `Walk`
+// says what they are: the queries of a row of a list lie side by side, and so do the keys of an
+// entry; where the rows of tensors lie at places; which keys a list holds.
+#pragma once
+#include "dense/attention/cpu_scores.h"
+#include "sparse/listed.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// A part of the rows of a block of queries: row r of the block is its query r % queries in head
+// r / queries of those that share a list and keys.
+struct RowTile {
+  int64_t b, kv_head, head;  // head: the first of those together
+  int64_t list_row;
+  int64_t query, queries;  // of the block
+  int64_t first, rows;     // of the block's rows
+
+  int64_t head_of(int64_t r) const { return head + (first + r) / queries; }
+  int64_t query_of(int64_t r) const { return query + (first + r) % queries; }
+  // The queries from first_query() to last_query() have rows.
+  bool one_head() const { return first / queries == (first + rows - 1) / queries; }
+  int64_t first_query() const { return one_head() ? query_of(0) : query; }
+  int64_t last_query() const { return one_head() ? query_of(rows - 1) : query + queries - 1; }
+};
+
+// The rows of a tile, one after the other.
+class RowCursor {
+ public:
+  RowCursor() = default;
+  explicit RowCursor(const RowTile& t)
+      : begin_(t.query), end_(t.query + t.queries), head_(t.head_of(0)), query_(t.query_of(0)) {}
+
+  int64_t head() const { return head_; }
+  int64_t query() const { return query_; }
+  void next() {
+    if (++query_ < end_) return;
+    query_ = begin_;
+    ++head_;
+  }
+
+ private:
+  int64_t begin_ = 0, end_ = 0, head_ = 0, query_ = 0;
+};
+
+// The tiles of a KV head, in the order in which they are worked on: of most_rows at most, and all
+// but the last of a block a multiple of `unit`, which divides most_rows.
+template <class Walk>
+struct RowTiles {
+  const Walk& walk;
+  int64_t group, together, unit, list_rows, parts, count;
+
+  RowTiles(const Walk& walk, int64_t most_rows, int64_t unit)
+      : walk(walk),
+        group(walk.d.attention.heads / walk.d.attention.kv_heads),
+        together(walk.d.heads_together()),
+        unit(unit),
+        list_rows(walk.d.list.rows),
+        parts(ceil_div(walk.most_queries() * together, most_rows)),
+        count(list_rows * parts * (group / together)) {}
+
+  // rows <= 0: nothing is left for this part of a short block.
+  RowTile at(int64_t kv, int64_t n) const {
+    const int64_t kv_heads = walk.d.attention.kv_heads;
+    RowTile t{kv / kv_heads, kv % kv_heads};
+    t.head = t.kv_head * group + n / (list_rows * parts) * together;
+    t.list_row = n / parts % list_rows;
+    t.query = walk.first_query(t.list_row);
+    t.queries = walk.queries(t.list_row);
+    const int64_t all = t.queries * together;
+    const int64_t each = round_up(ceil_div(all, parts), unit);
+    t.first = n % parts * each;
+    t.rows = all - t.first < each ? all - t.first : each;
+    return t;
+  }
+};
+
+// Keys [begin, end). Where queries see the keys before them alone, key x is first seen by query
+// x + shift, and by `stay` queries from there.
+struct KeyRun {
+  int64_t begin, end, shift, stay;
+};
+
+// The queries of a block that see a key: from <= query < until, relative to the block's first.
+struct SeenBy {
+  static constexpr int32_t kNever = 1 << 20;
+  int32_t from, until;
+};
+
+// The keys that rows of a tile see, as runs. No key is in two of them, and each is seen by one row
+// at least.
+class KeyRuns {
+ public:
+  static constexpr int64_t kAlways = int64_t{1} << 40;
+  float sink = -kInf;  // a logit beside those of the keys
+
+  explicit KeyRuns(int64_t most) : most_(most) {}
+
+  int64_t floats() const { return most_ * static_cast<int64_t>(sizeof(KeyRun) / sizeof(float)); }
+  void place(float* memory) { runs_ = reinterpret_cast<KeyRun*>(memory); }
+
+  void clear() {
+    count_ = 0;
+    sink = -kInf;
+  }
+  void add(const KeyRun& run) {
+    if (run.begin < run.end) runs_[count_++] = run;
+  }
+  // The same, as part of the last run where it goes on; not of those before `first`.
+  void join(int64_t first, const KeyRun& run) {
+    if (count_ > first && runs_[count_ - 1].end == run.begin && run.begin < run.end)
+      runs_[count_ - 1].end = run.end;
+    else
+      add(run);
+  }
+  int64_t count() const { return count_; }
+  const KeyRun& operator[](int64_t i) const { return runs_[i]; }
+
+ private:
+  int64_t most_;
+  KeyRun* runs_ = nullptr;
+  int64_t count_ = 0;
+};
+
+}  // namespace tokenmill::TOKENMILL_ISA
