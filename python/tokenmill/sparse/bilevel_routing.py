@@ -137,7 +137,6 @@ def lower(
     sizes = _region_sizes(q, k, regions, region_size)
     factor = scale_or_default(OP, scale, q)
     _check_regions(q, k, *sizes)
-    check_scale(OP, factor, 0.0)
     number = -(-q.shape[1] // sizes[0]) * -(-q.shape[2] // sizes[1])
     if region_graph is None:
         if topk is None:
