@@ -18,7 +18,7 @@ template <typename T, int kBucket>
 const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSparseGradients& g,
                              cudaStream_t stream) {
   using Queries = QuerySideShape<T, kBucket>;
-  using Keys = KeySideShape<T, kBucket>;
+  using Keys = BlockSparseKeySide<T, kBucket>;
   const AttentionParams& p = bp.forward.attention;
   BlockSparseGradients d = g;
   static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, 1, Queries::kMaxRowWarps);

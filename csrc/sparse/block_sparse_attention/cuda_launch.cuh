@@ -7,7 +7,7 @@ namespace tokenmill::cuda {
 
 template <typename T, int kBucket>
 const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
-  using Shape = BlockShape<T, kBucket>;
+  using Shape = ListedShape<T, kBucket>;
   const AttentionParams& p = d.attention;
   BlockSparseLaunch launch = plan_queries(d, Shape::kMinRowWarps, Shape::kMaxRowWarps);
   launch.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&

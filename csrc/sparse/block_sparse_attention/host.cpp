@@ -1,9 +1,8 @@
-#include "core/stream.h"
 #include "dense/terms.h"
 #include "select/checks.h"
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/checks.h"
-#include "sparse/transpose_block_list/params.h"
+#include "sparse/device_backward.h"
 
 namespace tokenmill {
 namespace {
@@ -83,27 +82,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
 
 void run_backward(BlockSparseBackwardParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    const BlockSparseParams& f = p.forward;
-    TransposeBlockListParams t{f.list, f.attention.batch, f.key_blocks()};
-    const auto [sort_bytes, bytes] =
-        (CudaScope(q.device), std::pair(workspace_bytes(t), workspace_bytes(p)));
-    const auto take = [&](std::vector<int64_t> sizes, ScalarType dtype) {
-      return empty(sizes, q.tensor, dtype);
-    };
-    Tensor offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
-    Tensor rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
-    Tensor sort = take({sort_bytes}, ScalarType::Byte);
-    Tensor workspace = take({bytes}, ScalarType::Byte);
-    t.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
-    t.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
-    t.workspace = sort.mutable_data_ptr();
-    launch_on_device(kOp, q, t);
-    p.offsets = t.offsets;
-    p.rows = t.rows;
-    p.workspace = workspace.mutable_data_ptr();
-    return launch_on_device(kOp, q, p);
-  }
+  if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.key_blocks());
 #endif
   cpu::block_sparse_attention_backward(p);
 }

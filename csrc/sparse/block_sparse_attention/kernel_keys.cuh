@@ -1,8 +1,9 @@
 // A tile of queries and the row of keys that it sees: the first keys, those of listed blocks, and
 // the last keys.
 #pragma once
-#include "sparse/block_sparse_attention/kernel_stream.cuh"
+#include "dense/attention/kernel_finish.cuh"
 #include "sparse/block_sparse_attention/params.h"
+#include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {
 
@@ -12,6 +13,10 @@ struct BlockSparseLaunch : BlockSparseParams {
   int tiles;             // of a block of queries
   int64_t query_blocks;  // of a head
   bool aligned;          // rows of the inputs are whole 16-byte chunks
+
+  TOKENMILL_HOST_DEVICE const Rows& q() const { return attention.q; }
+  TOKENMILL_HOST_DEVICE const Rows& k() const { return attention.k; }
+  TOKENMILL_HOST_DEVICE const Rows& v() const { return attention.v; }
 };
 
 // Rows of a tile: queries of one block, times the heads that share their keys. Row r is query r /
@@ -43,6 +48,7 @@ struct QueryTile {
   }
 
   __device__ int query(int r) const { return first_query + (first + r) / together; }
+  __device__ int place(int r) const { return query(r); }
   __device__ int head_of(int r) const { return head + (first + r) % together; }
   __device__ int position(int r) const { return query(r) + diagonal; }
 };
@@ -110,7 +116,7 @@ struct TileKeys {
   }
 
   // The position of key t, kNowhere if no query of the tile sees it.
-  __device__ __forceinline__ int look_up(int t) const {
+  __device__ __forceinline__ int look_up(const BlockSparseLaunch&, int t) const {
     if (t < sinks) return t;
     if (t >= list_end) return t < total ? recent_begin + t - list_end : kNowhere;
     const int entry = first + ((t - sinks) >> log2_block);
@@ -130,39 +136,17 @@ struct TileKeys {
     const bool listed = t >= sinks && t < list_end;
     return {position + (listed ? recent : 0), t >= list_end ? position + recent : kFar};
   }
+
+  // A row of weights that sum to `sum` relative to 2^pivot.
+  static __device__ RowScale finish(float sum, float pivot) {
+    return finish_softmax(sum, pivot, nullptr, 0);
+  }
 };
 
-// Rows of keys and values of a tile of queries, as stream_rows wants them.
-template <typename T, typename Shape_, typename KeyTile, typename ValueTile>
-struct KeySource {
-  using Shape = Shape_;
-  using KeyCopy = RowCopy<T, KeyTile>;
-  using ValueCopy = RowCopy<T, ValueTile>;
-
-  const BlockSparseLaunch& d;
-  const TileKeys& keys;
-  int* places;  // a ring of positions, in shared memory
-  uint32_t stages;
-  const T *k, *v;  // of the request and head
-
-  __device__ int look_up(int t) const { return keys.look_up(t); }
-  __device__ void store(int t, int position) { at(t) = position; }
-  __device__ int& at(int t) const { return places[t & (Shape::kRing - 1)]; }
-
-  __device__ __forceinline__ void load(int stage, int first) const {
-    const AttentionParams& p = d.attention;
-    const uint32_t tile = stages + stage * Shape::kStageBytes;
-#pragma unroll 2
-    for (int r = KeyCopy::first_row(); r < Shape::kTileRows; r += KeyCopy::row_step()) {
-      const int position = at(first + r), row = max(position, 0);
-      const bool exists = position >= 0;
-      KeyCopy::copy(tile, r, k + row * p.k.seq, exists ? static_cast<int>(p.head_dim) : 0,
-                    d.aligned);
-      ValueCopy::copy(tile + Shape::kTileBytes, r, v + row * p.v.seq,
-                      exists ? static_cast<int>(p.value_dim) : 0, d.aligned);
-    }
-    commit_copies();
-  }
+struct BlockWalk {
+  using Launch = BlockSparseLaunch;
+  using Queries = QueryTile;
+  using Keys = TileKeys;
 };
 
 }  // namespace tokenmill::cuda

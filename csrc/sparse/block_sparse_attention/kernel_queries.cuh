@@ -1,6 +1,6 @@
 // A tile of keys and the queries that see any of them, found through the transposed lists.
 #pragma once
-#include "sparse/block_sparse_attention/kernel_gradient.cuh"
+#include "sparse/block_sparse_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda {
 
@@ -9,6 +9,29 @@ struct BlockSparseGradients : BlockSparseLaunch {
   Rows dout, dq, dk, dv;
   const float *minus_lse, *minus_delta;  // like lse
   const int32_t *offsets, *listing;      // of transpose_block_list
+
+  TOKENMILL_HOST_DEVICE const Rows& of_dout() const { return dout; }
+  __device__ static int query_at(int place) { return place; }
+};
+
+// Keys that a block owns, in blocks of keys that follow each other.
+struct BlockKeyTile {
+  int b, kv_head;
+  int first, rows, seen;  // seen: those that there are
+
+  __device__ static BlockKeyTile of(const BlockSparseGradients& d) {
+    const AttentionParams& p = d.attention;
+    const int tile_rows = 16 * d.row_warps;
+    const int tile = blockIdx.x % d.tiles, kv_head = blockIdx.x / d.tiles % p.kv_heads;
+    const int b = static_cast<int>(blockIdx.x / d.tiles / p.kv_heads);
+    const int first = tile * tile_rows;
+    const int rows = min(tile_rows, static_cast<int>(p.seqlen_k) - first);
+    return {b, kv_head, first, rows, min(rows, static_cast<int>(d.length(b)) - first)};
+  }
+
+  __device__ static constexpr bool exists() { return true; }
+  __device__ int key(int r) const { return first + r; }
+  __device__ int place(int r) const { return first + max(r, 0); }
 };
 
 // A streamed query: -1 if there is none; its head among those that share its list; its block among
@@ -28,20 +51,6 @@ struct QueryWindow {
   short active[kBlocks];
 };
 
-template <typename T, int kBucket>
-struct KeySideShape : GradientShape<T, kBucket, Side::keys> {
-  using Base = GradientShape<T, kBucket, Side::keys>;
-  static constexpr int kWindow = Base::kRowBytes > 512 ? 64 : 512;
-  using Window = QueryWindow<kWindow>;
-  static constexpr int kRingAt = (sizeof(Window) + 15) / 16 * 16;
-  static constexpr int kInfoBytes =
-      (kRingAt + Base::kRing * static_cast<int>(sizeof(ListingQuery)) + 127) / 128 * 128;
-
-  static constexpr int shared_bytes(int row_warps) {
-    return kInfoBytes + 2 * Base::kStageBytes + 2 * row_warps * 16 * Base::kRowBytes;
-  }
-};
-
 // The 16 keys of a warp, and what sees them.
 struct WarpKeys {
   // A query: the bits of the blocks of these keys that it lists.
@@ -50,15 +59,16 @@ struct WarpKeys {
     unsigned listed;
   };
 
-  __device__ WarpKeys(const BlockSparseLaunch& d, int tile, int first, int end)
-      : first(first),
-        last(min(first + 16, end) - 1),
-        whole(first + 16 <= end),
+  // From number `offset` of the tile on.
+  __device__ WarpKeys(const BlockSparseLaunch& d, const BlockKeyTile& tile, int offset)
+      : first(tile.first + offset),
+        last(min(first + 16, tile.first + tile.seen) - 1),
+        whole(first + 16 <= tile.first + tile.seen),
         causal(d.causal),
         log2_block(d.log2_block_k),
         sinks(static_cast<int>(d.num_sink < TileKeys::kFar ? d.num_sink : TileKeys::kFar)),
         recent(static_cast<int>(d.num_recent < TileKeys::kFar ? d.num_recent : TileKeys::kFar)) {
-    const int low = (first >> log2_block) - (tile >> log2_block);
+    const int low = (first >> log2_block) - (tile.first >> log2_block);
     const int blocks = log2_block < 4 ? 16 >> log2_block : 1;
     word = low / 32;
     shift = low % 32;
@@ -88,25 +98,23 @@ struct WarpKeys {
   unsigned mask;
 };
 
-// Rows of queries and of dO of a tile of keys, as stream_rows wants them, window by window.
-template <typename T, typename Shape>
-class TileQueries {
+// Queries that may see a tile of keys, window by window.
+template <typename T, int kBucket>
+class BlockListing {
  public:
-  using Copy = RowCopy<T, typename Shape::Tile>;
+  using Place = ListingQuery;
+  static constexpr int kWindow = kBucket * sizeof(T) > 512 ? 64 : 512;
+  using Window = QueryWindow<kWindow>;
 
-  __device__ TileQueries(const BlockSparseGradients& d, typename Shape::Window& window,
-                         uint32_t stages, int b, int kv_head, int first_key, int keys)
+  __device__ BlockListing(const BlockSparseGradients& d, Window& window, const BlockKeyTile& tile)
       : d_(d),
+        b_(tile.b),
         window_(window),
-        places_(reinterpret_cast<ListingQuery*>(reinterpret_cast<unsigned char*>(&window) +
-                                                Shape::kRingAt)),
-        stages_(stages),
-        b_(b),
-        kv_head_(kv_head),
-        first_key_(first_key),
-        last_key_(first_key + keys - 1),
+        kv_head_(tile.kv_head),
+        first_key_(tile.first),
+        last_key_(tile.first + tile.seen - 1),
         together_(static_cast<int>(d.heads_together())),
-        diagonal_(static_cast<int>(d.length(b) - d.attention.seqlen_q)) {}
+        diagonal_(static_cast<int>(d.length(tile.b) - d.attention.seqlen_q)) {}
 
   // Lists of the heads of the group follow each other, and so do windows of their blocks of
   // queries. All threads of the block together.
@@ -120,8 +128,8 @@ class TileQueries {
     for (int head = 0; head < group; head += together_) {
       head_ = kv_head_ * group + head;
 #pragma unroll 1
-      for (first_ = begin; first_ < blocks; first_ += Shape::kWindow) {
-        find_blocks(min(first_ + Shape::kWindow, blocks), first_ == begin);
+      for (first_ = begin; first_ < blocks; first_ += kWindow) {
+        find_blocks(min(first_ + kWindow, blocks), first_ == begin);
         visit();
       }
     }
@@ -137,42 +145,20 @@ class TileQueries {
     if (query >= d_.attention.seqlen_q) return {-1, 0, 0};
     return {query, static_cast<short>(row - i * together_), static_cast<short>(block)};
   }
-  __device__ void store(int t, const ListingQuery& place) { at(t) = place; }
 
-  __device__ __forceinline__ void load(int stage, int first) const {
-    const AttentionParams& p = d_.attention;
-    const uint32_t tile = stages_ + stage * Shape::kStageBytes;
-#pragma unroll 1
-    for (int r = Copy::first_row(); r < Shape::kTileRows; r += Copy::row_step()) {
-      const ListingQuery place = at(first + r);
-      const bool exists = place.query >= 0;
-      const int query = max(place.query, 0), head = head_ + place.head;
-      Copy::copy(tile, r, rows_at<const T>(p.q, b_, query, head),
-                 exists ? static_cast<int>(p.head_dim) : 0, d_.aligned);
-      Copy::copy(tile + Shape::kTileBytes, r, rows_at<const T>(d_.dout, b_, query, head),
-                 exists ? static_cast<int>(p.value_dim) : 0, d_.aligned);
-    }
-    const uint32_t statistics = tile + 2 * Shape::kTileBytes;
-    for (int r = threadIdx.x; r < Shape::kTileRows; r += blockDim.x) {
-      const ListingQuery place = at(first + r);
-      const int64_t row = (int64_t{b_} * p.heads + head_ + place.head) * p.seqlen_q;
-      const int64_t from = row + max(place.query, 0);
-      copy_word_or_zero(statistics + r * 4, d_.minus_lse + from, place.query >= 0);
-      copy_word_or_zero(statistics + (Shape::kTileRows + r) * 4, d_.minus_delta + from,
-                        place.query >= 0);
-    }
-    commit_copies();
-  }
-
-  __device__ __forceinline__ WarpKeys::Column column(int t, const WarpKeys& keys) const {
-    const ListingQuery place = at(t);
+  __device__ __forceinline__ WarpKeys::Column column(const ListingQuery& place,
+                                                     const WarpKeys& keys) const {
     const unsigned bits = window_.bits[place.block][keys.word] >> keys.shift;
     return {place.query, place.query + diagonal_, bits & keys.mask};
   }
 
+ protected:
+  const BlockSparseGradients& d_;
+  int b_;
+  int head_ = 0;  // of the list at hand
+
  private:
   __device__ int block_rows() const { return together_ << d_.log2_block_q; }
-  __device__ ListingQuery& at(int t) const { return places_[t & (Shape::kRing - 1)]; }
 
   // Blocks first_ ... end - 1 of queries. Lists of blocks of keys ascend: where one window ends
   // the next one begins.
@@ -183,8 +169,7 @@ class TileQueries {
     const int64_t h = b_ * d_.list.heads + d_.list_head(head_);
     const int32_t* offsets = d_.offsets + h * (d_.key_blocks() + 1) + first_block;
     const int32_t* listing = d_.listing + h * d_.list.rows * d_.list.entries;
-    for (int i = thread; i < Shape::kWindow; i += blockDim.x)
-      window_.bits[i][0] = window_.bits[i][1] = 0;
+    for (int i = thread; i < kWindow; i += blockDim.x) window_.bits[i][0] = window_.bits[i][1] = 0;
     for (int j = thread; starts && j < key_blocks; j += blockDim.x) {
       int low = offsets[j], high = offsets[j + 1];
       while (low < high) {
@@ -212,7 +197,7 @@ class TileQueries {
     if (thread < kWarpSize) {
       int count = 0;
 #pragma unroll 1
-      for (int i = lane; i - lane < Shape::kWindow; i += kWarpSize) {
+      for (int i = lane; i - lane < kWindow; i += kWarpSize) {
         const bool active = first_ + i < end && (window_.bits[i][0] || window_.bits[i][1] ||
                                                  sees_without_list(first_ + i));
         const unsigned found = __ballot_sync(kFullWarp, active);
@@ -235,13 +220,18 @@ class TileQueries {
     return first_key_ < d_.num_sink || (d_.num_recent > 0 && first < last_key_ + d_.num_recent);
   }
 
-  const BlockSparseGradients& d_;
-  typename Shape::Window& window_;
-  ListingQuery* places_;
-  uint32_t stages_;
-  int b_, kv_head_, first_key_, last_key_;
+  Window& window_;
+  int kv_head_, first_key_, last_key_;
   int together_, diagonal_;
-  int head_ = 0, first_ = 0;  // of the list at hand; of the window
+  int first_ = 0;  // block of the window
+};
+
+struct BlockGradientWalk : BlockWalk {
+  using Gradients = BlockSparseGradients;
+  using KeyTile = BlockKeyTile;
+  using WarpKeys = cuda::WarpKeys;
+  template <typename T, int kBucket>
+  using Listing = BlockListing<T, kBucket>;
 };
 
 }  // namespace tokenmill::cuda

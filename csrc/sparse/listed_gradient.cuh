@@ -2,7 +2,7 @@
 // in.
 #pragma once
 #include "dense/attention/kernel_backward_tiles.cuh"
-#include "sparse/block_sparse_attention/kernel_keys.cuh"
+#include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {
 

@@ -1,0 +1,34 @@
+// Backwards on the device that find the queries of a block of keys.
+#pragma once
+#include "core/stream.h"
+#include "sparse/transpose_block_list/params.h"
+
+namespace tokenmill {
+
+#if defined(TOKENMILL_WITH_CUDA)
+// With the lists of p.forward seen from `blocks` blocks of keys, and workspace.
+template <typename Params>
+void launch_with_transposed_lists(const char* op, const View& q, Params& p, int64_t blocks) {
+  const auto& f = p.forward;
+  TransposeBlockListParams t{f.list, f.attention.batch, blocks};
+  const auto [sort_bytes, bytes] =
+      (CudaScope(q.device), std::pair(workspace_bytes(t), workspace_bytes(p)));
+  const auto take = [&](std::vector<int64_t> sizes, ScalarType dtype) {
+    return empty(sizes, q.tensor, dtype);
+  };
+  Tensor offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
+  Tensor rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
+  Tensor sort = take({sort_bytes}, ScalarType::Byte);
+  Tensor workspace = take({bytes}, ScalarType::Byte);
+  t.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
+  t.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
+  t.workspace = sort.mutable_data_ptr();
+  launch_on_device(op, q, t);
+  p.offsets = t.offsets;
+  p.rows = t.rows;
+  p.workspace = workspace.mutable_data_ptr();
+  launch_on_device(op, q, p);
+}
+#endif
+
+}  // namespace tokenmill
