@@ -1,8 +1,7 @@
-#include "core/stream.h"
 #include "dense/terms.h"
 #include "sparse/bilevel_routing_attention/params.h"
 #include "sparse/checks.h"
-#include "sparse/transpose_block_list/params.h"
+#include "sparse/device_backward.h"
 
 namespace tokenmill {
 namespace {
@@ -84,6 +83,13 @@ BilevelParams make_params(const View& q, const View& k, const View& v, const Vie
   return d;
 }
 
+void run_forward(const BilevelParams& d, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) return launch_on_device(kOp, q, d);
+#endif
+  cpu::bilevel_routing_attention_forward(d);
+}
+
 std::tuple<Tensor, Tensor> bilevel_routing_attention(Tensor q, Tensor k, Tensor v, Tensor indices,
                                                      Tensor counts, int64_t region_y,
                                                      int64_t region_x, int64_t key_region_y,
@@ -99,9 +105,15 @@ std::tuple<Tensor, Tensor> bilevel_routing_attention(Tensor q, Tensor k, Tensor 
   p.out = pixels_of(View(out));
   d.out_line = View(out).step(1);
   p.lse = float_data(lse);
-  if (out.numel() == 0) return {out, lse};
-  cpu::bilevel_routing_attention_forward(d);
+  if (out.numel() > 0) run_forward(d, qv);
   return {out, lse};
+}
+
+void run_backward(BilevelBackwardParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.keys.regions());
+#endif
+  cpu::bilevel_routing_attention_backward(p);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bilevel_routing_attention_backward(
@@ -129,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> bilevel_routing_attention_backward(
   p.dq = pixels_of(View(dq));
   p.dk = pixels_of(View(dk));
   p.dv = pixels_of(View(dv));
-  if (q.numel() + k.numel() > 0) cpu::bilevel_routing_attention_backward(p);
+  if (q.numel() + k.numel() > 0) run_backward(p, qv);
   return {dq, dk, dv};
 }
 
@@ -139,5 +151,12 @@ TOKENMILL_IMPL(CPU, m) {
   m.impl("bilevel_routing_attention", TOKENMILL_BOX(bilevel_routing_attention));
   m.impl("bilevel_routing_attention_backward", TOKENMILL_BOX(bilevel_routing_attention_backward));
 }
+
+#if defined(TOKENMILL_WITH_CUDA)
+TOKENMILL_IMPL(CUDA, m) {
+  m.impl("bilevel_routing_attention", TOKENMILL_BOX(bilevel_routing_attention));
+  m.impl("bilevel_routing_attention_backward", TOKENMILL_BOX(bilevel_routing_attention_backward));
+}
+#endif
 
 }  // namespace tokenmill

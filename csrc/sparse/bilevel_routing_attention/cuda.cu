@@ -1,0 +1,24 @@
+#include "sparse/bilevel_routing_attention/cuda_launch.cuh"
+
+namespace tokenmill {
+namespace cuda {
+
+template <>
+const char* launch_bilevel<__half>(const RegionLaunch&, cudaStream_t);
+template <>
+const char* launch_bilevel<__nv_bfloat16>(const RegionLaunch&, cudaStream_t);
+template <>
+const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
+
+}  // namespace cuda
+
+const char* launch_cuda(const BilevelParams& d, void* stream) {
+  if (const char* error = cuda::check_sizes(d)) return error;
+  const char* error = nullptr;
+  cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    error = cuda::launch_bilevel<T>(cuda::plan_regions(d), static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace tokenmill

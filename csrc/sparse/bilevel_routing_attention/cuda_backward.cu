@@ -1,0 +1,42 @@
+#include "sparse/bilevel_routing_attention/cuda_backward_launch.cuh"
+
+namespace tokenmill {
+namespace cuda {
+
+template <>
+const char* launch_bilevel<__half>(const RegionGradients&, cudaStream_t);
+template <>
+const char* launch_bilevel<__nv_bfloat16>(const RegionGradients&, cudaStream_t);
+template <>
+const char* launch_bilevel<float>(const RegionGradients&, cudaStream_t);
+
+}  // namespace cuda
+
+int64_t workspace_bytes(const BilevelBackwardParams& p) {
+  const AttentionParams& f = p.forward.attention;
+  return 2 * sizeof(float) * f.batch * f.heads * f.seqlen_q;
+}
+
+const char* launch_cuda(const BilevelBackwardParams& p, void* stream) {
+  if (const char* error = cuda::check_sizes(p.forward)) return error;
+  const AttentionParams& f = p.forward.attention;
+  cuda::RegionGradients d{cuda::plan_regions(p.forward)};
+  d.dout = p.dout;
+  d.dout_line = p.dout_line;
+  d.dlse = p.dlse;
+  d.dq = p.dq;
+  d.dk = p.dk;
+  d.dv = p.dv;
+  d.minus_lse = static_cast<float*>(p.workspace);
+  d.minus_delta = d.minus_lse + f.batch * f.heads * f.seqlen_q;
+  d.offsets = p.offsets;
+  d.listing = p.rows;
+  d.query_rows = cuda::Divisor::of(static_cast<int>(cuda::query_rows(d)));
+  const char* error = nullptr;
+  cuda::visit_dtype(f.dtype, [&]<typename T>() {
+    error = cuda::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
+  });
+  return error;
+}
+
+}  // namespace tokenmill

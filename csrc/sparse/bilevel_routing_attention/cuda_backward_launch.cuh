@@ -1,0 +1,44 @@
+// Launches the kernels of the backward for one element type.
+#pragma once
+#include "sparse/bilevel_routing_attention/cuda_plan.cuh"
+#include "sparse/bilevel_routing_attention/kernel_backward.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T, int kBucket>
+const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
+  using Queries = QuerySideShape<T, kBucket>;
+  using Keys = BilevelKeySide<T, kBucket>;
+  const AttentionParams& p = d.attention;
+  const bool aligned_out = has_whole_chunks<T>(d.dout, p.value_dim, d.dout_line);
+  d.aligned = aligned_out && has_whole_chunks<T>(p.out, p.value_dim, d.out_line);
+  const int64_t lanes = p.batch * p.heads * p.seqlen_q * kMapStatisticsLanes;
+  const char* error =
+      launch_blocks(bilevel_statistics_kernel<T>, ceil_div(lanes, kMapStatisticsThreads),
+                    kMapStatisticsThreads, 0, d, stream);
+  if (error) return error;
+  d.aligned = aligned_out && has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
+              has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
+              has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
+  cut_rows(d, query_rows(d), 1, Queries::kMaxRowWarps);
+  error = launch_blocks(bilevel_queries_kernel<T, kBucket>, query_tiles(d), d.row_warps * kWarpSize,
+                        Queries::shared_bytes(d.row_warps), d, stream);
+  if (error) return error;
+  cut_rows(d, d.key_map.slot, 1, Keys::kMaxRowWarps);
+  return launch_blocks(
+      bilevel_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.key_map.regions * d.tiles,
+      d.row_warps * Keys::kColumnWarps * kWarpSize, Keys::shared_bytes(d.row_warps), d, stream);
+}
+
+// Defined in cuda_backward_<dtype>.cu each.
+template <typename T>
+const char* launch_bilevel(const RegionGradients& d, cudaStream_t stream);
+
+#define TOKENMILL_BILEVEL_GRADIENTS(T)                                                           \
+  template <>                                                                                    \
+  const char* launch_bilevel<T>(const RegionGradients& d, cudaStream_t stream) {                 \
+    return visit_bucket(d.attention,                                                             \
+                        [&]<int kBucket>() { return launch_gradients<T, kBucket>(d, stream); }); \
+  }
+
+}  // namespace tokenmill::cuda

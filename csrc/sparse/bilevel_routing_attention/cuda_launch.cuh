@@ -1,0 +1,33 @@
+// Launches the forward for one element type.
+#pragma once
+#include "sparse/bilevel_routing_attention/cuda_plan.cuh"
+#include "sparse/bilevel_routing_attention/kernel.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T, int kBucket>
+const char* launch_forward(const RegionLaunch& launch, cudaStream_t stream) {
+  using Shape = ListedShape<T, kBucket>;
+  RegionLaunch d = launch;
+  const AttentionParams& p = d.attention;
+  cut_rows(d, query_rows(d), Shape::kMinRowWarps, Shape::kMaxRowWarps);
+  d.aligned = has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
+              has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
+              has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
+  return launch_blocks(bilevel_forward_kernel<T, kBucket>, query_tiles(d),
+                       d.row_warps * Shape::kColumnWarps * kWarpSize,
+                       Shape::shared_bytes(d.row_warps), d, stream);
+}
+
+// Defined in cuda_<dtype>.cu each.
+template <typename T>
+const char* launch_bilevel(const RegionLaunch& d, cudaStream_t stream);
+
+#define TOKENMILL_BILEVEL_INSTANCES(T)                                                         \
+  template <>                                                                                  \
+  const char* launch_bilevel<T>(const RegionLaunch& d, cudaStream_t stream) {                  \
+    return visit_bucket(d.attention,                                                           \
+                        [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); }); \
+  }
+
+}  // namespace tokenmill::cuda

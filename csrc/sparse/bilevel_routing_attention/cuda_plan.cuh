@@ -1,0 +1,44 @@
+// How the host cuts a call into blocks, forward and backward.
+#pragma once
+#include "sparse/bilevel_routing_attention/kernel_keys.cuh"
+#include "sparse/listed_plan.cuh"
+
+namespace tokenmill::cuda {
+
+// Tiles of `rows` rows by `most` warps at most, as few as can be and equally large.
+template <typename Launch>
+void cut_rows(Launch& d, int64_t rows, int least, int most) {
+  d.tiles = static_cast<int>(ceil_div(rows, 16 * most));
+  d.row_warps = static_cast<int>(ceil_div(rows, int64_t{16} * d.tiles));
+  if (d.row_warps < least) d.row_warps = least;
+}
+
+// With maps of one pixel at least.
+inline RegionLaunch plan_regions(const BilevelParams& d) {
+  RegionLaunch launch{d, RegionMap::of(d.queries), RegionMap::of(d.keys)};
+  launch.together = Divisor::of(static_cast<int>(d.heads_together()));
+  launch.key_slot = Divisor::of(launch.key_map.slot);
+  return launch;
+}
+
+inline int64_t query_rows(const RegionLaunch& d) {
+  return int64_t{d.query_map.slot} * d.together.value;
+}
+
+inline int64_t query_tiles(const RegionLaunch& d) {
+  const AttentionParams& p = d.attention;
+  return p.batch * (p.heads / d.together.value) * d.query_map.regions * d.tiles;
+}
+
+inline const char* check_sizes(const BilevelParams& d) {
+  const auto whole = [](const RegionGrid& grid) {  // pixels, if all regions were as the first
+    return int64_t{grid.regions()} * grid.region(0).pixels();
+  };
+  if (whole(d.queries) * d.heads_together() > kMaxLength)
+    return "maps may have 2^29 queries at most for the heads that share a list on CUDA";
+  if (d.list.entries * d.keys.region(0).pixels() > kMaxLength || whole(d.keys) > kMaxLength)
+    return "maps and lists may have 2^29 keys at most on CUDA";
+  return nullptr;
+}
+
+}  // namespace tokenmill::cuda

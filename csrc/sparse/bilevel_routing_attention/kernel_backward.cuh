@@ -1,0 +1,64 @@
+// Backward over the keys of listed regions.
+#pragma once
+#include "sparse/bilevel_routing_attention/kernel_queries.cuh"
+#include "sparse/listed_backward.cuh"
+
+namespace tokenmill::cuda {
+
+constexpr int kMapStatisticsThreads = 128, kMapStatisticsLanes = 8;  // of a block, of a row
+
+// The part of one of kMapStatisticsLanes lanes in the product of two rows.
+template <int kCount, typename T>
+__device__ float dot_of_lane(const T* a, const T* b, int lane, int64_t columns) {
+  float sum = 0;
+  for (int i = lane * kCount; i < columns; i += kMapStatisticsLanes * kCount) {
+    float x[kCount], y[kCount];
+    load_floats(x, a + i);
+    load_floats(y, b + i);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sum = fmaf(x[j], y[j], sum);
+  }
+  return sum;
+}
+
+// minus_lse in bits, and with it P = 0 for rows that saw nothing, and minus_delta. d.aligned is
+// said of out and dout.
+template <typename T>
+__global__ void __launch_bounds__(kMapStatisticsThreads)
+    bilevel_statistics_kernel(const __grid_constant__ RegionGradients d) {
+  const AttentionParams& p = d.attention;
+  const int64_t rows = p.batch * p.heads * p.seqlen_q;
+  const int64_t thread = int64_t{blockIdx.x} * kMapStatisticsThreads + threadIdx.x;
+  const int64_t row = min(thread / kMapStatisticsLanes, rows - 1), head = row / p.seqlen_q;
+  const int query = static_cast<int>(row % p.seqlen_q), width = d.query_map.grid.width;
+  const int place = query / width << kPlaceBits | query % width;
+  const T* out = row_at<const T>(d.out(), head / p.heads, place, head % p.heads);
+  const T* dout = row_at<const T>(d.of_dout(), head / p.heads, place, head % p.heads);
+  const int lane = threadIdx.x % kMapStatisticsLanes;
+  float sum = d.aligned ? dot_of_lane<16 / sizeof(T)>(out, dout, lane, p.value_dim)
+                        : dot_of_lane<1>(out, dout, lane, p.value_dim);
+#pragma unroll
+  for (int offset = kMapStatisticsLanes / 2; offset > 0; offset /= 2)
+    sum += __shfl_xor_sync(kFullWarp, sum, offset);
+  if (lane > 0 || thread / kMapStatisticsLanes >= rows) return;
+  const float lse = p.lse[row];
+  d.minus_lse[row] = lse == -infinity() ? lse : -lse * kLog2e;
+  d.minus_delta[row] = (d.dlse ? d.dlse[row] : 0) - sum;
+}
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(QuerySideShape<T, kBucket>::kMaxThreads, 1)
+    bilevel_queries_kernel(const __grid_constant__ RegionGradients d) {
+  listed_query_gradients<T, kBucket, RegionGradientWalk>(d);
+}
+
+template <typename T, int kBucket>
+using BilevelKeySide = KeySideShape<T, kBucket, RegionListing>;
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(BilevelKeySide<T, kBucket>::kMaxThreads, 1)
+    bilevel_keys_kernel(const __grid_constant__ RegionGradients d) {
+  listed_key_gradients<T, kBucket, RegionGradientWalk>(d);
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,180 @@
+// A tile of queries of one region, and the row of keys that it sees: those of listed regions, one
+// after the other.
+#pragma once
+#include "cuda/divisor.cuh"
+#include "dense/attention/kernel_finish.cuh"
+#include "sparse/bilevel_routing_attention/params.h"
+#include "sparse/list_walk.cuh"
+#include "sparse/listed_keys.cuh"
+
+namespace tokenmill::cuda {
+
+// Rows of a map: pixel (y, x) is the place y << 15 | x.
+struct MapRows {
+  Rows rows;
+  int64_t line;
+};
+
+constexpr int kPlaceBits = 15;
+
+__device__ __forceinline__ int64_t step_to(const MapRows& map, int place) {
+  return (place >> kPlaceBits) * map.line + (place & ((1 << kPlaceBits) - 1)) * map.rows.seq;
+}
+
+template <typename T>
+__device__ __forceinline__ T* row_at(const MapRows& map, int64_t b, int place, int64_t h) {
+  return rows_at<T>(map.rows, b, 0, h) + step_to(map, place);
+}
+
+// The regions of a map, with divisions prepared.
+struct RegionMap {
+  static constexpr int kNowhere = -1;
+
+  RegionGrid grid;
+  int regions;
+  int slot;                            // pixels of the largest region that there is
+  Divisor columns, width, last_width;  // regions in a row; pixels in a line of one, of the last one
+
+  static RegionMap of(const RegionGrid& grid) {
+    const Region first = grid.region(0), last = grid.region(grid.columns() - 1);
+    return {grid,
+            grid.regions(),
+            first.pixels(),
+            Divisor::of(grid.columns()),
+            Divisor::of(first.width),
+            Divisor::of(last.width)};
+  }
+
+  __device__ Region region(int id) const {
+    const int row = columns.divide(id), column = id - row * columns.value;
+    const int y = row * grid.region_height, x = column * grid.region_width;
+    return {y, x, min(grid.region_height, grid.height - y), min(grid.region_width, grid.width - x)};
+  }
+
+  // Of pixel number i < slot of a region; kNowhere beyond a smaller one.
+  __device__ __forceinline__ int place(int id, int i) const {
+    const int row = columns.divide(id), column = id - row * columns.value;
+    const Divisor& line = column == columns.value - 1 ? last_width : width;
+    const int down = line.divide(i), y = row * grid.region_height + down;
+    if (down >= grid.region_height || y >= grid.height) return kNowhere;
+    return y << kPlaceBits | (column * grid.region_width + i - down * line.value);
+  }
+
+  // Row of the flattened map.
+  __device__ int row(int place) const {
+    return (place >> kPlaceBits) * grid.width + (place & ((1 << kPlaceBits) - 1));
+  }
+};
+
+// What the host adds to a call.
+struct RegionLaunch : BilevelParams {
+  RegionMap query_map, key_map;
+  Divisor together, key_slot;  // heads that share a list and keys; key_map.slot
+  int row_warps;               // of a block
+  int tiles;                   // of a region
+  bool aligned;                // rows of the inputs are whole 16-byte chunks
+
+  __device__ MapRows q() const { return {attention.q, q_line}; }
+  __device__ MapRows k() const { return {attention.k, k_line}; }
+  __device__ MapRows v() const { return {attention.v, v_line}; }
+};
+
+// Rows of a tile: queries of one region, times the heads that share their keys. Row r is pixel r /
+// together of head r % together.
+struct RegionQueries {
+  const RegionLaunch& d;
+  int b, head, region;
+  int first, rows;  // of the region's rows
+
+  __device__ static RegionQueries of(const RegionLaunch& d) {
+    const int heads = d.together.divide(static_cast<int>(d.attention.heads));
+    const int tile = blockIdx.x % d.tiles, regions = d.query_map.regions;
+    const unsigned head_region = blockIdx.x / d.tiles, b_head = head_region / regions;
+    RegionQueries q{d, static_cast<int>(b_head / heads),
+                    static_cast<int>(b_head % heads) * d.together.value,
+                    static_cast<int>(head_region % regions)};
+    const int tile_rows = 16 * d.row_warps;
+    q.first = tile * tile_rows;
+    q.rows = min(tile_rows, d.query_map.region(q.region).pixels() * d.together.value - q.first);
+    return q;
+  }
+
+  __device__ int place(int r) const {
+    return d.query_map.place(region, d.together.divide(first + r));
+  }
+  __device__ int query(int r) const { return d.query_map.row(place(r)); }
+  __device__ int head_of(int r) const {
+    const int row = first + r;
+    return head + row - d.together.divide(row) * d.together.value;
+  }
+  __device__ static int position(int) { return 0; }  // all see the same keys
+};
+
+// In shared memory: registers are short. Entry t / slot of the list has key t.
+struct RegionKeys {
+  static constexpr int kFar = 1;
+
+  const int32_t* list;
+  int first, total;  // the first entry that counts; keys of all up to the last one
+  bool all_count;
+  float pads;  // log of the keys that fill up regions; -inf: none
+
+  // All threads of a block together; `shared` is room for one.
+  __device__ static void find(const RegionLaunch& d, const RegionQueries& q, RegionKeys* shared,
+                              int*) {
+    if (threadIdx.x < kWarpSize) {
+      const int64_t h = d.list_head(q.head);
+      const int32_t* list = d.list.at(q.b, h, q.region);
+      const int count = static_cast<int>(d.list.count(q.b, h, q.region));
+      const int lane = threadIdx.x, whole = d.keys.pixels();
+      WarpListWalk walk{d.key_map.regions};
+      int first = 0, end = 0, counted = 0;
+      float pads = 0;
+      for (int e = 0; e < count; e += kWarpSize) {
+        const int id = e + lane < count ? list[e + lane] : -1;
+        const bool counts = walk.counts(id);
+        const unsigned all = __ballot_sync(kFullWarp, counts);
+        if (counts) pads += static_cast<float>(whole - d.key_map.region(id).pixels());
+        if (!all) continue;
+        if (!counted) first = e + __ffs(all) - 1;
+        end = e + kWarpSize - __clz(all);
+        counted += __popc(all);
+      }
+      pads = d.pads_count ? warp_sum(pads) : 0;
+      if (lane == 0)
+        *shared = {list, first, (end - first) * d.key_map.slot, counted == end - first, logf(pads)};
+    }
+    __syncthreads();
+  }
+
+  // The place of key t, kNowhere if there is none.
+  __device__ __forceinline__ int look_up(const RegionLaunch& d, int t) const {
+    if (t >= total) return RegionMap::kNowhere;
+    const int n = d.key_slot.divide(t), entry = first + n;
+    const int id = list[entry];
+    if (!all_count) {  // an id counts if it is that of a region and greater than all before it
+      if (id < 0 || id >= d.key_map.regions) return RegionMap::kNowhere;
+      for (int e = entry - 1; e >= first; --e)
+        if (list[e] >= id) return RegionMap::kNowhere;
+    }
+    return d.key_map.place(id, t - n * d.key_slot.value);
+  }
+
+  // Queries at positions x .. y - 1, which are all or none, see key t.
+  __device__ __forceinline__ static int2 seen_by(int, int place) {
+    return {place < 0 ? kFar : -kFar, kFar};
+  }
+
+  // A row of weights that sum to `sum` relative to 2^pivot.
+  __device__ RowScale finish(float sum, float pivot) const {
+    return finish_softmax(sum, pivot, pads > -infinity() ? &pads : nullptr, 0);
+  }
+};
+
+struct RegionWalk {
+  using Launch = RegionLaunch;
+  using Queries = RegionQueries;
+  using Keys = RegionKeys;
+};
+
+}  // namespace tokenmill::cuda
