@@ -19,6 +19,8 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+X_BITS = tl.constexpr(15)  # maps have at most 2^15 pixels along Y and X
+X_MASK = tl.constexpr(2**15 - 1)
 # Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
 FLOAT16_SCALE = tl.constexpr(2.0**15)
 
@@ -28,12 +30,14 @@ LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "
 
 class Rows(NamedTuple):
     """[B, S, H, D] with a contiguous last dimension; strides in elements. Packed sequences lie
-    behind each other along seq, and batch is 0."""
+    behind each other along seq, and batch is 0. Rows of a map [B, Y, X, H, D] are its pixels: seq
+    leads from x to x + 1, line from y to y + 1, and the row of a pixel is y 2^X_BITS + x."""
 
     data: Tensor
     batch: int
     seq: int
     head: int
+    line: int | None = None
 
 
 class Window(NamedTuple):
@@ -94,6 +98,7 @@ class Slice(NamedTuple):
     data: Any
     seq: Any
     length: Any
+    line: Any = None
 
 
 @triton.jit
@@ -151,7 +156,7 @@ def slice_of(rows, i_b, i_h, start, length):
     offset = (
         i_b * rows.batch + tl.cast(i_h, tl.int64) * rows.head + tl.cast(start, tl.int64) * rows.seq
     )
-    return Slice(rows.data + offset, rows.seq, length)
+    return Slice(rows.data + offset, rows.seq, length, rows.line)
 
 
 @triton.jit
@@ -164,9 +169,20 @@ def statistics_of(cu_seqlens, i_b, i_h, heads, tokens, start):
 
 
 @triton.jit
+def row_offsets(rows, o_row):
+    if rows.line is None:
+        o_first = o_row.to(tl.int64) * rows.seq
+    else:
+        o_y = (o_row >> X_BITS).to(tl.int64)
+        o_x = (o_row & X_MASK).to(tl.int64)
+        o_first = o_y * rows.line + o_x * rows.seq
+    return o_first
+
+
+@triton.jit
 def row_pointers(rows, i_b, o_i, o_h):
     """To rows o_i of heads o_h."""
-    return rows.data + i_b * rows.batch + o_i.to(tl.int64) * rows.seq + o_h.to(tl.int64) * rows.head
+    return rows.data + i_b * rows.batch + row_offsets(rows, o_i) + o_h.to(tl.int64) * rows.head
 
 
 @triton.jit
@@ -180,7 +196,7 @@ def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows beyond the sequence and columns beyond DIM are 0."""
-    p_row = rows.data + o_row.to(tl.int64) * rows.seq
+    p_row = rows.data + row_offsets(rows, o_row)
     return load_tile(p_row, o_row < rows.length, DIM, BLOCK)
 
 
@@ -204,7 +220,7 @@ def store_tile(p_row, m_row, b_x, DIM: tl.constexpr):
 
 @triton.jit
 def store_rows(rows, o_row, b_x, DIM: tl.constexpr):
-    p_row = rows.data + o_row.to(tl.int64) * rows.seq
+    p_row = rows.data + row_offsets(rows, o_row)
     store_tile(p_row, o_row < rows.length, b_x, DIM)
 
 

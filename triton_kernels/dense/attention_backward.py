@@ -33,15 +33,10 @@ from ..common import (
 
 
 @triton.jit
-def load_lse(p_lse, o_i, sequence, head):
+def load_lse(p_lse, m_row, head):
     """On the scale of z; inf, and with it P = 0, for rows that saw nothing."""
-    b_lse = tl.load(p_lse + o_i, mask=o_i < sequence.q_length, other=INF)
+    b_lse = tl.load(p_lse, mask=m_row, other=INF)
     return (tl.where(b_lse == -INF, INF, b_lse) - head.shift) * (LOG2E / head.log2e)
-
-
-@triton.jit
-def load_delta(p_delta, o_i, sequence):
-    return tl.load(p_delta + o_i, mask=o_i < sequence.q_length, other=0.0)
 
 
 @triton.jit
@@ -142,10 +137,11 @@ def queries_kernel(
         b_out = load_rows(outs, o_i, VALUE_DIM, BLOCK_V)
         b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+        m_i = o_i < sequence.q_length
         if dlse is not None:
-            b_delta -= tl.load(dlse + o_row + o_i, mask=o_i < sequence.q_length, other=0.0)
-        tl.store(delta + o_row + o_i, b_delta, mask=o_i < sequence.q_length)
-        b_lse = load_lse(lse + o_row, o_i, sequence, head)
+            b_delta -= tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
+        tl.store(delta + o_row + o_i, b_delta, mask=m_i)
+        b_lse = load_lse(lse + o_row + o_i, m_i, head)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_bias_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -258,8 +254,9 @@ def keys_kernel(
             b_lse = tl.zeros([BLOCK_M], tl.float32)
             b_delta = tl.zeros([BLOCK_M], tl.float32)
             if not SIGMOID:
-                b_lse = load_lse(lse + o_row, o_i, sequence, head)
-                b_delta = load_delta(delta + o_row, o_i, sequence)
+                m_i = o_i < sequence.q_length
+                b_lse = load_lse(lse + o_row + o_i, m_i, head)
+                b_delta = tl.load(delta + o_row + o_i, mask=m_i, other=0.0)
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
             m_seen = None if PART == 1 else visible(o_i[None, :], o_j[:, None], sequence, window)
@@ -362,8 +359,9 @@ def bias_kernel(
                 b_lse = tl.zeros([BLOCK_M], tl.float32)
                 b_delta = tl.zeros([BLOCK_M], tl.float32)
                 if not SIGMOID:
-                    b_lse = load_lse(lse + o_row, o_i, sequence, head)
-                    b_delta = load_delta(delta + o_row, o_i, sequence)
+                    m_i = o_i < sequence.q_length
+                    b_lse = load_lse(lse + o_row + o_i, m_i, head)
+                    b_delta = tl.load(delta + o_row + o_i, mask=m_i, other=0.0)
                 last = tl.minimum(i + BLOCK_M, sequence.q_length) - 1
                 parts = visible_parts(
                     i,

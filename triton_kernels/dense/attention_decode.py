@@ -270,7 +270,10 @@ def merge_kernel(
         if FLOAT16:
             b_out *= 1.0 / FLOAT16_SCALE
     else:
-        b_factor, b_lse = normaliser(b_top, b_sum, sink, o_h, head)
+        b_sink = None
+        if sink is not None:
+            b_sink = tl.load(sink + o_h)
+        b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
         b_out *= b_factor[:, None]
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
         if scales is not None:

@@ -71,17 +71,17 @@ def accumulate(
 
 
 @triton.jit
-def normaliser(b_top, b_sum, sink, i_h, head):
-    """Factor of a row of sums relative to e^top, and its log-sum-exp. The sink is a logit without a
-    value."""
+def normaliser(b_top, b_sum, b_sink, head):
+    """Factor of a row of sums relative to e^top, and its log-sum-exp. b_sink: None, or a logit
+    without a value."""
     b_pivot = b_top
-    if sink is not None:
-        b_sink = (tl.load(sink + i_h) - head.shift) * (LOG2E / head.log2e)
+    if b_sink is not None:
+        b_sink = (b_sink - head.shift) * (LOG2E / head.log2e)
         b_pivot = tl.maximum(b_top, b_sink)
     b_pivot = tl.where(b_pivot == -INF, 0.0, b_pivot)
     b_factor = exponential(b_top - b_pivot, head)
     b_total = b_sum * b_factor
-    if sink is not None:
+    if b_sink is not None:
         b_total += tl.where(b_sink == b_pivot, 1.0, exponential(b_sink - b_pivot, head))
     m_empty = b_total == 0.0
     b_lse = b_pivot * (head.log2e / LOG2E) + tl.log(tl.where(m_empty, 1.0, b_total)) + head.shift
@@ -161,7 +161,10 @@ def attention_kernel(
         if b_q.dtype == tl.float16:
             b_acc *= 1.0 / FLOAT16_SCALE
     else:
-        b_factor, b_lse = normaliser(b_top, b_sum, sink, i_h, head)
+        b_sink = None
+        if sink is not None:
+            b_sink = tl.load(sink + i_h)
+        b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
         b_acc *= b_factor[:, None]
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
         tl.store(lse + o_row + o_i, b_lse, mask=o_i < sequence.q_length)

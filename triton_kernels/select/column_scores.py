@@ -91,7 +91,7 @@ def gumbel_bits(seed, i_b, i_h, o_position, o_j):
 
 @triton.jit
 def from_column(rows, o):
-    return Slice(rows.data + o, rows.seq, rows.length)
+    return Slice(rows.data + o, rows.seq, rows.length, rows.line)
 
 
 @triton.jit

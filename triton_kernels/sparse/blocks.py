@@ -1,0 +1,238 @@
+"""Blocks of a sequence: which keys a tile of queries sees, which queries see a tile of keys."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..common import FAR, lower_bound
+
+NOWHERE = tl.constexpr(FAR)  # for a position
+
+
+class QueryTile(NamedTuple):
+    """Query i sees keys in front of its end."""
+
+    o_i: Any
+    o_h: Any
+    m_row: Any
+    b_end: Any
+    first: Any  # query
+    first_end: Any  # of the first query
+    last_end: Any  # of the last one
+
+
+class KeyWalk(NamedTuple):
+    """Keys that a tile of queries sees, numbered: first ones, listed ones, last ones."""
+
+    p_ids: Any
+    sinks: Any  # first keys; the list begins here
+    list_end: Any
+    recent: Any  # the last keys begin here: whole tiles
+    total: Any
+    full: Any  # all queries see the keys in front of it: whole tiles
+    listed_end: Any  # position behind what any query sees through the list
+    recent_begin: Any  # position of the first of the last keys
+    num_recent: Any
+    end: Any  # of positions
+    grid: Any = None  # blocks of a map have one
+
+
+@triton.jit
+def length_of(lengths, seqlen_k, i_b):
+    length = seqlen_k
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), seqlen_k)
+    return length
+
+
+@triton.jit
+def ends_of(o_i, length, seqlen_q, CAUSAL: tl.constexpr):
+    o_end = o_i - o_i + length
+    if CAUSAL:
+        o_end += o_i + 1 - seqlen_q
+    return o_end
+
+
+@triton.jit
+def query_tile(
+    i_r, i_tile, i_h, length, seqlen_q,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_i = i_r * BLOCK_Q + o_row // GROUP
+    m_row = (o_row < BLOCK_Q * GROUP) & (o_i < seqlen_q)
+    o_h = i_h * GROUP + o_row % GROUP
+    first = i_r * BLOCK_Q + i_tile * BLOCK_M // GROUP
+    last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, BLOCK_Q - 1)
+    last = tl.minimum(i_r * BLOCK_Q + last, seqlen_q - 1)
+    first_end = tl.maximum(ends_of(first, length, seqlen_q, CAUSAL), 0)
+    last_end = tl.maximum(ends_of(last, length, seqlen_q, CAUSAL), 0)
+    b_end = ends_of(o_i, length, seqlen_q, CAUSAL)
+    return QueryTile(o_i, o_h, m_row, b_end, first, first_end, last_end)
+
+
+@triton.jit
+def key_walk(
+    ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b, i_list, i_r,
+    tile, length, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_row = (i_b * list_heads + i_list) * list_rows + i_r
+    p_ids = ids + i_row * entries
+    first_listed = tl.maximum(tile.first_end - num_recent, 0)
+    last_listed = tl.maximum(tile.last_end - num_recent, 0)
+    o_part = tl.arange(0, 4)
+    b_least = tl.where(o_part == 0, num_sink // BLOCK_K, tl.cdiv(num_sink, BLOCK_K))
+    b_least = tl.where(o_part == 2, first_listed // BLOCK_K, b_least)
+    b_least = tl.where(o_part == 3, tl.cdiv(last_listed, BLOCK_K), b_least)
+    b_begin = tl.zeros([4], tl.int32)
+    b_at = lower_bound(p_ids, b_begin, b_begin + tl.load(counts + i_row), b_least, halvings)
+    at_sink = tl.sum(tl.where(o_part == 0, b_at, 0), 0)
+    first = tl.sum(tl.where(o_part == 1, b_at, 0), 0)
+    full = tl.maximum(tl.sum(tl.where(o_part == 2, b_at, 0), 0), first)
+    last = tl.maximum(tl.sum(tl.where(o_part == 3, b_at, 0), 0), first)
+
+    # If it is listed, all of the block in which the first keys end is one of them.
+    sinks = tl.where(first > at_sink, tl.cdiv(num_sink, BLOCK_K) * BLOCK_K, num_sink)
+    sinks = tl.minimum(sinks, tile.last_end)
+    list_end = sinks + (last - first) * BLOCK_K
+    recent_begin = tl.where(num_recent == 0, tile.last_end, tile.first_end - num_recent)
+    recent_begin = tl.minimum(tl.maximum(recent_begin, sinks), tile.last_end)
+    recent = tl.cdiv(list_end, BLOCK_N) * BLOCK_N
+    full = tl.where(tile.first_end < sinks, 0, sinks + (full - first) * BLOCK_K)
+    return KeyWalk(
+        p_ids + first,
+        sinks,
+        list_end,
+        recent,
+        tl.where(num_recent == 0, list_end, recent + (tile.last_end - recent_begin)),
+        full // BLOCK_N * BLOCK_N,
+        last_listed,
+        recent_begin,
+        num_recent,
+        length,
+    )
+
+
+@triton.jit
+def find_listed_keys(walk, o_t, BLOCK_K: tl.constexpr):
+    """Positions of keys o_t, NOWHERE if no query of the tile sees one."""
+    o_listed = o_t - walk.sinks
+    m_list = (o_listed >= 0) & (o_t < walk.list_end)
+    b_id = tl.load(walk.p_ids + o_listed // BLOCK_K, mask=m_list, other=0)
+    o_own = b_id * BLOCK_K + o_listed % BLOCK_K
+    o_j = tl.where(o_t < walk.sinks, o_t, NOWHERE)
+    o_j = tl.where(m_list & (o_own < walk.listed_end), o_own, o_j)
+    m_recent = (o_t >= walk.recent) & (o_t < walk.total)
+    return tl.where(m_recent, walk.recent_begin + (o_t - walk.recent), o_j)
+
+
+@triton.jit
+def seen_in_front(walk, t, o_t, o_j, b_end):
+    """Of the tile of keys that begins with key t, under a causal mask. Each key once: as one of the
+    first, else through the list or as one of the last."""
+    recent = t >= walk.recent
+    o_j = tl.where((o_t < walk.sinks) | recent, o_j, o_j + walk.num_recent)
+    b_from = tl.where(recent, b_end - walk.num_recent, 0)
+    return (o_j[None, :] < b_end[:, None]) & (o_j[None, :] >= b_from[:, None])
+
+
+class QueryWalk(NamedTuple):
+    """Rows of queries that see a tile of keys, numbered: those that see some as first or last keys,
+    then those whose lists hold a block of the tile. Every query has a row for each head."""
+
+    p_rows: Any
+    p_bits: Any
+    begin: Any  # first query of those that see some as first or last keys
+    ends: Any  # how many rows they have
+    listed: Any  # the lists begin here: whole tiles
+    full: Any  # queries behind it see all keys of the tile: whole tiles
+    total: Any
+    num_sink: Any
+    num_recent: Any
+    end: Any  # of queries
+    length: Any
+    grid: Any = None  # blocks of a map have one
+
+
+@triton.jit
+def query_walk(
+    offsets, rows, bits, wide, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
+    i_list, first, length, seqlen_q,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the tile of keys that begins with the first."""
+    last = tl.minimum(first + BLOCK_N, length) - 1
+    # Queries begin .. end - 1 see some key as one of the first or of the last keys.
+    begin = first - first
+    end = tl.where(first < num_sink, seqlen_q, 0)
+    # Rows of lists from some_row on see some key, from full_row on every key.
+    some_row = begin
+    full_row = begin
+    if CAUSAL:
+        diagonal = length - seqlen_q
+        begin = tl.minimum(tl.maximum(first - diagonal, 0), seqlen_q)
+        last_end = tl.minimum(last + num_recent - diagonal, seqlen_q)
+        last_end = tl.where(num_recent == 0, begin, tl.maximum(last_end, begin))
+        end = tl.where(first < num_sink, seqlen_q, last_end)
+        behind = num_recent - diagonal
+        some_row = tl.maximum(tl.maximum(first, num_sink) + behind, 0) // BLOCK_Q
+        full_row = tl.cdiv(tl.maximum(first + BLOCK_N - 1 + behind, 0), BLOCK_Q)
+    some_row = tl.where(last < num_sink, list_rows, some_row)
+    full_row = tl.where((first < num_sink) | (first + BLOCK_N > length), list_rows, full_row)
+
+    i_head = i_b * list_heads + i_list
+    o_rows = i_head * list_rows * entries
+    o_part = tl.arange(0, 2)
+    p_offset = offsets + i_head * (wide + 1) + first // WIDTH + tl.zeros_like(o_part)
+    b_first = tl.load(p_offset)
+    b_last = tl.load(p_offset + 1)
+    b_row = tl.where(o_part == 0, some_row, full_row)
+    b_at = lower_bound(rows + o_rows, b_first, b_last, b_row, halvings)
+    some_at = tl.sum(tl.where(o_part == 0, b_at, 0), 0)
+    full_at = tl.maximum(tl.sum(tl.where(o_part == 1, b_at, 0), 0), some_at)
+    last_at = tl.sum(tl.where(o_part == 0, b_last, 0), 0)
+
+    ends = tl.where(first < length, (end - begin) * GROUP, 0)
+    listed = tl.cdiv(ends, BLOCK_M) * BLOCK_M
+    total = tl.where(first < length, listed + (last_at - some_at) * (BLOCK_Q * GROUP), 0)
+    full = total
+    p_bits = None
+    if bits is None:
+        full = tl.cdiv((full_at - some_at) * (BLOCK_Q * GROUP), BLOCK_M) * BLOCK_M
+        full = tl.minimum(listed + full, total)
+    else:
+        p_bits = bits + o_rows + some_at
+    return QueryWalk(
+        rows + o_rows + some_at, p_bits, begin, ends, listed, full, total, num_sink, num_recent,
+        seqlen_q, length,
+    )  # fmt: skip
+
+
+@triton.jit
+def find_listed_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Queries of rows o_u, the end where there is none, and, where a tile has several blocks, bits
+    of those that they list."""
+    m_list = (o_u >= walk.listed) & (o_u < walk.total)
+    o_query = tl.where(m_list, o_u - walk.listed, o_u) // GROUP
+    o_entry = o_query // BLOCK_Q
+    b_row = tl.load(walk.p_rows + o_entry, mask=m_list, other=0)
+    b_bits = b_row
+    if walk.p_bits is not None:
+        b_bits = tl.load(walk.p_bits + o_entry, mask=m_list, other=0)
+    o_i = tl.where(m_list, b_row * BLOCK_Q + o_query % BLOCK_Q, walk.begin + o_query)
+    m_i = (m_list | (o_u < walk.ends)) & (o_i < walk.end)
+    return tl.where(m_i, o_i, walk.end), b_bits
+
+
+@triton.jit
+def seen_by(walk, ends, o_i, o_j, CAUSAL: tl.constexpr):
+    """Which keys queries see, but for the bits of lists. ends: as first or last ones."""
+    b_end = ends_of(o_i, walk.length, walk.end, CAUSAL)
+    b_end = tl.where(ends, b_end, b_end - walk.num_recent)[None, :]
+    m_recent = ((o_j + walk.num_recent)[:, None] >= b_end) & ends
+    m_seen = m_recent | ((o_j < walk.num_sink) == ends)[:, None]
+    return m_seen & (o_j[:, None] < b_end)

@@ -1,0 +1,321 @@
+"""Attention of queries to what lists hold, and its gradients: what a program does with a tile of
+queries, or of keys, whatever lists are of (`blocks` of a sequence, `regions` of a map).
+
+A tile of queries streams past it the keys of its list, gathered into full tiles; a tile of keys the
+queries whose lists hold it. dz = P (dP - delta), delta = rowsum(dO O) - dlse. Scores are in bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    INF,
+    INTERPRETED,
+    X_BITS,
+    X_MASK,
+    architecture,
+    dot,
+    load_rows,
+    load_tile,
+    row_pointers,
+    scores,
+    slice_of,
+    store_tile,
+)
+from ..dense.attention import PLANS, Plan, Tiles, plan_of, tile_options
+from ..dense.attention_backward import gradients, load_lse, through_softcap
+from ..dense.attention_forward import accumulate, normaliser
+from .blocks import NOWHERE, find_listed_keys, find_listed_queries, seen_by, seen_in_front
+from .regions import find_pixel_keys, find_pixel_queries
+from .transpose_list import Lists, compacted
+
+# As those of attention: where keys lie takes registers.
+SPARSE_PLANS = PLANS | {
+    (2, 64): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 4, 2)),
+    (2, 128): Plan(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
+    (4, 128): PLANS[4, 128]._replace(forward=Tiles(16, 16, 4, 2)),
+}
+# Of 9.0 and 10.x, whose products of 64 rows want four warps.
+LARGE_SPARSE_PLANS = SPARSE_PLANS | {
+    (2, 128): Plan(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 2)),
+}
+Plans = dict[tuple[int, int], Plan]
+# By which no kernel is specialised: a new length compiles nothing.
+LIST_SIZES = ["list_heads", "list_rows", "entries", "row_heads", "shared", "tiles", "wide"]
+
+
+class Statistics(NamedTuple):
+    """Of each head and row [B, heads, rows]; the rows of a map lie in lines of width pixels."""
+
+    heads: Any
+    rows: Any
+    width: Any = None
+
+
+class KeyTile(NamedTuple):
+    o_j: Any
+    b_bit: Any  # which block of the tile it is of
+
+
+@triton.jit
+def statistics_at(statistics, i_b, o_i, o_h):
+    o_row = o_i
+    if statistics.width is not None:
+        o_row = (o_i >> X_BITS) * statistics.width + (o_i & X_MASK)
+    return (i_b * statistics.heads + o_h) * statistics.rows + o_row
+
+
+@triton.jit
+def find_keys(walk, o_t, BLOCK_K: tl.constexpr):
+    """Positions of keys o_t, NOWHERE if no query of the tile sees one."""
+    if walk.grid is not None:
+        o_j = find_pixel_keys(walk, o_t)
+    else:
+        o_j = find_listed_keys(walk, o_t, BLOCK_K)
+    return o_j
+
+
+@triton.jit
+def find_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Positions of rows o_u, the end where there is none, and, where a tile of keys has several
+    blocks, bits of those that they list."""
+    if walk.grid is not None:
+        o_i, b_bits = find_pixel_queries(walk, o_u, GROUP)
+    else:
+        o_i, b_bits = find_listed_queries(walk, o_u, GROUP, BLOCK_Q)
+    return o_i, b_bits
+
+
+@triton.jit
+def seen(walk, t, o_t, o_j, b_end, CAUSAL: tl.constexpr):
+    if CAUSAL:
+        m_seen = seen_in_front(walk, t, o_t, o_j, b_end)
+    else:
+        m_seen = (o_j != NOWHERE)[None, :]
+    return m_seen
+
+
+@triton.jit
+def attend(
+    q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_kv,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: out and lse."""
+    keys = slice_of(k, i_b, i_kv, 0, walk.end)
+    values = slice_of(v, i_b, i_kv, 0, walk.end)
+    b_q = load_tile(row_pointers(q, i_b, tile.o_i, tile.o_h), tile.m_row, HEAD_DIM, BLOCK_D)
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    parts = (0, walk.full, walk.total)
+    # A step early: a key is found through a load, and loaded through another.
+    o_j = find_keys(walk, tl.arange(0, BLOCK_N), BLOCK_K)
+    for PART in tl.static_range(2):
+        for t in range(parts[PART], parts[PART + 1], BLOCK_N):
+            o_t = t + tl.arange(0, BLOCK_N)
+            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_z = scores(b_qk, tile.o_i[:, None], o_j[None, :], terms, head, None)
+            if PART == 1:
+                b_z = tl.where(seen(walk, t, o_t, o_j, tile.b_end, CAUSAL), b_z, -INF)
+            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
+            )
+            o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
+
+    b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
+    o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
+    tl.store(lse + o_row, b_lse, mask=tile.m_row)
+    p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
+    store_tile(p_out, tile.m_row, b_acc * b_factor[:, None], VALUE_DIM)
+
+
+@triton.jit
+def query_gradients(
+    dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b, i_kv,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries: dq and delta."""
+    keys = slice_of(k, i_b, i_kv, 0, walk.end)
+    values = slice_of(v, i_b, i_kv, 0, walk.end)
+    b_q = load_tile(row_pointers(q, i_b, tile.o_i, tile.o_h), tile.m_row, HEAD_DIM, BLOCK_D)
+    p_dout = row_pointers(dout, i_b, tile.o_i, tile.o_h)
+    b_dout = load_tile(p_dout, tile.m_row, VALUE_DIM, BLOCK_V)
+    p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
+    b_out = load_tile(p_out, tile.m_row, VALUE_DIM, BLOCK_V)
+    o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
+    b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+    if dlse is not None:
+        b_delta -= tl.load(dlse + o_row, mask=tile.m_row, other=0.0)
+    tl.store(delta + o_row, b_delta, mask=tile.m_row)
+    b_lse = load_lse(lse + o_row, tile.m_row, head)
+
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    parts = (0, walk.full, walk.total)
+    o_j = find_keys(walk, tl.arange(0, BLOCK_N), BLOCK_K)
+    for PART in tl.static_range(2):
+        for t in range(parts[PART], parts[PART + 1], BLOCK_N):
+            o_t = t + tl.arange(0, BLOCK_N)
+            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_dp = dot(b_dout, tl.trans(b_v))
+            m_seen = None
+            if PART == 1:
+                m_seen = seen(walk, t, o_t, o_j, tile.b_end, CAUSAL)
+            _, b_dz = gradients(
+                b_qk,
+                b_dp,
+                tile.o_i[:, None],
+                o_j[None, :],
+                b_lse[:, None],
+                b_delta[:, None],
+                terms,
+                head,
+                None,
+                m_seen,
+                False,
+                False,
+            )
+            b_dq += dot(through_softcap(b_dz, b_qk, terms), b_k)
+            o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
+
+    p_dq = row_pointers(dq, i_b, tile.o_i, tile.o_h)
+    store_tile(p_dq, tile.m_row, b_dq * terms.scale, HEAD_DIM)
+
+
+@triton.jit
+def add_key_gradients(
+    b_dk, b_dv, b_k, b_v, dout, lse, delta, q, statistics, tile, walk, terms, head, i_b, i_h,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """To those of a tile of keys, from queries of the heads that share a list. Scores are
+    transposed: P^T and dz^T are the left operands of the products that follow."""
+    parts = (0, walk.full, walk.total)
+    # A step early: a query is found through a load, and loaded through others.
+    o_i, b_bits = find_queries(walk, tl.arange(0, BLOCK_M), GROUP, BLOCK_Q)
+    # With bits, every tile is masked; without, none of a map.
+    FIRST: tl.constexpr = 1 if walk.grid is not None and walk.p_bits is None else 0
+    for PART in tl.static_range(FIRST, 2 if walk.p_bits is None else 1):
+        for u in range(parts[PART], parts[PART + 1], BLOCK_M):
+            o_u = u + tl.arange(0, BLOCK_M)
+            ends = u < walk.listed
+            o_h = i_h * GROUP + (o_u - tl.where(ends, 0, walk.listed)) % GROUP
+            m_i = o_i < walk.end
+            b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_i, HEAD_DIM, BLOCK_D)
+            b_dout = load_tile(row_pointers(dout, i_b, o_i, o_h), m_i, VALUE_DIM, BLOCK_V)
+            o_row = statistics_at(statistics, i_b, o_i, o_h)
+            b_lse = load_lse(lse + o_row, m_i, head)
+            b_delta = tl.load(delta + o_row, mask=m_i, other=0.0)
+            b_qk = dot(b_k, tl.trans(b_q))
+            b_dp = dot(b_v, tl.trans(b_dout))
+            m_seen = None
+            if PART == 0:
+                if walk.grid is None:
+                    m_seen = seen_by(walk, ends, o_i, tile.o_j, CAUSAL)
+                if walk.p_bits is not None:
+                    b_own = tl.where(ends, -1, b_bits)
+                    m_bit = ((b_own[None, :] >> tile.b_bit[:, None]) & 1) != 0
+                    m_seen = m_bit if m_seen is None else m_seen & m_bit
+            b_p, b_dz = gradients(
+                b_qk,
+                b_dp,
+                o_i[None, :],
+                tile.o_j[:, None],
+                b_lse[None, :],
+                b_delta[None, :],
+                terms,
+                head,
+                None,
+                m_seen,
+                False,
+                False,
+            )
+            b_dv += dot(b_p, b_dout)
+            b_dk += dot(through_softcap(b_dz, b_qk, terms), b_q)
+            o_i, b_bits = find_queries(walk, o_u + BLOCK_M, GROUP, BLOCK_Q)
+    return b_dk, b_dv
+
+
+class Listed(NamedTuple):
+    """What launchers take from a call."""
+
+    q: Tensor  # [B, S, H, D] or [B, Y, X, H, D]
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    counts: Tensor
+    queries: int  # of a list
+    keys: int  # of a block
+    blocks: int
+    softcap: float = 0.0
+    more_keys: int = 0  # seen beside those listed
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def row_heads(self) -> int:
+        """Heads that have queries of their own: those of k, or of q if each has its own list."""
+        one_list_each = self.indices.shape[1] > self.kv_heads
+        return self.q.shape[-2] if one_list_each else self.kv_heads
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[-2] // self.row_heads
+
+    @property
+    def shared(self) -> int:
+        return self.row_heads // self.kv_heads
+
+    def plan(self, plans: Plans = SPARSE_PLANS, large_plans: Plans = LARGE_SPARSE_PLANS) -> Plan:
+        """With no more queries than share a list. Small blocks of keys lie together in tiles of 32:
+        in wider ones, queries that list few of the blocks would multiply by all of them."""
+        if INTERPRETED.value:  # a tile costs milliseconds whatever its size
+            keys = self.more_keys + self.indices.shape[3] * self.keys
+            n = min(max(triton.next_power_of_2(keys) // 16, 32), 1024)
+            plan = Plan(*[Tiles(64, n, 4, 1)] * 3)
+        else:
+            fitting = large_plans if 90 <= architecture(self.q) < 120 else plans
+            plan = plan_of(fitting, self.q, self.v.shape[-1], self.softcap != 0.0)
+        most = max(triton.next_power_of_2(self.queries * self.group), 16)
+        forward, queries = (
+            t if most >= t.block_m else t._replace(block_m=most, num_warps=4) for t in plan[:2]
+        )
+        width = max(triton.next_power_of_2(self.keys), 32)
+        keys_plan = plan.keys._replace(block_n=min(plan.keys.block_n, width))
+        return Plan(forward, queries, keys_plan)
+
+    def query_tiles(self, tiles: Tiles) -> int:
+        """Of a list."""
+        return triton.cdiv(self.queries * self.group, tiles.block_m)
+
+    def programs(self, tiles: Tiles) -> int:
+        lists = self.q.shape[0] * self.row_heads * self.indices.shape[2]
+        return lists * self.query_tiles(tiles)
+
+    def factor(self, tiles: Tiles) -> int:
+        """Blocks in a tile of keys, a power of two; 1 too if a block has several tiles."""
+        return 1 << max(tiles.block_n // self.keys, 1).bit_length() - 1
+
+    def compacted(self, factor: int = 1) -> Lists:
+        return compacted(self.indices, self.counts, self.blocks, factor)
+
+    def options(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            "GROUP": self.group,
+            **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
+        }
