@@ -308,11 +308,19 @@ FORWARD = register(
         OP,
         check=_check,
         fake=_fake,
+        triton="sparse.bilevel_routing:bilevel_routing_attention",
         backward=_backward,
         setup_context=_setup_context,
     )
 )
-BACKWARD = register(TorchOp(OP + "_backward", check=_check_backward, fake=_fake_backward))
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="sparse.bilevel_routing_backward:bilevel_routing_attention_backward",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,

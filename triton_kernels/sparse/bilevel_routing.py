@@ -1,0 +1,183 @@
+"""bilevel_routing_attention: one program owns a tile of the queries of a region, and of the heads
+that share its list and keys, and streams past them the pixels of the listed regions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INTERPRETED, Rows, head_of, launch, program, terms_of
+from ..dense.attention import Plan, Tiles
+from .listed import LARGE_SPARSE_PLANS, LIST_SIZES, SPARSE_PLANS, Listed, Statistics, attend
+from .regions import divisor, grid_of, logit_of_pads, pixel_keys, pixel_tile
+
+# As those of block_sparse_attention: where pixels lie takes registers.
+WIDE_PLAN = SPARSE_PLANS[2, 256]._replace(forward=Tiles(64, 16, 8, 2))
+REGION_PLANS = SPARSE_PLANS | {(2, 256): WIDE_PLAN}
+LARGE_REGION_PLANS = LARGE_SPARSE_PLANS | {
+    (2, 128): LARGE_SPARSE_PLANS[2, 128]._replace(forward=Tiles(128, 32, 8, 2)),
+    (2, 256): WIDE_PLAN,
+    (4, 64): LARGE_SPARSE_PLANS[4, 64]._replace(keys=Tiles(16, 16, 4, 2)),
+}
+# A new map, or another size of regions, compiles nothing.
+SIZES = [*LIST_SIZES, "q_height", "q_width", "q_region_height", "q_region_width", "k_height"]
+SIZES += ["k_width", "k_region_height", "k_region_width", "by_q_pixels", "by_q_width"]
+SIZES += ["by_k_pixels", "by_k_width", "by_columns"]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "pads_count"])
+def bilevel_routing_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    ids,
+    counts,
+    list_heads,
+    list_rows,
+    entries,
+    q_height,
+    q_width,
+    q_region_height,
+    q_region_width,
+    by_q_pixels,
+    by_q_width,
+    k_height,
+    k_width,
+    k_region_height,
+    k_region_width,
+    by_k_pixels,
+    by_k_width,
+    by_columns,
+    terms,
+    row_heads,
+    shared,
+    tiles,
+    pads_count,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_block, i_h, i_b = program(list_rows * tiles, row_heads)
+    i_r = i_block // tiles
+    queries = grid_of(
+        q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
+    )  # fmt: skip
+    tile = pixel_tile(queries, i_r, i_block % tiles, i_h, GROUP, BLOCK_M)
+    if tile.left <= 0:
+        return
+    i_row = (i_b * list_heads + tl.minimum(i_h, list_heads - 1)) * list_rows + i_r
+    p_ids = ids + i_row * entries
+    count = tl.load(counts + i_row)
+    keys = grid_of(
+        k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
+    )  # fmt: skip
+    walk = pixel_keys(keys, p_ids, count, BLOCK_N)
+    b_sink = logit_of_pads(keys, p_ids, count * pads_count)
+    head = head_of(terms, i_b, i_h, 1, False)
+    statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
+    attend(
+        q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_h // shared,
+        HEAD_DIM, VALUE_DIM, False, 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
+
+
+class Call(NamedTuple):
+    """The lowered list, and what the kernels take from it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    indices: Tensor
+    counts: Tensor
+    region_y: int
+    region_x: int
+    key_region_y: int
+    key_region_x: int
+    scale: float
+    mask_padding: bool
+
+    @property
+    def listed(self) -> Listed:
+        queries, keys = self.region_y * self.region_x, self.key_region_y * self.key_region_x
+        return Listed(*self[:5], queries, keys, self.indices.shape[2])
+
+    def plan(self) -> Plan:
+        """A warp for 16 rows, where its registers hold them: it sums them without waiting for
+        others, and small regions make many programs."""
+        listed = self.listed
+        plan = listed.plan(REGION_PLANS, LARGE_REGION_PLANS)
+        width = max(self.q.shape[4], self.v.shape[4])
+        if INTERPRETED.value or self.q.element_size() > 2 or width > 64:
+            return plan
+        least = 1 if width <= 32 else 2
+        forward, queries = (
+            t if t.block_m >= 64 else t._replace(num_warps=max(t.block_m // 16, least))
+            for t in plan[:2]
+        )
+        keys = plan.keys
+        if listed.factor(keys) > 1:
+            keys = keys._replace(block_m=16)  # bits of several regions take registers
+        return Plan(forward, queries, keys)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What every kernel takes, from q_height to shared."""
+        return (
+            *self.q.shape[1:3],
+            self.region_y,
+            self.region_x,
+            divisor(self.listed.queries),
+            divisor(self.region_x),
+            *self.k.shape[1:3],
+            self.key_region_y,
+            self.key_region_x,
+            divisor(self.listed.keys),
+            divisor(self.key_region_x),
+            divisor(triton.cdiv(self.q.shape[2], self.region_x)),
+            terms_of(self.scale, 0.0, 0.0, False, None, None),
+            self.listed.row_heads,
+            self.listed.shared,
+        )
+
+
+def map_rows(t: Tensor) -> Rows:
+    """Of a map [B, Y, X, H, D]."""
+    batch, line, seq, head = t.stride()[:4]
+    return Rows(t, batch, seq, head, line)
+
+
+def bilevel_routing_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*lowered)
+    listed = call.listed
+    batch, height, width, heads = call.q.shape[:4]
+    out = call.q.new_empty((batch, height, width, heads, call.v.shape[4]))
+    lse = call.q.new_empty((batch, heads, height, width), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tiles = call.plan().forward
+    lists = listed.compacted()
+    launch(
+        bilevel_routing_kernel,
+        listed.programs(tiles),
+        call.q,
+        *map(map_rows, (call.q, call.k, call.v, out)),
+        lse,
+        lists.ids,
+        lists.counts,
+        *call.indices.shape[1:],
+        *call.arguments(),
+        listed.query_tiles(tiles),
+        int(not call.mask_padding),
+        **listed.options(tiles),
+    )
+    return out, lse
