@@ -12,6 +12,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
@@ -99,6 +101,20 @@ first, *others = calls
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
     fresh_process(__file__, "-c", code, folder=tmp_path)
+
+
+@given(n=st.integers(1, 2**31 - 1), x=st.integers(0, 2**31 - 1))
+@example(n=1, x=2**31 - 1)
+@example(n=2**31 - 1, x=2**31 - 1)
+@example(n=2**30 + 1, x=2**31 - 2)
+def test_quotients_by_multiplication_are_exact(n, x):
+    from tokenmill.triton_kernels.sparse.regions import divisor
+
+    by = divisor(n)
+    assert 2**32 <= by < 2**63  # no n has another type in a kernel
+    factor, shift = by % 2**32, (by >> 32) - 1
+    total = (x * factor >> 32) + x
+    assert total < 2**32 and total >> shift == x // n
 
 
 if __name__ == "__main__":
