@@ -179,27 +179,6 @@ def test_lists_of_more_entries_than_a_warp_has_lanes(wild, mask_padding):
     )
 
 
-@pytest.mark.parametrize("ids", [[5, 3, 5, 1, 9, -1, 2, 12, 7, 8, 100], [-1] * 40 + [3], [2] * 35])
-@pytest.mark.parametrize("count", [-3, 0, 7, 1000])
-def test_lists_are_not_trusted(ids, count):
-    """An id counts if it is that of a region and greater than every id before it."""
-    (q, k, v), _ = drawn(torch.float32, size=(7, 10), regions=(3, 4), b=1, h=2, hk=1)
-    indices = torch.tensor(ids, dtype=torch.int32).expand(1, 1, 12, -1)
-    counts = torch.full((1, 1, 12), count, dtype=torch.int32)
-    largest, counted = -1, []
-    for i in ids[: max(count, 0)]:
-        counted += [i] * (largest < i < 12)
-        largest = max(largest, i)
-    graph = torch.tensor(counted, dtype=torch.int32).expand(1, 1, 12, -1)
-    want = tm.bilevel_routing_attention(
-        q, k, v, regions=(3, 4), region_graph=graph, return_lse=True, backend="reference"
-    )
-    op = getattr(torch.ops, tm.library.EMULATED_NAMESPACE).bilevel_routing_attention
-    got = op(q, k, v, indices, counts, 3, 3, 3, 3, 0.25, True)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 def test_queries_that_many_regions_share():
     """A region of keys that every region lists, those of each head by itself; others nobody lists
     have no gradient."""
