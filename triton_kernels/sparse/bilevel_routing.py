@@ -22,7 +22,10 @@ REGION_PLANS = SPARSE_PLANS | {(2, 256): WIDE_PLAN}
 LARGE_REGION_PLANS = LARGE_SPARSE_PLANS | {
     (2, 128): LARGE_SPARSE_PLANS[2, 128]._replace(forward=Tiles(128, 32, 8, 2)),
     (2, 256): WIDE_PLAN,
-    (4, 64): LARGE_SPARSE_PLANS[4, 64]._replace(keys=Tiles(16, 16, 4, 2)),
+    (4, 64): LARGE_SPARSE_PLANS[4, 64]._replace(
+        queries=Tiles(16, 32, 4, 2), keys=Tiles(32, 16, 8, 2)
+    ),
+    (4, 128): LARGE_SPARSE_PLANS[4, 128]._replace(queries=Tiles(16, 16, 8, 1)),
 }
 # A new map, or another size of regions, compiles nothing.
 SIZES = [*LIST_SIZES, "q_height", "q_width", "q_region_height", "q_region_width", "k_height"]
