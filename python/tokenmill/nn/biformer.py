@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
@@ -102,28 +103,25 @@ class BiFormerAttention(nn.Module):
         if self.padding == "input":
             x = F.pad(x, (0, 0, 0, -width % self.regions, 0, -height % self.regions))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        size = (
-            {"region_size": (x.shape[1] // self.regions, x.shape[2] // self.regions)}
-            if self.padding == "zeros"
-            else {"regions": self.regions}
-        )
-        topk = self.topk or self._all_regions(x, **size)
+        zeros = self.padding == "zeros"
+        size = (x.shape[1] // self.regions, x.shape[2] // self.regions)
         y = bilevel_routing_attention(
-            q, k, v, topk=topk, scale=self.scale, mask_padding=self.padding != "zeros",
-            backend=self.backend, **size,
+            q, k, v, regions=None if zeros else self.regions, region_size=size if zeros else None,
+            topk=self.topk or self._all_regions(x), scale=self.scale, mask_padding=not zeros,
+            backend=self.backend,
         ).flatten(3)  # fmt: skip
         if self.lepe is not None:
             y = y + self.lepe(v.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.wo(y)[:, :height, :width]
 
-    def _all_regions(
-        self, x: Tensor, *, regions: int = 0, region_size: tuple[int, int] = (0, 0)
-    ) -> int:
-        sides = [
-            -(-side // (size or -(-side // regions)))
-            for side, size in zip(x.shape[1:3], region_size, strict=True)
-        ]
-        return sides[0] * sides[1]
+    def _all_regions(self, x: Tensor) -> int:
+        """Of regions that need not divide the map there may be fewer or more a side."""
+        floors = self.padding == "zeros"
+        sides = (
+            -(-side // (side // self.regions if floors else -(-side // self.regions)))
+            for side in x.shape[1:3]
+        )
+        return math.prod(sides)
 
     def extra_repr(self) -> str:
         return (

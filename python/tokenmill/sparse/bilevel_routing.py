@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..check import check, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
@@ -21,6 +22,42 @@ from .routing import route
 from .rules import check_list
 
 MAX_SIDE = 2**15  # of a map: pixels and rows fit 32 bits
+
+
+class BilevelRoutingOptions(TypedDict, total=False):
+    """Keywords of :func:`bilevel_routing_attention` beside return_lse and return_graph."""
+
+    regions: int | tuple[int, int] | None
+    topk: int | None
+    region_size: int | tuple[int, int] | None
+    scale: float | None
+    mask_padding: bool
+    region_graph: Tensor | None
+    backend: str | None
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_graph: Literal[False] = ...,
+    **options: Unpack[BilevelRoutingOptions],
+) -> Tensor: ...
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_graph: bool = ...,
+    **options: Unpack[BilevelRoutingOptions],
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def bilevel_routing_attention(
@@ -180,7 +217,7 @@ def _region_sizes(
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    numbers = (value, value) if isinstance(value, int | torch.SymInt) else value
+    numbers: Any = (value, value) if isinstance(value, int | torch.SymInt) else value
     pair = isinstance(numbers, tuple | list) and len(numbers) == 2
     check(pair, OP, name, "must be two numbers, along Y and X", value)
     for number in numbers:

@@ -76,6 +76,12 @@ SAMPLES = (
     Sample("no maps", bilevel_call(b=0)),
 )
 
+
+def _of_narrow_keys(args: list[Any], kwargs: dict[str, Any]) -> None:
+    kwargs.update(regions=(3, 5))
+    args[1:] = [t[:, :, :8] for t in args[1:]]
+
+
 # Edits of the first sample: q [2, 12, 14, 4, 16], k and v [2, 12, 14, 2, 16], regions (3, 2).
 MALFORMED = (
     Malformed(
@@ -111,11 +117,7 @@ MALFORMED = (
     Malformed(
         "maps of other proportions",
         "key_region_x: must make as many regions of k along X as there are of q, 5; got 4",
-        lambda args, kwargs: (
-            kwargs.update(regions=(3, 5)),
-            args.__setitem__(1, args[1][:, :, :8]),
-            args.__setitem__(2, args[2][:, :, :8]),
-        ),
+        _of_narrow_keys,
     ),
     Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
     Malformed(
