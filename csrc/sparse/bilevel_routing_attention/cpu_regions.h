@@ -71,16 +71,9 @@ struct RegionWalk {
   MapRows v() const { return {d.attention.v, d.v_line}; }
   MapRows out() const { return {d.attention.out, d.out_line}; }
   MapRows dout(const BilevelBackwardParams& g) const { return {g.dout, g.dout_line}; }
-  // Of contiguous maps. Their steps say nothing where a side has one pixel.
-  MapRows dq(const BilevelBackwardParams& g) const {
-    return {g.dq, d.queries.width * d.attention.heads * d.attention.head_dim};
-  }
-  MapRows dk(const BilevelBackwardParams& g) const {
-    return {g.dk, d.keys.width * d.attention.kv_heads * d.attention.head_dim};
-  }
-  MapRows dv(const BilevelBackwardParams& g) const {
-    return {g.dv, d.keys.width * d.attention.kv_heads * d.attention.value_dim};
-  }
+  MapRows dq(const BilevelBackwardParams& g) const { return {g.dq, d.queries.width * g.dq.seq}; }
+  MapRows dk(const BilevelBackwardParams& g) const { return {g.dk, d.keys.width * g.dk.seq}; }
+  MapRows dv(const BilevelBackwardParams& g) const { return {g.dv, d.keys.width * g.dv.seq}; }
   char* query_row(const MapRows& rows, int64_t b, int64_t query, int64_t h) const {
     return of_queries.row(rows, d.attention.dtype, b, query, h);
   }

@@ -14,6 +14,12 @@ float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_p
 // [B, Y, X, H, D]
 Rows pixels_of(const View& t) { return {t.mutable_data(), t.step(0), t.step(2), t.step(3)}; }
 
+// Of a fresh tensor, whose pixels are rows y * X + x. A step says nothing of a side of one pixel.
+Rows contiguous_pixels(const View& t) {
+  const int64_t pixel = t.size(3) * t.size(4);
+  return {t.mutable_data(), t.size(1) * t.size(2) * pixel, pixel, t.size(4)};
+}
+
 int64_t check_side(const char* name, const View& t, int64_t side) {
   check(t.size(side) <= kMaxSide, kOp, name,
         Rule("must have at most ", kMaxSide, " pixels along ", side == 1 ? "Y" : "X"),
@@ -102,8 +108,8 @@ std::tuple<Tensor, Tensor> bilevel_routing_attention(Tensor q, Tensor k, Tensor 
   const int64_t height = d.queries.height, width = d.queries.width;
   Tensor out = empty({p.batch, height, width, p.heads, p.value_dim}, q);
   Tensor lse = empty({p.batch, p.heads, height, width}, q, ScalarType::Float);
-  p.out = pixels_of(View(out));
-  d.out_line = View(out).step(1);
+  p.out = contiguous_pixels(View(out));
+  d.out_line = width * p.out.seq;
   p.lse = float_data(lse);
   if (out.numel() > 0) run_forward(d, qv);
   return {out, lse};
@@ -138,9 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> bilevel_routing_attention_backward(
   f.lse = check_like_lse(kOp, "lse", lse, like_lse, qv);
   if (dlse) p.dlse = check_like_lse(kOp, "dlse", *dlse, like_lse, qv);
   Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
-  p.dq = pixels_of(View(dq));
-  p.dk = pixels_of(View(dk));
-  p.dv = pixels_of(View(dv));
+  p.dq = contiguous_pixels(View(dq));
+  p.dk = contiguous_pixels(View(dk));
+  p.dv = contiguous_pixels(View(dv));
   if (q.numel() + k.numel() > 0) run_backward(p, qv);
   return {dq, dk, dv};
 }

@@ -65,6 +65,8 @@ SAMPLES = (
     Sample("regions of 64 pixels", bilevel_call((16, 24), region_size=(8, 8), d=32, dv=32, b=1)),
     Sample("large regions", bilevel_call((30, 40), b=1, h=2, hk=1, regions=(2, 2), topk=2)),
     Sample("pixels one by one", bilevel_call((5, 6), region_size=(1, 1), topk=7)),
+    Sample("a line of pixels", bilevel_call((1, 30), h=2, regions=(1, 4), topk=2)),
+    Sample("a column of pixels", bilevel_call((30, 1), h=2, regions=(4, 1), topk=2)),
     Sample("wide heads", bilevel_call((8, 9), b=1, d=200, dv=136, h=2, hk=2)),
     Sample("all regions", bilevel_call(topk=6)),
     Sample("a graph that is none", bilevel_call((9, 10), topk=5, wild=True)),
