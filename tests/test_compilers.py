@@ -49,11 +49,13 @@ def decode_from_cache(q, k):
 
 
 def attend_to_blocks(q, k):
-    """The operators on lists of blocks."""
+    """The operators on lists of blocks and regions."""
     lists = tm.hip_block_select(q, k, budget=4, block_q=4, num_sink=1, num_recent=2)
     offsets, rows = tm.transpose_block_list(*lists, 6)
     sizes = {"block_q": 4, "block_k": 2, "num_sink": 1, "num_recent": 2}
     out = tm.block_sparse_attention(q, k, k, *lists, causal=True, **sizes)
+    maps = (t.unflatten(1, (3, 4)) for t in (q, k, k))
+    out = out + tm.bilevel_routing_attention(*maps, regions=(1, 2), topk=1).flatten(1, 2)
     return out + offsets.float().mean() + rows.float().mean()
 
 
