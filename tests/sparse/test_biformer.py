@@ -56,7 +56,7 @@ def channels_last(x, w, heads, parts, topk, side):
 
 
 @each_backend
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(
     height=st.integers(3, 15),
     width=st.integers(3, 15),
