@@ -53,7 +53,7 @@ def close(got, want, tolerance=3e-5):
 
 
 @each_backend
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     length=st.integers(1, 50),
     group=st.sampled_from([1, 2, 4, 8, 16]),
