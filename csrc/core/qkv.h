@@ -73,7 +73,7 @@ inline float* check_like_lse(const char* op, const char* name, const Tensor& ten
   check(t.dtype == ScalarType::Float && tensor.is_contiguous(), op, name,
         "must be float32 and contiguous", t.dtype);
   check_device_of_q(op, name, t, q);
-  return static_cast<float*>(tensor.mutable_data_ptr());
+  return t.mutable_data<float>();
 }
 
 inline void check_cu_seqlens(const char* op, const char* name, const View& t, const View& q) {

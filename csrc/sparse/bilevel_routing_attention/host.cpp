@@ -9,8 +9,6 @@ namespace {
 constexpr const char* kOp = "bilevel_routing_attention";
 constexpr int64_t kMaxSide = int64_t{1} << 15;  // of a map: pixels and rows fit 32 bits
 
-float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 // [B, Y, X, H, D]
 Rows pixels_of(const View& t) { return {t.mutable_data(), t.step(0), t.step(2), t.step(3)}; }
 
@@ -110,7 +108,7 @@ std::tuple<Tensor, Tensor> bilevel_routing_attention(Tensor q, Tensor k, Tensor 
   Tensor lse = empty({p.batch, p.heads, height, width}, q, ScalarType::Float);
   p.out = contiguous_pixels(View(out));
   d.out_line = width * p.out.seq;
-  p.lse = float_data(lse);
+  p.lse = View(lse).mutable_data<float>();
   if (out.numel() > 0) run_forward(d, qv);
   return {out, lse};
 }

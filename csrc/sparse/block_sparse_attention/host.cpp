@@ -9,8 +9,6 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_attention";
 
-float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 // The checks are those of python/tokenmill/sparse/block_sparse.py, in its order and words.
 BlockSparseParams make_params(const View& q, const View& k, const View& v, const View& indices,
                               const View& counts, int64_t block_q, int64_t block_k, bool causal,
@@ -75,7 +73,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
   Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
   Tensor lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);
   p.out = rows_of(View(out), false);
-  p.lse = float_data(lse);
+  p.lse = View(lse).mutable_data<float>();
   if (out.numel() > 0) run_forward(d, qv);
   return {out, lse};
 }

@@ -26,9 +26,9 @@ class SparsifinerAttention(nn.Module):
        \qquad \tilde A = \operatorname{top}_8(C)\, |W_{back}|^\top,
 
     where weights that are not above 0.02 and coefficients that are not among the 8 largest count as
-    0. A token attends, in each head, to the ceil(0.25 N) tokens of
-    the largest :math:`\tilde A`, of equal ones to the first. The class token attends to all. The
-    choice has no gradient: the estimate is trained on its own, by :meth:`approximate`.
+    0. A token attends, in each head, to the ceil(0.25 N) tokens of the largest :math:`\tilde A`, of
+    equal ones to the first. The class token attends to all. The choice has no gradient: the
+    estimate is trained on its own, by :meth:`approximate`.
 
     Args:
         dim: channels C of the input.

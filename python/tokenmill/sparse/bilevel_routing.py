@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..check import check, check_qkv, check_tensor, fail
+from ..check import check, check_device_of_q, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
 from ..dispatch import call
+from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
 from ..reference import bilevel_routing as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_whole
 from .bilevel_routing_cases import MALFORMED, OP, SAMPLES
+from .gradients import cotangents, fake_gradients
 from .routing import route
 from .rules import check_list
 
@@ -186,11 +188,7 @@ def lower(
         check(topk is None, OP, "topk", "goes without region_graph", topk)
         _check_graph(region_graph, q, k, number)
         indices = region_graph.sort(-1).values
-        counts = (
-            torch.full_like(indices[..., 0], indices.shape[-1])
-            if indices.shape[-1]
-            else (indices.new_zeros(indices.shape[:-1]))
-        )
+        counts = indices.new_full(indices.shape[:-1], indices.shape[-1])
     return q, k, v, indices, counts, *sizes, factor, mask_padding
 
 
@@ -226,15 +224,19 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def _check_graph(graph: Tensor, q: Tensor, k: Tensor, regions: int) -> None:
+def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]:
+    """The shape that lists must have, and whether they do."""
     batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
-    shape = f"[{batch}, 1, {kv_heads} or {heads}, {regions}, K]"
-    fits = graph.dim() == 4 and graph.shape[0] == batch and graph.shape[2] == regions
-    fits = fits and graph.shape[1] in (1, kv_heads, heads)
+    fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
+    fits = fits and lists.shape[1] in (1, kv_heads, heads)
+    return f"[{batch}, 1, {kv_heads} or {heads}, {regions}, K]", fits
+
+
+def _check_graph(graph: Tensor, q: Tensor, k: Tensor, regions: int) -> None:
+    shape, fits = _fits(graph, q, k, regions)
     check(fits, OP, "region_graph", f"must have shape {shape}", graph.shape)
-    check(graph.dtype == torch.int32, OP, "region_graph", "must be int32", graph.dtype)
-    if graph.device != q.device:
-        fail(OP, "region_graph", f"must be on the device of q, {q.device}", graph.device)
+    check_int32(OP, "region_graph", graph)
+    check_device_of_q(OP, "region_graph", graph, q)
 
 
 def _check_regions(
@@ -284,11 +286,8 @@ def _check(
     check_qkv(OP, q, k, v, 5, float64)
     _check_regions(q, k, region_y, region_x, key_region_y, key_region_x)
     check_scale(OP, scale, 0.0)
-    batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
     regions = -(-q.shape[1] // region_y) * -(-q.shape[2] // region_x)
-    fits = indices.dim() == 4 and indices.shape[0] == batch and indices.shape[2] == regions
-    fits = fits and indices.shape[1] in (1, kv_heads, heads)
-    shape = f"[{batch}, 1, {kv_heads} or {heads}, {regions}, K]"
+    shape, fits = _fits(indices, q, k, regions)
     check_list(OP, indices, counts, shape, fits, "q", q)
 
 
@@ -306,13 +305,6 @@ def _check_backward(
     _check(*lowered)
 
 
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape) for t in lowered[:3])
-    return dq, dk, dv
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.plain = inputs[5:]
@@ -321,11 +313,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    dout, dlse = cotangents(dout, dlse, out)
     lowered = (*tensors, *ctx.plain)
     grads = ops.bilevel_routing_attention_backward(dout, dlse, out, lse, *lowered)
     return (*grads, *(None for _ in lowered[3:]))
@@ -354,7 +342,7 @@ BACKWARD = register(
     TorchOp(
         OP + "_backward",
         check=_check_backward,
-        fake=_fake_backward,
+        fake=fake_gradients,
         triton="sparse.bilevel_routing_backward:bilevel_routing_attention_backward",
     )
 )

@@ -18,6 +18,7 @@ from ..reference import block_sparse as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_per_request, check_whole
 from .block_sparse_cases import MALFORMED, OP, SAMPLES
+from .gradients import cotangents, fake_gradients
 from .rules import check_block, check_list
 
 
@@ -265,13 +266,6 @@ def _check_backward(
     _check(*lowered)
 
 
-def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape) for t in lowered[:3])
-    return dq, dk, dv
-
-
 LENGTHS = 12  # position in the lowered list
 
 
@@ -284,11 +278,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     *tensors, lengths, out, lse = ctx.saved_tensors
     before, behind = ctx.plain
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
-        dout = dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    dout, dlse = cotangents(dout, dlse, out)
     lowered = (*tensors, *before, lengths, *behind)
     grads = ops.block_sparse_attention_backward(dout, dlse, out, lse, *lowered)
     return (*grads, *(None for _ in lowered[3:]))
@@ -328,7 +318,7 @@ BACKWARD = register(
     TorchOp(
         OP + "_backward",
         check=_check_backward,
-        fake=_fake_backward,
+        fake=fake_gradients,
         triton="sparse.block_sparse_backward:block_sparse_attention_backward",
     )
 )

@@ -71,27 +71,45 @@ def core_context_attention(
         >>> tm.core_context_attention(q, k, v, group=16, window=64).shape
         torch.Size([1, 1000, 4, 32])
     """
+    check(isinstance(return_lse, bool), OP, "return_lse", "must be a bool", return_lse)
+    check_sizes(group, window)
+    factor = _check_inputs(q, k, v, scale)
+    count = _groups_left(q.shape[1], group, window)
+    cores = core_tokens(q, k, v, group, factor, count) if count else None
+    out, lse = _attend(q, k, v, cores, group, window, factor, backend)
+    return (out, lse) if return_lse else out
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    """Of a whole sequence. Returns the scale."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
-    check(isinstance(return_lse, bool), OP, "return_lse", "must be a bool", return_lse)
     check_qkv(OP, q, k, v, 4, True)
     check(k.shape[1] == q.shape[1], OP, "k", f"must have the length of q, {q.shape[1]}", k.shape[1])
-    check_sizes(group, window)
-    factor = scale_or_default(OP, scale, q)
-    length = q.shape[1]
-    groups, near = -(-length // group), window // group
+    return scale_or_default(OP, scale, q)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cores: tuple[Tensor, Tensor] | None,
+    group: int,
+    window: int,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """To the cores that the last query sees, if there are any, and to tokens."""
+    groups = -(-q.shape[1] // group)
     out, lse = block_sparse_attention(
-        q, k, v, *_near_groups(q, groups, near), block_q=group, block_k=group, causal=True,
-        scale=factor, return_lse=True, backend=backend,
+        q, k, v, *_near_groups(q, groups, window // group), block_q=group, block_k=group,
+        causal=True, scale=scale, return_lse=True, backend=backend,
     )  # fmt: skip
-    cores = groups - near - 1  # seen by the last group, and one less by each group before
-    if cores > 0:
-        core_k, core_v = core_tokens(q, k, v, group, factor, cores)
-        far, far_lse = _far_groups(q, core_k, core_v, group, groups, factor, backend)
-        out, lse = merge_attention_states(
-            torch.stack([out, far]), torch.stack([lse, far_lse]), backend=backend
-        )
-    return (out, lse) if return_lse else out
+    if cores is None:
+        return out, lse
+    far, far_lse = _far_groups(q, *cores, group, groups, scale, backend)
+    merged = torch.stack([out, far]), torch.stack([lse, far_lse])
+    return merge_attention_states(*merged, backend=backend)
 
 
 def check_sizes(group: int, window: int) -> None:
@@ -101,6 +119,12 @@ def check_sizes(group: int, window: int) -> None:
     check(ok, OP, "group", f"must be a power of two up to {MAX_BLOCK}", group)
     ok = window >= 0 and window % group == 0
     check(ok, OP, "window", f"must be a multiple of group, {group}", window)
+
+
+def _groups_left(tokens: int, group: int, window: int) -> int:
+    """Groups in front of the window of the last token: the cores that it sees. Those of each group
+    before see one less."""
+    return max(max(tokens - 1, 0) // group - window // group, 0)
 
 
 def core_tokens(
@@ -195,27 +219,26 @@ class CoreContextState:
     @property
     def cores(self) -> int:
         """Groups that left the window."""
-        own = max(self.tokens - 1, 0) // self.group
-        return max(own - self.window // self.group, 0)
+        return _groups_left(self.tokens, self.group, self.window)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the first tokens of all requests, at least one of them."""
         if self.tokens:
             fail(OP, "state", "must be empty; tokens", self.tokens)
-        out = core_context_attention(
-            q, k, v, group=self.group, window=self.window, scale=self.scale, backend=self.backend
-        )
-        assert isinstance(out, Tensor)
+        factor = _check_inputs(q, k, v, self.scale)
         check(q.shape[1] > 0, OP, "q", "must have at least 1 token", q.shape[1])
-        factor = scale_or_default(OP, self.scale, q)
-        self.tokens = q.shape[1]
-        complete = self.tokens // self.group
+        tokens = q.shape[1]
+        complete, left = tokens // self.group, _groups_left(tokens, self.group, self.window)
         made = core_tokens(q, k, v, self.group, factor, complete)
-        self._core = [_with_room(t[:, : self.cores], 2 * self.cores + 64) for t in made]
+        far = made[0][:, :left], made[1][:, :left]
+        seen = far if left else None
+        out, _ = _attend(q, k, v, seen, self.group, self.window, factor, self.backend)
+        self.tokens = tokens
+        self._core = [_with_room(t, 2 * left + 64) for t in far]
         self._waiting = [
-            (made[0][:, i : i + 1], made[1][:, i : i + 1]) for i in range(self.cores, complete)
+            (made[0][:, i : i + 1], made[1][:, i : i + 1]) for i in range(left, complete)
         ]
-        first = self.cores * self.group
+        first = left * self.group
         self._raw = [_with_room(t[:, first:], self.window + self.group) for t in (k, v)]
         return out
 
