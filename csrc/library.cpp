@@ -116,6 +116,40 @@ TOKENMILL_LIBRARY(m) {
       "str head_reduce, Tensor? seqlens_k, Tensor? block_table) -> (Tensor indices, "
       "Tensor counts)");
 
+  // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1 stands
+  // for no row.
+  m.def(
+      "topk_partition(Tensor scores, SymInt k, bool largest, str order, Tensor? valid, "
+      "SymInt protect_first, SymInt protect_last) -> (Tensor keep, Tensor rest)");
+  m.def(
+      "mask_partition(Tensor mask, SymInt? max_total) -> (Tensor indices, Tensor cu_seqlens, "
+      "Tensor inverse)");
+  m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
+  m.def(
+      "scatter_tokens(Tensor y, Tensor indices, Tensor? base, SymInt batch, SymInt tokens) -> "
+      "Tensor");
+  m.def(
+      "gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight, SymInt prefix, "
+      "bool normalize) -> (Tensor out, Tensor weight_sum)");
+  m.def(
+      "gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum, Tensor x, Tensor keep, "
+      "Tensor rest, Tensor weight, SymInt prefix, bool normalize) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "segment_reduce(Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, str reduce) -> "
+      "(Tensor y, Tensor weight_sum, Tensor arg)");
+  m.def(
+      "segment_reduce_backward(Tensor dy, Tensor? dweight_sum, Tensor y, Tensor weight_sum, "
+      "Tensor arg, Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, str reduce) -> "
+      "(Tensor dx, Tensor dweight)");
+  m.def("best_match(Tensor a, Tensor b, bool normalize) -> (Tensor index, Tensor score)");
+  m.def(
+      "local_pool(Tensor x, Tensor? mask, SymInt kernel_y, SymInt kernel_x, SymInt dilation_y, "
+      "SymInt dilation_x, str pooling, bool count_include_pad, bool subtract_input) -> Tensor");
+  m.def(
+      "local_pool_backward(Tensor dout, Tensor x, Tensor? mask, SymInt kernel_y, "
+      "SymInt kernel_x, SymInt dilation_y, SymInt dilation_x, str pooling, "
+      "bool count_include_pad, bool subtract_input) -> Tensor");
+
   // introspection
   m.def("cpu_isa(str? select=None) -> str");
   m.def("cpu_peak_flops(str dtype, int repeats=5) -> float");

@@ -159,7 +159,7 @@ def test_opcheck(spec, sample, backend):
         op = spec.out.overload(dispatch.namespace(backend))
         torch.library.opcheck(op, (*lowered, out), raise_exception=True)
     lowered = [
-        t.requires_grad_(bool(spec.backward))
+        t.requires_grad_(bool(spec.differentiable))
         if isinstance(t, torch.Tensor) and t.is_floating_point()
         else t
         for t in lowered

@@ -1,0 +1,3 @@
+"""Tokens chosen, gathered, merged, scattered and pooled."""
+
+__all__: list[str] = []
