@@ -34,6 +34,8 @@ from .sparse import (
     core_context_attention,
     hip_attention,
     hip_block_select,
+    landmark_attention,
+    landmark_decode,
     transpose_block_list,
 )
 from .version import __version__
@@ -58,6 +60,8 @@ __all__ = [
     "hip_block_select",
     "kv_block_scores",
     "kv_cache_compact",
+    "landmark_attention",
+    "landmark_decode",
     "lightning_attention",
     "lightning_slopes",
     "linear",

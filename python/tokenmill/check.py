@@ -127,3 +127,9 @@ def is_power_of_two(n: int) -> bool:
 def synchronising_checks() -> bool:
     """TOKENMILL_CHECK=1: also check values that lie on a GPU, at the price of a synchronisation."""
     return os.environ.get("TOKENMILL_CHECK") == "1"
+
+
+def reads_values(t: torch.Tensor) -> bool:
+    """Whether a function made of operators may look at what lies inside t."""
+    here = t.device.type == "cpu" or synchronising_checks()
+    return here and not torch.compiler.is_compiling()

@@ -1,0 +1,196 @@
+"""landmark_attention against explicit weights, its limits, gradients and decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_sparse_calls import gradients
+from conftest import backends, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenmill as tm
+
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+
+
+def inputs(backend, length, heads=4, kv_heads=2, b=2, d=8, dv=12, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((heads, d), (kv_heads, d), (kv_heads, dv))
+    tensors = (torch.randn(b, length, *s, generator=g).to(dtype) for s in shapes)
+    return [t.to(device_of(backend)).requires_grad_() for t in tensors]
+
+
+def weights_of(z, i, block, blocks=None):
+    """Of query i over all keys, from its logits z [S], one key after the other; log Z."""
+    own = i // block
+    last = own * block + block - 1
+    logits = {j: z[j] for j in range(own * block, i + 1) if j != last}
+    for b in range(own) if blocks is None else blocks:
+        logits[b * block + block - 1] = z[b * block + block - 1]
+    if not logits:
+        return torch.zeros_like(z), z.new_tensor(-torch.inf)
+    log_z = torch.stack([*logits.values()]).logsumexp(0)
+    w = [z.new_zeros(())] * len(z)
+    for j, logit in logits.items():
+        share = (logit - log_z).exp()
+        if j // block == own:
+            w[j] = share
+            continue
+        first = j - block + 1
+        for m, inner in enumerate(torch.softmax(z[first:j], 0)):
+            w[first + m] = share * inner
+    return torch.stack(w), log_z
+
+
+def by_hand(q, k, v, block):
+    shared = q.shape[2] // k.shape[2]
+    out, lse = [], []
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                z = q.shape[-1] ** -0.5 * k[b, :, h // shared] @ q[b, i, h]
+                w, log_z = weights_of(z, i, block)
+                out.append(w @ v[b, :, h // shared])
+                lse.append(log_z)
+    out = torch.stack(out).view(*q.shape[:3], -1)
+    return out, torch.stack(lse).view(q.shape[:3]).transpose(1, 2)
+
+
+@each_backend
+@settings(max_examples=4)
+@given(
+    length=st.integers(1, 24),
+    block=st.sampled_from([2, 3, 5, 8, 16]),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    seed=st.integers(0, 2**31),
+)
+def test_explicit_weights(length, block, heads, seed, backend):
+    leaves = inputs(backend, length, *heads, b=1, seed=seed)
+    got = tm.landmark_attention(*leaves, block=block, return_lse=True, backend=backend)
+    want = by_hand(*leaves, block)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-5, atol=3e-5)
+    pairs = zip(gradients(got, leaves), gradients(want, leaves), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+def test_weights_sum_to_one_and_landmarks_have_none(backend):
+    q, k, v = (t.detach() for t in inputs(backend, 33))
+    ones = tm.landmark_attention(q, k, torch.ones_like(v), block=8, backend=backend)
+    torch.testing.assert_close(ones, torch.ones_like(ones))
+    v[:, 7::8] = torch.nan  # never read
+    assert tm.landmark_attention(q, k, v, block=8, backend=backend).isfinite().all()
+
+
+@each_backend
+def test_a_sequence_without_a_landmark_is_causal_attention(backend):
+    q, k, v = (t.detach() for t in inputs(backend, 31))
+    got = tm.landmark_attention(q, k, v, block=32, return_lse=True, backend=backend)
+    want = tm.attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradients_are_those_of_differences():
+    leaves = [t.detach().double().requires_grad_() for t in inputs("reference", 11, b=1, d=3, dv=2)]
+
+    def run(q, k, v):
+        return tm.landmark_attention(q, k, v, block=4, return_lse=True, backend="reference")
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_keeps_the_error_budget(dtype, backend):
+    q, k, v = (t.detach() for t in inputs(backend, 70, b=1, d=16, dv=16, dtype=dtype))
+    out = tm.landmark_attention(q, k, v, block=16, backend=backend)
+    wide, plain = (
+        tm.landmark_attention(*(t.to(d) for t in (q, k, v)), block=16, backend="reference")
+        for d in (torch.float64, dtype)
+    )
+    tm.testing.assert_accurate(out.cpu(), wide.cpu(), plain.cpu())
+
+
+@each_backend
+def test_decoding_over_all_blocks_is_the_last_row(backend):
+    q, k, v = (t.detach() for t in inputs(backend, 40, b=3))
+    lengths = torch.tensor([40, 17, 24], dtype=torch.int32, device=q.device)
+    rows = lengths.long() - 1
+    batch = torch.arange(3, device=q.device)
+    got = tm.landmark_decode(
+        q[batch, rows][:, None], k, v, seqlens_k=lengths, block=8, return_lse=True, backend=backend
+    )
+    out, lse = tm.landmark_attention(q, k, v, block=8, return_lse=True, backend=backend)
+    torch.testing.assert_close(got[0][:, 0], out[batch, rows])
+    torch.testing.assert_close(got[1][:, :, 0], lse[batch, :, rows])
+
+
+@each_backend
+def test_decoding_retrieves_the_blocks_of_the_greatest_landmarks(backend):
+    q, k, v = (t.detach() for t in inputs(backend, 43, b=1))
+    row = q[:, -1:]
+    lengths = torch.tensor([43], dtype=torch.int32, device=q.device)
+    options = {"seqlens_k": lengths, "block": 8, "topk": 2, "backend": backend}
+    got = tm.landmark_decode(row, k, v, **options)
+    for h in range(4):
+        z = 8**-0.5 * k[0, :, h // 2] @ row[0, 0, h]
+        best = z[7:40:8].topk(2).indices.tolist()
+        w, _ = weights_of(z, 42, 8, best)
+        torch.testing.assert_close(got[0, 0, h], w @ v[0, :, h // 2], rtol=3e-5, atol=3e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_requests_with_hardly_a_key(length, backend):
+    q, k, v = (t.detach() for t in inputs(backend, 4, b=1))
+    lengths = torch.tensor([length], dtype=torch.int32, device=q.device)
+    k[:, length:] = torch.nan
+    out, lse = tm.landmark_decode(
+        q[:, :1], k, v, seqlens_k=lengths, block=2, return_lse=True, backend=backend
+    )
+    want = torch.zeros_like(out) if length == 0 else v[:, :1].repeat_interleave(2, 2)
+    torch.testing.assert_close(out, want)
+    assert bool((lse == -torch.inf).all()) == (length == 0)
+
+
+def test_empty_dimensions():
+    q, k, v = (t.detach() for t in inputs("cpu", 0))
+    assert tm.landmark_attention(q, k, v).shape == (2, 0, 4, 12)
+    q, k, v = (t.detach() for t in inputs("cpu", 5, b=0))
+    assert tm.landmark_attention(q, k, v, block=2).shape == (0, 5, 4, 12)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"block": 1}, "block: must be at least 2; got 1"),
+        ({"block": 2.0}, "block: must be an integer; got 2"),
+        ({"k": torch.zeros(2, 8, 2, 8), "v": torch.zeros(2, 8, 2, 8)},
+         "k: must have the length of q, 9; got 8"),
+        ({"return_lse": 1}, "return_lse: must be a bool; got 1"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(edit, message):
+    q, k, v = (t.detach() for t in inputs("cpu", 9))
+    with pytest.raises(tm.InputError, match=rf"^tokenmill\.landmark_attention: {message}"):
+        tm.landmark_attention(**{"q": q, "k": k, "v": v, **edit})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"topk": 0}, "topk: must be at least 1; got 0"),
+        ({"seqlens_k": torch.tensor([9, 10]).int()}, "seqlens_k: must be 0 to 9; got 10"),
+        ({"seqlens_k": torch.tensor([9]).int()}, r"seqlens_k: must have shape \[2\]"),
+        ({"q": torch.zeros(2, 2, 4, 8)}, "q: must have 1 token; got 2"),
+    ],
+)  # fmt: skip
+def test_bad_steps_are_refused(edit, message):
+    q, k, v = (t.detach() for t in inputs("cpu", 9))
+    lengths = torch.tensor([9, 9], dtype=torch.int32)
+    arguments = {"q": q[:, :1], "k_cache": k, "v_cache": v, "seqlens_k": lengths, "block": 4}
+    with pytest.raises(tm.InputError, match=rf"^tokenmill\.landmark_decode: {message}"):
+        tm.landmark_decode(**{**arguments, **edit})
