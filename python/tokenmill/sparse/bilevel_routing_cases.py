@@ -63,7 +63,7 @@ SAMPLES = (
     Sample("region size", bilevel_call((15, 20), region_size=(2, 7), h=2, topk=6)),
     Sample("keys of a smaller map", bilevel_call((24, 16), (6, 8), regions=(3, 4), scale=0.3)),
     Sample("regions of 64 pixels", bilevel_call((16, 24), region_size=(8, 8), d=32, dv=32, b=1)),
-    Sample("large regions", bilevel_call((30, 40), b=1, h=2, hk=1, regions=(2, 2), topk=2)),
+    Sample("large regions", bilevel_call((20, 30), b=1, h=2, hk=1, regions=(2, 2), topk=2)),
     Sample("pixels one by one", bilevel_call((5, 6), region_size=(1, 1), topk=7)),
     Sample("a line of pixels", bilevel_call((1, 30), h=2, regions=(1, 4), topk=2)),
     Sample("a column of pixels", bilevel_call((30, 1), h=2, regions=(4, 1), topk=2)),
