@@ -27,8 +27,22 @@ each_sample = pytest.mark.parametrize(
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 
 
-def interpreted(backend):
-    return backend == "triton" and device_of(backend) == "cpu"
+INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
+# Programs one by one: all that could differ is what a launcher makes of the number of threads.
+SERIAL = [b for b in INTERPRETERS if b == "triton"]
+
+
+def each_call(few=()):
+    """Each sample on each backend, of which `few` take the first two samples of an operator."""
+    return pytest.mark.parametrize(
+        ("spec", "sample", "backend"),
+        [
+            pytest.param(spec, sample, backend, id=f"{spec.name}-{sample.name}-{backend}")
+            for spec, sample in SAMPLES
+            for backend in backends()
+            if backend not in few or sample in spec.samples[:2]
+        ],
+    )
 
 
 def draw(sample, dtype=torch.float32, seed=0):
@@ -133,17 +147,7 @@ def tensors(tree):
     return found
 
 
-# The interpreter of Triton takes programs one by one: all that could differ is what a launcher
-# makes of the number of threads.
-@pytest.mark.parametrize(
-    ("spec", "sample", "backend"),
-    [
-        pytest.param(spec, sample, backend, id=f"{spec.name}-{sample.name}-{backend}")
-        for spec, sample in SAMPLES
-        for backend in backends()
-        if not interpreted(backend) or sample in spec.samples[:2]
-    ],
-)
+@each_call(few=SERIAL)
 def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     cotangents = [torch.ones_like(o) for o in outputs(clean(spec)(*args, **kwargs))]
@@ -155,13 +159,12 @@ def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
 
     threads(1)
     first = run()
-    for count in (5,) if interpreted(backend) else (1, 2, 5):
+    for count in (5,) if backend in SERIAL else (1, 2, 5):
         threads(count)
         assert same_bits(first, run())
 
 
-@pytest.mark.parametrize("backend", backends())
-@each_sample
+@each_call()
 def test_opcheck(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     lowered = spec.lower(*args, **kwargs)
@@ -177,15 +180,13 @@ def test_opcheck(spec, sample, backend):
     ]
     op = spec.forward.overload(dispatch.namespace(backend))
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    # The interpreter of Triton takes minutes for the graphs of all samples; those of the forward
-    # are compiled below.
-    if not interpreted(backend) or sample in spec.samples[:2]:
+    # Backends share the fake kernels and the autograd of which graphs are made.
+    if backend not in INTERPRETERS or sample in spec.samples[:2]:
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(op, tuple(lowered), test_utils=checks, raise_exception=True)
 
 
-@pytest.mark.parametrize("backend", backends())
-@each_sample
+@each_call(few=INTERPRETERS)  # backends share what graphs are made of
 def test_compiles_as_one_graph(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     torch._dynamo.reset()
