@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, nn, policies, select, sparse, testing
+from . import dense, linear, nn, policies, select, sparse, testing, tokens
 from .check import InputError
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -37,6 +37,9 @@ from .sparse import (
     landmark_attention,
     landmark_decode,
     transpose_block_list,
+)
+from .tokens import (
+    segment_reduce,
 )
 from .version import __version__
 
@@ -71,12 +74,14 @@ __all__ = [
     "nn",
     "policies",
     "query_similarity_gate",
+    "segment_reduce",
     "select",
     "sigmoid_attention",
     "sparse",
     "sparse_decode_attention",
     "testing",
     "token_select",
+    "tokens",
     "topk_select",
     "transpose_block_list",
 ]

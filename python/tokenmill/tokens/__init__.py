@@ -1,3 +1,7 @@
 """Tokens chosen, gathered, merged, scattered and pooled."""
 
-__all__: list[str] = []
+from .segment_reduce import segment_reduce
+
+__all__ = [
+    "segment_reduce",
+]

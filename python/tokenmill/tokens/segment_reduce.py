@@ -1,0 +1,256 @@
+"""segment_reduce: the rows of each segment of a sequence as one row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail
+from ..dispatch import call
+from ..kv_cache import check_int32
+from ..library import TorchOp, register
+from ..reference import tokens_reduce as reference
+from ..registry import OpSpec, register_op
+from .rules import check_index_values, check_indices, check_like, check_tokens
+from .segment_reduce_cases import MALFORMED, SAMPLES
+
+OP = "segment_reduce"
+REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
+
+
+def segment_reduce(
+    x: Tensor,
+    offsets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    perm: Tensor | None = None,
+    reduce: str = "sum",
+    return_weight_sum: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""The rows of each segment of a sequence as one row: their sum, mean, extremes or ends.
+
+    Segment s of a sequence is its rows ``offsets[s]`` to ``offsets[s + 1] - 1``, or with perm the
+    rows that these places of perm name. An empty segment gives 0. Sums are float32 in an order that
+    depends on the offsets alone.
+
+    Args:
+        x: ``[B, N, C]``, or ``[T, C]`` for sequences behind each other, float16, bfloat16 or
+            float32 (float64 on the reference), any strides with a contiguous last dimension.
+        offsets: int32 ``[B, S + 1]``, for x ``[T, C]`` ``[S + 1]`` (cu_seqlens). Not decreasing,
+            each 0 to N (or P).
+        weight: ``[B, N]`` or ``[T]`` of any floating type, one for each row of x, with "sum" and
+            "mean"; computed with in float32. None: 1.
+        perm: int32 ``[B, P]`` or ``[P]``, rows of x by place, -1 for none. Between the first and
+            the last offset no row may stand twice; other places are not read.
+        reduce: "sum" :math:`\sum w x`, "mean" :math:`\sum w x / W` with :math:`W = \sum w` (0 where
+            W is 0), "amax" or "amin" in each channel (NaN wins), "first" or "last" row.
+        return_weight_sum: also give W (without weight, and for the other reductions: the number of
+            rows).
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        y or (y, weight_sum): ``[B, S, C]`` or ``[S, C]`` in the dtype of x, and ``[B, S]`` or
+        ``[S]`` float32. Differentiable in x and weight. The whole gradient of an extreme goes to
+        the first row of the segment that has it.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads the rows once and writes S·C elements.
+
+    Paper: Learn Your Tokens (Thawani et al. 2023), pooling of words; PoNet (Tan et al. 2022),
+    pooling of segments.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.tensor([[1.0], [2.0], [6.0]])
+        >>> offsets = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+        >>> tm.segment_reduce(x, offsets).tolist()
+        [[3.0], [0.0], [6.0]]
+        >>> mean, size = tm.segment_reduce(x, offsets, reduce="mean", return_weight_sum=True)
+        >>> mean.tolist(), size.tolist()
+        ([[1.5], [0.0], [6.0]], [2.0, 0.0, 1.0])
+    """
+    lowered = lower(x, offsets, weight=weight, perm=perm, reduce=reduce,
+                    return_weight_sum=return_weight_sum)  # fmt: skip
+    y, weight_sum, _ = call(SPEC, lowered, backend)
+    if x.dim() == 2:
+        y, weight_sum = y.squeeze(0), weight_sum.squeeze(0)
+    return (y, weight_sum) if return_weight_sum else y
+
+
+def lower(
+    x: Tensor,
+    offsets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    perm: Tensor | None = None,
+    reduce: str = "sum",
+    return_weight_sum: bool = False,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "x", x)
+    check_tensor(OP, "offsets", offsets)
+    for name, t in (("weight", weight), ("perm", perm)):
+        check_tensor(OP, name, t, optional=True)
+    check(isinstance(reduce, str), OP, "reduce", "must be a string", reduce)
+    check(isinstance(return_weight_sum, bool), OP, "return_weight_sum", "must be a bool",
+          return_weight_sum)  # fmt: skip
+    rule = "must have 3 dimensions [B, N, C] or 2 [T, C]"
+    check(x.dim() in (2, 3), OP, "x", rule, x.dim())
+    if x.dim() == 2:
+        for name, t in (("offsets", offsets), ("perm", perm), ("weight", weight)):
+            if t is not None:
+                check(t.dim() == 1, OP, name, "must have 1 dimension with x [T, C]", t.dim())
+        x, offsets = x[None], offsets[None]
+        perm, weight = (None if t is None else t[None] for t in (perm, weight))
+    if weight is not None:
+        rule = "must be of a floating type"
+        check(weight.is_floating_point(), OP, "weight", rule, weight.dtype)
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+    return x, offsets, perm, weight, reduce
+
+
+# csrc/tokens/segment_reduce/host.cpp has the same rules in the same order and words.
+def _check(
+    x: Tensor,
+    offsets: Tensor,
+    perm: Tensor | None,
+    weight: Tensor | None,
+    reduce: str,
+    *,
+    float64: bool = False,
+) -> None:
+    check_tokens(OP, "x", x, float64=float64)
+    batch, tokens = x.shape[:2]
+    fits = offsets.dim() == 2 and offsets.shape[0] == batch and offsets.shape[1] >= 1
+    check(fits, OP, "offsets", f"must have shape [{batch}, S + 1]", offsets.shape)
+    check_int32(OP, "offsets", offsets)
+    check_last_contiguous(OP, "offsets", offsets)
+    check_device_of(OP, "offsets", offsets, "x", x)
+    if perm is not None:
+        check_indices(OP, "perm", perm, batch, "x", x)
+    rule = "must be 'sum', 'mean', 'amax', 'amin', 'first' or 'last'"
+    check(reduce in REDUCES, OP, "reduce", rule, reduce)
+    if weight is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        check_like(OP, "weight", weight, [batch, tokens], wide, "x", x)
+        if reduce not in ("sum", "mean"):
+            fail(OP, "weight", "goes with reduce 'sum' and 'mean' alone", reduce)
+
+
+def _check_values(
+    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
+) -> None:
+    tokens = x.shape[1]
+    places = tokens if perm is None else perm.shape[1]
+    for b, ends in enumerate(offsets.tolist()):
+        for i, end in enumerate(ends):
+            check(0 <= end <= places, OP, "offsets", f"must be 0 to {places}", end)
+            check(i == 0 or end >= ends[i - 1], OP, "offsets", "must not decrease", end)
+        if perm is not None:
+            used = perm[b, ends[0] : ends[-1]]
+            check_index_values(OP, "perm", used[None], tokens, repeats=False)
+
+
+def _check_backward(
+    dy: Tensor,
+    dweight_sum: Tensor | None,
+    y: Tensor,
+    weight_sum: Tensor,
+    arg: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    perm: Tensor | None,
+    weight: Tensor | None,
+    reduce: str,
+) -> None:
+    _check(x, offsets, perm, weight, reduce)
+
+
+def _fake(
+    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, channels = x.shape
+    shape = (batch, offsets.shape[1] - 1, channels)
+    arg_shape = shape if reduce in ("amax", "amin") else (0,)
+    return (
+        x.new_empty(shape),
+        x.new_empty(shape[:2], dtype=torch.float32),
+        x.new_empty(arg_shape, dtype=torch.int32),
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    dweight_sum: Tensor | None,
+    y: Tensor,
+    weight_sum: Tensor,
+    arg: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    perm: Tensor | None,
+    weight: Tensor | None,
+    reduce: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if weight is None else weight.shape
+    return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, offsets, perm, weight, ctx.reduce = inputs
+    ctx.save_for_backward(*output, x, offsets, perm, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
+) -> tuple[Any, ...]:
+    y, weight_sum, arg, x, offsets, perm, weight = ctx.saved_tensors
+    dy = y.new_zeros(y.shape) if dy is None else dy
+    if dy.stride(-1) != 1:
+        dy = dy.contiguous()
+    if dweight_sum is not None:
+        dweight_sum = None if weight is None else dweight_sum.contiguous()
+    dx, dweight = ops.segment_reduce_backward(
+        dy, dweight_sum, y, weight_sum, arg, x, offsets, perm, weight, ctx.reduce
+    )
+    return dx, None, None, None if weight is None else dweight, None
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=segment_reduce,
+        lower=lower,
+        reference=reference.segment_reduce,
+        plain=reference.segment_reduce,  # sums in float32: no 16-bit sum of PyTorch's is closer
+        forward=FORWARD,
+        backward=BACKWARD,
+        samples=SAMPLES,
+        malformed=MALFORMED,
+        differentiable=("x", "weight"),
+        paper="Learn Your Tokens (Thawani et al. 2023), PoNet (Tan et al. 2022)",
+        flops=lambda x, *rest: 2.0 * x.numel(),
+    )
+)
