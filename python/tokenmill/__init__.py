@@ -39,7 +39,9 @@ from .sparse import (
     transpose_block_list,
 )
 from .tokens import (
+    mask_partition,
     segment_reduce,
+    topk_partition,
 )
 from .version import __version__
 
@@ -70,6 +72,7 @@ __all__ = [
     "linear",
     "linear_attention",
     "linear_attention_decode",
+    "mask_partition",
     "merge_attention_states",
     "nn",
     "policies",
@@ -82,6 +85,7 @@ __all__ = [
     "testing",
     "token_select",
     "tokens",
+    "topk_partition",
     "topk_select",
     "transpose_block_list",
 ]

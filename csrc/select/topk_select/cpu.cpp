@@ -1,57 +1,17 @@
 // The k largest of each row. A threshold from a sample leaves a few candidates in one pass over the
 // row; the k-th of them is exact. Ties at the threshold need no candidates.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 #include "cpu/workspace.h"
+#include "select/cpu_keys.h"
 #include "select/topk_select/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr float kNegInf = -__builtin_inff();
 constexpr int64_t kMaxSample = 2048;
-constexpr int kMaxBins = 2048;
-
-// Unsigned integers in the order of the scores; NaN counts as -inf, -0 as 0.
-TM_INLINE uint32_t key_of(float x) {
-  if (!(x > kNegInf)) x = kNegInf;
-  const uint32_t bits = std::bit_cast<uint32_t>(x == 0 ? 0.f : x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-TM_INLINE float score_of(uint32_t key) {
-  return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-
-// The rank-th largest key, rank from 1. Overwrites keys.
-uint32_t nth_largest(uint32_t* keys, int64_t count, int64_t rank) {
-  int32_t bins[kMaxBins];
-  while (true) {
-    uint32_t least = keys[0], most = keys[0];
-    for (int64_t i = 1; i < count; ++i) {
-      least = keys[i] < least ? keys[i] : least;
-      most = keys[i] > most ? keys[i] : most;
-    }
-    const int width = std::bit_width(most - least);  // bits that differ
-    if (width == 0) return least;
-    const int bits = std::clamp<int>(std::bit_width(static_cast<uint64_t>(count)), 4, 11);
-    const int shift = width > bits ? width - bits : 0;
-    std::fill(bins, bins + (1 << bits), 0);
-    for (int64_t i = 0; i < count; ++i) ++bins[(keys[i] - least) >> shift];
-    uint32_t bin = (most - least) >> shift;
-    for (; bins[bin] < rank; --bin) rank -= bins[bin];
-    if (shift == 0) return least + bin;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      keys[kept] = keys[i];
-      kept += (keys[i] - least) >> shift == bin;
-    }
-    count = kept;
-  }
-}
 
 // Positions begin .. end - 1 of a row of scores.
 template <DType kType>

@@ -1,0 +1,36 @@
+// Tokens partitioned by their scores. Free of torch.
+#pragma once
+#include "core/dtype.h"
+#include "cpu/isa.h"
+
+namespace tokenmill {
+
+struct TopkPartitionParams {
+  int64_t batch, tokens, k;
+  DType dtype;
+  const void* scores;  // [B, N]
+  int64_t scores_batch;
+  bool largest, by_score;  // whether keep is in the order of the scores
+  const bool* valid;       // [B, N]; null: all
+  int64_t valid_batch;
+  int64_t protect_first, protect_last;
+  int32_t *keep, *rest;  // [B, k], [B, N - k]
+  void* workspace;       // CUDA
+};
+
+// Tokens are ordered by keys, greatest first, and of equal keys by index. key_of_score orders
+// scores between these ends.
+constexpr uint32_t kProtectedKey = 0xffffffffu, kInvalidKey = 1;
+
+TOKENMILL_HOST_DEVICE inline bool is_protected(const TopkPartitionParams& p, int64_t i) {
+  return i < p.protect_first || i >= p.tokens - p.protect_last;
+}
+
+int64_t workspace_bytes(const TopkPartitionParams&);  // of the CUDA kernel
+
+// null, or what went wrong
+const char* launch_cuda(const TopkPartitionParams&, void* stream);
+
+}  // namespace tokenmill
+
+TOKENMILL_CPU_KERNEL(topk_partition, TopkPartitionParams)

@@ -1,0 +1,148 @@
+"""mask_partition: the tokens that a mask takes, packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_last_contiguous, check_tensor
+from ..dispatch import call
+from ..edits import set_argument, set_options
+from ..library import TorchOp, register
+from ..reference import tokens_reduce as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+from ..select.rules import check_whole
+
+OP = "mask_partition"
+
+
+def mask_partition(
+    mask: Tensor, *, max_total: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that a mask takes, packed: where each comes from, and where it goes.
+
+    Args:
+        mask: bool ``[B, N]``, any strides with a contiguous last dimension, B·N < 2^31.
+        max_total: size of indices, at least the number of tokens taken (a GPU drops those beyond
+            it). None: B·N, enough for any mask.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (indices, cu_seqlens, inverse): int32 ``[max_total]``, b·N + n of the tokens taken,
+        ascending, with -1 behind the last; int32 ``[B + 1]``, row b has the places
+        ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; int32 ``[B, N]``, the place of each token,
+        -1 if it is not taken. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: O(B·N), one pass over the mask and one that writes.
+
+    Paper: DToP (Tang et al. 2023, section 3.3), tokens that have not left early.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> mask = torch.tensor([[True, False, True], [False, False, True]])
+        >>> indices, cu_seqlens, inverse = tm.mask_partition(mask, max_total=4)
+        >>> indices.tolist(), cu_seqlens.tolist(), inverse.tolist()
+        ([0, 2, 5, -1], [0, 2, 3], [[0, -1, 1], [-1, -1, 2]])
+    """
+    indices, cu_seqlens, inverse = call(SPEC, lower(mask, max_total=max_total), backend)
+    return indices, cu_seqlens, inverse
+
+
+def lower(mask: Tensor, *, max_total: int | None = None) -> tuple[Any, ...]:
+    check_tensor(OP, "mask", mask)
+    if max_total is not None:
+        check_whole(OP, "max_total", max_total)
+    return mask, max_total
+
+
+# csrc/tokens/mask_partition/host.cpp has the same rules in the same order and words.
+def _check(mask: Tensor, max_total: int | None, *, float64: bool = False) -> None:
+    check(mask.dim() == 2, OP, "mask", "must have 2 dimensions [B, N]", mask.dim())
+    check(mask.dtype == torch.bool, OP, "mask", "must be bool", mask.dtype)
+    check_last_contiguous(OP, "mask", mask)
+    tokens = mask.shape[0] * mask.shape[1]
+    check(tokens < 2**31, OP, "mask", "must have fewer than 2^31 tokens in all", tokens)
+    if max_total is not None:
+        fits = 0 <= max_total < 2**31
+        check(fits, OP, "max_total", "must be 0 to 2^31 - 1", max_total)
+
+
+def _check_values(mask: Tensor, max_total: int | None) -> None:
+    if max_total is not None:
+        taken = int(mask.sum())
+        rule = f"must be at least the number of tokens taken, {taken}"
+        check(taken <= max_total, OP, "max_total", rule, max_total)
+
+
+def _fake(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = mask.shape
+    size = batch * tokens if max_total is None else max_total
+    return (
+        mask.new_empty((size,), dtype=torch.int32),
+        mask.new_empty((batch + 1,), dtype=torch.int32),
+        mask.new_empty((batch, tokens), dtype=torch.int32),
+    )
+
+
+def _sample(batch: int, tokens: int, share: float, max_total: int | None = None) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = torch.rand(batch, tokens, generator=g) < share
+        return (mask,), {} if max_total is None else {"max_total": max_total}
+
+    return make
+
+
+FORWARD = register(TorchOp(OP, check=_check, fake=_fake, check_values=_check_values))
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=mask_partition,
+        lower=lower,
+        reference=reference.mask_partition,
+        plain=reference.mask_partition,  # exact
+        forward=FORWARD,
+        backward=None,
+        samples=(
+            Sample("some", _sample(3, 67, 0.4, 150)),
+            Sample("all that there may be", _sample(2, 300, 0.5)),
+            Sample("one row", _sample(1, 1000, 0.01)),
+            Sample("none", _sample(2, 9, 0.0, 0)),
+            Sample("no tokens", _sample(3, 0, 0.5, 2)),
+            Sample("no rows", _sample(0, 7, 0.5)),
+        ),
+        # Edits of the first sample.
+        malformed=(
+            Malformed(
+                "rank",
+                "mask: must have 2 dimensions [B, N]; got 1",
+                set_argument(0, lambda t: t[0]),
+            ),
+            Malformed("dtype", "mask: must be bool; got int32", set_argument(0, lambda t: t.int())),
+            Malformed(
+                "layout",
+                "mask: must have a contiguous last dimension",
+                set_argument(0, lambda t: t.t()),
+            ),
+            Malformed(
+                "negative total",
+                "max_total: must be 0 to 2^31 - 1; got -1",
+                set_options(max_total=-1),
+            ),
+            Malformed(
+                "total",
+                "max_total: must be at least the number of tokens taken, 201; got 150",
+                set_argument(0, torch.ones_like),
+                values=True,
+            ),
+        ),
+        differentiable=(),
+        paper="DToP (Tang et al. 2023)",
+        flops=lambda mask, *rest: 1.0 * mask.numel(),
+    )
+)

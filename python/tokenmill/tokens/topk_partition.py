@@ -1,0 +1,230 @@
+"""topk_partition: the k best tokens of each row, and the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_dtype, check_last_contiguous, check_tensor, fail
+from ..dispatch import call
+from ..edits import set_argument, set_options
+from ..library import TorchOp, register
+from ..reference import tokens_reduce as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+from ..select.rules import check_whole
+from .rules import check_like
+
+OP = "topk_partition"
+
+
+def topk_partition(
+    scores: Tensor,
+    k: int,
+    *,
+    largest: bool = True,
+    order: str = "score",
+    valid: Tensor | None = None,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best tokens of each row, and the others: together all tokens, each once.
+
+    Best are, in this order: protected tokens, by index; valid ones by score, equal scores by index;
+    valid ones whose score is NaN or -inf (+inf, if the smallest are wanted); the others. The result
+    is exact and does not depend on threads, runs or backend.
+
+    Args:
+        scores: ``[B, N]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
+            a contiguous last dimension, N < 2^31. 0 and -0 are equal.
+        k: tokens to keep of each row, 0 to N.
+        largest: whether great scores are better than small ones.
+        order: of the tokens kept, "score" (the best one first) or "index" (ascending).
+        valid: bool ``[B, N]``. Invalid tokens come behind all others. None: all are valid.
+        protect_first: so many first tokens are kept whatever their score, even if they are invalid
+            (the class token).
+        protect_last: so many last tokens likewise; protect_first + protect_last <= k.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: O(N) for each row, O(N) extra memory.
+
+    Paper: EViT (Liang et al. 2022, section 3.2), attentive and inattentive tokens; Focus-DETR
+    (Zheng et al. 2023, section 3.2).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> scores = torch.tensor([[0.1, 0.9, float("nan"), 0.9, 0.5]])
+        >>> keep, rest = tm.topk_partition(scores, 3, protect_first=1)
+        >>> keep.tolist(), rest.tolist()
+        ([[0, 1, 3]], [[2, 4]])
+    """
+    lowered = lower(scores, k, largest=largest, order=order, valid=valid,
+                    protect_first=protect_first, protect_last=protect_last)  # fmt: skip
+    keep, rest = call(SPEC, lowered, backend)
+    return keep, rest
+
+
+def lower(
+    scores: Tensor,
+    k: int,
+    *,
+    largest: bool = True,
+    order: str = "score",
+    valid: Tensor | None = None,
+    protect_first: int = 0,
+    protect_last: int = 0,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "scores", scores)
+    check_tensor(OP, "valid", valid, optional=True)
+    for name, number in (("k", k), ("protect_first", protect_first),
+                         ("protect_last", protect_last)):  # fmt: skip
+        check_whole(OP, name, number)
+    check(isinstance(largest, bool), OP, "largest", "must be a bool", largest)
+    check(isinstance(order, str), OP, "order", "must be a string", order)
+    scores = scores.detach() if scores.requires_grad else scores
+    return scores, k, largest, order, valid, protect_first, protect_last
+
+
+# csrc/tokens/topk_partition/host.cpp has the same rules in the same order and words.
+def _check(
+    scores: Tensor,
+    k: int,
+    largest: bool,
+    order: str,
+    valid: Tensor | None,
+    protect_first: int,
+    protect_last: int,
+    *,
+    float64: bool = False,
+) -> None:
+    check(scores.dim() == 2, OP, "scores", "must have 2 dimensions [B, N]", scores.dim())
+    check_dtype(OP, "scores", scores, float64=float64)
+    check_last_contiguous(OP, "scores", scores)
+    batch, tokens = scores.shape
+    check(tokens < 2**31, OP, "scores", "must have fewer than 2^31 tokens in a row", tokens)
+    check(0 <= k <= tokens, OP, "k", f"must be 0 to N, {tokens}", k)
+    check(order in ("score", "index"), OP, "order", "must be 'score' or 'index'", order)
+    if valid is not None:
+        check_like(OP, "valid", valid, [batch, tokens], torch.bool, "scores", scores)
+    check(protect_first >= 0, OP, "protect_first", "must not be negative", protect_first)
+    check(protect_last >= 0, OP, "protect_last", "must not be negative", protect_last)
+    if not protect_first + protect_last <= k:
+        rule = f"must leave protect_first + protect_last <= k, {k}, with protect_first"
+        fail(OP, "protect_last", f"{rule} {protect_first}", protect_last)
+
+
+def _fake(
+    scores: Tensor,
+    k: int,
+    largest: bool,
+    order: str,
+    valid: Tensor | None,
+    protect_first: int,
+    protect_last: int,
+) -> tuple[Tensor, Tensor]:
+    batch, tokens = scores.shape
+    return (
+        scores.new_empty((batch, k), dtype=torch.int32),
+        scores.new_empty((batch, tokens - k), dtype=torch.int32),
+    )
+
+
+def _sample(
+    batch: int, tokens: int, k: int, *, hostile: bool = False, invalid: float = 0, **options: Any
+) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        scores = torch.randn(batch, tokens, generator=g)
+        if hostile:
+            scores = (2 * scores).round()
+            scores[0, ::3] = float("nan")
+            scores[-1, 1::2] = float("-inf")
+            scores[-1, 4:7] = float("inf")
+        given = dict(options)
+        if invalid:
+            given["valid"] = torch.rand(batch, tokens, generator=g) >= invalid
+        return (scores.to(dtype), k), given
+
+    return make
+
+
+FORWARD = register(TorchOp(OP, check=_check, fake=_fake))
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=topk_partition,
+        lower=lower,
+        reference=reference.topk_partition,
+        plain=reference.topk_partition,  # exact in any dtype
+        forward=FORWARD,
+        backward=None,
+        samples=(
+            Sample(
+                "invalid and protected",
+                _sample(3, 197, 60, invalid=0.8, protect_first=1, protect_last=4),
+            ),
+            Sample("not finite", _sample(2, 50, 30, hostile=True, order="index")),
+            Sample("smallest", _sample(3, 70, 20, hostile=True, largest=False)),
+            Sample("all by score", _sample(2, 33, 33, hostile=True)),
+            Sample("none", _sample(2, 9, 0, order="index")),
+            Sample("no tokens", _sample(2, 0, 0)),
+        ),
+        # Edits of the first sample.
+        malformed=(
+            Malformed(
+                "rank",
+                "scores: must have 2 dimensions [B, N]; got 1",
+                set_argument(0, lambda t: t[0]),
+            ),
+            Malformed(
+                "dtype",
+                "scores: must be float16, bfloat16 or float32; got int32",
+                set_argument(0, lambda t: t.int()),
+            ),
+            Malformed(
+                "layout",
+                "scores: must have a contiguous last dimension",
+                set_argument(0, lambda t: t.t()),
+            ),
+            Malformed("wide k", "k: must be 0 to N, 197; got 198", set_argument(1, lambda k: 198)),
+            Malformed("k", "k: must be 0 to N, 197; got -1", set_argument(1, lambda k: -1)),
+            Malformed(
+                "order",
+                "order: must be 'score' or 'index'; got 'value'",
+                set_options(order="value"),
+            ),
+            Malformed(
+                "shape of valid",
+                "valid: must have shape [3, 197]; got [3, 196]",
+                set_options(valid=torch.ones(3, 196, dtype=torch.bool)),
+            ),
+            Malformed(
+                "dtype of valid",
+                "valid: must be bool; got float32",
+                set_options(valid=torch.ones(3, 197)),
+            ),
+            Malformed(
+                "negative protection",
+                "protect_first: must not be negative; got -1",
+                set_options(protect_first=-1),
+            ),
+            Malformed(
+                "protection",
+                "protect_last: must leave protect_first + protect_last <= k, 60, with "
+                "protect_first 40; got 21",
+                set_options(protect_first=40, protect_last=21),
+            ),
+        ),
+        differentiable=(),
+        paper="EViT (Liang et al. 2022), Focus-DETR (Zheng et al. 2023)",
+        flops=lambda scores, *rest: 1.0 * scores.numel(),
+    )
+)
