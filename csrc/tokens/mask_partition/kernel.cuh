@@ -1,0 +1,98 @@
+// The tokens that a mask takes, packed: chunks are counted, their counts summed, then tokens
+// written to their places.
+#pragma once
+#include <cub/block/block_scan.cuh>
+
+#include "cuda/warp.cuh"
+#include "tokens/mask_partition/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kMaskThreads = 256, kMaskScanThreads = 1024;
+constexpr int kMaskWarps = kMaskThreads / kWarpSize;
+constexpr int kMaskSteps = 8;  // of 32 tokens, of a warp
+constexpr int kMaskChunk = kMaskThreads * kMaskSteps;
+
+// The tokens of a warp's part of a chunk: bit l of step j is token 32 j + l.
+struct MaskBits {
+  unsigned bits[kMaskSteps];
+  int count;
+
+  __device__ __forceinline__ MaskBits(const MaskPartitionParams& p, uint32_t first) : count(0) {
+    const uint32_t total = static_cast<uint32_t>(p.batch * p.tokens);
+    const uint32_t tokens = static_cast<uint32_t>(p.tokens);
+#pragma unroll
+    for (int j = 0; j < kMaskSteps; ++j) {
+      const uint32_t i = first + j * kWarpSize + threadIdx.x % kWarpSize;
+      const uint32_t b = i / tokens;
+      const bool taken = i < total && p.mask[b * p.mask_batch + (i - b * tokens)] != 0;
+      bits[j] = __ballot_sync(kFullWarp, taken);
+      count += __popc(bits[j]);
+    }
+  }
+};
+
+__device__ __forceinline__ uint32_t first_of_warp() {
+  return blockIdx.x * kMaskChunk + threadIdx.x / kWarpSize * (kWarpSize * kMaskSteps);
+}
+
+// Tokens taken by the warps of this block before this one, and by all.
+__device__ __forceinline__ int2 sums_of_block(int count) {
+  __shared__ int counts[kMaskWarps];
+  if (threadIdx.x % kWarpSize == 0) counts[threadIdx.x / kWarpSize] = count;
+  __syncthreads();
+  int2 sums{0, 0};
+#pragma unroll
+  for (int w = 0; w < kMaskWarps; ++w) {
+    if (w < static_cast<int>(threadIdx.x) / kWarpSize) sums.x += counts[w];
+    sums.y += counts[w];
+  }
+  return sums;
+}
+
+__global__ void __launch_bounds__(kMaskThreads)
+    mask_count_kernel(const __grid_constant__ MaskPartitionParams p, int32_t* counts) {
+  const int2 sums = sums_of_block(MaskBits(p, first_of_warp()).count);
+  if (threadIdx.x == 0) counts[blockIdx.x] = sums.y;
+}
+
+// Counts of chunks become the places where they begin. One block.
+__global__ void __launch_bounds__(kMaskScanThreads)
+    mask_scan_kernel(const __grid_constant__ MaskPartitionParams p, int32_t* counts, int chunks) {
+  using Scan = cub::BlockScan<int32_t, kMaskScanThreads>;
+  __shared__ typename Scan::TempStorage shared;
+  int32_t before = 0;
+  for (int first = 0; first < chunks; first += kMaskScanThreads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    int32_t place, total;
+    Scan(shared).ExclusiveSum(i < chunks ? counts[i] : 0, place, total);
+    if (i < chunks) counts[i] = before + place;
+    before += total;
+    __syncthreads();  // `shared` is read
+  }
+  if (threadIdx.x == 0) p.cu_seqlens[p.batch] = min(before, static_cast<int32_t>(p.size));
+}
+
+__global__ void __launch_bounds__(kMaskThreads)
+    mask_write_kernel(const __grid_constant__ MaskPartitionParams p, const int32_t* begins) {
+  const uint32_t first = first_of_warp(), lane = threadIdx.x % kWarpSize;
+  const uint32_t total = static_cast<uint32_t>(p.batch * p.tokens);
+  const uint32_t tokens = static_cast<uint32_t>(p.tokens);
+  const int32_t size = static_cast<int32_t>(p.size);
+  const MaskBits mask(p, first);
+  int32_t place = begins[blockIdx.x] + sums_of_block(mask.count).x;
+#pragma unroll
+  for (int j = 0; j < kMaskSteps; ++j) {
+    const uint32_t i = first + j * kWarpSize + lane;
+    const int32_t at = place + __popc(mask.bits[j] & ((1u << lane) - 1));
+    place += __popc(mask.bits[j]);
+    if (i >= total) continue;
+    const bool taken = (mask.bits[j] >> lane & 1) != 0 && at < size;
+    if (taken) p.indices[at] = static_cast<int32_t>(i);
+    p.inverse[i] = taken ? at : -1;
+    const uint32_t b = i / tokens;
+    if (i == b * tokens) p.cu_seqlens[b] = min(at, size);
+  }
+}
+
+}  // namespace tokenmill::cuda

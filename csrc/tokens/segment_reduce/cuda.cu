@@ -1,0 +1,120 @@
+#include "tokens/segment_reduce/kernel.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+constexpr int64_t kTeamPlaces = 64;    // in the mean, from which a segment gets a whole block
+constexpr int64_t kPartPlaces = 1024;  // at least, of a part
+constexpr int64_t kManyBlocks = 1024;  // that fill any GPU
+constexpr int64_t kMostParts = 256;
+
+unsigned limited(int64_t blocks, int64_t most) {
+  return static_cast<unsigned>(blocks < most ? blocks : most);
+}
+constexpr int64_t kMaxX = 0x7fffffff, kMaxYZ = 65535;
+
+template <typename T>
+bool vectors(const SegmentReduceParams& p) {
+  return is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_row);
+}
+
+bool is_extreme(const SegmentReduceParams& p) {
+  return p.reduce == Reduce::amax || p.reduce == Reduce::amin;
+}
+bool is_end(const SegmentReduceParams& p) {
+  return p.reduce == Reduce::first || p.reduce == Reduce::last;
+}
+
+SegmentPlan make_plan(const SegmentReduceParams& p) {
+  int vector = 1;
+  visit_dtype(p.dtype, [&]<typename T>() { vector = vectors<T>(p) ? 16 / sizeof(T) : 1; });
+  SegmentPlan plan{};
+  const int64_t tiles = ceil_div(p.channels, kWarpSize * vector);
+  const int64_t mean = p.segments > 0 ? p.places / p.segments : 0;
+  plan.tiles = static_cast<int>(tiles > 0 ? tiles : 1);
+  plan.team = mean >= kTeamPlaces ? kSegmentWarps : 1;
+  plan.parts = 1;
+  const int64_t blocks = p.batch * p.segments * plan.tiles;
+  if (!is_end(p) && blocks > 0 && blocks < kManyBlocks && mean >= 2 * kPartPlaces) {
+    int64_t parts = mean / kPartPlaces;
+    if (parts > ceil_div(kManyBlocks, blocks)) parts = ceil_div(kManyBlocks, blocks);
+    plan.parts = static_cast<int>(parts < kMostParts ? parts : kMostParts);
+  }
+  const int64_t segments = plan.parts * p.batch * p.segments;
+  plan.values = static_cast<float*>(p.workspace);
+  plan.weights = plan.values + segments * p.channels;
+  plan.rows = reinterpret_cast<int32_t*>(plan.weights + segments);
+  return plan;
+}
+
+template <typename T, int kVector>
+void launch_ends(const SegmentReduceParams& p, cudaStream_t stream) {
+  const dim3 grid(limited(ceil_div(p.segments, kSegmentWarps), kMaxX), 1, limited(p.batch, kMaxYZ));
+  segment_end_kernel<T, kVector><<<grid, kSegmentThreads, 0, stream>>>(p);
+}
+
+template <typename T, int kVector, bool kExtreme>
+void launch_reduce(const SegmentReduceParams& p, const SegmentPlan& plan, cudaStream_t stream) {
+  const dim3 grid(limited(ceil_div(p.segments, kSegmentWarps / plan.team), kMaxX),
+                  static_cast<unsigned>(plan.tiles * plan.parts), limited(p.batch, kMaxYZ));
+  segment_kernel<T, kVector, kExtreme><<<grid, kSegmentThreads, 0, stream>>>(p, plan);
+  if (plan.parts > 1)
+    segment_merge_kernel<T, kExtreme>
+        <<<limited(p.batch * p.segments, kMaxX), kSegmentThreads, 0, stream>>>(p, plan);
+}
+
+template <typename T, int kVector>
+void launch(const SegmentReduceParams& p, cudaStream_t stream) {
+  if (is_end(p)) return launch_ends<T, kVector>(p, stream);
+  const SegmentPlan plan = make_plan(p);
+  is_extreme(p) ? launch_reduce<T, kVector, true>(p, plan, stream)
+                : launch_reduce<T, kVector, false>(p, plan, stream);
+}
+
+const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t workspace_bytes(const SegmentReduceParams& p) {
+  const cuda::SegmentPlan plan = cuda::make_plan(p);
+  if (plan.parts == 1) return 0;
+  return plan.parts * p.batch * p.segments * (2 * p.channels + 1) * int64_t{4};
+}
+
+const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
+  using namespace cuda;
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (make_plan(p).tiles * int64_t{make_plan(p).parts} > kMaxYZ)
+    return "2 million channels at most on CUDA";
+  visit_dtype(p.dtype, [&]<typename T>() {
+    vectors<T>(p) ? launch<T, 16 / sizeof(T)>(p, s) : launch<T, 1>(p, s);
+  });
+  return last_error();
+}
+
+const char* launch_cuda(const SegmentReduceBackwardParams& q, void* stream) {
+  using namespace cuda;
+  const SegmentReduceParams& p = q.forward;
+  const auto s = static_cast<cudaStream_t>(stream);
+  cudaMemsetAsync(q.segment_of_row, 0xff, p.batch * p.tokens * sizeof(int32_t), s);  // -1
+  const int64_t threads = is_end(p) ? p.segments : p.places;
+  if (threads > 0 && p.segments > 0) {
+    const dim3 grid(limited(ceil_div(threads, kSegmentThreads), kMaxX), limited(p.batch, kMaxYZ));
+    segment_of_row_kernel<<<grid, kSegmentThreads, 0, s>>>(q);
+  }
+  const dim3 grid(limited(ceil_div(p.tokens, kSegmentWarps), kMaxX), 1, limited(p.batch, kMaxYZ));
+  visit_dtype(p.dtype, [&]<typename T>() {
+    if (vectors<T>(p) && is_vectorizable<T>(q.dy, p.channels, q.dy_batch, q.dy_row))
+      segment_backward_kernel<T, 16 / sizeof(T)><<<grid, kSegmentThreads, 0, s>>>(q);
+    else
+      segment_backward_kernel<T, 1><<<grid, kSegmentThreads, 0, s>>>(q);
+  });
+  return last_error();
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,320 @@
+// Rows reduced by segments. A team of warps takes a segment in a tile of channels, a lane
+// neighbouring channels; long segments are cut into parts for several blocks, put together in
+// their order.
+#pragma once
+#include "cuda/vector.cuh"
+#include "cuda/warp.cuh"
+#include "tokens/segment_reduce/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kSegmentThreads = 256;
+constexpr int kSegmentWarps = kSegmentThreads / kWarpSize;
+constexpr int kSumPlaces = 256;  // that one accumulator takes
+
+// All of it follows from the shapes.
+struct SegmentPlan {
+  int team;   // warps of a segment and tile, 1 or kSegmentWarps
+  int parts;  // blocks of a segment and tile
+  int tiles;
+  float* values;   // [parts, B, S, C], if there are several
+  int32_t* rows;   // likewise, of extremes
+  float* weights;  // [parts, B, S]
+};
+
+// What a lane knows of its channels. Of extremes the rows too, -1: none yet.
+template <int kVector, bool kExtreme>
+struct SegmentLane {
+  float value[kVector];
+  int32_t row[kExtreme ? kVector : 1];
+
+  __device__ __forceinline__ SegmentLane() {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) value[v] = 0;
+#pragma unroll
+    for (int v = 0; v < (kExtreme ? kVector : 1); ++v) row[v] = -1;
+  }
+  // Extremes: the greater one; what is not greater, and NaN after NaN, changes nothing.
+  __device__ __forceinline__ void take(int v, float x, int32_t r) {
+    if (r < 0 || (row[v] >= 0 && (x <= value[v] || value[v] != value[v]))) return;
+    value[v] = x;
+    row[v] = r;
+  }
+  __device__ __forceinline__ void merge(int v, float x, int32_t r) {
+    if constexpr (kExtreme)
+      take(v, x, r);
+    else
+      value[v] += x;
+  }
+};
+
+__device__ __forceinline__ float sign_of(Reduce reduce) {
+  return reduce == Reduce::amin ? -1.f : 1.f;
+}
+
+// Rows and weights of 32 places, one in each lane; -1 behind the end.
+struct PlaceOfLane {
+  int32_t row;
+  float weight;
+
+  __device__ __forceinline__ PlaceOfLane(const SegmentReduceParams& p, int64_t b, int64_t place,
+                                         int64_t end)
+      : row(place < end ? row_of_place(p, b, place) : -1),
+        weight(row >= 0 ? (p.weight ? p.weight[b * p.weight_batch + row] : 1.f) : 0.f) {}
+};
+
+// Places begin .. end - 1 of batch row b in the channels from c on. Returns the sum of the weights.
+template <typename T, int kVector, bool kExtreme>
+__device__ __forceinline__ float reduce_places(const SegmentReduceParams& p, int64_t b,
+                                               int64_t begin, int64_t end, int64_t c,
+                                               SegmentLane<kVector, kExtreme>& lane) {
+  const T* const x = static_cast<const T*>(p.x) + b * p.x_batch + c;
+  const int id = threadIdx.x % kWarpSize;
+  const bool there = c < p.channels;
+  const float sign = sign_of(p.reduce);
+  float weight = 0;
+  int count = 0;  // exact where a sum of ones in float32 would stop growing
+  for (int64_t chunk = begin; chunk < end; chunk += kSumPlaces) {
+    SegmentLane<kVector, false> sum;
+    const int64_t chunk_end = end - chunk < kSumPlaces ? end : chunk + kSumPlaces;
+    for (int64_t first = chunk; first < chunk_end; first += kWarpSize) {
+      const PlaceOfLane mine(p, b, first + id, chunk_end);
+      weight += mine.weight;
+      count += mine.row >= 0;
+      const int places =
+          static_cast<int>(chunk_end - first < kWarpSize ? chunk_end - first : kWarpSize);
+#pragma unroll 4
+      for (int j = 0; j < places; ++j) {
+        const int32_t row = __shfl_sync(kFullWarp, mine.row, j);
+        const float w = __shfl_sync(kFullWarp, mine.weight, j);
+        float at[kVector] = {};
+        if (there && row >= 0) load_floats(at, x + row * p.x_row);
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          if constexpr (kExtreme)
+            lane.take(v, at[v] * sign, row);
+          else
+            sum.value[v] = fmaf(w, at[v], sum.value[v]);
+        }
+      }
+    }
+    if constexpr (!kExtreme) {
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) lane.value[v] += sum.value[v];
+    }
+  }
+  return p.weight ? warp_sum(weight) : static_cast<float>(warp_sum(count));
+}
+
+// Channels c .. c + kVector - 1 of a segment, number `segment` of all.
+template <typename T, int kVector, bool kExtreme>
+__device__ __forceinline__ void finish_segment(const SegmentReduceParams& p, int64_t segment,
+                                               int64_t c, float weight,
+                                               const SegmentLane<kVector, kExtreme>& lane) {
+  if (c == 0) p.weight_sum[segment] = weight;
+  if (c >= p.channels) return;
+  const int64_t at = segment * p.channels + c;
+  const bool mean = p.reduce == Reduce::mean;
+  float y[kVector];
+#pragma unroll
+  for (int v = 0; v < kVector; ++v) {
+    y[v] = lane.value[v] * sign_of(p.reduce);
+    if (mean) y[v] = weight == 0 ? 0 : y[v] / weight;
+    if constexpr (kExtreme) p.arg[at + v] = lane.row[v];
+  }
+  store_floats(static_cast<T*>(p.y) + at, y);
+}
+
+// Blocks: (teams of segments, tiles and parts, batch).
+template <typename T, int kVector, bool kExtreme>
+__global__ void __launch_bounds__(kSegmentThreads, 3)
+    segment_kernel(const __grid_constant__ SegmentReduceParams p,
+                   const __grid_constant__ SegmentPlan plan) {
+  __shared__ float values[kSegmentWarps][kVector][kWarpSize];
+  __shared__ int32_t rows[kExtreme ? kSegmentWarps : 1][kVector][kWarpSize];
+  __shared__ float weights[kSegmentWarps];
+  const int warp = threadIdx.x / kWarpSize, id = threadIdx.x % kWarpSize;
+  const int member = warp % plan.team, teams = kSegmentWarps / plan.team;
+  const int tile = static_cast<int>(blockIdx.y) % plan.tiles;
+  const int part = static_cast<int>(blockIdx.y) / plan.tiles;
+  const int64_t c = (int64_t{tile} * kWarpSize + id) * kVector;
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t first = int64_t{blockIdx.x} * teams; first < p.segments;
+         first += int64_t{gridDim.x} * teams) {
+      const int64_t s = first + warp / plan.team;
+      SegmentLane<kVector, kExtreme> lane;
+      float weight = 0;
+      if (s < p.segments) {
+        // Slices of whole warps of places.
+        const PlaceRange all = segment_places(p, b, s);
+        const int64_t slices = int64_t{plan.team} * plan.parts;
+        const int64_t slice = slices == 1
+                                  ? all.end - all.begin
+                                  : round_up(ceil_div(static_cast<uint32_t>(all.end - all.begin),
+                                                      static_cast<uint32_t>(slices)),
+                                             kWarpSize);
+        const int64_t begin = all.begin + (part * plan.team + member) * slice;
+        const int64_t end = begin + slice < all.end ? begin + slice : all.end;
+        weight = reduce_places<T>(p, b, begin, end, c, lane);
+      }
+      if (plan.team > 1) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          values[warp][v][id] = lane.value[v];
+          if constexpr (kExtreme) rows[warp][v][id] = lane.row[v];
+        }
+        if (id == 0) weights[warp] = weight;
+        __syncthreads();
+        for (int w = 1; warp == 0 && w < kSegmentWarps; ++w) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v)
+            lane.merge(v, values[w][v][id], kExtreme ? rows[w][v][id] : 0);
+          weight += weights[w];
+        }
+        __syncthreads();
+      }
+      if (member > 0 || s >= p.segments) continue;
+      const int64_t segment = b * p.segments + s;
+      if (plan.parts == 1) {
+        finish_segment<T>(p, segment, c, weight, lane);
+        continue;
+      }
+      const int64_t at = part * p.batch * p.segments + segment;
+      if (c == 0) plan.weights[at] = weight;
+      if (c >= p.channels) continue;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v) {
+        plan.values[at * p.channels + c + v] = lane.value[v];
+        if constexpr (kExtreme) plan.rows[at * p.channels + c + v] = lane.row[v];
+      }
+    }
+}
+
+// The parts of segments put together: a block for each segment.
+template <typename T, bool kExtreme>
+__global__ void __launch_bounds__(kSegmentThreads)
+    segment_merge_kernel(const __grid_constant__ SegmentReduceParams p,
+                         const __grid_constant__ SegmentPlan plan) {
+  const int64_t segments = p.batch * p.segments;
+  for (int64_t segment = blockIdx.x; segment < segments; segment += gridDim.x) {
+    float weight = 0;
+    for (int part = 0; part < plan.parts; ++part) weight += plan.weights[part * segments + segment];
+    for (int64_t c = threadIdx.x; c < p.channels || c == 0; c += kSegmentThreads) {
+      SegmentLane<1, kExtreme> lane;
+      for (int part = 0; c < p.channels && part < plan.parts; ++part) {
+        const int64_t at = (part * segments + segment) * p.channels + c;
+        lane.merge(0, plan.values[at], kExtreme ? plan.rows[at] : 0);
+      }
+      finish_segment<T>(p, segment, c, weight, lane);
+    }
+  }
+}
+
+// The first or last row of each segment: a warp for each.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kSegmentThreads, 4)
+    segment_end_kernel(const __grid_constant__ SegmentReduceParams p) {
+  const int id = threadIdx.x % kWarpSize;
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t s = int64_t{blockIdx.x} * kSegmentWarps + threadIdx.x / kWarpSize; s < p.segments;
+         s += int64_t{gridDim.x} * kSegmentWarps) {
+      const int64_t segment = b * p.segments + s;
+      const PlaceRange all = segment_places(p, b, s);
+      int count = 0;
+      for (int64_t place = all.begin + id; p.perm && place < all.end; place += kWarpSize)
+        count += row_of_place(p, b, place) >= 0;
+      count = p.perm ? warp_sum(count) : static_cast<int>(all.end - all.begin);
+      if (id == 0) p.weight_sum[segment] = static_cast<float>(count);
+      const int32_t row = end_row(p, b, s);
+      const T* const x = static_cast<const T*>(p.x) + b * p.x_batch + row * p.x_row;
+      T* const y = static_cast<T*>(p.y) + segment * p.channels;
+      for (int64_t c = id * kVector; c < p.channels; c += kWarpSize * kVector) {
+        Pack<T, kVector> bits;
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) bits.x[v] = static_cast<T>(0.f);
+        if (row >= 0) bits = *reinterpret_cast<const Pack<T, kVector>*>(x + c);
+        *reinterpret_cast<Pack<T, kVector>*>(y + c) = bits;
+      }
+    }
+}
+
+// The segment of each row; segment_of_row holds -1 before. A thread for each place, with "first"
+// and "last" for each segment.
+__global__ void __launch_bounds__(kSegmentThreads)
+    segment_of_row_kernel(const __grid_constant__ SegmentReduceBackwardParams q) {
+  const SegmentReduceParams& p = q.forward;
+  const bool ends = p.reduce == Reduce::first || p.reduce == Reduce::last;
+  const int64_t count = ends ? p.segments : p.places;
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y)
+    for (int64_t i = int64_t{blockIdx.x} * kSegmentThreads + threadIdx.x; i < count;
+         i += int64_t{gridDim.x} * kSegmentThreads) {
+      int64_t s = i;
+      int32_t row;
+      if (ends) {
+        row = end_row(p, b, s);
+      } else {
+        // The last segment that begins at the place or before it.
+        const int32_t* const offsets = p.offsets + b * p.offsets_batch;
+        int64_t low = 0, high = p.segments;
+        while (low < high) {
+          const int64_t middle = (low + high) / 2;
+          if (offsets[middle] <= i)
+            low = middle + 1;
+          else
+            high = middle;
+        }
+        s = low - 1;
+        row = s >= 0 && i < offsets[s + 1] ? row_of_place(p, b, i) : -1;
+      }
+      if (row >= 0) q.segment_of_row[b * p.tokens + row] = static_cast<int32_t>(s);
+    }
+}
+
+// dx and dweight: a warp for each row.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kSegmentThreads, 4)
+    segment_backward_kernel(const __grid_constant__ SegmentReduceBackwardParams q) {
+  const SegmentReduceParams& p = q.forward;
+  const int id = threadIdx.x % kWarpSize;
+  const bool mean = p.reduce == Reduce::mean;
+  const bool extreme = p.reduce == Reduce::amax || p.reduce == Reduce::amin;
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t row = int64_t{blockIdx.x} * kSegmentWarps + threadIdx.x / kWarpSize;
+         row < p.tokens; row += int64_t{gridDim.x} * kSegmentWarps) {
+      const int64_t index = b * p.tokens + row;
+      const int32_t s = q.segment_of_row[index];
+      const int64_t segment = b * p.segments + s;
+      const float total = s >= 0 && mean ? p.weight_sum[segment] : 1.f;
+      const float w = p.weight ? p.weight[b * p.weight_batch + row] : 1.f;
+      const bool some = s >= 0 && total != 0, dots = some && p.weight;
+      const float factor = some ? w / total : 0;
+      float dot = 0;
+      for (int64_t c = id * kVector; c < p.channels; c += kWarpSize * kVector) {
+        float dy[kVector] = {}, x[kVector], y[kVector] = {};
+        if (some) load_floats(dy, static_cast<const T*>(q.dy) + b * q.dy_batch + s * q.dy_row + c);
+        if (dots) load_floats(x, static_cast<const T*>(p.x) + b * p.x_batch + row * p.x_row + c);
+        if (dots && mean) load_floats(y, static_cast<const T*>(p.y) + segment * p.channels + c);
+        if (dots) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) dot = fmaf(x[v] - y[v], dy[v], dot);
+        }
+        if (extreme && some) {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v)
+            dy[v] = p.arg[segment * p.channels + c + v] == row ? dy[v] : 0.f;
+        } else {
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) dy[v] *= factor;
+        }
+        store_floats(static_cast<T*>(q.dx) + index * p.channels + c, dy);
+      }
+      if (!p.weight) continue;
+      dot = warp_sum(dot);
+      if (id != 0) continue;
+      float dweight = some ? dot / total : 0.f;
+      if (s >= 0 && q.dweight_sum) dweight += q.dweight_sum[segment];
+      q.dweight[index] = dweight;
+    }
+}
+
+}  // namespace tokenmill::cuda

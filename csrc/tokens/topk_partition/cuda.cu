@@ -1,0 +1,36 @@
+#include "tokens/topk_partition/kernel.cuh"
+
+namespace tokenmill {
+namespace cuda {
+namespace {
+
+int64_t sort_stride(const TopkPartitionParams& p) {
+  if (!p.by_score || p.k <= kSharedSort) return 0;
+  int64_t size = 1;
+  while (size < p.k) size *= 2;
+  return size;
+}
+
+}  // namespace
+}  // namespace cuda
+
+int64_t workspace_bytes(const TopkPartitionParams& p) {
+  return p.batch * cuda::sort_stride(p) * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+const char* launch_cuda(const TopkPartitionParams& p, void* stream) {
+  using namespace cuda;
+  const PartitionMemory memory{sort_stride(p) > 0 ? static_cast<uint64_t*>(p.workspace) : nullptr,
+                               sort_stride(p)};
+  if (memory.sort_stride > int64_t{1} << 30)
+    return "2^30 tokens at most in the order of the scores";
+  const unsigned blocks = static_cast<unsigned>(p.batch < 0x7fffffff ? p.batch : 0x7fffffff);
+  visit_dtype(p.dtype, [&]<typename T>() {
+    topk_partition_kernel<T>
+        <<<blocks, kTopkThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, memory);
+  });
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,98 @@
+// Tokens partitioned by their scores: a block for each row finds the k-th largest key, then sends
+// each token to its side in the order of the tokens.
+#pragma once
+#include "cuda/vector.cuh"
+#include "select/radix_select.cuh"
+#include "tokens/topk_partition/params.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kSharedSort = 2048;  // kept tokens that are sorted in shared memory
+
+struct PartitionMemory {
+  uint64_t* sort_keys;  // sort_stride for each row, if more than kSharedSort are sorted
+  int64_t sort_stride;
+};
+
+template <typename T>
+struct PartitionRow {
+  const TopkPartitionParams& p;
+  const T* scores;
+  const bool* valid;
+
+  __device__ PartitionRow(const TopkPartitionParams& params, int64_t b)
+      : p(params),
+        scores(static_cast<const T*>(params.scores) + b * params.scores_batch),
+        valid(params.valid ? params.valid + b * params.valid_batch : nullptr) {}
+
+  // Scores of NaN and -inf come before invalid tokens.
+  __device__ __forceinline__ uint32_t key_at(int i) const {
+    if (is_protected(p, i)) return kProtectedKey;
+    if (valid && !valid[i]) return kInvalidKey;
+    const float x = static_cast<float>(scores[i]);
+    return max(key_of(p.largest ? x : -x), kInvalidKey + 1);
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kTopkThreads)
+    topk_partition_kernel(const __grid_constant__ TopkPartitionParams p,
+                          const __grid_constant__ PartitionMemory memory) {
+  __shared__ TopkShared shared;
+  __shared__ uint64_t shared_keys[kSharedSort];
+  const int tokens = static_cast<int>(p.tokens), k = static_cast<int>(p.k);
+  const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
+  for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
+    const PartitionRow<T> row(p, b);
+    int32_t* const keep = p.keep + b * k;
+    int32_t* const rest = p.rest + b * (tokens - k);
+    for (int i = threadIdx.x; all && i < tokens; i += kTopkThreads) (k == 0 ? rest : keep)[i] = i;
+    if (all) continue;
+
+    if (threadIdx.x == 0) shared.state = {0, k, 0, 0};
+    for (int digit = 0; digit < kDigits; ++digit) {
+      clear_bins(shared.bins);
+      __syncthreads();
+      const uint32_t prefix = shared.state.prefix;
+      for (int i = threadIdx.x; i < tokens; i += kTopkThreads)
+        count_key(shared.bins, row.key_at(i), digit, prefix);
+      __syncthreads();
+      narrow(shared, digit);
+    }
+    const uint32_t threshold = shared.state.prefix;
+    const unsigned ties = shared.state.wanted;
+
+    uint64_t* const sorted =
+        memory.sort_keys ? memory.sort_keys + b * memory.sort_stride : shared_keys;
+    unsigned above = 0, equal = 0;
+    for (int tile = 0; tile < tokens; tile += kTopkThreads) {
+      const int i = tile + static_cast<int>(threadIdx.x);
+      const uint32_t key = i < tokens ? row.key_at(i) : 0;
+      const bool greater = key > threshold, tie = key == threshold;
+      unsigned before, total;  // greater ones in the low half
+      TopkShared::Scan(shared.scan).ExclusiveSum(greater ? 1u : tie ? 0x10000u : 0u, before, total);
+      const unsigned ties_before = equal + (before >> 16);
+      const int place = static_cast<int>(above + (before & 0xffff) + min(ties_before, ties));
+      if (greater || (tie && ties_before < ties)) {
+        if (p.by_score)
+          sorted[place] = static_cast<uint64_t>(~key) << 32 | static_cast<uint32_t>(i);
+        else
+          keep[place] = i;
+      } else if (i < tokens) {
+        rest[i - place] = i;
+      }
+      above += total & 0xffff;
+      equal += total >> 16;
+      __syncthreads();
+    }
+    if (!p.by_score) continue;
+    int size = 1;
+    while (size < k) size *= 2;
+    for (int i = k + threadIdx.x; i < size; i += kTopkThreads) sorted[i] = ~uint64_t{0};
+    sort_ascending(sorted, size);
+    for (int i = threadIdx.x; i < k; i += kTopkThreads) keep[i] = static_cast<int32_t>(sorted[i]);
+    __syncthreads();
+  }
+}
+
+}  // namespace tokenmill::cuda
