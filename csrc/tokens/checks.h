@@ -1,5 +1,5 @@
-// The checks that operators on tokens share: those of python/tokenmill/tokens/rules.py, in its order
-// and words.
+// The checks that operators on tokens share: those of python/tokenmill/tokens/rules.py, in its
+// order and words.
 #pragma once
 #include <algorithm>
 
@@ -20,11 +20,15 @@ inline void check_tokens(const char* op, const char* name, const View& t) {
   check_token_rows(op, name, t);
 }
 
+constexpr const char* kMovable = "must be float16, bfloat16, float32, int32 or int64";
+inline bool is_movable(ScalarType t) {
+  return is_kernel_dtype(t) || t == ScalarType::Int || t == ScalarType::Long;
+}
+
 // [B, N, C] to move alone.
 inline void check_movable_tokens(const char* op, const char* name, const View& t) {
   check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim());
-  check(is_kernel_dtype(t.dtype) || t.dtype == ScalarType::Int || t.dtype == ScalarType::Long, op,
-        name, "must be float16, bfloat16, float32, int32 or int64", t.dtype);
+  check(is_movable(t.dtype), op, name, kMovable, t.dtype);
   check_token_rows(op, name, t);
 }
 

@@ -1,11 +1,19 @@
 """Tokens chosen, gathered, merged, scattered and pooled."""
 
+from .gather_fuse import gather_fuse
+from .gather_tokens import gather_tokens
+from .local_pool import local_pool
 from .mask_partition import mask_partition
+from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
 
 __all__ = [
+    "gather_fuse",
+    "gather_tokens",
+    "local_pool",
     "mask_partition",
+    "scatter_tokens",
     "segment_reduce",
     "topk_partition",
 ]

@@ -1,0 +1,81 @@
+// Rows of bytes copied on the CPU, for the cpu.cpp of operators that move tokens.
+#pragma once
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int64_t kItemBytes = 1 << 16;
+// Below this a parallel region costs more than it gains.
+constexpr int64_t kParallelBytes = 1 << 18;
+// While a row is copied, the one so many places behind it is fetched: where rows are scattered, the
+// hardware cannot know it.
+constexpr int64_t kRowsAhead = 2;
+
+TM_INLINE int64_t rows_per_item(int64_t row_bytes) {
+  return std::max<int64_t>(1, kItemBytes / std::max<int64_t>(row_bytes, 1));
+}
+TM_INLINE int threads_for(int64_t bytes) { return bytes < kParallelBytes ? 1 : cpu::num_threads(); }
+
+// Faster than memcpy, which takes rows of a few KiB for the cache's own and copies them by a
+// microcoded instruction. `next` is fetched meanwhile.
+TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* next) {
+  constexpr int64_t kBytes = sizeof(vf);
+  if (bytes < kBytes) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) {
+    __builtin_prefetch(next + i, 0, 3);
+    TM_UNROLL(4)
+    for (int64_t j = 0; j < 64; j += kBytes)
+      store(reinterpret_cast<float*>(to + i + j),
+            load(reinterpret_cast<const float*>(from + i + j)));
+  }
+  for (; i < bytes; i += kBytes) {
+    i = std::min(i, bytes - kBytes);  // the last vector may overlap
+    store(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  }
+}
+
+// to[i] = row(i), a pointer or null for zeros, for i from begin to end. Rows of to follow each
+// other.
+template <typename Row>
+TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, const Row& row) {
+  const auto each = [&](auto&& copy) TM_LAMBDA {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* from = row(i);
+      copy(to + (i - begin) * bytes, from, i);
+    }
+  };
+  const auto small = [&]<typename T>(T) TM_LAMBDA {
+    each([](char* at, const char* from, int64_t) TM_LAMBDA {
+      T value{};
+      if (from) std::memcpy(&value, from, sizeof value);
+      std::memcpy(at, &value, sizeof value);
+    });
+  };
+  switch (bytes) {
+    case 2:
+      return small(uint16_t{});
+    case 4:
+      return small(uint32_t{});
+    case 8:
+      return small(uint64_t{});
+  }
+  each([&](char* at, const char* from, int64_t i) TM_LAMBDA {
+    if (!from) {
+      std::memset(at, 0, bytes);
+      return;
+    }
+    const char* next = i + kRowsAhead < end ? row(i + kRowsAhead) : nullptr;
+    copy_row(at, from, bytes, next ? next : from);
+  });
+}
+
+}  // namespace
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,31 @@
+// out = base with out[b, indices[b, k]] = y[b, k], rows of bytes. Free of torch.
+#pragma once
+#include "core/dtype.h"
+#include "cpu/isa.h"
+
+namespace tokenmill {
+
+// Strides of y and base in bytes. Where indices are flat, y has one sequence, whose indices count
+// the tokens of all sequences of out.
+struct ScatterTokensParams {
+  int64_t batch, tokens;       // of out
+  int64_t sequences, entries;  // of y
+  int64_t rows;                // indices are below
+  int64_t row_bytes;
+  const char* y;
+  int64_t y_batch, y_row;
+  const int32_t* indices;
+  int64_t indices_batch;  // elements
+  const char* base;       // null: zeros
+  int64_t base_batch, base_token;
+  int32_t* places;  // [batch, tokens]: which row of its sequence of y a token takes, or -1
+  char* out;        // [batch, tokens, row_bytes]
+};
+
+// null, or what went wrong. Writes places.
+const char* launch_cuda(const ScatterTokensParams&, void* stream);
+
+}  // namespace tokenmill
+
+// Reads places.
+TOKENMILL_CPU_KERNEL(scatter_tokens, ScatterTokensParams)

@@ -1,0 +1,232 @@
+"""gather_tokens: rows of a sequence by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail
+from ..dispatch import call
+from ..edits import set_argument
+from ..kv_cache import check_int32
+from ..library import TorchOp, register
+from ..reference import tokens_move as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+from .moving import as_int32, as_rows, contiguous_rows
+from .rules import check_index_values, check_movable_tokens
+
+OP = "gather_tokens"
+
+
+@overload
+def gather_tokens(xs: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor: ...
+@overload
+def gather_tokens(
+    xs: Sequence[Tensor], indices: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, ...]: ...
+def gather_tokens(
+    xs: Tensor | Sequence[Tensor], indices: Tensor, *, backend: str | None = None
+) -> Tensor | tuple[Tensor, ...]:
+    """The rows that indices name, of one tensor or of several.
+
+    Rows are copied bit by bit. An index of -1 gives a row of zeros, and a row may be named any
+    number of times.
+
+    Args:
+        xs: ``[B, N, C]`` float16, bfloat16, float32, int32 or int64 (float64 on the reference), any
+            strides with a contiguous last dimension; or ``[B, N]`` (scores), ``[B, N, H, D]``.
+            With flat indices also packed: ``[N]``, ``[N, C]``. Or several such tensors, of any
+            dtypes, that one index gathers.
+        indices: ``[B, K]`` int32 or int64, -1 to N - 1. Or flat: ``[K]``, where b * N + n is token
+            n of sequence b.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        ``[B, K, C]`` in the dtype of xs (``[B, K]``, ``[B, K, H, D]``), with flat indices without
+        B; a tuple of them for several tensors. Differentiable in floating-point xs: the gradient of
+        a row is the sum, in float32, of those of its copies, in the order of the indices.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU an index out of range gives a row of
+            zeros.
+
+    Complexity: reads and writes B·K·C elements.
+
+    Paper: Focus-DETR (Zheng et al. 2023), whose layers gather queries, positions and scores by one
+    index; EViT (Liang et al. 2022).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.arange(6.0).view(1, 3, 2)
+        >>> tm.gather_tokens(x, torch.tensor([[2, -1, 0]])).tolist()
+        [[[4.0, 5.0], [0.0, 0.0], [0.0, 1.0]]]
+        >>> scores = torch.tensor([[0.1, 0.2, 0.3]])
+        >>> [len(t[0]) for t in tm.gather_tokens((x, scores), torch.tensor([[2, 1]]))]
+        [2, 2]
+    """
+    indices = as_int32(indices)
+    if isinstance(xs, Tensor):
+        return _gather(xs, indices, backend)
+    if not isinstance(xs, list | tuple):
+        fail(OP, "x", "must be a tensor or several", xs)
+    return tuple(_gather(x, indices, backend) for x in xs)
+
+
+def _gather(x: Tensor, indices: Tensor, backend: str | None) -> Tensor:
+    out: Tensor = call(SPEC, lower(x, indices), backend)[0]
+    behind = x.shape[_leading(x, indices) :]
+    return out if len(behind) == 1 else out.unflatten(-1, behind) if behind else out.squeeze(-1)
+
+
+def _leading(x: Tensor, indices: Tensor) -> int:
+    """Dimensions in front of the channels: one of packed tokens, else two."""
+    return 1 if indices.dim() == 1 and x.dim() < 3 else 2
+
+
+def lower(x: Tensor, indices: Tensor) -> tuple[Any, ...]:
+    check_tensor(OP, "x", x)
+    check_tensor(OP, "indices", indices)
+    indices = as_int32(indices)
+    leading = _leading(x, indices)
+    if leading <= x.dim() <= 4:
+        x = as_rows(x, leading)
+        x = x[None] if leading == 1 else x
+    return x, indices
+
+
+# csrc/tokens/gather_tokens/host.cpp has the same rules in the same order and words.
+def _check(x: Tensor, indices: Tensor, *, float64: bool = False) -> None:
+    check_movable_tokens(OP, "x", x, float64=float64)
+    fits = indices.dim() == 1 or (indices.dim() == 2 and indices.shape[0] == x.shape[0])
+    rule = f"must have shape [{x.shape[0]}, K], or [K]"
+    check(fits, OP, "indices", rule, indices.shape)
+    check_int32(OP, "indices", indices)
+    check_last_contiguous(OP, "indices", indices)
+    check_device_of(OP, "indices", indices, "x", x)
+
+
+def _check_values(x: Tensor, indices: Tensor) -> None:
+    batch, tokens = x.shape[:2]
+    check_index_values(OP, "indices", indices, tokens if indices.dim() == 2 else batch * tokens)
+
+
+def _fake(x: Tensor, indices: Tensor) -> Tensor:
+    return x.new_empty((*indices.shape, x.shape[2]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, indices = inputs
+    ctx.save_for_backward(indices)
+    ctx.shape = x.shape
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    batch, tokens, channels = ctx.shape
+    dout = contiguous_rows(dout)
+    if indices.dim() == 1:
+        dx = sum_of_copies(ops, dout[None], indices[None], batch * tokens)
+        return dx.view(batch, tokens, channels), None
+    return sum_of_copies(ops, dout, indices, tokens), None
+
+
+def sum_of_copies(ops: Any, dout: Tensor, indices: Tensor, tokens: int) -> Tensor:
+    """[B, tokens, C], the sum of the rows of dout [B, K, C] whose index [B, K] it is."""
+    entries = indices[:, None, :, None]
+    counts = torch.ones_like(entries[..., 0])
+    offsets, rows = ops.transpose_block_list(entries, counts, tokens)
+    dx: Tensor = ops.segment_reduce(dout, offsets[:, 0], rows[:, 0], None, "sum")[0]
+    return dx
+
+
+def _sample(shape: tuple[int, ...], places: tuple[int, ...], change: Any = None) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = torch.randn(shape, generator=g).to(dtype)
+        flat = len(places) == 1
+        rows = shape[0] * shape[1] if flat and len(shape) > 2 else shape[0 if flat else 1]
+        indices = torch.randint(-1, max(rows, 1), places, generator=g, dtype=torch.int32)
+        return change(x, indices) if change else (x, indices), {}
+
+    return make
+
+
+def _strided(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:, 1:, 3:], indices.clamp(max=x.shape[1] - 2).repeat(1, 2)[:, 2:9]
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="tokens.gather_tokens:gather_tokens",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=gather_tokens,
+        lower=lower,
+        reference=reference.gather_tokens,
+        plain=reference.gather_tokens,
+        forward=FORWARD,
+        backward=None,
+        samples=(
+            Sample("rows", _sample((2, 13, 24), (2, 9))),
+            Sample("flat, int64", _sample((3, 7, 5), (11,), lambda x, i: (x, i.long()))),
+            Sample("strided", _sample((2, 9, 20), (2, 6), _strided)),
+            Sample("one channel", _sample((3, 40, 1), (3, 17))),
+            Sample("no indices", _sample((2, 5, 8), (2, 0))),
+            Sample("no tokens", _sample((2, 0, 8), (2, 3), lambda x, i: (x, i.clamp(max=-1)))),
+        ),
+        malformed=(
+            Malformed(
+                "rank",
+                "x: must have 3 dimensions [B, N, C]; got 5",
+                set_argument(0, lambda t: t[None, None]),
+            ),
+            Malformed(
+                "dtype",
+                "x: must be float16, bfloat16, float32, int32 or int64; got bool",
+                set_argument(0, lambda t: t > 0),
+            ),
+            Malformed(
+                "layout",
+                "x: must have a contiguous last dimension",
+                set_argument(0, lambda t: t.transpose(1, 2)),
+            ),
+            Malformed(
+                "batch",
+                "indices: must have shape [2, K], or [K]; got [1, 9]",
+                set_argument(1, lambda t: t[:1]),
+            ),
+            Malformed(
+                "dtype of indices",
+                "indices: must be int32; got int16",
+                set_argument(1, lambda t: t.short()),
+            ),
+            Malformed(
+                "beyond the end",
+                "indices: must be -1 to 12; got 13",
+                set_argument(1, lambda t: torch.full_like(t, 13)),
+                values=True,
+            ),
+            Malformed(
+                "below -1",
+                "indices: must be -1 to 12; got -2147483648",
+                set_argument(1, lambda t: torch.full_like(t, -(2**40), dtype=torch.int64)),
+                values=True,
+            ),
+        ),
+        differentiable=("x",),
+        paper="Focus-DETR (Zheng et al. 2023)",
+        flops=lambda *lowered: 0.0,
+    )
+)

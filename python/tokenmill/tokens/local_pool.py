@@ -1,0 +1,298 @@
+"""local_pool: each token pooled with its neighbours, channels last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    check,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+)
+from ..dispatch import call
+from ..edits import set_argument, set_options
+from ..library import TorchOp, register
+from ..reference import tokens_move as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+from ..select.rules import check_whole
+from .moving import contiguous_rows
+from .rules import check_like
+
+OP = "local_pool"
+MOST_TAPS, MOST_DILATION = 255, 65535  # along one dimension
+
+
+def local_pool(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    *,
+    dilation: int | tuple[int, int] = 1,
+    mode: str = "avg",
+    mask: Tensor | None = None,
+    count_include_pad: bool = False,
+    subtract_input: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The mean or maximum of the window around each token of a sequence or a map, stride 1.
+
+    The window of a token at (y, x) holds those at :math:`(y + d_y i,\ x + d_x j)` that are on the
+    map and not masked, with i and j up to half of kernel. PoolFormer's mixer is kernel (3, 3) with
+    subtract_input, PoNet's local pooling kernel 3 with "max".
+
+    Args:
+        x: ``[B, N, C]`` or a map ``[B, Y, X, C]``, float16, bfloat16 or float32 (float64 on the
+            reference), any strides with a contiguous last dimension.
+        kernel: odd width of the window, 1 to 255; of a map also a pair (along Y, along X).
+        dilation: distance between neighbours in a window, 0 to 65535, of a map also a pair; 0 counts
+            the token itself once for each place of the window.
+        mode: "avg" (summed in float32) or "max", where a NaN wins, and the first of equal tokens in
+            row-major order has the whole gradient.
+        mask: bool ``[B, N]`` or ``[B, Y, X]``. A token where it is False is in no window; its own
+            window has its neighbours. None: all are.
+        count_include_pad: divide a mean by the size of kernel, not by the tokens in the window.
+        subtract_input: subtract the token itself from the result, also where it is masked.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        Like x. A window without tokens gives 0 (minus the token, with subtract_input).
+        Differentiable in x.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: B·N·C·(kernel_y + kernel_x) additions on the CPU; the other backends take each
+    window anew.
+
+    Paper: PoolFormer (Yu et al. 2022), PoNet (Tan et al. 2022).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.tensor([[[1.0], [2.0], [6.0], [0.0]]])
+        >>> tm.local_pool(x, 3).flatten().tolist()
+        [1.5, 3.0, 2.6666667461395264, 3.0]
+        >>> tm.local_pool(x, 3, mode="max", subtract_input=True).flatten().tolist()
+        [1.0, 4.0, 0.0, 6.0]
+    """
+    lowered = lower(
+        x,
+        kernel,
+        dilation=dilation,
+        mode=mode,
+        mask=mask,
+        count_include_pad=count_include_pad,
+        subtract_input=subtract_input,
+    )
+    out: Tensor = call(SPEC, lowered, backend)[0]
+    return out.squeeze(1) if x.dim() == 3 else out
+
+
+def lower(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    *,
+    dilation: int | tuple[int, int] = 1,
+    mode: str = "avg",
+    mask: Tensor | None = None,
+    count_include_pad: bool = False,
+    subtract_input: bool = False,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "x", x)
+    check_tensor(OP, "mask", mask, optional=True)
+    check(isinstance(mode, str), OP, "mode", "must be a string", mode)
+    for name, value in (
+        ("count_include_pad", count_include_pad),
+        ("subtract_input", subtract_input),
+    ):
+        check(isinstance(value, bool), OP, name, "must be a bool", value)
+    line = x.dim() == 3
+    kernels = _pair("kernel", kernel, line, 1)
+    dilations = _pair("dilation", dilation, line, 1)
+    if line:
+        x = x.unsqueeze(1)
+        mask = mask.unsqueeze(1) if mask is not None and mask.dim() else mask
+    return x, mask, *kernels, *dilations, mode, count_include_pad, subtract_input
+
+
+def _pair(name: str, value: Any, line: bool, of_line: int) -> tuple[int, int]:
+    """Along Y and along X. A line has one row."""
+    if isinstance(value, tuple | list) and not line:
+        check(len(value) == 2, OP, name, "must be an integer or two", value)
+        first, second = value
+    else:
+        first, second = of_line if line else value, value
+    check_whole(OP, name, first)
+    check_whole(OP, name, second)
+    return first, second
+
+
+# csrc/tokens/local_pool/host.cpp has the same rules in the same order and words.
+def _check(
+    x: Tensor,
+    mask: Tensor | None,
+    kernel_y: int,
+    kernel_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    pooling: str,
+    count_include_pad: bool,
+    subtract_input: bool,
+    *,
+    float64: bool = False,
+) -> None:
+    rule = "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]"
+    check(x.dim() == 4, OP, "x", rule, x.dim())
+    check_dtype(OP, "x", x, float64=float64)
+    check_last_contiguous(OP, "x", x)
+    tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    check(tokens < 2**31, OP, "x", "must have fewer than 2^31 tokens in all", tokens)
+    if mask is not None:
+        check_like(OP, "mask", mask, list(x.shape[:3]), torch.bool, "x", x)
+    for kernel in (kernel_y, kernel_x):
+        ok = 1 <= kernel <= MOST_TAPS and kernel % 2 == 1
+        check(ok, OP, "kernel", f"must be odd, 1 to {MOST_TAPS}", kernel)
+    for dilation in (dilation_y, dilation_x):
+        ok = 0 <= dilation <= MOST_DILATION
+        check(ok, OP, "dilation", f"must be 0 to {MOST_DILATION}", dilation)
+    check(pooling in ("avg", "max"), OP, "mode", "must be 'avg' or 'max'", pooling)
+
+
+def _fake(x: Tensor, *options: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _check_backward(dout: Tensor, x: Tensor, mask: Tensor | None, *options: Any) -> None:
+    _check(x, mask, *options)
+    check_like(OP, "dout", dout, list(x.shape), x.dtype, "x", x)
+
+
+def _fake_backward(dout: Tensor, x: Tensor, *options: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mask, *ctx.options = inputs
+    ctx.save_for_backward(x, mask)
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    x, mask = ctx.saved_tensors
+    dx = ops.local_pool_backward(contiguous_rows(dout), x, mask, *ctx.options)
+    return dx, *(None,) * (1 + len(ctx.options))
+
+
+def _sample(
+    shape: tuple[int, ...], kernel: int | tuple[int, int], *, masked: float = 0.0, **options: Any
+) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(options)
+        change = given.pop("change", None)
+        x = torch.randn(shape, generator=g).to(dtype)
+        if masked:
+            given["mask"] = torch.rand(shape[:-1], generator=g) >= masked
+        return (change(x) if change else x, kernel), given
+
+    return make
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        triton="tokens.local_pool:local_pool",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="tokens.local_pool:local_pool_backward",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=local_pool,
+        lower=lower,
+        reference=reference.local_pool,
+        plain=reference.local_pool,
+        forward=FORWARD,
+        backward=BACKWARD,
+        samples=(
+            Sample("mean minus input", _sample((2, 5, 6, 16), 3, subtract_input=True)),
+            Sample("maximum", _sample((2, 1, 11, 16), (1, 3), mode="max", masked=0.3)),
+            Sample(
+                "mean of some",
+                _sample((2, 6, 5, 7), (3, 5), dilation=(2, 1), masked=0.6, subtract_input=True),
+            ),
+            Sample(
+                "maximum of some",
+                _sample(
+                    (1, 4, 7, 9),
+                    (1, 5),
+                    dilation=(1, 2),
+                    mode="max",
+                    masked=0.7,
+                    subtract_input=True,
+                ),
+            ),
+            Sample(
+                "the token itself",
+                _sample((1, 2, 6, 10), 3, dilation=0, masked=0.3, count_include_pad=True),
+            ),
+            Sample(
+                "strided",
+                _sample(
+                    (1, 6, 7, 21), 5, count_include_pad=True, change=lambda x: x[:, 1:, 2:, 4:]
+                ),
+            ),
+            Sample("no tokens", _sample((2, 0, 4, 8), 3)),
+        ),
+        # Edits of the first sample.
+        malformed=(
+            Malformed(
+                "rank",
+                "x: must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]; got 2",
+                set_argument(0, lambda t: t[0, 0]),
+            ),
+            Malformed(
+                "dtype",
+                "x: must be float16, bfloat16 or float32; got int32",
+                set_argument(0, lambda t: t.int()),
+            ),
+            Malformed(
+                "layout",
+                "x: must have a contiguous last dimension",
+                set_argument(0, lambda t: t.permute(0, 3, 1, 2)),
+            ),
+            Malformed(
+                "shape of mask",
+                "mask: must have shape [2, 5, 6]; got [2, 5, 5]",
+                set_options(mask=torch.ones(2, 5, 5, dtype=torch.bool)),
+            ),
+            Malformed(
+                "dtype of mask",
+                "mask: must be bool; got int32",
+                set_options(mask=torch.ones(2, 5, 6, dtype=torch.int32)),
+            ),
+            Malformed(
+                "even kernel", "kernel: must be odd, 1 to 255; got 2", set_argument(1, lambda k: 2)
+            ),
+            Malformed(
+                "dilation", "dilation: must be 0 to 65535; got -1", set_options(dilation=(1, -1))
+            ),
+            Malformed("mode", "mode: must be 'avg' or 'max'; got 'mean'", set_options(mode="mean")),
+        ),
+        differentiable=("x",),
+        paper="PoolFormer (Yu et al. 2022)",
+        flops=lambda x, mask, ky, kx, *others: 1.0 * x.numel() * (ky + kx),
+    )
+)

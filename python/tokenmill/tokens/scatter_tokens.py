@@ -1,0 +1,279 @@
+"""scatter_tokens: rows put back where an index says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    check,
+    check_device_of,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    show,
+)
+from ..dispatch import call
+from ..edits import set_argument
+from ..kv_cache import check_int32
+from ..library import TorchOp, register
+from ..reference import tokens_move as reference
+from ..registry import Malformed, OpSpec, Sample, register_op
+from ..select.rules import check_whole
+from .moving import as_int32, as_rows, contiguous_rows
+from .rules import MOVABLE, check_index_values, check_like
+
+OP = "scatter_tokens"
+
+
+def scatter_tokens(
+    y: Tensor,
+    indices: Tensor,
+    base: Tensor | int | tuple[int, int],
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    r"""base with the rows that indices name replaced by those of y: the adjoint of
+    :func:`gather_tokens` where base is 0.
+
+    Args:
+        y: ``[B, K, C]`` float16, bfloat16, float32, int32 or int64 (float64 on the reference), any
+            strides with a contiguous last dimension; or ``[B, K]``, ``[B, K, H, D]``. With flat
+            indices ``[K, C]``, ``[K]`` or ``[K, H, D]``.
+        indices: ``[B, K]`` int32 or int64, 0 to N - 1, no token twice in a sequence; -1 leaves out.
+            Or flat: ``[K]``, where b * N + n is token n of sequence b.
+        base: ``[B, N, C]`` like y, which stays as it is; with flat indices also packed ``[N, C]``.
+            Or a number: zeros for N tokens in each sequence; or a pair (B, N).
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        ``[B, N, C]`` in the dtype of y, packed ``[N, C]`` where base is packed or a number beside
+        flat indices. Differentiable in floating-point y and base.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU an index out of range is left out,
+            and of rows of one token one is taken.
+
+    Complexity: reads K rows of y and N - K of base, and writes N, for each sequence.
+
+    Paper: DToP (Tang et al. 2023) and Focus-DETR (Zheng et al. 2023), which put tokens back.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> y = torch.tensor([[[1.0], [2.0], [3.0]]])
+        >>> index = torch.tensor([[3, -1, 0]])
+        >>> tm.scatter_tokens(y, index, 4).flatten().tolist()
+        [3.0, 0.0, 0.0, 1.0]
+        >>> tm.scatter_tokens(y, index, torch.full((1, 4, 1), 9.0)).flatten().tolist()
+        [3.0, 9.0, 9.0, 1.0]
+    """
+    out: Tensor = call(SPEC, lower(y, indices, base), backend)[0]
+    flat = indices.dim() == 1
+    behind = y.shape[1 if flat else 2 :]
+    if len(behind) != 1:
+        out = out.unflatten(-1, behind) if behind else out.squeeze(-1)
+    packed = base.dim() == y.dim() if isinstance(base, Tensor) else not isinstance(base, tuple)
+    return out[0] if flat and packed else out
+
+
+def lower(y: Tensor, indices: Tensor, base: Tensor | int | tuple[int, int]) -> tuple[Any, ...]:
+    check_tensor(OP, "y", y)
+    check_tensor(OP, "indices", indices)
+    indices = as_int32(indices)
+    leading = 1 if indices.dim() == 1 else 2
+    rank = y.dim()
+    if leading <= rank <= leading + 2:
+        y = as_rows(y, leading)
+    if not isinstance(base, Tensor):
+        batch = 1 if leading == 1 else y.shape[0] if rank else 0
+        batch, tokens = base if isinstance(base, tuple) and len(base) == 2 else (batch, base)
+        check_whole(OP, "batch", batch)
+        check_whole(OP, "base", tokens)
+        return y, indices, None, batch, tokens
+    if leading == 1 and base.dim() == rank:
+        base = base[None]
+    if rank - leading + 2 == base.dim() and 2 <= base.dim() <= 4:
+        base = as_rows(base, 2)
+    batch, tokens = base.shape[:2] if base.dim() > 1 else (0, 0)
+    return y, indices, base, batch, tokens
+
+
+# csrc/tokens/scatter_tokens/host.cpp has the same rules in the same order and words.
+def _check(
+    y: Tensor,
+    indices: Tensor,
+    base: Tensor | None,
+    batch: int,
+    tokens: int,
+    *,
+    float64: bool = False,
+) -> None:
+    rule = "must have 3 dimensions [B, K, C], or 2 [K, C]"
+    check(y.dim() in (2, 3), OP, "y", rule, y.dim())
+    ok = y.dtype in MOVABLE or (float64 and y.dtype == torch.float64)
+    check(ok, OP, "y", "must be float16, bfloat16, float32, int32 or int64", y.dtype)
+    check_last_contiguous(OP, "y", y)
+    if indices.shape != y.shape[:-1]:
+        fail(OP, "indices", f"must have shape {show(y.shape[:-1])}", indices.shape)
+    check_int32(OP, "indices", indices)
+    check_last_contiguous(OP, "indices", indices)
+    check_device_of(OP, "indices", indices, "y", y)
+    check(0 <= batch < 2**31, OP, "batch", "must be 0 to 2^31 - 1", batch)
+    check(0 <= tokens < 2**31, OP, "base", "must have 0 to 2^31 - 1 tokens", tokens)
+    rule = "must have fewer than 2^31 tokens in all"
+    check(batch * tokens < 2**31, OP, "base", rule, batch * tokens)
+    if y.dim() == 3 and y.shape[0] != batch:
+        fail(OP, "base", f"must have the batch size of y, {y.shape[0]}", batch)
+    if base is not None:
+        check_like(OP, "base", base, [batch, tokens, y.shape[-1]], y.dtype, "y", y)
+
+
+def _check_values(y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int) -> None:
+    rows = tokens if indices.dim() == 2 else batch * tokens
+    check_index_values(OP, "indices", indices, rows, repeats=False)
+
+
+def _fake(y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int) -> Tensor:
+    return y.new_empty((batch, tokens, y.shape[-1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, indices, base, batch, tokens = inputs
+    ctx.save_for_backward(indices)
+    ctx.shape, ctx.batch, ctx.tokens = y.shape, batch, tokens
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    dout = contiguous_rows(dout)
+    dy = dbase = None
+    if ctx.needs_input_grad[0]:
+        dy = ops.gather_tokens(dout, indices)
+    if ctx.needs_input_grad[2]:
+        zeros = dout.new_zeros(ctx.shape[-1]).expand(ctx.shape)
+        dbase = ops.scatter_tokens(zeros, indices, dout, ctx.batch, ctx.tokens)
+    return dy, None, dbase, None, None
+
+
+def _sample(
+    shape: tuple[int, ...], base: tuple[int, ...] | int, change: Any = None, *, flat: bool = False
+) -> Any:
+    """y of a shape, and indices of a fourth of which name nothing."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        y = torch.randn(shape, generator=g).to(dtype)
+        places = shape[:1] if flat else shape[:2]
+        if isinstance(base, int):
+            rows = base
+        else:
+            rows = base[0] * base[1] if flat and len(base) > len(shape) else base[len(places) - 1]
+        drawn = torch.rand(*places[:-1], max(rows, places[-1]), generator=g).argsort(-1)
+        indices = drawn[..., : places[-1]].to(torch.int32)
+        indices = torch.where(torch.rand(places, generator=g) < 0.25, -1, indices)
+        indices = torch.where(indices < rows, indices, -1)
+        values = base if isinstance(base, int) else torch.randn(base, generator=g).to(dtype)
+        args = (y, indices, values)
+        return change(*args) if change else args, {}
+
+    return make
+
+
+def _pair(y: Tensor, indices: Tensor, base: Tensor) -> tuple[Any, ...]:
+    return y, indices.long(), tuple(base.shape[:2])
+
+
+def _strided(y: Tensor, indices: Tensor, base: Tensor) -> tuple[Any, ...]:
+    return y[:, 1:, 3:], indices[:, 1:], base[..., 3:]
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="tokens.scatter_tokens:scatter_tokens",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=scatter_tokens,
+        lower=lower,
+        reference=reference.scatter_tokens,
+        plain=reference.scatter_tokens,
+        forward=FORWARD,
+        backward=None,
+        samples=(
+            Sample("onto a base", _sample((2, 9, 24), (2, 13, 24))),
+            Sample("onto zeros", _sample((2, 9, 5), 20)),
+            Sample("flat", _sample((11, 8), (3, 7, 8), flat=True)),
+            Sample("flat, a pair", _sample((11, 3), (3, 7, 3), _pair, flat=True)),
+            Sample("strided", _sample((2, 6, 15), (2, 8, 15), _strided)),
+            Sample("one channel", _sample((3, 9, 1), (3, 12, 1))),
+            Sample("no rows", _sample((2, 0, 8), (2, 3, 8))),
+        ),
+        malformed=(
+            Malformed(
+                "rank",
+                "y: must have 3 dimensions [B, K, C], or 2 [K, C]; got 5",
+                set_argument(0, lambda t: t[None, None]),
+            ),
+            Malformed(
+                "dtype",
+                "y: must be float16, bfloat16, float32, int32 or int64; got bool",
+                set_argument(0, lambda t: t > 0),
+            ),
+            Malformed(
+                "shape of indices",
+                "indices: must have shape [2, 9]; got [2, 8]",
+                set_argument(1, lambda t: t[:, 1:]),
+            ),
+            Malformed(
+                "dtype of indices",
+                "indices: must be int32; got int16",
+                set_argument(1, lambda t: t.short()),
+            ),
+            Malformed(
+                "tokens",
+                "base: must have 0 to 2^31 - 1 tokens; got -1",
+                set_argument(2, lambda t: -1),
+            ),
+            Malformed(
+                "batch",
+                "base: must have the batch size of y, 2; got 1",
+                set_argument(2, lambda t: t[:1]),
+            ),
+            Malformed(
+                "channels",
+                "base: must have shape [2, 13, 24]; got [2, 13, 23]",
+                set_argument(2, lambda t: t[..., 1:]),
+            ),
+            Malformed(
+                "dtype of base",
+                "base: must be float32; got float16",
+                set_argument(2, lambda t: t.half()),
+            ),
+            Malformed(
+                "beyond the end",
+                "indices: must be -1 to 12; got 13",
+                set_argument(1, lambda t: torch.full_like(t, 13)),
+                values=True,
+            ),
+            Malformed(
+                "twice",
+                "indices: must not name a token twice; got 4",
+                set_argument(1, lambda t: torch.full_like(t, 4)),
+                values=True,
+            ),
+        ),
+        differentiable=("y", "base"),
+        paper="DToP (Tang et al. 2023)",
+        flops=lambda *lowered: 0.0,
+    )
+)
