@@ -91,6 +91,13 @@ Tensor local_pool_backward(Tensor dout, Tensor x, OptTensor mask, int64_t kernel
   q.dout_token = d.step(2);
   Tensor dx = empty(from.sizes, x);
   q.forward.out = dx.mutable_data_ptr();
+#if defined(TOKENMILL_WITH_CUDA)
+  std::optional<Tensor> workspace;
+  if (from.is_cuda) {
+    workspace = empty({workspace_bytes(q)}, x, ScalarType::Byte);
+    q.workspace = workspace->mutable_data_ptr();
+  }
+#endif
   launch(q, from, cpu::local_pool_backward);
   return dx;
 }

@@ -24,11 +24,13 @@ struct LocalPoolBackwardParams {
   LocalPoolParams forward;  // out is dx
   const void* dout;
   int64_t dout_batch, dout_line, dout_token;
+  void* workspace;  // CUDA
 };
 
 // null, or what went wrong
 const char* launch_cuda(const LocalPoolParams&, void* stream);
 const char* launch_cuda(const LocalPoolBackwardParams&, void* stream);
+int64_t workspace_bytes(const LocalPoolBackwardParams&);
 
 }  // namespace tokenmill
 

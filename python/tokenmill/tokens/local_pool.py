@@ -47,8 +47,8 @@ def local_pool(
         x: ``[B, N, C]`` or a map ``[B, Y, X, C]``, float16, bfloat16 or float32 (float64 on the
             reference), any strides with a contiguous last dimension.
         kernel: odd width of the window, 1 to 255; of a map also a pair (along Y, along X).
-        dilation: distance between neighbours in a window, 0 to 65535, of a map also a pair; 0 counts
-            the token itself once for each place of the window.
+        dilation: distance between neighbours in a window, 0 to 65535, of a map also a pair; 0
+            counts the token itself once for each place of the window.
         mode: "avg" (summed in float32) or "max", where a NaN wins, and the first of equal tokens in
             row-major order has the whole gradient.
         mask: bool ``[B, N]`` or ``[B, Y, X]``. A token where it is False is in no window; its own

@@ -140,7 +140,7 @@ def _fake(y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: i
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, indices, base, batch, tokens = inputs
+    y, indices, _, batch, tokens = inputs
     ctx.save_for_backward(indices)
     ctx.shape, ctx.batch, ctx.tokens = y.shape, batch, tokens
 

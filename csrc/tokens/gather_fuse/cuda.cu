@@ -1,0 +1,66 @@
+#include "tokens/gather_fuse/kernel.cuh"
+
+namespace tokenmill {
+namespace {
+
+dim3 grid_of(int64_t blocks, int64_t batch) {
+  return dim3(static_cast<unsigned>(blocks),
+              static_cast<unsigned>(batch < cuda::kMostBatches ? batch : cuda::kMostBatches));
+}
+
+template <typename T, int kVector>
+const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
+  using namespace cuda;
+  const FusePlan plan{static_cast<int>(ceil_div(p.channels, kWarpSize * kVector))};
+  // The sum of the weights is wanted also of rows without channels.
+  const FusePlan used{plan.slices > 0 ? plan.slices : 1};
+  const int64_t blocks = used.slices + ceil_div(p.rows() - 1, kFuseWarps);
+  if (blocks > kMostBlocks) return "too many rows for a launch";
+  gather_fuse_kernel<T, kVector><<<grid_of(blocks, p.batch), kFuseThreads, 0, stream>>>(p, used);
+  return last_error();
+}
+
+template <typename T, int kVector>
+const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) {
+  using namespace cuda;
+  const GatherFuseParams& p = q.forward;
+  const int64_t entries = p.kept + p.rest;
+  const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseWarps);
+  const int64_t place_blocks = ceil_div(entries, kFuseThreads);
+  if (blocks > kMostBlocks || place_blocks > kMostBlocks) return "too many rows for a launch";
+  cudaMemsetAsync(q.places, 0xff, p.batch * p.patches * sizeof(int32_t), stream);  // -1
+  if (entries > 0)
+    fuse_places_kernel<<<grid_of(place_blocks, p.batch), kFuseThreads, 0, stream>>>(q);
+  gather_fuse_backward_kernel<T, kVector><<<grid_of(blocks, p.batch), kFuseThreads, 0, stream>>>(q);
+  return last_error();
+}
+
+}  // namespace
+
+const char* launch_cuda(const GatherFuseParams& p, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const char* error = nullptr;
+  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    constexpr int kVector = 16 / sizeof(T);
+    error = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token)
+                ? launch_fuse<T, kVector>(p, s)
+                : launch_fuse<T, 1>(p, s);
+  });
+  return error;
+}
+
+const char* launch_cuda(const GatherFuseBackwardParams& q, void* stream) {
+  const GatherFuseParams& p = q.forward;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const char* error = nullptr;
+  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    constexpr int kVector = 16 / sizeof(T);
+    const bool vector = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token) &&
+                        cuda::is_vectorizable<T>(q.dout, p.channels, q.dout_batch, q.dout_row) &&
+                        cuda::is_vectorizable<T>(q.fused, p.channels, q.fused_batch);
+    error = vector ? launch_fuse<T, kVector>(q, s) : launch_fuse<T, 1>(q, s);
+  });
+  return error;
+}
+
+}  // namespace tokenmill

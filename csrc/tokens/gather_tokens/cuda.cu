@@ -1,0 +1,21 @@
+#include "tokens/gather_tokens/kernel.cuh"
+
+namespace tokenmill {
+
+const char* launch_cuda(const GatherTokensParams& p, void* stream) {
+  using namespace cuda;
+  const auto tokens = Divisor::of(static_cast<int>(p.tokens > 0 ? p.tokens : 1));
+  const char* error = nullptr;
+  visit_width(address(p.x) | p.row_bytes | p.x_batch | p.x_token, [&]<typename T>() {
+    const RowGrid g(ceil_div(p.row_bytes, sizeof(T)), p.entries, p.batch);
+    if (!g.fits) {
+      error = "too many indices for a launch";
+      return;
+    }
+    gather_tokens_kernel<T><<<g.grid, g.block, 0, static_cast<cudaStream_t>(stream)>>>(p, tokens);
+    error = last_error();
+  });
+  return error;
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,68 @@
+// Rows of bytes copied on CUDA: a block is as many rows as fill it, and the threads of a row are at
+// most a warp, so that rows of any length are read by whole cache lines.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "core/dtype.h"
+#include "cuda/warp.cuh"
+
+namespace tokenmill::cuda {
+
+constexpr int kRowThreads = 256;
+constexpr int kRowChunks = 4;  // loads of a thread that are under way together
+constexpr int64_t kMostBatches = 65535, kMostBlocks = 0x7fffffff;
+
+// Threads along a row and rows along a block, for rows of `chunks` accesses; a grid of (rows,
+// batch).
+struct RowGrid {
+  dim3 block, grid;
+  bool fits;
+
+  RowGrid(int64_t chunks, int64_t rows, int64_t batch) {
+    int lanes = 1;
+    while (lanes < kWarpSize && lanes < chunks) lanes *= 2;
+    block = dim3(lanes, kRowThreads / lanes);
+    const int64_t blocks = ceil_div(rows, block.y);
+    fits = blocks <= kMostBlocks;
+    grid = dim3(static_cast<unsigned>(fits ? blocks : 1),
+                static_cast<unsigned>(batch < kMostBatches ? batch : kMostBatches));
+  }
+};
+
+// The row of this thread.
+__device__ __forceinline__ int64_t row_of_thread() {
+  return int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+}
+
+// from: null for zeros.
+template <typename T>
+__device__ __forceinline__ void copy_row(T* __restrict__ to, const T* __restrict__ from,
+                                         int64_t chunks, int lane, int lanes) {
+  for (int64_t c = lane; c < chunks; c += int64_t{lanes} * kRowChunks) {
+    T x[kRowChunks] = {};
+#pragma unroll
+    for (int i = 0; i < kRowChunks; ++i)
+      if (from && c + i * lanes < chunks) x[i] = from[c + i * lanes];
+#pragma unroll
+    for (int i = 0; i < kRowChunks; ++i)
+      if (c + i * lanes < chunks) to[c + i * lanes] = x[i];
+  }
+}
+
+// visit.operator()<T>() with the widest type by which addresses and strides are all divisible.
+template <typename Visit>
+void visit_width(uint64_t bits, const Visit& visit) {
+  if (bits % 16 == 0) return visit.template operator()<uint4>();
+  if (bits % 8 == 0) return visit.template operator()<uint2>();
+  if (bits % 4 == 0) return visit.template operator()<uint32_t>();
+  visit.template operator()<uint16_t>();
+}
+
+inline uint64_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
+
+inline const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,339 @@
+"""local_pool: a program pools a slice of channels of a run of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INF, launch, rounded
+from .rows import steps_of, tile_of
+
+SIZES = ["height", "width", "tokens", "blocks"]
+NO_TAP = tl.constexpr(-1)
+
+
+@triton.jit
+def counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m):
+    """Whether tokens are in windows, of those of m."""
+    if mask is not None:
+        p_mask = mask + o_b * mask_batch + o_y * mask_line + o_x * mask_token
+        m = m & (tl.load(p_mask, mask=m, other=0) != 0)
+    return m
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pool_kernel(
+    x,
+    mask,
+    out,
+    x_batch,
+    x_line,
+    x_token,
+    mask_batch,
+    mask_line,
+    mask_token,
+    height,
+    width,
+    tokens,
+    blocks,
+    dilation_y,
+    dilation_x,
+    channels,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    MAX: tl.constexpr,
+    TAPS: tl.constexpr,
+    PAD: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """With TAPS out takes the tap that each maximum comes from."""
+    i = tl.program_id(0)
+    o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_n = o_n < tokens
+    m_c = (o_c < channels)[None, :]
+    o_x = o_n % width
+    o_y = o_n // width % height
+    o_b = o_n // width // height
+    b_pooled = tl.full([BLOCK_R, BLOCK_C], -INF if MAX else 0.0, tl.float32)
+    b_tap = tl.full([BLOCK_R, BLOCK_C], NO_TAP, tl.int32)
+    b_count = tl.zeros([BLOCK_R], tl.int32)
+    for i_y in range(KERNEL_Y):
+        b_line = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for i_x in range(KERNEL_X):
+            o_ty = o_y + (i_y - KERNEL_Y // 2) * dilation_y
+            o_tx = o_x + (i_x - KERNEL_X // 2) * dilation_x
+            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
+            m_tap = counts(mask, mask_batch, mask_line, mask_token, o_b, o_ty, o_tx, m_tap)
+            b_count += m_tap.to(tl.int32)
+            p_x = x + o_b * x_batch + o_ty * x_line + o_tx * x_token
+            m_x = m_tap[:, None] & m_c
+            b_x = tl.load(p_x[:, None] + o_c[None, :], mask=m_x, other=0.0).to(tl.float32)
+            if MAX:
+                # A NaN is not below any number; the first one stays.
+                m_wins = (b_tap < 0) | ((b_pooled == b_pooled) & ((b_x <= b_pooled) == 0))
+                m_wins = m_wins & m_x
+                b_pooled = tl.where(m_wins, b_x, b_pooled)
+                b_tap = tl.where(m_wins, i_y * KERNEL_X + i_x, b_tap)
+            else:
+                b_line += b_x
+        if not MAX:
+            b_pooled += b_line
+    p_out = out + o_n[:, None] * channels + o_c[None, :]
+    m_out = m_n[:, None] & m_c
+    if TAPS:
+        tl.store(p_out, b_tap.to(out.dtype.element_ty), mask=m_out)
+    else:
+        if not MAX:
+            b_divisor = tl.maximum(b_count, 1)
+            if PAD:
+                b_divisor = tl.full([BLOCK_R], KERNEL_Y * KERNEL_X, tl.int32)
+            b_pooled = tl.div_rn(b_pooled, b_divisor.to(tl.float32)[:, None])
+        b_pooled = tl.where((b_count > 0)[:, None], b_pooled, 0.0)
+        if SUBTRACT:
+            p_x = x + o_b * x_batch + o_y * x_line + o_x * x_token
+            b_pooled -= tl.load(p_x[:, None] + o_c[None, :], mask=m_out, other=0.0).to(tl.float32)
+        tl.store(p_out, rounded(b_pooled, out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scales_kernel(
+    mask,
+    scales,
+    mask_batch,
+    mask_line,
+    mask_token,
+    height,
+    width,
+    tokens,
+    dilation_y,
+    dilation_x,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One over what the mean of each token was divided by, 0 where nothing was."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_n = o_n < tokens
+    o_x = o_n % width
+    o_y = o_n // width % height
+    o_b = o_n // width // height
+    b_count = tl.zeros([BLOCK_R], tl.int32)
+    for i_y in range(KERNEL_Y):
+        for i_x in range(KERNEL_X):
+            o_ty = o_y + (i_y - KERNEL_Y // 2) * dilation_y
+            o_tx = o_x + (i_x - KERNEL_X // 2) * dilation_x
+            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
+            m_tap = counts(mask, mask_batch, mask_line, mask_token, o_b, o_ty, o_tx, m_tap)
+            b_count += m_tap.to(tl.int32)
+    b_divisor = tl.maximum(b_count, 1)
+    if PAD:
+        b_divisor = tl.full([BLOCK_R], KERNEL_Y * KERNEL_X, tl.int32)
+    b_scale = tl.where(b_count > 0, 1.0 / b_divisor.to(tl.float32), 0.0)
+    tl.store(scales + o_n, b_scale, mask=m_n)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    dout,
+    mask,
+    scales,
+    taps,
+    dx,
+    dout_batch,
+    dout_line,
+    dout_token,
+    mask_batch,
+    mask_line,
+    mask_token,
+    height,
+    width,
+    tokens,
+    blocks,
+    dilation_y,
+    dilation_x,
+    channels,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A token is tap t of the window of the token that lies t's offset in front of it. Of means
+    there are scales, of maxima taps."""
+    i = tl.program_id(0)
+    o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_n = o_n < tokens
+    m_c = (o_c < channels)[None, :]
+    o_x = o_n % width
+    o_y = o_n // width % height
+    o_b = o_n // width // height
+    b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for i_y in range(KERNEL_Y):
+        b_line = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for i_x in range(KERNEL_X):
+            o_ty = o_y - (i_y - KERNEL_Y // 2) * dilation_y
+            o_tx = o_x - (i_x - KERNEL_X // 2) * dilation_x
+            m_tap = m_n & (o_ty >= 0) & (o_ty < height) & (o_tx >= 0) & (o_tx < width)
+            o_t = (o_b * height + o_ty) * width + o_tx
+            m_tile = m_tap[:, None] & m_c
+            if taps is not None:
+                p_taps = taps + o_t[:, None] * channels + o_c[None, :]
+                b_tap = tl.load(p_taps, mask=m_tile, other=NO_TAP)
+                m_tile = m_tile & (b_tap == i_y * KERNEL_X + i_x)
+                b_scale = tl.full([BLOCK_R], 1.0, tl.float32)
+            else:
+                b_scale = tl.load(scales + o_t, mask=m_tap, other=0.0)
+                m_tile = m_tile & (b_scale != 0.0)[:, None]
+            p_dout = dout + o_b * dout_batch + o_ty * dout_line + o_tx * dout_token
+            b_dout = tl.load(p_dout[:, None] + o_c[None, :], mask=m_tile, other=0.0)
+            b_line += b_scale[:, None] * b_dout.to(tl.float32)
+        b_sum += b_line
+    m_in = counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m_n)
+    b_sum = tl.where(m_in[:, None], b_sum, 0.0)
+    m_out = m_n[:, None] & m_c
+    if SUBTRACT:
+        p_dout = dout + o_b * dout_batch + o_y * dout_line + o_x * dout_token
+        b_sum -= tl.load(p_dout[:, None] + o_c[None, :], mask=m_out, other=0.0).to(tl.float32)
+    p_dx = dx + o_n[:, None] * channels + o_c[None, :]
+    tl.store(p_dx, rounded(b_sum, dx.dtype.element_ty), mask=m_out)
+
+
+def _mask_steps(mask: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if mask is None else steps_of(mask, 3)
+
+
+def _pool(
+    x: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    *,
+    maximum: bool,
+    taps: bool = False,
+    pad: bool = False,
+    subtract: bool = False,
+) -> None:
+    *lead, channels = x.shape
+    tokens = math.prod(lead)
+    tile = tile_of(tokens, channels)
+    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    launch(
+        pool_kernel,
+        triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
+        x,
+        x,
+        mask,
+        out,
+        *steps_of(x, 3),
+        *_mask_steps(mask),
+        *lead[1:],
+        tokens,
+        blocks,
+        *dilation,
+        channels,
+        KERNEL_Y=kernel[0],
+        KERNEL_X=kernel[1],
+        MAX=maximum,
+        TAPS=taps,
+        PAD=pad,
+        SUBTRACT=subtract,
+        **tile,
+    )
+
+
+def local_pool(
+    x: Tensor,
+    mask: Tensor | None,
+    kernel_y: int,
+    kernel_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    pooling: str,
+    count_include_pad: bool,
+    subtract_input: bool,
+) -> Tensor:
+    out = x.new_empty(x.shape)
+    _pool(
+        x,
+        mask,
+        out,
+        (kernel_y, kernel_x),
+        (dilation_y, dilation_x),
+        maximum=pooling == "max",
+        pad=count_include_pad,
+        subtract=subtract_input,
+    )
+    return out
+
+
+def local_pool_backward(
+    dout: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    kernel_y: int,
+    kernel_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    pooling: str,
+    count_include_pad: bool,
+    subtract_input: bool,
+) -> Tensor:
+    *lead, channels = x.shape
+    tokens = math.prod(lead)
+    kernel, dilation = (kernel_y, kernel_x), (dilation_y, dilation_x)
+    dx = x.new_empty(x.shape)
+    taps = scales = None
+    if pooling == "max":
+        taps = x.new_empty(x.shape, dtype=torch.int32)
+        _pool(x, mask, taps, kernel, dilation, maximum=True, taps=True)
+    else:
+        scales = x.new_empty(lead, dtype=torch.float32)
+        launch(
+            scales_kernel,
+            triton.cdiv(tokens, 1024),
+            x,
+            mask,
+            scales,
+            *_mask_steps(mask),
+            *lead[1:],
+            tokens,
+            *dilation,
+            KERNEL_Y=kernel_y,
+            KERNEL_X=kernel_x,
+            PAD=count_include_pad,
+            BLOCK_R=1024,
+        )
+    tile = tile_of(tokens, channels)
+    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    launch(
+        backward_kernel,
+        triton.cdiv(tokens, tile["BLOCK_R"]) * blocks,
+        x,
+        dout,
+        mask,
+        scales,
+        taps,
+        dx,
+        *steps_of(dout, 3),
+        *_mask_steps(mask),
+        *lead[1:],
+        tokens,
+        blocks,
+        *dilation,
+        channels,
+        KERNEL_Y=kernel_y,
+        KERNEL_X=kernel_x,
+        SUBTRACT=subtract_input,
+        **tile,
+    )
+    return dx

@@ -1,0 +1,59 @@
+"""What the kernels that move tokens share: rows of elements as integers, and where they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 4096  # of one program
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_of(t: Tensor) -> Tensor:
+    """The elements as integers: a copy of those keeps the bits of every NaN."""
+    return t.view(_INTEGERS[t.element_size()]) if t.is_floating_point() else t
+
+
+def steps_of(t: Tensor, dims: int) -> tuple[int, ...]:
+    """Strides of the first dimensions, 0 where one is broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape[:dims], t.stride(), strict=False))
+
+
+def tile_of(rows: int, channels: int) -> dict[str, Any]:
+    block_c = min(triton.next_power_of_2(max(channels, 1)), 1024)
+    block_r = max(1, min(triton.next_power_of_2(max(rows, 1)), ELEMENTS // block_c))
+    return {"BLOCK_R": block_r, "BLOCK_C": block_c}
+
+
+@triton.jit
+def copy_rows(p_to, p_from, m_to, m_from, channels, BLOCK_C: tl.constexpr):
+    """Rows of m_to are written: what lies at p_from, or zeros where not m_from."""
+    for c in range(0, channels, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        m_c = (o_c < channels)[None, :]
+        b_x = tl.load(p_from[:, None] + o_c[None, :], mask=m_from[:, None] & m_c, other=0)
+        tl.store(p_to[:, None] + o_c[None, :], b_x, mask=m_to[:, None] & m_c)
+
+
+@triton.jit
+def places_kernel(
+    indices,
+    places,
+    indices_batch,
+    entries,
+    rows,
+    first,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    """places[s, id] = first + k for the entries k of a sequence: of several the greatest."""
+    i = tl.program_id(0)
+    i_s = (i // blocks).to(tl.int64)
+    o_k = i % blocks * BLOCK + tl.arange(0, BLOCK)
+    b_id = tl.load(indices + i_s * indices_batch + o_k, mask=o_k < entries, other=-1)
+    m_id = (b_id >= 0) & (b_id < rows)
+    tl.atomic_max(places + i_s * rows + b_id, first + o_k, mask=m_id)

@@ -1,0 +1,86 @@
+"""scatter_tokens: the indices are turned around, then a program writes a few rows of the result."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import launch
+from .rows import bits_of, copy_rows, places_kernel, steps_of, tile_of
+
+SIZES = ["tokens", "blocks"]
+ENTRIES = 1024  # of one program
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scatter_kernel(
+    y,
+    base,
+    places,
+    out,
+    y_batch,
+    y_row,
+    base_batch,
+    base_token,
+    tokens,
+    blocks,
+    channels,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i = tl.program_id(0)
+    i_b = (i // blocks).to(tl.int64)
+    o_n = (i % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_n = o_n < tokens
+    b_place = tl.load(places + i_b * tokens + o_n, mask=m_n, other=-1).to(tl.int64)
+    p_from = y + i_b * y_batch + b_place * y_row
+    m_from = b_place >= 0
+    if base is not None:
+        p_from = tl.where(m_from, p_from, base + i_b * base_batch + o_n * base_token)
+        m_from = m_n
+    copy_rows(out + (i_b * tokens + o_n) * channels, p_from, m_n, m_from, channels, BLOCK_C)
+
+
+def scatter_tokens(
+    y: Tensor, indices: Tensor, base: Tensor | None, batch: int, tokens: int
+) -> Tensor:
+    flat = y.dim() == 2
+    rows, ids = (y[None], indices[None]) if flat else (y, indices)
+    entries, channels = rows.shape[1:]
+    out = y.new_empty((batch, tokens, channels))
+    places = torch.full((batch, tokens), -1, dtype=torch.int32, device=y.device)
+    blocks = triton.cdiv(entries, ENTRIES)
+    launch(
+        places_kernel,
+        len(rows) * blocks if batch * tokens else 0,
+        y,
+        ids,
+        places,
+        0 if flat else ids.stride(0),
+        entries,
+        batch * tokens if flat else tokens,
+        0,
+        blocks,
+        BLOCK=ENTRIES,
+    )
+    tile = tile_of(tokens, channels)
+    blocks = triton.cdiv(tokens, tile["BLOCK_R"])
+    launch(
+        scatter_kernel,
+        batch * blocks if channels else 0,
+        y,
+        bits_of(rows),
+        None if base is None else bits_of(base),
+        places,
+        bits_of(out),
+        0 if flat else steps_of(rows, 1)[0],
+        rows.stride(1),
+        *((0, 0) if base is None else steps_of(base, 2)),
+        tokens,
+        blocks,
+        channels,
+        **tile,
+    )
+    return out
