@@ -39,6 +39,7 @@ from .sparse import (
     transpose_block_list,
 )
 from .tokens import (
+    best_match,
     gather_fuse,
     gather_tokens,
     local_pool,
@@ -57,6 +58,7 @@ __all__ = [
     "attention_decode",
     "attention_row_scores",
     "backends",
+    "best_match",
     "bilevel_routing_attention",
     "block_pool_keys",
     "block_pool_keys_update",

@@ -1,5 +1,6 @@
 """Tokens chosen, gathered, merged, scattered and pooled."""
 
+from .best_match import best_match
 from .gather_fuse import gather_fuse
 from .gather_tokens import gather_tokens
 from .local_pool import local_pool
@@ -9,6 +10,7 @@ from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
 
 __all__ = [
+    "best_match",
     "gather_fuse",
     "gather_tokens",
     "local_pool",
