@@ -145,7 +145,7 @@ def _hostile(tokens: Tensor) -> None:
     tokens[0, 13, 2] = -torch.inf
 
 
-FORWARD = register(TorchOp(OP, check=_check, fake=_fake))
+FORWARD = register(TorchOp(OP, check=_check, fake=_fake, triton="tokens.best_match:best_match"))
 SPEC = register_op(
     OpSpec(
         name=OP,
