@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..common import FLOAT_MAX, INF, Rows, dot, launch
 
-BLOCK = 64  # rows of a, rows of b, channels
+BLOCK = 64  # rows of a, and of b
+PIECE_BYTES = 128  # of a row
 FACTOR_ROWS = 16
 FLOAT_TINY = tl.constexpr(1.1754943508222875e-38)
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -95,7 +96,7 @@ def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     partners = b.shape[1]
     index = a.new_empty((batch, count), dtype=torch.int32)
     score = a.new_empty((batch, count), dtype=torch.float32)
-    piece = min(max(triton.next_power_of_2(channels), 16), BLOCK)
+    piece = min(max(triton.next_power_of_2(channels), 16), PIECE_BYTES // a.element_size())
     factors: list[Tensor | None] = [None, None]
     rows = [Rows(x, x.stride(0), x.stride(1), 0) for x in (a, b)]
     if normalize:
@@ -106,5 +107,5 @@ def best_match(a: Tensor, b: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
                    channels, FACTOR_ROWS, piece)  # fmt: skip
     tiles = triton.cdiv(count, BLOCK)
     launch(match_kernel, batch * tiles, a, *rows, *factors, index, score, count, partners, tiles,
-           channels, BLOCK, BLOCK, piece)  # fmt: skip
+           channels, BLOCK, BLOCK, piece, num_warps=8 if a.element_size() == 4 else 4)  # fmt: skip
     return index, score

@@ -65,10 +65,10 @@ const char* launch_cuda(const MatchParams& p, void* stream) {
     plan.aligned_a = cuda::is_vectorizable<T>(p.a, p.channels, p.a_batch, p.a_row);
     plan.aligned_b = cuda::is_vectorizable<T>(p.b, p.channels, p.b_batch, p.b_row);
     if (p.normalize) cuda::launch_factors<T>(p, plan, s);
-    // Smaller blocks where larger ones would leave a GPU half empty.
-    const int64_t large = p.batch * ceil_div(p.rows, cuda::MatchShape<2>::kRows);
-    error = large >= 2 * sms ? cuda::launch_match<T, 2>(p, plan, s)
-                             : cuda::launch_match<T, 1>(p, plan, s);
+    // Smaller blocks where larger ones would be half empty, or leave a GPU so.
+    const bool large = p.rows > cuda::MatchShape<1>::kRows &&
+                       p.batch * ceil_div(p.rows, cuda::MatchShape<2>::kRows) >= 2 * sms;
+    error = large ? cuda::launch_match<T, 2>(p, plan, s) : cuda::launch_match<T, 1>(p, plan, s);
   });
   return error;
 }
