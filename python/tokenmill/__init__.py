@@ -40,6 +40,7 @@ from .sparse import (
 )
 from .tokens import (
     best_match,
+    bipartite_match,
     gather_fuse,
     gather_tokens,
     local_pool,
@@ -60,6 +61,7 @@ __all__ = [
     "backends",
     "best_match",
     "bilevel_routing_attention",
+    "bipartite_match",
     "block_pool_keys",
     "block_pool_keys_update",
     "block_sparse_attention",

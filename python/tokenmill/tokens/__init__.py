@@ -5,12 +5,14 @@ from .gather_fuse import gather_fuse
 from .gather_tokens import gather_tokens
 from .local_pool import local_pool
 from .mask_partition import mask_partition
+from .match import bipartite_match
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
 
 __all__ = [
     "best_match",
+    "bipartite_match",
     "gather_fuse",
     "gather_tokens",
     "local_pool",

@@ -1,0 +1,284 @@
+"""bipartite_match: which tokens merge into which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..check import check, check_tensor, fail, reads_values, show
+from ..select.rules import check_whole
+from .best_match import MAX_CHANNELS, best_match
+from .rules import check_tokens
+
+OP = "bipartite_match"
+Partition = Literal["alternate", "grid", "index", "random"]
+
+
+def bipartite_match(
+    metric: Tensor,
+    r: int,
+    *,
+    partition: Partition = "alternate",
+    grid: tuple[int, int] | None = None,
+    cell: tuple[int, int] = (2, 2),
+    destinations: Tensor | None = None,
+    protect_first: int = 0,
+    protect_targets: int = 0,
+    normalize: bool = True,
+    threshold: float | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, int, Tensor]:
+    r"""Which tokens merge into which, for :func:`merge_tokens` and :func:`unmerge_tokens`.
+
+    Tokens are parted into sources and destinations. Each source has a partner, the destination
+    whose product with it is the greatest (:func:`best_match`, of equal ones the first), and a
+    score, that product. The r sources of the greatest score, of equal ones the first, are merged
+    into their partners. The rows of the result are the sources that are left, in their order, and
+    then the destinations in theirs.
+
+    Args:
+        metric: ``[B, N, C]``, what tokens are compared by: in ToMe the mean of the keys over the
+            heads, in ToMe for Stable Diffusion the hidden state. float16, bfloat16 or float32
+            (float64 on the reference), any strides with a contiguous last dimension, C up to 4096.
+        r: sources to merge; as many as there may be if it is more, none if it is not positive.
+        partition: which tokens are destinations. "alternate": odd ones. "grid": one of each cell.
+            "index": those that are given. "random": all but r, the same for every sequence.
+        grid: (rows, columns) of "grid", one token each, those of a row behind each other; the first
+            protect_first tokens come before them and are sources.
+        cell: (rows, columns) of a cell. Its destination is the first token, or with a generator a
+            random one, the same for every sequence. Tokens outside of whole cells are sources.
+        destinations: ``[Nd]`` int32 or int64 of "index", tokens in any order.
+        protect_first: the first so many tokens are not merged into others (a class token).
+        protect_targets: nothing is merged into the first so many destinations (a distillation
+            token, which is the first odd one).
+        normalize: compare directions; otherwise products as they are.
+        threshold: pairs with a smaller score are not merged. How many there are then depends on the
+            sequence, and one number is read from the device.
+        generator: of "random" (None: the default one) and "grid".
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (assign, num_out, score): int32 ``[B, N]``, the row of the result of each token; the number
+        of rows; float32 ``[B, Na]`` (float64 on the reference), the scores of the sources in their
+        order. num_out is N - r, or with a threshold the rows of the sequence that has most: others
+        do not use their last ones. With r = 0 assign is a permutation. r is at most the number of
+        sources that are not protected, with "alternate" also half of the tokens that are not
+        protected (ToMe), with "index" N - Nd - protect_first whatever destinations are among the
+        first tokens; 0 if there is no destination but protected ones. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU destinations out of range or twice
+            are replaced by others.
+
+    Complexity: 2 B Na Nb C operations, and a sort of Na scores for each sequence.
+
+    Paper: ToMe (Bolya et al. 2023), section 3; ToMe for Stable Diffusion (Bolya and Hoffman 2023),
+    section 4.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> metric = torch.tensor([[[1.0, 0], [0, 1], [0.1, 1], [1, 0.3]]])
+        >>> assign, num_out, score = tm.bipartite_match(metric, 1)
+        >>> assign.tolist(), num_out  # token 2 goes to token 1, tokens 0, 1 and 3 stay
+        ([[0, 1, 1, 2]], 3)
+        >>> x = torch.randn(2, 4096, 320)
+        >>> tm.bipartite_match(x, 2048, partition="grid", grid=(64, 64))[1]
+        2048
+    """
+    _check_call(metric, r, partition, protect_first, protect_targets, normalize, threshold)
+    _check_partition(metric, partition, grid, cell, destinations, protect_first, generator)
+    batch, tokens, _ = metric.shape
+    if partition == "alternate":
+        parts = _alternate(tokens, protect_first, protect_targets)
+    elif partition == "grid":
+        assert grid is not None
+        chosen = _cells(grid, cell, generator, metric.device) + protect_first
+        parts = _chosen(chosen, tokens, held=protect_first)
+    elif partition == "index":
+        assert destinations is not None
+        parts = _chosen(destinations, tokens, held=0, protected=protect_first)
+    else:
+        most = max(min(r, tokens - max(protect_first, protect_targets + 1)), 0)
+        parts = _random(most, tokens, protect_first, generator, metric.device)
+    targets = metric[:, parts.targets][:, protect_targets:]
+    index, score = best_match(
+        metric[:, parts.sources], targets, normalize=normalize, backend=backend
+    )
+    r = max(min(r, parts.may_merge), 0) if targets.shape[1] > 0 else 0
+    merged = _taken(score, parts.held, r, parts.valid)
+    left: Tensor | int = score.shape[1] - r
+    num_out = tokens - r
+    if threshold is not None:
+        merged &= score >= threshold
+        left = (~merged).sum(1, keepdim=True, dtype=torch.int32)
+        num_out = tokens - (int(merged.sum(1).min()) if batch else 0)
+    place = (~merged).cumsum(1, dtype=torch.int32) - 1
+    assign = place.new_empty(batch, tokens)
+    assign[:, parts.sources] = torch.where(merged, index + (left + protect_targets), place)
+    own = torch.arange(tokens - score.shape[1], dtype=torch.int32, device=metric.device)
+    assign[:, parts.targets] = left + own
+    return assign, num_out, score
+
+
+class _Parts(NamedTuple):
+    """Which tokens are sources and which destinations, each in ascending order."""
+
+    sources: slice | Tensor
+    targets: slice | Tensor
+    may_merge: int
+    held: int  # so many first sources are protected
+    valid: Tensor | None = None  # which sources are not, if that is in a tensor
+
+
+def _alternate(tokens: int, protect_first: int, protect_targets: int) -> _Parts:
+    held = (protect_first + 1) // 2
+    half = (tokens - protect_first - protect_targets) // 2
+    return _Parts(slice(0, None, 2), slice(1, None, 2), min((tokens + 1) // 2 - held, half), held)
+
+
+def _chosen(destinations: Tensor, tokens: int, held: int, protected: int = 0) -> _Parts:
+    """Numbers out of range count as the nearest token; of numbers that come twice, other tokens
+    take the place. Any of the `protected` first tokens may be a destination."""
+    chosen = torch.zeros(tokens, dtype=torch.int8, device=destinations.device)
+    if tokens > 0:
+        chosen[destinations.long().clamp(0, tokens - 1)] = 1
+    count = tokens - destinations.shape[0]
+    sources, targets = chosen.argsort(stable=True).tensor_split([count])
+    valid = sources >= protected if protected else None
+    return _Parts(sources, targets, max(count - held - protected, 0), held, valid)
+
+
+def _random(
+    count: int,
+    tokens: int,
+    protect_first: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> _Parts:
+    drawn_on = device if generator is None else generator.device
+    drawn = torch.randperm(tokens - protect_first, generator=generator, device=drawn_on)
+    others = torch.cat([drawn[count:].to(device) + protect_first,
+                        torch.arange(protect_first, device=device)])  # fmt: skip
+    return _chosen(others, tokens, held=0)
+
+
+def _cells(
+    grid: tuple[int, int],
+    cell: tuple[int, int],
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:
+    """The destination of each whole cell."""
+    down, across = grid[0] // cell[0], grid[1] // cell[1]
+    y = torch.arange(down, device=device)[:, None] * cell[0]
+    x = torch.arange(across, device=device) * cell[1]
+    places = y * grid[1] + x
+    if generator is not None:
+        inside = torch.randint(
+            cell[0] * cell[1], (down, across), generator=generator, device=generator.device
+        ).to(device)
+        places = places + inside // cell[1] * grid[1] + inside % cell[1]
+    return places.flatten()
+
+
+def _taken(score: Tensor, held: int, r: int, valid: Tensor | None) -> Tensor:
+    """The r best of each row, of equal ones the first: none of the first `held`, and valid ones
+    before others."""
+    order = score[:, held:].argsort(dim=1, descending=True, stable=True)
+    if valid is not None:
+        ranks = valid.to(torch.int8)[order]
+        order = order.gather(1, ranks.argsort(dim=1, descending=True, stable=True))
+    taken = torch.zeros_like(score, dtype=torch.bool)
+    return taken.scatter_(1, order[:, :r] + held, True)
+
+
+def _check_call(
+    metric: Tensor,
+    r: int,
+    partition: str,
+    protect_first: int,
+    protect_targets: int,
+    normalize: bool,
+    threshold: float | None,
+) -> None:
+    check_tensor(OP, "metric", metric)
+    check_tokens(OP, "metric", metric, float64=True)
+    channels = metric.shape[2]
+    rule = f"must have 1 to {MAX_CHANNELS} channels"
+    check(1 <= channels <= MAX_CHANNELS, OP, "metric", rule, channels)
+    for name, number in (("r", r), ("protect_first", protect_first),
+                         ("protect_targets", protect_targets)):  # fmt: skip
+        check_whole(OP, name, number)
+    known = partition in ("alternate", "grid", "index", "random")
+    check(known, OP, "partition", "must be 'alternate', 'grid', 'index' or 'random'", partition)
+    tokens = metric.shape[1]
+    if not 0 <= protect_first <= tokens:
+        fail(OP, "protect_first", f"must be 0 to the number of tokens, {tokens}", protect_first)
+    check(protect_targets >= 0, OP, "protect_targets", "must not be negative", protect_targets)
+    check(isinstance(normalize, bool), OP, "normalize", "must be a bool", normalize)
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    check(threshold is None or number, OP, "threshold", "must be a number or None", threshold)
+
+
+def _check_partition(
+    metric: Tensor,
+    partition: str,
+    grid: Any,
+    cell: Any,
+    destinations: Tensor | None,
+    protect_first: int,
+    generator: torch.Generator | None,
+) -> None:
+    check_tensor(OP, "destinations", destinations, optional=True)
+    if generator is not None:
+        is_one = isinstance(generator, torch.Generator)
+        check(is_one, OP, "generator", "must be a torch.Generator or None", generator)
+        drawn = partition in ("grid", "random")
+        check(drawn, OP, "generator", "goes with partition 'grid' or 'random' alone", partition)
+    if partition != "grid":
+        check(grid is None, OP, "grid", "goes with partition 'grid' alone", grid)
+    else:
+        check(_are_sizes(grid), OP, "grid", "must be two positive integers", grid)
+        check(_are_sizes(cell), OP, "cell", "must be two positive integers", cell)
+        tokens = metric.shape[1] - protect_first
+        if grid[0] * grid[1] != tokens:
+            rule = f"must have a place for each token behind the protected ones, {tokens}"
+            fail(OP, "grid", rule, grid)
+    if partition != "index":
+        check(destinations is None, OP, "destinations", "goes with partition 'index' alone",
+              destinations)  # fmt: skip
+    else:
+        check(destinations is not None, OP, "destinations", "must be a tensor", destinations)
+        assert destinations is not None
+        _check_destinations(metric, destinations)
+
+
+def _are_sizes(pair: Any) -> bool:
+    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+        return False
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
+
+
+def _check_destinations(metric: Tensor, destinations: Tensor) -> None:
+    tokens = metric.shape[1]
+    fits = destinations.dim() == 1 and destinations.shape[0] <= tokens
+    rule = f"must have shape [Nd] with Nd up to the number of tokens, {tokens}"
+    check(fits, OP, "destinations", rule, destinations.shape)
+    known = destinations.dtype in (torch.int32, torch.int64)
+    check(known, OP, "destinations", "must be int32 or int64", destinations.dtype)
+    if destinations.device != metric.device:
+        rule = f"must be on the device of metric, {show(metric.device)}"
+        fail(OP, "destinations", rule, destinations.device)
+    if not reads_values(destinations):
+        return
+    bad = destinations[(destinations < 0) | (destinations >= tokens)]
+    if bad.numel():
+        fail(OP, "destinations", f"must be 0 to {tokens - 1}", int(bad[0]))
+    ordered = destinations.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if twice.numel():
+        fail(OP, "destinations", "must not name a token twice", int(twice[0]))
