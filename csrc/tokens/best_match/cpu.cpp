@@ -143,21 +143,17 @@ class Matcher {
   }
 
   void finish(int64_t out, int64_t r) const {
-    float most = -__builtin_inff();
-    int64_t found = p.partners > 0 ? 0 : -1;
-    const float* const values = best + r * kWidth;
-    int32_t vectors[kWidth];
+    const vf values = load(best + r * kWidth);
+    const float most = max_lanes(values);
+    const bool some = most > -__builtin_inff() && factors_a[r] == factors_a[r];
+    int32_t vectors[kWidth], equals[kWidth];
     std::memcpy(vectors, place + r * kWidth, sizeof vectors);
-    if (factors_a[r] == factors_a[r])
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        const int64_t column = int64_t{vectors[lane]} * kWidth + lane;
-        const bool tie = values[lane] == most && most > -__builtin_inff() && column < found;
-        if (!(values[lane] > most || tie)) continue;
-        most = values[lane];
-        found = column;
-      }
-    p.index[out] = static_cast<int32_t>(found);
-    p.score[out] = most * (most > -__builtin_inff() ? factors_a[r] : 1.f);
+    const int count = store_lane_numbers(equals, 0, equal(values, set(most)));
+    int32_t found = INT32_MAX;
+    for (int i = 0; i < count; ++i)
+      found = std::min(found, vectors[equals[i]] * kWidth + equals[i]);
+    p.index[out] = some ? found : p.partners > 0 ? 0 : -1;
+    p.score[out] = some ? most * factors_a[r] : -__builtin_inff();
   }
 
   const MatchParams& p;
