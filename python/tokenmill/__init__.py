@@ -45,9 +45,11 @@ from .tokens import (
     gather_tokens,
     local_pool,
     mask_partition,
+    merge_tokens,
     scatter_tokens,
     segment_reduce,
     topk_partition,
+    unmerge_tokens,
 )
 from .version import __version__
 
@@ -85,6 +87,7 @@ __all__ = [
     "local_pool",
     "mask_partition",
     "merge_attention_states",
+    "merge_tokens",
     "nn",
     "policies",
     "query_similarity_gate",
@@ -100,4 +103,5 @@ __all__ = [
     "topk_partition",
     "topk_select",
     "transpose_block_list",
+    "unmerge_tokens",
 ]

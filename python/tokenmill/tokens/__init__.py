@@ -6,6 +6,7 @@ from .gather_tokens import gather_tokens
 from .local_pool import local_pool
 from .mask_partition import mask_partition
 from .match import bipartite_match
+from .merge import merge_tokens, unmerge_tokens
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
@@ -17,7 +18,9 @@ __all__ = [
     "gather_tokens",
     "local_pool",
     "mask_partition",
+    "merge_tokens",
     "scatter_tokens",
     "segment_reduce",
     "topk_partition",
+    "unmerge_tokens",
 ]
