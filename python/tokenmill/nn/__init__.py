@@ -9,6 +9,17 @@ Example:
 """
 
 from .biformer import BiFormerAttention
+from .class_token import ClsTokenPruning, EViTReorganize
+from .pooling import PoolFormerMixing, SegmentPooling
 from .sparsifiner import SparsifinerAttention
+from .tome import TokenMerging
 
-__all__ = ["BiFormerAttention", "SparsifinerAttention"]
+__all__ = [
+    "BiFormerAttention",
+    "ClsTokenPruning",
+    "EViTReorganize",
+    "PoolFormerMixing",
+    "SegmentPooling",
+    "SparsifinerAttention",
+    "TokenMerging",
+]

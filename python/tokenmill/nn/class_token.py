@@ -1,0 +1,182 @@
+"""Patches that the class token attends to: reorganised (EViT) or pruned (VTC-CLS)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor, fail
+from ..lowering import scale_or_default
+from ..select import attention_row_scores
+from ..select.rules import check_whole
+from ..tokens.gather_fuse import gather_fuse
+from ..tokens.gather_tokens import gather_tokens
+from ..tokens.topk_partition import topk_partition
+
+EVIT, PRUNING = "nn.EViTReorganize", "nn.ClsTokenPruning"
+
+
+def class_scores(
+    q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """How much attention token 0 gives to each other one: the mean over the heads, of probabilities
+    over all tokens.
+
+    Args:
+        q, k: ``[B, 1 + N, H, D]`` and ``[B, 1 + N, Hk, D]``; of q token 0 alone is read.
+        scale: factor of q.k; None = 1/sqrt(D).
+        backend: of :func:`tokenmill.attention_row_scores`. Where a gradient is needed, which that
+            does not have, it is plain PyTorch.
+
+    Returns:
+        float32 ``[B, N]``.
+    """
+    first = q[:, :1]
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return attention_row_scores(first, k, scale=scale, skip=1, backend=backend)
+    factor = scale_or_default("class_scores", scale, q)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    z = torch.einsum("bhd,bnhd->bhn", first[:, 0].to(wide), keys.to(wide))
+    return torch.softmax(factor * z, -1).mean(1)[:, 1:]
+
+
+class EViTReorganize(nn.Module):
+    r"""Behind the attention of a block: the patches to which the class token attends most, and one
+    token for the others,
+
+    .. math::
+       y = [x_0;\ x_{top};\ f], \qquad f = \sum_{j \notin top} a_j x_j.
+
+    Args:
+        keep_rate: share of the patches to keep, of which the next integer is taken.
+        fuse: whether there is f.
+        normalize: divide f by the sum of its weights, which the published models do not.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, 1 + N, C]`` and scores ``[B, N]`` (:meth:`scores`, or row 0 of an attention map,
+        averaged over the heads) to (y ``[B, 1 + K + 1, C]``, keep int32 ``[B, K]``): the patches
+        kept, greatest score first, as y has them. If all are kept, y is x. Gradients go through x
+        and the scores of f, but not through the choice.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads x once and writes y.
+
+    Paper: EViT (Liang et al. 2022), section 3.2: keep_rate 0.5 to 0.9 in layers 3, 6 and 9 of 12.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.EViTReorganize(keep_rate=0.7)
+        >>> x, q, k = torch.randn(2, 197, 384), *torch.randn(2, 2, 197, 6, 64)
+        >>> y, keep = layer(x, layer.scores(q, k))
+        >>> y.shape, keep.shape
+        (torch.Size([2, 140, 384]), torch.Size([2, 138]))
+    """
+
+    def __init__(
+        self,
+        keep_rate: float = 0.7,
+        *,
+        fuse: bool = True,
+        normalize: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check(0 < keep_rate <= 1, EVIT, "keep_rate", "must be above 0 and at most 1", keep_rate)
+        self.keep_rate, self.fuse, self.normalize = keep_rate, fuse, normalize
+        self.backend = backend
+
+    def scores(self, q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+        """float32 ``[B, N]`` of q and k ``[B, 1 + N, H, D]``; see :func:`class_scores`."""
+        return class_scores(q, k, scale=scale, backend=self.backend)
+
+    def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        _check_scores(EVIT, x, scores)
+        patches = scores.shape[1]
+        count = math.ceil(self.keep_rate * patches)
+        if count == patches:
+            every = torch.arange(patches, dtype=torch.int32, device=x.device)
+            return x, every.expand(x.shape[0], -1)
+        keep, rest = topk_partition(scores, count, backend=self.backend)
+        if self.fuse:
+            y = gather_fuse(x, keep, rest, scores, normalize=self.normalize, backend=self.backend)
+        else:
+            first = torch.zeros_like(keep[:, :1])
+            y = gather_tokens(x, torch.cat([first, keep + 1], 1), backend=self.backend)
+        return y, keep
+
+    def extra_repr(self) -> str:
+        return f"keep_rate={self.keep_rate}, fuse={self.fuse}, normalize={self.normalize}"
+
+
+class ClsTokenPruning(nn.Module):
+    """The image tokens of a language model: those patches to which the class token of the vision
+    encoder attends most in the sum over its layers, in their order on the image.
+
+    Args:
+        keep: patches to keep.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, 1 + N, C]``, the features of a layer, and scores ``[B, N]`` of several layers (a
+        sequence, or their sum) to (patches ``[B, keep, C]``, indices int32 ``[B, keep]``,
+        ascending). The class token is not among them.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads and writes keep rows.
+
+    Paper: VTC-CLS (Wang et al. 2024), section 3: all layers from some first one on but the last, 64
+    to 192 of 576 patches.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> prune = tm.nn.ClsTokenPruning(keep=64)
+        >>> layers = [torch.randn(2, 1, 577, 16, 64) for _ in range(3)]
+        >>> scores = [prune.scores(q, k) for q, k in layers]
+        >>> patches, indices = prune(torch.randn(1, 577, 1024), scores)
+        >>> patches.shape, bool((indices.diff() > 0).all())
+        (torch.Size([1, 64, 1024]), True)
+    """
+
+    def __init__(self, keep: int, *, backend: str | None = None) -> None:
+        super().__init__()
+        check_whole(PRUNING, "keep", keep)
+        check(keep >= 0, PRUNING, "keep", "must not be negative", keep)
+        self.keep, self.backend = keep, backend
+
+    def scores(self, q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+        """float32 ``[B, N]`` of q and k ``[B, 1 + N, H, D]``; see :func:`class_scores`."""
+        return class_scores(q, k, scale=scale, backend=self.backend)
+
+    def forward(self, x: Tensor, scores: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if not isinstance(scores, Tensor):
+            some = isinstance(scores, Sequence) and len(scores) > 0
+            check(some, PRUNING, "scores", "must be a tensor or several", scores)
+            scores = torch.stack(list(scores)).sum(0)
+        _check_scores(PRUNING, x, scores)
+        patches = scores.shape[1]
+        if self.keep > patches:
+            fail(PRUNING, "keep", f"must be at most the number of patches, {patches}", self.keep)
+        keep, _ = topk_partition(scores, self.keep, order="index", backend=self.backend)
+        return gather_tokens(x[:, 1:], keep, backend=self.backend), keep
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}"
+
+
+def _check_scores(name: str, x: Tensor, scores: Tensor) -> None:
+    check_tensor(name, "x", x)
+    check_tensor(name, "scores", scores)
+    shaped = x.dim() == 3 and x.shape[1] >= 1
+    check(shaped, name, "x", "must have shape [B, 1 + N, C]", x.shape)
+    wanted = [x.shape[0], x.shape[1] - 1]
+    if list(scores.shape) != wanted:
+        fail(name, "scores", f"must have shape {wanted}, a score for each patch", scores.shape)

@@ -1,0 +1,149 @@
+"""Tokens mixed or put together by pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor, fail
+from ..select.rules import check_whole
+from ..tokens.gather_tokens import gather_tokens
+from ..tokens.local_pool import local_pool
+from ..tokens.scatter_tokens import scatter_tokens
+from ..tokens.segment_reduce import segment_reduce
+
+MIXING, SEGMENTS = "nn.PoolFormerMixing", "nn.SegmentPooling"
+
+
+class PoolFormerMixing(nn.Module):
+    """The token mixer of PoolFormer: the mean of the pixels around each one, minus the pixel. At
+    the edge of the map the mean is over the pixels that there are.
+
+    Args:
+        pool_size: side of the window, odd.
+        channels_first: the map is ``[B, C, Y, X]``; memory in the order of torch.channels_last is
+            then taken as it is.
+        backend: of the operator (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, Y, X, C]`` to ``[B, Y, X, C]``.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads x once and writes the result.
+
+    Paper: PoolFormer (Yu et al. 2022), section 3.2, equation 4.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> tm.nn.PoolFormerMixing()(torch.randn(1, 14, 14, 64)).shape
+        torch.Size([1, 14, 14, 64])
+    """
+
+    def __init__(
+        self, pool_size: int = 3, *, channels_first: bool = False, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        check_whole(MIXING, "pool_size", pool_size)
+        odd = pool_size >= 1 and pool_size % 2 == 1
+        check(odd, MIXING, "pool_size", "must be odd and positive", pool_size)
+        self.pool_size, self.channels_first, self.backend = pool_size, channels_first, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_tensor(MIXING, "x", x)
+        layout = "[B, C, Y, X]" if self.channels_first else "[B, Y, X, C]"
+        check(x.dim() == 4, MIXING, "x", f"must have 4 dimensions {layout}", x.dim())
+        if self.channels_first:
+            x = x.permute(0, 2, 3, 1).contiguous()
+        y = local_pool(x, self.pool_size, subtract_input=True, backend=self.backend)
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
+
+    def extra_repr(self) -> str:
+        return f"pool_size={self.pool_size}, channels_first={self.channels_first}"
+
+
+class SegmentPooling(nn.Module):
+    """Words out of their characters, and back. Words lie behind each other: word w is rows
+    ``offsets[w]`` to ``offsets[w + 1] - 1``.
+
+    Args:
+        reduce: "first" takes the first `prefix` rows of each word, which an encoder within words
+            has filled (the paper's way); "sum", "mean", "amax", "amin" and "last" make one row of
+            all.
+        prefix: rows of a word in front of its characters.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[T, C]`` and offsets int32 ``[W + 1]`` to ``[W, prefix, C]`` (``[W, 1, C]`` unless
+        "first"). Rows that a word does not have are 0.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads the rows that it takes once.
+
+    Paper: Learn Your Tokens (Thawani et al. 2023), section 2: 4 prefix rows a word.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> pool = tm.nn.SegmentPooling(prefix=2)
+        >>> x, offsets = torch.randn(11, 8), torch.tensor([0, 4, 9, 11], dtype=torch.int32)
+        >>> words = pool(x, offsets)
+        >>> words.shape, torch.equal(words[1], x[4:6])
+        (torch.Size([3, 2, 8]), True)
+        >>> torch.equal(pool.insert(x, offsets, words)[4:6], x[0:2])
+        True
+    """
+
+    def __init__(
+        self, reduce: str = "first", *, prefix: int = 1, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        known = reduce in ("first", "last", "sum", "mean", "amax", "amin")
+        rule = "must be 'first', 'last', 'sum', 'mean', 'amax' or 'amin'"
+        check(known, SEGMENTS, "reduce", rule, reduce)
+        check_whole(SEGMENTS, "prefix", prefix)
+        fits = prefix >= 1 and (prefix == 1 or reduce == "first")
+        check(
+            fits, SEGMENTS, "prefix", "must be at least 1, and 1 unless reduce is 'first'", prefix
+        )
+        self.reduce, self.prefix, self.backend = reduce, prefix, backend
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        _check_words(x, offsets)
+        if self.reduce == "first":
+            rows = gather_tokens(x, self._rows(offsets).flatten(), backend=self.backend)
+            return rows.unflatten(0, (-1, self.prefix))
+        pooled = segment_reduce(x, offsets, reduce=self.reduce, backend=self.backend)
+        assert isinstance(pooled, Tensor)
+        return pooled[:, None]
+
+    def insert(self, x: Tensor, offsets: Tensor, words: Tensor) -> Tensor:
+        """x with the rows that a language model made of word w, ``[W, prefix, C]``, in place of the
+        first ones of word w + 1: what its characters are decoded from. The first word keeps its
+        own, and rows that a word does not have are dropped."""
+        _check_words(x, offsets)
+        wanted = [offsets.shape[0] - 1, self.prefix, x.shape[1]]
+        if list(words.shape) != wanted:
+            fail(SEGMENTS, "words", f"must have shape {wanted}", words.shape)
+        rows = self._rows(offsets)[1:].flatten()
+        return scatter_tokens(words[:-1].flatten(0, 1), rows, x, backend=self.backend)
+
+    def _rows(self, offsets: Tensor) -> Tensor:
+        """[W, prefix], -1 where a word ends before."""
+        place = torch.arange(self.prefix, dtype=torch.int32, device=offsets.device)
+        rows = offsets[:-1, None] + place
+        return torch.where(rows < offsets[1:, None], rows, -1)
+
+    def extra_repr(self) -> str:
+        return f"reduce={self.reduce!r}, prefix={self.prefix}"
+
+
+def _check_words(x: Tensor, offsets: Tensor) -> None:
+    check_tensor(SEGMENTS, "x", x)
+    check_tensor(SEGMENTS, "offsets", offsets)
+    check(x.dim() == 2, SEGMENTS, "x", "must have 2 dimensions [T, C]", x.dim())
+    shaped = offsets.dim() == 1 and offsets.shape[0] >= 1
+    check(shaped, SEGMENTS, "offsets", "must have shape [W + 1]", offsets.shape)
+    check(offsets.dtype == torch.int32, SEGMENTS, "offsets", "must be int32", offsets.dtype)

@@ -1,0 +1,127 @@
+"""Token merging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor, fail
+from ..select.rules import check_whole
+from ..tokens import bipartite_match, merge_tokens, unmerge_tokens
+
+NAME = "nn.TokenMerging"
+
+
+class TokenMerging(nn.Module):
+    r"""A step of ToMe, between the attention of a block and its feed-forward network: the r tokens
+    that are most like a token of the other half are merged into it.
+
+    Rows are means over the tokens that they stand for, whose number is their size. So that they
+    count as often in attention, log(size) is added to the logits of a key
+    (:meth:`attention_bias`).
+
+    Args:
+        r: tokens to merge in this block; at most half of those that are not protected are.
+        class_token: token 0 is not merged.
+        distill_token: nothing is merged into token 1.
+        threshold: pairs whose cosine is smaller are not merged; sequences then differ in the rows
+            that they use, and those that they do not use have size 0.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, N, C]``; metric ``[B, N, D]``, or keys ``[B, N, H, D]``, whose mean over the heads
+        is taken; size float32 ``[B, N]`` (None: 1); source int32 ``[B, N0]`` (None: of the N tokens
+        here) to (x ``[B, N - r, C]``, size ``[B, N - r]``, source ``[B, N0]``), where source is the
+        row in which each of the original tokens is. The class token stays row 0, the distillation
+        token row 1. Gradients go through x; the choice has none.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 2 (N / 2)^2 D operations for a sequence; reads x once.
+
+    Paper: ToMe (Bolya et al. 2023), section 3. Its image models merge 8 to 23 tokens a block.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> merge = tm.nn.TokenMerging(r=13)
+        >>> x, keys = torch.randn(2, 197, 384), torch.randn(2, 197, 6, 64)
+        >>> y, size, source = merge(x, keys)
+        >>> y.shape, size.sum(1).tolist()
+        (torch.Size([2, 184, 384]), [197.0, 197.0])
+        >>> q, k, v = torch.randn(3, 2, 184, 6, 64)
+        >>> out = tm.attention(q, k, v, bias=merge.attention_bias(size))
+        >>> merge.unmerge(y, source).shape
+        torch.Size([2, 197, 384])
+    """
+
+    def __init__(
+        self,
+        r: int,
+        *,
+        class_token: bool = True,
+        distill_token: bool = False,
+        threshold: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_whole(NAME, "r", r)
+        check(r >= 0, NAME, "r", "must not be negative", r)
+        needs = class_token or not distill_token
+        check(needs, NAME, "distill_token", "goes with class_token alone", distill_token)
+        self.r, self.class_token, self.distill_token = r, class_token, distill_token
+        self.threshold, self.backend = threshold, backend
+
+    def forward(
+        self, x: Tensor, metric: Tensor, size: Tensor | None = None, source: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._check(x, metric, size, source)
+        if size is None:
+            size = torch.ones(x.shape[:2], device=x.device)
+        if source is None:
+            every = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
+            source = every.expand(x.shape[0], -1)
+        if self.r == 0:
+            return x, size, source
+        if metric.dim() == 4:
+            metric = metric.mean(2)
+        assign, rows, _ = bipartite_match(
+            metric, self.r, protect_first=int(self.class_token),
+            protect_targets=int(self.distill_token), threshold=self.threshold,
+            backend=self.backend,
+        )  # fmt: skip
+        if self.distill_token and x.shape[1] > 1:
+            at = assign[:, 1:2]  # the first destination: behind the sources that are left
+            assign = torch.where(assign == at, 1, assign + ((assign >= 1) & (assign < at)))
+        y, size = merge_tokens(x, assign, rows, weight=size, backend=self.backend)
+        return y, size, assign.gather(1, source.long())
+
+    def _check(self, x: Tensor, metric: Tensor, size: Tensor | None, source: Tensor | None) -> None:
+        for name, t in (("x", x), ("metric", metric)):
+            check_tensor(NAME, name, t)
+        for name, option in (("size", size), ("source", source)):
+            check_tensor(NAME, name, option, optional=True)
+        check(x.dim() == 3, NAME, "x", "must have 3 dimensions [B, N, C]", x.dim())
+        tokens = x.shape[:2]
+        if metric.dim() not in (3, 4) or metric.shape[:2] != tokens:
+            rule = f"must have shape [{tokens[0]}, {tokens[1]}, D] or [.., .., H, D]"
+            fail(NAME, "metric", rule, metric.shape)
+        if size is not None and size.shape != tokens:
+            fail(NAME, "size", f"must have shape {list(tokens)}", size.shape)
+        if source is not None and (source.dim() != 2 or source.shape[0] != tokens[0]):
+            fail(NAME, "source", f"must have shape [{tokens[0]}, N0]", source.shape)
+
+    @staticmethod
+    def attention_bias(size: Tensor) -> Tensor:
+        """The bias ``[B, 1, 1, N]`` of :func:`tokenmill.attention`: log(size), -inf of none."""
+        return size.log()[:, None, None]
+
+    def unmerge(self, y: Tensor, source: Tensor) -> Tensor:
+        """``[B, N0, C]``: each original token as a copy of the row that it is in."""
+        return unmerge_tokens(y, source, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, class_token={self.class_token}, distill_token={self.distill_token}, "
+            f"threshold={self.threshold}"
+        )
