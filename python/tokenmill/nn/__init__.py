@@ -10,16 +10,24 @@ Example:
 
 from .biformer import BiFormerAttention
 from .class_token import ClsTokenPruning, EViTReorganize
+from .dtop import ActiveTokens, DToPExit
+from .focus import FocusSelect
+from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
 from .sparsifiner import SparsifinerAttention
 from .tome import TokenMerging
 
 __all__ = [
+    "ActiveTokens",
     "BiFormerAttention",
     "ClsTokenPruning",
+    "DToPExit",
     "EViTReorganize",
+    "FocusSelect",
+    "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",
     "SparsifinerAttention",
     "TokenMerging",
+    "segments_of",
 ]

@@ -1,0 +1,114 @@
+"""Early exit of tokens, as DToP does it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor
+from ..select.rules import check_whole
+from ..tokens.gather_tokens import gather_tokens
+from ..tokens.mask_partition import mask_partition
+
+NAME = "nn.DToPExit"
+
+
+class ActiveTokens(NamedTuple):
+    """The tokens that go on, packed, and where they belong."""
+
+    tokens: Tensor  # [T, C], zeros behind the last
+    cu_seqlens: Tensor  # [B + 1] int32
+    indices: Tensor  # [T] int32, b * N + n; -1 behind the last
+    active: Tensor  # [B, N] bool
+
+
+class DToPExit(nn.Module):
+    """Lets tokens leave that a head in the middle of a model is sure of.
+
+    A token exits if the probability of its likeliest class is above the threshold. So that a later
+    stage still sees every class that is in the picture, the ``keep`` surest of each class that
+    would exit go on nevertheless. What has left does not come back.
+
+    The tokens that go on are packed for :func:`attention` with cu_seqlens (an image may have none
+    left). Their results go back with ``scatter_tokens(y, stage.indices, x)``, which leaves those
+    that have exited as they were; passing (B, N) in place of x sets them to zero, as the published
+    code does. Predictions are kept likewise: ``torch.where(active, new, old)``.
+
+    Args:
+        threshold: of the probability; 1 lets none leave.
+        keep: tokens of each class that go on whatever their probability, in each image; of equal
+            ones the first.
+        max_total: room for packed tokens. None: B·N, a static bound.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, N, C]``, probabilities ``[B, N, classes]``, active ``[B, N]`` bool (None: all) to
+        ActiveTokens(tokens ``[T, C]``, cu_seqlens ``[B + 1]``, indices ``[T]``, active ``[B, N]``).
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads the probabilities once and sorts B·N numbers twice; one read of the tokens
+    that go on.
+
+    Paper: Dynamic Token Pruning (Tang et al. 2023), section 3.2. Threshold 0.9 and 5 tokens a class
+    are its defaults; a probability is the product of the softmax over classes and the sigmoid of
+    the mask in its segmentation heads.
+
+    Example:
+        >>> import torch
+        >>> from tokenmill import nn
+        >>> x = torch.randn(2, 50, 8)
+        >>> stage = nn.DToPExit(keep=2)(x, torch.full((2, 50, 3), 0.95))
+        >>> stage.cu_seqlens.tolist(), stage.active.sum().item()
+        ([0, 2, 4], 4)
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.9,
+        keep: int = 5,
+        max_total: int | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_whole(NAME, "keep", keep)
+        check(keep >= 0, NAME, "keep", "must not be negative", keep)
+        self.threshold, self.keep, self.max_total = threshold, keep, max_total
+        self.backend = backend
+
+    def forward(
+        self, x: Tensor, probabilities: Tensor, active: Tensor | None = None
+    ) -> ActiveTokens:
+        check_tensor(NAME, "probabilities", probabilities)
+        fits = probabilities.dim() == 3 and probabilities.shape[:2] == x.shape[:2]
+        rule = f"must have shape [{', '.join(map(str, x.shape[:2]))}, classes]"
+        check(fits, NAME, "probabilities", rule, probabilities.shape)
+        staying = ~self._exits(probabilities.detach())
+        if active is not None:
+            staying = staying & active
+        indices, cu_seqlens, _ = mask_partition(
+            staying, max_total=self.max_total, backend=self.backend
+        )
+        tokens = gather_tokens(x, indices, backend=self.backend)
+        return ActiveTokens(tokens, cu_seqlens, indices, staying)
+
+    def _exits(self, probabilities: Tensor) -> Tensor:
+        confidence, likeliest = probabilities.max(2)
+        sure = confidence > self.threshold  # not if it is NaN
+        # Places within the tokens of an image that exit with the same class, the surest first.
+        by_confidence = torch.sort(
+            torch.where(sure, confidence, -torch.inf), dim=1, descending=True, stable=True
+        ).indices
+        group = torch.where(sure, likeliest, probabilities.shape[2]).gather(1, by_confidence)
+        group, order = torch.sort(group, dim=1, stable=True)
+        place = torch.arange(group.shape[1], device=group.device)
+        starts = torch.ones_like(group, dtype=torch.bool)
+        starts[:, 1:] = group[:, 1:] != group[:, :-1]
+        rank = place - torch.where(starts, place, 0).cummax(1).values
+        token = by_confidence.gather(1, order)
+        leaves = (rank >= self.keep) & (group < probabilities.shape[2])
+        return torch.zeros_like(sure).scatter(1, token, leaves)

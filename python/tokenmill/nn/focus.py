@@ -1,0 +1,93 @@
+"""The choice of foreground tokens of Focus-DETR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor, fail
+from ..tokens.gather_tokens import gather_tokens
+from ..tokens.scatter_tokens import scatter_tokens
+from ..tokens.topk_partition import topk_partition
+
+NAME = "nn.FocusSelect"
+
+
+class FocusSelect(nn.Module):
+    r"""Foreground tokens, fewer in each layer of an encoder, for batches of pictures of any size.
+
+    Picture b with v tokens gives its :math:`\lfloor ratio \cdot v \rfloor + 1` best ones (at most
+    v), and layer l works on the first :math:`\lfloor cascade_l \cdot w \rfloor` of them, where w is
+    the width of the choice. Best first, so that each layer has a part of what the layer before it
+    had.
+
+    Args:
+        ratio: share of the tokens of a picture.
+        cascade: for each layer, the share of the width.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        forward: scores ``[B, N]``, valid ``[B, N]`` bool (None: all) to indices ``[B, w]`` int32, w
+        = min(floor(ratio N) + 1, N), in the order of the scores; -1 behind the last of a picture.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: one selection; each layer reads and writes its tokens once.
+
+    Paper: Focus-DETR (Zheng et al. 2023), section 3.2. There w is the most that a picture of the
+    batch has, which is known on the device alone; here it is what N allows, and behind the last
+    token of a picture rows are zeros and are not written back.
+
+    Example:
+        >>> import torch
+        >>> from tokenmill import nn
+        >>> focus, x = nn.FocusSelect(), torch.randn(2, 100, 16)
+        >>> indices = focus(torch.rand(2, 100))
+        >>> layer = focus.layer(indices, 2)
+        >>> tokens, positions = focus.gather((x, torch.randn(2, 100, 4)), layer)
+        >>> tokens.shape, focus.scatter(tokens * 2, layer, x).shape
+        (torch.Size([2, 30, 16]), torch.Size([2, 100, 16]))
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.5,
+        cascade: Sequence[float] = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2),
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check(0 <= ratio <= 1, NAME, "ratio", "must be 0 to 1", ratio)
+        for share in cascade:
+            check(0 < share <= 1, NAME, "cascade", "must be above 0, to 1", share)
+        self.ratio, self.cascade, self.backend = ratio, tuple(cascade), backend
+
+    def forward(self, scores: Tensor, valid: Tensor | None = None) -> Tensor:
+        check_tensor(NAME, "scores", scores)
+        check(scores.dim() == 2, NAME, "scores", "must have 2 dimensions [B, N]", scores.dim())
+        tokens = scores.shape[1]
+        width = min(int(self.ratio * tokens) + 1, tokens)
+        indices, _ = topk_partition(scores, width, valid=valid, backend=self.backend)
+        if valid is None:
+            return indices
+        present = valid.sum(1, keepdim=True)
+        count = torch.minimum((self.ratio * present).floor().long() + 1, present)
+        place = torch.arange(width, device=scores.device)
+        return torch.where(place < count, indices, -1)
+
+    def layer(self, indices: Tensor, number: int) -> Tensor:
+        """The tokens of a layer, ``[B, floor(cascade w)]``, a view of those of the first one."""
+        if not 0 <= number < len(self.cascade):
+            fail(NAME, "number", f"must be 0 to {len(self.cascade) - 1}", number)
+        return indices[:, : int(self.cascade[number] * indices.shape[1])]
+
+    def gather(self, xs: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
+        """The rows of several tensors [B, N, C]."""
+        return gather_tokens(xs, indices, backend=self.backend)
+
+    def scatter(self, tokens: Tensor, indices: Tensor, base: Tensor) -> Tensor:
+        """base with the rows of the tokens in their places."""
+        return scatter_tokens(tokens, indices, base, backend=self.backend)

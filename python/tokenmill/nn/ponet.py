@@ -1,0 +1,125 @@
+"""The pooling network PoNet in place of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..check import check, check_tensor, fail
+from ..dense import attention
+from ..select.rules import check_whole
+from ..tokens.local_pool import local_pool
+from ..tokens.merge import merge_tokens, unmerge_tokens
+
+NAME = "nn.PoNetMixing"
+
+
+def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Numbers of segments for :class:`PoNetMixing`: a boundary token is a segment of its own, and
+    what follows it begins another.
+
+    Args:
+        boundaries: ``[B, N]`` bool, e.g. ends of sentences.
+        mask: ``[B, N]`` bool, tokens that are there. None: all.
+
+    Returns:
+        ``[B, N]`` int32, ascending in each row; -1 where no token is.
+
+    Example:
+        >>> import torch
+        >>> from tokenmill.nn import segments_of
+        >>> segments_of(torch.tensor([[True, False, False, True, False]])).tolist()
+        [[0, 1, 1, 2, 3]]
+    """
+    begins = boundaries.clone()
+    begins[:, 1:] |= boundaries[:, :-1]
+    begins[:, :1] = True
+    segments = begins.to(torch.int32).cumsum(1, dtype=torch.int32) - 1
+    return segments if mask is None else torch.where(mask, segments, -1)
+
+
+class PoNetMixing(nn.Module):
+    r"""Tokens mixed by pooling over the sequence, over segments and over neighbours.
+
+    With projections Q, K, O, S and L of the tokens,
+
+    .. math::
+       g = \sum_j \operatorname{softmax}_j(\bar q \cdot k_j / \sqrt{d})\, k_j, \qquad
+       out_i = (g + \max_{j \in seg(i)} s_j) \odot o_i + \max_{|j - i| \le 1} l_j,
+
+    where :math:`\bar q` is the mean of Q over the tokens that are there, and g is formed for each
+    head. Where no token is, out is 0.
+
+    Args:
+        dim: channels C.
+        num_heads: heads of the global part, which divide the channels.
+        exclude_first: whether the first token (the class token) is left out of the two maxima, so
+            that they do not depend on it.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, N, C]``, segments ``[B, N]`` int32 (numbers below N; -1 where no token is;
+        :func:`segments_of`) to ``[B, N, C]``.
+
+    Weights: query, key, output, segment and local, each a linear layer C to C.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 10 B N C² operations of the projections, and a few reads of their results. A segment
+    or window of which only the first token is left has maximum 0.
+
+    Paper: PoNet (Tan et al. 2022), section 3.
+
+    Example:
+        >>> import torch
+        >>> from tokenmill import nn
+        >>> x, ends = torch.randn(2, 20, 32), torch.zeros(2, 20, dtype=torch.bool)
+        >>> ends[:, ::7] = True
+        >>> nn.PoNetMixing(32, num_heads=4)(x, nn.segments_of(ends)).shape
+        torch.Size([2, 20, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 12,
+        *,
+        exclude_first: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, number in (("dim", dim), ("num_heads", num_heads)):
+            check_whole(NAME, name, number)
+        check(num_heads >= 1 and dim % num_heads == 0, NAME, "num_heads", f"must divide dim, {dim}",
+              num_heads)  # fmt: skip
+        self.num_heads, self.exclude_first, self.backend = num_heads, exclude_first, backend
+        self.query, self.key, self.output, self.segment, self.local = (
+            nn.Linear(dim, dim) for _ in range(5)
+        )
+
+    def forward(self, x: Tensor, segments: Tensor) -> Tensor:
+        check_tensor(NAME, "segments", segments)
+        if segments.shape != x.shape[:2]:
+            fail(NAME, "segments", f"must have shape {list(x.shape[:2])}", segments.shape)
+        there = segments >= 0
+        pooled = there.clone()
+        if self.exclude_first:
+            pooled[:, :1] = False
+        assign = torch.where(pooled, segments, -1)
+        highest, _ = merge_tokens(
+            self.segment(x), assign, x.shape[1], reduce="amax", backend=self.backend
+        )
+        near = local_pool(self.local(x), 3, mode="max", mask=pooled, backend=self.backend)
+        mixed = self._global(x, there) + unmerge_tokens(highest, segments, backend=self.backend)
+        return (mixed * self.output(x) + near).masked_fill(~there[..., None], 0)
+
+    def _global(self, x: Tensor, there: Tensor) -> Tensor:
+        """[B, 1, C]"""
+        count = there.sum(1, keepdim=True).clamp(min=1)
+        mean = (self.query(x) * there[..., None]).sum(1, dtype=torch.float32) / count
+        keys = self.key(x).unflatten(2, (self.num_heads, -1))
+        query = mean.to(x.dtype).unflatten(1, (self.num_heads, -1))[:, None]
+        hidden = torch.zeros_like(there, dtype=x.dtype).masked_fill(~there, -torch.inf)
+        out = attention(query, keys, keys, bias=hidden[:, None, None], backend=self.backend)
+        return out.flatten(2)

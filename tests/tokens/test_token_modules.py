@@ -1,0 +1,154 @@
+"""DToPExit, PoNetMixing and FocusSelect against literal readings of their papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenmill as tm
+from tokenmill import nn
+
+
+def who_stays(p, threshold, keep):
+    """One picture, one class after the other."""
+    tokens = [
+        (max(row), min(c for c, value in enumerate(row) if value == max(row)), n)
+        for n, row in enumerate(p.tolist())
+    ]
+    stay = {n for value, _, n in tokens if not value > threshold}
+    for c in range(p.shape[1]):
+        sure = sorted((-value, n) for value, label, n in tokens if label == c and n not in stay)
+        stay |= {n for _, n in sure[:keep]}
+    return stay
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(0, 30),
+    classes=st.integers(1, 4),
+    keep=st.integers(0, 3),
+    threshold=st.sampled_from([-1.0, 0.5, 0.75, 1.0]),
+    levels=st.sampled_from([2, 4, 1000]),
+)
+def test_tokens_exit_one_by_one(seed, tokens, classes, keep, threshold, levels):
+    g = torch.Generator().manual_seed(seed)
+    p = torch.randint(0, levels + 1, (2, tokens, classes), generator=g) / levels  # many ties
+    x = torch.randn(2, tokens, 3, generator=g)
+    before = torch.rand(2, tokens, generator=g) < 0.7
+    stage = nn.DToPExit(threshold, keep)(x, p, before)
+    for b in range(2):
+        stay = sorted(n for n in who_stays(p[b], threshold, keep) if before[b, n])
+        begin, end = stage.cu_seqlens[b : b + 2].tolist()
+        assert stage.indices[begin:end].tolist() == [b * tokens + n for n in stay]
+        assert torch.equal(stage.tokens[begin:end], x[b, stay])
+        assert stage.active[b].nonzero().flatten().tolist() == stay
+    assert (stage.indices[stage.cu_seqlens[-1] :] == -1).all()
+
+
+def test_what_has_left_stays_away_and_keeps_its_features():
+    x, classes = torch.randn(1, 12, 4), torch.randn(1, 12, 3).softmax(2)
+    leave = nn.DToPExit(0.5, 1)
+    first = leave(x, classes)
+    second = leave(x, torch.ones(1, 12, 3), first.active)
+    assert not (second.active & ~first.active).any()
+    back = tm.scatter_tokens(first.tokens * 2, first.indices, x)
+    assert torch.equal(back, torch.where(first.active[..., None], 2 * x, x))
+    never = leave(x, torch.full((1, 12, 3), torch.nan))
+    assert never.active.all()
+
+
+def test_packed_tokens_train():
+    x, p = torch.randn(2, 9, 8, requires_grad=True), torch.rand(2, 9, 3)
+    stage = nn.DToPExit(0.8, 1)(x, p)
+    (gradient,) = torch.autograd.grad(stage.tokens.sum(), x)
+    assert torch.equal(gradient, stage.active[..., None].float().expand_as(x))
+
+
+def ponet_by_hand(layer, x, segments):
+    """One token after the other."""
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        there = [i for i in range(x.shape[1]) if segments[b, i] >= 0]
+        if not there:
+            continue
+        heads = layer.num_heads
+        mean = layer.query(x[b, there]).mean(0).view(heads, -1)
+        keys = layer.key(x[b, there]).view(len(there), heads, -1)
+        a = torch.softmax(torch.einsum("hd,jhd->jh", mean, keys) * keys.shape[2] ** -0.5, 0)
+        g = torch.einsum("jh,jhd->hd", a, keys).flatten()
+        pooled = [i for i in there if i > 0 or not layer.exclude_first]
+        zero = torch.zeros(x.shape[2])
+        for i in there:
+            same = [layer.segment(x[b, j]) for j in pooled if segments[b, j] == segments[b, i]]
+            near = [layer.local(x[b, j]) for j in pooled if abs(j - i) <= 1]
+            high, local = (torch.stack(t).amax(0) if t else zero for t in (same, near))
+            out[b, i] = (g + high) * layer.output(x[b, i]) + local
+    return out
+
+
+@pytest.mark.parametrize("exclude_first", [False, True])
+def test_ponet_token_by_token(exclude_first):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 11, 12, generator=g, requires_grad=True)
+    ends = torch.rand(3, 11, generator=g) < 0.3
+    mask = torch.arange(11) < torch.tensor([[11], [6], [0]])
+    segments = nn.segments_of(ends, mask)
+    layer = nn.PoNetMixing(12, 3, exclude_first=exclude_first)
+    got, want = layer(x, segments), ponet_by_hand(layer, x, segments)
+    torch.testing.assert_close(got, want)
+    weights = [x, *layer.parameters()]
+    for a, b in zip(
+        *(torch.autograd.grad(o.sin().sum(), weights) for o in (got, want)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_boundaries_are_segments_of_their_own():
+    ends = torch.tensor([[True, False, False, True, True, False], [False] * 6])
+    assert nn.segments_of(ends).tolist() == [[0, 1, 1, 2, 3, 4], [0] * 6]
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**31), tokens=st.integers(1, 40), ratio=st.sampled_from([0.0, 0.5, 1.0])
+)
+def test_foreground_tokens_of_pictures_of_any_size(seed, tokens, ratio):
+    g = torch.Generator().manual_seed(seed)
+    scores, valid = torch.randn(3, tokens, generator=g), torch.rand(3, tokens, generator=g) < 0.6
+    x, positions = torch.randn(3, tokens, 5, generator=g), torch.randn(3, tokens, 2, generator=g)
+    focus = nn.FocusSelect(ratio)
+    indices = focus(scores, valid)
+    wide = [min(int(ratio * v) + 1, v) for v in valid.sum(1).tolist()]
+    for number, share in enumerate(focus.cascade):
+        layer = focus.layer(indices, number)
+        width = int(share * indices.shape[1])
+        out = focus.scatter(focus.gather((x, positions), layer)[0] + 1, layer, x)
+        for b in range(3):
+            able = [n for n in range(tokens) if valid[b, n]]
+            best = sorted(able, key=lambda n, b=b: -scores[b, n].item())[: wide[b]][:width]
+            assert layer[b].tolist() == best + [-1] * (width - len(best))
+            chosen = torch.zeros(tokens, dtype=torch.bool)
+            chosen[best] = True
+            assert torch.equal(out[b], torch.where(chosen[:, None], x[b] + 1, x[b]))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.DToPExit(keep=-1), "nn.DToPExit: keep: must not be negative; got -1"),
+        (lambda: nn.DToPExit()(torch.ones(1, 2, 3), torch.ones(1, 3, 3)),
+         "nn.DToPExit: probabilities: must have shape [1, 2, classes]; got [1, 3, 3]"),
+        (lambda: nn.PoNetMixing(10, 3), "nn.PoNetMixing: num_heads: must divide dim, 10; got 3"),
+        (lambda: nn.FocusSelect(1.5), "nn.FocusSelect: ratio: must be 0 to 1; got 1.5"),
+        (lambda: nn.FocusSelect(cascade=[0.0]), "nn.FocusSelect: cascade: must be above 0, to 1"),
+        (lambda: nn.FocusSelect().layer(torch.zeros(1, 4).int(), 6),
+         "nn.FocusSelect: number: must be 0 to 5; got 6"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(build, message):
+    with pytest.raises(tm.InputError) as error:
+        build()
+    assert str(error.value).startswith(f"tokenmill.{message}")
