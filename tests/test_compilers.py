@@ -26,6 +26,7 @@ class Everything(torch.nn.Module):
         indices, _ = tm.topk_select(linear[0, -1].detach(), 3)
         kept = linear[0, -1].gather(1, indices.long()).mean()
         cached = decode_from_cache(token, x.detach()) + attend_to_blocks(linear, x)
+        cached = cached + move_tokens(x.flatten(2)).unflatten(2, (4, 16))
         # The mean: a sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
 
@@ -57,6 +58,20 @@ def attend_to_blocks(q, k):
     maps = (t.unflatten(1, (3, 4)) for t in (q, k, k))
     out = out + tm.bilevel_routing_attention(*maps, regions=(1, 2), topk=1).flatten(1, 2)
     return out + offsets.float().mean() + rows.float().mean()
+
+
+def move_tokens(x):
+    """The operators on tokens."""
+    level = x.mean(2)
+    keep, rest = tm.topk_partition(level, 7)
+    fused = tm.gather_fuse(x, keep, rest, level.sigmoid(), prefix=0)
+    indices, ends, _ = tm.mask_partition(level > 0)
+    packed = tm.gather_tokens(x, indices)
+    sums = tm.segment_reduce(packed, ends)
+    partner, score = tm.best_match(x[:, ::2], x[:, 1::2])
+    halves, _ = tm.merge_tokens(x, torch.cat([partner, partner], 1), 6)
+    moved = fused.mean() + sums.mean() + halves.mean() + score.mean()
+    return tm.local_pool(tm.scatter_tokens(packed, indices, x), 3) + moved
 
 
 X = torch.linspace(-2, 2, 2 * 12 * 4 * 16).view(2, 12, 4, 16)
