@@ -13,7 +13,7 @@ def gather_tokens(x: Tensor, indices: Tensor) -> tuple[Tensor]:
         rows, places = x, indices
     # A row of zeros behind the last serves -1.
     padded = torch.cat((rows, rows.new_zeros(len(rows), 1, rows.shape[2])), 1)
-    found = padded.gather(1, _columns(_places(places, rows.shape[1]), rows.shape[2]))
+    found = padded[_places(places, rows.shape[1])]
     return (found[0] if indices.dim() == 1 else found,)
 
 
@@ -28,8 +28,8 @@ def scatter_tokens(
         rows, places = y, indices
     # A row behind the last takes what -1 names.
     padded = torch.cat((out, out.new_zeros(len(out), 1, channels)), 1)
-    places = _columns(_places(places, out.shape[1]), channels)
-    return (padded.scatter(1, places, rows)[:, :-1].reshape(batch, tokens, channels).clone(),)
+    scattered = padded.index_put(_places(places, out.shape[1]), rows)[:, :-1]
+    return (scattered.reshape(batch, tokens, channels).clone(),)
 
 
 def gather_fuse(
@@ -80,13 +80,10 @@ def local_pool(
     return (pooled - x if subtract_input else pooled,)
 
 
-def _places(indices: Tensor, tokens: int) -> Tensor:
-    return torch.where(indices < 0, tokens, indices)
-
-
-def _columns(indices: Tensor, channels: int) -> Tensor:
-    """One index for each channel."""
-    return indices.long()[..., None].expand(*indices.shape, channels)
+def _places(indices: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Sequence and token of each entry."""
+    sequence = torch.arange(len(indices), device=indices.device)[:, None]
+    return sequence, torch.where(indices < 0, tokens, indices).long()
 
 
 def _shifted(x: Tensor, dy: int, dx: int) -> Tensor:

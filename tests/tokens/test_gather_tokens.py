@@ -1,0 +1,195 @@
+"""gather_tokens and scatter_tokens: every bit of every dtype, and each the adjoint of the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import backends, device_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenmill as tm
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64]
+SIZES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t):
+    return t.view(SIZES[t.element_size()])
+
+
+def any_bits(shape, dtype, generator):
+    """Elements of which many are NaN of some payload."""
+    drawn = torch.randint(-(2**62), 2**62, (*shape, 1), generator=generator)
+    return drawn.view(dtype)[..., 0].contiguous()
+
+
+def laid_out(t, layout):
+    """The same values [B, N, C] in another order in memory."""
+    if layout == "swapped":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "part":
+        wide = t.new_zeros(t.shape[0], t.shape[1] + 1, t.shape[2] + 3)
+        wide[:, 1:, 3:] = t
+        return wide[:, 1:, 3:]
+    return t
+
+
+@st.composite
+def rows_and_indices(draw, *, repeats):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    channels = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 24, 33, 128]))
+    flat = draw(st.booleans())
+    rows = batch * tokens if flat else tokens
+    places = (draw(st.integers(0, rows)),) if flat else (batch, draw(st.integers(0, tokens)))
+    if repeats:
+        indices = torch.randint(-1, rows, places, generator=generator)
+    else:
+        order = torch.rand(*places[:-1], rows, generator=generator).argsort(-1)
+        indices = order[..., : places[-1]]
+        indices = torch.where(torch.rand(places, generator=generator) < 0.3, -1, indices)
+    if draw(st.booleans()):
+        indices = indices.int()
+    layout = draw(st.sampled_from(["plain", "swapped", "part"]))
+    return (batch, tokens, channels), indices, draw(st.sampled_from(DTYPES)), layout, generator
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@settings(max_examples=30)
+@given(case=rows_and_indices(repeats=True))
+def test_every_bit_is_copied(case, backend):
+    shape, indices, dtype, layout, generator = case
+    x = any_bits(shape, dtype, generator)
+    device = device_of(backend)
+    found = tm.gather_tokens(laid_out(x, layout).to(device), indices.to(device), backend=backend)
+    rows = bits(x).flatten(0, 1) if indices.dim() == 1 else bits(x)
+    for b in range(1 if indices.dim() == 1 else len(x)):
+        of, ids, got = (
+            (rows, indices, found) if indices.dim() == 1 else (rows[b], indices[b], found[b])
+        )
+        wanted = [of[i] if i >= 0 else torch.zeros_like(of[0]) for i in ids.tolist()]
+        assert len(got) == len(wanted)
+        for row, want in zip(bits(got.cpu()), wanted, strict=True):
+            assert torch.equal(row, want)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@settings(max_examples=30)
+@given(case=rows_and_indices(repeats=False), based=st.booleans())
+def test_scattered_rows_replace_those_of_the_base(case, based, backend):
+    shape, indices, dtype, layout, generator = case
+    y = any_bits((*indices.shape, shape[2]), dtype, generator)
+    base = any_bits(shape, dtype, generator) if based else torch.zeros(shape, dtype=dtype)
+    wanted = bits(base).clone()
+    flat = wanted.view(-1, shape[2]) if indices.dim() == 1 else wanted
+    named = indices >= 0
+    if indices.dim() == 1:
+        flat[indices[named].long()] = bits(y)[named]
+    else:
+        for b in range(len(indices)):
+            flat[b, indices[b][named[b]].long()] = bits(y)[b][named[b]]
+    device = device_of(backend)
+    under = laid_out(base, layout).to(device) if based else shape[:2]
+    y = laid_out(y, layout) if y.dim() == 3 else y
+    found = tm.scatter_tokens(y.to(device), indices.to(device), under, backend=backend)
+    assert torch.equal(bits(found.cpu()), wanted)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+@settings(max_examples=20)
+@given(case=rows_and_indices(repeats=False))
+def test_scatter_and_gather_are_adjoint(case, backend):
+    """<scatter(y), z> = <y, gather(z)>, and scattering what was gathered changes nothing."""
+    shape, indices, _, _, generator = case
+    device = device_of(backend)
+    z = torch.randint(-9, 10, shape, generator=generator).float().to(device)
+    y = torch.randint(-9, 10, (*indices.shape, shape[2]), generator=generator).float().to(device)
+    indices = indices.to(device)
+    scattered = tm.scatter_tokens(y, indices, shape[:2], backend=backend)
+    gathered = tm.gather_tokens(z, indices, backend=backend)
+    assert torch.equal((scattered * z).sum(), (y * gathered).sum())
+    assert torch.equal(tm.scatter_tokens(gathered, indices, z, backend=backend), z)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_one_index_gathers_tensors_of_any_shape(backend):
+    device = device_of(backend)
+    x = torch.randn(2, 9, 4, device=device)
+    heads = torch.randn(2, 3, 9, 5, device=device).half().transpose(1, 2)
+    scores = torch.randn(2, 9, device=device)
+    ids = torch.arange(18, device=device).view(2, 9)
+    index = torch.tensor([[3, 3, 0], [8, -1, 1]], device=device)
+    found = tm.gather_tokens([x, heads, scores, ids], index, backend=backend)
+    assert isinstance(found, tuple)
+    for t, got in zip((x, heads, scores, ids), found, strict=True):
+        assert got.dtype == t.dtype
+        for b in range(2):
+            for k, i in enumerate(index[b].tolist()):
+                assert torch.equal(got[b, k], t[b, i] if i >= 0 else torch.zeros_like(t[b, 0]))
+    flat = torch.tensor([12, 5], device=device)
+    assert torch.equal(tm.gather_tokens(heads, flat, backend=backend), heads.flatten(0, 1)[flat])
+    for t in (x[0], scores[0]):  # packed
+        assert torch.equal(tm.gather_tokens(t, flat % 9, backend=backend), t[flat % 9])
+    assert tm.gather_tokens((), index, backend=backend) == ()
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_scatter_takes_tensors_of_any_shape(backend):
+    device = device_of(backend)
+    index = torch.tensor([[3, -1, 0], [4, 1, 2]], device=device)
+    heads = torch.randn(2, 3, 2, 4, device=device)
+    scores = torch.randn(2, 3, device=device)
+    for y in (heads, scores):
+        found = tm.scatter_tokens(y, index, 5, backend=backend)
+        assert found.shape == (2, 5, *y.shape[2:])
+        assert torch.equal(tm.gather_tokens(found, index, backend=backend)[1], y[1])
+        base = torch.randn_like(found)
+        assert torch.equal(tm.scatter_tokens(y, index, base, backend=backend)[0, 3], y[0, 0])
+    flat = torch.tensor([6, 1], device=device)
+    for y in (heads[0, :2], scores[0, :2], heads[0, :2, 0]):
+        packed = tm.scatter_tokens(y, flat, 9, backend=backend)
+        assert packed.shape == (9, *y.shape[1:])
+        assert torch.equal(packed[flat], y)
+        assert torch.equal(tm.scatter_tokens(y, flat, packed, backend=backend), packed)
+        pairs = tm.scatter_tokens(y, flat, (3, 3), backend=backend)
+        assert torch.equal(pairs.flatten(0, 1), packed)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_gradient_of_a_row_is_the_sum_over_its_copies(backend):
+    device = device_of(backend)
+    x = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    index = torch.tensor([[1, 1, -1, 0, 1], [3, 2, 2, 2, -1]], device=device)
+    weight = torch.randint(-9, 10, (2, 5, 3), device=device).float()
+    (tm.gather_tokens(x, index, backend=backend) * weight).sum().backward()
+    wanted = torch.zeros(2, 4, 3)
+    for b in range(2):
+        for k, i in enumerate(index[b].tolist()):
+            if i >= 0:
+                wanted[b, i] += weight[b, k].cpu()
+    assert torch.equal(x.grad.cpu(), wanted)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_of_rows_of_one_token_the_last_is_taken(backend):
+    device = device_of(backend)
+    y = torch.arange(1.0, 5.0, device=device).view(1, 4, 1)
+    index = torch.tensor([[2, 2, 0, 2]], device=device)
+    found = tm.scatter_tokens(y, index, 3, backend=backend)
+    assert found.flatten().tolist() == [3.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_compiles_with_other_ranks(backend):
+    device = device_of(backend)
+
+    def move(scores, heads, index):
+        picked = tm.gather_tokens((scores, heads), index, backend=backend)
+        return tm.scatter_tokens(picked[1], index, heads, backend=backend), picked[0]
+
+    args = torch.randn(2, 6), torch.randn(2, 6, 2, 4), torch.tensor([[4, 0, -1], [5, 1, 2]])
+    args = tuple(a.to(device) for a in args)
+    compiled = torch.compile(move, fullgraph=True, dynamic=True, backend="aot_eager")
+    for found, want in zip(compiled(*args), move(*args), strict=True):
+        assert torch.equal(found, want)
