@@ -97,7 +97,15 @@ def _sample(batch: int, tokens: int, share: float, max_total: int | None = None)
     return make
 
 
-FORWARD = register(TorchOp(OP, check=_check, fake=_fake, check_values=_check_values))
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="tokens.mask_partition:mask_partition",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,

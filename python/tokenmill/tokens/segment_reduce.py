@@ -226,6 +226,7 @@ FORWARD = register(
         check=_check,
         fake=_fake,
         check_values=_check_values,
+        triton="tokens.segment_reduce:segment_reduce",
         backward=_backward,
         setup_context=_setup_context,
     )
@@ -235,6 +236,7 @@ BACKWARD = register(
         OP + "_backward",
         check=_check_backward,
         fake=_fake_backward,
+        triton="tokens.segment_reduce:segment_reduce_backward",
     )
 )
 SPEC = register_op(

@@ -155,7 +155,9 @@ def _sample(
     return make
 
 
-FORWARD = register(TorchOp(OP, check=_check, fake=_fake))
+FORWARD = register(
+    TorchOp(OP, check=_check, fake=_fake, triton="tokens.topk_partition:topk_partition")
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
