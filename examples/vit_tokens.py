@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import tokenmill as tm
 
-CANVAS, PATCH, DIM, HEADS = 24, 2, 64, 4
+CANVAS, PATCH, DIM, HEADS = 16, 2, 64, 4
 DIGIT = 8  # pixels of a side
-DROPS = (1, 3)  # layers behind whose attention tokens go
+DROPS = (0, 2)  # layers behind whose attention tokens go
 Shorten = tm.nn.EViTReorganize | tm.nn.TokenMerging | None
 
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, layers: int = 5) -> None:
+    def __init__(self, layers: int = 4) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, DIM)
         self.place = nn.Parameter(0.02 * torch.randn(1, 1 + (CANVAS // PATCH) ** 2, DIM))
@@ -131,7 +131,7 @@ def train(steps: int, batch: int) -> tuple[Transformer, Tensor, Tensor]:
 def evaluate(model: Transformer, pictures: Tensor, labels: Tensor) -> None:
     ways: list[tuple[str, Shorten]] = [("all tokens", None)]
     ways += [(f"EViT, keep {rate}", tm.nn.EViTReorganize(rate)) for rate in (0.9, 0.7, 0.5, 0.3)]
-    ways += [(f"ToMe, r = {r}", tm.nn.TokenMerging(r)) for r in (14, 40, 60)]
+    ways += [(f"ToMe, r = {r}", tm.nn.TokenMerging(r)) for r in (6, 16, 24)]
     print(f"accuracy on {len(pictures)} digits, {torch.get_num_threads()} threads")
     for name, shorten in ways:
         model(pictures, shorten)
@@ -152,7 +152,7 @@ def plot(model: Transformer, pictures: Tensor, path: Path) -> None:
     shown = pictures[:6]
     side, columns = CANVAS // PATCH, len(shown)
     kept = model(shown, tm.nn.EViTReorganize(0.5))[1] >= 0
-    merged = model(shown, tm.nn.TokenMerging(60))[1]
+    merged = model(shown, tm.nn.TokenMerging(24))[1]
     colours = torch.rand(1 + int(merged.max()), 3, generator=torch.Generator().manual_seed(3))
     figure, axes = plt.subplots(3, columns, figsize=(1.7 * columns, 5.4), layout="constrained")
     for column, picture in enumerate(shown):
@@ -218,7 +218,8 @@ def embed(passages: int, words: int) -> None:
     ids = tokens["input_ids"][:, :length]  # no padding
     every, _ = encoder(ids, 0)
     print(f"MiniLM, {passages} passages of {length} tokens")
-    for r in (0, 8, 16, 32, 48, 64):
+    for share in (0, 0.02, 0.04, 0.07, 0.1, 0.13):
+        r = int(share * length)
         start = time.perf_counter()
         found, left = encoder(ids, r)
         seconds = time.perf_counter() - start
@@ -231,13 +232,13 @@ def embed(passages: int, words: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=500, help="of training, 48 pictures each")
+    parser.add_argument("--steps", type=int, default=600, help="of training, 64 pictures each")
     parser.add_argument("--quick", action="store_true", help="few steps and passages")
     parser.add_argument("--no-encoder", action="store_true", help="without the sentence encoder")
     parser.add_argument("--plot", type=Path, help="draw which patches are kept and merged")
     options = parser.parse_args()
     print("training on digits")
-    model, pictures, labels = train(*((30, 16) if options.quick else (options.steps, 48)))
+    model, pictures, labels = train(*((10, 16) if options.quick else (options.steps, 64)))
     evaluate(model, pictures, labels)
     if options.plot:
         plot(model, pictures, options.plot)
