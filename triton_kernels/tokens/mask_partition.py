@@ -61,6 +61,6 @@ def mask_partition(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor,
     launch(count_kernel, blocks, mask, bits, counts, *where, SIZE=block)
     ends = counts.cumsum(0, dtype=torch.int32)
     launch(write_kernel, blocks, mask, bits, ends, indices, cu_seqlens, inverse, *where, size,
-           SIZE=block)  # fmt: skip
+           SIZE=block, num_warps=8)  # fmt: skip
     cu_seqlens[batch:] = ends[-1:].clamp(max=size)
     return indices, cu_seqlens, inverse

@@ -16,9 +16,11 @@ from ..common import INF, launch, rounded
 
 CHANNELS = 256  # of one program at most
 ELEMENTS = 4096  # of a tile
+BACKWARD_ELEMENTS = 2048  # more would spill registers
 # A new size compiles nothing.
-SIZES = ["x_batch", "x_row", "offsets_batch", "perm_batch", "weight_batch", "tokens", "places"]
-SIZES += ["segments", "channels", "tiles", "dy_batch", "dy_row", "count"]
+SIZES = ["x_batch", "x_row", "weight_batch", "tokens", "segments", "channels"]
+FORWARD_SIZES = [*SIZES, "offsets_batch", "perm_batch", "place_count", "tiles"]
+BACKWARD_SIZES = [*SIZES, "dy_batch", "dy_row", "count"]
 
 
 class Places(NamedTuple):
@@ -39,7 +41,7 @@ def rows_of_places(places, i_b, o_p, m_p, perm_batch, tokens):
     return b_row.to(tl.int64), m_p
 
 
-@triton.jit(do_not_specialize=SIZES[:10])
+@triton.jit(do_not_specialize=FORWARD_SIZES)
 def reduce_kernel(
     x,
     places,
@@ -137,7 +139,7 @@ def reduce_kernel(
         tl.store(p_y, rounded(b_y, y.dtype.element_ty), mask=m_c)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=BACKWARD_SIZES)
 def backward_kernel(
     dy,
     dweight_sum,
@@ -246,7 +248,7 @@ def segment_reduce_backward(
     dx = x.new_empty(x.shape)
     dweight = None if weight is None else x.new_empty(weight.shape, dtype=torch.float32)
     block_c = min(CHANNELS, triton.next_power_of_2(max(channels, 1)))
-    block_r = max(1, ELEMENTS // block_c)
+    block_r = max(1, BACKWARD_ELEMENTS // block_c)
     launch(
         backward_kernel, triton.cdiv(batch * tokens, block_r), x, dy, dweight_sum, y, weight_sum,
         arg, x, weight, _segment_of_row(x, offsets, perm, reduce), dx, dweight, x.stride(0),
