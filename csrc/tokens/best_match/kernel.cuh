@@ -107,6 +107,14 @@ struct BestProduct {
     score = greater ? product : score;
     index = greater ? column : index;
   }
+  // Times the factor of the row of a, which orders products anew only where it is 0.
+  __device__ __forceinline__ void scale(float factor, const float* factors_b, int partners) {
+    if (factor != factor) *this = {-infinity(), 0};
+    if (score == -infinity()) return;
+    score *= factor;
+    if (factor == 0)
+      for (index = 0; index < partners - 1 && factors_b[index] != factors_b[index];) ++index;
+  }
   // Over the lanes of a quad, which share a row.
   __device__ __forceinline__ void reduce() {
 #pragma unroll
@@ -119,6 +127,21 @@ struct BestProduct {
     }
   }
 };
+
+// Times the factors of the rows of b; NaN, which no maximum takes, beyond the last.
+template <int kRowTiles>
+__device__ __forceinline__ void scale_columns(float (&s)[kRowTiles][kMatchColumns / 8][4],
+                                              const float* factors, int column, int partners) {
+#pragma unroll
+  for (int n = 0; n < kMatchColumns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = column + 8 * n + 2 * (threadIdx.x % 4) + i;
+      const float f = at >= partners ? quiet_nan() : factors ? factors[at] : 1;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) s[m][n][i] *= f, s[m][n][2 + i] *= f;
+    }
+}
 
 template <typename T, int kRowTiles>
 __global__ void __launch_bounds__(kMatchThreads, 2)
@@ -139,15 +162,8 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
   const bool resident = plan.slices <= kResidentSlices;
 
   BestProduct best[kRowTiles][2];
-  float factor[kRowTiles][2];
 #pragma unroll
-  for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first + (warp * kRowTiles + m) * 16 + lane / 4 + 8 * half;
-      best[m][half] = {-infinity(), 0};
-      factor[m][half] = plan.factors_a && row < rows_a.rows ? plan.factors_a[b * p.rows + row] : 1;
-    }
+  for (int m = 0; m < kRowTiles; ++m) best[m][0] = best[m][1] = {-infinity(), 0};
 
   // What is loaded next: a slice of a tile of columns.
   int next_column = 0, next_slice = 0, next_stage = 0;
@@ -184,18 +200,17 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
                                    stages_b + stage * Shape::kBytesB);
       if (++stage == kMatchStages) stage = 0;
     }
+    if (factors_b || column + kMatchColumns > partners)
+      scale_columns<kRowTiles>(s, factors_b, column, partners);
 #pragma unroll
     for (int n = 0; n < kMatchColumns / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = column + 8 * n + 2 * (lane % 4) + i;
-        const float f = at >= partners ? quiet_nan() : factors_b ? factors_b[at] : 1;
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            best[m][half].add(s[m][n][2 * half + i] * f * factor[m][half], at);
-      }
+            best[m][half].add(s[m][n][2 * half + i], column + 8 * n + 2 * (lane % 4) + i);
   }
 
 #pragma unroll
@@ -205,8 +220,10 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
       best[m][half].reduce();
       const int row = first + (warp * kRowTiles + m) * 16 + lane / 4 + 8 * half;
       if (lane % 4 != 0 || row >= rows_a.rows) continue;
-      p.index[b * p.rows + row] = partners > 0 ? best[m][half].index : -1;
-      p.score[b * p.rows + row] = best[m][half].score;
+      const int64_t out = b * p.rows + row;
+      if (plan.factors_a) best[m][half].scale(plan.factors_a[out], factors_b, partners);
+      p.index[out] = partners > 0 ? best[m][half].index : -1;
+      p.score[out] = best[m][half].score;
     }
 }
 
