@@ -27,9 +27,9 @@ void write_row(const MaskPartitionParams& p, int64_t b) {
     const int64_t end = begin + kTile < p.tokens ? begin + kTile : p.tokens;
     const int32_t first = place;
     for (int64_t i = begin; i < end; ++i) {
-      const bool taken = mask[i] != 0;
+      const int32_t taken = mask[i] != 0;
       packed[place - first] = static_cast<int32_t>(b * p.tokens + i);
-      inverse[i] = taken ? place : -1;
+      inverse[i] = place | (taken - 1);  // no branch, which the mask would decide
       place += taken;
     }
     std::memcpy(p.indices + first, packed, (place - first) * sizeof(int32_t));

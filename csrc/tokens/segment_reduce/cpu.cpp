@@ -60,39 +60,60 @@ struct Tile {
     for (int v = 0; v < kVectors; ++v) store(sums, v, total[v]);
   }
 
-  // The largest of the channels multiplied by `sign`, and their rows. Rows are moved as the bits of
-  // floats, never computed with.
-  TM_INLINE void most(PlaceRange range, float sign, float* values, int32_t* rows) const {
-    const vf factor = set(sign);
+  // The greatest or least of each channel, and their rows. Rows are moved as the bits of floats,
+  // never computed with.
+  template <bool kGreatest>
+  TM_INLINE void extremes(PlaceRange range, float* values, int32_t* rows) const {
     vf best[kVectors], found[kVectors];
-    const auto as_float = [](int32_t row) { return set(std::bit_cast<float>(row)); };
-    int64_t i = range.begin;
-    while (i < range.end && row_of_place(p, b, i) < 0) ++i;
-    const int32_t first = i < range.end ? row_of_place(p, b, i) : -1;
+    while (range.begin < range.end && row_of_place(p, b, range.begin) < 0) ++range.begin;
+    const int32_t first = range.begin < range.end ? row_of_place(p, b, range.begin) : -1;
     TM_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) {
-      best[v] = first < 0 ? zero() : load(first, v) * factor;
+      best[v] = first < 0 ? zero() : load(first, v);
       found[v] = as_float(first);
     }
-    for (++i; i < range.end; ++i) {
+    // A sum is NaN where anything is.
+    vf sum[4] = {};
+    TM_UNROLL(16)
+    for (int v = 0; v < kVectors; ++v) sum[v % 4] = sum[v % 4] + best[v];
+    for (int64_t i = range.begin + 1; i < range.end; ++i) {
       const int32_t row = row_of_place(p, b, i);
       if (row < 0) continue;
       const vf bits = as_float(row);
       TM_UNROLL(16)
       for (int v = 0; v < kVectors; ++v) {
-        const vf x = load(row, v) * factor;
-        // What is not greater, and NaN after NaN, changes nothing.
-        const vm no_more = either(less(x, best[v]), equal(x, best[v]));
-        const vm is_number = equal(best[v], best[v]);
-        const vf value = select(no_more, best[v], x), from = select(no_more, found[v], bits);
-        best[v] = select(is_number, value, best[v]);
-        found[v] = select(is_number, from, found[v]);
+        const vf x = load(row, v);
+        const vm better = kGreatest ? less(best[v], x) : less(x, best[v]);
+        best[v] = select(better, x, best[v]);
+        found[v] = select(better, bits, found[v]);
+        sum[v % 4] = sum[v % 4] + x;
       }
     }
+    const vf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    if (any(equal(select(equal(all, all), zero(), set(1.f)), set(1.f))))
+      find_nan(range, best, found);
     TM_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) {
-      store(values, v, best[v] * factor);
+      store(values, v, best[v]);
       store(reinterpret_cast<float*>(rows), v, found[v]);
+    }
+  }
+
+ private:
+  static TM_INLINE vf as_float(int32_t row) { return set(std::bit_cast<float>(row)); }
+
+  // The first NaN of each channel is its extreme.
+  TM_INLINE void find_nan(PlaceRange range, vf (&best)[kVectors], vf (&found)[kVectors]) const {
+    for (int64_t i = range.end - 1; i >= range.begin; --i) {
+      const int32_t row = row_of_place(p, b, i);
+      if (row < 0) continue;
+      TM_UNROLL(16)
+      for (int v = 0; v < kVectors; ++v) {
+        const vf x = load(row, v);
+        const vm number = equal(x, x);
+        best[v] = select(number, best[v], x);
+        found[v] = select(number, found[v], as_float(row));
+      }
     }
   }
 };
@@ -129,9 +150,12 @@ template <DType kType>
 void reduce_places(const SegmentReduceParams& p, int64_t b, PlaceRange range, const Partial& to) {
   *to.weight = weight_of(p, b, range);
   if (is_extreme(p)) {
-    const float sign = p.reduce == Reduce::amax ? 1.f : -1.f;
-    for_each_tile<kType, kTile / 2>(
-        p, b, [&](const auto& tile) TM_LAMBDA { tile.most(range, sign, to.values, to.rows); });
+    for_each_tile<kType, kTile / 2>(p, b, [&](const auto& tile) TM_LAMBDA {
+      if (p.reduce == Reduce::amax)
+        tile.template extremes<true>(range, to.values, to.rows);
+      else
+        tile.template extremes<false>(range, to.values, to.rows);
+    });
   } else if (p.reduce == Reduce::sum || p.reduce == Reduce::mean) {
     for_each_tile<kType, kTile>(p, b,
                                 [&](const auto& tile) TM_LAMBDA { tile.sum(range, to.values); });
