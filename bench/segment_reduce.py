@@ -51,7 +51,9 @@ def _case(
         )  # fmt: skip
 
         def ours() -> torch.Tensor:
-            return tm.segment_reduce(x, offsets, perm=perm, reduce=reduce)
+            y = tm.segment_reduce(x, offsets, perm=perm, reduce=reduce)
+            assert isinstance(y, torch.Tensor)
+            return y
 
         def index_add() -> torch.Tensor:
             return x.new_zeros(segments, CHANNELS).index_add(0, rows, x)

@@ -179,6 +179,22 @@ def test_long_segments(backend, reduce, ends):
     torch.testing.assert_close(dx, want_dx.float())
 
 
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_parts_of_long_segments_do_not_depend_on_threads(reduce, threads):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5000, 40, generator=g)
+    perm = torch.rand(2, 5000, generator=g).argsort(-1).int()
+    offsets = torch.stack([ints(0, 4000, 4100, 5000), ints(9, 9, 1034, 4999)])
+    found = []
+    for count in (1, 2, 5):
+        threads(count)
+        leaf = x.clone().requires_grad_()
+        y = tm.segment_reduce(leaf, offsets, perm=perm, reduce=reduce, backend="cpu")
+        found.append((y, *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+    for y, dx in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(dx, found[0][1])
+
+
 @each_kernel
 def test_sums_of_many_small_rows_stay_accurate(backend):
     x = torch.full((1, 40000, 1), 0.1)
