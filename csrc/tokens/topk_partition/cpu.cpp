@@ -1,5 +1,5 @@
 // Tokens partitioned by their scores, a row at a time: the k-th largest key, then one pass that
-// sends each token to its side. None of it depends on branches that scores decide.
+// sends each token to its side. A short row in the order of the scores is sorted as a whole.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -10,8 +10,10 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
+constexpr int64_t kShortRow = 1024;
 constexpr int kDigitBits = 8;
 constexpr int kDigitBins = 1 << kDigitBits;
+constexpr int kDigits = 32 / kDigitBits;
 constexpr int64_t kParallelTokens = 1 << 15;  // fewer are not worth a parallel region
 
 // Memory for one row.
@@ -22,23 +24,29 @@ struct Scratch {
   Scratch(cpu::Workspace& memory, const TopkPartitionParams& p)
       : keys(reinterpret_cast<uint32_t*>(memory.take(p.tokens + kWidth))),
         sorted(reinterpret_cast<uint32_t*>(memory.take(p.tokens))),
-        entries(reinterpret_cast<uint64_t*>(memory.take(2 * p.k))),
-        moved(reinterpret_cast<uint64_t*>(memory.take(2 * p.k))) {}
+        entries(reinterpret_cast<uint64_t*>(memory.take(2 * entries_of(p)))),
+        moved(reinterpret_cast<uint64_t*>(memory.take(2 * entries_of(p)))) {}
+  static int64_t entries_of(const TopkPartitionParams& p) {
+    return std::max(p.k, std::min(p.tokens, kShortRow));
+  }
   static int64_t floats(const TopkPartitionParams& p) {
-    return 2 * p.tokens + 4 * p.k + kWidth + 4 * 16;
+    return 2 * p.tokens + 4 * entries_of(p) + kWidth + 4 * 16;
   }
 };
 
 template <DType kType>
 void load_keys(const TopkPartitionParams& p, int64_t b, uint32_t* keys) {
-  const float sign = p.largest ? 1.f : -1.f;
+  // As key_of has them, without branches: NaN becomes -inf, and -0 + 0 is 0.
+  const vf sign = set(p.largest ? 1.f : -1.f), least = set(kNegInf);
   const int64_t from = b * p.scores_batch;
   float* const scores = reinterpret_cast<float*>(keys);
+  for (int64_t i = 0; i < p.tokens; i += kWidth) {
+    const vf x = sign * Elements<kType>::load_n(p.scores, from + i, p.tokens - i);
+    store(scores + i, select(less(least, x), x, least) + zero());
+  }
   int64_t i = 0;
-  for (; i + kWidth <= p.tokens; i += kWidth)
-    store(scores + i, Elements<kType>::load(p.scores, from + i));
-  if (i < p.tokens) store(scores + i, Elements<kType>::load_n(p.scores, from + i, p.tokens - i));
-  for (i = 0; i < p.tokens; ++i) keys[i] = key_of(scores[i] * sign);
+  for (; i < p.tokens; ++i)
+    keys[i] ^= static_cast<uint32_t>(static_cast<int32_t>(keys[i]) >> 31) | 0x80000000u;
   if (p.valid) {
     const bool* const valid = p.valid + b * p.valid_batch;
     for (i = 0; i < p.tokens; ++i) keys[i] = valid[i] ? keys[i] : kInvalidKey;
@@ -47,17 +55,23 @@ void load_keys(const TopkPartitionParams& p, int64_t b, uint32_t* keys) {
   for (i = p.tokens - p.protect_last; i < p.tokens; ++i) keys[i] = kProtectedKey;
 }
 
-// Sorts entries, a key above an index each, by descending key. Stable. Returns where they are.
-const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
-  constexpr int kDigits = 32 / kDigitBits;
-  int32_t bins[kDigits][kDigitBins] = {};
-  const auto digit_of = [](uint64_t entry, int digit) {
-    return ~entry >> (32 + digit * kDigitBits) & (kDigitBins - 1);
+TM_INLINE uint64_t entry_of(uint32_t key, int64_t i) {
+  return static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(i);
+}
+TM_INLINE uint32_t key_of_entry(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
+
+// Sorts entries, a key above an index each, by the descending digits of their keys from `digit` on.
+// Stable. `from` and `to` change places with every digit in which entries differ.
+void sort_by_digits(uint64_t*& from, uint64_t*& to, int64_t count, int digit) {
+  int32_t bins[kDigits][kDigitBins];
+  std::memset(bins[digit], 0, (kDigits - digit) * sizeof bins[0]);
+  const auto digit_of = [](uint64_t entry, int d) {
+    return ~entry >> (32 + d * kDigitBits) & (kDigitBins - 1);
   };
   for (int64_t i = 0; i < count; ++i)
-    for (int d = 0; d < kDigits; ++d) ++bins[d][digit_of(from[i], d)];
-  for (int d = 0; d < kDigits; ++d) {
-    if (count == 0 || bins[d][digit_of(from[0], d)] == count) continue;  // all the same
+    for (int d = digit; d < kDigits; ++d) ++bins[d][digit_of(from[i], d)];
+  for (int d = digit; d < kDigits; ++d) {
+    if (count == 0 || bins[d][digit_of(from[0], d)] == count) continue;
     int32_t place = 0;
     for (int32_t& bin : bins[d]) {
       const int32_t here = bin;
@@ -65,11 +79,44 @@ const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
       place += here;
     }
     for (int64_t i = 0; i < count; ++i) to[bins[d][digit_of(from[i], d)]++] = from[i];
-    uint64_t* const sorted = to;
-    to = from;
-    from = sorted;
+    std::swap(from, to);
   }
+}
+
+// By descending key, stable. Returns where the sorted entries are.
+const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
+  // Few entries have the upper half of a key in common: they are put in order one by one, unless
+  // there are many.
+  int64_t moves = count <= kShortRow ? 2 * count : 0;
+  if (moves > 0) sort_by_digits(from, to, count, kDigits / 2);
+  for (int64_t i = 1; i < count && moves > 0; ++i) {
+    const uint64_t entry = from[i];
+    int64_t place = i;
+    for (; place > 0 && key_of_entry(from[place - 1]) < key_of_entry(entry); --place)
+      from[place] = from[place - 1];
+    from[place] = entry;
+    moves -= i - place;
+  }
+  if (moves <= 0) sort_by_digits(from, to, count, 0);
   return from;
+}
+
+// All tokens of a short row by score: the first k are kept.
+void partition_sorted(const TopkPartitionParams& p, const Scratch& scratch, int32_t* keep,
+                      int32_t* rest) {
+  for (int64_t i = 0; i < p.tokens; ++i) scratch.entries[i] = entry_of(scratch.keys[i], i);
+  const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.tokens);
+  for (int64_t i = 0; i < p.k; ++i) keep[i] = static_cast<int32_t>(sorted[i]);
+  const uint32_t least = key_of_entry(sorted[p.k - 1]);
+  const int64_t last = keep[p.k - 1];  // of the tokens kept with the least key
+  int32_t* const others = reinterpret_cast<int32_t*>(scratch.sorted);  // room for all tokens
+  int64_t count = 0;
+  for (int64_t i = 0; i < p.tokens; ++i) {
+    const uint32_t key = scratch.keys[i];
+    others[count] = static_cast<int32_t>(i);
+    count += (key < least) | ((key == least) & (i > last));
+  }
+  std::memcpy(rest, others, count * sizeof(int32_t));
 }
 
 template <DType kType>
@@ -82,6 +129,8 @@ void partition_row(const TopkPartitionParams& p, int64_t b, const Scratch& scrat
   }
   uint32_t* const keys = scratch.keys;
   load_keys<kType>(p, b, keys);
+  if (p.by_score && p.tokens <= kShortRow && p.tokens <= 4 * p.k)
+    return partition_sorted(p, scratch, keep, rest);
   uint32_t threshold = 0;
   int64_t ties = 0;  // to keep, of the tokens at the threshold
   if (p.k < p.tokens) {
@@ -100,9 +149,7 @@ void partition_row(const TopkPartitionParams& p, int64_t b, const Scratch& scrat
     rest += !taken;
   }
   if (!p.by_score) return;
-  for (int64_t i = 0; i < p.k; ++i)
-    scratch.entries[i] =
-        static_cast<uint64_t>(keys[kept[i]]) << 32 | static_cast<uint32_t>(kept[i]);
+  for (int64_t i = 0; i < p.k; ++i) scratch.entries[i] = entry_of(keys[kept[i]], kept[i]);
   const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.k);
   for (int64_t i = 0; i < p.k; ++i) kept[i] = static_cast<int32_t>(sorted[i]);
 }
