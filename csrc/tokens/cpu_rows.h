@@ -20,21 +20,48 @@ TM_INLINE int64_t rows_per_item(int64_t row_bytes) {
 }
 TM_INLINE int threads_for(int64_t bytes) { return bytes < kParallelBytes ? 1 : cpu::num_threads(); }
 
+// Past the caches, where the result is larger than they are: its lines are not read first.
+constexpr int64_t kStreamBytes = 1 << 23;
+
+TM_INLINE void stream(char* to, vf x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(reinterpret_cast<float*>(to), x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(reinterpret_cast<float*>(to), x);
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(to), x);
+#else
+  store(reinterpret_cast<float*>(to), x);
+#endif
+}
+// Behind the last row that was streamed, before other threads read it.
+TM_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Faster than memcpy, which takes rows of a few KiB for the cache's own and copies them by a
 // microcoded instruction. `next` is fetched meanwhile.
+template <bool kStream>
 TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* next) {
   constexpr int64_t kBytes = sizeof(vf);
-  if (bytes < kBytes) {
-    std::memcpy(to, from, bytes);
-    return;
-  }
   int64_t i = 0;
   for (; i + 64 <= bytes; i += 64) {
     __builtin_prefetch(next + i, 0, 3);
     TM_UNROLL(4)
-    for (int64_t j = 0; j < 64; j += kBytes)
-      store(reinterpret_cast<float*>(to + i + j),
-            load(reinterpret_cast<const float*>(from + i + j)));
+    for (int64_t j = i; j < i + 64; j += kBytes) {
+      const vf x = load(reinterpret_cast<const float*>(from + j));
+      if constexpr (kStream)
+        stream(to + j, x);
+      else
+        store(reinterpret_cast<float*>(to + j), x);
+    }
+  }
+  if (i == bytes) return;
+  if (bytes < kBytes) {
+    std::memcpy(to, from, bytes);
+    return;
   }
   for (; i < bytes; i += kBytes) {
     i = std::min(i, bytes - kBytes);  // the last vector may overlap
@@ -43,14 +70,12 @@ TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* n
 }
 
 // to[i] = row(i), a pointer or null for zeros, for i from begin to end. Rows of to follow each
-// other.
+// other and are part of `total` bytes.
 template <typename Row>
-TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, const Row& row) {
+TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, int64_t total,
+                         const Row& row) {
   const auto each = [&](auto&& copy) TM_LAMBDA {
-    for (int64_t i = begin; i < end; ++i) {
-      const char* from = row(i);
-      copy(to + (i - begin) * bytes, from, i);
-    }
+    for (int64_t i = begin; i < end; ++i) copy(to + (i - begin) * bytes, row(i), i);
   };
   const auto small = [&]<typename T>(T) TM_LAMBDA {
     each([](char* at, const char* from, int64_t) TM_LAMBDA {
@@ -67,14 +92,20 @@ TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, co
     case 8:
       return small(uint64_t{});
   }
-  each([&](char* at, const char* from, int64_t i) TM_LAMBDA {
-    if (!from) {
-      std::memset(at, 0, bytes);
-      return;
-    }
-    const char* next = i + kRowsAhead < end ? row(i + kRowsAhead) : nullptr;
-    copy_row(at, from, bytes, next ? next : from);
-  });
+  const auto large = [&]<bool kStream>() TM_LAMBDA {
+    each([&](char* at, const char* from, int64_t i) TM_LAMBDA {
+      if (!from) {
+        std::memset(at, 0, bytes);
+        return;
+      }
+      const char* next = i + kRowsAhead < end ? row(i + kRowsAhead) : nullptr;
+      copy_row<kStream>(at, from, bytes, next ? next : from);
+    });
+  };
+  const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0;
+  if (total < kStreamBytes || !aligned) return large.template operator()<false>();
+  large.template operator()<true>();
+  end_stream();
 }
 
 }  // namespace

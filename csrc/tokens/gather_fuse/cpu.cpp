@@ -84,7 +84,8 @@ void copy(const GatherFuseParams& p, int64_t b, int64_t begin, int64_t end) {
   const char* x = static_cast<const char*>(p.x) + b * p.x_batch * size;
   const int32_t* ids = p.keep_ids + b * p.keep_batch;
   char* out = static_cast<char*>(p.out) + (b * p.rows() + begin) * p.channels * size;
-  copy_rows(out, p.channels * size, begin, end, [&](int64_t i) {
+  const int64_t total = p.batch * p.rows() * p.channels * size;
+  copy_rows(out, p.channels * size, begin, end, total, [&](int64_t i) {
     const int64_t id = i < p.prefix ? i - p.prefix : ids[i - p.prefix];
     if (i >= p.prefix && id < 0) return static_cast<const char*>(nullptr);
     return x + (p.prefix + id) * p.x_token * size;
@@ -129,7 +130,7 @@ void backward(const GatherFuseBackwardParams& q, int64_t b, int64_t begin, int64
     } else {
       const int64_t row = j < 0 ? n : p.prefix + place;
       const char* from = static_cast<const char*>(q.dout) + (dout + row * q.dout_row) * size;
-      copy_rows(to, bytes, 0, 1, [&](int64_t) { return from; });
+      copy_rows(to, bytes, 0, 1, 0, [&](int64_t) { return from; });
     }
     if (j >= 0) q.dweight[b * p.patches + j] = dw;
   }

@@ -6,7 +6,8 @@ namespace tokenmill::TOKENMILL_ISA {
 
 void scatter_tokens(const ScatterTokensParams& p) {
   const int64_t step = rows_per_item(p.row_bytes), parts = ceil_div(p.tokens, step);
-  const int threads = threads_for(p.batch * p.tokens * p.row_bytes);
+  const int64_t total = p.batch * p.tokens * p.row_bytes;
+  const int threads = threads_for(total);
   cpu::parallel_items(p.batch * parts, threads, [&](cpu::ItemCounter& items) {
     for (int64_t item; (item = items.next()) >= 0;) {
       const int64_t b = item / parts, begin = item % parts * step;
@@ -14,7 +15,7 @@ void scatter_tokens(const ScatterTokensParams& p) {
       const char* y = p.y + b * p.y_batch;
       const char* base = p.base ? p.base + b * p.base_batch : nullptr;
       char* out = p.out + (b * p.tokens + begin) * p.row_bytes;
-      copy_rows(out, p.row_bytes, begin, std::min(begin + step, p.tokens), [&](int64_t n) {
+      copy_rows(out, p.row_bytes, begin, std::min(begin + step, p.tokens), total, [&](int64_t n) {
         if (places[n] >= 0) return y + places[n] * p.y_row;
         return base ? base + n * p.base_token : nullptr;
       });

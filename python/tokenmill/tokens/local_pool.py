@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
-    check,
-    check_dtype,
-    check_last_contiguous,
-    check_tensor,
-)
+from ..check import check, check_dtype, check_last_contiguous, check_tensor
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
@@ -109,21 +104,21 @@ def lower(
     ):
         check(isinstance(value, bool), OP, name, "must be a bool", value)
     line = x.dim() == 3
-    kernels = _pair("kernel", kernel, line, 1)
-    dilations = _pair("dilation", dilation, line, 1)
+    kernels = _pair("kernel", kernel, line)
+    dilations = _pair("dilation", dilation, line)
     if line:
         x = x.unsqueeze(1)
         mask = mask.unsqueeze(1) if mask is not None and mask.dim() else mask
     return x, mask, *kernels, *dilations, mode, count_include_pad, subtract_input
 
 
-def _pair(name: str, value: Any, line: bool, of_line: int) -> tuple[int, int]:
+def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
     """Along Y and along X. A line has one row."""
     if isinstance(value, tuple | list) and not line:
         check(len(value) == 2, OP, name, "must be an integer or two", value)
         first, second = value
     else:
-        first, second = of_line if line else value, value
+        first, second = 1 if line else value, value
     check_whole(OP, name, first)
     check_whole(OP, name, second)
     return first, second
