@@ -12,6 +12,7 @@ from ..check import check, check_tensor, fail, reads_values, show
 from ..select.rules import check_whole
 from .best_match import MAX_CHANNELS, best_match
 from .rules import check_tokens
+from .topk_partition import topk_partition
 
 OP = "bipartite_match"
 Partition = Literal["alternate", "grid", "index", "random"]
@@ -74,7 +75,7 @@ def bipartite_match(
         RuntimeError: naming argument, rule and value. On a GPU destinations out of range or twice
             are replaced by others.
 
-    Complexity: 2 B Na Nb C operations, and a sort of Na scores for each sequence.
+    Complexity: 2 B Na Nb C operations, and O(N) for the choice in each sequence.
 
     Paper: ToMe (Bolya et al. 2023), section 3; ToMe for Stable Diffusion (Bolya and Hoffman 2023),
     section 4.
@@ -109,7 +110,11 @@ def bipartite_match(
         metric[:, parts.sources], targets, normalize=normalize, backend=backend
     )
     r = max(min(r, parts.may_merge), 0) if targets.shape[1] > 0 else 0
-    merged = _taken(score, parts.held, r, parts.valid)
+    valid = None if parts.valid is None else parts.valid.expand(batch, -1)
+    taken, _ = topk_partition(
+        score[:, parts.held :], r, order="index", valid=valid, backend=backend
+    )
+    merged = torch.zeros_like(score, dtype=torch.bool).scatter_(1, taken.long() + parts.held, True)
     left: Tensor | int = score.shape[1] - r
     num_out = tokens - r
     if threshold is not None:
@@ -183,17 +188,6 @@ def _cells(
         ).to(device)
         places = places + inside // cell[1] * grid[1] + inside % cell[1]
     return places.flatten()
-
-
-def _taken(score: Tensor, held: int, r: int, valid: Tensor | None) -> Tensor:
-    """The r best of each row, of equal ones the first: none of the first `held`, and valid ones
-    before others."""
-    order = score[:, held:].argsort(dim=1, descending=True, stable=True)
-    if valid is not None:
-        ranks = valid.to(torch.int8)[order]
-        order = order.gather(1, ranks.argsort(dim=1, descending=True, stable=True))
-    taken = torch.zeros_like(score, dtype=torch.bool)
-    return taken.scatter_(1, order[:, :r] + held, True)
 
 
 def _check_call(
