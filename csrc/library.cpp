@@ -116,8 +116,8 @@ TOKENMILL_LIBRARY(m) {
       "str head_reduce, Tensor? seqlens_k, Tensor? block_table) -> (Tensor indices, "
       "Tensor counts)");
 
-  // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1 stands
-  // for no row.
+  // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1
+  // stands for no row.
   m.def(
       "topk_partition(Tensor scores, SymInt k, bool largest, str order, Tensor? valid, "
       "SymInt protect_first, SymInt protect_last) -> (Tensor keep, Tensor rest)");
