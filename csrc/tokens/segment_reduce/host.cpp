@@ -86,8 +86,7 @@ std::optional<View> view_of(const OptTensor& t) {
 void run(SegmentReduceParams& p, const View& x) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) {
-    const int64_t bytes = (CudaScope(x.device), workspace_bytes(p));
-    Tensor workspace = empty({bytes}, x.tensor, ScalarType::Byte);
+    Tensor workspace = empty({workspace_bytes(p)}, x.tensor, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
     return launch_on_device(kOp, x, p);
   }

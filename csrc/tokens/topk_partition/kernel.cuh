@@ -26,7 +26,7 @@ struct PartitionRow {
         valid(params.valid ? params.valid + b * params.valid_batch : nullptr) {}
 
   // Scores of NaN and -inf come before invalid tokens.
-  __device__ __forceinline__ uint32_t key_at(int i) const {
+  __device__ __forceinline__ uint32_t key_at(unsigned i) const {
     if (is_protected(p, i)) return kProtectedKey;
     if (valid && !valid[i]) return kInvalidKey;
     const float x = static_cast<float>(scores[i]);
@@ -40,21 +40,23 @@ __global__ void __launch_bounds__(kTopkThreads)
                           const __grid_constant__ PartitionMemory memory) {
   __shared__ TopkShared shared;
   __shared__ uint64_t shared_keys[kSharedSort];
-  const int tokens = static_cast<int>(p.tokens), k = static_cast<int>(p.k);
+  // Unsigned: the tile behind the last of 2^31 - 1 tokens begins beyond them.
+  const unsigned tokens = static_cast<unsigned>(p.tokens), k = static_cast<unsigned>(p.k);
   const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
   for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
     const PartitionRow<T> row(p, b);
     int32_t* const keep = p.keep + b * k;
     int32_t* const rest = p.rest + b * (tokens - k);
-    for (int i = threadIdx.x; all && i < tokens; i += kTopkThreads) (k == 0 ? rest : keep)[i] = i;
+    for (unsigned i = threadIdx.x; all && i < tokens; i += kTopkThreads)
+      (k == 0 ? rest : keep)[i] = static_cast<int32_t>(i);
     if (all) continue;
 
-    if (threadIdx.x == 0) shared.state = {0, k, 0, 0};
+    if (threadIdx.x == 0) shared.state = {0, static_cast<int>(k), 0, 0};
     for (int digit = 0; digit < kDigits; ++digit) {
       clear_bins(shared.bins);
       __syncthreads();
       const uint32_t prefix = shared.state.prefix;
-      for (int i = threadIdx.x; i < tokens; i += kTopkThreads)
+      for (unsigned i = threadIdx.x; i < tokens; i += kTopkThreads)
         count_key(shared.bins, row.key_at(i), digit, prefix);
       __syncthreads();
       narrow(shared, digit);
@@ -65,32 +67,33 @@ __global__ void __launch_bounds__(kTopkThreads)
     uint64_t* const sorted =
         memory.sort_keys ? memory.sort_keys + b * memory.sort_stride : shared_keys;
     unsigned above = 0, equal = 0;
-    for (int tile = 0; tile < tokens; tile += kTopkThreads) {
-      const int i = tile + static_cast<int>(threadIdx.x);
+    for (unsigned tile = 0; tile < tokens; tile += kTopkThreads) {
+      const unsigned i = tile + threadIdx.x;
       const uint32_t key = i < tokens ? row.key_at(i) : 0;
       const bool greater = key > threshold, tie = key == threshold;
       unsigned before, total;  // greater ones in the low half
       TopkShared::Scan(shared.scan).ExclusiveSum(greater ? 1u : tie ? 0x10000u : 0u, before, total);
       const unsigned ties_before = equal + (before >> 16);
-      const int place = static_cast<int>(above + (before & 0xffff) + min(ties_before, ties));
+      const unsigned place = above + (before & 0xffff) + min(ties_before, ties);
       if (greater || (tie && ties_before < ties)) {
         if (p.by_score)
-          sorted[place] = static_cast<uint64_t>(~key) << 32 | static_cast<uint32_t>(i);
+          sorted[place] = static_cast<uint64_t>(~key) << 32 | i;
         else
-          keep[place] = i;
+          keep[place] = static_cast<int32_t>(i);
       } else if (i < tokens) {
-        rest[i - place] = i;
+        rest[i - place] = static_cast<int32_t>(i);
       }
       above += total & 0xffff;
       equal += total >> 16;
       __syncthreads();
     }
     if (!p.by_score) continue;
-    int size = 1;
+    unsigned size = 1;
     while (size < k) size *= 2;
-    for (int i = k + threadIdx.x; i < size; i += kTopkThreads) sorted[i] = ~uint64_t{0};
-    sort_ascending(sorted, size);
-    for (int i = threadIdx.x; i < k; i += kTopkThreads) keep[i] = static_cast<int32_t>(sorted[i]);
+    for (unsigned i = k + threadIdx.x; i < size; i += kTopkThreads) sorted[i] = ~uint64_t{0};
+    sort_ascending(sorted, static_cast<int>(size));
+    for (unsigned i = threadIdx.x; i < k; i += kTopkThreads)
+      keep[i] = static_cast<int32_t>(sorted[i]);
     __syncthreads();
   }
 }
