@@ -160,7 +160,11 @@ def test_no_weight_gives_nothing_and_no_gradient(backend):
 
 
 @each_backend
-@pytest.mark.parametrize("ends", [(3, 2590, 2600), (0, 2600)], ids=str)
+@pytest.mark.parametrize(
+    "ends",
+    [(3, 2590, 2600), (0, 2600), (*range(60), 2550, 2600)],
+    ids=["two", "one", "among short ones"],
+)
 @pytest.mark.parametrize("reduce", REDUCES)
 def test_long_segments(backend, reduce, ends):
     """They are cut into parts. The extreme rows of two parts are equal."""

@@ -4,7 +4,7 @@ namespace tokenmill {
 namespace cuda {
 namespace {
 
-constexpr int64_t kTeamPlaces = 64;    // in the mean, from which a segment gets a whole block
+constexpr int64_t kBlockPlaces = 64;   // in the mean, from which a segment gets a whole block
 constexpr int64_t kPartPlaces = 1024;  // at least, of a part
 constexpr int64_t kManyBlocks = 1024;  // that fill any GPU
 constexpr int64_t kMostParts = 256;
@@ -33,7 +33,7 @@ SegmentPlan make_plan(const SegmentReduceParams& p) {
   const int64_t tiles = ceil_div(p.channels, kWarpSize * vector);
   const int64_t mean = p.segments > 0 ? p.places / p.segments : 0;
   plan.tiles = static_cast<int>(tiles > 0 ? tiles : 1);
-  plan.team = mean >= kTeamPlaces ? kSegmentWarps : 1;
+  plan.group = mean >= kBlockPlaces ? 1 : kSegmentWarps;
   plan.parts = 1;
   const int64_t blocks = p.batch * p.segments * plan.tiles;
   if (!is_end(p) && blocks > 0 && blocks < kManyBlocks && mean >= 2 * kPartPlaces) {
@@ -56,7 +56,7 @@ void launch_ends(const SegmentReduceParams& p, cudaStream_t stream) {
 
 template <typename T, int kVector, bool kExtreme>
 void launch_reduce(const SegmentReduceParams& p, const SegmentPlan& plan, cudaStream_t stream) {
-  const dim3 grid(limited(ceil_div(p.segments, kSegmentWarps / plan.team), kMaxX),
+  const dim3 grid(limited(ceil_div(p.segments, plan.group), kMaxX),
                   static_cast<unsigned>(plan.tiles * plan.parts), limited(p.batch, kMaxYZ));
   segment_kernel<T, kVector, kExtreme><<<grid, kSegmentThreads, 0, stream>>>(p, plan);
   if (plan.parts > 1)

@@ -1,6 +1,6 @@
-// Rows reduced by segments. A team of warps takes a segment in a tile of channels, a lane
-// neighbouring channels; long segments are cut into parts for several blocks, put together in
-// their order.
+// Rows reduced by segments. A warp or a block takes a segment in a tile of channels, a lane
+// neighbouring channels; where segments are few and long, several blocks take parts of one, put
+// together in their order.
 #pragma once
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -10,12 +10,13 @@ namespace tokenmill::cuda {
 
 constexpr int kSegmentThreads = 256;
 constexpr int kSegmentWarps = kSegmentThreads / kWarpSize;
-constexpr int kSumPlaces = 256;  // that one accumulator takes
+constexpr int kSumPlaces = 256;   // that one accumulator takes
+constexpr int kWarpPlaces = 128;  // of a segment that one warp takes in a group
 
 // All of it follows from the shapes.
 struct SegmentPlan {
-  int team;   // warps of a segment and tile, 1 or kSegmentWarps
-  int parts;  // blocks of a segment and tile
+  int group;  // segments of a block, 1 or one for each warp
+  int parts;  // blocks of a segment and tile; 1 with several segments
   int tiles;
   float* values;   // [parts, B, S, C], if there are several
   int32_t* rows;   // likewise, of extremes
@@ -125,7 +126,8 @@ __device__ __forceinline__ void finish_segment(const SegmentReduceParams& p, int
   store_floats(static_cast<T*>(p.y) + at, y);
 }
 
-// Blocks: (teams of segments, tiles and parts, batch).
+// Blocks: (groups of plan.group segments, tiles and parts, batch). In a group of several, a warp
+// takes one, and all warps together take those that are long.
 template <typename T, int kVector, bool kExtreme>
 __global__ void __launch_bounds__(kSegmentThreads, 3)
     segment_kernel(const __grid_constant__ SegmentReduceParams p,
@@ -134,58 +136,63 @@ __global__ void __launch_bounds__(kSegmentThreads, 3)
   __shared__ int32_t rows[kExtreme ? kSegmentWarps : 1][kVector][kWarpSize];
   __shared__ float weights[kSegmentWarps];
   const int warp = threadIdx.x / kWarpSize, id = threadIdx.x % kWarpSize;
-  const int member = warp % plan.team, teams = kSegmentWarps / plan.team;
   const int tile = static_cast<int>(blockIdx.y) % plan.tiles;
   const int part = static_cast<int>(blockIdx.y) / plan.tiles;
   const int64_t c = (int64_t{tile} * kWarpSize + id) * kVector;
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
-    for (int64_t first = int64_t{blockIdx.x} * teams; first < p.segments;
-         first += int64_t{gridDim.x} * teams) {
-      const int64_t s = first + warp / plan.team;
-      SegmentLane<kVector, kExtreme> lane;
-      float weight = 0;
-      if (s < p.segments) {
-        // Slices of whole warps of places.
-        const PlaceRange all = segment_places(p, b, s);
-        const int64_t slices = int64_t{plan.team} * plan.parts;
-        const int64_t slice = slices == 1
-                                  ? all.end - all.begin
-                                  : round_up(ceil_div(static_cast<uint32_t>(all.end - all.begin),
-                                                      static_cast<uint32_t>(slices)),
-                                             kWarpSize);
-        const int64_t begin = all.begin + (part * plan.team + member) * slice;
-        const int64_t end = begin + slice < all.end ? begin + slice : all.end;
-        weight = reduce_places<T>(p, b, begin, end, c, lane);
-      }
-      if (plan.team > 1) {
+    for (int64_t first = int64_t{blockIdx.x} * plan.group; first < p.segments;
+         first += int64_t{gridDim.x} * plan.group) {
+      // First each warp its own one (-1), then one after the other.
+      for (int turn = plan.group > 1 ? -1 : 0; turn < plan.group; ++turn) {
+        const bool alone = turn < 0;
+        const int64_t s = first + (alone ? warp : turn);
+        const bool exists = s < p.segments;
+        const PlaceRange all = exists ? segment_places(p, b, s) : PlaceRange{0, 0};
+        const bool is_long = all.end - all.begin > kWarpPlaces;
+        const int slices = alone ? 1 : kSegmentWarps * plan.parts;
+        const bool mine = exists && (plan.group == 1 || alone != is_long);
+        SegmentLane<kVector, kExtreme> lane;
+        float weight = 0;
+        if (mine) {
+          const uint32_t length = static_cast<uint32_t>(all.end - all.begin);
+          const int64_t slice =
+              alone ? length : round_up(ceil_div(length, static_cast<uint32_t>(slices)), kWarpSize);
+          const int64_t begin = all.begin + (alone ? 0 : part * kSegmentWarps + warp) * slice;
+          const int64_t end = begin + slice < all.end ? begin + slice : all.end;
+          weight = reduce_places<T>(p, b, begin, end, c, lane);
+        }
+        if (alone && !__syncthreads_or(is_long)) turn = plan.group;  // there is no long one
+        if (!mine) continue;
+        if (!alone) {
+          __syncthreads();  // what the last turn wrote is read
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            values[warp][v][id] = lane.value[v];
+            if constexpr (kExtreme) rows[warp][v][id] = lane.row[v];
+          }
+          if (id == 0) weights[warp] = weight;
+          __syncthreads();
+          if (warp > 0) continue;
+          for (int w = 1; w < kSegmentWarps; ++w) {
+#pragma unroll
+            for (int v = 0; v < kVector; ++v)
+              lane.merge(v, values[w][v][id], kExtreme ? rows[w][v][id] : 0);
+            weight += weights[w];
+          }
+        }
+        const int64_t segment = b * p.segments + s;
+        if (plan.parts == 1) {
+          finish_segment<T>(p, segment, c, weight, lane);
+          continue;
+        }
+        const int64_t at = part * p.batch * p.segments + segment;
+        if (c == 0) plan.weights[at] = weight;
+        if (c >= p.channels) continue;
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
-          values[warp][v][id] = lane.value[v];
-          if constexpr (kExtreme) rows[warp][v][id] = lane.row[v];
+          plan.values[at * p.channels + c + v] = lane.value[v];
+          if constexpr (kExtreme) plan.rows[at * p.channels + c + v] = lane.row[v];
         }
-        if (id == 0) weights[warp] = weight;
-        __syncthreads();
-        for (int w = 1; warp == 0 && w < kSegmentWarps; ++w) {
-#pragma unroll
-          for (int v = 0; v < kVector; ++v)
-            lane.merge(v, values[w][v][id], kExtreme ? rows[w][v][id] : 0);
-          weight += weights[w];
-        }
-        __syncthreads();
-      }
-      if (member > 0 || s >= p.segments) continue;
-      const int64_t segment = b * p.segments + s;
-      if (plan.parts == 1) {
-        finish_segment<T>(p, segment, c, weight, lane);
-        continue;
-      }
-      const int64_t at = part * p.batch * p.segments + segment;
-      if (c == 0) plan.weights[at] = weight;
-      if (c >= p.channels) continue;
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        plan.values[at * p.channels + c + v] = lane.value[v];
-        if constexpr (kExtreme) plan.rows[at * p.channels + c + v] = lane.row[v];
       }
     }
 }
