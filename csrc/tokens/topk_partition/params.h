@@ -18,8 +18,8 @@ struct TopkPartitionParams {
   void* workspace;       // CUDA
 };
 
-// Tokens are ordered by keys, greatest first, and of equal keys by index. key_of_score orders
-// scores between these ends.
+// Tokens are ordered by keys, greatest first, and of equal keys by index. The keys of scores lie
+// between these two.
 constexpr uint32_t kProtectedKey = 0xffffffffu, kInvalidKey = 1;
 
 TOKENMILL_HOST_DEVICE inline bool is_protected(const TopkPartitionParams& p, int64_t i) {
