@@ -44,6 +44,7 @@ def best_match(
         (index, score): int32 ``[B, Na]``, and float32 ``[B, Na]`` (float64 on the reference). With
         Nb = 0 they are -1 and -inf. Not differentiable. Sums are float32; where the two greatest
         products of a row differ by no more than the rounding of their sums, backends may differ.
+        On a GPU the product of an infinity is NaN in float32, whose products are sums of three.
 
     Raises:
         RuntimeError: naming argument, rule and value.
