@@ -110,6 +110,14 @@ def test_attention_to_merged_duplicates_is_attention_to_all(backend):
     torch.testing.assert_close(got, tm.attention(q, *both, backend="reference"))
 
 
+def test_compiles_as_one_graph():
+    x, keys = torch.randn(2, 20, 8), torch.randn(2, 20, 2, 4)
+    layer = tm.nn.TokenMerging(4, distill_token=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(x, keys), layer(x, keys), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_threshold_merges_what_is_alike():
     x = torch.eye(6).repeat(2, 1, 1)
     x[0, 2] = x[0, 3]  # one pair, in one of the sequences
