@@ -10,7 +10,8 @@ from torch import Tensor
 from ..common import launch, rounded
 from .rows import bits_of, copy_rows, places_kernel, steps_of, tile_of
 
-SIZES = ["prefix", "patches", "kept", "rest", "blocks"]
+BATCHES = ["x_batch", "keep_batch", "rest_batch", "weight_batch", "dout_batch", "out_batch"]
+SIZES = ["prefix", "patches", "kept", "rest", "blocks", *BATCHES]
 ENTRIES = 1024  # of one program
 SLICE = 128  # channels of f in one program
 ROWS = 32  # of rest at once
@@ -165,7 +166,7 @@ def gather_fuse(
     kept, patches = keep.shape[1], tokens - prefix
     out = x.new_empty((batch, prefix + kept + 1, channels))
     weight_sum = x.new_empty((batch,), dtype=torch.float32)
-    tile = tile_of(prefix + kept, channels)
+    tile = tile_of(channels)
     blocks = triton.cdiv(prefix + kept, tile["BLOCK_R"])
     launch(
         copy_kernel,
@@ -240,7 +241,7 @@ def gather_fuse_backward(
             blocks,
             BLOCK=ENTRIES,
         )
-    tile = tile_of(tokens, channels)
+    tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(tokens, tile["BLOCK_R"])
     launch(
         backward_kernel,

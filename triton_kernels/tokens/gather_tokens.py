@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common import launch
 from .rows import bits_of, copy_rows, steps_of, tile_of
 
-SIZES = ["entries", "tokens", "rows", "blocks"]
+SIZES = ["x_batch", "indices_batch", "entries", "tokens", "rows", "blocks"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -47,7 +47,7 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     flat = indices.dim() == 1
     out = x.new_empty((*indices.shape, channels))
     entries = indices.shape[-1]
-    tile = tile_of(entries, channels)
+    tile = tile_of(channels)
     blocks = triton.cdiv(entries, tile["BLOCK_R"])
     launch(
         gather_kernel,

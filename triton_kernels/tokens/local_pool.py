@@ -12,7 +12,8 @@ from torch import Tensor
 from ..common import INF, launch, rounded
 from .rows import steps_of, tile_of
 
-SIZES = ["height", "width", "tokens", "blocks"]
+STEPS = ["x_batch", "x_line", "dout_batch", "dout_line", "mask_batch", "mask_line"]
+SIZES = ["height", "width", "tokens", "blocks", "dilation_y", "dilation_x", *STEPS]
 NO_TAP = tl.constexpr(-1)
 
 
@@ -225,7 +226,7 @@ def _pool(
 ) -> None:
     *lead, channels = x.shape
     tokens = math.prod(lead)
-    tile = tile_of(tokens, channels)
+    tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     launch(
         pool_kernel,
@@ -313,7 +314,7 @@ def local_pool_backward(
             PAD=count_include_pad,
             BLOCK_R=1024,
         )
-    tile = tile_of(tokens, channels)
+    tile = tile_of(channels, computed=True)
     blocks = triton.cdiv(channels, tile["BLOCK_C"])
     launch(
         backward_kernel,

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 4096  # of one program
+ELEMENTS = 2048  # that one program copies
+COMPUTED = 1024  # that one program computes with
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,10 +24,10 @@ def steps_of(t: Tensor, dims: int) -> tuple[int, ...]:
     return tuple(0 if n == 1 else s for n, s in zip(t.shape[:dims], t.stride(), strict=False))
 
 
-def tile_of(rows: int, channels: int) -> dict[str, Any]:
-    block_c = min(triton.next_power_of_2(max(channels, 1)), 1024)
-    block_r = max(1, min(triton.next_power_of_2(max(rows, 1)), ELEMENTS // block_c))
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c}
+def tile_of(channels: int, *, computed: bool = False) -> dict[str, Any]:
+    elements = COMPUTED if computed else ELEMENTS
+    block_c = min(triton.next_power_of_2(max(channels, 1)), elements // 4)
+    return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c}
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def copy_rows(p_to, p_from, m_to, m_from, channels, BLOCK_C: tl.constexpr):
         tl.store(p_to[:, None] + o_c[None, :], b_x, mask=m_to[:, None] & m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["indices_batch", "entries", "rows", "first", "blocks"])
 def places_kernel(
     indices,
     places,

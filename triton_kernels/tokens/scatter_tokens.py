@@ -10,7 +10,7 @@ from torch import Tensor
 from ..common import launch
 from .rows import bits_of, copy_rows, places_kernel, steps_of, tile_of
 
-SIZES = ["tokens", "blocks"]
+SIZES = ["y_batch", "base_batch", "tokens", "blocks"]
 ENTRIES = 1024  # of one program
 
 
@@ -65,7 +65,7 @@ def scatter_tokens(
         blocks,
         BLOCK=ENTRIES,
     )
-    tile = tile_of(tokens, channels)
+    tile = tile_of(channels)
     blocks = triton.cdiv(tokens, tile["BLOCK_R"])
     launch(
         scatter_kernel,

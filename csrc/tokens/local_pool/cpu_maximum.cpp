@@ -54,6 +54,33 @@ TM_INLINE void sum_of_taps(const Taps& gradients, const float* const* found, int
   });
 }
 
+// The maximum of a row of a window, and the tap it comes from. False: the row has no token.
+template <DType kType>
+bool find_in_row(const LocalPoolParams& p, const Reach& r, int64_t b, int y, int64_t c,
+                 int64_t channels, float* value, float* tap) {
+  const Map map = map_of_x(p, sizeof(typename Elements<kType>::type));
+  Taps taps;
+  for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x)
+    if (counts(p, b, y, from)) taps.add(map.at(b, y, from, c), static_cast<float>(r.tap + i));
+  first_maximum<kType>(taps, channels, value, tap);
+  return taps.count > 0;
+}
+
+// The sum of the gradients, elements of kFrom, whose tap was found, for one token.
+template <DType kFrom, DType kType>
+void store_gradient(const LocalPoolBackwardParams& q, const Taps& gradients,
+                    const float* const* found, int64_t b, int y, int x, int64_t c,
+                    int64_t channels) {
+  using E = Elements<kType>;
+  const LocalPoolParams& p = q.forward;
+  const char* own = map_of_dout(q, sizeof(typename E::type)).at(b, y, x, c);
+  const int64_t to = out_at(p, b, y, x, c);
+  sum_of_taps<kFrom>(gradients, found, channels, [&](int64_t at, int64_t n, vf sum) TM_LAMBDA {
+    if (p.subtract_input) sum = sum - E::load_n(own, at, n);
+    E::store_n(p.out, to + at, sum, n);
+  });
+}
+
 // Channels c .. c + channels - 1 of one sequence.
 template <DType kType>
 class Slice {
@@ -93,17 +120,9 @@ class Slice {
   float& some(int64_t y, int64_t x) const { return some_[y % lines_ * p_.width + x]; }
 
   void find_in_rows(int y) {
-    const Map map = map_of_x(p_, sizeof(typename Elements<kType>::type));
-    Taps taps;
-    for (int x = 0; x < p_.width; ++x) {
-      const Reach r = reaches_[x];
-      taps.count = 0;
-      for (int i = 0, from = r.first; i < r.count; ++i, from += p_.dilation_x)
-        if (counts(p_, b_, y, from))
-          taps.add(map.at(b_, y, from, c_), static_cast<float>(r.tap + i));
-      some(y, x) = taps.count > 0;
-      first_maximum<kType>(taps, channels_, values_ + at(y, x), rows_ + at(y, x));
-    }
+    for (int x = 0; x < p_.width; ++x)
+      some(y, x) = find_in_row<kType>(p_, reaches_[x], b_, y, c_, channels_, values_ + at(y, x),
+                                      rows_ + at(y, x));
   }
 
   void find_in_columns(int y) {
@@ -137,8 +156,6 @@ class Slice {
   }
 
   void along_x(int y) {
-    using E = Elements<kType>;
-    const Map map = map_of_dout(q_, sizeof(typename E::type));
     Taps gradients;
     const float* found[kMostTaps];
     for (int x = 0; x < p_.width; ++x) {
@@ -148,12 +165,7 @@ class Slice {
         found[gradients.count] = rows_ + at(y, from);
         gradients.add(line_ + from * channels_, static_cast<float>(p_.kernel_x - 1 - r.tap - i));
       }
-      sum_of_taps<DType::float32>(gradients, found, channels_,
-                                  [&](int64_t c, int64_t n, vf sum) TM_LAMBDA {
-                                    if (p_.subtract_input)
-                                      sum = sum - E::load_n(map.at(b_, y, x, c_), c, n);
-                                    E::store_n(p_.out, out_at(p_, b_, y, x, c_ + c), sum, n);
-                                  });
+      store_gradient<DType::float32, kType>(q_, gradients, found, b_, y, x, c_, channels_);
     }
   }
 
@@ -170,16 +182,26 @@ class Slice {
   float* some_;  // [lines, width]: whether the row of a window has a token
 };
 
+// Slices of channels that leave enough items for the threads; what fits into `floats` at best.
+int64_t slice_of(const LocalPoolParams& p, int64_t items, int64_t rows) {
+  constexpr int64_t kLeast = 4 * kWidth;
+  int64_t step = std::max<int64_t>(kLineFloats / rows / kLeast, 1) * kLeast;
+  while (step > kLeast && items * ceil_div(p.channels, step) < 4 * threads_for(p))
+    step = ceil_div(step / kLeast, 2) * kLeast;
+  return std::min(step, p.channels);
+}
+
 template <DType kType>
 void backward(const LocalPoolBackwardParams& q) {
   const LocalPoolParams& p = q.forward;
   const std::vector<Reach> reaches = reaches_x(p);
   const int64_t halo = std::min<int64_t>(int64_t{p.kernel_y / 2} * p.dilation_y, p.height);
   const int64_t lines = 2 * halo + 1;
-  const int64_t step = channels_at_once(p), parts = ceil_div(p.channels, step);
+  const int64_t step = slice_of(p, p.batch, p.width), parts = ceil_div(p.channels, step);
   cpu::parallel_items(p.batch * parts, threads_for(p), [&](cpu::ItemCounter& items) {
-    cpu::Workspace memory(Slice<kType>::floats(p, lines, step));
-    Slice<kType> slice(q, reaches.data(), lines, memory.take(Slice<kType>::floats(p, lines, step)));
+    const int64_t floats = Slice<kType>::floats(p, lines, step);
+    cpu::Workspace memory(floats);
+    Slice<kType> slice(q, reaches.data(), lines, memory.take(floats));
     for (int64_t item; (item = items.next()) >= 0;) {
       const int64_t c = item % parts * step;
       slice.run(item / parts, c, std::min(step, p.channels - c));
@@ -187,10 +209,49 @@ void backward(const LocalPoolBackwardParams& q) {
   });
 }
 
+// Windows of one row: the taps of a run of tokens are enough, and gradients go to tokens at once.
+template <DType kType>
+void backward_of_lines(const LocalPoolBackwardParams& q) {
+  const LocalPoolParams& p = q.forward;
+  const std::vector<Reach> reaches = reaches_x(p);
+  const Map map = map_of_dout(q, sizeof(typename Elements<kType>::type));
+  const int halo =
+      static_cast<int>(std::min<int64_t>(int64_t{p.kernel_x / 2} * p.dilation_x, p.width));
+  const int ring = std::min(2 * halo + 1, p.width);
+  const int64_t lines = p.batch * p.height;
+  const int64_t step = slice_of(p, lines, ring), parts = ceil_div(p.channels, step);
+  cpu::parallel_items(lines * parts, threads_for(p), [&](cpu::ItemCounter& items) {
+    cpu::Workspace memory(ring * step);
+    float* taps = memory.take(ring * step);
+    Taps gradients;
+    const float* found[kMostTaps];
+    for (int64_t item; (item = items.next()) >= 0;) {
+      const int64_t line = item / parts, b = line / p.height, c = item % parts * step;
+      const int64_t channels = std::min(step, p.channels - c);
+      const int y = static_cast<int>(line % p.height);
+      int done = 0;
+      for (int x = 0; x < p.width; ++x) {
+        for (; done < p.width && done <= x + halo; ++done)
+          find_in_row<kType>(p, reaches[done], b, y, c, channels, nullptr,
+                             taps + done % ring * step);
+        const Reach r = reaches[x];
+        gradients.count = 0;
+        for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x) {
+          found[gradients.count] = taps + from % ring * step;
+          gradients.add(map.at(b, y, from, c), static_cast<float>(p.kernel_x - 1 - r.tap - i));
+        }
+        store_gradient<kType, kType>(q, gradients, found, b, y, x, c, channels);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void maximum_backward(const LocalPoolBackwardParams& q) {
-  visit_elements(q.forward.dtype, [&]<DType kType>(Elements<kType>) { backward<kType>(q); });
+  visit_elements(q.forward.dtype, [&]<DType kType>(Elements<kType>) {
+    q.forward.kernel_y == 1 ? backward_of_lines<kType>(q) : backward<kType>(q);
+  });
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA
