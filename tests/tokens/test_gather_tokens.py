@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, device_of
+from conftest import backends, cpu_variants, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,6 +169,23 @@ def test_gradient_of_a_row_is_the_sum_over_its_copies(backend):
             if i >= 0:
                 wanted[b, i] += weight[b, k].cpu()
     assert torch.equal(x.grad.cpu(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
+)
+def test_large_results_are_streamed_past_the_caches(backend, isa):
+    """From 8 MiB on, in rows of whole cache lines."""
+    x = torch.randn(2, 700, 2048)
+    index = torch.rand(2, 700).argsort(1)[:, :600]
+    found = tm.gather_tokens(x, index, backend=backend)
+    rows = torch.arange(2)[:, None], index
+    assert torch.equal(found, x[rows])
+    base = torch.randn_like(x)
+    wanted = base.index_put(rows, found)
+    assert torch.equal(tm.scatter_tokens(found, index, base, backend=backend), wanted)
+    fused = tm.gather_fuse(x, index, index[:, :0], torch.ones(2, 700), prefix=0, backend=backend)
+    assert torch.equal(fused[:, :-1], found)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])

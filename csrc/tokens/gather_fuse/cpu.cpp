@@ -19,8 +19,8 @@ float sum_of_weights(const GatherFuseParams& p, int64_t b) {
   return static_cast<float>(sum);
 }
 
-// Rows of rest with their weights, a few at a time; a group that is not full has weights of 0 on
-// its first row.
+// `count` rows of rest times their weights, added to sum: a few at a time, as each pass reads and
+// writes sum.
 template <DType kType>
 TM_INLINE void add_rows(const GatherFuseParams& p, const int64_t (&rows)[kRowsAtOnce],
                         const float (&weights)[kRowsAtOnce], int count, int64_t channels,
