@@ -149,6 +149,20 @@ TOKENMILL_LIBRARY(m) {
       "local_pool_backward(Tensor dout, Tensor x, Tensor? mask, SymInt kernel_y, "
       "SymInt kernel_x, SymInt dilation_y, SymInt dilation_x, str pooling, "
       "bool count_include_pad, bool subtract_input) -> Tensor");
+  m.def(
+      "cluster_tokens(Tensor x, SymInt grid_y, SymInt grid_x, SymInt iters, float tau, "
+      "SymInt window, bool window_labels) -> (Tensor centroids, Tensor labels, Tensor mass, "
+      "Tensor previous)");
+  m.def(
+      "cluster_tokens_backward(Tensor dcentroids, Tensor mass, Tensor previous, Tensor x, "
+      "SymInt grid_y, SymInt grid_x, SymInt iters, float tau, SymInt window, "
+      "bool window_labels) -> Tensor dx");
+  m.def(
+      "reconstruct_tokens(Tensor features, Tensor centroids, Tensor values, SymInt k, float tau, "
+      "str norm) -> (Tensor out, Tensor index, Tensor weight)");
+  m.def(
+      "reconstruct_tokens_backward(Tensor dout, Tensor index, Tensor weight, Tensor features, "
+      "Tensor centroids, Tensor values, SymInt k, float tau, str norm) -> Tensor dvalues");
 
   // introspection
   m.def("cpu_isa(str? select=None) -> str");

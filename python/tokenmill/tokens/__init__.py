@@ -1,12 +1,14 @@
 """Tokens chosen, gathered, merged, scattered and pooled."""
 
 from .best_match import best_match
+from .cluster import cluster_tokens
 from .gather_fuse import gather_fuse
 from .gather_tokens import gather_tokens
 from .local_pool import local_pool
 from .mask_partition import mask_partition
 from .match import bipartite_match
 from .merge import merge_tokens, unmerge_tokens
+from .reconstruct import reconstruct_tokens
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition
@@ -14,11 +16,13 @@ from .topk_partition import topk_partition
 __all__ = [
     "best_match",
     "bipartite_match",
+    "cluster_tokens",
     "gather_fuse",
     "gather_tokens",
     "local_pool",
     "mask_partition",
     "merge_tokens",
+    "reconstruct_tokens",
     "scatter_tokens",
     "segment_reduce",
     "topk_partition",
