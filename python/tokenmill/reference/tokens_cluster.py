@@ -18,6 +18,7 @@ def cluster_tokens(
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = (batch, grid_y, grid_x)
     pixels = x.to(wide).flatten(1, 2)
+    added = torch.where(pixels.isfinite(), pixels, 0.0)  # others have weights NaN, if any
     fixed = pixels.detach()
     reach = clusters_in_reach(height, width, grid_y, grid_x, window, x.device)
 
@@ -27,7 +28,7 @@ def cluster_tokens(
         previous = centroids
         q = _assignment(squared_distances(fixed, previous), reach, tau)
         mass = q.sum(1)
-        total = q.mT @ (pixels if i == iters - 1 else fixed)
+        total = q.mT @ (added if i == iters - 1 else added.detach())
         some = (mass > 0) | mass.isnan()
         mean = total / torch.where(some, mass, 1.0)[..., None]
         centroids = torch.where(some[..., None], mean, previous)

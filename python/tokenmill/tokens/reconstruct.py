@@ -219,6 +219,7 @@ FORWARD = register(
         OP,
         check=_check,
         fake=_fake,
+        triton="tokens.reconstruct:reconstruct_tokens",
         backward=_backward,
         setup_context=_setup_context,
     )
@@ -228,6 +229,7 @@ BACKWARD = register(
         OP + "_backward",
         check=_check_backward,
         fake=_fake_backward,
+        triton="tokens.reconstruct:reconstruct_tokens_backward",
     )
 )
 SPEC = register_op(
