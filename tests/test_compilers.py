@@ -70,6 +70,10 @@ def move_tokens(x):
     sums = tm.segment_reduce(packed, ends)
     partner, score = tm.best_match(x[:, ::2], x[:, 1::2])
     halves, _ = tm.merge_tokens(x, torch.cat([partner, partner], 1), 6)
+    clusters, _, _ = tm.cluster_tokens(x.unflatten(1, (3, 4)), (2, 2), tau=0.1, window=3)
+    clusters = clusters.flatten(1, 2)
+    spread, _, _ = tm.reconstruct_tokens(x.detach(), clusters.detach(), clusters, k=2, tau=0.1)
+    x = x + spread
     moved = fused.mean() + sums.mean() + halves.mean() + score.mean()
     return tm.local_pool(tm.scatter_tokens(packed, indices, x), 3) + moved
 
