@@ -5,7 +5,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSlice = 512;   // channels of f that one item sums
+constexpr int64_t kSlice = 1024;  // channels of f that one item sums
 constexpr int kRowsAtOnce = 4;    // of rest
 constexpr int kRowsOfChunk = 64;  // summed from zero, then added once
 
@@ -19,16 +19,39 @@ float sum_of_weights(const GatherFuseParams& p, int64_t b) {
   return static_cast<float>(sum);
 }
 
-// `count` rows of rest times their weights, added to sum: a few at a time, as each pass reads and
-// writes sum.
-template <DType kType>
-TM_INLINE void add_rows(const GatherFuseParams& p, const int64_t (&rows)[kRowsAtOnce],
-                        const float (&weights)[kRowsAtOnce], int count, int64_t channels,
-                        float* sum) {
+// Rows of rest that are added together, as each pass over them reads and writes the sum.
+struct Group {
+  int64_t rows[kRowsAtOnce];  // where they lie in x
+  float weights[kRowsAtOnce];
+  int count = 0;
+};
+
+// From entry r of rest on, which moves behind them. Empty at the end.
+Group next_group(const GatherFuseParams& p, int64_t b, int64_t first, int64_t& r) {
+  Group group;
+  for (; r < p.rest && group.count < kRowsAtOnce; ++r) {
+    const int64_t j = p.rest_ids[b * p.rest_batch + r];
+    if (j < 0) continue;
+    group.rows[group.count] = b * p.x_batch + (p.prefix + j) * p.x_token + first;
+    group.weights[group.count++] = p.weight[b * p.weight_batch + j];
+  }
+  return group;
+}
+
+// Rows times weights, added to sum, while those of `next` are fetched: the hardware cannot know
+// them.
+template <DType kType, int kCount>
+TM_INLINE void add_rows(const GatherFuseParams& p, const Group& group, const Group& next,
+                        int64_t channels, float* sum) {
+  using E = Elements<kType>;
+  const auto* x = static_cast<const typename E::type*>(p.x);
   for (int64_t c = 0; c < channels; c += kWidth) {
+    if (c * sizeof(*x) % 64 == 0)
+      for (int i = 0; i < next.count; ++i) __builtin_prefetch(x + next.rows[i] + c, 0, 3);
     vf total = load(sum + c);
-    for (int i = 0; i < count; ++i)
-      total = fma(set(weights[i]), Elements<kType>::load_n(p.x, rows[i] + c, channels - c), total);
+    TM_UNROLL(4)
+    for (int i = 0; i < kCount; ++i)
+      total = fma(set(group.weights[i]), E::load_n(x, group.rows[i] + c, channels - c), total);
     store(sum + c, total);
   }
 }
@@ -37,37 +60,29 @@ template <DType kType>
 void fuse(const GatherFuseParams& p, int64_t b, int64_t first) {
   const int64_t channels = std::min(kSlice, p.channels - first);
   alignas(64) float sum[kSlice] = {}, chunk[kSlice] = {};
-  int64_t rows[kRowsAtOnce];
-  float weights[kRowsAtOnce];
-  int waiting = 0, added = 0;
-  const auto flush = [&] {
-    if (waiting == kRowsAtOnce)
-      add_rows<kType>(p, rows, weights, kRowsAtOnce, channels, chunk);
-    else
-      add_rows<kType>(p, rows, weights, waiting, channels, chunk);
-    added += waiting;
-    waiting = 0;
-  };
-  const auto end_chunk = [&] {
-    for (int64_t c = 0; c < channels; c += kWidth) {
-      store(sum + c, load(sum + c) + load(chunk + c));
-      store(chunk + c, zero());
+  int64_t r = 0;
+  int added = 0;
+  Group group = next_group(p, b, first, r);
+  while (group.count > 0) {
+    const Group next = next_group(p, b, first, r);
+    if (group.count == kRowsAtOnce) {
+      add_rows<kType, kRowsAtOnce>(p, group, next, channels, chunk);
+    } else {  // the last one
+      for (int i = 0; i < group.count; ++i) {
+        const Group one{{group.rows[i]}, {group.weights[i]}, 1};
+        add_rows<kType, 1>(p, one, next, channels, chunk);
+      }
     }
-    added = 0;
-  };
-  for (int64_t r = 0; r < p.rest; ++r) {
-    const int64_t j = p.rest_ids[b * p.rest_batch + r];
-    if (j < 0) continue;
-    rows[waiting] = b * p.x_batch + (p.prefix + j) * p.x_token + first;
-    weights[waiting] = p.weight[b * p.weight_batch + j];
-    const char* row = static_cast<const char*>(p.x) + rows[waiting] * element_bytes(kType);
-    for (int64_t byte = 0; byte < channels * element_bytes(kType); byte += 64)
-      __builtin_prefetch(row + byte, 0, 3);
-    if (++waiting == kRowsAtOnce) flush();
-    if (added == kRowsOfChunk) end_chunk();
+    added += group.count;
+    if (added >= kRowsOfChunk || next.count == 0) {
+      for (int64_t c = 0; c < channels; c += kWidth) {
+        store(sum + c, load(sum + c) + load(chunk + c));
+        store(chunk + c, zero());
+      }
+      added = 0;
+    }
+    group = next;
   }
-  if (waiting) flush();
-  end_chunk();
   const float total = sum_of_weights(p, b);
   const vf divisor = set(!p.normalize || total == 0 ? 1 : total);
   const int64_t out = (b + 1) * p.rows() * p.channels - p.channels + first;
