@@ -330,7 +330,7 @@ def cluster_tokens(
         clusters = grid_y * grid_x
         others = MapRows(centroids, clusters * channels, 0, channels)
         sizes = (batch, height * width, width, clusters)
-        labels = find_nearest(call.pixels, others, sizes, channels, None).index
+        labels = find_nearest(call.pixels, others, sizes, channels, None).ids
     rounded_centroids = centroids.to(x.dtype, copy=True)
     return rounded_centroids, labels.view(batch, height, width), mass, previous
 

@@ -27,7 +27,7 @@ class MapRows(NamedTuple):
 
 
 class Nearest(NamedTuple):
-    index: Tensor  # [B, rows, k], ascending
+    ids: Tensor  # [B, rows, k], ascending
     distances: Tensor | None  # beside it
     least: Tensor | None  # [B, rows]
 
@@ -170,5 +170,5 @@ def find_nearest(
         launch(distance_kernel, batch * tiles, anchor, map_rows, set_rows, distances, first, count,
                tiles, width, set_size, channels, block_r, block_n, depth)  # fmt: skip
         launch(select_kernel, batch * tiles, anchor, distances, index, near, least, first, count,
-               rows, tiles, set_size, k, block_r, 64)  # fmt: skip
+               rows, tiles, set_size, k, block_r, max(block_n, 32))  # fmt: skip
     return Nearest(index, near, least)

@@ -131,7 +131,7 @@ def reconstruct_tokens(
     block_c = channel_block(value_channels)
     launch(mean_kernel, batch * tiles, values, *near, weight, where, out, tau * LOG2E.value, tokens,
            tiles, value_channels, k, norm == "l2", block, block_c)  # fmt: skip
-    return out, near.index, weight
+    return out, near.ids, weight
 
 
 def reconstruct_tokens_backward(
