@@ -142,3 +142,23 @@ def test_many_pixels(backend):
     want = tm.cluster_tokens(x.double(), cells, backend="reference", **options)
     for got, wanted in zip(call(backend, x, cells, **options), want, strict=True):
         torch.testing.assert_close(got, wanted.cpu().to(got.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif("triton" not in backends(), reason="needs Triton")
+@pytest.mark.parametrize("window_labels", [False, True])
+def test_slabs_of_triton(window_labels, monkeypatch):
+    """Memory for the distances of one row of cells, or of a few pixels, at a time."""
+    from tokenmill.triton_kernels.tokens import cluster, nearest
+
+    x = torch.randn(1, 7, 3, 5).to(device_of("triton")).requires_grad_()
+    options = {"iters": 2, "tau": 0.3, "window": 3, "window_labels": window_labels}
+
+    def run():
+        found = tm.cluster_tokens(x, (4, 2), backend="triton", **options)
+        return [*found, *torch.autograd.grad(found[0].square().sum(), x)]
+
+    want = run()
+    monkeypatch.setattr(cluster, "SLAB", 64)
+    monkeypatch.setattr(nearest, "SLAB", 16)
+    for got, wanted in zip(run(), want, strict=True):
+        torch.testing.assert_close(got, wanted)

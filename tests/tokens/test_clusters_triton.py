@@ -1,0 +1,58 @@
+"""The Triton kernels of cluster_tokens and reconstruct_tokens compiled for GPUs: they fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KERNELS = {"measure_kernel", "update_kernel", "spread_kernel", "distance_kernel", "select_kernel",
+           "mean_kernel", "gradient_kernel", "compact_kernel"}  # fmt: skip
+
+
+def call(dtype, channels=192):
+    from tokenmill.triton_kernels.tokens import cluster, reconstruct
+
+    x = torch.zeros(1, 64, 64, channels, dtype=dtype)
+    rows = x[:, :16].flatten(1, 2)
+    options = (32, 32, 1, 0.01, 7)
+
+    def run():
+        for window_labels in (False, True):
+            _, _, mass, previous = cluster.cluster_tokens(x, *options, window_labels)
+        centroids = x[:, ::2, ::2].contiguous()
+        cluster.cluster_tokens_backward(centroids, mass, previous, x, *options, False)
+        for norm in ("l1", "l2"):
+            inputs = rows, rows, rows, 3, 0.01, norm
+            out, index, weight = reconstruct.reconstruct_tokens(*inputs)
+            index = torch.zeros_like(index)
+            reconstruct.reconstruct_tokens_backward(out, index, weight, *inputs)
+
+    return run
+
+
+def main(capability):
+    """Prints what ptxas made of each kernel."""
+    found = []
+    for name, dtype in DTYPES.items():
+        for kernel, code in compiled(int(capability), call(dtype)):
+            found.append({"case": name, **resources(kernel, code)})
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_kernels_fit(capability, tmp_path):
+    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
+    assert {p["kernel"] for p in found} == KERNELS
+    for program in found:
+        assert_fits(program, capability)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
