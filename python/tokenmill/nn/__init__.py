@@ -10,6 +10,7 @@ Example:
 
 from .biformer import BiFormerAttention
 from .class_token import ClsTokenPruning, EViTReorganize
+from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .focus import FocusSelect
 from .ponet import PoNetMixing, segments_of
@@ -28,6 +29,8 @@ __all__ = [
     "PoolFormerMixing",
     "SegmentPooling",
     "SparsifinerAttention",
+    "TokenClustering",
     "TokenMerging",
+    "TokenReconstruction",
     "segments_of",
 ]
