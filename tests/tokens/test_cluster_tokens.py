@@ -131,17 +131,37 @@ def test_nan_stays_in_reach(backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
-def test_many_pixels(backend):
-    """More than one chunk of an image, and more clusters than a tile has columns."""
+def test_many_pixels(backend, threads):
+    """More than one chunk of an image, whose sums are added in order, and more clusters than a tile
+    has columns."""
     g = torch.Generator().manual_seed(0)
-    cells = 12 if backend == "emulated" else 24
-    colours = torch.randn(1, cells, cells, 40, generator=g)
+    cells, channels = (11, 16) if backend == "emulated" else (24, 96)
+    colours = torch.randn(1, cells, cells, channels, generator=g)
     x = colours.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    x = x + 0.01 * torch.randn(x.shape, generator=g)
-    options = {"iters": 1, "tau": 0.1, "window": 7}
-    want = tm.cluster_tokens(x.double(), cells, backend="reference", **options)
-    for got, wanted in zip(call(backend, x, cells, **options), want, strict=True):
-        torch.testing.assert_close(got, wanted.cpu().to(got.dtype), rtol=1e-5, atol=1e-5)
+    x = (x + 0.01 * torch.randn(x.shape, generator=g)).requires_grad_()
+
+    def run():
+        found = tm.cluster_tokens(x.to(device_of(backend)), cells, iters=1, tau=0.1, window=7,
+                                  backend=backend)  # fmt: skip
+        dx = torch.autograd.grad(found[0].square().sum(), x)
+        return [t.detach().cpu() for t in (*found, *dx)]
+
+    pixels = x.detach().double().flatten(1, 2)
+    c = pixels.view(cells, 2, cells, 2, channels).mean((1, 3)).flatten(0, 1)
+    home = torch.arange(2 * cells) // 2
+    near = (home[:, None] - torch.arange(cells)).abs() <= 3
+    near = (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)
+    q = (-0.1 * torch.cdist(pixels[0], c).square()).masked_fill(~near, -torch.inf).softmax(1)
+    c = q.T @ pixels[0] / q.sum(0)[:, None]
+    labels = torch.cdist(pixels[0], c).argmin(1)
+    dx = q / q.sum(0) @ (2 * c)
+    threads(1)
+    first = run()
+    for got, wanted in zip(first, (c, labels, q.sum(0), dx), strict=True):
+        torch.testing.assert_close(got.flatten(), wanted.flatten().to(got.dtype),
+                                   rtol=1e-5, atol=1e-5)  # fmt: skip
+    threads(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 @pytest.mark.skipif("triton" not in backends(), reason="needs Triton")
