@@ -55,8 +55,8 @@ class TokenClustering(nn.Module):
         check(x.dim() == 4, "nn.TokenClustering", "x", "must have 4 dimensions [B, Y, X, C]",
               x.dim())  # fmt: skip
         grid = (min(self.grid[0], x.shape[1]), min(self.grid[1], x.shape[2]))
-        options = {"iters": self.iters, "tau": self.tau, "window": self.window}
-        return cluster_tokens(x, grid, **options, backend=self.backend)[0]
+        return cluster_tokens(x, grid, iters=self.iters, tau=self.tau, window=self.window,
+                              backend=self.backend)[0]  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, iters={self.iters}, tau={self.tau}, window={self.window}"
