@@ -95,8 +95,8 @@ def measure_kernel(
     i = tl.program_id(0)
     i_cell = i // tiles % cells
     i_b = (i // tiles // cells).to(tl.int64)
-    cell_y = first + i_cell // grid.grid_x
-    cell_x = i_cell % grid.grid_x
+    cell_y = (first + i_cell // grid.grid_x).to(tl.int64)
+    cell_x = (i_cell % grid.grid_x).to(tl.int64)
     home = home_of(grid, cell_y, cell_x)
     o_p = i % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < home.pixels
@@ -119,7 +119,7 @@ def measure_kernel(
             b_d = tl.where(b_d <= FLOAT_MAX, b_d, FLOAT_MAX)
             b_d = tl.where(m_d, b_d, INF)
             b_top = tl.min(b_d, 1)
-            b_at = tl.min(tl.where(b_d == b_top[:, None], o_m[None, :], NOWHERE), 1)
+            b_at = tl.min(tl.where(b_d == b_top[:, None], o_m[None, :], NOWHERE), 1).to(tl.int32)
             b_place = tl.where(b_top < b_best, b_at, b_place)
             b_best = tl.minimum(b_best, b_top)
         else:
@@ -155,7 +155,7 @@ def update_kernel(
     i = tl.program_id(0).to(tl.int64)
     clusters = grid.grid_y * grid.grid_x
     i_b = i // clusters
-    i_m = (i % clusters).to(tl.int32)
+    i_m = i % clusters
     cluster_y = i_m // grid.grid_x
     cluster_x = i_m % grid.grid_x
     begin_y = tl.maximum(tl.maximum(cluster_y - grid.reach, 0), first)
@@ -219,8 +219,8 @@ def spread_kernel(
     i = tl.program_id(0)
     i_cell = i // tiles % cells
     i_b = (i // tiles // cells).to(tl.int64)
-    cell_y = first + i_cell // grid.grid_x
-    cell_x = i_cell % grid.grid_x
+    cell_y = (first + i_cell // grid.grid_x).to(tl.int64)
+    cell_x = (i_cell % grid.grid_x).to(tl.int64)
     home = home_of(grid, cell_y, cell_x)
     o_p = i % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     m_p = o_p < home.pixels
