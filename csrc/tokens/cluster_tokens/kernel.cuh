@@ -280,7 +280,7 @@ __device__ __forceinline__ void add_pixels(const ClusterParams& p, const Cluster
 
 // Blocks: spans of a row of clusters, rows of clusters, channel tiles of images.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kClusterThreads, 4)
+__global__ void __launch_bounds__(kClusterThreads, 3)
     update_kernel(const __grid_constant__ ClusterParams p, const __grid_constant__ ClusterPlan plan,
                   const __grid_constant__ Slab slab) {
   constexpr int kVector = kLaneChannels<T>;

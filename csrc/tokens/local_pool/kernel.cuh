@@ -75,7 +75,7 @@ __device__ __forceinline__ void add(float (&x)[kVector], const float (&y)[kVecto
 }
 
 template <typename T, int kVector, bool kMax>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 5)
     local_pool_kernel(const __grid_constant__ LocalPoolParams p,
                       const __grid_constant__ PoolPlan plan) {
   visit_token(plan, [&](const PoolToken& at) {

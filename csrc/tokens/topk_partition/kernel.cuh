@@ -35,7 +35,7 @@ struct PartitionRow {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kTopkThreads)
+__global__ void __launch_bounds__(kTopkThreads, 2)
     topk_partition_kernel(const __grid_constant__ TopkPartitionParams p,
                           const __grid_constant__ PartitionMemory memory) {
   __shared__ TopkShared shared;
