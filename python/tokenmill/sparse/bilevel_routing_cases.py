@@ -54,13 +54,17 @@ def bilevel_call(
     return make
 
 
+FEW: Any = {"b": 1, "h": 2, "hk": 1}
 SAMPLES = (
     Sample("a graph for all heads", bilevel_call()),
-    Sample("a graph for each query head", bilevel_call(graphs=4)),
-    Sample("a graph for each KV head", bilevel_call(graphs=2, h=6, hk=2, d=24, dv=40)),
-    Sample("regions that do not divide", bilevel_call((13, 17), regions=(4, 3), topk=5)),
-    Sample("padding counts", bilevel_call((13, 17), regions=(4, 3), topk=5, mask_padding=False)),
-    Sample("region size", bilevel_call((15, 20), region_size=(2, 7), h=2, topk=6)),
+    Sample("a graph for each query head", bilevel_call(graphs=4, b=1)),
+    Sample("a graph for each KV head", bilevel_call(graphs=2, b=1, d=24, dv=40)),
+    Sample("regions that do not divide", bilevel_call((13, 17), **FEW, regions=(4, 3), topk=5)),
+    Sample(
+        "padding counts",
+        bilevel_call((13, 17), **FEW, regions=(4, 3), topk=5, mask_padding=False),
+    ),
+    Sample("region size", bilevel_call((15, 20), **FEW, region_size=(2, 7), topk=6)),
     Sample("keys of a smaller map", bilevel_call((24, 16), (6, 8), regions=(3, 4), scale=0.3)),
     Sample("regions of 64 pixels", bilevel_call((16, 24), region_size=(8, 8), d=32, dv=32, b=1)),
     Sample("large regions", bilevel_call((20, 30), b=1, h=2, hk=1, regions=(2, 2), topk=2)),
