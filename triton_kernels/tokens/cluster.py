@@ -76,6 +76,21 @@ def weights_of(b_d, b_least, b_total, m_d, factor):
     return tl.where(m_d & ((b_t < LEAST) == 0), b_w, 0.0)
 
 
+@triton.jit
+def pixels_of(grid, first, cells, tiles, BLOCK_P: tl.constexpr):
+    """The sequence of a program, the home of its pixels, which of them there are, and where."""
+    i = tl.program_id(0)
+    i_cell = i // tiles % cells
+    i_b = (i // tiles // cells).to(tl.int64)
+    cell_y = (first + i_cell // grid.grid_x).to(tl.int64)
+    cell_x = (i_cell % grid.grid_x).to(tl.int64)
+    home = home_of(grid, cell_y, cell_x)
+    o_p = i % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_y = (home.y + o_p // home.width).to(tl.int64)
+    o_x = home.x + o_p % home.width
+    return i_b, home, o_p < home.pixels, o_y, o_x
+
+
 @triton.jit(do_not_specialize=SIZES)
 def measure_kernel(
     x,
@@ -92,16 +107,7 @@ def measure_kernel(
     DEPTH: tl.constexpr,
 ):
     """With labels only the nearest of the clusters that a pixel weighs. cells: of a slab."""
-    i = tl.program_id(0)
-    i_cell = i // tiles % cells
-    i_b = (i // tiles // cells).to(tl.int64)
-    cell_y = (first + i_cell // grid.grid_x).to(tl.int64)
-    cell_x = (i_cell % grid.grid_x).to(tl.int64)
-    home = home_of(grid, cell_y, cell_x)
-    o_p = i % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    m_p = o_p < home.pixels
-    o_y = (home.y + o_p // home.width).to(tl.int64)
-    o_x = home.x + o_p % home.width
+    i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
     o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x
     p_x = x.data + i_b * x.batch + o_y * x.line + o_x.to(tl.int64) * x.row
     b_best = tl.full([BLOCK_P], INF, tl.float32)
@@ -216,16 +222,7 @@ def spread_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dx_n = sum over m of Q_mn dcentroids_m / mass_m."""
-    i = tl.program_id(0)
-    i_cell = i // tiles % cells
-    i_b = (i // tiles // cells).to(tl.int64)
-    cell_y = (first + i_cell // grid.grid_x).to(tl.int64)
-    cell_x = (i_cell % grid.grid_x).to(tl.int64)
-    home = home_of(grid, cell_y, cell_x)
-    o_p = i % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    m_p = o_p < home.pixels
-    o_y = (home.y + o_p // home.width).to(tl.int64)
-    o_x = home.x + o_p % home.width
+    i_b, home, m_p, o_y, o_x = pixels_of(grid, first, cells, tiles, BLOCK_P)
     o_slab = (i_b * slab.lines + o_y - slab.line) * grid.width + o_x
     b_least = tl.load(slab.least + o_slab, mask=m_p, other=0.0)
     b_total = tl.load(slab.total + o_slab, mask=m_p, other=1.0)
