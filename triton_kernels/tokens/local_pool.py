@@ -26,6 +26,20 @@ def counts(mask, mask_batch, mask_line, mask_token, o_b, o_y, o_x, m):
     return m
 
 
+@triton.jit
+def tile_of_program(blocks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Tokens and channels of a program."""
+    i = tl.program_id(0)
+    o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return o_n, i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def places_of(o_n, height, width):
+    """Map, line and column of tokens."""
+    return o_n // width // height, o_n // width % height, o_n % width
+
+
 @triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     x,
@@ -54,14 +68,10 @@ def pool_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """With TAPS out takes the tap that each maximum comes from."""
-    i = tl.program_id(0)
-    o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]
-    o_x = o_n % width
-    o_y = o_n // width % height
-    o_b = o_n // width // height
+    o_b, o_y, o_x = places_of(o_n, height, width)
     b_pooled = tl.full([BLOCK_R, BLOCK_C], -INF if MAX else 0.0, tl.float32)
     b_tap = tl.full([BLOCK_R, BLOCK_C], NO_TAP, tl.int32)
     b_count = tl.zeros([BLOCK_R], tl.int32)
@@ -123,9 +133,7 @@ def scales_kernel(
     """One over what the mean of each token was divided by, 0 where nothing was."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_n = o_n < tokens
-    o_x = o_n % width
-    o_y = o_n // width % height
-    o_b = o_n // width // height
+    o_b, o_y, o_x = places_of(o_n, height, width)
     b_count = tl.zeros([BLOCK_R], tl.int32)
     for i_y in range(KERNEL_Y):
         for i_x in range(KERNEL_X):
@@ -169,14 +177,10 @@ def backward_kernel(
 ):
     """A token is tap t of the window of the token that lies t's offset in front of it. Of means
     there are scales, of maxima taps."""
-    i = tl.program_id(0)
-    o_n = (i // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_c = i % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_n, o_c = tile_of_program(blocks, BLOCK_R, BLOCK_C)
     m_n = o_n < tokens
     m_c = (o_c < channels)[None, :]
-    o_x = o_n % width
-    o_y = o_n // width % height
-    o_b = o_n // width // height
+    o_b, o_y, o_x = places_of(o_n, height, width)
     b_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for i_y in range(KERNEL_Y):
         b_line = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
