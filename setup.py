@@ -2,8 +2,9 @@
 
 Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
-package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; MAX_JOBS limits parallel
-compilers. For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
+package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; TOKENMILL_CPU_ISAS=native (or
+"avx2;avx512") builds the CPU kernels for fewer instruction sets; MAX_JOBS limits parallel compilers.
+For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
 ("select/topk_select;dense/attention") builds the kernels of these operators alone,
 TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 """
@@ -64,6 +65,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_ROOT": torch_root,
             "TOKENMILL_VERSION": self.distribution.get_version(),
+            "TOKENMILL_CPU_ISAS": os.environ.get("TOKENMILL_CPU_ISAS", ""),
             "TOKENMILL_OPS": os.environ.get("TOKENMILL_OPS", ""),
             "TOKENMILL_SANITIZE": "ON" if os.environ.get("TOKENMILL_SANITIZE") == "1" else "OFF",
             **cuda_options(),

@@ -1,7 +1,6 @@
 #include "cpu/isa.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 namespace tokenmill::cpu {
@@ -9,11 +8,42 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
+bool built(Isa isa) {
+#define TOKENMILL_IS_BUILT(name, ...) \
+  case Isa::name:                     \
+    return true;
+  switch (isa) {
+    TOKENMILL_EACH_BUILT_ISA(TOKENMILL_IS_BUILT, )
+    default:
+      return false;
+  }
+}
+
+bool machine_has(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return __builtin_cpu_supports("avx512bf16") && machine_has(Isa::avx512);
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             machine_has(Isa::avx2);
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::baseline:
+      return true;
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
 bool find(const char* name, Isa& out) {
   for (int i = 0; i < 4; ++i)
     if (std::strcmp(name, kNames[i]) == 0) {
       out = static_cast<Isa>(i);
-      return out <= best_isa();
+      return built(out) && machine_has(out);
     }
   return false;
 }
@@ -32,19 +62,9 @@ std::atomic<Isa>& current() {
 }  // namespace
 
 Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const auto has = [](bool yes) { return yes; };
-  if (!has(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c")))
-    return Isa::baseline;
-  if (!has(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
-    return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
-#else
+  for (int i = 3; i > 0; --i)
+    if (const auto isa = static_cast<Isa>(i); built(isa) && machine_has(isa)) return isa;
   return Isa::baseline;
-#endif
 }
 
 Isa current_isa() { return current().load(std::memory_order_relaxed); }

@@ -1,68 +1,57 @@
 // Run-time choice among the copies of a kernel that CMake compiled for each instruction set.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #if defined(TOKENMILL_EMULATED)
 #include <stdexcept>
+#endif
+
+#if !defined(__CUDACC__)
+#include "cpu/built_isas.h"  // of CMakeLists.txt: TOKENMILL_EACH_BUILT_ISA(X, ...)
 #endif
 
 namespace tokenmill::cpu {
 
 enum class Isa : int32_t { baseline, avx2, avx512, avx512_bf16 };
 
-Isa best_isa();     // what this machine has
+Isa best_isa();     // of those that were built, the best that this machine has
 Isa current_isa();  // best_isa(), or a lower one asked for
 const char* isa_name(Isa);
-bool select_isa(const char* name);  // false: unknown, or not on this machine; "" restores the best
+bool select_isa(const char* name);  // false: unknown, not built, or not here; "" restores the best
 
 }  // namespace tokenmill::cpu
 
+#define TOKENMILL_DECLARE_FOR(isa, fn, Params) \
+  namespace isa {                              \
+  void fn(const Params&);                      \
+  }
+#define TOKENMILL_CASE_FOR(isa, fn) \
+  case Isa::isa:                    \
+    return isa::fn(p);
+
 // Declares `void fn(const Params&)` in each namespace and defines the chooser
-// `tokenmill::cpu::fn(const Params&)`. The emulated library has no CPU kernels.
-#if defined(TOKENMILL_EMULATED)
+// `tokenmill::cpu::fn(const Params&)`. The emulated library has no CPU kernels, a .cu calls none.
+#if defined(__CUDACC__)
+#define TOKENMILL_CPU_KERNEL(fn, Params)
+#elif defined(TOKENMILL_EMULATED)
 #define TOKENMILL_CPU_KERNEL(fn, Params)                                             \
   namespace tokenmill {                                                              \
   namespace cpu {                                                                    \
   [[noreturn]] inline void fn(const Params&) { throw std::logic_error("not CUDA"); } \
   }                                                                                  \
   }
-#elif defined(__x86_64__)
-#define TOKENMILL_CPU_KERNEL(fn, Params) \
-  namespace tokenmill {                  \
-  namespace baseline {                   \
-  void fn(const Params&);                \
-  }                                      \
-  namespace avx2 {                       \
-  void fn(const Params&);                \
-  }                                      \
-  namespace avx512 {                     \
-  void fn(const Params&);                \
-  }                                      \
-  namespace avx512_bf16 {                \
-  void fn(const Params&);                \
-  }                                      \
-  namespace cpu {                        \
-  inline void fn(const Params& p) {      \
-    switch (current_isa()) {             \
-      case Isa::avx512_bf16:             \
-        return avx512_bf16::fn(p);       \
-      case Isa::avx512:                  \
-        return avx512::fn(p);            \
-      case Isa::avx2:                    \
-        return avx2::fn(p);              \
-      case Isa::baseline:                \
-        return baseline::fn(p);          \
-    }                                    \
-  }                                      \
-  }                                      \
-  }
 #else
-#define TOKENMILL_CPU_KERNEL(fn, Params)               \
-  namespace tokenmill {                                \
-  namespace baseline {                                 \
-  void fn(const Params&);                              \
-  }                                                    \
-  namespace cpu {                                      \
-  inline void fn(const Params& p) { baseline::fn(p); } \
-  }                                                    \
+#define TOKENMILL_CPU_KERNEL(fn, Params)                           \
+  namespace tokenmill {                                            \
+  TOKENMILL_EACH_BUILT_ISA(TOKENMILL_DECLARE_FOR, fn, Params)      \
+  namespace cpu {                                                  \
+  inline void fn(const Params& p) {                                \
+    switch (current_isa()) {                                       \
+      TOKENMILL_EACH_BUILT_ISA(TOKENMILL_CASE_FOR, fn)             \
+      default:                                                     \
+        std::abort(); /* select_isa admits what was built alone */ \
+    }                                                              \
+  }                                                                \
+  }                                                                \
   }
 #endif
