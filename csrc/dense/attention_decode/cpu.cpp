@@ -51,12 +51,12 @@ class DenseKeys {
   }
 
   QueryRow query(const void* row, int64_t) const { return {row, kType}; }
-  Placed place(const Step& step, int64_t own, int64_t) const {
+  Placed place(const Step& step, int64_t own) const {
     return {step.k, step.v, own * d_.cache.k.head * kElement, own * d_.cache.v.head * kElement};
   }
   static bool general(const Step&) { return false; }
   template <int kRows>
-  static vf add(const Step&, int64_t, vf z) {
+  static vf add(const Step&, int64_t, int64_t, vf z) {
     return z;
   }
 

@@ -11,34 +11,23 @@
 //   row, range, kept   the row of a unit; which keys of it any query sees; floats kept for it
 //   begin, find        a unit is about to be read; a step of it
 //   query, place       a query as it is multiplied; a step's rows of one head of the unit
-//   general, add       whether logits have terms by key; adds them
+//   turn               makes some of these rows, where place says so
+//   general, add       whether logits have terms by key; adds them for one head
 //   hide               exponents of what queries do not see
 //   keep, count        weights of a step; what becomes of them once rows are normalised
 #pragma once
 #include "cpu/parallel.h"
-#include "cpu/workspace.h"
 #include "dense/attention/cpu_finish.h"
+#include "dense/attention_decode/cpu_plan.h"
 #include "dense/attention_decode/cpu_rows.h"
-#include "dense/attention_decode/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
-constexpr int64_t kRangeSteps = 64;  // of an automatic range of one head
-// Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
-constexpr int64_t kMaxHeads = 8;
+// Keys whose values are read before those of the next head, where there is one.
+constexpr int64_t kRun = 8;
 // Weights may exceed 1 by this power of two before a softmax row moves its pivot.
 constexpr float kHeadroom = 8;
 constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
-
-template <DType kType>
-constexpr int64_t kElementBytes = kType == DType::float32 ? 4 : 2;
-
-// The largest divisor of a number of heads up to kMaxHeads.
-TM_INLINE int64_t heads_together(int64_t all) {
-  int64_t heads = kMaxHeads;
-  while (all % heads != 0) --heads;
-  return heads;
-}
 
 // A row of queries, of elements that the products take.
 struct QueryRow {
@@ -70,76 +59,6 @@ TM_INLINE vf lanes_of_keys(const F& f) {
   return load(x);
 }
 
-// What all workers share.
-template <class Keys, int kRows>
-struct DecodePlan {
-  using Params = typename Keys::Params;
-  struct Unit {
-    typename Keys::Row row;
-    int64_t first_item, kept;  // kept: where, in floats
-    int32_t arrived;           // ranges
-  };
-
-  explicit DecodePlan(const Params& d)
-      : d(d),
-        p(d.attention),
-        heads(Keys::heads(d)),
-        head_groups(Keys::row_heads(d) / heads),
-        group(p.heads / Keys::row_heads(d)),
-        rows(group * p.seqlen_q),
-        head_blocks(ceil_div(rows, kRows)),
-        ldo(round_up(p.value_dim, 2 * kWidth)),
-        partial_row(ldo + 2),
-        unit_memory(ceil_div((units() + 1) * sizeof(Unit), 4)),
-        unit(reinterpret_cast<Unit*>(unit_memory.take(0))),
-        memory(describe_units()),
-        partials(memory.take(partial_floats)),
-        kept(memory.take(kept_floats)) {}
-
-  int64_t units() const { return p.batch * head_groups; }
-  int64_t items() const { return unit[units()].first_item; }
-  KeyRange range_of(int64_t u) const { return Keys::range(unit[u].row); }
-  int64_t parts_of(int64_t steps) const {
-    const int64_t wanted = d.num_splits > 0 ? d.num_splits : ceil_div(steps * heads, kRangeSteps);
-    return wanted < steps ? wanted : steps > 1 ? steps : 1;
-  }
-  int64_t partial_size() const { return heads * rows * partial_row; }
-
-  const Params& d;
-  const AttentionParams& p;
-  int64_t heads, head_groups;  // of a unit; units of a request
-  int64_t group, rows;         // of one head
-  int64_t head_blocks;         // RowBlocks of one head
-  int64_t ldo, partial_row;
-  cpu::Workspace unit_memory;
-  Unit* unit;  // and one behind the last, which has first_item alone
-  int64_t partial_floats = 0, kept_floats = 0;
-  cpu::Workspace memory;
-  float* partials;  // [items][heads * rows][partial_row]: sums of values, of weights, pivot
-  float* kept;
-
- private:
-  // Returns the floats that partials and what is kept take; partials are needed only where a unit
-  // has several ranges.
-  int64_t describe_units() {
-    int64_t items = 0;
-    bool any = false;
-    for (int64_t u = 0; u < units(); ++u) {
-      unit[u].row = Keys::row(d, u / head_groups, u % head_groups * heads);
-      unit[u].first_item = items;
-      unit[u].kept = kept_floats;
-      unit[u].arrived = 0;
-      const int64_t parts = parts_of(range_of(u).steps(kStep));
-      items += parts;
-      any |= parts > 1;
-      kept_floats += Keys::template kept<kRows>(d, unit[u].row, heads * head_blocks);
-    }
-    unit[units()].first_item = items;
-    if (any) partial_floats = items * partial_size();
-    return partial_floats + kept_floats + 16;
-  }
-};
-
 template <class Keys, int kRows>
 class DecodeWorker {
  public:
@@ -151,13 +70,13 @@ class DecodeWorker {
         p_(plan.p),
         blocks_(plan.heads * plan.head_blocks),
         ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
-        workspace_(blocks_ * kRows * (ldq_ + plan.ldo) + plan.partial_size() + kStep * kRows +
-                   blocks_ * kBlockFloats + 5 * 16),
+        workspace_(blocks_ * (kRows * (ldq_ + plan.ldo + kStep) + kBlockFloats) +
+                   plan.partial_size() + 5 * 16),
         keys_(plan.d) {
     q_ = workspace_.take(blocks_ * kRows * ldq_);
     out_ = workspace_.take(blocks_ * kRows * plan.ldo);
     own_ = workspace_.take(plan.partial_size());
-    weights_ = workspace_.take(kStep * kRows);
+    weights_ = workspace_.take(blocks_ * kStep * kRows);
     block_ = reinterpret_cast<RowBlock<kRows>*>(workspace_.take(blocks_ * kBlockFloats));
   }
 
@@ -259,61 +178,79 @@ class DecodeWorker {
       const bool more = key0 + kStep < range_.end;
       if (more) keys_.find(steps[at ^ 1], range_, key0 + kStep);
       const int64_t count = range_.end - key0 < kStep ? range_.end - key0 : kStep;
-      Ahead ahead{more ? &steps[at ^ 1] : nullptr, 0, 0};
-      for (int64_t n = 0; n < blocks_; ++n) add_step(n, steps[at], key0, count, ahead);
+      add_step(steps[at], key0, count, more ? &steps[at ^ 1] : nullptr);
     }
   }
 
-  // What of the next step was asked for ahead of time.
-  struct Ahead {
-    const StepRows* rows;
-    int64_t key, head;
-  };
+  // Heads side by side, so that keys and values are read in the order of memory; what the next
+  // step reads at the same place is asked for meanwhile, in L2, which holds it for all heads.
+  void add_step(const Step& step, int64_t key0, int64_t count, const Step* next) {
+    const KvCache& cache = plan_.d.cache;
+    const int64_t vectors = ceil_div(count, 2 * kCount) * 2, keys = round_up(count, Op::kPair);
+    for (int64_t own = 0; own < plan_.heads; ++own) placed_[own] = keys_.place(step, own);
+    for (int64_t j = 0; j < vectors; ++j)
+      for (int64_t own = 0; own < plan_.heads; ++own) {
+        if (next) ask_for(next->k + j * kCount, kCount, own * cache.k.head, p_.head_dim);
+        multiply_head(step, own, j);
+      }
+    for (int64_t n = 0; n < blocks_; ++n) weigh(n, step, key0, vectors);
+    const int64_t run = plan_.heads > 1 ? kRun : kStep;
+    for (int64_t key = 0; key < keys; key += run)
+      for (int64_t own = 0; own < plan_.heads; ++own) {
+        if (next) ask_for(next->v + key, run, own * cache.v.head, p_.value_dim);
+        add_values(own, key, keys - key < run ? keys - key : run);
+      }
+  }
 
-  void add_step(int64_t n, const Step& step, int64_t key0, int64_t count, Ahead& ahead) {
-    RowBlock<kRows>& block = block_[n];
-    const int64_t vectors = ceil_div(count, 2 * kCount) * 2;
-    const bool first = n % plan_.head_blocks == 0;
-    if (first) placed_ = keys_.place(step, n / plan_.head_blocks, vectors * kCount);
-    vf scores[kStep / kCount];
-    for (int64_t j = 0; j < vectors; ++j) {
-      if (first) prefetch(ahead);
+  static void ask_for(const char* const* rows, int64_t count, int64_t column, int64_t columns) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t at = 0; at < columns * kElement; at += 64)
+        __builtin_prefetch(rows[i] + column * kElement + at, 0, 2);
+  }
+
+  // The scores of kCount keys.
+  void multiply_head(const Step& step, int64_t own, int64_t j) {
+    const typename Keys::Placed& placed = placed_[own];
+    const char* const* k = placed.k + j * kCount;
+    if constexpr (Keys::kTurns)
+      if (placed.turned) keys_.turn(step, own, j * kCount, kCount);
+    for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n) {
       const float* q = q_ + n * kRows * ldq_;
-      const char* const* k = placed_.k + j * kCount;
-      if (Keys::kTurns && placed_.turned)
-        scores[j] = multiply_keys<Op, Keys::kTurned, kRows>(q, ldq_, k, 0, p_.head_dim);
+      float* to = weights_ + n * kStep * kRows + j * kWidth;
+      if (Keys::kTurns && placed.turned)
+        store(to, multiply_keys<Op, Keys::kTurned, kRows>(q, ldq_, k, 0, p_.head_dim));
       else
-        scores[j] = multiply_keys<Op, kType, kRows>(q, ldq_, k, placed_.k_offset, p_.head_dim);
+        store(to, multiply_keys<Op, kType, kRows>(q, ldq_, k, placed.k_offset, p_.head_dim));
     }
-    general_ || keys_.general(step) ? exponents<true>(block, scores, step, key0, vectors)
-                                    : exponents<false>(block, scores, step, key0, vectors);
+  }
+
+  // Scores become weights.
+  void weigh(int64_t n, const Step& step, int64_t key0, int64_t vectors) {
+    RowBlock<kRows>& block = block_[n];
+    float* weights = weights_ + n * kStep * kRows;
+    vf scores[kStep / kCount];
+    for (int64_t j = 0; j < vectors; ++j) scores[j] = load(weights + j * kWidth);
+    general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors)
+                                    : exponents<false>(n, scores, step, key0, vectors);
     p_.map == ScoreMap::softmax ? softmax(n, scores, vectors) : sigmoid(scores, vectors);
     keys_.keep(key0, n, blocks_, block, scores, vectors);
     for (int64_t j = 0; j < vectors; j += 2)
-      store_weights<Op>(weights_, j, scores[j], scores[j + 1]);
-    multiply_values<Op, kType, kRows>(weights_, placed_.v, placed_.v_offset,
-                                      round_up(count, Op::kPair), p_.value_dim,
-                                      out_ + n * kRows * plan_.ldo, plan_.ldo);
+      store_weights<Op>(weights, j, scores[j], scores[j + 1]);
   }
 
-  // kCount rows of keys and of values, in the order of memory: no hardware prefetcher follows the
-  // order of the computation. To L2, which holds a step of all heads.
-  void prefetch(Ahead& ahead) const {
-    if (!ahead.rows) return;
-    const KvCache& cache = plan_.d.cache;
-    for (int i = 0; i < kCount && ahead.key < kStep; ++i) {
-      const char* k = ahead.rows->k[ahead.key] + ahead.head * cache.k.head * kElement;
-      const char* v = ahead.rows->v[ahead.key] + ahead.head * cache.v.head * kElement;
-      for (int64_t at = 0; at < p_.head_dim * kElement; at += 64) __builtin_prefetch(k + at, 0, 2);
-      for (int64_t at = 0; at < p_.value_dim * kElement; at += 64) __builtin_prefetch(v + at, 0, 2);
-      if (++ahead.head == plan_.heads) ahead.head = 0, ++ahead.key;
-    }
+  void add_values(int64_t own, int64_t key, int64_t count) {
+    const typename Keys::Placed& placed = placed_[own];
+    for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n)
+      multiply_values<Op, kType, kRows>(weights_ + (n * kStep + key / Op::kPair) * kRows,
+                                        placed.v + key, placed.v_offset, count, p_.value_dim,
+                                        out_ + n * kRows * plan_.ldo, plan_.ldo);
   }
 
   // Exponents in base 2 of the weights: q.k times scale with all terms, hidden keys at infinity.
   template <bool kGeneral>
-  __attribute__((noinline)) void exponents(const RowBlock<kRows>& block, vf* scores,
-                                           const Step& step, int64_t key0, int64_t vectors) const {
+  __attribute__((noinline)) void exponents(int64_t n, vf* scores, const Step& step, int64_t key0,
+                                           int64_t vectors) const {
+    const RowBlock<kRows>& block = block_[n];
     const float unit = p_.map == ScoreMap::softmax ? kLog2e : -kLog2e;
     const vf factor = set(unit * p_.scale);
     if constexpr (kGeneral) {
@@ -326,7 +263,7 @@ class DecodeWorker {
         if (p_.softcap > 0) z = set(p_.softcap) * tanh(z * set(1 / p_.softcap));
         const vf at = key + set(static_cast<float>(j * kCount));
         if (p_.alibi_slopes) z = z - slope * abs_of(position - at);
-        z = keys_.template add<kRows>(step, j, z);
+        z = keys_.template add<kRows>(step, n / plan_.head_blocks, j, z);
         scores[j] = (z + constant) * set(unit);
       }
     } else {
@@ -436,7 +373,7 @@ class DecodeWorker {
   float *q_, *out_, *own_, *weights_;
   RowBlock<kRows>* block_;
   Keys keys_;
-  typename Keys::Placed placed_;
+  typename Keys::Placed placed_[kMaxHeads];
   int64_t unit_, b_, first_head_, part_, parts_, length_;
   KeyRange range_;
   bool general_ = false;

@@ -28,10 +28,11 @@ TM_INLINE vf load_words(const char* row, int64_t word, int64_t words) {
   }
 }
 
-// kRows rows of queries, ldq words apart, times kKeys keys, `offset` bytes behind `rows`.
+// kRows rows of queries, ldq words apart, times kKeys keys, `offset` bytes behind `rows`. Inlined
+// into a loop over heads, its sums leave their registers.
 template <class Op, DType kType, int kRows>
-TM_INLINE vf multiply_keys(const float* q, int64_t ldq, const char* const* rows, int64_t offset,
-                           int64_t dim) {
+__attribute__((noinline)) vf multiply_keys(const float* q, int64_t ldq, const char* const* rows,
+                                           int64_t offset, int64_t dim) {
   constexpr int kCount = kKeys<kRows>;
   vf sum[kWidth];
   TM_UNROLL(16)

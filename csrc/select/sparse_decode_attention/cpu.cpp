@@ -47,14 +47,14 @@ class ListedKeys {
         p_(d.attention),
         ldk_(round_up(p_.head_dim, 2 * kWidth)),
         workspace_(round_up(p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim, 16) +
-                   (kStep + 3) * ldk_ + 4 * 16) {
+                   (heads(d) * kStep + 3) * ldk_ + 4 * 16) {
     const int64_t widest = p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim;
     float* zeros = workspace_.take(widest);
     for (int64_t i = 0; i < widest; ++i) zeros[i] = 0;
     zeros_ = reinterpret_cast<const char*>(zeros);
     loaded_ = workspace_.take(ldk_);
     moved_ = workspace_.take(ldk_);
-    turned_ = reinterpret_cast<char*>(workspace_.take((kStep + 1) * ldk_));
+    turned_ = reinterpret_cast<char*>(workspace_.take((heads(d) * kStep + 1) * ldk_));
   }
 
   void begin(int64_t b, int64_t head, const Row& row, float* kept) {
@@ -116,41 +116,48 @@ class ListedKeys {
   QueryRow query(const void* row, int64_t i) {
     if (!d_.cos) return {row, kType};
     const int64_t position = row_.length - p_.seqlen_q + i;
-    char* to = turned_ + kStep * ldk_ * kTurnedBytes;
-    turn(row, table_row(d_.cache_positions ? row_.cached - 1 : position), to);
+    char* to = turned_row(heads(d_), 0);
+    turn_row(row, table_row(d_.cache_positions ? row_.cached - 1 : position), to);
     return {to, kTurned};
   }
 
-  Placed place(const Step& step, int64_t own, int64_t keys) {
+  Placed place(const Step& step, int64_t own) {
     Placed to{step.k, step.v, own * d_.cache.k.head * kElement, own * d_.cache.v.head * kElement,
               d_.cos != nullptr};
+    Rearranged& mine = rearranged_[own];
     if (!step.all_cached) {
       for (int64_t i = 0; i < kStep; ++i) {
         const bool cached = step.k[i] != zeros_ && step.extra[i] < 0;
-        k_[i] = step.k[i] + (cached ? to.k_offset : extra_offset(d_.extra_k, step.extra[i], own));
-        v_[i] = step.v[i] + (cached ? to.v_offset : extra_offset(d_.extra_v, step.extra[i], own));
-        log_count_[i] = log_count(step.extra[i], own);
+        mine.k[i] =
+            step.k[i] + (cached ? to.k_offset : extra_offset(d_.extra_k, step.extra[i], own));
+        mine.v[i] =
+            step.v[i] + (cached ? to.v_offset : extra_offset(d_.extra_v, step.extra[i], own));
+        mine.log_count[i] = log_count(step.extra[i], own);
       }
-      to.k = k_;
-      to.v = v_;
+      to.k = mine.k;
+      to.v = mine.v;
       to.k_offset = to.v_offset = 0;
     }
     if (d_.cos) {
-      for (int64_t i = 0; i < keys; ++i) {
-        char* row = turned_ + i * ldk_ * kTurnedBytes;
-        turn(to.k[i] + to.k_offset, step.turn[i], row);
-        turned_rows_[i] = row;
+      for (int64_t i = 0; i < kStep; ++i) {
+        mine.unturned[i] = to.k[i] + to.k_offset;
+        mine.turned[i] = turned_row(own, i);
       }
-      to.k = turned_rows_;
+      to.k = mine.turned;
       to.k_offset = 0;
     }
     return to;
   }
 
+  void turn(const Step& step, int64_t own, int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; ++i)
+      turn_row(rearranged_[own].unturned[i], step.turn[i], turned_row(own, i));
+  }
+
   bool general(const Step& step) const { return d_.extra_log_count && !step.all_cached; }
   template <int kRows>
-  vf add(const Step& step, int64_t j, vf z) const {
-    return general(step) ? z + by_key<kRows>(log_count_, j) : z;
+  vf add(const Step& step, int64_t own, int64_t j, vf z) const {
+    return general(step) ? z + by_key<kRows>(rearranged_[own].log_count, j) : z;
   }
 
   template <int kRows>
@@ -206,6 +213,15 @@ class ListedKeys {
   static constexpr int64_t kTurnedBytes = kElementBytes<kTurned>;
   template <int kRows>
   static constexpr int64_t kKept = kStep * kRows + kWidth;  // of a block and a step
+
+  // The rows of a head in a step that are not all as they lie in the cache.
+  struct Rearranged {
+    const char *k[kStep], *v[kStep], *unturned[kStep], *turned[kStep];
+    float log_count[kStep];
+  };
+  char* turned_row(int64_t own, int64_t i) const {
+    return turned_ + (own * kStep + i) * ldk_ * kTurnedBytes;
+  }
 
   static int64_t kept_steps(const Row& row) {
     if (row.list_begin == row.list_end) return 0;
@@ -268,7 +284,7 @@ class ListedKeys {
   }
 
   // A row of elements with its pairs of columns turned; `at` < 0: as it is.
-  void turn(const void* from, int64_t at, void* to) {
+  void turn_row(const void* from, int64_t at, void* to) {
     const int64_t dim = p_.head_dim, pairs = d_.pairs;
     float* __restrict x = loaded_, * __restrict y = moved_;
     for (int64_t c = 0; c < dim; c += kWidth)
@@ -301,10 +317,8 @@ class ListedKeys {
   cpu::Workspace workspace_;
   const char* zeros_;
   float *loaded_, *moved_;  // rows that are being turned
-  char* turned_;            // kStep rows of keys and one of queries, ldk_ elements each
-  // Of the step and the head that were placed last.
-  const char *k_[kStep], *v_[kStep], *turned_rows_[kStep];
-  float log_count_[kStep];
+  char* turned_;            // kStep rows of keys of each head, and one of queries
+  Rearranged rearranged_[kMaxHeads];
   int64_t b_ = 0, head_ = 0;
   Row row_{};
   int64_t recent_ = 0;     // last tokens that exist

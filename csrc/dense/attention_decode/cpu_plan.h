@@ -1,0 +1,100 @@
+// How the work of a decode is cut up: units, and items, which are ranges of their keys.
+#pragma once
+#include "cpu/workspace.h"
+#include "dense/attention_decode/cpu_rows.h"
+#include "dense/attention_decode/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// Steps of an automatic range of one head: short ones until there are kRanges for threads to
+// share, then longer ones, as nobody asks for the first keys of a range ahead of time.
+constexpr int64_t kShortRange = 64, kLongRange = 256, kRanges = 16;
+// Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
+constexpr int64_t kMaxHeads = 8;
+
+template <DType kType>
+constexpr int64_t kElementBytes = kType == DType::float32 ? 4 : 2;
+
+// The largest divisor of a number of heads up to kMaxHeads.
+TM_INLINE int64_t heads_together(int64_t all) {
+  int64_t heads = kMaxHeads;
+  while (all % heads != 0) --heads;
+  return heads;
+}
+
+// What all workers share.
+template <class Keys, int kRows>
+struct DecodePlan {
+  using Params = typename Keys::Params;
+  struct Unit {
+    typename Keys::Row row;
+    int64_t first_item, kept;  // kept: where, in floats
+    int32_t arrived;           // ranges
+  };
+
+  explicit DecodePlan(const Params& d)
+      : d(d),
+        p(d.attention),
+        heads(Keys::heads(d)),
+        head_groups(Keys::row_heads(d) / heads),
+        group(p.heads / Keys::row_heads(d)),
+        rows(group * p.seqlen_q),
+        head_blocks(ceil_div(rows, kRows)),
+        ldo(round_up(p.value_dim, 2 * kWidth)),
+        partial_row(ldo + 2),
+        unit_memory(ceil_div((units() + 1) * sizeof(Unit), 4)),
+        unit(reinterpret_cast<Unit*>(unit_memory.take(0))),
+        memory(describe_units()),
+        partials(memory.take(partial_floats)),
+        kept(memory.take(kept_floats)) {}
+
+  int64_t units() const { return p.batch * head_groups; }
+  int64_t items() const { return unit[units()].first_item; }
+  KeyRange range_of(int64_t u) const { return Keys::range(unit[u].row); }
+  int64_t parts_of(int64_t steps) const {
+    int64_t wanted = d.num_splits;
+    if (wanted <= 0) {
+      const int64_t most = ceil_div(steps * heads, kShortRange);
+      const int64_t least = ceil_div(steps * heads, kLongRange);
+      wanted = most < kRanges ? most : least > kRanges ? least : kRanges;
+    }
+    return wanted < steps ? wanted : steps > 1 ? steps : 1;
+  }
+  int64_t partial_size() const { return heads * rows * partial_row; }
+
+  const Params& d;
+  const AttentionParams& p;
+  int64_t heads, head_groups;  // of a unit; units of a request
+  int64_t group, rows;         // of one head
+  int64_t head_blocks;         // RowBlocks of one head
+  int64_t ldo, partial_row;
+  cpu::Workspace unit_memory;
+  Unit* unit;  // and one behind the last, which has first_item alone
+  int64_t partial_floats = 0, kept_floats = 0;
+  cpu::Workspace memory;
+  float* partials;  // [items][heads * rows][partial_row]: sums of values, of weights, pivot
+  float* kept;
+
+ private:
+  // Returns the floats that partials and what is kept take; partials are needed only where a unit
+  // has several ranges.
+  int64_t describe_units() {
+    int64_t items = 0;
+    bool any = false;
+    for (int64_t u = 0; u < units(); ++u) {
+      unit[u].row = Keys::row(d, u / head_groups, u % head_groups * heads);
+      unit[u].first_item = items;
+      unit[u].kept = kept_floats;
+      unit[u].arrived = 0;
+      const int64_t parts = parts_of(range_of(u).steps(kStep));
+      items += parts;
+      any |= parts > 1;
+      kept_floats += Keys::template kept<kRows>(d, unit[u].row, heads * head_blocks);
+    }
+    unit[units()].first_item = items;
+    if (any) partial_floats = items * partial_size();
+    return partial_floats + kept_floats + 16;
+  }
+};
+
+}  // namespace tokenmill::TOKENMILL_ISA
