@@ -139,8 +139,8 @@ TOKENMILL_LIBRARY(m) {
       "(Tensor y, Tensor weight_sum, Tensor arg)");
   m.def(
       "segment_reduce_backward(Tensor dy, Tensor? dweight_sum, Tensor y, Tensor weight_sum, "
-      "Tensor arg, Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, str reduce) -> "
-      "(Tensor dx, Tensor dweight)");
+      "Tensor arg, bool needs_dweight, Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, "
+      "str reduce) -> (Tensor dx, Tensor dweight)");
   m.def("best_match(Tensor a, Tensor b, bool normalize) -> (Tensor index, Tensor score)");
   m.def(
       "local_pool(Tensor x, Tensor? mask, SymInt kernel_y, SymInt kernel_x, SymInt dilation_y, "

@@ -4,8 +4,10 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/dtype.h"
+#include "cuda/copy.cuh"
 
 namespace tokenmill::cuda {
 
@@ -26,7 +28,13 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.x[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+  if constexpr (sizeof pack == 16) {
+    uint32_t words[4];
+    memcpy(words, &pack, sizeof pack);
+    store_global(to, words);
+  } else {
+    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+  }
 }
 
 // visit.operator()<T>() with the element type of `dtype`.

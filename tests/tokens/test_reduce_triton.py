@@ -34,7 +34,7 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
         lowered = (offsets, perm, weight, reduce)
         y, weight_sum, arg = segment_reduce(x, *lowered)
         dsum = weight_sum if weighted else None
-        segment_reduce_backward(y, dsum, y, weight_sum, arg, x, *lowered)
+        segment_reduce_backward(y, dsum, y, weight_sum, arg, True, x, *lowered)
         order = "score" if everything else "index"
         topk_partition(x[..., 0].contiguous(), tokens // 3, everything, order,
                        mask if everything else None, 0, 1)  # fmt: skip

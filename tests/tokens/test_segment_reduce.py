@@ -233,6 +233,22 @@ def test_weights_of_any_floating_type(backend):
         assert dweight.dtype == dtype and dweight.tolist() == [2.0] * 4
 
 
+@each_kernel
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_the_gradient_of_the_rows_does_not_depend_on_whether_weights_want_one(backend, reduce):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 30, 40, generator=g), torch.rand(1, 30, generator=g)
+    found = []
+    for wanted in (True, False):
+        leaf = x.clone().requires_grad_()
+        w = weight.clone().requires_grad_(wanted)
+        y = reduced(leaf, ints(0, 3, 30)[None], backend, weight=w, reduce=reduce)
+        y.square().sum().backward()
+        assert (w.grad is not None) == wanted
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 @each_backend
 def test_mass_is_conserved(backend):
     """The weighted means weigh as much as the rows, and a mean of equal rows is that row."""

@@ -186,7 +186,7 @@ def backward_kernel(
         m_tile = m_dy[:, None] & (o_c < channels)
         p_dy = dy + (o_b * dy_batch + b_s * dy_row)[:, None] + o_c
         b_dy = tl.load(p_dy, mask=m_tile, other=0.0).to(tl.float32)
-        if weight is not None:
+        if dweight is not None:
             p_x = x + (o_b * x_batch + o_n * x_row)[:, None] + o_c
             b_x = tl.load(p_x, mask=m_tile, other=0.0).to(tl.float32)
             if REDUCE == "mean":
@@ -202,7 +202,7 @@ def backward_kernel(
         p_dx = dx + (o_row * channels)[:, None] + o_c
         m_dx = m_row[:, None] & (o_c < channels)
         tl.store(p_dx, rounded(b_dx, dx.dtype.element_ty), mask=m_dx)
-    if weight is not None:
+    if dweight is not None:
         b_dweight = tl.where(m_dy, b_dot / b_total, 0.0)
         if dweight_sum is not None:
             b_dweight += tl.load(dweight_sum + o_segment, mask=m_some, other=0.0)
@@ -238,6 +238,7 @@ def segment_reduce_backward(
     y: Tensor,
     weight_sum: Tensor,
     arg: Tensor,
+    needs_dweight: bool,
     x: Tensor,
     offsets: Tensor,
     perm: Tensor | None,
@@ -246,7 +247,9 @@ def segment_reduce_backward(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, channels = x.shape
     dx = x.new_empty(x.shape)
-    dweight = None if weight is None else x.new_empty(weight.shape, dtype=torch.float32)
+    dweight = None
+    if needs_dweight and weight is not None:
+        dweight = x.new_empty(weight.shape, dtype=torch.float32)
     block_c = min(CHANNELS, triton.next_power_of_2(max(channels, 1)))
     block_r = max(1, BACKWARD_ELEMENTS // block_c)
     launch(

@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
+#include "tokens/cpu_rows.h"
 #include "tokens/segment_reduce/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -15,6 +16,8 @@ namespace {
 
 constexpr int64_t kPart = 1024;      // places
 constexpr int64_t kSumPlaces = 256;  // that one accumulator takes
+// Of channels: rows are read once, front to back, which is what fetches memory fastest. The
+// extremes need twice the registers; what does not fit waits in the level 1 cache.
 constexpr int kTile = kWidth == 16 ? 16 : 8;
 constexpr int64_t kParallelElements = 1 << 16;  // fewer are not worth a parallel region
 
@@ -29,15 +32,12 @@ struct Tile {
   const SegmentReduceParams& p;
   int64_t b, column, lanes;
 
-  TM_INLINE vf load(int64_t row, int v) const {
-    const int64_t at = b * p.x_batch + row * p.x_row + column + v * kWidth;
-    return kPartial ? E::load_n(p.x, at, lanes) : E::load(p.x, at);
-  }
-  TM_INLINE void store(float* to, int v, vf x) const {
-    Elements<DType::float32>::store_n(to, column + v * kWidth, x, kPartial ? lanes : kWidth);
-  }
+  TM_INLINE int64_t at(int v) const { return column + v * kWidth; }
+  TM_INLINE int64_t count() const { return kPartial ? lanes : kWidth; }
 
-  TM_INLINE void sum(PlaceRange range, float* sums) const {
+  // finish(v, sum) for each vector.
+  template <typename Finish>
+  TM_INLINE void sum(PlaceRange range, const Finish& finish) const {
     vf total[kVectors];
     TM_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) total[v] = zero();
@@ -57,13 +57,13 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) total[v] = total[v] + part[v];
     }
     TM_UNROLL(16)
-    for (int v = 0; v < kVectors; ++v) store(sums, v, total[v]);
+    for (int v = 0; v < kVectors; ++v) finish(v, total[v]);
   }
 
-  // The greatest or least of each channel, and their rows. Rows are moved as the bits of floats,
-  // never computed with.
-  template <bool kGreatest>
-  TM_INLINE void extremes(PlaceRange range, float* values, int32_t* rows) const {
+  // finish(v, value, row) for each vector: the greatest or least of each channel, and their rows.
+  // Rows are moved as the bits of floats, never computed with.
+  template <bool kGreatest, typename Finish>
+  TM_INLINE void extremes(PlaceRange range, const Finish& finish) const {
     vf best[kVectors], found[kVectors];
     while (range.begin < range.end && row_of_place(p, b, range.begin) < 0) ++range.begin;
     const int32_t first = range.begin < range.end ? row_of_place(p, b, range.begin) : -1;
@@ -93,13 +93,14 @@ struct Tile {
     if (any(equal(select(equal(all, all), zero(), set(1.f)), set(1.f))))
       find_nan(range, best, found);
     TM_UNROLL(16)
-    for (int v = 0; v < kVectors; ++v) {
-      store(values, v, best[v]);
-      store(reinterpret_cast<float*>(rows), v, found[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) finish(v, best[v], found[v]);
   }
 
  private:
+  TM_INLINE vf load(int64_t row, int v) const {
+    const int64_t from = b * p.x_batch + row * p.x_row + at(v);
+    return kPartial ? E::load_n(p.x, from, lanes) : E::load(p.x, from);
+  }
   static TM_INLINE vf as_float(int32_t row) { return set(std::bit_cast<float>(row)); }
 
   // The first NaN of each channel is its extreme.
@@ -119,22 +120,15 @@ struct Tile {
 };
 
 // visit(tile) for all channels.
-template <DType kType, int kMost, typename Visit>
+template <DType kType, typename Visit>
 TM_INLINE void for_each_tile(const SegmentReduceParams& p, int64_t b, const Visit& visit) {
   int64_t c = 0;
-  for (; c + kMost * kWidth <= p.channels; c += kMost * kWidth)
-    visit(Tile<kType, kMost, false>{p, b, c, 0});
+  for (; c + kTile * kWidth <= p.channels; c += kTile * kWidth)
+    visit(Tile<kType, kTile, false>{p, b, c, 0});
   for (; c + 4 * kWidth <= p.channels; c += 4 * kWidth) visit(Tile<kType, 4, false>{p, b, c, 0});
   for (; c + kWidth <= p.channels; c += kWidth) visit(Tile<kType, 1, false>{p, b, c, 0});
   if (c < p.channels) visit(Tile<kType, 1, true>{p, b, c, p.channels - c});
 }
-
-// A segment or a part of one, before it is divided and rounded.
-struct Partial {
-  float* values;   // [C]
-  int32_t* rows;   // [C], of an extreme; -1: there was no row
-  double* weight;  // the sum
-};
 
 double weight_of(const SegmentReduceParams& p, int64_t b, PlaceRange range) {
   if (!p.perm && !p.weight) return static_cast<double>(range.end - range.begin);
@@ -146,62 +140,124 @@ double weight_of(const SegmentReduceParams& p, int64_t b, PlaceRange range) {
   return sum;
 }
 
-template <DType kType>
-void reduce_places(const SegmentReduceParams& p, int64_t b, PlaceRange range, const Partial& to) {
-  *to.weight = weight_of(p, b, range);
-  if (is_extreme(p)) {
-    for_each_tile<kType, kTile / 2>(p, b, [&](const auto& tile) TM_LAMBDA {
-      if (p.reduce == Reduce::amax)
-        tile.template extremes<true>(range, to.values, to.rows);
-      else
-        tile.template extremes<false>(range, to.values, to.rows);
-    });
-  } else if (p.reduce == Reduce::sum || p.reduce == Reduce::mean) {
-    for_each_tile<kType, kTile>(p, b,
-                                [&](const auto& tile) TM_LAMBDA { tile.sum(range, to.values); });
-  }
-}
-
-// Adds a later part of the same segment.
-void merge(const SegmentReduceParams& p, const Partial& to, const Partial& later) {
-  *to.weight += *later.weight;
-  if (!is_extreme(p)) {
-    for (int64_t c = 0; c < p.channels; ++c) to.values[c] += later.values[c];
-    return;
-  }
-  const float sign = p.reduce == Reduce::amax ? 1.f : -1.f;
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const float x = later.values[c] * sign, best = to.values[c] * sign;
-    if (later.rows[c] < 0 || (to.rows[c] >= 0 && (x <= best || best != best))) continue;
-    to.values[c] = later.values[c];
-    to.rows[c] = later.rows[c];
-  }
-}
-
-template <DType kType>
-void finish(const SegmentReduceParams& p, int64_t b, int64_t s, const Partial& from) {
-  using E = Elements<kType>;
-  const int64_t segment = b * p.segments + s, at = segment * p.channels;
-  const float weight = static_cast<float>(*from.weight);
-  p.weight_sum[segment] = weight;
-  if (p.reduce == Reduce::first || p.reduce == Reduce::last) {
-    auto* y = static_cast<typename E::type*>(p.y) + at;
-    const auto* x = static_cast<const typename E::type*>(p.x) + b * p.x_batch;
-    const int64_t row = end_row(p, b, s), bytes = p.channels * sizeof *y;
-    if (row < 0)
-      std::memset(y, 0, bytes);
+// Sums, or extremes and their rows, of all channels of some places: to.sum(at, n, x) and
+// to.extreme(at, n, x, row) for n channels from `at` on.
+template <DType kType, typename To>
+TM_INLINE void reduce_places(const SegmentReduceParams& p, int64_t b, PlaceRange range,
+                             const To& to) {
+  for_each_tile<kType>(p, b, [&](const auto& tile) TM_LAMBDA {
+    const auto extreme = [&](int v, vf x, vf row)
+                             TM_LAMBDA { to.extreme(tile.at(v), tile.count(), x, row); };
+    if (p.reduce == Reduce::amax)
+      tile.template extremes<true>(range, extreme);
+    else if (p.reduce == Reduce::amin)
+      tile.template extremes<false>(range, extreme);
     else
-      std::memcpy(y, x + row * p.x_row, bytes);
-    return;
+      tile.sum(range, [&](int v, vf x) TM_LAMBDA { to.sum(tile.at(v), tile.count(), x); });
+  });
+}
+
+// Where the row of a segment goes.
+template <DType kType>
+class Result {
+ public:
+  Result(const SegmentReduceParams& p, int64_t segment, double weight)
+      : p_(p), at_(segment * p.channels), streams_(streams(p)) {
+    const float w = static_cast<float>(weight);
+    p.weight_sum[segment] = w;
+    divides_ = p.reduce == Reduce::mean;
+    nothing_ = divides_ && w == 0;
+    divisor_ = set(w);
   }
-  const bool zeros = p.reduce == Reduce::mean && weight == 0;
-  const vf divisor = set(p.reduce == Reduce::mean && weight != 0 ? weight : 1.f);
+
+  TM_INLINE void sum(int64_t c, int64_t n, vf x) const {
+    if (divides_) x = nothing_ ? zero() : x / divisor_;
+    put<kType>(p_.y, c, n, x);
+  }
+  TM_INLINE void extreme(int64_t c, int64_t n, vf x, vf row) const {
+    put<kType>(p_.y, c, n, x);
+    put<DType::float32>(p_.arg, c, n, row);
+  }
+  static bool streams(const SegmentReduceParams& p) {
+    const int64_t bytes = p.channels * static_cast<int64_t>(sizeof(float));
+    return p.batch * p.segments * bytes >= kStreamBytes && bytes % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(p.y) % 64 == 0 &&
+           reinterpret_cast<uintptr_t>(p.arg) % 64 == 0;
+  }
+
+ private:
+  template <DType kTo>
+  TM_INLINE void put(void* to, int64_t c, int64_t n, vf x) const {
+    if (kTo == DType::float32 && streams_)
+      stream(static_cast<char*>(to) + (at_ + c) * static_cast<int64_t>(sizeof(float)), x);
+    else
+      Elements<kTo>::store_n(to, at_ + c, x, n);
+  }
+
+  const SegmentReduceParams& p_;
+  const int64_t at_;
+  const bool streams_;
+  bool divides_, nothing_;
+  vf divisor_;
+};
+
+// A part of a segment.
+struct Partial {
+  float* values;   // [C]
+  int32_t* rows;   // [C], of an extreme; -1: there was no row
+  double* weight;  // the sum
+
+  TM_INLINE void sum(int64_t c, int64_t n, vf x) const {
+    Elements<DType::float32>::store_n(values, c, x, n);
+  }
+  TM_INLINE void extreme(int64_t c, int64_t n, vf x, vf row) const {
+    sum(c, n, x);
+    Elements<DType::float32>::store_n(rows, c, row, n);
+  }
+  // Adds a later part of the same segment.
+  void merge(const SegmentReduceParams& p, const Partial& later) const {
+    *weight += *later.weight;
+    const float sign = p.reduce == Reduce::amax ? 1.f : -1.f;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      if (!is_extreme(p)) {
+        values[c] += later.values[c];
+        continue;
+      }
+      const float x = later.values[c] * sign, best = values[c] * sign;
+      if (later.rows[c] < 0 || (rows[c] >= 0 && (x <= best || best != best))) continue;
+      values[c] = later.values[c];
+      rows[c] = later.rows[c];
+    }
+  }
+};
+
+template <DType kType>
+void reduce_segment(const SegmentReduceParams& p, int64_t b, int64_t s, PlaceRange range) {
+  const int64_t segment = b * p.segments + s;
+  const Result<kType> result(p, segment, weight_of(p, b, range));
+  if (p.reduce != Reduce::first && p.reduce != Reduce::last)
+    return reduce_places<kType>(p, b, range, result);
+  using Element = typename Elements<kType>::type;
+  auto* y = static_cast<Element*>(p.y) + segment * p.channels;
+  const auto* x = static_cast<const Element*>(p.x) + b * p.x_batch;
+  const int64_t row = end_row(p, b, s), bytes = p.channels * sizeof *y;
+  if (row < 0)
+    std::memset(y, 0, bytes);
+  else
+    std::memcpy(y, x + row * p.x_row, bytes);
+}
+
+template <DType kType>
+void finish_parts(const SegmentReduceParams& p, int64_t segment, const Partial& all) {
+  const Result<kType> result(p, segment, *all.weight);
   for (int64_t c = 0; c < p.channels; c += kWidth) {
-    const int64_t lanes = p.channels - c;
-    const vf x = zeros ? zero() : Elements<DType::float32>::load_n(from.values, c, lanes) / divisor;
-    E::store_n(p.y, at + c, x, lanes);
+    const int64_t n = std::min<int64_t>(kWidth, p.channels - c);
+    const vf x = Elements<DType::float32>::load_n(all.values, c, n);
+    if (is_extreme(p))
+      result.extreme(c, n, x, Elements<DType::float32>::load_n(all.rows, c, n));
+    else
+      result.sum(c, n, x);
   }
-  if (is_extreme(p)) std::memcpy(p.arg + at, from.rows, p.channels * sizeof(int32_t));
 }
 
 // A segment of more than kPart places. Who finishes its last part puts the parts together.
@@ -235,18 +291,11 @@ class Work {
   static int64_t floats_of(const SegmentReduceParams& p) {
     return round_up(2 * p.channels + 2, 16);
   }
-  static Partial partial(const SegmentReduceParams& p, float* memory) {
-    auto* weight = reinterpret_cast<double*>(memory);
-    float* values = memory + 2;
-    return {values, reinterpret_cast<int32_t*>(values + p.channels), weight};
-  }
 
   void run(int threads) {
     const int64_t segments = p_.batch * p_.segments;
     const int64_t group = std::clamp<int64_t>(segments / (8 * threads), 1, 64);
     cpu::parallel_items(parts_ + ceil_div(segments, group), threads, [&](cpu::ItemCounter& items) {
-      cpu::Workspace memory(floats_of(p_) + 16);
-      const Partial own = partial(p_, memory.take(floats_of(p_)));
       for (int64_t item; (item = items.next()) >= 0;) {
         if (item < parts_) {
           take_part(item);
@@ -257,10 +306,10 @@ class Work {
           const int64_t b = i / p_.segments, s = i % p_.segments;
           const PlaceRange range = segment_places(p_, b, s);
           if (takes_parts() && range.end - range.begin > kPart) continue;
-          reduce_places<kType>(p_, b, range, own);
-          finish<kType>(p_, b, s, own);
+          reduce_segment<kType>(p_, b, s, range);
         }
       }
+      end_stream();
     });
   }
 
@@ -282,18 +331,26 @@ class Work {
     return count;
   }
 
-  Partial part(int64_t i) const { return partial(p_, base_ + i * floats_of(p_)); }
+  Partial part(int64_t i) const {
+    float* const memory = base_ + i * floats_of(p_);
+    float* const values = memory + 2;
+    return {values, reinterpret_cast<int32_t*>(values + p_.channels),
+            reinterpret_cast<double*>(memory)};
+  }
 
   void take_part(int64_t i) {
     LongSegment* segment = longs_.get();
     while (i >= segment->first_part + segment->parts) ++segment;
     const PlaceRange all = segment_places(p_, segment->b, segment->s);
     const int64_t begin = all.begin + (i - segment->first_part) * kPart;
-    reduce_places<kType>(p_, segment->b, {begin, std::min(all.end, begin + kPart)}, part(i));
+    const PlaceRange places{begin, std::min(all.end, begin + kPart)};
+    const Partial own = part(i);
+    *own.weight = weight_of(p_, segment->b, places);
+    reduce_places<kType>(p_, segment->b, places, own);
     if (segment->missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     const Partial first = part(segment->first_part);
-    for (int64_t j = 1; j < segment->parts; ++j) merge(p_, first, part(segment->first_part + j));
-    finish<kType>(p_, segment->b, segment->s, first);
+    for (int64_t j = 1; j < segment->parts; ++j) first.merge(p_, part(segment->first_part + j));
+    finish_parts<kType>(p_, segment->b * p_.segments + segment->s, first);
   }
 
   const SegmentReduceParams& p_;
@@ -349,7 +406,7 @@ void row_gradient(const SegmentReduceBackwardParams& q, int64_t b, int64_t row) 
   Element* const dx = static_cast<Element*>(q.dx) + at;
   if (s < 0) {
     std::memset(dx, 0, bytes * sizeof(Element));
-    if (p.weight) q.dweight[index] = 0;
+    if (q.dweight) q.dweight[index] = 0;
     return;
   }
   const int64_t segment = b * p.segments + s, dy_at = b * q.dy_batch + s * q.dy_row;
@@ -373,12 +430,12 @@ void row_gradient(const SegmentReduceBackwardParams& q, int64_t b, int64_t row) 
     const int64_t lanes = p.channels - c;
     const vf g = total == 0 ? zero() : E::load_n(q.dy, dy_at + c, lanes);
     E::store_n(q.dx, at + c, g * factor, lanes);
-    if (!p.weight || total == 0) continue;
+    if (!q.dweight || total == 0) continue;
     vf x = E::load_n(p.x, x_at + c, lanes);
     if (mean) x = x - E::load_n(p.y, y_at + c, lanes);
     dot = fma(x, g, dot);
   }
-  if (!p.weight) return;
+  if (!q.dweight) return;
   const float through_y = total == 0 ? 0 : sum_lanes(dot) / total;
   q.dweight[index] = through_y + (q.dweight_sum ? q.dweight_sum[segment] : 0);
 }

@@ -121,8 +121,9 @@ std::tuple<Tensor, Tensor, Tensor> segment_reduce(Tensor x, Tensor offsets, OptT
 }
 
 std::tuple<Tensor, Tensor> segment_reduce_backward(Tensor dy, OptTensor dweight_sum, Tensor y,
-                                                   Tensor weight_sum, Tensor arg, Tensor x,
-                                                   Tensor offsets, OptTensor perm, OptTensor weight,
+                                                   Tensor weight_sum, Tensor arg,
+                                                   bool needs_dweight, Tensor x, Tensor offsets,
+                                                   OptTensor perm, OptTensor weight,
                                                    std::string reduce) {
   const View rows(x), ends(offsets), gradient(dy), result(y), sums(weight_sum), found(arg);
   const std::optional<View> places = view_of(perm), weights = view_of(weight),
@@ -157,10 +158,12 @@ std::tuple<Tensor, Tensor> segment_reduce_backward(Tensor dy, OptTensor dweight_
   q.dy_batch = gradient.step(0);
   q.dy_row = gradient.step(1);
   Tensor dx = empty(rows.sizes, x);
-  Tensor dweight = empty(weights ? weights->sizes : std::vector<int64_t>{0}, x, ScalarType::Float);
+  needs_dweight = needs_dweight && weights;
+  Tensor dweight =
+      empty(needs_dweight ? weights->sizes : std::vector<int64_t>{0}, x, ScalarType::Float);
   Tensor segment_of_row = empty({p.batch, p.tokens}, x, ScalarType::Int);
   q.dx = dx.mutable_data_ptr();
-  q.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  if (needs_dweight) q.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   q.segment_of_row = static_cast<int32_t*>(segment_of_row.mutable_data_ptr());
   if (p.batch * p.tokens > 0) run(q, rows);
   return {dx, dweight};

@@ -107,23 +107,53 @@ __device__ __forceinline__ float reduce_places(const SegmentReduceParams& p, int
   return p.weight ? warp_sum(weight) : static_cast<float>(warp_sum(count));
 }
 
-// Channels c .. c + kVector - 1 of a segment, number `segment` of all.
+// The rows of the extremes of channels c .. c + kVector - 1, rows of arg from `to` on.
+template <int kVector>
+__device__ __forceinline__ void store_rows(int32_t* to, int64_t c, int64_t channels,
+                                           const int32_t (&row)[kVector]) {
+  static_assert(kVector == 1 || kVector == 4 || kVector == 8);
+  if constexpr (kVector == 1) {
+    if (c < channels) to[c] = row[0];
+  } else {
+    uint32_t words[kVector / 4][4];
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) words[v / 4][v % 4] = static_cast<uint32_t>(row[v]);
+    if constexpr (kVector == 8) {
+      // 32 bytes of a lane: pairs of lanes exchange halves, so that each store fills sectors.
+      const bool odd = threadIdx.x % 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? words[0][i] : words[1][i], 1);
+        words[0][i] = odd ? other : words[0][i];
+        words[1][i] = odd ? words[1][i] : other;
+      }
+      c -= odd ? 8 : 0;
+      if (c < channels) store_global(to + c + (odd ? 4 : 0), words[0]);
+      c += 8;
+      if (c < channels) store_global(to + c + (odd ? 4 : 0), words[1]);
+    } else if (c < channels) {
+      store_global(to + c, words[0]);
+    }
+  }
+}
+
+// Channels c .. c + kVector - 1 of a segment, number `segment` of all. A warp comes whole.
 template <typename T, int kVector, bool kExtreme>
 __device__ __forceinline__ void finish_segment(const SegmentReduceParams& p, int64_t segment,
                                                int64_t c, float weight,
                                                const SegmentLane<kVector, kExtreme>& lane) {
   if (c == 0) p.weight_sum[segment] = weight;
+  const int64_t first = segment * p.channels;
+  if constexpr (kExtreme) store_rows(p.arg + first, c, p.channels, lane.row);
   if (c >= p.channels) return;
-  const int64_t at = segment * p.channels + c;
   const bool mean = p.reduce == Reduce::mean;
   float y[kVector];
 #pragma unroll
   for (int v = 0; v < kVector; ++v) {
     y[v] = lane.value[v] * sign_of(p.reduce);
     if (mean) y[v] = weight == 0 ? 0 : y[v] / weight;
-    if constexpr (kExtreme) p.arg[at + v] = lane.row[v];
   }
-  store_floats(static_cast<T*>(p.y) + at, y);
+  store_floats(static_cast<T*>(p.y) + first + c, y);
 }
 
 // Blocks: (groups of plan.group segments, tiles and parts, batch). In a group of several, a warp
@@ -293,7 +323,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 4)
       const int64_t segment = b * p.segments + s;
       const float total = s >= 0 && mean ? p.weight_sum[segment] : 1.f;
       const float w = p.weight ? p.weight[b * p.weight_batch + row] : 1.f;
-      const bool some = s >= 0 && total != 0, dots = some && p.weight;
+      const bool some = s >= 0 && total != 0, dots = some && q.dweight;
       const float factor = some ? w / total : 0;
       float dot = 0;
       for (int64_t c = id * kVector; c < p.channels; c += kWarpSize * kVector) {
@@ -306,16 +336,17 @@ __global__ void __launch_bounds__(kSegmentThreads, 4)
           for (int v = 0; v < kVector; ++v) dot = fmaf(x[v] - y[v], dy[v], dot);
         }
         if (extreme && some) {
+          const auto rows =
+              *reinterpret_cast<const Pack<int32_t, kVector>*>(p.arg + segment * p.channels + c);
 #pragma unroll
-          for (int v = 0; v < kVector; ++v)
-            dy[v] = p.arg[segment * p.channels + c + v] == row ? dy[v] : 0.f;
+          for (int v = 0; v < kVector; ++v) dy[v] = rows.x[v] == row ? dy[v] : 0.f;
         } else {
 #pragma unroll
           for (int v = 0; v < kVector; ++v) dy[v] *= factor;
         }
         store_floats(static_cast<T*>(q.dx) + index * p.channels + c, dy);
       }
-      if (!p.weight) continue;
+      if (!q.dweight) continue;
       dot = warp_sum(dot);
       if (id != 0) continue;
       float dweight = some ? dot / total : 0.f;

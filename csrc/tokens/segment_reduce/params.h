@@ -34,7 +34,7 @@ struct SegmentReduceBackwardParams {
   const float* dweight_sum;  // [B, S], or null
   int32_t* segment_of_row;   // [B, N]: -1 where a row has no gradient
   void* dx;                  // [B, N, C]
-  float* dweight;            // [B, N], if there is a weight
+  float* dweight;            // [B, N], or null: not asked for
 };
 
 struct PlaceRange {

@@ -17,6 +17,7 @@ from .rules import check_index_values, check_indices, check_like, check_tokens
 from .segment_reduce_cases import MALFORMED, SAMPLES
 
 OP = "segment_reduce"
+WEIGHT = 3  # in the lowered list
 REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
 
 
@@ -161,6 +162,7 @@ def _check_backward(
     y: Tensor,
     weight_sum: Tensor,
     arg: Tensor,
+    needs_dweight: bool,
     x: Tensor,
     offsets: Tensor,
     perm: Tensor | None,
@@ -189,13 +191,14 @@ def _fake_backward(
     y: Tensor,
     weight_sum: Tensor,
     arg: Tensor,
+    needs_dweight: bool,
     x: Tensor,
     offsets: Tensor,
     perm: Tensor | None,
     weight: Tensor | None,
     reduce: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (0,) if weight is None else weight.shape
+    shape = weight.shape if needs_dweight and weight is not None else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=torch.float32)
 
 
@@ -209,15 +212,16 @@ def _backward(
     ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
 ) -> tuple[Any, ...]:
     y, weight_sum, arg, x, offsets, perm, weight = ctx.saved_tensors
+    needs_dweight = ctx.needs_input_grad[WEIGHT]
     dy = y.new_zeros(y.shape) if dy is None else dy
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
     if dweight_sum is not None:
-        dweight_sum = None if weight is None else dweight_sum.contiguous()
+        dweight_sum = dweight_sum.contiguous() if needs_dweight else None
     dx, dweight = ops.segment_reduce_backward(
-        dy, dweight_sum, y, weight_sum, arg, x, offsets, perm, weight, ctx.reduce
+        dy, dweight_sum, y, weight_sum, arg, needs_dweight, x, offsets, perm, weight, ctx.reduce
     )
-    return dx, None, None, None if weight is None else dweight, None
+    return dx, None, None, dweight if needs_dweight else None, None
 
 
 FORWARD = register(
