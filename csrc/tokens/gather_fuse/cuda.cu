@@ -25,7 +25,7 @@ const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) 
   using namespace cuda;
   const GatherFuseParams& p = q.forward;
   const int64_t entries = p.kept + p.rest;
-  const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseWarps);
+  const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseRows);
   const int64_t place_blocks = ceil_div(entries, kFuseThreads);
   if (blocks > kMostBlocks || place_blocks > kMostBlocks) return "too many rows for a launch";
   cudaMemsetAsync(q.places, 0xff, p.batch * p.patches * sizeof(int32_t), stream);  // -1

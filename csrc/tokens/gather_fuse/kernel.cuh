@@ -1,5 +1,5 @@
 // Forward: a block copies rows, a warp each, or sums a slice of f, each warp over every eighth row
-// of rest. Backward: a warp for each row of dx, after the lists were turned around.
+// of rest. Backward: a block for a run of rows of dx, after the lists were turned around.
 #pragma once
 #include "cuda/vector.cuh"
 #include "tokens/gather_fuse/params.h"
@@ -8,7 +8,8 @@
 namespace tokenmill::cuda {
 
 constexpr int kFuseThreads = 256, kFuseWarps = kFuseThreads / kWarpSize;
-constexpr int kFuseBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
+// Per multiprocessor: left alone, ptxas spills to fit more.
+constexpr int kFuseBlocks = 4, kFuseBackwardBlocks = 2;
 
 struct FusePlan {
   int slices;  // blocks that sum f; those behind them copy
@@ -78,14 +79,15 @@ __device__ __forceinline__ float fuse_part(const GatherFuseParams& p, int64_t b,
 template <typename T, int kVector>
 __device__ __forceinline__ void fuse_slice(const GatherFuseParams& p, int64_t b, int slice) {
   constexpr int kChannels = kWarpSize * kVector;
-  __shared__ float parts[kFuseWarps][kChannels];
+  // Padded so that neighbouring channels, which are vectors apart, lie in different banks.
+  __shared__ float parts[kFuseWarps][kVector][kWarpSize + kWarpSize / kVector];
   __shared__ float totals[kFuseWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t begin = int64_t{slice} * kChannels;
   float sum[kVector] = {};
   const float part = fuse_part<T, kVector>(p, b, begin + lane * kVector, sum);
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) parts[warp][lane * kVector + v] = sum[v];
+  for (int v = 0; v < kVector; ++v) parts[warp][v][lane] = sum[v];
   if (lane == 0) totals[warp] = part;
   __syncthreads();
   float total = 0;
@@ -95,7 +97,7 @@ __device__ __forceinline__ void fuse_slice(const GatherFuseParams& p, int64_t b,
   for (int i = threadIdx.x; i < kChannels && begin + i < p.channels; i += kFuseThreads) {
     float f = 0;
 #pragma unroll
-    for (int w = 0; w < kFuseWarps; ++w) f += parts[w][i];
+    for (int w = 0; w < kFuseWarps; ++w) f += parts[w][i % kVector][i / kVector];
     if (p.normalize) f = total == 0 ? 0 : f / total;
     static_cast<T*>(p.out)[(b + 1) * p.rows() * p.channels - p.channels + begin + i] =
         static_cast<T>(f);
@@ -130,17 +132,16 @@ __global__ void __launch_bounds__(kFuseThreads)
   }
 }
 
-// dx = w df of one token of rest, and <x - f, df>, where f is 0 unless normalized.
+// dx = w df of one token of rest in `channels` channels, and <x - f, df>, where f is 0 if null.
 template <typename T, int kVector>
-__device__ __forceinline__ float fuse_scale(const GatherFuseBackwardParams& q, T* dx, const T* x,
-                                            const T* df, const T* f, float w) {
-  const GatherFuseParams& p = q.forward;
+__device__ __forceinline__ float fuse_scale(T* dx, const T* x, const T* df, const T* f, float w,
+                                            int channels) {
   float dot = 0;
-  for (int64_t c = threadIdx.x % kWarpSize * kVector; c < p.channels; c += kWarpSize * kVector) {
+  for (int c = threadIdx.x % kWarpSize * kVector; c < channels; c += kWarpSize * kVector) {
     float g[kVector], value[kVector], fused[kVector] = {};
     load_floats(g, df + c);
     load_floats(value, x + c);
-    if (p.normalize) load_floats(fused, f + c);
+    if (f) load_floats(fused, f + c);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       dot = fmaf(g[v], value[v] - fused[v], dot);
@@ -151,33 +152,67 @@ __device__ __forceinline__ float fuse_scale(const GatherFuseBackwardParams& q, T
   return warp_sum(dot);
 }
 
+constexpr int kFuseRows = kWarpSize;         // of dx, of a block
+constexpr int kFuseChannels = 1024;          // of df that a block holds
+constexpr int32_t kZeros = -1, kFused = -2;  // instead of a row of dout
+
+// A block takes rows of dx, a warp one after the other. What all of its rows of rest read, df, and
+// f if normalized, comes from shared memory.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kFuseThreads)
+__global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
     gather_fuse_backward_kernel(const __grid_constant__ GatherFuseBackwardParams q) {
+  __shared__ alignas(16) T df[kFuseChannels], f[kFuseChannels];
+  __shared__ int32_t sources[kFuseRows];
+  __shared__ float weights[kFuseRows], dots[kFuseRows];
   const GatherFuseParams& p = q.forward;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t n = int64_t{blockIdx.x} * kFuseWarps + threadIdx.x / kWarpSize;
-  const int64_t tokens = p.prefix + p.patches, j = n - p.prefix;
-  if (n >= tokens) return;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t first = int64_t{blockIdx.x} * kFuseRows, tokens = p.prefix + p.patches;
+  const int rows = static_cast<int>(tokens - first < kFuseRows ? tokens - first : kFuseRows);
+  // Of the lane.
+  const int64_t j = first + lane - p.prefix;
+  const bool has_weight = warp == 0 && lane < rows && j >= 0;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
-    const T* dout = static_cast<const T*>(q.dout) + b * q.dout_batch;
-    T* dx = static_cast<T*>(q.dx) + (b * tokens + n) * p.channels;
-    const int64_t place = j >= 0 ? q.places[b * p.patches + j] : 0;
     const float total = p.normalize ? p.weight_sum[b] : 1;
-    float dw = 0;
-    if (j >= 0 && place >= p.kept && total != 0) {
-      const T* x = static_cast<const T*>(p.x) + b * p.x_batch + n * p.x_token;
-      const T* f = static_cast<const T*>(q.fused) + b * q.fused_batch;
-      const float w = p.weight[b * p.weight_batch + j] / total;
-      const T* df = dout + (p.rows() - 1) * q.dout_row;
-      dw = fuse_scale<T, kVector>(q, dx, x, df, f, w) / total;
-    } else {
-      const T* from = nullptr;
-      if (j < 0) from = dout + n * q.dout_row;
-      if (j >= 0 && place >= 0 && place < p.kept) from = dout + (p.prefix + place) * q.dout_row;
-      copy_elements<T, kVector>(dx, from, p.channels, lane);
+    if (warp == 0 && lane < rows) {
+      const int32_t place = j >= 0 ? q.places[b * p.patches + j] : -1;
+      int32_t source = kZeros;
+      if (j < 0) source = static_cast<int32_t>(first) + lane;
+      if (place >= 0 && place < p.kept) source = static_cast<int32_t>(p.prefix) + place;
+      if (place >= p.kept && total != 0) source = kFused;
+      sources[lane] = source;
+      weights[lane] = source == kFused ? p.weight[b * p.weight_batch + j] / total : 0;
+      dots[lane] = 0;
     }
-    if (j >= 0 && lane == 0) q.dweight[b * p.patches + j] = dw;
+    const T* const dout = static_cast<const T*>(q.dout) + b * q.dout_batch;
+    const T* const last = dout + (p.rows() - 1) * q.dout_row;
+    const T* const fused = static_cast<const T*>(q.fused) + b * q.fused_batch;
+    for (int64_t c = 0; c < p.channels; c += kFuseChannels) {
+      const int channels =
+          static_cast<int>(p.channels - c < kFuseChannels ? p.channels - c : kFuseChannels);
+      using Access = Pack<T, kVector>;
+      for (int i = threadIdx.x * kVector; i < channels; i += kFuseThreads * kVector) {
+        *reinterpret_cast<Access*>(df + i) = *reinterpret_cast<const Access*>(last + c + i);
+        if (p.normalize)
+          *reinterpret_cast<Access*>(f + i) = *reinterpret_cast<const Access*>(fused + c + i);
+      }
+      __syncthreads();
+      for (int r = warp; r < rows; r += kFuseWarps) {
+        const int32_t source = sources[r];
+        T* const dx = static_cast<T*>(q.dx) + (b * tokens + first + r) * p.channels + c;
+        if (source == kFused) {
+          const T* x = static_cast<const T*>(p.x) + b * p.x_batch + (first + r) * p.x_token + c;
+          const float dot =
+              fuse_scale<T, kVector>(dx, x, df, p.normalize ? f : nullptr, weights[r], channels);
+          if (lane == 0) dots[r] += dot;
+        } else {
+          const T* from = source >= 0 ? dout + source * q.dout_row + c : nullptr;
+          copy_elements<T, kVector>(dx, from, channels, lane);
+        }
+      }
+      __syncthreads();  // df is read, and dots are written
+    }
+    if (has_weight) q.dweight[b * p.patches + j] = total == 0 ? 0 : dots[lane] / total;
+    __syncwarp();
   }
 }
 

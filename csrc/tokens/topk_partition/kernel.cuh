@@ -8,6 +8,8 @@
 namespace tokenmill::cuda {
 
 constexpr int kSharedSort = 2048;  // kept tokens that are sorted in shared memory
+constexpr unsigned kSharedKeys =
+    4096;  // tokens whose scores are read once; those behind them each time
 
 struct PartitionMemory {
   uint64_t* sort_keys;  // sort_stride for each row, if more than kSharedSort are sorted
@@ -39,7 +41,8 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
     topk_partition_kernel(const __grid_constant__ TopkPartitionParams p,
                           const __grid_constant__ PartitionMemory memory) {
   __shared__ TopkShared shared;
-  __shared__ uint64_t shared_keys[kSharedSort];
+  __shared__ uint64_t shared_sort[kSharedSort];
+  __shared__ uint32_t keys[kSharedKeys];
   // Unsigned: the tile behind the last of 2^31 - 1 tokens begins beyond them.
   const unsigned tokens = static_cast<unsigned>(p.tokens), k = static_cast<unsigned>(p.k);
   const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
@@ -51,13 +54,17 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       (k == 0 ? rest : keep)[i] = static_cast<int32_t>(i);
     if (all) continue;
 
+    for (unsigned i = threadIdx.x; i < min(tokens, kSharedKeys); i += kTopkThreads)
+      keys[i] = row.key_at(i);
+    // Each thread reads the keys that it has written.
+    const auto key_at = [&](unsigned i) { return i < kSharedKeys ? keys[i] : row.key_at(i); };
     if (threadIdx.x == 0) shared.state = {0, static_cast<int>(k), 0, 0};
     for (int digit = 0; digit < kDigits; ++digit) {
       clear_bins(shared.bins);
       __syncthreads();
       const uint32_t prefix = shared.state.prefix;
       for (unsigned i = threadIdx.x; i < tokens; i += kTopkThreads)
-        count_key(shared.bins, row.key_at(i), digit, prefix);
+        count_key(shared.bins, key_at(i), digit, prefix);
       __syncthreads();
       narrow(shared, digit);
     }
@@ -65,11 +72,11 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
     const unsigned ties = shared.state.wanted;
 
     uint64_t* const sorted =
-        memory.sort_keys ? memory.sort_keys + b * memory.sort_stride : shared_keys;
+        memory.sort_keys ? memory.sort_keys + b * memory.sort_stride : shared_sort;
     unsigned above = 0, equal = 0;
     for (unsigned tile = 0; tile < tokens; tile += kTopkThreads) {
       const unsigned i = tile + threadIdx.x;
-      const uint32_t key = i < tokens ? row.key_at(i) : 0;
+      const uint32_t key = i < tokens ? key_at(i) : 0;
       const bool greater = key > threshold, tie = key == threshold;
       unsigned before, total;  // greater ones in the low half
       TopkShared::Scan(shared.scan).ExclusiveSum(greater ? 1u : tie ? 0x10000u : 0u, before, total);
@@ -81,12 +88,20 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
         else
           keep[place] = static_cast<int32_t>(i);
       } else if (i < tokens) {
-        rest[i - place] = static_cast<int32_t>(i);
+        // Where the keys of this tile and those before it were, which all threads have read.
+        const unsigned at = i - place;
+        if (at < kSharedKeys)
+          keys[at] = i;
+        else
+          rest[at] = static_cast<int32_t>(i);
       }
       above += total & 0xffff;
       equal += total >> 16;
       __syncthreads();
     }
+    for (unsigned i = threadIdx.x; i < min(tokens - k, kSharedKeys); i += kTopkThreads)
+      rest[i] = static_cast<int32_t>(keys[i]);
+    __syncthreads();  // the next row writes keys
     if (!p.by_score) continue;
     unsigned size = 1;
     while (size < k) size *= 2;
