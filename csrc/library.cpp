@@ -125,12 +125,16 @@ TOKENMILL_LIBRARY(m) {
       "mask_partition(Tensor mask, SymInt? max_total) -> (Tensor indices, Tensor cu_seqlens, "
       "Tensor inverse)");
   m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
+  m.def("gather_tokens_out(Tensor x, Tensor indices, Tensor(a!) out) -> ()");
   m.def(
       "scatter_tokens(Tensor y, Tensor indices, Tensor? base, SymInt batch, SymInt tokens) -> "
       "Tensor");
   m.def(
       "gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight, SymInt prefix, "
       "bool normalize) -> (Tensor out, Tensor weight_sum)");
+  m.def(
+      "gather_fuse_out(Tensor x, Tensor keep, Tensor rest, Tensor weight, SymInt prefix, "
+      "bool normalize, Tensor(a!) out) -> Tensor weight_sum");
   m.def(
       "gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum, Tensor x, Tensor keep, "
       "Tensor rest, Tensor weight, SymInt prefix, bool normalize) -> (Tensor dx, Tensor dweight)");

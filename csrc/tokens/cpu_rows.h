@@ -12,8 +12,9 @@ constexpr int64_t kItemBytes = 1 << 16;
 // Below this a parallel region costs more than it gains.
 constexpr int64_t kParallelBytes = 1 << 18;
 // While a row is copied, the one so many places behind it is fetched: where rows are scattered, the
-// hardware cannot know it.
-constexpr int64_t kRowsAhead = 2;
+// hardware cannot know it. Of a row further behind a line of each page is, so that the translation
+// of its address, which takes longest, is there in time.
+constexpr int64_t kRowsAhead = 2, kPagesAhead = 8, kPageBytes = 4096;
 
 TM_INLINE int64_t rows_per_item(int64_t row_bytes) {
   return std::max<int64_t>(1, kItemBytes / std::max<int64_t>(row_bytes, 1));
@@ -69,13 +70,19 @@ TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* n
   }
 }
 
-// to[i] = row(i), a pointer or null for zeros, for i from begin to end. Rows of to follow each
-// other and are part of `total` bytes.
+// Rows to write, part of `total` bytes that the call writes.
+struct Rows {
+  char* first;
+  int64_t step, bytes, total;
+};
+
+// Row i - begin of `to` = row(i), a pointer or null for zeros, for i from begin to end. Rows up to
+// `last` are fetched, as the caller goes on with them.
 template <typename Row>
-TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, int64_t total,
-                         const Row& row) {
+TM_INLINE void copy_rows(const Rows& to, int64_t begin, int64_t end, int64_t last, const Row& row) {
+  const int64_t bytes = to.bytes;
   const auto each = [&](auto&& copy) TM_LAMBDA {
-    for (int64_t i = begin; i < end; ++i) copy(to + (i - begin) * bytes, row(i), i);
+    for (int64_t i = begin; i < end; ++i) copy(to.first + (i - begin) * to.step, row(i), i);
   };
   const auto small = [&]<typename T>(T) TM_LAMBDA {
     each([](char* at, const char* from, int64_t) TM_LAMBDA {
@@ -98,12 +105,14 @@ TM_INLINE void copy_rows(char* to, int64_t bytes, int64_t begin, int64_t end, in
         std::memset(at, 0, bytes);
         return;
       }
-      const char* next = i + kRowsAhead < end ? row(i + kRowsAhead) : nullptr;
+      if (const char* later = i + kPagesAhead < last ? row(i + kPagesAhead) : nullptr)
+        for (int64_t j = 0; j < bytes; j += kPageBytes) __builtin_prefetch(later + j, 0, 3);
+      const char* next = i + kRowsAhead < last ? row(i + kRowsAhead) : nullptr;
       copy_row<kStream>(at, from, bytes, next ? next : from);
     });
   };
-  const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bytes % 64 == 0;
-  if (total < kStreamBytes || !aligned) return large.template operator()<false>();
+  const bool aligned = (reinterpret_cast<uintptr_t>(to.first) | to.step | bytes) % 64 == 0;
+  if (to.total < kStreamBytes || !aligned) return large.template operator()<false>();
   large.template operator()<true>();
   end_stream();
 }

@@ -129,6 +129,8 @@ def call(
 def _results(
     results: Any, copy_to: torch.Tensor | None, written: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
+    if results is None:
+        results = ()
     results = results if isinstance(results, tuple) else (results,)
     if copy_to is not None:
         return copy_to.copy_(results[0]), *results[1:]
@@ -139,6 +141,8 @@ def _has_out(spec: OpSpec, backend: str) -> bool:
     assert spec.out is not None
     if backend == "emulated":
         return spec.out.has_emulated()
+    if backend == "triton":
+        return spec.out.triton is not None
     return backend in ("cpu", "cuda") and spec.out.has_native(backend.upper())
 
 
@@ -204,7 +208,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
             lowered = spec.lower(*args, **kwargs)
         spec.forward.check(*lowered, float64=True)
         if spec.out is not None and out is not None:
-            spec.out.check(*lowered, out, float64=True)
+            spec.out.check(*lowered, spec.lower_out(out, *lowered), float64=True)
         chosen = choose(spec, lowered, backend)
     except RuntimeError as error:
         return Explanation(spec.name, None, None, {}, str(error))

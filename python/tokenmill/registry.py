@@ -37,7 +37,8 @@ class OpSpec:
     lower takes the arguments of the public function and returns the lowered list: the arguments of
     the schema, shared in one order by reference, C++ params and Triton launcher.
     differentiable names the arguments with a gradient. out, if there, is the operator that writes
-    the first result into its last argument. A call that writes into an argument has no gradient,
+    the first result into its last argument; lower_out(out, *lowered) is that argument as the schema
+    has it. A call that writes into an argument has no gradient,
     nor has an operator that refuses_gradients.
     logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
     an error there is a relative error of what they are the logarithm of.
@@ -60,6 +61,7 @@ class OpSpec:
     paper: str
     flops: Callable[..., float]
     out: TorchOp | None = None
+    lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     refuses_gradients: bool = False
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])

@@ -150,3 +150,23 @@ def test_a_long_sum_keeps_its_digits(backend):
     weight = torch.ones(1, rows, device=device)
     found = tm.gather_fuse(x, rest[:, :0], rest, weight, prefix=0, backend=backend)
     assert abs(found[0, 0, 0].item() - (2.0**12 + (rows - 1) * 2.0**-12)) < 2**-5
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_out_is_written_and_returned(backend):
+    """Rows apart from each other, and nothing around them."""
+    device = device_of(backend)
+    x, weight = torch.randn(2, 9, 8, device=device), torch.rand(2, 8, device=device)
+    order = torch.rand(2, 8, device=device).argsort(1).int()
+    call = x, order[:, :3], order[:, 3:7], weight
+    want = tm.gather_fuse(*call, backend=backend)
+    around = torch.full((2, 7, 12), 7.0, device=device)
+    out = around[:, 1:6, 4:]
+    assert tm.gather_fuse(*call, out=out, backend=backend) is out
+    assert torch.equal(out, want)
+    assert (around == 7).sum() == around.numel() - out.numel()
+    with pytest.raises(RuntimeError, match="out: must not reach into the memory of x"):
+        tm.gather_fuse(*call, out=x[:, 4:], backend=backend)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="x: must not require a gradient, as the call writes"):
+        tm.gather_fuse(*call, out=out, backend=backend)

@@ -210,3 +210,67 @@ def test_compiles_with_other_ranks(backend):
     compiled = torch.compile(move, fullgraph=True, dynamic=True, backend="aot_eager")
     for found, want in zip(compiled(*args), move(*args), strict=True):
         assert torch.equal(found, want)
+
+
+# --- writing into out ---------------------------------------------------------------------------
+
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+
+
+@each_backend
+@pytest.mark.parametrize("flat", [False, True])
+def test_out_is_written_and_returned(backend, flat):
+    """Rows of any shape, apart from each other, and nothing around them."""
+    device = device_of(backend)
+    index = torch.tensor([7, -1, 12, 7] if flat else [[3, 3, 0], [8, -1, 1]], device=device)
+    xs = torch.randn(2, 9, 4), torch.randn(2, 9, 3, 5).half(), torch.randn(2, 9, 1)
+    xs = [x.to(device) for x in (*xs, torch.randn(18) if flat else torch.randn(2, 9))]
+    want = tm.gather_tokens(xs, index, backend=backend)
+    around = [w.new_full((*w.shape[:-1], 2 * w.shape[-1] + 5), 7) for w in want]
+    around[1] = around[1][..., : want[1].shape[-1]].contiguous()  # heads are one
+    around[3] = around[3][..., : want[3].shape[-1]].contiguous()
+    outs = [a[..., 2 : 2 + w.shape[-1]] if i % 2 == 0 else a
+            for i, (a, w) in enumerate(zip(around, want, strict=True))]  # fmt: skip
+    found = tm.gather_tokens(xs, index, out=outs, backend=backend)
+    for a, o, f, w in zip(around, outs, found, want, strict=True):
+        assert f is o and torch.equal(f, w)
+        assert (a == 7).sum() == a.numel() - w.numel()
+    assert tm.gather_tokens(xs[0], index, out=outs[0], backend=backend) is outs[0]
+
+
+@each_backend
+def test_out_has_no_gradient_and_no_input(backend):
+    device = device_of(backend)
+    x = torch.randn(2, 9, 4, device=device)
+    index = torch.tensor([[3, 3, 0], [8, -1, 1]], device=device, dtype=torch.int32)
+    out = torch.empty(2, 3, 4, device=device)
+    with pytest.raises(RuntimeError, match="x: must not require a gradient, as the call writes"):
+        tm.gather_tokens(x.clone().requires_grad_(), index, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match=r"out: must have shape \[2, 3, 4\]; got \[2, 3, 2, 2\]"):
+        tm.gather_tokens(x, index, out=out.view(2, 3, 2, 2), backend=backend)
+    with pytest.raises(RuntimeError, match="out: must have its last dimensions as one; strides"):
+        heads = torch.empty(2, 3, 2, 4, device=device)[..., ::2]
+        tm.gather_tokens(x.view(2, 9, 2, 2), index, out=heads, backend=backend)
+    with pytest.raises(RuntimeError, match="out: must be 1 tensors; got "):
+        tm.gather_tokens([x], index, out=[], backend=backend)
+    both = torch.zeros(23, 4, device=device)
+    place = both[17:].view(2, 3, 4)
+    with pytest.raises(RuntimeError, match="out: must not reach into the memory of x; bytes; got"):
+        tm.gather_tokens(both[:18].view(2, 9, 4), index, out=place, backend=backend)
+    with pytest.raises(RuntimeError, match="out: must not reach into the memory of indices; bytes"):
+        tm.gather_tokens(index.repeat(1, 3), index, out=index, backend=backend)
+    assert tm.explain("gather_tokens", x[..., 0], index, out=out[..., 0].clone()).error is None
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_out_compiles_as_one_graph(backend):
+    device = device_of(backend)
+    x, index = torch.randn(2, 9, 4, device=device), torch.tensor([[3, 0], [8, -1]], device=device)
+
+    def run(x, index):
+        out = torch.empty(2, 2, 4, device=x.device)
+        return tm.gather_tokens(x, index, out=out, backend=backend) + 0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, index), run(x, index))

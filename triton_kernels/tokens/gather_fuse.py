@@ -30,6 +30,8 @@ def copy_kernel(
     kept,
     blocks,
     channels,
+    out_batch,
+    out_row,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -42,7 +44,7 @@ def copy_kernel(
     m_from = m_row & ((o_row < prefix) | ((b_id >= 0) & (b_id < patches)))
     b_token = tl.where(m_kept, prefix + b_id, o_row)
     p_from = x + i_b * x_batch + b_token * x_token
-    p_to = out + (i_b * (prefix + kept + 1) + o_row) * channels
+    p_to = out + i_b * out_batch + o_row * out_row
     copy_rows(p_to, p_from, m_row, m_from, channels, BLOCK_C)
 
 
@@ -63,6 +65,8 @@ def fuse_kernel(
     rest,
     blocks,
     channels,
+    out_batch,
+    out_row,
     NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -87,7 +91,7 @@ def fuse_kernel(
     total = tl.sum(b_total, 0)
     if NORMALIZE:
         b_f = tl.where(total == 0.0, 0.0, b_f / tl.where(total == 0.0, 1.0, total))
-    p_out = out + ((i_b + 1) * (prefix + kept + 1) - 1) * channels
+    p_out = out + i_b * out_batch + (prefix + kept).to(tl.int64) * out_row
     tl.store(p_out + o_c, rounded(b_f, out.dtype.element_ty), mask=m_c)
     tl.store(weight_sum + i_b, total, mask=i % blocks == 0)
 
@@ -162,9 +166,21 @@ def backward_kernel(
 def gather_fuse(
     x: Tensor, keep: Tensor, rest: Tensor, weight: Tensor, prefix: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((x.shape[0], prefix + keep.shape[1] + 1, x.shape[2]))
+    return out, gather_fuse_out(x, keep, rest, weight, prefix, normalize, out)
+
+
+def gather_fuse_out(
+    x: Tensor,
+    keep: Tensor,
+    rest: Tensor,
+    weight: Tensor,
+    prefix: int,
+    normalize: bool,
+    out: Tensor,
+) -> Tensor:
     batch, tokens, channels = x.shape
     kept, patches = keep.shape[1], tokens - prefix
-    out = x.new_empty((batch, prefix + kept + 1, channels))
     weight_sum = x.new_empty((batch,), dtype=torch.float32)
     tile = tile_of(channels)
     blocks = triton.cdiv(prefix + kept, tile["BLOCK_R"])
@@ -182,6 +198,7 @@ def gather_fuse(
         kept,
         blocks,
         channels,
+        *steps_of(out, 2),
         **tile,
     )
     blocks = max(triton.cdiv(channels, SLICE), 1)
@@ -203,11 +220,12 @@ def gather_fuse(
         rest.shape[1],
         blocks,
         channels,
+        *steps_of(out, 2),
         NORMALIZE=normalize,
         BLOCK_R=ROWS,
         BLOCK_C=SLICE,
     )
-    return out, weight_sum
+    return weight_sum
 
 
 def gather_fuse_backward(

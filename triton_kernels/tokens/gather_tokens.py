@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common import launch
 from .rows import bits_of, copy_rows, steps_of, tile_of
 
-SIZES = ["x_batch", "indices_batch", "entries", "tokens", "rows", "blocks"]
+SIZES = ["x_batch", "indices_batch", "out_batch", "entries", "tokens", "rows", "blocks"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -25,6 +25,8 @@ def gather_kernel(
     rows,
     blocks,
     channels,
+    out_batch,
+    out_row,
     FLAT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -39,13 +41,18 @@ def gather_kernel(
         p_from = x + b_id // tokens * x_batch + b_id % tokens * x_token
     else:
         p_from = x + i_b * x_batch + b_id * x_token
-    copy_rows(out + (i_b * entries + o_k) * channels, p_from, m_k, m_id, channels, BLOCK_C)
+    copy_rows(out + i_b * out_batch + o_k * out_row, p_from, m_k, m_id, channels, BLOCK_C)
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    out = x.new_empty((*indices.shape, x.shape[2]))
+    gather_tokens_out(x, indices, out)
+    return out
+
+
+def gather_tokens_out(x: Tensor, indices: Tensor, out: Tensor) -> None:
     batch, tokens, channels = x.shape
     flat = indices.dim() == 1
-    out = x.new_empty((*indices.shape, channels))
     entries = indices.shape[-1]
     tile = tile_of(channels)
     blocks = triton.cdiv(entries, tile["BLOCK_R"])
@@ -63,7 +70,7 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
         batch * tokens if flat else tokens,
         blocks,
         channels,
+        *steps_of(out[None] if flat else out, 2),
         FLAT=flat,
         **tile,
     )
-    return out

@@ -85,7 +85,7 @@ void fuse(const GatherFuseParams& p, int64_t b, int64_t first) {
   }
   const float total = sum_of_weights(p, b);
   const vf divisor = set(!p.normalize || total == 0 ? 1 : total);
-  const int64_t out = (b + 1) * p.rows() * p.channels - p.channels + first;
+  const int64_t out = b * p.out_batch + (p.rows() - 1) * p.out_row + first;
   for (int64_t c = 0; c < channels; c += kWidth) {
     const vf f = p.normalize && total == 0 ? zero() : load(sum + c) / divisor;
     Elements<kType>::store_n(p.out, out + c, f, channels - c);
@@ -95,12 +95,12 @@ void fuse(const GatherFuseParams& p, int64_t b, int64_t first) {
 
 // Rows begin to end of out, in front of f.
 void copy(const GatherFuseParams& p, int64_t b, int64_t begin, int64_t end) {
-  const int64_t size = element_bytes(p.dtype);
+  const int64_t size = element_bytes(p.dtype), bytes = p.channels * size;
   const char* x = static_cast<const char*>(p.x) + b * p.x_batch * size;
   const int32_t* ids = p.keep_ids + b * p.keep_batch;
-  char* out = static_cast<char*>(p.out) + (b * p.rows() + begin) * p.channels * size;
-  const int64_t total = p.batch * p.rows() * p.channels * size;
-  copy_rows(out, p.channels * size, begin, end, total, [&](int64_t i) {
+  char* first = static_cast<char*>(p.out) + (b * p.out_batch + begin * p.out_row) * size;
+  const Rows out{first, p.out_row * size, bytes, p.batch * p.rows() * bytes};
+  copy_rows(out, begin, end, p.rows() - 1, [&](int64_t i) {
     const int64_t id = i < p.prefix ? i - p.prefix : ids[i - p.prefix];
     if (i >= p.prefix && id < 0) return static_cast<const char*>(nullptr);
     return x + (p.prefix + id) * p.x_token * size;
@@ -145,7 +145,7 @@ void backward(const GatherFuseBackwardParams& q, int64_t b, int64_t begin, int64
     } else {
       const int64_t row = j < 0 ? n : p.prefix + place;
       const char* from = static_cast<const char*>(q.dout) + (dout + row * q.dout_row) * size;
-      copy_rows(to, bytes, 0, 1, 0, [&](int64_t) { return from; });
+      copy_rows({to, bytes, bytes, bytes}, 0, 1, 1, [&](int64_t) { return from; });
     }
     if (j >= 0) q.dweight[b * p.patches + j] = dw;
   }

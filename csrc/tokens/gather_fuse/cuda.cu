@@ -42,9 +42,9 @@ const char* launch_cuda(const GatherFuseParams& p, void* stream) {
   const char* error = nullptr;
   cuda::visit_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
-    error = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token)
-                ? launch_fuse<T, kVector>(p, s)
-                : launch_fuse<T, 1>(p, s);
+    const bool vector = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token) &&
+                        cuda::is_vectorizable<T>(p.out, p.channels, p.out_batch, p.out_row);
+    error = vector ? launch_fuse<T, kVector>(p, s) : launch_fuse<T, 1>(p, s);
   });
   return error;
 }

@@ -63,27 +63,47 @@ Tensor empty_places(const GatherFuseParams& p, const Tensor& like) {
   return empty({p.batch, p.patches}, like, ScalarType::Int);
 }
 
-std::tuple<Tensor, Tensor> gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight,
-                                       int64_t prefix, bool normalize) {
-  const View from(x), k(keep), r(rest);
-  GatherFuseParams p = make_params(from, k, r, View(weight), prefix, normalize);
-  if (!from.is_cuda) {
-    Tensor places = empty_places(p, x);
-    check_values(p, k, r, static_cast<int32_t*>(places.mutable_data_ptr()));
-  }
-  Tensor out = empty({p.batch, p.rows(), p.channels}, x);
-  Tensor weight_sum = empty({p.batch}, x, ScalarType::Float);
-  p.out = out.mutable_data_ptr();
+std::vector<int64_t> out_sizes(const GatherFuseParams& p) {
+  return {p.batch, p.rows(), p.channels};
+}
+
+// Writes out; returns weight_sum.
+Tensor forward(GatherFuseParams& p, const View& x, const View& keep, const View& rest,
+               const View& out) {
+  out.note(true);
+  Tensor weight_sum = empty({p.batch}, x.tensor, ScalarType::Float);
+  p.out = out.mutable_data();
+  p.out_batch = out.step(0);
+  p.out_row = out.step(1);
   p.weight_sum = static_cast<float*>(weight_sum.mutable_data_ptr());
-  if (p.batch == 0) return {out, weight_sum};
+  if (p.batch == 0) return weight_sum;
 #if defined(TOKENMILL_WITH_CUDA)
-  if (from.is_cuda) {
-    launch_on_device(kOp, from, p);
-    return {out, weight_sum};
+  if (x.is_cuda) {
+    launch_on_device(kOp, x, p);
+    return weight_sum;
   }
 #endif
+  Tensor places = empty_places(p, x.tensor);
+  check_values(p, keep, rest, static_cast<int32_t*>(places.mutable_data_ptr()));
   cpu::gather_fuse(p);
+  return weight_sum;
+}
+
+std::tuple<Tensor, Tensor> gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight,
+                                       int64_t prefix, bool normalize) {
+  const View from(x), k(keep), r(rest), w(weight);
+  GatherFuseParams p = make_params(from, k, r, w, prefix, normalize);
+  Tensor out = empty(out_sizes(p), x);
+  Tensor weight_sum = forward(p, from, k, r, View(out));
   return {out, weight_sum};
+}
+
+Tensor gather_fuse_out(Tensor x, Tensor keep, Tensor rest, Tensor weight, int64_t prefix,
+                       bool normalize, Tensor out) {
+  const View from(x), k(keep), r(rest), w(weight), to(out);
+  GatherFuseParams p = make_params(from, k, r, w, prefix, normalize);
+  check_out(kOp, to, out_sizes(p), {{"x", from}, {"keep", k}, {"rest", r}, {"weight", w}});
+  return forward(p, from, k, r, to);
 }
 
 std::tuple<Tensor, Tensor> gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum,
@@ -93,7 +113,7 @@ std::tuple<Tensor, Tensor> gather_fuse_backward(Tensor dout, Tensor out, Tensor 
   GatherFuseBackwardParams q{};
   GatherFuseParams& p = q.forward;
   p = make_params(from, k, r, View(weight), prefix, normalize);
-  const std::vector<int64_t> sizes{p.batch, p.rows(), p.channels};
+  const std::vector<int64_t> sizes = out_sizes(p);
   check_like(kOp, "dout", d, sizes, from.dtype, "x", from);
   check_like(kOp, "out", o, sizes, from.dtype, "x", from);
   check_like(kOp, "weight_sum", total, {p.batch}, ScalarType::Float, "x", from);
@@ -126,12 +146,14 @@ std::tuple<Tensor, Tensor> gather_fuse_backward(Tensor dout, Tensor out, Tensor 
 
 TOKENMILL_IMPL(CPU, m) {
   m.impl("gather_fuse", TOKENMILL_BOX(gather_fuse));
+  m.impl("gather_fuse_out", TOKENMILL_BOX(gather_fuse_out));
   m.impl("gather_fuse_backward", TOKENMILL_BOX(gather_fuse_backward));
 }
 
 #if defined(TOKENMILL_WITH_CUDA)
 TOKENMILL_IMPL(CUDA, m) {
   m.impl("gather_fuse", TOKENMILL_BOX(gather_fuse));
+  m.impl("gather_fuse_out", TOKENMILL_BOX(gather_fuse_out));
   m.impl("gather_fuse_backward", TOKENMILL_BOX(gather_fuse_backward));
 }
 #endif

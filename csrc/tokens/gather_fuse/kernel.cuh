@@ -37,7 +37,7 @@ __device__ __forceinline__ void fuse_copy(const GatherFuseParams& p, int64_t b, 
     const int64_t j = p.keep_ids[b * p.keep_batch + row - p.prefix];
     if (is_patch(p, j)) from = x + (p.prefix + j) * p.x_token;
   }
-  T* to = static_cast<T*>(p.out) + (b * p.rows() + row) * p.channels;
+  T* to = static_cast<T*>(p.out) + b * p.out_batch + row * p.out_row;
   copy_elements<T, kVector>(to, from, p.channels, threadIdx.x % kWarpSize);
 }
 
@@ -99,7 +99,7 @@ __device__ __forceinline__ void fuse_slice(const GatherFuseParams& p, int64_t b,
 #pragma unroll
     for (int w = 0; w < kFuseWarps; ++w) f += parts[w][i % kVector][i / kVector];
     if (p.normalize) f = total == 0 ? 0 : f / total;
-    static_cast<T*>(p.out)[(b + 1) * p.rows() * p.channels - p.channels + begin + i] =
+    static_cast<T*>(p.out)[b * p.out_batch + (p.rows() - 1) * p.out_row + begin + i] =
         static_cast<T>(f);
   }
   __syncthreads();  // the next sequence writes parts

@@ -17,7 +17,8 @@ struct GatherFuseParams {
   int64_t keep_batch, rest_batch;
   const float* weight;
   int64_t weight_batch;
-  void* out;          // [batch, prefix + kept + 1, channels]
+  void* out;  // [batch, prefix + kept + 1, channels]
+  int64_t out_batch, out_row;
   float* weight_sum;  // [batch]
 
   TOKENMILL_HOST_DEVICE int64_t rows() const { return prefix + kept + 1; }  // of out

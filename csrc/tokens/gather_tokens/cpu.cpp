@@ -12,8 +12,10 @@ void gather_tokens(const GatherTokensParams& p) {
       const int64_t b = item / parts, begin = item % parts * step;
       const int32_t* ids = p.indices + b * p.indices_batch;
       const char* x = p.x + b * p.x_batch;
-      char* out = p.out + (b * p.entries + begin) * p.row_bytes;
-      copy_rows(out, p.row_bytes, begin, std::min(begin + step, p.entries), total, [&](int64_t k) {
+      char* first = p.out + b * p.out_batch + begin * p.out_row;
+      const Rows out{first, p.out_row, p.row_bytes, total};
+      const int64_t end = std::min(begin + step, p.entries);
+      copy_rows(out, begin, end, p.entries, [&](int64_t k) {
         const int64_t id = ids[k];
         if (id < 0) return static_cast<const char*>(nullptr);
         return p.flat ? x + id / p.tokens * p.x_batch + id % p.tokens * p.x_token

@@ -6,7 +6,9 @@ const char* launch_cuda(const GatherTokensParams& p, void* stream) {
   using namespace cuda;
   const auto tokens = Divisor::of(static_cast<int>(p.tokens > 0 ? p.tokens : 1));
   const char* error = nullptr;
-  visit_width(address(p.x) | p.row_bytes | p.x_batch | p.x_token, [&]<typename T>() {
+  const uint64_t bits =
+      address(p.x) | address(p.out) | p.x_batch | p.x_token | p.out_batch | p.out_row | p.row_bytes;
+  visit_width(bits, [&]<typename T>() {
     const RowGrid g(ceil_div(p.row_bytes, sizeof(T)), p.entries, p.batch);
     if (!g.fits) {
       error = "too many indices for a launch";

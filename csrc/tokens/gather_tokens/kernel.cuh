@@ -5,8 +5,10 @@
 
 namespace tokenmill::cuda {
 
+constexpr int kGatherBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
+
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kGatherBlocks)
     gather_tokens_kernel(const __grid_constant__ GatherTokensParams p,
                          const __grid_constant__ Divisor tokens) {
   const int64_t k = row_of_thread();
@@ -18,7 +20,7 @@ __global__ void __launch_bounds__(kRowThreads)
       const int s = p.flat ? tokens.divide(id) : 0;
       from = p.x + (b + s) * p.x_batch + (id - s * int64_t{tokens.value}) * p.x_token;
     }
-    copy_row(reinterpret_cast<T*>(p.out + (b * p.entries + k) * p.row_bytes),
+    copy_row(reinterpret_cast<T*>(p.out + b * p.out_batch + k * p.out_row),
              reinterpret_cast<const T*>(from), p.row_bytes / sizeof(T), threadIdx.x, blockDim.x);
   }
 }

@@ -5,8 +5,8 @@
 
 namespace tokenmill {
 
-// Strides of x in bytes. Where indices are flat there is one sequence of indices, and index i is
-// token i % tokens of sequence i / tokens.
+// Strides of x and out in bytes. Where indices are flat there is one sequence of indices, and index
+// i is token i % tokens of sequence i / tokens.
 struct GatherTokensParams {
   int64_t batch, entries;  // of indices
   int64_t rows, tokens;    // indices are below rows: tokens, or those of all sequences
@@ -17,6 +17,7 @@ struct GatherTokensParams {
   int64_t indices_batch;  // elements
   bool flat;
   char* out;  // [batch, entries, row_bytes]
+  int64_t out_batch, out_row;
 };
 
 // null, or what went wrong

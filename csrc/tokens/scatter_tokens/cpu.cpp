@@ -14,8 +14,10 @@ void scatter_tokens(const ScatterTokensParams& p) {
       const int32_t* places = p.places + b * p.tokens;
       const char* y = p.y + b * p.y_batch;
       const char* base = p.base ? p.base + b * p.base_batch : nullptr;
-      char* out = p.out + (b * p.tokens + begin) * p.row_bytes;
-      copy_rows(out, p.row_bytes, begin, std::min(begin + step, p.tokens), total, [&](int64_t n) {
+      char* first = p.out + (b * p.tokens + begin) * p.row_bytes;
+      const Rows out{first, p.row_bytes, p.row_bytes, total};
+      const int64_t end = std::min(begin + step, p.tokens);
+      copy_rows(out, begin, end, p.tokens, [&](int64_t n) {
         if (places[n] >= 0) return y + places[n] * p.y_row;
         return base ? base + n * p.base_token : nullptr;
       });

@@ -16,7 +16,7 @@ from ..reference import tokens_move as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from ..select.rules import check_whole
 from .moving import as_int32, contiguous_rows
-from .rules import check_index_values, check_indices, check_like, check_tokens
+from .rules import check_index_values, check_indices, check_like, check_out, check_tokens
 
 OP = "gather_fuse"
 BACKWARD_OP = OP + "_backward"
@@ -30,6 +30,7 @@ def gather_fuse(
     *,
     prefix: int = 1,
     normalize: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The first tokens, the patches to keep, and one token that stands for the others.
@@ -49,6 +50,9 @@ def gather_fuse(
         prefix: tokens in front (the class token) that are always kept.
         normalize: divide f by the sum of its weights, and let f be 0 where that is 0. False as in
             EViT, whose fused token is a sum.
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension, no memory of another argument between its first and last element. Needs
+            no_grad or arguments without gradient.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -73,9 +77,10 @@ def gather_fuse(
         >>> float(tm.gather_fuse(x, keep, rest, weight, normalize=True)[0, -1])
         1.3333333730697632
     """
+    check_tensor(OP, "out", out, optional=True)
     lowered = lower(x, keep, rest, weight, prefix=prefix, normalize=normalize)
-    out: Tensor = call(SPEC, lowered, backend)[0]
-    return out
+    result: Tensor = call(SPEC, lowered, backend, out)[0]
+    return result
 
 
 def lower(
@@ -113,6 +118,14 @@ def _check(
     check_indices(OP, "rest", rest, batch, "x", x)
     wide = torch.promote_types(x.dtype, torch.float32)
     check_like(OP, "weight", weight, [batch, tokens - prefix], wide, "x", x)
+
+
+def _check_out(*arguments: Any, float64: bool = False) -> None:
+    *lowered, out = arguments
+    _check(*lowered, float64=float64)
+    x, keep, rest, weight, prefix, _ = lowered
+    shape = [x.shape[0], prefix + keep.shape[1] + 1, x.shape[2]]
+    check_out(OP, out, shape, {"x": x, "keep": keep, "rest": rest, "weight": weight})
 
 
 def _check_values(
@@ -224,6 +237,14 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
+OUT = register(
+    TorchOp(
+        OP + "_out",
+        check=_check_out,
+        fake=lambda x, *others: x.new_empty(x.shape[:1], dtype=torch.float32),
+        triton="tokens.gather_fuse:gather_fuse_out",
+    )
+)
 BACKWARD = register(
     TorchOp(
         BACKWARD_OP,
@@ -242,6 +263,7 @@ SPEC = register_op(
         plain=reference.gather_fuse,
         forward=FORWARD,
         backward=BACKWARD,
+        out=OUT,
         samples=(
             Sample("sum", _sample((2, 14, 24), 7)),
             Sample("normalized", _sample((2, 18, 16), 5, 3, normalize=True)),
@@ -289,6 +311,11 @@ SPEC = register_op(
                 "dtype of weight",
                 "weight: must be float32; got int64",
                 set_argument(3, lambda t: t.long()),
+            ),
+            Malformed(
+                "shape of out",
+                "out: must have shape [2, 9, 24]; got [2, 8, 24]",
+                set_options(out=torch.zeros(2, 8, 24)),
             ),
             Malformed(
                 "beyond the end",

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail
+from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail, show
 from ..dispatch import call
-from ..edits import set_argument
+from ..edits import set_argument, set_options
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..reference import tokens_move as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .moving import as_int32, as_rows, contiguous_rows
-from .rules import check_index_values, check_movable_tokens
+from .rules import check_index_values, check_movable_tokens, check_out
 
 OP = "gather_tokens"
 
 
 @overload
-def gather_tokens(xs: Tensor, indices: Tensor, *, backend: str | None = None) -> Tensor: ...
+def gather_tokens(
+    xs: Tensor, indices: Tensor, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor: ...
 @overload
 def gather_tokens(
-    xs: Sequence[Tensor], indices: Tensor, *, backend: str | None = None
+    xs: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    out: Sequence[Tensor] | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, ...]: ...
 def gather_tokens(
-    xs: Tensor | Sequence[Tensor], indices: Tensor, *, backend: str | None = None
+    xs: Tensor | Sequence[Tensor],
+    indices: Tensor,
+    *,
+    out: Tensor | Sequence[Tensor] | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """The rows that indices name, of one tensor or of several.
 
@@ -42,6 +52,10 @@ def gather_tokens(
             dtypes, that one index gathers.
         indices: ``[B, K]`` int32 or int64, -1 to N - 1. Or flat: ``[K]``, where b * N + n is token
             n of sequence b.
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension (of ``[B, K, H, D]`` the last two), no memory of x or indices between its
+            first and last element. Needs no_grad or an x without gradient. Of several tensors as
+            many.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -69,16 +83,29 @@ def gather_tokens(
     """
     indices = as_int32(indices)
     if isinstance(xs, Tensor):
-        return _gather(xs, indices, backend)
+        check_tensor(OP, "out", out, optional=True)
+        return _gather(xs, indices, cast("Tensor | None", out), backend)
     if not isinstance(xs, list | tuple):
         fail(OP, "x", "must be a tensor or several", xs)
-    return tuple(_gather(x, indices, backend) for x in xs)
+    if out is None:
+        return tuple(_gather(x, indices, None, backend) for x in xs)
+    if not isinstance(out, list | tuple) or len(out) != len(xs):
+        fail(OP, "out", f"must be {len(xs)} tensors", out)
+    for o in out:
+        check_tensor(OP, "out", o)
+    return tuple(_gather(x, indices, o, backend) for x, o in zip(xs, out, strict=True))
 
 
-def _gather(x: Tensor, indices: Tensor, backend: str | None) -> Tensor:
-    out: Tensor = call(SPEC, lower(x, indices), backend)[0]
+def _gather(x: Tensor, indices: Tensor, out: Tensor | None, backend: str | None) -> Tensor:
+    lowered = lower(x, indices)
     behind = x.shape[_leading(x, indices) :]
-    return out if len(behind) == 1 else out.unflatten(-1, behind) if behind else out.squeeze(-1)
+    if out is not None:
+        wanted = (*indices.shape, *behind)
+        check(out.shape == wanted, OP, "out", f"must have shape {show(wanted)}", out.shape)
+        call(SPEC, lowered, backend, lower_out(out, *lowered))
+        return out
+    rows: Tensor = call(SPEC, lowered, backend)[0]
+    return rows if len(behind) == 1 else rows.unflatten(-1, behind) if behind else rows.squeeze(-1)
 
 
 def _leading(x: Tensor, indices: Tensor) -> int:
@@ -97,6 +124,15 @@ def lower(x: Tensor, indices: Tensor) -> tuple[Any, ...]:
     return x, indices
 
 
+def lower_out(out: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """As rows, which must not take a copy."""
+    leading = indices.dim()
+    if out.dim() == leading + 2 and 0 not in out.shape:
+        one = out.shape[-2] == 1 or out.shape[-1] == 1 or out.stride(-2) == out.shape[-1]
+        check(one, OP, "out", "must have its last dimensions as one; strides", out.stride())
+    return as_rows(out, leading) if leading <= out.dim() <= leading + 2 else out
+
+
 # csrc/tokens/gather_tokens/host.cpp has the same rules in the same order and words.
 def _check(x: Tensor, indices: Tensor, *, float64: bool = False) -> None:
     check_movable_tokens(OP, "x", x, float64=float64)
@@ -106,6 +142,11 @@ def _check(x: Tensor, indices: Tensor, *, float64: bool = False) -> None:
     check_int32(OP, "indices", indices)
     check_last_contiguous(OP, "indices", indices)
     check_device_of(OP, "indices", indices, "x", x)
+
+
+def _check_out(x: Tensor, indices: Tensor, out: Tensor, *, float64: bool = False) -> None:
+    _check(x, indices, float64=float64)
+    check_out(OP, out, [*indices.shape, x.shape[2]], {"x": x, "indices": indices})
 
 
 def _check_values(x: Tensor, indices: Tensor) -> None:
@@ -168,6 +209,14 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
+OUT = register(
+    TorchOp(
+        OP + "_out",
+        check=_check_out,
+        fake=lambda x, indices, out: None,
+        triton="tokens.gather_tokens:gather_tokens_out",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
@@ -178,6 +227,8 @@ SPEC = register_op(
         plain=reference.gather_tokens,
         forward=FORWARD,
         backward=None,
+        out=OUT,
+        lower_out=lower_out,
         samples=(
             Sample("rows", _sample((2, 13, 24), (2, 9))),
             Sample("flat, int64", _sample((3, 7, 5), (11,), lambda x, i: (x, i.long()))),
@@ -211,6 +262,21 @@ SPEC = register_op(
                 "dtype of indices",
                 "indices: must be int32; got int16",
                 set_argument(1, lambda t: t.short()),
+            ),
+            Malformed(
+                "shape of out",
+                "out: must have shape [2, 9, 24]; got [2, 8, 24]",
+                set_options(out=torch.zeros(2, 8, 24)),
+            ),
+            Malformed(
+                "dtype of out",
+                "out: must be float32; got float16",
+                set_options(out=torch.zeros(2, 9, 24, dtype=torch.float16)),
+            ),
+            Malformed(
+                "expanded out",
+                "out: must not be expanded; strides; got [0, 24, 1]",
+                set_options(out=torch.zeros(9, 24).expand(2, 9, 24)),
             ),
             Malformed(
                 "beyond the end",

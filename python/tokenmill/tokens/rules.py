@@ -46,6 +46,30 @@ def check_like(
     check_device_of(op, name, t, other, first)
 
 
+def check_out(op: str, out: Tensor, shape: list[int], read: dict[str, Tensor]) -> None:
+    """What a call writes into: of the shape, with dtype and device of the first of those that it
+    reads, each element in a place of its own, and beyond what is read."""
+    other, first = next(iter(read.items()))
+    check_like(op, "out", out, shape, first.dtype, other, first)
+    apart = all(n <= 1 or s > 0 for n, s in zip(out.shape, out.stride(), strict=True))
+    check(apart, op, "out", "must not be expanded; strides", out.stride())
+    if torch.compiler.is_compiling():
+        return
+    begin, end = _extent(out)
+    for name, t in read.items():
+        from_, until = _extent(t)
+        shared = min(end, until) - max(begin, from_)
+        if shared > 0 and torch._C._is_alias_of(out, t):
+            fail(op, "out", f"must not reach into the memory of {name}; bytes", shared)
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """The bytes of its storage from the first element to behind the last one."""
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    first = t.storage_offset()
+    return first * t.itemsize, (first + last + 1 if t.numel() else first) * t.itemsize
+
+
 def check_indices(op: str, name: str, t: Tensor, batch: int, other: str, first: Tensor) -> None:
     """[B, K] int32."""
     rule = f"must have shape [{batch}, K]"
