@@ -38,7 +38,7 @@ def _case(name: str, dtype: torch.dtype, pass_name: str) -> Case:
         ids = keep.int(), rest.int()
         narrow = weight.to(dtype)
         if pass_name == "forward":
-            copied = torch.empty(batch * rows * channels // 2, dtype=dtype, device=x.device)
+            copied = torch.ones(batch * rows * channels // 2, dtype=dtype, device=x.device)
             into = torch.empty_like(copied)
             return lambda: tm.gather_fuse(x, *ids, weight), {
                 "eager": lambda: lambda: _eager(x, keep, rest, narrow),
@@ -61,7 +61,44 @@ def _case(name: str, dtype: torch.dtype, pass_name: str) -> Case:
     return Case("gather_fuse", name, dtype, work, float(moved), prepare, pass_name)
 
 
+def _select_case(dtype: torch.dtype, pass_name: str) -> Case:
+    """Choice and reorganisation together, as a layer of EViT has them. Copies of as many bytes go
+    into memory like that of our result: new, or given."""
+    batch, tokens, channels = SHAPES["ViT-B"]
+    kept = -(-7 * (tokens - 1) // 10)
+    rows = tokens + kept + 2
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+        x = place(torch.randn(batch, tokens, channels, generator=generator).to(dtype))
+        scores = place(torch.rand(batch, tokens - 1, generator=generator))
+        narrow = scores.to(dtype)
+        every = place(torch.arange(tokens - 1)).expand(batch, -1)
+        out = torch.empty(batch, kept + 2, channels, dtype=dtype, device=x.device)
+        given = None if pass_name == "forward" else out
+
+        def ours() -> Tensor:
+            return tm.gather_fuse(x, *tm.topk_partition(scores, kept), scores, out=given)
+
+        def eager() -> Tensor:
+            keep = scores.topk(kept)[1]
+            dropped = torch.ones_like(every, dtype=torch.bool).scatter_(1, keep, False)
+            return _eager(x, keep, every[dropped].view(batch, -1), narrow)
+
+        copied = torch.ones(batch * rows * channels // 2, dtype=dtype, device=x.device)
+        into = torch.empty_like(copied)
+        copy = copied.clone if pass_name == "forward" else lambda: into.copy_(copied)
+        return ours, {"eager": lambda: eager, "copy of as many bytes": lambda: copy}
+
+    moved = float(batch * rows * channels * dtype.itemsize)
+    work = 2.0 * batch * (tokens - 1 - kept) * channels
+    return Case("gather_fuse", "EViT select + fuse", dtype, work, moved, prepare, pass_name)
+
+
 def cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for pass_name in ("forward", "into out"):
+            yield _select_case(dtype, pass_name)
     for name in SHAPES:
         yield _case(name, torch.float32, "forward")
     for dtype, pass_name in (

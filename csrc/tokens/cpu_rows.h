@@ -43,13 +43,13 @@ TM_INLINE void end_stream() {
 }
 
 // Faster than memcpy, which takes rows of a few KiB for the cache's own and copies them by a
-// microcoded instruction. `next` is fetched meanwhile.
+// microcoded instruction. `next`, if not null, is fetched meanwhile.
 template <bool kStream>
-TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* next) {
+TM_INLINE void copy_row(char* to, const char* from, int64_t bytes, const char* next = nullptr) {
   constexpr int64_t kBytes = sizeof(vf);
   int64_t i = 0;
   for (; i + 64 <= bytes; i += 64) {
-    __builtin_prefetch(next + i, 0, 3);
+    if (next) __builtin_prefetch(next + i, 0, 3);
     TM_UNROLL(4)
     for (int64_t j = i; j < i + 64; j += kBytes) {
       const vf x = load(reinterpret_cast<const float*>(from + j));

@@ -1,13 +1,16 @@
-// Bound by the memory of x: each row is copied or added to f once.
+// Bound by memory: the tokens of a sequence are read once and in their order, which the hardware
+// foresees, and each is copied to its place or added to f.
 #include "tokens/cpu_rows.h"
 #include "tokens/gather_fuse/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kSlice = 1024;  // channels of f that one item sums
-constexpr int kRowsAtOnce = 4;    // of rest
-constexpr int kRowsOfChunk = 64;  // summed from zero, then added once
+constexpr int64_t kSlice = 1024, kLeastSlice = 128;  // channels of one item
+constexpr int kRowsOfChunk = 64;                     // summed from zero, then added once
+// A line so far ahead is fetched, of x and of out, so that the translations of their addresses are
+// there in time.
+constexpr int64_t kTokensAhead = 4, kBytesAhead = 3 * kPageBytes;
 
 int64_t element_bytes(DType t) { return t == DType::float32 ? 4 : 2; }
 
@@ -19,92 +22,77 @@ float sum_of_weights(const GatherFuseParams& p, int64_t b) {
   return static_cast<float>(sum);
 }
 
-// Rows of rest that are added together, as each pass over them reads and writes the sum.
-struct Group {
-  int64_t rows[kRowsAtOnce];  // where they lie in x
-  float weights[kRowsAtOnce];
-  int count = 0;
+// Adds the rows of a sequence that f sums, some of their channels.
+template <DType kType>
+class Sum {
+ public:
+  explicit Sum(int64_t channels) : channels_(channels) {}
+
+  TM_INLINE void add(const void* x, int64_t row, float weight) {
+    for (int64_t c = 0; c < channels_; c += kWidth)
+      store(chunk_ + c,
+            fma(set(weight), Elements<kType>::load_n(x, row + c, channels_ - c), load(chunk_ + c)));
+    if (++added_ == kRowsOfChunk) end_chunk();
+  }
+
+  void write(const GatherFuseParams& p, int64_t b, int64_t first) {
+    end_chunk();
+    const float total = sum_of_weights(p, b);
+    const vf divisor = set(!p.normalize || total == 0 ? 1 : total);
+    const int64_t out = b * p.out_batch + (p.rows() - 1) * p.out_row + first;
+    for (int64_t c = 0; c < channels_; c += kWidth) {
+      const vf f = p.normalize && total == 0 ? zero() : load(sum_ + c) / divisor;
+      Elements<kType>::store_n(p.out, out + c, f, channels_ - c);
+    }
+    if (first == 0) p.weight_sum[b] = total;
+  }
+
+ private:
+  void end_chunk() {
+    for (int64_t c = 0; c < channels_; c += kWidth) {
+      store(sum_ + c, load(sum_ + c) + load(chunk_ + c));
+      store(chunk_ + c, zero());
+    }
+    added_ = 0;
+  }
+
+  const int64_t channels_;
+  int added_ = 0;
+  alignas(64) float sum_[kSlice] = {}, chunk_[kSlice] = {};
 };
 
-// From entry r of rest on, which moves behind them. Empty at the end.
-Group next_group(const GatherFuseParams& p, int64_t b, int64_t first, int64_t& r) {
-  Group group;
-  for (; r < p.rest && group.count < kRowsAtOnce; ++r) {
-    const int64_t j = p.rest_ids[b * p.rest_batch + r];
-    if (j < 0) continue;
-    group.rows[group.count] = b * p.x_batch + (p.prefix + j) * p.x_token + first;
-    group.weights[group.count++] = p.weight[b * p.weight_batch + j];
+// Channels first to first + channels of sequence b.
+template <DType kType, bool kStream>
+void fuse(const GatherFuseParams& p, int64_t b, int64_t first, int64_t channels) {
+  const int64_t size = element_bytes(kType), bytes = channels * size;
+  const char* x = static_cast<const char*>(p.x);
+  const int32_t *places = p.places + b * p.patches, *ids = p.keep_ids + b * p.keep_batch;
+  const auto out = [&](int64_t row) {
+    return static_cast<char*>(p.out) + (b * p.out_batch + row * p.out_row + first) * size;
+  };
+  const int64_t tokens = p.prefix + p.patches;
+  const auto copy_of = [&](int64_t n) -> char* {  // null if it is none
+    if (n < p.prefix) return out(n);
+    const int32_t place = n < tokens ? places[n - p.prefix] : -1;
+    return place >= 0 && place < p.kept ? out(p.prefix + place) : nullptr;
+  };
+  const int64_t row_bytes = std::max<int64_t>(p.x_token * size, 1);
+  const int64_t ahead = std::max(kTokensAhead, kBytesAhead / row_bytes) * row_bytes;
+  Sum<kType> sum(channels);
+  for (int64_t n = 0; n < tokens; ++n) {
+    const int64_t row = b * p.x_batch + n * p.x_token + first, j = n - p.prefix;
+    const char* from = x + row * size;
+    __builtin_prefetch(from + ahead, 0, 3);
+    if (const char* later = copy_of(n + kTokensAhead)) __builtin_prefetch(later, 1, 3);
+    if (char* to = copy_of(n))
+      copy_row<kStream>(to, from, bytes);
+    else if (places[j] >= p.kept)
+      sum.add(p.x, row, p.weight[b * p.weight_batch + j]);
   }
-  return group;
-}
-
-// Rows times weights, added to sum, while those of `next` are fetched: the hardware cannot know
-// them.
-template <DType kType, int kCount>
-TM_INLINE void add_rows(const GatherFuseParams& p, const Group& group, const Group& next,
-                        int64_t channels, float* sum) {
-  using E = Elements<kType>;
-  const auto* x = static_cast<const typename E::type*>(p.x);
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    if (c * sizeof(*x) % 64 == 0)
-      for (int i = 0; i < next.count; ++i) __builtin_prefetch(x + next.rows[i] + c, 0, 3);
-    vf total = load(sum + c);
-    TM_UNROLL(4)
-    for (int i = 0; i < kCount; ++i)
-      total = fma(set(group.weights[i]), E::load_n(x, group.rows[i] + c, channels - c), total);
-    store(sum + c, total);
-  }
-}
-
-template <DType kType>
-void fuse(const GatherFuseParams& p, int64_t b, int64_t first) {
-  const int64_t channels = std::min(kSlice, p.channels - first);
-  alignas(64) float sum[kSlice] = {}, chunk[kSlice] = {};
-  int64_t r = 0;
-  int added = 0;
-  Group group = next_group(p, b, first, r);
-  while (group.count > 0) {
-    const Group next = next_group(p, b, first, r);
-    if (group.count == kRowsAtOnce) {
-      add_rows<kType, kRowsAtOnce>(p, group, next, channels, chunk);
-    } else {  // the last one
-      for (int i = 0; i < group.count; ++i) {
-        const Group one{{group.rows[i]}, {group.weights[i]}, 1};
-        add_rows<kType, 1>(p, one, next, channels, chunk);
-      }
-    }
-    added += group.count;
-    if (added >= kRowsOfChunk || next.count == 0) {
-      for (int64_t c = 0; c < channels; c += kWidth) {
-        store(sum + c, load(sum + c) + load(chunk + c));
-        store(chunk + c, zero());
-      }
-      added = 0;
-    }
-    group = next;
-  }
-  const float total = sum_of_weights(p, b);
-  const vf divisor = set(!p.normalize || total == 0 ? 1 : total);
-  const int64_t out = b * p.out_batch + (p.rows() - 1) * p.out_row + first;
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    const vf f = p.normalize && total == 0 ? zero() : load(sum + c) / divisor;
-    Elements<kType>::store_n(p.out, out + c, f, channels - c);
-  }
-  if (first == 0) p.weight_sum[b] = total;
-}
-
-// Rows begin to end of out, in front of f.
-void copy(const GatherFuseParams& p, int64_t b, int64_t begin, int64_t end) {
-  const int64_t size = element_bytes(p.dtype), bytes = p.channels * size;
-  const char* x = static_cast<const char*>(p.x) + b * p.x_batch * size;
-  const int32_t* ids = p.keep_ids + b * p.keep_batch;
-  char* first = static_cast<char*>(p.out) + (b * p.out_batch + begin * p.out_row) * size;
-  const Rows out{first, p.out_row * size, bytes, p.batch * p.rows() * bytes};
-  copy_rows(out, begin, end, p.rows() - 1, [&](int64_t i) {
-    const int64_t id = i < p.prefix ? i - p.prefix : ids[i - p.prefix];
-    if (i >= p.prefix && id < 0) return static_cast<const char*>(nullptr);
-    return x + (p.prefix + id) * p.x_token * size;
-  });
+  for (int64_t k = 0; k < p.kept; ++k)
+    if (ids[k] < 0) std::memset(out(p.prefix + k), 0, bytes);
+  sum.write(p, b, first);
+  if constexpr (kStream) end_stream();
 }
 
 // dweight of one patch of rest. Its row of dx is w df.
@@ -153,21 +141,29 @@ void backward(const GatherFuseBackwardParams& q, int64_t b, int64_t begin, int64
 
 }  // namespace
 
-// The items of a sequence are parts of the rows to copy, then slices of f.
+// An item is a slice of the channels of a sequence, narrow only where there would be too few.
+// Slices do not change the order of a sum.
 void gather_fuse(const GatherFuseParams& p) {
-  const int64_t bytes = p.channels * element_bytes(p.dtype);
-  const int64_t step = rows_per_item(bytes), copied = p.rows() - 1;
-  const int64_t copies = ceil_div(copied, step), slices = ceil_div(p.channels, kSlice);
-  const int threads = threads_for(p.batch * (copied + p.rest) * bytes);
-  cpu::parallel_items(p.batch * (copies + slices), threads, [&](cpu::ItemCounter& items) {
+  const int64_t size = element_bytes(p.dtype), bytes = p.channels * size;
+  const int threads = threads_for(p.batch * (p.rows() - 1 + p.rest) * bytes);
+  const int64_t wanted = threads > 1 ? ceil_div(4 * threads, p.batch) : 1;
+  const int64_t width = round_up(ceil_div(std::max<int64_t>(p.channels, 1), wanted), kLeastSlice);
+  const int64_t slice = std::min(kSlice, width),
+                slices = std::max<int64_t>(1, ceil_div(p.channels, slice));
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(p.out) | p.out_batch * size | p.out_row * size | bytes) % 64 ==
+      0;
+  const bool streams = aligned && p.batch * p.rows() * bytes >= kStreamBytes;
+  cpu::parallel_items(p.batch * slices, threads, [&](cpu::ItemCounter& items) {
     for (int64_t item; (item = items.next()) >= 0;) {
-      const int64_t b = item / (copies + slices), part = item % (copies + slices);
-      if (part < copies)
-        copy(p, b, part * step, std::min((part + 1) * step, copied));
-      else
-        visit_elements(p.dtype, [&]<DType kType>(Elements<kType>) {
-          fuse<kType>(p, b, (part - copies) * kSlice);
-        });
+      const int64_t b = item / slices, first = item % slices * slice;
+      const int64_t channels = std::min(slice, p.channels - first);
+      visit_elements(p.dtype, [&]<DType kType>(Elements<kType>) {
+        if (streams)
+          fuse<kType, true>(p, b, first, channels);
+        else
+          fuse<kType, false>(p, b, first, channels);
+      });
     }
   });
 }

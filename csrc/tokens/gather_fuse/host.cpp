@@ -85,6 +85,7 @@ Tensor forward(GatherFuseParams& p, const View& x, const View& keep, const View&
 #endif
   Tensor places = empty_places(p, x.tensor);
   check_values(p, keep, rest, static_cast<int32_t*>(places.mutable_data_ptr()));
+  p.places = static_cast<const int32_t*>(places.const_data_ptr());
   cpu::gather_fuse(p);
   return weight_sum;
 }

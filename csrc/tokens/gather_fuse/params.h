@@ -19,7 +19,8 @@ struct GatherFuseParams {
   int64_t weight_batch;
   void* out;  // [batch, prefix + kept + 1, channels]
   int64_t out_batch, out_row;
-  float* weight_sum;  // [batch]
+  float* weight_sum;      // [batch]
+  const int32_t* places;  // CPU: [batch, patches], as in the backward
 
   TOKENMILL_HOST_DEVICE int64_t rows() const { return prefix + kept + 1; }  // of out
 };
