@@ -119,8 +119,8 @@ TOKENMILL_LIBRARY(m) {
   // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1
   // stands for no row.
   m.def(
-      "topk_partition(Tensor scores, SymInt k, bool largest, str order, Tensor? valid, "
-      "SymInt protect_first, SymInt protect_last) -> (Tensor keep, Tensor rest)");
+      "topk_partition(Tensor scores, SymInt k, Tensor? counts, bool largest, str order, "
+      "Tensor? valid, SymInt protect_first, SymInt protect_last) -> (Tensor keep, Tensor rest)");
   m.def(
       "mask_partition(Tensor mask, SymInt? max_total) -> (Tensor indices, Tensor cu_seqlens, "
       "Tensor inverse)");

@@ -35,6 +35,7 @@ def by_definition(scores, k, largest, order, valid, first, last):
 def partitioned(scores, k, backend, **options):
     device = device_of(backend)
     moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    k = k.to(device) if isinstance(k, torch.Tensor) else k
     keep, rest = tm.topk_partition(scores.to(device), k, backend=backend, **moved)
     return keep.cpu(), rest.cpu()
 
@@ -91,6 +92,25 @@ def test_topk_partition_is_as_defined(backend, call):
 
 
 @each_backend
+@settings(max_examples=20)
+@given(call=calls(), seed=st.integers(0, 99))
+def test_k_of_each_row(backend, call, seed):
+    """As many calls, one for each row, and -1 behind the last."""
+    scores, most, options = call
+    rows, n = scores.shape
+    least = options["protect_first"] + options["protect_last"]
+    k = torch.randint(least, most + 1, (rows,), generator=torch.Generator().manual_seed(seed))
+    keep, rest = partitioned(scores, k, backend, max_k=most, **options)
+    assert (keep.shape, rest.shape) == ((rows, most), (rows, n))
+    valid = options.pop("valid", torch.ones_like(scores, dtype=torch.bool))
+    for r, count in enumerate(k.tolist()):
+        one = slice(r, r + 1)
+        want = partitioned(scores[one], count, "reference", valid=valid[one], **options)
+        for found, wanted in zip((keep[r], rest[r]), want, strict=True):
+            assert found.tolist() == wanted[0].tolist() + [-1] * (len(found) - wanted.shape[1])
+
+
+@each_backend
 @pytest.mark.parametrize("n", [900, 2049, 5000])
 def test_long_rows(backend, n):
     """Many ties at the threshold, more kept than a block sorts in its own memory, and scores that
@@ -99,9 +119,10 @@ def test_long_rows(backend, n):
     scores = torch.randn(2, n, generator=g)
     close = 1 + torch.rand(n, generator=g) * 2**-10
     scores = torch.stack([*scores, scores[0].round(), close, close.sort().values])
-    want = partitioned(scores, 2 * n // 3, "reference")
-    got = partitioned(scores, 2 * n // 3, backend)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for k in (2 * n // 3, torch.tensor([n, 0, 3, n // 2, 2 * n // 3])):
+        want = partitioned(scores, k, "reference")
+        got = partitioned(scores, k, backend)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @each_backend

@@ -36,7 +36,8 @@ def call(dtype=torch.float32, reduce="mean", tokens=600, channels=256, everythin
         dsum = weight_sum if weighted else None
         segment_reduce_backward(y, dsum, y, weight_sum, arg, True, x, *lowered)
         order = "score" if everything else "index"
-        topk_partition(x[..., 0].contiguous(), tokens // 3, everything, order,
+        counts = torch.ones(2, dtype=torch.int32) if everything else None
+        topk_partition(x[..., 0].contiguous(), tokens // 3, counts, everything, order,
                        mask if everything else None, 0, 1)  # fmt: skip
         mask_partition(mask, None)
 

@@ -15,7 +15,7 @@ TILE = 2048
 BINS = tl.constexpr(256)
 INVALID = tl.constexpr(1)  # the key
 # A new size compiles nothing.
-SIZES = ["scores_batch", "valid_batch", "tokens", "k", "protect_first", "protect_last"]
+SIZES = ["scores_batch", "valid_batch", "tokens", "k", "others", "protect_first", "protect_last"]
 
 
 class Tokens(NamedTuple):
@@ -44,6 +44,7 @@ def keys_of(row, o_i, tokens, protect_first, protect_last, LARGEST: tl.constexpr
 @triton.jit(do_not_specialize=SIZES)
 def partition_kernel(
     rows,
+    counts,
     keep,
     rest,
     kept_keys,
@@ -51,6 +52,7 @@ def partition_kernel(
     valid_batch,
     tokens,
     k,
+    others,
     protect_first,
     protect_last,
     LARGEST: tl.constexpr,
@@ -62,8 +64,12 @@ def partition_kernel(
     else:
         row = Tokens(rows.scores + i_b * scores_batch, None)
 
-    threshold = tl.zeros([], tl.uint32)
     wanted = k
+    if counts is not None:
+        wanted = tl.minimum(tl.load(counts + i_b), k)
+        wanted = tl.maximum(wanted, protect_first + protect_last)
+    nothing = wanted == 0
+    threshold = tl.zeros([], tl.uint32)
     o_bin = tl.arange(0, BINS)
     for DIGIT in tl.static_range(4):
         b_bins = tl.zeros([BINS], tl.int32)
@@ -80,6 +86,7 @@ def partition_kernel(
         digit = tl.sum(tl.where(m_bin, o_bin, 0), 0)
         wanted -= tl.sum(tl.where(m_bin, b_above, 0), 0)
         threshold = (threshold << 8) | digit.to(tl.uint32)
+    threshold = tl.where(nothing, 0xFFFFFFFF, threshold).to(tl.uint32)
 
     kept = tl.zeros([], tl.int32)
     ties = tl.zeros([], tl.int32)
@@ -94,7 +101,7 @@ def partition_kernel(
         if kept_keys is not None:
             tl.store(kept_keys + i_b * k + o_taken, b_key.to(tl.int64), mask=b_taken != 0)
         m_rest = (b_taken == 0) & (o_i < tokens)
-        tl.store(rest + i_b * (tokens - k) + o_i - o_taken, o_i, mask=m_rest)
+        tl.store(rest + i_b * others + o_i - o_taken, o_i, mask=m_rest)
         kept += tl.sum(b_taken, 0)
         ties += tl.sum(b_tied, 0)
 
@@ -102,6 +109,7 @@ def partition_kernel(
 def topk_partition(
     scores: Tensor,
     k: int,
+    counts: Tensor | None,
     largest: bool,
     order: str,
     valid: Tensor | None,
@@ -110,18 +118,23 @@ def topk_partition(
 ) -> tuple[Tensor, Tensor]:
     batch, tokens = scores.shape
     by_score = order == "score"
-    if k == 0 or (k == tokens and not by_score):  # on one side, in order
+    if counts is None and (k == 0 or (k == tokens and not by_score)):  # on one side, in order
         every = torch.arange(tokens, dtype=torch.int32, device=scores.device).repeat(batch, 1)
         none = every.new_empty((batch, 0))
         return (every, none) if k else (none, every)
+    others = tokens - k if counts is None else tokens
     keep = scores.new_empty((batch, k), dtype=torch.int32)
-    rest = scores.new_empty((batch, tokens - k), dtype=torch.int32)
+    rest = scores.new_empty((batch, others), dtype=torch.int32)
     keys = scores.new_empty((batch, k), dtype=torch.int64) if by_score else None
+    if counts is not None:  # behind the last of a row
+        for t, value in ((keep, -1), (rest, -1), (keys, 0)):
+            if t is not None:
+                t.fill_(value)
     rows = Tokens(scores, None if valid is None else valid.view(torch.uint8))
     block = min(TILE, max(32, triton.next_power_of_2(tokens)))
     launch(
-        partition_kernel, batch, scores, rows, keep, rest, keys, scores.stride(0),
-        0 if valid is None else valid.stride(0), tokens, k, protect_first, protect_last,
+        partition_kernel, batch, scores, rows, counts, keep, rest, keys, scores.stride(0),
+        0 if valid is None else valid.stride(0), tokens, k, others, protect_first, protect_last,
         LARGEST=largest, BLOCK=block, num_warps=8,
     )  # fmt: skip
     if keys is not None:  # they come in the order of the tokens, and the sort is stable

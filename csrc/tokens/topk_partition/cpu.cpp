@@ -102,13 +102,13 @@ const uint64_t* sort_by_key(uint64_t* from, uint64_t* to, int64_t count) {
 }
 
 // All tokens of a short row by score: the first k are kept.
-void partition_sorted(const TopkPartitionParams& p, const Scratch& scratch, int32_t* keep,
-                      int32_t* rest) {
+void partition_sorted(const TopkPartitionParams& p, int64_t k, const Scratch& scratch,
+                      int32_t* keep, int32_t* rest) {
   for (int64_t i = 0; i < p.tokens; ++i) scratch.entries[i] = entry_of(scratch.keys[i], i);
   const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.tokens);
-  for (int64_t i = 0; i < p.k; ++i) keep[i] = static_cast<int32_t>(sorted[i]);
-  const uint32_t least = key_of_entry(sorted[p.k - 1]);
-  const int64_t last = keep[p.k - 1];  // of the tokens kept with the least key
+  for (int64_t i = 0; i < k; ++i) keep[i] = static_cast<int32_t>(sorted[i]);
+  const uint32_t least = key_of_entry(sorted[k - 1]);
+  const int64_t last = keep[k - 1];  // of the tokens kept with the least key
   int32_t* const others = reinterpret_cast<int32_t*>(scratch.sorted);  // room for all tokens
   int64_t count = 0;
   for (int64_t i = 0; i < p.tokens; ++i) {
@@ -121,24 +121,27 @@ void partition_sorted(const TopkPartitionParams& p, const Scratch& scratch, int3
 
 template <DType kType>
 void partition_row(const TopkPartitionParams& p, int64_t b, const Scratch& scratch) {
-  int32_t *keep = p.keep + b * p.k, *rest = p.rest + b * (p.tokens - p.k);
-  if (p.k == 0 || (p.k == p.tokens && !p.by_score)) {
-    int32_t* const all = p.k == 0 ? rest : keep;
+  const int64_t k = count_of(p, b);
+  int32_t *keep = p.keep + b * p.k, *rest = p.rest + b * p.others;
+  std::fill(keep + k, keep + p.k, -1);
+  std::fill(rest + p.tokens - k, rest + p.others, -1);
+  if (k == 0 || (k == p.tokens && !p.by_score)) {
+    int32_t* const all = k == 0 ? rest : keep;
     for (int64_t i = 0; i < p.tokens; ++i) all[i] = static_cast<int32_t>(i);
     return;
   }
   uint32_t* const keys = scratch.keys;
   load_keys<kType>(p, b, keys);
-  if (p.by_score && p.tokens <= kShortRow && p.tokens <= 4 * p.k)
-    return partition_sorted(p, scratch, keep, rest);
+  if (p.by_score && p.tokens <= kShortRow && p.tokens <= 4 * k)
+    return partition_sorted(p, k, scratch, keep, rest);
   uint32_t threshold = 0;
   int64_t ties = 0;  // to keep, of the tokens at the threshold
-  if (p.k < p.tokens) {
+  if (k < p.tokens) {
     std::memcpy(scratch.sorted, keys, p.tokens * sizeof(uint32_t));
-    threshold = nth_largest(scratch.sorted, p.tokens, p.k);
+    threshold = nth_largest(scratch.sorted, p.tokens, k);
     int64_t greater = 0;
     for (int64_t i = 0; i < p.tokens; ++i) greater += keys[i] > threshold;
-    ties = p.k - greater;
+    ties = k - greater;
   }
   int32_t* const kept = keep;
   for (int64_t i = 0; i < p.tokens; ++i) {
@@ -149,9 +152,9 @@ void partition_row(const TopkPartitionParams& p, int64_t b, const Scratch& scrat
     rest += !taken;
   }
   if (!p.by_score) return;
-  for (int64_t i = 0; i < p.k; ++i) scratch.entries[i] = entry_of(keys[kept[i]], kept[i]);
-  const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, p.k);
-  for (int64_t i = 0; i < p.k; ++i) kept[i] = static_cast<int32_t>(sorted[i]);
+  for (int64_t i = 0; i < k; ++i) scratch.entries[i] = entry_of(keys[kept[i]], kept[i]);
+  const uint64_t* const sorted = sort_by_key(scratch.entries, scratch.moved, k);
+  for (int64_t i = 0; i < k; ++i) kept[i] = static_cast<int32_t>(sorted[i]);
 }
 
 }  // namespace

@@ -44,12 +44,15 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   __shared__ uint64_t shared_sort[kSharedSort];
   __shared__ uint32_t keys[kSharedKeys];
   // Unsigned: the tile behind the last of 2^31 - 1 tokens begins beyond them.
-  const unsigned tokens = static_cast<unsigned>(p.tokens), k = static_cast<unsigned>(p.k);
-  const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
+  const unsigned tokens = static_cast<unsigned>(p.tokens);
   for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
     const PartitionRow<T> row(p, b);
-    int32_t* const keep = p.keep + b * k;
-    int32_t* const rest = p.rest + b * (tokens - k);
+    const unsigned k = static_cast<unsigned>(count_of(p, b));
+    const bool all = k == 0 || (k == tokens && !p.by_score);  // on one side, in order
+    int32_t* const keep = p.keep + b * p.k;
+    int32_t* const rest = p.rest + b * p.others;
+    for (int64_t i = k + threadIdx.x; i < p.k; i += kTopkThreads) keep[i] = -1;
+    for (int64_t i = tokens - k + threadIdx.x; i < p.others; i += kTopkThreads) rest[i] = -1;
     for (unsigned i = threadIdx.x; all && i < tokens; i += kTopkThreads)
       (k == 0 ? rest : keep)[i] = static_cast<int32_t>(i);
     if (all) continue;

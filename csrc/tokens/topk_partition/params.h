@@ -6,7 +6,9 @@
 namespace tokenmill {
 
 struct TopkPartitionParams {
-  int64_t batch, tokens, k;
+  int64_t batch, tokens;
+  int64_t k;              // to keep of each row, or at most
+  const int32_t* counts;  // [B], to keep; null: k
   DType dtype;
   const void* scores;  // [B, N]
   int64_t scores_batch;
@@ -14,7 +16,8 @@ struct TopkPartitionParams {
   const bool* valid;       // [B, N]; null: all
   int64_t valid_batch;
   int64_t protect_first, protect_last;
-  int32_t *keep, *rest;  // [B, k], [B, N - k]
+  int32_t *keep, *rest;  // [B, k], [B, others], -1 behind the last
+  int64_t others;        // N - k, with counts N
   void* workspace;       // CUDA
 };
 
@@ -24,6 +27,13 @@ constexpr uint32_t kProtectedKey = 0xffffffffu, kInvalidKey = 1;
 
 TOKENMILL_HOST_DEVICE inline bool is_protected(const TopkPartitionParams& p, int64_t i) {
   return i < p.protect_first || i >= p.tokens - p.protect_last;
+}
+
+// To keep of row b. Protected tokens are.
+TOKENMILL_HOST_DEVICE inline int64_t count_of(const TopkPartitionParams& p, int64_t b) {
+  if (!p.counts) return p.k;
+  const int64_t least = p.protect_first + p.protect_last, count = p.counts[b];
+  return count < least ? least : count > p.k ? p.k : count;
 }
 
 int64_t workspace_bytes(const TopkPartitionParams&);  // of the CUDA kernel

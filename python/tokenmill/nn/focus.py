@@ -70,13 +70,11 @@ class FocusSelect(nn.Module):
         check(scores.dim() == 2, NAME, "scores", "must have 2 dimensions [B, N]", scores.dim())
         tokens = scores.shape[1]
         width = min(int(self.ratio * tokens) + 1, tokens)
-        indices, _ = topk_partition(scores, width, valid=valid, backend=self.backend)
         if valid is None:
-            return indices
-        present = valid.sum(1, keepdim=True)
+            return topk_partition(scores, width, backend=self.backend)[0]
+        present = valid.sum(1)
         count = torch.minimum((self.ratio * present).floor().long() + 1, present)
-        place = torch.arange(width, device=scores.device)
-        return torch.where(place < count, indices, -1)
+        return topk_partition(scores, count, max_k=width, valid=valid, backend=self.backend)[0]
 
     def layer(self, indices: Tensor, number: int) -> Tensor:
         """The tokens of a layer, ``[B, floor(cascade w)]``, a view of those of the first one."""

@@ -92,6 +92,7 @@ def _chosen_places(x: Tensor, row: Tensor, bin_: Tensor, segments: int, reduce: 
 def topk_partition(
     scores: Tensor,
     k: int,
+    counts: Tensor | None,
     largest: bool,
     order: str,
     valid: Tensor | None,
@@ -111,10 +112,17 @@ def topk_partition(
     by_value = value.argsort(dim=1, descending=True, stable=True)
     by_rank = rank.gather(1, by_value).argsort(dim=1, descending=True, stable=True)
     ordered = by_value.gather(1, by_rank).int()
-    keep, rest = ordered[:, :k], ordered[:, k:]
+    kept = index < (k if counts is None else counts[:, None])
+    # What does not belong to a side is sorted behind its last.
+    keep, rest = ordered.masked_fill(~kept, tokens)[:, :k], ordered.masked_fill(kept, tokens)
     if order == "index":
         keep = keep.sort(1).values
-    return keep.contiguous(), rest.sort(1).values
+    rest = rest.sort(1).values[:, : tokens - k if counts is None else tokens]
+    return _or_none(keep, tokens), _or_none(rest, tokens)
+
+
+def _or_none(indices: Tensor, tokens: int) -> Tensor:
+    return indices.masked_fill(indices == tokens, -1).contiguous()
 
 
 def mask_partition(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ..library import TorchOp, register
 from ..reference import tokens_reduce as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from ..select.rules import check_whole
+from .moving import as_int32
 from .rules import check_like
 
 OP = "topk_partition"
@@ -21,8 +22,9 @@ OP = "topk_partition"
 
 def topk_partition(
     scores: Tensor,
-    k: int,
+    k: int | Tensor,
     *,
+    max_k: int | None = None,
     largest: bool = True,
     order: str = "score",
     valid: Tensor | None = None,
@@ -39,20 +41,23 @@ def topk_partition(
     Args:
         scores: ``[B, N]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
             a contiguous last dimension, N < 2^31. 0 and -0 are equal.
-        k: tokens to keep of each row, 0 to N.
+        k: tokens to keep of each row, 0 to N. Or int32 or int64 ``[B]``: a number for each row.
+        max_k: the most that such a k names, on which the shapes depend. None: N.
         largest: whether great scores are better than small ones.
         order: of the tokens kept, "score" (the best one first) or "index" (ascending).
         valid: bool ``[B, N]``. Invalid tokens come behind all others. None: all are valid.
         protect_first: so many first tokens are kept whatever their score, even if they are invalid
             (the class token).
-        protect_last: so many last tokens likewise; protect_first + protect_last <= k.
+        protect_last: so many last tokens likewise; protect_first + protect_last <= each k.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. Not differentiable.
+        (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. With a k for each row
+        ``[B, max_k]`` and ``[B, N]``, -1 behind the last. Not differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value.
+        RuntimeError: naming argument, rule and value. On a GPU a k of a row that is out of range
+            counts as the nearest that is not.
 
     Complexity: O(N) for each row, O(N) extra memory.
 
@@ -65,8 +70,10 @@ def topk_partition(
         >>> keep, rest = tm.topk_partition(scores, 3, protect_first=1)
         >>> keep.tolist(), rest.tolist()
         ([[0, 1, 3]], [[2, 4]])
+        >>> tm.topk_partition(scores, torch.tensor([2]), max_k=3)[0].tolist()
+        [[1, 3, -1]]
     """
-    lowered = lower(scores, k, largest=largest, order=order, valid=valid,
+    lowered = lower(scores, k, max_k=max_k, largest=largest, order=order, valid=valid,
                     protect_first=protect_first, protect_last=protect_last)  # fmt: skip
     keep, rest = call(SPEC, lowered, backend)
     return keep, rest
@@ -74,8 +81,9 @@ def topk_partition(
 
 def lower(
     scores: Tensor,
-    k: int,
+    k: int | Tensor,
     *,
+    max_k: int | None = None,
     largest: bool = True,
     order: str = "score",
     valid: Tensor | None = None,
@@ -84,19 +92,27 @@ def lower(
 ) -> tuple[Any, ...]:
     check_tensor(OP, "scores", scores)
     check_tensor(OP, "valid", valid, optional=True)
-    for name, number in (("k", k), ("protect_first", protect_first),
+    counts = None
+    if isinstance(k, Tensor):
+        most = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
+        k, counts = most, as_int32(k)
+    else:
+        check(max_k is None, OP, "max_k", "goes with a tensor k alone", max_k)
+    for name, number in (("k" if counts is None else "max_k", k),
+                         ("protect_first", protect_first),
                          ("protect_last", protect_last)):  # fmt: skip
         check_whole(OP, name, number)
     check(isinstance(largest, bool), OP, "largest", "must be a bool", largest)
     check(isinstance(order, str), OP, "order", "must be a string", order)
     scores = scores.detach() if scores.requires_grad else scores
-    return scores, k, largest, order, valid, protect_first, protect_last
+    return scores, k, counts, largest, order, valid, protect_first, protect_last
 
 
 # csrc/tokens/topk_partition/host.cpp has the same rules in the same order and words.
 def _check(
     scores: Tensor,
     k: int,
+    counts: Tensor | None,
     largest: bool,
     order: str,
     valid: Tensor | None,
@@ -110,20 +126,42 @@ def _check(
     check_last_contiguous(OP, "scores", scores)
     batch, tokens = scores.shape
     check(tokens < 2**31, OP, "scores", "must have fewer than 2^31 tokens in a row", tokens)
-    check(0 <= k <= tokens, OP, "k", f"must be 0 to N, {tokens}", k)
+    most = "k" if counts is None else "max_k"
+    check(0 <= k <= tokens, OP, most, f"must be 0 to N, {tokens}", k)
+    if counts is not None:
+        check_like(OP, "k", counts, [batch], torch.int32, "scores", scores)
     check(order in ("score", "index"), OP, "order", "must be 'score' or 'index'", order)
     if valid is not None:
         check_like(OP, "valid", valid, [batch, tokens], torch.bool, "scores", scores)
     check(protect_first >= 0, OP, "protect_first", "must not be negative", protect_first)
     check(protect_last >= 0, OP, "protect_last", "must not be negative", protect_last)
     if not protect_first + protect_last <= k:
-        rule = f"must leave protect_first + protect_last <= k, {k}, with protect_first"
+        rule = f"must leave protect_first + protect_last <= {most}, {k}, with protect_first"
         fail(OP, "protect_last", f"{rule} {protect_first}", protect_last)
+
+
+def _check_values(
+    scores: Tensor,
+    k: int,
+    counts: Tensor | None,
+    largest: bool,
+    order: str,
+    valid: Tensor | None,
+    protect_first: int,
+    protect_last: int,
+) -> None:
+    if counts is None:
+        return
+    least = protect_first + protect_last
+    bad = counts[(counts < least) | (counts > k)]
+    if bad.numel():
+        fail(OP, "k", f"must be {least} to {k}", int(bad[0]))
 
 
 def _fake(
     scores: Tensor,
     k: int,
+    counts: Tensor | None,
     largest: bool,
     order: str,
     valid: Tensor | None,
@@ -133,7 +171,7 @@ def _fake(
     batch, tokens = scores.shape
     return (
         scores.new_empty((batch, k), dtype=torch.int32),
-        scores.new_empty((batch, tokens - k), dtype=torch.int32),
+        scores.new_empty((batch, tokens - k if counts is None else tokens), dtype=torch.int32),
     )
 
 
@@ -155,8 +193,37 @@ def _sample(
     return make
 
 
+def _ragged(batch: int, tokens: int, most: int | None, **options: Any) -> Any:
+    """A k for each row: 0, or what is protected; the most; and some between."""
+    uniform = _sample(batch, tokens, 0, hostile=True, invalid=0.3, max_k=most, **options)
+    least = sum(options.get(name, 0) for name in ("protect_first", "protect_last"))
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (scores, _), given = uniform(dtype, g)
+        end = tokens if most is None else most
+        k = torch.randint(least, end + 1, (batch,), generator=g, dtype=torch.int32)
+        k[0], k[1] = least, end
+        return (scores, k), given
+
+    return make
+
+
+def _every(*edits: Any) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        for one in edits:
+            one(args, kwargs)
+
+    return edit
+
+
 FORWARD = register(
-    TorchOp(OP, check=_check, fake=_fake, triton="tokens.topk_partition:topk_partition")
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="tokens.topk_partition:topk_partition",
+    )
 )
 SPEC = register_op(
     OpSpec(
@@ -173,9 +240,11 @@ SPEC = register_op(
                 "invalid and protected",
                 _sample(3, 197, 60, invalid=0.8, protect_first=1, protect_last=4),
             ),
+            Sample("of each row", _ragged(4, 70, 30, protect_first=1, protect_last=1)),
             Sample("not finite", _sample(2, 50, 30, hostile=True, order="index")),
             Sample("smallest", _sample(3, 70, 20, hostile=True, largest=False)),
             Sample("all by score", _sample(2, 33, 33, hostile=True)),
+            Sample("of each row, by index", _ragged(3, 41, None, order="index")),
             Sample("none", _sample(2, 9, 0, order="index")),
             Sample("no tokens", _sample(2, 0, 0)),
         ),
@@ -198,6 +267,38 @@ SPEC = register_op(
             ),
             Malformed("wide k", "k: must be 0 to N, 197; got 198", set_argument(1, lambda k: 198)),
             Malformed("k", "k: must be 0 to N, 197; got -1", set_argument(1, lambda k: -1)),
+            Malformed(
+                "max_k beside a number",
+                "max_k: goes with a tensor k alone; got 60",
+                set_options(max_k=60),
+            ),
+            Malformed(
+                "shape of k",
+                "k: must have shape [3]; got [2]",
+                set_argument(1, lambda k: torch.tensor([5, 6])),
+            ),
+            Malformed(
+                "dtype of k",
+                "k: must be int32; got float32",
+                set_argument(1, lambda k: torch.ones(3)),
+            ),
+            Malformed(
+                "max_k",
+                "max_k: must be 0 to N, 197; got 198",
+                _every(set_argument(1, lambda k: torch.tensor([5] * 3)), set_options(max_k=198)),
+            ),
+            Malformed(
+                "k of a row",
+                "k: must be 5 to 60; got 61",
+                _every(set_argument(1, lambda k: torch.tensor([60, 5, 61])), set_options(max_k=60)),
+                values=True,
+            ),
+            Malformed(
+                "k of a row below what is protected",
+                "k: must be 5 to 197; got 4",
+                set_argument(1, lambda k: torch.tensor([5, 4, 9])),
+                values=True,
+            ),
             Malformed(
                 "order",
                 "order: must be 'score' or 'index'; got 'value'",
