@@ -64,3 +64,4 @@ def cases() -> Iterator[Case]:
     yield _case("EViT, 0.7 of 197", torch.float32, "into out")
     yield _case("EViT, 0.7 of 197", torch.bfloat16, "forward")
     yield _case("EViT, 0.7 of 197", torch.float32, "backward")
+    yield _case("EViT, 0.7 of 197", torch.bfloat16, "backward")

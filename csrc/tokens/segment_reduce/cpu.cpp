@@ -231,10 +231,30 @@ struct Partial {
   }
 };
 
+// Rows in an order of their own, which the hardware cannot know, are fetched ahead as cpu_rows.h
+// has it.
+template <DType kType>
+TM_INLINE void fetch_rows(const SegmentReduceParams& p, int64_t b, PlaceRange range) {
+  using Element = typename Elements<kType>::type;
+  const int64_t bytes = p.channels * sizeof(Element);
+  const auto fetch = [&](int64_t place, int64_t step) TM_LAMBDA {
+    const int32_t row = place < p.places ? row_of_place(p, b, place) : -1;
+    if (row < 0) return;
+    const auto* x = static_cast<const Element*>(p.x) + b * p.x_batch + row * p.x_row;
+    for (int64_t i = 0; i < bytes; i += step)
+      __builtin_prefetch(reinterpret_cast<const char*>(x) + i, 0, 3);
+  };
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    fetch(i + kPagesAhead, kPageBytes);
+    fetch(i + kRowsAhead, 64);
+  }
+}
+
 template <DType kType>
 void reduce_segment(const SegmentReduceParams& p, int64_t b, int64_t s, PlaceRange range) {
   const int64_t segment = b * p.segments + s;
   const Result<kType> result(p, segment, weight_of(p, b, range));
+  if (p.perm) fetch_rows<kType>(p, b, range);
   if (p.reduce != Reduce::first && p.reduce != Reduce::last)
     return reduce_places<kType>(p, b, range, result);
   using Element = typename Elements<kType>::type;
