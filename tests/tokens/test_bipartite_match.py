@@ -13,14 +13,16 @@ import tokenmill as tm
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 
 
-def literal(metric, r, sources, targets, protect_first=0, protect_targets=0, threshold=None):
+def literal(
+    metric, r, sources, targets, protect_first=0, protect_targets=0, threshold=None, end=None
+):
     """Of one sequence: the row of each token, token by token."""
     products = metric @ metric.T
     pairs = []
     for i in sources:
         partner = max(targets[protect_targets:], key=lambda j: (products[i, j].item(), -j))
         pairs.append((-products[i, partner].item(), i, partner))
-    able = sorted(p for p in pairs if p[1] >= protect_first)[: max(r, 0)]
+    able = sorted(p for p in pairs if protect_first <= p[1] < (end or len(metric)))[: max(r, 0)]
     merged = {i: j for minus, i, j in able if threshold is None or -minus >= threshold}
     rows = [i for i in sources if i not in merged] + targets
     return [rows.index(merged.get(i, i)) for i in range(len(metric))], len(rows)
@@ -123,6 +125,19 @@ def test_index(destinations, protect_first, protect_targets, r, seed, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("r", [3, 99])
+@pytest.mark.parametrize(("tokens", "group", "first"), [(14, 3, 0), (13, 3, 1), (9, 4, 5)])
+def test_last_of_each_group(backend, tokens, group, first, r):
+    """Tokens behind the last whole group stay, however many may merge."""
+    end = first + (tokens - first) // group * group
+    targets = list(range(first + group - 1, end, group))
+    sources = [i for i in range(tokens) if i not in targets]
+    check(whole_numbers(tokens, 0), r, sources, targets, backend,
+          {"protect_first": first, "end": end}, partition="kth", group=group,
+          protect_first=first)  # fmt: skip
+
+
+@each_backend
 def test_random(backend):
     metric = torch.randn(2, 30, 8).to(device_of(backend))
     o = {"partition": "random", "protect_first": 2, "backend": backend}
@@ -163,7 +178,7 @@ def test_scores_choose_directions_unless_told_otherwise():
 
 def test_compiles_as_one_graph():
     metric = torch.randn(2, 20, 8)
-    for o in ({}, {"partition": "grid", "grid": (4, 5)}):
+    for o in ({}, {"partition": "grid", "grid": (4, 5)}, {"partition": "kth", "group": 3}):
         run = torch.compile(
             lambda m, o=o: tm.bipartite_match(m, 6, **o), fullgraph=True, backend="aot_eager"
         )
@@ -178,7 +193,8 @@ def test_compiles_as_one_graph():
         ({"metric": torch.zeros(4, 8)}, "metric: must have 3 dimensions [B, N, C]; got 2"),
         ({"metric": torch.zeros(1, 4, 0)}, "metric: must have 1 to 4096 channels; got 0"),
         ({"r": 1.0}, "r: must be an integer; got 1"),
-        ({"partition": "odd"}, "partition: must be 'alternate', 'grid', 'index' or 'random'; got"),
+        ({"partition": "odd"},
+         "partition: must be 'alternate', 'grid', 'index', 'kth' or 'random'; got 'odd'"),
         ({"protect_first": 21}, "protect_first: must be 0 to the number of tokens, 20; got 21"),
         ({"protect_targets": -1}, "protect_targets: must not be negative; got -1"),
         ({"normalize": 1}, "normalize: must be a bool; got 1"),
@@ -191,6 +207,8 @@ def test_compiles_as_one_graph():
          "cell: must be two positive integers; got [0, 2]"),
         ({"generator": torch.Generator()},
          "generator: goes with partition 'grid' or 'random' alone; got 'alternate'"),
+        ({"group": 3}, "group: goes with partition 'kth' alone; got 3"),
+        ({"partition": "kth", "group": 0}, "group: must be a positive integer; got 0"),
         ({"partition": "index"}, "destinations: must be a tensor; got None"),
         ({"destinations": torch.zeros(1)},
          "destinations: goes with partition 'index' alone; got a tensor of shape [1]"),

@@ -15,7 +15,7 @@ from .rules import check_tokens
 from .topk_partition import topk_partition
 
 OP = "bipartite_match"
-Partition = Literal["alternate", "grid", "index", "random"]
+Partition = Literal["alternate", "grid", "index", "kth", "random"]
 
 
 def bipartite_match(
@@ -26,6 +26,7 @@ def bipartite_match(
     grid: tuple[int, int] | None = None,
     cell: tuple[int, int] = (2, 2),
     destinations: Tensor | None = None,
+    group: int | None = None,
     protect_first: int = 0,
     protect_targets: int = 0,
     normalize: bool = True,
@@ -47,12 +48,15 @@ def bipartite_match(
             (float64 on the reference), any strides with a contiguous last dimension, C up to 4096.
         r: sources to merge; as many as there may be if it is more, none if it is not positive.
         partition: which tokens are destinations. "alternate": odd ones. "grid": one of each cell.
-            "index": those that are given. "random": all but r, the same for every sequence.
+            "index": those that are given. "kth": the last of each group of tokens. "random": all
+            but r, the same for every sequence.
         grid: (rows, columns) of "grid", one token each, those of a row behind each other; the first
             protect_first tokens come before them and are sources.
         cell: (rows, columns) of a cell. Its destination is the first token, or with a generator a
             random one, the same for every sequence. Tokens outside of whole cells are sources.
         destinations: ``[Nd]`` int32 or int64 of "index", tokens in any order.
+        group: tokens of a group of "kth". Groups begin behind the first protect_first tokens, which
+            are sources; so are tokens behind the last whole group, and these are not merged.
         protect_first: the first so many tokens are not merged into others (a class token).
         protect_targets: nothing is merged into the first so many destinations (a distillation
             token, which is the first odd one).
@@ -68,8 +72,9 @@ def bipartite_match(
         order. num_out is N - r, or with a threshold the rows of the sequence that has most: others
         do not use their last ones. With r = 0 assign is a permutation. r is at most the number of
         sources that are not protected, with "alternate" also half of the tokens that are not
-        protected (ToMe), with "index" N - Nd - protect_first whatever destinations are among the
-        first tokens; 0 if there is no destination but protected ones. Not differentiable.
+        protected (ToMe), with "kth" those of whole groups, with "index" N - Nd - protect_first
+        whatever destinations are among the first tokens; 0 if there is no destination but protected
+        ones. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU destinations out of range or twice
@@ -91,7 +96,7 @@ def bipartite_match(
         2048
     """
     _check_call(metric, r, partition, protect_first, protect_targets, normalize, threshold)
-    _check_partition(metric, partition, grid, cell, destinations, protect_first, generator)
+    _check_partition(metric, partition, grid, cell, destinations, group, protect_first, generator)
     batch, tokens, _ = metric.shape
     if partition == "alternate":
         parts = _alternate(tokens, protect_first, protect_targets)
@@ -102,6 +107,9 @@ def bipartite_match(
     elif partition == "index":
         assert destinations is not None
         parts = _chosen(destinations, tokens, held=0, protected=protect_first)
+    elif partition == "kth":
+        assert group is not None
+        parts = _groups(group, tokens, protect_first, metric.device)
     else:
         most = max(min(r, tokens - max(protect_first, protect_targets + 1)), 0)
         parts = _random(most, tokens, protect_first, generator, metric.device)
@@ -157,6 +165,14 @@ def _chosen(destinations: Tensor, tokens: int, held: int, protected: int = 0) ->
     return _Parts(sources, targets, max(count - held - protected, 0), held, valid)
 
 
+def _groups(group: int, tokens: int, held: int, device: torch.device) -> _Parts:
+    count = (tokens - held) // group
+    last = torch.arange(1, count + 1, device=device) * group + (held - 1)
+    parts, end = _chosen(last, tokens, held), held + count * group
+    valid = None if end == tokens else parts.sources[held:] < end
+    return parts._replace(may_merge=parts.may_merge - (tokens - end), valid=valid)
+
+
 def _random(
     count: int,
     tokens: int,
@@ -207,8 +223,9 @@ def _check_call(
     for name, number in (("r", r), ("protect_first", protect_first),
                          ("protect_targets", protect_targets)):  # fmt: skip
         check_whole(OP, name, number)
-    known = partition in ("alternate", "grid", "index", "random")
-    check(known, OP, "partition", "must be 'alternate', 'grid', 'index' or 'random'", partition)
+    known = partition in ("alternate", "grid", "index", "kth", "random")
+    rule = "must be 'alternate', 'grid', 'index', 'kth' or 'random'"
+    check(known, OP, "partition", rule, partition)
     tokens = metric.shape[1]
     if not 0 <= protect_first <= tokens:
         fail(OP, "protect_first", f"must be 0 to the number of tokens, {tokens}", protect_first)
@@ -224,6 +241,7 @@ def _check_partition(
     grid: Any,
     cell: Any,
     destinations: Tensor | None,
+    group: Any,
     protect_first: int,
     generator: torch.Generator | None,
 ) -> None:
@@ -242,6 +260,10 @@ def _check_partition(
         if grid[0] * grid[1] != tokens:
             rule = f"must have a place for each token behind the protected ones, {tokens}"
             fail(OP, "grid", rule, grid)
+    if partition != "kth":
+        check(group is None, OP, "group", "goes with partition 'kth' alone", group)
+    else:
+        check(_are_sizes((group, 1)), OP, "group", "must be a positive integer", group)
     if partition != "index":
         check(destinations is None, OP, "destinations", "goes with partition 'index' alone",
               destinations)  # fmt: skip
