@@ -168,9 +168,12 @@ def _chosen(destinations: Tensor, tokens: int, held: int, protected: int = 0) ->
 def _groups(group: int, tokens: int, held: int, device: torch.device) -> _Parts:
     count = (tokens - held) // group
     last = torch.arange(1, count + 1, device=device) * group + (held - 1)
-    parts, end = _chosen(last, tokens, held), held + count * group
-    valid = None if end == tokens else parts.sources[held:] < end
-    return parts._replace(may_merge=parts.may_merge - (tokens - end), valid=valid)
+    parts, behind = _chosen(last, tokens, held), (tokens - held) % group
+    if behind == 0:
+        return parts
+    sources = torch.arange(tokens - held - count, device=device)  # behind those that are held
+    may_merge = parts.may_merge - behind
+    return parts._replace(may_merge=may_merge, valid=sources < may_merge)
 
 
 def _random(

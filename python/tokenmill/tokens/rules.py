@@ -3,6 +3,8 @@ words."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,11 @@ def check_out(op: str, out: Tensor, shape: list[int], read: dict[str, Tensor]) -
     for name, t in read.items():
         from_, until = _extent(t)
         shared = min(end, until) - max(begin, from_)
-        if shared > 0 and torch._C._is_alias_of(out, t):
+        if shared > 0 and out.untyped_storage()._cdata == t.untyped_storage()._cdata:
             fail(op, "out", f"must not reach into the memory of {name}; bytes", shared)
 
 
-def _extent(t: Tensor) -> tuple[int, int]:
+def _extent(t: Tensor) -> tuple[Any, Any]:
     """The bytes of its storage from the first element to behind the last one."""
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     first = t.storage_offset()
