@@ -84,10 +84,13 @@ inline void check_index_values(const char* op, const char* name, const View& t, 
   const int64_t rows = t.dim() == 2 ? t.size(0) : 1, entries = t.size(-1);
   const int64_t step = t.dim() == 2 ? t.step(0) : 0;
   const int32_t* ids = t.data<int32_t>();
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < entries; ++i)
-      check(ids[r * step + i] >= least && ids[r * step + i] < tokens, op, name,
-            Rule("must be ", least, " to ", tokens - 1), int64_t{ids[r * step + i]});
+  const auto good = [&](int32_t id) { return id >= least && id < tokens; };
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t *begin = ids + r * step, *end = begin + entries;
+    const int32_t* bad = std::find_if_not(begin, end, good);
+    if (bad != end)
+      fail(op, name, Rule("must be ", least, " to ", tokens - 1).text(), show(int64_t{*bad}));
+  }
   if (repeats) return;
   std::vector<int32_t> ordered(entries);
   for (int64_t r = 0; r < rows; ++r) {
