@@ -182,3 +182,32 @@ def test_agrees_with_pooling_channels_first(backend):
     most = torch.nn.functional.max_pool2d(first, 5, 1, 2)
     found = tm.local_pool(x, 5, mode="max", backend=backend)
     assert torch.equal(found, most.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dilation", "masked"),
+    [
+        ((1, 19, 37, 40), 3, 1, False),
+        ((1, 19, 37, 40), (3, 5), (2, 1), True),
+        ((2, 1, 300, 16), (1, 3), 1, False),
+        ((1, 40, 40, 8), 3, 6, True),
+    ],
+)
+def test_maps_of_several_tiles(shape, kernel, dilation, masked, mode, backend):
+    """Whole numbers: a maximum and its gradient are exact."""
+    device = device_of(backend)
+    generator = torch.Generator().manual_seed(0)
+    x, dout = (torch.randint(-9, 10, shape, generator=generator).float() for _ in range(2))
+    mask = torch.rand(shape[:3], generator=generator) < 0.7 if masked else None
+
+    def run(name, device):
+        leaf = x.to(device).requires_grad_()
+        taken = mask if mask is None else mask.to(device)
+        out = tm.local_pool(leaf, kernel, dilation=dilation, mode=mode, mask=taken,
+                            subtract_input=True, backend=name)  # fmt: skip
+        return out.detach().cpu(), torch.autograd.grad(out, leaf, dout.to(device))[0].cpu()
+
+    for got, want in zip(run(backend, device), run("reference", "cpu"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0 if mode == "max" else 1e-5)

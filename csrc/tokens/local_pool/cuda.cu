@@ -5,42 +5,123 @@ namespace {
 
 int64_t tokens_of(const LocalPoolParams& p) { return p.batch * p.height * p.width; }
 
-cuda::PoolPlan plan_of(const LocalPoolParams& p) {
-  return {cuda::Divisor::of(p.width), cuda::Divisor::of(p.height), static_cast<int>(tokens_of(p))};
+constexpr int64_t kFillBlocks = 128;  // smaller tiles before fewer blocks
+
+// Of tokens, their scales, and counts of lines and columns.
+int64_t tile_bytes(int64_t lines, int64_t pitch, int64_t lanes) {
+  return lines * pitch * (lanes * cuda::kPoolBytes + 4) + (lines + pitch) * 4;
 }
 
-cuda::RowGrid grid_of(const LocalPoolParams& p, int vector) {
-  return cuda::RowGrid(ceil_div(p.channels, vector), tokens_of(p), 1);
+// Tiles for windows that reach halo_y and halo_x. False: most of what they would read is halo.
+bool find_tiles(const LocalPoolParams& p, int vector, cuda::PoolTiles* tiles) {
+  constexpr int kLeastTokens = 64, kSector = 2, kConflictFree = 8;  // lanes
+  const int64_t halo_y = int64_t{p.kernel_y / 2} * p.dilation_y;
+  const int64_t halo_x = int64_t{p.kernel_x / 2} * p.dilation_x;
+  const int64_t chunks = ceil_div(p.channels, vector);
+  int64_t lanes = kSector, columns = 1, lines = 1;
+  for (;;) {
+    const int64_t width = ceil_div(p.width, columns), height = ceil_div(p.height, lines);
+    // Neighbours in a tile keep different banks from line to line.
+    const int64_t pitch = width + round_up(2 * halo_x, kConflictFree / lanes);
+    const int64_t lines_staged = height + 2 * halo_y, staged = pitch * lines_staged;
+    const int64_t blocks = p.batch * columns * lines * ceil_div(chunks, lanes);
+    const bool fits = tile_bytes(lines_staged, pitch, lanes) <= cuda::kTileBytes;
+    if (!fits || (blocks < kFillBlocks && width * height > kLeastTokens)) {
+      if (width * height <= kLeastTokens) return false;
+      width >= height ? columns *= 2 : lines *= 2;
+      continue;
+    }
+    if (lanes < kConflictFree && lanes < chunks && width * height * lanes < cuda::kRowThreads &&
+        tile_bytes(lines_staged, pitch, 2 * lanes) <= cuda::kTileBytes &&
+        blocks >= 2 * kFillBlocks) {
+      lanes *= 2;
+      continue;
+    }
+    if (2 * staged > int64_t{p.kernel_y} * p.kernel_x * width * height) return false;
+    const auto narrow = [](int64_t n) { return static_cast<int>(n); };
+    *tiles = {narrow(height),
+              narrow(width),
+              narrow(halo_y),
+              narrow(halo_x),
+              narrow(pitch),
+              narrow(ceil_div(p.height, height)),
+              narrow(ceil_div(p.width, width)),
+              narrow(ceil_div(chunks, lanes)),
+              narrow(lanes),
+              cuda::Divisor::of(narrow(width)),
+              cuda::Divisor::of(narrow(pitch))};
+    return true;
+  }
+}
+
+struct PoolLaunch {
+  cuda::PoolPlan plan;
+  bool tiled;
+  dim3 grid, block;
+  int shared;
+
+  PoolLaunch(const LocalPoolParams& p, int vector)
+      : plan{cuda::Divisor::of(p.width),
+             cuda::Divisor::of(p.height),
+             static_cast<int>(tokens_of(p)),
+             {}},
+        tiled(vector > 1 && find_tiles(p, vector, &plan.tiles)),
+        shared(0) {
+    const cuda::RowGrid g(ceil_div(p.channels, vector), tokens_of(p), 1);
+    grid = g.grid;
+    block = g.block;
+    if (!tiled) return;
+    const cuda::PoolTiles& t = plan.tiles;
+    grid = dim3(static_cast<unsigned>(p.batch * t.lines * t.columns * t.slices));
+    block = dim3(t.lanes, cuda::kRowThreads / t.lanes);
+    shared = static_cast<int>(tile_bytes(t.height + 2 * t.halo_y, t.pitch, t.lanes));
+  }
+};
+
+// run.operator()<kTiled>(launch)
+template <int kVector, typename Run>
+const char* run_pool(const LocalPoolParams& p, const Run& run) {
+  const PoolLaunch launch(p, kVector);
+  if (kVector > 1 && launch.tiled)
+    run.template operator()<(kVector > 1)>(launch);
+  else
+    run.template operator()<false>(launch);
+  return cuda::last_error();
 }
 
 template <typename T, int kVector>
 const char* launch_pool(const LocalPoolParams& p, cudaStream_t stream) {
   using namespace cuda;
-  const RowGrid g = grid_of(p, kVector);
-  if (p.is_max)
-    local_pool_kernel<T, kVector, true><<<g.grid, g.block, 0, stream>>>(p, plan_of(p));
-  else
-    local_pool_kernel<T, kVector, false><<<g.grid, g.block, 0, stream>>>(p, plan_of(p));
-  return last_error();
+  return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
+    if (p.is_max)
+      local_pool_kernel<T, kVector, true, kTiled><<<l.grid, l.block, l.shared, stream>>>(p, l.plan);
+    else
+      local_pool_kernel<T, kVector, false, kTiled>
+          <<<l.grid, l.block, l.shared, stream>>>(p, l.plan);
+  });
 }
 
 template <typename T, int kVector>
 const char* launch_backward(const LocalPoolBackwardParams& q, cudaStream_t stream) {
   using namespace cuda;
   const LocalPoolParams& p = q.forward;
-  const PoolPlan plan = plan_of(p);
-  const RowGrid g = grid_of(p, kVector);
-  if (p.is_max) {
-    auto* taps = static_cast<uint16_t*>(q.workspace);
-    pool_taps_kernel<T, kVector><<<g.grid, g.block, 0, stream>>>(p, plan, taps);
-    maximum_backward_kernel<T, kVector><<<g.grid, g.block, 0, stream>>>(q, plan, taps);
-  } else {
-    auto* scales = static_cast<float*>(q.workspace);
-    const RowGrid tokens(1, tokens_of(p), 1);
-    pool_scales_kernel<<<tokens.grid, tokens.block, 0, stream>>>(p, plan, scales);
-    mean_backward_kernel<T, kVector><<<g.grid, g.block, 0, stream>>>(q, plan, scales);
-  }
-  return last_error();
+  return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
+    if (p.is_max) {
+      auto* taps = static_cast<uint16_t*>(q.workspace);
+      pool_taps_kernel<T, kVector, kTiled><<<l.grid, l.block, l.shared, stream>>>(p, l.plan, taps);
+      const RowGrid g(ceil_div(p.channels, kVector), tokens_of(p), 1);
+      maximum_backward_kernel<T, kVector><<<g.grid, g.block, 0, stream>>>(q, l.plan, taps);
+    } else {
+      auto* scales = static_cast<float*>(q.workspace);
+      const RowGrid tokens(1, tokens_of(p), 1);
+      if (kTiled && !p.mask)
+        scales = nullptr;
+      else
+        pool_scales_kernel<<<tokens.grid, tokens.block, 0, stream>>>(p, l.plan, scales);
+      mean_backward_kernel<T, kVector, kTiled>
+          <<<l.grid, l.block, l.shared, stream>>>(q, l.plan, scales);
+    }
+  });
 }
 
 template <typename T>
