@@ -63,10 +63,57 @@ void pool_columns(const LocalPoolParams& p, const Source& s, const Line& at) {
   }
 }
 
+// Windows of three columns next to each other, where every token counts: each column is pooled once
+// and stays in registers while the windows pass it.
+template <DType kType, bool kMax, bool kScaled, typename Finish>
+TM_INLINE void slide_line(const LocalPoolParams& p, const Source& s, const Line& at,
+                          const Finish& finish) {
+  const Reach rows = reach_y(p, at.y);
+  const int64_t step = p.dilation_y * s.map.line, scale_step = int64_t{p.dilation_y} * p.width;
+  for_vectors(at.channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
+    constexpr int kVectors = decltype(vectors)::value;
+    const int64_t lanes = kVectors > 1 ? kWidth : n;
+    const auto both = [](vf a, vf b) TM_LAMBDA { return kMax ? max_or_nan(b, a) : a + b; };
+    const auto pool_column = [&](int x, vf(&pooled)[kVectors]) TM_LAMBDA {
+      TM_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) pooled[v] = set(kMax ? -kInfinity : 0);
+      if (x == p.width) return;
+      const char* const first = s.map.at(at.b, rows.first, x, at.c + c);
+      const float* const scales = kScaled ? s.scales + int64_t{rows.first} * p.width + x : nullptr;
+      for (int i = 0; i < rows.count; ++i) {
+        const vf scale = set(kScaled ? scales[i * scale_step] : 1);
+        TM_UNROLL(4)
+        for (int v = 0; v < kVectors; ++v) {
+          const vf e = Elements<kType>::load_n(first + i * step, v * kWidth, lanes);
+          pooled[v] = both(pooled[v], kScaled ? e * scale : e);
+        }
+      }
+    };
+    vf left[kVectors], here[kVectors], right[kVectors];
+    TM_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) left[v] = set(kMax ? -kInfinity : 0);
+    pool_column(0, here);
+    for (int x = 0; x < p.width; ++x) {
+      pool_column(x + 1, right);
+      TM_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) {
+        finish(x, at.c + c + v * kWidth, lanes, both(both(left[v], here[v]), right[v]));
+        left[v] = here[v];
+        here[v] = right[v];
+      }
+    }
+  });
+}
+
 // finish(x, c, n, pooled) for each token of a line.
 template <DType kType, bool kMax, bool kScaled, typename Finish>
 TM_INLINE void pool_line(const LocalPoolParams& p, const Source& s, const Reach* reaches,
                          const Line& at, const Finish& finish) {
+  // More vectors of channels than that would walk along the line once each, far from token to
+  // token.
+  const bool few = p.channels <= 4 * kWidth;
+  if (few && p.kernel_y > 1 && p.kernel_x == 3 && p.dilation_x == 1 && (kScaled || !p.mask))
+    return slide_line<kType, kMax, kScaled>(p, s, at, finish);
   const bool columns = p.kernel_y > 1;
   if (columns) pool_columns<kType, kMax, kScaled>(p, s, at);
   Taps taps;
@@ -128,28 +175,26 @@ void for_lines(const LocalPoolParams& p, const Visit& visit) {
 
 template <DType kType, bool kMax>
 void forward(const LocalPoolParams& p) {
+  constexpr bool kDivides = kType == DType::float32;  // 16 bits hide the rounding of a reciprocal
   const Source source{map_of_x(p, sizeof(typename Elements<kType>::type)), nullptr};
   const int64_t step = p.kernel_y > 1 ? channels_at_once(p) : p.channels;
   const int64_t floats = p.kernel_y > 1 ? step * p.width : 0;
   const std::vector<Reach> reaches = reaches_x(p);
   for_lines(p, [&](int64_t b, int begin, int end) {
-    std::vector<int> numbers(2 * p.width);
-    cpu::Workspace memory(floats + 16);
-    float* columns = memory.take(floats);
-    int* count = numbers.data() + p.width;
+    cpu::Workspace memory(floats + 3 * p.width + 48);
+    float *columns = memory.take(floats), *factors = memory.take(p.width);
+    int *numbers = reinterpret_cast<int*>(memory.take(2 * p.width)), *count = numbers + p.width;
     for (int y = begin; y < end; ++y) {
-      count_line(p, reaches.data(), b, y, numbers.data(), count);
+      count_line(p, reaches.data(), b, y, numbers, count);
+      for (int x = 0; x < p.width; ++x)
+        factors[x] = kDivides ? divisor(p, count[x]) : 1 / divisor(p, count[x]);
       for (int64_t c = 0; c < p.channels; c += step) {
         const Line line{b, y, c, std::min(step, p.channels - c), columns};
         pool_line<kType, kMax, false>(
             p, source, reaches.data(), line,
             [&](int x, int64_t at, int64_t n, vf pooled) TM_LAMBDA {
-              // 16 bits hide the rounding of the reciprocal.
-              if (!kMax && kType == DType::float32)
-                pooled = pooled / set(divisor(p, count[x]));
-              else if (!kMax)
-                pooled = pooled * set(1 / divisor(p, count[x]));
-              if (count[x] == 0) pooled = zero();
+              if (!kMax) pooled = kDivides ? pooled / set(factors[x]) : pooled * set(factors[x]);
+              if (kMax && count[x] == 0) pooled = zero();
               if (p.subtract_input)
                 pooled = pooled - Elements<kType>::load_n(source.map.at(b, y, x, 0), at, n);
               Elements<kType>::store_n(p.out, out_at(p, b, y, x, at), pooled, n);
@@ -168,12 +213,11 @@ void backward(const LocalPoolBackwardParams& q) {
   const int64_t halo = int64_t{p.kernel_y / 2} * p.dilation_y, height = p.height;
   const std::vector<Reach> reaches = reaches_x(p);
   for_lines(p, [&](int64_t b, int begin, int end) {
-    std::vector<int> numbers(2 * p.width);
-    cpu::Workspace memory(height * p.width + floats + 32);
+    cpu::Workspace memory(height * p.width + floats + 2 * p.width + 48);
     float *columns = memory.take(floats), *scales = memory.take(height * p.width);
-    int* count = numbers.data() + p.width;
+    int *numbers = reinterpret_cast<int*>(memory.take(2 * p.width)), *count = numbers + p.width;
     for (int64_t y = std::max<int64_t>(begin - halo, 0); y < std::min(end + halo, height); ++y) {
-      count_line(p, reaches.data(), b, static_cast<int>(y), numbers.data(), count);
+      count_line(p, reaches.data(), b, static_cast<int>(y), numbers, count);
       for (int x = 0; x < p.width; ++x)
         scales[y * p.width + x] = count[x] ? 1 / divisor(p, count[x]) : 0;
     }
