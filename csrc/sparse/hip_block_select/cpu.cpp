@@ -85,8 +85,8 @@ class Searcher {
         most_queries(p.group * (std::min(p.block_q, p.queries) / p.stride_q + 1)),
         padded(round_up(most_queries, kLanes)),
         room(2 * p.wanted + kWidth),
-        memory(padded * (ldw + 1) + kLanes * row_floats + kRows * ldw + room * (kWidth + 5) +
-               row_floats + p.wanted * 2 * p.block_k * kProbeFloats + 16 * 16) {
+        memory(padded * (ldw + 1) + kLanes * row_floats + kRows * ldw + room * (kWidth + 6) +
+               row_floats + p.wanted * 2 * p.block_k * kProbeFloats + 16 * 17) {
     queries = memory.take(padded * ldw);
     deficits = memory.take(padded);
     gathered = reinterpret_cast<char*>(memory.take(kLanes * row_floats));
@@ -94,6 +94,7 @@ class Searcher {
     best = memory.take(room * kWidth);
     nodes = reinterpret_cast<HipNode*>(memory.take(2 * room));
     scores = memory.take(room);
+    first_scores = memory.take(room);
     found_scores = memory.take(room);
     numbers = reinterpret_cast<int32_t*>(memory.take(room + kWidth));
     zeros = memory.take(row_floats);
@@ -126,6 +127,7 @@ class Searcher {
 
   void add(int64_t& count, HipNode node) {
     nodes[count] = node;
+    first_scores[count] = kUnknown;
     scores[count++] = kUnknown;
   }
 
@@ -182,22 +184,26 @@ class Searcher {
     return count;
   }
 
-  // Nodes become their halves, from the last on: in place. A half with the representative of its
-  // node has its score.
+  // Nodes become their halves, from the last on: in place. Known are the scores of a node's
+  // representative and of its first block, if that represented a node before.
   int64_t halve(int64_t count) {
     int64_t halves = 2 * count;
     for (int64_t i = 0; i < count; ++i) halves -= nodes[i].end - nodes[i].begin == 1;
     for (int64_t i = count - 1, to = halves; i >= 0; --i) {
       const HipNode node = nodes[i];
-      const float score = scores[i];
+      const float score = scores[i], first_score = first_scores[i];
       const int32_t middle = node.begin + (node.end - node.begin) / 2;
-      const int32_t known = hip_representative(p, node);
-      const HipNode left{node.begin, middle}, right{middle, node.end};
-      nodes[--to] = right;  // of a node of one block: the node
-      scores[to] = hip_representative(p, right) == known ? score : kUnknown;
-      if (middle == node.begin) continue;
-      nodes[--to] = left;
-      scores[to] = hip_representative(p, left) == known ? score : kUnknown;
+      const int32_t scored = hip_representative(p, node);
+      const auto known = [&](int32_t block) TM_LAMBDA {
+        return block == scored ? score : block == node.begin ? first_score : kUnknown;
+      };
+      const auto put = [&](HipNode half) TM_LAMBDA {
+        nodes[--to] = half;
+        scores[to] = known(hip_representative(p, half));
+        first_scores[to] = known(half.begin);
+      };
+      put({middle, node.end});  // of a node of one block: the node
+      if (middle > node.begin) put({node.begin, middle});
     }
     return halves;
   }
@@ -378,6 +384,7 @@ class Searcher {
     for (int64_t i = 0; i < kept; ++i) {
       nodes[i] = nodes[numbers[i]];
       scores[i] = scores[numbers[i]];
+      first_scores[i] = first_scores[numbers[i]];
     }
     return kept;
   }
@@ -398,7 +405,8 @@ class Searcher {
   float *queries, *deficits, *converted, *best, *zeros;
   char* gathered;
   HipNode* nodes;
-  float *scores, *found_scores;  // kUnknown: not known yet
+  float *scores, *first_scores;  // kUnknown: not known yet
+  float* found_scores;
   int32_t* numbers;
   Probe* probes;
   int64_t b = 0, kv_head = 0, end = 0, count_queries = 0, panels = 0;
