@@ -326,6 +326,31 @@ def test_decoding_selects_what_prefill_does(backend):
         assert torch.equal(one[1], counts[:, :, i : i + 1])
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["whole", "paged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
+)
+def test_the_end_of_a_long_prefill(backend, isa, dtype, paged):
+    """Keys that many query blocks read are copied, others read in place: the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, last = 8200, 200  # whole query blocks, and one of 8
+    q = torch.randn(1, tokens, 2, 5, generator=generator).to(dtype)
+    k = torch.randn(1, 129 * 64, 1, 5, generator=generator).to(dtype)
+    options = {"block_k": 8, "budget": 2048, "num_recent": 32}
+    if paged:
+        order = torch.randperm(129, generator=generator)
+        k = k.view(129, 64, 1, 5)[order]
+        options["block_table"] = order.argsort().int()[None]
+        options["seqlens_k"] = torch.tensor([tokens], dtype=torch.int32)
+    else:
+        k = k[:, :tokens]
+    whole_lists = select(q, k, backend, **options)
+    lists = select(q[:, tokens - last :], k, backend, **options)
+    for own, all_of_them in zip(lists, whole_lists, strict=True):
+        assert torch.equal(own, all_of_them[:, :, tokens // 64 + 1 - own.shape[2] :])
+
+
 @each_backend
 def test_a_list_goes_on_from_itself(backend):
     """Nodes of one block stay; nodes of two or more have the blocks of the list among theirs."""

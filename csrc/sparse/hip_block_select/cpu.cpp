@@ -1,11 +1,13 @@
 // The search of one query block after the other. Its queries lie across the lanes of vectors, and
-// the keys of representatives are multiplied with them from where they are in memory: nothing is
-// gathered but what must be converted. Few queries are multiplied along the head dimension instead.
+// the keys of representatives are multiplied with them one by one: from a copy of their head, if
+// many query blocks read it, else from where they are in memory. Few queries are multiplied along
+// the head dimension instead.
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
@@ -22,6 +24,10 @@ constexpr int kLanes = kVectors * kWidth;
 constexpr int64_t kFewQueries = 4;
 constexpr int64_t kAhead = 2 * kRows;  // keys that are prefetched
 constexpr int64_t kAheadFew = 64;
+// Keys of a head lie on pages that they share with other heads: from so many on, address
+// translation takes a quarter of the time, and a copy of the head pays if each key is read so
+// often.
+constexpr int64_t kCopiedKeys = 8192, kCopiedReads = 16;
 
 // Unsigned integers in the order of the scores, and back.
 TM_INLINE uint32_t key_of(float x) {
@@ -76,8 +82,9 @@ __attribute__((noinline)) void score_rows(const float* const (&rows)[kRows], con
 template <class Op>
 class Searcher {
  public:
-  explicit Searcher(const HipParams& p)
+  Searcher(const HipParams& p, int64_t shares)
       : p(p),
+        shares(shares),
         element_size(p.dtype == DType::float32 ? 4 : 2),
         words(words_of<Op>(p.head_dim)),
         ldw(round_up(words, kWidth)),
@@ -85,8 +92,11 @@ class Searcher {
         most_queries(p.group * (std::min(p.block_q, p.queries) / p.stride_q + 1)),
         padded(round_up(most_queries, kLanes)),
         room(2 * p.wanted + kWidth),
+        copies(p.k.rows >= kCopiedKeys &&
+               p.blocks / shares * 4 * p.wanted * p.block_k >= kCopiedReads * p.k.rows),
         memory(padded * (ldw + 1) + kLanes * row_floats + kRows * ldw + room * (kWidth + 6) +
-               row_floats + p.wanted * 2 * p.block_k * kProbeFloats + 16 * 17) {
+               row_floats + p.wanted * 2 * p.block_k * kProbeFloats +
+               (copies ? p.k.rows * ldw : 0) + 16 * 18) {
     queries = memory.take(padded * ldw);
     deficits = memory.take(padded);
     gathered = reinterpret_cast<char*>(memory.take(kLanes * row_floats));
@@ -100,30 +110,41 @@ class Searcher {
     zeros = memory.take(row_floats);
     std::fill(zeros, zeros + row_floats, 0.f);
     probes = reinterpret_cast<Probe*>(memory.take(p.wanted * 2 * p.block_k * kProbeFloats));
+    if (!copies) return;
+    copy = memory.take(p.k.rows * ldw);
+    cpu::prefer_huge_pages(copy, p.k.rows * ldw * 4);
   }
 
+  // A share of the query blocks of one list.
   void run(int64_t item) {
-    const int64_t block = item % p.blocks, list = item / p.blocks % p.lists;
-    b = item / (p.blocks * p.lists);
-    const HipRows rows = hip_rows(p, block);
-    end = hip_end(p, clamped_length(p.lengths, b, p.k.rows), rows.first);
-    const HipNode all = hip_admissible(p, end);
-    int32_t* const indices = p.indices + item * p.wanted;
-    int64_t found = std::min<int64_t>(all.end - all.begin, p.wanted);
-    if (all.end - all.begin <= p.wanted) {
-      for (int32_t i = 0; i < found; ++i) indices[i] = all.begin + i;
-    } else {
-      kv_head = list * p.kv_heads / p.lists;
-      load_queries(list, rows);
-      found = p.exact ? scan(all) : descend(all, list, block);
-      for (int64_t i = 0; i < found; ++i) indices[i] = nodes[i].begin;
-    }
-    std::fill(indices + found, indices + p.wanted, -1);
-    p.counts[item] = static_cast<int32_t>(found);
+    const int64_t list = item / shares % p.lists;
+    b = item / (shares * p.lists);
+    kv_head = list * p.kv_heads / p.lists;
+    tokens = clamped_length(p.lengths, b, p.k.rows);
+    for (int64_t block = item % shares; block < p.blocks; block += shares)
+      search((b * p.lists + list) * p.blocks + block, list, block);
   }
 
  private:
   static constexpr int64_t kProbeFloats = sizeof(Probe) / sizeof(float);
+
+  void search(int64_t at, int64_t list, int64_t block) {
+    const HipRows rows = hip_rows(p, block);
+    end = hip_end(p, tokens, rows.first);
+    const HipNode all = hip_admissible(p, end);
+    int32_t* const indices = p.indices + at * p.wanted;
+    int64_t found = std::min<int64_t>(all.end - all.begin, p.wanted);
+    if (all.end - all.begin <= p.wanted) {
+      for (int32_t i = 0; i < found; ++i) indices[i] = all.begin + i;
+    } else {
+      load_queries(list, rows);
+      if (copies && !few) copy_head();
+      found = p.exact ? scan(all) : descend(all, list, block);
+      for (int64_t i = 0; i < found; ++i) indices[i] = nodes[i].begin;
+    }
+    std::fill(indices + found, indices + p.wanted, -1);
+    p.counts[at] = static_cast<int32_t>(found);
+  }
 
   void add(int64_t& count, HipNode node) {
     nodes[count] = node;
@@ -245,18 +266,31 @@ class Searcher {
     return static_cast<const char*>(p.k.data) + (run.offset + kv_head * p.k.head) * element_size;
   }
 
+  // The keys of the current head, as words.
+  void copy_head() {
+    const int64_t head = b * p.kv_heads + kv_head;
+    if (head == copied) return;
+    for (int64_t t = 0; t < tokens; ++t) {
+      prefetch(key(std::min(t + kAhead, tokens - 1)), p.head_dim * element_size);
+      pack_rows<Op>(key(t), p.dtype, 0, 1, 1, p.head_dim, 1, copy + t * ldw, ldw);
+    }
+    copied = head;
+  }
+
   // Scores of the nodes that have none.
   void score(int64_t count) {
     int64_t slots = 0, probed = 0;
-    const bool paged = p.k.table != nullptr;
-    const char* const keys = paged ? nullptr : key(0);
-    const int64_t step = p.k.seq * element_size;
+    const bool from_copy = copies && !few, anywhere = !from_copy && p.k.table != nullptr;
+    const char* const keys = from_copy  ? reinterpret_cast<const char*>(copy)
+                             : anywhere ? nullptr
+                                        : key(0);
+    const int64_t step = from_copy ? ldw * 4 : p.k.seq * element_size;
     for (int64_t i = 0; i < count; ++i) {
       if (scores[i] == scores[i]) continue;
       const int64_t first = hip_representative(p, nodes[i]) * p.block_k;
       const int64_t from = std::max(first, p.num_sink), until = std::min(first + p.block_k, end);
       for (int64_t t = from; t < until; ++t)
-        probes[probed++] = {paged ? key(t) : keys + t * step, static_cast<int32_t>(slots),
+        probes[probed++] = {anywhere ? key(t) : keys + t * step, static_cast<int32_t>(slots),
                             static_cast<float>(end - t)};
       numbers[slots++] = static_cast<int32_t>(i);
     }
@@ -264,17 +298,18 @@ class Searcher {
     if (few)
       score_few(probed, slots);
     else
-      score_many(probed, slots);
+      score_many(probed, slots, from_copy);
     for (int64_t i = 0; i < slots; ++i) scores[numbers[i]] = found_scores[i] + 0.f;  // not -0
   }
 
-  TM_INLINE void prefetch(int64_t i) const {
-    for (int64_t byte = 0; byte < p.head_dim * element_size; byte += 64)
-      __builtin_prefetch(probes[i].key + byte, 0, 2);
+  static TM_INLINE void prefetch(const char* row, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 
-  void score_many(int64_t probed, int64_t slots) {
-    const bool direct = p.dtype == DType::float32 || (Op::kPair == 2 && p.head_dim % 2 == 0);
+  void score_many(int64_t probed, int64_t slots, bool from_copy) {
+    const bool direct =
+        from_copy || p.dtype == DType::float32 || (Op::kPair == 2 && p.head_dim % 2 == 0);
+    const int64_t row_bytes = from_copy ? words * 4 : p.head_dim * element_size;
     for (int64_t i = 0; i < slots * kWidth; i += kWidth) store(best + i, set(kNegInf));
     for (int64_t first = 0; first < probed; first += kRows) {
       const float* rows[kRows];
@@ -287,7 +322,7 @@ class Searcher {
         to[i] = best + probe.slot * kWidth;
         rooms[i] = probe.room;
         masked |= probe.room <= max_deficit;
-        prefetch(std::min(first + i + kAhead, probed - 1));
+        prefetch(probes[std::min(first + i + kAhead, probed - 1)].key, row_bytes);
       }
       if (!direct)
         for (int i = 0; i < kRows; ++i) {
@@ -317,7 +352,8 @@ class Searcher {
         const T* row[kWidth];
         for (int64_t i = 0; i < kWidth; ++i) {
           row[i] = reinterpret_cast<const T*>(probes[std::min(first + i, probed - 1)].key);
-          prefetch(std::min(first + i + kAheadFew, probed - 1));
+          prefetch(probes[std::min(first + i + kAheadFew, probed - 1)].key,
+                   p.head_dim * element_size);
         }
         for (int64_t r = 0; r < count_queries; ++r) {
           vf acc[kWidth];
@@ -400,25 +436,32 @@ class Searcher {
   }
 
   const HipParams& p;
-  int64_t element_size, words, ldw, row_floats, most_queries, padded, room;
+  int64_t shares, element_size, words, ldw, row_floats, most_queries, padded, room;
+  bool copies;
   cpu::Workspace memory;
   float *queries, *deficits, *converted, *best, *zeros;
   char* gathered;
+  float* copy = nullptr;  // rows of ldw words
   HipNode* nodes;
   float *scores, *first_scores;  // kUnknown: not known yet
   float* found_scores;
   int32_t* numbers;
   Probe* probes;
-  int64_t b = 0, kv_head = 0, end = 0, count_queries = 0, panels = 0;
+  int64_t b = 0, kv_head = 0, copied = -1, tokens = 0, end = 0, count_queries = 0, panels = 0;
   float max_deficit = 0;
   bool few = false;
 };
 
 template <class Op>
 void search(const HipParams& p, int threads) {
-  cpu::parallel_items(p.batch * p.lists * p.blocks, threads, [&](cpu::ItemCounter& counter) {
+  const int64_t lists = p.batch * p.lists;
+  if (lists == 0 || p.blocks == 0) return;
+  // At least four items per thread for balance.
+  const int64_t shares =
+      threads == 1 ? 1 : std::min(p.blocks, ceil_div(int64_t{4} * threads, lists));
+  cpu::parallel_items(lists * shares, threads, [&](cpu::ItemCounter& counter) {
     FlushDenormals flush;
-    Searcher<Op> searcher(p);
+    Searcher<Op> searcher(p, shares);
     for (int64_t item; (item = counter.next()) >= 0;) searcher.run(item);
   });
 }
