@@ -152,6 +152,9 @@ ROWS = {
     ),
     "sparse_decode_attention": ("^tokens$", {"traffic_over_least": 1.15}),
     "topk_select": ("^normal 1 x 65536, k=512", {"traffic_over_least": 3, "instructions": 100}),
+    "bilevel_routing_attention": ("8 x 8, 4 each, float16$", {"traffic_over_least": 1.05}),
+    "block_sparse_attention": ("blocks of 2, float16$", {"traffic_over_least": 1.05}),
+    "hip_block_select": ("^512 queries, float16$", {"traffic_over_least": 1.05}),
     "best_match": ("", {"traffic_over_least": 6.6}),
     "gather_fuse": ("kept$", {"traffic_over_least": 1.1}),
     "gather_tokens": ("", {"traffic_over_least": 1.1}),
@@ -161,7 +164,10 @@ ROWS = {
     "topk_partition": ("", {"traffic_over_least": 3.1}),
 }
 # Sums over few lanes, and histograms, meet in banks.
-WAVES = {"gather_fuse": 3.3, "topk_partition": 1.7, "topk_select": 1.5}
+WAVES = {
+    "bilevel_routing_attention": 1.02, "gather_fuse": 3.3, "hip_block_select": 1.1,
+    "topk_partition": 1.7, "topk_select": 1.5,
+}  # fmt: skip
 
 
 @built
@@ -185,3 +191,16 @@ def test_gradients_are_counted_apart(tmp_path):
     """A backward row has the kernels of the backward alone, and no peers."""
     (row,) = rows_of("^backward D64 S1024 H2, decay", ["linear_attention"], tmp_path)
     assert row["against"] == {} and 1 <= row["mma_over_least"] < 2
+
+
+@built
+def test_work_of_lists(tmp_path):
+    """Tensor cores multiply what lists name, and nothing else; heads of 32 are filled up to 64."""
+    least = {"block_sparse_attention": 1, "hip_block_select": 1, "bilevel_routing_attention": 2}
+    rows = rows_of("^(256|512|16 regions of 8).*, float16$", list(least), tmp_path)
+    assert {row["op"] for row in rows} == set(least)
+    for row in rows:
+        backward = "backward" in row["case"]
+        assert row["mma_over_least"] == pytest.approx(least[row["op"]] * (1.4 if backward else 1))
+        exponentials = 16 * row["cycles"]["special"] / 1000  # of a score
+        assert exponentials <= {"hip_block_select": 0}.get(row["op"], 2 if backward else 1.1)

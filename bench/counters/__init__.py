@@ -12,7 +12,7 @@ from typing import Any
 from tokenmill import library
 
 from ..progress import progress
-from . import attention, decode, linear, select, tokens
+from . import attention, decode, linear, select, sparse, tokens
 from .case import FIGURES, Counted, CounterCase, measure
 
 OPS: dict[str, Counted] = {
@@ -22,6 +22,7 @@ OPS: dict[str, Counted] = {
     "linear_attention": linear.COUNTED,
     "sparse_decode_attention": decode.SPARSE,
     "topk_select": select.TOPK,
+    **sparse.COUNTED,
     **tokens.COUNTED,
 }
 CASE_WIDTH = 60

@@ -1,0 +1,155 @@
+"""Cases of the operators on lists of blocks. Every block of queries reads the keys and values that
+its list names: the least is to read each of them once for every list that names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenmill as tm
+
+from .case import Counted, CounterCase, products
+
+F16, F32 = torch.float16, torch.float32
+
+
+def _draw(dtype: torch.dtype, count: int, *shape: int, grad: bool = False) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=g).to(dtype).requires_grad_(grad) for _ in range(count)
+    ]  # fmt: skip
+
+
+def _listed(
+    title: str,
+    dtype: torch.dtype,
+    call: Callable[..., Any],
+    shape: tuple[int, ...],
+    queries: int,
+    entries: int,
+    keys: int,
+    block_q: int,
+    backward: bool,
+) -> CounterCase:
+    """`queries` rows of all heads see `keys` keys each; a list of `block_q` of them has `entries`
+    for each head."""
+    dim = shape[-1]
+    row = dim * dtype.itemsize
+
+    def prepare() -> Callable[[], object]:
+        q, k, v = _draw(dtype, 3, *shape, grad=backward)
+        if not backward:
+            return lambda: call(q, k, v)
+        out = call(q, k, v)
+        (cotangent,) = _draw(dtype, 1, *out.shape)
+        return lambda: torch.autograd.grad(out, (q, k, v), cotangent, retain_graph=True)
+
+    scores = queries * keys
+    # Forward: q, out and lse once. Backward: k and v for dq; for dk and dv, q and the gradient of
+    # out for each list that names a block; and each gradient once.
+    read = queries // block_q * keys * 2 * row
+    least = read + queries * (2 * row + 4) if not backward else 2 * read + queries * (6 * row + 4)
+    mma = products((5 if backward else 2) * scores * dim, dtype)
+    name = f"{title}, {'backward, ' if backward else ''}{str(dtype)[6:]}"
+    return CounterCase(name, scores / 1000, least, mma, prepare)
+
+
+def _regions(dtype: torch.dtype, side: int, backward: bool = False) -> CounterCase:
+    """A map of 4 x 4 regions of side x side pixels, of which each attends to 4."""
+    heads, dim, parts, topk = 2, 32, 4, 4
+    g = torch.Generator().manual_seed(1)
+    graph = torch.rand(1, 1, parts**2, parts**2, generator=g).argsort(3)[..., :topk].int()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tm.bilevel_routing_attention(
+            q, k, v, region_size=side, region_graph=graph, backend="emulated"
+        )
+
+    size = parts * side
+    return _listed(
+        f"{parts**2} regions of {side} x {side}, {topk} each", dtype, call,
+        (1, size, size, heads, dim), size**2 * heads, topk, topk * side**2, side**2, backward,
+    )  # fmt: skip
+
+
+def regions_cases() -> Iterator[CounterCase]:
+    for dtype in (F16, F32):
+        yield _regions(dtype, 8)
+    yield _regions(F16, 7)
+    yield _regions(F16, 8, backward=True)
+
+
+def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> CounterCase:
+    """A quarter of 1024 keys for each block of 64 queries and each head."""
+    heads, dim, tokens, block_q = 2, 64, 1024, 64
+    entries = tokens // 4 // block_k
+    g = torch.Generator().manual_seed(1)
+    drawn = torch.rand(1, heads, tokens // block_q, tokens // block_k, generator=g)
+    indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
+    counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tm.block_sparse_attention(
+            q, k, v, indices, counts, block_q=block_q, block_k=block_k, causal=False,
+            backend="emulated",
+        )  # fmt: skip
+
+    return _listed(
+        f"256 of {tokens} keys in blocks of {block_k}", dtype, call, (1, tokens, heads, dim),
+        tokens * heads, entries, tokens // 4, block_q, backward,
+    )  # fmt: skip
+
+
+def blocks_cases() -> Iterator[CounterCase]:
+    for block_k in (64, 16, 2):
+        yield _blocks(F16, block_k)
+    yield _blocks(F32, 64)
+    yield _blocks(F16, 64, backward=True)
+
+
+def _search(
+    name: str, dtype: torch.dtype, queries: int, heads: int = 1, kv_heads: int = 1, dim: int = 64,
+    exact: bool = False,
+) -> CounterCase:  # fmt: skip
+    """Of 4096 keys 256 in blocks of 2, not causal: every query block halves nodes of 16 blocks down
+    to one. The last step knows the second half of each."""
+    tokens, budget, block_q = 4096, 256, 64
+    steps = int(math.log2(tokens / budget))
+    keys = tokens if exact else (2 * steps - 1) * budget
+    lists = kv_heads * max(queries // block_q, 1)
+    speakers = max(min(queries, block_q) // 2, 1) * (heads // kv_heads)
+    options: dict[str, Any] = {"bound": "minmax"} if exact else {}
+
+    def prepare() -> Callable[[], object]:
+        (q,) = _draw(dtype, 1, 1, queries, heads, dim)
+        (k,) = _draw(dtype, 1, 1, tokens, kv_heads, dim)
+        return lambda: tm.hip_block_select(
+            q, k, budget=budget, block_q=block_q, num_sink=0, num_recent=0, causal=False,
+            head_reduce="group_max", backend="emulated", **options,
+        )  # fmt: skip
+
+    scores = lists * keys * speakers
+    least = lists * ((keys + speakers) * dim * dtype.itemsize + budget // 2 * 4)
+    return CounterCase(
+        f"{name}, {str(dtype)[6:]}", scores / 1000, least, products(scores * dim, dtype), prepare
+    )
+
+
+def search_cases() -> Iterator[CounterCase]:
+    for dtype in (F16, F32):
+        yield _search("512 queries", dtype, 512)
+    yield _search("512 queries, D=128", F16, 512, dim=128)
+    yield _search("512 queries, every product", F16, 512, exact=True)
+    yield _search("decode, 8 heads of 2 key heads", F16, 1, 8, 2, 128)
+
+
+PER = "1000 scores"
+COUNTED = {
+    "bilevel_routing_attention": Counted(f"{PER}; H=2, D=32", regions_cases),
+    "block_sparse_attention": Counted(f"{PER}; H=2, D=64", blocks_cases),
+    "hip_block_select": Counted(f"{PER}; 256 of 4096 keys, D=64", search_cases),
+}
