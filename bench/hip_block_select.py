@@ -1,62 +1,154 @@
-"""Cases of hip_block_select: the lists of a prefill and of decoding, beside every product."""
+"""Cases of hip_block_select: the lists of a prefill and of decoding beside those that every product
+gives, and hip_attention beside attention to every key. Peers of longer prefills take a minute a
+call, and are left out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import tokenmill as tm
 
-from .case import Case, Run, place
+from .attention import sdpa
+from .case import Absent, Case, Run, place
 
-BUDGET, BLOCK_Q, STRIDE_Q, SINK, RECENT = 512, 64, 2, 16, 256
+BUDGET, BLOCK_Q, BLOCK_K, STRIDE_Q, SINK, RECENT = 512, 64, 2, 2, 16, 256
+DECODED = 8  # tokens that one search serves
+LONGEST_PEER = 32768
 
 
-def _keys_scored(queries: int, tokens: int, exact: bool) -> float:
-    """Of all query blocks of a head, keys of representatives that are multiplied."""
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    queries: int
+    heads: int = 8
+    kv_heads: int = 8
+    dim: int = 64
+
+    @property
+    def last_queries(self) -> range:
+        """The last query of each query block."""
+        return range(min(BLOCK_Q, self.queries) - 1, self.queries, BLOCK_Q)
+
+    def draw(self, dtype: torch.dtype) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        rows = ((self.queries, self.heads), *[(self.tokens, self.kv_heads)] * 2)
+        return [place(torch.randn(1, *row, self.dim, generator=g).to(dtype)) for row in rows]
+
+
+def keys_scored(shape: Shape) -> float:
+    """Of all query blocks of a head, keys of representatives that are multiplied. The last of
+    several steps knows the second block of each pair, which stood for it, and the first one, if it
+    began the second half of a node that was scored: without preferences all but 1 of 2^(steps - 2)
+    did."""
     total = 0.0
-    for last in range(min(BLOCK_Q, queries) - 1, queries, BLOCK_Q):
-        seen = max(tokens - queries + last + 1 - RECENT - SINK, 0)
+    for last in shape.last_queries:
+        seen = max(shape.tokens - shape.queries + last + 1 - RECENT - SINK, 0)
         steps = math.ceil(math.log2(max(seen / BUDGET, 1)))
-        total += seen if exact else max(2 * steps - 1, 0) * BUDGET  # the last step knows half
+        if steps == 1:
+            total += seen
+        elif steps > 1:
+            total += (2 * (steps - 1) + 2.0 ** (2 - steps)) * BUDGET
     return total
 
 
-def _case(
-    title: str, tokens: int, dtype: torch.dtype, queries: int = 1, heads: int = 8,
-    kv_heads: int = 8, dim: int = 64, exact: bool = False,
-) -> Case:  # fmt: skip
-    bound = "minmax" if exact else "sample"
+def _pairs(shape: Shape) -> float:
+    """Pairs of a query and a key that it attends to, of a head."""
+    most = BUDGET + SINK + RECENT
+    return float(sum(min(shape.tokens - i, most) for i in range(shape.queries)))
+
+
+def _work(shape: Shape) -> float:
+    """Of the search."""
+    speakers = min(BLOCK_Q, shape.queries) // STRIDE_Q or 1
+    return 2.0 * shape.dim * shape.heads * keys_scored(shape) * speakers
+
+
+def _list_heads(shape: Shape, options: dict[str, Any]) -> int:
+    return shape.kv_heads if options.get("head_reduce") == "group_max" else shape.heads
+
+
+def _lists(name: str, shape: Shape, dtype: torch.dtype, **options: Any) -> Case:
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        q, k, _ = shape.draw(dtype)
+
+        def peer() -> Run:
+            _check_length(shape.queries)
+            return lambda: tm.hip_block_select(q, k, bound="minmax", **options)
+
+        return lambda: tm.hip_block_select(q, k, **options), {"every product": peer}
+
+    lists = _list_heads(shape, options)
+    keys = min(shape.tokens * shape.kv_heads, lists * keys_scored(shape))
+    entries = lists * len(shape.last_queries) * BUDGET // BLOCK_K
+    moved = (shape.queries * shape.heads + keys) * shape.dim * dtype.itemsize + entries * 4
+    return Case("hip_block_select", name, dtype, _work(shape), moved, prepare, length=shape.queries)
+
+
+def _check_length(queries: int) -> None:
+    if queries > LONGEST_PEER:
+        raise Absent("a minute a call")
+
+
+def _prefill(tokens: int, dtype: torch.dtype) -> Case:
+    shape = Shape(tokens, tokens)
 
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
-        generator = torch.Generator().manual_seed(0)
-        q = place(torch.randn(1, queries, heads, dim, generator=generator).to(dtype))
-        k = place(torch.randn(1, tokens, kv_heads, dim, generator=generator).to(dtype))
+        q, k, v = shape.draw(dtype)
 
-        def run() -> object:
-            return tm.hip_block_select(q, k, bound=bound)  # type: ignore[arg-type]
+        def peer() -> Run:
+            _check_length(tokens)
+            own = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+            return lambda: sdpa(own[0], own[1], own[2], True)
 
-        def attend() -> object:
-            x, y = q.transpose(1, 2), k.transpose(1, 2)
-            return torch.nn.functional.scaled_dot_product_attention(
-                x, y, y, is_causal=queries > 1, enable_gqa=True
-            )
+        return lambda: tm.hip_attention(q, k, v), {"SDPA, causal": peer}
 
-        return run, {"scaled_dot_product_attention": lambda: attend}
+    work = _work(shape) + 4.0 * shape.dim * shape.heads * _pairs(shape)
+    moved = 4.0 * tokens * shape.heads * shape.dim * dtype.itemsize
+    name = f"S={tokens} attention"
+    return Case("hip_block_select", name, dtype, work, moved, prepare, length=tokens)
 
-    speakers = min(BLOCK_Q, queries) // STRIDE_Q or 1
-    keys = _keys_scored(queries, tokens, exact) * heads
-    read = (queries * heads + tokens * kv_heads) * dim * dtype.itemsize
-    lists = heads * math.ceil(queries / BLOCK_Q)
-    work, moved = 2.0 * dim * keys * speakers, float(read + lists * BUDGET // 2 * 4)
-    return Case("hip_block_select", title, dtype, work, moved, prepare, length=queries)
+
+def _decode(name: str, shape: Shape, dtype: torch.dtype, steps: int, **options: Any) -> Case:
+    """`steps` tokens, one search for all."""
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        q, k, v = shape.draw(dtype)
+        seqlens_k = place(torch.tensor([shape.tokens], dtype=torch.int32))
+
+        def ours() -> None:
+            lists = tm.sparse.HipLists()
+            for _ in range(steps):
+                tm.hip_attention(q, k, v, lists=lists, refresh_interval=steps, **options)
+
+        def dense() -> None:
+            for _ in range(steps):
+                tm.attention_decode(q, k, v, seqlens_k=seqlens_k)
+
+        return ours, {"attention_decode": lambda: dense}
+
+    work = _work(shape) + steps * 4.0 * shape.dim * shape.heads * _pairs(shape)
+    rows = keys_scored(shape) + steps * 2 * _pairs(shape)  # of keys and values
+    moved = _list_heads(shape, options) * rows * shape.dim * dtype.itemsize
+    return Case("hip_block_select", name, dtype, work, moved, prepare)
 
 
 def cases() -> Iterator[Case]:
+    one = Shape(131072, 1, 32, 8, 128)
+    group: dict[str, Any] = {"head_reduce": "group_max"}
     for dtype in (torch.float32, torch.bfloat16):
-        for tokens in (8192, 16384, 32768):
-            yield _case(f"prefill {tokens}", tokens, dtype, tokens)
-        yield _case("decode, 131072", 131072, dtype, 1, 32, 8, 128)
-    yield _case("exact, 8192", 8192, torch.float32, 8192, exact=True)
+        for tokens in (8192, 16384, 32768, 65536, 131072):
+            yield _lists(f"S={tokens} lists", Shape(tokens, tokens), dtype)
+        for tokens in (8192, 16384, 32768, 65536, 131072):
+            yield _prefill(tokens, dtype)
+        yield _lists("decode at 131072, lists", one, dtype)
+        yield _lists("decode at 131072, lists of groups", one, dtype, **group)
+        yield _decode("decode at 131072, attention", one, dtype, 1)
+        yield _decode("decode at 131072, attention of groups", one, dtype, 1, **group)
+        yield _decode(f"decode at 131072, {DECODED} tokens", one, dtype, DECODED)
+        yield _decode(f"decode at 131072, {DECODED} tokens of groups", one, dtype, DECODED, **group)
