@@ -131,8 +131,9 @@ def hip_block_select(
             an infinite factor is NaN (three tf32 products make one).
 
     Complexity: 4 D budget block_q / stride_q operations for each of ceil(log2(n / N)) steps of a
-    query block, fewer where a score is known from the step before; O(budget) memory for each query
-    block at work. "minmax": 2 D S block_q / stride_q operations.
+    query block, fewer where a score is known from a step before; O(budget) memory for each query
+    block at work and, on the CPU in a prefill of 8192 tokens or more, the keys of one head for each
+    thread. "minmax": 2 D S block_q / stride_q operations.
 
     Paper: HiP Attention (Lee et al. 2024), section 3.
 
