@@ -12,23 +12,32 @@ template <DType kType>
 TM_INLINE void first_maximum(const Taps& taps, int64_t channels, float* value, float* tap) {
   for_vectors(channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
     constexpr int kVectors = decltype(vectors)::value;
+    const int64_t lanes = kVectors > 1 ? kWidth : n;
+    vf best[kVectors], found[kVectors];
     TM_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = c + v * kWidth, lanes = kVectors > 1 ? kWidth : n;
-      vf best = set(-kInfinity), found = set(-1.f);
-      if (taps.count > 0) {
-        best = Elements<kType>::load_n(taps.rows[0], at, lanes);
-        found = set(taps.numbers[0]);
-      }
-      for (int t = 1; t < taps.count; ++t) {
-        const vf x = Elements<kType>::load_n(taps.rows[t], at, lanes);
+      best[v] = set(-kInfinity);
+      found[v] = set(-1.f);
+      if (taps.count == 0) continue;
+      best[v] = Elements<kType>::load_n(taps.rows[0], c + v * kWidth, lanes);
+      found[v] = set(taps.numbers[0]);
+    }
+    for (int t = 1; t < taps.count; ++t) {
+      const vf number = set(taps.numbers[t]);
+      TM_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) {
+        const vf x = Elements<kType>::load_n(taps.rows[t], c + v * kWidth, lanes);
         // A NaN is neither less nor equal: it is taken, and stays.
-        const vm stays = either(less(x, best), equal(x, best)), is_number = equal(best, best);
-        found = select(is_number, select(stays, found, set(taps.numbers[t])), found);
-        best = select(is_number, select(stays, best, x), best);
+        const vm stays = either(less(x, best[v]), equal(x, best[v]));
+        const vm is_number = equal(best[v], best[v]);
+        found[v] = select(is_number, select(stays, found[v], number), found[v]);
+        best[v] = select(is_number, select(stays, best[v], x), best[v]);
       }
-      if (value) Elements<DType::float32>::store_n(value, at, best, lanes);
-      Elements<DType::float32>::store_n(tap, at, found, lanes);
+    }
+    TM_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) {
+      if (value) Elements<DType::float32>::store_n(value, c + v * kWidth, best[v], lanes);
+      Elements<DType::float32>::store_n(tap, c + v * kWidth, found[v], lanes);
     }
   });
 }
@@ -40,17 +49,21 @@ TM_INLINE void sum_of_taps(const Taps& gradients, const float* const* found, int
                            const Finish& finish) {
   for_vectors(channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
     constexpr int kVectors = decltype(vectors)::value;
+    const int64_t lanes = kVectors > 1 ? kWidth : n;
+    vf sum[kVectors];
     TM_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = c + v * kWidth, lanes = kVectors > 1 ? kWidth : n;
-      vf sum = zero();
-      for (int t = 0; t < gradients.count; ++t) {
-        const vf tap = Elements<DType::float32>::load_n(found[t], at, lanes);
-        const vf x = Elements<kType>::load_n(gradients.rows[t], at, lanes);
-        sum = sum + select(equal(tap, set(gradients.numbers[t])), x, zero());
+    for (int v = 0; v < kVectors; ++v) sum[v] = zero();
+    for (int t = 0; t < gradients.count; ++t) {
+      const vf number = set(gradients.numbers[t]);
+      TM_UNROLL(4)
+      for (int v = 0; v < kVectors; ++v) {
+        const vf tap = Elements<DType::float32>::load_n(found[t], c + v * kWidth, lanes);
+        const vf x = Elements<kType>::load_n(gradients.rows[t], c + v * kWidth, lanes);
+        sum[v] = sum[v] + select(equal(tap, number), x, zero());
       }
-      finish(at, lanes, sum);
     }
+    TM_UNROLL(4)
+    for (int v = 0; v < kVectors; ++v) finish(c + v * kWidth, lanes, sum[v]);
   });
 }
 
