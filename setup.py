@@ -3,8 +3,8 @@
 Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-real;90a-real")
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
 package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; TOKENMILL_CPU_ISAS=native (or
-"avx2;avx512") builds the CPU kernels for fewer instruction sets; MAX_JOBS limits parallel compilers.
-For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
+"avx2;avx512") builds the CPU kernels for fewer instruction sets; MAX_JOBS limits parallel
+compilers. For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
 ("select/topk_select;dense/attention") builds the kernels of these operators alone,
 TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 """
