@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "core/dtype.h"
-#include "cuda/copy.cuh"
 
 namespace tokenmill::cuda {
 
@@ -28,10 +27,10 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.x[i] = static_cast<T>(from[i]);
-  if constexpr (sizeof pack == 16) {
-    uint32_t words[4];
-    memcpy(words, &pack, sizeof pack);
-    store_global(to, words);
+  if constexpr (sizeof(T) == 2 && kCount == 8) {  // else the compiler splits it, even into elements
+    uint4 words;
+    memcpy(&words, &pack, sizeof pack);
+    *reinterpret_cast<uint4*>(to) = words;
   } else {
     *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
   }
