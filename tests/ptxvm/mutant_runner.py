@@ -134,6 +134,7 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
         yield attention_case(dtype, 33, 65, (dim - 31, dim - 3))
         yield attention_case(dtype, 33, 65, (dim, 17))
         yield attention_case(dtype, 33, 65, (dim - 25, 9))
+        yield attention_case(dtype, 33, 65, (dim - 6, 7))
         yield attention_case(dtype, 300, 300, (dim, dim), window=(70, 20), scale=1.0)
         yield packed_attention_case(dtype, PACKED, dim)
     elif found := re.search(f"backward_kernel{element}i(\\d+)E", kernel):
