@@ -273,7 +273,7 @@ def _is_float(x: Any) -> bool:
 @contextlib.contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
     """Runs the CPU kernels of another instruction set: "baseline", "avx2", "avx512" or
-    "avx512_bf16", up to what the machine has.
+    "avx512_bf16", where it was built and the machine has it.
 
     Example:
         >>> import tokenmill as tm
@@ -290,7 +290,7 @@ def cpu_isa(name: str) -> Iterator[None]:
 
 
 def cpu_isas() -> list[str]:
-    """The instruction sets that this machine can run, slowest first."""
+    """The instruction sets that this machine can run, narrowest first."""
     before = library.native.cpu_isa()
     found = []
     for name in ("baseline", "avx2", "avx512", "avx512_bf16"):

@@ -11,9 +11,11 @@ namespace {
 // The instruction set in use; `select` asks for another one ("" for the best).
 std::string cpu_isa(std::optional<std::string> select) {
   if (select)
-    check(cpu::select_isa(select->c_str()), "cpu_isa", "select",
-          std::string("must be an instruction set up to '") + cpu::isa_name(cpu::best_isa()) + "'",
-          *select);
+    check(
+        cpu::select_isa(select->c_str()), "cpu_isa", "select",
+        "must be '' or one of 'baseline', 'avx2', 'avx512', 'avx512_bf16' that was built and that "
+        "this machine has",
+        *select);
   return cpu::isa_name(cpu::current_isa());
 }
 
