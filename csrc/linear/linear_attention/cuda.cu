@@ -4,6 +4,8 @@ namespace tokenmill {
 namespace cuda {
 namespace {
 
+constexpr int kAhead = 4;  // loads under way
+
 // The states at the end of each part of a sequence, from those that the parts alone would leave.
 __global__ void __launch_bounds__(kMaxThreads)
     recurrence_scan_kernel(const __grid_constant__ Recurrence p,
@@ -23,18 +25,24 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* const slots = p.workspace + head_slice * plan.slot_floats;
   for (int64_t i = 4 * (blockIdx.x * int64_t{kMaxThreads} + threadIdx.x); i < used;
        i += int64_t{4} * kMaxThreads * gridDim.x) {
-    float4 sum{};
-    for (int64_t part = first; part < end; ++part) {
-      float* const slot = slots + part * step;
-      float4& at = *reinterpret_cast<float4*>(slot + i);
-      const float decay = part == first ? 0 : slot[total];
-      const float4 x = at;
-      if (part == first)
-        sum = x;
-      else
-        sum = {fmaf(decay, sum.x, x.x), fmaf(decay, sum.y, x.y), fmaf(decay, sum.z, x.z),
-               fmaf(decay, sum.w, x.w)};
-      at = sum;
+    // What the first part leaves is what it would leave alone.
+    float4 sum = *reinterpret_cast<const float4*>(slots + first * step + i);
+    for (int64_t part = first + 1; part < end; part += kAhead) {
+      float4 x[kAhead];
+      float decay[kAhead];
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        const float* const slot = slots + (part + n < end ? part + n : part) * step;
+        x[n] = *reinterpret_cast<const float4*>(slot + i);
+        decay[n] = slot[total];
+      }
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        if (part + n == end) break;
+        sum = {fmaf(decay[n], sum.x, x[n].x), fmaf(decay[n], sum.y, x[n].y),
+               fmaf(decay[n], sum.z, x[n].z), fmaf(decay[n], sum.w, x[n].w)};
+        *reinterpret_cast<float4*>(slots + (part + n) * step + i) = sum;
+      }
     }
   }
 }
@@ -74,7 +82,8 @@ Recurrence forward_of(const LinearAttentionParams& p) {
 int64_t workspace_floats(const Recurrence& p) {
   const RecurrencePlan plan = plan_recurrence(p);
   if (!in_steps(p) && !plan.from_workspace) return 0;
-  return plan.all_parts * p.heads * plan.slices * plan.slot_floats;
+  const int64_t slots = plan.all_parts * p.heads * plan.slices;
+  return slots * plan.slot_floats + (plan.chained ? slots + 1 : 0);
 }
 
 const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream) {
@@ -89,7 +98,13 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream) {
     });
     return error;
   };
-  if (plan.from_workspace) {
+  if (plan.chained) {
+    const int64_t slots = plan.all_parts * p.heads * plan.slices;
+    plan.arrived = reinterpret_cast<unsigned*>(p.workspace + slots * plan.slot_floats);
+    const cudaError_t error = cudaMemsetAsync(plan.arrived, 0, (slots + 1) * sizeof(unsigned),
+                                              static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  } else if (plan.from_workspace) {
     plan.states_only = true;
     if (const char* error = launch()) return error;
     plan.states_only = false;

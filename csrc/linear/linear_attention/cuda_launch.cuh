@@ -6,6 +6,9 @@ namespace tokenmill::cuda {
 
 // Fewer tokens than this are not worth a block and a state of their own.
 constexpr int64_t kLeastTokens = 256;
+// Parts of a sequence of which each waits for the state of the one before it. More of them are
+// scanned by a launch of its own: in a chain the trips of states to L2 and back add up.
+constexpr int64_t kMostChained = 5;
 constexpr int64_t kMaxRecurrenceLength = int64_t{1} << 29;
 
 inline int attribute(cudaDeviceAttr which) {
@@ -23,6 +26,11 @@ inline int bucket_of(const Recurrence& p) {
 
 // True if the state does not fit into accumulators (RecurrenceShape::kSteps).
 inline bool in_steps(const Recurrence& p) { return p.taylor || bucket_of(p) > 128; }
+
+// RecurrenceShape::kChains
+inline bool has_chains(const Recurrence& p) {
+  return !in_steps(p) && (p.dtype != DType::float32 || bucket_of(p) <= 64);
+}
 
 // What does not depend on the instance, from shapes alone.
 inline RecurrencePlan plan_recurrence(const Recurrence& p) {
@@ -47,6 +55,7 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
   plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
   plan.from_workspace = tokens < p.seqlen;
+  plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
   return plan;
 }
 

@@ -31,9 +31,9 @@ class RecurrenceBlock {
         stages_(weights_ + Shape::kWeightBytes + (kTaylor ? 2 * Shape::kFeatureBytes : 0)),
         warp_(__shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0)),
         column_(slice * plan.warps * kColumnsPerWarp),
-        slot_((part.slot * p.heads + h) * plan.slices + slice),
+        slot_(static_cast<uint32_t>((part.slot * p.heads + h) * plan.slices + slice)),
         decays_(p.decay, plan.reverse, part.b, part.start, part.length, h),
-        slot_state_(p.workspace + slot_ * plan.slot_floats) {}
+        slot_state_(own_slot()) {}
 
   __device__ void run() {
     if (kTaylor || p_.value_taylor) list_features(vectors_, kTaylor ? p_.q.dim : p_.v.dim);
@@ -41,53 +41,24 @@ class RecurrenceBlock {
       vectors_.table[i] = i < kTableBefore + p_.no_diagonal
                               ? 0
                               : output_scale() * decays_.at_distance(i - kTableBefore);
-    start_state();
 
-    const auto load = [&](uint32_t stage, int row) {
-      const int end = row + tokens_from(row);
-      if (!plan_.states_only)
-        Rows(rows_of(p_.q, plan_.q_aligned, 0, end), row, plan_.q_step)
-            .load(stage + Rows::own_offset(), row);
-      Rows(rows_of(p_.k, plan_.k_aligned, 0, end), row, plan_.k_step)
-          .load(stage + Shape::kRowBytes + Rows::own_offset(), row);
-      const uint32_t to = stage + 2 * Shape::kRowBytes + Values::own_offset();
-      const int raw = p_.value_taylor ? subtiles() : 0;
+    // Chained, a part finds out first what it leaves to the next one.
 #pragma unroll 1
-      for (int i = raw; i < subtiles() || i == raw; ++i)
-        Values(rows_of(p_.v, plan_.v_aligned, raw ? 0 : column_ + i * kSubtileColumns, end), row,
-               plan_.v_step)
-            .load(to + i * Shape::kValueBytes, row);
-      commit_copies();
-    };
-
-    const int stage_bytes = Shape::stage_bytes(plan_.warps, p_.value_taylor);
-    uint32_t stage = stages_, other = plan_.stages > 1 ? stages_ + stage_bytes : stages_;
-    if (part_.first < part_.end) load(stage, part_.first);
-#pragma unroll 1
-    for (int first = part_.first; first < part_.end;) {
-      const int n = tokens_from(first), next = first + n;
-      wait_for_copies<0>();
+    for (int before = chained(); before >= 0; --before) {
+      runs_ahead_ = plan_.states_only || before;
+      if (before && part_.is_last()) continue;
+      run_chunks();
+      finish_state();
       __syncthreads();
-      const bool more = next < part_.end;
-      if (more && plan_.stages > 1) load(other, next);
-      if (plan_.reverse) save_state(part_.length - first);
-      add_chunk(stage, first, n);
-      if (!plan_.reverse) save_state(next);
-      if (more && plan_.stages == 1) {
-        __syncthreads();
-        load(stage, next);
-      }
-      const uint32_t swap = stage;
-      stage = other;
-      other = swap;
-      first = next;
     }
-    finish_state();
   }
 
  private:
   // Of the weights; taylor2 has the scale inside.
   __device__ float output_scale() const { return kTaylor || p_.value_taylor ? 1 : p_.scale; }
+  __device__ bool chained() const { return Shape::kChains && plan_.chained; }
+  // In this run through the part: no outputs.
+  __device__ bool states_only() const { return Shape::kChains ? runs_ahead_ : plan_.states_only; }
   __device__ bool live() const { return warp_column() < p_.columns; }
   __device__ int steps() const { return Shape::kSteps ? plan_.features / Shape::kFeatures : 1; }
   __device__ CallerState caller_state(const StateRows& rows) const {
@@ -108,10 +79,60 @@ class RecurrenceBlock {
             plan_.reverse ? -x.rows.seq : x.rows.seq, end, x.dim - column, aligned};
   }
 
+  // Through the part.
+  __device__ __forceinline__ void run_chunks() {
+    const auto load = [&](uint32_t stage, int row) {
+      const int end = row + tokens_from(row);
+      if (!states_only())
+        Rows(rows_of(p_.q, plan_.q_aligned, 0, end), row, plan_.q_step)
+            .load(stage + Rows::own_offset(), row);
+      Rows(rows_of(p_.k, plan_.k_aligned, 0, end), row, plan_.k_step)
+          .load(stage + Shape::kRowBytes + Rows::own_offset(), row);
+      const uint32_t to = stage + 2 * Shape::kRowBytes + Values::own_offset();
+      const int raw = p_.value_taylor ? subtiles() : 0;
+#pragma unroll 1
+      for (int i = raw; i < subtiles() || i == raw; ++i)
+        Values(rows_of(p_.v, plan_.v_aligned, raw ? 0 : column_ + i * kSubtileColumns, end), row,
+               plan_.v_step)
+            .load(to + i * Shape::kValueBytes, row);
+      commit_copies();
+    };
+
+    const int stage_bytes = Shape::stage_bytes(plan_.warps, p_.value_taylor);
+    uint32_t stage = stages_, other = plan_.stages > 1 ? stages_ + stage_bytes : stages_;
+    if (!Shape::kChains) start_state();
+    if (part_.first < part_.end) load(stage, part_.first);
+    if (Shape::kChains) start_state();  // may wait, copies go on meanwhile
+#pragma unroll 1
+    for (int first = part_.first; first < part_.end;) {
+      const int n = tokens_from(first), next = first + n;
+      wait_for_copies<0>();
+      __syncthreads();
+      const bool more = next < part_.end;
+      if (more && plan_.stages > 1) load(other, next);
+      if (plan_.reverse) save_state(part_.length - first);
+      add_chunk(stage, first, n);
+      if (!plan_.reverse) save_state(next);
+      if (more && plan_.stages == 1) {
+        __syncthreads();
+        load(stage, next);
+      }
+      const uint32_t swap = stage;
+      stage = other;
+      other = swap;
+      first = next;
+    }
+  }
+
   __device__ int64_t normalizer_row() const {
     return (p_.cu_seqlens ? h_ : part_.b * p_.heads + h_) * p_.seqlen;
   }
   __device__ int warp_column() const { return column_ + warp_ * kColumnsPerWarp; }
+  __device__ SlotState<Shape> own_slot() const {
+    uint32_t slot = slot_;
+    keep(slot);  // or its address would wait in registers meanwhile
+    return SlotState<Shape>(p_.workspace + slot * plan_.slot_floats);
+  }
   __device__ float* slot_normalizer(SlotState<Shape> slot) const {
     return slot.data() + plan_.features * kColumnsPerWarp * plan_.warps;
   }
@@ -119,17 +140,25 @@ class RecurrenceBlock {
   // Between parts the state comes from the workspace. One too large for accumulators stays there: a
   // part takes the slot of the one before it, the first that of the last.
   __device__ __forceinline__ void start_state() {
-    const bool carried = plan_.from_workspace && !plan_.states_only && part_.index > 0;
-    const int64_t slot_step = p_.heads * plan_.slices * plan_.slot_floats;
+    if (!Shape::kSteps) slot_state_ = own_slot();
+    const bool carried = plan_.from_workspace && !states_only() && part_.index > 0;
+    const int64_t slots = p_.heads * plan_.slices;  // of a part
+    const int64_t slot_step = slots * plan_.slot_floats;
+    if (chained() && !states_only()) {
+      if (carried) await(plan_.arrived + slot_ - slots);
+      if (!part_.is_last()) hand_on(carried, slot_step);
+    }
+    const bool loaded = carried && chained() && !part_.is_last();
     if (carried) {
       slot_state_.move(-slot_step);
-    } else if (Shape::kSteps && !plan_.states_only) {
-      const int64_t slots = plan_.all_parts - 1 - part_.slot;
-      slot_state_.move((part_.count - 1 < slots ? part_.count - 1 : slots) * slot_step);
+    } else if (Shape::kSteps && !states_only()) {
+      const int64_t parts = plan_.all_parts - 1 - part_.slot;
+      slot_state_.move((part_.count - 1 < parts ? part_.count - 1 : parts) * slot_step);
     }
     const CallerState initial = caller_state(p_.initial);
     const bool given = part_.index == 0 && initial.data;
     have_state_ = carried || given;
+    if (loaded) return;
     if (!carried || !Shape::kSteps) {
 #pragma unroll 1
       for (int step = 0; step < steps(); ++step) {
@@ -163,17 +192,45 @@ class RecurrenceBlock {
               : 0;
   }
 
+  // Stores the state that the part leaves: that of the part alone, and of all parts but the first
+  // what remains of the state before it, from which the part then starts.
+  __device__ __forceinline__ void hand_on(bool carried, int64_t slot_step) {
+    SlotState<Shape> before = slot_state_;
+    before.move(-slot_step);
+    if (carried)
+      slot_state_.pass_on(s_, remaining_, before);
+    else
+      slot_state_.store(s_, 0);
+    float* const to = slot_normalizer(slot_state_);
+    const float* const from = slot_normalizer(before);
+    if (p_.extra != Extra::none) {
+      const int column = warp_column() - column_ + threadIdx.x % kColumnsPerWarp;
+      const float x = carried ? from[column] : 0;
+      extra_state_ = fmaf(remaining_, x, extra_state_);
+      store_extra(to);
+      extra_state_ = x;
+    }
+    if (p_.normalize)
+      for (int f = threadIdx.x; f < plan_.features; f += blockDim.x) {
+        const float x = carried ? from[f] : 0;
+        to[f] = fmaf(remaining_, x, vectors_.normalizer[f]);
+        vectors_.normalizer[f] = x;
+      }
+    announce(plan_.arrived + slot_);
+  }
+
   __device__ __forceinline__ void finish_state() {
-    if (plan_.states_only) {
-      if (!Shape::kSteps) slot_state_.store(s_, 0);
+    if (states_only()) {
+      if (chained()) return;
+      const SlotState<Shape> slot = own_slot();
+      if (!Shape::kSteps) slot.store(s_, 0);
       __syncthreads();
-      float* const normalizer = slot_normalizer(slot_state_);
+      float* const normalizer = slot_normalizer(slot);
       if (p_.normalize)
         for (int f = threadIdx.x; f < plan_.features; f += blockDim.x)
           normalizer[f] = vectors_.normalizer[f];
       store_extra(normalizer);
       if (threadIdx.x == 0) normalizer[plan_.tail] = remaining_;
-
       return;
     }
     const CallerState last = caller_state(p_.final);
@@ -190,7 +247,6 @@ class RecurrenceBlock {
       last.data[last.features * last.feature_step + column * last.column_step] =
           factor * extra_state_;
     if (!p_.normalize || column_ > 0) return;
-
     __syncthreads();
     for (int f = threadIdx.x; f < last.features; f += blockDim.x)
       last.data[f * last.feature_step + last.columns * last.column_step] =
@@ -204,8 +260,7 @@ class RecurrenceBlock {
 
   // After `tokens` tokens, counted from the first: if a segment ends there.
   __device__ __forceinline__ void save_state(int tokens) {
-    if (!p_.saved || plan_.states_only || (tokens % kSegment != 0 && tokens != part_.length))
-      return;
+    if (!p_.saved || states_only() || (tokens % kSegment != 0 && tokens != part_.length)) return;
     const int64_t before = p_.cu_seqlens
                                ? first_tile(p_.cu_seqlens, p_.seqlen, kSegment, part_.b, 0)
                                : part_.b * ((p_.seqlen + kSegment - 1) / kSegment);
@@ -227,7 +282,9 @@ class RecurrenceBlock {
     const uint32_t queries = stage, keys = stage + Shape::kRowBytes;
     const uint32_t values =
         keys + Shape::kRowBytes + warp_ * kColumnsPerWarp / kSubtileColumns * Shape::kValueBytes;
-    if (!kTaylor) map_chunk(queries, keys, n);
+    if (!kTaylor)
+      map_chunk<T, Shape>(p_, states_only() ? 0 : queries, keys, plan_.warps * kColumnsPerWarp,
+                          column_, n);
     if (p_.value_taylor) {
       const uint32_t to = keys + Shape::kRowBytes;
 #pragma unroll 1
@@ -252,7 +309,7 @@ class RecurrenceBlock {
       if (warp_ == 0) decays_.prepare(vectors_, first, n, output_scale(), p_.scale_keys, drop_last);
       __syncthreads();
     }
-    if (!plan_.states_only) make_weights(queries, keys);
+    if (!states_only()) make_weights(queries, keys);
 
     ValueFragments<T, Shape> fragments;
     const int subtile_column = warp_ * kColumnsPerWarp % kSubtileColumns;
@@ -270,7 +327,7 @@ class RecurrenceBlock {
         step_queries = weights_ + Shape::kWeightBytes;
         step_keys = step_queries + Shape::kFeatureBytes;
         __syncthreads();
-        if (!plan_.states_only)
+        if (!states_only())
           make_features<T, typename Shape::RowTile, typename Shape::FeatureTile>(
               step_queries, queries, vectors_, step * Shape::kFeatures, n, !p_.key_factors,
               p_.scale);
@@ -280,7 +337,7 @@ class RecurrenceBlock {
       }
       if (live()) {
         if (Shape::kSteps) slot_state_.load(s_, step);
-        if (!plan_.states_only && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
+        if (!states_only() && have_state_) multiply_state<T, Shape>(acc, s_, step_queries);
         if (p_.decay.data) {
           const float total = vectors_.total[0];
 #pragma unroll
@@ -293,15 +350,17 @@ class RecurrenceBlock {
       }
       if (p_.normalize) {
         float* const state = vectors_.normalizer + step * Shape::kFeatures;
-        if (!plan_.states_only) normalizer += row.of_state(step_queries, state);
+        if (!states_only()) normalizer += row.of_state(step_queries, state);
         __syncthreads();
         add_to_normalizer<T, Shape>(state, vectors_.total[0], vectors_.end, step_keys, n);
       }
     }
-    if (p_.extra != Extra::none && live()) add_extra(acc, values, n);
+    if (p_.extra != Extra::none && live())
+      extra_state_ = add_extra<T, Shape>(acc, extra_state_, vectors_, p_.extra == Extra::queries,
+                                         values, subtile_column, n);
     have_state_ = true;
     remaining_ *= vectors_.total[0];
-    if (plan_.states_only) return;
+    if (states_only()) return;
     __syncthreads();
     if (p_.normalize) normalize(row, normalizer, first, n);
     if (!live()) return;
@@ -320,48 +379,6 @@ class RecurrenceBlock {
       }
     }
     store(acc, values, first, n);
-  }
-
-  // The extra feature: its part of acc and its row of the state, a column per lane.
-  __device__ __forceinline__ void add_extra(float (&acc)[kTokenTiles][4], uint32_t values, int n) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
-    const float of_column[2] = {__shfl_sync(kFullWarp, extra_state_, g),
-                                __shfl_sync(kFullWarp, extra_state_, g + 8)};
-    const bool queries = p_.extra == Extra::queries;
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        acc[t][i] =
-            fmaf(queries ? vectors_.extra[8 * t + 2 * c + i % 2] : 1, of_column[i / 2], acc[t][i]);
-    const int byte = (warp_ * kColumnsPerWarp % kSubtileColumns + lane % kColumnsPerWarp) *
-                     static_cast<int>(sizeof(T));
-    float sum = 0;
-#pragma unroll 1
-    for (int token = lane / kColumnsPerWarp; token < n; token += 2) {
-      const uint32_t at =
-          values + Shape::ValueTile::offset(token, byte / kChunkBytes) + byte % kChunkBytes;
-      sum = fmaf(vectors_.end[token] * (queries ? 1 : vectors_.extra[token]), load_element<T>(at),
-                 sum);
-    }
-    sum += __shfl_xor_sync(kFullWarp, sum, kColumnsPerWarp);
-    extra_state_ = fmaf(vectors_.total[0], extra_state_, sum);
-  }
-
-  __device__ __forceinline__ void map_chunk(uint32_t queries, uint32_t keys, int n) {
-    if (p_.q.map == FeatureMap::identity && p_.k.map == FeatureMap::identity &&
-        p_.v.map == FeatureMap::identity)
-      return;
-    if (p_.q.map != FeatureMap::identity && !plan_.states_only)
-      map_tile<T, typename Shape::RowTile, kTokens>(queries, p_.q.map, n, p_.q.dim);
-    if (p_.k.map != FeatureMap::identity)
-      map_tile<T, typename Shape::RowTile, kTokens>(keys, p_.k.map, n, p_.k.dim);
-    if (p_.v.map != FeatureMap::identity)
-      for (int i = 0; i < plan_.warps * kColumnsPerWarp; i += kSubtileColumns)
-        map_tile<T, typename Shape::ValueTile, kTokens>(
-            keys + Shape::kRowBytes + i / kSubtileColumns * Shape::kValueBytes, p_.v.map, n,
-            p_.v.dim - column_ - i);
-    __syncthreads();
   }
 
   // Weights of the keys of the chunk for its queries, 16 by 16 at a time; above the diagonal of
@@ -451,7 +468,7 @@ class RecurrenceBlock {
   Vectors& vectors_;
   const uint32_t weights_, stages_;
   const int warp_, column_;  // column_: first one of the block
-  const int64_t slot_;
+  const uint32_t slot_;
   const Decays decays_;
   SlotState<Shape> slot_state_;
   float s_[Shape::kFeatureTiles][4];
@@ -460,6 +477,7 @@ class RecurrenceBlock {
   float remaining_ = 1;    // of what the part started with
   int prepared_ = -1;      // tokens that the vectors of decays hold for
   bool have_state_;        // else it is zero
+  bool runs_ahead_;        // of the outputs, for the state alone
 };
 
 template <typename T, int kBucket, bool kTaylor>
@@ -467,9 +485,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     recurrence_kernel(const __grid_constant__ Recurrence p,
                       const __grid_constant__ RecurrencePlan plan) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const unsigned slice = blockIdx.x % plan.slices, rest = blockIdx.x / plan.slices;
+  unsigned block = blockIdx.x;
+  const bool chained = RecurrenceShape<T, kBucket, kTaylor>::kChains && plan.chained;
+  if (chained) block = take_number(plan.arrived + gridDim.x, reinterpret_cast<unsigned*>(shared));
+  const unsigned slice = block % plan.slices, rest = block / plan.slices;
   const unsigned heads = static_cast<unsigned>(p.heads);
   const Part part(p, plan, rest / heads);
+  // Whatever cu_seqlens say, whoever waits for this slot must not wait for ever.
+  if (chained && (part.b < 0 || part.is_last())) announce(plan.arrived + block);
   if (part.b < 0 || (plan.states_only && part.is_last())) return;
   RecurrenceBlock<T, kBucket, kTaylor>(p, plan, part, rest % heads, slice, shared).run();
 }

@@ -96,4 +96,24 @@ __device__ void map_tile(uint32_t tile, FeatureMap map, int n, int columns) {
   }
 }
 
+// The maps on a chunk of n tokens: its queries (0: none), keys, and `columns` of values from
+// `column` on behind the keys.
+template <typename T, typename Shape>
+__device__ __forceinline__ void map_chunk(const Recurrence& p, uint32_t queries, uint32_t keys,
+                                          int columns, int column, int n) {
+  using Tile = typename Shape::RowTile;
+  if (p.q.map == FeatureMap::identity && p.k.map == FeatureMap::identity &&
+      p.v.map == FeatureMap::identity)
+    return;
+  if (p.q.map != FeatureMap::identity && queries)
+    map_tile<T, Tile, Shape::kTokens>(queries, p.q.map, n, p.q.dim);
+  if (p.k.map != FeatureMap::identity) map_tile<T, Tile, Shape::kTokens>(keys, p.k.map, n, p.k.dim);
+  if (p.v.map != FeatureMap::identity)
+    for (int i = 0; i < columns; i += kSubtileColumns)
+      map_tile<T, typename Shape::ValueTile, Shape::kTokens>(
+          keys + Shape::kRowBytes + i / kSubtileColumns * Shape::kValueBytes, p.v.map, n,
+          p.v.dim - column - i);
+  __syncthreads();
+}
+
 }  // namespace tokenmill::cuda

@@ -1,6 +1,7 @@
-// The normaliser: what a column of ones among the values would give, without tensor cores.
+// Without tensor cores: the normaliser, what a column of ones among the values would give, and the
+// extra feature, what a column more of queries and keys would.
 #pragma once
-#include "linear/linear_attention/kernel_shape.cuh"
+#include "linear/linear_attention/kernel_features.cuh"
 
 namespace tokenmill::cuda {
 
@@ -82,6 +83,34 @@ __device__ void add_to_normalizer(float* state, float total, const float* weight
         of = fmaf(total, of, sum[e]);
       }
   }
+}
+
+// The extra feature of n tokens, for the 16 columns of a warp from `column` of a subtile of values
+// on: adds its part to acc and returns its row of the state, a column per lane.
+template <typename T, typename Shape>
+__device__ __forceinline__ float add_extra(float (&acc)[Shape::kTokens / 8][4], float state,
+                                           const SharedVectors<Shape::kTokens>& vectors,
+                                           bool of_queries, uint32_t values, int column, int n) {
+  const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+  const float of_column[2] = {__shfl_sync(kFullWarp, state, g),
+                              __shfl_sync(kFullWarp, state, g + 8)};
+#pragma unroll
+  for (int t = 0; t < Shape::kTokens / 8; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      acc[t][i] =
+          fmaf(of_queries ? vectors.extra[8 * t + 2 * c + i % 2] : 1, of_column[i / 2], acc[t][i]);
+  const int byte = (column + lane % kColumnsPerWarp) * static_cast<int>(sizeof(T));
+  float sum = 0;
+#pragma unroll 1
+  for (int token = lane / kColumnsPerWarp; token < n; token += 2) {
+    const uint32_t at =
+        values + Shape::ValueTile::offset(token, byte / kChunkBytes) + byte % kChunkBytes;
+    sum = fmaf(vectors.end[token] * (of_queries ? 1 : vectors.extra[token]), load_element<T>(at),
+               sum);
+  }
+  sum += __shfl_xor_sync(kFullWarp, sum, kColumnsPerWarp);
+  return fmaf(vectors.total[0], state, sum);
 }
 
 }  // namespace tokenmill::cuda

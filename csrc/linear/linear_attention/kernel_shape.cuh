@@ -25,6 +25,8 @@ struct RecurrenceShape {
   // A step of features, whose state the accumulators hold; that of several lies in the workspace.
   static constexpr int kFeatures = kBucket <= 128 ? kBucket : kFloat ? 64 : 128;
   static constexpr bool kSteps = kTaylor || kFeatures < kBucket;
+  // The others lack the registers for a part that hands on its state, see RecurrencePlan::chained.
+  static constexpr bool kChains = !kSteps && (!kFloat || kBucket <= 64);
   static constexpr int kFeatureTiles = kFeatures / 8;
   static constexpr int kFeatureChunks = kFeatures * static_cast<int>(sizeof(T)) / kChunkBytes;
   static constexpr int kDepth = kMmaDepth<T>;
@@ -81,7 +83,11 @@ struct RecurrencePlan {
   bool q_aligned, k_aligned, v_aligned, out_aligned;
   bool states_only;     // of the parts, into the workspace
   bool from_workspace;  // where parts but the first start
+  bool chained;         // one launch, in which a part waits for the state of the one before it
   bool reverse;
+  // Chained, zeros at first: whether a slot holds the state at the end of its part, then the number
+  // of blocks that have begun.
+  unsigned* arrived;
 };
 
 }  // namespace tokenmill::cuda

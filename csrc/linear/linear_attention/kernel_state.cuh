@@ -1,9 +1,35 @@
 // Where the state of a block lies in global memory: in the tensors of the caller, or in a slot of
-// the workspace, as the accumulators of its threads.
+// the workspace, as the accumulators of its threads. How a block hands its slot to another one.
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
+
+// The number of a block in the order in which blocks begin: those with lower numbers run already,
+// so that it may wait for them. All threads of the block; shared: a word that is free.
+__device__ inline unsigned take_number(unsigned* begun, unsigned* shared) {
+  if (threadIdx.x == 0) *shared = atomicAdd(begun, 1u);
+  __syncthreads();
+  const unsigned number = *shared;
+  __syncthreads();
+  return number;
+}
+
+// All threads of a block, about what any of them has stored.
+__device__ __forceinline__ void announce(unsigned* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0)
+    asm volatile("st.release.gpu.global.u32 [%0], %1;\n" ::"l"(flag), "r"(1) : "memory");
+}
+__device__ __forceinline__ void await(const unsigned* flag) {
+  if (threadIdx.x == 0) {
+    unsigned x;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(x) : "l"(flag) : "memory");
+    } while (!x);
+  }
+  __syncthreads();
+}
 
 // Accumulators of a step of features, which is step number `step`.
 template <typename Shape>
@@ -26,6 +52,29 @@ class SlotState {
 #pragma unroll
     for (int n = 0; n < Shape::kFeatureTiles; ++n)
       to[n * blockDim.x] = {s[n][0], s[n][1], s[n][2], s[n][3]};
+  }
+
+  // Stores s + factor * the state in the slot `before`, which s becomes. Loads go ahead of stores,
+  // as either takes the time of a trip to L2.
+  __device__ __forceinline__ void pass_on(float (&s)[Shape::kFeatureTiles][4], float factor,
+                                          const SlotState& before) const {
+    constexpr int kAhead = 8;
+    static_assert(Shape::kFeatureTiles % kAhead == 0);
+    const float4* from = before.own(0);
+    float4* to = own(0);
+#pragma unroll
+    for (int first = 0; first < Shape::kFeatureTiles; first += kAhead) {
+      float4 x[kAhead];
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) x[n] = from[(first + n) * blockDim.x];
+#pragma unroll
+      for (int n = 0; n < kAhead; ++n) {
+        float (&own)[4] = s[first + n];
+        to[(first + n) * blockDim.x] = {fmaf(factor, x[n].x, own[0]), fmaf(factor, x[n].y, own[1]),
+                                        fmaf(factor, x[n].z, own[2]), fmaf(factor, x[n].w, own[3])};
+        own[0] = x[n].x, own[1] = x[n].y, own[2] = x[n].z, own[3] = x[n].w;
+      }
+    }
   }
 
  private:
