@@ -116,9 +116,14 @@ def test_packed_sequences_are_cut_each(gated, backend):
 
 
 @each_kernel
-@pytest.mark.parametrize("ends", [(0, 900, 100, 1000), (-5, 2000, 3, 1000), (1000, 700, 600, 0)])
-def test_wrong_ends_of_packed_sequences_wait_for_nobody(ends, backend):
-    q, k, v = (t[0] for t in inputs(backend, 1000))
+@pytest.mark.parametrize(
+    "ends",
+    [(0, 900, 100, 1000), (-5, 2000, 3, 1000), (1000, 700, 600, 0), (0, 2000, 0, 2000, 0, 2000)],
+    ids=str,
+)
+@pytest.mark.parametrize("total", [1000, 2000])
+def test_wrong_ends_of_packed_sequences_wait_for_nobody(total, ends, backend):
+    q, k, v = (t[0] for t in inputs(backend, total))
     op = getattr(torch.ops, dispatch.namespace(backend)).linear_attention
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(q.device)
     out = op(*registry.get("linear_attention").lower(q, k, v, cu_seqlens=cu_seqlens))[0]

@@ -12,20 +12,20 @@ __global__ void __launch_bounds__(kMaxThreads)
                            const __grid_constant__ RecurrencePlan plan) {
   const int64_t b = blockIdx.z, head_slice = blockIdx.y;
   int64_t first = b * plan.parts;
-  int64_t length = p.seqlen;
+  int length = static_cast<int>(p.seqlen);
   if (p.cu_seqlens) {
     first = first_tile(p.cu_seqlens, p.seqlen, plan.tokens_per_part, b, 1);
     length = clamped_end(p.cu_seqlens, b + 1, p.seqlen) - clamped_end(p.cu_seqlens, b, p.seqlen);
   }
   int64_t end = first + (length + plan.tokens_per_part - 1) / plan.tokens_per_part - 1;
   if (end > plan.all_parts) end = plan.all_parts;
+  if (first + 1 >= end) return;  // what the first part leaves is what it would leave alone
   const int64_t step = p.heads * plan.slices * plan.slot_floats;
   const int64_t total = plan.slot_floats - 4;
   const int64_t used = p.normalize || p.extra != Extra::none ? total : total - plan.tail;
   float* const slots = p.workspace + head_slice * plan.slot_floats;
   for (int64_t i = 4 * (blockIdx.x * int64_t{kMaxThreads} + threadIdx.x); i < used;
        i += int64_t{4} * kMaxThreads * gridDim.x) {
-    // What the first part leaves is what it would leave alone.
     float4 sum = *reinterpret_cast<const float4*>(slots + first * step + i);
     for (int64_t part = first + 1; part < end; part += kAhead) {
       float4 x[kAhead];
