@@ -1,12 +1,12 @@
 // The k rows of a set that are nearest each of some rows. Distances are sums of squared differences
-// in registers, of which no more than the k least of a row are kept.
+// in registers, of which no more than the k least of a row are kept. A screen, where it pays,
+// leaves few to be summed and changes no bit of what is found.
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
-#include "cpu/tile.h"
-#include "cpu/workspace.h"
-#include "tokens/cluster_tokens/params.h"
+#include "tokens/cpu_screen.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
@@ -43,6 +43,29 @@ __attribute__((noinline)) void squared_distances(float* d, const float* a, int64
     if (n < width) squared_distances<N - 1>(d + n, a, lda, panel + n, words, width - n);
 }
 
+// Lane i: |a[i] - b[i]|^2, summed like squared_distances, channel by channel.
+template <DType kA, DType kB>
+__attribute__((noinline)) vf distances_of_pairs(const char* const* a, const char* const* b,
+                                                int64_t channels) {
+  vf sum = zero();
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t n = channels - c;
+    vf difference[kWidth];
+    TM_UNROLL(16)
+    for (int i = 0; i < kWidth; ++i)
+      difference[i] = Elements<kA>::load_n(a[i], c, n) - Elements<kB>::load_n(b[i], c, n);
+    transpose(difference);
+    TM_UNROLL(16)
+    for (int i = 0; i < kWidth; ++i) sum = fma(difference[i], difference[i], sum);
+  }
+  return sum;
+}
+
+// A distance that is not finite counts as the largest float.
+TM_INLINE vf finite_distance(vf d) {
+  return select(less(d, set(__builtin_inff())), d, set(kMostDistance));
+}
+
 class NearestFinder {
  public:
   // Rows that share a panel of the set: they stay in the second-level cache.
@@ -52,12 +75,20 @@ class NearestFinder {
     return round_up(std::min({cached, shared, rows}), kTileRows);
   }
 
-  NearestFinder(int64_t channels, int64_t chunk, int64_t k)
-      : channels(channels),
-        lda(round_up(channels, kWidth)),
-        chunk(chunk),
+  // screen: null, or one of the same sets. exact: distances are wanted, not the numbers alone.
+  NearestFinder(const RowSets& sets, const Screen* screen, int64_t chunk, int64_t k, bool exact)
+      : sets(sets),
+        screen(screen),
+        channels(sets.channels),
+        lda(round_up(sets.channels, kWidth)),
         k(k),
-        memory(chunk * (lda + 2 * k) + (channels + kTileRows) * kPanel + 5 * 16) {
+        most(screen ? 4 * k + 28 : 0),
+        exact(exact),
+        candidates(screen ? chunk * most : 0),
+        counts(chunk),
+        limits(chunk),
+        margins(chunk),
+        memory(chunk * (lda + 2 * k) + channels * kPanel + kTileRows * kPanel + 5 * 16) {
     rows = memory.take(chunk * lda);
     distances = memory.take(chunk * k);
     ids = reinterpret_cast<int32_t*>(memory.take(chunk * k));
@@ -65,32 +96,56 @@ class NearestFinder {
     tile = memory.take(kTileRows * kPanel);
   }
 
-  // After this distance(r) and id(r) hold the k nearest of row r, by distance and then by number.
-  template <class Rows, class Set>
-  void run(const Rows from, DType dtype, int64_t count, const Set& set_at, DType set_dtype,
-           int64_t set_size) {
-    pack_rows<Float32>(from, dtype, count, round_up(count, kTileRows), channels, 1, rows, lda);
+  // After this id(r) holds the k nearest to row r of set b, by distance and then by number, and
+  // distance(r) how far they are.
+  void run(int64_t b, const char* const* from, DType dtype, int64_t count) {
     std::fill(distances, distances + count * k, __builtin_inff());
-    for (int64_t column = 0; column < set_size; column += kPanel) {
-      const int64_t columns = std::min<int64_t>(kPanel, set_size - column);
-      pack_transposed<Float32>(set_at(column), set_dtype, columns, channels, 1, panel);
-      for (int64_t r = 0; r < count; r += kTileRows) {
-        squared_distances(tile, rows + r * lda, lda, panel, channels, round_up(columns, kWidth));
-        for (int64_t i = r; i < std::min<int64_t>(r + kTileRows, count); ++i)
-          update(i, tile + (i - r) * kPanel, column, columns);
-      }
+    left.clear();
+    if (screen && screens) {
+      screen->visit_op([&]<class Op>(Op) { find_candidates<Op>(b, from, dtype, count); });
+      std::fill(distances, distances + count * k, __builtin_inff());
+      choose(b, from, dtype, count);
+      // Of sets of which a screen knows nothing.
+      if (4 * static_cast<int64_t>(left.size()) > count) screens = false;
+    } else {
+      for (int64_t r = 0; r < count; ++r) left.push_back(r);
     }
+    if (!left.empty()) compare_with_all(b, from, dtype);
   }
 
   float* distance(int64_t r) const { return distances + r * k; }
   int32_t* id(int64_t r) const { return ids + r * k; }
 
  private:
+  struct Candidate {
+    float value;
+    int32_t id;
+  };
+  static constexpr int32_t kUnknown = -1;  // as count: all are candidates
+
+  // Rows in `left`.
+  void compare_with_all(int64_t b, const char* const* from, DType dtype) {
+    const int64_t count = static_cast<int64_t>(left.size());
+    std::vector<const char*> at(count);
+    for (int64_t i = 0; i < count; ++i) at[i] = from[left[i]];
+    pack_rows<Float32>(ScatteredRows{at.data()}, dtype, count, round_up(count, kTileRows), channels,
+                       1, rows, lda);
+    for (int64_t column = 0; column < sets.size; column += kPanel) {
+      const int64_t columns = std::min<int64_t>(kPanel, sets.size - column);
+      pack_transposed<Float32>(sets.at(b, column), sets.dtype, sets.row_step, columns, channels, 1,
+                               panel);
+      for (int64_t r = 0; r < count; r += kTileRows) {
+        squared_distances(tile, rows + r * lda, lda, panel, channels, round_up(columns, kWidth));
+        for (int64_t i = r; i < std::min<int64_t>(r + kTileRows, count); ++i)
+          update(left[i], tile + (i - r) * kPanel, column, columns);
+      }
+    }
+  }
+
   void update(int64_t r, const float* d, int64_t column, int64_t columns) const {
     const float* last = distances + r * k + k - 1;
     for (int64_t j = 0; j < columns; j += kWidth) {
-      const vf raw = load(d + j);
-      const vf value = select(less(raw, set(__builtin_inff())), raw, set(kMostDistance));
+      const vf value = finite_distance(load(d + j));
       if (!any(less(value, set(*last)))) continue;
       float lane[kWidth];
       store(lane, value);
@@ -112,10 +167,142 @@ class NearestFinder {
     numbers[at] = number;
   }
 
-  const int64_t channels, lda, chunk, k;
+  // The screen of each row; its k least so far are in `distances`.
+  template <class Op>
+  void find_candidates(int64_t b, const char* const* from, DType dtype, int64_t count) {
+    const int64_t words = screen->words, ldw = screen->ldw;  // at most lda
+    const Lengths reach = screen->lengths_of(b);
+    visit_elements(dtype, [&]<DType kType>(Elements<kType>) TM_LAMBDA {
+      for (int64_t r = 0; r < count; ++r) {
+        margins[r] = screen->margin(
+            center_row<Op, kType>(from[r], screen->middle(b), channels, -1, rows + r * ldw, ldw),
+            reach);
+        const bool known = margins[r] == margins[r];
+        counts[r] = known ? 0 : kUnknown;
+        limits[r] = known ? __builtin_inff() : -__builtin_inff();
+      }
+    });
+    const int64_t padded = round_up(count, kTileRows);
+    std::memset(rows + count * ldw, 0, (padded - count) * ldw * sizeof(float));
+    for (int64_t n = 0; n < screen->panels; ++n) {
+      const int64_t column = n * kPanel, columns = std::min<int64_t>(kPanel, sets.size - column);
+      for (int64_t r = 0; r < count; r += kTileRows) {
+        biased_products<Op>(tile, rows + r * ldw, ldw, screen->panel(b, n), screen->bias(b, n),
+                            words, round_up(columns, kWidth));
+        for (int64_t i = r; i < std::min<int64_t>(r + kTileRows, count); ++i)
+          note_candidates(i, tile + (i - r) * kPanel, column, columns);
+      }
+    }
+  }
+
+  void note_candidates(int64_t r, const float* d, int64_t column, int64_t columns) {
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const vf value = load(d + j);
+      if (!any(less(value, set(limits[r])))) continue;
+      float lane[kWidth];
+      store(lane, value);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - j); ++i)
+        if (lane[i] < limits[r]) note(r, lane[i], static_cast<int32_t>(column + j + i));
+    }
+  }
+
+  void note(int64_t r, float value, int32_t number) {
+    float* const values = distance(r);
+    if (value < values[k - 1]) {
+      int64_t at = k - 1;
+      for (; at > 0 && values[at - 1] > value; --at) values[at] = values[at - 1];
+      values[at] = value;
+      limits[r] = values[k - 1] + margins[r];
+    }
+    if (counts[r] == most) drop_candidates(r);
+    if (counts[r] == most) {
+      counts[r] = kUnknown;
+      limits[r] = -__builtin_inff();
+      return;
+    }
+    candidates[r * most + counts[r]++] = {value, number};
+  }
+
+  // Those that are none any more.
+  void drop_candidates(int64_t r) {
+    Candidate* const own = candidates.data() + r * most;
+    int32_t kept = 0;
+    for (int32_t i = 0; i < counts[r]; ++i)
+      if (own[i].value < limits[r]) own[kept++] = own[i];
+    counts[r] = kept;
+  }
+
+  // The k nearest of the candidates. Rows of which nothing is known go to `left`.
+  void choose(int64_t b, const char* const* from, DType dtype, int64_t count) {
+    pairs = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      if (counts[r] == kUnknown) {
+        left.push_back(r);
+        continue;
+      }
+      drop_candidates(r);
+      const Candidate* const own = candidates.data() + r * most;
+      if (!exact && counts[r] == 1) {
+        *id(r) = own->id;
+        continue;
+      }
+      for (int32_t i = 0; i < counts[r]; ++i) {
+        pair_row[pairs] = r;
+        pair_id[pairs] = own[i].id;
+        if (++pairs == kWidth) measure_pairs(b, from, dtype);
+      }
+    }
+    if (pairs > 0) measure_pairs(b, from, dtype);
+  }
+
+  void measure_pairs(int64_t b, const char* const* from, DType dtype) {
+    const char *first[kWidth], *second[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const int at = i < pairs ? i : 0;
+      first[i] = from[pair_row[at]];
+      second[i] = sets.at(b, pair_id[at]);
+    }
+    float d[kWidth];
+    visit_elements(dtype, [&]<DType kA>(Elements<kA>) TM_LAMBDA {
+      visit_elements(sets.dtype, [&]<DType kB>(Elements<kB>) TM_LAMBDA {
+        if constexpr (kA == kB || kB == DType::float32)
+          store(d, finite_distance(distances_of_pairs<kA, kB>(first, second, channels)));
+      });
+    });
+    for (int i = 0; i < pairs; ++i)
+      if (d[i] < distance(pair_row[i])[k - 1]) insert(pair_row[i], d[i], pair_id[i]);
+    pairs = 0;
+  }
+
+  const RowSets sets;
+  const Screen* const screen;
+  const int64_t channels, lda, k, most;  // `most`: candidates of a row
+  const bool exact;
+  bool screens = true;
+  std::vector<Candidate> candidates;
+  std::vector<int32_t> counts;
+  std::vector<float> limits, margins;
+  std::vector<int64_t> left;
+  int pairs = 0;
+  int64_t pair_row[kWidth];
+  int32_t pair_id[kWidth];
   cpu::Workspace memory;
   float *rows, *distances, *panel, *tile;
   int32_t* ids;
 };
+
+// body(sets, screen, first) for all sets at once or, where a screen pays, for those from `first` on
+// that one holds. `rows` are compared with each set.
+template <typename Body>
+void for_screened_sets(const RowSets& sets, int64_t rows, int64_t k, int threads,
+                       const Body& body) {
+  if (!Screen::pays(sets, rows, k)) return body(sets, nullptr, int64_t{0});
+  const int64_t step = Screen::sets_at_once(sets);
+  for (int64_t first = 0; first < sets.batch; first += step) {
+    const RowSets some = sets.part(first, std::min(step, sets.batch - first));
+    const Screen screen(some, threads);
+    body(some, &screen, first);
+  }
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import tokenmill as tm
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
+of_the_cpu = pytest.mark.skipif("cpu" not in backends(), reason="of the CPU kernels")
 
 
 def by_definition(f, s, z, k, tau, norm):
@@ -92,3 +93,72 @@ def test_rows_that_are_not_finite(backend):
     assert index.tolist() == [[[0, 2, 3], [0, 1, 2]]]
     torch.testing.assert_close(out[0, 0].cpu(), torch.tensor([5 / 3]))
     assert weight[0, 1].isnan().all() and out[0, 1].isnan().all()
+
+
+def near_sets(case, g):
+    """Tokens and centroids whose distances are whole numbers, exact in float32 in any order."""
+    count, channels = 400, 130
+    bases = {"few near": 60, "all alike": 2, "far from zero": 60}.get(case, 400)
+    rows = torch.randint(-80, 81, (bases, channels), generator=g).float()
+    s = rows[torch.randint(0, bases, (count,), generator=g)]
+    changed = torch.rand(count, channels, generator=g) < 0.02
+    s = s + changed * torch.randint(-1, 2, (count, channels), generator=g)
+    f = rows[torch.randint(0, bases, (300,), generator=g)]
+    f = f + torch.randint(-3, 4, f.shape, generator=g)
+    if case == "far from zero":
+        s, f = s + 5000, f + 5000
+    if case == "not finite":
+        f[7, 3], f[8, 0], s[9, 1], f[11] = torch.nan, torch.inf, -torch.inf, 1e25
+    if case == "rows not finite":
+        f[7, 3], f[8, 0], f[11] = torch.nan, torch.inf, 1e25
+    return f, s
+
+
+@of_the_cpu
+@pytest.mark.parametrize("isa", tm.testing.cpu_isas(), indirect=True)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(
+    "case",
+    ["apart", "few near", "all alike", "far from zero", "not finite", "rows not finite"],
+)
+def test_products_that_screen_a_set_change_nothing(case, k, isa):
+    """A set that is large enough for it. Of equal distances the first, whatever is not finite."""
+    f, s = near_sets(case, torch.Generator().manual_seed(0))
+    d = (f.double()[:, None] - s.double()).square().sum(-1)
+    most = torch.finfo(torch.float32).max
+    d = torch.where(d <= most, d, most)
+    want = d.sort(dim=1, stable=True).indices[:, :k].sort(1).values.int()
+    z = torch.zeros(len(s), 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if case == "far from zero" and dtype != torch.float32:
+            continue
+        there = [t.to(dtype)[None] for t in (f, s, z)]
+        _, index, _ = tm.reconstruct_tokens(*there, k=k, tau=0.0, backend="cpu")
+        assert torch.equal(index[0], want)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("isa", tm.testing.cpu_isas(), indirect=True)
+def test_a_screened_set_has_the_same_bits_as_a_small_one(isa):
+    """Each token alone is compared with all centroids; many are screened first."""
+    g = torch.Generator().manual_seed(0)
+    for scale, offset in ((1.0, 0.0), (0.01, 1.0), (1e-20, 0.0)):
+        f, s = (torch.randn(1, n, 131, generator=g) * scale + offset for n in (300, 400))
+        z = torch.randn(1, 400, 2, generator=g)
+        want = [tm.reconstruct_tokens(f[:, i : i + 1], s, z, k=2, tau=1.0, backend="cpu")
+                for i in range(300)]  # fmt: skip
+        got = tm.reconstruct_tokens(f, s, z, k=2, tau=1.0, backend="cpu")
+        for name, parts in zip(got, zip(*want, strict=True), strict=True):
+            assert torch.equal(name, torch.cat(parts, 1))
+
+
+@of_the_cpu
+def test_more_sets_than_a_screen_holds():
+    g = torch.Generator().manual_seed(0)
+    f, s = torch.randn(8, 300, 256, generator=g), torch.randn(8, 1100, 256, generator=g)
+    z = torch.randn(8, 1100, 2, generator=g)
+    want = [tm.reconstruct_tokens(f[b : b + 1], s[b : b + 1], z[b : b + 1], k=2, tau=1.0,
+                                  backend="cpu") for b in range(8)]  # fmt: skip
+    got = tm.reconstruct_tokens(f, s, z, k=2, tau=1.0, backend="cpu")
+    for name, parts in zip(got, zip(*want, strict=True), strict=True):
+        assert torch.equal(name, torch.cat(parts))

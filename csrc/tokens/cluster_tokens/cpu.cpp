@@ -356,26 +356,27 @@ void label_by_window(const ClusterParams& p, const Shape& shape, const float* ce
 void label_by_all(const ClusterParams& p, const Shape& shape, const float* centroids, int threads) {
   const int64_t pixels = p.height * p.width, size = p.dtype == DType::float32 ? 4 : 2;
   const int64_t chunk = NearestFinder::chunk_rows(pixels, p.channels, threads);
-  const int64_t chunks = ceil_div(pixels, chunk);
-  cpu::parallel_items(p.batch * chunks, threads, [&](cpu::ItemCounter& counter) {
-    FlushDenormals flush;
-    NearestFinder finder(p.channels, chunk, 1);
-    std::vector<const char*> rows(chunk);
-    for (int64_t item; (item = counter.next()) >= 0;) {
-      const int64_t b = item / chunks, first = item % chunks * chunk;
-      const int64_t count = std::min(chunk, pixels - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = p.x_at(b, (first + i) / p.width, (first + i) % p.width);
-        rows[i] = static_cast<const char*>(p.x) + at * size;
-      }
-      const float* own = centroids + b * p.clusters() * shape.row;
-      finder.run(
-          ScatteredRows{rows.data()}, p.dtype, count,
-          [&](int64_t column) { return EvenRows{own + column * shape.row, shape.row}; },
-          DType::float32, p.clusters());
-      for (int64_t i = 0; i < count; ++i) p.labels[b * pixels + first + i] = *finder.id(i);
-    }
-  });
+  const int64_t chunks = ceil_div(pixels, chunk), clusters = p.clusters();
+  const RowSets sets{centroids,  DType::float32,       p.batch,  clusters,
+                     p.channels, clusters * shape.row, shape.row};
+  for_screened_sets(
+      sets, pixels, 1, threads, [&](const RowSets& some, const Screen* screen, int64_t image) {
+        cpu::parallel_items(some.batch * chunks, threads, [&](cpu::ItemCounter& counter) {
+          FlushDenormals flush;
+          NearestFinder finder(some, screen, chunk, 1, false);
+          std::vector<const char*> rows(chunk);
+          for (int64_t item; (item = counter.next()) >= 0;) {
+            const int64_t b = image + item / chunks, first = item % chunks * chunk;
+            const int64_t count = std::min(chunk, pixels - first);
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t at = p.x_at(b, (first + i) / p.width, (first + i) % p.width);
+              rows[i] = static_cast<const char*>(p.x) + at * size;
+            }
+            finder.run(item / chunks, rows.data(), p.dtype, count);
+            for (int64_t i = 0; i < count; ++i) p.labels[b * pixels + first + i] = *finder.id(i);
+          }
+        });
+      });
 }
 
 }  // namespace

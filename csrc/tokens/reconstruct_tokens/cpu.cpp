@@ -53,30 +53,30 @@ void reconstruct_tokens(const ReconstructParams& p) {
   const int threads = work < (1 << 16) ? 1 : cpu::num_threads();
   const int64_t chunk = NearestFinder::chunk_rows(p.tokens, p.channels, threads);
   const int64_t chunks = ceil_div(p.tokens, chunk), size = size_of(p.dtype);
-  const auto at = [&](const void* data, int64_t offset) {
-    return static_cast<const char*>(data) + offset * size;
-  };
-  cpu::parallel_items(p.batch * chunks, threads, [&](cpu::ItemCounter& counter) {
-    FlushDenormals flush;
-    NearestFinder finder(p.channels, chunk, p.k);
-    for (int64_t item; (item = counter.next()) >= 0;) {
-      const int64_t b = item / chunks, begin = item % chunks * chunk;
-      const int64_t count = std::min(chunk, p.tokens - begin);
-      const void* rows = at(p.features, b * p.features_batch + begin * p.features_row);
-      finder.run(
-          EvenRows{rows, p.features_row}, p.dtype, count,
-          [&](int64_t m) {
-            const int64_t offset = b * p.centroids_batch + m * p.centroids_row;
-            return EvenRows{at(p.centroids, offset), p.centroids_row};
-          },
-          p.dtype, p.clusters);
-      const int64_t row = b * p.tokens + begin;
-      for (int64_t i = 0; i < count; ++i) write_list(p, finder.distance(i), finder.id(i), row + i);
-      visit_elements(p.dtype, [&](auto e) {
-        for (int64_t i = 0; i < count; ++i) write_out(p, e, b, row + i);
+  const RowSets sets{p.centroids, p.dtype,           p.batch,        p.clusters,
+                     p.channels,  p.centroids_batch, p.centroids_row};
+  for_screened_sets(
+      sets, p.tokens, p.k, threads, [&](const RowSets& some, const Screen* screen, int64_t set) {
+        cpu::parallel_items(some.batch * chunks, threads, [&](cpu::ItemCounter& counter) {
+          FlushDenormals flush;
+          NearestFinder finder(some, screen, chunk, p.k, true);
+          std::vector<const char*> rows(chunk);
+          for (int64_t item; (item = counter.next()) >= 0;) {
+            const int64_t b = set + item / chunks, begin = item % chunks * chunk;
+            const int64_t count = std::min(chunk, p.tokens - begin), row = b * p.tokens + begin;
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t at = b * p.features_batch + (begin + i) * p.features_row;
+              rows[i] = static_cast<const char*>(p.features) + at * size;
+            }
+            finder.run(item / chunks, rows.data(), p.dtype, count);
+            for (int64_t i = 0; i < count; ++i)
+              write_list(p, finder.distance(i), finder.id(i), row + i);
+            visit_elements(p.dtype, [&](auto e) {
+              for (int64_t i = 0; i < count; ++i) write_out(p, e, b, row + i);
+            });
+          }
+        });
       });
-    }
-  });
 }
 
 void reconstruct_tokens_backward(const ReconstructBackwardParams& p) {
