@@ -124,6 +124,29 @@ def test_gradient_by_definition(drawn, backend):
     torch.testing.assert_close(a.grad.cpu(), wanted)
 
 
+@pytest.mark.skipif("cpu" not in backends(), reason="of the CPU kernels")
+@pytest.mark.parametrize("isa", tm.testing.cpu_isas(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [3, (1, 5), (3, 1)])
+def test_gradient_of_a_maximum_in_the_order_of_the_elements(kernel, dtype, isa):
+    """Zeros of either sign are equal, NaN of either sign is the greatest, and the first wins."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.tensor([0.0, -0.0, 1, -1, 2, -2, 6e-8, -6e-8, 1e-39, -1e-39, torch.inf,
+                           -torch.inf, torch.nan, -torch.nan])  # fmt: skip
+    for most in (len(values), 10, 4):  # NaN rare, none, and many equal
+        drawn = torch.randint(0, most, (2, 9, 11, 37), generator=g)
+        x = values[drawn].to(dtype)
+        dout = torch.randint(-3, 4, x.shape, generator=g).to(dtype)
+        mask = torch.rand(x.shape[:3], generator=g) < 0.9
+        found = []
+        for backend in ("cpu", "reference"):
+            leaf = x.clone().requires_grad_()
+            out = tm.local_pool(leaf, kernel, mode="max", mask=mask, subtract_input=most == 4,
+                                backend=backend)  # fmt: skip
+            found.append(torch.autograd.grad(out, leaf, dout)[0])
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_nan_wins_and_the_first_has_the_gradient(backend):
     device = device_of(backend)

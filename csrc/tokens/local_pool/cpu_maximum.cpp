@@ -1,120 +1,149 @@
 // The gradient of a maximum, separable like the maximum: the first in a window, row by row, is the
 // first in its row, of the first row whose maximum is the greatest. A gradient goes to that row of
-// its window first (along Y), and there to the token (along X). Lines follow each other in rings.
+// its window first (along Y), and there to the token (along X). Elements are compared as integers
+// as wide as they are; lines follow each other in rings.
+#include "tokens/local_pool/cpu_lanes.h"
 #include "tokens/local_pool/cpu_windows.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// The first greatest of the taps, a NaN being greater than any number, and its tap; -1: there is
-// none.
-template <DType kType>
-TM_INLINE void first_maximum(const Taps& taps, int64_t channels, float* value, float* tap) {
-  for_vectors(channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
-    constexpr int kVectors = decltype(vectors)::value;
-    const int64_t lanes = kVectors > 1 ? kWidth : n;
-    vf best[kVectors], found[kVectors];
-    TM_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) {
-      best[v] = set(-kInfinity);
-      found[v] = set(-1.f);
-      if (taps.count == 0) continue;
-      best[v] = Elements<kType>::load_n(taps.rows[0], c + v * kWidth, lanes);
-      found[v] = set(taps.numbers[0]);
-    }
-    for (int t = 1; t < taps.count; ++t) {
-      const vf number = set(taps.numbers[t]);
+// visit(Count<n>()), n known to the compiler where windows are small; else 0.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+template <typename Visit>
+TM_INLINE void visit_count(int count, const Visit& visit) {
+  switch (count) {
+    case 2:
+      return visit(Count<2>());
+    case 3:
+      return visit(Count<3>());
+    default:
+      return visit(Count<0>());
+  }
+}
+
+// Rows that windows gather from, the first of them as tap `tap`.
+template <typename Row>
+struct Rows {
+  Rows(int count, int tap) : count(count), tap(tap) {}
+
+  const Row* at[kMostTaps];
+  int count, tap;
+};
+
+// The row of the next line that the hardware does not foresee, while this one is read.
+TM_INLINE void fetch(const char* from, int64_t bytes) {
+  constexpr int64_t kLineBytes = 64;
+  for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(from + i, 0, 3);
+}
+
+// The first greatest of rows of keys and its tap, -1 if there is none.
+template <class L>
+TM_INLINE void first_maximum(const Rows<typename L::Key>& rows, int64_t length,
+                             typename L::Key* value, typename L::Key* tap) {
+  using Key = typename L::Key;
+  visit_count(rows.count, [&](auto known) TM_LAMBDA {
+    constexpr int kCount = decltype(known)::value;
+    const int count = kCount ? kCount : rows.count;
+    for (int64_t c = 0; c < length; c += L::kCount) {
+      typename L::vk best = L::all(L::kNone), found = L::all(-1);
       TM_UNROLL(4)
-      for (int v = 0; v < kVectors; ++v) {
-        const vf x = Elements<kType>::load_n(taps.rows[t], c + v * kWidth, lanes);
-        // A NaN is neither less nor equal: it is taken, and stays.
-        const vm stays = either(less(x, best[v]), equal(x, best[v]));
-        const vm is_number = equal(best[v], best[v]);
-        found[v] = select(is_number, select(stays, found[v], number), found[v]);
-        best[v] = select(is_number, select(stays, best[v], x), best[v]);
+      for (int t = 0; t < count; ++t) {
+        const typename L::vk x = L::load(rows.at[t] + c);
+        const auto greater = x > best;
+        best = greater ? x : best;
+        found = greater ? L::all(static_cast<Key>(rows.tap + t)) : found;
       }
-    }
-    TM_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) {
-      if (value) Elements<DType::float32>::store_n(value, c + v * kWidth, best[v], lanes);
-      Elements<DType::float32>::store_n(tap, c + v * kWidth, found[v], lanes);
+      if (value) L::store(value + c, best);
+      L::store(tap + c, found);
     }
   });
 }
 
-// finish(c, n, sum) of those gradients, rows of elements, whose maximum came from the tap that
-// `numbers` says.
-template <DType kType, typename Finish>
-TM_INLINE void sum_of_taps(const Taps& gradients, const float* const* found, int64_t channels,
-                           const Finish& finish) {
-  for_vectors(channels, [&](auto vectors, int64_t c, int64_t n) TM_LAMBDA {
-    constexpr int kVectors = decltype(vectors)::value;
-    const int64_t lanes = kVectors > 1 ? kWidth : n;
-    vf sum[kVectors];
+// finish(k, sum) of the gradients, rows of elements, whose tap was found, channels from k. Taps of
+// row i are tap - i.
+template <class L, int kCount, typename Finish>
+TM_INLINE void sum_elements(const Rows<char>& gradients, const Rows<typename L::Key>& found,
+                            int64_t channels, const Finish& finish) {
+  using Key = typename L::Key;
+  const int count = kCount ? kCount : gradients.count;
+  for (int64_t k = 0; k < channels; k += L::kCount) {
+    vf sum[L::kHalves] = {}, wide[L::kHalves];
     TM_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) sum[v] = zero();
-    for (int t = 0; t < gradients.count; ++t) {
-      const vf number = set(gradients.numbers[t]);
-      TM_UNROLL(4)
-      for (int v = 0; v < kVectors; ++v) {
-        const vf tap = Elements<DType::float32>::load_n(found[t], c + v * kWidth, lanes);
-        const vf x = Elements<kType>::load_n(gradients.rows[t], c + v * kWidth, lanes);
-        sum[v] = sum[v] + select(equal(tap, number), x, zero());
-      }
+    for (int i = 0; i < count; ++i) {
+      const auto number = L::all(static_cast<Key>(gradients.tap - i));
+      const typename L::vk here = L::load(found.at[i] + k) == number;
+      L::widen(L::load_n(gradients.at[i] + k * sizeof(Key), channels - k) & here, wide);
+      TM_UNROLL(2)
+      for (int h = 0; h < L::kHalves; ++h) sum[h] = sum[h] + wide[h];
     }
-    TM_UNROLL(4)
-    for (int v = 0; v < kVectors; ++v) finish(c + v * kWidth, lanes, sum[v]);
-  });
+    finish(k, sum);
+  }
 }
 
-// The maximum of a row of a window, and the tap it comes from. False: the row has no token.
+// Channels of sequences as they are read and written.
 template <DType kType>
-bool find_in_row(const LocalPoolParams& p, const Reach& r, int64_t b, int y, int64_t c,
-                 int64_t channels, float* value, float* tap) {
-  const Map map = map_of_x(p, sizeof(typename Elements<kType>::type));
-  Taps taps;
-  for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x)
-    if (counts(p, b, y, from)) taps.add(map.at(b, y, from, c), static_cast<float>(r.tap + i));
-  first_maximum<kType>(taps, channels, value, tap);
-  return taps.count > 0;
-}
+struct Maps {
+  using L = Lanes<kType>;
+  using Key = typename L::Key;
 
-// The sum of the gradients, elements of kFrom, whose tap was found, for one token.
-template <DType kFrom, DType kType>
-void store_gradient(const LocalPoolBackwardParams& q, const Taps& gradients,
-                    const float* const* found, int64_t b, int y, int x, int64_t c,
-                    int64_t channels) {
-  using E = Elements<kType>;
-  const LocalPoolParams& p = q.forward;
-  const char* own = map_of_dout(q, sizeof(typename E::type)).at(b, y, x, c);
-  const int64_t to = out_at(p, b, y, x, c);
-  sum_of_taps<kFrom>(gradients, found, channels, [&](int64_t at, int64_t n, vf sum) TM_LAMBDA {
-    if (p.subtract_input) sum = sum - E::load_n(own, at, n);
-    E::store_n(p.out, to + at, sum, n);
-  });
-}
+  explicit Maps(const LocalPoolBackwardParams& q)
+      : p(q.forward), x(map_of_x(p, sizeof(Key))), dout(map_of_dout(q, sizeof(Key))) {}
 
-// Channels c .. c + channels - 1 of one sequence.
+  // Of a token that the mask leaves out: below all others.
+  TM_INLINE void load_keys(int64_t b, int64_t y, int64_t at_x, int64_t c, int64_t channels,
+                           Key* to) const {
+    const char* const from = x.at(b, y, at_x, c);
+    const bool some = counts(p, b, y, at_x);
+    for (int64_t k = 0; k < channels; k += L::kCount)
+      L::store(to + k,
+               some ? L::keys(L::load_n(from + k * sizeof(Key), channels - k)) : L::all(L::kNone));
+  }
+
+  // The gradient of n channels from c of a token.
+  TM_INLINE void store(int64_t b, int64_t y, int64_t at_x, int64_t c, int64_t n,
+                       const vf (&gradient)[L::kHalves]) const {
+    vf sum[L::kHalves], own[L::kHalves];
+    TM_UNROLL(2)
+    for (int h = 0; h < L::kHalves; ++h) sum[h] = gradient[h];
+    if (p.subtract_input) {
+      L::widen(L::load_n(dout.at(b, y, at_x, c), n), own);
+      TM_UNROLL(2)
+      for (int h = 0; h < L::kHalves; ++h) sum[h] = sum[h] - own[h];
+    }
+    L::store_n(static_cast<Key*>(p.out) + out_at(p, b, y, at_x, c), L::narrow(sum), n);
+  }
+
+  const LocalPoolParams& p;
+  const Map x, dout;
+};
+
+// Channels c .. c + channels - 1 of one sequence. Rows of channels are as long as vectors are.
 template <DType kType>
 class Slice {
- public:
-  Slice(const LocalPoolBackwardParams& q, const Reach* reaches, int64_t lines, float* memory)
-      : q_(q), p_(q.forward), reaches_(reaches), lines_(lines), memory_(memory) {}
+  using L = Lanes<kType>;
+  using Key = typename L::Key;
 
-  // Floats of memory, for so many channels.
-  static int64_t floats(const LocalPoolParams& p, int64_t lines, int64_t channels) {
-    return p.width * ((3 * lines + 1) * channels + lines);
+ public:
+  Slice(const LocalPoolBackwardParams& q, const Reach* reaches, int64_t lines, int64_t channels)
+      : maps_(q),
+        p_(q.forward),
+        reaches_(reaches),
+        lines_(lines),
+        step_(round_up(channels, L::kCount)),
+        memory_(p_.width * step_ * (ceil_div((3 * lines + 1) * sizeof(Key), sizeof(float)) + 1) +
+                5 * 16) {
+    const int64_t line = p_.width * step_;
+    keys_ = take(line);
+    for (Key** ring : {&values_, &rows_, &columns_}) *ring = take(lines * line);
+    line_ = memory_.take(line);
   }
 
   void run(int64_t b, int64_t c, int64_t channels) {
     b_ = b, c_ = c, channels_ = channels;
-    float* next = memory_;
-    for (float** ring : {&values_, &rows_, &columns_}) {
-      *ring = next;
-      next += lines_ * p_.width * channels;
-    }
-    line_ = next;
-    some_ = line_ + p_.width * channels;
     const int halo = static_cast<int>(lines_ / 2 < p_.height ? lines_ / 2 : p_.height);
     int rows_done = 0, columns_done = 0;
     for (int y = 0; y < p_.height; ++y) {
@@ -129,70 +158,108 @@ class Slice {
   }
 
  private:
-  int64_t at(int64_t y, int64_t x) const { return (y % lines_ * p_.width + x) * channels_; }
-  float& some(int64_t y, int64_t x) const { return some_[y % lines_ * p_.width + x]; }
+  Key* take(int64_t keys) {
+    return reinterpret_cast<Key*>(memory_.take(ceil_div(keys * sizeof(Key), sizeof(float))));
+  }
+  int64_t at(int64_t y, int64_t x) const { return (y % lines_ * p_.width + x) * step_; }
+
+  // visit(begin, end, reach of begin) for tokens of a line whose windows reach as far on either
+  // side.
+  template <typename Visit>
+  TM_INLINE void for_each_run(const Visit& visit) const {
+    for (int x = 0, end; x < p_.width; x = end) {
+      const Reach r = reaches_[x];
+      for (end = x + 1;
+           end < p_.width && reaches_[end].count == r.count && reaches_[end].tap == r.tap;)
+        ++end;
+      visit(x, end, r);
+    }
+  }
 
   void find_in_rows(int y) {
-    for (int x = 0; x < p_.width; ++x)
-      some(y, x) = find_in_row<kType>(p_, reaches_[x], b_, y, c_, channels_, values_ + at(y, x),
-                                      rows_ + at(y, x));
+    for (int x = 0; x < p_.width; ++x) {
+      fetch(maps_.x.at(b_, y + 1, x, c_), channels_ * sizeof(Key));
+      maps_.load_keys(b_, y, x, c_, channels_, keys_ + x * step_);
+    }
+    for_each_run([&](int begin, int end, const Reach& r) TM_LAMBDA {
+      Rows<Key> rows(r.count, r.tap);
+      for (int i = 0; i < r.count; ++i)
+        rows.at[i] = keys_ + (r.first + int64_t{i} * p_.dilation_x) * step_;
+      first_maximum<L>(rows, (end - begin) * step_, values_ + at(y, begin), rows_ + at(y, begin));
+    });
   }
 
   void find_in_columns(int y) {
     const Reach r = reach_y(p_, y);
-    Taps taps;
-    for (int x = 0; x < p_.width; ++x) {
-      taps.count = 0;
-      for (int i = 0, from = r.first; i < r.count; ++i, from += p_.dilation_y)
-        if (some(from, x) != 0) taps.add(values_ + at(from, x), static_cast<float>(r.tap + i));
-      first_maximum<DType::float32>(taps, channels_, nullptr, columns_ + at(y, x));
-    }
+    Rows<Key> rows(r.count, r.tap);
+    for (int i = 0; i < r.count; ++i)
+      rows.at[i] = values_ + at(r.first + int64_t{i} * p_.dilation_y, 0);
+    first_maximum<L>(rows, p_.width * step_, nullptr, columns_ + at(y, 0));
   }
 
   // line_: what of dout goes to the row of windows that lies on line y.
   void along_y(int y) {
-    const Map map = map_of_dout(q_, sizeof(typename Elements<kType>::type));
     const Reach r = reach_y(p_, y);
-    Taps gradients;
-    const float* found[kMostTaps];
-    for (int x = 0; x < p_.width; ++x) {
-      gradients.count = 0;
-      for (int i = 0, from = r.first; i < r.count; ++i, from += p_.dilation_y) {
-        found[gradients.count] = columns_ + at(from, x);
-        gradients.add(map.at(b_, from, x, c_), static_cast<float>(p_.kernel_y - 1 - r.tap - i));
-      }
-      float* to = line_ + x * channels_;
-      sum_of_taps<kType>(gradients, found, channels_, [&](int64_t c, int64_t n, vf sum) TM_LAMBDA {
-        Elements<DType::float32>::store_n(to, c, sum, n);
-      });
+    Rows<char> gradients(r.count, p_.kernel_y - 1 - r.tap);
+    Rows<Key> found(r.count, 0);
+    for (int i = 0, from = r.first; i < r.count; ++i, from += p_.dilation_y) {
+      gradients.at[i] = maps_.dout.at(b_, from, 0, c_);
+      found.at[i] = columns_ + at(from, 0);
     }
+    float* to = line_;
+    visit_count(r.count, [&](auto known) TM_LAMBDA {
+      for (int x = 0; x < p_.width; ++x, to += step_) {
+        fetch(gradients.at[r.count - 1] + maps_.dout.line, channels_ * sizeof(Key));
+        sum_elements<L, decltype(known)::value>(
+            gradients, found, channels_, [&](int64_t k, const vf(&sum)[L::kHalves]) TM_LAMBDA {
+              TM_UNROLL(2)
+              for (int h = 0; h < L::kHalves; ++h) store(to + k + h * kWidth, sum[h]);
+            });
+        for (int i = 0; i < r.count; ++i) {
+          gradients.at[i] += maps_.dout.token;
+          found.at[i] += step_;
+        }
+      }
+    });
   }
 
   void along_x(int y) {
-    Taps gradients;
-    const float* found[kMostTaps];
-    for (int x = 0; x < p_.width; ++x) {
-      const Reach r = reaches_[x];
-      gradients.count = 0;
-      for (int i = 0, from = r.first; i < r.count; ++i, from += p_.dilation_x) {
-        found[gradients.count] = rows_ + at(y, from);
-        gradients.add(line_ + from * channels_, static_cast<float>(p_.kernel_x - 1 - r.tap - i));
-      }
-      store_gradient<DType::float32, kType>(q_, gradients, found, b_, y, x, c_, channels_);
-    }
+    const Key* const taps = rows_ + at(y, 0);
+    const int64_t next = p_.dilation_x * step_;
+    for_each_run([&](int begin, int end, const Reach& r) TM_LAMBDA {
+      visit_count(r.count, [&](auto known) TM_LAMBDA {
+        constexpr int kCount = decltype(known)::value;
+        const int count = kCount ? kCount : r.count, tap = p_.kernel_x - 1 - r.tap;
+        int64_t first = r.first * step_;
+        for (int x = begin; x < end; ++x, first += step_)
+          for (int64_t k = 0; k < channels_; k += L::kCount) {
+            vf sum[L::kHalves] = {};
+            TM_UNROLL(4)
+            for (int i = 0; i < count; ++i) {
+              const int64_t from = first + i * next + k;
+              const auto number = L::all(static_cast<Key>(tap - i));
+              const typename L::vk found = L::load(taps + from);
+              TM_UNROLL(2)
+              for (int h = 0; h < L::kHalves; ++h)
+                sum[h] = sum[h] + L::where_equal(found, number, h, load(line_ + from + h * kWidth));
+            }
+            maps_.store(b_, y, x, c_ + k, channels_ - k, sum);
+          }
+      });
+    });
   }
 
-  const LocalPoolBackwardParams& q_;
+  const Maps<kType> maps_;
   const LocalPoolParams& p_;
   const Reach* reaches_;
-  int64_t lines_;  // of a ring
-  float* memory_;
+  const int64_t lines_, step_;  // lines of a ring, channels of a row
+  cpu::Workspace memory_;
   int64_t b_, c_, channels_;
-  // [lines, width, channels]: the maxima of the rows of windows and their taps, and which row of
-  // its window has a token's maximum.
-  float *values_, *rows_, *columns_;
-  float* line_;  // [width, channels]
-  float* some_;  // [lines, width]: whether the row of a window has a token
+  Key* keys_;  // [width, step]
+  // [lines, width, step]: the maxima of the rows of windows and their taps, and which row of its
+  // window has a token's maximum.
+  Key *values_, *rows_, *columns_;
+  float* line_;  // [width, step], halves as widen leaves them
 };
 
 // Slices of channels that leave enough items for the threads; what fits into `floats` at best.
@@ -209,12 +276,9 @@ void backward(const LocalPoolBackwardParams& q) {
   const LocalPoolParams& p = q.forward;
   const std::vector<Reach> reaches = reaches_x(p);
   const int64_t halo = std::min<int64_t>(int64_t{p.kernel_y / 2} * p.dilation_y, p.height);
-  const int64_t lines = 2 * halo + 1;
   const int64_t step = slice_of(p, p.batch, p.width), parts = ceil_div(p.channels, step);
   cpu::parallel_items(p.batch * parts, threads_for(p), [&](cpu::ItemCounter& items) {
-    const int64_t floats = Slice<kType>::floats(p, lines, step);
-    cpu::Workspace memory(floats);
-    Slice<kType> slice(q, reaches.data(), lines, memory.take(floats));
+    Slice<kType> slice(q, reaches.data(), 2 * halo + 1, step);
     for (int64_t item; (item = items.next()) >= 0;) {
       const int64_t c = item % parts * step;
       slice.run(item / parts, c, std::min(step, p.channels - c));
@@ -222,38 +286,55 @@ void backward(const LocalPoolBackwardParams& q) {
   });
 }
 
-// Windows of one row: the taps of a run of tokens are enough, and gradients go to tokens at once.
+// Windows of one row: keys and taps of a run of tokens are enough, and gradients go to tokens at
+// once.
 template <DType kType>
 void backward_of_lines(const LocalPoolBackwardParams& q) {
+  using L = Lanes<kType>;
+  using Key = typename L::Key;
   const LocalPoolParams& p = q.forward;
+  const Maps<kType> maps(q);
   const std::vector<Reach> reaches = reaches_x(p);
-  const Map map = map_of_dout(q, sizeof(typename Elements<kType>::type));
   const int halo =
       static_cast<int>(std::min<int64_t>(int64_t{p.kernel_x / 2} * p.dilation_x, p.width));
   const int ring = std::min(2 * halo + 1, p.width);
   const int64_t lines = p.batch * p.height;
   const int64_t step = slice_of(p, lines, ring), parts = ceil_div(p.channels, step);
+  const int64_t row = round_up(step, L::kCount);
   cpu::parallel_items(lines * parts, threads_for(p), [&](cpu::ItemCounter& items) {
-    cpu::Workspace memory(ring * step);
-    float* taps = memory.take(ring * step);
-    Taps gradients;
-    const float* found[kMostTaps];
+    cpu::Workspace memory(2 * ring * row);
+    Key* const keys = reinterpret_cast<Key*>(memory.take(2 * ring * row));
+    Key* const taps = keys + ring * row;
     for (int64_t item; (item = items.next()) >= 0;) {
       const int64_t line = item / parts, b = line / p.height, c = item % parts * step;
       const int64_t channels = std::min(step, p.channels - c);
       const int y = static_cast<int>(line % p.height);
-      int done = 0;
+      int loaded = 0, done = 0;
       for (int x = 0; x < p.width; ++x) {
-        for (; done < p.width && done <= x + halo; ++done)
-          find_in_row<kType>(p, reaches[done], b, y, c, channels, nullptr,
-                             taps + done % ring * step);
-        const Reach r = reaches[x];
-        gradients.count = 0;
-        for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x) {
-          found[gradients.count] = taps + from % ring * step;
-          gradients.add(map.at(b, y, from, c), static_cast<float>(p.kernel_x - 1 - r.tap - i));
+        for (; done < p.width && done <= x + halo; ++done) {
+          for (; loaded < p.width && loaded <= done + halo; ++loaded) {
+            fetch(maps.x.at(b, y, loaded + 1, c), channels * sizeof(Key));
+            maps.load_keys(b, y, loaded, c, channels, keys + loaded % ring * row);
+          }
+          const Reach r = reaches[done];
+          Rows<Key> rows(r.count, r.tap);
+          for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x)
+            rows.at[i] = keys + from % ring * row;
+          first_maximum<L>(rows, channels, nullptr, taps + done % ring * row);
         }
-        store_gradient<kType, kType>(q, gradients, found, b, y, x, c, channels);
+        const Reach r = reaches[x];
+        Rows<char> gradients(r.count, p.kernel_x - 1 - r.tap);
+        Rows<Key> found(r.count, 0);
+        for (int i = 0, from = r.first; i < r.count; ++i, from += p.dilation_x) {
+          gradients.at[i] = maps.dout.at(b, y, from, c);
+          found.at[i] = taps + from % ring * row;
+        }
+        visit_count(r.count, [&](auto known) TM_LAMBDA {
+          sum_elements<L, decltype(known)::value>(
+              gradients, found, channels, [&](int64_t k, const vf(&sum)[L::kHalves]) TM_LAMBDA {
+                maps.store(b, y, x, c + k, channels - k, sum);
+              });
+        });
       }
     }
   });
