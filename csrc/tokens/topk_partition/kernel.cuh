@@ -10,6 +10,14 @@ namespace tokenmill::cuda {
 constexpr int kSharedSort = 2048;  // kept tokens that are sorted in shared memory
 constexpr unsigned kSharedKeys =
     4096;  // tokens whose scores are read once; those behind them each time
+constexpr unsigned kSectorBytes = 32;
+
+// Places of a row for which a block has threads in front of it, so that each of its warps moves
+// whole sectors.
+template <typename T>
+__device__ __forceinline__ unsigned skipped_places(const T* row) {
+  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(row) % kSectorBytes / sizeof(T));
+}
 
 struct PartitionMemory {
   uint64_t* sort_keys;  // sort_stride for each row, if more than kSharedSort are sorted
@@ -57,8 +65,10 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       (k == 0 ? rest : keep)[i] = static_cast<int32_t>(i);
     if (all) continue;
 
-    for (unsigned i = threadIdx.x; i < min(tokens, kSharedKeys); i += kTopkThreads)
-      keys[i] = row.key_at(i);
+    // A place in front of the row is a large number.
+    const unsigned skipped = skipped_places(row.scores);
+    for (unsigned t = threadIdx.x; t < min(tokens, kSharedKeys) + skipped; t += kTopkThreads)
+      if (const unsigned i = t - skipped; i < min(tokens, kSharedKeys)) keys[i] = row.key_at(i);
     // Each thread reads the keys that it has written.
     const auto key_at = [&](unsigned i) { return i < kSharedKeys ? keys[i] : row.key_at(i); };
     if (threadIdx.x == 0) shared.state = {0, static_cast<int>(k), 0, 0};
@@ -66,8 +76,9 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       clear_bins(shared.bins);
       __syncthreads();
       const uint32_t prefix = shared.state.prefix;
-      for (unsigned i = threadIdx.x; i < tokens; i += kTopkThreads)
-        count_key(shared.bins, key_at(i), digit, prefix);
+      for (unsigned t = threadIdx.x; t < tokens + skipped; t += kTopkThreads)
+        if (const unsigned i = t - skipped; i < tokens)
+          count_key(shared.bins, key_at(i), digit, prefix);
       __syncthreads();
       narrow(shared, digit);
     }
@@ -77,8 +88,8 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
     uint64_t* const sorted =
         memory.sort_keys ? memory.sort_keys + b * memory.sort_stride : shared_sort;
     unsigned above = 0, equal = 0;
-    for (unsigned tile = 0; tile < tokens; tile += kTopkThreads) {
-      const unsigned i = tile + threadIdx.x;
+    for (unsigned tile = 0; tile < tokens + skipped; tile += kTopkThreads) {
+      const unsigned i = tile + threadIdx.x - skipped;
       const uint32_t key = i < tokens ? key_at(i) : 0;
       const bool greater = key > threshold, tie = key == threshold;
       unsigned before, total;  // greater ones in the low half
@@ -102,8 +113,9 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
       equal += total >> 16;
       __syncthreads();
     }
-    for (unsigned i = threadIdx.x; i < min(tokens - k, kSharedKeys); i += kTopkThreads)
-      rest[i] = static_cast<int32_t>(keys[i]);
+    const unsigned others = min(tokens - k, kSharedKeys), before_rest = skipped_places(rest);
+    for (unsigned t = threadIdx.x; t < others + before_rest; t += kTopkThreads)
+      if (const unsigned i = t - before_rest; i < others) rest[i] = static_cast<int32_t>(keys[i]);
     __syncthreads();  // the next row writes keys
     if (!p.by_score) continue;
     unsigned size = 1;
