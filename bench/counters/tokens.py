@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -115,6 +116,16 @@ def partition() -> Iterator[CounterCase]:
     yield _case(f"8 x {N}, half of them", 8 * N * 8, prepare)
 
 
+def mask() -> Iterator[CounterCase]:
+    def prepare(tokens: int) -> Callable[[], object]:
+        taken = torch.rand(8, tokens, generator=torch.Generator().manual_seed(3)) < 0.5
+        return lambda: tm.mask_partition(taken, backend="emulated")
+
+    for tokens in (1024, N):  # half of the indices are -1
+        yield _case(f"8 x {tokens}, half of them", 8 * tokens * 7,
+                    functools.partial(prepare, tokens))  # fmt: skip
+
+
 def match() -> Iterator[CounterCase]:
     rows, channels = 512, 64
 
@@ -133,6 +144,7 @@ COUNTED = {
     "gather_fuse": Counted(PER, fuse),
     "gather_tokens": Counted(PER, gather),
     "local_pool": Counted(PER, pool),
+    "mask_partition": Counted(PER, mask),
     "scatter_tokens": Counted(PER, scatter),
     "segment_reduce": Counted(PER, segments),
     "topk_partition": Counted(PER, partition),

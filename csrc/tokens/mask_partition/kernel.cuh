@@ -1,5 +1,5 @@
 // The tokens that a mask takes, packed: chunks are counted, their counts summed, then tokens
-// written to their places.
+// written to their places. The mask is read once and its bits are kept.
 #pragma once
 #include <cub/block/block_scan.cuh>
 
@@ -18,6 +18,26 @@ struct MaskBits {
   unsigned bits[kMaskSteps];
   int count;
 
+  // As an earlier kernel kept them.
+  __device__ __forceinline__ explicit MaskBits(const uint4* kept) : count(0) {
+#pragma unroll
+    for (int j = 0; j < kMaskSteps; j += 4) {
+      const uint4 four = kept[j / 4];
+      bits[j] = four.x, bits[j + 1] = four.y, bits[j + 2] = four.z, bits[j + 3] = four.w;
+    }
+#pragma unroll
+    for (int j = 0; j < kMaskSteps; ++j) count += __popc(bits[j]);
+  }
+
+  // By lanes 0 to kMaskSteps - 1.
+  __device__ __forceinline__ void keep(unsigned* to) const {
+    unsigned own = 0;
+#pragma unroll
+    for (int j = 0; j < kMaskSteps; ++j)
+      if (threadIdx.x % kWarpSize == j) own = bits[j];
+    if (threadIdx.x % kWarpSize < kMaskSteps) to[threadIdx.x % kWarpSize] = own;
+  }
+
   __device__ __forceinline__ MaskBits(const MaskPartitionParams& p, uint32_t first) : count(0) {
     const uint32_t total = static_cast<uint32_t>(p.batch * p.tokens);
     const uint32_t tokens = static_cast<uint32_t>(p.tokens);
@@ -35,6 +55,10 @@ struct MaskBits {
 __device__ __forceinline__ uint32_t first_of_warp() {
   return blockIdx.x * kMaskChunk + threadIdx.x / kWarpSize * (kWarpSize * kMaskSteps);
 }
+// Where the bits of a warp are.
+__device__ __forceinline__ unsigned* bits_of_warp(unsigned* bits) {
+  return bits + first_of_warp() / kWarpSize;
+}
 
 // Tokens taken by the warps of this block before this one, and by all.
 __device__ __forceinline__ int2 sums_of_block(int count) {
@@ -51,8 +75,11 @@ __device__ __forceinline__ int2 sums_of_block(int count) {
 }
 
 __global__ void __launch_bounds__(kMaskThreads)
-    mask_count_kernel(const __grid_constant__ MaskPartitionParams p, int32_t* counts) {
-  const int2 sums = sums_of_block(MaskBits(p, first_of_warp()).count);
+    mask_count_kernel(const __grid_constant__ MaskPartitionParams p, unsigned* bits,
+                      int32_t* counts) {
+  const MaskBits mask(p, first_of_warp());
+  mask.keep(bits_of_warp(bits));
+  const int2 sums = sums_of_block(mask.count);
   if (threadIdx.x == 0) counts[blockIdx.x] = sums.y;
 }
 
@@ -74,25 +101,34 @@ __global__ void __launch_bounds__(kMaskScanThreads)
 }
 
 __global__ void __launch_bounds__(kMaskThreads)
-    mask_write_kernel(const __grid_constant__ MaskPartitionParams p, const int32_t* begins) {
+    mask_write_kernel(const __grid_constant__ MaskPartitionParams p, unsigned* bits,
+                      const int32_t* begins) {
+  __shared__ int32_t packed[kMaskChunk];
   const uint32_t first = first_of_warp(), lane = threadIdx.x % kWarpSize;
   const uint32_t total = static_cast<uint32_t>(p.batch * p.tokens);
   const uint32_t tokens = static_cast<uint32_t>(p.tokens);
   const int32_t size = static_cast<int32_t>(p.size);
-  const MaskBits mask(p, first);
-  int32_t place = begins[blockIdx.x] + sums_of_block(mask.count).x;
+  const MaskBits mask(reinterpret_cast<const uint4*>(bits_of_warp(bits)));
+  const int32_t begin = begins[blockIdx.x];
+  const int2 sums = sums_of_block(mask.count);
+  int32_t place = sums.x;  // in the block
 #pragma unroll
   for (int j = 0; j < kMaskSteps; ++j) {
     const uint32_t i = first + j * kWarpSize + lane;
     const int32_t at = place + __popc(mask.bits[j] & ((1u << lane) - 1));
     place += __popc(mask.bits[j]);
     if (i >= total) continue;
-    const bool taken = (mask.bits[j] >> lane & 1) != 0 && at < size;
-    if (taken) p.indices[at] = static_cast<int32_t>(i);
-    p.inverse[i] = taken ? at : -1;
+    const bool taken = (mask.bits[j] >> lane & 1) != 0;
+    if (taken) packed[at] = static_cast<int32_t>(i);
+    p.inverse[i] = taken && begin + at < size ? begin + at : -1;
     const uint32_t b = i / tokens;
-    if (i == b * tokens) p.cu_seqlens[b] = min(at, size);
+    if (i == b * tokens) p.cu_seqlens[b] = min(begin + at, size);
   }
+  __syncthreads();
+  // From a place in front of the block's, so that warps write whole sectors.
+  const uint32_t from = static_cast<uint32_t>(begin), end = min(begin + sums.y, size);
+  for (uint32_t at = from / 8 * 8 + threadIdx.x; at < end; at += kMaskThreads)
+    if (at >= from) p.indices[at] = packed[at - from];
 }
 
 }  // namespace tokenmill::cuda
