@@ -12,10 +12,13 @@ namespace tokenmill::cuda {
 template <typename T, int kBucket>
 struct QuerySideShape : GradientShape<T, kBucket, Side::queries> {
   using Base = GradientShape<T, kBucket, Side::queries>;
-  static constexpr int kKeysBytes = 128, kRingBytes = Base::kRing * 4;
+  template <typename Keys>
+  using Table = KeyTable<T, Keys, Base::kTileRows>;
 
+  template <typename Keys>
   static constexpr int shared_bytes(int row_warps) {
-    return kKeysBytes + kRingBytes + 2 * Base::kStageBytes + 2 * row_warps * 16 * Base::kRowBytes;
+    return static_cast<int>(sizeof(Table<Keys>)) + 2 * Base::kStageBytes +
+           2 * row_warps * 16 * Base::kRowBytes;
   }
 };
 
@@ -23,17 +26,21 @@ template <typename T, int kBucket, typename Listing_>
 struct KeySideShape : GradientShape<T, kBucket, Side::keys> {
   using Base = GradientShape<T, kBucket, Side::keys>;
   using Listing = Listing_;
-  static constexpr int kRingAt = (sizeof(typename Listing::Window) + 15) / 16 * 16;
-  static constexpr int kInfoBytes =
-      (kRingAt + Base::kRing * static_cast<int>(sizeof(typename Listing::Place)) + 127) / 128 * 128;
+
+  // What is known of the queries, at the front of shared memory.
+  struct alignas(128) Info {
+    typename Listing::Window window;
+    FetchedIds<Base::kTileRows> fetched;
+    typename Listing::Place places[4 * Base::kTileRows];
+  };
+  static constexpr int kInfoBytes = sizeof(Info);
 
   static constexpr int shared_bytes(int row_warps) {
     return kInfoBytes + 2 * Base::kStageBytes + 2 * row_warps * 16 * Base::kRowBytes;
   }
 };
 
-// Rows of queries and of dO that a listing finds for a tile of keys, as stream_rows wants them. The
-// listing lies in shared memory before the ring of places.
+// Rows of queries and of dO that a listing finds for a tile of keys, as stream_rows wants them.
 template <typename T, typename Shape>
 class TileQueries : public Shape::Listing {
  public:
@@ -42,15 +49,16 @@ class TileQueries : public Shape::Listing {
   using Copy = RowCopy<T, typename Shape::Tile>;
 
   template <typename Gradients, typename KeyTile>
-  __device__ TileQueries(const Gradients& d, typename Listing::Window& window, uint32_t stages,
+  __device__ TileQueries(const Gradients& d, typename Shape::Info& info, uint32_t stages,
                          const KeyTile& tile)
-      : Listing(d, window, tile),
-        places_(
-            reinterpret_cast<Place*>(reinterpret_cast<unsigned char*>(&window) + Shape::kRingAt)),
-        stages_(stages) {}
+      : Listing(d, info.window, tile), info_(info), stages_(stages) {}
 
-  __device__ void store(int t, const Place& place) { at(t) = place; }
-  __device__ Place& at(int t) const { return places_[t & (Shape::kRing - 1)]; }
+  using Listing::total;
+  __device__ __forceinline__ void fetch(int t) {
+    if (const int32_t* id = Listing::id_at(t)) info_.fetched.fetch(t, id);
+  }
+  __device__ void store(int t) { place(t) = Listing::look_up(t, info_.fetched.at(t)); }
+  __device__ const Place& at(int t) const { return place(t); }
 
   __device__ __forceinline__ void load(int stage, int first) const {
     const AttentionParams& p = d_.attention;
@@ -80,7 +88,9 @@ class TileQueries : public Shape::Listing {
  private:
   using Listing::b_, Listing::d_, Listing::head_;
 
-  Place* places_;
+  __device__ Place& place(int t) const { return info_.places[t % (4 * Shape::kTileRows)]; }
+
+  typename Shape::Info& info_;
   uint32_t stages_;
 };
 
@@ -98,19 +108,16 @@ template <typename T, int kBucket, typename Walk>
 __device__ __forceinline__ void listed_query_gradients(const typename Walk::Gradients& d) {
   using Shape = QuerySideShape<T, kBucket>;
   using Tile = typename Shape::Tile;
-  using Keys = typename Walk::Keys;
   using Source = KeySource<T, Shape, Walk, Tile, Tile>;
-  static_assert(sizeof(Keys) + 8 <= Shape::kKeysBytes);
   extern __shared__ __align__(128) unsigned char shared[];
-  Keys* const keys = reinterpret_cast<Keys*>(shared);
-  int* const places = reinterpret_cast<int*>(shared + Shape::kKeysBytes);
-  const uint32_t stages = shared_address(shared + Shape::kKeysBytes + Shape::kRingBytes);
+  auto& table = *reinterpret_cast<typename Source::Table*>(shared);
+  const uint32_t stages = shared_address(shared + sizeof(table));
   const uint32_t owned = stages + 2 * Shape::kStageBytes;
 
   const AttentionParams& p = d.attention;
   const auto q = Walk::Queries::of(d);
   if (q.rows <= 0) return;
-  Keys::find(d, q, keys, places - 2);
+  find_keys<Walk>(d, q, table);
   const int tile_rows = 16 * d.row_warps;
   const auto row_of = [&](const auto& rows) {
     return [&](int r) { return row_at<const T>(rows, q.b, q.place(r), q.head_of(r)); };
@@ -139,28 +146,20 @@ __device__ __forceinline__ void listed_query_gradients(const typename Walk::Grad
     statistics[1][half] = d.minus_delta[at];
   }
 
-  const int64_t kv_head = d.kv_head(q.head);
-  Source source{d,
-                *keys,
-                places,
-                stages,
-                row_at<const T>(d.k(), q.b, 0, kv_head),
-                row_at<const T>(d.v(), q.b, 0, kv_head)};
-  stream_rows<Shape::kTileRows, int>(source, keys->total, [&](int stage, int tile) {
+  Source source{d, table, stages};
+  stream_rows<Shape::kTileRows>(source, [&](int stage, int tile) {
     if (!active) return;
 #pragma unroll 1
     for (int k = 0; k < Shape::kTileRows; k += Shape::kStep) {
-      const int* at = &source.at(tile + k);
-      const int2 by = keys->seen_by(tile + k + lane % Shape::kStep, at[lane % Shape::kStep]);
-      if (!__any_sync(kFullWarp, by.x <= last_position && by.y > first_position)) continue;
-      const bool whole = __all_sync(kFullWarp, by.x <= first_position && by.y > last_position);
+      const Seeing seen = table.ring.seen_by(tile + k + lane % Shape::kStep);
+      if (!__any_sync(kFullWarp, seen.by_any(first_position, last_position))) continue;
+      const bool whole = __all_sync(kFullWarp, seen.by_all(first_position, last_position));
       warp.add_step(
           stages + stage * Shape::kStageBytes, k, whole,
           [&](int kind, int, int i) { return statistics[kind][i / 2]; },
           [&](int n, int i) {
             const int key = 8 * n + lane % 4 * 2 + i % 2;
-            const int2 seen_by = keys->seen_by(tile + k + key, at[key]);
-            return position[i / 2] >= seen_by.x && position[i / 2] < seen_by.y;
+            return table.ring.seen_by(tile + k + key).by(position[i / 2]);
           });
     }
   });
@@ -177,7 +176,7 @@ __device__ __forceinline__ void listed_key_gradients(const typename Walk::Gradie
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t stages = shared_address(shared + Shape::kInfoBytes);
   const uint32_t owned = stages + 2 * Shape::kStageBytes;
-  auto& window = *reinterpret_cast<typename Shape::Listing::Window*>(shared);
+  auto& info = *reinterpret_cast<typename Shape::Info*>(shared);
 
   const AttentionParams& p = d.attention;
   const int tile_rows = 16 * d.row_warps;
@@ -195,36 +194,35 @@ __device__ __forceinline__ void listed_key_gradients(const typename Walk::Gradie
   const typename Walk::WarpKeys keys(d, tile, 16 * warp.row_warp());
   const int lane = threadIdx.x % kWarpSize;
   if (tile.seen > 0) {
-    TileQueries<T, Shape> queries(d, window, stages, tile);
+    TileQueries<T, Shape> queries(d, info, stages, tile);
     queries.each_window([&] {
-      stream_rows<Shape::kTileRows, typename Shape::Listing::Place>(
-          queries, queries.total(), [&](int stage, int first) {
+      stream_rows<Shape::kTileRows>(queries, [&](int stage, int first) {
 #pragma unroll 1
-            for (int k = 0; k < Shape::kTileRows; k += Shape::kStep) {
-              const auto column = [&](int i) {
-                return queries.column(queries.at(first + k + i), keys);
-              };
-              const auto own = column(lane % Shape::kStep);
-              if (!__any_sync(kFullWarp, keys.any_seen(own))) continue;
-              const bool whole = __all_sync(kFullWarp, keys.all_seen(own));
-              const uint32_t at = stages + stage * Shape::kStageBytes + 2 * Shape::kTileBytes +
-                                  (k + lane % 4 * 2) * 4;
-              float2 statistics[2][Shape::kStep / 8];  // minus lse, minus delta
-              unroll<Shape::kStep / 8>([&](auto n) {
-                statistics[0][n] = load_float2<32 * n>(at);
-                statistics[1][n] = load_float2<32 * n + Shape::kTileRows * 4>(at);
-              });
-              warp.add_step(
-                  stages + stage * Shape::kStageBytes, k, whole,
-                  [&](int kind, int n, int i) {
-                    const float2 both = statistics[kind][n];
-                    return i % 2 ? both.y : both.x;
-                  },
-                  [&](int n, int i) {
-                    return keys.sees(column(8 * n + lane % 4 * 2 + i % 2), lane / 4 + i / 2 * 8);
-                  });
-            }
+        for (int k = 0; k < Shape::kTileRows; k += Shape::kStep) {
+          const auto column = [&](int i) {
+            return queries.column(queries.at(first + k + i), keys);
+          };
+          const auto own = column(lane % Shape::kStep);
+          if (!__any_sync(kFullWarp, keys.any_seen(own))) continue;
+          const bool whole = __all_sync(kFullWarp, keys.all_seen(own));
+          const uint32_t at =
+              stages + stage * Shape::kStageBytes + 2 * Shape::kTileBytes + (k + lane % 4 * 2) * 4;
+          float2 statistics[2][Shape::kStep / 8];  // minus lse, minus delta
+          unroll<Shape::kStep / 8>([&](auto n) {
+            statistics[0][n] = load_float2<32 * n>(at);
+            statistics[1][n] = load_float2<32 * n + Shape::kTileRows * 4>(at);
           });
+          warp.add_step(
+              stages + stage * Shape::kStageBytes, k, whole,
+              [&](int kind, int n, int i) {
+                const float2 both = statistics[kind][n];
+                return i % 2 ? both.y : both.x;
+              },
+              [&](int n, int i) {
+                return keys.sees(column(8 * n + lane % 4 * 2 + i % 2), lane / 4 + i / 2 * 8);
+              });
+        }
+      });
     });
   }
   const int first = 16 * warp.row_warp();

@@ -1,112 +1,98 @@
-// Forward of attention to lists. A block owns a tile of queries that share a list, 16 rows a warp;
-// the keys that any of them sees stream through two stages of shared memory, gathered into full
-// tiles.
+// Forward of attention to lists. A block owns a tile of queries that share a list; the keys that
+// any of them sees stream through two stages of shared memory, gathered into full tiles.
 #pragma once
 #include "dense/attention/kernel_finish.cuh"
-#include "dense/attention_decode/kernel_products.cuh"
 #include "sparse/listed_keys.cuh"
+#include "sparse/listed_products.cuh"
 
 namespace tokenmill::cuda {
 
-// Warps own rows; two of them share 256 columns of float32, whose accumulators leave one no room.
-// Queries take half of what is left beside the stages, so that blocks fit the 99 KiB of shared
-// memory of small chips.
-template <typename T, int kBucket>
-struct ListedShape : DecodeShape<T, kBucket> {
-  using Base = DecodeShape<T, kBucket>;
+// Keys are Walk::Keys.
+template <typename T, int kBucket, typename Keys>
+struct ForwardMemory {
+  using Shape = ListedShape<T, kBucket>;
   using Stream = StreamShape<T, kBucket>;
-  static constexpr int kColumnWarps = Base::kRowBytes > 512 ? 2 : 1;
-  static constexpr int kMaxRowWarps = Base::kRowBytes <= 256 ? 8 : 32768 / (16 * Base::kRowBytes);
-  static constexpr int kRowOrKeyWarps = kMaxRowWarps;
-  static constexpr int kMinRowWarps = kColumnWarps > 1 ? kRowOrKeyWarps : 1;
-  static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
-  static constexpr int kKeysBytes = 128, kRingBytes = Stream::kRing * 4;
-  static_assert(Stream::kTileRows == Base::kTileKeys);
+  using Table = KeyTable<T, Keys, Stream::kTileRows>;
+  static_assert(Stream::kTileRows == Shape::kTileKeys);
 
-  // What is known of the keys and where they lie, stages, queries; in the end, sums.
-  static constexpr int shared_bytes(int row_warps) {
-    const int stream = 2 * Base::kStageBytes + row_warps * 16 * Base::kRowBytes;
-    const int sums = Base::kFloat ? 0 : row_warps * 16 * Base::kPartialRow * 4;
-    return kKeysBytes + kRingBytes + (stream > sums ? stream : sums);
+  // What becomes of a row of 16 bits.
+  struct RowEnd {
+    float sum, pivot;
+    T* to;
+  };
+  static constexpr int kRows = Shape::kMaxRowWarps * Shape::kWarpRows;
+  // What is known of the keys, positions of queries, stages, in the end results; wide queries.
+  static constexpr int kPositionsAt = sizeof(Table), kStagesAt = kPositionsAt + kRows * 4;
+  static_assert(kStagesAt % 128 == 0);
+  static constexpr int kEndsAt = kStagesAt + kRows * Shape::kRowBytes;
+  static_assert(kEndsAt + kRows * sizeof(RowEnd) <= kStagesAt + 2 * Shape::kStageBytes);
+  static constexpr int bytes(int row_warps) {
+    const int queries = Shape::kWide ? row_warps * 16 * Shape::kRowBytes : 0;
+    return kStagesAt + 2 * Shape::kStageBytes + queries;
   }
 };
 
 template <typename T, int kBucket, typename Walk>
-class ListedWarp : public DecodeProducts<T, kBucket, ListedShape<T, kBucket>> {
+class ListedWarp : public ListedProducts<T, kBucket> {
  public:
-  using Products = DecodeProducts<T, kBucket, ListedShape<T, kBucket>>;
+  using Products = ListedProducts<T, kBucket>;
   using Launch = typename Walk::Launch;
   using Queries = typename Walk::Queries;
-  using Keys = typename Walk::Keys;
+  using Memory = ForwardMemory<T, kBucket, typename Walk::Keys>;
+  using Table = typename Memory::Table;
+  using RowEnd = typename Memory::RowEnd;
   using typename Products::Addresses;
   using typename Products::Shape;
   static constexpr int kFlushKeys = 1024;
+  // Registers are short: what is needed once for a tile, or in the end, is computed anew.
+  static constexpr bool kForgets = kBucket > 64 && !Shape::kFloat;
 
-  __device__ ListedWarp(const Launch& d, const Queries& q, uint32_t queries)
-      : Products(Products::row_or_key_warp(), queries), d_(d) {
-    const int first = 16 * row_warp_;
-    active_ = first < q.rows;
-    own_ = first + static_cast<int>(threadIdx.x % kWarpSize) / 4;
-    first_position_ = q.position(first);
-    last_position_ = q.position(min(first + 16, q.rows) - 1);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) position_[half] = q.position(own_ + 8 * half);
-    this->clear();
+  // Rows beyond those of the block repeat the last one. Positions wait in shared memory: they are
+  // needed where some row does not see some key, and registers are short.
+  __device__ ListedWarp(const Launch& d, const Queries& q, uint32_t queries, int* positions)
+      : d_(d) {
+    if (q.rows <= first()) return;
+    const int own = threadIdx.x % kWarpSize, i = row(q, own);
+    if (own < Shape::kWarpRows && Products::first_column() == 0)
+      positions[first() + own] = q.position(i);
+    if constexpr (Shape::kQueryInRegisters) {
+      Products::load_queries(row_at<const T>(d.q(), q.b, q.place(i), q.head_of(i)),
+                             static_cast<int>(d.attention.head_dim), d.aligned);
+    } else {
+      Products::find_queries(queries);
+    }
   }
 
-  // All rows see the kTileKeys keys from t on.
-  __device__ __forceinline__ bool sees_all(const Keys& keys, const int* places, int t) const {
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < Shape::kTileKeys; i += kWarpSize) {
-      const int key = (i + static_cast<int>(threadIdx.x) % kWarpSize) % Shape::kTileKeys;
-      const int2 by = keys.seen_by(t + key, places[key]);
-      all &= by.x <= first_position_ && by.y > last_position_;
-    }
-    return __all_sync(kFullWarp, all);
-  }
+  // From the first one of this warp on.
+  static __device__ __forceinline__ int rows(const Table& table) { return table.rows - first(); }
 
-  // Adds the kStepKeys keys from t on, at `at`; `places` are their positions. `whole`: all rows see
-  // all of them; if not, that is found out.
-  __device__ __forceinline__ void add_step(const Keys& keys, const int* places, const Addresses& at,
-                                           int t, bool whole) {
-    if (!whole) {
-      const int lane = threadIdx.x % kWarpSize % Shape::kStepKeys;
-      const int2 by = keys.seen_by(t + lane, places[lane]);
-      if (!__any_sync(kFullWarp, by.x <= last_position_ && by.y > first_position_)) return;
-      whole = __all_sync(kFullWarp, by.x <= first_position_ && by.y > last_position_);
-    }
-    float s[kKeyTiles][4];
-    this->multiply_keys(s, at);
-    const float cap = d_.attention.softcap, scale = d_.attention.scale;
-    if (cap > 0)
-      Products::each_score(s, [&](float& x, int, int) { x = cap * tanhf(x * scale / cap); });
-    const float factor = kLog2e * (cap > 0 ? 1 : scale);
-    Products::each_score(s, [&](float& x, int, int) { x *= factor; });
-    if (!whole)
-      Products::each_score(s, [&](float& x, int half, int key) {
-        const int2 by = keys.seen_by(t + key, places[key]);
-        if (position_[half] < by.x || position_[half] >= by.y) x = -infinity();
-      });
-    this->exponentiate(s);
-    this->multiply_values(s, at);
+  // The tile that begins with key t, at `at`, which is left as it was.
+  __device__ __forceinline__ void add_tile(const Table& table, const int* positions, Addresses& at,
+                                           int t) {
+    const int* const own = positions + first();
+    if (d_.attention.softcap <= 0 && rows(table) > Shape::kWarpRows - 16 &&
+        table.ring.seen_by_all(t, own, Shape::kWarpRows - 1))
+      add_whole(at);
+    else
+      add_rows(table, own, at, t);
   }
 
   // float: moves the sums to a second level, in the output itself. With `last`, the result.
-  __device__ __forceinline__ void flush(const Keys& keys, const Queries& q, bool last) {
+  __device__ __forceinline__ void flush(const Table& table, const Queries& q, bool last) {
     const AttentionParams& p = d_.attention;
-    const int c = threadIdx.x % 4;
+    const int c = threadIdx.x % 4, g = threadIdx.x % kWarpSize / 4;
     const bool fours = p.value_dim % 4 == 0;  // out is contiguous
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float level = flushed_ ? exp2_approx(neg_pivot_[half] - level_neg_pivot_[half]) : 0;
-      total_[half] = (flushed_ ? total_[half] * level : 0) + quad_sum(sum_[half]);
-      level_neg_pivot_[half] = neg_pivot_[half];
-      sum_[half] = 0;
-      const int row = own_ + 8 * half;
-      const RowScale scale = keys.finish(total_[half], -neg_pivot_[half]);
-      if (row < q.rows) {
-        const int i = q.query(row), h = q.head_of(row);
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const int m = r / 2, half = r % 2;
+      const float neg_pivot = neg_pivot_[m][half];
+      const float level = flushed_ ? exp2_approx(neg_pivot - level_neg_pivot_[r]) : 0;
+      total_[r] = (flushed_ ? total_[r] * level : 0) + quad_sum(sum_[m][half]);
+      level_neg_pivot_[r] = neg_pivot;
+      sum_[m][half] = 0;
+      const RowScale scale = table.keys.finish(total_[r], -neg_pivot);
+      if (8 * r + g < rows(table)) {
+        const int own = first() + 8 * r + g, i = q.query(own), h = q.head_of(own);
         if (last && c == 0 && Products::first_column() == 0)
           p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
         float* to = rows_at<float>(p.out, q.b, i, h);
@@ -117,7 +103,7 @@ class ListedWarp : public DecodeProducts<T, kBucket, ListedShape<T, kBucket>> {
           const int column = Products::first_column() + 32 * (n / 2) + 8 * c + 4 * (n % 2);
           float x[4], y[4] = {0, 0, 0, 0};
 #pragma unroll
-          for (int t = 0; t < 4; ++t) x[t] = out_[4 * (n / 2) + t][2 * half + n % 2];
+          for (int t = 0; t < 4; ++t) x[t] = out_[m][4 * (n / 2) + t][2 * half + n % 2];
           if (fours && column < p.value_dim) {
             if (flushed_) load_floats(y, to + column);
 #pragma unroll
@@ -132,116 +118,222 @@ class ListedWarp : public DecodeProducts<T, kBucket, ListedShape<T, kBucket>> {
         }
       }
 #pragma unroll
-      for (int n = 0; n < Products::kTiles; ++n) out_[n][2 * half] = out_[n][2 * half + 1] = 0;
+      for (int n = 0; n < Products::kTiles; ++n)
+        out_[m][n][2 * half] = out_[m][n][2 * half + 1] = 0;
     }
     flushed_ = true;
   }
 
-  // 16 bits: sums in `rows` of this warp, in shared memory, become results. Lane l knows where row
-  // l % 16 goes.
-  __device__ __forceinline__ void finish(const Keys& keys, const Queries& q, float* rows) {
+  // 16 bits: the sums become results, by way of shared memory, as a lane holds 4 bytes of a chunk.
+  // `area` is room for the rows of this warp, `ends` for what becomes of each. Lane l knows where
+  // row l % kWarpRows goes.
+  __device__ __forceinline__ void finish(const Table& table, const Queries& q, uint32_t area,
+                                         RowEnd* ends) {
     const AttentionParams& p = d_.attention;
-    const int lane = threadIdx.x % kWarpSize, own = lane % 16;
-    const int count = min(16, q.rows - 16 * row_warp_), in_tile = 16 * row_warp_ + own;
-    const int i = q.query(in_tile), h = q.head_of(in_tile);
-    this->store(rows);
-    __syncwarp();
-    const float* sums = rows + own * Shape::kPartialRow;
-    const RowScale scale = keys.finish(sums[Shape::kSumAt], sums[Shape::kPivotAt]);
-    if (lane < count) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
-    const auto row = reinterpret_cast<uint64_t>(rows_at<T>(p.out, q.b, i, h));
-    const bool pairs = p.value_dim % 2 == 0;  // out is contiguous
-#pragma unroll 1
-    for (int r = 0; r < count; ++r) {
-      const float factor = __shfl_sync(kFullWarp, scale.factor, r);
-      T* to = reinterpret_cast<T*>(__shfl_sync(kFullWarp, row, r));
+    const int lane = threadIdx.x % kWarpSize, own = lane % Shape::kWarpRows;
 #pragma unroll
-      for (int first = 0; first < kBucket; first += 2 * kWarpSize) {
-        const int column = first + 2 * lane;
-        const float2 x = *reinterpret_cast<const float2*>(rows + r * Shape::kPartialRow + column);
-        const float both[2] = {x.x * factor, x.y * factor};
-        if (pairs) {
-          if (column < p.value_dim) store_floats(to + column, both);
-        } else {
-          if (column < p.value_dim) to[column] = static_cast<T>(both[0]);
-          if (column + 1 < p.value_dim) to[column + 1] = static_cast<T>(both[1]);
-        }
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const float sum = quad_sum(sum_[r / 2][r % 2]);
+      if (lane % 4 == 0) {
+        ends[8 * r + lane / 4].sum = sum;
+        ends[8 * r + lane / 4].pivot = -neg_pivot_[r / 2][r % 2];
+      }
+    }
+    __syncwarp();
+    const int i = q.query(row(q, own)), h = q.head_of(row(q, own));
+    const RowScale scale = table.keys.finish(ends[own].sum, ends[own].pivot);
+    if (lane < Shape::kWarpRows) {
+      if (lane < rows(table)) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
+      ends[lane].to = rows_at<T>(p.out, q.b, i, h);
+    }
+    float factors[2 * kRowTiles];  // of rows g, g + 8, ...
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r)
+      factors[r] = __shfl_sync(kFullWarp, scale.factor, 8 * r + lane / 4);
+    if (d_.aligned_out)
+      store_chunks(area, ends, rows(table), factors);
+    else
+      store_elements(ends, rows(table), factors);
+  }
+
+ private:
+  using Products::kRowTiles;
+  using Products::neg_pivot_, Products::sum_, Products::out_;
+
+  // Of the block: row r of this warp.
+  static __device__ int first() { return Shape::kWarpRows * Products::row_warp(); }
+  static __device__ int row(const Queries& q, int r) { return min(first() + r, q.rows - 1); }
+
+  // All rows see all keys.
+  __device__ __forceinline__ void add_whole(Addresses& at) {
+    if constexpr (Shape::kFloat) {
+#pragma unroll 1
+      for (int k = 0; k < Shape::kTileKeys; k += Shape::kStepKeys) {
+        Products::template add_step<0, kRowTiles, Shape::kStepKeys, 0>(at, d_.factor, 1,
+                                                                       [](auto&) {});
+        at.move(Shape::kStepKeys * Shape::kRowBytes);
+      }
+      at.move(-Shape::kTileBytes);
+    } else {
+      unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
+        if constexpr (kBucket > 64 && i > 0) end_block<i * Shape::kStepKeys>(d_.row_warps);
+        Products::template add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys>(
+            at, d_.factor, d_.row_warps, [](auto&) {});
+      });
+    }
+  }
+
+  // Row tile by row tile, of which some rows may see some keys.
+  __device__ __forceinline__ void add_rows(const Table& table, const int* positions, Addresses& at,
+                                           int t) {
+    constexpr int kKeys = Shape::kMaskedKeys;
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
+#pragma unroll 1
+    for (const int end = t + Shape::kTileKeys; t < end; t += kKeys) {
+      const Seeing own = table.ring.seen_by(t + lane % kKeys);
+      unroll<kRowTiles>([&](auto m) {
+        const int* const position = positions + 16 * m;
+        const int first = position[0], last = position[15];
+        if (16 * m >= rows(table) || !__any_sync(kFullWarp, own.by_any(first, last))) return;
+        const bool all = __all_sync(kFullWarp, own.by_all(first, last));
+        Products::template add_step<m, 1, kKeys, 0>(
+            at, 1.f, d_.row_warps, [&](float (&s)[1][kKeys / 8][4]) {
+              finish_scores(s[0]);
+              if (!all) hide(s[0], &table.ring.seen_by(t + lane % 4 * 2), position + lane / 4);
+            });
+      });
+      at.move(kKeys * Shape::kRowBytes);
+    }
+    at.move(-Shape::kTileBytes);
+  }
+
+  template <int kKeyTiles>
+  __device__ __forceinline__ void finish_scores(float (&s)[kKeyTiles][4]) const {
+    const float cap = d_.attention.softcap, scale = d_.attention.scale;
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        s[n][i] = cap > 0 ? kLog2e * cap * tanhf(s[n][i] * scale / cap) : s[n][i] * d_.factor;
+  }
+
+  // `seen` of this lane's first key, positions of its first row.
+  template <int kKeyTiles>
+  static __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], const Seeing* seen,
+                                              const int* positions) {
+    const int position[2] = {positions[0], positions[8]};
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const int4 both = *reinterpret_cast<const int4*>(seen + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Seeing by = i % 2 ? Seeing{both.z, both.w} : Seeing{both.x, both.y};
+        if (!by.by(position[i / 2])) s[n][i] = -infinity();
       }
     }
   }
 
- private:
-  using Products::active_, Products::row_warp_, Products::kKeyTiles;
-  using Products::neg_pivot_, Products::sum_, Products::out_;
+  __device__ __forceinline__ void store_elements(const RowEnd* ends, int rows,
+                                                 const float (&factors)[2 * kRowTiles]) const {
+    const int lane = threadIdx.x % kWarpSize;
+    __syncwarp();
+    unroll<2 * kRowTiles>([&](auto r) {
+      if (8 * r + lane / 4 >= rows) return;
+      T* const to = ends[8 * r + lane / 4].to;
+      unroll<2 * Products::kTiles>([&](auto i) {
+        const int column = 8 * (i / 2) + lane % 4 * 2 + i % 2;
+        if (column < d_.attention.value_dim)
+          to[column] = static_cast<T>(out_[r / 2][i / 2][r % 2 * 2 + i % 2] * factors[r]);
+      });
+    });
+  }
+
+  __device__ __forceinline__ void store_chunks(uint32_t area, const RowEnd* ends, int rows,
+                                               const float (&factors)[2 * kRowTiles]) const {
+    using Tile = typename Shape::KeyTile;
+    constexpr int kPatterns = Tile::kSwizzledChunks;
+    constexpr int kLanes = Tile::kChunks;  // side by side in a row
+    constexpr int kRows = kWarpSize / kLanes;
+    constexpr int kCount = kChunkBytes / static_cast<int>(sizeof(T));
+    static_assert(kLanes <= kWarpSize);
+    const int lane = threadIdx.x % kWarpSize, chunk = lane % kLanes;
+    uint32_t to[kPatterns];
+#pragma unroll
+    for (int n = 0; n < kPatterns; ++n) to[n] = area + lane % 4 * 4 + Tile::offset(lane / 4, n);
+    unroll<2 * kRowTiles>([&](auto r) {
+      unroll<Products::kTiles>([&](auto n) {
+        const float* sums = out_[r / 2][n] + r % 2 * 2;
+        store_shared<r * 8 * Shape::kRowBytes + n / kPatterns * kPatterns * kChunkBytes>(
+            to[n % kPatterns], pack<T>(sums[0] * factors[r], sums[1] * factors[r]));
+      });
+    });
+    __syncwarp();
+    if (chunk * kCount >= d_.attention.value_dim) return;
+    const uint32_t from = area + Tile::offset(lane / kLanes, chunk);
+    unroll<Shape::kWarpRows / kRows>([&](auto i) {
+      const int r = i * kRows + lane / kLanes;
+      if (r >= rows) return;
+      uint32_t words[4];
+      load_shared<i * kRows * Shape::kRowBytes>(words,
+                                                from ^ Tile::swizzle(i * kRows % 8) * kChunkBytes);
+      store_global(ends[r].to + chunk * kCount, words);
+    });
+  }
 
   const Launch& d_;
-  int own_;                             // row g of the tile
-  int first_position_, last_position_;  // of the warp's queries
-  int position_[2];                     // of those of rows g and g + 8
   bool flushed_ = false;
-  float total_[2], level_neg_pivot_[2];
+  float total_[2 * kRowTiles], level_neg_pivot_[2 * kRowTiles];
 };
 
 template <typename T, int kBucket, typename Walk>
 __device__ __forceinline__ void listed_forward(const typename Walk::Launch& d) {
   using Shape = ListedShape<T, kBucket>;
   using Warp = ListedWarp<T, kBucket, Walk>;
-  using Keys = typename Walk::Keys;
+  using Memory = typename Warp::Memory;
   using KeyTile = typename Shape::KeyTile;
-  using Source = KeySource<T, typename Shape::Stream, Walk, KeyTile, typename Shape::ValueTile>;
-  static_assert(sizeof(Keys) + 8 <= Shape::kKeysBytes);
+  using Source = KeySource<T, StreamShape<T, kBucket>, Walk, KeyTile, typename Shape::ValueTile>;
   extern __shared__ __align__(128) unsigned char shared[];
-  Keys* const keys = reinterpret_cast<Keys*>(shared);
-  int* const places = reinterpret_cast<int*>(shared + Shape::kKeysBytes);
-  unsigned char* const work = shared + Shape::kKeysBytes + Shape::kRingBytes;
-  const uint32_t stages = shared_address(work), queries = stages + 2 * Shape::kStageBytes;
+  auto& table = *reinterpret_cast<typename Memory::Table*>(shared);
+  int* const positions = reinterpret_cast<int*>(shared + Memory::kPositionsAt);
+  const uint32_t stages = shared_address(shared + Memory::kStagesAt);
+  const uint32_t queries = stages + 2 * Shape::kStageBytes;
 
   const AttentionParams& p = d.attention;
   const auto q = Walk::Queries::of(d);
   if (q.rows <= 0) return;
-  Keys::find(d, q, keys, reinterpret_cast<int*>(shared + Shape::kKeysBytes) - 2);
-
-  using QueryCopy = RowCopy<T, KeyTile>;
-  for (int r = QueryCopy::first_row(); r < 16 * d.row_warps; r += QueryCopy::row_step()) {
-    const int row = min(r, q.rows - 1);
-    QueryCopy::copy(queries, r, row_at<T>(d.q(), q.b, q.place(row), q.head_of(row)),
-                    r < q.rows ? static_cast<int>(p.head_dim) : 0, d.aligned);
-  }
-  commit_copies();
-  wait_for_copies<0>();
-  __syncthreads();
-  Warp warp(d, q, queries);
-  warp.load_queries();
-
-  const int64_t kv_head = d.kv_head(q.head);
-  Source source{d,
-                *keys,
-                places,
-                stages,
-                row_at<const T>(d.k(), q.b, 0, kv_head),
-                row_at<const T>(d.v(), q.b, 0, kv_head)};
-  auto at = Warp::addresses(stages, 0);
-  stream_rows<Shape::kTileKeys, int>(source, keys->total, [&](int stage, int first) {
-    if (warp.active()) {
-      const bool whole = warp.sees_all(*keys, &source.at(first), first);
-      int k = 0;
-#pragma unroll 1
-      for (; k < Shape::kTileKeys; k += Shape::kStepKeys) {
-        warp.add_step(*keys, &source.at(first + k), at, first + k, whole);
-        at.move(Shape::kStepKeys * Shape::kRowBytes);
-      }
-      if constexpr (Shape::kFloat)
-        if ((first + k) % warp.kFlushKeys == 0) warp.flush(*keys, q, false);
+  if constexpr (Shape::kWide) {
+    using QueryCopy = RowCopy<T, KeyTile>;
+    for (int r = QueryCopy::first_row(); r < 16 * d.row_warps; r += QueryCopy::row_step()) {
+      const int row = min(r, q.rows - 1);
+      QueryCopy::copy(queries, r, row_at<T>(d.q(), q.b, q.place(row), q.head_of(row)),
+                      r < q.rows ? static_cast<int>(p.head_dim) : 0, d.aligned);
     }
-    at.move(stage ? -Shape::kStageBytes - Shape::kTileBytes
-                  : Shape::kStageBytes - Shape::kTileBytes);
+    commit_copies();
+  }
+  Warp warp(d, q, queries, positions);
+  find_keys<Walk>(d, q, table);
+
+  Source source{d, table, stages};
+  auto at = Warp::addresses(stages);
+  stream_rows<Shape::kTileKeys>(source, [&](int stage, int t) {
+    if (warp.rows(table) > 0) {
+      if constexpr (Warp::kForgets) at = Warp::addresses(stages + stage * Shape::kStageBytes);
+      warp.add_tile(table, positions, at, t);
+      if constexpr (Shape::kFloat)
+        if ((t + Shape::kTileKeys) % warp.kFlushKeys == 0) warp.flush(table, q, false);
+    }
+    if constexpr (!Warp::kForgets) at.move(stage ? -Shape::kStageBytes : Shape::kStageBytes);
   });
-  if (!warp.active()) return;
-  if constexpr (Shape::kFloat)
-    warp.flush(*keys, q, true);
-  else
-    warp.finish(*keys, q,
-                reinterpret_cast<float*>(work) + threadIdx.x / kWarpSize * 16 * Shape::kPartialRow);
+  if (warp.rows(table) <= 0) return;
+  const auto end = Warp::kForgets ? Walk::Queries::of(d) : q;
+  if constexpr (Shape::kFloat) {
+    warp.flush(table, end, true);
+  } else {
+    const int first = Warp::row_warp() * Shape::kWarpRows;
+    warp.finish(table, end, stages + first * Shape::kRowBytes,
+                reinterpret_cast<typename Memory::RowEnd*>(shared + Memory::kEndsAt) + first);
+  }
 }
 
 }  // namespace tokenmill::cuda

@@ -16,7 +16,6 @@ struct GradientShape {
   using Tile = SharedTile<kRowBytes, Swizzle::plain>;
 
   static constexpr int kTileRows = kRowBytes <= 128 ? 64 : kRowBytes <= 256 ? 32 : 16;
-  static constexpr int kRing = 4 * kTileRows;
   static constexpr int kTileBytes = kTileRows * kRowBytes;
   // Of queries also minus lse and minus delta.
   static constexpr int kStatisticsBytes = kKeys ? 2 * kTileRows * 4 : 0;

@@ -11,41 +11,252 @@ namespace tokenmill::cuda {
 // A place in a sequence is the position there.
 __device__ __forceinline__ int64_t step_to(const Rows& rows, int place) { return place * rows.seq; }
 
+// The same in chunks of kCount elements, as far as 32 bits go.
+template <int kCount>
+__device__ __forceinline__ uint32_t chunks_to(const Rows& rows, int place) {
+  return static_cast<uint32_t>(place) *
+         static_cast<uint32_t>(static_cast<uint64_t>(rows.seq) / kCount);
+}
+
 template <typename T>
 __device__ __forceinline__ T* row_at(const Rows& rows, int64_t b, int place, int64_t h) {
   return rows_at<T>(rows, b, place, h);
 }
 
+// Read anew wherever it is used: what follows from it need not wait in registers.
+__device__ __forceinline__ unsigned block_index() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
+
+// The first `bytes` of 16 bytes from global to shared memory, then zeros, in the background.
+template <int kOffset>
+__device__ __forceinline__ void copy_async_bytes(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;\n" ::"r"(to),
+               "n"(kOffset), "l"(from), "r"(bytes));
+}
+
+// Queries at positions begin .. end - 1 see a key.
+struct Seeing {
+  static constexpr int kNobody = 0x7fffffff;  // begin of a key that does not exist
+  static constexpr int kFar = 0x3fffffff;     // beyond any position, and any sum of two
+
+  int begin, end;
+
+  __device__ __forceinline__ bool by(int position) const {
+    return position >= begin && position < end;
+  }
+  // Queries at positions first ... last do so, all or any of them.
+  __device__ __forceinline__ bool by_all(int first, int last) const {
+    return begin <= first && end > last;
+  }
+  __device__ __forceinline__ bool by_any(int first, int last) const {
+    return begin <= last && end > first;
+  }
+};
+
+// What is known of the keys that stream by, in shared memory: where the rows of two tiles lie, one
+// that is loaded and one that is looked up, and who sees those of the tile at work as well.
+template <int kTileRows>
+struct KeyRing {
+  static constexpr int kGroup = kTileRows < kWarpSize ? kTileRows : kWarpSize;
+  static constexpr int kGroups = kTileRows / kGroup;  // of a tile
+
+  // Chunks from the first key and value on where the launch is compact, else a place.
+  struct alignas(8) Row {
+    uint32_t key, value;
+  };
+
+  FetchedIds<kTileRows> fetched;
+  Row rows[2 * kTileRows];
+  Seeing seen[4 * kTileRows];
+  Seeing seen_group[4][kGroups];  // by whom all of a group are seen
+
+  __device__ __forceinline__ Row& row(unsigned t) { return rows[t % (2 * kTileRows)]; }
+  __device__ __forceinline__ const Row& row(unsigned t) const { return rows[t % (2 * kTileRows)]; }
+  __device__ __forceinline__ const Seeing& seen_by(unsigned t) const {
+    return seen[t % (4 * kTileRows)];
+  }
+
+  // Of one group of the tile that begins with number t: all groups together have all lanes.
+  __device__ __forceinline__ const Seeing& own_group(unsigned t) const {
+    return seen_group[t / kTileRows % 4][threadIdx.x % kGroups];
+  }
+  // All keys of the tile exist. All lanes of a warp together.
+  __device__ __forceinline__ bool is_full(unsigned t) const {
+    return __all_sync(kFullWarp, own_group(t).begin != Seeing::kNobody);
+  }
+  // All queries at positions[0] ... positions[last], which do not descend, see all keys of the
+  // tile.
+  __device__ __forceinline__ bool seen_by_all(unsigned t, const int* positions, int last) const {
+    const int position = positions[threadIdx.x % kWarpSize < kWarpSize / 2 ? 0 : last];
+    return __all_sync(kFullWarp, own_group(t).by(position));
+  }
+
+  // What is known of key number t. The threads of a group together.
+  __device__ __forceinline__ void store(unsigned t, const Row& at, const Seeing& by) {
+    row(t) = at;
+    seen[t % (4 * kTileRows)] = by;
+    constexpr unsigned kLanes = kGroup == kWarpSize ? kFullWarp : (1u << kGroup % kWarpSize) - 1;
+    const int begin = __reduce_max_sync(kLanes, by.begin);
+    const int end = __reduce_min_sync(kLanes, by.end);
+    if (threadIdx.x % kWarpSize == 0)
+      seen_group[t / kTileRows % 4][t % kTileRows / kGroup] = {begin, end};
+  }
+};
+
+// Where the kernels on queries keep what they know of keys, at the front of shared memory.
+template <typename T, typename Keys_, int kTileRows>
+struct alignas(128) KeyTable {
+  using Keys = Keys_;
+
+  KeyRing<kTileRows> ring;
+  const T *k, *v;  // the first ones of the request and head
+  Keys keys;
+  int rows;         // of queries
+  int counters[2];  // of Keys::find
+};
+
+// All threads of a block together; the table is of the keys that the queries see.
+template <typename Walk, typename Table>
+__device__ __forceinline__ void find_keys(const typename Walk::Launch& d,
+                                          const typename Walk::Queries& q, Table& table) {
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(Table::k)>>;
+  if (threadIdx.x == 0) {
+    const int64_t kv_head = d.kv_head(q.head);
+    table.k = row_at<const T>(d.k(), q.b, 0, kv_head);
+    table.v = row_at<const T>(d.v(), q.b, 0, kv_head);
+    table.rows = q.rows;
+  }
+  Table::Keys::find(d, q, &table.keys, table.counters);
+}
+
+// One instruction, which the compiler does not find.
+__device__ __forceinline__ const void* chunks_behind(const void* from, uint32_t chunks) {
+  const void* to;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(chunks), "n"(kChunkBytes), "l"(from));
+  return to;
+}
+
+// The chunks of a tile that one thread copies, of one row after the other.
+template <typename T, typename Tile>
+struct ChunkCopy {
+  static constexpr int kCount = kChunkBytes / sizeof(T);
+  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : 8;  // threads side by side in a row
+  static constexpr int kRows = kWarpSize / kLanes;                 // of a warp
+  static constexpr int kParts = Tile::kChunks / kLanes;
+  static_assert(Tile::kSwizzledChunks == 8);
+
+  const T* from[kParts];
+  int bytes[kParts];
+
+  // `row` is what rows are counted from.
+  __device__ __forceinline__ ChunkCopy(const T* row, int columns) {
+    const int lane = threadIdx.x % kLanes;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int column = (i * kLanes + lane) * kCount;
+      from[i] = row + (column < columns ? column : 0);
+      bytes[i] = column < columns ? kChunkBytes : 0;
+      keep(from[i]);
+    }
+  }
+
+  // Where this thread's first chunk in one of 8 rows of a warp lies, in bytes of a tile.
+  static __device__ __forceinline__ uint32_t own() {
+    const int lane = threadIdx.x % kWarpSize;
+    return threadIdx.x / kWarpSize * 8 * Tile::kRowBytes +
+           Tile::offset(lane / kLanes, lane % kLanes);
+  }
+
+  // The row `chunks` away to the one kRow rows behind `own`, of which there are 8 from there on;
+  // kOffset: bytes.
+  template <int kRow, int kOffset>
+  __device__ __forceinline__ void copy(uint32_t own, uint32_t chunks) const {
+    const uint32_t to = own ^ Tile::swizzle(kRow) * kChunkBytes;
+    unroll<kParts>([&](auto i) {
+      copy_async_bytes<kOffset + kRow * Tile::kRowBytes + i * kLanes * kChunkBytes>(
+          to, chunks_behind(from[i], chunks), bytes[i]);
+    });
+  }
+};
+
 // The keys and values of a tile of queries, as stream_rows wants them.
 template <typename T, typename Shape_, typename Walk, typename KeyTile, typename ValueTile>
 struct KeySource {
   using Shape = Shape_;
-  using KeyCopy = RowCopy<T, KeyTile>;
-  using ValueCopy = RowCopy<T, ValueTile>;
+  using Table = KeyTable<T, typename Walk::Keys, Shape::kTileRows>;
+  static constexpr int kCount = kChunkBytes / sizeof(T);
 
   const typename Walk::Launch& d;
-  const typename Walk::Keys& keys;
-  int* places;  // a ring, in shared memory
+  Table& table;
   uint32_t stages;
-  const T *k, *v;  // of the request and head
 
-  __device__ int look_up(int t) const { return keys.look_up(d, t); }
-  __device__ void store(int t, int place) { at(t) = place; }
-  __device__ int& at(int t) const { return places[t & (Shape::kRing - 1)]; }
+  __device__ __forceinline__ int total() const { return table.keys.total; }
+  __device__ __forceinline__ void fetch(int t) {
+    if (const int32_t* id = table.keys.id_at(d, t)) table.ring.fetched.fetch(t, id);
+  }
+
+  __device__ __forceinline__ void store(int t) {
+    const int place = table.keys.place(d, t, table.ring.fetched.at(t)), row = max(place, 0);
+    typename decltype(table.ring)::Row at{static_cast<uint32_t>(row), 0};
+    if (d.compact) at = {chunks_to<kCount>(d.k(), row), chunks_to<kCount>(d.v(), row)};
+    table.ring.store(t, at, table.keys.seen_by(d, t, place));
+  }
 
   __device__ __forceinline__ void load(int stage, int first) const {
-    const AttentionParams& p = d.attention;
     const uint32_t tile = stages + stage * Shape::kStageBytes;
-#pragma unroll 2
+    if (d.compact && table.ring.is_full(first))
+      load_full(tile, first);
+    else
+      load_rows(tile, first);
+    commit_copies();
+  }
+
+ private:
+  __device__ __forceinline__ void load_full(uint32_t tile, int first) const {
+    using KeyCopy = ChunkCopy<T, KeyTile>;
+    using ValueCopy = ChunkCopy<T, ValueTile>;
+    constexpr bool kAlike = std::is_same_v<KeyTile, ValueTile>;
+    const AttentionParams& p = d.attention;
+    const KeyCopy keys(table.k, static_cast<int>(p.head_dim));
+    const ValueCopy values(table.v, static_cast<int>(p.value_dim));
+    int r = threadIdx.x / KeyCopy::kLanes;
+    r += r / KeyCopy::kRows * (8 - KeyCopy::kRows);  // a warp owns 8 rows
+    const int step = blockDim.x / kWarpSize * 8;
+    const auto* row = &table.ring.row(first) + r;
+    uint32_t to = tile + KeyCopy::own(), to_value = tile + ValueCopy::own();
+#pragma unroll 1
+    for (; r < Shape::kTileRows; r += step) {
+      unroll<8 / KeyCopy::kRows>([&](auto i) {
+        constexpr int kRow = i * KeyCopy::kRows;
+        const auto at = row[kRow];
+        keys.template copy<kRow, 0>(to, at.key);
+        values.template copy<kRow, Shape::kTileBytes>(kAlike ? to : to_value, at.value);
+      });
+      row += step;
+      to += step * KeyTile::kRowBytes;
+      to_value += step * ValueTile::kRowBytes;
+    }
+  }
+
+  // Some keys may not exist, and rows may lie anywhere.
+  __device__ __forceinline__ void load_rows(uint32_t tile, int first) const {
+    using KeyCopy = RowCopy<T, KeyTile>;
+    using ValueCopy = RowCopy<T, ValueTile>;
+    const AttentionParams& p = d.attention;
+#pragma unroll 1
     for (int r = KeyCopy::first_row(); r < Shape::kTileRows; r += KeyCopy::row_step()) {
-      const int place = at(first + r), row = max(place, 0);
-      const bool exists = place >= 0;
-      KeyCopy::copy(tile, r, k + step_to(d.k(), row), exists ? static_cast<int>(p.head_dim) : 0,
-                    d.aligned);
-      ValueCopy::copy(tile + Shape::kTileBytes, r, v + step_to(d.v(), row),
+      const auto at = table.ring.row(first + r);
+      const int place = static_cast<int>(at.key);
+      const T* key = table.k + (d.compact ? int64_t{at.key} * kCount : step_to(d.k(), place));
+      const T* value = table.v + (d.compact ? int64_t{at.value} * kCount : step_to(d.v(), place));
+      const bool exists = table.ring.seen_by(first + r).begin != Seeing::kNobody;
+      KeyCopy::copy(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
+      ValueCopy::copy(tile + Shape::kTileBytes, r, value,
                       exists ? static_cast<int>(p.value_dim) : 0, d.aligned);
     }
-    commit_copies();
   }
 };
 

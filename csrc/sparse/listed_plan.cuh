@@ -12,6 +12,12 @@ bool has_whole_chunks(const Rows& rows, int64_t columns, Lines... lines) {
   return is_vectorizable<T>(rows.data, columns, rows.batch, rows.seq, rows.head, lines...);
 }
 
+// True if so many elements make fewer than 2^32 chunks.
+template <typename T>
+bool is_compact(int64_t elements) {
+  return elements / (16 / static_cast<int64_t>(sizeof(T))) < int64_t{1} << 32;
+}
+
 // visit.operator()<bucket>()
 template <typename Visit>
 auto visit_bucket(const AttentionParams& p, const Visit& visit) {

@@ -11,10 +11,22 @@ template <typename T, int kBucket>
 struct StreamShape {
   static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
   static constexpr int kTileRows = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
-  // Places of four tiles: one is worked on, one is loaded, one is looked up.
-  static constexpr int kRing = 4 * kTileRows;
   static constexpr int kTileBytes = kTileRows * kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;
+};
+
+// The ids of lists that say where the rows of two tiles lie, on their way to shared memory. A
+// thread reads what it has asked for.
+template <int kTileRows>
+struct FetchedIds {
+  int ids[2 * kTileRows];
+
+  __device__ __forceinline__ int& at(unsigned t) { return ids[t % (2 * kTileRows)]; }
+
+  __device__ __forceinline__ void fetch(int t, const int32_t* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&at(t))), "l"(from)
+                 : "memory");
+  }
 };
 
 // This thread's chunks of one row after the other.
@@ -44,39 +56,47 @@ struct RowCopy {
   }
 };
 
-// Rows begin, begin + 1, ... of those that `source` knows: look_up(t) is the place of number t,
-// store(t, place) keeps it in shared memory, load(stage, t) copies the tile whose places begin with
-// that of t and commits the copies. work(stage, t) follows for each tile. All threads together; in
-// the end nothing is under way and nobody reads a stage.
-template <int kTileRows, typename Place, typename Source, typename Work>
-__device__ __forceinline__ void stream_rows(Source& source, int total, const Work& work) {
-  if (total <= 0) {
+// The rows 0 ... source.total() - 1. fetch(t) begins to read what says where number t lies, if that
+// is in global memory, store(t) by the same thread keeps the result in shared memory, and
+// load(stage, t) copies the tile that begins with number t and commits the copies. work(stage, t)
+// follows for each tile. All threads together; in the end nothing is under way and nobody reads a
+// stage.
+template <int kTileRows, typename Source, typename Work>
+__device__ __forceinline__ void stream_rows(Source& source, const Work& work) {
+  if (source.total() <= 0) {
     wait_for_copies<0>();
     __syncthreads();
     return;
   }
-  const int threads = blockDim.x, own = threadIdx.x;
-  constexpr int kMost = kTileRows / kWarpSize < 1 ? 1 : kTileRows / kWarpSize;
-  for (int t = own; t < 2 * kTileRows; t += threads) source.store(t, source.look_up(t));
+  const auto each = [](int first, const auto& visit) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTileRows; i += blockDim.x) visit(first + i);
+  };
+  const auto fetch = [&](int t) { source.fetch(t); };
+  const auto store = [&](int t) { source.store(t); };
+  each(0, fetch);
+  each(kTileRows, fetch);
+  commit_copies();
+  wait_for_copies<0>();
+  each(0, store);
+  each(kTileRows, store);
   __syncthreads();
   source.load(0, 0);
-  int stage = 0;
 #pragma unroll 1
-  for (int first = 0; first < total; first += kTileRows, stage ^= 1) {
+  for (int first = 0; first < source.total(); first += kTileRows) {
     wait_for_copies<0>();
     __syncthreads();
-    const int next = first + kTileRows, second = next + kTileRows;
-    if (next < total) source.load(stage ^ 1, next);
-    Place ahead[kMost];  // on their way while the tile is worked on
-#pragma unroll
-    for (int i = 0; i < kMost; ++i)
-      if (second < total && own + i * threads < kTileRows)
-        ahead[i] = source.look_up(second + own + i * threads);
+    const int stage = first / kTileRows % 2, next = first + kTileRows, second = next + kTileRows;
+    if (second < source.total()) {
+      each(second, fetch);
+      commit_copies();
+    }
+    if (next < source.total()) source.load(stage ^ 1, next);
     work(stage, first);
-#pragma unroll
-    for (int i = 0; i < kMost; ++i)
-      if (second < total && own + i * threads < kTileRows)
-        source.store(second + own + i * threads, ahead[i]);
+    if (first + 2 * kTileRows < source.total()) {
+      wait_for_copies<1>();  // for what was fetched, not for the tile
+      each(first + 2 * kTileRows, store);
+    }
   }
   __syncthreads();
 }

@@ -34,6 +34,19 @@ def gradients(results, leaves, seed=1):
     return torch.autograd.grad(results, leaves, cotangents)
 
 
+SECTOR_BYTES = 32
+
+
+def check_rows_read(launch, streamed, loaded=0):
+    """A kernel on lists copies `streamed` bytes of rows, and ids of lists besides, at most three
+    sectors at once; it loads `loaded` bytes of rows, and lists and statistics besides."""
+    ids = launch["opcodes"]["cp.async.ca.shared.global"]["instructions"]
+    copied = launch["global"]["copy"]["sectors"] * SECTOR_BYTES
+    assert streamed <= copied <= streamed + 3 * SECTOR_BYTES * ids
+    if loaded:
+        assert loaded <= launch["global"]["load"]["sectors"] * SECTOR_BYTES <= 1.15 * loaded
+
+
 def full_lists(q, k, block_q, block_k):
     """One list of every block for all heads."""
     batch, rows, blocks = q.shape[0], -(-q.shape[1] // block_q), -(-k.shape[1] // block_k)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_sparse_calls import check_rows_read
 from torch.nn.functional import pad
 
 import tokenmill as tm
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("bilevel_routing_attention")
-SECTOR_BYTES = 32
 
 
 def drawn(dtype=torch.float16, seed=0, **options):
@@ -87,9 +87,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
     own = pixels_of_regions(size, region) * together
     slots = listed_pixels(kwargs, size).expand(-1, heads // together, -1, -1)
     read = slots.sum(-1) * -(-own // tile_rows)
-    assert launch["global"]["copy"]["sectors"] * SECTOR_BYTES == bytes_of * dim * (
-        2 * int(read.sum()) + args[0].numel() // dim
-    )
+    check_rows_read(launch, bytes_of * dim * 2 * int(read.sum()), args[0].numel() * bytes_of)
     # Steps of 16 keys from the beginning of the list on; those beyond smaller regions are left out.
     slot = region[0] * region[1]
     slots = slots.gather(-1, kwargs["region_graph"].argsort(-1).expand_as(slots))
@@ -124,7 +122,7 @@ def test_backward_multiplies_listed_regions():
     listed = 2 * dim * 2 * 64 * kwargs["region_graph"].numel()
     tiles = 1  # of queries: 2 heads of 64 pixels in 8 warps
     owned = 2 * 2 * args[0].numel()
-    assert queries["global"]["copy"]["sectors"] * SECTOR_BYTES == tiles * listed + owned
+    check_rows_read(queries, tiles * listed + owned)
     for launch in (queries, keys):
         assert launch["classes"]["special"]["lanes"] <= 1.2 * pairs
         waves, ideal = (sum(r[k] for r in launch["shared"].values()) for k in ("waves", "ideal"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_sparse_calls import check_rows_read
 
 import tokenmill as tm
 from tokenmill import emulator, registry
@@ -17,7 +18,6 @@ pytestmark = pytest.mark.skipif(
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("block_sparse_attention")
-SECTOR_BYTES = 32
 
 
 def drawn(dtype=torch.float16, seed=0, **options):
@@ -33,10 +33,6 @@ def gradients(args, kwargs):
     out, lse = run((q, k, v, *args[3:]), kwargs)
     lse = torch.where(torch.isfinite(lse), lse, 0.0)
     return torch.autograd.grad(out.float().square().sum() + lse.sum(), (q, k, v))
-
-
-def bytes_copied(launch):
-    return launch["global"]["copy"]["sectors"] * SECTOR_BYTES
 
 
 @pytest.mark.parametrize(
@@ -58,7 +54,7 @@ def test_forward_reads_listed_keys_once_and_multiplies_what_it_reads(
     (launch,) = launches
     together = heads // max(lists, kv_heads)
     keys = args[4] * block_k  # of each block of queries
-    assert bytes_copied(launch) == 2 * dim * size * int(keys.sum()) + args[0].numel() * size
+    check_rows_read(launch, 2 * dim * size * int(keys.sum()), args[0].numel() * size)
     covered = int((-(-keys // 16) * 16).sum()) * block_q * together
     assert launch["mma"] == 4 * dim * covered / 4096
     assert launch["classes"]["special"]["lanes"] <= 1.2 * covered

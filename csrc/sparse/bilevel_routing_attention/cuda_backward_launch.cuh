@@ -20,11 +20,12 @@ const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
   d.aligned = aligned_out && has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
               has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
               has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
-  cut_rows(d, query_rows(d), 1, Queries::kMaxRowWarps);
+  d.compact = has_compact_keys<T>(d);
+  cut_rows(d, query_rows(d), 16, 1, Queries::kMaxRowWarps);
   error = launch_blocks(bilevel_queries_kernel<T, kBucket>, query_tiles(d), d.row_warps * kWarpSize,
-                        Queries::shared_bytes(d.row_warps), d, stream);
+                        Queries::template shared_bytes<RegionKeys>(d.row_warps), d, stream);
   if (error) return error;
-  cut_rows(d, d.key_map.slot, 1, Keys::kMaxRowWarps);
+  cut_rows(d, d.key_map.slot, 16, 1, Keys::kMaxRowWarps);
   return launch_blocks(
       bilevel_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.key_map.regions * d.tiles,
       d.row_warps * Keys::kColumnWarps * kWarpSize, Keys::shared_bytes(d.row_warps), d, stream);

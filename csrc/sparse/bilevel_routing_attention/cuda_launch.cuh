@@ -8,15 +8,18 @@ namespace tokenmill::cuda {
 template <typename T, int kBucket>
 const char* launch_forward(const RegionLaunch& launch, cudaStream_t stream) {
   using Shape = ListedShape<T, kBucket>;
+  using Memory = ForwardMemory<T, kBucket, RegionKeys>;
   RegionLaunch d = launch;
   const AttentionParams& p = d.attention;
-  cut_rows(d, query_rows(d), Shape::kMinRowWarps, Shape::kMaxRowWarps);
+  cut_rows(d, query_rows(d), Shape::kWarpRows, Shape::kMinRowWarps, Shape::kMaxRowWarps);
   d.aligned = has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
               has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
               has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
+  d.compact = has_compact_keys<T>(d);
+  d.aligned_out = has_whole_chunks<T>(p.out, p.value_dim, d.out_line);
   return launch_blocks(bilevel_forward_kernel<T, kBucket>, query_tiles(d),
-                       d.row_warps * Shape::kColumnWarps * kWarpSize,
-                       Shape::shared_bytes(d.row_warps), d, stream);
+                       d.row_warps * Shape::kColumnWarps * kWarpSize, Memory::bytes(d.row_warps), d,
+                       stream);
 }
 
 // Defined in cuda_<dtype>.cu each.

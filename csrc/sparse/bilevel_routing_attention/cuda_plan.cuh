@@ -5,12 +5,14 @@
 
 namespace tokenmill::cuda {
 
-// Tiles of `rows` rows by `most` warps at most, as few as can be and equally large.
+// Tiles of `rows` rows by `most` warps of `warp_rows` rows at most, as few as can be and equally
+// large.
 template <typename Launch>
-void cut_rows(Launch& d, int64_t rows, int least, int most) {
-  d.tiles = static_cast<int>(ceil_div(rows, 16 * most));
-  d.row_warps = static_cast<int>(ceil_div(rows, int64_t{16} * d.tiles));
+void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
+  d.tiles = static_cast<int>(ceil_div(rows, int64_t{warp_rows} * most));
+  d.row_warps = static_cast<int>(ceil_div(rows, int64_t{warp_rows} * d.tiles));
   if (d.row_warps < least) d.row_warps = least;
+  d.tile_rows = warp_rows * d.row_warps;
 }
 
 // With maps of one pixel at least.
@@ -18,7 +20,18 @@ inline RegionLaunch plan_regions(const BilevelParams& d) {
   RegionLaunch launch{d, RegionMap::of(d.queries), RegionMap::of(d.keys)};
   launch.together = Divisor::of(static_cast<int>(d.heads_together()));
   launch.key_slot = Divisor::of(launch.key_map.slot);
+  launch.factor = d.attention.scale * kLog2e;
   return launch;
+}
+
+// With `aligned` known.
+template <typename T>
+bool has_compact_keys(const RegionLaunch& d) {
+  const AttentionParams& p = d.attention;
+  const auto end = [&](const Rows& rows, int64_t line) {
+    return d.keys.height * line + d.keys.width * rows.seq;
+  };
+  return d.aligned && is_compact<T>(end(p.k, d.k_line)) && is_compact<T>(end(p.v, d.v_line));
 }
 
 inline int64_t query_rows(const RegionLaunch& d) {

@@ -21,6 +21,13 @@ __device__ __forceinline__ int64_t step_to(const MapRows& map, int place) {
   return (place >> kPlaceBits) * map.line + (place & ((1 << kPlaceBits) - 1)) * map.rows.seq;
 }
 
+template <int kCount>
+__device__ __forceinline__ uint32_t chunks_to(const MapRows& map, int place) {
+  const auto line = static_cast<uint32_t>(static_cast<uint64_t>(map.line) / kCount);
+  return static_cast<uint32_t>(place >> kPlaceBits) * line +
+         chunks_to<kCount>(map.rows, place & ((1 << kPlaceBits) - 1));
+}
+
 template <typename T>
 __device__ __forceinline__ T* row_at(const MapRows& map, int64_t b, int place, int64_t h) {
   return rows_at<T>(map.rows, b, 0, h) + step_to(map, place);
@@ -71,8 +78,12 @@ struct RegionLaunch : BilevelParams {
   RegionMap query_map, key_map;
   Divisor together, key_slot;  // heads that share a list and keys; key_map.slot
   int row_warps;               // of a block
+  int tile_rows;               // that they own
   int tiles;                   // of a region
   bool aligned;                // rows of the inputs are whole 16-byte chunks
+  bool aligned_out;            // and those of the output
+  bool compact;                // all keys and values lie within 2^32 chunks, and are aligned
+  float factor;                // of products in exponents of 2
 
   __device__ MapRows q() const { return {attention.q, q_line}; }
   __device__ MapRows k() const { return {attention.k, k_line}; }
@@ -88,14 +99,14 @@ struct RegionQueries {
 
   __device__ static RegionQueries of(const RegionLaunch& d) {
     const int heads = d.together.divide(static_cast<int>(d.attention.heads));
-    const int tile = blockIdx.x % d.tiles, regions = d.query_map.regions;
-    const unsigned head_region = blockIdx.x / d.tiles, b_head = head_region / regions;
+    const unsigned index = block_index();
+    const int tile = index % d.tiles, regions = d.query_map.regions;
+    const unsigned head_region = index / d.tiles, b_head = head_region / regions;
     RegionQueries q{d, static_cast<int>(b_head / heads),
                     static_cast<int>(b_head % heads) * d.together.value,
                     static_cast<int>(head_region % regions)};
-    const int tile_rows = 16 * d.row_warps;
-    q.first = tile * tile_rows;
-    q.rows = min(tile_rows, d.query_map.region(q.region).pixels() * d.together.value - q.first);
+    q.first = tile * d.tile_rows;
+    q.rows = min(d.tile_rows, d.query_map.region(q.region).pixels() * d.together.value - q.first);
     return q;
   }
 
@@ -112,8 +123,6 @@ struct RegionQueries {
 
 // In shared memory: registers are short. Entry t / slot of the list has key t.
 struct RegionKeys {
-  static constexpr int kFar = 1;
-
   const int32_t* list;
   int first, total;  // the first entry that counts; keys of all up to the last one
   bool all_count;
@@ -147,26 +156,30 @@ struct RegionKeys {
     __syncthreads();
   }
 
+  // The region that key t lies in; null: none.
+  __device__ __forceinline__ const int32_t* id_at(const RegionLaunch& d, int t) const {
+    return t < total ? list + first + d.key_slot.divide(t) : nullptr;
+  }
+
   // The place of key t, kNowhere if there is none.
-  __device__ __forceinline__ int look_up(const RegionLaunch& d, int t) const {
+  __device__ __forceinline__ int place(const RegionLaunch& d, int t, int id) const {
     if (t >= total) return RegionMap::kNowhere;
-    const int n = d.key_slot.divide(t), entry = first + n;
-    const int id = list[entry];
+    const int n = d.key_slot.divide(t);
     if (!all_count) {  // an id counts if it is that of a region and greater than all before it
       if (id < 0 || id >= d.key_map.regions) return RegionMap::kNowhere;
-      for (int e = entry - 1; e >= first; --e)
+      for (int e = first + n - 1; e >= first; --e)
         if (list[e] >= id) return RegionMap::kNowhere;
     }
     return d.key_map.place(id, t - n * d.key_slot.value);
   }
 
-  // Queries at positions x .. y - 1, which are all or none, see key t.
-  __device__ __forceinline__ static int2 seen_by(int, int place) {
-    return {place < 0 ? kFar : -kFar, kFar};
+  // All queries see a key, or none.
+  __device__ __forceinline__ static Seeing seen_by(const RegionLaunch&, int, int place) {
+    return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
   }
 
   // A row of weights that sum to `sum` relative to 2^pivot.
-  __device__ RowScale finish(float sum, float pivot) const {
+  __device__ __forceinline__ RowScale finish(float sum, float pivot) const {
     return finish_softmax(sum, pivot, pads > -infinity() ? &pads : nullptr, 0);
   }
 };

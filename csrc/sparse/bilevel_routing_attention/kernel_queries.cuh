@@ -30,8 +30,8 @@ struct RegionKeyTile {
     const int kv_heads = static_cast<int>(d.attention.kv_heads);
     const unsigned head_region = blockIdx.x / d.tiles, b_head = head_region / regions;
     const int region = static_cast<int>(head_region % regions);
-    const int first = tile * 16 * d.row_warps;
-    const int rows = min(16 * d.row_warps, d.key_map.region(region).pixels() - first);
+    const int first = tile * d.tile_rows;
+    const int rows = min(d.tile_rows, d.key_map.region(region).pixels() - first);
     return {d,
             static_cast<int>(b_head / kv_heads),
             static_cast<int>(b_head % kv_heads),
@@ -85,11 +85,15 @@ class RegionListing {
 
   __device__ int total() const { return total_; }
 
-  __device__ __forceinline__ Place look_up(int t) const {
+  __device__ __forceinline__ const int32_t* id_at(int t) const {
+    return t < total_ ? listing_ + d_.query_rows.divide(t) : nullptr;
+  }
+
+  __device__ __forceinline__ Place look_up(int t, int region) const {
     if (t >= total_) return {RegionMap::kNowhere, 0};
-    const int n = d_.query_rows.divide(t), row = t - n * d_.query_rows.value;
+    const int row = t - d_.query_rows.divide(t) * d_.query_rows.value;
     const int pixel = d_.together.divide(row);
-    return {d_.query_map.place(listing_[n], pixel), row - pixel * d_.together.value};
+    return {d_.query_map.place(region, pixel), row - pixel * d_.together.value};
   }
 
   __device__ __forceinline__ static int column(const Place& place, const RegionWarpKeys&) {

@@ -21,13 +21,15 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
   using Keys = BlockSparseKeySide<T, kBucket>;
   const AttentionParams& p = bp.forward.attention;
   BlockSparseGradients d = g;
-  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, 1, Queries::kMaxRowWarps);
+  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, 16, 1, Queries::kMaxRowWarps);
   d.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
               has_whole_chunks<T>(p.v, p.value_dim) && has_whole_chunks<T>(bp.dout, p.value_dim);
+  d.compact = has_compact_keys<T>(d);
   const char* error = nullptr;
   if (p.seqlen_q > 0)
     error = launch_blocks(block_sparse_queries_kernel<T, kBucket>, query_tiles(d),
-                          d.row_warps * kWarpSize, Queries::shared_bytes(d.row_warps), d, stream);
+                          d.row_warps * kWarpSize,
+                          Queries::template shared_bytes<TileKeys>(d.row_warps), d, stream);
   if (error || p.seqlen_k == 0) return error;
   d.row_warps = key_row_warps(d, Keys::kMaxRowWarps);
   d.tiles = static_cast<int>(ceil_div(p.seqlen_k, 16 * d.row_warps));

@@ -8,13 +8,17 @@ namespace tokenmill::cuda {
 template <typename T, int kBucket>
 const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
   using Shape = ListedShape<T, kBucket>;
+  using Memory = ForwardMemory<T, kBucket, TileKeys>;
   const AttentionParams& p = d.attention;
-  BlockSparseLaunch launch = plan_queries(d, Shape::kMinRowWarps, Shape::kMaxRowWarps);
+  BlockSparseLaunch launch =
+      plan_queries(d, Shape::kWarpRows, Shape::kMinRowWarps, Shape::kMaxRowWarps);
   launch.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
                    has_whole_chunks<T>(p.v, p.value_dim);
+  launch.compact = has_compact_keys<T>(launch);
+  launch.aligned_out = has_whole_chunks<T>(p.out, p.value_dim);
   return launch_blocks(block_sparse_forward_kernel<T, kBucket>, query_tiles(launch),
                        launch.row_warps * Shape::kColumnWarps * kWarpSize,
-                       Shape::shared_bytes(launch.row_warps), launch, stream);
+                       Memory::bytes(launch.row_warps), launch, stream);
 }
 
 // Defined in cuda_<dtype>.cu each.

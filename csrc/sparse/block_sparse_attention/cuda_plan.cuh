@@ -5,17 +5,28 @@
 
 namespace tokenmill::cuda {
 
-// Tiles of the rows of a block of queries, by the least warps that hold them, `least` to `most`.
-inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int least, int most) {
+// Tiles of the rows of a block of queries, by the least warps of `warp_rows` rows that hold them,
+// `least` to `most`.
+inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows, int least,
+                                      int most) {
   BlockSparseLaunch launch{d};
+  launch.factor = d.attention.scale * kLog2e;
   const int64_t block_q = int64_t{1} << d.log2_block_q;
   const int64_t queries = block_q < d.attention.seqlen_q ? block_q : d.attention.seqlen_q;
   const int64_t rows = queries * d.heads_together();
   launch.row_warps = least;
-  while (launch.row_warps < most && 16 * launch.row_warps < rows) launch.row_warps *= 2;
-  launch.tiles = static_cast<int>(ceil_div(rows, 16 * launch.row_warps));
+  while (launch.row_warps < most && warp_rows * launch.row_warps < rows) launch.row_warps *= 2;
+  launch.tile_rows = warp_rows * launch.row_warps;
+  launch.tiles = static_cast<int>(ceil_div(rows, launch.tile_rows));
   launch.query_blocks = ceil_div(d.attention.seqlen_q, block_q);
   return launch;
+}
+
+// With `aligned` known.
+template <typename T>
+bool has_compact_keys(const BlockSparseLaunch& d) {
+  const AttentionParams& p = d.attention;
+  return d.aligned && is_compact<T>(p.seqlen_k * p.k.seq) && is_compact<T>(p.seqlen_k * p.v.seq);
 }
 
 inline int64_t query_tiles(const BlockSparseLaunch& d) {

@@ -10,9 +10,13 @@ namespace tokenmill::cuda {
 // What the host adds to a call.
 struct BlockSparseLaunch : BlockSparseParams {
   int row_warps;         // of a block
+  int tile_rows;         // that they own
   int tiles;             // of a block of queries
   int64_t query_blocks;  // of a head
   bool aligned;          // rows of the inputs are whole 16-byte chunks
+  bool aligned_out;      // and those of the output
+  bool compact;          // all keys and values lie within 2^32 chunks, and are aligned
+  float factor;          // of products in exponents of 2
 
   TOKENMILL_HOST_DEVICE const Rows& q() const { return attention.q; }
   TOKENMILL_HOST_DEVICE const Rows& k() const { return attention.k; }
@@ -32,7 +36,7 @@ struct QueryTile {
     QueryTile q;
     q.together = static_cast<int>(d.heads_together());
     const int heads = static_cast<int>(p.heads) / q.together;
-    const unsigned head_blocks = blockIdx.x / d.tiles;
+    const unsigned index = block_index(), head_blocks = index / d.tiles;
     const unsigned blocks = static_cast<unsigned>(d.query_blocks);
     // The last queries see most keys under a causal mask: they start first.
     q.block = static_cast<int>(blocks - 1 - head_blocks % blocks);
@@ -40,9 +44,8 @@ struct QueryTile {
     q.head = static_cast<int>(head_blocks / blocks) % heads * q.together;
     q.first_query = q.block << d.log2_block_q;
     const int queries = min(1 << d.log2_block_q, static_cast<int>(p.seqlen_q) - q.first_query);
-    const int tile_rows = 16 * d.row_warps;
-    q.first = static_cast<int>(blockIdx.x % d.tiles) * tile_rows;
-    q.rows = min(tile_rows, queries * q.together - q.first);
+    q.first = static_cast<int>(index % d.tiles) * d.tile_rows;
+    q.rows = min(d.tile_rows, queries * q.together - q.first);
     q.diagonal = static_cast<int>(d.length(q.b) - p.seqlen_q);
     return q;
   }
@@ -57,15 +60,14 @@ struct QueryTile {
 // one before `list_end`, else a last one.
 struct TileKeys {
   static constexpr int kNowhere = -1;
-  static constexpr int kFar = 0x3fffffff;  // beyond any position, and any sum of two
 
   const int32_t* list;
-  int log2_block, blocks;
+  int blocks;
   int first;                     // entry of the list
   int sinks, list_end, total;    // in the row
   int listed_begin, listed_end;  // of the keys that lists add
   int recent_begin, recent;
-  bool ascends, causal;
+  bool ascends;
 
   // All threads of a block together; `shared` is room for one. The list is read once: where it
   // ascends, how many ids lie before an end is where that end is.
@@ -86,8 +88,8 @@ struct TileKeys {
       before += id < begin >> d.log2_block_k;
       inside += int64_t{id} * (int64_t{1} << d.log2_block_k) < end;
     }
-    before = warp_sum(before);
-    inside = warp_sum(inside);
+    before = __reduce_add_sync(kFullWarp, before);
+    inside = __reduce_add_sync(kFullWarp, inside);
     if (threadIdx.x % kWarpSize == 0) {
       atomicAdd(counters, before);
       atomicAdd(counters + 1, inside);
@@ -96,15 +98,13 @@ struct TileKeys {
     if (threadIdx.x == 0) {
       TileKeys keys;
       keys.list = list;
-      keys.log2_block = d.log2_block_k;
       keys.blocks = static_cast<int>(d.key_blocks());
       keys.ascends = ascends;
-      keys.causal = d.causal;
       keys.first = ascends ? counters[0] : 0;
       const int last = ascends ? max(counters[1], keys.first) : count;
-      keys.listed_begin = static_cast<int>(d.num_sink < kFar ? d.num_sink : kFar);
+      keys.listed_begin = static_cast<int>(d.num_sink < Seeing::kFar ? d.num_sink : Seeing::kFar);
       keys.listed_end = end;
-      keys.recent = static_cast<int>(d.num_recent < kFar ? d.num_recent : kFar);
+      keys.recent = static_cast<int>(d.num_recent < Seeing::kFar ? d.num_recent : Seeing::kFar);
       keys.recent_begin = max(keys.listed_begin, static_cast<int>(of_first.listed));
       const int recents = static_cast<int>(of_last.end) - keys.recent_begin;
       keys.sinks = begin;
@@ -115,31 +115,41 @@ struct TileKeys {
     __syncthreads();
   }
 
+  // The id that key t comes from; null: none.
+  __device__ __forceinline__ const int32_t* id_at(const BlockSparseLaunch& d, int t) const {
+    return is_listed(t) ? list + entry(d, t) : nullptr;
+  }
+
   // The position of key t, kNowhere if no query of the tile sees it.
-  __device__ __forceinline__ int look_up(const BlockSparseLaunch&, int t) const {
-    if (t < sinks) return t;
-    if (t >= list_end) return t < total ? recent_begin + t - list_end : kNowhere;
-    const int entry = first + ((t - sinks) >> log2_block);
-    const int id = list[entry];
-    if (id < 0 || id >= blocks) return kNowhere;
+  __device__ __forceinline__ int place(const BlockSparseLaunch& d, int t, int id) const {
+    if (!is_listed(t)) return t < sinks ? t : t < total ? recent_begin + t - list_end : kNowhere;
+    if (static_cast<unsigned>(id) >= static_cast<unsigned>(blocks)) return kNowhere;
     // What no list should be like: an id counts if it is greater than all before it.
-    for (int e = 0; !ascends && e < entry; ++e)
-      if (list[e] >= id) return kNowhere;
-    const int position = (id << log2_block) + ((t - sinks) & ((1 << log2_block) - 1));
+    if (!ascends)
+      for (int e = 0; e < entry(d, t); ++e)
+        if (list[e] >= id) return kNowhere;
+    const int in_block = (t - sinks) & ((1 << d.log2_block_k) - 1);
+    const int position = (id << d.log2_block_k) + in_block;
     return position >= listed_begin && position < listed_end ? position : kNowhere;
   }
 
-  // Queries at positions x .. y - 1 see key t, which lies at `position`.
-  __device__ __forceinline__ int2 seen_by(int t, int position) const {
-    if (position < 0) return {kFar, kFar};
-    if (!causal) return {-kFar, kFar};
-    const bool listed = t >= sinks && t < list_end;
-    return {position + (listed ? recent : 0), t >= list_end ? position + recent : kFar};
+  // Of key t, which lies at `position`.
+  __device__ __forceinline__ Seeing seen_by(const BlockSparseLaunch& d, int t, int position) const {
+    if (position < 0) return {Seeing::kNobody, Seeing::kFar};
+    if (!d.causal) return {-Seeing::kFar, Seeing::kFar};
+    return {position + (is_listed(t) ? recent : 0),
+            t >= list_end ? position + recent : Seeing::kFar};
   }
 
   // A row of weights that sum to `sum` relative to 2^pivot.
   static __device__ RowScale finish(float sum, float pivot) {
     return finish_softmax(sum, pivot, nullptr, 0);
+  }
+
+ private:
+  __device__ __forceinline__ bool is_listed(int t) const { return t >= sinks && t < list_end; }
+  __device__ __forceinline__ int entry(const BlockSparseLaunch& d, int t) const {
+    return first + ((t - sinks) >> d.log2_block_k);
   }
 };
 

@@ -66,8 +66,8 @@ struct WarpKeys {
         whole(first + 16 <= tile.first + tile.seen),
         causal(d.causal),
         log2_block(d.log2_block_k),
-        sinks(static_cast<int>(d.num_sink < TileKeys::kFar ? d.num_sink : TileKeys::kFar)),
-        recent(static_cast<int>(d.num_recent < TileKeys::kFar ? d.num_recent : TileKeys::kFar)) {
+        sinks(static_cast<int>(d.num_sink < Seeing::kFar ? d.num_sink : Seeing::kFar)),
+        recent(static_cast<int>(d.num_recent < Seeing::kFar ? d.num_recent : Seeing::kFar)) {
     const int low = (first >> log2_block) - (tile.first >> log2_block);
     const int blocks = log2_block < 4 ? 16 >> log2_block : 1;
     word = low / 32;
@@ -137,7 +137,10 @@ class BlockListing {
 
   __device__ int total() const { return window_.count * block_rows(); }
 
-  __device__ __forceinline__ ListingQuery look_up(int t) const {
+  // The ids are in shared memory.
+  __device__ static constexpr const int32_t* id_at(int) { return nullptr; }
+
+  __device__ __forceinline__ ListingQuery look_up(int t, int) const {
     const int n = t / block_rows(), row = t - n * block_rows();
     if (n >= window_.count) return {-1, 0, 0};
     const int block = window_.active[n], i = row / together_;

@@ -1,0 +1,326 @@
+// One warp of the forward of attention to lists: the products of its rows of queries with a step of
+// keys, their softmax weights, and the products of these with the values. Which keys a row sees is
+// not known here.
+#pragma once
+#include "dense/attention/kernel_shape.cuh"
+#include "dense/attention/kernel_terms.cuh"
+
+namespace tokenmill::cuda {
+
+// A warp owns 32 rows with queries in registers, or 16 with queries in shared memory where rows are
+// wide; two warps share 256 columns of float32, whose accumulators leave one no room. Queries take
+// half of what is left beside the stages, so that blocks fit the 99 KiB of shared memory of small
+// chips.
+template <typename T, int kBucket>
+struct ListedShape : ForwardShape<T, kBucket> {
+  using Base = ForwardShape<T, kBucket>;
+  static constexpr bool kWide = Base::kRowBytes > 256;
+  static constexpr bool kQueryInRegisters = !kWide;
+  static constexpr int kStepKeys = kWide ? kMmaDepth<T> : Base::kStepKeys;
+  static constexpr int kMaskedKeys = kStepKeys < 16 ? kStepKeys : 16;  // of steps with masks
+  static_assert(Base::kRowTiles == (kWide ? 1 : 2));
+
+  static constexpr int kColumnWarps = Base::kRowBytes > 512 ? 2 : 1;
+  static constexpr int kMaxRowWarps = kWide ? 32768 / (16 * Base::kRowBytes) : 4;
+  static constexpr int kMinRowWarps = kColumnWarps > 1 ? kMaxRowWarps : 1;
+  static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
+};
+
+// Ends a basic block. ptxas mixes what lies within one, and loads far ahead, until more is live
+// than there are registers. kNumber keeps it from joining two of them.
+template <int kNumber>
+__device__ __forceinline__ void end_block(int positive) {
+  asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, %1; @p exit; }" ::"r"(positive), "n"(-kNumber)
+               : "memory");
+}
+
+template <typename T, int kBucket>
+class ListedProducts {
+ public:
+  using Shape = ListedShape<T, kBucket>;
+  using Addresses = StageAddresses<Shape, !Shape::kFloat && kBucket == 128>;
+  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
+  static constexpr int kTiles = kColumns / 8;
+
+  static __device__ int row_warp() { return threadIdx.x / kWarpSize % row_warps(); }
+  static __device__ int first_column() {
+    return Shape::kColumnWarps > 1 ? threadIdx.x / kWarpSize / row_warps() * kColumns : 0;
+  }
+
+  // In a stage.
+  static __device__ __forceinline__ Addresses addresses(uint32_t stage) {
+    Addresses at(stage);
+    if constexpr (Shape::kColumnWarps > 1) {
+      static_assert(kColumns * sizeof(T) % (8 * kChunkBytes) == 0);
+#pragma unroll
+      for (uint32_t& x : at.value) x += first_column() * static_cast<int>(sizeof(T)), keep(x);
+    }
+    return at;
+  }
+
+ protected:
+  static constexpr int kDepth = kMmaDepth<T>;
+  static constexpr int kPatterns = Addresses::kKeys;
+
+  __device__ ListedProducts() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
+      // With these a row's first weights overflow, which sets its pivot.
+      neg_pivot_[m][0] = neg_pivot_[m][1] = kFloatMax;
+      sum_[m][0] = sum_[m][1] = 0;
+    }
+  }
+
+  // From global memory, `columns` elements of each row; aligned: these are whole chunks. Row l of
+  // the warp lies at `row` of lane l.
+  __device__ __forceinline__ void load_queries(const T* row, int columns, bool aligned) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const T* from = reinterpret_cast<const T*>(
+          __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(row), 8 * r + lane / 4));
+#pragma unroll
+      for (int j = 0; j < Shape::kSlices; ++j) {
+        const int column = (4 * j + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
+        uint32_t (&words)[4] = q_[r / 2][j].words[r % 2];
+        if (aligned) {
+          uint4 x{0, 0, 0, 0};
+          if (column < columns) x = *reinterpret_cast<const uint4*>(from + column);
+          words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+        } else {
+          load_elements(words, from, column, columns);
+        }
+      }
+    }
+  }
+
+  // In shared memory, where `queries` are those of the block.
+  __device__ __forceinline__ void find_queries(uint32_t queries) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int i = 0; i < kPatterns; ++i)
+      query_[i] = queries + row_warp() * 16 * Shape::kRowBytes +
+                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+  }
+
+  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. finish(s)
+  // follows the first product; exponents of weights are s times factor then, and -inf hides a pair.
+  // The compiler cannot know that `positive` is.
+  template <int kFirst, int kCount, int kKeys, int kOffset, typename Finish>
+  __device__ __forceinline__ void add_step(const Addresses& at, float factor, int positive,
+                                           const Finish& finish) {
+    float s[kCount][kKeys / 8][4];
+    multiply_keys<kFirst, kOffset>(s, at);
+    finish(s);
+    Fragment<T, 4> p[kCount][kKeys / kDepth];
+    float sums[kCount][2];
+    // Loops, so that weights have one place where they are made and need no registers twice.
+    if constexpr (kRaisesFirst) {
+      constexpr int kMask = ((1 << kCount) - 1) << kFirst;
+      int raise = fresh_ & kMask;
+      fresh_ &= ~kMask;
+#pragma unroll 1
+      for (;;) {
+        if (raise) raise_pivots<kFirst>(s, factor);
+        if (!exponentiate<kFirst>(s, factor, p, sums) || raise) break;
+        raise = 1;
+        keep(raise);
+      }
+    } else {
+      int raised = 0;
+#pragma unroll 1
+      while (exponentiate<kFirst>(s, factor, p, sums) && !raised) {
+        raise_pivots<kFirst>(s, factor);
+        raised = 1;
+        keep(raised);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
+    multiply_values<kFirst, kOffset>(p, at, positive);
+  }
+
+  float out_[kRowTiles][kTiles][4];
+  float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+
+ private:
+  // 16 bytes of rows g and g + 8.
+  struct QuerySlice {
+    uint32_t words[2][4];
+  };
+
+  static __device__ int row_warps() {
+    return Shape::kColumnWarps > 1 ? Shape::kMaxRowWarps : Shape::kMaxThreads / kWarpSize;
+  }
+
+  template <int kFirst, int kOffset, int kCount, int kKeyTiles>
+  __device__ __forceinline__ void multiply_keys(float (&s)[kCount][kKeyTiles][4],
+                                                const Addresses& at) const {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+    if constexpr (Shape::kQueryInRegisters) {
+      unroll<Shape::kSlices>([&](auto j) {
+        multiply_slice<kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
+      });
+    } else {
+      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
+      Addresses keys = at;
+      uint32_t queries[kPatterns];
+#pragma unroll
+      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
+#pragma unroll 1
+      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
+        unroll<kPatterns>([&](auto j) {
+          QuerySlice slice;
+          load_shared(slice.words[0], queries[j]);
+          load_shared<8 * Shape::kRowBytes>(slice.words[1], queries[j]);
+          multiply_slice<kOffset, j>(s, keys, [&](int) { return slice; });
+        });
+#pragma unroll
+        for (int j = 0; j < kPatterns; ++j)
+          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
+      }
+    }
+  }
+
+  template <int kOffset, int kSlice, int kCount, int kKeyTiles, typename Query>
+  static __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
+                                                        const Addresses& at, const Query& query) {
+    Fragment<T, 4> a[kCount][2];
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      const QuerySlice slice = query(m);
+      const auto& w = slice.words;
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+        a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
+    }
+    unroll<kKeyTiles>([&](auto n) {
+      uint32_t w[4];
+      at.template load_keys<kOffset + 8 * n, kSlice>(w);
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
+#pragma unroll
+        for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
+      }
+    });
+  }
+
+  // Weights relative to the pivots, and their sums. True, warp by warp, if one may exceed the
+  // headroom.
+  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4], float factor,
+                                               Fragment<T, 4> (&p)[kCount][kBlocks],
+                                               float (&sums)[kCount][2]) const {
+    constexpr float kLimit = 256;  // 2^kHeadroom
+    float top = 0;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+      float e[kKeyTiles][4];
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          e[n][i] = exp2_approx(fmaf(s[m][n][i], factor, neg_pivot_[kFirst + m][i / 2]));
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        if constexpr (Shape::kFloat) {
+          p[m][k] = make_fragment<T>(__float_as_uint(e[k][0]), __float_as_uint(e[k][2]),
+                                     __float_as_uint(e[k][1]), __float_as_uint(e[k][3]));
+        } else {
+          const float (&low)[4] = e[2 * k], (&high)[4] = e[2 * k + 1];
+          p[m][k] = make_fragment<T>(pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                                     pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
+#pragma unroll
+        for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
+        top = fmaxf(top, sums[m][h]);
+      }
+    }
+    return __any_sync(kFullWarp, top > kLimit);
+  }
+
+  // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
+  // moves depends on that row alone.
+  template <int kFirst, int kCount, int kKeyTiles>
+  __device__ __forceinline__ void raise_pivots(const float (&s)[kCount][kKeyTiles][4],
+                                               float factor) {
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float top = -infinity();
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+          top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor, s[m][n][2 * h + 1] * factor));
+        top = quad_max(top);
+        float& neg_pivot = neg_pivot_[kFirst + m][h];
+        if (top + neg_pivot > kHeadroom) {
+          if (neg_pivot < kFloatMax) {  // else all sums are 0
+            const float shrink = exp2_approx(-neg_pivot - top);
+            sum_[kFirst + m][h] *= shrink;
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+              out_[kFirst + m][n][2 * h] *= shrink;
+              out_[kFirst + m][n][2 * h + 1] *= shrink;
+            }
+          }
+          neg_pivot = -top;
+        }
+      }
+    }
+  }
+
+  template <int kFirst, int kOffset, int kCount, int kBlocks>
+  __device__ __forceinline__ void multiply_values(const Fragment<T, 4> (&p)[kCount][kBlocks],
+                                                  const Addresses& at, int positive) {
+    unroll<kBlocks>([&](auto k) {
+      if constexpr (Shape::kFloat) {
+        unroll<kColumns / 32>([&](auto group) {
+          uint32_t even[4], odd[4];
+          at.template load_float_values<kOffset + kDepth * k, 0, group>(even);
+          at.template load_float_values<kOffset + kDepth * k, 1, group>(odd);
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            const auto b = make_fragment<T>(even[t], odd[t]);
+#pragma unroll
+            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][4 * group + t], p[m][k], b);
+          }
+        });
+      } else {
+        unroll<kColumns / 16>([&](auto pair) {
+          if constexpr (kBucket == 128 && pair == kColumns / 32) end_block<kOffset + 1>(positive);
+          uint32_t w[4];
+          at.template load_values<kOffset + kDepth * k, pair>(w);
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            const auto b = make_fragment<T>(w[2 * t], w[2 * t + 1]);
+#pragma unroll
+            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][2 * pair + t], p[m][k], b);
+          }
+        });
+      }
+    });
+  }
+
+  // Where the first step has many keys, its weights are not made in vain.
+  static constexpr bool kRaisesFirst = Shape::kStepKeys > 16;
+  int fresh_ = (1 << kRowTiles) - 1;  // row tiles that have seen nothing
+  uint32_t query_[kPatterns];
+  QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
+};
+
+}  // namespace tokenmill::cuda
