@@ -71,7 +71,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
                                            int t) {
     const int* const own = positions + first();
     if (d_.attention.softcap <= 0 && rows(table) > Shape::kWarpRows - 16 &&
-        table.ring.seen_by_all(t, own, Shape::kWarpRows - 1))
+        table.ring.seen_by_all(t, own[edge()]))
       add_whole(at);
     else
       add_rows(table, own, at, t);
@@ -162,6 +162,10 @@ class ListedWarp : public ListedProducts<T, kBucket> {
 
   // Of the block: row r of this warp.
   static __device__ int first() { return Shape::kWarpRows * Products::row_warp(); }
+  // The first row for half of the lanes, the last one for the others.
+  static __device__ int edge() {
+    return threadIdx.x % kWarpSize < kWarpSize / 2 ? 0 : Shape::kWarpRows - 1;
+  }
   static __device__ int row(const Queries& q, int r) { return min(first() + r, q.rows - 1); }
 
   // All rows see all keys.

@@ -1,5 +1,5 @@
-// One warp of the backward: 16 rows, of queries or of keys, and the products that they take part
-// in.
+// One warp of the backward: 16 or 32 rows, of queries or of keys, and the products that they take
+// part in.
 #pragma once
 #include "dense/attention/kernel_backward_tiles.cuh"
 #include "sparse/listed_keys.cuh"
@@ -24,7 +24,10 @@ struct GradientShape {
   // Two warps share 256 columns of dK and dV, whose accumulators no warp could hold.
   static constexpr int kColumnWarps = kKeys && kBucket == 256 ? 2 : 1;
   static constexpr int kColumns = kBucket / kColumnWarps;
-  static constexpr int kMaxRowWarps = kRowBytes <= 128 ? 8 : 32768 / (32 * kRowBytes);
+  // 16-row tiles of a warp. Where registers allow it, they hold its rows as operands.
+  static constexpr int kRowTiles = !kKeys && kRowBytes <= 128 ? 2 : 1, kWarpRows = 16 * kRowTiles;
+  static constexpr bool kLeftInRegisters = kRowBytes <= (kKeys ? 128 : 256);
+  static constexpr int kMaxRowWarps = kRowBytes <= 128 ? 8 / kRowTiles : 32768 / (32 * kRowBytes);
   static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
 
   static constexpr int kStep = kMmaDepth<T>;  // streamed rows at once
@@ -36,68 +39,92 @@ class GradientWarp {
   using Shape = GradientShape<T, kBucket, kSide>;
   using Tile = typename Shape::Tile;
   static constexpr bool kKeys = Shape::kKeys;
+  static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kBlocks = Shape::kColumns / 16;
   static constexpr int kStep = Shape::kStep, kStepTiles = kStep / 8;
 
   // `owned` is where the rows of the block lie in shared memory: x, then y.
-  __device__ GradientWarp(const AttentionParams& p, int row_warps, uint32_t owned)
+  __device__ GradientWarp(const AttentionParams& p, float factor, int row_warps, uint32_t owned)
       : row_warp_(threadIdx.x / kWarpSize % row_warps),
         first_column_(threadIdx.x / kWarpSize / row_warps * Shape::kColumns),
         softcap_(p.softcap),
-        factor_(p.softcap > 0 ? p.scale : p.scale * kLog2e) {
+        scale_(p.scale),
+        factor_(factor) {
     const int lane = threadIdx.x % kWarpSize;
-    left_ = owned + row_warp_ * 16 * Shape::kRowBytes + Tile::offset(lane % 16, lane / 16);
-    left_y_ = row_warps * 16 * Shape::kRowBytes;
+    left_ = owned + first() * Shape::kRowBytes + Tile::offset(lane % 16, lane / 16);
+    left_y_ = row_warps * Shape::kWarpRows * Shape::kRowBytes;
     rows_ = Tile::offset(lane % 8, lane / 8);
     columns_ = (Shape::kFloat ? Tile::offset(lane % 4 * 2, lane / 16) + lane / 4 % 4 * 4
                               : Tile::offset(lane % 16, lane / 16)) +
                first_column_ * static_cast<int>(sizeof(T));
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i)
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        of_x_[i][j] = 0;
-        if constexpr (kKeys) of_y_[i][j] = 0;
-      }
+      for (int i = 0; i < 2 * kBlocks; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          of_x_[m][i][j] = 0;
+          if constexpr (kKeys) of_y_[m][i][j] = 0;
+        }
   }
 
-  __device__ int row_warp() const { return row_warp_; }
+  // Once its rows have arrived.
+  __device__ __forceinline__ void load_left() {
+    if constexpr (Shape::kLeftInRegisters)
+      unroll<kRowTiles>([&](auto m) {
+        unroll<kDepths>([&](auto k) {
+          load_left<m, k>(x_[m][k], left_);
+          load_left<m, k>(y_[m][k], left_ + left_y_);
+        });
+      });
+  }
 
-  // The kStep streamed rows from `row` on of the tile at `stage`. statistic(kind, n, i): minus the
-  // log-sum-exp in bits (0) or minus delta (1) of element i of accumulator n; sees(n, i) is asked
-  // unless `whole`.
-  template <typename Statistic, typename Sees>
-  __device__ __forceinline__ void add_step(uint32_t stage, int row, bool whole,
-                                           const Statistic& statistic, const Sees& sees) {
+  // Of the block.
+  __device__ int first() const { return Shape::kWarpRows * row_warp_; }
+
+  __device__ bool is_plain() const { return softcap_ <= 0; }
+
+  // Row tiles kFirst ... kFirst + kCount - 1 and the kStep streamed rows from `row` on of the tile
+  // at `stage`. statistic(kind, m, n, i): minus the log-sum-exp in bits (0) or minus delta (1) of
+  // element i of accumulator n of row tile m. kPlain: all rows see each other, without a softcap;
+  // else sees(m, n, i) says so.
+  template <bool kPlain, int kFirst, int kCount, typename Statistic, typename Sees>
+  __device__ __forceinline__ void add_step(uint32_t stage, int row, const Statistic& statistic,
+                                           const Sees& sees) {
     const uint32_t x = stage + row * Shape::kRowBytes, y = x + Shape::kTileBytes;
-    float s[kStepTiles][4], dp[kStepTiles][4];
+    float s[kCount][kStepTiles][4], dp[kCount][kStepTiles][4];
 #pragma unroll
-    for (int n = 0; n < kStepTiles; ++n)
+    for (int m = 0; m < kCount; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0, dp[n][i] = statistic(1, n, i);
-    multiply_rows(s, left_, x + rows_);
-    multiply_rows(dp, left_ + left_y_, y + rows_);
-    Fragment<T, 4> weights, slopes;
+      for (int n = 0; n < kStepTiles; ++n)
 #pragma unroll
-    for (int n = 0; n < kStepTiles; ++n) {
-      float w[4], ds[4];
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0, dp[m][n][i] = statistic(1, kFirst + m, n, i);
+    multiply_rows<kFirst>(s, x_, left_, x + rows_);
+    multiply_rows<kFirst>(dp, y_, left_ + left_y_, y + rows_);
+    Fragment<T, 4> weights[kCount], slopes[kCount];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float through = 1, exponent = fmaf(s[n][i], factor_, statistic(0, n, i));
-        if (softcap_ > 0) {
-          const float t = tanh_accurate(s[n][i] * factor_ / softcap_);
-          exponent = fmaf(softcap_ * t, kLog2e, statistic(0, n, i));
-          through = fmaf(-t, t, 1.f);
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int n = 0; n < kStepTiles; ++n) {
+        float w[4], ds[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float minus_lse = statistic(0, kFirst + m, n, i);
+          float through = 1, exponent = fmaf(s[m][n][i], factor_, minus_lse);
+          if (!kPlain && softcap_ > 0) {
+            const float t = tanh_accurate(s[m][n][i] * scale_ / softcap_);
+            exponent = fmaf(softcap_ * t, kLog2e, minus_lse);
+            through = fmaf(-t, t, 1.f);
+          }
+          const bool seen = kPlain || sees(kFirst + m, n, i);
+          w[i] = seen ? exp2_approx(exponent) : 0;
+          ds[i] = seen ? w[i] * dp[m][n][i] * through : 0;
         }
-        const bool seen = whole || sees(n, i);
-        w[i] = seen ? exp2_approx(exponent) : 0;
-        ds[i] = seen ? w[i] * dp[n][i] * through : 0;
+        if constexpr (kKeys) to_left(weights[m], n, w);
+        to_left(slopes[m], n, ds);
       }
-      if constexpr (kKeys) to_left(weights, n, w);
-      to_left(slopes, n, ds);
-    }
-    if constexpr (kKeys) accumulate(of_y_, weights, y + columns_);
-    accumulate(of_x_, slopes, x + columns_);
+    if constexpr (kKeys) accumulate<kFirst>(of_y_, weights, y + columns_);
+    accumulate<kFirst>(of_x_, slopes, x + columns_);
   }
 
   // Sums of row r < rows of this warp to row_of(r), `dim` columns each.
@@ -106,14 +133,14 @@ class GradientWarp {
     const int lane = threadIdx.x % kWarpSize;
     const bool pairs = dim % 2 == 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = lane / 4 + 8 * half;
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const int r = lane / 4 + 8 * i, m = i / 2, half = i % 2;
       if (r >= rows) continue;
       T* to = row_of(r);
 #pragma unroll
       for (int n = 0; n < 2 * kBlocks; ++n) {
         const int column = first_column_ + 8 * n + lane % 4 * 2;
-        const float (&sums)[4] = kOfX ? of_x_[n] : of_y_[n];
+        const float (&sums)[4] = kOfX ? of_x_[m][n] : of_y_[kKeys ? m : 0][kKeys ? n : 0];
         const float both[2] = {sums[2 * half] * factor, sums[2 * half + 1] * factor};
         if (pairs && column < dim) store_floats(to + column, both);
         if (pairs) continue;
@@ -124,24 +151,45 @@ class GradientWarp {
   }
 
  private:
-  // out += the 16 rows at `left` times (kStep rows at `right`)^T
-  __device__ __forceinline__ void multiply_rows(float (&out)[kStepTiles][4], uint32_t left,
-                                                uint32_t right) const {
+  static constexpr int kDepths = Shape::kRowBytes / 32;  // products along a row
+  using Left =
+      uint32_t[Shape::kLeftInRegisters ? kRowTiles : 1][Shape::kLeftInRegisters ? kDepths : 1][4];
+
+  template <int kRowTile, int kPart>
+  static __device__ __forceinline__ void load_left(uint32_t (&to)[4], uint32_t left) {
+    at_half_part<Tile, kPart>(left, [&](uint32_t at, auto offset) {
+      load_matrices<decltype(offset)::value + kRowTile * 16 * Shape::kRowBytes>(to, at);
+    });
+  }
+
+  // out += the rows of the tiles from kFirst on, in registers or at `left`, times (kStep rows at
+  // `right`)^T
+  template <int kFirst, int kCount>
+  static __device__ __forceinline__ void multiply_rows(float (&out)[kCount][kStepTiles][4],
+                                                       const Left& words, uint32_t left,
+                                                       uint32_t right) {
     unroll<Shape::kRowBytes / 64>([&](auto part) {
-      Fragment<T, 4> a[2];
-      unroll<2>([&](auto k) {
-        at_half_part<Tile, 2 * part + k>(left, [&](uint32_t at, auto offset) {
-          uint32_t words[4];
-          load_matrices<decltype(offset)::value>(words, at);
-          a[k] = make_fragment<T>(words[0], words[1], words[2], words[3]);
+      Fragment<T, 4> a[kCount][2];
+      unroll<kCount>([&](auto m) {
+        unroll<2>([&](auto k) {
+          if constexpr (Shape::kLeftInRegisters) {
+            const uint32_t (&w)[4] = words[kFirst + m][2 * part + k];
+            a[m][k] = make_fragment<T>(w[0], w[1], w[2], w[3]);
+          } else {
+            uint32_t w[4];
+            load_left<kFirst + m, 2 * part + k>(w, left);
+            a[m][k] = make_fragment<T>(w[0], w[1], w[2], w[3]);
+          }
         });
       });
       at_part<Tile, part>(right, [&](uint32_t at, auto offset) {
         unroll<kStepTiles>([&](auto n) {
-          uint32_t words[4];
-          load_matrices<decltype(offset)::value + 8 * n * Shape::kRowBytes>(words, at);
-          mma(out[n], a[0], make_fragment<T>(words[0], words[1]));
-          mma(out[n], a[1], make_fragment<T>(words[2], words[3]));
+          uint32_t w[4];
+          load_matrices<decltype(offset)::value + 8 * n * Shape::kRowBytes>(w, at);
+          const auto low = make_fragment<T>(w[0], w[1]), high = make_fragment<T>(w[2], w[3]);
+#pragma unroll
+          for (int m = 0; m < kCount; ++m)
+            mma(out[m][n], a[m][0], low), mma(out[m][n], a[m][1], high);
         });
       });
     });
@@ -159,22 +207,28 @@ class GradientWarp {
   }
 
   // acc += a times the kStep rows at `right`
-  static __device__ __forceinline__ void accumulate(float (&acc)[2 * kBlocks][4],
-                                                    const Fragment<T, 4>& a, uint32_t right) {
+  template <int kFirst, int kTiles, int kCount>
+  static __device__ __forceinline__ void accumulate(float (&acc)[kTiles][2 * kBlocks][4],
+                                                    const Fragment<T, 4> (&a)[kCount],
+                                                    uint32_t right) {
+    const auto add = [&](int i, const Fragment<T, 2>& b) {
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) mma(acc[kFirst + m][i], a[m], b);
+    };
     unroll<kBlocks>([&](auto i) {
       if constexpr (!Shape::kFloat) {
         at_half_part<Tile, i>(right, [&](uint32_t at, auto offset) {
           uint32_t words[4];
           load_matrices_transposed<decltype(offset)::value>(words, at);
-          mma(acc[2 * i], a, make_fragment<T>(words[0], words[1]));
-          mma(acc[2 * i + 1], a, make_fragment<T>(words[2], words[3]));
+          add(2 * i, make_fragment<T>(words[0], words[1]));
+          add(2 * i + 1, make_fragment<T>(words[2], words[3]));
         });
       } else {
         // Rows 2 c and 2 c + 1 of 8: their chunks differ in the lowest bit.
         unroll<2>([&](auto j) {
           at_part<Tile, i>(right ^ j * 32, [&](uint32_t at, auto offset) {
             constexpr int kAt = decltype(offset)::value;
-            mma(acc[2 * i + j], a,
+            add(2 * i + j,
                 make_fragment<T>(load_word<kAt>(at), load_word<kAt + Shape::kRowBytes>(at ^ 16)));
           });
         });
@@ -183,11 +237,13 @@ class GradientWarp {
   }
 
   int row_warp_, first_column_;
-  float softcap_, factor_;
+  float softcap_, scale_, factor_;
   uint32_t left_;            // of this lane: left operands from x
   int left_y_;               // and from there those from y
   uint32_t rows_, columns_;  // in a tile of the stream: right operands
-  float of_x_[2 * kBlocks][4], of_y_[kKeys ? 2 * kBlocks : 1][4];  // sums of dS x and P y
+  Left x_, y_;
+  // Sums of dS x and P y.
+  float of_x_[kRowTiles][2 * kBlocks][4], of_y_[kKeys ? kRowTiles : 1][kKeys ? 2 * kBlocks : 1][4];
 };
 
 }  // namespace tokenmill::cuda

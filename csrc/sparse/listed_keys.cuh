@@ -18,6 +18,13 @@ __device__ __forceinline__ uint32_t chunks_to(const Rows& rows, int place) {
          static_cast<uint32_t>(static_cast<uint64_t>(rows.seq) / kCount);
 }
 
+// From one head to another.
+template <int kCount>
+__device__ __forceinline__ uint32_t head_chunks_to(const Rows& rows, int head) {
+  return static_cast<uint32_t>(head) *
+         static_cast<uint32_t>(static_cast<uint64_t>(rows.head) / kCount);
+}
+
 template <typename T>
 __device__ __forceinline__ T* row_at(const Rows& rows, int64_t b, int place, int64_t h) {
   return rows_at<T>(rows, b, place, h);
@@ -56,16 +63,18 @@ struct Seeing {
   }
 };
 
-// What is known of the keys that stream by, in shared memory: where the rows of two tiles lie, one
-// that is loaded and one that is looked up, and who sees those of the tile at work as well.
+// What is known of rows of two tensors, of keys and values or of queries and dO, that stream by, in
+// shared memory: where those of two tiles lie, one that is loaded and one that is looked up, and
+// who sees those of the tile at work as well.
 template <int kTileRows>
-struct KeyRing {
+struct RowRing {
+  static constexpr int kRows = kTileRows;
   static constexpr int kGroup = kTileRows < kWarpSize ? kTileRows : kWarpSize;
   static constexpr int kGroups = kTileRows / kGroup;  // of a tile
 
-  // Chunks from the first key and value on where the launch is compact, else a place.
+  // Chunks from the first row of either tensor on where the launch is compact, else a place.
   struct alignas(8) Row {
-    uint32_t key, value;
+    uint32_t x, y;
   };
 
   FetchedIds<kTileRows> fetched;
@@ -87,10 +96,9 @@ struct KeyRing {
   __device__ __forceinline__ bool is_full(unsigned t) const {
     return __all_sync(kFullWarp, own_group(t).begin != Seeing::kNobody);
   }
-  // All queries at positions[0] ... positions[last], which do not descend, see all keys of the
-  // tile.
-  __device__ __forceinline__ bool seen_by_all(unsigned t, const int* positions, int last) const {
-    const int position = positions[threadIdx.x % kWarpSize < kWarpSize / 2 ? 0 : last];
+  // All queries see all keys of the tile: those at the positions of the first and of the last lane,
+  // which each half of a warp has, and all between.
+  __device__ __forceinline__ bool seen_by_all(unsigned t, int position) const {
     return __all_sync(kFullWarp, own_group(t).by(position));
   }
 
@@ -111,7 +119,7 @@ template <typename T, typename Keys_, int kTileRows>
 struct alignas(128) KeyTable {
   using Keys = Keys_;
 
-  KeyRing<kTileRows> ring;
+  RowRing<kTileRows> ring;
   const T *k, *v;  // the first ones of the request and head
   Keys keys;
   int rows;         // of queries
@@ -182,6 +190,37 @@ struct ChunkCopy {
   }
 };
 
+// The tile of two tensors that begins with number `first` of a ring, whose rows all exist, counted
+// in chunks from x and y on.
+template <typename XTile, typename YTile, typename T, typename Ring>
+__device__ __forceinline__ void copy_full_tile(uint32_t tile, const Ring& ring, int first,
+                                               const T* x, int64_t x_columns, const T* y,
+                                               int64_t y_columns) {
+  using CopyX = ChunkCopy<T, XTile>;
+  using CopyY = ChunkCopy<T, YTile>;
+  constexpr int kTileBytes = Ring::kRows * XTile::kRowBytes;
+  constexpr bool kAlike = std::is_same_v<XTile, YTile>;
+  const CopyX copy_x(x, static_cast<int>(x_columns));
+  const CopyY copy_y(y, static_cast<int>(y_columns));
+  int r = threadIdx.x / CopyX::kLanes;
+  r += r / CopyX::kRows * (8 - CopyX::kRows);  // a warp owns 8 rows
+  const int step = blockDim.x / kWarpSize * 8;
+  const auto* row = &ring.row(first) + r;
+  uint32_t to_x = tile + CopyX::own(), to_y = tile + CopyY::own();
+#pragma unroll 1
+  for (; r < Ring::kRows; r += step) {
+    unroll<8 / CopyX::kRows>([&](auto i) {
+      constexpr int kRow = i * CopyX::kRows;
+      const auto at = row[kRow];
+      copy_x.template copy<kRow, 0>(to_x, at.x);
+      copy_y.template copy<kRow, kTileBytes>(kAlike ? to_x : to_y, at.y);
+    });
+    row += step;
+    to_x += step * XTile::kRowBytes;
+    to_y += step * YTile::kRowBytes;
+  }
+}
+
 // The keys and values of a tile of queries, as stream_rows wants them.
 template <typename T, typename Shape_, typename Walk, typename KeyTile, typename ValueTile>
 struct KeySource {
@@ -208,39 +247,14 @@ struct KeySource {
   __device__ __forceinline__ void load(int stage, int first) const {
     const uint32_t tile = stages + stage * Shape::kStageBytes;
     if (d.compact && table.ring.is_full(first))
-      load_full(tile, first);
+      copy_full_tile<KeyTile, ValueTile>(tile, table.ring, first, table.k, d.attention.head_dim,
+                                         table.v, d.attention.value_dim);
     else
       load_rows(tile, first);
     commit_copies();
   }
 
  private:
-  __device__ __forceinline__ void load_full(uint32_t tile, int first) const {
-    using KeyCopy = ChunkCopy<T, KeyTile>;
-    using ValueCopy = ChunkCopy<T, ValueTile>;
-    constexpr bool kAlike = std::is_same_v<KeyTile, ValueTile>;
-    const AttentionParams& p = d.attention;
-    const KeyCopy keys(table.k, static_cast<int>(p.head_dim));
-    const ValueCopy values(table.v, static_cast<int>(p.value_dim));
-    int r = threadIdx.x / KeyCopy::kLanes;
-    r += r / KeyCopy::kRows * (8 - KeyCopy::kRows);  // a warp owns 8 rows
-    const int step = blockDim.x / kWarpSize * 8;
-    const auto* row = &table.ring.row(first) + r;
-    uint32_t to = tile + KeyCopy::own(), to_value = tile + ValueCopy::own();
-#pragma unroll 1
-    for (; r < Shape::kTileRows; r += step) {
-      unroll<8 / KeyCopy::kRows>([&](auto i) {
-        constexpr int kRow = i * KeyCopy::kRows;
-        const auto at = row[kRow];
-        keys.template copy<kRow, 0>(to, at.key);
-        values.template copy<kRow, Shape::kTileBytes>(kAlike ? to : to_value, at.value);
-      });
-      row += step;
-      to += step * KeyTile::kRowBytes;
-      to_value += step * ValueTile::kRowBytes;
-    }
-  }
-
   // Some keys may not exist, and rows may lie anywhere.
   __device__ __forceinline__ void load_rows(uint32_t tile, int first) const {
     using KeyCopy = RowCopy<T, KeyTile>;
@@ -249,9 +263,9 @@ struct KeySource {
 #pragma unroll 1
     for (int r = KeyCopy::first_row(); r < Shape::kTileRows; r += KeyCopy::row_step()) {
       const auto at = table.ring.row(first + r);
-      const int place = static_cast<int>(at.key);
-      const T* key = table.k + (d.compact ? int64_t{at.key} * kCount : step_to(d.k(), place));
-      const T* value = table.v + (d.compact ? int64_t{at.value} * kCount : step_to(d.v(), place));
+      const int place = static_cast<int>(at.x);
+      const T* key = table.k + (d.compact ? int64_t{at.x} * kCount : step_to(d.k(), place));
+      const T* value = table.v + (d.compact ? int64_t{at.y} * kCount : step_to(d.v(), place));
       const bool exists = table.ring.seen_by(first + r).begin != Seeing::kNobody;
       KeyCopy::copy(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
       ValueCopy::copy(tile + Shape::kTileBytes, r, value,

@@ -21,11 +21,16 @@ const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
               has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
               has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
   d.compact = has_compact_keys<T>(d);
-  cut_rows(d, query_rows(d), 16, 1, Queries::kMaxRowWarps);
+  const auto end = [&](const Rows& rows, int64_t line) {
+    return d.together.value * rows.head + d.queries.height * line + d.queries.width * rows.seq;
+  };
+  d.compact_queries =
+      d.aligned && is_compact<T>(end(p.q, d.q_line)) && is_compact<T>(end(d.dout, d.dout_line));
+  cut_rows(d, query_rows(d), Queries::kWarpRows, 1, Queries::kMaxRowWarps);
   error = launch_blocks(bilevel_queries_kernel<T, kBucket>, query_tiles(d), d.row_warps * kWarpSize,
                         Queries::template shared_bytes<RegionKeys>(d.row_warps), d, stream);
   if (error) return error;
-  cut_rows(d, d.key_map.slot, 16, 1, Keys::kMaxRowWarps);
+  cut_rows(d, d.key_map.slot, Keys::kWarpRows, 1, Keys::kMaxRowWarps);
   return launch_blocks(
       bilevel_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.key_map.regions * d.tiles,
       d.row_warps * Keys::kColumnWarps * kWarpSize, Keys::shared_bytes(d.row_warps), d, stream);

@@ -28,6 +28,11 @@ __device__ __forceinline__ uint32_t chunks_to(const MapRows& map, int place) {
          chunks_to<kCount>(map.rows, place & ((1 << kPlaceBits) - 1));
 }
 
+template <int kCount>
+__device__ __forceinline__ uint32_t head_chunks_to(const MapRows& map, int head) {
+  return head_chunks_to<kCount>(map.rows, head);
+}
+
 template <typename T>
 __device__ __forceinline__ T* row_at(const MapRows& map, int64_t b, int place, int64_t h) {
   return rows_at<T>(map.rows, b, 0, h) + step_to(map, place);

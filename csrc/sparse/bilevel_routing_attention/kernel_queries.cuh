@@ -12,6 +12,7 @@ struct RegionGradients : RegionLaunch {
   const float* dlse;
   float *minus_lse, *minus_delta;    // like lse
   const int32_t *offsets, *listing;  // of transpose_block_list
+  bool compact_queries;              // like compact, of what streams by a tile of keys
   Divisor query_rows;                // of the largest region, for the heads that share a list
 
   __device__ MapRows of_dout() const { return {dout, dout_line}; }

@@ -21,10 +21,15 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
   using Keys = BlockSparseKeySide<T, kBucket>;
   const AttentionParams& p = bp.forward.attention;
   BlockSparseGradients d = g;
-  static_cast<BlockSparseLaunch&>(d) = plan_queries(bp.forward, 16, 1, Queries::kMaxRowWarps);
+  static_cast<BlockSparseLaunch&>(d) =
+      plan_queries(bp.forward, Queries::kWarpRows, 1, Queries::kMaxRowWarps);
   d.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
               has_whole_chunks<T>(p.v, p.value_dim) && has_whole_chunks<T>(bp.dout, p.value_dim);
   d.compact = has_compact_keys<T>(d);
+  const auto end = [&](const Rows& rows) {
+    return d.heads_together() * rows.head + p.seqlen_q * rows.seq;
+  };
+  d.compact_queries = d.aligned && is_compact<T>(end(p.q)) && is_compact<T>(end(d.dout));
   const char* error = nullptr;
   if (p.seqlen_q > 0)
     error = launch_blocks(block_sparse_queries_kernel<T, kBucket>, query_tiles(d),
@@ -32,7 +37,8 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
                           Queries::template shared_bytes<TileKeys>(d.row_warps), d, stream);
   if (error || p.seqlen_k == 0) return error;
   d.row_warps = key_row_warps(d, Keys::kMaxRowWarps);
-  d.tiles = static_cast<int>(ceil_div(p.seqlen_k, 16 * d.row_warps));
+  d.tile_rows = Keys::kWarpRows * d.row_warps;
+  d.tiles = static_cast<int>(ceil_div(p.seqlen_k, d.tile_rows));
   return launch_blocks(block_sparse_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.tiles,
                        d.row_warps * Keys::kColumnWarps * kWarpSize,
                        Keys::shared_bytes(d.row_warps), d, stream);

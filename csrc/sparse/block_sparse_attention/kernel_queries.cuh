@@ -9,6 +9,7 @@ struct BlockSparseGradients : BlockSparseLaunch {
   Rows dout, dq, dk, dv;
   const float *minus_lse, *minus_delta;  // like lse
   const int32_t *offsets, *listing;      // of transpose_block_list
+  bool compact_queries;                  // like compact, of what streams by a tile of keys
 
   TOKENMILL_HOST_DEVICE const Rows& of_dout() const { return dout; }
   __device__ static int query_at(int place) { return place; }
@@ -21,11 +22,10 @@ struct BlockKeyTile {
 
   __device__ static BlockKeyTile of(const BlockSparseGradients& d) {
     const AttentionParams& p = d.attention;
-    const int tile_rows = 16 * d.row_warps;
     const int tile = blockIdx.x % d.tiles, kv_head = blockIdx.x / d.tiles % p.kv_heads;
     const int b = static_cast<int>(blockIdx.x / d.tiles / p.kv_heads);
-    const int first = tile * tile_rows;
-    const int rows = min(tile_rows, static_cast<int>(p.seqlen_k) - first);
+    const int first = tile * d.tile_rows;
+    const int rows = min(d.tile_rows, static_cast<int>(p.seqlen_k) - first);
     return {b, kv_head, first, rows, min(rows, static_cast<int>(d.length(b)) - first)};
   }
 
