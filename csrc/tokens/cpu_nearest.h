@@ -102,7 +102,7 @@ class NearestFinder {
     std::fill(distances, distances + count * k, __builtin_inff());
     left.clear();
     if (screen && screens) {
-      screen->visit_op([&]<class Op>(Op) { find_candidates<Op>(b, from, dtype, count); });
+      find_candidates(b, from, dtype, count);
       std::fill(distances, distances + count * k, __builtin_inff());
       choose(b, from, dtype, count);
       // Of sets of which a screen knows nothing.
@@ -168,15 +168,14 @@ class NearestFinder {
   }
 
   // The screen of each row; its k least so far are in `distances`.
-  template <class Op>
   void find_candidates(int64_t b, const char* const* from, DType dtype, int64_t count) {
     const int64_t words = screen->words, ldw = screen->ldw;  // at most lda
     const Lengths reach = screen->lengths_of(b);
     visit_elements(dtype, [&]<DType kType>(Elements<kType>) TM_LAMBDA {
       for (int64_t r = 0; r < count; ++r) {
-        margins[r] = screen->margin(
-            center_row<Op, kType>(from[r], screen->middle(b), channels, -1, rows + r * ldw, ldw),
-            reach);
+        margins[r] = screen->margin(center_row<ScreenOp, kType>(from[r], screen->middle(b),
+                                                                channels, -1, rows + r * ldw, ldw),
+                                    reach);
         const bool known = margins[r] == margins[r];
         counts[r] = known ? 0 : kUnknown;
         limits[r] = known ? __builtin_inff() : -__builtin_inff();
@@ -187,8 +186,8 @@ class NearestFinder {
     for (int64_t n = 0; n < screen->panels; ++n) {
       const int64_t column = n * kPanel, columns = std::min<int64_t>(kPanel, sets.size - column);
       for (int64_t r = 0; r < count; r += kTileRows) {
-        biased_products<Op>(tile, rows + r * ldw, ldw, screen->panel(b, n), screen->bias(b, n),
-                            words, round_up(columns, kWidth));
+        biased_products<ScreenOp>(tile, rows + r * ldw, ldw, screen->panel(b, n),
+                                  screen->bias(b, n), words, round_up(columns, kWidth));
         for (int64_t i = r; i < std::min<int64_t>(r + kTileRows, count); ++i)
           note_candidates(i, tile + (i - r) * kPanel, column, columns);
       }

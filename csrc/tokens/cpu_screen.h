@@ -31,15 +31,13 @@ struct RowSets {
   }
 };
 
-// Whether pairs of bfloat16 multiply faster than floats: on AMD's cores four times as many in an
-// instruction that takes as long, on Intel's (Emerald Rapids) half as many in the same time.
-inline bool fast_pairs() {
+// The multiplication of a screen: of pairs of bfloat16 where there is one. csrc/cpu/isa.cpp says on
+// which machines that is the faster one.
 #if defined(__AVX512BF16__)
-  return __builtin_cpu_is("amd");
+using ScreenOp = BFloat16;
 #else
-  return false;
+using ScreenOp = Float32;
 #endif
-}
 
 // Of rows relative to the point: bounds of the length of a row and of what its words leave out.
 struct Lengths {
@@ -126,8 +124,7 @@ class Screen {
 
   Screen(const RowSets& of, int threads)
       : sets(of),
-        pairs(fast_pairs()),
-        words(ceil_div(sets.channels, pairs ? 2 : 1)),
+        words(ceil_div(sets.channels, ScreenOp::kPair)),
         ldw(round_up(words, kWidth)),
         panels(ceil_div(sets.size, kPanel)),
         panel_floats((words + 1) * kPanel),
@@ -144,22 +141,13 @@ class Screen {
         const int64_t b = item / panels, panel = item % panels;
         find_middle(b, middle);
         if (panel == 0) std::copy(middle, middle + channels(), middles + b * channels());
-        visit_op([&]<class Op>(Op) { pack_panel<Op>(b, panel, middle, rows); });
+        pack_panel(b, panel, middle, rows);
       }
     });
   }
 
-  // visit(Op()) for the multiplication that words are for.
-  template <typename Visit>
-  TM_INLINE void visit_op(const Visit& visit) const {
-#if defined(__AVX512BF16__)
-    if (pairs) return visit(BFloat16());
-#endif
-    visit(Float32());
-  }
-
   // Floats of a row relative to the point, with zeros behind it.
-  int64_t channels() const { return pairs ? 2 * ldw : ldw; }
+  int64_t channels() const { return ScreenOp::kPair * ldw; }
   const float* middle(int64_t b) const { return middles + b * channels(); }
   const float* panel(int64_t b, int64_t n) const {
     return packed + (b * panels + n) * panel_floats;
@@ -183,7 +171,6 @@ class Screen {
   }
 
   const RowSets sets;
-  const bool pairs;  // of bfloat16 are words
   const int64_t words, ldw, panels;
 
  private:
@@ -205,7 +192,6 @@ class Screen {
     });
   }
 
-  template <class Op>
   void pack_panel(int64_t b, int64_t panel, const float* middle, float* rows) const {
     const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, sets.size - first);
     float* const to = packed + (b * panels + panel) * panel_floats;
@@ -213,14 +199,14 @@ class Screen {
     Lengths most{0, 0};
     visit_elements(sets.dtype, [&]<DType kType>(Elements<kType>) TM_LAMBDA {
       for (int64_t i = 0; i < count; ++i) {
-        most.include(center_row<Op, kType>(sets.at(b, first + i), middle, sets.channels, 1,
-                                           rows + i * ldw, ldw, bias + i));
+        most.include(center_row<ScreenOp, kType>(sets.at(b, first + i), middle, sets.channels, 1,
+                                                 rows + i * ldw, ldw, bias + i));
         bias[i] *= 0.5f;
       }
     });
     for (int64_t i = count; i < kPanel; ++i) bias[i] = kMostDistance;
-    constexpr DType kWords = Op::kPair == 2 ? DType::bfloat16 : DType::float32;
-    pack_transposed<Op>(rows, kWords, channels(), count, sets.channels, 1, to);
+    constexpr DType kWords = ScreenOp::kPair == 2 ? DType::bfloat16 : DType::float32;
+    pack_transposed<ScreenOp>(rows, kWords, channels(), count, sets.channels, 1, to);
     lengths[b * panels + panel] = most;
   }
 
