@@ -24,6 +24,9 @@ struct ListedShape : ForwardShape<T, kBucket> {
   static constexpr int kMaxRowWarps = kWide ? 32768 / (16 * Base::kRowBytes) : 4;
   static constexpr int kMinRowWarps = kColumnWarps > 1 ? kMaxRowWarps : 1;
   static constexpr int kMaxThreads = kMaxRowWarps * kColumnWarps * kWarpSize;
+  // Of a multiprocessor; 0: ptxas decides. With wide rows of float32 it would aim at more, and
+  // spill.
+  static constexpr int kMinBlocks = kWide && Base::kFloat ? 1 : 0;
 };
 
 // Ends a basic block. ptxas mixes what lies within one, and loads far ahead, until more is live

@@ -6,7 +6,8 @@
 namespace tokenmill::cuda {
 
 template <typename T, int kBucket>
-__global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads)
+__global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
+                                  ListedShape<T, kBucket>::kMinBlocks)
     block_sparse_forward_kernel(const __grid_constant__ BlockSparseLaunch d) {
   listed_forward<T, kBucket, BlockWalk>(d);
 }
