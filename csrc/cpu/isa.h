@@ -15,7 +15,7 @@ namespace tokenmill::cpu {
 enum class Isa : int32_t { baseline, avx2, avx512, avx512_bf16 };
 
 Isa best_isa();     // of those that were built, the best that this machine has
-Isa current_isa();  // best_isa(), or a lower one asked for
+Isa current_isa();  // best_isa(), or the one asked for
 const char* isa_name(Isa);
 bool select_isa(const char* name);  // false: unknown, not built, or not here; "" restores the best
 
