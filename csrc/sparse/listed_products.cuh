@@ -2,6 +2,7 @@
 // keys, their softmax weights, and the products of these with the values. Which keys a row sees is
 // not known here.
 #pragma once
+#include "dense/attention/kernel_products.cuh"
 #include "dense/attention/kernel_shape.cuh"
 #include "dense/attention/kernel_terms.cuh"
 
@@ -146,7 +147,9 @@ class ListedProducts {
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
-    multiply_values<kFirst, kOffset>(p, at, positive);
+    multiply_values<T, kFirst, kOffset>(out_, p, at, [&](auto pair) {
+      if constexpr (kBucket == 128 && pair == kColumns / 32) end_block<kOffset + 1>(positive);
+    });
   }
 
   float out_[kRowTiles][kTiles][4];
@@ -171,7 +174,7 @@ class ListedProducts {
       for (int n = 0; n < kKeyTiles; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
     if constexpr (Shape::kQueryInRegisters) {
       unroll<Shape::kSlices>([&](auto j) {
-        multiply_slice<kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
+        multiply_slice<T, kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
       });
     } else {
       // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
@@ -185,37 +188,13 @@ class ListedProducts {
           QuerySlice slice;
           load_shared(slice.words[0], queries[j]);
           load_shared<8 * Shape::kRowBytes>(slice.words[1], queries[j]);
-          multiply_slice<kOffset, j>(s, keys, [&](int) { return slice; });
+          multiply_slice<T, kOffset, j>(s, keys, [&](int) { return slice; });
         });
 #pragma unroll
         for (int j = 0; j < kPatterns; ++j)
           keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
       }
     }
-  }
-
-  template <int kOffset, int kSlice, int kCount, int kKeyTiles, typename Query>
-  static __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
-                                                        const Addresses& at, const Query& query) {
-    Fragment<T, 4> a[kCount][2];
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-      const QuerySlice slice = query(m);
-      const auto& w = slice.words;
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
-        a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    }
-    unroll<kKeyTiles>([&](auto n) {
-      uint32_t w[4];
-      at.template load_keys<kOffset + 8 * n, kSlice>(w);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
-#pragma unroll
-        for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
-      }
-    });
   }
 
   // Weights relative to the pivots, and their sums. True, warp by warp, if one may exceed the
@@ -285,38 +264,6 @@ class ListedProducts {
         }
       }
     }
-  }
-
-  template <int kFirst, int kOffset, int kCount, int kBlocks>
-  __device__ __forceinline__ void multiply_values(const Fragment<T, 4> (&p)[kCount][kBlocks],
-                                                  const Addresses& at, int positive) {
-    unroll<kBlocks>([&](auto k) {
-      if constexpr (Shape::kFloat) {
-        unroll<kColumns / 32>([&](auto group) {
-          uint32_t even[4], odd[4];
-          at.template load_float_values<kOffset + kDepth * k, 0, group>(even);
-          at.template load_float_values<kOffset + kDepth * k, 1, group>(odd);
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            const auto b = make_fragment<T>(even[t], odd[t]);
-#pragma unroll
-            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][4 * group + t], p[m][k], b);
-          }
-        });
-      } else {
-        unroll<kColumns / 16>([&](auto pair) {
-          if constexpr (kBucket == 128 && pair == kColumns / 32) end_block<kOffset + 1>(positive);
-          uint32_t w[4];
-          at.template load_values<kOffset + kDepth * k, pair>(w);
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const auto b = make_fragment<T>(w[2 * t], w[2 * t + 1]);
-#pragma unroll
-            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][2 * pair + t], p[m][k], b);
-          }
-        });
-      }
-    });
   }
 
   // Where the first step has many keys, its weights are not made in vain.

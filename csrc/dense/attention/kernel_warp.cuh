@@ -1,5 +1,6 @@
 // One warp of the forward: its rows of queries, their weights for a step of keys, its output.
 #pragma once
+#include "dense/attention/kernel_products.cuh"
 #include "dense/attention/kernel_shape.cuh"
 #include "dense/attention/kernel_terms.cuh"
 
@@ -203,7 +204,7 @@ class ForwardWarp {
     } else {
       fast_sigmoid_weights(s, p);
     }
-    multiply_values<kFirst, kCount, kKeys, kOffset>(p, at);
+    multiply_values<T, kFirst, kOffset>(out_, p, at, [](auto) {});
   }
 
   template <int kFirst, int kCount, int kKeys, int kOffset>
@@ -215,7 +216,7 @@ class ForwardWarp {
       for (int n = 0; n < kKeys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
     if constexpr (Shape::kQueryInRegisters) {
       unroll<Shape::kSlices>([&](auto j) {
-        multiply_slice<kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
+        multiply_slice<T, kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
       });
     } else {
       // Two patterns of addresses at a time: unrolled, the loads of queries would run far ahead.
@@ -224,7 +225,7 @@ class ForwardWarp {
 #pragma unroll 1
       for (int i = 0; i < Shape::kSlices; i += 2) {
         unroll<2>([&](auto j) {
-          multiply_slice<kOffset, j>(s, moving, [&](int m) {
+          multiply_slice<T, kOffset, j>(s, moving, [&](int m) {
             QuerySlice slice;
             load_query(slice, kFirst + m, i + j, first);
             return slice;
@@ -234,61 +235,6 @@ class ForwardWarp {
         for (uint32_t& address : moving.key) address += 128;
       }
     }
-  }
-
-  template <int kOffset, int kSlice, int kCount, int kKeyTiles, typename Query>
-  __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
-                                                 const Addresses& at, const Query& query) const {
-    Fragment<T, 4> a[kCount][2];
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-      const QuerySlice slice = query(m);
-      const auto& w = slice.words;
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
-        a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    }
-    unroll<kKeyTiles>([&](auto n) {
-      uint32_t w[4];
-      at.template load_keys<kOffset + 8 * n, kSlice>(w);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
-#pragma unroll
-        for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
-      }
-    });
-  }
-
-  template <int kFirst, int kCount, int kKeys, int kOffset>
-  __device__ __forceinline__ void multiply_values(const Fragment<T, 4> (&p)[kCount][kKeys / kDepth],
-                                                  const Addresses& at) {
-    unroll<kKeys / kDepth>([&](auto k) {
-      if constexpr (Shape::kFloat) {
-        unroll<kBucket / 32>([&](auto group) {
-          uint32_t even[4], odd[4];
-          at.template load_float_values<kOffset + kDepth * k, 0, group>(even);
-          at.template load_float_values<kOffset + kDepth * k, 1, group>(odd);
-#pragma unroll
-          for (int t = 0; t < 4; ++t) {
-            const auto b = make_fragment<T>(even[t], odd[t]);
-#pragma unroll
-            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][4 * group + t], p[m][k], b);
-          }
-        });
-      } else {
-        unroll<kBucket / 16>([&](auto pair) {
-          uint32_t w[4];
-          at.template load_values<kOffset + kDepth * k, pair>(w);
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const auto b = make_fragment<T>(w[2 * t], w[2 * t + 1]);
-#pragma unroll
-            for (int m = 0; m < kCount; ++m) mma(out_[kFirst + m][2 * pair + t], p[m][k], b);
-          }
-        });
-      }
-    });
   }
 
   // visit(row tile, key tile, i, row, key) for the accumulators of this lane.
