@@ -130,14 +130,14 @@ class ListedProducts {
 #pragma unroll 1
       for (;;) {
         if (raise) raise_pivots<kFirst>(s, factor);
-        if (!exponentiate<kFirst>(s, factor, p, sums) || raise) break;
+        if (!exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) || raise) break;
         raise = 1;
         keep(raise);
       }
     } else {
       int raised = 0;
 #pragma unroll 1
-      while (exponentiate<kFirst>(s, factor, p, sums) && !raised) {
+      while (exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) && !raised) {
         raise_pivots<kFirst>(s, factor);
         raised = 1;
         keep(raised);
@@ -195,44 +195,6 @@ class ListedProducts {
           keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
       }
     }
-  }
-
-  // Weights relative to the pivots, and their sums. True, warp by warp, if one may exceed the
-  // headroom.
-  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
-  __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4], float factor,
-                                               Fragment<T, 4> (&p)[kCount][kBlocks],
-                                               float (&sums)[kCount][2]) const {
-    constexpr float kLimit = 256;  // 2^kHeadroom
-    float top = 0;
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-      float e[kKeyTiles][4];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          e[n][i] = exp2_approx(fmaf(s[m][n][i], factor, neg_pivot_[kFirst + m][i / 2]));
-#pragma unroll
-      for (int k = 0; k < kBlocks; ++k) {
-        if constexpr (Shape::kFloat) {
-          p[m][k] = make_fragment<T>(__float_as_uint(e[k][0]), __float_as_uint(e[k][2]),
-                                     __float_as_uint(e[k][1]), __float_as_uint(e[k][3]));
-        } else {
-          const float (&low)[4] = e[2 * k], (&high)[4] = e[2 * k + 1];
-          p[m][k] = make_fragment<T>(pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                     pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
-#pragma unroll
-        for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
-        top = fmaxf(top, sums[m][h]);
-      }
-    }
-    return __any_sync(kFullWarp, top > kLimit);
   }
 
   // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot

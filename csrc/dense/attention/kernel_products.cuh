@@ -1,7 +1,10 @@
-// The products of a warp of the forward with a step of keys in shared memory.
+// The products of a warp of the forward with a step of keys in shared memory, and the softmax
+// weights between them.
 #pragma once
+#include "cuda/math.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/unroll.cuh"
+#include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
 
@@ -29,6 +32,51 @@ __device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
       for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
     }
   });
+}
+
+// Weights as the left operand of multiply_values.
+template <typename T, int kKeyTiles, int kBlocks>
+__device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kBlocks],
+                                              const float (&e)[kKeyTiles][4]) {
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    if constexpr (sizeof(T) == 4) {
+      p[k] = make_fragment<T>(__float_as_uint(e[k][0]), __float_as_uint(e[k][2]),
+                              __float_as_uint(e[k][1]), __float_as_uint(e[k][3]));
+    } else {
+      const float (&low)[4] = e[2 * k], (&high)[4] = e[2 * k + 1];
+      p[k] = make_fragment<T>(pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
+                              pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
+    }
+  }
+}
+
+// Softmax weights relative to the pivots of row tiles kFirst and on, and their sums. True, warp by
+// warp, if one may exceed 2^8, the headroom.
+template <int kFirst, typename T, int kRowTiles, int kCount, int kKeyTiles, int kBlocks>
+__device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4], float factor,
+                                             const float (&neg_pivot)[kRowTiles][2],
+                                             Fragment<T, 4> (&p)[kCount][kBlocks],
+                                             float (&sums)[kCount][2]) {
+  float top = 0;
+#pragma unroll
+  for (int m = 0; m < kCount; ++m) {
+    float e[kKeyTiles][4];
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        e[n][i] = exp2_approx(fmaf(s[m][n][i], factor, neg_pivot[kFirst + m][i / 2]));
+    set_fragments(p[m], e);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
+#pragma unroll
+      for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
+      top = fmaxf(top, sums[m][h]);
+    }
+  }
+  return __any_sync(kFullWarp, top > 256);
 }
 
 // out[kFirst + m] += weights p[m] x values. before(pair) comes before the values of 16 columns.

@@ -190,7 +190,7 @@ class ForwardWarp {
       // A loop, so that weights have one place where they are made and need no registers twice.
       int raised = 0;
 #pragma unroll 1
-      while (exponentiate<kFirst>(s, p, sums) && !raised) {
+      while (exponentiate<kFirst>(s, factor_, neg_pivot_, p, sums) && !raised) {
         raise_pivots<kFirst>(s);
         raised = 1;
         keep(raised);
@@ -268,50 +268,6 @@ class ForwardWarp {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       if (key < own.band.begin(row) || key >= own.band.end(row)) s[m][n][i] = -infinity();
     });
-  }
-
-  template <int kKeyTiles>
-  static __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kKeyTiles * 8 / kDepth],
-                                                       const float (&e)[kKeyTiles][4]) {
-#pragma unroll
-    for (int k = 0; k < kKeyTiles * 8 / kDepth; ++k) {
-      if constexpr (Shape::kFloat) {
-        p[k] = make_fragment<T>(__float_as_uint(e[k][0]), __float_as_uint(e[k][2]),
-                                __float_as_uint(e[k][1]), __float_as_uint(e[k][3]));
-      } else {
-        const float (&low)[4] = e[2 * k], (&high)[4] = e[2 * k + 1];
-        p[k] = make_fragment<T>(pack<T>(low[0], low[1]), pack<T>(low[2], low[3]),
-                                pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
-      }
-    }
-  }
-
-  // Weights relative to the pivots, and their sums. True, warp by warp, if one may exceed the
-  // headroom.
-  template <int kFirst, int kCount, int kKeyTiles, int kBlocks>
-  __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4],
-                                               Fragment<T, 4> (&p)[kCount][kBlocks],
-                                               float (&sums)[kCount][2]) const {
-    constexpr float kLimit = 256;  // 2^kHeadroom
-    float top = 0;
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-      float e[kKeyTiles][4];
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          e[n][i] = exp2_approx(fmaf(s[m][n][i], factor_, neg_pivot_[kFirst + m][i / 2]));
-      set_fragments(p[m], e);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
-#pragma unroll
-        for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
-        top = fmaxf(top, sums[m][h]);
-      }
-    }
-    return __any_sync(kFullWarp, top > kLimit);
   }
 
   // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
