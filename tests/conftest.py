@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -21,6 +22,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tokenmill")
+
+if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
+    triton_interpreter.hasten()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _selected: list[str] = []
