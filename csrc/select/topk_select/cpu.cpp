@@ -11,7 +11,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kMaxSample = 2048;
+constexpr int64_t kMaxSample = 2048, kGroups = 31 * 16, kMaxGroups = 4 * kGroups;
 
 // Positions begin .. end - 1 of a row of scores.
 template <DType kType>
@@ -78,20 +78,53 @@ struct Range {
   }
 
   // A score that probably has a few more than `wanted` positions above it; if it has fewer, then
-  // probably because many are equal to it.
+  // probably because many are equal to it. Of two ways, that which leaves fewer.
   float guess(int64_t wanted, uint32_t* keys) const {
     const int64_t length = end - begin, sample = std::clamp<int64_t>(length / 128, 256, kMaxSample);
     const double expected = static_cast<double>(wanted) * sample / length;
-    const double margin = 3.5 * std::sqrt(expected) + 3;
-    if (sample >= length || expected + margin >= sample) return kNegInf;
-    // One position of each of `sample` intervals, which a period in the scores does not meet.
+    const double rank = expected + 3.5 * std::sqrt(expected) + 3;
+    int64_t groups = kGroups;
+    while (5 * groups < 8 * wanted) groups *= 2;
+    if (groups <= kMaxGroups && 4 * groups <= length) {
+      // Above the wanted-th of the maxima lie as many positions as fall into that many groups.
+      // Reading one of them again costs as much as reading kReread for the maxima.
+      constexpr double kReread = 25;
+      const double above = -groups * std::log1p(-static_cast<double>(wanted) / groups);
+      const double depth = std::sqrt(above * kReread * length) / groups;
+      const int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(depth), 2, length / groups);
+      if (above * sample < rank * groups * blocks)
+        return score_of(largest_of_groups(wanted, groups, blocks, keys));
+    }
+    return sample < length && rank < sample
+               ? score_of(largest_of_sample(static_cast<int64_t>(rank), sample, keys))
+               : kNegInf;
+  }
+
+  // The rank-th largest maximum of `groups` groups of one position in each block: at least `rank`
+  // positions have this score or more. Lanes of vectors are groups, so that neighbours fall into
+  // several; blocks begin anywhere, so that a period meets all.
+  uint32_t largest_of_groups(int64_t rank, int64_t groups, int64_t blocks, uint32_t* keys) const {
+    const int64_t reach = end - begin - groups - kWidth;
+    float maxima[kMaxGroups];
+    std::fill(maxima, maxima + groups, kNegInf);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = begin + reach * block / (blocks - 1) + block % kWidth;
+      for (int64_t j = 0; j < groups; j += kWidth)
+        store(maxima + j, max_of(Elements<kType>::load(scores, from + j), load(maxima + j)));
+    }
+    for (int64_t j = 0; j < groups; ++j) keys[j] = key_of(maxima[j]);
+    return nth_largest(keys, groups, rank);
+  }
+
+  // One position of each of `sample` intervals, which a period in the scores does not meet.
+  uint32_t largest_of_sample(int64_t rank, int64_t sample, uint32_t* keys) const {
     uint32_t random = 0x9e3779b9;
-    const uint64_t interval = length / sample;
+    const uint64_t interval = (end - begin) / sample;
     for (int64_t s = 0; s < sample; ++s) {
       random = random * 1664525 + 1013904223;
       keys[s] = key_of(at(begin + s * interval + static_cast<int64_t>(random * interval >> 32)));
     }
-    return score_of(nth_largest(keys, sample, static_cast<int64_t>(expected + margin)));
+    return nth_largest(keys, sample, rank);
   }
 
   // The wanted-th largest score, by passes over the whole range.
