@@ -91,7 +91,8 @@ struct Range {
       constexpr double kReread = 25;
       const double above = -groups * std::log1p(-static_cast<double>(wanted) / groups);
       const double depth = std::sqrt(above * kReread * length) / groups;
-      const int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(depth), 2, length / groups);
+      const int64_t most = (length - groups - kWidth) / (groups + kWidth) + 1;
+      const int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(depth), 2, most);
       if (above * sample < rank * groups * blocks)
         return score_of(largest_of_groups(wanted, groups, blocks, keys));
     }
@@ -102,7 +103,7 @@ struct Range {
 
   // The rank-th largest maximum of `groups` groups of one position in each block: at least `rank`
   // positions have this score or more. Lanes of vectors are groups, so that neighbours fall into
-  // several; blocks begin anywhere, so that a period meets all.
+  // several; blocks, which do not overlap, begin anywhere, so that a period meets all.
   uint32_t largest_of_groups(int64_t rank, int64_t groups, int64_t blocks, uint32_t* keys) const {
     const int64_t reach = end - begin - groups - kWidth;
     float maxima[kMaxGroups];
