@@ -1,5 +1,5 @@
-// The k largest of each row. A threshold from a sample leaves a few candidates in one pass over the
-// row; the k-th of them is exact. Ties at the threshold need no candidates.
+// The k largest of each row. A threshold from part of the row leaves a few candidates in one pass
+// over it; the k-th of them is exact. Ties at the threshold need no candidates.
 #include <algorithm>
 #include <cmath>
 
