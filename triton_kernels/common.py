@@ -280,11 +280,11 @@ def dot(b_a, b_b):
     """b_a in the dtype of b_b, accumulated in float32."""
     b_a = rounded(b_a, b_b.dtype)
     if INTERPRETED:  # it multiplies the bits of bfloat16 operands
-        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
     elif b_b.dtype == tl.float32:  # plain tf32 would round operands to 11 bits
         b_product = tl.dot(b_a, b_b, input_precision="tf32x3")
     else:
-        b_product = tl.dot(b_a, b_b)
+        b_product = tl.dot(b_a, b_b, input_precision="ieee")
     return b_product
 
 

@@ -199,9 +199,9 @@ def product(b_a, b_b, PRECISION: tl.constexpr):
     computed (features, weights, states) would lose range or digits in 16 bits, and is multiplied in
     PRECISION: tf32, for float32 inputs tf32x3."""
     if INTERPRETED:
-        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32))
+        b_product = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
     elif b_a.dtype == b_b.dtype and b_a.dtype != tl.float32:
-        b_product = tl.dot(b_a, b_b)
+        b_product = tl.dot(b_a, b_b, input_precision="ieee")
     else:
         b_a = operand(b_a, PRECISION)
         b_b = operand(b_b, PRECISION)
