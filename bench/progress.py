@@ -7,18 +7,21 @@ from typing import Any
 
 
 class progress:
-    """Counts finished cases: `with progress(n) as advance`, then advance(done=True) for each."""
+    """Counts what is done: `with progress(n) as advance`, then advance(done=True) for each."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, what: str = "benchmarking") -> None:
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             try:
                 from rich.console import Console
                 from rich.progress import Progress
             except ImportError:
                 return
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.task = self.bar.add_task("benchmarking", total=total)
+            # rich would send what is printed meanwhile to the bar's console, out of a file or pipe.
+            redirect = sys.stdout is not None and sys.stdout.isatty()
+            console = Console(stderr=True)
+            self.bar = Progress(console=console, transient=True, redirect_stdout=redirect)
+            self.task = self.bar.add_task(what, total=total)
 
     def __enter__(self) -> Any:
         if self.bar:

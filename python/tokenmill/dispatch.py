@@ -242,6 +242,20 @@ def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
     return f"reference/{spec.family}, plain PyTorch, {dtype}"
 
 
+def kernels(spec: OpSpec, backend: str) -> str:
+    """What a backend has of an operator in this build: "yes", "forward" (without its backward) or
+    "-"."""
+    if backend == "reference":
+        return "yes"
+    if backend == "triton":
+        found = [op.triton is not None for op in spec.torch_ops]
+    elif backend == "emulated":
+        found = [op.has_emulated() for op in spec.torch_ops]
+    else:
+        found = [op.has_native(backend.upper()) for op in spec.torch_ops]
+    return "yes" if all(found) else "forward" if found[0] else "-"
+
+
 def backends() -> dict[str, str]:
     """Each backend with "available" or the reason why this machine does not have it.
 

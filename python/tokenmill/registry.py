@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,18 @@ def ops() -> dict[str, OpSpec]:
     return dict(_specs)
 
 
+class UnknownOperator(KeyError):
+    """A name that no operator has."""
+
+    def __str__(self) -> str:  # KeyError shows the repr of its message
+        return str(self.args[0])
+
+
 def get(name: str) -> OpSpec:
     if name not in _specs:
-        raise KeyError(f"tokenmill: no operator {name!r}; there are {', '.join(_specs)}")
+        near = difflib.get_close_matches(str(name), _specs, 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise UnknownOperator(
+            f"tokenmill: no operator '{name}'{hint}; there are {', '.join(_specs)}"
+        )
     return _specs[name]

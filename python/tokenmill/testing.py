@@ -188,6 +188,13 @@ class Comparison:
     def ok(self) -> bool:
         return self.error <= self.allowed
 
+    @property
+    def share(self) -> float:
+        """Of the budget that the error takes: 0 where there is none, whatever is allowed."""
+        if self.error == 0:
+            return 0.0
+        return self.error / self.allowed if self.allowed > 0 else float("inf")
+
 
 def compare(
     spec: OpSpec,

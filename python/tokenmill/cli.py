@@ -1,0 +1,88 @@
+"""The command line's own vocabulary: a bad argument is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from . import registry
+
+PROGRAM = "python -m tokenmill"
+
+
+class UsageError(Exception):
+    """A command that cannot run as it was given: `argument: rule; got value`."""
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(message)
+        self.command = command  # "" stands for the one that runs
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("python -m ")
+        raise UsageError(message.removeprefix("argument "), command)
+
+
+def operator(name: str) -> str:
+    """The name of an operator."""
+    try:
+        return registry.get(name).name
+    except registry.UnknownOperator as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("tokenmill: ")) from None
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Parses a whole number from least to most."""
+    rule = f"must be a whole number of at least {least}"
+    if most is not None:
+        rule = f"must be a whole number from {least} to {most}"
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is None or number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{rule}; got '{value}'")
+        return number
+
+    return parse
+
+
+def seconds(value: str) -> float:
+    """A time that ends."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0; got '{value}'")
+    return number
+
+
+def writable_folder(argument: str, folder: Path) -> Path:
+    """The folder, made if it was not there. Asked before work that would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".tokenmill"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(unwritable(argument, folder, error)) from None
+    return folder
+
+
+def unwritable(argument: str, path: Path, error: OSError) -> str:
+    return f"{argument}: must be writable; got '{path}' ({error.strerror})"
+
+
+def one_line(error: Exception) -> str:
+    """An exception for a row of a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,173 @@
+"""python -m tokenmill check: every operator on this machine against the float64 oracle."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from . import cli, dispatch, registry, testing
+from .registry import OpSpec, Sample
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ops", nargs="*", type=cli.operator, help="operators to check (default: all)"
+    )
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=dispatch.ALL_BACKENDS,
+        help="backend to check, repeatable (default: all of this machine but interpreters)",
+    )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        help="dtype to check, repeatable (default: all three)",
+    )
+    parser.add_argument(
+        "--all-isas",
+        action="store_true",
+        help="backend cpu with every instruction set of this machine, not the best alone",
+    )
+    parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status: 0 if every tensor keeps its error budget, 1 if one does not, a call fails or
+    nothing could be checked."""
+    from .bench.progress import progress
+
+    ops = list(dict.fromkeys(options.ops)) or list(registry.ops())
+    dtypes = list(dict.fromkeys(options.dtype or DTYPES))
+    places = _places(options)
+    rows: list[Row] = []
+    with progress(len(ops), "checking") as advance:
+        for op in ops:
+            found = _check(registry.get(op), places, dtypes, options.verbose)
+            advance(done=True)
+            for row in found:
+                print(row.line())
+                for problem in row.problems:
+                    print(f"    {problem}")
+            sys.stdout.flush()
+            rows += found
+    print()
+    _summary(rows)
+    return 0 if all(row.ok for row in rows) and any(row.compared for row in rows) else 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the operators run."""
+
+    backend: str
+    isa: str | None = None  # None: the one that is in force
+
+    def __str__(self) -> str:
+        return f"{self.backend} {self.isa}" if self.isa else self.backend
+
+    @property
+    def device(self) -> str:
+        gpu = self.backend in ("cuda", "triton") and torch.cuda.is_available()
+        return "cuda" if gpu else "cpu"
+
+    def chosen(self) -> contextlib.AbstractContextManager[None]:
+        return testing.cpu_isa(self.isa) if self.isa else contextlib.nullcontext()
+
+
+@dataclass
+class Row:
+    """What was found about one operator in one place."""
+
+    place: Place
+    op: str
+    absent: bool = False  # it has no kernel there
+    compared: int = 0  # tensors
+    wrong: int = 0  # of them
+    failed: int = 0  # calls
+    worst: float = 0.0  # largest share of an error budget
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.wrong or self.failed)
+
+    @property
+    def verdict(self) -> str:
+        if self.absent:
+            return "absent"
+        return "FAILED" if self.failed else "WRONG" if self.wrong else "ok"
+
+    def line(self) -> str:
+        head = f"{self.place!s:<18}{self.op:<26}{self.verdict:<8}"
+        if self.absent:
+            return f"{head}no kernel in this build"
+        return f"{head}largest share of the budget {self.worst:.0%}"
+
+
+def _places(options: argparse.Namespace) -> list[Place]:
+    states = dispatch.backends()
+    usable = [b for b, s in states.items() if s.startswith(("available", "interpreter"))]
+    for backend in options.backend or []:
+        if backend not in usable:
+            why = states.get(backend, "not in this build")
+            rule = f"must be a backend of this machine ({', '.join(usable)})"
+            raise cli.UsageError(f"--backend: {rule}; got '{backend}': {why}")
+    chosen = options.backend or [b for b in usable if not states[b].startswith("interpreter")]
+    if options.all_isas and "cpu" not in chosen:
+        raise cli.UsageError("--all-isas: must go with backend cpu; got " + ", ".join(chosen))
+    places = []
+    for backend in dict.fromkeys(chosen):
+        every = backend == "cpu" and options.all_isas
+        places += [Place(backend, isa) for isa in (testing.cpu_isas() if every else [None])]
+    return places
+
+
+def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) -> list[Row]:
+    rows = [
+        Row(place, spec.name, absent=dispatch.kernels(spec, place.backend) == "-")
+        for place in places
+    ]
+    for dtype in dtypes:
+        for sample in spec.samples:
+            for row in rows:  # innermost: the oracle is asked once for all of them
+                if not row.absent:
+                    _compare(row, spec, sample, dtype, verbose)
+    return rows
+
+
+def _compare(row: Row, spec: OpSpec, sample: Sample, dtype: str, verbose: bool) -> None:
+    place, call = row.place, f"{sample.name}, {dtype}"
+    try:
+        with place.chosen():
+            found = testing.compare(spec, sample, place.backend, DTYPES[dtype], device=place.device)
+    except Exception as error:  # a call that fails leaves the others to be checked
+        row.failed += 1
+        row.problems.append(f"{call}: {cli.one_line(error)}")
+        return
+    row.compared += len(found)
+    row.worst = max([row.worst, *(c.share for c in found)])
+    for c in found:
+        if verbose:
+            print(f"    {place}, {call}: {c.name} {c.error:.2e} of {c.allowed:.2e}")
+        if not c.ok:
+            row.wrong += 1
+            row.problems.append(f"{call}: {c.name} error {c.error:.3g}, allowed {c.allowed:.3g}")
+
+
+def _summary(rows: list[Row]) -> None:
+    headings = ("ok", "WRONG", "FAILED", "absent")
+    print(f"{'operators':<18}" + "".join(f"{h:>8}" for h in headings) + "   tensors in budget")
+    for place in dict.fromkeys(row.place for row in rows):
+        here = [row for row in rows if row.place == place]
+        verdicts = [row.verdict for row in here]
+        counts = "".join(f"{verdicts.count(h):>8}" for h in headings)
+        compared, wrong = sum(row.compared for row in here), sum(row.wrong for row in here)
+        print(f"{place!s:<18}{counts}   {compared - wrong} of {compared}")
