@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import importlib.util
+import os
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from tokenmill import info
+from tokenmill import cli, info, registry
 from tokenmill.version import __version__
 
 from . import case as cases_module
 from . import plot
 from .case import Absent, Case, cases, geometric_mean
 from .progress import progress
-from .timing import copy_bandwidth, interleave, peak_flops
+from .results import Results
+from .timing import copy_bandwidth, interleave, peak_flops, use_threads
 
 HEADER = ("case", "ms", "GFLOP/s", "% peak", "GB/s", "ratio to peers (their time / ours)")
 WIDTHS = (58, 9, 8, 7, 6, 0)
+OURS = "tokenmill"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", help="operators to run (default: all)")
-    parser.add_argument("--filter", default="", help="only cases whose title matches this regex")
+    parser.add_argument("ops", nargs="*", type=cli.operator, help="operators to run (default: all)")
+    parser.add_argument(
+        "--filter",
+        type=_pattern,
+        default=re.compile(""),
+        metavar="REGEX",
+        help="only cases whose title matches",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default 1: see the docs)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time per case (default 3)")
-    parser.add_argument("--json", type=Path, help="write results here as JSON")
+    parser.add_argument(
+        "--threads",
+        type=cli.integer(1, os.cpu_count()),
+        default=1,
+        metavar="N",
+        help="threads, up to the number of cores (default 1: see the docs)",
+    )
+    parser.add_argument(
+        "--seconds", type=cli.seconds, default=3.0, help="time per case (default 3)"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write results as JSON, each row as it is measured; - writes them to stdout and the "
+        "table to stderr",
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs into this folder")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument(
@@ -41,21 +64,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _pattern(value: str) -> re.Pattern[str]:
+    try:
+        return re.compile(value)
+    except re.error as error:
+        rule = "must be a regular expression"
+        raise argparse.ArgumentTypeError(f"{rule}; got '{value}' ({error})") from None
+
+
 def run(options: argparse.Namespace) -> int:
+    """Exit status: 0, or 1 if a case failed; the others are measured all the same."""
+    measure = _run
     if options.counters:
         from . import counters
 
-        return counters.run(options)
-    cases_module.device = torch.device(options.device)
-    chosen = [c for c in cases(options.ops) if re.search(options.filter, c.title)]
-    if not chosen:
-        print("tokenmill bench: no case matches", file=sys.stderr)
-        return 2
-    if options.list:
-        print("\n".join(f"{c.op}: {c.title}" for c in chosen))
-        return 0
-    machine = info.machine()
+        measure = counters.run
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if options.json == "-" else stdout):
+        return measure(options, stdout)
+
+
+def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     gpu = options.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        rule = "must be a device of this machine (cpu: there is no GPU)"
+        raise cli.UsageError(f"--device: {rule}; got 'cuda'")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise cli.UsageError("--plot: needs matplotlib (pip install tokenmill[bench])")
+    cases_module.device = torch.device(options.device)
+    chosen, failed = _cases(options)
+    if not chosen and not failed:
+        raise cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
+    if options.list:
+        for case in chosen:
+            print(f"{case.op}: {case.title}")
+        for row in failed:
+            print(f"{row['op']}: {row['error']}", file=sys.stderr)
+        return 1 if failed else 0
+    if options.plot:
+        cli.writable_folder("--plot", options.plot)
+    results = Results(options.json, stdout)
+    machine = info.machine()
     print(plot.label(machine, options.device, options.threads))
     units = 1 if gpu else options.threads
     peaks = {dtype: peak_flops(dtype, gpu) * units for dtype in {c.dtype for c in chosen}}
@@ -64,65 +113,84 @@ def run(options: argparse.Namespace) -> int:
     bandwidth = copy_bandwidth(gpu)
     print(f"copy bandwidth{'' if gpu else ' (one thread)'}: {bandwidth / 1e9:.1f} GB/s\n")
     print(_line(HEADER))
-    rows = []
+    results.begin(
+        {
+            "machine": machine,
+            "tokenmill": __version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "device": options.device,
+            "threads": options.threads,
+            "copy_bandwidth": bandwidth,
+        }
+    )
+    for row in failed:
+        results.add(row)
+        print(_line(_cells(row)), flush=True)
     with progress(len(chosen)) as advance:
         for case in chosen:
-            rows.append(_measure(case, options, peaks[case.dtype], advance))
-            print(_line(_cells(rows[-1])), flush=True)
-    _summary(rows)
-    results = {
-        "machine": machine,
-        "tokenmill": __version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": options.device,
-        "threads": options.threads,
-        "copy_bandwidth": bandwidth,
-        "rows": rows,
-    }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(to_json(results))
-        print(f"wrote {options.json}")
+            row = {"op": case.op, "case": case.title, "dtype": str(case.dtype)[6:]}
+            if case.length is not None:
+                row["length"] = case.length
+            try:
+                row |= _measure(case, options, peaks[case.dtype], advance)
+            except Exception as error:
+                row["error"] = cli.one_line(error)
+            advance(done=True)
+            results.add(row)
+            print(_line(_cells(row)), flush=True)
+    _summary(results.rows)
+    results.end()
     if options.plot:
-        for path in plot.draw(results, options.plot):
+        for path in plot.draw(results.document, options.plot):
             print(f"wrote {path}")
-    return 0
+    return 1 if any("error" in row for row in results.rows) else 0
 
 
-def to_json(results: dict[str, Any]) -> str:
-    """A line for each row."""
-    head = json.dumps(results | {"rows": []}, indent=1).removesuffix("[]\n}")
-    return head + "[\n" + ",\n".join(map(json.dumps, results["rows"])) + "\n]}\n"
+def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]]]:
+    """The cases asked for, and a row for each operator whose cases cannot be made."""
+    chosen, failed = [], []
+    for op in dict.fromkeys(options.ops or registry.ops()):
+        try:
+            chosen += [c for c in cases([op]) if options.filter.search(c.title)]
+        except Exception as error:
+            failed.append({"op": op, "case": f"cases of {op}", "error": cli.one_line(error)})
+    return chosen, failed
 
 
 def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any) -> dict[str, Any]:
-    torch.set_num_threads(options.threads)
-    ours, builders = case.prepare()
-    runs, absent = {"tokenmill": ours}, {}
-    for name, build in builders.items():
-        try:
-            runs[name] = build()
-        except Absent as reason:
-            absent[name] = str(reason)
-        except Exception as error:  # a peer that fails is a fact about the peer
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
     gpu = options.device == "cuda"
-    timings = interleave(
-        runs, threads=options.threads, seconds=options.seconds, tick=advance, gpu=gpu
-    )
-    advance(done=True)
+    absent = {}
+
+    def leave_out(name: str, error: Exception) -> None:
+        if name == OURS:
+            raise error
+        # A peer that fails is a fact about the peer.
+        absent[name] = str(error) if isinstance(error, Absent) else cli.one_line(error)[:100]
+
+    with use_threads(options.threads):
+        ours, builders = case.prepare()
+        runs = {OURS: ours}
+        for name, build in builders.items():
+            try:
+                runs[name] = build()
+            except Exception as error:
+                leave_out(name, error)
+        timings = interleave(
+            runs,
+            threads=options.threads,
+            seconds=options.seconds,
+            tick=advance,
+            on_error=leave_out,
+            gpu=gpu,
+        )
 
     def figure(name: str) -> float:
         return timings[name].median if gpu or options.threads == 1 else timings[name].best
 
-    seconds = figure("tokenmill")
+    seconds = figure(OURS)
     return {
-        "op": case.op,
-        "case": case.title,
-        "dtype": str(case.dtype)[6:],
-        **({} if case.length is None else {"length": case.length}),
         "seconds": seconds,
-        "rounds": timings["tokenmill"].rounds,
+        "rounds": timings[OURS].rounds,
         "flops": case.work / seconds,
         "peak_share": case.work / seconds / peak,
         "bytes_per_second": case.moved / seconds,
@@ -133,13 +201,15 @@ def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any)
                 "ratio": figure(name) / seconds,
             }
             for name in timings
-            if name != "tokenmill"
+            if name != OURS
         },
         "absent": absent,
     }
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return (row["case"], "", "", "", "", f"failed: {row['error']}")
     peers = [f"{name} {p['ratio']:.2f}x" for name, p in row["peers"].items()]
     peers += [f"{name} absent ({why})" for name, why in row["absent"].items()]
     return (
@@ -159,7 +229,10 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def _summary(rows: list[dict[str, Any]]) -> None:
-    names = dict.fromkeys(name for row in rows for name in row["peers"])
+    measured = [row for row in rows if "error" not in row]
+    names = dict.fromkeys(name for row in measured for name in row["peers"])
     for name in names:
-        ratios = [row["peers"][name]["ratio"] for row in rows if name in row["peers"]]
+        ratios = [row["peers"][name]["ratio"] for row in measured if name in row["peers"]]
         print(f"geometric mean against {name}: {geometric_mean(ratios):.2f}x ({len(ratios)} cases)")
+    if len(measured) < len(rows):
+        print(f"{len(rows) - len(measured)} of {len(rows)} cases failed")

@@ -8,9 +8,10 @@ events around the call, which it has finished before the next one starts.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,32 +27,51 @@ class Timing:
     rounds: int
 
 
+@contextlib.contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _raise(name: str, error: Exception) -> None:
+    raise error
+
+
 def interleave(
     runs: dict[str, Run],
     *,
     threads: int,
     seconds: float,
     tick: Callable[[], None] = lambda: None,
+    on_error: Callable[[str, Exception], None] = _raise,
     gpu: bool = False,
 ) -> dict[str, Timing]:
     """Times the runs in turn, A B C A B C ..., for about `seconds` and at least 5 rounds; slow ones
-    take part in the first two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    take part in the first two. One whose first call fails is left out, unless on_error raises."""
     measure = _gpu_seconds if gpu else _cpu_seconds(threads)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    try:
-        slow = {name for name, run in runs.items() if measure(run) > SLOW}
+    samples: dict[str, list[float]] = {}
+    with use_threads(threads):
+        slow = set()
+        for name, run in runs.items():
+            try:
+                if measure(run) > SLOW:
+                    slow.add(name)
+            except Exception as error:
+                on_error(name, error)
+            else:
+                samples[name] = []
         end = time.perf_counter() + seconds
         rounds = 0
         while time.perf_counter() < end or rounds < 5:
-            for name, run in runs.items():
+            for name, times in samples.items():
                 if name not in slow or rounds < 2:
-                    samples[name].append(measure(run))
+                    times.append(measure(runs[name]))
             rounds += 1
             tick()
-    finally:
-        torch.set_num_threads(before)
     return {
         name: Timing(statistics.median(times), min(times), len(times))
         for name, times in samples.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -80,55 +79,9 @@ def test_environment_chooses_the_instruction_set():
     assert python(code, TOKENMILL_CPU_ISA="baseline").strip() == "baseline"
 
 
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tokenmill", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_info_names_build_machine_and_backends():
-    out = cli("info").stdout
-    for word in ("version", "cpu_isas", "cuda_archs", "torch", "reference", "TOKENMILL_BACKEND"):
-        assert word in out
-
-
-def test_ops_is_the_table_of_the_registry():
-    lines = cli("ops").stdout.splitlines()
-    assert lines[0].split() == ["operator", "family", *tm.dispatch.BACKENDS]
-    rows = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith(" ")}
-    assert set(tm.registry.ops()) <= set(rows)
-    assert rows["attention"][:2] == ["dense", "yes"] and rows["attention"][-1] == "yes"
-
-
-def test_explain_speaks_for_samples():
-    assert cli("explain", "attention").stdout.startswith("tokenmill.attention: cpu (")
-    out = cli("explain", "attention", "--sample", "packed", "--dtype", "float64").stdout
-    assert out.startswith("tokenmill.attention: reference (")
-    assert "not cpu: float64 runs on the reference backend alone" in out
-    missing = cli("explain", "attention", "--sample", "nothing")
-    assert missing.returncode == 2 and "there are: softmax" in missing.stderr
-
-
-def test_check_passes_and_can_fail(monkeypatch, capsys):
-    assert cli("check", "merge_attention_states", "--backend", "cpu").returncode == 0
-    from tokenmill import __main__ as main
-
-    monkeypatch.setattr(tm.testing, "budget", lambda *args, **kwargs: 1e-30)
-    assert main.main(["check", "attention", "--backend", "cpu"]) == 1
-    assert "WRONG" in capsys.readouterr().out
-
-
-def test_bench_writes_results(tmp_path):
-    target = tmp_path / "r.json"
-    done = cli(
-        "bench", "merge_attention_states", "--seconds", "0.1", "--json", str(target),
-        *(["--plot", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert target.exists() and "eager" in done.stdout
-    if importlib.util.find_spec("matplotlib"):
-        assert (tmp_path / "merge_attention_states.png").stat().st_size > 1000
-    assert cli("bench", "--filter", "no such case").returncode == 2
-    assert "sigmoid dense S=512" in cli("bench", "--list").stdout
+def test_the_command_line_runs():
+    done = subprocess.run([sys.executable, "-m", "tokenmill", "info"], capture_output=True)
+    assert done.returncode == 0 and b"cpu_isas" in done.stdout, done.stderr
 
 
 def test_one_thread_equals_many(threads):

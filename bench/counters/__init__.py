@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from tokenmill import library
+from tokenmill import cli, library
 
 from ..progress import progress
+from ..results import Results
 from . import attention, decode, linear, select, sparse, tokens
 from .case import FIGURES, Counted, CounterCase, measure
 
@@ -28,60 +27,76 @@ OPS: dict[str, Counted] = {
 CASE_WIDTH = 60
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, stdout: TextIO) -> int:
+    """Exit status: 0, or 1 if a case failed."""
     if not library.emulated_built():
-        print("tokenmill bench: --counters: needs a development build (TOKENMILL_PTXVM=1)")
-        return 2
+        raise cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
+    if options.plot:
+        raise cli.UsageError("--plot: draws no counters; leave it out beside --counters")
     if unknown := sorted(set(options.ops) - set(OPS)):
-        print(f"tokenmill bench: --counters: {', '.join(unknown)}: not one of {', '.join(OPS)}")
-        return 2
+        raise cli.UsageError(
+            f"ops: must be of {', '.join(OPS)} with --counters; got {', '.join(unknown)}"
+        )
     chosen = {
-        op: [c for c in counted.cases() if re.search(options.filter, c.title)]
+        op: [c for c in counted.cases() if options.filter.search(c.title)]
         for op, counted in OPS.items()
         if op in options.ops or not options.ops
     }
     if not any(chosen.values()):
-        print("tokenmill bench: --counters: no case matches")
-        return 2
-    rows: list[dict[str, Any]] = []
-    with progress(sum(map(len, chosen.values()))) as advance:
+        raise cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
+    if options.list:
+        print("\n".join(f"{op}: {c.title}" for op, found in chosen.items() for c in found))
+        return 0
+    results = Results(options.json, stdout)
+    results.begin({})
+    with progress(sum(map(len, chosen.values())), "counting") as advance:
         for op, cases in chosen.items():
             if cases:
-                rows += _count(op, OPS[op], cases, advance)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-        print(f"wrote {options.json}")
-    return 0
+                _count(op, OPS[op], cases, results, advance)
+    results.end()
+    return 1 if any("error" in row for row in results.rows) else 0
 
 
-def _count(op: str, counted: Counted, cases: Sequence[CounterCase], advance: Any) -> list[Any]:
+def _count(
+    op: str, counted: Counted, cases: Sequence[CounterCase], results: Results, advance: Any
+) -> None:
     compared = [key for key in FIGURES if any(key in c.against for c in cases)]
     print(f"{op}, per {counted.per}" + (f"; against {counted.peers}" if compared else ""))
     header = ["unit"]
     for key, name in FIGURES.items():
         header += [name, "against"] if key in compared else [name]
     print(_line("case", header))
-    rows = []
+    counts: list[tuple[CounterCase, dict[str, Any]]] = []
     for case in cases:
-        row = measure(case)
-        rows.append({"op": op, "case": case.title} | row | {"against": case.against})
-        cells = [row["binding_unit"]]
-        for key in FIGURES:
-            cells.append(_number(row[key]))
-            if key in compared:
-                cells.append(_number(case.against[key]) if key in case.against else "-")
+        named = {"op": op, "case": case.title}
+        try:
+            row = measure(case)
+        except Exception as error:
+            row = {"error": cli.one_line(error)}
+        else:
+            counts.append((case, row))
         advance(done=True)
-        print(_line(case.title, cells), flush=True)
+        results.add(named | row | {"against": case.against})
+        print(_line(case.title, _cells(row, case, compared)), flush=True)
     for key in compared:
         held = [
             round(row[key], 2) <= round(case.against[key], 2)
-            for row, case in zip(rows, cases, strict=True)
+            for case, row in counts
             if case.held and key in case.against
         ]
         print(f"{FIGURES[key]}: at or below the peers in {sum(held)} of {len(held)} rows")
     print()
-    return rows
+
+
+def _cells(row: dict[str, Any], case: CounterCase, compared: Sequence[str]) -> list[str]:
+    if "error" in row:
+        return [f"failed: {row['error']}"]
+    cells = [row["binding_unit"]]
+    for key in FIGURES:
+        cells.append(_number(row[key]))
+        if key in compared:
+            cells.append(_number(case.against[key]) if key in case.against else "-")
+    return cells
 
 
 def _number(x: float) -> str:
