@@ -1,14 +1,22 @@
-"""The in-tree build backend: which torch and CUTLASS it takes. Runs in a source tree alone."""
+"""The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, and the
+rules of ci/rules. Runs in a source tree alone."""
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
+import os
+import re
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-BACKEND = Path(__file__).resolve().parents[1] / "ci" / "build_backend.py"
+ROOT = Path(__file__).resolve().parents[1]
+BACKEND = ROOT / "ci" / "build_backend.py"
 pytestmark = pytest.mark.skipif(not BACKEND.exists(), reason="not a source tree")
 
 
@@ -86,3 +94,100 @@ def test_an_explicit_cutlass_must_be_good(backend, monkeypatch, tmp_path):
     (tmp_path / "include" / "cute").mkdir(parents=True)
     (tmp_path / "include" / "cute" / "config.hpp").touch()
     assert backend.find_cutlass() == tmp_path / "include"
+
+
+def git_files(*folders: str) -> list[str]:
+    """Files of the tree as it stands, those of the next commit too."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a clone")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Names of the files in the sdist of a copy of the tree in which builds left their traces."""
+    pytest.importorskip("setuptools")
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
+    for name in git_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tree / name)
+    for stray in (
+        "build/temp/a.o",
+        "dist/a.whl",
+        "out/cutlass/a.h",
+        ".venv-test/lib/a.py",
+        "tests/__pycache__/a.pyc",
+        "python/tokenmill/_ops.so",
+        "python/tokenmill/_ptxvm/libcudart.so.12",
+    ):
+        (tree / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tree / stray).touch()
+    for folder in ("bench", "triton_kernels"):
+        (tree / "python" / "tokenmill" / folder).symlink_to(tree / folder)
+    code = f"import build_backend; build_backend.build_sdist({str(out)!r})"
+    environment = os.environ | {"PYTHONPATH": str(tree / "ci")}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env=environment, check=True, capture_output=True
+    )
+    (archive,) = out.iterdir()
+    with tarfile.open(archive) as files:
+        names = [m.name.split("/", 1)[1] for m in files if m.isfile()]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_from(sdist):
+    folders = ("csrc", "ci", "python", "triton_kernels", "bench")
+    wanted = {n for n in git_files(*folders) if not n.startswith("bench/results/")}
+    roots = {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"}
+    assert wanted | roots <= sdist
+
+
+def test_the_sdist_holds_nothing_else_than_sources(sdist):
+    made = {n for n in sdist if n in ("PKG-INFO", "setup.cfg") or ".egg-info/" in n}
+    assert sdist - made <= set(git_files())
+    assert not [n for n in sdist if n.startswith("bench/results/")]
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    loader = importlib.machinery.SourceFileLoader("rules", str(ROOT / "ci" / "rules"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("rules", loader))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("csrc/a.cuh", "// TO" "DO: later\n", ["1: work mark TO" "DO"]),
+        ("csrc/a.h", "int XXXL;\n" * 500, []),
+        ("csrc/a.h", "int x;\n" * 501, ["501: more than 500 lines"]),
+        ("triton_kernels/a.py", "x = tl.dot(a, b)\n", ["1: tl.dot without input_precision"]),
+        ("triton_kernels/a.py", "x = tl.dot(\n    a,\n    b,\n    acc,\n) * s\n", ["1: tl.dot "]),
+        ("triton_kernels/a.py", 'x = tl.dot(\n    a, b, input_precision="ieee"\n)\n', []),
+        ("tests/a.py", "x = tl.dot(a, b)\n", []),
+    ],
+)  # fmt: skip
+def test_rules_find_what_breaks_them(rules, name, text, found):
+    breaches = list(rules.breaches(name, text))
+    assert len(breaches) == len(found)
+    assert all(breach.startswith(start) for breach, start in zip(breaches, found, strict=True))
+
+
+def test_the_tree_keeps_the_rules(rules, capsys):
+    code = [name for name in git_files() if Path(name).suffix in rules.CODE]
+    assert rules.main(code) == 0, capsys.readouterr().out
+
+
+def test_the_hooks_are_what_lint_runs():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    entries = re.findall(r"entry: (.*)", hooks)
+    assert len(entries) == hooks.count("- id:") == hooks.count("language: system")
+    lint = (ROOT / "ci" / "lint").read_text()
+    checked = {re.sub(r" (--fix|-i)$", "", entry) for entry in entries}
+    assert checked == {"ruff check", "ruff format", "clang-format", "ci/rules"}
+    assert all(re.search(rf"^{entry}\b", lint, re.MULTILINE) for entry in checked)
