@@ -35,7 +35,7 @@ class Results:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             except OSError as error:
-                raise cli.UsageError(cli.unwritable("--json", Path(path), error)) from None
+                raise cli.UsageError(cli.unwritable("--json", path, error)) from None
             self._out = os.fdopen(descriptor, "wb")
             self._whole = stat.S_ISREG(os.fstat(descriptor).st_mode)
 
@@ -66,10 +66,12 @@ class Results:
         """At the end of the rows. A file gets its end in the same call of the system."""
         if not self._out:
             return
-        if not self._whole:
-            self._out.write(data)
-        else:
-            self._out.write(data + END)
+        try:
+            self._out.write(data + END if self._whole else data)
             self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise cli.UsageError(cli.unwritable("--json", self.path, error)) from None
+        if self._whole:
             self._out.seek(-len(END), os.SEEK_CUR)
-        self._out.flush()

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX",
         help="only cases whose title matches",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default cpu)"
+    )
     parser.add_argument(
         "--threads",
         type=cli.integer(1, os.cpu_count()),

@@ -161,6 +161,21 @@ def test_a_closed_pipe_ends_a_command_quietly(line, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["ops"]) == 1
+    assert capsys.readouterr().err == "tokenmill: No space left on device\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_results_that_no_disk_takes_are_refused(quick, capsys):
+    quick(refuse)
+    assert main([*BENCH, "--json", "/dev/full"]) == 2
+    assert "--json: must be writable; got '/dev/full' (No space" in capsys.readouterr().err
+
+
 # check
 
 

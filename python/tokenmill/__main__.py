@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from typing import Any
@@ -24,9 +25,14 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:  # of a reader that has seen enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not flushed
+        if error.errno == errno.EPIPE:  # a reader that has seen enough, such as head
+            return BROKEN_PIPE
+        print(f"tokenmill: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str] | None) -> int:
@@ -60,9 +66,18 @@ def _parser() -> cli.Parser:
     sub = command("explain", run_explain, "which kernel runs a call, and why the others do not")
     sub.add_argument("op", type=cli.operator, help="the operator")
     sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
-    sub.add_argument("--dtype", choices=[*DTYPES, "float64"], default="float32")
-    sub.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    sub.add_argument("--backend", choices=dispatch.ALL_BACKENDS)
+    sub.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "float64"],
+        default="float32",
+        help="of the tensors (default float32)",
+    )
+    sub.add_argument("--device", default="cpu", help="of the tensors: cpu (default) or cuda")
+    sub.add_argument(
+        "--backend",
+        choices=dispatch.ALL_BACKENDS,
+        help="backend asked for (default: the first that can)",
+    )
     sub = command(
         "check", self_check.run, "every operator on this machine against the float64 oracle"
     )

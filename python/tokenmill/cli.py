@@ -78,7 +78,7 @@ def writable_folder(argument: str, folder: Path) -> Path:
     return folder
 
 
-def unwritable(argument: str, path: Path, error: OSError) -> str:
+def unwritable(argument: str, path: Path | str | None, error: OSError) -> str:
     return f"{argument}: must be writable; got '{path}' ({error.strerror})"
 
 
