@@ -1,8 +1,10 @@
 // Places values in the register file. Registers whose live ranges do not meet share a slot, which
 // keeps the file of a large kernel in the cache. Liveness is that of one lane: instructions write
-// the lanes of their mask only, so lanes that stand elsewhere are not disturbed. A register that
-// may be read before it is written lives from the first instruction on, so its slot has not been
-// another's: check mode sees that nothing was written there.
+// the lanes of their mask only, so lanes that stand elsewhere are not disturbed. That holds among
+// values of one width: the lanes of another lie elsewhere in the slot (a predicate is one word, a
+// 16-bit register two bytes a lane), so widths never share. A register that may be read before it
+// is written lives from the first instruction on, so its slot has not been another's: check mode
+// sees that nothing was written there.
 #include <algorithm>
 #include <array>
 #include <queue>
@@ -131,7 +133,7 @@ class Liveness {
   std::vector<BasicBlock> blocks_;
 };
 
-// Linear scan over the live ranges, with free slots kept by size.
+// Linear scan over the live ranges, with free slots kept by the width of their values.
 void share(const Decoder::State& state, std::vector<uint32_t>& slots, uint32_t& top) {
   const std::vector<Range> ranges = Liveness(state).ranges();
   std::vector<uint32_t> order;
@@ -143,19 +145,19 @@ void share(const Decoder::State& state, std::vector<uint32_t>& slots, uint32_t& 
   });
   using Ending = std::pair<uint32_t, uint32_t>;  // end of the range, value
   std::priority_queue<Ending, std::vector<Ending>, std::greater<>> active;
-  std::map<uint32_t, std::vector<uint32_t>> free_slots;  // by size
+  std::map<int, std::vector<uint32_t>> free_slots;  // by bits
   for (const uint32_t value : order) {
     // A source that dies here keeps its slot: handlers may write before they have read all.
     while (!active.empty() && active.top().first < ranges[value].begin) {
       const uint32_t dead = active.top().second;
       active.pop();
-      free_slots[slot_bytes(state.values[dead].bits)].push_back(slots[dead]);
+      free_slots[state.values[dead].bits].push_back(slots[dead]);
     }
-    const uint32_t bytes = slot_bytes(state.values[value].bits);
-    auto& reusable = free_slots[bytes];
+    const int bits = state.values[value].bits;
+    auto& reusable = free_slots[bits];
     if (reusable.empty()) {
       slots[value] = top;
-      top += bytes;
+      top += slot_bytes(bits);
     } else {
       slots[value] = reusable.back();
       reusable.pop_back();
