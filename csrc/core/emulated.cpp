@@ -55,6 +55,7 @@ Registration::Registration() {
 }
 
 Registration::~Registration() {
+  ptxvm_recover();  // a call that failed has said so, and is no matter of the next one
   ptxvm_unregister_all();
   machine().unlock();
 }

@@ -37,6 +37,10 @@ void register_memory(const void* base, size_t bytes, bool writable);
 void unregister_memory(const void* base);
 void unregister_all_memory();
 
+// Where a range lies that the host copies or fills: in one allocation, in none, or neither.
+enum class Where : uint8_t { inside, outside, across };
+Where locate(const void* base, size_t bytes, Access);
+
 // Called by the scheduler.
 void block_started(Block&);
 void block_finished(Block&);

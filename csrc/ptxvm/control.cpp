@@ -50,9 +50,9 @@ void fail_assertion(Warp& warp, const Instruction& instruction, Mask mask) {
                    argument<uint64_t>(warp, instruction, lane, static_cast<uint64_t>(where)));
   };
   const auto line = argument<uint32_t>(warp, instruction, lane, kLocalWindow + instruction.target);
-  fault(warp, instruction, lane,
-        "assertion '" + text(instruction.offset) + "' failed at " + text(instruction.offset2) +
-            ":" + std::to_string(line));
+  throw FailedAssertion(report_of(warp, instruction, lane,
+                                  "assertion '" + text(instruction.offset) + "' failed at " +
+                                      text(instruction.offset2) + ":" + std::to_string(line)));
 }
 
 void only(Decoder& decoder, const Statement& statement,

@@ -10,8 +10,19 @@
 
 namespace ptxvm {
 
+// What a call returns: the error of the kernel that failed before it, if one did.
+inline cudaError_t finish(cudaError_t error = cudaSuccess) {
+  const int fault = device_error();
+  return fault ? static_cast<cudaError_t>(fault) : error;
+}
+
 inline cudaError_t refuse(cudaError_t error, const std::string& report) {
   return static_cast<cudaError_t>(fail(error, report));
 }
 
 }  // namespace ptxvm
+
+// Names that code compiled with a default stream per thread calls. There is one order of work.
+#define PTXVM_PER_THREAD(function, suffix) \
+  extern "C"                               \
+      __attribute__((visibility("default"), alias(#function))) decltype(function) function##suffix

@@ -1,6 +1,7 @@
 // The device, its attributes, and errors.
 #include <algorithm>
 #include <cstdio>
+#include <unordered_set>
 
 #include "ptxvm/cudart.h"
 #include "ptxvm/device.h"
@@ -22,6 +23,8 @@ constexpr ErrorName kErrors[] = {
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
      "invalid configuration argument"},
     {cudaErrorInvalidPitchValue, "cudaErrorInvalidPitchValue", "invalid pitch argument"},
+    {cudaErrorInvalidMemcpyDirection, "cudaErrorInvalidMemcpyDirection",
+     "invalid copy direction for memcpy"},
     {cudaErrorInvalidSymbol, "cudaErrorInvalidSymbol", "invalid device symbol"},
     {cudaErrorMissingConfiguration, "cudaErrorMissingConfiguration",
      "__global__ function call is not configured"},
@@ -34,7 +37,10 @@ constexpr ErrorName kErrors[] = {
     {cudaErrorLaunchFailure, "cudaErrorLaunchFailure", "unspecified launch failure"},
     {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge",
      "too many blocks in cooperative launch"},
+    {cudaErrorAssert, "cudaErrorAssert", "device-side assert triggered"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorUnsupportedLimit, "cudaErrorUnsupportedLimit",
+     "limit is not supported on this architecture"},
 };
 
 const ErrorName* find_error(cudaError_t error) {
@@ -54,34 +60,73 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 
 // With the machine's report where this is the error of the last failure, so that a host program
-// that prints it says what went wrong.
+// that prints it says what went wrong. A text stays where it is until the process ends.
 const char* cudaGetErrorString(cudaError_t error) {
-  thread_local std::string text;
   const ErrorName* const entry = find_error(error);
-  text = entry ? entry->text : "unrecognized error code";
-  if (error != cudaSuccess && last_reported_error() == error && !last_report().empty())
-    text += ": " + last_report();
-  return text.c_str();
+  const char* const text = entry ? entry->text : "unrecognized error code";
+  const std::string report = error == cudaSuccess ? std::string() : report_of_error(error);
+  if (report.empty()) return text;
+  static auto* const texts = new std::unordered_set<std::string>;
+  const std::lock_guard lock(runtime().mutex);
+  return texts->insert(text + (": " + report)).first->c_str();
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  const std::lock_guard lock(runtime().mutex);
+  *device = device_ordinal();
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device != 0)
-    return refuse(cudaErrorInvalidDevice,
-                  "cudaSetDevice: there is one device, 0; got " + std::to_string(device));
-  return cudaSuccess;
+  const std::lock_guard lock(runtime().mutex);
+  if (!choose_device(device))
+    return refuse(cudaErrorInvalidDevice, "cudaSetDevice: must be from 0 to " +
+                                              std::to_string(device_count() - 1) + "; got " +
+                                              std::to_string(device));
+  return finish();
 }
 cudaError_t cudaInitDevice(int device, unsigned, unsigned) { return cudaSetDevice(device); }
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  const std::lock_guard lock(runtime().mutex);
+  *count = device_count();
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaDeviceReset() { return cudaSuccess; }
-cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return finish(); }
+cudaError_t cudaDeviceReset() { return finish(); }
+cudaError_t cudaSetDeviceFlags(unsigned) { return finish(); }
+PTXVM_EXPORT cudaError_t cudaProfilerStart() { return finish(); }
+PTXVM_EXPORT cudaError_t cudaProfilerStop() { return finish(); }
+
+namespace {
+
+// Nothing of the machine depends on them: they are remembered. Bytes, but for the depth.
+size_t limits[] = {
+    1024,     // cudaLimitStackSize
+    1 << 20,  // cudaLimitPrintfFifoSize
+    8 << 20,  // cudaLimitMallocHeapSize
+    2,        // cudaLimitDevRuntimeSyncDepth
+    2048,     // cudaLimitDevRuntimePendingLaunchCount
+    64,       // cudaLimitMaxL2FetchGranularity
+    0,        // cudaLimitPersistingL2CacheSize
+};
+
+size_t* find_limit(cudaLimit limit) {
+  return static_cast<size_t>(limit) < std::size(limits) ? &limits[limit] : nullptr;
+}
+
+}  // namespace
+
+cudaError_t cudaDeviceSetLimit(cudaLimit limit, size_t value) {
+  size_t* const known = find_limit(limit);
+  if (!known) return refuse(cudaErrorUnsupportedLimit, "cudaDeviceSetLimit: unknown limit");
+  *known = value;
+  return finish();
+}
+cudaError_t cudaDeviceGetLimit(size_t* value, cudaLimit limit) {
+  const size_t* const known = find_limit(limit);
+  if (!known) return refuse(cudaErrorUnsupportedLimit, "cudaDeviceGetLimit: unknown limit");
+  *value = *known;
+  return finish();
+}
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *least = *greatest = 0;
   return cudaSuccess;
@@ -96,14 +141,19 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
 
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (const auto error = cudaSetDevice(device)) return error;
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
+  const std::lock_guard lock(runtime().mutex);
+  const Device* const found = device_of(ordinal);
+  if (!found)
+    return refuse(cudaErrorInvalidDevice,
+                  "cudaGetDeviceProperties: no device " + std::to_string(ordinal));
+  const Device& device = *found;
   *properties = {};
-  std::snprintf(properties->name, sizeof properties->name, "PTX machine");
+  std::snprintf(properties->name, sizeof properties->name, "PTX machine, %s", device.name);
   properties->totalGlobalMem = size_t{8} << 30;
   properties->sharedMemPerBlock = kSharedPerBlock;
-  properties->sharedMemPerBlockOptin = kSharedPerBlockOptIn;
-  properties->sharedMemPerMultiprocessor = kSharedPerMultiprocessor;
+  properties->sharedMemPerBlockOptin = device.shared_per_block();
+  properties->sharedMemPerMultiprocessor = device.shared_per_multiprocessor;
   properties->reservedSharedMemPerBlock = kSharedReserved;
   properties->regsPerBlock = properties->regsPerMultiprocessor = kRegistersPerMultiprocessor;
   properties->warpSize = kLanes;
@@ -113,14 +163,14 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     properties->maxGridSize[i] = static_cast<int>(kMaxGridExtent[i]);
   }
   properties->totalConstMem = 65536;
-  properties->major = kComputeMajor;
-  properties->minor = kComputeMinor;
-  properties->multiProcessorCount = static_cast<int>(multiprocessors());
-  properties->maxThreadsPerMultiProcessor = kMaxThreadsPerMultiprocessor;
-  properties->maxBlocksPerMultiProcessor = kMaxBlocksPerMultiprocessor;
+  properties->major = device.major;
+  properties->minor = device.minor;
+  properties->multiProcessorCount = static_cast<int>(multiprocessors(device));
+  properties->maxThreadsPerMultiProcessor = static_cast<int>(device.threads_per_multiprocessor);
+  properties->maxBlocksPerMultiProcessor = static_cast<int>(device.blocks_per_multiprocessor);
   properties->concurrentKernels = properties->unifiedAddressing = properties->managedMemory = 1;
   properties->cooperativeLaunch = 1;
-  properties->l2CacheSize = 50 << 20;
+  properties->l2CacheSize = static_cast<int>(device.level2);
   return cudaSuccess;
 }
 

@@ -30,7 +30,8 @@ cudaError_t launch_record(KernelRecord* record, dim3 grid, dim3 block, void** ar
                           size_t dynamic_shared) {
   const uint32_t grid_size[3] = {grid.x, grid.y, grid.z};
   const uint32_t block_size[3] = {block.x, block.y, block.z};
-  return static_cast<cudaError_t>(launch(record, grid_size, block_size, dynamic_shared, arguments));
+  return static_cast<cudaError_t>(
+      launch_on_device(record, grid_size, block_size, dynamic_shared, arguments));
 }
 
 cudaError_t launch_function(const void* function, dim3 grid, dim3 block, void** arguments,
@@ -41,6 +42,7 @@ cudaError_t launch_function(const void* function, dim3 grid, dim3 block, void** 
 
 cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_t dynamic_shared) {
   const std::lock_guard lock(runtime().mutex);
+  if (const auto error = finish()) return error;
   KernelRecord* const record = runtime().find(function);
   if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -188,21 +190,25 @@ PTXVM_EXPORT cudaError_t cudaLaunchKernelExC_ptsz(const cudaLaunchConfig_t* conf
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   const std::lock_guard lock(runtime().mutex);
+  if (const auto error = finish()) return error;
   KernelRecord* const record = runtime().find(function);
   if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   Kernel& kernel = *record->kernel;
-  const int limit = static_cast<int>(kSharedPerBlockOptIn) - static_cast<int>(kernel.static_shared);
+  const int limit =
+      static_cast<int>(device().shared_per_block()) - static_cast<int>(kernel.static_shared);
   if (value < 0 || value > limit)
     return refuse(cudaErrorInvalidValue,
                   record->name + ": cudaFuncSetAttribute: dynamic shared memory is at most " +
-                      std::to_string(limit) + " bytes; got " + std::to_string(value));
-  kernel.max_dynamic_shared = static_cast<uint32_t>(value);
+                      std::to_string(limit) + " bytes on " + device().name + "; got " +
+                      std::to_string(value));
+  kernel.max_dynamic_shared[device_position()] = static_cast<uint32_t>(value);
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   const std::lock_guard lock(runtime().mutex);
+  if (const auto error = finish()) return error;
   KernelRecord* const record = runtime().find(function);
   if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
   const Kernel& kernel = *record->kernel;
@@ -212,12 +218,13 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->maxThreadsPerBlock =
       static_cast<int>(kernel.max_threads ? kernel.max_threads : kMaxThreadsPerBlock);
   attributes->numRegs = static_cast<int>(kernel.registers);
-  attributes->ptxVersion = attributes->binaryVersion = kComputeMajor * 10 + kComputeMinor;
+  attributes->ptxVersion = kInstructionSet;
+  attributes->binaryVersion = device().major * 10 + device().minor;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(dynamic_shared_limit(kernel));
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return cudaSuccess; }
+cudaError_t cudaFuncSetCacheConfig(const void*, cudaFuncCache) { return finish(); }
 
 cudaError_t cudaFuncGetName(const char** name, const void* function) {
   const std::lock_guard lock(runtime().mutex);
@@ -230,6 +237,7 @@ cudaError_t cudaFuncGetName(const char** name, const void* function) {
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     int* blocks, const void* function, int threads, size_t dynamic_shared, unsigned) {
   const std::lock_guard lock(runtime().mutex);
+  if (const auto error = finish()) return error;
   KernelRecord* const record = runtime().find(function);
   if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
   const bool fits = dynamic_shared <= dynamic_shared_limit(*record->kernel) && threads > 0;

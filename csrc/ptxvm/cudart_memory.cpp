@@ -1,6 +1,6 @@
-// Memory, streams and events. Device memory is host memory; streams run in order, at once.
+// Memory. That of the device is host memory.
 #include <algorithm>
-#include <chrono>
+#include <cstdio>
 #include <cstdlib>
 
 #include "ptxvm/check.h"
@@ -8,22 +8,14 @@
 
 using namespace ptxvm;
 
-struct CUstream_st {
-  unsigned flags;
-  int priority;
-};
-
-struct CUevent_st {
-  std::chrono::steady_clock::time_point recorded;
-};
-
 namespace {
 
-constexpr size_t kAlignment = 256;  // of cudaMalloc
+constexpr size_t kAlignment = 256;  // of cudaMalloc, bytes
+constexpr size_t kPitch = 512;      // of cudaMallocPitch, bytes
 
 cudaError_t allocate(void** pointer, size_t bytes) {
   *pointer = nullptr;
-  if (bytes == 0) return cudaSuccess;
+  if (const auto error = finish(); error || bytes == 0) return error;
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   void* const memory = std::aligned_alloc(kAlignment, rounded);
   if (!memory)
@@ -38,28 +30,78 @@ cudaError_t allocate(void** pointer, size_t bytes) {
 }
 
 cudaError_t release(void* pointer) {
-  if (!pointer) return cudaSuccess;
+  if (!pointer) return finish();
   const std::lock_guard lock(runtime().mutex);
   if (!runtime().allocations.erase(pointer))
     return refuse(cudaErrorInvalidValue, "cudaFree: the pointer is not one of cudaMalloc");
   unregister_memory(pointer);
   std::free(pointer);
-  return cudaSuccess;
+  return finish();
 }
 
-cudaError_t copy(void* destination, const void* source, size_t bytes) {
-  if (bytes) std::memmove(destination, source, bytes);
-  return cudaSuccess;
+// One side of a copy or a fill: within an allocation, or, if that is not asked for, in memory of
+// the host that no allocation shares.
+cudaError_t check_range(const char* what, const void* base, size_t bytes, bool on_device,
+                        Access kind) {
+  const Where where = locate(base, bytes, kind);
+  if (where == Where::inside || (where == Where::outside && !on_device)) return cudaSuccess;
+  char range[64];
+  std::snprintf(range, sizeof range, "%zu bytes at %p", bytes, base);
+  return refuse(cudaErrorInvalidValue, std::string(what) + " must lie in one allocation that " +
+                                           (kind == Access::write ? "may be written" : "exists") +
+                                           "; got " + range);
 }
+
+struct Rows {
+  size_t pitch, width, count;  // bytes, bytes, rows
+  size_t bytes() const { return count ? (count - 1) * pitch + width : 0; }
+};
 
 cudaError_t copy_rows(void* destination, size_t destination_pitch, const void* source,
-                      size_t source_pitch, size_t width, size_t height) {
+                      size_t source_pitch, size_t width, size_t height, cudaMemcpyKind kind) {
+  if (const auto error = finish()) return error;
+  if (width == 0 || height == 0) return cudaSuccess;
   if (width > destination_pitch || width > source_pitch)
     return refuse(cudaErrorInvalidPitchValue, "cudaMemcpy2D: a row is longer than the pitch");
+  const std::lock_guard lock(runtime().mutex);
+  if (kind < cudaMemcpyHostToHost || kind > cudaMemcpyDefault)
+    return refuse(cudaErrorInvalidMemcpyDirection, "cudaMemcpy: unknown kind");
+  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  if (const auto error =
+          check_range("cudaMemcpy: the destination", destination,
+                      Rows{destination_pitch, width, height}.bytes(), to_device, Access::write))
+    return error;
+  if (const auto error =
+          check_range("cudaMemcpy: the source", source, Rows{source_pitch, width, height}.bytes(),
+                      from_device, Access::read))
+    return error;
   for (size_t row = 0; row < height; ++row)
-    copy(static_cast<char*>(destination) + row * destination_pitch,
-         static_cast<const char*>(source) + row * source_pitch, width);
+    std::memmove(static_cast<char*>(destination) + row * destination_pitch,
+                 static_cast<const char*>(source) + row * source_pitch, width);
   return cudaSuccess;
+}
+
+cudaError_t copy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
+  return copy_rows(destination, bytes, source, bytes, bytes, 1, kind);
+}
+
+cudaError_t fill_rows(void* pointer, size_t pitch, int value, size_t width, size_t height) {
+  if (const auto error = finish()) return error;
+  if (width == 0 || height == 0) return cudaSuccess;
+  if (width > pitch && height > 1)
+    return refuse(cudaErrorInvalidPitchValue, "cudaMemset2D: a row is longer than the pitch");
+  const std::lock_guard lock(runtime().mutex);
+  if (const auto error = check_range("cudaMemset: the range", pointer,
+                                     Rows{pitch, width, height}.bytes(), true, Access::write))
+    return error;
+  for (size_t row = 0; row < height; ++row)
+    std::memset(static_cast<char*>(pointer) + row * pitch, value, width);
+  return cudaSuccess;
+}
+
+cudaError_t fill(void* pointer, int value, size_t bytes) {
+  return fill_rows(pointer, bytes, value, bytes, 1);
 }
 
 cudaError_t find_variable(const void* symbol, const Variable*& variable) {
@@ -79,6 +121,7 @@ cudaError_t find_variable(const void* symbol, const Variable*& variable) {
 
 cudaError_t find_symbol(const void* symbol, size_t bytes, size_t offset, char*& memory) {
   const std::lock_guard lock(runtime().mutex);
+  if (const auto error = finish()) return error;
   const Variable* found = nullptr;
   if (const auto error = find_variable(symbol, found)) return error;
   const Variable& variable = *found;
@@ -93,22 +136,20 @@ cudaError_t find_symbol(const void* symbol, size_t bytes, size_t offset, char*& 
 cudaError_t copy_to_symbol(const void* symbol, const void* source, size_t bytes, size_t offset) {
   char* memory = nullptr;
   if (const auto error = find_symbol(symbol, bytes, offset, memory)) return error;
-  return copy(memory, source, bytes);
+  if (const auto error =
+          check_range("cudaMemcpyToSymbol: the source", source, bytes, false, Access::read))
+    return error;
+  std::memmove(memory, source, bytes);
+  return cudaSuccess;
 }
 
 cudaError_t copy_from_symbol(void* destination, const void* symbol, size_t bytes, size_t offset) {
   char* memory = nullptr;
   if (const auto error = find_symbol(symbol, bytes, offset, memory)) return error;
-  return copy(destination, memory, bytes);
-}
-
-cudaError_t fill(void* pointer, int value, size_t bytes) {
-  if (bytes) std::memset(pointer, value, bytes);
-  return cudaSuccess;
-}
-
-cudaError_t record(cudaEvent_t event) {
-  event->recorded = std::chrono::steady_clock::now();
+  if (const auto error = check_range("cudaMemcpyFromSymbol: the destination", destination, bytes,
+                                     false, Access::write))
+    return error;
+  std::memmove(destination, memory, bytes);
   return cudaSuccess;
 }
 
@@ -125,6 +166,10 @@ cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
 cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
   return allocate(pointer, bytes);
 }
+cudaError_t cudaMallocPitch(void** pointer, size_t* pitch, size_t width, size_t height) {
+  *pitch = (width + kPitch - 1) / kPitch * kPitch;
+  return allocate(pointer, *pitch * height);
+}
 cudaError_t cudaFree(void* pointer) { return release(pointer); }
 cudaError_t cudaFreeHost(void* pointer) { return release(pointer); }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return release(pointer); }
@@ -132,18 +177,18 @@ cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return release(pointer)
 cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
   const std::lock_guard lock(runtime().mutex);
   register_memory(pointer, bytes, true);
-  return cudaSuccess;
+  return finish();
 }
 
 cudaError_t cudaHostUnregister(void* pointer) {
   const std::lock_guard lock(runtime().mutex);
   unregister_memory(pointer);
-  return cudaSuccess;
+  return finish();
 }
 
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
-  return cudaSuccess;
+  return finish();
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
@@ -156,29 +201,29 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     attributes->type = cudaMemoryTypeDevice;
     attributes->devicePointer = attributes->hostPointer = const_cast<void*>(pointer);
   }
-  return cudaSuccess;
+  return finish();
 }
 
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   *available = *total = size_t{8} << 30;
-  return cudaSuccess;
+  return finish();
 }
 
-cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind) {
-  return copy(destination, source, bytes);
+cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
+  return copy(destination, source, bytes, kind);
 }
-cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
-  return copy(destination, source, bytes);
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
+                            cudaMemcpyKind kind, cudaStream_t) {
+  return copy(destination, source, bytes, kind);
 }
 cudaError_t cudaMemcpy2D(void* destination, size_t destination_pitch, const void* source,
-                         size_t source_pitch, size_t width, size_t height, cudaMemcpyKind) {
-  return copy_rows(destination, destination_pitch, source, source_pitch, width, height);
+                         size_t source_pitch, size_t width, size_t height, cudaMemcpyKind kind) {
+  return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
 }
 cudaError_t cudaMemcpy2DAsync(void* destination, size_t destination_pitch, const void* source,
-                              size_t source_pitch, size_t width, size_t height, cudaMemcpyKind,
+                              size_t source_pitch, size_t width, size_t height, cudaMemcpyKind kind,
                               cudaStream_t) {
-  return copy_rows(destination, destination_pitch, source, source_pitch, width, height);
+  return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
 }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
   return fill(pointer, value, bytes);
@@ -187,13 +232,11 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
   return fill(pointer, value, bytes);
 }
 cudaError_t cudaMemset2D(void* pointer, size_t pitch, int value, size_t width, size_t height) {
-  for (size_t row = 0; row < height; ++row)
-    fill(static_cast<char*>(pointer) + row * pitch, value, width);
-  return cudaSuccess;
+  return fill_rows(pointer, pitch, value, width, height);
 }
 cudaError_t cudaMemset2DAsync(void* pointer, size_t pitch, int value, size_t width, size_t height,
                               cudaStream_t) {
-  return cudaMemset2D(pointer, pitch, value, width, height);
+  return fill_rows(pointer, pitch, value, width, height);
 }
 
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* source, size_t bytes, size_t offset,
@@ -223,79 +266,8 @@ cudaError_t cudaGetSymbolSize(size_t* bytes, const void* symbol) {
   const Variable* variable = nullptr;
   if (const auto error = find_variable(symbol, variable)) return error;
   *bytes = variable->bytes;
-  return cudaSuccess;
+  return finish();
 }
-
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
-  *stream = new CUstream_st{flags, priority};
-  return cudaSuccess;
-}
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
-  return cudaStreamCreateWithPriority(stream, flags, 0);
-}
-cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  return cudaStreamCreateWithPriority(stream, 0, 0);
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete stream;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
-  *priority = stream ? stream->priority : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
-  *flags = stream ? stream->flags : 0;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
-                                     const cudaGraphEdgeData**, size_t* dependencies) {
-  *status = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
-  if (dependencies) *dependencies = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
-  function(data);
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new CUevent_st{std::chrono::steady_clock::now()};
-  return cudaSuccess;
-}
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return record(event); }
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned) {
-  return record(event);
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  *milliseconds = std::chrono::duration<float, std::milli>(end->recorded - start->recorded).count();
-  return cudaSuccess;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete event;
-  return cudaSuccess;
-}
-
-// Names that code compiled with a default stream per thread calls. There is one order of work.
-#define PTXVM_PER_THREAD(function, suffix) \
-  extern "C"                               \
-      __attribute__((visibility("default"), alias(#function))) decltype(function) function##suffix
 
 PTXVM_PER_THREAD(cudaMemcpy, _ptds);
 PTXVM_PER_THREAD(cudaMemcpy2D, _ptds);
@@ -311,11 +283,3 @@ PTXVM_PER_THREAD(cudaMemsetAsync, _ptsz);
 PTXVM_PER_THREAD(cudaMemset2DAsync, _ptsz);
 PTXVM_PER_THREAD(cudaMallocAsync, _ptsz);
 PTXVM_PER_THREAD(cudaFreeAsync, _ptsz);
-PTXVM_PER_THREAD(cudaStreamSynchronize, _ptsz);
-PTXVM_PER_THREAD(cudaStreamQuery, _ptsz);
-PTXVM_PER_THREAD(cudaStreamWaitEvent, _ptsz);
-PTXVM_PER_THREAD(cudaStreamIsCapturing, _ptsz);
-PTXVM_PER_THREAD(cudaStreamGetCaptureInfo, _ptsz);
-PTXVM_PER_THREAD(cudaLaunchHostFunc, _ptsz);
-PTXVM_PER_THREAD(cudaEventRecord, _ptsz);
-PTXVM_PER_THREAD(cudaEventRecordWithFlags, _ptsz);

@@ -1,23 +1,49 @@
-// The device that the machine presents: compute capability 8.0 with the limits of an H100.
+// The devices that the machine can present. Whatever their limits, it executes the instructions of
+// compute capability 8.0.
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace ptxvm {
 
-constexpr int kComputeMajor = 8, kComputeMinor = 0;
+constexpr int kInstructionSet = 80;  // the newest PTX that the machine takes from a binary
+
+// What no supported device has otherwise.
 constexpr uint32_t kMaxThreadsPerBlock = 1024;
 constexpr uint32_t kMaxBlockExtent[3] = {1024, 1024, 64};
 constexpr uint32_t kMaxGridExtent[3] = {0x7fffffff, 65535, 65535};
-constexpr uint32_t kMaxThreadsPerMultiprocessor = 2048;
-constexpr uint32_t kMaxBlocksPerMultiprocessor = 32;
 constexpr uint32_t kRegistersPerMultiprocessor = 65536;
-constexpr uint32_t kSharedPerBlock = 48 * 1024;        // without an attribute
-constexpr uint32_t kSharedPerBlockOptIn = 163 * 1024;  // compute capability 8.0
-constexpr uint32_t kSharedPerMultiprocessor = 164 * 1024;
-constexpr uint32_t kSharedReserved = 1024;  // by the system, per block
+constexpr uint32_t kSharedPerBlock = 48 * 1024;  // bytes, without an attribute
+constexpr uint32_t kSharedReserved = 1024;       // bytes, by the system, per block
 
-// 132, or environment PTXVM_SMS.
-uint32_t multiprocessors();
+// CUDA C++ Programming Guide, technical specifications per compute capability.
+struct Device {
+  const char* name;
+  int major, minor;
+  uint32_t multiprocessors;
+  uint32_t threads_per_multiprocessor, blocks_per_multiprocessor;
+  uint32_t shared_per_multiprocessor;  // bytes
+  uint32_t level2;                     // bytes
+  uint32_t shared_per_block() const { return shared_per_multiprocessor - kSharedReserved; }
+};
+
+constexpr int kDevices = 5;
+
+// The one that kernels run on, and its position among the devices.
+const Device& device();
+int device_position();
+
+// Each device that was ever chosen has an ordinal, in the order of choice, so that what host code
+// remembers by ordinal is of that device. The name is one of sm_80, sm_86, sm_89, sm_90a, sm_120;
+// false if it is none, or for an ordinal that none has.
+bool choose_device(const std::string& name);
+bool choose_device(int ordinal);
+const Device* device_of(int ordinal);
+int device_ordinal();
+int device_count();
+
+// Of a device, or environment PTXVM_SMS.
+uint32_t multiprocessors(const Device& = device());
 
 // Blocks of a kernel that fit into one multiprocessor.
 struct Kernel;

@@ -100,7 +100,7 @@ FatBinary read_fat_binary(const void* pointer) {
     result.error = "the module's container is not one that the machine knows";
     return result;
   }
-  constexpr uint32_t kArchitecture = kComputeMajor * 10 + kComputeMinor;
+  constexpr uint32_t kArchitecture = kInstructionSet;
   uint32_t best_ptx = 0, best_elf = 0, other_ptx = 0;
   const char* at = wrapper.data + container.header_bytes;
   const char* const end = at + container.bytes;

@@ -44,6 +44,10 @@ void set_option(const std::string& name, const std::string& value) {
     options.fuel = static_cast<uint32_t>(number(1, 1u << 31));
   } else if (name == "watchdog") {
     options.watchdog = number(0, UINT32_MAX);
+  } else if (name == "device") {
+    if (!choose_device(value))
+      throw Fault("ptxvm_configure: device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got " +
+                  value);
   } else if (name == "order") {
     if (value == "forward")
       options.order = Options::Order::forward;
@@ -70,7 +74,7 @@ void configure(const std::string& settings) {
 // PTXVM_CHECK=1 and so on: the same names in capitals.
 const bool configured = [] {
   for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED",
-                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER"}) {
+                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER", "DEVICE"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;
@@ -113,16 +117,20 @@ void ptxvm_unregister_all(void) {
 int ptxvm_configure(const char* settings) {
   const std::lock_guard lock(runtime().mutex);
   const Options before = options;
+  const std::string device_before = device().name;
   try {
     configure(settings);
   } catch (const Fault& fault) {
     options = before;
+    choose_device(device_before);
     fail(cudaErrorInvalidValue, fault.what());
     last_error(true);
     return -1;
   }
   return 0;
 }
+
+void ptxvm_recover(void) { recover(); }
 
 const char* ptxvm_last_report(void) {
   thread_local std::string text;
@@ -161,8 +169,9 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
   int error = prepare(&record);
   if (!error) {
     // A raw launch sets no attributes: all that the device has may be asked for.
-    record.kernel->max_dynamic_shared =
-        kSharedPerBlockOptIn - std::min(kSharedPerBlockOptIn, record.kernel->static_shared);
+    const uint32_t limit = device().shared_per_block();
+    record.kernel->max_dynamic_shared[device_position()] =
+        limit - std::min(limit, record.kernel->static_shared);
     error = launch(&record, grid, block, dynamic_shared, args);
   }
   last_error(true);

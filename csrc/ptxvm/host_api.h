@@ -12,9 +12,14 @@ void ptxvm_register(const void* base, size_t bytes, int writable);
 void ptxvm_unregister(const void* base);
 void ptxvm_unregister_all(void);
 
-// "check=1,count=1,order=reverse,seed=7,...": names of Options in machine.h. Returns 0, or -1 and
-// leaves a message for ptxvm_last_report.
+// "check=1,count=1,order=reverse,device=sm_86,...": names of Options in machine.h, and the device.
+// Returns 0, or -1 and leaves a message for ptxvm_last_report.
 int ptxvm_configure(const char* settings);
+
+// Calls of the CUDA runtime return the error of a kernel that failed until this is called, for
+// which there is no other way than a new process on a GPU. ptxvm_launch neither needs it nor calls
+// for it.
+void ptxvm_recover(void);
 
 // What the last failed launch or call of this thread reported; empty if none failed since.
 const char* ptxvm_last_report(void);

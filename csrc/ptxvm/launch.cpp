@@ -18,6 +18,10 @@ namespace {
 thread_local int thread_error = cudaSuccess, reported_error = cudaSuccess;
 thread_local std::string thread_report;
 
+// Of the kernel that failed last, until the machine recovers.
+int device_fault = cudaSuccess;
+std::string device_report;
+
 // Host threads may flush denormals; kernels decide that per instruction.
 class DefaultRounding {
  public:
@@ -62,12 +66,12 @@ Refusal check_shape(const Kernel& kernel, const uint32_t grid[3], const uint32_t
                                        " threads per block; got " + std::to_string(threads)};
   const uint32_t limit = dynamic_shared_limit(kernel);
   if (dynamic_shared > limit)
-    return {
-        cudaErrorInvalidValue,
-        "dynamic shared memory is at most " + std::to_string(limit) + " bytes" +
-            (kernel.max_dynamic_shared ? ""
-                                       : " without cudaFuncAttributeMaxDynamicSharedMemorySize") +
-            "; got " + std::to_string(dynamic_shared)};
+    return {cudaErrorInvalidValue,
+            "dynamic shared memory is at most " + std::to_string(limit) + " bytes" +
+                (kernel.max_dynamic_shared.contains(device_position())
+                     ? ""
+                     : " without cudaFuncAttributeMaxDynamicSharedMemorySize") +
+                "; got " + std::to_string(dynamic_shared)};
   if (blocks_per_multiprocessor(kernel, static_cast<uint32_t>(threads),
                                 static_cast<uint32_t>(dynamic_shared)) == 0)
     return {cudaErrorLaunchOutOfResources,
@@ -129,16 +133,33 @@ int fail(int error, const std::string& report) {
 }
 
 std::string& last_report() { return thread_report; }
-int last_reported_error() { return reported_error; }
+
+std::string report_of_error(int error) {
+  const std::lock_guard lock(runtime().mutex);
+  if (device_fault && device_fault == error) return device_report;
+  return reported_error == error ? thread_report : std::string();
+}
+
+int device_error() {
+  const std::lock_guard lock(runtime().mutex);
+  return device_fault;
+}
+
+void recover() {
+  const std::lock_guard lock(runtime().mutex);
+  device_fault = thread_error = cudaSuccess;
+}
 
 int last_error(bool clear) {
+  if (const int error = device_error()) return error;
   const int error = thread_error;
   if (clear) thread_error = cudaSuccess;
   return error;
 }
 
 uint32_t dynamic_shared_limit(const Kernel& kernel) {
-  if (kernel.max_dynamic_shared) return kernel.max_dynamic_shared;
+  const auto asked = kernel.max_dynamic_shared.find(device_position());
+  if (asked != kernel.max_dynamic_shared.end()) return asked->second;
   return kernel.static_shared < kSharedPerBlock ? kSharedPerBlock - kernel.static_shared : 0;
 }
 
@@ -163,6 +184,18 @@ int prepare(KernelRecord* record) {
   return cudaSuccess;
 }
 
+int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
+                     size_t dynamic_shared, void** arguments) {
+  const std::lock_guard lock(runtime().mutex);
+  if (device_fault) return device_fault;
+  const int error = launch(record, grid, block, dynamic_shared, arguments);
+  if (error == cudaErrorLaunchFailure || error == cudaErrorAssert) {
+    device_fault = error;
+    device_report = thread_report;
+  }
+  return error;
+}
+
 int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
            size_t dynamic_shared, void** arguments) {
   const std::lock_guard lock(runtime().mutex);
@@ -185,6 +218,8 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
     if (options.count) start_counting(kernel);
     run_grid(run);
     if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared);
+  } catch (const FailedAssertion& assertion) {
+    return fail(cudaErrorAssert, assertion.what());
   } catch (const Fault& fault) {
     return fail(cudaErrorLaunchFailure, fault.what());
   } catch (const std::bad_alloc&) {

@@ -24,6 +24,11 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// An assertion of the kernel's own that did not hold.
+struct FailedAssertion : Fault {
+  using Fault::Fault;
+};
+
 struct Warp;
 struct Block;
 struct Kernel;
@@ -95,18 +100,18 @@ struct Kernel {
   Module* module = nullptr;
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
-  uint32_t max_threads = 0;                   // .maxntid, 0 if none
-  uint32_t required[3] = {};                  // .reqntid, 0 if none
-  uint32_t static_shared = 0;                 // bytes
-  uint32_t dynamic_offset = 0;                // of .extern .shared
-  uint32_t local_bytes = 0;                   // per lane
-  uint32_t max_dynamic_shared = 0;            // set by cudaFuncSetAttribute
-  uint32_t registers = 0;                     // of the cubin beside the PTX, 0 if unknown
-  std::vector<Instruction> code;              // empty until the first launch decodes it
-  std::vector<uint32_t> slots;                // of all instructions
-  std::vector<char> texts;                    // of all instructions
-  std::vector<std::vector<uint32_t>> tables;  // targets of indirect branches
-  uint32_t file_bytes = 0;                    // size of one warp's register file
+  uint32_t max_threads = 0;                    // .maxntid, 0 if none
+  uint32_t required[3] = {};                   // .reqntid, 0 if none
+  uint32_t static_shared = 0;                  // bytes
+  uint32_t dynamic_offset = 0;                 // of .extern .shared
+  uint32_t local_bytes = 0;                    // per lane
+  std::map<int, uint32_t> max_dynamic_shared;  // by device, set by cudaFuncSetAttribute
+  uint32_t registers = 0;                      // of the cubin beside the PTX, 0 if unknown
+  std::vector<Instruction> code;               // empty until the first launch decodes it
+  std::vector<uint32_t> slots;                 // of all instructions
+  std::vector<char> texts;                     // of all instructions
+  std::vector<std::vector<uint32_t>> tables;   // targets of indirect branches
+  uint32_t file_bytes = 0;                     // size of one warp's register file
   struct Constant {  // slots filled before the first instruction: immediates and addresses
     uint32_t slot;
     int bits;
@@ -203,6 +208,8 @@ void assign(T* destination, const T* values, Mask mask) {
 
 // Reports and raises Fault for a rule that `instruction` broke in `lane`.
 [[noreturn]] void fault(Warp&, const Instruction&, int lane, const std::string& what);
+// What such a report says.
+std::string report_of(const Warp&, const Instruction&, int lane, const std::string& what);
 
 // How the machine runs: environment PTXVM_* at start, ptxvm_configure later.
 struct Options {

@@ -179,6 +179,14 @@ void unregister_all_memory() {
   outdated = true;
 }
 
+Where locate(const void* base, size_t bytes, Access kind) {
+  const auto begin = reinterpret_cast<uint64_t>(base);
+  if (reachable(kind).find(begin, bytes)) return Where::inside;
+  for (const Extent& e : reachable(Access::read).extents)
+    if (begin < e.begin + e.bytes && e.begin < begin + bytes) return Where::across;
+  return Where::outside;
+}
+
 char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t address, int lane,
              uint32_t bytes, Access kind) {
   space = real_space(space, address);

@@ -54,15 +54,22 @@ void unload(LoadedModule*);
 // error.
 int fail(int error, const std::string& report);
 int last_error(bool clear);
-std::string& last_report();  // of the failure before, with this error
-int last_reported_error();
+std::string& last_report();              // of the thread's failure before
+std::string report_of_error(int error);  // of that failure or of the device's, if it has this error
+
+// The error of the kernel that failed last: as on a GPU every call returns it from then on. 0 if
+// none has failed since recover().
+int device_error();
+void recover();
 
 // Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
 int prepare(KernelRecord*);
 
-// Runs a kernel. 0, or a CUDA error that is recorded.
+// Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device.
 int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
            void** arguments);
+int launch_on_device(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
+                     size_t dynamic_shared, void** arguments);
 
 // Dynamic shared memory that a launch may ask for.
 uint32_t dynamic_shared_limit(const Kernel&);

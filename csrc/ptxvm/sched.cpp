@@ -254,13 +254,18 @@ void run_grid(const Launch& launch) {
   if (launch.grid[0] && launch.grid[1] && launch.grid[2]) Grid(launch).run();
 }
 
-void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
+std::string report_of(const Warp& warp, const Instruction& instruction, int lane,
+                      const std::string& what) {
   const Block& block = *warp.block;
-  throw Fault(block.kernel->name + ", line " + std::to_string(instruction.line) +
-              source_of(*block.kernel->module, instruction.line) + ": " + instruction.text + ": " +
-              what + " (" + place(block) + ", thread " +
-              std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
-              std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")");
+  return block.kernel->name + ", line " + std::to_string(instruction.line) +
+         source_of(*block.kernel->module, instruction.line) + ": " + instruction.text + ": " +
+         what + " (" + place(block) + ", thread " +
+         std::to_string(warp.index * kLanes + static_cast<uint32_t>(lane)) + ", warp " +
+         std::to_string(warp.index) + ", lane " + std::to_string(lane) + ")";
+}
+
+void fault(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
+  throw Fault(report_of(warp, instruction, lane, what));
 }
 
 }  // namespace ptxvm

@@ -54,19 +54,20 @@ def test_random_programs(first: int) -> None:
 @pytest.mark.parametrize("fuel", [7, 20, 20000])
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_flags_of_lanes_that_left_a_loop(order: str, fuel: int) -> None:
-    """A 16-bit register of the loop lives where no flag does; their lanes lie differently."""
+    """A 16-bit register of the loop lives when no flag does, and its lanes lie elsewhere."""
     text = """
     .visible .entry k(.param .u64 out)
     { .reg .pred %p<3>; .reg .b16 %h<2>; .reg .b32 %r<5>; .reg .b64 %rd<2>;
-      mov.u32 %r0, %tid.x; mov.u32 %r1, 0;
+      mov.u32 %r0, %tid.x; sub.u32 %r0, 31, %r0; mov.u32 %r1, 0;
     TOP:
       cvt.u16.u32 %h0, %r1; cvt.u32.u16 %r2, %h0; add.u32 %r1, %r1, 1;
       and.b32 %r3, %r2, 1; setp.ne.u32 %p0, %r3, 0; setp.lt.u32 %p1, %r2, %r0;
       @%p1 bra TOP;
       selp.u32 %r4, 1, 0, %p0;
-      ld.param.u64 %rd0, [out]; mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], %r4; ret; }
+      ld.param.u64 %rd0, [out]; mov.u32 %r0, %tid.x; mad.wide.u32 %rd1, %r0, 4, %rd0;
+      st.global.u32 [%rd1], %r4; ret; }
     """
     out = np.full(32, 9, np.uint32)
     with machine.options(order=order, fuel=fuel, seed=3, check=1):
         machine.run(text, "k", out)
-    assert out.tolist() == [lane % 2 for lane in range(32)]
+    assert out.tolist() == [1 - lane % 2 for lane in range(32)]
