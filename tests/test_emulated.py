@@ -78,6 +78,27 @@ def test_a_fault_is_an_exception_and_the_machine_goes_on():
 
 
 @built
+def test_devices_differ_in_their_limits():
+    from tokenmill import emulator
+
+    args = states()
+    want = tm.merge_attention_states(*args, backend="reference")
+    for device in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"):
+        with tm.testing.emulated_cuda(device=device):
+            got = tm.merge_attention_states(*args)
+        for output, wanted in zip(got, want, strict=True):
+            torch.testing.assert_close(output, wanted)
+    names = "sm_80, sm_86, sm_89, sm_90a or sm_120"
+    with pytest.raises(ValueError, match=f"device: must be {names}; got sm_70"):
+        emulator.configure("device=sm_70")
+    with (
+        pytest.raises(ValueError, match="got H100"),
+        tm.testing.emulated_cuda(device="H100"),
+    ):
+        pass
+
+
+@built
 @pytest.mark.parametrize("ends", [(0, 2**30, 9), (-(2**30), 4, 9), (9, 4, 0), (0, 0, 2**31 - 1)])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_bad_lengths_never_reach_beyond_a_tensor(kind, ends):

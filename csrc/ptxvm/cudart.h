@@ -17,6 +17,7 @@ inline cudaError_t finish(cudaError_t error = cudaSuccess) {
 }
 
 inline cudaError_t refuse(cudaError_t error, const std::string& report) {
+  if (const auto fault = finish()) return fault;
   return static_cast<cudaError_t>(fail(error, report));
 }
 

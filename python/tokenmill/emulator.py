@@ -64,6 +64,7 @@ _DEFAULTS = {  # of csrc/ptxvm/machine.h
     "resident_blocks": "8",
     "fuel": "20000",
     "watchdog": "4000",
+    "device": "sm_80",
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, library, registry
+from . import dispatch, emulator, library, registry
 from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -309,9 +309,18 @@ def cpu_isas() -> list[str]:
 
 
 @contextlib.contextmanager
-def emulated_cuda() -> Iterator[None]:
+def emulated_cuda(device: str | None = None) -> Iterator[None]:
     """Runs every call on CPU tensors that names no backend through the compiled CUDA kernels, in
     the PTX machine. In development builds alone (TOKENMILL_PTXVM=1).
+
+    Args:
+        device: whose limits the kernels meet: sm_80, sm_86, sm_89, sm_90a or sm_120 (shared memory,
+            multiprocessors, capability; the instructions are those of sm_80). None leaves the one
+            that PTXVM_DEVICE names, else sm_80.
+
+    Raises:
+        ValueError: for another device.
+        RuntimeError: for a device in a build without the machine.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -320,12 +329,14 @@ def emulated_cuda() -> Iterator[None]:
         ...     with tm.testing.emulated_cuda():
         ...         out = tm.merge_attention_states(x[None], None)
     """
+    limits = emulator.configured(f"device={device}") if device else contextlib.nullcontext()
     before = dispatch._asked
-    dispatch._asked = "emulated"
-    try:
-        yield
-    finally:
-        dispatch._asked = before
+    with limits:
+        dispatch._asked = "emulated"
+        try:
+            yield
+        finally:
+            dispatch._asked = before
 
 
 def oracle(op: str) -> Callable[..., Any]:

@@ -1,5 +1,8 @@
 // Host code and kernels that reach the runtime in every way that compiled objects do.
+#include <cuda_profiler_api.h>
 #include <cuda_runtime.h>
+
+#include <cstring>
 
 struct Scaled {
   const float* a;
@@ -135,7 +138,102 @@ EXPORT int query(int* values) {
   return cudaSuccess;
 }
 
+EXPORT int limits(int* values) {
+  cudaDeviceProp properties;
+  int device;
+  cudaGetDevice(&device);
+  if (const auto error = cudaGetDeviceProperties(&properties, device)) return error;
+  int i = 0;
+  for (const auto which :
+       {cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor,
+        cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+        cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor})
+    cudaDeviceGetAttribute(&values[i++], which, device);
+  values[i++] = properties.major * 10 + properties.minor;
+  values[i++] = static_cast<int>(properties.sharedMemPerBlockOptin);
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&values[i], sum<256>, 256, 24000);
+}
+
+// What the calls after a kernel that ran out of its memory return.
+EXPORT int after_a_fault(int* codes) {
+  float* x;
+  cudaEvent_t event;
+  if (const auto error = cudaMalloc(&x, 64)) return error;
+  cudaEventCreate(&event);
+  add<<<1, 256>>>(x, x, x, 256);
+  float host = 0;
+  void* none = nullptr;
+  int n = 0;
+  codes[n++] = cudaDeviceSynchronize();
+  codes[n++] = cudaStreamSynchronize(nullptr);
+  codes[n++] = cudaStreamQuery(nullptr);
+  codes[n++] = cudaMemcpy(&host, x, 4, cudaMemcpyDeviceToHost);
+  codes[n++] = cudaMemset(x, 0, 4);
+  codes[n++] = cudaEventRecord(event);
+  codes[n++] = cudaEventSynchronize(event);
+  codes[n++] = cudaMalloc(&none, 4);
+  codes[n++] = launch_add(x, x, x, 16, 16);
+  codes[n++] = cudaPeekAtLastError();
+  codes[n++] = cudaGetLastError();
+  codes[n++] = cudaGetLastError();
+  codes[n++] = cudaFree(x);
+  return n;
+}
+
+// Copies and fills that leave their memory, each with bytes around it that must not change.
+EXPORT int out_of_range(int* codes) {
+  char *memory, host[4096] = {}, beside[4096];
+  if (const auto error = cudaMalloc(&memory, 64)) return -error;
+  cudaMemset(memory, 7, 64);
+  int n = 0;
+  codes[n++] = cudaMemcpy(memory, host, 65, cudaMemcpyHostToDevice);
+  codes[n++] = cudaMemcpy(memory, host, 4096, cudaMemcpyDefault);
+  codes[n++] = cudaMemcpy(host, memory, 65, cudaMemcpyDeviceToHost);
+  codes[n++] = cudaMemcpy(memory + 60, memory, 8, cudaMemcpyDeviceToDevice);
+  codes[n++] = cudaMemset(memory, 0, 65);
+  codes[n++] = cudaMemset2D(memory, 40, 0, 32, 2);
+  codes[n++] = cudaMemcpy2D(memory, 40, host, 32, 32, 2, cudaMemcpyHostToDevice);
+  codes[n++] = cudaMemcpy(beside, host, 4, cudaMemcpyHostToDevice);
+  codes[n++] = cudaMemset(host, 0, 4);
+  codes[n++] = cudaMemcpy(nullptr, host, 4, cudaMemcpyHostToDevice);
+  cudaGetLastError();
+  cudaMemcpy(host, memory, 64, cudaMemcpyDeviceToHost);
+  for (int i = 0; i < 64; ++i)
+    if (host[i] != 7) return -1;
+  return cudaFree(memory) ? -2 : n;
+}
+
+// Calls that have no effect here, or none but a refusal; returns the number of the first surprise.
+EXPORT int other_calls() {
+  size_t limit = 0, pitch = 0;
+  float* rows;
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  if (cudaProfilerStart() || cudaProfilerStop()) return 1;
+  if (cudaDeviceSetLimit(cudaLimitStackSize, 4096)) return 2;
+  if (cudaDeviceGetLimit(&limit, cudaLimitStackSize) || limit != 4096) return 3;
+  if (cudaMallocPitch(&rows, &pitch, 100, 3) || pitch < 100 || pitch % 256) return 4;
+  if (cudaMemset2D(rows, pitch, 1, 100, 3)) return 5;
+  cudaFree(rows);
+  cudaStreamCreate(&stream);
+  if (cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) != cudaErrorNotSupported)
+    return 6;
+  if (cudaStreamEndCapture(stream, &graph) != cudaErrorNotSupported) return 7;
+  cudaStreamDestroy(stream);
+  return cudaGetLastError() == cudaErrorNotSupported ? 0 : 8;
+}
+
 EXPORT const char* text_of(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
+
+// Whether a text that was asked for stays when others are.
+EXPORT int texts_stay(int error) {
+  const char* const text = text_of(error);
+  char copy[4096] = {};
+  std::strncpy(copy, text, sizeof copy - 1);
+  for (int other = 0; other < 1000; ++other) text_of(other);
+  return std::strcmp(text, copy) == 0;
+}
+
 EXPORT int last_error() { return cudaGetLastError(); }

@@ -103,6 +103,7 @@ class Machine:
             "resident_blocks": 8,
             "fuel": 20000,
             "watchdog": 4000,
+            "device": os.environ.get("PTXVM_DEVICE", "sm_80"),
         }
         self.configure(**options)
         try:

@@ -153,8 +153,68 @@ def test_errors_are_those_of_cuda(abi: Abi) -> None:
     assert abi.call("launch_add", x, short, out, len(x), 256) == 719
     assert "unspecified launch failure: _Z3add" in abi.text(719)
     assert "ld.global" in abi.text(719)
+    assert abi.call("texts_stay", 719) == 1
+    assert abi.call("launch_add", x, b, out, len(x), 256) == 719
+    machine.library.ptxvm_recover()
     assert abi.call("launch_add", x, b, out, len(x), 256) == 0
     assert abi.text(2) == "out of memory"
+
+
+def test_a_fault_is_what_every_later_call_returns(abi: Abi) -> None:
+    codes = np.zeros(20, np.int32)
+    n = abi.call("after_a_fault", codes)
+    machine.library.ptxvm_recover()
+    assert n == 13 and (codes[:n] == 719).all()
+    assert abi.call("last_error") == 0
+
+
+def test_copies_stay_within_an_allocation(abi: Abi) -> None:
+    codes = np.zeros(20, np.int32)
+    n = abi.call("out_of_range", codes)
+    assert n == 10 and (codes[:n] == 1).all()
+    assert abi.call("other_calls") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "multiprocessors", "shared", "threads", "blocks"),
+    [
+        ("sm_80", 80, 132, 166912, 2048, 6),
+        ("sm_86", 86, 84, 101376, 1536, 4),
+        ("sm_89", 89, 128, 101376, 1536, 4),
+        ("sm_90a", 90, 132, 232448, 2048, 8),
+        ("sm_120", 120, 170, 101376, 1536, 4),
+    ],
+)
+def test_devices(
+    name: str,
+    capability: int,
+    multiprocessors: int,
+    shared: int,
+    threads: int,
+    blocks: int,
+    abi: Abi,
+) -> None:
+    x, _, out = vectors()
+    values = np.zeros(9, np.int32)
+    with machine.options(device=name):
+        assert abi.call("limits", values) == 0
+        assert values.tolist() == [
+            *divmod(capability, 10),
+            int(os.environ.get("PTXVM_SMS", multiprocessors)),
+            shared,
+            shared + 1024,
+            threads,
+            capability,
+            shared,
+            blocks,
+        ]
+        assert abi.call("launch_sum", x, out, len(x), 256, shared, 1) == 0
+        assert abi.call("launch_sum", x, out, len(x), 256, shared + 1, 1) == 1
+        assert f"at most {shared} bytes on {name}; got {shared + 1}" in abi.text(1)
+        assert abi.call("last_error") == 1
+    if shared > 101376:  # what a kernel was allowed on one device does not hold on another
+        with machine.options(device="sm_86"):
+            assert abi.call("launch_sum", x, out, len(x), 256, shared, 0) == 1
 
 
 def test_what_the_device_says(abi: Abi) -> None:
@@ -190,9 +250,12 @@ def test_code_of_the_compiler(flag: str, built: Callable[..., Abi]) -> None:
         assert abi.call("on_device", out, 900) == 0
         abi.library.on_host(ctypes.c_void_p(expected.ctypes.data), 900)
         assert np.array_equal(out[:900], expected[:900])
-        assert abi.call("on_device", out, 1100) == 719
-    assert "assertion 'i < 1000' failed at" in abi.text(719)
-    named = re.search(r"_Z6kernelPfi, line \d+ \((\S+):(\d+)\): call", abi.text(719))
+        assert abi.call("on_device", out, 1100) == 710
+    text = abi.text(710)
+    machine.library.ptxvm_recover()
+    assert text.startswith("device-side assert triggered: _Z6kernelPfi")
+    assert "assertion 'i < 1000' failed at" in text
+    named = re.search(r"_Z6kernelPfi, line \d+ \((\S+):(\d+)\): call", text)
     assert (named is None) == (flag == "-O3")
     if named:
         source = Path(__file__).with_name("language.cu")
