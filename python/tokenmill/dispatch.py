@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import library
+from . import autocast, library
 from .check import InputError, fail, synchronising_checks
 
 if TYPE_CHECKING:
@@ -97,6 +97,11 @@ def call(
     spec: OpSpec, lowered: tuple[Any, ...], backend: str | None, out: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
     """Runs the lowered call on the backend chosen for it; the first result is written into out."""
+    if autocast.enabled() and (device := autocast.device_of(lowered)):
+        if out is None:
+            lowered = spec.forward.cast(lowered)
+        with torch.autocast(device, enabled=False):
+            return call(spec, lowered, backend, out)
     chosen = choose(spec, lowered, backend)
     checked, arguments = spec.forward, lowered
     if out is not None:
@@ -206,6 +211,8 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     try:
         with torch.no_grad():
             lowered = spec.lower(*args, **kwargs)
+        if out is None and autocast.device_of(lowered):
+            lowered = spec.forward.cast(lowered)
         spec.forward.check(*lowered, float64=True)
         if spec.out is not None and out is not None:
             spec.out.check(*lowered, spec.lower_out(out, *lowered), float64=True)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .autocast import Autocast, device_of
+
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
 EMULATED_NAMESPACE = "tokenmill_emulated"
@@ -34,6 +36,12 @@ if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
 
 _triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
 _cuda_library = torch.library.Library(NAMESPACE, "IMPL")
+_autocast_libraries = {
+    namespace: torch.library.Library(namespace, "IMPL")
+    for namespace in (NAMESPACE, TRITON_NAMESPACE, EMULATED_NAMESPACE)
+}
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class TorchOp:
     check raises for a bad call by metadata alone (float64=True admits float64, which only the
     reference runs); check_values by what lies inside tensors, which costs a synchronisation on a
     GPU. fake gives the outputs without data. triton is the "module:function" of the Triton
-    implementation inside tokenmill.triton_kernels.
+    implementation inside tokenmill.triton_kernels. autocast says what torch.autocast casts.
     """
 
     name: str
@@ -53,6 +61,7 @@ class TorchOp:
     triton: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
+    autocast: Autocast | None = None
     arguments: tuple[str, ...] = field(init=False)  # names of the schema
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
 
@@ -73,6 +82,13 @@ class TorchOp:
         written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "written", written)
+
+    def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call under autocast as the kernel gets them."""
+        if self.autocast is None:
+            return args
+        given = self.autocast.apply(dict(zip(self.arguments, args, strict=True)))
+        return tuple(given.values())
 
     def overload(self, namespace: str = NAMESPACE) -> Any:
         if namespace == EMULATED_NAMESPACE:
@@ -103,7 +119,7 @@ def register(op: TorchOp) -> TorchOp:
 
 
 def _attach(op: TorchOp, namespace: str) -> None:
-    """Gives the operator in a namespace its fake kernel and its autograd."""
+    """Gives the operator in a namespace its fake kernel, its autograd and its autocast."""
     qualname = f"{namespace}::{op.name}"
     torch.library.register_fake(qualname, functools.partial(_call_fake, op))
     if op.backward:
@@ -112,6 +128,17 @@ def _attach(op: TorchOp, namespace: str) -> None:
             functools.partial(op.backward, getattr(torch.ops, namespace)),
             setup_context=op.setup_context,
         )
+    if op.autocast:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            kernel = functools.partial(_call_autocast, op, namespace)
+            _autocast_libraries[namespace].impl(op.name, kernel, key)
+
+
+def _call_autocast(op: TorchOp, namespace: str, *args: Any) -> Any:
+    if device_of(args):
+        args = op.cast(args)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return op.overload(namespace)(*args)
 
 
 def _call_fake(op: TorchOp, *args: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..autocast import Autocast
 from ..check import check_tensor, fail
 from ..dispatch import call
 from ..library import TorchOp, register
@@ -391,6 +392,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, *lowered: Any) -> float:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k", "v", "bias")),
         check=check_attention,
         check_values=check_attention_values,
         fake=_fake,

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_tensor, fail
 from ..dispatch import call
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
@@ -291,6 +292,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, *rest: Any) -> flo
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q",), cache="k_cache"),
         check=_check,
         check_values=_check_values,
         fake=_fake,

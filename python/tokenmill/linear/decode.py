@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check_tensor
 from ..dispatch import call
 from ..library import TorchOp, register
@@ -186,6 +187,7 @@ def _two_slots(args: list[Any], kwargs: dict[str, Any]) -> None:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k", "v")),
         check=check_decode,
         check_values=check_decode_values,
         fake=_fake,

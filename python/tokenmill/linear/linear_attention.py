@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..autocast import Autocast
 from ..check import check_tensor, fail, synchronising_checks
 from ..dispatch import call
 from ..library import TorchOp, register
@@ -406,6 +407,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k", "v")),
         check=check_linear_attention,
         check_values=check_linear_attention_values,
         fake=_fake,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..check import check, check_tensor, fail
 from ..lowering import scale_or_default
 from ..select import attention_row_scores
@@ -19,6 +20,7 @@ from ..tokens.topk_partition import topk_partition
 EVIT, PRUNING = "nn.EViTReorganize", "nn.ClsTokenPruning"
 
 
+@Autocast(lower=("q", "k")).applied
 def class_scores(
     q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:

@@ -119,7 +119,7 @@ class PoNetMixing(nn.Module):
         count = there.sum(1, keepdim=True).clamp(min=1)
         mean = (self.query(x) * there[..., None]).sum(1, dtype=torch.float32) / count
         keys = self.key(x).unflatten(2, (self.num_heads, -1))
-        query = mean.to(x.dtype).unflatten(1, (self.num_heads, -1))[:, None]
-        hidden = torch.zeros_like(there, dtype=x.dtype).masked_fill(~there, -torch.inf)
+        query = mean.to(keys.dtype).unflatten(1, (self.num_heads, -1))[:, None]
+        hidden = torch.zeros_like(there, dtype=keys.dtype).masked_fill(~there, -torch.inf)
         out = attention(query, keys, keys, bias=hidden[:, None, None], backend=self.backend)
         return out.flatten(2)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_qkv, check_tensor, fail
 from ..dispatch import call
 from ..library import TorchOp, register
@@ -220,6 +221,7 @@ def _flops(
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k")),
         check=_check,
         check_values=_check_values,
         fake=_fake,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import (
     MAX_HEAD_DIM,
     check,
@@ -286,6 +287,7 @@ def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q",), cache="k"),
         check=_check,
         fake=_fake,
         check_values=_check_values,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import (
     check,
     check_device_of_q,
@@ -106,6 +107,7 @@ def _hostile(q: Tensor) -> None:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "q_ref")),
         check=_check,
         fake=lambda q, q_ref, threshold: q.new_empty((q.shape[0],), dtype=torch.bool),
         triton="select.query_similarity_gate:query_similarity_gate",

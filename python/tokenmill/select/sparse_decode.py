@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import (
     check,
     check_device_of_q,
@@ -461,6 +462,7 @@ def flops(
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache"),
         check=_check,
         check_values=_check_values,
         fake=_fake,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..autocast import Autocast
 from ..check import check, check_device_of_q, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
 from ..dispatch import call
@@ -23,6 +24,7 @@ from .gradients import cotangents, fake_gradients
 from .routing import route
 from .rules import check_list
 
+AUTOCAST = Autocast(lower=("q", "k", "v"))
 MAX_SIDE = 2**15  # of a map: pixels and rows fit 32 bits
 
 
@@ -152,6 +154,7 @@ def bilevel_routing_attention(
     return results if len(results) > 1 else out
 
 
+@AUTOCAST.applied  # the routing is a product
 def lower(
     q: Tensor,
     k: Tensor,
@@ -331,6 +334,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *siz
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=AUTOCAST,
         check=_check,
         fake=_fake,
         triton="sparse.bilevel_routing:bilevel_routing_attention",

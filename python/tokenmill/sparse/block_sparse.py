@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..autocast import Autocast
 from ..check import check, check_qkv, check_tensor
 from ..dense.terms import check_number, check_scale
 from ..dispatch import call
@@ -307,6 +308,7 @@ def flops(
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k", "v")),
         check=_check,
         fake=_fake,
         triton="sparse.block_sparse:block_sparse_attention",

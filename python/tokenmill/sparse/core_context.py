@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_qkv, check_tensor, fail, is_power_of_two
 from ..dense import attention, attention_decode, merge_attention_states
 from ..lowering import scale_or_default
@@ -13,8 +14,10 @@ from .block_sparse import block_sparse_attention
 from .rules import MAX_BLOCK
 
 OP = "core_context_attention"
+AUTOCAST = Autocast(lower=("q", "k", "v"))
 
 
+@AUTOCAST.applied
 def core_context_attention(
     q: Tensor,
     k: Tensor,
@@ -221,6 +224,7 @@ class CoreContextState:
         """Groups that left the window."""
         return _groups_left(self.tokens, self.group, self.window)
 
+    @AUTOCAST.applied
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the first tokens of all requests, at least one of them."""
         if self.tokens:
@@ -242,6 +246,7 @@ class CoreContextState:
         self._raw = [_with_room(t[:, first:], self.window + self.group) for t in (k, v)]
         return out
 
+    @AUTOCAST.applied
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token of each request, ``[B, 1, H, D]``."""
         for name, t in (("q", q), ("k", k), ("v", v)):

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_tensor, fail
 from ..kv_cache import capacity
 from ..select.rules import check_whole
@@ -85,6 +86,7 @@ def hip_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@Autocast(lower=("q", "k", "v"), cache="k", paged=True).applied
 def hip_attention(
     q: Tensor,
     k: Tensor,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import (
     MAX_HEAD_DIM,
     check,
@@ -342,6 +343,7 @@ def _flops(
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(lower=("q", "k"), cache="k", paged=True),
         check=_check,
         fake=_fake,
         check_values=_check_values,

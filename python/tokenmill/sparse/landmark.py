@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_qkv, check_tensor, reads_values
 from ..dense import attention, merge_attention_states
 from ..lowering import scale_or_default
@@ -14,6 +15,7 @@ from ..select.topk_select import topk_select
 OP, DECODE = "landmark_attention", "landmark_decode"
 
 
+@Autocast(lower=("q", "k", "v")).applied
 def landmark_attention(
     q: Tensor,
     k: Tensor,
@@ -134,6 +136,7 @@ def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float) -> Tensor:
     return scale * torch.einsum("bihgd,bnhd->bhgin", grouped, landmarks.to(wide)).flatten(1, 2)
 
 
+@Autocast(lower=("q",), cache="k_cache").applied
 def landmark_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_device_of, check_tensor, fail, show
 from ..dispatch import call
 from ..edits import set_argument, set_options
@@ -146,7 +147,15 @@ def _hostile(tokens: Tensor) -> None:
     tokens[0, 13, 2] = -torch.inf
 
 
-FORWARD = register(TorchOp(OP, check=_check, fake=_fake, triton="tokens.best_match:best_match"))
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(promote=("a", "b")),
+        check=_check,
+        fake=_fake,
+        triton="tokens.best_match:best_match",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import check, check_device_of, check_tensor, fail, show
 from ..dispatch import call
 from ..edits import set_argument, set_options
@@ -217,6 +218,7 @@ def _sample(
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(promote=("features", "centroids", "values")),
         check=_check,
         fake=_fake,
         triton="tokens.reconstruct:reconstruct_tokens",

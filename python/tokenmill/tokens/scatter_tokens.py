@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import Autocast
 from ..check import (
     check,
     check_device_of,
@@ -191,6 +192,7 @@ def _strided(y: Tensor, indices: Tensor, base: Tensor) -> tuple[Any, ...]:
 FORWARD = register(
     TorchOp(
         OP,
+        autocast=Autocast(promote=("y", "base")),
         check=_check,
         fake=_fake,
         check_values=_check_values,

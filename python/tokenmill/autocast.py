@@ -1,0 +1,88 @@
+"""What torch.autocast does to the floating-point arguments of an operator.
+
+Queries, keys and values become the dtype of autocast, as those of scaled_dot_product_attention do.
+A cache is read as it is, and queries take its dtype. Rows that one result is made of become the
+widest of their dtypes, as with torch.cat. float64 stays, and so does what a call writes into: as in
+PyTorch, a call with out= casts nothing. Within an operator autocast is off.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+enabled = torch._C._is_any_autocast_enabled  # on any device
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """A rule for the arguments of one operator, which it names.
+
+    lower become the dtype of autocast, or that of cache, if there is one; with paged, cache is one
+    beside a block_table alone. promote become the widest dtype among them. If the first of them is
+    float64 or no floating-point tensor, all stay as they are.
+    """
+
+    lower: tuple[str, ...] = ()
+    promote: tuple[str, ...] = ()
+    cache: str | None = None
+    paged: bool = False
+
+    def apply(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments as the operator gets them, in their order."""
+        names = [n for n in (*self.lower, *self.promote) if _castable(given.get(n))]
+        if not names or names[0] != (*self.lower, *self.promote)[0]:
+            return given
+        dtype = self._target(given, names)
+        return {n: t.to(dtype) if n in names else t for n, t in given.items()}
+
+    def _target(self, given: dict[str, Any], names: list[str]) -> torch.dtype:
+        first: torch.Tensor = given[names[0]]
+        if self.promote:
+            return functools.reduce(torch.promote_types, (given[n].dtype for n in names))
+        if self.cache and (not self.paged or given.get("block_table") is not None):
+            cache = given.get(self.cache)
+            return cache.dtype if _castable(cache) else first.dtype
+        return torch.get_autocast_dtype(first.device.type)
+
+    def applied(self, function: F) -> F:
+        """Decorates a function made of operators: under autocast it gets its arguments by this rule
+        and runs without autocast."""
+        names = tuple(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not enabled():
+                return function(*args, **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            device = device_of(given.values())
+            if device is None:
+                return function(*args, **kwargs)
+            given = self.apply(given)
+            positional = (*(given[n] for n in names[: len(args)]), *args[len(names) :])
+            with torch.autocast(device, enabled=False):
+                return function(*positional, **{n: given[n] for n in kwargs})
+
+        return cast(F, run)
+
+
+def device_of(values: Iterable[Any]) -> str | None:
+    """The type of device of the first tensor, if autocast is on there."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            device = value.device.type
+            on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+            return device if on else None
+    return None
+
+
+def _castable(value: Any) -> TypeGuard[torch.Tensor]:
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return isinstance(value, torch.Tensor) and value.dtype in narrow
