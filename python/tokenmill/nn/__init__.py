@@ -8,7 +8,7 @@ Example:
     torch.Size([1, 56, 56, 64])
 """
 
-from .biformer import BiFormerAttention
+from .biformer import AttentionLePE, BiFormerAttention
 from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
@@ -20,6 +20,7 @@ from .tome import TokenMerging
 
 __all__ = [
     "ActiveTokens",
+    "AttentionLePE",
     "BiFormerAttention",
     "ClsTokenPruning",
     "DToPExit",

@@ -1,8 +1,8 @@
-"""The attention of BiFormer."""
+"""The attention layers of BiFormer."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import MutableMapping
 from typing import Any, Literal
 
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import check, fail
+from ..dense import attention
+from ..select.rules import check_whole
 from ..sparse import bilevel_routing_attention
 
-NAME = "nn.BiFormerAttention"
+NAME, LEPE = "nn.BiFormerAttention", "nn.AttentionLePE"
 Padding = Literal["mask", "zeros", "input"]
+Local = Literal["input", "values"]
 
 
 class BiFormerAttention(nn.Module):
@@ -27,7 +30,7 @@ class BiFormerAttention(nn.Module):
         dim: channels C of the input.
         num_heads: heads, which divide the channels.
         regions: regions along each side of the map (the paper's S).
-        topk: regions that each region attends to. None: all of them, as in the last stage.
+        topk: regions that each region attends to.
         scale: factor of q.k; None = 1/sqrt(C), as in the published models: all channels, not those
             of a head.
         side_dwconv: side of the depthwise convolution of the values; 0 leaves it out.
@@ -49,7 +52,8 @@ class BiFormerAttention(nn.Module):
         RuntimeError: naming argument, rule and value.
 
     Paper: BiFormer (Zhu et al. 2023), section 3.2, equations 1 to 7; its models have regions=7,
-    side_dwconv=5, 32 channels a head and topk 1, 4, 16 and None in their four stages.
+    side_dwconv=5, 32 channels a head and topk 1, 4 and 16 in their first three stages. The fourth
+    has :class:`AttentionLePE`.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -63,7 +67,7 @@ class BiFormerAttention(nn.Module):
         dim: int,
         num_heads: int = 8,
         regions: int = 7,
-        topk: int | None = 4,
+        topk: int = 4,
         *,
         scale: float | None = None,
         side_dwconv: int = 3,
@@ -71,57 +75,41 @@ class BiFormerAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        divides = num_heads > 0 and dim % num_heads == 0
-        check(divides, NAME, "num_heads", f"must divide dim, {dim}", num_heads)
+        _check_heads(NAME, dim, num_heads)
         check(regions > 0, NAME, "regions", "must be at least 1", regions)
-        fits = topk is None or 1 <= topk <= regions**2
-        check(fits, NAME, "topk", f"must be 1 to regions^2, {regions**2}, or None", topk)
-        odd = side_dwconv == 0 or side_dwconv % 2 == 1
-        check(odd, NAME, "side_dwconv", "must be odd, or 0", side_dwconv)
+        check_whole(NAME, "topk", topk)
+        rule = f"must be 1 to regions^2, {regions**2}"
+        check(1 <= topk <= regions**2, NAME, "topk", rule, topk)
         known = padding in ("mask", "zeros", "input")
         check(known, NAME, "padding", "must be 'mask', 'zeros' or 'input'", padding)
         self.num_heads, self.regions, self.topk = num_heads, regions, topk
         self.scale = dim**-0.5 if scale is None else scale
         self.padding, self.backend = padding, backend
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.lepe = (
-            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim)
-            if side_dwconv
-            else None
-        )
+        self.lepe = _local_term(NAME, dim, side_dwconv)
         self.wo = nn.Linear(dim, dim)
-        self.register_load_state_dict_pre_hook(_from_published)
+        names = {"qkv.qkv.": "qkv.", "qkv_linear.": "qkv.", "output_linear.": "wo."}
+        self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = self.wo.in_features
-        shaped = x.dim() == 4 and x.shape[-1] == channels
-        check(shaped, NAME, "x", f"must have shape [B, Y, X, {channels}]", x.shape)
+        _check_map(NAME, x, self.wo.in_features)
         height, width = x.shape[1:3]
-        if min(height, width) < self.regions:
-            rule = f"must have at least {self.regions} pixels a side, one for each region"
-            fail(NAME, "x", rule, [height, width])
         if self.padding == "input":
             x = F.pad(x, (0, 0, 0, -width % self.regions, 0, -height % self.regions))
+        elif min(height, width) < self.regions:
+            rule = f"must have at least {self.regions} pixels a side, one for each region"
+            fail(NAME, "x", rule, [height, width])
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
         zeros = self.padding == "zeros"
         size = (x.shape[1] // self.regions, x.shape[2] // self.regions)
         y = bilevel_routing_attention(
             q, k, v, regions=None if zeros else self.regions, region_size=size if zeros else None,
-            topk=self.topk or self._all_regions(x), scale=self.scale, mask_padding=not zeros,
+            topk=self.topk, scale=self.scale, mask_padding=not zeros,
             backend=self.backend,
         ).flatten(3)  # fmt: skip
         if self.lepe is not None:
-            y = y + self.lepe(v.flatten(3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = y + _convolved(self.lepe, v.flatten(3))
         return self.wo(y)[:, :height, :width]
-
-    def _all_regions(self, x: Tensor) -> int:
-        """Of regions that need not divide the map there may be fewer or more a side."""
-        floors = self.padding == "zeros"
-        sides = (
-            -(-side // (side // self.regions if floors else -(-side // self.regions)))
-            for side in x.shape[1:3]
-        )
-        return math.prod(sides)
 
     def extra_repr(self) -> str:
         return (
@@ -130,11 +118,110 @@ class BiFormerAttention(nn.Module):
         )
 
 
-def _from_published(
-    module: nn.Module, state: MutableMapping[str, Tensor], prefix: str, *args: Any
+class AttentionLePE(nn.Module):
+    r"""Attention of each pixel to all of them, with a local term: the last stage of BiFormer.
+
+    .. math::
+       q, k, v = x W_{qkv}, \qquad
+       y = (\operatorname{softmax}(q k^\top / \sqrt{d})\, v + \operatorname{DWConv}(x)) W_o + b_o
+
+    Args:
+        dim: channels C of the input.
+        num_heads: heads, which divide the channels.
+        scale: factor of q.k; None = 1/sqrt(C / num_heads), unlike :class:`BiFormerAttention`.
+        qkv_bias: whether the projection of queries, keys and values has a bias.
+        side_dwconv: side of the depthwise convolution; 0 leaves it out.
+        local: what it convolves: "input", x as above, or "values", v, as in the published
+            channels-first code.
+        backend: of the operator (see :func:`tokenmill.explain`).
+
+    Shape:
+        x ``[B, Y, X, C]``, channels last, to ``[B, Y, X, C]``; float16, bfloat16, float32.
+
+    Weights: qkv ``[3 C, C]``, lepe ``[C, 1, side, side]`` with a bias, proj ``[C, C]`` with a bias,
+    as the published models call them. 1x1 convolutions (channels first) load as they are.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 8 C^2 + 4 C Y X operations for each of the Y X pixels.
+
+    Paper: BiFormer (Zhu et al. 2023), whose last stage of 7x7 pixels has it; the local term is that
+    of CSWin (Dong et al. 2022).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> layer = tm.nn.AttentionLePE(512)
+        >>> layer(torch.randn(2, 7, 7, 512)).shape
+        torch.Size([2, 7, 7, 512])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        side_dwconv: int = 5,
+        local: Local = "input",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(LEPE, dim, num_heads)
+        check(local in ("input", "values"), LEPE, "local", "must be 'input' or 'values'", local)
+        self.num_heads, self.scale, self.local, self.backend = num_heads, scale, local, backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.lepe = _local_term(LEPE, dim, side_dwconv)
+        self.proj = nn.Linear(dim, dim)
+        names = {"qkv.": "qkv.", "proj.": "proj."}
+        self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_map(LEPE, x, self.proj.in_features)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(1, 2).unbind(2)
+        out = attention(q, k, v, scale=self.scale, backend=self.backend)
+        y: Tensor = out.flatten(2).unflatten(1, x.shape[1:3])
+        if self.lepe is not None:
+            values = v.flatten(2).unflatten(1, x.shape[1:3])
+            y = y + _convolved(self.lepe, x if self.local == "input" else values)
+        return self.proj(y)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, scale={self.scale}, local={self.local!r}"
+
+
+def _check_heads(name: str, dim: int, num_heads: int) -> None:
+    divides = num_heads > 0 and dim % num_heads == 0
+    check(divides, name, "num_heads", f"must divide dim, {dim}", num_heads)
+
+
+def _check_map(name: str, x: Tensor, channels: int) -> None:
+    shaped = x.dim() == 4 and x.shape[-1] == channels
+    check(shaped, name, "x", f"must have shape [B, Y, X, {channels}]", x.shape)
+
+
+def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
+    odd = side == 0 or side % 2 == 1
+    check(odd, name, "side_dwconv", "must be odd, or 0", side)
+    return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Of x [B, Y, X, C]."""
+    y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y
+
+
+def _rename(
+    names: dict[str, str],
+    module: nn.Module,
+    state: MutableMapping[str, Tensor],
+    prefix: str,
+    *args: Any,
 ) -> None:
-    """Renames what the published layouts call otherwise; 1x1 convolutions become matrices."""
-    names = {"qkv.qkv.": "qkv.", "qkv_linear.": "qkv.", "output_linear.": "wo."}
+    """Gives what a state dict has under other names those of the module; 1x1 convolutions become
+    matrices."""
     for old, new in names.items():
         for kind in ("weight", "bias"):
             if (found := state.pop(prefix + old + kind, None)) is not None:
