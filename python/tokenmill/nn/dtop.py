@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor
+from ..check import check, check_tensor, fail
 from ..select.rules import check_whole
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.mask_partition import mask_partition
@@ -85,8 +85,9 @@ class DToPExit(nn.Module):
     ) -> ActiveTokens:
         check_tensor(NAME, "probabilities", probabilities)
         fits = probabilities.dim() == 3 and probabilities.shape[:2] == x.shape[:2]
-        rule = f"must have shape [{', '.join(map(str, x.shape[:2]))}, classes]"
-        check(fits, NAME, "probabilities", rule, probabilities.shape)
+        if not fits:
+            rule = f"must have shape [{x.shape[0]}, {x.shape[1]}, classes]"
+            fail(NAME, "probabilities", rule, probabilities.shape)
         staying = ~self._exits(probabilities.detach())
         if active is not None:
             staying = staying & active

@@ -1,0 +1,165 @@
+"""Every module of tokenmill.nn: compiled at two lengths, under autocast, copied."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import tokenmill as tm
+from tokenmill import nn
+
+
+def randn(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def segments(n):
+    return torch.arange(n, dtype=torch.int32).expand(2, n) // 3
+
+
+def offsets(n):
+    return torch.tensor([0, 3, 4, n], dtype=torch.int32)
+
+
+@dataclass
+class Case:
+    """A module and what it is called with at length n."""
+
+    make: Any
+    inputs: Any
+    lengths: tuple[int, int] = (16, 24)
+
+
+CASES = {
+    "AttentionLePE": Case(lambda: nn.AttentionLePE(32, 4), lambda n: (randn(1, n, 8, 32),)),
+    "AttentionLePE, values": Case(
+        lambda: nn.AttentionLePE(32, 4, local="values", qkv_bias=True),
+        lambda n: (randn(1, n, 8, 32),),
+    ),
+    "BiFormerAttention": Case(
+        lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2), lambda n: (randn(1, n, 8, 32),)
+    ),
+    "BiFormerAttention, zeros": Case(
+        lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2, padding="zeros"),
+        lambda n: (randn(1, n, 8, 32),),
+    ),
+    "BiFormerAttention, input": Case(
+        lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2, padding="input"),
+        lambda n: (randn(1, n, 8, 32),),
+    ),
+    "ClsTokenPruning": Case(
+        lambda: nn.ClsTokenPruning(8), lambda n: (randn(2, 1 + n, 8), torch.rand(2, n))
+    ),
+    "DToPExit": Case(
+        lambda: nn.DToPExit(0.5, 1), lambda n: (randn(2, n, 8), torch.rand(2, n, 3))
+    ),
+    "EViTReorganize": Case(
+        nn.EViTReorganize, lambda n: (randn(2, 1 + n, 8), torch.rand(2, n, requires_grad=True))
+    ),
+    "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
+    "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),
+    "PoolFormerMixing": Case(nn.PoolFormerMixing, lambda n: (randn(1, n, 8, 16),)),
+    "PoolFormerMixing, channels first": Case(
+        lambda: nn.PoolFormerMixing(channels_first=True), lambda n: (randn(1, 16, n, 8),)
+    ),
+    "SegmentPooling": Case(
+        lambda: nn.SegmentPooling(prefix=2), lambda n: (randn(n, 8), offsets(n))
+    ),
+    "SegmentPooling, mean": Case(
+        lambda: nn.SegmentPooling("mean"), lambda n: (randn(n, 8), offsets(n))
+    ),
+    "SparsifinerAttention": Case(
+        lambda: nn.SparsifinerAttention(32, num_tokens=16, num_heads=2),
+        lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
+    ),
+    "TokenClustering": Case(lambda: nn.TokenClustering(4), lambda n: (randn(1, n, 8, 16),)),
+    "TokenMerging": Case(
+        lambda: nn.TokenMerging(5), lambda n: (randn(2, n, 16), randn(2, n, 2, 8))
+    ),
+    "TokenReconstruction": Case(
+        nn.TokenReconstruction,
+        lambda n: (randn(1, n, 8, 16), randn(1, 4, 4, 16), randn(1, 4, 4, 16)),
+    ),
+}  # fmt: skip
+each = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+NAMES = [name for name in CASES if "," not in name]
+
+
+def outputs(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_every_module_is_here():
+    public = {name: getattr(nn, name) for name in nn.__all__}
+    modules = {n for n, v in public.items() if isinstance(v, type) and hasattr(v, "forward")}
+    assert modules == set(NAMES)
+
+
+@pytest.mark.parametrize("case", [CASES[n] for n in NAMES], ids=NAMES)
+def test_compiles_as_one_graph_at_any_length(case):
+    module = case.make()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for length in case.lengths:  # from the second on it is dynamic
+        inputs = case.inputs(length)
+        for found, wanted in zip(outputs(compiled(*inputs)), outputs(module(*inputs)), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@each
+def test_trains_under_autocast(case):
+    """Gradients are those of float32 up to the rounding of bfloat16, and have the dtypes of what
+    they belong to."""
+    torch.manual_seed(0)
+    module, inputs = case.make(), case.inputs(case.lengths[0])
+    leaves = [t for t in (*module.parameters(), *inputs) if t.requires_grad]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = outputs(module(*inputs))[0]
+        if not out.is_floating_point():
+            return
+        cotangent = torch.ones_like(out)
+        grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        results.append([out, *grads])
+    for leaf, grad in zip(leaves, results[1][1:], strict=True):
+        assert grad is None or grad.dtype == leaf.dtype
+    for wanted, found in zip(*results, strict=True):
+        assert (wanted is None) == (found is None)
+        # Of two tokens that are near each other another one may be the greatest.
+        assert wanted is None or (found - wanted).norm() <= 0.1 * wanted.norm()
+
+
+@each
+def test_copies_are_the_same_module(case):
+    module, inputs = case.make(), case.inputs(case.lengths[0])
+    wanted = outputs(module(*inputs))
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for a, b in zip(outputs(other(*inputs)), wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_layers_under_autocast_beside_what_stayed_float32():
+    x = torch.randn(1, 8, 8, 16)
+    layer = torch.nn.Linear(16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        clusters = nn.TokenClustering(4)(x)
+        out = nn.TokenReconstruction()(x, clusters, layer(clusters))
+        stage = nn.DToPExit(0.5, 1)(x[0], torch.rand(8, 8, 3))
+        back = tm.scatter_tokens(layer(stage.tokens), stage.indices, x[0])
+        focus = nn.FocusSelect()
+        chosen = focus.layer(focus(torch.rand(8, 8)), 1)
+        (tokens,) = focus.gather((x[0],), chosen)
+        written = focus.scatter(layer(tokens), chosen, x[0])
+        y, size, _ = nn.TokenMerging(2)(x[0], layer(x[0]).unflatten(2, (2, 8)))
+        q = layer(y).unflatten(2, (2, 8))
+        attended = tm.attention(q, q, q, bias=nn.TokenMerging.attention_bias(size))
+    assert {t.dtype for t in (out, back, written, y)} == {torch.float32}
+    assert attended.dtype == torch.bfloat16
