@@ -1,8 +1,41 @@
 // Every operator of the package: the table of contents. Implementations register themselves in
 // csrc/<family>/<op>/host.cpp; fake and autograd in python/tokenmill/<family>/<op>.py.
-#include "core/stable.h"
+#include "core/box.h"
 
-TOKENMILL_LIBRARY(m) {
+namespace tokenmill {
+namespace {
+
+// Defines operators, and keeps their schemas for the names of arguments.
+struct Schemas {
+  void def(const char* schema) {
+    all().push_back(schema);
+    library.def(schema);
+  }
+  static std::vector<std::string_view>& all() {
+    static std::vector<std::string_view> schemas;
+    return schemas;
+  }
+  torch::stable::detail::StableLibrary& library;
+};
+
+}  // namespace
+
+std::string argument_name(std::string_view op, size_t index) {
+  for (std::string_view schema : Schemas::all()) {
+    const size_t open = schema.find('(');
+    if (schema.substr(0, open) != op) continue;
+    std::string_view arguments = schema.substr(open + 1, schema.find(") ->") - open - 1);
+    for (size_t i = 0; i < index; ++i) arguments.remove_prefix(arguments.find(", ") + 2);
+    arguments = arguments.substr(0, arguments.find(", "));
+    return std::string(arguments.substr(arguments.rfind(' ') + 1));
+  }
+  return "argument " + std::to_string(index);
+}
+
+}  // namespace tokenmill
+
+TOKENMILL_LIBRARY(library) {
+  tokenmill::Schemas m{library};
   // dense: attention with any score map. An output that a call does not have is of size 0.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, str kind, float scale, "

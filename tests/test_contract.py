@@ -314,6 +314,21 @@ def test_raw_operator_refuses_lowered_nonsense(spec, backend):
             assert str(native.value) == str(python.value)
 
 
+@pytest.mark.parametrize("backend", backends())
+@each_spec
+def test_raw_operator_names_the_tensor_that_is_missing(spec, backend):
+    """torch passes None for any tensor."""
+    args, kwargs = map_tensors(draw(spec.samples[0]), lambda t: t.to(device_of(backend)))
+    lowered = spec.lower(*args, **kwargs)
+    op = spec.forward.overload(dispatch.namespace(backend))
+    required = [a for a in op._schema.arguments if str(a.type) == "Tensor"]
+    for argument in required if len(required) > 1 else ():
+        at = spec.forward.arguments.index(argument.name)
+        rule = rf"^tokenmill\.{spec.name}: {argument.name}: must be a tensor; got None$"
+        with pytest.raises(RuntimeError, match=rule):
+            op(*lowered[:at], None, *lowered[at + 1 :])
+
+
 @each_spec
 def test_unknown_and_unable_backends_are_refused(spec):
     args, kwargs = draw(spec.samples[0])

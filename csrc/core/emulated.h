@@ -28,6 +28,8 @@ class Registration {
 #else
 inline constexpr bool kEnabled = false;
 
+struct Frame {};
+
 inline void note(const void*, int64_t, bool) {}
 #endif
 

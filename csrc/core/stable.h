@@ -24,20 +24,6 @@ using OptTensor = std::optional<Tensor>;
 // with TOKENMILL_EMULATED, the same files make a second library in which what is registered for
 // CUDA serves CPU tensors: its kernels run on the PTX machine (csrc/ptxvm).
 #if defined(TOKENMILL_EMULATED)
-namespace tokenmill {
-// The notes of an operator's call last as long as the call.
-template <auto function>
-struct Framed;
-
-template <typename Result, typename... Args, Result (*function)(Args...)>
-struct Framed<function> {
-  static Result call(Args... args) {
-    emulated::Frame frame;
-    return function(std::move(args)...);
-  }
-};
-}  // namespace tokenmill
-
 #define TOKENMILL_LIBRARY(m) STABLE_TORCH_LIBRARY(tokenmill_emulated, m)
 #define TOKENMILL_IMPL(key, m) TOKENMILL_IMPL_##key(m)
 #define TOKENMILL_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(tokenmill_emulated, CPU, m)
@@ -46,9 +32,7 @@ struct Framed<function> {
       not_registered_, __COUNTER__)(torch::stable::detail::StableLibrary & m)
 #define TOKENMILL_IMPL_CompositeExplicitAutograd(m) \
   STABLE_TORCH_LIBRARY_IMPL(tokenmill_emulated, CompositeExplicitAutograd, m)
-#define TOKENMILL_BOX(function) TORCH_BOX(&tokenmill::Framed<function>::call)
 #else
 #define TOKENMILL_LIBRARY(m) STABLE_TORCH_LIBRARY(tokenmill, m)
 #define TOKENMILL_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(tokenmill, key, m)
-#define TOKENMILL_BOX(function) TORCH_BOX(&function)
 #endif

@@ -4,7 +4,7 @@
 #include <string_view>
 #include <vector>
 
-#include "core/check.h"
+#include "core/box.h"
 #include "core/dtype.h"
 #include "core/stable.h"
 #include "cpu/pages.h"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .autocast import Autocast, device_of
+from .check import check_tensor
 
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
@@ -64,6 +65,7 @@ class TorchOp:
     autocast: Autocast | None = None
     arguments: tuple[str, ...] = field(init=False)  # names of the schema
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
+    tensors: frozenset[str] = field(init=False)  # those that must be tensors
 
     @property
     def qualname(self) -> str:
@@ -82,6 +84,8 @@ class TorchOp:
         written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
         object.__setattr__(self, "written", written)
+        tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
+        object.__setattr__(self, "tensors", tensors)
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of a call under autocast as the kernel gets them."""
@@ -141,13 +145,21 @@ def _call_autocast(op: TorchOp, namespace: str, *args: Any) -> Any:
         return op.overload(namespace)(*args)
 
 
-def _call_fake(op: TorchOp, *args: Any) -> Any:
+def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
+    """torch passes None for any tensor: csrc/core/box.h has this check."""
+    for name, value in zip(op.arguments, args, strict=True):
+        if value is None and name in op.tensors:
+            check_tensor(op.name, name, value)
     op.check(*args)
+
+
+def _call_fake(op: TorchOp, *args: Any) -> Any:
+    _check(op, args)
     return op.fake(*args)
 
 
 def _call_triton(op: TorchOp, *args: Any) -> Any:
-    op.check(*args)
+    _check(op, args)
     assert op.triton
     module, function = op.triton.split(":")
     kernels = importlib.import_module(f"tokenmill.triton_kernels.{module}")

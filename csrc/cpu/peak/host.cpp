@@ -2,7 +2,7 @@
 // the measured peak of its multiply-add units.
 #include <time.h>
 
-#include "core/check.h"
+#include "core/box.h"
 #include "cpu/peak/params.h"
 
 namespace tokenmill {
