@@ -4,16 +4,9 @@
 #include <algorithm>
 
 #include "core/qkv.h"
+#include "core/written.h"
 
 namespace tokenmill {
-
-// The addresses of the first element and behind the last one.
-inline std::pair<int64_t, int64_t> extent_of(const View& t) {
-  const int64_t begin = reinterpret_cast<int64_t>(t.data()), bytes = t.tensor.element_size();
-  int64_t last = t.tensor.numel() > 0 ? 0 : -1;
-  for (size_t i = 0; i < t.sizes.size() && last >= 0; ++i) last += (t.sizes[i] - 1) * t.strides[i];
-  return {begin, begin + (last + 1) * bytes};
-}
 
 inline void check_token_rows(const char* op, const char* name, const View& t) {
   check_last_contiguous(op, name, t);
@@ -49,22 +42,12 @@ inline void check_like(const char* op, const char* name, const View& t,
   check_device_of(op, name, t, other, first);
 }
 
-// What a call writes into: of the shape, with dtype and device of the first of those that it reads,
-// each element in a place of its own, and beyond what is read.
+// What a call writes into: of the shape, with dtype and device of the first of those that it reads.
 inline void check_out(const char* op, const View& out, const std::vector<int64_t>& shape,
-                      std::initializer_list<std::pair<const char*, const View&>> read) {
-  const auto& [other, first] = *read.begin();
-  check_like(op, "out", out, shape, first.dtype, other, first);
-  for (int64_t i = 0; i < out.dim(); ++i)
-    check(out.size(i) <= 1 || out.strides[i] > 0, op, "out", "must not be expanded; strides",
-          out.strides);
-  const auto [begin, end] = extent_of(out);
-  for (const auto& [name, t] : read) {
-    const auto [from, until] = extent_of(t);
-    const int64_t shared = std::min(end, until) - std::max(begin, from);
-    check(begin == end || from == until || shared <= 0, op, "out",
-          Rule("must not reach into the memory of ", name, "; bytes"), shared);
-  }
+                      std::initializer_list<Read> read) {
+  const View& first = *read.begin()->view;
+  check_like(op, "out", out, shape, first.dtype, read.begin()->name, first);
+  check_written(op, "out", out, read);
 }
 
 // [B, K] int32.

@@ -37,7 +37,7 @@ if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
 
 _triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
 _cuda_library = torch.library.Library(NAMESPACE, "IMPL")
-_autocast_libraries = {
+_libraries = {
     namespace: torch.library.Library(namespace, "IMPL")
     for namespace in (NAMESPACE, TRITON_NAMESPACE, EMULATED_NAMESPACE)
 }
@@ -123,8 +123,13 @@ def register(op: TorchOp) -> TorchOp:
 
 
 def _attach(op: TorchOp, namespace: str) -> None:
-    """Gives the operator in a namespace its fake kernel, its autograd and its autocast."""
+    """Gives the operator in a namespace its fake kernel, its autograd, its autocast and, if it
+    writes into an argument, what it does with lazy negatives and conjugates. What torch does there
+    by itself fails an assertion and aborts the process later."""
     qualname = f"{namespace}::{op.name}"
+    on_views = functools.partial(_call_on_views, op, namespace)
+    for key in ("Conjugate", "Negative") if op.written else ():
+        _libraries[namespace].impl(op.name, on_views, key)
     torch.library.register_fake(qualname, functools.partial(_call_fake, op))
     if op.backward:
         torch.library.register_autograd(
@@ -135,7 +140,7 @@ def _attach(op: TorchOp, namespace: str) -> None:
     if op.autocast:
         for key in ("AutocastCPU", "AutocastCUDA"):
             kernel = functools.partial(_call_autocast, op, namespace)
-            _autocast_libraries[namespace].impl(op.name, kernel, key)
+            _libraries[namespace].impl(op.name, kernel, key)
 
 
 def _call_autocast(op: TorchOp, namespace: str, *args: Any) -> Any:
@@ -156,6 +161,12 @@ def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
 def _call_fake(op: TorchOp, *args: Any) -> Any:
     _check(op, args)
     return op.fake(*args)
+
+
+def _call_on_views(op: TorchOp, namespace: str, *args: Any) -> Any:
+    _check(op, args)  # refuses those that are written
+    resolved = (a.resolve_conj().resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+    return op.overload(namespace)(*resolved)
 
 
 def _call_triton(op: TorchOp, *args: Any) -> Any:

@@ -1,4 +1,5 @@
 #include "core/stream.h"
+#include "core/written.h"
 #include "linear/checks.h"
 #include "linear/linear_attention/params.h"
 
@@ -169,7 +170,16 @@ std::tuple<Tensor, Tensor> linear_attention_out(Tensor q, Tensor k, Tensor v, Op
   const View qv(q), kv(k), vv(v);
   const Options o{log_decay, feature_map, scale, normalize, initial_state, cu_seqlens, chunk_size};
   LinearAttentionParams p = make_params(qv, kv, vv, o);
-  check_like_out(View(out), "out", qv, vv);
+  const View ov(out);
+  check_like_out(ov, "out", qv, vv);
+  const auto view = [](const OptTensor& t) { return t ? std::optional<View>(*t) : std::nullopt; };
+  check_written(kOp, "out", ov,
+                {{"q", qv},
+                 {"k", kv},
+                 {"v", vv},
+                 {"log_decay", view(log_decay)},
+                 {"initial_state", view(initial_state)},
+                 {"cu_seqlens", view(cu_seqlens)}});
   check_values(qv, o);
   return forward(p, qv, out, return_final_state, o.packed());
 }

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "core/stream.h"
+#include "core/written.h"
 #include "linear/checks.h"
 #include "linear/linear_attention_decode/params.h"
 
@@ -66,6 +67,9 @@ Tensor linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor state, OptTe
           Rule("must have a slot for each sequence, ", p.batch, ", without state_indices"),
           p.slots);
   }
+  check_written(
+      kOp, "state", sv,
+      {{"q", qv}, {"k", kv}, {"v", vv}, {"log_decay", decay}, {"state_indices", indices}});
   if (!qv.is_cuda) check_values(sv, decay, indices);
   p.dtype = to_dtype(qv.dtype);
   p.normalize = normalize;

@@ -1,3 +1,4 @@
+#include "core/written.h"
 #include "select/block_pool_keys/pool.h"
 
 namespace tokenmill {
@@ -16,6 +17,11 @@ void block_pool_keys_update(Tensor k, Tensor pooled, int64_t block, std::string 
         out.dtype);
   check_last_contiguous(kOp, "pooled", out);
   check_device_of(kOp, "pooled", out, "k", keys);
+  std::optional<View> limits, table;
+  if (lengths) limits.emplace(*lengths);
+  if (block_table) table.emplace(*block_table);
+  check_written(kOp, "pooled", out,
+                {{"k", keys}, {"start", View(start)}, {"lengths", limits}, {"block_table", table}});
   out.note(true);
   set_pooled(p, out);
   run_pool(kOp, p, keys);

@@ -2,6 +2,7 @@
 
 #include "core/qkv.h"
 #include "core/stream.h"
+#include "core/written.h"
 #include "select/checks.h"
 #include "select/kv_cache_compact/params.h"
 
@@ -34,11 +35,14 @@ void check_values(const CompactParams& p) {
         check(d == 0 || list[d] > list[d - 1], kOp, "keep", "must ascend", int64_t{list[d]});
       }
     }
+  std::vector<bool> taken(p.block_table ? p.pages : 0);
   for (int64_t b = 0; b < p.batch && p.block_table; ++b)
     for (int64_t i = 0; i < ceil_div(p.length(b), int64_t{1} << p.log2_page_size); ++i) {
       const int64_t page = p.block_table[b * p.table_stride + i];
       check(page >= 0 && page < p.pages, kOp, "block_table",
             Rule("must name pages below ", p.pages, " where keys lie"), page);
+      check(!taken[page], kOp, "block_table", "must not name a page twice where keys lie", page);
+      taken[page] = true;
     }
 }
 
@@ -71,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
   }
   check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), kOp, "v_cache",
         Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
+  std::optional<View> table, held, rotations;
   CompactParams p{};
   p.heads = k.size(2);
   check(list.dim() == 2 || (list.dim() == 3 && list.size(1) == p.heads), kOp, "keep",
@@ -84,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
   p.capacity = k.size(1);
   p.pages = k.size(0);
   if (block_table) {
-    const View t(*block_table);
+    const View& t = table.emplace(*block_table);
     check(t.dim() == 2 && t.size(0) == p.batch, kOp, "block_table",
           Rule("must have shape [", p.batch, ", pages]"), t.sizes);
     check_ints("block_table", t, k);
@@ -100,14 +105,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
           k.size(0));
   }
   if (lengths) {
-    const View t(*lengths);
+    const View& t = held.emplace(*lengths);
     const std::vector<int64_t> each{p.batch};
     check(t.sizes == each, kOp, "lengths", Rule("must have shape ", each), t.sizes);
     check_ints("lengths", t, k);
     p.lengths = t.data<int32_t>();
   }
   if (turns) {
-    const View t(*turns);
+    const View& t = rotations.emplace(*turns);
     check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= k.size(3), kOp,
           "rerotate", Rule("must have 1 to ", k.size(3) / 2, " frequencies"), t.sizes);
     check(t.dtype == ScalarType::Float, kOp, "rerotate", "must be float32", t.dtype);
@@ -117,6 +122,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tens
     p.turns_rest = p.turns + t.step(0);
     p.pairs = t.size(1);
   }
+  check_written(kOp, "k_cache", k,
+                {{"keep", list},
+                 {"counts", n},
+                 {"lengths", held},
+                 {"block_table", table},
+                 {"rerotate", rotations}});
+  check_written(kOp, "v_cache", v,
+                {{"k_cache", k},
+                 {"keep", list},
+                 {"counts", n},
+                 {"lengths", held},
+                 {"block_table", table},
+                 {"rerotate", rotations}});
   p.key_dim = k.size(3);
   p.value_dim = v.size(3);
   p.dtype = to_dtype(k.dtype);

@@ -44,7 +44,7 @@ def linear_attention_decode(
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA).
         state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
             :func:`linear_attention` returns it; updated in place. The rows of a head lie without
-            gaps.
+            gaps, each element at an address of its own and none in another argument.
         log_decay: ``[H]`` or ``[B, S, H]``, not positive, as in :func:`linear_attention`.
         feature_map, normalize: as in :func:`linear_attention`; those with which the state was made.
         state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
@@ -252,6 +252,16 @@ SPEC = register_op(
                 "state layout",
                 "state: must have the rows of a head without gaps; strides; got [4096, 1024, 1, ",
                 _set(3, lambda s: s.transpose(-1, -2)),
+            ),
+            Malformed(
+                "expanded state",
+                "state: must have each element at an address of its own; strides; got [0, 1024, ",
+                _set(3, lambda s: s[:1].expand(5, -1, -1, -1)),
+            ),
+            Malformed(
+                "state over v",
+                "state: must not share memory with v; strides; got [4096, 1024, 32, 1]",
+                lambda a, k: a.__setitem__(2, a[3].flatten()[64:256].view(3, 1, 2, 32)),
             ),
             Malformed(
                 "too few slots",

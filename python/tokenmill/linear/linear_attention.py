@@ -122,7 +122,8 @@ def linear_attention(
         chunk_size: tokens per chunk, a power of two from 16 to 256; a hint that changes rounding
             alone. None: the kernel's choice.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension, no overlap with an input. Needs no_grad or inputs without gradient.
+            last dimension, each element at an address of its own and none in an input (parts of
+            one tensor are apart). Needs no_grad or inputs without gradient.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:

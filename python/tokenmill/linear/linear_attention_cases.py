@@ -295,4 +295,14 @@ MALFORMED = (
         "out: must have a contiguous last dimension; strides",
         set_options(out=_narrow(torch.zeros(2, 33, 4, 32))),
     ),
+    Malformed(
+        "expanded out",
+        "out: must have each element at an address of its own; strides; got [0, 128, 32, 1]",
+        set_options(out=torch.zeros(33, 4, 32).expand(2, 33, 4, 32)),
+    ),
+    Malformed(
+        "out over q",
+        "out: must not share memory with q; strides; got [4224, 128, 32, 1]",
+        lambda a, k: k.update(out=a[0]),
+    ),
 )

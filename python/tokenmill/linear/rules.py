@@ -19,6 +19,7 @@ from ..check import (
     fail,
     show,
 )
+from ..written import check_written
 
 LINEAR_ATTENTION = "linear_attention"
 DECODE = "linear_attention_decode"
@@ -75,6 +76,8 @@ def check_linear_attention_out(*lowered: Any, float64: bool = False) -> None:
         fail(op, "out", f"must have the dtype of q, {show(q.dtype)}", out.dtype)
     check_last_contiguous(op, "out", out)
     check_device_of_q(op, "out", out, q)
+    names = {"q": 0, "k": 1, "v": 2, "log_decay": 3, "initial_state": 7, "cu_seqlens": 9}
+    check_written(op, "out", out, {name: call[i] for name, i in names.items()})
 
 
 def check_decode(
@@ -101,14 +104,15 @@ def check_decode(
         if state.shape[0] < batch:
             rule = f"must have a slot for each sequence, {batch}, without state_indices"
             fail(op, "state", rule, state.shape[0])
-        return
-    check(
-        state_indices.dtype == torch.int32,
-        op,
-        "state_indices",
-        "must be int32",
-        state_indices.dtype,
-    )
+    else:
+        _check_slots(state_indices, q)
+    read = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state_indices": state_indices}
+    check_written(op, "state", state, read)
+
+
+def _check_slots(state_indices: Tensor, q: Tensor) -> None:
+    op, dtype, batch = DECODE, state_indices.dtype, q.shape[0]
+    check(dtype == torch.int32, op, "state_indices", "must be int32", dtype)
     if tuple(state_indices.shape) != (batch,):
         fail(op, "state_indices", f"must have shape [{batch}]", state_indices.shape)
     check_last_contiguous(op, "state_indices", state_indices)

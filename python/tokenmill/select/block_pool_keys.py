@@ -20,6 +20,7 @@ from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import select as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
+from ..written import check_written
 from .rules import (
     batch_of,
     check_block_table,
@@ -106,7 +107,8 @@ def block_pool_keys_update(
 
     Args:
         k: as in :func:`block_pool_keys`.
-        pooled: its result, any strides with a contiguous last dimension; updated in place.
+        pooled: its result, any strides with a contiguous last dimension, each element at an address
+            of its own and none in another argument; updated in place.
         block, mode, lengths, block_table: as in :func:`block_pool_keys`.
         start: ``[B]`` int32, the first token that is new; from the length on nothing changes,
             negative = 0.
@@ -215,6 +217,8 @@ def _check_update(
         fail(UPDATE, "pooled", f"must have the dtype of k, {show(k.dtype)}", pooled.dtype)
     check_last_contiguous(UPDATE, "pooled", pooled)
     check_device_of(UPDATE, "pooled", pooled, "k", k)
+    read = {"k": k, "start": start, "lengths": lengths, "block_table": block_table}
+    check_written(UPDATE, "pooled", pooled, read)
 
 
 def _pooled_sizes(k: Tensor, block: int, mode: str, block_table: Tensor | None) -> list[int]:
@@ -437,6 +441,16 @@ UPDATE_SPEC = register_op(
                 "dtype of pooled",
                 "pooled: must have the dtype of k, float32; got float16",
                 lambda a, k: a.__setitem__(1, a[1].half()),
+            ),
+            Malformed(
+                "expanded pooled",
+                "pooled: must have each element at an address of its own; strides; got [128, 0, ",
+                lambda a, k: a.__setitem__(1, a[1][:, :1].expand(-1, 4, -1, -1)),
+            ),
+            Malformed(
+                "pooled over k",
+                "pooled: must not share memory with k; strides; got [1600, 32, 16, 1]",
+                lambda a, k: a.__setitem__(1, a[0][:, :4]),
             ),
         ),
         differentiable=(),

@@ -24,6 +24,7 @@ from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
+from ..written import check_written
 from .cache_compact_cases import MALFORMED, SAMPLES
 
 OP = "kv_cache_compact"
@@ -51,7 +52,8 @@ def kv_cache_compact(
     Args:
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages
             ``[P, page size, Hk, ...]`` that no two requests share; float16, bfloat16 or float32,
-            any strides with a contiguous last dimension. Overwritten.
+            any strides with a contiguous last dimension, each element at an address of its own and
+            none in another argument (halves of one tensor are apart). Overwritten.
         keep: int32 ``[B, K]``, or ``[B, Hk, K]`` for a list of each head (dense caches alone):
             slots in ascending order, as :func:`topk_select` gives them.
         counts: int32 ``[B]`` or ``[B, Hk]``, the entries of each list that count.
@@ -74,7 +76,8 @@ def kv_cache_compact(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU an entry
-            that does not move down, or lies on a page out of range, moves nothing.
+            that does not move down, or lies on a page out of range, moves nothing; what a page that
+            is named twice holds afterwards is not defined.
 
     Complexity: reads and writes each kept row that moves once; with compensation reads the cache.
 
@@ -202,6 +205,15 @@ def _check(
         check(rotations.dtype == wide, OP, "rerotate", "must be float32", rotations.dtype)
         check_last_contiguous(OP, "rerotate", rotations)
         check_device_of(OP, "rerotate", rotations, "k_cache", k_cache)
+    read = {
+        "keep": keep,
+        "counts": counts,
+        "lengths": lengths,
+        "block_table": block_table,
+        "rerotate": rotations,
+    }
+    check_written(OP, "k_cache", k_cache, read)
+    check_written(OP, "v_cache", v_cache, {"k_cache": k_cache, **read})
 
 
 def _check_ints(name: str, t: Tensor, k_cache: Tensor) -> None:
@@ -237,11 +249,14 @@ def _check_values(
                 check(0 <= slot < length[b], OP, "keep", rule, slot)
                 check(d == 0 or slot > kept[d - 1], OP, "keep", "must ascend", slot)
     if block_table is not None:
-        pages = k_cache.shape[0]
+        pages, taken = k_cache.shape[0], set()
         for row, n in zip(block_table.tolist(), length, strict=True):
             for page in row[: -(-n // size)]:
                 rule = f"must name pages below {pages} where keys lie"
                 check(0 <= page < pages, OP, "block_table", rule, page)
+                rule = "must not name a page twice where keys lie"
+                check(page not in taken, OP, "block_table", rule, page)
+                taken.add(page)
 
 
 def _fake(

@@ -79,6 +79,11 @@ def _pages_of_heads(args: list[Any], kwargs: dict[str, Any]) -> None:
     kwargs.update(block_table=_ints([0], [1]))
 
 
+def _shared_page(args: list[Any], kwargs: dict[str, Any]) -> None:
+    args[:2] = [t.reshape(10, 8, 2, 32) for t in args[:2]]
+    kwargs.update(block_table=_ints([0, 1, 2, 3, 4], [5, 6, 2, 8, 9]))
+
+
 # Edits of the first sample: caches [2, 40, 2, 32], keep [2, 20], counts [20, 7].
 MALFORMED = (
     Malformed(
@@ -144,6 +149,27 @@ MALFORMED = (
         "frequencies",
         "rerotate: must have 1 to 16 frequencies; got [2, 17]",
         lambda a, k: k.update(rerotate=torch.ones(17)),
+    ),
+    Malformed(
+        "expanded cache",
+        "k_cache: must have each element at an address of its own; strides; got [0, 64, 32, 1]",
+        lambda a, k: a.__setitem__(0, a[0][:1].expand(2, -1, -1, -1)),
+    ),
+    Malformed(
+        "one cache twice",
+        "v_cache: must not share memory with k_cache; strides; got [2560, 64, 32, 1]",
+        lambda a, k: a.__setitem__(1, a[0]),
+    ),
+    Malformed(
+        "cache over keep",
+        "k_cache: must not share memory with keep; strides; got [2560, 64, 32, 1]",
+        lambda a, k: a.__setitem__(2, a[0].view(torch.int32)[:, 3, 0, :20]),
+    ),
+    Malformed(
+        "page of two requests",
+        "block_table: must not name a page twice where keys lie; got 2",
+        _shared_page,
+        values=True,
     ),
     Malformed(
         "too long",

@@ -51,8 +51,8 @@ def gather_fuse(
         normalize: divide f by the sum of its weights, and let f be 0 where that is 0. False as in
             EViT, whose fused token is a sum.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension, no memory of another argument between its first and last element. Needs
-            no_grad or arguments without gradient.
+            last dimension, each element at an address of its own and none in another argument
+            (parts of one tensor are apart). Needs no_grad or arguments without gradient.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -316,6 +316,16 @@ SPEC = register_op(
                 "shape of out",
                 "out: must have shape [2, 9, 24]; got [2, 8, 24]",
                 set_options(out=torch.zeros(2, 8, 24)),
+            ),
+            Malformed(
+                "expanded out",
+                "out: must have each element at an address of its own; strides; got [0, 24, 1]",
+                set_options(out=torch.zeros(9, 24).expand(2, 9, 24)),
+            ),
+            Malformed(
+                "out over x",
+                "out: must not share memory with x; strides; got [336, 24, 1]",
+                lambda a, k: k.update(out=a[0][:, 5:]),
             ),
             Malformed(
                 "beyond the end",

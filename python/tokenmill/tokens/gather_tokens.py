@@ -53,9 +53,9 @@ def gather_tokens(
         indices: ``[B, K]`` int32 or int64, -1 to N - 1. Or flat: ``[K]``, where b * N + n is token
             n of sequence b.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
-            last dimension (of ``[B, K, H, D]`` the last two), no memory of x or indices between its
-            first and last element. Needs no_grad or an x without gradient. Of several tensors as
-            many.
+            last dimension (of ``[B, K, H, D]`` the last two), each element at an address of its own
+            and none in x or indices (parts of one tensor are apart). Needs no_grad or an x without
+            gradient. Of several tensors as many.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -275,8 +275,13 @@ SPEC = register_op(
             ),
             Malformed(
                 "expanded out",
-                "out: must not be expanded; strides; got [0, 24, 1]",
+                "out: must have each element at an address of its own; strides; got [0, 24, 1]",
                 set_options(out=torch.zeros(9, 24).expand(2, 9, 24)),
+            ),
+            Malformed(
+                "out over x",
+                "out: must not share memory with x; strides; got [312, 24, 1]",
+                lambda a, k: k.update(out=a[0][:, 4:]),
             ),
             Malformed(
                 "beyond the end",

@@ -3,13 +3,12 @@ words."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..check import check, check_device_of, check_dtype, check_last_contiguous, fail, show
 from ..kv_cache import check_int32
+from ..written import check_written
 
 MOVABLE = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)
 
@@ -53,23 +52,7 @@ def check_out(op: str, out: Tensor, shape: list[int], read: dict[str, Tensor]) -
     reads, each element in a place of its own, and beyond what is read."""
     other, first = next(iter(read.items()))
     check_like(op, "out", out, shape, first.dtype, other, first)
-    apart = all(n <= 1 or s > 0 for n, s in zip(out.shape, out.stride(), strict=True))
-    check(apart, op, "out", "must not be expanded; strides", out.stride())
-    if torch.compiler.is_compiling():
-        return
-    begin, end = _extent(out)
-    for name, t in read.items():
-        from_, until = _extent(t)
-        shared = min(end, until) - max(begin, from_)
-        if shared > 0 and out.untyped_storage()._cdata == t.untyped_storage()._cdata:
-            fail(op, "out", f"must not reach into the memory of {name}; bytes", shared)
-
-
-def _extent(t: Tensor) -> tuple[Any, Any]:
-    """The bytes of its storage from the first element to behind the last one."""
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    first = t.storage_offset()
-    return first * t.itemsize, (first + last + 1 if t.numel() else first) * t.itemsize
+    check_written(op, "out", out, {**read})
 
 
 def check_indices(op: str, name: str, t: Tensor, batch: int, other: str, first: Tensor) -> None:

@@ -1,0 +1,88 @@
+// What a call writes into: the checks of python/tokenmill/written.py, in its order and words.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "core/views.h"
+
+namespace tokenmill {
+
+// Where the elements of a tensor lie.
+struct Places {
+  explicit Places(const View& t)
+      : view(t), begin(static_cast<const char*>(t.data())), width(t.tensor.element_size()) {}
+  bool none() const {
+    return std::find(view.sizes.begin(), view.sizes.end(), 0) != view.sizes.end();
+  }
+  const View& view;
+  const char* begin;
+  int64_t width;  // bytes of an element
+};
+
+// Whether no two indices share an address. A layout whose dimensions interleave, none stepping over
+// the whole of the others, counts as sharing.
+inline bool elements_apart(const Places& t) {
+  if (t.none()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < t.view.dim(); ++i)
+    if (t.view.size(i) > 1) dims.emplace_back(t.view.strides[i], t.view.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;  // offset of the last element of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride <= last) return false;
+    last += (size - 1) * stride;
+  }
+  return true;
+}
+
+// Whether an element of a may lie where one of b lies. For every cut the strides from it on step by
+// multiples of their greatest common divisor; what the others span is compared modulo that. This
+// tells apart what was cut from one tensor along any dimension, such as interleaved keys and
+// values.
+inline bool share_memory(const Places& a, const Places& b) {
+  if (a.none() || b.none()) return false;
+  const int64_t apart = b.begin - a.begin;
+  const auto separate = [&](int64_t cut) {
+    int64_t step = 0, span_a = a.width, span_b = b.width;
+    const auto add = [&](const Places& t, int64_t& span) {
+      for (int64_t i = 0; i < t.view.dim(); ++i) {
+        const int64_t stride = t.view.step(i) * t.width;
+        if (stride >= cut)
+          step = std::gcd(step, stride);
+        else
+          span += (t.view.size(i) - 1) * stride;
+      }
+    };
+    add(a, span_a);
+    add(b, span_b);
+    if (step == 0) return apart >= span_a || -apart >= span_b;
+    const int64_t from = (apart % step + step) % step;
+    return from >= span_a && from + span_b <= step;
+  };
+  if (separate(std::numeric_limits<int64_t>::max())) return false;
+  for (const Places* t : {&a, &b})
+    for (int64_t i = 0; i < t->view.dim(); ++i)
+      if (t->view.step(i) > 0 && separate(t->view.step(i) * t->width)) return false;
+  return true;
+}
+
+struct Read {
+  Read(const char* name, const View& t) : name(name), view(&t) {}
+  Read(const char* name, const std::optional<View>& t) : name(name), view(t ? &*t : nullptr) {}
+  const char* name;
+  const View* view;  // null: not given
+};
+
+// Each element at an address of its own, and none where one lies that the call reads.
+inline void check_written(const char* op, const char* name, const View& t,
+                          std::initializer_list<Read> read) {
+  const Places places(t);
+  check(elements_apart(places), op, name,
+        "must have each element at an address of its own; strides", t.strides);
+  for (const Read& other : read)
+    check(!other.view || !share_memory(places, Places(*other.view)), op, name,
+          Rule("must not share memory with ", other.name, "; strides"), t.strides);
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,76 @@
+"""What a call writes into. csrc/core/written.h has the same rules in the same order and words."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .check import fail
+
+
+def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:
+    """No lazy negative or conjugate, each element at an address of its own, and none where one lies
+    that the call reads. Where there are no addresses (in a graph that is being made), the kernel
+    looks for itself when it runs."""
+    if torch.compiler.is_compiling():
+        return
+    if t.is_neg() or t.is_conj():
+        fail(op, name, "must not be a negative or conjugate view", t)
+    address = _address(t)
+    if address is None:
+        return
+    if not _elements_apart(t):
+        rule = "must have each element at an address of its own; strides"
+        fail(op, name, rule, t.stride())
+    for other, x in read.items():
+        begin = None if x is None else _address(x)
+        if x is not None and begin is not None and _share_memory(t, x, begin - address):
+            fail(op, name, f"must not share memory with {other}; strides", t.stride())
+
+
+def _address(t: Tensor) -> int | None:
+    """None of a tensor without elements, or without memory (fake, or wrapped by a transform)."""
+    try:
+        return t.data_ptr() or None
+    except RuntimeError:
+        return None
+
+
+def _elements_apart(t: Tensor) -> bool:
+    """Whether no two indices share an address. A layout whose dimensions interleave, none stepping
+    over the whole of the others, counts as sharing."""
+    last = 0  # offset of the last element of the dimensions so far
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return False
+        last += (size - 1) * stride
+    return True
+
+
+def _share_memory(a: Tensor, b: Tensor, apart: int) -> bool:
+    """Whether an element of a may lie where one of b lies, which begins `apart` bytes behind a.
+
+    For every cut the strides from it on step by multiples of their greatest common divisor; what
+    the others span is compared modulo that. This tells apart what was cut from one tensor along any
+    dimension, such as interleaved keys and values.
+    """
+    steps_a, steps_b = (
+        [(s * t.itemsize, n - 1) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+        for t in (a, b)
+    )
+
+    def separate(cut: float) -> bool:
+        step = math.gcd(*(stride for stride, _ in (*steps_a, *steps_b) if stride >= cut))
+        span_a, span_b = (
+            t.itemsize + sum(stride * count for stride, count in steps if stride < cut)
+            for t, steps in ((a, steps_a), (b, steps_b))
+        )
+        if step == 0:
+            return apart >= span_a or -apart >= span_b
+        begin = apart % step
+        return begin >= span_a and begin + span_b <= step
+
+    cuts = [math.inf, *(stride for stride, _ in (*steps_a, *steps_b) if stride > 0)]
+    return not any(separate(cut) for cut in cuts)

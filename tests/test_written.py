@@ -1,0 +1,121 @@
+"""What a call writes into, for every operator that does."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from conftest import backends, device_of
+from hypothesis import given
+from hypothesis import strategies as st
+from test_contract import draw
+
+import tokenmill as tm
+from tokenmill import dispatch, registry, written
+
+IN_PLACE = [spec for spec in registry.ops().values() if spec.forward.written]
+WITH_OUT = [spec for spec in registry.ops().values() if spec.out]
+EITHER = [(spec, spec.forward) for spec in IN_PLACE] + [(spec, spec.out) for spec in WITH_OUT]
+
+CALLS = [
+    pytest.param(spec, op, name, backend, id=f"{op.name}-{name}-{backend}")
+    for spec, op in EITHER
+    for name in op.written
+    for backend in backends()
+    if backend != "triton" or op.triton
+]
+
+
+def arguments(spec, op, backend):
+    """Those of the schema, for the first sample."""
+    args, kwargs = draw(spec.samples[0])
+    lowered = list(spec.lower(*args, **kwargs))
+    if op is not spec.forward:
+        lowered.append(op_out(spec, args, kwargs))
+    device = device_of(backend)
+    return [a.to(device) if isinstance(a, torch.Tensor) else a for a in lowered]
+
+
+def op_out(spec, args, kwargs):
+    result = spec.function(*args, **kwargs)
+    return torch.zeros_like(result[0] if isinstance(result, tuple) else result)
+
+
+@pytest.mark.parametrize(("spec", "op", "name", "backend"), CALLS)
+def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
+    """torch.ops too, whose own way of writing to one aborts the process when it is collected."""
+    lowered = arguments(spec, op, backend)
+    at = op.arguments.index(name)
+    before = lowered[at].clone()
+    called = op.overload(dispatch.namespace(backend))
+    view = torch._neg_view(lowered[at])
+    edited = [*lowered[:at], view, *lowered[at + 1 :]]
+    rule = rf"^tokenmill\.{spec.name}: {name}: must not be a negative or conjugate view; got a tens"
+    with pytest.raises(RuntimeError, match=rule):
+        called(*edited)
+    if op is spec.forward:
+        with pytest.raises(RuntimeError, match=rule):
+            dispatch.call(spec, tuple(edited), backend)
+    cycle = [view]
+    cycle.append(cycle)
+    del view, cycle, edited
+    gc.collect()
+    assert torch.equal(lowered[at], before)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
+    q, k, v = torch.randn(3, 1, 5, 2, 8, device=device_of(backend))
+    state = torch.randn(1, 2, 8, 8, device=device_of(backend))
+    want = tm.attention(q, k, -v, backend=backend)
+    for negative in (torch._neg_view(v), torch.complex(k, v).conj().imag):
+        found = tm.attention(q, k, negative.contiguous(), backend=backend)
+        assert torch.equal(found, want)
+    negative = torch._neg_view(v)
+    assert torch.equal(tm.attention(q, k, negative, backend=backend), want)
+    states = state.clone(), state.clone()
+    want = tm.linear_attention_decode(q[:, :1], k[:, :1], -v[:, :1], states[0], backend=backend)
+    found = tm.linear_attention_decode(
+        q[:, :1], k[:, :1], negative[:, :1], states[1], backend=backend
+    )
+    assert torch.equal(want, found)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_parts_of_one_tensor_are_apart(backend):
+    """Keys and values in one cache, however they are laid out."""
+    keep = torch.tensor([[1, 3, 4], [0, 5, 7]], dtype=torch.int32)
+    counts = torch.tensor([3, 2], dtype=torch.int32)
+    device = device_of(backend)
+    keep, counts = keep.to(device), counts.to(device)
+    k, v = torch.randn(2, 2, 8, 3, 4, device=device)
+    want = k.clone(), v.clone()
+    tm.kv_cache_compact(*want, keep, counts, backend=backend)
+    for dim in range(4):
+        parts = torch.stack([k, v], dim).unbind(dim)
+        tm.kv_cache_compact(*parts, keep, counts, backend=backend)
+        for found, wanted in zip(parts, want, strict=True):
+            assert torch.equal(found, wanted)
+
+
+@st.composite
+def layouts(draw):
+    """(offset, sizes, strides) of a view of 64 elements."""
+    rank = draw(st.integers(0, 3))
+    sizes = draw(st.lists(st.integers(0, 4), min_size=rank, max_size=rank))
+    strides = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12]), min_size=rank,
+                            max_size=rank))  # fmt: skip
+    return draw(st.integers(0, 12)), sizes, strides
+
+
+@given(layouts(), layouts())
+def test_overlap_is_never_missed(first, second):
+    memory = torch.arange(64.0)
+    a, b = (memory.as_strided(sizes, strides, offset) for offset, sizes, strides in (first, second))
+    here, there = a.flatten().tolist(), b.flatten().tolist()
+    if len(set(here)) < len(here):
+        assert not written._elements_apart(a)
+    if here and there and set(here) & set(there):
+        assert written._share_memory(a, b, b.data_ptr() - a.data_ptr())
