@@ -6,8 +6,10 @@ two on every malformed call of the registry.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -30,7 +32,7 @@ def show(value: Any) -> str:
         return f"a tensor of shape {show(value.shape)}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(show(v) for v in value) + "]"
-    return str(value)
+    return " ".join(str(value).split())
 
 
 def fail(op: str, argument: str, rule: str, value: Any) -> NoReturn:
@@ -43,8 +45,53 @@ def check(ok: bool, op: str, argument: str, rule: str, value: Any) -> None:
 
 
 def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) -> None:
-    if not (isinstance(value, torch.Tensor) or (optional and value is None)):
+    if value is None and optional:
+        return
+    if not isinstance(value, torch.Tensor):
         fail(op, argument, "must be a tensor" + (" or None" if optional else ""), value)
+    if value.layout is not torch.strided:
+        fail(op, argument, "must be a tensor with strides; layout", value.layout)
+
+
+def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer") -> int:
+    """An int from an int, a NumPy integer or anything else that serves as an index; not from a bool
+    or a tensor. A SymInt stays one."""
+    if type(value) is int:
+        found = value
+    elif isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    elif isinstance(value, bool | torch.Tensor):
+        fail(op, argument, rule, value)
+    else:
+        try:
+            found = operator.index(value)
+        except TypeError:
+            fail(op, argument, rule, value)
+    if not -(2**63) <= found < 2**63:
+        fail(op, argument, "must fit 64 bits", found)
+    return found
+
+
+def as_number(op: str, argument: str, value: Any, rule: str = "must be a number") -> float:
+    """A float from a real number of Python or NumPy, not from a bool."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, Real | torch.SymInt | torch.SymFloat) or isinstance(value, bool):
+        fail(op, argument, rule, value)
+    try:
+        return float(value)
+    except OverflowError:
+        fail(op, argument, "must fit a float", value)
+
+
+def check_bool(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(op, argument, "must be a bool", value)
+
+
+def check_text(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, str):
+        fail(op, argument, "must be a string", value)
 
 
 def check_last_contiguous(op: str, argument: str, t: torch.Tensor) -> None:

@@ -68,7 +68,7 @@ def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -
             if not _interpreted(candidate) and not reasons(spec, candidate, lowered):
                 return candidate
         raise AssertionError("unreachable: the reference backend runs every call")
-    if backend not in ALL_BACKENDS:
+    if not isinstance(backend, str) or backend not in ALL_BACKENDS:
         fail(spec.name, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
         raise InputError(
@@ -78,7 +78,9 @@ def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -
 
 
 def _wanted(backend: str | None) -> str | None:
-    return backend or _asked or os.environ.get("TOKENMILL_BACKEND") or None
+    if backend is not None:
+        return backend
+    return _asked or os.environ.get("TOKENMILL_BACKEND") or None
 
 
 def _interpreted(backend: str) -> bool:

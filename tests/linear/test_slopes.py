@@ -35,8 +35,8 @@ def test_slopes_between_powers_of_two_are_interpolated():
     ("arguments", "message"),
     [
         ((0,), "num_heads: must be at least 1; got 0"),
-        ((2.5,), "num_heads: must be an int; got 2.5"),
-        ((4, 1), "num_layers: must be an int, as its counterpart is given; got None"),
+        ((2.5,), "num_heads: must be an integer; got 2.5"),
+        ((4, 1), "num_layers: must be an integer, as its counterpart is given; got None"),
         ((4, 3, 3), "layer: must be from 0 to 2; got 3"),
         ((4, 0, 0), "num_layers: must be at least 1; got 0"),
     ],

@@ -128,8 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
   SparseDecodeParams d{};
   d.cache = make_cache(kOp, qv, kv, vv, lengths, table, true);
   d.log2_block = std::countr_zero(static_cast<uint64_t>(block_k));
-  d.num_sink = num_sink;
-  d.num_recent = num_recent;
+  d.num_sink = std::min(num_sink, d.cache.capacity);  // sums with them stay in range
+  d.num_recent = std::min(num_recent, d.cache.capacity);
   d.num_splits = num_splits;
   d.cache_positions = pos_mode == "cache";
   d.interleaved = interleaved;

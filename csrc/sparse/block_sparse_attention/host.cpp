@@ -33,8 +33,9 @@ BlockSparseParams make_params(const View& q, const View& k, const View& v, const
       "q", q);
   d.lengths = per_request(kOp, "lengths", lengths, batch, "q", q);
   d.causal = causal;
-  d.num_sink = num_sink;
-  d.num_recent = num_recent;
+  const int64_t all = q.size(1) + k.size(1);  // sums with it stay in range
+  d.num_sink = std::min(num_sink, all);
+  d.num_recent = std::min(num_recent, all);
   AttentionParams& p = d.attention;
   p.batch = batch;
   p.seqlen_q = q.size(1);

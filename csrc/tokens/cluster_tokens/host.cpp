@@ -9,7 +9,7 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "cluster_tokens";
-constexpr int64_t kMaxChannels = 4096;
+constexpr int64_t kMaxChannels = 4096, kMaxIters = 1000;
 
 // The checks of python/tokenmill/tokens/cluster.py, in its order and words.
 ClusterParams make_params(const View& x, int64_t grid_y, int64_t grid_x, int64_t iters, double tau,
@@ -25,7 +25,7 @@ ClusterParams make_params(const View& x, int64_t grid_y, int64_t grid_x, int64_t
         Rule("must be 1 to ", x.size(1), " along Y"), grid_y);
   check(grid_x >= 1 && grid_x <= x.size(2), kOp, "grid",
         Rule("must be 1 to ", x.size(2), " along X"), grid_x);
-  check(iters >= 1, kOp, "iters", "must be at least 1", iters);
+  check(iters >= 1 && iters <= kMaxIters, kOp, "iters", Rule("must be 1 to ", kMaxIters), iters);
   check(tau >= 0 && std::isfinite(tau), kOp, "tau", "must be finite and at least 0", tau);
   check(window >= 1 && window % 2 == 1, kOp, "window", "must be odd and at least 1", window);
   ClusterParams p{};

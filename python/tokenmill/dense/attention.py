@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..autocast import Autocast
-from ..check import check_tensor, fail
+from ..check import as_int, as_number, check_bool, check_tensor, check_text, fail
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -21,8 +21,7 @@ from .attention_rules import OP, check_attention, check_attention_values
 from .terms import (
     Kind,
     ScoreBias,
-    check_number,
-    check_window,
+    as_window,
     lower_score_bias,
 )
 
@@ -264,14 +263,21 @@ def lower(
     ):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
+    check_text(OP, "kind", kind)
+    check_text(OP, "precision", precision)
+    check_bool(OP, "causal", causal)
+    check_bool(OP, "return_lse", return_lse)
+    check_bool(OP, "deterministic", deterministic)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     scale = scale_or_default(OP, scale, q)
-    check_number(OP, "softcap", softcap)
-    check_window(OP, window)
-    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not (bound is None or isinstance(bound, int | torch.SymInt)):
-            fail(OP, name, "must be an int or None", bound)
+    softcap = as_number(OP, "softcap", softcap)
+    left, right = as_window(OP, window)
+    rule = "must be an integer or None"
+    if max_seqlen_q is not None:
+        max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
+    if max_seqlen_k is not None:
+        max_seqlen_k = as_int(OP, "max_seqlen_k", max_seqlen_k, rule)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     if cu_seqlens_q is not None and cu_seqlens_k is None:
@@ -287,15 +293,15 @@ def lower(
         bias,
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),
-        float(softcap),
-        bool(causal),
-        window[0],
-        window[1],
+        softcap,
+        causal,
+        left,
+        right,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        bool(deterministic),
+        deterministic,
         precision,
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_tensor, fail
+from ..check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
 from ..dispatch import call
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
 from ..library import TorchOp, register
@@ -20,11 +20,10 @@ from .attention_decode_cases import MALFORMED, OP, SAMPLES
 from .terms import (
     Kind,
     ScoreBias,
+    as_window,
     check_kind,
-    check_number,
     check_scale,
     check_terms,
-    check_window,
     lower_score_bias,
 )
 
@@ -208,15 +207,17 @@ def lower(
     ):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
+    check_text(OP, "kind", kind)
+    check_text(OP, "schedule", schedule)
+    check_bool(OP, "return_lse", return_lse)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     scale = scale_or_default(OP, scale, q)
-    check_number(OP, "softcap", softcap)
-    check_window(OP, window)
-    if window[1] not in (-1, 0):
-        fail(OP, "window", "right must be -1 or 0: no query sees a later key", window[1])
-    if not isinstance(num_splits, int | torch.SymInt):
-        fail(OP, "num_splits", "must be an int", num_splits)
+    softcap = as_number(OP, "softcap", softcap)
+    left, right = as_window(OP, window)
+    if right not in (-1, 0):
+        fail(OP, "window", "right must be -1 or 0: no query sees a later key", right)
+    num_splits = as_int(OP, "num_splits", num_splits)
     return (
         q,
         k_cache,
@@ -228,8 +229,8 @@ def lower(
         *lower_score_bias(OP, score_bias, q),
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),
-        float(softcap),
-        window[0],
+        softcap,
+        left,
         num_splits,
         schedule,
     )

@@ -10,7 +10,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of_q, check_last_contiguous, fail
+from ..check import (
+    as_int,
+    as_number,
+    check,
+    check_device_of_q,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+)
 from ..lowering import widen
 
 Kind = Literal["softmax", "sigmoid"]
@@ -18,15 +26,11 @@ ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
 KINDS = ("softmax", "sigmoid")
 
 
-def check_number(op: str, name: str, x: Any) -> None:
-    if not isinstance(x, int | float):
-        fail(op, name, "must be a number", x)
-
-
-def check_window(op: str, window: Any) -> None:
-    pair = isinstance(window, tuple | list) and len(window) == 2
-    if not (pair and type(window[0]) is int and type(window[1]) is int):
-        fail(op, "window", "must be two ints (left, right)", window)
+def as_window(op: str, window: Any) -> tuple[int, int]:
+    rule = "must be two ints (left, right)"
+    if not (isinstance(window, tuple | list) and len(window) == 2):
+        fail(op, "window", rule, window)
+    return as_int(op, "window", window[0], rule), as_int(op, "window", window[1], rule)
 
 
 def lower_score_bias(
@@ -34,12 +38,14 @@ def lower_score_bias(
 ) -> tuple[Tensor | None, float, bool]:
     """As a tensor, a number and whether to subtract the logarithm of the number of keys."""
     if isinstance(score_bias, Tensor):
+        check_tensor(op, "score_bias", score_bias)
         return widen(score_bias, q), 0.0, False
-    if score_bias == "neg_log_n" or score_bias is None:
-        return None, 0.0, score_bias is not None
-    if not isinstance(score_bias, int | float):
-        fail(op, "score_bias", "must be a number, 'neg_log_n' or a tensor", score_bias)
-    return None, float(score_bias), False
+    if score_bias is None:
+        return None, 0.0, False
+    if isinstance(score_bias, str) and score_bias == "neg_log_n":
+        return None, 0.0, True
+    rule = "must be a number, 'neg_log_n' or a tensor"
+    return None, as_number(op, "score_bias", score_bias, rule), False
 
 
 def check_kind(op: str, kind: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check_tensor
+from ..check import check_bool, check_tensor, check_text
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -112,6 +112,8 @@ def lower(
     for name, option in (("log_decay", log_decay), ("state_indices", state_indices)):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
+    check_text(OP, "feature_map", feature_map)
+    check_bool(OP, "normalize", normalize)
     return (
         q,
         k,
@@ -120,7 +122,7 @@ def lower(
         None if log_decay is None else widen(log_decay, q),
         feature_map,
         scale_or_default(OP, scale, q),
-        bool(normalize),
+        normalize,
         state_indices,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..autocast import Autocast
-from ..check import check_tensor, fail, synchronising_checks
+from ..check import as_int, check_bool, check_tensor, check_text, fail, synchronising_checks
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -285,8 +285,11 @@ def lower(
     ):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
-    if not (chunk_size is None or isinstance(chunk_size, int | torch.SymInt)):
-        fail(OP, "chunk_size", "must be an int or None", chunk_size)
+    check_text(OP, "feature_map", feature_map)
+    check_bool(OP, "normalize", normalize)
+    check_bool(OP, "return_final_state", return_final_state)
+    if chunk_size is not None:
+        chunk_size = as_int(OP, "chunk_size", chunk_size, "must be an integer or None")
     if initial_state is not None and initial_state.dim() == 4:
         initial_state = (
             initial_state if rows_lie_together(initial_state) else initial_state.contiguous()
@@ -298,9 +301,9 @@ def lower(
         None if log_decay is None else widen(log_decay, q),
         feature_map,
         scale_or_default(OP, scale, q),
-        bool(normalize),
+        normalize,
         initial_state,
-        bool(return_final_state),
+        return_final_state,
         cu_seqlens,
         chunk_size,
     )

@@ -256,7 +256,7 @@ MALFORMED = (
     ),
     Malformed(
         "chunk size word",
-        "chunk_size: must be an int or None; got 'auto'",
+        "chunk_size: must be an integer or None; got 'auto'",
         set_options(chunk_size="auto"),
     ),
     Malformed(

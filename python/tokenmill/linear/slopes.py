@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..check import check, fail
+from ..check import as_int, check, check_text, fail
 
 OP = "lightning_slopes"
+MAX_HEADS = 65536
 
 
 def lightning_slopes(
@@ -31,7 +32,7 @@ def lightning_slopes(
       linear in h; head 0 does not decay.
 
     Args:
-        num_heads: H.
+        num_heads: H, up to 65536.
         layer, num_layers: l from 0 and L; None for both: no factor for the layer.
         convention: "minimax" or "paper".
 
@@ -53,8 +54,8 @@ def lightning_slopes(
         >>> tm.lightning_slopes(4, layer=0, num_layers=2, convention="paper")
         tensor([0., 2., 4., 6.])
     """
-    check(isinstance(num_heads, int), OP, "num_heads", "must be an int", num_heads)
-    check(num_heads >= 1, OP, "num_heads", "must be at least 1", num_heads)
+    num_heads = as_int(OP, "num_heads", num_heads)
+    check(1 <= num_heads <= MAX_HEADS, OP, "num_heads", f"must be 1 to {MAX_HEADS}", num_heads)
     factor = _layer_factor(layer, num_layers, convention)
     if convention == "paper":
         slopes = [8.0 * h / num_heads for h in range(num_heads)]
@@ -72,14 +73,14 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def _layer_factor(layer: int | None, num_layers: int | None, convention: str) -> float:
+    check_text(OP, "convention", convention)
     if convention not in ("minimax", "paper"):
         fail(OP, "convention", "must be 'minimax' or 'paper'", convention)
     if layer is None and num_layers is None:
         return 1.0
-    for name, value in (("layer", layer), ("num_layers", num_layers)):
-        if not isinstance(value, int):
-            fail(OP, name, "must be an int, as its counterpart is given", value)
-    assert layer is not None and num_layers is not None
+    rule = "must be an integer, as its counterpart is given"
+    layer = as_int(OP, "layer", layer, rule)
+    num_layers = as_int(OP, "num_layers", num_layers, rule)
     check(num_layers >= 1, OP, "num_layers", "must be at least 1", num_layers)
     if not 0 <= layer < num_layers:
         fail(OP, "layer", f"must be from 0 to {num_layers - 1}", layer)

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import Autocast
-from ..check import check, check_tensor, fail
+from ..check import as_int, check, check_tensor, fail
 from ..lowering import scale_or_default
 from ..select import attention_row_scores
-from ..select.rules import check_whole
 from ..tokens.gather_fuse import gather_fuse
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition
@@ -150,7 +149,7 @@ class ClsTokenPruning(nn.Module):
 
     def __init__(self, keep: int, *, backend: str | None = None) -> None:
         super().__init__()
-        check_whole(PRUNING, "keep", keep)
+        keep = as_int(PRUNING, "keep", keep)
         check(keep >= 0, PRUNING, "keep", "must not be negative", keep)
         self.keep, self.backend = keep, backend
 

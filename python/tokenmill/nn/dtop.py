@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor, fail
-from ..select.rules import check_whole
+from ..check import as_int, check, check_tensor, fail
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.mask_partition import mask_partition
 
@@ -75,7 +74,7 @@ class DToPExit(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_whole(NAME, "keep", keep)
+        keep = as_int(NAME, "keep", keep)
         check(keep >= 0, NAME, "keep", "must not be negative", keep)
         self.threshold, self.keep, self.max_total = threshold, keep, max_total
         self.backend = backend

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor, fail
+from ..check import as_int, check, check_tensor, fail
 from ..dense import attention
-from ..select.rules import check_whole
 from ..tokens.local_pool import local_pool
 from ..tokens.merge import merge_tokens, unmerge_tokens
 
@@ -89,8 +88,7 @@ class PoNetMixing(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("dim", dim), ("num_heads", num_heads)):
-            check_whole(NAME, name, number)
+        dim, num_heads = as_int(NAME, "dim", dim), as_int(NAME, "num_heads", num_heads)
         check(num_heads >= 1 and dim % num_heads == 0, NAME, "num_heads", f"must divide dim, {dim}",
               num_heads)  # fmt: skip
         self.num_heads, self.exclude_first, self.backend = num_heads, exclude_first, backend

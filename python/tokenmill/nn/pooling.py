@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor, fail
-from ..select.rules import check_whole
+from ..check import as_int, check, check_tensor, fail
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.local_pool import local_pool
 from ..tokens.scatter_tokens import scatter_tokens
@@ -45,7 +44,7 @@ class PoolFormerMixing(nn.Module):
         self, pool_size: int = 3, *, channels_first: bool = False, backend: str | None = None
     ) -> None:
         super().__init__()
-        check_whole(MIXING, "pool_size", pool_size)
+        pool_size = as_int(MIXING, "pool_size", pool_size)
         odd = pool_size >= 1 and pool_size % 2 == 1
         check(odd, MIXING, "pool_size", "must be odd and positive", pool_size)
         self.pool_size, self.channels_first, self.backend = pool_size, channels_first, backend
@@ -103,7 +102,7 @@ class SegmentPooling(nn.Module):
         known = reduce in ("first", "last", "sum", "mean", "amax", "amin")
         rule = "must be 'first', 'last', 'sum', 'mean', 'amax' or 'amin'"
         check(known, SEGMENTS, "reduce", rule, reduce)
-        check_whole(SEGMENTS, "prefix", prefix)
+        prefix = as_int(SEGMENTS, "prefix", prefix)
         fits = prefix >= 1 and (prefix == 1 or reduce == "first")
         check(
             fits, SEGMENTS, "prefix", "must be at least 1, and 1 unless reduce is 'first'", prefix

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor, fail
-from ..select.rules import check_whole
+from ..check import as_int, check, check_tensor, fail
 from ..tokens import bipartite_match, merge_tokens, unmerge_tokens
 
 NAME = "nn.TokenMerging"
@@ -65,7 +64,7 @@ class TokenMerging(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_whole(NAME, "r", r)
+        r = as_int(NAME, "r", r)
         check(r >= 0, NAME, "r", "must not be negative", r)
         needs = class_token or not distill_token
         check(needs, NAME, "distill_token", "goes with class_token alone", distill_token)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ..check import (
+    as_int,
     check,
     check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
     show,
 )
@@ -26,7 +28,6 @@ from .rules import (
     check_block_table,
     check_block_table_values,
     check_per_request,
-    check_whole,
     rows_of_request,
 )
 
@@ -149,7 +150,7 @@ def lower(
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    _check_types(OP, k, block, mode, lengths, block_table)
+    block = _check_types(OP, k, block, mode, lengths, block_table)
     return (k.detach() if k.requires_grad else k, block, mode, lengths, block_table)
 
 
@@ -163,18 +164,19 @@ def lower_update(
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    _check_types(UPDATE, k, block, mode, lengths, block_table)
+    block = _check_types(UPDATE, k, block, mode, lengths, block_table)
     check_tensor(UPDATE, "pooled", pooled)
     check_tensor(UPDATE, "start", start)
     return (k, pooled, block, mode, start, lengths, block_table)
 
 
-def _check_types(op: str, k: Any, block: Any, mode: Any, lengths: Any, block_table: Any) -> None:
+def _check_types(op: str, k: Any, block: Any, mode: Any, lengths: Any, block_table: Any) -> int:
+    """block as an int."""
     check_tensor(op, "k", k)
     check_tensor(op, "lengths", lengths, optional=True)
     check_tensor(op, "block_table", block_table, optional=True)
-    check_whole(op, "block", block)
-    check(isinstance(mode, str), op, "mode", "must be a string", mode)
+    check_text(op, "mode", mode)
+    return as_int(op, "block", block)
 
 
 def _check(

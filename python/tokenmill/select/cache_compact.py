@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..check import (
     MAX_HEAD_DIM,
+    as_number,
     check,
+    check_bool,
     check_device_of,
     check_dtype,
     check_last_contiguous,
@@ -119,7 +121,7 @@ def lower(
     for name, option in (("lengths", lengths), ("block_table", block_table)):
         check_tensor(OP, name, option, optional=True)
     for name, flag in (("interleaved", interleaved), ("compensation", compensation)):
-        check(isinstance(flag, bool), OP, name, "must be a bool", flag)
+        check_bool(OP, name, flag)
     rotations = None if rerotate is None else _rotations(rerotate, k_cache)
     return (
         k_cache, v_cache, keep, counts, lengths, block_table, rotations, interleaved, compensation
@@ -133,12 +135,12 @@ def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:
         check(ok, OP, "rerotate", "must be a number or floats [pairs]", rerotate)
         frequency = rerotate.detach().double()
     else:
-        number = isinstance(rerotate, int | float) and not isinstance(rerotate, bool)
         rule = "must be a positive base, or a tensor of inverse frequencies"
-        check(number and 0 < rerotate < math.inf, OP, "rerotate", rule, rerotate)
+        base = as_number(OP, "rerotate", rerotate, rule)
+        check(0 < base < math.inf, OP, "rerotate", rule, base)
         dim = k_cache.shape[-1] if k_cache.dim() else 0
         exponent = torch.arange(dim // 2, device=k_cache.device, dtype=torch.float64)
-        frequency = torch.exp(exponent * (-2 * math.log(rerotate) / max(dim, 1)))
+        frequency = torch.exp(exponent * (-2 * math.log(base) / max(dim, 1)))
     turns = frequency / (2 * math.pi)
     if k_cache.dtype == torch.float64:
         return torch.stack([turns, torch.zeros_like(turns)])

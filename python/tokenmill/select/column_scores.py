@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_qkv, check_tensor, fail
+from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, check_text, fail
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import OpSpec, register_op
 from .column_scores_cases import MALFORMED, SAMPLES
-from .rules import check_length_values, check_lse, check_per_request, check_whole
+from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_column_scores"
 REDUCTIONS = ("sum", "mean", "visible_mean")
@@ -119,18 +119,16 @@ def lower(
     check_tensor(OP, "k", k)
     for name, t in (("lse", lse), ("lengths", lengths), ("query_lengths", query_lengths)):
         check_tensor(OP, name, t, optional=True)
-    check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
+    check_bool(OP, "causal", causal)
     for name, text in (("reduce", reduce), ("head_reduce", head_reduce)):
-        check(isinstance(text, str), OP, name, "must be a string", text)
+        check_text(OP, name, text)
     if window_queries is not None:
-        check_whole(OP, "window_queries", window_queries)
+        window_queries = as_int(OP, "window_queries", window_queries)
     tau = 0.0
     if gumbel_tau is not None:
-        number = isinstance(gumbel_tau, int | float) and not isinstance(gumbel_tau, bool)
-        rule = "must be positive and finite"
-        check(number and 0 < gumbel_tau < math.inf, OP, "gumbel_tau", rule, gumbel_tau)
-        tau = float(gumbel_tau)
-        check_whole(OP, "seed", seed)
+        tau = as_number(OP, "gumbel_tau", gumbel_tau)
+        check(0 < tau < math.inf, OP, "gumbel_tau", "must be positive and finite", gumbel_tau)
+        seed = as_int(OP, "seed", seed)
     elif seed is not None:
         fail(OP, "seed", "goes with gumbel_tau alone", seed)
     return (

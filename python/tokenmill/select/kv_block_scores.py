@@ -11,16 +11,20 @@ from torch import Tensor
 from ..autocast import Autocast
 from ..check import (
     MAX_HEAD_DIM,
+    as_int,
     check,
+    check_bool,
     check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
     show,
 )
 from ..dispatch import call
 from ..library import TorchOp, register
+from ..lowering import scale_or_default
 from ..reference import select as reference
 from ..registry import OpSpec, register_op
 from .kv_block_scores_cases import MALFORMED, SAMPLES
@@ -29,7 +33,6 @@ from .rules import (
     check_block_table,
     check_block_table_values,
     check_per_request,
-    check_whole,
     rows_of_request,
 )
 
@@ -154,19 +157,15 @@ def lower(
         check_tensor(OP, name, t)
     for name, option in (("lengths", lengths), ("block_table", block_table)):
         check_tensor(OP, name, option, optional=True)
-    for name, number in (("block_k", block_k), ("block_q", block_q), ("num_sink", num_sink),
-                         ("num_recent", num_recent)):  # fmt: skip
-        check_whole(OP, name, number)
+    block_k, block_q = as_int(OP, "block_k", block_k), as_int(OP, "block_q", block_q)
+    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
     for name, text in (("scoring", scoring), ("q_reduce", q_reduce), ("head_reduce", head_reduce)):
-        check(isinstance(text, str), OP, name, "must be a string", text)
-    check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
-    if scale is None:
-        scale = max(q.shape[-1], 1) ** -0.5 if q.dim() else 1.0
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    check(is_number, OP, "scale", "must be a number or None", scale)
+        check_text(OP, name, text)
+    check_bool(OP, "causal", causal)
+    factor = scale_or_default(OP, scale, q)
     return (
         q.detach() if q.requires_grad else q, k.detach() if k.requires_grad else k, scoring,
-        block_k, q_reduce, block_q, head_reduce, float(scale), causal, num_sink, num_recent,
+        block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink, num_recent,
         lengths, block_table,
     )  # fmt: skip
 

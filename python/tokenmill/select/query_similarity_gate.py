@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..autocast import Autocast
 from ..check import (
+    as_number,
     check,
     check_device_of_q,
     check_dtype,
@@ -65,9 +66,8 @@ def query_similarity_gate(
 def lower(q: Tensor, q_ref: Tensor, threshold: float = 0.9) -> tuple[Any, ...]:
     check_tensor(OP, "q", q)
     check_tensor(OP, "q_ref", q_ref)
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    check(number, OP, "threshold", "must be a number", threshold)
-    return (*(t.detach() if t.requires_grad else t for t in (q, q_ref)), float(threshold))
+    threshold = as_number(OP, "threshold", threshold)
+    return (*(t.detach() if t.requires_grad else t for t in (q, q_ref)), threshold)
 
 
 def _check(q: Tensor, q_ref: Tensor, threshold: float, *, float64: bool = False) -> None:

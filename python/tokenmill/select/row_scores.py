@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_qkv, check_tensor, fail
+from ..check import as_int, check, check_bool, check_qkv, check_tensor, check_text, fail
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference import cache_scores as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from .rules import check_length_values, check_lse, check_per_request, check_whole
+from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_row_scores"
 REDUCTIONS = ("none", "sum", "mean", "max")
@@ -99,9 +99,9 @@ def lower(
     check_tensor(OP, "k", k)
     for name, t in (("lse", lse), ("lengths", lengths)):
         check_tensor(OP, name, t, optional=True)
-    check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
-    check(isinstance(reduce, str), OP, "reduce", "must be a string", reduce)
-    check_whole(OP, "skip", skip)
+    check_bool(OP, "causal", causal)
+    check_text(OP, "reduce", reduce)
+    skip = as_int(OP, "skip", skip)
     return (
         q_rows.detach(), k.detach(), None if lse is None else widen(lse, q_rows).detach(),
         scale_or_default(OP, scale, q_rows), causal, reduce, skip, lengths,

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..check import (
-    check,
-    check_device_of,
-    check_device_of_q,
-    check_last_contiguous,
-    fail,
-    show,
-)
-
-
-def check_whole(op: str, name: str, value: Any) -> None:
-    whole = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-    check(whole, op, name, "must be an integer", value)
+from ..check import check, check_device_of, check_device_of_q, check_last_contiguous, fail, show
 
 
 def check_per_request(

@@ -10,23 +10,26 @@ from torch import Tensor
 
 from ..autocast import Autocast
 from ..check import (
+    as_int,
+    as_number,
     check,
+    check_bool,
     check_device_of_q,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
     is_power_of_two,
     show,
 )
 from ..dense.attention_decode import MAX_SPLITS
-from ..dense.terms import check_number, check_scale, check_small, check_terms
+from ..dense.terms import check_scale, check_small, check_terms
 from ..dispatch import call
 from ..kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference import sparse_decode as reference
 from ..registry import OpSpec, register_op
-from .rules import check_whole
 from .sparse_decode_cases import MALFORMED, OP, SAMPLES
 
 Positions = Literal["absolute", "cache"]
@@ -266,16 +269,12 @@ def lower(
         ("sink", sink),
     ):
         check_tensor(OP, name, option, optional=True)
-    for name, number in (
-        ("block_k", block_k),
-        ("num_sink", num_sink),
-        ("num_recent", num_recent),
-        ("num_splits", num_splits),
-    ):
-        check_whole(OP, name, number)
+    block_k, num_splits = as_int(OP, "block_k", block_k), as_int(OP, "num_splits", num_splits)
+    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
     for name, flag in (("interleaved", interleaved), ("return_mass", return_mass)):
-        check(isinstance(flag, bool), OP, name, "must be a bool", flag)
-    check_number(OP, "softcap", softcap)
+        check_bool(OP, name, flag)
+    softcap = as_number(OP, "softcap", softcap)
+    check_text(OP, "pos_mode", pos_mode)
     cos, sin = None, None
     if rope is not None:
         pair = isinstance(rope, tuple | list) and len(rope) == 2
@@ -302,7 +301,7 @@ def lower(
         extra_v,
         None if extra_log_count is None else widen(extra_log_count, q),
         scale_or_default(OP, scale, q),
-        float(softcap),
+        softcap,
         None if sink is None else widen(sink, q),
         num_splits,
         return_mass,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..check import check, check_tensor
+from ..check import as_int, check, check_tensor, check_text
 from .kv_block_scores import kv_block_scores
-from .rules import check_whole
 from .topk_select import topk_select
 
 OP = "token_select"
@@ -75,7 +74,8 @@ def token_select(
     """
     check_tensor(OP, "q", q)
     check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
-    check_whole(OP, "k", k)
+    k = as_int(OP, "k", k)
+    check_text(OP, "vote", vote)
     check(vote == "softmax", OP, "vote", "must be 'softmax'", vote)
     votes = kv_block_scores(
         q, k_cache, q_reduce="mean", block_q=max(q.shape[1], 1), head_reduce="softmax_vote",

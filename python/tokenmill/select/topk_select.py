@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ..check import (
+    as_int,
     check,
+    check_bool,
     check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
     is_power_of_two,
 )
@@ -20,7 +23,7 @@ from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference import select as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from .rules import check_per_request, check_whole
+from .rules import check_per_request
 
 OP = "topk_select"
 MAX_K = 65536
@@ -122,12 +125,12 @@ def lower(
     for name, t in (("lengths", lengths), ("row_starts", row_starts), ("page_table", page_table),
                     ("row_to_batch", row_to_batch)):  # fmt: skip
         check_tensor(OP, name, t, optional=True)
-    for name, number in (("k", k), ("force_first", force_first), ("force_last", force_last),
-                         ("page_size", page_size)):  # fmt: skip
-        check_whole(OP, name, number)
+    k, page_size = as_int(OP, "k", k), as_int(OP, "page_size", page_size)
+    force_first = as_int(OP, "force_first", force_first)
+    force_last = as_int(OP, "force_last", force_last)
     for name, text in (("tie", tie), ("order", order)):
-        check(isinstance(text, str), OP, name, "must be a string", text)
-    check(isinstance(return_values, bool), OP, "return_values", "must be a bool", return_values)
+        check_text(OP, name, text)
+    check_bool(OP, "return_values", return_values)
     return (
         scores.detach() if scores.requires_grad else scores, k, lengths, row_starts, tie, order,
         force_first, force_last, page_table, page_size, row_to_batch, return_values,

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..autocast import Autocast
-from ..check import check, check_device_of_q, check_qkv, check_tensor, fail
+from ..check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
 from ..dispatch import call
 from ..kv_cache import check_int32
@@ -18,7 +18,6 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default
 from ..reference import bilevel_routing as reference
 from ..registry import OpSpec, register_op
-from ..select.rules import check_whole
 from .bilevel_routing_cases import MALFORMED, OP, SAMPLES
 from .gradients import cotangents, fake_gradients
 from .routing import route
@@ -174,7 +173,7 @@ def lower(
     check_tensor(OP, "region_graph", region_graph, optional=True)
     flags = (("mask_padding", mask_padding), ("return_lse", return_lse))
     for name, flag in (*flags, ("return_graph", return_graph)):
-        check(isinstance(flag, bool), OP, name, "must be a bool", flag)
+        check_bool(OP, name, flag)
     check_qkv(OP, q, k, v, 5, True)
     sizes = _region_sizes(q, k, regions, region_size)
     factor = scale_or_default(OP, scale, q)
@@ -183,7 +182,7 @@ def lower(
     if region_graph is None:
         if topk is None:
             fail(OP, "topk", "must be given, or region_graph", topk)
-        check_whole(OP, "topk", topk)
+        topk = as_int(OP, "topk", topk)
         rule = f"must be 1 to the number of regions, {number}"
         check(1 <= topk <= number, OP, "topk", rule, topk)
         indices, counts = route(q, k, topk, (sizes[0], sizes[1]), (sizes[2], sizes[3]))
@@ -218,13 +217,15 @@ def _region_sizes(
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    numbers: Any = (value, value) if isinstance(value, int | torch.SymInt) else value
-    pair = isinstance(numbers, tuple | list) and len(numbers) == 2
-    check(pair, OP, name, "must be two numbers, along Y and X", value)
-    for number in numbers:
-        check_whole(OP, name, number)
+    rule = "must be an integer or two, along Y and X"
+    if isinstance(value, tuple | list):
+        check(len(value) == 2, OP, name, rule, value)
+        numbers = as_int(OP, name, value[0], rule), as_int(OP, name, value[1], rule)
+    else:
+        number = as_int(OP, name, value, rule)
+        numbers = number, number
     check(min(numbers) >= 1, OP, name, "must be at least 1", numbers)
-    return numbers[0], numbers[1]
+    return numbers
 
 
 def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]:

@@ -100,7 +100,7 @@ MALFORMED = (
     ),
     Malformed(
         "regions",
-        "regions: must be two numbers, along Y and X; got 'many'",
+        "regions: must be an integer or two, along Y and X; got 'many'",
         set_options(regions="many"),
     ),
     Malformed("no regions", "regions: must be at least 1; got [0, 2]", set_options(regions=(0, 2))),

@@ -10,14 +10,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..autocast import Autocast
-from ..check import check, check_qkv, check_tensor
-from ..dense.terms import check_number, check_scale
+from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor
+from ..dense.terms import check_scale
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
 from ..reference import block_sparse as reference
 from ..registry import OpSpec, register_op
-from ..select.rules import check_per_request, check_whole
+from ..select.rules import check_per_request
 from .block_sparse_cases import MALFORMED, OP, SAMPLES
 from .gradients import cotangents, fake_gradients
 from .rules import check_block, check_list
@@ -189,17 +189,12 @@ def lower(
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(OP, name, t)
     check_tensor(OP, "lengths", lengths, optional=True)
-    for name, number in (
-        ("block_q", block_q),
-        ("block_k", block_k),
-        ("num_sink", num_sink),
-        ("num_recent", num_recent),
-    ):
-        check_whole(OP, name, number)
+    block_q, block_k = as_int(OP, "block_q", block_q), as_int(OP, "block_k", block_k)
+    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
     flags = (("causal", causal), ("return_lse", return_lse), ("deterministic", deterministic))
     for name, flag in flags:
-        check(isinstance(flag, bool), OP, name, "must be a bool", flag)
-    check_number(OP, "softcap", softcap)
+        check_bool(OP, name, flag)
+    softcap = as_number(OP, "softcap", softcap)
     return (
         q,
         k,
@@ -212,7 +207,7 @@ def lower(
         num_sink,
         num_recent,
         scale_or_default(OP, scale, q),
-        float(softcap),
+        softcap,
         lengths,
         deterministic,
     )

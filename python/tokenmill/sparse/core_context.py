@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_qkv, check_tensor, fail, is_power_of_two
+from ..check import as_int, check, check_bool, check_qkv, check_tensor, fail, is_power_of_two
 from ..dense import attention, attention_decode, merge_attention_states
 from ..lowering import scale_or_default
-from ..select.rules import check_whole
 from .block_sparse import block_sparse_attention
 from .rules import MAX_BLOCK
 
@@ -74,8 +73,8 @@ def core_context_attention(
         >>> tm.core_context_attention(q, k, v, group=16, window=64).shape
         torch.Size([1, 1000, 4, 32])
     """
-    check(isinstance(return_lse, bool), OP, "return_lse", "must be a bool", return_lse)
-    check_sizes(group, window)
+    check_bool(OP, "return_lse", return_lse)
+    group, window = as_sizes(group, window)
     factor = _check_inputs(q, k, v, scale)
     count = _groups_left(q.shape[1], group, window)
     cores = core_tokens(q, k, v, group, factor, count) if count else None
@@ -115,13 +114,14 @@ def _attend(
     return merge_attention_states(*merged, backend=backend)
 
 
-def check_sizes(group: int, window: int) -> None:
-    for name, number in (("group", group), ("window", window)):
-        check_whole(OP, name, number)
+def as_sizes(group: int, window: int) -> tuple[int, int]:
+    group, window = as_int(OP, "group", group), as_int(OP, "window", window)
     ok = is_power_of_two(group) and group <= MAX_BLOCK
     check(ok, OP, "group", f"must be a power of two up to {MAX_BLOCK}", group)
-    ok = window >= 0 and window % group == 0
-    check(ok, OP, "window", f"must be a multiple of group, {group}", window)
+    ok = 0 <= window < 2**31 and window % group == 0
+    rule = f"must be a multiple of group, {group}, below 2^31"
+    check(ok, OP, "window", rule, window)
+    return group, window
 
 
 def _groups_left(tokens: int, group: int, window: int) -> int:
@@ -209,8 +209,8 @@ class CoreContextState:
         scale: float | None = None,
         backend: str | None = None,
     ) -> None:
-        check_sizes(group, window)
-        self.group, self.window, self.scale, self.backend = group, window, scale, backend
+        self.group, self.window = as_sizes(group, window)
+        self.scale, self.backend = scale, backend
         self.tokens = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []  # cores of complete groups in the window
 
@@ -243,7 +243,8 @@ class CoreContextState:
             (made[0][:, i : i + 1], made[1][:, i : i + 1]) for i in range(left, complete)
         ]
         first = left * self.group
-        self._raw = [_with_room(t[:, first:], self.window + self.group) for t in (k, v)]
+        room = min(self.window + self.group, 2 * (tokens - first) + 64)
+        self._raw = [_with_room(t[:, first:], room) for t in (k, v)]
         return out
 
     @AUTOCAST.applied
@@ -264,6 +265,9 @@ class CoreContextState:
                 t[:, : self.window] = t[:, self.group :].clone()
             if self.cores == self._core[0].shape[1]:
                 self._core = [_with_room(t, 2 * t.shape[1]) for t in self._core]
+        if self.raw > self._raw[0].shape[1]:  # the window is not full yet
+            room = min(self.window + self.group, 2 * self.raw)
+            self._raw = [_with_room(t, room) for t in self._raw]
         for cache, new in zip(self._raw, (k, v), strict=True):
             cache[:, self.raw - 1] = new[:, 0]
         parts = [(self._raw, self.raw)]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_tensor, fail
+from ..check import as_int, check, check_bool, check_tensor, fail
 from ..kv_cache import capacity
-from ..select.rules import check_whole
 from ..select.sparse_decode import sparse_decode_attention
 from .block_sparse import block_sparse_attention
 from .hip_block_select import Bound, HeadReduce, Representative, hip_block_select
@@ -169,7 +168,9 @@ def hip_attention(
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
-    check_whole(OP, "block_q", block_q)
+    block_q, num_recent = as_int(OP, "block_q", block_q), as_int(OP, "num_recent", num_recent)
+    check_bool(OP, "causal", causal)
+    check_bool(OP, "return_lse", return_lse)
     tokens = q.shape[1]
     decoding = causal and tokens <= block_q and (block_table is not None or tokens <= MAX_DECODE)
     if block_table is not None and not decoding:
@@ -214,7 +215,7 @@ def _interval(
     check(isinstance(lists, HipLists), OP, "lists", "must be a HipLists or None", lists)
     check(decoding, OP, "lists", "are for decoding: causal, up to 8 queries", decoding)
     interval = 1 if refresh_interval is None else refresh_interval
-    check_whole(OP, "refresh_interval", interval)
+    interval = as_int(OP, "refresh_interval", interval)
     rule = f"must be 1 to num_recent, {num_recent}"
     check(1 <= interval <= max(num_recent, 1), OP, "refresh_interval", rule, interval)
     return interval

@@ -11,11 +11,14 @@ from torch import Tensor
 from ..autocast import Autocast
 from ..check import (
     MAX_HEAD_DIM,
+    as_int,
     check,
+    check_bool,
     check_device_of,
     check_dtype,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
     show,
 )
@@ -29,7 +32,6 @@ from ..select.rules import (
     check_block_table_values,
     check_length_values,
     check_per_request,
-    check_whole,
     rows_of_request,
 )
 from .hip_block_select_cases import MALFORMED, OP, SAMPLES
@@ -186,14 +188,22 @@ def lower(
         pair = pair and all(isinstance(t, Tensor) for t in start)
         check(pair, OP, "start", "must be (indices, counts) or None", start)
         indices, counts = start
-    for name, number in (("budget", budget), ("block_q", block_q), ("block_k", block_k),
-                         ("stride_q", stride_q), ("num_sink", num_sink),
-                         ("num_recent", num_recent), ("restart_span", restart_span)):  # fmt: skip
-        check_whole(OP, name, number)
+    budget, block_q, block_k, stride_q, num_sink, num_recent, restart_span = (
+        as_int(OP, name, number)
+        for name, number in (
+            ("budget", budget),
+            ("block_q", block_q),
+            ("block_k", block_k),
+            ("stride_q", stride_q),
+            ("num_sink", num_sink),
+            ("num_recent", num_recent),
+            ("restart_span", restart_span),
+        )
+    )
     for name, text in (("representative", representative), ("bound", bound),
                        ("head_reduce", head_reduce)):  # fmt: skip
-        check(isinstance(text, str), OP, name, "must be a string", text)
-    check(isinstance(causal, bool), OP, "causal", "must be a bool", causal)
+        check_text(OP, name, text)
+    check_bool(OP, "causal", causal)
     return (
         q.detach() if q.requires_grad else q, k.detach() if k.requires_grad else k, budget,
         block_q, block_k, stride_q, representative, num_sink, num_recent, bound, indices, counts,

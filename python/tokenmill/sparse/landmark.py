@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_qkv, check_tensor, reads_values
+from ..check import as_int, check, check_bool, check_qkv, check_tensor, reads_values
 from ..dense import attention, merge_attention_states
 from ..lowering import scale_or_default
-from ..select.rules import check_length_values, check_per_request, check_whole
+from ..select.rules import check_length_values, check_per_request
 from ..select.topk_select import topk_select
 
 OP, DECODE = "landmark_attention", "landmark_decode"
@@ -68,8 +68,8 @@ def landmark_attention(
         >>> tm.landmark_attention(q, k, v, block=50).shape
         torch.Size([1, 200, 4, 32])
     """
-    check(isinstance(return_lse, bool), OP, "return_lse", "must be a bool", return_lse)
-    _check_inputs(OP, q, k, v, block)
+    check_bool(OP, "return_lse", return_lse)
+    block = _check_inputs(OP, q, k, v, block)
     check(k.shape[1] == q.shape[1], OP, "k", f"must have the length of q, {q.shape[1]}", k.shape[1])
     factor = scale_or_default(OP, scale, q)
     found = [
@@ -80,12 +80,14 @@ def landmark_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_inputs(op: str, q: Tensor, k: Tensor, v: Tensor, block: int) -> None:
+def _check_inputs(op: str, q: Tensor, k: Tensor, v: Tensor, block: int) -> int:
+    """block as an int."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, t)
-    check_whole(op, "block", block)
-    check(block >= 2, op, "block", "must be at least 2", block)
+    block = as_int(op, "block", block)
+    check(2 <= block < 2**31, op, "block", "must be 2 to 2^31 - 1", block)
     check_qkv(op, q, k, v, 4, True)
+    return block
 
 
 def _block_of_queries(
@@ -186,13 +188,13 @@ def landmark_decode(
         >>> tm.landmark_decode(torch.randn(2, 1, 4, 32), k, v, seqlens_k=lengths, topk=2).shape
         torch.Size([2, 1, 4, 32])
     """
-    check(isinstance(return_lse, bool), DECODE, "return_lse", "must be a bool", return_lse)
+    check_bool(DECODE, "return_lse", return_lse)
     check_tensor(DECODE, "seqlens_k", seqlens_k)
-    _check_inputs(DECODE, q, k_cache, v_cache, block)
+    block = _check_inputs(DECODE, q, k_cache, v_cache, block)
     check(q.shape[1] == 1, DECODE, "q", "must have 1 token", q.shape[1])
     check_per_request(DECODE, "seqlens_k", seqlens_k, q.shape[0], "q", q)
     if topk is not None:
-        check_whole(DECODE, "topk", topk)
+        topk = as_int(DECODE, "topk", topk)
         check(topk >= 1, DECODE, "topk", "must be at least 1", topk)
     if reads_values(seqlens_k):
         check_length_values(DECODE, "seqlens_k", seqlens_k, k_cache.shape[1])
@@ -236,7 +238,7 @@ def _blocks_of_keys(
     """Attention of each head to tokens starts .. ends - 1 [B, H, n] of its blocks: [B, H, n, Dv]
     and lse [B, H, n]."""
     batch, heads, parts = starts.shape
-    positions = starts[..., None] + torch.arange(block - 1, device=q.device)
+    positions = starts[..., None] + torch.arange(min(block - 1, k.shape[1]), device=q.device)
     request = torch.arange(batch, device=q.device)[:, None, None, None]
     head = torch.arange(heads, device=q.device) // max(heads // max(k.shape[2], 1), 1)
     inside = positions.clamp(max=max(k.shape[1] - 1, 0))

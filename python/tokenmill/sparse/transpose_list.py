@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_tensor
+from ..check import as_int, check, check_tensor
 from ..dispatch import call
 from ..edits import set_argument
 from ..library import TorchOp, register
 from ..reference import block_sparse as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .block_sparse_cases import draw_lists, hostile_lists
 from .rules import check_list
 
@@ -61,7 +60,7 @@ def transpose_block_list(
 def lower(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Any, ...]:
     for name, t in (("indices", indices), ("counts", counts)):
         check_tensor(OP, name, t)
-    check_whole(OP, "num_blocks", num_blocks)
+    num_blocks = as_int(OP, "num_blocks", num_blocks)
     return indices, counts, num_blocks
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_device_of, check_tensor, fail, show
+from ..check import check, check_bool, check_device_of, check_tensor, fail, show
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
@@ -69,7 +69,7 @@ def best_match(
 def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
     check_tensor(OP, "a", a)
     check_tensor(OP, "b", b)
-    check(isinstance(normalize, bool), OP, "normalize", "must be a bool", normalize)
+    check_bool(OP, "normalize", normalize)
     return a.detach() if a.requires_grad else a, b.detach() if b.requires_grad else b, normalize
 
 

@@ -8,16 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor
+from ..check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+)
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..reference import tokens_cluster as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 
 OP = "cluster_tokens"
 MAX_CHANNELS = 4096
+MAX_ITERS = 1000
 
 
 def cluster_tokens(
@@ -48,7 +56,7 @@ def cluster_tokens(
             with a contiguous last dimension, C up to 4096.
         grid: (gy, gx) clusters along Y and X, each at most one for a pixel; an integer stands for
             both.
-        iters: iterations, at least 1.
+        iters: iterations, 1 to 1000.
         tau: factor of the squared distance, at least 0.
         window: side of the square of cells around its home that a pixel weighs, odd.
         window_labels: labels name the nearest cluster that the pixel weighs, not that of all.
@@ -96,13 +104,11 @@ def lower(
     check_tensor(OP, "x", x)
     sides = tuple(grid) if isinstance(grid, tuple | list) else (grid, grid)
     check(len(sides) == 2, OP, "grid", "must be an integer or two", grid)
-    for name, value in (("grid", sides[0]), ("grid", sides[1]), ("iters", iters),
-                        ("window", window)):  # fmt: skip
-        check_whole(OP, name, value)
-    real = isinstance(tau, int | float) and not isinstance(tau, bool)
-    check(real, OP, "tau", "must be a number", tau)
-    check(isinstance(window_labels, bool), OP, "window_labels", "must be a bool", window_labels)
-    return x, *sides, iters, float(tau), window, window_labels
+    sides = as_int(OP, "grid", sides[0]), as_int(OP, "grid", sides[1])
+    iters, window = as_int(OP, "iters", iters), as_int(OP, "window", window)
+    tau = as_number(OP, "tau", tau)
+    check_bool(OP, "window_labels", window_labels)
+    return x, *sides, iters, tau, window, window_labels
 
 
 # csrc/tokens/cluster_tokens/host.cpp has the same rules in the same order and words.
@@ -127,7 +133,7 @@ def _check(
     check(1 <= channels <= MAX_CHANNELS, OP, "x", rule, channels)
     check(1 <= grid_y <= height, OP, "grid", f"must be 1 to {height} along Y", grid_y)
     check(1 <= grid_x <= width, OP, "grid", f"must be 1 to {width} along X", grid_x)
-    check(iters >= 1, OP, "iters", "must be at least 1", iters)
+    check(1 <= iters <= MAX_ITERS, OP, "iters", f"must be 1 to {MAX_ITERS}", iters)
     check(0 <= tau < math.inf, OP, "tau", "must be finite and at least 0", tau)
     check(window >= 1 and window % 2 == 1, OP, "window", "must be odd and at least 1", window)
 
@@ -267,7 +273,9 @@ SPEC = register_op(
                       set_argument(1, lambda g: (2, 9))),
             Malformed("three sides", "grid: must be an integer or two; got [1, 2, 3]",
                       set_argument(1, lambda g: (1, 2, 3))),
-            Malformed("iters", "iters: must be at least 1; got 0", set_options(iters=0)),
+            Malformed("iters", "iters: must be 1 to 1000; got 0", set_options(iters=0)),
+            Malformed("many iters", "iters: must be 1 to 1000; got 1099511627776",
+                      set_options(iters=2**40)),
             Malformed("tau", "tau: must be finite and at least 0; got -1", set_options(tau=-1.0)),
             Malformed("window", "window: must be odd and at least 1; got 4",
                       set_options(window=4)),

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_tensor
+from ..check import as_int, check, check_bool, check_tensor
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..lowering import widen
 from ..reference import tokens_move as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .moving import as_int32, contiguous_rows
 from .rules import check_index_values, check_indices, check_like, check_out, check_tokens
 
@@ -94,8 +93,8 @@ def lower(
 ) -> tuple[Any, ...]:
     for name, t in (("x", x), ("keep", keep), ("rest", rest), ("weight", weight)):
         check_tensor(OP, name, t)
-    check_whole(OP, "prefix", prefix)
-    check(isinstance(normalize, bool), OP, "normalize", "must be a bool", normalize)
+    prefix = as_int(OP, "prefix", prefix)
+    check_bool(OP, "normalize", normalize)
     return x, as_int32(keep), as_int32(rest), widen(weight, x), prefix, normalize
 
 

@@ -81,6 +81,7 @@ def gather_tokens(
         >>> [len(t[0]) for t in tm.gather_tokens((x, scores), torch.tensor([[2, 1]]))]
         [2, 2]
     """
+    check_tensor(OP, "indices", indices)
     indices = as_int32(indices)
     if isinstance(xs, Tensor):
         check_tensor(OP, "out", out, optional=True)

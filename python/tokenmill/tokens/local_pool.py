@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor
+from ..check import (
+    as_int,
+    check,
+    check_bool,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    check_text,
+)
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..reference import tokens_move as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .moving import contiguous_rows
 from .rules import check_like
 
@@ -97,12 +104,12 @@ def lower(
 ) -> tuple[Any, ...]:
     check_tensor(OP, "x", x)
     check_tensor(OP, "mask", mask, optional=True)
-    check(isinstance(mode, str), OP, "mode", "must be a string", mode)
+    check_text(OP, "mode", mode)
     for name, value in (
         ("count_include_pad", count_include_pad),
         ("subtract_input", subtract_input),
     ):
-        check(isinstance(value, bool), OP, name, "must be a bool", value)
+        check_bool(OP, name, value)
     line = x.dim() == 3
     kernels = _pair("kernel", kernel, line)
     dilations = _pair("dilation", dilation, line)
@@ -119,9 +126,7 @@ def _pair(name: str, value: Any, line: bool) -> tuple[int, int]:
         first, second = value
     else:
         first, second = 1 if line else value, value
-    check_whole(OP, name, first)
-    check_whole(OP, name, second)
-    return first, second
+    return as_int(OP, name, first), as_int(OP, name, second)
 
 
 # csrc/tokens/local_pool/host.cpp has the same rules in the same order and words.

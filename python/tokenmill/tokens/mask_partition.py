@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_last_contiguous, check_tensor
+from ..check import as_int, check, check_last_contiguous, check_tensor
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..reference import tokens_reduce as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 
 OP = "mask_partition"
 
@@ -56,7 +55,7 @@ def mask_partition(
 def lower(mask: Tensor, *, max_total: int | None = None) -> tuple[Any, ...]:
     check_tensor(OP, "mask", mask)
     if max_total is not None:
-        check_whole(OP, "max_total", max_total)
+        max_total = as_int(OP, "max_total", max_total)
     return mask, max_total
 
 

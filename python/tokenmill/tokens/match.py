@@ -8,8 +8,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..check import check, check_tensor, fail, reads_values, show
-from ..select.rules import check_whole
+from ..check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_tensor,
+    check_text,
+    fail,
+    reads_values,
+    show,
+)
 from .best_match import MAX_CHANNELS, best_match
 from .rules import check_tokens
 from .topk_partition import topk_partition
@@ -95,8 +104,18 @@ def bipartite_match(
         >>> tm.bipartite_match(x, 2048, partition="grid", grid=(64, 64))[1]
         2048
     """
-    _check_call(metric, r, partition, protect_first, protect_targets, normalize, threshold)
-    _check_partition(metric, partition, grid, cell, destinations, group, protect_first, generator)
+    r = as_int(OP, "r", r)
+    protect_first = as_int(OP, "protect_first", protect_first)
+    protect_targets = as_int(OP, "protect_targets", protect_targets)
+    if threshold is not None:
+        threshold = as_number(OP, "threshold", threshold, "must be a number or None")
+    if grid is not None:
+        grid = _as_sizes("grid", grid)
+    cell = _as_sizes("cell", cell)
+    if group is not None:
+        group = as_int(OP, "group", group, "must be a positive integer")
+    _check_call(metric, partition, protect_first, protect_targets, normalize)
+    _check_partition(metric, partition, grid, destinations, group, protect_first, generator)
     batch, tokens, _ = metric.shape
     if partition == "alternate":
         parts = _alternate(tokens, protect_first, protect_targets)
@@ -211,21 +230,17 @@ def _cells(
 
 def _check_call(
     metric: Tensor,
-    r: int,
     partition: str,
     protect_first: int,
     protect_targets: int,
     normalize: bool,
-    threshold: float | None,
 ) -> None:
     check_tensor(OP, "metric", metric)
     check_tokens(OP, "metric", metric, float64=True)
     channels = metric.shape[2]
     rule = f"must have 1 to {MAX_CHANNELS} channels"
     check(1 <= channels <= MAX_CHANNELS, OP, "metric", rule, channels)
-    for name, number in (("r", r), ("protect_first", protect_first),
-                         ("protect_targets", protect_targets)):  # fmt: skip
-        check_whole(OP, name, number)
+    check_text(OP, "partition", partition)
     known = partition in ("alternate", "grid", "index", "kth", "random")
     rule = "must be 'alternate', 'grid', 'index', 'kth' or 'random'"
     check(known, OP, "partition", rule, partition)
@@ -233,18 +248,15 @@ def _check_call(
     if not 0 <= protect_first <= tokens:
         fail(OP, "protect_first", f"must be 0 to the number of tokens, {tokens}", protect_first)
     check(protect_targets >= 0, OP, "protect_targets", "must not be negative", protect_targets)
-    check(isinstance(normalize, bool), OP, "normalize", "must be a bool", normalize)
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    check(threshold is None or number, OP, "threshold", "must be a number or None", threshold)
+    check_bool(OP, "normalize", normalize)
 
 
 def _check_partition(
     metric: Tensor,
     partition: str,
-    grid: Any,
-    cell: Any,
+    grid: tuple[int, int] | None,
     destinations: Tensor | None,
-    group: Any,
+    group: int | None,
     protect_first: int,
     generator: torch.Generator | None,
 ) -> None:
@@ -257,8 +269,8 @@ def _check_partition(
     if partition != "grid":
         check(grid is None, OP, "grid", "goes with partition 'grid' alone", grid)
     else:
-        check(_are_sizes(grid), OP, "grid", "must be two positive integers", grid)
-        check(_are_sizes(cell), OP, "cell", "must be two positive integers", cell)
+        if grid is None:
+            fail(OP, "grid", "must be two positive integers", grid)
         tokens = metric.shape[1] - protect_first
         if grid[0] * grid[1] != tokens:
             rule = f"must have a place for each token behind the protected ones, {tokens}"
@@ -266,7 +278,8 @@ def _check_partition(
     if partition != "kth":
         check(group is None, OP, "group", "goes with partition 'kth' alone", group)
     else:
-        check(_are_sizes((group, 1)), OP, "group", "must be a positive integer", group)
+        if group is None or group < 1:
+            fail(OP, "group", "must be a positive integer", group)
     if partition != "index":
         check(destinations is None, OP, "destinations", "goes with partition 'index' alone",
               destinations)  # fmt: skip
@@ -276,10 +289,13 @@ def _check_partition(
         _check_destinations(metric, destinations)
 
 
-def _are_sizes(pair: Any) -> bool:
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-        return False
-    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
+def _as_sizes(name: str, pair: Any) -> tuple[int, int]:
+    rule = "must be two positive integers"
+    if not (isinstance(pair, Sequence) and len(pair) == 2):
+        fail(OP, name, rule, pair)
+    sizes = as_int(OP, name, pair[0], rule), as_int(OP, name, pair[1], rule)
+    check(min(sizes) > 0, OP, name, rule, pair)
+    return sizes
 
 
 def _check_destinations(metric: Tensor, destinations: Tensor) -> None:

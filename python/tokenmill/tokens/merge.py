@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import check, check_tensor, fail, reads_values
-from ..select.rules import check_whole
+from ..check import as_int, check, check_tensor, fail, reads_values
 from ..sparse.transpose_list import transpose_block_list
 from .gather_tokens import gather_tokens
 from .rules import check_index_values
@@ -67,7 +66,7 @@ def merge_tokens(
     for name, t in (("x", x), ("assign", assign)):
         check_tensor(OP, name, t)
     check_tensor(OP, "weight", weight, optional=True)
-    check_whole(OP, "num_out", num_out)
+    num_out = as_int(OP, "num_out", num_out)
     check(0 <= num_out < 2**30, OP, "num_out", "must be 0 to 2^30 - 1", num_out)
     check(x.dim() in (2, 3), OP, "x", "must have 3 dimensions [B, N, C] or 2 [N, C]", x.dim())
     if assign.shape != x.shape[:-1]:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import check, check_device_of, check_tensor, fail, show
+from ..check import as_int, as_number, check, check_device_of, check_tensor, check_text, fail, show
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..reference import tokens_cluster as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .rules import check_tokens
 
 OP = "reconstruct_tokens"
@@ -87,12 +86,11 @@ def lower(
 ) -> tuple[Any, ...]:
     for name, t in (("features", features), ("centroids", centroids), ("values", values)):
         check_tensor(OP, name, t)
-    check_whole(OP, "k", k)
-    real = isinstance(tau, int | float) and not isinstance(tau, bool)
-    check(real, OP, "tau", "must be a number", tau)
-    check(isinstance(norm, str), OP, "norm", "must be a string", norm)
+    k = as_int(OP, "k", k)
+    tau = as_number(OP, "tau", tau)
+    check_text(OP, "norm", norm)
     features, centroids = (t.detach() if t.requires_grad else t for t in (features, centroids))
-    return features, centroids, values, k, float(tau), norm
+    return features, centroids, values, k, tau, norm
 
 
 # csrc/tokens/reconstruct_tokens/host.cpp has the same rules in the same order and words.

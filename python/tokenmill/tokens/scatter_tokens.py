@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from ..autocast import Autocast
-from ..check import (
-    check,
-    check_device_of,
-    check_last_contiguous,
-    check_tensor,
-    fail,
-    show,
-)
+from ..check import as_int, check, check_device_of, check_last_contiguous, check_tensor, fail, show
 from ..dispatch import call
 from ..edits import set_argument
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..reference import tokens_move as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .moving import as_int32, as_rows, contiguous_rows
 from .rules import MOVABLE, check_index_values, check_like
 
@@ -90,9 +82,10 @@ def lower(y: Tensor, indices: Tensor, base: Tensor | int | tuple[int, int]) -> t
     if not isinstance(base, Tensor):
         batch = 1 if leading == 1 else y.shape[0] if rank else 0
         batch, tokens = base if isinstance(base, tuple) and len(base) == 2 else (batch, base)
-        check_whole(OP, "batch", batch)
-        check_whole(OP, "base", tokens)
+        batch = as_int(OP, "batch", batch)
+        tokens = as_int(OP, "base", tokens)
         return y, indices, None, batch, tokens
+    check_tensor(OP, "base", base)
     if leading == 1 and base.dim() == rank:
         base = base[None]
     if rank - leading + 2 == base.dim() and 2 <= base.dim() <= 4:

@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail
+from ..check import (
+    check,
+    check_bool,
+    check_device_of,
+    check_last_contiguous,
+    check_tensor,
+    check_text,
+    fail,
+)
 from ..dispatch import call
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
+from ..lowering import widen
 from ..reference import tokens_reduce as reference
 from ..registry import OpSpec, register_op
 from .rules import check_index_values, check_indices, check_like, check_tokens
@@ -96,9 +105,8 @@ def lower(
     check_tensor(OP, "offsets", offsets)
     for name, t in (("weight", weight), ("perm", perm)):
         check_tensor(OP, name, t, optional=True)
-    check(isinstance(reduce, str), OP, "reduce", "must be a string", reduce)
-    check(isinstance(return_weight_sum, bool), OP, "return_weight_sum", "must be a bool",
-          return_weight_sum)  # fmt: skip
+    check_text(OP, "reduce", reduce)
+    check_bool(OP, "return_weight_sum", return_weight_sum)
     rule = "must have 3 dimensions [B, N, C] or 2 [T, C]"
     check(x.dim() in (2, 3), OP, "x", rule, x.dim())
     if x.dim() == 2:
@@ -110,7 +118,7 @@ def lower(
     if weight is not None:
         rule = "must be of a floating type"
         check(weight.is_floating_point(), OP, "weight", rule, weight.dtype)
-        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
+        weight = widen(weight, x)
     return x, offsets, perm, weight, reduce
 
 

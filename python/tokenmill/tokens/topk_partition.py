@@ -7,13 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor, fail
+from ..check import (
+    as_int,
+    check,
+    check_bool,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    check_text,
+    fail,
+)
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..reference import tokens_reduce as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
-from ..select.rules import check_whole
 from .moving import as_int32
 from .rules import check_like
 
@@ -94,16 +102,16 @@ def lower(
     check_tensor(OP, "valid", valid, optional=True)
     counts = None
     if isinstance(k, Tensor):
+        check_tensor(OP, "k", k)
         most = max_k if max_k is not None else scores.shape[-1] if scores.dim() else 0
         k, counts = most, as_int32(k)
     else:
         check(max_k is None, OP, "max_k", "goes with a tensor k alone", max_k)
-    for name, number in (("k" if counts is None else "max_k", k),
-                         ("protect_first", protect_first),
-                         ("protect_last", protect_last)):  # fmt: skip
-        check_whole(OP, name, number)
-    check(isinstance(largest, bool), OP, "largest", "must be a bool", largest)
-    check(isinstance(order, str), OP, "order", "must be a string", order)
+    k = as_int(OP, "k" if counts is None else "max_k", k)
+    protect_first = as_int(OP, "protect_first", protect_first)
+    protect_last = as_int(OP, "protect_last", protect_last)
+    check_bool(OP, "largest", largest)
+    check_text(OP, "order", order)
     scores = scores.detach() if scores.requires_grad else scores
     return scores, k, counts, largest, order, valid, protect_first, protect_last
 
