@@ -234,6 +234,28 @@ def test_nan_in_a_neighbour_sequence_does_not_leak(kind, backend):
 
 
 @each_backend
+@each_kind
+@pytest.mark.parametrize("shape", [(7, 9), (2, 1, 1, 9), (2, 4, 7, 1)], ids=str)
+def test_a_mask_is_what_it_is_elsewhere(shape, kind, backend):
+    """True = visible; a row that sees nothing is 0."""
+    q, k, v = (randn(2, n, 4, 16, dtype=torch.float16, backend=backend) for n in (7, 9, 9))
+    mask = torch.rand(shape).to(q.device) < 0.6
+    mask[0] = False
+    if kind == "sigmoid":
+        hidden = torch.where(mask, 0.0, -INF)
+        want = tm.attention(q, k, v, kind=kind, bias=hidden, backend=backend)
+        assert torch.equal(tm.attention(q, k, v, kind=kind, bias=mask, backend=backend), want)
+        return
+    out, lse = tm.attention(q, k, v, bias=mask, return_lse=True, backend=backend)
+    wide = (t.transpose(1, 2).float() for t in (q, k, v))
+    want = torch.nn.functional.scaled_dot_product_attention(*wide, attn_mask=mask)
+    torch.testing.assert_close(out.transpose(1, 2).float(), want, rtol=2e-3, atol=2e-3)
+    empty = ~mask.expand(2, 4, 7, 9).any(-1)
+    assert torch.equal(lse == -INF, empty)
+    assert not out.transpose(1, 2)[empty].any()
+
+
+@each_backend
 def test_infinite_biases(backend):
     q, k, v = (randn(1, 4, 1, 8, backend=backend) for _ in range(3))
     bias = torch.zeros(4, 4, device=q.device)

@@ -103,6 +103,8 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
     bool ok = t.dim() == 4;
     for (int i = 0; ok && i < 4; ++i) ok = t.size(i) == 1 || t.size(i) == full[i];
     check(ok, kOp, "bias", Rule("must broadcast to [B, H, Sq, Sk] = ", full), t.sizes);
+    if (q.dtype == ScalarType::Float)
+      check(t.dtype == q.dtype, kOp, "bias", "must be float32", t.dtype);
     check(t.dtype == q.dtype || t.dtype == ScalarType::Float, kOp, "bias",
           Rule("must be ", q.dtype, " or float32"), t.dtype);
     check_last_contiguous(kOp, "bias", t);

@@ -122,7 +122,9 @@ def attention(
         score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: of each
             sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0.
         bias: broadcastable to ``[B, H, Sq, Sk]`` (packed: ``[B, H, max_seqlen_q, max_seqlen_k]``),
-            in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit.
+            in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit. Or
+            bool, as the attn_mask of scaled_dot_product_attention: True = visible. A mask is made
+            a bias in the dtype of q, of its own shape; it has no gradient.
         alibi_slopes: ``[H]`` or ``[B, H]``; subtracts slope times distance.
         sink: ``[H]``, softmax only: a learnable logit that takes weight and has no value.
         softcap: 0 = off.
@@ -278,8 +280,8 @@ def lower(
         max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
     if max_seqlen_k is not None:
         max_seqlen_k = as_int(OP, "max_seqlen_k", max_seqlen_k, rule)
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
+    if bias is not None:
+        bias = _lower_bias(bias, q)
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
@@ -304,6 +306,14 @@ def lower(
         deterministic,
         precision,
     )
+
+
+def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
+    """[..., Sq, Sk] with four dimensions, and a mask as the logits that it stands for."""
+    if bias.dtype == torch.bool:
+        dtype = q.dtype if q.is_floating_point() else torch.float32
+        bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -torch.inf)
+    return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
 SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK = 5, 8, 9, 10  # positions in the lowered list

@@ -242,8 +242,8 @@ MALFORMED = (
     ),
     Malformed(
         "bias dtype",
-        "bias: must be float32 or float32; got bool",
-        set_options(bias=torch.zeros(33, 33, dtype=torch.bool)),
+        "bias: must be float32; got int32",
+        set_options(bias=torch.zeros(33, 33, dtype=torch.int32)),
     ),
     Malformed(
         "max_seqlen alone",

@@ -100,7 +100,8 @@ def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
     if not ok:
         fail(OP, "bias", f"must broadcast to [B, H, Sq, Sk] = {show(full)}", bias.shape)
     if bias.dtype not in (q.dtype, torch.float32):
-        fail(OP, "bias", f"must be {show(q.dtype)} or float32", bias.dtype)
+        own = "" if q.dtype == torch.float32 else f"{show(q.dtype)} or "
+        fail(OP, "bias", f"must be {own}float32", bias.dtype)
     check_last_contiguous(OP, "bias", bias)
     check_device_of_q(OP, "bias", bias, q)
 
