@@ -139,6 +139,10 @@ void decode_barrier(Decoder& decoder, const Statement& statement, Instruction& i
     decoder.skip();
 }
 
+void refuse_pointer(Warp& warp, const Instruction& instruction, Mask mask) {
+  fault(warp, instruction, __builtin_ctz(mask), "calls through pointers are not supported");
+}
+
 std::vector<std::string> names_in(const std::string& list) {
   return split_list(list.substr(1, list.rfind(')') - 1));
 }
@@ -154,8 +158,9 @@ void Decoder::State::decode_call() {
   if (!call.operands.empty() && call.operands[0][0] == '(') results = names_in(call.operands[at++]);
   if (at >= call.operands.size()) decoder.fail("a call without a function");
   const std::string& name = call.operands[at++];
-  if (at < call.operands.size()) arguments = names_in(call.operands[at++]);
-  if (at < call.operands.size()) decoder.fail("calls through pointers are not supported");
+  if (at < call.operands.size() && call.operands[at][0] == '(')
+    arguments = names_in(call.operands[at++]);
+  const bool through_pointer = at < call.operands.size();
   const auto address = [&](const std::string& variable) {
     uint64_t value = 0;
     bool dynamic_shared = false;
@@ -164,6 +169,12 @@ void Decoder::State::decode_call() {
     return value;
   };
   Instruction instruction;
+  if (through_pointer) {  // an error of those that come here
+    decoder.read(name, 64);
+    instruction.run = refuse_pointer;
+    append(instruction);
+    return;
+  }
   if (name == "vprintf" && results.size() == 1) {
     instruction.run = ignore_printf;
     instruction.offset = static_cast<int64_t>(address(results[0]));

@@ -86,18 +86,18 @@ bool Decoder::State::find_symbol(const std::string& name, uint64_t& address, boo
         return true;
     }
   }
-  if (frame->depth > 0) {
-    const auto argument = frame->arguments.find(name);
-    if (argument == frame->arguments.end()) return false;
+  const auto argument = frame->arguments.find(name);
+  if (argument != frame->arguments.end()) {
     address = argument->second;
     return true;
   }
-  for (const Parameter& parameter : kernel.parameters)
-    if (parameter.name == name) {
-      address = parameter.offset;
-      return true;
-    }
-  return false;
+  if (frame->depth == 0)
+    for (const Parameter& parameter : kernel.parameters)
+      if (parameter.name == name) {
+        address = parameter.offset;
+        return true;
+      }
+  return function_address(module, name, address);
 }
 
 uint32_t Decoder::State::operand(const std::string& text, int bits) {

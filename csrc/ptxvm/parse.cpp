@@ -57,10 +57,12 @@ class Parser {
     while (at_ < text_.size() && is_blank(text_[at_])) ++at_;
   }
 
+  // A name, a number, or a directive: ".reg.b16" is two.
   std::string word() {
     skip_blanks();
     const size_t begin = at_;
-    while (at_ < text_.size() && (is_name(text_[at_]) || text_[at_] == '.')) ++at_;
+    if (at_ < text_.size() && text_[at_] == '.') ++at_;
+    while (at_ < text_.size() && is_name(text_[at_])) ++at_;
     return text_.substr(begin, at_ - begin);
   }
 
@@ -212,7 +214,7 @@ class Parser {
       const auto next = [&] {
         while (at < item.size() && is_blank(item[at])) ++at;
         const size_t from = at;
-        while (at < item.size() && !is_blank(item[at])) ++at;
+        while (at < item.size() && !is_blank(item[at]) && (at == from || item[at] != '.')) ++at;
         return item.substr(from, at - from);
       };
       for (std::string part = next(); !part.empty(); part = next()) {

@@ -69,6 +69,9 @@ std::unique_ptr<Module> load_module(const std::string& ptx);
 // " (file.cuh:12)" of a line of PTX, or nothing.
 std::string source_of(const Module&, uint32_t ptx_line);
 
+// What a pointer to a function holds: nothing that can be read or called. False if there is none.
+bool function_address(const Module&, const std::string& name, uint64_t& address);
+
 // Registers the variables of a module as memory that kernels may touch.
 void register_variables(const Module&);
 

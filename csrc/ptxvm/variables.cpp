@@ -26,10 +26,14 @@ uint64_t symbol_value(const Module& module, const Variable& owner, const std::st
     symbol = trim(symbol.substr(0, plus));
   }
   if (symbol.rfind("generic(", 0) == 0) symbol = symbol.substr(8, symbol.rfind(')') - 8);
-  const auto found = module.variables.find(trim(symbol));
-  if (found == module.variables.end() || !found->second.memory)
-    fail("'" + text + "' is neither a number nor a variable in global memory");
-  const uint64_t address = reinterpret_cast<uint64_t>(found->second.memory) + addend;
+  symbol = trim(symbol);
+  uint64_t address = 0;
+  const auto found = module.variables.find(symbol);
+  if (found != module.variables.end() && found->second.memory)
+    address = reinterpret_cast<uint64_t>(found->second.memory);
+  else if (!function_address(module, symbol, address))
+    fail("'" + text + "' is neither a number, a variable in global memory nor a function");
+  address += addend;
   return (address & mask) >> (mask ? __builtin_ctzll(mask) : 0);
 }
 
@@ -55,6 +59,13 @@ bool has_memory(const Variable& variable) {
 }
 
 }  // namespace
+
+bool function_address(const Module& module, const std::string& name, uint64_t& address) {
+  const auto found = module.functions.find(name);
+  if (found == module.functions.end()) return false;
+  address = reinterpret_cast<uint64_t>(found->second.get());
+  return true;
+}
 
 void place_variables(Module& module) {
   for (auto& [name, variable] : module.variables) {

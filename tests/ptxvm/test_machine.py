@@ -61,7 +61,7 @@ def test_bad_statements_are_named(text: str, report: str) -> None:
         (".frob .b32 x;", r"PTX, line 2: \.frob \.b32 x: unknown directive"),
         (".global .b32 x; .global .b32 x;", "a second declaration of x"),
         (".global .b32 x[2] = {1, 2, 3};", "more initial values than x has elements"),
-        (".global .b64 x = nowhere;", "'nowhere' is neither a number nor a variable"),
+        (".global .b64 x = nowhere;", "'nowhere' is neither a number, a variable"),
         (".entry e(.param .c32 a) { ret; }", r"e, line 2: .*unknown type or directive \.c32"),
         (".entry e() .frob 3 { ret; }", "unknown attribute of a function"),
         (".entry e() { ret; } .entry e() { ret; }", "a second definition of e"),
@@ -94,6 +94,39 @@ def test_scopes_repeat_names() -> None:
  { .reg .b32 %x; mov.u32 %x, 100; bra DONE; add.u32 %x, %x, 1; DONE: add.u32 %r3, %r3, %x; }
  st.global.u32 [%out], %r3;"""
     assert store(body) == [117] * 32
+
+
+def test_directives_need_no_blanks() -> None:
+    body = """
+ mov.u32 %r4, 0x20005;
+ {.reg.b16 hl, hu; mov.b32 {hl, hu}, %r4; cvt.u32.u16 %r3, hl; cvt.u32.u16 %r4, hu;}
+ add.u32 %r3, %r3, %r4; ld.global.u32 %r4, [word]; add.u32 %r3, %r3, %r4;
+ st.global.u32 [%out], %r3;"""
+    assert store(body, ".visible.global.align 4.b32 word = 100;\n") == [107] * 32
+
+
+def test_pointers_to_functions() -> None:
+    """They have a value; a call through one is an error of those that come to it."""
+    declarations = """
+.func (.param .b32 result) second(.param .b32 value);
+.global .align 8 .u64 table[3] = {first, generic(second), first};
+.func (.param .b32 result) first(.param .b32 value) { st.param.b32 [result], 1; ret; }
+.func (.param .b32 result) second(.param .b32 value) { st.param.b32 [result], 2; ret; }
+"""
+    body = """
+ ld.global.u64 %rd1, [table]; ld.global.u64 %rd2, [table+8]; ld.global.u64 %rd3, [table+16];
+ mov.u64 %rd4, second;
+ setp.eq.u64 %p1, %rd1, %rd3; setp.ne.and.u64 %p1, %rd1, 0, %p1;
+ setp.eq.and.u64 %p1, %rd2, %rd4, %p1; setp.ne.and.u64 %p1, %rd1, %rd2, %p1;
+ selp.u32 %r3, 1, 0, %p1; st.global.u32 [%out], %r3;
+ mov.u32 %r4, %tid.x; setp.ne.u32 %p2, %r4, WHO; @%p2 bra DONE;
+ { .param .b32 v; st.param.b32 [v], %r4; .param .b32 r;
+   form: .callprototype (.param .b32 _) _ (.param .b32 _);
+   call (r), %rd1, (v), form; ld.param.b32 %r3, [r]; }
+ DONE:"""
+    assert store(body.replace("WHO", "99"), declarations) == [1] * 32
+    with pytest.raises(MachineError, match=r"line \d+: call .*%rd1.*through pointers.*thread 7,"):
+        store(body.replace("WHO", "7"), declarations)
 
 
 def test_literals() -> None:
@@ -287,6 +320,8 @@ def test_options() -> None:
         "check=2": "check: must be from 0 to 1; got 2",
         "order=random": "must be forward, reverse or seeded; got random",
         "fuel=0": "fuel: must be from 1",
+        "on_fault=1": "on_fault: must be stop or report; got 1",
+        "device=sm_70": "device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got sm_70",
     }.items():
         assert machine.library.ptxvm_configure(settings.encode()) == -1
         assert report in machine.library.ptxvm_last_report().decode()
