@@ -287,6 +287,7 @@ void Decoder::State::decode_body(Frame& body) {
     if (found == opcodes.end()) Decoder(*this).fail("unknown opcode");
     Instruction instruction;
     Decoder decoder(*this);
+    check_capability(decoder, next);
     found->second(decoder, next, instruction);
     append(instruction);
   }

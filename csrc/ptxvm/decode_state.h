@@ -76,6 +76,9 @@ struct Decoder::State {
 // Turns values into slots of the register file; registers that never live together share one.
 void place_slots(Decoder::State&);
 
+// Fails for a form that the device is too old for.
+void check_capability(const Decoder&, const Statement&);
+
 // Index and size in bits of a special register ("%tid.x"); false if it is none. sched.cpp gives
 // them their values.
 bool find_special(const std::string& name, int& index, int& bits);

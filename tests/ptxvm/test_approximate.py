@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,6 +189,13 @@ def samples(function: Function) -> Array:
     raw = np.concatenate([np.array(edges("f32"), dtype=np.uint64), draw("f32", COUNT, random)])
     small = random.uniform(-130, 130, COUNT).astype(np.float32).view(np.uint32)
     return np.concatenate([raw, small.astype(np.uint64)])
+
+
+@pytest.fixture(autouse=True)
+def newest_device() -> Iterator[None]:
+    """Some forms need a newer one than sm_80."""
+    with machine.options(device="sm_90a"):
+        yield
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def check(form: Form, columns: list[np.ndarray]) -> None:
     expected = [x if e else form.kept for x, e in zip(expected, executed, strict=True)]
     wrong = mismatches(form, execute(loaded, "guarded", form, columns, kinds), expected, columns)
     assert not wrong, f"@p {form.text} {wrong}"
+
+
+@pytest.fixture(autouse=True)
+def newest_device() -> Iterator[None]:
+    """Some forms need a newer one than sm_80."""
+    with machine.options(device="sm_90a"):
+        yield
 
 
 @pytest.mark.parametrize("form", FORMS, ids=identifier)

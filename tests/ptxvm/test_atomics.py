@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from machine import machine
@@ -87,6 +89,13 @@ def atomic_operands(op: str, type_: str):
         else:
             draw = [x.astype(FLOAT[type_]) for x in draw]
     return draw
+
+
+@pytest.fixture(autouse=True)
+def newest_device() -> Iterator[None]:
+    """Some forms need a newer one than sm_80."""
+    with machine.options(device="sm_90a"):
+        yield
 
 
 @pytest.mark.parametrize("space", ["global", "shared", "generic global", "generic shared"])
