@@ -4,6 +4,7 @@
 #include <cinttypes>
 #include <cstdio>
 
+#include "ptxvm/reports.h"
 #include "ptxvm/shadow.h"
 
 namespace ptxvm {
@@ -35,33 +36,40 @@ std::string who(uint32_t theirs) {
 }
 
 // Says which byte of an access broke which rule, given the stamps from before it.
-[[noreturn]] void explain(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
-                          uint32_t bytes, uint32_t mine, bool writes, bool reads,
-                          const uint32_t* writers, const uint32_t* readers) {
+void explain(Warp& warp, const Instruction& instruction, uint64_t offset, int lane, uint32_t bytes,
+             uint32_t mine, bool writes, bool reads, const uint32_t* writers,
+             const uint32_t* readers) {
   for (uint32_t b = 0; b < bytes; ++b) {
     char place[64];
     snprintf(place, sizeof place, "shared address 0x%" PRIx64, offset + b);
     const std::string act = std::string(writes ? "write to " : "read of ") + place;
+    const auto broke = [&](const char* rule, const std::string& what) {
+      broke_rule(warp, instruction, lane, rule, what);
+    };
     if (writers[b] & kCopying)
-      fault(warp, instruction, lane,
-            act + " while a cp.async of " + who(writers[b]) +
-                " into it is in flight (no cp.async.wait_group or wait_all since)");
+      return broke("copy", act + " while a cp.async of " + who(writers[b]) +
+                               " into it is in flight (no cp.async.wait_group or wait_all since)");
     if (conflict(writers[b], mine))
-      fault(warp, instruction, lane,
-            "race: " + act + ", written by " + who(writers[b]) + " since the last barrier");
+      return broke("race with a write",
+                   "race: " + act + ", written by " + who(writers[b]) + " since the last barrier");
     if (writes && conflict(readers[b], mine))
-      fault(warp, instruction, lane,
-            "race: " + act + ", read by " + who(readers[b]) + " since the last barrier");
+      return broke("race with a read",
+                   "race: " + act + ", read by " + who(readers[b]) + " since the last barrier");
     if (reads && writers[b] & kUnset)
-      fault(warp, instruction, lane, std::string("read of uninitialised ") + place);
+      return broke("uninitialised", std::string("read of uninitialised ") + place);
   }
-  fault(warp, instruction, lane, "shared access broke a rule");
 }
 
-void load_unset(Warp& warp, const Instruction& instruction, int lane) {
+// unset: whether byte b of what the lane loads has no value. A load loses the elements that have
+// such a byte (width: bytes of one), an ldmatrix the row.
+template <typename Unset>
+void load_unset(Warp& warp, const Instruction& instruction, int lane, int bytes, Unset unset) {
   Undefined& undefined = warp.undefined;
   if (undefined.by != &instruction) undefined = {&instruction, &instruction};
-  undefined.loaded |= Mask{1} << lane;
+  for (int b = 0; b < bytes; ++b)
+    if (unset(b))
+      (instruction.width ? undefined.values[b / instruction.width] : undefined.loaded) |= Mask{1}
+                                                                                          << lane;
 }
 
 // Whether byte b of what the lane stores has no value.
@@ -102,7 +110,8 @@ void shadow_lane(Warp& warp, const Instruction& instruction, uint64_t offset, in
   const Stamps merged = (all_mine & (before | ~kStrong)) | (other & kSeveral);
   const Stamps after = (now & merged) | (~now & all_mine);
   std::memcpy(writes ? writers : readers, &after, sizeof after);
-  if (!writes && any_unset) load_unset(warp, instruction, lane);
+  if (!writes && any_unset)
+    load_unset(warp, instruction, lane, bytes, [&](int b) { return writers[b] & kUnset; });
   if (writes && warp.undefined.by == &instruction)
     for (int b = 0; b < bytes; ++b)
       if (stores_unset(warp, instruction, lane, b)) writers[b] |= kUnset;
@@ -136,9 +145,9 @@ void shadow_shared(Warp& warp, const Instruction& instruction, const uint64_t* o
 void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
                   uint32_t bytes, Access kind) {
   uint8_t* written = warp.block->shadow->local_written.data() + offset;
-  // Padding between the members of a struct is copied along with them: one byte is enough.
-  if (is_read(kind) && std::find(written, written + bytes, 1) == written + bytes)
-    load_unset(warp, instruction, lane);
+  if (is_read(kind) && std::find(written, written + bytes, 0) != written + bytes)
+    load_unset(warp, instruction, lane, static_cast<int>(bytes),
+               [&](int b) { return !written[b]; });
   if (!is_read(kind))
     for (uint32_t b = 0; b < bytes; ++b) written[b] = !stores_unset(warp, instruction, lane, b);
 }

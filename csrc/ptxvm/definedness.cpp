@@ -3,9 +3,13 @@
 // tiles have rows that nobody wants), so it passes on that there is no value. What decides where
 // the kernel goes, what it touches and what it leaves behind must have one.
 #include <algorithm>
+#include <cstring>
+#include <string>
 
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
+#include "ptxvm/decode.h"
+#include "ptxvm/reports.h"
 
 namespace ptxvm {
 namespace {
@@ -43,11 +47,11 @@ struct Step {
     const Mask lost = mask & missing(warp, slot);
     if (!lost) return;
     const Instruction* origin = warp.origins[slot / kUnit];
-    fault(warp, instruction, __builtin_ctz(lost),
-          "depends on an uninitialised " +
-              (origin ? "value: " + what + ", which has none since line " +
-                            std::to_string(origin->line) + ": " + origin->text
-                      : "register: " + what));
+    const std::string rule = "depends on an uninitialised " +
+                             (origin ? "value: " + what + ", which has none since line " +
+                                           std::to_string(origin->line) + ": " + origin->text
+                                     : "register: " + what);
+    broke_rule(warp, instruction, __builtin_ctz(lost), rule, rule);
   }
   void require_sources(int from, int to) const {
     for (int i = from; i < to; ++i)
@@ -111,21 +115,96 @@ void spread_shuffle(const Step& step, Mask* values) {
   if (in.slots[1] != kNoSlot) predicate(step.warp, in.slots[1]) = old_predicate;
 }
 
-// Lanes whose result does not depend on what is missing.
-Mask decided(const Step& step) {
-  if (std::strchr(step.instruction.text, '!')) return 0;
-  if (step.base == "selp") {
-    const Mask chooses = predicate(step.warp, step.source(2));
-    return ~(step.missing_in(2) | (chooses & step.missing_in(0)) | (~chooses & step.missing_in(1)));
+// Bits of the sources and results of the instructions that settled() asks about.
+int bits_of_source(const Step& step, int i) {
+  const bool selects = is_in(step.base, {"selp", "setp"}) && i == 2;
+  return selects ? 1 : bits_of_type(std::string(step.opcode.substr(step.opcode.rfind('.') + 1)));
+}
+int bits_of_result(const Step& step) { return step.base == "setp" ? 1 : bits_of_source(step, 0); }
+
+// The lanes of a slot, as bytes or, of a predicate, as bits.
+struct Lanes {
+  Warp& warp;
+  uint32_t slot;
+  int bits;
+
+  char* begin() const { return lanes<char>(warp, slot); }
+  size_t bytes() const { return bits == 1 ? sizeof(Mask) : static_cast<size_t>(bits / 8) * kLanes; }
+  std::string copy() const { return {begin(), bytes()}; }
+  void restore(const std::string& values) const {
+    std::memcpy(begin(), values.data(), values.size());
   }
-  const bool is_and = step.opcode == "and.pred", is_or = step.opcode == "or.pred";
-  if (!is_and && !is_or) return 0;
-  Mask lanes_decided = 0;
-  for (int i = 0; i < 2; ++i) {
-    const Mask value = predicate(step.warp, step.source(i));
-    lanes_decided |= (is_and ? ~value : value) & ~step.missing_in(i);
+  void fill(Mask mask, bool ones) const {
+    if (bits == 1) {
+      Mask& value = predicate(warp, slot);
+      value = ones ? value | mask : value & ~mask;
+      return;
+    }
+    const size_t size = static_cast<size_t>(bits / 8);
+    for (int i = 0; i < kLanes; ++i)
+      if (mask >> i & 1) std::memset(begin() + size * i, ones ? 0xff : 0, size);
   }
-  return lanes_decided;
+  Mask differs(const std::string& values) const {
+    if (bits == 1) {
+      Mask other;
+      std::memcpy(&other, values.data(), sizeof other);
+      return other ^ predicate(warp, slot);
+    }
+    const size_t size = static_cast<size_t>(bits / 8);
+    Mask mask = 0;
+    for (int i = 0; i < kLanes; ++i)
+      mask |= Mask{std::memcmp(begin() + size * i, values.data() + size * i, size) != 0} << i;
+    return mask;
+  }
+};
+
+// Lanes whose results are the same for all 0 and all 1 in each of the sources that miss a value.
+Mask same_for_all(const Step& step, std::initializer_list<int> sources) {
+  const Instruction& in = step.instruction;
+  std::vector<Lanes> missing_values, results;
+  std::vector<std::string> saved, saved_results, first;
+  for (const int i : sources) {
+    if (i >= in.reads || step.source(i) == kNoSlot || !(step.mask & step.missing_in(i))) continue;
+    const bool again = std::any_of(missing_values.begin(), missing_values.end(),
+                                   [&](const Lanes& l) { return l.slot == step.source(i); });
+    if (!again) missing_values.push_back({step.warp, step.source(i), bits_of_source(step, i)});
+  }
+  for (int i = 0; i < in.writes; ++i)
+    if (in.slots[i] != kNoSlot) results.push_back({step.warp, in.slots[i], bits_of_result(step)});
+  for (const Lanes& l : missing_values) saved.push_back(l.copy());
+  for (const Lanes& l : results) saved_results.push_back(l.copy());
+  Mask same = kFullMask;
+  for (uint32_t trial = 0; trial < 1u << missing_values.size(); ++trial) {
+    // A result may lie in the slot of a source.
+    for (size_t i = 0; i < results.size(); ++i) results[i].restore(saved_results[i]);
+    for (size_t i = 0; i < saved.size(); ++i) missing_values[i].restore(saved[i]);
+    for (size_t i = 0; i < missing_values.size(); ++i)
+      missing_values[i].fill(missing(step.warp, missing_values[i].slot), trial >> i & 1);
+    in.run(step.warp, in, step.mask);
+    for (size_t i = 0; i < results.size(); ++i) {
+      if (trial == 0) first.push_back(results[i].copy());
+      same &= ~results[i].differs(first[i]);
+    }
+  }
+  for (size_t i = 0; i < results.size(); ++i) results[i].restore(saved_results[i]);
+  for (size_t i = 0; i < saved.size(); ++i) missing_values[i].restore(saved[i]);
+  return same;
+}
+
+// Lanes whose result does not depend on what is missing. In a bitwise function each bit of a source
+// is 0 or 1, and a predicate is; a comparison that misses an operand may come out either way.
+Mask settled(const Step& step) {
+  if (is_in(step.base, {"and", "or", "xor", "selp"})) return same_for_all(step, {0, 1, 2});
+  if (step.base == "lop3")
+    return step.instruction.slots[1] == kNoSlot ? same_for_all(step, {0, 1, 2}) : 0;
+  if (step.base != "setp" || step.source(2) == kNoSlot) return 0;
+  const bool negated = std::strchr(step.instruction.text, '!');
+  const Mask joined = predicate(step.warp, step.source(2)) ^ (negated ? kFullMask : 0);
+  const Mask decides = step.opcode.find(".and.") != std::string_view::npos  ? ~joined
+                       : step.opcode.find(".or.") != std::string_view::npos ? joined
+                                                                            : 0;
+  const Mask compared = ~(step.missing_in(0) | step.missing_in(1));
+  return (compared & same_for_all(step, {2})) | (~compared & decides & ~step.missing_in(2));
 }
 
 void follow(const Step& step, Mask* values) {
@@ -149,7 +228,7 @@ void follow(const Step& step, Mask* values) {
     values[0] = kFullMask;
     return;
   }
-  std::fill_n(values, in.writes, step.missing_in_any() & ~decided(step));
+  std::fill_n(values, in.writes, step.missing_in_any() & ~settled(step));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/device.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
 
 namespace ptxvm {
@@ -44,6 +45,10 @@ void set_option(const std::string& name, const std::string& value) {
     options.fuel = static_cast<uint32_t>(number(1, 1u << 31));
   } else if (name == "watchdog") {
     options.watchdog = number(0, UINT32_MAX);
+  } else if (name == "on_fault") {
+    if (value != "stop" && value != "report")
+      throw Fault("ptxvm_configure: on_fault: must be stop or report; got " + value);
+    options.go_on = value == "report";
   } else if (name == "device") {
     if (!choose_device(value))
       throw Fault("ptxvm_configure: device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got " +
@@ -74,7 +79,7 @@ void configure(const std::string& settings) {
 // PTXVM_CHECK=1 and so on: the same names in capitals.
 const bool configured = [] {
   for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED",
-                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER", "DEVICE"}) {
+                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;
@@ -135,6 +140,13 @@ void ptxvm_recover(void) { recover(); }
 const char* ptxvm_last_report(void) {
   thread_local std::string text;
   text = std::exchange(last_report(), {});
+  return text.c_str();
+}
+
+const char* ptxvm_reports(void) {
+  thread_local std::string text;
+  const std::lock_guard lock(runtime().mutex);
+  text = take_reports();
   return text.c_str();
 }
 

@@ -24,6 +24,10 @@ void ptxvm_recover(void);
 // What the last failed launch or call of this thread reported; empty if none failed since.
 const char* ptxvm_last_report(void);
 
+// With on_fault=report: "count<tab>report" of each rule that was broken at a line, a line each.
+// They are forgotten; those that nobody asked for are printed when the process ends.
+const char* ptxvm_reports(void);
+
 // Counters of all launches since the last reset as JSON text, valid until the next call.
 const char* ptxvm_counters(void);
 void ptxvm_reset_counters(void);

@@ -149,7 +149,7 @@ struct AsyncCopy {
 struct Undefined {
   const Instruction* by = nullptr;      // the rest holds for this instruction alone
   const Instruction* origin = nullptr;  // of the values
-  Mask loaded = 0;                      // lanes that read memory that was never written
+  Mask loaded = 0;                      // lanes that read memory that was never written (ldmatrix)
   Mask values[8] = {};                  // per destination, or per value that is stored
 };
 
@@ -214,6 +214,7 @@ std::string report_of(const Warp&, const Instruction&, int lane, const std::stri
 // How the machine runs: environment PTXVM_* at start, ptxvm_configure later.
 struct Options {
   bool check = false;  // everything of check.h beyond bounds and alignment, which are always on
+  bool go_on = false;  // after a broken rule of check mode: reports.h
   bool count = false;  // counters.h
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up

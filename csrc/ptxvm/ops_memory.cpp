@@ -187,8 +187,8 @@ void decode_access(Decoder& decoder, const Statement& statement, Instruction& in
   } else {
     read_memory_operand(decoder, memory, words, in);
     for (const std::string& value : values) decoder.read(value, bits);
-    in.width = static_cast<uint8_t>(bits_of_type(words.type) / 8);  // of a value in memory
   }
+  in.width = static_cast<uint8_t>(bits_of_type(words.type) / 8);  // of a value in memory
   if (words.cache_hint) decoder.read(statement.operands[2], 64);
   in.run = pick<loads>(words.type, bits, words.vector);
   if (!in.run) decoder.fail("type ." + words.type + " does not fit the register");

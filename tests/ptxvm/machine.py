@@ -69,6 +69,7 @@ class Machine:
         library.ptxvm_load.restype = ctypes.c_void_p
         library.ptxvm_last_report.restype = ctypes.c_char_p
         library.ptxvm_counters.restype = ctypes.c_char_p
+        library.ptxvm_reports.restype = ctypes.c_char_p
         self.library = library
 
     def _check(self, error: int) -> None:
@@ -103,6 +104,7 @@ class Machine:
             "resident_blocks": 8,
             "fuel": 20000,
             "watchdog": 4000,
+            "on_fault": "stop",
             "device": os.environ.get("PTXVM_DEVICE", "sm_80"),
         }
         self.configure(**options)

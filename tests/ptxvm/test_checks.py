@@ -189,6 +189,12 @@ MATRIX = (
     "setp.eq.u32 %p4, %r0, {lane};\n@%p4 st.global.b32 [%d0], %r5;\nDONE:\n"
 )
 
+THREE_OF_FOUR = (
+    "mad.lo.u32 %r4, %r0, 16, %r3;\nst.shared.v2.b32 [%r4], {%r0, %r0};\n"
+    "st.shared.b32 [%r4+12], %r0;\nld.shared.v4.u32 {%r6, %r7, %r8, %r9}, [%r4];\n"
+)
+PICK = "mov.b32 %r5, 0;\n@%p6 mov.b32 %r5, 5;\n" + SINK
+
 # What the kernel leaves behind, where it goes and what it touches must have a value; what it only
 # computes need not.
 UNINITIALISED = {
@@ -215,9 +221,25 @@ UNINITIALISED = {
     ),
     "local memory": (
         "mov.u64 %d1, mine;\nst.local.b32 [%d1], %r0;\nld.local.b32 %r5, [%d1+4];\n" + SINK,
+        "mov.u64 %d1, mine;\nst.local.b32 [%d1+4], %r0;\nld.local.b32 %r5, [%d1+4];\n" + SINK,
+        r"uninitialised value: source 2, which has none since line \d+: ld.local.b32",
+    ),
+    "part of a local access": (
         "mov.u64 %d1, mine;\nst.local.b32 [%d1+4], %r0;\nld.local.b64 %d2, [%d1];\n"
         "@%p2 st.global.b64 [%d0], %d2;\n",
-        r"uninitialised value: source 2, which has none since line \d+: ld.local.b32",
+        "mov.u64 %d1, mine;\nst.local.v2.b32 [%d1], {%r0, %r0};\nld.local.b64 %d2, [%d1];\n"
+        "@%p2 st.global.b64 [%d0], %d2;\n",
+        r"uninitialised value: source 2, which has none since line \d+: ld.local.b64",
+    ),
+    "an element of a local vector": (
+        "mov.u64 %d1, mine;\nst.local.b32 [%d1], %r0;\nld.local.v2.b32 {%r4, %r5}, [%d1];\n" + SINK,
+        "mov.u64 %d1, mine;\nst.local.b32 [%d1], %r0;\nld.local.v2.b32 {%r5, %r4}, [%d1];\n" + SINK,
+        r"uninitialised value: source 2, which has none since line \d+: ld.local.v2.b32",
+    ),
+    "an element of a shared vector": (
+        THREE_OF_FOUR + "add.u32 %r5, %r6, %r8;\n" + SINK,
+        THREE_OF_FOUR + "add.u32 %r5, %r6, %r9;\n" + SINK,
+        r"uninitialised value: source 2, which has none since line \d+: ld.shared.v4.u32",
     ),
     "an unset value on its way through local memory": (
         "mov.u64 %d1, mine;\nst.local.b32 [%d1], %r7;\nld.local.b32 %r5, [%d1];\n" + SINK,
@@ -255,6 +277,41 @@ UNINITIALISED = {
         "setp.eq.u32 %p5, %r7, 0;\nsetp.ne.u32 %p6, %r0, %r0;\nand.pred %p5, %p5, %p6;\n"
         "@%p5 bra DONE;\nDONE:\n",
         r"bra DONE: depends on an uninitialised value: the guard, .* setp.eq.u32",
+    ),
+    "a comparison joined with what is false": (
+        "setp.ge.s32 %p5, %r0, 0;\nsetp.eq.and.s32 %p6, %r7, 1, %p5;\n" + PICK,
+        "setp.lt.s32 %p5, %r0, 0;\nsetp.eq.and.s32 %p6, %r7, 1, %p5;\n" + PICK,
+        r"the guard, which has none since line \d+: setp.eq.and.s32",
+    ),
+    "a comparison joined with the opposite": (
+        "setp.ge.s32 %p5, %r0, 0;\nsetp.eq.or.s32 %p6, %r7, 1, !%p5;\n" + PICK,
+        "setp.lt.s32 %p5, %r0, 0;\nsetp.eq.or.s32 %p6, %r7, 1, !%p5;\n" + PICK,
+        r"the guard, which has none since line \d+: setp.eq.or.s32",
+    ),
+    "a comparison that decides alone": (
+        "setp.eq.and.s32 %p6, %r0, %r0, %p5;\n" + PICK,
+        "setp.ne.and.s32 %p6, %r0, %r0, %p5;\n" + PICK,
+        r"the guard, which has none since line \d+: setp.eq.and.s32",
+    ),
+    "a comparison joined by xor": (
+        "setp.eq.xor.s32 %p6, %r0, %r0, %p5;\n" + PICK,
+        "xor.pred %p6, %p5, %p5;\n" + PICK,
+        r"the guard, which has none since line \d+: setp.eq.xor.s32",
+    ),
+    "bits that are masked": (
+        "and.b32 %r5, %r7, 1;\n" + SINK,
+        "and.b32 %r5, %r7, 0;\nor.b32 %r6, %r7, -1;\nadd.u32 %r5, %r5, %r6;\n" + SINK,
+        r"source 2, which has none since line \d+: and.b32",
+    ),
+    "a table that leaves a source out": (
+        "lop3.b32 %r5, %r7, 3, 3, 0x80;\n" + SINK,
+        "lop3.b32 %r5, %r7, 3, 3, 0xcc;\n" + SINK,
+        r"source 2, which has none since line \d+: lop3.b32",
+    ),
+    "a selection between two alike": (
+        "selp.b32 %r5, 1, 2, %p5;\n" + SINK,
+        "selp.b32 %r5, 2, 2, %p5;\n" + SINK,
+        r"source 2, which has none since line \d+: selp.b32",
     ),
     "an address": (
         "ld.shared.b32 %r5, [%r7];\n",
@@ -439,6 +496,24 @@ DONE:
 def test_silent(name, order):
     with machine.options(check=1, order=order, seed=5, fuel=3 if order == "seeded" else 20000):
         run(SILENT[name])
+
+
+def test_reports_are_counted_and_the_kernel_goes_on(capfd):
+    machine.library.ptxvm_reports()
+    body = "add.u32 %r5, %r7, 1;\nst.global.b32 [%d0], %r5;\n" + FILL + STORE + LOAD_NEXT
+    with machine.options(check=1, on_fault="report"):
+        assert run(body + "@%p2 st.global.b32 [%d0+4], 1;\n").view(np.int32)[1] == 1
+        run(body)
+        with pytest.raises(MachineError, match="outside every allocation"):
+            run("ld.global.b32 %r5, [%d0+4096];\n")
+    printed = capfd.readouterr().err.splitlines()
+    lines = machine.library.ptxvm_reports().decode().splitlines()
+    assert machine.library.ptxvm_reports() == b""
+    reports = dict(reversed(line.split("\t", 1)) for line in lines)
+    assert printed == [f"ptxvm: {report}" for report in reports]
+    (unset,) = (r for r in reports if "depends on an uninitialised value: source 2" in r)
+    assert reports[unset] == str(2 * WARPS)
+    assert sum("race: " in report for report in reports) == len(reports) - 1 >= 1
 
 
 def test_blocks_do_not_meet():
