@@ -38,7 +38,7 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[kCount])
 
 // visit.operator()<T>() with the element type of `dtype`.
 template <typename Visit>
-void visit_dtype(DType dtype, const Visit& visit) {
+auto visit_dtype(DType dtype, const Visit& visit) {
   switch (dtype) {
     case DType::float16:
       return visit.template operator()<__half>();

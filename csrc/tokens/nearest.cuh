@@ -2,6 +2,7 @@
 // 64 rows and goes through the set 64 rows at a time; a thread has 4 x 4 distances in registers.
 #pragma once
 #include "cuda/divisor.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -209,12 +210,8 @@ template <bool kLabels, typename T, typename S>
 const char* launch_nearest(const MapRows<T>& rows, const MapRows<S>& set, Nearest near,
                            int64_t batch, cudaStream_t stream) {
   near.row_tiles = static_cast<int>(ceil_div(rows.count, kNearRows));
-  const int64_t blocks = batch * near.row_tiles;
-  if (blocks > 0x7fffffff) return "too many blocks for a launch";
-  if (blocks > 0)
-    nearest_kernel<T, S, kLabels>
-        <<<static_cast<unsigned>(blocks), kNearThreads, 0, stream>>>(rows, set, near);
-  return nullptr;
+  return launch<nearest_kernel<T, S, kLabels>>(batch * near.row_tiles, kNearThreads, 0, stream,
+                                               rows, set, near);
 }
 
 // Rows that can be read four elements at once.

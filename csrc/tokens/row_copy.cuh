@@ -1,16 +1,15 @@
 // Rows of bytes copied on CUDA: a block is as many rows as fill it, and the threads of a row are at
 // most a warp, so that rows of any length are read by whole cache lines.
 #pragma once
-#include <cuda_runtime.h>
-
 #include "core/dtype.h"
+#include "cuda/launch.cuh"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowChunks = 4;  // loads of a thread that are under way together
-constexpr int64_t kMostBatches = 65535, kMostBlocks = 0x7fffffff;
+constexpr int64_t kMostBatches = 65535;
 
 // Threads along a row and rows along a block, for rows of `chunks` accesses; a grid of (rows,
 // batch).
@@ -23,7 +22,7 @@ struct RowGrid {
     while (lanes < kWarpSize && lanes < chunks) lanes *= 2;
     block = dim3(lanes, kRowThreads / lanes);
     const int64_t blocks = ceil_div(rows, block.y);
-    fits = blocks <= kMostBlocks;
+    fits = blocks <= kMaxGrid;
     grid = dim3(static_cast<unsigned>(fits ? blocks : 1),
                 static_cast<unsigned>(batch < kMostBatches ? batch : kMostBatches));
   }
@@ -51,18 +50,13 @@ __device__ __forceinline__ void copy_row(T* __restrict__ to, const T* __restrict
 
 // visit.operator()<T>() with the widest type by which addresses and strides are all divisible.
 template <typename Visit>
-void visit_width(uint64_t bits, const Visit& visit) {
+auto visit_width(uint64_t bits, const Visit& visit) {
   if (bits % 16 == 0) return visit.template operator()<uint4>();
   if (bits % 8 == 0) return visit.template operator()<uint2>();
   if (bits % 4 == 0) return visit.template operator()<uint32_t>();
-  visit.template operator()<uint16_t>();
+  return visit.template operator()<uint16_t>();
 }
 
 inline uint64_t address(const void* p) { return reinterpret_cast<uintptr_t>(p); }
-
-inline const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 }  // namespace tokenmill::cuda

@@ -12,11 +12,9 @@ const char* launch_cuda(const AttentionParams& p, void* stream) {
   if (p.seqlen_q > cuda::kMaxLength || p.seqlen_k > cuda::kMaxLength)
     return "sequences may have 2^29 tokens at most on CUDA";
   if (p.batch * p.heads > 0x7fffffff) return "batch * heads may be 2^31 - 1 at most on CUDA";
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    error = cuda::launch_forward<T>(p, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return cuda::launch_forward<T>(p, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

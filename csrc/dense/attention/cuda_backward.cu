@@ -53,24 +53,18 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
   if (general) error = launch_pairs<T, Mode::general>(args, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
-  if (error) return error;
-  if (sums || bp.dsink) {
-    sum_kernel<<<static_cast<unsigned>(p.batch * p.heads), kSumThreads, 0, stream>>>(
-        args, rows_of_sum<T>(args.largest_dim()));
-    error = check_launch(cudaGetLastError());
-  }
-  return error;
+  if (error || !(sums || bp.dsink)) return error;
+  return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args,
+                            rows_of_sum<T>(args.largest_dim()));
 }
 
 }  // namespace
 }  // namespace cuda
 
 const char* launch_cuda(const AttentionBackwardParams& p, void* stream) {
-  const char* error = nullptr;
-  cuda::visit_dtype(p.forward.dtype, [&]<typename T>() {
-    error = cuda::launch_backward<T>({.p = p}, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.forward.dtype, [&]<typename T>() {
+    return cuda::launch_backward<T>({.p = p}, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -11,22 +11,16 @@ const char* launch_bias(const BackwardArgs& args, cudaStream_t stream) {
   const int64_t column_tiles = bp.dbias_k ? ceil_div(p.bias_columns, kBiasColumns) : 1;
   const int64_t blocks =
       row_tiles * column_tiles * (bp.dbias_head ? p.heads : 1) * (bp.dbias_batch ? p.batch : 1);
-  const char* error = nullptr;
-  visit_dtype(p.dtype, [&]<typename T>() {
-    const auto launch = [&]<int kDim>(Index<kDim>) {
-      constexpr int kBytes = bias_shared_bytes<T, kDim>();
-      const auto kernel = bias_kernel<T, kDim>;
-      error = check_launch(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-      if (error) return;
-      kernel<<<static_cast<unsigned>(blocks), kBiasThreads, kBytes, stream>>>(args, row_tiles,
-                                                                              column_tiles);
-      error = check_launch(cudaGetLastError());
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    const auto launch_dim = [&]<int kDim>(Index<kDim>) {
+      return launch<bias_kernel<T, kDim>>(blocks, kBiasThreads, bias_shared_bytes<T, kDim>(),
+                                          stream, args, row_tiles, column_tiles);
     };
     const int64_t dim = args.largest_dim();
-    dim <= 64 ? launch(Index<64>{}) : dim <= 128 ? launch(Index<128>{}) : launch(Index<256>{});
+    return dim <= 64    ? launch_dim(Index<64>{})
+           : dim <= 128 ? launch_dim(Index<128>{})
+                        : launch_dim(Index<256>{});
   });
-  return error;
 }
 
 }  // namespace tokenmill::cuda

@@ -1,5 +1,6 @@
 // Chooses blocks for the forward and launches one instance of its kernel.
 #pragma once
+#include "cuda/launch.cuh"
 #include "dense/attention/kernel.cuh"
 
 namespace tokenmill::cuda {
@@ -43,21 +44,16 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
   const int bytes =
       kParkedBytes + (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
-  const auto kernel = attention_forward_kernel<T, kBucket, kWeights, kGeneral>;
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  constexpr int64_t kMaxGrid = 0x7fffffff;
   const int64_t at_once = kMaxGrid / plan.tiles;
   const int64_t head_blocks = plan.head_blocks * (p.cu_seqlens_q ? 1 : p.batch);
-  for (int64_t first = 0; first < head_blocks && error == cudaSuccess; first += at_once) {
+  for (int64_t first = 0; first < head_blocks; first += at_once) {
     plan.first_head_block = static_cast<unsigned>(first);
     const int64_t count = head_blocks - first < at_once ? head_blocks - first : at_once;
-    kernel<<<static_cast<unsigned>(count * plan.tiles), plan.warps * kWarpSize, bytes, stream>>>(
-        p, plan);
-    error = cudaGetLastError();
+    if (const char* error = launch<attention_forward_kernel<T, kBucket, kWeights, kGeneral>>(
+            count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
+      return error;
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return nullptr;
 }
 
 // Defined in cuda_<dtype>.cu each.

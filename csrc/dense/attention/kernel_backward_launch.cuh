@@ -1,12 +1,9 @@
 // Launches the kernels of one element type and mode. Each cuda_backward_*.cu instantiates some.
 #pragma once
+#include "cuda/launch.cuh"
 #include "dense/attention/kernel_backward.cuh"
 
 namespace tokenmill::cuda {
-
-inline const char* check_launch(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 template <typename T, int kDim, Side kSide, Mode kMode>
 const char* launch_side(BackwardArgs args, cudaStream_t stream) {
@@ -15,11 +12,9 @@ const char* launch_side(BackwardArgs args, cudaStream_t stream) {
   const AttentionParams& p = args.p.forward;
   const int64_t tokens = kKeys ? p.seqlen_k : p.seqlen_q;
   if (tokens == 0) return nullptr;
-  int device = 0, shared_limit = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int most_bytes = shared_limit();
   int pairs = 4;
-  while (pairs > 1 && Shape::shared_bytes(pairs) > shared_limit) pairs /= 2;
+  while (pairs > 1 && Shape::shared_bytes(pairs) > most_bytes) pairs /= 2;
   const int64_t group = p.heads / p.kv_heads;
   args.heads_per_block = 1;
   while (!kKeys && args.heads_per_block < pairs && group % (2 * args.heads_per_block) == 0)
@@ -29,44 +24,35 @@ const char* launch_side(BackwardArgs args, cudaStream_t stream) {
   const int64_t heads = kKeys ? p.kv_heads : p.heads / args.heads_per_block;
   const int64_t blocks = args.row_blocks * heads * (ends ? 1 : p.batch);
   args.whole = args.vectors && p.head_dim == kDim && p.value_dim == kDim;
-  const int bytes = Shape::shared_bytes(pairs);
-  const auto kernel = backward_kernel<T, kDim, kSide, kMode>;
-  if (const char* error = check_launch(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)))
-    return error;
-  kernel<<<static_cast<unsigned>(blocks), 2 * pairs * kWarpSize, bytes, stream>>>(args);
-  return check_launch(cudaGetLastError());
+  return launch<backward_kernel<T, kDim, kSide, kMode>>(blocks, 2 * pairs * kWarpSize,
+                                                        Shape::shared_bytes(pairs), stream, args);
 }
 
 // visit(Index<kDim>{}) with the least head dimension that holds `dim`.
 template <typename Visit>
-void visit_head_dim(int64_t dim, const Visit& visit) {
+auto visit_head_dim(int64_t dim, const Visit& visit) {
   if (dim <= 32) return visit(Index<32>{});
   if (dim <= 64) return visit(Index<64>{});
   if (dim <= 96) return visit(Index<96>{});
   if (dim <= 128) return visit(Index<128>{});
   if (dim <= 192) return visit(Index<192>{});
-  visit(Index<256>{});
+  return visit(Index<256>{});
 }
 
 // Needs the statistics of softmax.
 template <typename T, Mode kMode>
 const char* launch_pairs(const BackwardArgs& args, cudaStream_t stream) {
-  const char* error = nullptr;
-  visit_head_dim(args.largest_dim(), [&]<int kDim>(Index<kDim>) {
-    error = launch_side<T, kDim, Side::queries, kMode>(args, stream);
-    if (!error) error = launch_side<T, kDim, Side::keys, kMode>(args, stream);
+  return visit_head_dim(args.largest_dim(), [&]<int kDim>(Index<kDim>) {
+    const char* error = launch_side<T, kDim, Side::queries, kMode>(args, stream);
+    return error ? error : launch_side<T, kDim, Side::keys, kMode>(args, stream);
   });
-  return error;
 }
 
 // Rows of the queries' side that one entry of the sums covers.
 template <typename T>
 int rows_of_sum(int64_t dim) {
-  int rows = 0;
-  visit_head_dim(dim,
-                 [&]<int kDim>(Index<kDim>) { rows = PairShape<T, kDim, Mode::general>::kRows; });
-  return rows;
+  return visit_head_dim(
+      dim, []<int kDim>(Index<kDim>) { return int{PairShape<T, kDim, Mode::general>::kRows}; });
 }
 
 }  // namespace tokenmill::cuda

@@ -1,5 +1,6 @@
 // Before the products of the backward: statistics of the rows.
 #pragma once
+#include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 #include "dense/attention/kernel_backward_shape.cuh"
 
@@ -70,15 +71,12 @@ const char* launch_statistics(BackwardArgs args, bool in_nats, cudaStream_t stre
   const bool vectors = is_vectorizable<T>(o.data, p.value_dim, o.batch, o.seq, o.head) &&
                        is_vectorizable<T>(g.data, p.value_dim, g.batch, g.seq, g.head);
   args.row_blocks = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows);
-  const unsigned grid =
-      static_cast<unsigned>(args.row_blocks * p.heads * (p.cu_seqlens_q ? 1 : p.batch));
+  const int64_t blocks = args.row_blocks * p.heads * (p.cu_seqlens_q ? 1 : p.batch);
   const float unit = in_nats ? 1 : kLog2e;
-  if (vectors)
-    statistics_kernel<T, kVector><<<grid, kStatisticsThreads, 0, stream>>>(args, unit);
-  else
-    statistics_kernel<T, 1><<<grid, kStatisticsThreads, 0, stream>>>(args, unit);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return vectors
+             ? launch<statistics_kernel<T, kVector>>(blocks, kStatisticsThreads, 0, stream, args,
+                                                     unit)
+             : launch<statistics_kernel<T, 1>>(blocks, kStatisticsThreads, 0, stream, args, unit);
 }
 
 }  // namespace tokenmill::cuda

@@ -1,5 +1,6 @@
 // Chooses blocks for the decode kernel and launches one instance of it.
 #pragma once
+#include "cuda/launch.cuh"
 #include "dense/attention_decode/kernel.cuh"
 
 namespace tokenmill::cuda {
@@ -12,13 +13,6 @@ struct DecodeLaunch {
   int64_t blocks, outputs, partial_floats;
   int shared_bytes;
 };
-
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 
 // The row tiles of `heads` heads of a request, which have p.heads / heads query heads each, and
 // `longest` keys at most. By shapes alone: lengths lie on the device.
@@ -76,30 +70,22 @@ inline int64_t workspace_bytes(const DecodeLaunch& launch) {
   return 4 * (launch.partial_floats + launch.outputs);
 }
 
-// kernel(d, plan), whose partial sums and counters lie at `workspace`.
-template <typename Kernel, typename Params>
-const char* launch_planned(Kernel* kernel, const Params& d, DecodeLaunch& launch, void* workspace,
+// kKernel(d, plan), whose partial sums and counters lie at `workspace`.
+template <auto kKernel, typename Params>
+const char* launch_planned(const Params& d, DecodeLaunch planned, void* workspace,
                            cudaStream_t stream) {
-  if (launch.blocks > 0x7fffffff) return "2^31 blocks at most on CUDA";
-  launch.plan.partials = static_cast<float*>(workspace);
-  launch.plan.arrived = reinterpret_cast<int*>(launch.plan.partials + launch.partial_floats);
-  cudaMemsetAsync(launch.plan.arrived, 0, launch.outputs * sizeof(int), stream);
-  cudaError_t error = cudaSuccess;
-  if (launch.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 launch.shared_bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(launch.blocks), kDecodeThreads, launch.shared_bytes, stream>>>(
-        d, launch.plan);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  DecodePlan& plan = planned.plan;
+  plan.partials = static_cast<float*>(workspace);
+  plan.arrived = reinterpret_cast<int*>(plan.partials + planned.partial_floats);
+  if (const char* error = set_bytes(plan.arrived, 0, planned.outputs * sizeof(int), stream))
+    return error;
+  return launch<kKernel>(planned.blocks, kDecodeThreads, planned.shared_bytes, stream, d, plan);
 }
 
 template <typename T, int kBucket>
 const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
-  DecodeLaunch launch = plan_decode<T, kBucket>(d);
-  return launch_planned(attention_decode_kernel<T, kBucket>, d, launch, d.workspace, stream);
+  return launch_planned<attention_decode_kernel<T, kBucket>>(d, plan_decode<T, kBucket>(d),
+                                                             d.workspace, stream);
 }
 
 // visit.operator()<bucket>()

@@ -86,35 +86,31 @@ int64_t workspace_floats(const Recurrence& p) {
   return slots * plan.slot_floats + (plan.chained ? slots + 1 : 0);
 }
 
-const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream) {
+const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.batch == 0 || p.heads == 0) return nullptr;
   if (p.seqlen >= kMaxRecurrenceLength) return "too many tokens";
   RecurrencePlan plan = plan_recurrence(p);
   plan.reverse = reverse;
-  const auto launch = [&]() -> const char* {
-    const char* error = nullptr;
-    visit_dtype(p.dtype, [&]<typename T>() {
-      error = launch_recurrence<T>(p, plan, static_cast<cudaStream_t>(stream));
-    });
-    return error;
+  const auto launch_parts = [&] {
+    return visit_dtype(p.dtype,
+                       [&]<typename T>() { return launch_recurrence<T>(p, plan, stream); });
   };
   if (plan.chained) {
     const int64_t slots = plan.all_parts * p.heads * plan.slices;
     plan.arrived = reinterpret_cast<unsigned*>(p.workspace + slots * plan.slot_floats);
-    const cudaError_t error = cudaMemsetAsync(plan.arrived, 0, (slots + 1) * sizeof(unsigned),
-                                              static_cast<cudaStream_t>(stream));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* error = set_bytes(plan.arrived, 0, (slots + 1) * sizeof(unsigned), stream))
+      return error;
   } else if (plan.from_workspace) {
     plan.states_only = true;
-    if (const char* error = launch()) return error;
+    if (const char* error = launch_parts()) return error;
     plan.states_only = false;
     const dim3 grid(static_cast<unsigned>(ceil_div(plan.slot_floats, int64_t{4} * kMaxThreads)),
                     static_cast<unsigned>(p.heads * plan.slices), static_cast<unsigned>(p.batch));
-    recurrence_scan_kernel<<<grid, kMaxThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, plan);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* error = launch<recurrence_scan_kernel>(grid, kMaxThreads, 0, stream, p, plan))
+      return error;
   }
-  return launch();
+  return launch_parts();
 }
 
 }  // namespace cuda

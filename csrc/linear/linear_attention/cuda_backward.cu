@@ -167,61 +167,61 @@ struct HeadWarps {
 };
 
 template <typename T>
-void finish(const Backward& of, cudaStream_t stream) {
+const char* finish(const Backward& of, cudaStream_t stream) {
   const BackwardPlan& plan = of.plan;
   const LinearAttentionParams& f = of.p.forward;
   const int head_dim = static_cast<int>(f.head_dim), value_dim = static_cast<int>(f.value_dim);
-  const auto launch = [&](const GradientRows& rows) {
-    if (!rows.from) return;
-    const HeadWarps warps(plan.tokens, f.heads / rows.group);
-    finish_gradients_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(f, rows);
-  };
-  const HeadWarps warps(plan.tokens, f.heads);
-  if (of.p.ddecay.data) decay_change_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(f, plan);
-
-  launch({plan.dq, plan.diagonal, f.q, f.k, of.p.dq, plan.features, head_dim, 1, plan.group, f.map,
-          true});
-  launch({plan.dk, plan.diagonal, f.k, f.q, of.p.dk, plan.features, head_dim, plan.group, 1, f.map,
-          false});
-  launch({plan.dv,
-          nullptr,
-          {},
-          {},
-          of.p.dv,
-          value_dim,
-          value_dim,
-          plan.group,
-          1,
-          FeatureMap::identity,
-          false});
+  if (of.p.ddecay.data) {
+    const HeadWarps warps(plan.tokens, f.heads);
+    if (const char* error =
+            launch<decay_change_kernel<T>>(warps.grid, warps.threads, 0, stream, f, plan))
+      return error;
+  }
+  const GradientRows q{plan.dq, plan.diagonal, f.q,   f.k, of.p.dq, plan.features, head_dim,
+                       1,       plan.group,    f.map, true};
+  const GradientRows k{plan.dk,  plan.diagonal, f.k, f.q,   of.p.dk, plan.features,
+                       head_dim, plan.group,    1,   f.map, false};
+  const GradientRows v{plan.dv,   nullptr,   {},         {}, of.p.dv,
+                       value_dim, value_dim, plan.group, 1,  FeatureMap::identity,
+                       false};
+  for (const GradientRows* rows : {&q, &k, &v}) {
+    if (!rows->from) continue;
+    const HeadWarps warps(plan.tokens, f.heads / rows->group);
+    if (const char* error =
+            launch<finish_gradients_kernel<T>>(warps.grid, warps.threads, 0, stream, f, *rows))
+      return error;
+  }
+  return nullptr;
 }
 
-const char* launch(const Backward& of, cudaStream_t stream) {
+const char* launch_decay_gradients(const Backward& of, cudaStream_t stream) {
+  const LinearAttentionParams& f = of.p.forward;
+  if (const char* error = launch<decay_gradient_kernel>(of.plan.segments * f.heads, kSegment, 0,
+                                                        stream, of.p, of.plan))
+    return error;
+  if (of.p.ddecay.per_token) return nullptr;
+  const HeadWarps sums(f.batch, f.heads);
+  return launch<sum_decay_gradients_kernel>(sums.grid, sums.threads, 0, stream, of.p, of.plan);
+}
+
+const char* launch_backward(const Backward& of, cudaStream_t stream) {
   const BackwardPlan& plan = of.plan;
   const LinearAttentionParams& f = of.p.forward;
-  const int64_t rows = plan.tokens * f.heads;
-  if (plan.tokens > 0x7fffffff) return "too many tokens for a launch";
+  if (plan.tokens > kMaxGrid) return "too many tokens for a launch";
   const HeadWarps warps(plan.tokens, f.heads);
 
-  if (plan.dy_zero && rows > 0)
-    visit_dtype(f.dtype, [&]<typename T>() {
-      divide_gradients_kernel<T><<<warps.grid, warps.threads, 0, stream>>>(of.p, plan);
-    });
+  if (plan.dy_zero)
+    if (const char* error = visit_dtype(f.dtype, [&]<typename T>() {
+          return launch<divide_gradients_kernel<T>>(warps.grid, warps.threads, 0, stream, of.p,
+                                                    plan);
+        }))
+      return error;
   if (const char* error = launch_recurrence(of.to_queries, false, stream)) return error;
   if (const char* error = launch_recurrence(of.to_keys, true, stream)) return error;
   if (const char* error = launch_recurrence(of.to_values, true, stream)) return error;
-  if (rows > 0) visit_dtype(f.dtype, [&]<typename T>() { finish<T>(of, stream); });
-  if (of.p.ddecay.data) {
-    if (plan.segments > 0)
-      decay_gradient_kernel<<<static_cast<unsigned>(plan.segments * f.heads), kSegment, 0,
-                              stream>>>(of.p, plan);
-    if (!of.p.ddecay.per_token) {
-      const HeadWarps sums(f.batch, f.heads);
-      sum_decay_gradients_kernel<<<sums.grid, sums.threads, 0, stream>>>(of.p, plan);
-    }
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (const char* error = visit_dtype(f.dtype, [&]<typename T>() { return finish<T>(of, stream); }))
+    return error;
+  return of.p.ddecay.data ? launch_decay_gradients(of, stream) : nullptr;
 }
 
 }  // namespace
@@ -236,7 +236,7 @@ int64_t workspace_floats(const LinearAttentionBackwardParams& p) {
 
 const char* launch_cuda(const LinearAttentionBackwardParams& p, void* stream) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return nullptr;
-  return cuda::launch(cuda::Backward(p), static_cast<cudaStream_t>(stream));
+  return cuda::launch_backward(cuda::Backward(p), static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace tokenmill

@@ -1,5 +1,6 @@
 // Cuts sequences into parts and launches the kernels of a recurrence.
 #pragma once
+#include "cuda/launch.cuh"
 #include "linear/linear_attention/kernel.cuh"
 
 namespace tokenmill::cuda {
@@ -10,14 +11,6 @@ constexpr int64_t kLeastTokens = 256;
 // scanned by a launch of its own: in a chain the trips of states to L2 and back add up.
 constexpr int64_t kMostChained = 5;
 constexpr int64_t kMaxRecurrenceLength = int64_t{1} << 29;
-
-inline int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
-    return 0;
-  return value;
-}
 
 inline int bucket_of(const Recurrence& p) {
   const int dim = p.q.dim;
@@ -30,6 +23,27 @@ inline bool in_steps(const Recurrence& p) { return p.taylor || bucket_of(p) > 12
 // RecurrenceShape::kChains
 inline bool has_chains(const Recurrence& p) {
   return !in_steps(p) && (p.dtype != DType::float32 || bucket_of(p) <= 64);
+}
+
+// visit.operator()<T, kBucket, kTaylor>() of the instance.
+template <typename T, typename Visit>
+auto visit_instance(const Recurrence& p, const Visit& visit) {
+  if (p.taylor) return visit.template operator()<T, 64, true>();
+  switch (bucket_of(p)) {
+    case 64:
+      return visit.template operator()<T, 64, false>();
+    case 128:
+      return visit.template operator()<T, 128, false>();
+    default:
+      return visit.template operator()<T, 256, false>();
+  }
+}
+
+template <typename Shape>
+int shared_bytes(const Recurrence& p, int warps, int stages) {
+  return static_cast<int>(sizeof(SharedVectors<Shape::kTokens>)) + Shape::kWeightBytes +
+         (Shape::kTaylor ? 2 * Shape::kFeatureBytes : 0) +
+         stages * Shape::stage_bytes(warps, p.value_taylor);
 }
 
 // What does not depend on the instance, from shapes alone.
@@ -45,8 +59,7 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   plan.slot_floats = int64_t{plan.features} * columns + plan.tail + 4;
   plan.segments = p.cu_seqlens ? p.seqlen / kSegment + p.batch
                                : p.batch * ceil_div(p.seqlen, int64_t{kSegment});
-  const int64_t blocks = p.heads * plan.slices,
-                wanted = 2 * attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t blocks = p.heads * plan.slices, wanted = 2 * multiprocessors();
   const int64_t sequences = p.cu_seqlens ? 1 : p.batch;
   int64_t tokens = p.seqlen;
   if (p.batch * blocks < wanted) tokens = ceil_div(sequences * p.seqlen * blocks, wanted);
@@ -76,22 +89,10 @@ const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream
   plan.k_step = Block::Rows::step(sign * p.k.rows.seq, threads);
   plan.v_step = Block::Values::step(sign * p.v.rows.seq, threads);
 
-  const int fixed = static_cast<int>(sizeof(typename Block::Vectors)) + Shape::kWeightBytes +
-                    (kTaylor ? 2 * Shape::kFeatureBytes : 0);
-  const int stage = Shape::stage_bytes(plan.warps, p.value_taylor);
-  plan.stages = fixed + 2 * stage <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) ? 2 : 1;
-  const int bytes = fixed + plan.stages * stage;
-  const auto kernel = recurrence_kernel<T, kBucket, kTaylor>;
-  const int64_t blocks = plan.all_parts * p.heads * plan.slices;
-  if (blocks > 0x7fffffff) return "too many heads and parts of sequences for a launch";
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(p, plan);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  plan.stages = shared_bytes<Shape>(p, plan.warps, 2) <= shared_limit() ? 2 : 1;
+  return launch<recurrence_kernel<T, kBucket, kTaylor>>(
+      plan.all_parts * p.heads * plan.slices, threads,
+      shared_bytes<Shape>(p, plan.warps, plan.stages), stream, p, plan);
 }
 
 // Defined in cuda_<dtype>.cu each.

@@ -16,25 +16,23 @@ ScoreSizes sizes_of(const ColumnScoresParams& p) {
           split_pass(p, ScorePass::columns).splits * p.batch * p.heads * p.seqlen_k};
 }
 
-unsigned blocks_of(int64_t elements) {
-  return static_cast<unsigned>(ceil_div(elements, kScoreThreads));
-}
+int64_t blocks_of(int64_t elements) { return ceil_div(elements, kScoreThreads); }
 
 }  // namespace
 
 template <typename T>
-void launch_scores(const ColumnScoresParams& p, ScorePlan plan, cudaStream_t stream) {
+const char* launch_scores(const ColumnScoresParams& p, ScorePlan plan, cudaStream_t stream) {
   const ScoreSizes sizes = sizes_of(p);
-  if (sizes.rows > 0) {
-    if (!p.lse) launch_pass<T>(p, plan, ScorePass::rows, stream);
-    plan.splits = static_cast<int>(split_pass(p, ScorePass::rows).splits);
-    row_statistics_kernel<<<blocks_of(sizes.rows), kScoreThreads, 0, stream>>>(p, plan);
-  }
-  launch_pass<T>(p, plan, ScorePass::columns, stream);
+  const char* error = p.lse ? nullptr : launch_pass<T>(p, plan, ScorePass::rows, stream);
+  if (error) return error;
+  plan.splits = static_cast<int>(split_pass(p, ScorePass::rows).splits);
+  error = launch<row_statistics_kernel>(blocks_of(sizes.rows), kScoreThreads, 0, stream, p, plan);
+  if (!error) error = launch_pass<T>(p, plan, ScorePass::columns, stream);
+  if (error) return error;
   plan.splits = static_cast<int>(split_pass(p, ScorePass::columns).splits);
   const int64_t outs = p.head_reduce == HeadReduce::none ? p.heads : p.kv_heads;
-  reduce_columns_kernel<<<blocks_of(p.batch * outs * p.seqlen_k), kScoreThreads, 0, stream>>>(p,
-                                                                                              plan);
+  return launch<reduce_columns_kernel>(blocks_of(p.batch * outs * p.seqlen_k), kScoreThreads, 0,
+                                       stream, p, plan);
 }
 
 }  // namespace cuda
@@ -51,11 +49,9 @@ const char* launch_cuda(const ColumnScoresParams& p, void* stream) {
   plan.statistics = static_cast<float2*>(p.workspace);
   plan.parts = plan.statistics + sizes.rows;
   plan.sums = reinterpret_cast<float*>(plan.parts + sizes.parts);
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    cuda::launch_scores<T>(p, plan, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return cuda::launch_scores<T>(p, plan, static_cast<cudaStream_t>(stream));
   });
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace tokenmill

@@ -1,5 +1,6 @@
 // Chooses blocks and launches the two passes for one type of elements.
 #pragma once
+#include "cuda/launch.cuh"
 #include "select/attention_column_scores/kernel.cuh"
 
 namespace tokenmill::cuda {
@@ -34,11 +35,10 @@ inline ScoreSplit split_pass(const ColumnScoresParams& p, ScorePass pass) {
 }
 
 template <typename T, int kBucket, ScorePass kPass, bool kNoise>
-void launch_pass(const ColumnScoresParams& p, ScorePlan plan, cudaStream_t stream) {
+const char* launch_pass(const ColumnScoresParams& p, ScorePlan plan, cudaStream_t stream) {
   using Shape = ScoreShape<T, kBucket>;
   const ScoreSplit split = split_pass(p, kPass);
-  const int64_t grid = split.blocks * split.splits * p.batch * p.heads;
-  if (grid == 0) return;
+  const int64_t blocks = split.blocks * split.splits * p.batch * p.heads;
   plan.blocks = static_cast<unsigned>(split.blocks);
   plan.splits = static_cast<int>(split.splits);
   plan.per_split = static_cast<int>(split.per_split);
@@ -47,25 +47,24 @@ void launch_pass(const ColumnScoresParams& p, ScorePlan plan, cudaStream_t strea
   plan.whole = plan.aligned && p.head_dim == kBucket;
   plan.step = TileLoader<T, typename Shape::Tile, Shape::kTileRows>::step(
       kPass == ScorePass::rows ? p.k.seq : p.q.seq, kScoreThreads);
-  column_scores_kernel<T, kBucket, kPass, kNoise>
-      <<<static_cast<unsigned>(grid), kScoreThreads, Shape::kSharedBytes, stream>>>(p, plan);
+  return launch<column_scores_kernel<T, kBucket, kPass, kNoise>>(
+      blocks, kScoreThreads, Shape::kSharedBytes, stream, p, plan);
 }
 
 // Defined in cuda_<dtype>.cu each.
 template <typename T>
-void launch_pass(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
-                 cudaStream_t stream);
+const char* launch_pass(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
+                        cudaStream_t stream);
 
 template <typename T, int kBucket>
-void launch_bucket(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
-                   cudaStream_t stream) {
+const char* launch_bucket(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
+                          cudaStream_t stream) {
   const bool noise = p.inverse_tau > 0, rows = pass == ScorePass::rows;
   if (noise)
-    rows ? launch_pass<T, kBucket, ScorePass::rows, true>(p, plan, stream)
-         : launch_pass<T, kBucket, ScorePass::columns, true>(p, plan, stream);
-  else
-    rows ? launch_pass<T, kBucket, ScorePass::rows, false>(p, plan, stream)
-         : launch_pass<T, kBucket, ScorePass::columns, false>(p, plan, stream);
+    return rows ? launch_pass<T, kBucket, ScorePass::rows, true>(p, plan, stream)
+                : launch_pass<T, kBucket, ScorePass::columns, true>(p, plan, stream);
+  return rows ? launch_pass<T, kBucket, ScorePass::rows, false>(p, plan, stream)
+              : launch_pass<T, kBucket, ScorePass::columns, false>(p, plan, stream);
 }
 
 }  // namespace tokenmill::cuda

@@ -3,11 +3,9 @@
 namespace tokenmill {
 
 const char* launch_cuda(const PoolParams& p, void* stream) {
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    error = cuda::launch_pool<T>(p, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return cuda::launch_pool<T>(p, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -1,6 +1,7 @@
 // A thread pools kVector neighbouring columns of a head over the tokens of a block; neighbouring
 // threads have neighbouring columns.
 #pragma once
+#include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
 #include "select/block_pool_keys/params.h"
@@ -79,11 +80,7 @@ const char* launch_pool(const PoolParams& p, cudaStream_t stream) {
   plan.slots = p.start && p.blocks > 8 ? 8 : p.blocks;
   plan.chunks = static_cast<int>(ceil_div(p.head_dim, kVector));
   const int64_t blocks = ceil_div(p.batch * plan.slots * p.kv_heads * plan.chunks, kPoolThreads);
-  if (blocks > 0x7fffffff) return "too many blocks for a launch";
-  pool_kernel<T, kMean, kVector>
-      <<<static_cast<unsigned>(blocks), kPoolThreads, 0, stream>>>(p, plan);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch<pool_kernel<T, kMean, kVector>>(blocks, kPoolThreads, 0, stream, p, plan);
 }
 
 // Of one element type.

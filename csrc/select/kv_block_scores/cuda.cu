@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "select/block_pool_keys/kernel.cuh"
 #include "select/kv_block_scores/kernel.cuh"
 #include "select/kv_block_scores/kernel_vote.cuh"
@@ -42,26 +43,14 @@ const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_
   const int whole_sets = plan.set < Shape::kColumns ? Shape::kColumns / plan.set : 1;
   plan.part_columns = whole_sets * plan.set;
   plan.parts = static_cast<int>(ceil_div(plan.columns, plan.part_columns));
-  int device = 0, sms = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   // Queries are loaded once for several units where there are blocks enough to fill a GPU.
   const int64_t others = p.batch * p.kv_heads * plan.parts;
-  const int64_t rounds = others * ceil_div(plan.units, kScoreWarps) / (16 * sms);
+  const int64_t rounds = others * ceil_div(plan.units, kScoreWarps) / (16 * multiprocessors());
   plan.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
   plan.unit_groups = static_cast<int>(ceil_div(plan.units, kScoreWarps * plan.rounds));
-  if (others * plan.unit_groups > 0x7fffffff) return "too many blocks for a launch";
-  const int bytes = Shape::shared_bytes(plan.query_bytes);
-  const auto kernel = score_kernel<T, kColumnTiles>;
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(others * plan.unit_groups), kScoreThreads, bytes, stream>>>(
-        p, plan);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch<score_kernel<T, kColumnTiles>>(others * plan.unit_groups, kScoreThreads,
+                                               Shape::shared_bytes(plan.query_bytes), stream, p,
+                                               plan);
 }
 
 template <typename T>
@@ -94,15 +83,11 @@ const char* launch_scores(const BlockScoreParams& p, cudaStream_t stream) {
 const char* launch_vote(const BlockScoreParams& p, VotePart* parts, cudaStream_t stream) {
   const int64_t pieces = vote_pieces(p), rows = p.batch * p.heads * p.rows;
   const int64_t column_pieces = ceil_div(p.blocks, kVoteColumns);
-  if (rows * pieces > 0x7fffffff || p.batch * p.rows * column_pieces > 0x7fffffff)
-    return "too many blocks for a launch";
-  if (rows > 0)
-    vote_parts_kernel<<<static_cast<unsigned>(rows * pieces), kVoteThreads, 0, stream>>>(
-        p, parts, static_cast<int>(pieces));
-  vote_kernel<<<static_cast<unsigned>(p.batch * p.rows * column_pieces), kVoteThreads, 0, stream>>>(
-      p, parts, static_cast<int>(pieces), static_cast<int>(column_pieces));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (const char* error = launch<vote_parts_kernel>(rows * pieces, kVoteThreads, 0, stream, p,
+                                                    parts, static_cast<int>(pieces)))
+    return error;
+  return launch<vote_kernel>(p.batch * p.rows * column_pieces, kVoteThreads, 0, stream, p, parts,
+                             static_cast<int>(pieces), static_cast<int>(column_pieces));
 }
 
 }  // namespace
@@ -119,10 +104,9 @@ int64_t workspace_bytes(const BlockScoreParams& p) {
 const char* launch_cuda(const BlockScoreParams& params, void* stream) {
   BlockScoreParams p = params;
   const auto s = static_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    if (p.mean_q) error = cuda::average_queries<T>(p, s);
-    if (!error) error = cuda::launch_scores<T>(p, s);
+  const char* error = cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    const char* failed = p.mean_q ? cuda::average_queries<T>(p, s) : nullptr;
+    return failed ? failed : cuda::launch_scores<T>(p, s);
   });
   if (error || p.head_reduce != HeadReduce::softmax_vote) return error;
   char* const parts = static_cast<char*>(p.workspace) + cuda::mean_bytes(p);

@@ -29,21 +29,16 @@ int64_t logit_count(const SparseDecodeParams& d) {
 const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
   const int64_t heads = d.attention.batch * d.row_heads();
   const int64_t warps = ceil_div(d.entries, mass_entries(d.log2_block));
-  const int64_t blocks = ceil_div(heads * warps, kMassWarps);
-  if (blocks > 0x7fffffff) return "2^33 entries at most on CUDA";
-  sparse_mass_kernel<<<static_cast<unsigned>(blocks), kMassThreads, 0, stream>>>(
-      d, static_cast<int>(rows_of_head(d)), warps, heads);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch<sparse_mass_kernel>(ceil_div(heads * warps, kMassWarps), kMassThreads, 0, stream, d,
+                                    static_cast<int>(rows_of_head(d)), warps, heads);
 }
 
 }  // namespace
 }  // namespace cuda
 
 int64_t workspace_bytes(const SparseDecodeParams& d) {
-  int64_t bytes = 0;
-  cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    bytes = cuda::visit_bucket(d.attention, [&]<int kBucket>() {
+  const int64_t bytes = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return cuda::visit_bucket(d.attention, [&]<int kBucket>() {
       return cuda::workspace_bytes(cuda::plan_sparse<T, kBucket>(d));
     });
   });
@@ -65,8 +60,8 @@ const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   if (d.mass) d.logits = workspace;
   const char* error = nullptr;
   if (d.attention.seqlen_q > 0)
-    cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-      error = cuda::launch_sparse<T>(d, workspace + cuda::logit_count(d), s);
+    error = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+      return cuda::launch_sparse<T>(d, workspace + cuda::logit_count(d), s);
     });
   return error || !d.mass ? error : cuda::launch_mass(d, s);
 }

@@ -29,8 +29,8 @@ DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
 
 template <typename T, int kBucket>
 const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
-  DecodeLaunch launch = plan_sparse<T, kBucket>(d);
-  return launch_planned(sparse_decode_kernel<T, kBucket>, d, launch, workspace, stream);
+  return launch_planned<sparse_decode_kernel<T, kBucket>>(d, plan_sparse<T, kBucket>(d), workspace,
+                                                          stream);
 }
 
 // Defined in cuda_<dtype>.cu each.

@@ -14,11 +14,9 @@ const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
 
 const char* launch_cuda(const BilevelParams& d, void* stream) {
   if (const char* error = cuda::check_sizes(d)) return error;
-  const char* error = nullptr;
-  cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    error = cuda::launch_bilevel<T>(cuda::plan_regions(d), static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return cuda::launch_bilevel<T>(cuda::plan_regions(d), static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -32,11 +32,9 @@ const char* launch_cuda(const BilevelBackwardParams& p, void* stream) {
   d.offsets = p.offsets;
   d.listing = p.rows;
   d.query_rows = cuda::Divisor::of(static_cast<int>(cuda::query_rows(d)));
-  const char* error = nullptr;
-  cuda::visit_dtype(f.dtype, [&]<typename T>() {
-    error = cuda::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(f.dtype, [&]<typename T>() {
+    return cuda::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

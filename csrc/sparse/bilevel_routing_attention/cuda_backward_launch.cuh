@@ -13,10 +13,9 @@ const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
   const bool aligned_out = has_whole_chunks<T>(d.dout, p.value_dim, d.dout_line);
   d.aligned = aligned_out && has_whole_chunks<T>(p.out, p.value_dim, d.out_line);
   const int64_t lanes = p.batch * p.heads * p.seqlen_q * kMapStatisticsLanes;
-  const char* error =
-      launch_blocks(bilevel_statistics_kernel<T>, ceil_div(lanes, kMapStatisticsThreads),
-                    kMapStatisticsThreads, 0, d, stream);
-  if (error) return error;
+  if (const char* error = launch<bilevel_statistics_kernel<T>>(
+          ceil_div(lanes, kMapStatisticsThreads), kMapStatisticsThreads, 0, stream, d))
+    return error;
   d.aligned = aligned_out && has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
               has_whole_chunks<T>(p.k, p.head_dim, d.k_line) &&
               has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
@@ -27,13 +26,14 @@ const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
   d.compact_queries =
       d.aligned && is_compact<T>(end(p.q, d.q_line)) && is_compact<T>(end(d.dout, d.dout_line));
   cut_rows(d, query_rows(d), Queries::kWarpRows, 1, Queries::kMaxRowWarps);
-  error = launch_blocks(bilevel_queries_kernel<T, kBucket>, query_tiles(d), d.row_warps * kWarpSize,
-                        Queries::template shared_bytes<RegionKeys>(d.row_warps), d, stream);
-  if (error) return error;
+  if (const char* error = launch<bilevel_queries_kernel<T, kBucket>>(
+          query_tiles(d), d.row_warps * kWarpSize,
+          Queries::template shared_bytes<RegionKeys>(d.row_warps), stream, d))
+    return error;
   cut_rows(d, d.key_map.slot, Keys::kWarpRows, 1, Keys::kMaxRowWarps);
-  return launch_blocks(
-      bilevel_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.key_map.regions * d.tiles,
-      d.row_warps * Keys::kColumnWarps * kWarpSize, Keys::shared_bytes(d.row_warps), d, stream);
+  return launch<bilevel_keys_kernel<T, kBucket>>(p.batch * p.kv_heads * d.key_map.regions * d.tiles,
+                                                 d.row_warps * Keys::kColumnWarps * kWarpSize,
+                                                 Keys::shared_bytes(d.row_warps), stream, d);
 }
 
 // Defined in cuda_backward_<dtype>.cu each.

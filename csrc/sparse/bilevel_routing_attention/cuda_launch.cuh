@@ -6,10 +6,10 @@
 namespace tokenmill::cuda {
 
 template <typename T, int kBucket>
-const char* launch_forward(const RegionLaunch& launch, cudaStream_t stream) {
+const char* launch_forward(const RegionLaunch& planned, cudaStream_t stream) {
   using Shape = ListedShape<T, kBucket>;
   using Memory = ForwardMemory<T, kBucket, RegionKeys>;
-  RegionLaunch d = launch;
+  RegionLaunch d = planned;
   const AttentionParams& p = d.attention;
   cut_rows(d, query_rows(d), Shape::kWarpRows, Shape::kMinRowWarps, Shape::kMaxRowWarps);
   d.aligned = has_whole_chunks<T>(p.q, p.head_dim, d.q_line) &&
@@ -17,9 +17,9 @@ const char* launch_forward(const RegionLaunch& launch, cudaStream_t stream) {
               has_whole_chunks<T>(p.v, p.value_dim, d.v_line);
   d.compact = has_compact_keys<T>(d);
   d.aligned_out = has_whole_chunks<T>(p.out, p.value_dim, d.out_line);
-  return launch_blocks(bilevel_forward_kernel<T, kBucket>, query_tiles(d),
-                       d.row_warps * Shape::kColumnWarps * kWarpSize, Memory::bytes(d.row_warps), d,
-                       stream);
+  return launch<bilevel_forward_kernel<T, kBucket>>(query_tiles(d),
+                                                    d.row_warps * Shape::kColumnWarps * kWarpSize,
+                                                    Memory::bytes(d.row_warps), stream, d);
 }
 
 // Defined in cuda_<dtype>.cu each.

@@ -19,11 +19,9 @@ int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
 
 const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
   if (const char* error = cuda::check_sizes(p.forward)) return error;
-  const char* error = nullptr;
-  cuda::visit_dtype(p.forward.attention.dtype, [&]<typename T>() {
-    error = cuda::launch_block_sparse<T>(p, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.forward.attention.dtype, [&]<typename T>() {
+    return cuda::launch_block_sparse<T>(p, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

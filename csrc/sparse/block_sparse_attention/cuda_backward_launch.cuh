@@ -30,18 +30,16 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
     return d.heads_together() * rows.head + p.seqlen_q * rows.seq;
   };
   d.compact_queries = d.aligned && is_compact<T>(end(p.q)) && is_compact<T>(end(d.dout));
-  const char* error = nullptr;
-  if (p.seqlen_q > 0)
-    error = launch_blocks(block_sparse_queries_kernel<T, kBucket>, query_tiles(d),
-                          d.row_warps * kWarpSize,
-                          Queries::template shared_bytes<TileKeys>(d.row_warps), d, stream);
-  if (error || p.seqlen_k == 0) return error;
+  if (const char* error = launch<block_sparse_queries_kernel<T, kBucket>>(
+          query_tiles(d), d.row_warps * kWarpSize,
+          Queries::template shared_bytes<TileKeys>(d.row_warps), stream, d))
+    return error;
   d.row_warps = key_row_warps(d, Keys::kMaxRowWarps);
   d.tile_rows = Keys::kWarpRows * d.row_warps;
   d.tiles = static_cast<int>(ceil_div(p.seqlen_k, d.tile_rows));
-  return launch_blocks(block_sparse_keys_kernel<T, kBucket>, p.batch * p.kv_heads * d.tiles,
-                       d.row_warps * Keys::kColumnWarps * kWarpSize,
-                       Keys::shared_bytes(d.row_warps), d, stream);
+  return launch<block_sparse_keys_kernel<T, kBucket>>(p.batch * p.kv_heads * d.tiles,
+                                                      d.row_warps * Keys::kColumnWarps * kWarpSize,
+                                                      Keys::shared_bytes(d.row_warps), stream, d);
 }
 
 template <typename T>
@@ -55,8 +53,7 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, cudaStream_t s
   args.p.dlse = bp.dlse;
   args.p.minus_lse = minus_lse;
   args.p.minus_delta = minus_delta;
-  if (p.seqlen_q > 0)
-    if (const char* error = launch_statistics<T>(args, false, stream)) return error;
+  if (const char* error = launch_statistics<T>(args, false, stream)) return error;
   BlockSparseGradients d{};
   d.dout = bp.dout;
   d.dq = bp.dq;

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/launch.cuh"
 #include "sparse/hip_block_select/kernel.cuh"
 
 namespace tokenmill {
@@ -7,21 +8,13 @@ namespace cuda {
 namespace {
 
 constexpr int kMaxShared = 97 * 1024;  // of a block on every device, beside what is static
+static_assert(kMaxShared + sizeof(HipShared) <= 99 * 1024);
 
 template <typename T, int kColumnTiles>
 const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t stream) {
-  const int64_t blocks = p.batch * p.lists * p.blocks;
-  if (blocks > 0x7fffffff) return "too many blocks for a launch";
-  const int bytes = HipShape<kColumnTiles>::shared_bytes(plan.query_bytes, plan.wanted);
-  const auto kernel = hip_kernel<T, kColumnTiles>;
-  cudaError_t error = cudaSuccess;
-  if (bytes > 32 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), kHipThreads, bytes, stream>>>(p, plan);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch<hip_kernel<T, kColumnTiles>>(
+      p.batch * p.lists * p.blocks, kHipThreads,
+      HipShape<kColumnTiles>::shared_bytes(plan.query_bytes, plan.wanted), stream, p, plan);
 }
 
 template <typename T>
@@ -49,11 +42,9 @@ const char* launch_search(const HipParams& p, cudaStream_t stream) {
 }  // namespace cuda
 
 const char* launch_cuda(const HipParams& p, void* stream) {
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    error = cuda::launch_search<T>(p, static_cast<cudaStream_t>(stream));
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return cuda::launch_search<T>(p, static_cast<cudaStream_t>(stream));
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "cuda/launch.cuh"
 #include "sparse/transpose_block_list/kernel.cuh"
 
 namespace tokenmill {
@@ -37,22 +36,19 @@ const char* launch_cuda(const TransposeBlockListParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const TransposePlan plan = make_plan(p);
   const int64_t heads = list_heads(p), entries = heads * entries_of_head(p);
-  constexpr int64_t kMaxGrid = 0x7fffffff;
-  if (heads == 0) return nullptr;
-  if (heads * plan.parts > kMaxGrid) return "2^31 - 1 heads at most on CUDA";
-  cudaMemsetAsync(plan.places, 0, heads * plan.parts * p.blocks * sizeof(int32_t), s);
-  cudaMemsetAsync(p.rows, 0xff, entries * sizeof(int32_t), s);  // -1
+  const int64_t places = heads * plan.parts * p.blocks * sizeof(int32_t);
+  if (const char* error = set_bytes(plan.places, 0, places, s)) return error;
+  if (const char* error = set_bytes(p.rows, 0xff, entries * sizeof(int32_t), s))
+    return error;  // -1
   if (entries > 0) {
     const int64_t blocks = ceil_div(heads * p.list.rows, kTransposeThreads / kWarpSize);
-    transpose_count_kernel<<<static_cast<unsigned>(blocks < kMaxGrid ? blocks : kMaxGrid),
-                             kTransposeThreads, 0, s>>>(p, plan);
+    if (const char* error = launch<transpose_count_kernel>(blocks < kMaxGrid ? blocks : kMaxGrid,
+                                                           kTransposeThreads, 0, s, p, plan))
+      return error;
   }
-  transpose_scan_kernel<<<static_cast<unsigned>(heads), kScanThreads, 0, s>>>(p, plan);
-  if (entries > 0)
-    transpose_place_kernel<<<static_cast<unsigned>(heads * plan.parts), kTransposeThreads, 0, s>>>(
-        p, plan);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const char* error = launch<transpose_scan_kernel>(heads, kScanThreads, 0, s, p, plan);
+  if (error || entries == 0) return error;
+  return launch<transpose_place_kernel>(heads * plan.parts, kTransposeThreads, 0, s, p, plan);
 }
 
 }  // namespace tokenmill

@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "tokens/best_match/kernel.cuh"
 
 namespace tokenmill {
@@ -5,16 +6,15 @@ namespace cuda {
 namespace {
 
 template <typename T>
-void launch_factors(const GlobalRows<T>& from, int64_t from_batch, int64_t batch, float* factors,
-                    cudaStream_t stream) {
+const char* launch_factors(const GlobalRows<T>& from, int64_t from_batch, int64_t batch,
+                           float* factors, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(from.rows, kMatchWarps)),
                   static_cast<unsigned>(batch < 65535 ? batch : 65535));
-  if (from.rows > 0)
-    factor_kernel<T><<<grid, kMatchThreads, 0, stream>>>(from, from_batch, batch, factors);
+  return launch<factor_kernel<T>>(grid, kMatchThreads, 0, stream, from, from_batch, batch, factors);
 }
 
 template <typename T>
-void launch_factors(const MatchParams& p, MatchPlan& plan, cudaStream_t stream) {
+const char* launch_factors(const MatchParams& p, MatchPlan& plan, cudaStream_t stream) {
   float* const factors_a = static_cast<float*>(p.workspace);
   float* const factors_b = factors_a + p.batch * p.rows;
   const int channels = static_cast<int>(p.channels);
@@ -22,28 +22,18 @@ void launch_factors(const MatchParams& p, MatchPlan& plan, cudaStream_t stream) 
                         plan.aligned_a};
   const GlobalRows<T> b{static_cast<const T*>(p.b), p.b_row, static_cast<int>(p.partners), channels,
                         plan.aligned_b};
-  launch_factors(a, p.a_batch, p.batch, factors_a, stream);
-  launch_factors(b, p.b_batch, p.batch, factors_b, stream);
   plan.factors_a = factors_a;
   plan.factors_b = factors_b;
+  const char* error = launch_factors(a, p.a_batch, p.batch, factors_a, stream);
+  return error ? error : launch_factors(b, p.b_batch, p.batch, factors_b, stream);
 }
 
 template <typename T, int kRowTiles>
 const char* launch_match(const MatchParams& p, MatchPlan plan, cudaStream_t stream) {
   using Shape = MatchShape<kRowTiles>;
   plan.row_tiles = static_cast<int>(ceil_div(p.rows, Shape::kRows));
-  if (p.batch * plan.row_tiles > 0x7fffffff) return "too many blocks for a launch";
-  const int bytes = Shape::shared_bytes(plan.slices);
-  const auto kernel = match_kernel<T, kRowTiles>;
-  cudaError_t error = cudaSuccess;
-  if (bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(p.batch * plan.row_tiles), kMatchThreads, bytes, stream>>>(p,
-                                                                                              plan);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch<match_kernel<T, kRowTiles>>(p.batch * plan.row_tiles, kMatchThreads,
+                                            Shape::shared_bytes(plan.slices), stream, p, plan);
 }
 
 }  // namespace
@@ -55,22 +45,19 @@ int64_t workspace_bytes(const MatchParams& p) {
 
 const char* launch_cuda(const MatchParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  int device = 0, sms = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     cuda::MatchPlan plan{};
     plan.slices = static_cast<int>(ceil_div(p.channels * sizeof(T), cuda::kSliceRowBytes));
     plan.aligned_a = cuda::is_vectorizable<T>(p.a, p.channels, p.a_batch, p.a_row);
     plan.aligned_b = cuda::is_vectorizable<T>(p.b, p.channels, p.b_batch, p.b_row);
-    if (p.normalize) cuda::launch_factors<T>(p, plan, s);
+    if (p.normalize)
+      if (const char* error = cuda::launch_factors<T>(p, plan, s)) return error;
     // Smaller blocks where larger ones would be half empty, or leave a GPU so.
-    const bool large = p.rows > cuda::MatchShape<1>::kRows &&
-                       p.batch * ceil_div(p.rows, cuda::MatchShape<2>::kRows) >= 2 * sms;
-    error = large ? cuda::launch_match<T, 2>(p, plan, s) : cuda::launch_match<T, 1>(p, plan, s);
+    const bool large =
+        p.rows > cuda::MatchShape<1>::kRows &&
+        p.batch * ceil_div(p.rows, cuda::MatchShape<2>::kRows) >= 2 * cuda::multiprocessors();
+    return large ? cuda::launch_match<T, 2>(p, plan, s) : cuda::launch_match<T, 1>(p, plan, s);
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -49,40 +49,53 @@ void place(ClusterPlan& plan, const ClusterParams& p, bool backward) {
   plan.masses = plan.sums + areas.sums;
 }
 
+// visit(slab), which returns what went wrong, until something does.
 template <typename Visit>
-void for_each_slab(const ClusterParams& p, const ClusterPlan& plan, bool final,
-                   const Visit& visit) {
+const char* for_each_slab(const ClusterParams& p, const ClusterPlan& plan, bool final,
+                          const Visit& visit) {
   for (int64_t first = 0; first < p.grid_y; first += plan.slab_rows) {
     const int64_t end = first + plan.slab_rows < p.grid_y ? first + plan.slab_rows : p.grid_y;
     const int64_t line = pixels_of_cells(first, first, p.height, p.grid_y).begin;
-    visit(Slab{static_cast<int>(first), static_cast<int>(end - 1), static_cast<int>(line),
-               first == 0, end == p.grid_y, final});
+    if (const char* error = visit(Slab{static_cast<int>(first), static_cast<int>(end - 1),
+                                       static_cast<int>(line), first == 0, end == p.grid_y, final}))
+      return error;
   }
+  return nullptr;
 }
 
 dim3 cells_of(const ClusterParams& p, const Slab& slab) {
   return {static_cast<unsigned>(p.grid_x), limited(slab.last - slab.first + 1), limited(p.batch)};
 }
 
+template <typename T, bool kAligned, bool kLabels>
+const char* weigh(const ClusterParams& p, const ClusterPlan& plan, const Slab& slab,
+                  const float* centroids, cudaStream_t s) {
+  return launch<weigh_kernel<T, kAligned, kLabels>>(cells_of(p, slab), kClusterThreads, 0, s, p,
+                                                    plan, slab, centroids);
+}
+
 template <typename T, bool kAligned>
-void iterate(const ClusterParams& p, ClusterPlan plan, cudaStream_t s) {
+const char* iterate(const ClusterParams& p, ClusterPlan plan, cudaStream_t s) {
   plan.channel_tiles = static_cast<int>(ceil_div(p.channels, kWarpSize * kLaneChannels<T>));
   const dim3 cells(static_cast<unsigned>(ceil_div(p.grid_x, kClusterWarps)), limited(p.grid_y),
                    limited(p.batch));
   const dim3 spans(static_cast<unsigned>(ceil_div(p.grid_x, kClusterWarps * kSpan)),
                    limited(p.grid_y), limited(p.batch * plan.channel_tiles));
-  pool_cells_kernel<T, kAligned><<<cells, kClusterThreads, 0, s>>>(p, plan);
+  if (const char* error =
+          launch<pool_cells_kernel<T, kAligned>>(cells, kClusterThreads, 0, s, p, plan))
+    return error;
   for (int64_t i = 0; i < p.iters; ++i)
-    for_each_slab(p, plan, i + 1 == p.iters, [&](const Slab& slab) {
-      weigh_kernel<T, kAligned, false>
-          <<<cells_of(p, slab), kClusterThreads, 0, s>>>(p, plan, slab, plan.centroids);
-      update_kernel<T, kAligned><<<spans, kClusterThreads, 0, s>>>(p, plan, slab);
-    });
-  if (p.window_labels)
-    for_each_slab(p, plan, true, [&](const Slab& slab) {
-      weigh_kernel<T, kAligned, true>
-          <<<cells_of(p, slab), kClusterThreads, 0, s>>>(p, plan, slab, plan.centroids);
-    });
+    if (const char* error = for_each_slab(p, plan, i + 1 == p.iters, [&](const Slab& slab) {
+          const char* failed = weigh<T, kAligned, false>(p, plan, slab, plan.centroids, s);
+          return failed ? failed
+                        : launch<update_kernel<T, kAligned>>(spans, kClusterThreads, 0, s, p, plan,
+                                                             slab);
+        }))
+      return error;
+  if (!p.window_labels) return nullptr;
+  return for_each_slab(p, plan, true, [&](const Slab& slab) {
+    return weigh<T, kAligned, true>(p, plan, slab, plan.centroids, s);
+  });
 }
 
 template <typename T>
@@ -106,11 +119,6 @@ const char* label(const ClusterParams& p, const ClusterPlan& plan, cudaStream_t 
   return launch_nearest<true>(pixels, set, near, p.batch, s);
 }
 
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -127,15 +135,11 @@ const char* launch_cuda(const ClusterParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   ClusterPlan plan = make_plan(p);
   place(plan, p, false);
-  const char* error = nullptr;
-  visit_dtype(p.dtype, [&]<typename T>() {
-    if (is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_line, p.x_pixel))
-      iterate<T, true>(p, plan, s);
-    else
-      iterate<T, false>(p, plan, s);
-    if (!p.window_labels) error = label<T>(p, plan, s);
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    const bool vectors = is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_line, p.x_pixel);
+    const char* error = vectors ? iterate<T, true>(p, plan, s) : iterate<T, false>(p, plan, s);
+    return error || p.window_labels ? error : label<T>(p, plan, s);
   });
-  return error ? error : last_error();
 }
 
 const char* launch_cuda(const ClusterBackwardParams& q, void* stream) {
@@ -144,22 +148,21 @@ const char* launch_cuda(const ClusterBackwardParams& q, void* stream) {
   const ClusterParams& p = q.forward;
   ClusterPlan plan = make_plan(p);
   place(plan, p, true);
-  visit_dtype(p.dtype, [&]<typename T>() {
-    const auto launch = [&]<bool kAligned>() {
-      for_each_slab(p, plan, true, [&](const Slab& slab) {
-        weigh_kernel<T, kAligned, false>
-            <<<cells_of(p, slab), kClusterThreads, 0, s>>>(p, plan, slab, p.previous);
-        spread_kernel<T, kAligned><<<cells_of(p, slab), kClusterThreads, 0, s>>>(q, plan, slab);
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    const auto spread = [&]<bool kAligned>() {
+      return for_each_slab(p, plan, true, [&](const Slab& slab) {
+        const char* failed = weigh<T, kAligned, false>(p, plan, slab, p.previous, s);
+        return failed ? failed
+                      : launch<spread_kernel<T, kAligned>>(cells_of(p, slab), kClusterThreads, 0, s,
+                                                           q, plan, slab);
       });
     };
     if (is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_line, p.x_pixel) &&
         is_vectorizable<T>(q.dcentroids, p.channels) &&
         reinterpret_cast<uintptr_t>(p.previous) % (4 * kLaneChannels<T>) == 0)
-      launch.template operator()<true>();
-    else
-      launch.template operator()<false>();
+      return spread.template operator()<true>();
+    return spread.template operator()<false>();
   });
-  return last_error();
 }
 
 }  // namespace tokenmill

@@ -15,9 +15,9 @@ const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
   // The sum of the weights is wanted also of rows without channels.
   const FusePlan used{plan.slices > 0 ? plan.slices : 1};
   const int64_t blocks = used.slices + ceil_div(p.rows() - 1, kFuseWarps);
-  if (blocks > kMostBlocks) return "too many rows for a launch";
-  gather_fuse_kernel<T, kVector><<<grid_of(blocks, p.batch), kFuseThreads, 0, stream>>>(p, used);
-  return last_error();
+  if (blocks > kMaxGrid) return "too many rows for a launch";
+  return launch<gather_fuse_kernel<T, kVector>>(grid_of(blocks, p.batch), kFuseThreads, 0, stream,
+                                                p, used);
 }
 
 template <typename T, int kVector>
@@ -27,40 +27,38 @@ const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) 
   const int64_t entries = p.kept + p.rest;
   const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseRows);
   const int64_t place_blocks = ceil_div(entries, kFuseThreads);
-  if (blocks > kMostBlocks || place_blocks > kMostBlocks) return "too many rows for a launch";
-  cudaMemsetAsync(q.places, 0xff, p.batch * p.patches * sizeof(int32_t), stream);  // -1
-  if (entries > 0)
-    fuse_places_kernel<<<grid_of(place_blocks, p.batch), kFuseThreads, 0, stream>>>(q);
-  gather_fuse_backward_kernel<T, kVector><<<grid_of(blocks, p.batch), kFuseThreads, 0, stream>>>(q);
-  return last_error();
+  if (blocks > kMaxGrid || place_blocks > kMaxGrid) return "too many rows for a launch";
+  const int64_t bytes = p.batch * p.patches * sizeof(int32_t);
+  if (const char* error = set_bytes(q.places, 0xff, bytes, stream)) return error;  // -1
+  if (const char* error =
+          launch<fuse_places_kernel>(grid_of(place_blocks, p.batch), kFuseThreads, 0, stream, q))
+    return error;
+  return launch<gather_fuse_backward_kernel<T, kVector>>(grid_of(blocks, p.batch), kFuseThreads, 0,
+                                                         stream, q);
 }
 
 }  // namespace
 
 const char* launch_cuda(const GatherFuseParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
     const bool vector = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token) &&
                         cuda::is_vectorizable<T>(p.out, p.channels, p.out_batch, p.out_row);
-    error = vector ? launch_fuse<T, kVector>(p, s) : launch_fuse<T, 1>(p, s);
+    return vector ? launch_fuse<T, kVector>(p, s) : launch_fuse<T, 1>(p, s);
   });
-  return error;
 }
 
 const char* launch_cuda(const GatherFuseBackwardParams& q, void* stream) {
   const GatherFuseParams& p = q.forward;
   const auto s = static_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
     const bool vector = cuda::is_vectorizable<T>(p.x, p.channels, p.x_batch, p.x_token) &&
                         cuda::is_vectorizable<T>(q.dout, p.channels, q.dout_batch, q.dout_row) &&
                         cuda::is_vectorizable<T>(q.fused, p.channels, q.fused_batch);
-    error = vector ? launch_fuse<T, kVector>(q, s) : launch_fuse<T, 1>(q, s);
+    return vector ? launch_fuse<T, kVector>(q, s) : launch_fuse<T, 1>(q, s);
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -5,19 +5,14 @@ namespace tokenmill {
 const char* launch_cuda(const GatherTokensParams& p, void* stream) {
   using namespace cuda;
   const auto tokens = Divisor::of(static_cast<int>(p.tokens > 0 ? p.tokens : 1));
-  const char* error = nullptr;
   const uint64_t bits =
       address(p.x) | address(p.out) | p.x_batch | p.x_token | p.out_batch | p.out_row | p.row_bytes;
-  visit_width(bits, [&]<typename T>() {
+  return visit_width(bits, [&]<typename T>() -> const char* {
     const RowGrid g(ceil_div(p.row_bytes, sizeof(T)), p.entries, p.batch);
-    if (!g.fits) {
-      error = "too many indices for a launch";
-      return;
-    }
-    gather_tokens_kernel<T><<<g.grid, g.block, 0, static_cast<cudaStream_t>(stream)>>>(p, tokens);
-    error = last_error();
+    if (!g.fits) return "too many indices for a launch";
+    return launch<gather_tokens_kernel<T>>(g.grid, g.block, 0, static_cast<cudaStream_t>(stream), p,
+                                           tokens);
   });
-  return error;
 }
 
 }  // namespace tokenmill

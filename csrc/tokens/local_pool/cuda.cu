@@ -81,23 +81,19 @@ struct PoolLaunch {
 // run.operator()<kTiled>(launch)
 template <int kVector, typename Run>
 const char* run_pool(const LocalPoolParams& p, const Run& run) {
-  const PoolLaunch launch(p, kVector);
-  if (kVector > 1 && launch.tiled)
-    run.template operator()<(kVector > 1)>(launch);
-  else
-    run.template operator()<false>(launch);
-  return cuda::last_error();
+  const PoolLaunch planned(p, kVector);
+  return kVector > 1 && planned.tiled ? run.template operator()<(kVector > 1)>(planned)
+                                      : run.template operator()<false>(planned);
 }
 
 template <typename T, int kVector>
 const char* launch_pool(const LocalPoolParams& p, cudaStream_t stream) {
   using namespace cuda;
   return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
-    if (p.is_max)
-      local_pool_kernel<T, kVector, true, kTiled><<<l.grid, l.block, l.shared, stream>>>(p, l.plan);
-    else
-      local_pool_kernel<T, kVector, false, kTiled>
-          <<<l.grid, l.block, l.shared, stream>>>(p, l.plan);
+    return p.is_max ? launch<local_pool_kernel<T, kVector, true, kTiled>>(l.grid, l.block, l.shared,
+                                                                          stream, p, l.plan)
+                    : launch<local_pool_kernel<T, kVector, false, kTiled>>(
+                          l.grid, l.block, l.shared, stream, p, l.plan);
   });
 }
 
@@ -108,19 +104,22 @@ const char* launch_backward(const LocalPoolBackwardParams& q, cudaStream_t strea
   return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
     if (p.is_max) {
       auto* taps = static_cast<uint16_t*>(q.workspace);
-      pool_taps_kernel<T, kVector, kTiled><<<l.grid, l.block, l.shared, stream>>>(p, l.plan, taps);
+      if (const char* error = launch<pool_taps_kernel<T, kVector, kTiled>>(
+              l.grid, l.block, l.shared, stream, p, l.plan, taps))
+        return error;
       const RowGrid g(ceil_div(p.channels, kVector), tokens_of(p), 1);
-      maximum_backward_kernel<T, kVector><<<g.grid, g.block, 0, stream>>>(q, l.plan, taps);
-    } else {
-      auto* scales = static_cast<float*>(q.workspace);
-      const RowGrid tokens(1, tokens_of(p), 1);
-      if (kTiled && !p.mask)
-        scales = nullptr;
-      else
-        pool_scales_kernel<<<tokens.grid, tokens.block, 0, stream>>>(p, l.plan, scales);
-      mean_backward_kernel<T, kVector, kTiled>
-          <<<l.grid, l.block, l.shared, stream>>>(q, l.plan, scales);
+      return launch<maximum_backward_kernel<T, kVector>>(g.grid, g.block, 0, stream, q, l.plan,
+                                                         taps);
     }
+    const bool scaled = !kTiled || p.mask;
+    auto* const scales = scaled ? static_cast<float*>(q.workspace) : nullptr;
+    const RowGrid tokens(1, tokens_of(p), 1);
+    if (scaled)
+      if (const char* error =
+              launch<pool_scales_kernel>(tokens.grid, tokens.block, 0, stream, p, l.plan, scales))
+        return error;
+    return launch<mean_backward_kernel<T, kVector, kTiled>>(l.grid, l.block, l.shared, stream, q,
+                                                            l.plan, scales);
   });
 }
 
@@ -139,24 +138,20 @@ int64_t workspace_bytes(const LocalPoolBackwardParams& q) {
 
 const char* launch_cuda(const LocalPoolParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const char* error = nullptr;
-  cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    error = is_vectorizable<T>(p) ? launch_pool<T, 16 / sizeof(T)>(p, s) : launch_pool<T, 1>(p, s);
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return is_vectorizable<T>(p) ? launch_pool<T, 16 / sizeof(T)>(p, s) : launch_pool<T, 1>(p, s);
   });
-  return error;
 }
 
 const char* launch_cuda(const LocalPoolBackwardParams& q, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t channels = q.forward.channels;
-  const char* error = nullptr;
-  cuda::visit_dtype(q.forward.dtype, [&]<typename T>() {
+  return cuda::visit_dtype(q.forward.dtype, [&]<typename T>() {
     const bool vector =
         is_vectorizable<T>(q.forward) &&
         cuda::is_vectorizable<T>(q.dout, channels, q.dout_batch, q.dout_line, q.dout_token);
-    error = vector ? launch_backward<T, 16 / sizeof(T)>(q, s) : launch_backward<T, 1>(q, s);
+    return vector ? launch_backward<T, 16 / sizeof(T)>(q, s) : launch_backward<T, 1>(q, s);
   });
-  return error;
 }
 
 }  // namespace tokenmill

@@ -1,5 +1,4 @@
-#include <cuda_runtime.h>
-
+#include "cuda/launch.cuh"
 #include "tokens/mask_partition/kernel.cuh"
 
 namespace tokenmill {
@@ -19,19 +18,17 @@ int64_t workspace_bytes(const MaskPartitionParams& p) {
 const char* launch_cuda(const MaskPartitionParams& p, void* stream) {
   using namespace cuda;
   const auto s = static_cast<cudaStream_t>(stream);
-  const unsigned chunks = static_cast<unsigned>(chunks_of(p));
+  const int64_t chunks = chunks_of(p);
   auto* const bits = static_cast<unsigned*>(p.workspace);
-  auto* const counts = reinterpret_cast<int32_t*>(bits + chunks_of(p) * (kMaskChunk / kWarpSize));
-  if (p.size > 0) cudaMemsetAsync(p.indices, 0xff, p.size * sizeof(int32_t), s);  // -1
-  if (chunks == 0) {
-    cudaMemsetAsync(p.cu_seqlens, 0, (p.batch + 1) * sizeof(int32_t), s);
-  } else {
-    mask_count_kernel<<<chunks, kMaskThreads, 0, s>>>(p, bits, counts);
-    mask_scan_kernel<<<1, kMaskScanThreads, 0, s>>>(p, counts, static_cast<int>(chunks));
-    mask_write_kernel<<<chunks, kMaskThreads, 0, s>>>(p, bits, counts);
-  }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  auto* const counts = reinterpret_cast<int32_t*>(bits + chunks * (kMaskChunk / kWarpSize));
+  const char* error = set_bytes(p.indices, 0xff, p.size * sizeof(int32_t), s);  // -1
+  if (error) return error;
+  if (chunks == 0) return set_bytes(p.cu_seqlens, 0, (p.batch + 1) * sizeof(int32_t), s);
+  error = launch<mask_count_kernel>(chunks, kMaskThreads, 0, s, p, bits, counts);
+  if (!error)
+    error =
+        launch<mask_scan_kernel>(1, kMaskScanThreads, 0, s, p, counts, static_cast<int>(chunks));
+  return error ? error : launch<mask_write_kernel>(chunks, kMaskThreads, 0, s, p, bits, counts);
 }
 
 }  // namespace tokenmill

@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "tokens/nearest.cuh"
 #include "tokens/reconstruct_tokens/kernel.cuh"
 
@@ -22,11 +23,6 @@ MapRows<T> rows_of(const void* data, int64_t batch, int64_t row, int64_t count, 
           reads_fours<T>(data, channels, batch, row)};
 }
 
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -40,35 +36,32 @@ const char* launch_cuda(const ReconstructParams& p, void* stream) {
   near.k = static_cast<int>(p.k);
   near.distances = static_cast<float*>(p.workspace);
   near.ids = reinterpret_cast<int32_t*>(near.distances + p.batch * p.tokens * p.k);
-  const char* error = nullptr;
-  visit_dtype(p.dtype, [&]<typename T>() {
-    error = launch_nearest<false>(
-        rows_of<T>(p.features, p.features_batch, p.features_row, p.tokens, p.channels),
-        rows_of<T>(p.centroids, p.centroids_batch, p.centroids_row, p.clusters, p.channels), near,
-        p.batch, s);
-    if (error) return;
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    if (const char* error = launch_nearest<false>(
+            rows_of<T>(p.features, p.features_batch, p.features_row, p.tokens, p.channels),
+            rows_of<T>(p.centroids, p.centroids_batch, p.centroids_row, p.clusters, p.channels),
+            near, p.batch, s))
+      return error;
     const dim3 grid = warps_of(p.tokens, p.batch);
     constexpr int kVector = 16 / sizeof(T);
-    if (is_vectorizable<T>(p.values, p.value_channels, p.values_batch, p.values_row))
-      reconstruct_kernel<T, kVector>
-          <<<grid, kReconstructThreads, 0, s>>>(p, near.distances, near.ids);
-    else
-      reconstruct_kernel<T, 1><<<grid, kReconstructThreads, 0, s>>>(p, near.distances, near.ids);
+    return is_vectorizable<T>(p.values, p.value_channels, p.values_batch, p.values_row)
+               ? launch<reconstruct_kernel<T, kVector>>(grid, kReconstructThreads, 0, s, p,
+                                                        near.distances, near.ids)
+               : launch<reconstruct_kernel<T, 1>>(grid, kReconstructThreads, 0, s, p,
+                                                  near.distances, near.ids);
   });
-  return error ? error : last_error();
 }
 
 const char* launch_cuda(const ReconstructBackwardParams& p, void* stream) {
   using namespace cuda;
   const auto s = static_cast<cudaStream_t>(stream);
-  visit_dtype(p.dtype, [&]<typename T>() {
+  return visit_dtype(p.dtype, [&]<typename T>() {
     const dim3 grid = warps_of(p.clusters, p.batch);
-    if (is_vectorizable<T>(p.dout, p.value_channels, p.dout_batch, p.dout_row))
-      reconstruct_backward_kernel<T, 16 / sizeof(T)><<<grid, kReconstructThreads, 0, s>>>(p);
-    else
-      reconstruct_backward_kernel<T, 1><<<grid, kReconstructThreads, 0, s>>>(p);
+    return is_vectorizable<T>(p.dout, p.value_channels, p.dout_batch, p.dout_row)
+               ? launch<reconstruct_backward_kernel<T, 16 / sizeof(T)>>(grid, kReconstructThreads,
+                                                                        0, s, p)
+               : launch<reconstruct_backward_kernel<T, 1>>(grid, kReconstructThreads, 0, s, p);
   });
-  return last_error();
 }
 
 }  // namespace tokenmill

@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "tokens/segment_reduce/kernel.cuh"
 
 namespace tokenmill {
@@ -12,7 +13,7 @@ constexpr int64_t kMostParts = 256;
 unsigned limited(int64_t blocks, int64_t most) {
   return static_cast<unsigned>(blocks < most ? blocks : most);
 }
-constexpr int64_t kMaxX = 0x7fffffff, kMaxYZ = 65535;
+constexpr int64_t kMaxYZ = 65535;
 
 template <typename T>
 bool vectors(const SegmentReduceParams& p) {
@@ -49,32 +50,30 @@ SegmentPlan make_plan(const SegmentReduceParams& p) {
 }
 
 template <typename T, int kVector>
-void launch_ends(const SegmentReduceParams& p, cudaStream_t stream) {
-  const dim3 grid(limited(ceil_div(p.segments, kSegmentWarps), kMaxX), 1, limited(p.batch, kMaxYZ));
-  segment_end_kernel<T, kVector><<<grid, kSegmentThreads, 0, stream>>>(p);
+const char* launch_ends(const SegmentReduceParams& p, cudaStream_t stream) {
+  const dim3 grid(limited(ceil_div(p.segments, kSegmentWarps), kMaxGrid), 1,
+                  limited(p.batch, kMaxYZ));
+  return launch<segment_end_kernel<T, kVector>>(grid, kSegmentThreads, 0, stream, p);
 }
 
 template <typename T, int kVector, bool kExtreme>
-void launch_reduce(const SegmentReduceParams& p, const SegmentPlan& plan, cudaStream_t stream) {
-  const dim3 grid(limited(ceil_div(p.segments, plan.group), kMaxX),
+const char* launch_reduce(const SegmentReduceParams& p, const SegmentPlan& plan,
+                          cudaStream_t stream) {
+  const dim3 grid(limited(ceil_div(p.segments, plan.group), kMaxGrid),
                   static_cast<unsigned>(plan.tiles * plan.parts), limited(p.batch, kMaxYZ));
-  segment_kernel<T, kVector, kExtreme><<<grid, kSegmentThreads, 0, stream>>>(p, plan);
-  if (plan.parts > 1)
-    segment_merge_kernel<T, kExtreme>
-        <<<limited(p.batch * p.segments, kMaxX), kSegmentThreads, 0, stream>>>(p, plan);
+  const char* error =
+      launch<segment_kernel<T, kVector, kExtreme>>(grid, kSegmentThreads, 0, stream, p, plan);
+  if (error || plan.parts == 1) return error;
+  return launch<segment_merge_kernel<T, kExtreme>>(limited(p.batch * p.segments, kMaxGrid),
+                                                   kSegmentThreads, 0, stream, p, plan);
 }
 
 template <typename T, int kVector>
-void launch(const SegmentReduceParams& p, cudaStream_t stream) {
+const char* launch_any(const SegmentReduceParams& p, cudaStream_t stream) {
   if (is_end(p)) return launch_ends<T, kVector>(p, stream);
   const SegmentPlan plan = make_plan(p);
-  is_extreme(p) ? launch_reduce<T, kVector, true>(p, plan, stream)
-                : launch_reduce<T, kVector, false>(p, plan, stream);
-}
-
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return is_extreme(p) ? launch_reduce<T, kVector, true>(p, plan, stream)
+                       : launch_reduce<T, kVector, false>(p, plan, stream);
 }
 
 }  // namespace
@@ -91,30 +90,31 @@ const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (make_plan(p).tiles * int64_t{make_plan(p).parts} > kMaxYZ)
     return "2 million channels at most on CUDA";
-  visit_dtype(p.dtype, [&]<typename T>() {
-    vectors<T>(p) ? launch<T, 16 / sizeof(T)>(p, s) : launch<T, 1>(p, s);
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    return vectors<T>(p) ? launch_any<T, 16 / sizeof(T)>(p, s) : launch_any<T, 1>(p, s);
   });
-  return last_error();
 }
 
 const char* launch_cuda(const SegmentReduceBackwardParams& q, void* stream) {
   using namespace cuda;
   const SegmentReduceParams& p = q.forward;
   const auto s = static_cast<cudaStream_t>(stream);
-  cudaMemsetAsync(q.segment_of_row, 0xff, p.batch * p.tokens * sizeof(int32_t), s);  // -1
+  const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
+  if (const char* error = set_bytes(q.segment_of_row, 0xff, bytes, s)) return error;  // -1
   const int64_t threads = is_end(p) ? p.segments : p.places;
   if (threads > 0 && p.segments > 0) {
-    const dim3 grid(limited(ceil_div(threads, kSegmentThreads), kMaxX), limited(p.batch, kMaxYZ));
-    segment_of_row_kernel<<<grid, kSegmentThreads, 0, s>>>(q);
+    const dim3 grid(limited(ceil_div(threads, kSegmentThreads), kMaxGrid),
+                    limited(p.batch, kMaxYZ));
+    if (const char* error = launch<segment_of_row_kernel>(grid, kSegmentThreads, 0, s, q))
+      return error;
   }
-  const dim3 grid(limited(ceil_div(p.tokens, kSegmentWarps), kMaxX), 1, limited(p.batch, kMaxYZ));
-  visit_dtype(p.dtype, [&]<typename T>() {
-    if (vectors<T>(p) && is_vectorizable<T>(q.dy, p.channels, q.dy_batch, q.dy_row))
-      segment_backward_kernel<T, 16 / sizeof(T)><<<grid, kSegmentThreads, 0, s>>>(q);
-    else
-      segment_backward_kernel<T, 1><<<grid, kSegmentThreads, 0, s>>>(q);
+  const dim3 grid(limited(ceil_div(p.tokens, kSegmentWarps), kMaxGrid), 1,
+                  limited(p.batch, kMaxYZ));
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    return vectors<T>(p) && is_vectorizable<T>(q.dy, p.channels, q.dy_batch, q.dy_row)
+               ? launch<segment_backward_kernel<T, 16 / sizeof(T)>>(grid, kSegmentThreads, 0, s, q)
+               : launch<segment_backward_kernel<T, 1>>(grid, kSegmentThreads, 0, s, q);
   });
-  return last_error();
 }
 
 }  // namespace tokenmill

@@ -1,3 +1,4 @@
+#include "cuda/launch.cuh"
 #include "tokens/topk_partition/kernel.cuh"
 
 namespace tokenmill {
@@ -24,13 +25,10 @@ const char* launch_cuda(const TopkPartitionParams& p, void* stream) {
                                sort_stride(p)};
   if (memory.sort_stride > int64_t{1} << 30)
     return "2^30 tokens at most in the order of the scores";
-  const unsigned blocks = static_cast<unsigned>(p.batch < 0x7fffffff ? p.batch : 0x7fffffff);
-  visit_dtype(p.dtype, [&]<typename T>() {
-    topk_partition_kernel<T>
-        <<<blocks, kTopkThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, memory);
+  return visit_dtype(p.dtype, [&]<typename T>() {
+    return launch<topk_partition_kernel<T>>(p.batch < kMaxGrid ? p.batch : kMaxGrid, kTopkThreads,
+                                            0, static_cast<cudaStream_t>(stream), p, memory);
   });
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace tokenmill

@@ -1,0 +1,32 @@
+// The NVIDIA driver that a build needs. Free of CUDA.
+#pragma once
+#include <string>
+
+namespace tokenmill {
+
+// The first release of the driver on Linux that runs code of a CUDA runtime of this major version
+// (NVIDIA's rule of minor version compatibility); 0: unknown.
+constexpr int least_driver(int cuda_major) {
+  return cuda_major == 12 ? 525 : cuda_major == 13 ? 580 : 0;
+}
+
+// "13.0" of 13000.
+inline std::string cuda_version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// Why a driver cannot run what was built with a toolkit of version `built`. found: the version of
+// CUDA that the driver supports, 0 without a driver. The driver must be as new as the toolkit where
+// it has to compile PTX, and of its major version otherwise.
+inline std::string driver_text(int built, int found, bool compiles_ptx) {
+  const int major = built / 1000;
+  std::string text = compiles_ptx ? "this build has nothing but PTX for this GPU, which needs an "
+                                  : "this build needs an ";
+  text += "NVIDIA driver for CUDA " + cuda_version_text(compiles_ptx ? built : major * 1000);
+  const bool named = !compiles_ptx && least_driver(major) > 0;
+  text += named ? " (" + std::to_string(least_driver(major)) + " or later)" : " or later";
+  return text + (found > 0 ? "; the driver here supports CUDA " + cuda_version_text(found)
+                           : "; there is no driver here");
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,80 @@
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "core/driver.h"
+#include "cuda/launch.cuh"
+
+namespace tokenmill::cuda {
+namespace {
+
+// `text` in memory of the thread.
+const char* kept(std::string text) {
+  thread_local std::string last;
+  last = std::move(text);
+  return last.c_str();
+}
+
+const char* error_text(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  const char* const text = cudaGetErrorString(error);
+  cudaGetLastError();  // or whoever asks next takes it for an error of his own
+  const bool ptx = error == cudaErrorUnsupportedPtxVersion;
+  if (!ptx && error != cudaErrorInsufficientDriver) return text;
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  return kept(driver_text(CUDART_VERSION, driver, ptx));
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("tokenmill: ") + error_text(error));
+  return value;
+}
+
+// Lets a kernel have all of the dynamic shared memory that the device gives a block, once for each
+// device: a limit that followed the needs of each call would race with those of other threads.
+const char* allow_shared(const void* kernel, int64_t bytes, SharedAllowance& allowed) {
+  int device = 0;
+  if (const char* error = error_text(cudaGetDevice(&device))) return error;
+  const bool known = device < SharedAllowance::kDevices;  // others are asked at each launch
+  if (known && bytes <= std::atomic_ref(allowed.bytes[device]).load(std::memory_order_relaxed))
+    return nullptr;
+  cudaFuncAttributes attributes;
+  if (const char* error = error_text(cudaFuncGetAttributes(&attributes, kernel))) return error;
+  const int limit = shared_limit() - static_cast<int>(attributes.sharedSizeBytes);
+  if (bytes > limit) {
+    std::string text = "needs " + std::to_string(bytes) + " bytes of shared memory for a block";
+    return kept(text + ", of which this device has " + std::to_string(limit));
+  }
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess && known)
+    std::atomic_ref(allowed.bytes[device]).store(limit, std::memory_order_relaxed);
+  return error_text(error);
+}
+
+}  // namespace
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+const char* set_bytes(void* memory, int value, int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return nullptr;
+  return error_text(cudaMemsetAsync(memory, value, static_cast<size_t>(bytes), stream));
+}
+
+const char* launch_kernel(const void* kernel, const LaunchShape& shape, void** arguments,
+                          SharedAllowance& allowed) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return nullptr;
+  if (shape.shared_bytes > 0)
+    if (const char* error = allow_shared(kernel, shape.shared_bytes, allowed)) return error;
+  return error_text(cudaLaunchKernel(kernel, shape.grid, shape.block, arguments,
+                                     static_cast<size_t>(shape.shared_bytes), shape.stream));
+}
+
+}  // namespace tokenmill::cuda
