@@ -50,6 +50,28 @@ def test_it_runs_only_if_asked(monkeypatch):
 
 
 @built
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("attention", "softmax"),
+        ("attention", "sigmoid"),
+        ("block_sparse_attention", "list of each KV head"),
+        ("bilevel_routing_attention", "a graph for all heads"),
+    ],
+)
+def test_no_query_heads_leave_gradients_of_zero(op, name):
+    """Nothing is planned for them, and nothing divides by that."""
+    spec = tm.registry.get(op)
+    sample = next(s for s in spec.samples if s.name == name)
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    leaves = [args[0][..., :0, :].requires_grad_(), *(a.requires_grad_() for a in args[1:3])]
+    outputs = spec.function(*leaves, *args[3:], **kwargs, backend="emulated")
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    for gradient in torch.autograd.grad(outputs[0].sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@built
 def test_other_dtypes_and_devices_are_refused():
     outs, lses = states()
     with pytest.raises(RuntimeError, match="float64 runs on the reference backend alone"):

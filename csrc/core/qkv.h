@@ -102,6 +102,12 @@ inline int64_t check_cu_seqlens_values(const char* op, const char* name, const V
   return longest;
 }
 
+// Results that no kernel writes: without queries, or without sequences that have them.
+template <typename... Tensors>
+void fill(double value, const Tensors&... tensors) {
+  (torch::stable::fill_(tensors, value), ...);
+}
+
 inline Rows rows_of(const View& t, bool packed) {
   const int64_t d = packed ? 0 : 1;
   return {t.mutable_data(), packed ? 0 : t.step(0), t.step(d), t.step(d + 1)};

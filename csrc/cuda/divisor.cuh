@@ -11,8 +11,9 @@ struct Divisor {
   uint32_t multiplier;
   int shift;
 
-  // value >= 1
+  // What is empty has nothing to divide: 0 is taken as 1.
   static Divisor of(int value) {
+    if (value < 1) value = 1;
     const int shift = std::bit_width(static_cast<uint32_t>(value) - 1);
     const uint64_t excess = (uint64_t{1} << shift) - static_cast<uint64_t>(value);
     return {value, static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(value) + 1), shift};

@@ -336,6 +336,22 @@ def test_packed_equals_each_sequence_alone(kind, backend):
         torch.testing.assert_close(out[rows], alone[0])
 
 
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+@pytest.mark.parametrize("tokens", [0, 3, 300])
+@each_kind
+def test_packed_rows_without_sequences_see_nothing(kind, tokens, backend):
+    """Where the values of cu_seqlens are not checked. 3 rows are fewer than any tile has."""
+    leaves = [randn(tokens, 2, 8, backend=backend).requires_grad_() for _ in range(3)]
+    cu = torch.zeros(1, dtype=torch.int32, device=leaves[0].device)
+    out = tm.attention(*leaves, kind=kind, cu_seqlens_q=cu, backend=backend)
+    assert torch.equal(out, torch.zeros_like(out))
+    if kind == "softmax":
+        lse = tm.attention(*leaves, cu_seqlens_q=cu, return_lse=True, backend=backend)[1]
+        assert torch.equal(lse, torch.full_like(lse, -INF))
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 @each_kernel
 def test_grouped_heads_equal_repeated_heads(backend):
     q = randn(2, 9, 6, 8, backend=backend).requires_grad_()

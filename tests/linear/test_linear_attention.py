@@ -188,6 +188,21 @@ def test_cut_anywhere_and_continued(feature_map, backend, length, data):
     close(last, end)
 
 
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+@pytest.mark.parametrize("tokens", [0, 3, 300])
+def test_packed_rows_without_sequences_see_nothing(tokens, backend):
+    """Where the values of cu_seqlens are not checked."""
+    leaves = [randn(tokens, 2, 8, backend=backend).requires_grad_() for _ in range(3)]
+    decay = -torch.rand(tokens, 2, device=leaves[0].device)
+    cu = torch.zeros(1, dtype=torch.int32, device=decay.device)
+    options = {"log_decay": decay.requires_grad_(), "cu_seqlens": cu, "backend": backend}
+    for normalize in (False, True):
+        out = tm.linear_attention(*leaves, normalize=normalize, **options)
+        assert torch.equal(out, torch.zeros_like(out))
+        for gradient in torch.autograd.grad(out.sum(), [*leaves, decay]):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 @each_backend
 @pytest.mark.parametrize("gated", [False, True])
 def test_packed_sequences_are_separate_calls(gated, backend):

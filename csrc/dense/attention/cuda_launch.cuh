@@ -44,6 +44,7 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
   const int bytes =
       kParkedBytes + (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
+  if (plan.tiles == 0) return nullptr;
   const int64_t at_once = kMaxGrid / plan.tiles;
   const int64_t head_blocks = plan.head_blocks * (p.cu_seqlens_q ? 1 : p.batch);
   for (int64_t first = 0; first < head_blocks; first += at_once) {

@@ -157,7 +157,12 @@ std::tuple<Tensor, Tensor> attention(
   Tensor lse = empty(lse_sizes(p), q, ScalarType::Float);
   p.out = rows_of(View(out), o.packed());
   p.lse = p.map == ScoreMap::softmax ? float_data(lse) : nullptr;
-  if (out.numel() > 0) run_forward(p, qv);
+  if (p.batch == 0) {
+    fill(0, out);
+    fill(-std::numeric_limits<double>::infinity(), lse);
+  } else if (out.numel() > 0) {
+    run_forward(p, qv);
+  }
   return {out, lse};
 }
 
@@ -253,7 +258,10 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
     p.dbias_q = t.step(2);
     p.dbias_k = t.step(3);
   }
-  if (q.numel() + k.numel() > 0) run_backward(p, qv);
+  if (f.batch == 0 || q.numel() == 0)
+    fill(0, dq, dk, dv);
+  else
+    run_backward(p, qv);
   return {dq,
           dk,
           dv,

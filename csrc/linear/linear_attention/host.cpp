@@ -143,7 +143,10 @@ std::tuple<Tensor, Tensor> forward(LinearAttentionParams& p, const View& q, cons
   Tensor normalizer = empty(normalizer_sizes(p), q.tensor, ScalarType::Float);
   if (return_final_state) p.final = states_of(View(final_state));
   if (p.normalize) p.normalizer = float_data(normalizer);
-  if (out.numel() + final_state.numel() > 0) run(p, q);
+  if (p.batch == 0)
+    fill(0, out, normalizer);
+  else if (out.numel() + final_state.numel() > 0)
+    run(p, q);
   return {final_state, normalizer};
 }
 
@@ -241,7 +244,10 @@ Gradients linear_attention_backward(OptTensor dout, OptTensor dfinal_state, OptT
     if (!f.decay.per_token) p.ddecay.batch = t.step(0), p.ddecay.seq = 0;
   }
   if (wants_initial) p.dinitial = states_of(View(dinitial));
-  if (q.numel() + k.numel() + ddecay.numel() + dinitial.numel() > 0) run(p, qv);
+  if (f.batch == 0 || f.heads == 0)
+    fill(0, dq, dk, dv, ddecay);
+  else if (q.numel() + k.numel() + ddecay.numel() + dinitial.numel() > 0)
+    run(p, qv);
   return {dq, dk, dv, ddecay, dinitial};
 }
 

@@ -6,10 +6,10 @@
 namespace tokenmill::cuda {
 
 // Tiles of `rows` rows by `most` warps of `warp_rows` rows at most, as few as can be and equally
-// large.
+// large; one where there are no rows.
 template <typename Launch>
 void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
-  d.tiles = static_cast<int>(ceil_div(rows, int64_t{warp_rows} * most));
+  d.tiles = rows > 0 ? static_cast<int>(ceil_div(rows, int64_t{warp_rows} * most)) : 1;
   d.row_warps = static_cast<int>(ceil_div(rows, int64_t{warp_rows} * d.tiles));
   if (d.row_warps < least) d.row_warps = least;
   d.tile_rows = warp_rows * d.row_warps;
