@@ -15,7 +15,8 @@ struct DecodeLaunch {
 };
 
 // The row tiles of `heads` heads of a request, which have p.heads / heads query heads each, and
-// `longest` keys at most. By shapes alone: lengths lie on the device.
+// `longest` keys at most. By shapes alone: lengths lie on the device. Tiles have fewer rows where
+// the device has less shared memory than the largest need.
 template <typename Keys>
 DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longest,
                          int64_t num_splits, bool stream_k) {
@@ -23,8 +24,11 @@ DecodeLaunch plan_decode(const AttentionParams& p, int64_t heads, int64_t longes
   DecodeLaunch launch{};
   DecodePlan& plan = launch.plan;
   const int64_t rows = p.heads / heads * p.seqlen_q;
+  const int most_bytes = shared_limit();
   int row_warps = Shape::kMinRowWarps;
-  while (row_warps < Shape::kMaxRowWarps && 16 * row_warps < rows) row_warps *= 2;
+  while (row_warps < Shape::kMaxRowWarps && 16 * row_warps < rows &&
+         Shape::shared_bytes(Keys::kBytes, 2 * row_warps) <= most_bytes)
+    row_warps *= 2;
   while (1 << plan.log2_row_warps < row_warps) ++plan.log2_row_warps;
   plan.group = static_cast<int>(p.heads / heads);
   plan.rows = static_cast<int>(rows);

@@ -46,10 +46,21 @@ int shared_bytes(const Recurrence& p, int warps, int stages) {
          stages * Shape::stage_bytes(warps, p.value_taylor);
 }
 
+// 64 columns of values for a block, or 128 where there are more and a stage of them fits.
+inline int warps_of(const Recurrence& p) {
+  if (p.columns <= kSubtileColumns) return 4;
+  const int bytes = visit_dtype(p.dtype, [&]<typename Element>() {
+    return visit_instance<Element>(p, [&]<typename T, int kBucket, bool kTaylor>() {
+      return shared_bytes<RecurrenceShape<T, kBucket, kTaylor>>(p, 8, 1);
+    });
+  });
+  return bytes <= shared_limit() ? 8 : 4;
+}
+
 // What does not depend on the instance, from shapes alone.
 inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   RecurrencePlan plan{};
-  plan.warps = p.columns <= kSubtileColumns ? 4 : 8;
+  plan.warps = warps_of(p);
   plan.slices = static_cast<int>(ceil_div(p.columns, plan.warps * kColumnsPerWarp));
   plan.features = p.taylor
                       ? static_cast<int>(round_up(feature_dim(FeatureMap::taylor2, p.q.dim), 64))
