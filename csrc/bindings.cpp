@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "core/driver.h"
 
 namespace py = pybind11;
 
@@ -24,6 +27,8 @@ py::dict build_info() {
   info["cpu_isas"] = split(TOKENMILL_ISAS);
   info["cuda_version"] = TOKENMILL_CUDA_VERSION;
   info["cuda_archs"] = split(TOKENMILL_CUDA_ARCHS);
+  const int driver = tokenmill::least_driver(std::atoi(TOKENMILL_CUDA_VERSION));
+  info["cuda_driver"] = driver > 0 ? std::to_string(driver) : "";
   return info;
 }
 

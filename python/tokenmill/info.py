@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from typing import Any
@@ -11,8 +12,6 @@ import torch
 from . import library
 from .version import __version__
 
-# A statically linked CUDA runtime needs a driver of its own generation (NVIDIA's rule).
-_MINIMUM_DRIVER = {"12": "525", "13": "580"}
 ENVIRONMENT = {
     "TOKENMILL_BACKEND": "backend where a call names none",
     "TOKENMILL_CHECK": "1: check values inside GPU tensors too, synchronising",
@@ -27,8 +26,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with version, compiler, cpu_isas, cuda_version ("" without CUDA), cuda_archs and
-        cuda_driver (the oldest driver that can run the CUDA half). Without the optional module
-        tokenmill._C only version is known.
+        cuda_driver (the oldest release of NVIDIA's driver on Linux that runs the machine code of
+        the CUDA half; a GPU that gets PTX needs a driver for cuda_version). Without the optional
+        module tokenmill._C only version is known.
 
     Example:
         >>> import tokenmill as tm
@@ -39,9 +39,7 @@ def build_info() -> dict[str, Any]:
         from . import _C
     except ImportError:
         return {"version": __version__}
-    info = _C.build_info()
-    info["cuda_driver"] = _MINIMUM_DRIVER.get(info["cuda_version"].split(".")[0], "")
-    return info
+    return _C.build_info()
 
 
 def machine() -> dict[str, str]:
@@ -52,9 +50,21 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "isa": library.native.cpu_isa(),
         "gpu": gpu,
+        "driver": _driver(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _driver() -> str:
+    """The version of CUDA that NVIDIA's driver supports, without initialising it."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)):
+            return "none"
+    except OSError:
+        return "none"
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _cpu_model() -> str:
