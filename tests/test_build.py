@@ -1,5 +1,5 @@
-"""The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, and the
-rules of ci/rules. Runs in a source tree alone."""
+"""The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, the
+rules of ci/rules and the chips for which ci/gpu builds. Runs in a source tree alone."""
 
 from __future__ import annotations
 
@@ -151,13 +151,18 @@ def test_the_sdist_holds_nothing_else_than_sources(sdist):
     assert not [n for n in sdist if n.startswith("bench/results/")]
 
 
-@pytest.fixture
-def rules(monkeypatch):
-    loader = importlib.machinery.SourceFileLoader("rules", str(ROOT / "ci" / "rules"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("rules", loader))
+def script(name, monkeypatch):
+    """A script of ci/ that has no suffix, as a module."""
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "ci" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    return script("rules", monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +196,29 @@ def test_the_hooks_are_what_lint_runs():
     checked = {re.sub(r" (--fix|-i)$", "", entry) for entry in entries}
     assert checked == {"ruff check", "ruff format", "clang-format", "ci/rules"}
     assert all(re.search(rf"^{entry}\b", lint, re.MULTILINE) for entry in checked)
+
+
+@pytest.fixture
+def ci_gpu(monkeypatch):
+    return script("gpu", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs"),
+    [
+        ((8, 0), ["80-real", "80-virtual"]),
+        ((9, 0), ["90a-real", "80-virtual"]),
+        ((12, 0), ["120f-real", "80-virtual"]),
+        ((13, 0), ["80-virtual"]),
+    ],
+)
+def test_a_chip_newer_than_nvcc_gets_ptx_with_a_notice(ci_gpu, capsys, capability, archs):
+    known = ["sm_80", "sm_90", "sm_100", "sm_120"]
+    assert ci_gpu.architectures(capability, known) == archs
+    said = capsys.readouterr().out
+    assert ("does not know compute capability 13.0: only PTX is built" in said) == (len(archs) == 1)
+
+
+def test_a_chip_that_cannot_run_the_kernels_is_refused(ci_gpu):
+    with pytest.raises(SystemExit, match=r"8\.0 or later is needed; this GPU has 7\.5"):
+        ci_gpu.architectures((7, 5), ["sm_75", "sm_80"])
