@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tokenmill as tm
+
 transformers = pytest.importorskip("transformers", minversion="5.4")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
 
@@ -66,6 +68,23 @@ def bart():
     )
 
 
+def qwen2():
+    sizes = {name: value for name, value in CAUSAL.items() if name != "head_dim"}
+    return transformers.Qwen2Model(transformers.Qwen2Config(**sizes))
+
+
+def gpt2():
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "initializer_range": 0.2}
+    without = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    ids = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": None}
+    return transformers.GPT2Model(transformers.GPT2Config(**sizes, **without, **ids))
+
+
+def vit():
+    sizes = {name: value for name, value in SMALL.items() if name != "vocab_size"}
+    return transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=4))
+
+
 MODELS = (bert, llama, mistral, gemma2, gpt_oss, t5, bart)
 PADDING = {
     "none": None,
@@ -114,6 +133,42 @@ def test_outputs_and_gradients_are_those_of_eager_attention(build, padding, toke
     for name, grad in grads.items():
         expected = expected_grads[name]
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def train(model, implementation, inputs, dtype=None):
+    """Output where there are tokens, and gradients of its sum of squares."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        out = model(**inputs).last_hidden_state
+    if "attention_mask" in inputs:
+        out = out * inputs["attention_mask"][..., None]
+    out.square().sum().backward()
+    return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype"),
+    [(build, torch.bfloat16) for build in (llama, qwen2, bert, gpt2, vit)]
+    + [(llama, torch.float16)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_training_under_autocast_is_as_good_as_that_of_sdpa(build, dtype, tokenmill):
+    """Queries and keys that positions rotate are float32 beside 16-bit values."""
+    model = build().train()
+    inputs = {"input_ids": torch.randint(40, (3, 11)), "attention_mask": padding_mask("right")}
+    if build is vit:
+        inputs = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    found, plain = (train(model, name, inputs, dtype) for name in (tokenmill, "sdpa"))
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    oracle = train(model.double(), "eager", wide)
+    tm.testing.assert_accurate(found[0].to(dtype), oracle[0], plain[0])
+    scale = max(tm.testing.magnitude(grad) for grad in oracle[1].values())
+    for name, wanted in oracle[1].items():
+        grad, other = found[1][name], plain[1][name]
+        assert grad.dtype == torch.float32
+        allowed = tm.testing.budget(other, wanted, dtype, gradient=True, scale=scale)
+        assert tm.testing.error(grad, wanted, scale) <= allowed, name
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
