@@ -143,7 +143,8 @@ def attention(
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
         ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, itself differentiable. A query
         that sees no key has out 0 and lse -inf (with a sink: lse = sink). Gradients: q, k, v,
-        score_bias, bias, alibi_slopes, sink.
+        score_bias, bias, alibi_slopes, sink. Under torch.autocast q, k, v and bias are cast as
+        those of torch's scaled_dot_product_attention.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
