@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cli, dispatch, registry, testing
+from . import cli, dispatch, fuzz, registry, testing
 from .registry import OpSpec, Sample
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,11 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="backend cpu with every instruction set of this machine, not the best alone",
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
+    fuzz.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0 if every tensor keeps its error budget, 1 if one does not, a call fails or
     nothing could be checked."""
+    if options.fuzz is not None:
+        return fuzz.run(options)
     from .bench.progress import progress
 
     ops = list(dict.fromkeys(options.ops)) or list(registry.ops())

@@ -1,0 +1,217 @@
+"""Malformed calls of everything that a user can call, in processes that a crash may kill.
+
+A call begins as a valid one (the samples of the registry, compositions.py) and has one to three of
+its arguments changed: dtypes, ranks, sizes, strides, values of ids and lengths, types. It must
+return or raise `tokenmill.<op>: <argument>: <rule>; got <value>`. These are defects: a crash, a
+call that takes more than 20 seconds or some gigabytes, any other error, an argument that was
+written and should not be, and a result that differs from one call to the next or from the reference
+in shape, dtype or where it is NaN. Memory that nobody wrote differs: it is NaN and the largest
+integers in one of two equal calls.
+
+A call is known by seed and number; `python -m tokenmill check --fuzz 1 --seed S --first N` makes it
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from .. import cli
+
+BACKENDS = ("cpu", "emulated", "reference")
+BATCH = 5000  # calls of one process
+SECONDS = 20.0  # of one call
+START = 120.0  # seconds until a process is ready
+COMMAND = (sys.executable, "-m", "tokenmill.fuzz.worker")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A call that does what no call may do."""
+
+    seed: int
+    number: int
+    backend: str
+    call: str
+    why: str
+
+    @property
+    def command(self) -> str:
+        return (
+            f"python -m tokenmill check --fuzz 1 --seed {self.seed} --first {self.number} "
+            f"--backend {self.backend}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.call}\n    {self.why}\n    {self.command}"
+
+
+@dataclass
+class Report:
+    findings: list[Finding] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # of verdicts
+
+
+def fuzz(
+    calls: int,
+    *,
+    backend: str = "cpu",
+    seed: int = 0,
+    first: int = 0,
+    found: Callable[[Finding], None] = lambda finding: None,
+) -> Report:
+    """Makes calls number first to first + calls - 1 and returns what is wrong with them.
+
+    Args:
+        calls: how many.
+        backend: "cpu", "emulated" or "reference".
+        seed: of all calls.
+        first: number of the first one.
+        found: is told of a defect when it is found.
+
+    Example:
+        >>> from tokenmill.fuzz import fuzz
+        >>> fuzz(2).counts.total()
+        2
+    """
+    report = Report()
+    number, end = first, first + calls
+    while number < end:
+        count = min(BATCH, end - number)
+        for verdict, call, why in _batch(seed, number, count, backend):
+            report.counts[verdict] += 1
+            if verdict == "wrong":
+                finding = Finding(seed, number, backend, call, why)
+                report.findings.append(finding)
+                found(finding)
+            number += 1
+    return report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "malformed calls",
+        "instead of the above: calls with changed arguments of everything that can be called, on "
+        "the CPU or the PTX machine. None may crash, hang, return memory that nobody wrote, or "
+        "raise an error that does not name argument, rule and value.",
+    )
+    group.add_argument(
+        "--fuzz", type=cli.integer(0), metavar="N", help="make N calls on each backend"
+    )
+    group.add_argument("--seed", type=cli.integer(0), default=0, help="of the calls (default: 0)")
+    group.add_argument(
+        "--first", type=cli.integer(0), default=0, help="number of the first call (default: 0)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """python -m tokenmill check --fuzz"""
+    wrong = 0
+    for backend in options.backend or ["cpu"]:
+        if backend not in BACKENDS:
+            raise cli.UsageError(
+                f"--backend: --fuzz runs on {', '.join(BACKENDS)}; got '{backend}'"
+            )
+        report = fuzz(
+            options.fuzz,
+            backend=backend,
+            seed=options.seed,
+            first=options.first,
+            found=lambda finding: print(finding, flush=True),
+        )
+        wrong += len(report.findings)
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(report.counts.items()))
+        print(f"{backend}: {counts or 'no calls'}", flush=True)
+    return 1 if wrong else 0
+
+
+def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[str, str, str]]:
+    """Verdict, call and reason of each call until all are made or the process is dead."""
+    receive, send = os.pipe()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [*COMMAND, str(seed), backend, str(send)],
+            stdin=subprocess.PIPE,
+            stdout=errors,
+            stderr=errors,
+            pass_fds=[send],
+            env={**os.environ, **_ENVIRONMENT},
+        )
+        os.close(send)
+        assert process.stdin is not None
+        try:
+            messages = _Messages(receive)
+            if (ready := messages.next(START)) != ["ready"]:
+                raise RuntimeError(f"tokenmill.fuzz: no process: {_tail(process, errors)} {ready}")
+            process.stdin.write(f"{first} {count}\n".encode())
+            process.stdin.flush()
+            call, deadline = "", time.monotonic() + SECONDS
+            for _ in range(count):
+                call, deadline = "", time.monotonic() + SECONDS
+                while (message := messages.next(deadline - time.monotonic())) is not None:
+                    if message[0] == "words":
+                        call = message[1]
+                    elif message[0] == "end":
+                        break
+                if message is None:
+                    late = process.poll() is None and time.monotonic() >= deadline
+                    why = f"takes more than {SECONDS:g} s" if late else _tail(process, errors)
+                    yield "wrong", call, why
+                    return
+                yield message[1], call, message[2]
+                if "INTERNAL ASSERT" in message[2]:
+                    return  # PyTorch may have damaged its memory
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            os.close(receive)
+
+
+# Freed memory is overwritten (glibc), so that nothing old passes for a result.
+_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+class _Messages:
+    """Lines of JSON from a pipe."""
+
+    def __init__(self, fd: int):
+        self.fd, self.rest = fd, b""
+
+    def next(self, seconds: float) -> list | None:
+        """The next one; None where the time is over or the other end is closed."""
+        end = time.monotonic() + seconds
+        while b"\n" not in self.rest:
+            ready, _, _ = select.select([self.fd], [], [], max(end - time.monotonic(), 0))
+            more = os.read(self.fd, 1 << 16) if ready else b""
+            if not more:
+                return None
+            self.rest += more
+        line, self.rest = self.rest.split(b"\n", 1)
+        return json.loads(line)
+
+
+def _tail(process: subprocess.Popen, errors: object) -> str:
+    """How a process ended, and what it said last."""
+    try:
+        status = process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        status = 0
+    errors.seek(0)  # type: ignore[attr-defined]
+    text = errors.read().decode(errors="replace")  # type: ignore[attr-defined]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if "File " not in line][:3]
+    return f"the process ended with status {status}: {' | '.join(told)}"

@@ -1,0 +1,252 @@
+"""One call of the fuzzer: made from (seed, number), run, and judged."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import random
+import re
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import deterministic
+
+from .guard import End, Guard, tensors
+from .mutate import is_extreme, mutate
+from .targets import Arguments, NoCall, Target, targets
+
+RULE = re.compile(
+    r"tokenmill\.[\w.]+: [\w.]+: (.+; got .*|'\w+' cannot run this call: .+)", re.DOTALL
+)
+# What Python says of keywords, and PyTorch's dispatcher of the types of a schema.
+KEYWORDS = re.compile(
+    r"unexpected keyword argument|required (positional|keyword-only) argument"
+    r"|multiple values for|positional arguments? but"
+)
+DISPATCHER = re.compile(
+    r"tokenmill\w*::\w+\(\) |Could not run 'tokenmill\w*::|Overflow when unpacking|Unable to cast"
+    r"|Inference tensors cannot be saved"
+)
+DEFECT = re.compile(r"INTERNAL ASSERT|aoti_torch_|torch_call_dispatcher|report a bug", re.I)
+MEMORY = re.compile(r"can't allocate memory|bad_alloc|out of memory|overflow", re.I)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call. make gives its arguments anew each time, as a call may write into them."""
+
+    target: Target
+    backend: str | None  # the argument
+    words: str  # what is called, and what was changed
+    make: Callable[[], Arguments]
+    end: End | None  # where tensors touch a guard page
+
+
+@functools.lru_cache(maxsize=2)
+def _targets(backend: str) -> list[Target]:
+    return targets(backend)
+
+
+def choose(seed: int, number: int, backend: str) -> Case:
+    rng = random.Random(f"{seed}, {number}")
+    target = rng.choice(_targets(backend))
+    sample, donor = rng.choice(target.samples), rng.choice(target.samples)
+    dtype = rng.choice((torch.float32, torch.float32, torch.float16, torch.bfloat16))
+    argument = None if backend == "cpu" and rng.random() < 0.3 else backend
+    gradients = rng.random() < 0.2
+    end: End | None = rng.choice(("front", "back", None)) if backend == "cpu" else None
+    edits = rng.random()
+
+    def make(words: list[str] | None = None) -> Arguments:
+        torch.manual_seed(number)
+        g = torch.Generator().manual_seed(number)
+        arguments = target.arguments(sample, dtype, g)
+        done = mutate(
+            random.Random(edits), target.known, arguments, lambda: target.arguments(donor, dtype, g)
+        )
+        if words is not None:
+            words += done
+        return {k: _leaf(v) for k, v in arguments.items()} if gradients else arguments
+
+    words: list[str] = []
+    make(words)
+    title = [sample.name, str(dtype)[6:], f"backend={argument}"]
+    title += (["gradients"] if gradients else []) + ([f"guard page at the {end}"] if end else [])
+    described = f"{target.name} ({', '.join(title)}): {'; '.join(words) or 'unchanged'}"
+    return Case(target, argument, described, make, end)
+
+
+def _leaf(value: Any) -> Any:
+    plain = isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
+    return value.detach().requires_grad_() if plain else value
+
+
+def check(seed: int, number: int, backend: str, announce: Callable[[str], None]) -> tuple[str, str]:
+    """Runs a call, whose words it announces: ("done", "refused", "none" or "wrong"; why)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            case = choose(seed, number, backend)
+        except NoCall:
+            return "none", ""
+        announce(case.words)
+        with Guard(case.end) if case.end else nullcontext(lambda x: x) as guard:
+            result = _judge(case, guard)
+        gc.collect(0)
+    return result
+
+
+def _judge(case: Case, guard: Callable[[Arguments], Arguments]) -> tuple[str, str]:
+    made = case.make()
+    extreme = is_extreme(made)
+    arguments = guard(made)
+    try:
+        results = _run(case, arguments, case.backend, poison=True)
+    except Exception as error:
+        # A policy may have put tokens into its cache before a step is refused.
+        written = set() if case.target.compared or case.target.raw else set(case.target.written)
+        wrong = (
+            _wrong_error(error, case, extreme)
+            or _changed(case, arguments, written)
+            or _other_words(error, case, extreme)
+        )
+        return ("wrong", wrong) if wrong else ("refused", "")
+    wrong = _changed(case, arguments, set(case.target.written))
+    if not extreme:
+        wrong = wrong or _second(case, results) or _unlike_reference(case, results)
+    return ("wrong", wrong) if wrong else ("done", "")
+
+
+def _second(case: Case, results: list[Tensor]) -> str:
+    try:
+        again = _run(case, case.make(), case.backend, poison=False)
+    except Exception as error:
+        return f"the second call raises {_first_line(error)}"
+    return _differ(results, again)
+
+
+def _run(case: Case, arguments: Arguments, backend: str | None, *, poison: bool) -> list[Tensor]:
+    """All tensors that a call gives, also the gradients, and those that it has written.
+
+    With poison, memory that nobody wrote holds NaN and the largest integers, otherwise what was
+    there before.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = poison
+    torch.manual_seed(0)
+    results = [*tensors(case.target.run(arguments, backend), records=True)]
+    smooth = [r for r in results if r.requires_grad and r.grad_fn is not None]
+    leaves = [t for t in tensors(arguments) if t.requires_grad and t.is_leaf]
+    if leaves:
+        ones = [torch.ones_like(r) for r in smooth]
+        found = torch.autograd.grad(smooth, leaves, ones, allow_unused=True) if smooth else leaves
+        pairs = zip(leaves, found, strict=True)
+        results += [torch.zeros_like(x) if g is None or not smooth else g for x, g in pairs]
+    return results + [t for name in case.target.written for t in tensors(arguments.get(name))]
+
+
+def _first_line(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) < 400 else text[:397] + "..."
+
+
+def _wrong_error(error: Exception, case: Case, extreme: bool) -> str:
+    text = str(error)
+    fine = (
+        bool(RULE.fullmatch(text) and isinstance(error, RuntimeError))
+        or (isinstance(error, TypeError) and bool(KEYWORDS.search(text)))
+        or (case.target.raw and bool(DISPATCHER.search(text)))
+        or (extreme and (isinstance(error, MemoryError) or bool(MEMORY.search(text))))
+    )
+    return "" if fine and not DEFECT.search(text) else _first_line(error)
+
+
+def _changed(case: Case, arguments: Arguments, written: set[str]) -> str:
+    """Whether the call wrote where it should not."""
+    fresh = case.make()
+    owned = [t for name in written for t in tensors(arguments.get(name))]
+    for name in arguments.keys() - written:
+        for now, before in zip(tensors(arguments[name]), tensors(fresh[name]), strict=True):
+            if any(now is t for t in owned):
+                continue
+            if not _same_bits(now, before):
+                return f"{name} was written"
+    return ""
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    if a.is_meta or a.numel() == 0 or a.numel() > 2**26:
+        return True
+    a, b = (t.detach().resolve_neg().resolve_conj().contiguous().view(-1) for t in (a, b))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def _differ(first: list[Tensor], again: list[Tensor]) -> str:
+    if len(first) != len(again):
+        return "two calls differ in the number of results"
+    for i, (a, b) in enumerate(zip(first, again, strict=True)):
+        if not _same_bits(a, b):
+            return f"result {i} differs from call to call: {_instance(a, b)}"
+    return ""
+
+
+def _instance(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
+        return f"{a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
+    bits = [t.detach().contiguous().view(-1).view(torch.uint8).view(t.numel(), -1) for t in (a, b)]
+    other = (bits[0] != bits[1]).any(1)
+    i = int(other.nonzero()[0])
+    values = [t.detach().contiguous().view(-1)[i].item() for t in (a, b)]
+    return f"{int(other.sum())} of {a.numel()} elements, first {values[0]}, then {values[1]}"
+
+
+def _reference(case: Case) -> list[Tensor] | Exception:
+    arguments = case.make()
+    arguments.pop("backend", None)
+    try:
+        return _run(case, arguments, "reference", poison=True)
+    except Exception as error:
+        return error
+
+
+def _other_words(error: Exception, case: Case, extreme: bool) -> str:
+    """Whether the reference refuses the call with other words. Backends on which values inside
+    tensors are not checked refuse less."""
+    if not case.target.compared or extreme or "backend: " in str(error):
+        return ""
+    there = _reference(case)
+    if not isinstance(there, Exception):
+        return f"the reference takes what is refused here: {_first_line(error)}"
+    if str(there) != str(error):
+        return f"{_first_line(error)}, but the reference says {_first_line(there)}"
+    return ""
+
+
+def _unlike_reference(case: Case, results: list[Tensor]) -> str:
+    if not case.target.compared or "backend" in case.make():
+        return ""
+    wanted = _reference(case)
+    if isinstance(wanted, Exception):
+        if wrong := _wrong_error(wanted, case, False):
+            return f"the reference: {wrong}"
+        return "" if case.backend == "emulated" else f"the reference: {_first_line(wanted)}"
+    if len(wanted) != len(results):
+        return f"{len(results)} results, the reference has {len(wanted)}"
+    small = all(
+        bool((t.abs() < 1e4).all())  # neither NaN nor near an overflow
+        for t in tensors(case.make())
+        if t.is_floating_point() and t.element_size() > 1 and not t.is_meta
+    )
+    for i, (a, b) in enumerate(zip(results, wanted, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"result {i} is {_instance(a, b)} of the reference"
+        if small and a.dtype == torch.float32 and not torch.equal(a.isnan(), b.isnan()):
+            return f"result {i} has NaN where the reference has none, or the reverse"
+    return ""

@@ -1,0 +1,297 @@
+"""Valid calls of what is made of operators: functions, modules and policies."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import linear, nn, policies, select, sparse, tokens
+from ..dense import sigmoid_attention
+from ..registry import Sample
+from .targets import Arguments, Target, with_backend
+
+
+class Draw:
+    """Tensors of a call, from its dtype and generator."""
+
+    def __init__(self, dtype: torch.dtype, g: torch.Generator):
+        self.dtype, self.g = dtype, g
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.g).to(self.dtype)
+
+    def ints(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.g, dtype=torch.int32)
+
+    def bools(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.g) < 0.5
+
+    def qkv(self, s: int, h: int = 4, hk: int = 2, d: int = 16, b: int = 2) -> Arguments:
+        return {"q": self(b, s, h, d), "k": self(b, s, hk, d), "v": self(b, s, hk, d)}
+
+    def cache(self, s: int, hk: int = 2, d: int = 16, b: int = 2) -> Arguments:
+        return {"k_cache": self(b, s, hk, d), "v_cache": self(b, s, hk, d)}
+
+
+Make = Callable[[Draw], Arguments]
+
+
+def _samples(makes: tuple[Make, ...]) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(str(i), lambda dtype, g, make=make: ((), make(Draw(dtype, g))))  # type: ignore[misc]
+        for i, make in enumerate(makes)
+    )
+
+
+def _given(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
+    return sample.make(dtype, g)[1]
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+_TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
+
+COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
+    sigmoid_attention: (
+        lambda r: {**r.qkv(19), "causal": True, "window": (5, 0)},
+        lambda r: {**r.qkv(9), "bias": r(1, 4, 9, 9), "alibi_slopes": r(4), "softcap": 3.0},
+        lambda r: {
+            "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
+            "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
+        },
+    ),
+    linear.lightning_attention: (
+        lambda r: {**r.qkv(21), "slopes": r(4).float().abs()},
+        lambda r: {
+            "q": r(9, 4, 16), "k": r(9, 4, 16), "v": r(9, 4, 8), "slopes": r(4).float().abs(),
+            "cu_seqlens": _int32(0, 4, 9), "return_final_state": True,
+        },
+    ),
+    linear.lightning_slopes: (
+        lambda r: {"num_heads": 6},
+        lambda r: {"num_heads": 4, "layer": 1, "num_layers": 3, "convention": "paper"},
+    ),
+    sparse.landmark_attention: (lambda r: {**r.qkv(23), "block": 5, "return_lse": True},),
+    sparse.landmark_decode: (
+        lambda r: {
+            "q": r(2, 1, 4, 16), **r.cache(24), "seqlens_k": _int32(24, 11), "block": 5, "topk": 2,
+        },
+    ),
+    sparse.core_context_attention: (
+        lambda r: {**r.qkv(37), "group": 4, "window": 8, "return_lse": True},
+    ),
+    sparse.hip_attention: (
+        lambda r: {
+            **r.qkv(40), "budget": 8, "block_q": 8, "block_k": 4, "num_sink": 4, "num_recent": 8,
+            "seqlens_k": _int32(40, 21),
+        },
+        lambda r: {
+            "q": r(2, 1, 4, 16), "k": r(8, 8, 2, 16), "v": r(8, 8, 2, 16), "budget": 8,
+            "block_q": 8, "num_recent": 8, "seqlens_k": _int32(32, 9),
+            "block_table": torch.tensor(_TABLE, dtype=torch.int32), "lists": sparse.HipLists(),
+            "refresh_interval": 3,
+        },
+    ),
+    select.token_select: (
+        lambda r: {
+            "q": r(2, 3, 4, 16), "k_cache": r(2, 40, 2, 16), "k": 5, "num_sink": 2,
+            "num_recent": 4, "lengths": _int32(40, 9),
+        },
+        lambda r: {
+            "q": r(2, 1, 4, 16), "k_cache": r(8, 8, 2, 16), "k": 5, "num_sink": 2,
+            "num_recent": 4, "lengths": _int32(32, 9),
+            "block_table": torch.tensor(_TABLE, dtype=torch.int32),
+        },
+    ),
+    tokens.merge_tokens: (
+        lambda r: {
+            "x": r(2, 9, 8), "assign": r.ints(4, 2, 9) - 1, "num_out": 3, "reduce": "sum",
+            "weight": r(2, 9).float().abs(),
+        },
+        lambda r: {"x": r(9, 8), "assign": r.ints(3, 9).long(), "num_out": 3, "reduce": "amax"},
+    ),
+    tokens.unmerge_tokens: (lambda r: {"y": r(2, 4, 8), "assign": r.ints(5, 2, 9) - 1},),
+    tokens.bipartite_match: (
+        lambda r: {"metric": r(2, 13, 8), "r": 4, "protect_first": 1},
+        lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "grid", "grid": (3, 4),
+                   "cell": (2, 2), "protect_first": 1},
+        lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "index",
+                   "destinations": torch.tensor([2, 5, 7]), "threshold": 0.1},
+        lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "kth", "group": 3},
+        lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "random"},
+    ),
+    nn.segments_of: (lambda r: {"boundaries": r.bools(2, 9), "mask": r.bools(2, 9)},),
+}  # fmt: skip
+
+
+def compositions() -> list[Target]:
+    found = []
+    for function, makes in COMPOSITIONS.items():
+        run, known = with_backend(function)
+        found.append(Target(function.__name__, run, _samples(makes), _given, known))
+    return found
+
+
+# Class, method, valid arguments of both.
+MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
+    (nn.BiFormerAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "regions": 2, "topk": 2, "x": r(2, 6, 7, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "regions": 3, "topk": 2, "padding": "zeros",
+                   "x": r(1, 7, 6, 16)},
+    )),
+    (nn.EViTReorganize, "forward", (
+        lambda r: {"keep_rate": 0.6, "x": r(2, 10, 8), "scores": r(2, 9).abs()},
+    )),
+    (nn.EViTReorganize, "scores", (lambda r: {"q": r(2, 10, 2, 8), "k": r(2, 10, 2, 8)},)),
+    (nn.ClsTokenPruning, "forward", (
+        lambda r: {"keep": 4, "x": r(2, 10, 8), "scores": [r(2, 9).float(), r(2, 9).float()]},
+        lambda r: {"keep": 4, "x": r(2, 10, 8), "scores": r(2, 9).float()},
+    )),
+    (nn.ClsTokenPruning, "scores", (
+        lambda r: {"keep": 4, "q": r(2, 10, 2, 8), "k": r(2, 10, 2, 8), "scale": 0.3},
+    )),
+    (nn.TokenClustering, "forward", (lambda r: {"grid": (2, 3), "x": r(1, 7, 8, 8)},)),
+    (nn.TokenReconstruction, "forward", (
+        lambda r: {"k": 3, "x": r(1, 5, 6, 8), "centroids": r(1, 2, 3, 8),
+                   "clusters": r(1, 2, 3, 4)},
+    )),
+    (nn.DToPExit, "forward", (
+        lambda r: {"keep": 2, "x": r(2, 11, 8), "probabilities": r(2, 11, 3).sigmoid(),
+                   "active": r.bools(2, 11)},
+    )),
+    (nn.FocusSelect, "forward", (
+        lambda r: {"ratio": 0.4, "scores": r(2, 13), "valid": r.bools(2, 13)},
+    )),
+    (nn.FocusSelect, "layer", (lambda r: {"indices": r.ints(9, 2, 5), "number": 1},)),
+    (nn.FocusSelect, "gather", (
+        lambda r: {"xs": (r(2, 9, 4), r(2, 9, 2)), "indices": r.ints(9, 2, 5)},
+    )),
+    (nn.FocusSelect, "scatter", (
+        lambda r: {"tokens": r(2, 3, 4), "indices": _int32(1, 3, 5, 0, 2, 8).view(2, 3),
+                   "base": r(2, 9, 4)},
+    )),
+    (nn.PoNetMixing, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 9, 16), "segments": r.ints(4, 2, 9) - 1},
+    )),
+    (nn.PoolFormerMixing, "forward", (
+        lambda r: {"pool_size": 3, "x": r(1, 5, 6, 8)},
+        lambda r: {"pool_size": 5, "channels_first": True, "x": r(1, 8, 5, 6)},
+    )),
+    (nn.SegmentPooling, "forward", (
+        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": _int32(0, 4, 9, 11)},
+        lambda r: {"reduce": "mean", "x": r(11, 8), "offsets": _int32(0, 4, 9, 11)},
+    )),
+    (nn.SegmentPooling, "insert", (
+        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": _int32(0, 4, 9, 11),
+                   "words": r(3, 2, 8)},
+    )),
+    (nn.SparsifinerAttention, "forward", (
+        lambda r: {"dim": 16, "num_tokens": 17, "num_heads": 2, "x": r(1, 17, 16)},
+    )),
+    (nn.TokenMerging, "forward", (
+        lambda r: {"r": 3, "x": r(2, 11, 8), "metric": r(2, 11, 2, 4)},
+    )),
+)  # fmt: skip
+
+
+def modules() -> list[Target]:
+    found = []
+    for kind, method, makes in MODULES:
+        made = tuple(inspect.signature(kind.__init__).parameters)[1:]
+        called = tuple(inspect.signature(getattr(kind, method)).parameters)[1:]
+
+        def run(
+            arguments: Arguments,
+            backend: str | None,
+            kind: Any = kind,
+            method: str = method,
+            called: tuple[str, ...] = called,
+        ) -> Any:
+            options = {k: v for k, v in arguments.items() if k not in called}
+            if "backend" in inspect.signature(kind.__init__).parameters:
+                options.setdefault("backend", backend)
+            inputs = {k: v for k, v in arguments.items() if k in called}
+            module = kind(**options)
+            for value in inputs.values():  # parameters in the dtype of the input
+                if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                    module = module.to(value.dtype)
+            return getattr(module, method)(**inputs)
+
+        name = f"nn.{kind.__name__}" + ("" if method == "forward" else f".{method}")
+        found.append(Target(name, run, _samples(makes), _given, (*made, *called)))
+    return found
+
+
+def _prompt(r: Draw) -> Arguments:
+    new = {f"step_{name}": t for name, t in r.qkv(1).items()}
+    given = {f"prompt_{name}": t for name, t in r.qkv(13).items()}
+    return {**given, "lengths": _int32(13, 6), **new}
+
+
+def _dense(r: Draw, **options: Any) -> Arguments:
+    return {**r.cache(24), **_prompt(r), **options}
+
+
+def _paged(r: Draw, **options: Any) -> Arguments:
+    pages = {"k_cache": r(8, 8, 2, 16), "v_cache": r(8, 8, 2, 16)}
+    table = torch.tensor(_TABLE, dtype=torch.int32)
+    return {**pages, "block_table": table, **_prompt(r), **options}
+
+
+def _both(**options: Any) -> tuple[Make, ...]:
+    return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
+
+
+POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
+    policies.FullAttention: _both(),
+    policies.TokenSelect: _both(k=4, num_sink=2, num_recent=3),
+    policies.TidalDecode: _both(budget=5, layer=2),
+    policies.Quest: _both(budget=12, page=4, dense_layers=0),
+    policies.RecycledAttention: _both(budget=5, stride=2),
+    policies.StreamingLLM: _both(num_sink=2, num_recent=6),
+    policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
+    policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
+    policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),
+    policies.RazorAttention: _both(retrieval=(0,), num_sink=1, local=6, slack=3),
+}
+
+
+def policy_targets() -> list[Target]:
+    found = []
+    for method, makes in POLICIES.items():
+        options = tuple(f.name for f in dataclasses.fields(method) if f.name != "cache")
+
+        def run(
+            arguments: Arguments,
+            backend: str | None,
+            method: Any = method,
+            options: tuple[str, ...] = options,
+        ) -> Any:
+            cache = policies.KVCache(
+                arguments["k_cache"], arguments["v_cache"], arguments.get("block_table")
+            )
+            chosen = {k: v for k, v in arguments.items() if k in options}
+            policy = method(cache, **{"backend": backend, **chosen})
+            prompt = (arguments[f"prompt_{name}"] for name in "qkv")
+            outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"))]
+            for _ in range(2):
+                outs.append(policy.step(*(arguments[f"step_{name}"] for name in "qkv")))
+            return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
+
+        name = f"policies.{method.__name__}"
+        known, written = (*_INPUTS, *options), ("k_cache", "v_cache")
+        found.append(Target(name, run, _samples(makes), _given, known, written))
+    return found
+
+
+_INPUTS = (
+    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "step_q",
+    "step_k", "step_v",
+)  # fmt: skip

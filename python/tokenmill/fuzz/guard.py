@@ -1,0 +1,97 @@
+"""Tensors between pages that nothing may touch: an access beyond an end kills the process."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+End = Literal["front", "back"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_NOTHING, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
+_PRIVATE_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+
+
+class Guard:
+    """Places copies of tensors flush against a page that may not be touched.
+
+    The memory goes when the guard is closed: nothing that refers to a copy may be used then.
+    """
+
+    def __init__(self, end: End):
+        self.end = end
+        self._areas: list[tuple[int, int]] = []
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # and the original, which keeps its id
+
+    def __call__(self, value: Any) -> Any:
+        """Tensors, also those inside tuples, lists and dicts, replaced by their copies."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._copies:
+                self._copies[id(value)] = (value, self._place(value))
+            return self._copies[id(value)][1]
+        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+            return type(value)(self(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self(v) for k, v in value.items()}
+        return value
+
+    def _place(self, t: Tensor) -> Tensor:
+        """Only plain tensors that own all they show; others stay as they are."""
+        if not t.is_contiguous() or t.is_neg() or t.is_conj() or t.device.type != "cpu":
+            return t
+        if t.is_inference() or t.numel() > 2**22:
+            return t
+        page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+        inside = max(-(-size // page), 1) * page
+        base = _libc.mmap(None, inside + 2 * page, _READ_WRITE, _PRIVATE_ANONYMOUS, -1, 0)
+        if base is None or base == ctypes.c_void_p(-1).value:
+            raise MemoryError(f"mmap of {inside + 2 * page} bytes failed")
+        self._areas.append((base, inside + 2 * page))
+        for guarded in (base, base + page + inside):
+            _libc.mprotect(guarded, page, _NOTHING)
+        # An empty tensor begins where one of its elements would end, or would begin.
+        seen = max(size, t.element_size())
+        at = base + page + (inside - seen if self.end == "back" else 0)
+        memory = (ctypes.c_char * seen).from_address(at)
+        flat = torch.frombuffer(memory, dtype=t.dtype)
+        if size == 0:
+            flat = flat[1:] if self.end == "back" else flat[:0]
+        copy = flat.view(t.shape)
+        if size:
+            copy.copy_(t.detach())
+        return copy.requires_grad_(t.requires_grad)
+
+    def close(self) -> None:
+        self._copies.clear()
+        for base, size in self._areas:
+            _libc.munmap(base, size)
+        self._areas.clear()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def tensors(value: Any, *, records: bool = False) -> Iterator[Tensor]:
+    """All tensors inside tuples, lists and dicts, and the fields of data classes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item, records=records)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()), records=records)
+    elif records and dataclasses.is_dataclass(value):
+        yield from tensors([getattr(value, f.name) for f in dataclasses.fields(value)])

@@ -1,0 +1,164 @@
+"""What is fuzzed: everything that a user can call, each with valid calls to begin from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import dispatch, registry, testing
+from ..library import TorchOp
+from ..registry import OpSpec, Sample
+
+Arguments = dict[str, Any]  # of a call, by name
+
+
+class NoCall(Exception):
+    """A sample that this target cannot be called with."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something to call.
+
+    run(arguments, backend) calls it; arguments(sample, dtype, generator) is a valid call. known
+    names every argument that may be changed, written those that a call writes into. A raw target is
+    an operator in torch.ops, where PyTorch's dispatcher may refuse a call by itself.
+    """
+
+    name: str
+    run: Callable[[Arguments, str | None], Any]
+    samples: tuple[Sample, ...]
+    arguments: Callable[[Sample, torch.dtype, torch.Generator], Arguments]
+    known: tuple[str, ...]
+    written: tuple[str, ...] = ()
+    raw: bool = False
+    compared: bool = False  # with the reference backend
+
+
+def targets(backend: str) -> list[Target]:
+    """Every target of a backend, those with many arguments several times."""
+    from .compositions import compositions, modules, policy_targets
+
+    found = []
+    for spec in registry.ops().values():
+        found += 3 * [_function(spec)]
+        for op in (spec.forward, spec.out, spec.backward):
+            if op is not None and _has(op, backend):
+                found.append(_raw(spec, op, backend))
+    found += 2 * compositions() + modules() + policy_targets() + [_explain()]
+    return found
+
+
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+
+
+def with_backend(
+    function: Callable[..., Any],
+) -> tuple[Callable[[Arguments, str | None], Any], tuple[str, ...]]:
+    """run and known of a public function."""
+    parameters = inspect.signature(function).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+    if len(names) < len(parameters):  # the other keywords of one of these
+        whole = registry.get("linear_attention" if "slopes" in names else "attention").function
+        names += tuple(n for n in inspect.signature(whole).parameters if n not in names)
+    if "backend" not in names:
+        return (lambda arguments, backend: function(**arguments)), names
+    # A mutation may have chosen a backend already.
+    return (lambda arguments, backend: function(**{"backend": backend, **arguments})), names
+
+
+def _function(spec: OpSpec) -> Target:
+    run, known = with_backend(spec.function)
+
+    def arguments(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        args, kwargs = sample.make(dtype, g)
+        found = by_name(spec.function, args, kwargs)
+        if "out" in known and torch.randint(4, (), generator=g) == 0:
+            result = spec.function(**found)
+            found["out"] = torch.zeros_like(result if isinstance(result, Tensor) else result[0])
+        return found
+
+    written = (*spec.forward.written, *(["out"] if spec.out else []))
+    return Target(spec.name, run, spec.samples, arguments, known, written, compared=True)
+
+
+def _explain() -> Target:
+    specs = registry.ops()
+    samples = tuple(
+        Sample(f"{spec.name}, {sample.name}", sample.make)
+        for spec in specs.values()
+        for sample in spec.samples[:2]
+    )
+
+    def arguments(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        name = sample.name.split(",")[0]
+        return {"op": name, **by_name(specs[name].function, *sample.make(dtype, g))}
+
+    def run(arguments: Arguments, backend: str | None) -> Any:
+        str(dispatch.explain(**{"backend": backend, **arguments}))
+        return ()
+
+    names = {n for spec in specs.values() for n in inspect.signature(spec.function).parameters}
+    return Target("explain", run, samples, arguments, tuple(sorted(names)))
+
+
+def _has(op: TorchOp, backend: str) -> bool:
+    return op.has_emulated() if backend == "emulated" else op.has_native("CPU")
+
+
+def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
+    namespace = dispatch.namespace(backend)
+    overload = op.overload(namespace)
+
+    def arguments(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        args, kwargs = sample.make(dtype, g)
+        if op is spec.backward:
+            return _of_backward(spec, op, args, kwargs)
+        lowered = tuple(spec.lower(*args, **kwargs))
+        if op is spec.out:
+            result = spec.function(*args, **kwargs)
+            out = torch.zeros_like(result if isinstance(result, Tensor) else result[0])
+            lowered = (*lowered, spec.lower_out(out, *lowered))
+        return dict(zip(op.arguments, lowered, strict=True))
+
+    return Target(
+        f"torch.ops.{namespace}.{op.name}",
+        lambda arguments, _: overload(**arguments),
+        spec.samples,
+        arguments,
+        op.arguments,
+        op.written,
+        raw=True,
+    )
+
+
+class _Seen(TorchDispatchMode):
+    """Keeps the arguments of the last call of an operator."""
+
+    def __init__(self, op: TorchOp):
+        super().__init__()
+        self.op = op
+        self.found: Arguments | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.op.overload():
+            self.found = {**dict(zip(self.op.arguments, args, strict=False)), **(kwargs or {})}
+        return func(*args, **(kwargs or {}))
+
+
+def _of_backward(spec: OpSpec, op: TorchOp, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    run = testing.without_side_effects(spec, spec.function)
+    with _Seen(op) as seen:
+        outputs, _ = testing.evaluate(run, args, kwargs)
+        testing.evaluate(run, args, kwargs, [torch.ones_like(o) for o in outputs])
+    if seen.found is None:
+        raise NoCall
+    # Without the base class of autograd's inputs: leaves of their own.
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in seen.found.items()}

@@ -1,0 +1,37 @@
+"""No operator touches memory beside its tensors, whatever ids and lengths say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import backends
+
+SCRIPT = Path(__file__).with_name("guarded_calls.py")
+MOST = 5  # defects to look for
+
+
+def run(*arguments: object) -> tuple[int, list[str], str]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout.splitlines(), done.stderr[-1000:]
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="of the CPU kernels")
+def test_nothing_is_touched_beside_a_tensor():
+    first, wrong = (0, 0), []
+    while len(wrong) < MOST:
+        status, lines, errors = run(*first)
+        if status == 0:
+            assert lines[-1] == "end" and len(lines) > 1
+            break
+        numbers, words = lines[-1].split(" | ")
+        t, s, c, *names = numbers.split()
+        alone = [name for name in names if run(t, s, c, name)[0] != 0]
+        wrong.append(f"{words}: status {status}, by {alone or 'several together'}\n{errors}")
+        first = int(t), int(s) + 1
+    assert not wrong, "\n".join(wrong)
