@@ -29,6 +29,7 @@ def test_nothing_is_touched_beside_a_tensor():
         if status == 0:
             assert lines[-1] == "end" and len(lines) > 1
             break
+        assert lines, f"status {status}: {errors}"
         numbers, words = lines[-1].split(" | ")
         t, s, c, *names = numbers.split()
         alone = [name for name in names if run(t, s, c, name)[0] != 0]

@@ -23,14 +23,14 @@ from .targets import Arguments, NoCall, Target, targets
 RULE = re.compile(
     r"tokenmill\.[\w.]+: [\w.]+: (.+; got .*|'\w+' cannot run this call: .+)", re.DOTALL
 )
-# What Python says of keywords, and PyTorch's dispatcher of the types of a schema.
+# What Python says of keywords, PyTorch of its modes, and its dispatcher of the types of a schema.
 KEYWORDS = re.compile(
     r"unexpected keyword argument|required (positional|keyword-only) argument"
     r"|multiple values for|positional arguments? but"
 )
+MODES = re.compile(r"^Inference tensors cannot be saved for backward|^Cannot set version_counter")
 DISPATCHER = re.compile(
     r"tokenmill\w*::\w+\(\) |Could not run 'tokenmill\w*::|Overflow when unpacking|Unable to cast"
-    r"|Inference tensors cannot be saved"
 )
 DEFECT = re.compile(r"INTERNAL ASSERT|aoti_torch_|torch_call_dispatcher|report a bug", re.I)
 MEMORY = re.compile(r"can't allocate memory|bad_alloc|out of memory|overflow", re.I)
@@ -160,6 +160,7 @@ def _wrong_error(error: Exception, case: Case, extreme: bool) -> str:
     fine = (
         bool(RULE.fullmatch(text) and isinstance(error, RuntimeError))
         or (isinstance(error, TypeError) and bool(KEYWORDS.search(text)))
+        or bool(MODES.search(text))
         or (case.target.raw and bool(DISPATCHER.search(text)))
         or (extreme and (isinstance(error, MemoryError) or bool(MEMORY.search(text))))
     )

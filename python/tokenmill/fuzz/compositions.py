@@ -255,7 +255,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.TidalDecode: _both(budget=5, layer=2),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
     policies.RecycledAttention: _both(budget=5, stride=2),
-    policies.StreamingLLM: _both(num_sink=2, num_recent=6),
+    policies.StreamingLLM: (
+        *_both(num_sink=2, num_recent=6),
+        lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),
+    ),
     policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
     policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
     policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),

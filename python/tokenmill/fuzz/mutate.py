@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -285,4 +286,4 @@ def is_extreme(value: Any) -> bool:
         return any(is_extreme(v) for v in value)
     if isinstance(value, dict):
         return any(is_extreme(v) for v in value.values())
-    return isinstance(value, int) and abs(value) >= 2**20
+    return isinstance(value, Integral) and abs(int(value)) >= 2**20

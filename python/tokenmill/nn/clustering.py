@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..check import check
+from ..check import as_int, as_number, check, check_tensor
 from ..tokens import cluster_tokens, reconstruct_tokens
+
+CLUSTERING, RECONSTRUCTION = "nn.TokenClustering", "nn.TokenReconstruction"
 
 
 class TokenClustering(nn.Module):
@@ -48,12 +50,18 @@ class TokenClustering(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.grid = (grid, grid) if isinstance(grid, int) else grid
-        self.iters, self.tau, self.window, self.backend = iters, tau, window, backend
+        rule = "must be an integer or a pair (gy, gx)"
+        sides = grid if isinstance(grid, tuple | list) else (grid, grid)
+        check(len(sides) == 2, CLUSTERING, "grid", rule, grid)
+        rows, columns = (as_int(CLUSTERING, "grid", side, rule) for side in sides)
+        self.grid = (rows, columns)
+        self.iters = as_int(CLUSTERING, "iters", iters)
+        self.window = as_int(CLUSTERING, "window", window)
+        self.tau, self.backend = as_number(CLUSTERING, "tau", tau), backend
 
     def forward(self, x: Tensor) -> Tensor:
-        check(x.dim() == 4, "nn.TokenClustering", "x", "must have 4 dimensions [B, Y, X, C]",
-              x.dim())  # fmt: skip
+        check_tensor(CLUSTERING, "x", x)
+        check(x.dim() == 4, CLUSTERING, "x", "must have 4 dimensions [B, Y, X, C]", x.dim())
         grid = (min(self.grid[0], x.shape[1]), min(self.grid[1], x.shape[2]))
         return cluster_tokens(x, grid, iters=self.iters, tau=self.tau, window=self.window,
                               backend=self.backend)[0]  # fmt: skip
@@ -92,12 +100,15 @@ class TokenReconstruction(nn.Module):
         self, k: int = 3, *, tau: float = 0.005, norm: str = "l1", backend: str | None = None
     ) -> None:
         super().__init__()
-        self.k, self.tau, self.norm, self.backend = k, tau, norm, backend
+        self.k = as_int(RECONSTRUCTION, "k", k)
+        self.tau = as_number(RECONSTRUCTION, "tau", tau)
+        self.norm, self.backend = norm, backend
 
     def forward(self, x: Tensor, centroids: Tensor, clusters: Tensor) -> Tensor:
         for name, t in (("x", x), ("centroids", centroids), ("clusters", clusters)):
+            check_tensor(RECONSTRUCTION, name, t)
             rule = "must have 4 dimensions [B, Y, X, C]"
-            check(t.dim() == 4, "nn.TokenReconstruction", name, rule, t.dim())
+            check(t.dim() == 4, RECONSTRUCTION, name, rule, t.dim())
         rows = [t.flatten(1, 2) for t in (x, centroids, clusters)]
         k = min(self.k, rows[1].shape[1])
         out = reconstruct_tokens(*rows, k=k, tau=self.tau, norm=self.norm, backend=self.backend)[0]

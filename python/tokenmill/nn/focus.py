@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..check import check, check_tensor, fail
+from ..check import as_int, as_number, check, check_device_of, check_tensor, fail, show
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.scatter_tokens import scatter_tokens
 from ..tokens.topk_partition import topk_partition
@@ -60,10 +60,14 @@ class FocusSelect(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        ratio = as_number(NAME, "ratio", ratio)
         check(0 <= ratio <= 1, NAME, "ratio", "must be 0 to 1", ratio)
-        for share in cascade:
+        several = isinstance(cascade, Sequence) and not isinstance(cascade, str)
+        check(several, NAME, "cascade", "must be a sequence of numbers", cascade)
+        shares = tuple(as_number(NAME, "cascade", share) for share in cascade)
+        for share in shares:
             check(0 < share <= 1, NAME, "cascade", "must be above 0, to 1", share)
-        self.ratio, self.cascade, self.backend = ratio, tuple(cascade), backend
+        self.ratio, self.cascade, self.backend = ratio, shares, backend
 
     def forward(self, scores: Tensor, valid: Tensor | None = None) -> Tensor:
         check_tensor(NAME, "scores", scores)
@@ -72,12 +76,20 @@ class FocusSelect(nn.Module):
         width = min(int(self.ratio * tokens) + 1, tokens)
         if valid is None:
             return topk_partition(scores, width, backend=self.backend)[0]
+        check_tensor(NAME, "valid", valid)
+        check(valid.dtype == torch.bool, NAME, "valid", "must be bool", valid.dtype)
+        check_device_of(NAME, "valid", valid, "scores", scores)
+        rule = f"must have shape {show(scores.shape)}"
+        check(valid.shape == scores.shape, NAME, "valid", rule, valid.shape)
         present = valid.sum(1)
         count = torch.minimum((self.ratio * present).floor().long() + 1, present)
         return topk_partition(scores, count, max_k=width, valid=valid, backend=self.backend)[0]
 
     def layer(self, indices: Tensor, number: int) -> Tensor:
         """The tokens of a layer, ``[B, floor(cascade w)]``, a view of those of the first one."""
+        check_tensor(NAME, "indices", indices)
+        check(indices.dim() == 2, NAME, "indices", "must have 2 dimensions [B, w]", indices.dim())
+        number = as_int(NAME, "number", number)
         if not 0 <= number < len(self.cascade):
             fail(NAME, "number", f"must be 0 to {len(self.cascade) - 1}", number)
         return indices[:, : int(self.cascade[number] * indices.shape[1])]

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..check import check
+from ..check import as_int, as_number, check, check_bool
 from ..dense import attention
 from ..select import topk_select
 from ..sparse import block_sparse_attention
+from .rules import check_input
 
 NAME = "nn.SparsifinerAttention"
 
@@ -79,6 +80,16 @@ class SparsifinerAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        dim, num_tokens = as_int(NAME, "dim", dim), as_int(NAME, "num_tokens", num_tokens)
+        num_heads = as_int(NAME, "num_heads", num_heads)
+        reduce_tokens = as_int(NAME, "reduce_tokens", reduce_tokens)
+        reduce_channels = as_int(NAME, "reduce_channels", reduce_channels)
+        keep_rate = as_number(NAME, "keep_rate", keep_rate)
+        basis_threshold = as_number(NAME, "basis_threshold", basis_threshold)
+        check_bool(NAME, "qkv_bias", qkv_bias)
+        if coefficients is not None:
+            coefficients = as_int(NAME, "coefficients", coefficients)
+        check(1 <= dim < 2**31, NAME, "dim", "must be 1 to 2^31 - 1", dim)
         divides = num_heads > 0 and dim % num_heads == 0
         check(divides, NAME, "num_heads", f"must divide dim, {dim}", num_heads)
         check(0 < keep_rate <= 1, NAME, "keep_rate", "must be above 0 and at most 1", keep_rate)
@@ -120,6 +131,7 @@ class SparsifinerAttention(nn.Module):
         return self.mask_predictor(q[:, 1:], k, sparse=False), torch.softmax(z, -1)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        check_input(NAME, "x", x, self.qkv.weight)
         wanted = [self.num_tokens, self.proj.in_features]
         shaped = x.dim() == 3 and list(x.shape[1:]) == wanted
         check(shaped, NAME, "x", f"must have shape [B, {wanted[0]}, {wanted[1]}]", x.shape)

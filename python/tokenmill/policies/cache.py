@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..check import check, synchronising_checks
-from ..kv_cache import capacity
+from ..check import (
+    check,
+    check_device_of,
+    check_dtype,
+    check_tensor,
+    fail,
+    show,
+    synchronising_checks,
+)
+from ..kv_cache import capacity, check_int32
 from ..select import kv_cache_compact
 
 NAME = "policies.KVCache"
@@ -20,7 +30,8 @@ class KVCache:
 
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
-            Hk, ...]`` that no two requests share. Written in place.
+            Hk, ...]`` that no two requests share. Written in place; of one floating-point dtype.
+            No gradient goes through them.
         block_table: int32 ``[B, pages]``, the pages of each request in order. Those that tokens are
             written to must be there; on a GPU that is not checked (but with TOKENMILL_CHECK=1).
 
@@ -35,6 +46,20 @@ class KVCache:
     """
 
     def __init__(self, k: Tensor, v: Tensor, block_table: Tensor | None = None):
+        for name, t in (("k", k), ("v", v)):
+            check_tensor(NAME, name, t)
+            rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+            check(t.dim() == 4, NAME, name, rule, t.dim())
+            rule = "must not require a gradient, as tokens are written into it"
+            check(not t.requires_grad, NAME, name, rule, t.requires_grad)
+        check_dtype(NAME, "k", k, float64=True)
+        _check_like("v", v, k, k.shape[:3], "that of k up to the head dimension")
+        check_tensor(NAME, "block_table", block_table, optional=True)
+        if block_table is not None:
+            check_int32(NAME, "block_table", block_table)
+            check_device_of(NAME, "block_table", block_table, "the cache", k)
+            check(block_table.dim() == 2, NAME, "block_table", "must have shape [B, pages]",
+                  block_table.shape)  # fmt: skip
         self.k, self.v, self.block_table = k, v, block_table
         batch = k.shape[0] if block_table is None else block_table.shape[0]
         self.requests = torch.arange(batch, device=k.device)
@@ -62,13 +87,20 @@ class KVCache:
 
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Holds the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None: all."""
+        self._check_tokens(k, v)
         tokens = k.shape[1]
+        check_tensor(NAME, "lengths", lengths, optional=True)
+        if lengths is not None:
+            check_int32(NAME, "lengths", lengths)
+            check_device_of(NAME, "lengths", lengths, "the cache", self.k)
+            rule = f"must have shape {show(self.lengths.shape)}"
+            check(lengths.shape == self.lengths.shape, NAME, "lengths", rule, lengths.shape)
         check(tokens <= self.capacity, NAME, "k", f"must fit into {self.capacity}", tokens)
         full = torch.full_like(self.lengths, tokens)
         self.lengths = full if lengths is None else lengths.clamp(0, tokens)
         self.longest = tokens
         if self.block_table is None:
-            self.k[:, :tokens], self.v[:, :tokens] = k, v
+            self.k[:, :tokens], self.v[:, :tokens] = k.detach(), v.detach()
             return
         at = torch.arange(tokens, device=k.device)
         there = at < self.lengths[:, None]
@@ -77,7 +109,8 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
-        check(k.dim() == 4 and k.shape[1] == 1, NAME, "k", "must be [B, 1, Hk, D]", k.shape)
+        self._check_tokens(k, v)
+        check(k.shape[1] == 1, NAME, "k", "must have 1 token", k.shape[1])
         room = self.longest < self.capacity
         check(room, NAME, "k", f"must fit into {self.capacity}", self.longest + 1)
         page, row = self._slots(self.lengths[:, None].long())
@@ -94,6 +127,15 @@ class KVCache:
         self.lengths = counts if counts.dim() == 1 else counts[:, 0]
         self.longest = min(self.longest, keep.shape[-1])
 
+    def _check_tokens(self, k: Tensor, v: Tensor) -> None:
+        batch = self.lengths.shape[0]
+        for name, t, like in (("k", k, self.k), ("v", v, self.v)):
+            check_tensor(NAME, name, t)
+            rule = "must have 4 dimensions [B, S, Hk, D]"
+            check(t.dim() == 4, NAME, name, rule, t.dim())
+            wanted = [batch, k.shape[1], *like.shape[2:]]
+            _check_like(name, t, like, wanted, "what the cache is for")
+
     def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Page (dense: request) and row of positions [B, n]."""
         if self.block_table is None:
@@ -109,4 +151,13 @@ class KVCache:
             wrong = page[(page < 0) | (page >= pages)].tolist()
             rule = f"must name pages below {pages} where tokens go"
             check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
-        self.k[page, row], self.v[page, row] = k, v
+        self.k[page, row], self.v[page, row] = k.detach(), v.detach()
+
+
+def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
+    """dtype and device of like, and the first sizes as in shape."""
+    if t.dtype != like.dtype:
+        fail(NAME, name, f"must have the dtype of the cache, {show(like.dtype)}", t.dtype)
+    check_device_of(NAME, name, t, "the cache", like)
+    if list(t.shape[: len(shape)]) != list(shape):
+        fail(NAME, name, f"must have shape {show(list(shape))}, {why}", t.shape)

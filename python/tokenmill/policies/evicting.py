@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from ..check import check
+from ..check import as_int, check, check_device_of_q, check_dtype, check_tensor
 from ..dense import attention
 from ..reference.sparse_decode import rotate
 from ..select import attention_column_scores, kv_cache_compact, topk_select
@@ -45,8 +45,11 @@ class StreamingLLM(Policy):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         turned_q, turned_k, rope = q, k, self.rope
         if rope is not None:
-            few = f"must have a position for each token of the prompt, {q.shape[1]}"
-            check(len(rope[0]) >= q.shape[1], "policies.StreamingLLM", "rope", few, rope[0].shape)
+            for name, t in (("q", q), ("k", k)):
+                check_tensor(self._name, name, t)
+                rule = "must have 4 dimensions [B, S, H, D]"
+                check(t.dim() == 4, self._name, name, rule, t.dim())
+            self._check_rope(rope, q)
             cos, sin = (t[: q.shape[1], None].float() for t in rope)
             turned_q, turned_k = (
                 rotate(x.float(), cos, sin, self.interleaved).to(x) for x in (q, k)
@@ -69,6 +72,20 @@ class StreamingLLM(Policy):
             pos_mode="cache", rope=self.rope, interleaved=self.interleaved,
         )  # fmt: skip
         return out
+
+    def _check_rope(self, rope: tuple[Tensor, Tensor], q: Tensor) -> None:
+        pair = isinstance(rope, tuple | list) and len(rope) == 2
+        pair = pair and all(isinstance(t, Tensor) and t.dim() == 2 for t in rope)
+        rule = "must be None or a pair of tensors [positions, pairs]"
+        check(pair and rope[0].shape == rope[1].shape, self._name, "rope", rule, rope)
+        few = f"must have a position for each token of the prompt, {q.shape[1]}"
+        check(len(rope[0]) >= q.shape[1], self._name, "rope", few, rope[0].shape)
+        most = q.shape[3] // 2
+        rule = f"must have up to {most} pairs of columns"
+        check(rope[0].shape[1] <= most, self._name, "rope", rule, rope[0].shape)
+        for t in rope:
+            check_dtype(self._name, "rope", t, float64=True)
+            check_device_of_q(self._name, "rope", t, q)
 
     @property
     def kept(self) -> Tensor:
@@ -165,6 +182,7 @@ class Keyformer(Policy):
     tau: float = 1.0
     tau_step: float = 0.01
     seed: int = 0
+    _LEAST: ClassVar[dict[str, int]] = {"seed": -(2**63)}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -221,13 +239,14 @@ class SnapKV(Policy):
     budget: int = 1024
     window: int = 64
     kernel: int = 5
+    _LEAST: ClassVar[dict[str, int]] = {"kernel": 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
         super().begin(q, k, v, lse, lengths=lengths)
         n, heads = self.cache.lengths, k.shape[2]
-        check(self.kernel % 2 == 1, "policies.SnapKV", "kernel", "must be odd", self.kernel)
+        check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         scores = attention_column_scores(
             q, k, lse, causal=True, scale=self.scale, reduce="mean", window_queries=self.window,
             head_reduce="group_mean", lengths=n, query_lengths=n, backend=self.backend,
@@ -269,11 +288,19 @@ class RazorAttention(Policy):
     local: int = 4000
     share: int = 5
     slack: int = 64
+    _LEAST: ClassVar[dict[str, int]] = {"share": 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
-        others = [h for h in range(k.shape[2]) if h not in self.retrieval]
+        heads = range(k.shape[2])
+        rule = f"must be a tuple of different key heads below {len(heads)}"
+        several = isinstance(self.retrieval, tuple | list)
+        check(several, self._name, "retrieval", rule, self.retrieval)
+        self.retrieval = tuple(as_int(self._name, "retrieval", h, rule) for h in self.retrieval)
+        fits = len({*self.retrieval}) == len(self.retrieval) and {*self.retrieval} <= {*heads}
+        check(fits, self._name, "retrieval", rule, self.retrieval)
+        others = [h for h in heads if h not in self.retrieval]
         self._heads = [
             torch.tensor(h, dtype=torch.long, device=k.device) for h in (self.retrieval, others)
         ]
@@ -288,6 +315,12 @@ class RazorAttention(Policy):
             part.begin(q, k[:, :, heads], v[:, :, heads], lse, lengths=lengths)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            check_tensor(self._name, name, t)
+            check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, 1, H, D]", t.dim())
+        groups = k.shape[2] == sum(map(len, self._heads)) and q.shape[2] % max(k.shape[2], 1) == 0
+        rule = "must have the key heads of the prompt, which divide the heads of q"
+        check(groups, self._name, "k", rule, k.shape)
         q = q.unflatten(2, (k.shape[2], -1))  # the query heads of each key head
         out = q.new_empty(*q.shape[:4], v.shape[3])
         for part, heads in zip(self._parts, self._heads, strict=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields
+from numbers import Integral
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..check import as_int, as_number, check, check_bool
 from ..dense import attention, attention_decode
 from ..select import sparse_decode_attention
 from .cache import KVCache
@@ -28,6 +30,9 @@ class Policy:
             (:func:`stack` sets both).
         scale: factor of the products, None = 1/sqrt(D).
         backend: of all operators, None = the best available.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, here and in every method.
     """
 
     cache: KVCache
@@ -36,10 +41,40 @@ class Policy:
     scale: float | None = None
     backend: str | None = None
 
+    # The least that a whole number may be, where that is not 0.
+    _LEAST: ClassVar[dict[str, int]] = {}
+
     def __post_init__(self) -> None:
+        self._check_fields()
         self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes of one
         self._list: Tensor  # selected keys [B, 1 | Hk, K], and how many
         self._counts: Tensor
+
+    @property
+    def _name(self) -> str:
+        return f"policies.{type(self).__name__}"
+
+    def _check_fields(self) -> None:
+        """Numbers of NumPy become those of Python."""
+        check(isinstance(self.cache, KVCache), self._name, "cache", "must be a KVCache", self.cache)
+        known = self.previous is None or isinstance(self.previous, Policy)
+        check(known, self._name, "previous", "must be a policy or None", self.previous)
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            if entry.type == "int" or (entry.type == "Share" and whole):
+                value = as_int(self._name, name, value)
+                least = self._LEAST.get(name, 0)
+                check(value >= least, self._name, name, f"must be at least {least}", value)
+            elif entry.type == "Share":
+                rule = "must be a number of keys or a share of them, 0 to 1"
+                value = as_number(self._name, name, value, rule)
+                check(0 <= value <= 1, self._name, name, rule, value)
+            elif entry.type == "float":
+                value = as_number(self._name, name, value)
+            elif entry.type == "bool":
+                check_bool(self._name, name, value)
+            setattr(self, name, value)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Causal attention over prompts, then :meth:`begin`.

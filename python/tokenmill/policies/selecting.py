@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ class TidalDecode(Policy):
     budget: int = 256
     first: int = 2
     correction: int = 13
+    _LEAST: ClassVar[dict[str, int]] = {"first": -1, "correction": -1}
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
@@ -141,6 +143,7 @@ class Quest(Policy):
     budget: int = 1024
     page: int = 16
     dense_layers: int = 2
+    _LEAST: ClassVar[dict[str, int]] = {"page": 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -194,6 +197,7 @@ class RecycledAttention(Policy):
 
     budget: int = 4096
     stride: int = 50
+    _LEAST: ClassVar[dict[str, int]] = {"stride": 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
