@@ -146,6 +146,9 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"dim": 16, "num_heads": 2, "regions": 3, "topk": 2, "padding": "zeros",
                    "x": r(1, 7, 6, 16)},
     )),
+    (nn.AttentionLePE, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 3, 4, 16), "local": "values"},
+    )),
     (nn.EViTReorganize, "forward", (
         lambda r: {"keep_rate": 0.6, "x": r(2, 10, 8), "scores": r(2, 9).abs()},
     )),

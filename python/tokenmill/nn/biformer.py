@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import check, fail
+from ..check import as_int, as_number, check, check_bool, fail
 from ..dense import attention
-from ..select.rules import check_whole
 from ..sparse import bilevel_routing_attention
+from .rules import check_input
 
 NAME, LEPE = "nn.BiFormerAttention", "nn.AttentionLePE"
 Padding = Literal["mask", "zeros", "input"]
@@ -75,15 +75,15 @@ class BiFormerAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(NAME, dim, num_heads)
-        check(regions > 0, NAME, "regions", "must be at least 1", regions)
-        check_whole(NAME, "topk", topk)
+        dim, num_heads = _check_heads(NAME, dim, num_heads)
+        regions, topk = as_int(NAME, "regions", regions), as_int(NAME, "topk", topk)
+        check(1 <= regions < 2**15, NAME, "regions", "must be 1 to 2^15 - 1", regions)
         rule = f"must be 1 to regions^2, {regions**2}"
         check(1 <= topk <= regions**2, NAME, "topk", rule, topk)
-        known = padding in ("mask", "zeros", "input")
+        known = isinstance(padding, str) and padding in ("mask", "zeros", "input")
         check(known, NAME, "padding", "must be 'mask', 'zeros' or 'input'", padding)
         self.num_heads, self.regions, self.topk = num_heads, regions, topk
-        self.scale = dim**-0.5 if scale is None else scale
+        self.scale = dim**-0.5 if scale is None else as_number(NAME, "scale", scale)
         self.padding, self.backend = padding, backend
         self.qkv = nn.Linear(dim, 3 * dim)
         self.lepe = _local_term(NAME, dim, side_dwconv)
@@ -92,7 +92,7 @@ class BiFormerAttention(nn.Module):
         self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(NAME, x, self.wo.in_features)
+        _check_map(NAME, x, self.wo.in_features, self.qkv.weight)
         height, width = x.shape[1:3]
         if self.padding == "input":
             x = F.pad(x, (0, 0, 0, -width % self.regions, 0, -height % self.regions))
@@ -168,8 +168,11 @@ class AttentionLePE(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(LEPE, dim, num_heads)
-        check(local in ("input", "values"), LEPE, "local", "must be 'input' or 'values'", local)
+        dim, num_heads = _check_heads(LEPE, dim, num_heads)
+        scale = None if scale is None else as_number(LEPE, "scale", scale)
+        check_bool(LEPE, "qkv_bias", qkv_bias)
+        known = isinstance(local, str) and local in ("input", "values")
+        check(known, LEPE, "local", "must be 'input' or 'values'", local)
         self.num_heads, self.scale, self.local, self.backend = num_heads, scale, local, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.lepe = _local_term(LEPE, dim, side_dwconv)
@@ -178,7 +181,7 @@ class AttentionLePE(nn.Module):
         self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(LEPE, x, self.proj.in_features)
+        _check_map(LEPE, x, self.proj.in_features, self.qkv.weight)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).flatten(1, 2).unbind(2)
         out = attention(q, k, v, scale=self.scale, backend=self.backend)
         y: Tensor = out.flatten(2).unflatten(1, x.shape[1:3])
@@ -191,18 +194,23 @@ class AttentionLePE(nn.Module):
         return f"num_heads={self.num_heads}, scale={self.scale}, local={self.local!r}"
 
 
-def _check_heads(name: str, dim: int, num_heads: int) -> None:
+def _check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
+    dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
+    check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
     divides = num_heads > 0 and dim % num_heads == 0
     check(divides, name, "num_heads", f"must divide dim, {dim}", num_heads)
+    return dim, num_heads
 
 
-def _check_map(name: str, x: Tensor, channels: int) -> None:
+def _check_map(name: str, x: Tensor, channels: int, weight: Tensor) -> None:
+    check_input(name, "x", x, weight)
     shaped = x.dim() == 4 and x.shape[-1] == channels
     check(shaped, name, "x", f"must have shape [B, Y, X, {channels}]", x.shape)
 
 
 def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
-    odd = side == 0 or side % 2 == 1
+    side = as_int(name, "side_dwconv", side)
+    odd = side >= 0 and (side == 0 or side % 2 == 1)
     check(odd, name, "side_dwconv", "must be odd, or 0", side)
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import Autocast
-from ..check import as_int, check, check_tensor, fail
+from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
 from ..lowering import scale_or_default
 from ..select import attention_row_scores
 from ..tokens.gather_fuse import gather_fuse
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition
 
-EVIT, PRUNING = "nn.EViTReorganize", "nn.ClsTokenPruning"
+EVIT, PRUNING, SCORES = "nn.EViTReorganize", "nn.ClsTokenPruning", "nn.class_scores"
 
 
 @Autocast(lower=("q", "k")).applied
@@ -35,10 +35,14 @@ def class_scores(
     Returns:
         float32 ``[B, N]``.
     """
+    for name, t in (("q", q), ("k", k)):
+        check_tensor(SCORES, name, t)
+        check(t.dim() == 4, SCORES, name, "must have 4 dimensions [B, 1 + N, H, D]", t.dim())
     first = q[:, :1]
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return attention_row_scores(first, k, scale=scale, skip=1, backend=backend)
-    factor = scale_or_default("class_scores", scale, q)
+    check_qkv(SCORES, first, k, k, 4, True)
+    factor = scale_or_default(SCORES, scale, q)
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     z = torch.einsum("bhd,bnhd->bhn", first[:, 0].to(wide), keys.to(wide))
@@ -89,6 +93,9 @@ class EViTReorganize(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        keep_rate = as_number(EVIT, "keep_rate", keep_rate)
+        for name, flag in (("fuse", fuse), ("normalize", normalize)):
+            check_bool(EVIT, name, flag)
         check(0 < keep_rate <= 1, EVIT, "keep_rate", "must be above 0 and at most 1", keep_rate)
         self.keep_rate, self.fuse, self.normalize = keep_rate, fuse, normalize
         self.backend = backend
@@ -161,6 +168,10 @@ class ClsTokenPruning(nn.Module):
         if not isinstance(scores, Tensor):
             some = isinstance(scores, Sequence) and len(scores) > 0
             check(some, PRUNING, "scores", "must be a tensor or several", scores)
+            for layer in scores:
+                check_tensor(PRUNING, "scores", layer)
+                alike = layer.shape == scores[0].shape and layer.device == scores[0].device
+                check(alike, PRUNING, "scores", "must be alike in every layer", layer.shape)
             scores = torch.stack(list(scores)).sum(0)
         _check_scores(PRUNING, x, scores)
         patches = scores.shape[1]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_tensor, fail
+from ..check import as_int, as_number, check, check_device_of, check_dtype, check_tensor, fail, show
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.mask_partition import mask_partition
 
@@ -76,19 +76,33 @@ class DToPExit(nn.Module):
         super().__init__()
         keep = as_int(NAME, "keep", keep)
         check(keep >= 0, NAME, "keep", "must not be negative", keep)
-        self.threshold, self.keep, self.max_total = threshold, keep, max_total
+        if max_total is not None:
+            max_total = as_int(NAME, "max_total", max_total)
+        self.threshold = as_number(NAME, "threshold", threshold)
+        self.keep, self.max_total = keep, max_total
         self.backend = backend
 
     def forward(
         self, x: Tensor, probabilities: Tensor, active: Tensor | None = None
     ) -> ActiveTokens:
+        check_tensor(NAME, "x", x)
+        check(x.dim() == 3, NAME, "x", "must have 3 dimensions [B, N, C]", x.dim())
         check_tensor(NAME, "probabilities", probabilities)
+        check_dtype(NAME, "probabilities", probabilities, float64=True)
+        check_device_of(NAME, "probabilities", probabilities, "x", x)
         fits = probabilities.dim() == 3 and probabilities.shape[:2] == x.shape[:2]
         if not fits:
             rule = f"must have shape [{x.shape[0]}, {x.shape[1]}, classes]"
             fail(NAME, "probabilities", rule, probabilities.shape)
+        if probabilities.shape[2] == 0:
+            fail(NAME, "probabilities", "must have at least 1 class", probabilities.shape)
         staying = ~self._exits(probabilities.detach())
         if active is not None:
+            check_tensor(NAME, "active", active)
+            check(active.dtype == torch.bool, NAME, "active", "must be bool", active.dtype)
+            check_device_of(NAME, "active", active, "x", x)
+            if active.shape != x.shape[:2]:
+                fail(NAME, "active", f"must have shape {show(x.shape[:2])}", active.shape)
             staying = staying & active
         indices, cu_seqlens, _ = mask_partition(
             staying, max_total=self.max_total, backend=self.backend

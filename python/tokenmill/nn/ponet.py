@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_tensor, fail
+from ..check import as_int, check, check_bool, check_device_of, check_tensor, fail, show
 from ..dense import attention
 from ..tokens.local_pool import local_pool
 from ..tokens.merge import merge_tokens, unmerge_tokens
+from .rules import check_input
 
-NAME = "nn.PoNetMixing"
+NAME, SEGMENTS = "nn.PoNetMixing", "nn.segments_of"
 
 
 def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,6 +31,15 @@ def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
         >>> segments_of(torch.tensor([[True, False, False, True, False]])).tolist()
         [[0, 1, 1, 2, 3]]
     """
+    for name, t in (("boundaries", boundaries), ("mask", mask)):
+        check_tensor(SEGMENTS, name, t, optional=name == "mask")
+        if t is not None:
+            check(t.dtype == torch.bool, SEGMENTS, name, "must be bool", t.dtype)
+            check_device_of(SEGMENTS, name, t, "boundaries", boundaries)
+    rule = "must have 2 dimensions [B, N]"
+    check(boundaries.dim() == 2, SEGMENTS, "boundaries", rule, boundaries.dim())
+    if mask is not None and mask.shape != boundaries.shape:
+        fail(SEGMENTS, "mask", f"must have shape {show(boundaries.shape)}", mask.shape)
     begins = boundaries.clone()
     begins[:, 1:] |= boundaries[:, :-1]
     begins[:, :1] = True
@@ -89,6 +99,8 @@ class PoNetMixing(nn.Module):
     ) -> None:
         super().__init__()
         dim, num_heads = as_int(NAME, "dim", dim), as_int(NAME, "num_heads", num_heads)
+        check(1 <= dim < 2**31, NAME, "dim", "must be 1 to 2^31 - 1", dim)
+        check_bool(NAME, "exclude_first", exclude_first)
         check(num_heads >= 1 and dim % num_heads == 0, NAME, "num_heads", f"must divide dim, {dim}",
               num_heads)  # fmt: skip
         self.num_heads, self.exclude_first, self.backend = num_heads, exclude_first, backend
@@ -97,9 +109,16 @@ class PoNetMixing(nn.Module):
         )
 
     def forward(self, x: Tensor, segments: Tensor) -> Tensor:
+        check_input(NAME, "x", x, self.query.weight)
+        channels = self.query.in_features
+        shaped = x.dim() == 3 and x.shape[2] == channels
+        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
         check_tensor(NAME, "segments", segments)
+        whole = segments.dtype in (torch.int32, torch.int64)
+        check(whole, NAME, "segments", "must be int32 or int64", segments.dtype)
+        check_device_of(NAME, "segments", segments, "x", x)
         if segments.shape != x.shape[:2]:
-            fail(NAME, "segments", f"must have shape {list(x.shape[:2])}", segments.shape)
+            fail(NAME, "segments", f"must have shape {show(x.shape[:2])}", segments.shape)
         there = segments >= 0
         pooled = there.clone()
         if self.exclude_first:

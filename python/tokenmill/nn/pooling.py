@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_tensor, fail
+from ..check import as_int, check, check_bool, check_device_of, check_tensor, fail
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.local_pool import local_pool
 from ..tokens.scatter_tokens import scatter_tokens
@@ -45,6 +45,7 @@ class PoolFormerMixing(nn.Module):
     ) -> None:
         super().__init__()
         pool_size = as_int(MIXING, "pool_size", pool_size)
+        check_bool(MIXING, "channels_first", channels_first)
         odd = pool_size >= 1 and pool_size % 2 == 1
         check(odd, MIXING, "pool_size", "must be odd and positive", pool_size)
         self.pool_size, self.channels_first, self.backend = pool_size, channels_first, backend
@@ -99,11 +100,18 @@ class SegmentPooling(nn.Module):
         self, reduce: str = "first", *, prefix: int = 1, backend: str | None = None
     ) -> None:
         super().__init__()
-        known = reduce in ("first", "last", "sum", "mean", "amax", "amin")
+        known = isinstance(reduce, str) and reduce in (
+            "first",
+            "last",
+            "sum",
+            "mean",
+            "amax",
+            "amin",
+        )
         rule = "must be 'first', 'last', 'sum', 'mean', 'amax' or 'amin'"
         check(known, SEGMENTS, "reduce", rule, reduce)
         prefix = as_int(SEGMENTS, "prefix", prefix)
-        fits = prefix >= 1 and (prefix == 1 or reduce == "first")
+        fits = 1 <= prefix < 2**31 and (prefix == 1 or reduce == "first")
         check(
             fits, SEGMENTS, "prefix", "must be at least 1, and 1 unless reduce is 'first'", prefix
         )
@@ -123,6 +131,7 @@ class SegmentPooling(nn.Module):
         first ones of word w + 1: what its characters are decoded from. The first word keeps its
         own, and rows that a word does not have are dropped."""
         _check_words(x, offsets)
+        check_tensor(SEGMENTS, "words", words)
         wanted = [offsets.shape[0] - 1, self.prefix, x.shape[1]]
         if list(words.shape) != wanted:
             fail(SEGMENTS, "words", f"must have shape {wanted}", words.shape)
@@ -146,3 +155,4 @@ def _check_words(x: Tensor, offsets: Tensor) -> None:
     shaped = offsets.dim() == 1 and offsets.shape[0] >= 1
     check(shaped, SEGMENTS, "offsets", "must have shape [W + 1]", offsets.shape)
     check(offsets.dtype == torch.int32, SEGMENTS, "offsets", "must be int32", offsets.dtype)
+    check_device_of(SEGMENTS, "offsets", offsets, "x", x)

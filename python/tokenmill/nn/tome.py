@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_tensor, fail
+from ..check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_device_of,
+    check_dtype,
+    check_tensor,
+    fail,
+)
 from ..tokens import bipartite_match, merge_tokens, unmerge_tokens
 
 NAME = "nn.TokenMerging"
@@ -66,6 +75,10 @@ class TokenMerging(nn.Module):
         super().__init__()
         r = as_int(NAME, "r", r)
         check(r >= 0, NAME, "r", "must not be negative", r)
+        for name, flag in (("class_token", class_token), ("distill_token", distill_token)):
+            check_bool(NAME, name, flag)
+        if threshold is not None:
+            threshold = as_number(NAME, "threshold", threshold)
         needs = class_token or not distill_token
         check(needs, NAME, "distill_token", "goes with class_token alone", distill_token)
         self.r, self.class_token, self.distill_token = r, class_token, distill_token
@@ -109,6 +122,12 @@ class TokenMerging(nn.Module):
             fail(NAME, "size", f"must have shape {list(tokens)}", size.shape)
         if source is not None and (source.dim() != 2 or source.shape[0] != tokens[0]):
             fail(NAME, "source", f"must have shape [{tokens[0]}, N0]", source.shape)
+        if source is not None and source.dtype not in (torch.int32, torch.int64):
+            fail(NAME, "source", "must be int32 or int64", source.dtype)
+        check_dtype(NAME, "metric", metric, float64=True)
+        for name, t in (("metric", metric), ("size", size), ("source", source)):
+            if t is not None:
+                check_device_of(NAME, name, t, "x", x)
 
     @staticmethod
     def attention_bias(size: Tensor) -> Tensor:
