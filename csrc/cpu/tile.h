@@ -5,6 +5,9 @@
 //
 //   C[m][n] += sum_k A[m][k] * B[k][n]      A: broadcast words,  B: vectors along n
 #pragma once
+#include <bit>
+#include <cstring>
+
 #include "cpu/simd.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -14,12 +17,20 @@ constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
 struct Float32 {
   static constexpr int kPair = 1;  // reduction steps in a word
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return fma(a, b, acc); }
+  // b where a is not 0.
+  static TM_INLINE vf shown(float a, vf b) { return a == 0 ? zero() : b; }
 };
 
 #if defined(__AVX512BF16__)
 struct BFloat16 {
   static constexpr int kPair = 2;
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return dot_bfloat(acc, a, b); }
+  static TM_INLINE vf shown(float a, vf b) {
+    const uint32_t pair = std::bit_cast<uint32_t>(a);
+    const uint32_t low = pair & 0x7fff ? 0xffff : 0, high = pair << 1 >> 17 ? 0xffff0000 : 0;
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(low | high));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(b), mask));
+  }
 };
 #endif
 
@@ -69,19 +80,64 @@ TM_INLINE void clear(vf (&c)[M][N]) {
   }
 }
 
+template <int M, int N>
+TM_INLINE bool finite(const vf (&c)[M][N]) {
+  vf nothing = zero();  // NaN after an infinity or a NaN
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) nothing = fma(c[i][j], zero(), nothing);
+  }
+  return sum_lanes(nothing) == 0;
+}
+
+// A product in which a weight of 0 in A hides its row of B: with the bits of multiply where B is
+// finite.
+template <class Op, int M, int N>
+__attribute__((noinline, cold)) void multiply_shown(vf (&c)[M][N], const float* a, int64_t lda,
+                                                    const float* b, int64_t ldb, int64_t words) {
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j)
+      for (int64_t k = 0; k < words; ++k) {
+        const float weight = a[i * lda + k];
+        c[i][j] = Op::madd(c[i][j], set(weight), Op::shown(weight, load(b + k * ldb + j * kWidth)));
+      }
+}
+
+// multiply, from zero, and multiply_shown where that makes a difference.
+template <class Op, int M, int N>
+TM_INLINE void multiply_weights(vf (&c)[M][N], const float* a, int64_t lda, const float* b,
+                                int64_t ldb, int64_t words) {
+  clear(c);
+  multiply<Op, false>(c, a, lda, b, ldb, words);
+  if (!finite(c)) [[unlikely]] {
+    vf shown[M][N];  // not c itself, which would leave its registers
+    clear(shown);
+    multiply_shown<Op>(shown, a, lda, b, ldb, words);
+    std::memcpy(c, shown, sizeof c);
+  }
+}
+
 // C[M][width] += A * B (or = if kAssign), width a multiple of kWidth. The product is summed in
-// registers from zero and added once: a second level of accumulation for long reductions.
+// registers from zero and added once: a second level of accumulation for long reductions. If
+// kWeights, a weight of 0 in A hides its row of B.
 // A function of its own: where it shared the registers of its caller, the row pointers of the inner
 // loop were spilled, which cost a tenth of its speed.
-template <class Op, bool kTransposedA, int M, bool kAssign, int N = kTileVectors>
+template <class Op, bool kTransposedA, int M, bool kAssign, bool kWeights = false,
+          int N = kTileVectors>
 __attribute__((noinline)) void multiply_rows(float* c, int64_t ldc, const float* a, int64_t lda,
                                              const float* b, int64_t ldb, int64_t words,
                                              int64_t width) {
+  static_assert(!kWeights || !kTransposedA);
   int64_t n = 0;
   for (; n + N * kWidth <= width; n += N * kWidth) {
     vf acc[M][N];
-    clear(acc);
-    multiply<Op, kTransposedA>(acc, a, lda, b + n, ldb, words);
+    if constexpr (kWeights) {
+      multiply_weights<Op>(acc, a, lda, b + n, ldb, words);
+    } else {
+      clear(acc);
+      multiply<Op, kTransposedA>(acc, a, lda, b + n, ldb, words);
+    }
     TM_UNROLL(16)
     for (int i = 0; i < M; ++i) {
       TM_UNROLL(8)
@@ -93,8 +149,8 @@ __attribute__((noinline)) void multiply_rows(float* c, int64_t ldc, const float*
   }
   if constexpr (N > 1)
     if (n < width)
-      multiply_rows<Op, kTransposedA, M, kAssign, N - 1>(c + n, ldc, a, lda, b + n, ldb, words,
-                                                         width - n);
+      multiply_rows<Op, kTransposedA, M, kAssign, kWeights, N - 1>(c + n, ldc, a, lda, b + n, ldb,
+                                                                   words, width - n);
 }
 
 // The same with rows of C that lie anywhere.

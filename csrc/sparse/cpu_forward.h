@@ -116,19 +116,30 @@ ScoreTile score_tile_for(int64_t vectors) {
 }
 
 // C[M][width] += P V over the vectors of the step that `seen` has bits of, summed in registers
-// first.
+// first. A weight of 0 hides its value.
 template <class Op, int M, int N = kTileVectors>
 __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p, int64_t ldp,
                                           const KeyVector* keys, uint64_t seen, int64_t column,
                                           int64_t width) {
   constexpr int64_t kWords = kWidth / Op::kPair;
+  const auto each = [&](const auto& product) TM_LAMBDA {
+    for (uint64_t left = seen; left; left &= left - 1) {
+      const int64_t j = __builtin_ctzll(left);
+      product(p + j * kWords, keys[j].v);
+    }
+  };
   int64_t n = column;
   for (; n + N * kWidth <= width; n += N * kWidth) {
     vf acc[M][N];
     clear(acc);
-    for (uint64_t left = seen; left; left &= left - 1) {
-      const int64_t j = __builtin_ctzll(left);
-      multiply<Op, false>(acc, p + j * kWords, ldp, keys[j].v + n, width, kWords);
+    each([&](const float* weights, const float* v)
+             TM_LAMBDA { multiply<Op, false>(acc, weights, ldp, v + n, width, kWords); });
+    if (!finite(acc)) [[unlikely]] {
+      vf shown[M][N];  // not acc itself, which would leave its registers
+      clear(shown);
+      each([&](const float* weights, const float* v)
+               TM_LAMBDA { multiply_shown<Op>(shown, weights, ldp, v + n, width, kWords); });
+      std::memcpy(acc, shown, sizeof acc);
     }
     TM_UNROLL(16)
     for (int i = 0; i < M; ++i) {

@@ -278,8 +278,8 @@ class Worker {
         from = (from < step ? step : from) / Op::kPair * Op::kPair;
         to = round_up(to > step_end ? step_end : to, Op::kPair);
         if (from >= to) continue;
-        const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false>
-                                            : &multiply_rows<Op, false, kShortRows, false>;
+        const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false, true>
+                                            : &multiply_rows<Op, false, kShortRows, false, true>;
         product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
                 head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
       }

@@ -60,14 +60,16 @@ class DenseKeys {
     return z;
   }
 
+  // The first row sees least of the last keys, the last one least of the first.
+  template <int kRows>
+  bool hides(const RowBlock<kRows>& block, const Step&, int64_t key0, int64_t vectors) const {
+    return key0 < band_.begin(block.query[kRows - 1]) ||
+           key0 + vectors * kKeys<kRows> > band_.end(block.query[0]);
+  }
   template <int kRows>
   void hide(const RowBlock<kRows>& block, const Step&, int64_t key0, vf* scores, int64_t vectors,
             vf hidden) const {
     constexpr int kCount = kKeys<kRows>;
-    // The first row sees least of the last keys, the last one least of the first.
-    if (key0 >= band_.begin(block.query[kRows - 1]) &&
-        key0 + vectors * kCount <= band_.end(block.query[0]))
-      return;
     const auto relative = [&](int64_t x) {
       x -= key0;
       return static_cast<float>(x < 0 ? 0 : x > kStep ? kStep : x);

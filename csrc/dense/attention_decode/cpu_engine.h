@@ -13,7 +13,7 @@
 //   query, place       a query as it is multiplied; a step's rows of one head of the unit
 //   turn               makes some of these rows, where place says so
 //   general, add       whether logits have terms by key; adds them for one head
-//   hide               exponents of what queries do not see
+//   hides, hide        whether a query does not see some of a step; exponents of what it does not
 //   keep, count        weights of a step; what becomes of them once rows are normalised
 #pragma once
 #include "cpu/parallel.h"
@@ -39,6 +39,7 @@ struct QueryRow {
 template <int kRows>
 struct RowBlock {
   int64_t query[kRows];
+  bool uneven;  // its queries see different keys of the step
   alignas(64) float slope[kWidth], constant[kWidth];
   alignas(64) float pivot[kWidth], raise_above[kWidth], sums[kWidth];
 };
@@ -230,6 +231,8 @@ class DecodeWorker {
     float* weights = weights_ + n * kStep * kRows;
     vf scores[kStep / kCount];
     for (int64_t j = 0; j < vectors; ++j) scores[j] = load(weights + j * kWidth);
+    block.uneven = block.query[0] != block.query[kRows - 1] &&
+                   keys_.template hides<kRows>(block, step, key0, vectors);
     general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors)
                                     : exponents<false>(n, scores, step, key0, vectors);
     p_.map == ScoreMap::softmax ? softmax(n, scores, vectors) : sigmoid(scores, vectors);
@@ -240,10 +243,12 @@ class DecodeWorker {
 
   void add_values(int64_t own, int64_t key, int64_t count) {
     const typename Keys::Placed& placed = placed_[own];
-    for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n)
-      multiply_values<Op, kType, kRows>(weights_ + (n * kStep + key / Op::kPair) * kRows,
-                                        placed.v + key, placed.v_offset, count, p_.value_dim,
-                                        out_ + n * kRows * plan_.ldo, plan_.ldo);
+    for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n) {
+      const auto product = block_[n].uneven ? &multiply_values<Op, kType, kRows, true>
+                                            : &multiply_values<Op, kType, kRows, false>;
+      product(weights_ + (n * kStep + key / Op::kPair) * kRows, placed.v + key, placed.v_offset,
+              count, p_.value_dim, out_ + n * kRows * plan_.ldo, plan_.ldo);
+    }
   }
 
   // Exponents in base 2 of the weights: q.k times scale with all terms, hidden keys at infinity.
@@ -269,7 +274,8 @@ class DecodeWorker {
     } else {
       for (int64_t j = 0; j < vectors; ++j) scores[j] = scores[j] * factor;
     }
-    keys_.hide(block, step, key0, scores, vectors, set(unit > 0 ? -kInf : kInf));
+    if (keys_.template hides<kRows>(block, step, key0, vectors))
+      keys_.hide(block, step, key0, scores, vectors, set(unit > 0 ? -kInf : kInf));
   }
 
   void softmax(int64_t n, vf* scores, int64_t vectors) {

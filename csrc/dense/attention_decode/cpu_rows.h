@@ -73,8 +73,9 @@ TM_INLINE void store_weights(float* p, int64_t block, vf first, vf second) {
 }
 
 // Adds the products of the weights with kVectors vectors of columns of the values to out, rows ldo
-// floats apart. A step is summed from zero in registers and added once.
-template <class Op, DType kType, int kRows, int kVectors>
+// floats apart. A step is summed from zero in registers and added once. If kShown, a weight of 0
+// hides its value.
+template <class Op, DType kType, int kRows, bool kShown, int kVectors>
 TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, int64_t offset,
                                       int64_t keys, int64_t column, int64_t columns, float* out,
                                       int64_t ldo) {
@@ -109,9 +110,11 @@ TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, i
     const float* weights = p + word / kCount * (kRows * kCount) + word % kCount;
     TM_UNROLL(4)
     for (int r = 0; r < kRows; ++r) {
-      const vf w = set(weights[r * kCount]);
+      const float weight = weights[r * kCount];
       TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) sum[r][j] = Op::madd(sum[r][j], w, value[j]);
+      for (int j = 0; j < kVectors; ++j)
+        sum[r][j] =
+            Op::madd(sum[r][j], set(weight), kShown ? Op::shown(weight, value[j]) : value[j]);
     }
   }
   TM_UNROLL(4)
@@ -124,17 +127,17 @@ TM_INLINE void multiply_value_columns(const float* p, const char* const* rows, i
   }
 }
 
-template <class Op, DType kType, int kRows>
+template <class Op, DType kType, int kRows, bool kShown>
 __attribute__((noinline)) void multiply_values(const float* p, const char* const* rows,
                                                int64_t offset, int64_t keys, int64_t columns,
                                                float* out, int64_t ldo) {
   int64_t column = 0;
   for (; column + kTileVectors * kWidth <= columns; column += kTileVectors * kWidth)
-    multiply_value_columns<Op, kType, kRows, kTileVectors>(p, rows, offset, keys, column, columns,
-                                                           out, ldo);
+    multiply_value_columns<Op, kType, kRows, kShown, kTileVectors>(p, rows, offset, keys, column,
+                                                                   columns, out, ldo);
   for (; column < columns; column += Op::kPair * kWidth)
-    multiply_value_columns<Op, kType, kRows, Op::kPair>(p, rows, offset, keys, column, columns, out,
-                                                        ldo);
+    multiply_value_columns<Op, kType, kRows, kShown, Op::kPair>(p, rows, offset, keys, column,
+                                                                columns, out, ldo);
 }
 
 // Columns of sums of multiply_values in order.

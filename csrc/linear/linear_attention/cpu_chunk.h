@@ -101,6 +101,11 @@ struct Ahead {
   }
 };
 
+// Of a score and what decay leaves of it: 0 for a later token, whatever its key holds.
+TM_INLINE vf pair_weight(vf score, vf pair) {
+  return select(equal(pair, zero()), zero(), score * pair);
+}
+
 template <bool kTransposedX, int M, int N>
 __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDecay& decay,
                                           int64_t row, int64_t column) {
@@ -123,7 +128,36 @@ __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDec
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
     for (int j = 0; j < N; ++j)
-      store(to + i * kChunk + j * kWidth, s[i][j] * load(pair + i * decay.pair_step + j * kWidth));
+      store(to + i * kChunk + j * kWidth,
+            pair_weight(s[i][j], load(pair + i * decay.pair_step + j * kWidth)));
+  }
+}
+
+// Of a register tile at `row` and `column`: what the state and `words` words of pairs add up to.
+// A weight of 0, which later tokens have, hides what z holds.
+template <class Op, bool kTransposedX, int M, int N>
+TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay& decay, int64_t row,
+                      int64_t column, bool state, const float* weights, int64_t ldw, const float* z,
+                      int64_t words) {
+  const auto from_state = [&](vf(&sums)[M][N]) TM_LAMBDA {
+    clear(sums);
+    if (!state) return;
+    const float* x = kTransposedX ? o.x + row : o.x + row * o.ldx;
+    multiply<Float32, kTransposedX>(sums, x, o.ldx, o.state_panel(column), kPanel, o.features);
+    TM_UNROLL(16)
+    for (int i = 0; i < M; ++i) {
+      const vf factor = set(decay.from_start[row + i]);
+      TM_UNROLL(8)
+      for (int j = 0; j < N; ++j) sums[i][j] = sums[i][j] * factor;
+    }
+  };
+  from_state(acc);
+  multiply<Op, false>(acc, weights, ldw, z, kPanel, words);
+  if (!finite(acc)) [[unlikely]] {
+    vf shown[M][N];  // not acc itself, which would leave its registers
+    from_state(shown);
+    multiply_shown<Op>(shown, weights, ldw, z, kPanel, words);
+    std::memcpy(acc, shown, sizeof acc);
   }
 }
 
@@ -133,19 +167,8 @@ __attribute__((noinline)) void out_tile(const ChunkOperands& o, const ChunkDecay
                                         int64_t row, int64_t column, int64_t tokens, bool state,
                                         float* out, int64_t ldo) {
   vf acc[M][N];
-  clear(acc);
-  if (state) {
-    const float* x = kTransposedX ? o.x + row : o.x + row * o.ldx;
-    multiply<Float32, kTransposedX>(acc, x, o.ldx, o.state_panel(column), kPanel, o.features);
-    TM_UNROLL(16)
-    for (int i = 0; i < M; ++i) {
-      const vf factor = set(decay.from_start[row + i]);
-      TM_UNROLL(8)
-      for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
-    }
-  }
-  multiply<Float32, false>(acc, o.weights + row * kChunk, kChunk, o.z_panel(column), kPanel,
-                           tokens);
+  add_up<Float32, kTransposedX>(acc, o, decay, row, column, state, o.weights + row * kChunk, kChunk,
+                                o.z_panel(column), tokens);
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)

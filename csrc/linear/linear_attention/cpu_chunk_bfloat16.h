@@ -80,7 +80,8 @@ __attribute__((noinline)) void score_tile(const BFloat16Operands& b, const Chunk
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)
-    for (int j = 0; j < N; ++j) s[i][j] = s[i][j] * load(pair + i * decay.pair_step + j * kWidth);
+    for (int j = 0; j < N; ++j)
+      s[i][j] = pair_weight(s[i][j], load(pair + i * decay.pair_step + j * kWidth));
     store(to + i * (kPairChunk / 2), narrow_bfloat(s[i][0], N > 1 ? s[i][N - 1] : zero()));
   }
 }
@@ -93,19 +94,8 @@ __attribute__((noinline)) void out_tile(const BFloat16Operands& b, const ChunkDe
                                         int64_t row, int64_t column, int64_t tokens, bool state,
                                         Out* out, int64_t ldo) {
   vf acc[M][N];
-  clear(acc);
-  if (state) {
-    multiply<Float32, false>(acc, b.o.x + row * b.o.ldx, b.o.ldx, b.o.state_panel(column), kPanel,
-                             b.o.features);
-    TM_UNROLL(16)
-    for (int i = 0; i < M; ++i) {
-      const vf factor = set(decay.from_start[row + i]);
-      TM_UNROLL(8)
-      for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] * factor;
-    }
-  }
-  multiply<BFloat16, false>(acc, b.weights + row * (kPairChunk / 2), kPairChunk / 2,
-                            b.z_panel(column), kPanel, words_of<BFloat16>(tokens));
+  add_up<BFloat16, false>(acc, b.o, decay, row, column, state, b.weights + row * (kPairChunk / 2),
+                          kPairChunk / 2, b.z_panel(column), words_of<BFloat16>(tokens));
   TM_UNROLL(16)
   for (int i = 0; i < M; ++i) {
     TM_UNROLL(8)

@@ -161,9 +161,12 @@ class ListedKeys {
   }
 
   template <int kRows>
+  static bool hides(const RowBlock<kRows>&, const Step& step, int64_t, int64_t) {
+    return !step.all_seen;
+  }
+  template <int kRows>
   void hide(const RowBlock<kRows>& block, const Step& step, int64_t, vf* scores, int64_t vectors,
             vf hidden) const {
-    if (step.all_seen) return;
     const vf query = lanes_of<kRows>([&](int r) { return static_cast<float>(block.query[r]); });
     for (int64_t j = 0; j < vectors; ++j) {
       const vf seen = select(less(query, by_key<kRows>(step.from, j)), hidden, scores[j]);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .block_sparse import listed_blocks
-from .dense import expand_heads, scores, softmax
+from .dense import expand_heads, scores, softmax, weighted_sum
 
 
 def bilevel_routing_attention(
@@ -42,7 +42,7 @@ def bilevel_routing_attention(
         visible = torch.cat([visible, missing > 0], -1)
         vx = torch.cat([vx, vx.new_zeros(vx.shape[0], 1, *vx.shape[2:])], 1)
     p, lse = softmax(z, visible, None)
-    out = torch.einsum("bhij,bjhd->bihd", p, vx).to(q.dtype)
+    out = weighted_sum(p, vx).to(q.dtype)
     sides = q.shape[1:3]
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     return out.unflatten(1, sides), lse.unflatten(2, sides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dense import expand_heads, scores, softmax
+from .dense import expand_heads, scores, softmax, weighted_sum
 
 
 def block_sparse_attention(
@@ -34,8 +34,7 @@ def block_sparse_attention(
         k, v = (torch.where(there[..., None, None], x, 0.0) for x in (k, v))
     z = scores(q, k, scale, softcap, None, None, None, 0.0, upcast)
     p, lse = softmax(z, visible, None)
-    vx = expand_heads(v, q.shape[2]).to(p.dtype)
-    out = torch.einsum("bhij,bjhd->bihd", p, vx).to(q.dtype)
+    out = weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype)
     return out, lse.to(torch.promote_types(q.dtype, torch.float32))
 
 

@@ -73,8 +73,7 @@ def attention(
             lse = z.new_empty(0)
         else:
             p, lse = softmax(z, visible, sink)
-        vx = expand_heads(v, q.shape[2]).to(p.dtype)
-        return torch.einsum("bhij,bjhd->bihd", p, vx).to(q.dtype), lse
+        return weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype), lse
 
     wide = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens_q is None:
@@ -158,6 +157,18 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, NEG_INF, pivot + torch.log(total))
     return e / total, lse.squeeze(-1)
+
+
+def weighted_sum(p: Tensor, v: Tensor) -> Tensor:
+    """[B, H, Sq, Sk] times [B, Sk, H, D]. A weight of 0 hides its value, which may be NaN or
+    infinite."""
+    finite = torch.isfinite(v)
+    out = torch.einsum("bhij,bjhd->bihd", p, torch.where(finite, v, 0.0))
+    seen, values = (p.detach() != 0).to(p.dtype), v.detach()
+    odd = torch.cat([values == math.inf, values == -math.inf, values.isnan()], -1).to(p.dtype)
+    up, down, nan = (torch.einsum("bhij,bjhd->bihd", seen, odd) > 0).chunk(3, -1)
+    out = torch.where(up, out + math.inf, out)
+    return torch.where(nan, math.nan, torch.where(down, out - math.inf, out))
 
 
 def merge_attention_states(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dense import softmax
+from .dense import softmax, weighted_sum
 
 
 def sparse_decode_attention(
@@ -78,7 +78,8 @@ def sparse_decode_attention(
         if z_extra is not None:
             z = z + torch.cat([z_extra.new_zeros(len(position)), z_extra])
         weight, lse[b, mine] = softmax(z, visible, None if sink is None else sink[mine])
-        out[b, :, mine] = torch.einsum("hqk,kd->qhd", weight, v).to(q.dtype)
+        shared = v[None, :, None].expand(1, -1, weight.shape[0], -1)
+        out[b, :, mine] = weighted_sum(weight[None], shared)[0].to(q.dtype)
         if return_mass:
             added = weight[..., : len(position)].sum((0, 1)).to(wide)
             listed = torch.tensor(entry, dtype=torch.long, device=q.device)

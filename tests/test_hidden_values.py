@@ -1,0 +1,103 @@
+"""A later token never touches an earlier row: what a mask hides may hold NaN or infinities."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from conftest import backends, cpu_variants, device_of
+
+import tokenmill as tm
+
+# CUDA kernels multiply hidden values of the tile that a mask cuts by weights of 0.
+BACKENDS = [
+    *(pytest.param(b, isa, id=isa or b) for b, isa in cpu_variants() if b in ("cpu", "triton")),
+    *(pytest.param(b, None, id=b) for b in backends("reference") if b == "reference"),
+]
+HEADS, KV_HEADS, TOKENS = 4, 2, 40
+
+
+def decode(function, q, k, v, **options):
+    """The last four tokens at once against a cache of all."""
+    lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    out = function(q[:, -4:], k, v, seqlens_k=lengths, **options)
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def listed(q, k, v, **options):
+    """Each block of 8 queries against blocks of 8 keys: its own, the one before, the first."""
+    blocks = -(-q.shape[1] // 8)
+    own = torch.arange(blocks, dtype=torch.int32)
+    rows = [sorted({0, max(b - 1, 0), b}) for b in own.tolist()]
+    table = torch.tensor([r + [-1] * (3 - len(r)) for r in rows], dtype=torch.int32)
+    counts = torch.tensor([len(r) for r in rows], dtype=torch.int32)
+    shape = (q.shape[0], KV_HEADS)
+    return tm.block_sparse_attention(
+        q,
+        k,
+        v,
+        table.expand(*shape, -1, -1).contiguous().to(q.device),
+        counts.expand(*shape, -1).contiguous().to(q.device),
+        block_q=8,
+        block_k=8,
+        causal=True,
+        **options,
+    )
+
+
+def listed_decode(q, k, v, *, seqlens_k, **options):
+    shape = (q.shape[0], KV_HEADS)
+    ids = torch.tensor([3, 7, 20], dtype=torch.int32, device=q.device).expand(*shape, -1)
+    counts = torch.full(shape, 3, dtype=torch.int32, device=q.device)
+    return tm.sparse_decode_attention(
+        q, k, v, ids.contiguous(), counts, seqlens_k=seqlens_k, num_recent=9, **options
+    )
+
+
+def decays(q, k, v, **options):
+    gate = torch.linspace(-0.5, 0, q.shape[1], device=q.device)
+    per_token = gate[None, :, None].expand(q.shape[0], -1, HEADS).contiguous()
+    return tm.linear_attention(q, k, v, log_decay=per_token, **options)
+
+
+CALLS = {
+    "softmax": functools.partial(tm.attention, causal=True),
+    "sigmoid": functools.partial(tm.sigmoid_attention, causal=True),
+    "window": functools.partial(tm.attention, window=(5, 0)),
+    "softcap": functools.partial(tm.attention, causal=True, softcap=5.0),
+    "decode": functools.partial(decode, tm.attention_decode),
+    "listed": listed,
+    "listed-decode": functools.partial(decode, listed_decode),
+    "linear": tm.linear_attention,
+    "taylor": functools.partial(tm.linear_attention, feature_map="taylor2", normalize=True),
+    "gated": decays,
+}
+
+
+# The first token that holds something else, and what.
+LATER = [(TOKENS - 1, float("nan")), (TOKENS - 3, float("inf")), (18, -1e38)]
+INTERPRETED = ("softmax", "decode", "listed", "listed-decode", "gated")
+
+
+@pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_later_token_touches_no_earlier_row(name, dtype, backend, isa):
+    interpreted = backend == "triton" and device_of(backend) == "cpu"
+    if interpreted and (name not in INTERPRETED or dtype != torch.float16):
+        pytest.skip("the interpreter runs each kernel once")
+    torch.manual_seed(0)
+    shapes = [(2, TOKENS, h, 24) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (torch.randn(s).to(dtype).to(device_of(backend)) for s in shapes)
+    call = functools.partial(CALLS[name], backend=backend)
+    clean = call(q, k, v)
+    rows = clean.shape[1]
+    for first, value in LATER[1:2] if interpreted else LATER:
+        later_k, later_v = k.clone(), v.clone()
+        for x in (later_k, later_v):
+            x[:, first:, :, ::3] = value if dtype != torch.float16 else value * 10
+        out = call(q, later_k, later_v)
+        seen = max(first - TOKENS + rows, 0)
+        assert torch.equal(out[:, :seen], clean[:, :seen])
+        assert not torch.equal(out[:, seen:], clean[:, seen:])
