@@ -58,7 +58,17 @@ def counting() -> Iterator[list[dict[str, Any]]]:
 @contextlib.contextmanager
 def reporting() -> Iterator[dict[str, int]]:
     """Lets kernels inside go on after they broke a rule of check mode (docs/ptxvm.md). The dict is
-    filled at the end: the first report of each rule at each line, and how often it was broken."""
+    filled at the end: the first report of each rule at each line, and how often it was broken.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from tokenmill import emulator, library
+        >>> x = torch.randn(2, 1, 16, 2, 64)
+        >>> if library.emulated_built():
+        ...     with emulator.configured("check=1"), emulator.reporting() as reports:
+        ...         out = tm.merge_attention_states(x, None, backend="emulated")
+        ...     assert not reports
+    """
     reports: dict[str, int] = {}
     machine().ptxvm_reports()
     with configured("on_fault=report"):
