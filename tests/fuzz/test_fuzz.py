@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import time
 
 import pytest
 import torch
@@ -124,9 +123,7 @@ for number in range(first, first + count):
 def test_a_dead_and_a_late_process_are_replaced(monkeypatch):
     monkeypatch.setattr(fuzz, "COMMAND", (sys.executable, "-c", WORKER))
     monkeypatch.setattr(fuzz, "SECONDS", 0.5)
-    begin = time.monotonic()
     report = fuzz.fuzz(5)
-    assert time.monotonic() - begin < 30
     assert report.counts == {"done": 3, "wrong": 2}
     assert [(f.number, f.call) for f in report.findings] == [(1, "call 1"), (3, "call 3")]
     assert "status -6" in report.findings[0].why and "more than" in report.findings[1].why

@@ -30,8 +30,9 @@ from .. import cli
 
 BACKENDS = ("cpu", "emulated", "reference")
 BATCH = 5000  # calls of one process
-SECONDS = 20.0  # of one call
-START = 120.0  # seconds until a process is ready
+SECONDS = 20.0  # of a processor's time, of one call
+WAIT = 10.0  # times that, until a call that does nothing is late
+START = 600.0  # seconds until a process is ready
 COMMAND = (sys.executable, "-m", "tokenmill.fuzz.worker")
 
 
@@ -155,19 +156,20 @@ def _batch(seed: int, first: int, count: int, backend: str) -> Iterator[tuple[st
                 raise RuntimeError(f"tokenmill.fuzz: no process: {_tail(process, errors)} {ready}")
             process.stdin.write(f"{first} {count}\n".encode())
             process.stdin.flush()
-            call, deadline = "", time.monotonic() + SECONDS
             for _ in range(count):
-                call, deadline = "", time.monotonic() + SECONDS
-                while (message := messages.next(deadline - time.monotonic())) is not None:
-                    if message[0] == "words":
+                call, message = "", None
+                begin, spent = time.monotonic(), _processor_time(process.pid)
+                while message is None or message[0] != "end":
+                    message = messages.next(1.0)
+                    if message is None and (messages.closed or process.poll() is not None):
+                        yield "wrong", call, _tail(process, errors)
+                        return
+                    late = time.monotonic() - begin > WAIT * SECONDS
+                    if message is None and (late or _processor_time(process.pid) - spent > SECONDS):
+                        yield "wrong", call, f"takes more than {SECONDS:g} s"
+                        return
+                    if message is not None and message[0] == "words":
                         call = message[1]
-                    elif message[0] == "end":
-                        break
-                if message is None:
-                    late = process.poll() is None and time.monotonic() >= deadline
-                    why = f"takes more than {SECONDS:g} s" if late else _tail(process, errors)
-                    yield "wrong", call, why
-                    return
                 yield message[1], call, message[2]
                 if "INTERNAL ASSERT" in message[2]:
                     return  # PyTorch may have damaged its memory
@@ -189,7 +191,7 @@ class _Messages:
     """Lines of JSON from a pipe."""
 
     def __init__(self, fd: int):
-        self.fd, self.rest = fd, b""
+        self.fd, self.rest, self.closed = fd, b"", False
 
     def next(self, seconds: float) -> list | None:
         """The next one; None where the time is over or the other end is closed."""
@@ -198,10 +200,21 @@ class _Messages:
             ready, _, _ = select.select([self.fd], [], [], max(end - time.monotonic(), 0))
             more = os.read(self.fd, 1 << 16) if ready else b""
             if not more:
+                self.closed = bool(ready)
                 return None
             self.rest += more
         line, self.rest = self.rest.split(b"\n", 1)
         return json.loads(line)
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds. The time of day says little on a machine that others use too."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _tail(process: subprocess.Popen, errors: object) -> str:
