@@ -71,10 +71,10 @@ void fuse(const GatherFuseParams& p, int64_t b, int64_t first, int64_t channels)
     return static_cast<char*>(p.out) + (b * p.out_batch + row * p.out_row + first) * size;
   };
   const int64_t tokens = p.prefix + p.patches;
-  const auto copy_of = [&](int64_t n) -> char* {  // null if it is none
-    if (n < p.prefix) return out(n);
+  const auto copy_of = [&](int64_t n) -> int64_t {  // a row of out, or -1
+    if (n < p.prefix) return n;
     const int32_t place = n < tokens ? places[n - p.prefix] : -1;
-    return place >= 0 && place < p.kept ? out(p.prefix + place) : nullptr;
+    return place >= 0 && place < p.kept ? p.prefix + place : -1;
   };
   const int64_t row_bytes = std::max<int64_t>(p.x_token * size, 1);
   const int64_t ahead = std::max(kTokensAhead, kBytesAhead / row_bytes) * row_bytes;
@@ -83,9 +83,10 @@ void fuse(const GatherFuseParams& p, int64_t b, int64_t first, int64_t channels)
     const int64_t row = b * p.x_batch + n * p.x_token + first, j = n - p.prefix;
     const char* from = x + row * size;
     __builtin_prefetch(from + ahead, 0, 3);
-    if (const char* later = copy_of(n + kTokensAhead)) __builtin_prefetch(later, 1, 3);
-    if (char* to = copy_of(n))
-      copy_row<kStream>(to, from, bytes);
+    if (const int64_t later = copy_of(n + kTokensAhead); later >= 0)
+      __builtin_prefetch(out(later), 1, 3);
+    if (const int64_t to = copy_of(n); to >= 0)
+      copy_row<kStream>(out(to), from, bytes);
     else if (places[j] >= p.kept)
       sum.add(p.x, row, p.weight[b * p.weight_batch + j]);
   }
