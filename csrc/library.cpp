@@ -58,8 +58,8 @@ TOKENMILL_LIBRARY(library) {
       "SymInt window_left, SymInt num_splits, str schedule) -> (Tensor out, Tensor lse)");
   m.def("merge_attention_states(Tensor outs, Tensor? lses) -> (Tensor out, Tensor lse)");
   m.def(
-      "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses, "
-      "Tensor lse) -> (Tensor douts, Tensor dlses)");
+      "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses) -> "
+      "(Tensor douts, Tensor dlses)");
 
   // linear: attention as a recurrence over a state
   m.def(

@@ -1,4 +1,4 @@
-"""merge_attention_states: out = sum of w_i outs_i with w_i = e^(lse_i - lse), row by row.
+"""merge_attention_states: out = sum of w_i outs_i with w_i = e^lse_i / sum of e^lse_j, row by row.
 
 A row is one head of one token. Backward, with delta_i = dout.outs_i and delta = sum of w_i delta_i:
 douts_i = w_i dout, dlses_i = w_i (delta_i - delta + dlse).
@@ -39,27 +39,29 @@ def pointers_of(x, i, o_row, seqlen, heads):
 
 
 @triton.jit
-def log_sum_exp(lses, parts, o_row, m_row, seqlen, heads):
+def scale_of(lses, parts, o_row, m_row, seqlen, heads):
+    """(row_max, sum): w_i = e^(lse_i - row_max) / sum. log sum, once rounded, is too coarse to take
+    weights from."""
     b_top = tl.full(o_row.shape, -INF, tl.float32)
     for i in range(parts):
         p_lse = pointers_of(lses, i, o_row, seqlen, heads)
         b_top = tl.maximum(b_top, tl.load(p_lse, mask=m_row, other=0.0))
-    b_pivot = tl.where(b_top == -INF, 0.0, b_top)
+    b_max = tl.where(b_top == -INF, 0.0, b_top)
     b_sum = tl.zeros(o_row.shape, tl.float32)
     for i in range(parts):
         p_lse = pointers_of(lses, i, o_row, seqlen, heads)
-        b_sum += tl.exp(tl.load(p_lse, mask=m_row, other=0.0) - b_pivot)
-    return b_pivot + tl.log(b_sum)
+        b_sum += tl.exp(tl.load(p_lse, mask=m_row, other=0.0) - b_max)
+    return b_max, b_sum
 
 
 @triton.jit
-def weight(lses, i, b_lse, o_row, m_row, seqlen, heads):
+def weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads):
     """An empty part has weight 0."""
     b_w = tl.full(o_row.shape, 1.0, tl.float32)
     if lses is not None:
         p_lse = pointers_of(lses, i, o_row, seqlen, heads)
         b_x = tl.load(p_lse, mask=m_row, other=-INF)
-        b_w = tl.where(b_x == -INF, 0.0, tl.exp(b_x - b_lse))
+        b_w = tl.where(b_x == -INF, 0.0, tl.exp(b_x - b_max) / b_sum)
     return b_w
 
 
@@ -67,7 +69,8 @@ def weight(lses, i, b_lse, o_row, m_row, seqlen, heads):
 def merged(
     outs,
     lses,
-    b_lse,
+    b_max,
+    b_sum,
     parts,
     o_row,
     m_row,
@@ -78,13 +81,13 @@ def merged(
     BLOCK_D: tl.constexpr,
 ):
     """Parts of weight 0 are not read, whatever they hold."""
-    b_sum = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    b_merged = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for i in range(parts):
-        b_w = weight(lses, i, b_lse, o_row, m_row, seqlen, heads)
+        b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
         p_out = pointers_of(outs, i, o_row, seqlen, heads)
         b_out = load_tile(p_out, m_row & (b_w != 0.0), DIM, BLOCK_D)
-        b_sum += b_w[:, None] * b_out.to(tl.float32)
-    return b_sum
+        b_merged += b_w[:, None] * b_out.to(tl.float32)
+    return b_merged
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -103,11 +106,15 @@ def merge_kernel(
 ):
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < rows
-    b_lse = tl.zeros([BLOCK_R], tl.float32)
+    b_max = tl.zeros([BLOCK_R], tl.float32)
+    b_sum = tl.full([BLOCK_R], 1.0, tl.float32)
     if lses is not None:
-        b_lse = log_sum_exp(lses, parts, o_row, m_row, seqlen, heads)
+        b_max, b_sum = scale_of(lses, parts, o_row, m_row, seqlen, heads)
+        b_lse = b_max + tl.log(b_sum)
         tl.store(pointers_of(lse, 0, o_row, seqlen, heads), b_lse, mask=m_row)
-    b_out = merged(outs, lses, b_lse, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D)
+    b_out = merged(
+        outs, lses, b_max, b_sum, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D
+    )
     store_tile(pointers_of(out, 0, o_row, seqlen, heads), m_row, b_out, DIM)
 
 
@@ -117,7 +124,6 @@ def merge_backward_kernel(
     dlse,
     outs,
     lses,
-    lse,
     douts,
     dlses,
     parts,
@@ -132,16 +138,19 @@ def merge_backward_kernel(
     m_row = o_row < rows
     b_dout = load_tile(pointers_of(dout, 0, o_row, seqlen, heads), m_row, DIM, BLOCK_D)
     b_dout = b_dout.to(tl.float32)
-    b_lse = tl.zeros([BLOCK_R], tl.float32)
+    b_max = tl.zeros([BLOCK_R], tl.float32)
+    b_sum = tl.full([BLOCK_R], 1.0, tl.float32)
     b_delta = tl.zeros([BLOCK_R], tl.float32)
     if lses is not None:
-        b_lse = tl.load(pointers_of(lse, 0, o_row, seqlen, heads), mask=m_row, other=0.0)
-        b_out = merged(outs, lses, b_lse, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D)
+        b_max, b_sum = scale_of(lses, parts, o_row, m_row, seqlen, heads)
+        b_out = merged(
+            outs, lses, b_max, b_sum, parts, o_row, m_row, seqlen, heads, DIM, BLOCK_R, BLOCK_D
+        )
         b_delta = tl.sum(b_dout * b_out, 1)
         if dlse is not None:
             b_delta -= tl.load(pointers_of(dlse, 0, o_row, seqlen, heads), mask=m_row, other=0.0)
     for i in range(parts):
-        b_w = weight(lses, i, b_lse, o_row, m_row, seqlen, heads)
+        b_w = weight(lses, i, b_max, b_sum, o_row, m_row, seqlen, heads)
         m_used = b_w != 0.0
         b_dx = tl.where(m_used[:, None], b_w[:, None] * b_dout, 0.0)
         store_tile(pointers_of(douts, i, o_row, seqlen, heads), m_row, b_dx, DIM)
@@ -197,7 +206,7 @@ def merge_attention_states(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, T
 
 
 def merge_attention_states_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None, lse: Tensor
+    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     packed = outs.dim() == 4
     douts = outs.new_empty(outs.shape)
@@ -209,7 +218,6 @@ def merge_attention_states_backward(
         statistics_of(None if dlse is None else dlse[None], packed),
         rows_of(outs, packed),
         statistics_of(lses, packed),
-        statistics_of(None if lses is None else lse[None], packed),
         rows_of(douts, packed),
         statistics_of(dlses, packed),
     )

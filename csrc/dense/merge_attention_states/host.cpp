@@ -54,9 +54,10 @@ std::vector<int64_t> without_front(const std::vector<int64_t>& sizes) {
   return {sizes.begin() + 1, sizes.end()};
 }
 
+// Rows without elements have an lse.
 template <typename Params, typename Cpu>
-void launch(const Params& p, const View& where, const Cpu& launch_cpu) {
-  if (where.tensor.numel() == 0) return;
+void launch(const Params& p, int64_t rows, const View& where, const Cpu& launch_cpu) {
+  if (rows == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
   if (where.is_cuda) return launch_on_device(kOp, where, p);
 #endif
@@ -72,12 +73,12 @@ std::tuple<Tensor, Tensor> merge_attention_states(Tensor outs, OptTensor lses) {
       empty(l ? without_front(l->sizes) : std::vector<int64_t>{0}, outs, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  launch(p, o, cpu::merge_states);
+  launch(p, p.rows(), o, cpu::merge_states);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTensor dlse, Tensor outs,
-                                                           OptTensor lses, Tensor lse) {
+                                                           OptTensor lses) {
   const View o(outs), d(dout);
   const std::optional<View> l = lses ? std::optional<View>(*lses) : std::nullopt;
   MergeBackwardParams p{};
@@ -93,24 +94,20 @@ std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTenso
   p.dout_batch = b ? d.step(0) : 0;
   p.dout_seq = d.step(b);
   p.dout_head = d.step(1 + b);
-  const auto state = [&](const Tensor& t, const char* name) {
-    const View v(t);
-    check(v.sizes == without_front(l->sizes), kOp, name,
+  if (l && dlse) {
+    const View v(*dlse);
+    check(v.sizes == without_front(l->sizes), kOp, "dlse",
           Rule("must have shape ", without_front(l->sizes)), v.sizes);
-    check(v.dtype == ScalarType::Float && t.is_contiguous(), kOp, name,
+    check(v.dtype == ScalarType::Float && dlse->is_contiguous(), kOp, "dlse",
           "must be float32 and contiguous", v.dtype);
-    check_device(name, v, o);
-    return v.data<float>();
-  };
-  if (l) {
-    p.forward.lse = const_cast<float*>(state(lse, "lse"));
-    p.dlse = dlse ? state(*dlse, "dlse") : nullptr;
+    check_device("dlse", v, o);
+    p.dlse = v.data<float>();
   }
   Tensor douts = empty(o.sizes, outs);
   Tensor dlses = empty(l ? l->sizes : std::vector<int64_t>{0}, outs, ScalarType::Float);
   p.douts = douts.mutable_data_ptr();
   p.dlses = static_cast<float*>(dlses.mutable_data_ptr());
-  launch(p, o, cpu::merge_states_backward);
+  launch(p, p.forward.rows(), o, cpu::merge_states_backward);
   return {douts, dlses};
 }
 

@@ -32,13 +32,32 @@ __device__ __forceinline__ void visit_rows(const MergeParams& p, const Visit& vi
       for (int64_t h = blockIdx.x; h < p.heads; h += gridDim.x) visit(b, s, h);
 }
 
-// An empty part has weight 0, whatever its out holds.
-__device__ __forceinline__ float merge_weight(const MergeParams& p, const MergeRow& row, int64_t i,
-                                              float lse) {
-  if (!p.lses) return 1.f;
-  const float x = p.lses[row.lses + i * p.lses_part];
-  return x == -INFINITY ? 0.f : expf(x - lse);
-}
+// Of a row: w_i = exp(lse_i - row_max) / sum. log sum_j exp(lse_j), once rounded, is too coarse to
+// take weights from.
+struct MergeScale {
+  float row_max = 0, sum = 1;
+
+  __device__ MergeScale(const MergeParams& p, const MergeRow& row) {
+    if (!p.lses) return;
+    const int lane = threadIdx.x % kWarpSize;
+    float top = -INFINITY, part = 0;
+    for (int64_t i = lane; i < p.parts; i += kWarpSize)
+      top = fmaxf(top, p.lses[row.lses + i * p.lses_part]);
+    top = warp_max(top);
+    row_max = top == -INFINITY ? 0 : top;
+    for (int64_t i = lane; i < p.parts; i += kWarpSize)
+      part += expf(p.lses[row.lses + i * p.lses_part] - row_max);
+    sum = warp_sum(part);
+  }
+
+  // An empty part has weight 0, whatever its out holds.
+  __device__ __forceinline__ float weight(const MergeParams& p, const MergeRow& row,
+                                          int64_t i) const {
+    if (!p.lses) return 1.f;
+    const float x = p.lses[row.lses + i * p.lses_part];
+    return x == -INFINITY ? 0.f : __fdividef(expf(x - row_max), sum);
+  }
+};
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
@@ -48,22 +67,12 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   T* out = static_cast<T*>(p.out);
   visit_rows(p, [&](int64_t b, int64_t s, int64_t h) {
     const MergeRow row(p, b, s, h);
-    float lse = 0;
-    if (p.lses) {
-      float top = -INFINITY, sum = 0;
-      for (int64_t i = lane; i < p.parts; i += kWarpSize)
-        top = fmaxf(top, p.lses[row.lses + i * p.lses_part]);
-      top = warp_max(top);
-      const float pivot = top == -INFINITY ? 0 : top;
-      for (int64_t i = lane; i < p.parts; i += kWarpSize)
-        sum += expf(p.lses[row.lses + i * p.lses_part] - pivot);
-      lse = pivot + logf(warp_sum(sum));
-      if (lane == 0) p.lse[row.lse] = lse;
-    }
+    const MergeScale scale(p, row);
+    if (p.lses && lane == 0) p.lse[row.lse] = scale.row_max + logf(scale.sum);
     for (int64_t d = lane * kVector; d < p.dim; d += kWarpSize * kVector) {
       float sum[kVector] = {}, x[kVector];
       for (int64_t i = 0; i < p.parts; ++i) {
-        const float w = merge_weight(p, row, i, lse);
+        const float w = scale.weight(p, row, i);
         if (w == 0) continue;
         load_floats(x, outs + row.outs + i * p.outs_part + d);
 #pragma unroll
@@ -88,10 +97,10 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   visit_rows(p, [&](int64_t b, int64_t s, int64_t h) {
     const MergeRow row(p, b, s, h);
     const T* g = dout + b * q.dout_batch + s * q.dout_seq + h * q.dout_head;
-    const float lse = p.lses ? p.lse[row.lse] : 0;
+    const MergeScale scale(p, row);
     float delta = 0;
     for (int64_t i = 0; i < p.parts; ++i) {
-      const float w = merge_weight(p, row, i, lse);
+      const float w = scale.weight(p, row, i);
       float dot = 0;
       for (int64_t d = lane * kVector; d < p.dim; d += kWarpSize * kVector) {
         float gd[kVector], x[kVector] = {};
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     __syncwarp();  // lane 0's dlses become visible to the warp
     if (q.dlse) delta -= q.dlse[row.lse];
     for (int64_t i = lane; i < p.parts; i += kWarpSize) {
-      const float w = merge_weight(p, row, i, lse);
+      const float w = scale.weight(p, row, i);
       float* dlse = q.dlses + i * rows + row.lse;
       *dlse = w != 0 ? w * (*dlse - delta) : 0;
     }

@@ -14,10 +14,12 @@ struct MergeParams {
   int64_t lses_part, lses_batch, lses_head, lses_seq;
   void* out;   // [B, S, H, D] contiguous
   float* lse;  // [B, H, S] contiguous; unused for a plain sum
+
+  TOKENMILL_HOST_DEVICE int64_t rows() const { return batch * seqlen * heads; }
 };
 
 struct MergeBackwardParams {
-  MergeParams forward;  // outs, lses and lse of the forward; out is unused
+  MergeParams forward;  // outs and lses; out and lse are unused
   const void* dout;     // [B, S, H, D]
   int64_t dout_batch, dout_seq, dout_head;
   const float* dlse;  // [B, H, S] contiguous, or null

@@ -21,10 +21,11 @@ def merge_attention_states(
 ) -> tuple[Tensor, Tensor]:
     r"""One attention result from results over disjoint sets of keys.
 
-    With weights :math:`w_i = e^{lse_i - lse}` and :math:`lse = \log \sum_i e^{lse_i}`, the result
+    With :math:`lse = \log \sum_i e^{lse_i}` and weights :math:`w_i = e^{lse_i - lse}`, the result
     is :math:`out = \sum_i w_i\, out_i`: exactly the attention over the union of the keys, in any
-    grouping (the reduction is associative). Without lses the parts are summed, which is the union
-    for score maps without a normaliser (sigmoid).
+    grouping (the reduction is associative). The weights sum to 1 however large the lses are: two
+    parts in which a finite mask hides every key give their mean. Without lses the parts are summed,
+    which is the union for score maps without a normaliser (sigmoid).
 
     Args:
         outs: ``[n, B, S, H, D]`` or packed ``[n, T, H, D]``, float16, bfloat16 or float32 (float64
@@ -92,9 +93,7 @@ def _check(outs: Tensor, lses: Tensor | None, *, float64: bool = False) -> None:
     check(lses.device == outs.device, OP, "lses", "must be on the device of outs", lses.device)
 
 
-def _check_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None, lse: Tensor
-) -> None:
+def _check_backward(dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None) -> None:
     _check(outs, lses)
 
 
@@ -104,27 +103,26 @@ def _fake(outs: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None, lse: Tensor
+    dout: Tensor, dlse: Tensor | None, outs: Tensor, lses: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     lses_shape = (0,) if lses is None else lses.shape
     return outs.new_empty(outs.shape), outs.new_empty(lses_shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    outs, lses = inputs
-    ctx.save_for_backward(outs, lses, output[1])
+    ctx.save_for_backward(*inputs)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    outs, lses, lse = ctx.saved_tensors
+    outs, lses = ctx.saved_tensors
     if dout is None:
         dout = outs.new_zeros(outs.shape[1:])
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous() if lses is not None else None
-    douts, dlses = ops.merge_attention_states_backward(dout, dlse, outs, lses, lse)
+    douts, dlses = ops.merge_attention_states_backward(dout, dlse, outs, lses)
     return douts, (dlses if lses is not None else None)
 
 
