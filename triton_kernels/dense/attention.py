@@ -245,6 +245,7 @@ def attention_backward(
         delta,
         *qkv,
         call.rows(dq),
+        call.sink,
         score_bias_sums,
         slope_sums,
         *call.arguments(),

@@ -91,6 +91,7 @@ def queries_kernel(
     k,
     v,
     dq,
+    sink,
     bias_sums,
     slope_sums,
     terms,
@@ -113,7 +114,9 @@ def queries_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A block of queries: dq, delta, and the sums of dz and of -dz times distance."""
+    """A block of queries: dq, delta, and the sums of dz and of -dz times distance. Of softmax a row
+    of dz adds up to dlse + P_sink delta, which is taken instead: the sum itself cancels, down to
+    the errors of P and dP."""
     i_block, i_h, i_b = program(blocks, heads)
     # The last queries see most keys under a causal mask: longest programs first.
     first = (blocks - 1 - i_block) * BLOCK_M
@@ -132,6 +135,7 @@ def queries_kernel(
     b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
     b_lse = tl.zeros([BLOCK_M], tl.float32)
     b_delta = tl.zeros([BLOCK_M], tl.float32)
+    b_bias_sum = tl.zeros([BLOCK_M], tl.float32)
     if not SIGMOID:
         outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
         b_out = load_rows(outs, o_i, VALUE_DIM, BLOCK_V)
@@ -142,9 +146,17 @@ def queries_kernel(
             b_delta -= tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
         tl.store(delta + o_row + o_i, b_delta, mask=m_i)
         b_lse = load_lse(lse + o_row + o_i, m_i, head)
+        if bias_sums is not None:
+            b_nats = tl.load(lse + o_row + o_i, mask=m_i, other=-INF)
+            if sink is not None:
+                sink_logit = tl.load(sink + i_h)
+                b_p_sink = tl.where(b_nats == sink_logit, 1.0, tl.exp(sink_logit - b_nats))
+                b_bias_sum += b_p_sink * b_delta
+            if dlse is not None:
+                b_bias_sum += tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
+            b_bias_sum = tl.where(b_nats == -INF, 0.0, b_bias_sum)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_bias_sum = tl.zeros([BLOCK_M], tl.float32)
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
     parts = visible_parts(
@@ -172,7 +184,7 @@ def queries_kernel(
                 SIGMOID,
                 FAST,
             )
-            if bias_sums is not None:
+            if SIGMOID and bias_sums is not None:
                 b_bias_sum += tl.sum(b_dz, 1)
             if slope_sums is not None:
                 b_distance = distance(o_i[:, None], o_j[None, :], sequence)

@@ -4,6 +4,9 @@
 //   S^T = K Q^T,  dP^T = V dO^T,  then in registers
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// Of softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is taken from
+// that: the sum itself cancels, down to the errors of P and dP.
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -59,7 +62,7 @@ class Worker {
     for (int64_t g = 0; g < group; ++g) {
       enter_query_head(kv_head * group + g);
       HeadSums total;
-      if (bp.dsink) total.sink = sink_gradient();
+      add(row_sums(), total);
       for (int64_t part = 0; part < split.count; ++part) {
         const int64_t begin = part * split.keys, end = begin + split.keys;
         add(run_part(begin, end, 0, part == 0 ? dq_total : dq), total);
@@ -80,7 +83,7 @@ class Worker {
     for (int64_t g = 0; g < group; ++g) {
       enter_query_head(kv_head * group + g);
       partials[g].sums = run_part(begin, end, begin, partials[g].dq);
-      if (bp.dsink && part == 0) partials[g].sums.sink = sink_gradient();
+      if (part == 0) add(row_sums(), partials[g].sums);
     }
     store_keys(begin, end < s->k_length ? end : s->k_length, begin);
   }
@@ -126,11 +129,13 @@ class Worker {
   void enter_query_head(int64_t head) {
     h = head;
     terms = ScoreTerms(p, b, h, *s);
-    if (bp.dscore_bias) terms.make_general();  // that path sums dS
+    if (sums_pairs_for_score_bias()) terms.make_general();  // that path sums dS
     queries.pack(*s, b, h, padded(s->q_length), terms.plain && Op::kPair == 1 ? terms.factor : 1);
     if (kMap == ScoreMap::softmax)
       queries.pack_statistics(*s, b, h, padded(s->q_length), terms.shift);
   }
+
+  bool sums_pairs_for_score_bias() const { return kMap == ScoreMap::sigmoid && bp.dscore_bias; }
 
   void zero_key_sums(int64_t keys) {
     const int64_t rows = round_up(keys, kKeyTile);
@@ -257,7 +262,7 @@ class Worker {
     }
     scores.store_pairs(r, c, z);
     if constexpr (!kPlain) {
-      sums.score_bias += sum_lanes(bias_sum);
+      if constexpr (kMap == ScoreMap::sigmoid) sums.score_bias += sum_lanes(bias_sum);
       sums.alibi_slopes -= sum_lanes(slope_sum);
     }
   }
@@ -318,17 +323,23 @@ class Worker {
     if (bp.dsink) bp.dsink[b * p.heads + h] = static_cast<float>(sums.sink);
   }
 
-  // d loss / d sink = -sum_i P_i,sink delta_i: the sink has no value.
-  double sink_gradient() const {
+  // Of softmax, what rows add up to: d loss / d sink = -sum_i P_i,sink delta_i, as the sink has no
+  // value, and d loss / d score_bias = sum_i (dlse_i + P_i,sink delta_i).
+  HeadSums row_sums() const {
+    HeadSums sums;
+    if (kMap != ScoreMap::softmax || !(bp.dsink || bp.dscore_bias)) return sums;
     const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
-    double sum = 0;
+    const float* dlse = bp.dlse ? lse_of(p, bp.dlse, b, s->q_start, h) : nullptr;
     for (int64_t i = 0; i < s->q_length; ++i) {
       if (lse_in[i] == -kInf) continue;
-      const float weight =
-          p.sink[h] == lse_in[i] ? 1 : std::exp(p.sink[h] - lse_in[i]);  // also inf
-      sum -= weight * queries.delta[i];
+      const float weight = !p.sink                  ? 0
+                           : p.sink[h] == lse_in[i] ? 1  // also inf
+                                                    : std::exp(p.sink[h] - lse_in[i]);
+      const double share = weight * queries.delta[i];
+      sums.sink -= share;
+      sums.score_bias += share + (dlse ? dlse[i] : 0);
     }
-    return sum;
+    return sums;
   }
 
   void store_keys(int64_t begin, int64_t end, int64_t origin) {

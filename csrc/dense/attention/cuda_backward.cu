@@ -38,8 +38,8 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
                                  (p.heads > 1 && !bp.dbias_head) ||
                                  (p.seqlen_q > 1 && !bp.dbias_q) || (p.seqlen_k > 1 && !bp.dbias_k);
   args.direct_bias = bp.dbias && !bias_is_broadcast;
-  const bool softmax = p.map == ScoreMap::softmax, sums = bp.dscore_bias || bp.dalibi_slopes;
-  const bool general = sizeof(T) == 4 || sums || p.bias || p.alibi_slopes || p.softcap > 0;
+  const bool softmax = p.map == ScoreMap::softmax;
+  const bool general = sizeof(T) == 4 || bp.sums || p.bias || p.alibi_slopes || p.softcap > 0;
   args.factor = softmax ? p.scale * kLog2e : p.fast ? p.scale * 0.5f : -p.scale * kLog2e;
   const char* error = nullptr;
   if (softmax && p.seqlen_q > 0) error = launch_statistics<T>(args, general, stream);
@@ -53,7 +53,7 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
   if (general) error = launch_pairs<T, Mode::general>(args, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
-  if (error || !(sums || bp.dsink)) return error;
+  if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;
   return launch<sum_kernel>(p.batch * p.heads, kSumThreads, 0, stream, args,
                             rows_of_sum<T>(args.largest_dim()));
 }

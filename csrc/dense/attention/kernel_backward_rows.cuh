@@ -19,14 +19,16 @@ __device__ inline double block_sum(double x) {
   return sums[0];
 }
 
-// dscore_bias, dalibi_slopes and dsink of one head of one sequence. step: rows of one sum.
+// dscore_bias, dalibi_slopes and dsink of one head of one sequence. step: rows of one sum. Of
+// softmax a row of dS adds up to dlse + P_sink delta, and dscore_bias is taken from that: the sum
+// itself cancels, down to the errors of P and dP.
 static __global__ void __launch_bounds__(kSumThreads)
     sum_kernel(const __grid_constant__ BackwardArgs args, int step) {
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const int64_t batch = blockIdx.x / p.heads, h = blockIdx.x % p.heads;
   const Sequence s = sequence_of(p, batch);
-  if (bp.dscore_bias || bp.dalibi_slopes) {
+  if (bp.sums) {
     double bias = 0, slope = 0;
     const float* sums = bp.sums + 2 * sums_offset(args, batch, s.q_start, h);
     for (int64_t i = threadIdx.x * int64_t(step); i < s.q_length;
@@ -37,22 +39,31 @@ static __global__ void __launch_bounds__(kSumThreads)
     bias = block_sum(bias);
     slope = block_sum(slope);
     if (threadIdx.x == 0) {
-      if (bp.dscore_bias) bp.dscore_bias[blockIdx.x] = static_cast<float>(bias);
+      if (bp.dscore_bias && p.map == ScoreMap::sigmoid)
+        bp.dscore_bias[blockIdx.x] = static_cast<float>(bias);
       if (bp.dalibi_slopes) bp.dalibi_slopes[blockIdx.x] = static_cast<float>(slope);
     }
   }
-  if (bp.dsink) {
+  if (p.map == ScoreMap::softmax && (bp.dsink || bp.dscore_bias)) {
     // The sink has no value: its dP is 0.
-    double sum = 0;
+    double sink = 0, bias = 0;
     const float* lse = lse_at(p, p.lse, batch, s.q_start, h);
     const float* minus_delta = lse_at(p, bp.minus_delta, batch, s.q_start, h);
+    const float* dlse = bp.dlse ? lse_at(p, bp.dlse, batch, s.q_start, h) : nullptr;
     for (int64_t i = threadIdx.x; i < s.q_length; i += kSumThreads) {
       if (lse[i] == -infinity()) continue;
-      const float weight = p.sink[h] == lse[i] ? 1.f : expf(p.sink[h] - lse[i]);  // also inf
-      sum += static_cast<double>(weight) * minus_delta[i];
+      if (p.sink) {
+        const float weight = p.sink[h] == lse[i] ? 1.f : expf(p.sink[h] - lse[i]);  // also inf
+        sink += static_cast<double>(weight) * minus_delta[i];
+      }
+      if (dlse) bias += dlse[i];
     }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) bp.dsink[blockIdx.x] = static_cast<float>(sum);
+    sink = block_sum(sink);
+    bias = block_sum(bias);
+    if (threadIdx.x == 0) {
+      if (bp.dsink) bp.dsink[blockIdx.x] = static_cast<float>(sink);
+      if (bp.dscore_bias) bp.dscore_bias[blockIdx.x] = static_cast<float>(bias - sink);
+    }
   }
 }
 

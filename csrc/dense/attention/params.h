@@ -38,12 +38,12 @@ struct AttentionBackwardParams {
   Rows dout;
   const float* dlse;  // like lse, or null
   Rows dq, dk, dv;    // in the dtype of q
-  // Sums of dS over the pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
+  // Sums over the pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
   float *dscore_bias, *dalibi_slopes, *dsink;
   float* dbias;
   int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
   // Workspace of the CUDA backward. Statistics like lse: minus the log-sum-exp without what all
-  // scores of a row share, minus delta. Two sums for each 16 rows of each head.
+  // scores of a row share, minus delta. Two sums over pairs for each 16 rows of each head, or null.
   float *minus_lse, *minus_delta, *sums;
 };
 
