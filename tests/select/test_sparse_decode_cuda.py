@@ -55,8 +55,8 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
 
 @pytest.mark.parametrize("order", ["unsorted", "falling", "equal"])
 @pytest.mark.parametrize("entries", [1, 14, 15, 16, 17, 300])
-def test_a_warp_searches_any_list_as_one_thread_does(entries, order):
-    """Lists that do not ascend have the two ends that halving finds."""
+def test_a_block_finds_in_any_list_what_one_thread_does(entries, order):
+    """Lists that do not ascend end where their first large entry stands."""
 
     def make(dtype, g):
         args, kwargs = drawn(

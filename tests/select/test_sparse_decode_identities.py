@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sparse_decode_calls import (
     INF,
     close,
@@ -228,3 +230,28 @@ def test_an_entry_counts_once(sq, backend):
     close(got[:2], want[:2])
     assert torch.all(got[2][..., [2, 4, 5, 7]] == 0)
     close((got[2][..., [0, 1, 3, 6]],), (want[2],))
+
+
+@each_backend
+@settings(max_examples=12)
+@given(data=st.data())
+def test_lists_in_any_order_are_the_sets_of_block_sparse_attention(backend, data):
+    """An id counts if it is greater than every id before it, whatever comes between."""
+    block_k, num_sink, num_recent, sq = 4, *(data.draw(st.integers(0, 9)) for _ in range(2)), 2
+    args, kwargs = drawn(
+        backend, (57,), sq=sq, lists=1, block_k=block_k, num_sink=num_sink, num_recent=num_recent
+    )
+    row = data.draw(st.lists(st.integers(-2, 16), min_size=1, max_size=9))
+    args[3:] = lists_of([row], backend)
+    q, k, v = args[0], args[1][:, :57], args[2][:, :57]
+    indices, counts = (t[:, :, None] for t in args[3:])
+    want = tm.block_sparse_attention(
+        q, k, v, indices, counts, block_q=2, block_k=block_k, causal=True, num_sink=num_sink,
+        num_recent=num_recent, return_lse=True, backend="reference",
+    )  # fmt: skip
+    out, lse, mass = run(backend, args, kwargs)
+    close((out, lse), want, atol=2e-5)
+    largest = -1
+    for e, block in enumerate(row):
+        assert block > largest or bool((mass[..., e] == 0).all())
+        largest = max(largest, block)

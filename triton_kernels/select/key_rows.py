@@ -14,6 +14,7 @@ from ..common import dot, lower_bound, rounded
 from ..dense.attention_decode import length_of, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
+TILE = tl.constexpr(128)  # entries of a list
 
 
 class Rope(NamedTuple):
@@ -37,6 +38,7 @@ class KeyRow(NamedTuple):
     list_end: Any
     cached: Any  # keys of the cache; extra keys begin here
     total: Any
+    ascends: Any  # the list, a flag
 
 
 class Places(NamedTuple):
@@ -76,8 +78,8 @@ def key_row(
     i_h,
     BLOCK_K: tl.constexpr,
 ):
-    """Entries whose keys are all among the first tokens, or behind what a query sees through a
-    list, are left out. Where the list does not ascend, the halving decides which those are."""
+    """The list goes from its first entry that is not wholly among the first tokens to its first
+    one that is wholly behind what a query sees through it."""
     length = length_of(seqlens, capacity, i_b)
     old = tl.maximum(length - num_recent, 0)
     sinks = tl.minimum(num_sink, old)
@@ -90,6 +92,20 @@ def key_row(
     b_least = tl.where(o_end == 0, sinks // BLOCK_K, tl.cdiv(old, BLOCK_K))
     b_first = tl.zeros([2], tl.int32)
     b_at = lower_bound(p_list, b_first, b_first + count, b_least, halvings)
+    descents = tl.zeros([], tl.int32)
+    for i_entry in range(1, count, TILE):
+        o_entry = i_entry + tl.arange(0, TILE)
+        m_entry = o_entry < count
+        b_id = tl.load(p_list + o_entry, mask=m_entry, other=0)
+        b_before = tl.load(p_list + o_entry - 1, mask=m_entry, other=-1)
+        descents += tl.sum((b_id <= b_before).to(tl.int32), 0)
+    if descents > 0:
+        b_at = b_first + count
+        for i_entry in range(0, count, TILE):
+            o_entry = i_entry + tl.arange(0, TILE)
+            b_id = tl.load(p_list + o_entry, mask=o_entry < count, other=-2147483648)
+            m_reached = b_id[None, :] >= b_least[:, None]
+            b_at = tl.minimum(b_at, tl.min(tl.where(m_reached, o_entry[None, :], count), 1))
     first = tl.sum(tl.where(o_end == 0, b_at, 0), 0)
     last = tl.maximum(tl.sum(tl.where(o_end == 1, b_at, 0), 0), first)
 
@@ -98,7 +114,9 @@ def key_row(
     list_end = sinks + (last - first) * BLOCK_K
     cached = list_end + length - recent_begin
     total = cached + extra_count
-    return KeyRow(p_list, length, sinks, first, last, recent_begin, list_end, cached, total)
+    return KeyRow(
+        p_list, length, sinks, first, last, recent_begin, list_end, cached, total, descents == 0
+    )
 
 
 @triton.jit
@@ -109,8 +127,14 @@ def find(row, cache, i_b, o_t, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
     o_listed = o_t - row.sinks
     o_entry = row.first + o_listed // BLOCK_K
     b_id = tl.load(row.entries + o_entry, mask=m_list, other=0)
-    b_before = tl.load(row.entries + o_entry - 1, mask=m_list & (o_entry > 0), other=-2147483648)
-    m_id = (b_id > b_before) & (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
+    m_id = (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
+    if row.ascends == 0:  # an entry counts if it is greater than all before it
+        last = tl.max(tl.where(m_list, o_entry, 0), 0)
+        for i_before in range(row.first, last, TILE):
+            o_before = i_before + tl.arange(0, TILE)
+            b_before = tl.load(row.entries + o_before, mask=o_before < last, other=0)
+            m_after = (o_before[None, :] < o_entry[:, None]) & (b_before[None, :] >= b_id[:, None])
+            m_id = m_id & (tl.sum(m_after.to(tl.int32), 1) == 0)
     o_own = tl.where(m_id, b_id, 0) * BLOCK_K + o_listed % BLOCK_K
     m_own = m_id & (o_own >= row.sinks) & (o_own < row.length)
     o_j = tl.where(o_t < row.list_end, o_t, row.recent_begin + (o_t - row.list_end))

@@ -26,6 +26,10 @@ int64_t logit_count(const SparseDecodeParams& d) {
   return d.mass ? d.attention.batch * d.row_heads() * rows_of_head(d) * logit_row(d) : 0;
 }
 
+int64_t listed_count(const SparseDecodeParams& d) {
+  return d.mass ? round_up(2 * d.attention.batch * d.row_heads(), kLogitAlign) : 0;
+}
+
 const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
   const int64_t heads = d.attention.batch * d.row_heads();
   const int64_t warps = ceil_div(d.entries, mass_entries(d.log2_block));
@@ -42,12 +46,12 @@ int64_t workspace_bytes(const SparseDecodeParams& d) {
       return cuda::workspace_bytes(cuda::plan_sparse<T, kBucket>(d));
     });
   });
-  return bytes + 4 * cuda::logit_count(d);
+  return bytes + 4 * (cuda::logit_count(d) + cuda::listed_count(d));
 }
 
 const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  cuda::SparseLaunch d{params, nullptr, cuda::logit_row(params), false};
+  cuda::SparseLaunch d{params, nullptr, cuda::logit_row(params), nullptr, false};
   if (d.cache.pages > 0x7fffffff) return "a cache may have 2^31 - 1 pages at most on CUDA";
   if (d.cache.capacity > cuda::kMaxLength)
     return "a request may have room for 2^29 keys at most on CUDA";
@@ -57,11 +61,12 @@ const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   d.wide_tables = cuda::is_vectorizable<float>(d.cos, d.pairs, d.cos_stride) &&
                   cuda::is_vectorizable<float>(d.sin, d.pairs, d.sin_stride);
   float* const workspace = static_cast<float*>(d.workspace);
-  if (d.mass) d.logits = workspace;
+  float* const behind = workspace + cuda::logit_count(d);
+  if (d.mass) d.logits = workspace, d.listed = reinterpret_cast<int2*>(behind);
   const char* error = nullptr;
   if (d.attention.seqlen_q > 0)
     error = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-      return cuda::launch_sparse<T>(d, workspace + cuda::logit_count(d), s);
+      return cuda::launch_sparse<T>(d, behind + cuda::listed_count(d), s);
     });
   return error || !d.mass ? error : cuda::launch_mass(d, s);
 }

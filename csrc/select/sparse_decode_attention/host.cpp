@@ -159,7 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
   p.out = rows_of(View(out), false);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (mass.numel() > 0) d.mass = static_cast<float*>(mass.mutable_data_ptr());
-  if (p.batch > 0 && p.heads > 0) run(d, qv);
+  if (p.batch > 0 && p.heads > 0 && p.seqlen_q > 0)
+    run(d, qv);
+  else if (mass.numel() > 0)
+    torch::stable::zero_(mass);
   return {out, lse, mass};
 }
 

@@ -11,20 +11,31 @@ struct SparseLaunch : SparseDecodeParams {
   // of each list head. Null without mass.
   float* logits;
   int64_t logit_row;
+  int2* listed;      // [B, row heads], the entries that each list adds: first and last + 1
   bool wide_tables;  // four rotations at once can be read
 };
 
 // Of the first key in a row of logits: whole steps of the kernel are stored.
 constexpr int kLogitAlign = 16;
 
-// KeyRow::of by a warp, whose lanes all call it: for both ends of the list at once, four halvings
-// at a time, half a warp reads the 15 entries that these may ask for.
+// KeyRow::of by all threads of a block. Each warp searches for both ends of the list at once, four
+// halvings at a time: half a warp reads the 15 entries that these may ask for.
 __device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_t h) {
   const int lane = threadIdx.x % kWarpSize, node = lane % 16;
   const KeyRow::Listed listed = KeyRow::Listed::of(d, b);
   const int64_t key = lane < 16 ? listed.first_block(d.log2_block) : listed.end;
   const int32_t* list = d.list(b, h);
-  int low = 0, high = static_cast<int>(d.count(b, h));
+  const int count = static_cast<int>(d.count(b, h));
+  bool ascends = true;
+#pragma unroll 8
+  for (int e = 1 + static_cast<int>(threadIdx.x); e < count; e += kDecodeThreads)
+    ascends &= list[e] > list[e - 1];
+  ascends = __syncthreads_and(ascends);
+  if (!ascends)
+    return KeyRow::of(d, b,
+                      KeyRow::scan(list, count, listed.first_block(d.log2_block), d.log2_block),
+                      KeyRow::scan(list, count, listed.end, d.log2_block), false);
+  int low = 0, high = count;
   const auto halve = [](int& from, int& to, bool below) {
     if (from >= to) return;
     const int middle = (from + to) / 2;
@@ -45,7 +56,7 @@ __device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_
     }
   }
   return KeyRow::of(d, b, int64_t{__shfl_sync(kFullWarp, low, 0)},
-                    int64_t{__shfl_sync(kFullWarp, low, 16)});
+                    int64_t{__shfl_sync(kFullWarp, low, 16)}, true);
 }
 
 // A key in registers, on its way to shared memory.
@@ -96,6 +107,9 @@ class ListedKeys {
     s.part = blockIdx.x % plan.splits;
     const KeyRow found = find_row(d_, s.b, s.h);
     if (threadIdx.x == 0) *row_ = found;
+    if (d_.listed && threadIdx.x == 0 && s.part == 0 && s.row_tile == 0)
+      d_.listed[s.b * d_.row_heads() + s.h] = {static_cast<int>(found.first),
+                                               static_cast<int>(found.last)};
     __syncthreads();
     const int total = static_cast<int>(found.total);
     const int steps = total > 0 ? (total + kTile - 1) / kTile : 1;

@@ -20,10 +20,11 @@ __global__ void __launch_bounds__(kMassThreads)
   const int64_t head = warp / warps, b = head / d.row_heads(), h = head % d.row_heads();
   const int lane = threadIdx.x % kWarpSize, log2_lanes = min(d.log2_block, 5);
   const int64_t entry = (warp % warps << (5 - log2_lanes)) + (lane >> log2_lanes);
-  const KeyRow row = find_row(d, b, h);
+  const int2 listed = d.listed[head];
   float sum = 0;
-  if (entry >= row.first && entry < row.last) {
-    const int64_t first = row.list_begin % kLogitAlign + ((entry - row.first) << d.log2_block);
+  if (entry >= listed.x && entry < listed.y) {
+    const int64_t list_begin = KeyRow::Listed::of(d, b).begin;
+    const int64_t first = list_begin % kLogitAlign + ((entry - listed.x) << d.log2_block);
     const float* logits = d.logits + head * rows * d.logit_row + first;
     const int64_t group = p.heads / d.row_heads();
     const float* lse = p.lse + (b * p.heads + h * group) * p.seqlen_q;

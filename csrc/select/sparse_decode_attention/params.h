@@ -64,10 +64,10 @@ struct KeyRow {
   int64_t length, sinks, first, last;  // keys of the request; entries first .. last - 1 of the list
   int64_t recent_begin;                // in the request
   int64_t list_begin, list_end, cached, total;  // in the row: of the list, of the cache, of all
+  bool ascends;                                 // the list
 
-  // What the blocks of a list hold that any query sees through it. Entries whose keys all lie
-  // among the first tokens, or behind that, are left out; that the list ascends is what the search
-  // for its two ends takes for granted.
+  // What the blocks of a list hold that any query sees through it. The list goes from its first
+  // entry that is not wholly among the first tokens to its first one that is wholly behind that.
   struct Listed {
     int64_t begin, end;
 
@@ -82,18 +82,24 @@ struct KeyRow {
     }
   };
 
-  TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t h) {
+  static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t h) {
     const Listed listed = Listed::of(d, b);
     const int32_t* list = d.list(b, h);
-    const int64_t count = d.count(b, h);
-    return of(d, b, search(list, count, listed.first_block(d.log2_block), d.log2_block),
-              search(list, count, listed.end, d.log2_block));
+    const int64_t count = d.count(b, h), first_block = listed.first_block(d.log2_block);
+    int descents = 0;
+    for (int64_t e = 1; e < count; ++e) descents |= list[e] <= list[e - 1];
+    if (descents)
+      return of(d, b, scan(list, count, first_block, d.log2_block),
+                scan(list, count, listed.end, d.log2_block), false);
+    return of(d, b, search(list, count, first_block, d.log2_block),
+              search(list, count, listed.end, d.log2_block), true);
   }
 
-  // With what those searches found.
+  // With what search or scan found.
   TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t first,
-                                         int64_t last) {
+                                         int64_t last, bool ascends) {
     KeyRow row{};
+    row.ascends = ascends;
     row.length = d.cache.length(b);
     row.sinks = Listed::of(d, b).begin;
     row.first = first;
@@ -107,7 +113,8 @@ struct KeyRow {
     return row;
   }
 
-  // The first of `count` entries whose block begins at key `key` or behind it.
+  // The first of `count` entries whose block begins at key `key` or behind it, `count` if none
+  // does: of a list that ascends.
   TOKENMILL_HOST_DEVICE static int64_t search(const int32_t* list, int64_t count, int64_t key,
                                               int32_t log2_block) {
     int64_t low = 0, high = count;
@@ -120,8 +127,24 @@ struct KeyRow {
     }
     return low;
   }
+  // Of any list.
+  TOKENMILL_HOST_DEVICE static int64_t scan(const int32_t* list, int64_t count, int64_t key,
+                                            int32_t log2_block) {
+    int64_t e = 0;
+    while (e < count && int64_t{list[e]} * (int64_t{1} << log2_block) < key) ++e;
+    return e;
+  }
 
-  // Number t of the row. Entries that do not ascend, keys that the request does not have and pages
+  // An entry counts if it is greater than all before it. Those before `first` are smaller than that
+  // one. A list that does not ascend costs a comparison for each pair of its entries.
+  TOKENMILL_HOST_DEVICE bool counts(const int32_t* list, int64_t entry) const {
+    if (ascends) return true;
+    bool greatest = true;
+    for (int64_t e = first; e < entry; ++e) greatest &= list[e] < list[entry];
+    return greatest;
+  }
+
+  // Number t of the row. Entries that do not count, keys that the request does not have and pages
   // that do not exist are nowhere.
   TOKENMILL_HOST_DEVICE RowKey key(const SparseDecodeParams& d, int64_t b, int64_t h,
                                    int64_t t) const {
@@ -134,8 +157,7 @@ struct KeyRow {
       const int64_t entry = first + ((t - list_begin) >> d.log2_block);
       const int64_t block = int64_t{1} << d.log2_block;
       position = list[entry] * block + ((t - list_begin) & (block - 1));
-      const bool ascends = entry == 0 || list[entry] > list[entry - 1];
-      if (!ascends || position < sinks || position >= length) return {};
+      if (position < sinks || position >= length || !counts(list, entry)) return {};
     }
     const KvCache::Slot at = d.cache.find(b, position);
     if (at.page < 0) return {};

@@ -43,7 +43,7 @@ def sparse_decode_attention(
     out = q.new_zeros((batch, queries, heads, v_cache.shape[3]))
     lse = q.new_empty((batch, heads, queries), dtype=wide)
     mass = q.new_zeros((batch, row_heads, entries) if return_mass else (0,), dtype=wide)
-    for b, h in [(b, h) for b in range(batch) for h in range(row_heads)]:
+    for b, h in [(b, h) for b in range(batch) for h in range(row_heads if heads else 0)]:
         length, own = int(seqlens_k[b]), min(h, indices.shape[1] - 1)
         kv, group = h // (row_heads // kv_heads), heads // row_heads
         mine = slice(h * group, (h + 1) * group)
@@ -94,27 +94,22 @@ def key_row(
     the list, -1 for none; whether it stands among the last tokens."""
     old = max(length - num_recent, 0)  # what is no last token of the last query
     sinks = min(num_sink, old)
-    first = search(ids, sinks // block_k)
-    last = max(first, search(ids, -(-old // block_k)))
+    first = first_at_least(ids, sinks // block_k)
+    last = max(first, first_at_least(ids, -(-old // block_k)))
     position, entry = list(range(sinks)), [-1] * sinks
     for e in range(first, last):
-        ascends = e == 0 or ids[e] > ids[e - 1]
+        counts = e == 0 or ids[e] > max(ids[:e])
         for j in range(ids[e] * block_k, (ids[e] + 1) * block_k):
-            position.append(j if ascends and sinks <= j < length else -1)
+            position.append(j if counts and sinks <= j < length else -1)
             entry.append(e)
     begin = length if num_recent == 0 else max(length - queries + 1 - num_recent, 0)
     recent = [False] * len(position) + [True] * (length - begin)
     return position + list(range(begin, length)), entry + [-1] * (length - begin), recent
 
 
-def search(ids: list[int], least: int) -> int:
-    """The first id that is not below `least`, by halving: lists that do not ascend give what that
-    gives."""
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if ids[middle] < least else (low, middle)
-    return low
+def first_at_least(ids: list[int], least: int) -> int:
+    """The place of the first id that is not below `least`, behind all if there is none."""
+    return next((e for e, x in enumerate(ids) if x >= least), len(ids))
 
 
 def rows_at(

@@ -138,7 +138,7 @@ def sparse_decode_attention(
             Dv]``, the page size a power of two. The new keys must be there.
         indices: int32 ``[B, 1, K]`` (a list for all heads), ``[B, Hk, K]`` (for each KV head) or
             ``[B, H, K]`` (for each query head: keys of a group are read once for each list).
-            Lists ascend, as :func:`topk_select` makes them. An id that is not greater than the one
+            Lists ascend, as :func:`topk_select` makes them. An id that is not greater than every id
             before it, or out of range, is left out.
         counts: int32 ``[B, 1]``, ``[B, Hk]`` or ``[B, H]``: the entries of each list that count,
             clamped to 0 to K.
@@ -180,7 +180,8 @@ def sparse_decode_attention(
         RuntimeError: naming argument, rule and value, before anything runs. On a GPU a length is
             cut to what the cache holds.
 
-    Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a row.
+    Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a row. A
+    list of K entries that does not ascend costs up to K^2 / 2 comparisons more.
 
     Paper: TokenSelect (Wu et al. 2024), TidalDecode (Yang et al. 2024), Quest (Tang et al. 2024),
     Recycled Attention (Xu et al. 2024); pos_mode "cache": StreamingLLM (Xiao et al. 2024), section
