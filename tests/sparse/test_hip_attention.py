@@ -38,6 +38,25 @@ def test_short_sequences_get_exact_attention(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("tokens", [1, None])
+@pytest.mark.parametrize(
+    ("num_sink", "budget", "num_recent", "block_k"),
+    [(4, 32, 28, 4), (4, 32, 30, 8), (15, 16, 9, 2), (1, 16, 0, 16), (0, 8, 3, 8)],
+)
+def test_blocks_that_sinks_do_not_fill_cost_no_key(
+    num_sink, budget, num_recent, block_k, tokens, backend
+):
+    n = num_sink + budget + num_recent
+    q, k, v = draw(backend, n, n)
+    q = q if tokens is None else q[:, -tokens:]
+    got = hip_attention(
+        q, k, v, num_sink=num_sink, budget=budget, num_recent=num_recent, block_k=block_k,
+        block_q=4, return_lse=True, backend=backend,
+    )  # fmt: skip
+    close(got, tm.attention(q, k, v, causal=True, return_lse=True, backend="reference"))
+
+
+@each_backend
 @pytest.mark.parametrize("causal", [True, False])
 def test_prefill_is_selection_then_block_sparse_attention(backend, causal):
     q, k, v = draw(backend, 50, 70)

@@ -117,7 +117,7 @@ def hip_attention(
     :func:`hip_block_select`, then :func:`block_sparse_attention` on its lists, or
     :func:`sparse_decode_attention` where the queries are the newest tokens of a cache (block_table
     is given, or there are at most 8 of them, causal). A sequence of at most num_sink + budget +
-    num_recent keys gets exact attention.
+    num_recent keys gets exact attention, unless lists of an earlier step serve it.
 
     In decoding the lists of one step serve the next ones too: keep a :class:`HipLists` for each
     layer and say how many tokens may pass until a new search. Tokens that came meanwhile are among
@@ -131,7 +131,8 @@ def hip_attention(
             (:func:`hip_block_select`).
         block_q, block_k: queries that share a list, and keys of a block: powers of two up to 128.
         num_sink, num_recent: first and last keys, which every query attends to (num_recent: with
-            causal alone).
+            causal alone). num_sink is rounded up to whole blocks: a block of which it held a part
+            would cost the list an entry.
         causal: a query sees no later key.
         scale: factor of q·k in the attention; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
@@ -169,8 +170,12 @@ def hip_attention(
         check_tensor(OP, name, t)
     check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
     block_q, num_recent = as_int(OP, "block_q", block_q), as_int(OP, "num_recent", num_recent)
+    block_k, num_sink = as_int(OP, "block_k", block_k), as_int(OP, "num_sink", num_sink)
     check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
+    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
+    if block_k >= 1:
+        num_sink = -(-num_sink // block_k) * block_k
     tokens = q.shape[1]
     decoding = causal and tokens <= block_q and (block_table is not None or tokens <= MAX_DECODE)
     if block_table is not None and not decoding:
