@@ -179,12 +179,15 @@ class Scorer {
       emit_sets(h, block_scores(h, 0), block_ld, block, block_end - block);
   }
 
+  // Rows that no query sees repeat the last one seen: their pages may not be there.
   void find_rows(int64_t row) {
+    const int64_t seen = std::min(panel, end - row);
     KeyRun run{0, row};
-    for (int64_t i = 0, page = row; i < panel; ++i) {
+    for (int64_t i = 0, page = row; i < seen; ++i) {
       if (row + i == run.end) run = key_run(p.k, b, page = row + i);
       offsets[i] = run.offset + (row + i - page) * p.k.seq;
     }
+    std::fill(offsets + seen, offsets + panel, offsets[seen - 1]);
     whole = key_run(p.k, b, row).end >= row + panel;
   }
   const char* key(int64_t i, int64_t h, int half) const {
