@@ -115,8 +115,7 @@ ScoreTile score_tile_for(int64_t vectors) {
   return &score_tile<Op, kCoarse, kPlain, kRows, kVectors>;
 }
 
-// C[M][width] += P V over the vectors of the step that `seen` has bits of, summed in registers
-// first. A weight of 0 hides its value.
+// C[M][width] += P V over the vectors that `seen` has bits of. A weight of 0 hides its value.
 template <class Op, int M, int N = kTileVectors>
 __attribute__((noinline)) void add_values(float* c, int64_t ldc, const float* p, int64_t ldp,
                                           const KeyVector* keys, uint64_t seen, int64_t column,
