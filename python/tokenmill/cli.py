@@ -83,6 +83,6 @@ def unwritable(argument: str, path: Path | str | None, error: OSError) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """An exception for a row of a table."""
+    """An exception for a row of a table: the first line of its message, cut at 160 characters."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0][:160]}"
