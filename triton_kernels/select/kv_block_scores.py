@@ -272,6 +272,8 @@ def kv_block_scores(
         q = block_pool_keys(q, block_q, "mean", None, None)
     group = heads // max(kv_heads, 1)
     z = q.new_empty((batch, kv_heads if grouped else heads, rows, blocks), dtype=torch.float32)
+    if heads == 0 and not votes:  # nothing scores the keys
+        return z.fill_(-torch.inf)
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
     pieces = triton.cdiv(dim, block_d) * (2 if scoring == "minmax" else 1)
     block_t = min(triton.next_power_of_2(block_rows), TILE_ROWS)

@@ -428,6 +428,8 @@ def hip_block_select(
     indices = q.new_empty((batch, lists, blocks, wanted), dtype=torch.int32)
     counts = q.new_empty((batch, lists, blocks), dtype=torch.int32)
     programs = counts.numel()
+    if heads == 0:  # nothing speaks for a list
+        return indices.fill_(-1), counts.zero_()
     if programs == 0:
         return indices, counts
     sizes = key_sizes(k, block_table)

@@ -174,7 +174,7 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
     const int64_t sums =
         f.cu_seqlens_q ? f.heads * blocks_of_sums(f) : f.batch * f.heads * blocks_of_sums(f);
     const bool softmax = f.map == ScoreMap::softmax;
-    const bool wants_sums = p.dscore_bias || p.dalibi_slopes;
+    const bool wants_sums = (p.dscore_bias && !softmax) || p.dalibi_slopes;
     Tensor statistics = empty({softmax ? 2 * rows : 0}, q.tensor, ScalarType::Float);
     Tensor partial = empty({wants_sums ? 2 * sums : 0}, q.tensor, ScalarType::Float);
     if (softmax) {

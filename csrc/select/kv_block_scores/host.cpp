@@ -1,4 +1,5 @@
 #include <cmath>
+#include <limits>
 
 #include "core/qkv.h"
 #include "core/stream.h"
@@ -114,6 +115,10 @@ Tensor kv_block_scores(Tensor q, Tensor k, std::string scoring, int64_t block_k,
   Tensor out = scores_of(out_heads);
   p.out = static_cast<float*>(out.mutable_data_ptr());
   if (out.numel() == 0) return out;
+  if (heads == 0 && !votes) {  // nothing scores the keys
+    torch::stable::fill_(out, -std::numeric_limits<double>::infinity());
+    return out;
+  }
   if (votes) {
     Tensor scores = scores_of(heads);
     p.scores = static_cast<float*>(scores.mutable_data_ptr());

@@ -245,7 +245,7 @@ void select_row(const TopkParams& p, int64_t r, const Scratch& scratch) {
     for (int64_t i = 0; i < count; ++i) values[i] = scores[to[i]];
     for (int64_t i = count; i < p.k; ++i) store_from_float_n(values, kType, i, set(kNegInf), 1);
   }
-  if (p.page_table) {
+  if (p.physical) {
     int32_t* const physical = p.physical + r * p.k;
     for (int64_t i = 0; i < count; ++i) physical[i] = topk_physical(p, r, to[i]);
     std::fill(physical + count, physical + p.k, -1);

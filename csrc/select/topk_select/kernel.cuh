@@ -175,7 +175,7 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
     if (p.values)
       static_cast<T*>(p.values)[r * p.k + i] =
           position < 0 ? static_cast<T>(__int_as_float(0xff800000)) : row.scores[position];
-    if (p.page_table) p.physical[r * p.k + i] = position < 0 ? -1 : topk_physical(p, r, position);
+    if (p.physical) p.physical[r * p.k + i] = position < 0 ? -1 : topk_physical(p, r, position);
   }
 }
 

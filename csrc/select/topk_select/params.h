@@ -16,13 +16,13 @@ struct TopkParams {
   bool tie_high;                    // of equal scores the higher position goes first
   bool by_score;                    // in the order of the scores, not of the positions
   int64_t force_first, force_last;  // positions that are taken whatever their score
-  const int32_t* page_table;        // [page_rows, pages]; null: no physical positions
+  const int32_t* page_table;        // [page_rows, pages], of physical positions
   int64_t page_rows, pages, page_stride;
   int32_t log2_page_size;
   const int32_t* row_to_batch;  // [rows], the row of the page table; null: r
   int32_t *indices, *counts;    // [rows, k], -1 behind the last; [rows]
   void* values;                 // [rows, k] of dtype, -inf behind the last; null: not wanted
-  int32_t* physical;            // [rows, k], beside indices
+  int32_t* physical;            // [rows, k], beside indices; null: not wanted
   void* workspace;              // of the CUDA kernels
 };
 

@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> bilevel_routing_attention_backward(
   p.dq = contiguous_pixels(View(dq));
   p.dk = contiguous_pixels(View(dk));
   p.dv = contiguous_pixels(View(dv));
-  if (q.numel() > 0)
+  if (q.numel() > 0 && k.numel() > 0)
     run_backward(p, qv);
   else
     fill(0, dq, dk, dv);

@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   p.dq = rows_of(View(dq), false);
   p.dk = rows_of(View(dk), false);
   p.dv = rows_of(View(dv), false);
-  if (q.numel() > 0)
+  if (q.numel() > 0 && k.numel() > 0)
     run_backward(p, qv);
   else
     fill(0, dq, dk, dv);

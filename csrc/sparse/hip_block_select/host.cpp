@@ -116,7 +116,12 @@ std::tuple<Tensor, Tensor> hip_block_select(
   Tensor counts = empty({batch, p.lists, p.blocks}, q, ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  if (counts.numel() > 0) run(p, qv);
+  if (heads > 0 && counts.numel() > 0) {
+    run(p, qv);
+  } else {  // nothing speaks for a list
+    torch::stable::fill_(indices, -1);
+    torch::stable::zero_(counts);
+  }
   return {indices, counts};
 }
 

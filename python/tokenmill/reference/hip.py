@@ -66,7 +66,7 @@ def hip_block_select(
         i = torch.arange(last, r * block_q - 1, -stride_q, device=q.device)
         ends = lengths[b] - num_recent + (i - queries + 1 if causal else 0 * i)
         end = int(ends[0])
-        if end <= num_sink:
+        if end <= num_sink or of_list == 0:
             continue
         first, until = num_sink // block_k, -(-end // block_k)
         those = slice(h * of_list, (h + 1) * of_list)

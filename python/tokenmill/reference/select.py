@@ -193,7 +193,10 @@ def kv_block_scores(
         return (torch.where(seen, (z - lse).exp().sum(1, keepdim=True), -torch.inf).to(_out(z)),)
     if head_reduce != "none":
         groups = z.unflatten(1, (kv_heads, heads // kv_heads) if kv_heads else (0, 1))
-        z = groups.amax(2) if head_reduce == "group_max" else groups.mean(2)
+        if heads == 0:
+            z = groups.new_full((batch, kv_heads, *groups.shape[3:]), -torch.inf)
+        else:
+            z = groups.amax(2) if head_reduce == "group_max" else groups.mean(2)
     return (z.to(_out(z)),)
 
 

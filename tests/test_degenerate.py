@@ -1,0 +1,107 @@
+"""Sizes of zero, from the registry: calls return, and every element of the results is written."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from conftest import backends, device_of
+
+import tokenmill as tm
+from tokenmill import registry
+from tokenmill.testing import evaluate, without_side_effects
+
+SPECS = list(registry.ops().values())
+
+
+def places_of(args, kwargs):
+    """Arguments that are tensors, by position or name."""
+    given = [*enumerate(args), *kwargs.items()]
+    return {name: t for name, t in given if isinstance(t, torch.Tensor)}
+
+
+def cuts(tensors, pairs):
+    """Dimensions to cut to nothing together: those of one size or of two, or one by itself."""
+    dims = [(name, d, size) for name, t in tensors.items() for d, size in enumerate(t.shape)]
+    sizes = sorted({size for *_, size in dims if size > 0})
+    for count in (1, 2) if pairs else (1,):
+        for some in itertools.combinations(sizes, count):
+            yield {(name, d) for name, d, size in dims if size in some}
+    yield from ({(name, d)} for name, d, size in dims if size > 0)
+
+
+def cut(args, kwargs, dims, fill):
+    """The call with nothing in those dimensions, and all integers the same unless fill is None."""
+    args, kwargs = list(args), dict(kwargs)
+    for name, t in places_of(args, kwargs).items():
+        for d in [d for n, d in dims if n == name]:
+            t = t.narrow(d, 0, 0)
+        if fill is not None and t.dtype in (torch.int32, torch.int64):
+            t = torch.full_like(t, fill)
+        (args if isinstance(name, int) else kwargs)[name] = t
+    return args, kwargs
+
+
+def calls(sample, pairs):
+    """For each cut the call as it is, and with ids and lengths that fit any size."""
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    seen = set()
+    for dims in cuts(places_of(args, kwargs), pairs):
+        call = cut(args, kwargs, dims, None)
+        shapes = tuple((n, tuple(t.shape)) for n, t in places_of(*call).items())
+        if shapes not in seen:
+            seen.add(shapes)
+            yield call, cut(args, kwargs, dims, 0)
+
+
+def results(spec, backend, args, kwargs):
+    function = without_side_effects(spec, functools.partial(spec.function, backend=backend))
+    outputs, _ = evaluate(function, args, kwargs)
+    if not spec.differentiable:
+        return outputs
+    outputs, gradients = evaluate(function, args, kwargs, [torch.ones_like(o) for o in outputs])
+    return outputs + gradients
+
+
+@functools.cache
+def wanted(op):
+    """Calls of an operator that the reference accepts, and what it says to each."""
+    spec, found = registry.get(op), []
+    for sample in spec.samples:
+        for either in calls(sample, pairs=sample is spec.samples[0]):
+            for args, kwargs in either:
+                try:
+                    found.append((args, kwargs, results(spec, "reference", args, kwargs)))
+                    break
+                except RuntimeError as error:
+                    assert str(error).startswith("tokenmill."), error
+    return found
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+def test_sizes_of_zero(spec, backend):
+    tried = wanted(spec.name)
+    assert tried
+    if backend == "triton" and device_of(backend) == "cpu":  # the interpreter takes its time
+        tried = [call for call in tried if any(o.numel() for o in call[2])]
+        tried = sorted(tried, key=lambda call: sum(o.numel() for o in call[2]))[:3]
+    for args, kwargs, want in tried:
+        there = [t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t for t in args]
+        options = {
+            n: t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t
+            for n, t in kwargs.items()
+        }
+        found = results(spec, backend, there, options)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_tokens_without_channels_have_a_sum_of_weights(backend):
+    x, weight = torch.randn(2, 1, 0), torch.rand(2, 0)
+    none = torch.empty(2, 0, dtype=torch.int32)
+    x, weight, none = (t.to(device_of(backend)) for t in (x, weight, none))
+    assert tm.gather_fuse(x, none, none, weight, backend=backend).shape == (2, 2, 0)
