@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 
 from . import autocast, library
 from .check import InputError, fail, synchronising_checks
+from .derivatives import note_writes, refuse_gradient, transformed
 
 if TYPE_CHECKING:
     from .registry import OpSpec
@@ -110,12 +112,13 @@ def call(
         assert spec.out is not None
         checked, arguments = spec.out, (*lowered, out)
     autograd = _needs_autograd(arguments)
-    if autograd and (checked.written or spec.refuses_gradients):
-        _refuse_gradient(spec, checked, arguments)
+    if autograd:
+        refuse_gradient(checked, arguments)
     if chosen == "reference":
         checked.check(*arguments, float64=True)
         spec.forward.check_values(*lowered)
-        return _results(spec.reference(*lowered), out)
+        with contextlib.nullcontext() if spec.differentiable else torch.no_grad():
+            return _results(spec.reference(*lowered), out)
     if chosen != "cpu" and synchronising_checks():
         checked.check(*arguments)
         spec.forward.check_values(*lowered)
@@ -123,13 +126,14 @@ def call(
         checked.check(*arguments)
         return _results(call(spec, lowered, chosen), out)
     op = checked.overload(namespace(chosen))
-    if torch.compiler.is_compiling() or autograd:
+    if torch.compiler.is_compiling() or transformed():
         return _results(op(*arguments), None, out)
-    # Autograd registered from Python costs 10 us a call, as much as the rest of the dispatch.
+    # Autograd in the dispatcher costs 10 us a call, as much as the rest of the dispatch.
+    if autograd and (function := checked.autograd_function(namespace(chosen))):
+        return _results(function.apply(*arguments, None), None, out)
     with torch._C._AutoDispatchBelowAutograd():
         results = op(*arguments)
-    for name in checked.written:
-        _note_write(arguments[checked.arguments.index(name)])
+    note_writes(checked, arguments)
     return _results(results, None, out)
 
 
@@ -151,20 +155,6 @@ def _has_out(spec: OpSpec, backend: str) -> bool:
     if backend == "triton":
         return spec.out.triton is not None
     return backend in ("cpu", "cuda") and spec.out.has_native(backend.upper())
-
-
-def _note_write(t: torch.Tensor) -> None:
-    """Lets autograd see that a tensor which it saved was overwritten."""
-    if not t.is_inference():
-        torch.autograd.graph.increment_version(t)
-
-
-def _refuse_gradient(spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]) -> None:
-    for name, value in zip(op.arguments, arguments, strict=True):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            why = f"as the call writes into {op.written[0]}" if op.written else "there is none"
-            rule = f"must not require a gradient, {why}"
-            fail(spec.name, name, rule, value.requires_grad)
 
 
 def _needs_autograd(lowered: tuple[Any, ...]) -> bool:

@@ -1,10 +1,10 @@
 """Loads the operator library and attaches to each operator what lives in Python: fake kernels,
-autograd, and Triton implementations.
+autograd, vmap, and Triton implementations.
 
 `torch.ops.tokenmill.<op>` is the native operator. `torch.ops.tokenmill_triton.<op>` has the same
-schema, fake and autograd, and runs the Triton kernel; where no native CUDA kernel is registered it
-serves `torch.ops.tokenmill.<op>` on CUDA too. `torch.ops.tokenmill_emulated.<op>`, in development
-builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine.
+schema, fake, autograd and vmap, and runs the Triton kernel; where no native CUDA kernel is
+registered it serves `torch.ops.tokenmill.<op>` on CUDA too. `torch.ops.tokenmill_emulated.<op>`, in
+development builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from . import derivatives
 from .autocast import Autocast, device_of
 from .check import check_tensor
 
@@ -35,11 +36,9 @@ native: Any = getattr(torch.ops, NAMESPACE)
 if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
     native.cpu_isa(_isa)
 
-_triton_library = torch.library.Library(TRITON_NAMESPACE, "DEF")
-_cuda_library = torch.library.Library(NAMESPACE, "IMPL")
 _libraries = {
-    namespace: torch.library.Library(namespace, "IMPL")
-    for namespace in (NAMESPACE, TRITON_NAMESPACE, EMULATED_NAMESPACE)
+    NAMESPACE: torch.library.Library(NAMESPACE, "IMPL"),
+    TRITON_NAMESPACE: torch.library.Library(TRITON_NAMESPACE, "DEF"),
 }
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
@@ -52,7 +51,10 @@ class TorchOp:
     check raises for a bad call by metadata alone (float64=True admits float64, which only the
     reference runs); check_values by what lies inside tensors, which costs a synchronisation on a
     GPU. fake gives the outputs without data. triton is the "module:function" of the Triton
-    implementation inside tokenmill.triton_kernels. autocast says what torch.autocast casts.
+    implementation inside tokenmill.triton_kernels. backward and setup_context are those of
+    torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an
+    operator without backward has constant results, unless it refuses_gradients; one that writes
+    into an argument always does. autocast says what torch.autocast casts.
     """
 
     name: str
@@ -62,10 +64,12 @@ class TorchOp:
     triton: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., Any] | None = None
+    refuses_gradients: bool = False
     autocast: Autocast | None = None
     arguments: tuple[str, ...] = field(init=False)  # names of the schema
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
     tensors: frozenset[str] = field(init=False)  # those that must be tensors
+    _functions: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def qualname(self) -> str:
@@ -78,6 +82,16 @@ class TorchOp:
     def has_emulated(self) -> bool:
         """Whether this build can run the CUDA kernel in the PTX machine."""
         return emulated_built() and self.name in _load_emulated()
+
+    @property
+    def public_name(self) -> str:
+        """That of the public operator that this one belongs to."""
+        return self.name.removesuffix("_backward").removesuffix("_out")
+
+    @property
+    def differentiates(self) -> TorchOp | None:
+        """The operator whose gradients this one computes."""
+        return _registered[self.public_name] if self.name.endswith("_backward") else None
 
     def __post_init__(self) -> None:
         schema = self.overload()._schema.arguments
@@ -99,44 +113,49 @@ class TorchOp:
             _load_emulated()
         return getattr(getattr(torch.ops, namespace), self.name).default
 
+    def autograd_function(self, namespace: str) -> type[torch.autograd.Function] | None:
+        """What runs the operator and knows its derivative, below the dispatcher's autograd."""
+        if namespace not in self._functions:
+            self._functions[namespace] = derivatives.autograd_function(self, namespace)
+        function: type[torch.autograd.Function] | None = self._functions[namespace]
+        return function
+
 
 _native_keys: set[tuple[str, str]] = set()
-_registered: list[TorchOp] = []
+_registered: dict[str, TorchOp] = {}
 
 
 def register(op: TorchOp) -> TorchOp:
     for key in ("CPU", "CUDA"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(op.qualname, key):
             _native_keys.add((op.name, key))
-    _registered.append(op)
+    _registered[op.name] = op
     _attach(op, NAMESPACE)
     if op.triton:
         schema = str(op.overload()._schema).removeprefix(f"{NAMESPACE}::")
-        _triton_library.define(schema)
+        triton, native = _libraries[TRITON_NAMESPACE], _libraries[NAMESPACE]
+        triton.define(schema)
         launcher = functools.partial(_call_triton, op)
         for key in ("CPU", "CUDA"):  # CPU: under Triton's interpreter
-            _triton_library.impl(op.name, launcher, key)
+            triton.impl(op.name, launcher, key)
         if not op.has_native("CUDA"):
-            _cuda_library.impl(op.name, launcher, "CUDA")
+            native.impl(op.name, launcher, "CUDA")
         _attach(op, TRITON_NAMESPACE)
     return op
 
 
 def _attach(op: TorchOp, namespace: str) -> None:
-    """Gives the operator in a namespace its fake kernel, its autograd, its autocast and, if it
-    writes into an argument, what it does with lazy negatives and conjugates. What torch does there
-    by itself fails an assertion and aborts the process later."""
+    """Gives the operator in a namespace its fake kernel, its autograd, its rule for vmap, its
+    autocast and, if it writes into an argument, what it does with lazy negatives and conjugates.
+    What torch does there by itself fails an assertion and aborts the process later."""
     qualname = f"{namespace}::{op.name}"
     on_views = functools.partial(_call_on_views, op, namespace)
     for key in ("Conjugate", "Negative") if op.written else ():
         _libraries[namespace].impl(op.name, on_views, key)
     torch.library.register_fake(qualname, functools.partial(_call_fake, op))
-    if op.backward:
-        torch.library.register_autograd(
-            qualname,
-            functools.partial(op.backward, getattr(torch.ops, namespace)),
-            setup_context=op.setup_context,
-        )
+    autograd = derivatives.autograd_kernel(op, namespace)
+    _libraries[namespace].impl(op.name, autograd, "Autograd", with_keyset=True)
+    torch.library.register_vmap(qualname, derivatives.vmap_rule(op, namespace))
     if op.autocast:
         for key in ("AutocastCPU", "AutocastCUDA"):
             kernel = functools.partial(_call_autocast, op, namespace)
@@ -201,7 +220,8 @@ def _load_emulated() -> set[str]:
     """The operators of the emulated library, which is loaded at the first call."""
     if not _emulated_ops:
         torch.ops.load_library(str(EMULATED_PATH))
-        for op in _registered:
+        _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
+        for op in _registered.values():
             qualname = f"{EMULATED_NAMESPACE}::{op.name}"
             if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
                 _emulated_ops.add(op.name)

@@ -39,8 +39,7 @@ class OpSpec:
     the schema, shared in one order by reference, C++ params and Triton launcher.
     differentiable names the arguments with a gradient. out, if there, is the operator that writes
     the first result into its last argument; lower_out(out, *lowered) is that argument as the schema
-    has it. A call that writes into an argument has no gradient,
-    nor has an operator that refuses_gradients.
+    has it.
     logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
     an error there is a relative error of what they are the logarithm of.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
@@ -63,7 +62,6 @@ class OpSpec:
     flops: Callable[..., float]
     out: TorchOp | None = None
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
-    refuses_gradients: bool = False
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
 

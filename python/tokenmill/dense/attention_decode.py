@@ -298,6 +298,7 @@ FORWARD = register(
         check_values=_check_values,
         fake=_fake,
         triton="dense.attention_decode:attention_decode",
+        refuses_gradients=True,
     )
 )
 SPEC = register_op(
@@ -313,7 +314,6 @@ SPEC = register_op(
         samples=SAMPLES,
         malformed=MALFORMED,
         differentiable=(),
-        refuses_gradients=True,
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",
         flops=flops,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..autocast import Autocast
 from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
+from ..derivatives import transformed
 from ..lowering import scale_or_default
 from ..select import attention_row_scores
 from ..tokens.gather_fuse import gather_fuse
@@ -39,7 +40,10 @@ def class_scores(
         check_tensor(SCORES, name, t)
         check(t.dim() == 4, SCORES, name, "must have 4 dimensions [B, 1 + N, H, D]", t.dim())
     first = q[:, :1]
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+    # The tensors of torch.func's vmap do not say that they require a gradient.
+    derived = not torch.compiler.is_compiling() and transformed()
+    derived = derived or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    if not derived:
         return attention_row_scores(first, k, scale=scale, skip=1, backend=backend)
     check_qkv(SCORES, first, k, k, 4, True)
     factor = scale_or_default(SCORES, scale, q)

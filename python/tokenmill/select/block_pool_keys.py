@@ -150,8 +150,7 @@ def lower(
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    block = _check_types(OP, k, block, mode, lengths, block_table)
-    return (k.detach() if k.requires_grad else k, block, mode, lengths, block_table)
+    return k, _check_types(OP, k, block, mode, lengths, block_table), mode, lengths, block_table
 
 
 def lower_update(

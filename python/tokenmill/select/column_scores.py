@@ -132,9 +132,9 @@ def lower(
     elif seed is not None:
         fail(OP, "seed", "goes with gumbel_tau alone", seed)
     return (
-        q.detach(), k.detach(), None if lse is None else widen(lse, q).detach(),
-        scale_or_default(OP, scale, q), causal, reduce, window_queries, head_reduce, lengths,
-        query_lengths, tau, 0 if seed is None else seed,
+        q, k, None if lse is None else widen(lse, q), scale_or_default(OP, scale, q), causal,
+        reduce, window_queries, head_reduce, lengths, query_lengths, tau,
+        0 if seed is None else seed,
     )  # fmt: skip
 
 

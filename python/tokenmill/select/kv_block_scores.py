@@ -164,9 +164,8 @@ def lower(
     check_bool(OP, "causal", causal)
     factor = scale_or_default(OP, scale, q)
     return (
-        q.detach() if q.requires_grad else q, k.detach() if k.requires_grad else k, scoring,
-        block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink, num_recent,
-        lengths, block_table,
+        q, k, scoring, block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink,
+        num_recent, lengths, block_table,
     )  # fmt: skip
 
 

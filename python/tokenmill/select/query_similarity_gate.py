@@ -66,8 +66,7 @@ def query_similarity_gate(
 def lower(q: Tensor, q_ref: Tensor, threshold: float = 0.9) -> tuple[Any, ...]:
     check_tensor(OP, "q", q)
     check_tensor(OP, "q_ref", q_ref)
-    threshold = as_number(OP, "threshold", threshold)
-    return (*(t.detach() if t.requires_grad else t for t in (q, q_ref)), threshold)
+    return q, q_ref, as_number(OP, "threshold", threshold)
 
 
 def _check(q: Tensor, q_ref: Tensor, threshold: float, *, float64: bool = False) -> None:

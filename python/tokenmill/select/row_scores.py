@@ -103,7 +103,7 @@ def lower(
     check_text(OP, "reduce", reduce)
     skip = as_int(OP, "skip", skip)
     return (
-        q_rows.detach(), k.detach(), None if lse is None else widen(lse, q_rows).detach(),
+        q_rows, k, None if lse is None else widen(lse, q_rows),
         scale_or_default(OP, scale, q_rows), causal, reduce, skip, lengths,
     )  # fmt: skip
 

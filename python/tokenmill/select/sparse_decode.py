@@ -467,6 +467,7 @@ FORWARD = register(
         check_values=_check_values,
         fake=_fake,
         triton="select.sparse_decode:sparse_decode_attention",
+        refuses_gradients=True,
     )
 )
 SPEC = register_op(
@@ -482,7 +483,6 @@ SPEC = register_op(
         samples=SAMPLES,
         malformed=MALFORMED,
         differentiable=(),
-        refuses_gradients=True,
         logarithms=(1,),
         paper="TokenSelect (Wu et al. 2024), Quest (Tang et al. 2024)",
         flops=flops,

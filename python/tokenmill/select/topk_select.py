@@ -132,8 +132,8 @@ def lower(
         check_text(OP, name, text)
     check_bool(OP, "return_values", return_values)
     return (
-        scores.detach() if scores.requires_grad else scores, k, lengths, row_starts, tie, order,
-        force_first, force_last, page_table, page_size, row_to_batch, return_values,
+        scores, k, lengths, row_starts, tie, order, force_first, force_last, page_table, page_size,
+        row_to_batch, return_values,
     )  # fmt: skip
 
 

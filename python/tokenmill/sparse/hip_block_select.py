@@ -205,9 +205,8 @@ def lower(
         check_text(OP, name, text)
     check_bool(OP, "causal", causal)
     return (
-        q.detach() if q.requires_grad else q, k.detach() if k.requires_grad else k, budget,
-        block_q, block_k, stride_q, representative, num_sink, num_recent, bound, indices, counts,
-        restart_span, causal, head_reduce, seqlens_k, block_table,
+        q, k, budget, block_q, block_k, stride_q, representative, num_sink, num_recent, bound,
+        indices, counts, restart_span, causal, head_reduce, seqlens_k, block_table,
     )  # fmt: skip
 
 

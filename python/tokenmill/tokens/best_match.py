@@ -70,7 +70,7 @@ def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
     check_tensor(OP, "a", a)
     check_tensor(OP, "b", b)
     check_bool(OP, "normalize", normalize)
-    return a.detach() if a.requires_grad else a, b.detach() if b.requires_grad else b, normalize
+    return a, b, normalize
 
 
 # csrc/tokens/best_match/host.cpp has the same rules in the same order and words.

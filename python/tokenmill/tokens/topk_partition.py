@@ -112,7 +112,6 @@ def lower(
     protect_last = as_int(OP, "protect_last", protect_last)
     check_bool(OP, "largest", largest)
     check_text(OP, "order", order)
-    scores = scores.detach() if scores.requires_grad else scores
     return scores, k, counts, largest, order, valid, protect_first, protect_last
 
 

@@ -1,0 +1,210 @@
+"""What autograd and the transforms of torch.func make of an operator.
+
+Kernels have first derivatives in reverse mode. Whoever asks a kernel for another one (a tangent of
+forward mode, the derivative of a gradient) gets an error that names the operator, never 0; the
+reference has them all. vmap calls an operator once for each element of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from .check import fail
+
+if TYPE_CHECKING:
+    from .library import TorchOp
+
+ELSEWHERE = "use backend='reference'"
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode is at work. Its wrappers and dual tensors are ordinary
+    torch.Tensor, which only the whole dispatcher takes apart."""
+    level: int = forward_ad._current_level
+    return level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def autograd_function(op: TorchOp, namespace: str) -> type[torch.autograd.Function] | None:
+    """The function that runs the operator below autograd and knows its derivative; None if it has
+    none. It takes the arguments of the schema, and last the keys of a dispatch or None."""
+    if op.differentiates:
+        setup_context: Callable[..., Any] = _keep_nothing
+        backward: Callable[..., Any] = _refuse_second(op)
+    elif op.backward:
+        assert op.setup_context
+        setup_context, backward = op.setup_context, op.backward
+    else:
+        return None
+    overload, ops = op.overload(namespace), getattr(torch.ops, namespace)
+    direct = _BelowAutograd(ops)
+
+    def run(ctx: Any, *args: Any) -> Any:
+        *arguments, keys = args
+        if torch._C._are_functorch_transforms_active():
+            # The next level records by itself; apply has switched recording off.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                results = _below(overload, keys, arguments)
+        else:
+            results = _below(overload, keys, arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return (*backward(direct if _plain() else ops, ctx, *grads), None)
+
+    members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
+    return type(f"{op.name}_autograd", (torch.autograd.Function,), members)
+
+
+class _BelowAutograd:
+    """torch.ops.<namespace>, whose operators skip the dispatcher's autograd, 10 us a call."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        overload = getattr(self._ops, name).default
+
+        def run(*arguments: Any) -> Any:
+            return _below(overload, None, arguments)
+
+        setattr(self, name, run)
+        return run
+
+
+def _plain() -> bool:
+    """Whether nothing is recorded, transformed or traced."""
+    if torch.compiler.is_compiling():
+        return False
+    modes: int = torch._C._len_torch_dispatch_stack()
+    return not (torch.is_grad_enabled() or modes or transformed())
+
+
+def _below(overload: Any, keys: Any, arguments: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        if keys is None:
+            return overload(*arguments)
+        return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _keep_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+
+
+def _refuse_second(op: TorchOp) -> Callable[..., Any]:
+    forward = op.differentiates
+    assert forward
+
+    def refuse(ops: Any, ctx: Any, *grads: Tensor | None) -> Any:
+        needed = [name for name, n in zip(op.arguments, ctx.needs_input_grad, strict=False) if n]
+        name = next((name for name in needed if name in forward.arguments), needed[0])
+        rule = f"must not be differentiated twice by a kernel, {ELSEWHERE}"
+        fail(forward.name, name, rule, next(grad for grad in grads if grad is not None))
+
+    return refuse
+
+
+def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
+    """The operator at the dispatcher's autograd keys, at every level of torch.func."""
+    overload, function = op.overload(namespace), op.autograd_function(namespace)
+    # Function.apply itself would start again at the uppermost level.
+    apply: Any = function and super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        tangent = None
+        if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+            tangent = _find_tangent(op, arguments)
+        if tangent and (function or op.written):
+            _refuse_tangent(op, *tangent)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            refuse_gradient(op, arguments)
+            if apply:
+                if not torch._C._are_functorch_transforms_active():
+                    return apply(*arguments, keys)
+                with enable_single_level_autograd_function():
+                    return apply(*arguments, keys)
+        results = _below(overload, keys, arguments)
+        note_writes(op, arguments)
+        if tangent and _has_floating(results):
+            _refuse_tangent(op, *tangent)
+        return results
+
+    return kernel
+
+
+def _find_tangent(op: TorchOp, arguments: Sequence[Any]) -> tuple[str, Tensor] | None:
+    """The first tangent of an argument, and the name of that."""
+    for name, t in zip(op.arguments, arguments, strict=True):
+        if isinstance(t, Tensor) and t.is_floating_point():
+            tangent = forward_ad.unpack_dual(t).tangent
+            if tangent is not None:
+                return name, tangent
+    return None
+
+
+def _refuse_tangent(op: TorchOp, name: str, tangent: Tensor) -> NoReturn:
+    rule = f"must not have a tangent (forward mode) in a kernel, {ELSEWHERE}"
+    fail(op.public_name, name, rule, tangent)
+
+
+def _has_floating(results: Any) -> bool:
+    """Whether there is a floating-point result: one of shape [0] is there for its place alone."""
+    results = results if isinstance(results, tuple) else (results,)
+    tensors = [r for r in results if isinstance(r, Tensor)]
+    return any(r.is_floating_point() and r.shape != (0,) for r in tensors)
+
+
+def refuse_gradient(op: TorchOp, arguments: Sequence[Any]) -> None:
+    """Raises for an argument that requires a gradient of a call that can have none."""
+    if not (op.written or op.refuses_gradients):
+        return
+    for name, value in zip(op.arguments, arguments, strict=True):
+        if isinstance(value, Tensor) and value.requires_grad:
+            why = f"as the call writes into {op.written[0]}" if op.written else "there is none"
+            rule = f"must not require a gradient, {why}"
+            fail(op.public_name, name, rule, value.requires_grad)
+
+
+def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
+    """Lets autograd see that tensors which it saved were overwritten."""
+    for name in op.written:
+        t = arguments[op.arguments.index(name)]
+        if not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
+def vmap_rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
+    """The operator called for one element of the batch after the other."""
+    overload = op.overload(namespace)
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if size == 0:
+            fail(op.public_name, op.arguments[0], "must have a batch of at least 1 in vmap", size)
+        rows = list(arguments)
+        for i, (name, dim) in enumerate(zip(op.arguments, in_dims, strict=True)):
+            if name in op.written and dim is None:
+                why = "must be batched by vmap, as the call writes into it"
+                fail(op.public_name, name, why, arguments[i])
+            if isinstance(dim, int):
+                t = arguments[i].movedim(dim, 0)
+                if name not in op.written and t.dim() > 1 and t.stride(-1) != 1:
+                    t = t.contiguous()
+                rows[i] = [t.select(0, row) for row in range(size)]
+            else:
+                rows[i] = [arguments[i]] * size
+        results = [overload(*row) for row in zip(*rows, strict=True)]
+        if results[0] is None:
+            return None, None
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return columns, (0,) * len(columns)
+
+    return rule
