@@ -5,7 +5,7 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, linear, nn, policies, select, sparse, testing, tokens
+from . import dense, flops, linear, nn, policies, registry, select, sparse, testing, tokens
 from .check import InputError
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
 from .dispatch import backends, explain
@@ -109,3 +109,5 @@ __all__ = [
     "transpose_block_list",
     "unmerge_tokens",
 ]
+
+flops.install([*registry.ops().values()])

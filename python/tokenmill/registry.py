@@ -42,6 +42,9 @@ class OpSpec:
     has it.
     logarithms are the outputs (by position) whose errors count absolutely while they are below 1:
     an error there is a relative error of what they are the logarithm of.
+    flops counts the operations of a forward call by the lowered list, backward_flops those of its
+    backward; None = twice as many. Where tensors are shapes alone (meta and fake ones) they count
+    bounds.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
     the inputs: the yardstick of the error budget.
@@ -60,6 +63,7 @@ class OpSpec:
     differentiable: tuple[str, ...]
     paper: str
     flops: Callable[..., float]
+    backward_flops: Callable[..., float] | None = None
     out: TorchOp | None = None
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from ..autocast import Autocast
 from ..check import as_int, as_number, check_bool, check_tensor, check_text, fail
 from ..dispatch import call
+from ..flops import band, known
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference import dense as reference
@@ -394,16 +395,22 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, *lowered: Any) -> float:
-    """Operations of the two products over visible pairs, of a dense (not packed) call."""
-    causal, left, right = lowered[9:12]
-    sq, sk = q.shape[1], k.shape[1]
+    """Operations of the two products over visible pairs."""
+    causal, left, right, cu_seqlens_q, cu_seqlens_k = lowered[9:14]
     right = 0 if causal else right
-    if left < 0 and right == 0 and sq == sk:
-        pairs = sq * (sq + 1) / 2
+    if cu_seqlens_q is None:
+        sizes = [(q.shape[1], k.shape[1])] * q.shape[0]
+    elif known(cu_seqlens_q) and known(cu_seqlens_k):
+        sizes = [*zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)]
     else:
-        visible = reference.visible_pairs(sq, sk, left, right, torch.device("cpu"))
-        pairs = float(visible.sum()) if left >= 0 or right >= 0 else float(sq * sk)
-    return 2.0 * q.shape[0] * q.shape[2] * pairs * (q.shape[-1] + v.shape[-1])
+        sizes = [(q.shape[0], k.shape[0])]
+    pairs = sum(band(sq, sk, left, right) for sq, sk in sizes)
+    return 2.0 * q.shape[-2] * pairs * (q.shape[-1] + v.shape[-1])
+
+
+def backward_flops(*lowered: Any) -> float:
+    """Five products over visible pairs."""
+    return 2.5 * flops(*lowered)
 
 
 FORWARD = register(
@@ -442,5 +449,6 @@ SPEC = register_op(
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",
         flops=flops,
+        backward_flops=backward_flops,
     )
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..autocast import Autocast
 from ..check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
 from ..dispatch import call
+from ..flops import known
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -284,9 +285,14 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, *rest: Any) -> float:
+def flops(
+    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
+) -> float:
     """Operations of the two products over the keys of each request (without a window)."""
-    keys = float(seqlens_k.clamp(0).sum())
+    if known(seqlens_k):
+        keys = float(seqlens_k.clamp(0).sum())
+    else:
+        keys = float(q.shape[0] * k.shape[1] * (1 if block_table is None else block_table.shape[1]))
     return 2.0 * q.shape[1] * q.shape[2] * keys * (q.shape[-1] + v.shape[-1])
 
 

@@ -445,5 +445,6 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
+        backward_flops=lambda *lowered: 3.0 * flops(*lowered),  # three recurrences
     )
 )

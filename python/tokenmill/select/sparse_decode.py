@@ -25,6 +25,7 @@ from ..check import (
 from ..dense.attention_decode import MAX_SPLITS
 from ..dense.terms import check_scale, check_small, check_terms
 from ..dispatch import call
+from ..flops import known
 from ..kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -454,7 +455,8 @@ def flops(
     *rest: Any,
 ) -> float:
     """Operations of the two products over all listed keys, and the first and last ones."""
-    listed = float(counts.sum()) * block_k / max(counts.shape[1], 1)
+    blocks = float(counts.sum()) if known(counts) else float(indices.numel())
+    listed = blocks * block_k / max(counts.shape[1], 1)
     keys = listed + counts.shape[0] * (num_sink + num_recent)
     return 2.0 * q.shape[1] * q.shape[2] * keys * (q.shape[-1] + v.shape[-1])
 

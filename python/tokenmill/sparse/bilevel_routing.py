@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -13,6 +14,7 @@ from ..autocast import Autocast
 from ..check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
 from ..dispatch import call
+from ..flops import known
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
@@ -324,12 +326,16 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *sizes: Any) -> float:
-    """Operations of the two products over all pairs."""
-    own = reference.region_of_pixels(q, sizes[0], sizes[1]).bincount()
-    others = reference.region_of_pixels(k, sizes[2], sizes[3]).bincount()
-    routed = reference.listed_blocks(indices, counts, indices.shape[2])
-    pairs = float((routed * own[:, None] * others).sum()) * q.shape[3] / max(indices.shape[1], 1)
-    return 2.0 * pairs * (q.shape[-1] + v.shape[-1])
+    """Operations of the two products over all pairs of routed regions of the average size."""
+    _, heads, regions, _ = indices.shape
+    routed = float(counts.sum()) if known(counts) else float(indices.numel())
+    pixels = math.prod(q.shape[1:3]) * math.prod(k.shape[1:3]) / max(regions, 1) ** 2
+    return 2.0 * routed * pixels * q.shape[3] / max(heads, 1) * (q.shape[-1] + v.shape[-1])
+
+
+def backward_flops(*lowered: Any) -> float:
+    """Five products."""
+    return 2.5 * flops(*lowered)
 
 
 FORWARD = register(
@@ -367,5 +373,6 @@ SPEC = register_op(
         logarithms=(1,),
         paper="BiFormer (Zhu et al. 2023)",
         flops=flops,
+        backward_flops=backward_flops,
     )
 )

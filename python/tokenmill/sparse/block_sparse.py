@@ -13,6 +13,7 @@ from ..autocast import Autocast
 from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor
 from ..dense.terms import check_scale
 from ..dispatch import call
+from ..flops import band, known
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
 from ..reference import block_sparse as reference
@@ -293,11 +294,43 @@ def flops(
     num_recent: int,
     *rest: Any,
 ) -> float:
-    """Operations of the two products over visible pairs."""
-    visible = reference.visible_keys(
-        q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, rest[2]
-    )
-    return 2.0 * float(visible.sum()) * (q.shape[-1] + v.shape[-1])
+    """Operations of the two products over what a query sees of listed blocks, and first and last
+    keys beside them."""
+    batch, sq, heads, dim = q.shape
+    sk = k.shape[1]
+    if known(counts):
+        pairs = _listed_pairs(sq, sk, indices, counts, block_q, block_k, causal)
+    else:
+        pairs = float(indices.numel() * block_q * block_k)
+    pairs *= heads / max(indices.shape[1], 1)
+    pairs += batch * heads * sq * (num_sink + num_recent)
+    most = batch * heads * band(sq, sk, -1, 0 if causal else -1)
+    return 2.0 * min(pairs, most) * (dim + v.shape[-1])
+
+
+def _listed_pairs(
+    sq: int, sk: int, indices: Tensor, counts: Tensor, block_q: int, block_k: int, causal: bool
+) -> float:
+    """Pairs of a query and a key of its lists that it sees."""
+    entries = torch.arange(indices.shape[3], device=indices.device)
+    first_row = torch.arange(indices.shape[2], device=indices.device)[:, None] * block_q
+    rows = (sq - first_row).clamp(0, block_q)
+    first_key = indices.long() * block_k
+    keys = (sk - first_key).clamp(0, block_k)
+
+    def before(x: Tensor) -> Tensor:
+        """Sum of clamp(m, 0, keys) over m < x."""
+        inside = x.clamp(min=0).minimum(keys + 1)
+        return inside * (inside - 1) // 2 + (x - keys - 1).clamp(min=0) * keys
+
+    start = first_row + sk - sq + 1 - first_key  # keys of the block that its first query sees
+    pairs = before(start + rows) - before(start) if causal else rows * keys
+    return float(pairs.where(entries < counts[..., None], 0).sum())
+
+
+def backward_flops(*lowered: Any) -> float:
+    """Five products."""
+    return 2.5 * flops(*lowered)
 
 
 FORWARD = register(
@@ -335,5 +368,6 @@ SPEC = register_op(
         logarithms=(1,),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,
+        backward_flops=backward_flops,
     )
 )

@@ -193,6 +193,13 @@ def _flops(
     return x.numel() * (5.0 * reach * iters + 3.0 * labels)
 
 
+def _backward_flops(
+    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
+) -> float:
+    """Of the last iteration."""
+    return 5.0 * x.numel() * min(window, grid_y) * min(window, grid_x)
+
+
 def _noise(shape: tuple[int, ...], **options: Any) -> Any:
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (torch.randn(shape, generator=g).to(dtype), options["grid"]), {
@@ -283,5 +290,6 @@ SPEC = register_op(
         differentiable=("x",),
         paper="Expedit (Liang et al. 2022)",
         flops=_flops,
+        backward_flops=_backward_flops,
     )
 )  # fmt: skip

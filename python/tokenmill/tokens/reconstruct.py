@@ -183,6 +183,10 @@ def _flops(
     return 3.0 * features.numel() * centroids.shape[1] + 2.0 * tokens * k * values.shape[2]
 
 
+def _backward_flops(features: Tensor, centroids: Tensor, values: Tensor, k: int, *_: Any) -> float:
+    return 2.0 * features.shape[0] * features.shape[1] * k * values.shape[2]
+
+
 def _sample(
     batch: int,
     tokens: int,
@@ -276,5 +280,6 @@ SPEC = register_op(
         differentiable=("values",),
         paper="Expedit (Liang et al. 2022)",
         flops=_flops,
+        backward_flops=_backward_flops,
     )
 )  # fmt: skip
