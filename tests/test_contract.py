@@ -346,6 +346,16 @@ def test_raw_operator_names_the_tensor_that_is_missing(spec, backend):
             op(*lowered[:at], None, *lowered[at + 1 :])
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.uint16], ids=str
+)
+def test_kernels_name_dtypes_as_torch_does(dtype):
+    x = torch.zeros(2, 3).to(dtype)
+    for backend in ("cpu", "reference"):
+        with pytest.raises(RuntimeError, match=f"or float32; got {str(dtype)[6:]}$"):
+            tm.topk_select(x, 1, backend=backend)
+
+
 @each_spec
 def test_unknown_and_unable_backends_are_refused(spec):
     args, kwargs = draw(spec.samples[0])

@@ -1,6 +1,7 @@
 // Errors that name operator, argument, rule and value. python/tokenmill/check.py writes the same
 // text for the backends that do not pass through C++.
 #pragma once
+#include <cctype>
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -48,8 +49,17 @@ inline std::string show(ScalarType t) {
       return "int32";
     case ScalarType::Long:
       return "int64";
-    default:
-      return torch::headeronly::toString(t);
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default: {  // Float8_e4m3fn, UInt16: as in Python but for the capitals
+      std::string name = torch::headeronly::toString(t);
+      for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+      return name;
+    }
   }
 }
 
