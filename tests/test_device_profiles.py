@@ -64,7 +64,7 @@ CALLS = {
     "attention": [
         (F32, attention_call(128)),
         (F32, attention_call(192)),
-        (F32, attention_call(256, bias=draw_tensor(1, 2, 20, 1))),
+        (F32, attention_call(256, bias=draw_tensor(1, 2, 1, 20))),
         (F16, attention_call(192, softcap=5.0)),
         (F16, attention_call(256, softcap=5.0)),
         (F16, attention_call(256, kind="sigmoid")),

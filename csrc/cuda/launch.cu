@@ -19,7 +19,7 @@ const char* kept(std::string text) {
 const char* error_text(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   const char* const text = cudaGetErrorString(error);
-  cudaGetLastError();  // or whoever asks next takes it for an error of his own
+  cudaGetLastError();  // or the next call of someone else would return it
   const bool ptx = error == cudaErrorUnsupportedPtxVersion;
   if (!ptx && error != cudaErrorInsufficientDriver) return text;
   int driver = 0;
