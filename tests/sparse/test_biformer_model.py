@@ -60,7 +60,7 @@ def test_names_and_shapes_are_the_published_ones(name):
 @pytest.mark.parametrize(
     ("name", "depths", "size"),
     [
-        ("tiny", None, (112, 144)),
+        ("tiny", (2, 1, 2, 2), (112, 144)),
         ("base", (1, 1, 1, 1), (112, 112)),
         ("stl", (1, 1, 1, 1), (112, 112)),
         ("stl-channels-first", (1, 1, 1, 1), (112, 144)),
@@ -68,9 +68,7 @@ def test_names_and_shapes_are_the_published_ones(name):
 )
 def test_logits_are_those_of_the_published_model(name, depths, size):
     """Also where regions do not divide the maps."""
-    layout = example.MODELS[name]
-    if depths:
-        layout = dataclasses.replace(layout, depths=depths)
+    layout = dataclasses.replace(example.MODELS[name], depths=depths)
     w = weights(layout, seed=0)
     model = example.BiFormer(layout).eval()
     model.load_state_dict(w)
