@@ -64,6 +64,17 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
     assert torch.equal(lowered[at], before)
 
 
+def test_a_graph_refuses_lazy_negatives():
+    """What it would write, torch loses."""
+    q, state = torch.randn(1, 1, 2, 8), torch.zeros(1, 2, 8, 8)
+
+    def run(q, state):
+        return tm.linear_attention_decode(q, q, q, torch._neg_view(state))
+
+    with pytest.raises(RuntimeError, match="state: must not be a negative or conjugate view"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(q, state)
+
+
 @pytest.mark.parametrize("backend", backends("reference"))
 def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
     q, k, v = torch.randn(3, 1, 5, 2, 8, device=device_of(backend))

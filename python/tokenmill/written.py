@@ -14,7 +14,7 @@ def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None])
     """No lazy negative or conjugate, each element at an address of its own, and none where one lies
     that the call reads. Where there are no addresses (in a graph that is being made), the kernel
     looks for itself when it runs."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # which cannot ask any of this
         return
     if t.is_neg() or t.is_conj():
         fail(op, name, "must not be a negative or conjugate view", t)
@@ -31,7 +31,10 @@ def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None])
 
 
 def _address(t: Tensor) -> int | None:
-    """None of a tensor without elements, or without memory (fake, or wrapped by a transform)."""
+    """None of a tensor without elements, or without memory of its own: fake or of another subclass,
+    or wrapped by a transform."""
+    if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        return None
     try:
         return t.data_ptr() or None
     except RuntimeError:
