@@ -252,6 +252,7 @@ def _both(**options: Any) -> tuple[Make, ...]:
     return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
 
 
+_RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
 POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.FullAttention: _both(),
     policies.TokenSelect: _both(k=4, num_sink=2, num_recent=3),
@@ -265,7 +266,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
     policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
     policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),
-    policies.RazorAttention: _both(retrieval=(0,), num_sink=1, local=6, slack=3),
+    policies.RazorAttention: (  # the cache is that of one of two key heads
+        lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
+        lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
+    ),
 }
 
 
