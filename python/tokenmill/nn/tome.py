@@ -125,9 +125,9 @@ class TokenMerging(nn.Module):
         if source is not None and source.dtype not in (torch.int32, torch.int64):
             fail(NAME, "source", "must be int32 or int64", source.dtype)
         check_dtype(NAME, "metric", metric, float64=True)
-        for name, t in (("metric", metric), ("size", size), ("source", source)):
-            if t is not None:
-                check_device_of(NAME, name, t, "x", x)
+        for name, option in (("metric", metric), ("size", size), ("source", source)):
+            if option is not None:
+                check_device_of(NAME, name, option, "x", x)
 
     @staticmethod
     def attention_bias(size: Tensor) -> Tensor:

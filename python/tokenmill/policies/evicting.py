@@ -311,8 +311,8 @@ class RazorAttention(Policy):
             local=self.local, share=self.share,
         )  # fmt: skip
         self._parts = (FullAttention(self.cache, scale=self.scale, backend=self.backend), rest)
-        for part, heads in zip(self._parts, self._heads, strict=True):
-            part.begin(q, k[:, :, heads], v[:, :, heads], lse, lengths=lengths)
+        for part, own in zip(self._parts, self._heads, strict=True):
+            part.begin(q, k[:, :, own], v[:, :, own], lse, lengths=lengths)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, t in (("q", q), ("k", k), ("v", v)):
