@@ -141,7 +141,7 @@ def _run(case: Case, arguments: Arguments, backend: str | None, *, poison: bool)
     there before.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = poison
+    deterministic.fill_uninitialized_memory = poison  # type: ignore[attr-defined]
     torch.manual_seed(0)
     results = [*tensors(case.target.run(arguments, backend), records=True)]
     smooth = [r for r in results if r.requires_grad and r.grad_fn is not None]
