@@ -34,7 +34,7 @@ def test_slopes_between_powers_of_two_are_interpolated():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), "num_heads: must be at least 1; got 0"),
+        ((0,), "num_heads: must be 1 to 65536; got 0"),
         ((2.5,), "num_heads: must be an integer; got 2.5"),
         ((4, 1), "num_layers: must be an integer, as its counterpart is given; got None"),
         ((4, 3, 3), "layer: must be from 0 to 2; got 3"),

@@ -124,8 +124,8 @@ def test_16_bits(backend, dtype):
     ("options", "error"),
     [
         ({"group": 12}, "group: must be a power of two up to 128; got 12"),
-        ({"window": 40}, "window: must be a multiple of group, 16, below 2^31; got 40"),
-        ({"window": -16}, "window: must be a multiple of group, 16, below 2^31; got -16"),
+        ({"window": 40}, r"window: must be a multiple of group, 16, below 2\^31; got 40"),
+        ({"window": -16}, r"window: must be a multiple of group, 16, below 2\^31; got -16"),
         ({"scale": "wide"}, "scale: must be a number; got 'wide'"),
         ({"return_lse": 1}, "return_lse: must be a bool; got 1"),
     ],

@@ -166,7 +166,7 @@ def test_empty_dimensions():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"block": 1}, "block: must be at least 2; got 1"),
+        ({"block": 1}, r"block: must be 2 to 2\^31 - 1; got 1"),
         ({"block": 2.0}, "block: must be an integer; got 2"),
         ({"k": torch.zeros(2, 8, 2, 8), "v": torch.zeros(2, 8, 2, 8)},
          "k: must have the length of q, 9; got 8"),
