@@ -229,6 +229,8 @@ def _other_words(error: Exception, case: Case, extreme: bool) -> str:
         return ""
     if MODES.search(str(error)):  # of autograd, which the reference may not need for a call
         return ""
+    if any(t.dtype == torch.float64 for t in tensors(case.make())):  # which only it takes
+        return ""
     there = _reference(case)
     if not isinstance(there, Exception):
         return f"the reference takes what is refused here: {_first_line(error)}"

@@ -321,6 +321,8 @@ class RazorAttention(Policy):
         groups = k.shape[2] == sum(map(len, self._heads)) and q.shape[2] % max(k.shape[2], 1) == 0
         rule = "must have the key heads of the prompt, which divide the heads of q"
         check(groups, self._name, "k", rule, k.shape)
+        rule = f"must have the key heads of k, {k.shape[2]}"
+        check(v.shape[2] == k.shape[2], self._name, "v", rule, v.shape)
         q = q.unflatten(2, (k.shape[2], -1))  # the query heads of each key head
         out = q.new_empty(*q.shape[:4], v.shape[3])
         for part, heads in zip(self._parts, self._heads, strict=True):
