@@ -77,6 +77,8 @@ def _edit(rng: random.Random, value: Any, arguments: Arguments) -> tuple[Any, st
     if rng.random() < 0.1:
         return _anything(rng, arguments)
     if isinstance(value, Tensor):
+        if is_extreme(value):
+            raise Unfit  # an edit would copy it
         return rng.choice(_TENSOR_EDITS)(rng, value, arguments)
     if isinstance(value, bool):
         return _scalar(rng, rng.choice((not value, None, 0, 1, 2, "no", "True")), "bool_")
