@@ -18,6 +18,7 @@ from ..check import (
 )
 from ..kv_cache import capacity, check_int32
 from ..select import kv_cache_compact
+from ..written import check_written
 
 NAME = "policies.KVCache"
 
@@ -30,8 +31,8 @@ class KVCache:
 
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
-            Hk, ...]`` that no two requests share. Written in place; of one floating-point dtype.
-            No gradient goes through them.
+            Hk, ...]`` that no two requests share. Written in place, so that no two elements may
+            share memory; of one floating-point dtype. No gradient goes through them.
         block_table: int32 ``[B, pages]``, the pages of each request in order. Those that tokens are
             written to must be there; on a GPU that is not checked (but with TOKENMILL_CHECK=1).
 
@@ -54,6 +55,8 @@ class KVCache:
             check(not t.requires_grad, NAME, name, rule, t.requires_grad)
         check_dtype(NAME, "k", k, float64=True)
         _check_like("v", v, k, k.shape[:3], "that of k up to the head dimension")
+        check_written(NAME, "k", k, {"v": v})
+        check_written(NAME, "v", v, {})
         check_tensor(NAME, "block_table", block_table, optional=True)
         if block_table is not None:
             check_int32(NAME, "block_table", block_table)
