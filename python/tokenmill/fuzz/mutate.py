@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import EXPANDED
 from .targets import Arguments
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
@@ -196,7 +197,7 @@ def _huge(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str
     if rest * n >= 2**63:
         raise Unfit
     shape = [*t.shape[:d], n, *t.shape[d + 1 :]]
-    return t.narrow(d, 0, 1).expand(shape), f"size {n} along {d}, expanded"
+    return t.narrow(d, 0, 1).expand(shape), f"size {n} along {d}, {EXPANDED}"
 
 
 def _strides(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str]:
