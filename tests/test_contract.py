@@ -13,6 +13,7 @@ import torch
 from conftest import backends, cpu_variants, device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
 from tokenmill import dispatch, library, registry
@@ -354,6 +355,43 @@ def test_kernels_name_dtypes_as_torch_does(dtype):
     for backend in ("cpu", "reference"):
         with pytest.raises(RuntimeError, match=f"or float32; got {str(dtype)[6:]}$"):
             tm.topk_select(x, 1, backend=backend)
+
+
+@each_spec
+def test_raw_operator_refuses_a_tensor_of_another_device(spec):
+    """One on meta sends the call to the fake kernel, whose results nobody writes."""
+    args, kwargs = draw(spec.samples[0])
+    for op in spec.torch_ops:
+        lowered = spec.lower(*args, **kwargs)
+        if op is spec.backward:
+            lowered = backward_arguments(spec, lowered)
+        tensors = [i for i, value in enumerate(lowered) if isinstance(value, torch.Tensor)]
+        for i in tensors[1:]:
+            edited = [*lowered[:i], lowered[i].to("meta"), *lowered[i + 1 :]]
+            with pytest.raises(RuntimeError, match=r"\.\w+: \w+: must be on the device of"):
+                op.overload()(*edited)
+
+
+def backward_arguments(spec, lowered):
+    """What autograd gives the backward of a call."""
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is spec.backward.overload():
+                seen.extend(args)
+            return function(*args, **(kwargs or {}))
+
+    lowered = [t.requires_grad_() if is_float(t) else t for t in lowered]
+    results = [r for r in outputs(spec.forward.overload()(*lowered)) if r.requires_grad]
+    with Record():
+        torch.autograd.grad(results, list(filter(is_float, lowered)),
+                            [torch.ones_like(r) for r in results], allow_unused=True)  # fmt: skip
+    return [t.detach() if isinstance(t, torch.Tensor) else t for t in seen]
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @each_spec

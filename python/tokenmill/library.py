@@ -22,7 +22,7 @@ import torch
 
 from . import derivatives
 from .autocast import Autocast, device_of
-from .check import check_tensor
+from .check import check_device_of, check_tensor
 
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
@@ -179,6 +179,12 @@ def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
 
 def _call_fake(op: TorchOp, *args: Any) -> Any:
     _check(op, args)
+    # A call with one tensor on meta comes here too, and its results would be memory nobody wrote.
+    given = zip(op.arguments, args, strict=True)
+    tensors = [(name, t) for name, t in given if isinstance(t, torch.Tensor)]
+    first, anchor = tensors[0]
+    for name, t in tensors[1:]:
+        check_device_of(op.name, name, t, first, anchor)
     return op.fake(*args)
 
 

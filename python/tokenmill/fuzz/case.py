@@ -75,7 +75,7 @@ def choose(seed: int, number: int, backend: str) -> Case:
         )
         if words is not None:
             words += done
-        return {k: _leaf(v) for k, v in arguments.items()} if gradients else arguments
+        return {k: _leaf(v, gradients) for k, v in arguments.items()}
 
     words: list[str] = []
     make(words)
@@ -85,9 +85,13 @@ def choose(seed: int, number: int, backend: str) -> Case:
     return Case(target, argument, described, make, end)
 
 
-def _leaf(value: Any) -> Any:
+def _leaf(value: Any, gradients: bool) -> Any:
+    """A tensor that requires a gradient, if it did so before an edit made it a view or if
+    `gradients`."""
     plain = isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
-    return value.detach().requires_grad_() if plain else value
+    return (
+        value.detach().requires_grad_() if plain and (gradients or value.requires_grad) else value
+    )
 
 
 def check(seed: int, number: int, backend: str, announce: Callable[[str], None]) -> tuple[str, str]:
@@ -190,8 +194,13 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_meta or a.numel() == 0 or a.numel() > 2**26:
         return True
-    a, b = (t.detach().resolve_neg().resolve_conj().contiguous().view(-1) for t in (a, b))
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """[elements, bytes of one] of a copy, whose strides are those of its shape."""
+    row = t.detach().resolve_neg().resolve_conj().reshape(-1)
+    return row.new_empty(row.shape).copy_(row).view(torch.uint8).view(t.numel(), -1)
 
 
 def _differ(first: list[Tensor], again: list[Tensor]) -> str:
@@ -206,10 +215,9 @@ def _differ(first: list[Tensor], again: list[Tensor]) -> str:
 def _instance(a: Tensor, b: Tensor) -> str:
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta:
         return f"{a.dtype} {list(a.shape)}, {b.dtype} {list(b.shape)}"
-    bits = [t.detach().contiguous().view(-1).view(torch.uint8).view(t.numel(), -1) for t in (a, b)]
-    other = (bits[0] != bits[1]).any(1)
+    other = (_bytes(a) != _bytes(b)).any(1)
     i = int(other.nonzero()[0])
-    values = [t.detach().contiguous().view(-1)[i].item() for t in (a, b)]
+    values = [t.detach().reshape(-1)[i].item() for t in (a, b)]
     return f"{int(other.sum())} of {a.numel()} elements, first {values[0]}, then {values[1]}"
 
 

@@ -264,7 +264,8 @@ def _swap(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str
         return t.detach().to("meta"), "on the device meta"
     if kind == "list" and t.numel() < 10000:
         return t.tolist(), "a list"
-    if kind == "numpy" and t.dtype != torch.bfloat16 and importlib.util.find_spec("numpy"):
+    foreign = t.dtype in (torch.bfloat16, torch.float8_e4m3fn)  # which NumPy does not have
+    if kind == "numpy" and not foreign and importlib.util.find_spec("numpy"):
         return t.detach().resolve_neg().numpy(), "an array of NumPy"
     if kind in ("parameter", "gradient") and t.is_floating_point():
         return torch.nn.Parameter(t.detach()), "requires a gradient"
