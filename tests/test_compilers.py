@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import tokenmill as tm
@@ -106,10 +105,3 @@ def test_aot_inductor_package(tmp_path):
         )
         loaded = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(loaded(X), module(X))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_leaves_the_dtype_of_the_inputs(dtype):
-    x = torch.randn(1, 5, 2, 8, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tm.attention(x, x, x).dtype == dtype

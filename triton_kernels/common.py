@@ -289,25 +289,6 @@ def dot(b_a, b_b):
 
 
 @triton.jit
-def seen_sums(b_p, b_v):
-    """[BM, BV]: what the values that are not finite add up to where their weights are not 0."""
-    b_sign = tl.where(b_p > 0.0, 1.0, 0.0) - tl.where(b_p < 0.0, 1.0, 0.0)
-    b_v = b_v.to(tl.float32)
-    b_infinity = tl.where(b_v == INF, 1.0, 0.0) - tl.where(b_v == -INF, 1.0, 0.0)
-    b_sum = tl.dot(b_sign.to(tl.float16), b_infinity.to(tl.float16), input_precision="ieee")
-    b_odd = tl.where(finite(b_v), 0.0, 1.0).to(tl.float16)
-    b_count = tl.dot(tl.abs(b_sign).to(tl.float16), b_odd, input_precision="ieee")
-    b_x = tl.where(b_sum == b_count, INF, tl.where(b_sum == -b_count, -INF, INF - INF))
-    return tl.where(b_count > 0.0, b_x, 0.0)
-
-
-@triton.jit
-def finite(b_x):
-    b_x = b_x.to(tl.float32)
-    return b_x - b_x == 0.0
-
-
-@triton.jit
 def tanh(b_x):
     """Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels."""
     b_u = b_x * b_x

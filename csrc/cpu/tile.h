@@ -17,8 +17,9 @@ constexpr int kPanel = kTileVectors * kWidth;  // columns of a register tile
 struct Float32 {
   static constexpr int kPair = 1;  // reduction steps in a word
   static TM_INLINE vf madd(vf acc, vf a, vf b) { return fma(a, b, acc); }
-  // b where a is not 0.
+  // b where a is not 0; the first n elements of b, n at least 1.
   static TM_INLINE vf shown(float a, vf b) { return a == 0 ? zero() : b; }
+  static TM_INLINE vf first(int64_t, vf b) { return b; }
 };
 
 #if defined(__AVX512BF16__)
@@ -30,6 +31,9 @@ struct BFloat16 {
     const uint32_t low = pair & 0x7fff ? 0xffff : 0, high = pair << 1 >> 17 ? 0xffff0000 : 0;
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(low | high));
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(b), mask));
+  }
+  static TM_INLINE vf first(int64_t n, vf b) {
+    return n > 1 ? b : shown(std::bit_cast<float>(0x3f80), b);
   }
 };
 #endif

@@ -205,7 +205,7 @@ def ranges_kernel(
             m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
         b_z = tl.where(m_seen, b_z, -INF)
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, False, True
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, False
         )
 
     o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row

@@ -12,12 +12,10 @@ from ..common import (
     LOG2E,
     dot,
     exponential,
-    finite,
     head_of,
     load_rows,
     program,
     scores,
-    seen_sums,
     sequence_of,
     sigmoid,
     slice_of,
@@ -48,10 +46,9 @@ def accumulate(
     head,
     SIGMOID: tl.constexpr,
     FAST: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     """Adds a tile of keys to the sums of each row: of weighted values and, relative to the top
-    score, of weights. If MASKED, a weight of 0 hides its value, which may be NaN."""
+    score, of weights."""
     if SIGMOID:
         b_p, _ = sigmoid(b_z, head, FAST)
         if b_v.dtype == tl.float16:
@@ -65,12 +62,7 @@ def accumulate(
         b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
         b_acc *= b_shrink[:, None]
         b_acc_lost *= b_shrink[:, None]
-    if MASKED:
-        b_pv = dot(b_p, tl.where(finite(b_v), b_v, 0.0))
-        if tl.min(tl.min(finite(b_v).to(tl.int32), 1), 0) == 0:
-            b_pv += seen_sums(b_p, b_v)
-    else:
-        b_pv = dot(b_p, b_v)
+    b_pv = dot(b_p, b_v)
     if b_v.dtype == tl.float32:
         b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
     else:
@@ -162,17 +154,7 @@ def attention_kernel(
                 m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
                 b_z = tl.where(m_seen, b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z,
-                b_v,
-                b_acc,
-                b_acc_lost,
-                b_sum,
-                b_sum_lost,
-                b_top,
-                head,
-                SIGMOID,
-                FAST,
-                PART != 1,
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, FAST
             )
 
     if SIGMOID:

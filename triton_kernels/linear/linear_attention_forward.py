@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import finite, seen_sums, slice_of, statistics_of
+from ..common import slice_of, statistics_of
 from .common import (
     LENGTHS,
     between,
@@ -86,13 +86,8 @@ def results_kernel(
     b_y *= b_start[:, None]
 
     b_w = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
-    b_between = between(remains, o_t, False, False)
-    # A later token, of which nothing is there, is hidden whatever it holds.
-    b_w = tl.where(b_between == 0.0, 0.0, weights(b_w, scale, MAP) * b_between)
-    b_v = load_tile(values, o_row, o_c, VALUE_DIM)
-    b_y += product(b_w, tl.where(finite(b_v), b_v, 0.0), PRECISION)
-    if tl.min(tl.min(finite(b_v).to(tl.int32), 1), 0) == 0:
-        b_y += seen_sums(b_w, b_v)
+    b_w = weights(b_w, scale, MAP) * between(remains, o_t, False, False)
+    b_y += product(b_w, load_tile(values, o_row, o_c, VALUE_DIM), PRECISION)
     if COLUMNS > VALUE_DIM:
         b_z = b_z * b_start + tl.sum(b_w, 1) + EPSILON
         b_y = b_y / b_z[:, None]

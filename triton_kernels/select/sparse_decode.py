@@ -165,7 +165,7 @@ def sparse_ranges_kernel(
             m_list = (o_t >= row.sinks) & (o_t < row.list_end)
             tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False, True
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
         )
         o_j, o_page = find(row, cache, i_b, o_t + BLOCK_N, BLOCK_K, PAGE_SIZE)
 

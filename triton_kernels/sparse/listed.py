@@ -129,7 +129,7 @@ def attend(
             if PART == 1:
                 b_z = tl.where(seen(walk, t, o_t, o_j, tile.b_end, CAUSAL), b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False, PART == 1
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
             )
             o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
 

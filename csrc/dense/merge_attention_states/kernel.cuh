@@ -41,10 +41,12 @@ struct MergeScale {
     if (!p.lses) return;
     const int lane = threadIdx.x % kWarpSize;
     float top = -INFINITY, part = 0;
+#pragma unroll 1
     for (int64_t i = lane; i < p.parts; i += kWarpSize)
       top = fmaxf(top, p.lses[row.lses + i * p.lses_part]);
     top = warp_max(top);
     row_max = top == -INFINITY ? 0 : top;
+#pragma unroll 1
     for (int64_t i = lane; i < p.parts; i += kWarpSize)
       part += expf(p.lses[row.lses + i * p.lses_part] - row_max);
     sum = warp_sum(part);
@@ -121,6 +123,7 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     if (!p.lses) return;
     __syncwarp();  // lane 0's dlses become visible to the warp
     if (q.dlse) delta -= q.dlse[row.lse];
+#pragma unroll 1
     for (int64_t i = lane; i < p.parts; i += kWarpSize) {
       const float w = scale.weight(p, row, i);
       float* dlse = q.dlses + i * rows + row.lse;

@@ -134,7 +134,7 @@ __attribute__((noinline)) void score_tile(const ChunkOperands& o, const ChunkDec
 }
 
 // Of a register tile at `row` and `column`: what the state and `words` words of pairs add up to.
-// A weight of 0, which later tokens have, hides what z holds.
+// Later tokens, whose weights are 0, are hidden whatever z holds.
 template <class Op, bool kTransposedX, int M, int N>
 TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay& decay, int64_t row,
                       int64_t column, bool state, const float* weights, int64_t ldw, const float* z,
@@ -156,7 +156,12 @@ TM_INLINE void add_up(vf (&acc)[M][N], const ChunkOperands& o, const ChunkDecay&
   if (!finite(acc)) [[unlikely]] {
     vf shown[M][N];  // not acc itself, which would leave its registers
     from_state(shown);
-    multiply_shown<Op>(shown, weights, ldw, z, kPanel, words);
+    for (int i = 0; i < M; ++i)
+      for (int64_t k = 0; k < words && k * Op::kPair <= row + i; ++k)
+        for (int j = 0; j < N; ++j) {
+          const vf b = Op::first(row + i + 1 - k * Op::kPair, load(z + k * kPanel + j * kWidth));
+          shown[i][j] = Op::madd(shown[i][j], set(weights[i * ldw + k]), b);
+        }
     std::memcpy(acc, shown, sizeof acc);
   }
 }

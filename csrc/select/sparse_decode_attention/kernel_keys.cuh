@@ -27,15 +27,12 @@ __device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_
   const int32_t* list = d.list(b, h);
   const int count = static_cast<int>(d.count(b, h));
   bool ascends = true;
-#pragma unroll 8
+#pragma unroll 1
   for (int e = 1 + static_cast<int>(threadIdx.x); e < count; e += kDecodeThreads)
     ascends &= list[e] > list[e - 1];
   ascends = __syncthreads_and(ascends);
-  if (!ascends)
-    return KeyRow::of(d, b,
-                      KeyRow::scan(list, count, listed.first_block(d.log2_block), d.log2_block),
-                      KeyRow::scan(list, count, listed.end, d.log2_block), false);
   int low = 0, high = count;
+  if (!ascends) low = high = static_cast<int>(KeyRow::scan(list, count, key, d.log2_block));
   const auto halve = [](int& from, int& to, bool below) {
     if (from >= to) return;
     const int middle = (from + to) / 2;
@@ -56,7 +53,7 @@ __device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_
     }
   }
   return KeyRow::of(d, b, int64_t{__shfl_sync(kFullWarp, low, 0)},
-                    int64_t{__shfl_sync(kFullWarp, low, 16)}, true);
+                    int64_t{__shfl_sync(kFullWarp, low, 16)}, ascends);
 }
 
 // A key in registers, on its way to shared memory.
@@ -106,10 +103,12 @@ class ListedKeys {
     s.first_block = s.output * plan.splits;
     s.part = blockIdx.x % plan.splits;
     const KeyRow found = find_row(d_, s.b, s.h);
-    if (threadIdx.x == 0) *row_ = found;
-    if (d_.listed && threadIdx.x == 0 && s.part == 0 && s.row_tile == 0)
-      d_.listed[s.b * d_.row_heads() + s.h] = {static_cast<int>(found.first),
-                                               static_cast<int>(found.last)};
+    if (threadIdx.x == 0) {
+      *row_ = found;
+      if (d_.listed && s.part == 0 && s.row_tile == 0)
+        d_.listed[s.b * d_.row_heads() + s.h] = {static_cast<int>(found.first),
+                                                 static_cast<int>(found.last)};
+    }
     __syncthreads();
     const int total = static_cast<int>(found.total);
     const int steps = total > 0 ? (total + kTile - 1) / kTile : 1;

@@ -139,9 +139,13 @@ struct KeyRow {
   // one. A list that does not ascend costs a comparison for each pair of its entries.
   TOKENMILL_HOST_DEVICE bool counts(const int32_t* list, int64_t entry) const {
     if (ascends) return true;
-    bool greatest = true;
-    for (int64_t e = first; e < entry; ++e) greatest &= list[e] < list[entry];
-    return greatest;
+    const int32_t* const end = list + entry;
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
+    for (const int32_t* e = list + first; e < end; ++e)
+      if (*e >= *end) return false;
+    return true;
   }
 
   // Number t of the row. Entries that do not count, keys that the request does not have and pages

@@ -79,8 +79,8 @@ class FocusSelect(nn.Module):
         check_tensor(NAME, "valid", valid)
         check(valid.dtype == torch.bool, NAME, "valid", "must be bool", valid.dtype)
         check_device_of(NAME, "valid", valid, "scores", scores)
-        rule = f"must have shape {show(scores.shape)}"
-        check(valid.shape == scores.shape, NAME, "valid", rule, valid.shape)
+        if valid.shape != scores.shape:
+            fail(NAME, "valid", f"must have shape {show(scores.shape)}", valid.shape)
         present = valid.sum(1)
         count = torch.minimum((self.ratio * present).floor().long() + 1, present)
         return topk_partition(scores, count, max_k=width, valid=valid, backend=self.backend)[0]
