@@ -115,9 +115,12 @@ def call(
     if autograd:
         refuse_gradient(checked, arguments)
     if chosen == "reference":
+        if not torch.compiler.is_compiling():  # the dispatcher does so before a kernel
+            lowered = _resolve_views(checked, lowered)
+            arguments = lowered if out is None else (*lowered, out)
         checked.check(*arguments, float64=True)
         spec.forward.check_values(*lowered)
-        with contextlib.nullcontext() if spec.differentiable else torch.no_grad():
+        with _mode_of_reference(spec, checked, arguments):
             return _results(spec.reference(*lowered), out)
     if chosen != "cpu" and synchronising_checks():
         checked.check(*arguments)
@@ -135,6 +138,29 @@ def call(
         results = op(*arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
+
+
+def _resolve_views(op: library.TorchOp, lowered: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Lazy negatives and conjugates become tensors of their own, but for what is written."""
+    return tuple(
+        value.resolve_neg().resolve_conj()
+        if isinstance(value, torch.Tensor) and name not in op.written
+        else value
+        for name, value in zip(op.arguments, lowered, strict=False)
+    )
+
+
+def _mode_of_reference(
+    spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]
+) -> contextlib.AbstractContextManager[Any]:
+    """Results that kernels have no gradient for have none here, and what kernels may write into
+    may be written here: PyTorch lets nobody else write into what inference mode has made."""
+    if spec.differentiable and not op.written:
+        return contextlib.nullcontext()
+    written = [arguments[op.arguments.index(name)] for name in op.written]
+    if not torch.compiler.is_compiling() and any(t.is_inference() for t in written):
+        return torch.inference_mode()
+    return torch.no_grad()
 
 
 def _results(
