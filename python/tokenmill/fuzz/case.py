@@ -28,15 +28,20 @@ KEYWORDS = re.compile(
     r"unexpected keyword argument|required (positional|keyword-only) argument"
     r"|multiple values for|positional arguments? but"
 )
-MODES = re.compile(r"^Inference tensors cannot be saved for backward|^Cannot set version_counter")
+MODES = re.compile(
+    r"^Inference tensors cannot be saved for backward|^Cannot set version_counter"
+    r"|^Inplace update to inference tensor"
+)
 DISPATCHER = re.compile(
     r"tokenmill\w*::\w+\(\) |Could not run 'tokenmill\w*::|Overflow when unpacking|Unable to cast"
     r"|There were no tensor arguments to this function"
 )
 DEFECT = re.compile(r"INTERNAL ASSERT|aoti_torch_|torch_call_dispatcher|report a bug", re.I)
-# The last: how an allocation that fails shows in the stable ABI of PyTorch.
+# The last two: how an allocation that fails, in a thread too, shows in the stable ABI of PyTorch.
 MEMORY = re.compile(
-    r"can't allocate memory|bad_alloc|out of memory|overflow|\"aten::\w*(empty|zeros|full)", re.I
+    r"can't allocate memory|bad_alloc|out of memory|overflow|\"aten::\w*(empty|zeros|full)"
+    r"|torch_parallel_for",
+    re.I,
 )
 
 

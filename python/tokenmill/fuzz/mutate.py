@@ -285,7 +285,9 @@ _TENSOR_EDITS: tuple[Edit, ...] = (
 def is_extreme(value: Any) -> bool:
     """Whether a call with this may ask for more memory than there is, or time."""
     if isinstance(value, Tensor):
-        return value.numel() >= 2**28
+        number = value.dim() == 0 and value.dtype in (torch.int32, torch.int64)
+        huge = number and not value.is_meta and is_extreme(int(value))
+        return value.numel() >= 2**28 or huge
     if isinstance(value, tuple | list):
         return any(is_extreme(v) for v in value)
     if isinstance(value, dict):

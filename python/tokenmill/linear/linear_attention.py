@@ -242,7 +242,7 @@ def lightning_attention(
     """
     for name, t in (("q", q), ("slopes", slopes)):
         check_tensor(LIGHTNING, name, t)
-    if not slopes.is_floating_point():
+    if slopes.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         fail(LIGHTNING, "slopes", "must be float32", slopes.dtype)
     if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
         fail(LIGHTNING, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)

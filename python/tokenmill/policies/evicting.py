@@ -50,6 +50,8 @@ class StreamingLLM(Policy):
                 rule = "must have 4 dimensions [B, S, H, D]"
                 check(t.dim() == 4, self._name, name, rule, t.dim())
             self._check_rope(rope, q)
+            same = k.dim() == 4 and k.shape[1] == q.shape[1]
+            check(same, self._name, "k", f"must have the tokens of q, {q.shape[1]}", k.shape)
             cos, sin = (t[: q.shape[1], None].float() for t in rope)
             turned_q, turned_k = (
                 rotate(x.float(), cos, sin, self.interleaved).to(x) for x in (q, k)
