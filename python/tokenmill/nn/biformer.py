@@ -216,7 +216,9 @@ def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Of x [B, Y, X, C]."""
+    """Of x [B, Y, X, C]; of no pixels, which PyTorch refuses, none."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape)
     y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return y
 

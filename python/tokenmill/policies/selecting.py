@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..check import fail
+from ..check import check, check_tensor, fail
 from ..select import (
     block_pool_keys,
     block_pool_keys_update,
@@ -55,6 +55,9 @@ class TokenSelect(Policy):
         super().begin(q, k, v, lse, lengths=lengths)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        check_tensor(self._name, "q", q)
+        one = q.dim() == 4 and q.shape[1] == 1
+        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
         self._append(k, v)
         serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
         asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
