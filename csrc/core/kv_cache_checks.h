@@ -41,10 +41,9 @@ inline void check_cache(const char* op, const View& q, const View& k, const View
           k.size(0));
 }
 
-// The cache as kernels see it. Lengths and page numbers are checked on a CPU alone.
+// The cache as kernels see it.
 inline KvCache make_cache(const char* op, const View& q, const View& k, const View& v,
-                          const View& seqlens, const std::optional<View>& table,
-                          bool pages_may_lack = false) {
+                          const View& seqlens, const std::optional<View>& table) {
   const int64_t batch = q.size(0);
   const std::vector<int64_t> wanted{batch};
   check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
@@ -68,18 +67,24 @@ inline KvCache make_cache(const char* op, const View& q, const View& k, const Vi
     cache.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
     cache.capacity = cache.pages > 0 ? table->size(1) * k.size(1) : 0;
   }
-  if (q.is_cuda) return cache;
-  for (int64_t b = 0; b < batch; ++b) {
+  return cache;
+}
+
+// Lengths and page numbers, behind all rules on metadata and on a CPU alone.
+inline void check_cache_values(const char* op, const View& q, const View& k, const KvCache& cache,
+                               bool pages_may_lack = false) {
+  if (q.is_cuda) return;
+  const bool all_pages = cache.block_table && !pages_may_lack;
+  for (int64_t b = 0; b < q.size(0); ++b) {
     const int64_t length = cache.seqlens[b];
     check(length >= 0 && length <= cache.capacity, op, "seqlens_k",
           Rule("must be 0 to what the cache holds of a request, ", cache.capacity), length);
-    for (int64_t i = 0; table && !pages_may_lack && i < ceil_div(length, k.size(1)); ++i) {
+    for (int64_t i = 0; all_pages && i < ceil_div(length, k.size(1)); ++i) {
       const int64_t page = cache.block_table[b * cache.table_stride + i];
       check(page >= 0 && page < cache.pages, op, "block_table",
             Rule("must name pages below ", cache.pages, " where keys lie"), page);
     }
   }
-  return cache;
 }
 
 }  // namespace tokenmill

@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   p.score_bias_neg_log_n = score_bias_neg_log_n;
   p.window_left = window_left;
   set_terms(kOp, p, qv, kind, score_bias, alibi_slopes, sink);
+  check_cache_values(kOp, qv, kv, d.cache);
 
   Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
   const bool softmax = p.map == ScoreMap::softmax;

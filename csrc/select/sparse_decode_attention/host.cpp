@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
   check(pos_mode == "absolute" || qv.size(1) <= 1, kOp, "pos_mode",
         "'cache' goes with one query token; q has", qv.size(1));
   SparseDecodeParams d{};
-  d.cache = make_cache(kOp, qv, kv, vv, lengths, table, true);
+  d.cache = make_cache(kOp, qv, kv, vv, lengths, table);
   d.log2_block = std::countr_zero(static_cast<uint64_t>(block_k));
   d.num_sink = std::min(num_sink, d.cache.capacity);  // sums with them stay in range
   d.num_recent = std::min(num_recent, d.cache.capacity);
@@ -150,6 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
   p.softcap = static_cast<float>(softcap);
   p.window_left = -1;
   set_terms(kOp, p, qv, "softmax", std::nullopt, std::nullopt, sink);
+  check_cache_values(kOp, qv, kv, d.cache, true);
 
   Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
   Tensor lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);

@@ -115,9 +115,10 @@ class SparsifinerAttention(nn.Module):
         first = attention(q[:, :1], k, v, backend=self.backend)
         with torch.no_grad():
             scores = self.mask_predictor(q[:, 1:], k, sparse=True)
-        indices, counts = topk_select(scores.flatten(0, 2), self.budget, backend=self.backend)[:2]
+        lists = topk_select(scores.flatten(0, 2), self.budget, backend=self.backend)[:2]
+        indices, counts = (t.unflatten(0, scores.shape[:3]) for t in lists)
         others = block_sparse_attention(
-            q[:, 1:], k, v, indices.view(*scores.shape[:3], -1), counts.view(scores.shape[:3]),
+            q[:, 1:], k, v, indices, counts,
             block_q=1, block_k=1, backend=self.backend,
         )  # fmt: skip
         return self.proj(torch.cat([first, others], 1).flatten(2))

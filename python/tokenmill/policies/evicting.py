@@ -150,7 +150,7 @@ class H2O(Policy):
         scores = torch.cat([self._scores, self._scores.new_zeros(pad)], -1)
         out, _, mass = self._attend(q, lists, self._counts + 1, return_mass=True)
         self._list, self._counts = lists, self._counts + 1
-        self._evict(scores + mass * (cache.k.shape[2] / q.shape[2]))
+        self._evict(scores + mass * (cache.k.shape[2] / max(q.shape[2], 1)))
         return out
 
     @property

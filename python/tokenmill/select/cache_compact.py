@@ -135,9 +135,9 @@ def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:
         check(ok, OP, "rerotate", "must be a number or floats [pairs]", rerotate)
         frequency = rerotate.detach().double()
     else:
-        rule = "must be a positive base, or a tensor of inverse frequencies"
+        rule = "must be a base of at least 1, or a tensor of inverse frequencies"
         base = as_number(OP, "rerotate", rerotate, rule)
-        check(0 < base < math.inf, OP, "rerotate", rule, base)
+        check(1 <= base < math.inf, OP, "rerotate", rule, base)
         dim = k_cache.shape[-1] if k_cache.dim() else 0
         exponent = torch.arange(dim // 2, device=k_cache.device, dtype=torch.float64)
         frequency = torch.exp(exponent * (-2 * math.log(base) / max(dim, 1)))

@@ -142,7 +142,7 @@ MALFORMED = (
     ),
     Malformed(
         "base",
-        "rerotate: must be a positive base, or a tensor of inverse frequencies; got -1",
+        "rerotate: must be a base of at least 1, or a tensor of inverse frequencies; got -1",
         lambda a, k: k.update(rerotate=-1.0),
     ),
     Malformed(
