@@ -15,6 +15,7 @@ from ..dense.attention_decode import length_of, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
 TILE = tl.constexpr(128)  # entries of a list
+BEFORE = tl.constexpr(16)  # entries that each key of a step is compared with at once
 
 
 class Rope(NamedTuple):
@@ -130,8 +131,8 @@ def find(row, cache, i_b, o_t, BLOCK_K: tl.constexpr, PAGE_SIZE: tl.constexpr):
     m_id = (b_id >= 0) & (b_id < tl.cdiv(row.length, BLOCK_K))
     if row.ascends == 0:  # an entry counts if it is greater than all before it
         last = tl.max(tl.where(m_list, o_entry, 0), 0)
-        for i_before in range(row.first, last, TILE):
-            o_before = i_before + tl.arange(0, TILE)
+        for i_before in range(row.first, last, BEFORE):
+            o_before = i_before + tl.arange(0, BEFORE)
             b_before = tl.load(row.entries + o_before, mask=o_before < last, other=0)
             m_after = (o_before[None, :] < o_entry[:, None]) & (b_before[None, :] >= b_id[:, None])
             m_id = m_id & (tl.sum(m_after.to(tl.int32), 1) == 0)
