@@ -62,7 +62,8 @@ def kv_cache_compact(
         lengths: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
         block_table: int32 ``[B, pages]``, the page of each run of page-size tokens.
         rerotate: for keys to which a rotary embedding was applied at their slot: turns them by
-            slot d minus slot keep[d], in float32. A base (inverse frequencies base^(-2 i / D)), or
+            slot d minus slot keep[d], in float32. A base from 1 on (inverse frequencies
+            base^(-2 i / D)), or
             the inverse frequencies themselves, float ``[1 .. D/2]`` (columns behind the pairs stay
             as they are). None: keys keep their positions.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + number of pairs).
