@@ -10,6 +10,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
+from shares import pytest_terminal_summary  # noqa: F401 a hook
 
 import tokenmill as tm
 import tokenmill.emulator

@@ -1,0 +1,55 @@
+"""Where the time of a run went: seconds of each operator and backend, at the end of it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from pathlib import PurePosixPath
+
+from tokenmill import registry, testing
+
+BACKENDS = ("cpu", "emulated", "cuda", "triton", "reference")
+LEAST_SECONDS = 1.0  # of a row that is printed
+
+
+def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tuple[str, str]:
+    """(operator or file, backend or "") that the name of a test tells."""
+    path, _, rest = node.partition("::")
+    stem = PurePosixPath(path).stem.removeprefix("test_")
+    words = re.findall(r"[A-Za-z0-9_.]+", rest)
+    operator = next((w for w in words if w in operators), stem)
+    backend = next((w for w in words if w in BACKENDS), "")
+    if not backend and any(w in isas for w in words):
+        backend = "cpu"
+    if not backend:
+        backend = next((b for b in ("triton", "cuda") if stem.endswith("_" + b)), "")
+    return operator, backend
+
+
+def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas: Collection[str]):
+    """Rows (name, seconds of all, seconds of each backend), the largest first."""
+    shares: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for node, duration in seconds:
+        operator, backend = share_of(node, operators, isas)
+        shares[operator][backend] += duration
+    rows = [(name, sum(of.values()), dict(of)) for name, of in shares.items()]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for of in terminalreporter.stats.values() for r in of if hasattr(r, "duration")]
+    # A report stands once for each of setup, call and teardown.
+    rows = table(((r.nodeid, r.duration) for r in reports), registry.ops(), testing.cpu_isas())
+    total = sum(row[1] for row in rows)
+    if total < 60:
+        return
+    columns = [b for b in (*BACKENDS, "") if any(b in of for _, _, of in rows)]
+    write = terminalreporter.write_line
+    terminalreporter.section(f"seconds of the tests: {total:.0f} of one core")
+    write(f"{'':32}{'all':>8}" + "".join(f"{b or 'other':>10}" for b in columns))
+    for name, seconds, of in rows:
+        if seconds < LEAST_SECONDS:
+            break
+        cells = "".join(f"{of[b]:10.1f}" if b in of else f"{'':10}" for b in columns)
+        write(f"{name:32}{seconds:8.1f}{cells}")
