@@ -42,14 +42,14 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
       "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
       "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, bool deterministic, str precision) -> (Tensor out, Tensor lse)");
+      "SymInt? max_seqlen_k, str precision) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "
       "bool[] needs, Tensor q, Tensor k, Tensor v, str kind, float scale, "
       "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
       "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
       "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, bool deterministic, str precision) -> (Tensor dq, Tensor dk, "
+      "SymInt? max_seqlen_k, str precision) -> (Tensor dq, Tensor dk, "
       "Tensor dv, Tensor dscore_bias, Tensor dbias, Tensor dalibi_slopes, Tensor dsink)");
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens_k, "
@@ -123,13 +123,13 @@ TOKENMILL_LIBRARY(library) {
   m.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
       "SymInt block_q, SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, "
-      "float scale, float softcap, Tensor? lengths, bool deterministic) -> (Tensor out, "
+      "float scale, float softcap, Tensor? lengths) -> (Tensor out, "
       "Tensor lse)");
   m.def(
       "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
       "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt block_q, "
       "SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, float scale, "
-      "float softcap, Tensor? lengths, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "float softcap, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "bilevel_routing_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
       "SymInt region_y, SymInt region_x, SymInt key_region_y, SymInt key_region_x, float scale, "

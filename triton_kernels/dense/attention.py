@@ -93,7 +93,6 @@ class Call(NamedTuple):
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
-    deterministic: bool
     precision: str
 
     @property

@@ -93,7 +93,6 @@ class Call(NamedTuple):
     scale: float
     softcap: float
     lengths: Tensor | None
-    deterministic: bool
 
     @property
     def listed(self) -> Listed:

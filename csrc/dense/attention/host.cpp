@@ -139,12 +139,14 @@ void run_forward(const AttentionParams& p, const View& q) {
   cpu::attention_forward(p);
 }
 
-std::tuple<Tensor, Tensor> attention(
-    Tensor q, Tensor k, Tensor v, std::string kind, double scale, OptTensor score_bias,
-    double score_bias_value, bool score_bias_neg_log_n, OptTensor bias, OptTensor alibi_slopes,
-    OptTensor sink, double softcap, bool causal, int64_t window_left, int64_t window_right,
-    OptTensor cu_seqlens_q, OptTensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, bool /*deterministic: always*/, std::string precision) {
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::string kind, double scale,
+                                     OptTensor score_bias, double score_bias_value,
+                                     bool score_bias_neg_log_n, OptTensor bias,
+                                     OptTensor alibi_slopes, OptTensor sink, double softcap,
+                                     bool causal, int64_t window_left, int64_t window_right,
+                                     OptTensor cu_seqlens_q, OptTensor cu_seqlens_k,
+                                     std::optional<int64_t> max_seqlen_q,
+                                     std::optional<int64_t> max_seqlen_k, std::string precision) {
   const View qv(q), kv(k), vv(v);
   const Options o{kind,         scale,        score_bias,   score_bias_value, score_bias_neg_log_n,
                   bias,         alibi_slopes, sink,         softcap,          causal,
@@ -204,8 +206,7 @@ Gradients attention_backward(Tensor dout, OptTensor dlse, OptTensor out, OptTens
                              OptTensor alibi_slopes, OptTensor sink, double softcap, bool causal,
                              int64_t window_left, int64_t window_right, OptTensor cu_seqlens_q,
                              OptTensor cu_seqlens_k, std::optional<int64_t> max_seqlen_q,
-                             std::optional<int64_t> max_seqlen_k, bool /*deterministic: always*/,
-                             std::string precision) {
+                             std::optional<int64_t> max_seqlen_k, std::string precision) {
   const View qv(q), kv(k), vv(v), dv_out(dout);
   const Options o{kind,         scale,        score_bias,   score_bias_value, score_bias_neg_log_n,
                   bias,         alibi_slopes, sink,         softcap,          causal,

@@ -65,8 +65,7 @@ void run_forward(const BlockSparseParams& d, const View& q) {
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices,
                                                   Tensor counts, int64_t block_q, int64_t block_k,
                                                   bool causal, int64_t num_sink, int64_t num_recent,
-                                                  double scale, double softcap, OptTensor lengths,
-                                                  bool /*deterministic: always*/) {
+                                                  double scale, double softcap, OptTensor lengths) {
   const View qv(q);
   BlockSparseParams d = make_params(qv, View(k), View(v), View(indices), View(counts), block_q,
                                     block_k, causal, num_sink, num_recent, scale, softcap, lengths);
@@ -89,8 +88,7 @@ void run_backward(BlockSparseBackwardParams& p, const View& q) {
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
     Tensor indices, Tensor counts, int64_t block_q, int64_t block_k, bool causal, int64_t num_sink,
-    int64_t num_recent, double scale, double softcap, OptTensor lengths,
-    bool /*deterministic: always*/) {
+    int64_t num_recent, double scale, double softcap, OptTensor lengths) {
   const View qv(q), kv(k), vv(v);
   BlockSparseBackwardParams p{};
   p.forward = make_params(qv, kv, vv, View(indices), View(counts), block_q, block_k, causal,

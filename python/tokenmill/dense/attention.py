@@ -42,7 +42,6 @@ class SigmoidOptions(TypedDict, total=False):
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
-    deterministic: bool
     precision: Precision
     backend: str | None
 
@@ -96,7 +95,6 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
-    deterministic: bool = False,
     precision: Precision = "accurate",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -135,8 +133,6 @@ def attention(
             cu_seqlens_k None = cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
         return_lse: also return lse (softmax only).
-        deterministic: the same bits on every run, backward included. The cpu and triton backends
-            always are.
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -187,7 +183,6 @@ def attention(
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             return_lse=return_lse,
-            deterministic=deterministic,
             precision=precision,
         ),
         backend,
@@ -253,7 +248,6 @@ def lower(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
-    deterministic: bool = False,
     precision: str = "accurate",
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -271,7 +265,6 @@ def lower(
     check_text(OP, "precision", precision)
     check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
-    check_bool(OP, "deterministic", deterministic)
     if return_lse and kind == "sigmoid":
         fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
     scale = scale_or_default(OP, scale, q)
@@ -305,7 +298,6 @@ def lower(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        deterministic,
         precision,
     )
 

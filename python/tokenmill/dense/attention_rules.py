@@ -45,7 +45,6 @@ def check_attention(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    deterministic: bool,
     precision: str,
     *,
     float64: bool = False,

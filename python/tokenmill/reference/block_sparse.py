@@ -22,7 +22,6 @@ def block_sparse_attention(
     scale: float,
     softcap: float,
     lengths: Tensor | None,
-    deterministic: bool,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,6 @@ def attention(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    deterministic: bool,
     precision: str,
     *,
     upcast: bool = True,

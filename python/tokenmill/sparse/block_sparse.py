@@ -33,7 +33,6 @@ class BlockSparseOptions(TypedDict, total=False):
     scale: float | None
     softcap: float
     lengths: Tensor | None
-    deterministic: bool
     backend: str | None
 
 
@@ -83,7 +82,6 @@ def block_sparse_attention(
     softcap: float = 0.0,
     lengths: Tensor | None = None,
     return_lse: bool = False,
-    deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
@@ -118,7 +116,6 @@ def block_sparse_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         lengths: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
         return_lse: also return lse.
-        deterministic: the same bits on every run, backward included: all backends always are.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -162,7 +159,6 @@ def block_sparse_attention(
             softcap=softcap,
             lengths=lengths,
             return_lse=return_lse,
-            deterministic=deterministic,
         ),
         backend,
     )
@@ -185,14 +181,13 @@ def lower(
     softcap: float = 0.0,
     lengths: Tensor | None = None,
     return_lse: bool = False,
-    deterministic: bool = True,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(OP, name, t)
     check_tensor(OP, "lengths", lengths, optional=True)
     block_q, block_k = as_int(OP, "block_q", block_q), as_int(OP, "block_k", block_k)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
-    flags = (("causal", causal), ("return_lse", return_lse), ("deterministic", deterministic))
+    flags = (("causal", causal), ("return_lse", return_lse))
     for name, flag in flags:
         check_bool(OP, name, flag)
     softcap = as_number(OP, "softcap", softcap)
@@ -210,7 +205,6 @@ def lower(
         scale_or_default(OP, scale, q),
         softcap,
         lengths,
-        deterministic,
     )
 
 
@@ -229,7 +223,6 @@ def _check(
     scale: float,
     softcap: float,
     lengths: Tensor | None,
-    deterministic: bool,
     *,
     float64: bool = False,
 ) -> None:
