@@ -1,10 +1,11 @@
-#include "dense/attention/kernel_terms.cuh"
+#include "dense/attention/cuda_launch.cuh"
 
 namespace tokenmill {
 namespace cuda {
 
-template <typename T>
-const char* launch_forward(const AttentionParams& p, cudaStream_t stream);
+extern template const char* launch_forward<__half>(const AttentionParams&, cudaStream_t);
+extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&, cudaStream_t);
+extern template const char* launch_forward<float>(const AttentionParams&, cudaStream_t);
 
 }  // namespace cuda
 

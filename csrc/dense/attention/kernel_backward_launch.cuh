@@ -1,4 +1,4 @@
-// Launches the kernels of one element type and mode. Each cuda_backward_*.cu instantiates some.
+// Launches the kernels of one element type and mode.
 #pragma once
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_backward.cuh"

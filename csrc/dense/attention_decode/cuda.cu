@@ -3,12 +3,9 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_decode<__half>(const DecodeParams&, cudaStream_t);
-template <>
-const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
-template <>
-const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
+extern template const char* launch_decode<__half>(const DecodeParams&, cudaStream_t);
+extern template const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
+extern template const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
 
 }  // namespace cuda
 

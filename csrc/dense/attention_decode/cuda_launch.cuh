@@ -101,15 +101,10 @@ auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   return visit.template operator()<256>();
 }
 
-// Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_decode(const DecodeParams& d, cudaStream_t stream);
-
-#define TOKENMILL_DECODE_INSTANCES(T)                                                         \
-  template <>                                                                                 \
-  const char* launch_decode<T>(const DecodeParams& d, cudaStream_t stream) {                  \
-    return visit_bucket(d.attention,                                                          \
-                        [&]<int kBucket>() { return launch_decode<T, kBucket>(d, stream); }); \
-  }
+const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
+  return visit_bucket(d.attention,
+                      [&]<int kBucket>() { return launch_decode<T, kBucket>(d, stream); });
+}
 
 }  // namespace tokenmill::cuda

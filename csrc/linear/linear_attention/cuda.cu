@@ -2,6 +2,14 @@
 
 namespace tokenmill {
 namespace cuda {
+
+extern template const char* launch_recurrence<__half>(const Recurrence&, const RecurrencePlan&,
+                                                      cudaStream_t);
+extern template const char* launch_recurrence<__nv_bfloat16>(const Recurrence&,
+                                                             const RecurrencePlan&, cudaStream_t);
+extern template const char* launch_recurrence<float>(const Recurrence&, const RecurrencePlan&,
+                                                     cudaStream_t);
+
 namespace {
 
 constexpr int kAhead = 4;  // loads under way

@@ -106,8 +106,12 @@ const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream
       shared_bytes<Shape>(p, plan.warps, plan.stages), stream, p, plan);
 }
 
-// Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_recurrence(const Recurrence& p, const RecurrencePlan& plan, cudaStream_t stream);
+const char* launch_recurrence(const Recurrence& p, const RecurrencePlan& plan,
+                              cudaStream_t stream) {
+  return visit_instance<T>(p, [&]<typename Element, int kBucket, bool kTaylor>() {
+    return launch_instance<Element, kBucket, kTaylor>(p, plan, stream);
+  });
+}
 
 }  // namespace tokenmill::cuda

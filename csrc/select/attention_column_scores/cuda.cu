@@ -3,6 +3,14 @@
 
 namespace tokenmill {
 namespace cuda {
+
+extern template const char* launch_pass<__half>(const ColumnScoresParams&, const ScorePlan&,
+                                                ScorePass, cudaStream_t);
+extern template const char* launch_pass<__nv_bfloat16>(const ColumnScoresParams&, const ScorePlan&,
+                                                       ScorePass, cudaStream_t);
+extern template const char* launch_pass<float>(const ColumnScoresParams&, const ScorePlan&,
+                                               ScorePass, cudaStream_t);
+
 namespace {
 
 struct ScoreSizes {

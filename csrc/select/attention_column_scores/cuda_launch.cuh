@@ -51,11 +51,6 @@ const char* launch_pass(const ColumnScoresParams& p, ScorePlan plan, cudaStream_
       blocks, kScoreThreads, Shape::kSharedBytes, stream, p, plan);
 }
 
-// Defined in cuda_<dtype>.cu each.
-template <typename T>
-const char* launch_pass(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
-                        cudaStream_t stream);
-
 template <typename T, int kBucket>
 const char* launch_bucket(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
                           cudaStream_t stream) {
@@ -65,6 +60,19 @@ const char* launch_bucket(const ColumnScoresParams& p, const ScorePlan& plan, Sc
                 : launch_pass<T, kBucket, ScorePass::columns, true>(p, plan, stream);
   return rows ? launch_pass<T, kBucket, ScorePass::rows, false>(p, plan, stream)
               : launch_pass<T, kBucket, ScorePass::columns, false>(p, plan, stream);
+}
+
+template <typename T>
+const char* launch_pass(const ColumnScoresParams& p, const ScorePlan& plan, ScorePass pass,
+                        cudaStream_t stream) {
+  switch (bucket_of(p.head_dim)) {
+    case 64:
+      return launch_bucket<T, 64>(p, plan, pass, stream);
+    case 128:
+      return launch_bucket<T, 128>(p, plan, pass, stream);
+    default:
+      return launch_bucket<T, 256>(p, plan, pass, stream);
+  }
 }
 
 }  // namespace tokenmill::cuda

@@ -4,12 +4,9 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_sparse<__half>(const SparseLaunch&, void*, cudaStream_t);
-template <>
-const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
-template <>
-const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_sparse<__half>(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
 
 namespace {
 

@@ -33,16 +33,10 @@ const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t s
                                                           stream);
 }
 
-// Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream);
-
-#define TOKENMILL_SPARSE_DECODE_INSTANCES(T)                                                  \
-  template <>                                                                                 \
-  const char* launch_sparse<T>(const SparseLaunch& d, void* workspace, cudaStream_t stream) { \
-    return visit_bucket(d.attention, [&]<int kBucket>() {                                     \
-      return launch_sparse<T, kBucket>(d, workspace, stream);                                 \
-    });                                                                                       \
-  }
+const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
+  return visit_bucket(
+      d.attention, [&]<int kBucket>() { return launch_sparse<T, kBucket>(d, workspace, stream); });
+}
 
 }  // namespace tokenmill::cuda

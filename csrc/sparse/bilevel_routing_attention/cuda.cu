@@ -3,12 +3,9 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_bilevel<__half>(const RegionLaunch&, cudaStream_t);
-template <>
-const char* launch_bilevel<__nv_bfloat16>(const RegionLaunch&, cudaStream_t);
-template <>
-const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
+extern template const char* launch_bilevel<__half>(const RegionLaunch&, cudaStream_t);
+extern template const char* launch_bilevel<__nv_bfloat16>(const RegionLaunch&, cudaStream_t);
+extern template const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
 
 }  // namespace cuda
 

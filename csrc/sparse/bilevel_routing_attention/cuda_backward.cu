@@ -3,12 +3,9 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_bilevel<__half>(const RegionGradients&, cudaStream_t);
-template <>
-const char* launch_bilevel<__nv_bfloat16>(const RegionGradients&, cudaStream_t);
-template <>
-const char* launch_bilevel<float>(const RegionGradients&, cudaStream_t);
+extern template const char* launch_bilevel<__half>(const RegionGradients&, cudaStream_t);
+extern template const char* launch_bilevel<__nv_bfloat16>(const RegionGradients&, cudaStream_t);
+extern template const char* launch_bilevel<float>(const RegionGradients&, cudaStream_t);
 
 }  // namespace cuda
 

@@ -36,15 +36,10 @@ const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
                                                  Keys::shared_bytes(d.row_warps), stream, d);
 }
 
-// Defined in cuda_backward_<dtype>.cu each.
 template <typename T>
-const char* launch_bilevel(const RegionGradients& d, cudaStream_t stream);
-
-#define TOKENMILL_BILEVEL_GRADIENTS(T)                                                           \
-  template <>                                                                                    \
-  const char* launch_bilevel<T>(const RegionGradients& d, cudaStream_t stream) {                 \
-    return visit_bucket(d.attention,                                                             \
-                        [&]<int kBucket>() { return launch_gradients<T, kBucket>(d, stream); }); \
-  }
+const char* launch_bilevel(const RegionGradients& d, cudaStream_t stream) {
+  return visit_bucket(d.attention,
+                      [&]<int kBucket>() { return launch_gradients<T, kBucket>(d, stream); });
+}
 
 }  // namespace tokenmill::cuda

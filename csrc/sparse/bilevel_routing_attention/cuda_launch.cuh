@@ -22,15 +22,10 @@ const char* launch_forward(const RegionLaunch& planned, cudaStream_t stream) {
                                                     Memory::bytes(d.row_warps), stream, d);
 }
 
-// Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_bilevel(const RegionLaunch& d, cudaStream_t stream);
-
-#define TOKENMILL_BILEVEL_INSTANCES(T)                                                         \
-  template <>                                                                                  \
-  const char* launch_bilevel<T>(const RegionLaunch& d, cudaStream_t stream) {                  \
-    return visit_bucket(d.attention,                                                           \
-                        [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); }); \
-  }
+const char* launch_bilevel(const RegionLaunch& d, cudaStream_t stream) {
+  return visit_bucket(d.attention,
+                      [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); });
+}
 
 }  // namespace tokenmill::cuda

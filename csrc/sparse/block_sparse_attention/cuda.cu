@@ -3,12 +3,10 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_block_sparse<__half>(const BlockSparseParams&, cudaStream_t);
-template <>
-const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseParams&, cudaStream_t);
-template <>
-const char* launch_block_sparse<float>(const BlockSparseParams&, cudaStream_t);
+extern template const char* launch_block_sparse<__half>(const BlockSparseParams&, cudaStream_t);
+extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseParams&,
+                                                               cudaStream_t);
+extern template const char* launch_block_sparse<float>(const BlockSparseParams&, cudaStream_t);
 
 }  // namespace cuda
 

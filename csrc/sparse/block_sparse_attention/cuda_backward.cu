@@ -3,12 +3,12 @@
 namespace tokenmill {
 namespace cuda {
 
-template <>
-const char* launch_block_sparse<__half>(const BlockSparseBackwardParams&, cudaStream_t);
-template <>
-const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseBackwardParams&, cudaStream_t);
-template <>
-const char* launch_block_sparse<float>(const BlockSparseBackwardParams&, cudaStream_t);
+extern template const char* launch_block_sparse<__half>(const BlockSparseBackwardParams&,
+                                                        cudaStream_t);
+extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseBackwardParams&,
+                                                               cudaStream_t);
+extern template const char* launch_block_sparse<float>(const BlockSparseBackwardParams&,
+                                                       cudaStream_t);
 
 }  // namespace cuda
 

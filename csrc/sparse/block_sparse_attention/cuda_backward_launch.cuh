@@ -43,7 +43,7 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
 }
 
 template <typename T>
-const char* launch_gradients(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
+const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
   const AttentionParams& p = bp.forward.attention;
   float* const minus_lse = static_cast<float*>(bp.workspace);
   float* const minus_delta = minus_lse + p.batch * p.heads * p.seqlen_q;
@@ -66,15 +66,5 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, cudaStream_t s
   return visit_bucket(p,
                       [&]<int kBucket>() { return launch_gradients<T, kBucket>(bp, d, stream); });
 }
-
-// Defined in cuda_backward_<dtype>.cu each.
-template <typename T>
-const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream);
-
-#define TOKENMILL_BLOCK_SPARSE_GRADIENTS(T)                                                      \
-  template <>                                                                                    \
-  const char* launch_block_sparse<T>(const BlockSparseBackwardParams& bp, cudaStream_t stream) { \
-    return launch_gradients<T>(bp, stream);                                                      \
-  }
 
 }  // namespace tokenmill::cuda

@@ -21,15 +21,10 @@ const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
       Memory::bytes(plan.row_warps), stream, plan);
 }
 
-// Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_block_sparse(const BlockSparseParams& d, cudaStream_t stream);
-
-#define TOKENMILL_BLOCK_SPARSE_INSTANCES(T)                                                    \
-  template <>                                                                                  \
-  const char* launch_block_sparse<T>(const BlockSparseParams& d, cudaStream_t stream) {        \
-    return visit_bucket(d.attention,                                                           \
-                        [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); }); \
-  }
+const char* launch_block_sparse(const BlockSparseParams& d, cudaStream_t stream) {
+  return visit_bucket(d.attention,
+                      [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); });
+}
 
 }  // namespace tokenmill::cuda

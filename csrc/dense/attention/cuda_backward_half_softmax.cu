@@ -1,7 +1,0 @@
-#include "dense/attention/kernel_backward_launch.cuh"
-
-namespace tokenmill::cuda {
-
-template const char* launch_pairs<__half, Mode::softmax>(const BackwardArgs&, cudaStream_t);
-
-}  // namespace tokenmill::cuda

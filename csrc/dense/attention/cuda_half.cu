@@ -1,7 +1,0 @@
-#include "dense/attention/cuda_instances.cuh"
-
-namespace tokenmill::cuda {
-
-template const char* launch_forward<__half>(const AttentionParams&, cudaStream_t);
-
-}  // namespace tokenmill::cuda

@@ -1,7 +1,0 @@
-#include "dense/attention_decode/cuda_launch.cuh"
-
-namespace tokenmill::cuda {
-
-TOKENMILL_DECODE_INSTANCES(__nv_bfloat16)
-
-}  // namespace tokenmill::cuda

@@ -1,0 +1,62 @@
+# Instances of the kernels' launchers: a generated source each, so that they compile side by side.
+# An operator's cuda*.cu declares them `extern template`.
+set(ELEMENTS __half __nv_bfloat16 float)
+
+# cuda_instances(header declaration [ELEMENTS element ...] [MODES mode ...])
+# `declaration` names ELEMENT, and MODE where there are some. Appends to `cuda`.
+function(cuda_instances header declaration)
+  cmake_parse_arguments(PARSE_ARGV 2 only "" "" "ELEMENTS;MODES")
+  if(NOT only_ELEMENTS)
+    set(only_ELEMENTS ${ELEMENTS})
+  endif()
+  if(NOT only_MODES)
+    set(only_MODES "-")
+  endif()
+  get_filename_component(folder ${header} DIRECTORY)
+  if(TOKENMILL_OPS)
+    list(JOIN TOKENMILL_OPS "|" wanted)
+    if(NOT folder MATCHES "^(${wanted})$")
+      return()
+    endif()
+  endif()
+  get_filename_component(stem ${header} NAME_WE)
+  foreach(element ${only_ELEMENTS})
+    foreach(mode ${only_MODES})
+      string(REPLACE ELEMENT ${element} instance "${declaration}")
+      string(REPLACE MODE ${mode} instance "${instance}")
+      string(REGEX REPLACE "_-$" "" name ${stem}_${element}_${mode})
+      string(REGEX REPLACE "___(nv_)?" "_" name ${name})
+      set(source ${CMAKE_BINARY_DIR}/built/${folder}/${name}.cu)
+      file(CONFIGURE OUTPUT ${source} @ONLY CONTENT
+           "#include \"${header}\"\n\nnamespace tokenmill::cuda {\ntemplate ${instance};\n}\n")
+      list(APPEND cuda ${source})
+    endforeach()
+  endforeach()
+  set(cuda ${cuda} PARENT_SCOPE)
+endfunction()
+
+cuda_instances(dense/attention/cuda_launch.cuh
+  "const char* launch_forward<ELEMENT>(const AttentionParams&, cudaStream_t)")
+# float32 has the general mode alone.
+cuda_instances(dense/attention/kernel_backward_launch.cuh
+  "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid fast_sigmoid general)
+cuda_instances(dense/attention/kernel_backward_launch.cuh
+  "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"
+  ELEMENTS float MODES general)
+cuda_instances(dense/attention_decode/cuda_launch.cuh
+  "const char* launch_decode<ELEMENT>(const DecodeParams&, cudaStream_t)")
+cuda_instances(linear/linear_attention/cuda_launch.cuh
+  "const char* launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
+cuda_instances(select/attention_column_scores/cuda_launch.cuh
+  "const char* launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
+cuda_instances(select/sparse_decode_attention/cuda_launch.cuh
+  "const char* launch_sparse<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
+cuda_instances(sparse/bilevel_routing_attention/cuda_launch.cuh
+  "const char* launch_bilevel<ELEMENT>(const RegionLaunch&, cudaStream_t)")
+cuda_instances(sparse/bilevel_routing_attention/cuda_backward_launch.cuh
+  "const char* launch_bilevel<ELEMENT>(const RegionGradients&, cudaStream_t)")
+cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
+  "const char* launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
+cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
+  "const char* launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")

@@ -1,7 +1,0 @@
-#include "select/attention_column_scores/cuda_instances.cuh"
-
-namespace tokenmill::cuda {
-
-TOKENMILL_COLUMN_SCORES(__nv_bfloat16)
-
-}  // namespace tokenmill::cuda

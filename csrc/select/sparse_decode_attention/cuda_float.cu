@@ -1,7 +1,0 @@
-#include "select/sparse_decode_attention/cuda_launch.cuh"
-
-namespace tokenmill::cuda {
-
-TOKENMILL_SPARSE_DECODE_INSTANCES(float)
-
-}  // namespace tokenmill::cuda

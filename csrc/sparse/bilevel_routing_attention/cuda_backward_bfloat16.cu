@@ -1,7 +1,0 @@
-#include "sparse/bilevel_routing_attention/cuda_backward_launch.cuh"
-
-namespace tokenmill::cuda {
-
-TOKENMILL_BILEVEL_GRADIENTS(__nv_bfloat16)
-
-}  // namespace tokenmill::cuda

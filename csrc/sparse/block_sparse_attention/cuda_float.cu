@@ -1,7 +1,0 @@
-#include "sparse/block_sparse_attention/cuda_launch.cuh"
-
-namespace tokenmill::cuda {
-
-TOKENMILL_BLOCK_SPARSE_INSTANCES(float)
-
-}  // namespace tokenmill::cuda
