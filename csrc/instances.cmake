@@ -47,16 +47,16 @@ cuda_instances(dense/attention/kernel_backward_launch.cuh
 cuda_instances(dense/attention_decode/cuda_launch.cuh
   "const char* launch_decode<ELEMENT>(const DecodeParams&, cudaStream_t)")
 cuda_instances(linear/linear_attention/cuda_launch.cuh
-  "const char* launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
+  "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
 cuda_instances(select/attention_column_scores/cuda_launch.cuh
-  "const char* launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
+  "const char* attention_column_scores::launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
 cuda_instances(select/sparse_decode_attention/cuda_launch.cuh
-  "const char* launch_sparse<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
+  "const char* sparse_decode_attention::launch_sparse<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
 cuda_instances(sparse/bilevel_routing_attention/cuda_launch.cuh
-  "const char* launch_bilevel<ELEMENT>(const RegionLaunch&, cudaStream_t)")
+  "const char* bilevel_routing_attention::launch_bilevel<ELEMENT>(const RegionLaunch&, cudaStream_t)")
 cuda_instances(sparse/bilevel_routing_attention/cuda_backward_launch.cuh
-  "const char* launch_bilevel<ELEMENT>(const RegionGradients&, cudaStream_t)")
+  "const char* bilevel_routing_attention::launch_bilevel<ELEMENT>(const RegionGradients&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
-  "const char* launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
+  "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
-  "const char* launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
+  "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(256, 1)
     worker.counter = -1;
     if constexpr (!Shape::kWide) {
       reinterpret_cast<int*>(shared + kTileNumberOffset)[thread] = worker.counter;
-      reinterpret_cast<StageAddresses*>(shared + kTileNumberOffset + thread_count() * 4)[thread] =
+      reinterpret_cast<PairAddresses*>(shared + kTileNumberOffset + thread_count() * 4)[thread] =
           worker.make_addresses();
     }
 
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(256, 1)
       terms = terms_of(head);
       if constexpr (kKeepsTerms) worker.keep(terms);
     }
-    const StageAddresses addresses = worker.addresses(stage_of(n));
+    const PairAddresses addresses = worker.addresses(stage_of(n));
     if constexpr (kKeepsTerms) terms.constant = __uint_as_float(addresses.statistics);
     if (info.all_see(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<false>(terms, addresses, first);

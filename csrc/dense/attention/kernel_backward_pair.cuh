@@ -66,7 +66,7 @@ struct PairWorker {
     info.address = base - Shape::info_bytes(pairs);
   }
 
-  __device__ __forceinline__ StageAddresses make_addresses() const {
+  __device__ __forceinline__ PairAddresses make_addresses() const {
     const uint32_t x = 0, y = Shape::kTileBytes, summed = kKeys && !follows ? y : x;
     const int block = kKeys ? 0 : follows;
     return {(follows ? y : x) + Tile::offset(lane % 8, lane / 8),
@@ -80,12 +80,12 @@ struct PairWorker {
   }
   __device__ uint32_t own_addresses() const {
     return info.address + kTileNumberOffset + thread_count() * 4 +
-           thread_index() * sizeof(StageAddresses);
+           thread_index() * sizeof(PairAddresses);
   }
   // Keeps what plain sigmoid knows of a head; the loop has no register for it.
   __device__ void keep(const Terms& terms) const {
-    store_shared<offsetof(StageAddresses, statistics)>(own_addresses(),
-                                                       __float_as_uint(terms.constant));
+    store_shared<offsetof(PairAddresses, statistics)>(own_addresses(),
+                                                      __float_as_uint(terms.constant));
   }
   // Number of the tile of columns.
   __device__ __forceinline__ int tile() const {
@@ -100,8 +100,8 @@ struct PairWorker {
     else
       store_shared<0>(own_tile_number(), static_cast<uint32_t>(tile() + 1));
   }
-  __device__ __forceinline__ StageAddresses addresses(uint32_t stage) const {
-    StageAddresses a = {};
+  __device__ __forceinline__ PairAddresses addresses(uint32_t stage) const {
+    PairAddresses a = {};
     if constexpr (Shape::kWide) {
       a = make_addresses();
     } else {
@@ -263,7 +263,7 @@ struct PairWorker {
 
   // `column` is the first of 16, at row kRow of the tiles of `stage`.
   template <bool kMasked, int kRow>
-  __device__ __forceinline__ void lead(const Terms& terms, const StageAddresses& stage, int column,
+  __device__ __forceinline__ void lead(const Terms& terms, const PairAddresses& stage, int column,
                                        unsigned active) {
     Left weights[Shape::kDepths][kTiles], slopes[Shape::kDepths][kTiles];
     unroll<2>([&](auto h) {
@@ -324,8 +324,8 @@ struct PairWorker {
   }
 
   template <bool kMasked, int kRow>
-  __device__ __forceinline__ void follow(const Terms& terms, const StageAddresses& stage,
-                                         int column, unsigned active) {
+  __device__ __forceinline__ void follow(const Terms& terms, const PairAddresses& stage, int column,
+                                         unsigned active) {
     Left ds[Shape::kDepths][kTiles];
     uint32_t packed[kTiles][4];
     unroll<2>([&](auto h) {
@@ -381,7 +381,7 @@ struct PairWorker {
 
   // The tiles of a stage, whose first column is `first`.
   template <bool kMasked>
-  __device__ __forceinline__ void run_tile(const Terms& terms, StageAddresses stage, int first) {
+  __device__ __forceinline__ void run_tile(const Terms& terms, PairAddresses stage, int first) {
     if constexpr (kMasked || kMode == Mode::general) first_row = info.first_row(pair);
     if constexpr (!kMasked && kMode != Mode::general) {
       constexpr int kSteps = kKeys ? 1 : 2;  // more would cost registers

@@ -23,7 +23,7 @@ struct BackwardArgs {
 };
 
 // Shared memory begins with BlockInfo, PairInfo of each pair, and the number of the tile and
-// StageAddresses of each thread.
+// PairAddresses of each thread.
 constexpr int kPairInfoOffset = 128, kTileNumberOffset = 256;
 
 template <typename T, int kDim, Mode kMode>
@@ -152,7 +152,7 @@ struct BlockInfoView {
 
 // Where a lane finds its parts of the tiles of a stage, counted from it; they move with the row of
 // a step.
-struct StageAddresses {
+struct PairAddresses {
   uint32_t rows;        // right operands of its first product: 8 rows, transposed
   uint32_t columns;     // right operands of its sums: 16 rows
   uint32_t statistics;  // of the columns; plain sigmoid: the constant of its scores

@@ -6,7 +6,7 @@
 #include "cuda/warp.cuh"
 #include "dense/merge_attention_states/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::merge_attention_states {
 
 constexpr int kMergeThreads = 128;
 constexpr int kMergeBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
@@ -132,4 +132,4 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
   });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::merge_attention_states

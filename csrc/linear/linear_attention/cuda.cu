@@ -1,7 +1,7 @@
 #include "linear/linear_attention/cuda_launch.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::linear_attention {
 
 extern template const char* launch_recurrence<__half>(const Recurrence&, const RecurrencePlan&,
                                                       cudaStream_t);
@@ -121,15 +121,18 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
   return launch_parts();
 }
 
-}  // namespace cuda
+}  // namespace cuda::linear_attention
 
 int64_t workspace_floats(const LinearAttentionParams& p) {
-  return p.batch == 0 || p.heads == 0 ? 0 : cuda::workspace_floats(cuda::forward_of(p));
+  return p.batch == 0 || p.heads == 0
+             ? 0
+             : cuda::linear_attention::workspace_floats(cuda::linear_attention::forward_of(p));
 }
 
 const char* launch_cuda(const LinearAttentionParams& p, void* stream) {
   if (p.batch == 0 || p.heads == 0) return nullptr;
-  return cuda::launch_recurrence(cuda::forward_of(p), false, stream);
+  return cuda::linear_attention::launch_recurrence(cuda::linear_attention::forward_of(p), false,
+                                                   stream);
 }
 
 }  // namespace tokenmill

@@ -10,7 +10,7 @@
 #include "linear/linear_attention/kernel_backward.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::linear_attention {
 namespace {
 
 // Hands out the workspace, or measures it where there is none.
@@ -225,18 +225,19 @@ const char* launch_backward(const Backward& of, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::linear_attention
 
 int64_t workspace_floats(const LinearAttentionBackwardParams& p) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return 0;
   LinearAttentionBackwardParams unplaced = p;
   unplaced.forward.workspace = nullptr;
-  return cuda::Backward(unplaced).floats;
+  return cuda::linear_attention::Backward(unplaced).floats;
 }
 
 const char* launch_cuda(const LinearAttentionBackwardParams& p, void* stream) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return nullptr;
-  return cuda::launch_backward(cuda::Backward(p), static_cast<cudaStream_t>(stream));
+  return cuda::linear_attention::launch_backward(cuda::linear_attention::Backward(p),
+                                                 static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace tokenmill

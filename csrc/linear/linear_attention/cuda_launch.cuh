@@ -3,7 +3,7 @@
 #include "cuda/launch.cuh"
 #include "linear/linear_attention/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // Fewer tokens than this are not worth a block and a state of their own.
 constexpr int64_t kLeastTokens = 256;
@@ -114,4 +114,4 @@ const char* launch_recurrence(const Recurrence& p, const RecurrencePlan& plan,
   });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

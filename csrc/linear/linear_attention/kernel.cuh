@@ -8,7 +8,7 @@
 #include "linear/linear_attention/kernel_state.cuh"
 #include "linear/linear_attention/kernel_store.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 template <typename T, int kBucket, bool kTaylor>
 class RecurrenceBlock {
@@ -497,4 +497,4 @@ __global__ void __launch_bounds__(kMaxThreads)
   RecurrenceBlock<T, kBucket, kTaylor>(p, plan, part, rest % heads, slice, shared).run();
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

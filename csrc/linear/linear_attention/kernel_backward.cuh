@@ -5,7 +5,7 @@
 #include "linear/decay.cuh"
 #include "linear/linear_attention/kernel_state.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // Rows are numbered through all sequences: [tokens, H, ...] in the workspace.
 struct BackwardPlan {
@@ -310,4 +310,4 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x % kWarpSize == 0) p.ddecay.data[b * p.ddecay.batch + h * p.ddecay.head] = sum;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

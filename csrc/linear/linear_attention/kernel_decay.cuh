@@ -3,7 +3,7 @@
 #include "linear/decay.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // The decays of one head of one sequence, in the order of the recurrence. Backwards, the step from
 // token t + 1 to t has the decay of t + 1, and the first step has none.
@@ -89,4 +89,4 @@ class Decays {
   double head_ = 0;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -2,7 +2,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // The pair (i, j) of each feature of taylor2: x_i x_j, where x at kNoFeature is 1. Features
 // rounded up have none.
@@ -116,4 +116,4 @@ __device__ __forceinline__ void map_chunk(const Recurrence& p, uint32_t queries,
   __syncthreads();
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -3,7 +3,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_features.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 template <typename T>
 __device__ __forceinline__ void load_chunk(float (&to)[kChunkBytes / sizeof(T)], uint32_t address) {
@@ -113,4 +113,4 @@ __device__ __forceinline__ float add_extra(float (&acc)[Shape::kTokens / 8][4], 
   return fmaf(vectors.total[0], state, sum);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -2,7 +2,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // Which part of which sequence a block has.
 struct Part {
@@ -37,4 +37,4 @@ struct Part {
   __device__ bool is_last() const { return index == count - 1; }
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

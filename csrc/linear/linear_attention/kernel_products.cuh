@@ -4,7 +4,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // 16-bit tiles: where a lane points for ldmatrix of rows row ... row + 15. The pair of chunks
 // 2 kPair, 2 kPair + 1 is at square<Tile, kPair>(base), rows 16 n on at kRowBytes 16 n more.
@@ -294,4 +294,4 @@ __device__ __forceinline__ void add_to_state(float (&s)[Shape::kFeatureTiles][4]
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

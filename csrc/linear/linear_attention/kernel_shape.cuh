@@ -6,7 +6,7 @@
 #include "linear/feature_map.cuh"
 #include "linear/linear_attention/recurrence.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 constexpr int kColumnsPerWarp = 16;     // of values
 constexpr int kSubtileColumns = 64;     // of a tile of values
@@ -90,4 +90,4 @@ struct RecurrencePlan {
   unsigned* arrived;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

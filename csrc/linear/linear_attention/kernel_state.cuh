@@ -3,7 +3,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_shape.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // The number of a block in the order in which blocks begin: those with lower numbers run already,
 // so that it may wait for them. All threads of the block; shared: a word that is free.
@@ -121,4 +121,4 @@ struct CallerState {
   }
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -2,7 +2,7 @@
 #pragma once
 #include "linear/linear_attention/kernel_products.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 // n rows, `step` elements apart, of which `columns` exist.
 template <typename Shape>
@@ -60,4 +60,4 @@ __device__ __forceinline__ void store_packed(T* out, int64_t step,
   });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -4,7 +4,7 @@
 #pragma once
 #include "linear/linear_attention/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention {
 
 struct Operand {
   Rows rows;
@@ -54,4 +54,4 @@ struct Recurrence {
 int64_t workspace_floats(const Recurrence&);
 const char* launch_recurrence(const Recurrence&, bool reverse, void* stream);
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention

@@ -7,11 +7,12 @@ namespace {
 template <typename T, int kVector>
 const char* launch_decode(const LinearDecodeParams& p, cudaStream_t stream) {
   const int64_t columns = p.value_dim + p.normalize;
-  cuda::DecodePlan plan{1, 1};
+  cuda::linear_attention_decode::DecodePlan plan{1, 1};
   while (plan.lanes < cuda::kWarpSize && plan.lanes * kVector < columns) plan.lanes *= 2;
   if (!p.normalize) plan.slices = static_cast<int>(ceil_div(columns, plan.lanes * kVector));
-  return cuda::launch<cuda::decode_kernel<T, kVector>>(p.batch * p.heads * plan.slices,
-                                                       cuda::kDecodeThreads, 0, stream, p, plan);
+  return cuda::launch<cuda::linear_attention_decode::decode_kernel<T, kVector>>(
+      p.batch * p.heads * plan.slices, cuda::linear_attention_decode::kDecodeThreads, 0, stream, p,
+      plan);
 }
 
 }  // namespace

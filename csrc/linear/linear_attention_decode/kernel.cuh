@@ -7,7 +7,7 @@
 #include "linear/feature_map.cuh"
 #include "linear/linear_attention_decode/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::linear_attention_decode {
 
 constexpr int kDecodeThreads = 256;
 constexpr int kDecodeFeatures = 9 * 64;  // at least those of taylor2 with 32 dimensions
@@ -137,4 +137,4 @@ __global__ void __launch_bounds__(kDecodeThreads)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::linear_attention_decode

@@ -2,7 +2,7 @@
 #include "select/attention_column_scores/kernel_reduce.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::attention_column_scores {
 
 extern template const char* launch_pass<__half>(const ColumnScoresParams&, const ScorePlan&,
                                                 ScorePass, cudaStream_t);
@@ -43,22 +43,25 @@ const char* launch_scores(const ColumnScoresParams& p, ScorePlan plan, cudaStrea
                                        stream, p, plan);
 }
 
-}  // namespace cuda
+}  // namespace cuda::attention_column_scores
 
 int64_t workspace_bytes(const ColumnScoresParams& p) {
-  const cuda::ScoreSizes sizes = cuda::sizes_of(p);
+  const cuda::attention_column_scores::ScoreSizes sizes =
+      cuda::attention_column_scores::sizes_of(p);
   return (sizes.rows + sizes.parts) * sizeof(float2) + sizes.sums * sizeof(float);
 }
 
 const char* launch_cuda(const ColumnScoresParams& p, void* stream) {
-  const cuda::ScoreSizes sizes = cuda::sizes_of(p);
-  cuda::ScorePlan plan{};
+  const cuda::attention_column_scores::ScoreSizes sizes =
+      cuda::attention_column_scores::sizes_of(p);
+  cuda::attention_column_scores::ScorePlan plan{};
   plan.factor = p.scale * cuda::kLog2e * (p.inverse_tau > 0 ? p.inverse_tau : 1);
   plan.statistics = static_cast<float2*>(p.workspace);
   plan.parts = plan.statistics + sizes.rows;
   plan.sums = reinterpret_cast<float*>(plan.parts + sizes.parts);
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return cuda::launch_scores<T>(p, plan, static_cast<cudaStream_t>(stream));
+    return cuda::attention_column_scores::launch_scores<T>(p, plan,
+                                                           static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -3,7 +3,7 @@
 #include "cuda/launch.cuh"
 #include "select/attention_column_scores/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::attention_column_scores {
 
 // Blocks that fill a GPU: what streams is split where there are fewer.
 constexpr int64_t kFillingBlocks = 264;
@@ -75,4 +75,4 @@ const char* launch_pass(const ColumnScoresParams& p, const ScorePlan& plan, Scor
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::attention_column_scores

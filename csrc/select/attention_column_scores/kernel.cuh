@@ -10,7 +10,7 @@
 #include "cuda/warp.cuh"
 #include "select/attention_column_scores/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::attention_column_scores {
 
 enum class ScorePass : int { rows, columns };
 
@@ -367,4 +367,4 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::attention_column_scores

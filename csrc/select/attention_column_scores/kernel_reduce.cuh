@@ -2,7 +2,7 @@
 #pragma once
 #include "select/attention_column_scores/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::attention_column_scores {
 
 // Pivot and weight of each row, from lse or from what the splits of the first pass found.
 __global__ void __launch_bounds__(kScoreThreads)
@@ -61,4 +61,4 @@ __global__ void __launch_bounds__(kScoreThreads)
   p.out[at] = score;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::attention_column_scores

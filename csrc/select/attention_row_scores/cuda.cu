@@ -2,7 +2,7 @@
 #include "select/attention_row_scores/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::attention_row_scores {
 namespace {
 
 template <typename T, int kBucket>
@@ -14,10 +14,11 @@ const char* launch_exponents(const RowScoresParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::attention_row_scores
 
 const char* launch_cuda(const RowScoresParams& p, void* stream_handle) {
   using namespace cuda;
+  using namespace cuda::attention_row_scores;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (const char* error = visit_dtype(p.dtype, [&]<typename T>() {
         if (p.head_dim <= 64) return launch_exponents<T, 64>(p, stream);

@@ -7,7 +7,7 @@
 #include "cuda/warp.cuh"
 #include "select/attention_row_scores/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::attention_row_scores {
 
 constexpr int kRowThreads = 256;
 constexpr int kKeyLanes = 8;                          // that share a key
@@ -154,4 +154,4 @@ __global__ void __launch_bounds__(kRowThreads)
   p.out[at] = p.reduce == RowReduce::mean ? score / static_cast<float>(all) : score;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::attention_row_scores

@@ -4,7 +4,7 @@
 #include "select/kv_block_scores/kernel_vote.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::kv_block_scores {
 namespace {
 
 constexpr int kMaxShared = 96 * 1024;  // of a block on every device
@@ -91,13 +91,13 @@ const char* launch_vote(const BlockScoreParams& p, VotePart* parts, cudaStream_t
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::kv_block_scores
 
 int64_t workspace_bytes(const BlockScoreParams& p) {
-  int64_t bytes = cuda::mean_bytes(p);
+  int64_t bytes = cuda::kv_block_scores::mean_bytes(p);
   if (p.head_reduce == HeadReduce::softmax_vote)
-    bytes += p.batch * p.heads * p.rows * cuda::vote_pieces(p) *
-             static_cast<int64_t>(sizeof(cuda::VotePart));
+    bytes += p.batch * p.heads * p.rows * cuda::kv_block_scores::vote_pieces(p) *
+             static_cast<int64_t>(sizeof(cuda::kv_block_scores::VotePart));
   return bytes;
 }
 
@@ -105,12 +105,13 @@ const char* launch_cuda(const BlockScoreParams& params, void* stream) {
   BlockScoreParams p = params;
   const auto s = static_cast<cudaStream_t>(stream);
   const char* error = cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    const char* failed = p.mean_q ? cuda::average_queries<T>(p, s) : nullptr;
-    return failed ? failed : cuda::launch_scores<T>(p, s);
+    const char* failed = p.mean_q ? cuda::kv_block_scores::average_queries<T>(p, s) : nullptr;
+    return failed ? failed : cuda::kv_block_scores::launch_scores<T>(p, s);
   });
   if (error || p.head_reduce != HeadReduce::softmax_vote) return error;
-  char* const parts = static_cast<char*>(p.workspace) + cuda::mean_bytes(p);
-  return cuda::launch_vote(p, reinterpret_cast<cuda::VotePart*>(parts), s);
+  char* const parts = static_cast<char*>(p.workspace) + cuda::kv_block_scores::mean_bytes(p);
+  return cuda::kv_block_scores::launch_vote(
+      p, reinterpret_cast<cuda::kv_block_scores::VotePart*>(parts), s);
 }
 
 }  // namespace tokenmill

@@ -6,7 +6,7 @@
 #include "select/kv_block_scores/params.h"
 #include "select/products.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::kv_block_scores {
 
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarpSize;
@@ -272,4 +272,4 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::kv_block_scores

@@ -5,7 +5,7 @@
 #include "cuda/warp.cuh"
 #include "select/kv_block_scores/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::kv_block_scores {
 
 constexpr int kVoteThreads = 256;
 constexpr int kVoteEach = 16;  // scores of a thread, of a piece
@@ -96,4 +96,4 @@ __global__ void __launch_bounds__(kVoteThreads, 4)
   p.out[place * p.blocks + column] = sees ? vote : -infinity();
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::kv_block_scores

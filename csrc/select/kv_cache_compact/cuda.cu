@@ -2,7 +2,7 @@
 #include "select/kv_cache_compact/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::kv_cache_compact {
 namespace {
 
 CompactPlan plan_of(int64_t units) {
@@ -55,11 +55,11 @@ const char* launch_compact(const CompactParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::kv_cache_compact
 
 const char* launch_cuda(const CompactParams& p, void* stream) {
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return cuda::launch_compact<T>(p, static_cast<cudaStream_t>(stream));
+    return cuda::kv_cache_compact::launch_compact<T>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -7,7 +7,7 @@
 #include "cuda/warp.cuh"
 #include "select/kv_cache_compact/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::kv_cache_compact {
 
 constexpr int kCompactThreads = 256;
 constexpr int kTokensAtOnce = 4;  // of a thread
@@ -157,4 +157,4 @@ __global__ void __launch_bounds__(kCompactThreads)
     p.new_lengths[at] = static_cast<int32_t>(p.count(at / heads, at % heads));
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::kv_cache_compact

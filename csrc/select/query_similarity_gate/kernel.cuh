@@ -4,7 +4,7 @@
 #include "cuda/warp.cuh"
 #include "select/query_similarity_gate/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::query_similarity_gate {
 
 constexpr int kGateThreads = 256;
 constexpr int kGateWarps = kGateThreads / kWarpSize;
@@ -47,4 +47,4 @@ __global__ void __launch_bounds__(kGateThreads)
   p.out[b] = sums[0] / (sqrtf(sums[1]) * sqrtf(sums[2])) >= p.threshold;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::query_similarity_gate

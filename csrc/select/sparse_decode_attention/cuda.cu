@@ -2,7 +2,7 @@
 #include "select/sparse_decode_attention/kernel_mass.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::sparse_decode_attention {
 
 extern template const char* launch_sparse<__half>(const SparseLaunch&, void*, cudaStream_t);
 extern template const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
@@ -35,37 +35,40 @@ const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::sparse_decode_attention
 
 int64_t workspace_bytes(const SparseDecodeParams& d) {
   const int64_t bytes = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     return cuda::visit_bucket(d.attention, [&]<int kBucket>() {
-      return cuda::workspace_bytes(cuda::plan_sparse<T, kBucket>(d));
+      return cuda::workspace_bytes(cuda::sparse_decode_attention::plan_sparse<T, kBucket>(d));
     });
   });
-  return bytes + 4 * (cuda::logit_count(d) + cuda::listed_count(d));
+  return bytes + 4 * (cuda::sparse_decode_attention::logit_count(d) +
+                      cuda::sparse_decode_attention::listed_count(d));
 }
 
 const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  cuda::SparseLaunch d{params, nullptr, cuda::logit_row(params), nullptr, false};
+  cuda::sparse_decode_attention::SparseLaunch d{
+      params, nullptr, cuda::sparse_decode_attention::logit_row(params), nullptr, false};
   if (d.cache.pages > 0x7fffffff) return "a cache may have 2^31 - 1 pages at most on CUDA";
   if (d.cache.capacity > cuda::kMaxLength)
     return "a request may have room for 2^29 keys at most on CUDA";
-  if (cuda::listed_keys(d) + d.extra > cuda::kMaxLength)
+  if (cuda::sparse_decode_attention::listed_keys(d) + d.extra > cuda::kMaxLength)
     return "lists and extra keys may have 2^29 keys at most on CUDA";
   if (d.positions == 0) d.cos = d.sin = nullptr;
   d.wide_tables = cuda::is_vectorizable<float>(d.cos, d.pairs, d.cos_stride) &&
                   cuda::is_vectorizable<float>(d.sin, d.pairs, d.sin_stride);
   float* const workspace = static_cast<float*>(d.workspace);
-  float* const behind = workspace + cuda::logit_count(d);
+  float* const behind = workspace + cuda::sparse_decode_attention::logit_count(d);
   if (d.mass) d.logits = workspace, d.listed = reinterpret_cast<int2*>(behind);
   const char* error = nullptr;
   if (d.attention.seqlen_q > 0)
     error = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-      return cuda::launch_sparse<T>(d, behind + cuda::listed_count(d), s);
+      return cuda::sparse_decode_attention::launch_sparse<T>(
+          d, behind + cuda::sparse_decode_attention::listed_count(d), s);
     });
-  return error || !d.mass ? error : cuda::launch_mass(d, s);
+  return error || !d.mass ? error : cuda::sparse_decode_attention::launch_mass(d, s);
 }
 
 }  // namespace tokenmill

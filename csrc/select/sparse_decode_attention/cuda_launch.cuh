@@ -3,7 +3,7 @@
 #include "dense/attention_decode/cuda_launch.cuh"
 #include "select/sparse_decode_attention/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::sparse_decode_attention {
 
 // Most keys that a list adds to a row.
 inline int64_t listed_keys(const SparseDecodeParams& d) { return d.entries << d.log2_block; }
@@ -39,4 +39,4 @@ const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t s
       d.attention, [&]<int kBucket>() { return launch_sparse<T, kBucket>(d, workspace, stream); });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::sparse_decode_attention

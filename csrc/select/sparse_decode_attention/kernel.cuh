@@ -3,7 +3,7 @@
 #include "dense/attention_decode/kernel.cuh"
 #include "select/sparse_decode_attention/kernel_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::sparse_decode_attention {
 
 template <typename T, int kBucket>
 class SparseWarp : public DecodeProducts<T, kBucket> {
@@ -89,4 +89,4 @@ __global__ void __launch_bounds__(kDecodeThreads)
   if (block.keys().take(plan, s)) block.run(s);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::sparse_decode_attention

@@ -3,7 +3,7 @@
 #include "dense/attention_decode/kernel_products.cuh"
 #include "select/sparse_decode_attention/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::sparse_decode_attention {
 
 // What the host adds to a call.
 struct SparseLaunch : SparseDecodeParams {
@@ -277,4 +277,4 @@ class ListedKeys {
   int* turns_;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::sparse_decode_attention

@@ -2,7 +2,7 @@
 #pragma once
 #include "select/sparse_decode_attention/kernel_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::sparse_decode_attention {
 
 constexpr int kMassThreads = 128;
 constexpr int kMassWarps = kMassThreads / kWarpSize;
@@ -43,4 +43,4 @@ __global__ void __launch_bounds__(kMassThreads)
     d.mass[head * d.entries + entry] = sum;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::sparse_decode_attention

@@ -2,7 +2,7 @@
 #include "select/topk_select/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::topk_select {
 namespace {
 
 // A row of more columns is worth the launches that several blocks take, if rows do not fill the
@@ -49,18 +49,19 @@ const char* launch_topk(const TopkParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::topk_select
 
 int64_t workspace_bytes(const TopkParams& p) {
-  const int parts = cuda::parts_of(p);
-  int64_t bytes = p.rows * cuda::sort_stride(p) * 8;
-  if (parts > 1) bytes += p.rows * (parts * sizeof(int2) + sizeof(cuda::TopkSharedRow));
+  const int parts = cuda::topk_select::parts_of(p);
+  int64_t bytes = p.rows * cuda::topk_select::sort_stride(p) * 8;
+  if (parts > 1)
+    bytes += p.rows * (parts * sizeof(int2) + sizeof(cuda::topk_select::TopkSharedRow));
   return bytes;
 }
 
 const char* launch_cuda(const TopkParams& p, void* stream) {
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return cuda::launch_topk<T>(p, static_cast<cudaStream_t>(stream));
+    return cuda::topk_select::launch_topk<T>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

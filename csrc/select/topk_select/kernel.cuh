@@ -8,7 +8,7 @@
 #include "select/radix_select.cuh"
 #include "select/topk_select/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::topk_select {
 
 constexpr int kCandidates = 4096;  // held in shared memory
 
@@ -345,4 +345,4 @@ __global__ __launch_bounds__(kTopkThreads) void topk_write_kernel(
     finish_row(p, memory, r, row, state.candidates - state.equal + state.wanted);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::topk_select

@@ -1,18 +1,19 @@
 #include "sparse/bilevel_routing_attention/cuda_launch.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::bilevel_routing_attention {
 
 extern template const char* launch_bilevel<__half>(const RegionLaunch&, cudaStream_t);
 extern template const char* launch_bilevel<__nv_bfloat16>(const RegionLaunch&, cudaStream_t);
 extern template const char* launch_bilevel<float>(const RegionLaunch&, cudaStream_t);
 
-}  // namespace cuda
+}  // namespace cuda::bilevel_routing_attention
 
 const char* launch_cuda(const BilevelParams& d, void* stream) {
-  if (const char* error = cuda::check_sizes(d)) return error;
+  if (const char* error = cuda::bilevel_routing_attention::check_sizes(d)) return error;
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::launch_bilevel<T>(cuda::plan_regions(d), static_cast<cudaStream_t>(stream));
+    return cuda::bilevel_routing_attention::launch_bilevel<T>(
+        cuda::bilevel_routing_attention::plan_regions(d), static_cast<cudaStream_t>(stream));
   });
 }
 

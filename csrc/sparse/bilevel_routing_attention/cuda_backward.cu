@@ -1,13 +1,13 @@
 #include "sparse/bilevel_routing_attention/cuda_backward_launch.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::bilevel_routing_attention {
 
 extern template const char* launch_bilevel<__half>(const RegionGradients&, cudaStream_t);
 extern template const char* launch_bilevel<__nv_bfloat16>(const RegionGradients&, cudaStream_t);
 extern template const char* launch_bilevel<float>(const RegionGradients&, cudaStream_t);
 
-}  // namespace cuda
+}  // namespace cuda::bilevel_routing_attention
 
 int64_t workspace_bytes(const BilevelBackwardParams& p) {
   const AttentionParams& f = p.forward.attention;
@@ -15,9 +15,10 @@ int64_t workspace_bytes(const BilevelBackwardParams& p) {
 }
 
 const char* launch_cuda(const BilevelBackwardParams& p, void* stream) {
-  if (const char* error = cuda::check_sizes(p.forward)) return error;
+  if (const char* error = cuda::bilevel_routing_attention::check_sizes(p.forward)) return error;
   const AttentionParams& f = p.forward.attention;
-  cuda::RegionGradients d{cuda::plan_regions(p.forward)};
+  cuda::bilevel_routing_attention::RegionGradients d{
+      cuda::bilevel_routing_attention::plan_regions(p.forward)};
   d.dout = p.dout;
   d.dout_line = p.dout_line;
   d.dlse = p.dlse;
@@ -28,9 +29,10 @@ const char* launch_cuda(const BilevelBackwardParams& p, void* stream) {
   d.minus_delta = d.minus_lse + f.batch * f.heads * f.seqlen_q;
   d.offsets = p.offsets;
   d.listing = p.rows;
-  d.query_rows = cuda::Divisor::of(static_cast<int>(cuda::query_rows(d)));
+  d.query_rows =
+      cuda::Divisor::of(static_cast<int>(cuda::bilevel_routing_attention::query_rows(d)));
   return cuda::visit_dtype(f.dtype, [&]<typename T>() {
-    return cuda::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
+    return cuda::bilevel_routing_attention::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -3,7 +3,7 @@
 #include "sparse/bilevel_routing_attention/cuda_plan.cuh"
 #include "sparse/bilevel_routing_attention/kernel_backward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 template <typename T, int kBucket>
 const char* launch_gradients(RegionGradients d, cudaStream_t stream) {
@@ -42,4 +42,4 @@ const char* launch_bilevel(const RegionGradients& d, cudaStream_t stream) {
                       [&]<int kBucket>() { return launch_gradients<T, kBucket>(d, stream); });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

@@ -3,7 +3,7 @@
 #include "sparse/bilevel_routing_attention/cuda_plan.cuh"
 #include "sparse/bilevel_routing_attention/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 template <typename T, int kBucket>
 const char* launch_forward(const RegionLaunch& planned, cudaStream_t stream) {
@@ -28,4 +28,4 @@ const char* launch_bilevel(const RegionLaunch& d, cudaStream_t stream) {
                       [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

@@ -3,7 +3,7 @@
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
 #include "sparse/listed_plan.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 // Tiles of `rows` rows by `most` warps of `warp_rows` rows at most, as few as can be and equally
 // large; one where there are no rows.
@@ -54,4 +54,4 @@ inline const char* check_sizes(const BilevelParams& d) {
   return nullptr;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

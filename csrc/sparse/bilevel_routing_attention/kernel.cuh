@@ -3,7 +3,7 @@
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
 #include "sparse/listed_forward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
@@ -12,4 +12,4 @@ __global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
   listed_forward<T, kBucket, RegionWalk>(d);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

@@ -3,7 +3,7 @@
 #include "sparse/bilevel_routing_attention/kernel_queries.cuh"
 #include "sparse/listed_backward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 constexpr int kMapStatisticsThreads = 128, kMapStatisticsLanes = 8;  // of a block, of a row
 
@@ -61,4 +61,4 @@ __global__ void __launch_bounds__(BilevelKeySide<T, kBucket>::kMaxThreads, 1)
   listed_key_gradients<T, kBucket, RegionGradientWalk>(d);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

@@ -7,7 +7,7 @@
 #include "sparse/list_walk.cuh"
 #include "sparse/listed_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 // Rows of a map: pixel (y, x) is the place y << 15 | x.
 struct MapRows {
@@ -195,4 +195,4 @@ struct RegionWalk {
   using Keys = RegionKeys;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

@@ -3,7 +3,7 @@
 #pragma once
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::bilevel_routing_attention {
 
 // What the host adds to the arguments of a gradient.
 struct RegionGradients : RegionLaunch {
@@ -120,4 +120,4 @@ struct RegionGradientWalk : RegionWalk {
   using Listing = RegionListing;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::bilevel_routing_attention

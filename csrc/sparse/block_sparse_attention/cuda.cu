@@ -1,19 +1,20 @@
 #include "sparse/block_sparse_attention/cuda_launch.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::block_sparse_attention {
 
 extern template const char* launch_block_sparse<__half>(const BlockSparseParams&, cudaStream_t);
 extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparseParams&,
                                                                cudaStream_t);
 extern template const char* launch_block_sparse<float>(const BlockSparseParams&, cudaStream_t);
 
-}  // namespace cuda
+}  // namespace cuda::block_sparse_attention
 
 const char* launch_cuda(const BlockSparseParams& d, void* stream) {
-  if (const char* error = cuda::check_sizes(d)) return error;
+  if (const char* error = cuda::block_sparse_attention::check_sizes(d)) return error;
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::launch_block_sparse<T>(d, static_cast<cudaStream_t>(stream));
+    return cuda::block_sparse_attention::launch_block_sparse<T>(d,
+                                                                static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -1,7 +1,7 @@
 #include "sparse/block_sparse_attention/cuda_backward_launch.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::block_sparse_attention {
 
 extern template const char* launch_block_sparse<__half>(const BlockSparseBackwardParams&,
                                                         cudaStream_t);
@@ -10,7 +10,7 @@ extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparse
 extern template const char* launch_block_sparse<float>(const BlockSparseBackwardParams&,
                                                        cudaStream_t);
 
-}  // namespace cuda
+}  // namespace cuda::block_sparse_attention
 
 int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
   const AttentionParams& f = p.forward.attention;
@@ -18,9 +18,10 @@ int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
 }
 
 const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
-  if (const char* error = cuda::check_sizes(p.forward)) return error;
+  if (const char* error = cuda::block_sparse_attention::check_sizes(p.forward)) return error;
   return cuda::visit_dtype(p.forward.attention.dtype, [&]<typename T>() {
-    return cuda::launch_block_sparse<T>(p, static_cast<cudaStream_t>(stream));
+    return cuda::block_sparse_attention::launch_block_sparse<T>(p,
+                                                                static_cast<cudaStream_t>(stream));
   });
 }
 

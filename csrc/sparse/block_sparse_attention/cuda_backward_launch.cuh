@@ -4,7 +4,7 @@
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel_backward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 // Keys of a block: more than 64 of them only where all are in one block of the lists.
 inline int key_row_warps(const BlockSparseParams& d, int most) {
@@ -67,4 +67,4 @@ const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_
                       [&]<int kBucket>() { return launch_gradients<T, kBucket>(bp, d, stream); });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

@@ -3,7 +3,7 @@
 #include "sparse/block_sparse_attention/cuda_plan.cuh"
 #include "sparse/block_sparse_attention/kernel.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 template <typename T, int kBucket>
 const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
@@ -27,4 +27,4 @@ const char* launch_block_sparse(const BlockSparseParams& d, cudaStream_t stream)
                       [&]<int kBucket>() { return launch_forward<T, kBucket>(d, stream); });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

@@ -3,7 +3,7 @@
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 #include "sparse/listed_plan.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 // Tiles of the rows of a block of queries, by the least warps of `warp_rows` rows that hold them,
 // `least` to `most`.
@@ -43,4 +43,4 @@ inline const char* check_sizes(const BlockSparseParams& d) {
   return nullptr;
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

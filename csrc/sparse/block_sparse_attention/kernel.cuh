@@ -3,7 +3,7 @@
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 #include "sparse/listed_forward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
@@ -12,4 +12,4 @@ __global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
   listed_forward<T, kBucket, BlockWalk>(d);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

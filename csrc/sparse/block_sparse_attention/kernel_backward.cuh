@@ -3,7 +3,7 @@
 #include "sparse/block_sparse_attention/kernel_queries.cuh"
 #include "sparse/listed_backward.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(QuerySideShape<T, kBucket>::kMaxThreads, 1)
@@ -20,4 +20,4 @@ __global__ void __launch_bounds__(BlockSparseKeySide<T, kBucket>::kMaxThreads, 1
   listed_key_gradients<T, kBucket, BlockGradientWalk>(d);
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

@@ -5,7 +5,7 @@
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/listed_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 // What the host adds to a call.
 struct BlockSparseLaunch : BlockSparseParams {
@@ -159,4 +159,4 @@ struct BlockWalk {
   using Keys = TileKeys;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

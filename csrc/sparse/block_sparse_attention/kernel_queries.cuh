@@ -2,7 +2,7 @@
 #pragma once
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::block_sparse_attention {
 
 // What the host adds to the arguments of a gradient.
 struct BlockSparseGradients : BlockSparseLaunch {
@@ -232,9 +232,9 @@ class BlockListing {
 struct BlockGradientWalk : BlockWalk {
   using Gradients = BlockSparseGradients;
   using KeyTile = BlockKeyTile;
-  using WarpKeys = cuda::WarpKeys;
+  using WarpKeys = block_sparse_attention::WarpKeys;
   template <typename T, int kBucket>
   using Listing = BlockListing<T, kBucket>;
 };
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::block_sparse_attention

@@ -4,7 +4,7 @@
 #include "sparse/hip_block_select/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::hip_block_select {
 namespace {
 
 constexpr int kMaxShared = 97 * 1024;  // of a block on every device, beside what is static
@@ -39,11 +39,11 @@ const char* launch_search(const HipParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::hip_block_select
 
 const char* launch_cuda(const HipParams& p, void* stream) {
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    return cuda::launch_search<T>(p, static_cast<cudaStream_t>(stream));
+    return cuda::hip_block_select::launch_search<T>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

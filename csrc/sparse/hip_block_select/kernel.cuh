@@ -8,7 +8,7 @@
 #include "select/products.cuh"
 #include "sparse/hip_block_select/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::hip_block_select {
 
 constexpr int kHipWarps = 4;
 constexpr int kHipThreads = kHipWarps * kWarpSize;
@@ -427,4 +427,4 @@ __global__ void __launch_bounds__(kHipThreads, kHipBlocks<T, kColumnTiles>)
   HipSearch<T, kColumnTiles>(p, plan, shared, memory).run();
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::hip_block_select

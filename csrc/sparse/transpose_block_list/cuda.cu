@@ -2,7 +2,7 @@
 #include "sparse/transpose_block_list/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::transpose_block_list {
 namespace {
 
 constexpr int64_t kLeastRows = 16;  // of a part
@@ -24,15 +24,17 @@ TransposePlan make_plan(const TransposeBlockListParams& p) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::transpose_block_list
 
 int64_t workspace_bytes(const TransposeBlockListParams& p) {
-  const int64_t places = cuda::make_plan(p).parts * p.blocks;
-  return cuda::list_heads(p) * (cuda::entries_of_head(p) + places) * 4;
+  const int64_t places = cuda::transpose_block_list::make_plan(p).parts * p.blocks;
+  return cuda::transpose_block_list::list_heads(p) *
+         (cuda::transpose_block_list::entries_of_head(p) + places) * 4;
 }
 
 const char* launch_cuda(const TransposeBlockListParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::transpose_block_list;
   const auto s = static_cast<cudaStream_t>(stream);
   const TransposePlan plan = make_plan(p);
   const int64_t heads = list_heads(p), entries = heads * entries_of_head(p);

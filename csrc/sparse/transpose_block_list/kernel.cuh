@@ -7,7 +7,7 @@
 #include "sparse/list_walk.cuh"
 #include "sparse/transpose_block_list/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::transpose_block_list {
 
 constexpr int kTransposeThreads = 128, kScanThreads = 1024;
 
@@ -99,4 +99,4 @@ __global__ void __launch_bounds__(kTransposeThreads)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::transpose_block_list

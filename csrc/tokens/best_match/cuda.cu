@@ -2,7 +2,7 @@
 #include "tokens/best_match/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::best_match {
 namespace {
 
 template <typename T>
@@ -37,7 +37,7 @@ const char* launch_match(const MatchParams& p, MatchPlan plan, cudaStream_t stre
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::best_match
 
 int64_t workspace_bytes(const MatchParams& p) {
   return p.normalize ? p.batch * (p.rows + p.partners) * static_cast<int64_t>(sizeof(float)) : 0;
@@ -46,17 +46,19 @@ int64_t workspace_bytes(const MatchParams& p) {
 const char* launch_cuda(const MatchParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
-    cuda::MatchPlan plan{};
-    plan.slices = static_cast<int>(ceil_div(p.channels * sizeof(T), cuda::kSliceRowBytes));
+    cuda::best_match::MatchPlan plan{};
+    plan.slices =
+        static_cast<int>(ceil_div(p.channels * sizeof(T), cuda::best_match::kSliceRowBytes));
     plan.aligned_a = cuda::is_vectorizable<T>(p.a, p.channels, p.a_batch, p.a_row);
     plan.aligned_b = cuda::is_vectorizable<T>(p.b, p.channels, p.b_batch, p.b_row);
     if (p.normalize)
-      if (const char* error = cuda::launch_factors<T>(p, plan, s)) return error;
+      if (const char* error = cuda::best_match::launch_factors<T>(p, plan, s)) return error;
     // Smaller blocks where larger ones would be half empty, or leave a GPU so.
-    const bool large =
-        p.rows > cuda::MatchShape<1>::kRows &&
-        p.batch * ceil_div(p.rows, cuda::MatchShape<2>::kRows) >= 2 * cuda::multiprocessors();
-    return large ? cuda::launch_match<T, 2>(p, plan, s) : cuda::launch_match<T, 1>(p, plan, s);
+    const bool large = p.rows > cuda::best_match::MatchShape<1>::kRows &&
+                       p.batch * ceil_div(p.rows, cuda::best_match::MatchShape<2>::kRows) >=
+                           2 * cuda::multiprocessors();
+    return large ? cuda::best_match::launch_match<T, 2>(p, plan, s)
+                 : cuda::best_match::launch_match<T, 1>(p, plan, s);
   });
 }
 

@@ -8,7 +8,7 @@
 #include "cuda/warp.cuh"
 #include "tokens/best_match/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::best_match {
 
 constexpr int kMatchWarps = 4;
 constexpr int kMatchThreads = kMatchWarps * kWarpSize;
@@ -265,4 +265,4 @@ __global__ void __launch_bounds__(kMatchThreads)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::best_match

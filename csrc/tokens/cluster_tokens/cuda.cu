@@ -2,7 +2,7 @@
 #include "tokens/nearest.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::cluster_tokens {
 namespace {
 
 constexpr int64_t kSlabFloats = int64_t{1} << 24;  // of weights in memory, if a row of cells fits
@@ -120,18 +120,20 @@ const char* label(const ClusterParams& p, const ClusterPlan& plan, cudaStream_t 
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::cluster_tokens
 
 int64_t workspace_bytes(const ClusterParams& p) {
-  return cuda::Areas(p, cuda::make_plan(p), false).bytes();
+  return cuda::cluster_tokens::Areas(p, cuda::cluster_tokens::make_plan(p), false).bytes();
 }
 
 int64_t workspace_bytes(const ClusterBackwardParams& q) {
-  return cuda::Areas(q.forward, cuda::make_plan(q.forward), true).bytes();
+  return cuda::cluster_tokens::Areas(q.forward, cuda::cluster_tokens::make_plan(q.forward), true)
+      .bytes();
 }
 
 const char* launch_cuda(const ClusterParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::cluster_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   ClusterPlan plan = make_plan(p);
   place(plan, p, false);
@@ -144,6 +146,7 @@ const char* launch_cuda(const ClusterParams& p, void* stream) {
 
 const char* launch_cuda(const ClusterBackwardParams& q, void* stream) {
   using namespace cuda;
+  using namespace cuda::cluster_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   const ClusterParams& p = q.forward;
   ClusterPlan plan = make_plan(p);

@@ -8,7 +8,7 @@
 #include "cuda/warp.cuh"
 #include "tokens/cluster_tokens/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::cluster_tokens {
 
 constexpr int kClusterWarps = 4, kClusterThreads = kClusterWarps * kWarpSize;
 constexpr int kCellPixels = 4;  // of a cell that are measured together, one for each warp
@@ -383,4 +383,4 @@ __global__ void __launch_bounds__(kClusterThreads, 4)
     }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::cluster_tokens

@@ -11,6 +11,7 @@ dim3 grid_of(int64_t blocks, int64_t batch) {
 template <typename T, int kVector>
 const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::gather_fuse;
   const FusePlan plan{static_cast<int>(ceil_div(p.channels, kWarpSize * kVector))};
   // The sum of the weights is wanted also of rows without channels.
   const FusePlan used{plan.slices > 0 ? plan.slices : 1};
@@ -23,6 +24,7 @@ const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
 template <typename T, int kVector>
 const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::gather_fuse;
   const GatherFuseParams& p = q.forward;
   const int64_t entries = p.kept + p.rest;
   const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseRows);

@@ -5,7 +5,7 @@
 #include "tokens/gather_fuse/params.h"
 #include "tokens/row_copy.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::gather_fuse {
 
 constexpr int kFuseThreads = 256, kFuseWarps = kFuseThreads / kWarpSize;
 // Per multiprocessor: left alone, ptxas spills to fit more.
@@ -216,4 +216,4 @@ __global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::gather_fuse

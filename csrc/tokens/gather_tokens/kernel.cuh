@@ -3,7 +3,7 @@
 #include "tokens/gather_tokens/params.h"
 #include "tokens/row_copy.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::gather_tokens {
 
 constexpr int kGatherBlocks = 4;  // per multiprocessor: left alone, ptxas spills to fit more
 
@@ -25,4 +25,4 @@ __global__ void __launch_bounds__(kRowThreads, kGatherBlocks)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::gather_tokens

@@ -9,11 +9,11 @@ constexpr int64_t kFillBlocks = 128;  // smaller tiles before fewer blocks
 
 // Of tokens, their scales, and counts of lines and columns.
 int64_t tile_bytes(int64_t lines, int64_t pitch, int64_t lanes) {
-  return lines * pitch * (lanes * cuda::kPoolBytes + 4) + (lines + pitch) * 4;
+  return lines * pitch * (lanes * cuda::local_pool::kPoolBytes + 4) + (lines + pitch) * 4;
 }
 
 // Tiles for windows that reach halo_y and halo_x. False: most of what they would read is halo.
-bool find_tiles(const LocalPoolParams& p, int vector, cuda::PoolTiles* tiles) {
+bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTiles* tiles) {
   constexpr int kLeastTokens = 64, kSector = 2, kConflictFree = 8;  // lanes
   const int64_t halo_y = int64_t{p.kernel_y / 2} * p.dilation_y;
   const int64_t halo_x = int64_t{p.kernel_x / 2} * p.dilation_x;
@@ -25,14 +25,14 @@ bool find_tiles(const LocalPoolParams& p, int vector, cuda::PoolTiles* tiles) {
     const int64_t pitch = width + round_up(2 * halo_x, kConflictFree / lanes);
     const int64_t lines_staged = height + 2 * halo_y, staged = pitch * lines_staged;
     const int64_t blocks = p.batch * columns * lines * ceil_div(chunks, lanes);
-    const bool fits = tile_bytes(lines_staged, pitch, lanes) <= cuda::kTileBytes;
+    const bool fits = tile_bytes(lines_staged, pitch, lanes) <= cuda::local_pool::kTileBytes;
     if (!fits || (blocks < kFillBlocks && width * height > kLeastTokens)) {
       if (width * height <= kLeastTokens) return false;
       width >= height ? columns *= 2 : lines *= 2;
       continue;
     }
     if (lanes < kConflictFree && lanes < chunks && width * height * lanes < cuda::kRowThreads &&
-        tile_bytes(lines_staged, pitch, 2 * lanes) <= cuda::kTileBytes &&
+        tile_bytes(lines_staged, pitch, 2 * lanes) <= cuda::local_pool::kTileBytes &&
         blocks >= 2 * kFillBlocks) {
       lanes *= 2;
       continue;
@@ -55,7 +55,7 @@ bool find_tiles(const LocalPoolParams& p, int vector, cuda::PoolTiles* tiles) {
 }
 
 struct PoolLaunch {
-  cuda::PoolPlan plan;
+  cuda::local_pool::PoolPlan plan;
   bool tiled;
   dim3 grid, block;
   int shared;
@@ -71,7 +71,7 @@ struct PoolLaunch {
     grid = g.grid;
     block = g.block;
     if (!tiled) return;
-    const cuda::PoolTiles& t = plan.tiles;
+    const cuda::local_pool::PoolTiles& t = plan.tiles;
     grid = dim3(static_cast<unsigned>(p.batch * t.lines * t.columns * t.slices));
     block = dim3(t.lanes, cuda::kRowThreads / t.lanes);
     shared = static_cast<int>(tile_bytes(t.height + 2 * t.halo_y, t.pitch, t.lanes));
@@ -89,6 +89,7 @@ const char* run_pool(const LocalPoolParams& p, const Run& run) {
 template <typename T, int kVector>
 const char* launch_pool(const LocalPoolParams& p, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::local_pool;
   return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
     return p.is_max ? launch<local_pool_kernel<T, kVector, true, kTiled>>(l.grid, l.block, l.shared,
                                                                           stream, p, l.plan)
@@ -100,6 +101,7 @@ const char* launch_pool(const LocalPoolParams& p, cudaStream_t stream) {
 template <typename T, int kVector>
 const char* launch_backward(const LocalPoolBackwardParams& q, cudaStream_t stream) {
   using namespace cuda;
+  using namespace cuda::local_pool;
   const LocalPoolParams& p = q.forward;
   return run_pool<kVector>(p, [&]<bool kTiled>(const PoolLaunch& l) {
     if (p.is_max) {

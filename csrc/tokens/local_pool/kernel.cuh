@@ -9,7 +9,7 @@
 #include "tokens/local_pool/params.h"
 #include "tokens/row_copy.cuh"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::local_pool {
 
 constexpr uint16_t kNoTap = 0xffff;   // taps are below 255 x 255
 constexpr int kPoolBlocks = 4;        // per multiprocessor, as many as tiles let
@@ -375,4 +375,4 @@ __global__ void __launch_bounds__(kRowThreads, kPoolBlocks)
   });
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::local_pool

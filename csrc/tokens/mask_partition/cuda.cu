@@ -5,18 +5,20 @@ namespace tokenmill {
 namespace {
 
 int64_t chunks_of(const MaskPartitionParams& p) {
-  return ceil_div(p.batch * p.tokens, cuda::kMaskChunk);
+  return ceil_div(p.batch * p.tokens, cuda::mask_partition::kMaskChunk);
 }
 
 }  // namespace
 
 // Bits of the mask, then counts of chunks.
 int64_t workspace_bytes(const MaskPartitionParams& p) {
-  return chunks_of(p) * static_cast<int64_t>(cuda::kMaskChunk / 8 + sizeof(int32_t));
+  return chunks_of(p) *
+         static_cast<int64_t>(cuda::mask_partition::kMaskChunk / 8 + sizeof(int32_t));
 }
 
 const char* launch_cuda(const MaskPartitionParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::mask_partition;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t chunks = chunks_of(p);
   auto* const bits = static_cast<unsigned*>(p.workspace);

@@ -6,7 +6,7 @@
 #include "cuda/warp.cuh"
 #include "tokens/mask_partition/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::mask_partition {
 
 constexpr int kMaskThreads = 256, kMaskScanThreads = 1024;
 constexpr int kMaskWarps = kMaskThreads / kWarpSize;
@@ -131,4 +131,4 @@ __global__ void __launch_bounds__(kMaskThreads)
     if (at >= from) p.indices[at] = packed[at - from];
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::mask_partition

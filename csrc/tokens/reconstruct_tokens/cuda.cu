@@ -3,7 +3,7 @@
 #include "tokens/reconstruct_tokens/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::reconstruct_tokens {
 namespace {
 
 dim3 warps_of(int64_t rows, int64_t batch) {
@@ -24,12 +24,13 @@ MapRows<T> rows_of(const void* data, int64_t batch, int64_t row, int64_t count, 
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::reconstruct_tokens
 
 int64_t workspace_bytes(const ReconstructParams& p) { return p.batch * p.tokens * p.k * 8; }
 
 const char* launch_cuda(const ReconstructParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::reconstruct_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   Nearest near{};
   near.channels = static_cast<int>(p.channels);
@@ -54,6 +55,7 @@ const char* launch_cuda(const ReconstructParams& p, void* stream) {
 
 const char* launch_cuda(const ReconstructBackwardParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::reconstruct_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   return visit_dtype(p.dtype, [&]<typename T>() {
     const dim3 grid = warps_of(p.clusters, p.batch);

@@ -5,7 +5,7 @@
 #include "cuda/warp.cuh"
 #include "tokens/reconstruct_tokens/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::reconstruct_tokens {
 
 constexpr int kReconstructWarps = 4, kReconstructThreads = kReconstructWarps * kWarpSize;
 
@@ -99,4 +99,4 @@ __global__ void __launch_bounds__(kReconstructThreads)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::reconstruct_tokens

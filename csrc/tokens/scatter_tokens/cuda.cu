@@ -4,6 +4,7 @@ namespace tokenmill {
 
 const char* launch_cuda(const ScatterTokensParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::scatter_tokens;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
   if (const char* error = set_bytes(p.places, 0xff, bytes, s)) return error;  // -1

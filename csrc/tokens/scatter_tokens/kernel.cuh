@@ -3,7 +3,7 @@
 #include "tokens/row_copy.cuh"
 #include "tokens/scatter_tokens/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::scatter_tokens {
 
 // Of rows of one token the last one stays, in any order of threads.
 __global__ void __launch_bounds__(kRowThreads)
@@ -30,4 +30,4 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::scatter_tokens

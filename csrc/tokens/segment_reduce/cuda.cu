@@ -2,7 +2,7 @@
 #include "tokens/segment_reduce/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::segment_reduce {
 namespace {
 
 constexpr int64_t kBlockPlaces = 64;   // in the mean, from which a segment gets a whole block
@@ -77,16 +77,17 @@ const char* launch_any(const SegmentReduceParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::segment_reduce
 
 int64_t workspace_bytes(const SegmentReduceParams& p) {
-  const cuda::SegmentPlan plan = cuda::make_plan(p);
+  const cuda::segment_reduce::SegmentPlan plan = cuda::segment_reduce::make_plan(p);
   if (plan.parts == 1) return 0;
   return plan.parts * p.batch * p.segments * (2 * p.channels + 1) * int64_t{4};
 }
 
 const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::segment_reduce;
   const auto s = static_cast<cudaStream_t>(stream);
   if (make_plan(p).tiles * int64_t{make_plan(p).parts} > kMaxYZ)
     return "2 million channels at most on CUDA";
@@ -97,6 +98,7 @@ const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
 
 const char* launch_cuda(const SegmentReduceBackwardParams& q, void* stream) {
   using namespace cuda;
+  using namespace cuda::segment_reduce;
   const SegmentReduceParams& p = q.forward;
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);

@@ -7,7 +7,7 @@
 #include "cuda/warp.cuh"
 #include "tokens/segment_reduce/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::segment_reduce {
 
 constexpr int kSegmentThreads = 256;
 constexpr int kSegmentWarps = kSegmentThreads / kWarpSize;
@@ -356,4 +356,4 @@ __global__ void __launch_bounds__(kSegmentThreads, 4)
     }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::segment_reduce

@@ -2,7 +2,7 @@
 #include "tokens/topk_partition/kernel.cuh"
 
 namespace tokenmill {
-namespace cuda {
+namespace cuda::topk_partition {
 namespace {
 
 int64_t sort_stride(const TopkPartitionParams& p) {
@@ -13,14 +13,15 @@ int64_t sort_stride(const TopkPartitionParams& p) {
 }
 
 }  // namespace
-}  // namespace cuda
+}  // namespace cuda::topk_partition
 
 int64_t workspace_bytes(const TopkPartitionParams& p) {
-  return p.batch * cuda::sort_stride(p) * static_cast<int64_t>(sizeof(uint64_t));
+  return p.batch * cuda::topk_partition::sort_stride(p) * static_cast<int64_t>(sizeof(uint64_t));
 }
 
 const char* launch_cuda(const TopkPartitionParams& p, void* stream) {
   using namespace cuda;
+  using namespace cuda::topk_partition;
   const PartitionMemory memory{sort_stride(p) > 0 ? static_cast<uint64_t*>(p.workspace) : nullptr,
                                sort_stride(p)};
   if (memory.sort_stride > int64_t{1} << 30)

@@ -5,7 +5,7 @@
 #include "select/radix_select.cuh"
 #include "tokens/topk_partition/params.h"
 
-namespace tokenmill::cuda {
+namespace tokenmill::cuda::topk_partition {
 
 constexpr int kSharedSort = 2048;  // kept tokens that are sorted in shared memory
 constexpr unsigned kSharedKeys =
@@ -128,4 +128,4 @@ __global__ void __launch_bounds__(kTopkThreads, 2)
   }
 }
 
-}  // namespace tokenmill::cuda
+}  // namespace tokenmill::cuda::topk_partition
