@@ -1,4 +1,4 @@
-"""python -m tokenmill info | ops | explain | check | bench | demo"""
+"""python -m tokenmill info | ops | explain | check | bench | bench report | demo"""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     command = "tokenmill"
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["bench", "report"]:  # a command of two words
+        argv = ["bench report", *argv[2:]]
     try:
         options, others = _parser().parse_known_args(argv)
         command = f"tokenmill {options.command}"
@@ -86,6 +89,10 @@ def _parser() -> cli.Parser:
 
     sub = command("bench", bench.run, "named cases against named peers, in one process")
     bench.add_arguments(sub)
+    from .bench import report
+
+    sub = command("bench report", report.run, "results of bench --json as Markdown tables")
+    report.add_arguments(sub)
     from . import demo
 
     sub = command(

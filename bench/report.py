@@ -1,0 +1,115 @@
+"""Results of machines as Markdown: `python -m tokenmill bench report FILE ... [--update PAGE]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenmill import cli
+
+from .case import geometric_mean
+from .plot import label
+
+BEGIN = "<!-- bench report: begin -->"
+END = "<!-- bench report: end -->"
+COLUMNS = ("ms", "GFLOP/s", "% of peak", "GB/s")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="results that bench --json wrote, one per machine"
+    )
+    parser.add_argument(
+        "--update",
+        metavar="PAGE",
+        help=f"rewrite the lines of this page between '{BEGIN}' and '{END}', instead of printing",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    tables = "\n".join(markdown(Path(name).stem, _load(name)) for name in options.files)
+    if options.update is None:
+        print(tables, end="")
+        return 0
+    page = Path(options.update)
+    try:
+        page.write_text(update(page.read_text(), tables))
+    except (OSError, ValueError) as error:
+        rule = f"must be a page with the lines '{BEGIN}' and '{END}'"
+        raise cli.UsageError(f"--update: {rule}; got '{page}' ({error})") from None
+    return 0
+
+
+def update(page: str, tables: str) -> str:
+    """The page with the tables between its two markers. ValueError if a marker is missing."""
+    head, rest = page[: page.index(BEGIN)], page[page.index(BEGIN) :]
+    return f"{head}{BEGIN}\n\n{tables}\n{rest[rest.index(END) :]}"
+
+
+def markdown(name: str, results: dict[str, Any]) -> str:
+    """The section of one machine: what it is, and a table for each operator."""
+    rows = results["rows"]
+    # Results from before --device have none: they are a CPU's.
+    machine = label(results["machine"], results.get("device", "cpu"), results["threads"])
+    peaks = {r["dtype"]: r["flops"] / r["peak_share"] / 1e9 for r in rows if r.get("peak_share")}
+    ceilings = [f"{dtype} {_figure(peak)} GFLOP/s" for dtype, peak in peaks.items()]
+    ceilings += [f"copy {_figure(results['copy_bandwidth'] / 1e9)} GB/s"]
+    lines = [
+        f"### {name}",
+        "",
+        f"{machine}; tokenmill {results['tokenmill']}, {results['date']}.",
+        f"Measured ceilings: {', '.join(ceilings)}.",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += ["", *_table(op, [row for row in rows if row["op"] == op])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(op: str, rows: list[dict[str, Any]]) -> list[str]:
+    peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
+    lines = [_line([f"`{op}`", *COLUMNS, *peers]), _line(["---"] * (1 + len(COLUMNS) + len(peers)))]
+    for row in rows:
+        if "error" in row:
+            cells = [f"failed: {row['error']}"] + [""] * (len(COLUMNS) - 1 + len(peers))
+        else:
+            cells = [
+                _figure(row["seconds"] * 1e3),
+                _figure(row["flops"] / 1e9),
+                f"{row['peak_share']:.0%}",
+                _figure(row["bytes_per_second"] / 1e9),
+            ]
+            ratios = {name: _figure(peer["ratio"]) for name, peer in row["peers"].items()}
+            cells += [ratios.get(name, "") for name in peers]
+        lines.append(_line([row["case"], *cells]))
+    means = []
+    for name in peers:
+        ratios = [row["peers"][name]["ratio"] for row in rows if name in row.get("peers", ())]
+        means.append(_figure(geometric_mean(ratios)) if len(ratios) > 1 else "")
+    if any(means):
+        lines.append(_line(["geometric mean", *[""] * len(COLUMNS), *means]))
+    absent = {(n, why): None for row in rows for n, why in row.get("absent", {}).items()}
+    if absent:
+        lines += ["", f"Absent: {'; '.join(f'{name} ({why})' for name, why in absent)}."]
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, or all of a longer whole number."""
+    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
+
+
+def _load(name: str) -> dict[str, Any]:
+    try:
+        results: dict[str, Any] = json.loads(Path(name).read_text())
+        if missing := {"machine", "rows"} - results.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, AttributeError) as error:
+        rule = "must be results that bench --json wrote"
+        raise cli.UsageError(f"FILE: {rule}; got '{name}' ({cli.one_line(error)})") from None
+    return results
