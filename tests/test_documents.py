@@ -1,0 +1,104 @@
+"""README, CHANGELOG, CONTRIBUTING and docs: links, sizes, and tables made from measured results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tokenmill.__main__ import main
+from tokenmill.bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
+PERFORMANCE = ROOT / "docs" / "performance.md"
+RESULTS = sorted(ROOT.glob("bench/results/*.json"))
+sources = pytest.mark.skipif(not PAGES, reason="the documents are not beside the tests")
+measured = pytest.mark.skipif(not RESULTS, reason="the results are not beside the tests")
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@sources
+def test_every_relative_link_leads_somewhere():
+    dead = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if re.match(r"\w+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not dead
+
+
+@sources
+def test_pages_for_users_stay_short():
+    for name, most in (("README.md", 150), ("docs/performance.md", 200)):
+        assert len((ROOT / name).read_text().splitlines()) <= most, name
+
+
+@sources
+@measured
+def test_the_tables_of_the_performance_page_are_those_of_the_results(tmp_path):
+    page = tmp_path / "performance.md"
+    page.write_text(PERFORMANCE.read_text())
+    assert main(["bench", "report", *map(str, RESULTS), "--update", str(page)]) == 0
+    assert page.read_text() == PERFORMANCE.read_text()
+
+
+ROW = {
+    "op": "gather_tokens", "case": "a | b", "dtype": "float32", "seconds": 0.0123456, "flops": 2e9,
+    "peak_share": 0.5, "bytes_per_second": 1.234e12,
+    "peers": {"good": {"seconds": 0.0246912, "flops": 1e9, "ratio": 2.0}},
+    "absent": {"other": "not installed"},
+}  # fmt: skip
+RUN = {
+    "machine": {"cpu": "Some CPU", "isa": "avx2", "gpu": "Some GPU", "torch": "2.13.0"},
+    "tokenmill": "0.1.0", "date": "2026-01-02", "threads": 2, "copy_bandwidth": 2e10,
+}  # fmt: skip
+
+
+def test_a_report_names_the_machine_failures_and_absent_peers(tmp_path, capsys):
+    failed = {"op": "gather_tokens", "case": "c", "dtype": "float32", "error": "ValueError: x"}
+    name = tmp_path / "some.json"
+    name.write_text(json.dumps(RUN | {"rows": [ROW, failed]}))
+    assert main(["bench", "report", str(name)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "### some",
+        "",
+        "Some CPU, avx2, 2 thread(s), torch 2.13.0; tokenmill 0.1.0, 2026-01-02.",
+        "Measured ceilings: float32 4.00 GFLOP/s, copy 20.0 GB/s.",
+        "",
+        "| `gather_tokens` | ms | GFLOP/s | % of peak | GB/s | good |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| a \\| b | 12.3 | 2.00 | 50% | 1234 | 2.00 |",
+        "| c | failed: ValueError: x |  |  |  |  |",
+        "",
+        "Absent: other (not installed).",
+    ]
+
+
+def test_a_report_refuses_what_is_no_result_and_pages_without_markers(tmp_path, capsys):
+    counters, good, page = (tmp_path / name for name in ("c.json", "g.json", "page.md"))
+    counters.write_text('{"rows": []}')
+    good.write_text(json.dumps(RUN | {"rows": []}))
+    page.write_text(report.BEGIN)
+    for words, message in (
+        ([], "the following arguments are required: FILE"),
+        ([tmp_path / "none.json"], "FILE: must be results that bench --json wrote; got '"),
+        ([counters], "FILE: must be results that bench --json wrote; got '"),
+        ([good, "--update", page], "--update: must be a page with the lines '"),
+        ([good, "--update", tmp_path], "--update: must be a page with the lines '"),
+    ):
+        assert main(["bench", "report", *map(str, words)]) == 2
+        assert capsys.readouterr().err.startswith(f"tokenmill bench report: {message}")
+    assert page.read_text() == report.BEGIN
