@@ -80,8 +80,8 @@ def _table(op: str, rows: list[dict[str, Any]]) -> list[str]:
                 f"{row['peak_share']:.0%}",
                 _figure(row["bytes_per_second"] / 1e9),
             ]
-            ratios = {name: _figure(peer["ratio"]) for name, peer in row["peers"].items()}
-            cells += [ratios.get(name, "") for name in peers]
+            shown = {name: _figure(peer["ratio"]) for name, peer in row["peers"].items()}
+            cells += [shown.get(name, "") for name in peers]
         lines.append(_line([row["case"], *cells]))
     means = []
     for name in peers:
