@@ -54,7 +54,7 @@ def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) 
 
 
 def as_int(op: str, argument: str, value: Any, rule: str = "must be an integer") -> int:
-    """An int from an int, a NumPy integer or anything else that serves as an index; not from a bool
+    """An int from an int, a NumPy integer or anything else that works as an index; not from a bool
     or a tensor. A SymInt stays one."""
     if type(value) is int:
         found = value
@@ -172,11 +172,11 @@ def is_power_of_two(n: int) -> bool:
 
 
 def synchronising_checks() -> bool:
-    """TOKENMILL_CHECK=1: also check values that lie on a GPU, at the price of a synchronisation."""
+    """TOKENMILL_CHECK=1: also check values inside GPU tensors, which synchronises."""
     return os.environ.get("TOKENMILL_CHECK") == "1"
 
 
 def reads_values(t: torch.Tensor) -> bool:
-    """Whether a function made of operators may look at what lies inside t."""
+    """Whether a function made of operators may read the values of t."""
     here = t.device.type == "cpu" or synchronising_checks()
     return here and not torch.compiler.is_compiling()

@@ -26,7 +26,7 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def known(t: Tensor) -> bool:
-    """Whether a count may depend on what lies inside t: not where tensors are shapes alone."""
+    """Whether a count may depend on the values of t: not where tensors are shapes alone."""
     return not (t.is_meta or is_fake(t))
 
 

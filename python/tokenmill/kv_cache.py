@@ -1,4 +1,4 @@
-"""What calls on a cache of keys and values must keep to. csrc/core/kv_cache_checks.h has the same
+"""The rules for calls on a KV cache. csrc/core/kv_cache_checks.h has the same
 rules in the same order and words; the contract test compares the two."""
 
 from __future__ import annotations

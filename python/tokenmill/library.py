@@ -49,7 +49,7 @@ class TorchOp:
     """One operator of the library. Every callable takes the arguments of the schema.
 
     check raises for a bad call by metadata alone (float64=True admits float64, which only the
-    reference runs); check_values by what lies inside tensors, which costs a synchronisation on a
+    reference runs); check_values by the values inside tensors, which costs a synchronisation on a
     GPU. fake gives the outputs without data. triton is the "module:function" of the Triton
     implementation inside tokenmill.triton_kernels. backward and setup_context are those of
     torch.library.register_autograd, with torch.ops.<namespace> before the context. A call of an

@@ -1,4 +1,4 @@
-"""How arguments of public functions become those of a schema, where several operators agree."""
+"""How arguments of public functions become those of a schema, where operators share the rule."""
 
 from __future__ import annotations
 

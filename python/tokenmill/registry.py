@@ -47,7 +47,7 @@ class OpSpec:
     bounds.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
-    the inputs: the yardstick of the error budget.
+    the inputs: the baseline of the error budget.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""attention_decode: one or a few query tokens of each request against its cache of keys."""
+"""attention_decode: decode attention of the newest tokens of each request over its KV cache."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def attention_decode(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Attention of the newest tokens of each request to its keys in a cache.
+    r"""Decode: attention of the newest tokens of each request over its KV cache, dense or paged.
 
     Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included, and its queries are
     the last Sq of n positions: query i sees keys j <= n - Sq + i. The result is that of
@@ -110,13 +110,13 @@ def attention_decode(
             Dv]``, the page size a power of two. Any strides with a contiguous last dimension, so
             ``[P, Hk, page size, D]`` is passed as its transpose. The new keys must be there.
         seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
-            What lies behind them is never read.
-        block_table: int32 ``[B, pages]``, the pages of each request in order; entries behind its
+            Keys beyond them are never read.
+        block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its
             last key may hold anything.
         kind, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
         score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
-        window: (left, right) keys beside a query's own position; -1 = no limit. As nothing lies to
-            the right of a query, right is -1 or 0.
+        window: (left, right) keys beside a query's own position; -1 = no limit. As no key is
+            to the right of a query, right is -1 or 0.
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
             each step of the kernel. With n > 0 a request's result has the same bits in any batch,
             whatever the other requests are; on the cpu backend that holds for 0 too.
@@ -135,7 +135,7 @@ def attention_decode(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs. On a GPU a length is
-            cut to what the cache holds, and a page that does not exist is read as page 0.
+            clamped to what the cache holds, and a page that does not exist is read as page 0.
 
     Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a request;
     nothing is allocated but results of ranges, which are summed in the order of the keys.

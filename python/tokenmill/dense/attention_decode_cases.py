@@ -25,7 +25,7 @@ def draw_cache(
     g: torch.Generator,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Caches of keys and values with room for `capacity` tokens a request, dense or in shuffled
-    pages, NaN behind the last key; seqlens_k and block_table."""
+    pages, NaN after the last key; seqlens_k and block_table."""
     batch, kwargs = len(lengths), {"seqlens_k": torch.tensor(lengths, dtype=torch.int32)}
     caches = [torch.randn(batch, capacity, *shape, generator=g).to(dtype) for shape in shapes]
     for cache in caches:

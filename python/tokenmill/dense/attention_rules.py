@@ -1,4 +1,4 @@
-"""What a call of attention must keep to. csrc/dense/attention/host.cpp has the same rules in the
+"""The rules for a call of attention. csrc/dense/attention/host.cpp has the same rules in the
 same order and words; the contract test compares the two."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""merge_attention_states: one attention result from results over disjoint sets of keys."""
+"""merge_attention_states: joins attention results over disjoint sets of keys by their lse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OP = "merge_attention_states"
 def merge_attention_states(
     outs: Tensor, lses: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""One attention result from results over disjoint sets of keys.
+    r"""Joins attention results over disjoint sets of keys into one, by their lse.
 
     With :math:`lse = \log \sum_i e^{lse_i}` and weights :math:`w_i = e^{lse_i - lse}`, the result
     is :math:`out = \sum_i w_i\, out_i`: exactly the attention over the union of the keys, in any

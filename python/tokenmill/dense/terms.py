@@ -1,5 +1,5 @@
-"""What lies between q.k and the weights, for operators with a score map: how the arguments of the
-public functions become those of the schema, and what they must keep to. csrc/dense/terms.h has the
+"""The score mod, from q.k to the weights, of operators with a score map: how the arguments of the
+public functions become those of the schema, and their rules. csrc/dense/terms.h has the
 same rules in the same order and words."""
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def linear_attention_decode(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The next tokens of :func:`linear_attention`, for requests whose states lie in slots.
+    r"""Decode of :func:`linear_attention`: the next tokens, with states in slots, in place.
 
     Request b continues from the state in slot state_indices[b], which is updated in place. The
     result is that of :func:`linear_attention` with the same tokens and initial_state.
@@ -43,7 +43,7 @@ def linear_attention_decode(
             with a contiguous last dimension, D up to 256. S is 1, or more for several tokens.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA).
         state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
-            :func:`linear_attention` returns it; updated in place. The rows of a head lie without
+            :func:`linear_attention` returns it; updated in place. The rows of a head have no
             gaps, each element at an address of its own and none in another argument.
         log_decay: ``[H]`` or ``[B, S, H]``, not positive, as in :func:`linear_attention`.
         feature_map, normalize: as in :func:`linear_attention`; those with which the state was made.

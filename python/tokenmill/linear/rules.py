@@ -1,4 +1,4 @@
-"""What calls of the linear family must keep to. csrc/linear/*/host.cpp has the same rules in the
+"""The rules for calls of the linear family. csrc/linear/*/host.cpp has the same rules in the
 same order and words; the contract test compares the two."""
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def lightning_slopes(
         convention: "minimax" or "paper".
 
     Returns:
-        ``[H]`` float32 on the CPU, not negative; the weight of a token that lies n tokens back is
+        ``[H]`` float32 on the CPU, not negative; the weight of a token n tokens back is
         :math:`e^{-slope\,n}`.
 
     Raises:

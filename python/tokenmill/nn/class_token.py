@@ -54,8 +54,8 @@ def class_scores(
 
 
 class EViTReorganize(nn.Module):
-    r"""Behind the attention of a block: the patches to which the class token attends most, and one
-    token for the others,
+    r"""After the attention of a block: keeps the patches to which the class token attends most, and
+    fuses the others into one token,
 
     .. math::
        y = [x_0;\ x_{top};\ f], \qquad f = \sum_{j \notin top} a_j x_j.

@@ -82,7 +82,7 @@ class TokenReconstruction(nn.Module):
 
     Shape:
         x ``[B, Y, X, C]``, the tokens before clustering; centroids ``[B, gy, gx, C]``, as
-        :class:`TokenClustering` gave them; clusters ``[B, gy, gx, D]``, behind the layers; to
+        :class:`TokenClustering` gave them; clusters ``[B, gy, gx, D]``, after the layers; to
         ``[B, Y, X, D]``.
 
     Raises:

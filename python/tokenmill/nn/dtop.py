@@ -24,7 +24,7 @@ class ActiveTokens(NamedTuple):
 
 
 class DToPExit(nn.Module):
-    """Lets tokens leave that a head in the middle of a model is sure of.
+    """Early exit: tokens that a head in the middle of a model is sure of leave the model.
 
     A token exits if the probability of its likeliest class is above the threshold. So that a later
     stage still sees every class that is in the picture, the ``keep`` surest of each class that

@@ -30,7 +30,7 @@ class FocusSelect(nn.Module):
 
     Shape:
         forward: scores ``[B, N]``, valid ``[B, N]`` bool (None: all) to indices ``[B, w]`` int32, w
-        = min(floor(ratio N) + 1, N), in the order of the scores; -1 behind the last of a picture.
+        = min(floor(ratio N) + 1, N), in the order of the scores; -1 after the last of a picture.
 
     Raises:
         RuntimeError: naming argument, rule and value.
@@ -38,7 +38,7 @@ class FocusSelect(nn.Module):
     Complexity: one selection; each layer reads and writes its tokens once.
 
     Paper: Focus-DETR (Zheng et al. 2023), section 3.2. There w is the most that a picture of the
-    batch has, which is known on the device alone; here it is what N allows, and behind the last
+    batch has, which is known on the device alone; here it is what N allows, and after the last
     token of a picture rows are zeros and are not written back.
 
     Example:

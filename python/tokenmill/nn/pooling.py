@@ -1,4 +1,4 @@
-"""Tokens mixed or put together by pooling."""
+"""Token mixing and pooling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIXING, SEGMENTS = "nn.PoolFormerMixing", "nn.SegmentPooling"
 
 class PoolFormerMixing(nn.Module):
     """The token mixer of PoolFormer: the mean of the pixels around each one, minus the pixel. At
-    the edge of the map the mean is over the pixels that there are.
+    the edge of the map the mean is over the pixels inside it.
 
     Args:
         pool_size: side of the window, odd.
@@ -64,7 +64,7 @@ class PoolFormerMixing(nn.Module):
 
 
 class SegmentPooling(nn.Module):
-    """Words out of their characters, and back. Words lie behind each other: word w is rows
+    """Words out of their characters, and back. Words are consecutive: word w is rows
     ``offsets[w]`` to ``offsets[w + 1] - 1``.
 
     Args:

@@ -17,7 +17,7 @@ NAME = "nn.SparsifinerAttention"
 
 
 class SparsifinerAttention(nn.Module):
-    r"""Attention of each token to the tokens that a low-rank estimate of its attention likes best.
+    r"""Attention of each token to the tokens with the largest low-rank estimate of its attention.
 
     The estimate is a mixture of n' patterns over the tokens, the same for all inputs. With queries
     and keys of c = D / 2 dimensions and the tokens reduced to n' = N / 8,

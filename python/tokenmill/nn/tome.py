@@ -22,7 +22,7 @@ NAME = "nn.TokenMerging"
 
 class TokenMerging(nn.Module):
     r"""A step of ToMe, between the attention of a block and its feed-forward network: the r tokens
-    that are most like a token of the other half are merged into it.
+    most similar to a token of the other half are merged into it.
 
     Rows are means over the tokens that they stand for, whose number is their size. So that they
     count as often in attention, log(size) is added to the logits of a key

@@ -7,15 +7,15 @@ heads, requests of different lengths, and any backend.
 | policy | keys attended to | cache |
 |---|---|---|
 | :class:`FullAttention` | all | dense or pages |
-| :class:`TokenSelect` | those that the heads vote for, first, last | dense or pages |
-| :class:`TidalDecode` | those that a layer before chose | dense or pages |
-| :class:`Quest` | pages of the largest bounds | dense or pages |
+| :class:`TokenSelect` | those that the heads vote for, sink, recent | dense or pages |
+| :class:`TidalDecode` | those that an earlier layer selected | dense or pages |
+| :class:`Quest` | pages with the largest bounds | dense or pages |
 | :class:`RecycledAttention` | those of the last full step, new ones | dense or pages |
-| :class:`StreamingLLM` | first, last | dense or pages; evicts |
-| :class:`H2O` | those with the most attention so far, last | dense; evicts |
+| :class:`StreamingLLM` | sink, recent | dense or pages; evicts |
+| :class:`H2O` | those with the most attention so far, recent | dense; evicts |
 | :class:`Keyformer` | the same, with noise | dense; evicts |
-| :class:`SnapKV` | those that the end of the prompt chose, all after | dense; evicts |
-| :class:`RazorAttention` | all in retrieval heads; first, last, a mean | dense or pages; evicts |
+| :class:`SnapKV` | those that the end of the prompt attends to, all later ones | dense; evicts |
+| :class:`RazorAttention` | all in retrieval heads; sink, recent, a mean | dense or pages; evicts |
 
 Example:
     >>> import torch

@@ -1,4 +1,4 @@
-"""Policies that throw keys away. Those with lists of their own for each head need dense caches."""
+"""Policies that evict keys. Those with a list for each head need dense caches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Share = int | float
 
 @dataclass(eq=False)
 class StreamingLLM(Policy):
-    r"""To the first tokens and the last ones, at the places that they have in that row.
+    r"""Attends to sink and recent tokens, rotated by their place among the keys attended to.
 
-    With rope the policy is given queries and keys without rotary embedding, and turns each key by
+    With rope the policy is given queries and keys without rotary embedding, and rotates each key by
     its place among those attended to, so that no place is beyond num_sink + num_recent. Without it
     they are used as they are. A full cache is compacted; what a step sees does not depend on when.
-    Pages behind the lengths are free.
+    Pages beyond the lengths are free.
 
     Args:
-        num_sink, num_recent: first and last tokens; the last include the newest.
+        num_sink, num_recent: sink (first) and recent (last) tokens; the recent include the newest.
         rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2; as many positions as the
             longest prompt has tokens, and num_sink + num_recent.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
@@ -103,11 +103,11 @@ class StreamingLLM(Policy):
 
 @dataclass(eq=False)
 class H2O(Policy):
-    r"""To the tokens that got the most attention so far, and the last ones.
+    r"""Attends to the tokens that received the most attention so far, and to recent tokens.
 
     A key's score is the attention that it got from all queries that saw it, averaged over the query
-    heads of its head. After each step the lowest score outside the last tokens goes. Lists say what
-    is left, and a full cache is compacted to them.
+    heads of its head. After each step the key with the lowest score, recent ones aside, is
+    dropped. Lists name what is left, and a full cache is compacted to them.
 
     Args:
         heavy, recent: keys kept for their score and as the last ones: a number, or a share of the
@@ -166,8 +166,8 @@ class H2O(Policy):
 
 @dataclass(eq=False)
 class Keyformer(Policy):
-    r"""As H2O, with noise in the scores: a softmax of logits plus Gumbel noise, at a temperature
-    that rises by a little each step.
+    r"""H2O with noisy scores: a softmax of logits plus Gumbel noise, at a temperature that rises a
+    little with each step.
 
     Args:
         budget: keys kept: a number, or a share of the prompt's tokens.
@@ -225,9 +225,9 @@ class Keyformer(Policy):
 
 @dataclass(eq=False)
 class SnapKV(Policy):
-    r"""To the keys that the last tokens of the prompt attend to, those tokens, and all new ones.
+    r"""Attends to the keys that the end of the prompt attends to, to that end, and to new tokens.
 
-    The prompt alone is thinned out: a key's score is the mean attention from the last window
+    Only the prompt is evicted from: a key's score is the mean attention from the last window
     queries, averaged over kernel neighbours and over the query heads of its head.
 
     Args:
@@ -268,8 +268,8 @@ class SnapKV(Policy):
 
 @dataclass(eq=False)
 class RazorAttention(Policy):
-    r"""To all keys in retrieval heads; to the first and last ones, and to one token that stands for
-    the rest, in the others.
+    r"""Retrieval heads attend to all keys; the others to sink and recent tokens, and to one
+    compensation token for the rest.
 
     That token's key and value are the means of the keys and values left out, and its logit gets the
     logarithm of their number. The cache is that of the retrieval heads, ``[B, S, len(retrieval),
@@ -277,7 +277,7 @@ class RazorAttention(Policy):
 
     Args:
         retrieval: key heads that keep everything.
-        num_sink: first tokens that the others keep.
+        num_sink: sink (first) tokens that the others keep.
         local, share: the others keep local last tokens, or the share-th part of the prompt if that
             is more.
         slack: tokens added to the short cache before it is compacted; results do not depend on it.
@@ -343,7 +343,7 @@ class RazorAttention(Policy):
 
 @dataclass(eq=False)
 class _Compensated(Policy):
-    """To the first and last tokens, and to the mean of the others. begin overwrites k and v."""
+    """To sink and recent tokens, and to the mean of the others. begin overwrites k and v."""
 
     num_sink: int = 4
     local: int = 4000
@@ -417,7 +417,7 @@ def keep_best(
     scores: Tensor, counts: Tensor, budget: Tensor, recent: Tensor, most: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the first counts[b, h] scores [B, Hk, S] the budget[b] largest, the last recent[b] always
-    among them: int32 [B, Hk, most] ascending, their scores (0 behind the last), how many."""
+    among them: int32 [B, Hk, most] ascending, their scores (0 after the last), how many."""
     at = torch.arange(max(scores.shape[2], most), device=scores.device)
     last = at[: scores.shape[2]] >= (counts - recent[:, None])[..., None]
     chosen, found = topk_select(

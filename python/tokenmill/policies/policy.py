@@ -26,7 +26,7 @@ class Policy:
     Args:
         cache: where the layer's keys and values go; empty.
         layer: the layer's number, from 0, for policies that treat layers differently.
-        previous: the policy of the layer before, for those that hand a selection on
+        previous: the policy of the layer before, for those that pass a selection on
             (:func:`stack` sets both).
         scale: factor of the products, None = 1/sqrt(D).
         backend: of all operators, None = the best available.
@@ -82,8 +82,8 @@ class Policy:
         Args:
             q: ``[B, S, H, D]``, prompts padded on the right with anything finite.
             k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``.
-            lengths: int32 ``[B]``, tokens of each prompt; None: S. Rows of the result behind them
-                mean nothing.
+            lengths: int32 ``[B]``, tokens of each prompt; None: S. Rows of the result beyond
+                them mean nothing.
 
         Returns:
             ``[B, S, H, Dv]``.
@@ -129,7 +129,7 @@ class Policy:
         self._reads = []
 
     def _attend_all(self, q: Tensor) -> Tensor:
-        """To the whole cache."""
+        """Attends to the whole cache."""
         cache = self.cache
         self._reads.append((cache.lengths, cache.token_bytes))
         return attention_decode(
@@ -140,7 +140,7 @@ class Policy:
     def _attend(
         self, q: Tensor, indices: Tensor, counts: Tensor, **options: Any
     ) -> tuple[Any, ...]:
-        """To the keys of lists ``[B, 1 | Hk, K]``, and the first and last ones."""
+        """Attends to the keys of lists ``[B, 1 | Hk, K]``, and to sink and recent ones."""
         cache = self.cache
         always = options.get("num_sink", 0) + options.get("num_recent", 0)
         listed = counts * options.get("block_k", 1)
@@ -185,7 +185,7 @@ def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) ->
 
 
 class FullAttention(Policy):
-    """To all keys: what the other policies come near to."""
+    """Attends to all keys: what the other policies approximate."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)

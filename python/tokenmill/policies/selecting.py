@@ -22,16 +22,16 @@ from .policy import Policy, rows_of, span
 
 @dataclass(eq=False)
 class TokenSelect(Policy):
-    r"""To the first and last tokens, and the k that all heads together vote for.
+    r"""Attends to sink and recent tokens, and to the k tokens that the heads vote for.
 
-    A head votes with its softmax over the candidates, and one list serves all heads. As long as a
+    A head votes with its softmax over the candidates, and all heads share one list. As long as a
     request's query is like the one that last selected (cosine of at least threshold, the heads side
     by side), its list stays, and no key is read to select.
 
     Args:
-        k: tokens selected beside the first and last.
-        num_sink, num_recent: first and last tokens, always attended to.
-        threshold: least cosine at which a selection serves again; above 1: never.
+        k: tokens selected beside sink and recent ones.
+        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to.
+        threshold: least cosine at which the previous selection is reused; above 1: never.
         vote_scale: factor of the products in the votes; None = scale. The released code has 1.
 
     Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3. Prompts are read with full attention
@@ -79,11 +79,11 @@ class TokenSelect(Policy):
 
 @dataclass(eq=False)
 class TidalDecode(Policy):
-    r"""Full attention in a few layers, which choose the tokens for the layers behind them.
+    r"""Full attention in a few layers, which select the tokens for the layers after them.
 
     Layers below first are full. Layer first and layer correction are full too and select, for each
-    key head, the budget tokens with the largest logit of any of its query heads; the layers behind
-    attend to those and to the newest token. Make the layers of a model with :func:`stack`.
+    key head, the budget tokens with the largest logit of any of its query heads; the layers after
+    them attend to those and to the newest token. Make the layers of a model with :func:`stack`.
 
     Args:
         budget: tokens selected.
@@ -128,7 +128,7 @@ class TidalDecode(Policy):
 
 @dataclass(eq=False)
 class Quest(Policy):
-    r"""To the pages of keys whose box promises the largest logits, and the newest page.
+    r"""Attends to the pages whose boxes allow the largest logits, and to the newest page.
 
     A box holds the minimum and maximum of each column over the keys of a page, and gives a bound
     that no logit of the page exceeds. The heads of a group take the largest of their bounds, and
@@ -185,10 +185,10 @@ class Quest(Policy):
 
 @dataclass(eq=False)
 class RecycledAttention(Policy):
-    r"""Full attention every few steps, and in between to the keys that got most of it.
+    r"""Full attention every few steps; in between, attention to the keys that received most.
 
     A full step keeps, for each key head, the budget keys with the largest probability summed over
-    its query heads; the steps behind attend to those and to the tokens that came since. All keys
+    its query heads; the following steps attend to those and to newer tokens. All keys
     stay in the cache for the next full step.
 
     Args:

@@ -1,4 +1,4 @@
-"""block_pool_keys: one key, or a box around the keys, for each block of a cache."""
+"""block_pool_keys: one pooled key, or a box of bounds, for each block of a cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def block_pool_keys(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""One key, or a box around the keys, for each block of `block` tokens.
+    r"""One pooled key, or a box (minimum and maximum), for each block of `block` tokens.
 
     "mean" is summed in float32 and rounded once; maxima and minima are elements of the keys, so
     that the box of "minmax" holds every key exactly, in any dtype. The last block pools the tokens
@@ -57,7 +57,7 @@ def block_pool_keys(
             with a contiguous last dimension; with block_table ``[pages, page_size, Hk, D]``.
         block: tokens of a block.
         mode: "mean", "max", or "minmax" (the bounds of Quest).
-        lengths: ``[B]`` int32, tokens of each request; clamped to those that there are, negative =
+        lengths: ``[B]`` int32, tokens of each request; clamped to those in the cache, negative =
             none. None: all.
         block_table: ``[B, P]`` int32, the pages of each request; then S = P * page_size. Entries
             beyond the length may be anything.
@@ -99,7 +99,7 @@ def block_pool_keys_update(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Pools the blocks of the tokens start to length - 1 of each request again, in place.
+    r"""Pools again, in place, the blocks that hold tokens start to length - 1 of each request.
 
     For a cache to which tokens were appended: the result is that of :func:`block_pool_keys` on the
     whole cache, and only the blocks that the new tokens touch are read and written. After tokens

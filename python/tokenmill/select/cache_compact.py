@@ -45,7 +45,7 @@ def kv_cache_compact(
     compensation: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Keeps some tokens of a cache and closes the gaps, in place.
+    r"""Evicts from a KV cache in place: keeps the listed tokens and closes the gaps.
 
     Token keep[d] of a request moves to slot d, for d below its count. Lists ascend, so no slot is
     written before it is read, and no second cache is needed. Slots from the count on are free; what
@@ -61,15 +61,15 @@ def kv_cache_compact(
         counts: int32 ``[B]`` or ``[B, Hk]``, the entries of each list that count.
         lengths: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
         block_table: int32 ``[B, pages]``, the page of each run of page-size tokens.
-        rerotate: for keys to which a rotary embedding was applied at their slot: turns them by
+        rerotate: for keys to which a rotary embedding was applied at their slot: rotates them by
             slot d minus slot keep[d], in float32. A base from 1 on (inverse frequencies
             base^(-2 i / D)), or
-            the inverse frequencies themselves, float ``[1 .. D/2]`` (columns behind the pairs stay
+            the inverse frequencies themselves, float ``[1 .. D/2]`` (columns after the pairs stay
             as they are). None: keys keep their positions.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + number of pairs).
         compensation: also return sums over the tokens below lengths that no list names, before any
-            turn: the compensation token of RazorAttention is their mean. They may be added to those
-            of earlier calls.
+            rotation: the compensation token of RazorAttention is their mean. They may be added to
+            those of earlier calls.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -79,7 +79,7 @@ def kv_cache_compact(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU an entry
-            that does not move down, or lies on a page out of range, moves nothing; what a page that
+            that does not move down, or is on a page out of range, moves nothing; what a page that
             is named twice holds afterwards is not defined.
 
     Complexity: reads and writes each kept row that moves once; with compensation reads the cache.

@@ -1,4 +1,4 @@
-"""attention_column_scores: how much attention each key gets."""
+"""attention_column_scores: the attention that each key receives."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def attention_column_scores(
     query_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""How much attention each key gets from all queries, without the matrix of weights in memory.
+    r"""The attention that each key receives from all queries, without the matrix of weights.
 
     .. math::
         c_j = \sum_i P_{ij}, \qquad P_{ij} = e^{scale \; q_i \cdot k_j - lse_i}
 
     over the queries i that see key j. With gumbel_tau,
     :math:`P_{ij} = softmax_j((scale \; q_i \cdot k_j + g_{ij}) / \tau)` with noise g of the Gumbel
-    distribution. What H2O, SnapKV, TOVA, Recycled Attention and Keyformer keep a cache by.
+    distribution. H2O, SnapKV, TOVA, Recycled Attention and Keyformer evict by it.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides

@@ -1,4 +1,4 @@
-"""kv_block_scores: how much queries care for each block of keys."""
+"""kv_block_scores: scores of queries against pooled keys, boxes or tokens of a cache."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def kv_block_scores(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""How much the queries of each row care for each block of keys.
+    r"""Scores of each row of queries against each block of keys: pooled keys, boxes or tokens.
 
     A query and a row of k give the score z, and a score is reduced in this order:
 
     1. The queries of a block_q become one with q_reduce="mean": their mean in float32, rounded once
-       to the dtype of q, so that its product is the mean of their products. It stands where its
-       last query does.
+       to the dtype of q, so that its product is the mean of their products. Its position is that
+       of its last query.
     2. z = scale q·k ("dot": k has a pooled key for each block, or tokens with block_k=1), or with
        scoring="minmax" the bound :math:`scale \sum_d \max(q_d, 0) M_d + \min(q_d, 0) m_d`, which no
        key of a box exceeds (for scale > 0), or with "max_block" q·k of raw keys.
     3. z is -inf where the query does not see the row: tokens from lengths on, later than the query
-       if causal (bottom-right aligned: query i stands at lengths - Sq + i), before num_sink, and
+       if causal (bottom-right aligned: query i is at lengths - Sq + i), before num_sink, and
        the last num_recent of those that are left. A row of several tokens is seen if one of them
        is. Boxes without keys (minimum above maximum) are not seen either.
     4. "max_block" takes the maximum over the tokens of each block.

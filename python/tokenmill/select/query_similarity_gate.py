@@ -1,4 +1,4 @@
-"""query_similarity_gate: whether a selection of keys still serves."""
+"""query_similarity_gate: whether the previous selection of keys can be reused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OP = "query_similarity_gate"
 def query_similarity_gate(
     q: Tensor, q_ref: Tensor, threshold: float = 0.9, *, backend: str | None = None
 ) -> Tensor:
-    r"""Whether the queries of a request are still like those for which keys were selected.
+    r"""Whether the previous selection can be reused: queries are like those that it was made for.
 
     The mean over the tokens of q and that of q_ref, all heads side by side, are compared by their
     cosine. The answer stays on the device: a selection kernel can be predicated on it without a
@@ -40,7 +40,7 @@ def query_similarity_gate(
         q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension.
         q_ref: ``[B, S', H, D]`` in the dtype of q: those queries, or their mean (S' = 1).
-        threshold: least cosine at which the selection still serves.
+        threshold: least cosine at which the selection can be reused.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:

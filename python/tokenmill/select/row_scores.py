@@ -1,4 +1,4 @@
-"""attention_row_scores: how much attention a few queries give to each key."""
+"""attention_row_scores: the attention that a few queries give to each key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def attention_row_scores(
     lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""How much attention a few queries give to each key.
+    r"""The attention that a few queries give to each key.
 
     .. math::
         a_j = \frac{1}{H R} \sum_h \sum_r P_{hrj}, \qquad

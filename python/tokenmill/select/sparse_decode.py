@@ -1,4 +1,4 @@
-"""sparse_decode_attention: the newest tokens of each request against some keys of its cache."""
+"""sparse_decode_attention: decode over selected, sink and recent keys of a cache."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def sparse_decode_attention(
     return_mass: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    r"""Softmax attention of the newest tokens of each request to listed keys of its cache.
+    r"""Decode over selected, sink and recent keys of a KV cache, with fused RoPE.
 
-    Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included; query i stands at
+    Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included; query i is at
     position p = n - Sq + i and sees of the keys j <= p those
 
     - among the first num_sink of the request,
@@ -147,17 +147,18 @@ def sparse_decode_attention(
         seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
         block_table: int32 ``[B, pages]``, the pages of each request in order. A key on a page that
             does not exist (evicted: -1) is left out.
-        num_sink, num_recent: first and last keys that are always seen; lists need not hold them.
-        pos_mode: what rope turns by. "absolute": positions in the request. "cache" (one query
+        num_sink, num_recent: sink (first) and recent (last) keys, always seen; lists may omit
+            them.
+        pos_mode: positions of rope. "absolute": positions in the request. "cache" (one query
             token): places in the row of keys that are attended to, in order; the query has that of
             the last one.
         rope: (cos, sin), float ``[positions, pairs]`` each, pairs up to D / 2: q and the cache
-            come without their rotary embedding, and are turned here by the row of their position.
-            Columns behind the pairs stay as they are. None: they are used as they are. Places
+            come without their rotary embedding, and are rotated by the row of their position.
+            Columns after the pairs stay as they are. None: they are used as they are. Places
             count keys of a block that are left out, and stop at the last row of the tables.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
         extra_k, extra_v: ``[B, E, Hk, D]`` and ``[B, E, Hk, Dv]``: keys and values from outside the
-            cache that every query sees, never turned.
+            cache that every query sees, never rotated.
         extra_log_count: float ``[B, Hk, E]``: added to their logits, the log of how many keys each
             stands for; -inf: none. None: 0.
         scale: factor of the products, None = 1/sqrt(D).
@@ -165,7 +166,7 @@ def sparse_decode_attention(
         sink: float ``[H]``, a logit of each head that takes weight and has no value.
         num_splits: 0 = automatic. n cuts each row of keys into n ranges, at most one for each step
             of the kernel. With n > 0 the result of a request has the same bits in any batch.
-        return_mass: also return what the entries of lists got.
+        return_mass: also return the probability that the entries of lists received.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -179,7 +180,7 @@ def sparse_decode_attention(
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs. On a GPU a length is
-            cut to what the cache holds.
+            clamped to what the cache holds.
 
     Complexity: 2 H Sq (D + Dv) operations and (D + Dv) Hk elements read for each key of a row. A
     list of K entries that does not ascend costs up to K^2 / 2 comparisons more.
@@ -454,7 +455,7 @@ def flops(
     num_recent: int,
     *rest: Any,
 ) -> float:
-    """Operations of the two products over all listed keys, and the first and last ones."""
+    """Operations of the two products over all listed, sink and recent keys."""
     blocks = float(counts.sum()) if known(counts) else float(indices.numel())
     listed = blocks * block_k / max(counts.shape[1], 1)
     keys = listed + counts.shape[0] * (num_sink + num_recent)

@@ -19,7 +19,7 @@ OP = "sparse_decode_attention"
 def draw_lists(
     lengths: Sequence[int], heads: int, entries: int, block_k: int, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Ascending lists of blocks of each request, -1 behind the last entry."""
+    """Ascending lists of blocks of each request, -1 after the last entry."""
     indices = torch.full((len(lengths), heads, entries), -1, dtype=torch.int32)
     counts = torch.zeros(len(lengths), heads, dtype=torch.int32)
     for b, length in enumerate(lengths):

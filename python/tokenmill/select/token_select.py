@@ -1,4 +1,4 @@
-"""token_select: the tokens of a cache that the heads vote for."""
+"""token_select: the k tokens of a cache with the most votes of all heads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_select(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The k tokens of a cache that all heads together care for most, beside the first and last.
+    r"""The k tokens of a cache with the most votes of all heads, beside sink and recent tokens.
 
     Candidates are the tokens num_sink to lengths - num_recent - 1. The mean of the queries of q
     (rounded to their dtype) gives each head a softmax over the candidates, and a token's vote is
@@ -33,7 +33,7 @@ def token_select(
     anyway, and where no more than k candidates are left, all of them are in it.
 
     This is :func:`kv_block_scores` with "softmax_vote", then :func:`topk_select`. The keys are read
-    once. Between the two lie 4 S bytes of votes, and within the first 4 H S bytes of scores, each
+    once. Between the two pass 4 S bytes of votes, and within the first 4 H S bytes of scores, each
     written once and read at most three times, against 2 Hk D S bytes of 16-bit keys: with H = 32,
     Hk = 8 and D = 128, 6 % of the keys for each time. Reading the keys twice would cost 100 %.
 
@@ -44,8 +44,8 @@ def token_select(
         k_cache: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H; with block_table ``[pages,
             page_size, Hk, D]``.
         k: tokens wanted, 1 to 65536.
-        num_sink: first tokens, which are not in the list.
-        num_recent: last tokens, which are not in the list.
+        num_sink: sink (first) tokens, which are not in the list.
+        num_recent: recent (last) tokens, which are not in the list.
         vote: "softmax".
         scale: factor of the products. None = 1/sqrt(D); the authors' code has 1.
         lengths: ``[B]`` int32, tokens of each request. None: all.
@@ -54,7 +54,7 @@ def token_select(
 
     Returns:
         (indices ``[B, 1, 1, k]`` int32, counts ``[B, 1, 1]`` int32): one list for all heads, of
-        positions in the request, ascending, -1 behind the last; of equal votes the lower position
+        positions in the request, ascending, -1 after the last; of equal votes the lower position
         goes first. Not differentiable.
 
     Raises:

@@ -1,4 +1,4 @@
-"""topk_select: the k largest scores of each row, as positions."""
+"""topk_select: the positions of the k largest scores of each row, exact."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def topk_select(
         scores: ``[R, n]`` float16, bfloat16 or float32 (float64 on the reference), any strides with
             a contiguous last dimension, n < 2^31.
         k: positions wanted of each row, 1 to 65536; more than n is allowed.
-        lengths: ``[R]`` int32, columns to search; clamped to those that there are, negative = none.
+        lengths: ``[R]`` int32, columns to search; clamped to the columns, negative = none.
             None: up to the last column.
         row_starts: ``[R]`` int32, 0 to n. None: 0.
         tie: which of equal scores goes first, "low" or "high" positions. 0 and -0 are equal.
@@ -64,7 +64,7 @@ def topk_select(
         force_first: so many first positions of the row are taken whatever their score, even NaN,
             and count among the k (attention sinks).
         force_last: so many last positions likewise (recent keys); force_first + force_last <= k.
-        page_table: ``[B, P]`` int32 numbers of pages: also gives where the positions lie in a paged
+        page_table: ``[B, P]`` int32 numbers of pages: also gives the rows of positions in a paged
             cache, ``page_table[b, i // page_size] * page_size + i % page_size``.
         page_size: positions of a page, a power of two.
         row_to_batch: ``[R]`` int32, the row of page_table for each row. None: its own, B = R.
@@ -72,8 +72,8 @@ def topk_select(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        (indices, counts[, values][, physical]): ``[R, k]`` int32 with -1 behind the last, ``[R]``
-        int32, ``[R, k]`` in the dtype of scores with -inf behind the last, and ``[R, k]`` int32
+        (indices, counts[, values][, physical]): ``[R, k]`` int32 with -1 after the last, ``[R]``
+        int32, ``[R, k]`` in the dtype of scores with -inf after the last, and ``[R, k]`` int32
         beside indices, -1 where a page is not in the table or negative. Not differentiable.
 
     Raises:

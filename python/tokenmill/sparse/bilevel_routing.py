@@ -1,4 +1,4 @@
-"""bilevel_routing_attention: the regions of a map attend to the regions that suit them best."""
+"""bilevel_routing_attention: regions of a map attend to their routed regions (BiFormer)."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def bilevel_routing_attention(
     return_graph: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    r"""Attention of each region of a map to the topk regions that its mean query likes best.
+    r"""Attention of each region of a map to the topk regions whose mean keys match its mean query.
 
-    Maps are cut into rectangular regions, which are the smaller at the right and the lower end
-    where they do not divide it. With the means :math:`\bar q_r, \bar k_r` of queries and keys over
+    Maps are cut into rectangular regions; those at the right and lower edges are smaller if
+    regions do not divide it. With the means :math:`\bar q_r, \bar k_r` of queries and keys over
     the pixels of region r,
 
     .. math::
@@ -93,7 +93,7 @@ def bilevel_routing_attention(
              \operatorname{softmax}_j(\mathrm{scale}\; q_i \cdot k_j)\, v_j
 
     for the query of pixel i. The choice of regions is not differentiated. Keys and values are read
-    where they lie: nothing is gathered, memory is that of inputs and outputs.
+    in place: nothing is gathered, memory is that of inputs and outputs.
 
     Args:
         q: ``[B, Y, X, H, D]`` (channels last), float16, bfloat16 or float32 (float64 on the

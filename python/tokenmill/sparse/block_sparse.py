@@ -87,7 +87,7 @@ def block_sparse_attention(
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
     Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
-    lengths[b] keys, and query i stands at position p = n - Sq + i. It sees of the keys j < n (and j
+    lengths[b] keys, and query i is at position p = n - Sq + i. It sees of the keys j < n (and j
     <= p if causal) those
 
     - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
@@ -110,8 +110,8 @@ def block_sparse_attention(
         block_q, block_k: queries of a row and keys of an entry, powers of two up to 128. Sq and Sk
             need not be multiples.
         causal: a query sees no later key.
-        num_sink: first keys that are always seen; lists need not hold them.
-        num_recent: last keys, up to the query itself, likewise; with causal alone.
+        num_sink: sink (first) keys, always seen; lists need not hold them.
+        num_recent: recent (last) keys, up to the query itself, likewise; with causal alone.
         scale: factor of q.k; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         lengths: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
@@ -287,7 +287,7 @@ def flops(
     num_recent: int,
     *rest: Any,
 ) -> float:
-    """Operations of the two products over what a query sees of listed blocks, and first and last
+    """Operations of the two products over what a query sees of listed blocks, and sink and recent
     keys beside them."""
     batch, sq, heads, dim = q.shape
     sk = k.shape[1]

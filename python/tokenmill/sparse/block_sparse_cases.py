@@ -17,7 +17,7 @@ OP = "block_sparse_attention"
 def draw_lists(
     batch: int, heads: int, rows: int, entries: int, blocks: int, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Ascending lists, some of them shorter, -1 behind the last entry."""
+    """Ascending lists, some of them shorter, -1 after the last entry."""
     indices = torch.full((batch, heads, rows, entries), -1, dtype=torch.int32)
     counts = torch.zeros(batch, heads, rows, dtype=torch.int32)
     for at in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():

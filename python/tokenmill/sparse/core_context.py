@@ -28,7 +28,7 @@ def core_context_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal attention in which all but the last tokens are seen through the cores of groups.
+    r"""Causal attention to a window of tokens, and to one core token for each group before it.
 
     Groups of g tokens follow each other from the first token on. The last query of a group weighs
     the tokens of its group; their weighted sums are its core:
@@ -46,7 +46,7 @@ def core_context_attention(
         q: ``[B, S, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H. Rotary embedding, if any,
-            is in q and k already: a core lies where its tokens lie.
+            is in q and k already: a core is in the place of its tokens.
         group: tokens of a group, a power of two up to 128.
         window: tokens before the own group that are seen one by one, a multiple of group.
         scale: factor of q.k; None = 1/sqrt(D).
@@ -101,7 +101,7 @@ def _attend(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """To the cores that the last query sees, if there are any, and to tokens."""
+    """Attends to the cores that the last query sees, if there are any, and to tokens."""
     groups = -(-q.shape[1] // group)
     out, lse = block_sparse_attention(
         q, k, v, *_near_groups(q, groups, window // group), block_q=group, block_k=group,

@@ -1,4 +1,4 @@
-"""hip_attention: attention to the blocks of keys that a search in a tree finds."""
+"""hip_attention: attention to sink and recent keys, and to blocks that HiP's search finds."""
 
 from __future__ import annotations
 
@@ -112,14 +112,14 @@ def hip_attention(
     refresh_interval: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention in O(S log S): to the first keys, the last ones, and those that HiP finds.
+    r"""Softmax attention in O(S log S): to sink keys, recent keys, and blocks that HiP finds.
 
     :func:`hip_block_select`, then :func:`block_sparse_attention` on its lists, or
     :func:`sparse_decode_attention` where the queries are the newest tokens of a cache (block_table
     is given, or there are at most 8 of them, causal). A sequence of at most num_sink + budget +
-    num_recent keys gets exact attention, unless lists of an earlier step serve it.
+    num_recent keys gets exact attention, unless lists of an earlier step are reused.
 
-    In decoding the lists of one step serve the next ones too: keep a :class:`HipLists` for each
+    In decode the next steps can reuse the lists of one step: keep a :class:`HipLists` for each
     layer and say how many tokens may pass until a new search. Tokens that came meanwhile are among
     the last num_recent, so that none of them is missed.
 
@@ -130,7 +130,7 @@ def hip_attention(
         budget, stride_q, representative, bound, start, restart_span, head_reduce: of the search
             (:func:`hip_block_select`).
         block_q, block_k: queries that share a list, and keys of a block: powers of two up to 128.
-        num_sink, num_recent: first and last keys, which every query attends to (num_recent: with
+        num_sink, num_recent: sink and recent keys, which every query attends to (num_recent: with
             causal alone). num_sink is rounded up to whole blocks: a block of which it held a part
             would cost the list an entry.
         causal: a query sees no later key.
@@ -140,7 +140,7 @@ def hip_attention(
         seqlens_k: ``[B]`` int32, keys of each request, those of its queries included. None: all.
         block_table: ``[B, P]`` int32, the pages of each request: decoding alone.
         lists: the lists of earlier steps, used again and replaced here (decoding alone).
-        refresh_interval: tokens that lists serve, 1 to num_recent. None: 1.
+        refresh_interval: tokens for which lists are used, 1 to num_recent. None: 1.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -212,7 +212,7 @@ def hip_attention(
 def _interval(
     lists: HipLists | None, refresh_interval: int | None, num_recent: int, decoding: bool
 ) -> int:
-    """Tokens that lists serve."""
+    """Tokens for which lists are used."""
     if lists is None:
         if refresh_interval is not None:
             fail(OP, "refresh_interval", "goes with lists alone", refresh_interval)

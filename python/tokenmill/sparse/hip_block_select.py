@@ -66,13 +66,13 @@ def hip_block_select(
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The blocks of keys that each block of queries should attend to, in O(log S) steps for each.
+    r"""HiP's tree search: the blocks of keys for each block of queries, in O(log S) steps.
 
     The result is a list for :func:`block_sparse_attention` (or, with one query, for
     :func:`sparse_decode_attention`), which attends beside it to the first num_sink keys and the
     last num_recent keys that a query sees. So these two kinds of keys are *kept anyway*, and a pair
     of a query and a key *counts* if the query sees the key and does not keep it anyway: query i of
-    request b stands at p = seqlens_k[b] - Sq + i and counts the keys num_sink to p - num_recent
+    request b is at p = seqlens_k[b] - Sq + i and counts the keys num_sink to p - num_recent
     (causal, bottom-right aligned; not causal: to seqlens_k[b] - 1 - num_recent). Admissible are the
     n blocks of which the last query of the query block counts a key. With N = budget / block_k:
 
@@ -84,7 +84,7 @@ def hip_block_select(
        the query block: every stride_q-th, counted backwards from its last one. Pairs that do not
        count are left out, and so are products that are NaN: if nothing is left, the score is -inf.
        Products are float32, without a scale.
-    4. The N nodes of the largest scores stay; of equal ones those of the lower keys do. Back to 3
+    4. The N nodes with the largest scores stay; ties go to the lower keys. Back to 3
        while a node has several blocks.
 
     What the list holds is N different blocks (all, if there are fewer). It is likely, not certain,
@@ -111,7 +111,7 @@ def hip_block_select(
         stride_q: one query of so many speaks for a query block.
         representative: the block that stands for a node: its "first", its "last", or the "middle"
             one, number floor(size / 2).
-        num_sink, num_recent: first and last keys, which are attended to anyway.
+        num_sink, num_recent: sink (first) and recent (last) keys, attended to anyway.
         bound: "sample" (the search) or "minmax" (exact).
         start: (indices, counts) as this function returns them, or None.
         restart_span: blocks of a node that an id of start becomes.
@@ -125,7 +125,7 @@ def hip_block_select(
 
     Returns:
         (indices, counts): int32 ``[B, H, ceil(Sq / block_q), budget / block_k]`` block numbers,
-        ascending, -1 behind the last, and how many there are, int32 ``[B, H, ceil(Sq / block_q)]``;
+        ascending, -1 after the last, and how many there are, int32 ``[B, H, ceil(Sq / block_q)]``;
         with "group_max" Hk for H. The same bits in every run. Not differentiable.
 
     Raises:

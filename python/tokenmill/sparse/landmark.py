@@ -1,4 +1,4 @@
-"""landmark_attention: earlier blocks are seen through the weight of one token of each."""
+"""landmark_attention: a grouped softmax, with one landmark token for each block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def landmark_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Causal attention in which each block has a landmark, its last token, that weighs it.
+    r"""Causal attention with a grouped softmax: the last token of a block, its landmark, weighs it.
 
     Query i, in block c, weighs its own block and the landmarks of the blocks before it in one
     softmax; what a landmark gets is shared by the tokens of its block. With logits
@@ -179,7 +179,7 @@ def landmark_decode(
     Complexity: reads S / block landmarks and (topk + 1) block keys for a head.
 
     Paper: Landmark Attention (Mohtashami and Jaggi 2023), section 3.2. Positions are those with
-    which keys lie in the cache.
+    which keys were written to the cache.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -217,7 +217,7 @@ def _retrieve(
     q: Tensor, k: Tensor, first: Tensor, block: int, topk: int | None, scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Blocks [B, H, n] for each head, -1 behind the last, and the logits of their landmarks."""
+    """Blocks [B, H, n] for each head, -1 after the last, and the logits of their landmarks."""
     logits = _landmark_logits(q, k[:, block - 1 :: block], scale)[:, :, 0]
     count = logits.shape[2]
     if count == 0:

@@ -39,7 +39,7 @@ def route(
     key_region: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Lists [B, 1, R, topk] and counts [B, 1, R] of the regions of k whose mean has the largest
-    product with that of a region of q, over all heads; of equal ones the lower."""
+    product with that of a region of q, over all heads; ties go to the lower."""
     mean_q, mean_k = region_means(q, *region), region_means(k, *key_region)
     group = q.shape[3] // max(k.shape[3], 1)
     if group > 1:

@@ -36,7 +36,7 @@ def transpose_block_list(
     Returns:
         (offsets, rows): int32 ``[B, heads, num_blocks + 1]`` and ``[B, heads, rows * K]``. Block j
         is in the lists of ``rows[b, h, offsets[b, h, j] : offsets[b, h, j + 1]]``, which ascend;
-        -1 behind the last. Not differentiable, and the same on every run.
+        -1 after the last. Not differentiable, and the same on every run.
 
     Raises:
         RuntimeError: naming argument, rule and value.

@@ -1,4 +1,4 @@
-"""Tokens chosen, gathered, merged, scattered and pooled."""
+"""Tokens selected, gathered, merged, scattered and pooled."""
 
 from .best_match import best_match
 from .cluster import cluster_tokens

@@ -1,4 +1,4 @@
-"""best_match: the partner of each row whose product with it is the greatest."""
+"""best_match: for each row of one set, the row of another with the largest product."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MAX_CHANNELS = 4096
 def best_match(
     a: Tensor, b: Tensor, *, normalize: bool = False, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""For each row of a the row of b whose product with it is the greatest:
+    r"""For each row of a, the row of b with the largest product:
 
     .. math::
        \mathrm{index}_i = \operatorname{argmax}_j \, a_i \cdot b_j, \qquad
        \mathrm{score}_i = \max_j \, a_i \cdot b_j
 
-    of equal products the first. The matrix of all products is never in memory. A product that is
+    Ties go to the first row. The matrix of all products is never in memory. A product that is
     NaN counts as -inf; a row whose products all do has index 0 and score -inf.
 
     Args:

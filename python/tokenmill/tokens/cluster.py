@@ -41,7 +41,7 @@ def cluster_tokens(
     r"""The pixels of a map as the soft clusters of a coarser grid.
 
     Centroids start as the adaptive average pool of x. The home of pixel (y, x) is the cell
-    (y·gy // Y, x·gx // X) of the grid, and the pixel weighs the clusters whose cell lies at most
+    (y·gy // Y, x·gx // X) of the grid, and the pixel weighs the clusters whose cell is at most
     window // 2 rows and columns from there. Each iteration is
 
     .. math::
@@ -65,7 +65,7 @@ def cluster_tokens(
     Returns:
         (centroids, labels, mass): ``[B, gy, gx, C]`` in the dtype of x, int32 ``[B, Y, X]`` and
         ``[B, gy, gx]`` float32. labels hold the cluster gy·gx counts row by row whose centroid,
-        before it is rounded, is nearest, of equal distances the first; a distance that is not
+        before it is rounded, is nearest, ties to the first; a distance that is not
         finite counts as the largest float32. mass is the sum of Q in the last iteration, 0 for a
         cluster that kept its centroid. Centroids are differentiable in x, with Q taken as constant:
         the gradient is that of the last mean. Distances are float32 sums of squared differences;

@@ -1,4 +1,4 @@
-"""gather_fuse: the tokens that are kept, and one token for the rest."""
+"""gather_fuse: the kept tokens, and one fused token for the rest."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def gather_fuse(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""The first tokens, the patches to keep, and one token that stands for the others.
+    r"""Gathers the prefix tokens and the patches to keep, and fuses the rest into one token.
 
     With x = [prefix tokens; patches] the result is :math:`[prefix;\ x_{keep};\ f]` with
-    :math:`f = \sum_{j \in rest} w_j x_j`, as a token reorganisation behind an attention layer has
+    :math:`f = \sum_{j \in rest} w_j x_j`, as a token reorganisation after an attention layer has
     it, in one pass. Kept rows are copied bit by bit; f is summed in float32.
 
     Args:

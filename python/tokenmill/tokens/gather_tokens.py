@@ -40,7 +40,7 @@ def gather_tokens(
     out: Tensor | Sequence[Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """The rows that indices name, of one tensor or of several.
+    """Gathers the rows that indices name, from one tensor or several.
 
     Rows are copied bit by bit. An index of -1 gives a row of zeros, and a row may be named any
     number of times.

@@ -20,7 +20,7 @@ OP = "mask_partition"
 def mask_partition(
     mask: Tensor, *, max_total: int | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that a mask takes, packed: where each comes from, and where it goes.
+    """Packs the tokens of a mask: where each comes from, and where it goes.
 
     Args:
         mask: bool ``[B, N]``, any strides with a contiguous last dimension, B·N < 2^31.
@@ -30,7 +30,7 @@ def mask_partition(
 
     Returns:
         (indices, cu_seqlens, inverse): int32 ``[max_total]``, b·N + n of the tokens taken,
-        ascending, with -1 behind the last; int32 ``[B + 1]``, row b has the places
+        ascending, with -1 after the last; int32 ``[B + 1]``, row b has the places
         ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; int32 ``[B, N]``, the place of each token,
         -1 if it is not taken. Not differentiable.
 

@@ -45,7 +45,7 @@ def bipartite_match(
 ) -> tuple[Tensor, int, Tensor]:
     r"""Which tokens merge into which, for :func:`merge_tokens` and :func:`unmerge_tokens`.
 
-    Tokens are parted into sources and destinations. Each source has a partner, the destination
+    Tokens are divided into sources and destinations. Each source has a partner, the destination
     whose product with it is the greatest (:func:`best_match`, of equal ones the first), and a
     score, that product. The r sources of the greatest score, of equal ones the first, are merged
     into their partners. The rows of the result are the sources that are left, in their order, and
@@ -59,13 +59,13 @@ def bipartite_match(
         partition: which tokens are destinations. "alternate": odd ones. "grid": one of each cell.
             "index": those that are given. "kth": the last of each group of tokens. "random": all
             but r, the same for every sequence.
-        grid: (rows, columns) of "grid", one token each, those of a row behind each other; the first
+        grid: (rows, columns) of "grid", one token each, those of a row consecutive; the first
             protect_first tokens come before them and are sources.
         cell: (rows, columns) of a cell. Its destination is the first token, or with a generator a
             random one, the same for every sequence. Tokens outside of whole cells are sources.
         destinations: ``[Nd]`` int32 or int64 of "index", tokens in any order.
-        group: tokens of a group of "kth". Groups begin behind the first protect_first tokens, which
-            are sources; so are tokens behind the last whole group, and these are not merged.
+        group: tokens of a group of "kth". Groups begin after the first protect_first tokens, which
+            are sources; so are tokens after the last whole group, and these are not merged.
         protect_first: the first so many tokens are not merged into others (a class token).
         protect_targets: nothing is merged into the first so many destinations (a distillation
             token, which is the first odd one).

@@ -23,7 +23,7 @@ def merge_tokens(
     reduce: str = "mean",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Tokens merged into rows: row t of the result holds those with ``assign == t``.
+    r"""Merges tokens into rows: row t of the result holds those with ``assign == t``.
 
     With :math:`W_t = \sum_{i \to t} w_i`, the mean is :math:`y_t = \sum_{i \to t} w_i x_i / W_t`,
     and 0 where :math:`W_t = 0`. Passing the weight_sum of one merge as the weight of the next keeps

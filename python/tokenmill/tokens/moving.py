@@ -11,7 +11,7 @@ INT32 = torch.iinfo(torch.int32)
 
 
 def as_rows(t: Tensor, rank: int) -> Tensor:
-    """The dimensions behind the first `rank` as one, of size 1 where there are none. A copy only
+    """The dimensions after the first `rank` as one, of size 1 where there are none. A copy only
     where strides force one."""
     if t.dim() == rank:
         return t.unsqueeze(-1)

@@ -37,7 +37,7 @@ def reconstruct_tokens(
        w_{nm} = e^{-\tau \lVert f_n - s_m \rVert^2}, \qquad
        out_n = \sum_m w_{nm} z_m \Big/ \sum_m w_{nm}
 
-    over the k centroids of least distance, of equal distances the first. With norm "l2" the
+    over the k centroids of least distance, ties to the first. With norm "l2" the
     weights of a token are divided by their Euclidean norm instead. The least distance of a token is
     taken off before the exponential, so that its weights never all vanish.
 

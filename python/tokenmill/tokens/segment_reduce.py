@@ -40,14 +40,14 @@ def segment_reduce(
     return_weight_sum: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""The rows of each segment of a sequence as one row: their sum, mean, extremes or ends.
+    r"""Reduces the rows of each segment to one: their sum, mean, extremes, first or last.
 
     Segment s of a sequence is its rows ``offsets[s]`` to ``offsets[s + 1] - 1``, or with perm the
     rows that these places of perm name. An empty segment gives 0. Sums are float32 in an order that
     depends on the offsets alone.
 
     Args:
-        x: ``[B, N, C]``, or ``[T, C]`` for sequences behind each other, float16, bfloat16 or
+        x: ``[B, N, C]``, or ``[T, C]`` for consecutive sequences, float16, bfloat16 or
             float32 (float64 on the reference), any strides with a contiguous last dimension.
         offsets: int32 ``[B, S + 1]``, for x ``[T, C]`` ``[S + 1]`` (cu_seqlens). Not decreasing,
             each 0 to N (or P).

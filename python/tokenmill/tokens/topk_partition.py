@@ -40,7 +40,7 @@ def topk_partition(
     protect_last: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best tokens of each row, and the others: together all tokens, each once.
+    """Partitions the tokens of each row into the k best and the rest.
 
     Best are, in this order: protected tokens, by index; valid ones by score, equal scores by index;
     valid ones whose score is NaN or -inf (+inf, if the smallest are wanted); the others. The result
@@ -53,7 +53,7 @@ def topk_partition(
         max_k: the most that such a k names, on which the shapes depend. None: N.
         largest: whether great scores are better than small ones.
         order: of the tokens kept, "score" (the best one first) or "index" (ascending).
-        valid: bool ``[B, N]``. Invalid tokens come behind all others. None: all are valid.
+        valid: bool ``[B, N]``. Invalid tokens come after all others. None: all are valid.
         protect_first: so many first tokens are kept whatever their score, even if they are invalid
             (the class token).
         protect_last: so many last tokens likewise; protect_first + protect_last <= each k.
@@ -61,7 +61,7 @@ def topk_partition(
 
     Returns:
         (keep, rest): int32 ``[B, k]`` and ``[B, N - k]``; rest ascends. With a k for each row
-        ``[B, max_k]`` and ``[B, N]``, -1 behind the last. Not differentiable.
+        ``[B, max_k]`` and ``[B, N]``, -1 after the last. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU a k of a row that is out of range
