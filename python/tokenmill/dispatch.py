@@ -141,7 +141,7 @@ def call(
 
 
 def _resolve_views(op: library.TorchOp, lowered: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lazy negatives and conjugates become tensors of their own, but for what is written."""
+    """Materialises lazy negatives and conjugates, except in arguments that the call writes."""
     return tuple(
         value.resolve_neg().resolve_conj()
         if isinstance(value, torch.Tensor) and name not in op.written

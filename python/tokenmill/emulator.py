@@ -57,7 +57,7 @@ def counting() -> Iterator[list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[dict[str, int]]:
-    """Lets kernels inside go on after they broke a rule of check mode (docs/ptxvm.md). The dict is
+    """Lets kernels inside go on after they break a rule of check mode (docs/ptxvm.md). The dict is
     filled at the end: the first report of each rule at each line, and how often it was broken.
 
     Example:
@@ -95,7 +95,7 @@ _DEFAULTS = {  # of csrc/ptxvm/machine.h
 
 @contextlib.contextmanager
 def configured(settings: str) -> Iterator[None]:
-    """Sets options for a while; afterwards those named are what the environment made them."""
+    """Sets options for a while; afterwards those named are as the environment set them."""
     names = [setting.split("=")[0].strip() for setting in settings.split(",")]
     before = {n: os.environ.get(f"PTXVM_{n.upper()}", _DEFAULTS[n]) for n in names}
     configure(settings)

@@ -85,7 +85,7 @@ class TorchOp:
 
     @property
     def public_name(self) -> str:
-        """That of the public operator that this one belongs to."""
+        """The name of the public operator that this one belongs to."""
         return self.name.removesuffix("_backward").removesuffix("_out")
 
     @property

@@ -23,7 +23,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Malformed:
-    """A call that must be refused: `change` edits the arguments of a sample in place."""
+    """A call that every backend must refuse: `change` edits the arguments of a sample in place."""
 
     name: str
     error: str  # a piece of the message: argument, rule and value

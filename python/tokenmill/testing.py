@@ -52,7 +52,7 @@ def magnitude(x: Tensor) -> float:
 
 def error(actual: Tensor, oracle: Tensor, scale: float | None = None) -> float:
     """Largest absolute difference in units of scale, by default the magnitude of the oracle.
-    Infinite where one has NaN or an infinity that the other has not."""
+    Infinite where one has a NaN or an infinity that the other does not have."""
     a, o = actual.double(), oracle.double()
     if a.shape != o.shape:
         raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(o.shape)}")
@@ -190,7 +190,7 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """Of the budget that the error takes: 0 where there is none, whatever is allowed."""
+        """The share of the budget that the error takes: 0 where there is no error."""
         if self.error == 0:
             return 0.0
         return self.error / self.allowed if self.allowed > 0 else float("inf")

@@ -403,7 +403,7 @@ def _backward(
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_: Any) -> float:
-    """Operations of a token's update of the state and of its query."""
+    """Operations of the state update and the query of a token."""
     features = feature_dim(feature_map, q.shape[-1])
     return 4.0 * math.prod(q.shape[:-1]) * features * v.shape[-1]
 

@@ -119,7 +119,7 @@ class BiFormerAttention(nn.Module):
 
 
 class AttentionLePE(nn.Module):
-    r"""Attention of each pixel to all of them, with a local term: the last stage of BiFormer.
+    r"""Attention of each pixel to all pixels, with a local term: the last stage of BiFormer.
 
     .. math::
        q, k, v = x W_{qkv}, \qquad
@@ -216,7 +216,7 @@ def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
 
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Of x [B, Y, X, C]; of no pixels, which PyTorch refuses, none."""
+    """Convolves x [B, Y, X, C]; a map without pixels, which PyTorch refuses, gives none."""
     if x.numel() == 0:
         return x.new_zeros(x.shape)
     y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -230,7 +230,7 @@ def _rename(
     prefix: str,
     *args: Any,
 ) -> None:
-    """Gives what a state dict has under other names those of the module; 1x1 convolutions become
+    """Renames entries of a state dict to the names of the module; 1x1 convolutions become
     matrices."""
     for old, new in names.items():
         for kind in ("weight", "bias"):

@@ -24,8 +24,8 @@ EVIT, PRUNING, SCORES = "nn.EViTReorganize", "nn.ClsTokenPruning", "nn.class_sco
 def class_scores(
     q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """How much attention token 0 gives to each other one: the mean over the heads, of probabilities
-    over all tokens.
+    """The attention that token 0 gives to each other token: the mean over the heads of
+    probabilities over all tokens.
 
     Args:
         q, k: ``[B, 1 + N, H, D]`` and ``[B, 1 + N, Hk, D]``; of q token 0 alone is read.
@@ -128,8 +128,8 @@ class EViTReorganize(nn.Module):
 
 
 class ClsTokenPruning(nn.Module):
-    """The image tokens of a language model: those patches to which the class token of the vision
-    encoder attends most in the sum over its layers, in their order on the image.
+    """Selects the image tokens of a language model: the patches to which the class token of the
+    vision encoder attends most, summed over its layers, in their order on the image.
 
     Args:
         keep: patches to keep.

@@ -11,7 +11,7 @@ CLUSTERING, RECONSTRUCTION = "nn.TokenClustering", "nn.TokenReconstruction"
 
 
 class TokenClustering(nn.Module):
-    r"""A map of tokens as a smaller map of their clusters, for the layers between here and a
+    r"""Reduces a map of tokens to a smaller map of clusters, for the layers between here and a
     :class:`TokenReconstruction`. It has no weights.
 
     Args:
@@ -71,8 +71,8 @@ class TokenClustering(nn.Module):
 
 
 class TokenReconstruction(nn.Module):
-    r"""A map of tokens again, from what layers made of its clusters: each token becomes the mean of
-    the clusters whose centroids were nearest it. It has no weights.
+    r"""Restores a map of tokens from what layers made of its clusters: each token becomes the mean
+    of the clusters with the nearest centroids. It has no weights.
 
     Args:
         k: clusters of a token; all where there are fewer.

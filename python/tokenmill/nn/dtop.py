@@ -15,7 +15,7 @@ NAME = "nn.DToPExit"
 
 
 class ActiveTokens(NamedTuple):
-    """The tokens that go on, packed, and where they belong."""
+    """The active tokens, packed, and where they belong."""
 
     tokens: Tensor  # [T, C], zeros behind the last
     cu_seqlens: Tensor  # [B + 1] int32

@@ -16,7 +16,7 @@ NAME = "nn.FocusSelect"
 
 
 class FocusSelect(nn.Module):
-    r"""Foreground tokens, fewer in each layer of an encoder, for batches of pictures of any size.
+    r"""Selects foreground tokens, fewer in each layer of an encoder, for pictures of any size.
 
     Picture b with v tokens gives its :math:`\lfloor ratio \cdot v \rfloor + 1` best ones (at most
     v), and layer l works on the first :math:`\lfloor cascade_l \cdot w \rfloor` of them, where w is
@@ -95,9 +95,9 @@ class FocusSelect(nn.Module):
         return indices[:, : int(self.cascade[number] * indices.shape[1])]
 
     def gather(self, xs: Sequence[Tensor], indices: Tensor) -> tuple[Tensor, ...]:
-        """The rows of several tensors [B, N, C]."""
+        """Gathers the rows of the tokens from several tensors [B, N, C]."""
         return gather_tokens(xs, indices, backend=self.backend)
 
     def scatter(self, tokens: Tensor, indices: Tensor, base: Tensor) -> Tensor:
-        """base with the rows of the tokens in their places."""
+        """Writes the rows of the tokens back to their places in base."""
         return scatter_tokens(tokens, indices, base, backend=self.backend)

@@ -15,7 +15,7 @@ NAME, SEGMENTS = "nn.PoNetMixing", "nn.segments_of"
 
 
 def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Numbers of segments for :class:`PoNetMixing`: a boundary token is a segment of its own, and
+    """Segment numbers for :class:`PoNetMixing`: a boundary token is a segment of its own, and
     what follows it begins another.
 
     Args:
@@ -48,7 +48,7 @@ def segments_of(boundaries: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class PoNetMixing(nn.Module):
-    r"""Tokens mixed by pooling over the sequence, over segments and over neighbours.
+    r"""Mixes tokens by pooling over the sequence, over segments and over neighbours.
 
     With projections Q, K, O, S and L of the tokens,
 

@@ -64,7 +64,7 @@ class PoolFormerMixing(nn.Module):
 
 
 class SegmentPooling(nn.Module):
-    """Words out of their characters, and back. Words are consecutive: word w is rows
+    """Pools characters into words, and back. Words are consecutive: word w is rows
     ``offsets[w]`` to ``offsets[w + 1] - 1``.
 
     Args:

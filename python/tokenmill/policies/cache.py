@@ -1,4 +1,4 @@
-"""The keys and values that a policy attends to."""
+"""The KV cache that a policy attends to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAME = "policies.KVCache"
 
 
 class KVCache:
-    r"""Keys and values of some requests in one layer, dense or in pages.
+    r"""The KV cache of one layer for some requests, dense or paged.
 
     Lengths live on the device; the longest that any may be is known on the host, so that nothing
     here waits for the device (but :meth:`fill` of a cache in pages).
@@ -80,12 +80,12 @@ class KVCache:
 
     @property
     def key_bytes(self) -> int:
-        """Of one token, all heads."""
+        """Bytes of the key of one token, all heads."""
         return self.k.shape[2] * self.k.shape[3] * self.k.element_size()
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's key and value, all heads."""
+        """Bytes of the key and value of one token, all heads."""
         return self.key_bytes + self.v.shape[2] * self.v.shape[3] * self.v.element_size()
 
     def fill(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:

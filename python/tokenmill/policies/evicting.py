@@ -94,7 +94,7 @@ class StreamingLLM(Policy):
         return self.cache.lengths.clamp(max=self.num_sink + self.num_recent)
 
     def _evict(self) -> None:
-        """Leaves what the next step, which adds a token, sees of it."""
+        """Evicts all but what the next step, which adds a token, attends to."""
         recent = max(self.num_recent - 1, 0)
         last = torch.full_like(self.cache.lengths, recent)
         keep, counts = first_and_last(self.cache.lengths, self.num_sink, last, recent)
@@ -343,7 +343,7 @@ class RazorAttention(Policy):
 
 @dataclass(eq=False)
 class _Compensated(Policy):
-    """To sink and recent tokens, and to the mean of the others. begin overwrites k and v."""
+    """Attends to sink and recent tokens and the mean of the rest. begin overwrites k and v."""
 
     num_sink: int = 4
     local: int = 4000
@@ -387,7 +387,7 @@ class _Compensated(Policy):
         return torch.minimum(self.cache.lengths, self._local + self.num_sink)
 
     def _drop(self) -> None:
-        """Adds the token that is none of the last ones any more to the sums."""
+        """Adds the token that is no longer recent to the sums."""
         cache = self.cache
         slot = (cache.lengths - 1 - self._local).long()
         leaves = slot >= self.num_sink
@@ -407,7 +407,7 @@ def most(share: Share, of: int) -> int:
 
 
 def first_and_last(n: Tensor, first: int, last: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Of n[b] slots the first ones and the last[b] last ones, up to width: lists, counts."""
+    """Lists and counts of the first slots and the last[b] last slots of n[b], up to width."""
     at = span(torch.zeros_like(n), first + width)
     gap = (n - last - first).clamp(min=0)[:, None]
     return torch.where(at < first, at, at + gap), torch.minimum(n, last + first)

@@ -97,7 +97,7 @@ class Policy:
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
-        """Puts prompts into the cache and chooses what to keep of them: `prefill` for those whose
+        """Puts prompts into the cache and selects what to keep: `prefill` for prompts whose
         attention was computed elsewhere, with its lse ``[B, H, S]``."""
         self.cache.fill(k, v, lengths)
 
@@ -156,7 +156,7 @@ AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
 def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) -> list[AnyPolicy]:
-    """A policy for each layer of a model, each knowing its number and the one before.
+    """Makes a policy for each layer of a model; each knows its number and the policy before.
 
     Args:
         method: the class of the policies.

@@ -205,7 +205,7 @@ def _flops(
     window_queries: int | None,
     *rest: Any,
 ) -> float:
-    """Of the products over visible pairs, of the longest requests that fit."""
+    """Operations of the products over visible pairs, for the longest requests that fit."""
     batch, rows, heads, dim = q.shape
     columns = k.shape[1]
     counted = rows if window_queries is None else min(rows, window_queries)

@@ -25,7 +25,7 @@ def check_length_values(op: str, name: str, t: Tensor | None, longest: int) -> N
 
 
 def check_lse(op: str, lse: Tensor | None, q: Tensor) -> None:
-    """[B, H, Sq] of q [B, Sq, H, D]."""
+    """Checks lse [B, H, Sq] against q [B, Sq, H, D]."""
     if lse is None:
         return
     wanted = [q.shape[0], q.shape[2], q.shape[1]]

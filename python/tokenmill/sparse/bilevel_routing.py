@@ -199,7 +199,7 @@ def lower(
 def _region_sizes(
     q: Tensor, k: Tensor, regions: Any, region_size: Any
 ) -> tuple[int, int, int, int]:
-    """Of q along Y and X, and of k."""
+    """Sizes of the regions of q along Y and X, and of k."""
     if regions is None and region_size is None:
         fail(OP, "regions", "must be given, or region_size", None)
     if regions is not None:
@@ -334,7 +334,7 @@ def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *siz
 
 
 def backward_flops(*lowered: Any) -> float:
-    """Five products."""
+    """Operations of the five products."""
     return 2.5 * flops(*lowered)
 
 

@@ -304,7 +304,7 @@ def flops(
 def _listed_pairs(
     sq: int, sk: int, indices: Tensor, counts: Tensor, block_q: int, block_k: int, causal: bool
 ) -> float:
-    """Pairs of a query and a key of its lists that it sees."""
+    """Pairs of a query and a listed key that it sees."""
     entries = torch.arange(indices.shape[3], device=indices.device)
     first_row = torch.arange(indices.shape[2], device=indices.device)[:, None] * block_q
     rows = (sq - first_row).clamp(0, block_q)
@@ -322,7 +322,7 @@ def _listed_pairs(
 
 
 def backward_flops(*lowered: Any) -> float:
-    """Five products."""
+    """Operations of the five products."""
     return 2.5 * flops(*lowered)
 
 

@@ -83,7 +83,7 @@ def core_context_attention(
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
-    """Of a whole sequence. Returns the scale."""
+    """Checks the inputs of a whole sequence. Returns the scale."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
     check_qkv(OP, q, k, v, 4, True)
@@ -125,8 +125,8 @@ def as_sizes(group: int, window: int) -> tuple[int, int]:
 
 
 def _groups_left(tokens: int, group: int, window: int) -> int:
-    """Groups in front of the window of the last token: the cores that it sees. Those of each group
-    before see one less."""
+    """Groups before the window of the last token: the cores that it sees. Tokens of each earlier
+    group see one less."""
     return max(max(tokens - 1, 0) // group - window // group, 0)
 
 
@@ -184,7 +184,7 @@ def _far_groups(
 
 
 class CoreContextState:
-    """What decoding with :func:`core_context_attention` keeps: the cores of groups that left the
+    """The state of decoding with :func:`core_context_attention`: the cores of groups that left the
     window, and the tokens of the window and of the groups that are not complete.
 
     Args:
@@ -294,7 +294,7 @@ class CoreContextState:
 
 
 def _with_room(t: Tensor, tokens: int) -> Tensor:
-    """A copy of t [B, n, ...] at the begin of room for more tokens."""
+    """A copy of t [B, n, ...] with room for more tokens after it."""
     room = t.new_zeros((t.shape[0], max(tokens, t.shape[1]), *t.shape[2:]))
     room[:, : t.shape[1]] = t
     return room

@@ -1,4 +1,4 @@
-"""What the backwards of attention to lists share."""
+"""What the backward passes of attention to lists share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def cotangents(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """As the operators take them."""
+    """Cotangents as the operators take them."""
     if dout is None:
         dout = torch.zeros_like(out)
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
@@ -22,6 +22,6 @@ def cotangents(
 def fake_gradients(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v, with which the lowered list begins."""
+    """Fake gradients of q, k and v, with which the lowered list begins."""
     dq, dk, dv = (t.new_empty(t.shape) for t in lowered[:3])
     return dq, dk, dv

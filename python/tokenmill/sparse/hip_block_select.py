@@ -342,7 +342,7 @@ def _fake(
 def _flops(
     q: Tensor, k: Tensor, budget: int, block_q: int, block_k: int, stride_q: int, *rest: Any
 ) -> float:
-    """Of a search whose query blocks all see half the keys."""
+    """Operations of a search whose query blocks all see half the keys."""
     table = rest[-1]
     admissible = rows_of_request(k, table) / 2
     steps = math.ceil(math.log2(max(admissible / budget, 1)))

@@ -17,7 +17,7 @@ def region_means(x: Tensor, region_y: int, region_x: int) -> Tensor:
 
 
 def _means(x: Tensor, axis: int, size: int) -> Tensor:
-    """Of `size` neighbours along an axis, and of the fewer that are left at its end."""
+    """Means of `size` neighbours along an axis, and of the fewer left at its end."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     side = x.shape[axis]
     whole = side // size * size

@@ -25,7 +25,7 @@ def check_list(
     other: str,
     first: Tensor,
 ) -> None:
-    """indices [B, heads, rows, K]: fits says whether they have the shape that is wanted."""
+    """indices [B, heads, rows, K]: fits says whether they have the right shape."""
     check(fits, op, "indices", f"must have shape {shape}", indices.shape)
     if counts.shape != indices.shape[:-1]:
         fail(op, "counts", f"must have shape {show(indices.shape[:-1])}", counts.shape)

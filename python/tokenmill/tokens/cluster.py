@@ -196,7 +196,7 @@ def _flops(
 def _backward_flops(
     x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
 ) -> float:
-    """Of the last iteration."""
+    """Operations of the gradient of the last iteration."""
     return 5.0 * x.numel() * min(window, grid_y) * min(window, grid_x)
 
 

@@ -110,7 +110,7 @@ def _gather(x: Tensor, indices: Tensor, out: Tensor | None, backend: str | None)
 
 
 def _leading(x: Tensor, indices: Tensor) -> int:
-    """Dimensions in front of the channels: one of packed tokens, else two."""
+    """Dimensions before the channels: one for packed tokens, else two."""
     return 1 if indices.dim() == 1 and x.dim() < 3 else 2
 
 

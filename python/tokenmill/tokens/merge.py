@@ -93,7 +93,7 @@ def merge_tokens(
 
 
 def unmerge_tokens(y: Tensor, assign: Tensor, *, backend: str | None = None) -> Tensor:
-    """Each token as a copy of the row into which it was merged: the inverse of :func:`merge_tokens`
+    """Copies to each token the row into which it was merged: the inverse of :func:`merge_tokens`
     for tokens that were equal.
 
     Args:

@@ -19,12 +19,12 @@ def as_rows(t: Tensor, rank: int) -> Tensor:
 
 
 def as_int32(indices: Any) -> Any:
-    """int64 as int32, and what does not fit as something that is out of range too."""
+    """int64 as int32; what does not fit becomes another value out of range."""
     if isinstance(indices, Tensor) and indices.dtype == torch.int64:
         return indices.clamp(INT32.min, INT32.max).to(torch.int32)
     return indices
 
 
 def contiguous_rows(t: Tensor) -> Tensor:
-    """A gradient may come expanded."""
+    """A gradient with contiguous rows: it may come expanded."""
     return t.contiguous() if t.dim() and t.stride(-1) != 1 else t

@@ -31,7 +31,7 @@ def reconstruct_tokens(
     norm: str = "l1",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Tokens as means of the values of their k nearest centroids:
+    r"""Reconstructs tokens as means of the values of their k nearest centroids:
 
     .. math::
        w_{nm} = e^{-\tau \lVert f_n - s_m \rVert^2}, \qquad

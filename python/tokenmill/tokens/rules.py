@@ -14,14 +14,14 @@ MOVABLE = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int6
 
 
 def check_tokens(op: str, name: str, t: Tensor, *, float64: bool) -> None:
-    """[B, N, C] to compute with."""
+    """Checks tokens [B, N, C] to compute with."""
     check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim())
     check_dtype(op, name, t, float64=float64)
     _check_rows(op, name, t)
 
 
 def check_movable_tokens(op: str, name: str, t: Tensor, *, float64: bool) -> None:
-    """[B, N, C] to move alone."""
+    """Checks tokens [B, N, C] that are only moved."""
     check(t.dim() == 3, op, name, "must have 3 dimensions [B, N, C]", t.dim())
     ok = t.dtype in MOVABLE or (float64 and t.dtype == torch.float64)
     rule = "must be float16, bfloat16, float32, int32 or int64"
@@ -38,7 +38,7 @@ def _check_rows(op: str, name: str, t: Tensor) -> None:
 def check_like(
     op: str, name: str, t: Tensor, shape: list[int], dtype: torch.dtype, other: str, first: Tensor
 ) -> None:
-    """shape and dtype of `other`, and its device."""
+    """Checks the shape and dtype that `other` implies, and its device."""
     if list(t.shape) != shape:
         fail(op, name, f"must have shape {show(shape)}", t.shape)
     if t.dtype != dtype:
@@ -48,15 +48,15 @@ def check_like(
 
 
 def check_out(op: str, out: Tensor, shape: list[int], read: dict[str, Tensor]) -> None:
-    """What a call writes into: of the shape, with dtype and device of the first of those that it
-    reads, each element in a place of its own, and beyond what is read."""
+    """Checks what a call writes into: shape, dtype and device of the first tensor that it reads,
+    each element at its own address, and none in a tensor that is read."""
     other, first = next(iter(read.items()))
     check_like(op, "out", out, shape, first.dtype, other, first)
     check_written(op, "out", out, {**read})
 
 
 def check_indices(op: str, name: str, t: Tensor, batch: int, other: str, first: Tensor) -> None:
-    """[B, K] int32."""
+    """Checks indices, [B, K] int32."""
     rule = f"must have shape [{batch}, K]"
     check(t.dim() == 2 and t.shape[0] == batch, op, name, rule, t.shape)
     check_int32(op, name, t)

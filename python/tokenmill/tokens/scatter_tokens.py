@@ -28,7 +28,7 @@ def scatter_tokens(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    r"""base with the rows that indices name replaced by those of y: the adjoint of
+    r"""Writes the rows of y to the places in a copy of base that indices name: the adjoint of
     :func:`gather_tokens` where base is 0.
 
     Args:
