@@ -1,4 +1,5 @@
-"""Results of machines as Markdown: `python -m tokenmill bench report FILE ... [--update PAGE]`."""
+"""Results as Markdown tables: `python -m tokenmill bench report FILE ... [--update PAGE]`. A file
+has the times of one machine, or what `bench --counters` counted."""
 
 from __future__ import annotations
 
@@ -15,11 +16,21 @@ from .plot import label
 BEGIN = "<!-- bench report: begin -->"
 END = "<!-- bench report: end -->"
 COLUMNS = ("ms", "GFLOP/s", "% of peak", "GB/s")
+# Headings of counters where the narrow ones of the command line say too little.
+HEADINGS = {
+    "instructions": "instructions",
+    "traffic_over_least": "bytes / least",
+    "mma_over_least": "mma / least",
+    "waves_over_ideal": "waves / ideal",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="results that bench --json wrote, one per machine"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="results that bench --json wrote: of one machine each, or of --counters",
     )
     parser.add_argument(
         "--update",
@@ -49,25 +60,57 @@ def update(page: str, tables: str) -> str:
 
 
 def markdown(name: str, results: dict[str, Any]) -> str:
-    """The section of one machine: what it is, and a table for each operator."""
+    """The section of one file: what was measured, and a table for each operator."""
+    rows = results["rows"]
+    lines = [f"### {name}", "", *(_counted if "per" in results else _measured)(results)]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        lines += ["", *(_counters(op, of_op, results) if "per" in results else _times(op, of_op))]
+    return "\n".join(lines) + "\n"
+
+
+def _counted(results: dict[str, Any]) -> list[str]:
+    made = f"CUDA {results['cuda']}; tokenmill {results['tokenmill']}, {results['date']}"
+    return [f"Exact counts on the PTX machine, PTX of {made}. Bold: above the peer."]
+
+
+def _measured(results: dict[str, Any]) -> list[str]:
     rows = results["rows"]
     # Results from before --device have none: they are a CPU's.
     machine = label(results["machine"], results.get("device", "cpu"), results["threads"])
     peaks = {r["dtype"]: r["flops"] / r["peak_share"] / 1e9 for r in rows if r.get("peak_share")}
     ceilings = [f"{dtype} {_figure(peak)} GFLOP/s" for dtype, peak in peaks.items()]
     ceilings += [f"copy {_figure(results['copy_bandwidth'] / 1e9)} GB/s"]
-    lines = [
-        f"### {name}",
-        "",
+    return [
         f"{machine}; tokenmill {results['tokenmill']}, {results['date']}.",
         f"Measured ceilings: {', '.join(ceilings)}.",
     ]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        lines += ["", *_table(op, [row for row in rows if row["op"] == op])]
-    return "\n".join(lines) + "\n"
 
 
-def _table(op: str, rows: list[dict[str, Any]]) -> list[str]:
+def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
+    from .counters.case import FIGURES
+
+    compared = [key for key in FIGURES if any(key in row["against"] for row in rows)]
+    header = [f"`{op}`, per {results['per'][op]}", "unit"]
+    for key, name in FIGURES.items():
+        header += [HEADINGS.get(key, name)] + (["peer"] if key in compared else [])
+    lines = [_line(header), _line(["---"] * len(header))]
+    for row in rows:
+        if "error" in row:
+            cells = [f"failed: {row['error']}"] + [""] * (len(header) - 2)
+        else:
+            cells = [row["binding_unit"]]
+            for key in FIGURES:
+                peer = row["against"].get(key)
+                above = peer is not None and round(row[key], 2) > round(peer, 2)
+                cells.append(f"**{_figure(row[key])}**" if above else _figure(row[key]))
+                if key in compared:
+                    cells.append("" if peer is None else _figure(peer))
+        lines.append(_line([row["case"], *cells]))
+    return lines + (["", f"Peers: {results['counted_peers'][op]}."] if compared else [])
+
+
+def _times(op: str, rows: list[dict[str, Any]]) -> list[str]:
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
     lines = [_line([f"`{op}`", *COLUMNS, *peers]), _line(["---"] * (1 + len(COLUMNS) + len(peers)))]
     for row in rows:
@@ -107,8 +150,8 @@ def _figure(value: float) -> str:
 def _load(name: str) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(Path(name).read_text())
-        if missing := {"machine", "rows"} - results.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}")
+        if "rows" not in results or not results.keys() & {"machine", "per"}:
+            raise ValueError("no rows, or no machine")
     except (OSError, ValueError, AttributeError) as error:
         rule = "must be results that bench --json wrote"
         raise cli.UsageError(f"FILE: {rule}; got '{name}' ({cli.one_line(error)})") from None

@@ -87,15 +87,45 @@ def test_a_report_names_the_machine_failures_and_absent_peers(tmp_path, capsys):
     ]
 
 
+def test_a_report_of_counters_marks_what_is_above_the_peers(tmp_path, capsys):
+    figures = {
+        "binding_unit": "alu", "binding_cycles": 1300.4, "instructions": 250.0, "waves": 3.0,
+        "traffic_over_least": 1.5, "mma_over_least": 0.0, "waves_over_ideal": 1.0,
+    }  # fmt: skip
+    rows = [
+        {"op": "topk_select", "case": "a", **figures, "against": {"instructions": 200}},
+        {"op": "topk_select", "case": "b", "error": "ValueError: x", "against": {}},
+    ]
+    head = {"tokenmill": "0.1.0", "cuda": "13.0", "date": "2026-01-02"}
+    head |= {"per": {"topk_select": "32 keys"}, "counted_peers": {"topk_select": "CUB"}}
+    name = tmp_path / "counts.json"
+    name.write_text(json.dumps(head | {"rows": rows}))
+    assert main(["bench", "report", str(name)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "### counts",
+        "",
+        "Exact counts on the PTX machine, PTX of CUDA 13.0; tokenmill 0.1.0, 2026-01-02. "
+        "Bold: above the peer.",
+        "",
+        "| `topk_select`, per 32 keys | unit | cycles | instructions | peer | bytes / least "
+        "| mma / least | waves | waves / ideal |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| a | alu | 1300 | **250** | 200 | 1.50 | 0.00 | 3.00 | 1.00 |",
+        "| b | failed: ValueError: x |  |  |  |  |  |  |  |",
+        "",
+        "Peers: CUB.",
+    ]
+
+
 def test_a_report_refuses_what_is_no_result_and_pages_without_markers(tmp_path, capsys):
-    counters, good, page = (tmp_path / name for name in ("c.json", "g.json", "page.md"))
-    counters.write_text('{"rows": []}')
+    headless, good, page = (tmp_path / name for name in ("h.json", "g.json", "page.md"))
+    headless.write_text('{"rows": []}')
     good.write_text(json.dumps(RUN | {"rows": []}))
     page.write_text(report.BEGIN)
     for words, message in (
         ([], "the following arguments are required: FILE"),
         ([tmp_path / "none.json"], "FILE: must be results that bench --json wrote; got '"),
-        ([counters], "FILE: must be results that bench --json wrote; got '"),
+        ([headless], "FILE: must be results that bench --json wrote; got '"),
         ([good, "--update", page], "--update: must be a page with the lines '"),
         ([good, "--update", tmp_path], "--update: must be a page with the lines '"),
     ):

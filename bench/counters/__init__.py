@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from tokenmill import cli, library
+from tokenmill import cli, info, library
+from tokenmill.version import __version__
 
 from ..progress import progress
 from ..results import Results
@@ -48,7 +50,15 @@ def run(options: argparse.Namespace, stdout: TextIO) -> int:
         print("\n".join(f"{op}: {c.title}" for op, found in chosen.items() for c in found))
         return 0
     results = Results(options.json, stdout)
-    results.begin({})
+    results.begin(
+        {
+            "tokenmill": __version__,
+            "cuda": info.build_info().get("cuda_version", ""),
+            "date": time.strftime("%Y-%m-%d"),
+            "per": {op: OPS[op].per for op in chosen if chosen[op]},
+            "counted_peers": {op: OPS[op].peers for op in chosen if chosen[op]},
+        }
+    )
     with progress(sum(map(len, chosen.values())), "counting") as advance:
         for op, cases in chosen.items():
             if cases:
