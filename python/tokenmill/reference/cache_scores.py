@@ -25,7 +25,7 @@ def attention_column_scores(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits: the yardstick of the error budget."""
+    """upcast=False keeps 16-bit inputs in 16 bits: the baseline of the error budget."""
     batch, rows, heads = q.shape[:3]
     columns, kv_heads = k.shape[1:3]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -154,7 +154,7 @@ def attention_row_scores(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor]:
-    """upcast=False keeps 16-bit inputs in 16 bits: the yardstick of the error budget."""
+    """upcast=False keeps 16-bit inputs in 16 bits: the baseline of the error budget."""
     rows, heads = q.shape[1:3]
     columns = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -192,7 +192,7 @@ def kv_cache_compact(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """upcast=False turns 16-bit keys in 16 bits: the yardstick of the error budget."""
+    """upcast=False rotates 16-bit keys in 16 bits: the baseline of the error budget."""
     batch, heads, size = keep.shape[0], k_cache.shape[2], k_cache.shape[1]
     wide = torch.promote_types(k_cache.dtype, torch.float32)
     capacity = size if block_table is None else block_table.shape[1] * size
@@ -229,7 +229,7 @@ def kv_cache_compact(
 def _turn(
     x: Tensor, delta: Tensor, rotations: Tensor, interleaved: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    """Pairs of the columns of x turned by delta steps each."""
+    """Pairs of the columns of x rotated by delta steps each."""
     pairs = rotations.shape[1]
     turns = delta[:, None] * rotations.double().sum(0)
     angle = 2 * torch.pi * (turns - turns.round())

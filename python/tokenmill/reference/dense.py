@@ -38,7 +38,7 @@ def attention(
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
-    yardstick of the error budget."""
+    baseline of the error budget."""
     if cu_seqlens_q is None:
         n = 1
     else:

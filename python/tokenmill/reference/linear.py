@@ -112,7 +112,7 @@ def linear_attention_quadratic(
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
-    yardstick of the error budget."""
+    baseline of the error budget."""
 
     def one(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None

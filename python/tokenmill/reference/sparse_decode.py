@@ -91,7 +91,7 @@ def key_row(
     ids: list[int], length: int, queries: int, block_k: int, num_sink: int, num_recent: int
 ) -> tuple[list[int], list[int], list[bool]]:
     """Of each key of the cache in a row: its position, -1 for one that is left out; its entry of
-    the list, -1 for none; whether it stands among the last tokens."""
+    the list, -1 for none; whether it is among the recent tokens."""
     old = max(length - num_recent, 0)  # what is no last token of the last query
     sinks = min(num_sink, old)
     first = first_at_least(ids, sinks // block_k)
@@ -108,7 +108,7 @@ def key_row(
 
 
 def first_at_least(ids: list[int], least: int) -> int:
-    """The place of the first id that is not below `least`, behind all if there is none."""
+    """The place of the first id that is not below `least`, after all if there is none."""
     return next((e for e, x in enumerate(ids) if x >= least), len(ids))
 
 
@@ -135,7 +135,7 @@ def rows_at(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turns pairs of columns of x [..., D] by angles [..., pairs]."""
+    """Rotates pairs of columns of x [..., D] by angles [..., pairs]."""
     cos, sin, pairs = cos.to(x.dtype), sin.to(x.dtype), cos.shape[-1]
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     if interleaved:

@@ -1,4 +1,4 @@
-"""Tokens gathered, scattered, fused and pooled where they lie, in plain PyTorch."""
+"""Tokens gathered, scattered, fused and pooled, in plain PyTorch."""
 
 from __future__ import annotations
 
