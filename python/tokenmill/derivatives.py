@@ -93,6 +93,21 @@ def _below(overload: Any, keys: Any, arguments: Sequence[Any]) -> Any:
         return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
+def keep(ctx: Any, inputs: Sequence[Any], *results: Tensor | None) -> None:
+    """For the backward: the arguments of a call, and what it needs of the results."""
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *results)
+    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    ctx.set_materialize_grads(False)
+
+
+def kept(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """The arguments and the results that `keep` was given."""
+    count = len(ctx.plain)
+    saved = ctx.saved_tensors
+    given = zip(saved, ctx.plain, strict=False)
+    return [p if t is None else t for t, p in given], list(saved[count:])
+
+
 def _keep_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.set_materialize_grads(False)
 

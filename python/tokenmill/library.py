@@ -9,6 +9,7 @@ development builds alone, runs the compiled CUDA kernel on CPU tensors, in the P
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import importlib.util
@@ -100,6 +101,15 @@ class TorchOp:
         object.__setattr__(self, "written", written)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
+
+    @functools.cached_property
+    def record(self) -> Any:
+        """The arguments of a call as a named tuple, in the order of the schema."""
+        return collections.namedtuple(self.name, self.arguments)
+
+    def gradients(self, **of: Any) -> tuple[Any, ...]:
+        """What the backward of the operator returns: the gradients given by name, else None."""
+        return tuple(of.get(name) for name in self.arguments)
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of a call under autocast as the kernel gets them."""

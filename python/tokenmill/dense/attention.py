@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from ..autocast import Autocast
 from ..check import as_int, as_number, check_bool, check_tensor, check_text, fail
+from ..derivatives import keep, kept
 from ..dispatch import call
 from ..flops import band, known
 from ..library import TorchOp, register
@@ -310,14 +311,14 @@ def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
-SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK = 5, 8, 9, 10  # positions in the lowered list
-CU_SEQLENS_Q = 15
+EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")  # with gradients in float32
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
-    q, v, kind = lowered[0], lowered[2], lowered[3]
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    if kind == "sigmoid":
+    a = FORWARD.record(*lowered)
+    q = a.q
+    out = q.new_empty((*q.shape[:-1], a.v.shape[-1]))
+    if a.kind == "sigmoid":
         lse_shape: tuple[int, ...] = (0,)
     elif q.dim() == 3:
         lse_shape = (q.shape[1], q.shape[0])
@@ -334,15 +335,14 @@ def _fake_backward(
     needs: list[bool],
     *lowered: Any,
 ) -> tuple[Tensor, ...]:
+    a = FORWARD.record(*lowered)
+
     def grad(t: Tensor | None, needed: bool) -> Tensor:
         shape = t.shape if needed and t is not None else (0,)
-        return lowered[0].new_empty(shape, dtype=torch.float32)
+        return a.q.new_empty(shape, dtype=torch.float32)
 
-    extra = [grad(lowered[i], n) for i, n in zip(EXTRAS, needs, strict=True)]
-    return (*(t.new_empty(t.shape) for t in lowered[:3]), *extra)
-
-
-EXTRAS = (SCORE_BIAS, BIAS, ALIBI_SLOPES, SINK)
+    extra = [grad(getattr(a, name), n) for name, n in zip(EXTRAS, needs, strict=True)]
+    return (*(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), *extra)
 
 
 def _check_backward(
@@ -357,47 +357,43 @@ def _check_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    softmax = inputs[3] == "softmax"
-    ctx.save_for_backward(
-        *(x if isinstance(x, Tensor) else None for x in inputs),
-        *(output if softmax else (None, None)),
-    )
-    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
-    ctx.set_materialize_grads(False)
+    softmax = FORWARD.record(*inputs).kind == "softmax"
+    keep(ctx, inputs, *(output if softmax else (None, None)))
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    lowered = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
-    q, v = lowered[0], lowered[2]
+    lowered, (out, lse) = kept(ctx)
+    a = FORWARD.record(*lowered)
     if dout is None:
-        dout = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+        dout = a.q.new_zeros((*a.q.shape[:-1], a.v.shape[-1]))
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dlse is not None:
         dlse = None if lse is None else dlse.contiguous()
-    needs = [ctx.needs_input_grad[i] for i in EXTRAS]
-    grads = ops.attention_backward(dout, dlse, out, lse, needs, *lowered)
-    result: list[Any] = [None] * len(lowered)
-    result[:3] = grads[:3]
-    for i, needed, grad in zip(EXTRAS, needs, grads[3:], strict=True):
-        if needed:
-            result[i] = grad.to(lowered[i].dtype)
-    return tuple(result)
+    needed = dict(zip(FORWARD.arguments, ctx.needs_input_grad, strict=False))
+    needs = [needed[name] for name in EXTRAS]
+    dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, needs, *lowered)
+    extra = {
+        name: grad.to(getattr(a, name).dtype)
+        for name, grad in zip(EXTRAS, grads, strict=True)
+        if needed[name]
+    }
+    return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
-def flops(q: Tensor, k: Tensor, v: Tensor, *lowered: Any) -> float:
+def flops(*lowered: Any) -> float:
     """Operations of the two products over visible pairs."""
-    causal, left, right, cu_seqlens_q, cu_seqlens_k = lowered[9:14]
-    right = 0 if causal else right
-    if cu_seqlens_q is None:
-        sizes = [(q.shape[1], k.shape[1])] * q.shape[0]
-    elif known(cu_seqlens_q) and known(cu_seqlens_k):
-        sizes = [*zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)]
+    a = FORWARD.record(*lowered)
+    right = 0 if a.causal else a.window_right
+    starts_q, starts_k = a.cu_seqlens_q, a.cu_seqlens_k
+    if starts_q is None:
+        sizes = [(a.q.shape[1], a.k.shape[1])] * a.q.shape[0]
+    elif known(starts_q) and known(starts_k):
+        sizes = [*zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True)]
     else:
-        sizes = [(q.shape[0], k.shape[0])]
-    pairs = sum(band(sq, sk, left, right) for sq, sk in sizes)
-    return 2.0 * q.shape[-2] * pairs * (q.shape[-1] + v.shape[-1])
+        sizes = [(a.q.shape[0], a.k.shape[0])]
+    pairs = sum(band(sq, sk, a.window_left, right) for sq, sk in sizes)
+    return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v.shape[-1])
 
 
 def backward_flops(*lowered: Any) -> float:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from ..autocast import Autocast
 from ..check import as_int, check_bool, check_tensor, check_text, fail, synchronising_checks
+from ..derivatives import keep, kept
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
@@ -309,97 +310,76 @@ def lower(
     )
 
 
-LOG_DECAY, INITIAL_STATE, RETURN_FINAL_STATE = 3, 7, 8  # positions in the lowered list
-
-
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, v = lowered[0], lowered[2]
-    return (q.new_empty((*q.shape[:-1], v.shape[-1])), *_fake_out(*lowered, None))
+    a = FORWARD.record(*lowered)
+    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(*lowered, None))
 
 
 def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, _, v, _, feature_map, _, normalize, _, return_final_state, cu_seqlens, _, _ = arguments
-    packed = cu_seqlens is not None
+    a = OUT.record(*arguments)
+    q = a.q
+    packed = a.cu_seqlens is not None
     state: tuple[int, ...] = (0,)
-    if return_final_state:
-        sequences = cu_seqlens.shape[0] - 1 if packed else q.shape[0]
-        features = feature_dim(feature_map, q.shape[-1])
-        state = (sequences, q.shape[-2], features, v.shape[-1] + int(normalize))
+    if a.return_final_state:
+        sequences = a.cu_seqlens.shape[0] - 1 if packed else q.shape[0]
+        features = feature_dim(a.feature_map, q.shape[-1])
+        state = (sequences, q.shape[-2], features, a.v.shape[-1] + int(a.normalize))
     normalizer: tuple[int, ...] = (0,)
-    if normalize:
+    if a.normalize:
         normalizer = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in (state, normalizer))
 
 
-def _check_backward(
-    dout: Tensor | None,
-    dfinal_state: Tensor | None,
-    out: Tensor | None,
-    normalizer: Tensor | None,
-    needs: list[bool],
-    *lowered: Any,
-) -> None:
-    forward = list(lowered)
-    forward.insert(RETURN_FINAL_STATE, True)
-    check_linear_attention(*forward)
+def _check_backward(*arguments: Any) -> None:
+    given = BACKWARD.record(*arguments)._asdict() | {"return_final_state": True}
+    check_linear_attention(*(given[name] for name in FORWARD.arguments))
 
 
-def _fake_backward(
-    dout: Tensor | None,
-    dfinal_state: Tensor | None,
-    out: Tensor | None,
-    normalizer: Tensor | None,
-    needs: list[bool],
-    *lowered: Any,
-) -> tuple[Tensor, ...]:
-    q, log_decay, initial_state, cu_seqlens = lowered[0], lowered[3], lowered[7], lowered[8]
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BACKWARD.record(*arguments)
+    needs_decay, needs_state = a.needs
     decay_shape: tuple[int, ...] = (0,)
-    if needs[0] and log_decay.dim() > 1:
-        decay_shape = log_decay.shape
-    elif needs[0]:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        decay_shape = (sequences, q.shape[-2])
-    state_shape = initial_state.shape if needs[1] else (0,)
+    if needs_decay and a.log_decay.dim() > 1:
+        decay_shape = a.log_decay.shape
+    elif needs_decay:
+        sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+        decay_shape = (sequences, a.q.shape[-2])
+    state_shape = a.initial_state.shape if needs_state else (0,)
     return (
-        *(t.new_empty(t.shape) for t in lowered[:3]),
-        *(q.new_empty(shape, dtype=torch.float32) for shape in (decay_shape, state_shape)),
+        *(t.new_empty(t.shape) for t in (a.q, a.k, a.v)),
+        *(a.q.new_empty(shape, dtype=torch.float32) for shape in (decay_shape, state_shape)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, _, normalizer = output
     ctx.mark_non_differentiable(normalizer)
-    normalize = inputs[6]
-    ctx.save_for_backward(
-        *(x if isinstance(x, Tensor) else None for x in inputs),
-        *((out, normalizer) if normalize else (None, None)),
-    )
-    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
-    ctx.set_materialize_grads(False)
+    normalize = FORWARD.record(*inputs).normalize
+    keep(ctx, inputs, *((out, normalizer) if normalize else (None, None)))
 
 
 def _backward(
     ops: Any, ctx: Any, dout: Tensor | None, dfinal_state: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    *tensors, out, normalizer = ctx.saved_tensors
-    lowered = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
+    lowered, (out, normalizer) = kept(ctx)
+    a = FORWARD.record(*lowered)
     if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dfinal_state is not None:
-        dfinal_state = dfinal_state.contiguous() if lowered[RETURN_FINAL_STATE] else None
-    needs = [ctx.needs_input_grad[i] for i in (LOG_DECAY, INITIAL_STATE)]
-    arguments = [x for i, x in enumerate(lowered) if i != RETURN_FINAL_STATE]
+        dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
+    needed = dict(zip(FORWARD.arguments, ctx.needs_input_grad, strict=False))
+    needs = [needed["log_decay"], needed["initial_state"]]
+    given = a._asdict()
+    arguments = (given[name] for name in BACKWARD.arguments if name in given)
     dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
         dout, dfinal_state, out, normalizer, needs, *arguments
     )
-    result: list[Any] = [None] * len(lowered)
-    result[:3] = dq, dk, dv
-    if needs[0]:
-        per_token = lowered[LOG_DECAY].dim() > 1
-        result[LOG_DECAY] = dlog_decay if per_token else dlog_decay.sum(0)
-    if needs[1]:
-        result[INITIAL_STATE] = dinitial_state
-    return tuple(result)
+    extra = {}
+    if needed["log_decay"]:
+        extra["log_decay"] = dlog_decay if a.log_decay.dim() > 1 else dlog_decay.sum(0)
+    if needed["initial_state"]:
+        extra["initial_state"] = dinitial_state
+    return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Any, feature_map: str, *_: Any) -> float:

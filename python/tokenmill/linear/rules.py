@@ -176,15 +176,35 @@ def rows_lie_together(t: Tensor) -> bool:
     return t.numel() == 0 or (last and (t.shape[-2] == 1 or t.stride(-2) == t.shape[-1]))
 
 
-def check_linear_attention_values(*lowered: Any) -> None:
-    q, log_decay, cu_seqlens = lowered[0], lowered[3], lowered[9]
+def check_linear_attention_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> None:
     if cu_seqlens is not None:
         check_cu_seqlens_values(LINEAR_ATTENTION, "cu_seqlens", cu_seqlens, q.shape[0])
     _check_decay_values(LINEAR_ATTENTION, log_decay)
 
 
-def check_decode_values(*lowered: Any) -> None:
-    state, log_decay, state_indices = lowered[3], lowered[4], lowered[8]
+def check_decode_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    state_indices: Tensor | None,
+) -> None:
     _check_decay_values(DECODE, log_decay)
     if state_indices is None:
         return

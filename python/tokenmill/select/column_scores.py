@@ -190,9 +190,10 @@ def _check_values(
     check_length_values(OP, "query_lengths", query_lengths, q.shape[1])
 
 
-def _fake(q: Tensor, k: Tensor, *lowered: Any) -> Tensor:
-    heads = q.shape[2] if lowered[5] == "none" else k.shape[2]
-    return q.new_empty((q.shape[0], heads, k.shape[1]), dtype=torch.float32)
+def _fake(*lowered: Any) -> Tensor:
+    a = FORWARD.record(*lowered)
+    heads = a.q.shape[2] if a.head_reduce == "none" else a.k.shape[2]
+    return a.q.new_empty((a.q.shape[0], heads, a.k.shape[1]), dtype=torch.float32)
 
 
 def _flops(

@@ -130,8 +130,9 @@ def _check(
     check_per_request(OP, "lengths", lengths, q.shape[0], "k", k)
 
 
-def _check_values(q: Tensor, k: Tensor, *lowered: Any) -> None:
-    check_length_values(OP, "lengths", lowered[-1], k.shape[1])
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    check_length_values(OP, "lengths", a.lengths, a.k.shape[1])
 
 
 def _fake(

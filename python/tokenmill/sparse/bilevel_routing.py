@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from ..autocast import Autocast
 from ..check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
 from ..dense.terms import check_scale
+from ..derivatives import keep, kept
 from ..dispatch import call
 from ..flops import known
 from ..kv_cache import check_int32
@@ -151,7 +152,8 @@ def bilevel_routing_attention(
         return_graph=return_graph,
     )
     out, lse = call(SPEC, lowered, backend)
-    results = (out, *((lse,) if return_lse else ()), *((lowered[3],) if return_graph else ()))
+    graph = (FORWARD.record(*lowered).indices,) if return_graph else ()
+    results = (out, *((lse,) if return_lse else ()), *graph)
     return results if len(results) > 1 else out
 
 
@@ -312,17 +314,14 @@ def _check_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.plain = inputs[5:]
-    ctx.set_materialize_grads(False)
+    keep(ctx, inputs, *output)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+    lowered, (out, lse) = kept(ctx)
     dout, dlse = cotangents(dout, dlse, out)
-    lowered = (*tensors, *ctx.plain)
-    grads = ops.bilevel_routing_attention_backward(dout, dlse, out, lse, *lowered)
-    return (*grads, *(None for _ in lowered[3:]))
+    dq, dk, dv = ops.bilevel_routing_attention_backward(dout, dlse, out, lse, *lowered)
+    return FORWARD.gradients(q=dq, k=dk, v=dv)
 
 
 def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *sizes: Any) -> float:

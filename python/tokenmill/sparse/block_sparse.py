@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from ..autocast import Autocast
 from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor
 from ..dense.terms import check_scale
+from ..derivatives import keep, kept
 from ..dispatch import call
 from ..flops import band, known
 from ..library import TorchOp, register
@@ -256,22 +257,15 @@ def _check_backward(
     _check(*lowered)
 
 
-LENGTHS = 12  # position in the lowered list
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], inputs[LENGTHS], *output)
-    ctx.plain = inputs[5:LENGTHS], inputs[LENGTHS + 1 :]
-    ctx.set_materialize_grads(False)
+    keep(ctx, inputs, *output)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, lengths, out, lse = ctx.saved_tensors
-    before, behind = ctx.plain
+    lowered, (out, lse) = kept(ctx)
     dout, dlse = cotangents(dout, dlse, out)
-    lowered = (*tensors, *before, lengths, *behind)
-    grads = ops.block_sparse_attention_backward(dout, dlse, out, lse, *lowered)
-    return (*grads, *(None for _ in lowered[3:]))
+    dq, dk, dv = ops.block_sparse_attention_backward(dout, dlse, out, lse, *lowered)
+    return FORWARD.gradients(q=dq, k=dk, v=dv)
 
 
 def flops(

@@ -20,8 +20,14 @@ def cotangents(
 
 
 def fake_gradients(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake gradients of q, k and v, with which the lowered list begins."""
-    dq, dk, dv = (t.new_empty(t.shape) for t in lowered[:3])
-    return dq, dk, dv
+    """Fake gradients of q, k and v."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
