@@ -52,7 +52,7 @@ def lowered(kind, dtype, head_dim, mask, every_term=False, tokens=1024):
         terms = [empty(batch, heads), -1.0, True, bias, empty(heads), sink, 5.0]
     causal, left, right = MASKS[mask]
     lengths = (None, None, None, None)
-    return (q, k, k, kind, 0.125, *terms, causal, left, right, *lengths, False, "accurate")
+    return (q, k, k, kind, 0.125, *terms, causal, left, right, *lengths, "accurate")
 
 
 def compiled(capability, call):
