@@ -85,7 +85,7 @@ TOKENMILL_LIBRARY(library) {
   // select: which keys to attend to
   m.def(
       "topk_select(Tensor scores, SymInt k, Tensor? lengths, Tensor? row_starts, str tie, "
-      "str order, SymInt force_first, SymInt force_last, Tensor? page_table, SymInt page_size, "
+      "str order, SymInt force_first, SymInt force_last, Tensor? block_table, SymInt page_size, "
       "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
       "Tensor values, Tensor physical)");
   m.def(

@@ -28,7 +28,7 @@ def tables(behind):
 def topk_positions(k, v, table, lengths, backend):
     scores = torch.arange(48.0, device=k.device).reshape(3, 16).cos()
     return tm.topk_select(
-        scores, 6, lengths=lengths, page_table=table, page_size=PAGE, backend=backend
+        scores, 6, lengths=lengths, block_table=table, page_size=PAGE, backend=backend
     )
 
 

@@ -183,7 +183,7 @@ def test_pages(backend):
     table = torch.tensor([[7, -1, 2], [3, 0, 2**30]], dtype=torch.int32, device=device)
     rows = torch.tensor([1, 0, 1], dtype=torch.int32, device=device)
     indices, counts, physical = tm.topk_select(
-        scores, 40, page_table=table, page_size=8, row_to_batch=rows, backend=backend
+        scores, 40, block_table=table, page_size=8, row_to_batch=rows, backend=backend
     )
     for r in range(3):
         for i in range(40):
@@ -202,7 +202,7 @@ def test_starts_and_batches_out_of_range_are_clamped(backend):
     batches = torch.tensor([-1, 2, 2**31 - 1, 0], dtype=torch.int32, device=device)
     table = torch.ones(2, 3, dtype=torch.int32, device=device)
     _, counts, physical = tm.topk_select(
-        scores, 5, row_starts=starts, page_table=table, page_size=8, row_to_batch=batches,
+        scores, 5, row_starts=starts, block_table=table, page_size=8, row_to_batch=batches,
         backend=backend,
     )  # fmt: skip
     assert counts.tolist() == [5, 0, 0, 5]

@@ -135,7 +135,7 @@ def beside_kernel(
     rows,
     indices,
     values,
-    page_table,
+    block_table,
     row_to_batch,
     physical,
     stride,
@@ -167,7 +167,7 @@ def beside_kernel(
             b_batch = tl.load(row_to_batch + o_r).to(tl.int64)
         b_page = b_i // page_size
         m_page = m_i & (b_batch >= 0) & (b_batch < page_rows) & (b_page < pages)
-        p_page = page_table + b_batch * page_stride + b_page
+        p_page = block_table + b_batch * page_stride + b_page
         b_found = tl.load(p_page, mask=m_page, other=-1).to(tl.int64)
         b_slot = b_found * page_size + b_i % page_size
         m_slot = (b_found >= 0) & (b_slot < 2147483648)
@@ -183,7 +183,7 @@ def topk_select(
     order: str,
     force_first: int,
     force_last: int,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
@@ -192,7 +192,7 @@ def topk_select(
     indices = scores.new_empty((count, k), dtype=torch.int32)
     counts = scores.new_empty((count,), dtype=torch.int32)
     values = scores.new_empty((count, k) if return_values else (0,))
-    paged = page_table is not None
+    paged = block_table is not None
     physical = scores.new_empty((count, k) if paged else (0,), dtype=torch.int32)
     if count == 0:
         return indices, counts, values, physical
@@ -205,9 +205,9 @@ def topk_select(
     if order == "score":
         _order_by_score(scores, row_starts, indices, tie == "high")
     if return_values or paged:
-        beside: tuple[Any, ...] = (page_table, row_to_batch, physical) if paged else (None,) * 3
-        shape = page_table.shape if page_table is not None else (0, 0)
-        page_stride = page_table.stride(0) if page_table is not None else 0
+        beside: tuple[Any, ...] = (block_table, row_to_batch, physical) if paged else (None,) * 3
+        shape = block_table.shape if block_table is not None else (0, 0)
+        page_stride = block_table.stride(0) if block_table is not None else 0
         launch(
             beside_kernel, triton.cdiv(count * k, TILE), scores, rows, indices,
             values if return_values else None, *beside, stride, columns, k, page_stride, *shape,

@@ -31,7 +31,7 @@ void run(TopkParams& p, const View& scores) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_select(Tensor scores, int64_t k, OptTensor lengths,
                                                        OptTensor row_starts, std::string tie,
                                                        std::string order, int64_t force_first,
-                                                       int64_t force_last, OptTensor page_table,
+                                                       int64_t force_last, OptTensor block_table,
                                                        int64_t page_size, OptTensor row_to_batch,
                                                        bool return_values) {
   const View s(scores);
@@ -65,21 +65,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_select(Tensor scores, int64_t k,
             std::has_single_bit(static_cast<uint64_t>(page_size)),
         kOp, "page_size", "must be a power of two", page_size);
   p.log2_page_size = std::countr_zero(static_cast<uint64_t>(page_size));
-  if (page_table) {
-    const View t(*page_table);
-    check(t.dim() == 2, kOp, "page_table", "must have 2 dimensions [B, P]", t.dim());
-    check(t.dtype == ScalarType::Int, kOp, "page_table", "must be int32", t.dtype);
-    check_last_contiguous(kOp, "page_table", t);
-    check_device_of(kOp, "page_table", t, "scores", s);
-    check(row_to_batch || t.size(0) == p.rows, kOp, "page_table",
+  if (block_table) {
+    const View t(*block_table);
+    check(t.dim() == 2, kOp, "block_table", "must have 2 dimensions [B, P]", t.dim());
+    check(t.dtype == ScalarType::Int, kOp, "block_table", "must be int32", t.dtype);
+    check_last_contiguous(kOp, "block_table", t);
+    check_device_of(kOp, "block_table", t, "scores", s);
+    check(row_to_batch || t.size(0) == p.rows, kOp, "block_table",
           Rule("must have a row for each row of scores, ", p.rows, ", without row_to_batch"),
           t.size(0));
-    p.page_table = t.data<int32_t>();
+    p.block_table = t.data<int32_t>();
     p.page_rows = t.size(0);
     p.pages = t.size(1);
     p.page_stride = t.step(0);
   } else if (row_to_batch) {
-    fail(kOp, "row_to_batch", "goes with page_table alone", show(View(*row_to_batch).sizes));
+    fail(kOp, "row_to_batch", "goes with block_table alone", show(View(*row_to_batch).sizes));
   }
   p.row_to_batch = per_row("row_to_batch", row_to_batch, s);
   if (!s.is_cuda) {
@@ -90,14 +90,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_select(Tensor scores, int64_t k,
     }
     for (int64_t r = 0; r < p.rows && p.row_to_batch; ++r)
       check(p.row_to_batch[r] >= 0 && p.row_to_batch[r] < p.page_rows, kOp, "row_to_batch",
-            Rule("must be below the number of rows of page_table, ", p.page_rows),
+            Rule("must be below the number of rows of block_table, ", p.page_rows),
             int64_t{p.row_to_batch[r]});
   }
   Tensor indices = empty({p.rows, k}, scores, ScalarType::Int);
   Tensor counts = empty({p.rows}, scores, ScalarType::Int);
   Tensor values = empty(return_values ? std::vector{p.rows, k} : std::vector<int64_t>{0}, scores);
-  Tensor physical =
-      empty(page_table ? std::vector{p.rows, k} : std::vector<int64_t>{0}, scores, ScalarType::Int);
+  Tensor physical = empty(block_table ? std::vector{p.rows, k} : std::vector<int64_t>{0}, scores,
+                          ScalarType::Int);
   p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
   p.counts = static_cast<int32_t*>(counts.mutable_data_ptr());
   p.values = return_values ? values.mutable_data_ptr() : nullptr;

@@ -16,10 +16,10 @@ struct TopkParams {
   bool tie_high;                    // of equal scores the higher position goes first
   bool by_score;                    // in the order of the scores, not of the positions
   int64_t force_first, force_last;  // positions that are taken whatever their score
-  const int32_t* page_table;        // [page_rows, pages], of physical positions
+  const int32_t* block_table;       // [page_rows, pages], of physical positions
   int64_t page_rows, pages, page_stride;
   int32_t log2_page_size;
-  const int32_t* row_to_batch;  // [rows], the row of the page table; null: r
+  const int32_t* row_to_batch;  // [rows], the row of the block table; null: r
   int32_t *indices, *counts;    // [rows, k], -1 behind the last; [rows]
   void* values;                 // [rows, k] of dtype, -inf behind the last; null: not wanted
   int32_t* physical;            // [rows, k], beside indices; null: not wanted
@@ -43,7 +43,7 @@ TOKENMILL_HOST_DEVICE inline int32_t topk_physical(const TopkParams& p, int64_t 
   const int64_t batch = p.row_to_batch ? p.row_to_batch[row] : row;
   const int64_t page = i >> p.log2_page_size;
   if (batch < 0 || batch >= p.page_rows || page >= p.pages) return -1;
-  const int64_t found = p.page_table[batch * p.page_stride + page];
+  const int64_t found = p.block_table[batch * p.page_stride + page];
   const int64_t slot = (found << p.log2_page_size) + (i - (page << p.log2_page_size));
   return found < 0 || slot > 0x7fffffff ? -1 : static_cast<int32_t>(slot);
 }

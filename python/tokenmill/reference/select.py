@@ -15,7 +15,7 @@ def topk_select(
     order: str,
     force_first: int,
     force_last: int,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
@@ -56,8 +56,8 @@ def topk_select(
         found = x.gather(1, ordered) if columns else scores.new_zeros(rows, k)
         values = torch.where(valid, found, -torch.inf)
     physical = empty.int()
-    if page_table is not None:
-        physical = _physical(indices, page_table, page_size, row_to_batch)
+    if block_table is not None:
+        physical = _physical(indices, block_table, page_size, row_to_batch)
     return indices.int(), counts.int(), values, physical
 
 
@@ -66,16 +66,16 @@ def _descending(x: Tensor) -> Tensor:
 
 
 def _physical(
-    indices: Tensor, page_table: Tensor, page_size: int, row_to_batch: Tensor | None
+    indices: Tensor, block_table: Tensor, page_size: int, row_to_batch: Tensor | None
 ) -> Tensor:
-    """page_table[b, i // page_size] * page_size + i % page_size, -1 where the page is not there."""
+    """block_table[b, i // page_size] * page_size + i % page_size, -1 where there is no page."""
     rows = torch.arange(len(indices), device=indices.device)
     batch = (rows if row_to_batch is None else row_to_batch.long())[:, None]
     page = indices.clamp(min=0) // page_size
-    there = (indices >= 0) & (page < page_table.shape[1])
-    if page_table.numel() == 0:
+    there = (indices >= 0) & (page < block_table.shape[1])
+    if block_table.numel() == 0:
         return torch.full_like(indices, -1, dtype=torch.int32)
-    found = page_table[batch, page.clamp(max=page_table.shape[1] - 1)].long()
+    found = block_table[batch, page.clamp(max=block_table.shape[1] - 1)].long()
     slot = found * page_size + indices % page_size
     return torch.where(there & (found >= 0) & (slot < 2**31), slot, -1).int()
 

@@ -39,7 +39,7 @@ def topk_select(
     order: str = "index",
     force_first: int = 0,
     force_last: int = 0,
-    page_table: Tensor | None = None,
+    block_table: Tensor | None = None,
     page_size: int = 1,
     row_to_batch: Tensor | None = None,
     return_values: bool = False,
@@ -64,10 +64,10 @@ def topk_select(
         force_first: so many first positions of the row are taken whatever their score, even NaN,
             and count among the k (attention sinks).
         force_last: so many last positions likewise (recent keys); force_first + force_last <= k.
-        page_table: ``[B, P]`` int32 numbers of pages: also gives the rows of positions in a paged
-            cache, ``page_table[b, i // page_size] * page_size + i % page_size``.
+        block_table: ``[B, P]`` int32 numbers of pages: also gives the rows of positions in a paged
+            cache, ``block_table[b, i // page_size] * page_size + i % page_size``.
         page_size: positions of a page, a power of two.
-        row_to_batch: ``[R]`` int32, the row of page_table for each row. None: its own, B = R.
+        row_to_batch: ``[R]`` int32, the row of block_table for each row. None: its own, B = R.
         return_values: also give the scores.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -96,14 +96,14 @@ def topk_select(
     """
     lowered = lower(
         scores, k, lengths=lengths, row_starts=row_starts, tie=tie, order=order,
-        force_first=force_first, force_last=force_last, page_table=page_table,
+        force_first=force_first, force_last=force_last, block_table=block_table,
         page_size=page_size, row_to_batch=row_to_batch, return_values=return_values,
     )  # fmt: skip
     indices, counts, values, physical = call(SPEC, lowered, backend)
     found: tuple[Tensor, ...] = (indices, counts)
     if return_values:
         found += (values,)
-    return found if page_table is None else (*found, physical)
+    return found if block_table is None else (*found, physical)
 
 
 def lower(
@@ -116,13 +116,13 @@ def lower(
     order: str = "index",
     force_first: int = 0,
     force_last: int = 0,
-    page_table: Tensor | None = None,
+    block_table: Tensor | None = None,
     page_size: int = 1,
     row_to_batch: Tensor | None = None,
     return_values: bool = False,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "scores", scores)
-    for name, t in (("lengths", lengths), ("row_starts", row_starts), ("page_table", page_table),
+    for name, t in (("lengths", lengths), ("row_starts", row_starts), ("block_table", block_table),
                     ("row_to_batch", row_to_batch)):  # fmt: skip
         check_tensor(OP, name, t, optional=True)
     k, page_size = as_int(OP, "k", k), as_int(OP, "page_size", page_size)
@@ -132,7 +132,7 @@ def lower(
         check_text(OP, name, text)
     check_bool(OP, "return_values", return_values)
     return (
-        scores, k, lengths, row_starts, tie, order, force_first, force_last, page_table, page_size,
+        scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
         row_to_batch, return_values,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def _check(
     order: str,
     force_first: int,
     force_last: int,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
@@ -171,21 +171,21 @@ def _check(
     check_per_request(OP, "row_starts", row_starts, rows, "scores", scores)
     power = page_size <= 2**30 and is_power_of_two(page_size)
     check(power, OP, "page_size", "must be a power of two", page_size)
-    if page_table is not None:
-        _check_page_table(page_table, scores, row_to_batch)
+    if block_table is not None:
+        _check_block_table(block_table, scores, row_to_batch)
     elif row_to_batch is not None:
-        fail(OP, "row_to_batch", "goes with page_table alone", row_to_batch.shape)
+        fail(OP, "row_to_batch", "goes with block_table alone", row_to_batch.shape)
     check_per_request(OP, "row_to_batch", row_to_batch, rows, "scores", scores)
 
 
-def _check_page_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | None) -> None:
-    check(table.dim() == 2, OP, "page_table", "must have 2 dimensions [B, P]", table.dim())
-    check(table.dtype == torch.int32, OP, "page_table", "must be int32", table.dtype)
-    check_last_contiguous(OP, "page_table", table)
-    check_device_of(OP, "page_table", table, "scores", scores)
+def _check_block_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | None) -> None:
+    check(table.dim() == 2, OP, "block_table", "must have 2 dimensions [B, P]", table.dim())
+    check(table.dtype == torch.int32, OP, "block_table", "must be int32", table.dtype)
+    check_last_contiguous(OP, "block_table", table)
+    check_device_of(OP, "block_table", table, "scores", scores)
     if row_to_batch is None and table.shape[0] != scores.shape[0]:
         rule = f"must have a row for each row of scores, {scores.shape[0]}, without row_to_batch"
-        fail(OP, "page_table", rule, table.shape[0])
+        fail(OP, "block_table", rule, table.shape[0])
 
 
 def _check_values(
@@ -197,7 +197,7 @@ def _check_values(
     order: str,
     force_first: int,
     force_last: int,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
@@ -207,10 +207,10 @@ def _check_values(
         for start in row_starts.tolist():
             rule = f"must be 0 to the number of columns, {columns}"
             check(0 <= start <= columns, OP, "row_starts", rule, start)
-    if row_to_batch is not None and page_table is not None:
-        rows = page_table.shape[0]
+    if row_to_batch is not None and block_table is not None:
+        rows = block_table.shape[0]
         for batch in row_to_batch.tolist():
-            rule = f"must be below the number of rows of page_table, {rows}"
+            rule = f"must be below the number of rows of block_table, {rows}"
             check(0 <= batch < rows, OP, "row_to_batch", rule, batch)
 
 
@@ -223,7 +223,7 @@ def _fake(
     order: str,
     force_first: int,
     force_last: int,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
@@ -233,7 +233,7 @@ def _fake(
         scores.new_empty((rows, k), dtype=torch.int32),
         scores.new_empty((rows,), dtype=torch.int32),
         scores.new_empty((rows, k) if return_values else (0,)),
-        scores.new_empty((0,) if page_table is None else (rows, k), dtype=torch.int32),
+        scores.new_empty((0,) if block_table is None else (rows, k), dtype=torch.int32),
     )
 
 
@@ -327,11 +327,16 @@ SPEC = register_op(
                     order="score",
                 ),
             ),
-            Sample("paged", _sample(3, 96, 12, page_table=_pages(3, 6), page_size=16)),
+            Sample("paged", _sample(3, 96, 12, block_table=_pages(3, 6), page_size=16)),
             Sample(
-                "short page table",
+                "short block table",
                 _sample(
-                    4, 96, 50, page_table=_pages(2, 4), page_size=16, row_to_batch=_ints(1, 0, 1, 1)
+                    4,
+                    96,
+                    50,
+                    block_table=_pages(2, 4),
+                    page_size=16,
+                    row_to_batch=_ints(1, 0, 1, 1),
                 ),
             ),
             Sample("more than there are", _sample(2, 5, 9, return_values=True)),
@@ -392,14 +397,14 @@ SPEC = register_op(
                 lambda a, k: k.update(page_size=12),
             ),
             Malformed(
-                "rows of the page table",
-                "page_table: must have a row for each row of scores, 4, without row_to_batch; "
+                "rows of the block table",
+                "block_table: must have a row for each row of scores, 4, without row_to_batch; "
                 "got 3",
-                lambda a, k: k.update(page_table=torch.zeros(3, 2, dtype=torch.int32)),
+                lambda a, k: k.update(block_table=torch.zeros(3, 2, dtype=torch.int32)),
             ),
             Malformed(
                 "row_to_batch alone",
-                "row_to_batch: goes with page_table alone; got [4]",
+                "row_to_batch: goes with block_table alone; got [4]",
                 lambda a, k: k.update(row_to_batch=torch.zeros(4, dtype=torch.int32)),
             ),
             Malformed(
@@ -410,9 +415,9 @@ SPEC = register_op(
             ),
             Malformed(
                 "batch",
-                "row_to_batch: must be below the number of rows of page_table, 2; got 2",
+                "row_to_batch: must be below the number of rows of block_table, 2; got 2",
                 lambda a, k: k.update(
-                    page_table=torch.zeros(2, 2, dtype=torch.int32),
+                    block_table=torch.zeros(2, 2, dtype=torch.int32),
                     row_to_batch=torch.full((4,), 2, dtype=torch.int32),
                 ),
                 values=True,
