@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tier import full_only
 
 import tokenmill as tm
 
@@ -134,6 +135,7 @@ def test_vit_tokens(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@full_only
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import attention_samples
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -31,7 +32,7 @@ def randn(*shape, dtype=torch.float32, backend="cpu"):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=150)
+@examples(150)
 @given(sample=attention_samples())
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype)
@@ -40,7 +41,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 @each_dtype
-@settings(max_examples=12)
+@examples(8)
 @given(sample=attention_samples(max_length=40))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
@@ -305,7 +306,7 @@ def test_saturated_sigmoid_has_finite_gradients(backend):
 
 
 @each_backend
-@settings(max_examples=20)
+@examples(20)
 @given(
     left=st.integers(0, 9), right=st.integers(0, 9), sq=st.integers(1, 20), sk=st.integers(1, 20)
 )
@@ -388,7 +389,7 @@ def test_sigmoid_attention_is_attention_with_minus_log_n(backend):
 
 
 @each_backend
-@settings(max_examples=10)
+@examples(10)
 @given(cut=st.integers(0, 30), kind=st.sampled_from(["softmax", "sigmoid"]))
 def test_attention_over_parts_of_the_keys_merges_to_the_whole(cut, kind, backend):
     q, k, v = (randn(1, 30, 2, 8, backend=backend) for _ in range(3))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -98,7 +99,7 @@ def decode_samples(draw, longest):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=80)
+@examples(80)
 @given(sample=decode_samples(longest=200))
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
@@ -107,7 +108,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @each_dtype
-@settings(max_examples=25)
+@examples(12)
 @given(sample=decode_samples(longest=150))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))

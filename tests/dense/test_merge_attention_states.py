@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -21,7 +22,7 @@ def merge(backend, outs, lses):
 
 
 @each_backend
-@settings(max_examples=15)
+@examples(15)
 @given(
     data=st.data(),
     parts=st.integers(1, 5),

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import backends
+from tier import FULL
 
 import tokenmill as tm
 from tokenmill import fuzz, registry
@@ -19,7 +20,6 @@ from tokenmill.fuzz.guard import Guard
 from tokenmill.fuzz.targets import NoCall, Target, targets
 from tokenmill.registry import Sample
 
-FULL = os.environ.get("TOKENMILL_TEST_FULL") == "1"
 CALLS = {"cpu": (2000, 100_000), "emulated": (300, 20_000)}
 
 

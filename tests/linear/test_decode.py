@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from linear_oracle import close, inputs, randn
 from strategies import HEAD_DIMS
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -66,7 +67,7 @@ def decode_samples(draw, max_batch=4, max_length=6):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=40)
+@examples(40)
 @given(sample=decode_samples())
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype)
@@ -75,7 +76,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 @each_dtype
-@settings(max_examples=12)
+@examples(12)
 @given(sample=decode_samples(max_batch=2, max_length=3))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))

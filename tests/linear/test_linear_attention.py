@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from linear_oracle import chunked, close, inputs, interpreted, randn
 from strategies import linear_samples
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -33,7 +34,7 @@ each_map = pytest.mark.parametrize("feature_map", MAPS)
 # --- two ways to the same numbers ---------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(sample=linear_samples(max_length=65))
 def test_the_recurrence_is_the_matrix_of_weights(sample):
     args, kwargs = convert(
@@ -58,7 +59,7 @@ def test_the_recurrence_is_the_matrix_of_weights(sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=70)
+@examples(70)
 @given(sample=linear_samples())
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype)
@@ -67,7 +68,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 @each_dtype
-@settings(max_examples=8)
+@examples(5)
 @given(sample=linear_samples(max_length=40))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
@@ -167,7 +168,7 @@ def test_one_token_with_history_decays_the_history(gated, backend):
 
 @each_backend
 @each_map
-@settings(max_examples=6)
+@examples(6)
 @given(length=st.integers(0, 150), data=st.data())
 def test_cut_anywhere_and_continued(feature_map, backend, length, data):
     cut = data.draw(st.integers(0, length))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from machine import machine
+from tier import full_only
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 
@@ -129,6 +130,7 @@ def test_the_caller_s_handling_of_denormals_does_not_matter() -> None:
     assert flushed and x.view(np.uint32).tolist() == wanted.tolist()
 
 
+@full_only
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler to build another machine")
 @pytest.mark.skipif(not SOURCES.exists(), reason="the sources are not beside the tests")
 def test_builds_for_other_instruction_sets(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 from tokenmill.registry import Sample
@@ -73,7 +74,7 @@ def calls(draw, longest):
 
 
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_any_call_keeps_the_error_budget(backend, isa, data):
     sample = data.draw(calls(40 if backend == "triton" else 120))

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -145,14 +146,14 @@ def check(call, backend):
 @pytest.mark.parametrize(
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
-@settings(max_examples=80)
+@examples(80)
 @given(call=calls(longest=150))
 def test_definition_on_every_instruction_set(call, backend, isa):
     check(call, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
-@settings(max_examples=40)
+@examples(40)
 @given(call=calls(longest=70))
 def test_definition(call, backend):
     check(call, backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sparse_decode_calls import (
     INF,
@@ -24,6 +24,7 @@ from sparse_decode_calls import (
     same,
 )
 from strategies import HEAD_DIMS, layouts
+from tier import examples
 
 from tokenmill import registry
 from tokenmill.registry import Sample
@@ -141,7 +142,7 @@ def sparse_samples(draw, longest):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=100)
+@examples(100)
 @given(sample=sparse_samples(longest=200))
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
@@ -150,7 +151,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @each_dtype
-@settings(max_examples=25)
+@examples(10)
 @given(sample=sparse_samples(longest=130))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))

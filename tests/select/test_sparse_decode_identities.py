@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sparse_decode_calls import (
     INF,
@@ -21,6 +21,7 @@ from sparse_decode_calls import (
     run,
     same,
 )
+from tier import examples
 
 import tokenmill as tm
 from tokenmill.reference.sparse_decode import rotate
@@ -233,7 +234,7 @@ def test_an_entry_counts_once(sq, backend):
 
 
 @each_backend
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_lists_in_any_order_are_the_sets_of_block_sparse_attention(backend, data):
     """An id counts if it is greater than every id before it, whatever comes between."""

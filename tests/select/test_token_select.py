@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -20,7 +21,7 @@ def votes(q, keys, scale, sink, recent):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=20)
+@examples(20)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     queries=st.sampled_from([1, 4]),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -110,14 +111,14 @@ def check(scores, k, options, backend):
 @pytest.mark.parametrize(
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
-@settings(max_examples=150)
+@examples(150)
 @given(call=calls(longest=1500))
 def test_definition_on_every_instruction_set(call, backend, isa):
     check(*call, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
-@settings(max_examples=25)
+@examples(25)
 @given(call=calls(longest=260))
 def test_definition(call, backend):
     check(*call, backend)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from biformer_oracle import last_stage, routed_channels_first, routed_channels_last
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -31,7 +32,7 @@ def weights(dim, side, g):
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(2)
 @given(
     height=st.integers(1, 15),
     width=st.integers(1, 15),

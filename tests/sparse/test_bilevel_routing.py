@@ -7,8 +7,9 @@ import torch
 from bilevel_calls import bilevel_samples
 from block_sparse_calls import NAN, gradients
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -27,7 +28,7 @@ each_dtype = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=60)
+@examples(60)
 @given(sample=bilevel_samples(longest=40))
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     assert not [c for c in compare(SPEC, sample, backend, dtype) if not c.ok], sample.name
@@ -35,7 +36,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 @each_dtype
-@settings(max_examples=6)
+@examples(4)
 @given(sample=bilevel_samples(longest=14))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
@@ -92,7 +93,7 @@ def test_all_regions_are_attention(backend, key_size):
 
 
 @each_backend
-@settings(max_examples=6)
+@examples(4)
 @given(
     height=st.integers(4, 17),
     width=st.integers(4, 17),
@@ -132,7 +133,7 @@ def test_order_and_repetition_in_a_graph_do_not_matter(backend):
 
 
 @each_backend
-@settings(max_examples=8)
+@examples(8)
 @given(data=st.data())
 def test_routing_takes_the_largest_products_of_means(data, backend):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from block_sparse_calls import NAN, block_sparse_samples, drawn, full_lists, gradients, run
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
@@ -24,7 +25,7 @@ each_dtype = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
 @each_dtype
-@settings(max_examples=120)
+@examples(120)
 @given(sample=block_sparse_samples(longest=150))
 def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
     assert not [c for c in compare(SPEC, sample, backend, dtype) if not c.ok], sample.name
@@ -32,7 +33,7 @@ def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 @each_dtype
-@settings(max_examples=12)
+@examples(6)
 @given(sample=block_sparse_samples(longest=50))
 def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     found = compare(SPEC, sample, backend, dtype, device=device_of(backend))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 from tokenmill.sparse import CoreContextState
@@ -53,7 +54,7 @@ def close(got, want, tolerance=3e-5):
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(5)
 @given(
     length=st.integers(1, 36),
     group=st.sampled_from([1, 2, 4, 8, 16]),

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -120,21 +121,21 @@ def check_lists(call, backend):
 @pytest.mark.parametrize(
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
-@settings(max_examples=60)
+@examples(60)
 @given(call=calls())
 def test_lists_on_every_instruction_set(call, backend, isa):
     check_lists(call, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
-@settings(max_examples=40)
+@examples(40)
 @given(call=calls(longest=150, most_lists=16))
 def test_lists(call, backend):
     check_lists(call, backend)
 
 
 @each_backend
-@settings(max_examples=25)
+@examples(25)
 @given(data=st.data())
 def test_a_budget_that_suffices_leaves_nothing_out(data, backend):
     """I1 and I2: list, first and last keys are all that any query sees."""
@@ -183,7 +184,7 @@ SMALL = {"block_q": 16, "block_k": 2, "stride_q": 2, "num_sink": 4, "num_recent"
 
 
 @each_backend
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**31), wanted=st.integers(1, 20), tokens=st.integers(20, 130))
 def test_exact_mode_is_exact(seed, wanted, tokens, backend):
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +195,7 @@ def test_exact_mode_is_exact(seed, wanted, tokens, backend):
 
 
 @each_backend
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**31), wanted=st.integers(1, 12))
 def test_the_best_representative_stays(seed, wanted, backend):
     """I5: with "first", whatever the first step looked at, nothing better is lost."""
@@ -212,7 +213,7 @@ def test_the_best_representative_stays(seed, wanted, backend):
 
 @each_backend
 @pytest.mark.parametrize("representative", ["first", "middle", "last"])
-@settings(max_examples=15)
+@examples(15)
 @given(seed=st.integers(0, 2**31), wanted=st.integers(1, 12), tokens=st.integers(40, 200))
 def test_keys_that_are_alike_in_each_first_node_are_found(
     seed, wanted, tokens, representative, backend
@@ -240,7 +241,7 @@ def peak_found(peak, wanted, slopes, backend):
 
 
 @each_backend
-@settings(max_examples=20)
+@examples(20)
 @given(
     peak=st.integers(0, 299), more=st.integers(1, 12), slopes=st.tuples(*[st.integers(1, 5)] * 2)
 )

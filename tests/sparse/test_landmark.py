@@ -6,8 +6,9 @@ import pytest
 import torch
 from block_sparse_calls import gradients
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -58,7 +59,7 @@ def by_hand(q, k, v, block):
 
 
 @each_backend
-@settings(max_examples=4)
+@examples(4)
 @given(
     length=st.integers(1, 24),
     block=st.sampled_from([2, 3, 5, 8, 16]),

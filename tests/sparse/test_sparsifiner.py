@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -47,14 +48,14 @@ calls = given(
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
-@settings(max_examples=12)
+@examples(12)
 @calls
 def test_dense_attention_behind_a_mask(tokens, keep_rate, coefficients, seed, backend):
     check_layer(tokens, keep_rate, coefficients, seed, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
-@settings(max_examples=2)
+@examples(2)
 @calls
 def test_dense_attention_behind_a_mask_on_triton(tokens, keep_rate, coefficients, seed, backend):
     check_layer(tokens, keep_rate, coefficients, seed, backend)

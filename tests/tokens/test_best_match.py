@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -56,7 +57,7 @@ def whole_numbers(batch, rows, partners, channels, seed, most=2):
 
 
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
-@settings(max_examples=12)
+@examples(12)
 @given(
     batch=st.integers(0, 2),
     rows=SIZES,
@@ -88,7 +89,7 @@ def test_many_rows(backend):
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(5)
 @given(seed=st.integers(0, 2**31), channels=st.integers(1, 40))
 def test_lengths_do_not_matter(seed, channels, backend):
     """Powers of two change no bit of a normalized product."""

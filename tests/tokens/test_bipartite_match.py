@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -49,7 +50,7 @@ def check(metric, r, sources, targets, backend, literal_options, **options):
 
 
 @each_backend
-@settings(max_examples=15)
+@examples(15)
 @given(
     tokens=st.integers(4, 40),
     r=st.integers(-1, 30),
@@ -103,7 +104,7 @@ def test_grid(backend, grid, cell, drawn):
 
 
 @each_backend
-@settings(max_examples=8)
+@examples(8)
 @given(
     destinations=st.lists(st.integers(0, 19), min_size=1, max_size=18, unique=True),
     protect_first=st.integers(0, 4),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -47,7 +48,7 @@ def call(backend, x, *args, **options):
 
 
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
-@settings(max_examples=5)
+@examples(5)
 @given(
     height=st.integers(1, 7),
     width=st.integers(1, 7),

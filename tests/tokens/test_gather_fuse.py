@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -68,21 +69,21 @@ def check(call, backend):
 @pytest.mark.parametrize(
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
-@settings(max_examples=30)
+@examples(30)
 @given(call=calls())
 def test_definition_on_every_instruction_set(call, backend, isa):
     check(call, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
-@settings(max_examples=20)
+@examples(20)
 @given(call=calls())
 def test_definition(call, backend):
     check(call, backend)
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=15)
+@examples(15)
 @given(call=calls())
 def test_gradients_go_where_rows_come_from(call, backend):
     (x, keep, rest, weight), options = call

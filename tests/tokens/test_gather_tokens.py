@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -56,7 +57,7 @@ def rows_and_indices(draw, *, repeats):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=30)
+@examples(30)
 @given(case=rows_and_indices(repeats=True))
 def test_every_bit_is_copied(case, backend):
     shape, indices, dtype, layout, generator = case
@@ -75,7 +76,7 @@ def test_every_bit_is_copied(case, backend):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=30)
+@examples(30)
 @given(case=rows_and_indices(repeats=False), based=st.booleans())
 def test_scattered_rows_replace_those_of_the_base(case, based, backend):
     shape, indices, dtype, layout, generator = case
@@ -97,7 +98,7 @@ def test_scattered_rows_replace_those_of_the_base(case, based, backend):
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=20)
+@examples(20)
 @given(case=rows_and_indices(repeats=False))
 def test_scatter_and_gather_are_adjoint(case, backend):
     """<scatter(y), z> = <y, gather(z)>, and scattering what was gathered changes nothing."""

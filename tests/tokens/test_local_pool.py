@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -84,21 +85,21 @@ def check(drawn, backend):
 @pytest.mark.parametrize(
     ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
 )
-@settings(max_examples=30)
+@examples(30)
 @given(drawn=calls())
 def test_definition_on_every_instruction_set(drawn, backend, isa):
     check(drawn, backend)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
-@settings(max_examples=20)
+@examples(20)
 @given(drawn=calls())
 def test_definition(drawn, backend):
     check(drawn, backend)
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
-@settings(max_examples=20)
+@examples(20)
 @given(drawn=calls())
 def test_gradient_by_definition(drawn, backend):
     """Many maxima are equal: the first tap has the whole gradient."""

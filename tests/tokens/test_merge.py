@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -21,7 +22,7 @@ def draw(seed, batch=2, tokens=13, channels=9, rows=5, dropped=True):
 
 
 @pytest.mark.parametrize("backend", EVERY)
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 2**20), tokens=st.integers(0, 40), rows=st.integers(1, 9))
 def test_mass_and_weights_are_conserved(seed, tokens, rows, backend):
     x, assign, weight = (t.to(device_of(backend)) for t in draw(seed, 2, tokens, 5, rows))

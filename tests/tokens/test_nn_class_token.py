@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -46,7 +47,7 @@ def draw(tokens, seed, backend, heads=3, dim=8, channels=10):
 
 
 @each_backend
-@settings(max_examples=6)
+@examples(6)
 @given(
     tokens=st.integers(2, 40),
     keep_rate=st.sampled_from([0.1, 0.5, 0.7, 1.0]),
@@ -85,7 +86,7 @@ def test_a_normalized_fused_token_is_a_mean(backend):
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(5)
 @given(
     tokens=st.integers(2, 40),
     layers=st.integers(1, 3),

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -22,7 +23,7 @@ LITERAL = {
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(5)
 @given(
     height=st.integers(1, 12),
     width=st.integers(1, 12),
@@ -53,7 +54,7 @@ def words(lengths, backend, seed=0):
 
 
 @each_backend
-@settings(max_examples=5)
+@examples(5)
 @given(
     lengths=st.lists(st.integers(0, 6), max_size=8),
     prefix=st.integers(1, 4),

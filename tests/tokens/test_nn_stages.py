@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 from tokenmill import nn
@@ -24,7 +25,7 @@ def who_stays(p, threshold, keep):
     return stay
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(0, 30),
@@ -111,7 +112,7 @@ def test_boundaries_are_segments_of_their_own():
     assert nn.segments_of(ends).tolist() == [[0, 1, 1, 2, 3, 4], [0] * 6]
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(
     seed=st.integers(0, 2**31), tokens=st.integers(1, 40), ratio=st.sampled_from([0.0, 0.5, 1.0])
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -46,7 +47,7 @@ def literal_step(x, metric, size, matrix, r, class_token, distill_token):
 
 
 @each_backend
-@settings(max_examples=8)
+@examples(8)
 @given(
     tokens=st.integers(4, 40),
     rs=st.lists(st.integers(0, 9), min_size=1, max_size=3),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -77,7 +78,7 @@ def calls(draw):
 
 
 @each_backend
-@settings(max_examples=30)
+@examples(30)
 @given(call=calls())
 def test_topk_partition_is_as_defined(backend, call):
     scores, k, options = call
@@ -92,7 +93,7 @@ def test_topk_partition_is_as_defined(backend, call):
 
 
 @each_backend
-@settings(max_examples=20)
+@examples(20)
 @given(call=calls(), seed=st.integers(0, 99))
 def test_k_of_each_row(backend, call, seed):
     """As many calls, one for each row, and -1 behind the last."""
@@ -148,7 +149,7 @@ def packed(mask, backend, **options):
 
 
 @each_backend
-@settings(max_examples=20)
+@examples(20)
 @given(
     batch=st.integers(0, 4),
     tokens=st.one_of(st.integers(0, 40), st.just(1500)),

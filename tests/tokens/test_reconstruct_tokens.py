@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 
@@ -30,7 +31,7 @@ def by_definition(f, s, z, k, tau, norm):
 
 
 @pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
-@settings(max_examples=8)
+@examples(8)
 @given(
     batch=st.integers(1, 2),
     tokens=st.sampled_from([0, 1, 5, 13]),

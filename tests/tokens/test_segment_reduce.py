@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import backends, device_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tier import examples
 
 import tokenmill as tm
 from tokenmill.tokens.segment_reduce_cases import draw_offsets
@@ -78,7 +79,7 @@ def calls(draw, reduces=REDUCES):
 
 
 @each_backend
-@settings(max_examples=30)
+@examples(30)
 @given(call=calls())
 def test_segments_hold_what_they_should(backend, call):
     x, offsets, perm, weight, reduce = call
@@ -93,7 +94,7 @@ def test_segments_hold_what_they_should(backend, call):
 
 
 @each_backend
-@settings(max_examples=15)
+@examples(15)
 @given(call=calls(reduces=("sum", "amax", "amin", "first", "last")))
 def test_the_gradient_is_the_adjoint(backend, call):
     """Of whole numbers: every gradient is exact."""

@@ -1,0 +1,16 @@
+"""What `ci/test` leaves to `ci/test --full`: before a release, and where kernels changed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+FULL = os.environ.get("TOKENMILL_TEST_FULL") == "1"
+full_only = pytest.mark.skipif(not FULL, reason="ci/test --full runs it")
+
+
+def examples(daily: int) -> settings:
+    """Hypothesis draws so many examples, with --full ten times as many."""
+    return settings(max_examples=daily * 10 if FULL else daily)
