@@ -94,6 +94,16 @@ def test_wrong_options_are_refused():
 
 
 @pytest.mark.parametrize(("method", "options"), SPARING)
+def test_a_prompt_has_a_query_for_each_key(method, options):
+    q, k, v = draw().prompt
+    policy = method(new_cache(None, heads=len(options.get("retrieval", range(HK)))), **options)
+    rule = rf"policies\.{method.__name__}: k: must have the tokens of q, 36; got \[2, 37, "
+    with pytest.raises(RuntimeError, match=rule):
+        policy.prefill(q[:, 1:], k, v)
+    assert policy.cache.longest == 0
+
+
+@pytest.mark.parametrize(("method", "options"), SPARING)
 def test_nothing_waits_for_the_device(method, options, monkeypatch):
     """Tensors without data: whoever asks for a value is refused. Operators are their fakes, also
     those for which this build has no kernel."""

@@ -45,13 +45,8 @@ class StreamingLLM(Policy):
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         turned_q, turned_k, rope = q, k, self.rope
         if rope is not None:
-            for name, t in (("q", q), ("k", k)):
-                check_tensor(self._name, name, t)
-                rule = "must have 4 dimensions [B, S, H, D]"
-                check(t.dim() == 4, self._name, name, rule, t.dim())
+            self._check_prompt(q, k)
             self._check_rope(rope, q)
-            same = k.dim() == 4 and k.shape[1] == q.shape[1]
-            check(same, self._name, "k", f"must have the tokens of q, {q.shape[1]}", k.shape)
             cos, sin = (t[: q.shape[1], None].float() for t in rope)
             turned_q, turned_k = (
                 rotate(x.float(), cos, sin, self.interleaved).to(x) for x in (q, k)
@@ -295,6 +290,7 @@ class RazorAttention(Policy):
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
+        self._check_prompt(q, k)
         heads = range(k.shape[2])
         rule = f"must be a tuple of different key heads below {len(heads)}"
         several = isinstance(self.retrieval, tuple | list)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..check import as_int, as_number, check, check_bool
+from ..check import as_int, as_number, check, check_bool, check_tensor
 from ..dense import attention, attention_decode
 from ..select import sparse_decode_attention
 from .cache import KVCache
@@ -99,7 +99,15 @@ class Policy:
     ) -> None:
         """Puts prompts into the cache and selects what to keep: `prefill` for prompts whose
         attention was computed elsewhere, with its lse ``[B, H, S]``."""
+        self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
+
+    def _check_prompt(self, q: Tensor, k: Tensor) -> None:
+        for name, t in (("q", q), ("k", k)):
+            check_tensor(self._name, name, t)
+            check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, S, H, D]", t.dim())
+        rule = f"must have the tokens of q, {q.shape[1]}"
+        check(k.shape[1] == q.shape[1], self._name, "k", rule, k.shape)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token of each request.

@@ -49,10 +49,10 @@ class TokenSelect(Policy):
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
+        super().begin(q, k, v, lse, lengths=lengths)
         self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
         self._list = self.cache.lengths.new_zeros(q.shape[0], 1, self.k)
         self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
-        super().begin(q, k, v, lse, lengths=lengths)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         check_tensor(self._name, "q", q)
