@@ -104,6 +104,12 @@ def test_a_defect_is_seen(run, why):
     assert verdict == "wrong" and why in said
 
 
+@pytest.mark.parametrize("value", [1e30, float("nan"), torch.tensor(1e5), torch.tensor(1e30)])
+def test_numbers_that_overflow_are_not_compared(value):
+    assert case._small({"x": torch.ones(3), "scale": 0.5, "blocks": 2**19})
+    assert not case._small({"x": torch.ones(3), "scale": value})
+
+
 WORKER = """
 import json, os, sys, time
 out = int(sys.argv[-1])
