@@ -141,10 +141,14 @@ class Call(NamedTuple):
         more_terms = self.bias is not None or self.softcap != 0.0
         return plan_of(plans, self.q, self.v.shape[-1], more_terms)
 
-    def new(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
-        allocate = self.q.new_zeros if self.packed else self.q.new_empty
-        return allocate(shape, dtype=dtype or self.q.dtype)
+    def new(
+        self, shape: Sequence[int], dtype: torch.dtype | None = None, none: float = 0.0
+    ) -> Tensor:
+        """An output. Tokens of no packed sequence, to which no program comes, hold `none`."""
+        dtype = dtype or self.q.dtype
+        if self.packed:
+            return self.q.new_full(shape, none, dtype=dtype)
+        return self.q.new_empty(shape, dtype=dtype)
 
     def rows(self, t: Tensor) -> Rows:
         return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
@@ -195,7 +199,7 @@ def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
     tiles = call.plan().forward
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
-    lse = call.new((0,) if call.sigmoid else call.statistics_shape, torch.float32)
+    lse = call.new((0,) if call.sigmoid else call.statistics_shape, torch.float32, -torch.inf)
     launch(
         attention_kernel,
         call.batch * call.heads * blocks,

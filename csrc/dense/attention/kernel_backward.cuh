@@ -8,15 +8,16 @@ namespace tokenmill::cuda {
 struct BlockPlace {
   int64_t batch, first_head;  // -1: none; head of K and V on the keys' side, else of Q
   int first_row;
+  TilePlace packed;
 
   __device__ BlockPlace(const BackwardArgs& args, bool keys, int heads_per_block, int rows) {
     const AttentionParams& p = args.p.forward;
     const int64_t head_blocks = (keys ? p.kv_heads : p.heads) / heads_per_block;
     int64_t block = blockIdx.x % args.row_blocks, head_block = blockIdx.x / args.row_blocks;
     if (const int32_t* ends = keys ? p.cu_seqlens_k : p.cu_seqlens_q) {
-      const TilePlace place = find_tile(ends, p.batch, keys ? p.seqlen_k : p.seqlen_q, rows, block);
-      batch = place.b;
-      block = place.tile;
+      packed = find_tile(ends, p.batch, keys ? p.seqlen_k : p.seqlen_q, rows, block);
+      batch = packed.b;
+      block = packed.tile;
     } else {
       batch = head_block / head_blocks;
       head_block %= head_blocks;
@@ -50,8 +51,22 @@ __global__ void __launch_bounds__(256, 1)
     const bool follows = worker.follows;
     const int block_rows = static_cast<int>(blockDim.x) / (2 * kWarpSize) / heads_per_block * kRows;
     const BlockPlace place(args, kKeys, heads_per_block, block_rows);
-    if (place.batch < 0) return;
-    const Sequence s = sequence_of(p, place.batch);
+    if (place.batch < 0) {
+      const LooseRows none(place.packed, kKeys ? p.seqlen_k : p.seqlen_q, block_rows);
+      const auto clear = [&](const Rows& to, int64_t h, int64_t columns) {
+        none.fill(rows_at<T>(to, 0, 0, h), to.seq, columns, 0);
+      };
+      for (int64_t h = place.first_head; h < place.first_head + heads_per_block; ++h) {
+        clear(kKeys ? bp.dk : bp.dq, h, p.head_dim);
+        if (kKeys) clear(bp.dv, h, p.value_dim);
+      }
+      return;
+    }
+    Sequence s = sequence_of(p, place.batch);
+    if (p.cu_seqlens_q) {
+      (kKeys ? s.k_start : s.q_start) = place.packed.rows.start;
+      (kKeys ? s.k_length : s.q_length) = place.packed.rows.length;
+    }
     const int rows = kKeys ? s.k_length : s.q_length;
     if (place.first_row >= rows) return;
     const Band of_queries = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);

@@ -27,7 +27,9 @@ static __global__ void __launch_bounds__(kSumThreads)
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const int64_t batch = blockIdx.x / p.heads, h = blockIdx.x % p.heads;
-  const Sequence s = sequence_of(p, batch);
+  PackedRows queries{};
+  if (p.cu_seqlens_q) queries = rows_of_sequence(p.cu_seqlens_q, p.batch, p.seqlen_q, batch);
+  const Sequence s = sequence_of(p, batch, queries);
   if (bp.sums) {
     double bias = 0, slope = 0;
     const float* sums = bp.sums + 2 * sums_offset(args, batch, s.q_start, h);

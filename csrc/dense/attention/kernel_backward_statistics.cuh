@@ -21,10 +21,15 @@ __global__ void __launch_bounds__(kStatisticsThreads)
                      static_cast<int>(blockIdx.x % args.row_blocks)};
   if (p.cu_seqlens_q) {
     place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows, place.tile);
-    if (place.b < 0) return;
+    if (place.b < 0) {
+      const LooseRows rows(place, p.seqlen_q, kStatisticsRows);
+      rows.fill(lse_at(p, bp.minus_lse, 0, 0, h), 1, 1, -infinity());
+      rows.fill(lse_at(p, bp.minus_delta, 0, 0, h), 1, 1, 0);
+      return;
+    }
   }
   const int64_t batch = place.b;
-  const Sequence s = sequence_of(p, batch);
+  const Sequence s = sequence_of(p, batch, place.rows);
   const int lane = threadIdx.x % kLanesOfRow;
   int row = place.tile * kStatisticsRows + threadIdx.x / kLanesOfRow;
   if (row - static_cast<int>(threadIdx.x) / kLanesOfRow >= s.q_length) return;

@@ -22,11 +22,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   int64_t first = b * plan.parts;
   int length = static_cast<int>(p.seqlen);
   if (p.cu_seqlens) {
-    first = first_tile(p.cu_seqlens, p.seqlen, plan.tokens_per_part, b, 1);
-    length = clamped_end(p.cu_seqlens, b + 1, p.seqlen) - clamped_end(p.cu_seqlens, b, p.seqlen);
+    const PackedRows rows = rows_of_sequence(p.cu_seqlens, p.batch, p.seqlen, b);
+    first = first_slot(rows, b, plan.tokens_per_part);
+    length = rows.length;
   }
-  int64_t end = first + (length + plan.tokens_per_part - 1) / plan.tokens_per_part - 1;
-  if (end > plan.all_parts) end = plan.all_parts;
+  const int64_t end = first + (length + plan.tokens_per_part - 1) / plan.tokens_per_part - 1;
   if (first + 1 >= end) return;  // what the first part leaves is what it would leave alone
   const int64_t step = p.heads * plan.slices * plan.slot_floats;
   const int64_t total = plan.slot_floats - 4;
@@ -106,8 +106,9 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
   };
   if (plan.chained) {
     const int64_t slots = plan.all_parts * p.heads * plan.slices;
-    plan.arrived = reinterpret_cast<unsigned*>(p.workspace + slots * plan.slot_floats);
-    if (const char* error = set_bytes(plan.arrived, 0, (slots + 1) * sizeof(unsigned), stream))
+    plan.begun = reinterpret_cast<unsigned*>(p.workspace + slots * plan.slot_floats);
+    plan.arrived = plan.begun + 1;
+    if (const char* error = set_bytes(plan.begun, 0, (slots + 1) * sizeof(unsigned), stream))
       return error;
   } else if (plan.from_workspace) {
     plan.states_only = true;

@@ -196,8 +196,9 @@ const char* finish(const Backward& of, cudaStream_t stream) {
 
 const char* launch_decay_gradients(const Backward& of, cudaStream_t stream) {
   const LinearAttentionParams& f = of.p.forward;
-  if (const char* error = launch<decay_gradient_kernel>(of.plan.segments * f.heads, kSegment, 0,
-                                                        stream, of.p, of.plan))
+  const int64_t segments = of.plan.segments + (f.cu_seqlens ? 1 : 0);  // see max_tiles
+  if (const char* error =
+          launch<decay_gradient_kernel>(segments * f.heads, kSegment, 0, stream, of.p, of.plan))
     return error;
   if (of.p.ddecay.per_token) return nullptr;
   const HeadWarps sums(f.batch, f.heads);

@@ -78,6 +78,7 @@ inline RecurrencePlan plan_recurrence(const Recurrence& p) {
   plan.tokens_per_part = static_cast<int>(tokens < p.seqlen ? tokens : round_up(p.seqlen + 64, 64));
   plan.parts = p.cu_seqlens || p.seqlen == 0 ? 1 : ceil_div(p.seqlen, plan.tokens_per_part);
   plan.all_parts = p.cu_seqlens ? p.seqlen / plan.tokens_per_part + p.batch : p.batch * plan.parts;
+  plan.blocks = (plan.all_parts + (p.cu_seqlens ? 1 : 0)) * blocks;
   plan.from_workspace = tokens < p.seqlen;
   plan.chained = plan.from_workspace && has_chains(p) && ceil_div(p.seqlen, tokens) <= kMostChained;
   return plan;
@@ -102,8 +103,7 @@ const char* launch_instance(const Recurrence& p, RecurrencePlan plan, cudaStream
 
   plan.stages = shared_bytes<Shape>(p, plan.warps, 2) <= shared_limit() ? 2 : 1;
   return launch<recurrence_kernel<T, kBucket, kTaylor>>(
-      plan.all_parts * p.heads * plan.slices, threads,
-      shared_bytes<Shape>(p, plan.warps, plan.stages), stream, p, plan);
+      plan.blocks, threads, shared_bytes<Shape>(p, plan.warps, plan.stages), stream, p, plan);
 }
 
 template <typename T>

@@ -152,8 +152,7 @@ class RecurrenceBlock {
     if (carried) {
       slot_state_.move(-slot_step);
     } else if (Shape::kSteps && !states_only()) {
-      const int64_t parts = plan_.all_parts - 1 - part_.slot;
-      slot_state_.move((part_.count - 1 < parts ? part_.count - 1 : parts) * slot_step);
+      slot_state_.move((part_.count - 1) * slot_step);
     }
     const CallerState initial = caller_state(p_.initial);
     const bool given = part_.index == 0 && initial.data;
@@ -262,10 +261,9 @@ class RecurrenceBlock {
   __device__ __forceinline__ void save_state(int tokens) {
     if (!p_.saved || states_only() || (tokens % kSegment != 0 && tokens != part_.length)) return;
     const int64_t before = p_.cu_seqlens
-                               ? first_tile(p_.cu_seqlens, p_.seqlen, kSegment, part_.b, 0)
+                               ? first_slot({part_.start, part_.length}, part_.b, kSegment)
                                : part_.b * ((p_.seqlen + kSegment - 1) / kSegment);
     const int64_t segment = before + (tokens - 1) / kSegment;
-    if (segment >= plan_.segments) return;  // wrong cu_seqlens
     const int64_t slice = column_ / (plan_.warps * kColumnsPerWarp);
     const SlotState<Shape> slot(p_.saved + ((segment * p_.heads + h_) * plan_.slices + slice) *
                                                plan_.slot_floats);
@@ -487,13 +485,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   extern __shared__ __align__(128) unsigned char shared[];
   unsigned block = blockIdx.x;
   const bool chained = RecurrenceShape<T, kBucket, kTaylor>::kChains && plan.chained;
-  if (chained) block = take_number(plan.arrived + gridDim.x, reinterpret_cast<unsigned*>(shared));
+  if (chained) block = take_number(plan.begun, reinterpret_cast<unsigned*>(shared));
   const unsigned slice = block % plan.slices, rest = block / plan.slices;
   const unsigned heads = static_cast<unsigned>(p.heads);
   const Part part(p, plan, rest / heads);
-  // Whatever cu_seqlens say, whoever waits for this slot must not wait for ever.
-  if (chained && (part.b < 0 || part.is_last())) announce(plan.arrived + block);
-  if (part.b < 0 || (plan.states_only && part.is_last())) return;
+  if (part.b < 0) {
+    if (!plan.states_only) clear_tokens<T>(p, plan, part, rest % heads, slice);
+    return;
+  }
+  if (plan.states_only && part.is_last()) return;
   RecurrenceBlock<T, kBucket, kTaylor>(p, plan, part, rest % heads, slice, shared).run();
 }
 

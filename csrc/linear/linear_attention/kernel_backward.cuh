@@ -9,7 +9,7 @@ namespace tokenmill::cuda::linear_attention {
 
 // Rows are numbered through all sequences: [tokens, H, ...] in the workspace.
 struct BackwardPlan {
-  int64_t tokens, segments;  // of all sequences, segments at most
+  int64_t tokens, segments;  // of all sequences; packed: a bound on the segments
   int features, group;
   bool taylor;
   float *dy_zero, *dz;  // dy: elements of the dtype of q, see launch
@@ -122,10 +122,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int lane = threadIdx.x % kWarpSize;
 
   const auto [b, t] = place_of(p, token);
+  T* to = rows_at<T>(g.to, b, t, h);
+  if (p.cu_seqlens && !all_rows(p.cu_seqlens, p.batch, p.seqlen).contain(token)) {
+    for (int c = lane; c < g.dim; c += kWarpSize) to[c] = static_cast<T>(0.f);
+    return;
+  }
   const float* from = g.from + (token * p.heads + first) * g.features;
   const float* diagonal = g.diagonal ? g.diagonal + token * p.heads + first : nullptr;
   const T* x = g.x.data ? rows_at<T>(g.x, b, t, h) : nullptr;
-  T* to = rows_at<T>(g.to, b, t, h);
   const bool taylor = g.map == FeatureMap::taylor2;
   const float own = taylor && g.query ? p.scale : 1, theirs = taylor && !g.query ? p.scale : 1;
   for (int c = lane; c < g.dim; c += kWarpSize) {
@@ -201,23 +205,22 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // A segment of a sequence: its first token and their number.
 struct Segment {
-  int64_t b;  // -1: none
+  TilePlace place;
+  int64_t b, slot;  // b: -1 of none; slot: among the segments of all sequences
   int start, length, first, count;
 
   // All lanes of a warp together.
-  __device__ Segment(const LinearAttentionParams& p, int64_t number) {
+  __device__ Segment(const LinearAttentionParams& p, int64_t number) : slot(number) {
     const int64_t each = (p.seqlen + kSegment - 1) / kSegment;
-    TilePlace place{static_cast<int>(each ? number / each : -1),
-                    static_cast<int>(each ? number % each : 0)};
-    start = 0;
-    length = static_cast<int>(p.seqlen);
+    place = {static_cast<int>(each ? number / each : -1),
+             static_cast<int>(each ? number % each : 0),
+             {0, static_cast<int>(p.seqlen)}};
     if (p.cu_seqlens) place = find_tile(p.cu_seqlens, p.batch, p.seqlen, kSegment, number);
     b = place.b;
     if (b < 0) return;
-    if (p.cu_seqlens) {
-      start = clamped_end(p.cu_seqlens, b, p.seqlen);
-      length = clamped_end(p.cu_seqlens, b + 1, p.seqlen) - start;
-    }
+    start = place.rows.start;
+    length = place.rows.length;
+    if (p.cu_seqlens) slot = first_slot(place.rows, b, kSegment) + place.tile;
     first = place.tile * kSegment;
     count = min(length - first, kSegment);
   }
@@ -248,12 +251,17 @@ __global__ void __launch_bounds__(kSegment)
   __shared__ float sums[2][kSegment];
   __shared__ float parts[kMaxThreads / kWarpSize];
   const LinearAttentionParams& f = p.forward;
-  const int64_t number = blockIdx.x / f.heads, h = blockIdx.x % f.heads;
-  const Segment s(f, number);
-  if (s.b < 0) return;
+  const int64_t h = blockIdx.x % f.heads;
+  const Segment s(f, blockIdx.x / f.heads);
+  if (s.b < 0) {
+    if (p.ddecay.per_token)
+      LooseRows(s.place, f.seqlen, kSegment)
+          .fill(p.ddecay.data + h * p.ddecay.head, p.ddecay.seq, 1, 0);
+    return;
+  }
   float inner = 0;
   for (int64_t slice = 0; slice < plan.slices; ++slice) {
-    const int64_t at = ((number * f.heads + h) * plan.slices + slice) * plan.slot_floats;
+    const int64_t at = ((s.slot * f.heads + h) * plan.slices + slice) * plan.slot_floats;
     const float* x = plan.forward_states + at;
     const float* y = plan.backward_states + at;
     for (int64_t i = threadIdx.x; i < plan.state_floats + plan.tail_floats; i += kSegment)
@@ -284,7 +292,7 @@ __global__ void __launch_bounds__(kSegment)
           x;
   } else {
     x = block_sum(x, parts);
-    if (i == 0) plan.partial[number * f.heads + h] = x;
+    if (i == 0) plan.partial[s.slot * f.heads + h] = x;
   }
 }
 
@@ -298,11 +306,11 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   int64_t first = b * ((f.seqlen + kSegment - 1) / kSegment), length = f.seqlen;
   if (f.cu_seqlens) {
-    first = first_tile(f.cu_seqlens, f.seqlen, kSegment, b, 0);
-    length = clamped_end(f.cu_seqlens, b + 1, f.seqlen) - clamped_end(f.cu_seqlens, b, f.seqlen);
+    const PackedRows rows = rows_of_sequence(f.cu_seqlens, f.batch, f.seqlen, b);
+    first = first_slot(rows, b, kSegment);
+    length = rows.length;
   }
-  int64_t end = first + (length + kSegment - 1) / kSegment;
-  if (end > plan.segments) end = plan.segments;
+  const int64_t end = first + (length + kSegment - 1) / kSegment;
   float sum = 0;
   for (int64_t i = first + threadIdx.x % kWarpSize; i < end; i += kWarpSize)
     sum += plan.partial[i * f.heads + h];

@@ -6,7 +6,7 @@ namespace tokenmill::cuda::linear_attention {
 
 // Which part of which sequence a block has.
 struct Part {
-  int64_t b, slot;    // slot: number of the part among those of all sequences
+  int64_t b, slot;    // b: -1 of none; slot: among the parts of all sequences
   int index, count;   // among the parts of the sequence
   int start, length;  // of the sequence, in tokens
   int padding;        // by which the first chunk of the sequence is short
@@ -20,9 +20,10 @@ struct Part {
           find_tile(p.cu_seqlens, p.batch, p.seqlen, plan.tokens_per_part, number, 1);
       b = place.b;
       index = place.tile;
+      start = place.rows.start;
+      length = place.rows.length;
       if (b < 0) return;
-      start = clamped_end(p.cu_seqlens, b, p.seqlen);
-      length = max(clamped_end(p.cu_seqlens, b + 1, p.seqlen) - start, 0);
+      slot = first_slot(place.rows, b, plan.tokens_per_part) + index;
     } else {
       start = 0;
       length = static_cast<int>(p.seqlen);
@@ -36,5 +37,20 @@ struct Part {
 
   __device__ bool is_last() const { return index == count - 1; }
 };
+
+// What tokens without a sequence get, in a slice of the columns: no sums. `part` is of none.
+template <typename T>
+__device__ void clear_tokens(const Recurrence& p, const RecurrencePlan& plan, const Part& part,
+                             int64_t h, int slice) {
+  const LooseRows tokens({-1, part.index, {part.start, part.length}}, p.seqlen,
+                         plan.tokens_per_part);
+  const int first = slice * plan.warps * kColumnsPerWarp;
+  const int columns = min(p.columns - first, plan.warps * kColumnsPerWarp);
+  if (sizeof(T) == 4 || p.out_float)
+    tokens.fill(rows_at<float>(p.out, 0, 0, h) + first, p.out.seq, columns, 0);
+  else
+    tokens.fill(rows_at<T>(p.out, 0, 0, h) + first, p.out.seq, columns, 0);
+  if (p.normalize && slice == 0) tokens.fill(p.normalizer + h * p.seqlen, 1, 1, kNormalizerEpsilon);
+}
 
 }  // namespace tokenmill::cuda::linear_attention

@@ -75,6 +75,7 @@ struct RecurrencePlan {
   int tokens_per_part;       // of a sequence that one block runs through, whole chunks
   int tail;                  // floats of a slot behind the state: normaliser or extra feature
   int64_t parts, all_parts;  // of a sequence (packed: 1), of all (packed: a bound)
+  int64_t blocks;            // for parts, heads, slices; packed also for tokens without a sequence
   int64_t slot_floats;
   int64_t segments;  // of all sequences, a bound if packed
 
@@ -85,9 +86,9 @@ struct RecurrencePlan {
   bool from_workspace;  // where parts but the first start
   bool chained;         // one launch, in which a part waits for the state of the one before it
   bool reverse;
-  // Chained, zeros at first: whether a slot holds the state at the end of its part, then the number
-  // of blocks that have begun.
-  unsigned* arrived;
+  // Chained, zeros at first: the number of blocks that have begun, then whether a slot holds the
+  // state at the end of its part.
+  unsigned *begun, *arrived;
 };
 
 }  // namespace tokenmill::cuda::linear_attention

@@ -131,7 +131,9 @@ def attention(
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         window: (left, right) keys beside a query's own position; -1 = no limit.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where packed sequences begin and end;
-            cu_seqlens_k None = cu_seqlens_q.
+            cu_seqlens_k None = cu_seqlens_q. On a GPU, which does not check these values, tokens
+            before the first sequence and behind the last one are empty rows: out 0, lse -inf,
+            gradients 0.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
         return_lse: also return lse (softmax only).
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).

@@ -120,6 +120,8 @@ def linear_attention(
             normalize ``[B, H, F, Dv + 1]``, the last column being the sum of the keys.
         return_final_state: also return the state after the last token.
         cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end; each has its own state.
+            On a GPU, which does not check these values, tokens before the first sequence and
+            behind the last one have out 0 and gradients 0.
         chunk_size: tokens per chunk, a power of two from 16 to 256; a hint that changes rounding
             alone. None: the kernel's choice.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
