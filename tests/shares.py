@@ -16,15 +16,14 @@ LEAST_SECONDS = 1.0  # of a row that is printed
 def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tuple[str, str]:
     """(operator or file, backend or "") that the name of a test tells."""
     path, _, rest = node.partition("::")
-    stem = PurePosixPath(path).stem.removeprefix("test_")
-    words = re.findall(r"[A-Za-z0-9_.]+", rest)
-    operator = next((w for w in words if w in operators), stem)
-    backend = next((w for w in words if w in BACKENDS), "")
-    if not backend and any(w in isas for w in words):
-        backend = "cpu"
-    if not backend:
-        backend = next((b for b in ("triton", "cuda") if stem.endswith("_" + b)), "")
-    return operator, backend
+    file = PurePosixPath(path)
+    words = file.stem.removeprefix("test_").split("_")
+    of_file = words.pop() if words[-1] in ("triton", "cuda", "cpu") else ""
+    found = re.findall(r"[A-Za-z0-9_.]+", rest)
+    operator = next((w for w in found if w in operators), "_".join(words) or file.parent.name)
+    if any(w in isas for w in found):
+        return operator, "cpu"
+    return operator, next((w for w in found if w in BACKENDS), of_file)
 
 
 def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas: Collection[str]):
