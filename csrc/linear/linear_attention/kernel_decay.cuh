@@ -58,7 +58,8 @@ class Decays {
       if (lane >= by) before += other;
     }
     const double last = __shfl_sync(kFullWarp, before, kWarpSize - 1);
-    before -= x[kEach - 1];
+    before = __shfl_up_sync(kFullWarp, before, 1);
+    if (lane == 0) before = 0;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = kEach * lane + e;
