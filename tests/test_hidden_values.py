@@ -10,10 +10,10 @@ from conftest import backends, cpu_variants, device_of
 
 import tokenmill as tm
 
-# Kernels for GPUs multiply hidden values of the tile that a mask cuts by weights of 0.
+# Triton's kernels multiply hidden values of the tile that a mask cuts by weights of 0.
 BACKENDS = [
     *(pytest.param(b, isa, id=isa) for b, isa in cpu_variants() if b == "cpu"),
-    *(pytest.param(b, None, id=b) for b in backends("reference") if b == "reference"),
+    *(pytest.param(b, None, id=b) for b in backends("reference") if b not in ("cpu", "triton")),
 ]
 HEADS, KV_HEADS, TOKENS = 4, 2, 40
 
@@ -75,21 +75,28 @@ CALLS = {
 }
 
 
+NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The first token that holds something else, and what.
-LATER = [(TOKENS - 1, float("nan")), (TOKENS - 3, float("inf")), (18, -1e38)]
+LATER = [(TOKENS - 1, NAN), (TOKENS - 3, INF), (18, -1e38)]
+
+
+def inputs(dtype, backend, dim=24):
+    torch.manual_seed(0)
+    batch = 1 if backend == "emulated" else 2
+    shapes = [(batch, TOKENS, h, dim) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(s).to(dtype).to(device_of(backend)) for s in shapes]
 
 
 @pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_later_token_touches_no_earlier_row(name, dtype, backend, isa):
-    torch.manual_seed(0)
-    shapes = [(2, TOKENS, h, 24) for h in (HEADS, KV_HEADS, KV_HEADS)]
-    q, k, v = (torch.randn(s).to(dtype).to(device_of(backend)) for s in shapes)
+    q, k, v = inputs(dtype, backend)
     call = functools.partial(CALLS[name], backend=backend)
     clean = call(q, k, v)
     rows = clean.shape[1]
-    for first, value in LATER:
+    for first, value in LATER[:2] if backend == "emulated" else LATER:
         later_k, later_v = k.clone(), v.clone()
         for x in (later_k, later_v):
             x[:, first:, :, ::3] = value if dtype != torch.float16 else value * 10
@@ -97,3 +104,47 @@ def test_a_later_token_touches_no_earlier_row(name, dtype, backend, isa):
         seen = max(first - TOKENS + rows, 0)
         assert torch.equal(out[:, :seen], clean[:, :seen])
         assert not torch.equal(out[:, seen:], clean[:, seen:])
+
+
+@pytest.mark.parametrize(("backend", "isa"), BACKENDS, indirect=["isa"])
+def test_a_later_decay_touches_no_earlier_row(backend, isa):
+    q, k, v = inputs(torch.float32, backend)
+    gate = -torch.rand(q.shape[:3]).to(q.device)
+    later = gate.clone()
+    later[:, 19:] = NAN
+    clean, out = (tm.linear_attention(q, k, v, log_decay=g, backend=backend) for g in (gate, later))
+    assert torch.equal(out[:, :19], clean[:, :19])
+    assert out[:, 19:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cpu", "cuda", "emulated")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_not_finite_shows_where_it_is_seen(name, dtype, backend):
+    q, k, v = inputs(dtype, backend)
+    clean = CALLS[name](q, k, v, backend=backend)
+    for token, values in {37: (NAN, INF, -INF, INF), 38: (0.0, INF, 1.0, -INF)}.items():
+        v[:, token, :, :4] = torch.tensor(values, dtype=dtype)
+    out = CALLS[name](q, k, v, backend=backend)
+    wanted = CALLS[name](q, k, v, backend="reference")
+    assert not wanted.isfinite().all()
+    assert torch.equal(out.isfinite(), wanted.isfinite())
+    assert torch.equal(out[..., 4:], clean[..., 4:])
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("name", ["softmax", "decode", "listed", "linear"])
+def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
+    """Each width has a kernel of its own on GPUs."""
+    q, k, v = inputs(dtype, backend, dim)
+    call = functools.partial(CALLS[name], backend=backend)
+    clean = call(q, k, v)
+    for x in (k, v):
+        x[:, 37:, :, 1::2] = NAN
+    v[:, 37:, :, -2] = INF
+    out = call(q, k, v)
+    seen = out.shape[1] - 3
+    assert torch.equal(out[:, :seen], clean[:, :seen])
+    assert not out[:, seen:, :, 1::2].isfinite().any()

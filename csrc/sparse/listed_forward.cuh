@@ -173,8 +173,8 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     if constexpr (Shape::kFloat) {
 #pragma unroll 1
       for (int k = 0; k < Shape::kTileKeys; k += Shape::kStepKeys) {
-        Products::template add_step<0, kRowTiles, Shape::kStepKeys, 0>(at, d_.factor, 1,
-                                                                       [](auto&) {});
+        Products::template add_step<0, kRowTiles, Shape::kStepKeys, 0>(
+            at, d_.factor, 1, [](auto&) { return false; }, nullptr);
         at.move(Shape::kStepKeys * Shape::kRowBytes);
       }
       at.move(-Shape::kTileBytes);
@@ -182,7 +182,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
       unroll<Shape::kTileKeys / Shape::kStepKeys>([&](auto i) {
         if constexpr (kBucket > 64 && i > 0) end_block<i * Shape::kStepKeys>(d_.row_warps);
         Products::template add_step<0, kRowTiles, Shape::kStepKeys, i * Shape::kStepKeys>(
-            at, d_.factor, d_.row_warps, [](auto&) {});
+            at, d_.factor, d_.row_warps, [](auto&) { return false; }, nullptr);
       });
     }
   }
@@ -202,9 +202,14 @@ class ListedWarp : public ListedProducts<T, kBucket> {
         if (16 * m >= rows(table) || !__any_sync(kFullWarp, own.by_any(first, last))) return;
         const bool all = __all_sync(kFullWarp, own.by_all(first, last));
         Products::template add_step<m, 1, kKeys, 0>(
-            at, 1.f, d_.row_warps, [&](float (&s)[1][kKeys / 8][4]) {
+            at, 1.f, d_.row_warps,
+            [&](float (&s)[1][kKeys / 8][4]) {
               finish_scores(s[0]);
               if (!all) hide(s[0], &table.ring.seen_by(t + lane % 4 * 2), position + lane / 4);
+              return !all;
+            },
+            [&](int half, int key) {
+              return table.ring.seen_by(t + key).by(position[lane / 4 + 8 * half]);
             });
       });
       at.move(kKeys * Shape::kRowBytes);

@@ -113,13 +113,14 @@ class ListedProducts {
 
   // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. finish(s)
   // follows the first product; exponents of weights are s times factor then, and -inf hides a pair.
-  // The compiler cannot know that `positive` is.
-  template <int kFirst, int kCount, int kKeys, int kOffset, typename Finish>
+  // It returns whether any is hidden from those that sees(half, key) tells; null: none can be. The
+  // compiler cannot know that `positive` is.
+  template <int kFirst, int kCount, int kKeys, int kOffset, typename Finish, typename Sees>
   __device__ __forceinline__ void add_step(const Addresses& at, float factor, int positive,
-                                           const Finish& finish) {
+                                           const Finish& finish, const Sees& sees) {
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kOffset>(s, at);
-    finish(s);
+    const bool cut = finish(s);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     float sums[kCount][2];
     // Loops, so that weights have one place where they are made and need no registers twice.
@@ -147,9 +148,16 @@ class ListedProducts {
     for (int m = 0; m < kCount; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
-    multiply_values<T, kFirst, kOffset>(out_, p, at, [&](auto pair) {
+    const auto before = [&](auto pair) {
       if constexpr (kBucket == 128 && pair == kColumns / 32) end_block<kOffset + 1>(positive);
-    });
+    };
+    if constexpr (!std::is_same_v<Sees, std::nullptr_t>) {
+      if (cut && !all_finite<T, kKeys, kTiles>(at)) {
+        multiply_seen_values<T, kFirst, kKeys>(out_, p, at, before, sees);
+        return;
+      }
+    }
+    multiply_values<T, kFirst, kOffset>(out_, p, at, before);
   }
 
   float out_[kRowTiles][kTiles][4];

@@ -85,8 +85,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
   if constexpr (kBucket <= 64) keep(whole_end);
+  // Tiles with odd numbers go to the second stage: which one is next needs no register.
+  const auto to_other_stage = [](int key0) {
+    return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
+  };
+  const uint32_t first_stage = stages + (begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
   // Where this thread's first chunk goes: in a tile of keys, and from there in the one of values.
-  const uint32_t own = stages + Keys::own_offset();
+  const uint32_t own = first_stage + Keys::own_offset();
   const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
   const auto load_stage = [&](uint32_t stage, int key0) {
     if (key0 + Shape::kTileKeys <= whole_end) {
@@ -116,9 +121,8 @@ __global__ void __launch_bounds__(kMaxThreads)
                          static_cast<int>(p.value_dim), plan.output_aligned};
   };
 
-  typename ForwardWarp<T, kBucket, kWeights, kGeneral>::Addresses at(stages);
-  int other = Shape::kStageBytes;  // from the stage at hand to the other one
-  uint32_t next = own + other;
+  typename ForwardWarp<T, kBucket, kWeights, kGeneral>::Addresses at(first_stage);
+  uint32_t next = own + to_other_stage(begin);
   keep(next);
   const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
 #pragma unroll 1
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_stage(next, key0 + Shape::kTileKeys);
     }
     warp.add_tile(at, key0);
+    const int other = to_other_stage(key0);
     at.move(other);
-    other = -other;
-    next += other;
+    next -= other;
     key0 += Shape::kTileKeys;
     if constexpr (Shape::kFloat)
       if ((key0 - begin) % output.kFlushKeys == 0) {

@@ -1,6 +1,7 @@
 // The products of a warp of the forward with a step of keys in shared memory, and the softmax
 // weights between them.
 #pragma once
+#include "cuda/hidden_values.cuh"
 #include "cuda/math.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/unroll.cuh"
@@ -80,12 +81,14 @@ __device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles]
 }
 
 // out[kFirst + m] += weights p[m] x values. before(pair) comes before the values of 16 columns.
-template <typename T, int kFirst, int kOffset, int kRowTiles, int kTiles, int kCount, int kBlocks,
-          typename Addresses, typename Before>
+// With kClean values are made finite.
+template <typename T, int kFirst, int kOffset, bool kClean = false, int kRowTiles, int kTiles,
+          int kCount, int kBlocks, typename Addresses, typename Before>
 __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][4],
                                                 const Fragment<T, 4> (&p)[kCount][kBlocks],
                                                 const Addresses& at, const Before& before) {
   constexpr int kDepth = kMmaDepth<T>;
+  const auto value = [](uint32_t word) { return kClean ? make_finite<T>(word) : word; };
   unroll<kBlocks>([&](auto k) {
     if constexpr (sizeof(T) == 4) {
       unroll<kTiles / 4>([&](auto group) {
@@ -94,7 +97,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][
         at.template load_float_values<kOffset + kDepth * k, 1, group>(odd);
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
-          const auto b = make_fragment<T>(even[t], odd[t]);
+          const auto b = make_fragment<T>(value(even[t]), value(odd[t]));
 #pragma unroll
           for (int m = 0; m < kCount; ++m) mma(out[kFirst + m][4 * group + t], p[m][k], b);
         }
@@ -106,13 +109,25 @@ __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][
         at.template load_values<kOffset + kDepth * k, pair>(w);
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const auto b = make_fragment<T>(w[2 * t], w[2 * t + 1]);
+          const auto b = make_fragment<T>(value(w[2 * t]), value(w[2 * t + 1]));
 #pragma unroll
           for (int m = 0; m < kCount; ++m) mma(out[kFirst + m][2 * pair + t], p[m][k], b);
         }
       });
     }
   });
+}
+
+// The same for one row tile where a mask cuts the step and not all values are finite: sees(0, key)
+// and sees(1, key) say which of the kKeys keys rows g and g + 8 see.
+template <typename T, int kFirst, int kKeys, int kRowTiles, int kTiles, int kBlocks,
+          typename Addresses, typename Before, typename Sees>
+__device__ __forceinline__ void multiply_seen_values(float (&out)[kRowTiles][kTiles][4],
+                                                     const Fragment<T, 4> (&p)[1][kBlocks],
+                                                     const Addresses& at, const Before& before,
+                                                     const Sees& sees) {
+  multiply_values<T, kFirst, 0, true>(out, p, at, before);
+  add_infinite<T, typename Addresses::ValueTile, kKeys>(out[kFirst], at.values(), sees);
 }
 
 }  // namespace tokenmill::cuda

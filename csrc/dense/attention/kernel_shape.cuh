@@ -67,6 +67,14 @@ struct StageAddresses {
     for (uint32_t& x : value) x += bytes, keep(x);
   }
 
+  // Where the values begin.
+  __device__ __forceinline__ uint32_t values() const {
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
+    return value[0] - (Shape::kFloat ? ValueTile::offset(2 * (lane % 4), lane / 4)
+                                     : ValueTile::offset(lane % 16, lane / 16));
+  }
+
   // 16 bytes of slice kSlice of key kRow + g: column g of two products.
   template <int kRow, int kSlice>
   __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {

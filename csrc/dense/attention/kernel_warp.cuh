@@ -24,7 +24,7 @@ class ForwardWarp {
   // ptxas would overlap the steps of a tile here, and spill.
   static constexpr bool kRolled = Shape::kFloat && kBucket > 32;
   // Where registers are short, places wait in shared memory; softmax has some for the ends of keys.
-  static constexpr bool kParks = kBucket > 64 || Shape::kFloat;
+  static constexpr bool kParks = kBucket > 64 || Shape::kFloat || kGeneral;
   static constexpr bool kParksBounds = kParks && kWeights != Weights::softmax;
   using Addresses = StageAddresses<Shape, kLean>;
   static constexpr int kRowTiles = Shape::kRowTiles;
@@ -167,23 +167,25 @@ class ForwardWarp {
     }
   }
 
-  // Where there are general terms, nothing is kept from the start of a tile on.
+  // Where registers are short, nothing is kept from the start of a tile on.
   __device__ WarpPlace recall(const WarpPlace& of_tile) const {
-    return kGeneral ? place() : of_tile;
+    return kGeneral || kLean ? place() : of_tile;
   }
 
   template <int kFirst, int kCount, int kKeys, int kOffset, bool kMasked>
   __device__ __forceinline__ void add_step(const Addresses& at, int key0,
                                            const WarpPlace& of_tile) {
+    // Found out first: later there would be no registers for it.
+    bool infinite = false;
+    if constexpr (kMasked)
+      infinite = is_cut<kFirst, kKeys>(key0, recall(of_tile)) && !all_finite<T, kKeys, kTiles>(at);
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
     const WarpPlace own = recall(of_tile);
     if constexpr (kGeneral) finish_logits<kFirst>(s, key0, own);
-    if constexpr (kMasked) {
-      const int first = own.first + 16 * kFirst;
-      if (key0 < own.band.begin(min(first + 15, own.last)) || key0 + kKeys > own.band.end(first))
-        hide<kFirst>(s, key0, own);
-    }
+    const bool cut = kMasked && is_cut<kFirst, kKeys>(key0, own);
+    if constexpr (kMasked)
+      if (cut) hide<kFirst>(s, key0, own);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
       float sums[kCount][2];
@@ -200,11 +202,23 @@ class ForwardWarp {
 #pragma unroll
         for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
     } else if (weights() == Weights::sigmoid) {
-      sigmoid_weights(s, p);
+      sigmoid_weights(s, p, tail_ && !cut);
     } else {
       fast_sigmoid_weights(s, p);
     }
-    multiply_values<T, kFirst, kOffset>(out_, p, at, [](auto) {});
+    const auto nothing = [](auto) {};
+    if constexpr (kMasked) {
+      if (infinite) {
+        const WarpPlace now = place();
+        const int row = now.first + 16 * kFirst + threadIdx.x % kWarpSize / 4;
+        multiply_seen_values<T, kFirst, kKeys>(out_, p, at, nothing, [&](int half, int key) {
+          return key0 + key >= now.band.begin(row + 8 * half) &&
+                 key0 + key < now.band.end(row + 8 * half);
+        });
+        return;
+      }
+    }
+    multiply_values<T, kFirst, kOffset>(out_, p, at, nothing);
   }
 
   template <int kFirst, int kCount, int kKeys, int kOffset>
@@ -262,6 +276,13 @@ class ForwardWarp {
     });
   }
 
+  // Some row of tile kFirst does not see some of kKeys keys.
+  template <int kFirst, int kKeys>
+  static __device__ __forceinline__ bool is_cut(int key0, const WarpPlace& own) {
+    const int first = own.first + 16 * kFirst;
+    return key0 < own.band.begin(min(first + 15, own.last)) || key0 + kKeys > own.band.end(first);
+  }
+
   template <int kFirst, int kCount, int kKeyTiles>
   __device__ __forceinline__ void hide(float (&s)[kCount][kKeyTiles][4], int key0,
                                        const WarpPlace& own) const {
@@ -298,12 +319,14 @@ class ForwardWarp {
     }
   }
 
-  // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one.
+  // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one if all of
+  // the warp's are small. Not where a mask cuts: a row would depend on keys that it does not see.
   template <int kCount, int kKeyTiles, int kBlocks>
   __device__ __forceinline__ void sigmoid_weights(const float (&s)[kCount][kKeyTiles][4],
-                                                  Fragment<T, 4> (&p)[kCount][kBlocks]) const {
+                                                  Fragment<T, 4> (&p)[kCount][kBlocks],
+                                                  bool tail) const {
     if constexpr (kHasTail)
-      if (tail_ && tail_weights(s, p)) return;
+      if (tail && tail_weights(s, p)) return;
     weigh(s, p, [&](float x) {
       return reciprocal_approx(exp2_approx(fmaf(x, factor_, offset_)) + 1 / kScale<T>);
     });

@@ -1,6 +1,7 @@
 // One warp's part of an output tile: the products of 16 rows of queries with a step of keys, and of
 // their weights with the values. What becomes of the scores in between is not known here.
 #pragma once
+#include "dense/attention/kernel_products.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -48,7 +49,9 @@ class DecodeProducts {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) out_[n][0] = out_[n][1] = out_[n][2] = out_[n][3] = 0;
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[0][n][i] = 0;
     // With these a row's first weights overflow, which sets its pivot.
     neg_pivot_[0] = neg_pivot_[1] = kFloatMax;
     sum_[0] = sum_[1] = 0;
@@ -73,15 +76,16 @@ class DecodeProducts {
         for (int group = 0; group < kColumns / 32; ++group)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float4 x{out_[4 * group][2 * half + i], out_[4 * group + 1][2 * half + i],
-                           out_[4 * group + 2][2 * half + i], out_[4 * group + 3][2 * half + i]};
+            const float (&of)[kTiles][4] = out_[0];
+            const int n = 4 * group, at = 2 * half + i;
+            const float4 x{of[n][at], of[n + 1][at], of[n + 2][at], of[n + 3][at]};
             *reinterpret_cast<float4*>(columns + 32 * group + 8 * (lane % 4) + 4 * i) = x;
           }
       } else {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
-          *reinterpret_cast<float2*>(columns + 8 * n + 2 * (lane % 4)) = {out_[n][2 * half],
-                                                                          out_[n][2 * half + 1]};
+          *reinterpret_cast<float2*>(columns + 8 * n + 2 * (lane % 4)) = {out_[0][n][2 * half],
+                                                                          out_[0][n][2 * half + 1]};
       }
       if (lane % 4 == 0 && first_column() == 0) {
         row[Shape::kSumAt] = sum;
@@ -176,7 +180,7 @@ class DecodeProducts {
         sum_[half] *= shrink;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
-          out_[n][2 * half] *= shrink, out_[n][2 * half + 1] *= shrink;
+          out_[0][n][2 * half] *= shrink, out_[0][n][2 * half + 1] *= shrink;
       }
     }
     each_score(s, [&](float& x, int half, int) {
@@ -185,35 +189,23 @@ class DecodeProducts {
     });
   }
 
+  // `cut`: some row does not see some key, see multiply_seen_values.
+  template <typename Sees>
   __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
-                                                  const Addresses& at) {
-    if constexpr (Shape::kFloat) {
-      const auto p = make_fragment<T>(__float_as_uint(e[0][0]), __float_as_uint(e[0][2]),
-                                      __float_as_uint(e[0][1]), __float_as_uint(e[0][3]));
-      unroll<kColumns / 32>([&](auto group) {
-        uint32_t even[4], odd[4];
-        at.template load_float_values<0, 0, group>(even);
-        at.template load_float_values<0, 1, group>(odd);
-#pragma unroll
-        for (int t = 0; t < 4; ++t) mma(out_[4 * group + t], p, make_fragment<T>(even[t], odd[t]));
-      });
-    } else {
-      const auto p = make_fragment<T>(pack<T>(e[0][0], e[0][1]), pack<T>(e[0][2], e[0][3]),
-                                      pack<T>(e[1][0], e[1][1]), pack<T>(e[1][2], e[1][3]));
-      unroll<kColumns / 16>([&](auto pair) {
-        uint32_t w[4];
-        at.template load_values<0, pair>(w);
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-          mma(out_[2 * pair + t], p, make_fragment<T>(w[2 * t], w[2 * t + 1]));
-      });
-    }
+                                                  const Addresses& at, bool cut, const Sees& sees) {
+    Fragment<T, 4> p[1][1];
+    set_fragments(p[0], e);
+    const auto nothing = [](auto) {};
+    if (cut && !all_finite<T, Shape::kStepKeys, kTiles>(at))
+      multiply_seen_values<T, 0, Shape::kStepKeys>(out_, p, at, nothing, sees);
+    else
+      cuda::multiply_values<T, 0, 0>(out_, p, at, nothing);
   }
 
   bool active_;
   int row_warp_;
   float neg_pivot_[2], sum_[2];  // of rows g, g + 8; sums of this lane
-  float out_[kTiles][4];
+  float out_[1][kTiles][4];
 
  private:
   uint32_t query_[kPatterns];

@@ -92,14 +92,15 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
       Products::each_score(
           s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
     }
-    if (key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end)) hide(s, key, end);
+    const bool cut = key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end);
+    if (cut) hide(s, key, end);
     if (softmax_)
       this->exponentiate(s);
     else
       Products::each_score(s, [&](float& x, int, int) {
         x = reciprocal_approx(exp2_approx(x - kLog2Scale<T>) + 1 / kScale<T>);
       });
-    this->multiply_values(s, at);
+    this->multiply_values(s, at, cut, [&](int half, int k) { return sees(half, key + k, end); });
   }
 
  private:
@@ -118,8 +119,12 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
   __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], int key0, int end) const {
     const float hidden = softmax_ ? -infinity() : infinity();
     Products::each_score(s, [&](float& x, int half, int key) {
-      if (key0 + key < begin_[half] || key0 + key >= min(end_[half], end)) x = hidden;
+      if (!sees(half, key0 + key, end)) x = hidden;
     });
+  }
+
+  __device__ __forceinline__ bool sees(int half, int key, int end) const {
+    return key >= begin_[half] && key < min(end_[half], end);
   }
 
   const AttentionParams& p_;

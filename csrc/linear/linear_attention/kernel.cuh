@@ -38,9 +38,7 @@ class RecurrenceBlock {
   __device__ void run() {
     if (kTaylor || p_.value_taylor) list_features(vectors_, kTaylor ? p_.q.dim : p_.v.dim);
     for (int i = threadIdx.x; i < kTokens + kTableBefore; i += blockDim.x)
-      vectors_.table[i] = i < kTableBefore + p_.no_diagonal
-                              ? 0
-                              : output_scale() * decays_.at_distance(i - kTableBefore);
+      vectors_.table[i] = output_scale() * decays_.at_distance(i - kTableBefore);
 
     // Chained, a part finds out first what it leaves to the next one.
 #pragma unroll 1
@@ -368,7 +366,8 @@ class RecurrenceBlock {
       const float2 start = *reinterpret_cast<const float2*>(vectors_.start + 8 * t + 2 * c);
       acc[t][0] *= start.x, acc[t][1] *= start.y, acc[t][2] *= start.x, acc[t][3] *= start.y;
     }
-    multiply_weights<T, Shape>(acc, fragments, weights_);
+    multiply_seen_weights<T, Shape>(acc, s_, fragments, values, subtile_column, weights_,
+                                    p_.no_diagonal);
     if (p_.normalize) {
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
@@ -405,6 +404,8 @@ class RecurrenceBlock {
             if (p_.extra != Extra::none)
               x[e] += vectors_.extra[p_.extra == Extra::queries ? query : key + e];
             x[e] *= weight(query, key + e);
+            // Selected: 0 times NaN or infinity is NaN.
+            if (column == row && key + e + p_.no_diagonal > query) x[e] = 0;
           }
           if constexpr (Shape::kFloat) {
             const uint32_t at = float_at<typename Shape::WeightTile>(weights_, query, key);
@@ -421,7 +422,6 @@ class RecurrenceBlock {
 
   __device__ __forceinline__ float weight(int query, int key) const {
     if (!decays_.per_token()) return vectors_.table[kTableBefore + query - key];
-    if (key + p_.no_diagonal > query) return 0;
     return output_scale() * exp2_approx((vectors_.high[query] - vectors_.high[key]) +
                                         (vectors_.low[query] - vectors_.low[key]));
   }

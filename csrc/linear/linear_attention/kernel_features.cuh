@@ -1,6 +1,6 @@
 // Feature maps on tiles in shared memory, by all threads of a block.
 #pragma once
-#include "linear/linear_attention/kernel_shape.cuh"
+#include "linear/linear_attention/kernel_products.cuh"
 
 namespace tokenmill::cuda::linear_attention {
 
@@ -21,19 +21,6 @@ __device__ void list_features(SharedVectors<kTokens>& to, int dim) {
     }
     to.first[f] = first;
     to.second[f] = second;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float load_element(uint32_t address) {
-  if constexpr (sizeof(T) == 4) {
-    float x;
-    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(address));
-    return x;
-  } else {
-    uint16_t word;
-    asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(word) : "r"(address));
-    return static_cast<float>(reinterpret_cast<const T&>(word));
   }
 }
 

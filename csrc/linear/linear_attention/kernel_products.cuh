@@ -2,6 +2,7 @@
 // are queries; everything that has columns of values is transposed: 16 columns of values are the
 // rows of a fragment, so that the state, which stays in accumulators, is itself an operand.
 #pragma once
+#include "cuda/hidden_values.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
@@ -35,7 +36,27 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   return x;
 }
 
-// Element (row, column) of a tile of floats.
+template <typename T>
+__device__ __forceinline__ float load_element(uint32_t address) {
+  if constexpr (sizeof(T) == 4) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(x) : "r"(address));
+    return x;
+  } else {
+    uint16_t word;
+    asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(word) : "r"(address));
+    return static_cast<float>(reinterpret_cast<const T&>(word));
+  }
+}
+
+// Element (row, column) of a tile.
+template <typename T, typename Tile>
+__device__ __forceinline__ float element(uint32_t tile, int row, int column) {
+  const int byte = column * static_cast<int>(sizeof(T));
+  return load_element<T>(tile + Tile::offset(row, byte / kChunkBytes) + byte % kChunkBytes);
+}
+
+// Where element (row, column) of a tile of floats lies.
 template <typename Tile>
 __device__ __forceinline__ uint32_t float_at(uint32_t tile, int row, int column) {
   return tile + Tile::offset(row, column / 4) + column % 4 * 4;
@@ -201,6 +222,11 @@ struct ValueFragments {
     return make_fragment<T>(words[k][0], words[k][1], words[k][2], words[k][3]);
   }
 
+  __device__ __forceinline__ Fragment<T, 4> finite(int k) const {
+    return make_fragment<T>(make_finite<T>(words[k][0]), make_finite<T>(words[k][1]),
+                            make_finite<T>(words[k][2]), make_finite<T>(words[k][3]));
+  }
+
   // Times the weights of their tokens.
   __device__ __forceinline__ Fragment<T, 4> weighted(int k, const float* weights) const {
     const int c = threadIdx.x % 4;
@@ -214,24 +240,17 @@ struct ValueFragments {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 of = *reinterpret_cast<const float2*>(weights + 16 * k + 2 * c + i / 2 * 8);
-        const float2 x = unpack(words[k][i]);
+        const float2 x = unpack<T>(words[k][i]);
         w[i] = pack<T>(x.x * of.x, x.y * of.y);
       }
     }
     return make_fragment<T>(w[0], w[1], w[2], w[3]);
   }
-
- private:
-  __device__ static float2 unpack(uint32_t word) {
-    if constexpr (std::is_same_v<T, __half>)
-      return __half22float2(reinterpret_cast<const __half2&>(word));
-    else
-      return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
 };
 
-// acc += values^T weights^T. Keys behind the last query of a tile are left out.
-template <typename T, typename Shape>
+// acc += values^T weights^T. Keys behind the last query of a tile are left out. With kClean those
+// of tiles where queries do not see all keys have finite values.
+template <typename T, typename Shape, bool kClean = false>
 __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8][4],
                                                  const ValueFragments<T, Shape>& values,
                                                  uint32_t weights) {
@@ -240,26 +259,74 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int k = 0; k < Shape::kTokens / 8; ++k) {
-      const auto a = values[k];
+      auto a = kClean ? values.finite(k) : values[k];
 #pragma unroll
       for (int t = k; t < Shape::kTokens / 8; ++t) {
         uint32_t x, y;
         load_pair(x, y, float_at<Tile>(weights, 8 * t + g, 8 * k + 2 * c));
         mma(acc[t], a, make_fragment<T>(x, y));
+        if (kClean && t == k) a = values[k];
       }
     }
   } else {
     const uint32_t base = square_base<Tile>(weights, 0);
     constexpr int kBlocks = Shape::kTokens / 16;
     unroll<kBlocks>([&](auto k) {
-      const auto a = values[k];
       unroll<kBlocks - k>([&](auto pair) {
+        const auto a = kClean && pair == 0 ? values.finite(k) : values[k];
         uint32_t w[4];
         load_square<Tile, k, 16 * (k + pair)>(w, base);
         mma(acc[2 * (k + pair)], a, make_fragment<T>(w[0], w[2]));
         mma(acc[2 * (k + pair) + 1], a, make_fragment<T>(w[1], w[3]));
       });
     });
+  }
+}
+
+// acc += what multiply_weights left out with kClean: values that are not finite, at `column` of the
+// subtile at `values`, in the queries of their own tile, at `shift` tokens or more behind them.
+template <typename T, typename Shape>
+__device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4], uint32_t values,
+                                             int column, uint32_t weights, int shift) {
+  constexpr int kDepth = Shape::kDepth, kTiles = kDepth / 8;
+  int lane = threadIdx.x % kWarpSize;
+  keep(lane);
+  const int g = lane / 4, c = lane % 4;
+  unroll<Shape::kTokens / kDepth>([&](auto k) {
+#pragma unroll 1
+    for (int key = k * kDepth; key < (k + 1) * kDepth; ++key) {
+      float x[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        x[h] = element<T, typename Shape::ValueTile>(values, key, column + g + 8 * h);
+#pragma unroll
+      for (int t = k * kTiles; t < (k + 1) * kTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int query = 8 * t + 2 * c + e;
+          const float weight = element<T, typename Shape::WeightTile>(weights, query, key);
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            if (key + shift <= query && !is_finite<T>(x[h]))
+              acc[t][2 * h + e] = fmaf(x[h], weight, acc[t][2 * h + e]);
+        }
+    }
+  });
+}
+
+// acc += values^T weights^T for any values; `state` is the one behind the chunk, `shift` as above.
+template <typename T, typename Shape>
+__device__ __forceinline__ void multiply_seen_weights(float (&acc)[Shape::kTokens / 8][4],
+                                                      const float (&state)[Shape::kFeatureTiles][4],
+                                                      const ValueFragments<T, Shape>& fragments,
+                                                      uint32_t values, int column, uint32_t weights,
+                                                      int shift) {
+  // What a value that is not finite adds to the state is not finite either, whatever its key.
+  if (__any_sync(kFullWarp, !is_finite<float>(state[0][0]) || !is_finite<float>(state[0][2]))) {
+    multiply_weights<T, Shape, true>(acc, fragments, weights);
+    add_infinite<T, Shape>(acc, values, column, weights, shift);
+  } else {
+    multiply_weights<T, Shape>(acc, fragments, weights);
   }
 }
 

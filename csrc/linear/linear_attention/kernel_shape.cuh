@@ -12,7 +12,7 @@ constexpr int kColumnsPerWarp = 16;     // of values
 constexpr int kSubtileColumns = 64;     // of a tile of values
 constexpr int kTaylorDim = 32;          // largest head dimension of taylor2
 constexpr int kMaxFeatures = 9 * 64;    // of taylor2 rounded up, more than any head dimension
-constexpr int kTableBefore = 16;        // weights of keys behind the query, which are zero
+constexpr int kTableBefore = 16;        // weights of keys behind the query, which nobody uses
 constexpr int kNoFeature = kTaylorDim;  // index of the constant 1
 
 // kBucket: the head dimension rounded up, or the features of a step of taylor2.

@@ -40,7 +40,10 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
     finish_logits(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     this->exponentiate(s);
-    this->multiply_values(s, at);
+    bool cut = false;  // weights of hidden keys are 0
+    Products::each_score(s, [&](float& x, int, int) { cut |= x == 0; });
+    this->multiply_values(s, at, __any_sync(kFullWarp, cut),
+                          [&](int half, int k) { return sees(half, keys, place + k); });
   }
 
  private:
@@ -54,10 +57,14 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
           s, [&](float& x, int, int) { x = cap * tanhf(x * d_.attention.scale / cap); });
     const float factor = kLog2e * (cap > 0 ? 1 : d_.attention.scale);
     Products::each_score(s, [&](float& x, int half, int key) {
-      const int2 seen_by = keys.seen_by(place + key);
-      const bool sees = position_[half] >= seen_by.x && position_[half] < seen_by.y;
-      x = sees ? fmaf(x, factor, keys.term(place + key)) : -infinity();
+      const bool seen = sees(half, keys, place + key);
+      x = seen ? fmaf(x, factor, keys.term(place + key)) : -infinity();
     });
+  }
+
+  __device__ __forceinline__ bool sees(int half, const Keys& keys, int place) const {
+    const int2 by = keys.seen_by(place);
+    return position_[half] >= by.x && position_[half] < by.y;
   }
 
   __device__ __forceinline__ void store_logits(const float (&s)[kKeyTiles][4], int key) const {

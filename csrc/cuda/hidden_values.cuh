@@ -1,0 +1,137 @@
+// Values that a mask hides from a row. Their weights are 0, but 0 times NaN or infinity is NaN.
+//
+// Where a mask cuts a step of keys that has such values, the product takes finite numbers in their
+// place, and what rows do see of them is added behind it, key by key. That is rare: it takes time,
+// but no registers that are live through the product.
+#pragma once
+#include <type_traits>
+
+#include "cuda/copy.cuh"
+#include "cuda/math.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/unroll.cuh"
+#include "cuda/warp.cuh"
+
+namespace tokenmill::cuda {
+
+// As an operand of a product: floats near the largest one are infinite when they are rounded to
+// tf32.
+template <typename T>
+__device__ __forceinline__ bool is_finite(float x) {
+  return fabsf(x) < (sizeof(T) == 4 ? __int_as_float(0x7f7ff000) : infinity());
+}
+
+template <int kOffset>
+__device__ __forceinline__ void load_shared(uint32_t& to, uint32_t address) {
+  asm volatile("ld.shared.b32 %0, [%1 + %2];\n" : "=r"(to) : "r"(address), "n"(kOffset));
+}
+
+// Two 16-bit elements of a word.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  else
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+// Becomes and stays other than 0 if an element of the word is not finite.
+template <typename T>
+__device__ __forceinline__ void note_infinite(uint32_t& found, uint32_t word) {
+  if constexpr (sizeof(T) == 4)
+    found |= !is_finite<T>(__uint_as_float(word));
+  else if constexpr (std::is_same_v<T, __half>)
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(found) : "r"(word), "r"(0));
+  else
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(found) : "r"(word), "r"(0));
+}
+
+// Elements that are finite stay, others become so.
+template <typename T>
+__device__ __forceinline__ uint32_t make_finite(uint32_t word) {
+  if constexpr (sizeof(T) == 4) return is_finite<T>(__uint_as_float(word)) ? word : 0;
+  constexpr uint32_t kMax = std::is_same_v<T, __half> ? 0x7bff7bff : 0x7f7f7f7f;
+  uint32_t y;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("{ .reg .b32 t; max.f16x2 t, %1, %2; min.f16x2 %0, t, %3; }"
+        : "=r"(y)
+        : "r"(word), "r"(kMax | 0x80008000), "r"(kMax));
+  else
+    asm("{ .reg .b32 t; max.bf16x2 t, %1, %2; min.bf16x2 %0, t, %3; }"
+        : "=r"(y)
+        : "r"(word), "r"(kMax | 0x80008000), "r"(kMax));
+  return y;
+}
+
+// Whether all of kKeys values at `at` are finite. All lanes of a warp together.
+template <typename T, int kKeys, int kTiles, typename Addresses>
+__device__ __forceinline__ bool all_finite(const Addresses& at) {
+  uint32_t found = 0;
+  if constexpr (sizeof(T) == 4) {
+    unroll<kKeys / 8>([&](auto k) {
+      unroll<kTiles / 4>([&](auto group) {
+        unroll<2>([&](auto odd) {
+          uint32_t w[4];
+          at.template load_float_values<8 * k, odd, group>(w);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) note_infinite<T>(found, w[i]);
+        });
+      });
+    });
+  } else {
+    unroll<kKeys / 16>([&](auto k) {
+      unroll<kTiles / 2>([&](auto pair) {
+        uint32_t w[4];
+        at.template load_values<16 * k, pair>(w);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) note_infinite<T>(found, w[i]);
+      });
+    });
+  }
+  return !__any_sync(kFullWarp, found);
+}
+
+// Adds to the sums of 16 rows those of kKeys values, the first of which lies at `values`, that are
+// not finite and that sees(0, key) or sees(1, key), of rows g and g + 8. Weights are taken for
+// positive: one that is 0 would make NaN of an infinity.
+template <typename T, typename Tile, int kKeys, int kTiles, typename Sees>
+__device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t values,
+                                             const Sees& sees) {
+  constexpr int kPatterns = Tile::kSwizzledChunks;
+  uint32_t seen = 0;
+#pragma unroll 1
+  for (int key = 0; key < kKeys; ++key) seen |= (sees(0, key) | sees(1, key) << 16) << key;
+  int lane = threadIdx.x % kWarpSize;
+  keep(lane);
+  const int c = lane % 4;
+#pragma unroll 1
+  for (int key = 0; key < kKeys; ++key, seen >>= 1) {
+    const bool first = seen & 1, second = seen & 0x10000;
+    const auto add = [&](float (&to)[4], int column, float x) {
+      // 4 x: the largest floats overflow too.
+      if (!is_finite<T>(x) && first) to[column] = fmaf(x, 4, to[column]);
+      if (!is_finite<T>(x) && second) to[2 + column] = fmaf(x, 4, to[2 + column]);
+    };
+    if constexpr (sizeof(T) == 4) {
+      static_assert(kPatterns == 8);
+      const uint32_t at = values + Tile::offset(key, 2 * c);
+      unroll<kTiles / 2>([&](auto n) {
+        uint32_t w[4];
+        load_shared<n / 2 * 8 * kChunkBytes>(w, at ^ n % 2 * kChunkBytes);
+        unroll<4>([&](auto t) { add(out[n / 2 * 4 + t], n % 2, __uint_as_float(w[t])); });
+      });
+    } else {
+      const uint32_t at = values + Tile::offset(key, 0) + 4 * c;
+      unroll<kTiles>([&](auto n) {
+        uint32_t word;
+        load_shared<n / kPatterns * kPatterns * kChunkBytes>(word,
+                                                             at ^ n % kPatterns * kChunkBytes);
+        const float2 x = unpack<T>(word);
+        add(out[n], 0, x.x);
+        add(out[n], 1, x.y);
+      });
+    }
+  }
+}
+
+}  // namespace tokenmill::cuda
