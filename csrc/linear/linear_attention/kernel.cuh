@@ -405,7 +405,7 @@ class RecurrenceBlock {
               x[e] += vectors_.extra[p_.extra == Extra::queries ? query : key + e];
             x[e] *= weight(query, key + e);
             // Selected: 0 times NaN or infinity is NaN.
-            if (column == row && key + e + p_.no_diagonal > query) x[e] = 0;
+            if (column == row && is_hidden(8 * h, 8 * n + e, p_.no_diagonal)) x[e] = 0;
           }
           if constexpr (Shape::kFloat) {
             const uint32_t at = float_at<typename Shape::WeightTile>(weights_, query, key);

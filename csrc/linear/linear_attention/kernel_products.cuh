@@ -97,6 +97,14 @@ __device__ __forceinline__ void multiply_rows(float (&d)[2][4], uint32_t queries
   }
 }
 
+// Whether a query of an accumulator of multiply_rows, in row g + `row`, does not see its key, in
+// column 2 c + `column`, if both begin at the same token: it sees those `shift` tokens before it.
+__device__ __forceinline__ bool is_hidden(int row, int column, int shift) {
+  int lane = threadIdx.x % kWarpSize;
+  keep(lane);
+  return lane % 4 * 2 + column + shift > lane / 4 + row;
+}
+
 // The scale of rows g and g + 8 of the state that makes it fit into float16, and its inverse:
 // powers of two, so that the largest element is near 2^14.
 struct RowScale {
@@ -256,7 +264,9 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8
                                                  uint32_t weights) {
   using Tile = typename Shape::WeightTile;
   if constexpr (Shape::kFloat) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
+    int lane = threadIdx.x % kWarpSize;
+    if (kClean) keep(lane);
+    const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int k = 0; k < Shape::kTokens / 8; ++k) {
       auto a = kClean ? values.finite(k) : values[k];
