@@ -52,7 +52,7 @@ inline int64_t max_tiles(const int32_t* cu_seqlens, int64_t batch, int64_t token
 
 // A number for tile 0 of sequence b, from which on its tiles have numbers of their own, at most
 // tokens / rows + batch in all. Each sequence has one at least.
-__device__ inline int64_t first_slot(const PackedRows& sequence, int64_t b, int rows) {
+__device__ inline int first_slot(const PackedRows& sequence, int b, int rows) {
   return sequence.start / rows + b;
 }
 
@@ -111,8 +111,10 @@ class LooseRows {
   template <typename T>
   __device__ void fill(T* data, int64_t step, int64_t columns, float value) const {
     const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+#pragma unroll 1
     for (int64_t i = first_ + threadIdx.x / kWarpSize; i < end_; i += warps) {
       T* const row = data + (i < all_.start ? i : i + all_.length) * step;
+#pragma unroll 1
       for (int64_t c = threadIdx.x % kWarpSize; c < columns; c += kWarpSize)
         row[c] = static_cast<T>(value);
     }

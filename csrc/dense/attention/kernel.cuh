@@ -24,11 +24,19 @@ struct ForwardPlan {
 // Where registers are short, the places of the warps wait at the front of shared memory.
 constexpr int kParkedBytes = kMaxThreads / kWarpSize * sizeof(WarpPlace);
 
-// What queries without a sequence get.
+// What queries without a sequence get, in a block of heads.
 template <typename T>
-__device__ void clear_queries(const AttentionParams& p, const LooseRows& rows, int64_t h) {
-  rows.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
-  if (p.lse) rows.fill(lse_at(p, p.lse, 0, 0, h), 1, 1, -infinity());
+__device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
+                              const LooseRows& rows, unsigned head_block) {
+  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+  const int heads = plan.warps >> plan.log2_warps_per_head;  // of a block
+  const int first = head_block % plan.blocks_per_group * heads;
+#pragma unroll 1
+  for (int i = first; i < min(first + heads, group); ++i) {
+    const int h = head_block / plan.blocks_per_group * group + i;
+    rows.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
+    if (p.lse) rows.fill(lse_at(p, p.lse, 0, 0, h), 1, 1, -infinity());
+  }
 }
 
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
@@ -46,25 +54,25 @@ __global__ void __launch_bounds__(kMaxThreads)
   const unsigned head_block = plan.first_head_block + blockIdx.x / plan.tiles;
   const unsigned in_sequence = head_block % plan.head_blocks;
   TilePlace place{static_cast<int>(head_block / plan.head_blocks),
-                  static_cast<int>(blockIdx.x % plan.tiles)};
-  if (p.cu_seqlens_q)
+                  static_cast<int>(blockIdx.x % plan.tiles),
+                  {0, static_cast<int>(p.seqlen_q)}};
+  if (p.cu_seqlens_q) {
     place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, block_rows, place.tile);
-  const int kv_head = in_sequence / plan.blocks_per_group;
-  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
-  const int heads_per_block = plan.warps >> plan.log2_warps_per_head;
-  const int first_in_group = in_sequence % plan.blocks_per_group * heads_per_block;
-  if (place.b < 0) {
-    const LooseRows rows(place, p.seqlen_q, block_rows);
-    for (int i = first_in_group; i < min(first_in_group + heads_per_block, group); ++i)
-      clear_queries<T>(p, rows, kv_head * group + i);
-    return;
+    if (place.b < 0) {
+      clear_queries<T>(p, plan, LooseRows(place, p.seqlen_q, block_rows), in_sequence);
+      return;
+    }
   }
   const Sequence s = sequence_of(p, place.b, place.rows);
   // The last queries see most keys under a causal mask: longest blocks first.
   const int first_row = ((s.q_length + block_rows - 1) / block_rows - 1 - place.tile) * block_rows;
   const int last_row = min(first_row + block_rows, s.q_length) - 1;
 
-  const int in_group = first_in_group + (warp_index >> plan.log2_warps_per_head);
+  const int kv_head = in_sequence / plan.blocks_per_group;
+  const int group = static_cast<int>(p.heads) / static_cast<int>(p.kv_heads);
+  const int heads_per_block = plan.warps >> plan.log2_warps_per_head;
+  const int in_group = in_sequence % plan.blocks_per_group * heads_per_block +
+                       (warp_index >> plan.log2_warps_per_head);
   const bool idle = in_group >= group;
   const int h = kv_head * group + (idle ? 0 : in_group);
 

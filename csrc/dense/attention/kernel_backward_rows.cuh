@@ -27,7 +27,7 @@ static __global__ void __launch_bounds__(kSumThreads)
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const int64_t batch = blockIdx.x / p.heads, h = blockIdx.x % p.heads;
-  PackedRows queries{};
+  PackedRows queries{0, static_cast<int>(p.seqlen_q)};
   if (p.cu_seqlens_q) queries = rows_of_sequence(p.cu_seqlens_q, p.batch, p.seqlen_q, batch);
   const Sequence s = sequence_of(p, batch, queries);
   if (bp.sums) {

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const AttentionParams& p = bp.forward;
   const int64_t bh = blockIdx.x / args.row_blocks, h = bh % p.heads;
   TilePlace place = {static_cast<int>(bh / p.heads),
-                     static_cast<int>(blockIdx.x % args.row_blocks)};
+                     static_cast<int>(blockIdx.x % args.row_blocks),
+                     {0, static_cast<int>(p.seqlen_q)}};
   if (p.cu_seqlens_q) {
     place = find_tile(p.cu_seqlens_q, p.batch, p.seqlen_q, kStatisticsRows, place.tile);
     if (place.b < 0) {

@@ -36,11 +36,12 @@ __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b) {
   return {q, k, q_length > 0 ? q_length : 0, k_length > 0 ? k_length : 0};
 }
 
-// Of a block that writes rows of queries, if packed those of `queries`.
+// Of a block that writes rows of `queries`.
 __device__ inline Sequence sequence_of(const AttentionParams& p, int64_t b,
                                        const PackedRows& queries) {
   Sequence s = sequence_of(p, b);
-  if (p.cu_seqlens_q) s.q_start = queries.start, s.q_length = queries.length;
+  s.q_start = queries.start;
+  s.q_length = queries.length;
   return s;
 }
 

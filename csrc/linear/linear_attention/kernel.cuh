@@ -258,10 +258,7 @@ class RecurrenceBlock {
   // After `tokens` tokens, counted from the first: if a segment ends there.
   __device__ __forceinline__ void save_state(int tokens) {
     if (!p_.saved || states_only() || (tokens % kSegment != 0 && tokens != part_.length)) return;
-    const int64_t before = p_.cu_seqlens
-                               ? first_slot({part_.start, part_.length}, part_.b, kSegment)
-                               : part_.b * ((p_.seqlen + kSegment - 1) / kSegment);
-    const int64_t segment = before + (tokens - 1) / kSegment;
+    const int64_t segment = first_segment(p_, part_.b) + (tokens - 1) / kSegment;
     const int64_t slice = column_ / (plan_.warps * kColumnsPerWarp);
     const SlotState<Shape> slot(p_.saved + ((segment * p_.heads + h_) * plan_.slices + slice) *
                                                plan_.slot_floats);

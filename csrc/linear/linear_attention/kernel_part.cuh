@@ -6,15 +6,17 @@ namespace tokenmill::cuda::linear_attention {
 
 // Which part of which sequence a block has.
 struct Part {
-  int64_t b, slot;    // b: -1 of none; slot: among the parts of all sequences
+  int b, slot;        // b: -1 of none; slot: among the parts of all sequences
   int index, count;   // among the parts of the sequence
   int start, length;  // of the sequence, in tokens
   int padding;        // by which the first chunk of the sequence is short
   int first, end;     // of the part, in tokens of the sequence
 
   // All lanes of a warp together.
-  __device__ Part(const Recurrence& p, const RecurrencePlan& plan, int64_t number)
-      : b(number / plan.parts), slot(number), index(number % plan.parts) {
+  __device__ Part(const Recurrence& p, const RecurrencePlan& plan, int number)
+      : b(number / static_cast<int>(plan.parts)),
+        slot(number),
+        index(number % static_cast<int>(plan.parts)) {
     if (p.cu_seqlens) {
       const TilePlace place =
           find_tile(p.cu_seqlens, p.batch, p.seqlen, plan.tokens_per_part, number, 1);
@@ -37,6 +39,13 @@ struct Part {
 
   __device__ bool is_last() const { return index == count - 1; }
 };
+
+// The number of the first segment of sequence b, read again where registers are short. All lanes of
+// a warp together.
+__device__ inline int64_t first_segment(const Recurrence& p, int b) {
+  if (!p.cu_seqlens) return b * ((p.seqlen + kSegment - 1) / kSegment);
+  return first_slot(rows_of_sequence(p.cu_seqlens, p.batch, p.seqlen, b), b, kSegment);
+}
 
 // What tokens without a sequence get, in a slice of the columns: no sums. `part` is of none.
 template <typename T>
