@@ -28,6 +28,7 @@ Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
 SECONDS = 60
 PACKED = [3, 0, 70, 1, 129, 64, 17] * 6  # lengths of sequences
+FRONT, BEHIND = 5, 150  # tokens that no sequence has
 
 
 def merge_case(dtype: torch.dtype, dim: int, parts: int, lses: bool) -> Callable[[str], Tensors]:
@@ -89,29 +90,42 @@ def attention_case(
 def packed_attention_case(
     dtype: torch.dtype, lengths: list[int], dim: int, gradients: bool = False
 ) -> Callable[[str], Tensors]:
-    """Sequences side by side; those of keys have other lengths."""
+    """Sequences side by side; those of keys have other lengths. In front and behind lie tokens of
+    none, which the reference does not get."""
     random = torch.Generator().manual_seed(dim)
     ends = [torch.tensor([0, *x]).cumsum(0).int() for x in (lengths, lengths[::-1])]
-    q = torch.randn(int(ends[0][-1]), 4, dim, generator=random).to(dtype)
-    k, v = (torch.randn(int(ends[1][-1]), 2, dim, generator=random).to(dtype) for _ in range(2))
+    tokens = int(ends[0][-1])
+    q = torch.randn(FRONT + tokens + BEHIND, 4, dim, generator=random).to(dtype)
+    k, v = (torch.randn(len(q), 2, dim, generator=random).to(dtype) for _ in range(2))
     dout = torch.randn(q.shape, generator=random).to(dtype)
+    inside = slice(FRONT, FRONT + tokens)
+
+    def around(x: torch.Tensor, none: float = 0) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (FRONT, BEHIND), value=none)
 
     def run(backend: str) -> Tensors:
         wide = backend == "reference"
-        inputs = [(x.double() if wide else x).clone().requires_grad_() for x in (q, k, v)]
+        given = [x[inside].double() if wide else x for x in (q, k, v, dout)]
+        inputs = [x.clone().requires_grad_() for x in given[:3]]
+        first = 0 if wide else FRONT
         results = tm.attention(
             *inputs,
             return_lse=True,
             backend=backend,
-            cu_seqlens_q=ends[0],
-            cu_seqlens_k=ends[1],
+            cu_seqlens_q=ends[0] + first,
+            cu_seqlens_k=ends[1] + first,
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(lengths),
         )
-        if not gradients:
-            return [x.detach() for x in results]
-        torch.autograd.backward(results[0], dout.to(results[0].dtype))
-        return [x.grad for x in inputs if x.grad is not None]
+        if gradients:
+            torch.autograd.backward(results[0], given[3])
+            found = [x.grad for x in inputs if x.grad is not None]
+        else:
+            found = [results[0].detach(), results[1].detach()]
+        if not wide:
+            return found
+        rows = [around(x.movedim(0, -1)).movedim(-1, 0) for x in found if x.dim() == 3]
+        return rows + [around(x, -torch.inf) for x in found if x.dim() == 2]
 
     return run
 
