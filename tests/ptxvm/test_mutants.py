@@ -54,7 +54,7 @@ MUTATIONS = {
         Mutation(kernel, kind, seed)
         for kernel in BACKWARD
         for kind, count in ATTENTION_KINDS.items()
-        for seed in range(min(count, 2))
+        for seed in range(min(count, 3))
     ],
 }
 
