@@ -10,7 +10,7 @@ from conftest import backends, cpu_variants, device_of
 
 import tokenmill as tm
 
-# Triton's kernels multiply hidden values of the tile that a mask cuts by weights of 0.
+# Rows of these keep their bits; Triton's may move by one.
 BACKENDS = [
     *(pytest.param(b, isa, id=isa) for b, isa in cpu_variants() if b == "cpu"),
     *(pytest.param(b, None, id=b) for b in backends("reference") if b not in ("cpu", "triton")),
@@ -148,3 +148,39 @@ def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
     seen = out.shape[1] - 3
     assert torch.equal(out[:, :seen], clean[:, :seen])
     assert not out[:, seen:, :, 1::2].isfinite().any()
+
+
+# Triton's sparse_decode_attention multiplies hidden values by 0 where several queries differ.
+TRITON = [(n, d) for n, d in zip(CALLS, [torch.float32, torch.float16] * 5, strict=True)]
+TRITON = [(n, d) for n, d in TRITON if n != "listed-decode"]
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
+@pytest.mark.parametrize(("name", "dtype"), TRITON, ids=str)
+def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
+    """Rows beside NaN are summed again, in steps of their own: a last bit may move."""
+    torch.manual_seed(0)
+    shapes = [(1, TOKENS, h, 24) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (torch.randn(s).to(dtype).to(device_of(backend)) for s in shapes)
+    call = functools.partial(CALLS[name], backend=backend)
+    clean = call(q, k, v)
+    rows = clean.shape[1]
+    for first, value in [(TOKENS - 2, float("nan")), (TOKENS - 3, float("inf"))]:
+        later_k, later_v = k.clone(), v.clone()
+        later_k[:, first:, :, ::3] = later_v[:, first:, :, ::3] = value
+        out = call(q, later_k, later_v)
+        seen = first - TOKENS + rows
+        bits = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits)
+        assert torch.isnan(out[:, seen:]).any()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_triton_keeps_what_a_row_sees_beside_what_it_does_not(value, backend):
+    q, k, v = torch.randn(3, 1, TOKENS, 1, 40, device=device_of(backend)).unbind()
+    v[:, 20, :, 33] = value
+    v[:, 30, :, 33] = v[:, 25, :, 34] = float("nan")
+    out = tm.attention(q, k, v, causal=True, backend=backend)
+    expected = tm.attention(q, k, v, causal=True, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

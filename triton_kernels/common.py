@@ -23,6 +23,9 @@ X_BITS = tl.constexpr(15)  # maps have at most 2^15 pixels along Y and X
 X_MASK = tl.constexpr(2**15 - 1)
 # Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
 FLOAT16_SCALE = tl.constexpr(2.0**15)
+# Keys of a step past rows that are computed again, and columns of values: few registers.
+STEP = tl.constexpr(16)
+STEP_COLUMNS = tl.constexpr(32)
 
 # Arguments by which no kernel is specialised: a new length compiles nothing.
 LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
@@ -186,18 +189,18 @@ def row_pointers(rows, i_b, o_i, o_h):
 
 
 @triton.jit
-def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(p_row, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
     """Masked rows and columns beyond DIM are 0."""
-    o_col = tl.arange(0, BLOCK)
+    o_col = first_col + tl.arange(0, BLOCK)
     m_tile = m_row[:, None] & (o_col < DIM)[None, :]
     return tl.load(p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
 
 
 @triton.jit
-def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(rows, o_row, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
     """Rows beyond the sequence and columns beyond DIM are 0."""
     p_row = rows.data + row_offsets(rows, o_row)
-    return load_tile(p_row, o_row < rows.length, DIM, BLOCK)
+    return load_tile(p_row, o_row < rows.length, DIM, BLOCK, first_col)
 
 
 @triton.jit
@@ -211,8 +214,8 @@ def rounded(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_tile(p_row, m_row, b_x, DIM: tl.constexpr):
-    o_col = tl.arange(0, b_x.shape[1])
+def store_tile(p_row, m_row, b_x, DIM: tl.constexpr, first_col=0):
+    o_col = first_col + tl.arange(0, b_x.shape[1])
     m_tile = m_row[:, None] & (o_col < DIM)[None, :]
     p_tile = p_row[:, None] + o_col[None, :]
     tl.store(p_tile, rounded(b_x, p_row.dtype.element_ty), mask=m_tile)
@@ -286,6 +289,26 @@ def dot(b_a, b_b):
     else:
         b_product = tl.dot(b_a, b_b, input_precision="ieee")
     return b_product
+
+
+@triton.jit
+def rows_of_nan(b_x):
+    return tl.max((b_x != b_x).to(tl.int32), 1) != 0
+
+
+@triton.jit
+def split_values(b_v, m_seen):
+    """Of a product with b_v of at most 1024 rows: b_v with 0 for what is not finite, and what the
+    rest of it adds where it is seen. A weight of 0 does not hide it: 0 times infinity is NaN."""
+    b_wide = b_v.to(tl.float32)
+    m_finite = tl.abs(b_wide) <= FLOAT_MAX
+    # Digits of 11 bits, exact in any dtype, count infinities and NaN.
+    b_digit = tl.where(b_wide == INF, 2.0**-11, tl.where(b_wide == -INF, 1.0, 2.0**11))
+    b_digit = tl.where(m_finite, 0.0, b_digit).to(b_v.dtype)
+    b_count = dot(tl.where(m_seen, 1.0, 0.0), b_digit)
+    b_rest = tl.where(b_count > tl.floor(b_count), INF, 0.0) + tl.where(b_count >= 1.0, -INF, 0.0)
+    b_rest = tl.where(b_count >= 2.0**11, float("nan"), b_rest)
+    return tl.where(m_finite, b_v, 0.0).to(b_v.dtype), b_rest
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from ..common import (
     FLOAT16_SCALE,
     INF,
     INTERPRETED,
+    STEP,
     Rows,
     Sequence,
     Terms,
@@ -28,12 +29,13 @@ from ..common import (
     launch,
     load_tile,
     row_pointers,
+    rows_of_nan,
     scores,
     store_tile,
     terms_of,
     window_of,
 )
-from .attention_forward import accumulate, normaliser
+from .attention_forward import accumulate, accumulate_seen, normaliser
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
 SIZES += ["table_stride", "pages", "capacity", "most"]
@@ -144,6 +146,24 @@ def visible_begin(sequence, left):
     return tl.minimum(begin, sequence.k_length)
 
 
+@triton.jit
+def seen_tile(
+    b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Scores of keys o_j, -inf where a query does not see one, and their values."""
+    m_j = o_j < sequence.k_length
+    b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+    b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
+    o_key = o_j[None, :]
+    b_z = scores(dot(b_q, tl.trans(b_k)), o_i, o_key, terms, head, sequence)
+    m_seen = (o_key < sequence.k_length) & (o_key <= o_i + sequence.diagonal)
+    if window.left is not None:
+        m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
+    return tl.where(m_seen, b_z, -INF), b_v
+
+
 @triton.jit(do_not_specialize=SIZES)
 def ranges_kernel(
     q,
@@ -168,6 +188,7 @@ def ranges_kernel(
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SIGMOID: tl.constexpr,
+    SEVERAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -195,21 +216,32 @@ def ranges_kernel(
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
     for j in range(first, last, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
-        m_j = o_j < length
-        b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
-        b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
-        o_key = o_j[None, :]
-        b_z = scores(dot(b_q, tl.trans(b_k)), o_i, o_key, terms, head, sequence)
-        m_seen = (o_key < length) & (o_key <= o_i + sequence.diagonal)
-        if window.left is not None:
-            m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
-        b_z = tl.where(m_seen, b_z, -INF)
+        b_z, b_v = seen_tile(
+            b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
+        )  # fmt: skip
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
             b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, False
         )
 
     o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
     store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, SIGMOID)
+
+    if SEVERAL:  # one query sees every key of its range
+        m_again = rows_of_nan(b_acc) & m_row
+        if tl.max(m_again.to(tl.int32), 0) != 0:
+            b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for j in tl.range(first, last, STEP, num_stages=1):
+                o_j = j + tl.arange(0, STEP)
+                b_z, b_v = seen_tile(
+                    b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
+                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
+                )  # fmt: skip
+                b_acc, b_acc_lost = accumulate_seen(
+                    b_z, b_v, b_acc, b_acc_lost, b_top, head, SIGMOID, False
+                )
+            store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -437,6 +469,7 @@ def attention_decode(
         VALUE_DIM=value_dim,
         PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
         SIGMOID=sigmoid,
+        SEVERAL=seqlen_q > 1,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),

@@ -10,17 +10,23 @@ from ..common import (
     INF,
     LENGTHS,
     LOG2E,
+    STEP,
+    STEP_COLUMNS,
     dot,
     exponential,
     head_of,
     load_rows,
     program,
+    row_offsets,
+    rows_of_nan,
     scores,
     sequence_of,
     sigmoid,
     slice_of,
+    split_values,
     statistics_of,
     store_rows,
+    store_tile,
     visible,
     visible_parts,
 )
@@ -68,6 +74,30 @@ def accumulate(
     else:
         b_acc += b_pv
     return b_acc, b_acc_lost, b_sum, b_sum_lost, b_top
+
+
+@triton.jit
+def accumulate_seen(
+    b_z, b_v, b_acc, b_acc_lost, b_top, head, SIGMOID: tl.constexpr, FAST: tl.constexpr
+):
+    """Adds a tile of keys to the sums of weighted values, relative to the top score of all keys;
+    nothing of those whose score is -inf."""
+    if SIGMOID:
+        b_p, _ = sigmoid(b_z, head, FAST)
+        if b_v.dtype == tl.float16:
+            b_p *= FLOAT16_SCALE
+    else:
+        b_pivot = tl.where(b_top == -INF, 0.0, b_top)
+        b_p = exponential(b_z - b_pivot[:, None], head)
+    b_v, b_rest = split_values(b_v, b_z != -INF)
+    b_acc += b_rest
+    b_pv = dot(b_p, b_v)
+    if b_v.dtype == tl.float32:
+        b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
+        b_acc_lost = tl.where(b_acc_lost == b_acc_lost, b_acc_lost, 0.0)  # inf - inf
+    else:
+        b_acc += b_pv
+    return b_acc, b_acc_lost
 
 
 @triton.jit
@@ -158,15 +188,37 @@ def attention_kernel(
             )
 
     if SIGMOID:
+        b_factor = tl.full([BLOCK_M], 1.0, tl.float32)
         if b_q.dtype == tl.float16:
-            b_acc *= 1.0 / FLOAT16_SCALE
+            b_factor *= 1.0 / FLOAT16_SCALE
     else:
         b_sink = None
         if sink is not None:
             b_sink = tl.load(sink + i_h)
         b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
-        b_acc *= b_factor[:, None]
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
         tl.store(lse + o_row + o_i, b_lse, mask=o_i < sequence.q_length)
     outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
+    b_acc *= b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
+
+    if window.left is not None or window.right is not None:
+        m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
+        if tl.max(m_again.to(tl.int32), 0) != 0:
+            COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
+            for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
+                b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+                b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+                for j in tl.range(parts[0], parts[3], STEP, num_stages=1):
+                    o_j = j + tl.arange(0, STEP)
+                    b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
+                    b_v = load_rows(values, o_j, VALUE_DIM, COLUMNS, c)
+                    b_qk = dot(b_q, tl.trans(b_k))
+                    b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
+                    m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
+                    b_z = tl.where(m_seen, b_z, -INF)
+                    b_y, b_y_lost = accumulate_seen(
+                        b_z, b_v, b_y, b_y_lost, b_top, head, SIGMOID, FAST
+                    )
+                p_out = outs.data + row_offsets(outs, o_i)
+                store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..common import (
     INF,
     INTERPRETED,
+    STEP,
+    STEP_COLUMNS,
     X_BITS,
     X_MASK,
     architecture,
@@ -23,13 +25,14 @@ from ..common import (
     load_rows,
     load_tile,
     row_pointers,
+    rows_of_nan,
     scores,
     slice_of,
     store_tile,
 )
 from ..dense.attention import PLANS, Plan, Tiles, plan_of, tile_options
 from ..dense.attention_backward import gradients, load_lse, through_softcap
-from ..dense.attention_forward import accumulate, normaliser
+from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
 from .blocks import NOWHERE, find_listed_keys, find_listed_queries, seen_by, seen_in_front
 from .regions import find_pixel_keys, find_pixel_queries
 from .transpose_list import Lists, compacted
@@ -138,6 +141,26 @@ def attend(
     tl.store(lse + o_row, b_lse, mask=tile.m_row)
     p_out = row_pointers(out, i_b, tile.o_i, tile.o_h)
     store_tile(p_out, tile.m_row, b_acc * b_factor[:, None], VALUE_DIM)
+
+    if CAUSAL:
+        m_again = rows_of_nan(b_acc) & tile.m_row
+        if tl.max(m_again.to(tl.int32), 0) != 0:
+            COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
+            for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
+                b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+                b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+                for t in tl.range(0, walk.total, STEP, num_stages=1):
+                    o_u = t + tl.arange(0, STEP)
+                    o_k = find_keys(walk, o_u, BLOCK_K)
+                    b_k = load_rows(keys, o_k, HEAD_DIM, BLOCK_D)
+                    b_v = load_rows(values, o_k, VALUE_DIM, COLUMNS, c)
+                    b_qk = dot(b_q, tl.trans(b_k))
+                    b_z = scores(b_qk, tile.o_i[:, None], o_k[None, :], terms, head, None)
+                    b_z = tl.where(seen(walk, t, o_u, o_k, tile.b_end, CAUSAL), b_z, -INF)
+                    b_y, b_y_lost = accumulate_seen(
+                        b_z, b_v, b_y, b_y_lost, b_top, head, False, False
+                    )
+                store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
 
 
 @triton.jit
