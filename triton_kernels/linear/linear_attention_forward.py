@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..common import rows_of_nan, slice_of, statistics_of
+from ..common import slice_of, statistics_of
 from .common import (
     LENGTHS,
     between,
@@ -87,17 +87,7 @@ def results_kernel(
 
     b_w = products_of_rows(queries, keys, o_row, MAP, PRECISION, HEAD_DIM, BLOCK_T, BLOCK_D)
     b_w = weights(b_w, scale, MAP) * between(remains, o_t, False, False)
-    b_w = tl.where(o_t[:, None] >= o_t[None, :], b_w, 0.0)
-    b_wv = product(b_w, load_tile(values, o_row, o_c, VALUE_DIM), PRECISION)
-    if tl.max(rows_of_nan(b_wv).to(tl.int32), 0) != 0:
-        # A later value has the weight 0, and 0 times what is not finite is NaN.
-        b_wv = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-        for j in tl.range(0, chunk.count, num_stages=1):
-            b_wj = tl.sum(tl.where(o_t[None, :] == j, b_w, 0.0), 1)
-            p_v = values.data + tl.cast(chunk.first + j, tl.int64) * values.seq + o_c
-            b_vj = tl.load(p_v, mask=o_c < VALUE_DIM, other=0.0).to(tl.float32)
-            b_wv += tl.where(o_t[:, None] >= j, b_wj[:, None] * b_vj[None, :], 0.0)
-    b_y += b_wv
+    b_y += product(b_w, load_tile(values, o_row, o_c, VALUE_DIM), PRECISION)
     if COLUMNS > VALUE_DIM:
         b_z = b_z * b_start + tl.sum(b_w, 1) + EPSILON
         b_y = b_y / b_z[:, None]
