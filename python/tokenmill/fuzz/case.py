@@ -256,8 +256,8 @@ def _other_words(error: Exception, case: Case, extreme: bool) -> str:
 def _small(arguments: Arguments) -> bool:
     """Whether no number is NaN or so large that sums overflow, or weights that a gradient computes
     again from a rounded log-sum-exp (docs/numerics.md)."""
-    numbers = [x for x in arguments.values() if isinstance(x, Real) and not isinstance(x, Integral)]
-    return all(abs(x) < 1e4 for x in numbers) and all(
+    numbers = (x for x in arguments.values() if isinstance(x, Real) and not isinstance(x, Integral))
+    return all(abs(float(x)) < 1e4 for x in numbers) and all(
         bool((t.abs() < 1e4).all())
         for t in tensors(arguments)
         if t.is_floating_point() and t.element_size() > 1 and not t.is_meta
