@@ -25,12 +25,12 @@ template <int kCount>
 __device__ __forceinline__ uint32_t chunks_to(const MapRows& map, int place) {
   const auto line = static_cast<uint32_t>(static_cast<uint64_t>(map.line) / kCount);
   return static_cast<uint32_t>(place >> kPlaceBits) * line +
-         chunks_to<kCount>(map.rows, place & ((1 << kPlaceBits) - 1));
+         cuda::chunks_to<kCount>(map.rows, place & ((1 << kPlaceBits) - 1));
 }
 
 template <int kCount>
 __device__ __forceinline__ uint32_t head_chunks_to(const MapRows& map, int head) {
-  return head_chunks_to<kCount>(map.rows, head);
+  return cuda::head_chunks_to<kCount>(map.rows, head);
 }
 
 template <typename T>
