@@ -21,7 +21,9 @@ class DecodeProducts {
 
   // Of the 16 rows number row_warp.
   __device__ DecodeProducts(int row_warp, uint32_t queries) : row_warp_(row_warp) {
-    const int lane = threadIdx.x % kWarpSize;
+    // Derived from a copy, or ptxas keeps the swizzle for the addresses of keys.
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
 #pragma unroll
     for (int i = 0; i < kPatterns; ++i)
       query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +

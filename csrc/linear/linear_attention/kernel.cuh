@@ -306,7 +306,7 @@ class RecurrenceBlock {
 
     ValueFragments<T, Shape> fragments;
     const int subtile_column = warp_ * kColumnsPerWarp % kSubtileColumns;
-    if (Shape::kSteps && live()) fragments.load(values, subtile_column);
+    if (kTaylor && live()) fragments.load(values, subtile_column);
     float acc[kTokenTiles][4];
 #pragma unroll
     for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
@@ -336,7 +336,7 @@ class RecurrenceBlock {
 #pragma unroll
           for (auto& s : s_) s[0] *= total, s[1] *= total, s[2] *= total, s[3] *= total;
         }
-        if (!Shape::kSteps) fragments.load(values, subtile_column);
+        if (!kTaylor) fragments.load(values, subtile_column);
         add_to_state<T, Shape>(s_, fragments,
                                p_.decay.data || p_.scale_keys ? vectors_.end : nullptr, step_keys);
         if (Shape::kSteps) slot_state_.store(s_, step);

@@ -121,15 +121,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (first >= p.heads) return;
   const int lane = threadIdx.x % kWarpSize;
 
-  const auto [b, t] = place_of(p, token);
-  T* to = rows_at<T>(g.to, b, t, h);
   if (p.cu_seqlens && !all_rows(p.cu_seqlens, p.batch, p.seqlen).contain(token)) {
-    for (int c = lane; c < g.dim; c += kWarpSize) to[c] = static_cast<T>(0.f);
+#pragma unroll 1
+    for (int c = lane; c < g.dim; c += kWarpSize)
+      rows_at<T>(g.to, 0, token, h)[c] = static_cast<T>(0.f);
     return;
   }
+  const auto [b, t] = place_of(p, token);
   const float* from = g.from + (token * p.heads + first) * g.features;
   const float* diagonal = g.diagonal ? g.diagonal + token * p.heads + first : nullptr;
   const T* x = g.x.data ? rows_at<T>(g.x, b, t, h) : nullptr;
+  T* to = rows_at<T>(g.to, b, t, h);
   const bool taylor = g.map == FeatureMap::taylor2;
   const float own = taylor && g.query ? p.scale : 1, theirs = taylor && !g.query ? p.scale : 1;
   for (int c = lane; c < g.dim; c += kWarpSize) {

@@ -230,9 +230,11 @@ struct ValueFragments {
     return make_fragment<T>(words[k][0], words[k][1], words[k][2], words[k][3]);
   }
 
-  __device__ __forceinline__ Fragment<T, 4> finite(int k) const {
-    return make_fragment<T>(make_finite<T>(words[k][0]), make_finite<T>(words[k][1]),
-                            make_finite<T>(words[k][2]), make_finite<T>(words[k][3]));
+  __device__ __forceinline__ void make_all_finite() {
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+#pragma unroll
+      for (uint32_t& word : words[k]) word = make_finite<T>(word);
   }
 
   // Times the weights of their tokens.
@@ -256,34 +258,30 @@ struct ValueFragments {
   }
 };
 
-// acc += values^T weights^T. Keys behind the last query of a tile are left out. With kClean those
-// of tiles where queries do not see all keys have finite values.
-template <typename T, typename Shape, bool kClean = false>
+// acc += values^T weights^T. Keys behind the last query of a tile are left out.
+template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8][4],
                                                  const ValueFragments<T, Shape>& values,
                                                  uint32_t weights) {
   using Tile = typename Shape::WeightTile;
   if constexpr (Shape::kFloat) {
-    int lane = threadIdx.x % kWarpSize;
-    if (kClean) keep(lane);
-    const int g = lane / 4, c = lane % 4;
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int k = 0; k < Shape::kTokens / 8; ++k) {
-      auto a = kClean ? values.finite(k) : values[k];
+      const auto a = values[k];
 #pragma unroll
       for (int t = k; t < Shape::kTokens / 8; ++t) {
         uint32_t x, y;
         load_pair(x, y, float_at<Tile>(weights, 8 * t + g, 8 * k + 2 * c));
         mma(acc[t], a, make_fragment<T>(x, y));
-        if (kClean && t == k) a = values[k];
       }
     }
   } else {
     const uint32_t base = square_base<Tile>(weights, 0);
     constexpr int kBlocks = Shape::kTokens / 16;
     unroll<kBlocks>([&](auto k) {
+      const auto a = values[k];
       unroll<kBlocks - k>([&](auto pair) {
-        const auto a = kClean && pair == 0 ? values.finite(k) : values[k];
         uint32_t w[4];
         load_square<Tile, k, 16 * (k + pair)>(w, base);
         mma(acc[2 * (k + pair)], a, make_fragment<T>(w[0], w[2]));
@@ -293,8 +291,8 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[Shape::kTokens / 8
   }
 }
 
-// acc += what multiply_weights left out with kClean: values that are not finite, at `column` of the
-// subtile at `values`, in the queries of their own tile, at `shift` tokens or more behind them.
+// acc += weighted values that are not finite, at `column` of the subtile at `values`, in queries
+// that are `shift` tokens or more behind them.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4], uint32_t values,
                                              int column, uint32_t weights, int shift) {
@@ -310,7 +308,7 @@ __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4]
       for (int h = 0; h < 2; ++h)
         x[h] = element<T, typename Shape::ValueTile>(values, key, column + g + 8 * h);
 #pragma unroll
-      for (int t = k * kTiles; t < (k + 1) * kTiles; ++t)
+      for (int t = k * kTiles; t < Shape::kTokens / 8; ++t)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int query = 8 * t + 2 * c + e;
@@ -328,16 +326,15 @@ __device__ __forceinline__ void add_infinite(float (&acc)[Shape::kTokens / 8][4]
 template <typename T, typename Shape>
 __device__ __forceinline__ void multiply_seen_weights(float (&acc)[Shape::kTokens / 8][4],
                                                       const float (&state)[Shape::kFeatureTiles][4],
-                                                      const ValueFragments<T, Shape>& fragments,
+                                                      ValueFragments<T, Shape>& fragments,
                                                       uint32_t values, int column, uint32_t weights,
                                                       int shift) {
   // What a value that is not finite adds to the state is not finite either, whatever its key.
   if (__any_sync(kFullWarp, !is_finite<float>(state[0][0]) || !is_finite<float>(state[0][2]))) {
-    multiply_weights<T, Shape, true>(acc, fragments, weights);
     add_infinite<T, Shape>(acc, values, column, weights, shift);
-  } else {
-    multiply_weights<T, Shape>(acc, fragments, weights);
+    fragments.make_all_finite();
   }
+  multiply_weights<T, Shape>(acc, fragments, weights);
 }
 
 // state^T += weighted values^T keys.

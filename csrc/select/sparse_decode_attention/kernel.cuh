@@ -40,9 +40,9 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
     finish_logits(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     this->exponentiate(s);
-    bool cut = false;  // weights of hidden keys are 0
-    Products::each_score(s, [&](float& x, int, int) { cut |= x == 0; });
-    this->multiply_values(s, at, __any_sync(kFullWarp, cut),
+    float least = 1;  // weights of hidden keys are 0
+    Products::each_score(s, [&](float& x, int, int) { least = fminf(least, x); });
+    this->multiply_values(s, at, __any_sync(kFullWarp, least == 0),
                           [&](int half, int k) { return sees(half, keys, place + k); });
   }
 
