@@ -262,9 +262,10 @@ def _swap(rng: random.Random, t: Tensor, arguments: Arguments) -> tuple[Any, str
     kind = rng.choice(("meta", "list", "numpy", "parameter", "gradient", "None", "inference"))
     if kind == "meta":
         return t.detach().to("meta"), "on the device meta"
-    if kind == "list" and t.numel() < 10000:
+    if kind == "list" and not t.is_meta and t.numel() < 10000:
         return t.tolist(), "a list"
-    foreign = t.dtype in (torch.bfloat16, torch.float8_e4m3fn)  # which NumPy does not have
+    # NumPy has neither of these types, nor tensors without data.
+    foreign = t.is_meta or t.dtype in (torch.bfloat16, torch.float8_e4m3fn)
     if kind == "numpy" and not foreign and importlib.util.find_spec("numpy"):
         return t.detach().resolve_neg().numpy(), "an array of NumPy"
     if kind in ("parameter", "gradient") and t.is_floating_point():
