@@ -39,7 +39,7 @@ SURVIVORS = 10  # one in so many, at most
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
 ATTENTION_KINDS = {"barrier dropped": 2, "wait weakened": 1, "wait dropped": 1} | dict.fromkeys(
-    (*MERGE_KINDS, "swizzle", "fragment", "matrix"), 4
+    (*MERGE_KINDS, "swizzle", "fragment", "matrix"), 5
 )
 MUTATIONS = {
     "merge": [
