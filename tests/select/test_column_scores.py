@@ -71,8 +71,10 @@ def test_any_call_keeps_the_error_budget(backend, isa, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
-def test_several_tiles_and_splits(backend, d, dtype):
+@pytest.mark.parametrize(
+    ("backend", "isa"), [v for v in cpu_variants() if v[0] != "triton"], indirect=["isa"]
+)
+def test_several_tiles_and_splits(backend, isa, d, dtype):
     def make(dtype, g):
         return draw(1, 300, 700, 2, 1, d, dtype), {"causal": True}
 

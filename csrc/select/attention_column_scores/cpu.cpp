@@ -103,7 +103,9 @@ __attribute__((noinline)) void add_to_rows(const Head& head, int64_t i, const fl
     vf top = old;
     TM_UNROLL(4)
     for (int n = 0; n < kTileVectors; ++n) top = max_of(top, t[m][n]);
-    vf sum = load(sums + m * kWidth) * power<kCoarse>(old - top);
+    // 2^0 is not exactly 1 (cpu/simd.h), which would add up.
+    const vf rescale = select(less(old, top), power<kCoarse>(old - top), set(1.f));
+    vf sum = load(sums + m * kWidth) * rescale;
     TM_UNROLL(4)
     for (int n = 0; n < kTileVectors; ++n) sum = sum + power<kCoarse>(t[m][n] - top);
     store(tops + m * kWidth, top);
