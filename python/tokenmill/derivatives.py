@@ -117,7 +117,7 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
     assert forward
 
     def refuse(ops: Any, ctx: Any, *grads: Tensor | None) -> Any:
-        needed = [name for name, n in zip(op.arguments, ctx.needs_input_grad, strict=False) if n]
+        needed = [name for name, n in op.needed_gradients(ctx).items() if n]
         name = next((name for name in needed if name in forward.arguments), needed[0])
         rule = f"must not be differentiated twice by a kernel, {ELSEWHERE}"
         fail(forward.name, name, rule, next(grad for grad in grads if grad is not None))

@@ -107,6 +107,10 @@ class TorchOp:
         """The arguments of a call as a named tuple, in the order of the schema."""
         return collections.namedtuple(self.name, self.arguments)
 
+    def needed_gradients(self, ctx: Any) -> dict[str, bool]:
+        """Which arguments the backward of a call owes a gradient, by name."""
+        return dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
+
     def gradients(self, **of: Any) -> tuple[Any, ...]:
         """What the backward of the operator returns: the gradients given by name, else None."""
         return tuple(of.get(name) for name in self.arguments)

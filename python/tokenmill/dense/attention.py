@@ -372,7 +372,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         dout = dout.contiguous()
     if dlse is not None:
         dlse = None if lse is None else dlse.contiguous()
-    needed = dict(zip(FORWARD.arguments, ctx.needs_input_grad, strict=False))
+    needed = FORWARD.needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
     dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, needs, *lowered)
     extra = {

@@ -17,7 +17,7 @@ from ..registry import Malformed, OpSpec, Sample, register_op
 from .linear_attention import FeatureMap, flops
 from .linear_attention_cases import Arguments, draw_state
 from .rules import DECODE as OP
-from .rules import check_decode, check_decode_values
+from .rules import check_decay_values, check_decode, check_slots
 
 
 def linear_attention_decode(
@@ -127,6 +127,13 @@ def lower(
     )
 
 
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    check_decay_values(OP, a.log_decay)
+    if a.state_indices is not None:
+        check_slots(a.state_indices, a.state.shape[0])
+
+
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
@@ -191,7 +198,7 @@ FORWARD = register(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
         check=check_decode,
-        check_values=check_decode_values,
+        check_values=_check_values,
         fake=_fake,
         triton="linear.decode:linear_attention_decode",
     )

@@ -11,7 +11,15 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..autocast import Autocast
-from ..check import as_int, check_bool, check_tensor, check_text, fail, synchronising_checks
+from ..check import (
+    as_int,
+    check_bool,
+    check_cu_seqlens_values,
+    check_tensor,
+    check_text,
+    fail,
+    synchronising_checks,
+)
 from ..derivatives import keep, kept
 from ..dispatch import call
 from ..library import TorchOp, register
@@ -21,9 +29,9 @@ from ..registry import OpSpec, register_op
 from .linear_attention_cases import MALFORMED, SAMPLES
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
+    check_decay_values,
     check_linear_attention,
     check_linear_attention_out,
-    check_linear_attention_values,
     feature_dim,
     rows_lie_together,
 )
@@ -312,6 +320,13 @@ def lower(
     )
 
 
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    if a.cu_seqlens is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens", a.cu_seqlens, a.q.shape[0])
+    check_decay_values(OP, a.log_decay)
+
+
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     a = FORWARD.record(*lowered)
     return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(*lowered, None))
@@ -369,7 +384,7 @@ def _backward(
         dout = dout.contiguous()
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
-    needed = dict(zip(FORWARD.arguments, ctx.needs_input_grad, strict=False))
+    needed = FORWARD.needed_gradients(ctx)
     needs = [needed["log_decay"], needed["initial_state"]]
     given = a._asdict()
     arguments = (given[name] for name in BACKWARD.arguments if name in given)
@@ -395,7 +410,7 @@ FORWARD = register(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
         check=check_linear_attention,
-        check_values=check_linear_attention_values,
+        check_values=_check_values,
         fake=_fake,
         triton="linear.linear_attention:linear_attention",
         backward=_backward,

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..check import (
     check,
     check_cu_seqlens,
-    check_cu_seqlens_values,
     check_device_of_q,
     check_last_contiguous,
     check_qkv,
@@ -176,39 +175,8 @@ def rows_lie_together(t: Tensor) -> bool:
     return t.numel() == 0 or (last and (t.shape[-2] == 1 or t.stride(-2) == t.shape[-1]))
 
 
-def check_linear_attention_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    initial_state: Tensor | None,
-    return_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> None:
-    if cu_seqlens is not None:
-        check_cu_seqlens_values(LINEAR_ATTENTION, "cu_seqlens", cu_seqlens, q.shape[0])
-    _check_decay_values(LINEAR_ATTENTION, log_decay)
-
-
-def check_decode_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    log_decay: Tensor | None,
-    feature_map: str,
-    scale: float,
-    normalize: bool,
-    state_indices: Tensor | None,
-) -> None:
-    _check_decay_values(DECODE, log_decay)
-    if state_indices is None:
-        return
-    slots, found = state.shape[0], state_indices.tolist()
+def check_slots(state_indices: Tensor, slots: int) -> None:
+    found = state_indices.tolist()
     for i in found:
         if not -1 <= i < slots:
             fail(DECODE, "state_indices", f"must be -1 (skip) or a slot below {slots}", i)
@@ -216,7 +184,7 @@ def check_decode_values(
     check(len(set(used)) == len(used), DECODE, "state_indices", "must not repeat a slot", found)
 
 
-def _check_decay_values(op: str, log_decay: Tensor | None) -> None:
+def check_decay_values(op: str, log_decay: Tensor | None) -> None:
     """A NaN spreads; it is not refused."""
     if log_decay is None:
         return

@@ -142,13 +142,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     (indices,) = ctx.saved_tensors
     dout = contiguous_rows(dout)
+    needed = FORWARD.needed_gradients(ctx)
     dy = dbase = None
-    if ctx.needs_input_grad[0]:
+    if needed["y"]:
         dy = ops.gather_tokens(dout, indices)
-    if ctx.needs_input_grad[2]:
+    if needed["base"]:
         zeros = dout.new_zeros(ctx.shape[-1]).expand(ctx.shape)
         dbase = ops.scatter_tokens(zeros, indices, dout, ctx.batch, ctx.tokens)
-    return dy, None, dbase, None, None
+    return FORWARD.gradients(y=dy, base=dbase)
 
 
 def _sample(

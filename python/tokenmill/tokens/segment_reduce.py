@@ -26,7 +26,6 @@ from .rules import check_index_values, check_indices, check_like, check_tokens
 from .segment_reduce_cases import MALFORMED, SAMPLES
 
 OP = "segment_reduce"
-WEIGHT = 3  # in the lowered list
 REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
 
 
@@ -220,7 +219,7 @@ def _backward(
     ops: Any, ctx: Any, dy: Tensor | None, dweight_sum: Tensor | None, darg: None
 ) -> tuple[Any, ...]:
     y, weight_sum, arg, x, offsets, perm, weight = ctx.saved_tensors
-    needs_dweight = ctx.needs_input_grad[WEIGHT]
+    needs_dweight = FORWARD.needed_gradients(ctx)["weight"]
     dy = y.new_zeros(y.shape) if dy is None else dy
     if dy.stride(-1) != 1:
         dy = dy.contiguous()
@@ -229,7 +228,7 @@ def _backward(
     dx, dweight = ops.segment_reduce_backward(
         dy, dweight_sum, y, weight_sum, arg, needs_dweight, x, offsets, perm, weight, ctx.reduce
     )
-    return dx, None, None, dweight if needs_dweight else None, None
+    return FORWARD.gradients(x=dx, weight=dweight if needs_dweight else None)
 
 
 FORWARD = register(
