@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
 from tokenmill import registry, testing
+from tokenmill.dispatch import ALL_BACKENDS
 
-BACKENDS = ("cpu", "emulated", "cuda", "triton", "reference")
 LEAST_SECONDS = 1.0  # of a row that is printed
 
 
@@ -23,7 +23,7 @@ def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tu
     operator = next((w for w in found if w in operators), "_".join(words) or file.parent.name)
     if any(w in isas for w in found):
         return operator, "cpu"
-    return operator, next((w for w in found if w in BACKENDS), of_file)
+    return operator, next((w for w in found if w in ALL_BACKENDS), of_file)
 
 
 def table(seconds: Iterable[tuple[str, float]], operators: Collection[str], isas: Collection[str]):
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter):
     total = sum(row[1] for row in rows)
     if total < 60:
         return
-    columns = [b for b in (*BACKENDS, "") if any(b in of for _, _, of in rows)]
+    columns = [b for b in (*ALL_BACKENDS, "") if any(b in of for _, _, of in rows)]
     write = terminalreporter.write_line
     terminalreporter.section(f"seconds of the tests: {total:.0f} of one core")
     write(f"{'':32}{'all':>8}" + "".join(f"{b or 'other':>10}" for b in columns))
