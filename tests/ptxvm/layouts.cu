@@ -7,17 +7,21 @@
 
 using namespace cute;
 
-// One row per lane: [row, column] of each value, for a matrix of `rows` rows.
+// Four lanes a line.
+const char* before(int lane) { return lane % 4 == 0 ? "    " : " "; }
+const char* after(int lane) { return lane == 31 ? "\n" : lane % 4 == 3 ? ",\n" : ","; }
+
+// For each lane [row, column] of each value, for a matrix of `rows` rows.
 template <class Layout>
 void print_matrix(const char* name, Layout layout, int rows, const char* end) {
   std::printf("   \"%s\": [\n", name);
   for (int lane = 0; lane < 32; ++lane) {
-    std::printf("    [");
+    std::printf("%s[", before(lane));
     for (int value = 0; value < size<1>(layout); ++value) {
       const int index = layout(lane, value);
       std::printf("%s[%d,%d]", value ? "," : "", index % rows, index / rows);
     }
-    std::printf("]%s\n", lane < 31 ? "," : "");
+    std::printf("]%s", after(lane));
   }
   std::printf("   ]%s\n", end);
 }
@@ -49,10 +53,10 @@ void print_ldmatrix(const char* name, const char* end) {
   }
   std::printf("],\n   \"values\": [\n");
   for (int lane = 0; lane < 32; ++lane) {
-    std::printf("    [");
+    std::printf("%s[", before(lane));
     for (int value = 0; value < elements; ++value)
       std::printf("%s%d", value ? "," : "", int(destination(lane, value * 16)) / 16);
-    std::printf("]%s\n", lane < 31 ? "," : "");
+    std::printf("]%s", after(lane));
   }
   std::printf("   ]\n  }%s\n", end);
 }
