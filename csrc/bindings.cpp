@@ -1,4 +1,5 @@
-// Module _C: what this build is. Never tensors; the package works without it.
+// Module _C: what this build is, and every operator of the library over DLPack, without torch's
+// dispatcher. The package works without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "core/driver.h"
+#include "core/exchange.h"
 
 namespace py = pybind11;
 
@@ -32,9 +34,26 @@ py::dict build_info() {
   return info;
 }
 
+// Operators of a loaded library by name. Each takes its arguments in the order of the schema or by
+// name, arrays of any type that has DLPack's table of C functions, and returns arrays of the type
+// of the first. NotImplemented: an array is of another type.
+py::dict operators(const std::string& path) {
+  const tokenmill::Library& library = tokenmill::exchange::library_of(path);
+  py::dict all;
+  for (tokenmill::Operator* op : library.operators)
+    all[op->name] =
+        py::reinterpret_steal<py::object>(tokenmill::exchange::function_of(*op, library));
+  return all;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of tokenmill.";
+  m.doc() = "Build information of tokenmill, and its operators over DLPack.";
   m.def("build_info", &build_info, "Version, compilers, instruction sets and GPU architectures.");
+  m.def(
+      "environment_asks",
+      [] { return std::getenv("TOKENMILL_BACKEND") || std::getenv("TOKENMILL_CHECK"); },
+      "Whether a variable chooses a backend or asks for checks.");
+  m.def("operators", &operators, py::arg("path"), "The operators of a loaded library by name.");
 }

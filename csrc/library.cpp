@@ -1,207 +1,193 @@
-// Every operator of the package: the table of contents. Implementations register themselves in
-// csrc/<family>/<op>/host.cpp; fake and autograd in python/tokenmill/<family>/<op>.py.
-#include "core/box.h"
+// Every operator of the package: the table of contents. A schema is the one list of the arguments
+// of an operator: the records of C++ (csrc/<family>/<op>/host.cpp) and of Python have its fields in
+// its order. What follows the leading tensors goes by keyword. Implementations register themselves
+// in host.cpp; fake and autograd in python/tokenmill/<family>/<op>.py.
+#include "core/door.h"
+#include "core/stable.h"
 
-namespace tokenmill {
 namespace {
 
-// Defines operators, and keeps their schemas for the names of arguments.
-struct Schemas {
-  void def(const char* schema) {
-    all().push_back(schema);
-    library.def(schema);
-  }
-  static std::vector<std::string_view>& all() {
-    static std::vector<std::string_view> schemas;
-    return schemas;
+struct Definitions {
+  void def(const std::string& schema) {
+    tokenmill::define_schema(schema);
+    library.def(schema.c_str());
   }
   torch::stable::detail::StableLibrary& library;
 };
 
 }  // namespace
 
-std::string argument_name(std::string_view op, size_t index) {
-  for (std::string_view schema : Schemas::all()) {
-    const size_t open = schema.find('(');
-    if (schema.substr(0, open) != op) continue;
-    std::string_view arguments = schema.substr(open + 1, schema.find(") ->") - open - 1);
-    for (size_t i = 0; i < index; ++i) arguments.remove_prefix(arguments.find(", ") + 2);
-    arguments = arguments.substr(0, arguments.find(", "));
-    return std::string(arguments.substr(arguments.rfind(' ') + 1));
-  }
-  return "argument " + std::to_string(index);
-}
+// Compiled with TOKENMILL_EMULATED, the same files make a second library, whose CUDA kernels run on
+// CPU tensors, in the PTX machine (csrc/ptxvm).
+#if defined(TOKENMILL_EMULATED)
+STABLE_TORCH_LIBRARY(tokenmill_emulated, library) {
+#else
+STABLE_TORCH_LIBRARY(tokenmill, library) {
+#endif
+  Definitions m{library};
+  using Arguments = std::string;
 
-}  // namespace tokenmill
-
-TOKENMILL_LIBRARY(library) {
-  tokenmill::Schemas m{library};
-  // dense: attention with any score map. An output that a call does not have is of size 0.
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, str kind, float scale, "
-      "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
-      "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
-      "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, str precision) -> (Tensor out, Tensor lse)");
+  // dense: attention with any score map. An output that a call does not have is of size 0. A scale
+  // of None is 1/sqrt(D).
+  const Arguments attention =
+      "Tensor q, Tensor k, Tensor v, *, str kind=\"softmax\", float? scale=None, "
+      "Tensor? score_bias=None, float score_bias_value=0.0, bool score_bias_neg_log_n=False, "
+      "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, float softcap=0.0, "
+      "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, "
+      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, "
+      "SymInt? max_seqlen_k=None, str precision=\"accurate\"";
+  m.def("attention(" + attention + ") -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "
-      "bool[] needs, Tensor q, Tensor k, Tensor v, str kind, float scale, "
-      "Tensor? score_bias, float score_bias_value, bool score_bias_neg_log_n, Tensor? bias, "
-      "Tensor? alibi_slopes, Tensor? sink, float softcap, bool causal, SymInt window_left, "
-      "SymInt window_right, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
-      "SymInt? max_seqlen_k, str precision) -> (Tensor dq, Tensor dk, "
-      "Tensor dv, Tensor dscore_bias, Tensor dbias, Tensor dalibi_slopes, Tensor dsink)");
+      "bool needs_dscore_bias, bool needs_dbias, bool needs_dalibi_slopes, bool needs_dsink, " +
+      attention +
+      ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dscore_bias, Tensor dbias, "
+      "Tensor dalibi_slopes, Tensor dsink)");
   m.def(
-      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens_k, "
-      "Tensor? block_table, str kind, float scale, Tensor? score_bias, float score_bias_value, "
-      "bool score_bias_neg_log_n, Tensor? alibi_slopes, Tensor? sink, float softcap, "
-      "SymInt window_left, SymInt num_splits, str schedule) -> (Tensor out, Tensor lse)");
-  m.def("merge_attention_states(Tensor outs, Tensor? lses) -> (Tensor out, Tensor lse)");
-  m.def(
-      "merge_attention_states_backward(Tensor dout, Tensor? dlse, Tensor outs, Tensor? lses) -> "
-      "(Tensor douts, Tensor dlses)");
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, "
+      "Tensor? block_table=None, str kind=\"softmax\", float? scale=None, "
+      "Tensor? score_bias=None, float score_bias_value=0.0, bool score_bias_neg_log_n=False, "
+      "Tensor? alibi_slopes=None, Tensor? sink=None, float softcap=0.0, SymInt window_left=-1, "
+      "SymInt num_splits=0, str schedule=\"auto\") -> (Tensor out, Tensor lse)");
+  const Arguments merge = "Tensor outs, Tensor? lses=None";
+  m.def("merge_attention_states(" + merge + ") -> (Tensor out, Tensor lse)");
+  m.def("merge_attention_states_backward(Tensor dout, Tensor? dlse, " + merge +
+        ") -> (Tensor douts, Tensor dlses)");
 
   // linear: attention as a recurrence over a state
-  m.def(
-      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, str feature_map, "
-      "float scale, bool normalize, Tensor? initial_state, bool return_final_state, "
-      "Tensor? cu_seqlens, SymInt? chunk_size) -> (Tensor out, Tensor final_state, "
-      "Tensor normalizer)");
-  m.def(
-      "linear_attention_out(Tensor q, Tensor k, Tensor v, Tensor? log_decay, str feature_map, "
-      "float scale, bool normalize, Tensor? initial_state, bool return_final_state, "
-      "Tensor? cu_seqlens, SymInt? chunk_size, Tensor(a!) out) -> (Tensor final_state, "
-      "Tensor normalizer)");
+  const Arguments linear =
+      "Tensor q, Tensor k, Tensor v, *, Tensor? log_decay=None, str feature_map=\"identity\", "
+      "float? scale=None, bool normalize=False, Tensor? initial_state=None, "
+      "bool return_final_state=False, Tensor? cu_seqlens=None, SymInt? chunk_size=None";
+  m.def("linear_attention(" + linear + ") -> (Tensor out, Tensor final_state, Tensor normalizer)");
+  m.def("linear_attention_out(" + linear +
+        ", Tensor(a!) out) -> (Tensor final_state, Tensor normalizer)");
   m.def(
       "linear_attention_backward(Tensor? dout, Tensor? dfinal_state, Tensor? out, "
-      "Tensor? normalizer, bool[] needs, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
-      "str feature_map, float scale, bool normalize, Tensor? initial_state, Tensor? cu_seqlens, "
-      "SymInt? chunk_size) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, "
-      "Tensor dinitial_state)");
+      "Tensor? normalizer, bool needs_dlog_decay, bool needs_dinitial_state, " +
+      linear + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state)");
   m.def(
-      "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? log_decay, "
-      "str feature_map, float scale, bool normalize, Tensor? state_indices) -> Tensor");
+      "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, *, "
+      "Tensor? log_decay=None, str feature_map=\"identity\", float? scale=None, "
+      "bool normalize=False, Tensor? state_indices=None) -> Tensor");
 
   // select: which keys to attend to
   m.def(
-      "topk_select(Tensor scores, SymInt k, Tensor? lengths, Tensor? row_starts, str tie, "
-      "str order, SymInt force_first, SymInt force_last, Tensor? block_table, SymInt page_size, "
-      "Tensor? row_to_batch, bool return_values) -> (Tensor indices, Tensor counts, "
-      "Tensor values, Tensor physical)");
+      "topk_select(Tensor scores, SymInt k, *, Tensor? lengths=None, Tensor? row_starts=None, "
+      "str tie=\"low\", str order=\"index\", SymInt force_first=0, SymInt force_last=0, "
+      "Tensor? block_table=None, SymInt page_size=1, Tensor? row_to_batch=None, "
+      "bool return_values=False) -> (Tensor indices, Tensor counts, Tensor values, "
+      "Tensor physical)");
   m.def(
-      "attention_column_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, "
-      "str reduce, SymInt? window_queries, str head_reduce, Tensor? lengths, "
-      "Tensor? query_lengths, float gumbel_tau, int seed) -> Tensor");
+      "attention_column_scores(Tensor q, Tensor k, Tensor? lse=None, *, float? scale=None, "
+      "bool causal=False, str reduce=\"sum\", SymInt? window_queries=None, "
+      "str head_reduce=\"none\", Tensor? lengths=None, Tensor? query_lengths=None, "
+      "float gumbel_tau=0.0, int seed=0) -> Tensor");
   m.def(
-      "attention_row_scores(Tensor q, Tensor k, Tensor? lse, float scale, bool causal, str reduce, "
-      "SymInt skip, Tensor? lengths) -> Tensor");
+      "attention_row_scores(Tensor q, Tensor k, *, Tensor? lse=None, float? scale=None, "
+      "bool causal=False, str reduce=\"mean\", SymInt skip=0, Tensor? lengths=None) -> Tensor");
   m.def(
-      "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, "
-      "Tensor? lengths, Tensor? block_table, Tensor? rotations, bool interleaved, "
-      "bool compensation) -> (Tensor lengths_now, Tensor k_sum, Tensor v_sum, Tensor dropped)");
-  m.def(
-      "sparse_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
-      "Tensor counts, Tensor seqlens_k, Tensor? block_table, SymInt block_k, SymInt num_sink, "
-      "SymInt num_recent, str pos_mode, Tensor? cos, Tensor? sin, bool interleaved, "
-      "Tensor? extra_k, Tensor? extra_v, Tensor? extra_log_count, float scale, float softcap, "
-      "Tensor? sink, SymInt num_splits, bool return_mass) -> (Tensor out, Tensor lse, "
-      "Tensor mass)");
+      "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, *, "
+      "Tensor? lengths=None, Tensor? block_table=None, Tensor? rotations=None, "
+      "bool interleaved=False, bool compensation=False) -> (Tensor lengths_now, Tensor k_sum, "
+      "Tensor v_sum, Tensor dropped)");
   // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
-      "block_pool_keys(Tensor k, SymInt block, str pooling, Tensor? lengths, "
-      "Tensor? block_table) -> Tensor");
+      "block_pool_keys(Tensor k, SymInt block, *, str pooling=\"mean\", Tensor? lengths=None, "
+      "Tensor? block_table=None) -> Tensor");
   m.def(
-      "block_pool_keys_update(Tensor k, Tensor(a!) pooled, SymInt block, str pooling, "
-      "Tensor start, Tensor? lengths, Tensor? block_table) -> ()");
+      "block_pool_keys_update(Tensor k, Tensor(a!) pooled, SymInt block, *, "
+      "str pooling=\"mean\", Tensor start, Tensor? lengths=None, Tensor? block_table=None) -> ()");
   m.def(
-      "kv_block_scores(Tensor q, Tensor k, str scoring, SymInt block_k, str q_reduce, "
-      "SymInt block_q, str head_reduce, float scale, bool causal, SymInt num_sink, "
-      "SymInt num_recent, Tensor? lengths, Tensor? block_table) -> Tensor");
-  m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold) -> Tensor");
+      "kv_block_scores(Tensor q, Tensor k, *, str scoring=\"dot\", SymInt block_k=1, "
+      "str q_reduce=\"none\", SymInt block_q=1, str head_reduce=\"none\", float? scale=None, "
+      "bool causal=False, SymInt num_sink=0, SymInt num_recent=0, Tensor? lengths=None, "
+      "Tensor? block_table=None) -> Tensor");
+  m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold=0.9) -> Tensor");
+  m.def(
+      "hip_block_select(Tensor q, Tensor k, *, SymInt budget=512, SymInt block_q=64, "
+      "SymInt block_k=2, SymInt stride_q=2, str representative=\"middle\", SymInt num_sink=16, "
+      "SymInt num_recent=256, str bound=\"sample\", Tensor? start_indices=None, "
+      "Tensor? start_counts=None, SymInt restart_span=8, bool causal=True, "
+      "str head_reduce=\"none\", Tensor? seqlens_k=None, Tensor? block_table=None) -> "
+      "(Tensor indices, Tensor counts)");
 
-  // sparse: attention to blocks of keys, and which blocks
+  // sparse: attention to selected keys, or to blocks of them
   m.def(
-      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
-      "SymInt block_q, SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, "
-      "float scale, float softcap, Tensor? lengths) -> (Tensor out, "
-      "Tensor lse)");
-  m.def(
-      "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt block_q, "
-      "SymInt block_k, bool causal, SymInt num_sink, SymInt num_recent, float scale, "
-      "float softcap, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def(
-      "bilevel_routing_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
-      "SymInt region_y, SymInt region_x, SymInt key_region_y, SymInt key_region_x, float scale, "
-      "bool mask_padding) -> (Tensor out, Tensor lse)");
-  m.def(
-      "bilevel_routing_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
-      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, SymInt region_y, "
-      "SymInt region_x, SymInt key_region_y, SymInt key_region_x, float scale, "
-      "bool mask_padding) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "sparse_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
+      "Tensor counts, *, Tensor seqlens_k, Tensor? block_table=None, SymInt block_k=1, "
+      "SymInt num_sink=0, SymInt num_recent=0, str pos_mode=\"absolute\", Tensor? cos=None, "
+      "Tensor? sin=None, bool interleaved=False, Tensor? extra_k=None, Tensor? extra_v=None, "
+      "Tensor? extra_log_count=None, float? scale=None, float softcap=0.0, Tensor? sink=None, "
+      "SymInt num_splits=0, bool return_mass=False) -> (Tensor out, Tensor lse, Tensor mass)");
+  const Arguments block_sparse =
+      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, *, SymInt block_q, "
+      "SymInt block_k, bool causal=False, SymInt num_sink=0, SymInt num_recent=0, "
+      "float? scale=None, float softcap=0.0, Tensor? lengths=None";
+  m.def("block_sparse_attention(" + block_sparse + ") -> (Tensor out, Tensor lse)");
+  m.def("block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
+        block_sparse + ") -> (Tensor dq, Tensor dk, Tensor dv)");
+  const Arguments bilevel =
+      "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, *, SymInt region_y, "
+      "SymInt region_x, SymInt key_region_y, SymInt key_region_x, float? scale=None, "
+      "bool mask_padding=True";
+  m.def("bilevel_routing_attention(" + bilevel + ") -> (Tensor out, Tensor lse)");
+  m.def("bilevel_routing_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
+        bilevel + ") -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
       "(Tensor offsets, Tensor rows)");
-  m.def(
-      "hip_block_select(Tensor q, Tensor k, SymInt budget, SymInt block_q, SymInt block_k, "
-      "SymInt stride_q, str representative, SymInt num_sink, SymInt num_recent, str bound, "
-      "Tensor? start_indices, Tensor? start_counts, SymInt restart_span, bool causal, "
-      "str head_reduce, Tensor? seqlens_k, Tensor? block_table) -> (Tensor indices, "
-      "Tensor counts)");
 
   // tokens: rows of a sequence chosen, gathered, merged, scattered and pooled. An index of -1
   // stands for no row.
   m.def(
-      "topk_partition(Tensor scores, SymInt k, Tensor? counts, bool largest, str order, "
-      "Tensor? valid, SymInt protect_first, SymInt protect_last) -> (Tensor keep, Tensor rest)");
+      "topk_partition(Tensor scores, SymInt k, *, Tensor? counts=None, bool largest=True, "
+      "str order=\"score\", Tensor? valid=None, SymInt protect_first=0, SymInt protect_last=0) -> "
+      "(Tensor keep, Tensor rest)");
   m.def(
-      "mask_partition(Tensor mask, SymInt? max_total) -> (Tensor indices, Tensor cu_seqlens, "
-      "Tensor inverse)");
+      "mask_partition(Tensor mask, *, SymInt? max_total=None) -> (Tensor indices, "
+      "Tensor cu_seqlens, Tensor inverse)");
   m.def("gather_tokens(Tensor x, Tensor indices) -> Tensor");
-  m.def("gather_tokens_out(Tensor x, Tensor indices, Tensor(a!) out) -> ()");
+  m.def("gather_tokens_out(Tensor x, Tensor indices, *, Tensor(a!) out) -> ()");
   m.def(
-      "scatter_tokens(Tensor y, Tensor indices, Tensor? base, SymInt batch, SymInt tokens) -> "
-      "Tensor");
-  m.def(
-      "gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight, SymInt prefix, "
-      "bool normalize) -> (Tensor out, Tensor weight_sum)");
-  m.def(
-      "gather_fuse_out(Tensor x, Tensor keep, Tensor rest, Tensor weight, SymInt prefix, "
-      "bool normalize, Tensor(a!) out) -> Tensor weight_sum");
-  m.def(
-      "gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum, Tensor x, Tensor keep, "
-      "Tensor rest, Tensor weight, SymInt prefix, bool normalize) -> (Tensor dx, Tensor dweight)");
-  m.def(
-      "segment_reduce(Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, str reduce) -> "
-      "(Tensor y, Tensor weight_sum, Tensor arg)");
+      "scatter_tokens(Tensor y, Tensor indices, Tensor? base=None, *, SymInt batch, "
+      "SymInt tokens) -> Tensor");
+  const Arguments fuse =
+      "Tensor x, Tensor keep, Tensor rest, Tensor weight, *, SymInt prefix=1, "
+      "bool normalize=False";
+  m.def("gather_fuse(" + fuse + ") -> (Tensor out, Tensor weight_sum)");
+  m.def("gather_fuse_out(" + fuse + ", Tensor(a!) out) -> Tensor weight_sum");
+  m.def("gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum, " + fuse +
+        ") -> (Tensor dx, Tensor dweight)");
+  const Arguments segments =
+      "Tensor x, Tensor offsets, *, Tensor? perm=None, Tensor? weight=None, str reduce=\"sum\"";
+  m.def("segment_reduce(" + segments + ") -> (Tensor y, Tensor weight_sum, Tensor arg)");
   m.def(
       "segment_reduce_backward(Tensor dy, Tensor? dweight_sum, Tensor y, Tensor weight_sum, "
-      "Tensor arg, bool needs_dweight, Tensor x, Tensor offsets, Tensor? perm, Tensor? weight, "
-      "str reduce) -> (Tensor dx, Tensor dweight)");
-  m.def("best_match(Tensor a, Tensor b, bool normalize) -> (Tensor index, Tensor score)");
-  m.def(
-      "local_pool(Tensor x, Tensor? mask, SymInt kernel_y, SymInt kernel_x, SymInt dilation_y, "
-      "SymInt dilation_x, str pooling, bool count_include_pad, bool subtract_input) -> Tensor");
-  m.def(
-      "local_pool_backward(Tensor dout, Tensor x, Tensor? mask, SymInt kernel_y, "
-      "SymInt kernel_x, SymInt dilation_y, SymInt dilation_x, str pooling, "
-      "bool count_include_pad, bool subtract_input) -> Tensor");
-  m.def(
-      "cluster_tokens(Tensor x, SymInt grid_y, SymInt grid_x, SymInt iters, float tau, "
-      "SymInt window, bool window_labels) -> (Tensor centroids, Tensor labels, Tensor mass, "
-      "Tensor previous)");
-  m.def(
-      "cluster_tokens_backward(Tensor dcentroids, Tensor mass, Tensor previous, Tensor x, "
-      "SymInt grid_y, SymInt grid_x, SymInt iters, float tau, SymInt window, "
-      "bool window_labels) -> Tensor dx");
-  m.def(
-      "reconstruct_tokens(Tensor features, Tensor centroids, Tensor values, SymInt k, float tau, "
-      "str norm) -> (Tensor out, Tensor index, Tensor weight)");
-  m.def(
-      "reconstruct_tokens_backward(Tensor dout, Tensor index, Tensor weight, Tensor features, "
-      "Tensor centroids, Tensor values, SymInt k, float tau, str norm) -> Tensor dvalues");
+      "Tensor arg, bool needs_dweight, " +
+      segments + ") -> (Tensor dx, Tensor dweight)");
+  m.def("best_match(Tensor a, Tensor b, *, bool normalize=False) -> (Tensor index, Tensor score)");
+  const Arguments pool =
+      "Tensor x, Tensor? mask=None, *, SymInt kernel_y, SymInt kernel_x, SymInt dilation_y=1, "
+      "SymInt dilation_x=1, str pooling=\"avg\", bool count_include_pad=False, "
+      "bool subtract_input=False";
+  m.def("local_pool(" + pool + ") -> Tensor");
+  m.def("local_pool_backward(Tensor dout, " + pool + ") -> Tensor");
+  const Arguments cluster =
+      "Tensor x, *, SymInt grid_y, SymInt grid_x, SymInt iters=5, float tau, SymInt window=7, "
+      "bool window_labels=False";
+  m.def("cluster_tokens(" + cluster +
+        ") -> (Tensor centroids, Tensor labels, Tensor mass, Tensor previous)");
+  m.def("cluster_tokens_backward(Tensor dcentroids, Tensor mass, Tensor previous, " + cluster +
+        ") -> Tensor dx");
+  const Arguments reconstruct =
+      "Tensor features, Tensor centroids, Tensor values, *, SymInt k=3, float tau, "
+      "str norm=\"l1\"";
+  m.def("reconstruct_tokens(" + reconstruct + ") -> (Tensor out, Tensor index, Tensor weight)");
+  m.def("reconstruct_tokens_backward(Tensor dout, Tensor index, Tensor weight, " + reconstruct +
+        ") -> Tensor dvalues");
 
   // introspection
-  m.def("cpu_isa(str? select=None) -> str");
-  m.def("cpu_peak_flops(str dtype, int repeats=5) -> float");
+  library.def("cpu_isa(str? select=None) -> str");
+  library.def("cpu_peak_flops(str dtype, int repeats=5) -> float");
 }

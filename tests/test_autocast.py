@@ -128,13 +128,12 @@ def test_gradients_have_the_dtype_of_the_leaves(spec):
 def test_torch_ops_cast_alike(spec):
     given = draw(spec)
     wanted = run(spec, by_hand(spec, given))
-    op = spec.forward.overload()
     for key in ("AutocastCPU", "AutocastCUDA"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(spec.forward.qualname, key)
     lowered = spec.lower(**given)
     written = [lowered[spec.forward.arguments.index(n)] for n in spec.forward.written]
     with autocast():
-        found = op(*lowered)
+        found = spec.forward.run("tokenmill", lowered)
     found = found if isinstance(found, tuple) else (found,)
     same([found[0], *written], [wanted[0], *wanted[len(wanted) - len(written) :]])
 

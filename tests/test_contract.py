@@ -180,6 +180,11 @@ def test_same_bits_for_any_thread_count_and_run(spec, sample, backend, threads):
         assert same_bits(first, run())
 
 
+def as_call(op, values):
+    """The arguments of torch.ops, by position and by name."""
+    return op.call(lambda *args, **kwargs: (args, kwargs), values)
+
+
 @each_call(few=SERIAL)
 def test_opcheck(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
@@ -187,7 +192,7 @@ def test_opcheck(spec, sample, backend):
     if spec.out and spec.out.has_native("CPU") and backend == "cpu":
         out = torch.zeros_like(outputs(spec.function(*args, **kwargs))[0])
         op = spec.out.overload(dispatch.namespace(backend))
-        torch.library.opcheck(op, (*lowered, out), raise_exception=True)
+        torch.library.opcheck(op, *as_call(spec.out, (*lowered, out)), raise_exception=True)
     lowered = [
         t.requires_grad_(bool(spec.differentiable))
         if isinstance(t, torch.Tensor) and t.is_floating_point()
@@ -199,7 +204,8 @@ def test_opcheck(spec, sample, backend):
     # Backends share the fake kernels and the autograd of which graphs are made.
     if backend not in INTERPRETERS or sample == spec.samples[0]:
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, tuple(lowered), test_utils=checks, raise_exception=True)
+    call = as_call(spec.forward, lowered)
+    torch.library.opcheck(op, *call, test_utils=checks, raise_exception=True)
 
 
 @each_call(few=INTERPRETERS)  # backends share what graphs are made of
@@ -339,7 +345,7 @@ def test_raw_operator_refuses_lowered_nonsense(spec, backend):
         for bad in (value.double(), value[None, None]):
             edited = [*lowered[:i], bad, *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=rf"tokenmill\.{spec.name}") as native:
-                spec.forward.overload(dispatch.namespace(backend))(*edited)
+                spec.forward.run(dispatch.namespace(backend), edited)
             with pytest.raises(RuntimeError) as python:
                 spec.forward.check(*edited)
             assert str(native.value) == str(python.value)
@@ -351,13 +357,13 @@ def test_raw_operator_names_the_tensor_that_is_missing(spec, backend):
     """torch passes None for any tensor."""
     args, kwargs = map_tensors(draw(spec.samples[0]), lambda t: t.to(device_of(backend)))
     lowered = spec.lower(*args, **kwargs)
-    op = spec.forward.overload(dispatch.namespace(backend))
-    required = [a for a in op._schema.arguments if str(a.type) == "Tensor"]
-    for argument in required if len(required) > 1 else ():
-        at = spec.forward.arguments.index(argument.name)
-        rule = rf"^tokenmill\.{spec.name}: {argument.name}: must be a tensor; got None$"
+    required = [name for name in spec.forward.arguments if name in spec.forward.tensors]
+    for name in required if len(required) > 1 else ():
+        at = spec.forward.arguments.index(name)
+        rule = rf"^tokenmill\.{spec.name}: {name}: must be a tensor; got None$"
+        edited = (*lowered[:at], None, *lowered[at + 1 :])
         with pytest.raises(RuntimeError, match=rule):
-            op(*lowered[:at], None, *lowered[at + 1 :])
+            spec.forward.run(dispatch.namespace(backend), edited)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +388,7 @@ def test_raw_operator_refuses_a_tensor_of_another_device(spec):
         for i in tensors[1:]:
             edited = [*lowered[:i], lowered[i].to("meta"), *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=r"\.\w+: \w+: must be on the device of"):
-                op.overload()(*edited)
+                op.run(library.NAMESPACE, edited)
 
 
 def backward_arguments(spec, lowered):
@@ -392,11 +398,11 @@ def backward_arguments(spec, lowered):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is spec.backward.overload():
-                seen.extend(args)
+                seen.extend(spec.backward.bind(args, kwargs or {}))
             return function(*args, **(kwargs or {}))
 
     lowered = [t.requires_grad_() if is_float(t) else t for t in lowered]
-    results = [r for r in outputs(spec.forward.overload()(*lowered)) if r.requires_grad]
+    results = [r for r in outputs(spec.forward.run(library.NAMESPACE, lowered)) if r.requires_grad]
     with Record():
         torch.autograd.grad(results, list(filter(is_float, lowered)),
                             [torch.ones_like(r) for r in results], allow_unused=True)  # fmt: skip

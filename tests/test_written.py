@@ -48,12 +48,11 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
     lowered = arguments(spec, op, backend)
     at = op.arguments.index(name)
     before = lowered[at].clone()
-    called = op.overload(dispatch.namespace(backend))
     view = torch._neg_view(lowered[at])
     edited = [*lowered[:at], view, *lowered[at + 1 :]]
     rule = rf"^tokenmill\.{spec.name}: {name}: must not be a negative or conjugate view; got a tens"
     with pytest.raises(RuntimeError, match=rule):
-        called(*edited)
+        op.run(dispatch.namespace(backend), edited)
     if op is spec.forward:
         with pytest.raises(RuntimeError, match=rule):
             dispatch.call(spec, tuple(edited), backend)

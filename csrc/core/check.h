@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "core/stable.h"
+#include "core/array.h"
 
 namespace tokenmill {
 
@@ -22,7 +22,7 @@ inline std::string show(double x) {
   std::snprintf(text, sizeof text, "%g", x);
   return text;
 }
-inline std::string show(const std::vector<int64_t>& shape) {
+inline std::string show(std::span<const int64_t> shape) {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + show(shape[i]);
   return text + "]";
@@ -61,6 +61,10 @@ inline std::string show(ScalarType t) {
       return name;
     }
   }
+}
+
+inline std::string show_device(const View& v) {
+  return v.on_gpu ? "cuda:" + std::to_string(v.device) : "cpu";
 }
 
 [[noreturn]] inline void fail(std::string_view op, std::string_view argument, std::string_view rule,

@@ -43,7 +43,7 @@ inline void check_cache(const char* op, const View& q, const View& k, const View
 
 // The cache as kernels see it.
 inline KvCache make_cache(const char* op, const View& q, const View& k, const View& v,
-                          const View& seqlens, const std::optional<View>& table) {
+                          const View& seqlens, const View& table) {
   const int64_t batch = q.size(0);
   const std::vector<int64_t> wanted{batch};
   check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
@@ -57,15 +57,15 @@ inline KvCache make_cache(const char* op, const View& q, const View& k, const Vi
   cache.pages = k.size(0);
   cache.capacity = k.size(1);
   if (table) {
-    check(table->dtype == ScalarType::Int, op, "block_table", "must be int32", table->dtype);
-    check(table->dim() == 2 && table->size(0) == batch, op, "block_table",
-          Rule("must have shape [", batch, ", pages]"), table->sizes);
-    check_last_contiguous(op, "block_table", *table);
-    check_device_of_q(op, "block_table", *table, q);
-    cache.block_table = table->data<int32_t>();
-    cache.table_stride = table->step(0);
+    check(table.dtype == ScalarType::Int, op, "block_table", "must be int32", table.dtype);
+    check(table.dim() == 2 && table.size(0) == batch, op, "block_table",
+          Rule("must have shape [", batch, ", pages]"), table.sizes);
+    check_last_contiguous(op, "block_table", table);
+    check_device_of_q(op, "block_table", table, q);
+    cache.block_table = table.data<int32_t>();
+    cache.table_stride = table.step(0);
     cache.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
-    cache.capacity = cache.pages > 0 ? table->size(1) * k.size(1) : 0;
+    cache.capacity = cache.pages > 0 ? table.size(1) * k.size(1) : 0;
   }
   return cache;
 }

@@ -2,13 +2,22 @@
 // in its order and words.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
+#include "core/check.h"
+#include "core/door.h"
 #include "core/rows.h"
-#include "core/views.h"
 
 namespace tokenmill {
 
 constexpr int64_t kMaxHeadDim = 256;
+
+// The factor of q.k of a call: 1/sqrt(D) if none is given.
+template <typename Args>
+double scale_of(const Args& a) {
+  if (a.scale) return *a.scale;
+  return a.q.dim() > 0 ? std::pow(static_cast<double>(a.q.size(-1)), -0.5) : 1.0;
+}
 
 inline void check_device_of(const char* op, const char* name, const View& t, const char* other,
                             const View& first) {
@@ -66,12 +75,11 @@ inline void check_like_out(const char* op, const char* name, const View& t,
 }
 
 // Of a backward: lse or dlse.
-inline float* check_like_lse(const char* op, const char* name, const Tensor& tensor,
+inline float* check_like_lse(const char* op, const char* name, const View& t,
                              const std::vector<int64_t>& sizes, const View& q) {
-  const View t(tensor);
   check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);
-  check(t.dtype == ScalarType::Float && tensor.is_contiguous(), op, name,
-        "must be float32 and contiguous", t.dtype);
+  check(t.dtype == ScalarType::Float && t.contiguous(), op, name, "must be float32 and contiguous",
+        t.dtype);
   check_device_of_q(op, name, t, q);
   return t.mutable_data<float>();
 }
@@ -100,12 +108,6 @@ inline int64_t check_cu_seqlens_values(const char* op, const char* name, const V
   check(ends[n - 1] == total, op, name, Rule("must end at the number of tokens, ", total),
         int64_t{ends[n - 1]});
   return longest;
-}
-
-// Results that no kernel writes: without queries, or without sequences that have them.
-template <typename... Tensors>
-void fill(double value, const Tensors&... tensors) {
-  (torch::stable::fill_(tensors, value), ...);
 }
 
 inline Rows rows_of(const View& t, bool packed) {

@@ -1,47 +1,48 @@
-// CUDA device and stream of the caller, for the CUDA half of a host.cpp.
+// Launches on the device of an array, on the stream on which its owner works.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <stdexcept>
+#include <string>
 
-#include "core/views.h"
-
-// Lives in libtorch_cuda.so. Weak, so that one library also loads beside a CPU-only torch.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "core/array.h"
 
 namespace tokenmill {
 
 #if defined(TOKENMILL_EMULATED)
 class CudaScope {
  public:
-  explicit CudaScope(int32_t) {}
+  explicit CudaScope(const View&) {}
   void* stream() const { return nullptr; }
 
  private:
   emulated::Registration registration_;
 };
-#else
-// Makes `device` current for its lifetime and names the stream that torch uses there.
+#elif defined(TOKENMILL_WITH_CUDA)
+// In cuda/launch.cu. The first makes a device current and returns the one that was; it throws.
+int use_device(int device);
+void restore_device(int device);
+
+// Makes the device of an array current for its lifetime.
 class CudaScope {
  public:
-  explicit CudaScope(int32_t device) : guard_(device) {
-    if (!aoti_torch_get_current_cuda_stream)
-      throw std::runtime_error("tokenmill: this torch has no CUDA support");
-    if (aoti_torch_get_current_cuda_stream(device, &stream_) != 0)
-      throw std::runtime_error("tokenmill: no current CUDA stream");
+  explicit CudaScope(const View& on) : before_(use_device(on.device)), on_(on) {}
+  ~CudaScope() {
+    if (before_ != on_.device) restore_device(before_);
   }
-  void* stream() const { return stream_; }
+  CudaScope(const CudaScope&) = delete;
+  CudaScope& operator=(const CudaScope&) = delete;
+  void* stream() const { return on_.framework->stream(on_.device); }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  int before_;
+  const View& on_;
 };
 #endif
 
 #if defined(TOKENMILL_WITH_CUDA)
-// launch_cuda(p, stream), which returns what went wrong or null, on the device of `first`.
+// launch_cuda(p, stream), which returns what went wrong or null.
 template <typename Params>
 void launch_on_device(const char* op, const View& first, const Params& p) {
-  CudaScope scope(first.device);
+  CudaScope scope(first);
   if (const char* error = launch_cuda(p, scope.stream()))
     throw std::runtime_error("tokenmill." + std::string(op) + ": " + error);
 }

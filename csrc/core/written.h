@@ -4,14 +4,14 @@
 #include <limits>
 #include <numeric>
 
-#include "core/views.h"
+#include "core/check.h"
 
 namespace tokenmill {
 
 // Where the elements of a tensor lie.
 struct Places {
   explicit Places(const View& t)
-      : view(t), begin(static_cast<const char*>(t.data())), width(t.tensor.element_size()) {}
+      : view(t), begin(static_cast<const char*>(t.data())), width(t.element_bytes) {}
   bool none() const {
     return std::find(view.sizes.begin(), view.sizes.end(), 0) != view.sizes.end();
   }
@@ -68,8 +68,7 @@ inline bool share_memory(const Places& a, const Places& b) {
 }
 
 struct Read {
-  Read(const char* name, const View& t) : name(name), view(&t) {}
-  Read(const char* name, const std::optional<View>& t) : name(name), view(t ? &*t : nullptr) {}
+  Read(const char* name, const View& t) : name(name), view(t ? &t : nullptr) {}
   const char* name;
   const View* view;  // null: not given
 };

@@ -78,3 +78,18 @@ const char* launch_kernel(const void* kernel, const LaunchShape& shape, void** a
 }
 
 }  // namespace tokenmill::cuda
+
+namespace tokenmill {
+
+int use_device(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  if (const char* text = cuda::error_text(error))
+    throw std::runtime_error(std::string("tokenmill: ") + text);
+  return before;
+}
+
+void restore_device(int device) { cudaSetDevice(device); }
+
+}  // namespace tokenmill

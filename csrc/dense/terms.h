@@ -14,7 +14,7 @@ inline void check_small(const char* op, const char* name, const View& t, const V
   check_device_of_q(op, name, t, q);
 }
 
-inline void check_kind(const char* op, const std::string& kind) {
+inline void check_kind(const char* op, std::string_view kind) {
   check(kind == "softmax" || kind == "sigmoid", op, "kind", "must be 'softmax' or 'sigmoid'", kind);
 }
 
@@ -25,11 +25,11 @@ inline void check_scale(const char* op, double scale, double softcap) {
 }
 
 // [H] or [B, H]; sets the stride between batches.
-inline const float* per_head(const char* op, const char* name, const OptTensor& tensor,
-                             const View& q, int64_t batch, int64_t heads, int64_t& batch_stride) {
+inline const float* per_head(const char* op, const char* name, const View& tensor, const View& q,
+                             int64_t batch, int64_t heads, int64_t& batch_stride) {
   batch_stride = 0;
   if (!tensor) return nullptr;
-  const View t(*tensor);
+  const View& t = tensor;
   const std::vector<int64_t> one{heads}, each{batch, heads};
   check(t.sizes == one || t.sizes == each, op, name, Rule("must have shape ", one, " or ", each),
         t.sizes);
@@ -39,14 +39,13 @@ inline const float* per_head(const char* op, const char* name, const OptTensor& 
 }
 
 // Batch, heads and map of p must be known.
-inline void set_terms(const char* op, AttentionParams& p, const View& q, const std::string& kind,
-                      const OptTensor& score_bias, const OptTensor& alibi_slopes,
-                      const OptTensor& sink) {
+inline void set_terms(const char* op, AttentionParams& p, const View& q, std::string_view kind,
+                      const View& score_bias, const View& alibi_slopes, const View& sink) {
   p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
   p.alibi_slopes = per_head(op, "alibi_slopes", alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
   if (sink) {
     check(p.map == ScoreMap::softmax, op, "sink", "needs kind 'softmax', not", kind);
-    const View t(*sink);
+    const View& t = sink;
     const std::vector<int64_t> wanted{p.heads};
     check(t.sizes == wanted, op, "sink", Rule("must have shape ", wanted), t.sizes);
     check_small(op, "sink", t, q);

@@ -9,7 +9,7 @@
 
 namespace tokenmill {
 
-inline std::optional<FeatureMap> feature_map_of(const std::string& name) {
+inline std::optional<FeatureMap> feature_map_of(std::string_view name) {
   constexpr std::pair<const char*, FeatureMap> kMaps[] = {{"identity", FeatureMap::identity},
                                                           {"elu1", FeatureMap::elu1},
                                                           {"relu", FeatureMap::relu},
@@ -21,8 +21,8 @@ inline std::optional<FeatureMap> feature_map_of(const std::string& name) {
 }
 
 inline FeatureMap check_linear_inputs(const char* op, const View& q, const View& k, const View& v,
-                                      const std::optional<View>& log_decay,
-                                      const std::string& feature_map, double scale, bool packed) {
+                                      const View& log_decay, std::string_view feature_map,
+                                      double scale, bool packed) {
   check_qkv(op, q, k, v, packed ? 3 : 4);
   check(k.size(-3) == q.size(-3), op, "k", Rule("must have the length of q, ", q.size(-3)),
         k.size(-3));
@@ -35,11 +35,11 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
   check(std::isfinite(scale), op, "scale", "must be finite", scale);
   if (log_decay) {
     const std::vector<int64_t> head{q.size(-2)}, token(q.sizes.begin(), q.sizes.end() - 1);
-    check(log_decay->sizes == head || log_decay->sizes == token, op, "log_decay",
-          Rule("must have shape ", head, " or ", token), log_decay->sizes);
-    check(log_decay->dtype == ScalarType::Float, op, "log_decay", "must be float32",
-          log_decay->dtype);
-    check_device_of_q(op, "log_decay", *log_decay, q);
+    check(log_decay.sizes == head || log_decay.sizes == token, op, "log_decay",
+          Rule("must have shape ", head, " or ", token), log_decay.sizes);
+    check(log_decay.dtype == ScalarType::Float, op, "log_decay", "must be float32",
+          log_decay.dtype);
+    check_device_of_q(op, "log_decay", log_decay, q);
   }
   return *map;
 }
@@ -47,8 +47,8 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
 inline void check_state(const char* op, const char* name, const View& t, const View& q) {
   check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
   const bool rows_lie_together =
-      t.tensor.numel() == 0 || ((t.size(-1) == 1 || t.strides.back() == 1) &&
-                                (t.size(-2) == 1 || t.strides[t.dim() - 2] == t.size(-1)));
+      t.numel() == 0 || ((t.size(-1) == 1 || t.strides.back() == 1) &&
+                         (t.size(-2) == 1 || t.strides[t.dim() - 2] == t.size(-1)));
   check(rows_lie_together, op, name, "must have the rows of a head without gaps; strides",
         t.strides);
   check_device_of_q(op, name, t, q);

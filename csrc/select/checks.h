@@ -9,10 +9,10 @@
 namespace tokenmill {
 
 // [B] int32; null if not given
-inline const int32_t* per_request(const char* op, const char* name, const OptTensor& tensor,
+inline const int32_t* per_request(const char* op, const char* name, const View& tensor,
                                   int64_t batch, const char* other, const View& first) {
   if (!tensor) return nullptr;
-  const View t(*tensor);
+  const View& t = tensor;
   const std::vector<int64_t> wanted{batch};
   check(t.sizes == wanted, op, name, Rule("must have shape ", wanted), t.sizes);
   check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
@@ -30,9 +30,9 @@ inline void check_length_values(const char* op, const char* name, const int32_t*
 
 // [B, H, Sq] of q [B, Sq, H, D]; null if not given
 template <typename Params>
-void set_lse(const char* op, const OptTensor& lse, const View& q, Params& p) {
+void set_lse(const char* op, const View& lse, const View& q, Params& p) {
   if (!lse) return;
-  const View t(*lse);
+  const View& t = lse;
   const std::vector<int64_t> wanted{q.size(0), q.size(2), q.size(1)};
   check(t.sizes == wanted, op, "lse", Rule("must have shape ", wanted), t.sizes);
   check(t.dtype == ScalarType::Float, op, "lse", "must be float32", t.dtype);
@@ -44,13 +44,13 @@ void set_lse(const char* op, const OptTensor& lse, const View& q, Params& p) {
 }
 
 // Requests of keys [B, S, ...], or of a table of pages.
-inline int64_t batch_of(const View& k, const OptTensor& block_table) {
-  return block_table ? View(*block_table).size(0) : k.size(0);
+inline int64_t batch_of(const View& k, const View& block_table) {
+  return block_table ? block_table.size(0) : k.size(0);
 }
 
-inline void check_block_table(const char* op, const OptTensor& block_table, const View& k) {
+inline void check_block_table(const char* op, const View& block_table, const View& k) {
   if (!block_table) return;
-  const View t(*block_table);
+  const View& t = block_table;
   check(t.dim() == 2, op, "block_table", "must have 2 dimensions [B, P]", t.dim());
   check(t.dtype == ScalarType::Int, op, "block_table", "must be int32", t.dtype);
   check_last_contiguous(op, "block_table", t);
@@ -58,10 +58,10 @@ inline void check_block_table(const char* op, const OptTensor& block_table, cons
 }
 
 // k [B, S, H, ...] or [pages, page_size, H, ...]
-inline KeyRows key_rows(const View& k, const OptTensor& block_table) {
+inline KeyRows key_rows(const View& k, const View& block_table) {
   KeyRows rows{k.data(), k.step(0), k.step(1), k.step(2), k.size(1), nullptr, 0, k.size(1), 0};
   if (block_table) {
-    const View t(*block_table);
+    const View& t = block_table;
     rows.rows = t.size(1) * k.size(1);
     rows.table = t.data<int32_t>();
     rows.table_stride = t.step(0);

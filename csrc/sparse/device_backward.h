@@ -12,21 +12,21 @@ void launch_with_transposed_lists(const char* op, const View& q, Params& p, int6
   const auto& f = p.forward;
   TransposeBlockListParams t{f.list, f.attention.batch, blocks};
   const auto [sort_bytes, bytes] =
-      (CudaScope(q.device), std::pair(workspace_bytes(t), workspace_bytes(p)));
+      (CudaScope(q), std::pair(workspace_bytes(t), workspace_bytes(p)));
   const auto take = [&](std::vector<int64_t> sizes, ScalarType dtype) {
-    return empty(sizes, q.tensor, dtype);
+    return empty(sizes, q, dtype);
   };
-  Tensor offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
-  Tensor rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
-  Tensor sort = take({sort_bytes}, ScalarType::Byte);
-  Tensor workspace = take({bytes}, ScalarType::Byte);
-  t.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
-  t.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
-  t.workspace = sort.mutable_data_ptr();
+  Array offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
+  Array rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
+  Array sort = take({sort_bytes}, ScalarType::Byte);
+  Array workspace = take({bytes}, ScalarType::Byte);
+  t.offsets = offsets.mutable_data<int32_t>();
+  t.rows = rows.mutable_data<int32_t>();
+  t.workspace = sort.mutable_data();
   launch_on_device(op, q, t);
   p.offsets = t.offsets;
   p.rows = t.rows;
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = workspace.mutable_data();
   launch_on_device(op, q, p);
 }
 #endif

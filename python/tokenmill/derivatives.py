@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -41,38 +43,43 @@ def autograd_function(op: TorchOp, namespace: str) -> type[torch.autograd.Functi
         setup_context, backward = op.setup_context, op.backward
     else:
         return None
-    overload, ops = op.overload(namespace), getattr(torch.ops, namespace)
-    direct = _BelowAutograd(ops)
+    ops = {below: _Calls(namespace, below) for below in (True, False)}
 
     def run(ctx: Any, *args: Any) -> Any:
         *arguments, keys = args
         if torch._C._are_functorch_transforms_active():
             # The next level records by itself; apply has switched recording off.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                results = _below(overload, keys, arguments)
+                results = _below(op, namespace, keys, arguments)
         else:
-            results = _below(overload, keys, arguments)
+            results = _below(op, namespace, keys, arguments)
         setup_context(ctx, arguments, results)
         return results
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        return (*backward(direct if _plain() else ops, ctx, *grads), None)
+        return (*backward(ops[_plain()], ctx, *grads), None)
 
     members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
     return type(f"{op.name}_autograd", (torch.autograd.Function,), members)
 
 
-class _BelowAutograd:
-    """torch.ops.<namespace>, whose operators skip the dispatcher's autograd, 10 us a call."""
+class _Calls:
+    """The operators of torch.ops.<namespace> for a backward, with all arguments by position. Below
+    autograd they skip the dispatcher's, 10 us a call."""
 
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
+    def __init__(self, namespace: str, below: bool) -> None:
+        self._namespace = namespace
+        self._below = below
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        overload = getattr(self._ops, name).default
+        from .library import registered
 
-        def run(*arguments: Any) -> Any:
-            return _below(overload, None, arguments)
+        op = registered(name)
+
+        def run(*values: Any) -> Any:
+            if self._below:
+                return below_autograd(op, self._namespace, values)
+            return op.run(self._namespace, values)
 
         setattr(self, name, run)
         return run
@@ -86,11 +93,21 @@ def _plain() -> bool:
     return not (torch.is_grad_enabled() or modes or transformed())
 
 
-def _below(overload: Any, keys: Any, arguments: Sequence[Any]) -> Any:
+def below_autograd(op: TorchOp, namespace: str, values: Sequence[Any]) -> Any:
+    """The results of a call that nobody records."""
+    results = op.run_direct(namespace, values)
+    if results is not NotImplemented:
+        return results
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is None:
-            return overload(*arguments)
-        return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+        return op.run(namespace, values)
+
+
+def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any:
+    if keys is None:
+        return below_autograd(op, namespace, values)
+    with torch._C._AutoDispatchBelowAutograd():
+        keys &= torch._C._after_autograd_keyset
+        return op.call(op.overload(namespace).redispatch, values, keys)
 
 
 def keep(ctx: Any, inputs: Sequence[Any], *results: Tensor | None) -> None:
@@ -127,11 +144,12 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
 
 def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
     """The operator at the dispatcher's autograd keys, at every level of torch.func."""
-    overload, function = op.overload(namespace), op.autograd_function(namespace)
+    function = op.autograd_function(namespace)
     # Function.apply itself would start again at the uppermost level.
     apply: Any = function and super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
-    def kernel(keys: Any, *arguments: Any) -> Any:
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = op.bind(args, kwargs)
         tangent = None
         if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
             tangent = _find_tangent(op, arguments)
@@ -144,7 +162,7 @@ def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
                     return apply(*arguments, keys)
                 with enable_single_level_autograd_function():
                     return apply(*arguments, keys)
-        results = _below(overload, keys, arguments)
+        results = _below(op, namespace, keys, arguments)
         note_writes(op, arguments)
         if tangent and _has_floating(results):
             _refuse_tangent(op, *tangent)
@@ -194,9 +212,12 @@ def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
             torch.autograd.graph.increment_version(t)
 
 
-def vmap_rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
-    """The operator called for one element of the batch after the other."""
-    overload = op.overload(namespace)
+def vmap_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
+    """The operator called for one element of the batch after the other. torch's own registration
+    refuses schemas with tensors that go by keyword."""
+
+    def run(*values: Any) -> Any:
+        return op.run(namespace, values)
 
     def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -214,7 +235,7 @@ def vmap_rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
                 rows[i] = [t.select(0, row) for row in range(size)]
             else:
                 rows[i] = [arguments[i]] * size
-        results = [overload(*row) for row in zip(*rows, strict=True)]
+        results = [run(*row) for row in zip(*rows, strict=True)]
         if results[0] is None:
             return None, None
         if isinstance(results[0], Tensor):
@@ -222,4 +243,8 @@ def vmap_rule(op: TorchOp, namespace: str) -> Callable[..., Any]:
         columns = tuple(torch.stack(column) for column in zip(*results, strict=True))
         return columns, (0,) * len(columns)
 
-    return rule
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        level: Any = retrieve_current_functorch_interpreter()
+        return custom_function_call_vmap_helper(level, rule, run, *op.bind(args, kwargs))
+
+    return kernel

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import autocast, library
+from . import autocast, door, library
 from .check import InputError, fail, synchronising_checks
-from .derivatives import note_writes, refuse_gradient, transformed
+from .derivatives import below_autograd, note_writes, refuse_gradient, transformed
 
 if TYPE_CHECKING:
     from .registry import OpSpec
@@ -101,6 +101,10 @@ def call(
     spec: OpSpec, lowered: tuple[Any, ...], backend: str | None, out: torch.Tensor | None = None
 ) -> tuple[Any, ...]:
     """Runs the lowered call on the backend chosen for it; the first result is written into out."""
+    if backend is None and out is None and _asked is None:
+        results = _call_directly(spec.forward, lowered)
+        if results is not NotImplemented:
+            return results
     if autocast.enabled() and (device := autocast.device_of(lowered)):
         if out is None:
             lowered = spec.forward.cast(lowered)
@@ -116,7 +120,7 @@ def call(
         refuse_gradient(checked, arguments)
     if chosen == "reference":
         if not torch.compiler.is_compiling():  # the dispatcher does so before a kernel
-            lowered = _resolve_views(checked, lowered)
+            lowered = checked.resolve_views(lowered)
             arguments = lowered if out is None else (*lowered, out)
         checked.check(*arguments, float64=True)
         spec.forward.check_values(*lowered)
@@ -128,26 +132,28 @@ def call(
     if out is not None and not _has_out(spec, chosen):
         checked.check(*arguments)
         return _results(call(spec, lowered, chosen), out)
-    op = checked.overload(namespace(chosen))
     if torch.compiler.is_compiling() or transformed():
-        return _results(op(*arguments), None, out)
+        return _results(checked.run(namespace(chosen), arguments), None, out)
     # Autograd in the dispatcher costs 10 us a call, as much as the rest of the dispatch.
     if autograd and (function := checked.autograd_function(namespace(chosen))):
         return _results(function.apply(*arguments, None), None, out)
-    with torch._C._AutoDispatchBelowAutograd():
-        results = op(*arguments)
+    results = below_autograd(checked, namespace(chosen), arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
 
 
-def _resolve_views(op: library.TorchOp, lowered: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Materialises lazy negatives and conjugates, except in arguments that the call writes."""
-    return tuple(
-        value.resolve_neg().resolve_conj()
-        if isinstance(value, torch.Tensor) and name not in op.written
-        else value
-        for name, value in zip(op.arguments, lowered, strict=False)
-    )
+def _call_directly(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
+    """The results of a plain call on the native backend of its device, for which nothing else was
+    asked; NotImplemented for any other call."""
+    run = op.direct(library.NAMESPACE)
+    if run is None or not door.is_open() or door.environment_asks():
+        return NotImplemented
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
+        return NotImplemented
+    results = run(*values)
+    if results is not NotImplemented and op.written:
+        note_writes(op, values)
+    return results
 
 
 def _mode_of_reference(

@@ -89,8 +89,8 @@ def _register(specs: Sequence[OpSpec], counter: ModuleType) -> None:
             counter.register_flop_formula(packets, get_raw=True)(formula)
 
 
-def _count(spec: OpSpec, op: TorchOp, *arguments: Any, out_val: Any = None) -> int:
-    given = dict(zip(op.arguments, arguments, strict=True))
+def _count(spec: OpSpec, op: TorchOp, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    given = dict(zip(op.arguments, op.bind(args, kwargs), strict=True))
     lowered = [given.get(name) for name in spec.forward.arguments]
     formula: Callable[..., float] = spec.flops
     if op is spec.backward:

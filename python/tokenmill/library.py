@@ -14,14 +14,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import derivatives
+from . import derivatives, door
 from .autocast import Autocast, device_of
 from .check import check_device_of, check_tensor
 
@@ -68,6 +68,8 @@ class TorchOp:
     refuses_gradients: bool = False
     autocast: Autocast | None = None
     arguments: tuple[str, ...] = field(init=False)  # names of the schema
+    positional: int = field(init=False)  # how many of them may go without their name
+    defaults: tuple[Any, ...] = field(init=False)  # of the arguments, None where there is none
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
     tensors: frozenset[str] = field(init=False)  # those that must be tensors
     _functions: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
@@ -98,6 +100,8 @@ class TorchOp:
         schema = self.overload()._schema.arguments
         written = tuple(a.name for a in schema if a.alias_info and a.alias_info.is_write)
         object.__setattr__(self, "arguments", tuple(a.name for a in schema))
+        object.__setattr__(self, "positional", sum(not a.kwarg_only for a in schema))
+        object.__setattr__(self, "defaults", tuple(a.default_value for a in schema))
         object.__setattr__(self, "written", written)
         tensors = frozenset(a.name for a in schema if str(a.type) == "Tensor")
         object.__setattr__(self, "tensors", tensors)
@@ -107,6 +111,24 @@ class TorchOp:
         """The arguments of a call as a named tuple, in the order of the schema."""
         return collections.namedtuple(self.name, self.arguments)
 
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments of a call of torch.ops, in the order of the schema: a scale of None is that
+        of the head dimension."""
+        values = [*args, *self.defaults[len(args) :]]
+        for name, value in kwargs.items():
+            values[self.arguments.index(name)] = value
+        given = dict(zip(self.arguments, values, strict=True))
+        if "scale" in given and given["scale"] is None:
+            q = given["q"]
+            scale = q.shape[-1] ** -0.5 if isinstance(q, torch.Tensor) and q.dim() else 1.0
+            values[self.arguments.index("scale")] = scale
+        return tuple(values)
+
+    def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
+        """run(*before, ...) with all arguments of a call, as an overload of torch.ops takes them."""
+        named = dict(zip(self.arguments[self.positional :], values[self.positional :], strict=True))
+        return run(*before, *values[: self.positional], **named)
+
     def needed_gradients(self, ctx: Any) -> dict[str, bool]:
         """Which arguments the backward of a call owes a gradient, by name."""
         return dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
@@ -114,6 +136,31 @@ class TorchOp:
     def gradients(self, **of: Any) -> tuple[Any, ...]:
         """What the backward of the operator returns: the gradients given by name, else None."""
         return tuple(of.get(name) for name in self.arguments)
+
+    def run(self, namespace: str, values: Sequence[Any]) -> Any:
+        """torch.ops.<namespace>.<name> with all arguments of a call."""
+        return self.call(self.overload(namespace), values)
+
+    def resolve_views(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """Materialises lazy negatives and conjugates, except in arguments that the call writes."""
+        return tuple(
+            value.resolve_neg().resolve_conj()
+            if isinstance(value, torch.Tensor) and name not in self.written
+            else value
+            for name, value in zip(self.arguments, values, strict=False)
+        )
+
+    def direct(self, namespace: str) -> Callable[..., Any] | None:
+        """The operator as module _C has it; None where this build has no native one."""
+        return _direct.get(namespace, {}).get(self.name)
+
+    def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
+        """The results of a call without dispatcher, as torch.ops gives them, or NotImplemented."""
+        run = self.direct(namespace) if door.is_open() else None
+        results = run(*values) if run else NotImplemented
+        if results is NotImplemented or len(results) > 1:
+            return results
+        return results[0] if results else None
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of a call under autocast as the kernel gets them."""
@@ -136,7 +183,12 @@ class TorchOp:
 
 
 _native_keys: set[tuple[str, str]] = set()
+_direct = {NAMESPACE: door.functions(_OPS)}
 _registered: dict[str, TorchOp] = {}
+
+
+def registered(name: str) -> TorchOp:
+    return _registered[name]
 
 
 def register(op: TorchOp) -> TorchOp:
@@ -169,18 +221,20 @@ def _attach(op: TorchOp, namespace: str) -> None:
     torch.library.register_fake(qualname, functools.partial(_call_fake, op))
     autograd = derivatives.autograd_kernel(op, namespace)
     _libraries[namespace].impl(op.name, autograd, "Autograd", with_keyset=True)
-    torch.library.register_vmap(qualname, derivatives.vmap_rule(op, namespace))
+    vmap = derivatives.vmap_kernel(op, namespace)
+    _libraries[namespace].impl(op.name, vmap, "FuncTorchBatched", with_keyset=True)
     if op.autocast:
         for key in ("AutocastCPU", "AutocastCUDA"):
             kernel = functools.partial(_call_autocast, op, namespace)
             _libraries[namespace].impl(op.name, kernel, key)
 
 
-def _call_autocast(op: TorchOp, namespace: str, *args: Any) -> Any:
-    if device_of(args):
-        args = op.cast(args)
+def _call_autocast(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> Any:
+    values = op.bind(args, kwargs)
+    if device_of(values):
+        values = op.cast(values)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-        return op.overload(namespace)(*args)
+        return op.run(namespace, values)
 
 
 def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
@@ -191,29 +245,31 @@ def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
     op.check(*args)
 
 
-def _call_fake(op: TorchOp, *args: Any) -> Any:
-    _check(op, args)
+def _call_fake(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
+    values = op.bind(args, kwargs)
+    _check(op, values)
     # A call with one tensor on meta comes here too, and its results would be memory nobody wrote.
-    given = zip(op.arguments, args, strict=True)
+    given = zip(op.arguments, values, strict=True)
     tensors = [(name, t) for name, t in given if isinstance(t, torch.Tensor)]
     first, anchor = tensors[0]
     for name, t in tensors[1:]:
         check_device_of(op.name, name, t, first, anchor)
-    return op.fake(*args)
+    return op.fake(*values)
 
 
-def _call_on_views(op: TorchOp, namespace: str, *args: Any) -> Any:
-    _check(op, args)  # refuses those that are written
-    resolved = (a.resolve_conj().resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
-    return op.overload(namespace)(*resolved)
+def _call_on_views(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> Any:
+    values = op.resolve_views(op.bind(args, kwargs))
+    _check(op, values)  # refuses those that are written
+    return op.run(namespace, values)
 
 
-def _call_triton(op: TorchOp, *args: Any) -> Any:
-    _check(op, args)
+def _call_triton(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
+    values = op.bind(args, kwargs)
+    _check(op, values)
     assert op.triton
     module, function = op.triton.split(":")
     kernels = importlib.import_module(f"tokenmill.triton_kernels.{module}")
-    return getattr(kernels, function)(*args)
+    return getattr(kernels, function)(*values)
 
 
 def triton_interpreted() -> bool:
@@ -240,6 +296,7 @@ def _load_emulated() -> set[str]:
     """The operators of the emulated library, which is loaded at the first call."""
     if not _emulated_ops:
         torch.ops.load_library(str(EMULATED_PATH))
+        _direct[EMULATED_NAMESPACE] = door.functions(EMULATED_PATH)
         _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
         for op in _registered.values():
             qualname = f"{EMULATED_NAMESPACE}::{op.name}"

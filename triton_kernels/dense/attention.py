@@ -219,10 +219,9 @@ def attention_backward(
     dlse: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
-    needs: list[bool],
-    *lowered: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    call = Call(*lowered)
+    needs, call = rest[:4], Call(*rest[4:])
     plan = call.plan()
     extras = (call.score_bias, call.bias, call.alibi_slopes, call.sink)
     score_bias, bias, slopes, sink = (
@@ -274,9 +273,9 @@ def attention_backward(
         dq,
         dk,
         dv,
-        _sum_blocks(call, score_bias_sums, score_bias),
+        _sum_blocks(call, score_bias_sums),
         _bias_gradient(call, plan.queries, douts, lse, delta, qkv, bias),
-        _sum_blocks(call, slope_sums, slopes),
+        _sum_blocks(call, slope_sums),
         _sink_gradient(call, lse, delta, sink),
     )
 
@@ -321,20 +320,23 @@ def _bias_gradient(
     return dbias
 
 
-def _sum_blocks(call: Call, sums: Tensor | None, argument: Tensor | None) -> Tensor:
-    """Of [B, H, blocks], to the shape of the argument, [H] or [B, H]."""
-    if sums is None or argument is None:
-        return _none(call)
-    return sums.sum((0, 2) if argument.dim() == 1 else 2)
+def _sum_blocks(call: Call, sums: Tensor | None) -> Tensor:
+    """Of [B, H, blocks]: [B, H]."""
+    return _none(call) if sums is None else sums.sum(2)
 
 
 def _sink_gradient(
     call: Call, lse: Tensor | None, delta: Tensor | None, sink: Tensor | None
 ) -> Tensor:
-    """-sum of P_sink delta, for the sink has no value."""
+    """-sum of P_sink delta, for the sink has no value: [B, H]."""
     if lse is None or delta is None or sink is None:
         return _none(call)
     logits = sink[:, None]
     p = torch.where(lse == logits, 1.0, torch.exp(logits - lse))  # also where both are inf
     p = torch.where(lse == float("-inf"), 0.0, p)
-    return -(p * delta).transpose(-1, -2).flatten(0, -2).sum(0)
+    sums = -(p * delta)  # [B, H, Sq], or [H, Tq]
+    if not call.packed:
+        return sums.sum(2)
+    dsink = call.q.new_zeros((call.batch, call.heads), dtype=torch.float32)
+    dsink[:1] = sums.sum(1)  # that of all sequences
+    return dsink

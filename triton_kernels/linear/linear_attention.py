@@ -65,6 +65,7 @@ class Call(NamedTuple):
     scale: float
     normalize: bool
     initial_state: Tensor | None
+    return_final_state: bool
     cu_seqlens: Tensor | None
     chunk_size: int | None
 
@@ -265,6 +266,7 @@ def linear_attention(
         scale,
         normalize,
         initial_state,
+        return_final_state,
         cu_seqlens,
         chunk_size,
     )
@@ -303,7 +305,8 @@ def linear_attention_backward(
     dfinal_state: Tensor | None,
     out: Tensor | None,
     normalizer: Tensor | None,
-    needs: list[bool],
+    needs_dlog_decay: bool,
+    needs_dinitial_state: bool,
     *lowered: Any,
 ) -> tuple[Tensor, ...]:
     call = Call(*lowered)
@@ -334,7 +337,7 @@ def linear_attention_backward(
         call, tiles, k, v, None, None, call.initial_state, None, queries=False
     )
     dinitial = None
-    if needs[1]:
+    if needs_dinitial_state:
         dinitial = call.float32(*call.state_shape)
     gradients = _states_of_chunks(
         call, tiles, q, dout, normalizer, delta, dfinal_state, dinitial, queries=True
@@ -363,7 +366,7 @@ def linear_attention_backward(
             **options,
         )
     ddecay = call.float32(0)
-    if needs[0]:
+    if needs_dlog_decay:
         ddecay = _decay_gradient(call, plan.decay, inputs, states, gradients)
     return dq, dk, dv, ddecay, call.float32(0) if dinitial is None else dinitial
 

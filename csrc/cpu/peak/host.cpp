@@ -2,7 +2,8 @@
 // the measured peak of its multiply-add units.
 #include <time.h>
 
-#include "core/box.h"
+#include "core/check.h"
+#include "core/stable.h"
 #include "cpu/peak/params.h"
 
 namespace tokenmill {
@@ -44,9 +45,13 @@ double cpu_peak_flops(std::string dtype, int64_t repeats) {
 
 }  // namespace
 
-TOKENMILL_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TOKENMILL_BOX(cpu_isa));
-  m.impl("cpu_peak_flops", TOKENMILL_BOX(cpu_peak_flops));
+#if defined(TOKENMILL_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(tokenmill_emulated, CompositeExplicitAutograd, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(tokenmill, CompositeExplicitAutograd, m) {
+#endif
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_peak_flops", TORCH_BOX(&cpu_peak_flops));
 }
 
 }  // namespace tokenmill

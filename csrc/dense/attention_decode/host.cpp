@@ -12,73 +12,73 @@ constexpr int64_t kMaxSplits = 1024;
 void run(DecodeParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
-    const int64_t bytes = (CudaScope(q.device), workspace_bytes(p));
-    Tensor workspace = empty({bytes}, q.tensor, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
+    const int64_t bytes = (CudaScope(q), workspace_bytes(p));
+    Array workspace = empty({bytes}, q, ScalarType::Byte);
+    p.workspace = workspace.mutable_data();
     return launch_on_device(kOp, q, p);
   }
 #endif
   cpu::attention_decode(p);
 }
 
-// The checks are those of python/tokenmill/dense/attention_decode.py, in its order and words.
-std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_cache,
-                                            Tensor seqlens_k, OptTensor block_table,
-                                            std::string kind, double scale, OptTensor score_bias,
-                                            double score_bias_value, bool score_bias_neg_log_n,
-                                            OptTensor alibi_slopes, OptTensor sink, double softcap,
-                                            int64_t window_left, int64_t num_splits,
-                                            std::string schedule) {
-  const View qv(q), kv(k_cache), vv(v_cache), lengths(seqlens_k);
-  const std::optional<View> table = block_table ? std::optional<View>(*block_table) : std::nullopt;
-  check_cache(kOp, qv, kv, vv, table.has_value());
-  check_kind(kOp, kind);
-  check_scale(kOp, scale, softcap);
-  check(window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", window_left);
-  check(num_splits >= 0 && num_splits <= kMaxSplits, kOp, "num_splits",
-        Rule("must be 0 (automatic) to ", kMaxSplits), num_splits);
-  check(schedule == "auto" || schedule == "split" || schedule == "stream_k", kOp, "schedule",
-        "must be 'auto', 'split' or 'stream_k'", schedule);
-  check(num_splits == 0 || schedule != "stream_k", kOp, "schedule",
-        Rule("must be 'auto' or 'split' with num_splits ", num_splits), schedule);
-  DecodeParams d{};
-  d.cache = make_cache(kOp, qv, kv, vv, lengths, table);
-  d.num_splits = num_splits;
-  d.stream_k = num_splits == 0 && schedule != "split";
-  AttentionParams& p = d.attention;
-  p.batch = qv.size(0);
-  p.seqlen_q = qv.size(1);
-  p.heads = qv.size(2);
-  p.kv_heads = kv.size(2);
-  p.head_dim = qv.size(3);
-  p.value_dim = vv.size(3);
-  p.dtype = to_dtype(qv.dtype);
-  p.map = kind == "softmax" ? ScoreMap::softmax : ScoreMap::sigmoid;
-  p.q = rows_of(qv, false);
-  p.scale = static_cast<float>(scale);
-  p.softcap = static_cast<float>(softcap);
-  p.score_bias_value = static_cast<float>(score_bias_value);
-  p.score_bias_neg_log_n = score_bias_neg_log_n;
-  p.window_left = window_left;
-  set_terms(kOp, p, qv, kind, score_bias, alibi_slopes, sink);
-  check_cache_values(kOp, qv, kv, d.cache);
+struct AttentionDecodeArgs : Record {
+  View q, k_cache, v_cache, seqlens_k, block_table;
+  std::string_view kind;
+  Optional<double> scale;
+  View score_bias;
+  double score_bias_value;
+  bool score_bias_neg_log_n;
+  View alibi_slopes, sink;
+  double softcap;
+  int64_t window_left, num_splits;
+  std::string_view schedule;
+};
 
-  Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
+// The checks are those of python/tokenmill/dense/attention_decode.py, in its order and words.
+std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
+  check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
+  check_kind(kOp, a.kind);
+  check_scale(kOp, scale_of(a), a.softcap);
+  check(a.window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", a.window_left);
+  check(a.num_splits >= 0 && a.num_splits <= kMaxSplits, kOp, "num_splits",
+        Rule("must be 0 (automatic) to ", kMaxSplits), a.num_splits);
+  check(a.schedule == "auto" || a.schedule == "split" || a.schedule == "stream_k", kOp, "schedule",
+        "must be 'auto', 'split' or 'stream_k'", a.schedule);
+  check(a.num_splits == 0 || a.schedule != "stream_k", kOp, "schedule",
+        Rule("must be 'auto' or 'split' with num_splits ", a.num_splits), a.schedule);
+  DecodeParams d{};
+  d.cache = make_cache(kOp, a.q, a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
+  d.num_splits = a.num_splits;
+  d.stream_k = a.num_splits == 0 && a.schedule != "split";
+  AttentionParams& p = d.attention;
+  p.batch = a.q.size(0);
+  p.seqlen_q = a.q.size(1);
+  p.heads = a.q.size(2);
+  p.kv_heads = a.k_cache.size(2);
+  p.head_dim = a.q.size(3);
+  p.value_dim = a.v_cache.size(3);
+  p.dtype = to_dtype(a.q.dtype);
+  p.map = a.kind == "softmax" ? ScoreMap::softmax : ScoreMap::sigmoid;
+  p.q = rows_of(a.q, false);
+  p.scale = static_cast<float>(scale_of(a));
+  p.softcap = static_cast<float>(a.softcap);
+  p.score_bias_value = static_cast<float>(a.score_bias_value);
+  p.score_bias_neg_log_n = a.score_bias_neg_log_n;
+  p.window_left = a.window_left;
+  set_terms(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
+  check_cache_values(kOp, a.q, a.k_cache, d.cache);
+
+  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
   const bool softmax = p.map == ScoreMap::softmax;
-  Tensor lse = empty(softmax ? std::vector{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
-                     q, ScalarType::Float);
-  p.out = rows_of(View(out), false);
-  p.lse = softmax ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  if (out.numel() > 0) run(d, qv);
+  Array lse = empty(softmax ? std::vector{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
+                    a.q, ScalarType::Float);
+  p.out = rows_of(out, false);
+  p.lse = softmax ? lse.mutable_data<float>() : nullptr;
+  if (out.numel() > 0) run(d, a.q);
   return {out, lse};
 }
 
+const Registration kOperators({&implement<attention_decode>("attention_decode")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("attention_decode", TOKENMILL_BOX(attention_decode)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("attention_decode", TOKENMILL_BOX(attention_decode)); }
-#endif
-
 }  // namespace tokenmill

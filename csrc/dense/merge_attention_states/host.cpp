@@ -1,5 +1,6 @@
+#include "core/check.h"
+#include "core/door.h"
 #include "core/stream.h"
-#include "core/views.h"
 #include "dense/merge_attention_states/params.h"
 
 namespace tokenmill {
@@ -12,7 +13,7 @@ void check_device(const char* name, const View& t, const View& outs) {
 }
 
 // The checks of python/tokenmill/dense/merge.py, in its order and words.
-MergeParams make_params(const View& outs, const View* lses) {
+MergeParams make_params(const View& outs, const View& lses) {
   check(outs.dim() == 5 || outs.dim() == 4, kOp, "outs",
         "must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]", outs.dim());
   check(is_kernel_dtype(outs.dtype), kOp, "outs", "must be float16, bfloat16 or float32",
@@ -38,14 +39,14 @@ MergeParams make_params(const View& outs, const View* lses) {
     if (b) wanted.push_back(p.batch);
     wanted.push_back(p.heads);
     wanted.push_back(p.seqlen);
-    check(lses->sizes == wanted, kOp, "lses", Rule("must have shape ", wanted), lses->sizes);
-    check(lses->dtype == ScalarType::Float, kOp, "lses", "must be float32", lses->dtype);
-    check_device("lses", *lses, outs);
-    p.lses = lses->data<float>();
-    p.lses_part = lses->step(0);
-    p.lses_batch = b ? lses->step(1) : 0;
-    p.lses_head = lses->step(1 + b);
-    p.lses_seq = lses->step(2 + b);
+    check(lses.sizes == wanted, kOp, "lses", Rule("must have shape ", wanted), lses.sizes);
+    check(lses.dtype == ScalarType::Float, kOp, "lses", "must be float32", lses.dtype);
+    check_device("lses", lses, outs);
+    p.lses = lses.data<float>();
+    p.lses_part = lses.step(0);
+    p.lses_batch = b ? lses.step(1) : 0;
+    p.lses_head = lses.step(1 + b);
+    p.lses_seq = lses.step(2 + b);
   }
   return p;
 }
@@ -64,65 +65,63 @@ void launch(const Params& p, int64_t rows, const View& where, const Cpu& launch_
   launch_cpu(p);
 }
 
-std::tuple<Tensor, Tensor> merge_attention_states(Tensor outs, OptTensor lses) {
-  const View o(outs);
-  const std::optional<View> l = lses ? std::optional<View>(*lses) : std::nullopt;
-  MergeParams p = make_params(o, l ? &*l : nullptr);
-  Tensor out = empty(without_front(o.sizes), outs);
-  Tensor lse =
-      empty(l ? without_front(l->sizes) : std::vector<int64_t>{0}, outs, ScalarType::Float);
-  p.out = out.mutable_data_ptr();
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  launch(p, p.rows(), o, cpu::merge_states);
+struct MergeAttentionStatesArgs : Record {
+  View outs, lses;
+};
+
+std::tuple<Array, Array> merge_attention_states(const MergeAttentionStatesArgs& a) {
+  MergeParams p = make_params(a.outs, a.lses);
+  Array out = empty(without_front(a.outs.sizes), a.outs);
+  Array lse = empty(a.lses ? without_front(a.lses.sizes) : std::vector<int64_t>{0}, a.outs,
+                    ScalarType::Float);
+  p.out = out.mutable_data();
+  p.lse = lse.mutable_data<float>();
+  launch(p, p.rows(), a.outs, cpu::merge_states);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> merge_attention_states_backward(Tensor dout, OptTensor dlse, Tensor outs,
-                                                           OptTensor lses) {
-  const View o(outs), d(dout);
-  const std::optional<View> l = lses ? std::optional<View>(*lses) : std::nullopt;
+struct MergeAttentionStatesBackwardArgs : Record {
+  View dout, dlse;
+  MergeAttentionStatesArgs forward;
+};
+
+std::tuple<Array, Array> merge_attention_states_backward(
+    const MergeAttentionStatesBackwardArgs& a) {
+  const MergeAttentionStatesArgs& in = a.forward;
   MergeBackwardParams p{};
-  p.forward = make_params(o, l ? &*l : nullptr);
-  const std::vector<int64_t> wanted = without_front(o.sizes);
-  check(d.sizes == wanted, kOp, "dout", Rule("must have shape ", wanted), d.sizes);
-  check(d.dtype == o.dtype, kOp, "dout", "must have the dtype of outs", d.dtype);
-  check(d.last_contiguous(), kOp, "dout", "must have a contiguous last dimension; strides",
-        d.strides);
-  check_device("dout", d, o);
-  const int64_t b = d.dim() - 3;
-  p.dout = d.data();
-  p.dout_batch = b ? d.step(0) : 0;
-  p.dout_seq = d.step(b);
-  p.dout_head = d.step(1 + b);
-  if (l && dlse) {
-    const View v(*dlse);
-    check(v.sizes == without_front(l->sizes), kOp, "dlse",
-          Rule("must have shape ", without_front(l->sizes)), v.sizes);
-    check(v.dtype == ScalarType::Float && dlse->is_contiguous(), kOp, "dlse",
+  p.forward = make_params(in.outs, in.lses);
+  const std::vector<int64_t> wanted = without_front(in.outs.sizes);
+  check(a.dout.sizes == wanted, kOp, "dout", Rule("must have shape ", wanted), a.dout.sizes);
+  check(a.dout.dtype == in.outs.dtype, kOp, "dout", "must have the dtype of outs", a.dout.dtype);
+  check(a.dout.last_contiguous(), kOp, "dout", "must have a contiguous last dimension; strides",
+        a.dout.strides);
+  check_device("dout", a.dout, in.outs);
+  const int64_t b = a.dout.dim() - 3;
+  p.dout = a.dout.data();
+  p.dout_batch = b ? a.dout.step(0) : 0;
+  p.dout_seq = a.dout.step(b);
+  p.dout_head = a.dout.step(1 + b);
+  if (in.lses && a.dlse) {
+    const View& v = a.dlse;
+    check(v.sizes == without_front(in.lses.sizes), kOp, "dlse",
+          Rule("must have shape ", without_front(in.lses.sizes)), v.sizes);
+    check(v.dtype == ScalarType::Float && v.contiguous(), kOp, "dlse",
           "must be float32 and contiguous", v.dtype);
-    check_device("dlse", v, o);
+    check_device("dlse", v, in.outs);
     p.dlse = v.data<float>();
   }
-  Tensor douts = empty(o.sizes, outs);
-  Tensor dlses = empty(l ? l->sizes : std::vector<int64_t>{0}, outs, ScalarType::Float);
-  p.douts = douts.mutable_data_ptr();
-  p.dlses = static_cast<float*>(dlses.mutable_data_ptr());
-  launch(p, p.forward.rows(), o, cpu::merge_states_backward);
+  Array douts = empty(in.outs.sizes, in.outs);
+  Array dlses = empty(in.lses ? std::vector<int64_t>(in.lses.sizes) : std::vector<int64_t>{0},
+                      in.outs, ScalarType::Float);
+  p.douts = douts.mutable_data();
+  p.dlses = dlses.mutable_data<float>();
+  launch(p, p.forward.rows(), in.outs, cpu::merge_states_backward);
   return {douts, dlses};
 }
 
+const Registration kOperators(
+    {&implement<merge_attention_states>("merge_attention_states"),
+     &implement<merge_attention_states_backward>("merge_attention_states_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("merge_attention_states", TOKENMILL_BOX(merge_attention_states));
-  m.impl("merge_attention_states_backward", TOKENMILL_BOX(merge_attention_states_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("merge_attention_states", TOKENMILL_BOX(merge_attention_states));
-  m.impl("merge_attention_states_backward", TOKENMILL_BOX(merge_attention_states_backward));
-}
-#endif
-
 }  // namespace tokenmill

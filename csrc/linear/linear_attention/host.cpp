@@ -8,17 +8,17 @@ namespace {
 
 constexpr const char* kOp = "linear_attention";
 
-// The arguments of the schema after q, k, v: the lowered list.
-struct Options {
-  OptTensor log_decay;
-  std::string feature_map;
-  double scale;
+struct LinearAttentionArgs : Record {
+  View q, k, v, log_decay;
+  std::string_view feature_map;
+  Optional<double> scale;
   bool normalize;
-  OptTensor initial_state;
-  OptTensor cu_seqlens;
-  std::optional<int64_t> chunk_size;
+  View initial_state;
+  bool return_final_state;
+  View cu_seqlens;
+  Optional<int64_t> chunk_size;
 
-  bool packed() const { return cu_seqlens.has_value(); }
+  bool packed() const { return bool(cu_seqlens); }
 };
 
 std::vector<int64_t> state_sizes(const LinearAttentionParams& p) {
@@ -38,50 +38,46 @@ std::vector<int64_t> out_sizes(const View& q, const View& v) {
 }
 
 // All that metadata can break.
-LinearAttentionParams make_params(const View& q, const View& k, const View& v, const Options& o) {
-  const bool packed = o.packed();
-  std::optional<View> decay, initial, cu;
-  if (o.log_decay) decay.emplace(*o.log_decay);
-  if (o.initial_state) initial.emplace(*o.initial_state);
+LinearAttentionParams make_params(const LinearAttentionArgs& a) {
+  const bool packed = a.packed();
   LinearAttentionParams p{};
-  p.map = check_linear_inputs(kOp, q, k, v, decay, o.feature_map, o.scale, packed);
-  p.batch = q.size(0);
+  p.map = check_linear_inputs(kOp, a.q, a.k, a.v, a.log_decay, a.feature_map, scale_of(a), packed);
+  p.batch = a.q.size(0);
   if (packed) {
-    cu.emplace(*o.cu_seqlens);
-    check_cu_seqlens(kOp, "cu_seqlens", *cu, q);
-    p.batch = cu->size(0) - 1;
-    p.cu_seqlens = cu->data<int32_t>();
+    check_cu_seqlens(kOp, "cu_seqlens", a.cu_seqlens, a.q);
+    p.batch = a.cu_seqlens.size(0) - 1;
+    p.cu_seqlens = a.cu_seqlens.data<int32_t>();
   }
-  p.heads = q.size(-2);
-  p.kv_heads = k.size(-2);
-  p.seqlen = q.size(-3);
-  p.head_dim = q.size(-1);
-  p.value_dim = v.size(-1);
-  p.dtype = to_dtype(q.dtype);
-  p.normalize = o.normalize;
-  p.scale = static_cast<float>(o.scale);
-  p.q = rows_of(q, packed);
-  p.k = rows_of(k, packed);
-  p.v = rows_of(v, packed);
-  if (decay) p.decay = log_decay_of(*decay, packed);
-  if (initial) {
+  p.heads = a.q.size(-2);
+  p.kv_heads = a.k.size(-2);
+  p.seqlen = a.q.size(-3);
+  p.head_dim = a.q.size(-1);
+  p.value_dim = a.v.size(-1);
+  p.dtype = to_dtype(a.q.dtype);
+  p.normalize = a.normalize;
+  p.scale = static_cast<float>(scale_of(a));
+  p.q = rows_of(a.q, packed);
+  p.k = rows_of(a.k, packed);
+  p.v = rows_of(a.v, packed);
+  if (a.log_decay) p.decay = log_decay_of(a.log_decay, packed);
+  if (a.initial_state) {
     const std::vector<int64_t> wanted = state_sizes(p);
-    check(initial->sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted),
-          initial->sizes);
-    check_state(kOp, "initial_state", *initial, q);
-    p.initial = states_of(*initial);
+    check(a.initial_state.sizes == wanted, kOp, "initial_state", Rule("must have shape ", wanted),
+          a.initial_state.sizes);
+    check_state(kOp, "initial_state", a.initial_state, a.q);
+    p.initial = states_of(a.initial_state);
   }
-  const int64_t chunk = o.chunk_size.value_or(0);
+  const int64_t chunk = a.chunk_size.value_or(0);
   const bool power = chunk >= 16 && chunk <= 256 && (chunk & (chunk - 1)) == 0;
-  check(!o.chunk_size || power, kOp, "chunk_size", "must be a power of two from 16 to 256", chunk);
+  check(!a.chunk_size || power, kOp, "chunk_size", "must be a power of two from 16 to 256", chunk);
   p.chunk_size = chunk;
   return p;
 }
 
-void check_values(const View& q, const Options& o) {
-  if (q.is_cuda) return;
-  if (o.cu_seqlens) check_cu_seqlens_values(kOp, "cu_seqlens", View(*o.cu_seqlens), q.size(0));
-  if (o.log_decay) check_decay_values(kOp, View(*o.log_decay));
+void check_values(const LinearAttentionArgs& a) {
+  if (a.q.is_cuda) return;
+  if (a.cu_seqlens) check_cu_seqlens_values(kOp, "cu_seqlens", a.cu_seqlens, a.q.size(0));
+  if (a.log_decay) check_decay_values(kOp, a.log_decay);
 }
 
 void check_like_out(const View& t, const char* name, const View& q, const View& v) {
@@ -95,12 +91,12 @@ void check_like_out(const View& t, const char* name, const View& q, const View& 
 void check_float(const View& t, const char* name, const std::vector<int64_t>& wanted,
                  const View& q) {
   check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
-  check(t.dtype == ScalarType::Float && t.tensor.is_contiguous(), kOp, name,
-        "must be float32 and contiguous", t.dtype);
+  check(t.dtype == ScalarType::Float && t.contiguous(), kOp, name, "must be float32 and contiguous",
+        t.dtype);
   check_device_of_q(kOp, name, t, q);
 }
 
-float* float_data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+float* float_data(const View& t) { return t.mutable_data<float>(); }
 
 #if defined(TOKENMILL_WITH_CUDA)
 LinearAttentionParams& forward_of(LinearAttentionParams& p) { return p; }
@@ -110,10 +106,10 @@ template <typename Params>
 void run_cuda(Params& p, const View& q) {
   int64_t floats = 0;
   {
-    CudaScope scope(q.device);
+    CudaScope scope(q);
     floats = workspace_floats(p);
   }
-  Tensor workspace = empty({floats}, q.tensor, ScalarType::Float);
+  Array workspace = empty({floats}, q, ScalarType::Float);
   forward_of(p).workspace = float_data(workspace);
   launch_on_device(kOp, q, p);
 }
@@ -133,138 +129,115 @@ void run(LinearAttentionBackwardParams& p, const View& q) {
 }
 
 // Writes out; returns final_state and normalizer.
-std::tuple<Tensor, Tensor> forward(LinearAttentionParams& p, const View& q, const Tensor& out,
-                                   bool return_final_state, bool packed) {
-  const View ov(out);
-  ov.note(true);
-  p.out = rows_of(ov, packed);
-  Tensor final_state = empty(return_final_state ? state_sizes(p) : std::vector<int64_t>{0},
-                             q.tensor, ScalarType::Float);
-  Tensor normalizer = empty(normalizer_sizes(p), q.tensor, ScalarType::Float);
-  if (return_final_state) p.final = states_of(View(final_state));
+std::tuple<Array, Array> forward(LinearAttentionParams& p, const LinearAttentionArgs& a,
+                                 const View& out) {
+  out.note(true);
+  p.out = rows_of(out, a.packed());
+  Array final_state = empty(a.return_final_state ? state_sizes(p) : std::vector<int64_t>{0}, a.q,
+                            ScalarType::Float);
+  Array normalizer = empty(normalizer_sizes(p), a.q, ScalarType::Float);
+  if (a.return_final_state) p.final = states_of(final_state);
   if (p.normalize) p.normalizer = float_data(normalizer);
   if (p.batch == 0)
     fill(0, out, normalizer);
   else if (out.numel() + final_state.numel() > 0)
-    run(p, q);
+    run(p, a.q);
   return {final_state, normalizer};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_attention(Tensor q, Tensor k, Tensor v,
-                                                    OptTensor log_decay, std::string feature_map,
-                                                    double scale, bool normalize,
-                                                    OptTensor initial_state,
-                                                    bool return_final_state, OptTensor cu_seqlens,
-                                                    std::optional<int64_t> chunk_size) {
-  const View qv(q), kv(k), vv(v);
-  const Options o{log_decay, feature_map, scale, normalize, initial_state, cu_seqlens, chunk_size};
-  LinearAttentionParams p = make_params(qv, kv, vv, o);
-  check_values(qv, o);
-  Tensor out = empty(out_sizes(qv, vv), q);
-  auto [final_state, normalizer] = forward(p, qv, out, return_final_state, o.packed());
+std::tuple<Array, Array, Array> linear_attention(const LinearAttentionArgs& a) {
+  LinearAttentionParams p = make_params(a);
+  check_values(a);
+  Array out = empty(out_sizes(a.q, a.v), a.q);
+  auto [final_state, normalizer] = forward(p, a, out);
   return {out, final_state, normalizer};
 }
 
-std::tuple<Tensor, Tensor> linear_attention_out(Tensor q, Tensor k, Tensor v, OptTensor log_decay,
-                                                std::string feature_map, double scale,
-                                                bool normalize, OptTensor initial_state,
-                                                bool return_final_state, OptTensor cu_seqlens,
-                                                std::optional<int64_t> chunk_size, Tensor out) {
-  const View qv(q), kv(k), vv(v);
-  const Options o{log_decay, feature_map, scale, normalize, initial_state, cu_seqlens, chunk_size};
-  LinearAttentionParams p = make_params(qv, kv, vv, o);
-  const View ov(out);
-  check_like_out(ov, "out", qv, vv);
-  const auto view = [](const OptTensor& t) { return t ? std::optional<View>(*t) : std::nullopt; };
-  check_written(kOp, "out", ov,
-                {{"q", qv},
-                 {"k", kv},
-                 {"v", vv},
-                 {"log_decay", view(log_decay)},
-                 {"initial_state", view(initial_state)},
-                 {"cu_seqlens", view(cu_seqlens)}});
-  check_values(qv, o);
-  return forward(p, qv, out, return_final_state, o.packed());
+struct LinearAttentionOutArgs : Record {
+  LinearAttentionArgs forward;
+  View out;
+};
+
+std::tuple<Array, Array> linear_attention_out(const LinearAttentionOutArgs& a) {
+  const LinearAttentionArgs& in = a.forward;
+  LinearAttentionParams p = make_params(in);
+  check_like_out(a.out, "out", in.q, in.v);
+  check_written(kOp, "out", a.out,
+                {{"q", in.q},
+                 {"k", in.k},
+                 {"v", in.v},
+                 {"log_decay", in.log_decay},
+                 {"initial_state", in.initial_state},
+                 {"cu_seqlens", in.cu_seqlens}});
+  check_values(in);
+  return forward(p, in, a.out);
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Array, Array, Array, Array, Array>;
 
-Gradients linear_attention_backward(OptTensor dout, OptTensor dfinal_state, OptTensor out,
-                                    OptTensor normalizer, std::vector<bool> needs, Tensor q,
-                                    Tensor k, Tensor v, OptTensor log_decay,
-                                    std::string feature_map, double scale, bool normalize,
-                                    OptTensor initial_state, OptTensor cu_seqlens,
-                                    std::optional<int64_t> chunk_size) {
-  const View qv(q), kv(k), vv(v);
-  const Options o{log_decay, feature_map, scale, normalize, initial_state, cu_seqlens, chunk_size};
+struct LinearAttentionBackwardArgs : Record {
+  View dout, dfinal_state, out, normalizer;
+  bool needs_dlog_decay, needs_dinitial_state;
+  LinearAttentionArgs forward;
+};
+
+Gradients linear_attention_backward(const LinearAttentionBackwardArgs& a) {
+  const LinearAttentionArgs& in = a.forward;
   LinearAttentionBackwardParams p{};
-  p.forward = make_params(qv, kv, vv, o);
+  p.forward = make_params(in);
   LinearAttentionParams& f = p.forward;
-  const bool packed = o.packed();
-  if (dout) {
-    const View t(*dout);
-    check_like_out(t, "dout", qv, vv);
+  const bool packed = in.packed();
+  if (a.dout) {
+    const View& t = a.dout;
+    check_like_out(t, "dout", in.q, in.v);
     p.dout = rows_of(t, packed);
   }
-  if (dfinal_state) {
-    const View t(*dfinal_state);
-    check_float(t, "dfinal_state", state_sizes(f), qv);
+  if (a.dfinal_state) {
+    const View& t = a.dfinal_state;
+    check_float(t, "dfinal_state", state_sizes(f), in.q);
     p.dfinal = states_of(t);
   }
-  if (normalize && dout) {
-    if (!out || !normalizer)
-      fail(kOp, out ? "normalizer" : "out", "must be given with normalize and dout", "None");
-    const View ov(*out), nv(*normalizer);
-    check_like_out(ov, "out", qv, vv);
-    check_float(nv, "normalizer", normalizer_sizes(f), qv);
-    f.out = rows_of(ov, packed);
-    f.normalizer = float_data(*normalizer);
+  if (in.normalize && a.dout) {
+    if (!a.out || !a.normalizer)
+      fail(kOp, a.out ? "normalizer" : "out", "must be given with normalize and dout", "None");
+    check_like_out(a.out, "out", in.q, in.v);
+    check_float(a.normalizer, "normalizer", normalizer_sizes(f), in.q);
+    f.out = rows_of(a.out, packed);
+    f.normalizer = float_data(a.normalizer);
   }
-  check(needs.size() == 2, kOp, "needs", "must have 2 flags (log_decay, initial_state)",
-        static_cast<int64_t>(needs.size()));
-  check_values(qv, o);
+  check_values(in);
 
-  Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
-  p.dq = rows_of(View(dq), packed);
-  p.dk = rows_of(View(dk), packed);
-  p.dv = rows_of(View(dv), packed);
-  const bool wants_decay = needs[0] && log_decay, wants_initial = needs[1] && initial_state;
+  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
+  p.dq = rows_of(dq, packed);
+  p.dk = rows_of(dk, packed);
+  p.dv = rows_of(dv, packed);
+  const bool wants_decay = a.needs_dlog_decay && in.log_decay,
+             wants_initial = a.needs_dinitial_state && in.initial_state;
   std::vector<int64_t> decay_sizes{0};
   if (wants_decay && f.decay.per_token)
-    decay_sizes.assign(qv.sizes.begin(), qv.sizes.end() - 1);
+    decay_sizes.assign(in.q.sizes.begin(), in.q.sizes.end() - 1);
   else if (wants_decay)
     decay_sizes = {f.batch, f.heads};
-  Tensor ddecay = empty(decay_sizes, q, ScalarType::Float);
-  Tensor dinitial =
-      empty(wants_initial ? state_sizes(f) : std::vector<int64_t>{0}, q, ScalarType::Float);
+  Array ddecay = empty(decay_sizes, in.q, ScalarType::Float);
+  Array dinitial =
+      empty(wants_initial ? state_sizes(f) : std::vector<int64_t>{0}, in.q, ScalarType::Float);
   if (wants_decay) {
-    const View t(ddecay);
+    const View& t = ddecay;
     p.ddecay = log_decay_of(t, packed);
     p.ddecay.per_token = f.decay.per_token;
     if (!f.decay.per_token) p.ddecay.batch = t.step(0), p.ddecay.seq = 0;
   }
-  if (wants_initial) p.dinitial = states_of(View(dinitial));
+  if (wants_initial) p.dinitial = states_of(dinitial);
   if (f.batch == 0 || f.heads == 0)
     fill(0, dq, dk, dv, ddecay);
-  else if (q.numel() + k.numel() + ddecay.numel() + dinitial.numel() > 0)
-    run(p, qv);
+  else if (in.q.numel() + in.k.numel() + ddecay.numel() + dinitial.numel() > 0)
+    run(p, in.q);
   return {dq, dk, dv, ddecay, dinitial};
 }
 
+const Registration kOperators({&implement<linear_attention>("linear_attention"),
+                               &implement<linear_attention_out>("linear_attention_out"),
+                               &implement<linear_attention_backward>("linear_attention_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("linear_attention", TOKENMILL_BOX(linear_attention));
-  m.impl("linear_attention_out", TOKENMILL_BOX(linear_attention_out));
-  m.impl("linear_attention_backward", TOKENMILL_BOX(linear_attention_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("linear_attention", TOKENMILL_BOX(linear_attention));
-  m.impl("linear_attention_out", TOKENMILL_BOX(linear_attention_out));
-  m.impl("linear_attention_backward", TOKENMILL_BOX(linear_attention_backward));
-}
-#endif
-
 }  // namespace tokenmill

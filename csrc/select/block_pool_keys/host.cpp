@@ -5,22 +5,22 @@ namespace {
 
 constexpr const char* kOp = "block_pool_keys";
 
-Tensor block_pool_keys(Tensor k, int64_t block, std::string mode, OptTensor lengths,
-                       OptTensor block_table) {
-  const View keys(k);
-  PoolParams p = pool_params(kOp, keys, block, mode, lengths, block_table);
-  Tensor pooled = empty(pooled_sizes(p), k);
-  set_pooled(p, View(pooled));
-  run_pool(kOp, p, keys);
+struct BlockPoolKeysArgs : Record {
+  View k;
+  int64_t block;
+  std::string_view mode;
+  View lengths, block_table;
+};
+
+Array block_pool_keys(const BlockPoolKeysArgs& a) {
+  PoolParams p = pool_params(kOp, a.k, a.block, a.mode, a.lengths, a.block_table);
+  Array pooled = empty(pooled_sizes(p), a.k);
+  set_pooled(p, pooled);
+  run_pool(kOp, p, a.k);
   return pooled;
 }
 
+const Registration kOperators({&implement<block_pool_keys>("block_pool_keys")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("block_pool_keys", TOKENMILL_BOX(block_pool_keys)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("block_pool_keys", TOKENMILL_BOX(block_pool_keys)); }
-#endif
-
 }  // namespace tokenmill

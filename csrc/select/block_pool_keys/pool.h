@@ -7,8 +7,8 @@
 namespace tokenmill {
 
 // The checks are those of python/tokenmill/select/block_pool_keys.py, in its order and words.
-inline PoolParams pool_params(const char* op, const View& k, int64_t block, const std::string& mode,
-                              const OptTensor& lengths, const OptTensor& block_table) {
+inline PoolParams pool_params(const char* op, const View& k, int64_t block, std::string_view mode,
+                              const View& lengths, const View& block_table) {
   check(k.dim() == 4, op, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
         k.dim());
   check(is_kernel_dtype(k.dtype), op, "k", "must be float16, bfloat16 or float32", k.dtype);

@@ -6,33 +6,31 @@ namespace {
 
 constexpr const char* kOp = "block_pool_keys_update";
 
-void block_pool_keys_update(Tensor k, Tensor pooled, int64_t block, std::string mode, Tensor start,
-                            OptTensor lengths, OptTensor block_table) {
-  const View keys(k), out(pooled);
-  PoolParams p = pool_params(kOp, keys, block, mode, lengths, block_table);
-  p.start = per_request(kOp, "start", start, p.batch, "k", keys);
+struct BlockPoolKeysUpdateArgs : Record {
+  View k, pooled;
+  int64_t block;
+  std::string_view mode;
+  View start, lengths, block_table;
+};
+
+void block_pool_keys_update(const BlockPoolKeysUpdateArgs& a) {
+  PoolParams p = pool_params(kOp, a.k, a.block, a.mode, a.lengths, a.block_table);
+  p.start = per_request(kOp, "start", a.start, p.batch, "k", a.k);
   const std::vector<int64_t> wanted = pooled_sizes(p);
-  check(out.sizes == wanted, kOp, "pooled", Rule("must have shape ", wanted), out.sizes);
-  check(out.dtype == keys.dtype, kOp, "pooled", Rule("must have the dtype of k, ", keys.dtype),
-        out.dtype);
-  check_last_contiguous(kOp, "pooled", out);
-  check_device_of(kOp, "pooled", out, "k", keys);
-  std::optional<View> limits, table;
-  if (lengths) limits.emplace(*lengths);
-  if (block_table) table.emplace(*block_table);
-  check_written(kOp, "pooled", out,
-                {{"k", keys}, {"start", View(start)}, {"lengths", limits}, {"block_table", table}});
-  out.note(true);
-  set_pooled(p, out);
-  run_pool(kOp, p, keys);
+  check(a.pooled.sizes == wanted, kOp, "pooled", Rule("must have shape ", wanted), a.pooled.sizes);
+  check(a.pooled.dtype == a.k.dtype, kOp, "pooled", Rule("must have the dtype of k, ", a.k.dtype),
+        a.pooled.dtype);
+  check_last_contiguous(kOp, "pooled", a.pooled);
+  check_device_of(kOp, "pooled", a.pooled, "k", a.k);
+  check_written(
+      kOp, "pooled", a.pooled,
+      {{"k", a.k}, {"start", a.start}, {"lengths", a.lengths}, {"block_table", a.block_table}});
+  a.pooled.note(true);
+  set_pooled(p, a.pooled);
+  run_pool(kOp, p, a.k);
 }
 
+const Registration kOperators({&implement<block_pool_keys_update>("block_pool_keys_update")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("block_pool_keys_update", TOKENMILL_BOX(block_pool_keys_update)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("block_pool_keys_update", TOKENMILL_BOX(block_pool_keys_update)); }
-#endif
-
 }  // namespace tokenmill

@@ -53,127 +53,125 @@ void run(const CompactParams& p, const View& k) {
   cpu::kv_cache_compact(p);
 }
 
+struct KvCacheCompactArgs : Record {
+  View k_cache, v_cache, keep, counts, lengths, block_table, turns;
+  bool interleaved, compensation;
+};
+
 // The checks are those of python/tokenmill/select/cache_compact.py, in its order and words.
-std::tuple<Tensor, Tensor, Tensor, Tensor> kv_cache_compact(Tensor k_cache, Tensor v_cache,
-                                                            Tensor keep, Tensor counts,
-                                                            OptTensor lengths,
-                                                            OptTensor block_table, OptTensor turns,
-                                                            bool interleaved, bool compensation) {
-  const View k(k_cache), v(v_cache), list(keep), n(counts);
-  const std::pair<const char*, const View*> caches[] = {{"k_cache", &k}, {"v_cache", &v}};
+std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
+  const std::pair<const char*, const View*> caches[] = {{"k_cache", &a.k_cache},
+                                                        {"v_cache", &a.v_cache}};
   for (auto [name, t] : caches)
     check(t->dim() == 4, kOp, name,
           "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
-  check(is_kernel_dtype(k.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32", k.dtype);
-  check(v.dtype == k.dtype, kOp, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
-        v.dtype);
-  check_device_of(kOp, "v_cache", v, "k_cache", k);
+  check(is_kernel_dtype(a.k_cache.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32",
+        a.k_cache.dtype);
+  check(a.v_cache.dtype == a.k_cache.dtype, kOp, "v_cache",
+        Rule("must have the dtype of k_cache, ", a.k_cache.dtype), a.v_cache.dtype);
+  check_device_of(kOp, "v_cache", a.v_cache, "k_cache", a.k_cache);
   for (auto [name, t] : caches) {
     check_last_contiguous(kOp, name, *t);
     check(t->size(3) >= 1 && t->size(3) <= kMaxHeadDim, kOp, name,
           Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(3));
   }
-  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), kOp, "v_cache",
-        Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
-  std::optional<View> table, held, rotations;
+  check(std::equal(a.v_cache.sizes.begin(), a.v_cache.sizes.end() - 1, a.k_cache.sizes.begin()),
+        kOp, "v_cache",
+        Rule("must have the shape of k_cache up to the head dimension, ", a.k_cache.sizes),
+        a.v_cache.sizes);
   CompactParams p{};
-  p.heads = k.size(2);
-  check(list.dim() == 2 || (list.dim() == 3 && list.size(1) == p.heads), kOp, "keep",
-        Rule("must have shape [B, K] or [B, ", p.heads, ", K]"), list.sizes);
-  check_ints("keep", list, k);
-  p.batch = list.size(0);
-  p.per_head = list.dim() == 3;
-  const std::vector<int64_t> wanted(list.sizes.begin(), list.sizes.end() - 1);
-  check(n.sizes == wanted, kOp, "counts", Rule("must have shape ", wanted), n.sizes);
-  check_ints("counts", n, k);
-  p.capacity = k.size(1);
-  p.pages = k.size(0);
-  if (block_table) {
-    const View& t = table.emplace(*block_table);
+  p.heads = a.k_cache.size(2);
+  check(a.keep.dim() == 2 || (a.keep.dim() == 3 && a.keep.size(1) == p.heads), kOp, "keep",
+        Rule("must have shape [B, K] or [B, ", p.heads, ", K]"), a.keep.sizes);
+  check_ints("keep", a.keep, a.k_cache);
+  p.batch = a.keep.size(0);
+  p.per_head = a.keep.dim() == 3;
+  const std::vector<int64_t> wanted(a.keep.sizes.begin(), a.keep.sizes.end() - 1);
+  check(a.counts.sizes == wanted, kOp, "counts", Rule("must have shape ", wanted), a.counts.sizes);
+  check_ints("counts", a.counts, a.k_cache);
+  p.capacity = a.k_cache.size(1);
+  p.pages = a.k_cache.size(0);
+  if (a.block_table) {
+    const View& t = a.block_table;
     check(t.dim() == 2 && t.size(0) == p.batch, kOp, "block_table",
           Rule("must have shape [", p.batch, ", pages]"), t.sizes);
-    check_ints("block_table", t, k);
-    check(!p.per_head, kOp, "keep", "per head goes with a dense cache alone", list.sizes);
-    check(std::has_single_bit(static_cast<uint64_t>(k.size(1))), kOp, "k_cache",
-          "must have pages of a power of two of tokens", k.size(1));
+    check_ints("block_table", t, a.k_cache);
+    check(!p.per_head, kOp, "keep", "per head goes with a dense cache alone", a.keep.sizes);
+    check(std::has_single_bit(static_cast<uint64_t>(a.k_cache.size(1))), kOp, "k_cache",
+          "must have pages of a power of two of tokens", a.k_cache.size(1));
     p.block_table = t.data<int32_t>();
     p.table_stride = t.step(0);
-    p.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
-    p.capacity = t.size(1) * k.size(1);
+    p.log2_page_size = std::countr_zero(static_cast<uint64_t>(a.k_cache.size(1)));
+    p.capacity = t.size(1) * a.k_cache.size(1);
   } else {
-    check(k.size(0) == p.batch, kOp, "k_cache", Rule("must have the requests of keep, ", p.batch),
-          k.size(0));
+    check(a.k_cache.size(0) == p.batch, kOp, "k_cache",
+          Rule("must have the requests of keep, ", p.batch), a.k_cache.size(0));
   }
-  if (lengths) {
-    const View& t = held.emplace(*lengths);
+  if (a.lengths) {
+    const View& t = a.lengths;
     const std::vector<int64_t> each{p.batch};
     check(t.sizes == each, kOp, "lengths", Rule("must have shape ", each), t.sizes);
-    check_ints("lengths", t, k);
+    check_ints("lengths", t, a.k_cache);
     p.lengths = t.data<int32_t>();
   }
-  if (turns) {
-    const View& t = rotations.emplace(*turns);
-    check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= k.size(3), kOp,
-          "rerotate", Rule("must have 1 to ", k.size(3) / 2, " frequencies"), t.sizes);
+  if (a.turns) {
+    const View& t = a.turns;
+    check(t.dim() == 2 && t.size(0) == 2 && t.size(1) >= 1 && 2 * t.size(1) <= a.k_cache.size(3),
+          kOp, "rerotate", Rule("must have 1 to ", a.k_cache.size(3) / 2, " frequencies"), t.sizes);
     check(t.dtype == ScalarType::Float, kOp, "rerotate", "must be float32", t.dtype);
     check_last_contiguous(kOp, "rerotate", t);
-    check_device_of(kOp, "rerotate", t, "k_cache", k);
+    check_device_of(kOp, "rerotate", t, "k_cache", a.k_cache);
     p.turns = t.data<float>();
     p.turns_rest = p.turns + t.step(0);
     p.pairs = t.size(1);
   }
-  check_written(kOp, "k_cache", k,
-                {{"keep", list},
-                 {"counts", n},
-                 {"lengths", held},
-                 {"block_table", table},
-                 {"rerotate", rotations}});
-  check_written(kOp, "v_cache", v,
-                {{"k_cache", k},
-                 {"keep", list},
-                 {"counts", n},
-                 {"lengths", held},
-                 {"block_table", table},
-                 {"rerotate", rotations}});
-  p.key_dim = k.size(3);
-  p.value_dim = v.size(3);
-  p.dtype = to_dtype(k.dtype);
-  p.k = rows_of(k, false);
-  p.v = rows_of(v, false);
-  p.keep = list.data<int32_t>();
-  p.entries = list.size(-1);
-  p.keep_batch = list.step(0);
-  p.keep_head = p.per_head ? list.step(1) : 0;
-  p.counts = n.data<int32_t>();
-  p.counts_batch = n.step(0);
-  p.counts_head = p.per_head ? n.step(1) : 0;
-  p.interleaved = interleaved;
-  if (!k.is_cuda) check_values(p);
-  k.note(true);
-  v.note(true);
+  check_written(kOp, "k_cache", a.k_cache,
+                {{"keep", a.keep},
+                 {"counts", a.counts},
+                 {"lengths", a.lengths},
+                 {"block_table", a.block_table},
+                 {"rerotate", a.turns}});
+  check_written(kOp, "v_cache", a.v_cache,
+                {{"k_cache", a.k_cache},
+                 {"keep", a.keep},
+                 {"counts", a.counts},
+                 {"lengths", a.lengths},
+                 {"block_table", a.block_table},
+                 {"rerotate", a.turns}});
+  p.key_dim = a.k_cache.size(3);
+  p.value_dim = a.v_cache.size(3);
+  p.dtype = to_dtype(a.k_cache.dtype);
+  p.k = rows_of(a.k_cache, false);
+  p.v = rows_of(a.v_cache, false);
+  p.keep = a.keep.data<int32_t>();
+  p.entries = a.keep.size(-1);
+  p.keep_batch = a.keep.step(0);
+  p.keep_head = p.per_head ? a.keep.step(1) : 0;
+  p.counts = a.counts.data<int32_t>();
+  p.counts_batch = a.counts.step(0);
+  p.counts_head = p.per_head ? a.counts.step(1) : 0;
+  p.interleaved = a.interleaved;
+  if (!a.k_cache.is_cuda) check_values(p);
+  a.k_cache.note(true);
+  a.v_cache.note(true);
   const auto sums = [&](std::vector<int64_t> sizes, ScalarType type) {
-    return empty(compensation ? sizes : std::vector<int64_t>{0}, k_cache, type);
+    return empty(a.compensation ? sizes : std::vector<int64_t>{0}, a.k_cache, type);
   };
-  Tensor new_lengths = empty(wanted, k_cache, ScalarType::Int);
-  Tensor k_sum = sums({p.batch, p.heads, p.key_dim}, ScalarType::Float);
-  Tensor v_sum = sums({p.batch, p.heads, p.value_dim}, ScalarType::Float);
-  Tensor dropped = sums({p.batch, p.heads}, ScalarType::Int);
-  p.new_lengths = static_cast<int32_t*>(new_lengths.mutable_data_ptr());
-  if (compensation) {
-    p.k_sum = static_cast<float*>(k_sum.mutable_data_ptr());
-    p.v_sum = static_cast<float*>(v_sum.mutable_data_ptr());
-    p.dropped = static_cast<int32_t*>(dropped.mutable_data_ptr());
+  Array new_lengths = empty(wanted, a.k_cache, ScalarType::Int);
+  Array k_sum = sums({p.batch, p.heads, p.key_dim}, ScalarType::Float);
+  Array v_sum = sums({p.batch, p.heads, p.value_dim}, ScalarType::Float);
+  Array dropped = sums({p.batch, p.heads}, ScalarType::Int);
+  p.new_lengths = new_lengths.mutable_data<int32_t>();
+  if (a.compensation) {
+    p.k_sum = k_sum.mutable_data<float>();
+    p.v_sum = v_sum.mutable_data<float>();
+    p.dropped = dropped.mutable_data<int32_t>();
   }
-  if (p.batch > 0) run(p, k);
+  if (p.batch > 0) run(p, a.k_cache);
   return {new_lengths, k_sum, v_sum, dropped};
 }
 
+const Registration kOperators({&implement<kv_cache_compact>("kv_cache_compact")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("kv_cache_compact", TOKENMILL_BOX(kv_cache_compact)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("kv_cache_compact", TOKENMILL_BOX(kv_cache_compact)); }
-#endif
-
 }  // namespace tokenmill

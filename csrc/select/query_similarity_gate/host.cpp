@@ -14,9 +14,14 @@ void run(const SimilarityGateParams& p, const View& q) {
   cpu::query_similarity_gate(p);
 }
 
+struct QuerySimilarityGateArgs : Record {
+  View q, q_ref;
+  double threshold;
+};
+
 // The checks are those of python/tokenmill/select/query_similarity_gate.py, in its order and words.
-Tensor query_similarity_gate(Tensor q, Tensor q_ref, double threshold) {
-  const View views[2] = {View(q), View(q_ref)};
+Array query_similarity_gate(const QuerySimilarityGateArgs& a) {
+  const View views[2] = {a.q, a.q_ref};
   constexpr const char* kNames[2] = {"q", "q_ref"};
   for (int i = 0; i < 2; ++i)
     check(views[i].dim() == 4, kOp, kNames[i], "must have 4 dimensions [B, S, H, D]",
@@ -36,23 +41,18 @@ Tensor query_similarity_gate(Tensor q, Tensor q_ref, double threshold) {
   p.heads = first.size(2);
   p.head_dim = first.size(3);
   p.dtype = to_dtype(first.dtype);
-  p.threshold = static_cast<float>(threshold);
+  p.threshold = static_cast<float>(a.threshold);
   for (int i = 0; i < 2; ++i) {
     p.lengths[i] = views[i].size(1);
     p.rows[i] = rows_of(views[i], false);
   }
-  Tensor out = empty({p.batch}, q, ScalarType::Bool);
-  p.out = static_cast<bool*>(out.mutable_data_ptr());
+  Array out = empty({p.batch}, a.q, ScalarType::Bool);
+  p.out = out.mutable_data<bool>();
   if (p.batch > 0) run(p, first);
   return out;
 }
 
+const Registration kOperators({&implement<query_similarity_gate>("query_similarity_gate")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("query_similarity_gate", TOKENMILL_BOX(query_similarity_gate)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("query_similarity_gate", TOKENMILL_BOX(query_similarity_gate)); }
-#endif
-
 }  // namespace tokenmill

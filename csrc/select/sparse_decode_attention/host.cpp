@@ -14,9 +14,9 @@ constexpr int64_t kMaxSplits = 1024, kMaxBlock = 128;
 void run(SparseDecodeParams& d, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
-    const int64_t bytes = (CudaScope(q.device), workspace_bytes(d));
-    Tensor workspace = empty({bytes}, q.tensor, ScalarType::Byte);
-    d.workspace = workspace.mutable_data_ptr();
+    const int64_t bytes = (CudaScope(q), workspace_bytes(d));
+    Array workspace = empty({bytes}, q, ScalarType::Byte);
+    d.workspace = workspace.mutable_data();
     return launch_on_device(kOp, q, d);
   }
 #endif
@@ -48,7 +48,7 @@ void set_lists(SparseDecodeParams& d, const View& q, const View& k, const View& 
   d.counts_head = counts.size(1) > 1 ? counts.step(1) : 0;
 }
 
-void set_rope(SparseDecodeParams& d, const View& q, const OptTensor& cos, const OptTensor& sin) {
+void set_rope(SparseDecodeParams& d, const View& q, const View& cos, const View& sin) {
   if (!cos || !sin) return;
   int64_t longest = d.cache.capacity;
   if (d.cache_positions) {
@@ -56,7 +56,7 @@ void set_rope(SparseDecodeParams& d, const View& q, const OptTensor& cos, const 
     longest = attended < longest ? attended : longest;
   }
   if (longest < 1) longest = 1;
-  const View c(*cos), s(*sin);
+  const View &c = cos, &s = sin;
   const int64_t pairs = q.size(3) / 2;
   check(c.dim() == 2 && c.size(0) >= longest && c.size(1) >= 1 && c.size(1) <= pairs, kOp, "rope",
         Rule("must have shape [positions, pairs], ", longest, " positions or more, 1 to ", pairs,
@@ -73,15 +73,14 @@ void set_rope(SparseDecodeParams& d, const View& q, const OptTensor& cos, const 
 }
 
 void set_extra(SparseDecodeParams& d, const View& q, const View& k, const View& v,
-               const OptTensor& extra_k, const OptTensor& extra_v, const OptTensor& log_count) {
-  check(extra_k.has_value() == extra_v.has_value(), kOp, "extra_v",
-        "must be given with extra_k, and only then", extra_v.has_value());
+               const View& extra_k, const View& extra_v, const View& log_count) {
+  check(bool(extra_k) == bool(extra_v), kOp, "extra_v", "must be given with extra_k, and only then",
+        bool(extra_v));
   if (!extra_k) {
-    check(!log_count, kOp, "extra_log_count", "needs extra_k and extra_v",
-          log_count ? View(*log_count).sizes : std::vector<int64_t>{});
+    check(!log_count, kOp, "extra_log_count", "needs extra_k and extra_v", log_count.sizes);
     return;
   }
-  const View ek(*extra_k), ev(*extra_v);
+  const View &ek = extra_k, &ev = extra_v;
   const int64_t entries = ek.dim() == 4 ? ek.size(1) : 0;
   const auto check_extra = [&](const char* name, const View& t, const View& cache) {
     const std::vector<int64_t> wanted{q.size(0), entries, cache.size(2), cache.size(3)};
@@ -95,7 +94,7 @@ void set_extra(SparseDecodeParams& d, const View& q, const View& k, const View& 
   d.extra_v = check_extra("extra_v", ev, v);
   d.extra = entries;
   if (!log_count) return;
-  const View n(*log_count);
+  const View& n = log_count;
   const std::vector<int64_t> wanted{q.size(0), k.size(2), entries};
   check(n.sizes == wanted, kOp, "extra_log_count", Rule("must have shape ", wanted), n.sizes);
   check_small(kOp, "extra_log_count", n, q);
@@ -104,79 +103,78 @@ void set_extra(SparseDecodeParams& d, const View& q, const View& k, const View& 
   d.extra_log_count_head = n.step(1);
 }
 
-// The checks are those of python/tokenmill/select/sparse_decode.py, in its order and words.
-std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
-    Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, Tensor counts, Tensor seqlens_k,
-    OptTensor block_table, int64_t block_k, int64_t num_sink, int64_t num_recent,
-    std::string pos_mode, OptTensor cos, OptTensor sin, bool interleaved, OptTensor extra_k,
-    OptTensor extra_v, OptTensor extra_log_count, double scale, double softcap, OptTensor sink,
-    int64_t num_splits, bool return_mass) {
-  const View qv(q), kv(k_cache), vv(v_cache), lengths(seqlens_k);
-  const std::optional<View> table = block_table ? std::optional<View>(*block_table) : std::nullopt;
-  check_cache(kOp, qv, kv, vv, table.has_value());
-  check_scale(kOp, scale, softcap);
-  check(block_k >= 1 && block_k <= kMaxBlock && std::has_single_bit(static_cast<uint64_t>(block_k)),
-        kOp, "block_k", Rule("must be a power of two up to ", kMaxBlock), block_k);
-  check(num_sink >= 0, kOp, "num_sink", "must not be negative", num_sink);
-  check(num_recent >= 0, kOp, "num_recent", "must not be negative", num_recent);
-  check(num_splits >= 0 && num_splits <= kMaxSplits, kOp, "num_splits",
-        Rule("must be 0 (automatic) to ", kMaxSplits), num_splits);
-  check(pos_mode == "absolute" || pos_mode == "cache", kOp, "pos_mode",
-        "must be 'absolute' or 'cache'", pos_mode);
-  check(pos_mode == "absolute" || qv.size(1) <= 1, kOp, "pos_mode",
-        "'cache' goes with one query token; q has", qv.size(1));
-  SparseDecodeParams d{};
-  d.cache = make_cache(kOp, qv, kv, vv, lengths, table);
-  d.log2_block = std::countr_zero(static_cast<uint64_t>(block_k));
-  d.num_sink = std::min(num_sink, d.cache.capacity);  // sums with them stay in range
-  d.num_recent = std::min(num_recent, d.cache.capacity);
-  d.num_splits = num_splits;
-  d.cache_positions = pos_mode == "cache";
-  d.interleaved = interleaved;
-  set_lists(d, qv, kv, View(indices), View(counts));
-  set_rope(d, qv, cos, sin);
-  set_extra(d, qv, kv, vv, extra_k, extra_v, extra_log_count);
-  AttentionParams& p = d.attention;
-  p.batch = qv.size(0);
-  p.seqlen_q = qv.size(1);
-  p.heads = qv.size(2);
-  p.kv_heads = kv.size(2);
-  p.head_dim = qv.size(3);
-  p.value_dim = vv.size(3);
-  p.dtype = to_dtype(qv.dtype);
-  p.map = ScoreMap::softmax;
-  p.q = rows_of(qv, false);
-  p.scale = static_cast<float>(scale);
-  p.softcap = static_cast<float>(softcap);
-  p.window_left = -1;
-  set_terms(kOp, p, qv, "softmax", std::nullopt, std::nullopt, sink);
-  check_cache_values(kOp, qv, kv, d.cache, true);
+struct SparseDecodeAttentionArgs : Record {
+  View q, k_cache, v_cache, indices, counts, seqlens_k, block_table;
+  int64_t block_k, num_sink, num_recent;
+  std::string_view pos_mode;
+  View cos, sin;
+  bool interleaved;
+  View extra_k, extra_v, extra_log_count;
+  Optional<double> scale;
+  double softcap;
+  View sink;
+  int64_t num_splits;
+  bool return_mass;
+};
 
-  Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
-  Tensor lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);
-  Tensor mass =
-      empty(return_mass ? std::vector{p.batch, d.row_heads(), d.entries} : std::vector<int64_t>{0},
-            q, ScalarType::Float);
-  p.out = rows_of(View(out), false);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  if (mass.numel() > 0) d.mass = static_cast<float*>(mass.mutable_data_ptr());
+// The checks are those of python/tokenmill/select/sparse_decode.py, in its order and words.
+std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttentionArgs& a) {
+  check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
+  check_scale(kOp, scale_of(a), a.softcap);
+  check(a.block_k >= 1 && a.block_k <= kMaxBlock &&
+            std::has_single_bit(static_cast<uint64_t>(a.block_k)),
+        kOp, "block_k", Rule("must be a power of two up to ", kMaxBlock), a.block_k);
+  check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
+  check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
+  check(a.num_splits >= 0 && a.num_splits <= kMaxSplits, kOp, "num_splits",
+        Rule("must be 0 (automatic) to ", kMaxSplits), a.num_splits);
+  check(a.pos_mode == "absolute" || a.pos_mode == "cache", kOp, "pos_mode",
+        "must be 'absolute' or 'cache'", a.pos_mode);
+  check(a.pos_mode == "absolute" || a.q.size(1) <= 1, kOp, "pos_mode",
+        "'cache' goes with one query token; q has", a.q.size(1));
+  SparseDecodeParams d{};
+  d.cache = make_cache(kOp, a.q, a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
+  d.log2_block = std::countr_zero(static_cast<uint64_t>(a.block_k));
+  d.num_sink = std::min(a.num_sink, d.cache.capacity);  // sums with them stay in range
+  d.num_recent = std::min(a.num_recent, d.cache.capacity);
+  d.num_splits = a.num_splits;
+  d.cache_positions = a.pos_mode == "cache";
+  d.interleaved = a.interleaved;
+  set_lists(d, a.q, a.k_cache, a.indices, a.counts);
+  set_rope(d, a.q, a.cos, a.sin);
+  set_extra(d, a.q, a.k_cache, a.v_cache, a.extra_k, a.extra_v, a.extra_log_count);
+  AttentionParams& p = d.attention;
+  p.batch = a.q.size(0);
+  p.seqlen_q = a.q.size(1);
+  p.heads = a.q.size(2);
+  p.kv_heads = a.k_cache.size(2);
+  p.head_dim = a.q.size(3);
+  p.value_dim = a.v_cache.size(3);
+  p.dtype = to_dtype(a.q.dtype);
+  p.map = ScoreMap::softmax;
+  p.q = rows_of(a.q, false);
+  p.scale = static_cast<float>(scale_of(a));
+  p.softcap = static_cast<float>(a.softcap);
+  p.window_left = -1;
+  set_terms(kOp, p, a.q, "softmax", {}, {}, a.sink);
+  check_cache_values(kOp, a.q, a.k_cache, d.cache, true);
+
+  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
+  Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);
+  Array mass = empty(
+      a.return_mass ? std::vector{p.batch, d.row_heads(), d.entries} : std::vector<int64_t>{0}, a.q,
+      ScalarType::Float);
+  p.out = rows_of(out, false);
+  p.lse = lse.mutable_data<float>();
+  if (mass.numel() > 0) d.mass = mass.mutable_data<float>();
   if (p.batch > 0 && p.heads > 0 && p.seqlen_q > 0)
-    run(d, qv);
+    run(d, a.q);
   else if (mass.numel() > 0)
-    torch::stable::zero_(mass);
+    fill(0, mass);
   return {out, lse, mass};
 }
 
+const Registration kOperators({&implement<sparse_decode_attention>("sparse_decode_attention")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("sparse_decode_attention", TOKENMILL_BOX(sparse_decode_attention));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("sparse_decode_attention", TOKENMILL_BOX(sparse_decode_attention));
-}
-#endif
-
 }  // namespace tokenmill

@@ -30,12 +30,16 @@ int64_t check_region(const char* name, int64_t size) {
   return size;
 }
 
+struct BilevelRoutingAttentionArgs : Record {
+  View q, k, v, indices, counts;
+  int64_t region_y, region_x, key_region_y, key_region_x;
+  Optional<double> scale;
+  bool mask_padding;
+};
+
 // The checks are those of python/tokenmill/sparse/bilevel_routing.py, in its order and words.
-BilevelParams make_params(const View& q, const View& k, const View& v, const View& indices,
-                          const View& counts, int64_t region_y, int64_t region_x,
-                          int64_t key_region_y, int64_t key_region_x, double scale,
-                          bool mask_padding) {
-  check_qkv(kOp, q, k, v, 5);
+BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
+  check_qkv(kOp, a.q, a.k, a.v, 5);
   const auto side = [&](const char* name, const View& t, int64_t of) {
     return static_cast<int32_t>(check_side(name, t, of));
   };
@@ -43,10 +47,10 @@ BilevelParams make_params(const View& q, const View& k, const View& v, const Vie
     return static_cast<int32_t>(check_region(name, n));
   };
   BilevelParams d{};
-  d.queries = {side("q", q, 1), side("q", q, 2), size("region_y", region_y),
-               size("region_x", region_x)};
-  d.keys = {side("k", k, 1), side("k", k, 2), size("key_region_y", key_region_y),
-            size("key_region_x", key_region_x)};
+  d.queries = {side("q", a.q, 1), side("q", a.q, 2), size("region_y", a.region_y),
+               size("region_x", a.region_x)};
+  d.keys = {side("k", a.k, 1), side("k", a.k, 2), size("key_region_y", a.key_region_y),
+            size("key_region_x", a.key_region_x)};
   check(
       d.keys.rows() == d.queries.rows(), kOp, "key_region_y",
       Rule("must make as many regions of k along Y as there are of q, ", int64_t{d.queries.rows()}),
@@ -55,34 +59,34 @@ BilevelParams make_params(const View& q, const View& k, const View& v, const Vie
         Rule("must make as many regions of k along X as there are of q, ",
              int64_t{d.queries.columns()}),
         int64_t{d.keys.columns()});
-  check(std::isfinite(scale), kOp, "scale", "must be finite", scale);
-  const int64_t batch = q.size(0), heads = q.size(3), kv_heads = k.size(3);
+  check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
+  const int64_t batch = a.q.size(0), heads = a.q.size(3), kv_heads = a.k.size(3);
   const int64_t regions = d.queries.regions();
   const bool fits =
-      indices.dim() == 4 && indices.size(0) == batch && indices.size(2) == regions &&
-      (indices.size(1) == 1 || indices.size(1) == kv_heads || indices.size(1) == heads);
+      a.indices.dim() == 4 && a.indices.size(0) == batch && a.indices.size(2) == regions &&
+      (a.indices.size(1) == 1 || a.indices.size(1) == kv_heads || a.indices.size(1) == heads);
   d.list = check_list(
-      kOp, indices, counts,
+      kOp, a.indices, a.counts,
       Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", regions, ", K]"),
-      fits, "q", q);
-  d.pads_count = !mask_padding;
+      fits, "q", a.q);
+  d.pads_count = !a.mask_padding;
   AttentionParams& p = d.attention;
   p.batch = batch;
-  p.seqlen_q = q.size(1) * q.size(2);
-  p.seqlen_k = k.size(1) * k.size(2);
+  p.seqlen_q = a.q.size(1) * a.q.size(2);
+  p.seqlen_k = a.k.size(1) * a.k.size(2);
   p.heads = heads;
   p.kv_heads = kv_heads;
-  p.head_dim = q.size(4);
-  p.value_dim = v.size(4);
-  p.dtype = to_dtype(q.dtype);
+  p.head_dim = a.q.size(4);
+  p.value_dim = a.v.size(4);
+  p.dtype = to_dtype(a.q.dtype);
   p.map = ScoreMap::softmax;
-  p.q = pixels_of(q);
-  p.k = pixels_of(k);
-  p.v = pixels_of(v);
-  d.q_line = q.step(1);
-  d.k_line = k.step(1);
-  d.v_line = v.step(1);
-  p.scale = static_cast<float>(scale);
+  p.q = pixels_of(a.q);
+  p.k = pixels_of(a.k);
+  p.v = pixels_of(a.v);
+  d.q_line = a.q.step(1);
+  d.k_line = a.k.step(1);
+  d.v_line = a.v.step(1);
+  p.scale = static_cast<float>(scale_of(a));
   p.window_left = p.window_right = -1;
   return d;
 }
@@ -94,22 +98,16 @@ void run_forward(const BilevelParams& d, const View& q) {
   cpu::bilevel_routing_attention_forward(d);
 }
 
-std::tuple<Tensor, Tensor> bilevel_routing_attention(Tensor q, Tensor k, Tensor v, Tensor indices,
-                                                     Tensor counts, int64_t region_y,
-                                                     int64_t region_x, int64_t key_region_y,
-                                                     int64_t key_region_x, double scale,
-                                                     bool mask_padding) {
-  const View qv(q);
-  BilevelParams d = make_params(qv, View(k), View(v), View(indices), View(counts), region_y,
-                                region_x, key_region_y, key_region_x, scale, mask_padding);
+std::tuple<Array, Array> bilevel_routing_attention(const BilevelRoutingAttentionArgs& a) {
+  BilevelParams d = make_params(a);
   AttentionParams& p = d.attention;
   const int64_t height = d.queries.height, width = d.queries.width;
-  Tensor out = empty({p.batch, height, width, p.heads, p.value_dim}, q);
-  Tensor lse = empty({p.batch, p.heads, height, width}, q, ScalarType::Float);
-  p.out = contiguous_pixels(View(out));
+  Array out = empty({p.batch, height, width, p.heads, p.value_dim}, a.q);
+  Array lse = empty({p.batch, p.heads, height, width}, a.q, ScalarType::Float);
+  p.out = contiguous_pixels(out);
   d.out_line = width * p.out.seq;
-  p.lse = View(lse).mutable_data<float>();
-  if (out.numel() > 0) run_forward(d, qv);
+  p.lse = lse.mutable_data<float>();
+  if (out.numel() > 0) run_forward(d, a.q);
   return {out, lse};
 }
 
@@ -120,50 +118,42 @@ void run_backward(BilevelBackwardParams& p, const View& q) {
   cpu::bilevel_routing_attention_backward(p);
 }
 
-std::tuple<Tensor, Tensor, Tensor> bilevel_routing_attention_backward(
-    Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
-    Tensor indices, Tensor counts, int64_t region_y, int64_t region_x, int64_t key_region_y,
-    int64_t key_region_x, double scale, bool mask_padding) {
-  const View qv(q), kv(k), vv(v);
+struct BilevelRoutingAttentionBackwardArgs : Record {
+  View dout, dlse, out, lse;
+  BilevelRoutingAttentionArgs forward;
+};
+
+std::tuple<Array, Array, Array> bilevel_routing_attention_backward(
+    const BilevelRoutingAttentionBackwardArgs& a) {
+  const BilevelRoutingAttentionArgs& in = a.forward;
   BilevelBackwardParams p{};
-  p.forward = make_params(qv, kv, vv, View(indices), View(counts), region_y, region_x, key_region_y,
-                          key_region_x, scale, mask_padding);
+  p.forward = make_params(in);
   AttentionParams& f = p.forward.attention;
   const int64_t height = p.forward.queries.height, width = p.forward.queries.width;
   const std::vector<int64_t> like_out{f.batch, height, width, f.heads, f.value_dim};
   const std::vector<int64_t> like_lse{f.batch, f.heads, height, width};
-  const View dout_view(dout), out_view(out);
-  check_like_out(kOp, "dout", dout_view, like_out, qv);
-  check_like_out(kOp, "out", out_view, like_out, qv);
-  p.dout = pixels_of(dout_view);
-  p.dout_line = dout_view.step(1);
-  f.out = pixels_of(out_view);
-  p.forward.out_line = out_view.step(1);
-  f.lse = check_like_lse(kOp, "lse", lse, like_lse, qv);
-  if (dlse) p.dlse = check_like_lse(kOp, "dlse", *dlse, like_lse, qv);
-  Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
-  p.dq = contiguous_pixels(View(dq));
-  p.dk = contiguous_pixels(View(dk));
-  p.dv = contiguous_pixels(View(dv));
-  if (q.numel() > 0 && k.numel() > 0)
-    run_backward(p, qv);
+  check_like_out(kOp, "dout", a.dout, like_out, in.q);
+  check_like_out(kOp, "out", a.out, like_out, in.q);
+  p.dout = pixels_of(a.dout);
+  p.dout_line = a.dout.step(1);
+  f.out = pixels_of(a.out);
+  p.forward.out_line = a.out.step(1);
+  f.lse = check_like_lse(kOp, "lse", a.lse, like_lse, in.q);
+  if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, like_lse, in.q);
+  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
+  p.dq = contiguous_pixels(dq);
+  p.dk = contiguous_pixels(dk);
+  p.dv = contiguous_pixels(dv);
+  if (in.q.numel() > 0 && in.k.numel() > 0)
+    run_backward(p, in.q);
   else
     fill(0, dq, dk, dv);
   return {dq, dk, dv};
 }
 
+const Registration kOperators(
+    {&implement<bilevel_routing_attention>("bilevel_routing_attention"),
+     &implement<bilevel_routing_attention_backward>("bilevel_routing_attention_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("bilevel_routing_attention", TOKENMILL_BOX(bilevel_routing_attention));
-  m.impl("bilevel_routing_attention_backward", TOKENMILL_BOX(bilevel_routing_attention_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("bilevel_routing_attention", TOKENMILL_BOX(bilevel_routing_attention));
-  m.impl("bilevel_routing_attention_backward", TOKENMILL_BOX(bilevel_routing_attention_backward));
-}
-#endif
-
 }  // namespace tokenmill

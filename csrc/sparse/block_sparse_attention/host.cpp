@@ -9,48 +9,55 @@ namespace {
 
 constexpr const char* kOp = "block_sparse_attention";
 
+struct BlockSparseAttentionArgs : Record {
+  View q, k, v, indices, counts;
+  int64_t block_q, block_k;
+  bool causal;
+  int64_t num_sink, num_recent;
+  Optional<double> scale;
+  double softcap;
+  View lengths;
+};
+
 // The checks are those of python/tokenmill/sparse/block_sparse.py, in its order and words.
-BlockSparseParams make_params(const View& q, const View& k, const View& v, const View& indices,
-                              const View& counts, int64_t block_q, int64_t block_k, bool causal,
-                              int64_t num_sink, int64_t num_recent, double scale, double softcap,
-                              const OptTensor& lengths) {
-  check_qkv(kOp, q, k, v, 4);
+BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
+  check_qkv(kOp, a.q, a.k, a.v, 4);
   BlockSparseParams d{};
-  d.log2_block_q = check_block(kOp, "block_q", block_q);
-  d.log2_block_k = check_block(kOp, "block_k", block_k);
-  check(num_sink >= 0, kOp, "num_sink", "must not be negative", num_sink);
-  check(num_recent >= 0, kOp, "num_recent", "must not be negative", num_recent);
-  check(num_recent == 0 || causal, kOp, "num_recent", "goes with causal alone", num_recent);
-  check_scale(kOp, scale, softcap);
-  const int64_t batch = q.size(0), heads = q.size(2), kv_heads = k.size(2);
-  const int64_t rows = (q.size(1) + block_q - 1) / block_q;
+  d.log2_block_q = check_block(kOp, "block_q", a.block_q);
+  d.log2_block_k = check_block(kOp, "block_k", a.block_k);
+  check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
+  check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
+  check(a.num_recent == 0 || a.causal, kOp, "num_recent", "goes with causal alone", a.num_recent);
+  check_scale(kOp, scale_of(a), a.softcap);
+  const int64_t batch = a.q.size(0), heads = a.q.size(2), kv_heads = a.k.size(2);
+  const int64_t rows = (a.q.size(1) + a.block_q - 1) / a.block_q;
   const bool fits =
-      indices.dim() == 4 && indices.size(0) == batch && indices.size(2) == rows &&
-      (indices.size(1) == 1 || indices.size(1) == kv_heads || indices.size(1) == heads);
+      a.indices.dim() == 4 && a.indices.size(0) == batch && a.indices.size(2) == rows &&
+      (a.indices.size(1) == 1 || a.indices.size(1) == kv_heads || a.indices.size(1) == heads);
   d.list = check_list(
-      kOp, indices, counts,
+      kOp, a.indices, a.counts,
       Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
-      "q", q);
-  d.lengths = per_request(kOp, "lengths", lengths, batch, "q", q);
-  d.causal = causal;
-  const int64_t all = q.size(1) + k.size(1);  // sums with it stay in range
-  d.num_sink = std::min(num_sink, all);
-  d.num_recent = std::min(num_recent, all);
+      "q", a.q);
+  d.lengths = per_request(kOp, "lengths", a.lengths, batch, "q", a.q);
+  d.causal = a.causal;
+  const int64_t all = a.q.size(1) + a.k.size(1);  // sums with it stay in range
+  d.num_sink = std::min(a.num_sink, all);
+  d.num_recent = std::min(a.num_recent, all);
   AttentionParams& p = d.attention;
   p.batch = batch;
-  p.seqlen_q = q.size(1);
-  p.seqlen_k = k.size(1);
+  p.seqlen_q = a.q.size(1);
+  p.seqlen_k = a.k.size(1);
   p.heads = heads;
   p.kv_heads = kv_heads;
-  p.head_dim = q.size(3);
-  p.value_dim = v.size(3);
-  p.dtype = to_dtype(q.dtype);
+  p.head_dim = a.q.size(3);
+  p.value_dim = a.v.size(3);
+  p.dtype = to_dtype(a.q.dtype);
   p.map = ScoreMap::softmax;
-  p.q = rows_of(q, false);
-  p.k = rows_of(k, false);
-  p.v = rows_of(v, false);
-  p.scale = static_cast<float>(scale);
-  p.softcap = static_cast<float>(softcap);
+  p.q = rows_of(a.q, false);
+  p.k = rows_of(a.k, false);
+  p.v = rows_of(a.v, false);
+  p.scale = static_cast<float>(scale_of(a));
+  p.softcap = static_cast<float>(a.softcap);
   p.window_left = p.window_right = -1;
   return d;
 }
@@ -62,19 +69,14 @@ void run_forward(const BlockSparseParams& d, const View& q) {
   cpu::block_sparse_attention_forward(d);
 }
 
-std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices,
-                                                  Tensor counts, int64_t block_q, int64_t block_k,
-                                                  bool causal, int64_t num_sink, int64_t num_recent,
-                                                  double scale, double softcap, OptTensor lengths) {
-  const View qv(q);
-  BlockSparseParams d = make_params(qv, View(k), View(v), View(indices), View(counts), block_q,
-                                    block_k, causal, num_sink, num_recent, scale, softcap, lengths);
+std::tuple<Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& a) {
+  BlockSparseParams d = make_params(a);
   AttentionParams& p = d.attention;
-  Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
-  Tensor lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);
-  p.out = rows_of(View(out), false);
-  p.lse = View(lse).mutable_data<float>();
-  if (out.numel() > 0) run_forward(d, qv);
+  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
+  Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);
+  p.out = rows_of(out, false);
+  p.lse = lse.mutable_data<float>();
+  if (out.numel() > 0) run_forward(d, a.q);
   return {out, lse};
 }
 
@@ -85,47 +87,39 @@ void run_backward(BlockSparseBackwardParams& p, const View& q) {
   cpu::block_sparse_attention_backward(p);
 }
 
-std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
-    Tensor dout, OptTensor dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v,
-    Tensor indices, Tensor counts, int64_t block_q, int64_t block_k, bool causal, int64_t num_sink,
-    int64_t num_recent, double scale, double softcap, OptTensor lengths) {
-  const View qv(q), kv(k), vv(v);
+struct BlockSparseAttentionBackwardArgs : Record {
+  View dout, dlse, out, lse;
+  BlockSparseAttentionArgs forward;
+};
+
+std::tuple<Array, Array, Array> block_sparse_attention_backward(
+    const BlockSparseAttentionBackwardArgs& a) {
+  const BlockSparseAttentionArgs& in = a.forward;
   BlockSparseBackwardParams p{};
-  p.forward = make_params(qv, kv, vv, View(indices), View(counts), block_q, block_k, causal,
-                          num_sink, num_recent, scale, softcap, lengths);
+  p.forward = make_params(in);
   AttentionParams& f = p.forward.attention;
   const std::vector<int64_t> like_out{f.batch, f.seqlen_q, f.heads, f.value_dim};
   const std::vector<int64_t> like_lse{f.batch, f.heads, f.seqlen_q};
-  const View dout_view(dout), out_view(out);
-  check_like_out(kOp, "dout", dout_view, like_out, qv);
-  check_like_out(kOp, "out", out_view, like_out, qv);
-  p.dout = rows_of(dout_view, false);
-  f.out = rows_of(out_view, false);
-  f.lse = check_like_lse(kOp, "lse", lse, like_lse, qv);
-  if (dlse) p.dlse = check_like_lse(kOp, "dlse", *dlse, like_lse, qv);
-  Tensor dq = empty(qv.sizes, q), dk = empty(kv.sizes, q), dv = empty(vv.sizes, q);
-  p.dq = rows_of(View(dq), false);
-  p.dk = rows_of(View(dk), false);
-  p.dv = rows_of(View(dv), false);
-  if (q.numel() > 0 && k.numel() > 0)
-    run_backward(p, qv);
+  check_like_out(kOp, "dout", a.dout, like_out, in.q);
+  check_like_out(kOp, "out", a.out, like_out, in.q);
+  p.dout = rows_of(a.dout, false);
+  f.out = rows_of(a.out, false);
+  f.lse = check_like_lse(kOp, "lse", a.lse, like_lse, in.q);
+  if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, like_lse, in.q);
+  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
+  p.dq = rows_of(dq, false);
+  p.dk = rows_of(dk, false);
+  p.dv = rows_of(dv, false);
+  if (in.q.numel() > 0 && in.k.numel() > 0)
+    run_backward(p, in.q);
   else
     fill(0, dq, dk, dv);
   return {dq, dk, dv};
 }
 
+const Registration kOperators(
+    {&implement<block_sparse_attention>("block_sparse_attention"),
+     &implement<block_sparse_attention_backward>("block_sparse_attention_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("block_sparse_attention", TOKENMILL_BOX(block_sparse_attention));
-  m.impl("block_sparse_attention_backward", TOKENMILL_BOX(block_sparse_attention_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("block_sparse_attention", TOKENMILL_BOX(block_sparse_attention));
-  m.impl("block_sparse_attention_backward", TOKENMILL_BOX(block_sparse_attention_backward));
-}
-#endif
-
 }  // namespace tokenmill

@@ -10,38 +10,37 @@ constexpr const char* kOp = "transpose_block_list";
 void run(TransposeBlockListParams& p, const View& indices) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (indices.is_cuda) {
-    Tensor workspace = empty({workspace_bytes(p)}, indices.tensor, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
+    Array workspace = empty({workspace_bytes(p)}, indices, ScalarType::Byte);
+    p.workspace = workspace.mutable_data();
     return launch_on_device(kOp, indices, p);
   }
 #endif
   cpu::transpose_block_list(p);
 }
 
+struct TransposeBlockListArgs : Record {
+  View indices, counts;
+  int64_t num_blocks;
+};
+
 // The checks are those of python/tokenmill/sparse/transpose_list.py, in its order and words.
-std::tuple<Tensor, Tensor> transpose_block_list(Tensor indices, Tensor counts, int64_t num_blocks) {
-  const View ids(indices);
+std::tuple<Array, Array> transpose_block_list(const TransposeBlockListArgs& a) {
   TransposeBlockListParams p{};
-  p.list = check_list(kOp, ids, View(counts), Rule("must have shape [B, heads, rows, K]"),
-                      ids.dim() == 4, "indices", ids);
-  check(num_blocks >= 0 && num_blocks <= int64_t{1} << 30, kOp, "num_blocks", "must be 0 to 2^30",
-        num_blocks);
-  p.batch = ids.size(0);
-  p.blocks = num_blocks;
-  Tensor offsets = empty({p.batch, p.list.heads, num_blocks + 1}, indices);
-  Tensor rows = empty({p.batch, p.list.heads, p.list.rows * p.list.entries}, indices);
-  p.offsets = static_cast<int32_t*>(offsets.mutable_data_ptr());
-  p.rows = static_cast<int32_t*>(rows.mutable_data_ptr());
-  if (offsets.numel() > 0) run(p, ids);
+  p.list = check_list(kOp, a.indices, a.counts, Rule("must have shape [B, heads, rows, K]"),
+                      a.indices.dim() == 4, "indices", a.indices);
+  check(a.num_blocks >= 0 && a.num_blocks <= int64_t{1} << 30, kOp, "num_blocks",
+        "must be 0 to 2^30", a.num_blocks);
+  p.batch = a.indices.size(0);
+  p.blocks = a.num_blocks;
+  Array offsets = empty({p.batch, p.list.heads, a.num_blocks + 1}, a.indices);
+  Array rows = empty({p.batch, p.list.heads, p.list.rows * p.list.entries}, a.indices);
+  p.offsets = offsets.mutable_data<int32_t>();
+  p.rows = rows.mutable_data<int32_t>();
+  if (offsets.numel() > 0) run(p, a.indices);
   return {offsets, rows};
 }
 
+const Registration kOperators({&implement<transpose_block_list>("transpose_block_list")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("transpose_block_list", TOKENMILL_BOX(transpose_block_list)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("transpose_block_list", TOKENMILL_BOX(transpose_block_list)); }
-#endif
-
 }  // namespace tokenmill

@@ -11,54 +11,54 @@ constexpr int64_t kMaxChannels = 4096;
 void run(MatchParams& p, const View& a) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (a.is_cuda) {
-    Tensor workspace = empty({workspace_bytes(p)}, a.tensor, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
+    Array workspace = empty({workspace_bytes(p)}, a, ScalarType::Byte);
+    p.workspace = workspace.mutable_data();
     return launch_on_device(kOp, a, p);
   }
 #endif
   cpu::best_match(p);
 }
 
+struct BestMatchArgs : Record {
+  View a, b;
+  bool normalize;
+};
+
 // The checks of python/tokenmill/tokens/best_match.py, in its order and words.
-std::tuple<Tensor, Tensor> best_match(Tensor a, Tensor b, bool normalize) {
-  const View av(a), bv(b);
-  check_tokens(kOp, "a", av);
-  check_tokens(kOp, "b", bv);
-  check(bv.dtype == av.dtype, kOp, "b", Rule("must have the dtype of a, ", av.dtype), bv.dtype);
-  check_device_of(kOp, "b", bv, "a", av);
-  const int64_t batch = av.size(0), channels = av.size(2);
+std::tuple<Array, Array> best_match(const BestMatchArgs& a) {
+  check_tokens(kOp, "a", a.a);
+  check_tokens(kOp, "b", a.b);
+  check(a.b.dtype == a.a.dtype, kOp, "b", Rule("must have the dtype of a, ", a.a.dtype), a.b.dtype);
+  check_device_of(kOp, "b", a.b, "a", a.a);
+  const int64_t batch = a.a.size(0), channels = a.a.size(2);
   check(channels >= 1 && channels <= kMaxChannels, kOp, "a",
         Rule("must have 1 to ", kMaxChannels, " channels"), channels);
-  check(bv.size(0) == batch, kOp, "b", Rule("must have the batch size of a, ", batch), bv.size(0));
-  check(bv.size(2) == channels, kOp, "b", Rule("must have the channels of a, ", channels),
-        bv.size(2));
+  check(a.b.size(0) == batch, kOp, "b", Rule("must have the batch size of a, ", batch),
+        a.b.size(0));
+  check(a.b.size(2) == channels, kOp, "b", Rule("must have the channels of a, ", channels),
+        a.b.size(2));
   MatchParams p{};
   p.batch = batch;
-  p.rows = av.size(1);
-  p.partners = bv.size(1);
+  p.rows = a.a.size(1);
+  p.partners = a.b.size(1);
   p.channels = channels;
-  p.dtype = to_dtype(av.dtype);
-  p.normalize = normalize;
-  p.a = av.data();
-  p.a_batch = av.step(0);
-  p.a_row = av.step(1);
-  p.b = bv.data();
-  p.b_batch = bv.step(0);
-  p.b_row = bv.step(1);
-  Tensor index = empty({batch, p.rows}, a, ScalarType::Int);
-  Tensor score = empty({batch, p.rows}, a, ScalarType::Float);
-  p.index = static_cast<int32_t*>(index.mutable_data_ptr());
-  p.score = static_cast<float*>(score.mutable_data_ptr());
-  if (index.numel() > 0) run(p, av);
+  p.dtype = to_dtype(a.a.dtype);
+  p.normalize = a.normalize;
+  p.a = a.a.data();
+  p.a_batch = a.a.step(0);
+  p.a_row = a.a.step(1);
+  p.b = a.b.data();
+  p.b_batch = a.b.step(0);
+  p.b_row = a.b.step(1);
+  Array index = empty({batch, p.rows}, a.a, ScalarType::Int);
+  Array score = empty({batch, p.rows}, a.a, ScalarType::Float);
+  p.index = index.mutable_data<int32_t>();
+  p.score = score.mutable_data<float>();
+  if (index.numel() > 0) run(p, a.a);
   return {index, score};
 }
 
+const Registration kOperators({&implement<best_match>("best_match")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("best_match", TOKENMILL_BOX(best_match)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("best_match", TOKENMILL_BOX(best_match)); }
-#endif
-
 }  // namespace tokenmill

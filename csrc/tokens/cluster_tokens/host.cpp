@@ -11,39 +11,47 @@ namespace {
 constexpr const char* kOp = "cluster_tokens";
 constexpr int64_t kMaxChannels = 4096, kMaxIters = 1000;
 
+struct ClusterTokensArgs : Record {
+  View x;
+  int64_t grid_y, grid_x, iters;
+  double tau;
+  int64_t window;
+  bool window_labels;
+};
+
 // The checks of python/tokenmill/tokens/cluster.py, in its order and words.
-ClusterParams make_params(const View& x, int64_t grid_y, int64_t grid_x, int64_t iters, double tau,
-                          int64_t window, bool window_labels) {
-  check(x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C]", x.dim());
-  check(is_kernel_dtype(x.dtype), kOp, "x", "must be float16, bfloat16 or float32", x.dtype);
-  check_last_contiguous(kOp, "x", x);
-  const int64_t pixels = x.size(0) * x.size(1) * x.size(2), channels = x.size(3);
+ClusterParams make_params(const ClusterTokensArgs& a) {
+  check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C]", a.x.dim());
+  check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);
+  check_last_contiguous(kOp, "x", a.x);
+  const int64_t pixels = a.x.size(0) * a.x.size(1) * a.x.size(2), channels = a.x.size(3);
   check(pixels < int64_t{1} << 31, kOp, "x", "must have fewer than 2^31 pixels in all", pixels);
   check(channels >= 1 && channels <= kMaxChannels, kOp, "x",
         Rule("must have 1 to ", kMaxChannels, " channels"), channels);
-  check(grid_y >= 1 && grid_y <= x.size(1), kOp, "grid",
-        Rule("must be 1 to ", x.size(1), " along Y"), grid_y);
-  check(grid_x >= 1 && grid_x <= x.size(2), kOp, "grid",
-        Rule("must be 1 to ", x.size(2), " along X"), grid_x);
-  check(iters >= 1 && iters <= kMaxIters, kOp, "iters", Rule("must be 1 to ", kMaxIters), iters);
-  check(tau >= 0 && std::isfinite(tau), kOp, "tau", "must be finite and at least 0", tau);
-  check(window >= 1 && window % 2 == 1, kOp, "window", "must be odd and at least 1", window);
+  check(a.grid_y >= 1 && a.grid_y <= a.x.size(1), kOp, "grid",
+        Rule("must be 1 to ", a.x.size(1), " along Y"), a.grid_y);
+  check(a.grid_x >= 1 && a.grid_x <= a.x.size(2), kOp, "grid",
+        Rule("must be 1 to ", a.x.size(2), " along X"), a.grid_x);
+  check(a.iters >= 1 && a.iters <= kMaxIters, kOp, "iters", Rule("must be 1 to ", kMaxIters),
+        a.iters);
+  check(a.tau >= 0 && std::isfinite(a.tau), kOp, "tau", "must be finite and at least 0", a.tau);
+  check(a.window >= 1 && a.window % 2 == 1, kOp, "window", "must be odd and at least 1", a.window);
   ClusterParams p{};
-  p.batch = x.size(0);
-  p.height = x.size(1);
-  p.width = x.size(2);
+  p.batch = a.x.size(0);
+  p.height = a.x.size(1);
+  p.width = a.x.size(2);
   p.channels = channels;
-  p.grid_y = grid_y;
-  p.grid_x = grid_x;
-  p.iters = iters;
-  p.reach = std::min(window / 2, std::max(grid_y, grid_x));
-  p.dtype = to_dtype(x.dtype);
-  p.window_labels = window_labels;
-  p.tau = static_cast<float>(tau);
-  p.x = x.data();
-  p.x_batch = x.step(0);
-  p.x_line = x.step(1);
-  p.x_pixel = x.step(2);
+  p.grid_y = a.grid_y;
+  p.grid_x = a.grid_x;
+  p.iters = a.iters;
+  p.reach = std::min(a.window / 2, std::max(a.grid_y, a.grid_x));
+  p.dtype = to_dtype(a.x.dtype);
+  p.window_labels = a.window_labels;
+  p.tau = static_cast<float>(a.tau);
+  p.x = a.x.data();
+  p.x_batch = a.x.step(0);
+  p.x_line = a.x.step(1);
+  p.x_pixel = a.x.step(2);
   return p;
 }
 
@@ -52,71 +60,61 @@ ClusterParams make_params(const View& x, int64_t grid_y, int64_t grid_x, int64_t
 
 template <typename Params, typename Cpu>
 void run(Params& p, const View& x, const Cpu& launch_cpu) {
-  if (x.tensor.numel() == 0) return;
+  if (x.numel() == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) {
-    Tensor workspace = empty({workspace_bytes(p)}, x.tensor, ScalarType::Byte);
-    forward_of(p).workspace = workspace.mutable_data_ptr();
+    Array workspace = empty({workspace_bytes(p)}, x, ScalarType::Byte);
+    forward_of(p).workspace = workspace.mutable_data();
     return launch_on_device(kOp, x, p);
   }
 #endif
   launch_cpu(p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cluster_tokens(Tensor x, int64_t grid_y, int64_t grid_x,
-                                                          int64_t iters, double tau, int64_t window,
-                                                          bool window_labels) {
-  const View v(x);
-  ClusterParams p = make_params(v, grid_y, grid_x, iters, tau, window, window_labels);
-  const std::vector<int64_t> shape{p.batch, grid_y, grid_x, p.channels};
-  Tensor centroids = empty(shape, x);
-  Tensor labels = empty({p.batch, p.height, p.width}, x, ScalarType::Int);
-  Tensor mass = empty({p.batch, grid_y, grid_x}, x, ScalarType::Float);
-  Tensor previous = empty(shape, x, ScalarType::Float);
-  p.centroids = centroids.mutable_data_ptr();
-  p.labels = static_cast<int32_t*>(labels.mutable_data_ptr());
-  p.mass = static_cast<float*>(mass.mutable_data_ptr());
-  p.previous = static_cast<float*>(previous.mutable_data_ptr());
-  run(p, v, cpu::cluster_tokens);
+std::tuple<Array, Array, Array, Array> cluster_tokens(const ClusterTokensArgs& a) {
+  ClusterParams p = make_params(a);
+  const std::vector<int64_t> shape{p.batch, a.grid_y, a.grid_x, p.channels};
+  Array centroids = empty(shape, a.x);
+  Array labels = empty({p.batch, p.height, p.width}, a.x, ScalarType::Int);
+  Array mass = empty({p.batch, a.grid_y, a.grid_x}, a.x, ScalarType::Float);
+  Array previous = empty(shape, a.x, ScalarType::Float);
+  p.centroids = centroids.mutable_data();
+  p.labels = labels.mutable_data<int32_t>();
+  p.mass = mass.mutable_data<float>();
+  p.previous = previous.mutable_data<float>();
+  run(p, a.x, cpu::cluster_tokens);
   return {centroids, labels, mass, previous};
 }
 
-Tensor cluster_tokens_backward(Tensor dcentroids, Tensor mass, Tensor previous, Tensor x,
-                               int64_t grid_y, int64_t grid_x, int64_t iters, double tau,
-                               int64_t window, bool window_labels) {
-  const View v(x), d(dcentroids), m(mass), c(previous);
+struct ClusterTokensBackwardArgs : Record {
+  View dcentroids, mass, previous;
+  ClusterTokensArgs forward;
+};
+
+Array cluster_tokens_backward(const ClusterTokensBackwardArgs& a) {
+  const ClusterTokensArgs& in = a.forward;
   ClusterBackwardParams p{};
-  p.forward = make_params(v, grid_y, grid_x, iters, tau, window, window_labels);
-  const std::vector<int64_t> shape{v.size(0), grid_y, grid_x, v.size(3)};
+  p.forward = make_params(in);
+  const std::vector<int64_t> shape{in.x.size(0), in.grid_y, in.grid_x, in.x.size(3)};
   const auto check_state = [&](const char* name, const View& t, const std::vector<int64_t>& sizes,
                                ScalarType dtype) {
-    check_like(kOp, name, t, sizes, dtype, "x", v);
-    check(t.tensor.is_contiguous(), kOp, name, "must be contiguous; strides", t.strides);
+    check_like(kOp, name, t, sizes, dtype, "x", in.x);
+    check(t.contiguous(), kOp, name, "must be contiguous; strides", t.strides);
   };
-  check_state("dcentroids", d, shape, v.dtype);
-  check_state("mass", m, {v.size(0), grid_y, grid_x}, ScalarType::Float);
-  check_state("previous", c, shape, ScalarType::Float);
-  p.dcentroids = d.data();
-  p.forward.mass = const_cast<float*>(m.data<float>());
-  p.forward.previous = const_cast<float*>(c.data<float>());
-  Tensor dx = empty(v.sizes, x);
-  p.dx = dx.mutable_data_ptr();
-  run(p, v, cpu::cluster_tokens_backward);
+  check_state("dcentroids", a.dcentroids, shape, in.x.dtype);
+  check_state("mass", a.mass, {in.x.size(0), in.grid_y, in.grid_x}, ScalarType::Float);
+  check_state("previous", a.previous, shape, ScalarType::Float);
+  p.dcentroids = a.dcentroids.data();
+  p.forward.mass = const_cast<float*>(a.mass.data<float>());
+  p.forward.previous = const_cast<float*>(a.previous.data<float>());
+  Array dx = empty(in.x.sizes, in.x);
+  p.dx = dx.mutable_data();
+  run(p, in.x, cpu::cluster_tokens_backward);
   return dx;
 }
 
+const Registration kOperators({&implement<cluster_tokens>("cluster_tokens"),
+                               &implement<cluster_tokens_backward>("cluster_tokens_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("cluster_tokens", TOKENMILL_BOX(cluster_tokens));
-  m.impl("cluster_tokens_backward", TOKENMILL_BOX(cluster_tokens_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("cluster_tokens", TOKENMILL_BOX(cluster_tokens));
-  m.impl("cluster_tokens_backward", TOKENMILL_BOX(cluster_tokens_backward));
-}
-#endif
-
 }  // namespace tokenmill

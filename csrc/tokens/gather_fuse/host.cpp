@@ -7,34 +7,39 @@ namespace {
 
 constexpr const char* kOp = "gather_fuse";
 
+struct GatherFuseArgs : Record {
+  View x, keep, rest, weight;
+  int64_t prefix;
+  bool normalize;
+};
+
 // The checks are those of python/tokenmill/tokens/gather_fuse.py, in its order and words.
-GatherFuseParams make_params(const View& x, const View& keep, const View& rest, const View& weight,
-                             int64_t prefix, bool normalize) {
-  check_tokens(kOp, "x", x);
-  const int64_t batch = x.size(0), tokens = x.size(1);
-  check(prefix >= 0 && prefix <= tokens, kOp, "prefix",
-        Rule("must be 0 to the number of tokens, ", tokens), prefix);
-  check_indices(kOp, "keep", keep, batch, "x", x);
-  check_indices(kOp, "rest", rest, batch, "x", x);
-  check_like(kOp, "weight", weight, {batch, tokens - prefix}, ScalarType::Float, "x", x);
+GatherFuseParams make_params(const GatherFuseArgs& a) {
+  check_tokens(kOp, "x", a.x);
+  const int64_t batch = a.x.size(0), tokens = a.x.size(1);
+  check(a.prefix >= 0 && a.prefix <= tokens, kOp, "prefix",
+        Rule("must be 0 to the number of tokens, ", tokens), a.prefix);
+  check_indices(kOp, "keep", a.keep, batch, "x", a.x);
+  check_indices(kOp, "rest", a.rest, batch, "x", a.x);
+  check_like(kOp, "weight", a.weight, {batch, tokens - a.prefix}, ScalarType::Float, "x", a.x);
   GatherFuseParams p{};
   p.batch = batch;
-  p.prefix = prefix;
-  p.patches = tokens - prefix;
-  p.channels = x.size(2);
-  p.kept = keep.size(1);
-  p.rest = rest.size(1);
-  p.dtype = to_dtype(x.dtype);
-  p.normalize = normalize;
-  p.x = x.data();
-  p.x_batch = x.step(0);
-  p.x_token = x.step(1);
-  p.keep_ids = keep.data<int32_t>();
-  p.rest_ids = rest.data<int32_t>();
-  p.keep_batch = keep.step(0);
-  p.rest_batch = rest.step(0);
-  p.weight = weight.data<float>();
-  p.weight_batch = weight.step(0);
+  p.prefix = a.prefix;
+  p.patches = tokens - a.prefix;
+  p.channels = a.x.size(2);
+  p.kept = a.keep.size(1);
+  p.rest = a.rest.size(1);
+  p.dtype = to_dtype(a.x.dtype);
+  p.normalize = a.normalize;
+  p.x = a.x.data();
+  p.x_batch = a.x.step(0);
+  p.x_token = a.x.step(1);
+  p.keep_ids = a.keep.data<int32_t>();
+  p.rest_ids = a.rest.data<int32_t>();
+  p.keep_batch = a.keep.step(0);
+  p.rest_batch = a.rest.step(0);
+  p.weight = a.weight.data<float>();
+  p.weight_batch = a.weight.step(0);
   return p;
 }
 
@@ -59,7 +64,7 @@ void check_values(const GatherFuseParams& p, const View& keep, const View& rest,
   }
 }
 
-Tensor empty_places(const GatherFuseParams& p, const Tensor& like) {
+Array empty_places(const GatherFuseParams& p, const View& like) {
   return empty({p.batch, p.patches}, like, ScalarType::Int);
 }
 
@@ -68,14 +73,14 @@ std::vector<int64_t> out_sizes(const GatherFuseParams& p) {
 }
 
 // Writes out; returns weight_sum.
-Tensor forward(GatherFuseParams& p, const View& x, const View& keep, const View& rest,
-               const View& out) {
+Array forward(GatherFuseParams& p, const View& x, const View& keep, const View& rest,
+              const View& out) {
   out.note(true);
-  Tensor weight_sum = empty({p.batch}, x.tensor, ScalarType::Float);
+  Array weight_sum = empty({p.batch}, x, ScalarType::Float);
   p.out = out.mutable_data();
   p.out_batch = out.step(0);
   p.out_row = out.step(1);
-  p.weight_sum = static_cast<float*>(weight_sum.mutable_data_ptr());
+  p.weight_sum = weight_sum.mutable_data<float>();
   if (p.batch == 0) return weight_sum;
 #if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) {
@@ -83,80 +88,75 @@ Tensor forward(GatherFuseParams& p, const View& x, const View& keep, const View&
     return weight_sum;
   }
 #endif
-  Tensor places = empty_places(p, x.tensor);
-  check_values(p, keep, rest, static_cast<int32_t*>(places.mutable_data_ptr()));
-  p.places = static_cast<const int32_t*>(places.const_data_ptr());
+  Array places = empty_places(p, x);
+  check_values(p, keep, rest, places.mutable_data<int32_t>());
+  p.places = places.data<int32_t>();
   cpu::gather_fuse(p);
   return weight_sum;
 }
 
-std::tuple<Tensor, Tensor> gather_fuse(Tensor x, Tensor keep, Tensor rest, Tensor weight,
-                                       int64_t prefix, bool normalize) {
-  const View from(x), k(keep), r(rest), w(weight);
-  GatherFuseParams p = make_params(from, k, r, w, prefix, normalize);
-  Tensor out = empty(out_sizes(p), x);
-  Tensor weight_sum = forward(p, from, k, r, View(out));
+std::tuple<Array, Array> gather_fuse(const GatherFuseArgs& a) {
+  GatherFuseParams p = make_params(a);
+  Array out = empty(out_sizes(p), a.x);
+  Array weight_sum = forward(p, a.x, a.keep, a.rest, out);
   return {out, weight_sum};
 }
 
-Tensor gather_fuse_out(Tensor x, Tensor keep, Tensor rest, Tensor weight, int64_t prefix,
-                       bool normalize, Tensor out) {
-  const View from(x), k(keep), r(rest), w(weight), to(out);
-  GatherFuseParams p = make_params(from, k, r, w, prefix, normalize);
-  check_out(kOp, to, out_sizes(p), {{"x", from}, {"keep", k}, {"rest", r}, {"weight", w}});
-  return forward(p, from, k, r, to);
+struct GatherFuseOutArgs : Record {
+  GatherFuseArgs forward;
+  View out;
+};
+
+Array gather_fuse_out(const GatherFuseOutArgs& a) {
+  const GatherFuseArgs& in = a.forward;
+  GatherFuseParams p = make_params(in);
+  check_out(kOp, a.out, out_sizes(p),
+            {{"x", in.x}, {"keep", in.keep}, {"rest", in.rest}, {"weight", in.weight}});
+  return forward(p, in.x, in.keep, in.rest, a.out);
 }
 
-std::tuple<Tensor, Tensor> gather_fuse_backward(Tensor dout, Tensor out, Tensor weight_sum,
-                                                Tensor x, Tensor keep, Tensor rest, Tensor weight,
-                                                int64_t prefix, bool normalize) {
-  const View from(x), k(keep), r(rest), d(dout), o(out), total(weight_sum);
+struct GatherFuseBackwardArgs : Record {
+  View dout, out, weight_sum;
+  GatherFuseArgs forward;
+};
+
+std::tuple<Array, Array> gather_fuse_backward(const GatherFuseBackwardArgs& a) {
+  const GatherFuseArgs& in = a.forward;
   GatherFuseBackwardParams q{};
   GatherFuseParams& p = q.forward;
-  p = make_params(from, k, r, View(weight), prefix, normalize);
+  p = make_params(in);
   const std::vector<int64_t> sizes = out_sizes(p);
-  check_like(kOp, "dout", d, sizes, from.dtype, "x", from);
-  check_like(kOp, "out", o, sizes, from.dtype, "x", from);
-  check_like(kOp, "weight_sum", total, {p.batch}, ScalarType::Float, "x", from);
-  p.weight_sum = total.mutable_data<float>();
-  q.dout = d.data();
-  q.dout_batch = d.step(0);
-  q.dout_row = d.step(1);
-  q.fused_batch = o.step(0);
-  q.fused = o.data<char>() + (p.rows() - 1) * o.step(1) * out.element_size();
+  check_like(kOp, "dout", a.dout, sizes, in.x.dtype, "x", in.x);
+  check_like(kOp, "out", a.out, sizes, in.x.dtype, "x", in.x);
+  check_like(kOp, "weight_sum", a.weight_sum, {p.batch}, ScalarType::Float, "x", in.x);
+  p.weight_sum = a.weight_sum.mutable_data<float>();
+  q.dout = a.dout.data();
+  q.dout_batch = a.dout.step(0);
+  q.dout_row = a.dout.step(1);
+  q.fused_batch = a.out.step(0);
+  q.fused = a.out.data<char>() + (p.rows() - 1) * a.out.step(1) * a.out.element_bytes;
 
-  Tensor places = empty_places(p, x);
-  Tensor dx = empty(from.sizes, x);
-  Tensor dweight = empty({p.batch, p.patches}, x, ScalarType::Float);
-  q.places = static_cast<int32_t*>(places.mutable_data_ptr());
-  q.dx = dx.mutable_data_ptr();
-  q.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  Array places = empty_places(p, in.x);
+  Array dx = empty(in.x.sizes, in.x);
+  Array dweight = empty({p.batch, p.patches}, in.x, ScalarType::Float);
+  q.places = places.mutable_data<int32_t>();
+  q.dx = dx.mutable_data();
+  q.dweight = dweight.mutable_data<float>();
   if (p.batch * (p.prefix + p.patches) == 0) return {dx, dweight};
 #if defined(TOKENMILL_WITH_CUDA)
-  if (from.is_cuda) {
-    launch_on_device(kOp, from, q);
+  if (in.x.is_cuda) {
+    launch_on_device(kOp, in.x, q);
     return {dx, dweight};
   }
 #endif
-  check_values(p, k, r, q.places);
+  check_values(p, in.keep, in.rest, q.places);
   cpu::gather_fuse_backward(q);
   return {dx, dweight};
 }
 
+const Registration kOperators({&implement<gather_fuse>("gather_fuse"),
+                               &implement<gather_fuse_out>("gather_fuse_out"),
+                               &implement<gather_fuse_backward>("gather_fuse_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("gather_fuse", TOKENMILL_BOX(gather_fuse));
-  m.impl("gather_fuse_out", TOKENMILL_BOX(gather_fuse_out));
-  m.impl("gather_fuse_backward", TOKENMILL_BOX(gather_fuse_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("gather_fuse", TOKENMILL_BOX(gather_fuse));
-  m.impl("gather_fuse_out", TOKENMILL_BOX(gather_fuse_out));
-  m.impl("gather_fuse_backward", TOKENMILL_BOX(gather_fuse_backward));
-}
-#endif
-
 }  // namespace tokenmill

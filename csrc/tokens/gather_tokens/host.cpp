@@ -17,7 +17,7 @@ GatherTokensParams make_params(const View& from, const View& ids) {
   check_last_contiguous(kOp, "indices", ids);
   check_device_of(kOp, "indices", ids, "x", from);
 
-  const int64_t bytes = from.tensor.element_size();
+  const int64_t bytes = from.element_bytes;
   GatherTokensParams p{};
   p.batch = flat ? 1 : ids.size(0);
   p.entries = ids.size(-1);
@@ -43,44 +43,42 @@ std::vector<int64_t> out_sizes(const View& from, const View& ids) {
 void run(GatherTokensParams& p, const View& from, const View& ids, const View& out) {
   out.note(true);
   if (!from.is_cuda) check_index_values(kOp, "indices", ids, p.rows);
-  const int64_t bytes = out.tensor.element_size();
+  const int64_t bytes = out.element_bytes;
   p.out = out.mutable_data<char>();
   p.out_batch = p.batch == 1 ? 0 : out.step(0) * bytes;
   p.out_row = out.step(-2) * bytes;
-  if (out.tensor.numel() == 0) return;
+  if (out.numel() == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
   if (from.is_cuda) return launch_on_device(kOp, from, p);
 #endif
   cpu::gather_tokens(p);
 }
 
-Tensor gather_tokens(Tensor x, Tensor indices) {
-  const View from(x), ids(indices);
-  GatherTokensParams p = make_params(from, ids);
-  Tensor out = empty(out_sizes(from, ids), x);
-  run(p, from, ids, View(out));
+struct GatherTokensArgs : Record {
+  View x, indices;
+};
+
+Array gather_tokens(const GatherTokensArgs& a) {
+  GatherTokensParams p = make_params(a.x, a.indices);
+  Array out = empty(out_sizes(a.x, a.indices), a.x);
+  run(p, a.x, a.indices, out);
   return out;
 }
 
-void gather_tokens_out(Tensor x, Tensor indices, Tensor out) {
-  const View from(x), ids(indices), to(out);
-  GatherTokensParams p = make_params(from, ids);
-  check_out(kOp, to, out_sizes(from, ids), {{"x", from}, {"indices", ids}});
-  run(p, from, ids, to);
+struct GatherTokensOutArgs : Record {
+  GatherTokensArgs forward;
+  View out;
+};
+
+void gather_tokens_out(const GatherTokensOutArgs& a) {
+  const GatherTokensArgs& in = a.forward;
+  GatherTokensParams p = make_params(in.x, in.indices);
+  check_out(kOp, a.out, out_sizes(in.x, in.indices), {{"x", in.x}, {"indices", in.indices}});
+  run(p, in.x, in.indices, a.out);
 }
+
+const Registration kOperators({&implement<gather_tokens>("gather_tokens"),
+                               &implement<gather_tokens_out>("gather_tokens_out")});
 
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("gather_tokens", TOKENMILL_BOX(gather_tokens));
-  m.impl("gather_tokens_out", TOKENMILL_BOX(gather_tokens_out));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("gather_tokens", TOKENMILL_BOX(gather_tokens));
-  m.impl("gather_tokens_out", TOKENMILL_BOX(gather_tokens_out));
-}
-#endif
-
 }  // namespace tokenmill

@@ -8,112 +8,101 @@ namespace {
 constexpr const char* kOp = "local_pool";
 constexpr int64_t kMostTaps = 255, kMostDilation = 65535;
 
+struct LocalPoolArgs : Record {
+  View x, mask;
+  int64_t kernel_y, kernel_x, dilation_y, dilation_x;
+  std::string_view pooling;
+  bool count_include_pad, subtract_input;
+};
+
 // The checks are those of python/tokenmill/tokens/local_pool.py, in its order and words.
-LocalPoolParams make_params(const View& x, const std::optional<View>& mask, int64_t kernel_y,
-                            int64_t kernel_x, int64_t dilation_y, int64_t dilation_x,
-                            const std::string& pooling, bool count_include_pad,
-                            bool subtract_input) {
-  check(x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]", x.dim());
-  check(is_kernel_dtype(x.dtype), kOp, "x", "must be float16, bfloat16 or float32", x.dtype);
-  check_last_contiguous(kOp, "x", x);
-  const int64_t tokens = x.size(0) * x.size(1) * x.size(2);
+LocalPoolParams make_params(const LocalPoolArgs& a) {
+  check(a.x.dim() == 4, kOp, "x", "must have 4 dimensions [B, Y, X, C], or 3 [B, N, C]", a.x.dim());
+  check(is_kernel_dtype(a.x.dtype), kOp, "x", "must be float16, bfloat16 or float32", a.x.dtype);
+  check_last_contiguous(kOp, "x", a.x);
+  const int64_t tokens = a.x.size(0) * a.x.size(1) * a.x.size(2);
   check(tokens < int64_t{1} << 31, kOp, "x", "must have fewer than 2^31 tokens in all", tokens);
   LocalPoolParams p{};
-  if (mask) {
-    check_like(kOp, "mask", *mask, {x.size(0), x.size(1), x.size(2)}, ScalarType::Bool, "x", x);
-    p.mask = mask->data<bool>();
-    p.mask_batch = mask->step(0);
-    p.mask_line = mask->step(1);
-    p.mask_token = mask->step(2);
+  if (a.mask) {
+    check_like(kOp, "mask", a.mask, {a.x.size(0), a.x.size(1), a.x.size(2)}, ScalarType::Bool, "x",
+               a.x);
+    p.mask = a.mask.data<bool>();
+    p.mask_batch = a.mask.step(0);
+    p.mask_line = a.mask.step(1);
+    p.mask_token = a.mask.step(2);
   }
-  for (const int64_t kernel : {kernel_y, kernel_x})
+  for (const int64_t kernel : {a.kernel_y, a.kernel_x})
     check(kernel >= 1 && kernel <= kMostTaps && kernel % 2 == 1, kOp, "kernel",
           Rule("must be odd, 1 to ", kMostTaps), kernel);
-  for (const int64_t dilation : {dilation_y, dilation_x})
+  for (const int64_t dilation : {a.dilation_y, a.dilation_x})
     check(dilation >= 0 && dilation <= kMostDilation, kOp, "dilation",
           Rule("must be 0 to ", kMostDilation), dilation);
-  check(pooling == "avg" || pooling == "max", kOp, "mode", "must be 'avg' or 'max'", pooling);
-  p.batch = x.size(0);
-  p.height = static_cast<int>(x.size(1));
-  p.width = static_cast<int>(x.size(2));
-  p.channels = x.size(3);
-  p.kernel_y = static_cast<int>(kernel_y);
-  p.kernel_x = static_cast<int>(kernel_x);
-  p.dilation_y = static_cast<int>(dilation_y);
-  p.dilation_x = static_cast<int>(dilation_x);
-  p.is_max = pooling == "max";
-  p.count_include_pad = count_include_pad;
-  p.subtract_input = subtract_input;
-  p.dtype = to_dtype(x.dtype);
-  p.x = x.data();
-  p.x_batch = x.step(0);
-  p.x_line = x.step(1);
-  p.x_token = x.step(2);
+  check(a.pooling == "avg" || a.pooling == "max", kOp, "mode", "must be 'avg' or 'max'", a.pooling);
+  p.batch = a.x.size(0);
+  p.height = static_cast<int>(a.x.size(1));
+  p.width = static_cast<int>(a.x.size(2));
+  p.channels = a.x.size(3);
+  p.kernel_y = static_cast<int>(a.kernel_y);
+  p.kernel_x = static_cast<int>(a.kernel_x);
+  p.dilation_y = static_cast<int>(a.dilation_y);
+  p.dilation_x = static_cast<int>(a.dilation_x);
+  p.is_max = a.pooling == "max";
+  p.count_include_pad = a.count_include_pad;
+  p.subtract_input = a.subtract_input;
+  p.dtype = to_dtype(a.x.dtype);
+  p.x = a.x.data();
+  p.x_batch = a.x.step(0);
+  p.x_line = a.x.step(1);
+  p.x_token = a.x.step(2);
   return p;
-}
-
-std::optional<View> view_of(const OptTensor& t) {
-  return t ? std::optional<View>(*t) : std::nullopt;
 }
 
 template <typename Params, typename Cpu>
 void launch(const Params& p, const View& x, const Cpu& launch_cpu) {
-  if (x.tensor.numel() == 0) return;
+  if (x.numel() == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
   if (x.is_cuda) return launch_on_device(kOp, x, p);
 #endif
   launch_cpu(p);
 }
 
-Tensor local_pool(Tensor x, OptTensor mask, int64_t kernel_y, int64_t kernel_x, int64_t dilation_y,
-                  int64_t dilation_x, std::string pooling, bool count_include_pad,
-                  bool subtract_input) {
-  const View from(x);
-  LocalPoolParams p = make_params(from, view_of(mask), kernel_y, kernel_x, dilation_y, dilation_x,
-                                  pooling, count_include_pad, subtract_input);
-  Tensor out = empty(from.sizes, x);
-  p.out = out.mutable_data_ptr();
-  launch(p, from, cpu::local_pool);
+Array local_pool(const LocalPoolArgs& a) {
+  LocalPoolParams p = make_params(a);
+  Array out = empty(a.x.sizes, a.x);
+  p.out = out.mutable_data();
+  launch(p, a.x, cpu::local_pool);
   return out;
 }
 
-Tensor local_pool_backward(Tensor dout, Tensor x, OptTensor mask, int64_t kernel_y,
-                           int64_t kernel_x, int64_t dilation_y, int64_t dilation_x,
-                           std::string pooling, bool count_include_pad, bool subtract_input) {
-  const View from(x), d(dout);
+struct LocalPoolBackwardArgs : Record {
+  View dout;
+  LocalPoolArgs forward;
+};
+
+Array local_pool_backward(const LocalPoolBackwardArgs& a) {
+  const LocalPoolArgs& in = a.forward;
   LocalPoolBackwardParams q{};
-  q.forward = make_params(from, view_of(mask), kernel_y, kernel_x, dilation_y, dilation_x, pooling,
-                          count_include_pad, subtract_input);
-  check_like(kOp, "dout", d, from.sizes, from.dtype, "x", from);
-  q.dout = d.data();
-  q.dout_batch = d.step(0);
-  q.dout_line = d.step(1);
-  q.dout_token = d.step(2);
-  Tensor dx = empty(from.sizes, x);
-  q.forward.out = dx.mutable_data_ptr();
+  q.forward = make_params(in);
+  check_like(kOp, "dout", a.dout, in.x.sizes, in.x.dtype, "x", in.x);
+  q.dout = a.dout.data();
+  q.dout_batch = a.dout.step(0);
+  q.dout_line = a.dout.step(1);
+  q.dout_token = a.dout.step(2);
+  Array dx = empty(in.x.sizes, in.x);
+  q.forward.out = dx.mutable_data();
 #if defined(TOKENMILL_WITH_CUDA)
-  std::optional<Tensor> workspace;
-  if (from.is_cuda) {
-    workspace = empty({workspace_bytes(q)}, x, ScalarType::Byte);
-    q.workspace = workspace->mutable_data_ptr();
+  Array workspace;
+  if (in.x.is_cuda) {
+    workspace = empty({workspace_bytes(q)}, in.x, ScalarType::Byte);
+    q.workspace = workspace.mutable_data();
   }
 #endif
-  launch(q, from, cpu::local_pool_backward);
+  launch(q, in.x, cpu::local_pool_backward);
   return dx;
 }
 
+const Registration kOperators({&implement<local_pool>("local_pool"),
+                               &implement<local_pool_backward>("local_pool_backward")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) {
-  m.impl("local_pool", TOKENMILL_BOX(local_pool));
-  m.impl("local_pool_backward", TOKENMILL_BOX(local_pool_backward));
-}
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) {
-  m.impl("local_pool", TOKENMILL_BOX(local_pool));
-  m.impl("local_pool_backward", TOKENMILL_BOX(local_pool_backward));
-}
-#endif
-
 }  // namespace tokenmill

@@ -19,46 +19,45 @@ void check_values(const MaskPartitionParams& p) {
 void run(MaskPartitionParams& p, const View& mask) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (mask.is_cuda) {
-    Tensor workspace = empty({workspace_bytes(p)}, mask.tensor, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
+    Array workspace = empty({workspace_bytes(p)}, mask, ScalarType::Byte);
+    p.workspace = workspace.mutable_data();
     return launch_on_device(kOp, mask, p);
   }
 #endif
   cpu::mask_partition(p);
 }
 
+struct MaskPartitionArgs : Record {
+  View mask;
+  Optional<int64_t> max_total;
+};
+
 // The checks are those of python/tokenmill/tokens/mask_partition.py, in its order and words.
-std::tuple<Tensor, Tensor, Tensor> mask_partition(Tensor mask, std::optional<int64_t> max_total) {
-  const View m(mask);
-  check(m.dim() == 2, kOp, "mask", "must have 2 dimensions [B, N]", m.dim());
-  check(m.dtype == ScalarType::Bool, kOp, "mask", "must be bool", m.dtype);
-  check_last_contiguous(kOp, "mask", m);
+std::tuple<Array, Array, Array> mask_partition(const MaskPartitionArgs& a) {
+  check(a.mask.dim() == 2, kOp, "mask", "must have 2 dimensions [B, N]", a.mask.dim());
+  check(a.mask.dtype == ScalarType::Bool, kOp, "mask", "must be bool", a.mask.dtype);
+  check_last_contiguous(kOp, "mask", a.mask);
   MaskPartitionParams p{};
-  p.batch = m.size(0);
-  p.tokens = m.size(1);
+  p.batch = a.mask.size(0);
+  p.tokens = a.mask.size(1);
   const int64_t all = p.batch * p.tokens, limit = int64_t{1} << 31;
   check(all < limit, kOp, "mask", "must have fewer than 2^31 tokens in all", all);
-  p.size = max_total.value_or(all);
+  p.size = a.max_total.value_or(all);
   check(p.size >= 0 && p.size < limit, kOp, "max_total", "must be 0 to 2^31 - 1", p.size);
-  p.mask = m.data<uint8_t>();
-  p.mask_batch = m.step(0);
-  if (max_total && !m.is_cuda) check_values(p);
-  Tensor indices = empty({p.size}, mask, ScalarType::Int);
-  Tensor cu_seqlens = empty({p.batch + 1}, mask, ScalarType::Int);
-  Tensor inverse = empty(m.sizes, mask, ScalarType::Int);
-  p.indices = static_cast<int32_t*>(indices.mutable_data_ptr());
-  p.cu_seqlens = static_cast<int32_t*>(cu_seqlens.mutable_data_ptr());
-  p.inverse = static_cast<int32_t*>(inverse.mutable_data_ptr());
-  run(p, m);
+  p.mask = a.mask.data<uint8_t>();
+  p.mask_batch = a.mask.step(0);
+  if (a.max_total && !a.mask.is_cuda) check_values(p);
+  Array indices = empty({p.size}, a.mask, ScalarType::Int);
+  Array cu_seqlens = empty({p.batch + 1}, a.mask, ScalarType::Int);
+  Array inverse = empty(a.mask.sizes, a.mask, ScalarType::Int);
+  p.indices = indices.mutable_data<int32_t>();
+  p.cu_seqlens = cu_seqlens.mutable_data<int32_t>();
+  p.inverse = inverse.mutable_data<int32_t>();
+  run(p, a.mask);
   return {indices, cu_seqlens, inverse};
 }
 
+const Registration kOperators({&implement<mask_partition>("mask_partition")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("mask_partition", TOKENMILL_BOX(mask_partition)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("mask_partition", TOKENMILL_BOX(mask_partition)); }
-#endif
-
 }  // namespace tokenmill

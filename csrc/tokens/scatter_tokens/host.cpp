@@ -20,74 +20,71 @@ void write_places(const ScatterTokensParams& p, const View& ids) {
     }
 }
 
+struct ScatterTokensArgs : Record {
+  View y, indices, base;
+  int64_t batch, tokens;
+};
+
 // The checks are those of python/tokenmill/tokens/scatter_tokens.py, in its order and words.
-Tensor scatter_tokens(Tensor y, Tensor indices, OptTensor base, int64_t batch, int64_t tokens) {
-  const View rows(y), ids(indices);
-  check(rows.dim() == 2 || rows.dim() == 3, kOp, "y",
-        "must have 3 dimensions [B, K, C], or 2 [K, C]", rows.dim());
-  check(is_movable(rows.dtype), kOp, "y", kMovable, rows.dtype);
-  check_last_contiguous(kOp, "y", rows);
-  const std::vector<int64_t> places_sizes(rows.sizes.begin(), rows.sizes.end() - 1);
-  check(ids.sizes == places_sizes, kOp, "indices", Rule("must have shape ", places_sizes),
-        ids.sizes);
-  check(ids.dtype == ScalarType::Int, kOp, "indices", "must be int32", ids.dtype);
-  check_last_contiguous(kOp, "indices", ids);
-  check_device_of(kOp, "indices", ids, "y", rows);
+Array scatter_tokens(const ScatterTokensArgs& a) {
+  check(a.y.dim() == 2 || a.y.dim() == 3, kOp, "y", "must have 3 dimensions [B, K, C], or 2 [K, C]",
+        a.y.dim());
+  check(is_movable(a.y.dtype), kOp, "y", kMovable, a.y.dtype);
+  check_last_contiguous(kOp, "y", a.y);
+  const std::vector<int64_t> places_sizes(a.y.sizes.begin(), a.y.sizes.end() - 1);
+  check(a.indices.sizes == places_sizes, kOp, "indices", Rule("must have shape ", places_sizes),
+        a.indices.sizes);
+  check(a.indices.dtype == ScalarType::Int, kOp, "indices", "must be int32", a.indices.dtype);
+  check_last_contiguous(kOp, "indices", a.indices);
+  check_device_of(kOp, "indices", a.indices, "y", a.y);
   constexpr int64_t kMost = int64_t{1} << 31;
-  check(batch >= 0 && batch < kMost, kOp, "batch", "must be 0 to 2^31 - 1", batch);
-  check(tokens >= 0 && tokens < kMost, kOp, "base", "must have 0 to 2^31 - 1 tokens", tokens);
-  check(batch * tokens < kMost, kOp, "base", "must have fewer than 2^31 tokens in all",
-        batch * tokens);
-  const bool flat = rows.dim() == 2;
-  check(flat || rows.size(0) == batch, kOp, "base",
-        Rule("must have the batch size of y, ", rows.size(0)), batch);
-  const std::vector<int64_t> sizes{batch, tokens, rows.size(-1)};
-  std::optional<View> under;
-  if (base) {
-    under.emplace(*base);
-    check_like(kOp, "base", *under, sizes, rows.dtype, "y", rows);
+  check(a.batch >= 0 && a.batch < kMost, kOp, "batch", "must be 0 to 2^31 - 1", a.batch);
+  check(a.tokens >= 0 && a.tokens < kMost, kOp, "base", "must have 0 to 2^31 - 1 tokens", a.tokens);
+  check(a.batch * a.tokens < kMost, kOp, "base", "must have fewer than 2^31 tokens in all",
+        a.batch * a.tokens);
+  const bool flat = a.y.dim() == 2;
+  check(flat || a.y.size(0) == a.batch, kOp, "base",
+        Rule("must have the batch size of y, ", a.y.size(0)), a.batch);
+  const std::vector<int64_t> sizes{a.batch, a.tokens, a.y.size(-1)};
+  if (a.base) {
+    check_like(kOp, "base", a.base, sizes, a.y.dtype, "y", a.y);
   }
 
-  const int64_t bytes = y.element_size();
+  const int64_t bytes = a.y.element_bytes;
   ScatterTokensParams p{};
-  p.batch = batch;
-  p.tokens = tokens;
-  p.sequences = flat ? 1 : batch;
-  p.entries = ids.size(-1);
-  p.rows = flat ? batch * tokens : tokens;
-  p.row_bytes = rows.size(-1) * bytes;
-  p.y = rows.data<char>();
-  p.y_batch = flat ? 0 : rows.step(0) * bytes;
-  p.y_row = rows.step(-2) * bytes;
-  p.indices = ids.data<int32_t>();
-  p.indices_batch = flat ? 0 : ids.step(0);
-  if (under) {
-    p.base = under->data<char>();
-    p.base_batch = under->step(0) * bytes;
-    p.base_token = under->step(1) * bytes;
+  p.batch = a.batch;
+  p.tokens = a.tokens;
+  p.sequences = flat ? 1 : a.batch;
+  p.entries = a.indices.size(-1);
+  p.rows = flat ? a.batch * a.tokens : a.tokens;
+  p.row_bytes = a.y.size(-1) * bytes;
+  p.y = a.y.data<char>();
+  p.y_batch = flat ? 0 : a.y.step(0) * bytes;
+  p.y_row = a.y.step(-2) * bytes;
+  p.indices = a.indices.data<int32_t>();
+  p.indices_batch = flat ? 0 : a.indices.step(0);
+  if (a.base) {
+    p.base = a.base.data<char>();
+    p.base_batch = a.base.step(0) * bytes;
+    p.base_token = a.base.step(1) * bytes;
   }
-  if (!rows.is_cuda) check_index_values(kOp, "indices", ids, p.rows);
-  Tensor out = empty(sizes, y);
-  Tensor places = empty({batch, tokens}, y, ScalarType::Int);
-  p.out = static_cast<char*>(out.mutable_data_ptr());
-  p.places = static_cast<int32_t*>(places.mutable_data_ptr());
+  if (!a.y.is_cuda) check_index_values(kOp, "indices", a.indices, p.rows);
+  Array out = empty(sizes, a.y);
+  Array places = empty({a.batch, a.tokens}, a.y, ScalarType::Int);
+  p.out = out.mutable_data<char>();
+  p.places = places.mutable_data<int32_t>();
 #if defined(TOKENMILL_WITH_CUDA)
-  if (rows.is_cuda) {
-    if (out.numel() > 0) launch_on_device(kOp, rows, p);
+  if (a.y.is_cuda) {
+    if (out.numel() > 0) launch_on_device(kOp, a.y, p);
     return out;
   }
 #endif
-  write_places(p, ids);
+  write_places(p, a.indices);
   if (out.numel() > 0) cpu::scatter_tokens(p);
   return out;
 }
 
+const Registration kOperators({&implement<scatter_tokens>("scatter_tokens")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("scatter_tokens", TOKENMILL_BOX(scatter_tokens)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("scatter_tokens", TOKENMILL_BOX(scatter_tokens)); }
-#endif
-
 }  // namespace tokenmill

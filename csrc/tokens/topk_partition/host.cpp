@@ -10,73 +10,75 @@ constexpr const char* kOp = "topk_partition";
 void run(TopkPartitionParams& p, const View& scores) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (scores.is_cuda) {
-    Tensor workspace = empty({workspace_bytes(p)}, scores.tensor, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
+    Array workspace = empty({workspace_bytes(p)}, scores, ScalarType::Byte);
+    p.workspace = workspace.mutable_data();
     return launch_on_device(kOp, scores, p);
   }
 #endif
   cpu::topk_partition(p);
 }
 
+struct TopkPartitionArgs : Record {
+  View scores;
+  int64_t k;
+  View counts;
+  bool largest;
+  std::string_view order;
+  View valid;
+  int64_t protect_first, protect_last;
+};
+
 // The checks are those of python/tokenmill/tokens/topk_partition.py, in its order and words.
-std::tuple<Tensor, Tensor> topk_partition(Tensor scores, int64_t k, OptTensor counts, bool largest,
-                                          std::string order, OptTensor valid, int64_t protect_first,
-                                          int64_t protect_last) {
-  const View s(scores);
-  check(s.dim() == 2, kOp, "scores", "must have 2 dimensions [B, N]", s.dim());
-  check(is_kernel_dtype(s.dtype), kOp, "scores", "must be float16, bfloat16 or float32", s.dtype);
-  check_last_contiguous(kOp, "scores", s);
+std::tuple<Array, Array> topk_partition(const TopkPartitionArgs& a) {
+  check(a.scores.dim() == 2, kOp, "scores", "must have 2 dimensions [B, N]", a.scores.dim());
+  check(is_kernel_dtype(a.scores.dtype), kOp, "scores", "must be float16, bfloat16 or float32",
+        a.scores.dtype);
+  check_last_contiguous(kOp, "scores", a.scores);
   TopkPartitionParams p{};
-  p.batch = s.size(0);
-  p.tokens = s.size(1);
-  p.k = k;
+  p.batch = a.scores.size(0);
+  p.tokens = a.scores.size(1);
+  p.k = a.k;
   check(p.tokens < int64_t{1} << 31, kOp, "scores", "must have fewer than 2^31 tokens in a row",
         p.tokens);
-  const char* const most = counts ? "max_k" : "k";
-  check(k >= 0 && k <= p.tokens, kOp, most, Rule("must be 0 to N, ", p.tokens), k);
-  const std::optional<View> c = counts ? std::optional<View>(*counts) : std::nullopt;
-  if (c) {
-    check_like(kOp, "k", *c, {p.batch}, ScalarType::Int, "scores", s);
-    p.counts = c->data<int32_t>();
+  const char* const most = a.counts ? "max_k" : "k";
+  check(a.k >= 0 && a.k <= p.tokens, kOp, most, Rule("must be 0 to N, ", p.tokens), a.k);
+  if (a.counts) {
+    check_like(kOp, "k", a.counts, {p.batch}, ScalarType::Int, "scores", a.scores);
+    p.counts = a.counts.data<int32_t>();
   }
-  check(order == "score" || order == "index", kOp, "order", "must be 'score' or 'index'", order);
-  const std::optional<View> v = valid ? std::optional<View>(*valid) : std::nullopt;
-  if (v) {
-    check_like(kOp, "valid", *v, s.sizes, ScalarType::Bool, "scores", s);
-    p.valid = v->data<bool>();
-    p.valid_batch = v->step(0);
+  check(a.order == "score" || a.order == "index", kOp, "order", "must be 'score' or 'index'",
+        a.order);
+  if (a.valid) {
+    check_like(kOp, "valid", a.valid, a.scores.sizes, ScalarType::Bool, "scores", a.scores);
+    p.valid = a.valid.data<bool>();
+    p.valid_batch = a.valid.step(0);
   }
-  check(protect_first >= 0, kOp, "protect_first", "must not be negative", protect_first);
-  check(protect_last >= 0, kOp, "protect_last", "must not be negative", protect_last);
-  check(protect_first <= k && protect_last <= k - protect_first, kOp, "protect_last",
-        Rule("must leave protect_first + protect_last <= ", most, ", ", k, ", with protect_first ",
-             protect_first),
-        protect_last);
-  for (int64_t b = 0; c && !s.is_cuda && b < p.batch; ++b)
-    check(p.counts[b] >= protect_first + protect_last && p.counts[b] <= k, kOp, "k",
-          Rule("must be ", protect_first + protect_last, " to ", k), int64_t{p.counts[b]});
-  p.dtype = to_dtype(s.dtype);
-  p.scores = s.data();
-  p.scores_batch = s.step(0);
-  p.largest = largest;
-  p.by_score = order == "score";
-  p.protect_first = protect_first;
-  p.protect_last = protect_last;
-  Tensor keep = empty({p.batch, k}, scores, ScalarType::Int);
-  p.others = c ? p.tokens : p.tokens - k;
-  Tensor rest = empty({p.batch, p.others}, scores, ScalarType::Int);
-  p.keep = static_cast<int32_t*>(keep.mutable_data_ptr());
-  p.rest = static_cast<int32_t*>(rest.mutable_data_ptr());
-  if (p.batch * p.tokens > 0) run(p, s);
+  check(a.protect_first >= 0, kOp, "protect_first", "must not be negative", a.protect_first);
+  check(a.protect_last >= 0, kOp, "protect_last", "must not be negative", a.protect_last);
+  check(a.protect_first <= a.k && a.protect_last <= a.k - a.protect_first, kOp, "protect_last",
+        Rule("must leave protect_first + protect_last <= ", most, ", ", a.k,
+             ", with protect_first ", a.protect_first),
+        a.protect_last);
+  for (int64_t b = 0; a.counts && !a.scores.is_cuda && b < p.batch; ++b)
+    check(p.counts[b] >= a.protect_first + a.protect_last && p.counts[b] <= a.k, kOp, "k",
+          Rule("must be ", a.protect_first + a.protect_last, " to ", a.k), int64_t{p.counts[b]});
+  p.dtype = to_dtype(a.scores.dtype);
+  p.scores = a.scores.data();
+  p.scores_batch = a.scores.step(0);
+  p.largest = a.largest;
+  p.by_score = a.order == "score";
+  p.protect_first = a.protect_first;
+  p.protect_last = a.protect_last;
+  Array keep = empty({p.batch, a.k}, a.scores, ScalarType::Int);
+  p.others = a.counts ? p.tokens : p.tokens - a.k;
+  Array rest = empty({p.batch, p.others}, a.scores, ScalarType::Int);
+  p.keep = keep.mutable_data<int32_t>();
+  p.rest = rest.mutable_data<int32_t>();
+  if (p.batch * p.tokens > 0) run(p, a.scores);
   return {keep, rest};
 }
 
+const Registration kOperators({&implement<topk_partition>("topk_partition")});
+
 }  // namespace
-
-TOKENMILL_IMPL(CPU, m) { m.impl("topk_partition", TOKENMILL_BOX(topk_partition)); }
-
-#if defined(TOKENMILL_WITH_CUDA)
-TOKENMILL_IMPL(CUDA, m) { m.impl("topk_partition", TOKENMILL_BOX(topk_partition)); }
-#endif
-
 }  // namespace tokenmill

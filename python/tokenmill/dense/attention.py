@@ -313,7 +313,8 @@ def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 
 
-EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")  # with gradients in float32
+# With gradients in float32: those of all but bias are [B, H] from the kernels.
+EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
@@ -334,16 +335,18 @@ def _fake_backward(
     dlse: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
-    needs: list[bool],
-    *lowered: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
+    needs, lowered = rest[: len(EXTRAS)], rest[len(EXTRAS) :]
     a = FORWARD.record(*lowered)
+    heads = (a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1, a.q.shape[-2])
 
-    def grad(t: Tensor | None, needed: bool) -> Tensor:
-        shape = t.shape if needed and t is not None else (0,)
+    def grad(name: str, needed: bool) -> Tensor:
+        t = getattr(a, name)
+        shape = (0,) if not needed or t is None else t.shape if name == "bias" else heads
         return a.q.new_empty(shape, dtype=torch.float32)
 
-    extra = [grad(getattr(a, name), n) for name, n in zip(EXTRAS, needs, strict=True)]
+    extra = [grad(name, needed) for name, needed in zip(EXTRAS, needs, strict=True)]
     return (*(t.new_empty(t.shape) for t in (a.q, a.k, a.v)), *extra)
 
 
@@ -352,10 +355,9 @@ def _check_backward(
     dlse: Tensor | None,
     out: Tensor | None,
     lse: Tensor | None,
-    needs: list[bool],
-    *lowered: Any,
+    *rest: Any,
 ) -> None:
-    check_attention(*lowered)
+    check_attention(*rest[len(EXTRAS) :])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -374,9 +376,9 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         dlse = None if lse is None else dlse.contiguous()
     needed = FORWARD.needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
-    dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, needs, *lowered)
+    dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *lowered)
     extra = {
-        name: grad.to(getattr(a, name).dtype)
+        name: grad.sum_to_size(getattr(a, name).shape).to(getattr(a, name).dtype)
         for name, grad in zip(EXTRAS, grads, strict=True)
         if needed[name]
     }

@@ -149,7 +149,8 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is self.op.overload():
-            self.found = {**dict(zip(self.op.arguments, args, strict=False)), **(kwargs or {})}
+            values = self.op.bind(args, kwargs or {})
+            self.found = dict(zip(self.op.arguments, values, strict=True))
         return func(*args, **(kwargs or {}))
 
 

@@ -348,20 +348,18 @@ def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check_backward(*arguments: Any) -> None:
-    given = BACKWARD.record(*arguments)._asdict() | {"return_final_state": True}
-    check_linear_attention(*(given[name] for name in FORWARD.arguments))
+    check_linear_attention(*arguments[-len(FORWARD.arguments) :])
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     a = BACKWARD.record(*arguments)
-    needs_decay, needs_state = a.needs
     decay_shape: tuple[int, ...] = (0,)
-    if needs_decay and a.log_decay.dim() > 1:
+    if a.needs_dlog_decay and a.log_decay.dim() > 1:
         decay_shape = a.log_decay.shape
-    elif needs_decay:
+    elif a.needs_dlog_decay:
         sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
         decay_shape = (sequences, a.q.shape[-2])
-    state_shape = a.initial_state.shape if needs_state else (0,)
+    state_shape = a.initial_state.shape if a.needs_dinitial_state else (0,)
     return (
         *(t.new_empty(t.shape) for t in (a.q, a.k, a.v)),
         *(a.q.new_empty(shape, dtype=torch.float32) for shape in (decay_shape, state_shape)),
@@ -385,11 +383,9 @@ def _backward(
     if dfinal_state is not None:
         dfinal_state = dfinal_state.contiguous() if a.return_final_state else None
     needed = FORWARD.needed_gradients(ctx)
-    needs = [needed["log_decay"], needed["initial_state"]]
-    given = a._asdict()
-    arguments = (given[name] for name in BACKWARD.arguments if name in given)
+    needs = needed["log_decay"], needed["initial_state"]
     dq, dk, dv, dlog_decay, dinitial_state = ops.linear_attention_backward(
-        dout, dfinal_state, out, normalizer, needs, *arguments
+        dout, dfinal_state, out, normalizer, *needs, *lowered
     )
     extra = {}
     if needed["log_decay"]:

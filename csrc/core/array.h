@@ -1,0 +1,128 @@
+// Arrays as operators see them, whichever framework made them: a pointer and metadata.
+#pragma once
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/emulated.h"
+
+namespace tokenmill {
+
+using torch::headeronly::ScalarType;
+
+// Sizes or strides that the framework holds.
+struct Sizes : std::span<const int64_t> {
+  using span::span;
+  operator std::vector<int64_t>() const { return {begin(), end()}; }
+  template <typename Other>
+  bool operator==(const Other& other) const {
+    return std::equal(begin(), end(), other.begin(), other.end());
+  }
+};
+
+class Framework;
+
+// An argument, which the caller owns. Optional ones that were not given are false.
+struct View {
+  explicit operator bool() const { return framework != nullptr; }
+
+  int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
+  int64_t size(int64_t i) const { return sizes[i < 0 ? i + dim() : i]; }
+  // The stride to step by, 0 where the dimension is broadcast.
+  int64_t step(int64_t i) const { return size(i) == 1 ? 0 : strides[i < 0 ? i + dim() : i]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int64_t size : sizes) n *= size;
+    return n;
+  }
+  bool last_contiguous() const {
+    return dim() == 0 || size(-1) <= 1 || strides.back() == 1 || numel() == 0;
+  }
+  bool contiguous() const {
+    int64_t wanted = 1;
+    for (int64_t i = dim(); i-- > 0;) {
+      if (size(i) != 1 && strides[i] != wanted) return numel() == 0;
+      wanted *= size(i);
+    }
+    return true;
+  }
+  template <typename T = void>
+  const T* data() const {
+    return static_cast<const T*>(pointer);
+  }
+  template <typename T = void>
+  T* mutable_data() const {
+    return static_cast<T*>(pointer);
+  }
+
+  // Tells the PTX machine of the elements that the strides reach: not of the rest of the storage.
+  void note(bool writable) const {
+    if constexpr (emulated::kEnabled) {
+      int64_t last = 0;
+      for (int64_t i = 0; i < dim(); ++i) last += (size(i) - 1) * strides[i];
+      if (numel() > 0) emulated::note(pointer, (last + 1) * element_bytes, writable);
+    }
+  }
+
+  void* pointer = nullptr;
+  Sizes sizes, strides;
+  ScalarType dtype = ScalarType::Undefined;
+  int32_t element_bytes = 0;
+  bool on_gpu = false;
+  bool is_cuda = false;  // runs launch_cuda: on a GPU, or the PTX machine stands in for one
+  int32_t device = 0;
+  const Framework* framework = nullptr;
+};
+
+// What an operator allocates: results and workspaces. Copies share the memory.
+struct Array : View {
+  std::shared_ptr<void> owner;
+};
+
+// Where arrays come from: their memory, and the stream on which their owner works.
+class Framework {
+ public:
+  virtual ~Framework() = default;
+  virtual Array empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t device) const = 0;
+  virtual void* stream(int32_t device) const = 0;
+};
+
+// A fresh contiguous array on the device of `like`; dtype defaults to that of `like`.
+Array empty(const std::vector<int64_t>& sizes, const View& like,
+            std::optional<ScalarType> dtype = std::nullopt);
+
+// Sets all elements of contiguous arrays in float32, float16, bfloat16 or int32: of results that no
+// kernel writes, as without queries.
+void fill_array(double value, const View& array);
+template <typename... Arrays>
+void fill(double value, const Arrays&... arrays) {
+  (fill_array(value, arrays), ...);
+}
+
+inline Array zeros(const std::vector<int64_t>& sizes, const View& like, ScalarType dtype) {
+  Array made = empty(sizes, like, dtype);
+  fill(0, made);
+  return made;
+}
+
+inline bool is_kernel_dtype(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+inline DType to_dtype(ScalarType t) {
+  return t == ScalarType::Half       ? DType::float16
+         : t == ScalarType::BFloat16 ? DType::bfloat16
+                                     : DType::float32;
+}
+
+inline bool same_device(const View& a, const View& b) {
+  return a.is_cuda == b.is_cuda && a.device == b.device;
+}
+
+}  // namespace tokenmill
