@@ -1,5 +1,5 @@
-// Module _C: what this build is, and every operator of the library over DLPack, without torch's
-// dispatcher. The package works without it.
+// Module _C: what this build is, and every operator of the library without torch's dispatcher. The
+// package works without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,21 +35,22 @@ py::dict build_info() {
 }
 
 // Operators of a loaded library by name. Each takes its arguments in the order of the schema or by
-// name, arrays of any type that has DLPack's table of C functions, and returns arrays of the type
-// of the first. NotImplemented: an array is of another type.
+// name and returns a tuple. NotImplemented: a tensor is not an ordinary one.
 py::dict operators(const std::string& path) {
   const tokenmill::Library& library = tokenmill::exchange::library_of(path);
   py::dict all;
-  for (tokenmill::Operator* op : library.operators)
-    all[op->name] =
-        py::reinterpret_steal<py::object>(tokenmill::exchange::function_of(*op, library));
+  for (tokenmill::Operator* op : library.operators) {
+    PyObject* const function = tokenmill::exchange::function_of(*op, library);
+    if (!function) throw py::error_already_set();
+    all[op->name] = py::reinterpret_steal<py::object>(function);
+  }
   return all;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of tokenmill, and its operators over DLPack.";
+  m.doc() = "Build information of tokenmill, and its operators.";
   m.def("build_info", &build_info, "Version, compilers, instruction sets and GPU architectures.");
   m.def(
       "environment_asks",

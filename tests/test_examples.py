@@ -31,9 +31,11 @@ def test_readme():
     assert "tokenmill.attention: " in run(sys.executable, "-c", example)
 
 
-def test_numpy_through_dlpack():
-    out = run(sys.executable, EXAMPLES / "numpy_dlpack.py")
-    difference = re.search(r"NumPy ([\d.e+-]+)", out)
+@pytest.mark.parametrize("library", ["numpy", "jax"])
+def test_arrays_through_dlpack(library):
+    pytest.importorskip(library)
+    out = run(sys.executable, EXAMPLES / f"{library}_dlpack.py")
+    difference = re.search(r"(?:NumPy|JAX) ([\d.e+-]+)", out)
     assert difference and float(difference[1]) < 1e-5
 
 

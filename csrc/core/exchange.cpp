@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "core/check.h"
@@ -44,92 +45,114 @@ std::pair<ScalarType, bool> scalar_type(dlpack::DataType t) {
   }
 }
 
-// What operators allocate.
-dlpack::DataType data_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return {dlpack::kFloat, 32, 1};
-    case ScalarType::Half:
-      return {dlpack::kFloat, 16, 1};
-    case ScalarType::BFloat16:
-      return {dlpack::kBfloat, 16, 1};
-    case ScalarType::Int:
-      return {dlpack::kInt, 32, 1};
-    case ScalarType::Long:
-      return {dlpack::kInt, 64, 1};
-    case ScalarType::Byte:
-      return {dlpack::kUInt, 8, 1};
-    case ScalarType::Bool:
-      return {dlpack::kBool, 8, 1};
-    default:
-      throw std::runtime_error("tokenmill: no results of this dtype are made");
+// What the functions need of torch, looked up once: references are kept.
+struct Torch {
+  // Null, with an error set, if torch is not there or has no table.
+  static const Torch* get() {
+    static const Torch* const torch = make();
+    return torch;
   }
-}
 
-// A type of arrays that has the table.
-class Producer : public Framework {
+  PyObject* dtype(ScalarType type) const {
+    for (const auto& [known, object] : dtypes)
+      if (known == type) return object;
+    throw std::runtime_error("tokenmill: no results of this dtype are made");
+  }
+
+  PyTypeObject* tensor = nullptr;
+  const dlpack::ExchangeApi* api = nullptr;
+  PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
+  PyObject *new_empty = nullptr, *dtype_keyword = nullptr;
+  std::vector<std::pair<ScalarType, PyObject*>> dtypes;  // of what operators allocate
+
+ private:
+  static const Torch* make() {
+    auto torch = std::make_unique<Torch>();
+    PyObject* const module = PyImport_ImportModule("torch");
+    if (!module) return nullptr;
+    torch->tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(module, "Tensor"));
+    if (!torch->tensor) return nullptr;
+    auto* const type = reinterpret_cast<PyObject*>(torch->tensor);
+    PyObject* const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+    if (!capsule) return nullptr;
+    torch->api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(capsule, dlpack::kExchangeApi));
+    while (torch->api && torch->api->version.major > 1) torch->api = torch->api->previous;
+    if (!torch->api || !torch->api->borrow_from_object) {
+      PyErr_SetString(PyExc_ImportError, "tokenmill: torch has no table of DLPack 1.x");
+      return nullptr;
+    }
+    torch->is_neg = PyObject_GetAttrString(type, "is_neg");
+    torch->new_empty = PyUnicode_InternFromString("new_empty");
+    torch->dtype_keyword = Py_BuildValue("(s)", "dtype");
+    for (auto [scalar, name] : {std::pair{ScalarType::Float, "float32"},
+                                {ScalarType::Half, "float16"},
+                                {ScalarType::BFloat16, "bfloat16"},
+                                {ScalarType::Int, "int32"},
+                                {ScalarType::Long, "int64"},
+                                {ScalarType::Byte, "uint8"},
+                                {ScalarType::Bool, "bool"}})
+      torch->dtypes.emplace_back(scalar, PyObject_GetAttrString(module, name));
+    return PyErr_Occurred() ? nullptr : torch.release();
+  }
+};
+
+// The tensors of one call. torch itself makes the results: memory that came through DLPack could
+// not be resized, and would not know of other streams (Tensor.record_stream).
+class Call : public Framework {
  public:
-  Producer(const dlpack::ExchangeApi* api, bool emulated) : api_(api), emulated_(emulated) {}
+  Call(const Torch& torch, bool emulated) : torch_(torch), emulated_(emulated) {}
 
-  Array empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t device) const override {
-    dlpack::Tensor wanted{};
-    wanted.device = {on_gpu ? dlpack::kCuda : dlpack::kCpu, on_gpu ? device : 0};
-    wanted.ndim = static_cast<int32_t>(sizes.size());
-    wanted.dtype = data_type(dtype);
-    wanted.shape = const_cast<int64_t*>(sizes.data());
-    dlpack::ManagedTensor* made = nullptr;
-    std::string error;
-    api_->allocate(&wanted, &made, &error, [](void* text, const char*, const char* message) {
-      *static_cast<std::string*>(text) = message;
-    });
-    if (!made) throw std::runtime_error(error);
+  Array empty(Sizes sizes, ScalarType dtype, bool, int32_t) const override {
+    PyObject* const of = torch_.dtype(dtype);
+    const PyGILState_STATE state = PyGILState_Ensure();
+    PyObject* const shape = PyTuple_New(static_cast<Py_ssize_t>(sizes.size()));
+    for (size_t i = 0; i < sizes.size(); ++i)
+      PyTuple_SET_ITEM(shape, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(sizes[i]));
+    PyObject* const given[] = {like_, shape, of};
+    PyObject* const made =
+        PyObject_VectorcallMethod(torch_.new_empty, given, 2, torch_.dtype_keyword);
+    Py_DECREF(shape);
     Array array;
-    array.owner = std::make_shared<Owned>(made);
-    set(array, made->tensor, dtype);
+    const bool good = made && set(made, array);
+    std::string error = good ? "" : message();
+    PyGILState_Release(state);
+    if (!good) throw std::runtime_error(error);
+    array.owner = std::shared_ptr<void>(made, [](void* object) {
+      const PyGILState_STATE state = PyGILState_Ensure();
+      Py_DECREF(static_cast<PyObject*>(object));
+      PyGILState_Release(state);
+    });
     return array;
   }
 
   void* stream(int32_t device) const override {
     void* stream = nullptr;
-    if (api_->current_stream(dlpack::kCuda, device, &stream) != 0)
+    if (torch_.api->current_stream(dlpack::kCuda, device, &stream) != 0)
       throw std::runtime_error("tokenmill: no current CUDA stream");
     return stream;
   }
 
-  // false: not memory that operators can use.
-  bool view(PyObject* object, View& v) const {
-    dlpack::Tensor t;
-    if (api_->borrow_from_object(object, &t) != 0) {
+  // false: not an ordinary tensor with memory. A subclass may have changed what its memory means.
+  bool view(PyObject* object, View& v) {
+    if (Py_TYPE(object) != torch_.tensor) return false;
+    PyObject* const negated = PyObject_CallOneArg(torch_.is_neg, object);  // lazily
+    Py_XDECREF(negated);
+    if (negated != Py_False || !set(object, v)) {
       PyErr_Clear();
       return false;
     }
-    const auto [dtype, known] = scalar_type(t.dtype);
-    if (!known || (!t.strides && t.ndim > 0)) return false;
-    if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCuda) return false;
-    set(v, t, dtype);
-    return true;
-  }
-
-  // A new reference to what an operator has made, and gives away; null with an error set.
-  PyObject* object(const Array& array) const {
-    auto* const owned = static_cast<Owned*>(array.owner.get());
-    void* made = nullptr;
-    if (api_->managed_to_object(std::exchange(owned->tensor, nullptr), &made) != 0) return nullptr;
-    return static_cast<PyObject*>(made);
+    if (!like_) like_ = object;
+    return v.pointer || v.numel() == 0;  // torch's tensor of zeros has no memory
   }
 
  private:
-  struct Owned {
-    explicit Owned(dlpack::ManagedTensor* tensor) : tensor(tensor) {}
-    ~Owned() {
-      if (tensor && tensor->deleter) tensor->deleter(tensor);
-    }
-    Owned(const Owned&) = delete;
-    Owned& operator=(const Owned&) = delete;
-    dlpack::ManagedTensor* tensor;
-  };
-
-  void set(View& v, const dlpack::Tensor& t, ScalarType dtype) const {
+  bool set(PyObject* object, View& v) const {
+    dlpack::Tensor t;
+    if (torch_.api->borrow_from_object(object, &t) != 0) return false;
+    const auto [dtype, known] = scalar_type(t.dtype);
+    if (!known || (!t.strides && t.ndim > 0)) return false;
+    if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCuda) return false;
     v.pointer = static_cast<char*>(t.data) + t.byte_offset;
     v.sizes = {t.shape, static_cast<size_t>(t.ndim)};
     v.strides = {t.strides, static_cast<size_t>(t.ndim)};
@@ -139,54 +162,41 @@ class Producer : public Framework {
     v.is_cuda = emulated_ || v.on_gpu;
     v.device = v.on_gpu ? t.device.id : -1;
     v.framework = this;
+    return true;
   }
 
-  const dlpack::ExchangeApi* api_;
+  // Of the error of Python that is set.
+  static std::string message() {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject* const text = value ? PyObject_Str(value) : nullptr;
+    const char* const letters = text ? PyUnicode_AsUTF8(text) : nullptr;
+    std::string message = letters ? letters : "tokenmill: a result was not made";
+    for (PyObject* object : {type, value, trace, text}) Py_XDECREF(object);
+    return message;
+  }
+
+  const Torch& torch_;
   bool emulated_;
+  PyObject* like_ = nullptr;  // the first tensor of the call, whose device results have
 };
 
 // One operator as a function. Lives as long as the process.
 struct Function {
-  Function(Operator& op, const Library& library);
+  Function(Operator& op, const Library& library, const Torch& torch);
   PyObject* call(PyObject* const* given, size_t positional, PyObject* names);
 
   Operator& op;
   const Schema& schema;
   const Library& library;
+  const Torch& torch;
   std::vector<PyObject*> names;  // interned
   PyMethodDef method;
-  // The last type that was seen, and what makes its arrays.
-  PyTypeObject* type = nullptr;
-  const Producer* producer = nullptr;
 
  private:
-  const Producer* producer_of(PyTypeObject* of);
   bool place(PyObject* name, PyObject* value, PyObject** slots);
   bool convert(const SchemaArgument& a, PyObject* value, Argument& argument);
 };
-
-// Null: arrays of this type do not come through this door. A subclass may have changed what its
-// arrays mean, so the type itself must hold the table.
-const Producer* Function::producer_of(PyTypeObject* of) {
-  if (of == type) return producer;
-  static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
-  static std::vector<std::pair<const dlpack::ExchangeApi*, const Producer*>> known[2];
-  PyObject* const capsule = of->tp_dict ? PyDict_GetItem(of->tp_dict, attribute) : nullptr;
-  if (!capsule || !PyCapsule_IsValid(capsule, dlpack::kExchangeApi)) return nullptr;
-  const auto* api =
-      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kExchangeApi));
-  while (api && api->version.major > 1) api = api->previous;
-  if (!api || !api->borrow_from_object) return nullptr;
-  auto& here = known[library.emulated];
-  auto found =
-      std::find_if(here.begin(), here.end(), [&](const auto& entry) { return entry.first == api; });
-  if (found == here.end()) found = here.insert(found, {api, new Producer(api, library.emulated)});
-  Py_INCREF(of);
-  Py_XDECREF(type);
-  type = of;
-  producer = found->second;
-  return producer;
-}
 
 bool wrong(const char* op, const std::string& name, const char* rule, PyObject* value) {
   PyErr_Clear();
@@ -251,7 +261,7 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
     if (!place(PyTuple_GET_ITEM(keywords, i), given[positional + i], slots)) return nullptr;
 
   Argument arguments[kMostArguments];
-  const Producer* from = nullptr;
+  Call call(torch, library.emulated);
   for (size_t i = 0; i < count; ++i) {
     const SchemaArgument& a = schema.arguments[i];
     PyObject* const value = slots[i];
@@ -266,14 +276,10 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
       arguments[i].given = false;
       if (!a.optional) return wrong(op.name, a.name, "must be a tensor", value), nullptr;
     } else {
-      const Producer* const made_by = producer_of(Py_TYPE(value));
-      if (!made_by || (from && made_by != from) || !made_by->view(value, arguments[i].view) ||
-          (arguments[i].view.on_gpu && !library.cuda))
+      if (!call.view(value, arguments[i].view) || (arguments[i].view.on_gpu && !library.cuda))
         Py_RETURN_NOTIMPLEMENTED;
-      from = made_by;
     }
   }
-  if (!from) Py_RETURN_NOTIMPLEMENTED;
 
   Array results[kMostResults];
   std::string error;
@@ -292,11 +298,8 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
   const size_t outputs = schema.results.size();
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(outputs));
   for (size_t i = 0; tuple && i < outputs; ++i) {
-    PyObject* const made = from->object(results[i]);
-    if (!made) {
-      Py_DECREF(tuple);
-      return nullptr;
-    }
+    auto* const made = static_cast<PyObject*>(results[i].owner.get());
+    Py_INCREF(made);
     PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), made);
   }
   return tuple;
@@ -310,8 +313,8 @@ PyObject* call_function(PyObject* self, PyObject* const* given, Py_ssize_t count
   return function->call(given, static_cast<size_t>(count), keywords);
 }
 
-Function::Function(Operator& op, const Library& library)
-    : op(op), schema(*op.found.load()), library(library) {
+Function::Function(Operator& op, const Library& library, const Torch& torch)
+    : op(op), schema(*op.found.load()), library(library), torch(torch) {
   for (const SchemaArgument& a : schema.arguments)
     names.push_back(PyUnicode_InternFromString(a.name.c_str()));
   method = {op.name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_function)),
@@ -330,7 +333,9 @@ const Library& library_of(const std::string& path) {
 }
 
 PyObject* function_of(Operator& op, const Library& library) {
-  auto* const function = new Function(op, library);
+  const Torch* const torch = Torch::get();
+  if (!torch) return nullptr;
+  auto* const function = new Function(op, library, *torch);
   PyObject* const self = PyCapsule_New(function, kCapsule, nullptr);
   return self ? PyCFunction_New(&function->method, self) : nullptr;
 }

@@ -1,4 +1,5 @@
-// The door of DLPack: operators as functions of Python.
+// The short door: operators as functions of Python, which see torch's tensors through the C
+// functions of DLPack.
 #pragma once
 #include <Python.h>
 

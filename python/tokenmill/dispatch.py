@@ -148,6 +148,8 @@ def _call_directly(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
     run = op.direct(library.NAMESPACE)
     if run is None or not door.is_open() or door.environment_asks():
         return NotImplemented
+    if values[0].dtype is torch.float64:  # of the reference
+        return NotImplemented
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
         return NotImplemented
     results = run(*values)

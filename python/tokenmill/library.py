@@ -152,6 +152,8 @@ class TorchOp:
 
     def direct(self, namespace: str) -> Callable[..., Any] | None:
         """The operator as module _C has it; None where this build has no native one."""
+        if namespace == EMULATED_NAMESPACE:
+            _load_emulated()
         return _direct.get(namespace, {}).get(self.name)
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:

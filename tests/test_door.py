@@ -1,0 +1,220 @@
+"""Operators called through module _C: the same bits and the same messages as through torch.ops."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import backends
+
+import tokenmill as tm
+from tokenmill import dispatch, door, registry
+
+SPECS = list(registry.ops().values())
+NATIVE = [b for b in backends() if b in ("cpu", "emulated", "cuda")]
+each_call = pytest.mark.parametrize(
+    ("spec", "backend"), [pytest.param(s, b, id=f"{s.name}-{b}") for s in SPECS for b in NATIVE]
+)
+
+
+def arguments(spec, sample, backend, dtype=torch.float32):
+    args, kwargs = sample.make(dtype, torch.Generator().manual_seed(0))
+    device = "cuda" if backend == "cuda" else "cpu"
+    lowered = spec.lower(*args, **kwargs)
+    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in lowered]
+
+
+def copied(values):
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def as_tuple(results):
+    return results if isinstance(results, tuple) else () if results is None else (results,)
+
+
+def same(found, want):
+    for f, w in zip(found, want, strict=True):
+        if isinstance(w, torch.Tensor):
+            assert f.shape == w.shape and f.dtype == w.dtype and f.stride() == w.stride()
+            bits = [x.contiguous().view(torch.uint8) for x in (f, w) if x.dim()]
+            assert len(bits) < 2 or torch.equal(*bits)
+
+
+def test_this_build_has_the_door():
+    assert set(tm.registry.ops()) <= set(door.functions(tm.library._OPS))
+
+
+@each_call
+def test_both_doors_give_the_same_bits(spec, backend):
+    namespace = dispatch.namespace(backend)
+    samples = spec.samples if backend != "emulated" else spec.samples[:1]
+    for sample in samples:
+        values = arguments(spec, sample, backend)
+        one, other = copied(values), copied(values)
+        found = spec.forward.direct(namespace)(*one)
+        same(found, as_tuple(spec.forward.run(namespace, other)))
+        same(one, other)  # what was written
+
+
+@each_call
+def test_arguments_go_by_name_and_have_defaults(spec, backend):
+    op, namespace = spec.forward, dispatch.namespace(backend)
+    values = arguments(spec, spec.samples[0], backend)
+    names = dict(zip(op.arguments, copied(values), strict=True))
+    shown = {a.name: a.default_value for a in op.overload()._schema.arguments}
+    for name, value in shown.items():
+        if value is not None and type(names[name]) is type(value) and names[name] == value:
+            del names[name]
+    same(op.direct(namespace)(**names), as_tuple(op.run(namespace, copied(values))))
+
+
+@each_call
+def test_both_doors_refuse_with_the_same_words(spec, backend):
+    op, namespace = spec.forward, dispatch.namespace(backend)
+    values = arguments(spec, spec.samples[0], backend)
+    tensors = sum(isinstance(x, torch.Tensor) for x in values)
+    for i, value in enumerate(values):
+        bad = [None] if tensors > 1 else []  # torch finds no kernel without tensors
+        if isinstance(value, torch.Tensor):
+            bad += [value.double(), value[None, None]]
+        elif isinstance(value, str):
+            bad = ["nonsense"]
+        elif not isinstance(value, bool) and isinstance(value, int):
+            bad = [-(2**40)]
+        elif isinstance(value, float):
+            bad = [math.nan]
+        else:
+            continue
+        for x in bad:
+            edited = [*copied(values[:i]), x, *copied(values[i + 1 :])]
+            try:
+                want = as_tuple(op.run(namespace, copied(edited)))
+            except RuntimeError as error:
+                with pytest.raises(RuntimeError) as found:
+                    op.direct(namespace)(*edited)
+                assert str(found.value) == str(error)
+            else:
+                same(op.direct(namespace)(*edited), want)
+
+
+def test_arguments_of_a_wrong_kind_are_named():
+    call = tm.library.registered("attention").direct("tokenmill")
+    q = torch.zeros(1, 2, 1, 4)
+    for given, rule in (
+        ({"causal": 1}, "causal: must be a bool; got 1"),
+        ({"scale": "x"}, "scale: must be a number; got 'x'"),
+        ({"window_left": 2.0}, "window_left: must be an integer of 64 bits; got 2.0"),
+        ({"window_left": 2**70}, "window_left: must be an integer of 64 bits; got 1180"),
+        ({"kind": None}, "kind: must be given; got None"),
+        ({"kind": b"softmax"}, "kind: must be a string; got b'softmax'"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^tokenmill\.attention: {rule}"):
+            call(q, q, q, **given)
+    for args, given, rule in (
+        ((q, q), {}, "v must be given"),
+        ((q, q, q), {"k": q}, "'k' is given twice"),
+        ((q, q, q), {"heads": 3}, "there is no argument 'heads'"),
+        ((q,) * 30, {}, "takes 20 arguments; got 30"),
+    ):
+        with pytest.raises(TypeError, match=rf"^tokenmill\.attention: {rule}"):
+            call(*args, **given)
+
+
+SPECIAL = {
+    "subclass": torch.nn.Parameter,
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "negated": torch._neg_view,
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
+    "nested": lambda x: torch.nested.nested_tensor([x[0], x[0]]),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "numpy": lambda x: x.numpy(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
+def test_what_is_no_ordinary_tensor_takes_the_dispatcher(make):
+    x = torch.randn(1, 4, 2, 8)
+    call = tm.library.registered("attention").direct("tokenmill")
+    assert call(x, x, make(x)) is NotImplemented
+    assert call(make(x), x, x) is NotImplemented
+
+
+def test_a_lazy_negative_is_negated():
+    x = torch.randn(1, 4, 2, 8)
+    with torch.no_grad():
+        assert torch.equal(tm.attention(x, x, torch._neg_view(x)), tm.attention(x, x, -x))
+
+
+def test_modes_and_transforms_close_the_door():
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    assert door.is_open()
+    for mode in (TorchFunctionMode(), TorchDispatchMode()):
+        with mode:
+            assert not door.is_open()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not door.is_open()
+    with torch.autograd.forward_ad.dual_level():
+        assert not door.is_open()
+    with torch.profiler.profile():
+        assert not door.is_open()
+    torch.vmap(lambda x: (door.is_open() and pytest.fail(), x)[1])(torch.zeros(1))
+    assert door.is_open()
+
+
+def test_a_profile_names_the_operator():
+    x = torch.randn(1, 4, 2, 8)
+    with torch.profiler.profile() as profile:
+        tm.attention(x, x, x)
+    assert "tokenmill::attention" in {event.name for event in profile.events()}
+
+
+def test_results_live_as_long_as_they_are_held():
+    x = torch.randn(1, 64, 2, 8)
+    with torch.no_grad():
+        kept = [tm.attention(x, x, x, return_lse=True) for _ in range(50)]
+        out, lse = tm.attention(x, x, x, return_lse=True)
+    assert all(torch.equal(o, out) and torch.equal(m, lse) for o, m in kept)
+    out.resize_(2, 64, 2, 8).zero_()
+
+
+def test_threads_share_the_door():
+    x = torch.randn(1, 33, 2, 8)
+    with torch.no_grad():
+        want = tm.attention(x, x, x, causal=True)
+        found = []
+
+        def run():
+            with torch.no_grad():
+                found.extend(tm.attention(x, x, x, causal=True) for _ in range(50))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 200 and all(torch.equal(f, want) for f in found)
+
+
+def test_arrays_of_another_framework():
+    from tokenmill import dlpack
+
+    x = np.random.default_rng(0).standard_normal((1, 8, 2, 16)).astype(np.float32)
+    out, lse = dlpack.attention(x, x, x, causal=True, return_lse=True)
+    t = torch.from_numpy(x)
+    want = tm.attention(t, t, t, causal=True, return_lse=True)
+    assert isinstance(out, np.ndarray) and isinstance(lse, np.ndarray)
+    assert np.array_equal(out, want[0].numpy()) and np.array_equal(lse, want[1].numpy())
+    cache = np.zeros((1, 2, 16, 16), np.float32)
+    dlpack.linear_attention_decode(x[:, :1], x[:, :1], x[:, :1], cache)
+    assert cache.any()
+    with pytest.raises(RuntimeError, match=r"^tokenmill\.attention: v: must have the dtype of q"):
+        dlpack.attention(x, x, x.astype(np.float16))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        dlpack.nothing  # noqa: B018
