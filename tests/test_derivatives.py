@@ -115,7 +115,7 @@ def test_torch_func_grad_is_autograds(spec, backend):
 def test_a_kernel_refuses_tangents(spec, backend):
     args, kwargs = draw(spec, backend)
     lowered = spec.lower(*args, **kwargs)
-    op = spec.forward.overload(dispatch.namespace(backend))
+    namespace = dispatch.namespace(backend)
     results = as_tuple(spec.forward.fake(*lowered))
     constant = not any(is_float(r) and r.shape != (0,) for r in results)
     constant = constant and not spec.forward.written
@@ -128,7 +128,10 @@ def test_a_kernel_refuses_tangents(spec, backend):
     with fwd.dual_level():
         lowered, args = list(map(dual, lowered)), list(map(dual, args))
         kwargs = {name: dual(x) for name, x in kwargs.items()}
-        calls = [lambda: spec.forward.call(op, lowered), lambda: spec.function(*args, **kwargs, backend=backend)]
+        calls = [
+            lambda: spec.forward.run(namespace, lowered),
+            lambda: spec.function(*args, **kwargs, backend=backend),
+        ]
         for run in calls:
             if constant:
                 run()

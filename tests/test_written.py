@@ -75,6 +75,17 @@ def test_a_graph_refuses_lazy_negatives():
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
+def test_a_negative_that_repeats_is_read_beside_what_is_written(backend):
+    """It has strides of its own only once it is negated."""
+    caches = torch.zeros(2, 1, 8, 2, 4, device=device_of(backend))
+    places = torch.tensor([[-3]], dtype=torch.int32, device=device_of(backend))
+    counts = torch.tensor([1], dtype=torch.int32, device=device_of(backend))
+    keep = torch._neg_view(places).expand(1, 4)
+    lengths = tm.kv_cache_compact(*caches, keep, counts, backend=backend)
+    assert lengths.tolist() == [1]
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
 def test_lazy_negatives_are_read_as_what_they_stand_for(backend):
     q, k, v = torch.randn(3, 1, 5, 2, 8, device=device_of(backend))
     state = torch.randn(1, 2, 8, 8, device=device_of(backend))

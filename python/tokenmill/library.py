@@ -45,6 +45,12 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
+def record_of(name: str) -> Any:
+    """The arguments of an operator as a type of named tuple, in the order of the schema."""
+    schema = getattr(native, name).default._schema
+    return collections.namedtuple(name, [a.name for a in schema.arguments])
+
+
 @dataclass(frozen=True)
 class TorchOp:
     """One operator of the library. Every callable takes the arguments of the schema.
@@ -109,7 +115,7 @@ class TorchOp:
     @functools.cached_property
     def record(self) -> Any:
         """The arguments of a call as a named tuple, in the order of the schema."""
-        return collections.namedtuple(self.name, self.arguments)
+        return record_of(self.name)
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments of a call of torch.ops, in the order of the schema: a scale of None is that
@@ -125,7 +131,7 @@ class TorchOp:
         return tuple(values)
 
     def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
-        """run(*before, ...) with all arguments of a call, as an overload of torch.ops takes them."""
+        """run(*before, ...) with all arguments of a call as torch.ops takes them."""
         named = dict(zip(self.arguments[self.positional :], values[self.positional :], strict=True))
         return run(*before, *values[: self.positional], **named)
 

@@ -124,6 +124,14 @@ def test_nothing_waits_for_the_device(method, options, monkeypatch):
     assert out.shape == (2, 1, H, DV)
 
 
+def test_a_prompt_on_two_devices_is_refused():
+    policy = policies.StreamingLLM(new_cache(None, 48), rope=rotation(64))
+    q, k, v = (torch.zeros(2, 5, h, d) for h, d in ((H, D), (HK, D), (HK, DV)))
+    rule = r"^tokenmill.policies.StreamingLLM: k: must be on the device of q, cpu; got meta"
+    with pytest.raises(RuntimeError, match=rule):
+        policy.prefill(q, k.to("meta"), v)
+
+
 def test_a_full_cache_is_refused():
     cache = new_cache(None, 4)
     k, v = torch.zeros(2, 5, HK, D), torch.zeros(2, 5, HK, DV)

@@ -19,52 +19,31 @@ from ..check import (
     fail,
     show,
 )
+from ..library import record_of
 from .terms import check_kind, check_scale, check_terms
 
 OP = "attention"
 PRECISIONS = ("accurate", "fast")
+Arguments = record_of(OP)
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kind: str,
-    scale: float,
-    score_bias: Tensor | None,
-    score_bias_value: float,
-    score_bias_neg_log_n: bool,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    softcap: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    precision: str,
-    *,
-    float64: bool = False,
-) -> None:
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_qkv(OP, q, k, v, 3 if packed else 4, float64)
-    check_kind(OP, kind)
-    check(precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", precision)
-    check_scale(OP, scale, softcap)
-    check(window_left >= -1, OP, "window", "left must be >= -1 (-1 = no limit)", window_left)
-    check(window_right >= -1, OP, "window", "right must be >= -1 (-1 = no limit)", window_right)
-    batch = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_terms(OP, q, batch, kind, score_bias, alibi_slopes, sink)
-    if bias is not None:
+def check_attention(*lowered: Any, float64: bool = False) -> None:
+    a = Arguments(*lowered)
+    packed = a.cu_seqlens_q is not None or a.cu_seqlens_k is not None
+    check_qkv(OP, a.q, a.k, a.v, 3 if packed else 4, float64)
+    check_kind(OP, a.kind)
+    check(a.precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", a.precision)
+    check_scale(OP, a.scale, a.softcap)
+    for side, limit in (("left", a.window_left), ("right", a.window_right)):
+        check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
+    batch = _check_cu_seqlens(a.q, a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
+    check_terms(OP, a.q, batch, a.kind, a.score_bias, a.alibi_slopes, a.sink)
+    if a.bias is not None:
+        rows, columns = a.q.shape[-3], a.k.shape[-3]
         if packed:
-            rows = q.shape[0] if max_seqlen_q is None else max_seqlen_q
-            columns = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-        else:
-            rows, columns = q.shape[1], k.shape[1]
-        _check_bias(bias, q, (batch, q.shape[-2], rows, columns))
+            rows = rows if a.max_seqlen_q is None else a.max_seqlen_q
+            columns = columns if a.max_seqlen_k is None else a.max_seqlen_k
+        _check_bias(a.bias, a.q, (batch, a.q.shape[-2], rows, columns))
 
 
 def _check_cu_seqlens(
@@ -105,12 +84,12 @@ def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:
     check_device_of_q(OP, "bias", bias, q)
 
 
-def check_attention_values(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-    """The rules on values: what the lengths say. rest is the lowered list from kind on."""
-    cu_q, cu_k, max_q, max_k = rest[12:16]
+def check_attention_values(*lowered: Any) -> None:
+    """The rules on values: what the lengths say."""
+    a = Arguments(*lowered)
     for name, cu, bound_name, bound, total in (
-        ("cu_seqlens_q", cu_q, "max_seqlen_q", max_q, q.shape[0]),
-        ("cu_seqlens_k", cu_k, "max_seqlen_k", max_k, k.shape[0]),
+        ("cu_seqlens_q", a.cu_seqlens_q, "max_seqlen_q", a.max_seqlen_q, a.q.shape[0]),
+        ("cu_seqlens_k", a.cu_seqlens_k, "max_seqlen_k", a.max_seqlen_k, a.k.shape[0]),
     ):
         if cu is None:
             continue

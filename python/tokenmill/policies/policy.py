@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..check import as_int, as_number, check, check_bool, check_tensor
+from ..check import as_int, as_number, check, check_bool, check_device_of_q, check_tensor
 from ..dense import attention, attention_decode
 from ..select import sparse_decode_attention
 from .cache import KVCache
@@ -106,6 +106,7 @@ class Policy:
         for name, t in (("q", q), ("k", k)):
             check_tensor(self._name, name, t)
             check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, S, H, D]", t.dim())
+        check_device_of_q(self._name, "k", k, q)
         rule = f"must have the tokens of q, {q.shape[1]}"
         check(k.shape[1] == q.shape[1], self._name, "k", rule, k.shape)
 
