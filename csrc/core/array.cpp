@@ -19,7 +19,7 @@ uint32_t bits_of(double value, ScalarType dtype) {
     case ScalarType::BFloat16:
       return single >> 16;
     case ScalarType::Half:  // of 0 and the infinities alone
-      return single >> 16 & 0x8000u | ((single & 0x7fffffffu) == 0 ? 0u : 0x7c00u);
+      return (single >> 16 & 0x8000u) | ((single & 0x7fffffffu) == 0 ? 0u : 0x7c00u);
     case ScalarType::Int:
       return static_cast<uint32_t>(static_cast<int32_t>(value));
     default:

@@ -1,5 +1,5 @@
 // What the PTX machine must know to check every access of a kernel: the memory of the tensors that
-// an operator reads and writes. core/views.h notes them, core/stream.h hands them over around the
+// an operator reads and writes. core/door.h notes them, core/stream.h hands them over around the
 // launch. Nothing but empty functions unless TOKENMILL_EMULATED.
 #pragma once
 #include <cstdint>

@@ -246,7 +246,7 @@ def _call_autocast(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> An
 
 
 def _check(op: TorchOp, args: tuple[Any, ...]) -> None:
-    """torch passes None for any tensor: csrc/core/box.h has this check."""
+    """torch passes None for any tensor: csrc/core/torch.cpp has this check."""
     for name, value in zip(op.arguments, args, strict=True):
         if value is None and name in op.tensors:
             check_tensor(op.name, name, value)
