@@ -45,6 +45,28 @@ std::pair<ScalarType, bool> scalar_type(dlpack::DataType t) {
   }
 }
 
+// Of what operators allocate.
+dlpack::DataType data_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return {dlpack::kFloat, 32, 1};
+    case ScalarType::Half:
+      return {dlpack::kFloat, 16, 1};
+    case ScalarType::BFloat16:
+      return {dlpack::kBfloat, 16, 1};
+    case ScalarType::Int:
+      return {dlpack::kInt, 32, 1};
+    case ScalarType::Long:
+      return {dlpack::kInt, 64, 1};
+    case ScalarType::Byte:
+      return {dlpack::kUInt, 8, 1};
+    case ScalarType::Bool:
+      return {dlpack::kBool, 8, 1};
+    default:
+      throw std::runtime_error("tokenmill: no results of this dtype are made");
+  }
+}
+
 // What the functions need of torch, looked up once: references are kept.
 struct Torch {
   // Null, with an error set, if torch is not there or has no table.
@@ -97,33 +119,44 @@ struct Torch {
   }
 };
 
-// The tensors of one call. torch itself makes the results: memory that came through DLPack could
-// not be resized, and would not know of other streams (Tensor.record_stream).
+// What owns a result: an array of DLPack, or a tensor of Python.
+struct Owner {
+  Owner() = default;
+  Owner(const Owner&) = delete;
+  Owner& operator=(const Owner&) = delete;
+  ~Owner() {
+    if (managed && managed->deleter) managed->deleter(managed);
+    if (!object) return;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    Py_DECREF(object);
+    PyGILState_Release(state);
+  }
+  dlpack::ManagedTensor* managed = nullptr;
+  PyObject* object = nullptr;
+};
+
+// The tensors of one call.
 class Call : public Framework {
  public:
   Call(const Torch& torch, bool emulated) : torch_(torch), emulated_(emulated) {}
 
-  Array empty(Sizes sizes, ScalarType dtype, bool, int32_t) const override {
-    PyObject* const of = torch_.dtype(dtype);
-    const PyGILState_STATE state = PyGILState_Ensure();
-    PyObject* const shape = PyTuple_New(static_cast<Py_ssize_t>(sizes.size()));
-    for (size_t i = 0; i < sizes.size(); ++i)
-      PyTuple_SET_ITEM(shape, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(sizes[i]));
-    PyObject* const given[] = {like_, shape, of};
-    PyObject* const made =
-        PyObject_VectorcallMethod(torch_.new_empty, given, 2, torch_.dtype_keyword);
-    Py_DECREF(shape);
+  // On a GPU torch itself makes the results: memory that came through DLPack would not know of
+  // other streams (Tensor.record_stream). On a CPU that takes ten times as long.
+  Array empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t) const override {
     Array array;
-    const bool good = made && set(made, array);
-    std::string error = good ? "" : message();
-    PyGILState_Release(state);
-    if (!good) throw std::runtime_error(error);
-    array.owner = std::shared_ptr<void>(made, [](void* object) {
-      const PyGILState_STATE state = PyGILState_Ensure();
-      Py_DECREF(static_cast<PyObject*>(object));
-      PyGILState_Release(state);
-    });
+    const auto owner = std::make_shared<Owner>();
+    on_gpu ? make(sizes, dtype, *owner, array) : allocate(sizes, dtype, *owner, array);
+    array.owner = owner;
     return array;
+  }
+
+  // A new reference to what an operator has made, and gives away; null with an error set.
+  PyObject* object(const Array& array) const {
+    auto* const owner = static_cast<Owner*>(array.owner.get());
+    if (owner->object) return std::exchange(owner->object, nullptr);
+    void* made = nullptr;
+    const int error = torch_.api->managed_to_object(std::exchange(owner->managed, nullptr), &made);
+    return error ? nullptr : static_cast<PyObject*>(made);
   }
 
   void* stream(int32_t device) const override {
@@ -149,7 +182,10 @@ class Call : public Framework {
  private:
   bool set(PyObject* object, View& v) const {
     dlpack::Tensor t;
-    if (torch_.api->borrow_from_object(object, &t) != 0) return false;
+    return torch_.api->borrow_from_object(object, &t) == 0 && set(t, v);
+  }
+
+  bool set(const dlpack::Tensor& t, View& v) const {
     const auto [dtype, known] = scalar_type(t.dtype);
     if (!known || (!t.strides && t.ndim > 0)) return false;
     if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCuda) return false;
@@ -163,6 +199,36 @@ class Call : public Framework {
     v.device = v.on_gpu ? t.device.id : -1;
     v.framework = this;
     return true;
+  }
+
+  void allocate(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
+    dlpack::Tensor wanted{};
+    wanted.device = {dlpack::kCpu, 0};
+    wanted.ndim = static_cast<int32_t>(sizes.size());
+    wanted.dtype = data_type(dtype);
+    wanted.shape = const_cast<int64_t*>(sizes.data());
+    std::string error;
+    torch_.api->allocate(&wanted, &owner.managed, &error,
+                         [](void* text, const char*, const char* message) {
+                           *static_cast<std::string*>(text) = message;
+                         });
+    if (!owner.managed) throw std::runtime_error(error);
+    set(owner.managed->tensor, array);
+  }
+
+  void make(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
+    PyObject* const of = torch_.dtype(dtype);
+    const PyGILState_STATE state = PyGILState_Ensure();
+    PyObject* const shape = PyTuple_New(static_cast<Py_ssize_t>(sizes.size()));
+    for (size_t i = 0; i < sizes.size(); ++i)
+      PyTuple_SET_ITEM(shape, static_cast<Py_ssize_t>(i), PyLong_FromLongLong(sizes[i]));
+    PyObject* const given[] = {like_, shape, of};
+    owner.object = PyObject_VectorcallMethod(torch_.new_empty, given, 2, torch_.dtype_keyword);
+    Py_DECREF(shape);
+    const bool good = owner.object && set(owner.object, array);
+    const std::string error = good ? "" : message();
+    PyGILState_Release(state);
+    if (!good) throw std::runtime_error(error);
   }
 
   // Of the error of Python that is set.
@@ -298,8 +364,11 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
   const size_t outputs = schema.results.size();
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(outputs));
   for (size_t i = 0; tuple && i < outputs; ++i) {
-    auto* const made = static_cast<PyObject*>(results[i].owner.get());
-    Py_INCREF(made);
+    PyObject* const made = call.object(results[i]);
+    if (!made) {
+      Py_DECREF(tuple);
+      return nullptr;
+    }
     PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), made);
   }
   return tuple;

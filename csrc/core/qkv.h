@@ -16,7 +16,8 @@ constexpr int64_t kMaxHeadDim = 256;
 template <typename Args>
 double scale_of(const Args& a) {
   if (a.scale) return *a.scale;
-  return a.q.dim() > 0 ? std::pow(static_cast<double>(a.q.size(-1)), -0.5) : 1.0;
+  const double dim = a.q.dim() > 0 ? static_cast<double>(a.q.size(-1)) : 1.0;
+  return 1 / std::sqrt(std::max(dim, 1.0));
 }
 
 inline void check_device_of(const char* op, const char* name, const View& t, const char* other,

@@ -110,19 +110,20 @@ def _below(op: TorchOp, namespace: str, keys: Any, values: Sequence[Any]) -> Any
         return op.call(op.overload(namespace).redispatch, values, keys)
 
 
+_KEPT = object()  # in the place of a tensor
+
+
 def keep(ctx: Any, inputs: Sequence[Any], *results: Tensor | None) -> None:
     """For the backward: the arguments of a call, and what it needs of the results."""
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *results)
-    ctx.plain = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)], *results)
+    ctx.plain = [_KEPT if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
 
 
 def kept(ctx: Any) -> tuple[list[Any], list[Any]]:
     """The arguments and the results that `keep` was given."""
-    count = len(ctx.plain)
-    saved = ctx.saved_tensors
-    given = zip(saved, ctx.plain, strict=False)
-    return [p if t is None else t for t, p in given], list(saved[count:])
+    saved = iter(ctx.saved_tensors)
+    return [next(saved) if x is _KEPT else x for x in ctx.plain], list(saved)
 
 
 def _keep_nothing(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -144,16 +145,14 @@ def _refuse_second(op: TorchOp) -> Callable[..., Any]:
 
 def autograd_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
     """The operator at the dispatcher's autograd keys, at every level of torch.func."""
-    function = op.autograd_function(namespace)
-    # Function.apply itself would start again at the uppermost level.
-    apply: Any = function and super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    apply = op.recorded(namespace)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = op.bind(args, kwargs)
         tangent = None
         if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
             tangent = _find_tangent(op, arguments)
-        if tangent and (function or op.written):
+        if tangent and (apply or op.written):
             _refuse_tangent(op, *tangent)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             refuse_gradient(op, arguments)

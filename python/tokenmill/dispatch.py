@@ -135,8 +135,8 @@ def call(
     if torch.compiler.is_compiling() or transformed():
         return _results(checked.run(namespace(chosen), arguments), None, out)
     # Autograd in the dispatcher costs 10 us a call, as much as the rest of the dispatch.
-    if autograd and (function := checked.autograd_function(namespace(chosen))):
-        return _results(function.apply(*arguments, None), None, out)
+    if autograd and (apply := checked.recorded(namespace(chosen))):
+        return _results(apply(*arguments, None), None, out)
     results = below_autograd(checked, namespace(chosen), arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
@@ -151,11 +151,19 @@ def _call_directly(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
     if values[0].dtype is torch.float64:  # of the reference
         return NotImplemented
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-        return NotImplemented
+        return _call_and_record(op, values)
     results = run(*values)
     if results is not NotImplemented and op.written:
         note_writes(op, values)
     return results
+
+
+def _call_and_record(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
+    """The same for a call on the CPU that is to be differentiated."""
+    apply = op.recorded(library.NAMESPACE)
+    if apply is None or not values[0].is_cpu:
+        return NotImplemented
+    return _results(apply(*values, None), None)
 
 
 def _mode_of_reference(

@@ -25,18 +25,28 @@ def functions(library: Path) -> dict[str, Callable[..., Any]]:
     return _C.operators(str(library))
 
 
+# Names of this module: an attribute of torch._C costs as much as the call.
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_func_transforms = torch._C._are_functorch_transforms_active
+_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
+
+
 def is_open() -> bool:
     """Whether a call may skip the dispatcher. Gradients are the caller's matter."""
-    if torch.compiler.is_compiling():
+    if _compiling():
         return False
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
+        _dispatch_modes()
+        or _function_modes()
+        or _func_transforms()
         or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or _autocast()
+        or _tracing() is not None
+        or _profiling()
     )
 
 

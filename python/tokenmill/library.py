@@ -24,6 +24,7 @@ import torch
 from . import derivatives, door
 from .autocast import Autocast, device_of
 from .check import check_device_of, check_tensor
+from .lowering import scale_or_default
 
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
@@ -78,7 +79,7 @@ class TorchOp:
     defaults: tuple[Any, ...] = field(init=False)  # of the arguments, None where there is none
     written: tuple[str, ...] = field(init=False)  # those that a call writes into
     tensors: frozenset[str] = field(init=False)  # those that must be tensors
-    _functions: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    _recorded: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     @property
     def qualname(self) -> str:
@@ -123,11 +124,10 @@ class TorchOp:
         values = [*args, *self.defaults[len(args) :]]
         for name, value in kwargs.items():
             values[self.arguments.index(name)] = value
-        given = dict(zip(self.arguments, values, strict=True))
-        if "scale" in given and given["scale"] is None:
-            q = given["q"]
-            scale = q.shape[-1] ** -0.5 if isinstance(q, torch.Tensor) and q.dim() else 1.0
-            values[self.arguments.index("scale")] = scale
+        if "scale" in self.arguments:
+            q, at = values[self.arguments.index("q")], self.arguments.index("scale")
+            if values[at] is None and isinstance(q, torch.Tensor):
+                values[at] = scale_or_default(self.name, None, q)
         return tuple(values)
 
     def call(self, run: Callable[..., Any], values: Sequence[Any], *before: Any) -> Any:
@@ -182,12 +182,16 @@ class TorchOp:
             _load_emulated()
         return getattr(getattr(torch.ops, namespace), self.name).default
 
-    def autograd_function(self, namespace: str) -> type[torch.autograd.Function] | None:
-        """What runs the operator and knows its derivative, below the dispatcher's autograd."""
-        if namespace not in self._functions:
-            self._functions[namespace] = derivatives.autograd_function(self, namespace)
-        function: type[torch.autograd.Function] | None = self._functions[namespace]
-        return function
+    def recorded(self, namespace: str) -> Callable[..., Any] | None:
+        """Runs the operator below the dispatcher's autograd and records its derivative; None if it
+        has none. It takes all arguments of a call, and last the keys of a dispatch or None."""
+        if namespace not in self._recorded:
+            function: Any = derivatives.autograd_function(self, namespace)
+            # Function.apply itself would start again at the uppermost level of torch.func.
+            apply = function and super(torch.autograd.Function, function).apply
+            self._recorded[namespace] = apply
+        found: Callable[..., Any] | None = self._recorded[namespace]
+        return found
 
 
 _native_keys: set[tuple[str, str]] = set()

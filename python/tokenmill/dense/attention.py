@@ -21,6 +21,7 @@ from ..registry import OpSpec, register_op
 from .attention_cases import MALFORMED, SAMPLES
 from .attention_rules import OP, check_attention, check_attention_values
 from .terms import (
+    NO_WINDOW,
     Kind,
     ScoreBias,
     as_window,
@@ -90,7 +91,7 @@ def attention(
     sink: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = NO_WINDOW,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -245,7 +246,7 @@ def lower(
     sink: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = NO_WINDOW,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -253,17 +254,19 @@ def lower(
     return_lse: bool = False,
     precision: str = "accurate",
 ) -> tuple[Any, ...]:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(OP, name, t)
-    for name, option in (
-        ("bias", bias),
-        ("alibi_slopes", alibi_slopes),
-        ("sink", sink),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-    ):
-        if option is not None:
-            check_tensor(OP, name, option, optional=True)
+    check_tensor(OP, "q", q)
+    check_tensor(OP, "k", k)
+    check_tensor(OP, "v", v)
+    if bias is not None:
+        check_tensor(OP, "bias", bias, optional=True)
+    if alibi_slopes is not None:
+        check_tensor(OP, "alibi_slopes", alibi_slopes, optional=True)
+    if sink is not None:
+        check_tensor(OP, "sink", sink, optional=True)
+    if cu_seqlens_q is not None:
+        check_tensor(OP, "cu_seqlens_q", cu_seqlens_q, optional=True)
+    if cu_seqlens_k is not None:
+        check_tensor(OP, "cu_seqlens_k", cu_seqlens_k, optional=True)
     check_text(OP, "kind", kind)
     check_text(OP, "precision", precision)
     check_bool(OP, "causal", causal)

@@ -19,6 +19,7 @@ from ..reference import dense as reference
 from ..registry import OpSpec, register_op
 from .attention_decode_cases import MALFORMED, OP, SAMPLES
 from .terms import (
+    NO_WINDOW,
     Kind,
     ScoreBias,
     as_window,
@@ -89,7 +90,7 @@ def attention_decode(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = NO_WINDOW,
     num_splits: int = 0,
     schedule: Schedule = "auto",
     return_lse: bool = False,
@@ -189,7 +190,7 @@ def lower(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
-    window: tuple[int, int] = (-1, -1),
+    window: tuple[int, int] = NO_WINDOW,
     num_splits: int = 0,
     schedule: str = "auto",
     return_lse: bool = False,

@@ -24,9 +24,12 @@ from ..lowering import widen
 Kind = Literal["softmax", "sigmoid"]
 ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
 KINDS = ("softmax", "sigmoid")
+NO_WINDOW = (-1, -1)
 
 
 def as_window(op: str, window: Any) -> tuple[int, int]:
+    if window is NO_WINDOW:
+        return NO_WINDOW
     rule = "must be two ints (left, right)"
     if not (isinstance(window, tuple | list) and len(window) == 2):
         fail(op, "window", rule, window)
