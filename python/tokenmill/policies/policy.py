@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..check import as_int, as_number, check, check_bool, check_tensor
 from ..dense import attention, attention_decode
-from ..select import sparse_decode_attention
+from ..sparse import sparse_decode_attention
 from .cache import KVCache
 
 
