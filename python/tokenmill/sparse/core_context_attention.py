@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..autocast import Autocast
 from ..check import as_int, check, check_bool, check_qkv, check_tensor, fail, is_power_of_two
-from ..dense import attention, attention_decode, merge_attention_states
+from ..dense.attention import attention
+from ..dense.attention_decode import attention_decode
+from ..dense.merge_attention_states import merge_attention_states
 from ..lowering import scale_or_default
 from .block_sparse_attention import block_sparse_attention
 from .rules import MAX_BLOCK

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..autocast import Autocast
 from ..check import as_int, check, check_bool, check_qkv, check_tensor, reads_values
-from ..dense import attention, merge_attention_states
+from ..dense.attention import attention
+from ..dense.merge_attention_states import merge_attention_states
 from ..lowering import scale_or_default
 from ..select.rules import check_length_values, check_per_request
 from ..select.topk_select import topk_select
