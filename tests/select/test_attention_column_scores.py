@@ -11,7 +11,7 @@ from strategies import HEAD_DIMS, layouts
 from tier import examples
 
 import tokenmill as tm
-from tokenmill.reference.cache_scores import gumbel_words
+from tokenmill.reference.select.gumbel import gumbel_words
 from tokenmill.registry import Sample
 
 SPEC = tm.registry.get("attention_column_scores")

@@ -24,7 +24,7 @@ from sparse_decode_calls import (
 from tier import examples
 
 import tokenmill as tm
-from tokenmill.reference.sparse_decode import rotate
+from tokenmill.reference.sparse.sparse_decode_attention import rotate
 
 
 @each_backend

@@ -16,7 +16,7 @@ from ..dispatch import call
 from ..flops import band, known
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import dense as reference
+from ..reference.dense import attention as reference
 from ..registry import OpSpec, register_op
 from .attention_cases import MALFORMED, SAMPLES
 from .attention_rules import OP, check_attention, check_attention_values

@@ -15,7 +15,7 @@ from ..flops import known
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import dense as reference
+from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, register_op
 from .attention_decode_cases import MALFORMED, OP, SAMPLES
 from .terms import (

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..check import check, check_dtype, check_last_contiguous, check_tensor
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import dense as reference
+from ..reference.dense import merge_attention_states as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 
 OP = "merge_attention_states"

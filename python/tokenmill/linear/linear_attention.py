@@ -24,7 +24,7 @@ from ..derivatives import keep, kept
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import linear as reference
+from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, register_op
 from .linear_attention_cases import MALFORMED, SAMPLES
 from .rules import LINEAR_ATTENTION as OP

@@ -12,7 +12,7 @@ from ..check import check_bool, check_tensor, check_text
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import linear as reference
+from ..reference.linear import linear_attention_decode as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .linear_attention import FeatureMap, flops
 from .linear_attention_cases import Arguments, draw_state

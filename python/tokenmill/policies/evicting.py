@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool1d
 
 from ..check import as_int, check, check_device_of_q, check_dtype, check_tensor
 from ..dense.attention import attention
-from ..reference.sparse_decode import rotate
+from ..reference.sparse.sparse_decode_attention import rotate
 from ..select.attention_column_scores import attention_column_scores
 from ..select.kv_cache_compact import kv_cache_compact
 from ..select.topk_select import topk_select

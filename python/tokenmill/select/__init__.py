@@ -1,6 +1,6 @@
 """Which keys to attend to."""
 
-from ..reference.cache_scores import gumbel_noise
+from ..reference.select.gumbel import gumbel_noise
 from .attention_column_scores import attention_column_scores
 from .attention_row_scores import attention_row_scores
 from .block_pool_keys import block_pool_keys, block_pool_keys_update

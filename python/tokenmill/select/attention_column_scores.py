@@ -14,7 +14,7 @@ from ..check import as_int, as_number, check, check_bool, check_qkv, check_tenso
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import cache_scores as reference
+from ..reference.select import attention_column_scores as reference
 from ..registry import OpSpec, register_op
 from .attention_column_scores_cases import MALFORMED, SAMPLES
 from .rules import check_length_values, check_lse, check_per_request

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..reference import dense
+from ..reference.dense._common import scores, softmax, visible_pairs
 from ..registry import Malformed, Sample
 
 
@@ -33,10 +33,10 @@ def _sample(
         if not with_lse:
             return (q, k), given
         right = 0 if options.get("causal") else -1
-        z = dense.scores(q, k, d**-0.5, 0.0, None, None, None, 0.0, True)
-        visible = dense.visible_pairs(sq, sk, -1, right, q.device)
+        z = scores(q, k, d**-0.5, 0.0, None, None, None, 0.0, True)
+        visible = visible_pairs(sq, sk, -1, right, q.device)
         wide = torch.promote_types(dtype, torch.float32)
-        return (q, k, dense.softmax(z, visible, None)[1].to(wide)), given
+        return (q, k, softmax(z, visible, None)[1].to(wide)), given
 
     return make
 

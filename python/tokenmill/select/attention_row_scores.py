@@ -14,7 +14,7 @@ from ..check import as_int, check, check_bool, check_qkv, check_tensor, check_te
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import cache_scores as reference
+from ..reference.select import attention_row_scores as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .rules import check_length_values, check_lse, check_per_request
 

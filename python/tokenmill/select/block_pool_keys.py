@@ -20,7 +20,8 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import select as reference
+from ..reference.select import block_pool_keys as reference
+from ..reference.select import block_pool_keys_update as update_reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from ..written import check_written
 from .rules import (
@@ -393,8 +394,8 @@ UPDATE_SPEC = register_op(
         family="select",
         function=block_pool_keys_update,
         lower=lower_update,
-        reference=reference.block_pool_keys_update,
-        plain=reference.block_pool_keys_update,
+        reference=update_reference.block_pool_keys_update,
+        plain=update_reference.block_pool_keys_update,
         forward=UPDATE_FORWARD,
         backward=None,
         samples=(

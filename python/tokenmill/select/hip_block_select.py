@@ -24,7 +24,7 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import hip as reference
+from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, register_op
 from .hip_block_select_cases import MALFORMED, OP, SAMPLES
 from .rules import (

@@ -25,7 +25,7 @@ from ..check import (
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
-from ..reference import select as reference
+from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, register_op
 from .kv_block_scores_cases import MALFORMED, SAMPLES
 from .rules import (

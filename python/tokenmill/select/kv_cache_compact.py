@@ -24,7 +24,7 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import cache_scores as reference
+from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, register_op
 from ..written import check_written
 from .kv_cache_compact_cases import MALFORMED, SAMPLES

@@ -21,7 +21,7 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import select as reference
+from ..reference.select import query_similarity_gate as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 
 OP = "query_similarity_gate"

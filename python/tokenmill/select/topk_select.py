@@ -21,7 +21,7 @@ from ..check import (
 )
 from ..dispatch import call
 from ..library import TorchOp, register
-from ..reference import select as reference
+from ..reference.select import topk_select as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .rules import check_per_request
 

@@ -19,7 +19,7 @@ from ..flops import known
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
-from ..reference import bilevel_routing as reference
+from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, register_op
 from .bilevel_routing_attention_cases import MALFORMED, OP, SAMPLES
 from .gradients import cotangents, fake_gradients

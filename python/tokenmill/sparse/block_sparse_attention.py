@@ -17,7 +17,7 @@ from ..dispatch import call
 from ..flops import band, known
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
-from ..reference import block_sparse as reference
+from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_per_request
 from .block_sparse_attention_cases import MALFORMED, OP, SAMPLES

@@ -29,7 +29,7 @@ from ..flops import known
 from ..kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import sparse_decode as reference
+from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, register_op
 from .sparse_decode_attention_cases import MALFORMED, OP, SAMPLES
 

@@ -11,7 +11,7 @@ from ..check import as_int, check, check_tensor
 from ..dispatch import call
 from ..edits import set_argument
 from ..library import TorchOp, register
-from ..reference import block_sparse as reference
+from ..reference.sparse import transpose_block_list as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .block_sparse_attention_cases import draw_lists, hostile_lists
 from .rules import check_list

@@ -13,7 +13,7 @@ from ..check import check, check_bool, check_device_of, check_tensor, fail, show
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_match as reference
+from ..reference.tokens import best_match as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .rules import check_tokens
 

@@ -20,7 +20,7 @@ from ..check import (
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_cluster as reference
+from ..reference.tokens import cluster_tokens as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 
 OP = "cluster_tokens"

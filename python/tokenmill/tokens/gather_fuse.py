@@ -12,7 +12,7 @@ from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
 from ..lowering import widen
-from ..reference import tokens_move as reference
+from ..reference.tokens import gather_fuse as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .moving import as_int32, contiguous_rows
 from .rules import check_index_values, check_indices, check_like, check_out, check_tokens

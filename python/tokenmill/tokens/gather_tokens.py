@@ -13,7 +13,7 @@ from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
-from ..reference import tokens_move as reference
+from ..reference.tokens import gather_tokens as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .moving import as_int32, as_rows, contiguous_rows
 from .rules import check_index_values, check_movable_tokens, check_out

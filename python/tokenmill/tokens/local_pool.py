@@ -19,7 +19,7 @@ from ..check import (
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_move as reference
+from ..reference.tokens import local_pool as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .moving import contiguous_rows
 from .rules import check_like

@@ -11,7 +11,7 @@ from ..check import as_int, check, check_last_contiguous, check_tensor
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_reduce as reference
+from ..reference.tokens import mask_partition as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 
 OP = "mask_partition"

@@ -13,7 +13,7 @@ from ..check import as_int, as_number, check, check_device_of, check_tensor, che
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_cluster as reference
+from ..reference.tokens import reconstruct_tokens as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .rules import check_tokens
 

@@ -20,7 +20,7 @@ from ..dispatch import call
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..lowering import widen
-from ..reference import tokens_reduce as reference
+from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, register_op
 from .rules import check_index_values, check_indices, check_like, check_tokens
 from .segment_reduce_cases import MALFORMED, SAMPLES

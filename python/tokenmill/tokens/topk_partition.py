@@ -20,7 +20,7 @@ from ..check import (
 from ..dispatch import call
 from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_reduce as reference
+from ..reference.tokens import topk_partition as reference
 from ..registry import Malformed, OpSpec, Sample, register_op
 from .moving import as_int32
 from .rules import check_like

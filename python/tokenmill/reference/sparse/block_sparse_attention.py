@@ -1,11 +1,18 @@
-"""Attention to lists of key blocks, as a mask. See :mod:`tokenmill.reference`."""
+"""block_sparse_attention: out_i = sum_j softmax(z_i)_j v_j over the visible keys.
+
+    z_ij = softcap tanh(scale q_i . k_j / softcap)
+
+Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the query's
+block has j // block_k. end_i is the length, with causal i + 1 + length - Sq.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .dense import expand_heads, scores, softmax, weighted_sum
+from ..dense._common import expand_heads, scores, softmax, weighted_sum
+from ._common import listed_blocks
 
 
 def block_sparse_attention(
@@ -64,30 +71,3 @@ def visible_keys(
     listed = blocks.repeat_interleave(block_q, 2)[:, :, :sq]
     listed = listed.repeat_interleave(block_k, 3)[..., :sk]
     return (listed | (at < num_sink) | (at >= end - num_recent)) & (at < end)
-
-
-def listed_blocks(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
-    """[B, heads, rows, blocks]: the lists as a mask."""
-    batch, heads, rows, entries = indices.shape
-    if entries == 0 or blocks == 0:
-        return indices.new_zeros((batch, heads, rows, blocks), dtype=torch.bool)
-    largest = indices.cummax(-1).values
-    before = torch.cat([torch.full_like(largest[..., :1], -1), largest[..., :-1]], -1)
-    good = (indices > before.clamp(min=-1)) & (indices < blocks)
-    good &= torch.arange(entries, device=indices.device) < counts[..., None]
-    mask = indices.new_zeros((batch, heads, rows, blocks + 1), dtype=torch.bool)
-    mask.scatter_(-1, torch.where(good, indices, blocks).long(), True)
-    return mask[..., :blocks]
-
-
-def transpose_block_list(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, entries = indices.shape
-    mask = listed_blocks(indices, counts, num_blocks).transpose(2, 3)
-    offsets = indices.new_zeros((batch, heads, num_blocks + 1))
-    offsets[..., 1:] = mask.sum(-1).cumsum(-1)
-    listing = indices.new_full((batch, heads, rows * entries), -1)
-    for b in range(batch):
-        for h in range(heads):
-            found = mask[b, h].nonzero()[:, 1]
-            listing[b, h, : len(found)] = found.int()
-    return offsets, listing

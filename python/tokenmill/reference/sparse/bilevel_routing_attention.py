@@ -1,12 +1,14 @@
-"""Attention of the regions of a map to listed ones, as a mask. See :mod:`tokenmill.reference`."""
+"""bilevel_routing_attention: out_i = sum_j softmax(scale q_i . k)_j v_j over the pixels j of the
+regions that the list of the region of pixel i has; without mask_padding also over the zeros that
+fill up regions at the edge."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .block_sparse import listed_blocks
-from .dense import expand_heads, scores, softmax, weighted_sum
+from ..dense._common import expand_heads, scores, softmax, weighted_sum
+from ._common import listed_blocks
 
 
 def bilevel_routing_attention(

@@ -1,5 +1,10 @@
-"""Oracles of cluster_tokens and reconstruct_tokens, in plain PyTorch. They take the arguments of
-their schemas."""
+"""cluster_tokens: rounds of soft assignment to the centroids in reach, and of means.
+
+    q_nm = e^(-tau |x_n - c_m|^2) / sum_m' e^(-tau |x_n - c_m'|^2)
+    c_m <- sum_n q_nm x_n / sum_n q_nm
+
+A label is the nearest centroid. The last round alone has a gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MOST = torch.finfo(torch.float32).max
+from ._common import finite, squared_distances
+
 _LEAST_WEIGHT = 2.0**-100  # in units of the greatest of a row; a smaller one is 0
 
 
@@ -33,7 +39,7 @@ def cluster_tokens(
         mean = total / torch.where(some, mass, 1.0)[..., None]
         centroids = torch.where(some[..., None], mean, previous)
 
-    d = _finite(squared_distances(fixed, centroids.detach()))
+    d = finite(squared_distances(fixed, centroids.detach()))
     if window_labels:
         d = torch.where(reach, d, torch.inf)
     places = torch.arange(d.shape[2], device=d.device).expand_as(d)
@@ -59,38 +65,8 @@ def clusters_in_reach(
     return both.flatten(2, 3).flatten(0, 1)
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """[B, Na, Nb] as sums of squared differences: nothing cancels."""
-    return torch.stack([(a - row[:, None]).square().sum(-1) for row in b.unbind(1)], 2)
-
-
 def _assignment(d: Tensor, reach: Tensor, tau: float) -> Tensor:
     least = torch.where(reach, d, torch.inf).amin(2, keepdim=True)
     weight = torch.exp(-tau * (d - least))
     weight = torch.where(reach & ~(weight < _LEAST_WEIGHT), weight, 0.0)
     return torch.where(reach, weight / weight.sum(2, keepdim=True), 0.0)
-
-
-def _finite(d: Tensor) -> Tensor:
-    return torch.where(d <= _MOST, d, _MOST)
-
-
-def reconstruct_tokens(
-    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(features.dtype, torch.float32)
-    d = _finite(squared_distances(features.detach().to(wide), centroids.detach().to(wide)))
-    index = d.sort(dim=2, stable=True).indices[..., :k].sort(2).values
-    d = d.gather(2, index)
-    least = d.amin(2, keepdim=True)
-    weight = torch.where(least < _MOST, torch.exp(-tau * (d - least)), torch.nan)
-    if norm == "l1":
-        weight = weight / weight.sum(2, keepdim=True)
-    else:
-        weight = weight / weight.square().sum(2, keepdim=True).sqrt()
-
-    batch, tokens, channels = *index.shape[:2], values.shape[2]
-    at = index.reshape(batch, tokens * k, 1).expand(-1, -1, channels)
-    rows = values.to(wide).gather(1, at).view(batch, tokens, k, channels)
-    out = (weight[..., None] * rows).sum(2)
-    return out.to(values.dtype), index.int(), weight

@@ -1,11 +1,17 @@
-"""Attention of the newest tokens to listed keys, row by row. See :mod:`tokenmill.reference`."""
+"""sparse_decode_attention: out_i = sum_j softmax(z_i)_j v_j over a row of keys: the first tokens,
+the listed blocks, the last tokens, and extra keys.
+
+    z_ij = softcap tanh(scale R(p_i) q_i . R(p_j) k_j / softcap) + log_count_j
+
+R turns pairs of columns by the angles of a position. mass_e is what the keys of entry e get.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .dense import softmax, weighted_sum
+from ..dense._common import softmax, weighted_sum
 
 
 def sparse_decode_attention(

@@ -1,6 +1,8 @@
-"""Rows reduced by segments, and tokens partitioned by a score or a mask.
+"""segment_reduce: rows x[perm_p] of the places offsets_s <= p < offsets_(s + 1) become one.
 
-Each function takes the lowered list of its operator. PyTorch's autograd differentiates it.
+    sum: y_s = sum_p w_p x[perm_p];    mean: y_s / sum_p w_p
+
+The others take, per channel, the greatest or the least element, or the first or the last row.
 """
 
 from __future__ import annotations
@@ -87,49 +89,3 @@ def _chosen_places(x: Tensor, row: Tensor, bin_: Tensor, segments: int, reduce: 
     chosen = none.scatter_reduce(0, index, place, "amax" if reduce == "last" else "amin")
     chosen = chosen.masked_fill(chosen < 0, places).view(batch, segments + 1, channels)
     return chosen[:, :segments]
-
-
-def topk_partition(
-    scores: Tensor,
-    k: int,
-    counts: Tensor | None,
-    largest: bool,
-    order: str,
-    valid: Tensor | None,
-    protect_first: int,
-    protect_last: int,
-) -> tuple[Tensor, Tensor]:
-    tokens = scores.shape[1]
-    value = (scores if largest else -scores) + 0.0  # -0 + 0 = 0
-    value = torch.where(value > -torch.inf, value, -torch.inf)
-    index = torch.arange(tokens, device=scores.device)
-    protected = (index < protect_first) | (index >= tokens - protect_last)
-    rank = torch.ones_like(scores, dtype=torch.int8) if valid is None else valid.to(torch.int8)
-    rank = rank.masked_fill(protected, 2)
-    value = value.masked_fill(rank != 1, 0.0)
-
-    # Two stable sorts: by value, then by rank.
-    by_value = value.argsort(dim=1, descending=True, stable=True)
-    by_rank = rank.gather(1, by_value).argsort(dim=1, descending=True, stable=True)
-    ordered = by_value.gather(1, by_rank).int()
-    kept = index < (k if counts is None else counts[:, None])
-    # What does not belong to a side is sorted behind its last.
-    keep, rest = ordered.masked_fill(~kept, tokens)[:, :k], ordered.masked_fill(kept, tokens)
-    if order == "index":
-        keep = keep.sort(1).values
-    rest = rest.sort(1).values[:, : tokens - k if counts is None else tokens]
-    return _or_none(keep, tokens), _or_none(rest, tokens)
-
-
-def _or_none(indices: Tensor, tokens: int) -> Tensor:
-    return indices.masked_fill(indices == tokens, -1).contiguous()
-
-
-def mask_partition(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens = mask.shape
-    size = batch * tokens if max_total is None else max_total
-    taken = mask.flatten().nonzero().flatten().int()
-    indices = torch.nn.functional.pad(taken, (0, size - taken.shape[0]), value=-1)
-    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-    place = (mask.flatten().cumsum(0) - 1).view(batch, tokens).int()
-    return indices, cu_seqlens, place.masked_fill(~mask, -1)

@@ -1,4 +1,10 @@
-"""Oracles of the family `sparse`, in plain PyTorch. Each takes the arguments of its schema."""
+"""hip_block_select: a binary search for the blocks of the largest scores.
+
+    score(block) = max q_i . k_j over the rows i of a list, its heads, and the keys j of the block
+
+The candidates are nodes, intervals of blocks. Each step halves them, scores one representative
+block of each half, and keeps the best; minmax scores all blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .select import lengths_of, rows_of
+from ._common import lengths_of, rows_of
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Oracle of best_match, in plain PyTorch. It takes the arguments of its schema."""
+"""best_match: argmax_j and max_j of a_i . b_j, or of their cosine; ties to the lower j."""
 
 from __future__ import annotations
 
