@@ -17,7 +17,6 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, register_op
-from .attention_decode_cases import MALFORMED, OP, SAMPLES
 from .terms import (
     Kind,
     ScoreBias,
@@ -27,6 +26,8 @@ from .terms import (
     check_terms,
     lower_score_bias,
 )
+
+OP = "attention_decode"
 
 Schedule = Literal["auto", "split", "stream_k"]
 MAX_SPLITS = 1024
@@ -317,8 +318,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

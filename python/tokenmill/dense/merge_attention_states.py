@@ -11,7 +11,7 @@ from ..check import check, check_dtype, check_last_contiguous, check_tensor
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference.dense import merge_attention_states as reference
-from ..registry import Malformed, OpSpec, Sample, register_op
+from ..registry import OpSpec, register_op
 
 OP = "merge_attention_states"
 
@@ -126,20 +126,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return douts, (dlses if lses is not None else None)
 
 
-def _sample(parts: int, shape: tuple[int, ...], with_lses: bool) -> Any:
-    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        outs = torch.randn(parts, *shape, generator=g).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        lse_shape = (parts, *shape[:-3], shape[-2], shape[-3])
-        lses = torch.randn(lse_shape, generator=g).to(wide) if with_lses else None
-        if lses is not None and parts > 1:
-            lses[0, ..., :1] = float("-inf")
-            lses[:, ..., -1:] = float("-inf")
-        return (outs, lses), {}
-
-    return make
-
-
 FORWARD = register(
     TorchOp(
         OP,
@@ -168,45 +154,6 @@ SPEC = register_op(
         plain=reference.merge_attention_states,
         forward=FORWARD,
         backward=BACKWARD,
-        samples=(
-            Sample("four parts", _sample(4, (2, 9, 3, 40), True)),
-            Sample("packed", _sample(3, (17, 2, 64), True)),
-            Sample("sum", _sample(2, (1, 5, 2, 33), False)),
-            Sample("one part", _sample(1, (1, 3, 1, 8), True)),
-            Sample("no rows", _sample(2, (1, 0, 2, 8), True)),
-        ),
-        malformed=(
-            Malformed(
-                "rank",
-                "outs: must have 5 dimensions [n, B, S, H, D] or 4 [n, T, H, D]; got 3",
-                lambda a, k: a.__setitem__(0, a[0][0, 0]),
-            ),
-            Malformed(
-                "dtype",
-                "outs: must be float16, bfloat16 or float32; got int32",
-                lambda a, k: a.__setitem__(0, a[0].int()),
-            ),
-            Malformed(
-                "layout",
-                "outs: must have a contiguous last dimension",
-                lambda a, k: a.__setitem__(0, a[0].transpose(-1, -2)),
-            ),
-            Malformed(
-                "no parts",
-                "outs: must hold at least one part; got 0",
-                lambda a, k: a.__setitem__(0, a[0][:0]),
-            ),
-            Malformed(
-                "lse shape",
-                "lses: must have shape [4, 2, 3, 9]; got [4, 2, 9, 3]",
-                lambda a, k: a.__setitem__(1, a[1].transpose(-1, -2)),
-            ),
-            Malformed(
-                "lse dtype",
-                "lses: must be float32; got float16",
-                lambda a, k: a.__setitem__(1, a[1].half()),
-            ),
-        ),
         differentiable=("outs", "lses"),
         logarithms=(1,),
         paper="FlashAttention (Dao et al. 2022), LeanAttention (Sanovar et al. 2024)",

@@ -26,7 +26,6 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, register_op
-from .linear_attention_cases import MALFORMED, SAMPLES
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
     check_decay_values,
@@ -437,8 +436,6 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         out=OUT,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,

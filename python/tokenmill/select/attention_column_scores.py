@@ -16,7 +16,6 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference.select import attention_column_scores as reference
 from ..registry import OpSpec, register_op
-from .attention_column_scores_cases import MALFORMED, SAMPLES
 from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_column_scores"
@@ -237,8 +236,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_column_scores, upcast=False),
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         paper="Keyformer (Adnan et al. 2024), H2O (Zhang et al. 2023), SnapKV (Li et al. 2024)",
         flops=_flops,

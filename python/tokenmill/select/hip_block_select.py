@@ -26,7 +26,6 @@ from ..dispatch import call
 from ..library import TorchOp, register
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, register_op
-from .hip_block_select_cases import MALFORMED, OP, SAMPLES
 from .rules import (
     batch_of,
     check_block_table,
@@ -35,6 +34,8 @@ from .rules import (
     check_per_request,
     rows_of_request,
 )
+
+OP = "hip_block_select"
 
 Representative = Literal["first", "middle", "last"]
 Bound = Literal["sample", "minmax"]
@@ -369,8 +370,6 @@ SPEC = register_op(
         plain=reference.hip_block_select,
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         paper="HiP Attention (Lee et al. 2024)",
         flops=_flops,

@@ -10,8 +10,6 @@ import torch
 from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
-OP = "hip_block_select"
-
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -27,7 +27,6 @@ from ..library import TorchOp, register
 from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, register_op
 from ..written import check_written
-from .kv_cache_compact_cases import MALFORMED, SAMPLES
 
 OP = "kv_cache_compact"
 
@@ -305,8 +304,6 @@ SPEC = register_op(
         plain=functools.partial(reference.kv_cache_compact, upcast=False),
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         paper="StreamingLLM (Xiao et al. 2024), RazorAttention (Tang et al. 2024)",
         flops=lambda k_cache, v_cache, keep, *rest: float(

@@ -21,10 +21,11 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default
 from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, register_op
-from .bilevel_routing_attention_cases import MALFORMED, OP, SAMPLES
 from .gradients import cotangents, fake_gradients
 from .routing import route
 from .rules import check_list
+
+OP = "bilevel_routing_attention"
 
 AUTOCAST = Autocast(lower=("q", "k", "v"))
 MAX_SIDE = 2**15  # of a map: pixels and rows fit 32 bits
@@ -366,8 +367,6 @@ SPEC = register_op(
         plain=functools.partial(reference.bilevel_routing_attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
         paper="BiFormer (Zhu et al. 2023)",

@@ -11,8 +11,6 @@ from ..dense.attention_cases import Arguments
 from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
-OP = "bilevel_routing_attention"
-
 
 def bilevel_call(
     size: tuple[int, int] = (12, 14),

@@ -20,9 +20,10 @@ from ..lowering import scale_or_default
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_per_request
-from .block_sparse_attention_cases import MALFORMED, OP, SAMPLES
 from .gradients import cotangents, fake_gradients
 from .rules import check_block, check_list
+
+OP = "block_sparse_attention"
 
 
 class BlockSparseOptions(TypedDict, total=False):
@@ -349,8 +350,6 @@ SPEC = register_op(
         plain=functools.partial(reference.block_sparse_attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",

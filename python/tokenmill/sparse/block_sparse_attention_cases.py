@@ -11,8 +11,6 @@ from ..dense.attention_cases import Arguments
 from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
-OP = "block_sparse_attention"
-
 
 def draw_lists(
     batch: int, heads: int, rows: int, entries: int, blocks: int, g: torch.Generator

@@ -31,7 +31,8 @@ from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, register_op
-from .sparse_decode_attention_cases import MALFORMED, OP, SAMPLES
+
+OP = "sparse_decode_attention"
 
 Positions = Literal["absolute", "cache"]
 MAX_BLOCK = 128
@@ -483,8 +484,6 @@ SPEC = register_op(
         plain=functools.partial(reference.sparse_decode_attention, upcast=False),
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         logarithms=(1,),
         paper="TokenSelect (Wu et al. 2024), Quest (Tang et al. 2024)",

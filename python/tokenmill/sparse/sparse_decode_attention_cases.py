@@ -13,8 +13,6 @@ from ..dense.attention_decode_cases import draw_cache
 from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
-OP = "sparse_decode_attention"
-
 
 def draw_lists(
     lengths: Sequence[int], heads: int, entries: int, block_k: int, g: torch.Generator
