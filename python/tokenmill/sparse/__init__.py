@@ -1,4 +1,4 @@
-"""Attention to blocks of keys, and which blocks."""
+"""Attention to listed keys, and to blocks of them."""
 
 from .bilevel_routing_attention import bilevel_routing_attention
 from .block_sparse_attention import block_sparse_attention
