@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenmill as tm
-from tokenmill.select.sparse_decode_cases import rotations
+from tokenmill.sparse.sparse_decode_attention_cases import rotations
 
 from .case import Case, Run, place
 

@@ -20,7 +20,10 @@ def share_of(node: str, operators: Collection[str], isas: Collection[str]) -> tu
     words = file.stem.removeprefix("test_").split("_")
     of_file = words.pop() if words[-1] in ("triton", "cuda", "cpu") else ""
     found = re.findall(r"[A-Za-z0-9_.]+", rest)
-    operator = next((w for w in found if w in operators), "_".join(words) or file.parent.name)
+    stem = "_".join(words)
+    of_stem = [name for name in operators if f"{stem}_".startswith(f"{name}_")]
+    whole = max(of_stem, key=len, default=stem or file.parent.name)
+    operator = next((w for w in found if w in operators), whole)
     if any(w in isas for w in found):
         return operator, "cpu"
     return operator, next((w for w in found if w in ALL_BACKENDS), of_file)

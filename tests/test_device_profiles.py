@@ -11,9 +11,9 @@ from conftest import backends
 import tokenmill as tm
 from tokenmill.dense.attention_cases import draw_tensor
 from tokenmill.registry import Sample
-from tokenmill.select.sparse_decode_cases import sparse_call
-from tokenmill.sparse.bilevel_routing_cases import bilevel_call
-from tokenmill.sparse.block_sparse_cases import block_sparse_call
+from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
+from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
+from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
 PROFILES = ("sm_86", "sm_90a")
 F32, F16 = torch.float32, torch.float16

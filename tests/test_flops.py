@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenmill as tm
 from tokenmill import registry
 from tokenmill.flops import band
-from tokenmill.reference.dense import visible_pairs
+from tokenmill.reference.dense._common import visible_pairs
 
 SPECS = list(registry.ops().values())
 

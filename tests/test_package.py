@@ -27,11 +27,12 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_import_is_light():
-    """No CUDA context, no Triton, no benchmark or demo dependency."""
+    """No CUDA context, no Triton, no benchmark or demo dependency, no samples."""
     code = (
         "import sys, torch, tokenmill\n"
         "assert not torch.cuda.is_initialized()\n"
-        "print([m for m in ('triton', 'matplotlib', 'rich', 'transformers') if m in sys.modules])"
+        "heavy = ('triton', 'matplotlib', 'rich', 'transformers')\n"
+        "print([m for m in sys.modules if m in heavy or m.endswith('_cases')])"
     )
     assert python(code).strip() == "[]"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tokenmill as tm
 from tokenmill.dense.attention_decode_cases import decode_call
-from tokenmill.select.sparse_decode_cases import sparse_call
+from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
 from .case import Counted, CounterCase, products
 

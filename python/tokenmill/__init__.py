@@ -21,10 +21,10 @@ from .select import (
     attention_row_scores,
     block_pool_keys,
     block_pool_keys_update,
+    hip_block_select,
     kv_block_scores,
     kv_cache_compact,
     query_similarity_gate,
-    sparse_decode_attention,
     token_select,
     topk_select,
 )
@@ -33,9 +33,9 @@ from .sparse import (
     block_sparse_attention,
     core_context_attention,
     hip_attention,
-    hip_block_select,
     landmark_attention,
     landmark_decode,
+    sparse_decode_attention,
     transpose_block_list,
 )
 from .tokens import (

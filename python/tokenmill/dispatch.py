@@ -280,7 +280,7 @@ def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
         return f"csrc/{spec.family}/{spec.name} in the PTX machine, {dtype}"
     if backend == "triton":
         return f"triton_kernels/{spec.forward.triton}, {dtype}"
-    return f"reference/{spec.family}, plain PyTorch, {dtype}"
+    return f"reference/{spec.family}/{spec.name}, plain PyTorch, {dtype}"
 
 
 def kernels(spec: OpSpec, backend: str) -> str:

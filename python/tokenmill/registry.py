@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,8 @@ class OpSpec:
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
     the inputs: the baseline of the error budget.
+    samples and malformed are those of the module <name>_cases beside that of the operator, which
+    tests and tools alone load.
     """
 
     name: str
@@ -58,8 +62,6 @@ class OpSpec:
     plain: Callable[..., tuple[Any, ...]]
     forward: TorchOp
     backward: TorchOp | None
-    samples: tuple[Sample, ...]
-    malformed: tuple[Malformed, ...]
     differentiable: tuple[str, ...]
     paper: str
     flops: Callable[..., float]
@@ -68,6 +70,17 @@ class OpSpec:
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
+
+    @functools.cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        return self._cases().SAMPLES
+
+    @functools.cached_property
+    def malformed(self) -> tuple[Malformed, ...]:
+        return self._cases().MALFORMED
+
+    def _cases(self) -> Any:
+        return importlib.import_module(f"{__package__}.{self.family}.{self.name}_cases")
 
     @property
     def torch_ops(self) -> Iterable[TorchOp]:

@@ -7,7 +7,7 @@ import torch
 from conftest import device_of
 
 from tokenmill import registry
-from tokenmill.reference import linear as reference
+from tokenmill.reference.linear import linear_attention as reference
 
 SIZE = 128
 

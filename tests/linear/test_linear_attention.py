@@ -15,7 +15,7 @@ from tier import examples
 
 import tokenmill as tm
 from tokenmill import registry
-from tokenmill.reference import linear as reference
+from tokenmill.reference.linear import linear_attention as reference
 from tokenmill.testing import compare, convert, error, evaluate, magnitude, oracle
 
 SPEC = registry.get("linear_attention")

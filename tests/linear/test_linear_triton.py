@@ -40,11 +40,11 @@ PRODUCTS = ("sums", "results", "queries", "keys", "values", "decay")  # kernels 
 
 def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024):
     """Forward, backward and decode, without data."""
-    from tokenmill.triton_kernels.linear.decode import linear_attention_decode
     from tokenmill.triton_kernels.linear.linear_attention import (
         linear_attention,
         linear_attention_backward,
     )
+    from tokenmill.triton_kernels.linear.linear_attention_decode import linear_attention_decode
 
     sequences, heads, kv_heads = 2, 8, 2
     empty = functools.partial(torch.empty, device="meta")
@@ -144,7 +144,7 @@ for case in (
 def test_import_needs_no_gpu_and_starts_none(folder):
     code = """
 import torch
-import tokenmill.triton_kernels.linear.decode
+import tokenmill.triton_kernels.linear.linear_attention_decode
 import tokenmill.triton_kernels.linear.linear_attention
 
 assert not torch.cuda.is_initialized()

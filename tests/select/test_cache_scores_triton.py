@@ -20,7 +20,7 @@ KERNELS = {
 
 
 def columns(dtype, d, noise=False, rows=500, keys=700):
-    from tokenmill.triton_kernels.select.column_scores import attention_column_scores
+    from tokenmill.triton_kernels.select.attention_column_scores import attention_column_scores
 
     q, k = torch.zeros(2, rows, 4, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
     lengths = torch.zeros(2, dtype=torch.int32) if noise else None
@@ -31,14 +31,14 @@ def columns(dtype, d, noise=False, rows=500, keys=700):
 
 
 def rows(dtype, d, keys=700, skip=1, count=1):
-    from tokenmill.triton_kernels.select.row_scores import attention_row_scores
+    from tokenmill.triton_kernels.select.attention_row_scores import attention_row_scores
 
     q, k = torch.zeros(2, count, 8, d, dtype=dtype), torch.zeros(2, keys, 2, d, dtype=dtype)
     return lambda: attention_row_scores(q, k, None, 0.1, True, "mean", skip, None)
 
 
 def compact(dtype, d, length=700, entries=300):
-    from tokenmill.triton_kernels.select.cache_compact import kv_cache_compact
+    from tokenmill.triton_kernels.select.kv_cache_compact import kv_cache_compact
 
     k = torch.zeros(2, length, 2, d, dtype=dtype)
     keep, counts = torch.zeros(2, entries, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)

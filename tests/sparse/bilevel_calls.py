@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import HEAD_DIMS
 
 from tokenmill.registry import Sample
-from tokenmill.sparse.bilevel_routing_cases import bilevel_call
+from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 
 
 @st.composite

@@ -9,7 +9,7 @@ from strategies import HEAD_DIMS, layouts
 
 import tokenmill as tm
 from tokenmill.registry import Sample
-from tokenmill.sparse.block_sparse_cases import block_sparse_call
+from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
 NAN = float("nan")
 

@@ -169,7 +169,8 @@ def test_many_pixels(backend, threads):
 @pytest.mark.parametrize("window_labels", [False, True])
 def test_slabs_of_triton(window_labels, monkeypatch):
     """Memory for the distances of one row of cells, or of a few pixels, at a time."""
-    from tokenmill.triton_kernels.tokens import cluster, nearest
+    from tokenmill.triton_kernels.tokens import cluster_tokens as cluster
+    from tokenmill.triton_kernels.tokens import nearest
 
     x = torch.randn(1, 7, 3, 5).to(device_of("triton")).requires_grad_()
     options = {"iters": 2, "tau": 0.3, "window": 3, "window_labels": window_labels}

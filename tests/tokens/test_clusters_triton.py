@@ -17,7 +17,7 @@ KERNELS = {"measure_kernel", "update_kernel", "spread_kernel", "distance_kernel"
 
 
 def call(dtype, channels=192):
-    from tokenmill.triton_kernels.tokens import cluster, reconstruct
+    from tokenmill.triton_kernels.tokens import cluster_tokens, reconstruct_tokens
 
     x = torch.zeros(1, 64, 64, channels, dtype=dtype)
     rows = x[:, :16].flatten(1, 2)
@@ -25,14 +25,14 @@ def call(dtype, channels=192):
 
     def run():
         for window_labels in (False, True):
-            _, _, mass, previous = cluster.cluster_tokens(x, *options, window_labels)
+            _, _, mass, previous = cluster_tokens.cluster_tokens(x, *options, window_labels)
         centroids = x[:, ::2, ::2].contiguous()
-        cluster.cluster_tokens_backward(centroids, mass, previous, x, *options, False)
+        cluster_tokens.cluster_tokens_backward(centroids, mass, previous, x, *options, False)
         for norm in ("l1", "l2"):
             inputs = rows, rows, rows, 3, 0.01, norm
-            out, index, weight = reconstruct.reconstruct_tokens(*inputs)
+            out, index, weight = reconstruct_tokens.reconstruct_tokens(*inputs)
             index = torch.zeros_like(index)
-            reconstruct.reconstruct_tokens_backward(out, index, weight, *inputs)
+            reconstruct_tokens.reconstruct_tokens_backward(out, index, weight, *inputs)
 
     return run
 

@@ -35,7 +35,7 @@ from ..dense.attention_backward import gradients, load_lse, through_softcap
 from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
 from .blocks import NOWHERE, find_listed_keys, find_listed_queries, seen_by, seen_in_front
 from .regions import find_pixel_keys, find_pixel_queries
-from .transpose_list import Lists, compacted
+from .transpose_block_list import Lists, compacted
 
 # As those of attention: where keys lie takes registers.
 SPARSE_PLANS = PLANS | {

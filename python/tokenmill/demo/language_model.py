@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..dense import attention
+from ..dense.attention import attention
 from ..dense.terms import Kind
 from . import text
 

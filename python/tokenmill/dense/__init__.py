@@ -2,6 +2,6 @@
 
 from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
-from .merge import merge_attention_states
+from .merge_attention_states import merge_attention_states
 
 __all__ = ["attention", "attention_decode", "merge_attention_states", "sigmoid_attention"]

@@ -16,9 +16,8 @@ from ..dispatch import call
 from ..flops import band, known
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import dense as reference
+from ..reference.dense import attention as reference
 from ..registry import OpSpec, register_op
-from .attention_cases import MALFORMED, SAMPLES
 from .attention_rules import OP, check_attention, check_attention_values
 from .terms import (
     NO_WINDOW,
@@ -438,8 +437,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",

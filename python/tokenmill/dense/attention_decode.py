@@ -15,9 +15,8 @@ from ..flops import known
 from ..kv_cache import check_cache, check_lengths, check_lengths_values
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import dense as reference
+from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, register_op
-from .attention_decode_cases import MALFORMED, OP, SAMPLES
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -28,6 +27,8 @@ from .terms import (
     check_terms,
     lower_score_bias,
 )
+
+OP = "attention_decode"
 
 Schedule = Literal["auto", "split", "stream_k"]
 MAX_SPLITS = 1024
@@ -318,8 +319,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

@@ -13,8 +13,6 @@ from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 from .attention_cases import Arguments, draw_tensor, with_options
 
-OP = "attention_decode"
-
 
 def draw_cache(
     lengths: Sequence[int],

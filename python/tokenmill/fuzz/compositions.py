@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import linear, nn, policies, select, sparse, tokens
-from ..dense import sigmoid_attention
+from ..dense.attention import sigmoid_attention
 from ..registry import Sample
 from .targets import Arguments, Target, with_backend
 

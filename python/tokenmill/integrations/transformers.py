@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..dense import attention
+from ..dense.attention import attention
 from ..dense.terms import Kind
 
 UNSUPPORTED = {

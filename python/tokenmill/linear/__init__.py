@@ -1,8 +1,8 @@
 """Attention as a recurrence over a state: cost linear in the length."""
 
-from .decode import linear_attention_decode
+from .lightning_slopes import lightning_slopes
 from .linear_attention import lightning_attention, linear_attention
-from .slopes import lightning_slopes
+from .linear_attention_decode import linear_attention_decode
 
 __all__ = [
     "lightning_attention",

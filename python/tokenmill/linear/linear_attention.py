@@ -24,9 +24,8 @@ from ..derivatives import keep, kept
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default, widen
-from ..reference import linear as reference
+from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, register_op
-from .linear_attention_cases import MALFORMED, SAMPLES
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
     check_decay_values,
@@ -433,8 +432,6 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         out=OUT,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,

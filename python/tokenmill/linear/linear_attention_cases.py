@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..edits import set_argument, set_options
-from ..reference import linear as reference
+from ..reference.linear._common import key_features
 from ..registry import Malformed, Sample
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,7 +32,7 @@ def draw_state(
     v = torch.randn(n, 3, heads, dv, generator=g)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    features = reference.key_features(k, feature_map)
+    features = key_features(k, feature_map)
     return torch.einsum("nthf,nthe->nhfe", features, v).contiguous().to(_wide(dtype))
 
 

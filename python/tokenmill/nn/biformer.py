@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import as_int, as_number, check, check_bool, fail
-from ..dense import attention
-from ..sparse import bilevel_routing_attention
+from ..dense.attention import attention
+from ..sparse.bilevel_routing_attention import bilevel_routing_attention
 from .rules import check_input
 
 NAME, LEPE = "nn.BiFormerAttention", "nn.AttentionLePE"

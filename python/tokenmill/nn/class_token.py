@@ -12,7 +12,7 @@ from ..autocast import Autocast
 from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
 from ..derivatives import transformed
 from ..lowering import scale_or_default
-from ..select import attention_row_scores
+from ..select.attention_row_scores import attention_row_scores
 from ..tokens.gather_fuse import gather_fuse
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.topk_partition import topk_partition

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..check import as_int, as_number, check, check_tensor
-from ..tokens import cluster_tokens, reconstruct_tokens
+from ..tokens.cluster_tokens import cluster_tokens
+from ..tokens.reconstruct_tokens import reconstruct_tokens
 
 CLUSTERING, RECONSTRUCTION = "nn.TokenClustering", "nn.TokenReconstruction"
 

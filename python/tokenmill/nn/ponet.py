@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..check import as_int, check, check_bool, check_device_of, check_tensor, fail, show
-from ..dense import attention
+from ..dense.attention import attention
 from ..tokens.local_pool import local_pool
-from ..tokens.merge import merge_tokens, unmerge_tokens
+from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
 from .rules import check_input
 
 NAME, SEGMENTS = "nn.PoNetMixing", "nn.segments_of"

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..check import as_int, as_number, check, check_bool
-from ..dense import attention
-from ..select import topk_select
-from ..sparse import block_sparse_attention
+from ..dense.attention import attention
+from ..select.topk_select import topk_select
+from ..sparse.block_sparse_attention import block_sparse_attention
 from .rules import check_input
 
 NAME = "nn.SparsifinerAttention"

@@ -15,7 +15,8 @@ from ..check import (
     check_tensor,
     fail,
 )
-from ..tokens import bipartite_match, merge_tokens, unmerge_tokens
+from ..tokens.bipartite_match import bipartite_match
+from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
 
 NAME = "nn.TokenMerging"
 

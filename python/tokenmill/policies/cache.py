@@ -17,7 +17,7 @@ from ..check import (
     synchronising_checks,
 )
 from ..kv_cache import capacity, check_int32
-from ..select import kv_cache_compact
+from ..select.kv_cache_compact import kv_cache_compact
 from ..written import check_written
 
 NAME = "policies.KVCache"

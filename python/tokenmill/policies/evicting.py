@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from ..check import as_int, check, check_device_of_q, check_dtype, check_tensor
-from ..dense import attention
-from ..reference.sparse_decode import rotate
-from ..select import attention_column_scores, kv_cache_compact, topk_select
+from ..dense.attention import attention
+from ..reference.sparse.sparse_decode_attention import rotate
+from ..select.attention_column_scores import attention_column_scores
+from ..select.kv_cache_compact import kv_cache_compact
+from ..select.topk_select import topk_select
 from .cache import KVCache
 from .policy import FullAttention, Policy, rows_of, span
 

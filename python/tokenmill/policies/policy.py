@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..check import as_int, as_number, check, check_bool, check_device_of_q, check_tensor
-from ..dense import attention, attention_decode
-from ..select import sparse_decode_attention
+from ..dense.attention import attention
+from ..dense.attention_decode import attention_decode
+from ..sparse.sparse_decode_attention import sparse_decode_attention
 from .cache import KVCache
 
 

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from ..check import check, check_tensor, fail
-from ..select import (
-    block_pool_keys,
-    block_pool_keys_update,
-    kv_block_scores,
-    query_similarity_gate,
-    token_select,
-    topk_select,
-)
+from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
+from ..select.kv_block_scores import kv_block_scores
+from ..select.query_similarity_gate import query_similarity_gate
+from ..select.token_select import token_select
+from ..select.topk_select import topk_select
 from .policy import Policy, rows_of, span
 
 

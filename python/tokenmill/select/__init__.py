@@ -1,13 +1,13 @@
 """Which keys to attend to."""
 
-from ..reference.cache_scores import gumbel_noise
+from ..reference.select.gumbel import gumbel_noise
+from .attention_column_scores import attention_column_scores
+from .attention_row_scores import attention_row_scores
 from .block_pool_keys import block_pool_keys, block_pool_keys_update
-from .cache_compact import kv_cache_compact
-from .column_scores import attention_column_scores
+from .hip_block_select import hip_block_select
 from .kv_block_scores import kv_block_scores
+from .kv_cache_compact import kv_cache_compact
 from .query_similarity_gate import query_similarity_gate
-from .row_scores import attention_row_scores
-from .sparse_decode import sparse_decode_attention
 from .token_select import token_select
 from .topk_select import topk_select
 
@@ -17,10 +17,10 @@ __all__ = [
     "block_pool_keys",
     "block_pool_keys_update",
     "gumbel_noise",
+    "hip_block_select",
     "kv_block_scores",
     "kv_cache_compact",
     "query_similarity_gate",
-    "sparse_decode_attention",
     "token_select",
     "topk_select",
 ]

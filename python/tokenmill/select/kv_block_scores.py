@@ -25,9 +25,8 @@ from ..check import (
 from ..dispatch import call
 from ..library import TorchOp, register
 from ..lowering import scale_or_default
-from ..reference import select as reference
+from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, register_op
-from .kv_block_scores_cases import MALFORMED, SAMPLES
 from .rules import (
     batch_of,
     check_block_table,
@@ -302,8 +301,6 @@ SPEC = register_op(
         plain=_plain,
         forward=FORWARD,
         backward=None,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=(),
         paper="Quest (Tang et al. 2024), TokenSelect (Wu et al. 2024)",
         flops=_flops,

@@ -1,12 +1,12 @@
-"""Attention to blocks of keys, and which blocks."""
+"""Attention to listed keys, and to blocks of them."""
 
-from .bilevel_routing import bilevel_routing_attention
-from .block_sparse import block_sparse_attention
-from .core_context import CoreContextState, core_context_attention
+from .bilevel_routing_attention import bilevel_routing_attention
+from .block_sparse_attention import block_sparse_attention
+from .core_context_attention import CoreContextState, core_context_attention
 from .hip_attention import HipLists, hip_attention
-from .hip_block_select import hip_block_select
-from .landmark import landmark_attention, landmark_decode
-from .transpose_list import transpose_block_list
+from .landmark_attention import landmark_attention, landmark_decode
+from .sparse_decode_attention import sparse_decode_attention
+from .transpose_block_list import transpose_block_list
 
 __all__ = [
     "CoreContextState",
@@ -15,8 +15,8 @@ __all__ = [
     "block_sparse_attention",
     "core_context_attention",
     "hip_attention",
-    "hip_block_select",
     "landmark_attention",
     "landmark_decode",
+    "sparse_decode_attention",
     "transpose_block_list",
 ]

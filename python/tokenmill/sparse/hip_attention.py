@@ -11,9 +11,9 @@ from torch import Tensor
 from ..autocast import Autocast
 from ..check import as_int, check, check_bool, check_tensor, fail
 from ..kv_cache import capacity
-from ..select.sparse_decode import sparse_decode_attention
-from .block_sparse import block_sparse_attention
-from .hip_block_select import Bound, HeadReduce, Representative, hip_block_select
+from ..select.hip_block_select import Bound, HeadReduce, Representative, hip_block_select
+from .block_sparse_attention import block_sparse_attention
+from .sparse_decode_attention import sparse_decode_attention
 
 OP = "hip_attention"
 MAX_DECODE = 8  # query tokens

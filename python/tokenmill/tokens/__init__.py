@@ -1,14 +1,14 @@
 """Tokens selected, gathered, merged, scattered and pooled."""
 
 from .best_match import best_match
-from .cluster import cluster_tokens
+from .bipartite_match import bipartite_match
+from .cluster_tokens import cluster_tokens
 from .gather_fuse import gather_fuse
 from .gather_tokens import gather_tokens
 from .local_pool import local_pool
 from .mask_partition import mask_partition
-from .match import bipartite_match
-from .merge import merge_tokens, unmerge_tokens
-from .reconstruct import reconstruct_tokens
+from .merge_tokens import merge_tokens, unmerge_tokens
+from .reconstruct_tokens import reconstruct_tokens
 from .scatter_tokens import scatter_tokens
 from .segment_reduce import segment_reduce
 from .topk_partition import topk_partition

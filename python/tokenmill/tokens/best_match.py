@@ -11,10 +11,9 @@ from torch import Tensor
 from ..autocast import Autocast
 from ..check import check, check_bool, check_device_of, check_tensor, fail, show
 from ..dispatch import call
-from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_match as reference
-from ..registry import Malformed, OpSpec, Sample, register_op
+from ..reference.tokens import best_match as reference
+from ..registry import OpSpec, register_op
 from .rules import check_tokens
 
 OP = "best_match"
@@ -104,49 +103,6 @@ def _flops(a: Tensor, b: Tensor, normalize: bool) -> float:
     return 2.0 * a.numel() * b.shape[1]
 
 
-def _whole_numbers(batch: int, rows: int, partners: int, channels: int) -> Any:
-    """Small ones, exact in every dtype and in tf32: many products are equal."""
-
-    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        a, b = (
-            torch.randint(-2, 3, (batch, n, channels), generator=g).to(dtype)
-            for n in (rows, partners)
-        )
-        return (a, b), {}
-
-    return make
-
-
-def _separate(batch: int, rows: int, partners: int, channels: int, change: Any = None) -> Any:
-    """Rows of b are unlike each other, and each row of a is nearly one of them at another length.
-    Both are views of one tensor."""
-
-    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        signs = torch.randint(0, 2, (batch, partners, channels), generator=g) * 2.0 - 1
-        signs[:, :, :partners] += 2 * torch.eye(partners, min(partners, channels))
-        own = torch.randint(0, partners, (batch, rows), generator=g)
-        lengths = torch.rand(batch, max(rows, partners), 1, generator=g) + 0.5
-        near = signs.gather(1, own[..., None].expand(-1, -1, channels))
-        near = near + 0.1 * torch.randn(near.shape, generator=g)
-        tokens = torch.zeros(batch, 2 * max(rows, partners), channels)
-        tokens[:, : 2 * rows : 2] = near * lengths[:, :rows]
-        tokens[:, 1 : 2 * partners : 2] = signs * lengths[:, :partners]
-        if change:
-            change(tokens)
-        tokens = tokens.to(dtype)
-        return (tokens[:, : 2 * rows : 2], tokens[:, 1 : 2 * partners : 2]), {"normalize": True}
-
-    return make
-
-
-def _hostile(tokens: Tensor) -> None:
-    """Of a: rows of zeros, NaN and inf. Of b the same, and further a row of inf."""
-    tokens[0, 2:4] = 0
-    tokens[0, 6:8] = torch.nan
-    tokens[0, 10, 1] = torch.inf
-    tokens[0, 13, 2] = -torch.inf
-
-
 FORWARD = register(
     TorchOp(
         OP,
@@ -166,34 +122,7 @@ SPEC = register_op(
         plain=_plain,
         forward=FORWARD,
         backward=None,
-        samples=(
-            Sample("ties", _whole_numbers(2, 37, 70, 12)),
-            Sample("normalized", _separate(2, 21, 25, 40)),
-            Sample("not finite", _separate(1, 9, 12, 33, _hostile)),
-            Sample("one channel", _whole_numbers(2, 5, 3, 1)),
-            Sample("many channels", _whole_numbers(1, 3, 67, 301)),
-            Sample("no partners", _whole_numbers(2, 3, 0, 8)),
-            Sample("no rows", _whole_numbers(2, 0, 3, 8)),
-        ),
         # Edits of the first sample.
-        malformed=(
-            Malformed("rank", "a: must have 3 dimensions [B, N, C]; got 2",
-                      set_argument(0, lambda t: t[0])),
-            Malformed("dtype", "a: must be float16, bfloat16 or float32; got int32",
-                      set_argument(0, torch.Tensor.int)),
-            Malformed("layout", "b: must have a contiguous last dimension",
-                      set_argument(1, lambda t: t.mT.contiguous().mT)),
-            Malformed("other dtype", "b: must have the dtype of a, float32; got float16",
-                      set_argument(1, torch.Tensor.half)),
-            Malformed("no channels", "a: must have 1 to 4096 channels; got 0",
-                      set_argument(0, lambda t: t[:, :, :0])),
-            Malformed("batch", "b: must have the batch size of a, 2; got 1",
-                      set_argument(1, lambda t: t[:1])),
-            Malformed("channels", "b: must have the channels of a, 12; got 11",
-                      set_argument(1, lambda t: t[:, :, 1:])),
-            Malformed("normalize", "normalize: must be a bool; got 1",
-                      set_options(normalize=1)),
-        ),
         differentiable=(),
         paper="ToMe (Bolya et al. 2023)",
         flops=_flops,

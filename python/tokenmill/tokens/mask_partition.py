@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..check import as_int, check, check_last_contiguous, check_tensor
 from ..dispatch import call
-from ..edits import set_argument, set_options
 from ..library import TorchOp, register
-from ..reference import tokens_reduce as reference
-from ..registry import Malformed, OpSpec, Sample, register_op
+from ..reference.tokens import mask_partition as reference
+from ..registry import OpSpec, register_op
 
 OP = "mask_partition"
 
@@ -88,14 +87,6 @@ def _fake(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _sample(batch: int, tokens: int, share: float, max_total: int | None = None) -> Any:
-    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        mask = torch.rand(batch, tokens, generator=g) < share
-        return (mask,), {} if max_total is None else {"max_total": max_total}
-
-    return make
-
-
 FORWARD = register(
     TorchOp(
         OP,
@@ -115,39 +106,7 @@ SPEC = register_op(
         plain=reference.mask_partition,  # exact
         forward=FORWARD,
         backward=None,
-        samples=(
-            Sample("some", _sample(3, 67, 0.4, 150)),
-            Sample("all that there may be", _sample(2, 300, 0.5)),
-            Sample("one row", _sample(1, 1000, 0.01)),
-            Sample("none", _sample(2, 9, 0.0, 0)),
-            Sample("no tokens", _sample(3, 0, 0.5, 2)),
-            Sample("no rows", _sample(0, 7, 0.5)),
-        ),
         # Edits of the first sample.
-        malformed=(
-            Malformed(
-                "rank",
-                "mask: must have 2 dimensions [B, N]; got 1",
-                set_argument(0, lambda t: t[0]),
-            ),
-            Malformed("dtype", "mask: must be bool; got int32", set_argument(0, lambda t: t.int())),
-            Malformed(
-                "layout",
-                "mask: must have a contiguous last dimension",
-                set_argument(0, lambda t: t.t()),
-            ),
-            Malformed(
-                "negative total",
-                "max_total: must be 0 to 2^31 - 1; got -1",
-                set_options(max_total=-1),
-            ),
-            Malformed(
-                "total",
-                "max_total: must be at least the number of tokens taken, 201; got 150",
-                set_argument(0, torch.ones_like),
-                values=True,
-            ),
-        ),
         differentiable=(),
         paper="DToP (Tang et al. 2023)",
         flops=lambda mask, *rest: 1.0 * mask.numel(),

@@ -20,10 +20,9 @@ from ..dispatch import call
 from ..kv_cache import check_int32
 from ..library import TorchOp, register
 from ..lowering import widen
-from ..reference import tokens_reduce as reference
+from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, register_op
 from .rules import check_index_values, check_indices, check_like, check_tokens
-from .segment_reduce_cases import MALFORMED, SAMPLES
 
 OP = "segment_reduce"
 REDUCES = ("sum", "mean", "amax", "amin", "first", "last")
@@ -260,8 +259,6 @@ SPEC = register_op(
         plain=reference.segment_reduce,  # sums in float32: no 16-bit sum of PyTorch's is closer
         forward=FORWARD,
         backward=BACKWARD,
-        samples=SAMPLES,
-        malformed=MALFORMED,
         differentiable=("x", "weight"),
         paper="Learn Your Tokens (Thawani et al. 2023), PoNet (Tan et al. 2022)",
         flops=lambda x, *rest: 2.0 * x.numel(),

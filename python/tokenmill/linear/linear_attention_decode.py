@@ -1,0 +1,168 @@
+"""linear_attention_decode: the next tokens of linear attention, at a constant cost per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..autocast import Autocast
+from ..check import check_bool, check_tensor, check_text
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
+from ..reference.linear import linear_attention_decode as reference
+from ..registry import OpSpec, register_op
+from .linear_attention import FeatureMap, flops
+from .rules import DECODE as OP
+from .rules import check_decay_values, check_decode, check_slots
+
+
+def linear_attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    feature_map: FeatureMap = "identity",
+    normalize: bool = False,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Decode of :func:`linear_attention`: the next tokens, with states in slots, in place.
+
+    Request b continues from the state in slot state_indices[b], which is updated in place. The
+    result is that of :func:`linear_attention` with the same tokens and initial_state.
+
+    Args:
+        q: ``[B, S, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, D up to 256. S is 1, or more for several tokens.
+        k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA).
+        state: float32 ``[slots, H, F, Dv]``, with normalize ``[slots, H, F, Dv + 1]``, as
+            :func:`linear_attention` returns it; updated in place. The rows of a head have no
+            gaps, each element at an address of its own and none in another argument.
+        log_decay: ``[H]`` or ``[B, S, H]``, not positive, as in :func:`linear_attention`.
+        feature_map, normalize: as in :func:`linear_attention`; those with which the state was made.
+        state_indices: int32 ``[B]``, the slot of each request; -1 skips a request (padding of a
+            batch): its out is 0 and no state changes. No slot twice. None: slot b for request b.
+        scale: None = 1/sqrt(D), as in :func:`linear_attention`.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, S, H, Dv]`` in the dtype of q. There is no gradient: inputs that require one are
+        refused unless under no_grad.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything is written. On a GPU a slot
+            out of range is skipped like -1, and a repeated slot is undefined.
+
+    Complexity: 4 B S H F Dv operations; reads and writes each state once, whatever S.
+
+    Paper: Transformers are RNNs (Katharopoulos et al. 2020), section 3.4; slots as in the serving
+    of MiniMax-01 (2025).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k, v = torch.randn(3, 2, 10, 4, 16).unbind()
+        >>> slopes = tm.lightning_slopes(4)
+        >>> state = torch.zeros(8, 4, 16, 16)
+        >>> slots = torch.tensor([5, 2], dtype=torch.int32)
+        >>> steps = [tm.linear_attention_decode(
+        ...     *(x[:, t:t + 1] for x in (q, k, v)), state, log_decay=-slopes,
+        ...     state_indices=slots, scale=1.0) for t in range(10)]
+        >>> torch.allclose(torch.cat(steps, 1), tm.lightning_attention(q, k, v, slopes), atol=1e-4)
+        True
+    """
+    (out,) = call(
+        SPEC,
+        lower(
+            q,
+            k,
+            v,
+            state,
+            log_decay=log_decay,
+            feature_map=feature_map,
+            normalize=normalize,
+            state_indices=state_indices,
+            scale=scale,
+        ),
+        backend,
+    )
+    return out
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    feature_map: str = "identity",
+    normalize: bool = False,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("v", v), ("state", state)):
+        check_tensor(OP, name, t)
+    for name, option in (("log_decay", log_decay), ("state_indices", state_indices)):
+        if option is not None:
+            check_tensor(OP, name, option, optional=True)
+    check_text(OP, "feature_map", feature_map)
+    check_bool(OP, "normalize", normalize)
+    return (
+        q,
+        k,
+        v,
+        state,
+        None if log_decay is None else widen(log_decay, q),
+        feature_map,
+        scale_or_default(OP, scale, q),
+        normalize,
+        state_indices,
+    )
+
+
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    check_decay_values(OP, a.log_decay)
+    if a.state_indices is not None:
+        check_slots(a.state_indices, a.state.shape[0])
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _flops(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *lowered: Any) -> float:
+    return flops(q, k, v, *lowered)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k", "v")),
+        check=check_decode,
+        check_values=_check_values,
+        fake=_fake,
+        triton="linear.linear_attention_decode:linear_attention_decode",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="linear",
+        function=linear_attention_decode,
+        lower=lower,
+        reference=reference.linear_attention_decode,
+        plain=reference.linear_attention_decode,
+        forward=FORWARD,
+        backward=None,
+        # Edits of the first sample: q [3, 1, 4, 32], k and v [3, 1, 2, 32], state [5, 4, 32, 32].
+        differentiable=(),
+        paper="Transformers are RNNs (Katharopoulos et al. 2020); MiniMax-01 (2025)",
+        flops=_flops,
+    )
+)

@@ -1,0 +1,96 @@
+"""The parts of attention: scores, their softmax, and sums of values. For p_i = i + Sk - Sq,
+
+z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
+P_ij = e^(z_ij - lse_i),    lse_i = log(sum_j e^z_ij + e^sink) over visible keys j
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, Hk, D] -> [B, S, H, D]: query head h reads head h // (H // Hk)."""
+    return x if x.shape[2] in (0, heads) else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def visible_pairs(sq: int, sk: int, left: int, right: int, device: torch.device) -> Tensor:
+    """[Sq, Sk]: query i, at key position i + Sk - Sq, sees keys from left before to right after it
+    (-1: no limit)."""
+    distance = relative_position(sq, sk, device)
+    visible = torch.ones(sq, sk, dtype=torch.bool, device=device)
+    if left >= 0:
+        visible &= distance <= left
+    if right >= 0:
+        visible &= distance >= -right
+    return visible
+
+
+def relative_position(sq: int, sk: int, device: torch.device) -> Tensor:
+    """[Sq, Sk]: position of query i minus position of key j, bottom-right aligned."""
+    i = torch.arange(sq, device=device)[:, None]
+    return i + (sk - sq) - torch.arange(sk, device=device)
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    score_bias: Tensor | None,
+    constant: float,
+    upcast: bool,
+) -> Tensor:
+    """[B, H, Sq, Sk]: scale q.k, capped, plus bias, distance penalty and score bias, in order."""
+    dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
+    z = torch.einsum("bihd,bjhd->bhij", q.to(dtype), expand_heads(k, q.shape[2]).to(dtype)) * scale
+    if softcap > 0:
+        z = softcap * torch.tanh(z / softcap)
+    if bias is not None:
+        # A bias of +inf is the largest finite logit: one such key takes all of a softmax row.
+        z = (z + bias.to(dtype)).clamp(max=torch.finfo(dtype).max)
+    if alibi_slopes is not None:
+        distance = relative_position(q.shape[1], k.shape[1], q.device).abs()
+        z = z - alibi_slopes.to(dtype) * distance
+    if score_bias is not None:
+        z = z + score_bias.to(dtype)
+    return z + constant if constant != 0 else z
+
+
+def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of P and their log-sum-exp. sink [H] is a logit that takes weight and has no value. A
+    row without a visible key is 0, with lse -inf (with a sink: the sink)."""
+    z = torch.where(visible, z, NEG_INF)
+    nothing = z.new_full((*z.shape[:-1], 1), NEG_INF)
+    extra = nothing if sink is None else sink.to(z.dtype)[:, None, None].expand_as(nothing)
+    pivot = torch.cat([z, extra], -1).detach().amax(-1, keepdim=True)
+    pivot = torch.where(pivot == NEG_INF, 0.0, pivot)
+    e = torch.exp(z - pivot)
+    # A sink of +inf takes everything; inf - inf must not be formed.
+    everything = extra == math.inf
+    relative = torch.where(everything, 0.0, extra) - torch.where(pivot == math.inf, 0.0, pivot)
+    sink_weight = torch.where(everything, 1.0, torch.exp(relative))
+    total = e.sum(-1, keepdim=True) + sink_weight
+    empty = total == 0
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, NEG_INF, pivot + torch.log(total))
+    return e / total, lse.squeeze(-1)
+
+
+def weighted_sum(p: Tensor, v: Tensor) -> Tensor:
+    """[B, H, Sq, Sk] times [B, Sk, H, D]. A weight of 0 hides its value, which may be NaN or
+    infinite."""
+    finite = torch.isfinite(v)
+    out = torch.einsum("bhij,bjhd->bihd", p, torch.where(finite, v, 0.0))
+    seen, values = (p.detach() != 0).to(p.dtype), v.detach()
+    odd = torch.cat([values == math.inf, values == -math.inf, values.isnan()], -1).to(p.dtype)
+    up, down, nan = (torch.einsum("bhij,bjhd->bihd", seen, odd) > 0).chunk(3, -1)
+    out = torch.where(up, out + math.inf, out)
+    return torch.where(nan, math.nan, torch.where(down, out - math.inf, out))

@@ -1,0 +1,90 @@
+"""attention: out_i = sum_j P_ij v_j, with P = softmax(z) or sigmoid(z) over the visible keys.
+
+    z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
+
+Query i stands at p_i = i + Sk - Sq and sees key j if -right <= p_i - j <= left.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._common import expand_heads, scores, softmax, visible_pairs, weighted_sum
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kind: str,
+    scale: float,
+    score_bias: Tensor | None,
+    score_bias_value: float,
+    score_bias_neg_log_n: bool,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    softcap: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    precision: str,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
+    baseline of the error budget."""
+    if cu_seqlens_q is None:
+        n = 1
+    else:
+        assert cu_seqlens_k is not None
+        n = len(cu_seqlens_q) - 1
+        ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+
+    def one(b: int | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        pick = slice(None) if b is None else slice(b, b + 1)
+
+        def rows(x: Tensor | None) -> Tensor | None:  # [H] | [B, H] -> [1 | B, H, 1, 1]
+            if x is None:
+                return None
+            x = x[None] if x.dim() == 1 else x[pick]
+            return x[:, :, None, None]
+
+        constant = score_bias_value
+        if score_bias_neg_log_n and k.shape[1] > 0:
+            constant -= math.log(k.shape[1])
+        bias_b = bias
+        if bias is not None and b is not None:
+            bias_b = bias[pick if bias.shape[0] > 1 else slice(None)]
+            bias_b = bias_b[..., : max(q.shape[1], 1), : max(k.shape[1], 1)]
+        right = 0 if causal else window_right
+        visible = visible_pairs(q.shape[1], k.shape[1], window_left, right, q.device)
+        z = scores(
+            q, k, scale, softcap, bias_b, rows(alibi_slopes), rows(score_bias), constant, upcast
+        )
+        if kind == "sigmoid":
+            p = torch.where(visible, torch.sigmoid(z), 0.0)
+            lse = z.new_empty(0)
+        else:
+            p, lse = softmax(z, visible, sink)
+        return weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype), lse
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if cu_seqlens_q is None:
+        out, lse = one(None, q, k, v)
+        return out, lse.to(wide)
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [q.new_zeros(q.shape[1], 0, dtype=wide)]
+    for b in range(n):
+        rows_q, rows_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+        out, lse = one(b, q[None, rows_q], k[None, rows_k], v[None, rows_k])
+        outs.append(out[0])
+        lses.append(lse[0].to(wide) if kind == "softmax" else lse)
+    packed_lse = torch.cat(lses, 1) if kind == "softmax" else q.new_empty(0, dtype=wide)
+    return torch.cat(outs), packed_lse

@@ -1,0 +1,79 @@
+"""attention_decode: out_b = attention(q_b, K_b, V_b), causal, with the keys that request b has.
+
+K_b = cache[b, :n_b], or row j of it from cache[block_table[b, j // size], j % size]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import attention
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    kind: str,
+    scale: float,
+    score_bias: Tensor | None,
+    score_bias_value: float,
+    score_bias_neg_log_n: bool,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    softcap: float,
+    window_left: int,
+    num_splits: int,
+    schedule: str,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Each request is a causal call of attention on the keys that it has in the cache."""
+    outs, lses = [], []
+    for b, length in enumerate(seqlens_k.tolist()):
+        k, v = (request_rows(cache, b, length, block_table) for cache in (k_cache, v_cache))
+        per_head = (x if x is None or x.dim() == 1 else x[b] for x in (score_bias, alibi_slopes))
+        score_bias_b, slopes = per_head
+        out, lse = attention(
+            q[b : b + 1],
+            k[None],
+            v[None],
+            kind=kind,
+            scale=scale,
+            score_bias=score_bias_b,
+            score_bias_value=score_bias_value,
+            score_bias_neg_log_n=score_bias_neg_log_n,
+            bias=None,
+            alibi_slopes=slopes,
+            sink=sink,
+            softcap=softcap,
+            causal=True,
+            window_left=window_left,
+            window_right=0,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            max_seqlen_q=None,
+            max_seqlen_k=None,
+            precision="accurate",
+            upcast=upcast,
+        )
+        outs.append(out)
+        lses.append(lse)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty((0, *q.shape[1:-1], v_cache.shape[-1]))
+    lse = q.new_empty((0, q.shape[2], q.shape[1]), dtype=wide)
+    if kind == "sigmoid":
+        return torch.cat([out, *outs]), q.new_empty(0, dtype=wide)
+    return torch.cat([out, *outs]), torch.cat([lse, *lses])
+
+
+def request_rows(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
+    """[length, Hk, D]: the keys or values of request b, in order."""
+    if block_table is None:
+        return cache[b, :length]
+    size = cache.shape[1]
+    pages = block_table[b, : -(-length // size)].long()
+    return cache[pages].flatten(0, 1)[:length]

@@ -1,0 +1,140 @@
+"""The recurrence of linear attention.
+
+    S_t = e^log_decay_t S_(t-1) + phi(k_t) (v_t, 1),    y_t = scale phi(q_t) S_t
+
+With normalize, out is y without its last column, over that column + 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..dense._common import expand_heads
+
+NORMALIZER_EPSILON = 1e-6
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """q, k [B, S, H, F], v [B, S, H, E], log_decay [H] | [B, S, H], state [B, H, F, E]: the sums y
+    [B, S, H, E] and the state after the last token."""
+    batch, length, heads, features = k.shape
+    if state is None:
+        state = k.new_zeros(batch, heads, features, v.shape[-1])
+    decay = None
+    if log_decay is not None:
+        decay = torch.exp(log_decay).expand(batch, length, heads)[..., None, None]
+    sums = [v[:, :0]]
+    for t in range(length):
+        if decay is not None:
+            state = state * decay[:, t]
+        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        sums.append((q[:, t, :, None, :] @ state).transpose(1, 2))
+    return torch.cat(sums, 1), state
+
+
+def by_sequence(
+    one: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    normalize: bool,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the operator from one(q, k, v, log_decay, state) -> (y, state) over a batch of
+    sequences of equal length."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if cu_seqlens is None:
+        y, state = one(q, k, v, log_decay, initial_state)
+        if state is initial_state:
+            state = state.clone()
+        out, normalizer = divide(y, normalize)
+    else:
+        parts, states = [q.new_zeros(1, 0, q.shape[1], v.shape[2] + int(normalize), dtype=wide)], []
+        ends = cu_seqlens.tolist()
+        for n in range(len(ends) - 1):
+            rows = slice(ends[n], ends[n + 1])
+            packed = [t[None, rows] for t in (q, k, v)]
+            decay = log_decay
+            if log_decay is not None and log_decay.dim() > 1:
+                decay = log_decay[None, rows]
+            before = None if initial_state is None else initial_state[n : n + 1]
+            y, after = one(*packed, decay, before)
+            parts.append(y)
+            states.append(after)
+        out, normalizer = divide(torch.cat(parts, 1), normalize)
+        out, normalizer = out[0], normalizer[0]
+        if not states:
+            features = key_features(k[:0, :1], feature_map).shape[-1]
+            states = [q.new_zeros(0, q.shape[1], features, parts[0].shape[-1], dtype=wide)]
+        state = torch.cat(states)
+    empty = q.new_empty(0, dtype=wide)
+    return (
+        out.to(q.dtype),
+        state.to(wide) if return_final_state else empty,
+        normalizer.to(wide) if normalize else empty,
+    )
+
+
+def divide(y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """out [B, S, H, Dv] and the normaliser [B, H, S]."""
+    if not normalize:
+        return y, y[..., 0].transpose(1, 2)
+    z = y[..., -1:] + NORMALIZER_EPSILON
+    return y[..., :-1] / z, z[..., 0].transpose(1, 2)
+
+
+def features_of(q: Tensor, k: Tensor, feature_map: str, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = expand_heads(k, q.shape[2])
+    return query_features(q.to(wide), feature_map, scale), key_features(k.to(wide), feature_map)
+
+
+def values_of(v: Tensor, q: Tensor, normalize: bool) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return append_ones(expand_heads(v, q.shape[2]).to(wide), normalize)
+
+
+def append_ones(v: Tensor, normalize: bool) -> Tensor:
+    return torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
+
+
+def _elu1(x: Tensor) -> Tensor:
+    # e^x itself for x < 0: elu(x) + 1 cancels.
+    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
+
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "elu1": _elu1,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def key_features(k: Tensor, feature_map: str) -> Tensor:
+    """What the state sums. taylor2: 1, k_i and k_i k_j for i <= j, in the order of the rows of the
+    upper triangle."""
+    if feature_map != "taylor2":
+        return FEATURE_MAPS[feature_map](k)
+    i, j = torch.triu_indices(k.shape[-1], k.shape[-1], device=k.device)
+    return torch.cat([torch.ones_like(k[..., :1]), k, k[..., i] * k[..., j]], -1)
+
+
+def query_features(q: Tensor, feature_map: str, scale: float) -> Tensor:
+    """The factors of the sums, scale included: for taylor2 those of 1 + u + u^2/2 with
+    u = scale q.k, in which each product of two different elements occurs twice."""
+    if feature_map != "taylor2":
+        return FEATURE_MAPS[feature_map](q) * scale
+    q = q * scale
+    i, j = torch.triu_indices(q.shape[-1], q.shape[-1], device=q.device)
+    second = q[..., i] * q[..., j]
+    return torch.cat([torch.ones_like(q[..., :1]), q, torch.where(i == j, second / 2, second)], -1)

@@ -1,0 +1,151 @@
+"""linear_attention, token by token, and once more as a matrix of weights.
+
+    y_t = sum_(s <= t) w_ts v_s,  w_ts = scale phi(q_t) . phi(k_s) e^(sum_(s < r <= t) log_decay_r)
+
+`linear_attention` carries a state from token to token. `linear_attention_quadratic` takes the same
+list and materialises the weights of all pairs: the second, independent way to the same numbers, and
+in the dtype of the inputs what plain PyTorch code would do. PyTorch's autograd differentiates both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dense._common import expand_heads
+from ._common import (
+    FEATURE_MAPS,
+    append_ones,
+    by_sequence,
+    features_of,
+    key_features,
+    query_features,
+    recurrence,
+    values_of,
+)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def one(
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        features = features_of(q, k, feature_map, scale)
+        return recurrence(*features, values_of(v, q, normalize), log_decay, state)
+
+    return by_sequence(
+        one,
+        q,
+        k,
+        v,
+        log_decay,
+        feature_map,
+        normalize,
+        initial_state,
+        return_final_state,
+        cu_seqlens,
+    )
+
+
+def linear_attention_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """upcast=False keeps 16-bit inputs in 16 bits throughout: what plain PyTorch code would do, the
+    baseline of the error budget."""
+
+    def one(
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        q, k = q.to(dtype), expand_heads(k, q.shape[2]).to(dtype)
+        v = append_ones(expand_heads(v, q.shape[2]).to(dtype), normalize)
+        if feature_map == "taylor2":
+            u = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+            weights = 1 + u + u * u / 2
+        else:
+            mapped_q, mapped_k = FEATURE_MAPS[feature_map](q), FEATURE_MAPS[feature_map](k)
+            weights = torch.einsum("bihd,bjhd->bhij", mapped_q, mapped_k) * scale
+        decay = Decay(log_decay, q.shape[1], wide)
+        weights = torch.where(decay.visible, weights * decay.pairs.to(dtype), 0)
+        y = torch.einsum("bhij,bjhe->bihe", weights, v)
+        if state is not None:
+            mapped = query_features(q, feature_map, scale) * decay.from_start.to(dtype)
+            y = y + torch.einsum("bihf,bhfe->bihe", mapped, state.to(dtype))
+        mapped = key_features(k, feature_map) * decay.to_end.to(dtype)
+        after = torch.einsum("bjhf,bjhe->bhfe", mapped, v).to(wide)
+        if state is not None:
+            after = after + decay.total * state
+        return y, after
+
+    return by_sequence(
+        one,
+        q,
+        k,
+        v,
+        log_decay,
+        feature_map,
+        normalize,
+        initial_state,
+        return_final_state,
+        cu_seqlens,
+    )
+
+
+class Decay:
+    """What remains of a token's weight later on, from differences of exponents alone.
+
+    pairs [B | 1, H | 1, S, S] from key j to query i, from_start and to_end [B | 1, S, H | 1, 1],
+    total [B | 1, H | 1, 1, 1]; visible [S, S].
+    """
+
+    def __init__(self, log_decay: Tensor | None, length: int, dtype: torch.dtype):
+        device = None if log_decay is None else log_decay.device
+        position = torch.arange(length + 1, device=device, dtype=dtype)
+        i, j = position[:length, None], position[None, :length]
+        self.visible = i >= j
+        if log_decay is None:
+            log_decay = position.new_zeros(1)
+        # inf - inf must not be formed; e^-128 is 0 in float32 and e^-10000 in float64.
+        per_token = log_decay.dim() == 3
+        least = -128.0 if per_token and dtype == torch.float32 else -1e4
+        log_decay = log_decay.clamp(min=least)
+        if per_token:
+            prefix = log_decay.cumsum(1)  # [B, S, H]
+            by_head = prefix.transpose(1, 2)
+            exponent = by_head[..., :, None] - by_head[..., None, :]
+            end = (
+                prefix[:, -1:] if length else prefix.new_zeros(prefix.shape[0], 1, prefix.shape[2])
+            )
+            from_start, to_end = prefix, end - prefix
+        else:
+            exponent = ((i - j) * log_decay[:, None, None])[None]
+            from_start = (position[1:, None] * log_decay)[None]
+            to_end = ((length - position[1:, None]) * log_decay)[None]
+            end = (position[-1:, None] * log_decay)[None]
+        self.pairs = torch.exp(torch.where(self.visible, exponent, 0))
+        self.from_start, self.to_end = (torch.exp(x)[..., None] for x in (from_start, to_end))
+        self.total = torch.exp(end).transpose(1, 2)[..., None]

@@ -1,0 +1,32 @@
+"""Keys from pages, and lengths of requests.
+
+row j of request b is cache[block_table[b, j // size], j % size]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows_of(k: Tensor, block_table: Tensor | None) -> Tensor:
+    """Keys as [B, S, ...], gathered from their pages. Pages that are not there are page 0."""
+    if block_table is None:
+        return k
+    if len(k) == 0:
+        return k.new_zeros(len(block_table), block_table.shape[1] * k.shape[1], *k.shape[2:])
+    there = (block_table >= 0) & (block_table < len(k))
+    return k[torch.where(there, block_table, 0).long()].flatten(1, 2)
+
+
+def lengths_of(lengths: Tensor | None, batch: int, most: int, device: torch.device) -> Tensor:
+    if lengths is None:
+        return torch.full((batch,), most, device=device)
+    return lengths.long().clamp(0, most)
+
+
+def broadcast_lengths(given: Tensor | None, longest: int, q: Tensor) -> Tensor:
+    """[B, 1, 1, 1]"""
+    if given is None:
+        return torch.full((q.shape[0], 1, 1, 1), longest, device=q.device)
+    return given.long()[:, None, None, None]

@@ -1,0 +1,58 @@
+"""bilevel_routing_attention: out_i = sum_j softmax(scale q_i . k)_j v_j over the pixels j of the
+regions that the list of the region of pixel i has; without mask_padding also over the zeros that
+fill up regions at the edge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dense._common import expand_heads, scores, softmax, weighted_sum
+from ._common import listed_blocks
+
+
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    region_y: int,
+    region_x: int,
+    key_region_y: int,
+    key_region_x: int,
+    scale: float,
+    mask_padding: bool,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor]:
+    own = region_of_pixels(q, region_y, region_x)
+    others = region_of_pixels(k, key_region_y, key_region_x)
+    heads, regions = q.shape[3], indices.shape[2]
+    routed = listed_blocks(indices, counts, regions)
+    routed = routed.repeat_interleave(heads // max(routed.shape[1], 1), 1)  # [B, H, R, R]
+    visible = routed[:, :, own][..., others]
+    z = scores(
+        q.flatten(1, 2), k.flatten(1, 2), scale, 0.0, None, None, None, 0.0, upcast
+    )  # [B, H, Sq, Sk]
+    vx = expand_heads(v.flatten(1, 2), heads).to(z.dtype)
+    if not mask_padding:
+        # A column for the keys that fill up regions: value 0, logit 0, as often as there are any.
+        pads = key_region_y * key_region_x - torch.bincount(others, minlength=regions)
+        missing = (routed * pads).sum(-1)[:, :, own, None]
+        z = torch.cat([z, missing.to(z.dtype).log()], -1)
+        visible = torch.cat([visible, missing > 0], -1)
+        vx = torch.cat([vx, vx.new_zeros(vx.shape[0], 1, *vx.shape[2:])], 1)
+    p, lse = softmax(z, visible, None)
+    out = weighted_sum(p, vx).to(q.dtype)
+    sides = q.shape[1:3]
+    lse = lse.to(torch.promote_types(q.dtype, torch.float32))
+    return out.unflatten(1, sides), lse.unflatten(2, sides)
+
+
+def region_of_pixels(x: Tensor, region_y: int, region_x: int) -> Tensor:
+    """[Y * X]: the region of each pixel of a map [B, Y, X, ...]."""
+    height, width = x.shape[1:3]
+    columns = -(-width // region_x)
+    row = torch.arange(height, device=x.device) // region_y
+    return (row[:, None] * columns + torch.arange(width, device=x.device) // region_x).flatten()

@@ -1,0 +1,153 @@
+"""sparse_decode_attention: out_i = sum_j softmax(z_i)_j v_j over a row of keys: the first tokens,
+the listed blocks, the last tokens, and extra keys.
+
+    z_ij = softcap tanh(scale R(p_i) q_i . R(p_j) k_j / softcap) + log_count_j
+
+R turns pairs of columns by the angles of a position. mass_e is what the keys of entry e get.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dense._common import softmax, weighted_sum
+
+
+def sparse_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    block_k: int,
+    num_sink: int,
+    num_recent: int,
+    pos_mode: str,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    extra_k: Tensor | None,
+    extra_v: Tensor | None,
+    extra_log_count: Tensor | None,
+    scale: float,
+    softcap: float,
+    sink: Tensor | None,
+    num_splits: int,
+    return_mass: bool,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of a list head in a row: the first tokens, its list, the last tokens, extra keys."""
+    batch, queries, heads = q.shape[:3]
+    kv_heads, entries = k_cache.shape[2], indices.shape[2]
+    row_heads = heads if indices.shape[1] > kv_heads else kv_heads
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide if upcast else q.dtype
+    out = q.new_zeros((batch, queries, heads, v_cache.shape[3]))
+    lse = q.new_empty((batch, heads, queries), dtype=wide)
+    mass = q.new_zeros((batch, row_heads, entries) if return_mass else (0,), dtype=wide)
+    for b, h in [(b, h) for b in range(batch) for h in range(row_heads if heads else 0)]:
+        length, own = int(seqlens_k[b]), min(h, indices.shape[1] - 1)
+        kv, group = h // (row_heads // kv_heads), heads // row_heads
+        mine = slice(h * group, (h + 1) * group)
+        position, entry, recent = key_row(
+            indices[b, own, : max(int(counts[b, own]), 0)].tolist(),
+            length, queries, block_k, num_sink, num_recent,
+        )  # fmt: skip
+        at = torch.tensor(position, dtype=torch.long, device=q.device)
+        k, v, there = rows_at(k_cache, v_cache, b, kv, at, block_table, dtype)
+        p = torch.arange(queries, device=q.device)[:, None] + length - queries
+        is_recent = torch.tensor(recent, dtype=torch.bool, device=q.device)
+        visible = there & (at <= p) & ((at > p - num_recent) == is_recent)
+        x = q[b, :, mine].to(dtype)
+        if cos is not None and sin is not None:
+            turn = at.clamp(min=0), p[:, 0].clamp(min=0)
+            if pos_mode == "cache":
+                place = torch.arange(len(position), device=q.device)
+                turn = place, (p[:, 0] * 0 + len(position) - 1).clamp(min=0)
+            turn = turn[0].clamp(max=len(cos) - 1), turn[1].clamp(max=len(cos) - 1)
+            k = rotate(k, cos[turn[0]], sin[turn[0]], interleaved)
+            x = rotate(x, cos[turn[1], None], sin[turn[1], None], interleaved)
+        z_extra = None
+        if extra_k is not None and extra_v is not None:
+            k = torch.cat([k, extra_k[b, :, kv].to(dtype)])
+            v = torch.cat([v, extra_v[b, :, kv].to(dtype)])
+            visible = torch.cat([visible, visible.new_ones(queries, extra_k.shape[1])], 1)
+            if extra_log_count is not None:
+                z_extra = extra_log_count[b, kv].to(dtype)
+        z = torch.einsum("qhd,kd->hqk", x, k) * scale
+        if softcap > 0:
+            z = softcap * torch.tanh(z / softcap)
+        if z_extra is not None:
+            z = z + torch.cat([z_extra.new_zeros(len(position)), z_extra])
+        weight, lse[b, mine] = softmax(z, visible, None if sink is None else sink[mine])
+        shared = v[None, :, None].expand(1, -1, weight.shape[0], -1)
+        out[b, :, mine] = weighted_sum(weight[None], shared)[0].to(q.dtype)
+        if return_mass:
+            added = weight[..., : len(position)].sum((0, 1)).to(wide)
+            listed = torch.tensor(entry, dtype=torch.long, device=q.device)
+            mass[b, h].index_add_(0, listed[listed >= 0], added[listed >= 0])
+    return out, lse, mass
+
+
+def key_row(
+    ids: list[int], length: int, queries: int, block_k: int, num_sink: int, num_recent: int
+) -> tuple[list[int], list[int], list[bool]]:
+    """Of each key of the cache in a row: its position, -1 for one that is left out; its entry of
+    the list, -1 for none; whether it is among the recent tokens."""
+    old = max(length - num_recent, 0)  # what is no last token of the last query
+    sinks = min(num_sink, old)
+    first = first_at_least(ids, sinks // block_k)
+    last = max(first, first_at_least(ids, -(-old // block_k)))
+    position, entry = list(range(sinks)), [-1] * sinks
+    for e in range(first, last):
+        counts = e == 0 or ids[e] > max(ids[:e])
+        for j in range(ids[e] * block_k, (ids[e] + 1) * block_k):
+            position.append(j if counts and sinks <= j < length else -1)
+            entry.append(e)
+    begin = length if num_recent == 0 else max(length - queries + 1 - num_recent, 0)
+    recent = [False] * len(position) + [True] * (length - begin)
+    return position + list(range(begin, length)), entry + [-1] * (length - begin), recent
+
+
+def first_at_least(ids: list[int], least: int) -> int:
+    """The place of the first id that is not below `least`, after all if there is none."""
+    return next((e for e, x in enumerate(ids) if x >= least), len(ids))
+
+
+def rows_at(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    b: int,
+    kv: int,
+    at: Tensor,
+    block_table: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values at positions of a request, 0 where there are none, and where there are."""
+    page, row, there = torch.full_like(at, b), at, at >= 0
+    if block_table is not None:
+        size = k_cache.shape[1]
+        page = block_table[b].long()[torch.where(there, at // size, 0)] if len(at) else at
+        there = there & (page >= 0) & (page < k_cache.shape[0])
+        row = at % size
+    rows = [cache.new_zeros(len(at), cache.shape[3], dtype=dtype) for cache in (k_cache, v_cache)]
+    for to, cache in zip(rows, (k_cache, v_cache), strict=True):
+        to[there] = cache[page[there], row[there], kv].to(dtype)
+    return rows[0], rows[1], there
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates pairs of columns of x [..., D] by angles [..., pairs]."""
+    cos, sin, pairs = cos.to(x.dtype), sin.to(x.dtype), cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        return torch.cat(
+            [torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2), rest], -1
+        )
+    a, b = turned[..., :pairs], turned[..., pairs:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)

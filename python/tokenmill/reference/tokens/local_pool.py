@@ -1,0 +1,54 @@
+"""local_pool: the mean or maximum of those pixels of a window that the mask has, minus the pixel
+itself where asked for.
+
+    of (y, x): pixels (y + dilation_y (i - kernel_y // 2), x + dilation_x (j - kernel_x // 2))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def local_pool(
+    x: Tensor,
+    mask: Tensor | None,
+    kernel_y: int,
+    kernel_x: int,
+    dilation_y: int,
+    dilation_x: int,
+    pooling: str,
+    count_include_pad: bool,
+    subtract_input: bool,
+) -> tuple[Tensor]:
+    if mask is None:
+        mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
+    window = [
+        (dilation_y * (i - kernel_y // 2), dilation_x * (j - kernel_x // 2))
+        for i in range(kernel_y)
+        for j in range(kernel_x)
+    ]
+    counted = torch.stack([_shifted(mask[..., None], *offset) for offset in window])
+    taps = torch.stack([_shifted(x, *offset) for offset in window])
+    count = counted.sum(0)
+    if pooling == "avg":
+        divisor = len(window) if count_include_pad else count.clamp(min=1)
+        pooled = torch.where(counted, taps, 0.0).sum(0) / divisor
+    else:
+        taps = torch.where(counted, taps, -torch.inf)
+        most = taps.detach().amax(0)
+        attains = counted & ((taps == most) | (taps != taps))
+        pooled = taps.gather(0, attains.int().argmax(0, keepdim=True))[0]
+    pooled = torch.where(count > 0, pooled, 0.0)
+    return (pooled - x if subtract_input else pooled,)
+
+
+def _shifted(x: Tensor, dy: int, dx: int) -> Tensor:
+    """[B, Y, X, C] that holds x at (y + dy, x + dx) in place of (y, x), and 0 beyond the map."""
+    height, width = x.shape[1:3]
+    out = torch.zeros_like(x)
+    y, y_end = max(0, -dy), min(height, height - dy)
+    left, right = max(0, -dx), min(width, width - dx)
+    if y < y_end and left < right:
+        out[:, y:y_end, left:right] = x[:, y + dy : y_end + dy, left + dx : right + dx]
+    return out

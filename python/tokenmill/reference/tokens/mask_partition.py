@@ -1,0 +1,17 @@
+"""mask_partition: the places of true elements in the flattened mask, ascending, then -1; where each
+row of them begins; and place[b, n], the number of true elements in front of a true one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_partition(mask: Tensor, max_total: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = mask.shape
+    size = batch * tokens if max_total is None else max_total
+    taken = mask.flatten().nonzero().flatten().int()
+    indices = torch.nn.functional.pad(taken, (0, size - taken.shape[0]), value=-1)
+    cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
+    place = (mask.flatten().cumsum(0) - 1).view(batch, tokens).int()
+    return indices, cu_seqlens, place.masked_fill(~mask, -1)

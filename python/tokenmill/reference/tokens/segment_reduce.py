@@ -1,0 +1,91 @@
+"""segment_reduce: rows x[perm_p] of the places offsets_s <= p < offsets_(s + 1) become one.
+
+    sum: y_s = sum_p w_p x[perm_p];    mean: y_s / sum_p w_p
+
+The others take, per channel, the greatest or the least element, or the first or the last row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_reduce(
+    x: Tensor, offsets: Tensor, perm: Tensor | None, weight: Tensor | None, reduce: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, channels = x.shape
+    segments = offsets.shape[1] - 1
+    bins = batch * (segments + 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    row, bin_ = _places(x, offsets, perm)
+
+    # Behind the rows lies one for the places that name none.
+    x = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    if weight is None:
+        w = x.new_ones(row.shape, dtype=wide)
+    else:
+        w = torch.nn.functional.pad(weight, (0, 1)).gather(1, row)
+    weight_sum = _sums(bin_, w, bins)
+
+    arg = x.new_empty(0, dtype=torch.int32)
+    if reduce in ("sum", "mean"):
+        rows = x.gather(1, row[..., None].expand(-1, -1, channels)).to(wide)
+        empty = (weight_sum == 0)[:, None]
+        if reduce == "mean":
+            rows = rows.masked_fill(empty[bin_], 0.0)
+        y = _sums(bin_, rows * w[..., None], bins)
+        if reduce == "mean":
+            y = y / weight_sum[:, None].masked_fill(empty, 1.0)
+        y = y.to(x.dtype).view(batch, segments + 1, channels)[:, :segments]
+    else:
+        place = _chosen_places(x, row, bin_, segments, reduce)
+        found = torch.nn.functional.pad(row, (0, 1), value=tokens)[..., None]
+        found = found.expand(-1, -1, channels).gather(1, place)
+        y = x.gather(1, found)
+        if reduce in ("amax", "amin"):
+            arg = found.masked_fill(found == tokens, -1).int()
+    return y, weight_sum.view(batch, segments + 1)[:, :segments], arg
+
+
+def _places(x: Tensor, offsets: Tensor, perm: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, P]: of each place the row of x, N for none, and its segment s of batch row b as
+    b (S + 1) + s, where S stands for none."""
+    batch, tokens, _ = x.shape
+    segments = offsets.shape[1] - 1
+    places = tokens if perm is None else perm.shape[1]
+    place = torch.arange(places, dtype=torch.int32, device=x.device).repeat(batch, 1)
+    segment = torch.searchsorted(offsets.contiguous(), place, right=True) - 1
+    row = place.long() if perm is None else perm.long()
+    out = (segment < 0) | (segment >= segments) | (row < 0)
+    segment = segment.masked_fill(out, segments)
+    first = torch.arange(batch, device=x.device)[:, None] * (segments + 1)
+    return row.masked_fill(out, tokens), first + segment
+
+
+def _sums(bin_: Tensor, values: Tensor, bins: int) -> Tensor:
+    """Of values [B, P, ...] for each bin."""
+    flat = values.flatten(0, 1)
+    return flat.new_zeros((bins, *flat.shape[1:])).index_add(0, bin_.flatten(), flat)
+
+
+def _chosen_places(x: Tensor, row: Tensor, bin_: Tensor, segments: int, reduce: str) -> Tensor:
+    """[B, S, C]: the place whose row a segment takes, the number of places for none."""
+    batch, places = row.shape
+    channels = x.shape[2]
+    index = bin_.flatten()[:, None].expand(-1, channels)
+    place = torch.arange(places, device=x.device).repeat(batch)[:, None].repeat(1, channels)
+
+    if reduce in ("amax", "amin"):
+        rows = x.detach().gather(1, row[..., None].expand(-1, -1, channels)).flatten(0, 1)
+        rows = rows if reduce == "amax" else -rows
+        most = rows.new_full((batch * (segments + 1), channels), -torch.inf)
+        most = most.scatter_reduce(0, index, rows, "amax")  # NaN wins
+        best = (rows == most.gather(0, index)) | rows.isnan()
+        place = place.masked_fill(~best, places)
+
+    none = torch.full((batch * (segments + 1), channels), -1 if reduce == "last" else places)
+    none = none.to(x.device)
+    chosen = none.scatter_reduce(0, index, place, "amax" if reduce == "last" else "amin")
+    chosen = chosen.masked_fill(chosen < 0, places).view(batch, segments + 1, channels)
+    return chosen[:, :segments]

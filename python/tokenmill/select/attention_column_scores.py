@@ -1,0 +1,243 @@
+"""attention_column_scores: the attention that each key receives."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..autocast import Autocast
+from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, check_text, fail
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
+from ..reference.select import attention_column_scores as reference
+from ..registry import OpSpec, register_op
+from .rules import check_length_values, check_lse, check_per_request
+
+OP = "attention_column_scores"
+REDUCTIONS = ("sum", "mean", "visible_mean")
+HEAD_REDUCTIONS = ("none", "group_mean", "group_max")
+
+
+def attention_column_scores(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    causal: bool = False,
+    reduce: Literal["sum", "mean", "visible_mean"] = "sum",
+    window_queries: int | None = None,
+    scale: float | None = None,
+    gumbel_tau: float | None = None,
+    seed: int | None = None,
+    head_reduce: Literal["none", "group_mean", "group_max"] = "none",
+    lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The attention that each key receives from all queries, without the matrix of weights.
+
+    .. math::
+        c_j = \sum_i P_{ij}, \qquad P_{ij} = e^{scale \; q_i \cdot k_j - lse_i}
+
+    over the queries i that see key j. With gumbel_tau,
+    :math:`P_{ij} = softmax_j((scale \; q_i \cdot k_j + g_{ij}) / \tau)` with noise g of the Gumbel
+    distribution. H2O, SnapKV, TOVA, Recycled Attention and Keyformer evict by it.
+
+    Args:
+        q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, D up to 256.
+        k: ``[B, Sk, Hk, D]``, Hk a divisor of H (GQA, MQA).
+        lse: float32 ``[B, H, Sq]``, of :func:`attention` with return_lse, the same scale and mask;
+            None computes it, which doubles the cost. A query whose lse is -inf counts for nothing.
+        causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned; of each request with
+            lengths).
+        reduce: "sum" over queries; "mean" divides by the number of queries, "visible_mean" by the
+            number of those that see the key (0 where there are none).
+        window_queries: only the last window_queries queries count; None: all.
+        scale: factor of q.k; None = 1/sqrt(D).
+        gumbel_tau: temperature of the noisy softmax, positive; None: no noise. Goes without lse.
+        seed: of the noise, 0 to 2^63 - 1; needed with gumbel_tau. The noise of a pair depends on
+            seed, request, head, key and the position of the query, i + Sk - Sq, alone: the next
+            step of a growing cache has fresh noise. :func:`tokenmill.select.gumbel_noise` has it.
+        head_reduce: "none", or "group_mean" or "group_max" over the query heads of a key head.
+        lengths: int32 ``[B]``, the keys of each request; others score 0. None: Sk.
+        query_lengths: int32 ``[B]``, the queries of each request; None: Sq.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        float32 ``[B, H, Sk]``, with head_reduce ``[B, Hk, Sk]``. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU lengths out of range are clamped.
+
+    Complexity: 2 B H Sq Sk D operations over visible pairs, twice that without lse; memory linear
+    in Sq and Sk.
+
+    Paper: Keyformer (Adnan et al. 2024), equation 8 and section 3.3; H2O (Zhang et al. 2023),
+    section 4; SnapKV (Li et al. 2024), section 4.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k, v = torch.randn(3, 1, 100, 8, 64).unbind()
+        >>> out, lse = tm.attention(q, k, v, causal=True, return_lse=True)
+        >>> scores = tm.attention_column_scores(q, k, lse, causal=True)
+        >>> scores.shape, round(scores.sum().item())
+        (torch.Size([1, 8, 100]), 800)
+        >>> heavy, _ = tm.topk_select(scores.flatten(0, 1), 20, force_last=10)
+    """
+    lowered = lower(
+        q, k, lse, causal=causal, reduce=reduce, window_queries=window_queries, scale=scale,
+        gumbel_tau=gumbel_tau, seed=seed, head_reduce=head_reduce, lengths=lengths,
+        query_lengths=query_lengths,
+    )  # fmt: skip
+    (scores,) = call(SPEC, lowered, backend)
+    return scores
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None = None,
+    *,
+    causal: bool = False,
+    reduce: str = "sum",
+    window_queries: int | None = None,
+    scale: float | None = None,
+    gumbel_tau: float | None = None,
+    seed: int | None = None,
+    head_reduce: str = "none",
+    lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "q", q)
+    check_tensor(OP, "k", k)
+    for name, t in (("lse", lse), ("lengths", lengths), ("query_lengths", query_lengths)):
+        check_tensor(OP, name, t, optional=True)
+    check_bool(OP, "causal", causal)
+    for name, text in (("reduce", reduce), ("head_reduce", head_reduce)):
+        check_text(OP, name, text)
+    if window_queries is not None:
+        window_queries = as_int(OP, "window_queries", window_queries)
+    tau = 0.0
+    if gumbel_tau is not None:
+        tau = as_number(OP, "gumbel_tau", gumbel_tau)
+        check(0 < tau < math.inf, OP, "gumbel_tau", "must be positive and finite", gumbel_tau)
+        seed = as_int(OP, "seed", seed)
+    elif seed is not None:
+        fail(OP, "seed", "goes with gumbel_tau alone", seed)
+    return (
+        q, k, None if lse is None else widen(lse, q), scale_or_default(OP, scale, q), causal,
+        reduce, window_queries, head_reduce, lengths, query_lengths, tau,
+        0 if seed is None else seed,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    window_queries: int | None,
+    head_reduce: str,
+    lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    gumbel_tau: float,
+    seed: int,
+    *,
+    float64: bool = False,
+) -> None:
+    check_qkv(OP, q, k, k, 4, float64)
+    check_lse(OP, lse, q)
+    if lse is not None:
+        check(gumbel_tau == 0, OP, "lse", "goes without gumbel_tau", lse.shape)
+    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    rule = "must be 'sum', 'mean' or 'visible_mean'"
+    check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
+    if window_queries is not None:
+        check(window_queries >= 1, OP, "window_queries", "must be at least 1", window_queries)
+    rule = "must be 'none', 'group_mean' or 'group_max'"
+    check(head_reduce in HEAD_REDUCTIONS, OP, "head_reduce", rule, head_reduce)
+    for name, t in (("lengths", lengths), ("query_lengths", query_lengths)):
+        check_per_request(OP, name, t, q.shape[0], "k", k)
+    finite = math.isfinite(gumbel_tau) and gumbel_tau >= 0
+    check(finite, OP, "gumbel_tau", "must be finite and not negative (0 = off)", gumbel_tau)
+    check(0 <= seed < 2**63, OP, "seed", "must be 0 to 2^63 - 1", seed)
+
+
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    window_queries: int | None,
+    head_reduce: str,
+    lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    gumbel_tau: float,
+    seed: int,
+) -> None:
+    check_length_values(OP, "lengths", lengths, k.shape[1])
+    check_length_values(OP, "query_lengths", query_lengths, q.shape[1])
+
+
+def _fake(*lowered: Any) -> Tensor:
+    a = FORWARD.record(*lowered)
+    heads = a.q.shape[2] if a.head_reduce == "none" else a.k.shape[2]
+    return a.q.new_empty((a.q.shape[0], heads, a.k.shape[1]), dtype=torch.float32)
+
+
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    window_queries: int | None,
+    *rest: Any,
+) -> float:
+    """Operations of the products over visible pairs, for the longest requests that fit."""
+    batch, rows, heads, dim = q.shape
+    columns = k.shape[1]
+    counted = rows if window_queries is None else min(rows, window_queries)
+    pairs = float(counted * columns)
+    if causal:
+        ends = range(columns - counted + 1, columns + 1)
+        pairs = float(sum(max(end, 0) for end in ends))
+    return 2.0 * batch * heads * pairs * dim * (1 if lse is not None else 2)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k")),
+        check=_check,
+        check_values=_check_values,
+        fake=_fake,
+        triton="select.attention_column_scores:attention_column_scores",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=attention_column_scores,
+        lower=lower,
+        reference=reference.attention_column_scores,
+        plain=functools.partial(reference.attention_column_scores, upcast=False),
+        forward=FORWARD,
+        backward=None,
+        differentiable=(),
+        paper="Keyformer (Adnan et al. 2024), H2O (Zhang et al. 2023), SnapKV (Li et al. 2024)",
+        flops=_flops,
+    )
+)

@@ -1,0 +1,177 @@
+"""attention_row_scores: the attention that a few queries give to each key."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..autocast import Autocast
+from ..check import as_int, check, check_bool, check_qkv, check_tensor, check_text, fail
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..lowering import scale_or_default, widen
+from ..reference.select import attention_row_scores as reference
+from ..registry import OpSpec, register_op
+from .rules import check_length_values, check_lse, check_per_request
+
+OP = "attention_row_scores"
+REDUCTIONS = ("none", "sum", "mean", "max")
+
+
+def attention_row_scores(
+    q_rows: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    reduce: Literal["none", "sum", "mean", "max"] = "mean",
+    skip: int = 0,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The attention that a few queries give to each key.
+
+    .. math::
+        a_j = \frac{1}{H R} \sum_h \sum_r P_{hrj}, \qquad
+        P_{hrj} = e^{scale \; q_{rh} \cdot k_j - lse_{hr}}
+
+    with reduce="mean", always probabilities over all visible keys, those skipped among them (so the
+    result of skip=1 sums to less than 1). The row of the class token chooses patches in EViT and
+    VTC-CLS; the last query of a step chooses keys in TOVA and Recycled Attention.
+
+    Args:
+        q_rows: ``[B, R, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any
+            strides with a contiguous last dimension, D up to 256: the class token, or the last
+            queries of a step. R is small: memory for H R Sk exponents is taken.
+        k: ``[B, Sk, Hk, D]``, Hk a divisor of H (GQA, MQA).
+        scale: factor of q.k; None = 1/sqrt(D).
+        lse: float32 ``[B, H, R]`` of the forward of these rows; None: over the visible keys. A row
+            whose lse is -inf gives nothing.
+        reduce: over heads and rows: "mean", "sum", "max", or "none".
+        skip: the first keys that have no place in the result (1 for a class token).
+        causal: row r sees keys j <= r + Sk - R: the rows are the last queries.
+        lengths: int32 ``[B]``, the keys of each request; others get 0. None: Sk.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        float32 ``[B, Sk - skip]``, with reduce="none" ``[B, H, R, Sk - skip]``. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. On a GPU lengths out of range are clamped.
+
+    Complexity: 2 B H R Sk D operations; reads k once.
+
+    Paper: EViT (Liang et al. 2022), section 3.2; VTC-CLS (Wang et al. 2024), section 3; TOVA (Oren
+    et al. 2024), section 3.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k = torch.randn(2, 4, 197, 6, 64).unbind()
+        >>> scores = tm.attention_row_scores(q[:, :1], k, skip=1)  # of the class token
+        >>> scores.shape, bool((scores.sum(-1) < 1).all())
+        (torch.Size([4, 196]), True)
+        >>> keep, _ = tm.topk_select(scores, 137)
+    """
+    lowered = lower(
+        q_rows, k, scale=scale, lse=lse, reduce=reduce, skip=skip, causal=causal, lengths=lengths
+    )
+    (scores,) = call(SPEC, lowered, backend)
+    return scores
+
+
+def lower(
+    q_rows: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+    reduce: str = "mean",
+    skip: int = 0,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "q_rows", q_rows)
+    check_tensor(OP, "k", k)
+    for name, t in (("lse", lse), ("lengths", lengths)):
+        check_tensor(OP, name, t, optional=True)
+    check_bool(OP, "causal", causal)
+    check_text(OP, "reduce", reduce)
+    skip = as_int(OP, "skip", skip)
+    return (
+        q_rows, k, None if lse is None else widen(lse, q_rows),
+        scale_or_default(OP, scale, q_rows), causal, reduce, skip, lengths,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    skip: int,
+    lengths: Tensor | None,
+    *,
+    float64: bool = False,
+) -> None:
+    check_qkv(OP, q, k, k, 4, float64)
+    check_lse(OP, lse, q)
+    check(math.isfinite(scale), OP, "scale", "must be finite", scale)
+    rule = "must be 'none', 'sum', 'mean' or 'max'"
+    check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
+    if not 0 <= skip <= k.shape[1]:
+        fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
+    check_per_request(OP, "lengths", lengths, q.shape[0], "k", k)
+
+
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    check_length_values(OP, "lengths", a.lengths, a.k.shape[1])
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    causal: bool,
+    reduce: str,
+    skip: int,
+    lengths: Tensor | None,
+) -> Tensor:
+    inner = (q.shape[2], q.shape[1]) if reduce == "none" else ()
+    return q.new_empty((q.shape[0], *inner, k.shape[1] - skip), dtype=torch.float32)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k")),
+        check=_check,
+        check_values=_check_values,
+        fake=_fake,
+        triton="select.attention_row_scores:attention_row_scores",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=attention_row_scores,
+        lower=lower,
+        reference=reference.attention_row_scores,
+        plain=functools.partial(reference.attention_row_scores, upcast=False),
+        forward=FORWARD,
+        backward=None,
+        # Edits of the first sample: q [2, 1, 3, 64], k [2, 197, 3, 64].
+        differentiable=(),
+        paper="EViT (Liang et al. 2022), VTC-CLS (Wang et al. 2024), TOVA (Oren et al. 2024)",
+        flops=lambda q, k, *rest: 2.0 * q.numel() * k.shape[1],
+    )
+)

@@ -1,0 +1,99 @@
+"""Samples and malformed calls of attention_row_scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..registry import Malformed, Sample
+
+
+def _sample(
+    b: int = 2,
+    r: int = 1,
+    n: int = 50,
+    h: int = 4,
+    hk: int = 2,
+    d: int = 32,
+    with_lse: bool = False,
+    lengths: tuple[int, ...] | None = None,
+    **options: Any,
+) -> Any:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        q = torch.randn(b, r, h, d, generator=g).to(dtype)
+        k = torch.randn(b, n, hk, d, generator=g).to(dtype)
+        given = dict(options)
+        if lengths is not None:
+            given["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        if with_lse:
+            lse = 4 + torch.rand(b, h, r, generator=g)
+            lse[..., 0, 0] = float("-inf")
+            given["lse"] = lse.to(torch.promote_types(dtype, torch.float32))
+        return (q, k), given
+
+    return make
+
+
+def _with_lse(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Any:
+    return lambda a, k: k.update(lse=torch.zeros(shape, dtype=dtype))
+
+
+SAMPLES = (
+    Sample("class token", _sample(n=197, h=3, hk=3, d=64, skip=1)),
+    Sample("lse", _sample(r=2, with_lse=True, reduce="sum")),
+    Sample("last queries", _sample(r=5, n=40, causal=True, reduce="max")),
+    Sample("each row", _sample(b=1, r=3, d=20, causal=True, reduce="none", skip=4)),
+    Sample(
+        "lengths",
+        _sample(b=4, r=3, lengths=(50, 0, 2, 33), causal=True),
+    ),
+    Sample("many heads", _sample(b=1, h=20, hk=1, n=33, d=16)),
+    Sample("wide heads", _sample(b=1, n=40, d=200, scale=0.05)),
+    Sample("odd head", _sample(b=1, n=37, d=7, h=3, hk=3)),
+    Sample("all skipped", _sample(skip=50)),
+    Sample("no rows", _sample(r=0)),
+    Sample("no keys", _sample(n=0)),
+    Sample("no requests", _sample(b=0)),
+)
+
+
+MALFORMED = (
+    Malformed(
+        "rank",
+        "q: must have 4 dimensions [B, S, H, D]; got 3",
+        lambda a, k: a.__setitem__(0, a[0][0]),
+    ),
+    Malformed(
+        "heads",
+        "k: number of heads must divide that of q, 3 (GQA); got 2",
+        lambda a, k: a.__setitem__(1, a[1][:, :, 1:]),
+    ),
+    Malformed("lse shape", "lse: must have shape [2, 3, 1]; got [2, 3]", _with_lse((2, 3))),
+    Malformed(
+        "scale",
+        "scale: must be finite; got nan",
+        lambda a, k: k.update(scale=float("nan")),
+    ),
+    Malformed(
+        "reduce",
+        "reduce: must be 'none', 'sum', 'mean' or 'max'; got 'min'",
+        lambda a, k: k.update(reduce="min"),
+    ),
+    Malformed(
+        "skip",
+        "skip: must be 0 to the number of keys, 197; got 198",
+        lambda a, k: k.update(skip=198),
+    ),
+    Malformed(
+        "shape of lengths",
+        "lengths: must have shape [2]; got [1]",
+        lambda a, k: k.update(lengths=torch.zeros(1, dtype=torch.int32)),
+    ),
+    Malformed(
+        "too long",
+        "lengths: must be 0 to 197; got 198",
+        lambda a, k: k.update(lengths=torch.full((2,), 198, dtype=torch.int32)),
+        values=True,
+    ),
+)

@@ -1,0 +1,84 @@
+"""Samples and malformed calls of block_pool_keys_update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..registry import Malformed, Sample
+from .block_pool_keys import _pooled_sizes
+from .block_pool_keys_cases import _MALFORMED, _PAGES, _ints, _sample
+
+
+def _update_sample(shape: tuple[int, ...], block: int, **options: Any) -> Any:
+    draw = _sample(shape, block, **options)
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (k, _), given = draw(dtype, g)
+        mode, table = given.get("mode", "mean"), given.get("block_table")
+        pooled = torch.randn(_pooled_sizes(k, block, mode, table), generator=g)
+        return (k, pooled.to(dtype), block), given
+
+    return make
+
+
+SAMPLES = (
+    Sample("append", _update_sample((2, 50, 2, 16), 16, start=_ints(30, 47))),
+    Sample(
+        "some requests",
+        _update_sample(
+            (4, 40, 2, 24),
+            8,
+            mode="max",
+            start=_ints(15, 9, -3, 40),
+            lengths=_ints(16, 9, 3, 99),
+        ),
+    ),
+    Sample(
+        "many blocks",
+        _update_sample((2, 70, 1, 64), 3, mode="minmax", start=_ints(2, 33)),
+    ),
+    Sample(
+        "paged",
+        _update_sample(
+            (5, 8, 2, 16),
+            6,
+            mode="minmax",
+            start=_ints(10, 3),
+            lengths=_ints(11, 24),
+            block_table=_PAGES,
+        ),
+    ),
+    Sample("no tokens", _update_sample((2, 0, 2, 8), 4, start=_ints(0, 0))),
+)
+
+
+MALFORMED = (
+    *_MALFORMED,
+    Malformed(
+        "start",
+        "start: must have shape [2]; got [1]",
+        lambda a, k: k.update(start=torch.zeros(1, dtype=torch.int32)),
+    ),
+    Malformed(
+        "shape of pooled",
+        "pooled: must have shape [2, 4, 2, 16]; got [2, 4, 2, 15]",
+        lambda a, k: a.__setitem__(1, a[1][..., 1:]),
+    ),
+    Malformed(
+        "dtype of pooled",
+        "pooled: must have the dtype of k, float32; got float16",
+        lambda a, k: a.__setitem__(1, a[1].half()),
+    ),
+    Malformed(
+        "expanded pooled",
+        "pooled: must have each element at an address of its own; strides; got [128, 0, ",
+        lambda a, k: a.__setitem__(1, a[1][:, :1].expand(-1, 4, -1, -1)),
+    ),
+    Malformed(
+        "pooled over k",
+        "pooled: must not share memory with k; strides; got [1600, 32, 16, 1]",
+        lambda a, k: a.__setitem__(1, a[0][:, :4]),
+    ),
+)

@@ -1,0 +1,227 @@
+"""Samples and malformed calls of hip_block_select. Queries and keys are whole numbers: products are
+exact in every order of summation, so that every backend selects the same blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..edits import set_argument, set_options
+from ..registry import Malformed, Sample
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _ints(*values: int) -> Any:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _sample(
+    b: int = 1,
+    sq: int = 20,
+    n: int = 160,
+    h: int = 2,
+    hk: int = 1,
+    d: int = 16,
+    pages: tuple[int, int] | None = None,
+    change: Any = None,
+    **options: Any,
+) -> Any:
+    """n keys; pages: how many of how many keys there are. Small windows unless options say else."""
+    options = {
+        "budget": 32, "block_q": 32, "num_sink": 4, "num_recent": 10, **options,
+    }  # fmt: skip
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        q = torch.randint(-4, 5, (b, sq, h, d), generator=g).to(dtype)
+        k = torch.randint(-4, 5, (*(pages or (b, n)), hk, d), generator=g).to(dtype)
+        if change:
+            change(q, k)
+        return (q, k), dict(options)
+
+    return make
+
+
+def _poison(q: torch.Tensor, k: torch.Tensor) -> None:
+    q[0, 7, 0, 3] = float("nan")
+    k[0, 40:60, :, 1] = float("nan")
+
+
+def _zeros(q: torch.Tensor, k: torch.Tensor) -> None:
+    k.zero_()
+
+
+def _list(rows: int, *blocks: int, width: int = 16, heads: int = 2) -> tuple[Any, Any]:
+    indices = torch.full((1, heads, rows, width), -1, dtype=torch.int32)
+    indices[..., : len(blocks)] = _ints(*blocks)
+    return indices, torch.full((1, heads, rows), len(blocks), dtype=torch.int32)
+
+
+TABLE = torch.tensor([[4, 1, 2, -1], [0, 3, -1, -1]], dtype=torch.int32)
+
+SAMPLES = (
+    Sample("search", _sample(b=2)),
+    Sample("defaults", _sample(
+        sq=66, n=900, h=1, d=64, budget=512, block_q=64, num_sink=16, num_recent=256
+    )),
+    Sample("first", _sample(representative="first", block_q=16)),
+    Sample("last", _sample(representative="last", stride_q=1)),
+    Sample("group maximum", _sample(sq=33, h=6, hk=2, block_q=64, head_reduce="group_max")),
+    Sample("exact", _sample(bound="minmax")),
+    Sample("few blocks", _sample(budget=600)),
+    Sample("one block", _sample(n=60, budget=2)),
+    Sample("single keys", _sample(h=1, block_k=1, budget=16, block_q=10, stride_q=3)),
+    Sample("odd blocks", _sample(n=333, d=20, block_k=7, budget=35, stride_q=4)),
+    Sample("large blocks", _sample(h=1, n=700, block_k=128, budget=256, block_q=128, sq=130)),
+    Sample("not causal", _sample(causal=False, num_recent=0, num_sink=0)),
+    Sample("decode", _sample(b=2, sq=1, n=400, seqlens_k=_ints(371, 90))),
+    Sample("decode, group", _sample(sq=2, n=400, h=12, hk=2, d=128, head_reduce="group_max")),
+    Sample("paged", _sample(
+        b=2, sq=3, pages=(5, 64), num_recent=3, seqlens_k=_ints(170, 128), block_table=TABLE
+    )),
+    Sample("restart", _sample(
+        start=_list(1, 2, 9, 10, 20, 21, 33, 50, 51, 53, 65), restart_span=4
+    )),
+    Sample("restart from anything", _sample(start=_list(1, 300, 9, 9, -1, 57, 58, 8))),
+    Sample("restart from nothing", _sample(start=_list(1))),
+    Sample("more queries than keys", _sample(sq=60, n=45)),
+    Sample("everything kept anyway", _sample(num_recent=1000)),
+    Sample("nan", _sample(change=_poison)),
+    Sample("nan, exact", _sample(change=_poison, bound="minmax")),
+    Sample("ties", _sample(change=_zeros)),
+    Sample("wide heads", _sample(h=1, d=250)),
+    Sample("no keys", _sample(n=0)),
+    Sample("no queries", _sample(sq=0)),
+    Sample("no requests", _sample(b=0)),
+)  # fmt: skip
+
+
+def _half_a_start(args: list[Any], kwargs: dict[str, Any]) -> None:
+    kwargs["start"] = (torch.zeros(2, 2, 1, 16, dtype=torch.int32), None)
+
+
+def _start(shape: tuple[int, ...] = (2, 2, 1, 16), dtype: torch.dtype = torch.int32) -> Any:
+    return torch.zeros(shape, dtype=dtype), torch.zeros(shape[:-1], dtype=torch.int32)
+
+
+# Edits of the first sample: q [2, 20, 2, 16], k [2, 160, 1, 16], budget 32 of blocks of 2.
+MALFORMED = (
+    Malformed(
+        "rank of q",
+        "q: must have 4 dimensions [B, S, H, D]; got 3",
+        set_argument(0, lambda q: q[0]),
+    ),
+    Malformed(
+        "rank of k",
+        "k: must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]; got 3",
+        set_argument(1, lambda k: k[0]),
+    ),
+    Malformed(
+        "dtype",
+        "q: must be float16, bfloat16 or float32; got int32",
+        set_argument(0, lambda q: q.int()),
+    ),
+    Malformed(
+        "dtype of k",
+        "k: must have the dtype of q, float32; got float16",
+        set_argument(1, lambda k: k.half()),
+    ),
+    Malformed(
+        "layout",
+        "k: must have a contiguous last dimension",
+        set_argument(1, lambda k: k.transpose(1, 3)),
+    ),
+    Malformed(
+        "wide head",
+        "q: must have a head dimension of 1 to 256; got 257",
+        set_argument(0, lambda q: torch.zeros(2, 3, 4, 257)),
+    ),
+    Malformed(
+        "head dimension",
+        "k: must have the head dimension of q, 16; got 15",
+        set_argument(1, lambda k: k[..., 1:]),
+    ),
+    Malformed(
+        "heads",
+        "k: number of heads must divide that of q, 2 (GQA); got 3",
+        set_argument(1, lambda k: torch.zeros(2, 5, 3, 16)),
+    ),
+    Malformed(
+        "batch", "k: must have the batch size of q, 2; got 1", set_argument(1, lambda k: k[:1])
+    ),
+    Malformed(
+        "batch of the table",
+        "block_table: must have the batch size of q, 2; got 3",
+        set_options(block_table=torch.zeros(3, 1, dtype=torch.int32)),
+    ),
+    Malformed("block_k", "block_k: must be 1 to 128; got 0", set_options(block_k=0)),
+    Malformed("block_q", "block_q: must be 1 to 2^31 - 1; got 0", set_options(block_q=0)),
+    Malformed("stride_q", "stride_q: must be 1 to 2^31 - 1; got -1", set_options(stride_q=-1)),
+    Malformed(
+        "restart_span",
+        "restart_span: must be 1 to 2^31 - 1; got 0",
+        set_options(restart_span=0),
+    ),
+    Malformed(
+        "budget",
+        "budget: must be a multiple of block_k, from 1 to 2048 times; got 33",
+        set_options(budget=33),
+    ),
+    Malformed(
+        "large budget",
+        "budget: must be a multiple of block_k, from 1 to 2048 times; got 4098",
+        set_options(budget=4098),
+    ),
+    Malformed(
+        "representative",
+        "representative: must be 'first', 'middle' or 'last'; got 'random'",
+        set_options(representative="random"),
+    ),
+    Malformed("num_sink", "num_sink: must not be negative; got -1", set_options(num_sink=-1)),
+    Malformed("num_recent", "num_recent: must not be negative; got -2", set_options(num_recent=-2)),
+    Malformed("bound", "bound: must be 'sample' or 'minmax'; got 'max'", set_options(bound="max")),
+    Malformed(
+        "head_reduce",
+        "head_reduce: must be 'none' or 'group_max'; got 'group_mean'",
+        set_options(head_reduce="group_mean"),
+    ),
+    Malformed(
+        "seqlens_k",
+        "seqlens_k: must have shape [2]; got [3]",
+        set_options(seqlens_k=torch.zeros(3, dtype=torch.int32)),
+    ),
+    Malformed(
+        "shape of start",
+        "start_indices: must have the shape of the result, [2, 2, 1, 16]; got [2, 2, 1, 15]",
+        set_options(start=_start((2, 2, 1, 15))),
+    ),
+    Malformed(
+        "shape of its counts",
+        "start_counts: must have the shape of the result, [2, 2, 1]; got [2, 2, 1, 16]",
+        set_options(start=(_start()[0], _start()[0])),
+    ),
+    Malformed(
+        "dtype of start",
+        "start_indices: must be int32; got int64",
+        set_options(start=_start(dtype=torch.int64)),
+    ),
+    Malformed(
+        "start of an exact search",
+        "start_indices: must be None with bound 'minmax'; got a tensor of shape [2, 2, 1, 16]",
+        set_options(start=_start(), bound="minmax"),
+    ),
+    Malformed("half a start", "start: must be (indices, counts) or None", _half_a_start),
+    Malformed(
+        "length",
+        "seqlens_k: must be 0 to 160; got 161",
+        set_options(seqlens_k=_ints(160, 161)),
+        values=True,
+    ),
+    Malformed(
+        "missing page",
+        "block_table: must hold pages below 2 up to the length; got 7",
+        set_options(block_table=torch.tensor([[0], [7]], dtype=torch.int32)),
+        values=True,
+    ),
+)

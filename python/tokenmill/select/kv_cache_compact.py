@@ -1,0 +1,313 @@
+"""kv_cache_compact: evicts from a cache of keys and values, in place."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    MAX_HEAD_DIM,
+    as_number,
+    check,
+    check_bool,
+    check_device_of,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    is_power_of_two,
+    show,
+)
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference.select import kv_cache_compact as reference
+from ..registry import OpSpec, register_op
+from ..written import check_written
+
+OP = "kv_cache_compact"
+
+
+def kv_cache_compact(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rerotate: float | Tensor | None = None,
+    interleaved: bool = False,
+    compensation: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Evicts from a KV cache in place: keeps the listed tokens and closes the gaps.
+
+    Token keep[d] of a request moves to slot d, for d below its count. Lists ascend, so no slot is
+    written before it is read, and no second cache is needed. Slots from the count on are free; what
+    they hold is left over.
+
+    Args:
+        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages
+            ``[P, page size, Hk, ...]`` that no two requests share; float16, bfloat16 or float32,
+            any strides with a contiguous last dimension, each element at an address of its own and
+            none in another argument (halves of one tensor are apart). Overwritten.
+        keep: int32 ``[B, K]``, or ``[B, Hk, K]`` for a list of each head (dense caches alone):
+            slots in ascending order, as :func:`topk_select` gives them.
+        counts: int32 ``[B]`` or ``[B, Hk]``, the entries of each list that count.
+        lengths: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
+        block_table: int32 ``[B, pages]``, the page of each run of page-size tokens.
+        rerotate: for keys to which a rotary embedding was applied at their slot: rotates them by
+            slot d minus slot keep[d], in float32. A base from 1 on (inverse frequencies
+            base^(-2 i / D)), or
+            the inverse frequencies themselves, float ``[1 .. D/2]`` (columns after the pairs stay
+            as they are). None: keys keep their positions.
+        interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + number of pairs).
+        compensation: also return sums over the tokens below lengths that no list names, before any
+            rotation: the compensation token of RazorAttention is their mean. They may be added to
+            those of earlier calls.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        lengths now, int32 of the shape of counts; with compensation (lengths, k_sum, v_sum,
+        dropped): float32 ``[B, Hk, D]`` and ``[B, Hk, Dv]``, and int32 ``[B, Hk]``, how many. There
+        is no gradient: inputs that require one are refused unless under no_grad.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything is written. On a GPU an entry
+            that does not move down, or is on a page out of range, moves nothing; what a page that
+            is named twice holds afterwards is not defined.
+
+    Complexity: reads and writes each kept row that moves once; with compensation reads the cache.
+
+    Paper: StreamingLLM (Xiao et al. 2024), section 3.2; RazorAttention (Tang et al. 2024), section
+    3.3; eviction as in H2O (Zhang et al. 2023) and Keyformer (Adnan et al. 2024).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> k = torch.arange(8.0).view(1, 8, 1, 1).repeat(1, 1, 1, 4)
+        >>> v = k.clone()
+        >>> keep = torch.tensor([[0, 1, 5, 6, 7]], dtype=torch.int32)  # two sinks, three recent
+        >>> tm.kv_cache_compact(k, v, keep, torch.tensor([5], dtype=torch.int32))
+        tensor([5], dtype=torch.int32)
+        >>> v[0, :5, 0, 0]
+        tensor([0., 1., 5., 6., 7.])
+    """
+    lowered = lower(
+        k_cache, v_cache, keep, counts, lengths=lengths, block_table=block_table,
+        rerotate=rerotate, interleaved=interleaved, compensation=compensation,
+    )  # fmt: skip
+    now, k_sum, v_sum, dropped = call(SPEC, lowered, backend)
+    return (now, k_sum, v_sum, dropped) if compensation else now
+
+
+def lower(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rerotate: float | Tensor | None = None,
+    interleaved: bool = False,
+    compensation: bool = False,
+) -> tuple[Any, ...]:
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("keep", keep), ("counts", counts)):
+        check_tensor(OP, name, t)
+    for name, option in (("lengths", lengths), ("block_table", block_table)):
+        check_tensor(OP, name, option, optional=True)
+    for name, flag in (("interleaved", interleaved), ("compensation", compensation)):
+        check_bool(OP, name, flag)
+    rotations = None if rerotate is None else _rotations(rerotate, k_cache)
+    return (
+        k_cache, v_cache, keep, counts, lengths, block_table, rotations, interleaved, compensation
+    )  # fmt: skip
+
+
+def _rotations(rerotate: Any, k_cache: Tensor) -> Tensor:
+    """Revolutions of each pair for a step of one slot, [2, pairs]: the sum of two float32."""
+    if isinstance(rerotate, Tensor):
+        ok = rerotate.dim() == 1 and rerotate.is_floating_point()
+        check(ok, OP, "rerotate", "must be a number or floats [pairs]", rerotate)
+        frequency = rerotate.detach().double()
+    else:
+        rule = "must be a base of at least 1, or a tensor of inverse frequencies"
+        base = as_number(OP, "rerotate", rerotate, rule)
+        check(1 <= base < math.inf, OP, "rerotate", rule, base)
+        dim = k_cache.shape[-1] if k_cache.dim() else 0
+        exponent = torch.arange(dim // 2, device=k_cache.device, dtype=torch.float64)
+        frequency = torch.exp(exponent * (-2 * math.log(base) / max(dim, 1)))
+    turns = frequency / (2 * math.pi)
+    if k_cache.dtype == torch.float64:
+        return torch.stack([turns, torch.zeros_like(turns)])
+    high = turns.float()
+    return torch.stack([high, (turns - high.double()).float()])
+
+
+def _check(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    rotations: Tensor | None,
+    interleaved: bool,
+    compensation: bool,
+    *,
+    float64: bool = False,
+) -> None:
+    caches = (("k_cache", k_cache), ("v_cache", v_cache))
+    for name, t in caches:
+        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+        check(t.dim() == 4, OP, name, rule, t.dim())
+    check_dtype(OP, "k_cache", k_cache, float64=float64)
+    if v_cache.dtype != k_cache.dtype:
+        rule = f"must have the dtype of k_cache, {show(k_cache.dtype)}"
+        fail(OP, "v_cache", rule, v_cache.dtype)
+    check_device_of(OP, "v_cache", v_cache, "k_cache", k_cache)
+    for name, t in caches:
+        check_last_contiguous(OP, name, t)
+        rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
+        check(1 <= t.shape[3] <= MAX_HEAD_DIM, OP, name, rule, t.shape[3])
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        rule = f"must have the shape of k_cache up to the head dimension, {show(k_cache.shape)}"
+        fail(OP, "v_cache", rule, v_cache.shape)
+    size, heads, dim = k_cache.shape[1:]
+    if not (keep.dim() == 2 or (keep.dim() == 3 and keep.shape[1] == heads)):
+        fail(OP, "keep", f"must have shape [B, K] or [B, {heads}, K]", keep.shape)
+    _check_ints("keep", keep, k_cache)
+    batch = keep.shape[0]
+    if counts.shape != keep.shape[:-1]:
+        fail(OP, "counts", f"must have shape {show(keep.shape[:-1])}", counts.shape)
+    _check_ints("counts", counts, k_cache)
+    if block_table is not None:
+        if not (block_table.dim() == 2 and block_table.shape[0] == batch):
+            fail(OP, "block_table", f"must have shape [{batch}, pages]", block_table.shape)
+        _check_ints("block_table", block_table, k_cache)
+        rule = "per head goes with a dense cache alone"
+        check(keep.dim() == 2, OP, "keep", rule, keep.shape)
+        rule = "must have pages of a power of two of tokens"
+        check(is_power_of_two(size), OP, "k_cache", rule, size)
+    elif k_cache.shape[0] != batch:
+        fail(OP, "k_cache", f"must have the requests of keep, {batch}", k_cache.shape[0])
+    if lengths is not None:
+        if list(lengths.shape) != [batch]:
+            fail(OP, "lengths", f"must have shape [{batch}]", lengths.shape)
+        _check_ints("lengths", lengths, k_cache)
+    if rotations is not None:
+        ok = rotations.dim() == 2 and rotations.shape[0] == 2
+        if not (ok and rotations.shape[1] >= 1 and 2 * rotations.shape[1] <= dim):
+            fail(OP, "rerotate", f"must have 1 to {dim // 2} frequencies", rotations.shape)
+        wide = torch.promote_types(k_cache.dtype, torch.float32)
+        check(rotations.dtype == wide, OP, "rerotate", "must be float32", rotations.dtype)
+        check_last_contiguous(OP, "rerotate", rotations)
+        check_device_of(OP, "rerotate", rotations, "k_cache", k_cache)
+    read = {
+        "keep": keep,
+        "counts": counts,
+        "lengths": lengths,
+        "block_table": block_table,
+        "rerotate": rotations,
+    }
+    check_written(OP, "k_cache", k_cache, read)
+    check_written(OP, "v_cache", v_cache, {"k_cache": k_cache, **read})
+
+
+def _check_ints(name: str, t: Tensor, k_cache: Tensor) -> None:
+    check(t.dtype == torch.int32, OP, name, "must be int32", t.dtype)
+    check_last_contiguous(OP, name, t)
+    check_device_of(OP, name, t, "k_cache", k_cache)
+
+
+def _check_values(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    rotations: Tensor | None,
+    interleaved: bool,
+    compensation: bool,
+) -> None:
+    batch, size, entries = keep.shape[0], k_cache.shape[1], keep.shape[-1]
+    capacity = size if block_table is None else block_table.shape[1] * size
+    length = [capacity] * batch if lengths is None else lengths.tolist()
+    for n in length:
+        rule = f"must be 0 to what the cache holds of a request, {capacity}"
+        check(0 <= n <= capacity, OP, "lengths", rule, n)
+    for b in range(batch):
+        lists = keep[b].tolist() if keep.dim() == 3 else [keep[b].tolist()]
+        for kept, count in zip(lists, counts[b].reshape(-1).tolist(), strict=True):
+            rule = f"must be 0 to the entries of keep, {entries}"
+            check(0 <= count <= entries, OP, "counts", rule, count)
+            for d, slot in enumerate(kept[:count]):
+                rule = f"must name slots below the length of the request, {length[b]}"
+                check(0 <= slot < length[b], OP, "keep", rule, slot)
+                check(d == 0 or slot > kept[d - 1], OP, "keep", "must ascend", slot)
+    if block_table is not None:
+        pages, taken = k_cache.shape[0], set()
+        for row, n in zip(block_table.tolist(), length, strict=True):
+            for page in row[: -(-n // size)]:
+                rule = f"must name pages below {pages} where keys lie"
+                check(0 <= page < pages, OP, "block_table", rule, page)
+                rule = "must not name a page twice where keys lie"
+                check(page not in taken, OP, "block_table", rule, page)
+                taken.add(page)
+
+
+def _fake(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    rotations: Tensor | None,
+    interleaved: bool,
+    compensation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads = keep.shape[0], k_cache.shape[2]
+
+    def sums(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return k_cache.new_empty(shape if compensation else (0,), dtype=dtype)
+
+    return (
+        counts.new_empty(counts.shape),
+        sums(batch, heads, k_cache.shape[3]),
+        sums(batch, heads, v_cache.shape[3]),
+        sums(batch, heads, dtype=torch.int32),
+    )
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        check_values=_check_values,
+        fake=_fake,
+        triton="select.kv_cache_compact:kv_cache_compact",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=kv_cache_compact,
+        lower=lower,
+        reference=reference.kv_cache_compact,
+        plain=functools.partial(reference.kv_cache_compact, upcast=False),
+        forward=FORWARD,
+        backward=None,
+        differentiable=(),
+        paper="StreamingLLM (Xiao et al. 2024), RazorAttention (Tang et al. 2024)",
+        flops=lambda k_cache, v_cache, keep, *rest: float(
+            keep.numel() * (k_cache.shape[3] + v_cache.shape[3])
+        ),
+    )
+)

@@ -1,0 +1,376 @@
+"""bilevel_routing_attention: regions of a map attend to their routed regions (BiFormer)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..autocast import Autocast
+from ..check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
+from ..dense.terms import check_scale
+from ..derivatives import keep, kept
+from ..dispatch import call
+from ..flops import known
+from ..kv_cache import check_int32
+from ..library import TorchOp, register
+from ..lowering import scale_or_default
+from ..reference.sparse import bilevel_routing_attention as reference
+from ..registry import OpSpec, register_op
+from .gradients import cotangents, fake_gradients
+from .routing import route
+from .rules import check_list
+
+OP = "bilevel_routing_attention"
+
+AUTOCAST = Autocast(lower=("q", "k", "v"))
+MAX_SIDE = 2**15  # of a map: pixels and rows fit 32 bits
+
+
+class BilevelRoutingOptions(TypedDict, total=False):
+    """Keywords of :func:`bilevel_routing_attention` beside return_lse and return_graph."""
+
+    regions: int | tuple[int, int] | None
+    topk: int | None
+    region_size: int | tuple[int, int] | None
+    scale: float | None
+    mask_padding: bool
+    region_graph: Tensor | None
+    backend: str | None
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    return_graph: Literal[False] = ...,
+    **options: Unpack[BilevelRoutingOptions],
+) -> Tensor: ...
+
+
+@overload
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool = ...,
+    return_graph: bool = ...,
+    **options: Unpack[BilevelRoutingOptions],
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
+def bilevel_routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    regions: int | tuple[int, int] | None = None,
+    topk: int | None = None,
+    region_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    mask_padding: bool = True,
+    region_graph: Tensor | None = None,
+    return_lse: bool = False,
+    return_graph: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    r"""Attention of each region of a map to the topk regions whose mean keys match its mean query.
+
+    Maps are cut into rectangular regions; those at the right and lower edges are smaller if
+    regions do not divide it. With the means :math:`\bar q_r, \bar k_r` of queries and keys over
+    the pixels of region r,
+
+    .. math::
+       A_{rs} = \sum_h \bar q_{rh} \cdot \bar k_{sh}, \qquad
+       S_r = \operatorname{topk}_s A_{rs}, \qquad
+       o_i = \sum_{j \in \bigcup S_{r(i)}}
+             \operatorname{softmax}_j(\mathrm{scale}\; q_i \cdot k_j)\, v_j
+
+    for the query of pixel i. The choice of regions is not differentiated. Keys and values are read
+    in place: nothing is gathered, memory is that of inputs and outputs.
+
+    Args:
+        q: ``[B, Y, X, H, D]`` (channels last), float16, bfloat16 or float32 (float64 on the
+            reference), any strides with a contiguous last dimension, D up to 256.
+        k, v: ``[B, Yk, Xk, Hk, D]`` and ``[B, Yk, Xk, Hk, Dv]``, Hk a divisor of H. A map of
+            another size is cut into as many regions, of ceil(Yk / number) pixels.
+        regions: how many along Y and X (one number: both). Regions have ceil(Y / number) pixels;
+            there may be fewer of them than asked for.
+        topk: regions that each region attends to, 1 to their number.
+        region_size: pixels of a region of q along Y and X, instead of regions.
+        scale: factor of q.k; None = 1/sqrt(D).
+        mask_padding: the missing pixels of the smaller regions do not exist. False: they are keys
+            whose logit and value are 0, as in the models published with BiFormer.
+        region_graph: int32 ``[B, 1 | Hk | H, R, K]`` instead of topk: the regions that each one
+            attends to, in any order, once each whatever is repeated. What is no region (-1) is
+            left out.
+        return_lse: also return lse.
+        return_graph: also return the graph, ascending.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, Y, X, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Y, X]``
+        float32, natural log, itself differentiable; with return_graph also int32 ``[B, heads, R,
+        K]``, heads = 1 if it was computed (of equal regions the lower; those whose product is NaN
+        or -inf never, -1 in their place). A region that attends to nothing has out 0 and lse -inf.
+        Gradients: q, k, v.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: 2 H (D + Dv) operations for each of the Y X topk (pixels of a region) pairs, and
+    R^2 H D for the routing; backward 2.5 to 3.5 times that.
+
+    Paper: BiFormer (Zhu et al. 2023), section 3.2. Its models use scale = 1/sqrt(H D).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k, v = (torch.randn(1, 56, 56, 2, 32) for _ in range(3))
+        >>> out, graph = tm.bilevel_routing_attention(
+        ...     q, k, v, regions=7, topk=4, return_graph=True)
+        >>> out.shape, graph.shape
+        (torch.Size([1, 56, 56, 2, 32]), torch.Size([1, 1, 49, 4]))
+    """
+    lowered = lower(
+        q,
+        k,
+        v,
+        regions=regions,
+        topk=topk,
+        region_size=region_size,
+        scale=scale,
+        mask_padding=mask_padding,
+        region_graph=region_graph,
+        return_lse=return_lse,
+        return_graph=return_graph,
+    )
+    out, lse = call(SPEC, lowered, backend)
+    graph = (FORWARD.record(*lowered).indices,) if return_graph else ()
+    results = (out, *((lse,) if return_lse else ()), *graph)
+    return results if len(results) > 1 else out
+
+
+@AUTOCAST.applied  # the routing is a product
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    regions: int | tuple[int, int] | None = None,
+    topk: int | None = None,
+    region_size: int | tuple[int, int] | None = None,
+    scale: float | None = None,
+    mask_padding: bool = True,
+    region_graph: Tensor | None = None,
+    return_lse: bool = False,
+    return_graph: bool = False,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_tensor(OP, name, t)
+    check_tensor(OP, "region_graph", region_graph, optional=True)
+    flags = (("mask_padding", mask_padding), ("return_lse", return_lse))
+    for name, flag in (*flags, ("return_graph", return_graph)):
+        check_bool(OP, name, flag)
+    check_qkv(OP, q, k, v, 5, True)
+    sizes = _region_sizes(q, k, regions, region_size)
+    factor = scale_or_default(OP, scale, q)
+    _check_regions(q, k, *sizes)
+    number = -(-q.shape[1] // sizes[0]) * -(-q.shape[2] // sizes[1])
+    if region_graph is None:
+        if topk is None:
+            fail(OP, "topk", "must be given, or region_graph", topk)
+        topk = as_int(OP, "topk", topk)
+        rule = f"must be 1 to the number of regions, {number}"
+        check(1 <= topk <= number, OP, "topk", rule, topk)
+        indices, counts = route(q, k, topk, (sizes[0], sizes[1]), (sizes[2], sizes[3]))
+    else:
+        check(topk is None, OP, "topk", "goes without region_graph", topk)
+        _check_graph(region_graph, q, k, number)
+        indices = region_graph.sort(-1).values
+        counts = indices.new_full(indices.shape[:-1], indices.shape[-1])
+    return q, k, v, indices, counts, *sizes, factor, mask_padding
+
+
+def _region_sizes(
+    q: Tensor, k: Tensor, regions: Any, region_size: Any
+) -> tuple[int, int, int, int]:
+    """Sizes of the regions of q along Y and X, and of k."""
+    if regions is None and region_size is None:
+        fail(OP, "regions", "must be given, or region_size", None)
+    if regions is not None:
+        count = _pair("regions", regions)
+        pixels = [q.shape[1], q.shape[2]]
+        fits = all(n <= max(side, 1) for n, side in zip(count, pixels, strict=True))
+        check(fits, OP, "regions", f"must not exceed the pixels of q, {pixels}", count)
+        if region_size is not None:
+            fail(OP, "region_size", "goes without regions", region_size)
+        size = tuple(max(-(-side // n), 1) for side, n in zip(pixels, count, strict=True))
+    else:
+        size = _pair("region_size", region_size)
+    if k.shape[1:3] == q.shape[1:3]:
+        return size[0], size[1], size[0], size[1]
+    rows, columns = (max(-(-q.shape[1 + i] // size[i]), 1) for i in range(2))
+    return size[0], size[1], max(-(-k.shape[1] // rows), 1), max(-(-k.shape[2] // columns), 1)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    rule = "must be an integer or two, along Y and X"
+    if isinstance(value, tuple | list):
+        check(len(value) == 2, OP, name, rule, value)
+        numbers = as_int(OP, name, value[0], rule), as_int(OP, name, value[1], rule)
+    else:
+        number = as_int(OP, name, value, rule)
+        numbers = number, number
+    check(min(numbers) >= 1, OP, name, "must be at least 1", numbers)
+    return numbers
+
+
+def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]:
+    """The shape that lists must have, and whether they do."""
+    batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
+    fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
+    fits = fits and lists.shape[1] in (1, kv_heads, heads)
+    return f"[{batch}, 1, {kv_heads} or {heads}, {regions}, K]", fits
+
+
+def _check_graph(graph: Tensor, q: Tensor, k: Tensor, regions: int) -> None:
+    shape, fits = _fits(graph, q, k, regions)
+    check(fits, OP, "region_graph", f"must have shape {shape}", graph.shape)
+    check_int32(OP, "region_graph", graph)
+    check_device_of_q(OP, "region_graph", graph, q)
+
+
+def _check_regions(
+    q: Tensor,
+    k: Tensor,
+    region_y: int,
+    region_x: int,
+    key_region_y: int,
+    key_region_x: int,
+) -> None:
+    for name, t in (("q", q), ("k", k)):
+        for side, axis in ((1, "Y"), (2, "X")):
+            rule = f"must have at most {MAX_SIDE} pixels along {axis}"
+            check(t.shape[side] <= MAX_SIDE, OP, name, rule, t.shape[side])
+    sizes = {
+        "region_y": region_y,
+        "region_x": region_x,
+        "key_region_y": key_region_y,
+        "key_region_x": key_region_x,
+    }
+    for name, size in sizes.items():
+        check(1 <= size <= MAX_SIDE, OP, name, f"must be 1 to {MAX_SIDE}", size)
+    for side, axis in ((1, "Y"), (2, "X")):
+        name = f"key_region_{axis.lower()}"
+        wanted = -(-q.shape[side] // sizes[name.removeprefix("key_")])
+        found = -(-k.shape[side] // sizes[name])
+        rule = f"must make as many regions of k along {axis} as there are of q, {wanted}"
+        check(found == wanted, OP, name, rule, found)
+
+
+# csrc/sparse/bilevel_routing_attention/host.cpp has the same rules in the same order and words.
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    region_y: int,
+    region_x: int,
+    key_region_y: int,
+    key_region_x: int,
+    scale: float,
+    mask_padding: bool,
+    *,
+    float64: bool = False,
+) -> None:
+    check_qkv(OP, q, k, v, 5, float64)
+    _check_regions(q, k, region_y, region_x, key_region_y, key_region_x)
+    check_scale(OP, scale, 0.0)
+    regions = -(-q.shape[1] // region_y) * -(-q.shape[2] // region_x)
+    shape, fits = _fits(indices, q, k, regions)
+    check_list(OP, indices, counts, shape, fits, "q", q)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, height, width, heads = q.shape[:4]
+    return (
+        q.new_empty((batch, height, width, heads, v.shape[-1])),
+        q.new_empty((batch, heads, height, width), dtype=torch.float32),
+    )
+
+
+def _check_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
+) -> None:
+    _check(*lowered)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, inputs, *output)
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    lowered, (out, lse) = kept(ctx)
+    dout, dlse = cotangents(dout, dlse, out)
+    dq, dk, dv = ops.bilevel_routing_attention_backward(dout, dlse, out, lse, *lowered)
+    return FORWARD.gradients(q=dq, k=dk, v=dv)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *sizes: Any) -> float:
+    """Operations of the two products over all pairs of routed regions of the average size."""
+    _, heads, regions, _ = indices.shape
+    routed = float(counts.sum()) if known(counts) else float(indices.numel())
+    pixels = math.prod(q.shape[1:3]) * math.prod(k.shape[1:3]) / max(regions, 1) ** 2
+    return 2.0 * routed * pixels * q.shape[3] / max(heads, 1) * (q.shape[-1] + v.shape[-1])
+
+
+def backward_flops(*lowered: Any) -> float:
+    """Operations of the five products."""
+    return 2.5 * flops(*lowered)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=AUTOCAST,
+        check=_check,
+        fake=_fake,
+        triton="sparse.bilevel_routing_attention:bilevel_routing_attention",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=fake_gradients,
+        triton="sparse.bilevel_routing_attention_backward:bilevel_routing_attention_backward",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="sparse",
+        function=bilevel_routing_attention,
+        lower=lower,
+        reference=reference.bilevel_routing_attention,
+        plain=functools.partial(reference.bilevel_routing_attention, upcast=False),
+        forward=FORWARD,
+        backward=BACKWARD,
+        differentiable=("q", "k", "v"),
+        logarithms=(1,),
+        paper="BiFormer (Zhu et al. 2023)",
+        flops=flops,
+        backward_flops=backward_flops,
+    )
+)

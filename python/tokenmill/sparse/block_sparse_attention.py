@@ -1,0 +1,359 @@
+"""block_sparse_attention: exact attention of blocks of queries to listed blocks of keys."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, TypedDict, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..autocast import Autocast
+from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor
+from ..dense.terms import check_scale
+from ..derivatives import keep, kept
+from ..dispatch import call
+from ..flops import band, known
+from ..library import TorchOp, register
+from ..lowering import scale_or_default
+from ..reference.sparse import block_sparse_attention as reference
+from ..registry import OpSpec, register_op
+from ..select.rules import check_per_request
+from .gradients import cotangents, fake_gradients
+from .rules import check_block, check_list
+
+OP = "block_sparse_attention"
+
+
+class BlockSparseOptions(TypedDict, total=False):
+    """Keywords of :func:`block_sparse_attention` beside the sizes of blocks and return_lse."""
+
+    causal: bool
+    num_sink: int
+    num_recent: int
+    scale: float | None
+    softcap: float
+    lengths: Tensor | None
+    backend: str | None
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[BlockSparseOptions],
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    return_lse: Literal[True],
+    **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    lengths: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
+
+    Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
+    lengths[b] keys, and query i is at position p = n - Sq + i. It sees of the keys j < n (and j
+    <= p if causal) those
+
+    - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
+    - among the first num_sink,
+    - among its own last num_recent, j > p - num_recent,
+
+    each once, whatever overlaps. Lists and counts stay on the device: nothing is planned on the
+    host, and what is launched depends on shapes alone.
+
+    Args:
+        q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, D up to 256.
+        k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv up to
+            256.
+        indices: int32 ``[B, 1, R, K]`` (lists for all heads), ``[B, Hk, R, K]`` (for each KV head)
+            or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). Lists ascend, as
+            :func:`topk_select` makes them: an id counts if it is that of a block and greater than
+            every id before it.
+        counts: int32 ``[B, 1 | Hk | H, R]``, entries of each list, clamped to 0 to K.
+        block_q, block_k: queries of a row and keys of an entry, powers of two up to 128. Sq and Sk
+            need not be multiples.
+        causal: a query sees no later key.
+        num_sink: sink (first) keys, always seen; lists need not hold them.
+        num_recent: recent (last) keys, up to the query itself, likewise; with causal alone.
+        scale: factor of q.k; None = 1/sqrt(D).
+        softcap: logits become softcap * tanh(logits / softcap); 0 = off.
+        lengths: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
+        return_lse: also return lse.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
+        natural log, itself differentiable. A query that sees no key has out 0 and lse -inf, and
+        gets no gradient. Gradients: q, k, v; those of keys that nobody lists are 0.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: 2 H (D + Dv) operations for each pair of a query and a key that it sees, backward
+    2.5 to 3.5 times that; memory linear in Sq, Sk and the entries.
+
+    Paper: HiP (Lee et al. 2024), section 3.3; SeerAttention, MInference and native sparse attention
+    read such lists too; the softmax is that of FlashAttention-2 (Dao 2023).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q = k = torch.zeros(1, 128, 2, 16)
+        >>> v = torch.arange(128.0).view(1, 128, 1, 1).repeat(1, 1, 2, 16)
+        >>> indices = torch.tensor([[[[0, -1], [0, 1]]]], dtype=torch.int32)
+        >>> counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
+        >>> out = tm.block_sparse_attention(q, k, v, indices, counts, block_q=64, block_k=32)
+        >>> out[0, ::64, 0, 0].round(decimals=4).tolist()  # means of keys 0 to 31, and of 0 to 63
+        [15.5, 31.5]
+    """
+    out, lse = call(
+        SPEC,
+        lower(
+            q,
+            k,
+            v,
+            indices,
+            counts,
+            block_q=block_q,
+            block_k=block_k,
+            causal=causal,
+            num_sink=num_sink,
+            num_recent=num_recent,
+            scale=scale,
+            softcap=softcap,
+            lengths=lengths,
+            return_lse=return_lse,
+        ),
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    causal: bool = False,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    lengths: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
+        check_tensor(OP, name, t)
+    check_tensor(OP, "lengths", lengths, optional=True)
+    block_q, block_k = as_int(OP, "block_q", block_q), as_int(OP, "block_k", block_k)
+    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
+    flags = (("causal", causal), ("return_lse", return_lse))
+    for name, flag in flags:
+        check_bool(OP, name, flag)
+    softcap = as_number(OP, "softcap", softcap)
+    return (
+        q,
+        k,
+        v,
+        indices,
+        counts,
+        block_q,
+        block_k,
+        causal,
+        num_sink,
+        num_recent,
+        scale_or_default(OP, scale, q),
+        softcap,
+        lengths,
+    )
+
+
+# csrc/sparse/block_sparse_attention/host.cpp has the same rules in the same order and words.
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    scale: float,
+    softcap: float,
+    lengths: Tensor | None,
+    *,
+    float64: bool = False,
+) -> None:
+    check_qkv(OP, q, k, v, 4, float64)
+    check_block(OP, "block_q", block_q)
+    check_block(OP, "block_k", block_k)
+    for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):
+        check(number >= 0, OP, name, "must not be negative", number)
+    check(num_recent == 0 or causal, OP, "num_recent", "goes with causal alone", num_recent)
+    check_scale(OP, scale, softcap)
+    batch, sq, heads = q.shape[:3]
+    kv_heads, rows = k.shape[2], -(-sq // block_q)
+    fits = indices.dim() == 4 and indices.shape[0] == batch and indices.shape[2] == rows
+    fits = fits and indices.shape[1] in (1, kv_heads, heads)
+    shape = f"[{batch}, 1, {kv_heads} or {heads}, {rows}, K]"
+    check_list(OP, indices, counts, shape, fits, "q", q)
+    check_per_request(OP, "lengths", lengths, batch, "q", q)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, sq, heads = q.shape[:3]
+    return (
+        q.new_empty((batch, sq, heads, v.shape[-1])),
+        q.new_empty((batch, heads, sq), dtype=torch.float32),
+    )
+
+
+def _check_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
+) -> None:
+    _check(*lowered)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, inputs, *output)
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    lowered, (out, lse) = kept(ctx)
+    dout, dlse = cotangents(dout, dlse, out)
+    dq, dk, dv = ops.block_sparse_attention_backward(dout, dlse, out, lse, *lowered)
+    return FORWARD.gradients(q=dq, k=dk, v=dv)
+
+
+def flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    *rest: Any,
+) -> float:
+    """Operations of the two products over what a query sees of listed blocks, and sink and recent
+    keys beside them."""
+    batch, sq, heads, dim = q.shape
+    sk = k.shape[1]
+    if known(counts):
+        pairs = _listed_pairs(sq, sk, indices, counts, block_q, block_k, causal)
+    else:
+        pairs = float(indices.numel() * block_q * block_k)
+    pairs *= heads / max(indices.shape[1], 1)
+    pairs += batch * heads * sq * (num_sink + num_recent)
+    most = batch * heads * band(sq, sk, -1, 0 if causal else -1)
+    return 2.0 * min(pairs, most) * (dim + v.shape[-1])
+
+
+def _listed_pairs(
+    sq: int, sk: int, indices: Tensor, counts: Tensor, block_q: int, block_k: int, causal: bool
+) -> float:
+    """Pairs of a query and a listed key that it sees."""
+    entries = torch.arange(indices.shape[3], device=indices.device)
+    first_row = torch.arange(indices.shape[2], device=indices.device)[:, None] * block_q
+    rows = (sq - first_row).clamp(0, block_q)
+    first_key = indices.long() * block_k
+    keys = (sk - first_key).clamp(0, block_k)
+
+    def before(x: Tensor) -> Tensor:
+        """Sum of clamp(m, 0, keys) over m < x."""
+        inside = x.clamp(min=0).minimum(keys + 1)
+        return inside * (inside - 1) // 2 + (x - keys - 1).clamp(min=0) * keys
+
+    start = first_row + sk - sq + 1 - first_key  # keys of the block that its first query sees
+    pairs = before(start + rows) - before(start) if causal else rows * keys
+    return float(pairs.where(entries < counts[..., None], 0).sum())
+
+
+def backward_flops(*lowered: Any) -> float:
+    """Operations of the five products."""
+    return 2.5 * flops(*lowered)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k", "v")),
+        check=_check,
+        fake=_fake,
+        triton="sparse.block_sparse_attention:block_sparse_attention",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=fake_gradients,
+        triton="sparse.block_sparse_attention_backward:block_sparse_attention_backward",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="sparse",
+        function=block_sparse_attention,
+        lower=lower,
+        reference=reference.block_sparse_attention,
+        plain=functools.partial(reference.block_sparse_attention, upcast=False),
+        forward=FORWARD,
+        backward=BACKWARD,
+        differentiable=("q", "k", "v"),
+        logarithms=(1,),
+        paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
+        flops=flops,
+        backward_flops=backward_flops,
+    )
+)

@@ -1,0 +1,188 @@
+"""Calls of block_sparse_attention that every backend must answer, or must refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dense.attention_cases import Arguments
+from ..edits import set_argument, set_options
+from ..registry import Malformed, Sample
+
+
+def draw_lists(
+    batch: int, heads: int, rows: int, entries: int, blocks: int, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Ascending lists, some of them shorter, -1 after the last entry."""
+    indices = torch.full((batch, heads, rows, entries), -1, dtype=torch.int32)
+    counts = torch.zeros(batch, heads, rows, dtype=torch.int32)
+    for at in torch.cartesian_prod(*map(torch.arange, (batch, heads, rows))).tolist():
+        most = min(entries, blocks)
+        count = int(torch.randint(most // 2, most + 1, (), generator=g))
+        ids = torch.randperm(blocks, generator=g)[:count].sort().values
+        counts[tuple(at)] = count
+        indices[tuple(at)][:count] = ids.int()
+    return indices, counts
+
+
+def hostile_lists(
+    indices: Tensor, counts: Tensor, blocks: int, g: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What no kernel may trust: any id, in any order, repeated, and any count."""
+    wild = torch.randint(-2, blocks + 3, indices.shape, generator=g, dtype=torch.int32)
+    wild[torch.rand(wild.shape, generator=g) < 0.05] = torch.iinfo(torch.int32).max
+    wild[torch.rand(wild.shape, generator=g) < 0.05] = torch.iinfo(torch.int32).min
+    count = torch.randint(-3, indices.shape[-1] + 4, counts.shape, generator=g, dtype=torch.int32)
+    return torch.where(torch.rand(indices.shape, generator=g) < 0.5, indices, wild), count
+
+
+def block_sparse_call(
+    sq: int = 70,
+    sk: int = 70,
+    b: int = 2,
+    h: int = 4,
+    hk: int = 2,
+    d: int = 32,
+    dv: int = 32,
+    lists: int = 2,
+    entries: int = 3,
+    block_q: int = 16,
+    block_k: int = 16,
+    hostile: bool = False,
+    **options: Any,
+) -> Any:
+    """lists: 1, hk or h."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
+        q, k, v = (
+            torch.randn(shape, generator=g).to(dtype)
+            for shape in ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv))
+        )
+        rows, blocks = -(-sq // block_q), -(-sk // block_k)
+        indices, counts = draw_lists(b, lists, rows, entries, blocks, g)
+        if hostile:
+            indices, counts = hostile_lists(indices, counts, blocks, g)
+        sizes = {"block_q": block_q, "block_k": block_k, "return_lse": True}
+        return (q, k, v, indices, counts), sizes | options
+
+    return make
+
+
+SAMPLES = (
+    Sample("list of each KV head", block_sparse_call()),
+    Sample("list of each query head", block_sparse_call(lists=4, causal=True)),
+    Sample("shared list", block_sparse_call(lists=1, h=3, hk=3, d=24, dv=40)),
+    Sample(
+        "first and last keys",
+        block_sparse_call(
+            sq=90, sk=130, block_k=8, entries=4, causal=True, num_sink=5, num_recent=20
+        ),
+    ),
+    Sample(
+        "small blocks of keys",
+        block_sparse_call(block_q=32, block_k=2, entries=20, causal=True, num_recent=7),
+    ),
+    Sample("keys one by one", block_sparse_call(sq=40, block_k=1, entries=33, lists=4)),
+    Sample("queries one by one", block_sparse_call(sq=33, sk=50, block_q=1, block_k=4, num_sink=3)),
+    Sample(
+        "wide blocks",
+        block_sparse_call(
+            sq=200, sk=300, b=1, block_q=64, block_k=128, entries=2, causal=True, num_sink=1
+        ),
+    ),
+    Sample(
+        "lengths",
+        block_sparse_call(
+            b=3,
+            sk=80,
+            block_q=32,
+            block_k=32,
+            causal=True,
+            num_sink=4,
+            num_recent=6,
+            lengths=torch.tensor([80, 50, 0], dtype=torch.int32),
+        ),
+    ),
+    Sample("lengths, not causal", block_sparse_call(lengths=torch.tensor([33, 1000]).int())),
+    Sample("softcap", block_sparse_call(sq=20, h=6, hk=1, lists=1, softcap=2.0, scale=0.5)),
+    Sample("wide heads", block_sparse_call(sq=35, sk=64, b=1, d=200, dv=136, causal=True)),
+    Sample("not to be trusted", block_sparse_call(hostile=True, entries=6, lists=4)),
+    Sample(
+        "not to be trusted, causal",
+        block_sparse_call(
+            hostile=True, entries=30, block_k=4, causal=True, num_sink=2, num_recent=3
+        ),
+    ),
+    Sample("nothing listed", block_sparse_call(entries=0)),
+    Sample(
+        "first and last keys alone",
+        block_sparse_call(entries=0, causal=True, num_sink=4, num_recent=9),
+    ),
+    Sample("more queries than keys", block_sparse_call(sq=70, sk=20, causal=True, num_recent=5)),
+    Sample("no keys", block_sparse_call(sk=0)),
+    Sample("no queries", block_sparse_call(sq=0)),
+    Sample("no requests", block_sparse_call(b=0)),
+)
+
+# Edits of the first sample: q [2, 70, 4, 32], k and v [2, 70, 2, 32], indices [2, 2, 5, 3].
+MALFORMED = (
+    Malformed(
+        "rank", "q: must have 4 dimensions [B, S, H, D]; got 3", set_argument(0, lambda q: q[0])
+    ),
+    Malformed(
+        "dtypes", "k: must have the dtype of q, float32; got float16", set_argument(1, Tensor.half)
+    ),
+    Malformed(
+        "queries", "block_q: must be a power of two up to 128; got 24", set_options(block_q=24)
+    ),
+    Malformed("keys", "block_k: must be a power of two up to 128; got 0", set_options(block_k=0)),
+    Malformed(
+        "wide block", "block_k: must be a power of two up to 128; got 256", set_options(block_k=256)
+    ),
+    Malformed("first keys", "num_sink: must not be negative; got -1", set_options(num_sink=-1)),
+    Malformed("last keys", "num_recent: must not be negative; got -2", set_options(num_recent=-2)),
+    Malformed(
+        "last keys without order",
+        "num_recent: goes with causal alone; got 4",
+        set_options(num_recent=4),
+    ),
+    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
+    Malformed(
+        "rank of lists",
+        "indices: must have shape [2, 1, 2 or 4, 5, K]; got [2, 5, 3]",
+        set_argument(3, lambda t: t[:, 0]),
+    ),
+    Malformed(
+        "heads of lists",
+        "indices: must have shape [2, 1, 2 or 4, 5, K]; got [2, 3, 5, 3]",
+        set_argument(3, lambda t: t[:, :1].repeat(1, 3, 1, 1)),
+    ),
+    Malformed(
+        "rows of lists",
+        "indices: must have shape [2, 1, 2 or 4, 3, K]; got [2, 2, 5, 3]",
+        set_options(block_q=32),
+    ),
+    Malformed(
+        "shape of counts",
+        "counts: must have shape [2, 2, 5]; got [2, 1, 5]",
+        set_argument(4, lambda t: t[:, :1]),
+    ),
+    Malformed("dtype of lists", "indices: must be int32; got int64", set_argument(3, Tensor.long)),
+    Malformed(
+        "layout of lists",
+        "indices: must have a contiguous last dimension",
+        set_argument(3, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)),
+    ),
+    Malformed(
+        "shape of lengths",
+        "lengths: must have shape [2]; got [3]",
+        set_options(lengths=torch.zeros(3, dtype=torch.int32)),
+    ),
+    Malformed(
+        "dtype of lengths",
+        "lengths: must be int32; got int64",
+        set_options(lengths=torch.zeros(2, dtype=torch.int64)),
+    ),
+)

@@ -1,0 +1,97 @@
+"""transpose_block_list: lists of key blocks for each block of queries, seen from the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..check import as_int, check, check_tensor
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference.sparse import transpose_block_list as reference
+from ..registry import OpSpec, register_op
+from .rules import check_list
+
+OP = "transpose_block_list"
+
+
+def transpose_block_list(
+    indices: Tensor, counts: Tensor, num_blocks: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which blocks of queries list a block of keys: the lists of
+    :func:`block_sparse_attention` from the side of the keys, as its gradient reads them.
+
+    Args:
+        indices: int32 ``[B, heads, rows, K]``, for each row (a block of queries) an ascending list
+            of blocks of keys. An id counts if it is 0 to num_blocks - 1 and greater than every id
+            before it.
+        counts: int32 ``[B, heads, rows]``, entries of each list, clamped to 0 to K.
+        num_blocks: blocks of keys, 0 to 2^30.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (offsets, rows): int32 ``[B, heads, num_blocks + 1]`` and ``[B, heads, rows * K]``. Block j
+        is in the lists of ``rows[b, h, offsets[b, h, j] : offsets[b, h, j + 1]]``, which ascend;
+        -1 after the last. Not differentiable, and the same on every run.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: linear in the entries and the blocks.
+
+    Paper: the counting sort of a sparse matrix from rows to columns (Gustavson 1978, section 3).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> indices = torch.tensor([[[[0, 2], [2, -1]]]], dtype=torch.int32)
+        >>> counts = torch.tensor([[[2, 1]]], dtype=torch.int32)
+        >>> offsets, rows = tm.transpose_block_list(indices, counts, 3)
+        >>> offsets.tolist(), rows.tolist()
+        ([[[0, 1, 1, 3]]], [[[0, 0, 1, -1]]])
+    """
+    offsets, rows = call(SPEC, lower(indices, counts, num_blocks), backend)
+    return offsets, rows
+
+
+def lower(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Any, ...]:
+    for name, t in (("indices", indices), ("counts", counts)):
+        check_tensor(OP, name, t)
+    num_blocks = as_int(OP, "num_blocks", num_blocks)
+    return indices, counts, num_blocks
+
+
+# csrc/sparse/transpose_block_list/host.cpp has the same rules in the same order and words.
+def _check(indices: Tensor, counts: Tensor, num_blocks: int, *, float64: bool = False) -> None:
+    fits = indices.dim() == 4
+    check_list(OP, indices, counts, "[B, heads, rows, K]", fits, "indices", indices)
+    check(0 <= num_blocks <= 2**30, OP, "num_blocks", "must be 0 to 2^30", num_blocks)
+
+
+def _fake(indices: Tensor, counts: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, entries = indices.shape
+    return (
+        indices.new_empty((batch, heads, num_blocks + 1)),
+        indices.new_empty((batch, heads, rows * entries)),
+    )
+
+
+FORWARD = register(
+    TorchOp(OP, check=_check, fake=_fake, triton="sparse.transpose_block_list:transpose_block_list")
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="sparse",
+        function=transpose_block_list,
+        lower=lower,
+        reference=reference.transpose_block_list,
+        plain=reference.transpose_block_list,  # exact
+        forward=FORWARD,
+        backward=None,
+        # Edits of the first sample.
+        differentiable=(),
+        paper="counting sort (Gustavson 1978)",
+        flops=lambda *lowered: 0.0,
+    )
+)

@@ -1,0 +1,238 @@
+"""cluster_tokens: the pixels of a map as the soft clusters of a coarser grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_dtype,
+    check_last_contiguous,
+    check_tensor,
+)
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference.tokens import cluster_tokens as reference
+from ..registry import OpSpec, register_op
+
+OP = "cluster_tokens"
+MAX_CHANNELS = 4096
+MAX_ITERS = 1000
+
+
+def cluster_tokens(
+    x: Tensor,
+    grid: int | tuple[int, int],
+    *,
+    iters: int = 5,
+    tau: float,
+    window: int = 7,
+    window_labels: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The pixels of a map as the soft clusters of a coarser grid.
+
+    Centroids start as the adaptive average pool of x. The home of pixel (y, x) is the cell
+    (y·gy // Y, x·gx // X) of the grid, and the pixel weighs the clusters whose cell is at most
+    window // 2 rows and columns from there. Each iteration is
+
+    .. math::
+       Q_{mn} = \operatorname{softmax}_m(-\tau \lVert x_n - c_m \rVert^2), \qquad
+       c_m \leftarrow \sum_n Q_{mn} x_n \Big/ \sum_n Q_{mn}
+
+    with the softmax over the clusters that pixel n weighs; a weight below 2^-100 of the largest of
+    its pixel is 0. A cluster that no pixel weighs keeps its centroid.
+
+    Args:
+        x: ``[B, Y, X, C]`` float16, bfloat16 or float32 (float64 on the reference), any strides
+            with a contiguous last dimension, C up to 4096.
+        grid: (gy, gx) clusters along Y and X, each at most one for a pixel; an integer stands for
+            both.
+        iters: iterations, 1 to 1000.
+        tau: factor of the squared distance, at least 0.
+        window: side of the square of cells around its home that a pixel weighs, odd.
+        window_labels: labels name the nearest cluster that the pixel weighs, not that of all.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (centroids, labels, mass): ``[B, gy, gx, C]`` in the dtype of x, int32 ``[B, Y, X]`` and
+        ``[B, gy, gx]`` float32. labels hold the cluster gy·gx counts row by row whose centroid,
+        before it is rounded, is nearest, ties to the first; a distance that is not
+        finite counts as the largest float32. mass is the sum of Q in the last iteration, 0 for a
+        cluster that kept its centroid. Centroids are differentiable in x, with Q taken as constant:
+        the gradient is that of the last mean. Distances are float32 sums of squared differences;
+        where the two least of a pixel differ by no more than their rounding, backends may differ.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 5 B Y X window^2 C operations for each iteration, and 3 B Y X gy gx C for labels
+    among all clusters. No matrix of all pixels and clusters is in memory.
+
+    Paper: Expedit (Liang et al. 2022), token clustering; superpixel sampling networks (Jampani et
+    al. 2018).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.randn(1, 16, 16, 32)
+        >>> centroids, labels, mass = tm.cluster_tokens(x, (8, 8), tau=0.05)
+        >>> centroids.shape, labels.shape, round(mass.sum().item())
+        (torch.Size([1, 8, 8, 32]), torch.Size([1, 16, 16]), 256)
+    """
+    lowered = lower(x, grid, iters=iters, tau=tau, window=window, window_labels=window_labels)
+    centroids, labels, mass, _ = call(SPEC, lowered, backend)
+    return centroids, labels, mass
+
+
+def lower(
+    x: Tensor,
+    grid: int | tuple[int, int],
+    *,
+    iters: int = 5,
+    tau: float,
+    window: int = 7,
+    window_labels: bool = False,
+) -> tuple[Any, ...]:
+    check_tensor(OP, "x", x)
+    sides = tuple(grid) if isinstance(grid, tuple | list) else (grid, grid)
+    check(len(sides) == 2, OP, "grid", "must be an integer or two", grid)
+    sides = as_int(OP, "grid", sides[0]), as_int(OP, "grid", sides[1])
+    iters, window = as_int(OP, "iters", iters), as_int(OP, "window", window)
+    tau = as_number(OP, "tau", tau)
+    check_bool(OP, "window_labels", window_labels)
+    return x, *sides, iters, tau, window, window_labels
+
+
+# csrc/tokens/cluster_tokens/host.cpp has the same rules in the same order and words.
+def _check(
+    x: Tensor,
+    grid_y: int,
+    grid_x: int,
+    iters: int,
+    tau: float,
+    window: int,
+    window_labels: bool,
+    *,
+    float64: bool = False,
+) -> None:
+    check(x.dim() == 4, OP, "x", "must have 4 dimensions [B, Y, X, C]", x.dim())
+    check_dtype(OP, "x", x, float64=float64)
+    check_last_contiguous(OP, "x", x)
+    batch, height, width, channels = x.shape
+    pixels = batch * height * width
+    check(pixels < 2**31, OP, "x", "must have fewer than 2^31 pixels in all", pixels)
+    rule = f"must have 1 to {MAX_CHANNELS} channels"
+    check(1 <= channels <= MAX_CHANNELS, OP, "x", rule, channels)
+    check(1 <= grid_y <= height, OP, "grid", f"must be 1 to {height} along Y", grid_y)
+    check(1 <= grid_x <= width, OP, "grid", f"must be 1 to {width} along X", grid_x)
+    check(1 <= iters <= MAX_ITERS, OP, "iters", f"must be 1 to {MAX_ITERS}", iters)
+    check(0 <= tau < math.inf, OP, "tau", "must be finite and at least 0", tau)
+    check(window >= 1 and window % 2 == 1, OP, "window", "must be odd and at least 1", window)
+
+
+def _check_backward(dcentroids: Tensor, mass: Tensor, previous: Tensor, *lowered: Any) -> None:
+    _check(*lowered)
+
+
+def _fake(
+    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], grid_y, grid_x)
+    centroids = x.new_empty((*shape, x.shape[3]))
+    return (
+        centroids,
+        x.new_empty(x.shape[:3], dtype=torch.int32),
+        x.new_empty(shape, dtype=torch.float32),
+        torch.empty_like(centroids, dtype=torch.float32),
+    )
+
+
+def _fake_backward(
+    dcentroids: Tensor, mass: Tensor, previous: Tensor, x: Tensor, *options: Any
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, *ctx.options = inputs
+    _, labels, mass, previous = output
+    ctx.mark_non_differentiable(labels, mass, previous)
+    ctx.save_for_backward(mass, previous, x)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ops: Any,
+    ctx: Any,
+    dcentroids: Tensor | None,
+    dlabels: None,
+    dmass: Tensor | None,
+    dprevious: Tensor | None,
+) -> tuple[Any, ...]:
+    mass, previous, x = ctx.saved_tensors
+    rest = (None,) * len(ctx.options)
+    if dcentroids is None:
+        return x.new_zeros(x.shape), *rest
+    dx = ops.cluster_tokens_backward(dcentroids.contiguous(), mass, previous, x, *ctx.options)
+    return dx, *rest
+
+
+def _flops(
+    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
+) -> float:
+    reach = min(window, grid_y) * min(window, grid_x)
+    labels = reach if window_labels else grid_y * grid_x
+    return x.numel() * (5.0 * reach * iters + 3.0 * labels)
+
+
+def _backward_flops(
+    x: Tensor, grid_y: int, grid_x: int, iters: int, tau: float, window: int, window_labels: bool
+) -> float:
+    """Operations of the gradient of the last iteration."""
+    return 5.0 * x.numel() * min(window, grid_y) * min(window, grid_x)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        fake=_fake,
+        triton="tokens.cluster_tokens:cluster_tokens",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="tokens.cluster_tokens:cluster_tokens_backward",
+    )
+)
+# Q is a constant to gradients, which numerical differentiation of the reference knows nothing of:
+# in the samples it hardly depends on x.
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=cluster_tokens,
+        lower=lower,
+        reference=reference.cluster_tokens,
+        plain=reference.cluster_tokens,
+        forward=FORWARD,
+        backward=BACKWARD,
+        # Edits of the first sample.
+        differentiable=("x",),
+        paper="Expedit (Liang et al. 2022)",
+        flops=_flops,
+        backward_flops=_backward_flops,
+    )
+)  # fmt: skip

@@ -1,0 +1,224 @@
+"""reconstruct_tokens: tokens as means of the values of their nearest centroids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autocast import Autocast
+from ..check import as_int, as_number, check, check_device_of, check_tensor, check_text, fail, show
+from ..dispatch import call
+from ..library import TorchOp, register
+from ..reference.tokens import reconstruct_tokens as reference
+from ..registry import OpSpec, register_op
+from .rules import check_tokens
+
+OP = "reconstruct_tokens"
+MAX_CHANNELS = 4096
+
+
+def reconstruct_tokens(
+    features: Tensor,
+    centroids: Tensor,
+    values: Tensor,
+    *,
+    k: int = 3,
+    tau: float,
+    norm: str = "l1",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Reconstructs tokens as means of the values of their k nearest centroids:
+
+    .. math::
+       w_{nm} = e^{-\tau \lVert f_n - s_m \rVert^2}, \qquad
+       out_n = \sum_m w_{nm} z_m \Big/ \sum_m w_{nm}
+
+    over the k centroids of least distance, ties to the first. With norm "l2" the
+    weights of a token are divided by their Euclidean norm instead. The least distance of a token is
+    taken off before the exponential, so that its weights never all vanish.
+
+    Args:
+        features: f, ``[B, N, C]`` float16, bfloat16 or float32 (float64 on the reference), any
+            strides with a contiguous last dimension, C up to 4096: tokens before clustering.
+        centroids: s, ``[B, M, C]`` in the dtype of features.
+        values: z, ``[B, M, Cv]`` in the dtype of features: centroids after some layers.
+        k: centroids of a token, 1 to M.
+        tau: factor of the squared distance, at least 0.
+        norm: "l1" (weights sum to 1) or "l2", which the published code has.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (out, index, weight): ``[B, N, Cv]`` in the dtype of values, int32 ``[B, N, k]``, ascending,
+        and the weights beside it, float32 (float64 on the reference). A distance that is not finite
+        counts as the largest float32; if there are no others the weights are NaN. out is
+        differentiable in values. Distances are float32 sums of squared differences; where two
+        differ by no more than their rounding, backends may differ.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 3 B N M C operations to find the nearest and 2 B N k Cv for the means. The matrix of
+    distances is never in memory.
+
+    Paper: Expedit (Liang et al. 2022), token reconstruction.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> tokens = torch.randn(1, 16, 16, 32)
+        >>> centroids, _, _ = tm.cluster_tokens(tokens, 8, tau=0.05)
+        >>> centroids = centroids.flatten(1, 2)
+        >>> out, index, weight = tm.reconstruct_tokens(
+        ...     tokens.flatten(1, 2), centroids, centroids, tau=0.05)
+        >>> out.shape, index.shape
+        (torch.Size([1, 256, 32]), torch.Size([1, 256, 3]))
+    """
+    lowered = lower(features, centroids, values, k=k, tau=tau, norm=norm)
+    out, index, weight = call(SPEC, lowered, backend)
+    return out, index, weight
+
+
+def lower(
+    features: Tensor, centroids: Tensor, values: Tensor, *, k: int = 3, tau: float, norm: str = "l1"
+) -> tuple[Any, ...]:
+    for name, t in (("features", features), ("centroids", centroids), ("values", values)):
+        check_tensor(OP, name, t)
+    k = as_int(OP, "k", k)
+    tau = as_number(OP, "tau", tau)
+    check_text(OP, "norm", norm)
+    features, centroids = (t.detach() if t.requires_grad else t for t in (features, centroids))
+    return features, centroids, values, k, tau, norm
+
+
+# csrc/tokens/reconstruct_tokens/host.cpp has the same rules in the same order and words.
+def _check(
+    features: Tensor,
+    centroids: Tensor,
+    values: Tensor,
+    k: int,
+    tau: float,
+    norm: str,
+    *,
+    float64: bool = False,
+) -> None:
+    check_tokens(OP, "features", features, float64=float64)
+    for name, t in (("centroids", centroids), ("values", values)):
+        check_tokens(OP, name, t, float64=float64)
+        if t.dtype != features.dtype:
+            fail(OP, name, f"must have the dtype of features, {show(features.dtype)}", t.dtype)
+        check_device_of(OP, name, t, "features", features)
+        if t.shape[0] != features.shape[0]:
+            fail(OP, name, f"must have the batch size of features, {features.shape[0]}", t.shape[0])
+    channels = features.shape[2]
+    rule = f"must have 1 to {MAX_CHANNELS} channels"
+    check(1 <= channels <= MAX_CHANNELS, OP, "features", rule, channels)
+    if centroids.shape[2] != channels:
+        rule = f"must have the channels of features, {channels}"
+        fail(OP, "centroids", rule, centroids.shape[2])
+    count = centroids.shape[1]
+    if values.shape[1] != count:
+        fail(OP, "values", f"must have a row for each centroid, {count}", values.shape[1])
+    check(1 <= k <= count, OP, "k", f"must be 1 to {count}, the number of centroids", k)
+    check(0 <= tau < math.inf, OP, "tau", "must be finite and at least 0", tau)
+    check(norm in ("l1", "l2"), OP, "norm", "must be 'l1' or 'l2'", norm)
+
+
+def _check_backward(dout: Tensor, index: Tensor, weight: Tensor, *lowered: Any) -> None:
+    _check(*lowered)
+
+
+def _fake(
+    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = features.shape[:2]
+    return (
+        features.new_empty((batch, tokens, values.shape[2])),
+        features.new_empty((batch, tokens, k), dtype=torch.int32),
+        features.new_empty((batch, tokens, k), dtype=torch.float32),
+    )
+
+
+def _fake_backward(
+    dout: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    features: Tensor,
+    centroids: Tensor,
+    values: Tensor,
+    *options: Any,
+) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    features, centroids, values, *ctx.options = inputs
+    _, index, weight = output
+    ctx.mark_non_differentiable(index, weight)
+    ctx.save_for_backward(index, weight, features, centroids, values)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ops: Any, ctx: Any, dout: Tensor | None, dindex: None, dweight: Tensor | None
+) -> tuple[Any, ...]:
+    index, weight, features, centroids, values = ctx.saved_tensors
+    if dout is None:
+        dvalues = values.new_zeros(values.shape)
+    else:
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        dvalues = ops.reconstruct_tokens_backward(
+            dout, index, weight, features, centroids, values, *ctx.options
+        )
+    return None, None, dvalues, None, None, None
+
+
+def _flops(
+    features: Tensor, centroids: Tensor, values: Tensor, k: int, tau: float, norm: str
+) -> float:
+    tokens = features.shape[0] * features.shape[1]
+    return 3.0 * features.numel() * centroids.shape[1] + 2.0 * tokens * k * values.shape[2]
+
+
+def _backward_flops(features: Tensor, centroids: Tensor, values: Tensor, k: int, *_: Any) -> float:
+    return 2.0 * features.shape[0] * features.shape[1] * k * values.shape[2]
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(promote=("features", "centroids", "values")),
+        check=_check,
+        fake=_fake,
+        triton="tokens.reconstruct_tokens:reconstruct_tokens",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton="tokens.reconstruct_tokens:reconstruct_tokens_backward",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="tokens",
+        function=reconstruct_tokens,
+        lower=lower,
+        reference=reference.reconstruct_tokens,
+        plain=reference.reconstruct_tokens,
+        forward=FORWARD,
+        backward=BACKWARD,
+        # Edits of the first sample.
+        differentiable=("values",),
+        paper="Expedit (Liang et al. 2022)",
+        flops=_flops,
+        backward_flops=_backward_flops,
+    )
+)  # fmt: skip

@@ -1,0 +1,95 @@
+"""Samples and malformed calls of reconstruct_tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..edits import set_argument, set_options
+from ..registry import Malformed, Sample
+
+
+def _sample(
+    batch: int,
+    tokens: int,
+    count: int,
+    channels: int,
+    wide: int,
+    *,
+    size: float = 100.0,
+    views: bool = False,
+    **options: Any,
+) -> Any:
+    """Features around centroids. Weights are constants to gradients, which numerical
+    differentiation of the reference knows nothing of: features of a large size hardly move them."""
+
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        near = torch.randn(batch, count, channels, generator=g)
+        own = torch.randint(0, count, (batch, tokens, 1), generator=g)
+        features = near.gather(1, own.expand(-1, -1, channels))
+        features = features + 0.5 * torch.randn(features.shape, generator=g)
+        values = torch.randn(batch, count, wide, generator=g)
+        drawn = [(size * t if i < 2 else t).to(dtype)
+                 for i, t in enumerate((features, near, values))]  # fmt: skip
+        if views:
+            padded = [t.new_zeros(batch, 2 * t.shape[1] + 1, t.shape[2] + 3) for t in drawn]
+            drawn = [p[:, 1::2, 2:-1].copy_(t) for p, t in zip(padded, drawn, strict=True)]
+        return tuple(drawn), dict(options)
+
+    return make
+
+
+SAMPLES = (
+    Sample("three", _sample(2, 37, 21, 20, 17, tau=1e-5)),
+    Sample("views", _sample(1, 19, 70, 33, 24, views=True, tau=1e-5, k=5, norm="l2")),
+    Sample("all", _sample(2, 9, 6, 8, 16, tau=1e-5, k=6)),
+    Sample("one", _sample(1, 7, 40, 3, 5, tau=1.0, k=1)),
+    Sample("no tokens", _sample(2, 0, 3, 4, 8, tau=1.0)),
+    Sample("no sequences", _sample(0, 4, 3, 4, 8, tau=1.0)),
+)
+
+
+MALFORMED = (
+    Malformed(
+        "rank", "features: must have 3 dimensions [B, N, C]; got 2", set_argument(0, lambda t: t[0])
+    ),
+    Malformed(
+        "dtype",
+        "features: must be float16, bfloat16 or float32; got int32",
+        set_argument(0, torch.Tensor.int),
+    ),
+    Malformed(
+        "layout",
+        "values: must have a contiguous last dimension",
+        set_argument(2, lambda t: t.mT.contiguous().mT),
+    ),
+    Malformed(
+        "other dtype",
+        "centroids: must have the dtype of features, float32; got float16",
+        set_argument(1, torch.Tensor.half),
+    ),
+    Malformed(
+        "batch",
+        "values: must have the batch size of features, 2; got 1",
+        set_argument(2, lambda t: t[:1]),
+    ),
+    Malformed(
+        "no channels",
+        "features: must have 1 to 4096 channels; got 0",
+        set_argument(0, lambda t: t[..., :0]),
+    ),
+    Malformed(
+        "channels",
+        "centroids: must have the channels of features, 20; got 19",
+        set_argument(1, lambda t: t[..., 1:]),
+    ),
+    Malformed(
+        "rows",
+        "values: must have a row for each centroid, 21; got 20",
+        set_argument(2, lambda t: t[:, 1:]),
+    ),
+    Malformed("k", "k: must be 1 to 21, the number of centroids; got 22", set_options(k=22)),
+    Malformed("tau", "tau: must be finite and at least 0; got -1", set_options(tau=-1.0)),
+    Malformed("norm", "norm: must be 'l1' or 'l2'; got 'l3'", set_options(norm="l3")),
+)

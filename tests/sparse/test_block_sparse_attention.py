@@ -1,0 +1,225 @@
+"""block_sparse_attention: any call, identities, and what must not be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_sparse_calls import NAN, block_sparse_samples, drawn, full_lists, gradients, run
+from conftest import backends, cpu_variants, device_of
+from hypothesis import given
+from tier import examples
+
+import tokenmill as tm
+from tokenmill import registry
+from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
+from tokenmill.testing import compare
+
+SPEC = registry.get("block_sparse_attention")
+
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
+each_kernel = pytest.mark.parametrize("backend", backends())
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
+@each_dtype
+@examples(120)
+@given(sample=block_sparse_samples(longest=150))
+def test_any_call_keeps_the_error_budget_on_cpu(dtype, backend, sample):
+    assert not [c for c in compare(SPEC, sample, backend, dtype) if not c.ok], sample.name
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+@each_dtype
+@examples(6)
+@given(sample=block_sparse_samples(longest=50))
+def test_any_call_keeps_the_error_budget(dtype, backend, sample):
+    found = compare(SPEC, sample, backend, dtype, device=device_of(backend))
+    assert not [c for c in found if not c.ok], sample.name
+
+
+LONG = [
+    registry.Sample(
+        f"{block_q}x{block_k} {options}",
+        block_sparse_call(
+            sq=500, sk=900, b=1, h=2, hk=1, d=40, dv=72, block_q=block_q, block_k=block_k,
+            entries=400 // block_k, **options,
+        ),
+    )
+    for block_q, block_k in ((1, 4), (16, 1), (32, 16), (64, 64), (128, 2), (128, 128))
+    for options in (
+        {"lists": 2},
+        {"lists": 1, "causal": True, "num_sink": 3, "num_recent": 70},
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", [i for b, i in cpu_variants() if b == "cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", LONG, ids=lambda sample: sample.name)
+def test_long_sequences_cross_every_tile_border(sample, dtype, isa):
+    assert not [c for c in compare(SPEC, sample, "cpu", dtype) if not c.ok]
+
+
+def leaves_of(args):
+    return [t.detach().requires_grad_() for t in args[:3]]
+
+
+def close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+# --- identities -------------------------------------------------------------------------------
+
+
+@each_backend
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_block_is_attention(backend, causal):
+    args, kwargs = drawn(backend, sq=50, sk=70, block_k=8, causal=causal)
+    q, k, v = leaves_of(args)
+    lists = full_lists(q, k, 16, 8)
+    ours = run(backend, (q, k, v, *lists), kwargs)
+    dense = tm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
+    close(ours, dense)
+    close(gradients(ours, (q, k, v)), gradients(dense, (q, k, v)))
+
+
+@each_backend
+def test_last_keys_alone_are_a_window(backend):
+    args, kwargs = drawn(backend, sq=40, sk=60, entries=0, causal=True, num_recent=9)
+    q, k, v = leaves_of(args)
+    ours = run(backend, (q, k, v, *args[3:]), kwargs)
+    window = tm.attention(q, k, v, window=(8, 0), return_lse=True, backend=backend)
+    close(ours, window)
+    close(gradients(ours, (q, k, v)), gradients(window, (q, k, v)))
+
+
+@each_backend
+@pytest.mark.parametrize("num_sink", [0, 5, 16, 100])
+@pytest.mark.parametrize("num_recent", [0, 1, 23, 100])
+def test_keys_seen_twice_count_once(backend, num_sink, num_recent):
+    """Whatever the first and last keys cover, the whole list adds the rest."""
+    args, kwargs = drawn(backend, sq=40, sk=60, block_k=4, causal=True)
+    q, k, v = args[:3]
+    lists = full_lists(q, k, 16, 4)
+    want = run(backend, (q, k, v, *lists), kwargs)
+    options = {"num_sink": num_sink, "num_recent": num_recent}
+    close(run(backend, (q, k, v, *lists), kwargs, **options), want)
+
+
+@each_backend
+def test_lists_of_blocks_are_lists_of_keys(backend):
+    args, kwargs = drawn(backend, block_k=8, entries=4)
+    keys = (args[3][..., None] * 8 + torch.arange(8, device=args[3].device)).flatten(-2).int()
+    want = run(backend, args, kwargs)
+    close(run(backend, (*args[:3], keys, args[4] * 8), kwargs, block_k=1), want)
+
+
+@each_backend
+def test_kinds_of_lists_agree(backend):
+    """A list for all heads, copied for each KV head, copied for each query head."""
+    args, kwargs = drawn(backend, lists=1, causal=True, num_sink=2)
+    q, k, v = leaves_of(args)
+    indices, counts = args[3:]
+    kinds = []
+    for heads in (1, 2, 4):
+        lists = indices.expand(-1, heads, -1, -1), counts.expand(-1, heads, -1)
+        results = run(backend, (q, k, v, *lists), kwargs)
+        kinds.append((*results, *gradients(results, (q, k, v))))
+    for kind in kinds[1:]:
+        close(kind, kinds[0])
+
+
+@each_backend
+def test_parts_of_lists_merge(backend):
+    args, kwargs = drawn(backend, entries=5, b=1)
+    odd = torch.arange(5, device=args[3].device) % 2 == 1
+    parts = []
+    for keep in (odd, ~odd):
+        kept = torch.where(keep, args[3], -1)  # -1 is left out wherever it stands
+        parts.append(run(backend, (*args[:3], kept, args[4]), kwargs))
+    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
+    close(tm.merge_attention_states(outs, lses, backend="reference"), run(backend, args, kwargs))
+
+
+@each_backend
+def test_rows_of_lists_do_not_see_each_other(backend):
+    """Each block of queries alone gives what it gives among others."""
+    args, kwargs = drawn(backend, sq=64, block_q=16)
+    q, k, v, indices, counts = args
+    out, lse = run(backend, args, kwargs)
+    for r in range(4):
+        at = slice(16 * r, 16 * r + 16)
+        one = (q[:, at], k, v, indices[:, :, r : r + 1], counts[:, :, r : r + 1])
+        close(run(backend, one, kwargs), (out[:, at], lse[..., at]))
+
+
+# --- what must not be read, and what must be written --------------------------------------------
+
+
+@each_kernel
+@each_dtype
+def test_keys_that_nobody_sees_are_not_read(backend, dtype):
+    args, kwargs = drawn(backend, dtype, sk=160, entries=2, block_k=16, num_sink=3, causal=True)
+    q, k, v = leaves_of(args)
+    results = run(backend, (q, k, v, *args[3:]), kwargs)
+    want = gradients(results, (q, k, v))
+    unseen = (want[1] == 0).all(-1) & (want[2] == 0).all(-1)
+    assert unseen.any()
+    k2, v2 = (torch.where(unseen[..., None], NAN, t).detach().requires_grad_() for t in (k, v))
+    spoiled = run(backend, (q, k2, v2, *args[3:]), kwargs)
+    for a, b in zip(spoiled, results, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(gradients(spoiled, (q, k2, v2)), want, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_backend
+def test_rows_without_keys(backend):
+    args, kwargs = drawn(backend, entries=3)
+    args[4][:, :, 1] = 0
+    q, k, v = leaves_of(args)
+    out, lse = run(backend, (q, k, v, *args[3:]), kwargs)
+    assert (out[:, 16:32] == 0).all() and (lse[:, :, 16:32] == -float("inf")).all()
+    dq = gradients((out, lse), (q, k, v))[0]
+    assert (dq[:, 16:32] == 0).all() and (dq[:, :16] != 0).any()
+
+
+@each_backend
+def test_a_nan_stays_in_its_row(backend):
+    args, kwargs = drawn(backend, causal=True, num_recent=5)
+    want = run(backend, args, kwargs)
+    args[0][0, 20, 1] = NAN
+    got = run(backend, args, kwargs)
+    for a, b, row in ((got[0], want[0], (0, 20, 1)), (got[1], want[1], (0, 1, 20))):
+        assert torch.isnan(a[row]).all()
+        a[row] = b[row] = 0
+        assert torch.equal(a, b)
+
+
+# --- transpose_block_list -----------------------------------------------------------------------
+
+
+@each_backend
+def test_transposed_lists_hold_the_same_pairs(backend):
+    args, _ = drawn(backend, sq=300, sk=200, block_q=4, block_k=8, entries=9, hostile=True)
+    indices, counts = args[3:]
+    blocks = 25
+    offsets, rows = tm.transpose_block_list(indices, counts, blocks, backend=backend)
+    for b, h in ((0, 0), (1, 1)):
+        pairs = []
+        for r, (ids, count) in enumerate(
+            zip(indices[b, h].tolist(), counts[b, h].tolist(), strict=True)
+        ):
+            largest = -1
+            for i in ids[: max(count, 0)]:
+                if i > largest and i < blocks:
+                    pairs.append((i, r))
+                largest = max(largest, i)
+        ends, listed = offsets[b, h].tolist(), rows[b, h].tolist()
+        found = [(j, r) for j in range(blocks) for r in listed[ends[j] : ends[j + 1]]]
+        assert found == sorted(pairs)
+        assert listed[ends[-1] :] == [-1] * (len(listed) - ends[-1])

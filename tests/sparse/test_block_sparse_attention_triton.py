@@ -1,0 +1,104 @@
+"""The Triton kernels of block_sparse_attention compiled for GPUs: they fit, and no length compiles
+anew.
+
+As a script, it compiles them without a GPU and prints what they use:
+python tests/sparse/test_block_sparse_attention_triton.py CAPABILITY [float16:64:64:64:causal,ends]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+CASES = (  # dtype, head dimension, block_q, block_k, options
+    "float16:64:64:64:causal,ends",
+    "bfloat16:128:128:16:causal",
+    "float16:128:1:128:softcap",
+    "bfloat16:256:64:2:causal,ends",
+    "float32:64:16:64:causal,ends",
+    "float32:128:64:8:each",
+)
+KERNELS = {
+    "compact_kernel",
+    "block_sparse_kernel",
+    "block_sparse_queries_kernel",
+    "block_sparse_keys_kernel",
+}
+
+
+def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries=64):
+    """A call of block_sparse_attention, without data."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, kv_heads, rows = 8, 2, -(-tokens // block_q)
+    lists = heads if "each" in options else kv_heads
+    q = empty(batch, tokens, heads, dim, dtype=dtype)
+    k = empty(batch, tokens, kv_heads, dim, dtype=dtype)
+    ends = "ends" in options
+    return (
+        q, k, k, empty(batch, lists, rows, entries, dtype=torch.int32),
+        empty(batch, lists, rows, dtype=torch.int32), block_q, block_k, "causal" in options,
+        4 if ends else 0, 100 if ends else 0, 0.1, 5.0 if "softcap" in options else 0.0,
+        empty(batch, dtype=torch.int32) if ends else None,
+    )  # fmt: skip
+
+
+def kernels(capability, *call, **sizes):
+    from tokenmill.triton_kernels.sparse import block_sparse_attention as forward
+    from tokenmill.triton_kernels.sparse import block_sparse_attention_backward as backward
+
+    def launch():
+        args = lowered(*call, **sizes)
+        out, lse = forward.block_sparse_attention(*args)
+        backward.block_sparse_attention_backward(out, lse, out, lse, *args)
+
+    return compiled(capability, launch)
+
+
+def main(capability, *cases):
+    for case in cases:
+        dtype, dim, block_q, block_k, options = case.split(":")
+        sizes = int(dim), int(block_q), int(block_k)
+        for kernel, code in kernels(int(capability), getattr(torch, dtype), *sizes, options):
+            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_path):
+    text = fresh_process(__file__, __file__, capability, *CASES, folder=tmp_path)
+    found = [json.loads(line) for line in text.splitlines()]
+    assert {p["kernel"] for p in found} == KERNELS
+    for program in found:
+        assert_fits(program, capability)
+        if program["kernel"] != "compact_kernel":
+            operand = OPERANDS[program["case"].split(":")[0]]
+            assert program["products"], program
+            for product in program["products"]:
+                assert f".f32.{operand}.{operand}" in product, program
+
+
+def test_no_length_compiles_anew(tmp_path):
+    code = """
+import torch
+from test_block_sparse_attention_triton import kernels
+
+call = 80, torch.float16, 64, 64, 64, "causal,ends"
+names = "batch", "tokens", "entries"
+sizes = (2, 4096, 64), (1, 1023, 17), (3, 64, 1)
+calls = [[code for _, code in kernels(*call, **dict(zip(names, n)))] for n in sizes]
+first, *others = calls
+assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+"""
+    fresh_process(__file__, "-c", code, folder=tmp_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,103 @@
+"""The Triton kernels of sparse_decode_attention compiled for GPUs: they fit, and no length compiles
+anew.
+
+As a script, it compiles them without a GPU and prints what they use:
+python tests/sparse/test_sparse_decode_attention_triton.py CAPABILITY [float16:64:paged,rope,extra]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+CASES = (  # dtype, head dimension, terms
+    "float16:64:",
+    "bfloat16:128:paged,block,rope,extra,terms,mass",
+    "bfloat16:256:rope,interleaved",
+    "float16:128:paged,partial,place,mass",
+    "float32:64:partial,interleaved,extra,mass",
+    "float32:128:paged,rope,terms",
+    "float32:128:partial,mass",
+)
+
+
+def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
+    """A call of sparse_decode_attention, without data."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    heads, kv_heads, page_size, extra = 32, 8, 16, tokens // 256
+    paged, integer = "paged" in options, torch.int32
+    q = empty(batch, queries, heads, dim, dtype=dtype)
+    pages = (batch * tokens // page_size, page_size) if paged else (batch, tokens)
+    cache = empty(*pages, kv_heads, dim, dtype=dtype)
+    pairs = dim // 4 if "partial" in options else dim // 2
+    turns = "rope" in options or "partial" in options
+    table = empty(tokens, pairs) if turns else None
+    extra_k = empty(batch, extra, kv_heads, dim, dtype=dtype) if "extra" in options else None
+    terms = "terms" in options
+    return (
+        q, cache, cache, empty(batch, kv_heads, entries, dtype=integer),
+        empty(batch, kv_heads, dtype=integer), empty(batch, dtype=integer),
+        empty(batch, tokens // page_size, dtype=integer) if paged else None,
+        16 if "block" in options else 1, 4, 100, "cache" if "place" in options else "absolute",
+        table, table, "interleaved" in options, extra_k, extra_k,
+        empty(batch, kv_heads, extra) if extra_k is not None else None, 0.1,
+        5.0 if terms else 0.0, empty(heads) if terms else None, 0, "mass" in options,
+    )  # fmt: skip
+
+
+def kernels(capability, *call, **sizes):
+    from tokenmill.triton_kernels.sparse.sparse_decode_attention import sparse_decode_attention
+
+    return compiled(capability, lambda: sparse_decode_attention(*lowered(*call, **sizes)))
+
+
+def main(capability, *cases):
+    for case in cases:
+        dtype, dim, options = case.split(":")
+        for kernel, code in kernels(int(capability), getattr(torch, dtype), int(dim), options):
+            print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_path):
+    text = fresh_process(__file__, __file__, capability, *CASES, folder=tmp_path)
+    found = [json.loads(line) for line in text.splitlines()]
+    assert {p["kernel"] for p in found} == {"sparse_ranges_kernel", "merge_kernel", "mass_kernel"}
+    for program in found:
+        assert_fits(program, capability)
+        if program["kernel"] == "sparse_ranges_kernel":
+            operand = OPERANDS[program["case"].split(":")[0]]
+            assert program["products"], program
+            for product in program["products"]:
+                assert f".f32.{operand}.{operand}" in product, program
+
+
+def test_no_length_compiles_anew(tmp_path):
+    code = """
+import torch
+from test_sparse_decode_attention_triton import kernels
+
+options = "paged,rope,extra,mass"
+sizes = [(4096, 1024, 1, 4), (1024, 16, 3, 1), (256, 77, 4, 5)]
+names = ("tokens", "entries", "queries", "batch")
+calls = [
+    [code for _, code in kernels(80, torch.float16, 64, options, **dict(zip(names, n)))]
+    for n in sizes
+]
+first, *others = calls
+assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+"""
+    fresh_process(__file__, "-c", code, folder=tmp_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
