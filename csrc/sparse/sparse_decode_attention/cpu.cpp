@@ -1,5 +1,5 @@
 #include "dense/attention_decode/cpu_engine.h"
-#include "select/sparse_decode_attention/params.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {

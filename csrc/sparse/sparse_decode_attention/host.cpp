@@ -3,7 +3,7 @@
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "dense/terms.h"
-#include "select/sparse_decode_attention/params.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill {
 namespace {

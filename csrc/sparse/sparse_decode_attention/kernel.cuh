@@ -1,7 +1,7 @@
 // The scores of attention_decode over the row of keys of a list head.
 #pragma once
 #include "dense/attention_decode/kernel.cuh"
-#include "select/sparse_decode_attention/kernel_keys.cuh"
+#include "sparse/sparse_decode_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 

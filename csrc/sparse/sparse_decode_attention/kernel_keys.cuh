@@ -1,7 +1,7 @@
 // The row of keys of a list head, as the engine of attention_decode streams over it.
 #pragma once
 #include "dense/attention_decode/kernel_products.cuh"
-#include "select/sparse_decode_attention/params.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
