@@ -1,7 +1,7 @@
 // Products of rows of keys, straight from memory, with query rows in shared memory, by one warp.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {

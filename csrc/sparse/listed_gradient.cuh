@@ -1,7 +1,9 @@
 // One warp of the backward: 16 or 32 rows, of queries or of keys, and the products that they take
 // part in.
 #pragma once
-#include "dense/attention/kernel_backward_tiles.cuh"
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/mask.cuh"
 #include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {
@@ -158,7 +160,7 @@ class GradientWarp {
   template <int kRowTile, int kPart>
   static __device__ __forceinline__ void load_left(uint32_t (&to)[4], uint32_t left) {
     at_half_part<Tile, kPart>(left, [&](uint32_t at, auto offset) {
-      load_matrices<decltype(offset)::value + kRowTile * 16 * Shape::kRowBytes>(to, at);
+      ldmatrix<decltype(offset)::value + kRowTile * 16 * Shape::kRowBytes>(to, at);
     });
   }
 
@@ -185,7 +187,7 @@ class GradientWarp {
       at_part<Tile, part>(right, [&](uint32_t at, auto offset) {
         unroll<kStepTiles>([&](auto n) {
           uint32_t w[4];
-          load_matrices<decltype(offset)::value + 8 * n * Shape::kRowBytes>(w, at);
+          ldmatrix<decltype(offset)::value + 8 * n * Shape::kRowBytes>(w, at);
           const auto low = make_fragment<T>(w[0], w[1]), high = make_fragment<T>(w[2], w[3]);
 #pragma unroll
           for (int m = 0; m < kCount; ++m)
@@ -219,7 +221,7 @@ class GradientWarp {
       if constexpr (!Shape::kFloat) {
         at_half_part<Tile, i>(right, [&](uint32_t at, auto offset) {
           uint32_t words[4];
-          load_matrices_transposed<decltype(offset)::value>(words, at);
+          ldmatrix_trans<decltype(offset)::value>(words, at);
           add(2 * i, make_fragment<T>(words[0], words[1]));
           add(2 * i + 1, make_fragment<T>(words[2], words[3]));
         });

@@ -2,9 +2,12 @@
 // keys, their softmax weights, and the products of these with the values. Which keys a row sees is
 // not known here.
 #pragma once
-#include "dense/attention/kernel_products.cuh"
-#include "dense/attention/kernel_shape.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/stage_addresses.cuh"
+#include "cuda/attention/tile_shape.cuh"
+#include "cuda/load_tile.cuh"
 
 namespace tokenmill::cuda {
 
@@ -29,14 +32,6 @@ struct ListedShape : ForwardShape<T, kBucket> {
   // spill.
   static constexpr int kMinBlocks = kWide && Base::kFloat ? 1 : 0;
 };
-
-// Ends a basic block. ptxas mixes what lies within one, and loads far ahead, until more is live
-// than there are registers. kNumber keeps it from joining two of them.
-template <int kNumber>
-__device__ __forceinline__ void end_block(int positive) {
-  asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, %1; @p exit; }" ::"r"(positive), "n"(-kNumber)
-               : "memory");
-}
 
 template <typename T, int kBucket>
 class ListedProducts {
@@ -73,8 +68,8 @@ class ListedProducts {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
-      // With these a row's first weights overflow, which sets its pivot.
-      neg_pivot_[m][0] = neg_pivot_[m][1] = kFloatMax;
+      // With these a row's first weights overflow, which sets its row_max.
+      neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }
   }
@@ -111,16 +106,16 @@ class ListedProducts {
                   Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
   }
 
-  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. finish(s)
+  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. score_mod(s)
   // follows the first product; exponents of weights are s times factor then, and -inf hides a pair.
   // It returns whether any is hidden from those that sees(half, key) tells; null: none can be. The
   // compiler cannot know that `positive` is.
-  template <int kFirst, int kCount, int kKeys, int kOffset, typename Finish, typename Sees>
+  template <int kFirst, int kCount, int kKeys, int kOffset, typename ScoreMod, typename Sees>
   __device__ __forceinline__ void add_step(const Addresses& at, float factor, int positive,
-                                           const Finish& finish, const Sees& sees) {
+                                           const ScoreMod& score_mod, const Sees& sees) {
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kOffset>(s, at);
-    const bool cut = finish(s);
+    const bool cut = score_mod(s);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     float sums[kCount][2];
     // Loops, so that weights have one place where they are made and need no registers twice.
@@ -130,16 +125,16 @@ class ListedProducts {
       fresh_ &= ~kMask;
 #pragma unroll 1
       for (;;) {
-        if (raise) raise_pivots<kFirst>(s, factor);
-        if (!exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) || raise) break;
+        if (raise) update_row_max<kFirst>(s, factor);
+        if (!exponentiate<kFirst>(s, factor, neg_row_max_, p, sums) || raise) break;
         raise = 1;
         keep(raise);
       }
     } else {
       int raised = 0;
 #pragma unroll 1
-      while (exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) && !raised) {
-        raise_pivots<kFirst>(s, factor);
+      while (exponentiate<kFirst>(s, factor, neg_row_max_, p, sums) && !raised) {
+        update_row_max<kFirst>(s, factor);
         raised = 1;
         keep(raised);
       }
@@ -161,14 +156,9 @@ class ListedProducts {
   }
 
   float out_[kRowTiles][kTiles][4];
-  float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
  private:
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
-
   static __device__ int row_warps() {
     return Shape::kColumnWarps > 1 ? Shape::kMaxRowWarps : Shape::kMaxThreads / kWarpSize;
   }
@@ -205,11 +195,11 @@ class ListedProducts {
     }
   }
 
-  // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
-  // moves depends on that row alone.
+  // Moves row_max of rows with weights above 2^kHeadroom to their maximum and rescales their sums.
+  // Whether that happens to a row depends on that row alone.
   template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void raise_pivots(const float (&s)[kCount][kKeyTiles][4],
-                                               float factor) {
+  __device__ __forceinline__ void update_row_max(const float (&s)[kCount][kKeyTiles][4],
+                                                 float factor) {
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
 #pragma unroll
@@ -219,10 +209,10 @@ class ListedProducts {
         for (int n = 0; n < kKeyTiles; ++n)
           top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor, s[m][n][2 * h + 1] * factor));
         top = quad_max(top);
-        float& neg_pivot = neg_pivot_[kFirst + m][h];
-        if (top + neg_pivot > kHeadroom) {
-          if (neg_pivot < kFloatMax) {  // else all sums are 0
-            const float shrink = exp2_approx(-neg_pivot - top);
+        float& neg_row_max = neg_row_max_[kFirst + m][h];
+        if (top + neg_row_max > kHeadroom) {
+          if (neg_row_max < kFloatMax) {  // else all sums are 0
+            const float shrink = exp2_approx(-neg_row_max - top);
             sum_[kFirst + m][h] *= shrink;
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
@@ -230,7 +220,7 @@ class ListedProducts {
               out_[kFirst + m][n][2 * h + 1] *= shrink;
             }
           }
-          neg_pivot = -top;
+          neg_row_max = -top;
         }
       }
     }

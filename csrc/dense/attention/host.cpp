@@ -4,7 +4,7 @@
 #include "core/stream.h"
 #include "dense/attention/band.h"
 #include "dense/attention/params.h"
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {
@@ -94,7 +94,7 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const O
   p.softcap = static_cast<float>(o.softcap);
   p.score_bias_value = static_cast<float>(o.score_bias_value);
   p.score_bias_neg_log_n = o.score_bias_neg_log_n;
-  set_terms(kOp, p, q, o.kind, o.score_bias, o.alibi_slopes, o.sink);
+  set_score_mod(kOp, p, q, o.kind, o.score_bias, o.alibi_slopes, o.sink);
   if (o.bias) {
     const View t(*o.bias);
     const std::vector<int64_t> full{p.batch, p.heads,

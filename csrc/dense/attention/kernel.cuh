@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_keys.load(stage, key0);
       load_values.load(stage + to_values, key0);
     }
-    commit_copies();
+    cp_async_commit();
   };
   if (begin < end) load_stage(own, begin);
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
 #pragma unroll 1
   for (int key0 = begin; key0 < block_end();) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     if (key0 + Shape::kTileKeys < block_end()) {
       if constexpr (kGeneral) {  // leaves no registers to keep these

@@ -2,7 +2,14 @@
 #pragma once
 #include <cstddef>
 
-#include "dense/attention/kernel_backward_tiles.cuh"
+#include "cuda/arch/cp_async.cuh"
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/attention/gmem_to_smem.cuh"
+#include "cuda/attention/mask.cuh"
+#include "cuda/attention/score_mod_backward.cuh"
+#include "dense/attention/kernel_backward_store.cuh"
 
 namespace tokenmill::cuda {
 
@@ -40,7 +47,7 @@ struct PairShape {
   static constexpr int kColumns = kWide ? 16 : kDim <= 128 ? 64 : 32;
   static constexpr int kStep = 16;                      // columns at once
   static constexpr int kDepths = kStep / kMmaDepth<T>;  // products that a step of columns takes
-  // 16-bit weights on their way to the follower, where shared memory is what binds.
+  // 16-bit weights on their way to the warp of dS, where shared memory is what binds.
   static constexpr bool kPacked = !kWide && kDim > 64 && !kGeneral;
   static constexpr int kPlanes = kGeneral ? 2 : 1;
 

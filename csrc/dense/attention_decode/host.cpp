@@ -1,7 +1,7 @@
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "dense/attention_decode/params.h"
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor q, Tensor k_cache, Tensor v_c
   p.score_bias_value = static_cast<float>(score_bias_value);
   p.score_bias_neg_log_n = score_bias_neg_log_n;
   p.window_left = window_left;
-  set_terms(kOp, p, qv, kind, score_bias, alibi_slopes, sink);
+  set_score_mod(kOp, p, qv, kind, score_bias, alibi_slopes, sink);
   check_cache_values(kOp, qv, kv, d.cache);
 
   Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);

@@ -1,7 +1,10 @@
 // One warp's part of an output tile: the products of 16 rows of queries with a step of keys, and of
 // their weights with the values. What becomes of the scores in between is not known here.
 #pragma once
-#include "dense/attention/kernel_products.cuh"
+#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/stage_addresses.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -54,8 +57,8 @@ class DecodeProducts {
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[0][n][i] = 0;
-    // With these a row's first weights overflow, which sets its pivot.
-    neg_pivot_[0] = neg_pivot_[1] = kFloatMax;
+    // With these a row's first weights overflow, which sets its row_max.
+    neg_row_max_[0] = neg_row_max_[1] = kFloatMax;
     sum_[0] = sum_[1] = 0;
   }
 
@@ -91,7 +94,7 @@ class DecodeProducts {
       }
       if (lane % 4 == 0 && first_column() == 0) {
         row[Shape::kSumAt] = sum;
-        row[Shape::kPivotAt] = -neg_pivot_[half];
+        row[Shape::kRowMaxAt] = -neg_row_max_[half];
       }
     }
   }
@@ -111,11 +114,6 @@ class DecodeProducts {
 #pragma unroll
       for (int i = 0; i < 4; ++i) visit(s[n][i], i / 2, 8 * n + column + i % 2);
   }
-
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
 
   template <int kSlice>
   static __device__ __forceinline__ void load_query(QuerySlice& to,
@@ -167,18 +165,18 @@ class DecodeProducts {
     });
   }
 
-  // Weights relative to the pivots of their rows, which move if a weight exceeds the headroom.
+  // Weights relative to row_max of their rows, which moves if a weight exceeds the headroom.
   __device__ __forceinline__ void exponentiate(float (&s)[kKeyTiles][4]) {
     float top[2] = {-infinity(), -infinity()};
     each_score(s, [&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
     top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-    const bool over = top[0] + neg_pivot_[0] > kHeadroom || top[1] + neg_pivot_[1] > kHeadroom;
+    const bool over = top[0] + neg_row_max_[0] > kHeadroom || top[1] + neg_row_max_[1] > kHeadroom;
     if (__any_sync(kFullWarp, over)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!(top[half] + neg_pivot_[half] > kHeadroom)) continue;
-        const float shrink = exp2_approx(-neg_pivot_[half] - top[half]);
-        neg_pivot_[half] = -top[half];
+        if (!(top[half] + neg_row_max_[half] > kHeadroom)) continue;
+        const float shrink = exp2_approx(-neg_row_max_[half] - top[half]);
+        neg_row_max_[half] = -top[half];
         sum_[half] *= shrink;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
@@ -186,7 +184,7 @@ class DecodeProducts {
       }
     }
     each_score(s, [&](float& x, int half, int) {
-      x = exp2_approx(x + neg_pivot_[half]);
+      x = exp2_approx(x + neg_row_max_[half]);
       sum_[half] += x;
     });
   }
@@ -206,7 +204,7 @@ class DecodeProducts {
 
   bool active_;
   int row_warp_;
-  float neg_pivot_[2], sum_[2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[2], sum_[2];  // of rows g, g + 8; sums of this lane
   float out_[1][kTiles][4];
 
  private:

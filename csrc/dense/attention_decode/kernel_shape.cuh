@@ -5,8 +5,10 @@
 // takes one segment (split), or all that fall into its share of the steps of all output tiles
 // (stream-K).
 #pragma once
-#include "dense/attention/kernel_shape.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/score_map.cuh"
+#include "cuda/attention/score_mod.cuh"
+#include "cuda/load_tile.cuh"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill::cuda {
@@ -38,10 +40,10 @@ struct DecodeShape {
   static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
   static constexpr int kSlices = kRowBytes / 64;
 
-  // Sums of one row: of the weighted values, of the weights, then the pivot of the weights. A few
+  // Sums of one row: of the weighted values, of the weights, then their row_max. A few
   // more floats than values keep those rows of an accumulator in different banks that are stored
   // together: two, four floats a lane (kFloat), or four, two floats a lane.
-  static constexpr int kSumAt = kBucket, kPivotAt = kBucket + 1;
+  static constexpr int kSumAt = kBucket, kRowMaxAt = kBucket + 1;
   static constexpr int kPartialRow = kBucket + (kFloat ? 4 : 8);
   static constexpr int kPartialBytes = kDecodeWarps * 16 * kPartialRow * 4;  // of all warps
 

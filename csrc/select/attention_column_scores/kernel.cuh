@@ -3,9 +3,9 @@
 // queries and finds maximum and sum of their exponents; the second owns keys and adds weights up.
 // Both may split what streams, by shapes alone; small kernels put the parts together in order.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
 #include "cuda/gumbel.cuh"
 #include "cuda/load_tile.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/sequences.cuh"
 #include "cuda/warp.cuh"
 #include "select/attention_column_scores/params.h"
@@ -43,7 +43,7 @@ struct ScorePlan {
   bool aligned;        // rows start at multiples of 16 bytes and consist of whole chunks
   bool whole;          // and fill those of their tiles
   float2* parts;       // [splits, B, H, window] maximum and sum, of the first pass
-  float2* statistics;  // [B, H, window] pivot and weight: P = 2^(t - pivot) weight
+  float2* statistics;  // [B, H, window] row_max and weight: P = 2^(t - row_max) weight
   float* sums;         // [splits, B, H, Sk], of the second pass
 };
 
@@ -115,7 +115,7 @@ class ScoreWarp {
 
   // visit(own row, maximum, sum), by one lane of each quad.
   template <typename Visit>
-  __device__ void finish(const Visit& visit) const {
+  __device__ void epilogue(const Visit& visit) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
       loader.template load_whole<kScoreThreads>(to);
     else
       loader.load(to, row);
-    commit_copies();
+    cp_async_commit();
   };
   uint32_t stage = shared_address(shared);
   const uint32_t own_chunk = Loader::own_offset();
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   if (begin < end) load_stage(stage + own_chunk, begin);
 #pragma unroll 1
   for (int row = begin; row < end; row += Shape::kTileRows) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     if (row + Shape::kTileRows < end) load_stage(stage + other + own_chunk, row + Shape::kTileRows);
     warp.add_tile(stage, row);
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
     other = -other;
   }
   const int64_t part = split * p.batch * p.heads + bh;
-  warp.finish([&](int row, float top, float sum) {
+  warp.epilogue([&](int row, float top, float sum) {
     if constexpr (kRows)
       plan.parts[part * p.window_queries + row - origin] = {top, sum};
     else

@@ -2,7 +2,7 @@
 
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 #include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill {
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> sparse_decode_attention(
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   p.window_left = -1;
-  set_terms(kOp, p, qv, "softmax", std::nullopt, std::nullopt, sink);
+  set_score_mod(kOp, p, qv, "softmax", std::nullopt, std::nullopt, sink);
   check_cache_values(kOp, qv, kv, d.cache, true);
 
   Tensor out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);

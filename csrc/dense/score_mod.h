@@ -39,9 +39,9 @@ inline const float* per_head(const char* op, const char* name, const OptTensor& 
 }
 
 // Batch, heads and map of p must be known.
-inline void set_terms(const char* op, AttentionParams& p, const View& q, const std::string& kind,
-                      const OptTensor& score_bias, const OptTensor& alibi_slopes,
-                      const OptTensor& sink) {
+inline void set_score_mod(const char* op, AttentionParams& p, const View& q,
+                          const std::string& kind, const OptTensor& score_bias,
+                          const OptTensor& alibi_slopes, const OptTensor& sink) {
   p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
   p.alibi_slopes = per_head(op, "alibi_slopes", alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
   if (sink) {
