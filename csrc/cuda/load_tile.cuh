@@ -33,6 +33,19 @@ __device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row
   for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
 }
 
+// The same of chunk `chunk`; whole: all of a row's chunks are there, aligned.
+template <typename T>
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk,
+                                           int columns, bool whole) {
+  const int column = chunk * (kChunkBytes / static_cast<int>(sizeof(T)));
+  if (whole) {
+    const uint4 x = *reinterpret_cast<const uint4*>(row + column);
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+  } else {
+    load_elements(words, row, column, columns);
+  }
+}
+
 // The first `columns` elements of a chunk to shared memory, then zeros. A word at a time: this path
 // is rare, and the registers of the kernels are taken.
 template <typename T>

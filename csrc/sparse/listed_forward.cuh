@@ -2,6 +2,7 @@
 // any of them sees stream through two stages of shared memory, gathered into full tiles.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
+#include "cuda/attention/score_mod.cuh"
 #include "sparse/listed_keys.cuh"
 #include "sparse/listed_products.cuh"
 
@@ -224,7 +225,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        s[n][i] = cap > 0 ? kLog2e * cap * tanhf(s[n][i] * scale / cap) : s[n][i] * d_.factor;
+        s[n][i] = cap > 0 ? apply_softcap(s[n][i] * scale, cap, kLog2e) : s[n][i] * d_.factor;
   }
 
   // `seen` of this lane's first key, positions of its first row.

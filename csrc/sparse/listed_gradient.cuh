@@ -4,6 +4,7 @@
 #include "cuda/arch/ldmatrix.cuh"
 #include "cuda/arch/mma_sm80.cuh"
 #include "cuda/attention/mask.cuh"
+#include "cuda/attention/score_mod_backward.cuh"
 #include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {
@@ -114,9 +115,9 @@ class GradientWarp {
           const float minus_lse = statistic(0, kFirst + m, n, i);
           float through = 1, exponent = fmaf(s[m][n][i], factor_, minus_lse);
           if (!kPlain && softcap_ > 0) {
-            const float t = tanh_accurate(s[m][n][i] * scale_ / softcap_);
-            exponent = fmaf(softcap_ * t, kLog2e, minus_lse);
-            through = fmaf(-t, t, 1.f);
+            const Softcapped capped = softcap_with_slope(s[m][n][i] * scale_, softcap_);
+            exponent = fmaf(capped.z, kLog2e, minus_lse);
+            through = capped.slope;
           }
           const bool seen = kPlain || sees(kFirst + m, n, i);
           w[i] = seen ? exp2_approx(exponent) : 0;

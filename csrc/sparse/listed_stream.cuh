@@ -3,16 +3,14 @@
 #pragma once
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/attention/sequence.cuh"
+#include "cuda/attention/tile_shape.cuh"
 
 namespace tokenmill::cuda {
 
-// Sizes of what streams: kTileRows rows of both tensors a stage.
+// kTileRows rows of both tensors a stage.
 template <typename T, int kBucket>
-struct StreamShape {
-  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
-  static constexpr int kTileRows = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
-  static constexpr int kTileBytes = kTileRows * kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;
+struct StreamShape : TileShape<T, kBucket> {
+  static constexpr int kTileRows = TileShape<T, kBucket>::kTileKeys;
 };
 
 // The ids of lists that say where the rows of two tiles lie, on their way to shared memory. A

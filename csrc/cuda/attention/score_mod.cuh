@@ -13,6 +13,11 @@ __device__ inline float constant_of(const AttentionParams& p, int64_t b, int64_t
   return constant;
 }
 
+// unit cap tanh(z / cap)
+__device__ __forceinline__ float apply_softcap(float z, float cap, float unit = 1) {
+  return unit * cap * tanhf(z / cap);
+}
+
 // Softcap, bias and slope of one head: what needs more than scale and constant.
 struct ScoreMod {
   __device__ ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
@@ -47,7 +52,7 @@ struct ScoreMod {
   // The logit in nats; comparisons are written so that a NaN stays.
   __device__ float logit(float qk, int row, int column) const {
     float z = qk * scale;
-    if (softcap > 0) z = softcap * tanhf(z / softcap);
+    if (softcap > 0) z = apply_softcap(z, softcap);
     if (bias) {
       z += bias_at(row, column);
       z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit

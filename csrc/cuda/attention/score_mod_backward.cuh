@@ -12,6 +12,15 @@ constexpr float kHalfScaleLog2 = 15, kHalfScale = 32768;
 // log2 of the e^-z from which on it is cut, so that P (1 - P) is 0 and not 0 * inf.
 constexpr float kMaxOddsLog2 = 122.9f;
 
+// cap tanh(z / cap) and its derivative.
+struct Softcapped {
+  float z, slope;
+};
+__device__ __forceinline__ Softcapped softcap_with_slope(float z, float cap) {
+  const float t = tanh_accurate(z / cap);
+  return {cap * t, fmaf(-t, t, 1.f)};
+}
+
 // The weight P of a pair; dz / dP (softmax: of dP without delta); the derivative of the softcap.
 struct Weight {
   float p, slope, through;
@@ -91,9 +100,9 @@ struct BackwardScoreMod<Mode::general, kScale> {
   __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
     if (p.softcap > 0) {
-      const float t = tanh_accurate(z / p.softcap);
-      z = p.softcap * t;
-      through = fmaf(-t, t, 1.f);
+      const Softcapped capped = softcap_with_slope(z, p.softcap);
+      z = capped.z;
+      through = capped.slope;
     }
     if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
     // +inf counts as the largest finite logit, which does not move.

@@ -8,24 +8,44 @@
 
 namespace tokenmill::cuda {
 
-// Addresses in a stage, one for each pattern of the swizzle; the rest are immediates. With kLean
-// half of those of values are computed at each use, for kernels short of registers.
-template <typename Shape, bool kLean>
-struct StageAddresses {
+// Addresses of keys, one for each pattern of the swizzle; the rest are immediates.
+template <typename Shape>
+struct KeyAddresses {
   using KeyTile = typename Shape::KeyTile;
-  using ValueTile = typename Shape::ValueTile;
   static constexpr int kKeys = KeyTile::kSwizzledChunks / 4;
+  uint32_t key[kKeys];
+
+  __device__ explicit KeyAddresses(uint32_t tile)
+      : KeyAddresses(tile, static_cast<int>(threadIdx.x % kWarpSize)) {}
+  __device__ KeyAddresses(uint32_t tile, int lane) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) key[i] = tile + KeyTile::offset(lane / 4, 4 * i + lane % 4);
+  }
+
+  // 16 bytes of slice kSlice of key kRow + g: column g of two products.
+  template <int kRow, int kSlice>
+  __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {
+    load_shared<kRow * Shape::kRowBytes + kSlice / kKeys * kKeys * 64>(words, key[kSlice % kKeys]);
+  }
+};
+
+// Those of a stage. With kLean half of those of values are computed at each use, for kernels short
+// of registers.
+template <typename Shape, bool kLean>
+struct StageAddresses : KeyAddresses<Shape> {
+  using ValueTile = typename Shape::ValueTile;
+  using KeyAddresses<Shape>::key;
   static constexpr int kValues = Shape::kFloat ? 2 : ValueTile::kSwizzledChunks / 2;
 
   static constexpr int kStored = kLean ? kValues / 2 : kValues;
   static_assert(!kLean || !Shape::kFloat);
 
-  uint32_t key[kKeys], value[kStored];
+  uint32_t value[kStored];
 
-  __device__ explicit StageAddresses(uint32_t stage) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) key[i] = stage + KeyTile::offset(g, 4 * i + c);
+  __device__ explicit StageAddresses(uint32_t stage)
+      : StageAddresses(stage, static_cast<int>(threadIdx.x % kWarpSize)) {}
+  __device__ StageAddresses(uint32_t stage, int lane) : KeyAddresses<Shape>(stage, lane) {
+    const int g = lane / 4, c = lane % 4;
 #pragma unroll
     for (int i = 0; i < kStored; ++i)
       value[i] = stage + Shape::kTileBytes +
@@ -50,12 +70,6 @@ struct StageAddresses {
     keep(lane);
     return value[0] - (Shape::kFloat ? ValueTile::offset(2 * (lane % 4), lane / 4)
                                      : ValueTile::offset(lane % 16, lane / 16));
-  }
-
-  // 16 bytes of slice kSlice of key kRow + g: column g of two products.
-  template <int kRow, int kSlice>
-  __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {
-    load_shared<kRow * Shape::kRowBytes + kSlice / kKeys * kKeys * 64>(words, key[kSlice % kKeys]);
   }
 
   // 16 values from kRow on, columns 16 kPair ... + 15: word 2 i + k is word k of column tile i.

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool idle = in_group >= group;
   const int h = kv_head * group + (idle ? 0 : in_group);
 
-  const WarpBand band(p, s);
+  const MaskBand band = MaskBand::of(p, s);
   const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
   const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,

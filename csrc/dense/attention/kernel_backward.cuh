@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(256, 1)
     const int rows = kKeys ? s.k_length : s.q_length;
     if (place.first_row >= rows) return;
     const Band of_queries = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
-    const ColumnBand band = ColumnBand::of(kKeys ? of_queries.transposed(s.q_length) : of_queries);
+    const MaskBand band = MaskBand::of(kKeys ? of_queries.transposed(s.q_length) : of_queries);
     const int64_t row_start = kKeys ? s.k_start : s.q_start;
     const int64_t column_start = kKeys ? s.q_start : s.k_start;
     const int64_t group = p.heads / p.kv_heads;

@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(kBiasThreads)
   int rows = 0, columns = 0;
   for (int64_t b = own_batch; b < own_batch + batches; ++b) {
     const Sequence s = sequence_of(p, b);
-    const ColumnBand band =
-        ColumnBand::of(Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length));
+    const MaskBand band = MaskBand::of(p, s);
     rows = max(rows, static_cast<int>(min(p.bias_rows, static_cast<int64_t>(s.q_length))));
     columns = max(columns, static_cast<int>(min(p.bias_columns, static_cast<int64_t>(s.k_length))));
     if (own_row >= s.q_length || own_column >= s.k_length) continue;

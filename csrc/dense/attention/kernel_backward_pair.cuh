@@ -242,7 +242,7 @@ struct PairWorker {
     int begin;
     unsigned length;
 
-    __device__ Seen(const ColumnBand& band, int row, int column) {
+    __device__ Seen(const MaskBand& band, int row, int column) {
       begin = band.begin(row) - column;
       const int end = band.end(row) - column;
       length = end > begin ? end - begin : 0;
@@ -267,7 +267,7 @@ struct PairWorker {
         if (!waited) pair_sync_next(full);
         waited = true;
         float slope[4], through[4];
-        const ColumnBand band = kMasked ? info.band() : ColumnBand{0, 0, 0};
+        const MaskBand band = kMasked ? info.band() : MaskBand{0, 0, 0};
         const int first = column + 8 * h + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -361,7 +361,7 @@ struct PairWorker {
   // Blocks of 16 rows that see any of the 16 columns from `column` on, as bits.
   __device__ unsigned active_blocks(int column) const {
     unsigned active = 0;
-    const ColumnBand band = info.band();
+    const MaskBand band = info.band();
     const int rows = info.rows();
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {

@@ -97,7 +97,7 @@ __device__ __forceinline__ void pair_arrive_next(int barrier) {
 
 // What a block rarely needs, in shared memory: the loop has no registers to spare.
 struct BlockInfo {
-  int low, high, columns, rows;  // ColumnBand, and the rows that it is for
+  int low, high, columns, rows;  // MaskBand, and the rows that it is for
   int begin, tiles, total;  // columns that the block sees: the first, tiles of a head and of all
   int64_t batch, row_start, first_head;
   const void *x, *y;  // column 0 of the first head: k or q, v or dout
@@ -121,7 +121,7 @@ struct BlockInfoView {
   __device__ const T* pointer() const {
     return reinterpret_cast<const T*>(load_long<kOffset>(address));
   }
-  __device__ ColumnBand band() const {
+  __device__ MaskBand band() const {
     return {number<offsetof(BlockInfo, low)>(), number<offsetof(BlockInfo, high)>(), columns()};
   }
   __device__ int columns() const { return number<offsetof(BlockInfo, columns)>(); }

@@ -15,7 +15,7 @@ namespace tokenmill::cuda {
 struct alignas(16) WarpPlace {
   int b, h, q_start, k_start;
   int first, last;  // rows of the sequence
-  WarpBand band;
+  MaskBand band;
   float shift;                 // the constant of the head, which softmax weights do not see
   int block_end;               // of the keys that any warp of the block sees
   int whole_begin, whole_end;  // of those that all rows see
@@ -46,7 +46,7 @@ class ForwardWarp {
   }
 
   // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
-  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band, int b,
+  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const MaskBand& band, int b,
                          int h, int first, int block_end, const GlobalRows<T>& queries,
                          float factor, WarpPlace* parked)
       : place_{b,
@@ -154,18 +154,13 @@ class ForwardWarp {
 
   // Rows beyond the sequence repeat its last one.
   __device__ __forceinline__ void load_query(QuerySlice& to, int m, int slice, int first) const {
-    const int lane = threadIdx.x % kWarpSize;
-    const int column = (4 * slice + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
+    const int lane = threadIdx.x % kWarpSize, chunk = 4 * slice + lane % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = min(first + 16 * m + 8 * h + lane / 4, queries_.rows - 1);
       const T* from = queries_.data + row * queries_.stride;
-      if (queries_.aligned && queries_.columns == kBucket) {
-        const uint4 x = *reinterpret_cast<const uint4*>(from + column);
-        to.words[h][0] = x.x, to.words[h][1] = x.y, to.words[h][2] = x.z, to.words[h][3] = x.w;
-      } else {
-        load_elements(to.words[h], from, column, queries_.columns);
-      }
+      load_chunk(to.words[h], from, chunk, queries_.columns,
+                 queries_.aligned && queries_.columns == kBucket);
     }
   }
 
@@ -190,19 +185,7 @@ class ForwardWarp {
       if (cut) hide<kFirst>(s, key0, own);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
-      float sums[kCount][2];
-      // A loop, so that weights have one place where they are made and need no registers twice.
-      int raised = 0;
-#pragma unroll 1
-      while (exponentiate<kFirst>(s, factor_, neg_row_max_, p, sums) && !raised) {
-        update_row_max<kFirst>(s);
-        raised = 1;
-        keep(raised);
-      }
-#pragma unroll
-      for (int m = 0; m < kCount; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
+      softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p, tail_ && !cut);
     } else {
@@ -226,30 +209,19 @@ class ForwardWarp {
   template <int kFirst, int kCount, int kKeys, int kOffset>
   __device__ __forceinline__ void multiply_keys(float (&s)[kCount][kKeys / 8][4],
                                                 const Addresses& at) {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
     if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) {
-        multiply_slice<T, kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
-      });
+      multiply_held<T, Shape::kSlices, kOffset>(s, at,
+                                                [&](int m, auto j) { return q_[kFirst + m][j]; });
     } else {
-      // Two patterns of addresses at a time: unrolled, the loads of queries would run far ahead.
-      Addresses moving = at;
       const int first = place().first;
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += 2) {
-        unroll<2>([&](auto j) {
-          multiply_slice<T, kOffset, j>(s, moving, [&](int m) {
+      multiply_loaded<T, Shape::kSlices, kOffset>(
+          s, at,
+          [&](int m, auto j, int i) {
             QuerySlice slice;
             load_query(slice, kFirst + m, i + j, first);
             return slice;
-          });
-        });
-#pragma unroll
-        for (uint32_t& address : moving.key) address += 128;
-      }
+          },
+          [] {});
     }
   }
 
@@ -291,34 +263,6 @@ class ForwardWarp {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       if (key < own.band.begin(row) || key >= own.band.end(row)) s[m][n][i] = -infinity();
     });
-  }
-
-  // Moves row_max of rows with weights above 2^kHeadroom to their maximum and rescales their sums.
-  // Whether that happens to a row depends on that row alone.
-  template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void update_row_max(const float (&s)[kCount][kKeyTiles][4]) {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = -infinity();
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-          top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor_, s[m][n][2 * h + 1] * factor_));
-        top = quad_max(top);
-        float& neg_row_max = neg_row_max_[kFirst + m][h];
-        if (top + neg_row_max > kHeadroom) {
-          const float shrink = exp2_approx(-neg_row_max - top);
-          neg_row_max = -top;
-          sum_[kFirst + m][h] *= shrink;
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            out_[kFirst + m][n][2 * h] *= shrink;
-            out_[kFirst + m][n][2 * h + 1] *= shrink;
-          }
-        }
-      }
-    }
   }
 
   // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one if all of

@@ -27,10 +27,7 @@ class DecodeProducts {
     // Derived from a copy, or ptxas keeps the swizzle for the addresses of keys.
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
-#pragma unroll
-    for (int i = 0; i < kPatterns; ++i)
-      query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +
-                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+    query_.find(queries + row_warp_ * 16 * Shape::kRowBytes, lane);
   }
 
   static __device__ int row_or_key_warp() {
@@ -64,7 +61,7 @@ class DecodeProducts {
 
   __device__ __forceinline__ void load_queries() {
     if constexpr (Shape::kQueryInRegisters)
-      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j], query_); });
+      unroll<Shape::kSlices>([&](auto j) { q_[j] = query_.template load<j>(); });
   }
 
   // The sums of this warp to 16 rows of partials.
@@ -103,8 +100,6 @@ class DecodeProducts {
   __device__ bool active() const { return active_; }
 
  protected:
-  static constexpr int kPatterns = Addresses::kKeys;
-
   // visit(score, row g or g + 8, key of the step)
   template <typename Visit>
   static __device__ __forceinline__ void each_score(float (&s)[kKeyTiles][4], const Visit& visit) {
@@ -115,54 +110,12 @@ class DecodeProducts {
       for (int i = 0; i < 4; ++i) visit(s[n][i], i / 2, 8 * n + column + i % 2);
   }
 
-  template <int kSlice>
-  static __device__ __forceinline__ void load_query(QuerySlice& to,
-                                                    const uint32_t (&at)[kPatterns]) {
-    constexpr int kOffset = kSlice / kPatterns * kPatterns * 64;
-    load_shared<kOffset>(to.words[0], at[kSlice % kPatterns]);
-    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], at[kSlice % kPatterns]);
-  }
-
   __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) { multiply_slice<j>(s, at, q_[j]); });
-    } else {
-      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
-      Addresses keys = at;
-      uint32_t queries[kPatterns];
-#pragma unroll
-      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
-        unroll<kPatterns>([&](auto j) {
-          QuerySlice slice;
-          load_query<j>(slice, queries);
-          multiply_slice<j>(s, keys, slice);
-        });
-#pragma unroll
-        for (int j = 0; j < kPatterns; ++j)
-          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
-      }
-    }
-  }
-
-  template <int kSlice>
-  static __device__ __forceinline__ void multiply_slice(float (&s)[kKeyTiles][4],
-                                                        const Addresses& at,
-                                                        const QuerySlice& slice) {
-    const auto& w = slice.words;
-    Fragment<T, 4> a[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-      a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    unroll<kKeyTiles>([&](auto n) {
-      uint32_t k[4];
-      at.template load_keys<8 * n, kSlice>(k);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
-    });
+    auto& tile = reinterpret_cast<float (&)[1][kKeyTiles][4]>(s);
+    if constexpr (Shape::kQueryInRegisters)
+      multiply_held<T, Shape::kSlices, 0>(tile, at, [&](int, auto j) { return q_[j]; });
+    else
+      multiply_shared<T, 0>(tile, at, query_);
   }
 
   // Weights relative to row_max of their rows, which moves if a weight exceeds the headroom.
@@ -177,10 +130,7 @@ class DecodeProducts {
         if (!(top[half] + neg_row_max_[half] > kHeadroom)) continue;
         const float shrink = exp2_approx(-neg_row_max_[half] - top[half]);
         neg_row_max_[half] = -top[half];
-        sum_[half] *= shrink;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          out_[0][n][2 * half] *= shrink, out_[0][n][2 * half + 1] *= shrink;
+        rescale(out_[0], sum_[half], half, shrink);
       }
     }
     each_score(s, [&](float& x, int half, int) {
@@ -208,7 +158,7 @@ class DecodeProducts {
   float out_[1][kTiles][4];
 
  private:
-  uint32_t query_[kPatterns];
+  SharedQueries<Shape> query_;
   QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 

@@ -109,7 +109,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
   __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4], int key0) const {
     Products::each_score(s, [&](float& x, int half, int key) {
       float z = x * p_.scale;
-      if (p_.softcap > 0) z = p_.softcap * tanhf(z / p_.softcap);
+      if (p_.softcap > 0) z = apply_softcap(z, p_.softcap);
       const int distance = end_[half] - 1 - (key0 + key);  // the row's own key is its last one
       z = fmaf(-slope_[half], fabsf(static_cast<float>(distance)), z) + constant_[half];
       x = z * unit_;

@@ -54,7 +54,7 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
     const float cap = d_.attention.softcap;
     if (cap > 0)
       Products::each_score(
-          s, [&](float& x, int, int) { x = cap * tanhf(x * d_.attention.scale / cap); });
+          s, [&](float& x, int, int) { x = apply_softcap(x * d_.attention.scale, cap); });
     const float factor = kLog2e * (cap > 0 ? 1 : d_.attention.scale);
     Products::each_score(s, [&](float& x, int half, int key) {
       const bool seen = sees(half, keys, place + key);
