@@ -50,7 +50,7 @@ cuda_instances(linear/linear_attention/cuda_launch.cuh
   "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
 cuda_instances(select/attention_column_scores/cuda_launch.cuh
   "const char* attention_column_scores::launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
-cuda_instances(select/sparse_decode_attention/cuda_launch.cuh
+cuda_instances(sparse/sparse_decode_attention/cuda_launch.cuh
   "const char* sparse_decode_attention::launch_sparse<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
 cuda_instances(sparse/bilevel_routing_attention/cuda_launch.cuh
   "const char* bilevel_routing_attention::launch_bilevel<ELEMENT>(const RegionLaunch&, cudaStream_t)")

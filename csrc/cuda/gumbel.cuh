@@ -1,7 +1,7 @@
 // Noise of the Gumbel distribution from counters: Philox4x32-10 (Salmon et al. 2011), the words of
 // python/tokenmill/reference/cache_scores.py.
 #pragma once
-#include "cuda/copy.cuh"
+#include "cuda/arch/opaque.cuh"
 #include "cuda/math.cuh"
 
 namespace tokenmill::cuda {

@@ -1,6 +1,8 @@
 // Loads tiles of a matrix in global memory into shared memory, by all threads of a block.
 #pragma once
-#include "cuda/copy.cuh"
+#include "cuda/arch/cp_async.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/arch/shared_memory.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/unroll.cuh"
 #include "cuda/vector.cuh"
@@ -29,6 +31,19 @@ __device__ __forceinline__ void load_elements(uint32_t (&words)[4], const T* row
     pack.x[i] = column + i < columns ? row[column + i] : static_cast<T>(0.f);
 #pragma unroll
   for (int i = 0; i < 4; ++i) words[i] = reinterpret_cast<const uint32_t (&)[4]>(pack)[i];
+}
+
+// The same of chunk `chunk`; whole: all of a row's chunks are there, aligned.
+template <typename T>
+__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk,
+                                           int columns, bool whole) {
+  const int column = chunk * (kChunkBytes / static_cast<int>(sizeof(T)));
+  if (whole) {
+    const uint4 x = *reinterpret_cast<const uint4*>(row + column);
+    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+  } else {
+    load_elements(words, row, column, columns);
+  }
 }
 
 // The first `columns` elements of a chunk to shared memory, then zeros. A word at a time: this path
@@ -80,7 +95,7 @@ class TileLoader {
       for (int c = 0; c < Tile::kChunks; c += kLanes) {
         const int columns = row + r < rows_ ? columns_ - own_column - c * kCount : 0;
         if (aligned_)
-          copy_async_or_zero(to + c * kChunkBytes, next_ + c * kCount, columns > 0);
+          cp_async_zfill(to + c * kChunkBytes, next_ + c * kCount, columns > 0);
         else
           copy_elements(to + c * kChunkBytes, next_ + c * kCount, columns);
       }
@@ -95,7 +110,7 @@ class TileLoader {
     constexpr int kRowStep = kThreads / kLanes;
     unroll<kRows / kRowStep>([&](auto r) {
       unroll<Tile::kChunks / kLanes>([&](auto c) {
-        copy_async<r * kRowStep * Tile::kRowBytes + c * kLanes * kChunkBytes>(
+        cp_async<r * kRowStep * Tile::kRowBytes + c * kLanes * kChunkBytes>(
             tile, next_ + c * kLanes * kCount);
       });
       advance();
@@ -104,8 +119,7 @@ class TileLoader {
 
  private:
   static constexpr int kCount = kChunkBytes / sizeof(T);
-  // Threads side by side in a row; each takes every kLanes-th chunk.
-  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : Tile::kChunks % 8 == 0 ? 8 : 4;
+  static constexpr int kLanes = Tile::kCopyLanes;
   static_assert(kRows % (kMaxThreads / kLanes) == 0 && kMaxThreads / 2 / kLanes % 8 == 0);
 
   __device__ static int own_row() { return threadIdx.x / kLanes; }

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace tokenmill::cuda {
 
@@ -42,6 +43,17 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
+// Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels.
+__device__ inline float tanh_accurate(float x) {
+  const float u = x * x;
+  float p = fmaf(u, -0.005852168625f, 0.02075362886f);
+  p = fmaf(p, u, -0.0537687047f);
+  p = fmaf(p, u, 0.1333168896f);
+  p = fmaf(p, u, -0.3333328326f);
+  p = fmaf(p, u, 0.9999999975f);
+  return u < 0.36f ? p * x : 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2 * kLog2e)));
+}
+
 // The larger (smaller) of two, NaN if one is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float y;
@@ -70,6 +82,15 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// Two 16-bit elements of a word.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  else
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
 // a b + c of two halves, and a b.

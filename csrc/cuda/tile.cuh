@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/unroll.cuh"
+
 namespace tokenmill::cuda {
 
 constexpr int kChunkBytes = 16;
@@ -19,6 +21,8 @@ struct SharedTile {
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   // Chunk indices differing in a bit from here up differ by a constant offset in every row.
   static constexpr int kSwizzledChunks = kChunks % 8 == 0 ? 8 : 4;
+  // Threads side by side in a row that is copied; each takes every kCopyLanes-th chunk.
+  static constexpr int kCopyLanes = kChunks % 16 == 0 ? 16 : kChunks % 8 == 0 ? 8 : 4;
   static_assert(kRowBytes % 64 == 0);
 
   // Rows of an odd number of 64 bytes alternate between the halves of the 32 banks by themselves.
@@ -32,5 +36,20 @@ struct SharedTile {
     return row * kRowBytes + (chunk ^ swizzle(row)) * kChunkBytes;
   }
 };
+
+// load<kOffset>(address) of the 64 bytes kPart of a row whose chunk 0 .. 3 is at `address`.
+template <typename Tile, int kPart, typename Load>
+__device__ __forceinline__ void at_part(uint32_t address, const Load& load) {
+  if constexpr (Tile::kSwizzledChunks == 8)
+    load(address ^ (kPart % 2 * 64), Index<kPart / 2 * 128>{});
+  else
+    load(address, Index<kPart * 64>{});
+}
+
+// The same for the 32 bytes kPart.
+template <typename Tile, int kPart, typename Load>
+__device__ __forceinline__ void at_half_part(uint32_t address, const Load& load) {
+  at_part<Tile, kPart / 2>(address ^ (kPart % 2 * 32), load);
+}
 
 }  // namespace tokenmill::cuda

@@ -1,7 +1,7 @@
 // Products of rows of keys, straight from memory, with query rows in shared memory, by one warp.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
@@ -9,18 +9,6 @@ namespace tokenmill::cuda {
 constexpr int kScoreRows = 16;   // of keys, of a product
 constexpr int kSliceBatch = 4;   // slices of keys that are loaded at once
 constexpr int kSliceBytes = 64;  // 16 of each lane of a quad, two products deep
-
-template <typename T>
-__device__ __forceinline__ void load_chunk(uint32_t (&words)[4], const T* row, int chunk, int dim,
-                                           bool aligned) {
-  const int column = chunk * (kChunkBytes / static_cast<int>(sizeof(T)));
-  if (aligned) {
-    const uint4 x = *reinterpret_cast<const uint4*>(row + column);
-    words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
-  } else {
-    load_elements(words, row, column, dim);
-  }
-}
 
 // s[n] = products of 16 rows of keys with columns 8 n .. 8 n + 7 of `queries`, of which there are
 // `tiles`. The rows g and g + 8 of a lane start at low and high; keys.load(words, row, chunk) reads

@@ -114,9 +114,9 @@ class BackwardWorker {
   bool enter(int64_t kv, int64_t n) {
     rows = tiles.at(kv, n);
     if (rows.rows <= 0) return false;
-    terms = ScoreTerms(p, rows.b, rows.head, Sequence(p, rows.b));
+    score_mod = ScoreMod(p, rows.b, rows.head, Sequence(p, rows.b));
     padded = round_up(rows.rows, kPanel);
-    const float factor = terms.plain && Op::kPair == 1 ? terms.factor : 1;
+    const float factor = score_mod.plain && Op::kPair == 1 ? score_mod.factor : 1;
     const char *q_rows[kQueryBlock], *g_rows[kQueryBlock];
     RowCursor at(rows);
     for (int64_t r = 0; r < rows.rows; ++r, at.next()) {
@@ -124,8 +124,8 @@ class BackwardWorker {
       q_rows[r] = walk.query_row(walk.q(), rows.b, i, h);
       g_rows[r] = walk.query_row(walk.dout(g), rows.b, i, h);
       queries.pack_statistics(r, lse_of(p, p.lse, rows.b, 0, h)[in_head],
-                              g.dlse ? lse_of(p, g.dlse, rows.b, 0, h)[in_head] : 0, terms.shift,
-                              g_rows[r], walk.query_row(walk.out(), rows.b, i, h));
+                              g.dlse ? lse_of(p, g.dlse, rows.b, 0, h)[in_head] : 0,
+                              score_mod.shift, g_rows[r], walk.query_row(walk.out(), rows.b, i, h));
       query[r] = static_cast<float>(i - rows.query);
     }
     for (int64_t i = 0; i < padded; i += kPanel) {
@@ -181,7 +181,7 @@ class BackwardWorker {
     for (int64_t r = 0; r < keys.count; r += kTileRows) {
       for (int64_t c = 0; c < rows.rows; c += kPanel) {
         const int64_t vectors = ceil_div(rows.rows - c, kWidth);
-        terms.plain ? score_tile_of<true>(vectors, r, c) : score_tile_of<false>(vectors, r, c);
+        score_mod.plain ? score_tile_of<true>(vectors, r, c) : score_tile_of<false>(vectors, r, c);
       }
       float *dk_rows[kTileRows], *dv_rows[kTileRows];
       for (int64_t m = 0; m < kTileRows; ++m) {
@@ -218,7 +218,7 @@ class BackwardWorker {
     bool masked = false;
     for (int m = 0; m < kTileRows; ++m)
       masked |= keys.from[r + m] > lowest || keys.until[r + m] <= highest;
-    const vf factor = set(terms.factor);
+    const vf factor = set(score_mod.factor);
     vf place[N];
     TM_UNROLL(4)
     for (int n = 0; n < N; ++n) place[n] = load(query + c + n * kWidth);
@@ -230,7 +230,7 @@ class BackwardWorker {
       for (int n = 0; n < N; ++n) {
         vf t = z[m][n];
         if constexpr (!kPlain)
-          t = terms.exponent(t, zero(), zero());
+          t = score_mod.exponent(t, zero(), zero());
         else if constexpr (Op::kPair != 1)  // else qt holds the factor
           t = t * factor;
         w[n] = power<kCoarse>(t - load(queries.lse + c + n * kWidth));
@@ -241,7 +241,7 @@ class BackwardWorker {
           dz[n] = select(early, zero(), select(there, dz[n], zero()));
         }
         if constexpr (!kPlain)
-          if (terms.softcap > 0) dz[n] = dz[n] * terms.cap_slope(z[m][n]);
+          if (score_mod.softcap > 0) dz[n] = dz[n] * score_mod.cap_slope(z[m][n]);
         z[m][n] = dz[n];
       }
       scores.store_key(r + m, c, w, dz);
@@ -300,7 +300,7 @@ class BackwardWorker {
   float* query;              // of each row, relative to the block's first
 
   RowTile rows{};
-  ScoreTerms terms{p, 0, 0, Sequence(p, 0)};
+  ScoreMod score_mod{p, 0, 0, Sequence(p, 0)};
   float lowest = 0, highest = 0;  // queries of the current rows
   KeyTile keys{};
   int64_t padded = 0, first_run = 0, origin = 0, keys_end = 0;

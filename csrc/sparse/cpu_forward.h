@@ -79,10 +79,10 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
     TM_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) s[r][j] = t.terms->exponent(s[r][j], zero(), zero());
+      for (int j = 0; j < kVectors; ++j) s[r][j] = t.score_mod->exponent(s[r][j], zero(), zero());
     }
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
-    const vf factor = set(t.terms->factor);
+    const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
@@ -202,11 +202,11 @@ class ForwardWorker {
       tile = next;
       sink = runs.sink;
       stored = RowCursor(tile);
-      const ScoreTerms terms(p, tile.b, tile.head, Sequence(p, tile.b));
-      t.terms = &terms;
+      const ScoreMod score_mod(p, tile.b, tile.head, Sequence(p, tile.b));
+      t.score_mod = &score_mod;
       t.rows = tile.rows;
       load_queries();
-      terms.plain ? stream_keys<true>() : stream_keys<false>();
+      score_mod.plain ? stream_keys<true>() : stream_keys<false>();
       store_rows();
     }
   }
@@ -235,7 +235,7 @@ class ForwardWorker {
 
   void load_queries() {
     const int64_t padded = round_up(t.rows, kTileRows);
-    const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
+    const float factor = t.score_mod->plain && Op::kPair == 1 ? t.score_mod->factor : 1;
     const char* q_rows[kRowsOfTile];
     RowCursor at(tile);
     for (int64_t r = 0; r < t.rows; ++r, at.next()) {
@@ -438,7 +438,7 @@ class ForwardWorker {
   void store_rows() {
     RowCursor at(tile);
     for (int64_t r = 0; r < t.rows; ++r, at.next()) {
-      const RowScale scale = t.finish(r, sink > -kInf ? &sink : nullptr);
+      const RowScale scale = t.epilogue(r, sink > -kInf ? &sink : nullptr);
       lse_of(p, p.lse, tile.b, 0, at.head())[walk.lse_at(at.query())] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor,
                 walk.query_row(walk.out(), tile.b, at.query(), at.head()), p.dtype, p.value_dim);

@@ -83,11 +83,11 @@ class TileQueries : public Shape::Listing {
       const Place place = at(first + r);
       const int64_t row = (int64_t{b_} * p.heads + head_ + place.head) * p.seqlen_q;
       const int64_t from = row + d_.query_at(max(place.query, 0));
-      copy_word_or_zero(statistics + r * 4, d_.minus_lse + from, place.query >= 0);
-      copy_word_or_zero(statistics + (Shape::kTileRows + r) * 4, d_.minus_delta + from,
-                        place.query >= 0);
+      cp_async_word_zfill(statistics + r * 4, d_.minus_lse + from, place.query >= 0);
+      cp_async_word_zfill(statistics + (Shape::kTileRows + r) * 4, d_.minus_delta + from,
+                          place.query >= 0);
     }
-    commit_copies();
+    cp_async_commit();
   }
 
  private:
@@ -101,10 +101,10 @@ class TileQueries : public Shape::Listing {
       const Place place = at(first + r);
       const bool exists = place.query >= 0;
       const int query = max(place.query, 0), head = head_ + place.head;
-      Copy::copy(tile, r, row_at<const T>(d_.q(), b_, query, head),
-                 exists ? static_cast<int>(p.head_dim) : 0, d_.aligned);
-      Copy::copy(tile + Shape::kTileBytes, r, row_at<const T>(d_.of_dout(), b_, query, head),
-                 exists ? static_cast<int>(p.value_dim) : 0, d_.aligned);
+      Copy::copy_to(tile, r, row_at<const T>(d_.q(), b_, query, head),
+                    exists ? static_cast<int>(p.head_dim) : 0, d_.aligned);
+      Copy::copy_to(tile + Shape::kTileBytes, r, row_at<const T>(d_.of_dout(), b_, query, head),
+                    exists ? static_cast<int>(p.value_dim) : 0, d_.aligned);
     }
   }
 
@@ -120,8 +120,8 @@ __device__ __forceinline__ void load_owned(uint32_t to, int rows, int count, int
                                            bool aligned, const RowOf& row_of) {
   using Copy = RowCopy<T, Tile>;
   for (int r = Copy::first_row(); r < rows; r += Copy::row_step())
-    Copy::copy(to, r, row_of(min(r, count - 1)), r < count ? static_cast<int>(columns) : 0,
-               aligned);
+    Copy::copy_to(to, r, row_of(min(r, count - 1)), r < count ? static_cast<int>(columns) : 0,
+                  aligned);
 }
 
 template <typename T, int kBucket, typename Walk>
@@ -144,7 +144,7 @@ __device__ __forceinline__ void listed_query_gradients(const typename Walk::Grad
   load_owned<Tile, T>(owned, d.tile_rows, q.rows, p.head_dim, d.aligned, row_of(d.q()));
   load_owned<Tile, T>(owned + d.tile_rows * Shape::kRowBytes, d.tile_rows, q.rows, p.value_dim,
                       d.aligned, row_of(d.of_dout()));
-  commit_copies();
+  cp_async_commit();
 
   GradientWarp<T, kBucket, Side::queries> warp(p, d.factor, d.row_warps, owned);
   const int first = warp.first(), lane = threadIdx.x % kWarpSize;
@@ -170,7 +170,7 @@ __device__ __forceinline__ void listed_query_gradients(const typename Walk::Grad
     return statistics[kind][2 * m + i / 2];
   };
 
-  wait_for_copies<0>();
+  cp_async_wait<0>();
   __syncthreads();
   warp.load_left();
   Source source{d, table, stages};
@@ -222,14 +222,14 @@ __device__ __forceinline__ void listed_key_gradients(const typename Walk::Gradie
   load_owned<Tile, T>(owned, d.tile_rows, tile.seen, p.head_dim, d.aligned, row_of(d.k()));
   load_owned<Tile, T>(owned + d.tile_rows * Shape::kRowBytes, d.tile_rows, tile.seen, p.value_dim,
                       d.aligned, row_of(d.v()));
-  commit_copies();
+  cp_async_commit();
 
   GradientWarp<T, kBucket, Side::keys> warp(p, d.factor, d.row_warps, owned);
   const int first = warp.first();
   const typename Walk::WarpKeys keys(d, tile, first);
   const int lane = threadIdx.x % kWarpSize;
   if (tile.seen > 0) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     warp.load_left();
     TileQueries<T, Shape> queries(d, info, stages, tile);
@@ -277,7 +277,7 @@ __device__ __forceinline__ void listed_key_gradients(const typename Walk::Gradie
   const auto to = [&](const Rows& of) {
     return [&](int r) { return rows_at<T>(of, tile.b, tile.key(first + r), tile.kv_head); };
   };
-  wait_for_copies<0>();
+  cp_async_wait<0>();
   warp.template store<true>(p.scale, tile.rows - first, static_cast<int>(p.head_dim), to(d.dk));
   warp.template store<false>(1, tile.rows - first, static_cast<int>(p.value_dim), to(d.dv));
 }

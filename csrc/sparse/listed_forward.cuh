@@ -1,7 +1,8 @@
 // Forward of attention to lists. A block owns a tile of queries that share a list; the keys that
 // any of them sees stream through two stages of shared memory, gathered into full tiles.
 #pragma once
-#include "dense/attention/kernel_finish.cuh"
+#include "cuda/attention/epilogue.cuh"
+#include "cuda/attention/score_mod.cuh"
 #include "sparse/listed_keys.cuh"
 #include "sparse/listed_products.cuh"
 
@@ -17,7 +18,7 @@ struct ForwardMemory {
 
   // What becomes of a row of 16 bits.
   struct RowEnd {
-    float sum, pivot;
+    float sum, row_max;
     T* to;
   };
   static constexpr int kRows = Shape::kMaxRowWarps * Shape::kWarpRows;
@@ -85,12 +86,12 @@ class ListedWarp : public ListedProducts<T, kBucket> {
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
       const int m = r / 2, half = r % 2;
-      const float neg_pivot = neg_pivot_[m][half];
-      const float level = flushed_ ? exp2_approx(neg_pivot - level_neg_pivot_[r]) : 0;
+      const float neg_row_max = neg_row_max_[m][half];
+      const float level = flushed_ ? exp2_approx(neg_row_max - level_neg_row_max_[r]) : 0;
       total_[r] = (flushed_ ? total_[r] * level : 0) + quad_sum(sum_[m][half]);
-      level_neg_pivot_[r] = neg_pivot;
+      level_neg_row_max_[r] = neg_row_max;
       sum_[m][half] = 0;
-      const RowScale scale = table.keys.finish(total_[r], -neg_pivot);
+      const RowScale scale = table.keys.epilogue(total_[r], -neg_row_max);
       if (8 * r + g < rows(table)) {
         const int own = first() + 8 * r + g, i = q.query(own), h = q.head_of(own);
         if (last && c == 0 && Products::first_column() == 0)
@@ -127,8 +128,8 @@ class ListedWarp : public ListedProducts<T, kBucket> {
   // 16 bits: the sums become results, by way of shared memory, as a lane holds 4 bytes of a chunk.
   // `area` is room for the rows of this warp, `ends` for what becomes of each. Lane l knows where
   // row l % kWarpRows goes.
-  __device__ __forceinline__ void finish(const Table& table, const Queries& q, uint32_t area,
-                                         RowEnd* ends) {
+  __device__ __forceinline__ void store(const Table& table, const Queries& q, uint32_t area,
+                                        RowEnd* ends) {
     const AttentionParams& p = d_.attention;
     const int lane = threadIdx.x % kWarpSize, own = lane % Shape::kWarpRows;
 #pragma unroll
@@ -136,12 +137,12 @@ class ListedWarp : public ListedProducts<T, kBucket> {
       const float sum = quad_sum(sum_[r / 2][r % 2]);
       if (lane % 4 == 0) {
         ends[8 * r + lane / 4].sum = sum;
-        ends[8 * r + lane / 4].pivot = -neg_pivot_[r / 2][r % 2];
+        ends[8 * r + lane / 4].row_max = -neg_row_max_[r / 2][r % 2];
       }
     }
     __syncwarp();
     const int i = q.query(row(q, own)), h = q.head_of(row(q, own));
-    const RowScale scale = table.keys.finish(ends[own].sum, ends[own].pivot);
+    const RowScale scale = table.keys.epilogue(ends[own].sum, ends[own].row_max);
     if (lane < Shape::kWarpRows) {
       if (lane < rows(table)) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
       ends[lane].to = rows_at<T>(p.out, q.b, i, h);
@@ -158,7 +159,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
 
  private:
   using Products::kRowTiles;
-  using Products::neg_pivot_, Products::sum_, Products::out_;
+  using Products::neg_row_max_, Products::sum_, Products::out_;
 
   // Of the block: row r of this warp.
   static __device__ int first() { return Shape::kWarpRows * Products::row_warp(); }
@@ -204,7 +205,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
         Products::template add_step<m, 1, kKeys, 0>(
             at, 1.f, d_.row_warps,
             [&](float (&s)[1][kKeys / 8][4]) {
-              finish_scores(s[0]);
+              apply_score_mod(s[0]);
               if (!all) hide(s[0], &table.ring.seen_by(t + lane % 4 * 2), position + lane / 4);
               return !all;
             },
@@ -218,13 +219,13 @@ class ListedWarp : public ListedProducts<T, kBucket> {
   }
 
   template <int kKeyTiles>
-  __device__ __forceinline__ void finish_scores(float (&s)[kKeyTiles][4]) const {
+  __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4]) const {
     const float cap = d_.attention.softcap, scale = d_.attention.scale;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        s[n][i] = cap > 0 ? kLog2e * cap * tanhf(s[n][i] * scale / cap) : s[n][i] * d_.factor;
+        s[n][i] = cap > 0 ? apply_softcap(s[n][i] * scale, cap, kLog2e) : s[n][i] * d_.factor;
   }
 
   // `seen` of this lane's first key, positions of its first row.
@@ -292,7 +293,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
 
   const Launch& d_;
   bool flushed_ = false;
-  float total_[2 * kRowTiles], level_neg_pivot_[2 * kRowTiles];
+  float total_[2 * kRowTiles], level_neg_row_max_[2 * kRowTiles];
 };
 
 template <typename T, int kBucket, typename Walk>
@@ -315,10 +316,10 @@ __device__ __forceinline__ void listed_forward(const typename Walk::Launch& d) {
     using QueryCopy = RowCopy<T, KeyTile>;
     for (int r = QueryCopy::first_row(); r < 16 * d.row_warps; r += QueryCopy::row_step()) {
       const int row = min(r, q.rows - 1);
-      QueryCopy::copy(queries, r, row_at<T>(d.q(), q.b, q.place(row), q.head_of(row)),
-                      r < q.rows ? static_cast<int>(p.head_dim) : 0, d.aligned);
+      QueryCopy::copy_to(queries, r, row_at<T>(d.q(), q.b, q.place(row), q.head_of(row)),
+                         r < q.rows ? static_cast<int>(p.head_dim) : 0, d.aligned);
     }
-    commit_copies();
+    cp_async_commit();
   }
   Warp warp(d, q, queries, positions);
   find_keys<Walk>(d, q, table);
@@ -340,8 +341,8 @@ __device__ __forceinline__ void listed_forward(const typename Walk::Launch& d) {
     warp.flush(table, end, true);
   } else {
     const int first = Warp::row_warp() * Shape::kWarpRows;
-    warp.finish(table, end, stages + first * Shape::kRowBytes,
-                reinterpret_cast<typename Memory::RowEnd*>(shared + Memory::kEndsAt) + first);
+    warp.store(table, end, stages + first * Shape::kRowBytes,
+               reinterpret_cast<typename Memory::RowEnd*>(shared + Memory::kEndsAt) + first);
   }
 }
 

@@ -1,7 +1,10 @@
 // One warp of the backward: 16 or 32 rows, of queries or of keys, and the products that they take
 // part in.
 #pragma once
-#include "dense/attention/kernel_backward_tiles.cuh"
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/mask.cuh"
+#include "cuda/attention/score_mod_backward.cuh"
 #include "sparse/listed_keys.cuh"
 
 namespace tokenmill::cuda {
@@ -112,9 +115,9 @@ class GradientWarp {
           const float minus_lse = statistic(0, kFirst + m, n, i);
           float through = 1, exponent = fmaf(s[m][n][i], factor_, minus_lse);
           if (!kPlain && softcap_ > 0) {
-            const float t = tanh_accurate(s[m][n][i] * scale_ / softcap_);
-            exponent = fmaf(softcap_ * t, kLog2e, minus_lse);
-            through = fmaf(-t, t, 1.f);
+            const Softcapped capped = softcap_with_slope(s[m][n][i] * scale_, softcap_);
+            exponent = fmaf(capped.z, kLog2e, minus_lse);
+            through = capped.slope;
           }
           const bool seen = kPlain || sees(kFirst + m, n, i);
           w[i] = seen ? exp2_approx(exponent) : 0;
@@ -158,7 +161,7 @@ class GradientWarp {
   template <int kRowTile, int kPart>
   static __device__ __forceinline__ void load_left(uint32_t (&to)[4], uint32_t left) {
     at_half_part<Tile, kPart>(left, [&](uint32_t at, auto offset) {
-      load_matrices<decltype(offset)::value + kRowTile * 16 * Shape::kRowBytes>(to, at);
+      ldmatrix<decltype(offset)::value + kRowTile * 16 * Shape::kRowBytes>(to, at);
     });
   }
 
@@ -185,7 +188,7 @@ class GradientWarp {
       at_part<Tile, part>(right, [&](uint32_t at, auto offset) {
         unroll<kStepTiles>([&](auto n) {
           uint32_t w[4];
-          load_matrices<decltype(offset)::value + 8 * n * Shape::kRowBytes>(w, at);
+          ldmatrix<decltype(offset)::value + 8 * n * Shape::kRowBytes>(w, at);
           const auto low = make_fragment<T>(w[0], w[1]), high = make_fragment<T>(w[2], w[3]);
 #pragma unroll
           for (int m = 0; m < kCount; ++m)
@@ -219,7 +222,7 @@ class GradientWarp {
       if constexpr (!Shape::kFloat) {
         at_half_part<Tile, i>(right, [&](uint32_t at, auto offset) {
           uint32_t words[4];
-          load_matrices_transposed<decltype(offset)::value>(words, at);
+          ldmatrix_trans<decltype(offset)::value>(words, at);
           add(2 * i, make_fragment<T>(words[0], words[1]));
           add(2 * i + 1, make_fragment<T>(words[2], words[3]));
         });

@@ -30,20 +30,6 @@ __device__ __forceinline__ T* row_at(const Rows& rows, int64_t b, int place, int
   return rows_at<T>(rows, b, place, h);
 }
 
-// Read anew wherever it is used: what follows from it need not wait in registers.
-__device__ __forceinline__ unsigned block_index() {
-  unsigned x;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-  return x;
-}
-
-// The first `bytes` of 16 bytes from global to shared memory, then zeros, in the background.
-template <int kOffset>
-__device__ __forceinline__ void copy_async_bytes(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;\n" ::"r"(to),
-               "n"(kOffset), "l"(from), "r"(bytes));
-}
-
 // Queries at positions begin .. end - 1 see a key.
 struct Seeing {
   static constexpr int kNobody = 0x7fffffff;  // begin of a key that does not exist
@@ -140,56 +126,6 @@ __device__ __forceinline__ void find_keys(const typename Walk::Launch& d,
   Table::Keys::find(d, q, &table.keys, table.counters);
 }
 
-// One instruction, which the compiler does not find.
-__device__ __forceinline__ const void* chunks_behind(const void* from, uint32_t chunks) {
-  const void* to;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(chunks), "n"(kChunkBytes), "l"(from));
-  return to;
-}
-
-// The chunks of a tile that one thread copies, of one row after the other.
-template <typename T, typename Tile>
-struct ChunkCopy {
-  static constexpr int kCount = kChunkBytes / sizeof(T);
-  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : 8;  // threads side by side in a row
-  static constexpr int kRows = kWarpSize / kLanes;                 // of a warp
-  static constexpr int kParts = Tile::kChunks / kLanes;
-  static_assert(Tile::kSwizzledChunks == 8);
-
-  const T* from[kParts];
-  int bytes[kParts];
-
-  // `row` is what rows are counted from.
-  __device__ __forceinline__ ChunkCopy(const T* row, int columns) {
-    const int lane = threadIdx.x % kLanes;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int column = (i * kLanes + lane) * kCount;
-      from[i] = row + (column < columns ? column : 0);
-      bytes[i] = column < columns ? kChunkBytes : 0;
-      keep(from[i]);
-    }
-  }
-
-  // Where this thread's first chunk in one of 8 rows of a warp lies, in bytes of a tile.
-  static __device__ __forceinline__ uint32_t own() {
-    const int lane = threadIdx.x % kWarpSize;
-    return threadIdx.x / kWarpSize * 8 * Tile::kRowBytes +
-           Tile::offset(lane / kLanes, lane % kLanes);
-  }
-
-  // The row `chunks` away to the one kRow rows behind `own`, of which there are 8 from there on;
-  // kOffset: bytes.
-  template <int kRow, int kOffset>
-  __device__ __forceinline__ void copy(uint32_t own, uint32_t chunks) const {
-    const uint32_t to = own ^ Tile::swizzle(kRow) * kChunkBytes;
-    unroll<kParts>([&](auto i) {
-      copy_async_bytes<kOffset + kRow * Tile::kRowBytes + i * kLanes * kChunkBytes>(
-          to, chunks_behind(from[i], chunks), bytes[i]);
-    });
-  }
-};
-
 // The tile of two tensors that begins with number `first` of a ring, whose rows all exist, counted
 // in chunks from x and y on.
 template <typename XTile, typename YTile, typename T, typename Ring>
@@ -251,7 +187,7 @@ struct KeySource {
                                          table.v, d.attention.value_dim);
     else
       load_rows(tile, first);
-    commit_copies();
+    cp_async_commit();
   }
 
  private:
@@ -267,9 +203,9 @@ struct KeySource {
       const T* key = table.k + (d.compact ? int64_t{at.x} * kCount : step_to(d.k(), place));
       const T* value = table.v + (d.compact ? int64_t{at.y} * kCount : step_to(d.v(), place));
       const bool exists = table.ring.seen_by(first + r).begin != Seeing::kNobody;
-      KeyCopy::copy(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
-      ValueCopy::copy(tile + Shape::kTileBytes, r, value,
-                      exists ? static_cast<int>(p.value_dim) : 0, d.aligned);
+      KeyCopy::copy_to(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
+      ValueCopy::copy_to(tile + Shape::kTileBytes, r, value,
+                         exists ? static_cast<int>(p.value_dim) : 0, d.aligned);
     }
   }
 };

@@ -2,9 +2,12 @@
 // keys, their softmax weights, and the products of these with the values. Which keys a row sees is
 // not known here.
 #pragma once
-#include "dense/attention/kernel_products.cuh"
-#include "dense/attention/kernel_shape.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/stage_addresses.cuh"
+#include "cuda/attention/tile_shape.cuh"
+#include "cuda/load_tile.cuh"
 
 namespace tokenmill::cuda {
 
@@ -29,14 +32,6 @@ struct ListedShape : ForwardShape<T, kBucket> {
   // spill.
   static constexpr int kMinBlocks = kWide && Base::kFloat ? 1 : 0;
 };
-
-// Ends a basic block. ptxas mixes what lies within one, and loads far ahead, until more is live
-// than there are registers. kNumber keeps it from joining two of them.
-template <int kNumber>
-__device__ __forceinline__ void end_block(int positive) {
-  asm volatile("{ .reg .pred p; setp.eq.s32 p, %0, %1; @p exit; }" ::"r"(positive), "n"(-kNumber)
-               : "memory");
-}
 
 template <typename T, int kBucket>
 class ListedProducts {
@@ -65,7 +60,6 @@ class ListedProducts {
 
  protected:
   static constexpr int kDepth = kMmaDepth<T>;
-  static constexpr int kPatterns = Addresses::kKeys;
 
   __device__ ListedProducts() {
 #pragma unroll
@@ -73,8 +67,8 @@ class ListedProducts {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
-      // With these a row's first weights overflow, which sets its pivot.
-      neg_pivot_[m][0] = neg_pivot_[m][1] = kFloatMax;
+      // With these a row's first weights overflow, which sets its row_max.
+      neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }
   }
@@ -104,50 +98,39 @@ class ListedProducts {
 
   // In shared memory, where `queries` are those of the block.
   __device__ __forceinline__ void find_queries(uint32_t queries) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int i = 0; i < kPatterns; ++i)
-      query_[i] = queries + row_warp() * 16 * Shape::kRowBytes +
-                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+    query_.find(queries + row_warp() * 16 * Shape::kRowBytes, threadIdx.x % kWarpSize);
   }
 
-  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. finish(s)
+  // The rows of kCount tiles from kFirst on and kKeys keys from kOffset on at `at`. score_mod(s)
   // follows the first product; exponents of weights are s times factor then, and -inf hides a pair.
   // It returns whether any is hidden from those that sees(half, key) tells; null: none can be. The
   // compiler cannot know that `positive` is.
-  template <int kFirst, int kCount, int kKeys, int kOffset, typename Finish, typename Sees>
+  template <int kFirst, int kCount, int kKeys, int kOffset, typename ScoreMod, typename Sees>
   __device__ __forceinline__ void add_step(const Addresses& at, float factor, int positive,
-                                           const Finish& finish, const Sees& sees) {
+                                           const ScoreMod& score_mod, const Sees& sees) {
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kOffset>(s, at);
-    const bool cut = finish(s);
+    const bool cut = score_mod(s);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
-    float sums[kCount][2];
-    // Loops, so that weights have one place where they are made and need no registers twice.
-    if constexpr (kRaisesFirst) {
+    if constexpr (kUpdatesFirst) {
       constexpr int kMask = ((1 << kCount) - 1) << kFirst;
-      int raise = fresh_ & kMask;
-      fresh_ &= ~kMask;
+      int update = empty_ & kMask;
+      empty_ &= ~kMask;
+      float sums[kCount][2];
 #pragma unroll 1
       for (;;) {
-        if (raise) raise_pivots<kFirst>(s, factor);
-        if (!exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) || raise) break;
-        raise = 1;
-        keep(raise);
+        if (update) update_row_max<kFirst, true>(s, factor, neg_row_max_, sum_, out_);
+        if (!exponentiate<kFirst>(s, factor, neg_row_max_, p, sums) || update) break;
+        update = 1;
+        keep(update);
       }
+#pragma unroll
+      for (int m = 0; m < kCount; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
     } else {
-      int raised = 0;
-#pragma unroll 1
-      while (exponentiate<kFirst>(s, factor, neg_pivot_, p, sums) && !raised) {
-        raise_pivots<kFirst>(s, factor);
-        raised = 1;
-        keep(raised);
-      }
+      softmax_weights<kFirst, true>(s, factor, neg_row_max_, sum_, out_, p);
     }
-#pragma unroll
-    for (int m = 0; m < kCount; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
     const auto before = [&](auto pair) {
       if constexpr (kBucket == 128 && pair == kColumns / 32) end_block<kOffset + 1>(positive);
     };
@@ -161,14 +144,9 @@ class ListedProducts {
   }
 
   float out_[kRowTiles][kTiles][4];
-  float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
  private:
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
-
   static __device__ int row_warps() {
     return Shape::kColumnWarps > 1 ? Shape::kMaxRowWarps : Shape::kMaxThreads / kWarpSize;
   }
@@ -176,70 +154,17 @@ class ListedProducts {
   template <int kFirst, int kOffset, int kCount, int kKeyTiles>
   __device__ __forceinline__ void multiply_keys(float (&s)[kCount][kKeyTiles][4],
                                                 const Addresses& at) const {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
-    if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) {
-        multiply_slice<T, kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
-      });
-    } else {
-      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
-      Addresses keys = at;
-      uint32_t queries[kPatterns];
-#pragma unroll
-      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
-        unroll<kPatterns>([&](auto j) {
-          QuerySlice slice;
-          load_shared(slice.words[0], queries[j]);
-          load_shared<8 * Shape::kRowBytes>(slice.words[1], queries[j]);
-          multiply_slice<T, kOffset, j>(s, keys, [&](int) { return slice; });
-        });
-#pragma unroll
-        for (int j = 0; j < kPatterns; ++j)
-          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
-      }
-    }
-  }
-
-  // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
-  // moves depends on that row alone.
-  template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void raise_pivots(const float (&s)[kCount][kKeyTiles][4],
-                                               float factor) {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = -infinity();
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-          top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor, s[m][n][2 * h + 1] * factor));
-        top = quad_max(top);
-        float& neg_pivot = neg_pivot_[kFirst + m][h];
-        if (top + neg_pivot > kHeadroom) {
-          if (neg_pivot < kFloatMax) {  // else all sums are 0
-            const float shrink = exp2_approx(-neg_pivot - top);
-            sum_[kFirst + m][h] *= shrink;
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-              out_[kFirst + m][n][2 * h] *= shrink;
-              out_[kFirst + m][n][2 * h + 1] *= shrink;
-            }
-          }
-          neg_pivot = -top;
-        }
-      }
-    }
+    if constexpr (Shape::kQueryInRegisters)
+      multiply_held<T, Shape::kSlices, kOffset>(s, at,
+                                                [&](int m, auto j) { return q_[kFirst + m][j]; });
+    else
+      multiply_shared<T, kOffset>(s, at, query_);
   }
 
   // Where the first step has many keys, its weights are not made in vain.
-  static constexpr bool kRaisesFirst = Shape::kStepKeys > 16;
-  int fresh_ = (1 << kRowTiles) - 1;  // row tiles that have seen nothing
-  uint32_t query_[kPatterns];
+  static constexpr bool kUpdatesFirst = Shape::kStepKeys > 16;
+  int empty_ = (1 << kRowTiles) - 1;  // row tiles that have seen nothing
+  SharedQueries<Shape> query_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 

@@ -1,18 +1,16 @@
 // Rows of two tensors, from wherever they lie, through two stages of shared memory. Where those of
 // a tile lie is looked up two tiles ahead.
 #pragma once
-#include "cuda/load_tile.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/attention/gmem_to_smem.cuh"
+#include "cuda/attention/sequence.cuh"
+#include "cuda/attention/tile_shape.cuh"
 
 namespace tokenmill::cuda {
 
-// Sizes of what streams: kTileRows rows of both tensors a stage.
+// kTileRows rows of both tensors a stage.
 template <typename T, int kBucket>
-struct StreamShape {
-  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
-  static constexpr int kTileRows = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
-  static constexpr int kTileBytes = kTileRows * kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;
+struct StreamShape : TileShape<T, kBucket> {
+  static constexpr int kTileRows = TileShape<T, kBucket>::kTileKeys;
 };
 
 // The ids of lists that say where the rows of two tiles lie, on their way to shared memory. A
@@ -24,35 +22,7 @@ struct FetchedIds {
   __device__ __forceinline__ int& at(unsigned t) { return ids[t % (2 * kTileRows)]; }
 
   __device__ __forceinline__ void fetch(int t, const int32_t* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(&at(t))), "l"(from)
-                 : "memory");
-  }
-};
-
-// This thread's chunks of one row after the other.
-template <typename T, typename Tile>
-struct RowCopy {
-  static constexpr int kCount = kChunkBytes / sizeof(T);
-  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : 8;  // threads side by side in a row
-  static_assert(Tile::kChunks % 8 == 0);
-
-  static __device__ int first_row() { return threadIdx.x / kLanes; }
-  static __device__ int row_step() { return blockDim.x / kLanes; }
-
-  // `columns` elements of a row to row r of the tile, zeros behind them.
-  static __device__ __forceinline__ void copy(uint32_t tile, int r, const T* row, int columns,
-                                              bool aligned) {
-    const int lane = threadIdx.x % kLanes, own = lane * kCount;
-    const uint32_t to = tile + Tile::offset(r, lane);
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; c += kLanes) {
-      const int left = columns - own - c * kCount;
-      const T* from = row + (left > 0 ? own + c * kCount : 0);
-      if (aligned)
-        copy_async_or_zero(to + c * kChunkBytes, from, left > 0);
-      else
-        copy_elements(to + c * kChunkBytes, from, left);
-    }
+    cp_async_word(shared_address(&at(t)), from);
   }
 };
 
@@ -64,7 +34,7 @@ struct RowCopy {
 template <int kTileRows, typename Source, typename Work>
 __device__ __forceinline__ void stream_rows(Source& source, const Work& work) {
   if (source.total() <= 0) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     return;
   }
@@ -76,25 +46,25 @@ __device__ __forceinline__ void stream_rows(Source& source, const Work& work) {
   const auto store = [&](int t) { source.store(t); };
   each(0, fetch);
   each(kTileRows, fetch);
-  commit_copies();
-  wait_for_copies<0>();
+  cp_async_commit();
+  cp_async_wait<0>();
   each(0, store);
   each(kTileRows, store);
   __syncthreads();
   source.load(0, 0);
 #pragma unroll 1
   for (int first = 0; first < source.total(); first += kTileRows) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     const int stage = first / kTileRows % 2, next = first + kTileRows, second = next + kTileRows;
     if (second < source.total()) {
       each(second, fetch);
-      commit_copies();
+      cp_async_commit();
     }
     if (next < source.total()) source.load(stage ^ 1, next);
     work(stage, first);
     if (first + 2 * kTileRows < source.total()) {
-      wait_for_copies<1>();  // for what was fetched, not for the tile
+      cp_async_wait<1>();  // for what was fetched, not for the tile
       each(first + 2 * kTileRows, store);
     }
   }

@@ -1,7 +1,7 @@
 // The rows of a set that are nearest each of some rows, by sums of squared differences. A block has
 // 64 rows and goes through the set 64 rows at a time; a thread has 4 x 4 distances in registers.
 #pragma once
-#include "cuda/divisor.cuh"
+#include "cuda/fast_divmod.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
@@ -18,7 +18,7 @@ template <typename T>
 struct MapRows {
   const T* data;
   int64_t batch, line, row;
-  Divisor width;
+  FastDivmod width;
   int count;
   bool aligned;  // four elements at once
 

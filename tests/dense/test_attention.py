@@ -172,6 +172,14 @@ def test_a_single_key(kind, backend):
     torch.testing.assert_close(out, weight * v)
 
 
+@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
+def test_the_only_key_of_a_row_has_weight_1(backend, isa):
+    q, k = (randn(1, 1, 8, 64, backend=backend) for _ in range(2))
+    v = torch.arange(-256.0, 256.0, device=device_of(backend)).view(1, 1, 8, 64)
+    out, lse = tm.attention(q, k, v, scale=0.0, return_lse=True, backend=backend)
+    assert torch.equal(out, v) and torch.all(lse == 0)
+
+
 @each_kernel
 @each_dtype
 @pytest.mark.parametrize("scale", [0.0, None])

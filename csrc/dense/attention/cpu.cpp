@@ -94,10 +94,10 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j)
-        s[r][j] = t.terms->exponent(s[r][j], i + r, column + j * kWidth);
+        s[r][j] = t.score_mod->exponent(s[r][j], i + r, column + j * kWidth);
     }
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
-    const vf factor = set(t.terms->factor);
+    const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)
     for (int r = 0; r < kRows; ++r) {
       TM_UNROLL(4)
@@ -177,8 +177,8 @@ class Worker {
       head.s = &place.s;
       head.b = place.b;
       head.h = place.kv % p.kv_heads;
-      const ScoreTerms terms(p, place.b, place.h, place.s);
-      t.terms = &terms;
+      const ScoreMod score_mod(p, place.b, place.h, place.s);
+      t.score_mod = &score_mod;
       t.band = place.band;
       t.first = place.first;
       t.rows = place.rows;
@@ -240,13 +240,13 @@ class Worker {
 
   void load_queries() {
     const int64_t padded = round_up(t.rows, kTileRows);
-    const float factor = t.terms->plain && Op::kPair == 1 ? t.terms->factor : 1;
+    const float factor = t.score_mod->plain && Op::kPair == 1 ? t.score_mod->factor : 1;
     pack_rows<Op>(row_at(p.q, place, 0), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
                   t.ldq);
     t.clear<kMap>(padded);
   }
 
-  void stream_keys() { t.terms->plain ? stream_keys<true>() : stream_keys<false>(); }
+  void stream_keys() { t.score_mod->plain ? stream_keys<true>() : stream_keys<false>(); }
 
   template <bool kPlain>
   void stream_keys() {
@@ -305,7 +305,7 @@ class Worker {
     for (int64_t r = 0; r < t.rows; ++r) {
       RowScale scale{1, 0};
       if (kMap == ScoreMap::softmax) {
-        scale = t.finish(r, p.sink ? p.sink + place.h : nullptr);
+        scale = t.epilogue(r, p.sink ? p.sink + place.h : nullptr);
         lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
       }
       store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, place, r), p.dtype, p.value_dim);

@@ -128,11 +128,12 @@ class Worker {
 
   void enter_query_head(int64_t head) {
     h = head;
-    terms = ScoreTerms(p, b, h, *s);
-    if (sums_pairs_for_score_bias()) terms.make_general();  // that path sums dS
-    queries.pack(*s, b, h, padded(s->q_length), terms.plain && Op::kPair == 1 ? terms.factor : 1);
+    score_mod = ScoreMod(p, b, h, *s);
+    if (sums_pairs_for_score_bias()) score_mod.make_general();  // that path sums dS
+    queries.pack(*s, b, h, padded(s->q_length),
+                 score_mod.plain && Op::kPair == 1 ? score_mod.factor : 1);
     if (kMap == ScoreMap::softmax)
-      queries.pack_statistics(*s, b, h, padded(s->q_length), terms.shift);
+      queries.pack_statistics(*s, b, h, padded(s->q_length), score_mod.shift);
   }
 
   bool sums_pairs_for_score_bias() const { return kMap == ScoreMap::sigmoid && bp.dscore_bias; }
@@ -183,7 +184,7 @@ class Worker {
       const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
       for (int64_t c = 0; c < kQueryBlock; c += kPanel)
         if (i + c < to && i + c + kPanel > from)
-          terms.plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
+          score_mod.plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
       // Words of the queries that these keys see.
       const int64_t begin = upper(from - i, 0) / Op::kPair;
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
@@ -217,7 +218,7 @@ class Worker {
     const int64_t query = i + c, key = first_key + r;
     const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
                         query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
-    const vf odds = set(terms.odds), one = set(1.f), factor = set(terms.factor);
+    const vf odds = set(score_mod.odds), one = set(1.f), factor = set(score_mod.factor);
     vf bias_sum = zero(), slope_sum = zero();
     TM_UNROLL(8)
     for (int m = 0; m < kTileRows; ++m) {
@@ -226,10 +227,10 @@ class Worker {
       for (int n = 0; n < kTileVectors; ++n) {
         vf t = z[m][n], distance = zero();
         if constexpr (!kPlain) {
-          distance = abs_of(iota() +
-                            set(static_cast<float>(query + n * kWidth + terms.diagonal - key - m)));
-          const vf b = terms.bias ? bias_lanes(query + n * kWidth, key + m) : zero();
-          t = terms.exponent(t, b, distance);
+          distance = abs_of(
+              iota() + set(static_cast<float>(query + n * kWidth + score_mod.diagonal - key - m)));
+          const vf b = score_mod.bias ? bias_lanes(query + n * kWidth, key + m) : zero();
+          t = score_mod.exponent(t, b, distance);
         } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
           t = t * factor;
         }
@@ -254,7 +255,7 @@ class Worker {
           bias_sum = bias_sum + dz[n];
           slope_sum = fma(dz[n], distance, slope_sum);
           if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key + m);
-          if (terms.softcap > 0) dz[n] = dz[n] * terms.cap_slope(z[m][n]);
+          if (score_mod.softcap > 0) dz[n] = dz[n] * score_mod.cap_slope(z[m][n]);
         }
         z[m][n] = dz[n];
       }
@@ -269,20 +270,21 @@ class Worker {
 
   // Biases of queries query .. query + kWidth - 1 for one key: a column of the bias.
   vf bias_lanes(int64_t query, int64_t key) const {
-    if (key >= terms.columns) return zero();
-    const int64_t at = key * terms.bias_k;
-    if (terms.bias_q == 0) return set(scalar_as_float(terms.bias, terms.bias_dtype, at));
-    return visit_elements(terms.bias_dtype, [&](auto e) TM_LAMBDA {
+    if (key >= score_mod.columns) return zero();
+    const int64_t at = key * score_mod.bias_k;
+    if (score_mod.bias_q == 0)
+      return set(scalar_as_float(score_mod.bias, score_mod.bias_dtype, at));
+    return visit_elements(score_mod.bias_dtype, [&](auto e) TM_LAMBDA {
       using T = typename decltype(e)::type;
       T lane[kWidth] = {};
-      for (int64_t l = 0; l < kWidth && query + l < terms.rows; ++l)
-        lane[l] = static_cast<const T*>(terms.bias)[at + (query + l) * terms.bias_q];
+      for (int64_t l = 0; l < kWidth && query + l < score_mod.rows; ++l)
+        lane[l] = static_cast<const T*>(score_mod.bias)[at + (query + l) * score_mod.bias_q];
       return e.load(lane, 0);
     });
   }
 
   void add_dbias(vf dz, int64_t query, int64_t key) const {
-    if (key >= terms.columns) return;
+    if (key >= score_mod.columns) return;
     float* column = bp.dbias + b * bp.dbias_batch + h * bp.dbias_head + key * bp.dbias_k;
     if (bp.dbias_q == 0) {
       *column += sum_lanes(dz);
@@ -290,7 +292,7 @@ class Worker {
     }
     float lane[kWidth];
     store(lane, dz);
-    for (int64_t l = 0; l < kWidth && query + l < terms.rows; ++l)
+    for (int64_t l = 0; l < kWidth && query + l < score_mod.rows; ++l)
       column[(query + l) * bp.dbias_q] += lane[l];
   }
 
@@ -364,7 +366,7 @@ class Worker {
   int64_t b = 0, kv_head = 0, h = 0, group = 1;
   Sequence sequence{p, 0};
   const Sequence* s = &sequence;
-  ScoreTerms terms{p, 0, 0, sequence};
+  ScoreMod score_mod{p, 0, 0, sequence};
   Band band, seen_by;
   int64_t first_key = 0, keys = 0;
 };

@@ -1,6 +1,6 @@
 // From q.k to the exponent of the score map, for the forward and backward CPU kernels.
 //
-// Exponents are in base 2: t = z log2(e) for softmax, P = 2^(t - pivot) / sum; t = -z log2(e) for
+// Exponents are in base 2: t = z log2(e) for softmax, P = 2^(t - row_max) / sum; t = -z log2(e) for
 // sigmoid, P = 1 / (1 + 2^t). Nothing cancels, so small weights keep their relative accuracy.
 #pragma once
 #include <cmath>
@@ -9,7 +9,7 @@
 #include "cpu/simd.h"
 #include "cpu/tile.h"
 #include "dense/attention/band.h"
-#include "dense/attention/cpu_finish.h"
+#include "dense/attention/cpu_epilogue.h"
 #include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -45,8 +45,8 @@ TM_INLINE float* lse_of(const AttentionParams& p, const float* lse, int64_t b, i
 }
 
 // What lies between scale q.k and the score map, for one head of one sequence.
-struct ScoreTerms {
-  ScoreTerms(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
+struct ScoreMod {
+  ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
       : map(p.map),
         scale(p.scale),
         softcap(p.softcap),

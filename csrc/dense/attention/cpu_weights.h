@@ -9,7 +9,7 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int kShortRows = 4;  // of a register tile where kTileRows would compute idle rows
 // Rows of P and of the accumulators start in different cache sets.
 constexpr int64_t kRowPad = 16;
-// P may exceed 1 by this power of two before a softmax row moves its pivot.
+// P may exceed 1 by this power of two before row_max of a softmax row moves.
 constexpr float kHeadroom = 8;
 
 // Asks for one row of a tensor ahead of time. Packing and storing wait for memory otherwise, above
@@ -27,7 +27,7 @@ constexpr int64_t rows_of_tile(int64_t left) {
 }
 
 struct QueryRows {
-  const ScoreTerms* terms;
+  const ScoreMod* score_mod;
   int64_t rows;
   float* q;  // [most rows][ldq]
   int64_t words, ldq;
@@ -35,9 +35,9 @@ struct QueryRows {
   int64_t ldp;
   float* out;  // [most rows][ldo]
   int64_t ldo, width;
-  // softmax, per row: exponents are taken relative to pivot, the first maximum, so that the only
+  // softmax, per row: exponents are taken relative to row_max, the first maximum, so that the only
   // key of a row has weight 1; it moves when an exponent exceeds raise_above.
-  float *pivot, *raise_above, *sums;
+  float *row_max, *raise_above, *sums;
 
   template <class Op>
   void set_sizes(const AttentionParams& p, int64_t step) {
@@ -53,7 +53,7 @@ struct QueryRows {
     out = workspace.take(most * ldo);
     p = workspace.take(most * ldp);
     sums = workspace.take(most * kWidth);
-    pivot = workspace.take(most);
+    row_max = workspace.take(most);
     raise_above = workspace.take(most);
   }
 
@@ -62,12 +62,12 @@ struct QueryRows {
     std::memset(out, 0, padded * ldo * sizeof(float));
     if (kMap == ScoreMap::softmax) {
       std::memset(sums, 0, padded * kWidth * sizeof(float));
-      for (int64_t r = 0; r < padded; ++r) pivot[r] = 0, raise_above[r] = -kInf;
+      for (int64_t r = 0; r < padded; ++r) row_max[r] = 0, raise_above[r] = -kInf;
     }
   }
-  RowScale finish(int64_t r, const float* sink) const {
-    return finish_softmax(sum_lanes(load(sums + r * kWidth)), pivot[r], raise_above[r] > -kInf,
-                          sink, terms->shift);
+  RowScale epilogue(int64_t r, const float* sink) const {
+    return softmax_epilogue(sum_lanes(load(sums + r * kWidth)), row_max[r], raise_above[r] > -kInf,
+                            sink, score_mod->shift);
   }
 };
 
@@ -82,14 +82,13 @@ TM_INLINE vf scale_words(vf x, float factor) {
 #endif
 }
 
-// Moves the pivot of a softmax row up to `top` and rescales what was summed relative to the old
-// one.
+// Moves row_max of a softmax row up to `top` and rescales what was summed relative to the old one.
 template <class Op>
-__attribute__((noinline)) void raise_pivot(const QueryRows& t, int64_t row, float top,
-                                           int64_t words_done) {
+__attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, float top,
+                                              int64_t words_done) {
   if (!(top > t.raise_above[row])) return;
-  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.pivot[row] - top);
-  t.pivot[row] = top;
+  const float factor = t.raise_above[row] == -kInf ? 0 : std::exp2(t.row_max[row] - top);
+  t.row_max[row] = top;
   t.raise_above[row] = top + kHeadroom;
   float* p = t.p + row * t.ldp;
   for (int64_t w = 0; w < words_done; w += kWidth)
@@ -118,18 +117,18 @@ TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVe
     }
     if (any(over)) [[unlikely]]
       for (int r = 0; r < kRows; ++r)
-        raise_pivot<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
+        update_row_max<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
   }
-  const vf odds = set(t.terms->odds), one = set(1.f);
+  const vf odds = set(t.score_mod->odds), one = set(1.f);
   TM_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {
     if constexpr (kMap == ScoreMap::softmax) {
-      const vf pivot = set(t.pivot[row + r]);
+      const vf row_max = set(t.row_max[row + r]);
       float* sums = t.sums + (row + r) * kWidth;
       vf sum = load(sums);
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j) {
-        s[r][j] = power<kCoarse>(s[r][j] - pivot);
+        s[r][j] = power<kCoarse>(s[r][j] - row_max);
         sum = sum + s[r][j];
       }
       store(sums, sum);

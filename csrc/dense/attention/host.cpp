@@ -4,7 +4,7 @@
 #include "core/stream.h"
 #include "dense/attention/band.h"
 #include "dense/attention/params.h"
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {
@@ -94,7 +94,7 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.softcap = static_cast<float>(a.softcap);
   p.score_bias_value = static_cast<float>(a.score_bias_value);
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
-  set_terms(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
+  set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
   if (a.bias) {
     const View& t = a.bias;
     const std::vector<int64_t> full{p.batch, p.heads,

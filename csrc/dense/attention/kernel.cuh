@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool idle = in_group >= group;
   const int h = kv_head * group + (idle ? 0 : in_group);
 
-  const WarpBand band(p, s);
+  const MaskBand band = MaskBand::of(p, s);
   const GlobalRows<T> queries{rows_at<T>(p.q, place.b, s.q_start, h), p.q.seq, s.q_length,
                               static_cast<int>(p.head_dim), plan.inputs_aligned};
   const auto input_rows = [&](const Rows& rows, int64_t columns, int b, int start, int length,
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       load_keys.load(stage, key0);
       load_values.load(stage + to_values, key0);
     }
-    commit_copies();
+    cp_async_commit();
   };
   if (begin < end) load_stage(own, begin);
 
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
 #pragma unroll 1
   for (int key0 = begin; key0 < block_end();) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     if (key0 + Shape::kTileKeys < block_end()) {
       if constexpr (kGeneral) {  // leaves no registers to keep these

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(256, 1)
   const BlockInfoView& info = worker.info;
   {
     const int thread = threadIdx.x, pair = worker.pair;
-    const bool follows = worker.follows;
+    const bool makes_ds = worker.makes_ds;
     const int block_rows = static_cast<int>(blockDim.x) / (2 * kWarpSize) / heads_per_block * kRows;
     const BlockPlace place(args, kKeys, heads_per_block, block_rows);
     if (place.batch < 0) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(256, 1)
     const int rows = kKeys ? s.k_length : s.q_length;
     if (place.first_row >= rows) return;
     const Band of_queries = Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length);
-    const ColumnBand band = ColumnBand::of(kKeys ? of_queries.transposed(s.q_length) : of_queries);
+    const MaskBand band = MaskBand::of(kKeys ? of_queries.transposed(s.q_length) : of_queries);
     const int64_t row_start = kKeys ? s.k_start : s.q_start;
     const int64_t column_start = kKeys ? s.q_start : s.k_start;
     const int64_t group = p.heads / p.kv_heads;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(256, 1)
     worker.first_row = place.first_row + pair / heads_per_block * kRows;
     const int last = min(worker.first_row + kRows, rows) - 1;
     const bool idle = worker.first_row >= rows;
-    if (worker.lane == 0 && !follows)
+    if (worker.lane == 0 && !makes_ds)
       reinterpret_cast<PairInfo*>(shared + kPairInfoOffset)[pair] = {
           band.begin(worker.first_row), idle ? 0 : band.end(last), band.begin(last),
           idle ? 0 : band.end(worker.first_row), worker.first_row};
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(256, 1)
     }
 
     const int64_t head = place.first_head + pair % heads_per_block;
-    const Rows& own = kKeys ? follows ? p.v : p.k : follows ? bp.dout : p.q;
+    const Rows& own = kKeys ? makes_ds ? p.v : p.k : makes_ds ? bp.dout : p.q;
     copy_rows<kRows, Tile>(
         worker.owned, rows_at<const T>(own, place.batch, row_start + worker.first_row, head),
-        own.seq, rows - worker.first_row, static_cast<int>(follows ? p.value_dim : p.head_dim),
+        own.seq, rows - worker.first_row, static_cast<int>(makes_ds ? p.value_dim : p.head_dim),
         args.vectors, worker.lane, kWarpSize);
-    commit_copies();
+    cp_async_commit();
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(256, 1)
         const int row = worker.first_row + 16 * m + 8 * half + worker.lane / 4;
         worker.statistics[m][half] = 0;
         if (!kKeys && p.map == ScoreMap::softmax && row < rows) {
-          const float* of_rows = follows ? bp.minus_delta : bp.minus_lse;
+          const float* of_rows = makes_ds ? bp.minus_delta : bp.minus_lse;
           worker.statistics[m][half] = lse_at(p, of_rows, place.batch, s.q_start, head)[row];
         }
       }
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncwarp();
     if constexpr (Shape::kHeld)
       unroll<kTiles>([&](auto m) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(256, 1)
     return info.begin() + (head > 0 ? n - head * info.tiles() : n) * kColumns;
   };
   const auto stage_of = [&](unsigned n) { return worker.ring + n % 2 * Shape::kStageBytes; };
-  // By the pairs in turn: the leader fetches x and the statistics, the follower y.
+  // By the pairs in turn: the first warp fetches x and the statistics, the second y.
   const auto fetch = [&](int n) {
     const unsigned warp = thread_index() / kWarpSize, pairs = thread_count() / (2 * kWarpSize);
     if (((warp ^ n) & (pairs - 1)) != 0) return;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(256, 1)
                                 static_cast<int>(second ? p.value_dim : p.head_dim), args.vectors,
                                 thread_index() % kWarpSize, kWarpSize);
     if (kKeys && Worker::kStatistics && p.map == ScoreMap::softmax) {
-      // Minus lse for the leaders, minus delta for the followers. Queries beyond the sequence have
+      // Minus lse for warps of S, minus delta for those of dS. Queries beyond the sequence have
       // dO = 0, so that any finite statistics do.
       const int lane = thread_index() % kWarpSize;
       const float* of_rows = (second ? info.pointer<float, offsetof(BlockInfo, minus_delta)>()
@@ -177,73 +177,73 @@ __global__ void __launch_bounds__(256, 1)
       const uint32_t to = stage + 2 * Shape::kTileBytes + (second ? kColumns * 4 : 0) + lane * 4;
 #pragma unroll
       for (int i = 0; i < kColumns; i += kWarpSize)
-        if (lane + i < kColumns) copy_word_or_zero(to + i * 4, of_rows + i, lane + i < left);
+        if (lane + i < kColumns) cp_async_word_zfill(to + i * 4, of_rows + i, lane + i < left);
     }
-    commit_copies();
+    cp_async_commit();
   };
-  const auto terms_of = [&](int index) {
+  const auto score_mod_of = [&](int index) {
     const int64_t group = p.heads / p.kv_heads;
-    return typename Worker::Terms(p, info.batch(),
-                                  kKeys ? info.first_head() * group + index
-                                        : info.first_head() + worker.pair % heads_per_block);
+    return typename Worker::Mod(p, info.batch(),
+                                kKeys ? info.first_head() * group + index
+                                      : info.first_head() + worker.pair % heads_per_block);
   };
 
-  if (kKeys && worker.follows) pair_arrive(worker.full + 1);
-  constexpr bool kKeepsTerms = kMode == Mode::sigmoid || kMode == Mode::fast_sigmoid;
-  auto terms = terms_of(0);
-  if constexpr (kKeepsTerms) worker.keep(terms);
+  if (kKeys && worker.makes_ds) pair_arrive(worker.full + 1);
+  constexpr bool kParksConstant = kMode == Mode::sigmoid || kMode == Mode::fast_sigmoid;
+  auto score_mod = score_mod_of(0);
+  if constexpr (kParksConstant) worker.park_constant(score_mod);
   // Fetching runs one tile ahead of the sums.
   for (; worker.tile() < info.total(); worker.next_tile()) {
     const int n = worker.tile();
     if (n >= 0) {
-      wait_for_copies<0>();
+      cp_async_wait<0>();
       __syncthreads();
     }
     if (n + 1 < info.total()) fetch(n + 1);
     if (n < 0) continue;
     const int head = head_of(n), first = column_of(n, head);
     if (kKeys && kMode != Mode::softmax && head > 0 && first == info.begin()) {
-      terms = terms_of(head);
-      if constexpr (kKeepsTerms) worker.keep(terms);
+      score_mod = score_mod_of(head);
+      if constexpr (kParksConstant) worker.park_constant(score_mod);
     }
     const PairAddresses addresses = worker.addresses(stage_of(n));
-    if constexpr (kKeepsTerms) terms.constant = __uint_as_float(addresses.statistics);
+    if constexpr (kParksConstant) score_mod.constant = __uint_as_float(addresses.statistics);
     if (info.all_see(worker.pair, first, first + kColumns - 1))
-      worker.template run_tile<false>(terms, addresses, first);
+      worker.template run_tile<false>(score_mod, addresses, first);
     else if (info.sees(worker.pair, first, first + kColumns - 1))
-      worker.template run_tile<true>(terms, addresses, first);
+      worker.template run_tile<true>(score_mod, addresses, first);
   }
-  const bool follows = worker.follows;
+  const bool makes_ds = worker.makes_ds;
   const int pair = worker.pair;
-  if (kKeys && !follows) pair_sync(worker.full + 1);
+  if (kKeys && !makes_ds) pair_sync(worker.full + 1);
 
-  float factor = kKeys && !follows ? 1.f : p.scale;
-  if (kKeys && !follows && Worker::kScale && p.map == ScoreMap::sigmoid) factor = 1 / kHalfScale;
-  if ((!kKeys || follows) && kMode == Mode::fast_sigmoid) factor *= 0.25f;
-  const Rows& to = kKeys ? follows ? bp.dk : bp.dv : bp.dq;
+  float factor = kKeys && !makes_ds ? 1.f : p.scale;
+  if (kKeys && !makes_ds && Worker::kScale && p.map == ScoreMap::sigmoid) factor = 1 / kHalfScale;
+  if ((!kKeys || makes_ds) && kMode == Mode::fast_sigmoid) factor *= 0.25f;
+  const Rows& to = kKeys ? makes_ds ? bp.dk : bp.dv : bp.dq;
   const int64_t batch = info.batch(), head = info.first_head() + pair % heads_per_block;
   const int first_row = info.first_row(pair), rows = info.rows() - first_row;
-  const int dim = static_cast<int>(kKeys && !follows ? p.value_dim : p.head_dim);
+  const int dim = static_cast<int>(kKeys && !makes_ds ? p.value_dim : p.head_dim);
   T* out = rows_at<T>(to, batch, info.row_start() + first_row, head);
   if (args.store_vectors) {
     store_accumulators<kKeys ? 1 : 2, T, kTiles, Worker::kBlocks>(
-        worker.acc, factor, out, to.seq, rows, kKeys ? 0 : 16 * follows, dim, worker.lane);
+        worker.acc, factor, out, to.seq, rows, kKeys ? 0 : 16 * makes_ds, dim, worker.lane);
   } else {
     __syncthreads();  // nobody reads the ring any more
     // The two warps of a pair share a tile of dQ and store a half each.
     const uint32_t tile =
-        worker.base + (kKeys ? 2 * pair + follows : pair) * kRows * Tile::kRowBytes;
+        worker.base + (kKeys ? 2 * pair + makes_ds : pair) * kRows * Tile::kRowBytes;
     put_accumulators<T, Tile, kTiles, Worker::kBlocks>(
-        worker.acc, factor, tile, worker.lane, [&](int i) { return kKeys ? i : 2 * i + follows; });
+        worker.acc, factor, tile, worker.lane, [&](int i) { return kKeys ? i : 2 * i + makes_ds; });
     __syncthreads();
     constexpr int kShare = kKeys ? kRows : kRows / 2;
-    const int own = kKeys ? 0 : follows * kShare;
+    const int own = kKeys ? 0 : makes_ds * kShare;
     store_rows<Tile>(out + own * to.seq, to.seq, min(kShare, rows - own), dim,
                      tile + own * Tile::kRowBytes, worker.lane);
   }
 
   if constexpr (!kKeys && kMode == Mode::general) {
-    if (!follows || rows <= 0 || !bp.sums) return;
+    if (!makes_ds || rows <= 0 || !bp.sums) return;
     const float bias = warp_sum(worker.bias_sum), slope = warp_sum(worker.slope_sum);
     if (worker.lane > 0) return;
     float* sums = bp.sums + 2 * (sums_offset(args, batch, info.row_start(), head) + first_row / 16);

@@ -19,8 +19,8 @@ __device__ __forceinline__ void multiply_tiles(float (&out)[2][4], uint32_t left
 #pragma unroll
   for (int k = 0; k < Tile::kRowBytes / 32; ++k) {
     uint32_t a[4], b[4];
-    load_matrices(a, left + Tile::offset(lane % 16, 2 * k + lane / 16));
-    load_matrices(b, right + Tile::offset(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+    ldmatrix(a, left + Tile::offset(lane % 16, 2 * k + lane / 16));
+    ldmatrix(b, right + Tile::offset(lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
     const auto rows = make_fragment<T>(a[0], a[1], a[2], a[3]);
     mma(out[0], rows, make_fragment<T>(b[0], b[1]));
     mma(out[1], rows, make_fragment<T>(b[2], b[3]));
@@ -51,13 +51,12 @@ __global__ void __launch_bounds__(kBiasThreads)
   int rows = 0, columns = 0;
   for (int64_t b = own_batch; b < own_batch + batches; ++b) {
     const Sequence s = sequence_of(p, b);
-    const ColumnBand band =
-        ColumnBand::of(Band::of_window(p.window_left, p.window_right, s.q_length, s.k_length));
+    const MaskBand band = MaskBand::of(p, s);
     rows = max(rows, static_cast<int>(min(p.bias_rows, static_cast<int64_t>(s.q_length))));
     columns = max(columns, static_cast<int>(min(p.bias_columns, static_cast<int64_t>(s.k_length))));
     if (own_row >= s.q_length || own_column >= s.k_length) continue;
     for (int64_t h = own_head; h < own_head + heads; ++h) {
-      const HeadTerms<Mode::general, false> terms(p, b, h);
+      const BackwardScoreMod<Mode::general, false> score_mod(p, b, h);
       const int64_t kv_head = h / (p.heads / p.kv_heads);
       const int row_end = bp.dbias_q ? min(own_row + kBiasRows, s.q_length) : s.q_length;
       for (int row = own_row; row < row_end; row += kBiasRows) {
@@ -79,8 +78,8 @@ __global__ void __launch_bounds__(kBiasThreads)
           load(Index<kBiasRows>{}, dout, bp.dout, s.q_start, h, row, s.q_length, p.value_dim);
           load(Index<kBiasColumns>{}, k, p.k, s.k_start, kv_head, column, s.k_length, p.head_dim);
           load(Index<kBiasColumns>{}, v, p.v, s.k_start, kv_head, column, s.k_length, p.value_dim);
-          commit_copies();
-          wait_for_copies<0>();
+          cp_async_commit();
+          cp_async_wait<0>();
           __syncthreads();
           float qk[2][4] = {}, dp[2][4] = {};
           multiply_tiles<T, Tile>(qk, q + warp_row * Tile::kRowBytes, k, lane);
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kBiasThreads)
             for (int n = 0; n < 2; ++n) {
               const int key = column + 8 * n + lane % 4 * 2 + i % 2;
               if (key < band.begin(query) || key >= band.end(query)) continue;
-              const Weight w = terms.weigh(qk[n][i], 0, query, key, minus_lse);
+              const Weight w = score_mod.weigh(qk[n][i], 0, query, key, minus_lse);
               sum[n][i] += w.slope * (dp[n][i] + minus_delta);
             }
           }

@@ -5,10 +5,11 @@
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   softmax:  dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
 //
-// Rows are owned, columns pass by in tiles. Two warps share kRows rows: the leader holds the
-// fragments of K (or Q) and makes S and P, the follower those of V (or dO) and makes dP and dS. No
-// warp could hold both operands and both sums. P reaches the follower, and dS of the queries' side
-// the leader, through shared memory, each lane's own elements, in the order of the accumulators.
+// Rows are owned, columns pass by in tiles. Two warps share kRows rows: the warp of S
+// holds the fragments of K (or Q) and makes S and P, the warp of dS those of V (or dO) and makes dP
+// and dS. No warp could hold both operands and both sums. P reaches the warp of dS, and dS of the
+// queries' side the warp of S, through shared memory, each lane's own elements, in the order of the
+// accumulators.
 #pragma once
 #include "dense/attention/kernel_backward_shape.cuh"
 
@@ -22,12 +23,12 @@ struct PairWorker {
   static constexpr bool kKeys = kSide == Side::keys;
   static constexpr int kTiles = Shape::kTiles;
   static constexpr int kDepth = kDim / kMmaDepth<T>;  // products along a row
-  // On the queries' side leader and follower sum every other block of 16 columns.
+  // On the queries' side each of the two warps sums every other block of 16 columns.
   static constexpr int kBlocks = kKeys ? kDim / 16 : kDim / 32;
   // Weights are scaled (sigmoid alone); those of the queries' side are not rounded to T.
   static constexpr bool kScale = kKeys && std::is_same_v<T, __half> && kMode != Mode::softmax;
   static constexpr bool kStatistics = kMode == Mode::softmax || kMode == Mode::general;
-  using Terms = HeadTerms<kMode, kScale>;
+  using Mod = BackwardScoreMod<kMode, kScale>;
 
   const BackwardArgs& args;
   const AttentionParams& p;
@@ -35,7 +36,7 @@ struct PairWorker {
   // Of the warp and its tile: derived anew for each tile.
   BlockInfoView info;
   int lane, pair;
-  bool follows;
+  bool makes_ds;
   int full;  // barrier of the pair; full + 1 is the way back
   uint32_t base, ring, owned;
   int first_row;  // set for masked tiles and for those of Mode::general
@@ -49,7 +50,7 @@ struct PairWorker {
   __device__ __forceinline__ void enter(uint32_t shared) {
     exchange = 0;
     place();
-    // Through a shuffle: of a sum, ptxas would keep the terms.
+    // Through a shuffle: of a sum, ptxas would keep the summands.
     exchange = __shfl_sync(kFullWarp, shared - info.address, lane);
     place();
   }
@@ -57,23 +58,23 @@ struct PairWorker {
     const unsigned thread = thread_index(), pairs = thread_count() / (2 * kWarpSize);
     lane = thread % kWarpSize;
     pair = thread / kWarpSize & (pairs - 1);
-    follows = thread / kWarpSize >= pairs;
+    makes_ds = thread / kWarpSize >= pairs;
     full = 1 + 2 * pair;
     const uint32_t exchanges = exchange - pair * Shape::kExchangeBytes - lane * kChunkBytes;
     ring = exchanges - 2 * Shape::kStageBytes;
     base = ring - (Shape::kHeld ? 0 : pairs * Shape::kOwnedBytes);
-    owned = base + (pair * 2 + follows) * Shape::kRows * Tile::kRowBytes;
+    owned = base + (pair * 2 + makes_ds) * Shape::kRows * Tile::kRowBytes;
     info.address = base - Shape::info_bytes(pairs);
   }
 
   __device__ __forceinline__ PairAddresses make_addresses() const {
-    const uint32_t x = 0, y = Shape::kTileBytes, summed = kKeys && !follows ? y : x;
-    const int block = kKeys ? 0 : follows;
-    return {(follows ? y : x) + Tile::offset(lane % 8, lane / 8),
+    const uint32_t x = 0, y = Shape::kTileBytes, summed = kKeys && !makes_ds ? y : x;
+    const int block = kKeys ? 0 : makes_ds;
+    return {(makes_ds ? y : x) + Tile::offset(lane % 8, lane / 8),
             summed + (Shape::kWide
                           ? Tile::offset(lane % 4 * 2, 4 * block + lane / 16) + lane / 4 % 4 * 4
                           : Tile::offset(lane % 16, 2 * block + lane / 16)),
-            y + Shape::kTileBytes + (follows ? Shape::kColumns * 4 : 0) + lane % 4 * 8};
+            y + Shape::kTileBytes + (makes_ds ? Shape::kColumns * 4 : 0) + lane % 4 * 8};
   }
   __device__ uint32_t own_tile_number() const {
     return info.address + kTileNumberOffset + thread_index() * 4;
@@ -82,10 +83,10 @@ struct PairWorker {
     return info.address + kTileNumberOffset + thread_count() * 4 +
            thread_index() * sizeof(PairAddresses);
   }
-  // Keeps what plain sigmoid knows of a head; the loop has no register for it.
-  __device__ void keep(const Terms& terms) const {
+  // Parks what plain sigmoid knows of a head in shared memory; the loop has no register for it.
+  __device__ void park_constant(const Mod& score_mod) const {
     store_shared<offsetof(PairAddresses, statistics)>(own_addresses(),
-                                                      __float_as_uint(terms.constant));
+                                                      __float_as_uint(score_mod.constant));
   }
   // Number of the tile of columns.
   __device__ __forceinline__ int tile() const {
@@ -117,8 +118,7 @@ struct PairWorker {
 
   __device__ __forceinline__ Left load_left(int m, int k) const {
     uint32_t words[4];
-    load_matrices(words,
-                  owned + m * 16 * Tile::kRowBytes + Tile::offset(lane % 16, 2 * k + lane / 16));
+    ldmatrix(words, owned + m * 16 * Tile::kRowBytes + Tile::offset(lane % 16, 2 * k + lane / 16));
     return make_fragment<T>(words[0], words[1], words[2], words[3]);
   }
 
@@ -134,7 +134,7 @@ struct PairWorker {
     float out[kHoldRight ? 1 : kTiles][4];
     const auto load = [&](auto part, uint32_t (&to)[4]) {
       at_part<Tile, part>(address, [&](uint32_t at, auto offset) {
-        load_matrices<decltype(offset)::value + kRow * Tile::kRowBytes>(to, at);
+        ldmatrix<decltype(offset)::value + kRow * Tile::kRowBytes>(to, at);
       });
     };
     const auto multiply = [&](auto part, int m, const uint32_t (&w)[4], float (&sum)[4]) {
@@ -180,7 +180,7 @@ struct PairWorker {
         if constexpr (kKeys && i == kBlocks / 2) end_block(args.heads_per_block);
         uint32_t words[4];
         const auto load = [&](uint32_t at, auto offset) {
-          load_matrices_transposed<decltype(offset)::value + kRow * Tile::kRowBytes>(words, at);
+          ldmatrix_trans<decltype(offset)::value + kRow * Tile::kRowBytes>(words, at);
         };
         if constexpr (kKeys)
           at_half_part<Tile, i>(address, load);
@@ -213,13 +213,6 @@ struct PairWorker {
   // Where a lane sends block i of a plane, from its `exchange` on.
   template <int kPlane, int kIndex>
   static constexpr int kSlot = (kPlane * Shape::kPlaneSlots + kIndex) * Shape::kSlotBytes;
-  __device__ __forceinline__ static float2 unpack(uint32_t word) {
-    if constexpr (std::is_same_v<T, __half>)
-      return __half22float2(reinterpret_cast<const __half2&>(word));
-    else
-      return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-  }
-
   // Accumulators of columns 8 h .. 8 h + 7 as their part of a left operand.
   __device__ __forceinline__ static void to_left(Left (&to)[Shape::kDepths][kTiles], int m, int h,
                                                  const float (&x)[4]) {
@@ -249,7 +242,7 @@ struct PairWorker {
     int begin;
     unsigned length;
 
-    __device__ Seen(const ColumnBand& band, int row, int column) {
+    __device__ Seen(const MaskBand& band, int row, int column) {
       begin = band.begin(row) - column;
       const int end = band.end(row) - column;
       length = end > begin ? end - begin : 0;
@@ -263,8 +256,8 @@ struct PairWorker {
 
   // `column` is the first of 16, at row kRow of the tiles of `stage`.
   template <bool kMasked, int kRow>
-  __device__ __forceinline__ void lead(const Terms& terms, const PairAddresses& stage, int column,
-                                       unsigned active) {
+  __device__ __forceinline__ void score_step(const Mod& score_mod, const PairAddresses& stage,
+                                             int column, unsigned active) {
     Left weights[Shape::kDepths][kTiles], slopes[Shape::kDepths][kTiles];
     unroll<2>([&](auto h) {
       const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
@@ -274,13 +267,13 @@ struct PairWorker {
         if (!waited) pair_sync_next(full);
         waited = true;
         float slope[4], through[4];
-        const ColumnBand band = kMasked ? info.band() : ColumnBand{0, 0, 0};
+        const MaskBand band = kMasked ? info.band() : MaskBand{0, 0, 0};
         const int first = column + 8 * h + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = row_of(m, i), at = first + i % 2;
-          Weight w = terms.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
-                                 statistic(m, i, columns));
+          Weight w = score_mod.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
+                                     statistic(m, i, columns));
           if (kMasked && !Seen(band, row, first)(i % 2)) w.p = w.slope = 0;
           s[i] = w.p;
           slope[i] = w.slope;
@@ -300,9 +293,9 @@ struct PairWorker {
       unroll<kTiles>([&](auto m) {
         if (kMasked && !(active >> m & 1)) return;
         if constexpr (kKeys && kMode == Mode::softmax)
-          store_words<kSlot<0, m>>(exchange, weights[0][m].words);
+          store_shared<kSlot<0, m>>(exchange, weights[0][m].words);
         else
-          store_words<kSlot<0, m>>(exchange, slopes[0][m].words);
+          store_shared<kSlot<0, m>>(exchange, slopes[0][m].words);
       });
     pair_arrive(full);
     if constexpr (!kKeys) {
@@ -324,8 +317,8 @@ struct PairWorker {
   }
 
   template <bool kMasked, int kRow>
-  __device__ __forceinline__ void follow(const Terms& terms, const PairAddresses& stage, int column,
-                                         unsigned active) {
+  __device__ __forceinline__ void gradient_step(const Mod& score_mod, const PairAddresses& stage,
+                                                int column, unsigned active) {
     Left ds[Shape::kDepths][kTiles];
     uint32_t packed[kTiles][4];
     unroll<2>([&](auto h) {
@@ -338,7 +331,7 @@ struct PairWorker {
         float w[4];
         if constexpr (Shape::kPacked) {
           if (h == 0) load_shared<kSlot<0, m>>(packed[m], exchange);
-          const float2 top = unpack(packed[m][2 * h]), bottom = unpack(packed[m][2 * h + 1]);
+          const float2 top = unpack<T>(packed[m][2 * h]), bottom = unpack<T>(packed[m][2 * h + 1]);
           w[0] = top.x, w[1] = top.y, w[2] = bottom.x, w[3] = bottom.y;
         } else {
           load_floats<kSlot<0, 2 * m + h>>(w, exchange);
@@ -346,7 +339,7 @@ struct PairWorker {
 #pragma unroll
         for (int i = 0; i < 4; ++i) dp[i] = kMasked && w[i] == 0 ? 0.f : w[i] * dp[i];
         if constexpr (kMode == Mode::general) {
-          if (!kKeys) add_sums(terms, dp, m, column + 8 * h + lane % 4 * 2);
+          if (!kKeys) add_sums(score_mod, dp, m, column + 8 * h + lane % 4 * 2);
           load_floats<kSlot<1, 2 * m + h>>(w, exchange);
 #pragma unroll
           for (int i = 0; i < 4; ++i) dp[i] *= w[i];
@@ -358,7 +351,7 @@ struct PairWorker {
     if constexpr (!kKeys && !Shape::kWide)
       unroll<kTiles>([&](auto m) {
         if (kMasked && !(active >> m & 1)) return;
-        store_words<kSlot<0, Shape::kPacked ? m : 2 * m>>(exchange, ds[0][m].words);
+        store_shared<kSlot<0, Shape::kPacked ? m : 2 * m>>(exchange, ds[0][m].words);
       });
     pair_arrive_next(full);
     if constexpr (kKeys && !kMasked && !Shape::kWide) end_block(args.heads_per_block);
@@ -368,7 +361,7 @@ struct PairWorker {
   // Blocks of 16 rows that see any of the 16 columns from `column` on, as bits.
   __device__ unsigned active_blocks(int column) const {
     unsigned active = 0;
-    const ColumnBand band = info.band();
+    const MaskBand band = info.band();
     const int rows = info.rows();
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -381,7 +374,7 @@ struct PairWorker {
 
   // The tiles of a stage, whose first column is `first`.
   template <bool kMasked>
-  __device__ __forceinline__ void run_tile(const Terms& terms, PairAddresses stage, int first) {
+  __device__ __forceinline__ void run_tile(const Mod& score_mod, PairAddresses stage, int first) {
     if constexpr (kMasked || kMode == Mode::general) first_row = info.first_row(pair);
     if constexpr (!kMasked && kMode != Mode::general) {
       constexpr int kSteps = kKeys ? 1 : 2;  // more would cost registers
@@ -394,10 +387,10 @@ struct PairWorker {
           stage.statistics += kSteps * Shape::kStep * 4;
         }
       };
-      if (follows)
-        steps([&](auto row) { follow<false, row>(terms, stage, 0, 0); });
+      if (makes_ds)
+        steps([&](auto row) { gradient_step<false, row>(score_mod, stage, 0, 0); });
       else
-        steps([&](auto row) { lead<false, row>(terms, stage, 0, 0); });
+        steps([&](auto row) { score_step<false, row>(score_mod, stage, 0, 0); });
     } else {
       // The end is read again: a register for it is one too many.
       int column = first;
@@ -405,10 +398,10 @@ struct PairWorker {
       do {
         const unsigned active = kMasked ? active_blocks(column) : 1;
         if (active) {
-          if (follows)
-            follow<kMasked, 0>(terms, stage, column, active);
+          if (makes_ds)
+            gradient_step<kMasked, 0>(score_mod, stage, column, active);
           else
-            lead<kMasked, 0>(terms, stage, column, active);
+            score_step<kMasked, 0>(score_mod, stage, column, active);
         }
         stage.rows += Shape::kStep * Tile::kRowBytes;
         stage.columns += Shape::kStep * Tile::kRowBytes;
@@ -419,15 +412,15 @@ struct PairWorker {
   }
 
   // Gradients of logits dz of block m; `first` is the column of elements 0 and 2.
-  __device__ __forceinline__ void add_sums(const Terms& terms, const float (&dz)[4], int m,
+  __device__ __forceinline__ void add_sums(const Mod& score_mod, const float (&dz)[4], int m,
                                            int first) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int query = row_of(m, i), key = first + i % 2;
       bias_sum += dz[i];
-      slope_sum -= dz[i] * terms.distance(query, key);
-      if (args.direct_bias && query < terms.terms.rows && key < terms.terms.columns)
-        args.p.dbias[terms.batch * args.p.dbias_batch + terms.head * args.p.dbias_head +
+      slope_sum -= dz[i] * score_mod.distance(query, key);
+      if (args.direct_bias && query < score_mod.mod.rows && key < score_mod.mod.columns)
+        args.p.dbias[score_mod.batch * args.p.dbias_batch + score_mod.head * args.p.dbias_head +
                      query * args.p.dbias_q + key * args.p.dbias_k] = dz[i];
     }
   }

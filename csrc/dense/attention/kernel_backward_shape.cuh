@@ -2,7 +2,14 @@
 #pragma once
 #include <cstddef>
 
-#include "dense/attention/kernel_backward_tiles.cuh"
+#include "cuda/arch/cp_async.cuh"
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/attention/gmem_to_smem.cuh"
+#include "cuda/attention/mask.cuh"
+#include "cuda/attention/score_mod_backward.cuh"
+#include "dense/attention/kernel_backward_store.cuh"
 
 namespace tokenmill::cuda {
 
@@ -40,7 +47,7 @@ struct PairShape {
   static constexpr int kColumns = kWide ? 16 : kDim <= 128 ? 64 : 32;
   static constexpr int kStep = 16;                      // columns at once
   static constexpr int kDepths = kStep / kMmaDepth<T>;  // products that a step of columns takes
-  // 16-bit weights on their way to the follower, where shared memory is what binds.
+  // 16-bit weights on their way to the warp of dS, where shared memory is what binds.
   static constexpr bool kPacked = !kWide && kDim > 64 && !kGeneral;
   static constexpr int kPlanes = kGeneral ? 2 : 1;
 
@@ -90,7 +97,7 @@ __device__ __forceinline__ void pair_arrive_next(int barrier) {
 
 // What a block rarely needs, in shared memory: the loop has no registers to spare.
 struct BlockInfo {
-  int low, high, columns, rows;  // ColumnBand, and the rows that it is for
+  int low, high, columns, rows;  // MaskBand, and the rows that it is for
   int begin, tiles, total;  // columns that the block sees: the first, tiles of a head and of all
   int64_t batch, row_start, first_head;
   const void *x, *y;  // column 0 of the first head: k or q, v or dout
@@ -114,7 +121,7 @@ struct BlockInfoView {
   __device__ const T* pointer() const {
     return reinterpret_cast<const T*>(load_long<kOffset>(address));
   }
-  __device__ ColumnBand band() const {
+  __device__ MaskBand band() const {
     return {number<offsetof(BlockInfo, low)>(), number<offsetof(BlockInfo, high)>(), columns()};
   }
   __device__ int columns() const { return number<offsetof(BlockInfo, columns)>(); }

@@ -1,6 +1,6 @@
 // The end of the forward: from sums of weighted values to rows of the output and their lse.
 #pragma once
-#include "dense/attention/kernel_finish.cuh"
+#include "cuda/attention/epilogue.cuh"
 #include "dense/attention/kernel_warp.cuh"
 
 namespace tokenmill::cuda {
@@ -57,7 +57,7 @@ class WarpOutput {
       [[maybe_unused]] const float level = Shape::kFloat ? take_level(m, h) : 1;
       if (warp_.weights() == Weights::softmax) {
         const float sum = quad_sum(Shape::kFloat ? total_[m][h] : warp_.sum_[m][h]);
-        const RowScale scale = finish_softmax(sum, -warp_.neg_pivot_[m][h], sink, place.shift);
+        const RowScale scale = softmax_epilogue(sum, -warp_.neg_row_max_[m][h], sink, place.shift);
         const int row = row_of(m, h);
         if (lane % 4 == 0 && row <= last_) lse[row] = scale.lse;
         factor = scale.factor;
@@ -82,10 +82,10 @@ class WarpOutput {
 
   // Adds a row's sum of weights to its second level; returns what its output there is worth now.
   __device__ __forceinline__ float take_level(int m, int h) {
-    const float neg_pivot = warp_.neg_pivot_[m][h];
-    const float factor = flushed_ ? exp2_approx(neg_pivot - level_neg_pivot_[m][h]) : 0;
+    const float neg_row_max = warp_.neg_row_max_[m][h];
+    const float factor = flushed_ ? exp2_approx(neg_row_max - level_neg_row_max_[m][h]) : 0;
     total_[m][h] = (flushed_ ? total_[m][h] * factor : 0) + warp_.sum_[m][h];
-    level_neg_pivot_[m][h] = neg_pivot;
+    level_neg_row_max_[m][h] = neg_row_max;
     return factor;
   }
 
@@ -158,7 +158,7 @@ class WarpOutput {
 
   __device__ __forceinline__ void store_staged(uint32_t area) {
     using Tile = typename Shape::KeyTile;
-    constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : Tile::kChunks % 8 == 0 ? 8 : 4;
+    constexpr int kLanes = Tile::kCopyLanes;
     constexpr int kRows = kWarpSize / kLanes;  // at once
     constexpr int kPatterns = 8 / kRows;
     const int lane = threadIdx.x % kWarpSize, row = lane / kLanes, chunk = lane % kLanes;
@@ -187,7 +187,7 @@ class WarpOutput {
   OutputRows<T> out_;
   int first_, last_;
   bool flushed_ = false;
-  float total_[kRowTiles][2] = {}, level_neg_pivot_[kRowTiles][2] = {};
+  float total_[kRowTiles][2] = {}, level_neg_row_max_[kRowTiles][2] = {};
 };
 
 }  // namespace tokenmill::cuda

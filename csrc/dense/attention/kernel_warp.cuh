@@ -1,18 +1,25 @@
 // One warp of the forward: its rows of queries, their weights for a step of keys, its output.
 #pragma once
-#include "dense/attention/kernel_products.cuh"
-#include "dense/attention/kernel_shape.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/attention/mask.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/score_map.cuh"
+#include "cuda/attention/score_mod.cuh"
+#include "cuda/attention/stage_addresses.cuh"
+#include "cuda/attention/tile_shape.cuh"
+#include "cuda/load_tile.cuh"
 
 namespace tokenmill::cuda {
 
-// As a template argument, `any` leaves the choice to run time.
-enum class Weights : int { softmax, sigmoid, fast_sigmoid, any };
-
-__host__ __device__ inline Weights weights_of(const AttentionParams& p) {
-  if (p.map == ScoreMap::softmax) return Weights::softmax;
-  return p.fast ? Weights::fast_sigmoid : Weights::sigmoid;
-}
+// What a warp of the forward needs only where there are masks or modified scores, and at its end.
+struct alignas(16) WarpPlace {
+  int b, h, q_start, k_start;
+  int first, last;  // rows of the sequence
+  MaskBand band;
+  float shift;                 // the constant of the head, which softmax weights do not see
+  int block_end;               // of the keys that any warp of the block sees
+  int whole_begin, whole_end;  // of those that all rows see
+};
 
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
@@ -39,7 +46,7 @@ class ForwardWarp {
   }
 
   // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
-  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const WarpBand& band, int b,
+  __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const MaskBand& band, int b,
                          int h, int first, int block_end, const GlobalRows<T>& queries,
                          float factor, WarpPlace* parked)
       : place_{b,
@@ -53,7 +60,7 @@ class ForwardWarp {
                block_end,
                band.begin(min(first + Shape::kWarpRows, s.q_length) - 1),
                band.end(first)},
-        terms_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : place_.shift),
+        score_mod_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : place_.shift),
         factor_(factor),
         queries_(queries),
         parked_(parked) {
@@ -71,9 +78,9 @@ class ForwardWarp {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
         out_[m][n][0] = out_[m][n][1] = out_[m][n][2] = out_[m][n][3] = 0;
-      // With these a row's first weights overflow, which sets its pivot. -FLT_MAX, the least finite
-      // exponent, needs no other one.
-      neg_pivot_[m][0] = neg_pivot_[m][1] = kFloatMax;
+      // With these a row's first weights overflow, which sets its row_max. -FLT_MAX, the least
+      // finite exponent, needs no other one.
+      neg_row_max_[m][0] = neg_row_max_[m][1] = kFloatMax;
       sum_[m][0] = sum_[m][1] = 0;
     }
     if constexpr (Shape::kQueryInRegisters) {
@@ -134,7 +141,7 @@ class ForwardWarp {
   __device__ Weights weights() const { return kWeights == Weights::any ? weights_ : kWeights; }
 
   float out_[kRowTiles][kTiles][4];
-  float neg_pivot_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
  private:
   static constexpr int kMaskedKeys = Shape::kMaskedKeys;
@@ -145,25 +152,15 @@ class ForwardWarp {
     return weights == Weights::softmax ? kLog2e : weights == Weights::sigmoid ? -kLog2e : 0.5f;
   }
 
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
-
   // Rows beyond the sequence repeat its last one.
   __device__ __forceinline__ void load_query(QuerySlice& to, int m, int slice, int first) const {
-    const int lane = threadIdx.x % kWarpSize;
-    const int column = (4 * slice + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
+    const int lane = threadIdx.x % kWarpSize, chunk = 4 * slice + lane % 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = min(first + 16 * m + 8 * h + lane / 4, queries_.rows - 1);
       const T* from = queries_.data + row * queries_.stride;
-      if (queries_.aligned && queries_.columns == kBucket) {
-        const uint4 x = *reinterpret_cast<const uint4*>(from + column);
-        to.words[h][0] = x.x, to.words[h][1] = x.y, to.words[h][2] = x.z, to.words[h][3] = x.w;
-      } else {
-        load_elements(to.words[h], from, column, queries_.columns);
-      }
+      load_chunk(to.words[h], from, chunk, queries_.columns,
+                 queries_.aligned && queries_.columns == kBucket);
     }
   }
 
@@ -182,25 +179,13 @@ class ForwardWarp {
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
     const WarpPlace own = recall(of_tile);
-    if constexpr (kGeneral) finish_logits<kFirst>(s, key0, own);
+    if constexpr (kGeneral) apply_score_mod<kFirst>(s, key0, own);
     const bool cut = kMasked && is_cut<kFirst, kKeys>(key0, own);
     if constexpr (kMasked)
       if (cut) hide<kFirst>(s, key0, own);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
-      float sums[kCount][2];
-      // A loop, so that weights have one place where they are made and need no registers twice.
-      int raised = 0;
-#pragma unroll 1
-      while (exponentiate<kFirst>(s, factor_, neg_pivot_, p, sums) && !raised) {
-        raise_pivots<kFirst>(s);
-        raised = 1;
-        keep(raised);
-      }
-#pragma unroll
-      for (int m = 0; m < kCount; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) sum_[kFirst + m][h] += sums[m][h];
+      softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p, tail_ && !cut);
     } else {
@@ -224,30 +209,19 @@ class ForwardWarp {
   template <int kFirst, int kCount, int kKeys, int kOffset>
   __device__ __forceinline__ void multiply_keys(float (&s)[kCount][kKeys / 8][4],
                                                 const Addresses& at) {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
     if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) {
-        multiply_slice<T, kOffset, j>(s, at, [&](int m) { return q_[kFirst + m][j]; });
-      });
+      multiply_held<T, Shape::kSlices, kOffset>(s, at,
+                                                [&](int m, auto j) { return q_[kFirst + m][j]; });
     } else {
-      // Two patterns of addresses at a time: unrolled, the loads of queries would run far ahead.
-      Addresses moving = at;
       const int first = place().first;
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += 2) {
-        unroll<2>([&](auto j) {
-          multiply_slice<T, kOffset, j>(s, moving, [&](int m) {
+      multiply_loaded<T, Shape::kSlices, kOffset>(
+          s, at,
+          [&](int m, auto j, int i) {
             QuerySlice slice;
             load_query(slice, kFirst + m, i + j, first);
             return slice;
-          });
-        });
-#pragma unroll
-        for (uint32_t& address : moving.key) address += 128;
-      }
+          },
+          [] {});
     }
   }
 
@@ -268,11 +242,11 @@ class ForwardWarp {
   }
 
   template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void finish_logits(float (&s)[kCount][kKeyTiles][4], int key0,
-                                                const WarpPlace& own) const {
+  __device__ __forceinline__ void apply_score_mod(float (&s)[kCount][kKeyTiles][4], int key0,
+                                                  const WarpPlace& own) const {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
-      const float z = terms_.logit(s[m][n][i], row, key);
-      s[m][n][i] = weights() == Weights::softmax ? terms_.softmax_exponent(z) : z;
+      const float z = score_mod_.logit(s[m][n][i], row, key);
+      s[m][n][i] = weights() == Weights::softmax ? score_mod_.softmax_exponent(z) : z;
     });
   }
 
@@ -289,34 +263,6 @@ class ForwardWarp {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       if (key < own.band.begin(row) || key >= own.band.end(row)) s[m][n][i] = -infinity();
     });
-  }
-
-  // Moves the pivots of rows with weights above 2^kHeadroom to their maximum. Whether a row's pivot
-  // moves depends on that row alone.
-  template <int kFirst, int kCount, int kKeyTiles>
-  __device__ __forceinline__ void raise_pivots(const float (&s)[kCount][kKeyTiles][4]) {
-#pragma unroll
-    for (int m = 0; m < kCount; ++m) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float top = -infinity();
-#pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
-          top = fmaxf(top, fmaxf(s[m][n][2 * h] * factor_, s[m][n][2 * h + 1] * factor_));
-        top = quad_max(top);
-        float& neg_pivot = neg_pivot_[kFirst + m][h];
-        if (top + neg_pivot > kHeadroom) {
-          const float shrink = exp2_approx(-neg_pivot - top);
-          neg_pivot = -top;
-          sum_[kFirst + m][h] *= shrink;
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n) {
-            out_[kFirst + m][n][2 * h] *= shrink;
-            out_[kFirst + m][n][2 * h + 1] *= shrink;
-          }
-        }
-      }
-    }
   }
 
   // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one if all of
@@ -399,7 +345,7 @@ class ForwardWarp {
 
   WarpPlace place_;
   Weights weights_;
-  GeneralTerms terms_;
+  ScoreMod score_mod_;
   float factor_, offset_ = 0;
   bool tail_;  // most weights are small
   GlobalRows<T> queries_;

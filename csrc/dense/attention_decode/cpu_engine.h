@@ -12,12 +12,12 @@
 //   begin, find        a unit is about to be read; a step of it
 //   query, place       a query as it is multiplied; a step's rows of one head of the unit
 //   turn               makes some of these rows, where place says so
-//   general, add       whether logits have terms by key; adds them for one head
+//   general, add       whether a key adds to logits; adds that for one head
 //   hides, hide        whether a query does not see some of a step; exponents of what it does not
 //   keep, count        weights of a step; what becomes of them once rows are normalised
 #pragma once
 #include "cpu/parallel.h"
-#include "dense/attention/cpu_finish.h"
+#include "dense/attention/cpu_epilogue.h"
 #include "dense/attention_decode/cpu_plan.h"
 #include "dense/attention_decode/cpu_rows.h"
 
@@ -25,7 +25,7 @@ namespace tokenmill::TOKENMILL_ISA {
 
 // Keys whose values are read before those of the next head, where there is one.
 constexpr int64_t kRun = 8;
-// Weights may exceed 1 by this power of two before a softmax row moves its pivot.
+// Weights may exceed 1 by this power of two before row_max of a softmax row moves.
 constexpr float kHeadroom = 8;
 constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
 
@@ -41,7 +41,7 @@ struct RowBlock {
   int64_t query[kRows];
   bool uneven;  // its queries see different keys of the step
   alignas(64) float slope[kWidth], constant[kWidth];
-  alignas(64) float pivot[kWidth], raise_above[kWidth], sums[kWidth];
+  alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
 };
 
 // f(r) in the lanes of row r.
@@ -164,7 +164,7 @@ class DecodeWorker {
         }
       }
       for (int l = 0; l < kWidth; ++l)
-        block.pivot[l] = block.sums[l] = 0, block.raise_above[l] = -kInf;
+        block.row_max[l] = block.sums[l] = 0, block.raise_above[l] = -kInf;
     }
 
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
@@ -251,7 +251,7 @@ class DecodeWorker {
     }
   }
 
-  // Exponents in base 2 of the weights: q.k times scale with all terms, hidden keys at infinity.
+  // Exponents in base 2 of the weights: q.k after the score mod, hidden keys at infinity.
   template <bool kGeneral>
   __attribute__((noinline)) void exponents(int64_t n, vf* scores, const Step& step, int64_t key0,
                                            int64_t vectors) const {
@@ -282,18 +282,18 @@ class DecodeWorker {
     RowBlock<kRows>& block = block_[n];
     vf top = scores[0];
     for (int64_t j = 1; j < vectors; ++j) top = max_of(top, scores[j]);
-    if (any(less(load(block.raise_above), top))) raise_pivots(n, top);
-    const vf pivot = load(block.pivot);
+    if (any(less(load(block.raise_above), top))) update_row_max(n, top);
+    const vf row_max = load(block.row_max);
     vf sum = zero();
     for (int64_t j = 0; j < vectors; ++j) {
-      scores[j] = exp2<kDegree>(scores[j] - pivot);
+      scores[j] = exp2<kDegree>(scores[j] - row_max);
       sum = sum + scores[j];
     }
     store(block.sums, load(block.sums) + sum);
   }
 
-  // Moves the pivots that a weight exceeds too far, and rescales what was summed before.
-  __attribute__((noinline)) void raise_pivots(int64_t n, vf top) {
+  // Moves row_max of rows where a weight exceeds it too far, and rescales what was summed before.
+  __attribute__((noinline)) void update_row_max(int64_t n, vf top) {
     RowBlock<kRows>& block = block_[n];
     alignas(64) float lane[kWidth];
     store(lane, top);
@@ -302,9 +302,9 @@ class DecodeWorker {
       for (int l = r * kCount; l < (r + 1) * kCount; ++l) most = lane[l] > most ? lane[l] : most;
       if (!(most > block.raise_above[r * kCount])) continue;
       const bool seen = block.raise_above[r * kCount] > -kInf;
-      const float factor = seen ? std::exp2(block.pivot[r * kCount] - most) : 0;
+      const float factor = seen ? std::exp2(block.row_max[r * kCount] - most) : 0;
       for (int l = r * kCount; l < (r + 1) * kCount; ++l) {
-        block.pivot[l] = most;
+        block.row_max[l] = most;
         block.raise_above[l] = most + kHeadroom;
         block.sums[l] *= factor;
       }
@@ -332,7 +332,7 @@ class DecodeWorker {
         restore_order<Op>(from, plan_.ldo);
         for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
         to[plan_.ldo] = sum;
-        to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.pivot[lane] : -kInf;
+        to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.row_max[lane] : -kInf;
       }
   }
 
@@ -343,31 +343,31 @@ class DecodeWorker {
     for (int64_t row = 0; row < plan_.heads * plan_.rows; ++row, first += plan_.partial_row) {
       const int64_t own = row / plan_.rows, r = row % plan_.rows;
       const auto [i, head] = query_of(own, r);
-      const auto pivot_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
+      const auto row_max_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
       float top = -kInf;
-      for (int64_t n = 0; n < parts_; ++n) top = pivot_of(n) > top ? pivot_of(n) : top;
+      for (int64_t n = 0; n < parts_; ++n) top = row_max_of(n) > top ? row_max_of(n) : top;
       float sum = 0;
       for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(out_ + c, zero());
       for (int64_t n = 0; n < parts_; ++n) {
         const float* from = first + n * between;
-        const float shrink = pivot_of(n) - top;
+        const float shrink = row_max_of(n) - top;
         const float factor =
-            p_.map == ScoreMap::sigmoid || pivot_of(n) == top ? 1 : std::exp2(shrink);
+            p_.map == ScoreMap::sigmoid || row_max_of(n) == top ? 1 : std::exp2(shrink);
         sum += from[plan_.ldo] * factor;
         for (int64_t c = 0; c < plan_.ldo; c += kWidth)
           store(out_ + c, fma(load(from + c), set(factor), load(out_ + c)));
       }
       RowScale scale{1, 0};
       if (p_.map == ScoreMap::softmax) {
-        scale = finish_softmax(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
-                               constant_of(head).shift);
+        scale = softmax_epilogue(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
+                                 constant_of(head).shift);
         p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
       }
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
       for (int l = r % kRows * kCount; l < (r % kRows + 1) * kCount; ++l)
-        block.pivot[l] = top, block.sums[l] = scale.factor;
+        block.row_max[l] = top, block.sums[l] = scale.factor;
     }
     keys_.template count<kRows>(block_, plan_.heads, plan_.head_blocks);
   }

@@ -1,7 +1,7 @@
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "dense/attention_decode/params.h"
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 
 namespace tokenmill {
 namespace {
@@ -65,7 +65,7 @@ std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
   p.score_bias_value = static_cast<float>(a.score_bias_value);
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   p.window_left = a.window_left;
-  set_terms(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
+  set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
   check_cache_values(kOp, a.q, a.k_cache, d.cache);
 
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);

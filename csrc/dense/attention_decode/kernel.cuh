@@ -2,34 +2,11 @@
 // of a KV head. The last block that is done with a segment of an output tile merges all of them, in
 // order: nobody waits, and no order of arrival changes a bit.
 #pragma once
+#include "cuda/attention/gmem_to_smem.cuh"
 #include "dense/attention_decode/kernel_merge.cuh"
 #include "dense/attention_decode/kernel_warp.cuh"
 
 namespace tokenmill::cuda {
-
-// Loads rows from wherever they lie.
-template <typename T, typename Tile>
-struct RowChunks {
-  static constexpr int kCount = kChunkBytes / sizeof(T);
-  static constexpr int kLanes = Tile::kChunks % 16 == 0 ? 16 : 8;  // threads side by side in a row
-  static constexpr int kRowStep = kDecodeThreads / kLanes;
-  static_assert(Tile::kChunks % 8 == 0 && kRowStep % 8 == 0);
-
-  // This thread's chunks of a row of `columns` elements to `to`, where the first one goes.
-  static __device__ __forceinline__ void copy(uint32_t to, const T* row, int columns,
-                                              bool aligned) {
-    const int own = threadIdx.x % kLanes * kCount;
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; c += kLanes) {
-      const int left = columns - own - c * kCount;
-      const T* from = row + (left > 0 ? own + c * kCount : 0);
-      if (aligned)
-        copy_async_or_zero(to + c * kChunkBytes, from, left > 0);
-      else
-        copy_elements(to + c * kChunkBytes, from, left);
-    }
-  }
-};
 
 // Keys (CacheKeys) knows where the keys of a row lie, its Warp what a key means to a query.
 template <typename Keys>
@@ -39,8 +16,8 @@ class DecodeBlock {
   using Params = typename Keys::Params;
   using Shape = typename Keys::Shape;
   using Warp = typename Keys::Warp;
-  using KeyChunks = RowChunks<T, typename Shape::KeyTile>;
-  using ValueChunks = RowChunks<T, typename Shape::ValueTile>;
+  using KeyCopy = RowCopy<T, typename Shape::KeyTile>;
+  using ValueCopy = RowCopy<T, typename Shape::ValueTile>;
 
   __device__ DecodeBlock(const Params& d, const DecodePlan& plan, unsigned char* shared)
       : d_(d),
@@ -74,38 +51,39 @@ class DecodeBlock {
 
   __device__ __forceinline__ void load_queries() const {
     const AttentionParams& p = d_.attention;
-    const int first = threadIdx.x / KeyChunks::kLanes;
+    const int first = KeyCopy::first_row();
     const int last = s_.row_tile * plan_.tile_rows + rows() - 1;
-    for (int r = first; r < plan_.tile_rows; r += KeyChunks::kRowStep) {
+    for (int r = first; r < plan_.tile_rows; r += kDecodeThreads / KeyCopy::kLanes) {
       const int row = s_.row_tile * plan_.tile_rows + r, read = min(row, last);
       const T* from =
           rows_at<T>(p.q, s_.b, read / plan_.group, s_.h * plan_.group + read % plan_.group);
-      KeyChunks::copy(queries_ + Shape::KeyTile::offset(r, threadIdx.x % KeyChunks::kLanes), from,
-                      row <= last ? static_cast<int>(p.head_dim) : 0, plan_.aligned);
+      KeyCopy::copy(queries_ + Shape::KeyTile::offset(r, KeyCopy::own_lane()), KeyCopy::own_lane(),
+                    from, row <= last ? static_cast<int>(p.head_dim) : 0, plan_.aligned);
     }
   }
 
-  template <bool kValues, typename Chunks, typename Tile>
+  template <bool kValues, typename Copy>
   __device__ __forceinline__ void load_rows(int64_t columns, uint32_t tile, int place,
                                             int count) const {
-    const int first = threadIdx.x / Chunks::kLanes;
-    uint32_t to = tile + Tile::offset(first, threadIdx.x % Chunks::kLanes);
+    constexpr int kRowStep = kDecodeThreads / Copy::kLanes;
+    static_assert(kRowStep % 8 == 0);
+    const int first = Copy::first_row();
+    uint32_t to = tile + Copy::Tile::offset(first, Copy::own_lane());
 #pragma unroll 4
-    for (int r = first; r < Shape::kTileKeys; r += Chunks::kRowStep) {
-      Chunks::copy(to, keys_.template row<kValues>(s_, place + r),
-                   r < count && keys_.exists(place + r) ? static_cast<int>(columns) : 0,
-                   plan_.aligned);
-      to += Chunks::kRowStep * Shape::kRowBytes;
+    for (int r = first; r < Shape::kTileKeys; r += kRowStep) {
+      Copy::copy(to, Copy::own_lane(), keys_.template row<kValues>(s_, place + r),
+                 r < count && keys_.exists(place + r) ? static_cast<int>(columns) : 0,
+                 plan_.aligned);
+      to += kRowStep * Shape::kRowBytes;
     }
   }
 
   // What lies behind `count` keys becomes zero.
   __device__ __forceinline__ void load_stage(uint32_t stage, int place, int count) const {
     const AttentionParams& p = d_.attention;
-    load_rows<false, KeyChunks, typename Shape::KeyTile>(p.head_dim, stage, place, count);
-    load_rows<true, ValueChunks, typename Shape::ValueTile>(p.value_dim, stage + Shape::kTileBytes,
-                                                            place, count);
-    commit_copies();
+    load_rows<false, KeyCopy>(p.head_dim, stage, place, count);
+    load_rows<true, ValueCopy>(p.value_dim, stage + Shape::kTileBytes, place, count);
+    cp_async_commit();
   }
 
   // Keys begin .. end - 1 past the queries, which `fresh` ones must be waited for.
@@ -124,7 +102,7 @@ class DecodeBlock {
     int stage = 0;
 #pragma unroll 1
     for (int key0 = begin; key0 < end; key0 += Shape::kTileKeys, stage ^= 1) {
-      wait_for_copies<0>();
+      cp_async_wait<0>();
       __syncthreads();
       const int next = key0 + Shape::kTileKeys;
       if constexpr (!Keys::kTurns)

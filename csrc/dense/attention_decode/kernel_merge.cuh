@@ -1,7 +1,7 @@
 // Partial sums of one output tile, merged in a fixed order: those of the warps of a block, and
 // those of segments that several blocks worked on.
 #pragma once
-#include "dense/attention/kernel_finish.cuh"
+#include "cuda/attention/epilogue.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -11,7 +11,7 @@ template <typename Shape>
 struct RowSums {
   static constexpr int kColumns = Shape::kBucket / kWarpSize;
   float value[kColumns];
-  float sum, pivot;
+  float sum, row_max;
 
   // Of parts 0 .. count - 1, of which row_of(n) is the row.
   template <typename RowOf>
@@ -19,14 +19,15 @@ struct RowSums {
     const int lane = threadIdx.x % kWarpSize;
     // Part 0 may lie in another memory than the others, so that loads are generic: __ldcg is not
     // for them. No row was in this block's L1 cache before it was written.
-    pivot = -kFloatMax;
-    for (int n = 0; softmax && n < count; ++n) pivot = fmaxf(pivot, row_of(n)[Shape::kPivotAt]);
+    row_max = -kFloatMax;
+    for (int n = 0; softmax && n < count; ++n)
+      row_max = fmaxf(row_max, row_of(n)[Shape::kRowMaxAt]);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) value[i] = 0;
     for (int n = 0; n < count; ++n) {
       const float* row = row_of(n);
-      const float own = row[Shape::kPivotAt];
-      const float factor = softmax && own != pivot ? exp2_approx(own - pivot) : 1;
+      const float own = row[Shape::kRowMaxAt];
+      const float factor = softmax && own != row_max ? exp2_approx(own - row_max) : 1;
       sum = fmaf(row[Shape::kSumAt], factor, sum);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i)
@@ -38,7 +39,7 @@ struct RowSums {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) row[lane + i * kWarpSize] = value[i];
-    if (lane == 0) row[Shape::kSumAt] = sum, row[Shape::kPivotAt] = pivot;
+    if (lane == 0) row[Shape::kSumAt] = sum, row[Shape::kRowMaxAt] = row_max;
   }
 };
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
   if (p.map == ScoreMap::softmax) {
     const float shift = constant_of(p, s.b, h, static_cast<int>(d.cache.length(s.b)));
     const RowScale scale =
-        finish_softmax(sums.sum, sums.pivot, p.sink ? p.sink + h : nullptr, shift);
+        softmax_epilogue(sums.sum, sums.row_max, p.sink ? p.sink + h : nullptr, shift);
     if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
     factor = scale.factor;
   }

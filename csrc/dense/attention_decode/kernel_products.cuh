@@ -1,7 +1,10 @@
 // One warp's part of an output tile: the products of 16 rows of queries with a step of keys, and of
 // their weights with the values. What becomes of the scores in between is not known here.
 #pragma once
-#include "dense/attention/kernel_products.cuh"
+#include "cuda/attention/hidden_values.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/stage_addresses.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -24,10 +27,7 @@ class DecodeProducts {
     // Derived from a copy, or ptxas keeps the swizzle for the addresses of keys.
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
-#pragma unroll
-    for (int i = 0; i < kPatterns; ++i)
-      query_[i] = queries + row_warp_ * 16 * Shape::kRowBytes +
-                  Shape::KeyTile::offset(lane / 4, 4 * i + lane % 4);
+    query_.find(queries + row_warp_ * 16 * Shape::kRowBytes, lane);
   }
 
   static __device__ int row_or_key_warp() {
@@ -54,14 +54,14 @@ class DecodeProducts {
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) out_[0][n][i] = 0;
-    // With these a row's first weights overflow, which sets its pivot.
-    neg_pivot_[0] = neg_pivot_[1] = kFloatMax;
+    // With these a row's first weights overflow, which sets its row_max.
+    neg_row_max_[0] = neg_row_max_[1] = kFloatMax;
     sum_[0] = sum_[1] = 0;
   }
 
   __device__ __forceinline__ void load_queries() {
     if constexpr (Shape::kQueryInRegisters)
-      unroll<Shape::kSlices>([&](auto j) { load_query<j>(q_[j], query_); });
+      unroll<Shape::kSlices>([&](auto j) { q_[j] = query_.template load<j>(); });
   }
 
   // The sums of this warp to 16 rows of partials.
@@ -91,7 +91,7 @@ class DecodeProducts {
       }
       if (lane % 4 == 0 && first_column() == 0) {
         row[Shape::kSumAt] = sum;
-        row[Shape::kPivotAt] = -neg_pivot_[half];
+        row[Shape::kRowMaxAt] = -neg_row_max_[half];
       }
     }
   }
@@ -100,8 +100,6 @@ class DecodeProducts {
   __device__ bool active() const { return active_; }
 
  protected:
-  static constexpr int kPatterns = Addresses::kKeys;
-
   // visit(score, row g or g + 8, key of the step)
   template <typename Visit>
   static __device__ __forceinline__ void each_score(float (&s)[kKeyTiles][4], const Visit& visit) {
@@ -112,81 +110,31 @@ class DecodeProducts {
       for (int i = 0; i < 4; ++i) visit(s[n][i], i / 2, 8 * n + column + i % 2);
   }
 
-  // 16 bytes of rows g and g + 8.
-  struct QuerySlice {
-    uint32_t words[2][4];
-  };
-
-  template <int kSlice>
-  static __device__ __forceinline__ void load_query(QuerySlice& to,
-                                                    const uint32_t (&at)[kPatterns]) {
-    constexpr int kOffset = kSlice / kPatterns * kPatterns * 64;
-    load_shared<kOffset>(to.words[0], at[kSlice % kPatterns]);
-    load_shared<kOffset + 8 * Shape::kRowBytes>(to.words[1], at[kSlice % kPatterns]);
-  }
-
   __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    if constexpr (Shape::kQueryInRegisters) {
-      unroll<Shape::kSlices>([&](auto j) { multiply_slice<j>(s, at, q_[j]); });
-    } else {
-      // Two patterns of addresses at a time: unrolled, the loads would run far ahead, and spill.
-      Addresses keys = at;
-      uint32_t queries[kPatterns];
-#pragma unroll
-      for (int i = 0; i < kPatterns; ++i) queries[i] = query_[i];
-#pragma unroll 1
-      for (int i = 0; i < Shape::kSlices; i += kPatterns) {
-        unroll<kPatterns>([&](auto j) {
-          QuerySlice slice;
-          load_query<j>(slice, queries);
-          multiply_slice<j>(s, keys, slice);
-        });
-#pragma unroll
-        for (int j = 0; j < kPatterns; ++j)
-          keys.key[j] += kPatterns * 64, queries[j] += kPatterns * 64;
-      }
-    }
+    auto& tile = reinterpret_cast<float (&)[1][kKeyTiles][4]>(s);
+    if constexpr (Shape::kQueryInRegisters)
+      multiply_held<T, Shape::kSlices, 0>(tile, at, [&](int, auto j) { return q_[j]; });
+    else
+      multiply_shared<T, 0>(tile, at, query_);
   }
 
-  template <int kSlice>
-  static __device__ __forceinline__ void multiply_slice(float (&s)[kKeyTiles][4],
-                                                        const Addresses& at,
-                                                        const QuerySlice& slice) {
-    const auto& w = slice.words;
-    Fragment<T, 4> a[2];
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-      a[u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    unroll<kKeyTiles>([&](auto n) {
-      uint32_t k[4];
-      at.template load_keys<8 * n, kSlice>(k);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) mma(s[n], a[u], make_fragment<T>(k[2 * u], k[2 * u + 1]));
-    });
-  }
-
-  // Weights relative to the pivots of their rows, which move if a weight exceeds the headroom.
+  // Weights relative to row_max of their rows, which moves if a weight exceeds the headroom.
   __device__ __forceinline__ void exponentiate(float (&s)[kKeyTiles][4]) {
     float top[2] = {-infinity(), -infinity()};
     each_score(s, [&](float& x, int half, int) { top[half] = fmaxf(top[half], x); });
     top[0] = quad_max(top[0]), top[1] = quad_max(top[1]);
-    const bool over = top[0] + neg_pivot_[0] > kHeadroom || top[1] + neg_pivot_[1] > kHeadroom;
+    const bool over = top[0] + neg_row_max_[0] > kHeadroom || top[1] + neg_row_max_[1] > kHeadroom;
     if (__any_sync(kFullWarp, over)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!(top[half] + neg_pivot_[half] > kHeadroom)) continue;
-        const float shrink = exp2_approx(-neg_pivot_[half] - top[half]);
-        neg_pivot_[half] = -top[half];
-        sum_[half] *= shrink;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          out_[0][n][2 * half] *= shrink, out_[0][n][2 * half + 1] *= shrink;
+        if (!(top[half] + neg_row_max_[half] > kHeadroom)) continue;
+        const float shrink = exp2_approx(-neg_row_max_[half] - top[half]);
+        neg_row_max_[half] = -top[half];
+        rescale(out_[0], sum_[half], half, shrink);
       }
     }
     each_score(s, [&](float& x, int half, int) {
-      x = exp2_approx(x + neg_pivot_[half]);
+      x = exp2_approx(x + neg_row_max_[half]);
       sum_[half] += x;
     });
   }
@@ -206,11 +154,11 @@ class DecodeProducts {
 
   bool active_;
   int row_warp_;
-  float neg_pivot_[2], sum_[2];  // of rows g, g + 8; sums of this lane
+  float neg_row_max_[2], sum_[2];  // of rows g, g + 8; sums of this lane
   float out_[1][kTiles][4];
 
  private:
-  uint32_t query_[kPatterns];
+  SharedQueries<Shape> query_;
   QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };
 

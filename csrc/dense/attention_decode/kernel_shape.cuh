@@ -5,8 +5,11 @@
 // takes one segment (split), or all that fall into its share of the steps of all output tiles
 // (stream-K).
 #pragma once
-#include "dense/attention/kernel_shape.cuh"
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/score_map.cuh"
+#include "cuda/attention/score_mod.cuh"
+#include "cuda/attention/tile_shape.cuh"
+#include "cuda/load_tile.cuh"
 #include "dense/attention_decode/params.h"
 
 namespace tokenmill::cuda {
@@ -14,13 +17,10 @@ namespace tokenmill::cuda {
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
-// kBucket is the larger head dimension, rounded up.
-template <typename T, int kBucket_>
-struct DecodeShape {
-  static constexpr int kBucket = kBucket_;
-  static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
-  static constexpr int kTileKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
+template <typename T, int kBucket>
+struct DecodeShape : TileShape<T, kBucket> {
+  using Tiles = TileShape<T, kBucket>;
+  using Tiles::kFloat, Tiles::kRowBytes, Tiles::kTileKeys, Tiles::kStageBytes;
   static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
   static constexpr bool kQueryInRegisters = kRowBytes <= 256;
 
@@ -32,16 +32,10 @@ struct DecodeShape {
       kRowOrKeyWarps * kStepKeys <= kTileKeys ? 1 : kRowOrKeyWarps * kStepKeys / kTileKeys;
   static constexpr int kMaxRowWarps = kRowOrKeyWarps;
 
-  using KeyTile = SharedTile<kRowBytes, Swizzle::quad>;
-  using ValueTile = SharedTile<kRowBytes, kFloat ? Swizzle::plain : Swizzle::quad>;
-  static constexpr int kTileBytes = kTileKeys * kRowBytes;
-  static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
-  static constexpr int kSlices = kRowBytes / 64;
-
-  // Sums of one row: of the weighted values, of the weights, then the pivot of the weights. A few
+  // Sums of one row: of the weighted values, of the weights, then their row_max. A few
   // more floats than values keep those rows of an accumulator in different banks that are stored
   // together: two, four floats a lane (kFloat), or four, two floats a lane.
-  static constexpr int kSumAt = kBucket, kPivotAt = kBucket + 1;
+  static constexpr int kSumAt = kBucket, kRowMaxAt = kBucket + 1;
   static constexpr int kPartialRow = kBucket + (kFloat ? 4 : 8);
   static constexpr int kPartialBytes = kDecodeWarps * 16 * kPartialRow * 4;  // of all warps
 

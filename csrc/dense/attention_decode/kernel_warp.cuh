@@ -1,5 +1,5 @@
 // What attention_decode knows of the keys of a request, and what its scores become: masks and
-// terms.
+// score mod.
 #pragma once
 #include "dense/attention_decode/kernel_products.cuh"
 
@@ -86,7 +86,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
     if (general_) {
-      finish_logits(s, key);
+      apply_score_mod(s, key);
     } else {
       const float factor = unit_ * p_.scale;
       Products::each_score(
@@ -106,10 +106,10 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
  private:
   using Products::active_, Products::row_warp_, Products::kKeyTiles;
 
-  __device__ __forceinline__ void finish_logits(float (&s)[kKeyTiles][4], int key0) const {
+  __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4], int key0) const {
     Products::each_score(s, [&](float& x, int half, int key) {
       float z = x * p_.scale;
-      if (p_.softcap > 0) z = p_.softcap * tanhf(z / p_.softcap);
+      if (p_.softcap > 0) z = apply_softcap(z, p_.softcap);
       const int distance = end_[half] - 1 - (key0 + key);  // the row's own key is its last one
       z = fmaf(-slope_[half], fabsf(static_cast<float>(distance)), z) + constant_[half];
       x = z * unit_;

@@ -93,7 +93,7 @@ class RecurrenceBlock {
         Values(rows_of(p_.v, plan_.v_aligned, raw ? 0 : column_ + i * kSubtileColumns, end), row,
                plan_.v_step)
             .load(to + i * Shape::kValueBytes, row);
-      commit_copies();
+      cp_async_commit();
     };
 
     const int stage_bytes = Shape::stage_bytes(plan_.warps, p_.value_taylor);
@@ -104,7 +104,7 @@ class RecurrenceBlock {
 #pragma unroll 1
     for (int first = part_.first; first < part_.end;) {
       const int n = tokens_from(first), next = first + n;
-      wait_for_copies<0>();
+      cp_async_wait<0>();
       __syncthreads();
       const bool more = next < part_.end;
       if (more && plan_.stages > 1) load(other, next);

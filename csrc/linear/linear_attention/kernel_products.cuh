@@ -2,7 +2,8 @@
 // are queries; everything that has columns of values is transposed: 16 columns of values are the
 // rows of a fragment, so that the state, which stays in accumulators, is itself an operand.
 #pragma once
-#include "cuda/hidden_values.cuh"
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/attention/hidden_values.cuh"
 #include "linear/linear_attention/kernel_shape.cuh"
 
 namespace tokenmill::cuda::linear_attention {
@@ -17,13 +18,13 @@ __device__ __forceinline__ uint32_t square_base(uint32_t tile, int row) {
 template <typename Tile, int kPair, int kRow = 0>
 __device__ __forceinline__ void load_square(uint32_t (&w)[4], uint32_t base) {
   constexpr int kPattern = Tile::kSwizzledChunks / 2;
-  load_matrices<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
+  ldmatrix<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
       w, base ^ (kPair % kPattern * 32));
 }
 template <typename Tile, int kPair, int kRow = 0>
 __device__ __forceinline__ void load_square_transposed(uint32_t (&w)[4], uint32_t base) {
   constexpr int kPattern = Tile::kSwizzledChunks / 2;
-  load_matrices_transposed<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
+  ldmatrix_trans<kPair / kPattern * kPattern * 32 + kRow * Tile::kRowBytes>(
       w, base ^ (kPair % kPattern * 32));
 }
 
@@ -215,8 +216,7 @@ struct ValueFragments {
               load_word(float_at<Tile>(values, 8 * k + 2 * c + i / 2, column + g + i % 2 * 8));
     } else {
       const uint32_t at = own_chunk(values, column);
-      unroll<kBlocks>(
-          [&](auto k) { load_matrices_transposed<16 * k * Tile::kRowBytes>(words[k], at); });
+      unroll<kBlocks>([&](auto k) { ldmatrix_trans<16 * k * Tile::kRowBytes>(words[k], at); });
     }
   }
 

@@ -1,7 +1,7 @@
 // Tile sizes of the recurrence and its shared memory.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/sequences.cuh"
 #include "linear/feature_map.cuh"
 #include "linear/linear_attention/recurrence.h"

@@ -78,13 +78,13 @@ struct Head {
   }
 };
 
-// P = 2^(t - pivot) weight.
+// P = 2^(t - row_max) weight.
 struct Statistics {
-  float *pivot, *weight;  // [B, H, Sq]
+  float *row_max, *weight;  // [B, H, Sq]
 
   void set_row(int64_t at, float top, float sum) const {
     // Nothing is below +inf: P = 0.
-    pivot[at] = sum == 0 ? kInf : top;
+    row_max[at] = sum == 0 ? kInf : top;
     weight[at] = sum == 0 ? 0 : 1 / sum;
   }
 };
@@ -175,7 +175,7 @@ void read_statistics(const ColumnScoresParams& p, const Statistics& to) {
 template <class Op, bool kCoarse, bool kNoise, int kRows>
 __attribute__((noinline)) void add_to_columns(const Head& head, int64_t i, const float* q,
                                               int64_t ld, int64_t j, const float* panel,
-                                              int64_t words, const float* pivot,
+                                              int64_t words, const float* row_max,
                                               const float* weight, float* sums) {
   vf t[kRows][kTileVectors];
   head.exponents<Op, kNoise, kRows>(t, i, q, ld, j, panel, words);
@@ -183,7 +183,7 @@ __attribute__((noinline)) void add_to_columns(const Head& head, int64_t i, const
   for (int m = 0; m < kRows; ++m) {
     TM_UNROLL(4)
     for (int n = 0; n < kTileVectors; ++n)
-      t[m][n] = power<kCoarse>(t[m][n] - set(pivot[m])) * set(weight[m]);
+      t[m][n] = power<kCoarse>(t[m][n] - set(row_max[m])) * set(weight[m]);
   }
   head.hide(t, i, j, zero());  // also the NaN of a row that is not there for a key
   TM_UNROLL(4)
@@ -202,7 +202,7 @@ struct ColumnWorker {
   const Statistics& statistics;
   int64_t words, ld;
   cpu::Workspace workspace;
-  float *keys, *q, *pivot, *weight, *block, *column;
+  float *keys, *q, *row_max, *weight, *block, *column;
 
   ColumnWorker(const ColumnScoresParams& p, const Statistics& statistics)
       : p(p),
@@ -212,7 +212,7 @@ struct ColumnWorker {
         workspace(kKeyBlock * (words + 2) + kRowBlock * (ld + 2) + 6 * 16) {
     keys = workspace.take(kKeyBlock * words);
     q = workspace.take(kRowBlock * ld);
-    pivot = workspace.take(kRowBlock);
+    row_max = workspace.take(kRowBlock);
     weight = workspace.take(kRowBlock);
     block = workspace.take(kKeyBlock);
     column = workspace.take(kKeyBlock);
@@ -227,7 +227,7 @@ struct ColumnWorker {
       head.pack_queries<Op>(i, rows, q, ld);
       const int64_t at = (head.b * p.heads + head.h) * p.seqlen_q + i;
       for (int64_t r = 0; r < kRowBlock; ++r) {  // of rows that are not there P = 0
-        pivot[r] = r < rows ? statistics.pivot[at + r] : kInf;
+        row_max[r] = r < rows ? statistics.row_max[at + r] : kInf;
         weight[r] = r < rows ? statistics.weight[at + r] : 0;
       }
       std::memset(block, 0, kKeyBlock * sizeof(float));
@@ -235,7 +235,7 @@ struct ColumnWorker {
         each_tile(rows, [&](int64_t r, auto tile) {
           if (request.column_end(i + r + tile - 1) > j + c)
             add_to_columns<Op, kCoarse, kNoise, tile>(head, i + r, q + r * ld, ld, j + c,
-                                                      keys + c * words, words, pivot + r,
+                                                      keys + c * words, words, row_max + r,
                                                       weight + r, block + c);
         });
       for (int64_t c = 0; c < kKeyBlock; c += kWidth)

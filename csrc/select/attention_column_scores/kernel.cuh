@@ -3,9 +3,12 @@
 // queries and finds maximum and sum of their exponents; the second owns keys and adds weights up.
 // Both may split what streams, by shapes alone; small kernels put the parts together in order.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/qk.cuh"
+#include "cuda/attention/stage_addresses.cuh"
+#include "cuda/attention/tile_shape.cuh"
 #include "cuda/gumbel.cuh"
 #include "cuda/load_tile.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/sequences.cuh"
 #include "cuda/warp.cuh"
 #include "select/attention_column_scores/params.h"
@@ -18,20 +21,15 @@ constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarpSize;
 
 template <typename T, int kBucket>
-struct ScoreShape {
-  static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr int kRowBytes = kBucket * static_cast<int>(sizeof(T));
-  static constexpr int kTileRows = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
-  static constexpr int kOwnTiles = kBucket <= (kFloat ? 64 : 128) ? 2 : 1;
+struct ScoreShape : TileShape<T, kBucket> {
+  using Tiles = TileShape<T, kBucket>;
+  using Tile = typename Tiles::KeyTile;
+  static constexpr int kTileRows = Tiles::kTileKeys;
+  static constexpr int kOwnTiles = kBucket <= (Tiles::kFloat ? 64 : 128) ? 2 : 1;
   static constexpr int kOwnRows = 16 * kOwnTiles;  // of a warp
   static constexpr int kBlockRows = kScoreWarps * kOwnRows;
-  static constexpr bool kOwnInRegisters = !kFloat || kBucket <= 128;
-  // A slice is 64 bytes of a row: 16 per lane of a quad, two products deep.
-  static constexpr int kSlices = kRowBytes / 64;
-
-  using Tile = SharedTile<kRowBytes, Swizzle::quad>;
-  static constexpr int kTileBytes = kTileRows * kRowBytes;
-  static constexpr int kSharedBytes = 2 * kTileBytes;
+  static constexpr bool kOwnInRegisters = !Tiles::kFloat || kBucket <= 128;
+  static constexpr int kSharedBytes = 2 * Tiles::kTileBytes;
 };
 
 struct ScorePlan {
@@ -43,7 +41,7 @@ struct ScorePlan {
   bool aligned;        // rows start at multiples of 16 bytes and consist of whole chunks
   bool whole;          // and fill those of their tiles
   float2* parts;       // [splits, B, H, window] maximum and sum, of the first pass
-  float2* statistics;  // [B, H, window] pivot and weight: P = 2^(t - pivot) weight
+  float2* statistics;  // [B, H, window] row_max and weight: P = 2^(t - row_max) weight
   float* sums;         // [splits, B, H, Sk], of the second pass
 };
 
@@ -93,18 +91,14 @@ class ScoreWarp {
   // Adds the tile of streamed rows from row0 on that lies at `tile`.
   __device__ __forceinline__ void add_tile(uint32_t tile, int row0) {
     if (first_ > last_) return;
-    const int lane = threadIdx.x % kWarpSize;
-    uint32_t at[kPatterns];
-#pragma unroll
-    for (int i = 0; i < kPatterns; ++i)
-      at[i] = tile + Shape::Tile::offset(lane / 4, 4 * i + lane % 4);
+    Addresses at(tile);
     float sums[kTiles][2] = {};  // from zero: a second level of accumulation
 #pragma unroll 1
     for (int i = 0; i < Shape::kTileRows; i += kStep) {
       const int from = row0 + i;
       if (from < end(last_) && from + kStep > begin(first_)) add_step(at, from, sums);
 #pragma unroll
-      for (uint32_t& address : at) address += kStep * Shape::kRowBytes;
+      for (uint32_t& address : at.key) address += kStep * Shape::kRowBytes;
     }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -115,7 +109,7 @@ class ScoreWarp {
 
   // visit(own row, maximum, sum), by one lane of each quad.
   template <typename Visit>
-  __device__ void finish(const Visit& visit) const {
+  __device__ void epilogue(const Visit& visit) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -132,36 +126,24 @@ class ScoreWarp {
   }
 
  private:
-  static constexpr int kPatterns = Shape::Tile::kSwizzledChunks / 4;
-
-  // 16 bytes of rows g and g + 8.
-  struct Slice {
-    uint32_t words[2][4];
-  };
+  using Addresses = KeyAddresses<Shape>;
 
   // Rows beyond the last repeat it.
-  __device__ __forceinline__ void load_own(Slice& to, int m, int slice) const {
-    const int lane = threadIdx.x % kWarpSize;
-    const int column = (4 * slice + lane % 4) * (kChunkBytes / static_cast<int>(sizeof(T)));
+  __device__ __forceinline__ void load_own(QuerySlice& to, int m, int slice) const {
+    const int lane = threadIdx.x % kWarpSize, chunk = 4 * slice + lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = max(min(first_ + 16 * m + 8 * half + lane / 4, own_.rows - 1), 0);
       const T* from = own_.data + row * own_.stride;
-      if (plan_.whole) {
-        const uint4 x = *reinterpret_cast<const uint4*>(from + column);
-        to.words[half][0] = x.x, to.words[half][1] = x.y;
-        to.words[half][2] = x.z, to.words[half][3] = x.w;
-      } else {
-        load_elements(to.words[half], from, column, own_.columns);
-      }
+      load_chunk(to.words[half], from, chunk, own_.columns, plan_.whole);
     }
   }
 
-  __device__ __forceinline__ void add_step(const uint32_t (&at)[kPatterns], int from,
+  __device__ __forceinline__ void add_step(const Addresses& at, int from,
                                            float (&sums)[kTiles][2]) {
     float2 statistic[kStep / 8][2];
     if constexpr (kPass == ScorePass::columns) load_statistics(statistic, from);
-    float t[kTiles][kStep / 8][4] = {};
+    float t[kTiles][kStep / 8][4];
     multiply_step(t, at);
     each_pair(from, [&](int m, int n, int i, int own, int streamed) {
       t[m][n][i] *= plan_.factor;
@@ -220,54 +202,18 @@ class ScoreWarp {
   }
 
   __device__ __forceinline__ void multiply_step(float (&t)[kTiles][kStep / 8][4],
-                                                const uint32_t (&at)[kPatterns]) const {
-    if constexpr (Shape::kOwnInRegisters) {
-      unroll<Shape::kSlices>(
-          [&](auto j) { multiply_slice<j>(t, at, [&](int m) { return slices_[m][j]; }); });
-    } else {
-      // The patterns of addresses at a time: unrolled, the loads of own rows would run far ahead.
-      uint32_t moving[kPatterns];
-#pragma unroll
-      for (int i = 0; i < kPatterns; ++i) moving[i] = at[i];
-#pragma unroll 1
-      for (int slice = 0; slice < Shape::kSlices; slice += kPatterns) {
-        unroll<kPatterns>([&](auto j) {
-          multiply_slice<j>(t, moving, [&](int m) {
-            Slice own;
-            load_own(own, m, slice + j);
+                                                const Addresses& at) const {
+    if constexpr (Shape::kOwnInRegisters)
+      multiply_held<T, Shape::kSlices, 0>(t, at, [&](int m, auto j) { return slices_[m][j]; });
+    else
+      multiply_loaded<T, Shape::kSlices, 0>(
+          t, at,
+          [&](int m, auto j, int i) {
+            QuerySlice own;
+            load_own(own, m, i + j);
             return own;
-          });
-        });
-#pragma unroll
-        for (uint32_t& address : moving) address += kPatterns * 64;
-      }
-    }
-  }
-
-  template <int kSlice, typename Own>
-  __device__ __forceinline__ void multiply_slice(float (&t)[kTiles][kStep / 8][4],
-                                                 const uint32_t (&at)[kPatterns],
-                                                 const Own& own) const {
-    Fragment<T, 4> a[kTiles][2];
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      const Slice slice = own(m);
-      const auto& w = slice.words;
-#pragma unroll
-      for (int u = 0; u < 2; ++u)
-        a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-    }
-    unroll<kStep / 8>([&](auto n) {
-      uint32_t w[4];
-      load_shared<8 * n * Shape::kRowBytes + kSlice / kPatterns * kPatterns * 64>(
-          w, at[kSlice % kPatterns]);
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) mma(t[m][n], a[m][u], b);
-      }
-    });
+          },
+          [] {});
   }
 
   // visit(own tile, streamed tile, i, own row, streamed row) for the accumulators of this lane.
@@ -297,7 +243,8 @@ class ScoreWarp {
   GlobalRows<T> own_;
   uint32_t b_, h_;
   int first_, last_;
-  Slice slices_[Shape::kOwnInRegisters ? kTiles : 1][Shape::kOwnInRegisters ? Shape::kSlices : 1];
+  QuerySlice slices_[Shape::kOwnInRegisters ? kTiles : 1]
+                    [Shape::kOwnInRegisters ? Shape::kSlices : 1];
   float top_[kTiles][2], sum_[kTiles][2];  // of this lane
 };
 
@@ -343,7 +290,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
       loader.template load_whole<kScoreThreads>(to);
     else
       loader.load(to, row);
-    commit_copies();
+    cp_async_commit();
   };
   uint32_t stage = shared_address(shared);
   const uint32_t own_chunk = Loader::own_offset();
@@ -351,7 +298,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
   if (begin < end) load_stage(stage + own_chunk, begin);
 #pragma unroll 1
   for (int row = begin; row < end; row += Shape::kTileRows) {
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     if (row + Shape::kTileRows < end) load_stage(stage + other + own_chunk, row + Shape::kTileRows);
     warp.add_tile(stage, row);
@@ -359,7 +306,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3)
     other = -other;
   }
   const int64_t part = split * p.batch * p.heads + bh;
-  warp.finish([&](int row, float top, float sum) {
+  warp.epilogue([&](int row, float top, float sum) {
     if constexpr (kRows)
       plan.parts[part * p.window_queries + row - origin] = {top, sum};
     else

@@ -4,7 +4,7 @@
 
 namespace tokenmill::cuda::attention_column_scores {
 
-// Pivot and weight of each row, from lse or from what the splits of the first pass found.
+// Row max and weight of each row, from lse or from what the splits of the first pass found.
 __global__ void __launch_bounds__(kScoreThreads)
     row_statistics_kernel(const __grid_constant__ ColumnScoresParams p, const ScorePlan plan) {
   const int64_t rows = p.batch * p.heads * p.window_queries;

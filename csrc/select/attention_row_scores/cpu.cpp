@@ -50,26 +50,26 @@ void find_exponents(const RowScoresParams& p, int64_t b, int64_t j, const float*
 
 // Replaces the exponents of a row by weights P.
 template <bool kCoarse>
-void finish_row(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
+void weigh_row(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
   const int64_t end = p.end(r, p.length(b));
   float* t = p.exponents + ((b * p.heads + h) * p.rows + r) * p.seqlen_k;
-  float pivot = 0, weight = 1;
+  float row_max = 0, weight = 1;
   if (p.lse) {
     const float lse = p.lse[b * p.lse_batch + h * p.lse_head + r];
-    pivot = lse == -kInf ? kInf : lse * kLog2e;
+    row_max = lse == -kInf ? kInf : lse * kLog2e;
   } else {
     vf top = set(kLowest);
     for (int64_t j = 0; j < end; j += kWidth)
       top = max_of(top, select(lanes(0, end - j), load_as_float_n(t, DType::float32, j, end - j),
                                set(kLowest)));
-    pivot = max_lanes(top);
+    row_max = max_lanes(top);
   }
   // Sums of 256 keys from zero: a second level of accumulation.
   double total = 0;
   vf sum = zero();
   for (int64_t j = 0; j < p.seqlen_k; j += kWidth) {
     const int64_t there = p.seqlen_k - j;
-    const vf x = power<kCoarse>(load_as_float_n(t, DType::float32, j, there) - set(pivot));
+    const vf x = power<kCoarse>(load_as_float_n(t, DType::float32, j, there) - set(row_max));
     const vf e = select(lanes(0, end - j), x, zero());
     store_from_float_n(t, DType::float32, j, e, there);
     sum = sum + e;
@@ -126,7 +126,7 @@ void row_scores(const RowScoresParams& p) {
     find_exponents(p, b, item % blocks * kKeyBlock, q + b * rows * ld, ld);
   });
   each(p.batch * rows, [&](int64_t item) {
-    finish_row<kCoarse>(p, item / rows, item % rows / p.rows, item % p.rows);
+    weigh_row<kCoarse>(p, item / rows, item % rows / p.rows, item % p.rows);
   });
   each(p.batch * blocks,
        [&](int64_t item) { reduce_rows(p, item / blocks, item % blocks * kKeyBlock); });

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// Pivot and weight of each row: P = 2^(t - pivot) weight.
+// Row max and weight of each row: P = 2^(t - row_max) weight.
 __global__ void __launch_bounds__(kRowThreads)
     row_weights_kernel(const __grid_constant__ RowScoresParams p) {
   __shared__ float tops[kRowThreads / kWarpSize], sums[kRowThreads / kWarpSize];

@@ -27,8 +27,8 @@ inline void softmax(float* z, int64_t n) {
     const vf x = Elements<DType::float32>::load_n(z, i, n - i);
     most = max_of(select(lanes(0, n - i), x, most), most);
   }
-  const float pivot = max_lanes(most);
-  const vf log2e = set(kLog2e), m = set(pivot);
+  const float row_max = max_lanes(most);
+  const vf log2e = set(kLog2e), m = set(row_max);
   vf sum = zero();
   for (int64_t i = 0; i < n; i += kWidth) {
     const vf x = Elements<DType::float32>::load_n(z, i, n - i);

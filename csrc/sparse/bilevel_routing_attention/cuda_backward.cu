@@ -30,7 +30,7 @@ const char* launch_cuda(const BilevelBackwardParams& p, void* stream) {
   d.offsets = p.offsets;
   d.listing = p.rows;
   d.query_rows =
-      cuda::Divisor::of(static_cast<int>(cuda::bilevel_routing_attention::query_rows(d)));
+      cuda::FastDivmod::of(static_cast<int>(cuda::bilevel_routing_attention::query_rows(d)));
   return cuda::visit_dtype(f.dtype, [&]<typename T>() {
     return cuda::bilevel_routing_attention::launch_bilevel<T>(d, static_cast<cudaStream_t>(stream));
   });

@@ -18,8 +18,8 @@ void cut_rows(Launch& d, int64_t rows, int warp_rows, int least, int most) {
 // With maps of one pixel at least.
 inline RegionLaunch plan_regions(const BilevelParams& d) {
   RegionLaunch launch{d, RegionMap::of(d.queries), RegionMap::of(d.keys)};
-  launch.together = Divisor::of(static_cast<int>(d.heads_together()));
-  launch.key_slot = Divisor::of(launch.key_map.slot);
+  launch.together = FastDivmod::of(static_cast<int>(d.heads_together()));
+  launch.key_slot = FastDivmod::of(launch.key_map.slot);
   launch.factor = d.attention.scale * kLog2e;
   return launch;
 }

@@ -1,8 +1,8 @@
 // A tile of queries of one region, and the row of keys that it sees: those of listed regions, one
 // after the other.
 #pragma once
-#include "cuda/divisor.cuh"
-#include "dense/attention/kernel_finish.cuh"
+#include "cuda/attention/epilogue.cuh"
+#include "cuda/fast_divmod.cuh"
 #include "sparse/bilevel_routing_attention/params.h"
 #include "sparse/list_walk.cuh"
 #include "sparse/listed_keys.cuh"
@@ -44,17 +44,18 @@ struct RegionMap {
 
   RegionGrid grid;
   int regions;
-  int slot;                            // pixels of the largest region that there is
-  Divisor columns, width, last_width;  // regions in a row; pixels in a line of one, of the last one
+  int slot;  // pixels of the largest region that there is
+  FastDivmod columns, width,
+      last_width;  // regions in a row; pixels in a line of one, of the last one
 
   static RegionMap of(const RegionGrid& grid) {
     const Region first = grid.region(0), last = grid.region(grid.columns() - 1);
     return {grid,
             grid.regions(),
             first.pixels(),
-            Divisor::of(grid.columns()),
-            Divisor::of(first.width),
-            Divisor::of(last.width)};
+            FastDivmod::of(grid.columns()),
+            FastDivmod::of(first.width),
+            FastDivmod::of(last.width)};
   }
 
   __device__ Region region(int id) const {
@@ -66,7 +67,7 @@ struct RegionMap {
   // Of pixel number i < slot of a region; kNowhere beyond a smaller one.
   __device__ __forceinline__ int place(int id, int i) const {
     const int row = columns.divide(id), column = id - row * columns.value;
-    const Divisor& line = column == columns.value - 1 ? last_width : width;
+    const FastDivmod& line = column == columns.value - 1 ? last_width : width;
     const int down = line.divide(i), y = row * grid.region_height + down;
     if (down >= grid.region_height || y >= grid.height) return kNowhere;
     return y << kPlaceBits | (column * grid.region_width + i - down * line.value);
@@ -81,14 +82,14 @@ struct RegionMap {
 // What the host adds to a call.
 struct RegionLaunch : BilevelParams {
   RegionMap query_map, key_map;
-  Divisor together, key_slot;  // heads that share a list and keys; key_map.slot
-  int row_warps;               // of a block
-  int tile_rows;               // that they own
-  int tiles;                   // of a region
-  bool aligned;                // rows of the inputs are whole 16-byte chunks
-  bool aligned_out;            // and those of the output
-  bool compact;                // all keys and values lie within 2^32 chunks, and are aligned
-  float factor;                // of products in exponents of 2
+  FastDivmod together, key_slot;  // heads that share a list and keys; key_map.slot
+  int row_warps;                  // of a block
+  int tile_rows;                  // that they own
+  int tiles;                      // of a region
+  bool aligned;                   // rows of the inputs are whole 16-byte chunks
+  bool aligned_out;               // and those of the output
+  bool compact;                   // all keys and values lie within 2^32 chunks, and are aligned
+  float factor;                   // of products in exponents of 2
 
   __device__ MapRows q() const { return {attention.q, q_line}; }
   __device__ MapRows k() const { return {attention.k, k_line}; }
@@ -183,9 +184,9 @@ struct RegionKeys {
     return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
   }
 
-  // A row of weights that sum to `sum` relative to 2^pivot.
-  __device__ __forceinline__ RowScale finish(float sum, float pivot) const {
-    return finish_softmax(sum, pivot, pads > -infinity() ? &pads : nullptr, 0);
+  // A row of weights that sum to `sum` relative to 2^row_max.
+  __device__ __forceinline__ RowScale epilogue(float sum, float row_max) const {
+    return softmax_epilogue(sum, row_max, pads > -infinity() ? &pads : nullptr, 0);
   }
 };
 

@@ -13,7 +13,7 @@ struct RegionGradients : RegionLaunch {
   float *minus_lse, *minus_delta;    // like lse
   const int32_t *offsets, *listing;  // of transpose_block_list
   bool compact_queries;              // like compact, of what streams by a tile of keys
-  Divisor query_rows;                // of the largest region, for the heads that share a list
+  FastDivmod query_rows;             // of the largest region, for the heads that share a list
 
   __device__ MapRows of_dout() const { return {dout, dout_line}; }
   __device__ MapRows out() const { return {attention.out, out_line}; }

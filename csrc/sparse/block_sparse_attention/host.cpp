@@ -1,4 +1,4 @@
-#include "dense/terms.h"
+#include "dense/score_mod.h"
 #include "select/checks.h"
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/checks.h"

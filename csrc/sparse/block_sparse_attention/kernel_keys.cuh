@@ -1,7 +1,7 @@
 // A tile of queries and the row of keys that it sees: the first keys, those of listed blocks, and
 // the last keys.
 #pragma once
-#include "dense/attention/kernel_finish.cuh"
+#include "cuda/attention/epilogue.cuh"
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/listed_keys.cuh"
 
@@ -141,9 +141,9 @@ struct TileKeys {
             t >= list_end ? position + recent : Seeing::kFar};
   }
 
-  // A row of weights that sum to `sum` relative to 2^pivot.
-  static __device__ RowScale finish(float sum, float pivot) {
-    return finish_softmax(sum, pivot, nullptr, 0);
+  // A row of weights that sum to `sum` relative to 2^row_max.
+  static __device__ RowScale epilogue(float sum, float row_max) {
+    return softmax_epilogue(sum, row_max, nullptr, 0);
   }
 
  private:

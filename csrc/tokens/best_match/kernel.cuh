@@ -2,9 +2,9 @@
 // block has some rows of a and goes through all rows of b, a tile of columns of the products at a
 // time; slices of both operands come through a ring of buffers in shared memory.
 #pragma once
+#include "cuda/arch/mma_sm80.cuh"
 #include "cuda/load_tile.cuh"
 #include "cuda/math.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/warp.cuh"
 #include "tokens/best_match/params.h"
 
@@ -36,7 +36,7 @@ struct MatchPlan {
   const float *factors_a, *factors_b;  // [B, rows], [B, partners]; null: 1
 };
 
-// 16 bytes that a lane reads of a row serve two products (mma.cuh): chunks 4 j .. 4 j + 3 of
+// 16 bytes that a lane reads of a row serve two products (mma_sm80.cuh): chunks 4 j .. 4 j + 3 of
 // two neighbouring rows at once.
 using MatchTile = SharedTile<kSliceRowBytes, Swizzle::quad>;
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_slice(uint32_t tile, const GlobalRows<T>& f
     const int columns = first + own + i * kStep < from.rows ? from.columns - column : 0;
     const uint32_t at = to + i * kStep * kSliceRowBytes;
     if (from.aligned)
-      copy_async_or_zero(at, next, columns > 0);
+      cp_async_zfill(at, next, columns > 0);
     else
       copy_elements(at, next, columns);
     next += step;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
       if (++next_slice == plan.slices) next_slice = 0, next_column += kMatchColumns;
       if (++next_stage == kMatchStages) next_stage = 0;
     }
-    commit_copies();
+    cp_async_commit();
   };
 #pragma unroll
   for (int i = 0; i < kMatchStages - 1; ++i) load();
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)
         s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
 #pragma unroll 1
     for (int slice = 0; slice < plan.slices; ++slice) {
-      wait_for_copies<kMatchStages - 2>();
+      cp_async_wait<kMatchStages - 2>();
       __syncthreads();
       load();  // over the slice before this one, which all threads have read
       multiply_slice<T, kRowTiles>(s, slots_a + (resident ? slice : stage) * Shape::kBytesA,

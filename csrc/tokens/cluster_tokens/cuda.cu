@@ -103,13 +103,13 @@ const char* label(const ClusterParams& p, const ClusterPlan& plan, cudaStream_t 
   const int width = static_cast<int>(p.width), clusters = static_cast<int>(p.clusters());
   const bool fours = reads_fours<T>(p.x, p.channels, p.x_batch, p.x_line, p.x_pixel);
   const MapRows<T> pixels{
-      static_cast<const T*>(p.x),         p.x_batch, p.x_line, p.x_pixel, Divisor::of(width),
+      static_cast<const T*>(p.x),         p.x_batch, p.x_line, p.x_pixel, FastDivmod::of(width),
       static_cast<int>(p.height) * width, fours};
   const MapRows<float> set{plan.centroids,
                            p.clusters() * p.channels,
                            0,
                            p.channels,
-                           Divisor::of(clusters),
+                           FastDivmod::of(clusters),
                            clusters,
                            reads_fours<float>(plan.centroids, p.channels)};
   Nearest near{};

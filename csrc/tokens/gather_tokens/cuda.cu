@@ -5,7 +5,7 @@ namespace tokenmill {
 const char* launch_cuda(const GatherTokensParams& p, void* stream) {
   using namespace cuda;
   using namespace cuda::gather_tokens;
-  const auto tokens = Divisor::of(static_cast<int>(p.tokens));
+  const auto tokens = FastDivmod::of(static_cast<int>(p.tokens));
   const uint64_t bits =
       address(p.x) | address(p.out) | p.x_batch | p.x_token | p.out_batch | p.out_row | p.row_bytes;
   return visit_width(bits, [&]<typename T>() -> const char* {

@@ -1,5 +1,5 @@
 #pragma once
-#include "cuda/divisor.cuh"
+#include "cuda/fast_divmod.cuh"
 #include "tokens/gather_tokens/params.h"
 #include "tokens/row_copy.cuh"
 
@@ -10,7 +10,7 @@ constexpr int kGatherBlocks = 4;  // per multiprocessor: left alone, ptxas spill
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, kGatherBlocks)
     gather_tokens_kernel(const __grid_constant__ GatherTokensParams p,
-                         const __grid_constant__ Divisor tokens) {
+                         const __grid_constant__ FastDivmod tokens) {
   const int64_t k = row_of_thread();
   if (k >= p.entries) return;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {

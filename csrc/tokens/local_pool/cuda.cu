@@ -48,8 +48,8 @@ bool find_tiles(const LocalPoolParams& p, int vector, cuda::local_pool::PoolTile
               narrow(ceil_div(p.width, width)),
               narrow(ceil_div(chunks, lanes)),
               narrow(lanes),
-              cuda::Divisor::of(narrow(width)),
-              cuda::Divisor::of(narrow(pitch))};
+              cuda::FastDivmod::of(narrow(width)),
+              cuda::FastDivmod::of(narrow(pitch))};
     return true;
   }
 }
@@ -61,8 +61,8 @@ struct PoolLaunch {
   int shared;
 
   PoolLaunch(const LocalPoolParams& p, int vector)
-      : plan{cuda::Divisor::of(p.width),
-             cuda::Divisor::of(p.height),
+      : plan{cuda::FastDivmod::of(p.width),
+             cuda::FastDivmod::of(p.height),
              static_cast<int>(tokens_of(p)),
              {}},
         tiled(vector > 1 && find_tiles(p, vector, &plan.tiles)),

@@ -2,8 +2,10 @@
 // of the map and its halo, in a slice of channels, to shared memory; else it is a run of tokens of
 // a line, and neighbours share what they read through the level 1 cache.
 #pragma once
-#include "cuda/copy.cuh"
-#include "cuda/divisor.cuh"
+#include "cuda/arch/cp_async.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/arch/shared_memory.cuh"
+#include "cuda/fast_divmod.cuh"
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
 #include "tokens/local_pool/params.h"
@@ -21,11 +23,11 @@ constexpr int kTileBytes = 48 << 10;  // of shared memory, for a tile and its sc
 struct PoolTiles {
   int height, width, halo_y, halo_x, pitch;
   int lines, columns, slices, lanes;  // tiles along y and x, and along the channels
-  Divisor inner, outer;               // width, pitch
+  FastDivmod inner, outer;            // width, pitch
 };
 
 struct PoolPlan {
-  Divisor width, height;
+  FastDivmod width, height;
   int tokens;
   PoolTiles tiles;
 };
@@ -158,10 +160,10 @@ __device__ __forceinline__ void visit_windows(const LocalPoolParams& p, const Po
       if (ty < 0 || ty >= p.height || tx < 0 || tx >= p.width) continue;
       if (column >= t.width + 2 * t.halo_x) continue;
       if (c < p.channels)
-        copy_async(shared_address(tile + i * step),
-                   from.data + b * from.batch + ty * from.line + tx * from.token + c);
+        cp_async(shared_address(tile + i * step),
+                 from.data + b * from.batch + ty * from.line + tx * from.token + c);
     }
-    commit_copies();
+    cp_async_commit();
     if constexpr (kScaled) {
       const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
       int* const on_line = reinterpret_cast<int*>(tile_scales + staged);
@@ -182,7 +184,7 @@ __device__ __forceinline__ void visit_windows(const LocalPoolParams& p, const Po
           tile_scales[i] = scales[(b * p.height + ty) * p.width + tx];
       }
     }
-    wait_for_copies<0>();
+    cp_async_wait<0>();
     __syncthreads();
     const int origin = (t.halo_y - y) * t.pitch + t.halo_x - x;
     const PoolSource<T, int> source{tile + origin * step, t.pitch * step, step};

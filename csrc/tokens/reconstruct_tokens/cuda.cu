@@ -18,7 +18,7 @@ MapRows<T> rows_of(const void* data, int64_t batch, int64_t row, int64_t count, 
           batch,
           0,
           row,
-          Divisor::of(rows),
+          FastDivmod::of(rows),
           rows,
           reads_fours<T>(data, channels, batch, row)};
 }

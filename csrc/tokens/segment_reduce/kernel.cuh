@@ -2,7 +2,7 @@
 // neighbouring channels; where segments are few and long, several blocks take parts of one, put
 // together in their order.
 #pragma once
-#include "cuda/copy.cuh"
+#include "cuda/arch/shared_memory.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
 #include "tokens/segment_reduce/params.h"

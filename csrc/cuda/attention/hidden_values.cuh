@@ -6,7 +6,8 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/copy.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/arch/shared_memory.cuh"
 #include "cuda/math.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/unroll.cuh"
@@ -19,20 +20,6 @@ namespace tokenmill::cuda {
 template <typename T>
 __device__ __forceinline__ bool is_finite(float x) {
   return fabsf(x) < (sizeof(T) == 4 ? __int_as_float(0x7f7ff000) : infinity());
-}
-
-template <int kOffset>
-__device__ __forceinline__ void load_shared(uint32_t& to, uint32_t address) {
-  asm volatile("ld.shared.b32 %0, [%1 + %2];\n" : "=r"(to) : "r"(address), "n"(kOffset));
-}
-
-// Two 16-bit elements of a word.
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  else
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
 
 // Becomes and stays other than 0 if an element of the word is not finite.
@@ -123,9 +110,8 @@ __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t v
     } else {
       const uint32_t at = values + Tile::offset(key, 0) + 4 * c;
       unroll<kTiles>([&](auto n) {
-        uint32_t word;
-        load_shared<n / kPatterns * kPatterns * kChunkBytes>(word,
-                                                             at ^ n % kPatterns * kChunkBytes);
+        const uint32_t word =
+            load_word<n / kPatterns * kPatterns * kChunkBytes>(at ^ n % kPatterns * kChunkBytes);
         const float2 x = unpack<T>(word);
         add(out[n], 0, x.x);
         add(out[n], 1, x.y);

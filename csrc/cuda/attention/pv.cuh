@@ -1,39 +1,12 @@
-// The products of a warp of the forward with a step of keys in shared memory, and the softmax
-// weights between them.
+// Outputs: products of weights with a step of values in shared memory, by one warp.
 #pragma once
-#include "cuda/hidden_values.cuh"
+#include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/hidden_values.cuh"
 #include "cuda/math.cuh"
-#include "cuda/mma.cuh"
 #include "cuda/unroll.cuh"
 #include "cuda/warp.cuh"
 
 namespace tokenmill::cuda {
-
-// s[m] += queries x keys, over slice kSlice of the dimensions; query(m) is the slice of row tile m.
-template <typename T, int kOffset, int kSlice, int kCount, int kKeyTiles, typename Addresses,
-          typename Query>
-__device__ __forceinline__ void multiply_slice(float (&s)[kCount][kKeyTiles][4],
-                                               const Addresses& at, const Query& query) {
-  Fragment<T, 4> a[kCount][2];
-#pragma unroll
-  for (int m = 0; m < kCount; ++m) {
-    const auto slice = query(m);
-    const auto& w = slice.words;
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-      a[m][u] = make_fragment<T>(w[0][2 * u], w[1][2 * u], w[0][2 * u + 1], w[1][2 * u + 1]);
-  }
-  unroll<kKeyTiles>([&](auto n) {
-    uint32_t w[4];
-    at.template load_keys<kOffset + 8 * n, kSlice>(w);
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const auto b = make_fragment<T>(w[2 * u], w[2 * u + 1]);
-#pragma unroll
-      for (int m = 0; m < kCount; ++m) mma(s[m][n], a[m][u], b);
-    }
-  });
-}
 
 // Weights as the left operand of multiply_values.
 template <typename T, int kKeyTiles, int kBlocks>
@@ -50,34 +23,6 @@ __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kBlocks],
                               pack<T>(high[0], high[1]), pack<T>(high[2], high[3]));
     }
   }
-}
-
-// Softmax weights relative to the pivots of row tiles kFirst and on, and their sums. True, warp by
-// warp, if one may exceed 2^8, the headroom.
-template <int kFirst, typename T, int kRowTiles, int kCount, int kKeyTiles, int kBlocks>
-__device__ __forceinline__ bool exponentiate(const float (&s)[kCount][kKeyTiles][4], float factor,
-                                             const float (&neg_pivot)[kRowTiles][2],
-                                             Fragment<T, 4> (&p)[kCount][kBlocks],
-                                             float (&sums)[kCount][2]) {
-  float top = 0;
-#pragma unroll
-  for (int m = 0; m < kCount; ++m) {
-    float e[kKeyTiles][4];
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        e[n][i] = exp2_approx(fmaf(s[m][n][i], factor, neg_pivot[kFirst + m][i / 2]));
-    set_fragments(p[m], e);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sums[m][h] = e[0][2 * h] + e[0][2 * h + 1];
-#pragma unroll
-      for (int n = 1; n < kKeyTiles; ++n) sums[m][h] += e[n][2 * h] + e[n][2 * h + 1];
-      top = fmaxf(top, sums[m][h]);
-    }
-  }
-  return __any_sync(kFullWarp, top > 256);
 }
 
 // out[kFirst + m] += weights p[m] x values. before(pair) comes before the values of 16 columns.

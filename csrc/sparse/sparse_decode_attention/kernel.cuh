@@ -1,7 +1,7 @@
 // The scores of attention_decode over the row of keys of a list head.
 #pragma once
 #include "dense/attention_decode/kernel.cuh"
-#include "select/sparse_decode_attention/kernel_keys.cuh"
+#include "sparse/sparse_decode_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
@@ -37,7 +37,7 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
                                            int key, int) {
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
-    finish_logits(s, keys, place);
+    apply_score_mod(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     this->exponentiate(s);
     float least = 1;  // weights of hidden keys are 0
@@ -49,16 +49,16 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
  private:
   using Products::active_, Products::row_warp_, Products::kKeyTiles;
 
-  __device__ __forceinline__ void finish_logits(float (&s)[kKeyTiles][4], const Keys& keys,
-                                                int place) const {
+  __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4], const Keys& keys,
+                                                  int place) const {
     const float cap = d_.attention.softcap;
     if (cap > 0)
       Products::each_score(
-          s, [&](float& x, int, int) { x = cap * tanhf(x * d_.attention.scale / cap); });
+          s, [&](float& x, int, int) { x = apply_softcap(x * d_.attention.scale, cap); });
     const float factor = kLog2e * (cap > 0 ? 1 : d_.attention.scale);
     Products::each_score(s, [&](float& x, int half, int key) {
       const bool seen = sees(half, keys, place + key);
-      x = seen ? fmaf(x, factor, keys.term(place + key)) : -infinity();
+      x = seen ? fmaf(x, factor, keys.log2_count(place + key)) : -infinity();
     });
   }
 

@@ -1,11 +1,8 @@
-// The score maps with their derivatives, and the band of either side.
+// From q.k to the weight of a pair and its derivatives.
 #pragma once
-#include "dense/attention/kernel_terms.cuh"
+#include "cuda/attention/score_mod.cuh"
 
 namespace tokenmill::cuda {
-
-// Whose rows a kernel owns; it runs over the columns, which belong to the other side.
-enum class Side { queries, keys };
 
 // The maps without further modifiers; general: any of them, with any.
 enum class Mode { softmax, sigmoid, fast_sigmoid, general };
@@ -15,31 +12,13 @@ constexpr float kHalfScaleLog2 = 15, kHalfScale = 32768;
 // log2 of the e^-z from which on it is cut, so that P (1 - P) is 0 and not 0 * inf.
 constexpr float kMaxOddsLog2 = 122.9f;
 
-// Row i sees columns begin(i) .. end(i) - 1.
-struct ColumnBand {
-  int low, high, columns;
-
-  __device__ static ColumnBand of(const Band& band) {
-    return {clamp(band.low), clamp(band.high), static_cast<int>(band.columns)};
-  }
-  __device__ int begin(int row) const { return max(row + low, 0); }
-  __device__ int end(int row) const { return min(row + high, columns); }
-
- private:
-  __device__ static int clamp(int64_t x) {
-    return static_cast<int>(x < -kMaxLength ? -kMaxLength : x > kMaxLength ? kMaxLength : x);
-  }
+// cap tanh(z / cap) and its derivative.
+struct Softcapped {
+  float z, slope;
 };
-
-// Relative error below 3e-7: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) cancels.
-__device__ inline float tanh_accurate(float x) {
-  const float u = x * x;
-  float p = fmaf(u, -0.005852168625f, 0.02075362886f);
-  p = fmaf(p, u, -0.0537687047f);
-  p = fmaf(p, u, 0.1333168896f);
-  p = fmaf(p, u, -0.3333328326f);
-  p = fmaf(p, u, 0.9999999975f);
-  return u < 0.36f ? p * x : 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2 * kLog2e)));
+__device__ __forceinline__ Softcapped softcap_with_slope(float z, float cap) {
+  const float t = tanh_accurate(z / cap);
+  return {cap * t, fmaf(-t, t, 1.f)};
 }
 
 // The weight P of a pair; dz / dP (softmax: of dP without delta); the derivative of the softcap.
@@ -67,10 +46,10 @@ __device__ __forceinline__ Weight fast_sigmoid_weight(float half_z) {
 
 // From q.k to the weight, for one head of one sequence.
 template <Mode kMode, bool kScale>
-struct HeadTerms {
+struct BackwardScoreMod {
   float constant;  // sigmoid: of the argument of the map
 
-  __device__ HeadTerms(const AttentionParams& p, int64_t b, int64_t h) {
+  __device__ BackwardScoreMod(const AttentionParams& p, int64_t b, int64_t h) {
     if constexpr (kMode == Mode::softmax) return;
     constant = constant_of(p, b, h, sequence_of(p, b).k_length);
     if constexpr (kMode == Mode::sigmoid)
@@ -92,44 +71,44 @@ struct HeadTerms {
 };
 
 template <bool kScale>
-struct HeadTerms<Mode::general, kScale> {
+struct BackwardScoreMod<Mode::general, kScale> {
   const AttentionParams& p;
   int64_t batch, head;
   Sequence sequence;
-  GeneralTerms terms;
+  ScoreMod mod;
 
-  __device__ HeadTerms(const AttentionParams& p, int64_t b, int64_t h)
+  __device__ BackwardScoreMod(const AttentionParams& p, int64_t b, int64_t h)
       : p(p),
         batch(b),
         head(h),
         sequence(sequence_of(p, b)),
-        terms(p, b, h, sequence,
-              p.map == ScoreMap::softmax ? 0 : constant_of(p, b, h, sequence.k_length)) {}
+        mod(p, b, h, sequence,
+            p.map == ScoreMap::softmax ? 0 : constant_of(p, b, h, sequence.k_length)) {}
 
-  __device__ HeadTerms& operator=(const HeadTerms& other) {
+  __device__ BackwardScoreMod& operator=(const BackwardScoreMod& other) {
     batch = other.batch;
     head = other.head;
     sequence = other.sequence;
-    terms = other.terms;
+    mod = other.mod;
     return *this;
   }
   __device__ float distance(int query, int key) const {
-    return fabsf(static_cast<float>(query + terms.diagonal - key));
+    return fabsf(static_cast<float>(query + mod.diagonal - key));
   }
 
   // `statistic` in nats.
   __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
     if (p.softcap > 0) {
-      const float t = tanh_accurate(z / p.softcap);
-      z = p.softcap * t;
-      through = fmaf(-t, t, 1.f);
+      const Softcapped capped = softcap_with_slope(z, p.softcap);
+      z = capped.z;
+      through = capped.slope;
     }
-    if (p.bias) z = min_or_nan(z + terms.bias_at(query, key), kFloatMax);
+    if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
     // +inf counts as the largest finite logit, which does not move.
     const bool stuck = p.bias && z >= kFloatMax;
-    if (p.alibi_slopes) z = fmaf(-terms.slope, distance(query, key), z);
-    z += terms.constant;
+    if (p.alibi_slopes) z = fmaf(-mod.slope, distance(query, key), z);
+    z += mod.constant;
     Weight w;
     if (p.map == ScoreMap::softmax) {
       w.p = w.slope = exp2_approx((z + statistic) * kLog2e);

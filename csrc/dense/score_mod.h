@@ -39,8 +39,8 @@ inline const float* per_head(const char* op, const char* name, const View& tenso
 }
 
 // Batch, heads and map of p must be known.
-inline void set_terms(const char* op, AttentionParams& p, const View& q, std::string_view kind,
-                      const View& score_bias, const View& alibi_slopes, const View& sink) {
+inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std::string_view kind,
+                          const View& score_bias, const View& alibi_slopes, const View& sink) {
   p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
   p.alibi_slopes = per_head(op, "alibi_slopes", alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
   if (sink) {

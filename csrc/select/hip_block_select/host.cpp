@@ -1,7 +1,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "select/checks.h"
-#include "sparse/hip_block_select/params.h"
+#include "select/hip_block_select/params.h"
 
 namespace tokenmill {
 namespace {

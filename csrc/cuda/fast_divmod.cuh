@@ -6,13 +6,13 @@
 namespace tokenmill::cuda {
 
 // Of 31-bit numbers, by one multiplication (Granlund and Montgomery 1994, figure 4.1).
-struct Divisor {
+struct FastDivmod {
   int value;
   uint32_t multiplier;
   int shift;
 
   // What is empty has nothing to divide: 0 is taken as 1.
-  static Divisor of(int value) {
+  static FastDivmod of(int value) {
     if (value < 1) value = 1;
     const int shift = std::bit_width(static_cast<uint32_t>(value) - 1);
     const uint64_t excess = (uint64_t{1} << shift) - static_cast<uint64_t>(value);

@@ -1,7 +1,7 @@
 // Plans and launches instances of the kernels of sparse_decode_attention.
 #pragma once
 #include "dense/attention_decode/cuda_launch.cuh"
-#include "select/sparse_decode_attention/kernel.cuh"
+#include "sparse/sparse_decode_attention/kernel.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
-#include "sparse/hip_block_select/kernel.cuh"
+#include "select/hip_block_select/kernel.cuh"
 
 namespace tokenmill {
 namespace cuda::hip_block_select {

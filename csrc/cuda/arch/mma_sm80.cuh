@@ -79,4 +79,20 @@ __device__ __forceinline__ void mma(float (&d)[4], const Fragment<float, 4>& a,
   mma_words<Atom>(d, a.high, b.high);
 }
 
+// d = a b + c
+template <typename T>
+__device__ __forceinline__ void mma_from(float (&d)[4], const Fragment<T, 4>& a,
+                                         const Fragment<T, 2>& b, const float (&c)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    using Atom = std::conditional_t<std::is_same_v<T, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                                    cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+    Atom::fma(d[0], d[1], d[2], d[3], a.words[0], a.words[1], a.words[2], a.words[3], b.words[0],
+              b.words[1], c[0], c[1], c[2], c[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    mma(d, a, b);
+  }
+}
+
 }  // namespace tokenmill::cuda

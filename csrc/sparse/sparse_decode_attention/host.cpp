@@ -2,8 +2,8 @@
 
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
-#include "dense/terms.h"
-#include "select/sparse_decode_attention/params.h"
+#include "dense/score_mod.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill {
 namespace {
@@ -156,7 +156,7 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   p.scale = static_cast<float>(scale_of(a));
   p.softcap = static_cast<float>(a.softcap);
   p.window_left = -1;
-  set_terms(kOp, p, a.q, "softmax", {}, {}, a.sink);
+  set_score_mod(kOp, p, a.q, "softmax", {}, {}, a.sink);
   check_cache_values(kOp, a.q, a.k_cache, d.cache, true);
 
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);

@@ -1,5 +1,5 @@
-#include "select/sparse_decode_attention/cuda_launch.cuh"
-#include "select/sparse_decode_attention/kernel_mass.cuh"
+#include "sparse/sparse_decode_attention/cuda_launch.cuh"
+#include "sparse/sparse_decode_attention/kernel_mass.cuh"
 
 namespace tokenmill {
 namespace cuda::sparse_decode_attention {

@@ -11,7 +11,7 @@
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
-#include "sparse/hip_block_select/params.h"
+#include "select/hip_block_select/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {

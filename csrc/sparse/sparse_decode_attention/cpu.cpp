@@ -1,5 +1,5 @@
 #include "dense/attention_decode/cpu_engine.h"
-#include "select/sparse_decode_attention/params.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
@@ -174,18 +174,18 @@ class ListedKeys {
     }
   }
 
-  // Weights relative to the pivots of the time, and those.
+  // Weights relative to row_max of the time, and that.
   template <int kRows>
   void keep(int64_t key0, int64_t n, int64_t blocks, const RowBlock<kRows>& block, const vf* scores,
             int64_t vectors) const {
     const bool listed = key0 + kStep > row_.list_begin && key0 < row_.list_end;
     if (!d_.mass || !listed || row_.list_begin == row_.list_end) return;
     float* to = kept_ + ((key0 / kStep - row_.list_begin / kStep) * blocks + n) * kKept<kRows>;
-    store(to, load(block.pivot));
+    store(to, load(block.row_max));
     for (int64_t j = 0; j < vectors; ++j) store(to + (j + 1) * kWidth, scores[j]);
   }
 
-  // block[n].pivot and .sums: the final pivots, and factors of weights relative to them.
+  // block[n].row_max and .sums: the final one, and factors of weights relative to it.
   template <int kRows>
   void count(const RowBlock<kRows>* block, int64_t heads, int64_t head_blocks) const {
     if (!d_.mass) return;
@@ -199,9 +199,9 @@ class ListedKeys {
         vf sum[kStep / kCount] = {};
         for (int64_t n = 0; n < head_blocks; ++n, from += kKept<kRows>) {
           const RowBlock<kRows>& rows = block[own * head_blocks + n];
-          // A pivot rises; that of a row which saw nothing is above the final one, and its weights
+          // row_max rises; that of a row which saw nothing is above the final one, and its weights
           // 0.
-          const vf shrink = min_of(load(from) - load(rows.pivot), zero());
+          const vf shrink = min_of(load(from) - load(rows.row_max), zero());
           const vf factor = load(rows.sums) * exp2<5>(shrink);
           for (int64_t j = 0; j < kept_vectors<kRows>(key0); ++j)
             sum[j] = sum[j] + load(from + (j + 1) * kWidth) * factor;

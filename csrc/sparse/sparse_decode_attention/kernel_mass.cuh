@@ -1,6 +1,6 @@
 // The probabilities that each entry of a list added, from the logits that the scores left behind.
 #pragma once
-#include "select/sparse_decode_attention/kernel_keys.cuh"
+#include "sparse/sparse_decode_attention/kernel_keys.cuh"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 

@@ -1,7 +1,7 @@
 // The row of keys of a list head, as the engine of attention_decode streams over it.
 #pragma once
 #include "dense/attention_decode/kernel_products.cuh"
-#include "select/sparse_decode_attention/params.h"
+#include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
@@ -59,9 +59,9 @@ __device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_
 // A key in registers, on its way to shared memory.
 struct ListedKey {
   KvCache::Slot at;
-  int2 seen_by;  // positions begin .. end - 1 of the queries that see it
-  float term;    // of its logit, in base 2
-  int turn;      // row of the tables of rotations, -1: none
+  int2 seen_by;      // positions begin .. end - 1 of the queries that see it
+  float log2_count;  // of the keys that it stands for
+  int turn;          // row of the tables of rotations, -1: none
 };
 
 template <typename T, int kBucket>
@@ -89,8 +89,8 @@ class ListedKeys {
         row_(reinterpret_cast<KeyRow*>(shared)),
         at_(reinterpret_cast<KvCache::Slot*>(shared + kRowBytes)),
         seen_by_(reinterpret_cast<int2*>(at_ + kRing)),
-        terms_(reinterpret_cast<float*>(seen_by_ + kRing)),
-        turns_(reinterpret_cast<int*>(terms_ + kRing)) {}
+        log2_counts_(reinterpret_cast<float*>(seen_by_ + kRing)),
+        turns_(reinterpret_cast<int*>(log2_counts_ + kRing)) {}
 
   // The keys of this block, if any. All threads together.
   __device__ __forceinline__ bool take(const DecodePlan& plan, Segment& s) {
@@ -125,10 +125,10 @@ class ListedKeys {
     const RowKey found = row_->key(d_, s.b, s.h, t);
     if (found.at.row == RowKey::kExtra) {
       key.at = found.at;
-      const float term = extra_term(s, found.at.page);
-      if (term == -infinity()) return key;
+      const float log2_count = extra_log2_count(s, found.at.page);
+      if (log2_count == -infinity()) return key;
       key.seen_by.x = -kNever;
-      key.term = term;
+      key.log2_count = log2_count;
       return key;
     }
     if (found.position == RowKey::kNowhere) return key;
@@ -148,7 +148,7 @@ class ListedKeys {
   __device__ __forceinline__ void store(int at, const Key& key) {
     at_[at] = key.at;
     seen_by_[at] = key.seen_by;
-    terms_[at] = key.term;
+    log2_counts_[at] = key.log2_count;
     turns_[at] = key.turn;
   }
 
@@ -167,7 +167,7 @@ class ListedKeys {
   __device__ __forceinline__ bool exists(int at) const { return seen_by_[at].x != kNever; }
 
   __device__ __forceinline__ int2 seen_by(int at) const { return seen_by_[at]; }
-  __device__ __forceinline__ float term(int at) const { return terms_[at]; }
+  __device__ __forceinline__ float log2_count(int at) const { return log2_counts_[at]; }
   __device__ const KeyRow& row() const { return *row_; }
 
   // Rotates the keys of a tile in shared memory, and the queries unless null.
@@ -188,7 +188,7 @@ class ListedKeys {
  private:
   static constexpr int kNever = 0x7fffffff;
 
-  __device__ __forceinline__ float extra_term(const Segment& s, int n) const {
+  __device__ __forceinline__ float extra_log2_count(const Segment& s, int n) const {
     if (!d_.extra_log_count) return 0;
     return kLog2e * d_.extra_log_count[s.b * d_.extra_log_count_batch +
                                        d_.kv_head(s.h) * d_.extra_log_count_head + n];
@@ -273,7 +273,7 @@ class ListedKeys {
   KeyRow* row_;  // in shared memory, as are the others: registers are short
   KvCache::Slot* at_;
   int2* seen_by_;
-  float* terms_;
+  float* log2_counts_;
   int* turns_;
 };
 

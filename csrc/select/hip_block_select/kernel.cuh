@@ -5,8 +5,8 @@
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/math.cuh"
+#include "select/hip_block_select/params.h"
 #include "select/products.cuh"
-#include "sparse/hip_block_select/params.h"
 
 namespace tokenmill::cuda::hip_block_select {
 

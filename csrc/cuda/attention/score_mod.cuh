@@ -1,0 +1,84 @@
+// From q.k to the logit: scale, softcap, bias, ALiBi and the constant of a head.
+#pragma once
+#include "cuda/attention/sequence.cuh"
+#include "cuda/math.cuh"
+
+namespace tokenmill::cuda {
+
+// score_bias, score_bias_value and -log n in one.
+__device__ inline float constant_of(const AttentionParams& p, int64_t b, int64_t h, int columns) {
+  float constant = p.score_bias_value;
+  if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
+  if (p.score_bias_neg_log_n && columns > 0) constant -= logf(static_cast<float>(columns));
+  return constant;
+}
+
+// unit cap tanh(z / cap)
+__device__ __forceinline__ float apply_softcap(float z, float cap, float unit = 1) {
+  return unit * cap * tanhf(z / cap);
+}
+
+// Softcap, bias and slope of one head: what needs more than scale and constant.
+struct ScoreMod {
+  __device__ ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
+                      float constant)
+      : scale(p.scale),
+        softcap(p.softcap),
+        slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
+        constant(constant),
+        diagonal(s.k_length - s.q_length),
+        rows(static_cast<int>(p.bias_rows < s.q_length ? p.bias_rows : s.q_length)),
+        columns(static_cast<int>(p.bias_columns < s.k_length ? p.bias_columns : s.k_length)),
+        bias(p.bias),
+        bias_dtype(p.bias_dtype),
+        bias_start(b * p.bias_batch + h * p.bias_head),
+        bias_q(p.bias_q),
+        bias_k(p.bias_k),
+        has_slope(p.alibi_slopes != nullptr) {}
+
+  __device__ float bias_at(int row, int column) const {
+    if (row >= rows || column >= columns) return 0;
+    const int64_t at = bias_start + row * bias_q + column * bias_k;
+    switch (bias_dtype) {
+      case DType::float16:
+        return __half2float(static_cast<const __half*>(bias)[at]);
+      case DType::bfloat16:
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[at]);
+      default:
+        return static_cast<const float*>(bias)[at];
+    }
+  }
+
+  // The logit in nats; comparisons are written so that a NaN stays.
+  __device__ float logit(float qk, int row, int column) const {
+    float z = qk * scale;
+    if (softcap > 0) z = apply_softcap(z, softcap);
+    if (bias) {
+      z += bias_at(row, column);
+      z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
+    }
+    if (has_slope) z = fmaf(-slope, fabsf(static_cast<float>(row + diagonal - column)), z);
+    return z + constant;
+  }
+
+  // The exponent of a softmax weight in base 2. A finite logit has a finite exponent (-FLT_MAX
+  // log2e would not); -inf hides the pair.
+  __device__ float softmax_exponent(float z) const {
+    const float t = z * kLog2e;
+    if (!bias || z < -kFloatMax) return t;
+    return t > kFloatMax ? kFloatMax : t < -kFloatMax ? -kFloatMax : t;
+  }
+
+  float scale, softcap, slope, constant;
+  int diagonal, rows, columns;
+  const void* bias;
+  DType bias_dtype;
+  int64_t bias_start, bias_q, bias_k;
+  bool has_slope;
+};
+
+inline bool needs_general(const AttentionParams& p) {
+  return p.bias || p.alibi_slopes || p.softcap > 0 || !(p.scale > 0);
+}
+
+}  // namespace tokenmill::cuda

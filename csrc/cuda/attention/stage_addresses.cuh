@@ -1,0 +1,91 @@
+// Where a lane finds its fragments of keys and values in a stage of shared memory.
+#pragma once
+#include "cuda/arch/ldmatrix.cuh"
+#include "cuda/arch/opaque.cuh"
+#include "cuda/arch/shared_memory.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/warp.cuh"
+
+namespace tokenmill::cuda {
+
+// Addresses of keys, one for each pattern of the swizzle; the rest are immediates.
+template <typename Shape>
+struct KeyAddresses {
+  using KeyTile = typename Shape::KeyTile;
+  static constexpr int kKeys = KeyTile::kSwizzledChunks / 4;
+  uint32_t key[kKeys];
+
+  __device__ explicit KeyAddresses(uint32_t tile)
+      : KeyAddresses(tile, static_cast<int>(threadIdx.x % kWarpSize)) {}
+  __device__ KeyAddresses(uint32_t tile, int lane) {
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) key[i] = tile + KeyTile::offset(lane / 4, 4 * i + lane % 4);
+  }
+
+  // 16 bytes of slice kSlice of key kRow + g: column g of two products.
+  template <int kRow, int kSlice>
+  __device__ __forceinline__ void load_keys(uint32_t (&words)[4]) const {
+    load_shared<kRow * Shape::kRowBytes + kSlice / kKeys * kKeys * 64>(words, key[kSlice % kKeys]);
+  }
+};
+
+// Those of a stage. With kLean half of those of values are computed at each use, for kernels short
+// of registers.
+template <typename Shape, bool kLean>
+struct StageAddresses : KeyAddresses<Shape> {
+  using ValueTile = typename Shape::ValueTile;
+  using KeyAddresses<Shape>::key;
+  static constexpr int kValues = Shape::kFloat ? 2 : ValueTile::kSwizzledChunks / 2;
+
+  static constexpr int kStored = kLean ? kValues / 2 : kValues;
+  static_assert(!kLean || !Shape::kFloat);
+
+  uint32_t value[kStored];
+
+  __device__ explicit StageAddresses(uint32_t stage)
+      : StageAddresses(stage, static_cast<int>(threadIdx.x % kWarpSize)) {}
+  __device__ StageAddresses(uint32_t stage, int lane) : KeyAddresses<Shape>(stage, lane) {
+    const int g = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kStored; ++i)
+      value[i] = stage + Shape::kTileBytes +
+                 (Shape::kFloat ? ValueTile::offset(2 * c + i, g)
+                                : ValueTile::offset(lane % 16, 2 * i + lane / 16));
+#pragma unroll
+    for (uint32_t& x : key) keep(x);
+#pragma unroll
+    for (uint32_t& x : value) keep(x);
+  }
+
+  __device__ __forceinline__ void move(int bytes) {
+#pragma unroll
+    for (uint32_t& x : key) x += bytes, keep(x);
+#pragma unroll
+    for (uint32_t& x : value) x += bytes, keep(x);
+  }
+
+  // Where the values begin.
+  __device__ __forceinline__ uint32_t values() const {
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
+    return value[0] - (Shape::kFloat ? ValueTile::offset(2 * (lane % 4), lane / 4)
+                                     : ValueTile::offset(lane % 16, lane / 16));
+  }
+
+  // 16 values from kRow on, columns 16 kPair ... + 15: word 2 i + k is word k of column tile i.
+  template <int kRow, int kPair>
+  __device__ __forceinline__ void load_values(uint32_t (&words)[4]) const {
+    uint32_t address = value[kPair % kStored];
+    if constexpr (kPair % kValues >= kStored)
+      asm volatile("xor.b32 %0, %0, %1;" : "+r"(address) : "n"(kStored * 32));
+    ldmatrix_trans<kRow * Shape::kRowBytes + kPair / kValues * kValues * 32>(words, address);
+  }
+
+  // float: values kRow + 2 c + kOdd, columns 32 kGroup + 4 g ... + 3, one for each of 4 tiles.
+  template <int kRow, int kOdd, int kGroup>
+  __device__ __forceinline__ void load_float_values(uint32_t (&words)[4]) const {
+    load_shared<kRow * Shape::kRowBytes + kGroup * 128>(words, value[kOdd]);
+  }
+};
+
+}  // namespace tokenmill::cuda
