@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenmill import cli
+from tokenmill import _cli
 
 from .case import geometric_mean
 from .plot import label
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         page.write_text(update(page.read_text(), tables))
     except (OSError, ValueError) as error:
         rule = f"must be a page with the lines '{BEGIN}' and '{END}'"
-        raise cli.UsageError(f"--update: {rule}; got '{page}' ({error})") from None
+        raise _cli.UsageError(f"--update: {rule}; got '{page}' ({error})") from None
     return 0
 
 
@@ -154,5 +154,5 @@ def _load(name: str) -> dict[str, Any]:
             raise ValueError("no rows, or no machine")
     except (OSError, ValueError, AttributeError) as error:
         rule = "must be results that bench --json wrote"
-        raise cli.UsageError(f"FILE: {rule}; got '{name}' ({cli.one_line(error)})") from None
+        raise _cli.UsageError(f"FILE: {rule}; got '{name}' ({_cli.one_line(error)})") from None
     return results

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from tokenmill import cli
+from tokenmill import _cli
 
 END = b"\n]}\n"
 
@@ -35,7 +35,7 @@ class Results:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             except OSError as error:
-                raise cli.UsageError(cli.unwritable("--json", path, error)) from None
+                raise _cli.UsageError(_cli.unwritable("--json", path, error)) from None
             self._out = os.fdopen(descriptor, "wb")
             self._whole = stat.S_ISREG(os.fstat(descriptor).st_mode)
 
@@ -72,6 +72,6 @@ class Results:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise cli.UsageError(cli.unwritable("--json", self.path, error)) from None
+            raise _cli.UsageError(_cli.unwritable("--json", self.path, error)) from None
         if self._whole:
             self._out.seek(-len(END), os.SEEK_CUR)

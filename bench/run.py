@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 import torch
 
-from tokenmill import cli, info, registry
-from tokenmill.version import __version__
+from tokenmill import _cli, _info, registry
+from tokenmill._version import __version__
 
 from . import case as cases_module
 from . import plot
@@ -30,7 +30,9 @@ OURS = "tokenmill"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", type=cli.operator, help="operators to run (default: all)")
+    parser.add_argument(
+        "ops", nargs="*", type=_cli.operator, help="operators to run (default: all)"
+    )
     parser.add_argument(
         "--filter",
         type=_pattern,
@@ -43,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=cli.integer(1, os.cpu_count()),
+        type=_cli.integer(1, os.cpu_count()),
         default=1,
         metavar="N",
         help="threads, up to the number of cores (default 1: see the docs)",
     )
     parser.add_argument(
-        "--seconds", type=cli.seconds, default=3.0, help="time per case (default 3)"
+        "--seconds", type=_cli.seconds, default=3.0, help="time per case (default 3)"
     )
     parser.add_argument(
         "--json",
@@ -90,13 +92,13 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     gpu = options.device == "cuda"
     if gpu and not torch.cuda.is_available():
         rule = "must be a device of this machine (cpu: there is no GPU)"
-        raise cli.UsageError(f"--device: {rule}; got 'cuda'")
+        raise _cli.UsageError(f"--device: {rule}; got 'cuda'")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise cli.UsageError("--plot: needs matplotlib (pip install tokenmill[bench])")
+        raise _cli.UsageError("--plot: needs matplotlib (pip install tokenmill[bench])")
     cases_module.device = torch.device(options.device)
     chosen, failed = _cases(options)
     if not chosen and not failed:
-        raise cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
+        raise _cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
     if options.list:
         for case in chosen:
             print(f"{case.op}: {case.title}")
@@ -104,9 +106,9 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
             print(f"{row['op']}: {row['error']}", file=sys.stderr)
         return 1 if failed else 0
     if options.plot:
-        cli.writable_folder("--plot", options.plot)
+        _cli.writable_folder("--plot", options.plot)
     results = Results(options.json, stdout)
-    machine = info.machine()
+    machine = _info.machine()
     print(plot.label(machine, options.device, options.threads))
     units = 1 if gpu else options.threads
     peaks = {dtype: peak_flops(dtype, gpu) * units for dtype in {c.dtype for c in chosen}}
@@ -136,7 +138,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
             try:
                 row |= _measure(case, options, peaks[case.dtype], advance)
             except Exception as error:
-                row["error"] = cli.one_line(error)
+                row["error"] = _cli.one_line(error)
             advance(done=True)
             results.add(row)
             print(_line(_cells(row)), flush=True)
@@ -155,7 +157,7 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]
         try:
             chosen += [c for c in cases([op]) if options.filter.search(c.title)]
         except Exception as error:
-            failed.append({"op": op, "case": f"cases of {op}", "error": cli.one_line(error)})
+            failed.append({"op": op, "case": f"cases of {op}", "error": _cli.one_line(error)})
     return chosen, failed
 
 
@@ -167,7 +169,7 @@ def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any)
         if name == OURS:
             raise error
         # A peer that fails is a fact about the peer.
-        absent[name] = str(error) if isinstance(error, Absent) else cli.one_line(error)[:100]
+        absent[name] = str(error) if isinstance(error, Absent) else _cli.one_line(error)[:100]
 
     with use_threads(options.threads):
         ours, builders = case.prepare()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook
 
 import tokenmill as tm
-import tokenmill.emulator
+import tokenmill._emulator
 
 settings.register_profile(
     "tokenmill",
@@ -38,15 +38,15 @@ def pytest_addoption(parser):
         "--backend",
         action="append",
         default=[],
-        choices=tm.dispatch.ALL_BACKENDS,
+        choices=tm._dispatch.ALL_BACKENDS,
         help="test this backend (repeatable; default: all that this machine has)",
     )
 
 
 def pytest_configure(config):
     _selected[:] = config.getoption("--backend")
-    if tm.library.emulated_built():  # races and values that nobody set, beside the bounds
-        tm.emulator.configure("check=1")
+    if tm._library.emulated_built():  # races and values that nobody set, beside the bounds
+        tm._emulator.configure("check=1")
 
 
 def backends(*others: str) -> list[str]:

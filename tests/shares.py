@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
 from tokenmill import registry, testing
-from tokenmill.dispatch import ALL_BACKENDS
+from tokenmill._dispatch import ALL_BACKENDS
 
 LEAST_SECONDS = 1.0  # of a row that is printed
 

@@ -15,7 +15,7 @@ from tokenmill.bench import counters
 from tokenmill.bench.counters import attention, case, decode, linear, select, tokens
 
 built = pytest.mark.skipif(
-    not tm.library.emulated_built(),
+    not tm._library.emulated_built(),
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 
@@ -116,7 +116,7 @@ def test_titles_are_names():
 
 
 def test_unknown_operators_are_named(monkeypatch, capsys):
-    monkeypatch.setattr(tm.library, "emulated_built", lambda: True)
+    monkeypatch.setattr(tm._library, "emulated_built", lambda: True)
     assert main(["bench", "--counters", "merge_attention_states"]) == 2
     assert "got merge_attention_states" in capsys.readouterr().err
     assert main(["bench", "--counters", "--filter", "no such case"]) == 2

@@ -17,7 +17,7 @@ from tier import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
-from tokenmill import dispatch, library, registry
+from tokenmill import _dispatch, _library, registry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLES = [(spec, sample) for spec in registry.ops().values() for sample in spec.samples]
@@ -191,7 +191,7 @@ def test_opcheck(spec, sample, backend):
     lowered = spec.lower(*args, **kwargs)
     if spec.out and spec.out.has_native("CPU") and backend == "cpu":
         out = torch.zeros_like(outputs(spec.function(*args, **kwargs))[0])
-        op = spec.out.overload(dispatch.namespace(backend))
+        op = spec.out.overload(_dispatch.namespace(backend))
         torch.library.opcheck(op, *as_call(spec.out, (*lowered, out)), raise_exception=True)
     lowered = [
         t.requires_grad_(bool(spec.differentiable))
@@ -199,7 +199,7 @@ def test_opcheck(spec, sample, backend):
         else t
         for t in lowered
     ]
-    op = spec.forward.overload(dispatch.namespace(backend))
+    op = spec.forward.overload(_dispatch.namespace(backend))
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     # Backends share the fake kernels and the autograd of which graphs are made.
     if backend not in INTERPRETERS or sample == spec.samples[0]:
@@ -233,7 +233,7 @@ def test_exports(spec):
 
         exported = torch.export.export(Module(), args, kwargs)
         targets = [str(n.target) for n in exported.graph.nodes]
-        assert any(t.startswith(f"{library.NAMESPACE}.{spec.name}") for t in targets)
+        assert any(t.startswith(f"{_library.NAMESPACE}.{spec.name}") for t in targets)
         want = outputs(clean(spec)(*args, **kwargs))
         run = tm.testing.without_side_effects(spec, exported.module())
         assert same_bits(want, outputs(run(*args, **kwargs)))
@@ -345,7 +345,7 @@ def test_raw_operator_refuses_lowered_nonsense(spec, backend):
         for bad in (value.double(), value[None, None]):
             edited = [*lowered[:i], bad, *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=rf"tokenmill\.{spec.name}") as native:
-                spec.forward.run(dispatch.namespace(backend), edited)
+                spec.forward.run(_dispatch.namespace(backend), edited)
             with pytest.raises(RuntimeError) as python:
                 spec.forward.check(*edited)
             assert str(native.value) == str(python.value)
@@ -363,7 +363,7 @@ def test_raw_operator_names_the_tensor_that_is_missing(spec, backend):
         rule = rf"^tokenmill\.{spec.name}: {name}: must be a tensor; got None$"
         edited = (*lowered[:at], None, *lowered[at + 1 :])
         with pytest.raises(RuntimeError, match=rule):
-            spec.forward.run(dispatch.namespace(backend), edited)
+            spec.forward.run(_dispatch.namespace(backend), edited)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_raw_operator_refuses_a_tensor_of_another_device(spec):
         for i in tensors[1:]:
             edited = [*lowered[:i], lowered[i].to("meta"), *lowered[i + 1 :]]
             with pytest.raises(RuntimeError, match=r"\.\w+: \w+: must be on the device of"):
-                op.run(library.NAMESPACE, edited)
+                op.run(_library.NAMESPACE, edited)
 
 
 def backward_arguments(spec, lowered):
@@ -402,7 +402,7 @@ def backward_arguments(spec, lowered):
             return function(*args, **(kwargs or {}))
 
     lowered = [t.requires_grad_() if is_float(t) else t for t in lowered]
-    results = [r for r in outputs(spec.forward.run(library.NAMESPACE, lowered)) if r.requires_grad]
+    results = [r for r in outputs(spec.forward.run(_library.NAMESPACE, lowered)) if r.requires_grad]
     with Record():
         torch.autograd.grad(results, list(filter(is_float, lowered)),
                             [torch.ones_like(r) for r in results], allow_unused=True)  # fmt: skip
@@ -480,4 +480,4 @@ def test_every_backend_is_there(spec):
     for op in spec.torch_ops:
         assert op.triton
         assert all(op.has_native(key) for key in keys)
-        assert op.has_emulated() or not library.emulated_built()
+        assert op.has_emulated() or not _library.emulated_built()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tokenmill import demo
-from tokenmill.cli import UsageError
+from tokenmill._cli import UsageError
 from tokenmill.demo import language_model, text
 from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
 

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from conftest import backends, device_of
 
 import tokenmill as tm
-from tokenmill import dispatch, registry
+from tokenmill import _dispatch, registry
 
 
 def draw(spec, backend="reference", seed=0):
@@ -115,7 +115,7 @@ def test_torch_func_grad_is_autograds(spec, backend):
 def test_a_kernel_refuses_tangents(spec, backend):
     args, kwargs = draw(spec, backend)
     lowered = spec.lower(*args, **kwargs)
-    namespace = dispatch.namespace(backend)
+    namespace = _dispatch.namespace(backend)
     results = as_tuple(spec.forward.fake(*lowered))
     constant = not any(is_float(r) and r.shape != (0,) for r in results)
     constant = constant and not spec.forward.written
@@ -181,7 +181,7 @@ def test_vmap_calls_an_operator_for_each_element(spec, backend):
     """Arguments of two draws; what is written is written for each."""
     calls = [draw(spec, seed=seed) for seed in (0, 1)]
     pairs = [spec.lower(*args, **kwargs) for args, kwargs in calls]
-    op = spec.forward.overload(dispatch.namespace(backend))
+    op = spec.forward.overload(_dispatch.namespace(backend))
     places = [spec.forward.arguments.index(name) for name in spec.forward.written]
     dims = [0 if isinstance(x, torch.Tensor) else None for x in pairs[0]]
 

@@ -11,7 +11,7 @@ import torch
 from conftest import backends
 
 import tokenmill as tm
-from tokenmill import dispatch, door, registry
+from tokenmill import _dispatch, _door, registry
 
 SPECS = list(registry.ops().values())
 NATIVE = [b for b in backends() if b in ("cpu", "emulated", "cuda")]
@@ -44,12 +44,12 @@ def same(found, want):
 
 
 def test_this_build_has_the_door():
-    assert set(tm.registry.ops()) <= set(door.functions(tm.library._OPS))
+    assert set(tm.registry.ops()) <= set(_door.functions(tm._library._OPS))
 
 
 @each_call
 def test_both_doors_give_the_same_bits(spec, backend):
-    namespace = dispatch.namespace(backend)
+    namespace = _dispatch.namespace(backend)
     samples = spec.samples if backend != "emulated" else spec.samples[:1]
     for sample in samples:
         values = arguments(spec, sample, backend)
@@ -61,7 +61,7 @@ def test_both_doors_give_the_same_bits(spec, backend):
 
 @each_call
 def test_arguments_go_by_name_and_have_defaults(spec, backend):
-    op, namespace = spec.forward, dispatch.namespace(backend)
+    op, namespace = spec.forward, _dispatch.namespace(backend)
     values = arguments(spec, spec.samples[0], backend)
     names = dict(zip(op.arguments, copied(values), strict=True))
     shown = {a.name: a.default_value for a in op.overload()._schema.arguments}
@@ -73,7 +73,7 @@ def test_arguments_go_by_name_and_have_defaults(spec, backend):
 
 @each_call
 def test_both_doors_refuse_with_the_same_words(spec, backend):
-    op, namespace = spec.forward, dispatch.namespace(backend)
+    op, namespace = spec.forward, _dispatch.namespace(backend)
     values = arguments(spec, spec.samples[0], backend)
     tensors = sum(isinstance(x, torch.Tensor) for x in values)
     for i, value in enumerate(values):
@@ -101,7 +101,7 @@ def test_both_doors_refuse_with_the_same_words(spec, backend):
 
 
 def test_arguments_of_a_wrong_kind_are_named():
-    call = tm.library.registered("attention").direct("tokenmill")
+    call = tm._library.registered("attention").direct("tokenmill")
     q = torch.zeros(1, 2, 1, 4)
     for given, rule in (
         ({"causal": 1}, "causal: must be a bool; got 1"),
@@ -139,7 +139,7 @@ SPECIAL = {
 @pytest.mark.parametrize("make", SPECIAL.values(), ids=SPECIAL)
 def test_what_is_no_ordinary_tensor_takes_the_dispatcher(make):
     x = torch.randn(1, 4, 2, 8)
-    call = tm.library.registered("attention").direct("tokenmill")
+    call = tm._library.registered("attention").direct("tokenmill")
     assert call(x, x, make(x)) is NotImplemented
     assert call(make(x), x, x) is NotImplemented
 
@@ -154,18 +154,18 @@ def test_modes_and_transforms_close_the_door():
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    assert door.is_open()
+    assert _door.is_open()
     for mode in (TorchFunctionMode(), TorchDispatchMode()):
         with mode:
-            assert not door.is_open()
+            assert not _door.is_open()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not door.is_open()
+        assert not _door.is_open()
     with torch.autograd.forward_ad.dual_level():
-        assert not door.is_open()
+        assert not _door.is_open()
     with torch.profiler.profile():
-        assert not door.is_open()
-    torch.vmap(lambda x: (door.is_open() and pytest.fail(), x)[1])(torch.zeros(1))
-    assert door.is_open()
+        assert not _door.is_open()
+    torch.vmap(lambda x: (_door.is_open() and pytest.fail(), x)[1])(torch.zeros(1))
+    assert _door.is_open()
 
 
 def test_a_profile_names_the_operator():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import dispatch, library
+from tokenmill import _dispatch, _library
 
-BUILT = library.emulated_built()
+BUILT = _library.emulated_built()
 built = pytest.mark.skipif(not BUILT, reason="a development build alone has it (TOKENMILL_PTXVM=1)")
 
 
@@ -24,12 +24,12 @@ def states(parts=3, shape=(2, 9, 3, 40)):
 
 @built
 def test_results_come_from_the_machine():
-    from tokenmill import emulator
+    from tokenmill import _emulator
 
     args = states()
     want = tm.merge_attention_states(*args, backend="reference")
     for backend, kernels in (("emulated", 1), ("cpu", 0)):
-        with emulator.counting() as launches:
+        with _emulator.counting() as launches:
             got = tm.merge_attention_states(*args, backend=backend)
         assert len(launches) == kernels
         for output, wanted in zip(got, want, strict=True):
@@ -85,7 +85,7 @@ def test_a_release_build_says_that_it_lacks_it():
     args = states()
     with pytest.raises(RuntimeError, match=r"not in this build \(TOKENMILL_PTXVM=1\)"):
         tm.merge_attention_states(*args, backend="emulated")
-    assert "emulated" not in dispatch.BACKENDS and "emulated" not in tm.backends()
+    assert "emulated" not in _dispatch.BACKENDS and "emulated" not in tm.backends()
 
 
 @built
@@ -101,7 +101,7 @@ def test_a_fault_is_an_exception_and_the_machine_goes_on():
 
 @built
 def test_devices_differ_in_their_limits():
-    from tokenmill import emulator
+    from tokenmill import _emulator
 
     args = states()
     want = tm.merge_attention_states(*args, backend="reference")
@@ -112,7 +112,7 @@ def test_devices_differ_in_their_limits():
             torch.testing.assert_close(output, wanted)
     names = "sm_80, sm_86, sm_89, sm_90a or sm_120"
     with pytest.raises(ValueError, match=f"device: must be {names}; got sm_70"):
-        emulator.configure("device=sm_70")
+        _emulator.configure("device=sm_70")
     with (
         pytest.raises(ValueError, match="got H100"),
         tm.testing.emulated_cuda(device="H100"),
@@ -168,7 +168,7 @@ def test_a_bias_below_the_longest_sequence_is_not_overrun(kind, rows):
 
 def test_the_package_can_load_it_from_elsewhere(tmp_path):
     code = "import tokenmill as tm; print('emulated' in tm.backends())"
-    for path, there in ((tmp_path / "none.so", "False"), (Path(library.__file__), "True")):
+    for path, there in ((tmp_path / "none.so", "False"), (Path(_library.__file__), "True")):
         out = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"TOKENMILL_EMULATED": str(path)},

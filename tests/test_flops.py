@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenmill as tm
 from tokenmill import registry
-from tokenmill.flops import band
+from tokenmill._flops import band
 from tokenmill.reference.dense._common import visible_pairs
 
 SPECS = list(registry.ops().values())

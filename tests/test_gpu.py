@@ -117,11 +117,11 @@ def test_nothing_synchronises(spec, sample):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_sample
 def test_the_device_agrees_with_the_machine(spec, sample, dtype):
-    from tokenmill import emulator
+    from tokenmill import _emulator
 
     on_device = forward_and_backward(spec, *placed(sample, dtype))()
     there = placed(sample, dtype, backend="emulated")
-    with emulator.configured("order=reverse"):
+    with _emulator.configured("order=reverse"):
         on_machine = forward_and_backward(spec, *there, backend="emulated")()
     if not GPU:  # the machine in both orders of warps and blocks
         assert same_bits(on_device, on_machine)

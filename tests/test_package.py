@@ -37,6 +37,11 @@ def test_import_is_light():
     assert python(code).strip() == "[]"
 
 
+def test_what_a_name_can_be_completed_to_is_public():
+    code = "import tokenmill as tm; print(*(n for n in dir(tm) if not n.startswith('_')))"
+    assert set(python(code).split()) == {n for n in tm.__all__ if not n.startswith("_")}
+
+
 def test_library_loads_with_every_symbol_bound():
     assert python("import tokenmill; print('ok')", LD_BIND_NOW="1").strip() == "ok"
 

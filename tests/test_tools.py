@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import cli, demo, dispatch, registry, testing
+from tokenmill import _cli, _dispatch, demo, registry, testing
 from tokenmill.__main__ import main
 from tokenmill.bench import plot, progress, run
 from tokenmill.bench.case import Absent, Case
@@ -39,7 +39,7 @@ def test_info_names_build_machine_and_backends(capsys):
 def test_ops_is_the_table_of_the_registry(capsys):
     assert main(["ops"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["operator", "family", *dispatch.BACKENDS]
+    assert lines[0].split() == ["operator", "family", *_dispatch.BACKENDS]
     rows = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith(" ")}
     assert set(registry.ops()) <= set(rows)
     assert rows["attention"][:2] == ["dense", "yes"] and rows["attention"][-1] == "yes"
@@ -117,10 +117,10 @@ def test_a_bad_argument_is_one_line_and_status_2(line, message, monkeypatch, cap
 
 
 def test_counters_are_refused_without_the_machine(monkeypatch, capsys):
-    monkeypatch.setattr(tm.library, "emulated_built", lambda: False)
+    monkeypatch.setattr(tm._library, "emulated_built", lambda: False)
     assert main(["bench", "--counters"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --counters: needs a development")
-    monkeypatch.setattr(tm.library, "emulated_built", lambda: True)
+    monkeypatch.setattr(tm._library, "emulated_built", lambda: True)
     assert main(["bench", "--counters", "--plot", "x"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --plot: draws no counters")
     assert main(["bench", "--counters", "--list", "topk_select"]) == 0
@@ -234,7 +234,7 @@ def test_a_call_that_fails_is_a_row_and_the_others_go_on(monkeypatch, capsys):
 
 
 def test_a_check_of_nothing_is_no_success(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "kernels", lambda spec, backend: "-")
+    monkeypatch.setattr(_dispatch, "kernels", lambda spec, backend: "-")
     assert main(["check", "attention", "--backend", "cpu"]) == 1
     assert "absent  no kernel in this build" in capsys.readouterr().out
 
@@ -401,4 +401,4 @@ def test_plots_of_results_that_were_cut_off(tmp_path):
 
 
 def test_folders_are_probed_and_left_empty(tmp_path):
-    assert not list(cli.writable_folder("--out", tmp_path / "a" / "b").iterdir())
+    assert not list(_cli.writable_folder("--out", tmp_path / "a" / "b").iterdir())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_contract import draw
 
 import tokenmill as tm
-from tokenmill import dispatch, registry, written
+from tokenmill import _dispatch, _written, registry
 
 IN_PLACE = [spec for spec in registry.ops().values() if spec.forward.written]
 WITH_OUT = [spec for spec in registry.ops().values() if spec.out]
@@ -52,10 +52,10 @@ def test_lazy_negatives_are_refused_and_do_no_harm(spec, op, name, backend):
     edited = [*lowered[:at], view, *lowered[at + 1 :]]
     rule = rf"^tokenmill\.{spec.name}: {name}: must not be a negative or conjugate view; got a tens"
     with pytest.raises(RuntimeError, match=rule):
-        op.run(dispatch.namespace(backend), edited)
+        op.run(_dispatch.namespace(backend), edited)
     if op is spec.forward:
         with pytest.raises(RuntimeError, match=rule):
-            dispatch.call(spec, tuple(edited), backend)
+            _dispatch.call(spec, tuple(edited), backend)
     cycle = [view]
     cycle.append(cycle)
     del view, cycle, edited
@@ -137,6 +137,6 @@ def test_overlap_is_never_missed(first, second):
     a, b = (memory.as_strided(sizes, strides, offset) for offset, sizes, strides in (first, second))
     here, there = a.flatten().tolist(), b.flatten().tolist()
     if len(set(here)) < len(here):
-        assert not written._elements_apart(a)
+        assert not _written._elements_apart(a)
     if here and there and set(here) & set(there):
-        assert written._share_memory(a, b, b.data_ptr() - a.data_ptr())
+        assert _written._share_memory(a, b, b.data_ptr() - a.data_ptr())

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill.library import triton_interpreted
+from tokenmill._library import triton_interpreted
 
 # What the decorators of this import made of the kernels.
 INTERPRETED = tl.constexpr(triton_interpreted())

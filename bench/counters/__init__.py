@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from tokenmill import cli, info, library
-from tokenmill.version import __version__
+from tokenmill import _cli, _info, _library
+from tokenmill._version import __version__
 
 from ..progress import progress
 from ..results import Results
@@ -31,12 +31,12 @@ CASE_WIDTH = 60
 
 def run(options: argparse.Namespace, stdout: TextIO) -> int:
     """Exit status: 0, or 1 if a case failed."""
-    if not library.emulated_built():
-        raise cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
+    if not _library.emulated_built():
+        raise _cli.UsageError("--counters: needs a development build (TOKENMILL_PTXVM=1)")
     if options.plot:
-        raise cli.UsageError("--plot: draws no counters; leave it out beside --counters")
+        raise _cli.UsageError("--plot: draws no counters; leave it out beside --counters")
     if unknown := sorted(set(options.ops) - set(OPS)):
-        raise cli.UsageError(
+        raise _cli.UsageError(
             f"ops: must be of {', '.join(OPS)} with --counters; got {', '.join(unknown)}"
         )
     chosen = {
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, stdout: TextIO) -> int:
         if op in options.ops or not options.ops
     }
     if not any(chosen.values()):
-        raise cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
+        raise _cli.UsageError(f"--filter: no case matches; got '{options.filter.pattern}'")
     if options.list:
         print("\n".join(f"{op}: {c.title}" for op, found in chosen.items() for c in found))
         return 0
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, stdout: TextIO) -> int:
     results.begin(
         {
             "tokenmill": __version__,
-            "cuda": info.build_info().get("cuda_version", ""),
+            "cuda": _info.build_info().get("cuda_version", ""),
             "date": time.strftime("%Y-%m-%d"),
             "per": {op: OPS[op].per for op in chosen if chosen[op]},
             "counted_peers": {op: OPS[op].peers for op in chosen if chosen[op]},
@@ -82,7 +82,7 @@ def _count(
         try:
             row = measure(case)
         except Exception as error:
-            row = {"error": cli.one_line(error)}
+            row = {"error": _cli.one_line(error)}
         else:
             counts.append((case, row))
         advance(done=True)

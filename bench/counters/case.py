@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenmill import emulator
+from tokenmill import _emulator
 
 Launches = list[dict[str, Any]]
 
@@ -71,7 +71,7 @@ def products(macs: float, dtype: torch.dtype) -> float:
 
 def count(case: CounterCase) -> Launches:
     call = case.prepare()
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         call()
     return launches
 

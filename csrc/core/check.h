@@ -1,4 +1,4 @@
-// Errors that name operator, argument, rule and value. python/tokenmill/check.py writes the same
+// Errors that name operator, argument, rule and value. python/tokenmill/_check.py writes the same
 // text for the backends that do not pass through C++.
 #pragma once
 #include <cctype>

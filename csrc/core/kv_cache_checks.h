@@ -1,5 +1,5 @@
-// The checks of a cache of keys and values: those of python/tokenmill/kv_cache.py, in its order and
-// words.
+// The checks of a cache of keys and values: those of python/tokenmill/_kv_cache.py, in its order
+// and words.
 #pragma once
 #include <bit>
 

@@ -1,4 +1,4 @@
-// The checks that operators on queries, keys and values share: those of python/tokenmill/check.py,
+// The checks that operators on queries, keys and values share: those of python/tokenmill/_check.py,
 // in its order and words.
 #pragma once
 #include <algorithm>

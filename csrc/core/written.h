@@ -1,4 +1,4 @@
-// What a call writes into: the checks of python/tokenmill/written.py, in its order and words.
+// What a call writes into: the checks of python/tokenmill/_written.py, in its order and words.
 #pragma once
 #include <algorithm>
 #include <limits>

@@ -1,5 +1,5 @@
 // Noise of the Gumbel distribution from counters: Philox4x32-10 (Salmon et al. 2011), the words of
-// python/tokenmill/reference/cache_scores.py.
+// python/tokenmill/reference/select/gumbel.py.
 #pragma once
 #include "cpu/simd.h"
 

@@ -5,11 +5,24 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
-from . import dense, flops, linear, nn, policies, registry, select, sparse, testing, tokens
-from .check import InputError
+from . import (
+    _flops,
+    dense,
+    linear,
+    nn,
+    policies,
+    reference,
+    registry,
+    select,
+    sparse,
+    testing,
+    tokens,
+)
+from ._check import InputError
+from ._dispatch import backends, explain
+from ._info import build_info
+from ._version import __version__
 from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
-from .dispatch import backends, explain
-from .info import build_info
 from .linear import (
     lightning_attention,
     lightning_slopes,
@@ -53,7 +66,6 @@ from .tokens import (
     topk_partition,
     unmerge_tokens,
 )
-from .version import __version__
 
 __all__ = [
     "InputError",
@@ -95,6 +107,8 @@ __all__ = [
     "policies",
     "query_similarity_gate",
     "reconstruct_tokens",
+    "reference",
+    "registry",
     "scatter_tokens",
     "segment_reduce",
     "select",
@@ -110,4 +124,4 @@ __all__ = [
     "unmerge_tokens",
 ]
 
-flops.install([*registry.ops().values()])
+_flops.install([*registry.ops().values()])

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from . import cli, dispatch, info, registry, self_check
-from .self_check import DTYPES
+from . import _cli, _dispatch, _info, _self_check, registry
+from ._self_check import DTYPES
 
 BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
 INTERRUPTED = 128 + 2
@@ -44,10 +44,10 @@ def _run(argv: list[str] | None) -> int:
         options, others = _parser().parse_known_args(argv)
         command = f"tokenmill {options.command}"
         if others:
-            raise cli.UsageError(f"unrecognized arguments: {' '.join(others)}")
+            raise _cli.UsageError(f"unrecognized arguments: {' '.join(others)}")
         status: int = options.run(options)
         return status
-    except cli.UsageError as error:
+    except _cli.UsageError as error:
         print(f"{error.command or command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -55,8 +55,8 @@ def _run(argv: list[str] | None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog=cli.PROGRAM, description="Look at, check and measure this build.")
+def _parser() -> _cli.Parser:
+    parser = _cli.Parser(prog=_cli.PROGRAM, description="Look at, check and measure this build.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def _parser() -> cli.Parser:
     command("info", run_info, "versions, compilers, instruction sets, GPUs, environment variables")
     command("ops", run_ops, "every operator and the backends that it has in this build")
     sub = command("explain", run_explain, "which kernel runs a call, and why the others do not")
-    sub.add_argument("op", type=cli.operator, help="the operator")
+    sub.add_argument("op", type=_cli.operator, help="the operator")
     sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
     sub.add_argument(
         "--dtype",
@@ -78,13 +78,13 @@ def _parser() -> cli.Parser:
     sub.add_argument("--device", default="cpu", help="of the tensors: cpu (default) or cuda")
     sub.add_argument(
         "--backend",
-        choices=dispatch.ALL_BACKENDS,
+        choices=_dispatch.ALL_BACKENDS,
         help="backend asked for (default: the first that can)",
     )
     sub = command(
-        "check", self_check.run, "every operator on this machine against the float64 oracle"
+        "check", _self_check.run, "every operator on this machine against the float64 oracle"
     )
-    self_check.add_arguments(sub)
+    _self_check.add_arguments(sub)
     from .bench import run as bench
 
     sub = command("bench", bench.run, "named cases against named peers, in one process")
@@ -103,13 +103,13 @@ def _parser() -> cli.Parser:
 
 
 def run_info(options: argparse.Namespace) -> int:
-    build = info.build_info()
-    machine = info.machine()
+    build = _info.build_info()
+    machine = _info.machine()
     for title, entries in (
         ("build", build),
         ("machine", machine),
-        ("backends", dispatch.backends()),
-        ("environment variables", info.ENVIRONMENT),
+        ("backends", _dispatch.backends()),
+        ("environment variables", _info.ENVIRONMENT),
     ):
         print(title)
         for key, value in entries.items():
@@ -119,9 +119,9 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_ops(options: argparse.Namespace) -> int:
-    print(f"{'operator':<26}{'family':<10}" + "".join(f"{b:<11}" for b in dispatch.BACKENDS))
+    print(f"{'operator':<26}{'family':<10}" + "".join(f"{b:<11}" for b in _dispatch.BACKENDS))
     for spec in registry.ops().values():
-        cells = [dispatch.kernels(spec, backend) for backend in dispatch.BACKENDS]
+        cells = [_dispatch.kernels(spec, backend) for backend in _dispatch.BACKENDS]
         print(f"{spec.name:<26}{spec.family:<10}" + "".join(f"{c:<11}" for c in cells))
         print(f"  {spec.paper}")
     return 0
@@ -132,13 +132,13 @@ def run_explain(options: argparse.Namespace) -> int:
     samples = {sample.name: sample for sample in spec.samples}
     name = options.sample or next(iter(samples))
     if name not in samples:
-        raise cli.UsageError(f"--sample: must be one of {', '.join(samples)}; got '{name}'")
+        raise _cli.UsageError(f"--sample: must be one of {', '.join(samples)}; got '{name}'")
     device = _device(options.device)
     dtype = DTYPES.get(options.dtype, torch.float64)
     args, kwargs = samples[name].make(dtype, torch.Generator().manual_seed(0))
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     placed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-    print(dispatch.explain(spec.name, *moved, backend=options.backend, **placed))
+    print(_dispatch.explain(spec.name, *moved, backend=options.backend, **placed))
     return 0
 
 
@@ -153,7 +153,7 @@ def _device(name: str) -> torch.device:
     if not usable:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         there = "cpu or cuda" if gpus else "cpu: there is no GPU"
-        raise cli.UsageError(f"--device: must be a device of this machine ({there}); got '{name}'")
+        raise _cli.UsageError(f"--device: must be a device of this machine ({there}); got '{name}'")
     return device
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .library import TorchOp
+from ._library import TorchOp
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, emulator, library, registry
+from . import _dispatch, _emulator, _library, registry
 from .registry import OpSpec, Sample
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
@@ -288,23 +288,23 @@ def cpu_isa(name: str) -> Iterator[None]:
         ...     print(torch.ops.tokenmill.cpu_isa())
         baseline
     """
-    before = library.native.cpu_isa()
-    library.native.cpu_isa(name)
+    before = _library.native.cpu_isa()
+    _library.native.cpu_isa(name)
     try:
         yield
     finally:
-        library.native.cpu_isa(before)
+        _library.native.cpu_isa(before)
 
 
 def cpu_isas() -> list[str]:
     """The instruction sets that this machine can run, narrowest first."""
-    before = library.native.cpu_isa()
+    before = _library.native.cpu_isa()
     found = []
     for name in ("baseline", "avx2", "avx512", "avx512_bf16"):
         with contextlib.suppress(RuntimeError):
-            library.native.cpu_isa(name)
+            _library.native.cpu_isa(name)
             found.append(name)
-    library.native.cpu_isa(before)
+    _library.native.cpu_isa(before)
     return found
 
 
@@ -329,14 +329,14 @@ def emulated_cuda(device: str | None = None) -> Iterator[None]:
         ...     with tm.testing.emulated_cuda():
         ...         out = tm.merge_attention_states(x[None], None)
     """
-    limits = emulator.configured(f"device={device}") if device else contextlib.nullcontext()
-    before = dispatch._asked
+    limits = _emulator.configured(f"device={device}") if device else contextlib.nullcontext()
+    before = _dispatch._asked
     with limits:
-        dispatch._asked = "emulated"
+        _dispatch._asked = "emulated"
         try:
             yield
         finally:
-            dispatch._asked = before
+            _dispatch._asked = before
 
 
 def oracle(op: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from conftest import backends
 from linear_oracle import chunked, inputs, randn, relative_error
 
 import tokenmill as tm
-from tokenmill import dispatch, registry
+from tokenmill import _dispatch, registry
 from tokenmill.linear.linear_attention_cases import draw_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,7 +124,7 @@ def test_packed_sequences_are_cut_each(gated, backend):
 @pytest.mark.parametrize("total", [1000, 2000])
 def test_wrong_ends_of_packed_sequences_wait_for_nobody(total, ends, backend):
     q, k, v = (t[0] for t in inputs(backend, total))
-    op = getattr(torch.ops, dispatch.namespace(backend)).linear_attention
+    op = getattr(torch.ops, _dispatch.namespace(backend)).linear_attention
     cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(q.device)
     out = op(*registry.get("linear_attention").lower(q, k, v, cu_seqlens=cu_seqlens))[0]
     assert out.shape == q.shape
@@ -134,13 +134,13 @@ def test_wrong_ends_of_packed_sequences_wait_for_nobody(total, ends, backend):
 @pytest.mark.parametrize("length", [3 * PART + 9, 6 * PART])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_blocks_gives_the_same_bits(seed, length, backend):
-    from tokenmill import emulator
+    from tokenmill import _emulator
 
     q, k, v = inputs(backend, length, heads=3, d=12, dv=20, dtype=torch.float16)
     options = {"return_final_state": True, "backend": backend, "feature_map": "elu1"}
     options |= {"normalize": True, "log_decay": torch.tensor([-0.01, -0.2, 0.0])}
     want = tm.linear_attention(q, k, v, **options)
     for order in ("reverse", "seeded"):
-        with emulator.configured(f"order={order},seed={seed}"):
+        with _emulator.configured(f"order={order},seed={seed}"):
             got = tm.linear_attention(q, k, v, **options)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -22,7 +22,7 @@ import torch
 from mutate import Change, Mutation, mutate
 
 import tokenmill as tm
-from tokenmill import emulator, library
+from tokenmill import _emulator, _library
 
 Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
@@ -201,7 +201,7 @@ def judge(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
 
 def judge_original(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
     """As judge; that the cases launch the kernel at all is part of it."""
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         verdict = judge(kernel, wanted)
     launched = any(kernel in launch["kernel"] for launch in launches)
     return verdict if launched else ("wrong", "the kernel was not launched")
@@ -229,10 +229,10 @@ def in_child(path: Path, work: Callable[[], tuple[str, str]]) -> tuple[str, str]
     child = os.fork()
     if child == 0:
         os.close(reading)
-        library.EMULATED_PATH = path
+        _library.EMULATED_PATH = path
         signal.alarm(SECONDS)
         try:
-            emulator.configure("check=1,watchdog=20")
+            _emulator.configure("check=1,watchdog=20")
             verdict = work()
         except BaseException as error:  # the parent must hear of it
             verdict = ("error", repr(error))
@@ -253,7 +253,7 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    image = library.EMULATED_PATH.read_bytes()
+    image = _library.EMULATED_PATH.read_bytes()
     references: dict[str, list[Tensors]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for row in json.load(sys.stdin):
@@ -261,7 +261,7 @@ def main() -> None:
             started = time.monotonic()
             if mutation.kernel not in references:
                 references[mutation.kernel] = [run("reference") for run in cases(mutation.kernel)]
-            path, change, look = library.EMULATED_PATH, Change(0, "", ""), judge_original
+            path, change, look = _library.EMULATED_PATH, Change(0, "", ""), judge_original
             if mutation.kind != "original":
                 changed, change = mutated_image(image, mutation)
                 path = Path(folder) / "_emulated.so"

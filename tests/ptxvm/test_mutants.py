@@ -17,9 +17,9 @@ import pytest
 from mutate import KINDS, Mutation, mutate
 
 pytest.importorskip("tokenmill")
-from tokenmill import library
+from tokenmill import _library
 
-if not library.emulated_built():
+if not _library.emulated_built():
     pytest.skip("a development build alone has the kernels", allow_module_level=True)
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ MUTATIONS = {
 
 
 def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
-    environment = os.environ | {"TOKENMILL_EMULATED": str(library.EMULATED_PATH)}
+    environment = os.environ | {"TOKENMILL_EMULATED": str(_library.EMULATED_PATH)}
     done = subprocess.run(
         [sys.executable, str(HERE / "mutant_runner.py")],
         input=json.dumps([[m.kernel, m.kind, m.seed] for m in mutations]),

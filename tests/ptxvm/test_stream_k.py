@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from machine import Module, machine
 
 import tokenmill as tm
-from tokenmill import emulator
+from tokenmill import _emulator
 from tokenmill.dense.attention_decode_cases import decode_call
 
 HERE = Path(__file__).parent
@@ -85,14 +85,14 @@ def test_blocks_take_equal_shares_of_any_lengths(kernel, lengths, heads, tokens,
     check_schedule(schedule(kernel, grid, *call), *call)
 
 
-@pytest.mark.skipif(not tm.library.emulated_built(), reason="needs a development build")
+@pytest.mark.skipif(not tm._library.emulated_built(), reason="needs a development build")
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_the_launch_of_the_operator_is_shared_equally(kernel, page_size):
     """The grid that the operator launches, for lengths from 0 to 9000."""
     heads, kv_heads, dim = 8, 2, 128
     make = decode_call(RAGGED, 1, heads, kv_heads, dim, dim, page_size, 9008, schedule="stream_k")
     args, kwargs = make(torch.float16, torch.Generator().manual_seed(0))
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         tm.attention_decode(*args, **kwargs, backend="emulated")
     (launch,) = launches
     assert launch["block"] == [THREADS, 1, 1]

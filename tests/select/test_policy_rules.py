@@ -109,7 +109,7 @@ def test_nothing_waits_for_the_device(method, options, monkeypatch):
     those for which this build has no kernel."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(tm.library.TorchOp, "has_native", lambda self, key: True)
+    monkeypatch.setattr(tm._library.TorchOp, "has_native", lambda self, key: True)
     heads, evicts = (
         len(options.get("retrieval", range(HK))),
         method.__name__ in ("H2O", "Keyformer"),

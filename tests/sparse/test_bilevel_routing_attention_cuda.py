@@ -9,13 +9,13 @@ from block_sparse_calls import check_rows_read
 from torch.nn.functional import pad
 
 import tokenmill as tm
-from tokenmill import emulator, registry
+from tokenmill import _emulator, registry
 from tokenmill.registry import Sample
 from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    not tm.library.emulated_built(),
+    not tm._library.emulated_built(),
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("bilevel_routing_attention")
@@ -77,7 +77,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
         size=size, region_size=region, b=1, h=heads, hk=kv_heads, d=dim, dv=dim, graphs=graphs,
         topk=3,
     )  # fmt: skip
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         run(args, kwargs)
     (launch,) = launches
     together = heads // max(graphs, kv_heads)
@@ -110,7 +110,7 @@ def test_forward_reads_listed_keys_once_for_each_tile_and_multiplies_what_it_rea
 def test_backward_multiplies_listed_regions():
     dim, size, region = 64, (16, 24), (8, 8)
     args, kwargs = drawn(size=size, region_size=region, b=1, h=2, hk=1, d=dim, dv=dim, topk=3)
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         gradients(args, kwargs)
     queries, keys = (
         next(x for x in launches if f"bilevel_{side}_kernel" in x["kernel"])
@@ -205,6 +205,6 @@ def test_sums_of_float32_have_a_second_level(dv):
 def test_no_order_of_blocks_changes_a_bit(order):
     args, kwargs = drawn(size=(13, 17), regions=(4, 3), topk=5, mask_padding=False)
     want = (*run(args, kwargs), *gradients(args, kwargs))
-    with emulator.configured(f"order={order},seed=3"):
+    with _emulator.configured(f"order={order},seed=3"):
         got = (*run(args, kwargs), *gradients(args, kwargs))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -8,13 +8,13 @@ import torch
 from block_sparse_calls import check_rows_read
 
 import tokenmill as tm
-from tokenmill import emulator, registry
+from tokenmill import _emulator, registry
 from tokenmill.registry import Sample
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call, draw_lists
 from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    not tm.library.emulated_built(),
+    not tm._library.emulated_built(),
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("block_sparse_attention")
@@ -49,7 +49,7 @@ def test_forward_reads_listed_keys_once_and_multiplies_what_it_reads(
         sq=length, sk=length, b=1, h=heads, hk=kv_heads, d=dim, dv=dim, lists=lists,
         entries=128 // block_k, block_q=block_q, block_k=block_k,
     )  # fmt: skip
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         run(args, kwargs)
     (launch,) = launches
     together = heads // max(lists, kv_heads)
@@ -70,7 +70,7 @@ def test_backward_multiplies_covered_tiles():
         sq=length, sk=length, b=1, h=2, hk=1, d=dim, dv=dim, lists=1, entries=3, block_q=block,
         block_k=block,
     )  # fmt: skip
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         gradients(args, kwargs)
     queries, keys = (
         next(x for x in launches if f"block_sparse_{side}_kernel" in x["kernel"])
@@ -135,6 +135,6 @@ def test_no_order_of_blocks_changes_a_bit(order):
         sq=80, sk=150, h=4, hk=2, block_k=4, entries=20, causal=True, num_sink=3, num_recent=20
     )
     want = (*run(args, kwargs), *gradients(args, kwargs))
-    with emulator.configured(f"order={order},seed=3"):
+    with _emulator.configured(f"order={order},seed=3"):
         got = (*run(args, kwargs), *gradients(args, kwargs))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

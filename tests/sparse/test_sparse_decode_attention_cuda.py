@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import emulator, registry
+from tokenmill import _emulator, registry
 from tokenmill.registry import Sample
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 from tokenmill.testing import compare
 
 pytestmark = pytest.mark.skipif(
-    not tm.library.emulated_built(),
+    not tm._library.emulated_built(),
     reason="a development build alone has the PTX machine (TOKENMILL_PTXVM=1)",
 )
 SPEC = registry.get("sparse_decode_attention")
@@ -37,7 +37,7 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
         entries=listed // block_k, block_k=block_k, capacity=length, num_recent=32, pairs=pairs,
         return_mass=False,
     )  # fmt: skip
-    with emulator.counting() as launches:
+    with _emulator.counting() as launches:
         run(args, kwargs)
     (launch,) = launches
     row_heads, size = max(lists, kv_heads), dtype.itemsize
@@ -84,6 +84,6 @@ def test_no_order_of_blocks_changes_a_bit(order):
         lengths=(700, 90), h=8, hk=2, capacity=700, entries=500, num_splits=7, num_sink=8, pairs=16
     )
     want = run(args, kwargs)
-    with emulator.configured(f"order={order},seed=3"):
+    with _emulator.configured(f"order={order},seed=3"):
         got = run(args, kwargs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill.kv_cache import capacity
+from tokenmill._kv_cache import capacity
 
 from ..common import (
     FLOAT16_SCALE,

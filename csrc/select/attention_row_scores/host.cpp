@@ -33,7 +33,7 @@ struct AttentionRowScoresArgs : Record {
   View lengths;
 };
 
-// The checks are those of python/tokenmill/select/row_scores.py, in its order and words.
+// The checks are those of python/tokenmill/select/attention_row_scores.py, in its order and words.
 Array attention_row_scores(const AttentionRowScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
   RowScoresParams p{};

@@ -46,7 +46,7 @@ struct HipBlockSelectArgs : Record {
   View seqlens_k, block_table;
 };
 
-// The checks are those of python/tokenmill/sparse/hip_block_select.py, in its order and words.
+// The checks are those of python/tokenmill/select/hip_block_select.py, in its order and words.
 std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   check(a.q.dim() == 4, kOp, "q", "must have 4 dimensions [B, S, H, D]", a.q.dim());
   check(a.k.dim() == 4, kOp, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",

@@ -58,7 +58,7 @@ struct KvCacheCompactArgs : Record {
   bool interleaved, compensation;
 };
 
-// The checks are those of python/tokenmill/select/cache_compact.py, in its order and words.
+// The checks are those of python/tokenmill/select/kv_cache_compact.py, in its order and words.
 std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
   const std::pair<const char*, const View*> caches[] = {{"k_cache", &a.k_cache},
                                                         {"v_cache", &a.v_cache}};

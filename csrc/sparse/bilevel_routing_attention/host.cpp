@@ -37,7 +37,8 @@ struct BilevelRoutingAttentionArgs : Record {
   bool mask_padding;
 };
 
-// The checks are those of python/tokenmill/sparse/bilevel_routing.py, in its order and words.
+// The checks are those of python/tokenmill/sparse/bilevel_routing_attention.py, in its order and
+// words.
 BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
   check_qkv(kOp, a.q, a.k, a.v, 5);
   const auto side = [&](const char* name, const View& t, int64_t of) {

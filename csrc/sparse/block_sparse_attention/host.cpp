@@ -19,7 +19,8 @@ struct BlockSparseAttentionArgs : Record {
   View lengths;
 };
 
-// The checks are those of python/tokenmill/sparse/block_sparse.py, in its order and words.
+// The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
+// words.
 BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   check_qkv(kOp, a.q, a.k, a.v, 4);
   BlockSparseParams d{};

@@ -117,7 +117,8 @@ struct SparseDecodeAttentionArgs : Record {
   bool return_mass;
 };
 
-// The checks are those of python/tokenmill/select/sparse_decode.py, in its order and words.
+// The checks are those of python/tokenmill/sparse/sparse_decode_attention.py, in its order and
+// words.
 std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttentionArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
   check_scale(kOp, scale_of(a), a.softcap);

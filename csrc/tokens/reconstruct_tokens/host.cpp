@@ -19,7 +19,7 @@ struct ReconstructTokensArgs : Record {
   std::string_view norm;
 };
 
-// The checks of python/tokenmill/tokens/reconstruct.py, in its order and words.
+// The checks of python/tokenmill/tokens/reconstruct_tokens.py, in its order and words.
 ReconstructParams make_params(const ReconstructTokensArgs& a) {
   check_tokens(kOp, "features", a.features);
   const int64_t batch = a.features.size(0), channels = a.features.size(2);

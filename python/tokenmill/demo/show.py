@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import cli, dispatch, info
+from .. import _cli, _dispatch, _info
 from . import encoder, language_model, picture, text
 from .encoder import Agreement
 from .language_model import KINDS, Run, Setup
@@ -39,10 +39,10 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     backends = list(dict.fromkeys(backends or default_backends()))
     for backend in backends:
         if error := refusal(backend):
-            raise cli.UsageError(f"--{error.removeprefix('tokenmill.attention: ')}")
-    cli.writable_folder("--out", out)
+            raise _cli.UsageError(f"--{error.removeprefix('tokenmill.attention: ')}")
+    _cli.writable_folder("--out", out)
     console = Console()
-    machine = info.machine()
+    machine = _info.machine()
     console.print(
         f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, "
         f"{torch.get_num_threads()} thread(s), backends: {', '.join(backends)}",
@@ -78,7 +78,7 @@ def device_of(backend: str) -> str:
 def refusal(backend: str) -> str | None:
     """Why attention cannot run on this backend here; None if it can."""
     q = torch.empty(1, 1, 1, 32, device=device_of(backend))
-    return dispatch.explain("attention", q, q, q, backend=backend).error
+    return _dispatch.explain("attention", q, q, q, backend=backend).error
 
 
 def show_encoder(console: Console, backends: list[str]) -> list[Agreement]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..autocast import Autocast
-from ..check import as_int, as_number, check_bool, check_tensor, check_text, fail
-from ..derivatives import keep, kept
-from ..dispatch import call
-from ..flops import band, known
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
+from .._autocast import Autocast
+from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
+from .._derivatives import keep, kept
+from .._dispatch import call
+from .._flops import band, known
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, register_op
 from .attention_rules import OP, check_attention, check_attention_values

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import set_argument, set_options
+from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

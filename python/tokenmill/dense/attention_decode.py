@@ -8,13 +8,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
-from ..dispatch import call
-from ..flops import known
-from ..kv_cache import check_cache, check_lengths, check_lengths_values
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
+from .._autocast import Autocast
+from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
+from .._dispatch import call
+from .._flops import known
+from .._kv_cache import check_cache, check_lengths, check_lengths_values
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, register_op
 from .terms import (

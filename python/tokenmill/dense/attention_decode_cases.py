@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import set_argument, set_options
+from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
 from .attention_cases import Arguments, draw_tensor, with_options
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     check,
     check_cu_seqlens,
     check_cu_seqlens_values,
@@ -19,7 +19,7 @@ from ..check import (
     fail,
     show,
 )
-from ..library import record_of
+from .._library import record_of
 from .terms import check_kind, check_scale, check_terms
 
 OP = "attention"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, check_dtype, check_last_contiguous, check_tensor
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._check import check, check_dtype, check_last_contiguous, check_tensor
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.dense import merge_attention_states as reference
 from ..registry import OpSpec, register_op
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     as_number,
     check,
@@ -19,7 +19,7 @@ from ..check import (
     check_tensor,
     fail,
 )
-from ..lowering import widen
+from .._lowering import widen
 
 Kind = Literal["softmax", "sigmoid"]
 ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from .. import cli
+from .. import _cli
 
 BACKENDS = ("cpu", "emulated", "reference")
 BATCH = 5000  # calls of one process
@@ -109,11 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "raise an error that does not name argument, rule and value.",
     )
     group.add_argument(
-        "--fuzz", type=cli.integer(0), metavar="N", help="make N calls on each backend"
+        "--fuzz", type=_cli.integer(0), metavar="N", help="make N calls on each backend"
     )
-    group.add_argument("--seed", type=cli.integer(0), default=0, help="of the calls (default: 0)")
+    group.add_argument("--seed", type=_cli.integer(0), default=0, help="of the calls (default: 0)")
     group.add_argument(
-        "--first", type=cli.integer(0), default=0, help="number of the first call (default: 0)"
+        "--first", type=_cli.integer(0), default=0, help="number of the first call (default: 0)"
     )
 
 
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
     wrong = 0
     for backend in options.backend or ["cpu"]:
         if backend not in BACKENDS:
-            raise cli.UsageError(
+            raise _cli.UsageError(
                 f"--backend: --fuzz runs on {', '.join(BACKENDS)}; got '{backend}'"
             )
         report = fuzz(

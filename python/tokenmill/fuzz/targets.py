@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import dispatch, registry, testing
-from ..library import TorchOp
+from .. import _dispatch, registry, testing
+from .._library import TorchOp
 from ..registry import OpSpec, Sample
 
 Arguments = dict[str, Any]  # of a call, by name
@@ -102,7 +102,7 @@ def _explain() -> Target:
         return {"op": name, **by_name(specs[name].function, *sample.make(dtype, g))}
 
     def run(arguments: Arguments, backend: str | None) -> Any:
-        str(dispatch.explain(**{"backend": backend, **arguments}))
+        str(_dispatch.explain(**{"backend": backend, **arguments}))
         return ()
 
     names = {n for spec in specs.values() for n in inspect.signature(spec.function).parameters}
@@ -114,7 +114,7 @@ def _has(op: TorchOp, backend: str) -> bool:
 
 
 def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
-    namespace = dispatch.namespace(backend)
+    namespace = _dispatch.namespace(backend)
     overload = op.overload(namespace)
 
     def arguments(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:

@@ -23,9 +23,9 @@ def main() -> None:
     faulthandler.enable()
     torch.set_num_threads(2)
     if backend == "emulated":
-        from .. import emulator
+        from .. import _emulator
 
-        emulator.configure("check=1")
+        _emulator.configure("check=1")
     case.choose(seed, 0, backend)
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..check import as_int, check, check_text, fail
+from .._check import as_int, check, check_text, fail
 
 OP = "lightning_slopes"
 MAX_HEADS = 65536

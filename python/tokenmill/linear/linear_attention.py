@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..autocast import Autocast
-from ..check import (
+from .._autocast import Autocast
+from .._check import (
     as_int,
     check_bool,
     check_cu_seqlens_values,
@@ -20,10 +20,10 @@ from ..check import (
     fail,
     synchronising_checks,
 )
-from ..derivatives import keep, kept
-from ..dispatch import call
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
+from .._derivatives import keep, kept
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..reference.linear import linear_attention as reference
 from ..registry import OpSpec, register_op
 from .rules import LINEAR_ATTENTION as OP

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import set_argument, set_options
+from .._edits import set_argument, set_options
 from ..reference.linear._common import key_features
 from ..registry import Malformed, Sample
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import check_bool, check_tensor, check_text
-from ..dispatch import call
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
+from .._autocast import Autocast
+from .._check import check_bool, check_tensor, check_text
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, register_op
 from .linear_attention import FeatureMap, flops

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     check,
     check_cu_seqlens,
     check_device_of_q,
@@ -18,7 +18,7 @@ from ..check import (
     fail,
     show,
 )
-from ..written import check_written
+from .._written import check_written
 
 LINEAR_ATTENTION = "linear_attention"
 DECODE = "linear_attention_decode"

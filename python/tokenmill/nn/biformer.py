@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..check import as_int, as_number, check, check_bool, fail
+from .._check import as_int, as_number, check, check_bool, fail
 from ..dense.attention import attention
 from ..sparse.bilevel_routing_attention import bilevel_routing_attention
 from .rules import check_input

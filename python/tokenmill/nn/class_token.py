@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..autocast import Autocast
-from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
-from ..derivatives import transformed
-from ..lowering import scale_or_default
+from .._autocast import Autocast
+from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
+from .._derivatives import transformed
+from .._lowering import scale_or_default
 from ..select.attention_row_scores import attention_row_scores
 from ..tokens.gather_fuse import gather_fuse
 from ..tokens.gather_tokens import gather_tokens

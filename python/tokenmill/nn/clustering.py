@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..check import as_int, as_number, check, check_tensor
+from .._check import as_int, as_number, check, check_tensor
 from ..tokens.cluster_tokens import cluster_tokens
 from ..tokens.reconstruct_tokens import reconstruct_tokens
 

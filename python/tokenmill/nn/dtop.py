@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, as_number, check, check_device_of, check_dtype, check_tensor, fail, show
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_device_of,
+    check_dtype,
+    check_tensor,
+    fail,
+    show,
+)
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.mask_partition import mask_partition
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, as_number, check, check_device_of, check_tensor, fail, show
+from .._check import as_int, as_number, check, check_device_of, check_tensor, fail, show
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.scatter_tokens import scatter_tokens
 from ..tokens.topk_partition import topk_partition

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_bool, check_device_of, check_tensor, fail, show
+from .._check import as_int, check, check_bool, check_device_of, check_tensor, fail, show
 from ..dense.attention import attention
 from ..tokens.local_pool import local_pool
 from ..tokens.merge_tokens import merge_tokens, unmerge_tokens

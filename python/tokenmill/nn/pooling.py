@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, check, check_bool, check_device_of, check_tensor, fail
+from .._check import as_int, check, check_bool, check_device_of, check_tensor, fail
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.local_pool import local_pool
 from ..tokens.scatter_tokens import scatter_tokens

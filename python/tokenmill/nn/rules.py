@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import check_device_of, check_tensor, fail, show
+from .._check import check_device_of, check_tensor, fail, show
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:

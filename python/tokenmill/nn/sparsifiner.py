@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..check import as_int, as_number, check, check_bool
+from .._check import as_int, as_number, check, check_bool
 from ..dense.attention import attention
 from ..select.topk_select import topk_select
 from ..sparse.block_sparse_attention import block_sparse_attention

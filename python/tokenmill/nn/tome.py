@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..check import (
+from .._check import (
     as_int,
     as_number,
     check,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     check,
     check_device_of,
     check_dtype,
@@ -16,9 +16,9 @@ from ..check import (
     show,
     synchronising_checks,
 )
-from ..kv_cache import capacity, check_int32
+from .._kv_cache import capacity, check_int32
+from .._written import check_written
 from ..select.kv_cache_compact import kv_cache_compact
-from ..written import check_written
 
 NAME = "policies.KVCache"
 

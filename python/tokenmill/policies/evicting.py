@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from ..check import as_int, check, check_device_of_q, check_dtype, check_tensor
+from .._check import as_int, check, check_device_of_q, check_dtype, check_tensor
 from ..dense.attention import attention
 from ..reference.sparse.sparse_decode_attention import rotate
 from ..select.attention_column_scores import attention_column_scores

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..check import as_int, as_number, check, check_bool, check_device_of_q, check_tensor
+from .._check import as_int, as_number, check, check_bool, check_device_of_q, check_tensor
 from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
 from ..sparse.sparse_decode_attention import sparse_decode_attention

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, check, check_bool, check_qkv, check_tensor, check_text, fail
-from ..dispatch import call
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_qkv, check_tensor, check_text, fail
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..reference.select import attention_row_scores as reference
 from ..registry import OpSpec, register_op
 from .rules import check_length_values, check_lse, check_per_request

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     check,
     check_device_of,
@@ -17,12 +17,12 @@ from ..check import (
     fail,
     show,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._written import check_written
 from ..reference.select import block_pool_keys as reference
 from ..reference.select import block_pool_keys_update as update_reference
 from ..registry import OpSpec, register_op
-from ..written import check_written
 from .rules import (
     batch_of,
     check_block_table,

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import (
+from .._autocast import Autocast
+from .._check import (
     MAX_HEAD_DIM,
     as_int,
     check,
@@ -22,8 +22,8 @@ from ..check import (
     fail,
     show,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, register_op
 from .rules import (

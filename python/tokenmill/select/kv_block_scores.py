@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import (
+from .._autocast import Autocast
+from .._check import (
     MAX_HEAD_DIM,
     as_int,
     check,
@@ -22,9 +22,9 @@ from ..check import (
     fail,
     show,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
-from ..lowering import scale_or_default
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
 from ..registry import OpSpec, register_op
 from .rules import (

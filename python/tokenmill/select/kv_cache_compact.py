@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     MAX_HEAD_DIM,
     as_number,
     check,
@@ -22,11 +22,11 @@ from ..check import (
     is_power_of_two,
     show,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._written import check_written
 from ..reference.select import kv_cache_compact as reference
 from ..registry import OpSpec, register_op
-from ..written import check_written
 
 OP = "kv_cache_compact"
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import (
+from .._autocast import Autocast
+from .._check import (
     as_number,
     check,
     check_device_of_q,
@@ -18,8 +18,8 @@ from ..check import (
     fail,
     show,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.select import query_similarity_gate as reference
 from ..registry import OpSpec, register_op
 

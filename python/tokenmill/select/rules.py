@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of, check_device_of_q, check_last_contiguous, fail, show
+from .._check import check, check_device_of, check_device_of_q, check_last_contiguous, fail, show
 
 
 def check_per_request(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..check import as_int, check, check_tensor, check_text
+from .._check import as_int, check, check_tensor, check_text
 from .kv_block_scores import kv_block_scores
 from .topk_select import topk_select
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     check,
     check_bool,
@@ -19,8 +19,8 @@ from ..check import (
     fail,
     is_power_of_two,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.select import topk_select as reference
 from ..registry import OpSpec, register_op
 from .rules import check_per_request

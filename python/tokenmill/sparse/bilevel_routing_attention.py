@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..autocast import Autocast
-from ..check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
+from .._derivatives import keep, kept
+from .._dispatch import call
+from .._flops import known
+from .._kv_cache import check_int32
+from .._library import TorchOp, register
+from .._lowering import scale_or_default
 from ..dense.terms import check_scale
-from ..derivatives import keep, kept
-from ..dispatch import call
-from ..flops import known
-from ..kv_cache import check_int32
-from ..library import TorchOp, register
-from ..lowering import scale_or_default
 from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, register_op
 from .gradients import cotangents, fake_gradients

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..autocast import Autocast
-from ..check import as_int, as_number, check, check_bool, check_qkv, check_tensor
+from .._autocast import Autocast
+from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor
+from .._derivatives import keep, kept
+from .._dispatch import call
+from .._flops import band, known
+from .._library import TorchOp, register
+from .._lowering import scale_or_default
 from ..dense.terms import check_scale
-from ..derivatives import keep, kept
-from ..dispatch import call
-from ..flops import band, known
-from ..library import TorchOp, register
-from ..lowering import scale_or_default
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, register_op
 from ..select.rules import check_per_request

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._edits import set_argument, set_options
 from ..dense.attention_cases import Arguments
-from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, check, check_bool, check_qkv, check_tensor, fail, is_power_of_two
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_qkv, check_tensor, fail, is_power_of_two
+from .._lowering import scale_or_default
 from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
 from ..dense.merge_attention_states import merge_attention_states
-from ..lowering import scale_or_default
 from .block_sparse_attention import block_sparse_attention
 from .rules import MAX_BLOCK
 

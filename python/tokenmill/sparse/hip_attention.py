@@ -8,9 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, check, check_bool, check_tensor, fail
-from ..kv_cache import capacity
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_tensor, fail
+from .._kv_cache import capacity
 from ..select.hip_block_select import Bound, HeadReduce, Representative, hip_block_select
 from .block_sparse_attention import block_sparse_attention
 from .sparse_decode_attention import sparse_decode_attention

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, check, check_bool, check_qkv, check_tensor, reads_values
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_qkv, check_tensor, reads_values
+from .._lowering import scale_or_default
 from ..dense.attention import attention
 from ..dense.merge_attention_states import merge_attention_states
-from ..lowering import scale_or_default
 from ..select.rules import check_length_values, check_per_request
 from ..select.topk_select import topk_select
 

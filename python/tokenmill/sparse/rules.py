@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..check import check, check_device_of, check_last_contiguous, fail, is_power_of_two, show
-from ..kv_cache import check_int32
+from .._check import check, check_device_of, check_last_contiguous, fail, is_power_of_two, show
+from .._kv_cache import check_int32
 
 MAX_BLOCK = 128
 

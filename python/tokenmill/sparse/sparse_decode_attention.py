@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import (
+from .._autocast import Autocast
+from .._check import (
     as_int,
     as_number,
     check,
@@ -22,13 +22,13 @@ from ..check import (
     is_power_of_two,
     show,
 )
+from .._dispatch import call
+from .._flops import known
+from .._kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
+from .._library import TorchOp, register
+from .._lowering import scale_or_default, widen
 from ..dense.attention_decode import MAX_SPLITS
 from ..dense.terms import check_scale, check_small, check_terms
-from ..dispatch import call
-from ..flops import known
-from ..kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
-from ..library import TorchOp, register
-from ..lowering import scale_or_default, widen
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, register_op
 

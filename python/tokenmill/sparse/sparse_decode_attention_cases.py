@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._edits import set_argument, set_options
 from ..dense.attention_cases import Arguments, draw_tensor
 from ..dense.attention_decode_cases import draw_cache
-from ..edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..check import as_int, check, check_tensor
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._check import as_int, check, check_tensor
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.sparse import transpose_block_list as reference
 from ..registry import OpSpec, register_op
 from .rules import check_list

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..edits import set_argument
+from .._edits import set_argument
 from ..registry import Malformed, Sample
 from .block_sparse_attention_cases import draw_lists, hostile_lists
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import check, check_bool, check_device_of, check_tensor, fail, show
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._autocast import Autocast
+from .._check import check, check_bool, check_device_of, check_tensor, fail, show
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import best_match as reference
 from ..registry import OpSpec, register_op
 from .rules import check_tokens

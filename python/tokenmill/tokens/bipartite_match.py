@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     as_number,
     check,

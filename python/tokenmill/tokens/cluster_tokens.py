@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     as_number,
     check,
@@ -17,8 +17,8 @@ from ..check import (
     check_last_contiguous,
     check_tensor,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import cluster_tokens as reference
 from ..registry import OpSpec, register_op
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import as_int, check, check_bool, check_tensor
-from ..dispatch import call
-from ..library import TorchOp, register
-from ..lowering import widen
+from .._check import as_int, check, check_bool, check_tensor
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import widen
 from ..reference.tokens import gather_fuse as reference
 from ..registry import OpSpec, register_op
 from .moving import as_int32, contiguous_rows

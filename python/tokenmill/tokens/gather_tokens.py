@@ -8,10 +8,10 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of, check_last_contiguous, check_tensor, fail, show
-from ..dispatch import call
-from ..kv_cache import check_int32
-from ..library import TorchOp, register
+from .._check import check, check_device_of, check_last_contiguous, check_tensor, fail, show
+from .._dispatch import call
+from .._kv_cache import check_int32
+from .._library import TorchOp, register
 from ..reference.tokens import gather_tokens as reference
 from ..registry import OpSpec, register_op
 from .moving import as_int32, as_rows, contiguous_rows

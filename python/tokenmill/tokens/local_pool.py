@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     check,
     check_bool,
@@ -16,8 +16,8 @@ from ..check import (
     check_tensor,
     check_text,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import local_pool as reference
 from ..registry import OpSpec, register_op
 from .moving import contiguous_rows

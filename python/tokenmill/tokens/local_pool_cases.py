@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..edits import set_argument, set_options
+from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import as_int, check, check_last_contiguous, check_tensor
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._check import as_int, check, check_last_contiguous, check_tensor
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import mask_partition as reference
 from ..registry import OpSpec, register_op
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import as_int, check, check_tensor, fail, reads_values
+from .._check import as_int, check, check_tensor, fail, reads_values
 from ..sparse.transpose_block_list import transpose_block_list
 from .gather_tokens import gather_tokens
 from .rules import check_index_values

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import Autocast
-from ..check import as_int, as_number, check, check_device_of, check_tensor, check_text, fail, show
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._autocast import Autocast
+from .._check import as_int, as_number, check, check_device_of, check_tensor, check_text, fail, show
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import reconstruct_tokens as reference
 from ..registry import OpSpec, register_op
 from .rules import check_tokens

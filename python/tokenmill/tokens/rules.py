@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..check import check, check_device_of, check_dtype, check_last_contiguous, fail, show
-from ..kv_cache import check_int32
-from ..written import check_written
+from .._check import check, check_device_of, check_dtype, check_last_contiguous, fail, show
+from .._kv_cache import check_int32
+from .._written import check_written
 
 MOVABLE = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)
 

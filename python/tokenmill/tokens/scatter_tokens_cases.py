@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..edits import set_argument
+from .._edits import set_argument
 from ..registry import Malformed, Sample
 
 

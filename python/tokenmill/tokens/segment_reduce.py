@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     check,
     check_bool,
     check_device_of,
@@ -16,10 +16,10 @@ from ..check import (
     check_text,
     fail,
 )
-from ..dispatch import call
-from ..kv_cache import check_int32
-from ..library import TorchOp, register
-from ..lowering import widen
+from .._dispatch import call
+from .._kv_cache import check_int32
+from .._library import TorchOp, register
+from .._lowering import widen
 from ..reference.tokens import segment_reduce as reference
 from ..registry import OpSpec, register_op
 from .rules import check_index_values, check_indices, check_like, check_tokens

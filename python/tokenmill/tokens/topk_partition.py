@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import (
+from .._check import (
     as_int,
     check,
     check_bool,
@@ -17,8 +17,8 @@ from ..check import (
     check_text,
     fail,
 )
-from ..dispatch import call
-from ..library import TorchOp, register
+from .._dispatch import call
+from .._library import TorchOp, register
 from ..reference.tokens import topk_partition as reference
 from ..registry import OpSpec, register_op
 from .moving import as_int32

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import autocast, door, library
-from .check import InputError, fail, synchronising_checks
-from .derivatives import below_autograd, note_writes, refuse_gradient, transformed
+from . import _autocast, _door, _library
+from ._check import InputError, fail, synchronising_checks
+from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
 
 if TYPE_CHECKING:
     from .registry import OpSpec
 
 # In order of preference. "emulated" is the CUDA kernel in the PTX machine: it runs only if asked.
 ALL_BACKENDS = ("cpu", "cuda", "triton", "emulated", "reference")
-BACKENDS = tuple(b for b in ALL_BACKENDS if b != "emulated" or library.emulated_built())
+BACKENDS = tuple(b for b in ALL_BACKENDS if b != "emulated" or _library.emulated_built())
 _asked: str | None = None  # by testing.emulated_cuda
 
 
@@ -42,7 +42,7 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
         if not spec.forward.has_native("CUDA"):
             why.append("no native CUDA kernel in this build")
     elif backend == "emulated":
-        if not library.emulated_built():
+        if not _library.emulated_built():
             return ["not in this build (TOKENMILL_PTXVM=1)"]
         if device != "cpu":
             why.append(f"the tensors are on {device}")
@@ -52,9 +52,9 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
     else:
         if spec.forward.triton is None:
             why.append("the operator has no Triton kernel")
-        elif not library.triton_installed():
+        elif not _library.triton_installed():
             why.append("Triton is not installed (pip install tokenmill[triton])")
-        elif device == "cpu" and not library.triton_interpreted():
+        elif device == "cpu" and not _library.triton_interpreted():
             why.append("the tensors are on cpu (TRITON_INTERPRET=1 runs the kernel's interpreter)")
     return why + spec.unsupported(backend, *lowered)
 
@@ -86,15 +86,15 @@ def _wanted(backend: str | None) -> str | None:
 
 
 def _interpreted(backend: str) -> bool:
-    return backend == "emulated" or (backend == "triton" and library.triton_interpreted())
+    return backend == "emulated" or (backend == "triton" and _library.triton_interpreted())
 
 
-_NAMESPACES = {"triton": library.TRITON_NAMESPACE, "emulated": library.EMULATED_NAMESPACE}
+_NAMESPACES = {"triton": _library.TRITON_NAMESPACE, "emulated": _library.EMULATED_NAMESPACE}
 
 
 def namespace(backend: str) -> str:
     """The namespace of torch.ops in which a backend's kernels are."""
-    return _NAMESPACES.get(backend, library.NAMESPACE)
+    return _NAMESPACES.get(backend, _library.NAMESPACE)
 
 
 def call(
@@ -105,7 +105,7 @@ def call(
         results = _call_directly(spec.forward, lowered)
         if results is not NotImplemented:
             return results
-    if autocast.enabled() and (device := autocast.device_of(lowered)):
+    if _autocast.enabled() and (device := _autocast.device_of(lowered)):
         if out is None:
             lowered = spec.forward.cast(lowered)
         with torch.autocast(device, enabled=False):
@@ -142,11 +142,11 @@ def call(
     return _results(results, None, out)
 
 
-def _call_directly(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
+def _call_directly(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
     """The results of a plain call on the native backend of its device, for which nothing else was
     asked; NotImplemented for any other call."""
-    run = op.direct(library.NAMESPACE)
-    if run is None or not door.is_open() or door.environment_asks():
+    run = op.direct(_library.NAMESPACE)
+    if run is None or not _door.is_open() or _door.environment_asks():
         return NotImplemented
     if values[0].dtype is torch.float64:  # of the reference
         return NotImplemented
@@ -158,16 +158,16 @@ def _call_directly(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
     return results
 
 
-def _call_and_record(op: library.TorchOp, values: tuple[Any, ...]) -> Any:
+def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
     """The same for a call on the CPU that is to be differentiated."""
-    apply = op.recorded(library.NAMESPACE)
+    apply = op.recorded(_library.NAMESPACE)
     if apply is None or not values[0].is_cpu:
         return NotImplemented
     return _results(apply(*values, None), None)
 
 
 def _mode_of_reference(
-    spec: OpSpec, op: library.TorchOp, arguments: tuple[Any, ...]
+    spec: OpSpec, op: _library.TorchOp, arguments: tuple[Any, ...]
 ) -> contextlib.AbstractContextManager[Any]:
     """Results that kernels have no gradient for have none here, and what kernels may write into
     may be written here: PyTorch lets nobody else write into what inference mode has made."""
@@ -245,7 +245,7 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     try:
         with torch.no_grad():
             lowered = spec.lower(*args, **kwargs)
-        if out is None and autocast.device_of(lowered):
+        if out is None and _autocast.device_of(lowered):
             lowered = spec.forward.cast(lowered)
         spec.forward.check(*lowered, float64=True)
         if spec.out is not None and out is not None:
@@ -273,7 +273,7 @@ def _passed_over(name: str, asked: str | None) -> str:
 def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
     dtype = str(next(t for t in lowered if isinstance(t, torch.Tensor)).dtype)[6:]
     if backend == "cpu":
-        return f"csrc/{spec.family}/{spec.name}, {library.native.cpu_isa()}, {dtype}"
+        return f"csrc/{spec.family}/{spec.name}, {_library.native.cpu_isa()}, {dtype}"
     if backend == "cuda":
         return f"csrc/{spec.family}/{spec.name}, {dtype}"
     if backend == "emulated":
@@ -306,10 +306,10 @@ def backends() -> dict[str, str]:
         'available'
     """
     cuda = torch.cuda.is_available()
-    built = any(key == "CUDA" for _, key in library._native_keys)
-    triton = library.triton_installed()
+    built = any(key == "CUDA" for _, key in _library._native_keys)
+    triton = _library.triton_installed()
     states = {
-        "cpu": f"available ({library.native.cpu_isa()})",
+        "cpu": f"available ({_library.native.cpu_isa()})",
         "cuda": "available" if cuda and built else ("no GPU" if built else "not in this build"),
         "triton": (
             "not installed"
@@ -317,7 +317,7 @@ def backends() -> dict[str, str]:
             else "available"
             if cuda
             else "interpreter"
-            if library.triton_interpreted()
+            if _library.triton_interpreted()
             else "no GPU (TRITON_INTERPRET=1 interprets)"
         ),
         "emulated": "interpreter",

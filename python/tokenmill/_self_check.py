@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cli, dispatch, fuzz, registry, testing
+from . import _cli, _dispatch, fuzz, registry, testing
 from .registry import OpSpec, Sample
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -17,12 +17,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ops", nargs="*", type=cli.operator, help="operators to check (default: all)"
+        "ops", nargs="*", type=_cli.operator, help="operators to check (default: all)"
     )
     parser.add_argument(
         "--backend",
         action="append",
-        choices=dispatch.ALL_BACKENDS,
+        choices=_dispatch.ALL_BACKENDS,
         help="backend to check, repeatable (default: all of this machine but interpreters)",
     )
     parser.add_argument(
@@ -116,16 +116,16 @@ class Row:
 
 
 def _places(options: argparse.Namespace) -> list[Place]:
-    states = dispatch.backends()
+    states = _dispatch.backends()
     usable = [b for b, s in states.items() if s.startswith(("available", "interpreter"))]
     for backend in options.backend or []:
         if backend not in usable:
             why = states.get(backend, "not in this build")
             rule = f"must be a backend of this machine ({', '.join(usable)})"
-            raise cli.UsageError(f"--backend: {rule}; got '{backend}': {why}")
+            raise _cli.UsageError(f"--backend: {rule}; got '{backend}': {why}")
     chosen = options.backend or [b for b in usable if not states[b].startswith("interpreter")]
     if options.all_isas and "cpu" not in chosen:
-        raise cli.UsageError("--all-isas: must go with backend cpu; got " + ", ".join(chosen))
+        raise _cli.UsageError("--all-isas: must go with backend cpu; got " + ", ".join(chosen))
     places = []
     for backend in dict.fromkeys(chosen):
         every = backend == "cpu" and options.all_isas
@@ -135,7 +135,7 @@ def _places(options: argparse.Namespace) -> list[Place]:
 
 def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) -> list[Row]:
     rows = [
-        Row(place, spec.name, absent=dispatch.kernels(spec, place.backend) == "-")
+        Row(place, spec.name, absent=_dispatch.kernels(spec, place.backend) == "-")
         for place in places
     ]
     for dtype in dtypes:
@@ -153,7 +153,7 @@ def _compare(row: Row, spec: OpSpec, sample: Sample, dtype: str, verbose: bool) 
             found = testing.compare(spec, sample, place.backend, DTYPES[dtype], device=place.device)
     except Exception as error:  # a call that fails leaves the others to be checked
         row.failed += 1
-        row.problems.append(f"{call}: {cli.one_line(error)}")
+        row.problems.append(f"{call}: {_cli.one_line(error)}")
         return
     row.compared += len(found)
     row.worst = max([row.worst, *(c.share for c in found)])

@@ -10,15 +10,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from . import library
+from . import _library
 
 
 @functools.cache
 def machine() -> ctypes.CDLL:
     """The machine inside the emulated library, through the functions of csrc/ptxvm/host_api.h."""
-    if not library.emulated_built():
+    if not _library.emulated_built():
         raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
-    found = ctypes.CDLL(str(library.EMULATED_PATH))
+    found = ctypes.CDLL(str(_library.EMULATED_PATH))
     found.ptxvm_configure.argtypes = [ctypes.c_char_p]
     found.ptxvm_last_report.restype = ctypes.c_char_p
     found.ptxvm_counters.restype = ctypes.c_char_p

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .check import (
+from ._check import (
     MAX_HEAD_DIM,
     check,
     check_device_of_q,

@@ -17,10 +17,10 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .check import fail
+from ._check import fail
 
 if TYPE_CHECKING:
-    from .library import TorchOp
+    from ._library import TorchOp
 
 ELSEWHERE = "use backend='reference'"
 
@@ -72,7 +72,7 @@ class _Calls:
         self._below = below
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        from .library import registered
+        from ._library import registered
 
         op = registered(name)
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from . import derivatives, door
-from .autocast import Autocast, device_of
-from .check import check_device_of, check_tensor
-from .lowering import scale_or_default
+from . import _derivatives, _door
+from ._autocast import Autocast, device_of
+from ._check import check_device_of, check_tensor
+from ._lowering import scale_or_default
 
 NAMESPACE = "tokenmill"
 TRITON_NAMESPACE = "tokenmill_triton"
@@ -164,7 +164,7 @@ class TorchOp:
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
         """The results of a call without dispatcher, as torch.ops gives them, or NotImplemented."""
-        run = self.direct(namespace) if door.is_open() else None
+        run = self.direct(namespace) if _door.is_open() else None
         results = run(*values) if run else NotImplemented
         if results is NotImplemented or len(results) > 1:
             return results
@@ -186,7 +186,7 @@ class TorchOp:
         """Runs the operator below the dispatcher's autograd and records its derivative; None if it
         has none. It takes all arguments of a call, and last the keys of a dispatch or None."""
         if namespace not in self._recorded:
-            function: Any = derivatives.autograd_function(self, namespace)
+            function: Any = _derivatives.autograd_function(self, namespace)
             # Function.apply itself would start again at the uppermost level of torch.func.
             apply = function and super(torch.autograd.Function, function).apply
             self._recorded[namespace] = apply
@@ -195,7 +195,7 @@ class TorchOp:
 
 
 _native_keys: set[tuple[str, str]] = set()
-_direct = {NAMESPACE: door.functions(_OPS)}
+_direct = {NAMESPACE: _door.functions(_OPS)}
 _registered: dict[str, TorchOp] = {}
 
 
@@ -231,9 +231,9 @@ def _attach(op: TorchOp, namespace: str) -> None:
     for key in ("Conjugate", "Negative") if op.written else ():
         _libraries[namespace].impl(op.name, on_views, key)
     torch.library.register_fake(qualname, functools.partial(_call_fake, op))
-    autograd = derivatives.autograd_kernel(op, namespace)
+    autograd = _derivatives.autograd_kernel(op, namespace)
     _libraries[namespace].impl(op.name, autograd, "Autograd", with_keyset=True)
-    vmap = derivatives.vmap_kernel(op, namespace)
+    vmap = _derivatives.vmap_kernel(op, namespace)
     _libraries[namespace].impl(op.name, vmap, "FuncTorchBatched", with_keyset=True)
     if op.autocast:
         for key in ("AutocastCPU", "AutocastCUDA"):
@@ -308,7 +308,7 @@ def _load_emulated() -> set[str]:
     """The operators of the emulated library, which is loaded at the first call."""
     if not _emulated_ops:
         torch.ops.load_library(str(EMULATED_PATH))
-        _direct[EMULATED_NAMESPACE] = door.functions(EMULATED_PATH)
+        _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
         _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
         for op in _registered.values():
             qualname = f"{EMULATED_NAMESPACE}::{op.name}"

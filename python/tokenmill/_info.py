@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import library
-from .version import __version__
+from . import _library
+from ._version import __version__
 
 ENVIRONMENT = {
     "TOKENMILL_BACKEND": "backend where a call names none",
@@ -48,7 +48,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": _cpu_model(),
         "cores": str(os.cpu_count()),
-        "isa": library.native.cpu_isa(),
+        "isa": _library.native.cpu_isa(),
         "gpu": gpu,
         "driver": _driver(),
         "python": platform.python_version(),

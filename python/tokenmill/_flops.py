@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 if TYPE_CHECKING:
-    from .library import TorchOp
+    from ._library import TorchOp
     from .registry import OpSpec
 
 COUNTER = "torch.utils.flop_counter"
@@ -79,7 +79,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def _register(specs: Sequence[OpSpec], counter: ModuleType) -> None:
-    from .library import NAMESPACE, TRITON_NAMESPACE
+    from ._library import NAMESPACE, TRITON_NAMESPACE
 
     for spec in specs:
         for op in (*spec.torch_ops, *([spec.out] if spec.out else [])):

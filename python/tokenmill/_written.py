@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .check import fail
+from ._check import fail
 
 
 def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:

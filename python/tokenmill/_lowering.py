@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .check import as_number
+from ._check import as_number
 
 
 def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:
