@@ -62,7 +62,7 @@ def compiled(capability, call):
     def launch():
         out, lse = attention.attention(*call)
         saved = (out, lse) if call[3] == "softmax" else (None, None)
-        attention.attention_backward(out, None, *saved, [True] * 4, *call)
+        attention.attention_backward(out, None, *saved, *[True] * 4, *call)
 
     return triton_compiler.compiled(capability, launch)
 

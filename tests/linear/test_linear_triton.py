@@ -62,8 +62,9 @@ def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024)
     def launch():
         out, final, z = linear_attention(q, k, v, *how, state, True, cu, None)
         saved = (out, z) if normalize else (None, None)
-        needs = [log_decay is not None, True]
-        linear_attention_backward(out, final, *saved, needs, q, k, v, *how, state, cu, None)
+        needs = log_decay is not None, True
+        call = (q, k, v, *how, state, True, cu, None)
+        linear_attention_backward(out, final, *saved, *needs, *call)
         if not packed:
             slots = empty(sequences, dtype=torch.int32)
             linear_attention_decode(q, k, v, state, *how, slots)
