@@ -347,8 +347,13 @@ def tile_of(q: Tensor, value_dim: int, rows: int, longest: int) -> Tile:
     keys, warps, stages = TILES[q.element_size(), wide]
     if INTERPRETED.value:  # a tile costs milliseconds whatever its size
         keys = min(max(triton.next_power_of_2(longest) // 16, 32), 1024)
-    most = 64 if q.element_size() == 2 else 16
-    return Tile(min(max(triton.next_power_of_2(rows), 16), most), keys, warps, stages)
+    most = 16
+    if q.element_size() == 2:
+        most = 64 if wide <= 128 else 32
+    block = min(max(triton.next_power_of_2(rows), 16), most)
+    if block == 32 and wide == 256:  # registers of four warps would spill
+        warps = 8
+    return Tile(block, keys, warps, stages)
 
 
 def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
