@@ -150,9 +150,7 @@ def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
     assert not out[:, seen:, :, 1::2].isfinite().any()
 
 
-# Triton's sparse_decode_attention and linear_attention multiply hidden values by 0.
-TRITON = [(n, d) for n, d in zip(CALLS, [torch.float32, torch.float16] * 5, strict=True)]
-TRITON = [(n, d) for n, d in TRITON if n not in ("listed-decode", "linear", "taylor", "gated")]
+TRITON = list(zip(CALLS, [torch.float32, torch.float16] * 5, strict=True))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
@@ -173,6 +171,21 @@ def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
         bits = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits)
         assert torch.isnan(out[:, seen:]).any()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("linear", torch.bfloat16), ("listed-decode", torch.float32)], ids=str
+)
+def test_what_is_not_finite_shows_where_it_is_seen_in_triton(name, dtype, backend):
+    q, k, v = (x[:1] for x in inputs(dtype, backend))
+    for token, values in {37: (NAN, INF, -INF, INF), 38: (0.0, INF, 1.0, -INF)}.items():
+        v[:, token, :, :4] = torch.tensor(values, dtype=dtype)
+    k[:, 39] = NAN
+    out = CALLS[name](q, k, v, backend=backend)
+    wanted = CALLS[name](q, k, v, backend="reference")
+    assert not wanted.isfinite().all()
+    assert torch.equal(out.isfinite(), wanted.isfinite())
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])

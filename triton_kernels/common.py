@@ -27,6 +27,9 @@ FLOAT16_SCALE = tl.constexpr(2.0**15)
 STEP = tl.constexpr(16)
 STEP_COLUMNS = tl.constexpr(32)
 
+# Of a thread, for kernels that sum again what is NaN: by itself ptxas may take fewer, and spill.
+MOST_REGISTERS = 255
+
 # Arguments by which no kernel is specialised: a new length compiles nothing.
 LENGTHS = ["tokens_q", "tokens_k", "longest_q", "longest_k", "heads", "group", "blocks"]
 
@@ -293,7 +296,9 @@ def dot(b_a, b_b):
 
 @triton.jit
 def rows_of_nan(b_x):
-    return tl.max((b_x != b_x).to(tl.int32), 1) != 0
+    """Rows whose sum is NaN: those of infinities of both signs too."""
+    b_sum = tl.sum(b_x, 1)
+    return b_sum != b_sum
 
 
 @triton.jit

@@ -17,10 +17,11 @@ from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resour
 
 pytest.importorskip("triton")
 
-CASES = (  # kind, dtype, head dimension, pages and terms, one query or several
+CASES = (  # kind, dtype, head dimension, pages and terms, one query or several, many rows
     "softmax:float16:64:",
     "softmax:bfloat16:128:paged",
     "softmax:bfloat16:256:paged,terms,several",
+    "softmax:bfloat16:256:paged,terms,several,rows",
     "sigmoid:float16:128:paged,terms",
     "softmax:float32:64:terms,several",
     "sigmoid:float32:128:several",
@@ -31,7 +32,8 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     """A call of attention_decode, without data."""
     batch, heads, kv_heads = 4, 32, 8
     empty = functools.partial(torch.empty, device="meta")
-    q = empty(batch, 4 if "several" in options else 1, heads, head_dim, dtype=dtype)
+    queries = 16 if "rows" in options else 4 if "several" in options else 1
+    q = empty(batch, queries, heads, head_dim, dtype=dtype)
     pages = (batch * tokens // 16, 16) if "paged" in options else (batch, tokens)
     cache = empty(*pages, kv_heads, head_dim, dtype=dtype)
     table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None

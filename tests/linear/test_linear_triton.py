@@ -35,7 +35,8 @@ CASES = (
     "elu1:float32:256:256:token:normalized",
     "taylor2:float32:16:64:head:normalized",
 )
-PRODUCTS = ("sums", "results", "queries", "keys", "values", "decay")  # kernels that have some
+# Kernels that have some.
+PRODUCTS = ("sums", "results", "results_again", "queries", "keys", "values", "decay")
 
 
 def calls(feature_map, dtype, head_dim, value_dim, decay, *options, tokens=1024):

@@ -63,9 +63,8 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def decode_program(splits, row_blocks, heads):
-    """Range of keys, block of rows, head and request of this program."""
-    i = tl.program_id(0)
+def decode_program(i, splits, row_blocks, heads):
+    """Range of keys, block of rows, head and request of program i."""
     i_split = i % splits
     i_block = i // splits % row_blocks
     i_h = i // splits // row_blocks % heads
@@ -195,7 +194,7 @@ def ranges_kernel(
     BLOCK_V: tl.constexpr,
 ):
     cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
-    i_split, i_block, i_kv, i_b = decode_program(splits, row_blocks, kv_heads)
+    i_split, i_block, i_kv, i_b = decode_program(tl.program_id(0), splits, row_blocks, kv_heads)
     length = length_of(seqlens, capacity, i_b)
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
     begin = visible_begin(sequence, window.left)
@@ -348,8 +347,13 @@ def tile_of(q: Tensor, value_dim: int, rows: int, longest: int) -> Tile:
     keys, warps, stages = TILES[q.element_size(), wide]
     if INTERPRETED.value:  # a tile costs milliseconds whatever its size
         keys = min(max(triton.next_power_of_2(longest) // 16, 32), 1024)
-    most = 64 if q.element_size() == 2 else 16
-    return Tile(min(max(triton.next_power_of_2(rows), 16), most), keys, warps, stages)
+    most = 16
+    if q.element_size() == 2:
+        most = 64 if wide <= 128 else 32
+    block = min(max(triton.next_power_of_2(rows), 16), most)
+    if block == 32 and wide == 256:  # registers of four warps would spill
+        warps = 8
+    return Tile(block, keys, warps, stages)
 
 
 def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:

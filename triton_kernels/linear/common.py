@@ -23,6 +23,7 @@ LENGTHS = [
     "heads",
     "group",
     "tiles",
+    "programs",
 ]
 # Stand for -inf: e^-128 is 0 in float32, and no difference of sums over a chunk is inf - inf.
 LEAST_OF_TOKEN = tl.constexpr(-128.0)

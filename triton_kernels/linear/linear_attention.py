@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import INTERPRETED, Rows, launch
+from ..common import INTERPRETED, MOST_REGISTERS, Rows, launch
 from .common import States, log_decay_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
-from .linear_attention_forward import results_kernel
+from .linear_attention_forward import TILES_AGAIN, results_again_kernel, results_kernel
 from .states import scan_kernel, sums_kernel
 
 ELEMENTS = 1024  # of a state, in one program of the scan
@@ -279,19 +279,20 @@ def linear_attention(
     )
     options = call.options(tiles)
     parts = triton.cdiv(v.shape[-1], options["BLOCK_V"])
+    programs = call.slots(tiles) * call.heads * parts
+    nan = call.new((programs,), torch.int32)
+    shared = (states, *log_decay_of(log_decay), scale, *call.place(tiles), call.group, parts)
+    rows = [call.rows(t) for t in (q, k, v, out)]
+    launch(results_kernel, programs, q, *rows, normalizer, nan, *shared, **options)
     launch(
-        results_kernel,
-        call.slots(tiles) * call.heads * parts,
+        results_again_kernel,
+        triton.cdiv(programs, TILES_AGAIN.value),
         q,
-        *map(call.rows, (q, k, v, out)),
-        normalizer,
-        states,
-        *log_decay_of(log_decay),
-        scale,
-        *call.place(tiles),
-        call.group,
-        parts,
-        **options,
+        *rows,
+        nan,
+        programs,
+        *shared,
+        **options | {"num_warps": 8, "maxnreg": MOST_REGISTERS},
     )
     return (
         out,
