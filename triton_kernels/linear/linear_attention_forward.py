@@ -104,6 +104,7 @@ def results_kernel(
     i_slot = i // (tiles * heads)
     chunk = chunk_of(i_slot, cu_seqlens, tokens, sequences, per_sequence, halvings, BLOCK_T)
     if chunk.count <= 0:
+        tl.store(nan + i, 0)
         return
     o_t = tl.arange(0, BLOCK_T)
     o_row = chunk.first + o_t
