@@ -42,8 +42,8 @@ struct Exp2Coefficients<true, 3> {
 };
 template <>
 struct Exp2Coefficients<true, 5> {
-  static constexpr float c[] = {1.f,            0.6931513118f,   0.2401644501f,
-                                0.05579991332f, 0.009017030019f, 0.001867130213f};
+  static constexpr float c[] = {
+      1.f, 0.6931513118f, 0.2401644501f, 0.05579991332f, 0.009017030019f, 0.001867130213f};
 };
 template <>
 struct Exp2Coefficients<false, 3> {
@@ -51,8 +51,8 @@ struct Exp2Coefficients<false, 3> {
 };
 template <>
 struct Exp2Coefficients<false, 5> {
-  static constexpr float c[] = {1.f,            0.6931469776f,   0.2402224208f,
-                                0.05550733744f, 0.009671512688f, 0.001326472725f};
+  static constexpr float c[] = {
+      1.f, 0.6931469776f, 0.2402224208f, 0.05550733744f, 0.009671512688f, 0.001326472725f};
 };
 
 template <int kDegree>
