@@ -81,15 +81,15 @@ STABLE_TORCH_LIBRARY(tokenmill, library) {
   m.def(
       "attention_column_scores(Tensor q, Tensor k, Tensor? lse=None, *, float? scale=None, "
       "bool causal=False, str reduce=\"sum\", SymInt? window_queries=None, "
-      "str head_reduce=\"none\", Tensor? lengths=None, Tensor? query_lengths=None, "
+      "str head_reduce=\"none\", Tensor? seqlens_k=None, Tensor? seqlens_q=None, "
       "float gumbel_tau=0.0, int seed=0) -> Tensor");
   m.def(
       "attention_row_scores(Tensor q, Tensor k, *, Tensor? lse=None, float? scale=None, "
-      "bool causal=False, str reduce=\"mean\", SymInt skip=0, Tensor? lengths=None) -> Tensor");
+      "bool causal=False, str reduce=\"mean\", SymInt skip=0, Tensor? seqlens_k=None) -> Tensor");
   m.def(
       "kv_cache_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor keep, Tensor counts, *, "
-      "Tensor? lengths=None, Tensor? block_table=None, Tensor? rotations=None, "
-      "bool interleaved=False, bool compensation=False) -> (Tensor lengths_now, Tensor k_sum, "
+      "Tensor? seqlens_k=None, Tensor? block_table=None, Tensor? rotations=None, "
+      "bool interleaved=False, bool compensation=False) -> (Tensor seqlens_k_now, Tensor k_sum, "
       "Tensor v_sum, Tensor dropped)");
   // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
@@ -101,7 +101,7 @@ STABLE_TORCH_LIBRARY(tokenmill, library) {
   m.def(
       "kv_block_scores(Tensor q, Tensor k, *, str scoring=\"dot\", SymInt block_k=1, "
       "str q_reduce=\"none\", SymInt block_q=1, str head_reduce=\"none\", float? scale=None, "
-      "bool causal=False, SymInt num_sink=0, SymInt num_recent=0, Tensor? lengths=None, "
+      "bool causal=False, SymInt num_sink=0, SymInt num_recent=0, Tensor? seqlens_k=None, "
       "Tensor? block_table=None) -> Tensor");
   m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold=0.9) -> Tensor");
   m.def(
@@ -123,7 +123,7 @@ STABLE_TORCH_LIBRARY(tokenmill, library) {
   const Arguments block_sparse =
       "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, *, SymInt block_q, "
       "SymInt block_k, bool causal=False, SymInt num_sink=0, SymInt num_recent=0, "
-      "float? scale=None, float softcap=0.0, Tensor? lengths=None";
+      "float? scale=None, float softcap=0.0, Tensor? seqlens_k=None";
   m.def("block_sparse_attention(" + block_sparse + ") -> (Tensor out, Tensor lse)");
   m.def("block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
         block_sparse + ") -> (Tensor dq, Tensor dk, Tensor dv)");

@@ -44,7 +44,7 @@ def calls(draw, longest):
     if draw(st.booleans()):
         options |= {"gumbel_tau": draw(st.sampled_from([0.5, 1.0, 2.0])), "seed": 11}
     lists = {}
-    for name, most in (("lengths", sk), ("query_lengths", sq)):
+    for name, most in (("seqlens_k", sk), ("seqlens_q", sq)):
         if draw(st.booleans()):
             lists[name] = draw(st.lists(st.integers(0, most), min_size=b, max_size=b))
     order = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
@@ -118,8 +118,8 @@ def test_lse_of_the_forward_gives_the_same_as_none(backend):
 def test_nothing_beyond_the_lengths_counts(backend):
     device = device_of(backend)
     q, k = draw(2, 20, 70, 2, 1, 32, device=device)
-    lengths, query_lengths = ints(33, 64, device=device), ints(20, 5, device=device)
-    options = {"lengths": lengths, "query_lengths": query_lengths, "causal": True}
+    seqlens_k, seqlens_q = ints(33, 64, device=device), ints(20, 5, device=device)
+    options = {"seqlens_k": seqlens_k, "seqlens_q": seqlens_q, "causal": True}
     want = tm.attention_column_scores(q, k, backend=backend, **options)
     k[0, 33:], k[1, 64:], q[1, 5:] = NAN, INF, NAN
     found = tm.attention_column_scores(q, k, backend=backend, **options)
@@ -140,10 +140,10 @@ def test_lengths_out_of_range_are_clamped(backend):
     device = device_of(backend)
     q, k = draw(4, 6, 9, 1, 1, 8, device=device)
     wild = ints(-5, 2**31 - 1, 10, -(2**31), device=device)
-    found = tm.attention_column_scores(q, k, lengths=wild, query_lengths=wild, backend=backend)
+    found = tm.attention_column_scores(q, k, seqlens_k=wild, seqlens_q=wild, backend=backend)
     want = tm.attention_column_scores(
-        q, k, lengths=ints(0, 9, 9, 0, device=device),
-        query_lengths=ints(0, 6, 6, 0, device=device), backend=backend,
+        q, k, seqlens_k=ints(0, 9, 9, 0, device=device),
+        seqlens_q=ints(0, 6, 6, 0, device=device), backend=backend,
     )  # fmt: skip
     assert torch.equal(found, want)
 

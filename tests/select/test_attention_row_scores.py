@@ -43,7 +43,7 @@ def calls(draw, longest):
     def make(dtype, g):
         q = layouts((b, r, hk * group, d), dtype, g)[order[0]]()
         k = layouts((b, n, hk, d), dtype, g)[order[1]]()
-        given = {} if lengths is None else {"lengths": torch.tensor(lengths, dtype=torch.int32)}
+        given = {} if lengths is None else {"seqlens_k": torch.tensor(lengths, dtype=torch.int32)}
         return (q, k), options | given
 
     return Sample(f"q {(b, r, hk * group, d)} k {(n, hk)} {options} {lengths}", make)
@@ -72,7 +72,7 @@ def test_class_token_of_evit(backend):
 def test_sums_are_those_of_columns(backend):
     q, k = draw(2, 5, 40, 4, 2, 32, device_of(backend))
     lengths = torch.tensor([40, 23], dtype=torch.int32, device=q.device)
-    options = {"causal": True, "lengths": lengths, "backend": backend}
+    options = {"causal": True, "seqlens_k": lengths, "backend": backend}
     rows = tm.attention_row_scores(q, k, reduce="sum", **options)
     columns = tm.attention_column_scores(q, k, **options)
     torch.testing.assert_close(rows, columns.sum(1), rtol=1e-5, atol=1e-6)
@@ -83,7 +83,7 @@ def test_nothing_beyond_the_lengths_counts(backend):
     q, k = draw(2, 2, 70, 2, 1, 32, device_of(backend))
     lengths = torch.tensor([33, 0], dtype=torch.int32, device=q.device)
     k[0, 33:], k[1] = NAN, NAN
-    found = tm.attention_row_scores(q, k, reduce="sum", lengths=lengths, backend=backend)
+    found = tm.attention_row_scores(q, k, reduce="sum", seqlens_k=lengths, backend=backend)
     torch.testing.assert_close(found[0].sum(), torch.tensor(4.0, device=q.device))
     assert (found[0, 33:] == 0).all() and (found[1] == 0).all()
 
@@ -92,6 +92,6 @@ def test_nothing_beyond_the_lengths_counts(backend):
 def test_lengths_out_of_range_are_clamped(backend):
     q, k = draw(2, 1, 9, 1, 1, 8, device_of(backend))
     wild = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32, device=q.device)
-    found = tm.attention_row_scores(q, k, lengths=wild, backend=backend)
+    found = tm.attention_row_scores(q, k, seqlens_k=wild, backend=backend)
     want = tm.attention_row_scores(q[:1], k[:1], backend=backend)
     assert torch.equal(found[:1], want) and (found[1] == 0).all()

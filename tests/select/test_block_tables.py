@@ -37,7 +37,7 @@ def compacted(k, v, table, lengths, backend):
     counts = ints(3, 0, 3).to(k.device)
     k, v = k.clone(), v.clone()
     new = tm.kv_cache_compact(
-        k, v, keep, counts, lengths=lengths, block_table=table, compensation=True, backend=backend
+        k, v, keep, counts, seqlens_k=lengths, block_table=table, compensation=True, backend=backend
     )
     return *new, k, v
 
@@ -65,15 +65,15 @@ CALLS = {
         num_recent=2, backend=backend,
     ),
     "kv_block_scores": lambda k, v, table, lengths, backend: tm.kv_block_scores(
-        queries(k), k, scoring="max_block", block_k=3, lengths=lengths, block_table=table,
+        queries(k), k, scoring="max_block", block_k=3, seqlens_k=lengths, block_table=table,
         backend=backend,
     ),
     "kv_block_scores, few rows": lambda k, v, table, lengths, backend: tm.kv_block_scores(
-        queries(k), k, lengths=lengths, block_table=table, head_reduce="softmax_vote",
+        queries(k), k, seqlens_k=lengths, block_table=table, head_reduce="softmax_vote",
         backend=backend,
     ),
     "token_select": lambda k, v, table, lengths, backend: tm.token_select(
-        queries(k), k, k=3, lengths=lengths, block_table=table, num_sink=1, num_recent=1,
+        queries(k), k, k=3, seqlens_k=lengths, block_table=table, num_sink=1, num_recent=1,
         backend=backend,
     ),
     "hip_block_select": lambda k, v, table, lengths, backend: tm.hip_block_select(

@@ -120,7 +120,7 @@ def calls(draw, longest):
         k = whole
     elif draw(st.booleans()):
         cache = k.transpose(1, 2).contiguous().transpose(1, 2)
-    return q, k, cache, {**o, "lengths": lengths, "block_table": table}
+    return q, k, cache, {**o, "seqlens_k": lengths, "block_table": table}
 
 
 def check(call, backend):
@@ -129,7 +129,7 @@ def check(call, backend):
     there = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
     found = tm.kv_block_scores(q.to(device), cache.to(device), **there, backend=backend).cpu()
     assert found.dtype == torch.float32
-    lengths = options["lengths"]
+    lengths = options["seqlens_k"]
     for b in range(len(q)):
         n = k.shape[1] * options["block_k"] if lengths is None else lengths[b].item()
         wanted = by_definition(q[b], k[b], n, options)
@@ -184,7 +184,7 @@ def test_nothing_beyond_the_length_counts(scoring, head_reduce, backend):
     q = torch.randn(1, 2, 4, 32, device=device)
     k = torch.randn(1, 50, 2, *half, 32, device=device)
     lengths = torch.tensor([21], dtype=torch.int32, device=device)
-    options = {"scoring": scoring, "head_reduce": head_reduce, "block_k": 3, "lengths": lengths}
+    options = {"scoring": scoring, "head_reduce": head_reduce, "block_k": 3, "seqlens_k": lengths}
     options["causal"] = True
     clean = tm.kv_block_scores(q, k, **options, backend=backend)
     k[:, 21 if scoring == "max_block" else 7 :] = NAN

@@ -64,7 +64,7 @@ def calls(draw, longest):
                 n = int(torch.randint(min(entries, lengths[i]) + 1, (), generator=g))
                 keep[(*at, slice(n))] = torch.randperm(lengths[i], generator=g)[:n].sort()[0].int()
                 counts[at] = n
-        given = options | {"lengths": ints(*lengths)}
+        given = options | {"seqlens_k": ints(*lengths)}
         if page_size is not None:
             order = torch.randperm(b * pages + 1, generator=g)[: b * pages]
             given["block_table"] = order.int().view(b, pages)

@@ -36,7 +36,7 @@ def test_definition(lengths, queries, heads, sink, recent, k, page, backend):
     batch = len(lengths)
     q = torch.randn(batch, queries, heads[0], 32)
     keys = torch.randn(batch, 96, heads[1], 32)
-    options = {"lengths": torch.tensor(lengths, dtype=torch.int32)}
+    options = {"seqlens_k": torch.tensor(lengths, dtype=torch.int32)}
     cache = keys
     if page is not None:
         pages = 96 // page

@@ -86,7 +86,7 @@ def block_sparse_samples(draw, longest):
     }
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(-3, longest + 9), min_size=batch, max_size=batch))
-        options["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        options["seqlens_k"] = torch.tensor(lengths, dtype=torch.int32)
     order, strided = draw(st.tuples(*[st.integers(0, 2)] * 3)), draw(st.booleans())
 
     def make(dtype, g):

@@ -86,7 +86,7 @@ def test_decoding_is_prefill_of_the_last_rows(backend, tokens):
     lists = tm.hip_block_select(q, k, **SIZES, seqlens_k=lengths, backend=backend)
     attended = {n: SIZES[n] for n in ("block_q", "block_k", "num_sink", "num_recent")}
     want = tm.block_sparse_attention(
-        q, k, v, *lists, **attended, causal=True, lengths=lengths, return_lse=True, scale=0.3,
+        q, k, v, *lists, **attended, causal=True, seqlens_k=lengths, return_lse=True, scale=0.3,
         backend=backend,
     )  # fmt: skip
     close(ours, want)

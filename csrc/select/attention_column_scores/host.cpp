@@ -28,7 +28,7 @@ struct AttentionColumnScoresArgs : Record {
   std::string_view reduce;
   Optional<int64_t> window_queries;
   std::string_view head_reduce;
-  View lengths, query_lengths;
+  View seqlens_k, seqlens_q;
   double gumbel_tau;
   int64_t seed;
 };
@@ -65,14 +65,14 @@ Array attention_column_scores(const AttentionColumnScoresArgs& a) {
                   : a.head_reduce == "group_mean" ? HeadReduce::group_mean
                                                   : HeadReduce::group_max;
   p.window_queries = std::min(a.window_queries.value_or(p.seqlen_q), p.seqlen_q);
-  p.lengths = per_request(kOp, "lengths", a.lengths, p.batch, "k", a.k);
-  p.query_lengths = per_request(kOp, "query_lengths", a.query_lengths, p.batch, "k", a.k);
+  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
+  p.query_lengths = per_request(kOp, "seqlens_q", a.seqlens_q, p.batch, "k", a.k);
   check(std::isfinite(a.gumbel_tau) && a.gumbel_tau >= 0, kOp, "gumbel_tau",
         "must be finite and not negative (0 = off)", a.gumbel_tau);
   check(a.seed >= 0, kOp, "seed", "must be 0 to 2^63 - 1", a.seed);
   if (!a.q.is_cuda) {
-    check_length_values(kOp, "lengths", p.lengths, p.batch, p.seqlen_k);
-    check_length_values(kOp, "query_lengths", p.query_lengths, p.batch, p.seqlen_q);
+    check_length_values(kOp, "seqlens_k", p.lengths, p.batch, p.seqlen_k);
+    check_length_values(kOp, "seqlens_q", p.query_lengths, p.batch, p.seqlen_q);
   }
   p.inverse_tau = a.gumbel_tau > 0 ? static_cast<float>(1 / a.gumbel_tau) : 0;
   p.seed = static_cast<uint64_t>(a.seed);

@@ -30,7 +30,7 @@ struct AttentionRowScoresArgs : Record {
   bool causal;
   std::string_view reduce;
   int64_t skip;
-  View lengths;
+  View seqlens_k;
 };
 
 // The checks are those of python/tokenmill/select/attention_row_scores.py, in its order and words.
@@ -59,8 +59,8 @@ Array attention_row_scores(const AttentionRowScoresArgs& a) {
              : a.reduce == "mean" ? RowReduce::mean
                                   : RowReduce::max;
   p.skip = a.skip;
-  p.lengths = per_request(kOp, "lengths", a.lengths, p.batch, "k", a.k);
-  if (!a.q.is_cuda) check_length_values(kOp, "lengths", p.lengths, p.batch, p.seqlen_k);
+  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
+  if (!a.q.is_cuda) check_length_values(kOp, "seqlens_k", p.lengths, p.batch, p.seqlen_k);
   const std::vector<int64_t> sizes =
       p.reduce == RowReduce::none
           ? std::vector<int64_t>{p.batch, p.heads, p.rows, p.seqlen_k - a.skip}

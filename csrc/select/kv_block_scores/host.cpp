@@ -44,7 +44,7 @@ struct KvBlockScoresArgs : Record {
   Optional<double> scale;
   bool causal;
   int64_t num_sink, num_recent;
-  View lengths, block_table;
+  View seqlens_k, block_table;
 };
 
 // The checks are those of python/tokenmill/select/kv_block_scores.py, in its order and words.
@@ -89,7 +89,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
-  p.lengths = per_request(kOp, "lengths", a.lengths, batch, "k", a.k);
+  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "k", a.k);
   p.batch = batch;
   p.heads = heads;
   p.kv_heads = kv_heads;

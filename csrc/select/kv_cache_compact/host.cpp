@@ -19,7 +19,7 @@ void check_ints(const char* name, const View& t, const View& k) {
 
 void check_values(const CompactParams& p) {
   for (int64_t b = 0; b < p.batch && p.lengths; ++b)
-    check(p.lengths[b] >= 0 && p.lengths[b] <= p.capacity, kOp, "lengths",
+    check(p.lengths[b] >= 0 && p.lengths[b] <= p.capacity, kOp, "seqlens_k",
           Rule("must be 0 to what the cache holds of a request, ", p.capacity),
           int64_t{p.lengths[b]});
   for (int64_t b = 0; b < p.batch; ++b)
@@ -54,7 +54,7 @@ void run(const CompactParams& p, const View& k) {
 }
 
 struct KvCacheCompactArgs : Record {
-  View k_cache, v_cache, keep, counts, lengths, block_table, turns;
+  View k_cache, v_cache, keep, counts, seqlens_k, block_table, turns;
   bool interleaved, compensation;
 };
 
@@ -107,11 +107,11 @@ std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs
     check(a.k_cache.size(0) == p.batch, kOp, "k_cache",
           Rule("must have the requests of keep, ", p.batch), a.k_cache.size(0));
   }
-  if (a.lengths) {
-    const View& t = a.lengths;
+  if (a.seqlens_k) {
+    const View& t = a.seqlens_k;
     const std::vector<int64_t> each{p.batch};
-    check(t.sizes == each, kOp, "lengths", Rule("must have shape ", each), t.sizes);
-    check_ints("lengths", t, a.k_cache);
+    check(t.sizes == each, kOp, "seqlens_k", Rule("must have shape ", each), t.sizes);
+    check_ints("seqlens_k", t, a.k_cache);
     p.lengths = t.data<int32_t>();
   }
   if (a.turns) {
@@ -128,14 +128,14 @@ std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs
   check_written(kOp, "k_cache", a.k_cache,
                 {{"keep", a.keep},
                  {"counts", a.counts},
-                 {"lengths", a.lengths},
+                 {"seqlens_k", a.seqlens_k},
                  {"block_table", a.block_table},
                  {"rerotate", a.turns}});
   check_written(kOp, "v_cache", a.v_cache,
                 {{"k_cache", a.k_cache},
                  {"keep", a.keep},
                  {"counts", a.counts},
-                 {"lengths", a.lengths},
+                 {"seqlens_k", a.seqlens_k},
                  {"block_table", a.block_table},
                  {"rerotate", a.turns}});
   p.key_dim = a.k_cache.size(3);

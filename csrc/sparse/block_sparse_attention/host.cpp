@@ -16,7 +16,7 @@ struct BlockSparseAttentionArgs : Record {
   int64_t num_sink, num_recent;
   Optional<double> scale;
   double softcap;
-  View lengths;
+  View seqlens_k;
 };
 
 // The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
@@ -39,7 +39,7 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
       kOp, a.indices, a.counts,
       Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
       "q", a.q);
-  d.lengths = per_request(kOp, "lengths", a.lengths, batch, "q", a.q);
+  d.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "q", a.q);
   d.causal = a.causal;
   const int64_t all = a.q.size(1) + a.k.size(1);  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);

@@ -102,11 +102,11 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     select.token_select: (
         lambda r: {
             "q": r(2, 3, 4, 16), "k_cache": r(2, 40, 2, 16), "k": 5, "num_sink": 2,
-            "num_recent": 4, "lengths": _int32(40, 9),
+            "num_recent": 4, "seqlens_k": _int32(40, 9),
         },
         lambda r: {
             "q": r(2, 1, 4, 16), "k_cache": r(8, 8, 2, 16), "k": 5, "num_sink": 2,
-            "num_recent": 4, "lengths": _int32(32, 9),
+            "num_recent": 4, "seqlens_k": _int32(32, 9),
             "block_table": torch.tensor(_TABLE, dtype=torch.int32),
         },
     ),

@@ -124,7 +124,7 @@ class KVCache:
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
         """Keeps the slots of lists ``[B, K]`` or (dense) ``[B, Hk, K]``; see kv_cache_compact."""
         kv_cache_compact(
-            self.k, self.v, keep, counts, lengths=self.lengths, block_table=self.block_table,
+            self.k, self.v, keep, counts, seqlens_k=self.lengths, block_table=self.block_table,
             backend=backend,
         )  # fmt: skip
         self.lengths = counts if counts.dim() == 1 else counts[:, 0]

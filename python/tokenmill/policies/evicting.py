@@ -122,8 +122,8 @@ class H2O(Policy):
         super().begin(q, k, v, lse, lengths=lengths)
         n, tokens = self.cache.lengths, q.shape[1]
         scores = attention_column_scores(
-            q, k, lse, causal=True, scale=self.scale, head_reduce="group_mean", lengths=n,
-            query_lengths=n, backend=self.backend,
+            q, k, lse, causal=True, scale=self.scale, head_reduce="group_mean", seqlens_k=n,
+            seqlens_q=n, backend=self.backend,
         )  # fmt: skip
         self._recent = amount(self.recent, n).clamp(min=1)
         self._budget = amount(self.heavy, n) + self._recent
@@ -192,14 +192,14 @@ class Keyformer(Policy):
         self._budget = amount(self.budget, n).clamp(min=1)
         self._recent = amount(self.recent, self._budget).clamp(min=1)
         self._most = min(max(most(self.budget, tokens), 1), self.cache.capacity)
-        self._evict(self._scores_of(q, k, causal=True, lengths=n, query_lengths=n))
+        self._evict(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         self._append(k, v)
         self._steps += 1
         out = self._attend_all(q)
-        new = self._scores_of(q, cache.k, lengths=cache.lengths)
+        new = self._scores_of(q, cache.k, seqlens_k=cache.lengths)
         new[..., : self._scores.shape[-1]] += self._scores
         self._evict(new)
         self._reads.append((cache.lengths, cache.key_bytes))
@@ -248,7 +248,7 @@ class SnapKV(Policy):
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         scores = attention_column_scores(
             q, k, lse, causal=True, scale=self.scale, reduce="mean", window_queries=self.window,
-            head_reduce="group_mean", lengths=n, query_lengths=n, backend=self.backend,
+            head_reduce="group_mean", seqlens_k=n, seqlens_q=n, backend=self.backend,
         )  # fmt: skip
         own = span(self.window - n, q.shape[1])[:, None] >= 0
         scores = avg_pool1d(scores.masked_fill(own, 0), self.kernel, 1, self.kernel // 2)
@@ -356,7 +356,7 @@ class _Compensated(Policy):
         self._width = max(self.local, tokens // self.share)
         keep, counts = first_and_last(n, self.num_sink, self._local, self._width)
         sums = kv_cache_compact(
-            k, v, keep, counts, lengths=n, compensation=True, backend=self.backend
+            k, v, keep, counts, seqlens_k=n, compensation=True, backend=self.backend
         )
         self._k_sum, self._v_sum, self._dropped = sums[1], sums[2], sums[3]
         most = min(self.num_sink + self._width, tokens)

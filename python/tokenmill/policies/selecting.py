@@ -60,7 +60,7 @@ class TokenSelect(Policy):
         asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
         indices, counts = token_select(
             q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=self.num_recent,
-            scale=self.scale if self.vote_scale is None else self.vote_scale, lengths=asked,
+            scale=self.scale if self.vote_scale is None else self.vote_scale, seqlens_k=asked,
             block_table=self.cache.block_table, backend=self.backend,
         )  # fmt: skip
         serves = serves[:, None, None]
@@ -114,7 +114,7 @@ class TidalDecode(Policy):
         cache, heads = self.cache, self.cache.k.shape[2]
         logits = kv_block_scores(
             q, cache.k, head_reduce="group_max", scale=self.scale, num_recent=1,
-            lengths=cache.lengths, block_table=cache.block_table, backend=self.backend,
+            seqlens_k=cache.lengths, block_table=cache.block_table, backend=self.backend,
         )  # fmt: skip
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
         self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
@@ -166,7 +166,7 @@ class Quest(Policy):
         )  # fmt: skip
         bounds = kv_block_scores(
             q, self._boxes, scoring="minmax", block_k=self.page, head_reduce="group_max",
-            scale=self.scale, lengths=cache.lengths, backend=self.backend,
+            scale=self.scale, seqlens_k=cache.lengths, backend=self.backend,
         )  # fmt: skip
         pages = (cache.lengths + self.page - 1) // self.page
         indices, counts = topk_select(

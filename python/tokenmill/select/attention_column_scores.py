@@ -35,8 +35,8 @@ def attention_column_scores(
     gumbel_tau: float | None = None,
     seed: int | None = None,
     head_reduce: Literal["none", "group_mean", "group_max"] = "none",
-    lengths: Tensor | None = None,
-    query_lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The attention that each key receives from all queries, without the matrix of weights.
@@ -55,7 +55,7 @@ def attention_column_scores(
         lse: float32 ``[B, H, Sq]``, of :func:`attention` with return_lse, the same scale and mask;
             None computes it, which doubles the cost. A query whose lse is -inf counts for nothing.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned; of each request with
-            lengths).
+            seqlens_k).
         reduce: "sum" over queries; "mean" divides by the number of queries, "visible_mean" by the
             number of those that see the key (0 where there are none).
         window_queries: only the last window_queries queries count; None: all.
@@ -65,8 +65,8 @@ def attention_column_scores(
             seed, request, head, key and the position of the query, i + Sk - Sq, alone: the next
             step of a growing cache has fresh noise. :func:`tokenmill.select.gumbel_noise` has it.
         head_reduce: "none", or "group_mean" or "group_max" over the query heads of a key head.
-        lengths: int32 ``[B]``, the keys of each request; others score 0. None: Sk.
-        query_lengths: int32 ``[B]``, the queries of each request; None: Sq.
+        seqlens_k: int32 ``[B]``, the keys of each request; others score 0. None: Sk.
+        seqlens_q: int32 ``[B]``, the queries of each request; None: Sq.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -92,8 +92,8 @@ def attention_column_scores(
     """
     lowered = lower(
         q, k, lse, causal=causal, reduce=reduce, window_queries=window_queries, scale=scale,
-        gumbel_tau=gumbel_tau, seed=seed, head_reduce=head_reduce, lengths=lengths,
-        query_lengths=query_lengths,
+        gumbel_tau=gumbel_tau, seed=seed, head_reduce=head_reduce, seqlens_k=seqlens_k,
+        seqlens_q=seqlens_q,
     )  # fmt: skip
     (scores,) = call(SPEC, lowered, backend)
     return scores
@@ -111,12 +111,12 @@ def lower(
     gumbel_tau: float | None = None,
     seed: int | None = None,
     head_reduce: str = "none",
-    lengths: Tensor | None = None,
-    query_lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    seqlens_q: Tensor | None = None,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "q", q)
     check_tensor(OP, "k", k)
-    for name, t in (("lse", lse), ("lengths", lengths), ("query_lengths", query_lengths)):
+    for name, t in (("lse", lse), ("seqlens_k", seqlens_k), ("seqlens_q", seqlens_q)):
         check_tensor(OP, name, t, optional=True)
     check_bool(OP, "causal", causal)
     for name, text in (("reduce", reduce), ("head_reduce", head_reduce)):
@@ -132,7 +132,7 @@ def lower(
         fail(OP, "seed", "goes with gumbel_tau alone", seed)
     return (
         q, k, None if lse is None else widen(lse, q), scale_or_default(OP, scale, q), causal,
-        reduce, window_queries, head_reduce, lengths, query_lengths, tau,
+        reduce, window_queries, head_reduce, seqlens_k, seqlens_q, tau,
         0 if seed is None else seed,
     )  # fmt: skip
 
@@ -146,8 +146,8 @@ def _check(
     reduce: str,
     window_queries: int | None,
     head_reduce: str,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
+    seqlens_k: Tensor | None,
+    seqlens_q: Tensor | None,
     gumbel_tau: float,
     seed: int,
     *,
@@ -164,7 +164,7 @@ def _check(
         check(window_queries >= 1, OP, "window_queries", "must be at least 1", window_queries)
     rule = "must be 'none', 'group_mean' or 'group_max'"
     check(head_reduce in HEAD_REDUCTIONS, OP, "head_reduce", rule, head_reduce)
-    for name, t in (("lengths", lengths), ("query_lengths", query_lengths)):
+    for name, t in (("seqlens_k", seqlens_k), ("seqlens_q", seqlens_q)):
         check_per_request(OP, name, t, q.shape[0], "k", k)
     finite = math.isfinite(gumbel_tau) and gumbel_tau >= 0
     check(finite, OP, "gumbel_tau", "must be finite and not negative (0 = off)", gumbel_tau)
@@ -180,13 +180,13 @@ def _check_values(
     reduce: str,
     window_queries: int | None,
     head_reduce: str,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
+    seqlens_k: Tensor | None,
+    seqlens_q: Tensor | None,
     gumbel_tau: float,
     seed: int,
 ) -> None:
-    check_length_values(OP, "lengths", lengths, k.shape[1])
-    check_length_values(OP, "query_lengths", query_lengths, q.shape[1])
+    check_length_values(OP, "seqlens_k", seqlens_k, k.shape[1])
+    check_length_values(OP, "seqlens_q", seqlens_q, q.shape[1])
 
 
 def _fake(*lowered: Any) -> Tensor:

@@ -18,8 +18,8 @@ def _sample(
     hk: int = 1,
     d: int = 32,
     with_lse: bool = False,
-    lengths: tuple[int, ...] | None = None,
-    query_lengths: tuple[int, ...] | None = None,
+    seqlens_k: tuple[int, ...] | None = None,
+    seqlens_q: tuple[int, ...] | None = None,
     spread: float = 1.0,
     **options: Any,
 ) -> Any:
@@ -27,7 +27,7 @@ def _sample(
         q = (spread * torch.randn(b, sq, h, d, generator=g)).to(dtype)
         k = torch.randn(b, sk, hk, d, generator=g).to(dtype)
         given = dict(options)
-        for name, values in (("lengths", lengths), ("query_lengths", query_lengths)):
+        for name, values in (("seqlens_k", seqlens_k), ("seqlens_q", seqlens_q)):
             if values is not None:
                 given[name] = torch.tensor(values, dtype=torch.int32)
         if not with_lse:
@@ -48,13 +48,13 @@ SAMPLES = (
     Sample("groups", _sample(b=1, h=6, hk=2, d=20, head_reduce="group_mean", with_lse=True)),
     Sample("largest of a group", _sample(b=1, h=5, d=64, head_reduce="group_max", causal=True)),
     Sample(
-        "lengths",
+        "seqlens_k",
         _sample(
             b=4,
             sq=50,
             sk=90,
-            lengths=(90, 33, 0, 61),
-            query_lengths=(50, 1, 20, 0),
+            seqlens_k=(90, 33, 0, 61),
+            seqlens_q=(50, 1, 20, 0),
             causal=True,
             reduce="visible_mean",
             window_queries=16,
@@ -71,8 +71,8 @@ SAMPLES = (
             d=16,
             gumbel_tau=0.7,
             seed=3,
-            lengths=(64, 20, 5),
-            query_lengths=(20, 20, 9),
+            seqlens_k=(64, 20, 5),
+            seqlens_q=(20, 20, 9),
             reduce="mean",
             causal=True,
         ),
@@ -158,25 +158,25 @@ MALFORMED = (
         lambda a, k: k.update(window_queries=0),
     ),
     Malformed(
-        "shape of lengths",
-        "lengths: must have shape [2]; got [3]",
-        lambda a, k: k.update(lengths=_ints(1, 2, 3)),
+        "shape of seqlens_k",
+        "seqlens_k: must have shape [2]; got [3]",
+        lambda a, k: k.update(seqlens_k=_ints(1, 2, 3)),
     ),
     Malformed(
-        "dtype of lengths",
-        "query_lengths: must be int32; got int64",
-        lambda a, k: k.update(query_lengths=torch.zeros(2, dtype=torch.int64)),
+        "dtype of seqlens_q",
+        "seqlens_q: must be int32; got int64",
+        lambda a, k: k.update(seqlens_q=torch.zeros(2, dtype=torch.int64)),
     ),
     Malformed(
         "too long",
-        "lengths: must be 0 to 70; got 71",
-        lambda a, k: k.update(lengths=_ints(70, 71)),
+        "seqlens_k: must be 0 to 70; got 71",
+        lambda a, k: k.update(seqlens_k=_ints(70, 71)),
         values=True,
     ),
     Malformed(
         "negative length",
-        "query_lengths: must be 0 to 70; got -1",
-        lambda a, k: k.update(query_lengths=_ints(70, -1)),
+        "seqlens_q: must be 0 to 70; got -1",
+        lambda a, k: k.update(seqlens_q=_ints(70, -1)),
         values=True,
     ),
 )

@@ -31,7 +31,7 @@ def attention_row_scores(
     reduce: Literal["none", "sum", "mean", "max"] = "mean",
     skip: int = 0,
     causal: bool = False,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The attention that a few queries give to each key.
@@ -55,7 +55,7 @@ def attention_row_scores(
         reduce: over heads and rows: "mean", "sum", "max", or "none".
         skip: the first keys that have no place in the result (1 for a class token).
         causal: row r sees keys j <= r + Sk - R: the rows are the last queries.
-        lengths: int32 ``[B]``, the keys of each request; others get 0. None: Sk.
+        seqlens_k: int32 ``[B]``, the keys of each request; others get 0. None: Sk.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -78,8 +78,9 @@ def attention_row_scores(
         >>> keep, _ = tm.topk_select(scores, 137)
     """
     lowered = lower(
-        q_rows, k, scale=scale, lse=lse, reduce=reduce, skip=skip, causal=causal, lengths=lengths
-    )
+        q_rows, k, scale=scale, lse=lse, reduce=reduce, skip=skip, causal=causal,
+        seqlens_k=seqlens_k,
+    )  # fmt: skip
     (scores,) = call(SPEC, lowered, backend)
     return scores
 
@@ -93,18 +94,18 @@ def lower(
     reduce: str = "mean",
     skip: int = 0,
     causal: bool = False,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "q_rows", q_rows)
     check_tensor(OP, "k", k)
-    for name, t in (("lse", lse), ("lengths", lengths)):
+    for name, t in (("lse", lse), ("seqlens_k", seqlens_k)):
         check_tensor(OP, name, t, optional=True)
     check_bool(OP, "causal", causal)
     check_text(OP, "reduce", reduce)
     skip = as_int(OP, "skip", skip)
     return (
         q_rows, k, None if lse is None else widen(lse, q_rows),
-        scale_or_default(OP, scale, q_rows), causal, reduce, skip, lengths,
+        scale_or_default(OP, scale, q_rows), causal, reduce, skip, seqlens_k,
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _check(
     causal: bool,
     reduce: str,
     skip: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     *,
     float64: bool = False,
 ) -> None:
@@ -127,12 +128,12 @@ def _check(
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if not 0 <= skip <= k.shape[1]:
         fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
-    check_per_request(OP, "lengths", lengths, q.shape[0], "k", k)
+    check_per_request(OP, "seqlens_k", seqlens_k, q.shape[0], "k", k)
 
 
 def _check_values(*lowered: Any) -> None:
     a = FORWARD.record(*lowered)
-    check_length_values(OP, "lengths", a.lengths, a.k.shape[1])
+    check_length_values(OP, "seqlens_k", a.seqlens_k, a.k.shape[1])
 
 
 def _fake(
@@ -143,7 +144,7 @@ def _fake(
     causal: bool,
     reduce: str,
     skip: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
 ) -> Tensor:
     inner = (q.shape[2], q.shape[1]) if reduce == "none" else ()
     return q.new_empty((q.shape[0], *inner, k.shape[1] - skip), dtype=torch.float32)

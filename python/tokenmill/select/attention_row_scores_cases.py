@@ -17,15 +17,15 @@ def _sample(
     hk: int = 2,
     d: int = 32,
     with_lse: bool = False,
-    lengths: tuple[int, ...] | None = None,
+    seqlens_k: tuple[int, ...] | None = None,
     **options: Any,
 ) -> Any:
     def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         q = torch.randn(b, r, h, d, generator=g).to(dtype)
         k = torch.randn(b, n, hk, d, generator=g).to(dtype)
         given = dict(options)
-        if lengths is not None:
-            given["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        if seqlens_k is not None:
+            given["seqlens_k"] = torch.tensor(seqlens_k, dtype=torch.int32)
         if with_lse:
             lse = 4 + torch.rand(b, h, r, generator=g)
             lse[..., 0, 0] = float("-inf")
@@ -45,8 +45,8 @@ SAMPLES = (
     Sample("last queries", _sample(r=5, n=40, causal=True, reduce="max")),
     Sample("each row", _sample(b=1, r=3, d=20, causal=True, reduce="none", skip=4)),
     Sample(
-        "lengths",
-        _sample(b=4, r=3, lengths=(50, 0, 2, 33), causal=True),
+        "seqlens_k",
+        _sample(b=4, r=3, seqlens_k=(50, 0, 2, 33), causal=True),
     ),
     Sample("many heads", _sample(b=1, h=20, hk=1, n=33, d=16)),
     Sample("wide heads", _sample(b=1, n=40, d=200, scale=0.05)),
@@ -86,14 +86,14 @@ MALFORMED = (
         lambda a, k: k.update(skip=198),
     ),
     Malformed(
-        "shape of lengths",
-        "lengths: must have shape [2]; got [1]",
-        lambda a, k: k.update(lengths=torch.zeros(1, dtype=torch.int32)),
+        "shape of seqlens_k",
+        "seqlens_k: must have shape [2]; got [1]",
+        lambda a, k: k.update(seqlens_k=torch.zeros(1, dtype=torch.int32)),
     ),
     Malformed(
         "too long",
-        "lengths: must be 0 to 197; got 198",
-        lambda a, k: k.update(lengths=torch.full((2,), 198, dtype=torch.int32)),
+        "seqlens_k: must be 0 to 197; got 198",
+        lambda a, k: k.update(seqlens_k=torch.full((2,), 198, dtype=torch.int32)),
         values=True,
     ),
 )

@@ -54,7 +54,7 @@ def kv_block_scores(
     causal: bool = False,
     num_sink: int = 0,
     num_recent: int = 0,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -68,10 +68,10 @@ def kv_block_scores(
     2. z = scale q·k ("dot": k has a pooled key for each block, or tokens with block_k=1), or with
        scoring="minmax" the bound :math:`scale \sum_d \max(q_d, 0) M_d + \min(q_d, 0) m_d`, which no
        key of a box exceeds (for scale > 0), or with "max_block" q·k of raw keys.
-    3. z is -inf where the query does not see the row: tokens from lengths on, later than the query
-       if causal (bottom-right aligned: query i is at lengths - Sq + i), before num_sink, and
-       the last num_recent of those that are left. A row of several tokens is seen if one of them
-       is. Boxes without keys (minimum above maximum) are not seen either.
+    3. z is -inf where the query does not see the row: tokens from seqlens_k on, later than the
+       query if causal (bottom-right aligned: query i is at seqlens_k - Sq + i), before num_sink,
+       and the last num_recent of those that are left. A row of several tokens is seen if one of
+       them is. Boxes without keys (minimum above maximum) are not seen either.
     4. "max_block" takes the maximum over the tokens of each block.
     5. q_reduce="max" takes the maximum over the queries of each block_q.
     6. head_reduce takes the maximum or the mean over the query heads of a key head, or with
@@ -96,7 +96,7 @@ def kv_block_scores(
         causal: a query sees no later token.
         num_sink: first tokens that are not scored, as they are kept anyway.
         num_recent: last tokens likewise, of those that the query sees.
-        lengths: ``[B]`` int32, tokens (not blocks) of each request; clamped to those that there
+        seqlens_k: int32 ``[B]``, tokens (not blocks) of each request; clamped to those that there
             are, negative = none. None: all.
         block_table: ``[B, P]`` int32, the pages of each request; row t of k is row t % page_size of
             page ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
@@ -131,7 +131,7 @@ def kv_block_scores(
     lowered = lower(
         q, k, scoring=scoring, block_k=block_k, q_reduce=q_reduce, block_q=block_q,
         head_reduce=head_reduce, scale=scale, causal=causal, num_sink=num_sink,
-        num_recent=num_recent, lengths=lengths, block_table=block_table,
+        num_recent=num_recent, seqlens_k=seqlens_k, block_table=block_table,
     )  # fmt: skip
     return call(SPEC, lowered, backend)[0]
 
@@ -149,12 +149,12 @@ def lower(
     causal: bool = False,
     num_sink: int = 0,
     num_recent: int = 0,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k)):
         check_tensor(OP, name, t)
-    for name, option in (("lengths", lengths), ("block_table", block_table)):
+    for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
         check_tensor(OP, name, option, optional=True)
     block_k, block_q = as_int(OP, "block_k", block_k), as_int(OP, "block_q", block_q)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
@@ -164,7 +164,7 @@ def lower(
     factor = scale_or_default(OP, scale, q)
     return (
         q, k, scoring, block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink,
-        num_recent, lengths, block_table,
+        num_recent, seqlens_k, block_table,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _check(
     causal: bool,
     num_sink: int,
     num_recent: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     *,
     float64: bool = False,
@@ -224,7 +224,7 @@ def _check(
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
     check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
     check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
-    check_per_request(OP, "lengths", lengths, batch, "k", k)
+    check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)
 
 
 def _check_values(
@@ -239,12 +239,12 @@ def _check_values(
     causal: bool,
     num_sink: int,
     num_recent: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    if lengths is not None and scoring != "max_block":  # in rows of k
-        lengths = (lengths.long().clamp(min=0) + block_k - 1) // block_k
-    check_block_table_values(OP, block_table, k, lengths)
+    if seqlens_k is not None and scoring != "max_block":  # in rows of k
+        seqlens_k = (seqlens_k.long().clamp(min=0) + block_k - 1) // block_k
+    check_block_table_values(OP, block_table, k, seqlens_k)
 
 
 def _fake(
@@ -259,7 +259,7 @@ def _fake(
     causal: bool,
     num_sink: int,
     num_recent: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
 ) -> Tensor:
     batch, queries, heads, _ = q.shape

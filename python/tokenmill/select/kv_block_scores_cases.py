@@ -50,12 +50,12 @@ TABLE = torch.tensor([[4, 1, 2, -1], [0, 3, -1, -1]], dtype=torch.int32)
 
 SAMPLES = (
     Sample("dot", _sample(sq=3)),
-    Sample("tokens of a cache", _sample(n=300, h=8, d=64, lengths=_ints(277, 9))),
+    Sample("tokens of a cache", _sample(n=300, h=8, d=64, seqlens_k=_ints(277, 9))),
     Sample(
         "minmax",
-        _sample(n=40, d=64, scoring="minmax", block_k=16, lengths=_ints(600, 17)),
+        _sample(n=40, d=64, scoring="minmax", block_k=16, seqlens_k=_ints(600, 17)),
     ),
-    Sample("max_block", _sample(n=130, scoring="max_block", block_k=32, lengths=_ints(130, 33))),
+    Sample("max_block", _sample(n=130, scoring="max_block", block_k=32, seqlens_k=_ints(130, 33))),
     Sample("small blocks", _sample(sq=2, n=61, scoring="max_block", block_k=4, causal=True)),
     Sample(
         "odd blocks",
@@ -81,14 +81,14 @@ SAMPLES = (
         "group mean",
         _sample(
             sq=9, h=10, n=33, scoring="minmax", block_k=4, head_reduce="group_mean",
-            q_reduce="max", block_q=4, causal=True, lengths=_ints(132, 60),
+            q_reduce="max", block_q=4, causal=True, seqlens_k=_ints(132, 60),
         ),
     ),
     Sample(
         "vote",
         _sample(
             n=200, h=8, head_reduce="softmax_vote", num_sink=5, num_recent=33,
-            lengths=_ints(190, 30),
+            seqlens_k=_ints(190, 30),
         ),
     ),
     Sample(
@@ -105,12 +105,12 @@ SAMPLES = (
     Sample("empty boxes", _sample(scoring="minmax", block_k=4, d=12, change=_empty_boxes)),
     Sample(
         "paged",
-        _sample(sq=2, pages=(5, 16), causal=True, lengths=_ints(41, 20), block_table=TABLE),
+        _sample(sq=2, pages=(5, 16), causal=True, seqlens_k=_ints(41, 20), block_table=TABLE),
     ),
     Sample(
         "paged blocks",
         _sample(
-            pages=(5, 16), scoring="max_block", block_k=12, lengths=_ints(41, 20),
+            pages=(5, 16), scoring="max_block", block_k=12, seqlens_k=_ints(41, 20),
             block_table=TABLE,
         ),
     ),
@@ -214,9 +214,9 @@ MALFORMED = (
     Malformed("num_sink", "num_sink: must not be negative; got -1", _set(num_sink=-1)),
     Malformed("num_recent", "num_recent: must not be negative; got -2", _set(num_recent=-2)),
     Malformed(
-        "lengths",
-        "lengths: must have shape [2]; got [3]",
-        _set(lengths=torch.zeros(3, dtype=torch.int32)),
+        "seqlens_k",
+        "seqlens_k: must have shape [2]; got [3]",
+        _set(seqlens_k=torch.zeros(3, dtype=torch.int32)),
     ),
     Malformed(
         "missing page",

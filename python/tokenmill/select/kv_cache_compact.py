@@ -37,7 +37,7 @@ def kv_cache_compact(
     keep: Tensor,
     counts: Tensor,
     *,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     rerotate: float | Tensor | None = None,
     interleaved: bool = False,
@@ -58,7 +58,7 @@ def kv_cache_compact(
         keep: int32 ``[B, K]``, or ``[B, Hk, K]`` for a list of each head (dense caches alone):
             slots in ascending order, as :func:`topk_select` gives them.
         counts: int32 ``[B]`` or ``[B, Hk]``, the entries of each list that count.
-        lengths: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
+        seqlens_k: int32 ``[B]``, the tokens in the cache of each request; None: all slots.
         block_table: int32 ``[B, pages]``, the page of each run of page-size tokens.
         rerotate: for keys to which a rotary embedding was applied at their slot: rotates them by
             slot d minus slot keep[d], in float32. A base from 1 on (inverse frequencies
@@ -66,15 +66,15 @@ def kv_cache_compact(
             the inverse frequencies themselves, float ``[1 .. D/2]`` (columns after the pairs stay
             as they are). None: keys keep their positions.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + number of pairs).
-        compensation: also return sums over the tokens below lengths that no list names, before any
-            rotation: the compensation token of RazorAttention is their mean. They may be added to
-            those of earlier calls.
+        compensation: also return sums over the tokens below seqlens_k that no list names, before
+            any rotation: the compensation token of RazorAttention is their mean. They may be added
+            to those of earlier calls.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        lengths now, int32 of the shape of counts; with compensation (lengths, k_sum, v_sum,
-        dropped): float32 ``[B, Hk, D]`` and ``[B, Hk, Dv]``, and int32 ``[B, Hk]``, how many. There
-        is no gradient: inputs that require one are refused unless under no_grad.
+        seqlens_k as it is now, int32 of the shape of counts; with compensation (seqlens_k, k_sum,
+        v_sum, dropped): float32 ``[B, Hk, D]`` and ``[B, Hk, Dv]``, and int32 ``[B, Hk]``, how
+        many. There is no gradient: inputs that require one are refused unless under no_grad.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything is written. On a GPU an entry
@@ -97,7 +97,7 @@ def kv_cache_compact(
         tensor([0., 1., 5., 6., 7.])
     """
     lowered = lower(
-        k_cache, v_cache, keep, counts, lengths=lengths, block_table=block_table,
+        k_cache, v_cache, keep, counts, seqlens_k=seqlens_k, block_table=block_table,
         rerotate=rerotate, interleaved=interleaved, compensation=compensation,
     )  # fmt: skip
     now, k_sum, v_sum, dropped = call(SPEC, lowered, backend)
@@ -110,7 +110,7 @@ def lower(
     keep: Tensor,
     counts: Tensor,
     *,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     rerotate: float | Tensor | None = None,
     interleaved: bool = False,
@@ -118,13 +118,13 @@ def lower(
 ) -> tuple[Any, ...]:
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache), ("keep", keep), ("counts", counts)):
         check_tensor(OP, name, t)
-    for name, option in (("lengths", lengths), ("block_table", block_table)):
+    for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
         check_tensor(OP, name, option, optional=True)
     for name, flag in (("interleaved", interleaved), ("compensation", compensation)):
         check_bool(OP, name, flag)
     rotations = None if rerotate is None else _rotations(rerotate, k_cache)
     return (
-        k_cache, v_cache, keep, counts, lengths, block_table, rotations, interleaved, compensation
+        k_cache, v_cache, keep, counts, seqlens_k, block_table, rotations, interleaved, compensation
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _check(
     v_cache: Tensor,
     keep: Tensor,
     counts: Tensor,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     rotations: Tensor | None,
     interleaved: bool,
@@ -195,10 +195,10 @@ def _check(
         check(is_power_of_two(size), OP, "k_cache", rule, size)
     elif k_cache.shape[0] != batch:
         fail(OP, "k_cache", f"must have the requests of keep, {batch}", k_cache.shape[0])
-    if lengths is not None:
-        if list(lengths.shape) != [batch]:
-            fail(OP, "lengths", f"must have shape [{batch}]", lengths.shape)
-        _check_ints("lengths", lengths, k_cache)
+    if seqlens_k is not None:
+        if list(seqlens_k.shape) != [batch]:
+            fail(OP, "seqlens_k", f"must have shape [{batch}]", seqlens_k.shape)
+        _check_ints("seqlens_k", seqlens_k, k_cache)
     if rotations is not None:
         ok = rotations.dim() == 2 and rotations.shape[0] == 2
         if not (ok and rotations.shape[1] >= 1 and 2 * rotations.shape[1] <= dim):
@@ -210,7 +210,7 @@ def _check(
     read = {
         "keep": keep,
         "counts": counts,
-        "lengths": lengths,
+        "seqlens_k": seqlens_k,
         "block_table": block_table,
         "rerotate": rotations,
     }
@@ -229,7 +229,7 @@ def _check_values(
     v_cache: Tensor,
     keep: Tensor,
     counts: Tensor,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     rotations: Tensor | None,
     interleaved: bool,
@@ -237,10 +237,10 @@ def _check_values(
 ) -> None:
     batch, size, entries = keep.shape[0], k_cache.shape[1], keep.shape[-1]
     capacity = size if block_table is None else block_table.shape[1] * size
-    length = [capacity] * batch if lengths is None else lengths.tolist()
+    length = [capacity] * batch if seqlens_k is None else seqlens_k.tolist()
     for n in length:
         rule = f"must be 0 to what the cache holds of a request, {capacity}"
-        check(0 <= n <= capacity, OP, "lengths", rule, n)
+        check(0 <= n <= capacity, OP, "seqlens_k", rule, n)
     for b in range(batch):
         lists = keep[b].tolist() if keep.dim() == 3 else [keep[b].tolist()]
         for kept, count in zip(lists, counts[b].reshape(-1).tolist(), strict=True):
@@ -266,7 +266,7 @@ def _fake(
     v_cache: Tensor,
     keep: Tensor,
     counts: Tensor,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     rotations: Tensor | None,
     interleaved: bool,

@@ -17,7 +17,7 @@ def _sample(
     dv: int = 32,
     entries: int = 20,
     counts: Any = (20, 7),
-    lengths: tuple[int, ...] | None = None,
+    seqlens_k: tuple[int, ...] | None = None,
     pages: int | None = None,
     page_size: int = 8,
     frequencies: int | None = None,
@@ -32,12 +32,12 @@ def _sample(
         keep = torch.full((*count.shape, entries), -1, dtype=torch.int32)
         for at in range(count.numel()):
             n = int(count.flatten()[at])
-            length = capacity if lengths is None else lengths[at * b // count.numel()]
+            length = capacity if seqlens_k is None else seqlens_k[at * b // count.numel()]
             chosen = torch.randperm(length, generator=g)[:n].sort()[0]
             keep.view(count.numel(), entries)[at, :n] = chosen.int()
         given = dict(options)
-        if lengths is not None:
-            given["lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        if seqlens_k is not None:
+            given["seqlens_k"] = torch.tensor(seqlens_k, dtype=torch.int32)
         if pages is not None:
             given["block_table"] = torch.randperm(b * pages, generator=g).int().view(b, pages)
         if frequencies is not None:
@@ -55,10 +55,10 @@ SAMPLES = (
         "lists of heads",
         _sample(counts=((20, 3), (0, 11)), compensation=True, rerotate=500.0, interleaved=True),
     ),
-    Sample("sums", _sample(lengths=(33, 12), counts=(5, 12), compensation=True)),
+    Sample("sums", _sample(seqlens_k=(33, 12), counts=(5, 12), compensation=True)),
     Sample(
         "pages",
-        _sample(pages=5, lengths=(40, 17), counts=(20, 9), rerotate=10000.0, compensation=True),
+        _sample(pages=5, seqlens_k=(40, 17), counts=(20, 9), rerotate=10000.0, compensation=True),
     ),
     Sample("part of the columns", _sample(d=20, dv=9, frequencies=6)),
     Sample("part, interleaved", _sample(d=21, dv=33, hk=1, frequencies=3, interleaved=True)),
@@ -136,9 +136,9 @@ MALFORMED = (
         _pages_of_heads,
     ),
     Malformed(
-        "shape of lengths",
-        "lengths: must have shape [2]; got [3]",
-        lambda a, k: k.update(lengths=_ints(1, 2, 3)),
+        "shape of seqlens_k",
+        "seqlens_k: must have shape [2]; got [3]",
+        lambda a, k: k.update(seqlens_k=_ints(1, 2, 3)),
     ),
     Malformed(
         "base",
@@ -173,8 +173,8 @@ MALFORMED = (
     ),
     Malformed(
         "too long",
-        "lengths: must be 0 to what the cache holds of a request, 40; got 41",
-        lambda a, k: k.update(lengths=_ints(41, 3)),
+        "seqlens_k: must be 0 to what the cache holds of a request, 40; got 41",
+        lambda a, k: k.update(seqlens_k=_ints(41, 3)),
         values=True,
     ),
     Malformed(

@@ -20,13 +20,13 @@ def token_select(
     num_recent: int = 512,
     vote: str = "softmax",
     scale: float | None = None,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The k tokens of a cache with the most votes of all heads, beside sink and recent tokens.
 
-    Candidates are the tokens num_sink to lengths - num_recent - 1. The mean of the queries of q
+    Candidates are the tokens num_sink to seqlens_k - num_recent - 1. The mean of the queries of q
     (rounded to their dtype) gives each head a softmax over the candidates, and a token's vote is
     its sum over heads: :math:`w_t = \sum_h \exp(scale\, \bar q_h \cdot k_t - lse_h)`. The list
     holds candidates alone: the first num_sink and the last num_recent tokens are attended to
@@ -48,7 +48,7 @@ def token_select(
         num_recent: recent (last) tokens, which are not in the list.
         vote: "softmax".
         scale: factor of the products. None = 1/sqrt(D); the authors' code has 1.
-        lengths: ``[B]`` int32, tokens of each request. None: all.
+        seqlens_k: int32 ``[B]``, tokens of each request; None: all.
         block_table: ``[B, P]`` int32, the pages of each request.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -79,7 +79,7 @@ def token_select(
     check(vote == "softmax", OP, "vote", "must be 'softmax'", vote)
     votes = kv_block_scores(
         q, k_cache, q_reduce="mean", block_q=max(q.shape[1], 1), head_reduce="softmax_vote",
-        scale=scale, num_sink=num_sink, num_recent=num_recent, lengths=lengths,
+        scale=scale, num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k,
         block_table=block_table, backend=backend,
     )  # fmt: skip
     batch, _, rows, tokens = votes.shape

@@ -34,7 +34,7 @@ class BlockSparseOptions(TypedDict, total=False):
     num_recent: int
     scale: float | None
     softcap: float
-    lengths: Tensor | None
+    seqlens_k: Tensor | None
     backend: str | None
 
 
@@ -82,14 +82,14 @@ def block_sparse_attention(
     num_recent: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
     Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
-    lengths[b] keys, and query i is at position p = n - Sq + i. It sees of the keys j < n (and j
+    seqlens_k[b] keys, and query i is at position p = n - Sq + i. It sees of the keys j < n (and j
     <= p if causal) those
 
     - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
@@ -116,7 +116,7 @@ def block_sparse_attention(
         num_recent: recent (last) keys, up to the query itself, likewise; with causal alone.
         scale: factor of q.k; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
-        lengths: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
+        seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
         return_lse: also return lse.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
@@ -159,7 +159,7 @@ def block_sparse_attention(
             num_recent=num_recent,
             scale=scale,
             softcap=softcap,
-            lengths=lengths,
+            seqlens_k=seqlens_k,
             return_lse=return_lse,
         ),
         backend,
@@ -181,12 +181,12 @@ def lower(
     num_recent: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
-    lengths: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(OP, name, t)
-    check_tensor(OP, "lengths", lengths, optional=True)
+    check_tensor(OP, "seqlens_k", seqlens_k, optional=True)
     block_q, block_k = as_int(OP, "block_q", block_q), as_int(OP, "block_k", block_k)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
     flags = (("causal", causal), ("return_lse", return_lse))
@@ -206,7 +206,7 @@ def lower(
         num_recent,
         scale_or_default(OP, scale, q),
         softcap,
-        lengths,
+        seqlens_k,
     )
 
 
@@ -224,7 +224,7 @@ def _check(
     num_recent: int,
     scale: float,
     softcap: float,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     *,
     float64: bool = False,
 ) -> None:
@@ -241,7 +241,7 @@ def _check(
     fits = fits and indices.shape[1] in (1, kv_heads, heads)
     shape = f"[{batch}, 1, {kv_heads} or {heads}, {rows}, K]"
     check_list(OP, indices, counts, shape, fits, "q", q)
-    check_per_request(OP, "lengths", lengths, batch, "q", q)
+    check_per_request(OP, "seqlens_k", seqlens_k, batch, "q", q)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ SAMPLES = (
         ),
     ),
     Sample(
-        "lengths",
+        "seqlens_k",
         block_sparse_call(
             b=3,
             sk=80,
@@ -102,10 +102,10 @@ SAMPLES = (
             causal=True,
             num_sink=4,
             num_recent=6,
-            lengths=torch.tensor([80, 50, 0], dtype=torch.int32),
+            seqlens_k=torch.tensor([80, 50, 0], dtype=torch.int32),
         ),
     ),
-    Sample("lengths, not causal", block_sparse_call(lengths=torch.tensor([33, 1000]).int())),
+    Sample("seqlens_k, not causal", block_sparse_call(seqlens_k=torch.tensor([33, 1000]).int())),
     Sample("softcap", block_sparse_call(sq=20, h=6, hk=1, lists=1, softcap=2.0, scale=0.5)),
     Sample("wide heads", block_sparse_call(sq=35, sk=64, b=1, d=200, dv=136, causal=True)),
     Sample("not to be trusted", block_sparse_call(hostile=True, entries=6, lists=4)),
@@ -176,13 +176,13 @@ MALFORMED = (
         set_argument(3, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3)),
     ),
     Malformed(
-        "shape of lengths",
-        "lengths: must have shape [2]; got [3]",
-        set_options(lengths=torch.zeros(3, dtype=torch.int32)),
+        "shape of seqlens_k",
+        "seqlens_k: must have shape [2]; got [3]",
+        set_options(seqlens_k=torch.zeros(3, dtype=torch.int32)),
     ),
     Malformed(
-        "dtype of lengths",
-        "lengths: must be int32; got int64",
-        set_options(lengths=torch.zeros(2, dtype=torch.int64)),
+        "dtype of seqlens_k",
+        "seqlens_k: must be int32; got int64",
+        set_options(seqlens_k=torch.zeros(2, dtype=torch.int64)),
     ),
 )

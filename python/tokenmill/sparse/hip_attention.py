@@ -194,7 +194,7 @@ def hip_attention(
     if not decoding or tokens == 0:
         out, lse = block_sparse_attention(
             q, k, v, *found, block_q=block_q, block_k=block_k, causal=causal, num_sink=num_sink,
-            num_recent=num_recent, scale=scale, softcap=softcap, lengths=seqlens_k,
+            num_recent=num_recent, scale=scale, softcap=softcap, seqlens_k=seqlens_k,
             return_lse=True, backend=backend,
         )  # fmt: skip
         return (out, lse) if return_lse else out

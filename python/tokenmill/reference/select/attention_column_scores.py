@@ -25,8 +25,8 @@ def attention_column_scores(
     reduce: str,
     window_queries: int | None,
     head_reduce: str,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
+    seqlens_k: Tensor | None,
+    seqlens_q: Tensor | None,
     gumbel_tau: float,
     seed: int,
     *,
@@ -38,8 +38,8 @@ def attention_column_scores(
     wide = torch.promote_types(q.dtype, torch.float32)
     if upcast:
         q, k = q.to(wide), k.to(wide)
-    n_rows = broadcast_lengths(query_lengths, rows, q)
-    n_columns = broadcast_lengths(lengths, columns, q)
+    n_rows = broadcast_lengths(seqlens_q, rows, q)
+    n_columns = broadcast_lengths(seqlens_k, columns, q)
     first = n_rows * 0 if window_queries is None else (n_rows - window_queries).clamp(min=0)
     i = torch.arange(rows, device=q.device)[:, None]
     j = torch.arange(columns, device=q.device)

@@ -18,7 +18,7 @@ def attention_row_scores(
     causal: bool,
     reduce: str,
     skip: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor]:
@@ -28,7 +28,7 @@ def attention_row_scores(
     wide = torch.promote_types(q.dtype, torch.float32)
     if upcast:
         q, k = q.to(wide), k.to(wide)
-    length = broadcast_lengths(lengths, columns, q)
+    length = broadcast_lengths(seqlens_k, columns, q)
     j = torch.arange(columns, device=q.device)
     visible = j < length
     if causal:

@@ -60,7 +60,7 @@ def gumbel_noise(
         seed: of the call.
         batch, heads, rows, columns: the shape.
         first_batch, first_row: numbers of the first sequence and of the first row; row 0 of a call
-            has the number lengths - query_lengths, its position among the keys.
+            has the number seqlens_k - seqlens_q, its position among the keys.
         dtype: float32 or float64.
 
     Returns:

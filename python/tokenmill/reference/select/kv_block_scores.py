@@ -27,7 +27,7 @@ def kv_block_scores(
     causal: bool,
     num_sink: int,
     num_recent: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor]:
@@ -55,7 +55,7 @@ def kv_block_scores(
         z = _dots(x, y)
     z = (scale * z).flatten(1, 2)
 
-    length = lengths_of(lengths, batch, rows * row_tokens, q.device)
+    length = lengths_of(seqlens_k, batch, rows * row_tokens, q.device)
     end = (length - num_recent)[:, None] + (last - queries + 1 if causal else 0 * last)
     row = torch.arange(rows, device=q.device)
     until = torch.minimum((row + 1) * row_tokens, end[..., None])

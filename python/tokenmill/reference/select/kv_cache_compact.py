@@ -16,7 +16,7 @@ def kv_cache_compact(
     v_cache: Tensor,
     keep: Tensor,
     counts: Tensor,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     block_table: Tensor | None,
     rotations: Tensor | None,
     interleaved: bool,
@@ -35,7 +35,7 @@ def kv_cache_compact(
         pages = slots * 0 + b
         if block_table is not None:
             pages, slots = block_table[b].long().repeat_interleave(size), slots % size
-        length = capacity if lengths is None else int(lengths[b])
+        length = capacity if seqlens_k is None else int(seqlens_k[b])
         for h in range(heads):
             kept = keep[b, : counts[b]] if keep.dim() == 2 else keep[b, h, : counts[b, h]]
             source = kept.long()

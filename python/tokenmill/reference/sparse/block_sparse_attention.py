@@ -28,15 +28,15 @@ def block_sparse_attention(
     num_recent: int,
     scale: float,
     softcap: float,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     visible = visible_keys(
-        q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, lengths
+        q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
     )
-    if lengths is not None:  # what lies behind them may be anything
-        there = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
+    if seqlens_k is not None:  # what lies behind them may be anything
+        there = torch.arange(k.shape[1], device=k.device) < seqlens_k[:, None]
         k, v = (torch.where(there[..., None, None], x, 0.0) for x in (k, v))
     z = scores(q, k, scale, softcap, None, None, None, 0.0, upcast)
     p, lse = softmax(z, visible, None)
@@ -54,14 +54,14 @@ def visible_keys(
     causal: bool,
     num_sink: int,
     num_recent: int,
-    lengths: Tensor | None,
+    seqlens_k: Tensor | None,
 ) -> Tensor:
     """[B, H, Sq, Sk]: the first keys, the listed ones and the last ones, as far as there are any
     and the query may see them."""
     batch, sq, heads = q.shape[:3]
     sk = k.shape[1]
     at = torch.arange(sk, device=q.device)
-    n = torch.full((batch,), sk, device=q.device) if lengths is None else lengths.clamp(0, sk)
+    n = torch.full((batch,), sk, device=q.device) if seqlens_k is None else seqlens_k.clamp(0, sk)
     end = n[:, None].expand(batch, sq)
     if causal:
         end = end - sq + 1 + torch.arange(sq, device=q.device)
