@@ -188,7 +188,7 @@ class TorchOp:
         if namespace not in self._recorded:
             function: Any = _derivatives.autograd_function(self, namespace)
             # Function.apply itself would start again at the uppermost level of torch.func.
-            apply = function and super(torch.autograd.Function, function).apply
+            apply = function and super(torch.autograd.Function, function).apply  # type: ignore[misc]
             self._recorded[namespace] = apply
         found: Callable[..., Any] | None = self._recorded[namespace]
         return found
