@@ -1,5 +1,5 @@
 """Rows of keys that lists put together: first tokens, blocks of the list, last tokens, extra keys.
-csrc/select/sparse_decode_attention/params.h has the same rows.
+csrc/sparse/sparse_decode_attention/params.h has the same rows.
 """
 
 from __future__ import annotations

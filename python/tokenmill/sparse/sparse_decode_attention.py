@@ -312,7 +312,7 @@ def lower(
     )
 
 
-# csrc/select/sparse_decode_attention/host.cpp has the same rules in the same order and words.
+# csrc/sparse/sparse_decode_attention/host.cpp has the same rules in the same order and words.
 def _check(
     q: Tensor,
     k_cache: Tensor,
