@@ -284,7 +284,7 @@ def test_infinite_biases(backend):
 @each_backend
 @pytest.mark.parametrize("sink", [-INF, -300.0, 0.0, 300.0, INF])
 def test_sinks_far_above_and_below_the_scores(sink, backend):
-    """exp(sink - row maximum) overflows from 88 on unless the sink takes part in the pivot."""
+    """exp(sink - row maximum) overflows from 88 on unless the sink takes part in row_max."""
     q, k, v = (randn(1, 5, 2, 8, backend=backend) for _ in range(3))
     logits = torch.full((2,), sink, device=q.device, requires_grad=True)
     out, lse = tm.attention(q, k, v, sink=logits, return_lse=True, backend=backend)

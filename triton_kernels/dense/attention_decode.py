@@ -265,8 +265,8 @@ def merge_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call. scales [2,
-    most], if asked for: pivot and factor of each row, with which a score z has the probability
-    2^(z - pivot) factor."""
+    most], if asked for: row_max and factor of each row, with which a score z has the probability
+    2^(z - row_max) factor."""
     o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_x = o_x < most
     rows = group * seqlen_q
@@ -284,7 +284,7 @@ def merge_kernel(
     if not SIGMOID:
         for i in range(splits):
             b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
-    b_pivot = tl.where(b_top == -INF, 0.0, b_top)
+    b_row_max = tl.where(b_top == -INF, 0.0, b_top)
     for i in range(splits):
         o_partial = tl.cast(i, tl.int64) * most + o_x
         p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
@@ -293,7 +293,7 @@ def merge_kernel(
             b_out += b_value
         else:
             b_own = tl.load(partials.tops + o_partial)
-            b_weight = tl.where(b_own == b_pivot, 1.0, exponential(b_own - b_pivot, head))
+            b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
             b_sum += tl.load(partials.sums + o_partial) * b_weight
             b_out += b_value * b_weight[:, None]
 
@@ -308,7 +308,7 @@ def merge_kernel(
         b_out *= b_factor[:, None]
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
         if scales is not None:
-            tl.store(scales + o_x, b_pivot, mask=m_x)
+            tl.store(scales + o_x, b_row_max, mask=m_x)
             tl.store(scales + most + o_x, b_factor, mask=m_x)
     store_tile(row_pointers(out, o_b, o_i, o_h), m_x, b_out, VALUE_DIM)
 

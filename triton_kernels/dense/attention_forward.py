@@ -61,9 +61,9 @@ def accumulate(
             b_p *= FLOAT16_SCALE
     else:
         b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
-        b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
-        b_p = exponential(b_z - b_pivot[:, None], head)
-        b_shrink = exponential(b_top - b_pivot, head)
+        b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
+        b_p = exponential(b_z - b_row_max[:, None], head)
+        b_shrink = exponential(b_top - b_row_max, head)
         b_top = b_new_top
         b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
         b_acc *= b_shrink[:, None]
@@ -87,8 +87,8 @@ def accumulate_seen(
         if b_v.dtype == tl.float16:
             b_p *= FLOAT16_SCALE
     else:
-        b_pivot = tl.where(b_top == -INF, 0.0, b_top)
-        b_p = exponential(b_z - b_pivot[:, None], head)
+        b_row_max = tl.where(b_top == -INF, 0.0, b_top)
+        b_p = exponential(b_z - b_row_max[:, None], head)
     b_v, b_rest = split_values(b_v, b_z != -INF)
     b_acc += b_rest
     b_pv = dot(b_p, b_v)
@@ -104,17 +104,17 @@ def accumulate_seen(
 def normaliser(b_top, b_sum, b_sink, head):
     """Factor of a row of sums relative to e^top, and its log-sum-exp. b_sink: None, or a logit
     without a value."""
-    b_pivot = b_top
+    b_row_max = b_top
     if b_sink is not None:
         b_sink = (b_sink - head.shift) * (LOG2E / head.log2e)
-        b_pivot = tl.maximum(b_top, b_sink)
-    b_pivot = tl.where(b_pivot == -INF, 0.0, b_pivot)
-    b_factor = exponential(b_top - b_pivot, head)
+        b_row_max = tl.maximum(b_top, b_sink)
+    b_row_max = tl.where(b_row_max == -INF, 0.0, b_row_max)
+    b_factor = exponential(b_top - b_row_max, head)
     b_total = b_sum * b_factor
     if b_sink is not None:
-        b_total += tl.where(b_sink == b_pivot, 1.0, exponential(b_sink - b_pivot, head))
+        b_total += tl.where(b_sink == b_row_max, 1.0, exponential(b_sink - b_row_max, head))
     m_empty = b_total == 0.0
-    b_lse = b_pivot * (head.log2e / LOG2E) + tl.log(tl.where(m_empty, 1.0, b_total)) + head.shift
+    b_lse = b_row_max * (head.log2e / LOG2E) + tl.log(tl.where(m_empty, 1.0, b_total)) + head.shift
     return (
         b_factor / tl.where(m_empty, 1.0, b_total),
         tl.where(m_empty, -INF, b_lse),

@@ -130,7 +130,7 @@ def exponents(b_qk, o_i, o_j, request, requests, factor, inverse_tau, seed, i_b,
 def rows_kernel(
     q,
     k,
-    pivots,
+    row_max,
     weights,
     requests,
     inverse_tau,
@@ -169,14 +169,14 @@ def rows_kernel(
             b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
         b_new_top = tl.maximum(b_top, tl.max(b_t, 1))
-        b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
-        b_sum = b_sum * tl.exp2(b_top - b_pivot) + tl.sum(tl.exp2(b_t - b_pivot[:, None]), 1)
+        b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
+        b_sum = b_sum * tl.exp2(b_top - b_row_max) + tl.sum(tl.exp2(b_t - b_row_max[:, None]), 1)
         b_top = b_new_top
     # Nothing is below +inf: P = 0.
     m_empty = b_sum == 0.0
     o_row = (i_b * heads + i_h) * tokens_q + o_i
     m_row = o_i < request.rows
-    tl.store(pivots + o_row, tl.where(m_empty, INF, b_top), mask=m_row)
+    tl.store(row_max + o_row, tl.where(m_empty, INF, b_top), mask=m_row)
     tl.store(
         weights + o_row, tl.where(m_empty, 0.0, 1.0 / tl.where(m_empty, 1.0, b_sum)), mask=m_row
     )
@@ -186,7 +186,7 @@ def rows_kernel(
 def columns_kernel(
     q,
     k,
-    pivots,
+    row_max,
     weights,
     scores,
     requests,
@@ -225,9 +225,9 @@ def columns_kernel(
             b_qk, o_i[:, None], o_j[None, :], request, requests, factor, inverse_tau, seed, i_b, i_h
         )
         o_row = (i_b * heads + i_h) * tokens_q + o_i
-        b_pivot = tl.load(pivots + o_row, mask=o_i < request.rows, other=INF)
+        b_row_max = tl.load(row_max + o_row, mask=o_i < request.rows, other=INF)
         b_weight = tl.load(weights + o_row, mask=o_i < request.rows, other=0.0)
-        b_p = tl.exp2(b_t - b_pivot[:, None]) * b_weight[:, None]
+        b_p = tl.exp2(b_t - b_row_max[:, None]) * b_weight[:, None]
         # Also the NaN of a row that is not there for a key.
         b_sum += tl.sum(tl.where(b_t == -INF, 0.0, b_p), 0)
     if REDUCE == "mean":
@@ -279,21 +279,21 @@ def attention_column_scores(
     options = {"HEAD_DIM": head_dim, "BLOCK_D": block_d, **tiles}
     places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
     if lse is None:
-        pivots = q.new_empty((batch, heads, rows), dtype=torch.float32)
-        weights = torch.empty_like(pivots)
+        row_max = q.new_empty((batch, heads, rows), dtype=torch.float32)
+        weights = torch.empty_like(row_max)
         blocks = triton.cdiv(window, tiles["BLOCK_M"])
         launch(
-            rows_kernel, blocks * batch * heads, q, *places, pivots, weights, *shared, blocks,
+            rows_kernel, blocks * batch * heads, q, *places, row_max, weights, *shared, blocks,
             **options,
         )  # fmt: skip
     else:
         nothing = lse == -torch.inf
-        pivots = torch.where(nothing, torch.inf, lse * LOG2E.value)
+        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value)
         weights = torch.where(nothing, 0.0, 1.0)
-        pivots, weights = pivots.contiguous(), weights.expand(pivots.shape).contiguous()
+        row_max, weights = row_max.contiguous(), weights.expand(row_max.shape).contiguous()
     blocks = triton.cdiv(columns, tiles["BLOCK_N"])
     launch(
-        columns_kernel, blocks * batch * heads, q, *places, pivots, weights, scores, *shared,
+        columns_kernel, blocks * batch * heads, q, *places, row_max, weights, scores, *shared,
         blocks, REDUCE=reduce, **options,
     )  # fmt: skip
     if not together:

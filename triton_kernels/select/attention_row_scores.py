@@ -64,7 +64,7 @@ def exponents_kernel(
 @triton.jit(do_not_specialize=[*LENGTHS, "rows"])
 def weights_kernel(
     exponents,
-    pivots,
+    row_max,
     weights,
     lengths,
     rows,
@@ -83,21 +83,21 @@ def weights_kernel(
         o_j = j + tl.arange(0, BLOCK)
         b_t = tl.load(p_t + o_j, mask=o_j < end, other=-INF)
         b_new_top = tl.maximum(b_top, b_t)
-        b_pivot = tl.where(b_new_top == -INF, 0.0, b_new_top)
-        b_sum = b_sum * tl.exp2(b_top - b_pivot) + tl.exp2(b_t - b_pivot)
+        b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
+        b_sum = b_sum * tl.exp2(b_top - b_row_max) + tl.exp2(b_t - b_row_max)
         b_top = b_new_top
     top = tl.max(b_top, 0)
-    pivot = tl.where(top == -INF, 0.0, top)
-    total = tl.sum(b_sum * tl.exp2(b_top - pivot), 0)
+    finite = tl.where(top == -INF, 0.0, top)
+    total = tl.sum(b_sum * tl.exp2(b_top - finite), 0)
     # Nothing is below +inf: P = 0.
-    tl.store(pivots + i_row, tl.where(total == 0.0, INF, top))
+    tl.store(row_max + i_row, tl.where(total == 0.0, INF, top))
     tl.store(weights + i_row, tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total)))
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows", "skip"])
 def reduce_kernel(
     exponents,
-    pivots,
+    row_max,
     weights,
     scores,
     lengths,
@@ -122,7 +122,7 @@ def reduce_kernel(
         i_row = i_b * heads * rows + row
         m_seen = o_j < end_of(row % rows, rows, length, CAUSAL)
         b_t = tl.load(exponents + i_row * tokens_k + o_j, mask=m_seen, other=-INF)
-        b_w = tl.exp2(b_t - tl.load(pivots + i_row)) * tl.load(weights + i_row)
+        b_w = tl.exp2(b_t - tl.load(row_max + i_row)) * tl.load(weights + i_row)
         b_w = tl.where(m_seen, b_w, 0.0)
         if REDUCE == "none":
             tl.store(scores + i_row * wanted + o_out, b_w, mask=m_out)
@@ -166,19 +166,19 @@ def attention_row_scores(
         BLOCK_N=block_n, BLOCK_D=max(triton.next_power_of_2(head_dim), 16), num_warps=4,
     )  # fmt: skip
     if lse is None:
-        pivots = q.new_empty((batch, heads, rows), dtype=torch.float32)
-        weights = torch.empty_like(pivots)
+        row_max = q.new_empty((batch, heads, rows), dtype=torch.float32)
+        weights = torch.empty_like(row_max)
         launch(
-            weights_kernel, batch * heads * rows, q, exponents, pivots, weights, lengths, rows,
+            weights_kernel, batch * heads * rows, q, exponents, row_max, weights, lengths, rows,
             columns, heads, CAUSAL=causal, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     else:
         nothing = lse == -torch.inf
-        pivots = torch.where(nothing, torch.inf, lse * LOG2E.value).contiguous()
-        weights = torch.where(nothing, 0.0, torch.ones_like(pivots))
+        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value).contiguous()
+        weights = torch.where(nothing, 0.0, torch.ones_like(row_max))
     blocks = triton.cdiv(wanted, 256)
     launch(
-        reduce_kernel, blocks * batch, q, exponents, pivots, weights, scores, lengths, rows,
+        reduce_kernel, blocks * batch, q, exponents, row_max, weights, scores, lengths, rows,
         columns, skip, heads, blocks, CAUSAL=causal, REDUCE=reduce, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return scores

@@ -70,17 +70,17 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
     z = torch.where(visible, z, NEG_INF)
     nothing = z.new_full((*z.shape[:-1], 1), NEG_INF)
     extra = nothing if sink is None else sink.to(z.dtype)[:, None, None].expand_as(nothing)
-    pivot = torch.cat([z, extra], -1).detach().amax(-1, keepdim=True)
-    pivot = torch.where(pivot == NEG_INF, 0.0, pivot)
-    e = torch.exp(z - pivot)
+    row_max = torch.cat([z, extra], -1).detach().amax(-1, keepdim=True)
+    row_max = torch.where(row_max == NEG_INF, 0.0, row_max)
+    e = torch.exp(z - row_max)
     # A sink of +inf takes everything; inf - inf must not be formed.
     everything = extra == math.inf
-    relative = torch.where(everything, 0.0, extra) - torch.where(pivot == math.inf, 0.0, pivot)
+    relative = torch.where(everything, 0.0, extra) - torch.where(row_max == math.inf, 0.0, row_max)
     sink_weight = torch.where(everything, 1.0, torch.exp(relative))
     total = e.sum(-1, keepdim=True) + sink_weight
     empty = total == 0
     total = torch.where(empty, 1.0, total)
-    lse = torch.where(empty, NEG_INF, pivot + torch.log(total))
+    lse = torch.where(empty, NEG_INF, row_max + torch.log(total))
     return e / total, lse.squeeze(-1)
 
 
