@@ -269,3 +269,11 @@ def test_places_outside_all_segments_are_not_read(backend):
     perm = ints(99, 1, 0, -7, 99)[None]
     y = reduced(x, ints(1, 3)[None], backend, perm=perm)
     assert y.tolist() == [[[2.0, 2.0]]]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_of_tokens_that_come_twice_the_lowest_is_named(backend):
+    perm = torch.tensor([[4, 4, 1, 1]], dtype=torch.int32)
+    offsets = torch.tensor([[0, 4]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"perm: must not name a token twice; got 1$"):
+        tm.segment_reduce(torch.zeros(1, 5, 2), offsets, perm=perm, backend=backend)

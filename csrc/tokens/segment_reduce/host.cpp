@@ -75,11 +75,13 @@ void check_values(const SegmentReduceParams& p) {
       check(*row >= -1 && *row < p.tokens, kOp, "perm", Rule("must be -1 to ", p.tokens - 1),
             int64_t{*row});
     std::fill(seen.begin(), seen.end(), 0);
+    int64_t twice = p.tokens;
     for (const int32_t* row = from; row < until; ++row) {
       if (*row < 0) continue;
-      check(!seen[*row], kOp, "perm", "must not name a token twice", int64_t{*row});
+      if (seen[*row]) twice = std::min<int64_t>(twice, *row);
       seen[*row] = 1;
     }
+    check(twice == p.tokens, kOp, "perm", "must not name a token twice", twice);
   }
 }
 

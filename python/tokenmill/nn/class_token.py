@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor, fail
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_dtype,
+    check_qkv,
+    check_tensor,
+    fail,
+)
 from .._derivatives import transformed
 from .._lowering import scale_or_default
 from ..select.attention_row_scores import attention_row_scores
@@ -174,6 +183,7 @@ class ClsTokenPruning(nn.Module):
             check(some, PRUNING, "scores", "must be a tensor or several", scores)
             for layer in scores:
                 check_tensor(PRUNING, "scores", layer)
+                check_dtype(PRUNING, "scores", layer, float64=True)
                 alike = layer.shape == scores[0].shape and layer.device == scores[0].device
                 check(alike, PRUNING, "scores", "must be alike in every layer", layer.shape)
             scores = torch.stack(list(scores)).sum(0)
