@@ -10,6 +10,11 @@
 
 #include "cuda/launch.cuh"
 
+namespace tokenmill {
+int use_device(int device);  // core/stream.h
+void restore_device(int device);
+}  // namespace tokenmill
+
 namespace {
 
 constexpr int kLimit = 101376, kStatic = 1024;  // bytes
@@ -36,6 +41,11 @@ extern "C" {
 cudaError_t cudaGetDevice(int* out) {
   *out = device;
   return of_query;
+}
+cudaError_t cudaSetDevice(int wanted) {
+  if (wanted >= 40) return cudaErrorInvalidValue;
+  device = wanted;
+  return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 84 : kLimit;
@@ -94,6 +104,14 @@ int main() {
   show("a device behind the table", run(50000));
   show("too much", run(kLimit - kStatic + 1));
   device = 0;
+  const int before = tokenmill::use_device(3), during = device;
+  tokenmill::restore_device(before);
+  std::printf("devices: %d, %d, %d\n", before, during, device);
+  try {
+    tokenmill::use_device(40);
+  } catch (const std::exception& error) {
+    show("no such device", error.what());
+  }
   show("another kernel", launch<second_kernel>(dim3(1, 2), 32, 60000, nullptr, 1, 2));
   launches = 0;
   show("no blocks", launch<first_kernel>(dim3(4, 0), 32, 0, nullptr, 1, 2));

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not CSRC.exists(), reason="not a source tree")
 
 
 def test_one_place_calls_the_runtime():
-    calls = re.compile(r"<<<|\bcuda(Memset|Memcpy|Launch|Func|Get|Device|Driver)\w*\(")
+    calls = re.compile(r"<<<|\bcuda(Memset|Memcpy|Launch|Func|Get|Set|Device|Driver)\w*\(")
     found = {
         str(path.relative_to(CSRC))
         for path in CSRC.rglob("*.cu*")
@@ -53,6 +53,11 @@ def test_every_error_comes_back(said):
     assert said["too many blocks"] == "2^31 - 1 blocks at most on CUDA"
     assert said["no blocks"] == said["no bytes"] == "null" and said["launches"] == "0"
     assert said["multiprocessors"] == "84"
+
+
+def test_a_call_returns_to_the_device_of_the_caller(said):
+    assert said["devices"] == "0, 3, 0"
+    assert said["no such device"] == "tokenmill: invalid argument"
 
 
 def test_an_old_driver_is_named_with_the_one_that_is_needed(said):
