@@ -51,10 +51,10 @@ Array Torch::empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t device) c
   }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
-      on_gpu ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), on_gpu ? device : 0,
-      &handle));
+  const auto device_type = on_gpu ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               code, device_type, on_gpu ? device : 0, &handle) != 0)
+    throw std::runtime_error("tokenmill: out of memory: no result of shape " + show(sizes));
   const auto tensor = std::make_shared<Tensor>(handle);
   Array made;
   static_cast<View&>(made) = view_of(*tensor, true);
