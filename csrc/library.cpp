@@ -17,13 +17,7 @@ struct Definitions {
 
 }  // namespace
 
-// Compiled with TOKENMILL_EMULATED, the same files make a second library, whose CUDA kernels run on
-// CPU tensors, in the PTX machine (csrc/ptxvm).
-#if defined(TOKENMILL_EMULATED)
-STABLE_TORCH_LIBRARY(tokenmill_emulated, library) {
-#else
-STABLE_TORCH_LIBRARY(tokenmill, library) {
-#endif
+TOKENMILL_LIBRARY(library) {
   Definitions m{library};
   using Arguments = std::string;
 

@@ -2,7 +2,6 @@
 // order of the schema; both doors, torch's dispatcher (core/torch.cpp) and DLPack (bindings.cpp),
 // hand over a list of arguments, from which the record is made here.
 #pragma once
-#include <array>
 #include <atomic>
 #include <concepts>
 #include <string>
@@ -45,7 +44,6 @@ struct Schema {
   std::string name;
   std::vector<SchemaArgument> arguments;
   std::vector<std::string> results;
-  size_t positional;  // the arguments before '*'
 };
 
 // Of library.cpp.
@@ -99,12 +97,13 @@ T field_of(const Argument& a) {
 }
 
 template <IsField T>
-constexpr char kind_of() {
-  if constexpr (std::same_as<T, View>) return 'a';
-  if constexpr (std::same_as<T, std::string_view>) return 's';
-  if constexpr (std::same_as<T, int64_t> || std::same_as<T, Optional<int64_t>>) return 'i';
-  if constexpr (std::same_as<T, double> || std::same_as<T, Optional<double>>) return 'f';
-  return 'b';
+constexpr Kind kind_of() {
+  if constexpr (std::same_as<T, View>) return Kind::array;
+  if constexpr (std::same_as<T, std::string_view>) return Kind::text;
+  if constexpr (std::same_as<T, int64_t> || std::same_as<T, Optional<int64_t>>)
+    return Kind::integer;
+  if constexpr (std::same_as<T, double> || std::same_as<T, Optional<double>>) return Kind::number;
+  return Kind::boolean;
 }
 
 // Becomes the next field of a record, whatever its type, from the arguments.
@@ -163,7 +162,7 @@ struct Kinds {
     if constexpr (IsRecord<T>) {
       return record_from<T>(*this);
     } else {
-      text += kind_of<T>();
+      text += static_cast<char>(kind_of<T>());
       return T{};
     }
   }

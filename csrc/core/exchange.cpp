@@ -12,12 +12,13 @@
 namespace tokenmill::exchange {
 namespace {
 
-std::pair<ScalarType, bool> scalar_type(dlpack::DataType t) {
+// Undefined: no argument may have it.
+ScalarType scalar_type(dlpack::DataType t) {
   using S = ScalarType;
-  const auto of = [&](std::initializer_list<std::pair<int, S>> widths) -> std::pair<S, bool> {
+  const auto of = [&](std::initializer_list<std::pair<int, S>> widths) {
     for (auto [bits, type] : widths)
-      if (t.bits == bits && t.lanes == 1) return {type, true};
-    return {S::Undefined, false};
+      if (t.bits == bits && t.lanes == 1) return type;
+    return S::Undefined;
   };
   switch (t.code) {
     case dlpack::kInt:
@@ -41,30 +42,32 @@ std::pair<ScalarType, bool> scalar_type(dlpack::DataType t) {
     case dlpack::kFloat8E5m2fnuz:
       return of({{8, S::Float8_e5m2fnuz}});
     default:
-      return {S::Undefined, false};
+      return S::Undefined;
   }
 }
 
-// Of what operators allocate.
-dlpack::DataType data_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return {dlpack::kFloat, 32, 1};
-    case ScalarType::Half:
-      return {dlpack::kFloat, 16, 1};
-    case ScalarType::BFloat16:
-      return {dlpack::kBfloat, 16, 1};
-    case ScalarType::Int:
-      return {dlpack::kInt, 32, 1};
-    case ScalarType::Long:
-      return {dlpack::kInt, 64, 1};
-    case ScalarType::Byte:
-      return {dlpack::kUInt, 8, 1};
-    case ScalarType::Bool:
-      return {dlpack::kBool, 8, 1};
-    default:
-      throw std::runtime_error("tokenmill: no results of this dtype are made");
-  }
+// A dtype of what operators allocate, as DLPack has it and as Python does.
+struct ResultType {
+  ScalarType scalar;
+  dlpack::DataType dlpack;
+  const char* name;
+};
+
+constexpr ResultType kResultTypes[] = {
+    {ScalarType::Float, {dlpack::kFloat, 32, 1}, "float32"},
+    {ScalarType::Half, {dlpack::kFloat, 16, 1}, "float16"},
+    {ScalarType::BFloat16, {dlpack::kBfloat, 16, 1}, "bfloat16"},
+    {ScalarType::Int, {dlpack::kInt, 32, 1}, "int32"},
+    {ScalarType::Long, {dlpack::kInt, 64, 1}, "int64"},
+    {ScalarType::Byte, {dlpack::kUInt, 8, 1}, "uint8"},
+    {ScalarType::Bool, {dlpack::kBool, 8, 1}, "bool"},
+};
+
+// Its place in kResultTypes.
+size_t result_type(ScalarType type) {
+  for (size_t i = 0; i < std::size(kResultTypes); ++i)
+    if (kResultTypes[i].scalar == type) return i;
+  throw std::runtime_error("tokenmill: no results of this dtype are made");
 }
 
 // What the functions need of torch, looked up once: references are kept.
@@ -75,17 +78,11 @@ struct Torch {
     return torch;
   }
 
-  PyObject* dtype(ScalarType type) const {
-    for (const auto& [known, object] : dtypes)
-      if (known == type) return object;
-    throw std::runtime_error("tokenmill: no results of this dtype are made");
-  }
-
   PyTypeObject* tensor = nullptr;
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
   PyObject *new_empty = nullptr, *dtype_keyword = nullptr;
-  std::vector<std::pair<ScalarType, PyObject*>> dtypes;  // of what operators allocate
+  std::vector<PyObject*> dtypes;  // of kResultTypes
 
  private:
   static const Torch* make() {
@@ -107,14 +104,8 @@ struct Torch {
     torch->is_neg = PyObject_GetAttrString(type, "is_neg");
     torch->new_empty = PyUnicode_InternFromString("new_empty");
     torch->dtype_keyword = Py_BuildValue("(s)", "dtype");
-    for (auto [scalar, name] : {std::pair{ScalarType::Float, "float32"},
-                                {ScalarType::Half, "float16"},
-                                {ScalarType::BFloat16, "bfloat16"},
-                                {ScalarType::Int, "int32"},
-                                {ScalarType::Long, "int64"},
-                                {ScalarType::Byte, "uint8"},
-                                {ScalarType::Bool, "bool"}})
-      torch->dtypes.emplace_back(scalar, PyObject_GetAttrString(module, name));
+    for (const ResultType& type : kResultTypes)
+      torch->dtypes.push_back(PyObject_GetAttrString(module, type.name));
     return PyErr_Occurred() ? nullptr : torch.release();
   }
 };
@@ -186,8 +177,8 @@ class Call : public Framework {
   }
 
   bool set(const dlpack::Tensor& t, View& v) const {
-    const auto [dtype, known] = scalar_type(t.dtype);
-    if (!known || (!t.strides && t.ndim > 0)) return false;
+    const ScalarType dtype = scalar_type(t.dtype);
+    if (dtype == ScalarType::Undefined || (!t.strides && t.ndim > 0)) return false;
     if (t.device.type != dlpack::kCpu && t.device.type != dlpack::kCuda) return false;
     v.pointer = static_cast<char*>(t.data) + t.byte_offset;
     v.sizes = {t.shape, static_cast<size_t>(t.ndim)};
@@ -205,7 +196,7 @@ class Call : public Framework {
     dlpack::Tensor wanted{};
     wanted.device = {dlpack::kCpu, 0};
     wanted.ndim = static_cast<int32_t>(sizes.size());
-    wanted.dtype = data_type(dtype);
+    wanted.dtype = kResultTypes[result_type(dtype)].dlpack;
     wanted.shape = const_cast<int64_t*>(sizes.data());
     std::string error;
     torch_.api->allocate(&wanted, &owner.managed, &error,
@@ -217,7 +208,7 @@ class Call : public Framework {
   }
 
   void make(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
-    PyObject* const of = torch_.dtype(dtype);
+    PyObject* const of = torch_.dtypes[result_type(dtype)];
     const PyGILState_STATE state = PyGILState_Ensure();
     PyObject* const shape = PyTuple_New(static_cast<Py_ssize_t>(sizes.size()));
     for (size_t i = 0; i < sizes.size(); ++i)
@@ -277,10 +268,9 @@ bool Function::convert(const SchemaArgument& a, PyObject* value, Argument& argum
   }
   switch (a.kind) {
     case Kind::integer:
-      argument.integer = PyLong_CheckExact(value) ? PyLong_AsLongLong(value)
-                                                  : (PyErr_SetNone(PyExc_TypeError), -1);
-      return !(argument.integer == -1 && PyErr_Occurred()) ||
-             wrong(op.name, a.name, "must be an integer of 64 bits", value);
+      argument.integer = PyLong_CheckExact(value) ? PyLong_AsLongLong(value) : -1;
+      if (PyLong_CheckExact(value) && !PyErr_Occurred()) return true;
+      return wrong(op.name, a.name, "must be an integer of 64 bits", value);
     case Kind::number:
       if (!PyFloat_Check(value) && !PyLong_CheckExact(value))
         return wrong(op.name, a.name, "must be a number", value);

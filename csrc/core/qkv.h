@@ -75,7 +75,7 @@ inline void check_like_out(const char* op, const char* name, const View& t,
   check_device_of_q(op, name, t, q);
 }
 
-// Of a backward: lse or dlse.
+// Of a backward: what is float32 and contiguous, as lse and dlse.
 inline float* check_like_lse(const char* op, const char* name, const View& t,
                              const std::vector<int64_t>& sizes, const View& q) {
   check(t.sizes == sizes, op, name, Rule("must have shape ", sizes), t.sizes);

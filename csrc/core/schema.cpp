@@ -63,13 +63,8 @@ std::map<std::string, Schema, std::less<>>& schemas() {
 Schema::Schema(std::string_view text) : name(text.substr(0, text.find('('))) {
   const size_t arrow = text.find(") -> ");
   std::string_view outputs = text.substr(arrow + 5);
-  positional = SIZE_MAX;
   for (std::string_view part : split(text.substr(name.size() + 1, arrow - name.size() - 1)))
-    if (part == "*")
-      positional = arguments.size();
-    else
-      arguments.push_back(argument_of(part));
-  positional = std::min(positional, arguments.size());
+    if (part != "*") arguments.push_back(argument_of(part));
   for (SchemaArgument& a : arguments) a.value.text = a.text;
   if (outputs.starts_with('(')) outputs = outputs.substr(1, outputs.size() - 2);
   for (std::string_view part : split(outputs))

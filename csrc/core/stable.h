@@ -1,13 +1,20 @@
-// The one door to torch: its stable ABI (torch >= 2.10), and the names we use of it.
+// torch's stable ABI (torch >= 2.10), and the namespace of the operators, which is written here and
+// in python/tokenmill/_library.py alone. Compiled with TOKENMILL_EMULATED, the same files make a
+// second library in which what is there for CUDA serves CPU tensors: its kernels run on the PTX
+// machine (csrc/ptxvm).
 #pragma once
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <optional>
-#include <string>
-#include <tuple>
-#include <utility>
-#include <vector>
+#if defined(TOKENMILL_EMULATED)
+#define TOKENMILL_NAMESPACE tokenmill_emulated
+#else
+#define TOKENMILL_NAMESPACE tokenmill
+#endif
+
+// One step more expands the name.
+#define TOKENMILL_DEFINE(space, m) STABLE_TORCH_LIBRARY(space, m)
+#define TOKENMILL_IMPLEMENT(space, key, m) STABLE_TORCH_LIBRARY_IMPL(space, key, m)
+#define TOKENMILL_LIBRARY(m) TOKENMILL_DEFINE(TOKENMILL_NAMESPACE, m)
+#define TOKENMILL_IMPL(key, m) TOKENMILL_IMPLEMENT(TOKENMILL_NAMESPACE, key, m)

@@ -112,14 +112,10 @@ struct Taken {
   std::vector<StringHandle> texts;
 };
 
-#if defined(TOKENMILL_EMULATED)
-// What is registered for CUDA serves CPU tensors: its kernels run on the PTX machine.
-constexpr std::pair<const char*, const char*> kKeys[] = {{"tokenmill_emulated", "CPU"}};
-#elif defined(TOKENMILL_WITH_CUDA)
-constexpr std::pair<const char*, const char*> kKeys[] = {{"tokenmill", "CPU"},
-                                                         {"tokenmill", "CUDA"}};
+#if defined(TOKENMILL_WITH_CUDA) && !defined(TOKENMILL_EMULATED)
+constexpr const char* kKeys[] = {"CPU", "CUDA"};
 #else
-constexpr std::pair<const char*, const char*> kKeys[] = {{"tokenmill", "CPU"}};
+constexpr const char* kKeys[] = {"CPU"};
 #endif
 
 }  // namespace
@@ -147,9 +143,10 @@ void torch_call(Operator& op, uint64_t* stack, uint64_t inputs, uint64_t outputs
 }
 
 Registration::Registration(std::initializer_list<Operator*> added) {
-  for (auto [space, key] : kKeys) {
+  for (const char* key : kKeys) {
     // Registrations live as long as the library.
-    auto* const library = new StableLibrary(StableLibrary::Kind::IMPL, space, key, "", 0);
+    auto* const library = new StableLibrary(StableLibrary::Kind::IMPL,
+                                            C10_STRINGIZE(TOKENMILL_NAMESPACE), key, "", 0);
     for (Operator* op : added) library->impl(op->name, op->boxed);
   }
   auto& all = this_library().operators;

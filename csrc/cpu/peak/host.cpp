@@ -45,11 +45,7 @@ double cpu_peak_flops(std::string dtype, int64_t repeats) {
 
 }  // namespace
 
-#if defined(TOKENMILL_EMULATED)
-STABLE_TORCH_LIBRARY_IMPL(tokenmill_emulated, CompositeExplicitAutograd, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(tokenmill, CompositeExplicitAutograd, m) {
-#endif
+TOKENMILL_IMPL(CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_peak_flops", TORCH_BOX(&cpu_peak_flops));
 }

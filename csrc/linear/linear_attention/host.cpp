@@ -80,22 +80,6 @@ void check_values(const LinearAttentionArgs& a) {
   if (a.log_decay) check_decay_values(kOp, a.log_decay);
 }
 
-void check_like_out(const View& t, const char* name, const View& q, const View& v) {
-  const std::vector<int64_t> wanted = out_sizes(q, v);
-  check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
-  check(t.dtype == q.dtype, kOp, name, Rule("must have the dtype of q, ", q.dtype), t.dtype);
-  check_last_contiguous(kOp, name, t);
-  check_device_of_q(kOp, name, t, q);
-}
-
-void check_float(const View& t, const char* name, const std::vector<int64_t>& wanted,
-                 const View& q) {
-  check(t.sizes == wanted, kOp, name, Rule("must have shape ", wanted), t.sizes);
-  check(t.dtype == ScalarType::Float && t.contiguous(), kOp, name, "must be float32 and contiguous",
-        t.dtype);
-  check_device_of_q(kOp, name, t, q);
-}
-
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
 #if defined(TOKENMILL_WITH_CUDA)
@@ -104,11 +88,7 @@ LinearAttentionParams& forward_of(LinearAttentionBackwardParams& p) { return p.f
 
 template <typename Params>
 void run_cuda(Params& p, const View& q) {
-  int64_t floats = 0;
-  {
-    CudaScope scope(q);
-    floats = workspace_floats(p);
-  }
+  const int64_t floats = (CudaScope(q), workspace_floats(p));
   Array workspace = empty({floats}, q, ScalarType::Float);
   forward_of(p).workspace = float_data(workspace);
   launch_on_device(kOp, q, p);
@@ -161,7 +141,7 @@ struct LinearAttentionOutArgs : Record {
 std::tuple<Array, Array> linear_attention_out(const LinearAttentionOutArgs& a) {
   const LinearAttentionArgs& in = a.forward;
   LinearAttentionParams p = make_params(in);
-  check_like_out(a.out, "out", in.q, in.v);
+  check_like_out(kOp, "out", a.out, out_sizes(in.q, in.v), in.q);
   check_written(kOp, "out", a.out,
                 {{"q", in.q},
                  {"k", in.k},
@@ -189,21 +169,20 @@ Gradients linear_attention_backward(const LinearAttentionBackwardArgs& a) {
   const bool packed = in.packed();
   if (a.dout) {
     const View& t = a.dout;
-    check_like_out(t, "dout", in.q, in.v);
+    check_like_out(kOp, "dout", t, out_sizes(in.q, in.v), in.q);
     p.dout = rows_of(t, packed);
   }
   if (a.dfinal_state) {
     const View& t = a.dfinal_state;
-    check_float(t, "dfinal_state", state_sizes(f), in.q);
+    check_like_lse(kOp, "dfinal_state", t, state_sizes(f), in.q);
     p.dfinal = states_of(t);
   }
   if (in.normalize && a.dout) {
     if (!a.out || !a.normalizer)
       fail(kOp, a.out ? "normalizer" : "out", "must be given with normalize and dout", "None");
-    check_like_out(a.out, "out", in.q, in.v);
-    check_float(a.normalizer, "normalizer", normalizer_sizes(f), in.q);
+    check_like_out(kOp, "out", a.out, out_sizes(in.q, in.v), in.q);
     f.out = rows_of(a.out, packed);
-    f.normalizer = float_data(a.normalizer);
+    f.normalizer = check_like_lse(kOp, "normalizer", a.normalizer, normalizer_sizes(f), in.q);
   }
   check_values(in);
 
