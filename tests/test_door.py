@@ -8,31 +8,26 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import backends
+from conftest import backends, device_of
+from test_contract import SPECS, draw, map_tensors
+from test_derivatives import as_tuple
 
 import tokenmill as tm
-from tokenmill import _dispatch, _door, registry
+from tokenmill import _dispatch, _door
 
-SPECS = list(registry.ops().values())
 NATIVE = [b for b in backends() if b in ("cpu", "emulated", "cuda")]
 each_call = pytest.mark.parametrize(
     ("spec", "backend"), [pytest.param(s, b, id=f"{s.name}-{b}") for s in SPECS for b in NATIVE]
 )
 
 
-def arguments(spec, sample, backend, dtype=torch.float32):
-    args, kwargs = sample.make(dtype, torch.Generator().manual_seed(0))
-    device = "cuda" if backend == "cuda" else "cpu"
-    lowered = spec.lower(*args, **kwargs)
-    return [x.to(device) if isinstance(x, torch.Tensor) else x for x in lowered]
+def arguments(spec, sample, backend):
+    args, kwargs = draw(sample)
+    return map_tensors(list(spec.lower(*args, **kwargs)), lambda t: t.to(device_of(backend)))
 
 
 def copied(values):
-    return [x.clone() if isinstance(x, torch.Tensor) else x for x in values]
-
-
-def as_tuple(results):
-    return results if isinstance(results, tuple) else () if results is None else (results,)
+    return map_tensors(values, torch.clone)
 
 
 def same(found, want):
