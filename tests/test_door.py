@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -137,6 +139,22 @@ def test_what_is_no_ordinary_tensor_takes_the_dispatcher(make):
     call = tm._library.registered("attention").direct("tokenmill")
     assert call(x, x, make(x)) is NotImplemented
     assert call(make(x), x, x) is NotImplemented
+
+
+@pytest.mark.parametrize("api", ["missing", "of another kind"])
+def test_a_torch_without_the_table_has_the_dispatcher(api):
+    change = {
+        "missing": "del torch.Tensor.__dlpack_c_exchange_api__",
+        "of another kind": "torch.Tensor.__dlpack_c_exchange_api__ = None",
+    }[api]
+    code = f"""import torch
+{change}
+import tokenmill as tm
+assert not tm._door.functions(tm._library._OPS)
+x = torch.ones(1, 3, 1, 4)
+assert torch.equal(tm.attention(x, x, x), x)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_lazy_negative_is_negated():

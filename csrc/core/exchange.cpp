@@ -74,7 +74,8 @@ size_t result_type(ScalarType type) {
 struct Torch {
   // Null, with an error set, if torch is not there or has no table.
   static const Torch* get() {
-    static const Torch* const torch = make();
+    static const Torch* torch = nullptr;
+    if (!torch) torch = make();
     return torch;
   }
 

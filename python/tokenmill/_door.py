@@ -18,11 +18,14 @@ except ImportError:  # built for another Python
 
 def functions(library: Path) -> dict[str, Callable[..., Any]]:
     """The operators of a loaded library by name; none where torch has no table of DLPack's C
-    functions. They take the arguments of the schema by position or name, and return a tuple, or
-    NotImplemented for what is not an ordinary tensor."""
-    if _C is None or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    functions that we know. They take the arguments of the schema by position or name, and return a
+    tuple, or NotImplemented for what is not an ordinary tensor."""
+    if _C is None:
         return {}
-    return _C.operators(str(library))
+    try:
+        return _C.operators(str(library))
+    except (AttributeError, ImportError):
+        return {}
 
 
 # Names of this module: an attribute of torch._C costs as much as the call.
