@@ -4,7 +4,8 @@ autograd, vmap, and Triton implementations.
 `torch.ops.tokenmill.<op>` is the native operator. `torch.ops.tokenmill_triton.<op>` has the same
 schema, fake, autograd and vmap, and runs the Triton kernel; where no native CUDA kernel is
 registered it serves `torch.ops.tokenmill.<op>` on CUDA too. `torch.ops.tokenmill_emulated.<op>`, in
-development builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine.
+development builds alone, runs the compiled CUDA kernel on CPU tensors, in the PTX machine. The last
+two namespaces are filled when an operator of theirs is looked up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +40,7 @@ native: Any = getattr(torch.ops, NAMESPACE)
 if _isa := os.environ.get("TOKENMILL_CPU_ISA"):
     native.cpu_isa(_isa)
 
-_libraries = {
-    NAMESPACE: torch.library.Library(NAMESPACE, "IMPL"),
-    TRITON_NAMESPACE: torch.library.Library(TRITON_NAMESPACE, "DEF"),
-}
+_libraries = {NAMESPACE: torch.library.Library(NAMESPACE, "IMPL")}
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _AUTOCAST_KEYS |= torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
@@ -91,7 +90,9 @@ class TorchOp:
 
     def has_emulated(self) -> bool:
         """Whether this build can run the CUDA kernel in the PTX machine."""
-        return emulated_built() and self.name in _load_emulated()
+        if _emulated:
+            _emulated.fill()
+        return self.name in _emulated_ops
 
     @property
     def public_name(self) -> str:
@@ -158,8 +159,8 @@ class TorchOp:
 
     def direct(self, namespace: str) -> Callable[..., Any] | None:
         """The operator as module _C has it; None where this build has no native one."""
-        if namespace == EMULATED_NAMESPACE:
-            _load_emulated()
+        if namespace == EMULATED_NAMESPACE and _emulated:
+            _emulated.fill()
         return _direct.get(namespace, {}).get(self.name)
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
@@ -178,8 +179,6 @@ class TorchOp:
         return tuple(given.values())
 
     def overload(self, namespace: str = NAMESPACE) -> Any:
-        if namespace == EMULATED_NAMESPACE:
-            _load_emulated()
         return getattr(getattr(torch.ops, namespace), self.name).default
 
     def recorded(self, namespace: str) -> Callable[..., Any] | None:
@@ -209,17 +208,20 @@ def register(op: TorchOp) -> TorchOp:
             _native_keys.add((op.name, key))
     _registered[op.name] = op
     _attach(op, NAMESPACE)
-    if op.triton:
-        schema = str(op.overload()._schema).removeprefix(f"{NAMESPACE}::")
-        triton, native = _libraries[TRITON_NAMESPACE], _libraries[NAMESPACE]
-        triton.define(schema)
-        launcher = functools.partial(_call_triton, op)
-        for key in ("CPU", "CUDA"):  # CPU: under Triton's interpreter
-            triton.impl(op.name, launcher, key)
-        if not op.has_native("CUDA"):
-            native.impl(op.name, launcher, "CUDA")
-        _attach(op, TRITON_NAMESPACE)
+    if op.triton and not op.has_native("CUDA"):
+        _libraries[NAMESPACE].impl(op.name, functools.partial(_call_triton, op), "CUDA")
     return op
+
+
+def _define_triton() -> None:
+    library = torch.library.Library(TRITON_NAMESPACE, "DEF")
+    _libraries[TRITON_NAMESPACE] = library
+    for op in _registered.values():
+        if op.triton:
+            library.define(str(op.overload()._schema).removeprefix(f"{NAMESPACE}::"))
+            for key in ("CPU", "CUDA"):  # CPU: under Triton's interpreter
+                library.impl(op.name, functools.partial(_call_triton, op), key)
+            _attach(op, TRITON_NAMESPACE)
 
 
 def _attach(op: TorchOp, namespace: str) -> None:
@@ -230,7 +232,8 @@ def _attach(op: TorchOp, namespace: str) -> None:
     on_views = functools.partial(_call_on_views, op, namespace)
     for key in ("Conjugate", "Negative") if op.written else ():
         _libraries[namespace].impl(op.name, on_views, key)
-    torch.library.register_fake(qualname, functools.partial(_call_fake, op))
+    fake = functools.partial(_call_fake, op)
+    torch.library.register_fake(qualname, fake, lib=_libraries[namespace])
     autograd = _derivatives.autograd_kernel(op, namespace)
     _libraries[namespace].impl(op.name, autograd, "Autograd", with_keyset=True)
     vmap = _derivatives.vmap_kernel(op, namespace)
@@ -316,15 +319,37 @@ def emulated_built() -> bool:
     return _EMULATED_BUILT
 
 
-def _load_emulated() -> set[str]:
-    """The operators of the emulated library, which is loaded at the first call."""
-    if not _emulated_ops:
-        torch.ops.load_library(str(EMULATED_PATH))
-        _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
-        _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
-        for op in _registered.values():
-            qualname = f"{EMULATED_NAMESPACE}::{op.name}"
-            if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
-                _emulated_ops.add(op.name)
-                _attach(op, EMULATED_NAMESPACE)
-    return _emulated_ops
+def _load_emulated() -> None:
+    torch.ops.load_library(str(EMULATED_PATH))
+    _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
+    _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
+    for op in _registered.values():
+        qualname = f"{EMULATED_NAMESPACE}::{op.name}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
+            _emulated_ops.add(op.name)
+            _attach(op, EMULATED_NAMESPACE)
+
+
+class _FilledAtFirstUse(torch._ops._OpNamespace):
+    """A namespace of torch.ops. Its operators cost as much time as the rest of the import."""
+
+    def __init__(self, name: str, fill: Callable[[], None]) -> None:
+        super().__init__(name)
+        self._fill: Callable[[], None] | None = fill
+        self._filling = threading.RLock()
+        setattr(torch.ops, name, self)
+
+    def fill(self) -> None:
+        with self._filling:
+            fill, self._fill = self._fill, None  # fill looks operators up
+            if fill:
+                fill()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):  # what Python asks of any module
+            self.fill()
+        return super().__getattr__(name)
+
+
+_FilledAtFirstUse(TRITON_NAMESPACE, _define_triton)
+_emulated = _FilledAtFirstUse(EMULATED_NAMESPACE, _load_emulated) if emulated_built() else None
