@@ -141,3 +141,12 @@ def test_bad_inputs_are_refused(module, arguments, error):
     with pytest.raises(RuntimeError) as info:
         module(*arguments)
     assert str(info.value).startswith(f"tokenmill.{error}")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("tokens_q", "tokens_k", "named"), [(0, 3, "q"), (3, 0, "k")])
+def test_scores_need_a_class_token(gradients, tokens_q, tokens_k, named):
+    q, k = (torch.zeros(1, n, 2, 8, requires_grad=gradients) for n in (tokens_q, tokens_k))
+    rule = f"^tokenmill.nn.class_scores: {named}: must begin with a class token; tokens; got 0$"
+    with pytest.raises(RuntimeError, match=rule):
+        tm.nn.EViTReorganize().scores(q, k)

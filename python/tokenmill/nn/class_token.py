@@ -48,6 +48,7 @@ def class_scores(
     for name, t in (("q", q), ("k", k)):
         check_tensor(SCORES, name, t)
         check(t.dim() == 4, SCORES, name, "must have 4 dimensions [B, 1 + N, H, D]", t.dim())
+        check(t.shape[1] >= 1, SCORES, name, "must begin with a class token; tokens", t.shape[1])
     first = q[:, :1]
     # The tensors of torch.func's vmap do not say that they require a gradient.
     derived = not torch.compiler.is_compiling() and transformed()
