@@ -22,7 +22,14 @@ from ._check import InputError
 from ._dispatch import backends, explain
 from ._info import build_info
 from ._version import __version__
-from .dense import attention, attention_decode, merge_attention_states, sigmoid_attention
+from .dense import (
+    attention,
+    attention_decode,
+    merge_attention_states,
+    reweighted_attention,
+    sigmoid_attention,
+    soft_causal_attention,
+)
 from .linear import (
     lightning_attention,
     lightning_slopes,
@@ -109,10 +116,12 @@ __all__ = [
     "reconstruct_tokens",
     "reference",
     "registry",
+    "reweighted_attention",
     "scatter_tokens",
     "segment_reduce",
     "select",
     "sigmoid_attention",
+    "soft_causal_attention",
     "sparse",
     "sparse_decode_attention",
     "testing",

@@ -89,3 +89,11 @@ def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:
     check(t.dtype == wide, op, name, "must be float32", t.dtype)
     check_last_contiguous(op, name, t)
     check_device_of_q(op, name, t, q)
+
+
+def share_of(part: Tensor, whole: Tensor) -> Tensor:
+    """The share [B, S, H, 1] that a part of the keys has in the weights of a row, from the lse
+    [B, H, S] of the part and of all keys; 0 where there are none."""
+    none = whole == -torch.inf
+    share = (part - torch.where(none, 0.0, whole)).exp()
+    return share.transpose(1, 2)[..., None]

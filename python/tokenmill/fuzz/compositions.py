@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import linear, nn, policies, select, sparse, tokens
-from ..dense.attention import sigmoid_attention
+from ..dense import reweighted_attention, sigmoid_attention, soft_causal_attention
 from ..registry import Sample
 from .targets import Arguments, Target, with_backend
 
@@ -65,6 +65,19 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {
             "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
             "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
+        },
+    ),
+    soft_causal_attention: (
+        lambda r: {**r.qkv(19), "alpha": 0.25},
+        lambda r: {**r.qkv(9), "alpha": torch.tensor(0.5), "scale": 0.3},
+    ),
+    reweighted_attention: (
+        lambda r: {
+            **r.qkv(19), "groups": r.ints(3, 2, 1, 19), "factors": torch.tensor([1.0, 0.5, 0.0]),
+        },
+        lambda r: {
+            **r.qkv(9), "groups": r.ints(2, 1, 4, 9), "factors": r(4, 2).abs(), "causal": True,
+            "renormalize": "none",
         },
     ),
     linear.lightning_attention: (
