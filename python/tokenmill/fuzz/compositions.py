@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import linear, nn, policies, select, sparse, tokens
-from ..dense import reweighted_attention, sigmoid_attention, soft_causal_attention
+from ..dense import pattention, reweighted_attention, sigmoid_attention, soft_causal_attention
 from ..registry import Sample
 from .targets import Arguments, Target, with_backend
 
@@ -65,6 +65,13 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {
             "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
             "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
+        },
+    ),
+    pattention: (
+        lambda r: {"x": r(2, 5, 8), "key_tokens": r(6, 8), "value_tokens": r(6, 4)},
+        lambda r: {
+            "x": r(7, 8), "key_tokens": r(3, 8), "value_tokens": r(3, 16),
+            "activation": "gelu_l2_norm", "norm_scale": 2.0, "scale": 0.5,
         },
     ),
     soft_causal_attention: (

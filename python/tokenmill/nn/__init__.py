@@ -13,6 +13,7 @@ from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .focus import FocusSelect
+from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
 from .sparsifiner import SparsifinerAttention
@@ -26,6 +27,7 @@ __all__ = [
     "DToPExit",
     "EViTReorganize",
     "FocusSelect",
+    "Pattention",
     "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",

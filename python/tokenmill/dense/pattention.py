@@ -1,0 +1,224 @@
+"""pattention: attention of tokens to learned parameter tokens (TokenFormer)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._autocast import Autocast
+from .._check import (
+    as_number,
+    check,
+    check_device_of,
+    check_dtype,
+    check_tensor,
+    check_text,
+    fail,
+)
+from .._derivatives import keep, kept
+
+OP = "pattention"
+AUTOCAST = Autocast(lower=("x", "key_tokens", "value_tokens"))
+Activation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+
+
+@AUTOCAST.applied
+def pattention(
+    x: Tensor,
+    key_tokens: Tensor,
+    value_tokens: Tensor,
+    *,
+    activation: Activation = "l2_norm_gelu",
+    norm_scale: float | None = None,
+    scale: float = 1.0,
+    eps: float = 1e-12,
+) -> Tensor:
+    r"""A linear layer as attention: tokens weigh N pairs of learned keys and values.
+
+    With scores :math:`s = scale\; x K^\top` of a token, its output is :math:`\Theta(s)\, V`:
+
+    * "l2_norm_gelu": :math:`\Theta(s) = \operatorname{gelu}(norm\_scale\; s / \lVert s \rVert_2)`
+    * "gelu_l2_norm": :math:`norm\_scale\; \operatorname{gelu}(s) / \lVert \operatorname{gelu}(s)
+      \rVert_2`
+    * "softmax": :math:`norm\_scale\; \operatorname{softmax}(s)`
+
+    with the exact gelu. The matrix of T times N weights is never in memory, neither forward nor
+    backward: blocks of tokens follow each other, and the backward computes their scores again. The
+    products are those of PyTorch on every device: there is no argument `backend`.
+
+    Args:
+        x: ``[..., D1]`` float16, bfloat16, float32 or float64.
+        key_tokens: ``[N, D1]`` in the dtype of x.
+        value_tokens: ``[N, D2]`` in the dtype of x.
+        activation: "l2_norm_gelu" (of all published models), "gelu_l2_norm" or "softmax".
+        norm_scale: None = sqrt(N), for "softmax" N. A number that does not change as tokens are
+            appended keeps the function: with N pairs more of keys 0, "l2_norm_gelu" and
+            "gelu_l2_norm" give what they gave.
+        scale: factor of the scores.
+        eps: the least norm by which scores are divided. A token whose norm is not larger has no
+            gradient through its scores.
+
+    Returns:
+        ``[..., D2]`` in the dtype of x; a token of zeros gives zeros, but for "softmax".
+        Gradients: x, key_tokens, value_tokens, any number of times.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything runs.
+
+    Complexity: 2 T N (D1 + D2) operations, and 6 T N D1 + 4 T N D2 for the backward; extra memory
+    of a block of scores, 2^20 on a CPU and 2^25 on a GPU.
+
+    Paper: TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters (Wang et al.
+    2024), section 3.2. Its equation has the factor sqrt(n) before the softmax-like function; the
+    published models have it as said above.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x, keys, values = torch.randn(2, 50, 64), torch.randn(96, 64), torch.randn(96, 32)
+        >>> tm.pattention(x, keys, values).shape
+        torch.Size([2, 50, 32])
+    """
+    for name, t in (("x", x), ("key_tokens", key_tokens), ("value_tokens", value_tokens)):
+        check_tensor(OP, name, t)
+    check_dtype(OP, "x", x, float64=True)
+    check(x.dim() >= 1, OP, "x", "must have at least 1 dimension [..., D1]", x.dim())
+    for name, t, wanted in (
+        ("key_tokens", key_tokens, f"[N, {x.shape[-1]}]"),
+        ("value_tokens", value_tokens, "[N, D2]"),
+    ):
+        check(
+            t.dtype == x.dtype, OP, name, f"must have the dtype of x, {str(x.dtype)[6:]}", t.dtype
+        )
+        check(t.dim() == 2, OP, name, f"must have shape {wanted}", t.shape)
+        check_device_of(OP, name, t, "x", x)
+    count, width = key_tokens.shape
+    rule = f"must have shape [N, {x.shape[-1]}]"
+    check(width == x.shape[-1] and count > 0, OP, "key_tokens", rule, key_tokens.shape)
+    rule = f"must have a row for each key, {count}"
+    check(value_tokens.shape[0] == count, OP, "value_tokens", rule, value_tokens.shape[0])
+    check_text(OP, "activation", activation)
+    rule = "must be 'l2_norm_gelu', 'gelu_l2_norm' or 'softmax'"
+    check(activation in ACTIVATIONS, OP, "activation", rule, activation)
+    if norm_scale is None:
+        norm_scale = float(count) if activation == "softmax" else math.sqrt(count)
+    numbers = {"norm_scale": norm_scale, "scale": scale, "eps": eps}
+    for name, value in numbers.items():
+        numbers[name] = as_number(OP, name, value)
+        if not abs(numbers[name]) <= torch.finfo(torch.float32).max:
+            fail(OP, name, "must be finite in float32", numbers[name])
+    check(numbers["eps"] > 0, OP, "eps", "must be above 0", numbers["eps"])
+    weights = _Weights(activation, **numbers)
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    out: Tensor = _Pattention.apply(rows, key_tokens, value_tokens, weights)
+    return out.reshape(*x.shape[:-1], value_tokens.shape[1])
+
+
+class _Weights(NamedTuple):
+    """From the scores of a block of tokens to their weights, and back."""
+
+    activation: str
+    norm_scale: float
+    scale: float
+    eps: float
+
+    def scores(self, x: Tensor, key_tokens: Tensor) -> Tensor:
+        """[tokens, N], at least float32"""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        s = (x @ key_tokens.T).to(wide)
+        return s if self.scale == 1 else s * self.scale
+
+    def forward(self, s: Tensor) -> Tensor:
+        if self.activation == "softmax":
+            return s.softmax(-1) * self.norm_scale
+        if self.activation == "l2_norm_gelu":
+            return torch.nn.functional.gelu(s * (self.norm_scale / self._norm(s)))
+        g = torch.nn.functional.gelu(s)
+        return g * (self.norm_scale / self._norm(g))
+
+    def backward(self, s: Tensor, dp: Tensor) -> Tensor:
+        """The gradient of s, from that of the weights."""
+        if self.activation == "softmax":
+            p = s.softmax(-1)
+            dp = dp * self.norm_scale
+            return p * (dp - (p * dp).sum(-1, keepdim=True))
+        if self.activation == "l2_norm_gelu":
+            unit = s / self._norm(s)
+            return self._through_norm(s, unit, _gelu_backward(dp, self.norm_scale * unit))
+        g = torch.nn.functional.gelu(s)
+        return _gelu_backward(self._through_norm(g, g / self._norm(g), dp), s)
+
+    def _norm(self, t: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp(min=self.eps)
+
+    def _through_norm(self, t: Tensor, unit: Tensor, d: Tensor) -> Tensor:
+        """The gradient of t, from d, that of norm_scale t / |t|."""
+        norm = torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True)
+        factor = torch.where(norm > self.eps, self.norm_scale / self._norm(t), 0.0)
+        return factor * (d - unit * (unit * d).sum(-1, keepdim=True))
+
+
+def _gelu_backward(d: Tensor, z: Tensor) -> Tensor:
+    gradient: Tensor = torch.ops.aten.gelu_backward(d, z)
+    return gradient
+
+
+# Scores of a block of tokens: they fit the cache of a CPU, and occupy a GPU.
+CPU_SCORES, GPU_SCORES = 2**20, 2**25
+
+
+def _blocks(x: Tensor, count: int) -> list[slice]:
+    size = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
+    return [slice(i, i + size) for i in range(0, max(x.shape[0], 1), size)]
+
+
+class _Pattention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, key_tokens: Tensor, value_tokens: Tensor, weights: _Weights) -> Tensor:
+        parts = []
+        for block in _blocks(x, key_tokens.shape[0]):
+            p = weights.forward(weights.scores(x[block], key_tokens))
+            parts.append(p.to(x.dtype) @ value_tokens)
+        return torch.cat(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        keep(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        (x, key_tokens, value_tokens, weights), _ = kept(ctx)
+        if dy is None:
+            return None, None, None, None
+        need_x, need_keys, need_values, _ = ctx.needs_input_grad
+        dx: list[Tensor] = []
+        dk: Tensor | None = None
+        dv: Tensor | None = None
+        for block in _blocks(x, key_tokens.shape[0]):
+            s = weights.scores(x[block], key_tokens)
+            if need_values:
+                p = weights.forward(s).to(x.dtype)
+                dv = _plus(dv, (p.T @ dy[block]).to(s.dtype))
+            if not (need_x or need_keys):
+                continue
+            ds = weights.backward(s, (dy[block] @ value_tokens.T).to(s.dtype)) * weights.scale
+            ds = ds.to(x.dtype)
+            if need_x:
+                dx.append(ds @ key_tokens)
+            if need_keys:
+                dk = _plus(dk, (ds.T @ x[block]).to(s.dtype))
+        return (
+            torch.cat(dx) if need_x else None,
+            None if dk is None else dk.to(x.dtype),
+            None if dv is None else dv.to(x.dtype),
+            None,
+        )
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
