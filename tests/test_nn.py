@@ -36,6 +36,10 @@ class Case:
 
 
 CASES = {
+    "AgentAttention": Case(
+        lambda: nn.AgentAttention(16, 2, grid=(4, 2), agents=2),
+        lambda n: (randn(n // 8, 8, 16),),  # its length is fixed
+    ),
     "AttentionLePE": Case(lambda: nn.AttentionLePE(32, 4), lambda n: (randn(1, n, 8, 32),)),
     "AttentionLePE, values": Case(
         lambda: nn.AttentionLePE(32, 4, local="values", qkv_bias=True),

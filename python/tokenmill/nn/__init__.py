@@ -8,6 +8,7 @@ Example:
     torch.Size([1, 56, 56, 64])
 """
 
+from .agent import AgentAttention
 from .biformer import AttentionLePE, BiFormerAttention
 from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
@@ -21,6 +22,7 @@ from .tome import TokenMerging
 
 __all__ = [
     "ActiveTokens",
+    "AgentAttention",
     "AttentionLePE",
     "BiFormerAttention",
     "ClsTokenPruning",

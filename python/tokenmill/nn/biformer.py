@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._check import as_int, as_number, check, check_bool, fail
 from ..dense.attention import attention
 from ..sparse.bilevel_routing_attention import bilevel_routing_attention
-from .rules import check_input
+from .rules import check_heads, check_input, convolved
 
 NAME, LEPE = "nn.BiFormerAttention", "nn.AttentionLePE"
 Padding = Literal["mask", "zeros", "input"]
@@ -75,7 +75,7 @@ class BiFormerAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads = _check_heads(NAME, dim, num_heads)
+        dim, num_heads = check_heads(NAME, dim, num_heads)
         regions, topk = as_int(NAME, "regions", regions), as_int(NAME, "topk", topk)
         check(1 <= regions < 2**15, NAME, "regions", "must be 1 to 2^15 - 1", regions)
         rule = f"must be 1 to regions^2, {regions**2}"
@@ -108,7 +108,7 @@ class BiFormerAttention(nn.Module):
             backend=self.backend,
         ).flatten(3)  # fmt: skip
         if self.lepe is not None:
-            y = y + _convolved(self.lepe, v.flatten(3))
+            y = y + convolved(self.lepe, v.flatten(3))
         return self.wo(y)[:, :height, :width]
 
     def extra_repr(self) -> str:
@@ -168,7 +168,7 @@ class AttentionLePE(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads = _check_heads(LEPE, dim, num_heads)
+        dim, num_heads = check_heads(LEPE, dim, num_heads)
         scale = None if scale is None else as_number(LEPE, "scale", scale)
         check_bool(LEPE, "qkv_bias", qkv_bias)
         known = isinstance(local, str) and local in ("input", "values")
@@ -187,19 +187,11 @@ class AttentionLePE(nn.Module):
         y: Tensor = out.flatten(2).unflatten(1, x.shape[1:3])
         if self.lepe is not None:
             values = v.flatten(2).unflatten(1, x.shape[1:3])
-            y = y + _convolved(self.lepe, x if self.local == "input" else values)
+            y = y + convolved(self.lepe, x if self.local == "input" else values)
         return self.proj(y)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, scale={self.scale}, local={self.local!r}"
-
-
-def _check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
-    dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
-    check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
-    divides = num_heads > 0 and dim % num_heads == 0
-    check(divides, name, "num_heads", f"must divide dim, {dim}", num_heads)
-    return dim, num_heads
 
 
 def _check_map(name: str, x: Tensor, channels: int, weight: Tensor) -> None:
@@ -213,14 +205,6 @@ def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
     odd = side >= 0 and (side == 0 or side % 2 == 1)
     check(odd, name, "side_dwconv", "must be odd, or 0", side)
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
-
-
-def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Convolves x [B, Y, X, C]; a map without pixels, which PyTorch refuses, gives none."""
-    if x.numel() == 0:
-        return x.new_zeros(x.shape)
-    y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return y
 
 
 def _rename(

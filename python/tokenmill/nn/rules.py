@@ -1,11 +1,11 @@
-"""What modules with weights check before torch does."""
+"""What modules with weights check before torch does, and steps that several of them share."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._check import check_device_of, check_tensor, fail, show
+from .._check import as_int, check, check_device_of, check_tensor, fail, show
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
@@ -14,3 +14,20 @@ def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
     check_device_of(name, argument, x, "the weights", weight)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         fail(name, argument, f"must have the dtype of the weights, {show(weight.dtype)}", x.dtype)
+
+
+def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
+    """Channels and the heads that divide them."""
+    dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
+    check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
+    divides = num_heads > 0 and dim % num_heads == 0
+    check(divides, name, "num_heads", f"must divide dim, {dim}", num_heads)
+    return dim, num_heads
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolves x [B, Y, X, C]; a map without pixels, which PyTorch refuses, gives none."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape)
+    y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y

@@ -1,0 +1,65 @@
+"""What the tests of the papers share: a module beside a literal reading of its paper."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from conftest import backends, device_of
+
+BACKENDS = [b for b in backends("reference") if b in ("cpu", "cuda", "reference")]
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights that show in the result: those that start at 0, 1 or 1e-4 as well."""
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.std(unbiased=False) < 0.05:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    return module
+
+
+def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
+    """The result and all gradients of module(*inputs) are those of literal(weights, *inputs) in
+    float64, where weights are those of the module by name."""
+    module = module.to(device_of(backend))
+    near = [t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t for t in inputs]
+    found = _with_gradients(module(*near), dict(module.named_parameters()), near)
+    weights = {name: w.detach().cpu().double() for name, w in module.named_parameters()}
+    exact = [t.detach().cpu().double() if _trains(t) else t for t in inputs]
+    for t in (*weights.values(), *(e for e, i in zip(exact, inputs, strict=True) if _trains(i))):
+        t.requires_grad_()
+    wanted = _with_gradients(literal(weights, *exact), weights, exact)
+    assert found.keys() == wanted.keys()
+    scale = max(float(w.norm()) for name, w in wanted.items() if name != "out")
+    for name, want in wanted.items():
+        got = found[name].double()
+        assert got.shape == want.shape, name
+        # A gradient that is 0 but for rounding (of a bias of keys) has the size of the others.
+        floor = 1e-12 if name == "out" else 1e-3 * scale + 1e-12
+        error = float((got - want).norm()) / max(float(want.norm()), floor)
+        assert error <= tolerance, (name, error)
+
+
+def _trains(t):
+    return isinstance(t, torch.Tensor) and t.requires_grad
+
+
+def _with_gradients(out, weights, inputs):
+    leaves = dict(weights) | {f"input {i}": t for i, t in enumerate(inputs) if _trains(t)}
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(out.shape, generator=generator).to(out)
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+    named = zip(leaves, grads, strict=True)
+    return {"out": out.detach().cpu()} | {n: g.cpu() for n, g in named if g is not None}
+
+
+def run_examples(*objects):
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(verbose=False)
+    for thing in objects:
+        found = finder.find(thing, thing.__name__)
+        assert any(test.examples for test in found), thing
+        for test in found:
+            assert runner.run(test).failed == 0

@@ -1,0 +1,122 @@
+"""AgentAttention against a literal reading of Agent Attention (Han et al. 2024), section 4."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from literal import assert_reads_as, each_backend, randomised
+
+import tokenmill as tm
+
+
+def agent_attention(w, x, agents=None, *, heads, grid, cells, class_token):
+    """One picture and one head after the other, with the matrices of weights."""
+    first, out = int(class_token), []
+    stretched = {}
+    for name in ("an_bias", "na_bias"):  # [H, n, 7, 7] to [H, n, N]
+        stretched[name] = F.interpolate(w[name], grid, mode="bilinear").flatten(2)
+    for b in range(x.shape[0]):
+        q, k, v = (x[b] @ w["qkv.weight"].T + w.get("qkv.bias", 0)).chunk(3, 1)
+        if agents is None:
+            means = []
+            for i in range(cells[0]):
+                for j in range(cells[1]):
+                    rows = slice(i * grid[0] // cells[0], -(-(i + 1) * grid[0] // cells[0]))
+                    columns = slice(j * grid[1] // cells[1], -(-(j + 1) * grid[1] // cells[1]))
+                    inside = q[first:].unflatten(0, grid)[rows, columns]
+                    means.append(inside.flatten(0, 1).mean(0))
+            a = torch.stack(means)
+        else:
+            a = agents[b]
+        parts = []
+        for h, (qh, kh, vh, ah) in enumerate(
+            zip(*(t.chunk(heads, 1) for t in (q, k, v, a)), strict=True)
+        ):
+            b1 = stretched["an_bias"][h] + (w["ah_bias"] + w["aw_bias"])[0, h].flatten(1)
+            b2 = stretched["na_bias"][h].T + (w["ha_bias"] + w["wa_bias"])[0, h].flatten(0, 1)
+            if class_token:
+                b1 = torch.cat([w["ac_bias"][0, h], b1], 1)
+                b2 = torch.cat([w["ca_bias"][0, h], b2], 0)
+            scale = qh.shape[1] ** -0.5
+            gathered = torch.softmax(ah @ kh.T * scale + b1, 1) @ vh
+            parts.append(torch.softmax(qh @ ah.T * scale + b2, 1) @ gathered)
+        y = torch.cat(parts, 1)
+        maps = v[first:].T.unflatten(1, grid)[None]
+        local = F.conv2d(maps, w["dwc.weight"], w["dwc.bias"], padding=1, groups=maps.shape[1])
+        y = y + F.pad(local[0].flatten(1).T, (0, 0, first, 0))
+        out.append(y @ w["proj.weight"].T + w["proj.bias"])
+    return torch.stack(out)
+
+
+def reading(layer):
+    def literal(w, x, agents=None):
+        return agent_attention(w, x, agents, heads=layer.num_heads, grid=layer.grid,
+                               cells=layer.agents, class_token=layer.class_token)  # fmt: skip
+
+    return literal
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("batch", "dim", "heads", "grid", "agents", "class_token"),
+    [
+        (1, 48, 3, 14, 7, True),  # the defaults of the DeiT models, and a class token
+        (2, 16, 2, (5, 3), (2, 4), False),  # more columns of agents than of tokens
+        (2, 6, 1, (1, 9), 1, True),
+        (0, 6, 1, 3, 2, True),
+    ],
+)
+def test_the_equations(batch, dim, heads, grid, agents, class_token, backend):
+    layer = tm.nn.AgentAttention(dim, heads, grid, agents, class_token=class_token,
+                                 qkv_bias=True, backend=backend)  # fmt: skip
+    tokens = class_token + layer.grid[0] * layer.grid[1]
+    x = torch.randn(batch, tokens, dim, requires_grad=True)
+    if batch == 0:
+        assert layer(x.to(layer.proj.weight)).shape == x.shape
+        return
+    assert_reads_as(randomised(layer), reading(layer), x, backend=backend)
+
+
+@each_backend
+def test_given_agents(backend):
+    layer = tm.nn.AgentAttention(8, 2, (3, 4), (1, 5), backend=backend)
+    x, agents = (torch.randn(2, n, 8, requires_grad=True) for n in (12, 5))
+    assert_reads_as(randomised(layer), reading(layer), x, agents, backend=backend)
+
+
+def test_no_bias_is_expanded_over_the_batch():
+    layer = tm.nn.AgentAttention(16, 2, (2, 3), 2)
+    gather, ask = layer._biases()
+    assert gather.shape == (1, 2, 4, 6) and ask.shape == (1, 2, 6, 4)
+
+
+def test_published_names_load():
+    """The layers of the DeiT models: shapes and names as they are in their state dicts."""
+    layer = tm.nn.AgentAttention(24, 3, class_token=True, qkv_bias=True)
+    n, h = 49, 3
+    shapes = {
+        "an_bias": (h, n, 7, 7), "na_bias": (h, n, 7, 7), "ah_bias": (1, h, n, 14, 1),
+        "aw_bias": (1, h, n, 1, 14), "ha_bias": (1, h, 14, 1, n), "wa_bias": (1, h, 1, 14, n),
+        "ac_bias": (1, h, n, 1), "ca_bias": (1, h, 1, n), "qkv.weight": (72, 24),
+        "qkv.bias": (72,), "proj.weight": (24, 24), "proj.bias": (24,),
+        "dwc.weight": (24, 1, 3, 3), "dwc.bias": (24,),
+    }  # fmt: skip
+    assert {name: tuple(t.shape) for name, t in layer.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: tm.nn.AgentAttention(8, 3), "num_heads: must divide dim, 8; got 3"),
+        (lambda: tm.nn.AgentAttention(8, 2, (1, 2, 3)), "grid: must be an integer or a pair"),
+        (lambda: tm.nn.AgentAttention(8, 2, agents=0), "agents: must be an integer or a pair"),
+        (lambda: tm.nn.AgentAttention(8, 2, 3)(torch.zeros(1, 10, 8)),
+         r"x: must have shape \[B, 9, 8\]; got \[1, 10, 8\]"),
+        (lambda: tm.nn.AgentAttention(8, 2, 3, 2)(torch.zeros(1, 9, 8), torch.zeros(1, 3, 8)),
+         r"agents: must have shape \[1, 4, 8\]; got \[1, 3, 8\]"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(call, error):
+    with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.AgentAttention: {error}"):
+        call()
