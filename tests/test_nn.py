@@ -77,6 +77,14 @@ CASES = {
     "SegmentPooling, mean": Case(
         lambda: nn.SegmentPooling("mean"), lambda n: (randn(n, 8), offsets(n))
     ),
+    "SigmoidAttention": Case(
+        lambda: nn.SigmoidAttention(16, 2, layer_scale=1e-4),
+        lambda n: (randn(2, n, 16),),
+    ),
+    "SigmoidAttention, learned bias": Case(
+        lambda: nn.SigmoidAttention(16, 2, causal=True, score_bias=-3, learn_bias=True, alibi=True),
+        lambda n: (randn(2, n, 16),),
+    ),
     "SparsifinerAttention": Case(
         lambda: nn.SparsifinerAttention(32, num_tokens=16, num_heads=2),
         lambda n: (randn(n // 8, 16, 32),),  # its length is fixed

@@ -17,6 +17,7 @@ from .focus import FocusSelect
 from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
+from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
 from .tome import TokenMerging
 
@@ -33,6 +34,7 @@ __all__ = [
     "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",
+    "SigmoidAttention",
     "SparsifinerAttention",
     "TokenClustering",
     "TokenMerging",

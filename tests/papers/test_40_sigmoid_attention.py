@@ -1,0 +1,120 @@
+"""SigmoidAttention against a literal reading of Ramapuram et al. 2024, sections 2 and 5."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from literal import assert_reads_as, each_backend, randomised
+
+import tokenmill as tm
+
+
+def sigmoid_attention(w, x, *, layer):
+    """One sequence and one head after the other, with the matrices of weights."""
+    out = []
+    for sequence in x:
+        n, heads = len(sequence), layer.num_heads
+        q, k, v = (
+            t.chunk(heads, 1)
+            for t in (sequence @ w["qkv.weight"].T + w.get("qkv.bias", 0)).chunk(3, 1)
+        )
+        parts = []
+        for h in range(heads):
+            qh, kh = q[h], k[h]
+            if "q_norm.weight" in w:
+                width = qh.shape[1:]
+                qh = F.layer_norm(qh, width, w["q_norm.weight"], w["q_norm.bias"])
+                kh = F.layer_norm(kh, width, w["k_norm.weight"], w["k_norm.bias"])
+            z = qh @ kh.T / math.sqrt(qh.shape[1])
+            if layer.slopes is not None:
+                place = torch.arange(n)
+                z = z - 2.0 ** (-8 * (h + 1) / heads) * (place[:, None] - place).abs()
+            if isinstance(layer.score_bias, str):
+                z = z - math.log(max(n, 1))
+            else:
+                z = z + (w["score_bias"][h] if "score_bias" in w else layer.score_bias)
+            weights = torch.sigmoid(z)
+            parts.append((weights.tril() if layer.causal else weights) @ v[h])
+        y = torch.cat(parts, 1) @ w["proj.weight"].T + w.get("proj.bias", 0)
+        if "norm.weight" in w:
+            y = F.layer_norm(y, y.shape[1:], w["norm.weight"], w["norm.bias"])
+        out.append(y * w.get("gamma", 1))
+    return out
+
+
+def reading(layer, lengths=None):
+    def literal(w, x, *_):
+        sequences = x if lengths is None else x.split(lengths)
+        return (torch.stack if lengths is None else torch.cat)(
+            sigmoid_attention(w, sequences, layer=layer)
+        )
+
+    return literal
+
+
+VISION = {"layer_scale": 1e-4, "bias": True}
+LANGUAGE = {"causal": True, "hybrid_norm": True}
+OPTIONS = {
+    "default": {},
+    "vision": VISION,
+    "language": LANGUAGE,
+    "learned": {"score_bias": -7.62, "learn_bias": True, "qk_norm": False},
+    "alibi": {"causal": True, "alibi": True, "score_bias": -2},
+}
+
+
+@each_backend
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(2, 33, 24, 4), (1, 1, 6, 2)])
+def test_the_equations(shape, options, backend):
+    batch, tokens, dim, heads = shape
+    layer = tm.nn.SigmoidAttention(dim, heads, **options, backend=backend)
+    x = torch.randn(batch, tokens, dim, requires_grad=True)
+    assert_reads_as(randomised(layer), reading(layer), x, backend=backend)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [LANGUAGE, {}])
+def test_packed_sequences_have_a_bias_each(options, backend):
+    lengths = [5, 0, 1, 12]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    layer = tm.nn.SigmoidAttention(8, 2, **options, backend=backend)
+    x = torch.randn(18, 8, requires_grad=True)
+    assert_reads_as(randomised(layer), reading(layer, lengths), x, ends, backend=backend)
+
+
+def test_rows_sum_to_about_one_whatever_their_number():
+    layer = tm.nn.SigmoidAttention(8, 1, qk_norm=False)
+    with torch.no_grad():
+        layer.qkv.weight.zero_()
+        layer.proj.weight.copy_(torch.eye(8))
+        layer.qkv.weight[16:] = torch.eye(8)
+        for tokens in (1, 10, 1000):
+            out = layer(torch.ones(1, tokens, 8))
+            torch.testing.assert_close(out, torch.full_like(out, tokens / (tokens + 1)))
+
+
+def test_no_tokens():
+    layer = tm.nn.SigmoidAttention(8, 2)
+    assert layer(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
+    assert layer(torch.zeros(3, 0, 8)).shape == (3, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: tm.nn.SigmoidAttention(8, 2, score_bias="log"), "score_bias: must be 'neg_log"),
+        (lambda: tm.nn.SigmoidAttention(8, 2, learn_bias=True), "learn_bias: goes with a score_b"),
+        (lambda: tm.nn.SigmoidAttention(8, 2, causal=1), "causal: must be a bool; got 1"),
+        (lambda: tm.nn.SigmoidAttention(8, 2)(torch.zeros(3, 8)),
+         r"x: must have shape \[B, N, 8\]; got \[3, 8\]"),
+        (lambda: tm.nn.SigmoidAttention(8, 2)(torch.zeros(1, 3, 8), torch.zeros(1)),
+         r"x: must have shape \[T, 8\] with cu_seqlens; got \[1, 3, 8\]"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(call, error):
+    with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.SigmoidAttention: {error}"):
+        call()
