@@ -66,6 +66,9 @@ CASES = {
         nn.EViTReorganize, lambda n: (randn(2, 1 + n, 8), torch.rand(2, n, requires_grad=True))
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
+    "LightningAttention": Case(
+        lambda: nn.LightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)
+    ),
     "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),
     "PoolFormerMixing": Case(nn.PoolFormerMixing, lambda n: (randn(1, n, 8, 16),)),
     "PoolFormerMixing, channels first": Case(

@@ -1,4 +1,4 @@
-"""Every module of tokenmill.nn: its example runs, and the page of the modules names it."""
+"""Everything in tokenmill.nn: its example runs, and the page of the modules names the modules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tokenmill import nn
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "modules.md"
 MODULES = [n for n in nn.__all__ if hasattr(getattr(nn, n), "forward")]
+WITH_EXAMPLE = [n for n in nn.__all__ if n in MODULES or ">>>" in (getattr(nn, n).__doc__ or "")]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", WITH_EXAMPLE)
 def test_example_runs(name):
     run_examples(getattr(nn, name))
 

@@ -15,6 +15,7 @@ from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .focus import FocusSelect
 from .pattention import Pattention
+from .lightning import LightningAttention, LightningState
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
 from .sigmoid import SigmoidAttention
@@ -31,6 +32,8 @@ __all__ = [
     "EViTReorganize",
     "FocusSelect",
     "Pattention",
+    "LightningAttention",
+    "LightningState",
     "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",

@@ -1,0 +1,147 @@
+"""LightningAttention against a literal reading of Qin et al. 2024, token by token, and against the
+layer of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import device_of
+from literal import assert_reads_as, each_backend, randomised
+
+import tokenmill as tm
+
+
+def lightning(w, x, *, heads, decay):
+    """One sequence and one head after the other, from token to token."""
+    out = []
+    for sequence in x:
+        rows = F.silu(sequence @ w["qkv_proj.weight"].T).unflatten(1, (heads, 3, -1))
+        parts = []
+        for h in range(heads):
+            state, tokens = 0, []
+            for q, k, v in rows[:, h]:
+                state = decay[h] * state + k[:, None] * v
+                tokens.append(q @ state)
+            parts.append(torch.stack(tokens) if tokens else rows[:, h, 0])
+        o = torch.cat(parts, 1)
+        o = o * (o.square().mean(1, keepdim=True) + 1e-6).rsqrt() * w["norm.weight"]
+        gate = torch.sigmoid(sequence @ w["output_gate.weight"].T)
+        out.append((gate * o) @ w["out_proj.weight"].T)
+    return out
+
+
+def reading(layer, lengths=None):
+    decay = torch.exp(-layer.slopes.cpu().double())
+
+    def literal(w, x, *_):
+        sequences = x if lengths is None else x.split(lengths)
+        return (torch.stack if lengths is None else torch.cat)(
+            lightning(w, sequences, heads=layer.num_heads, decay=decay)
+        )
+
+    return literal
+
+
+@each_backend
+@pytest.mark.parametrize(
+    ("batch", "tokens", "dim", "heads", "head_dim"),
+    [(1, 67, 32, 4, None), (2, 1, 6, 3, 5), (1, 9, 5, 1, 3)],
+)
+def test_the_equations(batch, tokens, dim, heads, head_dim, backend):
+    layer = tm.nn.LightningAttention(dim, heads, head_dim, layer=1, num_layers=8, backend=backend)
+    x = torch.randn(batch, tokens, dim, requires_grad=True)
+    assert_reads_as(randomised(layer), reading(layer), x, backend=backend, tolerance=5e-5)
+
+
+@each_backend
+def test_packed_sequences(backend):
+    lengths = [4, 0, 1, 9]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    layer = tm.nn.LightningAttention(8, 2, backend=backend)
+    x = torch.randn(14, 8, requires_grad=True)
+    assert_reads_as(randomised(layer), reading(layer, lengths), x, ends, backend=backend,
+                    tolerance=5e-5)  # fmt: skip
+
+
+@each_backend
+def test_prefill_and_decode_continue_in_slots(backend):
+    device = device_of(backend)
+    layer = tm.nn.LightningAttention(24, 3, layer=0, num_layers=4, backend=backend).to(device)
+    x = torch.randn(2, 12, 24, device=device)
+    slots = torch.tensor([4, 1], dtype=torch.int32, device=device)
+    with torch.no_grad():
+        want, state = layer(x), layer.new_state(6)
+        state.kv[[0, 2, 3, 5]] = 7.0
+        calls = (layer.prefill, layer.prefill, layer.decode, layer.decode)
+        steps = zip(calls, x.split([5, 2, 1, 4], 1), strict=True)
+        parts = [call(tokens, state, slots) for call, tokens in steps]
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
+        assert (state.kv[[0, 2, 3, 5]] == 7).all()
+        skipped = torch.tensor([-1, 1], dtype=torch.int32, device=device)
+        before = state.kv.clone()
+        assert (layer.decode(x[:, :1], state, skipped)[0] == 0).all()
+        assert torch.equal(state.kv[4], before[4]) and not torch.equal(state.kv[1], before[1])
+        state.reset(slots)
+        again = layer.decode(x[:, :2], state, slots)
+        torch.testing.assert_close(again, want[:, :2], rtol=1e-4, atol=1e-5)
+        state.reset()
+        assert not state.kv.any()
+        torch.testing.assert_close(layer.prefill(x, state), want, rtol=1e-4, atol=1e-5)
+
+
+def test_slopes_stay_float32():
+    layer = tm.nn.LightningAttention(8, 2, layer=1, num_layers=3)
+    exact = layer.slopes.clone()
+    layer.to(torch.bfloat16)
+    assert layer.norm.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.slopes, exact)
+    assert layer(torch.randn(1, 4, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    meta = tm.nn.LightningAttention(8, 2).to("meta")
+    assert meta.slopes.is_meta and not meta.to_empty(device="cpu").slopes.is_meta
+
+
+def test_layers_of_transformers_load():
+    """The names of its weights are those of transformers, whose layer this one then agrees with."""
+    minimax = pytest.importorskip("transformers.models.minimax.modeling_minimax")
+    config = minimax.MiniMaxConfig(
+        hidden_size=24, num_attention_heads=3, num_hidden_layers=4, head_dim=8, block_size=5,
+        layer_types=["linear_attention"] * 4, num_key_value_heads=3,
+    )  # fmt: skip
+    theirs = minimax.MiniMaxLightningAttention(config, layer_idx=2)
+    randomised(theirs)
+    layer = tm.nn.LightningAttention(24, 3, 8)
+    layer.load_state_dict(theirs.state_dict())
+    assert torch.equal(layer.slopes, theirs.slope_rate.flatten())
+    x = torch.randn(2, 13, 24)
+    want = theirs(x, None, None)[0]
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+    without = {n: t for n, t in theirs.state_dict().items() if n.endswith("weight")}
+    other = tm.nn.LightningAttention(24, 3, 8, layer=2, num_layers=4)
+    other.load_state_dict(without)
+    assert torch.equal(other.slopes, tm.lightning_slopes(3, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: tm.nn.LightningAttention(8, 3), "LightningAttention: num_heads: must divide dim"),
+        (lambda: tm.nn.LightningAttention(8, 2, 300), "LightningAttention: head_dim: must be 1 to"),
+        (lambda: tm.nn.LightningAttention(8, 2)(torch.zeros(3, 8)),
+         r"LightningAttention: x: must have shape \[B, N, 8\]; got \[3, 8\]"),
+        (lambda: tm.nn.LightningAttention(8, 2).decode(
+            torch.zeros(1, 1, 8), tm.nn.LightningAttention(8, 2).new_state(1)),
+         r"LightningAttention: state: goes with torch\.no_grad\(\) alone"),
+        (lambda: tm.nn.LightningAttention(8, 2).prefill(
+            torch.zeros(1, 1, 8), tm.nn.LightningAttention(8, 4).new_state(1)),
+         r"LightningAttention: state: must have shape \[slots, 2, 4, 4\]"),
+        (lambda: tm.nn.LightningAttention(8, 2).requires_grad_(False).prefill(
+            torch.zeros(1, 1, 8), tm.nn.LightningState(torch.zeros(3, 2, 4, 4)),
+            torch.tensor([-1])),
+         r"LightningAttention: slots: must not be negative in prefill; got -1"),
+        (lambda: tm.nn.LightningState(torch.zeros(1, 2, 3)), "LightningState: kv: must have shape"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(call, error):
+    with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.{error}"):
+        call()
