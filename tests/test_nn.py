@@ -40,6 +40,9 @@ CASES = {
         lambda: nn.AgentAttention(16, 2, grid=(4, 2), agents=2),
         lambda n: (randn(n // 8, 8, 16),),  # its length is fixed
     ),
+    "AttentionDiversificationLoss": Case(
+        nn.AttentionDiversificationLoss, lambda n: (torch.rand(2, n, n, requires_grad=True),)
+    ),
     "AttentionLePE": Case(lambda: nn.AttentionLePE(32, 4), lambda n: (randn(1, n, 8, 32),)),
     "AttentionLePE, values": Case(
         lambda: nn.AttentionLePE(32, 4, local="values", qkv_bias=True),
@@ -91,6 +94,9 @@ CASES = {
     "SparsifinerAttention": Case(
         lambda: nn.SparsifinerAttention(32, num_tokens=16, num_heads=2),
         lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
+    ),
+    "TokenAwarePooling": Case(
+        lambda: nn.TokenAwarePooling(16), lambda n: (randn(2, n, 8, 16),)
     ),
     "TokenClustering": Case(lambda: nn.TokenClustering(4), lambda n: (randn(1, n, 8, 16),)),
     "TokenMerging": Case(

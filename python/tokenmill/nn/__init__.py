@@ -20,11 +20,13 @@ from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
+from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
 from .tome import TokenMerging
 
 __all__ = [
     "ActiveTokens",
     "AgentAttention",
+    "AttentionDiversificationLoss",
     "AttentionLePE",
     "BiFormerAttention",
     "ClsTokenPruning",
@@ -39,6 +41,7 @@ __all__ = [
     "SegmentPooling",
     "SigmoidAttention",
     "SparsifinerAttention",
+    "TokenAwarePooling",
     "TokenClustering",
     "TokenMerging",
     "TokenReconstruction",
