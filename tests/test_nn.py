@@ -68,6 +68,14 @@ CASES = {
     "EViTReorganize": Case(
         nn.EViTReorganize, lambda n: (randn(2, 1 + n, 8), torch.rand(2, n, requires_grad=True))
     ),
+    "EmbeddingPooling": Case(
+        lambda: nn.EmbeddingPooling(16, "attention", num_latents=4, num_heads=2, head_dim=8),
+        lambda n: (randn(2, n, 16), torch.arange(n) < torch.tensor([[n], [4]])),
+    ),
+    "EmbeddingPooling, layers": Case(
+        lambda: nn.EmbeddingPooling(16, "last", 3, num_latents=4, num_heads=2, head_dim=8),
+        lambda n: (randn(3, 2, n, 16), torch.arange(n) < torch.tensor([[n], [4]])),
+    ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
     "LightningAttention": Case(
         lambda: nn.LightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)

@@ -13,6 +13,7 @@ from .biformer import AttentionLePE, BiFormerAttention
 from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
+from .embedding_pooling import EmbeddingPooling
 from .focus import FocusSelect
 from .pattention import Pattention
 from .lightning import LightningAttention, LightningState
@@ -32,6 +33,7 @@ __all__ = [
     "ClsTokenPruning",
     "DToPExit",
     "EViTReorganize",
+    "EmbeddingPooling",
     "FocusSelect",
     "Pattention",
     "LightningAttention",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import MutableMapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .._check import as_int, as_number, check, check_bool, fail
 from ..dense.attention import attention
 from ..sparse.bilevel_routing_attention import bilevel_routing_attention
-from .rules import check_heads, check_input, convolved
+from .rules import check_heads, check_input, convolved, renamed
 
 NAME, LEPE = "nn.BiFormerAttention", "nn.AttentionLePE"
 Padding = Literal["mask", "zeros", "input"]
@@ -89,7 +88,7 @@ class BiFormerAttention(nn.Module):
         self.lepe = _local_term(NAME, dim, side_dwconv)
         self.wo = nn.Linear(dim, dim)
         names = {"qkv.qkv.": "qkv.", "qkv_linear.": "qkv.", "output_linear.": "wo."}
-        self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
+        self.register_load_state_dict_pre_hook(functools.partial(renamed, names))
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(NAME, x, self.wo.in_features, self.qkv.weight)
@@ -178,7 +177,7 @@ class AttentionLePE(nn.Module):
         self.lepe = _local_term(LEPE, dim, side_dwconv)
         self.proj = nn.Linear(dim, dim)
         names = {"qkv.": "qkv.", "proj.": "proj."}
-        self.register_load_state_dict_pre_hook(functools.partial(_rename, names))
+        self.register_load_state_dict_pre_hook(functools.partial(renamed, names))
 
     def forward(self, x: Tensor) -> Tensor:
         _check_map(LEPE, x, self.proj.in_features, self.qkv.weight)
@@ -205,18 +204,3 @@ def _local_term(name: str, dim: int, side: int) -> nn.Conv2d | None:
     odd = side >= 0 and (side == 0 or side % 2 == 1)
     check(odd, name, "side_dwconv", "must be odd, or 0", side)
     return nn.Conv2d(dim, dim, side, padding=side // 2, groups=dim) if side else None
-
-
-def _rename(
-    names: dict[str, str],
-    module: nn.Module,
-    state: MutableMapping[str, Tensor],
-    prefix: str,
-    *args: Any,
-) -> None:
-    """Renames entries of a state dict to the names of the module; 1x1 convolutions become
-    matrices."""
-    for old, new in names.items():
-        for kind in ("weight", "bias"):
-            if (found := state.pop(prefix + old + kind, None)) is not None:
-                state[prefix + new + kind] = found.flatten(1) if kind == "weight" else found

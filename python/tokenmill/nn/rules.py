@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,3 +34,18 @@ def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape)
     y: Tensor = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return y
+
+
+def renamed(
+    names: dict[str, str],
+    module: nn.Module,
+    state: MutableMapping[str, Tensor],
+    prefix: str,
+    *args: Any,
+) -> None:
+    """Renames entries of a state dict to the names of the module; 1x1 convolutions become
+    matrices."""
+    for old, new in names.items():
+        for kind in ("weight", "bias"):
+            if (found := state.pop(prefix + old + kind, None)) is not None:
+                state[prefix + new + kind] = found.flatten(1) if found.dim() == 4 else found
