@@ -23,6 +23,7 @@ from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
 from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
 from .tome import TokenMerging
+from .word_pooling import WordPooling
 
 __all__ = [
     "ActiveTokens",
@@ -47,5 +48,6 @@ __all__ = [
     "TokenClustering",
     "TokenMerging",
     "TokenReconstruction",
+    "WordPooling",
     "segments_of",
 ]

@@ -118,7 +118,7 @@ class SegmentPooling(nn.Module):
         self.reduce, self.prefix, self.backend = reduce, prefix, backend
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        _check_words(x, offsets)
+        check_words(SEGMENTS, x, offsets)
         if self.reduce == "first":
             rows = gather_tokens(x, self._rows(offsets).flatten(), backend=self.backend)
             return rows.unflatten(0, (-1, self.prefix))
@@ -130,7 +130,7 @@ class SegmentPooling(nn.Module):
         """x with the rows that a language model made of word w, ``[W, prefix, C]``, in place of the
         first ones of word w + 1: what its characters are decoded from. The first word keeps its
         own, and rows that a word does not have are dropped."""
-        _check_words(x, offsets)
+        check_words(SEGMENTS, x, offsets)
         check_tensor(SEGMENTS, "words", words)
         wanted = [offsets.shape[0] - 1, self.prefix, x.shape[1]]
         if list(words.shape) != wanted:
@@ -148,11 +148,11 @@ class SegmentPooling(nn.Module):
         return f"reduce={self.reduce!r}, prefix={self.prefix}"
 
 
-def _check_words(x: Tensor, offsets: Tensor) -> None:
-    check_tensor(SEGMENTS, "x", x)
-    check_tensor(SEGMENTS, "offsets", offsets)
-    check(x.dim() == 2, SEGMENTS, "x", "must have 2 dimensions [T, C]", x.dim())
+def check_words(name: str, x: Tensor, offsets: Tensor) -> None:
+    check_tensor(name, "x", x)
+    check_tensor(name, "offsets", offsets)
+    check(x.dim() == 2, name, "x", "must have 2 dimensions [T, C]", x.dim())
     shaped = offsets.dim() == 1 and offsets.shape[0] >= 1
-    check(shaped, SEGMENTS, "offsets", "must have shape [W + 1]", offsets.shape)
-    check(offsets.dtype == torch.int32, SEGMENTS, "offsets", "must be int32", offsets.dtype)
-    check_device_of(SEGMENTS, "offsets", offsets, "x", x)
+    check(shaped, name, "offsets", "must have shape [W + 1]", offsets.shape)
+    check(offsets.dtype == torch.int32, name, "offsets", "must be int32", offsets.dtype)
+    check_device_of(name, "offsets", offsets, "x", x)
