@@ -26,6 +26,13 @@ def offsets(n):
     return torch.tensor([0, 3, 4, n], dtype=torch.int32)
 
 
+class Positioned(torch.nn.Linear):
+    """A layer that sees tokens and their positions."""
+
+    def forward(self, tokens, positions):
+        return tokens + super().forward(tokens + positions)
+
+
 @dataclass
 class Case:
     """A module and what it is called with at length n."""
@@ -75,6 +82,18 @@ CASES = {
     "EmbeddingPooling, layers": Case(
         lambda: nn.EmbeddingPooling(16, "last", 3, num_latents=4, num_heads=2, head_dim=8),
         lambda n: (randn(3, 2, n, 16), torch.arange(n) < torch.tensor([[n], [4]])),
+    ),
+    "FocusDualAttention": Case(
+        lambda: nn.FocusDualAttention(16, 2, topk=5),
+        lambda n: (randn(2, n, 16), randn(2, n, 16), torch.rand(2, n), torch.rand(2, n, 3)),
+    ),
+    "FocusEncoder": Case(
+        lambda: nn.FocusEncoder([Positioned(16, 16)], torch.nn.Linear(16, 3), 16, 2, topk=5,
+                                cascade=[0.5]),
+        lambda n: (randn(2, n, 16), randn(2, n, 16), torch.rand(2, n), torch.rand(2, n) < 0.8),
+    ),
+    "FocusScorer": Case(
+        lambda: nn.FocusScorer(16, 2), lambda n: (randn(2, n, 4, 16), randn(2, n // 2, 2, 16))
     ),
     "FocusSelect": Case(nn.FocusSelect, lambda n: (torch.rand(2, n), torch.rand(2, n) < 0.8)),
     "LightningAttention": Case(

@@ -16,7 +16,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     """Weights that show in the result: those that start at 0, 1 or 1e-4 as well."""
     with torch.no_grad():
         for weight in module.parameters():
-            if weight.std(unbiased=False) < 0.05:
+            if weight.numel() and weight.std(unbiased=False) < 0.05:
                 weight.add_(torch.randn_like(weight) * 0.3)
     return module
 

@@ -16,6 +16,7 @@ from .dtop import ActiveTokens, DToPExit
 from .embedding_pooling import EmbeddingPooling
 from .focus import FocusSelect
 from .pattention import Pattention
+from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
@@ -35,6 +36,9 @@ __all__ = [
     "DToPExit",
     "EViTReorganize",
     "EmbeddingPooling",
+    "FocusDualAttention",
+    "FocusEncoder",
+    "FocusScorer",
     "FocusSelect",
     "Pattention",
     "LightningAttention",
