@@ -110,6 +110,9 @@ CASES = {
     "SegmentPooling, mean": Case(
         lambda: nn.SegmentPooling("mean"), lambda n: (randn(n, 8), offsets(n))
     ),
+    "SelectorSummary": Case(
+        lambda: nn.SelectorSummary(16, 4, 2), lambda n: (randn(2, n, 16).detach(),)
+    ),
     "SigmoidAttention": Case(
         lambda: nn.SigmoidAttention(16, 2, layer_scale=1e-4),
         lambda n: (randn(2, n, 16),),

@@ -28,7 +28,7 @@ def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
     near = [t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t for t in inputs]
     found = _with_gradients(module(*near), dict(module.named_parameters()), near)
     weights = {name: w.detach().cpu().double() for name, w in module.named_parameters()}
-    exact = [t.detach().cpu().double() if _trains(t) else t for t in inputs]
+    exact = [t.detach().cpu().double() if _real(t) else t for t in inputs]
     for t in (*weights.values(), *(e for e, i in zip(exact, inputs, strict=True) if _trains(i))):
         t.requires_grad_()
     wanted = _with_gradients(literal(weights, *exact), weights, exact)
@@ -43,8 +43,12 @@ def assert_reads_as(module, literal, *inputs, backend, tolerance=2e-5):
         assert error <= tolerance, (name, error)
 
 
+def _real(t):
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
 def _trains(t):
-    return isinstance(t, torch.Tensor) and t.requires_grad
+    return _real(t) and t.requires_grad
 
 
 def _with_gradients(out, weights, inputs):

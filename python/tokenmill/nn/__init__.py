@@ -20,6 +20,7 @@ from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
+from .selector import SelectorSummary
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
 from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
@@ -46,6 +47,7 @@ __all__ = [
     "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",
+    "SelectorSummary",
     "SigmoidAttention",
     "SparsifinerAttention",
     "TokenAwarePooling",

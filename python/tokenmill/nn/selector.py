@@ -1,0 +1,114 @@
+"""The summaries of an image that MULTI-LANE learns for each task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._check import as_int, check, check_bool, check_device_of, check_tensor, fail
+from .rules import check_input
+
+NAME = "nn.SelectorSummary"
+
+
+class SelectorSummary(nn.Module):
+    r"""Summarises patches by selectors, which attend to them in one head as wide as the channels:
+
+    .. math::
+       y_{t,b} = \operatorname{softmax}(S_t X_b^\top / \sqrt{C})\, X_b.
+
+    The patches X are keys and values as they are, and have no gradient: the selectors S of a task
+    alone learn. In the paper a layer attends to its summaries and class token in place of all
+    patches, and the selectors, not what became of the summaries, go on to the next layer.
+
+    Args:
+        dim: channels C.
+        num_selectors: selectors of a task.
+        num_tasks: tasks T.
+        detach: whether patches have no gradient.
+
+    Shape:
+        x ``[B, N, C]``, patches and class token after the norm of the layer, and selectors ``[T, B,
+        S, C]`` or ``[T, S, C]`` (None: those of the module, of all tasks), to ``[T, B, S, C]``;
+        tasks, indices ``[T']``, chooses among those of the module. An image without patches gives
+        0. Any floating type.
+
+    Weights: selectors ``[T, S, C]``.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 4 T S C operations for each patch; two matrix products of PyTorch, with [T, B, S, N]
+    weights in memory, as heads of 768 are wider than the kernels of :func:`tokenmill.attention`,
+    and selectors are few.
+
+    Paper: Less is more: Summarizing Patch Tokens (De Min et al. 2024), section 3; 20 selectors (10
+    for VOC) of 768 channels, drawn from a standard normal distribution. A new task begins with
+    the selectors of the one before it (:meth:`begin_task`).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> summary = tm.nn.SelectorSummary(num_tasks=3)
+        >>> x = torch.randn(2, 197, 768)
+        >>> summary(x).shape, summary(x, tasks=torch.tensor([1])).shape
+        (torch.Size([3, 2, 20, 768]), torch.Size([1, 2, 20, 768]))
+    """
+
+    def __init__(
+        self, dim: int = 768, num_selectors: int = 20, num_tasks: int = 1, *, detach: bool = True
+    ) -> None:
+        super().__init__()
+        sizes = {"num_tasks": num_tasks, "num_selectors": num_selectors, "dim": dim}
+        for name, size in sizes.items():
+            sizes[name] = as_int(NAME, name, size)
+            check(1 <= sizes[name] < 2**31, NAME, name, "must be 1 to 2^31 - 1", size)
+        check_bool(NAME, "detach", detach)
+        self.selectors = nn.Parameter(torch.randn(*sizes.values()))
+        self.detach = detach
+
+    def forward(
+        self, x: Tensor, selectors: Tensor | None = None, tasks: Tensor | None = None
+    ) -> Tensor:
+        check_input(NAME, "x", x, self.selectors)
+        channels = self.selectors.shape[2]
+        shaped = x.dim() == 3 and x.shape[2] == channels
+        check(shaped, NAME, "x", f"must have shape [B, N, {channels}]", x.shape)
+        given = self._chosen(tasks) if selectors is None else selectors
+        if selectors is not None:
+            check(tasks is None, NAME, "tasks", "goes with the module's selectors alone", tasks)
+            check_input(NAME, "selectors", selectors, self.selectors)
+        ranked = given.dim() in (3, 4) and given.shape[-1] == channels
+        rule = f"must have shape [T, B, S, {channels}] or [T, S, {channels}]"
+        check(ranked, NAME, "selectors", rule, given.shape)
+        if given.dim() == 3:
+            given = given[:, None].expand(-1, x.shape[0], -1, -1)
+        if given.shape[1] != x.shape[0]:
+            fail(NAME, "selectors", f"must have the batch size of x, {x.shape[0]}", given.shape)
+        patches = x.detach() if self.detach else x
+        # All tasks of an image are rows of one product with its patches.
+        rows = given.transpose(0, 1).flatten(1, 2)
+        logits = (rows * channels**-0.5) @ patches.mT
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        weights = torch.softmax(logits, 2, dtype=wide).to(logits.dtype)
+        out = weights @ patches.to(logits.dtype)
+        return out.unflatten(1, (given.shape[0], given.shape[2])).transpose(0, 1)
+
+    @torch.no_grad()
+    def begin_task(self, task: int) -> None:
+        """Copies the selectors of the task before this one, where this one begins."""
+        task, tasks = as_int(NAME, "task", task), self.selectors.shape[0]
+        check(1 <= task < tasks, NAME, "task", f"must be 1 to num_tasks - 1, {tasks - 1}", task)
+        self.selectors[task] = self.selectors[task - 1]
+
+    def _chosen(self, tasks: Tensor | None) -> Tensor:
+        if tasks is None:
+            return self.selectors
+        check_tensor(NAME, "tasks", tasks)
+        check_device_of(NAME, "tasks", tasks, "x", self.selectors)
+        whole = tasks.dim() == 1 and tasks.dtype in (torch.int32, torch.int64)
+        check(whole, NAME, "tasks", "must be int32 or int64 of 1 dimension", tasks)
+        return self.selectors[tasks.long()]
+
+    def extra_repr(self) -> str:
+        tasks, selectors, dim = self.selectors.shape
+        return f"{dim}, num_selectors={selectors}, num_tasks={tasks}, detach={self.detach}"
