@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._check import as_int, check, check_bool
 from ..dense.attention import attention
-from .rules import check_heads, check_input, convolved
+from .rules import check_heads, check_input, convolved, stretching
 
 NAME = "nn.AgentAttention"
 BASE = 7  # side of the maps of biases that are stretched over the grid, as published
@@ -104,7 +104,7 @@ class AgentAttention(nn.Module):
         check(shaped, NAME, "x", f"must have shape [B, {tokens}, {channels}]", x.shape)
         q, k, v = self.qkv(x).chunk(3, 2)
         if agents is None:
-            agents = self._pooled(q[:, first:])
+            agents = self._pooled(q[:, first:].unflatten(1, self.grid))
         else:
             check_input(NAME, "agents", agents, self.qkv.weight)
             wanted = [x.shape[0], self.agents[0] * self.agents[1], channels]
@@ -119,14 +119,23 @@ class AgentAttention(nn.Module):
         return self.proj(out + F.pad(local, (0, 0, first, 0)))
 
     def _pooled(self, q: Tensor) -> Tensor:
-        cells = q.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return F.adaptive_avg_pool2d(cells, self.agents).flatten(2).mT.contiguous()
+        """``[B, n, C]`` of q ``[B, gy, gx, C]``. As products: the gradient of adaptive_avg_pool2d
+        has no order of summation on a GPU."""
+        rows, columns = (
+            F.adaptive_avg_pool1d(torch.eye(length, device=q.device)[None], size)[0].T.to(q.dtype)
+            for length, size in zip(self.grid, self.agents, strict=True)
+        )
+        means = columns @ q  # [B, gy, ax, C]
+        return (rows @ means.flatten(2)).unflatten(2, means.shape[2:]).flatten(1, 2)
 
     def _biases(self) -> tuple[Tensor, Tensor]:
         """B1 ``[1, H, n, N]`` and B2 ``[1, H, N, n]``."""
-        gather = F.interpolate(self.an_bias, self.grid, mode="bilinear")[None]
+        rows, columns = (
+            stretching(BASE, side, align_corners=False, like=self.an_bias) for side in self.grid
+        )
+        gather = (rows @ self.an_bias @ columns.mT)[None]
         gather = (gather + (self.ah_bias + self.aw_bias)).flatten(3)
-        ask = F.interpolate(self.na_bias, self.grid, mode="bilinear")[None].flatten(3).mT
+        ask = (rows @ self.na_bias @ columns.mT)[None].flatten(3).mT
         ask = ask + (self.ha_bias + self.wa_bias).flatten(2, 3)
         if self.ac_bias is not None and self.ca_bias is not None:
             gather = torch.cat([self.ac_bias, gather], 3)

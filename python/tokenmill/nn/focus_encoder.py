@@ -15,7 +15,7 @@ from ..tokens.gather_tokens import gather_tokens
 from ..tokens.scatter_tokens import scatter_tokens
 from ..tokens.topk_partition import topk_partition
 from .focus import FocusSelect
-from .rules import check_heads, check_input
+from .rules import check_heads, check_input, stretching
 
 SCORER, DUAL, ENCODER = "nn.FocusScorer", "nn.FocusDualAttention", "nn.FocusEncoder"
 CASCADE = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
@@ -81,10 +81,12 @@ class FocusScorer(nn.Module):
                 fail(SCORER, "levels", rule, x.shape)
         scores = [self.enc_mask_predictor(levels[-1])]
         for x, alpha in zip(reversed(levels[:-1]), self.alpha, strict=True):
-            above = F.interpolate(
-                scores[-1][:, None], x.shape[1:3], mode="bilinear", align_corners=True
+            above = scores[-1]
+            rows, columns = (
+                stretching(above.shape[axis], x.shape[axis], align_corners=True, like=above)
+                for axis in (1, 2)
             )
-            x = x + x * above[:, 0, ..., None] * alpha
+            x = x + x * (rows @ above @ columns.mT)[..., None] * alpha
             scores.append(self.enc_mask_predictor(x.to(levels[0].dtype)))
         return torch.cat([s.flatten(1) for s in reversed(scores)], 1)
 

@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._check import as_int, check, check_device_of, check_tensor, fail, show
@@ -49,3 +50,11 @@ def renamed(
         for kind in ("weight", "bias"):
             if (found := state.pop(prefix + old + kind, None)) is not None:
                 state[prefix + new + kind] = found.flatten(1) if found.dim() == 4 else found
+
+
+def stretching(length: int, size: int, *, align_corners: bool, like: Tensor) -> Tensor:
+    """Linear interpolation of `length` values to `size` values, as a matrix ``[size, length]``:
+    the gradient of a product has one order of summation, that of F.interpolate on a GPU none."""
+    values = torch.eye(length, device=like.device)[None]
+    rows = F.interpolate(values, size, mode="linear", align_corners=align_corners)[0]
+    return rows.T.to(like.dtype)
