@@ -197,7 +197,7 @@ class EmbeddingPooling(nn.Module):
     def _cross(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[B, r, H, d]"""
         if q.shape[3] <= MAX_HEAD_DIM:
-            seen = None if mask is None else mask[:, None, None]
+            seen = None if mask is None else mask[:, None, None].contiguous()
             return attention(q, k, v, bias=seen, backend=self.backend)
         if k.shape[1] == 0:
             return torch.zeros_like(q)
