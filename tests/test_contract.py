@@ -391,26 +391,6 @@ def test_raw_operator_refuses_a_tensor_of_another_device(spec):
                 op.run(_library.NAMESPACE, edited)
 
 
-@each_sample
-@pytest.mark.parametrize("backend", [None, "reference"])
-def test_tensors_on_meta_give_shapes(spec, sample, backend):
-    args, kwargs = draw(sample)
-    wanted = outputs(clean(spec)(*args, **kwargs))
-    args, kwargs = map_tensors((args, kwargs), lambda t: t.to("meta"))
-    results = outputs(clean(spec, backend)(*args, **kwargs))
-    for result, like in zip(results, wanted, strict=True):
-        if isinstance(like, torch.Tensor):
-            assert result.is_meta and (result.shape, result.dtype) == (like.shape, like.dtype)
-
-
-def test_float64_on_meta_keeps_its_gradient():
-    q = torch.empty(1, 3, 2, 8, dtype=torch.float64, device="meta", requires_grad=True)
-    out = tm.attention(q, q, q)
-    assert (out.dtype, out.requires_grad) == (torch.float64, True)
-    (dq,) = torch.autograd.grad(out.sum(), q)
-    assert dq.is_meta and dq.dtype == torch.float64
-
-
 def backward_arguments(spec, lowered):
     """What autograd gives the backward of a call."""
     seen = []

@@ -39,6 +39,15 @@ def test_arrays_through_dlpack(library):
     assert difference and float(difference[1]) < 1e-5
 
 
+def test_digits():
+    pytest.importorskip("sklearn")
+    names = ("soft_causal", "agent", "tokenformer")
+    out = run(sys.executable, EXAMPLES / "papers" / "digits.py", *names, "--epochs", 1)
+    rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+%", out, re.M)
+    assert [name for name, *_ in rows] == [*names]
+    assert all(float(last) < float(first) for _, first, last in rows)
+
+
 def test_long_context(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "speed.png"

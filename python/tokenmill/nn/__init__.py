@@ -15,9 +15,9 @@ from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .embedding_pooling import EmbeddingPooling
 from .focus import FocusSelect
-from .pattention import Pattention
 from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
+from .pattention import Pattention
 from .ponet import PoNetMixing, segments_of
 from .pooling import PoolFormerMixing, SegmentPooling
 from .selector import SelectorSummary
@@ -41,9 +41,9 @@ __all__ = [
     "FocusEncoder",
     "FocusScorer",
     "FocusSelect",
-    "Pattention",
     "LightningAttention",
     "LightningState",
+    "Pattention",
     "PoNetMixing",
     "PoolFormerMixing",
     "SegmentPooling",
