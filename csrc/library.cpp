@@ -24,12 +24,12 @@ TOKENMILL_LIBRARY(library) {
   // dense: attention with any score map. An output that a call does not have is of size 0. A scale
   // of None is 1/sqrt(D).
   const Arguments attention =
-      "Tensor q, Tensor k, Tensor v, *, str kind=\"softmax\", float? scale=None, "
-      "Tensor? score_bias=None, float score_bias_value=0.0, bool score_bias_neg_log_n=False, "
-      "Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, float softcap=0.0, "
-      "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, "
-      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, "
-      "SymInt? max_seqlen_k=None, str precision=\"accurate\"";
+      "Tensor q, Tensor k, Tensor v, *, str kind=\"softmax\", str normalize=\"none\", "
+      "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
+      "bool score_bias_neg_log_n=False, Tensor? bias=None, Tensor? alibi_slopes=None, "
+      "Tensor? sink=None, float softcap=0.0, bool causal=False, SymInt window_left=-1, "
+      "SymInt window_right=-1, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+      "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\"";
   m.def("attention(" + attention + ") -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "
@@ -39,10 +39,11 @@ TOKENMILL_LIBRARY(library) {
       "Tensor dalibi_slopes, Tensor dsink)");
   m.def(
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, "
-      "Tensor? block_table=None, str kind=\"softmax\", float? scale=None, "
-      "Tensor? score_bias=None, float score_bias_value=0.0, bool score_bias_neg_log_n=False, "
-      "Tensor? alibi_slopes=None, Tensor? sink=None, float softcap=0.0, SymInt window_left=-1, "
-      "SymInt num_splits=0, str schedule=\"auto\") -> (Tensor out, Tensor lse)");
+      "Tensor? block_table=None, str kind=\"softmax\", str normalize=\"none\", "
+      "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
+      "bool score_bias_neg_log_n=False, Tensor? alibi_slopes=None, Tensor? sink=None, "
+      "float softcap=0.0, SymInt window_left=-1, SymInt num_splits=0, str schedule=\"auto\") -> "
+      "(Tensor out, Tensor lse)");
   const Arguments merge = "Tensor outs, Tensor? lses=None";
   m.def("merge_attention_states(" + merge + ") -> (Tensor out, Tensor lse)");
   m.def("merge_attention_states_backward(Tensor dout, Tensor? dlse, " + merge +

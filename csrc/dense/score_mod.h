@@ -14,8 +14,28 @@ inline void check_small(const char* op, const char* name, const View& t, const V
   check_device_of_q(op, name, t, q);
 }
 
-inline void check_kind(const char* op, std::string_view kind) {
-  check(kind == "softmax" || kind == "sigmoid", op, "kind", "must be 'softmax' or 'sigmoid'", kind);
+inline ScoreMap map_of(const char* op, std::string_view kind) {
+  constexpr std::pair<std::string_view, ScoreMap> all[] = {
+      {"softmax", ScoreMap::softmax}, {"sigmoid", ScoreMap::sigmoid},
+      {"relu", ScoreMap::relu},       {"elu1", ScoreMap::elu1},
+      {"linear", ScoreMap::linear},   {"taylor2", ScoreMap::taylor2}};
+  for (auto [name, map] : all)
+    if (kind == name) return map;
+  fail(op, "kind", "must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'",
+       show(kind));
+}
+
+inline Normalize normalize_of(const char* op, std::string_view normalize, ScoreMap map) {
+  if (normalize == "none") return Normalize::none;
+  check(normalize == "sum" || normalize == "count", op, "normalize",
+        "must be None, 'sum' or 'count'", normalize);
+  check(map != ScoreMap::softmax, op, "normalize", "needs a kind other than 'softmax'", normalize);
+  return normalize == "sum" ? Normalize::sum : Normalize::count;
+}
+
+inline void check_kind_of_cuda(const char* op, const AttentionParams& p, std::string_view kind) {
+  check(p.map <= ScoreMap::sigmoid && p.normalize == Normalize::none, op, "kind",
+        "must be 'softmax' or 'sigmoid', without normalize, in the CUDA kernels", kind);
 }
 
 inline void check_scale(const char* op, double scale, double softcap) {

@@ -78,6 +78,7 @@ class Call(NamedTuple):
     k: Tensor
     v: Tensor
     kind: str
+    normalize: str
     scale: float
     score_bias: Tensor | None
     score_bias_value: float

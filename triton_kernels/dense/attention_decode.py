@@ -419,6 +419,7 @@ def attention_decode(
     seqlens_k: Tensor,
     block_table: Tensor | None,
     kind: str,
+    normalize: str,
     scale: float,
     score_bias: Tensor | None,
     score_bias_value: float,

@@ -13,7 +13,7 @@ constexpr const char* kOp = "attention";
 
 struct AttentionArgs : Record {
   View q, k, v;
-  std::string_view kind;
+  std::string_view kind, normalize;
   Optional<double> scale;
   View score_bias;
   double score_bias_value;
@@ -67,7 +67,8 @@ int64_t check_cu_seqlens(const AttentionArgs& a) {
 AttentionParams make_params(const AttentionArgs& a) {
   const bool packed = a.packed();
   check_qkv(kOp, a.q, a.k, a.v, packed ? 3 : 4);
-  check_kind(kOp, a.kind);
+  const ScoreMap map = map_of(kOp, a.kind);
+  const Normalize normalize = normalize_of(kOp, a.normalize, map);
   check(a.precision == "accurate" || a.precision == "fast", kOp, "precision",
         "must be 'accurate' or 'fast'", a.precision);
   check_scale(kOp, scale_of(a), a.softcap);
@@ -82,7 +83,8 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.head_dim = a.q.size(-1);
   p.value_dim = a.v.size(-1);
   p.dtype = to_dtype(a.q.dtype);
-  p.map = a.kind == "softmax" ? ScoreMap::softmax : ScoreMap::sigmoid;
+  p.map = map;
+  p.normalize = normalize;
   p.q = rows_of(a.q, packed);
   p.k = rows_of(a.k, packed);
   p.v = rows_of(a.v, packed);
@@ -125,7 +127,7 @@ AttentionParams make_params(const AttentionArgs& a) {
 }
 
 std::vector<int64_t> lse_sizes(const AttentionParams& p) {
-  if (p.map == ScoreMap::sigmoid) return {0};
+  if (!has_row_statistic(p)) return {0};
   if (p.cu_seqlens_q) return {p.heads, p.seqlen_q};
   return {p.batch, p.heads, p.seqlen_q};
 }
@@ -141,15 +143,16 @@ void run_forward(const AttentionParams& p, const View& q) {
 
 std::tuple<Array, Array> attention(const AttentionArgs& a) {
   AttentionParams p = make_params(a);
+  if (a.q.is_cuda) check_kind_of_cuda(kOp, p, a.kind);
   std::vector<int64_t> out_sizes = a.q.sizes;
   out_sizes.back() = p.value_dim;
   Array out = empty(out_sizes, a.q);
   Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
   p.out = rows_of(out, a.packed());
-  p.lse = p.map == ScoreMap::softmax ? float_data(lse) : nullptr;
+  p.lse = has_row_statistic(p) ? float_data(lse) : nullptr;
   if (p.batch == 0) {
     fill(0, out);
-    fill(-std::numeric_limits<double>::infinity(), lse);
+    fill(p.map == ScoreMap::softmax ? -std::numeric_limits<double>::infinity() : 0, lse);
   } else if (out.numel() > 0) {
     run_forward(p, a.q);
   }
@@ -198,13 +201,20 @@ Gradients attention_backward(const AttentionBackwardArgs& a) {
   out_sizes.back() = f.value_dim;
   check_like_out(kOp, "dout", a.dout, out_sizes, in.q);
   p.dout = rows_of(a.dout, packed);
-  if (f.map == ScoreMap::softmax) {
-    if (!a.out || !a.lse)
-      fail(kOp, a.out ? "lse" : "out", "must be given with kind 'softmax'", "None");
-    check_like_out(kOp, "out", a.out, out_sizes, in.q);
-    p.forward.out = rows_of(a.out, packed);
+  if (has_row_statistic(f)) {
+    const bool count = f.normalize == Normalize::count;  // needs no out, and is a constant
+    if ((!a.out && !count) || !a.lse)
+      fail(kOp, a.out || count ? "lse" : "out",
+           f.map == ScoreMap::softmax
+               ? "must be given with kind 'softmax'"
+               : Rule("must be given with normalize ", show(in.normalize)).text(),
+           "None");
+    if (!count) {
+      check_like_out(kOp, "out", a.out, out_sizes, in.q);
+      p.forward.out = rows_of(a.out, packed);
+      if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, lse_sizes(f), in.q);
+    }
     p.forward.lse = check_like_lse(kOp, "lse", a.lse, lse_sizes(f), in.q);
-    if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, lse_sizes(f), in.q);
   }
 
   Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);

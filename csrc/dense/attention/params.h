@@ -5,7 +5,11 @@
 
 namespace tokenmill {
 
-enum class ScoreMap : int32_t { softmax, sigmoid };
+// The weight f(z) of a logit z, and by what a row of weights is divided (softmax has its own).
+enum class ScoreMap : int32_t { softmax, sigmoid, relu, elu1, linear, taylor2 };
+enum class Normalize : int32_t { none, sum, count };
+
+constexpr float kSumEpsilon = 1e-8f;  // added to a row sum
 
 struct AttentionParams {
   int64_t batch, heads, kv_heads;  // batch counts sequences
@@ -13,8 +17,11 @@ struct AttentionParams {
   int64_t head_dim, value_dim;
   DType dtype;
   ScoreMap map;
+  Normalize normalize;
   Rows q, k, v, out;
-  float* lse;  // [B, H, Sq], packed [H, Tq]; null if the map has none
+  // Of a row, [B, H, Sq], packed [H, Tq]: softmax its log-sum-exp; sum the sum of f(z); count the
+  // number of visible keys. Null if neither.
+  float* lse;
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1], null unless packed
 
   float scale, softcap;
@@ -34,9 +41,9 @@ struct AttentionParams {
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // out and lse as the forward left them (softmax alone)
+  AttentionParams forward;  // out (softmax, sum) and lse as the forward left them
   Rows dout;
-  const float* dlse;  // like lse, or null
+  const float* dlse;  // like lse (softmax, sum), or null
   Rows dq, dk, dv;    // in the dtype of q
   // Sums over the pairs of one (b, h), [B, H] each, or null. dbias has the shape of bias.
   float *dscore_bias, *dalibi_slopes, *dsink;
@@ -46,6 +53,10 @@ struct AttentionBackwardParams {
   // scores of a row share, minus delta. Two sums over pairs for each 16 rows of each head, or null.
   float *minus_lse, *minus_delta, *sums;
 };
+
+constexpr bool has_row_statistic(const AttentionParams& p) {
+  return p.map == ScoreMap::softmax || p.normalize != Normalize::none;
+}
 
 // Blocks of 16 rows of one head, of one sequence or of all that are packed.
 constexpr int64_t blocks_of_sums(const AttentionParams& p) {

@@ -23,7 +23,7 @@ void run(DecodeParams& p, const View& q) {
 
 struct AttentionDecodeArgs : Record {
   View q, k_cache, v_cache, seqlens_k, block_table;
-  std::string_view kind;
+  std::string_view kind, normalize;
   Optional<double> scale;
   View score_bias;
   double score_bias_value;
@@ -37,7 +37,8 @@ struct AttentionDecodeArgs : Record {
 // The checks are those of python/tokenmill/dense/attention_decode.py, in its order and words.
 std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
-  check_kind(kOp, a.kind);
+  const ScoreMap map = map_of(kOp, a.kind);
+  const Normalize normalize = normalize_of(kOp, a.normalize, map);
   check_scale(kOp, scale_of(a), a.softcap);
   check(a.window_left >= -1, kOp, "window", "left must be >= -1 (-1 = no limit)", a.window_left);
   check(a.num_splits >= 0 && a.num_splits <= kMaxSplits, kOp, "num_splits",
@@ -58,22 +59,24 @@ std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
   p.head_dim = a.q.size(3);
   p.value_dim = a.v_cache.size(3);
   p.dtype = to_dtype(a.q.dtype);
-  p.map = a.kind == "softmax" ? ScoreMap::softmax : ScoreMap::sigmoid;
+  p.map = map;
+  p.normalize = normalize;
   p.q = rows_of(a.q, false);
   p.scale = static_cast<float>(scale_of(a));
   p.softcap = static_cast<float>(a.softcap);
   p.score_bias_value = static_cast<float>(a.score_bias_value);
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   p.window_left = a.window_left;
+  if (a.q.is_cuda) check_kind_of_cuda(kOp, p, a.kind);
   set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
   check_cache_values(kOp, a.q, a.k_cache, d.cache);
 
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
-  const bool softmax = p.map == ScoreMap::softmax;
-  Array lse = empty(softmax ? std::vector{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
+  const bool statistic = has_row_statistic(p);
+  Array lse = empty(statistic ? std::vector{p.batch, p.heads, p.seqlen_q} : std::vector<int64_t>{0},
                     a.q, ScalarType::Float);
   p.out = rows_of(out, false);
-  p.lse = softmax ? lse.mutable_data<float>() : nullptr;
+  p.lse = statistic ? lse.mutable_data<float>() : nullptr;
   if (out.numel() > 0) run(d, a.q);
   return {out, lse};
 }

@@ -1,4 +1,4 @@
-"""attention: exact attention with a softmax or sigmoid score map."""
+"""attention: exact attention with any score map, and normalised or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
+from .._check import as_int, as_number, check_bool, check_tensor, check_text
 from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known
@@ -22,9 +22,14 @@ from .attention_rules import OP, check_attention, check_attention_values
 from .terms import (
     NO_WINDOW,
     Kind,
+    Normalize,
     ScoreBias,
     as_window,
+    check_return_lse,
+    has_row_statistic,
+    lower_normalize,
     lower_score_bias,
+    unsupported_kind,
 )
 
 Precision = Literal["accurate", "fast"]
@@ -33,6 +38,7 @@ Precision = Literal["accurate", "fast"]
 class SigmoidOptions(TypedDict, total=False):
     """Keywords of :func:`sigmoid_attention` beside score_bias."""
 
+    normalize: Normalize
     scale: float | None
     bias: Tensor | None
     alibi_slopes: Tensor | None
@@ -83,6 +89,7 @@ def attention(
     v: Tensor,
     *,
     kind: Kind = "softmax",
+    normalize: Normalize = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
     bias: Tensor | None = None,
@@ -99,7 +106,7 @@ def attention(
     precision: Precision = "accurate",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Exact attention with a softmax or sigmoid score map, without the matrix of scores in memory.
+    r"""Exact attention with any score map, without the matrix of scores in memory.
 
     For query i and key j of one head, with :math:`r = i + S_k - S_q - j`:
 
@@ -108,16 +115,31 @@ def attention(
         cap(x) = softcap \tanh(x / softcap)
 
     softmax: :math:`P_{ij} = e^{z_{ij} - lse_i}` with
-    :math:`lse_i = \log(e^{sink} + \sum_j e^{z_{ij}})`; sigmoid:
-    :math:`P_{ij} = 1 / (1 + e^{-z_{ij}})`; hidden pairs have :math:`P_{ij} = 0`; then
-    :math:`out_i = \sum_j P_{ij} v_j`.
+    :math:`lse_i = \log(e^{sink} + \sum_j e^{z_{ij}})`; other kinds: :math:`P_{ij} = f(z_{ij})`, or
+    divided as normalize says:
+
+    ==========  ==========================================================
+    kind        f(z)
+    ==========  ==========================================================
+    "sigmoid"   :math:`1 / (1 + e^{-z})`
+    "relu"      :math:`\max(z, 0)`, of which the derivative at 0 is 1
+    "elu1"      :math:`z + 1` for z > 0, else :math:`e^z`
+    "linear"    :math:`z`
+    "taylor2"   :math:`1 + z + z^2 / 2`
+    ==========  ==========================================================
+
+    Hidden pairs have :math:`P_{ij} = 0` whatever the kind; then :math:`out_i = \sum_j P_{ij} v_j`.
 
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[Tq, H, D]`` with cu_seqlens; float16, bfloat16 or float32
             (float64 on the reference), any strides with a contiguous last dimension, D up to 256.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]`` (packed ``[Tk, Hk, ...]``); Hk divides H;
             query head h reads head h // (H // Hk) (GQA, MQA) without copies. Dv up to 256.
-        kind: "softmax" or "sigmoid".
+        kind: "softmax", "sigmoid", "relu", "elu1", "linear" or "taylor2".
+        normalize: of kinds other than softmax. None: weights as they are. "sum": divided by
+            :math:`s_i + 10^{-8}` with the row sum :math:`s_i = \sum_j f(z_{ij})`; with "linear",
+            whose sums have either sign, by :math:`\max(|s_i|, 1)`. "count": divided by the number
+            of keys that the query sees (after all masks, a bias of -inf included).
         scale: factor of q.k; None = 1/sqrt(D).
         score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: of each
             sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0.
@@ -135,16 +157,19 @@ def attention(
             before the first sequence and behind the last one are empty rows: out 0, lse -inf,
             gradients 0.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
-        return_lse: also return lse (softmax only).
+        return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
-        ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, itself differentiable. A query
-        that sees no key has out 0 and lse -inf (with a sink: lse = sink). Gradients: q, k, v,
-        score_bias, bias, alibi_slopes, sink. Under torch.autocast q, k, v and bias are cast as
-        those of torch's scaled_dot_product_attention.
+        ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, or the sums s of that shape,
+        themselves differentiable. A query that sees no key has out 0 and lse -inf (with a sink:
+        lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink. Under
+        torch.autocast q, k, v and bias are cast as those of torch's scaled_dot_product_attention.
+        Parts over disjoint keys: :func:`merge_attention_states` merges softmax by its lse and sums
+        kinds without normalize; with "sum", numerators :math:`(s_i + 10^{-8})\,out_i` and row sums
+        add up.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -153,8 +178,11 @@ def attention(
     linear in Sq and Sk.
 
     Paper: FlashAttention-2 (Dao 2023); sigmoid: Theory, Analysis, and Best Practices for Sigmoid
-    Self-Attention (Ramapuram et al. 2024), section 2 and, for the bias -log n, section 4; sink:
-    When Attention Sink Emerges in Language Models (Gu et al. 2024).
+    Self-Attention (Ramapuram et al. 2024), section 2 and, for the bias -log n, section 4; sink, and
+    sigmoid and elu1 with "sum": When Attention Sink Emerges in Language Models (Gu et al. 2024);
+    relu: Active-Dormant Attention Heads (Guo et al. 2024) and, with "count", Replacing Softmax with
+    ReLU in Vision Transformers (Wortsman et al. 2023); taylor2: Simple Linear Attention Language
+    Models Balance the Recall-Throughput Tradeoff (Arora et al. 2024).
 
     Example:
         >>> import torch, tokenmill as tm
@@ -165,6 +193,8 @@ def attention(
         >>> out, lse = tm.attention(q, k, v, window=(15, 0), return_lse=True)
         >>> lse.shape
         torch.Size([2, 8, 100])
+        >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
+        torch.Size([2, 100, 8, 64])
     """
     out, lse = call(
         SPEC,
@@ -173,6 +203,7 @@ def attention(
             k,
             v,
             kind=kind,
+            normalize=normalize,
             scale=scale,
             score_bias=score_bias,
             bias=bias,
@@ -238,6 +269,7 @@ def lower(
     v: Tensor,
     *,
     kind: str = "softmax",
+    normalize: str | None = None,
     scale: float | None = None,
     score_bias: float | str | Tensor | None = None,
     bias: Tensor | None = None,
@@ -270,8 +302,9 @@ def lower(
     check_text(OP, "precision", precision)
     check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
-    if return_lse and kind == "sigmoid":
-        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
+    normalize = lower_normalize(OP, normalize)
+    if return_lse:
+        check_return_lse(OP, kind, normalize)
     scale = scale_or_default(OP, scale, q)
     softcap = as_number(OP, "softcap", softcap)
     left, right = as_window(OP, window)
@@ -290,6 +323,7 @@ def lower(
         k,
         v,
         kind,
+        normalize,
         scale,
         *lower_score_bias(OP, score_bias, q),
         bias,
@@ -323,7 +357,7 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
     a = FORWARD.record(*lowered)
     q = a.q
     out = q.new_empty((*q.shape[:-1], a.v.shape[-1]))
-    if a.kind == "sigmoid":
+    if not has_row_statistic(a.kind, a.normalize):
         lse_shape: tuple[int, ...] = (0,)
     elif q.dim() == 3:
         lse_shape = (q.shape[1], q.shape[0])
@@ -363,8 +397,9 @@ def _check_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    softmax = FORWARD.record(*inputs).kind == "softmax"
-    keep(ctx, inputs, *(output if softmax else (None, None)))
+    a = FORWARD.record(*inputs)
+    out, lse = output if has_row_statistic(a.kind, a.normalize) else (None, None)
+    keep(ctx, inputs, None if a.normalize == "count" else out, lse)
 
 
 def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -375,7 +410,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     if dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
         dout = dout.contiguous()
     if dlse is not None:
-        dlse = None if lse is None else dlse.contiguous()
+        dlse = None if out is None else dlse.contiguous()  # a count is a constant
     needed = FORWARD.needed_gradients(ctx)
     needs = [needed[name] for name in EXTRAS]
     dq, dk, dv, *grads = ops.attention_backward(dout, dlse, out, lse, *needs, *lowered)
@@ -385,6 +420,11 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
         if needed[name]
     }
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
+
+
+def _unsupported(backend: str, *lowered: Any) -> list[str]:
+    a = FORWARD.record(*lowered)
+    return unsupported_kind(backend, a.kind, a.normalize)
 
 
 def flops(*lowered: Any) -> float:
@@ -437,6 +477,7 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
+        unsupported=_unsupported,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",

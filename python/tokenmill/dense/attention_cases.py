@@ -64,6 +64,13 @@ def draw_tensor(*shape: int, positive: bool = False) -> Any:
     return draw
 
 
+def draw_mask(*shape: int) -> Any:
+    def draw(dtype: torch.dtype, g: torch.Generator) -> Tensor:
+        return torch.rand(shape, generator=g) < 0.7
+
+    return draw
+
+
 SAMPLES = (
     Sample("softmax", _dense({})),
     Sample("causal, more keys", _dense({"sq": 17, "sk": 65, "d": 64, "dv": 48}, causal=True)),
@@ -104,6 +111,38 @@ SAMPLES = (
     ),
     Sample("sigmoid row bias", _dense({}, kind="sigmoid", bias=draw_tensor(1, 4, 33, 1))),
     Sample("key bias", _dense({}, bias=draw_tensor(2, 1, 1, 33))),
+    Sample("relu causal", _dense({"sk": 40}, kind="relu", causal=True)),
+    Sample(
+        "relu by count",
+        _dense({}, kind="relu", normalize="count", bias=draw_mask(2, 1, 33, 33), window=(20, 5)),
+    ),
+    Sample(
+        "elu1 by sum, every term",
+        _dense(
+            {"d": 18, "dv": 33, "hk": 4},
+            kind="elu1",
+            normalize="sum",
+            return_lse=True,
+            score_bias=draw_tensor(4),
+            bias=draw_tensor(1, 4, 33, 33),
+            alibi_slopes=draw_tensor(2, 4, positive=True),
+            softcap=4.0,
+            window=(12, 3),
+        ),
+    ),
+    Sample("linear, more queries", _dense({"sq": 40, "sk": 9}, kind="linear", causal=True)),
+    Sample(
+        "linear by sum, packed",
+        _packed([5, 0, 29], [7, 3, 29], kind="linear", normalize="sum", return_lse=True),
+    ),
+    Sample(
+        "taylor2",
+        _dense({"hk": 1}, kind="taylor2", score_bias=-0.5, bias=draw_tensor(2, 1, 1, 33)),
+    ),
+    Sample(
+        "sigmoid by sum",
+        _dense({}, kind="sigmoid", normalize="sum", return_lse=True, causal=True),
+    ),
 )
 
 
@@ -184,8 +223,18 @@ MALFORMED = (
     ),
     Malformed(
         "kind",
-        "kind: must be 'softmax' or 'sigmoid'; got 'relu'",
-        set_options(kind="relu", return_lse=False),
+        "kind: must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'; got 'gelu'",
+        set_options(kind="gelu", return_lse=False),
+    ),
+    Malformed(
+        "normalize",
+        "normalize: must be None, 'sum' or 'count'; got 'mean'",
+        set_options(kind="relu", normalize="mean", return_lse=False),
+    ),
+    Malformed(
+        "normalize of softmax",
+        "normalize: needs a kind other than 'softmax'; got 'sum'",
+        set_options(normalize="sum"),
     ),
     Malformed(
         "precision",
@@ -194,8 +243,8 @@ MALFORMED = (
     ),
     Malformed(
         "lse of sigmoid",
-        "return_lse: needs a kind with a normaliser (softmax), not; got 'sigmoid'",
-        set_options(kind="sigmoid"),
+        "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",
+        set_options(kind="sigmoid", normalize="count"),
     ),
     Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
     Malformed(

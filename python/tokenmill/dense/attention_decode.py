@@ -20,12 +20,17 @@ from ..registry import OpSpec, register_op
 from .terms import (
     NO_WINDOW,
     Kind,
+    Normalize,
     ScoreBias,
     as_window,
     check_kind,
+    check_return_lse,
     check_scale,
     check_terms,
+    has_row_statistic,
+    lower_normalize,
     lower_score_bias,
+    unsupported_kind,
 )
 
 OP = "attention_decode"
@@ -43,6 +48,7 @@ def attention_decode(
     seqlens_k: Tensor,
     block_table: Tensor | None = ...,
     kind: Kind = ...,
+    normalize: Normalize = ...,
     scale: float | None = ...,
     score_bias: ScoreBias = ...,
     alibi_slopes: Tensor | None = ...,
@@ -65,6 +71,7 @@ def attention_decode(
     seqlens_k: Tensor,
     block_table: Tensor | None = ...,
     kind: Kind = ...,
+    normalize: Normalize = ...,
     scale: float | None = ...,
     score_bias: ScoreBias = ...,
     alibi_slopes: Tensor | None = ...,
@@ -86,6 +93,7 @@ def attention_decode(
     seqlens_k: Tensor,
     block_table: Tensor | None = None,
     kind: Kind = "softmax",
+    normalize: Normalize = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
     alibi_slopes: Tensor | None = None,
@@ -115,7 +123,7 @@ def attention_decode(
             Keys beyond them are never read.
         block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its
             last key may hold anything.
-        kind, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
+        kind, normalize, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
         score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
         window: (left, right) keys beside a query's own position; -1 = no limit. As no key is
             to the right of a query, right is -1 or 0.
@@ -126,12 +134,13 @@ def attention_decode(
             equally many ranges, "stream_k" all requests together into equally long ranges, best for
             unequal lengths; "auto" takes stream_k unless num_splits is given. The cpu and triton
             backends have one schedule and take any of these.
-        return_lse: also return lse (softmax only).
+        return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log. A query that sees no key has out 0 and lse -inf (with a sink: lse = sink). NaN
+        natural log, or s of that shape. A query that sees no key has out 0 and lse -inf (with a
+        sink: lse = sink), s 0. NaN
         in one request stays there. The same inputs give the same bits. There is no gradient: inputs
         that require one are refused unless under no_grad.
 
@@ -163,6 +172,7 @@ def attention_decode(
             seqlens_k=seqlens_k,
             block_table=block_table,
             kind=kind,
+            normalize=normalize,
             scale=scale,
             score_bias=score_bias,
             alibi_slopes=alibi_slopes,
@@ -186,6 +196,7 @@ def lower(
     seqlens_k: Tensor,
     block_table: Tensor | None = None,
     kind: str = "softmax",
+    normalize: str | None = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
     alibi_slopes: Tensor | None = None,
@@ -213,8 +224,9 @@ def lower(
     check_text(OP, "kind", kind)
     check_text(OP, "schedule", schedule)
     check_bool(OP, "return_lse", return_lse)
-    if return_lse and kind == "sigmoid":
-        fail(OP, "return_lse", "needs a kind with a normaliser (softmax), not", kind)
+    normalize = lower_normalize(OP, normalize)
+    if return_lse:
+        check_return_lse(OP, kind, normalize)
     scale = scale_or_default(OP, scale, q)
     softcap = as_number(OP, "softcap", softcap)
     left, right = as_window(OP, window)
@@ -228,6 +240,7 @@ def lower(
         seqlens_k,
         block_table,
         kind,
+        normalize,
         scale,
         *lower_score_bias(OP, score_bias, q),
         None if alibi_slopes is None else widen(alibi_slopes, q),
@@ -247,6 +260,7 @@ def _check(
     seqlens_k: Tensor,
     block_table: Tensor | None,
     kind: str,
+    normalize: str,
     scale: float,
     score_bias: Tensor | None,
     score_bias_value: float,
@@ -261,7 +275,7 @@ def _check(
     float64: bool = False,
 ) -> None:
     check_cache(OP, q, k_cache, v_cache, block_table is not None, float64)
-    check_kind(OP, kind)
+    check_kind(OP, kind, normalize)
     check_scale(OP, scale, softcap)
     check(window_left >= -1, OP, "window", "left must be >= -1 (-1 = no limit)", window_left)
     splits = f"must be 0 (automatic) to {MAX_SPLITS}"
@@ -282,9 +296,15 @@ def _check_values(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    kind = rest[2]
-    lse = (0,) if kind == "sigmoid" else (q.shape[0], q.shape[2], q.shape[1])
+    kind, normalize = rest[2:4]
+    lse = (q.shape[0], q.shape[2], q.shape[1]) if has_row_statistic(kind, normalize) else (0,)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+def _unsupported(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, *rest: Any
+) -> list[str]:
+    return unsupported_kind(backend, *rest[1:3])
 
 
 def flops(
@@ -319,6 +339,7 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
+        unsupported=_unsupported,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

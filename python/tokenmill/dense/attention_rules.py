@@ -31,7 +31,7 @@ def check_attention(*lowered: Any, float64: bool = False) -> None:
     a = Arguments(*lowered)
     packed = a.cu_seqlens_q is not None or a.cu_seqlens_k is not None
     check_qkv(OP, a.q, a.k, a.v, 3 if packed else 4, float64)
-    check_kind(OP, a.kind)
+    check_kind(OP, a.kind, a.normalize)
     check(a.precision in PRECISIONS, OP, "precision", "must be 'accurate' or 'fast'", a.precision)
     check_scale(OP, a.scale, a.softcap)
     for side, limit in (("left", a.window_left), ("right", a.window_right)):

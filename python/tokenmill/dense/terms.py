@@ -17,13 +17,15 @@ from .._check import (
     check_device_of_q,
     check_last_contiguous,
     check_tensor,
+    check_text,
     fail,
 )
 from .._lowering import widen
 
-Kind = Literal["softmax", "sigmoid"]
+Kind = Literal["softmax", "sigmoid", "relu", "elu1", "linear", "taylor2"]
+Normalize: TypeAlias = Literal["sum", "count"] | None
 ScoreBias: TypeAlias = float | Literal["neg_log_n"] | Tensor | None
-KINDS = ("softmax", "sigmoid")
+KINDS = ("softmax", "sigmoid", "relu", "elu1", "linear", "taylor2")
 NO_WINDOW = (-1, -1)
 
 
@@ -51,8 +53,39 @@ def lower_score_bias(
     return None, as_number(op, "score_bias", score_bias, rule), False
 
 
-def check_kind(op: str, kind: str) -> None:
-    check(kind in KINDS, op, "kind", "must be 'softmax' or 'sigmoid'", kind)
+def lower_normalize(op: str, normalize: str | None) -> str:
+    if normalize is None:
+        return "none"
+    check_text(op, "normalize", normalize)
+    return normalize
+
+
+def has_row_statistic(kind: str, normalize: str) -> bool:
+    """Whether there is a second result: of softmax the lse, of normalize the sums or counts."""
+    return kind == "softmax" or normalize != "none"
+
+
+def check_return_lse(op: str, kind: str, normalize: str) -> None:
+    ok = kind == "softmax" or normalize == "sum" or kind not in KINDS
+    check(ok, op, "return_lse", "needs kind 'softmax' or normalize 'sum', not", kind)
+
+
+def check_kind(op: str, kind: str, normalize: str) -> None:
+    kinds = "must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'"
+    check(kind in KINDS, op, "kind", kinds, kind)
+    if normalize != "none":
+        known = normalize in ("sum", "count")
+        check(known, op, "normalize", "must be None, 'sum' or 'count'", normalize)
+        rule = "needs a kind other than 'softmax'"
+        check(kind != "softmax", op, "normalize", rule, normalize)
+
+
+def unsupported_kind(backend: str, kind: str, normalize: str) -> list[str]:
+    """Why a backend does not run a kind."""
+    if backend == "reference" or (kind in ("softmax", "sigmoid") and normalize == "none"):
+        return []
+    named = f"kind '{kind}'" if normalize == "none" else f"kind '{kind}' with normalize"
+    return [f"{named} has no {backend} kernel"]
 
 
 def check_scale(op: str, scale: float, softcap: float) -> None:

@@ -1,7 +1,9 @@
-"""The parts of attention: scores, their softmax, and sums of values. For p_i = i + Sk - Sq,
+"""The parts of attention: scores, their softmax or other weights, and sums of values. For
+p_i = i + Sk - Sq,
 
 z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
-P_ij = e^(z_ij - lse_i),    lse_i = log(sum_j e^z_ij + e^sink) over visible keys j
+P_ij = e^(z_ij - lse_i),    lse_i = log(sum_j e^z_ij + e^sink) over visible keys j, or
+P_ij = f(z_ij), or f(z_ij) / (s_i + 1e-8) with s_i = sum_j f(z_ij), or f(z_ij) / n_i
 """
 
 from __future__ import annotations
@@ -82,6 +84,38 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, NEG_INF, row_max + torch.log(total))
     return e / total, lse.squeeze(-1)
+
+
+def weights(kind: str, z: Tensor, visible: Tensor) -> Tensor:
+    """f(z), 0 for hidden pairs. A logit of -inf hides its pair, whatever the kind."""
+    visible = visible & (z != NEG_INF)
+    z = torch.where(visible, z, 0.0)  # so that no gradient is 0 times infinity
+    if kind == "sigmoid":
+        f = torch.sigmoid(z)
+    elif kind == "relu":
+        f = torch.where(z < 0, 0.0, z)  # the derivative at 0 is 1
+    elif kind == "elu1":
+        f = torch.where(z > 0, z + 1, torch.exp(z.clamp(max=0.0)))
+    elif kind == "linear":
+        f = z
+    else:
+        f = 1 + z + z * z / 2  # taylor2
+    return torch.where(visible, f, 0.0)
+
+
+def normalized(f: Tensor, visible: Tensor, kind: str, normalize: str) -> tuple[Tensor, Tensor]:
+    """P from weights f [B, H, Sq, Sk], and what each row of them is divided by: the sum of its
+    weights ("sum"; |sum| where they may be negative, 1 at least), or the number of visible keys
+    ("count")."""
+    if normalize == "none":
+        return f, f.new_empty(0)
+    wide = torch.promote_types(f.dtype, torch.float32)  # where 1e-8 is not 0
+    if normalize == "count":
+        n = visible.expand_as(f).sum(-1).to(f.dtype)
+        return f / n.clamp(min=1.0)[..., None], n
+    s = f.sum(-1)
+    divisor = s.abs().clamp(min=1.0) if kind == "linear" else s.to(wide) + 1e-8
+    return (f / divisor[..., None]).to(f.dtype), s
 
 
 def weighted_sum(p: Tensor, v: Tensor) -> Tensor:

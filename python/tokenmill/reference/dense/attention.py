@@ -1,4 +1,5 @@
-"""attention: out_i = sum_j P_ij v_j, with P = softmax(z) or sigmoid(z) over the visible keys.
+"""attention: out_i = sum_j P_ij v_j over the visible keys, with P = softmax(z), or the weights f(z)
+of another kind as they are, divided by their sum or by the number of visible keys.
 
     z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
 
@@ -12,7 +13,15 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import expand_heads, scores, softmax, visible_pairs, weighted_sum
+from ._common import (
+    expand_heads,
+    normalized,
+    scores,
+    softmax,
+    visible_pairs,
+    weighted_sum,
+    weights,
+)
 
 
 def attention(
@@ -20,6 +29,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     kind: str,
+    normalize: str,
     scale: float,
     score_bias: Tensor | None,
     score_bias_value: float,
@@ -69,11 +79,12 @@ def attention(
         z = scores(
             q, k, scale, softcap, bias_b, rows(alibi_slopes), rows(score_bias), constant, upcast
         )
-        if kind == "sigmoid":
-            p = torch.where(visible, torch.sigmoid(z), 0.0)
-            lse = z.new_empty(0)
-        else:
+        if kind == "softmax":
             p, lse = softmax(z, visible, sink)
+        else:
+            if bias_b is not None:
+                visible = visible & (bias_b != -math.inf)
+            p, lse = normalized(weights(kind, z, visible), visible, kind, normalize)
         return weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype), lse
 
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -85,6 +96,7 @@ def attention(
         rows_q, rows_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         out, lse = one(b, q[None, rows_q], k[None, rows_k], v[None, rows_k])
         outs.append(out[0])
-        lses.append(lse[0].to(wide) if kind == "softmax" else lse)
-    packed_lse = torch.cat(lses, 1) if kind == "softmax" else q.new_empty(0, dtype=wide)
-    return torch.cat(outs), packed_lse
+        lses.append(lse.to(wide)[0] if lse.dim() == 3 else lse)
+    if kind != "softmax" and normalize == "none":
+        return torch.cat(outs), q.new_empty(0, dtype=wide)
+    return torch.cat(outs), torch.cat(lses, 1)

@@ -18,6 +18,7 @@ def attention_decode(
     seqlens_k: Tensor,
     block_table: Tensor | None,
     kind: str,
+    normalize: str,
     scale: float,
     score_bias: Tensor | None,
     score_bias_value: float,
@@ -42,6 +43,7 @@ def attention_decode(
             k[None],
             v[None],
             kind=kind,
+            normalize=normalize,
             scale=scale,
             score_bias=score_bias_b,
             score_bias_value=score_bias_value,
@@ -65,7 +67,7 @@ def attention_decode(
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((0, *q.shape[1:-1], v_cache.shape[-1]))
     lse = q.new_empty((0, q.shape[2], q.shape[1]), dtype=wide)
-    if kind == "sigmoid":
+    if kind != "softmax" and normalize == "none":
         return torch.cat([out, *outs]), q.new_empty(0, dtype=wide)
     return torch.cat([out, *outs]), torch.cat([lse, *lses])
 
