@@ -131,6 +131,10 @@ def cases() -> Iterator[Case]:
         yield _case("softmax", dtype, MIDDLE, dense)
         flex = {"flex (compiled)": functools.partial(flex_window, left=255)}
         yield _case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
+    for kind in ("relu", "elu1"):
+        for dtype in (F32, BF16):
+            yield _case(kind, dtype, MIDDLE, dense)
+            yield _case(kind, dtype, MIDDLE, dense, backward=True)
     for head_dim in (32, 96, 128):
         yield _case("sigmoid", F32, MIDDLE, dense, head_dim=head_dim)
         yield _case("sigmoid", BF16, MIDDLE, dense, head_dim=head_dim)

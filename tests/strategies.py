@@ -31,8 +31,9 @@ def _swapped(shape):
 
 
 @st.composite
-def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid")):
-    """A sample of attention with any combination of options."""
+def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid"), normalizers=None):
+    """A sample of attention with any combination of options; with normalizers, of kinds that have
+    them, and with biases of -inf."""
     length = LENGTHS.filter(lambda n: n <= max_length)
     kind = draw(st.sampled_from(kinds))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7)]))
@@ -55,7 +56,12 @@ def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid")):
         "scale": draw(st.sampled_from([None, 0.0, 0.3, -0.2, 1.5])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.5])),
     }
-    if kind == "softmax":
+    if normalizers:
+        # A relu row may sum to nearly nothing: as ill-conditioned as that sum.
+        options["normalize"] = draw(
+            st.sampled_from(normalizers if kind != "relu" else [None, "count"])
+        )
+    if kind == "softmax" or options.get("normalize") == "sum":
         options["return_lse"] = True
     score_bias = draw(st.sampled_from([None, -3.0, "neg_log_n", (heads,), (batch, heads)]))
     slopes = draw(st.sampled_from([None, None, (heads,), (batch, heads)]))
@@ -84,6 +90,8 @@ def attention_samples(draw, max_length=70, kinds=("softmax", "sigmoid")):
                 kwargs[name] = torch.randn(shape, generator=g).abs().to(wide)
         if bias is not None:
             kwargs["bias"] = torch.randn(bias, generator=g).to(dtype)
+            if normalizers:
+                kwargs["bias"][torch.rand(bias, generator=g) < 0.2] = -torch.inf
         if packed:
             for name, lengths in (("q", lengths_q), ("k", lengths_k)):
                 ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -89,7 +89,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
       for (int j = 0; j < kVectors; ++j) s[r][j] = s[r][j] * factor;
     }
   }
-  const vf hidden = set(hidden_exponent(ScoreMap::softmax));
+  const vf hidden = set(hidden_exponent(Exponent::softmax));
   TM_UNROLL(4)
   for (int j = 0; j < kVectors; ++j) {
     if (keys[j].whole(t.lowest[row], t.highest[row])) [[likely]]
@@ -101,7 +101,7 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
       s[r][j] = select(less(query, from), hidden, select(less(query, until), s[r][j], hidden));
     }
   }
-  store_weights<Op, ScoreMap::softmax, kCoarse>(t, row, s, slot);
+  store_weights<Op, Exponent::softmax, kCoarse>(t, row, s, slot);
 }
 
 using ScoreTile = void (*)(const SparseRows&, int64_t, const KeyVector*, int64_t);
@@ -244,7 +244,7 @@ class ForwardWorker {
     }
     for (int64_t r = t.rows; r < padded; ++r) t.query[r] = t.query[t.rows - 1];
     pack_rows<Op>(ScatteredRows{q_rows}, p.dtype, t.rows, padded, p.head_dim, factor, t.q, t.ldq);
-    t.clear<ScoreMap::softmax>(padded);
+    t.clear<Exponent::softmax>(padded);
     for (int64_t row = 0, n; row < t.rows; row += n) {
       n = rows_of_tile(t.rows - row);
       t.lowest[row] = t.highest[row] = t.query[row];

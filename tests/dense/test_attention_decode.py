@@ -53,8 +53,8 @@ def drawn(backend, lengths, dtype=torch.float32, seed=0, **options):
 
 
 @st.composite
-def decode_samples(draw, longest):
-    kind = draw(st.sampled_from(["softmax", "softmax", "sigmoid"]))
+def decode_samples(draw, longest, kinds=("softmax", "softmax", "sigmoid"), normalizers=None):
+    kind = draw(st.sampled_from(kinds))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 3), (1, 7), (3, 2)]))
     heads = kv_heads * group
     page_size = draw(st.sampled_from([None, None, 1, 16, 64]))
@@ -78,7 +78,12 @@ def decode_samples(draw, longest):
     }
     if options["num_splits"] == 0:
         options["schedule"] = draw(st.sampled_from(["auto", "split", "stream_k"]))
-    if kind == "softmax":
+    if normalizers:
+        # A relu row may sum to nearly nothing: as ill-conditioned as that sum.
+        options["normalize"] = draw(
+            st.sampled_from(normalizers if kind != "relu" else [None, "count"])
+        )
+    if kind == "softmax" or options.get("normalize") == "sum":
         options["return_lse"] = True
     tensors = {
         "score_bias": draw(st.sampled_from([None, None, (heads,), (len(lengths), heads)])),

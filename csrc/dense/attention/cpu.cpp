@@ -81,7 +81,7 @@ struct QueryTile : QueryRows {
 
 // Weights of kRows queries and kVectors vectors of keys from `column` on, at `slot` of the
 // step. `panel` points at the first of these keys in its packed panel.
-template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kRows, int kVectors>
+template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
 __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const float* panel,
                                           int64_t column, int64_t slot) {
   vf s[kRows][kVectors];
@@ -112,23 +112,23 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j)
         s[r][j] = select(lanes(begin - j * kWidth, end - j * kWidth), s[r][j],
-                         set(hidden_exponent(kMap)));
+                         set(hidden_exponent(kKind)));
     }
   }
 
-  store_weights<Op, kMap, kCoarse>(t, row, s, slot);
+  store_weights<Op, kKind, kCoarse>(t, row, s, slot);
 }
 
 using ScoreTile = void (*)(const QueryTile&, int64_t, const float*, int64_t, int64_t);
 
 // The copy of score_tile for 1 .. kTileVectors vectors.
-template <class Op, ScoreMap kMap, bool kCoarse, bool kPlain, int kRows,
+template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows,
           int kVectors = kTileVectors>
 ScoreTile score_tile_for(int64_t vectors) {
   if constexpr (kVectors > Op::kPair)
     if (vectors < kVectors)
-      return score_tile_for<Op, kMap, kCoarse, kPlain, kRows, kVectors - Op::kPair>(vectors);
-  return &score_tile<Op, kMap, kCoarse, kPlain, kRows, kVectors>;
+      return score_tile_for<Op, kKind, kCoarse, kPlain, kRows, kVectors - Op::kPair>(vectors);
+  return &score_tile<Op, kKind, kCoarse, kPlain, kRows, kVectors>;
 }
 
 struct Sizes {
@@ -146,7 +146,7 @@ struct Sizes {
   }
 };
 
-template <class Op, ScoreMap kMap, bool kCoarse>
+template <class Op, Exponent kKind, bool kCoarse>
 class Worker {
  public:
   Worker(const AttentionParams& p, const Sizes& sizes, int64_t shares)
@@ -243,7 +243,7 @@ class Worker {
     const float factor = t.score_mod->plain && Op::kPair == 1 ? t.score_mod->factor : 1;
     pack_rows<Op>(row_at(p.q, place, 0), p.dtype, p.q.seq, t.rows, padded, p.head_dim, factor, t.q,
                   t.ldq);
-    t.clear<kMap>(padded);
+    t.clear<kKind>(padded);
   }
 
   void stream_keys() { t.score_mod->plain ? stream_keys<true>() : stream_keys<false>(); }
@@ -252,8 +252,8 @@ class Worker {
   void stream_keys() {
     ScoreTile full[kTileVectors + 1], shorter[kTileVectors + 1];
     for (int n = 1; n <= kTileVectors; ++n) {
-      full[n] = score_tile_for<Op, kMap, kCoarse, kPlain, kTileRows>(n);
-      shorter[n] = score_tile_for<Op, kMap, kCoarse, kPlain, kShortRows>(n);
+      full[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kTileRows>(n);
+      shorter[n] = score_tile_for<Op, kKind, kCoarse, kPlain, kShortRows>(n);
     }
     const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
     const int64_t end = t.band.end(t.first + t.rows - 1);
@@ -301,13 +301,20 @@ class Worker {
                                     t.rows);
   }
 
+  RowScale divide(int64_t r) const {
+    const int64_t i = t.first + r;
+    const float statistic = p.normalize == Normalize::count
+                                ? t.score_mod->visible(i, t.band.begin(i), t.band.end(i))
+                                : t.sum(r);
+    return {normalizer(p, statistic), statistic};
+  }
+
   void store_rows() {
     for (int64_t r = 0; r < t.rows; ++r) {
       RowScale scale{1, 0};
-      if (kMap == ScoreMap::softmax) {
-        scale = t.epilogue(r, p.sink ? p.sink + place.h : nullptr);
-        lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
-      }
+      if (kKind == Exponent::softmax) scale = t.epilogue(r, p.sink ? p.sink + place.h : nullptr);
+      if (kKind == Exponent::logit) scale = divide(r);
+      if (p.lse) lse_of(p, p.lse, place.b, place.s.q_start, place.h)[t.first + r] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor, row_at(p.out, place, r), p.dtype, p.value_dim);
     }
   }
@@ -321,7 +328,7 @@ class Worker {
   int64_t packed = -1;
 };
 
-template <class Op, ScoreMap kMap, bool kCoarse>
+template <class Op, Exponent kKind, bool kCoarse>
 void forward(const AttentionParams& p) {
   const Sizes sizes(p);
   // A parallel region costs about as much as 2 Mflop on one thread.
@@ -333,15 +340,21 @@ void forward(const AttentionParams& p) {
   if (shares > tiles) shares = tiles > 0 ? tiles : 1;
   cpu::parallel_items(p.batch * p.kv_heads * shares, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    Worker<Op, kMap, kCoarse> worker(p, sizes, shares);
+    Worker<Op, kKind, kCoarse> worker(p, sizes, shares);
     for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
   });
 }
 
 template <class Op, bool kCoarse>
 void forward(const AttentionParams& p) {
-  p.map == ScoreMap::softmax ? forward<Op, ScoreMap::softmax, kCoarse>(p)
-                             : forward<Op, ScoreMap::sigmoid, kCoarse>(p);
+  switch (exponent_of(p)) {
+    case Exponent::softmax:
+      return forward<Op, Exponent::softmax, kCoarse>(p);
+    case Exponent::sigmoid:
+      return forward<Op, Exponent::sigmoid, kCoarse>(p);
+    case Exponent::logit:
+      return forward<Op, Exponent::logit, kCoarse>(p);
+  }
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 //
 //   S^T = K Q^T,  dP^T = V dO^T,  then in registers
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
+//   others: P = n f(z), dS = f'(z) (n dP - delta), n the factor of the row, delta by its sum
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
 // Of softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is taken from
@@ -12,12 +13,10 @@
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_backward_operands.h"
+#include "dense/attention/cpu_kinds.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
-
-// e^-z beyond this is cut, so that P (1 - P) is 0 and not 0 * inf.
-constexpr float kMaxOdds = 1e37f;
 
 // Sums over the pairs of one head. Doubles: there may be 2^32 of them.
 struct HeadSums {
@@ -30,7 +29,7 @@ struct Partials {
   HeadSums sums;
 };
 
-template <class Op, ScoreMap kMap, bool kCoarse>
+template <class Op, Exponent kKind, bool kCoarse>
 class Worker {
  public:
   Worker(const AttentionBackwardParams& bp, int64_t longest_q, int64_t longest_k, bool whole_head)
@@ -129,14 +128,16 @@ class Worker {
   void enter_query_head(int64_t head) {
     h = head;
     score_mod = ScoreMod(p, b, h, *s);
-    if (sums_pairs_for_score_bias()) score_mod.make_general();  // that path sums dS
+    // The general path sums dS.
+    if (kKind == Exponent::logit || sums_pairs_for_score_bias()) score_mod.make_general();
     queries.pack(*s, b, h, padded(s->q_length),
                  score_mod.plain && Op::kPair == 1 ? score_mod.factor : 1);
-    if (kMap == ScoreMap::softmax)
+    if (kKind == Exponent::softmax)
       queries.pack_statistics(*s, b, h, padded(s->q_length), score_mod.shift);
+    if (kKind == Exponent::logit) queries.pack_factors(*s, b, h, padded(s->q_length));
   }
 
-  bool sums_pairs_for_score_bias() const { return kMap == ScoreMap::sigmoid && bp.dscore_bias; }
+  bool sums_pairs_for_score_bias() const { return kKind != Exponent::softmax && bp.dscore_bias; }
 
   void zero_key_sums(int64_t keys) {
     const int64_t rows = round_up(keys, kKeyTile);
@@ -184,7 +185,8 @@ class Worker {
       const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
       for (int64_t c = 0; c < kQueryBlock; c += kPanel)
         if (i + c < to && i + c + kPanel > from)
-          score_mod.plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
+          kKind != Exponent::logit&& score_mod.plain ? score_tile<true>(r, i, c, sums)
+                                                     : score_tile<false>(r, i, c, sums);
       // Words of the queries that these keys see.
       const int64_t begin = upper(from - i, 0) / Op::kPair;
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
@@ -235,10 +237,19 @@ class Worker {
           t = t * factor;
         }
         const vf dpn = load(dp_memory[m] + n * kWidth);
-        if constexpr (kMap == ScoreMap::softmax) {
+        if constexpr (kKind == Exponent::softmax) {
           const vf dpd = dpn - load(queries.delta + query + n * kWidth);
           w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
           dz[n] = w[n] * dpd;
+        } else if constexpr (kKind == Exponent::logit) {
+          const vf row_factor = load(queries.factor() + query + n * kWidth);
+          const vf change = row_factor * dpn - load(queries.delta + query + n * kWidth);
+          visit_map(score_mod.map, [&](auto map) TM_LAMBDA {
+            const Weight f = weight_of<decltype(map)::value, kCoarse>(t);
+            w[n] = f.value * row_factor;
+            // What a weight of slope 0 does not see may be NaN.
+            dz[n] = select(equal(f.slope, zero()), zero(), f.slope * change);
+          });
         } else {
           const vf e = min_of(set(kMaxOdds), power<kCoarse>(t) * odds);
           w[n] = reciprocal<kCoarse>(one + e);
@@ -263,7 +274,7 @@ class Worker {
     }
     scores.store_pairs(r, c, z);
     if constexpr (!kPlain) {
-      if constexpr (kMap == ScoreMap::sigmoid) sums.score_bias += sum_lanes(bias_sum);
+      if constexpr (kKind != Exponent::softmax) sums.score_bias += sum_lanes(bias_sum);
       sums.alibi_slopes -= sum_lanes(slope_sum);
     }
   }
@@ -329,7 +340,7 @@ class Worker {
   // value, and d loss / d score_bias = sum_i (dlse_i + P_i,sink delta_i).
   HeadSums row_sums() const {
     HeadSums sums;
-    if (kMap != ScoreMap::softmax || !(bp.dsink || bp.dscore_bias)) return sums;
+    if (kKind != Exponent::softmax || !(bp.dsink || bp.dscore_bias)) return sums;
     const float* lse_in = lse_of(p, p.lse, b, s->q_start, h);
     const float* dlse = bp.dlse ? lse_of(p, bp.dlse, b, s->q_start, h) : nullptr;
     for (int64_t i = 0; i < s->q_length; ++i) {
@@ -371,7 +382,7 @@ class Worker {
   int64_t first_key = 0, keys = 0;
 };
 
-template <class Op, ScoreMap kMap, bool kCoarse>
+template <class Op, Exponent kKind, bool kCoarse>
 void backward(const AttentionBackwardParams& bp) {
   const AttentionParams& p = bp.forward;
   int64_t longest_q = 0, longest_k = 0;
@@ -393,7 +404,7 @@ void backward(const AttentionBackwardParams& bp) {
       threads == 1 || parts == 1 || batches * heads >= 2 * threads || (bp.dbias && bp.dbias_k == 0);
   const int64_t parts_apart = whole_head ? 1 : parts;
 
-  using W = Worker<Op, kMap, kCoarse>;
+  using W = Worker<Op, kKind, kCoarse>;
   const int64_t entries = whole_head ? 0 : p.batch * p.kv_heads * parts * group;
   const int64_t dq_size = W::padded(longest_q) * round_up(p.head_dim, kWidth);
   constexpr int64_t kEntryFloats = sizeof(Partials) / sizeof(float);
@@ -429,8 +440,14 @@ void backward(const AttentionBackwardParams& bp) {
 
 template <class Op, bool kCoarse>
 void backward(const AttentionBackwardParams& p) {
-  p.forward.map == ScoreMap::softmax ? backward<Op, ScoreMap::softmax, kCoarse>(p)
-                                     : backward<Op, ScoreMap::sigmoid, kCoarse>(p);
+  switch (exponent_of(p.forward)) {
+    case Exponent::softmax:
+      return backward<Op, Exponent::softmax, kCoarse>(p);
+    case Exponent::sigmoid:
+      return backward<Op, Exponent::sigmoid, kCoarse>(p);
+    case Exponent::logit:
+      return backward<Op, Exponent::logit, kCoarse>(p);
+  }
 }
 
 }  // namespace

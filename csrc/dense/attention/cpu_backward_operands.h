@@ -45,7 +45,7 @@ struct QueryOperands : RowSizes<Op> {
   const AttentionBackwardParams& bp;
   float *qt, *gt;      // q and dout transposed, in panels of kPanel queries
   float *qr, *gr;      // q and dout as rows
-  float *lse, *delta;  // of softmax
+  float *lse, *delta;  // of softmax; of kinds that take the logit, a row's factor and its delta
 
   explicit QueryOperands(const AttentionBackwardParams& bp) : RowSizes<Op>(bp.forward), bp(bp) {}
 
@@ -94,15 +94,42 @@ struct QueryOperands : RowSizes<Op> {
   }
   void pack_statistics(int64_t i, float lse_in, float dlse, float shift, const char* g,
                        const char* o) {
-    const AttentionParams& p = bp.forward;
     // A row that saw nothing has P = 0.
     lse[i] = lse_in == -kInf ? kInf : (lse_in - shift) * kLog2e;
+    delta[i] = product(g, o) - dlse;
+  }
+
+  // For f(z) divided by the sum s of its row: d loss / d s is -factor rowsum(dout out), with the
+  // sign of s where |s| divides, and 0 where 1 does.
+  float* factor() const { return lse; }
+  void pack_factors(const Sequence& s, int64_t b, int64_t h, int64_t padded) {
+    const AttentionParams& p = bp.forward;
+    const bool divides = p.normalize == Normalize::sum, either_sign = p.map == ScoreMap::linear;
+    const float* statistic = p.lse ? lse_of(p, p.lse, b, s.q_start, h) : nullptr;
+    const float* dsum = bp.dlse ? lse_of(p, bp.dlse, b, s.q_start, h) : nullptr;
+    for (int64_t i = 0; i < s.q_length; ++i) {
+      const float sum = statistic ? statistic[i] : 0;
+      factor()[i] = normalizer(p, sum);
+      delta[i] = 0;
+      if (divides && !(either_sign && std::fabs(sum) <= 1)) {
+        const float dot = product(row_of(bp.dout, p.dtype, b, s.q_start, i, h),
+                                  row_of(p.out, p.dtype, b, s.q_start, i, h));
+        delta[i] = factor()[i] * (either_sign && sum < 0 ? -dot : dot);
+      }
+      if (dsum) delta[i] -= dsum[i];
+    }
+    for (int64_t i = s.q_length; i < padded; ++i) factor()[i] = delta[i] = 0;
+  }
+
+ private:
+  float product(const char* g, const char* o) const {
+    const AttentionParams& p = bp.forward;
     vf dot = zero();
     visit_elements(p.dtype, [&](auto e) TM_LAMBDA {
       for (int64_t d = 0; d < p.value_dim; d += kWidth)
         dot = fma(e.load_n(g, d, p.value_dim - d), e.load_n(o, d, p.value_dim - d), dot);
     });
-    delta[i] = sum_lanes(dot) - dlse;
+    return sum_lanes(dot);
   }
 };
 

@@ -1,9 +1,10 @@
-// The end of a row of softmax, for the CPU kernels.
+// The end of a row, for the CPU kernels.
 #pragma once
 #include <cmath>
 #include <limits>
 
 #include "cpu/simd.h"
+#include "dense/attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
@@ -29,6 +30,16 @@ inline RowScale softmax_epilogue(float sum, float row_max, bool seen, const floa
   const float weight = row_max == -kInf ? 0 : std::exp2(row_max - top);
   const float total = sum * weight + std::exp2(a - top);
   return {weight / total, (top + std::log2(total)) * kLn2 + shift};
+}
+
+// The factor of a row of any other kind by its statistic, the sum of its weights or the number of
+// keys that it sees.
+inline float normalizer(const AttentionParams& p, float statistic) {
+  if (p.normalize == Normalize::none) return 1;
+  if (p.normalize == Normalize::count) return statistic > 0 ? 1 / statistic : 0;
+  if (p.map != ScoreMap::linear) return 1 / (statistic + kSumEpsilon);
+  const float size = std::fabs(statistic);
+  return size > 1 ? 1 / size : 1;
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,7 +1,8 @@
 // From q.k to the exponent of the score map, for the forward and backward CPU kernels.
 //
 // Exponents are in base 2: t = z log2(e) for softmax, P = 2^(t - row_max) / sum; t = -z log2(e) for
-// sigmoid, P = 1 / (1 + 2^t). Nothing cancels, so small weights keep their relative accuracy.
+// sigmoid, P = 1 / (1 + 2^t). Nothing cancels, so small weights keep their relative accuracy. Other
+// kinds, and a sigmoid that is normalised, take the logit: t = z.
 #pragma once
 #include <cmath>
 #include <limits>
@@ -16,9 +17,21 @@ namespace tokenmill::TOKENMILL_ISA {
 
 constexpr float kMax = std::numeric_limits<float>::max();
 
-// The exponent that hides a pair.
-constexpr float hidden_exponent(ScoreMap map) { return map == ScoreMap::softmax ? -kInf : kInf; }
-constexpr float exponent_sign(ScoreMap map) { return map == ScoreMap::softmax ? kLog2e : -kLog2e; }
+// e^-z beyond this is cut, so that P (1 - P) is 0 and not 0 * inf.
+constexpr float kMaxOdds = 1e37f;
+
+enum class Exponent { softmax, sigmoid, logit };
+
+inline Exponent exponent_of(const AttentionParams& p) {
+  if (p.map == ScoreMap::softmax) return Exponent::softmax;
+  const bool plain = p.map == ScoreMap::sigmoid && p.normalize == Normalize::none;
+  return plain ? Exponent::sigmoid : Exponent::logit;
+}
+// The exponent that hides a pair, and what a logit is multiplied by.
+constexpr float hidden_exponent(Exponent t) { return t == Exponent::sigmoid ? kInf : -kInf; }
+constexpr float exponent_unit(Exponent t) {
+  return t == Exponent::softmax ? kLog2e : t == Exponent::sigmoid ? -kLog2e : 1;
+}
 
 struct Sequence {
   int64_t q_start, k_start, q_length, k_length;
@@ -48,6 +61,7 @@ TM_INLINE float* lse_of(const AttentionParams& p, const float* lse, int64_t b, i
 struct ScoreMod {
   ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
       : map(p.map),
+        kind(exponent_of(p)),
         scale(p.scale),
         softcap(p.softcap),
         slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
@@ -66,16 +80,17 @@ struct ScoreMod {
       constant -= static_cast<float>(std::log(static_cast<double>(columns)));
     has_slope = p.alibi_slopes != nullptr;
     plain = softcap == 0 && !bias && !has_slope;
-    if (map == ScoreMap::softmax) {
+    factor = exponent_unit(kind) * scale;
+    if (kind == Exponent::softmax) {
       // Softmax does not see a shift of its row: only lse and sink do.
       shift = std::isfinite(constant) ? constant : 0;
       constant -= shift;
       if (constant != 0 || std::isnan(constant)) plain = false;
-      factor = kLog2e * scale;
+    } else if (kind == Exponent::logit) {
+      if (!(constant == 0)) plain = false;
     } else {
       // e^-constant as a factor of 2^t, as long as neither over- nor underflows alone.
       if (!(std::fabs(constant) < 20)) plain = false;
-      factor = -kLog2e * scale;
       odds = plain ? std::exp(-constant) : 1;
     }
   }
@@ -100,9 +115,9 @@ struct ScoreMod {
     if (bias) z = min_of(set(kMax), z + b);
     if (has_slope) z = fma(set(-slope), distance, z);
     z = z + set(constant);
-    vf t = z * set(exponent_sign(map));
+    vf t = z * set(exponent_unit(kind));
     // A finite logit has a finite exponent (-FLT_MAX log2(e) would not); -inf hides the pair.
-    if (bias && map == ScoreMap::softmax)
+    if (bias && kind == Exponent::softmax)
       t = select(less(z, set(-kMax)), t, max_of(set(-kMax), min_of(set(kMax), t)));
     return t;
   }
@@ -123,7 +138,20 @@ struct ScoreMod {
     return load_as_float_n(bias, bias_dtype, at + column, columns - column);
   }
 
+  // How many of the keys [begin, end) no bias of -inf hides from query `row`.
+  float visible(int64_t row, int64_t begin, int64_t end) const {
+    if (begin >= end) return 0;
+    if (!bias) return static_cast<float>(end - begin);
+    vf hidden = zero();
+    for (int64_t j = begin; j < end; j += kWidth) {
+      const vf one = select(lanes(0, end - j), set(1.f), zero());
+      hidden = hidden + select(less(bias_lanes(row, j), set(-kMax)), one, zero());
+    }
+    return static_cast<float>(end - begin) - sum_lanes(hidden);
+  }
+
   ScoreMap map;
+  Exponent kind;
   float scale, softcap, slope, constant;
   int64_t diagonal, rows, columns;
   const void* bias;

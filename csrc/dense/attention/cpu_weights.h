@@ -2,7 +2,7 @@
 // of them, and the score map in the registers of the first product.
 #pragma once
 #include "cpu/workspace.h"
-#include "dense/attention/cpu_scores.h"
+#include "dense/attention/cpu_kinds.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
@@ -35,6 +35,7 @@ struct QueryRows {
   int64_t ldp;
   float* out;  // [most rows][ldo]
   int64_t ldo, width;
+  bool adds_up;  // the weights of a row, into sums, as softmax does
   // softmax, per row: exponents are taken relative to row_max, the first maximum, so that the only
   // key of a row has weight 1; it moves when an exponent exceeds raise_above.
   float *row_max, *raise_above, *sums;
@@ -46,6 +47,7 @@ struct QueryRows {
     ldq = round_up(words, kWidth);
     ldo = width + kRowPad;
     ldp = step / Op::kPair + kRowPad;
+    adds_up = p.normalize == Normalize::sum;
   }
   int64_t size(int64_t most) const { return most * (ldq + ldo + ldp + kWidth + 2) + 6 * 16; }
   void place(cpu::Workspace& workspace, int64_t most) {
@@ -57,17 +59,17 @@ struct QueryRows {
     raise_above = workspace.take(most);
   }
 
-  template <ScoreMap kMap>
+  template <Exponent kKind>
   void clear(int64_t padded) {
     std::memset(out, 0, padded * ldo * sizeof(float));
-    if (kMap == ScoreMap::softmax) {
-      std::memset(sums, 0, padded * kWidth * sizeof(float));
+    if (kKind != Exponent::sigmoid) std::memset(sums, 0, padded * kWidth * sizeof(float));
+    if (kKind == Exponent::softmax) {
       for (int64_t r = 0; r < padded; ++r) row_max[r] = 0, raise_above[r] = -kInf;
     }
   }
+  float sum(int64_t r) const { return sum_lanes(load(sums + r * kWidth)); }
   RowScale epilogue(int64_t r, const float* sink) const {
-    return softmax_epilogue(sum_lanes(load(sums + r * kWidth)), row_max[r], raise_above[r] > -kInf,
-                            sink, score_mod->shift);
+    return softmax_epilogue(sum(r), row_max[r], raise_above[r] > -kInf, sink, score_mod->shift);
   }
 };
 
@@ -100,12 +102,12 @@ __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, f
 }
 
 // Rows `row` and on: exponents s to weights, at `slot` of the step.
-template <class Op, ScoreMap kMap, bool kCoarse, int kRows, int kVectors>
+template <class Op, Exponent kKind, bool kCoarse, int kRows, int kVectors>
 TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVectors],
                              int64_t slot) {
   const int64_t ldp = t.ldp;
   float* p = t.p + row * ldp + slot / Op::kPair;
-  if constexpr (kMap == ScoreMap::softmax) {
+  if constexpr (kKind == Exponent::softmax) {
     vm over{};
     vf top[kRows];
     TM_UNROLL(8)
@@ -119,10 +121,19 @@ TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVe
       for (int r = 0; r < kRows; ++r)
         update_row_max<Op>(t, row + r, max_lanes(top[r]), slot / Op::kPair);
   }
+  if constexpr (kKind == Exponent::logit)
+    visit_map(t.score_mod->map, [&](auto map) TM_LAMBDA {
+      TM_UNROLL(8)
+      for (int r = 0; r < kRows; ++r) {
+        TM_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j)
+          s[r][j] = weight_of<decltype(map)::value, kCoarse>(s[r][j]).value;
+      }
+    });
   const vf odds = set(t.score_mod->odds), one = set(1.f);
   TM_UNROLL(8)
   for (int r = 0; r < kRows; ++r) {
-    if constexpr (kMap == ScoreMap::softmax) {
+    if constexpr (kKind == Exponent::softmax) {
       const vf row_max = set(t.row_max[row + r]);
       float* sums = t.sums + (row + r) * kWidth;
       vf sum = load(sums);
@@ -132,6 +143,13 @@ TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVe
         sum = sum + s[r][j];
       }
       store(sums, sum);
+    } else if constexpr (kKind == Exponent::logit) {
+      if (t.adds_up) {
+        vf sum = load(t.sums + (row + r) * kWidth);
+        TM_UNROLL(4)
+        for (int j = 0; j < kVectors; ++j) sum = sum + s[r][j];
+        store(t.sums + (row + r) * kWidth, sum);
+      }
     } else {
       TM_UNROLL(4)
       for (int j = 0; j < kVectors; ++j)

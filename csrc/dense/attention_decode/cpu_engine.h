@@ -18,6 +18,7 @@
 #pragma once
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_epilogue.h"
+#include "dense/attention/cpu_kinds.h"
 #include "dense/attention_decode/cpu_plan.h"
 #include "dense/attention_decode/cpu_rows.h"
 
@@ -69,6 +70,7 @@ class DecodeWorker {
   explicit DecodeWorker(const DecodePlan<Keys, kRows>& plan)
       : plan_(plan),
         p_(plan.p),
+        kind_(exponent_of(plan.p)),
         blocks_(plan.heads * plan.head_blocks),
         ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
         workspace_(blocks_ * (kRows * (ldq_ + plan.ldo + kStep) + kBlockFloats) +
@@ -235,7 +237,16 @@ class DecodeWorker {
                    keys_.template hides<kRows>(block, step, key0, vectors);
     general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors)
                                     : exponents<false>(n, scores, step, key0, vectors);
-    p_.map == ScoreMap::softmax ? softmax(n, scores, vectors) : sigmoid(scores, vectors);
+    switch (kind_) {
+      case Exponent::softmax:
+        softmax(n, scores, vectors);
+        break;
+      case Exponent::sigmoid:
+        sigmoid(scores, vectors);
+        break;
+      case Exponent::logit:
+        weigh_logits(n, scores, vectors);
+    }
     keys_.keep(key0, n, blocks_, block, scores, vectors);
     for (int64_t j = 0; j < vectors; j += 2)
       store_weights<Op>(weights, j, scores[j], scores[j + 1]);
@@ -256,7 +267,7 @@ class DecodeWorker {
   __attribute__((noinline)) void exponents(int64_t n, vf* scores, const Step& step, int64_t key0,
                                            int64_t vectors) const {
     const RowBlock<kRows>& block = block_[n];
-    const float unit = p_.map == ScoreMap::softmax ? kLog2e : -kLog2e;
+    const float unit = exponent_unit(kind_);
     const vf factor = set(unit * p_.scale);
     if constexpr (kGeneral) {
       const vf slope = load(block.slope), constant = load(block.constant);
@@ -275,7 +286,7 @@ class DecodeWorker {
       for (int64_t j = 0; j < vectors; ++j) scores[j] = scores[j] * factor;
     }
     if (keys_.template hides<kRows>(block, step, key0, vectors))
-      keys_.hide(block, step, key0, scores, vectors, set(unit > 0 ? -kInf : kInf));
+      keys_.hide(block, step, key0, scores, vectors, set(hidden_exponent(kind_)));
   }
 
   void softmax(int64_t n, vf* scores, int64_t vectors) {
@@ -321,6 +332,18 @@ class DecodeWorker {
     }
   }
 
+  __attribute__((noinline)) void weigh_logits(int64_t n, vf* scores, int64_t vectors) {
+    RowBlock<kRows>& block = block_[n];
+    vf sum = zero();
+    visit_map(p_.map, [&](auto map) TM_LAMBDA {
+      for (int64_t j = 0; j < vectors; ++j) {
+        scores[j] = weight_of<decltype(map)::value, kType != DType::float32>(scores[j]).value;
+        sum = sum + scores[j];
+      }
+    });
+    store(block.sums, load(block.sums) + sum);
+  }
+
   void store_partial(float* to) {
     for (int64_t own = 0; own < plan_.heads; ++own)
       for (int64_t row = 0; row < plan_.rows; ++row, to += plan_.partial_row) {
@@ -352,17 +375,20 @@ class DecodeWorker {
         const float* from = first + n * between;
         const float shrink = row_max_of(n) - top;
         const float factor =
-            p_.map == ScoreMap::sigmoid || row_max_of(n) == top ? 1 : std::exp2(shrink);
+            kind_ != Exponent::softmax || row_max_of(n) == top ? 1 : std::exp2(shrink);
         sum += from[plan_.ldo] * factor;
         for (int64_t c = 0; c < plan_.ldo; c += kWidth)
           store(out_ + c, fma(load(from + c), set(factor), load(out_ + c)));
       }
       RowScale scale{1, 0};
-      if (p_.map == ScoreMap::softmax) {
+      if (kind_ == Exponent::softmax) {
         scale = softmax_epilogue(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
                                  constant_of(head).shift);
-        p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
+      } else if (kind_ == Exponent::logit) {
+        if (p_.normalize == Normalize::count) sum = visible_keys(i);
+        scale = {normalizer(p_, sum), sum};
       }
+      if (p_.lse) p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
@@ -372,8 +398,14 @@ class DecodeWorker {
     keys_.template count<kRows>(block_, plan_.heads, plan_.head_blocks);
   }
 
+  float visible_keys(int64_t i) const {
+    const Band band = decode_band(p_, length_);
+    return static_cast<float>(band.begin(i) < band.end(i) ? band.end(i) - band.begin(i) : 0);
+  }
+
   const DecodePlan<Keys, kRows>& plan_;
   const AttentionParams& p_;
+  const Exponent kind_;
   int64_t blocks_, ldq_;
   cpu::Workspace workspace_;
   float *q_, *out_, *own_, *weights_;
