@@ -50,8 +50,7 @@ def test_long_caches_cross_every_border(dtype, heads, backend, isa):
         assert not [c for c in found if not c.ok], schedule
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_decode_is_causal_attention_of_the_last_tokens(kind, normalize, backend):
     """Without a window, and with one that leaves the first keys of a request out."""
     for left in (-1, 6):

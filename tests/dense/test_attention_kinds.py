@@ -20,11 +20,23 @@ from tokenmill.testing import compare, error
 KINDS = ("relu", "elu1", "linear", "taylor2")
 NORMALIZERS = (None, "sum", "count")
 FORMS = [(k, n) for k in (*KINDS, "sigmoid") for n in NORMALIZERS if (k, n) != ("sigmoid", None)]
+# Each map and each divisor once, where a call takes long.
+FEW = [("relu", "count"), ("elu1", "sum"), ("linear", "sum"), ("taylor2", None), ("sigmoid", "sum")]
+INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
+
+
+def each_form(*others):
+    return pytest.mark.parametrize(
+        ("kind", "normalize", "backend"),
+        [
+            pytest.param(kind, normalize, backend, id=f"{kind}-{normalize}-{backend}")
+            for backend in backends(*others)
+            for kind, normalize in (FEW if backend in INTERPRETERS else FORMS)
+        ],
+    )
+
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
-each_form = pytest.mark.parametrize(
-    ("kind", "normalize"), FORMS, ids=[f"{k}-{n}" for k, n in FORMS]
-)
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "cpu"])
@@ -95,8 +107,7 @@ def literally(q, k, v, kind, normalize, hidden):
     return f / (s.abs().clamp(min=1) if kind == "linear" else s + 1e-8) @ v, s
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_forms_are_what_the_papers_say(kind, normalize, backend):
     """Grouped heads, a causal mask and a boolean one, values and gradients of all inputs."""
     q, k, v = (randn(2, 11, h, d).requires_grad_() for h, d in ((4, 8), (2, 8), (2, 6)))
@@ -128,8 +139,7 @@ def test_forms_are_what_the_papers_say(kind, normalize, backend):
 # --- the degenerate table ---------------------------------------------------------------------
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_a_row_that_sees_nothing_is_zero(kind, normalize, backend):
     """By the causal mask, and by a bias that hides every key."""
     q, k = (randn(1, n, 2, 16, backend=backend) for n in (5, 2))
@@ -162,8 +172,7 @@ def test_empty_dimensions(shape, backend):
     assert s.shape == (b, 4, sq) and torch.all(s == 0)
 
 
-@each_backend
-@each_form
+@each_form("reference")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_mask_hides_may_hold_anything(kind, normalize, dtype, backend):
     q, k, v = (randn(1, 40, 2, 24, dtype=dtype, backend=backend) for _ in range(3))
@@ -181,8 +190,7 @@ def test_what_a_mask_hides_may_hold_anything(kind, normalize, dtype, backend):
         assert not out[:, 29:].isfinite().all()
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_nan_in_a_query_stays_in_its_row(kind, normalize, backend):
     q, k, v = (randn(1, 13, 2, 8, backend=backend) for _ in range(3))
     q[0, 5, 1, 3] = NAN
@@ -201,8 +209,7 @@ def test_a_weight_of_zero_hides_its_value(backend):
     assert out.item() == 13
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_derivatives_at_a_logit_of_zero(kind, normalize, backend):
     """Of relu the one from the right."""
     if normalize == "sum" and kind == "relu":
@@ -270,8 +277,7 @@ def test_parts_of_the_keys_merge_to_the_whole(cut, kind, backend):
     torch.testing.assert_close(numerator / divisor(sums), out, rtol=1e-4, atol=1e-4)
 
 
-@each_backend
-@each_form
+@each_form("reference")
 def test_packed_equals_each_sequence_alone(kind, normalize, backend):
     lengths_q, lengths_k = [4, 0, 11, 7], [9, 3, 0, 7]
     q = randn(sum(lengths_q), 4, 8, backend=backend)
@@ -323,8 +329,7 @@ def test_sums_over_many_keys_are_relatively_accurate(dtype, backend, isa):
         assert ((s - want) / want).abs().max() < (1e-4 if dtype != torch.float32 else 1e-5)
 
 
-@each_kernel
-@each_form
+@each_form()
 def test_gradients_of_every_term(kind, normalize, backend):
     if kind == "relu" and normalize == "sum":
         return  # a row may sum to nearly nothing

@@ -128,7 +128,7 @@ class Worker {
   void enter_query_head(int64_t head) {
     h = head;
     score_mod = ScoreMod(p, b, h, *s);
-    // The general path sums dS.
+    // The general path sums dS, and is the only one of kinds that take the logit.
     if (kKind == Exponent::logit || sums_pairs_for_score_bias()) score_mod.make_general();
     queries.pack(*s, b, h, padded(s->q_length),
                  score_mod.plain && Op::kPair == 1 ? score_mod.factor : 1);
@@ -180,13 +180,13 @@ class Worker {
 
   // The current tile of keys against queries i .. i + kQueryBlock - 1.
   void run_block(int64_t i, float* dk_rows, float* dv_rows, float* dq_rows, HeadSums& sums) {
+    const bool plain = kKind != Exponent::logit && score_mod.plain;
     for (int64_t r = 0; r < keys; r += kTileRows) {
       const int64_t j = first_key + r;
       const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
       for (int64_t c = 0; c < kQueryBlock; c += kPanel)
         if (i + c < to && i + c + kPanel > from)
-          kKind != Exponent::logit&& score_mod.plain ? score_tile<true>(r, i, c, sums)
-                                                     : score_tile<false>(r, i, c, sums);
+          plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
       // Words of the queries that these keys see.
       const int64_t begin = upper(from - i, 0) / Op::kPair;
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);

@@ -240,8 +240,8 @@ def sigmoid_attention(
     Args:
         q, k, v: as in :func:`attention`.
         score_bias: as in :func:`attention`; default "neg_log_n".
-        options: every other keyword of :func:`attention` but sink and return_lse, which need a
-            normaliser.
+        options: every other keyword of :func:`attention` but sink and return_lse. With
+            normalize="sum" a row of weights sums to 1 for any number of keys.
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q.
@@ -249,7 +249,8 @@ def sigmoid_attention(
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
-    Complexity: as :func:`attention`; the backward needs neither out nor row statistics.
+    Complexity: as :func:`attention`; without normalize the backward needs neither out nor row
+    statistics.
 
     Paper: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (Ramapuram et al. 2024),
     sections 2 and 4.

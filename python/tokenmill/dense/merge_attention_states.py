@@ -25,7 +25,8 @@ def merge_attention_states(
     is :math:`out = \sum_i w_i\, out_i`: exactly the attention over the union of the keys, in any
     grouping (the reduction is associative). The weights sum to 1 however large the lses are: two
     parts in which a finite mask hides every key give their mean. Without lses the parts are summed,
-    which is the union for score maps without a normaliser (sigmoid).
+    which is the union for weights without a normaliser (kinds other than softmax; those that are
+    divided by their sum are merged as :func:`attention` says).
 
     Args:
         outs: ``[n, B, S, H, D]`` or packed ``[n, T, H, D]``, float16, bfloat16 or float32 (float64

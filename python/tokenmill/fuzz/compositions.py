@@ -61,7 +61,10 @@ _TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
 COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     sigmoid_attention: (
         lambda r: {**r.qkv(19), "causal": True, "window": (5, 0)},
-        lambda r: {**r.qkv(9), "bias": r(1, 4, 9, 9), "alibi_slopes": r(4), "softcap": 3.0},
+        lambda r: {
+            **r.qkv(9), "bias": r(1, 4, 9, 9), "alibi_slopes": r(4), "softcap": 3.0,
+            "normalize": "sum",
+        },
         lambda r: {
             "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
             "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
