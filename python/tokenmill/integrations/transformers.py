@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..dense.attention import attention
-from ..dense.terms import Kind
 
+Kind = Literal["softmax", "sigmoid"]
 UNSUPPORTED = {
     "head_mask": "a mask over heads needs the weights, which are never in memory",
     "layer_head_mask": "a mask over heads needs the weights, which are never in memory",
