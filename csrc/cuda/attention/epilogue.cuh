@@ -1,6 +1,7 @@
-// The end of a row of softmax, for the CUDA kernels.
+// The end of a row, for the CUDA kernels.
 #pragma once
 #include "cuda/math.cuh"
+#include "dense/attention/params.h"
 
 namespace tokenmill::cuda {
 
@@ -29,6 +30,15 @@ __device__ inline RowScale softmax_epilogue(float sum, float row_max, const floa
   const float weight = row_max == -infinity() ? 0 : exp2_approx(row_max - top);
   const float total = sum * weight + exp2_approx(a - top);
   return {weight / total, fmaf(top, kLn2, log2_approx(total) * kLn2) + shift};
+}
+
+// What the weights of a row are multiplied by. `statistic` is their sum, or how many they are.
+__device__ __forceinline__ float inverse_of_row(ScoreMap map, Normalize normalize,
+                                                float statistic) {
+  if (normalize == Normalize::none) return 1;
+  if (normalize == Normalize::count) return statistic > 0 ? 1 / statistic : 0;
+  if (map == ScoreMap::linear) return 1 / max_or_nan(fabsf(statistic), 1);
+  return 1 / (statistic + kSumEpsilon);
 }
 
 }  // namespace tokenmill::cuda

@@ -80,10 +80,10 @@ __device__ __forceinline__ bool all_finite(const Addresses& at) {
 
 // Adds to the sums of 16 rows those of kKeys values, the first of which lies at `values`, that are
 // not finite and that sees(0, key) or sees(1, key), of rows g and g + 8. Weights are taken for
-// positive: one that is 0 would make NaN of an infinity.
+// positive: one that is 0 would make NaN of an infinity. Those of any sign do.
 template <typename T, typename Tile, int kKeys, int kTiles, typename Sees>
 __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t values,
-                                             const Sees& sees) {
+                                             const Sees& sees, bool any_sign) {
   constexpr int kPatterns = Tile::kSwizzledChunks;
   uint32_t seen = 0;
 #pragma unroll 1
@@ -91,13 +91,14 @@ __device__ __forceinline__ void add_infinite(float (&out)[kTiles][4], uint32_t v
   int lane = threadIdx.x % kWarpSize;
   keep(lane);
   const int c = lane % 4;
+  // 4 x: the largest floats overflow too.
+  const float weight = any_sign ? quiet_nan() : 4;
 #pragma unroll 1
   for (int key = 0; key < kKeys; ++key, seen >>= 1) {
     const bool first = seen & 1, second = seen & 0x10000;
     const auto add = [&](float (&to)[4], int column, float x) {
-      // 4 x: the largest floats overflow too.
-      if (!is_finite<T>(x) && first) to[column] = fmaf(x, 4, to[column]);
-      if (!is_finite<T>(x) && second) to[2 + column] = fmaf(x, 4, to[2 + column]);
+      if (!is_finite<T>(x) && first) to[column] = fmaf(x, weight, to[column]);
+      if (!is_finite<T>(x) && second) to[2 + column] = fmaf(x, weight, to[2 + column]);
     };
     if constexpr (sizeof(T) == 4) {
       static_assert(kPatterns == 8);

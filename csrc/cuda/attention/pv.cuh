@@ -64,15 +64,15 @@ __device__ __forceinline__ void multiply_values(float (&out)[kRowTiles][kTiles][
 }
 
 // The same for one row tile where a mask cuts the step and not all values are finite: sees(0, key)
-// and sees(1, key) say which of the kKeys keys rows g and g + 8 see.
+// and sees(1, key) say which of the kKeys keys rows g and g + 8 see. any_sign: see add_infinite.
 template <typename T, int kFirst, int kKeys, int kRowTiles, int kTiles, int kBlocks,
           typename Addresses, typename Before, typename Sees>
 __device__ __forceinline__ void multiply_seen_values(float (&out)[kRowTiles][kTiles][4],
                                                      const Fragment<T, 4> (&p)[1][kBlocks],
                                                      const Addresses& at, const Before& before,
-                                                     const Sees& sees) {
+                                                     const Sees& sees, bool any_sign = false) {
   multiply_values<T, kFirst, 0, true>(out, p, at, before);
-  add_infinite<T, typename Addresses::ValueTile, kKeys>(out[kFirst], at.values(), sees);
+  add_infinite<T, typename Addresses::ValueTile, kKeys>(out[kFirst], at.values(), sees, any_sign);
 }
 
 }  // namespace tokenmill::cuda

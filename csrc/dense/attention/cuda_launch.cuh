@@ -72,8 +72,10 @@ const char* launch_bucket(const AttentionParams& p, cudaStream_t stream) {
         return launch_forward<T, kBucket, Weights::softmax, false>(p, stream);
       case Weights::sigmoid:
         return launch_forward<T, kBucket, Weights::sigmoid, false>(p, stream);
-      default:
+      case Weights::fast_sigmoid:
         return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, stream);
+      default:
+        return launch_forward<T, kBucket, Weights::elementwise, false>(p, stream);
     }
   }
 }

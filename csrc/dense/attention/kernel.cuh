@@ -35,7 +35,8 @@ __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
   for (int i = first; i < min(first + heads, group); ++i) {
     const int h = head_block / plan.blocks_per_group * group + i;
     rows.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
-    if (p.lse) rows.fill(lse_at(p, p.lse, 0, 0, h), 1, 1, -infinity());
+    if (p.lse)
+      rows.fill(lse_at(p, p.lse, 0, 0, h), 1, 1, p.map == ScoreMap::softmax ? -infinity() : 0);
   }
 }
 

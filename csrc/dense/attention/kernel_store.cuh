@@ -43,8 +43,8 @@ class WarpOutput {
     flushed_ = true;
   }
 
-  // `lse` and `sink` are those of the head; lse is null for sigmoid. `area` is shared memory for
-  // kWarpRows rows, free to use.
+  // `lse` and `sink` are those of the head; lse is null where there is no normalisation. `area` is
+  // shared memory for kWarpRows rows, free to use.
   __device__ __forceinline__ void store(const OutputRows<T>& out, const WarpPlace& place,
                                         float* lse, const float* sink, uint32_t area) {
     out_ = out;
@@ -61,6 +61,16 @@ class WarpOutput {
         const int row = row_of(m, h);
         if (lane % 4 == 0 && row <= last_) lse[row] = scale.lse;
         factor = scale.factor;
+      } else if (warp_.weights() == Weights::elementwise && lse) {
+        const int row = row_of(m, h);
+        float statistic;
+        if (!kGeneral && warp_.normalize() == Normalize::count)
+          statistic = max(place.band.end(row) - place.band.begin(row), 0);
+        else
+          statistic = quad_sum(Shape::kFloat ? total_[m][h] : warp_.sum_[m][h]);
+        if (warp_.normalize() == Normalize::sum) statistic *= factor;
+        if (lane % 4 == 0 && row <= last_) lse[row] = statistic;
+        factor *= inverse_of_row(warp_.map(), warp_.normalize(), statistic);
       }
       if constexpr (Shape::kFloat) {
         store_floats(m, h, level, factor);

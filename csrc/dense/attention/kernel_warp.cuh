@@ -65,6 +65,8 @@ class ForwardWarp {
         queries_(queries),
         parked_(parked) {
     weights_ = weights_of(p);
+    map_ = p.map;
+    normalize_ = p.normalize;
     if constexpr (kParks) parked_[threadIdx.x / kWarpSize] = place_;
     if constexpr (!kGeneral) {
       offset_ = unit(weights()) * place_.shift;
@@ -137,8 +139,13 @@ class ForwardWarp {
     at.move(-Shape::kTileBytes);
   }
 
-  __device__ float scale() const { return weights() == Weights::sigmoid ? kScale<T> : 1; }
+  __device__ float scale() const {
+    if (weights() == Weights::elementwise) return scale_of<T>(map_);
+    return weights() == Weights::sigmoid ? kScale<T> : 1;
+  }
   __device__ Weights weights() const { return kWeights == Weights::any ? weights_ : kWeights; }
+  __device__ ScoreMap map() const { return map_; }
+  __device__ Normalize normalize() const { return normalize_; }
 
   float out_[kRowTiles][kTiles][4];
   float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
@@ -149,6 +156,7 @@ class ForwardWarp {
   static constexpr bool kHasTail = !Shape::kFloat && !kGeneral && kBucket <= 64;
 
   __host__ __device__ static float unit(Weights weights) {
+    if (weights == Weights::elementwise) return 1;
     return weights == Weights::softmax ? kLog2e : weights == Weights::sigmoid ? -kLog2e : 0.5f;
   }
 
@@ -188,6 +196,8 @@ class ForwardWarp {
       softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p, tail_ && !cut);
+    } else if (weights() == Weights::elementwise) {
+      elementwise_weights<kFirst, kMasked>(s, p);
     } else {
       fast_sigmoid_weights(s, p);
     }
@@ -196,10 +206,12 @@ class ForwardWarp {
       if (infinite) {
         const WarpPlace now = place();
         const int row = now.first + 16 * kFirst + threadIdx.x % kWarpSize / 4;
-        multiply_seen_values<T, kFirst, kKeys>(out_, p, at, nothing, [&](int half, int key) {
+        const auto sees = [&](int half, int key) {
           return key0 + key >= now.band.begin(row + 8 * half) &&
                  key0 + key < now.band.end(row + 8 * half);
-        });
+        };
+        const bool any_sign = weights() == Weights::elementwise && map_ == ScoreMap::linear;
+        multiply_seen_values<T, kFirst, kKeys>(out_, p, at, nothing, sees, any_sign);
         return;
       }
     }
@@ -309,6 +321,30 @@ class ForwardWarp {
     return !__any_sync(kFullWarp, top > pack<T>(kPacked ? kScale<T> / 5 : 1 / 6.f, 0));
   }
 
+  // These and the sums of their rows, for Normalize::count the numbers of them.
+  template <int kFirst, bool kMasked, int kCount, int kKeyTiles, int kBlocks>
+  __device__ __forceinline__ void elementwise_weights(const float (&s)[kCount][kKeyTiles][4],
+                                                      Fragment<T, 4> (&p)[kCount][kBlocks]) {
+    visit_map<T, kMasked || kGeneral>(map_, [&](const auto& map) {
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) {
+        float e[kKeyTiles][4], sums[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float z = kGeneral ? s[m][n][i] : fmaf(s[m][n][i], factor_, offset_);
+            e[n][i] = map(z);
+            const bool counts = kGeneral && normalize_ == Normalize::count;
+            sums[i / 2] += counts ? z != -infinity() : e[n][i];
+          }
+        sum_[kFirst + m][0] += sums[0];
+        sum_[kFirst + m][1] += sums[1];
+        set_fragments(p[m], e);
+      }
+    });
+  }
+
   template <int kCount, int kKeyTiles, int kBlocks, typename Map>
   static __device__ __forceinline__ void weigh(const float (&s)[kCount][kKeyTiles][4],
                                                Fragment<T, 4> (&p)[kCount][kBlocks],
@@ -345,6 +381,8 @@ class ForwardWarp {
 
   WarpPlace place_;
   Weights weights_;
+  ScoreMap map_;
+  Normalize normalize_;
   ScoreMod score_mod_;
   float factor_, offset_ = 0;
   bool tail_;  // most weights are small

@@ -67,7 +67,6 @@ std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
   p.score_bias_value = static_cast<float>(a.score_bias_value);
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   p.window_left = a.window_left;
-  if (a.q.is_cuda) check_kind_of_cuda(kOp, p, a.kind);
   set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
   check_cache_values(kOp, a.q, a.k_cache, d.cache);
 

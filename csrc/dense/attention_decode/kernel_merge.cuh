@@ -52,13 +52,20 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
   const int lane = threadIdx.x % kWarpSize;
   const int in_head = s.row_tile * plan.tile_rows + row;
   const int i = in_head / plan.group, h = s.h * plan.group + in_head % plan.group;
-  float factor = 1 / kScale<T>;
+  float factor = 1 / scale_of<T>(p.map);
   if (p.map == ScoreMap::softmax) {
     const float shift = constant_of(p, s.b, h, static_cast<int>(d.cache.length(s.b)));
     const RowScale scale =
         softmax_epilogue(sums.sum, sums.row_max, p.sink ? p.sink + h : nullptr, shift);
     if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
     factor = scale.factor;
+  } else if (p.normalize != Normalize::none) {
+    const Band band = decode_band(p, d.cache.length(s.b));
+    const float statistic = p.normalize == Normalize::sum
+                                ? sums.sum * factor
+                                : static_cast<float>(max(band.end(i) - band.begin(i), int64_t{0}));
+    if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = statistic;
+    factor *= inverse_of_row(p.map, p.normalize, statistic);
   }
   T* out = rows_at<T>(p.out, s.b, i, h);
 #pragma unroll

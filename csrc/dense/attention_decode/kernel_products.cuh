@@ -142,12 +142,13 @@ class DecodeProducts {
   // `cut`: some row does not see some key, see multiply_seen_values.
   template <typename Sees>
   __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
-                                                  const Addresses& at, bool cut, const Sees& sees) {
+                                                  const Addresses& at, bool cut, const Sees& sees,
+                                                  bool any_sign = false) {
     Fragment<T, 4> p[1][1];
     set_fragments(p[0], e);
     const auto nothing = [](auto) {};
     if (cut && !all_finite<T, Shape::kStepKeys, kTiles>(at))
-      multiply_seen_values<T, 0, Shape::kStepKeys>(out_, p, at, nothing, sees);
+      multiply_seen_values<T, 0, Shape::kStepKeys>(out_, p, at, nothing, sees, any_sign);
     else
       cuda::multiply_values<T, 0, 0>(out_, p, at, nothing);
   }

@@ -54,7 +54,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
       : Products(plan, queries),
         p_(d.attention),
         softmax_(p_.map == ScoreMap::softmax),
-        unit_(softmax_ ? kLog2e : -kLog2e) {}
+        unit_(softmax_ ? kLog2e : 1) {}
 
   // Rows that do not exist see no key.
   __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
@@ -97,14 +97,16 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     if (softmax_)
       this->exponentiate(s);
     else
-      Products::each_score(s, [&](float& x, int, int) {
-        x = reciprocal_approx(exp2_approx(x - kLog2Scale<T>) + 1 / kScale<T>);
+      visit_map<T, true>(p_.map, [&](const auto& map) {
+        Products::each_score(s, [&](float& z, int half, int) { sum_[half] += z = map(z); });
       });
-    this->multiply_values(s, at, cut, [&](int half, int k) { return sees(half, key + k, end); });
+    this->multiply_values(
+        s, at, cut, [&](int half, int k) { return sees(half, key + k, end); },
+        p_.map == ScoreMap::linear);
   }
 
  private:
-  using Products::active_, Products::row_warp_, Products::kKeyTiles;
+  using Products::active_, Products::row_warp_, Products::sum_, Products::kKeyTiles;
 
   __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4], int key0) const {
     Products::each_score(s, [&](float& x, int half, int key) {
@@ -117,9 +119,8 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
   }
 
   __device__ __forceinline__ void hide(float (&s)[kKeyTiles][4], int key0, int end) const {
-    const float hidden = softmax_ ? -infinity() : infinity();
     Products::each_score(s, [&](float& x, int half, int key) {
-      if (!sees(half, key0 + key, end)) x = hidden;
+      if (!sees(half, key0 + key, end)) x = -infinity();
     });
   }
 
