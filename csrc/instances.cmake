@@ -40,7 +40,7 @@ cuda_instances(dense/attention/cuda_launch.cuh
 # float32 has the general mode alone.
 cuda_instances(dense/attention/kernel_backward_launch.cuh
   "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"
-  ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid fast_sigmoid general)
+  ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid fast_sigmoid elementwise general)
 cuda_instances(dense/attention/kernel_backward_launch.cuh
   "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"
   ELEMENTS float MODES general)

@@ -33,11 +33,6 @@ inline Normalize normalize_of(const char* op, std::string_view normalize, ScoreM
   return normalize == "sum" ? Normalize::sum : Normalize::count;
 }
 
-inline void check_kind_of_cuda(const char* op, const AttentionParams& p, std::string_view kind) {
-  check(p.map <= ScoreMap::sigmoid && p.normalize == Normalize::none, op, "kind",
-        "must be 'softmax' or 'sigmoid', without normalize, in the CUDA kernels", kind);
-}
-
 inline void check_scale(const char* op, double scale, double softcap) {
   check(std::isfinite(scale), op, "scale", "must be finite", scale);
   check(std::isfinite(softcap) && softcap >= 0, op, "softcap",

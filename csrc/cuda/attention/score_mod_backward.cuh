@@ -1,11 +1,13 @@
 // From q.k to the weight of a pair and its derivatives.
 #pragma once
+#include "cuda/attention/score_map.cuh"
 #include "cuda/attention/score_mod.cuh"
 
 namespace tokenmill::cuda {
 
-// The maps without further modifiers; general: any of them, with any.
-enum class Mode { softmax, sigmoid, fast_sigmoid, general };
+// The maps without further modifiers, elementwise those without bounds and without a constant;
+// general: any map, with any modifier.
+enum class Mode { softmax, sigmoid, fast_sigmoid, elementwise, general };
 
 // float16 weights near 1 / n are subnormal from n = 16384 on.
 constexpr float kHalfScaleLog2 = 15, kHalfScale = 32768;
@@ -58,6 +60,13 @@ struct BackwardScoreMod {
       constant *= 0.5f;
   }
 
+  // use(*this), with what is chosen at run time chosen. scale: of weights, where not kScale
+  // decides.
+  template <typename Use>
+  __device__ __forceinline__ void visit(ScoreMap, float, const Use& use) const {
+    use(*this);
+  }
+
   // `statistic` of a softmax row: minus its log-sum-exp without the constant, in bits.
   __device__ __forceinline__ Weight weigh(float qk, float factor, int, int, float statistic) const {
     if constexpr (kMode == Mode::softmax) {
@@ -67,6 +76,31 @@ struct BackwardScoreMod {
       const float x = fmaf(qk, factor, constant);
       return kMode == Mode::sigmoid ? sigmoid_weight<kScale>(x) : fast_sigmoid_weight<kScale>(x);
     }
+  }
+};
+
+template <bool kScale>
+struct BackwardScoreMod<Mode::elementwise, kScale> {
+  __device__ BackwardScoreMod(const AttentionParams&, int64_t, int64_t) {}
+
+  template <typename SlopeOf>
+  struct Weigher {
+    const SlopeOf& slope_of;
+    float scale;
+
+    // `statistic`: what the weights of the row are multiplied by.
+    __device__ __forceinline__ Weight weigh(float qk, float factor, int, int,
+                                            float statistic) const {
+      const Slope f = slope_of(qk * factor);
+      return {f.value * (kScale ? statistic * scale : statistic), f.slope * statistic, 1.f};
+    }
+  };
+
+  template <typename Use>
+  __device__ __forceinline__ void visit(ScoreMap map, float scale, const Use& use) const {
+    visit_slope(map, [&](const auto& slope_of) {
+      use(Weigher<std::remove_cvref_t<decltype(slope_of)>>{slope_of, scale});
+    });
   }
 };
 
@@ -92,11 +126,15 @@ struct BackwardScoreMod<Mode::general, kScale> {
     mod = other.mod;
     return *this;
   }
+  template <typename Use>
+  __device__ __forceinline__ void visit(ScoreMap, float, const Use& use) const {
+    use(*this);
+  }
   __device__ float distance(int query, int key) const {
     return fabsf(static_cast<float>(query + mod.diagonal - key));
   }
 
-  // `statistic` in nats.
+  // `statistic`: of softmax in nats; else what the weights of the row are multiplied by.
   __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
     if (p.softcap > 0) {
@@ -112,11 +150,22 @@ struct BackwardScoreMod<Mode::general, kScale> {
     Weight w;
     if (p.map == ScoreMap::softmax) {
       w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
-    } else if (p.fast) {
-      w = fast_sigmoid_weight<kScale>(z * 0.5f);
-      w.slope *= 0.25f;
     } else {
-      w = sigmoid_weight<kScale>(fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f));
+      if (p.map != ScoreMap::sigmoid) {
+        visit_slope(p.map, [&](const auto& slope_of) {
+          const Slope f = slope_of(z);
+          const bool hidden = z == -infinity();
+          w.p = hidden ? 0 : kScale && scales_weights(p) ? f.value * kHalfScale : f.value;
+          w.slope = hidden ? 0 : f.slope;
+        });
+      } else if (weights_of(p) == Weights::fast_sigmoid) {
+        w = fast_sigmoid_weight<kScale>(z * 0.5f);
+        w.slope *= 0.25f;
+      } else {
+        w = sigmoid_weight<kScale>(fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f));
+      }
+      w.p *= statistic;
+      w.slope *= statistic;
     }
     w.through = through;
     if (stuck) w.slope = 0;

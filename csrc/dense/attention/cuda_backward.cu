@@ -9,6 +9,8 @@ extern template const char* launch_pairs<__half, Mode::softmax>(const BackwardAr
 extern template const char* launch_pairs<__half, Mode::sigmoid>(const BackwardArgs&, cudaStream_t);
 extern template const char* launch_pairs<__half, Mode::fast_sigmoid>(const BackwardArgs&,
                                                                      cudaStream_t);
+extern template const char* launch_pairs<__half, Mode::elementwise>(const BackwardArgs&,
+                                                                    cudaStream_t);
 extern template const char* launch_pairs<__half, Mode::general>(const BackwardArgs&, cudaStream_t);
 extern template const char* launch_pairs<__nv_bfloat16, Mode::softmax>(const BackwardArgs&,
                                                                        cudaStream_t);
@@ -16,12 +18,33 @@ extern template const char* launch_pairs<__nv_bfloat16, Mode::sigmoid>(const Bac
                                                                        cudaStream_t);
 extern template const char* launch_pairs<__nv_bfloat16, Mode::fast_sigmoid>(const BackwardArgs&,
                                                                             cudaStream_t);
+extern template const char* launch_pairs<__nv_bfloat16, Mode::elementwise>(const BackwardArgs&,
+                                                                           cudaStream_t);
 extern template const char* launch_pairs<__nv_bfloat16, Mode::general>(const BackwardArgs&,
                                                                        cudaStream_t);
 extern template const char* launch_pairs<float, Mode::general>(const BackwardArgs&, cudaStream_t);
 const char* launch_bias(const BackwardArgs&, cudaStream_t);
 
 namespace {
+
+template <typename T>
+Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
+  const AttentionParams& p = bp.forward;
+  if (sizeof(T) == 4 || bp.sums || p.bias || p.alibi_slopes || p.softcap > 0) return Mode::general;
+  const bool constant = p.score_bias || p.score_bias_value != 0 || p.score_bias_neg_log_n;
+  switch (weights_of(p)) {
+    case Weights::softmax:
+      return Mode::softmax;
+    case Weights::sigmoid:
+      return Mode::sigmoid;
+    case Weights::fast_sigmoid:
+      return Mode::fast_sigmoid;
+    default:
+      return p.map == ScoreMap::sigmoid || constant || dim > kLargestElementwise
+                 ? Mode::general
+                 : Mode::elementwise;
+  }
+}
 
 template <typename T>
 const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
@@ -38,17 +61,23 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
                                  (p.heads > 1 && !bp.dbias_head) ||
                                  (p.seqlen_q > 1 && !bp.dbias_q) || (p.seqlen_k > 1 && !bp.dbias_k);
   args.direct_bias = bp.dbias && !bias_is_broadcast;
-  const bool softmax = p.map == ScoreMap::softmax;
-  const bool general = sizeof(T) == 4 || bp.sums || p.bias || p.alibi_slopes || p.softcap > 0;
-  args.factor = softmax ? p.scale * kLog2e : p.fast ? p.scale * 0.5f : -p.scale * kLog2e;
+  args.weight_scale = std::is_same_v<T, __half> && scales_weights(p) ? kHalfScale : 1;
+  const Mode mode = mode_of<T>(bp, args.largest_dim());
+  const bool general = mode == Mode::general;
   const char* error = nullptr;
-  if (softmax && p.seqlen_q > 0) error = launch_statistics<T>(args, general, stream);
+  if (has_backward_statistics(p) && p.seqlen_q > 0)
+    error = launch_statistics<T>(args, general, stream);
   if (error) return error;
   if constexpr (sizeof(T) == 2) {
-    if (!general)
-      error = softmax  ? launch_pairs<T, Mode::softmax>(args, stream)
-              : p.fast ? launch_pairs<T, Mode::fast_sigmoid>(args, stream)
-                       : launch_pairs<T, Mode::sigmoid>(args, stream);
+    const auto launch_plain = [&]<Mode kMode>(float unit) {
+      args.factor = unit * p.scale;
+      return launch_pairs<T, kMode>(args, stream);
+    };
+    if (mode == Mode::softmax) error = launch_plain.template operator()<Mode::softmax>(kLog2e);
+    if (mode == Mode::sigmoid) error = launch_plain.template operator()<Mode::sigmoid>(-kLog2e);
+    if (mode == Mode::fast_sigmoid)
+      error = launch_plain.template operator()<Mode::fast_sigmoid>(0.5f);
+    if (mode == Mode::elementwise) error = launch_plain.template operator()<Mode::elementwise>(1);
   }
   if (general) error = launch_pairs<T, Mode::general>(args, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)

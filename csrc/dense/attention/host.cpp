@@ -143,7 +143,6 @@ void run_forward(const AttentionParams& p, const View& q) {
 
 std::tuple<Array, Array> attention(const AttentionArgs& a) {
   AttentionParams p = make_params(a);
-  if (a.q.is_cuda) check_kind_of_cuda(kOp, p, a.kind);
   std::vector<int64_t> out_sizes = a.q.sizes;
   out_sizes.back() = p.value_dim;
   Array out = empty(out_sizes, a.q);
@@ -166,11 +165,11 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
     const int64_t rows = f.cu_seqlens_q ? f.heads * f.seqlen_q : f.batch * f.heads * f.seqlen_q;
     const int64_t sums =
         f.cu_seqlens_q ? f.heads * blocks_of_sums(f) : f.batch * f.heads * blocks_of_sums(f);
-    const bool softmax = f.map == ScoreMap::softmax;
-    const bool wants_sums = (p.dscore_bias && !softmax) || p.dalibi_slopes;
-    Array statistics = empty({softmax ? 2 * rows : 0}, q, ScalarType::Float);
+    const bool wants_sums = (p.dscore_bias && f.map != ScoreMap::softmax) || p.dalibi_slopes;
+    const bool statistic = has_backward_statistics(f);
+    Array statistics = empty({statistic ? 2 * rows : 0}, q, ScalarType::Float);
     Array partial = empty({wants_sums ? 2 * sums : 0}, q, ScalarType::Float);
-    if (softmax) {
+    if (statistic) {
       p.minus_lse = float_data(statistics);
       p.minus_delta = p.minus_lse + rows;
     }

@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(256, 1)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = worker.first_row + 16 * m + 8 * half + worker.lane / 4;
-        worker.statistics[m][half] = 0;
-        if (!kKeys && p.map == ScoreMap::softmax && row < rows) {
+        worker.statistics[m][half] = kMode == Mode::softmax || makes_ds ? 0 : 1;
+        if (!kKeys && has_backward_statistics(p) && row < rows) {
           const float* of_rows = makes_ds ? bp.minus_delta : bp.minus_lse;
           worker.statistics[m][half] = lse_at(p, of_rows, place.batch, s.q_start, head)[row];
         }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(256, 1)
       copy_rows<kColumns, Tile>(tile, from, stride, left,
                                 static_cast<int>(second ? p.value_dim : p.head_dim), args.vectors,
                                 thread_index() % kWarpSize, kWarpSize);
-    if (kKeys && Worker::kStatistics && p.map == ScoreMap::softmax) {
+    if (kKeys && Worker::kStatistics && (kMode != Mode::general || has_backward_statistics(p))) {
       // Minus lse for warps of S, minus delta for those of dS. Queries beyond the sequence have
       // dO = 0, so that any finite statistics do.
       const int lane = thread_index() % kWarpSize;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(256, 1)
     if (n + 1 < info.total()) fetch(n + 1);
     if (n < 0) continue;
     const int head = head_of(n), first = column_of(n, head);
-    if (kKeys && kMode != Mode::softmax && head > 0 && first == info.begin()) {
+    if (kKeys && Worker::kOfHead && head > 0 && first == info.begin()) {
       score_mod = score_mod_of(head);
       if constexpr (kParksConstant) worker.park_constant(score_mod);
     }
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(256, 1)
   if (kKeys && !makes_ds) pair_sync(worker.full + 1);
 
   float factor = kKeys && !makes_ds ? 1.f : p.scale;
-  if (kKeys && !makes_ds && Worker::kScale && p.map == ScoreMap::sigmoid) factor = 1 / kHalfScale;
+  if (kKeys && !makes_ds && Worker::kScale) factor = 1 / args.weight_scale;
   if ((!kKeys || makes_ds) && kMode == Mode::fast_sigmoid) factor *= 0.25f;
   const Rows& to = kKeys ? makes_ds ? bp.dk : bp.dv : bp.dq;
   const int64_t batch = info.batch(), head = info.first_head() + pair % heads_per_block;

@@ -88,16 +88,16 @@ __global__ void __launch_bounds__(kBiasThreads)
           for (int i = 0; i < 4; ++i) {
             const int query = row + warp_row + i / 2 * 8 + lane / 4;
             if (query >= s.q_length) continue;
-            float minus_lse = 0, minus_delta = 0;
-            if (p.map == ScoreMap::softmax) {
-              minus_lse = lse_at(p, bp.minus_lse, b, s.q_start, h)[query];
+            float statistic = 1, minus_delta = 0;
+            if (has_backward_statistics(p)) {
+              statistic = lse_at(p, bp.minus_lse, b, s.q_start, h)[query];
               minus_delta = lse_at(p, bp.minus_delta, b, s.q_start, h)[query];
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
               const int key = column + 8 * n + lane % 4 * 2 + i % 2;
               if (key < band.begin(query) || key >= band.end(query)) continue;
-              const Weight w = score_mod.weigh(qk[n][i], 0, query, key, minus_lse);
+              const Weight w = score_mod.weigh(qk[n][i], 0, query, key, statistic);
               sum[n][i] += w.slope * (dp[n][i] + minus_delta);
             }
           }

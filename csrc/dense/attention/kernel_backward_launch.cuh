@@ -39,13 +39,20 @@ auto visit_head_dim(int64_t dim, const Visit& visit) {
   return visit(Index<256>{});
 }
 
-// Needs the statistics of softmax.
+// Rarer modes have fewer instances, and not the largest ones.
+constexpr int64_t kLargestElementwise = 128;
+
+// Needs the statistics of the rows.
 template <typename T, Mode kMode>
 const char* launch_pairs(const BackwardArgs& args, cudaStream_t stream) {
-  return visit_head_dim(args.largest_dim(), [&]<int kDim>(Index<kDim>) {
+  const auto launch_dim = [&]<int kDim>(Index<kDim>) {
     const char* error = launch_side<T, kDim, Side::queries, kMode>(args, stream);
     return error ? error : launch_side<T, kDim, Side::keys, kMode>(args, stream);
-  });
+  };
+  if constexpr (kMode == Mode::elementwise)
+    return args.largest_dim() <= 64 ? launch_dim(Index<64>{}) : launch_dim(Index<128>{});
+  else
+    return visit_head_dim(args.largest_dim(), launch_dim);
 }
 
 // Rows of the queries' side that one entry of the sums covers.

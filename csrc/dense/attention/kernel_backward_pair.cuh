@@ -4,6 +4,8 @@
 //   keys:     S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   softmax:  dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
+//   others:   P = f(S) / r, dS = f'(S) (dP - delta) / r; of a sum s r = s + 1e-8 and
+//             delta = rowsum(dO O) - r ds, else delta = 0
 //
 // Rows are owned, columns pass by in tiles. Two warps share kRows rows: the warp of S
 // holds the fragments of K (or Q) and makes S and P, the warp of dS those of V (or dO) and makes dP
@@ -27,7 +29,12 @@ struct PairWorker {
   static constexpr int kBlocks = kKeys ? kDim / 16 : kDim / 32;
   // Weights are scaled (sigmoid alone); those of the queries' side are not rounded to T.
   static constexpr bool kScale = kKeys && std::is_same_v<T, __half> && kMode != Mode::softmax;
-  static constexpr bool kStatistics = kMode == Mode::softmax || kMode == Mode::general;
+  static constexpr bool kStatistics = kMode != Mode::sigmoid && kMode != Mode::fast_sigmoid;
+  // The score mod differs from head to head.
+  static constexpr bool kOfHead = kMode != Mode::softmax && kMode != Mode::elementwise;
+  // Sums of weights may be tiny, and infinity times a dP - delta of 0 is NaN.
+  static constexpr bool kClamps =
+      Shape::kPacked && std::is_same_v<T, __half> && kMode == Mode::elementwise;
   using Mod = BackwardScoreMod<kMode, kScale>;
 
   const BackwardArgs& args;
@@ -233,7 +240,10 @@ struct PairWorker {
   template <int kColumn>
   __device__ __forceinline__ float2 column_statistics(uint32_t address) const {
     if constexpr (!kKeys || !kStatistics) return {0, 0};
-    if (kMode == Mode::general && p.map == ScoreMap::sigmoid) return {0, 0};
+    if (kMode == Mode::general && !has_backward_statistics(p)) {
+      const float none = makes_ds ? 0 : 1;
+      return {none, none};
+    }
     return load_float2<kColumn * 4>(address);
   }
 
@@ -269,16 +279,18 @@ struct PairWorker {
         float slope[4], through[4];
         const MaskBand band = kMasked ? info.band() : MaskBand{0, 0, 0};
         const int first = column + 8 * h + lane % 4 * 2;
+        score_mod.visit(p.map, args.weight_scale, [&](const auto& map) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = row_of(m, i), at = first + i % 2;
-          Weight w = score_mod.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
-                                     statistic(m, i, columns));
-          if (kMasked && !Seen(band, row, first)(i % 2)) w.p = w.slope = 0;
-          s[i] = w.p;
-          slope[i] = w.slope;
-          through[i] = w.through;
-        }
+          for (int i = 0; i < 4; ++i) {
+            const int row = row_of(m, i), at = first + i % 2;
+            Weight w = map.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
+                                 statistic(m, i, columns));
+            if (kMasked && !Seen(band, row, first)(i % 2)) w.p = w.slope = 0;
+            s[i] = w.p;
+            slope[i] = kClamps ? min_or_nan(w.slope, 65504) : w.slope;
+            through[i] = w.through;
+          }
+        });
         if (kKeys) to_left(weights, m, h, s);
         if constexpr (Shape::kPacked) {
           if constexpr (!kKeys || kMode != Mode::softmax) to_left(slopes, m, h, slope);

@@ -41,7 +41,7 @@ static __global__ void __launch_bounds__(kSumThreads)
     bias = block_sum(bias);
     slope = block_sum(slope);
     if (threadIdx.x == 0) {
-      if (bp.dscore_bias && p.map == ScoreMap::sigmoid)
+      if (bp.dscore_bias && p.map != ScoreMap::softmax)
         bp.dscore_bias[blockIdx.x] = static_cast<float>(bias);
       if (bp.dalibi_slopes) bp.dalibi_slopes[blockIdx.x] = static_cast<float>(slope);
     }

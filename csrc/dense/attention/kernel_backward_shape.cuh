@@ -22,6 +22,7 @@ struct BackwardArgs {
   bool store_vectors;   // gradients, which are contiguous, may be written 8 bytes at once
   bool direct_bias;     // no dimension of dbias is broadcast
   float factor;         // of q.k in the argument of a plain map
+  float weight_scale;   // what weights are multiplied by before they are rounded to T
   int64_t head_sums;    // blocks_of_sums
 
   int64_t largest_dim() const {

@@ -1,5 +1,6 @@
 // Before the products of the backward: statistics of the rows.
 #pragma once
+#include "cuda/attention/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 #include "dense/attention/kernel_backward_shape.cuh"
@@ -10,7 +11,8 @@ constexpr int kStatisticsThreads = 128, kLanesOfRow = 8, kRowsOfLanes = 4;
 constexpr int kStatisticsRows = kStatisticsThreads / kLanesOfRow * kRowsOfLanes;  // of a block
 
 // minus_lse in bits (in nats for Mode::general) and minus_delta of softmax; minus_lse is -inf, and
-// with it P = 0, for rows that saw nothing. A block has rows of one head.
+// with it P = 0, for rows that saw nothing. Of other maps, instead of minus_lse, what the weights
+// of a row are multiplied by. A block has rows of one head.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kStatisticsThreads)
     statistics_kernel(const __grid_constant__ BackwardArgs args, float unit) {
@@ -36,12 +38,14 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   if (row - static_cast<int>(threadIdx.x) / kLanesOfRow >= s.q_length) return;
   const T* out = rows_at<const T>(p.out, batch, s.q_start + row, h);
   const T* dout = rows_at<const T>(bp.dout, batch, s.q_start + row, h);
+  const bool has_delta = p.map == ScoreMap::softmax || p.normalize == Normalize::sum;
+  const int64_t columns = has_delta ? p.value_dim : 0;
   float dot[kRowsOfLanes] = {};
   constexpr int kStep = kStatisticsThreads / kLanesOfRow;
 #pragma unroll
   for (int r = 0; r < kRowsOfLanes; ++r) {
     if (row + r * kStep >= s.q_length) continue;
-    for (int d = lane * kVector; d < p.value_dim; d += kLanesOfRow * kVector) {
+    for (int d = lane * kVector; d < columns; d += kLanesOfRow * kVector) {
       float x[kVector], y[kVector];
       load_floats(x, out + r * kStep * p.out.seq + d);
       load_floats(y, dout + r * kStep * bp.dout.seq + d);
@@ -61,12 +65,19 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   sum += __shfl_xor_sync(kFullWarp, sum, 1);
   row += lane / 2 * kStep;
   if (lane & 1 || row >= s.q_length) return;
-  const float lse = lse_at(p, p.lse, batch, s.q_start, h)[row];
+  const float lse = p.lse ? lse_at(p, p.lse, batch, s.q_start, h)[row] : 0;
+  const float dlse = bp.dlse ? lse_at(p, bp.dlse, batch, s.q_start, h)[row] : 0;
+  if (p.map != ScoreMap::softmax) {
+    const float inverse = inverse_of_row(p.map, p.normalize, lse);
+    if (p.map == ScoreMap::linear) sum = lse > 1 ? sum : lse < -1 ? -sum : 0;
+    lse_at(p, bp.minus_lse, batch, s.q_start, h)[row] = inverse;
+    lse_at(p, bp.minus_delta, batch, s.q_start, h)[row] = (bp.dlse ? dlse / inverse : 0) - sum;
+    return;
+  }
   const float constant = constant_of(p, batch, h, s.k_length);
   lse_at(p, bp.minus_lse, batch, s.q_start, h)[row] =
       lse == -infinity() ? lse : (constant - lse) * unit;
-  if (bp.dlse) sum -= lse_at(p, bp.dlse, batch, s.q_start, h)[row];
-  lse_at(p, bp.minus_delta, batch, s.q_start, h)[row] = -sum;
+  lse_at(p, bp.minus_delta, batch, s.q_start, h)[row] = dlse - sum;
 }
 
 template <typename T>

@@ -50,12 +50,18 @@ struct AttentionBackwardParams {
   float* dbias;
   int64_t dbias_batch, dbias_head, dbias_q, dbias_k;
   // Workspace of the CUDA backward. Statistics like lse: minus the log-sum-exp without what all
-  // scores of a row share, minus delta. Two sums over pairs for each 16 rows of each head, or null.
+  // scores of a row share (of other maps what weights are multiplied by), minus delta. Two sums
+  // over pairs for each 16 rows of each head, or null.
   float *minus_lse, *minus_delta, *sums;
 };
 
 constexpr bool has_row_statistic(const AttentionParams& p) {
   return p.map == ScoreMap::softmax || p.normalize != Normalize::none;
+}
+
+// Whether the CUDA backward needs minus_lse and minus_delta.
+TOKENMILL_HOST_DEVICE inline bool has_backward_statistics(const AttentionParams& p) {
+  return p.map != ScoreMap::sigmoid || p.normalize != Normalize::none;
 }
 
 // Blocks of 16 rows of one head, of one sequence or of all that are packed.
