@@ -66,9 +66,13 @@ class Variant:
 
     @property
     def title(self) -> str:
-        if self.kind == "softmax":
-            return "softmax"
+        if self.kind != "sigmoid":
+            return self.kind
         return f"sigmoid {self.precision}" + ("" if self.bias else ", bias 0")
+
+    @property
+    def has_peers(self) -> bool:
+        return self.kind in ("softmax", "sigmoid")
 
     @property
     def map_peer(self) -> str:
@@ -85,6 +89,7 @@ VARIANTS = (
     Variant("sigmoid", "accurate", True),
     Variant("sigmoid", "fast", True),
     Variant("sigmoid", "accurate", False),
+    Variant("relu", "accurate", False),
 )
 
 
@@ -121,6 +126,8 @@ def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
 
 def bounds(shape: Shape, variant: Variant) -> dict[str, float]:
     """The figures of the peers that a row is held against."""
+    if not variant.has_peers:
+        return {}
     rows = {
         row["peer"]: row
         for row in peer_rows("attention")
