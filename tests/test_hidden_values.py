@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
@@ -171,6 +172,43 @@ def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
         bits = 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits)
         assert torch.isnan(out[:, seen:]).any()
+
+
+def tf32(x):
+    """To the nearest of 11 bits, away from zero in a tie: cvt.rna.tf32.f32."""
+    return ((x.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+@pytest.fixture
+def tf32_products(monkeypatch):
+    """Products of float32 in Triton's interpreter as tensor cores make them, by tf32x3."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    exact = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(builder, a, b, total, *options):
+        if a.data.dtype != np.float32:
+            return exact(builder, a, b, total, *options)
+        big_a, big_b = tf32(a.data), tf32(b.data)
+        small = (a.data - big_a) @ big_b + big_a @ (b.data - big_b)
+        product = np.where(np.isnan(small), np.float32(0), small) + big_a @ big_b
+        return interpreter.TensorHandle(product + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.filterwarnings("ignore:.*(invalid value|overflow).*:RuntimeWarning")
+@pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])
+@pytest.mark.parametrize("name", ["softmax", "decode", "listed"])
+def test_the_largest_floats_touch_no_earlier_row_in_triton(name, backend, tf32_products):
+    """They are infinite as operands of tensor cores."""
+    q, k, v = (x[:1] for x in inputs(torch.float32, backend))
+    clean = CALLS[name](q, k, v, backend=backend)
+    most = torch.finfo(torch.float32).max
+    v[:, 37:, :, ::3] = torch.tensor([most, -3.402e38, 3.402e38])[:, None, None]
+    out = CALLS[name](q, k, v, backend=backend)
+    seen = out.shape[1] - 3
+    torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=1e-5, atol=1e-5)
+    assert not out[:, seen:, :, ::3].isfinite().any()
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])

@@ -19,6 +19,8 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+# From it on a float32 is infinite as an operand of a product: it is rounded to tf32.
+TF32_INF = tl.constexpr(2.0**128 - 2.0**116)
 X_BITS = tl.constexpr(15)  # maps have at most 2^15 pixels along Y and X
 X_MASK = tl.constexpr(2**15 - 1)
 # Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
@@ -306,9 +308,10 @@ def split_values(b_v, m_seen):
     """Of a product with b_v of at most 1024 rows: b_v with 0 for what is not finite, and what the
     rest of it adds where it is seen. A weight of 0 does not hide it: 0 times infinity is NaN."""
     b_wide = b_v.to(tl.float32)
-    m_finite = tl.abs(b_wide) <= FLOAT_MAX
+    m_finite = tl.abs(b_wide) < TF32_INF
     # Digits of 11 bits, exact in any dtype, count infinities and NaN.
-    b_digit = tl.where(b_wide == INF, 2.0**-11, tl.where(b_wide == -INF, 1.0, 2.0**11))
+    b_digit = tl.where(b_wide <= -TF32_INF, 1.0, 2.0**11)
+    b_digit = tl.where(b_wide >= TF32_INF, 2.0**-11, b_digit)
     b_digit = tl.where(m_finite, 0.0, b_digit).to(b_v.dtype)
     b_count = dot(tl.where(m_seen, 1.0, 0.0), b_digit)
     b_rest = tl.where(b_count > tl.floor(b_count), INF, 0.0) + tl.where(b_count >= 1.0, -INF, 0.0)
