@@ -3,11 +3,13 @@
 Row r of a list head is query r // group of head r % group. Scores are in bits.
 
 A value that a query does not see has the weight 0, but 0 times what is not finite is NaN. Of
-several queries, the first kernel tells of each program whether a row is NaN, and the second sums
+several queries, the first launch tells of each program whether a row is NaN, and a second one sums
 such rows again, query by query, from the values that each sees.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -72,78 +74,6 @@ def seen(o_j, o_t, o_query, num_recent, row):
     return (o_j <= o_query) & (m_recent == (o_t >= row.list_end))
 
 
-@triton.jit
-def range_sums(
-    q, cache, seqlens, capacity, indices, counts, indices_batch, indices_head, counts_batch,
-    counts_head, entries, halvings, num_sink, num_recent, rope, positions, extra_k, extra_v,
-    extra_count, log_count, log_count_batch, log_count_head, logits, terms, row_heads, shared,
-    group, seqlen_q, rows, splits, i_split, i_h, i_b, o_row, m_row, query,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, BY_PLACE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Of rows of queries past a range of keys; if all are of one query, from what that sees."""
-    row = key_row(
-        indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
-        seqlens, capacity, num_sink, num_recent, seqlen_q, extra_count, i_b, i_h, BLOCK_K,
-    )  # fmt: skip
-    first, last = range_of(0, row.total, splits, i_split, BLOCK_N)
-    sequence = Sequence(0, seqlen_q, 0, row.length, row.length - seqlen_q)
-    i_kv = i_h // shared
-
-    o_i = o_row // group
-    o_head = i_h * group + tl.where(m_row, o_row % group, 0)
-    head = head_of(terms, i_b, o_head, row.length, False)
-    o_query = o_i + sequence.diagonal
-    p_q = row_pointers(q, i_b, o_i, o_head)
-    o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
-    b_q = load_turned(
-        Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
-        BLOCK_P, BLOCK_R,
-    )  # fmt: skip
-
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    # A step early: keys are found through two loads, one upon the other.
-    o_j, o_page = find(row, cache, i_b, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
-    for t in range(first, last, STEP_N):
-        o_t = t + tl.arange(0, STEP_N)
-        if query is not None:
-            m_seen = seen(o_j, o_t, query + sequence.diagonal, num_recent, row)
-            o_j = tl.where(m_seen, o_j, NOWHERE)
-        keys = places_of(cache.k, extra_k, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
-        values = places_of(cache.v, extra_v, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
-        o_turn_k = o_t if BY_PLACE else o_j
-        b_k = load_turned(
-            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R
-        )
-        o_value = tl.arange(0, BLOCK_V)
-        b_v = load_columns(values, o_value, o_value < VALUE_DIM)
-        b_qk = products(b_q, b_k, HEAD_DIM, PAIRS)
-        b_z = scores(b_qk, o_i[:, None], o_t[None, :], terms, head, sequence)
-        if log_count is not None:
-            p_count = log_count + i_b * log_count_batch + i_kv.to(tl.int64) * log_count_head
-            b_count = tl.load(p_count + (o_t - row.cached), mask=keys.m_extra, other=0.0)
-            b_z += (b_count * LOG2E)[None, :]
-        m_seen = seen(o_j[None, :], o_t[None, :], o_query[:, None], num_recent, row)
-        b_z = tl.where(m_seen | keys.m_extra[None, :], b_z, -INF)
-        if logits is not None:
-            o_logit = (row.first.to(tl.int64) * BLOCK_K + (o_t - row.sinks))[None, :]
-            i_rows = (i_b * row_heads + i_h) * rows
-            p_logit = logits + (i_rows + o_row)[:, None] * entries * BLOCK_K + o_logit
-            m_list = (o_t >= row.sinks) & (o_t < row.list_end)
-            tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
-        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
-        )
-        o_j, o_page = find(row, cache, i_b, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
-    return b_acc, b_sum, b_top
-
-
 @triton.jit(do_not_specialize=SIZES)
 def sparse_ranges_kernel(
     q,
@@ -196,98 +126,90 @@ def sparse_ranges_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """logits [B, row heads, rows, entries, BLOCK_K], if asked for: the scores of listed keys."""
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
-    i_split, i_block, i_h, i_b = decode_program(tl.program_id(0), splits, row_blocks, row_heads)
-    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = o_row < rows
-    b_acc, b_sum, b_top = range_sums(
-        q, cache, seqlens, capacity, indices, counts, indices_batch, indices_head, counts_batch,
-        counts_head, entries, halvings, num_sink, num_recent, rope, positions, extra_k, extra_v,
-        extra_count, log_count, log_count_batch, log_count_head, logits, terms, row_heads, shared,
-        group, seqlen_q, rows, splits, i_split, i_h, i_b, o_row, m_row, None,
-        HEAD_DIM, VALUE_DIM, PAGE_SIZE, BLOCK_K, PAIRS, INTERLEAVED, BY_PLACE, BLOCK_M, BLOCK_N,
-        BLOCK_N, BLOCK_P, BLOCK_R, BLOCK_V,
-    )  # fmt: skip
-    o_partial = ((i_split * batch + i_b) * row_heads + i_h) * rows + o_row
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, False)
-    if nan is not None:
-        m_nan = rows_of_nan(b_acc) & m_row
-        tl.store(nan + tl.program_id(0), tl.max(m_nan.to(tl.int32), 0))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def sparse_ranges_again_kernel(
-    q,
-    k,
-    v,
-    seqlens,
-    block_table,
-    table_stride,
-    pages,
-    capacity,
-    indices,
-    counts,
-    indices_batch,
-    indices_head,
-    counts_batch,
-    counts_head,
-    entries,
-    halvings,
-    num_sink,
-    num_recent,
-    rope,
-    positions,
-    extra_k,
-    extra_v,
-    extra_count,
-    log_count,
-    log_count_batch,
-    log_count_head,
-    partials,
-    nan,
-    terms,
-    batch,
-    row_heads,
-    shared,
-    group,
-    seqlen_q,
-    rows,
-    row_blocks,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BY_PLACE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    i = tl.program_id(0) // seqlen_q
-    query = tl.program_id(0) % seqlen_q
-    if tl.load(nan + i) == 0:
-        return
+    """Rows of queries past a range of keys. logits [B, row heads, rows, entries, BLOCK_K], if asked
+    for: the scores of listed keys. nan, of several queries: of each program, whether a row is NaN.
+    AGAIN: those rows of one query, from what that sees."""
+    i = tl.program_id(0)
+    query = None
+    if AGAIN:
+        query = i % seqlen_q
+        i = i // seqlen_q
+        if tl.load(nan + i) == 0:
+            return
+    STEP_N: tl.constexpr = STEP if AGAIN else BLOCK_N
     cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
     i_split, i_block, i_h, i_b = decode_program(i, splits, row_blocks, row_heads)
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = (o_row < rows) & (o_row // group == query)
+    m_row = o_row < rows
     o_partial = ((i_split * batch + i_b) * row_heads + i_h) * rows + o_row
-    m_row = rows_of_nan(load_tile(partials.outs + o_partial * VALUE_DIM, m_row, VALUE_DIM, BLOCK_V))
-    b_acc, b_sum, b_top = range_sums(
-        q, cache, seqlens, capacity, indices, counts, indices_batch, indices_head, counts_batch,
-        counts_head, entries, halvings, num_sink, num_recent, rope, positions, extra_k, extra_v,
-        extra_count, log_count, log_count_batch, log_count_head, None, terms, row_heads, shared,
-        group, seqlen_q, rows, splits, i_split, i_h, i_b, o_row, m_row, query,
-        HEAD_DIM, VALUE_DIM, PAGE_SIZE, BLOCK_K, PAIRS, INTERLEAVED, BY_PLACE, BLOCK_M, BLOCK_N,
-        STEP, BLOCK_P, BLOCK_R, BLOCK_V,
+    if AGAIN:
+        m_row = m_row & (o_row // group == query)
+        p_out = partials.outs + o_partial * VALUE_DIM
+        m_row = rows_of_nan(load_tile(p_out, m_row, VALUE_DIM, BLOCK_V))
+    row = key_row(
+        indices, counts, indices_batch, indices_head, counts_batch, counts_head, entries, halvings,
+        seqlens, capacity, num_sink, num_recent, seqlen_q, extra_count, i_b, i_h, BLOCK_K,
     )  # fmt: skip
+    first, last = range_of(0, row.total, splits, i_split, BLOCK_N)
+    sequence = Sequence(0, seqlen_q, 0, row.length, row.length - seqlen_q)
+    i_kv = i_h // shared
+
+    o_i = o_row // group
+    o_head = i_h * group + tl.where(m_row, o_row % group, 0)
+    head = head_of(terms, i_b, o_head, row.length, False)
+    o_query = o_i + sequence.diagonal
+    p_q = row_pointers(q, i_b, o_i, o_head)
+    o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
+    b_q = load_turned(
+        Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
+        BLOCK_P, BLOCK_R,
+    )  # fmt: skip
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    # A step early: keys are found through two loads, one upon the other.
+    o_j, o_page = find(row, cache, i_b, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
+    for t in range(first, last, STEP_N):
+        o_t = t + tl.arange(0, STEP_N)
+        if AGAIN:
+            m_seen = seen(o_j, o_t, query + sequence.diagonal, num_recent, row)
+            o_j = tl.where(m_seen, o_j, NOWHERE)
+        keys = places_of(cache.k, extra_k, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
+        values = places_of(cache.v, extra_v, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
+        o_turn_k = o_t if BY_PLACE else o_j
+        b_k = load_turned(
+            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R
+        )
+        o_value = tl.arange(0, BLOCK_V)
+        b_v = load_columns(values, o_value, o_value < VALUE_DIM)
+        b_qk = products(b_q, b_k, HEAD_DIM, PAIRS)
+        b_z = scores(b_qk, o_i[:, None], o_t[None, :], terms, head, sequence)
+        if log_count is not None:
+            p_count = log_count + i_b * log_count_batch + i_kv.to(tl.int64) * log_count_head
+            b_count = tl.load(p_count + (o_t - row.cached), mask=keys.m_extra, other=0.0)
+            b_z += (b_count * LOG2E)[None, :]
+        m_seen = seen(o_j[None, :], o_t[None, :], o_query[:, None], num_recent, row)
+        b_z = tl.where(m_seen | keys.m_extra[None, :], b_z, -INF)
+        if logits is not None:
+            o_logit = (row.first.to(tl.int64) * BLOCK_K + (o_t - row.sinks))[None, :]
+            i_rows = (i_b * row_heads + i_h) * rows
+            p_logit = logits + (i_rows + o_row)[:, None] * entries * BLOCK_K + o_logit
+            m_list = (o_t >= row.sinks) & (o_t < row.list_end)
+            tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
+        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
+        )
+        o_j, o_page = find(row, cache, i_b, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
+
     store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, False)
+    if nan is not None and not AGAIN:
+        m_nan = rows_of_nan(b_acc) & m_row
+        tl.store(nan + i, tl.max(m_nan.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -445,22 +367,12 @@ def sparse_decode_attention(
     nan = None
     if seqlen_q > 1:  # one query sees every key of its row
         nan = q.new_empty(programs, dtype=torch.int32)
-    launch(
-        sparse_ranges_kernel, programs, q, *inputs, partials, nan, logits, terms, *sizes, **options
-    )
+    sums = functools.partial(launch, sparse_ranges_kernel, **options)
+    arguments = (q, *inputs, partials, nan)
+    sums(programs, *arguments, logits, terms, *sizes, AGAIN=False)
     if nan is not None:
-        launch(
-            sparse_ranges_again_kernel,
-            programs * seqlen_q,
-            q,
-            *inputs,
-            partials,
-            nan,
-            terms,
-            *sizes,
-            **options,
-            maxnreg=MOST_REGISTERS,
-        )
+        again = {"AGAIN": True, "maxnreg": MOST_REGISTERS}
+        sums(programs * seqlen_q, *arguments, None, terms, *sizes, **again)
     merge(partials, seqlens_k, keys, out, lse, scales, sink, terms)
     if logits is not None:
         block_e = max((1 << 14 if INTERPRETED.value else 1024) // block_k, 1)
