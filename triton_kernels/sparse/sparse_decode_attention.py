@@ -304,6 +304,8 @@ def sparse_decode_attention(
         tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
         if partly and q.dtype == torch.float32:
             tile = tile._replace(warps=8, stages=1)
+        elif interleaved and head_dim > 128:
+            tile = tile._replace(warps=8)
     row_blocks = triton.cdiv(rows, tile.rows)
     splits = splits_of(q, num_splits, batch * row_heads * row_blocks, longest)
     partials = new_partials(q, splits, row_heads, rows, value_dim)
