@@ -25,6 +25,8 @@ X_BITS = tl.constexpr(15)  # maps have at most 2^15 pixels along Y and X
 X_MASK = tl.constexpr(2**15 - 1)
 # Sigmoid weights near 1 / n are subnormal in float16 from n = 16384 on.
 FLOAT16_SCALE = tl.constexpr(2.0**15)
+# Added to a row sum that weights are divided by.
+LEAST_SUM = tl.constexpr(1e-8)
 # Keys of a step past rows that are computed again, and columns of values: few registers.
 STEP = tl.constexpr(16)
 STEP_COLUMNS = tl.constexpr(32)
@@ -59,8 +61,9 @@ class Terms(NamedTuple):
     """What lies between q.k and the score map; None where a call does not have it.
 
     z is in bits: weights are 2^z. Where a bias or slope may make z as large as a float32 gets, it
-    is in nats: multiplied by log2(e) it would overflow. scale is the softmax scale; factor, softcap
-    and constant are in the unit of z: z = factor q.k or softcap tanh(factor q.k), plus constant.
+    is in nats: multiplied by log2(e) it would overflow; so it is for kinds whose weights are z
+    itself or powers of it. scale is the softmax scale; factor, softcap and constant are in the unit
+    of z: z = factor q.k or softcap tanh(factor q.k), plus constant.
     """
 
     scale: float
@@ -137,9 +140,11 @@ def sequence_of(cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longe
 
 
 @triton.jit
-def head_of(terms, i_b, i_h, k_length, SIGMOID: tl.constexpr):
+def head_of(terms, i_b, i_h, k_length, KIND: tl.constexpr = "softmax"):
     log2e = 1.0
     if terms.bias is not None or terms.slopes is not None:
+        log2e = LOG2E
+    if KIND != "softmax" and KIND != "sigmoid":
         log2e = LOG2E
     constant = terms.constant
     if terms.score_bias is not None:
@@ -148,7 +153,7 @@ def head_of(terms, i_b, i_h, k_length, SIGMOID: tl.constexpr):
     # Not a branch: constant may be a scalar and k_length one length for each row.
     constant -= terms.neg_log_n * (tl.log2(tl.maximum(k_length, 1).to(tl.float32)) / log2e)
     shift = 0.0
-    if not SIGMOID:
+    if KIND == "softmax":
         finite = tl.where(tl.abs(constant) <= FLOAT_MAX, constant, 0.0)
         constant -= finite
         shift = finite * (log2e / LOG2E)
@@ -375,6 +380,56 @@ def sigmoid(b_z, head, FAST: tl.constexpr):
     return b_p, b_rest
 
 
+@triton.jit
+def weights(b_z, head, KIND: tl.constexpr, FAST: tl.constexpr):
+    """f(z) of kinds other than softmax, and its derivative. Both are 0 where z is -inf, and NaN
+    where it is."""
+    if KIND == "sigmoid":
+        b_f, b_rest = sigmoid(b_z, head, FAST)
+        b_slope = b_f * b_rest
+    elif KIND == "relu":
+        b_f = tl.where(b_z < 0.0, 0.0, b_z)
+        b_slope = tl.where(b_z < 0.0, 0.0, 1.0)
+    elif KIND == "elu1":
+        b_e = exponential(tl.where(b_z > 0.0, 0.0, b_z), head)
+        b_f = tl.where(b_z > 0.0, b_z + 1.0, b_e)
+        b_slope = tl.where(b_z > 0.0, 1.0, b_e)
+    elif KIND == "linear":
+        b_f = tl.where(b_z == -INF, 0.0, b_z)
+        b_slope = tl.where(b_z == -INF, 0.0, 1.0)
+    else:  # taylor2
+        m_hidden = b_z == -INF
+        b_slope = 1.0 + tl.where(m_hidden, -1.0, b_z)
+        b_f = tl.where(m_hidden, 0.0, 0.5 + 0.5 * b_slope * b_slope)
+    return b_f, b_slope
+
+
+@triton.jit
+def inverse(b_sum, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What weights are multiplied by, from their sum or count in each row."""
+    if NORMALIZE == "count":
+        b_inverse = 1.0 / tl.maximum(b_sum, 1.0)
+    elif KIND == "linear":  # its weights have either sign
+        b_inverse = 1.0 / tl.maximum(tl.abs(b_sum), 1.0)
+    else:
+        b_inverse = 1.0 / (b_sum + LEAST_SUM)
+    return b_inverse
+
+
+@triton.jit
+def weighted(b_w, b_x, KIND: tl.constexpr):
+    """The product of weights or their gradients with rows. Those of kinds without an upper bound
+    may lie beyond float16: of each row a power of two stays out of the product."""
+    if KIND != "softmax" and KIND != "sigmoid" and b_x.dtype == tl.float16:
+        b_bits = tl.max(tl.abs(b_w), 1).to(tl.uint32, bitcast=True) & 0x7F800000
+        m_normal = (b_bits > 0) & (b_bits < 0x7F800000)
+        b_unit = tl.where(m_normal, b_bits.to(tl.float32, bitcast=True), 1.0)
+        b_product = dot(b_w * (1.0 / b_unit)[:, None], b_x) * b_unit[:, None]
+    else:
+        b_product = dot(b_w, b_x)
+    return b_product
+
+
 FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
 
 
@@ -390,8 +445,9 @@ def terms_of(
     score_bias: Tensor | None,
     alibi_slopes: Tensor | None,
     bias: Tensor | None = None,
+    kind: str = "softmax",
 ) -> Terms:
-    nats = bias is not None or alibi_slopes is not None
+    nats = bias is not None or alibi_slopes is not None or kind not in ("softmax", "sigmoid")
     unit = 1.0 if nats else LOG2E.value
     return Terms(
         scale,

@@ -17,7 +17,8 @@ from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resour
 
 pytest.importorskip("triton")
 
-CASES = (  # kind, dtype, head dimension, pages and terms, one query or several, many rows
+# kind and normalize, dtype, head dimension, pages and terms, one query or several, many rows
+CASES = (
     "softmax:float16:64:",
     "softmax:bfloat16:128:paged",
     "softmax:bfloat16:256:paged,terms,several",
@@ -25,6 +26,7 @@ CASES = (  # kind, dtype, head dimension, pages and terms, one query or several,
     "sigmoid:float16:128:paged,terms",
     "softmax:float32:64:terms,several",
     "sigmoid:float32:128:several",
+    "taylor2,sum:float16:64:paged,terms,several",
 )
 
 
@@ -42,7 +44,8 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     if "terms" in options:
         sink = empty(heads) if kind == "softmax" else None
         terms = [empty(batch, heads), -1.0, True, empty(heads), sink, 5.0, 1000]
-    return (q, cache, cache, lengths, table, kind, 0.125, *terms, 0, "auto")
+    kind, normalize = (*kind.split(","), "none")[:2]
+    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, 0, "auto")
 
 
 def compiled(capability, call):

@@ -3,7 +3,7 @@ costs, and memory that no length may reach. tests/test_contract.py and test_atte
 results.
 
 As a script, it compiles the kernels of attention without a GPU and prints what they use:
-python tests/dense/test_attention_triton.py CAPABILITY [softmax:float16:64:causal ...]
+python tests/dense/test_attention_triton.py CAPABILITY [softmax:float16:64:causal relu,sum:... ...]
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import tokenmill as tm
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# kind, dtype, head dimension, mask: every value of each, and every dtype with both head dimensions.
+# kind and normalize, dtype, head dimension, mask: every dtype with both head dimensions. Sums of
+# weights in float32 and weights without a bound in float16 take most; relu looks again for NaN.
 CASES = (
     "softmax:float16:64:causal",
     "sigmoid:float16:128:plain",
@@ -31,6 +32,9 @@ CASES = (
     "sigmoid:float32:64:causal",
     "softmax:float32:128:plain",
     "softmax:float16:64:causal:every term",
+    "elu1,sum:float16:64:window:every term",
+    "taylor2,sum:float32:64:causal",
+    "relu,count:bfloat16:128:plain",
 )
 MASKS = {
     "plain": (False, -1, -1),
@@ -52,7 +56,8 @@ def lowered(kind, dtype, head_dim, mask, every_term=False, tokens=1024):
         terms = [empty(batch, heads), -1.0, True, bias, empty(heads), sink, 5.0]
     causal, left, right = MASKS[mask]
     lengths = (None, None, None, None)
-    return (q, k, k, kind, 0.125, *terms, causal, left, right, *lengths, "accurate")
+    kind, normalize = (*kind.split(","), "none")[:2]
+    return (q, k, k, kind, normalize, 0.125, *terms, causal, left, right, *lengths, "accurate")
 
 
 def compiled(capability, call):
@@ -61,8 +66,10 @@ def compiled(capability, call):
 
     def launch():
         out, lse = attention.attention(*call)
-        saved = (out, lse) if call[3] == "softmax" else (None, None)
-        attention.attention_backward(out, None, *saved, *[True] * 4, *call)
+        kind, normalize = call[3:5]
+        lse = None if lse.numel() == 0 else lse
+        kept = out if kind == "softmax" or normalize == "sum" else None
+        attention.attention_backward(out, lse, kept, lse, *[True] * 4, *call)
 
     return triton_compiler.compiled(capability, launch)
 

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from tokenmill.dense.terms import has_row_statistic
+
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
@@ -97,10 +99,6 @@ class Call(NamedTuple):
     precision: str
 
     @property
-    def sigmoid(self) -> bool:
-        return self.kind == "sigmoid"
-
-    @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
@@ -140,7 +138,14 @@ class Call(NamedTuple):
             return Plan(*[Tiles(m, n, 4, 1)] * 3)
         plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
         more_terms = self.bias is not None or self.softcap != 0.0
-        return plan_of(plans, self.q, self.v.shape[-1], more_terms)
+        plan = plan_of(plans, self.q, self.v.shape[-1], more_terms)
+        if self.kind in ("softmax", "sigmoid") or self.q.element_size() == 4:
+            return plan
+        # Products of weights without a bound are sums of their own: half the rows for each program.
+        return Plan(
+            *(t._replace(block_m=t.block_m // 2) for t in (plan.forward, plan.queries)),
+            plan.keys._replace(block_n=max(plan.keys.block_n // 2, 16)),
+        )
 
     def new(
         self, shape: Sequence[int], dtype: torch.dtype | None = None, none: float = 0.0
@@ -163,6 +168,7 @@ class Call(NamedTuple):
             self.score_bias,
             self.alibi_slopes,
             self.bias,
+            self.kind,
         )
 
     def window(self) -> Window:
@@ -185,7 +191,8 @@ class Call(NamedTuple):
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
         return {
-            "SIGMOID": self.sigmoid,
+            "KIND": self.kind,
+            "NORMALIZE": self.normalize,
             "FAST": self.precision == "fast",
             **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
         }
@@ -200,7 +207,9 @@ def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
     tiles = call.plan().forward
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
-    lse = call.new((0,) if call.sigmoid else call.statistics_shape, torch.float32, -torch.inf)
+    statistic = has_row_statistic(call.kind, call.normalize)
+    none = -torch.inf if call.kind == "softmax" else 0.0
+    lse = call.new(call.statistics_shape if statistic else (0,), torch.float32, none)
     launch(
         attention_kernel,
         call.batch * call.heads * blocks,
@@ -230,7 +239,7 @@ def attention_backward(
     )
     douts, *qkv = map(call.rows, (dout, call.q, call.k, call.v))
     dq, dk, dv = (call.new(t.shape) for t in (call.q, call.k, call.v))
-    delta = None if call.sigmoid else call.new(call.statistics_shape, torch.float32)
+    delta = None if out is None else call.new(call.statistics_shape, torch.float32)
 
     blocks = triton.cdiv(call.longest_q, plan.queries.block_m)
     score_bias_sums, slope_sums = (

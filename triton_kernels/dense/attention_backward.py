@@ -1,6 +1,8 @@
 """Backward, without atomics: one kernel owns the queries, one the keys, one the tiles of a bias.
 
-sigmoid: dz = P (1 - P) dP;  softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse.
+softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse. Other kinds, whose weights f(z) a row
+multiplies by norm: dz = f'(z) (norm dP - delta), where delta, of those normalised by their sum s
+alone, is norm rowsum(dO O) - ds.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from ..common import (
     dot,
     exponential,
     head_of,
+    inverse,
     load_rows,
     program,
     scores,
     sequence_of,
-    sigmoid,
     slice_of,
     statistics_of,
     store_rows,
     tanh,
     visible,
     visible_parts,
+    weighted,
+    weights,
 )
 
 
@@ -40,29 +44,57 @@ def load_lse(p_lse, m_row, head):
 
 
 @triton.jit
+def norm_of(lse, o_row, m_row, head, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
+    """What the forward has stored of a row: lse, or, from a sum or count, the factor of weights."""
+    b_norm = tl.zeros(m_row.shape, tl.float32)
+    if KIND == "softmax":
+        b_norm = load_lse(lse + o_row, m_row, head)
+    elif NORMALIZE != "none":
+        b_norm = inverse(tl.load(lse + o_row, mask=m_row, other=0.0), KIND, NORMALIZE)
+    return b_norm
+
+
+@triton.jit
+def delta_of(delta, o_row, m_row, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
+    b_delta = tl.zeros(m_row.shape, tl.float32)
+    if KIND == "softmax" or NORMALIZE == "sum":
+        b_delta = tl.load(delta + o_row, mask=m_row, other=0.0)
+    return b_delta
+
+
+@triton.jit
 def gradients(
     b_qk,
     b_dp,
     o_i,
     o_j,
-    b_lse,
+    b_norm,
     b_delta,
     terms,
     head,
     sequence,
     m_seen,
-    SIGMOID: tl.constexpr,
-    FAST: tl.constexpr,
+    KIND: tl.constexpr = "softmax",
+    NORMALIZE: tl.constexpr = "none",
+    FAST: tl.constexpr = False,
 ):
-    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say. m_seen None:
-    all are seen."""
+    """P and dz of a tile. Queries and keys lie along the axes where o_i and o_j say. b_norm: lse of
+    softmax, else the factor of weights. m_seen None: all are seen."""
     b_z = scores(b_qk, o_i, o_j, terms, head, sequence)
-    if SIGMOID:
-        b_p, b_rest = sigmoid(b_z, head, FAST)
-        b_dz = b_p * b_rest * b_dp
-    else:
-        b_p = exponential(b_z - b_lse, head)
+    if KIND == "softmax":
+        b_p = exponential(b_z - b_norm, head)
         b_dz = b_p * (b_dp - b_delta)
+    else:
+        b_p, b_slope = weights(b_z, head, KIND, FAST)
+        if NORMALIZE != "none":
+            b_p *= b_norm
+            b_dp *= b_norm
+        if NORMALIZE == "sum":
+            b_dp -= b_delta
+        if KIND == "relu":  # a slope of 0 hides the rest
+            b_dz = tl.where(b_slope == 0.0, 0.0, b_dp)
+        else:
+            b_dz = b_slope * b_dp
     if m_seen is not None:
         b_p = tl.where(m_seen, b_p, 0.0)
         b_dz = tl.where(m_seen, b_dz, 0.0)
@@ -107,7 +139,8 @@ def queries_kernel(
     blocks,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,7 +158,7 @@ def queries_kernel(
     )
     if first >= sequence.q_length:
         return
-    head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+    head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
     keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
     values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
     o_i = first + tl.arange(0, BLOCK_M)
@@ -133,28 +166,33 @@ def queries_kernel(
     b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
     douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
     b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
-    b_lse = tl.zeros([BLOCK_M], tl.float32)
+    o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
+    m_i = o_i < sequence.q_length
+    b_norm = norm_of(lse, o_row + o_i, m_i, head, KIND, NORMALIZE)
     b_delta = tl.zeros([BLOCK_M], tl.float32)
     b_bias_sum = tl.zeros([BLOCK_M], tl.float32)
-    if not SIGMOID:
+    if KIND == "softmax" or NORMALIZE == "sum":
         outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
         b_out = load_rows(outs, o_i, VALUE_DIM, BLOCK_V)
         b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
-        o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
-        m_i = o_i < sequence.q_length
+        if KIND != "softmax":
+            b_delta *= b_norm
+        if KIND == "linear":  # s counts where |s| is above 1
+            b_sum = tl.load(lse + o_row + o_i, mask=m_i, other=0.0)
+            b_sign = tl.where(b_sum > 1.0, 1.0, tl.where(b_sum < -1.0, -1.0, 0.0))
+            b_delta *= b_sign
         if dlse is not None:
             b_delta -= tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
         tl.store(delta + o_row + o_i, b_delta, mask=m_i)
-        b_lse = load_lse(lse + o_row + o_i, m_i, head)
-        if bias_sums is not None:
-            b_nats = tl.load(lse + o_row + o_i, mask=m_i, other=-INF)
-            if sink is not None:
-                sink_logit = tl.load(sink + i_h)
-                b_p_sink = tl.where(b_nats == sink_logit, 1.0, tl.exp(sink_logit - b_nats))
-                b_bias_sum += b_p_sink * b_delta
-            if dlse is not None:
-                b_bias_sum += tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
-            b_bias_sum = tl.where(b_nats == -INF, 0.0, b_bias_sum)
+    if KIND == "softmax" and bias_sums is not None:
+        b_nats = tl.load(lse + o_row + o_i, mask=m_i, other=-INF)
+        if sink is not None:
+            sink_logit = tl.load(sink + i_h)
+            b_p_sink = tl.where(b_nats == sink_logit, 1.0, tl.exp(sink_logit - b_nats))
+            b_bias_sum += b_p_sink * b_delta
+        if dlse is not None:
+            b_bias_sum += tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
+        b_bias_sum = tl.where(b_nats == -INF, 0.0, b_bias_sum)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -175,21 +213,22 @@ def queries_kernel(
                 b_dp,
                 o_i[:, None],
                 o_j[None, :],
-                b_lse[:, None],
+                b_norm[:, None],
                 b_delta[:, None],
                 terms,
                 head,
                 sequence,
                 m_seen,
-                SIGMOID,
+                KIND,
+                NORMALIZE,
                 FAST,
             )
-            if SIGMOID and bias_sums is not None:
+            if KIND != "softmax" and bias_sums is not None:
                 b_bias_sum += tl.sum(b_dz, 1)
             if slope_sums is not None:
                 b_distance = distance(o_i[:, None], o_j[None, :], sequence)
                 b_slope_sum -= tl.sum(b_dz * b_distance, 1)
-            b_dq += dot(through_softcap(b_dz, b_qk, terms), b_k)
+            b_dq += weighted(through_softcap(b_dz, b_qk, terms), b_k, KIND)
 
     dqs = slice_of(dq, i_b, i_h, sequence.q_start, sequence.q_length)
     store_rows(dqs, o_i, b_dq * terms.scale, HEAD_DIM)
@@ -222,7 +261,8 @@ def keys_kernel(
     blocks,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -256,19 +296,16 @@ def keys_kernel(
         count = tl.cdiv(parts[PART + 1] - parts[PART], BLOCK_M)
         for n in range(group * count):
             i_h = i_kv * group + n // count
-            head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+            head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
             queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
             o_i = parts[PART] + n % count * BLOCK_M + tl.arange(0, BLOCK_M)
             b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
             b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
-            b_lse = tl.zeros([BLOCK_M], tl.float32)
-            b_delta = tl.zeros([BLOCK_M], tl.float32)
-            if not SIGMOID:
-                m_i = o_i < sequence.q_length
-                b_lse = load_lse(lse + o_row + o_i, m_i, head)
-                b_delta = tl.load(delta + o_row + o_i, mask=m_i, other=0.0)
+            m_i = o_i < sequence.q_length
+            b_norm = norm_of(lse, o_row + o_i, m_i, head, KIND, NORMALIZE)
+            b_delta = delta_of(delta, o_row + o_i, m_i, KIND, NORMALIZE)
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
             m_seen = None if PART == 1 else visible(o_i[None, :], o_j[:, None], sequence, window)
@@ -277,21 +314,22 @@ def keys_kernel(
                 b_dp,
                 o_i[None, :],
                 o_j[:, None],
-                b_lse[None, :],
+                b_norm[None, :],
                 b_delta[None, :],
                 terms,
                 head,
                 sequence,
                 m_seen,
-                SIGMOID,
+                KIND,
+                NORMALIZE,
                 FAST,
             )
-            if SIGMOID and b_q.dtype == tl.float16:
+            if KIND == "sigmoid" and b_q.dtype == tl.float16:
                 b_p *= FLOAT16_SCALE
-            b_dv += dot(b_p, b_dout)
-            b_dk += dot(through_softcap(b_dz, b_qk, terms), b_q)
+            b_dv += weighted(b_p, b_dout, KIND)
+            b_dk += weighted(through_softcap(b_dz, b_qk, terms), b_q, KIND)
 
-    if SIGMOID and b_k.dtype == tl.float16:
+    if KIND == "sigmoid" and b_k.dtype == tl.float16:
         b_dv *= 1.0 / FLOAT16_SCALE
     dks = slice_of(dk, i_b, i_kv, sequence.k_start, sequence.k_length)
     store_rows(dks, o_j, b_dk * terms.scale, HEAD_DIM)
@@ -334,7 +372,8 @@ def bias_kernel(
     group,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
     SUM_Q: tl.constexpr,
     SUM_K: tl.constexpr,
@@ -358,7 +397,7 @@ def bias_kernel(
         if not SUM_Q:
             stop_i = tl.minimum(first_i + BLOCK_M, stop_i)
         for i_h in range(i_bias_h, i_bias_h + sum_heads):
-            head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+            head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
             queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
@@ -368,12 +407,9 @@ def bias_kernel(
                 o_i = i + tl.arange(0, BLOCK_M)
                 b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
                 b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
-                b_lse = tl.zeros([BLOCK_M], tl.float32)
-                b_delta = tl.zeros([BLOCK_M], tl.float32)
-                if not SIGMOID:
-                    m_i = o_i < sequence.q_length
-                    b_lse = load_lse(lse + o_row + o_i, m_i, head)
-                    b_delta = tl.load(delta + o_row + o_i, mask=m_i, other=0.0)
+                m_i = o_i < sequence.q_length
+                b_norm = norm_of(lse, o_row + o_i, m_i, head, KIND, NORMALIZE)
+                b_delta = delta_of(delta, o_row + o_i, m_i, KIND, NORMALIZE)
                 last = tl.minimum(i + BLOCK_M, sequence.q_length) - 1
                 parts = visible_parts(
                     i,
@@ -399,13 +435,14 @@ def bias_kernel(
                         dot(b_dout, tl.trans(b_v)),
                         o_i[:, None],
                         o_j[None, :],
-                        b_lse[:, None],
+                        b_norm[:, None],
                         b_delta[:, None],
                         terms,
                         head,
                         sequence,
                         m_seen,
-                        SIGMOID,
+                        KIND,
+                        NORMALIZE,
                         FAST,
                     )
                     b_sum += b_dz

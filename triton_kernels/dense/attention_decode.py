@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenmill._kv_cache import capacity
+from tokenmill.dense.terms import has_row_statistic
 
 from ..common import (
-    FLOAT16_SCALE,
     INF,
     INTERPRETED,
     STEP,
@@ -35,7 +35,7 @@ from ..common import (
     terms_of,
     window_of,
 )
-from .attention_forward import accumulate, accumulate_seen, normaliser
+from .attention_forward import accumulate, accumulate_seen, normaliser, unscaled
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
 SIZES += ["table_stride", "pages", "capacity", "most"]
@@ -128,11 +128,20 @@ def load_keys(
 
 @triton.jit
 def store_partials(
-    partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM: tl.constexpr, SIGMOID: tl.constexpr
+    partials,
+    o_partial,
+    m_row,
+    b_acc,
+    b_sum,
+    b_top,
+    VALUE_DIM: tl.constexpr,
+    KIND: tl.constexpr = "softmax",
+    NORMALIZE: tl.constexpr = "none",
 ):
     store_tile(partials.outs + o_partial * VALUE_DIM, m_row, b_acc, VALUE_DIM)
-    if not SIGMOID:
+    if KIND == "softmax" or NORMALIZE != "none":
         tl.store(partials.sums + o_partial, b_sum, mask=m_row)
+    if KIND == "softmax":
         tl.store(partials.tops + o_partial, b_top, mask=m_row)
 
 
@@ -186,8 +195,9 @@ def ranges_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -206,7 +216,7 @@ def ranges_kernel(
     o_h = i_kv * group + tl.where(m_row, o_row % group, 0)
     b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
     o_i = o_i[:, None]
-    head = head_of(terms, i_b, o_h[:, None], length, SIGMOID)
+    head = head_of(terms, i_b, o_h[:, None], length, KIND)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -220,13 +230,13 @@ def ranges_kernel(
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
         )  # fmt: skip
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, False
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
         )
 
     o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, SIGMOID)
+    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, KIND, NORMALIZE)
 
-    if SEVERAL:  # one query sees every key of its range
+    if HIDES:
         m_again = rows_of_nan(b_acc) & m_row
         if tl.max(m_again.to(tl.int32), 0) != 0:
             b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -237,9 +247,7 @@ def ranges_kernel(
                     b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
                     HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
                 )  # fmt: skip
-                b_acc, b_acc_lost = accumulate_seen(
-                    b_z, b_v, b_acc, b_acc_lost, b_top, head, SIGMOID, False
-                )
+                b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
             store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
 
 
@@ -259,8 +267,8 @@ def merge_kernel(
     splits,
     most,
     VALUE_DIM: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    FLOAT16: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -280,8 +288,8 @@ def merge_kernel(
     b_top = tl.full([BLOCK_R], -INF, tl.float32)
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), SIGMOID)
-    if not SIGMOID:
+    head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), KIND)
+    if KIND == "softmax":
         for i in range(splits):
             b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
     b_row_max = tl.where(b_top == -INF, 0.0, b_top)
@@ -289,28 +297,30 @@ def merge_kernel(
         o_partial = tl.cast(i, tl.int64) * most + o_x
         p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
         b_value = tl.load(p_value, mask=m_value, other=0.0)
-        if SIGMOID:
-            b_out += b_value
-        else:
+        if KIND == "softmax":
             b_own = tl.load(partials.tops + o_partial)
             b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
             b_sum += tl.load(partials.sums + o_partial) * b_weight
             b_out += b_value * b_weight[:, None]
+        else:
+            if NORMALIZE != "none":
+                b_sum += tl.load(partials.sums + o_partial)
+            b_out += b_value
 
-    if SIGMOID:
-        if FLOAT16:
-            b_out *= 1.0 / FLOAT16_SCALE
-    else:
+    if KIND == "softmax":
         b_sink = None
         if sink is not None:
             b_sink = tl.load(sink + o_h)
-        b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
-        b_out *= b_factor[:, None]
-        tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_lse, mask=m_x)
+        b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
         if scales is not None:
             tl.store(scales + o_x, b_row_max, mask=m_x)
             tl.store(scales + most + o_x, b_factor, mask=m_x)
-    store_tile(row_pointers(out, o_b, o_i, o_h), m_x, b_out, VALUE_DIM)
+    else:
+        b_factor = unscaled(b_sum, out.data.dtype.element_ty, KIND, NORMALIZE)
+    if KIND == "softmax" or NORMALIZE != "none":
+        tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_sum, mask=m_x)
+    p_out = row_pointers(out, o_b, o_i, o_h)
+    store_tile(p_out, m_x, b_out * b_factor[:, None], VALUE_DIM)
 
 
 def rows_of(t: Tensor) -> Rows:
@@ -380,7 +390,8 @@ def merge(
     scales: Tensor | None,
     sink: Tensor | None,
     terms: Terms,
-    sigmoid: bool = False,
+    kind: str = "softmax",
+    normalize: str = "none",
 ) -> None:
     splits, batch, kv_heads, rows, value_dim = partials.outs.shape
     seqlen_q, heads = out.shape[1:3]
@@ -405,8 +416,8 @@ def merge(
         splits,
         most,
         VALUE_DIM=value_dim,
-        SIGMOID=sigmoid,
-        FLOAT16=out.dtype == torch.float16,
+        KIND=kind,
+        NORMALIZE=normalize,
         BLOCK_R=block_r,
         BLOCK_V=block_v,
     )
@@ -433,9 +444,9 @@ def attention_decode(
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen_q, heads, head_dim = q.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
-    sigmoid = kind == "sigmoid"
     out = q.new_empty((batch, seqlen_q, heads, value_dim))
-    lse = q.new_empty((0,) if sigmoid else (batch, heads, seqlen_q), dtype=torch.float32)
+    statistic = has_row_statistic(kind, normalize)
+    lse = q.new_empty((batch, heads, seqlen_q) if statistic else (0,), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     group = heads // kv_heads
@@ -446,7 +457,7 @@ def attention_decode(
     splits = splits_of(q, num_splits, batch * kv_heads * row_blocks, most)
     partials = new_partials(q, splits, kv_heads, rows, value_dim)
     terms = terms_of(
-        scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes
+        scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
     )
     launch(
         ranges_kernel,
@@ -473,8 +484,9 @@ def attention_decode(
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
-        SIGMOID=sigmoid,
-        SEVERAL=seqlen_q > 1,
+        KIND=kind,
+        NORMALIZE=normalize,
+        HIDES=seqlen_q > 1 or kind == "relu",  # else the query sees every key of its range
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
@@ -482,5 +494,5 @@ def attention_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge(partials, seqlens_k, most, out, lse, None, sink, terms, sigmoid)
+    merge(partials, seqlens_k, most, out, lse, None, sink, terms, kind, normalize)
     return out, lse

@@ -15,13 +15,13 @@ from ..common import (
     dot,
     exponential,
     head_of,
+    inverse,
     load_rows,
     program,
     row_offsets,
     rows_of_nan,
     scores,
     sequence_of,
-    sigmoid,
     slice_of,
     split_values,
     statistics_of,
@@ -29,6 +29,8 @@ from ..common import (
     store_tile,
     visible,
     visible_parts,
+    weighted,
+    weights,
 )
 
 
@@ -41,6 +43,19 @@ def add(b_sum, b_lost, b_x):
 
 
 @triton.jit
+def add_values(b_p, b_v, b_acc, b_acc_lost, KIND: tl.constexpr):
+    """Adds weighted values."""
+    if KIND == "sigmoid" and b_v.dtype == tl.float16:
+        b_p *= FLOAT16_SCALE
+    b_pv = weighted(b_p, b_v, KIND)
+    if b_v.dtype == tl.float32:
+        b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
+    else:
+        b_acc += b_pv
+    return b_acc, b_acc_lost
+
+
+@triton.jit
 def accumulate(
     b_z,
     b_v,
@@ -50,16 +65,13 @@ def accumulate(
     b_sum_lost,
     b_top,
     head,
-    SIGMOID: tl.constexpr,
-    FAST: tl.constexpr,
+    KIND: tl.constexpr = "softmax",
+    NORMALIZE: tl.constexpr = "none",
+    FAST: tl.constexpr = False,
 ):
-    """Adds a tile of keys to the sums of each row: of weighted values and, relative to the top
-    score, of weights."""
-    if SIGMOID:
-        b_p, _ = sigmoid(b_z, head, FAST)
-        if b_v.dtype == tl.float16:
-            b_p *= FLOAT16_SCALE
-    else:
+    """Adds a tile of keys to the sums of each row: of weighted values and of weights, those of
+    softmax relative to the top score; or counts keys instead of weights."""
+    if KIND == "softmax":
         b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
         b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
         b_p = exponential(b_z - b_row_max[:, None], head)
@@ -68,36 +80,42 @@ def accumulate(
         b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
         b_acc *= b_shrink[:, None]
         b_acc_lost *= b_shrink[:, None]
-    b_pv = dot(b_p, b_v)
-    if b_v.dtype == tl.float32:
-        b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
     else:
-        b_acc += b_pv
+        b_p, _ = weights(b_z, head, KIND, FAST)
+        if NORMALIZE == "sum":
+            b_sum, b_sum_lost = add(b_sum, b_sum_lost, tl.sum(b_p, 1))
+        elif NORMALIZE == "count":
+            b_sum += tl.sum(tl.where(b_z == -INF, 0.0, 1.0), 1)
+    b_acc, b_acc_lost = add_values(b_p, b_v, b_acc, b_acc_lost, KIND)
     return b_acc, b_acc_lost, b_sum, b_sum_lost, b_top
 
 
 @triton.jit
 def accumulate_seen(
-    b_z, b_v, b_acc, b_acc_lost, b_top, head, SIGMOID: tl.constexpr, FAST: tl.constexpr
+    b_z,
+    b_v,
+    b_acc,
+    b_acc_lost,
+    b_top,
+    head,
+    KIND: tl.constexpr = "softmax",
+    FAST: tl.constexpr = False,
 ):
     """Adds a tile of keys to the sums of weighted values, relative to the top score of all keys;
-    nothing of those whose score is -inf."""
-    if SIGMOID:
-        b_p, _ = sigmoid(b_z, head, FAST)
-        if b_v.dtype == tl.float16:
-            b_p *= FLOAT16_SCALE
-    else:
+    nothing of those whose score is -inf, or whose weight of relu is 0."""
+    if KIND == "softmax":
         b_row_max = tl.where(b_top == -INF, 0.0, b_top)
         b_p = exponential(b_z - b_row_max[:, None], head)
-    b_v, b_rest = split_values(b_v, b_z != -INF)
-    b_acc += b_rest
-    b_pv = dot(b_p, b_v)
-    if b_v.dtype == tl.float32:
-        b_acc, b_acc_lost = add(b_acc, b_acc_lost, b_pv)
-        b_acc_lost = tl.where(b_acc_lost == b_acc_lost, b_acc_lost, 0.0)  # inf - inf
     else:
-        b_acc += b_pv
-    return b_acc, b_acc_lost
+        b_p, _ = weights(b_z, head, KIND, FAST)
+    m_seen = b_z != -INF
+    if KIND == "relu":  # many of its weights are 0
+        m_seen = b_p != 0.0
+    b_v, b_rest = split_values(b_v, m_seen)
+    if KIND == "linear":  # the sign of an infinity is that of its weight
+        b_rest = tl.where(b_rest == 0.0, 0.0, float("nan"))
+    b_acc, b_acc_lost = add_values(b_p, b_v, b_acc + b_rest, b_acc_lost, KIND)
+    return b_acc, tl.where(b_acc_lost == b_acc_lost, b_acc_lost, 0.0)  # inf - inf
 
 
 @triton.jit
@@ -121,6 +139,17 @@ def normaliser(b_top, b_sum, b_sink, head):
     )
 
 
+@triton.jit
+def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Factor of a row of sums of kinds other than softmax."""
+    b_factor = tl.full(b_sum.shape, 1.0, tl.float32)
+    if NORMALIZE != "none":
+        b_factor = inverse(b_sum, KIND, NORMALIZE)
+    if KIND == "sigmoid" and dtype == tl.float16:
+        b_factor *= 1.0 / FLOAT16_SCALE
+    return b_factor
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
     q,
@@ -142,7 +171,8 @@ def attention_kernel(
     blocks,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -157,7 +187,7 @@ def attention_kernel(
     )
     if first >= sequence.q_length:
         return
-    head = head_of(terms, i_b, i_h, sequence.k_length, SIGMOID)
+    head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
     keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
     values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
     o_i = first + tl.arange(0, BLOCK_M)
@@ -184,25 +214,24 @@ def attention_kernel(
                 m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
                 b_z = tl.where(m_seen, b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, SIGMOID, FAST
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE, FAST
             )
 
-    if SIGMOID:
-        b_factor = tl.full([BLOCK_M], 1.0, tl.float32)
-        if b_q.dtype == tl.float16:
-            b_factor *= 1.0 / FLOAT16_SCALE
-    else:
+    if KIND == "softmax":
         b_sink = None
         if sink is not None:
             b_sink = tl.load(sink + i_h)
-        b_factor, b_lse = normaliser(b_top, b_sum, b_sink, head)
+        b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
+    else:
+        b_factor = unscaled(b_sum, b_q.dtype, KIND, NORMALIZE)
+    if KIND == "softmax" or NORMALIZE != "none":
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
-        tl.store(lse + o_row + o_i, b_lse, mask=o_i < sequence.q_length)
+        tl.store(lse + o_row + o_i, b_sum, mask=o_i < sequence.q_length)
     outs = slice_of(out, i_b, i_h, sequence.q_start, sequence.q_length)
     b_acc *= b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
-    if window.left is not None or window.right is not None:
+    if window.left is not None or window.right is not None or KIND == "relu":
         m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
         if tl.max(m_again.to(tl.int32), 0) != 0:
             COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
@@ -218,7 +247,7 @@ def attention_kernel(
                     m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
                     b_z = tl.where(m_seen, b_z, -INF)
                     b_y, b_y_lost = accumulate_seen(
-                        b_z, b_v, b_y, b_y_lost, b_top, head, SIGMOID, FAST
+                        b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST
                     )
                 p_out = outs.data + row_offsets(outs, o_i)
                 store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)

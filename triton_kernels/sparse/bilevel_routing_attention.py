@@ -87,7 +87,7 @@ def bilevel_routing_kernel(
     )  # fmt: skip
     walk = pixel_keys(keys, p_ids, count, BLOCK_N)
     b_sink = logit_of_pads(keys, p_ids, count * pads_count)
-    head = head_of(terms, i_b, i_h, 1, False)
+    head = head_of(terms, i_b, i_h, 1)
     statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
     attend(
         q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_h // shared,

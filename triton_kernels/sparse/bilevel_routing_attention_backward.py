@@ -74,7 +74,7 @@ def bilevel_routing_queries_kernel(
         k_height, k_width, k_region_height, k_region_width, by_k_pixels, by_k_width, by_columns
     )  # fmt: skip
     walk = pixel_keys(keys, ids + i_row * entries, tl.load(counts + i_row), BLOCK_N)
-    head = head_of(terms, i_b, i_h, 1, False)
+    head = head_of(terms, i_b, i_h, 1)
     statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
     query_gradients(
         dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b,
@@ -135,7 +135,7 @@ def bilevel_routing_keys_kernel(
     tile = pixel_key_tile(keys, i_wide * factor, factor, i_block % tiles, BLOCK_N)
     b_k = load_rows(slice_of(k, i_b, i_kv, 0, tile.end), tile.o_j, HEAD_DIM, BLOCK_D)
     b_v = load_rows(slice_of(v, i_b, i_kv, 0, tile.end), tile.o_j, VALUE_DIM, BLOCK_V)
-    head = head_of(terms, i_b, i_kv, 1, False)
+    head = head_of(terms, i_b, i_kv, 1)
     queries = grid_of(
         q_height, q_width, q_region_height, q_region_width, by_q_pixels, by_q_width, by_columns
     )  # fmt: skip

@@ -69,7 +69,7 @@ def block_sparse_kernel(
         ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
         tl.minimum(i_h, list_heads - 1), i_r, tile, length, BLOCK_K, BLOCK_N,
     )  # fmt: skip
-    head = head_of(terms, i_b, i_h, length, False)
+    head = head_of(terms, i_b, i_h, length)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     attend(
         q, k, v, out, lse, statistics, tile, walk, None, terms, head, i_b, i_h // shared,

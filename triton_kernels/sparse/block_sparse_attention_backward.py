@@ -69,7 +69,7 @@ def block_sparse_queries_kernel(
         ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
         tl.minimum(i_h, list_heads - 1), i_r, tile, length, BLOCK_K, BLOCK_N,
     )  # fmt: skip
-    head = head_of(terms, i_b, i_h, length, False)
+    head = head_of(terms, i_b, i_h, length)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     query_gradients(
         dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b,
@@ -124,7 +124,7 @@ def block_sparse_keys_kernel(
     tile = KeyTile(o_j, (o_j - first) // BLOCK_K)
     b_k = load_rows(slice_of(k, i_b, i_kv, 0, length), o_j, HEAD_DIM, BLOCK_D)
     b_v = load_rows(slice_of(v, i_b, i_kv, 0, length), o_j, VALUE_DIM, BLOCK_V)
-    head = head_of(terms, i_b, i_kv, length, False)
+    head = head_of(terms, i_b, i_kv, length)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
 
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

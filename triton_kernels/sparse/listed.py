@@ -132,7 +132,7 @@ def attend(
             if PART == 1:
                 b_z = tl.where(seen(walk, t, o_t, o_j, tile.b_end, CAUSAL), b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
             )
             o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
 
@@ -157,9 +157,7 @@ def attend(
                     b_qk = dot(b_q, tl.trans(b_k))
                     b_z = scores(b_qk, tile.o_i[:, None], o_k[None, :], terms, head, None)
                     b_z = tl.where(seen(walk, t, o_u, o_k, tile.b_end, CAUSAL), b_z, -INF)
-                    b_y, b_y_lost = accumulate_seen(
-                        b_z, b_v, b_y, b_y_lost, b_top, head, False, False
-                    )
+                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, b_top, head)
                 store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
 
 
@@ -208,8 +206,6 @@ def query_gradients(
                 head,
                 None,
                 m_seen,
-                False,
-                False,
             )
             b_dq += dot(through_softcap(b_dz, b_qk, terms), b_k)
             o_j = find_keys(walk, o_t + BLOCK_N, BLOCK_K)
@@ -263,8 +259,6 @@ def add_key_gradients(
                 head,
                 None,
                 m_seen,
-                False,
-                False,
             )
             b_dv += dot(b_p, b_dout)
             b_dk += dot(through_softcap(b_dz, b_qk, terms), b_q)

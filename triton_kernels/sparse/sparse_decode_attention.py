@@ -158,7 +158,7 @@ def sparse_ranges_kernel(
 
     o_i = o_row // group
     o_head = i_h * group + tl.where(m_row, o_row % group, 0)
-    head = head_of(terms, i_b, o_head, row.length, False)
+    head = head_of(terms, i_b, o_head, row.length)
     o_query = o_i + sequence.diagonal
     p_q = row_pointers(q, i_b, o_i, o_head)
     o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
@@ -202,11 +202,11 @@ def sparse_ranges_kernel(
             m_list = (o_t >= row.sinks) & (o_t < row.list_end)
             tl.store(p_logit, b_z, mask=m_row[:, None] & m_list[None, :])
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, False, False
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
         )
         o_j, o_page = find(row, cache, i_b, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
 
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, False)
+    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM)
     if nan is not None and not AGAIN:
         m_nan = rows_of_nan(b_acc) & m_row
         tl.store(nan + i, tl.max(m_nan.to(tl.int32), 0))

@@ -29,7 +29,6 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
-    unsupported_kind,
 )
 
 Precision = Literal["accurate", "fast"]
@@ -423,11 +422,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
-def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    a = FORWARD.record(*lowered)
-    return unsupported_kind(backend, a.kind, a.normalize)
-
-
 def flops(*lowered: Any) -> float:
     """Operations of the two products over visible pairs."""
     a = FORWARD.record(*lowered)
@@ -478,7 +472,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        unsupported=_unsupported,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",

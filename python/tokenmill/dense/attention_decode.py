@@ -30,7 +30,6 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
-    unsupported_kind,
 )
 
 OP = "attention_decode"
@@ -301,12 +300,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
-def _unsupported(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, *rest: Any
-) -> list[str]:
-    return unsupported_kind(backend, *rest[1:3])
-
-
 def flops(
     q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
 ) -> float:
@@ -339,7 +332,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
-        unsupported=_unsupported,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

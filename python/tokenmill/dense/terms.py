@@ -80,15 +80,6 @@ def check_kind(op: str, kind: str, normalize: str) -> None:
         check(kind != "softmax", op, "normalize", rule, normalize)
 
 
-def unsupported_kind(backend: str, kind: str, normalize: str) -> list[str]:
-    """Why a backend does not run a kind."""
-    new = kind in KINDS[2:] or (kind == "sigmoid" and normalize in ("sum", "count"))
-    if backend != "triton" or not new:
-        return []
-    named = f"kind '{kind}'" if normalize == "none" else f"kind '{kind}' with normalize"
-    return [f"{named} has no {backend} kernel"]
-
-
 def check_scale(op: str, scale: float, softcap: float) -> None:
     check(math.isfinite(scale), op, "scale", "must be finite", scale)
     ok = math.isfinite(softcap) and softcap >= 0
