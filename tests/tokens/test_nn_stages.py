@@ -11,6 +11,8 @@ from tier import examples
 import tokenmill as tm
 from tokenmill import nn
 
+each_backend = pytest.mark.parametrize("backend", [None, "reference"])
+
 
 def who_stays(p, threshold, keep):
     """One picture, one class after the other."""
@@ -25,7 +27,8 @@ def who_stays(p, threshold, keep):
     return stay
 
 
-@examples(30)
+@each_backend
+@examples(20)
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(0, 30),
@@ -34,12 +37,12 @@ def who_stays(p, threshold, keep):
     threshold=st.sampled_from([-1.0, 0.5, 0.75, 1.0]),
     levels=st.sampled_from([2, 4, 1000]),
 )
-def test_tokens_exit_one_by_one(seed, tokens, classes, keep, threshold, levels):
+def test_tokens_exit_one_by_one(seed, tokens, classes, keep, threshold, levels, backend):
     g = torch.Generator().manual_seed(seed)
     p = torch.randint(0, levels + 1, (2, tokens, classes), generator=g) / levels  # many ties
     x = torch.randn(2, tokens, 3, generator=g)
     before = torch.rand(2, tokens, generator=g) < 0.7
-    stage = nn.DToPExit(threshold, keep)(x, p, before)
+    stage = nn.DToPExit(threshold, keep, backend=backend)(x, p, before)
     for b in range(2):
         stay = sorted(n for n in who_stays(p[b], threshold, keep) if before[b, n])
         begin, end = stage.cu_seqlens[b : b + 2].tolist()
@@ -90,14 +93,15 @@ def ponet_by_hand(layer, x, segments):
     return out
 
 
+@each_backend
 @pytest.mark.parametrize("exclude_first", [False, True])
-def test_ponet_token_by_token(exclude_first):
+def test_ponet_token_by_token(exclude_first, backend):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(3, 11, 12, generator=g, requires_grad=True)
     ends = torch.rand(3, 11, generator=g) < 0.3
     mask = torch.arange(11) < torch.tensor([[11], [6], [0]])
     segments = nn.segments_of(ends, mask)
-    layer = nn.PoNetMixing(12, 3, exclude_first=exclude_first)
+    layer = nn.PoNetMixing(12, 3, exclude_first=exclude_first, backend=backend)
     got, want = layer(x, segments), ponet_by_hand(layer, x, segments)
     torch.testing.assert_close(got, want)
     weights = [x, *layer.parameters()]
@@ -112,15 +116,16 @@ def test_boundaries_are_segments_of_their_own():
     assert nn.segments_of(ends).tolist() == [[0, 1, 1, 2, 3, 4], [0] * 6]
 
 
-@examples(20)
+@each_backend
+@examples(12)
 @given(
     seed=st.integers(0, 2**31), tokens=st.integers(1, 40), ratio=st.sampled_from([0.0, 0.5, 1.0])
 )
-def test_foreground_tokens_of_pictures_of_any_size(seed, tokens, ratio):
+def test_foreground_tokens_of_pictures_of_any_size(seed, tokens, ratio, backend):
     g = torch.Generator().manual_seed(seed)
     scores, valid = torch.randn(3, tokens, generator=g), torch.rand(3, tokens, generator=g) < 0.6
     x, positions = torch.randn(3, tokens, 5, generator=g), torch.randn(3, tokens, 2, generator=g)
-    focus = nn.FocusSelect(ratio)
+    focus = nn.FocusSelect(ratio, backend=backend)
     indices = focus(scores, valid)
     wide = [min(int(ratio * v) + 1, v) for v in valid.sum(1).tolist()]
     for number, share in enumerate(focus.cascade):
