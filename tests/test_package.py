@@ -27,11 +27,11 @@ def python(code: str, **environment: str) -> str:
 
 
 def test_import_is_light():
-    """No CUDA context, no Triton, no benchmark or demo dependency, no samples."""
+    """No CUDA context, no Triton, no benchmark or demo dependency, no samples, no index."""
     code = (
         "import sys, torch, tokenmill\n"
         "assert not torch.cuda.is_initialized()\n"
-        "heavy = ('triton', 'matplotlib', 'rich', 'transformers')\n"
+        "heavy = ('triton', 'matplotlib', 'rich', 'transformers', 'tokenmill.papers')\n"
         "print([m for m in sys.modules if m in heavy or m.endswith('_cases')])"
     )
     assert python(code).strip() == "[]"

@@ -18,7 +18,7 @@ from tokenmill.bench import plot, progress, run
 from tokenmill.bench.case import Absent, Case
 from tokenmill.bench.results import Results
 
-COMMANDS = ("info", "ops", "explain", "check", "bench", "bench report", "demo")
+COMMANDS = ("info", "ops", "explain", "check", "bench", "bench report", "demo", "papers")
 HAS_GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 plots = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")
@@ -87,6 +87,12 @@ BAD = [
     ("demo --steps x", "--steps: must be a whole number of at least 1; got 'x'"),
     ("demo --seed -1", "--seed: must be a whole number from 0 to "),
     ("demo --backend nosuch", "--backend: invalid choice: 'nosuch'"),
+    (
+        "papers nosuch",
+        "word: must be in a row of the index, or a number from 1 to 61; got 'nosuch'",
+    ),
+    ("papers 62", "word: must be in a row of the index, or a number from 1 to 61; got '62'"),
+    ("papers --json --markdown", "--markdown: not allowed with argument --json"),
 ]
 NO_GPU = [
     ("explain attention --device cuda", "--device: must be a device of this machine (cpu: there"),
@@ -154,7 +160,8 @@ def test_help_is_there_for_every_command_and_width(command, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    "line", ["ops", "info", "--help", "explain attention", "check gather_tokens", "bench --list"]
+    "line",
+    ["ops", "info", "--help", "explain attention", "check gather_tokens", "bench --list", "papers"],
 )
 def test_a_closed_pipe_ends_a_command_quietly(line, monkeypatch, capfd):
     ours, theirs = os.pipe()

@@ -5,6 +5,9 @@ C++ ("cpu"), CUDA ("cuda") and Triton ("triton"). `torch.ops.tokenmill.*` are th
 for other frameworks.
 """
 
+import importlib as _importlib
+import typing as _typing
+
 from . import (
     _flops,
     dense,
@@ -112,6 +115,7 @@ __all__ = [
     "merge_attention_states",
     "merge_tokens",
     "nn",
+    "papers",
     "pattention",
     "policies",
     "query_similarity_gate",
@@ -136,3 +140,16 @@ __all__ = [
 ]
 
 _flops.install([*registry.ops().values()])
+
+if _typing.TYPE_CHECKING:
+    from . import papers
+else:
+
+    def __getattr__(name: str) -> object:
+        if name == "papers":  # its table is loaded at first use
+            return _importlib.import_module(f"{__name__}.papers")
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "papers"]

@@ -1,4 +1,4 @@
-"""python -m tokenmill info | ops | explain | check | bench | bench report | demo"""
+"""python -m tokenmill info | ops | explain | check | bench | bench report | demo | papers"""
 
 from __future__ import annotations
 
@@ -99,6 +99,10 @@ def _parser() -> _cli.Parser:
         "demo", demo.run, "a pretrained encoder and a small language model on our kernels"
     )
     demo.add_arguments(sub)
+    from .papers import show
+
+    sub = command("papers", show.run, "the papers behind the package, and what computes each")
+    show.add_arguments(sub)
     return parser
 
 

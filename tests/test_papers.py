@@ -1,0 +1,171 @@
+"""The index of papers: what its rows name is there, and docs/papers.md is made from them."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import functools
+import importlib.util
+import inspect
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenmill as tm
+from tokenmill import _dispatch, papers, registry
+from tokenmill.__main__ import main
+from tokenmill.papers import show
+from tokenmill.papers.paper import BACKENDS, PLAIN, STATES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "papers.md"
+HERE = [paper for paper in papers.PAPERS if paper.call]
+sources = pytest.mark.skipif(not PAGE.exists(), reason="the documents are not beside the tests")
+each_here = pytest.mark.parametrize("paper", HERE, ids=lambda paper: f"{paper.number}")
+# Papers with a computation that the package lacks. A row that gains a call leaves this list.
+MISSING = {23, 26, 45, 51}
+
+
+def test_there_are_61_papers_and_no_two_alike():
+    assert [paper.number for paper in papers.PAPERS] == list(range(1, 62))
+    for field in ("name", "title", "arxiv"):
+        assert len({getattr(paper, field) for paper in papers.PAPERS}) == 61, field
+    for paper in papers.PAPERS:
+        assert re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv) or paper.arxiv == "1506.03134"
+        assert 2015 <= paper.year <= 2025 and paper.title and paper.authors
+
+
+def test_what_is_not_there_is_said():
+    of = {s: {paper.number for paper in papers.PAPERS if paper.state == s} for s in STATES}
+    assert of["not in the package"] == MISSING
+    assert len(of["no computation"]) == 20
+    for paper in papers.PAPERS:
+        if not paper.call:
+            assert not (paper.test or paper.example or paper.backends or paper.measured)
+        if not paper.computes:
+            assert paper.note, paper.name
+
+
+def named(call):
+    """What a call of the index names: a function or class, and the keywords that it gets."""
+    tree = ast.parse(call, mode="eval").body
+    keywords = []
+    if isinstance(tree, ast.Call):
+        assert not tree.args, call
+        tree, keywords = tree.func, [keyword.arg for keyword in tree.keywords]
+    first, *path = ast.unparse(tree).split(".")
+    assert first == "tokenmill"
+    return functools.reduce(getattr, path, tm), keywords
+
+
+@each_here
+def test_calls_are_in_the_package(paper):
+    for call in paper.call:
+        function, keywords = named(call)
+        parameters = inspect.signature(function).parameters.values()
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            assert set(keywords) <= {p.name for p in parameters}, call
+        spec = registry.ops().get(function.__name__)
+        for backend in paper.backends if spec else ():
+            built = any(_dispatch.kernels(s, backend) != "-" for s in registry.ops().values())
+            assert not built or _dispatch.kernels(spec, backend) != "-", (call, backend)
+    assert set(paper.backends) <= {*BACKENDS, *PLAIN}
+    assert paper.backends
+
+
+def uses(path, paper):
+    """Whether a file has one of the names that a paper calls."""
+    names = {re.split(r"[.(]", call.split("(")[0])[-1] for call in paper.call}
+    words = set(re.findall(r"\w+", path.read_text()))
+    return bool(names & words)
+
+
+@each_here
+def test_each_is_tested(paper):
+    path = ROOT / paper.test
+    assert paper.test.startswith("tests/") and path.is_file(), paper.test
+    tree = ast.parse(path.read_text())
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert any(name.startswith("test_") for name in functions)
+    assert uses(path, paper)
+
+
+@sources
+def test_examples_are_there():
+    for paper in HERE:
+        if paper.example:
+            assert uses(ROOT / paper.example, paper), paper.name
+
+
+@sources
+def test_figures_are_those_of_the_performance_page():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for paper in HERE:
+        for figure in re.findall(r"\d+\.\d+", paper.measured):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", page), paper.measured
+
+
+@sources
+def test_the_page_is_that_of_the_table():
+    assert PAGE.read_text() == show.markdown(), "python -m tokenmill papers --markdown > " + str(
+        PAGE
+    )
+
+
+def test_words_find_rows():
+    assert papers.find("EVIT") == papers.find(1) == papers.find("1") == (papers.PAPERS[0],)
+    assert papers.find("2111.11418") == papers.find("poolformer")
+    assert {p.number for p in papers.find("sparse_decode_attention")} >= {8, 27, 28, 37}
+    assert papers.find("no such paper") == papers.find(62) == ()
+    with pytest.raises(tm.InputError) as error:
+        papers.find(None)
+    message = "tokenmill.papers.find: word: must be a string or a number; got None"
+    assert str(error.value) == message
+
+
+def test_examples_of_the_documentation():
+    assert doctest.testmod(papers).failed == 0
+
+
+def test_one_line_for_each_paper(capsys):
+    assert main(["papers"]) == 0
+    out = capsys.readouterr().out
+    for paper in papers.PAPERS:
+        assert re.search(rf"^ *{paper.number}  {re.escape(paper.name)} ", out, re.M)
+    assert "61 papers: " in out and "20 without a computation" in out
+
+
+def test_all_that_is_known_of_some(capsys):
+    assert main(["papers", "biformer"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("12  BiFormer (Zhu et al. 2023)\n") and out.count("\n\n") == 0
+    for word in ("call      tokenmill.nn.BiFormerAttention", "test      tests/", "measured  map"):
+        assert f"\n  {word}" in out
+
+
+def test_rows_as_json_and_as_a_page(capsys):
+    assert main(["papers", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 61 and rows[0]["link"] == "https://arxiv.org/abs/2202.07800"
+    assert rows[1]["state"] == papers.PAPERS[1].state
+    assert main(["papers", "45", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["year"] == 2025
+    assert main(["papers", "--markdown"]) == 0
+    assert capsys.readouterr().out == show.markdown()
+    assert main(["papers", "4", "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert "DOEI" in page and "EViT" not in page and "## In the package" not in page
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("rich"), reason="no rich")
+def test_a_terminal_gets_a_table(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["papers"]) == 0
+    assert "EViT" in terminal.getvalue() and "│" in terminal.getvalue()
