@@ -464,3 +464,11 @@ def test_calls_from_several_threads_are_independent():
         for _ in range(5):
             got = pool.map(lambda x: tm.attention(x, x, x), q)
             assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_shapes_are_refused_before_values(backend):
+    q, bad = torch.zeros(5, 2, 8), torch.tensor([1, 5], dtype=torch.int32)
+    slopes = torch.ones(3)
+    with pytest.raises(RuntimeError, match="attention: alibi_slopes: must have shape"):
+        tm.attention(q, q, q, cu_seqlens_q=bad, alibi_slopes=slopes, backend=backend)

@@ -57,10 +57,6 @@ int64_t check_cu_seqlens(const AttentionArgs& a) {
         Rule("must have the length of cu_seqlens_q, ", cu_q.size(0)), cu_k.size(0));
   for (auto [name, bound] : bounds)
     check(bound->value_or(0) >= 0, kOp, name, "must not be negative", bound->value_or(0));
-  if (!a.q.is_cuda) {
-    check_values("cu_seqlens_q", cu_q, "max_seqlen_q", a.max_seqlen_q, a.q.size(0));
-    check_values("cu_seqlens_k", cu_k, "max_seqlen_k", a.max_seqlen_k, a.k.size(0));
-  }
   return cu_q.size(0) - 1;
 }
 
@@ -123,6 +119,10 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.window_left = a.window_left;
   p.window_right = a.causal ? 0 : a.window_right;
   p.fast = a.precision == "fast";
+  if (packed && !a.q.is_cuda) {
+    check_values("cu_seqlens_q", a.cu_seqlens_q, "max_seqlen_q", a.max_seqlen_q, p.seqlen_q);
+    check_values("cu_seqlens_k", a.cu_seqlens_k, "max_seqlen_k", a.max_seqlen_k, p.seqlen_k);
+  }
   return p;
 }
 
