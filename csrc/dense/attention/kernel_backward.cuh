@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(256, 1)
   if (kKeys && !makes_ds) pair_sync(worker.full + 1);
 
   float factor = kKeys && !makes_ds ? 1.f : p.scale;
-  if (kKeys && !makes_ds && Worker::kScale) factor = 1 / args.weight_scale;
+  if (kKeys && !makes_ds && Worker::kScale && args.weight_scale > 1) factor = 1 / kHalfScale;
   if ((!kKeys || makes_ds) && kMode == Mode::fast_sigmoid) factor *= 0.25f;
   const Rows& to = kKeys ? makes_ds ? bp.dk : bp.dv : bp.dq;
   const int64_t batch = info.batch(), head = info.first_head() + pair % heads_per_block;
