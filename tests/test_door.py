@@ -98,7 +98,8 @@ def test_both_doors_refuse_with_the_same_words(spec, backend):
 
 
 def test_arguments_of_a_wrong_kind_are_named():
-    call = tm._library.registered("attention").direct("tokenmill")
+    op = tm._library.registered("attention")
+    call = op.direct("tokenmill")
     q = torch.zeros(1, 2, 1, 4)
     for given, rule in (
         ({"causal": 1}, "causal: must be a bool; got 1"),
@@ -114,7 +115,7 @@ def test_arguments_of_a_wrong_kind_are_named():
         ((q, q), {}, "v must be given"),
         ((q, q, q), {"k": q}, "'k' is given twice"),
         ((q, q, q), {"heads": 3}, "there is no argument 'heads'"),
-        ((q,) * 30, {}, "takes 20 arguments; got 30"),
+        ((q,) * 30, {}, f"takes {len(op.arguments)} arguments; got 30"),
     ):
         with pytest.raises(TypeError, match=rf"^tokenmill\.attention: {rule}"):
             call(*args, **given)
