@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tensors import close, draw, each_backend, same_gradients
 
@@ -44,10 +45,17 @@ def test_a_learnable_key_and_value_in_front(backend):
     same_gradients(got, want, leaves)
 
 
+WEIGHTS = {
+    "sigmoid": torch.sigmoid,
+    "elu1": lambda z: torch.where(z > 0, z + 1, z.exp()),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 @each_backend
-def test_sigmoid_weights_are_not_normalised(backend):
+def test_weights_without_a_normaliser(kind, backend):
     q, k, v = leaves = draw(backend, *[(B, S, H, D)] * 3)
-    want = torch.einsum("bhij,bjhd->bihd", causal(logits(q, k)).sigmoid(), v)
-    got = tm.attention(q, k, v, kind="sigmoid", causal=True, backend=backend)
+    want = torch.einsum("bhij,bjhd->bihd", WEIGHTS[kind](logits(q, k)).tril(), v)
+    got = tm.attention(q, k, v, kind=kind, causal=True, backend=backend)
     close(got, want)
     same_gradients(got, want, leaves)

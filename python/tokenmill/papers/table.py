@@ -6,6 +6,7 @@ from .paper import BACKENDS, PLAIN, Paper
 
 POLICIES = "tests/select/test_policies.py"
 NEEDLE = "examples/needle.py"
+DIGITS = "examples/papers/digits.py"
 
 TABLE = (
     Paper(
@@ -22,7 +23,7 @@ TABLE = (
         2, "iLLaMA", "Adapting LLaMA Decoder to Vision Transformer", "Wang et al.", "2404.06773",
         "(softmax(z) * (alpha + (1 - alpha) tril)) v, alpha from 1 to 0, not renormalised",
         ("tokenmill.soft_causal_attention",),
-        "tests/papers/test_02_illama.py", None, BACKENDS,
+        "tests/papers/test_02_illama.py", DIGITS, BACKENDS,
         "75.1 % top-1 with 5.7 M parameters, 86.0 % with 310 M",
     ),
     Paper(
@@ -130,10 +131,10 @@ TABLE = (
         "View", "Gu et al.", "2410.10781",
         "attention without a normaliser (sigmoid, elu + 1); softmax with one learnable logit or "
         "key more",
-        ("tokenmill.attention(kind='sigmoid')", "tokenmill.attention(sink=logits)"),
+        ("tokenmill.attention(kind='sigmoid')", "tokenmill.attention(kind='elu1')",
+         "tokenmill.attention(sink=logits)"),
         "tests/papers/test_18_sinks.py", None, BACKENDS,
         "no sinks with sigmoid weights in models of up to 1 B parameters",
-        note="elu + 1 without a normaliser: not in the package",
     ),
     Paper(
         20, "VAR", "See What You Are Told: Visual Attention Sink in Large Multimodal Models",
@@ -182,6 +183,8 @@ TABLE = (
         26, "Active-dormant heads", "Active-Dormant Attention Heads: Mechanistically Demystifying "
         "Extreme-Token Phenomena in LLMs", "Guo et al.", "2410.13835",
         "relu(q.k) in place of softmax",
+        ("tokenmill.attention(kind='relu')",),
+        "tests/papers/test_26_relu.py", None, BACKENDS,
     ),
     Paper(
         27, "TidalDecode", "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent "
@@ -283,7 +286,7 @@ TABLE = (
         "sigmoid(q k^T / sqrt(d) - log n) v",
         ("tokenmill.sigmoid_attention(score_bias='neg_log_n')",
          "tokenmill.nn.SigmoidAttention(score_bias='neg_log_n')"),
-        "tests/papers/test_40_sigmoid_attention.py", None, BACKENDS,
+        "tests/papers/test_40_sigmoid_attention.py", DIGITS, BACKENDS,
         "17 % faster than FlashAttention-2 on an H100, forward",
         "S = 2048, float32: 1.29 times as fast as sdpa (which is softmax), 4.54 times as eager",
     ),
@@ -317,7 +320,7 @@ TABLE = (
         "Parameters", "Wang et al.", "2410.23168",
         "act(x K^T) V against learned keys and values, act = gelu(z sqrt(n) / |z|)",
         ("tokenmill.pattention(activation='l2_norm_gelu')", "tokenmill.nn.Pattention"),
-        "tests/papers/test_47_tokenformer.py", None, PLAIN,
+        "tests/papers/test_47_tokenformer.py", DIGITS, PLAIN,
         "grows from 124 M to 1.4 B parameters",
         note="plain PyTorch, in parts, so that the matrix of weights is never whole in memory",
     ),
