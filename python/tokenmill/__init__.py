@@ -26,10 +26,12 @@ from ._dispatch import backends, explain
 from ._info import build_info
 from ._version import __version__
 from .dense import (
+    additive_attention,
     attention,
     attention_decode,
     merge_attention_states,
     pattention,
+    pointer_argmax,
     reweighted_attention,
     sigmoid_attention,
     soft_causal_attention,
@@ -81,6 +83,7 @@ from .tokens import (
 __all__ = [
     "InputError",
     "__version__",
+    "additive_attention",
     "attention",
     "attention_column_scores",
     "attention_decode",
@@ -117,6 +120,7 @@ __all__ = [
     "nn",
     "papers",
     "pattention",
+    "pointer_argmax",
     "policies",
     "query_similarity_gate",
     "reconstruct_tokens",

@@ -1,5 +1,6 @@
 """Attention with any score map."""
 
+from .additive_attention import additive_attention, pointer_argmax
 from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
 from .merge_attention_states import merge_attention_states
@@ -8,10 +9,12 @@ from .reweighted_attention import reweighted_attention
 from .soft_causal_attention import soft_causal_attention
 
 __all__ = [
+    "additive_attention",
     "attention",
     "attention_decode",
     "merge_attention_states",
     "pattention",
+    "pointer_argmax",
     "reweighted_attention",
     "sigmoid_attention",
     "soft_causal_attention",

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import linear, nn, policies, select, sparse, tokens
-from ..dense import pattention, reweighted_attention, sigmoid_attention, soft_causal_attention
+from ..dense import (
+    additive_attention,
+    pattention,
+    pointer_argmax,
+    reweighted_attention,
+    sigmoid_attention,
+    soft_causal_attention,
+)
 from ..registry import Sample
 from .targets import Arguments, Target, with_backend
 
@@ -69,6 +76,13 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
             "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
         },
+    ),
+    additive_attention: (
+        lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "values": r(2, 5, 6)},
+        lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "mask": r.bools(2, 5)},
+    ),
+    pointer_argmax: (
+        lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "mask": r.bools(2, 3, 5)},
     ),
     pattention: (
         lambda r: {"x": r(2, 5, 8), "key_tokens": r(6, 8), "value_tokens": r(6, 4)},

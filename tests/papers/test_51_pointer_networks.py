@@ -1,0 +1,143 @@
+"""Additive attention and pointers against the formulas of Pointer Networks."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tier import examples
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenmill as tm
+from tokenmill.testing import assert_accurate
+
+
+def by_hand(q, k, v, values=None, mask=None):
+    """All tangents [B, T, N, A]."""
+    u = torch.tanh(q[:, :, None] + k[:, None]) @ v
+    if mask is not None:
+        u = u.masked_fill(~(mask[:, None] if mask.dim() == 2 else mask), -torch.inf)
+    return u if values is None else u.softmax(-1).nan_to_num() @ values
+
+
+def inputs(rows=5, keys=7, width=4, channels=3, dtype=torch.float64, batch=2):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((batch, rows, width), (batch, keys, width), (width,), (batch, keys, channels))
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            for s in shapes]  # fmt: skip
+
+
+def some(*shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["scores", "values"])
+@pytest.mark.parametrize("mask", [None, some(2, 7), some(2, 5, 7)], ids=["all", "keys", "pairs"])
+def test_results_and_gradients(pooled, mask, monkeypatch):
+    module = importlib.import_module("tokenmill.dense.additive_attention")
+    monkeypatch.setattr(module, "CPU_TANGENTS", 2 * 7 * 4)  # several blocks
+    given = inputs()[: 4 if pooled else 3]
+    out, wanted = tm.additive_attention(*given, mask=mask), by_hand(*given, mask=mask)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    finite = wanted.isfinite()
+    weight = torch.randn_like(wanted[finite])
+    found = torch.autograd.grad(out[finite], given, weight)
+    for a, b in zip(found, torch.autograd.grad(wanted[finite], given, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_error_budget(dtype):
+    narrow = [t.detach().to(dtype).requires_grad_() for t in inputs(16, 24, 32, 8)]
+    wide = [t.detach().double().requires_grad_() for t in narrow]
+    out, plain, exact = tm.additive_attention(*narrow), by_hand(*narrow), by_hand(*wide)
+    assert_accurate(out, exact, plain)
+    weight = torch.randn_like(out)
+    found, rounded = (torch.autograd.grad(y, narrow, weight) for y in (out, plain))
+    oracle = torch.autograd.grad(exact, wide, weight.double())
+    for a, b, c in zip(found, oracle, rounded, strict=True):
+        assert_accurate(a, b, c, gradient=True)
+
+
+@examples(30)
+@given(
+    rows=st.integers(0, 3), keys=st.integers(0, 4), width=st.integers(0, 3),
+    batch=st.integers(0, 2), pooled=st.booleans(),
+)  # fmt: skip
+def test_any_shape(rows, keys, width, batch, pooled):
+    given = inputs(rows, keys, width, 2, batch=batch)[: 4 if pooled else 3]
+    out = tm.additive_attention(*given)
+    torch.testing.assert_close(out, by_hand(*given), rtol=1e-12, atol=1e-12)
+    torch.autograd.grad(out.sum(), given)
+    pointer = tm.pointer_argmax(*given[:3])
+    wanted = by_hand(*given[:3]).argmax(-1) if keys else torch.full((batch, rows), -1)
+    assert torch.equal(pointer, wanted)
+
+
+def test_derivatives_of_both_orders():
+    given = inputs(2, 3, 2, 2)
+    assert torch.autograd.gradcheck(tm.additive_attention, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(tm.additive_attention, given, fast_mode=True)
+
+
+def test_a_query_that_sees_nothing():
+    given = inputs(dtype=torch.float32)
+    mask = torch.ones(2, 5, 7, dtype=torch.bool)
+    mask[0, 1] = False
+    out = tm.additive_attention(*given, mask=mask)
+    assert not out[0, 1].any() and out[0, 2].all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), given))
+    assert tm.pointer_argmax(*given[:3], mask=mask)[0, 1] == -1
+
+
+def test_pointers_pass_over_nan_and_take_the_first_of_equals():
+    q, v = torch.zeros(1, 1, 1), torch.ones(1)
+    k = torch.tensor([[[torch.nan], [0.5], [2.0], [2.0]]])
+    assert tm.pointer_argmax(q, k, v).tolist() == [[2]]
+    assert tm.pointer_argmax(q, k[:, :1], v).tolist() == [[-1]]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_tangents_of_all_pairs_are_never_in_memory():
+    q, k = (torch.randn(1, 300, 64, requires_grad=True) for _ in range(2))
+    with Largest() as largest:
+        tm.additive_attention(q, k, torch.randn(64, requires_grad=True)).sum().backward()
+    assert 0 < largest.elements <= 2**18 < 300 * 300 * 64
+
+
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        ({"k": torch.zeros(2, 7, 5)}, r"k: must have shape \[2, N, 4\]; got \[2, 7, 5\]"),
+        ({"v_weight": torch.zeros(5)}, r"v_weight: must have shape \[4\]; got \[5\]"),
+        (
+            {"v_weight": torch.zeros(4).half()},
+            "v_weight: must have the dtype of q.*",
+        ),
+        ({"values": torch.zeros(2, 6, 3)}, r"values: must have shape \[2, 7, C\]; got \[2, 6, 3\]"),
+        ({"mask": torch.ones(2, 7)}, "mask: must be bool; got float32"),
+        ({"mask": torch.ones(2, 5).bool()}, r"mask: must have shape .*; got \[2, 5\]"),
+        ({"q": torch.zeros(5, 4)}, r"q: must have 3 dimensions \[B, T, A\]; got 2"),
+    ],
+)
+def test_bad_input(edits, says):
+    q, k, v, values = (t.detach().float() for t in inputs())
+    call = {"q": q, "k": k, "v_weight": v, "values": values, **edits}
+    with pytest.raises(RuntimeError, match=f"^tokenmill.additive_attention: {says}$"):
+        tm.additive_attention(**call)
