@@ -103,6 +103,14 @@ def test_a_prompt_has_a_query_for_each_key(method, options):
     assert policy.cache.longest == 0
 
 
+def test_a_rotated_prompt_has_keys_of_the_dimension_of_queries():
+    q, k, v = draw().prompt
+    policy = policies.StreamingLLM(new_cache(None), rope=rotation(36))
+    rule = r"policies\.StreamingLLM: k: must have the head dimension of q, \d+; got 0"
+    with pytest.raises(RuntimeError, match=rule):
+        policy.prefill(q, k[..., :0], v)
+
+
 @pytest.mark.parametrize(("method", "options"), SPARING)
 def test_nothing_waits_for_the_device(method, options, monkeypatch):
     """Tensors without data: whoever asks for a value is refused. Operators are their fakes, also

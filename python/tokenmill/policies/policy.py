@@ -110,6 +110,8 @@ class Policy:
         check_device_of_q(self._name, "k", k, q)
         rule = f"must have the tokens of q, {q.shape[1]}"
         check(k.shape[1] == q.shape[1], self._name, "k", rule, k.shape)
+        rule = f"must have the head dimension of q, {q.shape[3]}"
+        check(k.shape[3] == q.shape[3], self._name, "k", rule, k.shape[3])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one new token of each request.
