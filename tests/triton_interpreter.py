@@ -1,11 +1,14 @@
 """Triton's interpreter without the work that it repeats at every call of a device function and at
 every operation: looking through the whole language for what to replace, which the launch has done,
-and building a table of types. Two thirds of the time of a test went there.
+building a table of types, and a dozen operations of the language beside each one of integers, to
+see that it does not overflow. Four fifths of the time of a test went there.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -45,9 +48,28 @@ def keep_numpy_types() -> None:
     interpreter._get_np_dtype = get_np_dtype
 
 
+def check_overflow_at_once() -> None:
+    """In one operation of NumPy on 64 bits."""
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check(semantic, left, right, operation):
+        scalar = left.type.scalar
+        if scalar.int_bitwidth >= 64:
+            return
+        wide = (x.handle.data.astype(np.int64) for x in (left, right))
+        exact = operations[operation.__name__](*wide)
+        least, most = scalar.get_int_min_value(), scalar.get_int_max_value()
+        if exact.size and (exact.min() < least or exact.max() > most):
+            raise AssertionError(f"{scalar} overflow detected for operation {operation.__name__}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
 def hasten() -> None:
     """Other releases of Triton, which have other insides, stay as they are."""
     if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_patch_lang"):
         patch_once_a_launch()
     if hasattr(interpreter, "_get_np_dtype"):
         keep_numpy_types()
+    if hasattr(TritonSemantic, "binary_op_sanitize_overflow_impl"):
+        check_overflow_at_once()
