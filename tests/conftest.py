@@ -68,6 +68,17 @@ def cpu_variants() -> list[tuple[str, str | None]]:
     return [("cpu", isa) for isa in sets] + others
 
 
+def in_each_dtype(dtypes, variants):
+    """Parameters (dtype, *variant) of tests of shapes. Triton's interpreter runs the same programs
+    whatever the dtype, and takes the first: the contract and drawn calls take all."""
+    return [
+        pytest.param(dtype, *variant, id="-".join(map(str, (dtype, *variant))))
+        for dtype in dtypes
+        for variant in variants
+        if dtype == dtypes[0] or variant[0] != "triton" or DEVICE == "cuda"
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty holds NaN, so that an element nobody wrote shows."""

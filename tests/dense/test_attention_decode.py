@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, cpu_variants, device_of
+from conftest import backends, cpu_variants, device_of, in_each_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HEAD_DIMS
@@ -24,6 +24,9 @@ GPU_KERNELS = [b for b in backends() if b != "cpu"]  # lengths and pages are not
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
 each_kernel = pytest.mark.parametrize("backend", backends())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype_and_kernel = pytest.mark.parametrize(
+    ("dtype", "backend"), in_each_dtype(DTYPES, [(b,) for b in backends()])
+)
 each_kind = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 
 
@@ -120,9 +123,10 @@ def test_any_call_keeps_the_error_budget(dtype, backend, sample):
     assert not [c for c in found if not c.ok], sample.name
 
 
-@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend", "isa"), in_each_dtype(DTYPES, cpu_variants()), indirect=["isa"]
+)
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (12, 3), (10, 10)], ids=str)
-@each_dtype
 def test_long_caches_cross_every_border(dtype, heads, backend, isa):
     """Steps, ranges, chunks of float32 sums, groups of KV heads; rows as narrow as one."""
     longest = 5000 if backend == "cpu" else 1500
@@ -133,10 +137,9 @@ def test_long_caches_cross_every_border(dtype, heads, backend, isa):
         assert not [c for c in found if not c.ok], schedule
 
 
-@each_kernel
+@each_dtype_and_kernel
 @pytest.mark.parametrize("dims", [(96, 128), (256, 256), (160, 40)], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), (5, 4), (20, 2)], ids=str)
-@each_dtype
 def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
     """How warps share rows, keys and columns depends on all of these."""
     group, sq = rows
@@ -145,9 +148,8 @@ def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
     assert not [c for c in found if not c.ok]
 
 
-@each_kernel
+@each_dtype_and_kernel
 @each_kind
-@each_dtype
 def test_any_number_of_splits_keeps_the_error_budget(dtype, kind, backend):
     shape = {"sq": 2, "capacity": 300, "kind": kind, "score_bias": "neg_log_n"}
     schedules = [{"num_splits": n} for n in (1, 2, 3, 10, 40)]

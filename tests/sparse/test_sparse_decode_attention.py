@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends, cpu_variants, device_of
+from conftest import backends, cpu_variants, device_of, in_each_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_decode_calls import (
@@ -36,6 +36,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_KERNELS = [b for b in backends() if b != "cpu"]  # lengths are not checked there
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype_and_kernel = pytest.mark.parametrize(
+    ("dtype", "backend"), in_each_dtype(DTYPES, [(b,) for b in backends()])
+)
 
 
 def spoil(indices, counts, kinds, g):
@@ -178,8 +181,9 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
-@each_dtype
+@pytest.mark.parametrize(
+    ("dtype", "backend", "isa"), in_each_dtype(DTYPES, cpu_variants()), indirect=["isa"]
+)
 @pytest.mark.parametrize("sample", LONG, ids=lambda s: s.name)
 def test_long_lists_cross_every_border(sample, dtype, backend, isa):
     """Steps, ranges, parts of the row, groups of heads; rows as narrow as one."""
@@ -187,10 +191,9 @@ def test_long_lists_cross_every_border(sample, dtype, backend, isa):
     assert not [c for c in found if not c.ok]
 
 
-@each_kernel
+@each_dtype_and_kernel
 @pytest.mark.parametrize("dims", [(96, 128), (256, 256), (160, 40)], ids=str)
 @pytest.mark.parametrize("rows", [(1, 1), (5, 4), (20, 2)], ids=str)
-@each_dtype
 def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
     group, sq = rows
     call = sparse_call(
@@ -201,9 +204,8 @@ def test_wide_heads_with_few_and_many_rows(dtype, rows, dims, backend):
     assert not [c for c in found if not c.ok]
 
 
-@each_kernel
+@each_dtype_and_kernel
 @pytest.mark.parametrize("splits", [1, 2, 3, 10, 100])
-@each_dtype
 def test_any_number_of_splits_keeps_the_error_budget(dtype, splits, backend):
     call = sparse_call(
         (300, 7, 129), sq=2, capacity=300, entries=150, num_sink=9, num_recent=40, extra=2,
