@@ -99,7 +99,8 @@ def programs(request, folder):
 
 def test_every_kernel_compiles_without_spilling_registers(programs):
     capability, found = programs
-    assert len(found) == 3 * len(CASES) + 1  # dbias has a kernel of its own
+    biased = [c for c in CASES if "every term" in c]  # dbias has a kernel of its own
+    assert len(found) == 3 * len(CASES) + len(biased)
     for program in found:
         assert_fits(program, capability)
 
