@@ -134,6 +134,18 @@ struct BackwardScoreMod<Mode::general, kScale> {
     return fabsf(static_cast<float>(query + mod.diagonal - key));
   }
 
+  // A logit of -inf hides its pair.
+  __device__ Weight unbounded_weight(float z) const {
+    Weight w{0, 0, 1.f};
+    if (z == -infinity()) return w;
+    visit_slope(p.map, [&](const auto& slope_of) {
+      const Slope f = slope_of(z);
+      w.p = kScale && scales_weights(p) ? f.value * kHalfScale : f.value;
+      w.slope = f.slope;
+    });
+    return w;
+  }
+
   // `statistic`: of softmax in nats; else what the weights of the row are multiplied by.
   __device__ Weight weigh(float qk, float, int query, int key, float statistic) const {
     float z = qk * p.scale, through = 1;
@@ -147,25 +159,26 @@ struct BackwardScoreMod<Mode::general, kScale> {
     const bool stuck = p.bias && z >= kFloatMax;
     if (p.alibi_slopes) z = fmaf(-mod.slope, distance(query, key), z);
     z += mod.constant;
+    const float odds = fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f);
     Weight w;
-    if (p.map == ScoreMap::softmax) {
-      w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
-    } else {
-      if (p.map != ScoreMap::sigmoid) {
-        visit_slope(p.map, [&](const auto& slope_of) {
-          const Slope f = slope_of(z);
-          const bool hidden = z == -infinity();
-          w.p = hidden ? 0 : kScale && scales_weights(p) ? f.value * kHalfScale : f.value;
-          w.slope = hidden ? 0 : f.slope;
-        });
-      } else if (weights_of(p) == Weights::fast_sigmoid) {
+    switch (weights_of(p)) {
+      case Weights::softmax:
+        w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
+        break;
+      case Weights::sigmoid:
+        w = sigmoid_weight<kScale>(odds);
+        break;
+      case Weights::fast_sigmoid:
         w = fast_sigmoid_weight<kScale>(z * 0.5f);
         w.slope *= 0.25f;
-      } else {
-        w = sigmoid_weight<kScale>(fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f));
-      }
-      w.p *= statistic;
-      w.slope *= statistic;
+        break;
+      default:
+        if (p.map == ScoreMap::sigmoid)
+          w = sigmoid_weight<kScale>(odds);
+        else
+          w = unbounded_weight(z);
+        w.p *= statistic;
+        w.slope *= statistic;
     }
     w.through = through;
     if (stuck) w.slope = 0;
