@@ -143,7 +143,8 @@ class Call(NamedTuple):
             return plan
         # Products of weights without a bound are sums of their own: half the rows for each program.
         return Plan(
-            *(t._replace(block_m=t.block_m // 2) for t in (plan.forward, plan.queries)),
+            plan.forward._replace(block_m=plan.forward.block_m // 2),
+            plan.queries._replace(block_m=plan.queries.block_m // 2),
             plan.keys._replace(block_n=max(plan.keys.block_n // 2, 16)),
         )
 

@@ -9,8 +9,6 @@ such rows again, query by query, from the values that each sees.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -369,12 +367,15 @@ def sparse_decode_attention(
     nan = None
     if seqlen_q > 1:  # one query sees every key of its row
         nan = q.new_empty(programs, dtype=torch.int32)
-    sums = functools.partial(launch, sparse_ranges_kernel, **options)
     arguments = (q, *inputs, partials, nan)
-    sums(programs, *arguments, logits, terms, *sizes, AGAIN=False)
-    if nan is not None:
-        again = {"AGAIN": True, "maxnreg": MOST_REGISTERS}
-        sums(programs * seqlen_q, *arguments, None, terms, *sizes, **again)
+    launch(
+        sparse_ranges_kernel, programs, *arguments, logits, terms, *sizes, **options, AGAIN=False
+    )
+    if nan is not None:  # a program for each query
+        options |= {"AGAIN": True, "maxnreg": MOST_REGISTERS}
+        launch(
+            sparse_ranges_kernel, programs * seqlen_q, *arguments, None, terms, *sizes, **options
+        )
     merge(partials, seqlens_k, keys, out, lse, scales, sink, terms)
     if logits is not None:
         block_e = max((1 << 14 if INTERPRETED.value else 1024) // block_k, 1)
