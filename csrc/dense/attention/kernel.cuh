@@ -40,8 +40,10 @@ __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
   }
 }
 
+// One block of a multiprocessor is enough for elementwise weights: for two of them ptxas spills on
+// 10.0 and 12.0. 0: ptxas chooses.
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
                              const __grid_constant__ ForwardPlan plan) {
   using Shape = ForwardShape<T, kBucket>;

@@ -177,7 +177,7 @@ def attention(
     linear in Sq and Sk.
 
     Paper: FlashAttention-2 (Dao 2023); sigmoid: Theory, Analysis, and Best Practices for Sigmoid
-    Self-Attention (Ramapuram et al. 2024), section 2 and, for the bias -log n, section 4; sink, and
+    Self-Attention (Ramapuram et al. 2024), section 2 and, for the bias -log n, section 5; sink, and
     sigmoid and elu1 with "sum": When Attention Sink Emerges in Language Models (Gu et al. 2024);
     relu: Active-Dormant Attention Heads (Guo et al. 2024) and, with "count", Replacing Softmax with
     ReLU in Vision Transformers (Wortsman et al. 2023); taylor2: Simple Linear Attention Language
@@ -252,7 +252,7 @@ def sigmoid_attention(
     statistics.
 
     Paper: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (Ramapuram et al. 2024),
-    sections 2 and 4.
+    sections 2 and 5.
 
     Example:
         >>> import torch, tokenmill as tm
