@@ -99,6 +99,7 @@ CASES = {
     "LightningAttention": Case(
         lambda: nn.LightningAttention(16, 2, layer=1, num_layers=4), lambda n: (randn(2, n, 16),)
     ),
+    "Pattention": Case(lambda: nn.Pattention(16, 8, 6), lambda n: (randn(2, n, 16),)),
     "PoNetMixing": Case(lambda: nn.PoNetMixing(32, 4), lambda n: (randn(2, n, 32), segments(n))),
     "PoolFormerMixing": Case(nn.PoolFormerMixing, lambda n: (randn(1, n, 8, 16),)),
     "PoolFormerMixing, channels first": Case(

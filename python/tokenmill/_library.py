@@ -90,7 +90,7 @@ class TorchOp:
 
     def has_emulated(self) -> bool:
         """Whether this build can run the CUDA kernel in the PTX machine."""
-        if _emulated:
+        if _emulated and not _emulated_ops:
             _emulated.fill()
         return self.name in _emulated_ops
 
@@ -159,7 +159,7 @@ class TorchOp:
 
     def direct(self, namespace: str) -> Callable[..., Any] | None:
         """The operator as module _C has it; None where this build has no native one."""
-        if namespace == EMULATED_NAMESPACE and _emulated:
+        if namespace == EMULATED_NAMESPACE and _emulated and not _emulated_ops:
             _emulated.fill()
         return _direct.get(namespace, {}).get(self.name)
 

@@ -77,12 +77,13 @@ def test_gradcheck():
 @pytest.mark.parametrize(
     ("alpha", "says"),
     [
-        (float("nan"), "alpha: must be finite; got nan"),
+        (float("nan"), "alpha: must be finite in float32; got nan"),
+        (1e300, r"alpha: must be finite in float32; got 1e\+300"),
         ("x", "alpha: must be a number or a tensor; got 'x'"),
         (torch.zeros(2), "alpha: must be a number or have no dimensions; got 1"),
         (torch.tensor(1), "alpha: must be a floating-point tensor; got int64"),
     ],
-    ids=["nan", "text", "vector", "integer"],
+    ids=["nan", "huge", "text", "vector", "integer"],
 )
 def test_bad_alpha(alpha, says):
     with pytest.raises(RuntimeError, match=f"^tokenmill.soft_causal_attention: {says}$"):

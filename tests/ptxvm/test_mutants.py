@@ -32,7 +32,7 @@ MERGE = (HALF, FLOAT, SCALAR, HALF_BACKWARD, FLOAT_BACKWARD)
 ATTENTION = "attention_forward_kernelI6__halfLi64ELNS0_7WeightsE0ELb0E"  # softmax, nothing added
 OTHERS = (  # clean and right, but not mutated
     "attention_forward_kernelI13__nv_bfloat16Li64ELNS0_7WeightsE0ELb0E",
-    "attention_forward_kernelIfLi64ELNS0_7WeightsE3ELb0E",
+    "attention_forward_kernelIfLi64ELNS0_7WeightsE4ELb0E",
 )
 BACKWARD = [f"15backward_kernelI6__halfLi64ELNS0_4SideE{side}ELNS0_4ModeE0E" for side in (0, 1)]
 SURVIVORS = 10  # one in so many, at most

@@ -344,7 +344,8 @@ def lower(
 def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:
     """[..., Sq, Sk] with four dimensions, and a mask as the logits that it stands for."""
     if bias.dtype == torch.bool:
-        dtype = q.dtype if q.is_floating_point() else torch.float32
+        wide = not q.is_floating_point() or q.dtype.itemsize == 1  # neither is taken
+        dtype = torch.float32 if wide else q.dtype
         bias = torch.zeros_like(bias, dtype=dtype).masked_fill_(~bias, -torch.inf)
     return bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -75,8 +73,8 @@ def soft_causal_attention(
         check_device_of_q(OP, "alpha", alpha, q)
     else:
         alpha = as_number(OP, "alpha", alpha, "must be a number or a tensor")
-        if not math.isfinite(alpha):
-            fail(OP, "alpha", "must be finite", alpha)
+        if not abs(alpha) <= torch.finfo(torch.float32).max:
+            fail(OP, "alpha", "must be finite in float32", alpha)
     full, full_lse = attention(q, k, v, scale=scale, return_lse=True, backend=backend)
     if isinstance(alpha, float) and alpha == 1:
         return full

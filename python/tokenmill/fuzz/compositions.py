@@ -20,6 +20,7 @@ from ..dense import (
     soft_causal_attention,
 )
 from ..registry import Sample
+from .guard import tensors
 from .targets import Arguments, Target, with_backend
 
 
@@ -168,11 +169,22 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 }  # fmt: skip
 
 
+# Of products of PyTorch.
+PLAIN: tuple[Any, ...] = (
+    additive_attention, pattention, pointer_argmax, nn.Pattention, nn.AgentAttention,
+    nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
+    nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary,
+)  # fmt: skip
+
+
 def compositions() -> list[Target]:
     found = []
     for function, makes in COMPOSITIONS.items():
         run, known = with_backend(function)
-        found.append(Target(function.__name__, run, _samples(makes), _given, known))
+        products = function in PLAIN
+        found.append(
+            Target(function.__name__, run, _samples(makes), _given, known, products=products)
+        )
     return found
 
 
@@ -217,6 +229,45 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"tokens": r(2, 3, 4), "indices": _int32(1, 3, 5, 0, 2, 8).view(2, 3),
                    "base": r(2, 9, 4)},
     )),
+    (nn.AgentAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "grid": (8, 7), "x": r(2, 56, 16)},
+    )),
+    (nn.SigmoidAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 9, 16), "causal": True},
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(9, 16), "cu_seqlens": _int32(0, 4, 9),
+                   "max_seqlen": 5, "layer_scale": 1e-4, "learn_bias": True, "score_bias": -3.0},
+    )),
+    (nn.LightningAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.TokenAwarePooling, "forward", (
+        lambda r: {"dim": 8, "num_scales": 3, "x": r(2, 5, 6, 8)},
+    )),
+    (nn.AttentionDiversificationLoss, "forward", (
+        lambda r: {"threshold": 1.5, "maps": (r(2, 7, 7).sigmoid(), r(2, 5, 5).sigmoid())},
+    )),
+    (nn.EmbeddingPooling, "forward", (
+        lambda r: {"dim": 16, "method": "attention", "num_latents": 4, "num_heads": 2,
+                   "head_dim": 8, "x": r(2, 9, 16), "mask": r.bools(2, 9)},
+        lambda r: {"dim": 16, "method": "mean", "x": r(9, 16), "cu_seqlens": _int32(0, 4, 9)},
+    )),
+    (nn.WordPooling, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "num_layers": 1, "prefix": 2, "dim_feedforward": 16,
+                   "x": r(9, 16), "offsets": _int32(0, 3, 4, 9)},
+    )),
+    (nn.FocusScorer, "forward", (
+        lambda r: {"dim": 16, "num_levels": 2, "levels": (r(2, 4, 4, 16), r(2, 2, 2, 16))},
+    )),
+    (nn.FocusDualAttention, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "topk": 5, "x": r(2, 9, 16),
+                   "positions": r(2, 9, 16), "scores": r(2, 9), "classes": r(2, 9, 3)},
+    )),
+    (nn.SelectorSummary, "forward", (
+        lambda r: {"dim": 16, "num_selectors": 4, "num_tasks": 2, "x": r(2, 9, 16)},
+    )),
+    (nn.Pattention, "forward", (
+        lambda r: {"in_features": 8, "out_features": 4, "num_tokens": 6, "x": r(2, 5, 8)},
+    )),
     (nn.PoNetMixing, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 9, 16), "segments": r.ints(4, 2, 9) - 1},
     )),
@@ -245,7 +296,9 @@ def modules() -> list[Target]:
     found = []
     for kind, method, makes in MODULES:
         made = tuple(inspect.signature(kind.__init__).parameters)[1:]
-        called = tuple(inspect.signature(getattr(kind, method)).parameters)[1:]
+        parameters = inspect.signature(getattr(kind, method)).parameters
+        called = tuple(parameters)[1:]
+        stars = [n for n, p in parameters.items() if p.kind == p.VAR_POSITIONAL]
 
         def run(
             arguments: Arguments,
@@ -253,19 +306,24 @@ def modules() -> list[Target]:
             kind: Any = kind,
             method: str = method,
             called: tuple[str, ...] = called,
+            star: str | None = stars[0] if stars else None,
         ) -> Any:
             options = {k: v for k, v in arguments.items() if k not in called}
             if "backend" in inspect.signature(kind.__init__).parameters:
                 options.setdefault("backend", backend)
             inputs = {k: v for k, v in arguments.items() if k in called}
             module = kind(**options)
-            for value in inputs.values():  # parameters in the dtype of the input
-                if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            for value in tensors(inputs):  # parameters in the dtype of the input
+                if value.dtype in (torch.float16, torch.bfloat16):
                     module = module.to(value.dtype)
-            return getattr(module, method)(**inputs)
+            several = inputs.pop(star, ()) if star else ()
+            several = several if isinstance(several, tuple | list) else (several,)
+            return getattr(module, method)(*several, **inputs)
 
         name = f"nn.{kind.__name__}" + ("" if method == "forward" else f".{method}")
-        found.append(Target(name, run, _samples(makes), _given, (*made, *called)))
+        known = (*made, *called)
+        products = kind in PLAIN
+        found.append(Target(name, run, _samples(makes), _given, known, products=products))
     return found
 
 

@@ -28,7 +28,8 @@ class Target:
 
     run(arguments, backend) calls it; arguments(sample, dtype, generator) is a valid call. known
     names every argument that may be changed, written those that a call writes into. A raw target is
-    an operator in torch.ops, where PyTorch's dispatcher may refuse a call by itself.
+    an operator in torch.ops, where PyTorch's dispatcher may refuse a call by itself. One of
+    products has matrix products of PyTorch, whose bits depend on where memory begins.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Target:
     written: tuple[str, ...] = ()
     raw: bool = False
     compared: bool = False  # with the reference backend
+    products: bool = False
 
 
 def targets(backend: str) -> list[Target]:

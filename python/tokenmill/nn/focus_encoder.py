@@ -203,16 +203,17 @@ class FocusDualAttention(nn.Module):
         channels = self.attn.embed_dim
         shaped = x.dim() == 3 and x.shape[2] == channels
         check(shaped, DUAL, "x", f"must have shape [B, w, {channels}]", x.shape)
-        check_tensor(DUAL, "indices", indices, optional=True)
         for name, t, dims in (
             ("positions", positions, 3),
             ("scores", scores, 2),
             ("classes", classes, 3),
             ("indices", indices, 2),
         ):
-            if t is None:
+            if name == "indices" and t is None:
                 continue
             check_tensor(DUAL, name, t)
+            check_tensor(DUAL, name, t)
+            assert t is not None
             check_device_of(DUAL, name, t, "x", x)
             if t.dim() != dims or t.shape[:2] != x.shape[:2]:
                 rule = f"must have {dims} dimensions, the first two {show(x.shape[:2])}"
