@@ -323,11 +323,13 @@ def _load_emulated() -> None:
     torch.ops.load_library(str(EMULATED_PATH))
     _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
     _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
+    found = []
     for op in _registered.values():
         qualname = f"{EMULATED_NAMESPACE}::{op.name}"
         if torch._C._dispatch_has_kernel_for_dispatch_key(qualname, "CPU"):
-            _emulated_ops.add(op.name)
+            found.append(op.name)
             _attach(op, EMULATED_NAMESPACE)
+    _emulated_ops.update(found)  # another thread sees all of them or none
 
 
 class _FilledAtFirstUse(torch._ops._OpNamespace):
