@@ -108,6 +108,9 @@ def test_no_tokens():
     [
         (lambda: tm.nn.SigmoidAttention(8, 2, score_bias="log"), "score_bias: must be 'neg_log"),
         (lambda: tm.nn.SigmoidAttention(8, 2, learn_bias=True), "learn_bias: goes with a score_b"),
+        (lambda: tm.nn.SigmoidAttention(8, 2, layer_scale=1e300), "layer_scale: must be finite in"),
+        (lambda: tm.nn.SigmoidAttention(8, 2, score_bias=1e300, learn_bias=True),
+         "score_bias: must be finite in float32 to be learned"),
         (lambda: tm.nn.SigmoidAttention(8, 2, causal=1), "causal: must be a bool; got 1"),
         (lambda: tm.nn.SigmoidAttention(8, 2)(torch.zeros(3, 8)),
          r"x: must have shape \[B, N, 8\]; got \[3, 8\]"),

@@ -212,12 +212,12 @@ class FocusDualAttention(nn.Module):
             if name == "indices" and t is None:
                 continue
             check_tensor(DUAL, name, t)
-            check_tensor(DUAL, name, t)
             assert t is not None
             check_device_of(DUAL, name, t, "x", x)
             if t.dim() != dims or t.shape[:2] != x.shape[:2]:
                 rule = f"must have {dims} dimensions, the first two {show(x.shape[:2])}"
                 fail(DUAL, name, rule, t.shape)
+        check_input(DUAL, "positions", positions, self.norm2.weight)
         if positions.shape != x.shape:
             fail(DUAL, "positions", f"must have shape {show(x.shape)}", positions.shape)
         check(classes.shape[2] > 0, DUAL, "classes", "must have at least 1 class", classes.shape)

@@ -103,6 +103,10 @@ class SigmoidAttention(nn.Module):
             score_bias = as_number(NAME, "score_bias", score_bias, rule)
         numeric = not learn_bias or isinstance(score_bias, float)
         check(numeric, NAME, "learn_bias", "goes with a score_bias that is a number", learn_bias)
+        most = torch.finfo(torch.float32).max
+        if learn_bias:
+            fits = abs(float(score_bias)) <= most
+            check(fits, NAME, "score_bias", "must be finite in float32 to be learned", score_bias)
         self.num_heads, self.causal, self.backend = num_heads, causal, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
@@ -117,6 +121,8 @@ class SigmoidAttention(nn.Module):
         self.gamma: nn.Parameter | None = None
         if layer_scale is not None:
             layer_scale = as_number(NAME, "layer_scale", layer_scale)
+            fits = abs(layer_scale) <= most
+            check(fits, NAME, "layer_scale", "must be finite in float32", layer_scale)
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         slopes = lightning_slopes(num_heads) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)
