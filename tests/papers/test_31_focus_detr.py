@@ -202,6 +202,10 @@ def test_background_stays_as_it_is():
             torch.zeros(1, 3, 8), torch.zeros(1, 3, 8).half(), torch.zeros(1, 3),
             torch.zeros(1, 3, 2)),
          "FocusDualAttention: positions: must have the dtype of the weights, float32; got float16"),
+        (lambda: tm.nn.FocusDualAttention(8, 2)(
+            torch.zeros(1, 3, 8), torch.zeros(1, 3, 8),
+            torch.zeros(1, 3).to(torch.float8_e4m3fn), torch.zeros(1, 3, 2)),
+         "FocusDualAttention: scores: must be float16, bfloat16 or float32; got float8_e4m3fn"),
         (lambda: tm.nn.FocusEncoder([], torch.nn.Linear(8, 2), 8),
          "FocusEncoder: layers: must be 6 modules, as cascade has shares"),
     ],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, check, check_device_of, check_tensor, fail, show
+from .._check import as_int, check, check_device_of, check_dtype, check_tensor, fail, show
 from ..dense.attention import attention
 from ..tokens.gather_tokens import gather_tokens
 from ..tokens.scatter_tokens import scatter_tokens
@@ -214,6 +214,8 @@ class FocusDualAttention(nn.Module):
             check_tensor(DUAL, name, t)
             assert t is not None
             check_device_of(DUAL, name, t, "x", x)
+            if name in ("scores", "classes"):
+                check_dtype(DUAL, name, t, float64=True)
             if t.dim() != dims or t.shape[:2] != x.shape[:2]:
                 rule = f"must have {dims} dimensions, the first two {show(x.shape[:2])}"
                 fail(DUAL, name, rule, t.shape)
