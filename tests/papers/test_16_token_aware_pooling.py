@@ -123,3 +123,10 @@ def test_equal_rows_are_alike_and_different_ones_are_not():
 def test_bad_calls_are_refused(call, error):
     with pytest.raises(RuntimeError, match=rf"tokenmill\.nn\.{error}"):
         call()
+
+
+def test_maps_lie_on_one_device():
+    maps = torch.ones(1, 3, 3), torch.ones(1, 3, 3, device="meta")
+    rule = "nn.AttentionDiversificationLoss: maps: must be on the device of the first map, cpu"
+    with pytest.raises(RuntimeError, match=rule):
+        tm.nn.AttentionDiversificationLoss()(*maps)

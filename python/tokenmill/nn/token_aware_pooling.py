@@ -138,11 +138,12 @@ class AttentionDiversificationLoss(nn.Module):
 
     def forward(self, *maps: Tensor) -> Tensor:
         check(len(maps) > 0, LOSS, "maps", "must be at least one tensor", len(maps))
-        return torch.stack([self._layer(each) for each in maps]).mean()
+        return torch.stack([self._layer(each, maps[0]) for each in maps]).mean()
 
-    def _layer(self, rows: Tensor) -> Tensor:
+    def _layer(self, rows: Tensor, first: Tensor) -> Tensor:
         check_tensor(LOSS, "maps", rows)
         check_dtype(LOSS, "maps", rows, float64=True)
+        check_device_of(LOSS, "maps", rows, "the first map", first)
         square = rows.dim() == 3 and rows.shape[1] == rows.shape[2] and rows.numel() > 0
         check(square, LOSS, "maps", "must have shape [B, N, N], none of them 0", rows.shape)
         least = self.threshold / rows.shape[2]
