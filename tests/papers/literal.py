@@ -1,15 +1,11 @@
-"""What the tests of the papers share: a module beside a literal reading of its paper."""
+"""A module beside a literal reading of its paper."""
 
 from __future__ import annotations
 
 import doctest
 
-import pytest
 import torch
-from conftest import backends, device_of
-
-BACKENDS = [b for b in backends("reference") if b in ("cpu", "cuda", "reference")]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+from conftest import device_of
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:

@@ -1,10 +1,13 @@
-"""What tests of functions share: backends fast enough for papers, inputs, comparisons."""
+"""What the tests of papers share: backends fast enough for them, inputs, comparisons."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import backends, device_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tokenmill.testing import assert_accurate
 
 # Interpreters prove nothing here that the tests of the operators do not.
 FAST = [
@@ -13,11 +16,11 @@ FAST = [
 each_backend = pytest.mark.parametrize("backend", FAST)
 
 
-def draw(backend, *shapes, seed=0):
+def draw(backend, *shapes, seed=0, dtype=torch.float32):
     """A tensor of each shape, N(0, 1), with a gradient to ask for."""
     g = torch.Generator().manual_seed(seed)
-    device = device_of(backend)
-    return [torch.randn(shape, generator=g).to(device).requires_grad_() for shape in shapes]
+    tensors = (torch.randn(shape, generator=g) for shape in shapes)
+    return [t.to(device_of(backend), dtype).requires_grad_() for t in tensors]
 
 
 def close(got, want, tolerance=2e-5):
@@ -31,3 +34,28 @@ def same_gradients(got, want, leaves, tolerance=1e-4):
     grads = [torch.autograd.grad(y, leaves, cotangent, retain_graph=True) for y in (got, want)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_keeps_budget(function, literal, inputs):
+    """The error budget of the results and gradients of function in the dtype of the inputs, by
+    `literal` in float64 and in that dtype."""
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    out, plain, exact = function(*inputs), literal(*inputs), literal(*wide)
+    assert_accurate(out, exact, plain)
+    weight = torch.randn_like(out)
+    found, rounded = (torch.autograd.grad(y, inputs, weight) for y in (out, plain))
+    oracle = torch.autograd.grad(exact, wide, weight.double())
+    for a, b, c in zip(found, oracle, rounded, strict=True):
+        assert_accurate(a, b, c, gradient=True)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import assert_reads_as, each_backend, randomised
+from literal import assert_reads_as, randomised
+from tensors import each_backend
 
 import tokenmill as tm
 

@@ -7,6 +7,7 @@ import torch
 from conftest import backends, device_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import draw
 from tier import examples
 
 import tokenmill as tm
@@ -46,10 +47,8 @@ def by_hand(q, k, v, groups, factors, causal=False, renormalize="others"):
 
 
 def inputs(rows=19, keys=19, dtype=torch.float32, backend="cpu"):
-    g = torch.Generator().manual_seed(0)
-    shapes = ((2, rows, 4, 16), (2, keys, 2, 16), (2, keys, 2, 8))
-    tensors = (torch.randn(s, generator=g).to(dtype) for s in shapes)
-    return [t.to(device_of(backend)).requires_grad_() for t in tensors]
+    shapes = (2, rows, 4, 16), (2, keys, 2, 16), (2, keys, 2, 8)
+    return draw(backend, *shapes, dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from literal import assert_reads_as, each_backend, randomised
+from literal import assert_reads_as, randomised
+from tensors import each_backend
 
 import tokenmill as tm
 

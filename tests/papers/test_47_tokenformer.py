@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import Largest, assert_keeps_budget, draw
 from tier import examples
 from torch.nn.functional import gelu
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
 from tokenmill import nn
-from tokenmill.testing import assert_accurate
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -32,11 +31,8 @@ def by_hand(x, keys, values, activation="l2_norm_gelu", norm_scale=None, scale=1
     return factor * g / g.norm(dim=-1, keepdim=True).clamp(min=eps) @ values
 
 
-def inputs(tokens=11, n=6, d1=8, d2=5, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((2, tokens, d1), (n, d1), (n, d2))
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-            for s in shapes]  # fmt: skip
+def inputs(tokens=11, n=6, d1=8, d2=5, dtype=torch.float64):
+    return draw("cpu", (2, tokens, d1), (n, d1), (n, d2), dtype=dtype)
 
 
 @each_activation
@@ -57,17 +53,13 @@ def test_results_and_gradients(activation, options, monkeypatch):
 @each_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_error_budget(activation, dtype):
-    narrow = [t.detach().to(dtype).requires_grad_() for t in inputs(64, 32, 16, 24)]
-    wide = [t.detach().double().requires_grad_() for t in narrow]
-    out = tm.pattention(*narrow, activation=activation)
-    plain, exact = by_hand(*narrow, activation), by_hand(*wide, activation)
-    assert_accurate(out, exact, plain)
-    weight = torch.randn_like(out)
-    found, rounded = (torch.autograd.grad(y, narrow, weight) for y in (out, plain))
-    for a, b, c in zip(
-        found, torch.autograd.grad(exact, wide, weight.double()), rounded, strict=True
-    ):
-        assert_accurate(a, b, c, gradient=True)
+    def run(*tensors):
+        return tm.pattention(*tensors, activation=activation)
+
+    def literal(*tensors):
+        return by_hand(*tensors, activation)
+
+    assert_keeps_budget(run, literal, inputs(64, 32, 16, 24, dtype))
 
 
 @examples(30)
@@ -118,18 +110,6 @@ def test_tokens_of_zeros_give_zeros_and_finite_gradients():
         assert not out[:, 0].any()
         gradients = torch.autograd.grad(out.sum(), (x, keys, values))
         assert all(g.isfinite().all() for g in gradients) and not gradients[0][:, 0].any()
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a result has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 def test_the_weights_of_all_tokens_are_never_in_memory():

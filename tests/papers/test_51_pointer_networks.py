@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensors import Largest, assert_keeps_budget, draw
 from tier import examples
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
-from tokenmill.testing import assert_accurate
 
 
 def by_hand(q, k, v, values=None, mask=None):
@@ -24,10 +23,8 @@ def by_hand(q, k, v, values=None, mask=None):
 
 
 def inputs(rows=5, keys=7, width=4, channels=3, dtype=torch.float64, batch=2):
-    g = torch.Generator().manual_seed(0)
-    shapes = ((batch, rows, width), (batch, keys, width), (width,), (batch, keys, channels))
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-            for s in shapes]  # fmt: skip
+    shapes = (batch, rows, width), (batch, keys, width), (width,), (batch, keys, channels)
+    return draw("cpu", *shapes, dtype=dtype)
 
 
 def some(*shape):
@@ -53,15 +50,7 @@ def test_results_and_gradients(pooled, mask, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_error_budget(dtype):
-    narrow = [t.detach().to(dtype).requires_grad_() for t in inputs(16, 24, 32, 8)]
-    wide = [t.detach().double().requires_grad_() for t in narrow]
-    out, plain, exact = tm.additive_attention(*narrow), by_hand(*narrow), by_hand(*wide)
-    assert_accurate(out, exact, plain)
-    weight = torch.randn_like(out)
-    found, rounded = (torch.autograd.grad(y, narrow, weight) for y in (out, plain))
-    oracle = torch.autograd.grad(exact, wide, weight.double())
-    for a, b, c in zip(found, oracle, rounded, strict=True):
-        assert_accurate(a, b, c, gradient=True)
+    assert_keeps_budget(tm.additive_attention, by_hand, inputs(16, 24, 32, 8, dtype))
 
 
 @examples(30)
@@ -100,18 +89,6 @@ def test_pointers_pass_over_nan_and_take_the_first_of_equals():
     k = torch.tensor([[[torch.nan], [0.5], [2.0], [2.0]]])
     assert tm.pointer_argmax(q, k, v).tolist() == [[2]]
     assert tm.pointer_argmax(q, k[:, :1], v).tolist() == [[-1]]
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that a result has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 def test_the_tangents_of_all_pairs_are_never_in_memory():
