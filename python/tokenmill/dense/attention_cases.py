@@ -162,6 +162,25 @@ def _cu(*ends: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 # Edits of the first sample: q [2, 33, 4, 32], k and v [2, 33, 2, 32].
+# Of every operator with a kind and a normaliser.
+MALFORMED_KINDS = (
+    Malformed(
+        "kind",
+        "kind: must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'; got 'gelu'",
+        set_options(kind="gelu", return_lse=False),
+    ),
+    Malformed(
+        "normalize",
+        "normalize: must be None, 'sum' or 'count'; got 'mean'",
+        set_options(kind="relu", normalize="mean", return_lse=False),
+    ),
+    Malformed(
+        "normalize of softmax",
+        "normalize: needs a kind other than 'softmax'; got 'sum'",
+        set_options(normalize="sum"),
+    ),
+)
+
 MALFORMED = (
     Malformed(
         "rank", "q: must have 4 dimensions [B, S, H, D]; got 3", set_argument(0, lambda q: q[0])
@@ -221,21 +240,7 @@ MALFORMED = (
         "k: number of heads must divide that of q, 4 (GQA); got 3",
         lambda a, k: a.__setitem__(slice(1, 3), [torch.zeros(2, 33, 3, 32)] * 2),
     ),
-    Malformed(
-        "kind",
-        "kind: must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'; got 'gelu'",
-        set_options(kind="gelu", return_lse=False),
-    ),
-    Malformed(
-        "normalize",
-        "normalize: must be None, 'sum' or 'count'; got 'mean'",
-        set_options(kind="relu", normalize="mean", return_lse=False),
-    ),
-    Malformed(
-        "normalize of softmax",
-        "normalize: needs a kind other than 'softmax'; got 'sum'",
-        set_options(normalize="sum"),
-    ),
+    *MALFORMED_KINDS,
     Malformed(
         "precision",
         "precision: must be 'accurate' or 'fast'; got 'fp8'",

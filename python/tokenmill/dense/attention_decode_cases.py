@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
-from .attention_cases import Arguments, draw_tensor, with_options
+from .attention_cases import MALFORMED_KINDS, Arguments, draw_tensor, with_options
 
 
 def draw_cache(
@@ -223,21 +223,7 @@ MALFORMED = (
         "k_cache: must have pages of a power of two of tokens; got 12",
         _caches(lambda t: t[:, :12], block_table=_TABLE),
     ),
-    Malformed(
-        "kind",
-        "kind: must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'; got 'gelu'",
-        set_options(kind="gelu", return_lse=False),
-    ),
-    Malformed(
-        "normalize",
-        "normalize: must be None, 'sum' or 'count'; got 'mean'",
-        set_options(kind="relu", normalize="mean", return_lse=False),
-    ),
-    Malformed(
-        "normalize of softmax",
-        "normalize: needs a kind other than 'softmax'; got 'sum'",
-        set_options(normalize="sum"),
-    ),
+    *MALFORMED_KINDS,
     Malformed(
         "lse of sigmoid",
         "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",
