@@ -118,11 +118,11 @@ def call(
     autograd = _needs_autograd(arguments)
     if autograd:
         refuse_gradient(checked, arguments)
-    if chosen == "reference" and any(isinstance(t, torch.Tensor) and t.is_meta for t in lowered):
-        # Shapes alone: the reference looks at values, the operator has a fake kernel.
-        checked.check(*arguments, float64=True)
-        return _results(spec.forward.run(_library.NAMESPACE, lowered), out)
     if chosen == "reference":
+        if any(isinstance(t, torch.Tensor) and t.is_meta for t in lowered):
+            # Shapes alone: the reference looks at values, the operator has a fake kernel.
+            checked.check(*arguments, float64=True)
+            return _results(spec.forward.run(_library.NAMESPACE, lowered), out)
         if not torch.compiler.is_compiling():  # the dispatcher does so before a kernel
             lowered = checked.resolve_views(lowered)
             arguments = lowered if out is None else (*lowered, out)

@@ -90,9 +90,7 @@ class TorchOp:
 
     def has_emulated(self) -> bool:
         """Whether this build can run the CUDA kernel in the PTX machine."""
-        if _emulated and not _emulated_ops:
-            _emulated.fill()
-        return self.name in _emulated_ops
+        return self.name in _load_emulated()
 
     @property
     def public_name(self) -> str:
@@ -159,8 +157,8 @@ class TorchOp:
 
     def direct(self, namespace: str) -> Callable[..., Any] | None:
         """The operator as module _C has it; None where this build has no native one."""
-        if namespace == EMULATED_NAMESPACE and _emulated and not _emulated_ops:
-            _emulated.fill()
+        if namespace == EMULATED_NAMESPACE:
+            _load_emulated()
         return _direct.get(namespace, {}).get(self.name)
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
@@ -319,7 +317,7 @@ def emulated_built() -> bool:
     return _EMULATED_BUILT
 
 
-def _load_emulated() -> None:
+def _fill_emulated() -> None:
     torch.ops.load_library(str(EMULATED_PATH))
     _direct[EMULATED_NAMESPACE] = _door.functions(EMULATED_PATH)
     _libraries[EMULATED_NAMESPACE] = torch.library.Library(EMULATED_NAMESPACE, "IMPL")
@@ -354,4 +352,12 @@ class _FilledAtFirstUse(torch._ops._OpNamespace):
 
 
 _FilledAtFirstUse(TRITON_NAMESPACE, _define_triton)
-_emulated = _FilledAtFirstUse(EMULATED_NAMESPACE, _load_emulated) if emulated_built() else None
+_emulated = _FilledAtFirstUse(EMULATED_NAMESPACE, _fill_emulated) if emulated_built() else None
+
+
+def _load_emulated() -> set[str]:
+    """The operators of the emulated library. A trace, which asks too, can neither load it nor take
+    a lock to see that it is loaded."""
+    if _emulated and not _emulated_ops:
+        _emulated.fill()
+    return _emulated_ops
