@@ -84,6 +84,12 @@ def as_number(op: str, argument: str, value: Any, rule: str = "must be a number"
         fail(op, argument, "must fit a float", value)
 
 
+def check_float32(op: str, argument: str, value: float, why: str = "") -> None:
+    """For numbers that PyTorch converts: it has an error of its own for larger ones."""
+    fits = abs(value) <= torch.finfo(torch.float32).max
+    check(fits, op, argument, f"must be finite in float32{why}", value)
+
+
 def check_bool(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, bool):
         fail(op, argument, "must be a bool", value)
@@ -119,8 +125,7 @@ def check_qkv(
             fail(op, name, f"must have {rank} dimensions {layout}", t.dim())
     check_dtype(op, "q", q, float64=float64)
     for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            fail(op, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+        check_dtype_of(op, name, t, "q", q)
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_last_contiguous(op, name, t)
@@ -143,6 +148,13 @@ def check_device_of(
 ) -> None:
     if t.device != first.device:
         fail(op, argument, f"must be on the device of {other}, {show(first.device)}", t.device)
+
+
+def check_dtype_of(
+    op: str, argument: str, t: torch.Tensor, other: str, first: torch.Tensor
+) -> None:
+    if t.dtype != first.dtype:
+        fail(op, argument, f"must have the dtype of {other}, {show(first.dtype)}", t.dtype)
 
 
 def check_device_of_q(op: str, argument: str, t: torch.Tensor, q: torch.Tensor) -> None:

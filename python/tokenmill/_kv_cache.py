@@ -11,6 +11,7 @@ from ._check import (
     check,
     check_device_of_q,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     fail,
     is_power_of_two,
@@ -27,8 +28,7 @@ def check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool, float64: 
         check(t.dim() == 4, op, name, rule, t.dim())
     check_dtype(op, "q", q, float64=float64)
     for name, t in caches:
-        if t.dtype != q.dtype:
-            fail(op, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+        check_dtype_of(op, name, t, "q", q)
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), *caches):
         check_last_contiguous(op, name, t)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import check, check_device_of, check_dtype, check_tensor, fail, show
+from .._check import check, check_device_of, check_dtype, check_dtype_of, check_tensor, fail
 
 OP, POINTER = "additive_attention", "pointer_argmax"
 AUTOCAST = Autocast(lower=("q", "k", "v_weight", "values"))
@@ -171,7 +171,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _check_alike(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    check(t.dtype == q.dtype, op, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+    check_dtype_of(op, name, t, "q", q)
     check_device_of(op, name, t, "q", q)
 
 

@@ -14,9 +14,10 @@ from .._check import (
     check,
     check_device_of,
     check_dtype,
+    check_dtype_of,
+    check_float32,
     check_tensor,
     check_text,
-    fail,
 )
 from .._derivatives import keep, kept
 
@@ -90,9 +91,7 @@ def pattention(
         ("key_tokens", key_tokens, f"[N, {x.shape[-1]}]"),
         ("value_tokens", value_tokens, "[N, D2]"),
     ):
-        check(
-            t.dtype == x.dtype, OP, name, f"must have the dtype of x, {str(x.dtype)[6:]}", t.dtype
-        )
+        check_dtype_of(OP, name, t, "x", x)
         check(t.dim() == 2, OP, name, f"must have shape {wanted}", t.shape)
         check_device_of(OP, name, t, "x", x)
     count, width = key_tokens.shape
@@ -104,17 +103,20 @@ def pattention(
     rule = "must be 'l2_norm_gelu', 'gelu_l2_norm' or 'softmax'"
     check(activation in ACTIVATIONS, OP, "activation", rule, activation)
     if norm_scale is None:
-        norm_scale = float(count) if activation == "softmax" else math.sqrt(count)
+        norm_scale = default_norm_scale(activation, count)
     numbers = {"norm_scale": norm_scale, "scale": scale, "eps": eps}
     for name, value in numbers.items():
         numbers[name] = as_number(OP, name, value)
-        if not abs(numbers[name]) <= torch.finfo(torch.float32).max:
-            fail(OP, name, "must be finite in float32", numbers[name])
+        check_float32(OP, name, numbers[name])
     check(numbers["eps"] > 0, OP, "eps", "must be above 0", numbers["eps"])
     weights = _Weights(activation, **numbers)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     out: Tensor = _Pattention.apply(rows, key_tokens, value_tokens, weights)
     return out.reshape(*x.shape[:-1], value_tokens.shape[1])
+
+
+def default_norm_scale(activation: str, count: int) -> float:
+    return float(count) if activation == "softmax" else math.sqrt(count)
 
 
 class _Weights(NamedTuple):

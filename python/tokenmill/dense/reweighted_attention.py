@@ -16,7 +16,7 @@ from .._check import (
     check_tensor,
     check_text,
     fail,
-    synchronising_checks,
+    reads_values,
 )
 from .attention import attention
 from .terms import share_of
@@ -159,7 +159,7 @@ def _check(
     ok = ok and (factors.dim() == 1 or factors.shape[0] == heads)
     check(ok, OP, "factors", f"must have shape [G] or [{heads}, G], G at least 1", factors.shape)
     check_device_of_q(OP, "factors", factors, q)
-    if not torch.compiler.is_compiling() and (q.device.type == "cpu" or synchronising_checks()):
+    if reads_values(groups):
         _check_values(groups, factors, renormalize)
 
 

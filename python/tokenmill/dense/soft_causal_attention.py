@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_number, check, check_device_of_q, check_qkv, check_tensor, fail
+from .._check import (
+    as_number,
+    check,
+    check_device_of_q,
+    check_float32,
+    check_qkv,
+    check_tensor,
+)
 from .attention import attention
 from .terms import share_of
 
@@ -73,8 +80,7 @@ def soft_causal_attention(
         check_device_of_q(OP, "alpha", alpha, q)
     else:
         alpha = as_number(OP, "alpha", alpha, "must be a number or a tensor")
-        if not abs(alpha) <= torch.finfo(torch.float32).max:
-            fail(OP, "alpha", "must be finite in float32", alpha)
+        check_float32(OP, "alpha", alpha)
     full, full_lse = attention(q, k, v, scale=scale, return_lse=True, backend=backend)
     if isinstance(alpha, float) and alpha == 1:
         return full

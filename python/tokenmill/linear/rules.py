@@ -13,6 +13,7 @@ from .._check import (
     check,
     check_cu_seqlens,
     check_device_of_q,
+    check_dtype_of,
     check_last_contiguous,
     check_qkv,
     fail,
@@ -71,8 +72,7 @@ def check_linear_attention_out(*lowered: Any, float64: bool = False) -> None:
     op, shape = LINEAR_ATTENTION, (*q.shape[:-1], v.shape[-1])
     if tuple(out.shape) != shape:
         fail(op, "out", f"must have shape {show(shape)}", out.shape)
-    if out.dtype != q.dtype:
-        fail(op, "out", f"must have the dtype of q, {show(q.dtype)}", out.dtype)
+    check_dtype_of(op, "out", out, "q", q)
     check_last_contiguous(op, "out", out)
     check_device_of_q(op, "out", out, q)
     names = {"q": 0, "k": 1, "v": 2, "log_decay": 3, "initial_state": 7, "cu_seqlens": 9}

@@ -209,17 +209,16 @@ class FocusDualAttention(nn.Module):
             ("classes", classes, 3),
             ("indices", indices, 2),
         ):
-            if name == "indices" and t is None:
+            check_tensor(DUAL, name, t, optional=name == "indices")
+            if t is None:
                 continue
-            check_tensor(DUAL, name, t)
-            assert t is not None
             check_device_of(DUAL, name, t, "x", x)
-            if name in ("scores", "classes"):
-                check_dtype(DUAL, name, t, float64=True)
             if t.dim() != dims or t.shape[:2] != x.shape[:2]:
                 rule = f"must have {dims} dimensions, the first two {show(x.shape[:2])}"
                 fail(DUAL, name, rule, t.shape)
         check_input(DUAL, "positions", positions, self.norm2.weight)
+        for name, t in (("scores", scores), ("classes", classes)):
+            check_dtype(DUAL, name, t, float64=True)
         if positions.shape != x.shape:
             fail(DUAL, "positions", f"must have shape {show(x.shape)}", positions.shape)
         check(classes.shape[2] > 0, DUAL, "classes", "must have at least 1 class", classes.shape)

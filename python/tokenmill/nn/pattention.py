@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .._check import as_int, check, check_tensor, fail
-from ..dense.pattention import Activation, pattention
+from ..dense.pattention import Activation, default_norm_scale, pattention
 
 NAME = "nn.Pattention"
 
@@ -60,7 +58,7 @@ class Pattention(nn.Module):
             check(sizes[name] > 0, NAME, name, "must be above 0", sizes[name])
         self.activation, self.scale = activation, scale
         if norm_scale is None:
-            norm_scale = float(num_tokens) if activation == "softmax" else math.sqrt(num_tokens)
+            norm_scale = default_norm_scale(activation, sizes["num_tokens"])
         self.norm_scale = norm_scale
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, in_features))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))

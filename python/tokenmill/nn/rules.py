@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, check, check_device_of, check_tensor, fail, show
+from .._check import as_int, check, check_device_of, check_dtype_of, check_tensor
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
     """A tensor that a linear layer with this weight takes."""
     check_tensor(name, argument, x)
     check_device_of(name, argument, x, "the weights", weight)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        fail(name, argument, f"must have the dtype of the weights, {show(weight.dtype)}", x.dtype)
+    if not torch.is_autocast_enabled(x.device.type):
+        check_dtype_of(name, argument, x, "the weights", weight)
 
 
 def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:

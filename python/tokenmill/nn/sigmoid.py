@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._check import as_number, check, check_bool
+from .._check import as_number, check, check_bool, check_float32
 from ..dense.attention import ScoreBias, sigmoid_attention
 from ..linear.lightning_slopes import lightning_slopes
 from .rules import check_heads, check_input
@@ -103,10 +103,6 @@ class SigmoidAttention(nn.Module):
             score_bias = as_number(NAME, "score_bias", score_bias, rule)
         numeric = not learn_bias or isinstance(score_bias, float)
         check(numeric, NAME, "learn_bias", "goes with a score_bias that is a number", learn_bias)
-        most = torch.finfo(torch.float32).max
-        if learn_bias:
-            fits = abs(float(score_bias)) <= most
-            check(fits, NAME, "score_bias", "must be finite in float32 to be learned", score_bias)
         self.num_heads, self.causal, self.backend = num_heads, causal, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim, bias=bias)
@@ -116,13 +112,13 @@ class SigmoidAttention(nn.Module):
         self.norm = nn.LayerNorm(dim) if hybrid_norm else nn.Identity()
         self.score_bias: ScoreBias = score_bias
         if learn_bias:
-            start = torch.full((num_heads,), float(score_bias))
-            self.score_bias = nn.Parameter(start)
+            start = float(score_bias)
+            check_float32(NAME, "score_bias", start, " to be learned")
+            self.score_bias = nn.Parameter(torch.full((num_heads,), start))
         self.gamma: nn.Parameter | None = None
         if layer_scale is not None:
             layer_scale = as_number(NAME, "layer_scale", layer_scale)
-            fits = abs(layer_scale) <= most
-            check(fits, NAME, "layer_scale", "must be finite in float32", layer_scale)
+            check_float32(NAME, "layer_scale", layer_scale)
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         slopes = lightning_slopes(num_heads) if alibi else None
         self.register_buffer("slopes", slopes, persistent=False)

@@ -11,6 +11,7 @@ from .._check import (
     check,
     check_device_of,
     check_dtype,
+    check_dtype_of,
     check_tensor,
     fail,
     show,
@@ -159,8 +160,7 @@ class KVCache:
 
 def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
     """dtype and device of like, and the first sizes as in shape."""
-    if t.dtype != like.dtype:
-        fail(NAME, name, f"must have the dtype of the cache, {show(like.dtype)}", t.dtype)
+    check_dtype_of(NAME, name, t, "the cache", like)
     check_device_of(NAME, name, t, "the cache", like)
     if list(t.shape[: len(shape)]) != list(shape):
         fail(NAME, name, f"must have shape {show(list(shape))}, {why}", t.shape)

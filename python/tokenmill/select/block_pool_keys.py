@@ -11,10 +11,10 @@ from .._check import (
     check,
     check_device_of,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     check_text,
-    fail,
     show,
 )
 from .._dispatch import call
@@ -214,8 +214,7 @@ def _check_update(
     wanted = _pooled_sizes(k, block, mode, block_table)
     rule = f"must have shape {show(wanted)}"
     check(list(pooled.shape) == wanted, UPDATE, "pooled", rule, pooled.shape)
-    if pooled.dtype != k.dtype:
-        fail(UPDATE, "pooled", f"must have the dtype of k, {show(k.dtype)}", pooled.dtype)
+    check_dtype_of(UPDATE, "pooled", pooled, "k", k)
     check_last_contiguous(UPDATE, "pooled", pooled)
     check_device_of(UPDATE, "pooled", pooled, "k", k)
     read = {"k": k, "start": start, "lengths": lengths, "block_table": block_table}

@@ -16,6 +16,7 @@ from .._check import (
     check_bool,
     check_device_of,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     check_text,
@@ -236,8 +237,7 @@ def _check(
     rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
     check(k.dim() == 4, OP, "k", rule, k.dim())
     check_dtype(OP, "q", q, float64=float64)
-    if k.dtype != q.dtype:
-        fail(OP, "k", f"must have the dtype of q, {show(q.dtype)}", k.dtype)
+    check_dtype_of(OP, "k", k, "q", q)
     check_device_of(OP, "k", k, "q", q)
     for name, t in (("q", q), ("k", k)):
         check_last_contiguous(OP, name, t)

@@ -16,11 +16,11 @@ from .._check import (
     check_bool,
     check_device_of,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     check_text,
     fail,
-    show,
 )
 from .._dispatch import call
 from .._library import TorchOp, register
@@ -193,8 +193,7 @@ def _check(
         rule = "must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]"
     check(k.dim() == (5 if scoring == "minmax" else 4), OP, "k", rule, k.dim())
     check_dtype(OP, "q", q, float64=float64)
-    if k.dtype != q.dtype:
-        fail(OP, "k", f"must have the dtype of q, {show(q.dtype)}", k.dtype)
+    check_dtype_of(OP, "k", k, "q", q)
     check_device_of(OP, "k", k, "q", q)
     for name, t in (("q", q), ("k", k)):
         check_last_contiguous(OP, name, t)

@@ -16,6 +16,7 @@ from .._check import (
     check_bool,
     check_device_of,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     fail,
@@ -166,9 +167,7 @@ def _check(
         rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
         check(t.dim() == 4, OP, name, rule, t.dim())
     check_dtype(OP, "k_cache", k_cache, float64=float64)
-    if v_cache.dtype != k_cache.dtype:
-        rule = f"must have the dtype of k_cache, {show(k_cache.dtype)}"
-        fail(OP, "v_cache", rule, v_cache.dtype)
+    check_dtype_of(OP, "v_cache", v_cache, "k_cache", k_cache)
     check_device_of(OP, "v_cache", v_cache, "k_cache", k_cache)
     for name, t in caches:
         check_last_contiguous(OP, name, t)

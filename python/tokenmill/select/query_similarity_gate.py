@@ -13,6 +13,7 @@ from .._check import (
     check,
     check_device_of_q,
     check_dtype,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     fail,
@@ -72,8 +73,7 @@ def _check(q: Tensor, q_ref: Tensor, threshold: float, *, float64: bool = False)
     for name, t in (("q", q), ("q_ref", q_ref)):
         check(t.dim() == 4, OP, name, "must have 4 dimensions [B, S, H, D]", t.dim())
     check_dtype(OP, "q", q, float64=float64)
-    if q_ref.dtype != q.dtype:
-        fail(OP, "q_ref", f"must have the dtype of q, {show(q.dtype)}", q_ref.dtype)
+    check_dtype_of(OP, "q_ref", q_ref, "q", q)
     check_device_of_q(OP, "q_ref", q_ref, q)
     for name, t in (("q", q), ("q_ref", q_ref)):
         check_last_contiguous(OP, name, t)

@@ -15,6 +15,7 @@ from .._check import (
     check,
     check_bool,
     check_device_of_q,
+    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     check_text,
@@ -406,8 +407,7 @@ def _check_extra(
         wanted = [q.shape[0], max(entries, 0), *cache.shape[2:]]
         if list(t.shape) != wanted:
             fail(OP, name, f"must have shape {show(wanted)}", t.shape)
-        if t.dtype != q.dtype:
-            fail(OP, name, f"must have the dtype of q, {show(q.dtype)}", t.dtype)
+        check_dtype_of(OP, name, t, "q", q)
         check_last_contiguous(OP, name, t)
         check_device_of_q(OP, name, t, q)
     if extra_log_count is not None:

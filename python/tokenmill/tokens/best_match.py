@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import check, check_bool, check_device_of, check_tensor, fail, show
+from .._check import check, check_bool, check_device_of, check_dtype_of, check_tensor, fail
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import best_match as reference
@@ -76,8 +76,7 @@ def lower(a: Tensor, b: Tensor, *, normalize: bool = False) -> tuple[Any, ...]:
 def _check(a: Tensor, b: Tensor, normalize: bool, *, float64: bool = False) -> None:
     check_tokens(OP, "a", a, float64=float64)
     check_tokens(OP, "b", b, float64=float64)
-    if b.dtype != a.dtype:
-        fail(OP, "b", f"must have the dtype of a, {show(a.dtype)}", b.dtype)
+    check_dtype_of(OP, "b", b, "a", a)
     check_device_of(OP, "b", b, "a", a)
     batch, _, channels = a.shape
     rule = f"must have 1 to {MAX_CHANNELS} channels"

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_device_of, check_tensor, check_text, fail, show
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_device_of,
+    check_dtype_of,
+    check_tensor,
+    check_text,
+    fail,
+)
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import reconstruct_tokens as reference
@@ -106,8 +115,7 @@ def _check(
     check_tokens(OP, "features", features, float64=float64)
     for name, t in (("centroids", centroids), ("values", values)):
         check_tokens(OP, name, t, float64=float64)
-        if t.dtype != features.dtype:
-            fail(OP, name, f"must have the dtype of features, {show(features.dtype)}", t.dtype)
+        check_dtype_of(OP, name, t, "features", features)
         check_device_of(OP, name, t, "features", features)
         if t.shape[0] != features.shape[0]:
             fail(OP, name, f"must have the batch size of features, {features.shape[0]}", t.shape[0])
