@@ -26,7 +26,8 @@ TOKENMILL_LIBRARY(library) {
   const Arguments attention =
       "Tensor q, Tensor k, Tensor v, *, str kind=\"softmax\", str normalize=\"none\", "
       "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
-      "bool score_bias_neg_log_n=False, Tensor? bias=None, Tensor? alibi_slopes=None, "
+      "bool score_bias_neg_log_n=False, Tensor? bias=None, Tensor? mask_ranges=None, "
+      "Tensor? mask_q_spans=None, Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, "
       "Tensor? sink=None, float softcap=0.0, bool causal=False, SymInt window_left=-1, "
       "SymInt window_right=-1, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\"";
@@ -41,7 +42,8 @@ TOKENMILL_LIBRARY(library) {
       "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, "
       "Tensor? block_table=None, str kind=\"softmax\", str normalize=\"none\", "
       "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
-      "bool score_bias_neg_log_n=False, Tensor? alibi_slopes=None, Tensor? sink=None, "
+      "bool score_bias_neg_log_n=False, Tensor? mask_ranges=None, Tensor? mask_q_spans=None, "
+      "Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, Tensor? sink=None, "
       "float softcap=0.0, SymInt window_left=-1, SymInt num_splits=0, str schedule=\"auto\") -> "
       "(Tensor out, Tensor lse)");
   const Arguments merge = "Tensor outs, Tensor? lses=None";

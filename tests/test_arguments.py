@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import backends, device_of
-from test_contract import each_spec, map_tensors, outputs, same_bits
+from test_contract import each_spec, outputs, same_bits
 
 import tokenmill as tm
 from tokenmill import registry
+from tokenmill.testing import map_tensors
 
 HUGE = 2**63 - 1
 

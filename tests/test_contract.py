@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenmill as tm
 from tokenmill import _dispatch, _library, registry
+from tokenmill.testing import map_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SAMPLES = [(spec, sample) for spec in registry.ops().values() for sample in spec.samples]
@@ -51,16 +52,6 @@ def each_call(few=(), without=(), others=()):
 
 def draw(sample, dtype=torch.float32, seed=0):
     return sample.make(dtype, torch.Generator().manual_seed(seed))
-
-
-def map_tensors(value, change):
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, change) for v in value)
-    if isinstance(value, dict):
-        return {k: map_tensors(v, change) for k, v in value.items()}
-    return value
 
 
 def outputs(result):

@@ -11,7 +11,7 @@ from conftest import backends, device_of
 
 import tokenmill as tm
 from tokenmill import registry
-from tokenmill.testing import evaluate, without_side_effects
+from tokenmill.testing import evaluate, map_tensors, without_side_effects
 
 SPECS = list(registry.ops().values())
 
@@ -89,11 +89,7 @@ def test_sizes_of_zero(spec, backend):
         tried = [call for call in tried if any(o.numel() for o in call[2])]
         tried = sorted(tried, key=lambda call: sum(o.numel() for o in call[2]))[:3]
     for args, kwargs, want in tried:
-        there = [t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t for t in args]
-        options = {
-            n: t.to(device_of(backend)) if isinstance(t, torch.Tensor) else t
-            for n, t in kwargs.items()
-        }
+        there, options = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
         found = results(spec, backend, there, options)
         for a, b in zip(found, want, strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3, equal_nan=True)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import backends, device_of
-from test_contract import SPECS, draw, map_tensors
+from test_contract import SPECS, draw
 from test_derivatives import as_tuple
 
 import tokenmill as tm
 from tokenmill import _dispatch, _door
+from tokenmill.testing import map_tensors
 
 NATIVE = [b for b in backends() if b in ("cpu", "emulated", "cuda")]
 each_call = pytest.mark.parametrize(

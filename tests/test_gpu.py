@@ -15,12 +15,12 @@ from test_contract import (
     SAMPLES,
     draw,
     each_sample,
-    map_tensors,
     same_bits,
     tensors,
 )
 
 import tokenmill as tm
+from tokenmill.testing import map_tensors
 
 GPU = torch.cuda.is_available()
 BACKEND = next((b for b in ("cuda", "emulated") if b in backends()), None)

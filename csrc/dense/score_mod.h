@@ -68,4 +68,50 @@ inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std
   }
 }
 
+inline void check_integers(const char* op, const char* name, const View& t, const View& q) {
+  check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
+  check(t.contiguous(), op, name, "must be contiguous; strides", t.strides);
+  check_device_of_q(op, name, t, q);
+}
+
+// `keys` is how many a row of k_spans has, or the least of them where there may be `more`. Batch,
+// heads and lengths of p must be known.
+inline void set_mask(const char* op, AttentionParams& p, const View& q, int64_t keys, bool more,
+                     const View& ranges, const View& q_spans, const View& k_spans) {
+  const int64_t batch = q.dim() == 3 ? 1 : p.batch, rows = p.seqlen_q;
+  const auto is_one_or = [](int64_t size, int64_t all) { return size == 1 || size == all; };
+  const auto stride = [](const View& t, int i) { return t.size(i) == 1 ? 0 : t.step(i); };
+  PairMask& mask = p.mask;
+  if (ranges) {
+    const View& t = ranges;
+    check(t.dim() == 5 && is_one_or(t.size(0), batch) && is_one_or(t.size(1), p.heads) &&
+              t.size(2) == rows && t.size(3) >= 1 && t.size(3) <= kMaxRanges && t.size(4) == 2,
+          op, "mask_ranges",
+          Rule("must have shape [", batch, " or 1, ", p.heads, " or 1, ", rows, ", 1 to ",
+               kMaxRanges, ", 2]"),
+          t.sizes);
+    check_integers(op, "mask_ranges", t, q);
+    mask.ranges = t.data<int32_t>();
+    mask.count = t.size(3);
+    mask.ranges_batch = stride(t, 0);
+    mask.ranges_head = stride(t, 1);
+  }
+  if (!q_spans && !k_spans) return;
+  const auto check_spans = [&](const char* name, const View& t, int64_t length, bool longer) {
+    if (!t) fail(op, name, "must be given with its counterpart", "None");
+    check(t.dim() == 3 && is_one_or(t.size(0), batch) && t.size(2) == 2 &&
+              (t.size(1) == length || (longer && t.size(1) > length)),
+          op, name,
+          Rule("must have shape [", batch, " or 1, ", length, longer ? " or more" : "", ", 2]"),
+          t.sizes);
+    check_integers(op, name, t, q);
+  };
+  check_spans("mask_q_spans", q_spans, rows, false);
+  check_spans("mask_k_spans", k_spans, keys, more);
+  mask.q_spans = q_spans.data<int32_t>();
+  mask.k_spans = k_spans.data<int32_t>();
+  mask.q_spans_batch = stride(q_spans, 0);
+  mask.k_spans_batch = stride(k_spans, 0);
+}
+
 }  // namespace tokenmill

@@ -9,6 +9,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -46,6 +47,29 @@ def band(rows: int, columns: int, left: int, right: int) -> float:
 
     seen = float(rows * columns) if right < 0 else below(shift + right + 1)
     return seen - (0.0 if left < 0 else below(shift - left))
+
+
+def masked_pairs(
+    ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None, batch: int, keys: int
+) -> float:
+    """A bound on the pairs that a mask leaves of `batch` sequences, for one head."""
+    bounds = [math.inf]
+    if ranges is not None and known(ranges):
+        begin, end = ranges.clamp(0, keys).unbind(-1)
+        seen = (end - begin).clamp(min=0).sum(-1).clamp(max=keys)
+        bounds.append(float(seen.sum()) / seen.shape[1] * (batch / max(seen.shape[0], 1)))
+    if q_spans is not None and k_spans is not None and known(q_spans):
+        (first_q, last_q), (first_k, last_k) = (
+            (t[..., 0].contiguous(), t[..., 1].contiguous()) for t in (q_spans, k_spans)
+        )
+        n = max(len(q_spans), len(k_spans), 1)
+        # Spans do not meet where that of the key begins behind, or ends before, that of the query.
+        first_k, last_k = (t.sort(-1)[0].expand(n, -1).contiguous() for t in (first_k, last_k))
+        first_q, last_q = (t.expand(n, -1).contiguous() for t in (first_q, last_q))
+        begun = torch.searchsorted(first_k, last_q, right=True)
+        ended = torch.searchsorted(last_k, first_q)
+        bounds.append(float((begun - ended).clamp(min=0).sum()) * (batch / n))
+    return min(bounds)
 
 
 def install(specs: Sequence[OpSpec]) -> None:

@@ -115,12 +115,28 @@ def assert_accurate(
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors (also inside tuples) in another dtype, everything else as it is."""
-    if _is_float(value):
-        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    def change(t: Tensor) -> Tensor:
+        return t.detach().to(dtype).requires_grad_(t.requires_grad) if _is_float(t) else t
+
+    return map_tensors(value, change)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Tensors (also inside tuples, lists and dicts) changed, everything else as it is.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> tm.testing.map_tensors((torch.ones(2), {"topk": 3}), torch.Tensor.tolist)
+        ([1.0, 1.0], {'topk': 3})
+    """
+    if isinstance(value, Tensor):
+        return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(convert(v, dtype) for v in value)
+        items = [map_tensors(v, change) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {k: convert(v, dtype) for k, v in value.items()}
+        return {k: map_tensors(v, change) for k, v in value.items()}
     return value
 
 
@@ -213,8 +229,7 @@ def compare(
     """
     draws = [_draw(spec.name, sample, dtype, seed + i) for i in range(4)]
     first = draws[0]
-    there = [a.to(device) if isinstance(a, Tensor) else a for a in first.args]
-    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first.kwargs.items()}
+    there, options = map_tensors((first.args, first.kwargs), lambda t: t.to(device))
     run = without_side_effects(spec, functools.partial(spec.function, backend=backend))
     weights = first.cotangents if spec.differentiable else None
     actual = chain(*evaluate(run, there, options, weights))

@@ -86,6 +86,9 @@ class Call(NamedTuple):
     score_bias_value: float
     score_bias_neg_log_n: bool
     bias: Tensor | None
+    mask_ranges: Tensor | None
+    mask_q_spans: Tensor | None
+    mask_k_spans: Tensor | None
     alibi_slopes: Tensor | None
     sink: Tensor | None
     softcap: float

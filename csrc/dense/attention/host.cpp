@@ -18,7 +18,7 @@ struct AttentionArgs : Record {
   View score_bias;
   double score_bias_value;
   bool score_bias_neg_log_n;
-  View bias, alibi_slopes, sink;
+  View bias, mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes, sink;
   double softcap;
   bool causal;
   int64_t window_left, window_right;
@@ -116,6 +116,7 @@ AttentionParams make_params(const AttentionArgs& a) {
     p.bias_rows = t.size(2) == 1 ? Band::kFar : t.size(2);
     p.bias_columns = t.size(3) == 1 ? Band::kFar : t.size(3);
   }
+  set_mask(kOp, p, a.q, p.seqlen_k, false, a.mask_ranges, a.mask_q_spans, a.mask_k_spans);
   p.window_left = a.window_left;
   p.window_right = a.causal ? 0 : a.window_right;
   p.fast = a.precision == "fast";

@@ -11,6 +11,21 @@ enum class Normalize : int32_t { none, sum, count };
 
 constexpr float kSumEpsilon = 1e-8f;  // added to a row sum
 
+// What a mask hides beside the band of causal and window. Key j is seen if begin <= j < end for one
+// of its query's `count` ranges (begin, end), and if the spans of ids (first, last) of query and key
+// meet. Null: no such rule. Strides in elements, 0 where broadcast; rows of queries and keys are
+// contiguous, and packed ones lie where the tokens do.
+struct PairMask {
+  const int32_t* ranges;  // [B | 1, H | 1, Sq, count, 2], packed [1, H | 1, Tq, count, 2]
+  int64_t count, ranges_batch, ranges_head;
+  const int32_t *q_spans, *k_spans;  // [B | 1, Sq, 2], [B | 1, Sk, 2], packed [1, T, 2]
+  int64_t q_spans_batch, k_spans_batch;
+
+  constexpr bool any() const { return ranges || q_spans; }
+};
+
+constexpr int64_t kMaxRanges = 4;
+
 struct AttentionParams {
   int64_t batch, heads, kv_heads;  // batch counts sequences
   int64_t seqlen_q, seqlen_k;      // packed: all tokens
@@ -36,6 +51,7 @@ struct AttentionParams {
   DType bias_dtype;
   int64_t bias_batch, bias_head, bias_q, bias_k;
   int64_t bias_rows, bias_columns;    // that bias has; beyond any sequence where it is broadcast
+  PairMask mask;
   int64_t window_left, window_right;  // -1: no limit; causal is right = 0
   bool fast;
 };

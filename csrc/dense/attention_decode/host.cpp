@@ -28,7 +28,7 @@ struct AttentionDecodeArgs : Record {
   View score_bias;
   double score_bias_value;
   bool score_bias_neg_log_n;
-  View alibi_slopes, sink;
+  View mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes, sink;
   double softcap;
   int64_t window_left, num_splits;
   std::string_view schedule;
@@ -68,6 +68,8 @@ std::tuple<Array, Array> attention_decode(const AttentionDecodeArgs& a) {
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   p.window_left = a.window_left;
   set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
+  const int64_t room = a.k_cache.size(1) * (a.block_table ? a.block_table.size(1) : 1);
+  set_mask(kOp, p, a.q, room, true, a.mask_ranges, a.mask_q_spans, a.mask_k_spans);
   check_cache_values(kOp, a.q, a.k_cache, d.cache);
 
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);

@@ -1,11 +1,12 @@
 """Attention with any score map."""
 
 from .additive_attention import additive_attention, pointer_argmax
-from .attention import attention, sigmoid_attention
+from .attention import attention
 from .attention_decode import attention_decode
 from .merge_attention_states import merge_attention_states
 from .pattention import pattention
 from .reweighted_attention import reweighted_attention
+from .sigmoid_attention import sigmoid_attention
 from .soft_causal_attention import soft_causal_attention
 
 __all__ = [

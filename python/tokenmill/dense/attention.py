@@ -13,9 +13,10 @@ from .._autocast import Autocast
 from .._check import as_int, as_number, check_bool, check_tensor, check_text
 from .._derivatives import keep, kept
 from .._dispatch import call
-from .._flops import band, known
+from .._flops import band, known, masked_pairs
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from ..masks import NO_MASK, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, register_op
 from .attention_rules import OP, check_attention, check_attention_values
@@ -29,6 +30,7 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
+    unsupported_mask,
 )
 
 Precision = Literal["accurate", "fast"]
@@ -40,6 +42,7 @@ class SigmoidOptions(TypedDict, total=False):
     normalize: Normalize
     scale: float | None
     bias: Tensor | None
+    mask: Masks
     alibi_slopes: Tensor | None
     softcap: float
     causal: bool
@@ -92,6 +95,7 @@ def attention(
     scale: float | None = None,
     score_bias: ScoreBias = None,
     bias: Tensor | None = None,
+    mask: Masks = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
@@ -146,6 +150,8 @@ def attention(
             in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit. Or
             bool, as the attn_mask of scaled_dot_product_attention: True = visible. A mask is made
             a bias in the dtype of q, of its own shape; it has no gradient.
+        mask: of :mod:`tokenmill.masks` (prefix, segments, ranges), or a tuple of at most one of
+            each class. A pair is visible if it, causal and window allow it.
         alibi_slopes: ``[H]`` or ``[B, H]``; subtracts slope times distance.
         sink: ``[H]``, softmax only: a learnable logit that takes weight and has no value.
         softcap: 0 = off.
@@ -206,6 +212,7 @@ def attention(
             scale=scale,
             score_bias=score_bias,
             bias=bias,
+            mask=mask,
             alibi_slopes=alibi_slopes,
             sink=sink,
             softcap=softcap,
@@ -223,46 +230,6 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def sigmoid_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    score_bias: ScoreBias = "neg_log_n",
-    **options: Unpack[SigmoidOptions],
-) -> Tensor:
-    r"""Sigmoid attention: :func:`attention` with kind="sigmoid" and a score bias of -log n.
-
-    The default bias keeps the sum of a row of weights near 1 at initialisation, whatever the number
-    of keys: :math:`n\,\sigma(-\log n) = n / (n + 1)`.
-
-    Args:
-        q, k, v: as in :func:`attention`.
-        score_bias: as in :func:`attention`; default "neg_log_n".
-        options: every other keyword of :func:`attention` but sink and return_lse. With
-            normalize="sum" a row of weights sums to 1 for any number of keys.
-
-    Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q.
-
-    Raises:
-        RuntimeError: naming argument, rule and value, before anything runs.
-
-    Complexity: as :func:`attention`; without normalize the backward needs neither out nor row
-    statistics.
-
-    Paper: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (Ramapuram et al. 2024),
-    sections 2 and 5.
-
-    Example:
-        >>> import torch, tokenmill as tm
-        >>> x = torch.randn(1, 64, 4, 32)
-        >>> tm.sigmoid_attention(x, x, torch.ones_like(x), scale=0.0)[0, 0, 0, 0]
-        tensor(0.9846)
-    """
-    return attention(q, k, v, kind="sigmoid", score_bias=score_bias, **options)
-
-
 def lower(
     q: Tensor,
     k: Tensor,
@@ -273,6 +240,7 @@ def lower(
     scale: float | None = None,
     score_bias: float | str | Tensor | None = None,
     bias: Tensor | None = None,
+    mask: Masks = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
@@ -318,6 +286,17 @@ def lower(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    lowered_mask = NO_MASK
+    if mask is not None and k.dim() > 2:
+        lowered_mask = lower_mask(
+            OP,
+            mask,
+            q,
+            k.shape[-3],
+            causal=causal,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
     return (
         q,
         k,
@@ -327,6 +306,7 @@ def lower(
         scale,
         *lower_score_bias(OP, score_bias, q),
         bias,
+        *lowered_mask,
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),
         softcap,
@@ -423,6 +403,11 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
+def _unsupported(backend: str, *lowered: Any) -> list[str]:
+    a = FORWARD.record(*lowered)
+    return unsupported_mask(backend, a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
+
+
 def flops(*lowered: Any) -> float:
     """Operations of the two products over visible pairs."""
     a = FORWARD.record(*lowered)
@@ -435,6 +420,9 @@ def flops(*lowered: Any) -> float:
     else:
         sizes = [(a.q.shape[0], a.k.shape[0])]
     pairs = sum(band(sq, sk, a.window_left, right) for sq, sk in sizes)
+    mask = (a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
+    batch = 1 if starts_q is not None else a.q.shape[0]
+    pairs = min(pairs, masked_pairs(*mask, batch, a.k.shape[-3]))
     return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v.shape[-1])
 
 
@@ -473,6 +461,7 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
+        unsupported=_unsupported,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",

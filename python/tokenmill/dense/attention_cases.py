@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import masks
 from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
 
@@ -69,6 +70,46 @@ def draw_mask(*shape: int) -> Any:
         return torch.rand(shape, generator=g) < 0.7
 
     return draw
+
+
+def draw_integers(*shape: int, low: int = 0, high: int) -> Any:
+    def draw(g: torch.Generator) -> Tensor:
+        return torch.randint(low, high, shape, generator=g, dtype=torch.int32)
+
+    return draw
+
+
+def draw_ranges(*shape: int, keys: int) -> Any:
+    """Some empty, some beyond the keys."""
+
+    def draw(dtype: torch.dtype, g: torch.Generator) -> masks.Ranges:
+        begin = draw_integers(*shape, low=-3, high=keys)(g)
+        return masks.ranges(begin, begin + draw_integers(*shape, low=-1, high=keys // 2 + 2)(g))
+
+    return draw
+
+
+def draw_prefix(*lengths: int) -> Any:
+    return lambda dtype, g: masks.prefix(torch.tensor(lengths, dtype=torch.int32))
+
+
+def draw_segments(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...] | None = None,
+    sort: bool = True,
+    **options: Any,
+) -> Any:
+    def draw(dtype: torch.dtype, g: torch.Generator) -> masks.Segments:
+        q_ids, k_ids = (draw_integers(*(s or q_shape), high=5)(g) for s in (q_shape, k_shape))
+        if sort:
+            q_ids, k_ids = q_ids.sort(-1)[0], k_ids.sort(-1)[0]
+        return masks.segments(q_ids, k_ids if k_shape else None, **options)
+
+    return draw
+
+
+def draw_masks(*draws: Any) -> Any:
+    return lambda dtype, g: tuple(draw(dtype, g) for draw in draws)
 
 
 SAMPLES = (
@@ -138,6 +179,61 @@ SAMPLES = (
     Sample(
         "taylor2",
         _dense({"hk": 1}, kind="taylor2", score_bias=-0.5, bias=draw_tensor(2, 1, 1, 33)),
+    ),
+    Sample("segments", _dense({"sq": 150, "sk": 150, "d": 16}, mask=draw_segments((2, 150)))),
+    Sample(
+        "segments in any order, shared, causal",
+        _dense({}, causal=True, mask=draw_segments((2, 33), sort=False, shared=2)),
+    ),
+    Sample(
+        "not after, more keys, every term",
+        _dense(
+            {"d": 20, "dv": 12, "sk": 71},
+            mask=draw_segments((1, 33), (2, 71), rule="not_after", shared=4),
+            bias=draw_tensor(2, 1, 33, 71),
+            alibi_slopes=draw_tensor(4, positive=True),
+            score_bias=draw_tensor(2, 4),
+            softcap=3.0,
+            window=(60, 40),
+        ),
+    ),
+    Sample(
+        "prefix, sink",
+        _dense({"hk": 1}, mask=draw_prefix(20, 0), sink=draw_tensor(4), window=(25, -1)),
+    ),
+    Sample(
+        "ranges of each head",
+        _dense({"sq": 40, "sk": 90}, mask=draw_ranges(2, 4, 40, 3, keys=90)),
+    ),
+    Sample(
+        "elu1 by sum, segments and ranges",
+        _dense(
+            {"hk": 1},
+            kind="elu1",
+            normalize="sum",
+            return_lse=True,
+            mask=draw_masks(draw_segments((2, 33)), draw_ranges(1, 1, 33, 2, keys=33)),
+        ),
+    ),
+    Sample(
+        "relu by count, packed, prefix and ranges",
+        _packed(
+            [5, 0, 29],
+            [7, 3, 40],
+            kind="relu",
+            normalize="count",
+            mask=draw_masks(draw_prefix(4, 1, 9), draw_ranges(1, 4, 34, 4, keys=40)),
+        ),
+    ),
+    Sample(
+        "sigmoid packed, segments",
+        _packed(
+            [30, 4],
+            [41, 2],
+            kind="sigmoid",
+            causal=True,
+            mask=draw_segments((34,), (43,), sort=False),
+        ),
     ),
     Sample(
         "sigmoid by sum",
@@ -241,6 +337,31 @@ MALFORMED = (
         lambda a, k: a.__setitem__(slice(1, 3), [torch.zeros(2, 33, 3, 32)] * 2),
     ),
     *MALFORMED_KINDS,
+    Malformed(
+        "mask",
+        "mask: must be of tokenmill.masks, or a tuple of at most one of each class; got 3",
+        set_options(mask=3),
+    ),
+    Malformed(
+        "prefix and causal",
+        "mask: prefix stands in place of causal; got causal=True",
+        set_options(mask=masks.prefix(torch.zeros(2, dtype=torch.int32)), causal=True),
+    ),
+    Malformed(
+        "prefix of another batch",
+        "mask: lengths of prefix must have shape [2]; got [3]",
+        set_options(mask=masks.prefix(torch.zeros(3, dtype=torch.int32))),
+    ),
+    Malformed(
+        "segments of other queries",
+        "mask_q_spans: must have shape [2 or 1, 33, 2]; got [1, 9, 2]",
+        set_options(mask=masks.segments(torch.zeros(1, 9, dtype=torch.int32))),
+    ),
+    Malformed(
+        "ranges of other heads",
+        "mask_ranges: must have shape [2 or 1, 4 or 1, 33, 1 to 4, 2]; got [1, 3, 33, 1, 2]",
+        set_options(mask=masks.ranges(*torch.zeros(2, 1, 3, 33, 1, dtype=torch.int32))),
+    ),
     Malformed(
         "precision",
         "precision: must be 'accurate' or 'fast'; got 'fp8'",

@@ -15,6 +15,7 @@ from .._flops import known
 from .._kv_cache import check_cache, check_lengths, check_lengths_values
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
+from ..masks import Masks, lower_mask
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, register_op
 from .terms import (
@@ -24,12 +25,14 @@ from .terms import (
     ScoreBias,
     as_window,
     check_kind,
+    check_mask,
     check_return_lse,
     check_scale,
     check_terms,
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
+    unsupported_mask,
 )
 
 OP = "attention_decode"
@@ -50,6 +53,7 @@ def attention_decode(
     normalize: Normalize = ...,
     scale: float | None = ...,
     score_bias: ScoreBias = ...,
+    mask: Masks = ...,
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     softcap: float = ...,
@@ -73,6 +77,7 @@ def attention_decode(
     normalize: Normalize = ...,
     scale: float | None = ...,
     score_bias: ScoreBias = ...,
+    mask: Masks = ...,
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     softcap: float = ...,
@@ -95,6 +100,7 @@ def attention_decode(
     normalize: Normalize = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
+    mask: Masks = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
@@ -124,6 +130,9 @@ def attention_decode(
             last key may hold anything.
         kind, normalize, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
         score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
+        mask: segments or ranges of :mod:`tokenmill.masks`, or both. Ids of keys are those of all
+            positions that the cache has room for, in the order of the request's keys; a prefix,
+            which stands in place of causal, is refused.
         window: (left, right) keys beside a query's own position; -1 = no limit. As no key is
             to the right of a query, right is -1 or 0.
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
@@ -174,6 +183,7 @@ def attention_decode(
             normalize=normalize,
             scale=scale,
             score_bias=score_bias,
+            mask=mask,
             alibi_slopes=alibi_slopes,
             sink=sink,
             softcap=softcap,
@@ -198,6 +208,7 @@ def lower(
     normalize: str | None = None,
     scale: float | None = None,
     score_bias: ScoreBias = None,
+    mask: Masks = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
@@ -232,6 +243,7 @@ def lower(
     if right not in (-1, 0):
         fail(OP, "window", "right must be -1 or 0: no query sees a later key", right)
     num_splits = as_int(OP, "num_splits", num_splits)
+    lowered_mask = lower_mask(OP, mask, q, 0, causal=True)
     return (
         q,
         k_cache,
@@ -242,6 +254,7 @@ def lower(
         normalize,
         scale,
         *lower_score_bias(OP, score_bias, q),
+        *lowered_mask,
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),
         softcap,
@@ -264,6 +277,9 @@ def _check(
     score_bias: Tensor | None,
     score_bias_value: float,
     score_bias_neg_log_n: bool,
+    mask_ranges: Tensor | None,
+    mask_q_spans: Tensor | None,
+    mask_k_spans: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
@@ -286,6 +302,8 @@ def _check(
         check(schedule != "stream_k", OP, "schedule", rule, schedule)
     check_lengths(OP, q, seqlens_k, block_table)
     check_terms(OP, q, q.shape[0], kind, score_bias, alibi_slopes, sink)
+    keys = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    check_mask(OP, q, q.shape[0], keys, mask_ranges, mask_q_spans, mask_k_spans)
 
 
 def _check_values(
@@ -298,6 +316,11 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind, normalize = rest[2:4]
     lse = (q.shape[0], q.shape[2], q.shape[1]) if has_row_statistic(kind, normalize) else (0,)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+
+
+def _unsupported(backend: str, *lowered: Any) -> list[str]:
+    a = FORWARD.record(*lowered)
+    return unsupported_mask(backend, a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
 
 
 def flops(
@@ -332,6 +355,7 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
+        unsupported=_unsupported,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import masks
 from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
-from .attention_cases import MALFORMED_KINDS, Arguments, draw_tensor, with_options
+from .attention_cases import (
+    MALFORMED_KINDS,
+    Arguments,
+    draw_masks,
+    draw_ranges,
+    draw_segments,
+    draw_tensor,
+    with_options,
+)
 
 
 def draw_cache(
@@ -143,6 +152,36 @@ SAMPLES = (
             schedule="stream_k",
         ),
     ),
+    Sample(
+        "segments",
+        decode_call(
+            (50, 7, 0),
+            capacity=50,
+            mask=draw_segments((3, 1), (3, 50), rule="not_after", shared=3),
+        ),
+    ),
+    Sample(
+        "pages, segments and ranges",
+        decode_call(
+            (64, 17),
+            sq=3,
+            page_size=16,
+            mask=draw_masks(
+                draw_segments((2, 3), (1, 80), sort=False), draw_ranges(2, 4, 3, 2, keys=64)
+            ),
+        ),
+    ),
+    Sample(
+        "relu by count, ranges, splits",
+        decode_call(
+            (150, 40),
+            capacity=150,
+            kind="relu",
+            normalize="count",
+            num_splits=3,
+            mask=draw_ranges(1, 4, 1, 3, keys=150),
+        ),
+    ),
     Sample("splits", decode_call((300, 80), capacity=300, num_splits=3)),
     Sample("stream_k", decode_call((300, 1, 130), capacity=300, schedule="stream_k")),
     Sample("wide heads", decode_call((40,), h=3, hk=1, d=200, dv=136)),
@@ -224,6 +263,20 @@ MALFORMED = (
         _caches(lambda t: t[:, :12], block_table=_TABLE),
     ),
     *MALFORMED_KINDS,
+    Malformed(
+        "prefix",
+        "mask: prefix stands in place of causal; got causal=True",
+        set_options(mask=masks.prefix(torch.zeros(3, dtype=torch.int32))),
+    ),
+    Malformed(
+        "segments of less than the cache",
+        "mask_k_spans: must have shape [3 or 1, 64 or more, 2]; got [1, 9, 2]",
+        set_options(
+            mask=masks.segments(
+                torch.zeros(3, 1, dtype=torch.int32), torch.zeros(1, 9, dtype=torch.int32)
+            )
+        ),
+    ),
     Malformed(
         "lse of sigmoid",
         "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",

@@ -20,7 +20,7 @@ from .._check import (
     show,
 )
 from .._library import record_of
-from .terms import check_kind, check_scale, check_terms
+from .terms import check_kind, check_mask, check_scale, check_terms
 
 OP = "attention"
 PRECISIONS = ("accurate", "fast")
@@ -44,6 +44,8 @@ def check_attention(*lowered: Any, float64: bool = False) -> None:
             rows = rows if a.max_seqlen_q is None else a.max_seqlen_q
             columns = columns if a.max_seqlen_k is None else a.max_seqlen_k
         _check_bias(a.bias, a.q, (batch, a.q.shape[-2], rows, columns))
+    keys = a.k.shape[-3]
+    check_mask(OP, a.q, batch, keys, a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
 
 
 def _check_cu_seqlens(

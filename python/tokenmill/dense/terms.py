@@ -21,6 +21,7 @@ from .._check import (
     fail,
 )
 from .._lowering import widen
+from ..masks import MAX_RANGES
 
 Kind = Literal["softmax", "sigmoid", "relu", "elu1", "linear", "taylor2"]
 Normalize: TypeAlias = Literal["sum", "count"] | None
@@ -107,6 +108,57 @@ def check_terms(
         if list(sink.shape) != [heads]:
             fail(op, "sink", f"must have shape [{heads}]", sink.shape)
         check_small(op, "sink", sink, q)
+
+
+def unsupported_mask(backend: str, *mask: Tensor | None) -> list[str]:
+    """Why a backend does not run a mask."""
+    if backend == "reference" or all(t is None for t in mask):
+        return []
+    return [f"mask has no {backend} kernel"]
+
+
+def check_mask(
+    op: str,
+    q: Tensor,
+    batch: int,
+    keys: int,
+    ranges: Tensor | None,
+    q_spans: Tensor | None,
+    k_spans: Tensor | None,
+) -> None:
+    """keys: that a row of k_spans has, or more of them."""
+    heads, rows = q.shape[-2], q.shape[-3]
+    batch = 1 if q.dim() == 3 else batch
+    if ranges is not None:
+        ok = (
+            ranges.dim() == 5
+            and ranges.shape[0] in (1, batch)
+            and ranges.shape[1] in (1, heads)
+            and ranges.shape[2] == rows
+            and 1 <= ranges.shape[3] <= MAX_RANGES
+            and ranges.shape[4] == 2
+        )
+        rule = f"must have shape [{batch} or 1, {heads} or 1, {rows}, 1 to {MAX_RANGES}, 2]"
+        check(ok, op, "mask_ranges", rule, ranges.shape)
+        check_integers(op, "mask_ranges", ranges, q)
+    if q_spans is None and k_spans is None:
+        return
+    for name, t, length, more in (
+        ("mask_q_spans", q_spans, rows, ""),
+        ("mask_k_spans", k_spans, keys, " or more" if op == "attention_decode" else ""),
+    ):
+        if t is None:
+            fail(op, name, "must be given with its counterpart", None)
+        ok = t.dim() == 3 and t.shape[0] in (1, batch) and t.shape[2] == 2
+        ok = ok and (t.shape[1] == length or (bool(more) and t.shape[1] > length))
+        check(ok, op, name, f"must have shape [{batch} or 1, {length}{more}, 2]", t.shape)
+        check_integers(op, name, t, q)
+
+
+def check_integers(op: str, name: str, t: Tensor, q: Tensor) -> None:
+    check(t.dtype == torch.int32, op, name, "must be int32", t.dtype)
+    check(t.is_contiguous(), op, name, "must be contiguous; strides", t.stride())
+    check_device_of_q(op, name, t, q)
 
 
 def check_small(op: str, name: str, t: Tensor, q: Tensor) -> None:

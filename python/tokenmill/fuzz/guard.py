@@ -39,7 +39,9 @@ class Guard:
             if id(value) not in self._copies:
                 self._copies[id(value)] = (value, self._place(value))
             return self._copies[id(value)][1]
-        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self(v) for v in value))
+        if type(value) in (tuple, list):
             return type(value)(self(v) for v in value)
         if isinstance(value, dict):
             return {k: self(v) for k, v in value.items()}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._check import as_number, check, check_bool, check_float32
-from ..dense.attention import ScoreBias, sigmoid_attention
+from ..dense.sigmoid_attention import sigmoid_attention
+from ..dense.terms import ScoreBias
 from ..linear.lightning_slopes import lightning_slopes
 from .rules import check_heads, check_input
 

@@ -33,6 +33,23 @@ def visible_pairs(sq: int, sk: int, left: int, right: int, device: torch.device)
     return visible
 
 
+def masked_pairs(
+    visible: Tensor, ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None
+) -> Tensor:
+    """[Sq, Sk], or [B | 1, H | 1, Sq, Sk] with a mask: what it leaves of the visible pairs. A query
+    sees key j if begin <= j < end for one of its ranges [B | 1, H | 1, Sq, R, 2], and if the spans
+    of ids, [B | 1, Sq | Sk, 2], of query and key meet."""
+    if ranges is not None:
+        begin, end = ranges[..., None, :, :].unbind(-1)
+        j = torch.arange(visible.shape[-1], device=visible.device)[:, None]
+        visible = visible & ((begin <= j) & (j < end)).any(-1)
+    if q_spans is not None and k_spans is not None:
+        first_q, last_q = q_spans[:, None, :, None].unbind(-1)
+        first_k, last_k = k_spans[:, None, None].unbind(-1)
+        visible = visible & (first_q <= last_k) & (first_k <= last_q)
+    return visible
+
+
 def relative_position(sq: int, sk: int, device: torch.device) -> Tensor:
     """[Sq, Sk]: position of query i minus position of key j, bottom-right aligned."""
     i = torch.arange(sq, device=device)[:, None]

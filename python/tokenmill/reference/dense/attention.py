@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._common import (
     expand_heads,
+    masked_pairs,
     normalized,
     scores,
     softmax,
@@ -35,6 +36,9 @@ def attention(
     score_bias_value: float,
     score_bias_neg_log_n: bool,
     bias: Tensor | None,
+    mask_ranges: Tensor | None,
+    mask_q_spans: Tensor | None,
+    mask_k_spans: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
@@ -58,7 +62,11 @@ def attention(
         n = len(cu_seqlens_q) - 1
         ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
 
-    def one(b: int | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    mask = (mask_ranges, mask_q_spans, mask_k_spans)
+
+    def one(
+        b: int | None, q: Tensor, k: Tensor, v: Tensor, mask: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor]:
         pick = slice(None) if b is None else slice(b, b + 1)
 
         def rows(x: Tensor | None) -> Tensor | None:  # [H] | [B, H] -> [1 | B, H, 1, 1]
@@ -76,6 +84,7 @@ def attention(
             bias_b = bias_b[..., : max(q.shape[1], 1), : max(k.shape[1], 1)]
         right = 0 if causal else window_right
         visible = visible_pairs(q.shape[1], k.shape[1], window_left, right, q.device)
+        visible = masked_pairs(visible, *mask)
         z = scores(
             q, k, scale, softcap, bias_b, rows(alibi_slopes), rows(score_bias), constant, upcast
         )
@@ -89,12 +98,17 @@ def attention(
 
     wide = torch.promote_types(q.dtype, torch.float32)
     if cu_seqlens_q is None:
-        out, lse = one(None, q, k, v)
+        out, lse = one(None, q, k, v, mask)
         return out, lse.to(wide)
     outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [q.new_zeros(q.shape[1], 0, dtype=wide)]
     for b in range(n):
         rows_q, rows_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
-        out, lse = one(b, q[None, rows_q], k[None, rows_k], v[None, rows_k])
+        mask_b = (
+            None if mask_ranges is None else mask_ranges[:, :, rows_q],
+            None if mask_q_spans is None else mask_q_spans[:, rows_q],
+            None if mask_k_spans is None else mask_k_spans[:, rows_k],
+        )
+        out, lse = one(b, q[None, rows_q], k[None, rows_k], v[None, rows_k], mask_b)
         outs.append(out[0])
         lses.append(lse.to(wide)[0] if lse.dim() == 3 else lse)
     if kind != "softmax" and normalize == "none":

@@ -23,6 +23,9 @@ def attention_decode(
     score_bias: Tensor | None,
     score_bias_value: float,
     score_bias_neg_log_n: bool,
+    mask_ranges: Tensor | None,
+    mask_q_spans: Tensor | None,
+    mask_k_spans: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
@@ -38,6 +41,7 @@ def attention_decode(
         k, v = (request_rows(cache, b, length, block_table) for cache in (k_cache, v_cache))
         per_head = (x if x is None or x.dim() == 1 else x[b] for x in (score_bias, alibi_slopes))
         score_bias_b, slopes = per_head
+        k_spans = of_request(mask_k_spans, b)
         out, lse = attention(
             q[b : b + 1],
             k[None],
@@ -49,6 +53,9 @@ def attention_decode(
             score_bias_value=score_bias_value,
             score_bias_neg_log_n=score_bias_neg_log_n,
             bias=None,
+            mask_ranges=of_request(mask_ranges, b),
+            mask_q_spans=of_request(mask_q_spans, b),
+            mask_k_spans=k_spans if k_spans is None else k_spans[:, :length],
             alibi_slopes=slopes,
             sink=sink,
             softcap=softcap,
@@ -70,6 +77,10 @@ def attention_decode(
     if kind != "softmax" and normalize == "none":
         return torch.cat([out, *outs]), q.new_empty(0, dtype=wide)
     return torch.cat([out, *outs]), torch.cat([lse, *lses])
+
+
+def of_request(mask: Tensor | None, b: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else mask[b : b + 1]
 
 
 def request_rows(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
