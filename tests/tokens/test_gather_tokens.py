@@ -275,3 +275,15 @@ def test_out_compiles_as_one_graph(backend):
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, index), run(x, index))
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_gradients_take_indices_whose_rows_overlap(backend):
+    """What is made like them does not keep their strides."""
+    x = torch.randn(2, 4, 5, device=device_of(backend)).requires_grad_()
+    indices = torch.tensor([0, 2, 2, 1], dtype=torch.int32, device=x.device)
+    rows = indices.as_strided((2, 3), (1, 1))
+    (dx,) = torch.autograd.grad(tm.gather_tokens(x, rows, backend=backend).sum(), x)
+    assert dx[..., 0].tolist() == [[1, 0, 2, 0], [0, 1, 2, 0]]
+    sums = tm.merge_tokens(torch.ones(2, 3, 1, device=x.device), rows, 4, reduce="sum")[0]
+    assert sums[..., 0].tolist() == [[1, 0, 2, 0], [0, 1, 2, 0]]

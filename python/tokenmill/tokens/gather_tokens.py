@@ -177,7 +177,7 @@ def _backward(ops: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 def sum_of_copies(ops: Any, dout: Tensor, indices: Tensor, tokens: int) -> Tensor:
     """[B, tokens, C], the sum of the rows of dout [B, K, C] whose index [B, K] it is."""
     entries = indices[:, None, :, None]
-    counts = torch.ones_like(entries[..., 0])
+    counts = entries.new_ones(entries.shape[:-1])
     offsets, rows = ops.transpose_block_list(entries, counts, tokens)
     dx: Tensor = ops.segment_reduce(dout, offsets[:, 0], rows[:, 0], None, "sum")[0]
     return dx

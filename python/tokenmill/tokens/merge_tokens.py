@@ -83,7 +83,7 @@ def merge_tokens(
         return y[0], total[0]
     lists = assign.to(torch.int32)[:, None, :, None]
     offsets, rows = transpose_block_list(
-        lists, torch.ones_like(lists[..., 0]), num_out, backend=backend
+        lists, lists.new_ones(lists.shape[:-1]), num_out, backend=backend
     )
     y, total = segment_reduce(
         x, offsets[:, 0], perm=rows[:, 0], weight=weight, reduce=reduce, return_weight_sum=True,
