@@ -28,6 +28,7 @@ TOKENMILL_LIBRARY(library) {
       "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
       "bool score_bias_neg_log_n=False, Tensor? bias=None, Tensor? mask_ranges=None, "
       "Tensor? mask_q_spans=None, Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, "
+      "SymInt grid_width=0, str grid_distance=\"chebyshev\", SymInt grid_window=-1, "
       "Tensor? sink=None, float softcap=0.0, bool causal=False, SymInt window_left=-1, "
       "SymInt window_right=-1, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\"";

@@ -27,7 +27,7 @@ HERE = [paper for paper in papers.PAPERS if paper.call]
 sources = pytest.mark.skipif(not PAGE.exists(), reason="the documents are not beside the tests")
 each_here = pytest.mark.parametrize("paper", HERE, ids=lambda paper: f"{paper.number}")
 # Papers with a computation that the package lacks. A row that gains a call leaves this list.
-MISSING = {23, 45}
+MISSING = {45}
 
 
 def test_there_are_61_papers_and_no_two_alike():

@@ -75,6 +75,9 @@ class Terms(NamedTuple):
     score_bias_batch: int
     slopes: Tensor | None  # [H] or [B, H]
     slopes_batch: int
+    chebyshev: int | None  # width of the grid that slopes are over, by its distance
+    manhattan: int | None
+    grid_window: int | None
     bias: Tensor | None  # strides 0 where broadcast
     bias_batch: int
     bias_head: int
@@ -337,8 +340,17 @@ def tanh(b_x):
 
 
 @triton.jit
-def distance(o_i, o_j, sequence):
-    return tl.abs(o_i + sequence.diagonal - o_j).to(tl.float32)
+def distance(o_i, o_j, terms, sequence):
+    if terms.chebyshev is not None:
+        b_dy = tl.abs(o_i // terms.chebyshev - o_j // terms.chebyshev)
+        b_dx = tl.abs(o_i % terms.chebyshev - o_j % terms.chebyshev)
+        b_distance = tl.maximum(b_dy, b_dx)
+    elif terms.manhattan is not None:
+        b_dy = tl.abs(o_i // terms.manhattan - o_j // terms.manhattan)
+        b_distance = b_dy + tl.abs(o_i % terms.manhattan - o_j % terms.manhattan)
+    else:
+        b_distance = tl.abs(o_i + sequence.diagonal - o_j)
+    return b_distance.to(tl.float32)
 
 
 @triton.jit
@@ -354,7 +366,10 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
         # +inf counts as the largest finite score. A comparison lets NaN pass.
         b_z = tl.where(b_z > FLOAT_MAX, FLOAT_MAX, b_z)
     if terms.slopes is not None:
-        b_z -= head.slope * distance(o_i, o_j, sequence)
+        b_distance = distance(o_i, o_j, terms, sequence)
+        b_z -= head.slope * b_distance
+        if terms.grid_window is not None:
+            b_z = tl.where(b_distance > terms.grid_window, -INF, b_z)
     return b_z + head.constant
 
 
@@ -446,6 +461,9 @@ def terms_of(
     alibi_slopes: Tensor | None,
     bias: Tensor | None = None,
     kind: str = "softmax",
+    grid_width: int = 0,
+    grid_distance: str = "chebyshev",
+    grid_window: int = -1,
 ) -> Terms:
     nats = bias is not None or alibi_slopes is not None or kind not in ("softmax", "sigmoid")
     unit = 1.0 if nats else LOG2E.value
@@ -459,6 +477,9 @@ def terms_of(
         _batch_stride(score_bias),
         alibi_slopes,
         _batch_stride(alibi_slopes),
+        grid_width if grid_width > 0 and grid_distance == "chebyshev" else None,
+        grid_width if grid_width > 0 and grid_distance == "manhattan" else None,
+        grid_window if grid_width > 0 and grid_window >= 0 else None,
         bias,
         *_broadcast_strides(bias),
     )

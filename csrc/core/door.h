@@ -168,7 +168,7 @@ struct Kinds {
   }
 };
 
-constexpr size_t kMostArguments = 32, kMostResults = 8;
+constexpr size_t kMostArguments = 48, kMostResults = 8;  // of any schema
 
 struct Operator {
   const char* name;

@@ -21,6 +21,7 @@ from torch import Tensor
 from ._check import as_int, check, check_device_of_q, check_tensor, fail, show
 
 Rule = Literal["equal", "not_after"]
+Distance = Literal["chebyshev", "manhattan"]
 MAX_RANGES = 4
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -45,6 +46,21 @@ class Ranges(NamedTuple):
 
     begin: Tensor
     end: Tensor
+
+
+class Grid(NamedTuple):
+    """See :func:`grid`."""
+
+    width: int
+    distance: Distance
+    window: int | None
+
+
+class Decay2d(NamedTuple):
+    """See :func:`decay2d`."""
+
+    gamma: Tensor
+    grid: Grid
 
 
 Mask: TypeAlias = Prefix | Segments | Ranges
@@ -145,6 +161,67 @@ def ranges(begin: Tensor, end: Tensor) -> Ranges:
     return Ranges(begin, end)
 
 
+def grid(width: int, distance: Distance = "chebyshev", *, window: int | None = None) -> Grid:
+    """Distances of alibi_slopes between cells of a grid: token i is the cell of row i // width and
+    column i % width.
+
+    Args:
+        width: cells of a row, from 1.
+        distance: "chebyshev": max(|dy|, |dx|); "manhattan": |dy| + |dx|.
+        window: pairs farther apart are hidden; None = none is.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Paper: ALiBi (Press et al. 2022) on the grid of RMT (Fan et al. 2024), where slope = -log gamma.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.randn(1, 12, 2, 16)
+        >>> slopes = torch.tensor([0.5, 0.25])
+        >>> tm.attention(x, x, x, alibi_slopes=slopes, alibi_grid=tm.masks.grid(4)).shape
+        torch.Size([1, 12, 2, 16])
+    """
+    op = "masks.grid"
+    width = as_int(op, "width", width)
+    check(1 <= width <= INT32_MAX, op, "width", "must be a positive int32", width)
+    known = distance in ("chebyshev", "manhattan")
+    check(known, op, "distance", "must be 'chebyshev' or 'manhattan'", distance)
+    if window is not None:
+        window = as_int(op, "window", window, "must be an integer or None")
+        check(window >= 0, op, "window", "must not be negative", window)
+    return Grid(width, distance, window)
+
+
+def decay2d(
+    gamma: Tensor, width: int, distance: Distance = "chebyshev", window: int | None = None
+) -> Decay2d:
+    """Decay of normalised weights with the distance on a grid: those of head h are multiplied by
+    gamma_h ^ distance, and rows do not sum to 1 any more.
+
+    Args:
+        gamma: ``[H]`` or ``[B, H]``, from 0 to 1; 0^0 = 1. It has a gradient.
+        width, distance: as in :func:`grid`.
+        window: the factor of pairs farther apart is 0; None = of none.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Paper: Focus on the Whole Character (CACE, 2024), where gamma_h = 1 - 2^(-5 - h).
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> x = torch.randn(1, 8 * 32, 4, 16)
+        >>> gamma = 1 - 2.0 ** -(5 + torch.arange(4))
+        >>> tm.attention(x, x, x, post_decay=tm.masks.decay2d(gamma, width=32)).shape
+        torch.Size([1, 256, 4, 16])
+    """
+    check_tensor("masks.decay2d", "gamma", gamma)
+    rule = "must be a floating-point tensor"
+    check(gamma.is_floating_point(), "masks.decay2d", "gamma", rule, gamma.dtype)
+    return Decay2d(gamma, grid(width, distance, window=window))
+
+
 def _check_int32(function: str, argument: str, t: Any, *ranks: int) -> None:
     op = f"masks.{function}"
     check_tensor(op, argument, t)
@@ -184,8 +261,10 @@ def lower_mask(
     if mask is None:
         return NO_MASK
     by_class = _by_class(op, mask, q)
-    packed = cu_seqlens_q is not None
-    rows = q.shape[-3] if q.dim() > 2 else 0
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if not _fits(q, packed, cu_seqlens_q, cu_seqlens_k):
+        return NO_MASK  # the rules have an error for it
+    rows = q.shape[-3]
     spans = NO_MASK
     segments: Segments | None = by_class.get(Segments)
     if segments is not None:
@@ -200,15 +279,24 @@ def lower_mask(
     leading: Prefix | None = by_class.get(Prefix)
     if leading is not None:
         if causal:
-            fail(op, "mask", "prefix stands in place of causal", "causal=True")
+            fail(op, "mask", "must not be a prefix where queries are causal", "prefix")
         end = _prefix_end(op, leading, rows, keys, q, cu_seqlens_q, cu_seqlens_k)
         if bounds is None:
             bounds = torch.stack((torch.zeros_like(end), end), -1)[:, None, :, None]
-        elif end.shape[-1] == bounds.shape[2]:  # else the rules have an error for it
+        elif end.shape[-1] == bounds.shape[2]:  # else the rules have an error for it, too
             begin, old = bounds.unbind(-1)
             new = old.minimum(end[:, None, :, None])
             bounds = torch.stack((begin.expand_as(new), new), -1)
     return Lowered(bounds, spans.q_spans, spans.k_spans)
+
+
+def _fits(q: Tensor, packed: bool, cu_q: Tensor | None, cu_k: Tensor | None) -> bool:
+    if not packed:
+        return q.dim() == 4
+    if cu_q is None or cu_k is None or cu_q.dim() != 1 or cu_k.shape != cu_q.shape:
+        return False
+    same = cu_q.device == cu_k.device == q.device
+    return q.dim() == 3 and cu_q.numel() > 0 and same
 
 
 def _by_class(op: str, mask: Any, q: Tensor) -> dict[type, Any]:

@@ -90,6 +90,9 @@ class Call(NamedTuple):
     mask_q_spans: Tensor | None
     mask_k_spans: Tensor | None
     alibi_slopes: Tensor | None
+    grid_width: int
+    grid_distance: str
+    grid_window: int
     sink: Tensor | None
     softcap: float
     causal: bool
@@ -173,6 +176,9 @@ class Call(NamedTuple):
             self.alibi_slopes,
             self.bias,
             self.kind,
+            self.grid_width,
+            self.grid_distance,
+            self.grid_window,
         )
 
     def window(self) -> Window:

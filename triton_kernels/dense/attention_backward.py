@@ -226,7 +226,7 @@ def queries_kernel(
             if KIND != "softmax" and bias_sums is not None:
                 b_bias_sum += tl.sum(b_dz, 1)
             if slope_sums is not None:
-                b_distance = distance(o_i[:, None], o_j[None, :], sequence)
+                b_distance = distance(o_i[:, None], o_j[None, :], terms, sequence)
                 b_slope_sum -= tl.sum(b_dz * b_distance, 1)
             b_dq += weighted(through_softcap(b_dz, b_qk, terms), b_k, KIND)
 

@@ -34,7 +34,23 @@ struct ScoreMod {
         bias_start(b * p.bias_batch + h * p.bias_head),
         bias_q(p.bias_q),
         bias_k(p.bias_k),
-        has_slope(p.alibi_slopes != nullptr) {}
+        has_slope(p.alibi_slopes != nullptr),
+        manhattan(p.grid.manhattan),
+        width(static_cast<int>(p.grid.width < kMaxCells ? p.grid.width : kMaxCells)),
+        window(static_cast<float>(p.grid.window)) {}
+
+  __device__ float distance(int row, int column) const {
+    if (width == 0) return fabsf(static_cast<float>(row + diagonal - column));
+    const float i = static_cast<float>(row), j = static_cast<float>(column), w = width;
+    const float yi = row_of_cell(i, w), yj = row_of_cell(j, w);
+    const float dy = fabsf(yi - yj), dx = fabsf(fmaf(-yi, w, i) - fmaf(-yj, w, j));
+    return manhattan ? dy + dx : fmaxf(dy, dx);
+  }
+  // Cell i of a grid of width w.
+  __device__ static float row_of_cell(float i, float w) { return floorf(__fdiv_rn(i + 0.5f, w)); }
+  __device__ bool is_beyond_window(float distance) const {
+    return window >= 0 && distance > window;
+  }
 
   __device__ float bias_at(int row, int column) const {
     if (row >= rows || column >= columns) return 0;
@@ -57,7 +73,10 @@ struct ScoreMod {
       z += bias_at(row, column);
       z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
     }
-    if (has_slope) z = fmaf(-slope, fabsf(static_cast<float>(row + diagonal - column)), z);
+    if (has_slope) {
+      const float d = distance(row, column);
+      z = is_beyond_window(d) ? -infinity() : fmaf(-slope, d, z);
+    }
     return z + constant;
   }
 
@@ -74,7 +93,9 @@ struct ScoreMod {
   const void* bias;
   DType bias_dtype;
   int64_t bias_start, bias_q, bias_k;
-  bool has_slope;
+  bool has_slope, manhattan;
+  int width;     // of the grid, 0 if none
+  float window;  // of distances on the grid, < 0: none
 };
 
 inline bool needs_general(const AttentionParams& p) {

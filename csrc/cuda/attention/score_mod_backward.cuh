@@ -130,9 +130,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
   __device__ __forceinline__ void visit(ScoreMap, float, const Use& use) const {
     use(*this);
   }
-  __device__ float distance(int query, int key) const {
-    return fabsf(static_cast<float>(query + mod.diagonal - key));
-  }
+  __device__ float distance(int query, int key) const { return mod.distance(query, key); }
 
   // A logit of -inf hides its pair.
   __device__ Weight unbounded_weight(float z) const {
@@ -157,7 +155,10 @@ struct BackwardScoreMod<Mode::general, kScale> {
     if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
     // +inf counts as the largest finite logit, which does not move.
     const bool stuck = p.bias && z >= kFloatMax;
-    if (p.alibi_slopes) z = fmaf(-mod.slope, distance(query, key), z);
+    if (p.alibi_slopes) {
+      const float d = distance(query, key);
+      z = mod.is_beyond_window(d) ? -infinity() : fmaf(-mod.slope, d, z);
+    }
     z += mod.constant;
     const float odds = fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f);
     Weight w;

@@ -229,8 +229,7 @@ class Worker {
       for (int n = 0; n < kTileVectors; ++n) {
         vf t = z[m][n], distance = zero();
         if constexpr (!kPlain) {
-          distance = abs_of(
-              iota() + set(static_cast<float>(query + n * kWidth + score_mod.diagonal - key - m)));
+          distance = score_mod.query_distances(query + n * kWidth, key + m);
           const vf b = score_mod.bias ? bias_lanes(query + n * kWidth, key + m) : zero();
           t = score_mod.exponent(t, b, distance);
         } else if constexpr (Op::kPair != 1) {  // else qt holds the factor

@@ -65,6 +65,7 @@ struct ScoreMod {
         scale(p.scale),
         softcap(p.softcap),
         slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
+        grid(p.grid),
         constant(p.score_bias_value),
         diagonal(s.k_length - s.q_length),
         rows(s.q_length),
@@ -105,8 +106,30 @@ struct ScoreMod {
   TM_INLINE vf exponent(vf qk, int64_t row, int64_t column) const {
     vf b = zero(), distance = zero();
     if (bias) b = bias_lanes(row, column);
-    if (has_slope) distance = abs_of(set(static_cast<float>(row + diagonal - column)) - iota());
+    if (has_slope) distance = key_distances(row, column);
     return exponent(qk, b, distance);
+  }
+
+  // Distances of query `row` to kWidth keys from `column` on.
+  TM_INLINE vf key_distances(int64_t row, int64_t column) const {
+    if (grid.width == 0) return abs_of(set(static_cast<float>(row + diagonal - column)) - iota());
+    return cell_distance(set(static_cast<float>(row)), set(static_cast<float>(column)) + iota());
+  }
+  // Distances of kWidth queries from `row` on to key `column`.
+  TM_INLINE vf query_distances(int64_t row, int64_t column) const {
+    if (grid.width == 0) return abs_of(iota() + set(static_cast<float>(row + diagonal - column)));
+    return cell_distance(set(static_cast<float>(row)) + iota(), set(static_cast<float>(column)));
+  }
+  TM_INLINE vf cell_distance(vf i, vf j) const {
+    const vf width = set(static_cast<float>(grid.width));
+    const vf yi = row_of_cell(i, width), yj = row_of_cell(j, width);
+    const vf dy = abs_of(yi - yj), dx = abs_of((i - yi * width) - (j - yj * width));
+    return grid.manhattan ? dy + dx : max_of(dy, dx);
+  }
+  // i / width, rounded down. Adding 1.5 * 2^23 rounds to a whole number.
+  static TM_INLINE vf row_of_cell(vf i, vf width) {
+    const vf shift = set(12582912.f), half = set(0.5f);
+    return ((i + half) / width - half + shift) - shift;
   }
 
   TM_INLINE vf exponent(vf qk, vf b, vf distance) const {
@@ -119,6 +142,9 @@ struct ScoreMod {
     // A finite logit has a finite exponent (-FLT_MAX log2(e) would not); -inf hides the pair.
     if (bias && kind == Exponent::softmax)
       t = select(less(z, set(-kMax)), t, max_of(set(-kMax), min_of(set(kMax), t)));
+    if (grid.window >= 0)
+      t = select(less(set(static_cast<float>(grid.window)), distance), set(hidden_exponent(kind)),
+                 t);
     return t;
   }
 
@@ -138,21 +164,28 @@ struct ScoreMod {
     return load_as_float_n(bias, bias_dtype, at + column, columns - column);
   }
 
-  // How many of the keys [begin, end) no bias of -inf hides from query `row`.
+  // How many of the keys [begin, end) neither a bias of -inf nor the grid's window hides from query
+  // `row`.
   float visible(int64_t row, int64_t begin, int64_t end) const {
     if (begin >= end) return 0;
-    if (!bias) return static_cast<float>(end - begin);
+    if (!bias && grid.window < 0) return static_cast<float>(end - begin);
     vf hidden = zero();
     for (int64_t j = begin; j < end; j += kWidth) {
       const vf one = select(lanes(0, end - j), set(1.f), zero());
-      hidden = hidden + select(less(bias_lanes(row, j), set(-kMax)), one, zero());
+      vm m = lanes(0, 0);
+      if (bias) m = less(bias_lanes(row, j), set(-kMax));
+      if (grid.window >= 0)
+        m = either(m, less(set(static_cast<float>(grid.window)), key_distances(row, j)));
+      hidden = hidden + select(m, one, zero());
     }
     return static_cast<float>(end - begin) - sum_lanes(hidden);
   }
 
   ScoreMap map;
   Exponent kind;
-  float scale, softcap, slope, constant;
+  float scale, softcap, slope;
+  Grid grid;
+  float constant;
   int64_t diagonal, rows, columns;
   const void* bias;
   DType bias_dtype;

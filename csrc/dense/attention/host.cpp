@@ -18,7 +18,11 @@ struct AttentionArgs : Record {
   View score_bias;
   double score_bias_value;
   bool score_bias_neg_log_n;
-  View bias, mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes, sink;
+  View bias, mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes;
+  int64_t grid_width;
+  std::string_view grid_distance;
+  int64_t grid_window;
+  View sink;
   double softcap;
   bool causal;
   int64_t window_left, window_right;
@@ -60,6 +64,23 @@ int64_t check_cu_seqlens(const AttentionArgs& a) {
   return cu_q.size(0) - 1;
 }
 
+Grid grid_of(const AttentionArgs& a) {
+  check(a.grid_width >= 0, kOp, "grid_width", "must not be negative (0 = no grid)", a.grid_width);
+  const bool manhattan = a.grid_distance == "manhattan";
+  check(manhattan || a.grid_distance == "chebyshev", kOp, "grid_distance",
+        "must be 'chebyshev' or 'manhattan'", a.grid_distance);
+  check(a.grid_window >= -1, kOp, "grid_window", "must be >= -1 (-1 = no limit)", a.grid_window);
+  if (a.grid_width > 0) {
+    check(bool(a.alibi_slopes), kOp, "grid_width", "needs alibi_slopes", a.grid_width);
+    check(!a.packed(), kOp, "grid_width", "needs sequences that are not packed", a.grid_width);
+    const int64_t rows = a.q.size(1), columns = a.k.size(1);
+    check(rows == columns, kOp, "k", Rule("must be as long as q with a grid, ", rows), columns);
+    check(rows <= kMaxCells, kOp, "q", Rule("must have at most ", kMaxCells, " tokens with a grid"),
+          rows);
+  }
+  return {a.grid_width, manhattan, a.grid_width > 0 ? a.grid_window : -1};
+}
+
 AttentionParams make_params(const AttentionArgs& a) {
   const bool packed = a.packed();
   check_qkv(kOp, a.q, a.k, a.v, packed ? 3 : 4);
@@ -93,6 +114,7 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.score_bias_value = static_cast<float>(a.score_bias_value);
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
+  p.grid = grid_of(a);
   if (a.bias) {
     const View& t = a.bias;
     const std::vector<int64_t> full{p.batch, p.heads,

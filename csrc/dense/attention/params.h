@@ -12,9 +12,9 @@ enum class Normalize : int32_t { none, sum, count };
 constexpr float kSumEpsilon = 1e-8f;  // added to a row sum
 
 // What a mask hides beside the band of causal and window. Key j is seen if begin <= j < end for one
-// of its query's `count` ranges (begin, end), and if the spans of ids (first, last) of query and key
-// meet. Null: no such rule. Strides in elements, 0 where broadcast; rows of queries and keys are
-// contiguous, and packed ones lie where the tokens do.
+// of its query's `count` ranges (begin, end), and if the spans of ids (first, last) of query and
+// key meet. Null: no such rule. Strides in elements, 0 where broadcast; rows of queries and keys
+// are contiguous, and packed ones lie where the tokens do.
 struct PairMask {
   const int32_t* ranges;  // [B | 1, H | 1, Sq, count, 2], packed [1, H | 1, Tq, count, 2]
   int64_t count, ranges_batch, ranges_head;
@@ -23,6 +23,16 @@ struct PairMask {
 
   constexpr bool any() const { return ranges || q_spans; }
 };
+
+// Cells that positions are: row i / width, column i % width. 0: they lie on a line.
+struct Grid {
+  int64_t width = 0;
+  bool manhattan = false;  // |dy| + |dx|, else max(|dy|, |dx|)
+  int64_t window = -1;     // pairs farther apart are hidden; -1: none is
+};
+
+// Rows of cells are found in float32: (i + 0.5) / width must not round to a whole number.
+constexpr int64_t kMaxCells = int64_t{1} << 21;
 
 constexpr int64_t kMaxRanges = 4;
 
@@ -46,11 +56,12 @@ struct AttentionParams {
   int64_t score_bias_batch;
   const float* alibi_slopes;
   int64_t alibi_batch;
+  Grid grid;          // what distances of alibi_slopes are between
   const float* sink;  // [H]
   const void* bias;   // [B|1, H|1, Sq|1, Sk|1], stride 0 where broadcast
   DType bias_dtype;
   int64_t bias_batch, bias_head, bias_q, bias_k;
-  int64_t bias_rows, bias_columns;    // that bias has; beyond any sequence where it is broadcast
+  int64_t bias_rows, bias_columns;  // that bias has; beyond any sequence where it is broadcast
   PairMask mask;
   int64_t window_left, window_right;  // -1: no limit; causal is right = 0
   bool fast;

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .. import masks
 from .._autocast import Autocast
-from .._check import as_int, as_number, check_bool, check_tensor, check_text
+from .._check import as_int, as_number, check, check_bool, check_tensor, check_text
 from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known, masked_pairs
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
-from ..masks import NO_MASK, Masks, lower_mask
+from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, register_op
 from .attention_rules import OP, check_attention, check_attention_values
+from .post_decay import decayed_attention
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -44,6 +46,7 @@ class SigmoidOptions(TypedDict, total=False):
     bias: Tensor | None
     mask: Masks
     alibi_slopes: Tensor | None
+    alibi_grid: Grid | None
     softcap: float
     causal: bool
     window: tuple[int, int]
@@ -61,6 +64,7 @@ class AttentionOptions(SigmoidOptions, total=False):
     kind: Kind
     score_bias: ScoreBias
     sink: Tensor | None
+    post_decay: Decay2d | None
 
 
 @overload
@@ -97,8 +101,10 @@ def attention(
     bias: Tensor | None = None,
     mask: Masks = None,
     alibi_slopes: Tensor | None = None,
+    alibi_grid: Grid | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
+    post_decay: Decay2d | None = None,
     causal: bool = False,
     window: tuple[int, int] = NO_WINDOW,
     cu_seqlens_q: Tensor | None = None,
@@ -153,8 +159,14 @@ def attention(
         mask: of :mod:`tokenmill.masks` (prefix, segments, ranges), or a tuple of at most one of
             each class. A pair is visible if it, causal and window allow it.
         alibi_slopes: ``[H]`` or ``[B, H]``; subtracts slope times distance.
+        alibi_grid: distances between cells of a grid (:func:`tokenmill.masks.grid`) instead of
+            positions; Sq = Sk, not packed.
         sink: ``[H]``, softmax only: a learnable logit that takes weight and has no value.
         softcap: 0 = off.
+        post_decay: softmax only: weights are multiplied by gamma^distance on a grid after they are
+            normalised (:func:`tokenmill.masks.decay2d`), and not normalised again; lse is that of
+            the weights before. Sq = Sk, neither packed nor with alibi_slopes. Two passes: one for
+            the lse, one for the values.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         window: (left, right) keys beside a query's own position; -1 = no limit.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where packed sequences begin and end;
@@ -170,7 +182,8 @@ def attention(
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
         ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, or the sums s of that shape,
         themselves differentiable. A query that sees no key has out 0 and lse -inf (with a sink:
-        lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink. Under
+        lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink, gamma.
+        Under
         torch.autocast q, k, v and bias are cast as those of torch's scaled_dot_product_attention.
         Parts over disjoint keys: :func:`merge_attention_states` merges softmax by its lse and sums
         kinds without normalize; with "sum", numerators :math:`(s_i + 10^{-8})\,out_i` and row sums
@@ -201,32 +214,31 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
-    out, lse = call(
-        SPEC,
-        lower(
-            q,
-            k,
-            v,
-            kind=kind,
-            normalize=normalize,
-            scale=scale,
-            score_bias=score_bias,
-            bias=bias,
-            mask=mask,
-            alibi_slopes=alibi_slopes,
-            sink=sink,
-            softcap=softcap,
-            causal=causal,
-            window=window,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            return_lse=return_lse,
-            precision=precision,
-        ),
-        backend,
-    )
+    options: dict[str, Any] = {
+        "kind": kind,
+        "normalize": normalize,
+        "scale": scale,
+        "score_bias": score_bias,
+        "bias": bias,
+        "mask": mask,
+        "alibi_slopes": alibi_slopes,
+        "alibi_grid": alibi_grid,
+        "sink": sink,
+        "softcap": softcap,
+        "causal": causal,
+        "window": window,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "return_lse": return_lse,
+        "precision": precision,
+    }
+    if post_decay is not None:
+        run = functools.partial(call, SPEC, backend=backend)
+        out, lse = decayed_attention(run, lower, q, k, v, post_decay, options)
+    else:
+        out, lse = call(SPEC, lower(q, k, v, **options), backend)
     return (out, lse) if return_lse else out
 
 
@@ -242,6 +254,7 @@ def lower(
     bias: Tensor | None = None,
     mask: Masks = None,
     alibi_slopes: Tensor | None = None,
+    alibi_grid: Grid | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = False,
@@ -308,6 +321,7 @@ def lower(
         bias,
         *lowered_mask,
         None if alibi_slopes is None else widen(alibi_slopes, q),
+        *_lower_grid(alibi_grid),
         None if sink is None else widen(sink, q),
         softcap,
         causal,
@@ -319,6 +333,14 @@ def lower(
         max_seqlen_k,
         precision,
     )
+
+
+def _lower_grid(grid: Grid | None) -> tuple[int, str, int]:
+    if grid is None:
+        return 0, "chebyshev", -1
+    check(isinstance(grid, Grid), OP, "alibi_grid", "must be a tokenmill.masks.grid", grid)
+    width, distance, window = masks.grid(grid.width, grid.distance, window=grid.window)
+    return width, distance, -1 if window is None else window
 
 
 def _lower_bias(bias: Tensor, q: Tensor) -> Tensor:

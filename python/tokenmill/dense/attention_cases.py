@@ -180,6 +180,14 @@ SAMPLES = (
         "taylor2",
         _dense({"hk": 1}, kind="taylor2", score_bias=-0.5, bias=draw_tensor(2, 1, 1, 33)),
     ),
+    Sample(
+        "slopes over a grid",
+        _dense(
+            {},
+            alibi_slopes=draw_tensor(4, positive=True),
+            alibi_grid=masks.grid(7, "manhattan", window=5),
+        ),
+    ),
     Sample("segments", _dense({"sq": 150, "sk": 150, "d": 16}, mask=draw_segments((2, 150)))),
     Sample(
         "segments in any order, shared, causal",
@@ -344,7 +352,7 @@ MALFORMED = (
     ),
     Malformed(
         "prefix and causal",
-        "mask: prefix stands in place of causal; got causal=True",
+        "mask: must not be a prefix where queries are causal; got 'prefix'",
         set_options(mask=masks.prefix(torch.zeros(2, dtype=torch.int32)), causal=True),
     ),
     Malformed(
@@ -361,6 +369,11 @@ MALFORMED = (
         "ranges of other heads",
         "mask_ranges: must have shape [2 or 1, 4 or 1, 33, 1 to 4, 2]; got [1, 3, 33, 1, 2]",
         set_options(mask=masks.ranges(*torch.zeros(2, 1, 3, 33, 1, dtype=torch.int32))),
+    ),
+    Malformed(
+        "grid without slopes",
+        "grid_width: needs alibi_slopes; got 3",
+        set_options(alibi_grid=masks.grid(3)),
     ),
     Malformed(
         "precision",

@@ -265,7 +265,7 @@ MALFORMED = (
     *MALFORMED_KINDS,
     Malformed(
         "prefix",
-        "mask: prefix stands in place of causal; got causal=True",
+        "mask: must not be a prefix where queries are causal; got 'prefix'",
         set_options(mask=masks.prefix(torch.zeros(3, dtype=torch.int32))),
     ),
     Malformed(

@@ -24,6 +24,7 @@ from .terms import check_kind, check_mask, check_scale, check_terms
 
 OP = "attention"
 PRECISIONS = ("accurate", "fast")
+MAX_CELLS = 2**21  # of a grid, whose rows kernels find in float32
 Arguments = record_of(OP)
 
 
@@ -38,6 +39,7 @@ def check_attention(*lowered: Any, float64: bool = False) -> None:
         check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
     batch = _check_cu_seqlens(a.q, a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
     check_terms(OP, a.q, batch, a.kind, a.score_bias, a.alibi_slopes, a.sink)
+    _check_grid(a, packed)
     if a.bias is not None:
         rows, columns = a.q.shape[-3], a.k.shape[-3]
         if packed:
@@ -73,6 +75,23 @@ def _check_cu_seqlens(
         if bound is not None:
             check(bound >= 0, OP, name, "must not be negative", bound)
     return cu_seqlens_q.shape[0] - 1
+
+
+def _check_grid(a: Any, packed: bool) -> None:
+    check(a.grid_width >= 0, OP, "grid_width", "must not be negative (0 = no grid)", a.grid_width)
+    known = a.grid_distance in ("chebyshev", "manhattan")
+    rule = "must be 'chebyshev' or 'manhattan'"
+    check(known, OP, "grid_distance", rule, a.grid_distance)
+    check(a.grid_window >= -1, OP, "grid_window", "must be >= -1 (-1 = no limit)", a.grid_window)
+    if a.grid_width == 0:
+        return
+    check(a.alibi_slopes is not None, OP, "grid_width", "needs alibi_slopes", a.grid_width)
+    check(not packed, OP, "grid_width", "needs sequences that are not packed", a.grid_width)
+    rows, columns = a.q.shape[1], a.k.shape[1]
+    rule = f"must be as long as q with a grid, {rows}"
+    check(rows == columns, OP, "k", rule, columns)
+    rule = f"must have at most {MAX_CELLS} tokens with a grid"
+    check(rows <= MAX_CELLS, OP, "q", rule, rows)
 
 
 def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, ...]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linear, nn, policies, select, sparse, tokens
+from .. import linear, masks, nn, policies, select, sparse, tokens
 from ..dense import (
     additive_attention,
+    attention,
     pattention,
     pointer_argmax,
     reweighted_attention,
@@ -67,6 +68,24 @@ def _int32(*values: int) -> Tensor:
 _TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
 
 COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
+    attention: (
+        lambda r: {
+            **r.qkv(20), "post_decay": masks.decay2d(torch.rand(4, generator=r.g), 5),
+            "return_lse": True,
+        },
+        lambda r: {
+            **r.qkv(15), "post_decay": masks.decay2d(torch.ones(2, 4), 3, "manhattan", 2),
+            "causal": True,
+        },
+    ),
+    masks.prefix: (lambda r: {"lengths": _int32(3, 0)},),
+    masks.segments: (
+        lambda r: {"q_ids": r.ints(3, 2, 9), "k_ids": r.ints(3, 1, 9), "rule": "not_after"},
+        lambda r: {"q_ids": r.ints(3, 9), "shared": 1},
+    ),
+    masks.ranges: (lambda r: {"begin": r.ints(9, 1, 1, 9, 2), "end": r.ints(9, 1, 1, 9, 2)},),
+    masks.grid: (lambda r: {"width": 4, "distance": "manhattan", "window": 2},),
+    masks.decay2d: (lambda r: {"gamma": r(4).abs(), "width": 4, "window": 2},),
     sigmoid_attention: (
         lambda r: {**r.qkv(19), "causal": True, "window": (5, 0)},
         lambda r: {

@@ -166,7 +166,9 @@ TABLE = (
         "Text Recognition", "Zhou et al.", "2407.05562",
         "softmax weights times gamma_h^dist(i, j) on a grid, gamma_h = 1 - 2^(-5 - h), not "
         "renormalised",
-        claim="94.1 and 61.6 % accuracy",
+        ("tokenmill.attention(post_decay=...)", "tokenmill.masks.decay2d(distance='chebyshev')"),
+        "tests/papers/test_23_cace.py", None, BACKENDS,
+        "94.1 and 61.6 % accuracy",
         note="log gamma * dist as a bias is something else: it renormalises",
     ),
     Paper(

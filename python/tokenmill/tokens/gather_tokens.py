@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast, overload
 
-import torch
 from torch import Tensor
 
 from .._check import check, check_device_of, check_last_contiguous, check_tensor, fail, show

@@ -56,6 +56,13 @@ def relative_position(sq: int, sk: int, device: torch.device) -> Tensor:
     return i + (sk - sq) - torch.arange(sk, device=device)
 
 
+def cell_distance(sq: int, sk: int, width: int, kind: str, device: torch.device) -> Tensor:
+    """[Sq, Sk]: between cells of a grid with rows of `width`."""
+    i, j = torch.arange(sq, device=device)[:, None], torch.arange(sk, device=device)
+    dy, dx = (i // width - j // width).abs(), (i % width - j % width).abs()
+    return dy.maximum(dx) if kind == "chebyshev" else dy + dx
+
+
 def scores(
     q: Tensor,
     k: Tensor,
@@ -66,6 +73,7 @@ def scores(
     score_bias: Tensor | None,
     constant: float,
     upcast: bool,
+    distance: Tensor | None = None,
 ) -> Tensor:
     """[B, H, Sq, Sk]: scale q.k, capped, plus bias, distance penalty and score bias, in order."""
     dtype = torch.promote_types(q.dtype, torch.float32) if upcast else q.dtype
@@ -76,7 +84,8 @@ def scores(
         # A bias of +inf is the largest finite logit: one such key takes all of a softmax row.
         z = (z + bias.to(dtype)).clamp(max=torch.finfo(dtype).max)
     if alibi_slopes is not None:
-        distance = relative_position(q.shape[1], k.shape[1], q.device).abs()
+        if distance is None:
+            distance = relative_position(q.shape[1], k.shape[1], q.device).abs()
         z = z - alibi_slopes.to(dtype) * distance
     if score_bias is not None:
         z = z + score_bias.to(dtype)

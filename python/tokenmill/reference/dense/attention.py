@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._common import (
+    cell_distance,
     expand_heads,
     masked_pairs,
     normalized,
@@ -40,6 +41,9 @@ def attention(
     mask_q_spans: Tensor | None,
     mask_k_spans: Tensor | None,
     alibi_slopes: Tensor | None,
+    grid_width: int,
+    grid_distance: str,
+    grid_window: int,
     sink: Tensor | None,
     softcap: float,
     causal: bool,
@@ -85,8 +89,14 @@ def attention(
         right = 0 if causal else window_right
         visible = visible_pairs(q.shape[1], k.shape[1], window_left, right, q.device)
         visible = masked_pairs(visible, *mask)
+        distance = None
+        if grid_width > 0:
+            distance = cell_distance(q.shape[1], k.shape[1], grid_width, grid_distance, q.device)
+            if grid_window >= 0:
+                visible = visible & (distance <= grid_window)
+        slopes, per_head = rows(alibi_slopes), rows(score_bias)
         z = scores(
-            q, k, scale, softcap, bias_b, rows(alibi_slopes), rows(score_bias), constant, upcast
+            q, k, scale, softcap, bias_b, slopes, per_head, constant, upcast, distance=distance
         )
         if kind == "softmax":
             p, lse = softmax(z, visible, sink)
