@@ -95,3 +95,41 @@ def test_lengths_out_of_range_are_clamped(backend):
     found = tm.attention_row_scores(q, k, seqlens_k=wild, backend=backend)
     want = tm.attention_row_scores(q[:1], k[:1], backend=backend)
     assert torch.equal(found[:1], want) and (found[1] == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "isa"), cpu_variants(), indirect=["isa"], ids=str)
+@examples(15)
+@given(data=st.data())
+def test_argmax_is_the_first_of_the_largest(backend, isa, data):
+    """Whole numbers: scores are exact, and many are equal."""
+    b, r, hk, group = (data.draw(st.integers(1, 3)) for _ in range(4))
+    n = data.draw(st.integers(0, 40 if backend == "triton" else 300))
+    skip, causal = data.draw(st.integers(0, min(n, 4))), data.draw(st.booleans())
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    q, k = (torch.randint(-2, 3, (b, s, h, 5), generator=g) for s, h in ((r, hk * group), (n, hk)))
+    lengths = torch.randint(0, n + 1, (b,), generator=g, dtype=torch.int32)
+    q, k, lengths = (t.to(device_of(backend)) for t in (q.float(), k.float(), lengths))
+    found = tm.attention_row_scores(
+        q, k, reduce="argmax", skip=skip, causal=causal, seqlens_k=lengths, backend=backend
+    )
+    assert found.dtype == torch.int32 and found.shape == (b, hk * group, r)
+    z = torch.einsum("brhd,bjhd->bhrj", q, k.repeat_interleave(group, 2)).tolist()
+    for i, length in enumerate(lengths.tolist()):
+        for h in range(hk * group):
+            for row in range(r):
+                end = min(length, max(row + length - r + 1, 0)) if causal else length
+                seen = z[i][h][row][skip:end]
+                want = skip + seen.index(max(seen)) if seen else -1
+                assert found[i, h, row] == want
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_argmax_of_nan_infinities_and_empty_rows(backend):
+    x = [[1.0, NAN, 3.0], [1.0, float("inf"), NAN], [-float("inf")] * 3, [0.0, 0.0, 0.0]]
+    k = torch.tensor(x, device=device_of(backend))[:, :, None, None]
+    q = torch.ones(4, 1, 1, 1, device=k.device)
+    lse = torch.zeros(4, 1, 1, device=k.device)
+    lse[3] = -torch.inf
+    for options, last in (({}, 0), ({"lse": lse}, -1)):
+        found = tm.attention_row_scores(q, k, reduce="argmax", backend=backend, **options)
+        assert found.flatten().tolist() == [1, 1, 0, last]

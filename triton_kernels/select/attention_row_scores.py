@@ -11,6 +11,8 @@ from torch import Tensor
 from ..common import INF, INTERPRETED, LENGTHS, LOG2E, Rows, dot, launch, load_rows, slice_of
 from .attention_column_scores import clamped
 
+NOWHERE = tl.constexpr(2**31 - 1)  # behind any key
+
 
 @triton.jit
 def end_of(o_r, rows, length, CAUSAL: tl.constexpr):
@@ -95,6 +97,39 @@ def weights_kernel(
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "rows", "skip"])
+def argmax_kernel(
+    exponents,
+    row_max,
+    places,
+    lengths,
+    rows,
+    tokens_k,
+    skip,
+    heads,
+    CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first of the largest exponents of a row. NaN counts as +inf."""
+    i_row = tl.program_id(0).to(tl.int64)
+    length = clamped(lengths, i_row // rows // heads, tokens_k)
+    end = end_of((i_row % rows).to(tl.int32), rows, length, CAUSAL)
+    if row_max is not None:  # where it is +inf the row gives nothing
+        end = tl.where(tl.load(row_max + i_row) == INF, 0, end)
+    p_t = exponents + i_row * tokens_k
+    b_top = tl.full([BLOCK], -INF, tl.float32)
+    b_place = tl.full([BLOCK], NOWHERE, tl.int32)
+    for j in range(skip, end, BLOCK):
+        o_j = j + tl.arange(0, BLOCK)
+        b_t = tl.load(p_t + o_j, mask=o_j < end, other=-INF)
+        b_t = tl.where(b_t == b_t, b_t, INF)
+        m_better = (o_j < end) & ((b_t > b_top) | (b_place == NOWHERE))
+        b_top = tl.where(m_better, b_t, b_top)
+        b_place = tl.where(m_better, o_j, b_place)
+    place = tl.min(tl.where(b_top == tl.max(b_top, 0), b_place, NOWHERE), 0)
+    tl.store(places + i_row, tl.where(place == NOWHERE, -1, place))
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "rows", "skip"])
 def reduce_kernel(
     exponents,
     row_max,
@@ -150,21 +185,35 @@ def attention_row_scores(
     columns, kv_heads = k.shape[1:3]
     wanted = columns - skip
     shape = (batch, heads, rows, wanted) if reduce == "none" else (batch, wanted)
-    if heads * rows == 0:
+    if heads * rows == 0 and reduce != "argmax":
         return q.new_zeros(shape, dtype=torch.float32)
-    scores = q.new_empty(shape, dtype=torch.float32)
-    if scores.numel() == 0:
+    if reduce == "argmax":
+        scores = q.new_full((batch, heads, rows), -1, dtype=torch.int32)
+    else:
+        scores = q.new_empty(shape, dtype=torch.float32)
+    if scores.numel() == 0 or wanted == 0:
         return scores
     exponents = q.new_empty((batch, heads, rows, columns), dtype=torch.float32)
+    # Only the order of exponents counts for argmax: what is equal must stay so.
+    factor = float((scale > 0) - (scale < 0)) if reduce == "argmax" else scale * LOG2E.value
     group = heads // kv_heads
     block_n = 256 if INTERPRETED.value else 64 if head_dim <= 128 else 32
     blocks = triton.cdiv(columns, block_n)
     places = [Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (q, k)]
     launch(
         exponents_kernel, blocks * batch * kv_heads, q, *places, exponents, lengths,
-        scale * LOG2E.value, rows, columns, heads, group, blocks, HEAD_DIM=head_dim, BLOCK_R=16,
+        factor, rows, columns, heads, group, blocks, HEAD_DIM=head_dim, BLOCK_R=16,
         BLOCK_N=block_n, BLOCK_D=max(triton.next_power_of_2(head_dim), 16), num_warps=4,
     )  # fmt: skip
+    if lse is not None:
+        nothing = lse == -torch.inf
+        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value).contiguous()
+    if reduce == "argmax":
+        launch(
+            argmax_kernel, batch * heads * rows, q, exponents, None if lse is None else row_max,
+            scores, lengths, rows, columns, skip, heads, CAUSAL=causal, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        return scores
     if lse is None:
         row_max = q.new_empty((batch, heads, rows), dtype=torch.float32)
         weights = torch.empty_like(row_max)
@@ -173,8 +222,6 @@ def attention_row_scores(
             columns, heads, CAUSAL=causal, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     else:
-        nothing = lse == -torch.inf
-        row_max = torch.where(nothing, torch.inf, lse * LOG2E.value).contiguous()
         weights = torch.where(nothing, 0.0, torch.ones_like(row_max))
     blocks = triton.cdiv(wanted, 256)
     launch(

@@ -83,6 +83,20 @@ void weigh_row(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
                        load_as_float_n(t, DType::float32, j, end - j) * set(weight), end - j);
 }
 
+// Where the largest exponent of a row is, the first of equal ones. NaN counts as +inf.
+void find_largest(const RowScoresParams& p, int64_t b, int64_t h, int64_t r) {
+  const int64_t row = (b * p.heads + h) * p.rows + r;
+  const int64_t end = p.gives_nothing(b, h, r) ? 0 : p.end(r, p.length(b));
+  const float* t = p.exponents + row * p.seqlen_k;
+  int64_t best = -1;
+  float top = -kInf;
+  for (int64_t j = p.skip; j < end; ++j) {
+    const float x = t[j] == t[j] ? t[j] : kInf;
+    if (best < 0 || x > top) best = j, top = x;
+  }
+  p.largest[row] = static_cast<int32_t>(best);
+}
+
 // Results of keys j .. of one request, of all heads and rows.
 void reduce_rows(const RowScoresParams& p, int64_t b, int64_t first) {
   const int64_t rows = p.heads * p.rows, wanted = p.seqlen_k - p.skip;
@@ -120,11 +134,15 @@ void row_scores(const RowScoresParams& p) {
   float* q = workspace.take(p.batch * rows * ld);
   for (int64_t bh = 0; bh < p.batch * p.heads; ++bh)
     pack_rows<Float32>(row_of(p.q, p.dtype, bh / p.heads, 0, bh % p.heads), p.dtype, p.q.seq,
-                       p.rows, p.rows, p.head_dim, p.scale * kLog2e, q + bh * p.rows * ld, ld);
+                       p.rows, p.rows, p.head_dim, p.factor(kLog2e), q + bh * p.rows * ld, ld);
   each(p.batch * blocks, [&](int64_t item) {
     const int64_t b = item / blocks;
     find_exponents(p, b, item % blocks * kKeyBlock, q + b * rows * ld, ld);
   });
+  if (p.reduce == RowReduce::argmax)
+    return each(p.batch * rows, [&](int64_t item) {
+      find_largest(p, item / rows, item % rows / p.rows, item % p.rows);
+    });
   each(p.batch * rows, [&](int64_t item) {
     weigh_row<kCoarse>(p, item / rows, item % rows / p.rows, item % p.rows);
   });

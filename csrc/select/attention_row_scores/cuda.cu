@@ -27,6 +27,8 @@ const char* launch_cuda(const RowScoresParams& p, void* stream_handle) {
       }))
     return error;
   const int64_t rows = p.batch * p.heads * p.rows;
+  if (p.reduce == RowReduce::argmax)
+    return launch<row_argmax_kernel>(rows, kRowThreads, 0, stream, p);
   if (const char* error = launch<row_weights_kernel>(rows, kRowThreads, 0, stream, p)) return error;
   const int64_t results =
       p.batch * (p.seqlen_k - p.skip) * (p.reduce == RowReduce::none ? p.heads * p.rows : 1);

@@ -33,6 +33,17 @@ struct AttentionRowScoresArgs : Record {
   View seqlens_k;
 };
 
+RowReduce reduce_of(std::string_view reduce) {
+  constexpr std::pair<std::string_view, RowReduce> all[] = {{"none", RowReduce::none},
+                                                            {"sum", RowReduce::sum},
+                                                            {"mean", RowReduce::mean},
+                                                            {"max", RowReduce::max},
+                                                            {"argmax", RowReduce::argmax}};
+  for (auto [name, value] : all)
+    if (reduce == name) return value;
+  fail(kOp, "reduce", "must be 'none', 'sum', 'mean', 'max' or 'argmax'", show(reduce));
+}
+
 // The checks are those of python/tokenmill/select/attention_row_scores.py, in its order and words.
 Array attention_row_scores(const AttentionRowScoresArgs& a) {
   check_qkv(kOp, a.q, a.k, a.k, 4);
@@ -48,19 +59,20 @@ Array attention_row_scores(const AttentionRowScoresArgs& a) {
   p.k = rows_of(a.k, false);
   set_lse(kOp, a.lse, a.q, p);
   check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
-  check(a.reduce == "none" || a.reduce == "sum" || a.reduce == "mean" || a.reduce == "max", kOp,
-        "reduce", "must be 'none', 'sum', 'mean' or 'max'", a.reduce);
+  p.reduce = reduce_of(a.reduce);
   check(a.skip >= 0 && a.skip <= p.seqlen_k, kOp, "skip",
         Rule("must be 0 to the number of keys, ", p.seqlen_k), a.skip);
   p.scale = static_cast<float>(scale_of(a));
   p.causal = a.causal;
-  p.reduce = a.reduce == "none"   ? RowReduce::none
-             : a.reduce == "sum"  ? RowReduce::sum
-             : a.reduce == "mean" ? RowReduce::mean
-                                  : RowReduce::max;
   p.skip = a.skip;
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
   if (!a.q.is_cuda) check_length_values(kOp, "seqlens_k", p.lengths, p.batch, p.seqlen_k);
+  if (p.reduce == RowReduce::argmax) {
+    Array largest = empty({p.batch, p.heads, p.rows}, a.q, ScalarType::Int);
+    p.largest = largest.mutable_data<int32_t>();
+    if (largest.numel() > 0) run(p, a.q);
+    return largest;
+  }
   const std::vector<int64_t> sizes =
       p.reduce == RowReduce::none
           ? std::vector<int64_t>{p.batch, p.heads, p.rows, p.seqlen_k - a.skip}

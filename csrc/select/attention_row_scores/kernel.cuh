@@ -14,6 +14,7 @@ constexpr int kKeyLanes = 8;                          // that share a key
 constexpr int kKeysAtOnce = kRowThreads / kKeyLanes;  // of a block
 constexpr int kBlockKeys = 4 * kKeysAtOnce;
 constexpr int kRowsAtOnce = kKeyLanes;  // each lane ends with the sum of one
+constexpr int kNowhere = 0x7fffffff;    // behind any key
 
 // The sums over 8 lanes of 8 numbers: lane l gets that of number l.
 __device__ __forceinline__ float transposed_sum(float (&x)[kRowsAtOnce], int lane) {
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int group = static_cast<int>(p.heads / p.kv_heads), rows = group * static_cast<int>(p.rows);
   const int dim = static_cast<int>(p.head_dim), lane = threadIdx.x % kKeyLanes;
   const T* keys = rows_at<T>(p.k, b, 0, kv_head);
-  const float factor = p.scale * kLog2e;
+  const float factor = p.factor(kLog2e);
   for (int row0 = 0; row0 < rows; row0 += kRowsAtOnce) {
     const int count = min(rows - row0, kRowsAtOnce);
     __syncthreads();
@@ -128,6 +129,35 @@ __global__ void __launch_bounds__(kRowThreads)
   sum = 0;
   for (float other : sums) sum += other;
   *to = sum == 0 ? float2{infinity(), 0} : float2{top, 1 / sum};
+}
+
+// A block owns a row: where its largest exponent is, the first of equal ones. NaN counts as +inf.
+__global__ void __launch_bounds__(kRowThreads)
+    row_argmax_kernel(const __grid_constant__ RowScoresParams p) {
+  __shared__ float tops[kRowThreads / kWarpSize];
+  __shared__ int places[kRowThreads / kWarpSize];
+  const int64_t row = blockIdx.x, r = row % p.rows, bh = row / p.rows, b = bh / p.heads;
+  const bool nothing = p.gives_nothing(b, bh % p.heads, r);
+  const int end = nothing ? 0 : static_cast<int>(p.end(r, p.length(b)));
+  const float* t = p.exponents + row * p.seqlen_k;
+  float top = -infinity();
+  int place = kNowhere;
+  const auto take = [&](float x, int j) {
+    if (x > top || (x == top && j < place)) top = x, place = j;
+  };
+  for (int j = static_cast<int>(p.skip) + threadIdx.x; j < end; j += kRowThreads)
+    take(t[j] == t[j] ? t[j] : infinity(), j);
+#pragma unroll
+  for (int step = kWarpSize / 2; step > 0; step /= 2)
+    take(__shfl_xor_sync(kFullWarp, top, step), __shfl_xor_sync(kFullWarp, place, step));
+  if (threadIdx.x % kWarpSize == 0) {
+    tops[threadIdx.x / kWarpSize] = top;
+    places[threadIdx.x / kWarpSize] = place;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int warp = 0; warp < kRowThreads / kWarpSize; ++warp) take(tops[warp], places[warp]);
+  p.largest[row] = place == kNowhere ? -1 : place;
 }
 
 // A thread owns a key of a request; with `none` of a row.

@@ -5,7 +5,7 @@
 
 namespace tokenmill {
 
-enum class RowReduce : int32_t { none, sum, mean, max };
+enum class RowReduce : int32_t { none, sum, mean, max, argmax };
 
 struct RowScoresParams {
   int64_t batch, heads, kv_heads;
@@ -20,6 +20,7 @@ struct RowScoresParams {
   int64_t skip;            // keys that are not in the result
   const int32_t* lengths;  // [B], null: seqlen_k
   float* out;              // [B, Sk - skip], with none [B, H, R, Sk - skip]
+  int32_t* largest;        // of argmax, [B, H, R]
   float* exponents;        // workspace [B, H, R, Sk]
   float* statistics;       // workspace of the CUDA kernels, [B, H, R] pairs
 
@@ -31,6 +32,15 @@ struct RowScoresParams {
   TOKENMILL_HOST_DEVICE int64_t end(int64_t r, int64_t length) const {
     const int64_t end = r + length - rows + 1;
     return causal && end < length ? (end > 0 ? end : 0) : length;
+  }
+  // Of q.k to exponents. Only their order counts for argmax: what is equal must stay so.
+  TOKENMILL_HOST_DEVICE float factor(float log2e) const {
+    if (reduce == RowReduce::argmax) return scale > 0 ? 1 : scale < 0 ? -1 : 0;
+    return scale * log2e;
+  }
+  // Whether no weight of a row counts.
+  TOKENMILL_HOST_DEVICE bool gives_nothing(int64_t b, int64_t h, int64_t r) const {
+    return lse && lse[b * lse_batch + h * lse_head + r] == -__builtin_huge_valf();
   }
 };
 

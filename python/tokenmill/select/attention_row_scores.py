@@ -19,7 +19,8 @@ from ..registry import OpSpec, register_op
 from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_row_scores"
-REDUCTIONS = ("none", "sum", "mean", "max")
+Reduce = Literal["none", "sum", "mean", "max", "argmax"]
+REDUCTIONS = ("none", "sum", "mean", "max", "argmax")
 
 
 def attention_row_scores(
@@ -28,7 +29,7 @@ def attention_row_scores(
     *,
     scale: float | None = None,
     lse: Tensor | None = None,
-    reduce: Literal["none", "sum", "mean", "max"] = "mean",
+    reduce: Reduce = "mean",
     skip: int = 0,
     causal: bool = False,
     seqlens_k: Tensor | None = None,
@@ -52,14 +53,18 @@ def attention_row_scores(
         scale: factor of q.k; None = 1/sqrt(D).
         lse: float32 ``[B, H, R]`` of the forward of these rows; None: over the visible keys. A row
             whose lse is -inf gives nothing.
-        reduce: over heads and rows: "mean", "sum", "max", or "none".
+        reduce: over heads and rows: "mean", "sum", "max", or "none". "argmax": of each head and row
+            the position of the key with the largest weight, the first of equal ones; NaN counts as
+            the largest.
         skip: the first keys that have no place in the result (1 for a class token).
         causal: row r sees keys j <= r + Sk - R: the rows are the last queries.
         seqlens_k: int32 ``[B]``, the keys of each request; others get 0. None: Sk.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        float32 ``[B, Sk - skip]``, with reduce="none" ``[B, H, R, Sk - skip]``. Not differentiable.
+        float32 ``[B, Sk - skip]``, with reduce="none" ``[B, H, R, Sk - skip]``. With "argmax" int32
+        ``[B, H, R]``, places in k; -1 for a row that sees no key behind those skipped, or whose lse
+        is -inf. Not differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU lengths out of range are clamped.
@@ -67,7 +72,8 @@ def attention_row_scores(
     Complexity: 2 B H R Sk D operations; reads k once.
 
     Paper: EViT (Liang et al. 2022), section 3.2; VTC-CLS (Wang et al. 2024), section 3; TOVA (Oren
-    et al. 2024), section 3.
+    et al. 2024), section 3; argmax: Retrieval Head Mechanistically Explains Long-Context Factuality
+    (Wu et al. 2024), section 2.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -124,7 +130,7 @@ def _check(
     check_qkv(OP, q, k, k, 4, float64)
     check_lse(OP, lse, q)
     check(math.isfinite(scale), OP, "scale", "must be finite", scale)
-    rule = "must be 'none', 'sum', 'mean' or 'max'"
+    rule = "must be 'none', 'sum', 'mean', 'max' or 'argmax'"
     check(reduce in REDUCTIONS, OP, "reduce", rule, reduce)
     if not 0 <= skip <= k.shape[1]:
         fail(OP, "skip", f"must be 0 to the number of keys, {k.shape[1]}", skip)
@@ -146,6 +152,8 @@ def _fake(
     skip: int,
     seqlens_k: Tensor | None,
 ) -> Tensor:
+    if reduce == "argmax":
+        return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.int32)
     inner = (q.shape[2], q.shape[1]) if reduce == "none" else ()
     return q.new_empty((q.shape[0], *inner, k.shape[1] - skip), dtype=torch.float32)
 

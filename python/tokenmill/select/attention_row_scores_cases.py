@@ -45,6 +45,10 @@ SAMPLES = (
     Sample("last queries", _sample(r=5, n=40, causal=True, reduce="max")),
     Sample("each row", _sample(b=1, r=3, d=20, causal=True, reduce="none", skip=4)),
     Sample(
+        "largest of each row",
+        _sample(b=3, r=5, n=60, causal=True, reduce="argmax", skip=3, seqlens_k=(60, 2, 5)),
+    ),
+    Sample(
         "seqlens_k",
         _sample(b=4, r=3, seqlens_k=(50, 0, 2, 33), causal=True),
     ),
@@ -77,7 +81,7 @@ MALFORMED = (
     ),
     Malformed(
         "reduce",
-        "reduce: must be 'none', 'sum', 'mean' or 'max'; got 'min'",
+        "reduce: must be 'none', 'sum', 'mean', 'max' or 'argmax'; got 'min'",
         lambda a, k: k.update(reduce="min"),
     ),
     Malformed(

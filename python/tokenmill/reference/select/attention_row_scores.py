@@ -1,5 +1,5 @@
 """attention_row_scores: rows P_ij = e^(scale q_i . k_j - lse_i), or their sum, mean or maximum over
-queries i and heads. Without lse, P is the softmax."""
+queries i and heads, or the place of the maximum of each. Without lse, P is the softmax."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def attention_row_scores(
     visible = j < length
     if causal:
         visible = visible & (j <= torch.arange(rows, device=q.device)[:, None] + length - rows)
-    z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads)) * scale
+    z = torch.einsum("bihd,bjhd->bhij", q, expand_heads(k, heads))
+    if reduce == "argmax":
+        sign = (scale > 0) - (scale < 0)  # of equal scores none may become the larger one
+        return (_largest(z * sign, visible & (j >= skip), lse),)
+    z = z * scale
     if lse is None:
         p = softmax(z, visible, None)[0]
     else:
@@ -45,3 +49,16 @@ def attention_row_scores(
     if p.shape[1] == 0:
         return (p.sum(1),)
     return ({"sum": p.sum(1), "mean": p.mean(1), "max": p.amax(1)}[reduce],)
+
+
+def _largest(z: Tensor, visible: Tensor, lse: Tensor | None) -> Tensor:
+    """int32 [B, H, R]: the first of the largest visible scores; -1 where there is none."""
+    if lse is not None:
+        visible = visible & (lse > -torch.inf)[..., None]
+    visible = visible.expand_as(z)
+    if z.shape[-1] == 0:
+        return z.new_full(z.shape[:-1], -1, dtype=torch.int32)
+    z = torch.where(z.isnan(), torch.inf, z)
+    top = torch.where(visible, z, -torch.inf).amax(-1, keepdim=True)
+    best = (visible & (z == top)).int().argmax(-1)
+    return torch.where(visible.any(-1), best, -1).int()
