@@ -41,7 +41,7 @@ def test_arrays_through_dlpack(library):
 
 def test_digits():
     pytest.importorskip("sklearn")
-    names = ("soft_causal", "agent", "tokenformer")
+    names = ("soft_causal", "decay", "agent", "tokenformer")
     out = run(sys.executable, EXAMPLES / "papers" / "digits.py", *names, "--epochs", 1)
     rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+%", out, re.M)
     assert [name for name, *_ in rows] == [*names]

@@ -40,6 +40,13 @@ def soft_causal(q: Tensor, k: Tensor, v: Tensor, done: float) -> Tensor:
     return tm.soft_causal_attention(q, k, v, max(0.0, 1 - 2 * done))
 
 
+def decay(q: Tensor, k: Tensor, v: Tensor, done: float) -> Tensor:
+    """CACE (Zhou et al. 2024): normalised weights fade with the distance of the pixels. The class
+    token is one more cell, below the first column."""
+    gamma = 1 - 2.0 ** -(5 + torch.arange(HEADS))
+    return tm.attention(q, k, v, post_decay=tm.masks.decay2d(gamma, SIDE))
+
+
 class Agents(nn.Module):
     """Agent attention (Han et al. 2024) with 3 x 3 agents: means of the queries of an area."""
 
@@ -53,6 +60,7 @@ ATTENTIONS: dict[str, tuple[str, Attend]] = {
     "softmax": ("", softmax),
     "sigmoid": ("Sigmoid attention", sigmoid),
     "soft_causal": ("iLLaMA", soft_causal),
+    "decay": ("CACE", decay),
     "agent": ("Agent attention", Agents()),
     "tokenformer": ("TokenFormer", softmax),
 }

@@ -167,7 +167,7 @@ TABLE = (
         "softmax weights times gamma_h^dist(i, j) on a grid, gamma_h = 1 - 2^(-5 - h), not "
         "renormalised",
         ("tokenmill.attention(post_decay=...)", "tokenmill.masks.decay2d(distance='chebyshev')"),
-        "tests/papers/test_23_cace.py", None, BACKENDS,
+        "tests/papers/test_23_cace.py", DIGITS, BACKENDS,
         "94.1 and 61.6 % accuracy",
         note="log gamma * dist as a bias is something else: it renormalises",
     ),
