@@ -39,6 +39,23 @@ def test_arrays_through_dlpack(library):
     assert difference and float(difference[1]) < 1e-5
 
 
+def test_a_pointer_network_sorts():
+    out = run(sys.executable, EXAMPLES / "papers" / "sort_numbers.py", "--numbers", 3,
+              "--steps", 120)  # fmt: skip
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < losses[0] / 2
+    assert re.findall(r"^(\d) numbers: [\d.]+% of rows sorted$", out, re.M) == ["2", "3"]
+
+
+def test_layers_grow():
+    pytest.importorskip("sklearn")
+    out = run(sys.executable, EXAMPLES / "papers" / "grow_layers.py", "--epochs", 1)
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+% +([\de.+-]+)$", out, re.M)
+    assert [tokens for tokens, *_ in rows] == ["16", "32", "64"]
+    assert all(float(change) < 1e-5 for *_, change in rows)
+    assert float(rows[-1][1]) < float(rows[0][1])
+
+
 def test_digits():
     pytest.importorskip("sklearn")
     names = ("soft_causal", "decay", "agent", "tokenformer")

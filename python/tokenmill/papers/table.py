@@ -322,7 +322,7 @@ TABLE = (
         "Parameters", "Wang et al.", "2410.23168",
         "act(x K^T) V against learned keys and values, act = gelu(z sqrt(n) / |z|)",
         ("tokenmill.pattention(activation='l2_norm_gelu')", "tokenmill.nn.Pattention"),
-        "tests/papers/test_47_tokenformer.py", DIGITS, PLAIN,
+        "tests/papers/test_47_tokenformer.py", "examples/papers/grow_layers.py", PLAIN,
         "grows from 124 M to 1.4 B parameters",
         note="plain PyTorch, in parts, so that the matrix of weights is never whole in memory",
     ),
@@ -338,7 +338,7 @@ TABLE = (
         51, "Pointer Networks", "Pointer Networks", "Vinyals et al.", "1506.03134",
         "softmax over inputs of v . tanh(W1 e_j + W2 d_i), and the largest of them",
         ("tokenmill.additive_attention", "tokenmill.pointer_argmax"),
-        "tests/papers/test_51_pointer_networks.py", None, PLAIN,
+        "tests/papers/test_51_pointer_networks.py", "examples/papers/sort_numbers.py", PLAIN,
         note="plain PyTorch, in parts, so that the tangents of all pairs are never in memory",
     ),
     Paper(
