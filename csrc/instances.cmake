@@ -36,7 +36,7 @@ function(cuda_instances header declaration)
 endfunction()
 
 cuda_instances(dense/attention/cuda_launch.cuh
-  "const char* launch_forward<ELEMENT>(const AttentionParams&, cudaStream_t)")
+  "const char* launch_forward<ELEMENT>(const AttentionParams&, const MaskBounds&, cudaStream_t)")
 # float32 has the general mode alone.
 cuda_instances(dense/attention/kernel_backward_launch.cuh
   "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"

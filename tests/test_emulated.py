@@ -177,3 +177,29 @@ def test_the_package_can_load_it_from_elsewhere(tmp_path):
             check=True,
         )
         assert out.stdout.strip() == there
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rule", ["segments", "ranges"])
+def test_tensor_work_of_documents_is_that_of_their_tiles(dtype, rule):
+    """Four documents side by side take, forward and backward, what four calls of one take."""
+    from tokenmill import _emulator
+
+    length, copies = 64, 4
+
+    def work(documents):
+        tokens = documents * length
+        shape = (1, tokens, 1, 32)
+        q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+        first = torch.arange(tokens, dtype=torch.int32) // length
+        mask = tm.masks.segments(first[None])
+        if rule == "ranges":
+            begin = (first * length).view(1, 1, -1, 1)
+            mask = tm.masks.ranges(begin, begin + length)
+        with _emulator.counting() as launches:
+            tm.attention(q, k, v, mask=mask, backend="emulated").sum().backward()
+        return sum(launch["mma"] for launch in launches)
+
+    one = work(1)
+    assert copies * one <= work(copies) <= 1.1 * copies * one

@@ -1,6 +1,7 @@
 #include "dense/attention/kernel_backward_launch.cuh"
 #include "dense/attention/kernel_backward_rows.cuh"
 #include "dense/attention/kernel_backward_statistics.cuh"
+#include "dense/attention/kernel_mask.cuh"
 
 namespace tokenmill {
 namespace cuda {
@@ -30,7 +31,8 @@ namespace {
 template <typename T>
 Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
   const AttentionParams& p = bp.forward;
-  if (sizeof(T) == 4 || bp.sums || p.bias || p.alibi_slopes || p.softcap > 0) return Mode::general;
+  if (sizeof(T) == 4 || bp.sums || p.bias || p.mask.any() || p.alibi_slopes || p.softcap > 0)
+    return Mode::general;
   const bool constant = p.score_bias || p.score_bias_value != 0 || p.score_bias_neg_log_n;
   switch (weights_of(p)) {
     case Weights::softmax:
@@ -65,6 +67,8 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
   const Mode mode = mode_of<T>(bp, args.largest_dim());
   const bool general = mode == Mode::general;
   const char* error = nullptr;
+  if (p.mask.any()) error = launch_bounds(p, args.bounds, stream);
+  if (error) return error;
   if (has_backward_statistics(p) && p.seqlen_q > 0)
     error = launch_statistics<T>(args, general, stream);
   if (error) return error;
@@ -90,10 +94,15 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
-const char* launch_cuda(const AttentionBackwardParams& p, void* stream) {
-  return cuda::visit_dtype(p.forward.dtype, [&]<typename T>() {
-    return cuda::launch_backward<T>({.p = p}, static_cast<cudaStream_t>(stream));
+const char* launch_cuda(const Masked<AttentionBackwardParams>& m, void* stream) {
+  return cuda::visit_dtype(m.params.forward.dtype, [&]<typename T>() {
+    return cuda::launch_backward<T>({.p = m.params, .bounds = m.bounds},
+                                    static_cast<cudaStream_t>(stream));
   });
+}
+
+const char* launch_cuda(const AttentionBackwardParams& p, void* stream) {
+  return launch_cuda(Masked<AttentionBackwardParams>{p, {}}, stream);
 }
 
 }  // namespace tokenmill

@@ -28,9 +28,11 @@ ForwardPlan plan_forward(const AttentionParams& p) {
 }
 
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
-const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
+                           cudaStream_t stream) {
   using Shape = ForwardShape<T, kBucket>;
   ForwardPlan plan = plan_forward<Shape>(p);
+  plan.bounds = bounds;
   plan.inputs_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
                         is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head) &&
                         is_vectorizable<T>(p.v.data, p.value_dim, p.v.batch, p.v.seq, p.v.head);
@@ -42,8 +44,8 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
   plan.value_step = Keys::step(p.v.seq, plan.warps * kWarpSize);
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
-  const int bytes =
-      kParkedBytes + (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
+  const int bytes = kParkedBytes<kGeneral> +
+                    (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
   if (plan.tiles == 0) return nullptr;
   const int64_t at_once = kMaxGrid / plan.tiles;
   const int64_t head_blocks = plan.head_blocks * (p.cu_seqlens_q ? 1 : p.batch);
@@ -59,36 +61,38 @@ const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 // Defined in cuda_<dtype>.cu each.
 template <typename T>
-const char* launch_forward(const AttentionParams& p, cudaStream_t stream);
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream);
 
 template <typename T, int kBucket>
-const char* launch_bucket(const AttentionParams& p, cudaStream_t stream) {
-  if (needs_general(p)) return launch_forward<T, kBucket, Weights::any, true>(p, stream);
+const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream) {
+  if (p.mask.any() || needs_general(p))
+    return launch_forward<T, kBucket, Weights::any, true>(p, bounds, stream);
   if constexpr (sizeof(T) == 4) {
-    return launch_forward<T, kBucket, Weights::any, false>(p, stream);
+    return launch_forward<T, kBucket, Weights::any, false>(p, bounds, stream);
   } else {
     switch (weights_of(p)) {
       case Weights::softmax:
-        return launch_forward<T, kBucket, Weights::softmax, false>(p, stream);
+        return launch_forward<T, kBucket, Weights::softmax, false>(p, bounds, stream);
       case Weights::sigmoid:
-        return launch_forward<T, kBucket, Weights::sigmoid, false>(p, stream);
+        return launch_forward<T, kBucket, Weights::sigmoid, false>(p, bounds, stream);
       case Weights::fast_sigmoid:
-        return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, stream);
+        return launch_forward<T, kBucket, Weights::fast_sigmoid, false>(p, bounds, stream);
       default:
-        return launch_forward<T, kBucket, Weights::elementwise, false>(p, stream);
+        return launch_forward<T, kBucket, Weights::elementwise, false>(p, bounds, stream);
     }
   }
 }
 
 template <typename T>
-const char* launch_forward(const AttentionParams& p, cudaStream_t stream) {
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
+                           cudaStream_t stream) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  if (dim <= 32) return launch_bucket<T, 32>(p, stream);
-  if (dim <= 64) return launch_bucket<T, 64>(p, stream);
-  if (dim <= 96) return launch_bucket<T, 96>(p, stream);
-  if (dim <= 128) return launch_bucket<T, 128>(p, stream);
-  if (dim <= 192) return launch_bucket<T, 192>(p, stream);
-  return launch_bucket<T, 256>(p, stream);
+  if (dim <= 32) return launch_bucket<T, 32>(p, bounds, stream);
+  if (dim <= 64) return launch_bucket<T, 64>(p, bounds, stream);
+  if (dim <= 96) return launch_bucket<T, 96>(p, bounds, stream);
+  if (dim <= 128) return launch_bucket<T, 128>(p, bounds, stream);
+  if (dim <= 192) return launch_bucket<T, 192>(p, bounds, stream);
+  return launch_bucket<T, 256>(p, bounds, stream);
 }
 
 }  // namespace tokenmill::cuda

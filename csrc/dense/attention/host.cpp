@@ -3,6 +3,7 @@
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "dense/attention/band.h"
+#include "dense/attention/mask_bounds.h"
 #include "dense/attention/params.h"
 #include "dense/score_mod.h"
 
@@ -157,9 +158,19 @@ std::vector<int64_t> lse_sizes(const AttentionParams& p) {
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
+#if defined(TOKENMILL_WITH_CUDA)
+// p: of the forward, or within params.
+template <typename Params>
+void run_on_device(const AttentionParams& p, const Params& params, const View& q) {
+  if (!p.mask.any()) return launch_on_device(kOp, q, params);
+  Array bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
+  launch_on_device(kOp, q, Masked<Params>{params, MaskBounds::at(p, bounds.mutable_data())});
+}
+#endif
+
 void run_forward(const AttentionParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_on_device(kOp, q, p);
+  if (q.is_cuda) return run_on_device(p, p, q);
 #endif
   cpu::attention_forward(p);
 }
@@ -197,7 +208,7 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
       p.minus_delta = p.minus_lse + rows;
     }
     if (wants_sums) p.sums = float_data(partial);
-    return launch_on_device(kOp, q, p);
+    return run_on_device(f, p, q);
   }
 #endif
   cpu::attention_backward(p);

@@ -19,10 +19,8 @@ struct ForwardPlan {
   float factor;                  // ForwardWarp::factor
   bool inputs_aligned, output_aligned;
   bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
+  MaskBounds bounds;  // of a call with a mask
 };
-
-// Where registers are short, the places of the warps wait at the front of shared memory.
-constexpr int kParkedBytes = kMaxThreads / kWarpSize * sizeof(WarpPlace);
 
 // What queries without a sequence get, in a block of heads.
 template <typename T>
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
   extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t stages = shared_address(shared + kParkedBytes);
+  const uint32_t stages = shared_address(shared + kParkedBytes<kGeneral>);
 
   const int warp_index = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);
   const int block_rows = Shape::kWarpRows << plan.log2_warps_per_head;
@@ -90,8 +88,17 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   const auto keys = input_rows(p.k, p.head_dim, place.b, s.k_start, s.k_length, kv_head);
   const auto values = input_rows(p.v, p.value_dim, place.b, s.k_start, s.k_length, kv_head);
 
-  const int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
-  const int end = band.end(last_row);
+  int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
+  int end = band.end(last_row);
+  if constexpr (kGeneral)
+    if (hides_any(p.mask)) {
+      const int first_head = in_sequence % plan.blocks_per_group * heads_per_block;
+      const int heads = min(heads_per_block, group - first_head);
+      cut_hidden_ends<Shape::kTileKeys>(begin, end, reinterpret_cast<int*>(shared), [&](int key0) {
+        return any_sees(p.mask, plan.bounds, place.b, kv_head * group + first_head, heads, s,
+                        first_row, block_rows, key0, Shape::kTileKeys);
+      });
+    }
   Keys load_keys(keys, begin, plan.key_step);
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
@@ -124,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
   ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, end, queries,
-                                                   plan.factor,
+                                                   plan.factor, plan.bounds,
                                                    reinterpret_cast<WarpPlace*>(shared));
   WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
   const auto output_rows = [&](const WarpPlace& at) {
@@ -133,6 +140,8 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   };
 
   typename ForwardWarp<T, kBucket, kWeights, kGeneral>::Addresses at(first_stage);
+  warp.find_sights(begin);
+  warp.find_sights(begin + Shape::kTileKeys);
   uint32_t next = own + to_other_stage(begin);
   keep(next);
   const auto block_end = [&] { return warp.kParksBounds ? warp.place().block_end : end; };
@@ -141,19 +150,22 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
     cp_async_wait<0>();
     __syncthreads();
     if (key0 + Shape::kTileKeys < block_end()) {
+      bool wanted = true;
       if constexpr (kGeneral) {  // leaves no registers to keep these
         const WarpPlace at_warp = warp.place();
         const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
         const int head = at_warp.h / group;
+        wanted = warp.block_sees(key0 + Shape::kTileKeys);
         load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
                          key0 + Shape::kTileKeys, plan.key_step);
         load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
                              key0 + Shape::kTileKeys, plan.value_step);
         whole_end = plan.inputs_whole ? length : 0;
       }
-      load_stage(next, key0 + Shape::kTileKeys);
+      if (wanted) load_stage(next, key0 + Shape::kTileKeys);
     }
     warp.add_tile(at, key0);
+    warp.find_sights(key0 + 2 * Shape::kTileKeys);
     const int other = to_other_stage(key0);
     at.move(other);
     next -= other;

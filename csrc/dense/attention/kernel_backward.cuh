@@ -45,6 +45,12 @@ __global__ void __launch_bounds__(256, 1)
   const int heads_per_block = kKeys ? 1 : args.heads_per_block;
   Worker worker{.args = args, .p = p};
   worker.enter(shared_address(shared));
+  // Whether a mask shows some of the columns of a tile to some of the rows of the block.
+  const auto sees_columns = [&](int64_t b, int head, int heads, const Sequence& s, int row,
+                                int rows, int column) {
+    return any_sees(p.mask, args.bounds, b, head, heads, s, kKeys ? column : row,
+                    kKeys ? kColumns : rows, kKeys ? row : column, kKeys ? rows : kColumns);
+  };
   const BlockInfoView& info = worker.info;
   {
     const int thread = threadIdx.x, pair = worker.pair;
@@ -75,8 +81,15 @@ __global__ void __launch_bounds__(256, 1)
     const int64_t column_start = kKeys ? s.q_start : s.k_start;
     const int64_t group = p.heads / p.kv_heads;
     const int64_t column_head = kKeys ? place.first_head * group : place.first_head / group;
-    const int begin = band.begin(place.first_row) & -Shape::kStep;
-    const int end = band.end(min(place.first_row + block_rows, rows) - 1);
+    int begin = band.begin(place.first_row) & -Shape::kStep;
+    int end = band.end(min(place.first_row + block_rows, rows) - 1);
+    if constexpr (kMode == Mode::general)
+      if (hides_any(p.mask))
+        cut_hidden_ends<kColumns>(begin, end, reinterpret_cast<int*>(shared), [&](int first) {
+          const int head = static_cast<int>(kKeys ? column_head : place.first_head);
+          const int heads = kKeys ? static_cast<int>(group) : heads_per_block;
+          return sees_columns(place.batch, head, heads, s, place.first_row, block_rows, first);
+        });
     const int tiles = end > begin ? (end - begin + kColumns - 1) / kColumns : 0;
     if (thread == 0)
       *reinterpret_cast<BlockInfo*>(shared) = {
@@ -156,6 +169,15 @@ __global__ void __launch_bounds__(256, 1)
     const Rows &x = kKeys ? p.q : p.k, &y = kKeys ? bp.dout : p.v;
     const int64_t stride = second ? y.seq : x.seq;
     const int head = head_of(n), first = column_of(n, head), left = info.columns() - first;
+    if constexpr (kMode == Mode::general)
+      if (hides_any(p.mask)) {
+        const int64_t b = info.batch(), own = info.first_head();
+        const int own_head = static_cast<int>(kKeys ? own * (p.heads / p.kv_heads) + head : own);
+        const int heads = kKeys ? 1 : heads_per_block;
+        const int rows = static_cast<int>(pairs) / heads_per_block * Shape::kRows;
+        if (!sees_columns(b, own_head, heads, sequence_of(p, b), info.first_row(0), rows, first))
+          return;
+      }
     const uint32_t stage = stage_of(n), tile = stage + (second ? Shape::kTileBytes : 0);
     const T* from = second ? info.pointer<T, offsetof(BlockInfo, y)>()
                            : info.pointer<T, offsetof(BlockInfo, x)>();
@@ -208,7 +230,8 @@ __global__ void __launch_bounds__(256, 1)
     }
     const PairAddresses addresses = worker.addresses(stage_of(n));
     if constexpr (kParksConstant) score_mod.constant = __uint_as_float(addresses.statistics);
-    if (info.all_see(worker.pair, first, first + kColumns - 1))
+    const bool masked = kMode == Mode::general && hides_any(p.mask);
+    if (!masked && info.all_see(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<false>(score_mod, addresses, first);
     else if (info.sees(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<true>(score_mod, addresses, first);

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kBiasThreads, 6)
   const int own_column = static_cast<int>(tile % column_tiles) * kBiasColumns;
   const int64_t heads = bp.dbias_head ? 1 : p.heads, batches = bp.dbias_batch ? 1 : p.batch;
 
+  const bool masked = hides_any(p.mask);
   float sum[2][4] = {};
   int rows = 0, columns = 0;
   for (int64_t b = own_batch; b < own_batch + batches; ++b) {
@@ -67,6 +68,9 @@ __global__ void __launch_bounds__(kBiasThreads, 6)
         const int end = bp.dbias_k ? min(own_column + kBiasColumns, seen_end) : seen_end;
         for (int column = begin; column < end; column += kBiasColumns) {
           if (column + kBiasColumns <= seen_begin) continue;
+          if (masked && !any_sees(p.mask, args.bounds, b, static_cast<int>(h), 1, s, row, kBiasRows,
+                                  column, kBiasColumns))
+            continue;
           const auto load = [&]<int kRows>(Index<kRows>, uint32_t to, const Rows& from,
                                            int64_t start, int64_t head, int first, int length,
                                            int64_t dim) {
@@ -98,6 +102,7 @@ __global__ void __launch_bounds__(kBiasThreads, 6)
             for (int n = 0; n < 2; ++n) {
               const int key = column + 8 * n + lane % 4 * 2 + i % 2;
               if (key < band.begin(query) || key >= band.end(query)) continue;
+              if (masked && !HeadMask{p.mask, args.bounds, b, h, s}.sees(query, key)) continue;
               const Weight w = score_mod.weigh(qk[n][i], 0, query, key, statistic);
               sum[n][i] += w.slope * (dp[n][i] + minus_delta);
             }

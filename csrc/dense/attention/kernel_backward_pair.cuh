@@ -264,6 +264,23 @@ struct PairWorker {
     return first_row + 16 * m + i / 2 * 8 + lane / 4;
   }
 
+  // The mask of a head.
+  __device__ __forceinline__ HeadMask mask_of(const Mod& score_mod) const {
+    return {p.mask, args.bounds, score_mod.batch, score_mod.head, score_mod.sequence};
+  }
+  // Which elements of an accumulator the mask shows, as bits; `first`: the column of elements 0
+  // and 2.
+  __device__ __forceinline__ unsigned seen_pairs(const Mod& score_mod, int m, int first) const {
+    unsigned seen = 0;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const int row = row_of(m, i), column = first + i % 2;
+      const bool sees = mask_of(score_mod).sees(kKeys ? column : row, kKeys ? row : column);
+      seen |= static_cast<unsigned>(sees) << i;
+    }
+    return seen;
+  }
+
   // `column` is the first of 16, at row kRow of the tiles of `stage`.
   template <bool kMasked, int kRow>
   __device__ __forceinline__ void score_step(const Mod& score_mod, const PairAddresses& stage,
@@ -279,13 +296,16 @@ struct PairWorker {
         float slope[4], through[4];
         const MaskBand band = kMasked ? info.band() : MaskBand{0, 0, 0};
         const int first = column + 8 * h + lane % 4 * 2;
+        unsigned seen = 0xf;
+        if constexpr (kMasked && kMode == Mode::general)
+          if (active >> (kWholeAt + m) & 1 ^ 1) seen = seen_pairs(score_mod, m, first);
         score_mod.visit(p.map, args.weight_scale, [&](const auto& map) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int row = row_of(m, i), at = first + i % 2;
             Weight w = map.weigh(s[i], args.factor, kKeys ? at : row, kKeys ? row : at,
                                  statistic(m, i, columns));
-            if (kMasked && !Seen(band, row, first)(i % 2)) w.p = w.slope = 0;
+            if (kMasked && !(Seen(band, row, first)(i % 2) && seen >> i & 1)) w.p = w.slope = 0;
             s[i] = w.p;
             slope[i] = kClamps ? min_or_nan(w.slope, 65504) : w.slope;
             through[i] = w.through;
@@ -383,6 +403,18 @@ struct PairWorker {
     }
     return active;
   }
+  // Those that a mask leaves of them, and from bit kWholeAt on those of which it hides nothing.
+  static constexpr int kWholeAt = 16;
+  __device__ __forceinline__ unsigned shown_blocks(const Mod& score_mod, int column,
+                                                   unsigned active) const {
+    if (!hides_any(p.mask)) return active | active << kWholeAt;
+    Sight sight{false, false};
+    if (lane < kTiles && active >> lane & 1) {
+      const int row = first_row + 16 * lane;
+      sight = mask_of(score_mod).sight(kKeys ? column : row, kKeys ? row : column, Shape::kStep);
+    }
+    return __ballot_sync(kFullWarp, sight.some) | __ballot_sync(kFullWarp, sight.all) << kWholeAt;
+  }
 
   // The tiles of a stage, whose first column is `first`.
   template <bool kMasked>
@@ -408,7 +440,9 @@ struct PairWorker {
       int column = first;
 #pragma unroll 1
       do {
-        const unsigned active = kMasked ? active_blocks(column) : 1;
+        unsigned active = kMasked ? active_blocks(column) : 1;
+        if constexpr (kMasked && kMode == Mode::general)
+          active = shown_blocks(score_mod, column, active);
         if (active) {
           if (makes_ds)
             gradient_step<kMasked, 0>(score_mod, stage, column, active);

@@ -8,6 +8,7 @@
 #include "cuda/arch/opaque.cuh"
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/attention/mask.cuh"
+#include "cuda/attention/pair_mask.cuh"
 #include "cuda/attention/score_mod_backward.cuh"
 #include "dense/attention/kernel_backward_store.cuh"
 
@@ -24,6 +25,7 @@ struct BackwardArgs {
   float factor;         // of q.k in the argument of a plain map
   float weight_scale;   // what weights are multiplied by before they are rounded to T
   int64_t head_sums;    // blocks_of_sums
+  MaskBounds bounds;    // of a call with a mask
 
   int64_t largest_dim() const {
     return p.forward.head_dim > p.forward.value_dim ? p.forward.head_dim : p.forward.value_dim;

@@ -2,6 +2,7 @@
 #pragma once
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/pair_mask.cuh"
 #include "cuda/attention/qk.cuh"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/attention/score_mod.cuh"
@@ -20,6 +21,14 @@ struct alignas(16) WarpPlace {
   int block_end;               // of the keys that any warp of the block sees
   int whole_begin, whole_end;  // of those that all rows see
 };
+
+// Where registers are short, the places of the warps wait at the front of shared memory; behind
+// them, with general scores, what a mask shows the warps of two tiles.
+constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+constexpr int kSightsAt = kMaxWarps * sizeof(WarpPlace);
+template <bool kGeneral>
+constexpr int kParkedBytes = kGeneral ? kSightsAt + 128 : kSightsAt;
+static_assert(2 * kMaxWarps * 4 <= 128);
 
 template <typename T, int kBucket, Weights kWeights, bool kGeneral>
 class ForwardWarp {
@@ -48,7 +57,7 @@ class ForwardWarp {
   // `first` is the warp's first row of the sequence. `parked` has room for the places of a block.
   __device__ ForwardWarp(const AttentionParams& p, const Sequence& s, const MaskBand& band, int b,
                          int h, int first, int block_end, const GlobalRows<T>& queries,
-                         float factor, WarpPlace* parked)
+                         float factor, const MaskBounds& bounds, WarpPlace* parked)
       : place_{b,
                h,
                s.q_start,
@@ -63,6 +72,8 @@ class ForwardWarp {
         score_mod_(p, b, h, s, p.map == ScoreMap::softmax ? 0 : place_.shift),
         factor_(factor),
         queries_(queries),
+        mask_(p.mask),
+        bounds_(bounds),
         parked_(parked) {
     weights_ = weights_of(p);
     map_ = p.map;
@@ -131,12 +142,36 @@ class ForwardWarp {
         keep(row);
         const int row_end = min(row + 16, now.last + 1);
         if (row < row_end && key0 < now.band.end(row_end - 1) &&
-            key0 + kMaskedKeys > now.band.begin(row))
+            key0 + kMaskedKeys > now.band.begin(row) && sees<m, kPart>(key0))
           add_step<m, 1, kMaskedKeys, 0, true>(at, key0, own);
       });
       at.move(kMaskedKeys * Shape::kRowBytes);
     }
     at.move(-Shape::kTileBytes);
+  }
+
+  // What the mask shows of a tile: for kMaskedKeys keys and row tile m bits m (some pairs) and
+  // 16 + m (all of them), kRowTiles higher for those behind them.
+  __device__ __forceinline__ void find_sights(int key0) const {
+    if (!kGeneral || !hides_any(mask_)) return;
+    const WarpPlace own = place();
+    const int lane = threadIdx.x % kWarpSize, row = own.first + lane % kRowTiles * 16;
+    const int key = key0 + lane / kRowTiles * kMaskedKeys;
+    Sight sight{false, false};
+    if (key < min(key0 + Shape::kTileKeys, own.band.columns) && row <= own.last)
+      sight = mask_of(own).sight(row, key, kMaskedKeys);
+    const unsigned some = __ballot_sync(kFullWarp, sight.some);
+    const unsigned all = __ballot_sync(kFullWarp, sight.all);
+    if (lane == 0) store_shared(sights_address(key0), some | all << 16);
+    __syncwarp();
+  }
+  // Whether any warp sees some of a tile. All have found that out.
+  __device__ __forceinline__ bool block_sees(int key0) const {
+    if (!kGeneral || !hides_any(mask_)) return true;
+    unsigned seen = 0;
+    for (unsigned i = 0; i < blockDim.x / kWarpSize; ++i)
+      seen |= load_word<0>(sights_of_tile(key0) + i * 4);
+    return seen & 0xffff;
   }
 
   __device__ float scale() const {
@@ -152,6 +187,7 @@ class ForwardWarp {
 
  private:
   static constexpr int kMaskedKeys = Shape::kMaskedKeys;
+  static constexpr int kPart = 0, kWhole = 1;  // of what `sees` asks
   static constexpr int kDepth = kMmaDepth<T>;
   static constexpr bool kHasTail = !Shape::kFloat && !kGeneral && kBucket <= 64;
 
@@ -177,13 +213,35 @@ class ForwardWarp {
     return kGeneral || kLean ? place() : of_tile;
   }
 
+  // The mask of the warp's head.
+  __device__ __forceinline__ HeadMask mask_of(const WarpPlace& own) const {
+    return {
+        mask_, bounds_, own.b, own.h, {own.q_start, own.k_start, own.last + 1, own.band.columns}};
+  }
+
+  __device__ uint32_t sights_of_tile(int key0) const {
+    const int second = key0 / Shape::kTileKeys % 2;
+    return shared_address(parked_) + kSightsAt + second * kMaxWarps * 4;
+  }
+  __device__ uint32_t sights_address(int key0) const {
+    return sights_of_tile(key0) + thread_index() / kWarpSize * 4;
+  }
+  // Some (kWhole: all) of the pairs of row tile kFirst and kMaskedKeys keys.
+  template <int kFirst, int kAsked>
+  __device__ __forceinline__ bool sees(int key0) const {
+    if (!kGeneral || !hides_any(mask_)) return true;
+    const int step = key0 % Shape::kTileKeys / kMaskedKeys;
+    return load_word<0>(sights_address(key0)) >> (step * kRowTiles + kFirst + 16 * kAsked) & 1;
+  }
+
   template <int kFirst, int kCount, int kKeys, int kOffset, bool kMasked>
   __device__ __forceinline__ void add_step(const Addresses& at, int key0,
                                            const WarpPlace& of_tile) {
     // Found out first: later there would be no registers for it.
     bool infinite = false;
     if constexpr (kMasked)
-      infinite = is_cut<kFirst, kKeys>(key0, recall(of_tile)) && !all_finite<T, kKeys, kTiles>(at);
+      infinite = (is_cut<kFirst, kKeys>(key0, recall(of_tile)) || !sees<kFirst, kWhole>(key0)) &&
+                 !all_finite<T, kKeys, kTiles>(at);
     float s[kCount][kKeys / 8][4];
     multiply_keys<kFirst, kCount, kKeys, kOffset>(s, at);
     const WarpPlace own = recall(of_tile);
@@ -191,6 +249,8 @@ class ForwardWarp {
     const bool cut = kMasked && is_cut<kFirst, kKeys>(key0, own);
     if constexpr (kMasked)
       if (cut) hide<kFirst>(s, key0, own);
+    if constexpr (kGeneral && kMasked)
+      if (!sees<kFirst, kWhole>(key0)) hide_pairs<kFirst>(s[0], key0);
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
       softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
@@ -206,9 +266,11 @@ class ForwardWarp {
       if (infinite) {
         const WarpPlace now = place();
         const int row = now.first + 16 * kFirst + threadIdx.x % kWarpSize / 4;
+        const bool sees_all = sees<kFirst, kWhole>(key0);
         const auto sees = [&](int half, int key) {
           return key0 + key >= now.band.begin(row + 8 * half) &&
-                 key0 + key < now.band.end(row + 8 * half);
+                 key0 + key < now.band.end(row + 8 * half) &&
+                 (sees_all || mask_of(now).sees(row + 8 * half, key0 + key));
         };
         const bool any_sign = weights() == Weights::elementwise && map_ == ScoreMap::linear;
         multiply_seen_values<T, kFirst, kKeys>(out_, p, at, nothing, sees, any_sign);
@@ -275,6 +337,26 @@ class ForwardWarp {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       if (key < own.band.begin(row) || key >= own.band.end(row)) s[m][n][i] = -infinity();
     });
+  }
+
+  // What the mask hides.
+  template <int kFirst, int kKeyTiles>
+  __device__ __forceinline__ void hide_pairs(float (&s)[kKeyTiles][4], int key0) const {
+    const WarpPlace own = place();
+    int lane = threadIdx.x % kWarpSize;
+    keep(lane);
+    unsigned seen = 0;
+#pragma unroll 1
+    for (int i = 0; i < 4 * kKeyTiles; ++i) {
+      const int row = own.first + 16 * kFirst + i / 2 % 2 * 8 + lane / 4;
+      const int key = key0 + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      seen |= static_cast<unsigned>(mask_of(own).sees(row, key)) << i;
+    }
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!(seen >> (4 * n + i) & 1)) s[n][i] = -infinity();
   }
 
   // 1 / (1 + 2^t), two special functions each. Where those bind, small weights take one if all of
@@ -387,6 +469,8 @@ class ForwardWarp {
   float factor_, offset_ = 0;
   bool tail_;  // most weights are small
   GlobalRows<T> queries_;
+  const PairMask& mask_;
+  const MaskBounds& bounds_;
   WarpPlace* parked_;
   QuerySlice q_[kRowTiles][Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };

@@ -88,8 +88,11 @@ const char* launch_planned(const Params& d, DecodeLaunch planned, void* workspac
 
 template <typename T, int kBucket>
 const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
-  return launch_planned<attention_decode_kernel<T, kBucket>>(d, plan_decode<T, kBucket>(d),
-                                                             d.workspace, stream);
+  const DecodeLaunch planned = plan_decode<T, kBucket>(d);
+  return d.attention.mask.any() ? launch_planned<attention_decode_kernel<T, kBucket, true>>(
+                                      d, planned, d.workspace, stream)
+                                : launch_planned<attention_decode_kernel<T, kBucket, false>>(
+                                      d, planned, d.workspace, stream);
 }
 
 // visit.operator()<bucket>()

@@ -155,7 +155,7 @@ class DecodeBlock {
         return sums_ + ((n - earlier) * plan_.tile_rows + row) * Shape::kPartialRow;
       });
       if (last_chunk && s_.parts == 1)
-        store_result<T>(d_, plan_, s_, row, sums);
+        store_result<T, Keys::kMasked>(d_, plan_, s_, row, sums);
       else
         sums.store(slot + row * Shape::kPartialRow);
       __syncwarp();
@@ -183,7 +183,7 @@ class DecodeBlock {
       const RowSums<Shape> sums(s_.parts, softmax, [&](int n) -> const float* {
         return slot_rows(n) + row * Shape::kPartialRow;
       });
-      store_result<T>(d_, plan_, s_, row, sums);
+      store_result<T, Keys::kMasked>(d_, plan_, s_, row, sums);
     }
   }
 
@@ -197,13 +197,15 @@ class DecodeBlock {
   Warp warp_;
 };
 
-template <typename T, int kBucket>
-__global__ void __launch_bounds__(kDecodeThreads)
+// Two blocks of a multiprocessor are enough with a mask: for more of them ptxas spills. 0: ptxas
+// chooses.
+template <typename T, int kBucket, bool kMasked>
+__global__ void __launch_bounds__(kDecodeThreads, kMasked ? 2 : 0)
     attention_decode_kernel(const __grid_constant__ DecodeParams d,
                             const __grid_constant__ DecodePlan plan) {
   extern __shared__ __align__(128) unsigned char shared[];
   Segments<DecodeShape<T, kBucket>> segments(d, plan);
-  DecodeBlock<CacheKeys<T, kBucket>> block(d, plan, shared);
+  DecodeBlock<CacheKeys<T, kBucket, kMasked>> block(d, plan, shared);
   for (Segment s; segments.take(s);) block.run(s);
 }
 

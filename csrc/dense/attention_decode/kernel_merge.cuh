@@ -2,6 +2,7 @@
 // those of segments that several blocks worked on.
 #pragma once
 #include "cuda/attention/epilogue.cuh"
+#include "cuda/attention/pair_mask.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -43,8 +44,19 @@ struct RowSums {
   }
 };
 
+// How many keys of its band query i sees. All lanes of a warp together.
+__device__ __forceinline__ float seen_keys(const AttentionParams& p, int b, int h, int i,
+                                           const Band& band) {
+  int count = 0;
+#pragma unroll 1
+  for (int key = static_cast<int>(band.begin(i)) + threadIdx.x % kWarpSize; key < band.end(i);
+       key += kWarpSize)
+    count += sees_pair(p.mask, b, h, i, key, key);
+  return static_cast<float>(warp_sum(count));
+}
+
 // The result of row `row` of an output tile.
-template <typename T, typename Params, typename Shape>
+template <typename T, bool kMasked, typename Params, typename Shape>
 __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& plan,
                                              const Segment& s, int row,
                                              const RowSums<Shape>& sums) {
@@ -61,9 +73,11 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
     factor = scale.factor;
   } else if (p.normalize != Normalize::none) {
     const Band band = decode_band(p, d.cache.length(s.b));
-    const float statistic = p.normalize == Normalize::sum
-                                ? sums.sum * factor
-                                : static_cast<float>(max(band.end(i) - band.begin(i), int64_t{0}));
+    float statistic = p.normalize == Normalize::sum
+                          ? sums.sum * factor
+                          : static_cast<float>(max(band.end(i) - band.begin(i), int64_t{0}));
+    if constexpr (kMasked)
+      if (p.normalize == Normalize::count) statistic = seen_keys(p, s.b, h, i, band);
     if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = statistic;
     factor *= inverse_of_row(p.map, p.normalize, statistic);
   }

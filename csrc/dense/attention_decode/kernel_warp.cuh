@@ -1,24 +1,27 @@
 // What attention_decode knows of the keys of a request, and what its scores become: masks and
 // score mod.
 #pragma once
+#include "cuda/attention/pair_mask.cuh"
 #include "dense/attention_decode/kernel_products.cuh"
 
 namespace tokenmill::cuda {
 
-template <typename T, int kBucket>
+template <typename T, int kBucket, bool kMasked>
 class DecodeWarp;
 
-// Key t of a row is key t of the request: where dense and paged caches differ.
-template <typename T, int kBucket>
+// Key t of a row is key t of the request: where dense and paged caches differ. kMasked_: calls with
+// a mask, which have instances of their own.
+template <typename T, int kBucket, bool kMasked_ = false>
 class CacheKeys {
  public:
   using Params = DecodeParams;
   using Element = T;
   using Shape = DecodeShape<T, kBucket>;
-  using Warp = DecodeWarp<T, kBucket>;
+  using Warp = DecodeWarp<T, kBucket, kMasked_>;
   using Key = KvCache::Slot;
   static constexpr int kBytes = 2 * Shape::kTileKeys * static_cast<int>(sizeof(Key));
   static constexpr bool kTurns = false;
+  static constexpr bool kMasked = kMasked_;
 
   __device__ CacheKeys(const DecodeParams& d, unsigned char* shared)
       : d_(d), slots_(reinterpret_cast<Key*>(shared)) {}
@@ -43,7 +46,7 @@ class CacheKeys {
   Key* slots_;
 };
 
-template <typename T, int kBucket>
+template <typename T, int kBucket, bool kMasked>
 class DecodeWarp : public DecodeProducts<T, kBucket> {
  public:
   using Products = DecodeProducts<T, kBucket>;
@@ -53,12 +56,14 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
   __device__ DecodeWarp(const DecodeParams& d, const DecodePlan& plan, uint32_t queries)
       : Products(plan, queries),
         p_(d.attention),
+        group_(plan.group),
         softmax_(p_.map == ScoreMap::softmax),
         unit_(softmax_ ? kLog2e : 1) {}
 
   // Rows that do not exist see no key.
   __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
-                                        const DecodeParams& d, const CacheKeys<T, kBucket>&) {
+                                        const DecodeParams& d,
+                                        const CacheKeys<T, kBucket, kMasked>&) {
     const int length = static_cast<int>(d.cache.length(s.b));
     const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
     const int diagonal = length - static_cast<int>(p_.seqlen_q);
@@ -68,6 +73,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     whole_begin_ = static_cast<int>(band.begin(last / plan.group));
     whole_end_ = first / plan.group + diagonal + 1;
     general_ = p_.softcap > 0 || p_.alibi_slopes;
+    b_ = s.b, kv_head_ = s.h, first_row_ = first;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + 8 * half + static_cast<int>(threadIdx.x % kWarpSize) / 4;
@@ -81,8 +87,13 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
   }
 
   // Adds the kStepKeys keys from `key` on, at `at`. Nothing behind `end` counts.
-  __device__ __forceinline__ void add_step(const CacheKeys<T, kBucket>&, const Addresses& at, int,
-                                           int key, int end) {
+  __device__ __forceinline__ void add_step(const CacheKeys<T, kBucket, kMasked>&,
+                                           const Addresses& at, int, int key, int end) {
+    unsigned seen = 0;
+    if constexpr (kMasked) {
+      seen = seen_pairs(key, end);
+      if (!__any_sync(kFullWarp, seen)) return;
+    }
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
     if (general_) {
@@ -92,8 +103,13 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
       Products::each_score(
           s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
     }
-    const bool cut = key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end);
-    if (cut) hide(s, key, end);
+    bool cut = key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end);
+    if constexpr (kMasked) {
+      cut = !__all_sync(kFullWarp, seen == (1u << 4 * kKeyTiles) - 1);
+      hide_unseen(s, seen);
+    } else if (cut) {
+      hide(s, key, end);
+    }
     if (softmax_)
       this->exponentiate(s);
     else
@@ -101,7 +117,10 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
         Products::each_score(s, [&](float& z, int half, int) { sum_[half] += z = map(z); });
       });
     this->multiply_values(
-        s, at, cut, [&](int half, int k) { return sees(half, key + k, end); },
+        s, at, cut,
+        [&](int half, int k) {
+          return sees(half, key + k, end) && (!kMasked || shows(8 * half, key + k));
+        },
         p_.map == ScoreMap::linear);
   }
 
@@ -128,7 +147,36 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     return key >= begin_[half] && key < min(end_[half], end);
   }
 
+  // What the mask shows to row g, or to the one `more` rows behind it, which must exist.
+  __device__ __forceinline__ bool shows(int more, int key) const {
+    const int row = first_row_ + more + static_cast<int>(threadIdx.x % kWarpSize) / 4;
+    const int h = kv_head_ * group_ + row % group_;
+    return sees_pair(p_.mask, b_, h, row / group_, key, key);
+  }
+
+  // Scores 4 n + i that the mask and the band show, as bits.
+  __device__ __forceinline__ unsigned seen_pairs(int key0, int end) const {
+    unsigned seen = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll 1
+      for (int i = 0; i < 2 * kKeyTiles; ++i) {
+        const int key = key0 + i / 2 * 8 + 2 * (threadIdx.x % 4) + i % 2;
+        if (sees(half, key, end) && shows(8 * half, key))
+          seen |= 1u << (i / 2 * 4 + 2 * half + i % 2);
+      }
+    return seen;
+  }
+  __device__ __forceinline__ void hide_unseen(float (&s)[kKeyTiles][4], unsigned seen) const {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!(seen >> (4 * n + i) & 1)) s[n][i] = -infinity();
+  }
+
   const AttentionParams& p_;
+  int group_, b_, kv_head_, first_row_;  // for masks
   bool softmax_, general_;
   float unit_;
   int whole_begin_, whole_end_;  // of the keys that all rows see

@@ -83,6 +83,7 @@ class ListedKeys {
   static_assert(sizeof(KeyRow) <= kRowBytes);
   static constexpr int kBytes = kRowBytes + kRing * static_cast<int>(sizeof(Key));
   static constexpr bool kTurns = true;
+  static constexpr bool kMasked = false;
 
   __device__ ListedKeys(const Params& d, unsigned char* shared)
       : d_(d),

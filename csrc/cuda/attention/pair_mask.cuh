@@ -1,0 +1,138 @@
+// Masks of ranges and spans: of a pair, and of blocks of 16 queries and 16 keys, by the bounds that
+// mask_bounds_kernel leaves. Kernels of attention have masks in their general mode: they neither
+// copy tiles that all rows of a block see nothing of nor multiply such blocks, and look at pairs
+// only where bounds leave it open which of them are seen.
+#pragma once
+#include "cuda/arch/opaque.cuh"
+#include "cuda/attention/sequence.cuh"
+#include "cuda/warp.cuh"
+#include "dense/attention/mask_bounds.h"
+
+namespace tokenmill::cuda {
+
+__device__ __forceinline__ bool hides_any(const PairMask& mask) {
+  return mask.ranges || mask.q_spans;
+}
+
+// Rows of query and key in the arrays of the mask; `key` is the position that ranges mean.
+__device__ __forceinline__ bool sees_pair(const PairMask& mask, int64_t b, int64_t h, int query_row,
+                                          int key_row, int key) {
+  bool seen = true;
+  if (mask.ranges) {
+    const int32_t* range =
+        mask.ranges + b * mask.ranges_batch + h * mask.ranges_head + query_row * mask.count * 2;
+    seen = false;
+#pragma unroll 1
+    for (int r = 0; r < static_cast<int>(mask.count); ++r, range += 2)
+      seen |= range[0] <= key && key < range[1];
+  }
+  if (mask.q_spans) {
+    const int32_t* q = mask.q_spans + b * mask.q_spans_batch + query_row * int64_t{2};
+    const int32_t* k = mask.k_spans + b * mask.k_spans_batch + key_row * int64_t{2};
+    seen &= q[0] <= k[1] && k[0] <= q[1];
+  }
+  return seen;
+}
+
+// Of the pairs of a block; all of none is false.
+struct Sight {
+  bool some, all;
+};
+
+// The mask of one head of one sequence. Positions must lie in it.
+struct HeadMask {
+  const PairMask& mask;
+  const MaskBounds& bounds;
+  int64_t b, h;
+  Sequence s;
+
+  // Positions beyond the sequence count as its last one.
+  __device__ __forceinline__ bool sees(int query, int key) const {
+    key = min(key, s.k_length - 1);
+    return sees_pair(mask, b, h, s.q_start + min(query, s.q_length - 1), s.k_start + key, key);
+  }
+
+  // Whether the queries from `query` on see the keys from `key` on, kBoundRows or fewer each. Takes
+  // some for seen that are not, none for hidden.
+  __device__ __forceinline__ Sight sight(int query, int key, int keys) const {
+    constexpr int kRows = static_cast<int>(kBoundRows);
+    const int first = s.q_start + query;
+    const int last = s.q_start + min(query + kRows, s.q_length) - 1;
+    const int key_end = min(key + keys, s.k_length);
+    Sight sight{true, true};
+    if (mask.ranges) {
+      const PairBounds* of = bounds.ranges + b * bounds.ranges_batch + h * bounds.ranges_head;
+      const int count = static_cast<int>(mask.count);
+      sight = {false, false};
+#pragma unroll 1
+      for (int r = 0; r < count; ++r) {
+        const PairBounds x = of_rows(of + r, count, first, last);
+        sight.some |= x.least_first < key_end && x.most_last > key;
+        sight.all |= x.most_first <= key && x.least_last >= key_end;
+      }
+    }
+    if (mask.q_spans) {
+      const PairBounds q = of_rows(bounds.q_spans + b * bounds.q_spans_batch, 1, first, last);
+      const PairBounds k = of_rows(bounds.k_spans + b * bounds.k_spans_batch, 1, s.k_start + key,
+                                   s.k_start + key_end - 1);
+      sight.some &= q.least_first <= k.most_last && k.least_first <= q.most_last;
+      sight.all &= q.most_first <= k.least_last && k.most_first <= q.least_last;
+    }
+    return sight;
+  }
+
+ private:
+  // Packed sequences start anywhere: their rows lie in up to two blocks.
+  static __device__ __forceinline__ PairBounds of_rows(const PairBounds* of, int step, int first,
+                                                       int last) {
+    constexpr int kRows = static_cast<int>(kBoundRows);
+    const int4 x = *reinterpret_cast<const int4*>(of + first / kRows * int64_t{step});
+    const int4 y = *reinterpret_cast<const int4*>(of + last / kRows * int64_t{step});
+    return {min(x.x, y.x), max(x.y, y.y), min(x.z, y.z), max(x.w, y.w)};
+  }
+};
+
+// Whether any of `queries` from `query` on may see any of `keys` from `key` on, in any of `heads`
+// from `head` on. All lanes of a warp together.
+__device__ __forceinline__ bool any_sees(const PairMask& mask, const MaskBounds& bounds, int64_t b,
+                                         int head, int heads, const Sequence& s, int query,
+                                         int queries, int key, int keys) {
+  constexpr int kRows = static_cast<int>(kBoundRows);
+  const int in_row = (keys + kRows - 1) / kRows, of_head = (queries + kRows - 1) / kRows * in_row;
+  const int blocks = mask.ranges_head ? of_head * heads : of_head;
+  bool some = false;
+#pragma unroll 1
+  for (int i = threadIdx.x % kWarpSize; i < blocks; i += kWarpSize) {
+    const int q = query + i % of_head / in_row * kRows, k = key + i % in_row * kRows;
+    if (q < s.q_length && k < s.k_length)
+      some |= HeadMask{mask, bounds, b, head + i / of_head, s}.sight(q, k, kRows).some;
+  }
+  return __any_sync(kFullWarp, some);
+}
+
+// Leaves of `begin` .. `end` what lies between the first and the last tile of kTile that `sees`,
+// which all lanes of a warp call together. `shared`: two ints for each warp of the block. All
+// threads together.
+template <int kTile, typename Sees>
+__device__ __forceinline__ void cut_hidden_ends(int& begin, int& end, int* shared,
+                                                const Sees& sees) {
+  const int warp = thread_index() / kWarpSize, warps = thread_count() / kWarpSize;
+  const int tiles = end > begin ? (end - begin + kTile - 1) / kTile : 0;
+  int first = warp, last = tiles - 1 - warp;
+#pragma unroll 1
+  while (first < tiles && !sees(begin + first * kTile)) first += warps;
+#pragma unroll 1
+  while (last >= 0 && !sees(begin + last * kTile)) last -= warps;
+  if (thread_index() % kWarpSize == 0) shared[2 * warp] = first, shared[2 * warp + 1] = last;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = 0; i < warps; ++i) {
+    first = min(first, shared[2 * i]);
+    last = max(last, shared[2 * i + 1]);
+  }
+  __syncthreads();
+  end = min(end, begin + (last + 1) * kTile);
+  begin += min(first, tiles) * kTile;
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,68 @@
+// What the CUDA kernels of attention know of a mask before they look at its pairs of numbers:
+// bounds of each 16 rows, by which they tell blocks of queries and keys that are hidden, or seen,
+// as a whole.
+#pragma once
+#include "dense/attention/params.h"
+
+namespace tokenmill {
+
+constexpr int64_t kBoundRows = 16;
+
+// Of (first, last) of some rows. Empty ranges are (INT32_MAX, INT32_MIN): they widen none, and no
+// block is seen by all.
+struct alignas(16) PairBounds {
+  int32_t least_first, most_first, least_last, most_last;
+};
+
+// Rows are counted as those of the arrays are, packed ones from the first token on. Strides in
+// PairBounds, 0 where broadcast.
+struct MaskBounds {
+  PairBounds* ranges;             // [B | 1, H | 1, blocks of queries, count]
+  PairBounds *q_spans, *k_spans;  // [B | 1, blocks]
+  int64_t ranges_batch, ranges_head, q_spans_batch, k_spans_batch;
+
+  struct Sizes {
+    int64_t ranges, q_spans, k_spans;
+  };
+
+  static Sizes sizes(const AttentionParams& p) {
+    const PairMask& m = p.mask;
+    const auto batches = [&](int64_t stride) { return stride ? p.batch : 1; };
+    const int64_t rows = ceil_div(p.seqlen_q, kBoundRows), keys = ceil_div(p.seqlen_k, kBoundRows);
+    const int64_t heads = m.ranges_head ? p.heads : 1;
+    return {m.ranges ? batches(m.ranges_batch) * heads * rows * m.count : 0,
+            m.q_spans ? batches(m.q_spans_batch) * rows : 0,
+            m.q_spans ? batches(m.k_spans_batch) * keys : 0};
+  }
+  static int64_t bytes(const AttentionParams& p) {
+    const Sizes n = sizes(p);
+    return (n.ranges + n.q_spans + n.k_spans) * static_cast<int64_t>(sizeof(PairBounds));
+  }
+  static MaskBounds at(const AttentionParams& p, void* memory) {
+    const Sizes n = sizes(p);
+    const PairMask& m = p.mask;
+    const int64_t rows = ceil_div(p.seqlen_q, kBoundRows), keys = ceil_div(p.seqlen_k, kBoundRows);
+    MaskBounds b{};
+    b.ranges = static_cast<PairBounds*>(memory);
+    b.q_spans = b.ranges + n.ranges;
+    b.k_spans = b.q_spans + n.q_spans;
+    b.ranges_head = m.ranges_head ? rows * m.count : 0;
+    b.ranges_batch = m.ranges_batch ? rows * m.count * (m.ranges_head ? p.heads : 1) : 0;
+    b.q_spans_batch = m.q_spans_batch ? rows : 0;
+    b.k_spans_batch = m.k_spans_batch ? keys : 0;
+    return b;
+  }
+};
+
+// A call with a mask.
+template <typename Params>
+struct Masked {
+  Params params;
+  MaskBounds bounds;
+};
+
+// null, or what went wrong
+const char* launch_cuda(const Masked<AttentionParams>&, void* stream);
+const char* launch_cuda(const Masked<AttentionBackwardParams>&, void* stream);
+
+}  // namespace tokenmill
