@@ -17,7 +17,7 @@ from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resour
 
 pytest.importorskip("triton")
 
-# kind and normalize, dtype, head dimension, pages and terms, one query or several, many rows
+# kind and normalize, dtype, head dimension, pages, terms and mask, one query or several, many rows
 CASES = (
     "softmax:float16:64:",
     "softmax:bfloat16:128:paged",
@@ -27,6 +27,9 @@ CASES = (
     "softmax:float32:64:terms,several",
     "sigmoid:float32:128:several",
     "taylor2,sum:float16:64:paged,terms,several",
+    "softmax:bfloat16:128:paged,masked",
+    "softmax:bfloat16:256:terms,several,rows,masked",
+    "relu,count:float32:64:several,masked",
 )
 
 
@@ -40,10 +43,15 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     cache = empty(*pages, kv_heads, head_dim, dtype=dtype)
     table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None
     lengths = empty(batch, dtype=torch.int32)
-    terms = [None, 0.0, False, None, None, 0.0, -1]
+    mask = [None] * 3
+    if "masked" in options:  # the most that a mask may be
+        ranges = empty(batch, heads, queries, 4, 2, dtype=torch.int32)
+        spans = (empty(batch, n, 2, dtype=torch.int32) for n in (queries, tokens))
+        mask = [ranges, *spans]
+    terms = [None, 0.0, False, *mask, None, None, 0.0, -1]
     if "terms" in options:
         sink = empty(heads) if kind == "softmax" else None
-        terms = [empty(batch, heads), -1.0, True, empty(heads), sink, 5.0, 1000]
+        terms = [empty(batch, heads), -1.0, True, *mask, empty(heads), sink, 5.0, 1000]
     kind, normalize = (*kind.split(","), "none")[:2]
     return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, 0, "auto")
 
@@ -89,7 +97,8 @@ def test_no_length_compiles_anew(folder):
 import torch
 from test_attention_decode_triton import compiled, lowered
 
-calls = [lowered("softmax", torch.float16, 64, "paged", tokens=n) for n in (4096, 1024, 16)]
+call = ("softmax", torch.float16, 64, "paged,masked")
+calls = [lowered(*call, tokens=n) for n in (4096, 1024, 16)]
 first, *others = [[code for _, code in compiled(80, call)] for call in calls]
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """

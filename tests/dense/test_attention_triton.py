@@ -9,6 +9,7 @@ python tests/dense/test_attention_triton.py CAPABILITY [softmax:float16:64:causa
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 
@@ -22,7 +23,7 @@ import tokenmill as tm
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# kind and normalize, dtype, head dimension, mask: every dtype with both head dimensions. Sums of
+# kind and normalize, dtype, head dimension, band: every dtype with both head dimensions. Sums of
 # weights in float32 and weights without a bound in float16 take most; relu looks again for NaN.
 CASES = (
     "softmax:float16:64:causal",
@@ -35,26 +36,35 @@ CASES = (
     "elu1,sum:float16:64:window:every term",
     "taylor2,sum:float32:64:causal",
     "relu,count:bfloat16:128:plain",
+    "softmax:float16:64:causal:masked",
+    "elu1,sum:float16:64:window:every term:masked",
+    "sigmoid:bfloat16:128:plain:masked",
+    "softmax:float32:64:causal:masked",
 )
-MASKS = {
+LISTS = ("key_tiles_kernel", "query_tiles_kernel")
+BANDS = {
     "plain": (False, -1, -1),
     "causal": (True, -1, -1),
     "window": (False, 100, 20),
 }
 
 
-def lowered(kind, dtype, head_dim, mask, every_term=False, tokens=1024):
+def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     """A call of attention, without data."""
     batch, heads, kv_heads = 2, 8, 2
     empty = functools.partial(torch.empty, device="meta")
     q = empty(batch, tokens, heads, head_dim, dtype=dtype)
     k = empty(batch, tokens, kv_heads, head_dim, dtype=dtype)
-    terms = [None, 0.0, False, None, None, None, 0.0]
-    if every_term:
+    mask = [None] * 3
+    if "masked" in options:  # the most that a mask may be
+        spans = empty(batch, tokens, 2, dtype=torch.int32)
+        mask = [empty(batch, heads, tokens, 4, 2, dtype=torch.int32), spans, spans]
+    terms = [None, 0.0, False, None, *mask, None, None, 0.0]
+    if "every term" in options:
         bias = empty(batch, 1, tokens, tokens, dtype=dtype)
         sink = empty(heads) if kind == "softmax" else None
-        terms = [empty(batch, heads), -1.0, True, bias, empty(heads), sink, 5.0]
-    causal, left, right = MASKS[mask]
+        terms = [empty(batch, heads), -1.0, True, bias, *mask, empty(heads), sink, 5.0]
+    causal, left, right = BANDS[band]
     lengths = (None, None, None, None)
     kind, normalize = (*kind.split(","), "none")[:2]
     return (q, k, k, kind, normalize, 0.125, *terms, causal, left, right, *lengths, "accurate")
@@ -76,8 +86,8 @@ def compiled(capability, call):
 
 def main(capability, *cases):
     for case in cases:
-        kind, dtype, head_dim, mask, *terms = case.split(":")
-        call = lowered(kind, getattr(torch, dtype), int(head_dim), mask, bool(terms))
+        kind, dtype, head_dim, *rest = case.split(":")
+        call = lowered(kind, getattr(torch, dtype), int(head_dim), *rest)
         for kernel, code in compiled(int(capability), call):
             print(json.dumps({"case": case, **resources(kernel, code)}), flush=True)
 
@@ -100,7 +110,8 @@ def programs(request, folder):
 def test_every_kernel_compiles_without_spilling_registers(programs):
     capability, found = programs
     biased = [c for c in CASES if "every term" in c]  # dbias has a kernel of its own
-    assert len(found) == 3 * len(CASES) + len(biased)
+    masked = [c for c in CASES if "masked" in c]  # and so have the lists of each other kernel
+    assert len(found) == 3 * len(CASES) + len(biased) + 3 * len(masked)
     for program in found:
         assert_fits(program, capability)
 
@@ -108,6 +119,8 @@ def test_every_kernel_compiles_without_spilling_registers(programs):
 def test_products_run_on_tensor_cores(programs):
     capability, found = programs
     for program in found:
+        if program["kernel"] in LISTS:
+            continue
         operand = OPERANDS[program["case"].split(":")[1]]
         assert program["products"], program
         for product in program["products"]:
@@ -118,7 +131,7 @@ def test_products_run_on_tensor_cores(programs):
 def test_float32_products_split_their_operands(programs):
     """tf32 alone has 11 bits."""
     for program in programs[1]:
-        if ":float32:" in program["case"]:
+        if ":float32:" in program["case"] and program["kernel"] not in LISTS:
             assert program["precisions"] == ["tf32x3"], program
 
 
@@ -127,7 +140,8 @@ def test_no_length_compiles_anew(folder):
 import torch
 from test_attention_triton import compiled, lowered
 
-calls = [lowered("softmax", torch.float16, 64, "causal", tokens=n) for n in (1024, 1023, 1)]
+call = ("softmax", torch.float16, 64, "causal", "masked")
+calls = [lowered(*call, tokens=n) for n in (1024, 1023, 1)]
 first, *others = [[code for _, code in compiled(80, call)] for call in calls]
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
@@ -159,6 +173,70 @@ def test_no_length_reaches_beyond_the_tensors(kind):
         for result in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
             assert torch.isfinite(result).all()
     assert torch.isnan(around[:, :20]).all() and torch.isnan(around[:, 40:]).all()
+
+
+MASKED = {
+    "segments": ({}, "sorted"),
+    "segments, causal, shared": ({"causal": True}, "shared"),
+    "prefix, window": ({"window": (30, -1)}, "prefix"),
+    "ranges": ({}, "ranges"),
+}
+
+
+def mask_of(name, g):
+    if name == "prefix":
+        return tm.masks.prefix(torch.tensor([20, 0], dtype=torch.int32, device=DEVICE))
+    if name == "ranges":
+        begin = torch.randint(0, 100, (1, 4, 75, 2), generator=g, dtype=torch.int32).to(DEVICE)
+        return tm.masks.ranges(begin, begin + 25)
+    ids = [torch.randint(0, 5, (2, n), generator=g, dtype=torch.int32) for n in (75, 100)]
+    if name == "sorted":
+        ids = [i.sort(-1)[0] for i in ids]
+    return tm.masks.segments(*(i.to(DEVICE) for i in ids), shared=2 if name == "shared" else None)
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_lists_name_the_tiles_that_a_mask_leaves(name, of_keys):
+    """Each tile with a visible pair is on the list, none is that the mask's ends rule out, and the
+    whole ones have no hidden pair."""
+    from tokenmill.dense.attention import lower
+    from tokenmill.reference.dense import _common
+    from tokenmill.triton_kernels.dense.attention import Call, Tiles
+
+    options, kind = MASKED[name]
+    q = torch.zeros(2, 75, 4, 16, device=DEVICE)
+    k = torch.zeros(2, 100, 2, 16, device=DEVICE)
+    mask = mask_of(kind, torch.Generator().manual_seed(0))
+    call = Call(*lower(q, k, k, mask=mask, **options))
+    lists = call.lists(Tiles(8, 8, 4, 1), of_keys=of_keys)
+    right = 0 if call.causal else call.window_right
+    pairs = _common.visible_pairs(75, 100, call.window_left, right, q.device)
+    pairs = _common.masked_pairs(pairs, *call[10:13])
+    heads = 2 if of_keys else 4
+    pairs = pairs.expand(2, 4, -1, -1).unflatten(1, (heads, -1))
+    some = torch.nn.functional.pad(pairs.any(2).cpu(), (0, 4, 0, 5))
+    every = torch.nn.functional.pad(pairs.all(2).cpu(), (0, 4, 0, 5))
+    if of_keys:  # rows of the block beyond the sequence do not count
+        every[..., :75, 100:] = True
+    else:
+        every[..., 75:, :100] = True
+    some, every = (x.unflatten(2, (10, 8)).unflatten(4, (13, 8)) for x in (some, every))
+    some, every = some.any(3).any(4), every.all(3).all(4)
+    if of_keys:
+        some, every = some.mT, every.mT
+    found = []
+    for b, h, block in itertools.product(range(2), range(heads), range(some.shape[2])):
+        row = lists.data[h if lists.head else 0, b * lists.batch + block].tolist()
+        part, whole = row[2 : 2 + row[0]], row[lists.width - row[1] : lists.width]
+        listed = set(part) | set(whole)
+        assert len(listed) == len(part) + len(whole)
+        seen, full = (set(x[b, h, block].nonzero()[:, 0].tolist()) for x in (some, every))
+        assert seen <= listed and set(whole) <= full
+        if name == "segments":  # of sorted ids the ends say all
+            assert seen == listed and set(whole) == full
+        found += [len(part), len(whole)]
+    assert any(found[::2]) and (any(found[1::2]) or kind in ("shared", "ranges"))
 
 
 if __name__ == "__main__":

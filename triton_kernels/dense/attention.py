@@ -14,6 +14,16 @@ from tokenmill.dense.terms import has_row_statistic
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
+from .masks import (
+    COUNTS,
+    LISTED,
+    Lists,
+    PairMask,
+    key_tiles_kernel,
+    mask_of,
+    query_tiles_kernel,
+    ranges_in,
+)
 
 
 class Tiles(NamedTuple):
@@ -184,26 +194,79 @@ class Call(NamedTuple):
     def window(self) -> Window:
         return window_of(self.window_left, 0 if self.causal else self.window_right)
 
-    def arguments(self) -> Sequence[Any]:
-        """What every kernel takes, from terms to group."""
+    def mask(self) -> PairMask:
+        return mask_of(self.mask_ranges, self.mask_q_spans, self.mask_k_spans)
+
+    def sequences(self) -> Sequence[Any]:
         return (
-            self.terms(),
-            self.window(),
             self.cu_seqlens_q,
             self.cu_seqlens_k,
             self.q.shape[-3],
             self.k.shape[-3],
             self.longest_q,
             self.longest_k,
-            self.heads,
-            self.heads // max(self.kv_heads, 1),
         )
+
+    def arguments(self) -> Sequence[Any]:
+        """What every kernel takes, from terms to group."""
+        group = self.heads // max(self.kv_heads, 1)
+        return (
+            self.terms(),
+            self.window(),
+            self.mask(),
+            *self.sequences(),
+            self.heads,
+            group,
+        )
+
+    def lists(self, tiles: Tiles, of_keys: bool) -> Lists:
+        """The tiles of queries for each block of keys, or those of keys for each of queries."""
+        mask = self.mask()
+        if mask.ranges is None and mask.q_spans is None:
+            return Lists(None, 0, 0, 0)
+        sides = [
+            (self.q.shape[-3], self.longest_q, tiles.block_m, self.heads),
+            (self.k.shape[-3], self.longest_k, tiles.block_n, self.kv_heads),
+        ]
+        (tokens, longest, block, heads), (_, others, other_block, _) = (
+            reversed(sides) if of_keys else sides
+        )
+        group = self.heads // max(self.kv_heads, 1) if mask.ranges_head else 1
+        heads = heads if mask.ranges_head else 1
+        batches = mask.ranges_batch or mask.q_spans_batch or mask.k_spans_batch
+        batch = self.batch if self.packed or batches else 1
+        blocks = triton.cdiv(longest, block)
+        if self.packed:
+            each, rows = 1, tokens // block + batch
+        else:
+            each, rows = blocks if batch > 1 else 0, batch * blocks
+        width = COUNTS.value + triton.cdiv(others, other_block)
+        data = self.q.new_empty((heads, rows, width), dtype=torch.int32)
+        lists = Lists(data, each, rows if heads > 1 else 0, width)
+        launch(
+            query_tiles_kernel if of_keys else key_tiles_kernel,
+            batch * heads * blocks,
+            self.q,
+            lists,
+            mask,
+            self.window(),
+            *self.sequences(),
+            heads,
+            *([group] if of_keys else []),
+            blocks,
+            RANGES=ranges_in(mask.ranges),
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            TILES=max(LISTED // other_block, 1),
+        )
+        return lists
 
     def options(self, tiles: Tiles) -> dict[str, Any]:
         return {
             "KIND": self.kind,
             "NORMALIZE": self.normalize,
             "FAST": self.precision == "fast",
+            "RANGES": ranges_in(self.mask_ranges),
             **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
         }
 
@@ -227,6 +290,7 @@ def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
         *map(call.rows, (call.q, call.k, call.v, out)),
         lse,
         call.sink,
+        call.lists(tiles, of_keys=False),
         *call.arguments(),
         blocks,
         **call.options(tiles),
@@ -270,6 +334,7 @@ def attention_backward(
         call.sink,
         score_bias_sums,
         slope_sums,
+        call.lists(plan.queries, of_keys=False),
         *call.arguments(),
         blocks,
         **call.options(plan.queries),
@@ -285,6 +350,7 @@ def attention_backward(
         *qkv,
         call.rows(dk),
         call.rows(dv),
+        call.lists(plan.keys, of_keys=True),
         *call.arguments(),
         blocks,
         **call.options(plan.keys),

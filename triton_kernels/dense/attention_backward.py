@@ -14,7 +14,6 @@ from ..common import (
     FLOAT16_SCALE,
     FLOAT_MAX,
     INF,
-    LENGTHS,
     LOG2E,
     distance,
     dot,
@@ -29,11 +28,11 @@ from ..common import (
     statistics_of,
     store_rows,
     tanh,
-    visible,
     visible_parts,
     weighted,
     weights,
 )
+from .masks import UNSPECIALISED, first_of, list_of, listed_parts, rules_of, seen
 
 
 @triton.jit
@@ -112,7 +111,7 @@ def through_softcap(b_dz, b_qk, terms):
     return b_dz
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def queries_kernel(
     dout,
     dlse,
@@ -126,8 +125,10 @@ def queries_kernel(
     sink,
     bias_sums,
     slope_sums,
+    lists,
     terms,
     window,
+    mask,
     cu_seqlens_q,
     cu_seqlens_k,
     tokens_q,
@@ -142,6 +143,7 @@ def queries_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
+    RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,17 +199,25 @@ def queries_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
+    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
     parts = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
-    for PART in tl.static_range(1 if window.left is None else 0, 3):
-        for j in range(parts[PART], parts[PART + 1], BLOCK_N):
-            o_j = j + tl.arange(0, BLOCK_N)
+    p_list = None
+    if lists.data is not None:
+        p_list = list_of(lists, i_b, i_h, blocks - 1 - i_block, sequence.q_start, BLOCK_M)
+        parts = listed_parts(p_list)
+    ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
+    for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
+        for n in range(parts[PART], parts[PART + 1], ENTRY):
+            o_j = first_of(p_list, lists.width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))
             b_dp = dot(b_dout, tl.trans(b_v))
-            m_seen = None if PART == 1 else visible(o_i[:, None], o_j[None, :], sequence, window)
+            m_seen = None
+            if PART != 1:
+                m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
             _, b_dz = gradients(
                 b_qk,
                 b_dp,
@@ -238,7 +248,7 @@ def queries_kernel(
         tl.store(slope_sums + tl.program_id(0), tl.sum(b_slope_sum, 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def keys_kernel(
     dout,
     lse,
@@ -248,8 +258,10 @@ def keys_kernel(
     v,
     dk,
     dv,
+    lists,
     terms,
     window,
+    mask,
     cu_seqlens_q,
     cu_seqlens_k,
     tokens_q,
@@ -264,6 +276,7 @@ def keys_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
+    RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -291,16 +304,22 @@ def keys_kernel(
     parts = visible_parts(
         first, last, -sequence.diagonal, window.right, window.left, sequence.q_length, BLOCK_M
     )
-    for PART in tl.static_range(1 if window.right is None else 0, 3):
+    p_list = None
+    if lists.data is not None:
+        p_list = list_of(lists, i_b, i_kv, i_block, sequence.k_start, BLOCK_N)
+        parts = listed_parts(p_list)
+    ENTRY: tl.constexpr = BLOCK_M if lists.data is None else 1
+    for PART in tl.static_range(1 if window.right is None or p_list is not None else 0, 3):
         # One loop over heads and their blocks, so that loads run ahead across heads.
-        count = tl.cdiv(parts[PART + 1] - parts[PART], BLOCK_M)
+        count = tl.cdiv(parts[PART + 1] - parts[PART], ENTRY)
         for n in range(group * count):
             i_h = i_kv * group + n // count
             head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
             queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
-            o_i = parts[PART] + n % count * BLOCK_M + tl.arange(0, BLOCK_M)
+            entry = parts[PART] + n % count * ENTRY
+            o_i = first_of(p_list, lists.width, entry, PART, BLOCK_M) + tl.arange(0, BLOCK_M)
             b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
             b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
             m_i = o_i < sequence.q_length
@@ -308,7 +327,10 @@ def keys_kernel(
             b_delta = delta_of(delta, o_row + o_i, m_i, KIND, NORMALIZE)
             b_qk = dot(b_k, tl.trans(b_q))
             b_dp = dot(b_v, tl.trans(b_dout))
-            m_seen = None if PART == 1 else visible(o_i[None, :], o_j[:, None], sequence, window)
+            m_seen = None
+            if PART != 1:
+                rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+                m_seen = seen(o_i[None, :], o_j[:, None], sequence, window, rules, RANGES)
             b_p, b_dz = gradients(
                 b_qk,
                 b_dp,
@@ -339,7 +361,7 @@ def keys_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *LENGTHS,
+        *UNSPECIALISED,
         "bias_heads",
         "bias_rows",
         "bias_columns",
@@ -362,6 +384,7 @@ def bias_kernel(
     sum_heads,
     terms,
     window,
+    mask,
     cu_seqlens_q,
     cu_seqlens_k,
     tokens_q,
@@ -375,6 +398,7 @@ def bias_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
+    RANGES: tl.constexpr,
     SUM_Q: tl.constexpr,
     SUM_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -398,6 +422,7 @@ def bias_kernel(
             stop_i = tl.minimum(first_i + BLOCK_M, stop_i)
         for i_h in range(i_bias_h, i_bias_h + sum_heads):
             head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
+            rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
             queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
@@ -425,11 +450,16 @@ def bias_kernel(
                 if not SUM_K:
                     begin = tl.maximum(begin, first_j)
                     stop_j = tl.minimum(first_j + BLOCK_N, stop_j)
+                    if mask.ranges is not None or mask.q_spans is not None:
+                        o_j = first_j + tl.arange(0, BLOCK_N)
+                        m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
+                        m_row = tl.max(m_seen.to(tl.int32), 1)
+                        stop_j = tl.where(tl.max(m_row, 0) != 0, stop_j, begin)
                 for j in range(begin, stop_j, BLOCK_N):
                     o_j = j + tl.arange(0, BLOCK_N)
                     b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
-                    m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
+                    m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     _, b_dz = gradients(
                         dot(b_q, tl.trans(b_k)),
                         dot(b_dout, tl.trans(b_v)),

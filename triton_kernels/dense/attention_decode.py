@@ -22,9 +22,7 @@ from ..common import (
     STEP,
     Rows,
     Sequence,
-    Terms,
     dot,
-    exponential,
     head_of,
     launch,
     load_tile,
@@ -35,10 +33,19 @@ from ..common import (
     terms_of,
     window_of,
 )
-from .attention_forward import accumulate, accumulate_seen, normaliser, unscaled
+from .attention_decode_merge import SIZES, length_of, merge, new_partials, rows_of, store_partials
+from .attention_forward import accumulate, accumulate_seen
+from .masks import (
+    LISTED,
+    allowed,
+    list_reached,
+    mask_of,
+    ranges_in,
+    reach_of,
+    reached_span,
+    rules_of,
+)
 
-SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
-SIZES += ["table_stride", "pages", "capacity", "most"]
 MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
 
 
@@ -52,14 +59,6 @@ class Cache(NamedTuple):
     table_stride: int
     pages: int
     capacity: int
-
-
-class Partials(NamedTuple):
-    """Sums of ranges, [splits, B, Hk, rows]: of weighted values, of weights, and the top scores."""
-
-    outs: Tensor  # not values: a tuple of Triton has an attribute of that name
-    sums: Tensor
-    tops: Tensor
 
 
 @triton.jit
@@ -80,12 +79,6 @@ def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
     first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
     last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK
     return first, tl.minimum(last, end)
-
-
-@triton.jit
-def length_of(seqlens, capacity, i_b):
-    """Lengths outside the cache are cut."""
-    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
 
 
 @triton.jit
@@ -127,25 +120,6 @@ def load_keys(
 
 
 @triton.jit
-def store_partials(
-    partials,
-    o_partial,
-    m_row,
-    b_acc,
-    b_sum,
-    b_top,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr = "softmax",
-    NORMALIZE: tl.constexpr = "none",
-):
-    store_tile(partials.outs + o_partial * VALUE_DIM, m_row, b_acc, VALUE_DIM)
-    if KIND == "softmax" or NORMALIZE != "none":
-        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
-    if KIND == "softmax":
-        tl.store(partials.tops + o_partial, b_top, mask=m_row)
-
-
-@triton.jit
 def visible_begin(sequence, left):
     """The first key that any query sees."""
     begin = sequence.k_length - sequence.k_length
@@ -156,9 +130,9 @@ def visible_begin(sequence, left):
 
 @triton.jit
 def seen_tile(
-    b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
+    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Scores of keys o_j, -inf where a query does not see one, and their values."""
     m_j = o_j < sequence.k_length
@@ -169,10 +143,11 @@ def seen_tile(
     m_seen = (o_key < sequence.k_length) & (o_key <= o_i + sequence.diagonal)
     if window.left is not None:
         m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
+    m_seen = allowed(m_seen, o_i, o_key, m_i, m_j[None, :], rules, RANGES)
     return tl.where(m_seen, b_z, -INF), b_v
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "mask", "list_width"])
 def ranges_kernel(
     q,
     k,
@@ -185,6 +160,9 @@ def ranges_kernel(
     partials,
     terms,
     window,
+    mask,
+    lists,
+    list_width,
     batch,
     kv_heads,
     group,
@@ -197,7 +175,9 @@ def ranges_kernel(
     PAGE_SIZE: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    RANGES: tl.constexpr,
     HIDES: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -209,25 +189,39 @@ def ranges_kernel(
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
     begin = visible_begin(sequence, window.left)
     first, last = range_of(begin, length, splits, i_split, BLOCK_N)
-
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
     o_i = o_row // group
     o_h = i_kv * group + tl.where(m_row, o_row % group, 0)
     b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
     o_i = o_i[:, None]
+    m_i = m_row[:, None]
     head = head_of(terms, i_b, o_h[:, None], length, KIND)
+    rules = rules_of(mask, i_b, o_h[:, None], 0, 0, RANGES)
+    reach = reach_of(rules, o_i, m_i, RANGES)
+    if rules.ranges is not None:
+        begin, end = reached_span(begin, length, reach)
+        first, last = range_of(begin, end, splits, i_split, BLOCK_N)
+    entry = first
+    entries = last
+    if lists is not None:
+        p_list = lists + tl.program_id(0).to(tl.int64) * list_width
+        entry = first - first
+        entries = list_reached(p_list, first, last, rules, reach, BLOCK_N, TILES)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    for j in range(first, last, BLOCK_N):
+    for n in range(entry, entries, BLOCK_N if lists is None else 1):
+        j = n
+        if lists is not None:
+            j = tl.load(p_list + n)
         o_j = j + tl.arange(0, BLOCK_N)
         b_z, b_v = seen_tile(
-            b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
+            b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
         )  # fmt: skip
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
             b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
@@ -244,87 +238,11 @@ def ranges_kernel(
             for j in tl.range(first, last, STEP, num_stages=1):
                 o_j = j + tl.arange(0, STEP)
                 b_z, b_v = seen_tile(
-                    b_q, cache, i_b, i_kv, o_i, o_j, terms, head, sequence, window,
-                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE,
+                    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
                 )  # fmt: skip
                 b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
             store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def merge_kernel(
-    partials,
-    seqlens,
-    capacity,
-    out,
-    lse,
-    scales,
-    sink,
-    terms,
-    heads,
-    group,
-    seqlen_q,
-    splits,
-    most,
-    VALUE_DIM: tl.constexpr,
-    KIND: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call. scales [2,
-    most], if asked for: row_max and factor of each row, with which a score z has the probability
-    2^(z - row_max) factor."""
-    o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_x = o_x < most
-    rows = group * seqlen_q
-    o_x = tl.where(m_x, o_x, 0)
-    o_i = o_x % rows // group
-    o_h = o_x // rows % (heads // group) * group + o_x % group
-    o_b = (o_x // rows // (heads // group)).to(tl.int64)
-    o_value = tl.arange(0, BLOCK_V)[None, :]
-    m_value = m_x[:, None] & (o_value < VALUE_DIM)
-
-    b_top = tl.full([BLOCK_R], -INF, tl.float32)
-    b_sum = tl.zeros([BLOCK_R], tl.float32)
-    b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), KIND)
-    if KIND == "softmax":
-        for i in range(splits):
-            b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
-    b_row_max = tl.where(b_top == -INF, 0.0, b_top)
-    for i in range(splits):
-        o_partial = tl.cast(i, tl.int64) * most + o_x
-        p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
-        b_value = tl.load(p_value, mask=m_value, other=0.0)
-        if KIND == "softmax":
-            b_own = tl.load(partials.tops + o_partial)
-            b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
-            b_sum += tl.load(partials.sums + o_partial) * b_weight
-            b_out += b_value * b_weight[:, None]
-        else:
-            if NORMALIZE != "none":
-                b_sum += tl.load(partials.sums + o_partial)
-            b_out += b_value
-
-    if KIND == "softmax":
-        b_sink = None
-        if sink is not None:
-            b_sink = tl.load(sink + o_h)
-        b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
-        if scales is not None:
-            tl.store(scales + o_x, b_row_max, mask=m_x)
-            tl.store(scales + most + o_x, b_factor, mask=m_x)
-    else:
-        b_factor = unscaled(b_sum, out.data.dtype.element_ty, KIND, NORMALIZE)
-    if KIND == "softmax" or NORMALIZE != "none":
-        tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_sum, mask=m_x)
-    p_out = row_pointers(out, o_b, o_i, o_h)
-    store_tile(p_out, m_x, b_out * b_factor[:, None], VALUE_DIM)
-
-
-def rows_of(t: Tensor) -> Rows:
-    return Rows(t, t.stride(0), t.stride(1), t.stride(2))
 
 
 def multiprocessors(t: Tensor) -> int:
@@ -374,55 +292,6 @@ def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
     return max(min(filling, triton.cdiv(longest, MIN_RANGE), MAX_RANGES), 1)
 
 
-def new_partials(q: Tensor, splits: int, heads: int, rows: int, value_dim: int) -> Partials:
-    shape = (splits, q.shape[0], heads, rows)
-    return Partials(
-        *(q.new_empty(shape + last, dtype=torch.float32) for last in ((value_dim,), (), ()))
-    )
-
-
-def merge(
-    partials: Partials,
-    seqlens_k: Tensor,
-    capacity: int,
-    out: Tensor,
-    lse: Tensor,
-    scales: Tensor | None,
-    sink: Tensor | None,
-    terms: Terms,
-    kind: str = "softmax",
-    normalize: str = "none",
-) -> None:
-    splits, batch, kv_heads, rows, value_dim = partials.outs.shape
-    seqlen_q, heads = out.shape[1:3]
-    most = batch * kv_heads * rows
-    block_v = triton.next_power_of_2(value_dim)
-    block_r = max(1, (1 << 16 if INTERPRETED.value else 2048) // block_v)
-    launch(
-        merge_kernel,
-        triton.cdiv(most, block_r),
-        out,
-        partials,
-        seqlens_k,
-        capacity,
-        rows_of(out),
-        lse,
-        scales,
-        sink,
-        terms,
-        heads,
-        heads // kv_heads,
-        seqlen_q,
-        splits,
-        most,
-        VALUE_DIM=value_dim,
-        KIND=kind,
-        NORMALIZE=normalize,
-        BLOCK_R=block_r,
-        BLOCK_V=block_v,
-    )
-
-
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -462,9 +331,18 @@ def attention_decode(
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
     )
+    mask = mask_of(mask_ranges, mask_q_spans, mask_k_spans)
+    masked = mask.ranges is not None or mask.q_spans is not None
+    # One query sees every key of its range but what a mask hides.
+    hides = seqlen_q > 1 or kind == "relu" or masked
+    programs = batch * kv_heads * row_blocks * splits
+    lists, list_width = None, 0
+    if masked:  # of the tiles of each range
+        list_width = triton.cdiv(triton.cdiv(most, tile.keys), splits)
+        lists = q.new_empty((programs, list_width), dtype=torch.int32)
     launch(
         ranges_kernel,
-        batch * kv_heads * row_blocks * splits,
+        programs,
         q,
         rows_of(q),
         rows_of(k_cache),
@@ -477,6 +355,9 @@ def attention_decode(
         partials,
         terms,
         window_of(window_left, 0),
+        mask,
+        lists,
+        list_width,
         batch,
         kv_heads,
         group,
@@ -489,7 +370,9 @@ def attention_decode(
         PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
         KIND=kind,
         NORMALIZE=normalize,
-        HIDES=seqlen_q > 1 or kind == "relu",  # else the query sees every key of its range
+        RANGES=ranges_in(mask_ranges),
+        HIDES=hides,
+        TILES=max(LISTED // tile.keys, 1),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),

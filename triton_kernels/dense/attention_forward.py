@@ -8,7 +8,6 @@ import triton.language as tl
 from ..common import (
     FLOAT16_SCALE,
     INF,
-    LENGTHS,
     LOG2E,
     STEP,
     STEP_COLUMNS,
@@ -27,11 +26,11 @@ from ..common import (
     statistics_of,
     store_rows,
     store_tile,
-    visible,
     visible_parts,
     weighted,
     weights,
 )
+from .masks import UNSPECIALISED, first_of, list_of, listed_parts, rules_of, seen
 
 
 @triton.jit
@@ -150,7 +149,7 @@ def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.const
     return b_factor
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def attention_kernel(
     q,
     k,
@@ -158,8 +157,10 @@ def attention_kernel(
     out,
     lse,
     sink,
+    lists,
     terms,
     window,
+    mask,
     cu_seqlens_q,
     cu_seqlens_k,
     tokens_q,
@@ -174,6 +175,7 @@ def attention_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
+    RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -200,18 +202,25 @@ def attention_kernel(
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
-    parts = visible_parts(
+    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+    band = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
-    for PART in tl.static_range(1 if window.left is None else 0, 3):
-        for j in range(parts[PART], parts[PART + 1], BLOCK_N):
-            o_j = j + tl.arange(0, BLOCK_N)
+    parts = band
+    p_list = None
+    if lists.data is not None:
+        p_list = list_of(lists, i_b, i_h, blocks - 1 - i_block, sequence.q_start, BLOCK_M)
+        parts = listed_parts(p_list)
+    ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
+    for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
+        for n in range(parts[PART], parts[PART + 1], ENTRY):
+            o_j = first_of(p_list, lists.width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
             if PART != 1:
-                m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
+                m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                 b_z = tl.where(m_seen, b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
                 b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE, FAST
@@ -231,20 +240,23 @@ def attention_kernel(
     b_acc *= b_factor[:, None]
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
-    if window.left is not None or window.right is not None or KIND == "relu":
+    HIDES: tl.constexpr = (
+        window.left is not None or window.right is not None or lists.data is not None
+    )
+    if HIDES or KIND == "relu":
         m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
         if tl.max(m_again.to(tl.int32), 0) != 0:
             COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
             for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
                 b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
                 b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-                for j in tl.range(parts[0], parts[3], STEP, num_stages=1):
+                for j in tl.range(band[0], band[3], STEP, num_stages=1):
                     o_j = j + tl.arange(0, STEP)
                     b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
                     b_v = load_rows(values, o_j, VALUE_DIM, COLUMNS, c)
                     b_qk = dot(b_q, tl.trans(b_k))
                     b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
-                    m_seen = visible(o_i[:, None], o_j[None, :], sequence, window)
+                    m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)
                     b_y, b_y_lost = accumulate_seen(
                         b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
-from ..dense.attention_decode import rows_of
+from ..dense.attention_decode_merge import rows_of
 from .blocks import key_walk, length_of, query_tile
 from .listed import LIST_SIZES, Listed, Statistics, attend
 

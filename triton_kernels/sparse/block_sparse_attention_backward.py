@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
-from ..dense.attention_decode import rows_of
+from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention import SIZES, Call
 from .blocks import key_walk, length_of, query_tile, query_walk
 from .listed import KeyTile, Statistics, add_key_gradients, query_gradients

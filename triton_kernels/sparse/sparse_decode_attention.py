@@ -36,14 +36,11 @@ from ..common import (
 from ..dense.attention_decode import (
     Cache,
     decode_program,
-    merge,
-    new_partials,
     range_of,
-    rows_of,
     splits_of,
-    store_partials,
     tile_of,
 )
+from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_forward import accumulate, add
 from .key_rows import (
     NOWHERE,

@@ -1,0 +1,184 @@
+"""Results of ranges of keys, and the kernel that merges those of each row, in order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    INF,
+    INTERPRETED,
+    Rows,
+    Terms,
+    exponential,
+    head_of,
+    launch,
+    row_pointers,
+    store_tile,
+)
+from .attention_forward import normaliser, unscaled
+
+SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
+SIZES += ["table_stride", "pages", "capacity", "most"]
+
+
+class Partials(NamedTuple):
+    """Sums of ranges, [splits, B, Hk, rows]: of weighted values, of weights, and the top scores."""
+
+    outs: Tensor  # not values: a tuple of Triton has an attribute of that name
+    sums: Tensor
+    tops: Tensor
+
+
+@triton.jit
+def length_of(seqlens, capacity, i_b):
+    """Lengths outside the cache are cut."""
+    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
+
+
+@triton.jit
+def store_partials(
+    partials,
+    o_partial,
+    m_row,
+    b_acc,
+    b_sum,
+    b_top,
+    VALUE_DIM: tl.constexpr,
+    KIND: tl.constexpr = "softmax",
+    NORMALIZE: tl.constexpr = "none",
+):
+    store_tile(partials.outs + o_partial * VALUE_DIM, m_row, b_acc, VALUE_DIM)
+    if KIND == "softmax" or NORMALIZE != "none":
+        tl.store(partials.sums + o_partial, b_sum, mask=m_row)
+    if KIND == "softmax":
+        tl.store(partials.tops + o_partial, b_top, mask=m_row)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def merge_kernel(
+    partials,
+    seqlens,
+    capacity,
+    out,
+    lse,
+    scales,
+    sink,
+    terms,
+    heads,
+    group,
+    seqlen_q,
+    splits,
+    most,
+    VALUE_DIM: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Rows o_x of most = B Hk rows. In 32 bits, for a division of 64 bits is a call. scales [2,
+    most], if asked for: row_max and factor of each row, with which a score z has the probability
+    2^(z - row_max) factor."""
+    o_x = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_x = o_x < most
+    rows = group * seqlen_q
+    o_x = tl.where(m_x, o_x, 0)
+    o_i = o_x % rows // group
+    o_h = o_x // rows % (heads // group) * group + o_x % group
+    o_b = (o_x // rows // (heads // group)).to(tl.int64)
+    o_value = tl.arange(0, BLOCK_V)[None, :]
+    m_value = m_x[:, None] & (o_value < VALUE_DIM)
+
+    b_top = tl.full([BLOCK_R], -INF, tl.float32)
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), KIND)
+    if KIND == "softmax":
+        for i in range(splits):
+            b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
+    b_row_max = tl.where(b_top == -INF, 0.0, b_top)
+    for i in range(splits):
+        o_partial = tl.cast(i, tl.int64) * most + o_x
+        p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
+        b_value = tl.load(p_value, mask=m_value, other=0.0)
+        if KIND == "softmax":
+            b_own = tl.load(partials.tops + o_partial)
+            b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
+            b_sum += tl.load(partials.sums + o_partial) * b_weight
+            b_out += b_value * b_weight[:, None]
+        else:
+            if NORMALIZE != "none":
+                b_sum += tl.load(partials.sums + o_partial)
+            b_out += b_value
+
+    if KIND == "softmax":
+        b_sink = None
+        if sink is not None:
+            b_sink = tl.load(sink + o_h)
+        b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
+        if scales is not None:
+            tl.store(scales + o_x, b_row_max, mask=m_x)
+            tl.store(scales + most + o_x, b_factor, mask=m_x)
+    else:
+        b_factor = unscaled(b_sum, out.data.dtype.element_ty, KIND, NORMALIZE)
+    if KIND == "softmax" or NORMALIZE != "none":
+        tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_sum, mask=m_x)
+    p_out = row_pointers(out, o_b, o_i, o_h)
+    store_tile(p_out, m_x, b_out * b_factor[:, None], VALUE_DIM)
+
+
+def rows_of(t: Tensor) -> Rows:
+    return Rows(t, t.stride(0), t.stride(1), t.stride(2))
+
+
+def new_partials(q: Tensor, splits: int, heads: int, rows: int, value_dim: int) -> Partials:
+    shape = (splits, q.shape[0], heads, rows)
+    return Partials(
+        *(q.new_empty(shape + last, dtype=torch.float32) for last in ((value_dim,), (), ()))
+    )
+
+
+def merge(
+    partials: Partials,
+    seqlens_k: Tensor,
+    capacity: int,
+    out: Tensor,
+    lse: Tensor,
+    scales: Tensor | None,
+    sink: Tensor | None,
+    terms: Terms,
+    kind: str = "softmax",
+    normalize: str = "none",
+) -> None:
+    splits, batch, kv_heads, rows, value_dim = partials.outs.shape
+    seqlen_q, heads = out.shape[1:3]
+    most = batch * kv_heads * rows
+    block_v = triton.next_power_of_2(value_dim)
+    block_r = max(1, (1 << 16 if INTERPRETED.value else 2048) // block_v)
+    launch(
+        merge_kernel,
+        triton.cdiv(most, block_r),
+        out,
+        partials,
+        seqlens_k,
+        capacity,
+        rows_of(out),
+        lse,
+        scales,
+        sink,
+        terms,
+        heads,
+        heads // kv_heads,
+        seqlen_q,
+        splits,
+        most,
+        VALUE_DIM=value_dim,
+        KIND=kind,
+        NORMALIZE=normalize,
+        BLOCK_R=block_r,
+        BLOCK_V=block_v,
+    )

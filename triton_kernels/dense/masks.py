@@ -1,0 +1,370 @@
+"""Masks of attention in kernels: the pairs that one leaves, and lists of the tiles that hold any.
+
+A list belongs to one block of queries of a head, and names tiles of keys; or to one block of keys,
+and names tiles of queries. It begins with the numbers of tiles that are seen in part and in whole.
+The former follow, ascending; the latter fill it from its end, so that both can grow.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenmill.masks import MAX_RANGES
+
+from ..common import LENGTHS, program, sequence_of, visible
+
+INT32_MAX = tl.constexpr(2**31 - 1)
+INT32_MIN = tl.constexpr(-(2**31))
+MOST_RANGES = tl.constexpr(MAX_RANGES)
+COUNTS = tl.constexpr(2)  # before the tiles of a list
+LISTED = 512  # rows whose tiles are listed at once: few registers
+# Tuples by which no kernel is specialised.
+UNSPECIALISED = [*LENGTHS, "mask", "lists"]
+
+
+class PairMask(NamedTuple):
+    """What a mask hides beside the band of causal and window; None: no such rule. A key is seen if
+    it lies in one of the ranges (begin, end) of its query, and if the spans of ids (first, last) of
+    query and key meet. Strides in elements, 0 where broadcast; rows are contiguous."""
+
+    ranges: Tensor | None  # [B | 1, H | 1, Sq, RANGES, 2]
+    ranges_batch: int
+    ranges_head: int
+    q_spans: Tensor | None  # [B | 1, Sq, 2]
+    q_spans_batch: int
+    k_spans: Tensor | None  # [B | 1, Sk, 2]
+    k_spans_batch: int
+
+
+class Rules(NamedTuple):
+    """Where a mask speaks of query 0 and key 0 of a sequence."""
+
+    ranges: Any
+    q_spans: Any
+    k_spans: Any
+
+
+class Reach(NamedTuple):
+    """What any of some queries may see: a span of ids, and ranges of keys, [MOST_RANGES]."""
+
+    first: Any
+    last: Any
+    begins: Any
+    ends: Any
+
+
+class Lists(NamedTuple):
+    """Lists of `width` numbers; batch and head count lists, 0 where broadcast. data None: the band
+    alone says what is seen."""
+
+    data: Tensor | None
+    batch: int
+    head: int
+    width: int
+
+
+@triton.jit
+def rules_of(mask, i_b, o_h, q_start, k_start, RANGES: tl.constexpr):
+    ranges = None
+    q_spans = None
+    k_spans = None
+    if mask.ranges is not None:
+        o_query = tl.cast(q_start, tl.int64) * (2 * RANGES)
+        o_head = tl.cast(o_h, tl.int64) * mask.ranges_head
+        ranges = mask.ranges + (i_b * mask.ranges_batch + o_query + o_head)
+    if mask.q_spans is not None:
+        q_spans = mask.q_spans + (i_b * mask.q_spans_batch + 2 * tl.cast(q_start, tl.int64))
+        k_spans = mask.k_spans + (i_b * mask.k_spans_batch + 2 * tl.cast(k_start, tl.int64))
+    return Rules(ranges, q_spans, k_spans)
+
+
+@triton.jit
+def load_pairs(p_pairs, o_row, m_row, PAIRS: tl.constexpr = 1, PAIR: tl.constexpr = 0):
+    """Both numbers of one of the PAIRS of rows o_row."""
+    p_pair = p_pairs + (o_row.to(tl.int64) * (2 * PAIRS) + 2 * PAIR)
+    return tl.load(p_pair, mask=m_row, other=0), tl.load(p_pair + 1, mask=m_row, other=0)
+
+
+@triton.jit
+def allowed(m_tile, o_i, o_j, m_i, m_j, rules, RANGES: tl.constexpr):
+    """What a mask leaves of m_tile, of queries o_i and keys o_j, which broadcast to its shape and
+    are read where m_i and m_j say."""
+    if rules.q_spans is not None:
+        b_first_q, b_last_q = load_pairs(rules.q_spans, o_i, m_i)
+        b_first_k, b_last_k = load_pairs(rules.k_spans, o_j, m_j)
+        m_tile = m_tile & (b_first_q <= b_last_k) & (b_first_k <= b_last_q)
+    if rules.ranges is not None:
+        m_any = tl.zeros_like(m_tile)
+        for r in tl.static_range(RANGES):
+            b_begin, b_end = load_pairs(rules.ranges, o_i, m_i, RANGES, r)
+            m_any = m_any | ((b_begin <= o_j) & (o_j < b_end))
+        m_tile = m_tile & m_any
+    return m_tile
+
+
+@triton.jit
+def seen(o_i, o_j, sequence, window, rules, RANGES: tl.constexpr):
+    m_tile = visible(o_i, o_j, sequence, window)
+    m_i = o_i < sequence.q_length
+    return allowed(m_tile, o_i, o_j, m_i, o_j < sequence.k_length, rules, RANGES)
+
+
+@triton.jit
+def hull(b_begin, b_end):
+    """Ends of what holds all ranges but empty ones."""
+    m_empty = b_begin >= b_end
+    least = tl.min(tl.where(m_empty, INT32_MAX, b_begin), 0)
+    return least, tl.max(tl.where(m_empty, INT32_MIN, b_end), 0)
+
+
+@triton.jit
+def reach_of(rules, o_i, m_i, RANGES: tl.constexpr):
+    """Of the queries o_i, [M, 1], that m_i says."""
+    first = None
+    last = None
+    begins = None
+    ends = None
+    if rules.q_spans is not None:
+        b_first, b_last = load_pairs(rules.q_spans, o_i, m_i)
+        first = tl.min(tl.min(tl.where(m_i, b_first, INT32_MAX), 0), 0)
+        last = tl.max(tl.max(tl.where(m_i, b_last, INT32_MIN), 0), 0)
+    if rules.ranges is not None:
+        o_range = tl.arange(0, MOST_RANGES)[None, :]
+        m_range = m_i & (o_range < RANGES)
+        p_range = rules.ranges + (o_i.to(tl.int64) * (2 * RANGES) + 2 * o_range)
+        b_begin = tl.load(p_range, mask=m_range, other=0)
+        begins, ends = hull(b_begin, tl.load(p_range + 1, mask=m_range, other=0))
+    return Reach(first, last, begins, ends)
+
+
+@triton.jit
+def reached_span(begin, end, reach):
+    """What the ranges leave of the keys begin .. end - 1, from the first to the last."""
+    begin = tl.minimum(tl.maximum(begin, tl.min(reach.begins, 0)), end)
+    return begin, tl.maximum(tl.minimum(end, tl.max(reach.ends, 0)), begin)
+
+
+@triton.jit
+def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Stores where those tiles of the keys begin .. end - 1 begin of which any may be seen, for
+    all threads of the program to read. Returns how many there are."""
+    count = tl.zeros([], tl.int32)
+    for j in range(begin, end, BLOCK * TILES):
+        o_begin = j + BLOCK * tl.arange(0, TILES)
+        m_tile = o_begin < end
+        if rules.k_spans is not None:
+            o_j = o_begin[:, None] + tl.arange(0, BLOCK)[None, :]
+            b_first, b_last = load_pairs(rules.k_spans, o_j, o_j < end)
+            m_j = (o_j < end) & (reach.first <= b_last) & (b_first <= reach.last)
+            m_tile = tl.max(m_j.to(tl.int32), 1) != 0
+        if rules.ranges is not None:
+            m_range = o_begin[:, None] < reach.ends[None, :]
+            m_range = m_range & (o_begin[:, None] + BLOCK > reach.begins[None, :])
+            m_tile = m_tile & (tl.max(m_range.to(tl.int32), 1) != 0)
+        b_tile = m_tile.to(tl.int32)
+        tl.store(p_list + (count - 1) + tl.cumsum(b_tile, 0), o_begin, mask=m_tile)
+        count += tl.sum(b_tile, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def list_of(lists, i_b, i_h, i_block, start, BLOCK: tl.constexpr):
+    """That of a block of a sequence. Each packed sequence has one list more than whole blocks."""
+    i_list = i_b * lists.batch + tl.cast(i_h, tl.int64) * lists.head + (start // BLOCK + i_block)
+    return lists.data + i_list * lists.width
+
+
+@triton.jit
+def listed_parts(p_list):
+    """As visible_parts, in entries of a list: part 1 is seen in whole, part 2 in part."""
+    return 0, -tl.load(p_list + 1), 0, tl.load(p_list)
+
+
+@triton.jit
+def first_of(p_list, width, n, PART: tl.constexpr, BLOCK: tl.constexpr):
+    """The first row of entry n of a part. Without a list entries are rows."""
+    first = n
+    if p_list is not None:
+        p_tile = p_list + n
+        if PART == 1:
+            p_tile += width
+        else:
+            p_tile += COUNTS
+        first = tl.load(p_tile) * BLOCK
+    return first
+
+
+@triton.jit
+def append(p_list, width, o_tile, m_some, m_all, partial, whole):
+    """Adds the tiles that are seen, in whole where m_all says so, to a list of so many."""
+    b_all = m_all.to(tl.int32)
+    b_part = (m_some & (b_all == 0)).to(tl.int32)
+    p_part = p_list + (COUNTS - 1 + partial) + tl.cumsum(b_part, 0)
+    tl.store(p_part, o_tile, mask=b_part != 0)
+    p_whole = p_list + (width - whole) - tl.cumsum(b_all, 0)
+    tl.store(p_whole, o_tile, mask=b_all != 0)
+    return partial + tl.sum(b_part, 0), whole + tl.sum(b_all, 0)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def key_tiles_kernel(
+    lists,
+    mask,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    blocks,
+    RANGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """For one block of queries, the tiles of keys."""
+    i_block, i_h, i_b = program(blocks, heads)
+    sequence = sequence_of(
+        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+    )
+    first = i_block * BLOCK_M
+    if first >= sequence.q_length:
+        return
+    last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
+    o_i = tl.minimum(first + tl.arange(0, BLOCK_M), last)
+    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+    p_list = list_of(lists, i_b, i_h, i_block, sequence.q_start, BLOCK_M)
+    partial = tl.zeros([], tl.int32)
+    whole = tl.zeros([], tl.int32)
+    for t in range(0, tl.cdiv(sequence.k_length, BLOCK_N), TILES):
+        o_tile = t + tl.arange(0, TILES)
+        o_begin = o_tile * BLOCK_N
+        o_j = o_begin[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        m_some = o_j < sequence.k_length
+        m_all = m_some
+        if window.left is not None:
+            m_some = m_some & (o_j >= first + (sequence.diagonal - window.left))
+            m_all = m_all & (o_j >= last + (sequence.diagonal - window.left))
+        if window.right is not None:
+            m_some = m_some & (o_j <= last + (sequence.diagonal + window.right))
+            m_all = m_all & (o_j <= first + (sequence.diagonal + window.right))
+        if rules.q_spans is not None:
+            b_first_q, b_last_q = load_pairs(rules.q_spans, o_i, o_i <= last)
+            b_first, b_last = load_pairs(rules.k_spans, o_j, o_j < sequence.k_length)
+            m_some = m_some & (tl.min(b_first_q, 0) <= b_last) & (b_first <= tl.max(b_last_q, 0))
+            m_all = m_all & (tl.max(b_first_q, 0) <= b_last) & (b_first <= tl.min(b_last_q, 0))
+        m_some = tl.max(m_some.to(tl.int32), 1) != 0
+        m_all = tl.min(m_all.to(tl.int32), 1) != 0
+        if rules.ranges is not None:
+            m_some_range = tl.zeros_like(m_some)
+            m_all_range = tl.zeros_like(m_all)
+            for r in tl.static_range(RANGES):
+                b_begin, b_end = load_pairs(rules.ranges, o_i, o_i <= last, RANGES, r)
+                least, most = hull(b_begin, b_end)
+                m_some_range = m_some_range | ((o_begin < most) & (o_begin + BLOCK_N > least))
+                m_holds = (o_begin >= tl.max(b_begin, 0)) & (o_begin + BLOCK_N <= tl.min(b_end, 0))
+                m_all_range = m_all_range | m_holds
+            m_some = m_some & m_some_range
+            m_all = m_all & m_all_range
+        partial, whole = append(p_list, lists.width, o_tile, m_some, m_all, partial, whole)
+    tl.store(p_list, partial)
+    tl.store(p_list + 1, whole)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def query_tiles_kernel(
+    lists,
+    mask,
+    window,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    tokens_q,
+    tokens_k,
+    longest_q,
+    longest_k,
+    heads,
+    group,
+    blocks,
+    RANGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """For one block of keys, the tiles of queries: one list for all heads of a group, seen in part
+    if any of them sees a pair, in whole if all see all."""
+    i_block, i_kv, i_b = program(blocks, heads)
+    sequence = sequence_of(
+        cu_seqlens_q, cu_seqlens_k, tokens_q, tokens_k, longest_q, longest_k, i_b
+    )
+    first = i_block * BLOCK_N
+    if first >= sequence.k_length:
+        return
+    last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
+    o_j = tl.minimum(first + tl.arange(0, BLOCK_N), last)
+    p_list = list_of(lists, i_b, i_kv, i_block, sequence.k_start, BLOCK_N)
+    partial = tl.zeros([], tl.int32)
+    whole = tl.zeros([], tl.int32)
+    for t in range(0, tl.cdiv(sequence.q_length, BLOCK_M), TILES):
+        o_tile = t + tl.arange(0, TILES)
+        o_i = o_tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        m_i = o_i < sequence.q_length
+        m_some = m_i
+        m_all = m_i
+        if window.left is not None:
+            m_some = m_some & (o_i + (sequence.diagonal - window.left) <= last)
+            m_all = m_all & (o_i + (sequence.diagonal - window.left) <= first)
+        if window.right is not None:
+            m_some = m_some & (o_i + (sequence.diagonal + window.right) >= first)
+            m_all = m_all & (o_i + (sequence.diagonal + window.right) >= last)
+        rules = rules_of(mask, i_b, i_kv * group, sequence.q_start, sequence.k_start, RANGES)
+        if rules.q_spans is not None:
+            b_first_k, b_last_k = load_pairs(rules.k_spans, o_j, o_j <= last)
+            b_first, b_last = load_pairs(rules.q_spans, o_i, m_i)
+            m_some = m_some & (tl.min(b_first_k, 0) <= b_last) & (b_first <= tl.max(b_last_k, 0))
+            m_all = m_all & (tl.max(b_first_k, 0) <= b_last) & (b_first <= tl.min(b_last_k, 0))
+        if rules.ranges is not None:
+            m_some_head = tl.zeros_like(m_some)
+            for h in range(group):
+                m_all_range = tl.zeros_like(m_all)
+                for r in tl.static_range(RANGES):
+                    p_ranges = rules.ranges + tl.cast(h, tl.int64) * mask.ranges_head
+                    b_begin, b_end = load_pairs(p_ranges, o_i, m_i, RANGES, r)
+                    m_some_head = m_some_head | (
+                        (b_begin < b_end) & (b_begin <= last) & (b_end > first)
+                    )
+                    m_all_range = m_all_range | ((b_begin <= first) & (b_end > last))
+                m_all = m_all & m_all_range
+            m_some = m_some & m_some_head
+        m_some = tl.max(m_some.to(tl.int32), 1) != 0
+        m_all = tl.min(m_all.to(tl.int32), 1) != 0
+        partial, whole = append(p_list, lists.width, o_tile, m_some, m_all, partial, whole)
+    tl.store(p_list, partial)
+    tl.store(p_list + 1, whole)
+
+
+def mask_of(ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None) -> PairMask:
+    return PairMask(
+        ranges,
+        _stride(ranges, 0),
+        _stride(ranges, 1),
+        q_spans,
+        _stride(q_spans, 0),
+        k_spans,
+        _stride(k_spans, 0),
+    )
+
+
+def _stride(t: Tensor | None, dim: int) -> int:
+    return 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
+
+
+def ranges_in(ranges: Tensor | None) -> int:
+    """Of each query."""
+    return 0 if ranges is None else ranges.shape[3]
