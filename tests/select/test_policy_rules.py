@@ -87,6 +87,12 @@ def test_wrong_options_are_refused():
     policy = policies.StreamingLLM(new_cache(None), rope=rotation(8))
     with pytest.raises(RuntimeError, match=r"policies.StreamingLLM: rope: must have a position"):
         policy.prefill(*prompt)
+    few = policies.TokenSelect(new_cache(None), k=8, num_sink=2, num_recent=4, rope=rotation(8))
+    rule = r"policies.TokenSelect: rope: must have a position for each place of a list, 522; got"
+    with pytest.raises(RuntimeError, match=rule):
+        few.prefill(*prompt)
+    with pytest.raises(RuntimeError, match=r"policies.TokenSelect: kernel_size: must be odd; got"):
+        policies.TokenSelect(new_cache(None), kernel_size=2).prefill(*prompt)
     policy = policies.TidalDecode(new_cache(None), layer=5)
     policy.prefill(*prompt)
     with pytest.raises(RuntimeError, match=r"policies.TidalDecode: previous: must be .*NoneType"):
@@ -125,6 +131,8 @@ def test_nothing_waits_for_the_device(method, options, monkeypatch):
     with FakeTensorMode():
         if method is policies.StreamingLLM:
             options = {**options, "rope": rotation(64)}
+        if method is policies.TokenSelect:
+            options = {**options, "rope": rotation(64), "chunk": 10, "kernel_size": 3}
         policy = method(new_cache(None, 48 if evicts else 72, heads=heads), **options)
         policy.prefill(*(torch.empty(2, 37, h, d) for h, d in ((H, D), (HK, D), (HK, DV))))
         for _ in range(30):

@@ -12,12 +12,15 @@ from tier import examples
 import tokenmill as tm
 
 
-def votes(q, keys, scale, sink, recent):
+def votes(q, keys, scale, sink, recent, kernel):
     """[candidates] of one request, float64."""
     mean = (q.float().sum(0) / len(q)).to(q.dtype).double()
     keys = keys[sink : max(len(keys) - recent, sink)].double()
     keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
-    return (torch.einsum("hd,nhd->hn", mean, keys) * scale).softmax(1).sum(0)
+    found = (torch.einsum("hd,nhd->hn", mean, keys) * scale).softmax(1).sum(0)
+    side = kernel // 2
+    around = [found[max(j - side, 0) : j + side + 1].amax() for j in range(len(found))]
+    return torch.stack(around) if around else found
 
 
 @pytest.mark.parametrize("backend", backends("reference"))
@@ -29,9 +32,10 @@ def votes(q, keys, scale, sink, recent):
     sink=st.sampled_from([0, 3, 10]),
     recent=st.sampled_from([0, 5, 16]),
     k=st.sampled_from([1, 8, 100]),
+    kernel=st.sampled_from([1, 5]),
     page=st.sampled_from([None, 1, 16]),
 )
-def test_definition(lengths, queries, heads, sink, recent, k, page, backend):
+def test_definition(lengths, queries, heads, sink, recent, k, kernel, page, backend):
     device = device_of(backend)
     batch = len(lengths)
     q = torch.randn(batch, queries, heads[0], 32)
@@ -45,11 +49,11 @@ def test_definition(lengths, queries, heads, sink, recent, k, page, backend):
         cache[options["block_table"].long()] = keys.unflatten(1, (pages, page))
     indices, counts = tm.token_select(
         q.to(device), cache.to(device), k=k, num_sink=sink, num_recent=recent, scale=0.5,
-        **{n: v.to(device) for n, v in options.items()}, backend=backend,
+        kernel_size=kernel, **{n: v.to(device) for n, v in options.items()}, backend=backend,
     )  # fmt: skip
     assert indices.shape == (batch, 1, 1, k) and counts.shape == (batch, 1, 1)
     for b, length in enumerate(lengths):
-        wanted = votes(q[b], keys[b, :length], 0.5, sink, recent)
+        wanted = votes(q[b], keys[b, :length], 0.5, sink, recent, kernel)
         count = counts[b, 0, 0].item()
         found = indices[b, 0, 0].cpu()
         assert count == min(k, len(wanted))
@@ -70,11 +74,17 @@ def test_a_nan_key_is_not_selected_and_hides_no_other(backend):
     keys[0, 21] = float("nan")
     indices, counts = tm.token_select(q, keys, k=3, num_sink=2, num_recent=4, backend=backend)
     assert indices.flatten().tolist() == [20, 22, 23] and counts.item() == 3
+    indices, _ = tm.token_select(
+        q, keys, k=5, num_sink=2, num_recent=4, kernel_size=3, backend=backend
+    )
+    assert indices.flatten().tolist() == [19, 20, 22, 23, 24]
 
 
 def test_bad_calls_are_refused():
     q, keys = torch.ones(1, 1, 2, 8), torch.zeros(1, 40, 1, 8)
     with pytest.raises(RuntimeError, match="token_select: vote: must be 'softmax'; got 'hard'"):
         tm.token_select(q, keys, k=3, vote="hard")
+    with pytest.raises(RuntimeError, match="token_select: kernel_size: must be odd and 1 to 1023"):
+        tm.token_select(q, keys, k=3, kernel_size=4)
     with pytest.raises(RuntimeError, match="topk_select: k: must be 1 to 65536; got 0"):
         tm.token_select(q, keys, k=0)

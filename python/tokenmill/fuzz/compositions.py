@@ -159,7 +159,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     select.token_select: (
         lambda r: {
             "q": r(2, 3, 4, 16), "k_cache": r(2, 40, 2, 16), "k": 5, "num_sink": 2,
-            "num_recent": 4, "seqlens_k": _int32(40, 9),
+            "num_recent": 4, "seqlens_k": _int32(40, 9), "kernel_size": 3,
         },
         lambda r: {
             "q": r(2, 1, 4, 16), "k_cache": r(8, 8, 2, 16), "k": 5, "num_sink": 2,
@@ -369,7 +369,18 @@ def _both(**options: Any) -> tuple[Make, ...]:
 _RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
 POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
     policies.FullAttention: _both(),
-    policies.TokenSelect: _both(k=4, num_sink=2, num_recent=3),
+    policies.TokenSelect: (
+        *_both(k=4, num_sink=2, num_recent=3),
+        lambda r: _dense(
+            r,
+            k=4,
+            num_sink=2,
+            num_recent=3,
+            chunk=4,
+            kernel_size=3,
+            rope=(r(10, 8).float(), r(10, 8).float()),
+        ),
+    ),
     policies.TidalDecode: _both(budget=5, layer=2),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
     policies.RecycledAttention: _both(budget=5, stride=2),

@@ -58,11 +58,14 @@ TABLE = (
         8, "TokenSelect", "TokenSelect: Efficient Long-Context Inference and Length Extrapolation "
         "for LLMs via Dynamic Token-Level KV Cache Selection", "Wu et al.", "2411.02886",
         "the k tokens of a cache with the largest sum over heads of softmaxed q.k, beside sink and "
-        "recent ones; kept while the cosine of successive queries is high",
-        ("tokenmill.policies.TokenSelect(k=2048, num_sink=128, num_recent=512, threshold=0.9)",
+        "recent ones; kept while the cosine of successive queries is high; chunks of a prompt vote "
+        "with their mean query; rotated by place in the list, models read more than they were "
+        "trained for",
+        ("tokenmill.policies.TokenSelect(k=2048, num_sink=128, num_recent=512, threshold=0.9, "
+         "chunk=512, rope=(cos, sin))",
          "tokenmill.token_select", "tokenmill.query_similarity_gate",
-         "tokenmill.sparse_decode_attention"),
-        POLICIES, NEEDLE, BACKENDS,
+         "tokenmill.sparse_decode_attention(pos_mode='cache')"),
+        "tests/papers/test_08_token_select.py", NEEDLE, BACKENDS,
         "attention 23.84 times as fast, 2.28 times end to end",
         "attention to 2048 of 65536 keys: 12.3 times as fast as our dense decode (bfloat16), "
         "without the selection",

@@ -1,8 +1,8 @@
 """KV selection methods behind one interface, each a short composition of operators.
 
-A policy is one layer's attention: `prefill` reads prompts with full attention and `step` attends
-for one new token of each request, to the keys that the method chooses. All take grouped query
-heads, requests of different lengths, and any backend.
+A policy is one layer's attention: `prefill` reads prompts (with full attention, but where the
+method has more to say) and `step` attends for one new token of each request, to the keys that the
+method chooses. All take grouped query heads, requests of different lengths, and any backend.
 
 | policy | keys attended to | cache |
 |---|---|---|
@@ -32,7 +32,8 @@ Example:
 from .cache import KVCache
 from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
 from .policy import FullAttention, Policy, stack
-from .selecting import Quest, RecycledAttention, TidalDecode, TokenSelect
+from .selecting import Quest, RecycledAttention, TidalDecode
+from .voting import TokenSelect
 
 __all__ = [
     "H2O",

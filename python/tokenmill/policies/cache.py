@@ -115,12 +115,36 @@ class KVCache:
         """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
         self._check_tokens(k, v)
         check(k.shape[1] == 1, NAME, "k", "must have 1 token", k.shape[1])
-        room = self.longest < self.capacity
-        check(room, NAME, "k", f"must fit into {self.capacity}", self.longest + 1)
-        page, row = self._slots(self.lengths[:, None].long())
-        self._write(page, row, k, v)
-        self.lengths = self.lengths + 1
-        self.longest += 1
+        self.extend(k, v)
+
+    def extend(self, k: Tensor, v: Tensor) -> None:
+        """Adds tokens to each request, the same number to all: k ``[B, n, Hk, D]``."""
+        self._check_tokens(k, v)
+        tokens = k.shape[1]
+        longest = self.longest + tokens
+        check(longest <= self.capacity, NAME, "k", f"must fit into {self.capacity}", longest)
+        self._write(*self._slots(self._last(0, tokens)), k, v)
+        self.lengths = self.lengths + tokens
+        self.longest = longest
+
+    def replace(self, k: Tensor, v: Tensor) -> None:
+        """Overwrites the last n tokens of each request: k ``[B, n, Hk, D]``. On a GPU it is not
+        checked that a request has so many (but with TOKENMILL_CHECK=1)."""
+        self._check_tokens(k, v)
+        tokens = k.shape[1]
+        least = self.longest
+        if self.k.device.type == "cpu" or synchronising_checks():
+            least = int(self.lengths.min()) if len(self.lengths) else 0
+        rule = f"must have no more tokens than each request, {least}"
+        check(tokens <= least, NAME, "k", rule, tokens)
+        self._write(*self._slots(self._last(tokens, tokens)), k, v)
+
+    def rows(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at positions ``[B, n]`` of each request: ``[B, n, Hk, D]``. Those of
+        pages that are not there are any."""
+        page, row = self._slots(at.long())
+        page = page.clamp(0, max(self.k.shape[0] - 1, 0))
+        return self.k[page, row], self.v[page, row]
 
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
         """Keeps the slots of lists ``[B, K]`` or (dense) ``[B, Hk, K]``; see kv_cache_compact."""
@@ -139,6 +163,11 @@ class KVCache:
             check(t.dim() == 4, NAME, name, rule, t.dim())
             wanted = [batch, k.shape[1], *like.shape[2:]]
             _check_like(name, t, like, wanted, "what the cache is for")
+
+    def _last(self, back: int, tokens: int) -> Tensor:
+        """[B, tokens]: the positions from `back` before the end of each request."""
+        first = (self.lengths - back).clamp(min=0)
+        return first[:, None].long() + torch.arange(tokens, device=self.k.device)
 
     def _slots(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Page (dense: request) and row of positions [B, n]."""

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from .._check import as_int, check, check_device_of_q, check_dtype, check_tensor
+from .._check import as_int, check, check_tensor
 from ..dense.attention import attention
-from ..reference.sparse.sparse_decode_attention import rotate
 from ..select.attention_column_scores import attention_column_scores
 from ..select.kv_cache_compact import kv_cache_compact
 from ..select.topk_select import topk_select
 from .cache import KVCache
 from .policy import FullAttention, Policy, rows_of, span
+from .rotation import Rope, check_rope, rotated
 
 Share = int | float
 
@@ -41,18 +41,17 @@ class StreamingLLM(Policy):
 
     num_sink: int = 4
     num_recent: int = 2044
-    rope: tuple[Tensor, Tensor] | None = None
+    rope: Rope | None = None
     interleaved: bool = False
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         turned_q, turned_k, rope = q, k, self.rope
         if rope is not None:
             self._check_prompt(q, k)
-            self._check_rope(rope, q)
-            cos, sin = (t[: q.shape[1], None].float() for t in rope)
-            turned_q, turned_k = (
-                rotate(x.float(), cos, sin, self.interleaved).to(x) for x in (q, k)
-            )
+            tokens = q.shape[1]
+            check_rope(self._name, rope, q, tokens, "each token of the prompt")
+            at = torch.arange(tokens, device=q.device)
+            turned_q, turned_k = (rotated(x, rope, at, self.interleaved) for x in (q, k))
         out, lse = attention(
             turned_q, turned_k, v, scale=self.scale, causal=True, return_lse=True,
             backend=self.backend,
@@ -71,20 +70,6 @@ class StreamingLLM(Policy):
             pos_mode="cache", rope=self.rope, interleaved=self.interleaved,
         )  # fmt: skip
         return out
-
-    def _check_rope(self, rope: tuple[Tensor, Tensor], q: Tensor) -> None:
-        pair = isinstance(rope, tuple | list) and len(rope) == 2
-        pair = pair and all(isinstance(t, Tensor) and t.dim() == 2 for t in rope)
-        rule = "must be None or a pair of tensors [positions, pairs]"
-        check(pair and rope[0].shape == rope[1].shape, self._name, "rope", rule, rope)
-        few = f"must have a position for each token of the prompt, {q.shape[1]}"
-        check(len(rope[0]) >= q.shape[1], self._name, "rope", few, rope[0].shape)
-        most = q.shape[3] // 2
-        rule = f"must have up to {most} pairs of columns"
-        check(rope[0].shape[1] <= most, self._name, "rope", rule, rope[0].shape)
-        for t in rope:
-            check_dtype(self._name, "rope", t, float64=True)
-            check_device_of_q(self._name, "rope", t, q)
 
     @property
     def kept(self) -> Tensor:

@@ -50,6 +50,7 @@ class Policy:
         self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes of one
         self._list: Tensor  # selected keys [B, 1 | Hk, K], and how many
         self._counts: Tensor
+        self._query: Tensor  # for which they were selected [B, 1, H, D]
 
     @property
     def _name(self) -> str:
@@ -71,7 +72,7 @@ class Policy:
                 rule = "must be a number of keys or a share of them, 0 to 1"
                 value = as_number(self._name, name, value, rule)
                 check(0 <= value <= 1, self._name, name, rule, value)
-            elif entry.type == "float":
+            elif entry.type == "float" or (entry.type == "float | None" and value is not None):
                 value = as_number(self._name, name, value)
             elif entry.type == "bool":
                 check_bool(self._name, name, value)
@@ -196,7 +197,27 @@ def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) ->
     return layers
 
 
-class FullAttention(Policy):
+class Keeping(Policy):
+    """A policy whose cache keeps every key, so that a chunk of tokens can see all before it."""
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of several new tokens of each request: the next chunk of prompts that are read
+        in chunks.
+
+        Args:
+            q: ``[B, n, H, D]``, the last n tokens of each request.
+            k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
+
+        Returns:
+            ``[B, n, H, Dv]``: causal attention, each token over all before it.
+        """
+        self._check_prompt(q, k)
+        self.cache.extend(k, v)
+        self._reads = []
+        return self._attend_all(q)
+
+
+class FullAttention(Keeping):
     """Attends to all keys: what the other policies approximate."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

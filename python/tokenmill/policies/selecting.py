@@ -8,70 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._check import check, check_tensor, fail
+from .._check import fail
 from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
-from ..select.query_similarity_gate import query_similarity_gate
-from ..select.token_select import token_select
 from ..select.topk_select import topk_select
 from .policy import Policy, rows_of, span
-
-
-@dataclass(eq=False)
-class TokenSelect(Policy):
-    r"""Attends to sink and recent tokens, and to the k tokens that the heads vote for.
-
-    A head votes with its softmax over the candidates, and all heads share one list. As long as a
-    request's query is like the one that last selected (cosine of at least threshold, the heads side
-    by side), its list stays, and no key is read to select.
-
-    Args:
-        k: tokens selected beside sink and recent ones.
-        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to.
-        threshold: least cosine at which the previous selection is reused; above 1: never.
-        vote_scale: factor of the products in the votes; None = scale. The released code has 1.
-
-    Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3. Prompts are read with full attention
-    here, not in chunks with selection. The released code takes key head h mod Hk for head h, scores
-    in 16 bits, one request at a time, and has the reuse switched off; here h // (H / Hk), float32,
-    any number of requests.
-    """
-
-    k: int = 2048
-    num_sink: int = 128
-    num_recent: int = 512
-    threshold: float = 0.9
-    vote_scale: float | None = None
-
-    def begin(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
-    ) -> None:
-        super().begin(q, k, v, lse, lengths=lengths)
-        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
-        self._list = self.cache.lengths.new_zeros(q.shape[0], 1, self.k)
-        self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
-
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        check_tensor(self._name, "q", q)
-        one = q.dim() == 4 and q.shape[1] == 1
-        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
-        self._append(k, v)
-        serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
-        asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
-        indices, counts = token_select(
-            q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=self.num_recent,
-            scale=self.scale if self.vote_scale is None else self.vote_scale, seqlens_k=asked,
-            block_table=self.cache.block_table, backend=self.backend,
-        )  # fmt: skip
-        serves = serves[:, None, None]
-        self._list = torch.where(serves, self._list, indices[:, :, 0])
-        self._counts = torch.where(serves[:, 0], self._counts, counts[:, :, 0])
-        self._query = torch.where(serves[..., None], self._query, q)
-        out, _ = self._attend(
-            q, self._list, self._counts, num_sink=self.num_sink, num_recent=self.num_recent
-        )
-        self._reads.append((asked, self.cache.key_bytes))
-        return out
 
 
 @dataclass(eq=False)

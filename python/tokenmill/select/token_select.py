@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from .._check import as_int, check, check_tensor, check_text
 from .kv_block_scores import kv_block_scores
 from .topk_select import topk_select
 
 OP = "token_select"
+MAX_KERNEL = 1023
 
 
 def token_select(
@@ -19,6 +22,7 @@ def token_select(
     num_sink: int = 128,
     num_recent: int = 512,
     vote: str = "softmax",
+    kernel_size: int = 1,
     scale: float | None = None,
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
@@ -47,6 +51,8 @@ def token_select(
         num_sink: sink (first) tokens, which are not in the list.
         num_recent: recent (last) tokens, which are not in the list.
         vote: "softmax".
+        kernel_size: each candidate gets the most votes that any of so many candidates has, itself
+            in their middle; odd, up to 1023. 1: its own.
         scale: factor of the products. None = 1/sqrt(D); the authors' code has 1.
         seqlens_k: int32 ``[B]``, tokens of each request; None: all.
         block_table: ``[B, P]`` int32, the pages of each request.
@@ -77,11 +83,19 @@ def token_select(
     k = as_int(OP, "k", k)
     check_text(OP, "vote", vote)
     check(vote == "softmax", OP, "vote", "must be 'softmax'", vote)
+    kernel_size = as_int(OP, "kernel_size", kernel_size)
+    odd = 1 <= kernel_size <= MAX_KERNEL and kernel_size % 2 == 1
+    check(odd, OP, "kernel_size", f"must be odd and 1 to {MAX_KERNEL}", kernel_size)
     votes = kv_block_scores(
         q, k_cache, q_reduce="mean", block_q=max(q.shape[1], 1), head_reduce="softmax_vote",
         scale=scale, num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k,
         block_table=block_table, backend=backend,
     )  # fmt: skip
     batch, _, rows, tokens = votes.shape
-    indices, counts = topk_select(votes.view(batch * rows, tokens), k, backend=backend)
+    votes = votes.view(batch * rows, tokens)
+    if kernel_size > 1 and tokens > 0:
+        out = ~(votes > -torch.inf)  # not a candidate, or NaN, which is never selected
+        votes = votes.masked_fill(out, -torch.inf)
+        votes = max_pool1d(votes, kernel_size, 1, kernel_size // 2).masked_fill(out, -torch.inf)
+    indices, counts = topk_select(votes, k, backend=backend)
     return indices.view(batch, 1, rows, k), counts.view(batch, 1, rows)

@@ -1,0 +1,32 @@
+"""Rotary embedding of keys that are cached without it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._check import check, check_device_of_q, check_dtype
+from ..reference.sparse.sparse_decode_attention import rotate
+
+Rope = tuple[Tensor, Tensor]
+
+
+def check_rope(name: str, rope: Rope, q: Tensor, positions: int, what: str) -> None:
+    """(cos, sin) for queries [B, S, H, D] at so many positions; what says why so many."""
+    pair = isinstance(rope, tuple | list) and len(rope) == 2
+    pair = pair and all(isinstance(t, Tensor) and t.dim() == 2 for t in rope)
+    rule = "must be None or a pair of tensors [positions, pairs]"
+    check(pair and rope[0].shape == rope[1].shape, name, "rope", rule, rope)
+    few = f"must have a position for {what}, {positions}"
+    check(len(rope[0]) >= positions, name, "rope", few, rope[0].shape)
+    most = q.shape[3] // 2
+    rule = f"must have up to {most} pairs of columns"
+    check(rope[0].shape[1] <= most, name, "rope", rule, rope[0].shape)
+    for t in rope:
+        check_dtype(name, "rope", t, float64=True)
+        check_device_of_q(name, "rope", t, q)
+
+
+def rotated(x: Tensor, rope: Rope, at: Tensor, interleaved: bool) -> Tensor:
+    """x [B, S, H, D] turned to positions [S] or [B, S]."""
+    cos, sin = (t[at].unsqueeze(-2).float() for t in rope)
+    return rotate(x.float(), cos, sin, interleaved).to(x)

@@ -1,0 +1,204 @@
+"""TokenSelect: the tokens that all heads vote for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._check import check, check_tensor
+from ..dense.attention import attention
+from ..select.query_similarity_gate import query_similarity_gate
+from ..select.token_select import token_select
+from .policy import Keeping, span
+from .rotation import Rope, check_rope, rotated
+
+
+@dataclass(eq=False)
+class TokenSelect(Keeping):
+    r"""Attends to sink and recent tokens, and to the k tokens that the heads vote for.
+
+    A head votes with its softmax over the candidates, and all heads share one list. As long as a
+    request's query is like the one that last selected (cosine of at least threshold, the heads side
+    by side), its list stays, and no key is read to select.
+
+    Prompts are read in chunks. The mean of a chunk's queries votes, and the chunk attends to sink
+    tokens, the tokens selected, recent ones and, causally, to itself. A prompt of no more tokens
+    than num_sink + k + num_recent is read with full attention.
+
+    With rope the policy extends models beyond the length that they were trained for: it is given
+    queries and keys without rotary embedding, and rotates what is attended to by its place in the
+    list, so that no place is beyond num_sink + k + max(num_recent, chunk). For the vote, keys stay
+    as they are and a query is rotated as if all candidates were num_recent tokens away.
+
+    Args:
+        k: tokens selected beside sink and recent ones.
+        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to. The tokens
+            of a chunk count among the recent, the newest first, and are all attended to.
+        threshold: least cosine at which the previous selection is reused in a step; above 1: never.
+        vote_scale: factor of the products in the votes; None = scale. The released code has 1.
+        chunk: tokens of a chunk of a prompt.
+        kernel_size: a token gets the most votes of so many neighbours, odd; 1: its own.
+        rope: (cos, sin), float ``[positions, pairs]``, pairs up to D / 2, with a position for each
+            place of a list and each distance of a vote: num_sink + k + max(num_recent, chunk) and
+            num_recent + chunk, or the tokens that the cache has room for if those are no more than
+            num_sink + k + num_recent. None: queries and keys are used as they are.
+        interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
+
+    Complexity: a prompt takes 2 H (D + Dv) S (num_sink + k + num_recent) operations, and H D S^2 /
+    chunk to select; what a chunk attends to is gathered once.
+
+    Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3, with its chunks of 512. The released
+    code takes key head h mod Hk for head h, scores in 16 bits, one request at a time, and has the
+    reuse switched off; here h // (H / Hk), float32, any number of requests. It votes with the whole
+    cache's tokens before the last num_recent, and so do we, but never with a chunk's own.
+    """
+
+    k: int = 2048
+    num_sink: int = 128
+    num_recent: int = 512
+    threshold: float = 0.9
+    vote_scale: float | None = None
+    chunk: int = 512
+    kernel_size: int = 1
+    rope: Rope | None = None
+    interleaved: bool = False
+    _LEAST: ClassVar[dict[str, int]] = {"k": 1, "chunk": 1, "kernel_size": 1}
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        self._start(q, k, v, lengths)
+        begin = torch.zeros_like(self.cache.lengths)
+        return self._read(q, k, v, begin, self.cache.lengths, 0)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._check_prompt(q, k)
+        begin, before = self.cache.lengths, self.cache.longest
+        self.cache.extend(k, v)
+        self._reads = []
+        return self._read(q, k, v, begin, self.cache.lengths, before)
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        self._start(q, k, v, lengths)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        check_tensor(self._name, "q", q)
+        one = q.dim() == 4 and q.shape[1] == 1
+        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
+        self._append(k, v)
+        serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
+        asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
+        indices, counts = self._vote(self._from_afar(q), asked, self.num_recent)
+        serves = serves[:, None, None]
+        self._list = torch.where(serves, self._list, indices)
+        self._counts = torch.where(serves[:, 0], self._counts, counts)
+        self._query = torch.where(serves[..., None], self._query, q)
+        out, _ = self._attend(
+            q, self._list, self._counts, num_sink=self.num_sink, num_recent=self.num_recent,
+            pos_mode="absolute" if self.rope is None else "cache", rope=self.rope,
+            interleaved=self.interleaved,
+        )  # fmt: skip
+        self._reads.append((asked, self.cache.key_bytes))
+        return out
+
+    def _start(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        self._check_prompt(q, k)
+        odd = self.kernel_size % 2 == 1
+        check(odd, self._name, "kernel_size", "must be odd", self.kernel_size)
+        if self.rope is not None:
+            places = self.cache.capacity
+            if places > self._listed:
+                beside = self.num_recent, self.chunk
+                places = max(self.num_sink + self.k + max(beside), sum(beside))
+            check_rope(self._name, self.rope, q, places, "each place of a list")
+        self.cache.fill(k, v, lengths)
+        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
+        self._list = self.cache.lengths.new_zeros(q.shape[0], 1, self.k)
+        self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
+
+    @property
+    def _listed(self) -> int:
+        """Tokens up to which all are attended to."""
+        return self.num_sink + self.k + self.num_recent
+
+    def _from_afar(self, q: Tensor) -> Tensor:
+        """Queries [B, n, H, D] as they vote."""
+        if self.rope is None:
+            return q
+        at = self.num_recent + torch.arange(q.shape[1], device=q.device)
+        at = at.clamp(max=len(self.rope[0]) - 1)  # in a cache without candidates
+        return rotated(q, self.rope, at, self.interleaved)
+
+    def _vote(self, q: Tensor, n: Tensor, num_recent: int) -> tuple[Tensor, Tensor]:
+        """Lists [B, 1, k] and counts [B, 1] among the first n[b] tokens of the cache."""
+        indices, counts = token_select(
+            q, self.cache.k, k=self.k, num_sink=self.num_sink, num_recent=num_recent,
+            kernel_size=self.kernel_size, seqlens_k=n, block_table=self.cache.block_table,
+            scale=self.scale if self.vote_scale is None else self.vote_scale, backend=self.backend,
+        )  # fmt: skip
+        return indices[:, :, 0], counts[:, :, 0]
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
+    ) -> Tensor:
+        """Attention of tokens that are in the cache from begin[b] on, and up to lengths[b] count.
+        before is the most that begin is."""
+        tokens = q.shape[1]
+        size = self.chunk if before + tokens > self._listed else max(tokens, 1)
+        outs = []
+        for start in range(0, max(tokens, 1), size):
+            queries, keys, values = (x[:, start : start + size] for x in (q, k, v))
+            outs.append(
+                self._read_chunk(queries, keys, values, begin + start, lengths, before + start)
+            )
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def _read_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, begin: Tensor, lengths: Tensor, before: int
+    ) -> Tensor:
+        """q, k, v [B, n, ...] of positions begin[b] to begin[b] + n - 1."""
+        rows = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+        bias, places = None, rows.expand(q.shape[0], -1)
+        if before > 0:
+            at, count = self._before(q, begin, lengths, before)
+            old_k, old_v = self.cache.rows(at)
+            order = span(torch.zeros_like(begin), at.shape[1])
+            unused = order >= count[:, None]
+            bias = torch.zeros(unused.shape, device=q.device).masked_fill(unused, -torch.inf)
+            bias = torch.nn.functional.pad(bias, (0, q.shape[1]))[:, None, None]
+            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
+            places = count[:, None] + rows
+            order = torch.cat([order, places], 1)
+        else:
+            order = places
+        if self.rope is not None:
+            q = rotated(q, self.rope, places, self.interleaved)
+            k = rotated(k, self.rope, order, self.interleaved)
+        return attention(q, k, v, scale=self.scale, causal=True, bias=bias, backend=self.backend)
+
+    def _before(
+        self, q: Tensor, begin: Tensor, lengths: Tensor, before: int
+    ) -> tuple[Tensor, Tensor]:
+        """Positions before a chunk that it attends to, ascending, and how many."""
+        valid = (lengths - begin).clamp(0, q.shape[1])
+        if before + q.shape[1] <= self._listed:
+            return span(torch.zeros_like(begin), before), begin
+        there = torch.minimum(begin, lengths)
+        old = torch.minimum((begin + valid - self.num_recent).clamp(min=0), there)
+        speaks = span(torch.zeros_like(valid), q.shape[1]) < valid[:, None]
+        voice = self._from_afar(q).float().masked_fill(~speaks[..., None, None], 0)
+        mean = voice.sum(1, keepdim=True) / valid.clamp(min=1).view(-1, 1, 1, 1)
+        chosen, _ = self._vote(mean.to(q), old, 0)
+        first = span(torch.zeros_like(begin), self.num_sink)
+        last = span(old, self.num_recent)
+        after = torch.iinfo(torch.int32).max
+        at = torch.cat([
+            first.masked_fill(first >= old[:, None], after),
+            chosen[:, 0].masked_fill(chosen[:, 0] < 0, after),
+            last.masked_fill(last >= there[:, None], after),
+        ], 1).sort(1).values[:, :before]  # fmt: skip
+        unused = at == after
+        return at.masked_fill(unused, 0), (~unused).sum(1, dtype=torch.int32)

@@ -1,0 +1,146 @@
+"""TokenSelect with length extrapolation, chunks of a prompt and steps, one request at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_inputs import DV, LENGTHS, D, draw, new_cache, rotation
+from tensors import device_of, each_backend
+from torch import Tensor
+
+from tokenmill import policies
+
+
+def turned(x: Tensor, at: Tensor) -> Tensor:
+    """x [n, heads, D] with rotary embedding at positions [n]."""
+    half = x.shape[-1] // 2
+    angle = at[:, None, None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+class Literal:
+    """A request: keys are cached without rotation; what is attended to is a row of them."""
+
+    def __init__(self, k_best, sink, recent, chunk, threshold, vote_scale, kernel, rope):
+        self.k_best, self.sink, self.recent, self.chunk = k_best, sink, recent, chunk
+        self.threshold, self.vote_scale, self.kernel, self.rope = (
+            threshold,
+            vote_scale,
+            kernel,
+            rope,
+        )
+        self.reference, self.chosen, self.served = None, None, []
+
+    def select(self, q: Tensor, k: Tensor) -> list[int]:
+        """Of all tokens of k, for queries [n, H, D]."""
+        last = len(k) - self.recent
+        if self.rope:
+            q = turned(q, self.recent + torch.arange(len(q)))
+        q = q.mean(0)
+        votes = torch.zeros(last - self.sink, dtype=q.dtype)
+        for h in range(len(q)):
+            keys = k[self.sink : last, h * k.shape[1] // len(q)]
+            votes += torch.softmax(keys @ q[h] * self.vote_scale, 0)
+        if self.kernel > 1:
+            side = self.kernel // 2
+            votes = torch.nn.functional.max_pool1d(votes[None], self.kernel, 1, side)[0]
+        order = sorted(range(len(votes)), key=lambda j: (-votes[j].item(), j))
+        return [self.sink + j for j in order[: self.k_best]]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, row: list[int]) -> Tensor:
+        """Queries [n, H, D], the last n of the row."""
+        k, v, places = k[row], v[row], torch.arange(len(row))
+        ends = len(row) - len(q) + torch.arange(len(q))
+        if self.rope:
+            k, q = turned(k, places), turned(q, ends)
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        z = torch.einsum("qhd,khd->hqk", q, k) * q.shape[2] ** -0.5
+        weights = z.masked_fill(places > ends[:, None], -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v)
+
+    def row(self, chosen: list[int], n: int) -> list[int]:
+        return sorted({*range(self.sink), *chosen, *range(n - self.recent, n)})
+
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs = []
+        for start in range(0, len(q), self.chunk):
+            n = min(start + self.chunk, len(q))
+            part, row = q[start:n], list(range(n))
+            if self.sink + self.k_best + self.recent < n:
+                row = self.row(self.select(part, k[:n]), n)
+            outs.append(self.attend(part, k[:n], v[:n], row))
+        return torch.cat(outs)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [H, D]; k and v with the new token."""
+        same = self.reference is not None and torch.cosine_similarity(
+            q.flatten(), self.reference.flatten(), 0
+        )
+        self.served.append(self.reference is not None and bool(same >= self.threshold))
+        if not self.served[-1]:
+            self.reference, self.chosen = q, self.select(q[None], k)
+        return self.attend(q[None], k, v, self.row(self.chosen, len(k)))[0]
+
+
+@pytest.mark.parametrize("page", [None, 4])
+@pytest.mark.parametrize(("kernel", "rope"), [(1, True), (5, True), (3, False)])
+def test_requests_of_different_lengths(page, kernel, rope):
+    """Chunks of 6 of which the last is not whole, and queries that stay alike for some steps."""
+    setting = {"num_sink": 2, "num_recent": 7, "threshold": 0.9, "chunk": 6, "vote_scale": 1.0}
+    policy = policies.TokenSelect(
+        new_cache(page), k=5, kernel_size=kernel, rope=rotation(20) if rope else None, **setting
+    )
+    tokens = draw(alike=0.35)
+    out = policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
+    literals = [Literal(5, 2, 7, 6, 0.9, 1.0, kernel, rope) for _ in LENGTHS]
+    for b, n in enumerate(LENGTHS):
+        want = literals[b].prompt(*(t[:n] for t in tokens.of(b)))
+        torch.testing.assert_close(out[b, :n].double(), want, rtol=0, atol=2e-5)
+    for t, step in enumerate(tokens.steps):
+        out = policy.step(*step)
+        for b, n in enumerate(LENGTHS):
+            q, k, v = tokens.of(b)
+            want = literals[b].step(q[n + t], k[: n + t + 1], v[: n + t + 1])
+            torch.testing.assert_close(out[b, 0].double(), want, rtol=0, atol=2e-5)
+    assert any(literals[0].served) and not all(literals[0].served)
+
+
+@pytest.mark.parametrize("page", [None, 8])
+def test_chunks_of_the_caller(page):
+    """A prompt in parts is the prompt, whatever was in the cache before."""
+    tokens = draw()
+    setting = {"k": 5, "num_sink": 2, "num_recent": 6, "chunk": 6, "rope": rotation(20)}
+    whole, parts = (policies.TokenSelect(new_cache(page), **setting) for _ in range(2))
+    n = min(LENGTHS)
+    q, k, v = (t[:, :n] for t in tokens.prompt)
+    want = whole.prefill(q, k, v)
+    got = [parts.prefill(q[:, :6], k[:, :6], v[:, :6])]
+    got += [parts.extend(*(t[:, i : i + 12] for t in (q, k, v))) for i in (6, 18)]
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=2e-6)
+    for step in tokens.steps[:2]:
+        torch.testing.assert_close(parts.step(*step), whole.step(*step), rtol=0, atol=2e-6)
+
+
+@each_backend
+def test_defaults_of_the_released_code(backend):
+    """128 sink tokens, 2048 selected, 512 recent; chunks of 512; its votes are not scaled."""
+    tokens, steps, device = 3300, 2, device_of(backend)
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, D), (1, D), (1, DV))
+    q, k, v = (torch.randn(1, tokens + steps, *shape, generator=g) for shape in shapes)
+    rope = tuple(t.to(device) for t in rotation(2688))
+    cache = policies.KVCache.like(k.to(device), v.to(device), tokens + steps)
+    policy = policies.TokenSelect(cache, vote_scale=1.0, rope=rope, backend=backend)
+    literal = Literal(2048, 128, 512, 512, 0.9, 1.0, 1, True)
+    given = [t[:, :tokens].to(device) for t in (q, k, v)]
+    out = policy.prefill(*given)
+    q, k, v = (t[0].double() for t in (q, k, v))
+    want = literal.prompt(q[:tokens], k[:tokens], v[:tokens])
+    torch.testing.assert_close(out[0].cpu().double(), want, rtol=0, atol=2e-5)
+    for t in range(tokens, tokens + steps):
+        one = (x[None, t : t + 1].float().to(device) for x in (q, k, v))
+        got = policy.step(*one)[0, 0]
+        want = literal.step(q[t], k[: t + 1], v[: t + 1])
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=2e-5)
