@@ -244,7 +244,7 @@ def methods(budget: int) -> dict[str, tuple[type[policies.Policy], dict[str, Any
         "TokenSelect": (
             policies.TokenSelect, {"k": budget - recent - 4, "num_sink": 4, "num_recent": recent}
         ),
-        "TidalDecode": (policies.TidalDecode, {"budget": budget, "first": 0}),
+        "TidalDecode": (policies.TidalDecode, {"budget": budget, "first": 0, "lists": "key"}),
         "Quest": (policies.Quest, {"budget": budget, "dense_layers": 0}),
         "Recycled": (policies.RecycledAttention, {"budget": budget, "stride": 4}),
         "StreamingLLM": (policies.StreamingLLM, {"num_recent": budget - 4}),

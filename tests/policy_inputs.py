@@ -89,11 +89,11 @@ def best(scores: Tensor, k: int) -> list[int]:
 
 
 def over(q: Tensor, k: Tensor, v: Tensor, chosen: list[list[int]]) -> Tensor:
-    """All heads of a query, each over the keys chosen for its key head."""
-    return torch.stack([
-        attend(q[h], k[chosen[h // GROUP], h // GROUP], v[chosen[h // GROUP], h // GROUP])
-        for h in range(H)
-    ])  # fmt: skip
+    """All heads of a query, each over the keys chosen for it or for its key head."""
+    own = chosen if len(chosen) == H else [chosen[h // GROUP] for h in range(H)]
+    return torch.stack(
+        [attend(q[h], k[own[h], h // GROUP], v[own[h], h // GROUP]) for h in range(H)]
+    )
 
 
 def rotation(positions: int) -> tuple[Tensor, Tensor]:

@@ -103,12 +103,13 @@ def test_quest(page):
 
 
 @pytest.mark.parametrize("page", [None, 2])
-def test_tidal_decode(page):
+@pytest.mark.parametrize("lists", ["query", "key"])
+def test_tidal_decode(page, lists):
     budget, layers = 6, 6
     tokens = [draw(seed) for seed in range(layers)]
     model = policies.stack(
         policies.TidalDecode, [new_cache(page) for _ in range(layers)], budget=budget, first=1,
-        correction=4,
+        correction=4, lists=lists,
     )  # fmt: skip
     for layer, its in zip(model, tokens, strict=True):
         layer.prefill(*its.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
@@ -123,10 +124,10 @@ def test_tidal_decode(page):
                 want = over(x, k, v, everything if full else chosen)
                 torch.testing.assert_close(out[layer][b, 0].double(), want, rtol=0, atol=2e-5)
                 if layer in (1, 4):
-                    chosen = []
-                    for kv in range(HK):
-                        logits = k[: now - 1, kv] @ x[kv * GROUP : (kv + 1) * GROUP].T
-                        chosen.append([*best(logits.amax(1), budget), now - 1])
+                    logits = [k[: now - 1, h // GROUP] @ x[h] for h in range(H)]
+                    if lists == "key":
+                        logits = torch.stack(logits).unflatten(0, (HK, GROUP)).amax(1)
+                    chosen = [[*best(each, budget), now - 1] for each in logits]
 
 
 @pytest.mark.parametrize("page", [None, 16])

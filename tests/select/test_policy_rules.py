@@ -36,6 +36,7 @@ SPARING = [
     (policies.FullAttention, {}),
     (policies.TokenSelect, {"k": 8, "num_sink": 2, "num_recent": 4}),
     (policies.TidalDecode, {"budget": 8, "layer": 2}),
+    (policies.TidalDecode, {"budget": 8, "layer": 2, "lists": "key"}),
     (policies.Quest, {"budget": 16, "page": 4, "layer": 5}),
     (policies.RecycledAttention, {"budget": 8, "stride": 3}),
     (policies.StreamingLLM, {"num_recent": 20}),
@@ -93,6 +94,9 @@ def test_wrong_options_are_refused():
         few.prefill(*prompt)
     with pytest.raises(RuntimeError, match=r"policies.TokenSelect: kernel_size: must be odd; got"):
         policies.TokenSelect(new_cache(None), kernel_size=2).prefill(*prompt)
+    rule = r"policies.TidalDecode: lists: must be 'query' or 'key'; got 'head'"
+    with pytest.raises(RuntimeError, match=rule):
+        policies.TidalDecode(new_cache(None), lists="head")
     policy = policies.TidalDecode(new_cache(None), layer=5)
     policy.prefill(*prompt)
     with pytest.raises(RuntimeError, match=r"policies.TidalDecode: previous: must be .*NoneType"):

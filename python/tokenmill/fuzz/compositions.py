@@ -381,7 +381,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
             rope=(r(10, 8).float(), r(10, 8).float()),
         ),
     ),
-    policies.TidalDecode: _both(budget=5, layer=2),
+    policies.TidalDecode: (
+        *_both(budget=5, layer=2),
+        lambda r: _dense(r, budget=5, layer=2, lists="key"),
+    ),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
     policies.RecycledAttention: _both(budget=5, stride=2),
     policies.StreamingLLM: (
@@ -416,8 +419,10 @@ def policy_targets() -> list[Target]:
             policy = method(cache, **{"backend": backend, **chosen})
             prompt = (arguments[f"prompt_{name}"] for name in "qkv")
             outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"))]
-            for _ in range(2):
-                outs.append(policy.step(*(arguments[f"step_{name}"] for name in "qkv")))
+            for call in ("step", "step", "extend", "correct"):
+                if hasattr(policy, call):
+                    new = (arguments[f"step_{name}"] for name in "qkv")
+                    outs.append(getattr(policy, call)(*new))
             return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
 
         name = f"policies.{method.__name__}"

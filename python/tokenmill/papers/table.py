@@ -194,10 +194,13 @@ TABLE = (
     Paper(
         27, "TidalDecode", "TidalDecode: Fast and Accurate LLM Decoding with Position Persistent "
         "Sparse Attention", "Yang et al.", "2410.05076",
-        "two layers select the keys with the largest q.k, the layers behind them attend to those",
-        ("tokenmill.policies.TidalDecode(budget=256, first=2, correction=13)",
-         "tokenmill.kv_block_scores", "tokenmill.topk_select", "tokenmill.sparse_decode_attention"),
-        POLICIES, NEEDLE, BACKENDS,
+        "two layers select the keys with the largest q.k, for each query head, and the layers "
+        "behind them attend to those; now and then a full pass corrects the cache of what was "
+        "generated",
+        ("tokenmill.policies.TidalDecode(budget=256, first=2, correction=9, lists='query')",
+         "tokenmill.policies.TidalDecode.correct", "tokenmill.kv_block_scores",
+         "tokenmill.topk_select", "tokenmill.sparse_decode_attention"),
+        "tests/papers/test_27_tidal_decode.py", NEEDLE, BACKENDS,
         "decoding up to 2.1 times as fast",
         "attention to 2048 of 65536 keys: 12.3 times as fast as our dense decode (bfloat16)",
     ),

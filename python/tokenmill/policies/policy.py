@@ -153,12 +153,13 @@ class Policy:
     def _attend(
         self, q: Tensor, indices: Tensor, counts: Tensor, **options: Any
     ) -> tuple[Any, ...]:
-        """Attends to the keys of lists ``[B, 1 | Hk, K]``, and to sink and recent ones."""
+        """Attends to the keys of lists ``[B, 1 | Hk | H, K]``, and to sink and recent ones."""
         cache = self.cache
+        shared = 1 if counts.shape[1] == 1 else cache.k.shape[2]  # key heads beside a list's own
         always = options.get("num_sink", 0) + options.get("num_recent", 0)
         listed = counts * options.get("block_k", 1)
         self._reads.append((cache.lengths.clamp(max=always), cache.token_bytes))
-        self._reads.append((listed, cache.token_bytes // counts.shape[1]))
+        self._reads.append((listed, cache.token_bytes // max(shared, 1)))
         return sparse_decode_attention(
             q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,
             block_table=cache.block_table, scale=self.scale, backend=self.backend, **options,

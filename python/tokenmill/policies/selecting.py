@@ -3,40 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .._check import fail
+from .._check import check, check_text, fail
 from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import topk_select
-from .policy import Policy, rows_of, span
+from .policy import Keeping, Policy, rows_of, span
 
 
 @dataclass(eq=False)
-class TidalDecode(Policy):
+class TidalDecode(Keeping):
     r"""Full attention in a few layers, which select the tokens for the layers after them.
 
-    Layers below first are full. Layer first and layer correction are full too and select, for each
-    key head, the budget tokens with the largest logit of any of its query heads; the layers after
-    them attend to those and to the newest token. Make the layers of a model with :func:`stack`.
+    Layers below first are full. Layer first and layer correction are full too and select the budget
+    tokens with the largest logits; the layers after them attend to those and to the newest token.
+    Make the layers of a model with :func:`stack`.
+
+    What sparse layers pass on makes keys and values of later layers differ from those of full
+    attention. :meth:`correct` recomputes them for the last tokens, from time to time.
 
     Args:
-        budget: tokens selected.
+        budget: tokens selected, beside the newest one.
         first: the first layer that selects.
         correction: the layer that selects again.
+        lists: "query": each query head has its own list. "key": the query heads of a key head share
+            one, of the tokens with the largest logit of any of them, so that a key is read once.
 
-    Paper: TidalDecode (Yang et al. 2024), section 3. The released kernels need one request and as
-    many key heads as query heads; here the heads of a group share a list. Recomputing the cache of
-    generated tokens now and then is left to the caller.
+    Paper: TidalDecode (Yang et al. 2024), section 3; lists and layers of the released model code,
+    in which the newest token competes with the others (in the released kernels it does not). Those
+    kernels need one request and as many key heads as query heads.
     """
 
     budget: int = 256
     first: int = 2
-    correction: int = 13
-    _LEAST: ClassVar[dict[str, int]] = {"first": -1, "correction": -1}
+    correction: int = 9
+    lists: Literal["query", "key"] = "query"
+    _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "first": -1, "correction": -1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_text(self._name, "lists", self.lists)
+        known = self.lists in ("query", "key")
+        check(known, self._name, "lists", "must be 'query' or 'key'", self.lists)
+
+    def correct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Recomputes the last tokens of each request: full attention in every layer, whose keys and
+        values replace those in the cache.
+
+        Args:
+            q: ``[B, n, H, D]``, queries of the last n tokens, of a pass of the model over them.
+            k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
+
+        Returns:
+            ``[B, n, H, Dv]``.
+        """
+        self._check_prompt(q, k)
+        self.cache.replace(k, v)
+        self._reads = []
+        return self._attend_all(q)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._append(k, v)
@@ -52,11 +80,13 @@ class TidalDecode(Policy):
         return self._attend(q, self._list, self._counts, num_recent=1)[0]
 
     def _select(self, q: Tensor) -> Tensor:
-        cache, heads = self.cache, self.cache.k.shape[2]
+        cache = self.cache
         logits = kv_block_scores(
-            q, cache.k, head_reduce="group_max", scale=self.scale, num_recent=1,
-            seqlens_k=cache.lengths, block_table=cache.block_table, backend=self.backend,
+            q, cache.k, head_reduce="none" if self.lists == "query" else "group_max",
+            scale=self.scale, num_recent=1, seqlens_k=cache.lengths, block_table=cache.block_table,
+            backend=self.backend,
         )  # fmt: skip
+        heads = logits.shape[1]
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
         self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
         out = self._attend_all(q)

@@ -1,0 +1,127 @@
+"""TidalDecode at the released defaults, its correction of the cache and prompts in chunks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tensors import device_of, each_backend
+
+from tokenmill import policies
+
+LAYERS, HEADS, KEY_HEADS, D = 12, 4, 2, 8
+WIDTH = HEADS * D
+
+
+class Model:
+    """Layers x + attention(norm(x)) with random projections; a layer's attention is given."""
+
+    def __init__(self, layers: int, device: str = "cpu"):
+        g = torch.Generator().manual_seed(0)
+        sizes = (HEADS * D, KEY_HEADS * D, KEY_HEADS * D, WIDTH)
+        self.layers = [
+            [(torch.randn(WIDTH, size, generator=g) / WIDTH**0.5).to(device) for size in sizes]
+            for _ in range(layers)
+        ]
+
+    def __call__(self, x, attends):
+        for (*into, out), attend in zip(self.layers, attends, strict=True):
+            y = x / x.square().mean(-1, keepdim=True).sqrt()
+            q, k, v = ((y @ w).unflatten(-1, (-1, D)) for w in into)
+            x = x + attend(q, k, v).flatten(2) @ out
+        return x
+
+    def stack(self, batch=1, capacity=64, **options):
+        like = torch.zeros(batch, 1, KEY_HEADS, D, device=self.layers[0][0].device)
+        caches = [policies.KVCache.like(like, like, capacity) for _ in self.layers]
+        return policies.stack(policies.TidalDecode, caches, **options)
+
+
+class Literal:
+    """The attention of the layers of one step over all keys so far, one head at a time."""
+
+    def __init__(self, budget, first, correction):
+        self.budget, self.first, self.correction = budget, first, correction
+        self.keys, self.values = {}, {}
+
+    def layer(self, number):
+        def attend(q, k, v):
+            prompt = number not in self.keys
+            self.keys[number] = k if prompt else torch.cat([self.keys[number], k], 1)
+            self.values[number] = v if prompt else torch.cat([self.values[number], v], 1)
+            k = self.keys[number].repeat_interleave(HEADS // KEY_HEADS, 2)
+            v = self.values[number].repeat_interleave(HEADS // KEY_HEADS, 2)
+            z = torch.einsum("bqhd,bkhd->bhqk", q, k) * D**-0.5
+            rows, tokens = z.shape[2:]
+            z = z.masked_fill(torch.ones(rows, tokens).tril(tokens - rows) == 0, -torch.inf)
+            if not prompt and number >= self.first:
+                if number in (self.first, self.correction):
+                    older = z[..., :-1].topk(min(self.budget, tokens - 1), -1).indices
+                    self.seen = torch.zeros_like(z, dtype=torch.bool).scatter(-1, older, True)
+                    self.seen[..., -1] = True
+                else:
+                    z = z.masked_fill(~self.seen, -torch.inf)
+            return torch.einsum("bhqk,bkhd->bqhd", z.softmax(-1), v)
+
+        return attend
+
+
+@each_backend
+def test_selection_at_the_defaults(backend):
+    """Twelve layers: full, full, select (256 tokens for each query head), sparse to layer 8, select
+    again in layer 9, sparse."""
+    tokens, steps, device = 300, 3, device_of(backend)
+    x = torch.randn(1, tokens + steps, WIDTH, generator=torch.Generator().manual_seed(1))
+    model, exact = Model(LAYERS, device), Model(LAYERS)
+    exact.layers = [[w.double() for w in layer] for layer in exact.layers]
+    stack = model.stack(capacity=tokens + steps, backend=backend)
+    assert (stack[0].budget, stack[0].first, stack[0].correction) == (256, 2, 9)
+    literal = Literal(256, 2, 9)
+    parts = [(0, tokens), *itertools.pairwise(range(tokens, tokens + steps + 1))]
+    for begin, end in parts:
+        attends = [layer.step if begin else layer.prefill for layer in stack]
+        got = model(x[:, begin:end].to(device), attends)
+        want = exact(x[:, begin:end].double(), [literal.layer(i) for i in range(LAYERS)])
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lists", ["query", "key"])
+def test_correction_makes_the_cache_that_of_full_attention(lists):
+    tokens, steps = 30, 8
+    x = torch.randn(2, tokens + steps, WIDTH, generator=torch.Generator().manual_seed(2))
+    model = Model(5)
+    options = {"batch": 2, "budget": 4, "first": 1, "correction": 3, "lists": lists}
+    stack, whole = model.stack(**options), model.stack(**options)
+    model(x[:, :tokens], [layer.prefill for layer in stack])
+    for t in range(tokens, tokens + steps):
+        model(x[:, t : t + 1], [layer.step for layer in stack])
+    want = model(x, [layer.prefill for layer in whole])
+    off = (stack[-1].cache.k - whole[-1].cache.k)[:, tokens : tokens + steps].abs().max()
+    assert off > 0.01
+    got = model(x[:, tokens:], [layer.correct for layer in stack])
+    torch.testing.assert_close(got, want[:, tokens:], rtol=0, atol=1e-4)
+    for one, other in zip(stack, whole, strict=True):
+        assert one.cache.longest == other.cache.longest == tokens + steps
+        for a, b in ((one.cache.k, other.cache.k), (one.cache.v, other.cache.v)):
+            torch.testing.assert_close(
+                a[:, : tokens + steps], b[:, : tokens + steps], rtol=0, atol=1e-4
+            )
+    rule = r"policies.KVCache: k: must have no more tokens than each request, 38; got 39"
+    with pytest.raises(RuntimeError, match=rule):
+        stack[0].correct(*(torch.zeros(2, 39, h, D) for h in (HEADS, KEY_HEADS, KEY_HEADS)))
+
+
+def test_a_prompt_in_chunks():
+    x = torch.randn(2, 40, WIDTH, generator=torch.Generator().manual_seed(3))
+    model = Model(4)
+    options = {"batch": 2, "budget": 6, "first": 1, "correction": 3}
+    stack, whole = model.stack(**options), model.stack(**options)
+    want = model(x[:, :38], [layer.prefill for layer in whole])
+    got = [model(x[:, :16], [layer.prefill for layer in stack])]
+    for begin, end in ((16, 32), (32, 38)):
+        got.append(model(x[:, begin:end], [layer.extend for layer in stack]))
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-4)
+    for t in (38, 39):
+        outs = [model(x[:, t : t + 1], [layer.step for layer in s]) for s in (stack, whole)]
+        torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
