@@ -39,6 +39,7 @@ SPARING = [
     (policies.TidalDecode, {"budget": 8, "layer": 2, "lists": "key"}),
     (policies.Quest, {"budget": 16, "page": 4, "layer": 5}),
     (policies.RecycledAttention, {"budget": 8, "stride": 3}),
+    (policies.RecycledAttention, {"budget": 8, "stride": 3, "threshold": 0.5}),
     (policies.StreamingLLM, {"num_recent": 20}),
     (policies.H2O, {}),
     (policies.Keyformer, {}),
@@ -111,6 +112,20 @@ def test_a_prompt_has_a_query_for_each_key(method, options):
     with pytest.raises(RuntimeError, match=rule):
         policy.prefill(q[:, 1:], k, v)
     assert policy.cache.longest == 0
+
+
+@pytest.mark.parametrize(("method", "options"), SPARING)
+def test_a_step_has_one_query(method, options):
+    q, k, v = draw().prompt
+    heads = len(options.get("retrieval", range(HK)))
+    policy = method(new_cache(None, heads=heads), **options)
+    policy.prefill(q, k, v)
+    longest = policy.cache.longest
+    with pytest.raises(
+        RuntimeError, match=r"policies\.\w+: q: must have shape \[B, 1, H, D\]; got"
+    ):
+        policy.step(q[:, :2], k[:, :1], v[:, :1])
+    assert policy.cache.longest == longest
 
 
 def test_a_rotated_prompt_has_keys_of_the_dimension_of_queries():

@@ -386,7 +386,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         lambda r: _dense(r, budget=5, layer=2, lists="key"),
     ),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
-    policies.RecycledAttention: _both(budget=5, stride=2),
+    policies.RecycledAttention: (
+        *_both(budget=5, stride=2),
+        *_both(budget=5, threshold=0.5),
+    ),
     policies.StreamingLLM: (
         *_both(num_sink=2, num_recent=6),
         lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),

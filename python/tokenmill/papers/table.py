@@ -207,11 +207,12 @@ TABLE = (
     Paper(
         28, "Recycled Attention", "Recycled Attention: Efficient inference for long-context "
         "language models", "Xu et al.", "2411.05787",
-        "a full step now and then; the steps between attend to the keys that it weighed most and "
-        "to new ones",
+        "a full step now and then, or when the query is no longer like that of the last one; the "
+        "steps between attend to the keys that it weighed most and to new ones",
         ("tokenmill.policies.RecycledAttention(budget=4096, stride=50)",
+         "tokenmill.policies.RecycledAttention(threshold=0.9)",
          "tokenmill.sparse_decode_attention"),
-        POLICIES, NEEDLE, BACKENDS,
+        "tests/papers/test_28_recycled_attention.py", NEEDLE, BACKENDS,
         "as fast as a local window, at twice its quality",
         "attention to 2048 of 65536 keys: 12.3 times as fast as our dense decode (bfloat16)",
     ),

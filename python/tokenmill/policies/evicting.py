@@ -63,7 +63,7 @@ class StreamingLLM(Policy):
         cache = self.cache
         if cache.longest == cache.capacity:
             self._evict()
-        self._append(k, v)
+        self._append(q, k, v)
         nothing = cache.lengths.new_zeros(len(cache.lengths), 1)
         out, _ = self._attend(
             q, nothing[..., None], nothing, num_sink=self.num_sink, num_recent=self.num_recent,
@@ -125,7 +125,7 @@ class H2O(Policy):
                 self._list
             )
         newest = self._counts[..., None].long()
-        self._append(k, v)
+        self._append(q, k, v)
         pad = (*newest.shape[:2], 1)
         slot = (cache.lengths - 1)[:, None, None].expand(pad)
         lists = torch.cat([self._list, slot.new_zeros(pad)], -1).scatter(-1, newest, slot)
@@ -181,7 +181,7 @@ class Keyformer(Policy):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        self._append(k, v)
+        self._append(q, k, v)
         self._steps += 1
         out = self._attend_all(q)
         new = self._scores_of(q, cache.k, seqlens_k=cache.lengths)
@@ -244,7 +244,7 @@ class SnapKV(Policy):
         self.cache.compact(keep.unflatten(0, (-1, heads)), counts.view(-1, heads), self.backend)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(k, v)
+        self._append(q, k, v)
         return self._attend_all(q)
 
 
@@ -352,7 +352,7 @@ class _Compensated(Policy):
         if cache.longest == cache.capacity:  # what goes is in the sums
             keep, counts = first_and_last(cache.lengths, self.num_sink, self._local, self._width)
             cache.compact(keep, counts, self.backend)
-        self._append(k, v)
+        self._append(q, k, v)
         self._drop()
         count = self._dropped[:, None, :, None].clamp(min=1)
         last = span((cache.lengths - self._local).clamp(min=0), self._width)[:, None]

@@ -137,7 +137,10 @@ class Policy:
         for all query heads that share them. Waits for the device."""
         return sum(int(rows.sum()) * size for rows, size in self._reads)
 
-    def _append(self, k: Tensor, v: Tensor) -> None:
+    def _append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        check_tensor(self._name, "q", q)
+        one = q.dim() == 4 and q.shape[1] == 1
+        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
         self.cache.append(k, v)
         self._reads = []
 
@@ -222,7 +225,7 @@ class FullAttention(Keeping):
     """Attends to all keys: what the other policies approximate."""
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(k, v)
+        self._append(q, k, v)
         return self._attend_all(q)
 
 

@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .._check import check, check_text, fail
 from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
+from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
 from .policy import Keeping, Policy, rows_of, span
 
@@ -67,7 +69,7 @@ class TidalDecode(Keeping):
         return self._attend_all(q)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(k, v)
+        self._append(q, k, v)
         if self.layer in (self.first, self.correction):
             return self._select(q)
         if self.layer < self.first:
@@ -86,9 +88,9 @@ class TidalDecode(Keeping):
             scale=self.scale, num_recent=1, seqlens_k=cache.lengths, block_table=cache.block_table,
             backend=self.backend,
         )  # fmt: skip
-        heads = logits.shape[1]
+        rows = logits.shape[:2]
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
-        self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
+        self._list, self._counts = indices.unflatten(0, rows), counts.view(rows)
         out = self._attend_all(q)
         self._reads.append((cache.lengths, cache.key_bytes))
         return out
@@ -128,7 +130,7 @@ class Quest(Policy):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache, heads = self.cache, self.cache.k.shape[2]
-        self._append(k, v)
+        self._append(q, k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
         block_pool_keys_update(
@@ -152,7 +154,7 @@ class Quest(Policy):
 
 
 @dataclass(eq=False)
-class RecycledAttention(Policy):
+class RecycledAttention(Keeping):
     r"""Full attention every few steps; in between, attention to the keys that received most.
 
     A full step keeps, for each key head, the budget keys with the largest probability summed over
@@ -162,32 +164,71 @@ class RecycledAttention(Policy):
     Args:
         budget: keys kept of a full step.
         stride: steps from one full step to the next, the first step being one.
+        threshold: a step is full before that, request by request, if the cosine of its query and
+            that of the last full step, all heads side by side, is less. None: by stride alone.
 
-    Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed stride.
+    Paper: Recycled Attention (Xu et al. 2024), section 3, with its fixed and its dynamic schedule.
     """
 
     budget: int = 4096
     stride: int = 50
-    _LEAST: ClassVar[dict[str, int]] = {"stride": 1}
+    threshold: float | None = None
+    _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
     ) -> None:
-        self._steps = 0
         super().begin(q, k, v, lse, lengths=lengths)
+        n, heads = self.cache.lengths, k.shape[2]
+        self._steps, self._longest = 0, 0  # and tokens at the last full step
+        self._since = torch.zeros_like(n)  # as _steps, of each request
+        self._end = torch.zeros_like(n)  # as _longest
+        self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
+        self._list = n.new_zeros(q.shape[0], heads, self.budget)
+        self._counts = n.new_zeros(q.shape[0], heads)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        self._append(k, v)
+        self._append(q, k, v)
+        if self.threshold is not None:
+            return self._step_if_alike(q, self.threshold)
         since, self._steps = self._steps % self.stride, self._steps + 1
         if since > 0:
-            return self._attend(q, self._list, self._counts, num_recent=since)[0]
-        everything = span(torch.zeros_like(cache.lengths), cache.capacity)[:, None]
-        out, _, mass = self._attend(q, everything, cache.lengths[:, None], return_mass=True)
-        heads = mass.shape[1]
+            newer = cache.longest - self._longest
+            return self._attend(q, self._list, self._counts, num_recent=newer)[0]
+        out, _, mass = self._attend(q, self._everything(), cache.lengths[:, None], return_mass=True)
+        self._list, self._counts = self._best(mass, cache.lengths)
+        self._longest = cache.longest
+        return out
+
+    def _everything(self) -> Tensor:
+        """[B, 1, S]: a list of all keys."""
+        return span(torch.zeros_like(self.cache.lengths), self.cache.capacity)[:, None]
+
+    def _step_if_alike(self, q: Tensor, threshold: float) -> Tensor:
+        cache, everything = self.cache, self._everything()
+        serves = query_similarity_gate(q, self._query, threshold, backend=self.backend)
+        serves = serves & (self._since < self.stride)
+        kept, end, counts = self._list[..., : cache.capacity], self._end, self._counts
+        kept = pad(kept, (0, cache.capacity - kept.shape[2]))
+        newer = end[:, None, None] + everything - counts[..., None]
+        recycled = torch.where(everything < counts[..., None], kept, newer)
+        rows = torch.where(serves[:, None, None], recycled, everything)
+        read = counts + (cache.lengths - end)[:, None]
+        read = torch.where(serves[:, None], read, cache.lengths[:, None])
+        out, _, mass = self._attend(q, rows, read, return_mass=True)
+        best = self._best(mass, cache.lengths.masked_fill(serves, 0))
+        self._list = torch.where(serves[:, None, None], self._list, best[0])
+        self._counts = torch.where(serves[:, None], counts, best[1])
+        self._end = torch.where(serves, end, cache.lengths)
+        self._since = torch.where(serves, self._since + 1, 1)
+        self._query = torch.where(serves[:, None, None, None], self._query, q)
+        return out
+
+    def _best(self, mass: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """Lists of the keys with the largest mass [B, Hk, S] of the first n[b], and counts."""
         indices, counts = topk_select(
-            mass.flatten(0, 1), self.budget, lengths=rows_of(cache.lengths, heads),
+            mass.flatten(0, 1), self.budget, lengths=rows_of(n, mass.shape[1]),
             backend=self.backend,
         )  # fmt: skip
-        self._list, self._counts = indices.unflatten(0, (-1, heads)), counts.view(-1, heads)
-        return out
+        return indices.unflatten(0, mass.shape[:2]), counts.view(mass.shape[:2])

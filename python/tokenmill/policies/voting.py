@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._check import check, check_tensor
+from .._check import check
 from ..dense.attention import attention
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.token_select import token_select
@@ -85,10 +85,7 @@ class TokenSelect(Keeping):
         self._start(q, k, v, lengths)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        check_tensor(self._name, "q", q)
-        one = q.dim() == 4 and q.shape[1] == 1
-        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
-        self._append(k, v)
+        self._append(q, k, v)
         serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
         asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
         indices, counts = self._vote(self._from_afar(q), asked, self.num_recent)

@@ -93,7 +93,7 @@ def token_select(
     )  # fmt: skip
     batch, _, rows, tokens = votes.shape
     votes = votes.view(batch * rows, tokens)
-    if kernel_size > 1 and tokens > 0:
+    if kernel_size > 1 and votes.numel() > 0:
         out = ~(votes > -torch.inf)  # not a candidate, or NaN, which is never selected
         votes = votes.masked_fill(out, -torch.inf)
         votes = max_pool1d(votes, kernel_size, 1, kernel_size // 2).masked_fill(out, -torch.inf)
