@@ -8,8 +8,10 @@ import torch
 from tensors import close, draw, each_backend
 
 import tokenmill as tm
+from tokenmill import policies
 
 S, H, D = 2048, 2, 16
+SHAPES = (1, S, H, D), (1, S, 1, D), (1, S, 1, D)
 BUDGET, BLOCK_Q, BLOCK_K, STRIDE, SINK, RECENT = 512, 64, 2, 2, 16, 256
 
 
@@ -46,7 +48,7 @@ def searched(q, k, rows):
 
 @each_backend
 def test_search_and_attention(backend):
-    tensors = [t.detach() for t in draw(backend, (1, S, H, D), (1, S, 1, D), (1, S, 1, D))]
+    tensors = [t.detach() for t in draw(backend, *SHAPES)]
     q, k, v = (t.cpu().double() for t in tensors)
     want = torch.empty_like(q)
     indices = []
@@ -68,3 +70,36 @@ def test_search_and_attention(backend):
     lists = zip(got.flatten(0, 2).tolist(), counts.flatten().tolist(), strict=True)
     assert [row[:count] for row, count in lists] == indices
     close(tm.hip_attention(*tensors, backend=backend).cpu(), want)
+
+
+@each_backend
+def test_policy_refreshes_its_lists_every_eight_steps(backend):
+    """Layers 0 to 2 are dense. In layer 3 a step searches, and seven more attend to the same blocks
+    and to what is recent by then."""
+    prompt, steps = 1500, 10
+    q, k, v = (t.detach()[:, : prompt + steps] for t in draw(backend, *SHAPES))
+    caches = [policies.KVCache.like(k, v, prompt + steps) for _ in range(4)]
+    layers = policies.stack(policies.HiP, caches, backend=backend)
+    parts = [[t[:, :prompt] for t in (q, k, v)]]
+    parts += [[t[:, n : n + 1] for t in (q, k, v)] for n in range(prompt, prompt + steps)]
+    dense, sparse = layers[2], layers[3]
+    got = [[layer.prefill(*parts[0]) for layer in (dense, sparse)]]
+    for part in parts[1:]:
+        got.append([layer.step(*part) for layer in (dense, sparse)])
+    full = tm.attention(q, k, v, causal=True, backend=backend)
+    close(torch.cat([out for out, _ in got], 1), full)
+    close(got[0][1], tm.hip_attention(*parts[0], backend=backend))
+    q, k, v = (t[0].cpu().double() for t in (q, k, v))
+    found = {}
+    for t in range(steps):
+        n = prompt + t + 1
+        want = torch.empty(H, D, dtype=torch.float64)
+        for h in range(H):
+            if t % 8 == 0:
+                found[h] = searched(q[:, h], k[:n, 0], [n - 1])
+            blocks = [range(b * BLOCK_K, (b + 1) * BLOCK_K) for b in found[h]]
+            seen = {*range(SINK), *itertools.chain(*blocks), *range(n - RECENT, n)}
+            row = sorted(seen)
+            weights = (k[row, 0] @ q[n - 1, h] * D**-0.5).softmax(0)
+            want[h] = weights @ v[row, 0]
+        close(got[t + 1][1][0, 0].cpu(), want)

@@ -386,6 +386,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         lambda r: _dense(r, budget=5, layer=2, lists="key"),
     ),
     policies.Quest: _both(budget=12, page=4, dense_layers=0),
+    policies.HiP: (
+        *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
+        lambda r: _dense(r, budget=4, num_recent=3, refresh_interval=1, layer=3, lists="key"),
+    ),
     policies.RecycledAttention: (
         *_both(budget=5, stride=2),
         *_both(budget=5, threshold=0.5),

@@ -243,6 +243,7 @@ TABLE = (
         "Pruning", "Lee et al.", "2406.09827",
         "attention to the blocks of keys that a tree search finds for each block of queries",
         ("tokenmill.hip_attention(budget=512, block_q=64, block_k=2)",
+         "tokenmill.policies.HiP(dense_layers=3, refresh_interval=8)",
          "tokenmill.hip_block_select", "tokenmill.block_sparse_attention"),
         "tests/papers/test_33_hip.py", "examples/hip_text.py", BACKENDS,
         "time O(S log S) and memory O(S) in the length",

@@ -10,6 +10,7 @@ method chooses. All take grouped query heads, requests of different lengths, and
 | :class:`TokenSelect` | those that the heads vote for, sink, recent | dense or pages |
 | :class:`TidalDecode` | those that an earlier layer selected | dense or pages |
 | :class:`Quest` | pages with the largest bounds | dense or pages |
+| :class:`HiP` | blocks that a tree search finds, sink, recent | dense or pages |
 | :class:`RecycledAttention` | those of the last full step, new ones | dense or pages |
 | :class:`StreamingLLM` | sink, recent | dense or pages; evicts |
 | :class:`H2O` | those with the most attention so far, recent | dense; evicts |
@@ -31,6 +32,7 @@ Example:
 
 from .cache import KVCache
 from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
+from .hip import HiP
 from .policy import FullAttention, Policy, stack
 from .selecting import Quest, RecycledAttention, TidalDecode
 from .voting import TokenSelect
@@ -38,6 +40,7 @@ from .voting import TokenSelect
 __all__ = [
     "H2O",
     "FullAttention",
+    "HiP",
     "KVCache",
     "Keyformer",
     "Policy",

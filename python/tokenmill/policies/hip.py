@@ -1,0 +1,147 @@
+"""HiP: blocks of keys that a tree search finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .._check import check, check_text
+from ..sparse.hip_attention import HipLists, hip_attention
+from .policy import Keeping
+
+
+@dataclass(eq=False)
+class HiP(Keeping):
+    r"""Attends to sink and recent tokens, and to the blocks of keys that HiP's search finds.
+
+    The first layers are full. In the others prompts, chunks and steps attend as
+    :func:`hip_attention` does: a query block in a prompt, and a step, search for blocks in O(log S)
+    looks at keys. The lists of a step serve the next steps too.
+
+    Args:
+        budget: keys listed, a multiple of block_k.
+        block_q, block_k: queries of a prompt that share a list, and keys of a block.
+        stride_q: one query of so many speaks for a query block.
+        num_sink, num_recent: sink (first) and recent (last) tokens, always attended to.
+        dense_layers: first layers, which are full.
+        refresh_interval: steps that lists serve, at most num_recent, so that tokens which are newer
+            than a list are among the recent ones. Tokens that cease to be recent meanwhile are not
+            attended to until the next search.
+        lists: "query": each query head has its own list. "key": the query heads of a key head share
+            one, of the blocks with the largest product with any of them.
+
+    Complexity: 2 (D + Dv) (num_sink + budget + num_recent) operations for a query and head, and the
+    search. Prompts of different lengths are read one after the other, which waits for the device.
+
+    Paper: HiP Attention (Lee et al. 2024), sections 3 and 4: three dense layers, and masks that are
+    refreshed every 8 steps. The released code of that version shares masks in batches of equal
+    lengths.
+    """
+
+    budget: int = 512
+    block_q: int = 64
+    block_k: int = 2
+    stride_q: int = 2
+    num_sink: int = 16
+    num_recent: int = 256
+    dense_layers: int = 3
+    refresh_interval: int = 8
+    lists: Literal["query", "key"] = "query"
+    _LEAST: ClassVar[dict[str, int]] = {
+        "budget": 1, "block_q": 1, "block_k": 1, "stride_q": 1, "num_recent": 1,
+        "refresh_interval": 1,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_text(self._name, "lists", self.lists)
+        known = self.lists in ("query", "key")
+        check(known, self._name, "lists", "must be 'query' or 'key'", self.lists)
+        rule = f"must be a multiple of block_k, {self.block_k}"
+        check(self.budget % self.block_k == 0, self._name, "budget", rule, self.budget)
+        rule = f"must be at most num_recent, {self.num_recent}"
+        short = self.refresh_interval <= self.num_recent
+        check(short, self._name, "refresh_interval", rule, self.refresh_interval)
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        if self.layer < self.dense_layers:
+            return super().prefill(q, k, v, lengths=lengths)
+        self._start(q, k, v, lengths)
+        if lengths is None:
+            return self._hip(q, k, v)
+        outs = []
+        for b, n in enumerate(self.cache.lengths.tolist()):
+            queries, keys, values = (x[b : b + 1, :n] for x in (q, k, v))
+            outs.append(pad(self._hip(queries, keys, values), (0, 0, 0, 0, 0, q.shape[1] - n)))
+        return torch.cat(outs) if outs else self._hip(q, k, v)
+
+    def begin(
+        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
+    ) -> None:
+        self._start(q, k, v, lengths)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.layer < self.dense_layers:
+            return super().extend(q, k, v)
+        self._check_prompt(q, k)
+        before, tokens = self.cache.lengths, q.shape[1]
+        self.cache.extend(k, v)
+        self._reads, self._found = [], HipLists()
+        outs = [
+            self._cached(q[:, i : i + self.block_q], before + min(i + self.block_q, tokens))
+            for i in range(0, max(tokens, 1), self.block_q)
+        ]
+        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(q, k, v)
+        if self.layer < self.dense_layers:
+            return self._attend_all(q)
+        out = self._cached(q, self.cache.lengths, self._found)
+        self._note_reads()
+        return out
+
+    def _start(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        self._check_prompt(q, k)
+        self.cache.fill(k, v, lengths)
+        self._found = HipLists()
+
+    def _cached(self, q: Tensor, n: Tensor, found: HipLists | None = None) -> Tensor:
+        """Of queries that are the last of the first n[b] tokens."""
+        cache = self.cache
+        return self._hip(q, cache.k, cache.v, n, cache.block_table, found)
+
+    def _hip(
+        self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None = None,
+        block_table: Tensor | None = None, found: HipLists | None = None,
+    ) -> Tensor:  # fmt: skip
+        return hip_attention(
+            q, k, v, budget=self.budget, block_q=self.block_q, block_k=self.block_k,
+            stride_q=self.stride_q, num_sink=self.num_sink, num_recent=self.num_recent,
+            head_reduce="none" if self.lists == "query" else "group_max", scale=self.scale,
+            seqlens_k=n, block_table=block_table, lists=found,
+            refresh_interval=None if found is None else self.refresh_interval,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def _note_reads(self) -> None:
+        """Of a step; of the search as many keys as it looks at, if it visits none again."""
+        cache, lists = self.cache, self._found.lists
+        assert lists is not None
+        n, heads = cache.lengths, max(cache.k.shape[2], 1)
+        first = -(-self.num_sink // self.block_k)  # block after the sink tokens
+        always = first * self.block_k + self.num_recent
+        self._reads.append((n.clamp(max=always), cache.token_bytes))
+        counts = lists[1][:, :, 0]
+        self._reads.append((counts * self.block_k, cache.token_bytes // heads))
+        if self._found.age > 1:
+            return
+        wanted = self.budget // self.block_k
+        blocks = (-(-(n - self.num_recent) // self.block_k) - first).clamp(min=0)
+        halvings = (blocks / wanted).clamp(min=1).log2().ceil().int()
+        seen = torch.minimum(2 * wanted * halvings, blocks) * self.block_k
+        self._reads.append((seen[:, None].expand(counts.shape), cache.key_bytes // heads))
