@@ -90,7 +90,7 @@ def test_requests_of_different_lengths(page, kernel, rope):
     """Chunks of 6 of which the last is not whole, and queries that stay alike for some steps."""
     setting = {"num_sink": 2, "num_recent": 7, "threshold": 0.9, "chunk": 6, "vote_scale": 1.0}
     policy = policies.TokenSelect(
-        new_cache(page), k=5, kernel_size=kernel, rope=rotation(20) if rope else None, **setting
+        new_cache(page), k=5, kernel_size=kernel, rope=rotation(14) if rope else None, **setting
     )
     tokens = draw(alike=0.35)
     out = policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))

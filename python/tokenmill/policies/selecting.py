@@ -184,7 +184,7 @@ class RecycledAttention(Keeping):
         self._since = torch.zeros_like(n)  # as _steps, of each request
         self._end = torch.zeros_like(n)  # as _longest
         self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
-        self._list = n.new_zeros(q.shape[0], heads, self.budget)
+        self._list = n.new_zeros(()).expand(q.shape[0], heads, self.budget)
         self._counts = n.new_zeros(q.shape[0], heads)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

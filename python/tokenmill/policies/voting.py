@@ -113,7 +113,7 @@ class TokenSelect(Keeping):
             check_rope(self._name, self.rope, q, places, "each place of a list")
         self.cache.fill(k, v, lengths)
         self._query = q.new_zeros(q.shape[0], 1, *q.shape[2:])  # like nothing
-        self._list = self.cache.lengths.new_zeros(q.shape[0], 1, self.k)
+        self._list = self.cache.lengths.new_zeros(()).expand(q.shape[0], 1, self.k)
         self._counts = self.cache.lengths.new_zeros(q.shape[0], 1)
 
     @property
@@ -172,8 +172,9 @@ class TokenSelect(Keeping):
         else:
             order = places
         if self.rope is not None:
-            q = rotated(q, self.rope, places, self.interleaved)
-            k = rotated(k, self.rope, order, self.interleaved)
+            most = len(self.rope[0]) - 1  # for rows beyond a prompt, which mean nothing
+            q = rotated(q, self.rope, places.clamp(max=most), self.interleaved)
+            k = rotated(k, self.rope, order.clamp(max=most), self.interleaved)
         return attention(q, k, v, scale=self.scale, causal=True, bias=bias, backend=self.backend)
 
     def _before(
