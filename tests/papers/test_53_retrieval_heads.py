@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
+import doctest
+
+import pytest
 import torch
 from tensors import draw, each_backend
 
-import tokenmill as tm
+from tokenmill import policies
 
-HAYSTACK, NEEDLE, AT, H, D = 60, 6, 23, 4, 16
+CONTEXT, NEEDLE, AT, H, HK, D = 80, 6, 23, 6, 3, 16
+STEPS = NEEDLE + 14  # more than are in memory together
+
+
+def released(q, k, tokens, answer):
+    """The score of one head in the released code: the arg-max of each step's weights."""
+    score = 0.0
+    for step, token in enumerate(answer):
+        seen = len(k) - len(answer) + step + 1
+        weights = torch.softmax(k[:seen] @ q[step] * D**-0.5, 0)
+        i = int(weights.topk(1).indices)
+        if AT <= i < AT + NEEDLE and tokens[i] == token:
+            score += 1 / NEEDLE
+    return score
 
 
 @each_backend
 def test_score_of_each_head(backend):
-    """Head 0 looks at the token that is copied, head 1 at every second one, others anywhere."""
+    """Head 0 looks at what is copied, head 1 at every second token of it, head 2 at the needle but
+    one token off, head 3 at other places with the same tokens, the rest anywhere."""
     g = torch.Generator().manual_seed(0)
-    text = torch.randperm(200, generator=g)[:HAYSTACK].tolist()
-    needle = range(AT, AT + NEEDLE)
-    k, q = (t.detach() for t in draw(backend, (1, HAYSTACK, H, D), (NEEDLE, H, D)))
-    for step, j in enumerate(needle):
-        q[step, 0] = 20 * k[0, j, 0]
-        q[step, 1] = 20 * k[0, j if step % 2 else 0, 1]
-    answer = [text[j] for j in needle]
-    want = []
-    for h in range(H):
-        copied = set()
-        for step, token in enumerate(answer):
-            weights = torch.softmax(k[0, :, h] @ q[step, h] * D**-0.5, 0).tolist()
-            j = weights.index(max(weights))
-            if j in needle and text[j] == token:
-                copied.add(token)
-        want.append(len(copied) / len({text[j] for j in needle}))
-    weights = tm.attention_row_scores(q[None], k, reduce="none", backend=backend)[0]  # [H, R, S]
-    largest = weights.argmax(-1).cpu()
-    hits = largest == torch.tensor(needle)
-    assert hits.float().mean(1).tolist() == want
-    assert want[:2] == [1.0, 0.5] and max(want[2:]) < 0.5
+    k, q = (t.detach() for t in draw(backend, (2, CONTEXT, HK, D), (2, STEPS, H, D)))
+    tokens = torch.stack([torch.randperm(200, generator=g)[:CONTEXT] for _ in range(2)])
+    tokens[:, 5 : 5 + NEEDLE] = tokens[:, AT : AT + NEEDLE]
+    answer = torch.randint(200, 300, (2, STEPS), generator=g)
+    first = 7
+    answer[:, first : first + NEEDLE] = tokens[:, AT : AT + NEEDLE]
+    answer[1, first + 1] = 299  # the second request does not copy this one
+    for i in range(NEEDLE):
+        step = first + i
+        for head, j in ((0, AT + i), (1, AT + i if i % 2 else 0), (2, AT + (i + 1) % NEEDLE),
+                        (3, 5 + i)):  # fmt: skip
+            q[:, step, head] = 30 * k[:, j, head // (H // HK)]
+    want = [
+        [released(q[b, :, h], k[b, :, h // (H // HK)], tokens[b], answer[b]) for h in range(H)]
+        for b in range(2)
+    ]
+    got = policies.profile_retrieval_heads(
+        q, k, tokens.to(q.device), answer.to(q.device), (AT, AT + NEEDLE), backend=backend
+    )
+    torch.testing.assert_close(got.cpu(), torch.tensor(want))
+    assert want[0][:4] == pytest.approx([1, 0.5, 0, 0])
+    assert want[1][:2] == pytest.approx([5 / 6, 2 / 6])
+
+
+def test_a_token_counts_once():
+    k = 9 * torch.eye(6).view(1, 6, 1, 6)
+    tokens, twice = torch.tensor([[7, 5, 6, 7, 9, 9]]), torch.tensor([[5, 5]])
+    got = policies.profile_retrieval_heads(k[:, [1, 1]], k, tokens, twice, (1, 3))
+    assert got.tolist() == [[0.5]]
+
+
+def test_wrong_calls_are_refused():
+    q, k = torch.zeros(1, 2, 2, 4), torch.zeros(1, 6, 1, 4)
+    ids, answer = torch.zeros(1, 6, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
+    profile, name = policies.profile_retrieval_heads, "policies.profile_retrieval_heads"
+    for call, message in (
+        ((q, k, ids, answer, (3, 3)), r"needle: must be \(begin, end\) with 0 <= begin < end <= 6"),
+        ((q, k, ids, answer, 3), "needle: must be"),
+        ((q, k, ids, ids, (1, 3)), r"answer: must have shape \[1, 2\]; got \[1, 6\]"),
+        ((q, k, ids.float(), answer, (1, 3)), "tokens: must be int32 or int64; got float32"),
+        ((q, k[:, :1], ids, answer, (1, 3)), "k: must have the keys of the 2 steps"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^tokenmill.{name}: {message}"):
+            profile(*call)
+
+
+def test_example_of_the_documentation():
+    found = doctest.testmod(policies.retrieval)
+    assert found.attempted > 0 and found.failed == 0

@@ -65,6 +65,26 @@ def test_a_request_alone_is_as_in_company(method, options):
             torch.testing.assert_close(got[0], want[b, : got.shape[1]], rtol=0, atol=2e-6)
 
 
+KEEPING = [(method, options) for method, options in SPARING if hasattr(method, "extend")]
+
+
+@pytest.mark.parametrize("page", [None, 4])
+@pytest.mark.parametrize(("method", "options"), KEEPING)
+def test_chunks_are_attended_to_like_prompts(method, options, page):
+    """With lists for all keys a chunk gets full attention, and later steps see its tokens."""
+    wide = {"k": 64, "budget": 64, "threshold": 2.0, "refresh_interval": 1}
+    options = {**options, **{name: x for name, x in wide.items() if hasattr(method, name)}}
+    tokens, n = draw(), min(LENGTHS)
+    ours, full = method(new_cache(page), **options), policies.FullAttention(new_cache(page))
+    for policy in (ours, full):
+        policy.prefill(*(t[:, : n - 7] for t in tokens.prompt))
+    for i in (n - 7, n - 3):
+        chunk = [t[:, i : min(i + 4, n)] for t in tokens.prompt]
+        torch.testing.assert_close(ours.extend(*chunk), full.extend(*chunk), rtol=0, atol=2e-6)
+    for step in tokens.steps:
+        torch.testing.assert_close(ours.step(*step), full.step(*step), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("method", "options"), SPARING)
 def test_16_bits(method, options, dtype):

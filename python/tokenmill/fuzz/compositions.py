@@ -184,6 +184,12 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "kth", "group": 3},
         lambda r: {"metric": r(2, 13, 8), "r": 4, "partition": "random"},
     ),
+    policies.profile_retrieval_heads: (
+        lambda r: {
+            "q": r(2, 3, 4, 16), "k": r(2, 11, 2, 16), "tokens": r.ints(9, 2, 11),
+            "answer": r.ints(9, 2, 3), "needle": (2, 6), "scale": 0.3,
+        },
+    ),
     nn.segments_of: (lambda r: {"boundaries": r.bools(2, 9), "mask": r.bools(2, 9)},),
 }  # fmt: skip
 

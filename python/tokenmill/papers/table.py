@@ -365,7 +365,8 @@ TABLE = (
         "Wu et al.", "2404.15574",
         "for each head, how often the key of the largest weight is the needle's token that is "
         "being copied",
-        ("tokenmill.attention_row_scores(reduce='none')",),
+        ("tokenmill.policies.profile_retrieval_heads",
+         "tokenmill.attention_row_scores(reduce='none')"),
         "tests/papers/test_53_retrieval_heads.py", None, BACKENDS,
         "fewer than 5 % of all heads retrieve",
     ),

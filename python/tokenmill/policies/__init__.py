@@ -34,6 +34,7 @@ from .cache import KVCache
 from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
 from .hip import HiP
 from .policy import FullAttention, Policy, stack
+from .retrieval import profile_retrieval_heads
 from .selecting import Quest, RecycledAttention, TidalDecode
 from .voting import TokenSelect
 
@@ -51,5 +52,6 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
+    "profile_retrieval_heads",
     "stack",
 ]

@@ -133,15 +133,17 @@ class HiP(Keeping):
         cache, lists = self.cache, self._found.lists
         assert lists is not None
         n, heads = cache.lengths, max(cache.k.shape[2], 1)
-        first = -(-self.num_sink // self.block_k)  # block after the sink tokens
-        always = first * self.block_k + self.num_recent
+        # No number is larger than the cache, so that all fit the type of lengths.
+        sink, recent = (min(x, cache.capacity) for x in (self.num_sink, self.num_recent))
+        first = -(-sink // self.block_k)  # block after the sink tokens
+        always = min(first * self.block_k + recent, cache.capacity)
         self._reads.append((n.clamp(max=always), cache.token_bytes))
         counts = lists[1][:, :, 0]
         self._reads.append((counts * self.block_k, cache.token_bytes // heads))
         if self._found.age > 1:
             return
         wanted = self.budget // self.block_k
-        blocks = (-(-(n - self.num_recent) // self.block_k) - first).clamp(min=0)
+        blocks = (-(-(n - recent) // self.block_k) - first).clamp(min=0)
         halvings = (blocks / wanted).clamp(min=1).log2().ceil().int()
         seen = torch.minimum(2 * wanted * halvings, blocks) * self.block_k
         self._reads.append((seen[:, None].expand(counts.shape), cache.key_bytes // heads))

@@ -161,7 +161,9 @@ class Policy:
         shared = 1 if counts.shape[1] == 1 else cache.k.shape[2]  # key heads beside a list's own
         always = options.get("num_sink", 0) + options.get("num_recent", 0)
         listed = counts * options.get("block_k", 1)
-        self._reads.append((cache.lengths.clamp(max=always), cache.token_bytes))
+        self._reads.append(
+            (cache.lengths.clamp(max=min(always, cache.capacity)), cache.token_bytes)
+        )
         self._reads.append((listed, cache.token_bytes // max(shared, 1)))
         return sparse_decode_attention(
             q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,

@@ -14,7 +14,7 @@ from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
-from .policy import Keeping, Policy, rows_of, span
+from .policy import Keeping, rows_of, span
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class TidalDecode(Keeping):
 
 
 @dataclass(eq=False)
-class Quest(Policy):
+class Quest(Keeping):
     r"""Attends to the pages whose boxes allow the largest logits, and to the newest page.
 
     A box holds the minimum and maximum of each column over the keys of a page, and gives a bound
@@ -133,10 +133,7 @@ class Quest(Policy):
         self._append(q, k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
-        block_pool_keys_update(
-            cache.k, self._boxes, self.page, start=cache.lengths - 1, mode="minmax",
-            lengths=cache.lengths, block_table=cache.block_table, backend=self.backend,
-        )  # fmt: skip
+        self._pool(cache.lengths - 1)
         bounds = kv_block_scores(
             q, self._boxes, scoring="minmax", block_k=self.page, head_reduce="group_max",
             scale=self.scale, seqlens_k=cache.lengths, backend=self.backend,
@@ -151,6 +148,20 @@ class Quest(Policy):
         )
         self._reads.append((pages, 2 * cache.key_bytes))
         return out
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        before = self.cache.lengths
+        out = super().extend(q, k, v)
+        if self.layer >= self.dense_layers:
+            self._pool(before)
+        return out
+
+    def _pool(self, start: Tensor) -> None:
+        """Boxes of the pages with tokens start[b] and later."""
+        block_pool_keys_update(
+            self.cache.k, self._boxes, self.page, start=start, mode="minmax",
+            lengths=self.cache.lengths, block_table=self.cache.block_table, backend=self.backend,
+        )  # fmt: skip
 
 
 @dataclass(eq=False)
