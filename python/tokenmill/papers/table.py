@@ -65,7 +65,7 @@ TABLE = (
          "chunk=512, rope=(cos, sin))",
          "tokenmill.token_select", "tokenmill.query_similarity_gate",
          "tokenmill.sparse_decode_attention(pos_mode='cache')"),
-        "tests/papers/test_08_token_select.py", NEEDLE, BACKENDS,
+        "tests/papers/test_08_token_select.py", "examples/papers/extrapolation.py", BACKENDS,
         "attention 23.84 times as fast, 2.28 times end to end",
         "attention to 2048 of 65536 keys: 12.3 times as fast as our dense decode (bfloat16), "
         "without the selection",
