@@ -55,6 +55,12 @@ CASES = {
         lambda: nn.AttentionLePE(32, 4, local="values", qkv_bias=True),
         lambda n: (randn(1, n, 8, 32),),
     ),
+    "BiFormer": Case(
+        lambda: nn.BiFormer((1,) * 4, (16,) * 4, head_dim=8, regions=2, topk=(1, 2, 1, None),
+                            num_classes=5).eval(),
+        lambda n: (randn(2, 3, n, 32),),
+        (48, 48),  # its attentions are compiled at two lengths by themselves
+    ),
     "BiFormerAttention": Case(
         lambda: nn.BiFormerAttention(32, 4, regions=2, topk=2), lambda n: (randn(1, n, 8, 32),)
     ),

@@ -198,7 +198,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 PLAIN: tuple[Any, ...] = (
     additive_attention, pattention, pointer_argmax, nn.Pattention, nn.AgentAttention,
     nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
-    nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary,
+    nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
 )  # fmt: skip
 
 
@@ -215,6 +215,10 @@ def compositions() -> list[Target]:
 
 # Class, method, valid arguments of both.
 MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
+    (nn.BiFormer, "forward", (
+        lambda r: {"depths": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "head_dim": 8, "regions": 2,
+                   "topk": (1, 2, 1, None), "num_classes": 3, "x": r(2, 3, 16, 24)},
+    )),
     (nn.BiFormerAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "regions": 2, "topk": 2, "x": r(2, 6, 7, 16)},
         lambda r: {"dim": 16, "num_heads": 2, "regions": 3, "topk": 2, "padding": "zeros",

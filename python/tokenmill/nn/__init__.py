@@ -10,6 +10,7 @@ Example:
 
 from .agent import AgentAttention
 from .biformer import AttentionLePE, BiFormerAttention
+from .biformer_model import BiFormer, biformer_base, biformer_small, biformer_stl, biformer_tiny
 from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
@@ -32,6 +33,7 @@ __all__ = [
     "AgentAttention",
     "AttentionDiversificationLoss",
     "AttentionLePE",
+    "BiFormer",
     "BiFormerAttention",
     "ClsTokenPruning",
     "DToPExit",
@@ -55,5 +57,9 @@ __all__ = [
     "TokenMerging",
     "TokenReconstruction",
     "WordPooling",
+    "biformer_base",
+    "biformer_small",
+    "biformer_stl",
+    "biformer_tiny",
     "segments_of",
 ]

@@ -104,8 +104,9 @@ TABLE = (
         "attention of each region of a map to the topk regions with the largest products of mean "
         "query and mean key, and a depthwise convolution of v",
         ("tokenmill.nn.BiFormerAttention(regions=7, topk=4, side_dwconv=5)",
-         "tokenmill.nn.AttentionLePE", "tokenmill.bilevel_routing_attention(regions=7, topk=4)"),
-        "tests/sparse/test_biformer.py", "examples/biformer_model.py", BACKENDS,
+         "tokenmill.nn.AttentionLePE", "tokenmill.nn.biformer_tiny", "tokenmill.nn.biformer_small",
+         "tokenmill.nn.biformer_base", "tokenmill.bilevel_routing_attention(regions=7, topk=4)"),
+        "tests/papers/test_12_biformer.py", "examples/biformer_model.py", BACKENDS,
         measured="map of 150 x 125: 4.8 times as fast as a gather and eager attention, 2.1 times "
         "as a gather and sdpa",
     ),
