@@ -78,6 +78,9 @@ CASES = {
     "DToPExit": Case(
         lambda: nn.DToPExit(0.5, 1), lambda n: (randn(2, n, 8), torch.rand(2, n, 3))
     ),
+    "EViTEncoder": Case(
+        lambda: nn.EViTEncoder(16, 2, 3, layers=(0, 2)).eval(), lambda n: (randn(2, 1 + n, 16),)
+    ),
     "EViTReorganize": Case(
         nn.EViTReorganize, lambda n: (randn(2, 1 + n, 8), torch.rand(2, n, requires_grad=True))
     ),

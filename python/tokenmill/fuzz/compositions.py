@@ -190,6 +190,9 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "answer": r.ints(9, 2, 3), "needle": (2, 6), "scale": 0.3,
         },
     ),
+    nn.keep_rate_schedule: (
+        lambda r: {"step": 30, "steps_per_epoch": 5, "base_rate": 0.6, "start": 2, "epochs": 9},
+    ),
     nn.segments_of: (lambda r: {"boundaries": r.bools(2, 9), "mask": r.bools(2, 9)},),
 }  # fmt: skip
 
@@ -199,6 +202,7 @@ PLAIN: tuple[Any, ...] = (
     additive_attention, pattention, pointer_argmax, nn.Pattention, nn.AgentAttention,
     nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
+    nn.EViTEncoder,
 )  # fmt: skip
 
 
@@ -227,10 +231,19 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.AttentionLePE, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 3, 4, 16), "local": "values"},
     )),
+    (nn.EViTEncoder, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "depth": 3, "layers": (0, 2), "mlp_ratio": 2.0,
+                   "x": r(2, 10, 16), "keep_rate": 0.6},
+        lambda r: {"dim": 16, "num_heads": 2, "depth": 2, "layers": (1,), "x": r(2, 10, 16),
+                   "tokens": (4,)},
+    )),
     (nn.EViTReorganize, "forward", (
         lambda r: {"keep_rate": 0.6, "x": r(2, 10, 8), "scores": r(2, 9).abs()},
+        lambda r: {"tokens": 5, "fuse": False, "x": r(2, 10, 8), "scores": r(2, 9).abs()},
     )),
-    (nn.EViTReorganize, "scores", (lambda r: {"q": r(2, 10, 2, 8), "k": r(2, 10, 2, 8)},)),
+    (nn.EViTReorganize, "scores", (
+        lambda r: {"keep_rate": 0.6, "tokens": 5, "q": r(2, 10, 2, 8), "k": r(2, 10, 2, 8)},
+    )),
     (nn.ClsTokenPruning, "forward", (
         lambda r: {"keep": 4, "x": r(2, 10, 8), "scores": [r(2, 9).float(), r(2, 9).float()]},
         lambda r: {"keep": 4, "x": r(2, 10, 8), "scores": r(2, 9).float()},

@@ -15,6 +15,7 @@ from .class_token import ClsTokenPruning, EViTReorganize
 from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .embedding_pooling import EmbeddingPooling
+from .evit import EViTEncoder, keep_rate_schedule
 from .focus import FocusSelect
 from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
@@ -37,6 +38,7 @@ __all__ = [
     "BiFormerAttention",
     "ClsTokenPruning",
     "DToPExit",
+    "EViTEncoder",
     "EViTReorganize",
     "EmbeddingPooling",
     "FocusDualAttention",
@@ -61,5 +63,6 @@ __all__ = [
     "biformer_small",
     "biformer_stl",
     "biformer_tiny",
+    "keep_rate_schedule",
     "segments_of",
 ]

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .._check import as_int, as_number, check, check_bool, fail
 from .biformer import AttentionLePE, BiFormerAttention, Padding
-from .rules import check_input
+from .rules import DropPath, begin, check_chance, check_input, drop_chances
 
 NAME = "nn.BiFormer"
 STAGES = 4
@@ -120,8 +119,7 @@ class BiFormer(nn.Module):
         rule = "must leave 1 to 2^31 - 1 hidden channels"
         held = mlp_ratio * min(channels) >= 1 and mlp_ratio * max(channels) < 2**31
         check(held, NAME, "mlp_ratio", rule, mlp_ratio)
-        drop_path = as_number(NAME, "drop_path", drop_path)
-        check(0 <= drop_path < 1, NAME, "drop_path", "must be at least 0 and below 1", drop_path)
+        drop_path = check_chance(NAME, "drop_path", drop_path)
         in_channels = as_int(NAME, "in_channels", in_channels)
         check(1 <= in_channels < 2**31, NAME, "in_channels", "must be 1 to 2^31 - 1", in_channels)
         num_classes = as_int(NAME, "num_classes", num_classes)
@@ -134,7 +132,7 @@ class BiFormer(nn.Module):
         pairs = zip((None, *channels[:-1]), channels, strict=True)
         self.downsample_layers = nn.ModuleList(downsample(in_channels, *pair) for pair in pairs)
         stage: type[nn.Module] = _Stage if layout == "swin" else nn.Sequential
-        chances = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        chances = iter(drop_chances(drop_path, sum(depths)))
         self.stages = nn.ModuleList()
         for depth, dim, k in zip(depths, channels, _four("topk", topk), strict=True):
             if k is not None and dim % head_dim:
@@ -153,7 +151,7 @@ class BiFormer(nn.Module):
             self.stages.append(stage(*blocks))
         self.norm = nn.BatchNorm2d(channels[-1])
         self.head = nn.Linear(channels[-1], num_classes) if num_classes else nn.Identity()
-        self.apply(_begin)
+        self.apply(begin)
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
         """The maps of the four stages, channels first, without the norm behind the last."""
@@ -240,7 +238,7 @@ class _Block(nn.Module):
         linear = functools.partial(nn.Conv2d, kernel_size=1) if channels_first else nn.Linear
         between = [] if swin else [nn.Identity()]  # it has a number in the published names
         self.mlp = nn.Sequential(linear(dim, hidden), *between, nn.GELU(), linear(hidden, dim))
-        self.drop_path = _DropPath(chance)
+        self.drop_path = DropPath(chance)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
@@ -252,20 +250,6 @@ class _Block(nn.Module):
         x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return (x + self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
-
-
-class _DropPath(nn.Module):
-    """In training, leaves a branch out of a picture with some chance, and scales what it keeps."""
-
-    def __init__(self, chance: float) -> None:
-        super().__init__()
-        self.chance = chance
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.chance == 0:
-            return x
-        kept = 1 - self.chance
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(kept).div_(kept)
 
 
 class _Stage(nn.Module):
@@ -293,13 +277,6 @@ def _patches(pixels: int, before: int | None, dim: int) -> nn.Sequential:
     if before is None:
         return nn.Sequential(nn.Conv2d(pixels, dim, 4, 4), nn.BatchNorm2d(dim))
     return nn.Sequential(nn.BatchNorm2d(before), nn.Conv2d(before, dim, 2, 2))
-
-
-def _begin(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _four(argument: str, values: Any) -> list[Any]:

@@ -72,6 +72,7 @@ class EViTReorganize(nn.Module):
 
     Args:
         keep_rate: share of the patches to keep, of which the next integer is taken.
+        tokens: how many to keep instead; None = by the rate.
         fuse: whether there is f.
         normalize: divide f by the sum of its weights, which the published models do not.
         backend: of the operators (see :func:`tokenmill.explain`).
@@ -79,15 +80,22 @@ class EViTReorganize(nn.Module):
     Shape:
         x ``[B, 1 + N, C]`` and scores ``[B, N]`` (:meth:`scores`, or row 0 of an attention map,
         averaged over the heads) to (y ``[B, 1 + K + 1, C]``, keep int32 ``[B, K]``): the patches
-        kept, greatest score first, as y has them. If all are kept, y is x. Gradients go through x
-        and the scores of f, but not through the choice.
+        kept, greatest score first, as y has them. If all are kept, y is x, without f. keep_rate and
+        tokens of a call replace those of the layer in it (:func:`keep_rate_schedule`); tokens
+        prevail over a rate.
+
+    Gradients go through x and through the scores of f, as in the published models, but not through
+    the choice: a kept patch gives its score none. :meth:`scores` has a gradient (in plain PyTorch;
+    :func:`tokenmill.attention_row_scores` has none).
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: reads x once and writes y.
 
-    Paper: EViT (Liang et al. 2022), section 3.2: keep_rate 0.5 to 0.9 in layers 3, 6 and 9 of 12.
+    Paper: EViT (Liang et al. 2022), section 3.2: keep_rate 0.5 to 0.9 in layers 3, 6 and 9 of 12
+    (from 0), as :class:`EViTEncoder` has them. The released code takes the scores behind the
+    dropout of the attention map, which is 0 there.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -102,26 +110,36 @@ class EViTReorganize(nn.Module):
         self,
         keep_rate: float = 0.7,
         *,
+        tokens: int | None = None,
         fuse: bool = True,
         normalize: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        keep_rate = as_number(EVIT, "keep_rate", keep_rate)
+        self.keep_rate, self.tokens = _kept(EVIT, keep_rate, tokens)
         for name, flag in (("fuse", fuse), ("normalize", normalize)):
             check_bool(EVIT, name, flag)
-        check(0 < keep_rate <= 1, EVIT, "keep_rate", "must be above 0 and at most 1", keep_rate)
-        self.keep_rate, self.fuse, self.normalize = keep_rate, fuse, normalize
-        self.backend = backend
+        self.fuse, self.normalize, self.backend = fuse, normalize, backend
 
     def scores(self, q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
         """float32 ``[B, N]`` of q and k ``[B, 1 + N, H, D]``; see :func:`class_scores`."""
         return class_scores(q, k, scale=scale, backend=self.backend)
 
-    def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        keep_rate: float | None = None,
+        tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         _check_scores(EVIT, x, scores)
         patches = scores.shape[1]
-        count = math.ceil(self.keep_rate * patches)
+        if tokens is None and keep_rate is None:
+            tokens = self.tokens
+        rate, tokens = _kept(EVIT, self.keep_rate if keep_rate is None else keep_rate, tokens)
+        count = math.ceil(rate * patches) if tokens is None else tokens
+        if count > patches:
+            fail(EVIT, "tokens", f"must be at most the number of patches, {patches}", count)
         if count == patches:
             every = torch.arange(patches, dtype=torch.int32, device=x.device)
             return x, every.expand(x.shape[0], -1)
@@ -134,7 +152,8 @@ class EViTReorganize(nn.Module):
         return y, keep
 
     def extra_repr(self) -> str:
-        return f"keep_rate={self.keep_rate}, fuse={self.fuse}, normalize={self.normalize}"
+        kept = f"keep_rate={self.keep_rate}" if self.tokens is None else f"tokens={self.tokens}"
+        return f"{kept}, fuse={self.fuse}, normalize={self.normalize}"
 
 
 class ClsTokenPruning(nn.Module):
@@ -197,6 +216,16 @@ class ClsTokenPruning(nn.Module):
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}"
+
+
+def _kept(name: str, keep_rate: float, tokens: int | None) -> tuple[float, int | None]:
+    """A rate and a number of patches to keep."""
+    keep_rate = as_number(name, "keep_rate", keep_rate)
+    check(0 < keep_rate <= 1, name, "keep_rate", "must be above 0 and at most 1", keep_rate)
+    if tokens is not None:
+        tokens = as_int(name, "tokens", tokens, "must be an integer or None")
+        check(tokens >= 1, name, "tokens", "must be at least 1", tokens)
+    return keep_rate, tokens
 
 
 def _check_scores(name: str, x: Tensor, scores: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._check import as_int, check, check_device_of, check_dtype_of, check_tensor
+from .._check import as_int, as_number, check, check_device_of, check_dtype_of, check_tensor
 
 
 def check_input(name: str, argument: str, x: Tensor, weight: Tensor) -> None:
@@ -27,6 +27,41 @@ def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
     divides = num_heads > 0 and dim % num_heads == 0
     check(divides, name, "num_heads", f"must divide dim, {dim}", num_heads)
     return dim, num_heads
+
+
+def check_chance(name: str, argument: str, chance: float) -> float:
+    chance = as_number(name, argument, chance)
+    check(0 <= chance < 1, name, argument, "must be at least 0 and below 1", chance)
+    return chance
+
+
+def drop_chances(last: float, blocks: int) -> list[float]:
+    """Of stochastic depth: they rise linearly from 0 at the first block."""
+    return [last * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
+def begin(module: nn.Module) -> None:
+    """Fresh weights of a linear layer in vision transformers."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class DropPath(nn.Module):
+    """In training, leaves a branch out of an element of the batch with some chance, and divides
+    what it keeps by the chance of that."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.chance == 0:
+            return x
+        kept = 1 - self.chance
+        ones = (1,) * (x.dim() - 1)
+        return x * x.new_empty(x.shape[0], *ones).bernoulli_(kept).div_(kept)
 
 
 def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:

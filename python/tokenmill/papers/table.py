@@ -13,8 +13,11 @@ TABLE = (
         1, "EViT", "Not All Patches are What You Need: Expediting Vision Transformers via Token "
         "Reorganizations", "Liang et al.", "2202.07800",
         "the patches that the class token attends to most, and the others as one: sum_j a_j x_j",
-        ("tokenmill.nn.EViTReorganize(keep_rate=0.7)", "tokenmill.gather_fuse"),
-        "tests/tokens/test_nn_class_token.py", "examples/vit_tokens.py", BACKENDS,
+        ("tokenmill.nn.EViTReorganize(keep_rate=0.7)",
+         "tokenmill.nn.EViTEncoder(layers=(3, 6, 9), keep_rate=0.7)",
+         "tokenmill.nn.keep_rate_schedule(base_rate=0.7, start=10, epochs=100)",
+         "tokenmill.gather_fuse"),
+        "tests/papers/test_01_evit.py", "examples/vit_tokens.py", BACKENDS,
         "DeiT-S: 50 % more images/s at -0.3 % top-1, keep rate 0.7",
         "gather_fuse of 64 x 197 x 768, 0.7 of the patches: 10.9 times as fast as eager PyTorch",
         "the fused token is a sum, not divided by its weights",
