@@ -92,6 +92,15 @@ CASES = {
         lambda: nn.EmbeddingPooling(16, "last", 3, num_latents=4, num_heads=2, head_dim=8),
         lambda n: (randn(3, 2, n, 16), torch.arange(n) < torch.tensor([[n], [4]])),
     ),
+    "ExpeditedBlocks": Case(
+        lambda: nn.ExpeditedBlocks([torch.nn.Linear(16, 16) for _ in range(3)], 1, 2, 4, prefix=0),
+        lambda n: (randn(1, n, 8, 16),),
+    ),
+    "ExpeditedBlocks, windows": Case(
+        lambda: nn.ExpeditedBlocks([torch.nn.Linear(16, 16) for _ in range(3)], 1, 2, 3, prefix=0,
+                                   partition=5),
+        lambda n: (randn(1, n, 8, 16),),
+    ),
     "FocusDualAttention": Case(
         lambda: nn.FocusDualAttention(16, 2, topk=5),
         lambda n: (randn(2, n, 16), randn(2, n, 16), torch.rand(2, n), torch.rand(2, n, 3)),

@@ -251,7 +251,20 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.ClsTokenPruning, "scores", (
         lambda r: {"keep": 4, "q": r(2, 10, 2, 8), "k": r(2, 10, 2, 8), "scale": 0.3},
     )),
-    (nn.TokenClustering, "forward", (lambda r: {"grid": (2, 3), "x": r(1, 7, 8, 8)},)),
+    (nn.ExpeditedBlocks, "forward", (
+        lambda r: {"blocks": [torch.nn.Identity()] * 3, "start": 1, "end": 2, "grid": (2, 3),
+                   "preset": "sam", "x": r(1, 43, 8), "shape": (6, 7)},
+        lambda r: {"blocks": [torch.nn.Identity()] * 2, "start": 1, "grid": 2, "prefix": 0,
+                   "partition": 4, "x": r(1, 6, 7, 8)},
+    )),
+    (nn.ExpeditedBlocks, "features", (
+        lambda r: {"blocks": [torch.nn.Identity()] * 3, "start": 1, "grid": 2, "x": r(1, 43, 8),
+                   "layers": (0, 2), "shape": (6, 7)},
+    )),
+    (nn.TokenClustering, "forward", (
+        lambda r: {"grid": (2, 3), "x": r(1, 7, 8, 8)},
+        lambda r: {"grid": 2, "preset": "sam", "iters": 2, "x": r(1, 7, 8, 8)},
+    )),
     (nn.TokenReconstruction, "forward", (
         lambda r: {"k": 3, "x": r(1, 5, 6, 8), "centroids": r(1, 2, 3, 8),
                    "clusters": r(1, 2, 3, 4)},

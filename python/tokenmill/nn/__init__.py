@@ -16,6 +16,7 @@ from .clustering import TokenClustering, TokenReconstruction
 from .dtop import ActiveTokens, DToPExit
 from .embedding_pooling import EmbeddingPooling
 from .evit import EViTEncoder, keep_rate_schedule
+from .expedit import ExpeditedBlocks
 from .focus import FocusSelect
 from .focus_encoder import FocusDualAttention, FocusEncoder, FocusScorer
 from .lightning import LightningAttention, LightningState
@@ -41,6 +42,7 @@ __all__ = [
     "EViTEncoder",
     "EViTReorganize",
     "EmbeddingPooling",
+    "ExpeditedBlocks",
     "FocusDualAttention",
     "FocusEncoder",
     "FocusScorer",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor, nn
 
 from .._check import as_int, as_number, check, check_tensor
@@ -9,6 +12,34 @@ from ..tokens.cluster_tokens import cluster_tokens
 from ..tokens.reconstruct_tokens import reconstruct_tokens
 
 CLUSTERING, RECONSTRUCTION = "nn.TokenClustering", "nn.TokenReconstruction"
+Preset = Literal["depth", "detection", "sam", "segmenter", "swin"]
+
+
+@dataclass(frozen=True)
+class Released:
+    """The settings of a released model."""
+
+    iters: int
+    tau: float
+    window: int
+    k: int
+
+
+PRESETS: dict[str, Released] = {
+    "depth": Released(iters=5, tau=1.0, window=5, k=20),
+    "detection": Released(iters=3, tau=1 / 100, window=5, k=25),
+    "sam": Released(iters=5, tau=0.01, window=5, k=20),
+    "segmenter": Released(iters=5, tau=0.05, window=7, k=3),
+    "swin": Released(iters=5, tau=1 / 200, window=7, k=3),
+}
+
+
+def released(name: str, preset: Preset) -> Released:
+    known = isinstance(preset, str) and preset in PRESETS
+    names = [repr(n) for n in sorted(PRESETS)]
+    rule = f"must be {', '.join(names[:-1])} or {names[-1]}"
+    check(known, name, "preset", rule, preset)
+    return PRESETS[preset]
 
 
 class TokenClustering(nn.Module):
@@ -18,8 +49,15 @@ class TokenClustering(nn.Module):
     Args:
         grid: (gy, gx) clusters along Y and X; an integer stands for both. A side of the map that
             has fewer tokens keeps its own.
+        preset: released settings, for what is None below and for :class:`TokenReconstruction`:
+
+            - "segmenter": iters=5, tau=0.05, window=7, k=3, of its two blocks
+            - "sam": iters=5, tau=0.01, window=5, k=20, in each window of attention
+            - "depth" (DPT): iters=5, tau=1, window=5, k=20, of its command
+            - "swin": iters=5, tau=1/200, window=7, k=3, of its two blocks
+            - "detection" (DINO and Mask DINO on Swin-L): iters=3, tau=1/100, window=5, k=25
         iters: iterations.
-        tau: factor of the squared distance; published code may call its inverse by that name.
+        tau: factor of the squared distance; the Swin models call its inverse by that name.
         window: side of the square of cells around its own that a token weighs, odd.
         backend: of the operator (see :func:`tokenmill.explain`).
 
@@ -29,7 +67,10 @@ class TokenClustering(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Paper: Expedit (Liang et al. 2022), section 3.2; defaults are those of its Swin models.
+    Complexity: 5 Y X window^2 C operations for each iteration.
+
+    Paper: Expedit (Liang et al. 2022), section 3.2. :class:`ExpeditedBlocks` puts both around the
+    blocks of a vision transformer.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -45,20 +86,23 @@ class TokenClustering(nn.Module):
         self,
         grid: int | tuple[int, int],
         *,
-        iters: int = 5,
-        tau: float = 0.005,
-        window: int = 7,
+        preset: Preset = "swin",
+        iters: int | None = None,
+        tau: float | None = None,
+        window: int | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        usual = released(CLUSTERING, preset)
         rule = "must be an integer or a pair (gy, gx)"
         sides = grid if isinstance(grid, tuple | list) else (grid, grid)
         check(len(sides) == 2, CLUSTERING, "grid", rule, grid)
         rows, columns = (as_int(CLUSTERING, "grid", side, rule) for side in sides)
         self.grid = (rows, columns)
-        self.iters = as_int(CLUSTERING, "iters", iters)
-        self.window = as_int(CLUSTERING, "window", window)
-        self.tau, self.backend = as_number(CLUSTERING, "tau", tau), backend
+        self.iters = usual.iters if iters is None else as_int(CLUSTERING, "iters", iters)
+        self.window = usual.window if window is None else as_int(CLUSTERING, "window", window)
+        self.tau = usual.tau if tau is None else as_number(CLUSTERING, "tau", tau)
+        self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         check_tensor(CLUSTERING, "x", x)
@@ -72,13 +116,15 @@ class TokenClustering(nn.Module):
 
 
 class TokenReconstruction(nn.Module):
-    r"""Restores a map of tokens from what layers made of its clusters: each token becomes the mean
-    of the clusters with the nearest centroids. It has no weights.
+    r"""Restores a map of tokens from what layers made of its clusters: each token becomes a
+    combination of the clusters with the nearest centroids. It has no weights.
 
     Args:
         k: clusters of a token; all where there are fewer.
+        preset: released settings, for what is None: see :class:`TokenClustering`.
         tau: factor of the squared distance.
-        norm: "l1", weights that sum to 1, or "l2", which published code has.
+        norm: "l2", weights of Euclidean norm 1, as in all released code (equal tokens do not come
+            back as they were), or "l1", weights that sum to 1, as the paper describes them.
         backend: of the operator (see :func:`tokenmill.explain`).
 
     Shape:
@@ -89,20 +135,31 @@ class TokenReconstruction(nn.Module):
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Paper: Expedit (Liang et al. 2022), section 3.2.
+    Complexity: 3 Y X gy gx C operations to find the nearest, 2 Y X k D for the combinations.
+
+    Paper: Expedit (Liang et al. 2022), section 3.2. In the released code gradients go through the
+    weights as well, which nothing there trains (here to clusters alone), and a token takes all
+    clusters that are as near as the k-th (here the first ones).
 
     Example: :class:`TokenClustering`
         >>> import tokenmill as tm
-        >>> tm.nn.TokenReconstruction(k=20, tau=0.01)
-        TokenReconstruction(k=20, tau=0.01, norm='l1')
+        >>> tm.nn.TokenReconstruction(preset="sam")
+        TokenReconstruction(k=20, tau=0.01, norm='l2')
     """
 
     def __init__(
-        self, k: int = 3, *, tau: float = 0.005, norm: str = "l1", backend: str | None = None
+        self,
+        k: int | None = None,
+        *,
+        preset: Preset = "swin",
+        tau: float | None = None,
+        norm: str = "l2",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.k = as_int(RECONSTRUCTION, "k", k)
-        self.tau = as_number(RECONSTRUCTION, "tau", tau)
+        usual = released(RECONSTRUCTION, preset)
+        self.k = usual.k if k is None else as_int(RECONSTRUCTION, "k", k)
+        self.tau = usual.tau if tau is None else as_number(RECONSTRUCTION, "tau", tau)
         self.norm, self.backend = norm, backend
 
     def forward(self, x: Tensor, centroids: Tensor, clusters: Tensor) -> Tensor:

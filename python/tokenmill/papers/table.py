@@ -223,11 +223,13 @@ TABLE = (
     Paper(
         29, "Expedit", "Expediting Large-Scale Vision Transformer for Dense Prediction without "
         "Fine-tuning", "Liang et al.", "2210.01035",
-        "soft k-means in windows of a map, and each token back as a mean of its k nearest clusters",
-        ("tokenmill.nn.TokenClustering(iters=5, tau=0.005, window=7)",
-         "tokenmill.nn.TokenReconstruction(k=3, tau=0.005)", "tokenmill.cluster_tokens",
+        "soft k-means in windows of a map, and each token back as a combination of its k nearest "
+        "clusters",
+        ("tokenmill.nn.ExpeditedBlocks(preset='segmenter')",
+         "tokenmill.nn.TokenClustering(preset='sam')",
+         "tokenmill.nn.TokenReconstruction(preset='sam', norm='l2')", "tokenmill.cluster_tokens",
          "tokenmill.reconstruct_tokens"),
-        "tests/tokens/test_clustering_modules.py", None, BACKENDS,
+        "tests/papers/test_29_expedit.py", None, BACKENDS,
         measured="cluster_tokens, 64 x 64 to 32 x 32, C = 192: 11.5 times as fast as the masked "
         "matrix of all pairs; reconstruct_tokens, 4096 of 1024: 1.9 times as cdist, topk, gather",
     ),
