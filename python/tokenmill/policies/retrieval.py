@@ -9,7 +9,7 @@ from .._check import as_int, check, check_device_of_q, check_tensor, fail, show
 from ..select.attention_row_scores import attention_row_scores
 
 NAME = "policies.profile_retrieval_heads"
-ROWS = 16  # steps whose weights are in memory together
+ROWS = 16  # steps whose scores are in memory together
 
 
 def profile_retrieval_heads(
@@ -42,13 +42,12 @@ def profile_retrieval_heads(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        float32 ``[B, H]``, 0 to 1. Not differentiable. Of equal weights any may be the largest.
+        float32 ``[B, H]``, 0 to 1. Not differentiable. Of equal weights the first is the largest.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Complexity: 2 B H R S D operations. The weights of 16 steps at a time are written, B H S floats
-    for each, and read once for their largest.
+    Complexity: 2 B H R S D operations, and memory of B H S floats for each of 16 steps at a time.
 
     Paper: Retrieval Head Mechanistically Explains Long-Context Factuality (Wu et al. 2024), section
     2. The released code counts a token again in each step that copies it.
@@ -68,13 +67,11 @@ def profile_retrieval_heads(
     for first in range(0, steps, ROWS):
         rows = q[:, first : first + ROWS]
         seen = length - steps + first + rows.shape[1]
-        weights = attention_row_scores(
-            rows, k[:, :seen], scale=scale, causal=True, reduce="none", backend=backend
-        )
-        weight, at = weights.nan_to_num(0.0).max(-1)  # [B, H, rows]
+        at = attention_row_scores(
+            rows, k[:, :seen], scale=scale, causal=True, reduce="argmax", backend=backend
+        )  # [B, H, rows]
         same = tokens[:, None, begin:end] == answer[:, first : first + ROWS, None]
-        hits = (at[..., None] == place) & same[:, None] & (weight > 0)[..., None]
-        copied |= hits.any(2)
+        copied |= ((at[..., None] == place) & same[:, None]).any(2)
     return copied.float().mean(-1)
 
 
