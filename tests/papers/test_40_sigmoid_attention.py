@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import device_of
 from literal import assert_reads_as, randomised
-from tensors import each_backend
+from tensors import close, draw, each_backend, same_gradients
 
 import tokenmill as tm
 
@@ -87,6 +88,30 @@ def test_packed_sequences_have_a_bias_each(options, backend):
     assert_reads_as(randomised(layer), reading(layer, lengths), x, ends, backend=backend)
 
 
+@each_backend
+@pytest.mark.parametrize("options", [LANGUAGE, {"qk_norm": False}])
+def test_queries_keys_and_values_in_one_tensor(options, backend):
+    """Gradients too, and packed sequences."""
+    layer = randomised(tm.nn.SigmoidAttention(24, 4, **options, backend=backend))
+    layer.to(device_of(backend))
+    (qkv,) = draw(backend, (2, 9, 3, 4, 6))
+    w = {n: t for n, t in layer.named_parameters() if n.endswith(("k_norm.weight", "k_norm.bias"))}
+    w |= {n: t for n, t in layer.named_parameters() if n.startswith("q_norm")}
+    # Projections that change nothing, so that the reading has the three in its input.
+    flat = qkv.flatten(2)
+    w |= {"qkv.weight": torch.eye(72).to(qkv), "proj.weight": torch.eye(24).to(qkv)}
+    want = torch.stack(sigmoid_attention(w, flat, layer=layer))
+    got = layer.attend(qkv)
+    close(got.flatten(2), want)
+    same_gradients(got.flatten(2), want, [qkv])
+    assert torch.equal(layer.attend(flat), got)
+    ends = torch.tensor([0, 9, 18], dtype=torch.int32, device=qkv.device)
+    close(layer.attend(qkv.flatten(0, 1), ends), got.flatten(0, 1))
+    close(layer.attend(flat.flatten(0, 1), ends), got.flatten(0, 1))
+    if not options.get("qk_norm", True):
+        close(tm.sigmoid_attention(*qkv.unbind(2), backend=backend), got)
+
+
 def test_rows_sum_to_about_one_whatever_their_number():
     layer = tm.nn.SigmoidAttention(8, 1, qk_norm=False)
     with torch.no_grad():
@@ -117,6 +142,10 @@ def test_no_tokens():
          r"x: must have shape \[B, N, 8\]; got \[3, 8\]"),
         (lambda: tm.nn.SigmoidAttention(8, 2)(torch.zeros(1, 3, 8), torch.zeros(1)),
          r"x: must have shape \[T, 8\] with cu_seqlens; got \[1, 3, 8\]"),
+        (lambda: tm.nn.SigmoidAttention(8, 2).attend(torch.zeros(1, 3, 3, 4, 2)),
+         r"qkv: must have shape \[B, N, 3, 2, 4\] or \[B, N, 24\]; got \[1, 3, 3, 4, 2\]"),
+        (lambda: tm.nn.SigmoidAttention(8, 2).attend(torch.zeros(3, 3, 4, 2), torch.zeros(1)),
+         r"qkv: must have shape \[T, 3, 2, 4\] or \[T, 24\] with cu_seqlens; got \[3, 3, 4, 2"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(call, error):

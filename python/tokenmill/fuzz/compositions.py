@@ -292,6 +292,11 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"dim": 16, "num_heads": 2, "x": r(9, 16), "cu_seqlens": _int32(0, 4, 9),
                    "max_seqlen": 5, "layer_scale": 1e-4, "learn_bias": True, "score_bias": -3.0},
     )),
+    (nn.SigmoidAttention, "attend", (
+        lambda r: {"dim": 16, "num_heads": 2, "qkv": r(2, 9, 3, 2, 8)},
+        lambda r: {"dim": 16, "num_heads": 2, "qkv": r(9, 48), "cu_seqlens": _int32(0, 4, 9),
+                   "max_seqlen": 5},
+    )),
     (nn.LightningAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "x": r(2, 9, 16)},
     )),

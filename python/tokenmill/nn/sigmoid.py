@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .._check import as_number, check, check_bool, check_float32
+from .._check import as_number, check, check_bool, check_float32, fail
 from ..dense.sigmoid_attention import sigmoid_attention
 from ..dense.terms import ScoreBias
 from ..linear.lightning_slopes import lightning_slopes
@@ -47,6 +47,8 @@ class SigmoidAttention(nn.Module):
     Shape:
         x ``[B, N, C]``, or packed ``[T, C]`` with cu_seqlens int32 ``[B + 1]``, where sequences
         begin and end (n is then the length of each); to the same; float16, bfloat16, float32.
+        :meth:`attend` takes queries, keys and values in one tensor, as the published code does, and
+        leaves both projections, norm and gamma to the caller.
 
     Weights: qkv ``[3 C, C]``, proj ``[C, C]``; q_norm, k_norm with qk_norm; norm with hybrid_norm;
     gamma ``[C]`` with layer_scale; score_bias ``[H]`` with learn_bias.
@@ -69,6 +71,8 @@ class SigmoidAttention(nn.Module):
         >>> ends = torch.tensor([0, 20, 50], dtype=torch.int32)
         >>> layer(torch.randn(50, 64), ends).shape
         torch.Size([50, 64])
+        >>> layer.attend(torch.randn(2, 50, 3, 4, 16)).shape
+        torch.Size([2, 50, 4, 16])
     """
 
     slopes: Tensor | None
@@ -132,15 +136,32 @@ class SigmoidAttention(nn.Module):
         shaped = x.dim() == rank and x.shape[-1] == channels
         layout = f"[B, N, {channels}]" if rank == 3 else f"[T, {channels}] with cu_seqlens"
         check(shaped, NAME, "x", f"must have shape {layout}", x.shape)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = sigmoid_attention(
-            q, k, v, score_bias=self.score_bias, alibi_slopes=self.slopes, causal=self.causal,
-            cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
-            backend=self.backend,
-        )  # fmt: skip
+        out = self.attend(self.qkv(x), cu_seqlens, max_seqlen)
         y: Tensor = self.norm(self.proj(out.flatten(-2)))
         return y if self.gamma is None else y * self.gamma
+
+    def attend(
+        self, qkv: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+    ) -> Tensor:
+        """The attention alone, of queries, keys and values that are views of one tensor:
+        ``[B, N, 3, H, D]``, or the output ``[B, N, 3 C]`` of one projection, to ``[B, N, H, D]``;
+        with cu_seqlens ``[T, 3, H, D]`` or ``[T, 3 C]`` to ``[T, H, D]``."""
+        check_input(NAME, "qkv", qkv, self.proj.weight)
+        lead = 2 if cu_seqlens is None else 1
+        channels, heads = self.proj.in_features, self.num_heads
+        split = [3, heads, channels // heads]
+        if qkv.dim() == lead + 1 and qkv.shape[-1] == 3 * channels:
+            qkv = qkv.unflatten(-1, split)
+        if qkv.dim() != lead + 3 or list(qkv.shape[lead:]) != split:
+            first, packed = ("B, N", "") if lead == 2 else ("T", " with cu_seqlens")
+            end = f"[{first}, 3, {heads}, {split[2]}] or [{first}, {3 * channels}]{packed}"
+            fail(NAME, "qkv", f"must have shape {end}", qkv.shape)
+        q, k, v = qkv.unbind(-3)
+        return sigmoid_attention(
+            self.q_norm(q), self.k_norm(k), v, score_bias=self.score_bias,
+            alibi_slopes=self.slopes, causal=self.causal, cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, backend=self.backend,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         bias = "learned" if isinstance(self.score_bias, Tensor) else repr(self.score_bias)
