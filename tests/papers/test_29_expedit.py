@@ -162,7 +162,7 @@ def test_windows_of_a_map(backend):
     torch.manual_seed(0)
     layers = [randomised(Block(8)) for _ in range(3)]
     options = {"preset": "sam", "prefix": 0, "partition": 7, "k": 16, "backend": backend}
-    expedited = tm.nn.ExpeditedBlocks(layers, 1, grid=4, **options)
+    expedited = tm.nn.ExpeditedBlocks(layers, 1, None, 4, **options)
     settings = Settings(5, 0.01, 5, 16)  # all clusters: some of the padding are equally near
 
     def literal(w, x):
@@ -186,7 +186,7 @@ def test_the_middle_blocks_see_as_many_tokens_as_clusters():
     assert seen == [(2, 65, 4), (2, 7, 4), (2, 7, 4), (2, 65, 4)]
     assert torch.equal(y[:, 0], x[:, 0])
     seen.clear()
-    maps = tm.nn.ExpeditedBlocks([Watch() for _ in range(2)], 1, grid=3, prefix=0, partition=5)
+    maps = tm.nn.ExpeditedBlocks([Watch() for _ in range(2)], 1, None, 3, prefix=0, partition=5)
     assert maps(torch.randn(1, 10, 12, 4)).shape == (1, 10, 12, 4)
     assert seen == [(1, 10, 12, 4), (1, 6, 9, 4)]
     assert maps(torch.randn(0, 10, 12, 4)).shape == (0, 10, 12, 4)
@@ -200,7 +200,7 @@ def test_features_behind_blocks():
     found = expedited.features(x, (0, 2, 3, 4))
     assert {tuple(t.shape) for t in found} == {(1, 50, 8)}
     torch.testing.assert_close(found[0], layers[0](x))
-    shorter = tm.nn.ExpeditedBlocks(layers[:3], 1, grid=4)
+    shorter = tm.nn.ExpeditedBlocks(layers[:3], 1, None, 4)
     torch.testing.assert_close(found[1], shorter(x))
     torch.testing.assert_close(layers[4](found[2]), found[3])
     torch.testing.assert_close(expedited(x), found[3])
@@ -212,7 +212,8 @@ def test_features_behind_blocks():
         (lambda: tm.nn.TokenClustering(2, preset="vit"), "TokenClustering: preset: must be 'dep"),
         (lambda: blocks(4), "ExpeditedBlocks: start: must be 0 to 2; got 4"),
         (lambda: blocks(1, 1), "ExpeditedBlocks: end: must be 2 to 3; got 1"),
-        (lambda: tm.nn.ExpeditedBlocks([], 0), "ExpeditedBlocks: blocks: must be one or more mod"),
+        (lambda: tm.nn.ExpeditedBlocks([], 0, None, 2),
+         "ExpeditedBlocks: blocks: must be one or more mod"),
         (lambda: blocks(1, partition=0), "ExpeditedBlocks: partition: must be 1 to 2^15 - 1; got"),
         (lambda: blocks(1)(torch.zeros(1, 4, 4, 8)),
          "ExpeditedBlocks: x: must have shape [B, 1 + Y X, C] with Y X at least 1; got [1, 4, 4, "),
@@ -230,5 +231,5 @@ def test_bad_calls_are_refused(call, error):
     assert str(info.value).startswith(f"tokenmill.nn.{error}")
 
 
-def blocks(*where, **options):
-    return tm.nn.ExpeditedBlocks([torch.nn.Identity() for _ in range(3)], *where, **options)
+def blocks(start, end=None, **options):
+    return tm.nn.ExpeditedBlocks([torch.nn.Identity() for _ in range(3)], start, end, 2, **options)

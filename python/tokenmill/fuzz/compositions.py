@@ -254,12 +254,12 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.ExpeditedBlocks, "forward", (
         lambda r: {"blocks": [torch.nn.Identity()] * 3, "start": 1, "end": 2, "grid": (2, 3),
                    "preset": "sam", "x": r(1, 43, 8), "shape": (6, 7)},
-        lambda r: {"blocks": [torch.nn.Identity()] * 2, "start": 1, "grid": 2, "prefix": 0,
-                   "partition": 4, "x": r(1, 6, 7, 8)},
+        lambda r: {"blocks": [torch.nn.Identity()] * 2, "start": 1, "end": None, "grid": 2,
+                   "prefix": 0, "partition": 4, "x": r(1, 6, 7, 8)},
     )),
     (nn.ExpeditedBlocks, "features", (
-        lambda r: {"blocks": [torch.nn.Identity()] * 3, "start": 1, "grid": 2, "x": r(1, 43, 8),
-                   "layers": (0, 2), "shape": (6, 7)},
+        lambda r: {"blocks": [torch.nn.Identity()] * 3, "start": 1, "end": None, "grid": 2,
+                   "x": r(1, 43, 8), "layers": (0, 2), "shape": (6, 7)},
     )),
     (nn.TokenClustering, "forward", (
         lambda r: {"grid": (2, 3), "x": r(1, 7, 8, 8)},

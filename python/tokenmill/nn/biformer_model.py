@@ -70,10 +70,10 @@ class BiFormer(nn.Module):
     Complexity: O((Y X)^(4/3)) for the best number of regions; 2.2, 4.5 and 9.8 G multiplications
     for tiny, small and base at 224 x 224.
 
-    Paper: BiFormer (Zhu et al. 2023), section 3.3. Read in the released code: layers, their order
-    and names, depths, channels, mlp_ratio, topk, regions, head_dim, side_dwconv, scales, padding
-    and fresh weights. From the text of the paper alone: drop_path 0.1, 0.15 and 0.4 in the training
-    of tiny, small and base (the default is 0, as in the code).
+    Paper: BiFormer (Zhu et al. 2023). Read in the released code: layers, their order and names,
+    depths, channels, mlp_ratio, topk, regions, head_dim, side_dwconv, scales, padding, fresh
+    weights, the default drop_path, and 0.15 in the command that trains small. From the text of the
+    paper alone: 0.1 for tiny and 0.4 for base.
 
     Example:
         >>> import torch, tokenmill as tm

@@ -198,7 +198,7 @@ def keep_rate_schedule(
     Raises:
         RuntimeError: naming argument, rule and value.
 
-    Paper: EViT (Liang et al. 2022), section 4.1. The released command for training from scratch has
+    Paper: EViT (Liang et al. 2022), training. The released command for training from scratch has
     start=10 and epochs=100 of 300 (its arguments default to 10 and 0); fine-tuning has 0 and 0.
 
     Example:

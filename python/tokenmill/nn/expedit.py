@@ -53,7 +53,7 @@ class ExpeditedBlocks(nn.Module):
     Where the release has it (SAM clusters in front of the block that its command names, Segmenter
     and DPT behind it; Segmenter has the last norm among the blocks):
 
-    - SAM, ViT-H, "1.5 x faster": start=6, grid=9, preset="sam", partition=14, prefix=0
+    - SAM, ViT-H, "1.5 x faster": start=6, end=None, grid=9, preset="sam", partition=14, prefix=0
     - SAM, ViT-H, "1.2 x faster": start=14, grid=10, preset="sam", partition=14, prefix=0
     - DPT hybrid, KITTI: start=5, grid=16, preset="depth", and :meth:`features` for its decoder
     - DPT hybrid, NYU: start=7, grid=28, preset="depth"
@@ -64,7 +64,7 @@ class ExpeditedBlocks(nn.Module):
     Complexity: that of the blocks, on gy gx tokens in the middle, and that of
     :class:`TokenClustering` and :class:`TokenReconstruction` once each.
 
-    Paper: Expedit (Liang et al. 2022), section 3.1.
+    Paper: Expedit (Liang et al. 2022), section 3.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -79,8 +79,8 @@ class ExpeditedBlocks(nn.Module):
         self,
         blocks: Sequence[nn.Module],
         start: int,
-        end: int | None = None,
-        grid: int | tuple[int, int] = 28,
+        end: int | None,
+        grid: int | tuple[int, int],
         *,
         preset: Preset = "segmenter",
         iters: int | None = None,
