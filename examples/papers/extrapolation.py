@@ -119,8 +119,8 @@ def as_trained(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def train(model: Model, steps: int) -> None:
     g = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, steps, pct_start=0.1)
     begin = time.perf_counter()
     for step in range(steps):
         tokens, answers = texts(16, TRAINED, g)
