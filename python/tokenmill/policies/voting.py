@@ -22,7 +22,7 @@ class TokenSelect(Keeping):
 
     A head votes with its softmax over the candidates, and all heads share one list. As long as a
     request's query is like the one that last selected (cosine of at least threshold, the heads side
-    by side), its list stays, and no key is read to select.
+    by side), its list stays, and no key is read to select. That is for steps; each chunk selects.
 
     Prompts are read in chunks. The mean of a chunk's queries votes, and the chunk attends to sink
     tokens, the tokens selected, recent ones and, causally, to itself. A prompt of no more tokens
@@ -52,8 +52,8 @@ class TokenSelect(Keeping):
 
     Paper: TokenSelect (Wu et al. 2024), sections 4.2 and 4.3, with its chunks of 512. The released
     code takes key head h mod Hk for head h, scores in 16 bits, one request at a time, and has the
-    reuse switched off; here h // (H / Hk), float32, any number of requests. It votes with the whole
-    cache's tokens before the last num_recent, and so do we, but never with a chunk's own.
+    reuse switched off; here h // (H / Hk), float32, any number of requests. Candidates are the
+    tokens before the last num_recent, as there, but never those of the chunk itself.
     """
 
     k: int = 2048
