@@ -26,7 +26,7 @@ def sigmoid_attention(
         q, k, v: as in :func:`attention`; of one tensor ``[B, S, 3, H, D]``, as the published code
             takes them, ``*qkv.unbind(2)``, which copies nothing.
         score_bias: as in :func:`attention`; default "neg_log_n".
-        options: every other keyword of :func:`attention` but sink and return_lse. With
+        options: every other keyword of :func:`attention` but sink, post_decay and return_lse. With
             normalize="sum" a row of weights sums to 1 for any number of keys.
 
     Returns:
