@@ -72,6 +72,13 @@ def test_extrapolation():
     assert int(selected) >= 75 and max(int(full), int(streaming)) <= 50
 
 
+def test_titans():
+    out = run(sys.executable, EXAMPLES / "papers" / "titans.py", "--steps", 12)
+    rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+ +[\d.]+ +\d+$", out, re.M)
+    assert [name for name, *_ in rows] == ["window", "memory"]
+    assert all(float(last) < float(first) for _, first, last in rows)
+
+
 def test_long_context(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "speed.png"

@@ -144,6 +144,13 @@ CASES = {
         lambda: nn.SparsifinerAttention(32, num_tokens=16, num_heads=2),
         lambda n: (randn(n // 8, 16, 32),),  # its length is fixed
     ),
+    "TitansMemory": Case(
+        lambda: nn.TitansMemory(16, 2, chunk_size=4), lambda n: (randn(2, n, 16),), (3, 4)
+    ),
+    "TitansMemory, deep": Case(
+        lambda: nn.TitansMemory(16, 2, depth=2, expansion=2, chunk_size=10),
+        lambda n: (randn(2, n, 16),),
+    ),
     "TokenAwarePooling": Case(
         lambda: nn.TokenAwarePooling(16), lambda n: (randn(2, n, 8, 16),)
     ),

@@ -42,6 +42,8 @@ from .linear import (
     lightning_slopes,
     linear_attention,
     linear_attention_decode,
+    titans_memory,
+    titans_memory_decode,
 )
 from .select import (
     attention_column_scores,
@@ -137,6 +139,8 @@ __all__ = [
     "sparse",
     "sparse_decode_attention",
     "testing",
+    "titans_memory",
+    "titans_memory_decode",
     "token_select",
     "tokens",
     "topk_partition",

@@ -43,6 +43,9 @@ class Draw:
     def qkv(self, s: int, h: int = 4, hk: int = 2, d: int = 16, b: int = 2) -> Arguments:
         return {"q": self(b, s, h, d), "k": self(b, s, hk, d), "v": self(b, s, hk, d)}
 
+    def gates(self, *shape: int) -> Arguments:
+        return {name: self(*shape).float().sigmoid() / 8 for name in ("alpha", "eta", "theta")}
+
     def cache(self, s: int, hk: int = 2, d: int = 16, b: int = 2) -> Arguments:
         return {"k_cache": self(b, s, hk, d), "v_cache": self(b, s, hk, d)}
 
@@ -135,6 +138,26 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {"num_heads": 6},
         lambda r: {"num_heads": 4, "layer": 1, "num_layers": 3, "convention": "paper"},
     ),
+    linear.titans_memory: (
+        lambda r: {**r.qkv(21, hk=4), **r.gates(2, 21, 4), "chunk_size": 8},
+        lambda r: {
+            "q": r(9, 4, 16), "k": r(9, 4, 16), "v": r(9, 4, 8), **r.gates(9, 4),
+            "cu_seqlens": _int32(0, 4, 9), "chunk_size": 3, "return_final_state": True,
+            "initial_state": (r(2, 4, 16, 8).float(), r(2, 4, 16, 8).float()),
+        },
+    ),
+    linear.titans_memory_decode: (
+        lambda r: {
+            **r.qkv(2, hk=4), **r.gates(2, 2, 4), "start": r(3, 4, 16, 16).float(),
+            "memory": r(3, 4, 16, 16).float(), "momentum": r(3, 4, 16, 16).float(),
+            "filled": _int32(0, 5, 1), "chunk_size": 6, "state_indices": _int32(2, 1),
+        },
+        lambda r: {
+            **r.qkv(1, hk=4), **r.gates(2, 1, 4), "start": r(2, 4, 16, 16).float(),
+            "memory": r(2, 4, 16, 16).float(), "momentum": r(2, 4, 16, 16).float(),
+            "filled": _int32(0, 63),
+        },
+    ),
     sparse.landmark_attention: (lambda r: {**r.qkv(23), "block": 5, "return_lse": True},),
     sparse.landmark_decode: (
         lambda r: {
@@ -199,11 +222,18 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 
 # Of products of PyTorch.
 PLAIN: tuple[Any, ...] = (
-    additive_attention, pattention, pointer_argmax, nn.Pattention, nn.AgentAttention,
+    additive_attention, pattention, pointer_argmax, linear.titans_memory,
+    linear.titans_memory_decode, nn.Pattention, nn.AgentAttention, nn.TitansMemory,
     nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder,
 )  # fmt: skip
+
+
+# What a call writes into.
+WRITTEN: dict[Any, tuple[str, ...]] = {
+    linear.titans_memory_decode: ("start", "memory", "momentum", "filled"),
+}
 
 
 def compositions() -> list[Target]:
@@ -211,9 +241,11 @@ def compositions() -> list[Target]:
     for function, makes in COMPOSITIONS.items():
         run, known = with_backend(function)
         products = function in PLAIN
-        found.append(
-            Target(function.__name__, run, _samples(makes), _given, known, products=products)
+        written = WRITTEN.get(function, ())
+        target = Target(
+            function.__name__, run, _samples(makes), _given, known, written, products=products
         )
+        found.append(target)
     return found
 
 
@@ -299,6 +331,11 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     )),
     (nn.LightningAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "layer": 1, "num_layers": 4, "x": r(2, 9, 16)},
+    )),
+    (nn.TitansMemory, "forward", (
+        lambda r: {"dim": 16, "num_heads": 2, "chunk_size": 4, "x": r(2, 9, 16)},
+        lambda r: {"dim": 16, "num_heads": 2, "chunk_size": 4, "x": r(1, 6, 16), "depth": 2,
+                   "expansion": 2},
     )),
     (nn.TokenAwarePooling, "forward", (
         lambda r: {"dim": 8, "num_scales": 3, "x": r(2, 5, 6, 8)},

@@ -3,10 +3,14 @@
 from .lightning_slopes import lightning_slopes
 from .linear_attention import lightning_attention, linear_attention
 from .linear_attention_decode import linear_attention_decode
+from .titans_memory import titans_memory
+from .titans_memory_decode import titans_memory_decode
 
 __all__ = [
     "lightning_attention",
     "lightning_slopes",
     "linear_attention",
     "linear_attention_decode",
+    "titans_memory",
+    "titans_memory_decode",
 ]

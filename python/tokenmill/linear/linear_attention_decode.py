@@ -15,7 +15,7 @@ from ..reference.linear import linear_attention_decode as reference
 from ..registry import OpSpec, register_op
 from .linear_attention import FeatureMap, flops
 from .rules import DECODE as OP
-from .rules import check_decay_values, check_decode, check_slots
+from .rules import check_decay_values, check_decode, check_slot_values
 
 
 def linear_attention_decode(
@@ -129,7 +129,7 @@ def _check_values(*lowered: Any) -> None:
     a = FORWARD.record(*lowered)
     check_decay_values(OP, a.log_decay)
     if a.state_indices is not None:
-        check_slots(a.state_indices, a.state.shape[0])
+        check_slot_values(OP, a.state_indices, a.state.shape[0])
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:

@@ -104,13 +104,13 @@ def check_decode(
             rule = f"must have a slot for each sequence, {batch}, without state_indices"
             fail(op, "state", rule, state.shape[0])
     else:
-        _check_slots(state_indices, q)
+        check_slots(op, state_indices, q)
     read = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state_indices": state_indices}
     check_written(op, "state", state, read)
 
 
-def _check_slots(state_indices: Tensor, q: Tensor) -> None:
-    op, dtype, batch = DECODE, state_indices.dtype, q.shape[0]
+def check_slots(op: str, state_indices: Tensor, q: Tensor) -> None:
+    dtype, batch = state_indices.dtype, q.shape[0]
     check(dtype == torch.int32, op, "state_indices", "must be int32", dtype)
     if tuple(state_indices.shape) != (batch,):
         fail(op, "state_indices", f"must have shape [{batch}]", state_indices.shape)
@@ -175,13 +175,13 @@ def rows_lie_together(t: Tensor) -> bool:
     return t.numel() == 0 or (last and (t.shape[-2] == 1 or t.stride(-2) == t.shape[-1]))
 
 
-def check_slots(state_indices: Tensor, slots: int) -> None:
+def check_slot_values(op: str, state_indices: Tensor, slots: int) -> None:
     found = state_indices.tolist()
     for i in found:
         if not -1 <= i < slots:
-            fail(DECODE, "state_indices", f"must be -1 (skip) or a slot below {slots}", i)
+            fail(op, "state_indices", f"must be -1 (skip) or a slot below {slots}", i)
     used = [i for i in found if i >= 0]
-    check(len(set(used)) == len(used), DECODE, "state_indices", "must not repeat a slot", found)
+    check(len(set(used)) == len(used), op, "state_indices", "must not repeat a slot", found)
 
 
 def check_decay_values(op: str, log_decay: Tensor | None) -> None:

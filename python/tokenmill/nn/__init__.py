@@ -26,6 +26,7 @@ from .pooling import PoolFormerMixing, SegmentPooling
 from .selector import SelectorSummary
 from .sigmoid import SigmoidAttention
 from .sparsifiner import SparsifinerAttention
+from .titans import TitansMemory
 from .token_aware_pooling import AttentionDiversificationLoss, TokenAwarePooling
 from .tome import TokenMerging
 from .word_pooling import WordPooling
@@ -56,6 +57,7 @@ __all__ = [
     "SelectorSummary",
     "SigmoidAttention",
     "SparsifinerAttention",
+    "TitansMemory",
     "TokenAwarePooling",
     "TokenClustering",
     "TokenMerging",

@@ -329,7 +329,11 @@ TABLE = (
         45, "Titans", "Titans: Learning to Memorize at Test Time", "Behrouz et al.", "2501.00663",
         "a memory M_t = (1 - alpha_t) M + S_t, S_t = eta_t S - theta_t grad |k M - v|^2: with a "
         "linear M a gated delta rule with momentum",
-        claim="contexts of more than 2 M tokens",
+        ("tokenmill.titans_memory(chunk_size=64)", "tokenmill.titans_memory_decode",
+         "tokenmill.nn.TitansMemory(depth=1)"),
+        "tests/papers/test_45_titans.py", "examples/papers/titans.py", PLAIN,
+        "contexts of more than 2 M tokens",
+        note="plain PyTorch, in chunks; a memory of several layers is slow",
     ),
     Paper(
         47, "TokenFormer", "TokenFormer: Rethinking Transformer Scaling with Tokenized Model "
