@@ -57,7 +57,10 @@ def test_is_the_recurrence_at_any_length_and_chunk_size(
     given = given if begun else given[:6]
     before, CHUNKS.CPU_ELEMENTS = CHUNKS.CPU_ELEMENTS, elements  # blocks of few chunks
     try:
-        same(run(*given, chunk_size=chunk), recurrence(*given, chunk=chunk), given)
+        found = run(*given, chunk_size=chunk)
+        same(found, recurrence(*given, chunk=chunk), given)
+        with torch.no_grad():  # keeps the states of no chunk
+            torch.testing.assert_close(run(*given, chunk_size=chunk), found, rtol=0, atol=0)
     finally:
         CHUNKS.CPU_ELEMENTS = before
 
@@ -176,6 +179,13 @@ def test_transforms_and_compilation():
     many = torch.stack([2 * k, k])
     torch.testing.assert_close(torch.func.vmap(call)(many)[1], call(k))
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(many)[1], wanted)
+    for i, t in enumerate(inputs := (q, k, v, alpha, eta, theta)):  # each batched alone
+
+        def loss_of(x, i=i):
+            return sum(r.square().sum() for r in run(*inputs[:i], x, *inputs[i + 1 :]))
+
+        found = torch.func.vmap(torch.func.grad(loss_of))(torch.stack([2 * t, t]))[1]
+        torch.testing.assert_close(found, torch.func.grad(loss_of)(t))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     dense = [t[:, :3] for t in (q, k, v, alpha, eta, theta)]
     for tensors, cu_seqlens in ((dense, None), ([t[0] for t in dense], i32(0, 2, 3))):

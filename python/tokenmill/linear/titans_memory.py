@@ -26,6 +26,7 @@ from .._check import (
     reads_values,
     show,
 )
+from .._derivatives import transformed
 from .._lowering import widen
 from .titans_chunks import TitansChunks
 
@@ -131,9 +132,10 @@ def titans_memory(
         RuntimeError: naming argument, rule and value, before anything runs.
 
     Complexity: 2 H S (3 D Dv + 2 D Dv + C (D + Dv)) operations with C = chunk_size, and 2.3 times
-    that for the backward. Extra memory: 2 D Dv numbers for each chunk and head, kept for the
-    backward, which computes all else again, and matrices [C, C] of a block of chunks, 2^18 numbers
-    each on a CPU and 2^25 on a GPU. torch.compile makes a graph for each length.
+    that for the backward. Extra memory: for the backward, which computes all else again, and for
+    packed sequences 2 D Dv numbers for each chunk and head; and matrices [C, C] of a block of
+    chunks, 2^18 numbers each on a CPU and 2^25 on a GPU. torch.compile makes a graph for each
+    length.
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), sections 3.1 and 3.2.
     Its :math:`\ell` has no factor of 1/2: its theta is half of the one here.
@@ -177,9 +179,10 @@ def titans_memory(
         state = torch.cat(initial_state, 2)
     if cu_seqlens is None:
         initial = state.flatten(0, 1)[None]
-        out, states = TitansChunks.apply(
-            q, k, v, alpha, eta, theta, initial, None, None, chunk_size
-        )
+        leaves = (q, k, v, alpha, eta, theta, initial)
+        save = torch.compiler.is_compiling() or transformed()
+        save = save or (torch.is_grad_enabled() and any(t.requires_grad for t in leaves))
+        out, states = TitansChunks.apply(*leaves, None, None, chunk_size, save)
         final = states[-1].unflatten(0, (sequences, heads)) if return_final_state else state
     else:
         chunk_size = max(1, min(chunk_size, q.shape[0]))
@@ -294,6 +297,6 @@ class _Packing(NamedTuple):
         none = state.new_zeros((1, *state.shape[1:]))
         states = torch.cat([none, state, none])
         initial = states.index_select(0, self.sequence)
-        out, found = TitansChunks.apply(*spread, initial, self.restart, live, chunk)
+        out, found = TitansChunks.apply(*spread, initial, self.restart, live, chunk, True)
         final = torch.where(self.empty[:, None, None, None], states, found[self.behind])
         return out[0].index_select(0, self.place), final[1:-1]

@@ -197,9 +197,9 @@ def _deep_memory(
     for queries, keys, values, forget, keep, step in zip(
         *(t.split(chunk, 1) for t in lanes), strict=True
     ):
-        w, e = weights_of(1 - forget, keep, step)
+        w, es = weights_of(1 - forget, keep, step)
         gradients = gradients_of(state[:, 0], keys, values)  # [B H, tokens, numbers]
         outs.append(read(w[..., :2] @ state - w[..., 2:] @ gradients, queries))
-        end = torch.stack([w[:, -1], e[:, -1]], 1)
+        end = torch.stack([w[:, -1], es[-1]], 1)
         state = end[..., :2] @ state - end[..., 2:] @ gradients
     return torch.cat(outs, 1).unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2).to(q.dtype)
