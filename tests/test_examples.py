@@ -73,7 +73,7 @@ def test_extrapolation():
 
 
 def test_titans():
-    out = run(sys.executable, EXAMPLES / "papers" / "titans.py", "--steps", 12)
+    out = run(sys.executable, EXAMPLES / "papers" / "titans.py", "--steps", 8)
     rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+ +[\d.]+ +\d+$", out, re.M)
     assert [name for name, *_ in rows] == ["window", "memory"]
     assert all(float(last) < float(first) for _, first, last in rows)

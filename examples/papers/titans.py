@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=1, help="layers of a memory")
     args = parser.parse_args()
     codes, unseen = text.characters()
-    unseen = unseen[: len(unseen) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)[:128]
+    unseen = unseen[: len(unseen) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)[:64]
     print(f"{'':8} {'loss':>14} {'unseen, first 64':>17} {'last 64':>8} {'seconds':>8}")
     for name, depth in (("window", 0), ("memory", args.depth)):
         torch.manual_seed(0)
