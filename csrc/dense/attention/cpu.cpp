@@ -3,13 +3,11 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
+#include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_weights.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
-
-constexpr int64_t kQueryTile = 96;  // a multiple of kTileRows
-constexpr int64_t kKeyStep = 256;   // a multiple of kPanel
 
 // One head's keys and values as B operands, packed panel by panel when first needed.
 template <class Op>
@@ -49,6 +47,18 @@ struct PackedHead {
     if (column < s->k_length && !done[column / kPanel])
       prefetch_rows(*p, *s, b, h, column, part, count, parts);
   }
+  // Where that panel goes. Under a mask few tiles read a panel, and what it is written over has
+  // left the caches.
+  void prefetch_packed(int64_t column, int64_t part, int64_t count, int64_t parts) const {
+    if (column >= s->k_length || done[column / kPanel]) return;
+    const int64_t last = part + count < parts ? part + count : parts;
+    const auto ask = [&](const float* panel, int64_t floats) {
+      const char* from = reinterpret_cast<const char*>(panel + floats * part / parts);
+      prefetch_row<true>(from, floats * (last - part) / parts * sizeof(float));
+    };
+    ask(k_panel(column), kPanel * words);
+    ask(v_rows(column), kPanel / Op::kPair * width);
+  }
   static void prefetch_rows(const AttentionParams& p, const Sequence& s, int64_t b, int64_t h,
                             int64_t column, int64_t part, int64_t count, int64_t parts) {
     const int64_t n = s.k_length - column < kPanel ? s.k_length - column : kPanel;
@@ -60,13 +70,10 @@ struct PackedHead {
   }
 };
 
-struct Vectors {
-  int64_t first, count;
-};
-
 struct QueryTile : QueryRows {
   Band band;
-  int64_t first;  // queries first .. first + rows - 1
+  int64_t first;        // queries first .. first + rows - 1
+  const PairTest* cut;  // null unless a mask hides some pairs of the next register tile
 
   // The vectors of the panel at `column` that one of `count` rows sees, in whole units of `pair`.
   Vectors seen(int64_t row, int64_t count, int64_t column, int64_t pair) const {
@@ -115,6 +122,15 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
                          set(hidden_exponent(kKind)));
     }
   }
+  if (t.cut) [[unlikely]] {
+    TM_UNROLL(8)
+    for (int r = 0; r < kRows; ++r) {
+      TM_UNROLL(4)
+      for (int j = 0; j < kVectors; ++j)
+        s[r][j] =
+            select(t.cut->seen(i + r, column + j * kWidth), s[r][j], set(hidden_exponent(kKind)));
+    }
+  }
 
   store_weights<Op, kKind, kCoarse>(t, row, s, slot);
 }
@@ -154,6 +170,7 @@ class Worker {
         shares(shares),
         panels(ceil_div(sizes.longest_k, kPanel)),
         t(tile_of(p)),
+        mask(p),
         workspace(floats_needed(sizes)) {
     head.p = &p;
     head.words = t.words;
@@ -162,6 +179,7 @@ class Worker {
     head.v = workspace.take(head.v_size(sizes.longest_k, t.width));
     head.done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(panels, 4)));
     t.place(workspace, kQueryTile);
+    mask.place(workspace, sizes.longest_k);
   }
 
   // One share of the query tiles of one KV head, all its query heads behind each other.
@@ -182,6 +200,7 @@ class Worker {
       t.band = place.band;
       t.first = place.first;
       t.rows = place.rows;
+      if (mask.any()) mask.enter(place.s, place.b, place.h, place.first, place.rows);
       load_queries();
       stream_keys();
       store_rows();
@@ -231,7 +250,7 @@ class Worker {
 
   int64_t floats_needed(const Sizes& sizes) const {
     return head.k_size(sizes.longest_k, p.head_dim) + head.v_size(sizes.longest_k, t.width) +
-           ceil_div(panels, 4) + t.size(kQueryTile) + 3 * 16;
+           ceil_div(panels, 4) + t.size(kQueryTile) + mask.size(sizes.longest_k) + 3 * 16;
   }
 
   char* row_at(const Rows& rows, const Place& at, int64_t row) const {
@@ -257,39 +276,65 @@ class Worker {
     }
     const int64_t begin = t.band.begin(t.first) / kPanel * kPanel;
     const int64_t end = t.band.end(t.first + t.rows - 1);
+    const bool masked = mask.any();
+    bool first_panel = true;
     for (int64_t step = begin; step < end; step += kKeyStep) {
       const int64_t step_end = step + kKeyStep < end ? step + kKeyStep : end;
+      if (masked && !mask.sees(step, step_end)) continue;
+      uint64_t done[kQueryTile / kShortRows] =
+          {};  // of a mask: vectors of P, of each group of rows
       for (int64_t column = step; column < step_end; column += kPanel) {
+        if (masked && !mask.enter_panel(column)) continue;
         head.ensure(column);
-        for (int64_t row = 0, n; row < t.rows; row += n) {
+        for (int64_t row = 0, n, g = 0; row < t.rows; row += n, ++g) {
           n = rows_of_tile(t.rows - row);
-          prefetch(row, n, column, column == begin);
-          const Vectors seen = t.seen(row, n, column, Op::kPair);
+          prefetch(row, n, column, first_panel);
+          Vectors seen = t.seen(row, n, column, Op::kPair);
+          if (masked) seen = seen.within(mask.vectors(g));
           if (seen.count <= 0) continue;
           const int64_t skip = seen.first * kWidth;
+          if (masked) {
+            t.cut = mask.pairs(g);
+            const int64_t vector = (column - step) / kWidth + seen.first;
+            done[g] |= bits_of(vector, vector + seen.count);
+          }
           (n == kTileRows ? full : shorter)[seen.count](t, row, head.k_panel(column) + skip,
                                                         column + skip, column + skip - step);
         }
+        first_panel = false;
       }
-      for (int64_t row = 0, n; row < t.rows; row += n) {
+      for (int64_t row = 0, n, g = 0; row < t.rows; row += n, ++g) {
         n = rows_of_tile(t.rows - row);
         const int64_t i = t.first + row;
         int64_t from = t.band.begin(i), to = t.band.end(i + n - 1);
         from = (from < step ? step : from) / Op::kPair * Op::kPair;
         to = round_up(to > step_end ? step_end : to, Op::kPair);
-        if (from >= to) continue;
-        const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false, true>
-                                            : &multiply_rows<Op, false, kShortRows, false, true>;
-        product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
-                head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
+        if (!masked) {
+          add_values(row, n, step, from, to);
+          continue;
+        }
+        for_each_run(done[g], [&](int64_t begin, int64_t end) {
+          const int64_t at = step + begin * kWidth, behind = step + end * kWidth;
+          add_values(row, n, step, at > from ? at : from, behind < to ? behind : to);
+        });
       }
     }
+  }
+
+  // Weights of rows row .. row + n - 1 times values from .. to - 1.
+  void add_values(int64_t row, int64_t n, int64_t step, int64_t from, int64_t to) {
+    if (from >= to) return;
+    const auto product = n == kTileRows ? &multiply_rows<Op, false, kTileRows, false, true>
+                                        : &multiply_rows<Op, false, kShortRows, false, true>;
+    product(t.out + row * t.ldo, t.ldo, t.p + row * t.ldp + (from - step) / Op::kPair, t.ldp,
+            head.v_rows(from), head.width, (to - from) / Op::kPair, t.width);
   }
 
   // A share of what is needed soon: the next panel; beside the first panel of a tile, the rows of
   // its output, the next tile of queries, and the first panel of its head if that is another one.
   void prefetch(int64_t row, int64_t count, int64_t column, bool first_panel) const {
     head.prefetch(column + kPanel, row, count, t.rows);
+    if (mask.any()) head.prefetch_packed(column + kPanel, row, count, t.rows);
     if (!first_panel) return;
     for (int64_t r = row; r < row + count; ++r) {
       if (r < t.rows) prefetch_row<true>(row_at(p.out, place, r), p.value_dim * size_of(p.dtype));
@@ -301,11 +346,14 @@ class Worker {
                                     t.rows);
   }
 
+  float visible(int64_t i) const {
+    const int64_t begin = t.band.begin(i), end = t.band.end(i);
+    return mask.any() ? mask.visible(*t.score_mod, i, begin, end)
+                      : t.score_mod->visible(i, begin, end);
+  }
+
   RowScale divide(int64_t r) const {
-    const int64_t i = t.first + r;
-    const float statistic = p.normalize == Normalize::count
-                                ? t.score_mod->visible(i, t.band.begin(i), t.band.end(i))
-                                : t.sum(r);
+    const float statistic = p.normalize == Normalize::count ? visible(t.first + r) : t.sum(r);
     return {normalizer(p, statistic), statistic};
   }
 
@@ -322,6 +370,7 @@ class Worker {
   const AttentionParams& p;
   int64_t shares, panels;
   QueryTile t;
+  TileMask<Op> mask;
   cpu::Workspace workspace;
   PackedHead<Op> head;
   Place place{Sequence(p, 0), {}, 0, 0, 0, 0, 0}, next = place;

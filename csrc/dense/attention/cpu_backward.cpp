@@ -14,6 +14,7 @@
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_backward_operands.h"
 #include "dense/attention/cpu_kinds.h"
+#include "dense/attention/cpu_mask_backward.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
@@ -37,6 +38,7 @@ class Worker {
         p(bp.forward),
         queries(bp),
         tile(p),
+        mask(p),
         width_d(queries.width_d),
         width_v(queries.width_v),
         padded_q(round_up(longest_q, kQueryBlock)),
@@ -49,6 +51,7 @@ class Worker {
     dk = workspace.take(most_keys * width_d);
     dv = workspace.take(most_keys * width_v);
     scores.place(workspace, kKeyTile);
+    mask.place(workspace, padded_q);
   }
 
   static int64_t padded(int64_t length_q) { return round_up(length_q, kQueryBlock); }
@@ -108,7 +111,7 @@ class Worker {
 
   int64_t floats_needed() const {
     return queries.size(padded_q) + tile.size(kKeyTile) + 2 * padded_q * width_d +
-           most_keys * (width_d + width_v) + scores.size(kKeyTile) + 4 * 16;
+           most_keys * (width_d + width_v) + scores.size(kKeyTile) + mask.size(padded_q) + 4 * 16;
   }
 
   void enter(int64_t batch, int64_t head) {
@@ -135,6 +138,7 @@ class Worker {
     if (kKind == Exponent::softmax)
       queries.pack_statistics(*s, b, h, padded(s->q_length), score_mod.shift);
     if (kKind == Exponent::logit) queries.pack_factors(*s, b, h, padded(s->q_length));
+    if (mask.any()) mask.enter(*s, b, h, padded(s->q_length));
   }
 
   bool sums_pairs_for_score_bias() const { return kKind != Exponent::softmax && bp.dscore_bias; }
@@ -167,10 +171,15 @@ class Worker {
       first_key = j;
       const int64_t from = seen_by.begin(j), to = seen_by.end(j + keys - 1);
       if (from >= to) continue;
-      tile.pack(*s, b, kv_head, j, keys);
-      for (int64_t i = from / kQueryBlock * kQueryBlock; i < to; i += kQueryBlock)
+      if (mask.any()) mask.enter_keys(j, keys);
+      bool packed = false;
+      for (int64_t i = from / kQueryBlock * kQueryBlock; i < to; i += kQueryBlock) {
+        if (mask.any() && !mask.sees(i)) continue;
+        if (!packed) tile.pack(*s, b, kv_head, j, keys);
+        packed = true;
         run_block(i, dk + (j - origin) * width_d, dv + (j - origin) * width_v, dq_out + i * width_d,
                   sums);
+      }
     }
     return sums;
   }
@@ -181,32 +190,53 @@ class Worker {
   // The current tile of keys against queries i .. i + kQueryBlock - 1.
   void run_block(int64_t i, float* dk_rows, float* dv_rows, float* dq_rows, HeadSums& sums) {
     const bool plain = kKind != Exponent::logit && score_mod.plain;
+    // Of the queries of each group of keys, and of the keys of each kWidth queries: what may be
+    // seen. Without a mask, all.
+    uint64_t seen_keys[kQueryBlock / kWidth];
+    for (uint64_t& groups : seen_keys) groups = mask.any() ? 0 : ~uint64_t{0};
     for (int64_t r = 0; r < keys; r += kTileRows) {
       const int64_t j = first_key + r;
       const int64_t from = seen_by.begin(j), to = seen_by.end(j + kTileRows - 1);
-      for (int64_t c = 0; c < kQueryBlock; c += kPanel)
-        if (i + c < to && i + c + kPanel > from)
-          plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
+      uint64_t seen = ~uint64_t{0}, cuts = 0;
+      if (mask.any()) {
+        seen = mask.queries(r, i, &cuts);
+        for (int64_t n = 0; n < kQueryBlock / kWidth; ++n)
+          seen_keys[n] |= (seen >> n & 1) << r / kTileRows;
+      }
+      for (int64_t c = 0; c < kQueryBlock; c += kPanel) {
+        const uint64_t panel = bits_of(c / kWidth, (c + kPanel) / kWidth);
+        if (i + c >= to || i + c + kPanel <= from || !(seen & panel)) continue;
+        cut = cuts & panel;
+        plain ? score_tile<true>(r, i, c, sums) : score_tile<false>(r, i, c, sums);
+      }
       // Words of the queries that these keys see.
       const int64_t begin = upper(from - i, 0) / Op::kPair;
       const int64_t end = ceil_div(lower(to - i, kQueryBlock), Op::kPair);
-      if (begin >= end) continue;
-      const int64_t at = i / Op::kPair + begin;
-      multiply_rows<Op, false, kTileRows, false>(
-          dv_rows + r * width_v, width_v, scores.pt + r * Scores::kLdp + begin, Scores::kLdp,
-          queries.gr + at * width_v, width_v, end - begin, width_v);
-      multiply_rows<Op, false, kTileRows, false>(
-          dk_rows + r * width_d, width_d, scores.st + r * Scores::kLdp + begin, Scores::kLdp,
-          queries.qr + at * width_d, width_d, end - begin, width_d);
+      for_each_run(seen, [&](int64_t first, int64_t behind) {
+        const int64_t word = upper(begin, first * kWidth / Op::kPair);
+        const int64_t words = lower(end, behind * kWidth / Op::kPair) - word;
+        if (words <= 0) return;
+        const int64_t at = i / Op::kPair + word;
+        multiply_rows<Op, false, kTileRows, false>(
+            dv_rows + r * width_v, width_v, scores.pt + r * Scores::kLdp + word, Scores::kLdp,
+            queries.gr + at * width_v, width_v, words, width_v);
+        multiply_rows<Op, false, kTileRows, false>(
+            dk_rows + r * width_d, width_d, scores.st + r * Scores::kLdp + word, Scores::kLdp,
+            queries.qr + at * width_d, width_d, words, width_d);
+      });
     }
     for (int64_t q = 0; q < kQueryBlock && i + q < s->q_length; q += kQueryRows) {
-      const int64_t from = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
-      const int64_t to =
+      const int64_t begin = upper(band.begin(i + q) - first_key, 0) / Op::kPair;
+      const int64_t end =
           ceil_div(lower(band.end(i + q + kQueryRows - 1) - first_key, keys), Op::kPair);
-      if (from >= to) continue;
-      multiply_rows<Op, true, kQueryRows, false>(
-          dq_rows + q * width_d, width_d, scores.gradient(from, q), Scores::gradient_ld(),
-          tile.kb + from * width_d, width_d, to - from, width_d);
+      for_each_run(seen_keys[q / kWidth], [&](int64_t first, int64_t behind) {
+        const int64_t from = upper(begin, first * kTileRows / Op::kPair);
+        const int64_t to = lower(end, behind * kTileRows / Op::kPair);
+        if (from >= to) return;
+        multiply_rows<Op, true, kQueryRows, false>(
+            dq_rows + q * width_d, width_d, scores.gradient(from, q), Scores::gradient_ld(),
+            tile.kb + from * width_d, width_d, to - from, width_d);
+      });
     }
   }
 
@@ -258,6 +288,11 @@ class Worker {
           const int64_t from = seen_by.begin(key + m) - query - n * kWidth;
           const int64_t to = key + m < s->k_length ? seen_by.end(key + m) - query - n * kWidth : 0;
           const vm seen = lanes(from, to);
+          w[n] = select(seen, w[n], zero());
+          dz[n] = select(seen, dz[n], zero());
+        }
+        if (cut && key + m < s->k_length) [[unlikely]] {
+          const vm seen = mask.seen(query + n * kWidth, key + m);
           w[n] = select(seen, w[n], zero());
           dz[n] = select(seen, dz[n], zero());
         }
@@ -367,6 +402,7 @@ class Worker {
   const AttentionParams& p;
   QueryOperands<Op> queries;
   KeyOperands<Op> tile;
+  BlockMask<Op> mask;
   int64_t width_d, width_v;  // of rows of gradients
   int64_t padded_q, most_keys;
   cpu::Workspace workspace;
@@ -379,6 +415,7 @@ class Worker {
   ScoreMod score_mod{p, 0, 0, sequence};
   Band band, seen_by;
   int64_t first_key = 0, keys = 0;
+  bool cut = false;  // a mask hides some pairs of the next register tile
 };
 
 template <class Op, Exponent kKind, bool kCoarse>

@@ -165,20 +165,22 @@ struct ScoreMod {
   }
 
   // How many of the keys [begin, end) neither a bias of -inf nor the grid's window hides from query
-  // `row`.
+  // `row`; those among them that shown(key) has, a mask of kWidth lanes.
   float visible(int64_t row, int64_t begin, int64_t end) const {
-    if (begin >= end) return 0;
-    if (!bias && grid.window < 0) return static_cast<float>(end - begin);
-    vf hidden = zero();
+    if (!bias && grid.window < 0) return begin < end ? static_cast<float>(end - begin) : 0;
+    return visible(row, begin, end, [](int64_t) TM_LAMBDA { return lanes(0, kWidth); });
+  }
+  template <typename Shown>
+  float visible(int64_t row, int64_t begin, int64_t end, const Shown& shown) const {
+    const vf window = set(static_cast<float>(grid.window));
+    vf count = zero();
     for (int64_t j = begin; j < end; j += kWidth) {
-      const vf one = select(lanes(0, end - j), set(1.f), zero());
-      vm m = lanes(0, 0);
-      if (bias) m = less(bias_lanes(row, j), set(-kMax));
-      if (grid.window >= 0)
-        m = either(m, less(set(static_cast<float>(grid.window)), key_distances(row, j)));
-      hidden = hidden + select(m, one, zero());
+      vf one = select(lanes(0, end - j), select(shown(j), set(1.f), zero()), zero());
+      if (bias) one = select(less(bias_lanes(row, j), set(-kMax)), zero(), one);
+      if (grid.window >= 0) one = select(less(window, key_distances(row, j)), zero(), one);
+      count = count + one;
     }
-    return static_cast<float>(end - begin) - sum_lanes(hidden);
+    return sum_lanes(count);
   }
 
   ScoreMap map;

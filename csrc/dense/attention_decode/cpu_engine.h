@@ -10,10 +10,13 @@
 //   row_heads, heads   heads that have a row, and how many of them one unit has
 //   row, range, kept   the row of a unit; which keys of it any query sees; floats kept for it
 //   begin, find        a unit is about to be read; a step of it
+//   skips              whether no query sees any key of a step
 //   query, place       a query as it is multiplied; a step's rows of one head of the unit
 //   turn               makes some of these rows, where place says so
 //   general, add       whether a key adds to logits; adds that for one head
 //   hides, hide        whether a query does not see some of a step; exponents of what it does not
+//   holes              whether rows of one query may see less of a step than what was read
+//   visible            how many keys a query of a head sees, where "count" divides by that
 //   keep, count        weights of a step; what becomes of them once rows are normalised
 #pragma once
 #include "cpu/parallel.h"
@@ -39,8 +42,8 @@ struct QueryRow {
 // kRows rows of one head of a unit, spread over the lanes of a vector of scores.
 template <int kRows>
 struct RowBlock {
-  int64_t query[kRows];
-  bool uneven;  // its queries see different keys of the step
+  int64_t query[kRows], head[kRows];
+  bool uneven;  // its queries see different keys of the step, or not all that were read
   alignas(64) float slope[kWidth], constant[kWidth];
   alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
 };
@@ -157,6 +160,7 @@ class DecodeWorker {
         const auto [from, type] = keys_.query(row_at(p_.q, {i, head}), i);
         pack_rows<Op>(from, type, 0, 1, 1, p_.head_dim, 1.f, q_ + (n * kRows + r) * ldq_, ldq_);
         block.query[r] = i;
+        block.head[r] = head;
         const float slope = p_.alibi_slopes ? p_.alibi_slopes[b_ * p_.alibi_batch + head] : 0;
         const float constant = constant_of(head).seen;
         general_ |= constant != 0 || constant != constant;
@@ -172,16 +176,24 @@ class DecodeWorker {
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
   }
 
+  // The next step, from that at `key0` on, of which a query sees any key.
+  int64_t next_step(int64_t key0) const {
+    while (key0 < range_.end && keys_.skips(range_, key0)) key0 += kStep;
+    return key0;
+  }
+
   void stream_keys() {
-    if (range_.begin >= range_.end) return;
+    int64_t key0 = next_step(range_.begin);
+    if (key0 >= range_.end) return;
     Step steps[2];
-    keys_.find(steps[0], range_, range_.begin);
-    int at = 0;
-    for (int64_t key0 = range_.begin; key0 < range_.end; key0 += kStep, at ^= 1) {
-      const bool more = key0 + kStep < range_.end;
-      if (more) keys_.find(steps[at ^ 1], range_, key0 + kStep);
+    keys_.find(steps[0], range_, key0);
+    for (int at = 0; key0 < range_.end; at ^= 1) {
+      const int64_t next = next_step(key0 + kStep);
+      const bool more = next < range_.end;
+      if (more) keys_.find(steps[at ^ 1], range_, next);
       const int64_t count = range_.end - key0 < kStep ? range_.end - key0 : kStep;
       add_step(steps[at], key0, count, more ? &steps[at ^ 1] : nullptr);
+      key0 = next;
     }
   }
 
@@ -233,10 +245,10 @@ class DecodeWorker {
     float* weights = weights_ + n * kStep * kRows;
     vf scores[kStep / kCount];
     for (int64_t j = 0; j < vectors; ++j) scores[j] = load(weights + j * kWidth);
-    block.uneven = block.query[0] != block.query[kRows - 1] &&
-                   keys_.template hides<kRows>(block, step, key0, vectors);
-    general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors)
-                                    : exponents<false>(n, scores, step, key0, vectors);
+    const bool hides = keys_.template hides<kRows>(block, step, key0, vectors);
+    block.uneven = hides && (block.query[0] != block.query[kRows - 1] || keys_.holes());
+    general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors, hides)
+                                    : exponents<false>(n, scores, step, key0, vectors, hides);
     switch (kind_) {
       case Exponent::softmax:
         softmax(n, scores, vectors);
@@ -265,7 +277,7 @@ class DecodeWorker {
   // Exponents in base 2 of the weights: q.k after the score mod, hidden keys at infinity.
   template <bool kGeneral>
   __attribute__((noinline)) void exponents(int64_t n, vf* scores, const Step& step, int64_t key0,
-                                           int64_t vectors) const {
+                                           int64_t vectors, bool hides) const {
     const RowBlock<kRows>& block = block_[n];
     const float unit = exponent_unit(kind_);
     const vf factor = set(unit * p_.scale);
@@ -285,8 +297,7 @@ class DecodeWorker {
     } else {
       for (int64_t j = 0; j < vectors; ++j) scores[j] = scores[j] * factor;
     }
-    if (keys_.template hides<kRows>(block, step, key0, vectors))
-      keys_.hide(block, step, key0, scores, vectors, set(hidden_exponent(kind_)));
+    if (hides) keys_.hide(block, step, key0, scores, vectors, set(hidden_exponent(kind_)));
   }
 
   void softmax(int64_t n, vf* scores, int64_t vectors) {
@@ -385,7 +396,7 @@ class DecodeWorker {
         scale = softmax_epilogue(sum, top, top > -kInf, p_.sink ? p_.sink + head : nullptr,
                                  constant_of(head).shift);
       } else if (kind_ == Exponent::logit) {
-        if (p_.normalize == Normalize::count) sum = visible_keys(i);
+        if (p_.normalize == Normalize::count) sum = keys_.visible(i, head);
         scale = {normalizer(p_, sum), sum};
       }
       if (p_.lse) p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
@@ -396,11 +407,6 @@ class DecodeWorker {
         block.row_max[l] = top, block.sums[l] = scale.factor;
     }
     keys_.template count<kRows>(block_, plan_.heads, plan_.head_blocks);
-  }
-
-  float visible_keys(int64_t i) const {
-    const Band band = decode_band(p_, length_);
-    return static_cast<float>(band.begin(i) < band.end(i) ? band.end(i) - band.begin(i) : 0);
   }
 
   const DecodePlan<Keys, kRows>& plan_;

@@ -113,6 +113,7 @@ class ListedKeys {
     }
   }
 
+  static bool skips(const KeyRange&, int64_t) { return false; }
   QueryRow query(const void* row, int64_t i) {
     if (!d_.cos) return {row, kType};
     const int64_t position = row_.length - p_.seqlen_q + i;
@@ -173,6 +174,9 @@ class ListedKeys {
       scores[j] = select(less(query, by_key<kRows>(step.until, j)), seen, hidden);
     }
   }
+
+  static bool holes() { return false; }
+  static float visible(int64_t, int64_t) { return 0; }  // "count" is not an option of lists
 
   // Weights relative to row_max of the time, and that.
   template <int kRows>

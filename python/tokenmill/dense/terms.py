@@ -112,7 +112,7 @@ def check_terms(
 
 def unsupported_mask(backend: str, *mask: Tensor | None) -> list[str]:
     """Why a backend does not run a mask."""
-    if backend in ("reference", "cuda", "triton") or all(t is None for t in mask):
+    if backend in ("reference", "cpu", "cuda", "triton") or all(t is None for t in mask):
         return []
     return [f"mask has no {backend} kernel"]
 
