@@ -38,10 +38,9 @@ def test_isolation_and_reposition(backend):
     cells = torch.arange(tokens, device=device).view(SIDE, SIDE)
     source = cells.roll((-move[0], -move[1]), (0, 1)).flatten()[None].int()
     keys, values = tm.gather_tokens((k.flatten(2), v.flatten(2)), source, backend=backend)
-    other = (subject[:, None] != subject) & (subject[:, None] > 0) & (subject > 0)
+    mask = tm.masks.segments(subject.int()[None].to(device), shared=BACKGROUND)
     got = tm.attention(
-        q, keys.unflatten(2, (H, D)), values.unflatten(2, (H, D)), bias=(~other).to(device),
-        backend=backend,
-    )  # fmt: skip
+        q, keys.unflatten(2, (H, D)), values.unflatten(2, (H, D)), mask=mask, backend=backend
+    )
     close(got, want)
     same_gradients(got, want, leaves)

@@ -24,13 +24,6 @@ OTHERS = (
         note="a light decoder with class tokens and ordinary cross-attention",
     ),
     Paper(
-        14, "xAR", "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation",
-        "Ren et al.", "2502.20388",
-        claim="sampling 20 and 2.2 times as fast, for the whole model",
-        note="a way to generate; what it needs is ordinary attention with a mask that is causal "
-        "over blocks (attention(bias=mask)) and a permutation (gather_tokens)",
-    ),
-    Paper(
         15, "Scan and Snap", "Scan and Snap: Understanding Training Dynamics and Token Composition "
         "in 1-layer Transformer", "Tian et al.", "2305.16380",
         note="a theory of training",

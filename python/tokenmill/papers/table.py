@@ -114,6 +114,17 @@ TABLE = (
         "as a gather and sdpa",
     ),
     Paper(
+        14, "xAR", "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation",
+        "Ren et al.", "2502.20388",
+        "attention that is causal by cells: tokens see all of their own cell and of earlier ones; "
+        "a permutation that makes cells of an image contiguous",
+        ("tokenmill.attention(mask=masks.segments(cell, rule='not_after'))",
+         "tokenmill.gather_tokens"),
+        "tests/papers/test_14_xar.py", None, BACKENDS,
+        "sampling 20 and 2.2 times as fast, for the whole model",
+        note="a way to generate: the model around it is ordinary",
+    ),
+    Paper(
         16, "TAP, ADL", "Robustifying Token Attention for Vision Transformers", "Guo et al.",
         "2303.11126",
         "a mean of dilated 3 x 3 means, weighted per token; the cosine between rows of attention "
@@ -155,18 +166,18 @@ TABLE = (
         21, "Croc", "Croc: Pretraining Large Multimodal Models with Cross-Modal Comprehension",
         "Xie et al.", "2410.14332",
         "attention in which visual tokens see each other and text is causal",
-        ("tokenmill.attention(bias=visible)",),
+        ("tokenmill.attention(mask=masks.prefix(lengths))",),
         "tests/papers/test_21_croc.py", None, BACKENDS,
-        note="the mask is a matrix of pairs; the Hungarian assignment is for a solver on the CPU",
+        note="an image behind text takes masks.ranges; the Hungarian assignment is for a solver on "
+        "the CPU",
     ),
     Paper(
         22, "IR-Diffusion", "Improving Multi-Subject Consistency in Open-Domain Image Generation "
         "with Isolation and Reposition Attention", "He et al.", "2411.19261",
         "attention in which the queries of a subject do not see the keys of another; keys and "
         "values resampled on a grid",
-        ("tokenmill.attention(bias=visible)", "tokenmill.gather_tokens"),
+        ("tokenmill.attention(mask=masks.segments(subject, shared=0))", "tokenmill.gather_tokens"),
         "tests/papers/test_22_isolation.py", None, BACKENDS,
-        note="the mask is a matrix of pairs",
     ),
     Paper(
         23, "CACE", "Focus on the Whole Character: Discriminative Character Modeling for Scene "
