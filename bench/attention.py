@@ -17,6 +17,8 @@ from . import case
 from .case import Absent, Case, Run, causal_pairs, place
 
 SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
+# Lengths of the documents of a sequence.
+EQUAL, RAGGED = (512,) * 8, (1100, 97, 700, 33, 411, 900, 250, 605)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BIAS = -6.0
 
@@ -31,25 +33,48 @@ def eager_sigmoid(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 @functools.cache
-def _compiled_flex(length: int, left: int) -> Callable[..., Tensor]:
+def document_ids(lengths: tuple[int, ...]) -> Tensor:
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return place(ids.to(torch.int32)[None])
+
+
+@functools.cache
+def _document_matrix(lengths: tuple[int, ...]) -> Tensor:
+    ids = document_ids(lengths)[0]
+    return ids[:, None] == ids
+
+
+def sdpa_documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_document_matrix(lengths))
+
+
+def _compiled_flex(length: int, visible: Callable[..., Tensor]) -> Callable[..., Tensor]:
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError as error:
         raise Absent(f"flex_attention: {error}") from None
-    mask = create_block_mask(
-        lambda b, h, i, j: (j <= i) & (i - j <= left),
-        None,
-        None,
-        length,
-        length,
-        device=case.device.type,
-    )
+    mask = create_block_mask(visible, None, None, length, length, device=case.device.type)
     compiled = torch.compile(flex_attention, dynamic=False)
     return functools.partial(compiled, block_mask=mask)
 
 
+@functools.cache
+def _windowed_flex(length: int, left: int) -> Callable[..., Tensor]:
+    return _compiled_flex(length, lambda b, h, i, j: (j <= i) & (i - j <= left))
+
+
+@functools.cache
+def _documents_flex(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
+    ids = document_ids(lengths)[0]
+    return _compiled_flex(len(ids), lambda b, h, i, j: ids[i] == ids[j])
+
+
 def flex_window(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
-    return _compiled_flex(q.shape[2], left)(q, k, v)
+    return _windowed_flex(q.shape[2], left)(q, k, v)
+
+
+def flex_documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return _documents_flex(lengths)(q, k, v)
 
 
 def with_backward(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
@@ -66,11 +91,14 @@ def _case(
     *,
     causal: bool = False,
     left: int = -1,
+    documents: tuple[int, ...] = (),
     head_dim: int = 64,
     backward: bool = False,
     heads: int = 8,
 ) -> Case:
     pairs = causal_pairs(length, length, left) if causal else float(length) ** 2
+    if documents:
+        pairs = float(sum(n * n for n in documents))
     size = torch.empty((), dtype=dtype).element_size()
     tensors = 10 if backward else 4
 
@@ -84,6 +112,8 @@ def _case(
         options: dict[str, Any] = {"kind": kind, "causal": causal, "window": (left, -1)}
         if kind == "sigmoid":
             options["score_bias"] = BIAS
+        if documents:
+            options["mask"] = tm.masks.segments(document_ids(documents))
         forward = functools.partial(tm.attention, **options)
 
         def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
@@ -101,6 +131,8 @@ def _case(
         }
 
     mask = f"window {left + 1}" if left >= 0 else "causal" if causal else "dense"
+    if documents:
+        mask = f"{len(documents)} {'equal' if len(set(documents)) == 1 else 'ragged'} documents"
     return Case(
         "attention",
         f"{kind} {mask} S={length} D={head_dim}",
@@ -131,6 +163,12 @@ def cases() -> Iterator[Case]:
         yield _case("softmax", dtype, MIDDLE, dense)
         flex = {"flex (compiled)": functools.partial(flex_window, left=255)}
         yield _case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
+    for documents in (EQUAL, RAGGED):
+        others = {"sdpa": sdpa_documents, "flex (compiled)": flex_documents}
+        bound = {name: functools.partial(f, lengths=documents) for name, f in others.items()}
+        for dtype in (F32, BF16):
+            yield _case("softmax", dtype, LONG, bound, documents=documents)
+        yield _case("softmax", F32, LONG, bound, documents=documents, backward=True)
     for kind in ("relu", "elu1"):
         for dtype in (F32, BF16):
             yield _case(kind, dtype, MIDDLE, dense)
