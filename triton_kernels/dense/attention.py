@@ -223,7 +223,7 @@ class Call(NamedTuple):
         """The tiles of queries for each block of keys, or those of keys for each of queries."""
         mask = self.mask()
         if mask.ranges is None and mask.q_spans is None:
-            return Lists(None, 0, 0, 0)
+            return Lists(None, 0, 0, 1)
         sides = [
             (self.q.shape[-3], self.longest_q, tiles.block_m, self.heads),
             (self.k.shape[-3], self.longest_k, tiles.block_n, self.kv_heads),
@@ -236,13 +236,10 @@ class Call(NamedTuple):
         batches = mask.ranges_batch or mask.q_spans_batch or mask.k_spans_batch
         batch = self.batch if self.packed or batches else 1
         blocks = triton.cdiv(longest, block)
-        if self.packed:
-            each, rows = 1, tokens // block + batch
-        else:
-            each, rows = blocks if batch > 1 else 0, batch * blocks
+        rows = tokens // block + batch if self.packed else batch * blocks
         width = COUNTS.value + triton.cdiv(others, other_block)
-        data = self.q.new_empty((heads, rows, width), dtype=torch.int32)
-        lists = Lists(data, each, rows if heads > 1 else 0, width)
+        data = self.q.new_empty((rows, heads, width), dtype=torch.int32)
+        lists = Lists(data, int(batch > 1), int(heads > 1), heads)
         launch(
             query_tiles_kernel if of_keys else key_tiles_kernel,
             batch * heads * blocks,

@@ -14,6 +14,7 @@ from ..common import (
     FLOAT16_SCALE,
     FLOAT_MAX,
     INF,
+    LENGTHS,
     LOG2E,
     distance,
     dot,
@@ -32,7 +33,7 @@ from ..common import (
     weighted,
     weights,
 )
-from .masks import UNSPECIALISED, first_of, list_of, listed_parts, rules_of, seen
+from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def through_softcap(b_dz, b_qk, terms):
     return b_dz
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def queries_kernel(
     dout,
     dlse,
@@ -199,18 +200,21 @@ def queries_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
-    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
     parts = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
+    width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
     p_list = None
     if lists.data is not None:
-        p_list = list_of(lists, i_b, i_h, blocks - 1 - i_block, sequence.q_start, BLOCK_M)
+        p_list = list_of(
+            lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M
+        )
         parts = listed_parts(p_list)
     ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):
-            o_j = first_of(p_list, lists.width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
+            o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))
@@ -248,7 +252,7 @@ def queries_kernel(
         tl.store(slope_sums + tl.program_id(0), tl.sum(b_slope_sum, 0))
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def keys_kernel(
     dout,
     lse,
@@ -304,9 +308,12 @@ def keys_kernel(
     parts = visible_parts(
         first, last, -sequence.diagonal, window.right, window.left, sequence.q_length, BLOCK_M
     )
+    width = COUNTS + tl.cdiv(longest_q, BLOCK_M)
     p_list = None
     if lists.data is not None:
-        p_list = list_of(lists, i_b, i_kv, i_block, sequence.k_start, BLOCK_N)
+        p_list = list_of(
+            lists, width, cu_seqlens_k, i_b, i_kv, blocks, first, sequence.k_start, BLOCK_N
+        )
         parts = listed_parts(p_list)
     ENTRY: tl.constexpr = BLOCK_M if lists.data is None else 1
     for PART in tl.static_range(1 if window.right is None or p_list is not None else 0, 3):
@@ -319,7 +326,7 @@ def keys_kernel(
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
             entry = parts[PART] + n % count * ENTRY
-            o_i = first_of(p_list, lists.width, entry, PART, BLOCK_M) + tl.arange(0, BLOCK_M)
+            o_i = first_of(p_list, width, entry, PART, BLOCK_M) + tl.arange(0, BLOCK_M)
             b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
             b_dout = load_rows(douts, o_i, VALUE_DIM, BLOCK_V)
             m_i = o_i < sequence.q_length
@@ -329,7 +336,7 @@ def keys_kernel(
             b_dp = dot(b_v, tl.trans(b_dout))
             m_seen = None
             if PART != 1:
-                rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+                rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
                 m_seen = seen(o_i[None, :], o_j[:, None], sequence, window, rules, RANGES)
             b_p, b_dz = gradients(
                 b_qk,
@@ -361,7 +368,7 @@ def keys_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *UNSPECIALISED,
+        *LENGTHS,
         "bias_heads",
         "bias_rows",
         "bias_columns",
@@ -422,7 +429,7 @@ def bias_kernel(
             stop_i = tl.minimum(first_i + BLOCK_M, stop_i)
         for i_h in range(i_bias_h, i_bias_h + sum_heads):
             head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
-            rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+            rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
             queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
             douts = slice_of(dout, i_b, i_h, sequence.q_start, sequence.q_length)
             keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)

@@ -147,7 +147,7 @@ def seen_tile(
     return tl.where(m_seen, b_z, -INF), b_v
 
 
-@triton.jit(do_not_specialize=[*SIZES, "mask", "list_width"])
+@triton.jit(do_not_specialize=SIZES)
 def ranges_kernel(
     q,
     k,
@@ -161,6 +161,7 @@ def ranges_kernel(
     terms,
     window,
     mask,
+    mask_keys,
     lists,
     list_width,
     batch,
@@ -197,7 +198,7 @@ def ranges_kernel(
     o_i = o_i[:, None]
     m_i = m_row[:, None]
     head = head_of(terms, i_b, o_h[:, None], length, KIND)
-    rules = rules_of(mask, i_b, o_h[:, None], 0, 0, RANGES)
+    rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
     reach = reach_of(rules, o_i, m_i, RANGES)
     if rules.ranges is not None:
         begin, end = reached_span(begin, length, reach)
@@ -356,6 +357,7 @@ def attention_decode(
         terms,
         window_of(window_left, 0),
         mask,
+        0 if mask_k_spans is None else mask_k_spans.shape[1],
         lists,
         list_width,
         batch,

@@ -23,7 +23,7 @@ from ..common import (
 from .attention_forward import normaliser, unscaled
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
-SIZES += ["table_stride", "pages", "capacity", "most"]
+SIZES += ["table_stride", "pages", "capacity", "most", "mask_keys", "list_width"]
 
 
 class Partials(NamedTuple):

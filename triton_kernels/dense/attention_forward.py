@@ -8,6 +8,7 @@ import triton.language as tl
 from ..common import (
     FLOAT16_SCALE,
     INF,
+    LENGTHS,
     LOG2E,
     STEP,
     STEP_COLUMNS,
@@ -30,7 +31,7 @@ from ..common import (
     weighted,
     weights,
 )
-from .masks import UNSPECIALISED, first_of, list_of, listed_parts, rules_of, seen
+from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.const
     return b_factor
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
     q,
     k,
@@ -202,19 +203,22 @@ def attention_kernel(
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
-    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
+    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
     band = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
     parts = band
+    width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
     p_list = None
     if lists.data is not None:
-        p_list = list_of(lists, i_b, i_h, blocks - 1 - i_block, sequence.q_start, BLOCK_M)
+        p_list = list_of(
+            lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M
+        )
         parts = listed_parts(p_list)
     ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):
-            o_j = first_of(p_list, lists.width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
+            o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
             b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))

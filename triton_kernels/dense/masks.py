@@ -22,14 +22,13 @@ INT32_MIN = tl.constexpr(-(2**31))
 MOST_RANGES = tl.constexpr(MAX_RANGES)
 COUNTS = tl.constexpr(2)  # before the tiles of a list
 LISTED = 512  # rows whose tiles are listed at once: few registers
-# Tuples by which no kernel is specialised.
-UNSPECIALISED = [*LENGTHS, "mask", "lists"]
 
 
 class PairMask(NamedTuple):
     """What a mask hides beside the band of causal and window; None: no such rule. A key is seen if
     it lies in one of the ranges (begin, end) of its query, and if the spans of ids (first, last) of
-    query and key meet. Strides in elements, 0 where broadcast; rows are contiguous."""
+    query and key meet. All are contiguous. Strides, in rows of all queries or keys, are 0 where
+    broadcast: Triton specialises kernels by the numbers of a tuple, so none is a length."""
 
     ranges: Tensor | None  # [B | 1, H | 1, Sq, RANGES, 2]
     ranges_batch: int
@@ -58,27 +57,26 @@ class Reach(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Lists of `width` numbers; batch and head count lists, 0 where broadcast. data None: the band
+    """One for each block of rows; batch and head are 0 where broadcast, else 1. data None: the band
     alone says what is seen."""
 
-    data: Tensor | None
+    data: Tensor | None  # [B | 1 times blocks, heads, width], packed [blocks of all, ...]
     batch: int
     head: int
-    width: int
+    heads: int
 
 
 @triton.jit
-def rules_of(mask, i_b, o_h, q_start, k_start, RANGES: tl.constexpr):
+def rules_of(mask, i_b, o_h, sequence, tokens_q, tokens_k, RANGES: tl.constexpr):
     ranges = None
     q_spans = None
     k_spans = None
     if mask.ranges is not None:
-        o_query = tl.cast(q_start, tl.int64) * (2 * RANGES)
-        o_head = tl.cast(o_h, tl.int64) * mask.ranges_head
-        ranges = mask.ranges + (i_b * mask.ranges_batch + o_query + o_head)
+        o_rows = (i_b * mask.ranges_batch + tl.cast(o_h, tl.int64) * mask.ranges_head) * tokens_q
+        ranges = mask.ranges + (o_rows + sequence.q_start) * (2 * RANGES)
     if mask.q_spans is not None:
-        q_spans = mask.q_spans + (i_b * mask.q_spans_batch + 2 * tl.cast(q_start, tl.int64))
-        k_spans = mask.k_spans + (i_b * mask.k_spans_batch + 2 * tl.cast(k_start, tl.int64))
+        q_spans = mask.q_spans + 2 * (i_b * mask.q_spans_batch * tokens_q + sequence.q_start)
+        k_spans = mask.k_spans + 2 * (i_b * mask.k_spans_batch * tokens_k + sequence.k_start)
     return Rules(ranges, q_spans, k_spans)
 
 
@@ -173,10 +171,14 @@ def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: t
 
 
 @triton.jit
-def list_of(lists, i_b, i_h, i_block, start, BLOCK: tl.constexpr):
-    """That of a block of a sequence. Each packed sequence has one list more than whole blocks."""
-    i_list = i_b * lists.batch + tl.cast(i_h, tl.int64) * lists.head + (start // BLOCK + i_block)
-    return lists.data + i_list * lists.width
+def list_of(lists, width, cu_seqlens, i_b, i_h, blocks, first, start, BLOCK: tl.constexpr):
+    """That of the block of a sequence that begins with row first. Each packed sequence has one list
+    more than whole blocks."""
+    i_list = i_b * lists.batch
+    if cu_seqlens is None:
+        i_list *= blocks
+    i_list = (i_list + (start // BLOCK + first // BLOCK)) * lists.heads + i_h * lists.head
+    return lists.data + i_list * width
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def append(p_list, width, o_tile, m_some, m_all, partial, whole):
     return partial + tl.sum(b_part, 0), whole + tl.sum(b_all, 0)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def key_tiles_kernel(
     lists,
     mask,
@@ -239,8 +241,9 @@ def key_tiles_kernel(
         return
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
     o_i = tl.minimum(first + tl.arange(0, BLOCK_M), last)
-    rules = rules_of(mask, i_b, i_h, sequence.q_start, sequence.k_start, RANGES)
-    p_list = list_of(lists, i_b, i_h, i_block, sequence.q_start, BLOCK_M)
+    rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
+    width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
+    p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
     partial = tl.zeros([], tl.int32)
     whole = tl.zeros([], tl.int32)
     for t in range(0, tl.cdiv(sequence.k_length, BLOCK_N), TILES):
@@ -273,12 +276,12 @@ def key_tiles_kernel(
                 m_all_range = m_all_range | m_holds
             m_some = m_some & m_some_range
             m_all = m_all & m_all_range
-        partial, whole = append(p_list, lists.width, o_tile, m_some, m_all, partial, whole)
+        partial, whole = append(p_list, width, o_tile, m_some, m_all, partial, whole)
     tl.store(p_list, partial)
     tl.store(p_list + 1, whole)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=LENGTHS)
 def query_tiles_kernel(
     lists,
     mask,
@@ -308,7 +311,11 @@ def query_tiles_kernel(
         return
     last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
     o_j = tl.minimum(first + tl.arange(0, BLOCK_N), last)
-    p_list = list_of(lists, i_b, i_kv, i_block, sequence.k_start, BLOCK_N)
+    rules = rules_of(mask, i_b, i_kv * group, sequence, tokens_q, tokens_k, RANGES)
+    width = COUNTS + tl.cdiv(longest_q, BLOCK_M)
+    p_list = list_of(
+        lists, width, cu_seqlens_k, i_b, i_kv, blocks, first, sequence.k_start, BLOCK_N
+    )
     partial = tl.zeros([], tl.int32)
     whole = tl.zeros([], tl.int32)
     for t in range(0, tl.cdiv(sequence.q_length, BLOCK_M), TILES):
@@ -323,7 +330,6 @@ def query_tiles_kernel(
         if window.right is not None:
             m_some = m_some & (o_i + (sequence.diagonal + window.right) >= first)
             m_all = m_all & (o_i + (sequence.diagonal + window.right) >= last)
-        rules = rules_of(mask, i_b, i_kv * group, sequence.q_start, sequence.k_start, RANGES)
         if rules.q_spans is not None:
             b_first_k, b_last_k = load_pairs(rules.k_spans, o_j, o_j <= last)
             b_first, b_last = load_pairs(rules.q_spans, o_i, m_i)
@@ -334,7 +340,7 @@ def query_tiles_kernel(
             for h in range(group):
                 m_all_range = tl.zeros_like(m_all)
                 for r in tl.static_range(RANGES):
-                    p_ranges = rules.ranges + tl.cast(h, tl.int64) * mask.ranges_head
+                    p_ranges = rules.ranges + tl.cast(h, tl.int64) * tokens_q * (2 * RANGES)
                     b_begin, b_end = load_pairs(p_ranges, o_i, m_i, RANGES, r)
                     m_some_head = m_some_head | (
                         (b_begin < b_end) & (b_begin <= last) & (b_end > first)
@@ -344,7 +350,7 @@ def query_tiles_kernel(
             m_some = m_some & m_some_head
         m_some = tl.max(m_some.to(tl.int32), 1) != 0
         m_all = tl.min(m_all.to(tl.int32), 1) != 0
-        partial, whole = append(p_list, lists.width, o_tile, m_some, m_all, partial, whole)
+        partial, whole = append(p_list, width, o_tile, m_some, m_all, partial, whole)
     tl.store(p_list, partial)
     tl.store(p_list + 1, whole)
 
@@ -352,17 +358,13 @@ def query_tiles_kernel(
 def mask_of(ranges: Tensor | None, q_spans: Tensor | None, k_spans: Tensor | None) -> PairMask:
     return PairMask(
         ranges,
-        _stride(ranges, 0),
-        _stride(ranges, 1),
+        0 if ranges is None or ranges.shape[0] == 1 else ranges.shape[1],
+        int(ranges is not None and ranges.shape[1] > 1),
         q_spans,
-        _stride(q_spans, 0),
+        int(q_spans is not None and q_spans.shape[0] > 1),
         k_spans,
-        _stride(k_spans, 0),
+        int(k_spans is not None and k_spans.shape[0] > 1),
     )
-
-
-def _stride(t: Tensor | None, dim: int) -> int:
-    return 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
 
 
 def ranges_in(ranges: Tensor | None) -> int:
