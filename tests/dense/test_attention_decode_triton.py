@@ -15,9 +15,13 @@ import torch
 import triton_compiler
 from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources
 
-pytest.importorskip("triton")
+import tokenmill as tm
 
-# kind and normalize, dtype, head dimension, pages, terms and mask, one query or several, many rows
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# kind and normalize, dtype, head dimension, pages, terms and mask, one query or several, many rows,
+# schedule
 CASES = (
     "softmax:float16:64:",
     "softmax:bfloat16:128:paged",
@@ -30,6 +34,9 @@ CASES = (
     "softmax:bfloat16:128:paged,masked",
     "softmax:bfloat16:256:terms,several,rows,masked",
     "relu,count:float32:64:several,masked",
+    "softmax:bfloat16:128:paged,stream",
+    "softmax:bfloat16:256:terms,several,rows,stream,masked",
+    "sigmoid:float32:64:several,stream",
 )
 
 
@@ -53,7 +60,8 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
         sink = empty(heads) if kind == "softmax" else None
         terms = [empty(batch, heads), -1.0, True, *mask, empty(heads), sink, 5.0, 1000]
     kind, normalize = (*kind.split(","), "none")[:2]
-    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, 0, "auto")
+    schedule = "stream_k" if "stream" in options else "auto"
+    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, 0, schedule)
 
 
 def compiled(capability, call):
@@ -82,10 +90,12 @@ def folder(tmp_path_factory):
 def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder):
     text = run(__file__, capability, *CASES, folder=folder)
     found = [json.loads(line) for line in text.splitlines()]
-    assert len(found) == 2 * len(CASES)
+    streams = [c for c in CASES if "stream" in c]  # their steps are counted first
+    assert len(found) == 2 * len(CASES) + len(streams)
     for program in found:
         assert_fits(program, capability)
-    for program in found[::2]:  # the other kernel merges
+        if program["kernel"] not in ("ranges_kernel", "stream_kernel"):
+            continue
         operand = OPERANDS[program["case"].split(":")[1]]
         assert program["products"], program
         for product in program["products"]:
@@ -97,12 +107,39 @@ def test_no_length_compiles_anew(folder):
 import torch
 from test_attention_decode_triton import compiled, lowered
 
-call = ("softmax", torch.float16, 64, "paged,masked")
-calls = [lowered(*call, tokens=n) for n in (4096, 1024, 16)]
-first, *others = [[code for _, code in compiled(80, call)] for call in calls]
-assert all(a is b for other in others for a, b in zip(first, other, strict=True))
+for options in ("paged,masked", "paged,stream"):
+    call = ("softmax", torch.float16, 64, options)
+    calls = [lowered(*call, tokens=n) for n in (4096, 1024, 16)]
+    first, *others = [[code for _, code in compiled(80, call)] for call in calls]
+    assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
     run("-c", code, folder=folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "relu", "normalize": "count"}, {"window": (50, 0)}]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_stream_k_gives_what_split_gives(options, masked):
+    """Of requests of all lengths, of which a program has several, or a part of one."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(6, n, h, 16, generator=g).to(DEVICE) for n, h in ((2, 4), (700, 2), (700, 2))
+    )
+    lengths = torch.tensor([700, 0, 1, 33, 400, 64], dtype=torch.int32, device=DEVICE)
+    mask = None
+    if masked:
+        begin = torch.randint(0, 600, (6, 4, 2, 2), generator=g, dtype=torch.int32).to(DEVICE)
+        mask = tm.masks.ranges(begin, begin + 90)
+
+    def run(schedule):
+        return tm.attention_decode(
+            q, k, v, seqlens_k=lengths, mask=mask, schedule=schedule, backend="triton", **options
+        )
+
+    out = run("stream_k")
+    torch.testing.assert_close(out, run("split"), rtol=1e-4, atol=1e-5)
+    assert torch.equal(out, run("stream_k"))
 
 
 if __name__ == "__main__":

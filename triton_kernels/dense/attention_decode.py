@@ -1,12 +1,13 @@
 """attention_decode: one program owns a range of the keys of one KV head, past all rows of queries
-that read it; a second kernel merges the ranges of each row in order.
+that read it, or several such ranges (stream-K); a second kernel merges the ranges of each row in
+order.
 
 Row r of a KV head is query r // group of head r % group.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +34,23 @@ from ..common import (
     terms_of,
     window_of,
 )
-from .attention_decode_merge import SIZES, length_of, merge, new_partials, rows_of, store_partials
+from .attention_decode_merge import merge, new_partials, rows_of, store_partials
+from .attention_decode_schedule import (
+    NO_STREAM,
+    SIZES,
+    Stream,
+    all_steps,
+    decode_program,
+    length_of,
+    longest_share,
+    output_of,
+    range_of,
+    share_of,
+    splits_of,
+    steps_of,
+    stream_of,
+    visible_begin,
+)
 from .attention_forward import accumulate, accumulate_seen
 from .masks import (
     LISTED,
@@ -46,8 +63,6 @@ from .masks import (
     rules_of,
 )
 
-MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
-
 
 class Cache(NamedTuple):
     """Keys and values, dense or in pages."""
@@ -59,26 +74,6 @@ class Cache(NamedTuple):
     table_stride: int
     pages: int
     capacity: int
-
-
-@triton.jit
-def decode_program(i, splits, row_blocks, heads):
-    """Range of keys, block of rows, head and request of program i."""
-    i_split = i % splits
-    i_block = i // splits % row_blocks
-    i_h = i // splits // row_blocks % heads
-    return i_split, i_block, i_h, (i // splits // row_blocks // heads).to(tl.int64)
-
-
-@triton.jit
-def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
-    """Ends of range i_split of the keys begin .. end - 1: whole tiles, as many in each range as in
-    the others, or one more."""
-    steps = tl.cdiv(end - begin, BLOCK)
-    parts = tl.maximum(tl.minimum(splits, steps), 1)
-    first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
-    last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK
-    return first, tl.minimum(last, end)
 
 
 @triton.jit
@@ -120,15 +115,6 @@ def load_keys(
 
 
 @triton.jit
-def visible_begin(sequence, left):
-    """The first key that any query sees."""
-    begin = sequence.k_length - sequence.k_length
-    if left is not None:
-        begin = tl.maximum(sequence.diagonal - left, 0)
-    return tl.minimum(begin, sequence.k_length)
-
-
-@triton.jit
 def seen_tile(
     b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -145,6 +131,71 @@ def seen_tile(
         m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
     m_seen = allowed(m_seen, o_i, o_key, m_i, m_j[None, :], rules, RANGES)
     return tl.where(m_seen, b_z, -INF), b_v
+
+
+@triton.jit
+def rows_in(i_block, i_kv, group, rows, BLOCK_M: tl.constexpr):
+    """Which rows of a block there are, their queries and heads."""
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < rows
+    return m_row, o_row // group, i_kv * group + tl.where(m_row, o_row % group, 0)
+
+
+@triton.jit
+def sum_range(
+    q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
+    sequence, first, last, i_block, i_kv, i_b, group, rows,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, RANGES: tl.constexpr, HIDES: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Stores the sums of the keys first .. last - 1 for a block of rows."""
+    m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
+    b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
+    o_i = o_i[:, None]
+    m_i = m_row[:, None]
+    head = head_of(terms, i_b, o_h[:, None], sequence.k_length, KIND)
+    rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
+    entry = first
+    entries = last
+    if p_list is not None:
+        reach = reach_of(rules, o_i, m_i, RANGES)
+        entry = first - first
+        entries = list_reached(p_list, first, last, rules, reach, BLOCK_N, TILES)
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    for n in range(entry, entries, BLOCK_N if p_list is None else 1):
+        j = n
+        if p_list is not None:
+            j = tl.load(p_list + n)
+        o_j = j + tl.arange(0, BLOCK_N)
+        b_z, b_v = seen_tile(
+            b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
+        )  # fmt: skip
+        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
+        )
+    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, KIND, NORMALIZE)
+
+    if HIDES:
+        m_again = rows_of_nan(b_acc) & m_row
+        if tl.max(m_again.to(tl.int32), 0) != 0:
+            b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for j in tl.range(first, last, STEP, num_stages=1):
+                o_j = j + tl.arange(0, STEP)
+                b_z, b_v = seen_tile(
+                    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
+                )  # fmt: skip
+                b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
+            store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -190,64 +241,94 @@ def ranges_kernel(
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
     begin = visible_begin(sequence, window.left)
     first, last = range_of(begin, length, splits, i_split, BLOCK_N)
-    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = o_row < rows
-    o_i = o_row // group
-    o_h = i_kv * group + tl.where(m_row, o_row % group, 0)
-    b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
-    o_i = o_i[:, None]
-    m_i = m_row[:, None]
-    head = head_of(terms, i_b, o_h[:, None], length, KIND)
-    rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
-    reach = reach_of(rules, o_i, m_i, RANGES)
-    if rules.ranges is not None:
+    if mask.ranges is not None:
+        m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
+        rules = rules_of(mask, i_b, o_h[:, None], sequence, sequence.q_length, mask_keys, RANGES)
+        reach = reach_of(rules, o_i[:, None], m_row[:, None], RANGES)
         begin, end = reached_span(begin, length, reach)
         first, last = range_of(begin, end, splits, i_split, BLOCK_N)
-    entry = first
-    entries = last
+    p_list = None
     if lists is not None:
         p_list = lists + tl.program_id(0).to(tl.int64) * list_width
-        entry = first - first
-        entries = list_reached(p_list, first, last, rules, reach, BLOCK_N, TILES)
+    o_first = ((i_split * batch + i_b) * kv_heads + i_kv) * rows
+    o_partial = o_first + (i_block * BLOCK_M + tl.arange(0, BLOCK_M))
+    sum_range(
+        q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
+        sequence, first, last, i_block, i_kv, i_b, group, rows,
+        HEAD_DIM, VALUE_DIM, PAGE_SIZE, KIND, NORMALIZE, RANGES, HIDES, TILES,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+    )  # fmt: skip
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
-    b_top = tl.full([BLOCK_M], -INF, tl.float32)
-    for n in range(entry, entries, BLOCK_N if lists is None else 1):
-        j = n
-        if lists is not None:
-            j = tl.load(p_list + n)
-        o_j = j + tl.arange(0, BLOCK_N)
-        b_z, b_v = seen_tile(
-            b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
+
+@triton.jit(do_not_specialize=SIZES)
+def stream_kernel(
+    q,
+    k,
+    v,
+    seqlens,
+    block_table,
+    table_stride,
+    pages,
+    capacity,
+    partials,
+    terms,
+    window,
+    mask,
+    mask_keys,
+    lists,
+    list_width,
+    counts,
+    batch,
+    tiles,
+    programs,
+    least,
+    halvings,
+    group,
+    seqlen_q,
+    rows,
+    row_blocks,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RANGES: tl.constexpr,
+    HIDES: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The parts of output tiles that fall into the share of this program."""
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+    stream = Stream(counts, batch, tiles, programs, least)
+    i_program = tl.program_id(0)
+    begin = i_program * share_of(stream)
+    end = tl.minimum(begin + share_of(stream), all_steps(stream))
+    if begin >= end:
+        return
+    last_output = output_of(stream, end - 1, halvings)
+    for i_output in range(output_of(stream, begin, halvings), last_output + 1):
+        i_b = tl.cast(i_output // stream.tiles, tl.int64)
+        i_tile = i_output % stream.tiles
+        first_step, steps = steps_of(stream, i_output)
+        step = tl.maximum(begin - first_step, 0)
+        length = length_of(seqlens, capacity, i_b)
+        sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+        first_key = visible_begin(sequence, window.left)
+        first = first_key + step * BLOCK_N
+        last = tl.minimum(first_key + tl.minimum(end - first_step, steps) * BLOCK_N, length)
+        p_list = None
+        if lists is not None:  # behind those of the tiles before
+            p_list = lists + i_program.to(tl.int64) * list_width + (first_step + step - begin)
+        o_partial = (i_output + i_program).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        sum_range(
+            q, cache, partials, o_partial, terms, window, mask, mask_keys, p_list,
+            sequence, first, last, i_tile % row_blocks, i_tile // row_blocks, i_b, group, rows,
+            HEAD_DIM, VALUE_DIM, PAGE_SIZE, KIND, NORMALIZE, RANGES, HIDES, TILES,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
-        b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-            b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE
-        )
-
-    o_partial = ((i_split * batch + i_b) * kv_heads + i_kv) * rows + o_row
-    store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM, KIND, NORMALIZE)
-
-    if HIDES:
-        m_again = rows_of_nan(b_acc) & m_row
-        if tl.max(m_again.to(tl.int32), 0) != 0:
-            b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-            for j in tl.range(first, last, STEP, num_stages=1):
-                o_j = j + tl.arange(0, STEP)
-                b_z, b_v = seen_tile(
-                    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
-                    HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
-                )  # fmt: skip
-                b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
-            store_tile(partials.outs + o_partial * VALUE_DIM, m_again, b_acc, VALUE_DIM)
-
-
-def multiprocessors(t: Tensor) -> int:
-    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 8
 
 
 # By bytes of an element and head dimension: keys of a step, warps, stages.
@@ -285,14 +366,6 @@ def tile_of(q: Tensor, value_dim: int, rows: int, longest: int) -> Tile:
     return Tile(block, keys, warps, stages)
 
 
-def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
-    """Ranges of a row of keys, with so many programs in each."""
-    if num_splits > 0:
-        return num_splits
-    filling = triton.cdiv(2 * multiprocessors(q), programs)
-    return max(min(filling, triton.cdiv(longest, MIN_RANGE), MAX_RANGES), 1)
-
-
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -327,22 +400,28 @@ def attention_decode(
     most = capacity(k_cache, block_table)
     tile = tile_of(q, value_dim, rows, most)
     row_blocks = triton.cdiv(rows, tile.rows)
-    splits = splits_of(q, num_splits, batch * kv_heads * row_blocks, most)
-    partials = new_partials(q, splits, kv_heads, rows, value_dim)
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
     )
+    window = window_of(window_left, 0)
     mask = mask_of(mask_ranges, mask_q_spans, mask_k_spans)
     masked = mask.ranges is not None or mask.q_spans is not None
-    # One query sees every key of its range but what a mask hides.
-    hides = seqlen_q > 1 or kind == "relu" or masked
-    programs = batch * kv_heads * row_blocks * splits
-    lists, list_width = None, 0
-    if masked:  # of the tiles of each range
-        list_width = triton.cdiv(triton.cdiv(most, tile.keys), splits)
-        lists = q.new_empty((programs, list_width), dtype=torch.int32)
+    tiles = kv_heads * row_blocks
+    stream = NO_STREAM
+    if schedule == "stream_k":
+        stream = stream_of(q, seqlens_k, most, window, tiles, tile.keys)
+        programs = stream.programs
+        partials = new_partials(q, batch * tiles + programs, tile.rows, value_dim=value_dim)
+        steps = longest_share(stream, most, tile.keys)
+        sizes: tuple[Any, ...] = (*stream, batch.bit_length(), group, seqlen_q, rows, row_blocks)
+    else:
+        splits = splits_of(q, num_splits, batch * tiles, most)
+        programs = batch * tiles * splits
+        partials = new_partials(q, splits, batch, kv_heads, rows, value_dim=value_dim)
+        steps = triton.cdiv(triton.cdiv(most, tile.keys), splits)
+        sizes = (batch, kv_heads, group, seqlen_q, rows, row_blocks, splits)
     launch(
-        ranges_kernel,
+        ranges_kernel if stream.counts is None else stream_kernel,
         programs,
         q,
         rows_of(q),
@@ -355,25 +434,20 @@ def attention_decode(
         most,
         partials,
         terms,
-        window_of(window_left, 0),
+        window,
         mask,
         0 if mask_k_spans is None else mask_k_spans.shape[1],
-        lists,
-        list_width,
-        batch,
-        kv_heads,
-        group,
-        seqlen_q,
-        rows,
-        row_blocks,
-        splits,
+        q.new_empty((programs, steps), dtype=torch.int32) if masked else None,
+        steps,
+        *sizes,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         PAGE_SIZE=1 if block_table is None else k_cache.shape[1],
         KIND=kind,
         NORMALIZE=normalize,
         RANGES=ranges_in(mask_ranges),
-        HIDES=hides,
+        # One query sees every key of its range but what a mask hides.
+        HIDES=seqlen_q > 1 or kind == "relu" or masked,
         TILES=max(LISTED // tile.keys, 1),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
@@ -382,5 +456,5 @@ def attention_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge(partials, seqlens_k, most, out, lse, None, sink, terms, kind, normalize)
+    merge(partials, seqlens_k, most, out, lse, None, sink, terms, group, stream, kind, normalize)
     return out, lse

@@ -20,24 +20,17 @@ from ..common import (
     row_pointers,
     store_tile,
 )
+from .attention_decode_schedule import NO_STREAM, SIZES, Stream, length_of, share_of, steps_of
 from .attention_forward import normaliser, unscaled
-
-SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
-SIZES += ["table_stride", "pages", "capacity", "most", "mask_keys", "list_width"]
 
 
 class Partials(NamedTuple):
-    """Sums of ranges, [splits, B, Hk, rows]: of weighted values, of weights, and the top scores."""
+    """Sums of ranges, [splits, B, Hk, rows] or [ranges, rows of a tile]: of weighted values, of
+    weights, and the top scores."""
 
     outs: Tensor  # not values: a tuple of Triton has an attribute of that name
     sums: Tensor
     tops: Tensor
-
-
-@triton.jit
-def length_of(seqlens, capacity, i_b):
-    """Lengths outside the cache are cut."""
-    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
 
 
 @triton.jit
@@ -59,6 +52,30 @@ def store_partials(
         tl.store(partials.tops + o_partial, b_top, mask=m_row)
 
 
+@triton.jit
+def load_part(p_part, m_part, other):
+    """m_part None: of all rows."""
+    if m_part is None:
+        b_part = tl.load(p_part)
+    else:
+        b_part = tl.load(p_part, mask=m_part, other=other)
+    return b_part
+
+
+@triton.jit
+def ranges_of(stream, o_x, rows, kv_heads, BLOCK_M: tl.constexpr):
+    """Where the results of the first range of rows o_x lie, and how many ranges there are. Those of
+    output tile o by program i are number o + i: the next range has another program, or another
+    tile, or both."""
+    o_row = o_x % rows
+    o_output = o_x // rows * (stream.tiles // kv_heads) + o_row // BLOCK_M
+    b_first, b_count = steps_of(stream, o_output)
+    share = share_of(stream)
+    b_program = b_first // share
+    o_range = (o_output + b_program).to(tl.int64)
+    return o_range * BLOCK_M + o_row % BLOCK_M, (b_first + b_count - 1) // share - b_program + 1
+
+
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partials,
@@ -69,6 +86,11 @@ def merge_kernel(
     scales,
     sink,
     terms,
+    counts,
+    batch,
+    tiles,
+    programs,
+    least,
     heads,
     group,
     seqlen_q,
@@ -77,6 +99,7 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -97,22 +120,34 @@ def merge_kernel(
     b_sum = tl.zeros([BLOCK_R], tl.float32)
     b_out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
     head = head_of(terms, o_b, o_h, length_of(seqlens, capacity, o_b), KIND)
+    stream = Stream(counts, batch, tiles, programs, least)
+    o_first = o_x
+    ranges = most
+    if stream.counts is not None:
+        o_first, b_ranges = ranges_of(stream, o_x, rows, heads // group, BLOCK_M)
+        splits = tl.max(b_ranges, 0)
+        ranges = BLOCK_M
     if KIND == "softmax":
         for i in range(splits):
-            b_top = tl.maximum(b_top, tl.load(partials.tops + tl.cast(i, tl.int64) * most + o_x))
+            p_top = partials.tops + tl.cast(i, tl.int64) * ranges + o_first
+            b_top = tl.maximum(
+                b_top, load_part(p_top, None if stream.counts is None else i < b_ranges, -INF)
+            )
     b_row_max = tl.where(b_top == -INF, 0.0, b_top)
     for i in range(splits):
-        o_partial = tl.cast(i, tl.int64) * most + o_x
+        o_partial = tl.cast(i, tl.int64) * ranges + o_first
+        m_range = None if stream.counts is None else i < b_ranges
+        m_part = m_value if m_range is None else m_value & m_range[:, None]
         p_value = partials.outs + o_partial[:, None] * VALUE_DIM + o_value
-        b_value = tl.load(p_value, mask=m_value, other=0.0)
+        b_value = tl.load(p_value, mask=m_part, other=0.0)
         if KIND == "softmax":
-            b_own = tl.load(partials.tops + o_partial)
+            b_own = load_part(partials.tops + o_partial, m_range, -INF)
             b_weight = tl.where(b_own == b_row_max, 1.0, exponential(b_own - b_row_max, head))
-            b_sum += tl.load(partials.sums + o_partial) * b_weight
+            b_sum += load_part(partials.sums + o_partial, m_range, 0.0) * b_weight
             b_out += b_value * b_weight[:, None]
         else:
             if NORMALIZE != "none":
-                b_sum += tl.load(partials.sums + o_partial)
+                b_sum += load_part(partials.sums + o_partial, m_range, 0.0)
             b_out += b_value
 
     if KIND == "softmax":
@@ -135,8 +170,7 @@ def rows_of(t: Tensor) -> Rows:
     return Rows(t, t.stride(0), t.stride(1), t.stride(2))
 
 
-def new_partials(q: Tensor, splits: int, heads: int, rows: int, value_dim: int) -> Partials:
-    shape = (splits, q.shape[0], heads, rows)
+def new_partials(q: Tensor, *shape: int, value_dim: int) -> Partials:
     return Partials(
         *(q.new_empty(shape + last, dtype=torch.float32) for last in ((value_dim,), (), ()))
     )
@@ -151,12 +185,14 @@ def merge(
     scales: Tensor | None,
     sink: Tensor | None,
     terms: Terms,
+    group: int,
+    stream: Stream = NO_STREAM,
     kind: str = "softmax",
     normalize: str = "none",
 ) -> None:
-    splits, batch, kv_heads, rows, value_dim = partials.outs.shape
+    splits, *_, block_m, value_dim = partials.outs.shape
     seqlen_q, heads = out.shape[1:3]
-    most = batch * kv_heads * rows
+    most = out.shape[0] * seqlen_q * heads
     block_v = triton.next_power_of_2(value_dim)
     block_r = max(1, (1 << 16 if INTERPRETED.value else 2048) // block_v)
     launch(
@@ -171,14 +207,16 @@ def merge(
         scales,
         sink,
         terms,
+        *stream,
         heads,
-        heads // kv_heads,
+        group,
         seqlen_q,
         splits,
         most,
         VALUE_DIM=value_dim,
         KIND=kind,
         NORMALIZE=normalize,
+        BLOCK_M=1 if stream.counts is None else block_m,
         BLOCK_R=block_r,
         BLOCK_V=block_v,
     )

@@ -35,12 +35,10 @@ from ..common import (
 )
 from ..dense.attention_decode import (
     Cache,
-    decode_program,
-    range_of,
-    splits_of,
     tile_of,
 )
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
+from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
 from .key_rows import (
     NOWHERE,
@@ -303,7 +301,7 @@ def sparse_decode_attention(
             tile = tile._replace(warps=8)
     row_blocks = triton.cdiv(rows, tile.rows)
     splits = splits_of(q, num_splits, batch * row_heads * row_blocks, longest)
-    partials = new_partials(q, splits, row_heads, rows, value_dim)
+    partials = new_partials(q, splits, batch, row_heads, rows, value_dim=value_dim)
     most = batch * row_heads * rows
     logits, scales = None, None
     if mass.numel() > 0:
@@ -373,7 +371,7 @@ def sparse_decode_attention(
         launch(
             sparse_ranges_kernel, programs * seqlen_q, *arguments, None, terms, *sizes, **options
         )
-    merge(partials, seqlens_k, keys, out, lse, scales, sink, terms)
+    merge(partials, seqlens_k, keys, out, lse, scales, sink, terms, heads // row_heads)
     if logits is not None:
         block_e = max((1 << 14 if INTERPRETED.value else 1024) // block_k, 1)
         blocks = triton.cdiv(entries, block_e)

@@ -138,10 +138,10 @@ def attention_decode(
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
             each step of the kernel. With n > 0 a request's result has the same bits in any batch,
             whatever the other requests are; on the cpu backend that holds for 0 too.
-        schedule: how the cuda backend spreads the keys over the GPU. "split" cuts each request into
-            equally many ranges, "stream_k" all requests together into equally long ranges, best for
-            unequal lengths; "auto" takes stream_k unless num_splits is given. The cpu and triton
-            backends have one schedule and take any of these.
+        schedule: how the keys are spread over a GPU. "split" cuts each request into equally many
+            ranges, "stream_k" all requests together into equally long ranges, best for unequal
+            lengths; "auto" takes stream_k on the cuda backend, unless num_splits is given, and
+            split on triton. The cpu backend has one schedule and takes any of these.
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 

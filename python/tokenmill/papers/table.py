@@ -401,7 +401,7 @@ TABLE = (
         "2.6 times as fast as FlashAttention-2 on average, 8.33 times at 512k",
         "one query, 65536 keys, bfloat16: 31 times as fast as sdpa, 73 % of the speed of a plain "
         "read",
-        "a schedule of the cuda backend; on cpu each request is cut for itself",
+        "a schedule of the cuda and triton backends; on cpu each request is cut for itself",
     ),
     Paper(
         57, "Lightning Attention", "Various Lengths, Constant Speed: Efficient Language Modeling "

@@ -1,0 +1,158 @@
+"""How the keys of a cache are shared out among programs.
+
+An output tile is a block of rows of one KV head of a request. Its keys are cut into as many ranges
+as those of the others ("split"); or the steps of all output tiles, one after the other, are cut
+into shares of equal length ("stream_k"), one for each program, whose ends may lie anywhere in a
+tile.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import Sequence, Window, launch, lower_bound
+
+SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
+SIZES += ["table_stride", "pages", "capacity", "most"]
+SIZES += ["tiles", "programs", "least", "halvings", "mask_keys", "list_width"]
+MIN_RANGE, MAX_RANGES = 256, 64  # keys of an automatic range; ranges of a request
+REQUESTS = tl.constexpr(1024)  # whose steps are counted at once
+
+
+class Stream(NamedTuple):
+    """What a stream-K program knows. counts None: there is no stream."""
+
+    counts: Tensor | None  # [B]: steps of an output tile of each request, and of those before it
+    batch: int
+    tiles: int  # output tiles of a request
+    programs: int
+    least: int  # fewer steps are not worth a program
+
+
+NO_STREAM = Stream(None, 0, 0, 0, 0)
+
+
+@triton.jit
+def decode_program(i, splits, row_blocks, heads):
+    """Range of keys, block of rows, head and request of program i."""
+    i_split = i % splits
+    i_block = i // splits % row_blocks
+    i_h = i // splits // row_blocks % heads
+    return i_split, i_block, i_h, (i // splits // row_blocks // heads).to(tl.int64)
+
+
+@triton.jit
+def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
+    """Ends of range i_split of the keys begin .. end - 1: whole tiles, as many in each range as in
+    the others, or one more."""
+    steps = tl.cdiv(end - begin, BLOCK)
+    parts = tl.maximum(tl.minimum(splits, steps), 1)
+    first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
+    last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK
+    return first, tl.minimum(last, end)
+
+
+@triton.jit
+def length_of(seqlens, capacity, i_b):
+    """Lengths outside the cache are cut."""
+    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
+
+
+@triton.jit
+def visible_begin(sequence, left):
+    """The first key that any query sees."""
+    begin = sequence.k_length - sequence.k_length
+    if left is not None:
+        begin = tl.maximum(sequence.diagonal - left, 0)
+    return tl.minimum(begin, sequence.k_length)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def steps_kernel(
+    counts, seqlens, capacity, window, batch, seqlen_q, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """One step at least of each tile, which stores what there is without keys."""
+    before = tl.zeros([], tl.int32)
+    for b in range(0, batch, BLOCK_B):
+        o_b = b + tl.arange(0, BLOCK_B)
+        m_b = o_b < batch
+        length = length_of(seqlens, capacity, tl.minimum(o_b, batch - 1))
+        sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
+        b_steps = tl.maximum(tl.cdiv(length - visible_begin(sequence, window.left), BLOCK_N), 1)
+        b_steps = tl.where(m_b, b_steps, 0)
+        tl.store(counts + o_b, before + tl.cumsum(b_steps, 0), mask=m_b)
+        before += tl.sum(b_steps, 0)
+
+
+@triton.jit
+def all_steps(stream):
+    return tl.load(stream.counts + stream.batch - 1) * stream.tiles
+
+
+@triton.jit
+def share_of(stream):
+    """Steps of a program."""
+    return tl.maximum(tl.cdiv(all_steps(stream), stream.programs), stream.least)
+
+
+@triton.jit
+def steps_of(stream, o_output):
+    """The first step and the number of steps of output tiles."""
+    o_b = o_output // stream.tiles
+    before = tl.load(stream.counts + o_b - 1, mask=o_b > 0, other=0)
+    count = tl.load(stream.counts + o_b) - before
+    return before * stream.tiles + o_output % stream.tiles * count, count
+
+
+@triton.jit
+def output_of(stream, step, halvings):
+    """The output tile in which a step lies."""
+    i_b = lower_bound(stream.counts, step - step, stream.batch, step // stream.tiles + 1, halvings)
+    first, count = steps_of(stream, i_b * stream.tiles)
+    return i_b * stream.tiles + (step - first) // count
+
+
+def multiprocessors(t: Tensor) -> int:
+    return torch.cuda.get_device_properties(t.device).multi_processor_count if t.is_cuda else 8
+
+
+def splits_of(q: Tensor, num_splits: int, programs: int, longest: int) -> int:
+    """Ranges of a row of keys, with so many programs in each."""
+    if num_splits > 0:
+        return num_splits
+    filling = triton.cdiv(2 * multiprocessors(q), programs)
+    return max(min(filling, triton.cdiv(longest, MIN_RANGE), MAX_RANGES), 1)
+
+
+def stream_of(
+    q: Tensor, seqlens: Tensor, capacity: int, window: Window, tiles: int, block_n: int
+) -> Stream:
+    batch = q.shape[0]
+    counts = seqlens.new_empty(batch)
+    launch(
+        steps_kernel,
+        1,
+        q,
+        counts,
+        seqlens,
+        capacity,
+        window,
+        batch,
+        q.shape[1],
+        BLOCK_N=block_n,
+        BLOCK_B=REQUESTS.value,
+    )
+    most = batch * tiles * max(triton.cdiv(capacity, block_n), 1)
+    programs = min(2 * multiprocessors(q), most)
+    return Stream(counts, batch, tiles, programs, max(MIN_RANGE // block_n, 1))
+
+
+def longest_share(stream: Stream, capacity: int, block_n: int) -> int:
+    """Steps that a program may have."""
+    most = stream.batch * stream.tiles * max(triton.cdiv(capacity, block_n), 1)
+    return max(triton.cdiv(most, stream.programs), stream.least)
