@@ -11,16 +11,13 @@ from tokenmill.testing import map_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INF, NAN = float("inf"), float("nan")
-# Backends whose kernels take masks.
-MASKED = ("cpu", "reference")
-KERNELS = [b for b in backends() if b in MASKED]
 EXACT = ("cpu", "reference")  # whose rows keep their bits where tiles fall elsewhere
 
-each_kernel = pytest.mark.parametrize("backend", KERNELS)
-each_backend = pytest.mark.parametrize("backend", [b for b in backends("reference") if b in MASKED])
+each_kernel = pytest.mark.parametrize("backend", backends())
+each_backend = pytest.mark.parametrize("backend", backends("reference"))
 each_isa = pytest.mark.parametrize(
     ("backend", "isa"),
-    [pytest.param(b, i, id=i or b) for b, i in cpu_variants() if b in MASKED],
+    [pytest.param(b, i, id=i or b) for b, i in cpu_variants()],
     indirect=["isa"],
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,16 +11,13 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FLOAT16_SCALE,
     FLOAT_MAX,
     INF,
     LENGTHS,
     LOG2E,
     distance,
     dot,
-    exponential,
     head_of,
-    inverse,
     load_rows,
     program,
     scores,
@@ -30,9 +27,8 @@ from ..common import (
     store_rows,
     tanh,
     visible_parts,
-    weighted,
-    weights,
 )
+from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 

@@ -9,17 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import (
-    INF,
-    INTERPRETED,
-    Rows,
-    Terms,
-    exponential,
-    head_of,
-    launch,
-    row_pointers,
-    store_tile,
-)
+from ..common import INF, INTERPRETED, Rows, Terms, head_of, launch, row_pointers, store_tile
+from ..weights import exponential
 from .attention_decode_schedule import NO_STREAM, SIZES, Stream, length_of, share_of, steps_of
 from .attention_forward import normaliser, unscaled
 

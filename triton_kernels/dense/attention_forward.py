@@ -6,16 +6,13 @@ import triton
 import triton.language as tl
 
 from ..common import (
-    FLOAT16_SCALE,
     INF,
     LENGTHS,
     LOG2E,
     STEP,
     STEP_COLUMNS,
     dot,
-    exponential,
     head_of,
-    inverse,
     load_rows,
     program,
     row_offsets,
@@ -28,9 +25,8 @@ from ..common import (
     store_rows,
     store_tile,
     visible_parts,
-    weighted,
-    weights,
 )
+from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 

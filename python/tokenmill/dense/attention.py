@@ -32,7 +32,6 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
-    unsupported_mask,
 )
 
 Precision = Literal["accurate", "fast"]
@@ -425,11 +424,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
-def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    a = FORWARD.record(*lowered)
-    return unsupported_mask(backend, a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
-
-
 def flops(*lowered: Any) -> float:
     """Operations of the two products over visible pairs."""
     a = FORWARD.record(*lowered)
@@ -483,7 +477,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        unsupported=_unsupported,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",

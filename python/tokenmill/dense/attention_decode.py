@@ -32,7 +32,6 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
-    unsupported_mask,
 )
 
 OP = "attention_decode"
@@ -318,11 +317,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
 
 
-def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    a = FORWARD.record(*lowered)
-    return unsupported_mask(backend, a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
-
-
 def flops(
     q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
 ) -> float:
@@ -355,7 +349,6 @@ SPEC = register_op(
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
         backward=None,
-        unsupported=_unsupported,
         differentiable=(),
         logarithms=(1,),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",

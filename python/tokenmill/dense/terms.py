@@ -110,13 +110,6 @@ def check_terms(
         check_small(op, "sink", sink, q)
 
 
-def unsupported_mask(backend: str, *mask: Tensor | None) -> list[str]:
-    """Why a backend does not run a mask."""
-    if backend in ("reference", "cpu", "cuda", "triton") or all(t is None for t in mask):
-        return []
-    return [f"mask has no {backend} kernel"]
-
-
 def check_mask(
     op: str,
     q: Tensor,
