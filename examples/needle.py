@@ -236,6 +236,22 @@ def retrieval_heads(model: Model, codes: Tensor, g: torch.Generator) -> list[tup
     return heads
 
 
+@torch.inference_mode()
+def copied(model: Model, codes: Tensor, g: torch.Generator) -> Tensor:
+    """Of each layer and head, the share of answers that it copies (Wu et al. 2024)."""
+    told = story(codes[:1024], 8, g)
+    shares = torch.zeros(model.setup.layers, model.setup.heads)
+    for i, (name, answer) in enumerate(told.facts.items()):
+        begin = told.places[i] + i * (NAME + ANSWER + 3) + NAME + 2
+        asked = torch.cat([told.codes, encode(f"<{name}={answer}")])[:-1]
+        for layer, (q, k, *_) in enumerate(read(model, asked)[0]):
+            shares[layer] += policies.profile_retrieval_heads(
+                q[:, -ANSWER:], k, asked[None], encode(answer)[None], (begin, begin + ANSWER),
+                scale=SCALE,
+            )[0]  # fmt: skip
+    return shares / len(told.facts)
+
+
 def methods(budget: int) -> dict[str, tuple[type[policies.Policy], dict[str, Any]]]:
     """Every policy with about `budget` keys for a token of a layer that does not see all."""
     recent = budget // 4
@@ -356,6 +372,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="keep the trained model there"
     )
+    parser.add_argument("--heads", action="store_true", help="say which heads copy answers")
     parser.add_argument("--quick", action="store_true", help="a tiny model and text, for a test")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the answers")
     options = parser.parse_args()
@@ -371,6 +388,10 @@ def main() -> None:
     prompts, memory = read(model, told.codes)
     print(f"{len(told.codes)} characters read in {time.perf_counter() - start:.0f} s", flush=True)
     retrieval = retrieval_heads(model, text.characters()[0], g)
+    if options.heads:
+        shares = copied(model, text.characters()[0], torch.Generator().manual_seed(setup.seed + 2))
+        for layer, row in enumerate(shares.tolist()):
+            print(f"layer {layer}: heads copy " + " ".join(f"{share:.0%}" for share in row))
     rows = []
     for name, (method, fields) in methods(budget).items():
         if options.policy and name not in options.policy:

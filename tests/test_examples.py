@@ -116,7 +116,8 @@ def test_needle(tmp_path):
     kept = {name: kept for name, (_, kept) in rows.items()}
     assert kept["full"] == kept["Quest"] > kept["Razor"] > kept["H2O"] == kept["StreamingLLM"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    again = run(*command, "--policy", "full", "--policy", "H2O")
+    again = run(*command, "--policy", "full", "--policy", "H2O", "--heads")
+    assert len(re.findall(r"^layer \d: heads copy( \d+%){4}$", again, re.M)) == 2
     assert "loss" not in again and re.search(r"H2O +│ +\d/4", again) and "Quest" not in again
 
 

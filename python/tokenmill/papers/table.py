@@ -388,7 +388,7 @@ TABLE = (
         "being copied",
         ("tokenmill.policies.profile_retrieval_heads",
          "tokenmill.attention_row_scores(reduce='none')"),
-        "tests/papers/test_53_retrieval_heads.py", None, BACKENDS,
+        "tests/papers/test_53_retrieval_heads.py", NEEDLE, BACKENDS,
         "fewer than 5 % of all heads retrieve",
     ),
     Paper(
