@@ -89,7 +89,7 @@ const Schema& Operator::checked_schema() const {
   for (const SchemaArgument& a : schema.arguments) wanted += static_cast<char>(a.kind);
   if (kinds.size() > kMostArguments)
     throw std::logic_error("tokenmill." + std::string(name) + ": a schema has at most " +
-                             std::to_string(kMostArguments) + " arguments");
+                           std::to_string(kMostArguments) + " arguments");
   if (wanted != kinds)
     throw std::logic_error("tokenmill." + std::string(name) + ": the schema has arguments " +
                            wanted + ", the record of C++ " + kinds);

@@ -1,8 +1,7 @@
-"""Valid calls of what is made of operators: functions, modules and policies."""
+"""Valid calls of what is made of operators: functions and modules."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -53,22 +52,22 @@ class Draw:
 Make = Callable[[Draw], Arguments]
 
 
-def _samples(makes: tuple[Make, ...]) -> tuple[Sample, ...]:
+def samples_of(makes: tuple[Make, ...]) -> tuple[Sample, ...]:
     return tuple(
         Sample(str(i), lambda dtype, g, make=make: ((), make(Draw(dtype, g))))  # type: ignore[misc]
         for i, make in enumerate(makes)
     )
 
 
-def _given(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
+def given_by(sample: Sample, dtype: torch.dtype, g: torch.Generator) -> Arguments:
     return sample.make(dtype, g)[1]
 
 
-def _int32(*values: int) -> Tensor:
+def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-_TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
+TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
 
 COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     attention: (
@@ -81,7 +80,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "causal": True,
         },
     ),
-    masks.prefix: (lambda r: {"lengths": _int32(3, 0)},),
+    masks.prefix: (lambda r: {"lengths": int32(3, 0)},),
     masks.segments: (
         lambda r: {"q_ids": r.ints(3, 2, 9), "k_ids": r.ints(3, 1, 9), "rule": "not_after"},
         lambda r: {"q_ids": r.ints(3, 9), "shared": 1},
@@ -97,7 +96,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         },
         lambda r: {
             "q": r(11, 4, 16), "k": r(11, 2, 16), "v": r(11, 2, 16), "max_seqlen_q": 7,
-            "cu_seqlens_q": _int32(0, 4, 4, 11), "score_bias": 0.5,
+            "cu_seqlens_q": int32(0, 4, 4, 11), "score_bias": 0.5,
         },
     ),
     additive_attention: (
@@ -131,7 +130,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {**r.qkv(21), "slopes": r(4).float().abs()},
         lambda r: {
             "q": r(9, 4, 16), "k": r(9, 4, 16), "v": r(9, 4, 8), "slopes": r(4).float().abs(),
-            "cu_seqlens": _int32(0, 4, 9), "return_final_state": True,
+            "cu_seqlens": int32(0, 4, 9), "return_final_state": True,
         },
     ),
     linear.lightning_slopes: (
@@ -142,7 +141,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {**r.qkv(21, hk=4), **r.gates(2, 21, 4), "chunk_size": 8},
         lambda r: {
             "q": r(9, 4, 16), "k": r(9, 4, 16), "v": r(9, 4, 8), **r.gates(9, 4),
-            "cu_seqlens": _int32(0, 4, 9), "chunk_size": 3, "return_final_state": True,
+            "cu_seqlens": int32(0, 4, 9), "chunk_size": 3, "return_final_state": True,
             "initial_state": (r(2, 4, 16, 8).float(), r(2, 4, 16, 8).float()),
         },
     ),
@@ -150,18 +149,18 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {
             **r.qkv(2, hk=4), **r.gates(2, 2, 4), "start": r(3, 4, 16, 16).float(),
             "memory": r(3, 4, 16, 16).float(), "momentum": r(3, 4, 16, 16).float(),
-            "filled": _int32(0, 5, 1), "chunk_size": 6, "state_indices": _int32(2, 1),
+            "filled": int32(0, 5, 1), "chunk_size": 6, "state_indices": int32(2, 1),
         },
         lambda r: {
             **r.qkv(1, hk=4), **r.gates(2, 1, 4), "start": r(2, 4, 16, 16).float(),
             "memory": r(2, 4, 16, 16).float(), "momentum": r(2, 4, 16, 16).float(),
-            "filled": _int32(0, 63),
+            "filled": int32(0, 63),
         },
     ),
     sparse.landmark_attention: (lambda r: {**r.qkv(23), "block": 5, "return_lse": True},),
     sparse.landmark_decode: (
         lambda r: {
-            "q": r(2, 1, 4, 16), **r.cache(24), "seqlens_k": _int32(24, 11), "block": 5, "topk": 2,
+            "q": r(2, 1, 4, 16), **r.cache(24), "seqlens_k": int32(24, 11), "block": 5, "topk": 2,
         },
     ),
     sparse.core_context_attention: (
@@ -170,24 +169,24 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     sparse.hip_attention: (
         lambda r: {
             **r.qkv(40), "budget": 8, "block_q": 8, "block_k": 4, "num_sink": 4, "num_recent": 8,
-            "seqlens_k": _int32(40, 21),
+            "seqlens_k": int32(40, 21),
         },
         lambda r: {
             "q": r(2, 1, 4, 16), "k": r(8, 8, 2, 16), "v": r(8, 8, 2, 16), "budget": 8,
-            "block_q": 8, "num_recent": 8, "seqlens_k": _int32(32, 9),
-            "block_table": torch.tensor(_TABLE, dtype=torch.int32), "lists": sparse.HipLists(),
+            "block_q": 8, "num_recent": 8, "seqlens_k": int32(32, 9),
+            "block_table": torch.tensor(TABLE, dtype=torch.int32), "lists": sparse.HipLists(),
             "refresh_interval": 3,
         },
     ),
     select.token_select: (
         lambda r: {
             "q": r(2, 3, 4, 16), "k_cache": r(2, 40, 2, 16), "k": 5, "num_sink": 2,
-            "num_recent": 4, "seqlens_k": _int32(40, 9), "kernel_size": 3,
+            "num_recent": 4, "seqlens_k": int32(40, 9), "kernel_size": 3,
         },
         lambda r: {
             "q": r(2, 1, 4, 16), "k_cache": r(8, 8, 2, 16), "k": 5, "num_sink": 2,
-            "num_recent": 4, "seqlens_k": _int32(32, 9),
-            "block_table": torch.tensor(_TABLE, dtype=torch.int32),
+            "num_recent": 4, "seqlens_k": int32(32, 9),
+            "block_table": torch.tensor(TABLE, dtype=torch.int32),
         },
     ),
     tokens.merge_tokens: (
@@ -243,7 +242,7 @@ def compositions() -> list[Target]:
         products = function in PLAIN
         written = WRITTEN.get(function, ())
         target = Target(
-            function.__name__, run, _samples(makes), _given, known, written, products=products
+            function.__name__, run, samples_of(makes), given_by, known, written, products=products
         )
         found.append(target)
     return found
@@ -313,7 +312,7 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"xs": (r(2, 9, 4), r(2, 9, 2)), "indices": r.ints(9, 2, 5)},
     )),
     (nn.FocusSelect, "scatter", (
-        lambda r: {"tokens": r(2, 3, 4), "indices": _int32(1, 3, 5, 0, 2, 8).view(2, 3),
+        lambda r: {"tokens": r(2, 3, 4), "indices": int32(1, 3, 5, 0, 2, 8).view(2, 3),
                    "base": r(2, 9, 4)},
     )),
     (nn.AgentAttention, "forward", (
@@ -321,12 +320,12 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     )),
     (nn.SigmoidAttention, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "x": r(2, 9, 16), "causal": True},
-        lambda r: {"dim": 16, "num_heads": 2, "x": r(9, 16), "cu_seqlens": _int32(0, 4, 9),
+        lambda r: {"dim": 16, "num_heads": 2, "x": r(9, 16), "cu_seqlens": int32(0, 4, 9),
                    "max_seqlen": 5, "layer_scale": 1e-4, "learn_bias": True, "score_bias": -3.0},
     )),
     (nn.SigmoidAttention, "attend", (
         lambda r: {"dim": 16, "num_heads": 2, "qkv": r(2, 9, 3, 2, 8)},
-        lambda r: {"dim": 16, "num_heads": 2, "qkv": r(9, 48), "cu_seqlens": _int32(0, 4, 9),
+        lambda r: {"dim": 16, "num_heads": 2, "qkv": r(9, 48), "cu_seqlens": int32(0, 4, 9),
                    "max_seqlen": 5},
     )),
     (nn.LightningAttention, "forward", (
@@ -346,11 +345,11 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
     (nn.EmbeddingPooling, "forward", (
         lambda r: {"dim": 16, "method": "attention", "num_latents": 4, "num_heads": 2,
                    "head_dim": 8, "x": r(2, 9, 16), "mask": r.bools(2, 9)},
-        lambda r: {"dim": 16, "method": "mean", "x": r(9, 16), "cu_seqlens": _int32(0, 4, 9)},
+        lambda r: {"dim": 16, "method": "mean", "x": r(9, 16), "cu_seqlens": int32(0, 4, 9)},
     )),
     (nn.WordPooling, "forward", (
         lambda r: {"dim": 16, "num_heads": 2, "num_layers": 1, "prefix": 2, "dim_feedforward": 16,
-                   "x": r(9, 16), "offsets": _int32(0, 3, 4, 9)},
+                   "x": r(9, 16), "offsets": int32(0, 3, 4, 9)},
     )),
     (nn.FocusScorer, "forward", (
         lambda r: {"dim": 16, "num_levels": 2, "levels": (r(2, 4, 4, 16), r(2, 2, 2, 16))},
@@ -373,11 +372,11 @@ MODULES: tuple[tuple[type[torch.nn.Module], str, tuple[Make, ...]], ...] = (
         lambda r: {"pool_size": 5, "channels_first": True, "x": r(1, 8, 5, 6)},
     )),
     (nn.SegmentPooling, "forward", (
-        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": _int32(0, 4, 9, 11)},
-        lambda r: {"reduce": "mean", "x": r(11, 8), "offsets": _int32(0, 4, 9, 11)},
+        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": int32(0, 4, 9, 11)},
+        lambda r: {"reduce": "mean", "x": r(11, 8), "offsets": int32(0, 4, 9, 11)},
     )),
     (nn.SegmentPooling, "insert", (
-        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": _int32(0, 4, 9, 11),
+        lambda r: {"prefix": 2, "x": r(11, 8), "offsets": int32(0, 4, 9, 11),
                    "words": r(3, 2, 8)},
     )),
     (nn.SparsifinerAttention, "forward", (
@@ -420,103 +419,5 @@ def modules() -> list[Target]:
         name = f"nn.{kind.__name__}" + ("" if method == "forward" else f".{method}")
         known = (*made, *called)
         products = kind in PLAIN
-        found.append(Target(name, run, _samples(makes), _given, known, products=products))
+        found.append(Target(name, run, samples_of(makes), given_by, known, products=products))
     return found
-
-
-def _prompt(r: Draw) -> Arguments:
-    new = {f"step_{name}": t for name, t in r.qkv(1).items()}
-    given = {f"prompt_{name}": t for name, t in r.qkv(13).items()}
-    return {**given, "lengths": _int32(13, 6), **new}
-
-
-def _dense(r: Draw, **options: Any) -> Arguments:
-    return {**r.cache(24), **_prompt(r), **options}
-
-
-def _paged(r: Draw, **options: Any) -> Arguments:
-    pages = {"k_cache": r(8, 8, 2, 16), "v_cache": r(8, 8, 2, 16)}
-    table = torch.tensor(_TABLE, dtype=torch.int32)
-    return {**pages, "block_table": table, **_prompt(r), **options}
-
-
-def _both(**options: Any) -> tuple[Make, ...]:
-    return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
-
-
-_RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
-POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
-    policies.FullAttention: _both(),
-    policies.TokenSelect: (
-        *_both(k=4, num_sink=2, num_recent=3),
-        lambda r: _dense(
-            r,
-            k=4,
-            num_sink=2,
-            num_recent=3,
-            chunk=4,
-            kernel_size=3,
-            rope=(r(10, 8).float(), r(10, 8).float()),
-        ),
-    ),
-    policies.TidalDecode: (
-        *_both(budget=5, layer=2),
-        lambda r: _dense(r, budget=5, layer=2, lists="key"),
-    ),
-    policies.Quest: _both(budget=12, page=4, dense_layers=0),
-    policies.HiP: (
-        *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
-        lambda r: _dense(r, budget=4, num_recent=3, refresh_interval=1, layer=3, lists="key"),
-    ),
-    policies.RecycledAttention: (
-        *_both(budget=5, stride=2),
-        *_both(budget=5, threshold=0.5),
-    ),
-    policies.StreamingLLM: (
-        *_both(num_sink=2, num_recent=6),
-        lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),
-    ),
-    policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
-    policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
-    policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),
-    policies.RazorAttention: (  # the cache is that of one of two key heads
-        lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
-        lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
-    ),
-}
-
-
-def policy_targets() -> list[Target]:
-    found = []
-    for method, makes in POLICIES.items():
-        options = tuple(f.name for f in dataclasses.fields(method) if f.name != "cache")
-
-        def run(
-            arguments: Arguments,
-            backend: str | None,
-            method: Any = method,
-            options: tuple[str, ...] = options,
-        ) -> Any:
-            cache = policies.KVCache(
-                arguments["k_cache"], arguments["v_cache"], arguments.get("block_table")
-            )
-            chosen = {k: v for k, v in arguments.items() if k in options}
-            policy = method(cache, **{"backend": backend, **chosen})
-            prompt = (arguments[f"prompt_{name}"] for name in "qkv")
-            outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"))]
-            for call in ("step", "step", "extend", "correct"):
-                if hasattr(policy, call):
-                    new = (arguments[f"step_{name}"] for name in "qkv")
-                    outs.append(getattr(policy, call)(*new))
-            return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
-
-        name = f"policies.{method.__name__}"
-        known, written = (*_INPUTS, *options), ("k_cache", "v_cache")
-        found.append(Target(name, run, _samples(makes), _given, known, written))
-    return found
-
-
-_INPUTS = (
-    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "step_q",
-    "step_k", "step_v",
-)  # fmt: skip

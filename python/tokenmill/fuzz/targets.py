@@ -45,7 +45,8 @@ class Target:
 
 def targets(backend: str) -> list[Target]:
     """Every target of a backend, those with many arguments several times."""
-    from .compositions import compositions, modules, policy_targets
+    from .compositions import compositions, modules
+    from .policies import policy_targets
 
     found = []
     for spec in registry.ops().values():

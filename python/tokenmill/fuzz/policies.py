@@ -1,0 +1,110 @@
+"""Valid calls of policies: a prompt, and the steps behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from .. import policies
+from .compositions import TABLE, Draw, Make, given_by, int32, samples_of
+from .targets import Arguments, Target
+
+
+def _prompt(r: Draw) -> Arguments:
+    new = {f"step_{name}": t for name, t in r.qkv(1).items()}
+    given = {f"prompt_{name}": t for name, t in r.qkv(13).items()}
+    return {**given, "lengths": int32(13, 6), **new}
+
+
+def _dense(r: Draw, **options: Any) -> Arguments:
+    return {**r.cache(24), **_prompt(r), **options}
+
+
+def _paged(r: Draw, **options: Any) -> Arguments:
+    pages = {"k_cache": r(8, 8, 2, 16), "v_cache": r(8, 8, 2, 16)}
+    table = torch.tensor(TABLE, dtype=torch.int32)
+    return {**pages, "block_table": table, **_prompt(r), **options}
+
+
+def _both(**options: Any) -> tuple[Make, ...]:
+    return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
+
+
+_RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
+POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
+    policies.FullAttention: _both(),
+    policies.TokenSelect: (
+        *_both(k=4, num_sink=2, num_recent=3),
+        lambda r: _dense(
+            r,
+            k=4,
+            num_sink=2,
+            num_recent=3,
+            chunk=4,
+            kernel_size=3,
+            rope=(r(10, 8).float(), r(10, 8).float()),
+        ),
+    ),
+    policies.TidalDecode: (
+        *_both(budget=5, layer=2),
+        lambda r: _dense(r, budget=5, layer=2, lists="key"),
+    ),
+    policies.Quest: _both(budget=12, page=4, dense_layers=0),
+    policies.HiP: (
+        *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
+        lambda r: _dense(r, budget=4, num_recent=3, refresh_interval=1, layer=3, lists="key"),
+    ),
+    policies.RecycledAttention: (
+        *_both(budget=5, stride=2),
+        *_both(budget=5, threshold=0.5),
+    ),
+    policies.StreamingLLM: (
+        *_both(num_sink=2, num_recent=6),
+        lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),
+    ),
+    policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
+    policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
+    policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),
+    policies.RazorAttention: (  # the cache is that of one of two key heads
+        lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
+        lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
+    ),
+}
+
+
+def policy_targets() -> list[Target]:
+    found = []
+    for method, makes in POLICIES.items():
+        options = tuple(f.name for f in dataclasses.fields(method) if f.name != "cache")
+
+        def run(
+            arguments: Arguments,
+            backend: str | None,
+            method: Any = method,
+            options: tuple[str, ...] = options,
+        ) -> Any:
+            cache = policies.KVCache(
+                arguments["k_cache"], arguments["v_cache"], arguments.get("block_table")
+            )
+            chosen = {k: v for k, v in arguments.items() if k in options}
+            policy = method(cache, **{"backend": backend, **chosen})
+            prompt = (arguments[f"prompt_{name}"] for name in "qkv")
+            outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"))]
+            for call in ("step", "step", "extend", "correct"):
+                if hasattr(policy, call):
+                    new = (arguments[f"step_{name}"] for name in "qkv")
+                    outs.append(getattr(policy, call)(*new))
+            return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
+
+        name = f"policies.{method.__name__}"
+        known, written = (*_INPUTS, *options), ("k_cache", "v_cache")
+        found.append(Target(name, run, samples_of(makes), given_by, known, written))
+    return found
+
+
+_INPUTS = (
+    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "step_q",
+    "step_k", "step_v",
+)  # fmt: skip
