@@ -2,7 +2,7 @@
 along the diagonal, without a matrix of pairs: prefixes, segments and ranges of keys.
 
 A call takes one mask, or a tuple of at most one of each class; with causal and window, a pair is
-visible if all allow it. Tiles of pairs that are hidden from all their queries cost nothing.
+visible if all allow it. Tiles that are hidden from all their queries are not multiplied.
 
     >>> import torch, tokenmill as tm
     >>> q = k = v = torch.randn(1, 6, 2, 16)
