@@ -237,6 +237,16 @@ def test_rows_without_a_key_are_empty(backend):
 
 
 @each_backend
+def test_no_sequences_have_masks_of_none(backend):
+    leaves = [x.detach()[:0].requires_grad_() for x in inputs(backend)]
+    ids = torch.zeros(0, S, dtype=torch.int32, device=leaves[0].device)
+    mask = (masks.segments(ids), masks.ranges(*(ids[:, None, :, None],) * 2))
+    out = tm.attention(*leaves, mask=mask, backend=backend)
+    found = with_gradients(out, leaves)
+    assert [t.shape for t in found[1:]] == [x.shape for x in leaves]
+
+
+@each_backend
 def test_documents_are_packed_sequences(backend):
     lengths = [1, 33, 20, 36]
     leaves = inputs(backend, batch=1)

@@ -57,11 +57,12 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     if "masked" in options:  # the most that a mask may be
         spans = empty(batch, tokens, 2, dtype=torch.int32)
         mask = [empty(batch, heads, tokens, 4, 2, dtype=torch.int32), spans, spans]
-    terms = [None, 0.0, False, None, *mask, None, None, 0.0]
+    grid = (0, "chebyshev", -1)
+    terms = [None, 0.0, False, None, *mask, None, *grid, None, 0.0]
     if "every term" in options:
         bias = empty(batch, 1, tokens, tokens, dtype=dtype)
         sink = empty(heads) if kind == "softmax" else None
-        terms = [empty(batch, heads), -1.0, True, bias, *mask, empty(heads), sink, 5.0]
+        terms = [empty(batch, heads), -1.0, True, bias, *mask, empty(heads), *grid, sink, 5.0]
     causal, left, right = BANDS[band]
     lengths = (None, None, None, None)
     kind, normalize = (*kind.split(","), "none")[:2]

@@ -234,7 +234,7 @@ class Call(NamedTuple):
         group = self.heads // max(self.kv_heads, 1) if mask.ranges_head else 1
         heads = heads if mask.ranges_head else 1
         batches = mask.ranges_batch or mask.q_spans_batch or mask.k_spans_batch
-        batch = self.batch if self.packed or batches else 1
+        batch = self.batch if self.packed or batches else min(self.batch, 1)
         blocks = triton.cdiv(longest, block)
         rows = tokens // block + batch if self.packed else batch * blocks
         width = COUNTS.value + triton.cdiv(others, other_block)

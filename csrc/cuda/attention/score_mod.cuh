@@ -18,62 +18,63 @@ __device__ __forceinline__ float apply_softcap(float z, float cap, float unit = 
   return unit * cap * tanhf(z / cap);
 }
 
-// Softcap, bias and slope of one head: what needs more than scale and constant.
+// Softcap, bias and slope of one head: what needs more than scale and constant. What all heads share
+// is read from the parameters, where it takes no registers.
 struct ScoreMod {
   __device__ ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
                       float constant)
-      : scale(p.scale),
-        softcap(p.softcap),
+      : p(p),
         slope(p.alibi_slopes ? p.alibi_slopes[b * p.alibi_batch + h] : 0),
         constant(constant),
         diagonal(s.k_length - s.q_length),
         rows(static_cast<int>(p.bias_rows < s.q_length ? p.bias_rows : s.q_length)),
         columns(static_cast<int>(p.bias_columns < s.k_length ? p.bias_columns : s.k_length)),
-        bias(p.bias),
-        bias_dtype(p.bias_dtype),
-        bias_start(b * p.bias_batch + h * p.bias_head),
-        bias_q(p.bias_q),
-        bias_k(p.bias_k),
-        has_slope(p.alibi_slopes != nullptr),
-        manhattan(p.grid.manhattan),
-        width(static_cast<int>(p.grid.width < kMaxCells ? p.grid.width : kMaxCells)),
-        window(static_cast<float>(p.grid.window)) {}
+        bias_start(b * p.bias_batch + h * p.bias_head) {}
+
+  __device__ ScoreMod& operator=(const ScoreMod& other) {  // of the same call
+    slope = other.slope;
+    constant = other.constant;
+    diagonal = other.diagonal;
+    rows = other.rows;
+    columns = other.columns;
+    bias_start = other.bias_start;
+    return *this;
+  }
 
   __device__ float distance(int row, int column) const {
-    if (width == 0) return fabsf(static_cast<float>(row + diagonal - column));
-    const float i = static_cast<float>(row), j = static_cast<float>(column), w = width;
-    const float yi = row_of_cell(i, w), yj = row_of_cell(j, w);
+    if (p.grid.width == 0) return fabsf(static_cast<float>(row + diagonal - column));
+    const float w = static_cast<float>(p.grid.width), inverse = reciprocal_approx(w);
+    const float i = static_cast<float>(row), j = static_cast<float>(column);
+    const float yi = floorf((i + 0.5f) * inverse), yj = floorf((j + 0.5f) * inverse);
     const float dy = fabsf(yi - yj), dx = fabsf(fmaf(-yi, w, i) - fmaf(-yj, w, j));
-    return manhattan ? dy + dx : fmaxf(dy, dx);
+    return p.grid.manhattan ? dy + dx : fmaxf(dy, dx);
   }
-  // Cell i of a grid of width w.
-  __device__ static float row_of_cell(float i, float w) { return floorf(__fdiv_rn(i + 0.5f, w)); }
   __device__ bool is_beyond_window(float distance) const {
-    return window >= 0 && distance > window;
+    return p.grid.window >= 0 && distance > static_cast<float>(p.grid.window);
   }
 
   __device__ float bias_at(int row, int column) const {
     if (row >= rows || column >= columns) return 0;
-    const int64_t at = bias_start + row * bias_q + column * bias_k;
-    switch (bias_dtype) {
+    const int64_t at = bias_start + row * p.bias_q + column * p.bias_k;
+    switch (p.bias_dtype) {
       case DType::float16:
-        return __half2float(static_cast<const __half*>(bias)[at]);
+        return __half2float(static_cast<const __half*>(p.bias)[at]);
       case DType::bfloat16:
-        return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[at]);
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[at]);
       default:
-        return static_cast<const float*>(bias)[at];
+        return static_cast<const float*>(p.bias)[at];
     }
   }
 
   // The logit in nats; comparisons are written so that a NaN stays.
   __device__ float logit(float qk, int row, int column) const {
-    float z = qk * scale;
-    if (softcap > 0) z = apply_softcap(z, softcap);
-    if (bias) {
+    float z = qk * p.scale;
+    if (p.softcap > 0) z = apply_softcap(z, p.softcap);
+    if (p.bias) {
       z += bias_at(row, column);
       z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
     }
-    if (has_slope) {
+    if (p.alibi_slopes) {
       const float d = distance(row, column);
       z = is_beyond_window(d) ? -infinity() : fmaf(-slope, d, z);
     }
@@ -84,18 +85,14 @@ struct ScoreMod {
   // log2e would not); -inf hides the pair.
   __device__ float softmax_exponent(float z) const {
     const float t = z * kLog2e;
-    if (!bias || z < -kFloatMax) return t;
+    if (!p.bias || z < -kFloatMax) return t;
     return t > kFloatMax ? kFloatMax : t < -kFloatMax ? -kFloatMax : t;
   }
 
-  float scale, softcap, slope, constant;
+  const AttentionParams& p;
+  float slope, constant;
   int diagonal, rows, columns;
-  const void* bias;
-  DType bias_dtype;
-  int64_t bias_start, bias_q, bias_k;
-  bool has_slope, manhattan;
-  int width;     // of the grid, 0 if none
-  float window;  // of distances on the grid, < 0: none
+  int64_t bias_start;
 };
 
 inline bool needs_general(const AttentionParams& p) {
