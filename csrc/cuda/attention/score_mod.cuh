@@ -18,8 +18,8 @@ __device__ __forceinline__ float apply_softcap(float z, float cap, float unit = 
   return unit * cap * tanhf(z / cap);
 }
 
-// Softcap, bias and slope of one head: what needs more than scale and constant. What all heads share
-// is read from the parameters, where it takes no registers.
+// Softcap, bias and slope of one head: what needs more than scale and constant. What all heads
+// share is read from the parameters, where it takes no registers.
 struct ScoreMod {
   __device__ ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s,
                       float constant)
