@@ -150,6 +150,8 @@ def test_no_pictures(layout):
         (lambda: small()(torch.zeros(3, 8, 8)), "x: must have shape [B, 3, Y, X]; got [3, 8, 8]"),
         (lambda: small(layout="swin")(torch.zeros(1, 3, 8, 40)),
          "x: must have at least 32 pixels a side; got [8, 40]"),
+        (lambda: small()(torch.zeros(1, 3, 32, 20)),
+         "x: must be more than one image of up to 32 x 32 pixels in training, for its norms; got"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(call, error):

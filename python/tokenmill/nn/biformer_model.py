@@ -162,6 +162,9 @@ class BiFormer(nn.Module):
         if min(x.shape[2:]) < self.least:
             rule = f"must have at least {self.least} pixels a side"
             fail(NAME, "x", rule, list(x.shape[2:]))
+        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= 32:
+            rule = "must be more than one image of up to 32 x 32 pixels in training, for its norms"
+            fail(NAME, "x", rule, x.shape)
         maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))
