@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .._check import as_int, as_number, check, check_bool, fail
+from .._check import as_int, check, check_bool, fail
 from .biformer import AttentionLePE, BiFormerAttention, Padding
-from .rules import DropPath, begin, check_chance, check_input, drop_chances
+from .rules import DropPath, begin, check_chance, check_input, check_mlp_ratio, drop_chances
 
 NAME = "nn.BiFormer"
 STAGES = 4
@@ -115,10 +115,7 @@ class BiFormer(nn.Module):
             check(1 <= dim < 2**24, NAME, "channels", "must be 1 to 2^24 - 1", dim)
         if channels[0] < 2:
             fail(NAME, "channels", "must begin with 2 or more", channels)
-        mlp_ratio = as_number(NAME, "mlp_ratio", mlp_ratio)
-        rule = "must leave 1 to 2^31 - 1 hidden channels"
-        held = mlp_ratio * min(channels) >= 1 and mlp_ratio * max(channels) < 2**31
-        check(held, NAME, "mlp_ratio", rule, mlp_ratio)
+        mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, *channels)
         drop_path = check_chance(NAME, "drop_path", drop_path)
         in_channels = as_int(NAME, "in_channels", in_channels)
         check(1 <= in_channels < 2**31, NAME, "in_channels", "must be 1 to 2^31 - 1", in_channels)

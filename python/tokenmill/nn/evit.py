@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from .._check import as_int, as_number, check, check_bool, fail
 from ..dense.attention import attention
 from .class_token import EViTReorganize
-from .rules import DropPath, begin, check_chance, check_heads, check_input, drop_chances
+from .rules import (
+    DropPath,
+    begin,
+    check_chance,
+    check_heads,
+    check_input,
+    check_mlp_ratio,
+    drop_chances,
+)
 
 NAME, SCHEDULE = "nn.EViTEncoder", "nn.keep_rate_schedule"
 
@@ -97,9 +105,7 @@ class EViTEncoder(nn.Module):
         rising = all(i < j for i, j in zip([-1, *layers], [*layers, depth], strict=True))
         check(rising, NAME, "layers", f"must ascend from 0 to {depth - 1} at most", layers)
         check_bool(NAME, "qkv_bias", qkv_bias)
-        mlp_ratio = as_number(NAME, "mlp_ratio", mlp_ratio)
-        held = 1 <= mlp_ratio * dim < 2**31
-        check(held, NAME, "mlp_ratio", "must leave 1 to 2^31 - 1 hidden channels", mlp_ratio)
+        mlp_ratio = check_mlp_ratio(NAME, mlp_ratio, dim)
         chances = drop_chances(check_chance(NAME, "drop_path", drop_path), depth)
         self.num_heads, self.layers, self.backend = num_heads, tuple(layers), backend
         self.blocks = nn.ModuleList(

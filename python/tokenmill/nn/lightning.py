@@ -13,7 +13,7 @@ from .._check import as_int, as_number, check, check_device_of, check_tensor, fa
 from ..linear.lightning_slopes import lightning_slopes
 from ..linear.linear_attention import lightning_attention
 from ..linear.linear_attention_decode import linear_attention_decode
-from .rules import check_input
+from .rules import check_input, check_wide_heads
 
 NAME, STATE = "nn.LightningAttention", "nn.LightningState"
 
@@ -113,16 +113,7 @@ class LightningAttention(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        dim, num_heads = as_int(NAME, "dim", dim), as_int(NAME, "num_heads", num_heads)
-        check(1 <= dim < 2**31, NAME, "dim", "must be 1 to 2^31 - 1", dim)
-        check(1 <= num_heads <= 2**16, NAME, "num_heads", "must be 1 to 2^16", num_heads)
-        if head_dim is None:
-            divides = dim % num_heads == 0
-            rule = f"must divide dim, {dim}, unless head_dim is given"
-            check(divides, NAME, "num_heads", rule, num_heads)
-            head_dim = dim // num_heads
-        head_dim = as_int(NAME, "head_dim", head_dim)
-        check(1 <= head_dim <= 256, NAME, "head_dim", "must be 1 to 256", head_dim)
+        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, most=256)
         inner = num_heads * head_dim
         self.num_heads, self.head_dim, self.backend = num_heads, head_dim, backend
         self.qkv_proj = nn.Linear(dim, 3 * inner, bias=False)

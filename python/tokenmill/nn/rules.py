@@ -29,6 +29,32 @@ def check_heads(name: str, dim: int, num_heads: int) -> tuple[int, int]:
     return dim, num_heads
 
 
+def check_wide_heads(
+    name: str, dim: int, num_heads: int, head_dim: int | None, most: int
+) -> tuple[int, int, int]:
+    """Channels, heads, and the channels of a head, at most `most`; None: the heads divide those of
+    the input."""
+    dim, num_heads = as_int(name, "dim", dim), as_int(name, "num_heads", num_heads)
+    check(1 <= dim < 2**31, name, "dim", "must be 1 to 2^31 - 1", dim)
+    check(1 <= num_heads <= 2**16, name, "num_heads", "must be 1 to 2^16", num_heads)
+    if head_dim is None:
+        rule = f"must divide dim, {dim}, unless head_dim is given"
+        check(dim % num_heads == 0, name, "num_heads", rule, num_heads)
+        head_dim = dim // num_heads
+    head_dim = as_int(name, "head_dim", head_dim)
+    limit = "2^16" if most == 2**16 else str(most)
+    check(1 <= head_dim <= most, name, "head_dim", f"must be 1 to {limit}", head_dim)
+    return dim, num_heads, head_dim
+
+
+def check_mlp_ratio(name: str, mlp_ratio: float, *dims: int) -> float:
+    """Hidden channels of an MLP for each of its input, of which there are `dims`."""
+    mlp_ratio = as_number(name, "mlp_ratio", mlp_ratio)
+    held = mlp_ratio * min(dims) >= 1 and mlp_ratio * max(dims) < 2**31
+    check(held, name, "mlp_ratio", "must leave 1 to 2^31 - 1 hidden channels", mlp_ratio)
+    return mlp_ratio
+
+
 def check_chance(name: str, argument: str, chance: float) -> float:
     chance = as_number(name, argument, chance)
     check(0 <= chance < 1, name, argument, "must be at least 0 and below 1", chance)

@@ -12,8 +12,8 @@ from torch.func import grad, vmap
 from .._autocast import Autocast
 from .._check import as_int, as_number, check, check_float32
 from ..linear.titans_chunks import weights_of
-from ..linear.titans_memory import titans_memory
-from .rules import check_input
+from ..linear.titans_memory import check_chunk_size, titans_memory
+from .rules import check_input, check_wide_heads
 
 NAME = "nn.TitansMemory"
 
@@ -90,22 +90,12 @@ class TitansMemory(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        dim, num_heads = as_int(NAME, "dim", dim), as_int(NAME, "num_heads", num_heads)
-        check(1 <= dim < 2**31, NAME, "dim", "must be 1 to 2^31 - 1", dim)
-        check(1 <= num_heads <= 2**16, NAME, "num_heads", "must be 1 to 2^16", num_heads)
-        if head_dim is None:
-            divides = dim % num_heads == 0
-            rule = f"must divide dim, {dim}, unless head_dim is given"
-            check(divides, NAME, "num_heads", rule, num_heads)
-            head_dim = dim // num_heads
-        head_dim = as_int(NAME, "head_dim", head_dim)
-        check(1 <= head_dim <= 2**16, NAME, "head_dim", "must be 1 to 2^16", head_dim)
+        dim, num_heads, head_dim = check_wide_heads(NAME, dim, num_heads, head_dim, most=2**16)
         small = {"depth": depth, "expansion": expansion, "conv_size": conv_size}
         for name, size in small.items():
             small[name] = as_int(NAME, name, size)
             check(1 <= small[name] <= 64, NAME, name, "must be 1 to 64", small[name])
-        chunk_size = as_int(NAME, "chunk_size", chunk_size)
-        check(chunk_size > 0, NAME, "chunk_size", "must be at least 1", chunk_size)
+        chunk_size = check_chunk_size(NAME, chunk_size)
         max_step = 2 / head_dim if max_step is None else as_number(NAME, "max_step", max_step)
         check_float32(NAME, "max_step", max_step)
         inner = num_heads * head_dim
