@@ -92,25 +92,29 @@ def check_decode(
     *,
     float64: bool = False,
 ) -> None:
-    op, batch = DECODE, q.shape[0] if q.dim() else 0
+    op = DECODE
     _check_inputs(op, q, k, v, log_decay, feature_map, scale, False, float64)
     head = _head_state(q, v, feature_map, normalize)
     if state.dim() != 4 or tuple(state.shape[1:]) != head:
         rule = f"must have shape [slots, {', '.join(map(str, head))}]"
         fail(op, "state", rule, state.shape)
     _check_state(op, "state", state, q)
-    if state_indices is None:
-        if state.shape[0] < batch:
-            rule = f"must have a slot for each sequence, {batch}, without state_indices"
-            fail(op, "state", rule, state.shape[0])
-    else:
-        check_slots(op, state_indices, q)
+    check_slots(op, "state", state, state_indices, q)
     read = {"q": q, "k": k, "v": v, "log_decay": log_decay, "state_indices": state_indices}
     check_written(op, "state", state, read)
 
 
-def check_slots(op: str, state_indices: Tensor, q: Tensor) -> None:
-    dtype, batch = state_indices.dtype, q.shape[0]
+def check_slots(
+    op: str, argument: str, state: Tensor, state_indices: Tensor | None, q: Tensor
+) -> None:
+    """Slots of states, and which of them the requests have."""
+    batch = q.shape[0]
+    if state_indices is None:
+        if state.shape[0] < batch:
+            rule = f"must have a slot for each sequence, {batch}, without state_indices"
+            fail(op, argument, rule, state.shape[0])
+        return
+    dtype = state_indices.dtype
     check(dtype == torch.int32, op, "state_indices", "must be int32", dtype)
     if tuple(state_indices.shape) != (batch,):
         fail(op, "state_indices", f"must have shape [{batch}]", state_indices.shape)

@@ -86,11 +86,7 @@ def titans_memory_decode(
     _check_states(states, filled, q, v)
     batch, slots, wide = q.shape[0], memory.shape[0], memory.dtype
     check_tensor(OP, "state_indices", state_indices, optional=True)
-    if state_indices is not None:
-        check_slots(OP, state_indices, q)
-    elif slots < batch:
-        rule = f"must have a slot for each sequence, {batch}, without state_indices"
-        fail(OP, "start", rule, slots)
+    check_slots(OP, "start", start, state_indices, q)
     inputs = {"q": q, "k": k, "v": v, **gates}
     written = {**states, "filled": filled}
     for name, t in written.items():
