@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._check import check, check_text
+from .._check import check
 from ..sparse.hip_attention import HipLists, hip_attention
-from .policy import Keeping
+from .policy import HEAD_REDUCE, Keeping, Lists
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class HiP(Keeping):
     num_recent: int = 256
     dense_layers: int = 3
     refresh_interval: int = 8
-    lists: Literal["query", "key"] = "query"
+    lists: Lists = "query"
     _LEAST: ClassVar[dict[str, int]] = {
         "budget": 1, "block_q": 1, "block_k": 1, "stride_q": 1, "num_recent": 1,
         "refresh_interval": 1,
@@ -58,9 +58,6 @@ class HiP(Keeping):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_text(self._name, "lists", self.lists)
-        known = self.lists in ("query", "key")
-        check(known, self._name, "lists", "must be 'query' or 'key'", self.lists)
         rule = f"must be a multiple of block_k, {self.block_k}"
         check(self.budget % self.block_k == 0, self._name, "budget", rule, self.budget)
         rule = f"must be at most num_recent, {self.num_recent}"
@@ -122,7 +119,7 @@ class HiP(Keeping):
         return hip_attention(
             q, k, v, budget=self.budget, block_q=self.block_q, block_k=self.block_k,
             stride_q=self.stride_q, num_sink=self.num_sink, num_recent=self.num_recent,
-            head_reduce="none" if self.lists == "query" else "group_max", scale=self.scale,
+            head_reduce=HEAD_REDUCE[self.lists], scale=self.scale,
             seqlens_k=n, block_table=block_table, lists=found,
             refresh_interval=None if found is None else self.refresh_interval,
             backend=self.backend,

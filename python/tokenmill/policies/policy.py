@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._check import as_int, as_number, check, check_bool, check_device_of_q, check_tensor
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_device_of_q,
+    check_tensor,
+    check_text,
+)
 from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
+from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
 from .cache import KVCache
+
+# Each query head or each key head has a list of its own: the head_reduce of the scores for each.
+Lists = Literal["query", "key"]
+HEAD_REDUCE: dict[Lists, HeadReduce] = {"query": "none", "key": "group_max"}
 
 
 @dataclass(eq=False)
@@ -74,6 +87,9 @@ class Policy:
                 check(0 <= value <= 1, self._name, name, rule, value)
             elif entry.type == "float" or (entry.type == "float | None" and value is not None):
                 value = as_number(self._name, name, value)
+            elif entry.type == "Lists":
+                check_text(self._name, name, value)
+                check(value in HEAD_REDUCE, self._name, name, "must be 'query' or 'key'", value)
             elif entry.type == "bool":
                 check_bool(self._name, name, value)
             setattr(self, name, value)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._check import check, check_text, fail
+from .._check import fail
 from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
-from .policy import Keeping, rows_of, span
+from .policy import HEAD_REDUCE, Keeping, Lists, rows_of, span
 
 
 @dataclass(eq=False)
@@ -43,14 +43,8 @@ class TidalDecode(Keeping):
     budget: int = 256
     first: int = 2
     correction: int = 9
-    lists: Literal["query", "key"] = "query"
+    lists: Lists = "query"
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "first": -1, "correction": -1}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_text(self._name, "lists", self.lists)
-        known = self.lists in ("query", "key")
-        check(known, self._name, "lists", "must be 'query' or 'key'", self.lists)
 
     def correct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Recomputes the last tokens of each request: full attention in every layer, whose keys and
@@ -84,7 +78,7 @@ class TidalDecode(Keeping):
     def _select(self, q: Tensor) -> Tensor:
         cache = self.cache
         logits = kv_block_scores(
-            q, cache.k, head_reduce="none" if self.lists == "query" else "group_max",
+            q, cache.k, head_reduce=HEAD_REDUCE[self.lists],
             scale=self.scale, num_recent=1, seqlens_k=cache.lengths, block_table=cache.block_table,
             backend=self.backend,
         )  # fmt: skip
