@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..testing import map_tensors
+
 End = Literal["front", "back"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -35,17 +37,12 @@ class Guard:
 
     def __call__(self, value: Any) -> Any:
         """Tensors, also those inside tuples, lists and dicts, replaced by their copies."""
-        if isinstance(value, Tensor):
-            if id(value) not in self._copies:
-                self._copies[id(value)] = (value, self._place(value))
-            return self._copies[id(value)][1]
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self(v) for v in value))
-        if type(value) in (tuple, list):
-            return type(value)(self(v) for v in value)
-        if isinstance(value, dict):
-            return {k: self(v) for k, v in value.items()}
-        return value
+        return map_tensors(value, self._copy)
+
+    def _copy(self, t: Tensor) -> Tensor:
+        if id(t) not in self._copies:
+            self._copies[id(t)] = (t, self._place(t))
+        return self._copies[id(t)][1]
 
     def _place(self, t: Tensor) -> Tensor:
         """Only plain tensors that own all they show; others stay as they are."""
