@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +76,16 @@ def run(policy: policies.Policy, tokens: Tokens) -> Tensor:
                 want = attend(q[i, h], k[: i + 1, h // GROUP], v[: i + 1, h // GROUP])
                 torch.testing.assert_close(out[b, i, h].double(), want, rtol=0, atol=1e-5)
     return torch.cat([policy.step(*step)[None, :, 0] for step in tokens.steps])
+
+
+def assert_steps(policy: policies.Policy, tokens: Tokens, literals: Sequence[Any]) -> None:
+    """Each step is that of the literal of each request, which is given its keys so far."""
+    for t, step in enumerate(tokens.steps):
+        out = policy.step(*step)
+        for b, n in enumerate(LENGTHS):
+            q, k, v = tokens.of(b)
+            want = literals[b].step(q[n + t], k[: n + t + 1], v[: n + t + 1])
+            torch.testing.assert_close(out[b, 0].double(), want, rtol=0, atol=2e-5)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, more: Tensor | None = None) -> Tensor:

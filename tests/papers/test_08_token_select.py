@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_inputs import DV, LENGTHS, D, draw, new_cache, rotation
+from policy_inputs import DV, LENGTHS, D, assert_steps, draw, new_cache, rotation
 from tensors import device_of, each_backend
 from torch import Tensor
 
@@ -98,12 +98,7 @@ def test_requests_of_different_lengths(page, kernel, rope):
     for b, n in enumerate(LENGTHS):
         want = literals[b].prompt(*(t[:n] for t in tokens.of(b)))
         torch.testing.assert_close(out[b, :n].double(), want, rtol=0, atol=2e-5)
-    for t, step in enumerate(tokens.steps):
-        out = policy.step(*step)
-        for b, n in enumerate(LENGTHS):
-            q, k, v = tokens.of(b)
-            want = literals[b].step(q[n + t], k[: n + t + 1], v[: n + t + 1])
-            torch.testing.assert_close(out[b, 0].double(), want, rtol=0, atol=2e-5)
+    assert_steps(policy, tokens, literals)
     assert any(literals[0].served) and not all(literals[0].served)
 
 

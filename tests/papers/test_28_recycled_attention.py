@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_inputs import DV, GROUP, HK, LENGTHS, SCALE, STEPS, D, best, draw, new_cache, over
+from policy_inputs import (
+    DV,
+    GROUP,
+    HK,
+    LENGTHS,
+    SCALE,
+    STEPS,
+    D,
+    assert_steps,
+    best,
+    draw,
+    new_cache,
+    over,
+)
 from policy_inputs import H as HEADS
 
 from tokenmill import policies
@@ -48,12 +61,7 @@ def test_schedules(page, stride, threshold, budget):
     tokens = draw(alike=0.5)
     policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))
     literals = [Literal(budget, stride, threshold) for _ in LENGTHS]
-    for t, step in enumerate(tokens.steps):
-        out = policy.step(*step)
-        for b, n in enumerate(LENGTHS):
-            q, k, v = tokens.of(b)
-            want = literals[b].step(q[n + t], k[: n + t + 1], v[: n + t + 1])
-            torch.testing.assert_close(out[b, 0].double(), want, rtol=0, atol=2e-5)
+    assert_steps(policy, tokens, literals)
     schedules = [literal.full for literal in literals]
     if threshold == 0.7:  # each request has its own, which is not that of the stride
         assert schedules[0] != schedules[1] and sum(schedules[0]) < STEPS
