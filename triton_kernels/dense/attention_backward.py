@@ -197,16 +197,12 @@ def queries_kernel(
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(first + BLOCK_M, sequence.q_length) - 1
     rules = rules_of(mask, i_b, i_h, sequence, tokens_q, tokens_k, RANGES)
-    parts = visible_parts(
+    band = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
     width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
-    p_list = None
-    if lists.data is not None:
-        p_list = list_of(
-            lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M
-        )
-        parts = listed_parts(p_list)
+    p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
+    parts = listed_parts(p_list, band)
     ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):
@@ -301,16 +297,14 @@ def keys_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     last = tl.minimum(first + BLOCK_N, sequence.k_length) - 1
     # Key j is seen by queries j - diagonal - right up to j - diagonal + left.
-    parts = visible_parts(
+    band = visible_parts(
         first, last, -sequence.diagonal, window.right, window.left, sequence.q_length, BLOCK_M
     )
     width = COUNTS + tl.cdiv(longest_q, BLOCK_M)
-    p_list = None
-    if lists.data is not None:
-        p_list = list_of(
-            lists, width, cu_seqlens_k, i_b, i_kv, blocks, first, sequence.k_start, BLOCK_N
-        )
-        parts = listed_parts(p_list)
+    p_list = list_of(
+        lists, width, cu_seqlens_k, i_b, i_kv, blocks, first, sequence.k_start, BLOCK_N
+    )
+    parts = listed_parts(p_list, band)
     ENTRY: tl.constexpr = BLOCK_M if lists.data is None else 1
     for PART in tl.static_range(1 if window.right is None or p_list is not None else 0, 3):
         # One loop over heads and their blocks, so that loads run ahead across heads.

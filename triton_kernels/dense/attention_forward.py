@@ -203,14 +203,9 @@ def attention_kernel(
     band = visible_parts(
         first, last, sequence.diagonal, window.left, window.right, sequence.k_length, BLOCK_N
     )
-    parts = band
     width = COUNTS + tl.cdiv(longest_k, BLOCK_N)
-    p_list = None
-    if lists.data is not None:
-        p_list = list_of(
-            lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M
-        )
-        parts = listed_parts(p_list)
+    p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
+    parts = listed_parts(p_list, band)
     ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):

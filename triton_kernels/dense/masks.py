@@ -172,19 +172,26 @@ def list_reached(p_list, begin, end, rules, reach, BLOCK: tl.constexpr, TILES: t
 
 @triton.jit
 def list_of(lists, width, cu_seqlens, i_b, i_h, blocks, first, start, BLOCK: tl.constexpr):
-    """That of the block of a sequence that begins with row first. Each packed sequence has one list
-    more than whole blocks."""
-    i_list = i_b * lists.batch
-    if cu_seqlens is None:
-        i_list *= blocks
-    i_list = (i_list + (start // BLOCK + first // BLOCK)) * lists.heads + i_h * lists.head
-    return lists.data + i_list * width
+    """That of the block of a sequence that begins with row first, or None. Each packed sequence has
+    one list more than whole blocks."""
+    p_list = None
+    if lists.data is not None:
+        i_list = i_b * lists.batch
+        if cu_seqlens is None:
+            i_list *= blocks
+        i_list = (i_list + (start // BLOCK + first // BLOCK)) * lists.heads + i_h * lists.head
+        p_list = lists.data + i_list * width
+    return p_list
 
 
 @triton.jit
-def listed_parts(p_list):
-    """As visible_parts, in entries of a list: part 1 is seen in whole, part 2 in part."""
-    return 0, -tl.load(p_list + 1), 0, tl.load(p_list)
+def listed_parts(p_list, band):
+    """As visible_parts, in entries of a list: part 1 is seen in whole, part 2 in part. Without a
+    list those of the band, in rows."""
+    parts = band
+    if p_list is not None:
+        parts = 0, -tl.load(p_list + 1), 0, tl.load(p_list)
+    return parts
 
 
 @triton.jit
