@@ -8,6 +8,7 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/array.h"
@@ -108,6 +109,18 @@ void check(bool ok, std::string_view op, std::string_view argument, const Rule<P
            const Value& value) {
   if (!ok) [[unlikely]]
     fail(op, argument, rule.text(), show(value));
+}
+
+// The value of a name; the rule that others break lists all names.
+template <typename Value, size_t kCount>
+Value choose(std::string_view op, std::string_view argument,
+             const std::pair<std::string_view, Value> (&all)[kCount], std::string_view name) {
+  for (const auto& [known, value] : all)
+    if (name == known) return value;
+  std::string rule = "must be ";
+  for (size_t i = 0; i < kCount; ++i)
+    rule += (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") + show(all[i].first);
+  fail(op, argument, rule, show(name));
 }
 
 }  // namespace tokenmill

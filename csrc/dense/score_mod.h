@@ -19,10 +19,7 @@ inline ScoreMap map_of(const char* op, std::string_view kind) {
       {"softmax", ScoreMap::softmax}, {"sigmoid", ScoreMap::sigmoid},
       {"relu", ScoreMap::relu},       {"elu1", ScoreMap::elu1},
       {"linear", ScoreMap::linear},   {"taylor2", ScoreMap::taylor2}};
-  for (auto [name, map] : all)
-    if (kind == name) return map;
-  fail(op, "kind", "must be 'softmax', 'sigmoid', 'relu', 'elu1', 'linear' or 'taylor2'",
-       show(kind));
+  return choose(op, "kind", all, kind);
 }
 
 inline Normalize normalize_of(const char* op, std::string_view normalize, ScoreMap map) {

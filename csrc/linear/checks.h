@@ -2,23 +2,11 @@
 // its order and words.
 #pragma once
 #include <cmath>
-#include <optional>
 
 #include "core/qkv.h"
 #include "linear/params.h"
 
 namespace tokenmill {
-
-inline std::optional<FeatureMap> feature_map_of(std::string_view name) {
-  constexpr std::pair<const char*, FeatureMap> kMaps[] = {{"identity", FeatureMap::identity},
-                                                          {"elu1", FeatureMap::elu1},
-                                                          {"relu", FeatureMap::relu},
-                                                          {"silu", FeatureMap::silu},
-                                                          {"taylor2", FeatureMap::taylor2}};
-  for (auto [known, map] : kMaps)
-    if (name == known) return map;
-  return std::nullopt;
-}
 
 inline FeatureMap check_linear_inputs(const char* op, const View& q, const View& k, const View& v,
                                       const View& log_decay, std::string_view feature_map,
@@ -26,10 +14,13 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
   check_qkv(op, q, k, v, packed ? 3 : 4);
   check(k.size(-3) == q.size(-3), op, "k", Rule("must have the length of q, ", q.size(-3)),
         k.size(-3));
-  const std::optional<FeatureMap> map = feature_map_of(feature_map);
-  check(map.has_value(), op, "feature_map",
-        "must be 'identity', 'elu1', 'relu', 'silu' or 'taylor2'", feature_map);
-  check(*map != FeatureMap::taylor2 || q.size(-1) <= kMaxTaylorHeadDim, op, "q",
+  constexpr std::pair<std::string_view, FeatureMap> kMaps[] = {{"identity", FeatureMap::identity},
+                                                               {"elu1", FeatureMap::elu1},
+                                                               {"relu", FeatureMap::relu},
+                                                               {"silu", FeatureMap::silu},
+                                                               {"taylor2", FeatureMap::taylor2}};
+  const FeatureMap map = choose(op, "feature_map", kMaps, feature_map);
+  check(map != FeatureMap::taylor2 || q.size(-1) <= kMaxTaylorHeadDim, op, "q",
         Rule("must have a head dimension of 1 to ", kMaxTaylorHeadDim, " with 'taylor2'"),
         q.size(-1));
   check(std::isfinite(scale), op, "scale", "must be finite", scale);
@@ -41,7 +32,7 @@ inline FeatureMap check_linear_inputs(const char* op, const View& q, const View&
           log_decay.dtype);
     check_device_of_q(op, "log_decay", log_decay, q);
   }
-  return *map;
+  return map;
 }
 
 inline void check_state(const char* op, const char* name, const View& t, const View& q) {

@@ -10,6 +10,15 @@ namespace {
 
 constexpr const char* kOp = "attention_column_scores";
 
+constexpr std::pair<std::string_view, ColumnReduce> kReduces[] = {
+    {"sum", ColumnReduce::sum},
+    {"mean", ColumnReduce::mean},
+    {"visible_mean", ColumnReduce::visible_mean}};
+constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
+    {"none", HeadReduce::none},
+    {"group_mean", HeadReduce::group_mean},
+    {"group_max", HeadReduce::group_max}};
+
 void run(ColumnScoresParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) {
@@ -50,20 +59,12 @@ Array attention_column_scores(const AttentionColumnScoresArgs& a) {
   set_lse(kOp, a.lse, a.q, p);
   if (a.lse) check(a.gumbel_tau == 0, kOp, "lse", "goes without gumbel_tau", a.lse.sizes);
   check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
-  check(a.reduce == "sum" || a.reduce == "mean" || a.reduce == "visible_mean", kOp, "reduce",
-        "must be 'sum', 'mean' or 'visible_mean'", a.reduce);
+  p.reduce = choose(kOp, "reduce", kReduces, a.reduce);
   check(!a.window_queries || *a.window_queries >= 1, kOp, "window_queries", "must be at least 1",
         a.window_queries.value_or(0));
-  check(a.head_reduce == "none" || a.head_reduce == "group_mean" || a.head_reduce == "group_max",
-        kOp, "head_reduce", "must be 'none', 'group_mean' or 'group_max'", a.head_reduce);
+  p.head_reduce = choose(kOp, "head_reduce", kHeadReduces, a.head_reduce);
   p.scale = static_cast<float>(scale_of(a));
   p.causal = a.causal;
-  p.reduce = a.reduce == "sum"    ? ColumnReduce::sum
-             : a.reduce == "mean" ? ColumnReduce::mean
-                                  : ColumnReduce::visible_mean;
-  p.head_reduce = a.head_reduce == "none"         ? HeadReduce::none
-                  : a.head_reduce == "group_mean" ? HeadReduce::group_mean
-                                                  : HeadReduce::group_max;
   p.window_queries = std::min(a.window_queries.value_or(p.seqlen_q), p.seqlen_q);
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
   p.query_lengths = per_request(kOp, "seqlens_q", a.seqlens_q, p.batch, "k", a.k);

@@ -33,16 +33,11 @@ struct AttentionRowScoresArgs : Record {
   View seqlens_k;
 };
 
-RowReduce reduce_of(std::string_view reduce) {
-  constexpr std::pair<std::string_view, RowReduce> all[] = {{"none", RowReduce::none},
-                                                            {"sum", RowReduce::sum},
-                                                            {"mean", RowReduce::mean},
-                                                            {"max", RowReduce::max},
-                                                            {"argmax", RowReduce::argmax}};
-  for (auto [name, value] : all)
-    if (reduce == name) return value;
-  fail(kOp, "reduce", "must be 'none', 'sum', 'mean', 'max' or 'argmax'", show(reduce));
-}
+constexpr std::pair<std::string_view, RowReduce> kReduces[] = {{"none", RowReduce::none},
+                                                               {"sum", RowReduce::sum},
+                                                               {"mean", RowReduce::mean},
+                                                               {"max", RowReduce::max},
+                                                               {"argmax", RowReduce::argmax}};
 
 // The checks are those of python/tokenmill/select/attention_row_scores.py, in its order and words.
 Array attention_row_scores(const AttentionRowScoresArgs& a) {
@@ -59,7 +54,7 @@ Array attention_row_scores(const AttentionRowScoresArgs& a) {
   p.k = rows_of(a.k, false);
   set_lse(kOp, a.lse, a.q, p);
   check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
-  p.reduce = reduce_of(a.reduce);
+  p.reduce = choose(kOp, "reduce", kReduces, a.reduce);
   check(a.skip >= 0 && a.skip <= p.seqlen_k, kOp, "skip",
         Rule("must be 0 to the number of keys, ", p.seqlen_k), a.skip);
   p.scale = static_cast<float>(scale_of(a));

@@ -14,8 +14,9 @@ inline PoolParams pool_params(const char* op, const View& k, int64_t block, std:
   check(is_kernel_dtype(k.dtype), op, "k", "must be float16, bfloat16 or float32", k.dtype);
   check_last_contiguous(op, "k", k);
   check(block >= 1 && block < (int64_t{1} << 31), op, "block", "must be 1 to 2^31 - 1", block);
-  check(mode == "mean" || mode == "max" || mode == "minmax", op, "mode",
-        "must be 'mean', 'max' or 'minmax'", mode);
+  constexpr std::pair<std::string_view, PoolMode> kModes[] = {
+      {"mean", PoolMode::mean}, {"max", PoolMode::max}, {"minmax", PoolMode::minmax}};
+  const PoolMode chosen = choose(op, "mode", kModes, mode);
   check_block_table(op, block_table, k);
   PoolParams p{};
   p.batch = batch_of(k, block_table);
@@ -23,7 +24,7 @@ inline PoolParams pool_params(const char* op, const View& k, int64_t block, std:
   p.kv_heads = k.size(2);
   p.head_dim = k.size(3);
   p.block = block;
-  p.mode = mode == "mean" ? PoolMode::mean : mode == "max" ? PoolMode::max : PoolMode::minmax;
+  p.mode = chosen;
   p.dtype = to_dtype(k.dtype);
   p.k = key_rows(k, block_table);
   p.blocks = ceil_div(p.k.rows, block);

@@ -7,6 +7,11 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "hip_block_select";
+
+constexpr std::pair<std::string_view, Representative> kRepresentatives[] = {
+    {"first", Representative::first},
+    {"middle", Representative::middle},
+    {"last", Representative::last}};
 constexpr int64_t kMaxBlock = 128;    // keys of a block
 constexpr int64_t kMaxBlocks = 2048;  // of a list
 constexpr int64_t kNever = int64_t{1} << 32;
@@ -77,8 +82,8 @@ std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   const int64_t wanted = a.budget / a.block_k;
   check(a.budget % a.block_k == 0 && wanted >= 1 && wanted <= kMaxBlocks, kOp, "budget",
         Rule("must be a multiple of block_k, from 1 to ", kMaxBlocks, " times"), a.budget);
-  check(a.representative == "first" || a.representative == "middle" || a.representative == "last",
-        kOp, "representative", "must be 'first', 'middle' or 'last'", a.representative);
+  const Representative representative =
+      choose(kOp, "representative", kRepresentatives, a.representative);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   check(a.bound == "sample" || a.bound == "minmax", kOp, "bound", "must be 'sample' or 'minmax'",
@@ -100,9 +105,7 @@ std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   p.wanted = wanted;
   p.num_sink = std::min(a.num_sink, kNever);
   p.num_recent = std::min(a.num_recent, kNever);
-  p.representative = a.representative == "first"  ? Representative::first
-                     : a.representative == "last" ? Representative::last
-                                                  : Representative::middle;
+  p.representative = representative;
   p.exact = a.bound == "minmax";
   p.causal = a.causal;
   p.dtype = to_dtype(a.q.dtype);

@@ -11,17 +11,11 @@ namespace {
 
 constexpr const char* kOp = "kv_block_scores";
 
-HeadReduce to_head_reduce(std::string_view name) {
-  constexpr std::pair<const char*, HeadReduce> kAll[] = {
-      {"none", HeadReduce::none},
-      {"group_max", HeadReduce::group_max},
-      {"group_mean", HeadReduce::group_mean},
-      {"softmax_vote", HeadReduce::softmax_vote}};
-  for (const auto& [text, value] : kAll)
-    if (name == text) return value;
-  fail(kOp, "head_reduce", "must be 'none', 'group_max', 'group_mean' or 'softmax_vote'",
-       show(name));
-}
+constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
+    {"none", HeadReduce::none},
+    {"group_max", HeadReduce::group_max},
+    {"group_mean", HeadReduce::group_mean},
+    {"softmax_vote", HeadReduce::softmax_vote}};
 
 void run(BlockScoreParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
@@ -85,7 +79,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   if (a.q_reduce == "none")
     check(a.block_q == 1, kOp, "block_q", "must be 1 with q_reduce 'none'", a.block_q);
   BlockScoreParams p{};
-  p.head_reduce = to_head_reduce(a.head_reduce);
+  p.head_reduce = choose(kOp, "head_reduce", kHeadReduces, a.head_reduce);
   check(std::isfinite(scale_of(a)), kOp, "scale", "must be finite", scale_of(a));
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);

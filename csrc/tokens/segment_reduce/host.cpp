@@ -8,7 +8,9 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "segment_reduce";
-constexpr std::string_view kReduces[] = {"sum", "mean", "amax", "amin", "first", "last"};
+constexpr std::pair<std::string_view, Reduce> kReduces[] = {
+    {"sum", Reduce::sum},   {"mean", Reduce::mean},   {"amax", Reduce::amax},
+    {"amin", Reduce::amin}, {"first", Reduce::first}, {"last", Reduce::last}};
 
 struct SegmentReduceArgs : Record {
   View x, offsets, perm, weight;
@@ -25,9 +27,7 @@ SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   check_last_contiguous(kOp, "offsets", a.offsets);
   check_device_of(kOp, "offsets", a.offsets, "x", a.x);
   if (a.perm) check_indices(kOp, "perm", a.perm, batch, "x", a.x);
-  const auto* name = std::find(std::begin(kReduces), std::end(kReduces), a.reduce);
-  check(name != std::end(kReduces), kOp, "reduce",
-        "must be 'sum', 'mean', 'amax', 'amin', 'first' or 'last'", a.reduce);
+  const Reduce reduce = choose(kOp, "reduce", kReduces, a.reduce);
   if (a.weight) {
     check_like(kOp, "weight", a.weight, {batch, tokens}, ScalarType::Float, "x", a.x);
     check(a.reduce == "sum" || a.reduce == "mean", kOp, "weight",
@@ -40,7 +40,7 @@ SegmentReduceParams make_params(const SegmentReduceArgs& a) {
   p.segments = a.offsets.size(1) - 1;
   p.places = a.perm ? a.perm.size(1) : tokens;
   p.dtype = to_dtype(a.x.dtype);
-  p.reduce = static_cast<Reduce>(name - std::begin(kReduces));
+  p.reduce = reduce;
   p.x = a.x.data();
   p.x_batch = a.x.step(0);
   p.x_row = a.x.step(1);
