@@ -63,12 +63,13 @@ class DenseKeys {
     }
     if (!d_.attention.mask.q_spans) return;
     const HeadMask mask = mask_of_head(0);
+    to.ids = {};
     for (int64_t i = 0; i < kStep; ++i) {
       const Span ids = mask.key(key0 + i < last ? key0 + i : last);
       to.first[i] = ids.first;
       to.last[i] = ids.last;
+      to.ids.add(ids);
     }
-    to.ids = hull_of(range, key0);
   }
   bool skips(const KeyRange& range, int64_t key0) const {
     return d_.attention.mask.any() && mask_of_head(0).seen(queries_, hull_of(range, key0), key0,
