@@ -10,10 +10,6 @@
 
 namespace tokenmill::cuda {
 
-__device__ __forceinline__ bool hides_any(const PairMask& mask) {
-  return mask.ranges || mask.q_spans;
-}
-
 // Rows of query and key in the arrays of the mask; `key` is the position that ranges mean.
 __device__ __forceinline__ bool sees_pair(const PairMask& mask, int64_t b, int64_t h, int query_row,
                                           int key_row, int key) {

@@ -49,8 +49,11 @@ struct ScoreMod {
     const float dy = fabsf(yi - yj), dx = fabsf(fmaf(-yi, w, i) - fmaf(-yj, w, j));
     return p.grid.manhattan ? dy + dx : fmaxf(dy, dx);
   }
-  __device__ bool is_beyond_window(float distance) const {
-    return p.grid.window >= 0 && distance > static_cast<float>(p.grid.window);
+  // The logit less slope times distance, or -inf beyond the window of a grid.
+  __device__ float with_alibi(float z, int row, int column) const {
+    const float d = distance(row, column);
+    const bool beyond = p.grid.window >= 0 && d > static_cast<float>(p.grid.window);
+    return beyond ? -infinity() : fmaf(-slope, d, z);
   }
 
   __device__ float bias_at(int row, int column) const {
@@ -74,10 +77,7 @@ struct ScoreMod {
       z += bias_at(row, column);
       z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
     }
-    if (p.alibi_slopes) {
-      const float d = distance(row, column);
-      z = is_beyond_window(d) ? -infinity() : fmaf(-slope, d, z);
-    }
+    if (p.alibi_slopes) z = with_alibi(z, row, column);
     return z + constant;
   }
 
@@ -96,7 +96,7 @@ struct ScoreMod {
 };
 
 inline bool needs_general(const AttentionParams& p) {
-  return p.bias || p.alibi_slopes || p.softcap > 0 || !(p.scale > 0);
+  return p.mask.any() || p.bias || p.alibi_slopes || p.softcap > 0 || !(p.scale > 0);
 }
 
 }  // namespace tokenmill::cuda

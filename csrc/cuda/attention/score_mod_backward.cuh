@@ -155,10 +155,7 @@ struct BackwardScoreMod<Mode::general, kScale> {
     if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
     // +inf counts as the largest finite logit, which does not move.
     const bool stuck = p.bias && z >= kFloatMax;
-    if (p.alibi_slopes) {
-      const float d = distance(query, key);
-      z = mod.is_beyond_window(d) ? -infinity() : fmaf(-mod.slope, d, z);
-    }
+    if (p.alibi_slopes) z = mod.with_alibi(z, query, key);
     z += mod.constant;
     const float odds = fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f);
     Weight w;

@@ -25,8 +25,4 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
                            [&]<typename T>() { return cuda::launch_forward<T>(p, m.bounds, on); });
 }
 
-const char* launch_cuda(const AttentionParams& p, void* stream) {
-  return launch_cuda(Masked<AttentionParams>{p, {}}, stream);
-}
-
 }  // namespace tokenmill

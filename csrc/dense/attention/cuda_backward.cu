@@ -101,8 +101,4 @@ const char* launch_cuda(const Masked<AttentionBackwardParams>& m, void* stream) 
   });
 }
 
-const char* launch_cuda(const AttentionBackwardParams& p, void* stream) {
-  return launch_cuda(Masked<AttentionBackwardParams>{p, {}}, stream);
-}
-
 }  // namespace tokenmill

@@ -65,8 +65,7 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, c
 
 template <typename T, int kBucket>
 const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream) {
-  if (p.mask.any() || needs_general(p))
-    return launch_forward<T, kBucket, Weights::any, true>(p, bounds, stream);
+  if (needs_general(p)) return launch_forward<T, kBucket, Weights::any, true>(p, bounds, stream);
   if constexpr (sizeof(T) == 4) {
     return launch_forward<T, kBucket, Weights::any, false>(p, bounds, stream);
   } else {

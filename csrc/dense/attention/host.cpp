@@ -162,8 +162,8 @@ float* float_data(const View& t) { return t.mutable_data<float>(); }
 // p: of the forward, or within params.
 template <typename Params>
 void run_on_device(const AttentionParams& p, const Params& params, const View& q) {
-  if (!p.mask.any()) return launch_on_device(kOp, q, params);
-  Array bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
+  Array bounds;
+  if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
   launch_on_device(kOp, q, Masked<Params>{params, MaskBounds::at(p, bounds.mutable_data())});
 }
 #endif

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   int begin = band.begin(first_row) / Shape::kTileKeys * Shape::kTileKeys;
   int end = band.end(last_row);
   if constexpr (kGeneral)
-    if (hides_any(p.mask)) {
+    if (p.mask.any()) {
       const int first_head = in_sequence % plan.blocks_per_group * heads_per_block;
       const int heads = min(heads_per_block, group - first_head);
       cut_hidden_ends<Shape::kTileKeys>(begin, end, reinterpret_cast<int*>(shared), [&](int key0) {

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(256, 1)
     int begin = band.begin(place.first_row) & -Shape::kStep;
     int end = band.end(min(place.first_row + block_rows, rows) - 1);
     if constexpr (kMode == Mode::general)
-      if (hides_any(p.mask))
+      if (p.mask.any())
         cut_hidden_ends<kColumns>(begin, end, reinterpret_cast<int*>(shared), [&](int first) {
           const int head = static_cast<int>(kKeys ? column_head : place.first_head);
           const int heads = kKeys ? static_cast<int>(group) : heads_per_block;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(256, 1)
     const int64_t stride = second ? y.seq : x.seq;
     const int head = head_of(n), first = column_of(n, head), left = info.columns() - first;
     if constexpr (kMode == Mode::general)
-      if (hides_any(p.mask)) {
+      if (p.mask.any()) {
         const int64_t b = info.batch(), own = info.first_head();
         const int own_head = static_cast<int>(kKeys ? own * (p.heads / p.kv_heads) + head : own);
         const int heads = kKeys ? 1 : heads_per_block;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(256, 1)
     }
     const PairAddresses addresses = worker.addresses(stage_of(n));
     if constexpr (kParksConstant) score_mod.constant = __uint_as_float(addresses.statistics);
-    const bool masked = kMode == Mode::general && hides_any(p.mask);
+    const bool masked = kMode == Mode::general && p.mask.any();
     if (!masked && info.all_see(worker.pair, first, first + kColumns - 1))
       worker.template run_tile<false>(score_mod, addresses, first);
     else if (info.sees(worker.pair, first, first + kColumns - 1))

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBiasThreads, 6)
   const int own_column = static_cast<int>(tile % column_tiles) * kBiasColumns;
   const int64_t heads = bp.dbias_head ? 1 : p.heads, batches = bp.dbias_batch ? 1 : p.batch;
 
-  const bool masked = hides_any(p.mask);
+  const bool masked = p.mask.any();
   float sum[2][4] = {};
   int rows = 0, columns = 0;
   for (int64_t b = own_batch; b < own_batch + batches; ++b) {

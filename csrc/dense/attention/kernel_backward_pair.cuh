@@ -407,7 +407,7 @@ struct PairWorker {
   static constexpr int kWholeAt = 16;
   __device__ __forceinline__ unsigned shown_blocks(const Mod& score_mod, int column,
                                                    unsigned active) const {
-    if (!hides_any(p.mask)) return active | active << kWholeAt;
+    if (!p.mask.any()) return active | active << kWholeAt;
     Sight sight{false, false};
     if (lane < kTiles && active >> lane & 1) {
       const int row = first_row + 16 * lane;

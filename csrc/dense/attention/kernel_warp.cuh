@@ -153,7 +153,7 @@ class ForwardWarp {
   // What the mask shows of a tile: for kMaskedKeys keys and row tile m bits m (some pairs) and
   // 16 + m (all of them), kRowTiles higher for those behind them.
   __device__ __forceinline__ void find_sights(int key0) const {
-    if (!kGeneral || !hides_any(mask_)) return;
+    if (!kGeneral || !mask_.any()) return;
     const WarpPlace own = place();
     const int lane = threadIdx.x % kWarpSize, row = own.first + lane % kRowTiles * 16;
     const int key = key0 + lane / kRowTiles * kMaskedKeys;
@@ -167,7 +167,7 @@ class ForwardWarp {
   }
   // Whether any warp sees some of a tile. All have found that out.
   __device__ __forceinline__ bool block_sees(int key0) const {
-    if (!kGeneral || !hides_any(mask_)) return true;
+    if (!kGeneral || !mask_.any()) return true;
     unsigned seen = 0;
     for (unsigned i = 0; i < blockDim.x / kWarpSize; ++i)
       seen |= load_word<0>(sights_of_tile(key0) + i * 4);
@@ -229,7 +229,7 @@ class ForwardWarp {
   // Some (kWhole: all) of the pairs of row tile kFirst and kMaskedKeys keys.
   template <int kFirst, int kAsked>
   __device__ __forceinline__ bool sees(int key0) const {
-    if (!kGeneral || !hides_any(mask_)) return true;
+    if (!kGeneral || !mask_.any()) return true;
     const int step = key0 % Shape::kTileKeys / kMaskedKeys;
     return load_word<0>(sights_address(key0)) >> (step * kRowTiles + kFirst + 16 * kAsked) & 1;
   }

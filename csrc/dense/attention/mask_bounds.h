@@ -54,7 +54,7 @@ struct MaskBounds {
   }
 };
 
-// A call with a mask.
+// A call, with memory for the bounds of its mask if it has one.
 template <typename Params>
 struct Masked {
   Params params;

@@ -21,7 +21,7 @@ struct PairMask {
   const int32_t *q_spans, *k_spans;  // [B | 1, Sq, 2], [B | 1, Sk, 2], packed [1, T, 2]
   int64_t q_spans_batch, k_spans_batch;
 
-  constexpr bool any() const { return ranges || q_spans; }
+  TOKENMILL_HOST_DEVICE constexpr bool any() const { return ranges || q_spans; }
 };
 
 // Cells that positions are: row i / width, column i % width. 0: they lie on a line.
@@ -95,10 +95,6 @@ TOKENMILL_HOST_DEVICE inline bool has_backward_statistics(const AttentionParams&
 constexpr int64_t blocks_of_sums(const AttentionParams& p) {
   return p.cu_seqlens_q ? p.seqlen_q / 16 + p.batch : ceil_div(p.seqlen_q, 16);
 }
-
-// null, or what went wrong
-const char* launch_cuda(const AttentionParams&, void* stream);
-const char* launch_cuda(const AttentionBackwardParams&, void* stream);
 
 }  // namespace tokenmill
 
