@@ -264,7 +264,7 @@ def test_compiled_functions_name_the_operator_too(transform):
         "hessian": torch.func.hessian(loss),
     }[transform]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"tokenmill\.attention: q: .*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"tokenmill\.attention: q: .*use backend="):
         compiled(torch.randn(1, 3, 1, 4))
 
 

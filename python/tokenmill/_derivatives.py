@@ -16,6 +16,7 @@ from torch._functorch.autograd_function import custom_function_call_vmap_helper
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from ._check import fail
 
@@ -32,9 +33,11 @@ def transformed() -> bool:
     return level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def autograd_function(op: TorchOp, namespace: str) -> type[torch.autograd.Function] | None:
+def autograd_function(op: TorchOp, namespace: str) -> type[_SingleLevelFunction] | None:
     """The function that runs the operator below autograd and knows its derivative; None if it has
-    none. It takes the arguments of the schema, and last the keys of a dispatch or None."""
+    none. It takes the arguments of the schema, and last the keys of a dispatch or None. Each level
+    of torch.func comes here by itself: torch.autograd.Function would start again at the uppermost.
+    """
     if op.differentiates:
         setup_context: Callable[..., Any] = _keep_nothing
         backward: Callable[..., Any] = _refuse_second(op)
@@ -59,8 +62,13 @@ def autograd_function(op: TorchOp, namespace: str) -> type[torch.autograd.Functi
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return (*backward(ops[_plain()], ctx, *grads), None)
 
-    members = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
-    return type(f"{op.name}_autograd", (torch.autograd.Function,), members)
+    members: dict[str, Callable[..., Any]] = {
+        "forward": run,
+        "backward": differentiate,
+        "_compiled_autograd_key": torch.autograd.Function._compiled_autograd_key,
+    }
+    static = {name: staticmethod(member) for name, member in members.items()}
+    return type(f"{op.name}_autograd", (_SingleLevelFunction,), static)
 
 
 class _Calls:

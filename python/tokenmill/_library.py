@@ -184,9 +184,7 @@ class TorchOp:
         has none. It takes all arguments of a call, and last the keys of a dispatch or None."""
         if namespace not in self._recorded:
             function: Any = _derivatives.autograd_function(self, namespace)
-            # Function.apply itself would start again at the uppermost level of torch.func.
-            apply = function and super(torch.autograd.Function, function).apply  # type: ignore[misc]
-            self._recorded[namespace] = apply
+            self._recorded[namespace] = function and function.apply
         found: Callable[..., Any] | None = self._recorded[namespace]
         return found
 
