@@ -225,6 +225,18 @@ def test_derivatives_at_a_logit_of_zero(kind, normalize, backend):
     assert slope.item() == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.parametrize("backend", backends("reference"))
+@pytest.mark.parametrize("logit", [1.0, -1.0])
+def test_a_sum_of_one_does_not_divide(logit, backend):
+    """Weights of either sign are divided by max(|sum|, 1): at a sum of 1 by the constant."""
+    q, k = (torch.zeros(1, 1, 1, 4, device=device_of(backend)) for _ in range(2))
+    v = torch.ones(1, 1, 1, 1, device=q.device)
+    bias = torch.full((1, 1), logit, device=q.device, requires_grad=True)
+    out = tm.attention(q, k, v, kind="linear", normalize="sum", bias=bias, backend=backend)
+    (slope,) = torch.autograd.grad(out, bias)
+    assert (out.item(), slope.item()) == (logit, 1.0)
+
+
 # --- identities -------------------------------------------------------------------------------
 
 

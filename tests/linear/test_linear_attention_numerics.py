@@ -196,6 +196,22 @@ def test_the_chunk_size_changes_rounding_alone(dtype, backend):
 
 @each_backend
 @each_map
+def test_derivatives_of_the_features_of_zero(feature_map, backend):
+    """At the bounds of elu1 and relu too. The key is 1 where the features of 0 are 0."""
+    q = torch.zeros(1, 1, 1, 4, device=device_of(backend), requires_grad=True)
+    positive = feature_map in ("elu1", "taylor2")
+    k = (q.detach() if positive else torch.ones_like(q)).requires_grad_()
+    v = torch.ones_like(q)
+    out = tm.linear_attention(q, k, v, feature_map=feature_map, scale=0.25, backend=backend)
+    dq, dk = torch.autograd.grad(out, (q, k), torch.ones_like(out))
+    sigmoid = 1 / (1 + math.exp(-1))
+    slope = {"identity": 1.0, "elu1": 1.0, "relu": 0.0, "silu": 0.5 * sigmoid, "taylor2": 0.0}
+    assert torch.allclose(dq, torch.full_like(dq, slope[feature_map]), atol=1e-6)
+    assert torch.allclose(dk, torch.full_like(dk, 1.0 if feature_map == "elu1" else 0.0), atol=1e-6)
+
+
+@each_backend
+@each_map
 def test_nan_stays_where_it_is(feature_map, backend):
     length, j = 300, 290
     if interpreted(backend):

@@ -82,7 +82,8 @@ def scores(
         z = softcap * torch.tanh(z / softcap)
     if bias is not None:
         # A bias of +inf is the largest finite logit: one such key takes all of a softmax row.
-        z = (z + bias.to(dtype)).clamp(max=torch.finfo(dtype).max)
+        z, most = z + bias.to(dtype), torch.finfo(dtype).max
+        z = torch.where(z > most, most, z)
     if alibi_slopes is not None:
         if distance is None:
             distance = relative_position(q.shape[1], k.shape[1], q.device).abs()
@@ -112,6 +113,12 @@ def softmax(z: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Te
     return e / total, lse.squeeze(-1)
 
 
+def elu1(x: Tensor) -> Tensor:
+    """e^x itself for x < 0, as elu(x) + 1 cancels. The derivative at 0 is 1; that of torch.clamp at
+    a bound is 0 or 1, by the version of torch."""
+    return torch.where(x > 0, x + 1, torch.exp(torch.where(x > 0, 0.0, x)))
+
+
 def weights(kind: str, z: Tensor, visible: Tensor) -> Tensor:
     """f(z), 0 for hidden pairs. A logit of -inf hides its pair, whatever the kind."""
     visible = visible & (z != NEG_INF)
@@ -121,7 +128,7 @@ def weights(kind: str, z: Tensor, visible: Tensor) -> Tensor:
     elif kind == "relu":
         f = torch.where(z < 0, 0.0, z)  # the derivative at 0 is 1
     elif kind == "elu1":
-        f = torch.where(z > 0, z + 1, torch.exp(z.clamp(max=0.0)))
+        f = elu1(z)
     elif kind == "linear":
         f = z
     else:
@@ -140,7 +147,10 @@ def normalized(f: Tensor, visible: Tensor, kind: str, normalize: str) -> tuple[T
         n = visible.expand_as(f).sum(-1).to(f.dtype)
         return f / n.clamp(min=1.0)[..., None], n
     s = f.sum(-1)
-    divisor = s.abs().clamp(min=1.0) if kind == "linear" else s.to(wide) + 1e-8
+    if kind == "linear":
+        divisor = torch.where(s.abs() > 1, s.abs(), 1.0)  # constant up to 1 and there
+    else:
+        divisor = s.to(wide) + 1e-8
     return (f / divisor[..., None]).to(f.dtype), s
 
 

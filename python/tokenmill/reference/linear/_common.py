@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dense._common import expand_heads
+from ..dense._common import elu1, expand_heads
 
 NORMALIZER_EPSILON = 1e-6
 
@@ -107,14 +107,9 @@ def append_ones(v: Tensor, normalize: bool) -> Tensor:
     return torch.cat([v, torch.ones_like(v[..., :1])], -1) if normalize else v
 
 
-def _elu1(x: Tensor) -> Tensor:
-    # e^x itself for x < 0: elu(x) + 1 cancels.
-    return torch.where(x > 0, x + 1, torch.exp(x.clamp(max=0)))
-
-
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
-    "elu1": _elu1,
+    "elu1": elu1,
     "relu": torch.relu,
     "silu": torch.nn.functional.silu,
 }
