@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import abi_process
 import numpy as np
 import pytest
 import toolchain
-from machine import machine
 
 NVCC = toolchain.nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -29,32 +32,41 @@ VARIANTS = {
 class Abi:
     """One build of abi.cu. Arrays are registered as global memory until they are released."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, process: ProcessPoolExecutor, path: Path, name: str) -> None:
         self.name = name
-        self.library = ctypes.CDLL(str(path))
-        self.library.text_of.restype = ctypes.c_char_p
+        self.process = process
+        self.path = str(path)
         self.arrays: list[np.ndarray] = []
 
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.process.submit(function, *arguments).result()
+
     def call(self, function: str, *arguments: np.ndarray | int) -> int:
-        values: list[ctypes.c_void_p | int] = []
-        for argument in arguments:
-            if isinstance(argument, int):
-                values.append(argument)
-                continue
-            address = ctypes.c_void_p(argument.ctypes.data)
-            if not any(argument is known for known in self.arrays):
-                machine.library.ptxvm_register(address, ctypes.c_size_t(argument.nbytes), 1)
-                self.arrays.append(argument)
-            values.append(address)
-        return int(getattr(self.library, function)(*values))
+        arrays = [x for x in arguments if not isinstance(x, int)]
+        self.arrays += arrays  # so that no other has the key of one
+        given = [x if isinstance(x, int) else (id(x), x) for x in arguments]
+        result, after = self._ask(abi_process.call, self.path, function, given)
+        for array, contents in zip(arrays, after, strict=True):
+            array[:] = contents
+        return int(result)
 
     def release(self) -> None:
-        for array in self.arrays:
-            machine.library.ptxvm_unregister(ctypes.c_void_p(array.ctypes.data))
+        self._ask(abi_process.release)
         self.arrays.clear()
 
     def text(self, error: int) -> str:
-        return str(self.library.text_of(error).decode())
+        return str(self._ask(abi_process.text, self.path, error))
+
+    def recover(self) -> None:
+        self._ask(abi_process.recover)
+
+    @contextlib.contextmanager
+    def options(self, **options: int | str) -> Iterator[None]:
+        self._ask(abi_process.set_options, options)
+        try:
+            yield
+        finally:
+            self._ask(abi_process.set_options, {})
 
 
 def compile_abi(folder: Path, flags: list[str], name: str = "abi.cu") -> Path:
@@ -65,10 +77,20 @@ def compile_abi(folder: Path, flags: list[str], name: str = "abi.cu") -> Path:
     return library
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        yield executor
+
+
 @pytest.fixture(scope="module", params=list(VARIANTS))
-def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Abi:
+def build(
+    request: pytest.FixtureRequest,
+    process: ProcessPoolExecutor,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Abi:
     folder = tmp_path_factory.mktemp("abi")
-    return Abi(compile_abi(folder, VARIANTS[request.param]), request.param)
+    return Abi(process, compile_abi(folder, VARIANTS[request.param]), request.param)
 
 
 @pytest.fixture
@@ -78,12 +100,12 @@ def abi(build: Abi) -> Iterator[Abi]:
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> Iterator[Callable[..., Abi]]:
+def built(process: ProcessPoolExecutor, tmp_path: Path) -> Iterator[Callable[..., Abi]]:
     """Compiles one more library, for one test."""
     libraries = []
 
     def build(flags: list[str], name: str = "abi.cu") -> Abi:
-        libraries.append(Abi(compile_abi(tmp_path, flags, name), name))
+        libraries.append(Abi(process, compile_abi(tmp_path, flags, name), name))
         return libraries[-1]
 
     yield build
@@ -155,7 +177,7 @@ def test_errors_are_those_of_cuda(abi: Abi) -> None:
     assert "ld.global" in abi.text(719)
     assert abi.call("texts_stay", 719) == 1
     assert abi.call("launch_add", x, b, out, len(x), 256) == 719
-    machine.library.ptxvm_recover()
+    abi.recover()
     assert abi.call("launch_add", x, b, out, len(x), 256) == 0
     assert abi.text(2) == "out of memory"
 
@@ -163,7 +185,7 @@ def test_errors_are_those_of_cuda(abi: Abi) -> None:
 def test_a_fault_is_what_every_later_call_returns(abi: Abi) -> None:
     codes = np.zeros(20, np.int32)
     n = abi.call("after_a_fault", codes)
-    machine.library.ptxvm_recover()
+    abi.recover()
     assert n == 13 and (codes[:n] == 719).all()
     assert abi.call("last_error") == 0
 
@@ -196,7 +218,7 @@ def test_devices(
 ) -> None:
     x, _, out = vectors()
     values = np.zeros(9, np.int32)
-    with machine.options(device=name):
+    with abi.options(device=name):
         assert abi.call("limits", values) == 0
         assert values.tolist() == [
             *divmod(capability, 10),
@@ -213,7 +235,7 @@ def test_devices(
         assert f"at most {shared} bytes on {name}; got {shared + 1}" in abi.text(1)
         assert abi.call("last_error") == 1
     if shared > 101376:  # what a kernel was allowed on one device does not hold on another
-        with machine.options(device="sm_86"):
+        with abi.options(device="sm_86"):
             assert abi.call("launch_sum", x, out, len(x), 256, shared, 0) == 1
 
 
@@ -246,13 +268,13 @@ def test_module_that_cannot_be_read(built: Callable[..., Abi]) -> None:
 def test_code_of_the_compiler(flag: str, built: Callable[..., Abi]) -> None:
     abi = built([PTX, flag], "language.cu")
     out, expected = (np.full(1100, np.nan, np.float32) for _ in range(2))
-    with machine.options(check=1):
+    with abi.options(check=1):
         assert abi.call("on_device", out, 900) == 0
-        abi.library.on_host(ctypes.c_void_p(expected.ctypes.data), 900)
+        abi.call("on_host", expected, 900)
         assert np.array_equal(out[:900], expected[:900])
         assert abi.call("on_device", out, 1100) == 710
     text = abi.text(710)
-    machine.library.ptxvm_recover()
+    abi.recover()
     assert text.startswith("device-side assert triggered: _Z6kernelPfi")
     assert "assertion 'i < 1000' failed at" in text
     named = re.search(r"_Z6kernelPfi, line \d+ \((\S+):(\d+)\): call", text)
