@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 import torch.autograd.forward_ad as fwd
 import torch.utils.checkpoint
 from conftest import backends, device_of
@@ -238,6 +239,21 @@ def test_a_graph_for_more_derivatives_costs_nothing_until_one_is_taken():
     assert torch.equal(found, want)
     with pytest.raises(RuntimeError, match=r"tokenmill\.attention: q: .*differentiated twice"):
         found.sum().backward()
+
+
+def test_compiled_autograd_takes_the_gradient_of_a_call():
+    """It finds the code of a backward by a key of the function that recorded it."""
+    x = torch.randn(1, 5, 2, 4, requires_grad=True)
+    (want,) = torch.autograd.grad(attend(x.sin()).sum(), x)
+    graphs = []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return graph
+
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        attend(x.sin()).sum().backward()
+    assert graphs and torch.equal(x.grad, want)
 
 
 def test_a_gradient_is_the_same_where_a_checkpoint_computes_again():

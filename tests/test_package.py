@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -56,6 +57,24 @@ def test_library_needs_only_the_stable_abi():
     names = [line.split()[-1].split("@")[0] for line in out.stdout.splitlines()]
     assert not [n for n in names if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", n)]
     assert any(n.startswith(("torch_", "aoti_torch_")) for n in names)
+
+
+def test_torch_has_the_private_names_that_the_package_uses():
+    """What it owes to no version, on paths of code that few calls take, too."""
+    used = set()
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text()
+        used.update(re.findall(r"\btorch(?:\.\w+)*\._[A-Za-z]\w*(?:\.\w+)*", source))
+        for module, names in re.findall(r"^ *from (torch[\w.]*) import ([\w, ]+)", source, re.M):
+            used.update(f"{module}.{name}" for name in names.split(", "))
+    missing = []
+    for name in sorted(n for n in used if "._" in n):
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            missing.append(name)
+    assert "torch.autograd.function._SingleLevelFunction" in used
+    assert not missing, f"torch {torch.__version__} has none of {missing}"
 
 
 def test_library_holds_no_path_of_its_builder():
