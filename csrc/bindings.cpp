@@ -10,6 +10,7 @@
 
 #include "core/driver.h"
 #include "core/exchange.h"
+#include "core/watch.h"
 
 namespace py = pybind11;
 
@@ -34,17 +35,23 @@ py::dict build_info() {
   return info;
 }
 
-// Operators of a loaded library by name. Each takes its arguments in the order of the schema or by
-// name and returns a tuple. NotImplemented: a tensor is not an ordinary one.
+// Operators of a loaded library by name, each as two functions (core/exchange.h).
 py::dict operators(const std::string& path) {
   const tokenmill::Library& library = tokenmill::exchange::library_of(path);
   py::dict all;
   for (tokenmill::Operator* op : library.operators) {
-    PyObject* const function = tokenmill::exchange::function_of(*op, library);
-    if (!function) throw py::error_already_set();
-    all[op->name] = py::reinterpret_steal<py::object>(function);
+    PyObject* const functions = tokenmill::exchange::functions_of(*op, library);
+    if (!functions) throw py::error_already_set();
+    all[op->name] = py::reinterpret_steal<py::object>(functions);
   }
   return all;
+}
+
+bool is_watched() {
+  const auto* const watch = tokenmill::exchange::Watch::get();
+  const int answer = watch ? watch->any() : -1;
+  if (answer < 0) throw py::error_already_set();
+  return answer == 1;
 }
 
 }  // namespace
@@ -52,9 +59,6 @@ py::dict operators(const std::string& path) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of tokenmill, and its operators.";
   m.def("build_info", &build_info, "Version, compilers, instruction sets and GPU architectures.");
-  m.def(
-      "environment_asks",
-      [] { return std::getenv("TOKENMILL_BACKEND") || std::getenv("TOKENMILL_CHECK"); },
-      "Whether a variable chooses a backend or asks for checks.");
+  m.def("is_watched", &is_watched, "Whether torch does more with a call than to run it.");
   m.def("operators", &operators, py::arg("path"), "The operators of a loaded library by name.");
 }

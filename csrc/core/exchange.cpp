@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/dlpack.h"
+#include "core/watch.h"
 
 namespace tokenmill::exchange {
 namespace {
@@ -79,6 +80,7 @@ struct Torch {
     return torch;
   }
 
+  const Watch* watch = nullptr;
   PyTypeObject* tensor = nullptr;
   const dlpack::ExchangeApi* api = nullptr;
   PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
@@ -88,6 +90,8 @@ struct Torch {
  private:
   static const Torch* make() {
     auto torch = std::make_unique<Torch>();
+    torch->watch = Watch::get();
+    if (!torch->watch) return nullptr;
     PyObject* const module = PyImport_ImportModule("torch");
     if (!module) return nullptr;
     torch->tensor = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(module, "Tensor"));
@@ -111,7 +115,8 @@ struct Torch {
   }
 };
 
-// What owns a result: an array of DLPack, or a tensor of Python.
+// What owns a result: an array of DLPack, or a tensor of Python. One without elements is made when
+// it is given away, because most are not.
 struct Owner {
   Owner() = default;
   Owner(const Owner&) = delete;
@@ -125,6 +130,7 @@ struct Owner {
   }
   dlpack::ManagedTensor* managed = nullptr;
   PyObject* object = nullptr;
+  std::vector<int64_t> sizes, strides;  // without elements
 };
 
 // The tensors of one call.
@@ -137,7 +143,14 @@ class Call : public Framework {
   Array empty(Sizes sizes, ScalarType dtype, bool on_gpu, int32_t) const override {
     Array array;
     const auto owner = std::make_shared<Owner>();
-    on_gpu ? make(sizes, dtype, *owner, array) : allocate(sizes, dtype, *owner, array);
+    if (on_gpu)
+      make(sizes, dtype, *owner, array);
+    else if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end())
+      postpone(sizes, dtype, *owner, array);
+    else if (const std::string error = allocate(sizes, dtype, *owner); owner->managed)
+      set(owner->managed->tensor, array);
+    else
+      throw std::runtime_error(error);
     array.owner = owner;
     return array;
   }
@@ -146,6 +159,10 @@ class Call : public Framework {
   PyObject* object(const Array& array) const {
     auto* const owner = static_cast<Owner*>(array.owner.get());
     if (owner->object) return std::exchange(owner->object, nullptr);
+    if (!owner->managed) {
+      const std::string error = allocate(array.sizes, array.dtype, *owner);
+      if (!owner->managed) return PyErr_SetString(PyExc_RuntimeError, error.c_str()), nullptr;
+    }
     void* made = nullptr;
     const int error = torch_.api->managed_to_object(std::exchange(owner->managed, nullptr), &made);
     return error ? nullptr : static_cast<PyObject*>(made);
@@ -193,19 +210,35 @@ class Call : public Framework {
     return true;
   }
 
-  void allocate(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
-    dlpack::Tensor wanted{};
-    wanted.device = {dlpack::kCpu, 0};
-    wanted.ndim = static_cast<int32_t>(sizes.size());
-    wanted.dtype = kResultTypes[result_type(dtype)].dlpack;
-    wanted.shape = const_cast<int64_t*>(sizes.data());
+  static dlpack::Tensor description(Sizes sizes, ScalarType dtype) {
+    dlpack::Tensor t{};
+    t.device = {dlpack::kCpu, 0};
+    t.ndim = static_cast<int32_t>(sizes.size());
+    t.dtype = kResultTypes[result_type(dtype)].dlpack;
+    t.shape = const_cast<int64_t*>(sizes.data());
+    return t;
+  }
+
+  // Returns what went wrong, if the owner has nothing then.
+  std::string allocate(Sizes sizes, ScalarType dtype, Owner& owner) const {
+    dlpack::Tensor wanted = description(sizes, dtype);
     std::string error;
     torch_.api->allocate(&wanted, &owner.managed, &error,
                          [](void* text, const char*, const char* message) {
                            *static_cast<std::string*>(text) = message;
                          });
-    if (!owner.managed) throw std::runtime_error(error);
-    set(owner.managed->tensor, array);
+    return error;
+  }
+
+  void postpone(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
+    owner.sizes = sizes;
+    owner.strides.resize(sizes.size());
+    int64_t step = 1;
+    for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1))
+      owner.strides[i] = step;
+    dlpack::Tensor nothing = description({owner.sizes.data(), sizes.size()}, dtype);
+    nothing.strides = owner.strides.data();
+    set(nothing, array);
   }
 
   void make(Sizes sizes, ScalarType dtype, Owner& owner, Array& array) const {
@@ -239,21 +272,25 @@ class Call : public Framework {
   PyObject* like_ = nullptr;  // the first tensor of the call, whose device results have
 };
 
-// One operator as a function. Lives as long as the process.
+// One operator as two functions of Python. Lives as long as the process.
 struct Function {
   Function(Operator& op, const Library& library, const Torch& torch);
   PyObject* call(PyObject* const* given, size_t positional, PyObject* names);
+  PyObject* call_plain(PyObject* values, size_t wanted);
 
   Operator& op;
   const Schema& schema;
   const Library& library;
   const Torch& torch;
   std::vector<PyObject*> names;  // interned
-  PyMethodDef method;
+  PyMethodDef method, plain_method;
 
  private:
-  bool place(PyObject* name, PyObject* value, PyObject** slots);
-  bool convert(const SchemaArgument& a, PyObject* value, Argument& argument);
+  // With the arguments of the schema, null where one is not given. Makes the first `wanted` results
+  // alone.
+  PyObject* run(PyObject* const* slots, size_t wanted, bool float64) const;
+  bool place(PyObject* name, PyObject* value, PyObject** slots) const;
+  bool convert(const SchemaArgument& a, PyObject* value, Argument& argument) const;
 };
 
 bool wrong(const char* op, const std::string& name, const char* rule, PyObject* value) {
@@ -262,7 +299,7 @@ bool wrong(const char* op, const std::string& name, const char* rule, PyObject* 
   return false;
 }
 
-bool Function::convert(const SchemaArgument& a, PyObject* value, Argument& argument) {
+bool Function::convert(const SchemaArgument& a, PyObject* value, Argument& argument) const {
   if (value == Py_None) {
     argument.given = false;
     return a.optional || wrong(op.name, a.name, "must be given", value);
@@ -290,7 +327,7 @@ bool Function::convert(const SchemaArgument& a, PyObject* value, Argument& argum
   }
 }
 
-bool Function::place(PyObject* name, PyObject* value, PyObject** slots) {
+bool Function::place(PyObject* name, PyObject* value, PyObject** slots) const {
   size_t i = std::find(names.begin(), names.end(), name) - names.begin();
   for (size_t j = 0; i == names.size() && j < names.size(); ++j)
     if (PyUnicode_Compare(name, names[j]) == 0) i = j;
@@ -316,27 +353,50 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
   const Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
   for (Py_ssize_t i = 0; i < named; ++i)
     if (!place(PyTuple_GET_ITEM(keywords, i), given[positional + i], slots)) return nullptr;
+  return run(slots, schema.results.size(), true);
+}
 
-  Argument arguments[kMostArguments];
+PyObject* Function::call_plain(PyObject* values, size_t wanted) {
+  const auto count = static_cast<Py_ssize_t>(schema.arguments.size());
+  if (!PyTuple_CheckExact(values) || PyTuple_GET_SIZE(values) != count)
+    return PyErr_Format(PyExc_TypeError, "tokenmill.%s: takes a tuple of %zd arguments", op.name,
+                        count);
+  const int watched = torch.watch->any();
+  if (watched < 0) return nullptr;
+  if (watched || environment_asks()) Py_RETURN_NOTIMPLEMENTED;
+  if (const int records = torch.watch->records(values)) {
+    if (records < 0) return nullptr;
+    Py_RETURN_NONE;
+  }
+  return run(&PyTuple_GET_ITEM(values, 0), wanted, false);
+}
+
+PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) const {
+  const size_t count = schema.arguments.size();
+  // To set what is not used, 5 KB, would take as long as the rest.
+  alignas(Argument) std::byte room[kMostArguments * sizeof(Argument)];
+  auto* const arguments = reinterpret_cast<Argument*>(room);
   Call call(torch, library.emulated);
   for (size_t i = 0; i < count; ++i) {
     const SchemaArgument& a = schema.arguments[i];
     PyObject* const value = slots[i];
+    Argument& argument = *std::construct_at(arguments + i);
     if (!value) {
       if (!a.has_default)
         return PyErr_Format(PyExc_TypeError, "tokenmill.%s: %s must be given", op.name,
                             a.name.c_str());
-      arguments[i] = a.value;
+      argument = a.value;
     } else if (a.kind != Kind::array) {
-      if (!convert(a, value, arguments[i])) return nullptr;
+      if (!convert(a, value, argument)) return nullptr;
     } else if (value == Py_None) {
-      arguments[i].given = false;
+      argument.given = false;
       if (!a.optional) return wrong(op.name, a.name, "must be a tensor", value), nullptr;
     } else {
-      if (!call.view(value, arguments[i].view) || (arguments[i].view.on_gpu && !library.cuda))
+      if (!call.view(value, argument.view) || (argument.view.on_gpu && !library.cuda))
         Py_RETURN_NOTIMPLEMENTED;
     }
   }
+  if (!float64 && arguments[0].view.dtype == ScalarType::Double) Py_RETURN_NOTIMPLEMENTED;
 
   Array results[kMostResults];
   std::string error;
@@ -352,7 +412,7 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
     PyErr_SetString(PyExc_RuntimeError, error.c_str());
     return nullptr;
   }
-  const size_t outputs = schema.results.size();
+  const size_t outputs = std::min(wanted, schema.results.size());
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(outputs));
   for (size_t i = 0; tuple && i < outputs; ++i) {
     PyObject* const made = call.object(results[i]);
@@ -367,18 +427,34 @@ PyObject* Function::call(PyObject* const* given, size_t positional, PyObject* ke
 
 constexpr const char* kCapsule = "tokenmill.operator";
 
+Function* function_in(PyObject* capsule) {
+  return static_cast<Function*>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
 PyObject* call_function(PyObject* self, PyObject* const* given, Py_ssize_t count,
                         PyObject* keywords) {
-  auto* const function = static_cast<Function*>(PyCapsule_GetPointer(self, kCapsule));
-  return function->call(given, static_cast<size_t>(count), keywords);
+  return function_in(self)->call(given, static_cast<size_t>(count), keywords);
+}
+
+PyObject* call_plain_function(PyObject* self, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2)
+    return PyErr_Format(PyExc_TypeError, "tokenmill: takes arguments and a number of results");
+  const size_t wanted = PyLong_AsSize_t(given[1]);
+  if (wanted == static_cast<size_t>(-1) && PyErr_Occurred()) return nullptr;
+  return function_in(self)->call_plain(given[0], wanted);
+}
+
+template <typename Method>
+PyMethodDef method_of(const char* name, Method* method, int flags) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(method)), flags, nullptr};
 }
 
 Function::Function(Operator& op, const Library& library, const Torch& torch)
     : op(op), schema(*op.found.load()), library(library), torch(torch) {
   for (const SchemaArgument& a : schema.arguments)
     names.push_back(PyUnicode_InternFromString(a.name.c_str()));
-  method = {op.name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_function)),
-            METH_FASTCALL | METH_KEYWORDS, nullptr};
+  method = method_of(op.name, call_function, METH_FASTCALL | METH_KEYWORDS);
+  plain_method = method_of(op.name, call_plain_function, METH_FASTCALL);
 }
 
 }  // namespace
@@ -392,12 +468,14 @@ const Library& library_of(const std::string& path) {
   return *get();
 }
 
-PyObject* function_of(Operator& op, const Library& library) {
+PyObject* functions_of(Operator& op, const Library& library) {
   const Torch* const torch = Torch::get();
   if (!torch) return nullptr;
   auto* const function = new Function(op, library, *torch);
   PyObject* const self = PyCapsule_New(function, kCapsule, nullptr);
-  return self ? PyCFunction_New(&function->method, self) : nullptr;
+  if (!self) return nullptr;
+  return Py_BuildValue("(NN)", PyCFunction_New(&function->method, self),
+                       PyCFunction_New(&function->plain_method, self));
 }
 
 }  // namespace tokenmill::exchange

@@ -13,6 +13,9 @@ from numbers import Real
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+
+_STRIDED = torch.strided
 
 
 class InputError(RuntimeError, ValueError):
@@ -47,9 +50,9 @@ def check(ok: bool, op: str, argument: str, rule: str, value: Any) -> None:
 def check_tensor(op: str, argument: str, value: Any, *, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         fail(op, argument, "must be a tensor" + (" or None" if optional else ""), value)
-    if value.layout is not torch.strided:
+    if value.layout is not _STRIDED:
         fail(op, argument, "must be a tensor with strides; layout", value.layout)
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _autocast, _door, _library
+from . import _autocast, _library
 from ._check import InputError, fail, synchronising_checks
 from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
+from ._door import compiling
 
 if TYPE_CHECKING:
     from .registry import OpSpec
@@ -97,12 +98,25 @@ def namespace(backend: str) -> str:
     return _NAMESPACES.get(backend, _library.NAMESPACE)
 
 
+ALL_RESULTS = 99
+
+
 def call(
-    spec: OpSpec, lowered: tuple[Any, ...], backend: str | None, out: torch.Tensor | None = None
+    spec: OpSpec,
+    lowered: tuple[Any, ...],
+    backend: str | None,
+    out: torch.Tensor | None = None,
+    used: int = ALL_RESULTS,
 ) -> tuple[Any, ...]:
-    """Runs the lowered call on the backend chosen for it; the first result is written into out."""
-    if backend is None and out is None and _asked is None:
-        results = _call_directly(spec.forward, lowered)
+    """Runs the lowered call on the backend chosen for it; the first result is written into out. Of
+    the results the caller uses so many: a plain call makes no others."""
+    if backend is None and out is None and _asked is None and not compiling():
+        op = spec.forward
+        results = op.short(lowered, used) if op.short else NotImplemented
+        if results is None:
+            results = _call_and_record(op, lowered)
+        elif op.written and results is not NotImplemented:
+            note_writes(op, lowered)
         if results is not NotImplemented:
             return results
     if _autocast.enabled() and (device := _autocast.device_of(lowered)):
@@ -146,26 +160,11 @@ def call(
     return _results(results, None, out)
 
 
-def _call_directly(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
-    """The results of a plain call on the native backend of its device, for which nothing else was
-    asked; NotImplemented for any other call."""
-    run = op.direct(_library.NAMESPACE)
-    if run is None or not _door.is_open() or _door.environment_asks():
-        return NotImplemented
-    if values[0].dtype is torch.float64:  # of the reference
-        return NotImplemented
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):
-        return _call_and_record(op, values)
-    results = run(*values)
-    if results is not NotImplemented and op.written:
-        note_writes(op, values)
-    return results
-
-
 def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:
-    """The same for a call on the CPU that is to be differentiated."""
+    """The results of a plain call on the CPU that is to be differentiated; NotImplemented for any
+    other call."""
     apply = op.recorded(_library.NAMESPACE)
-    if apply is None or not values[0].is_cpu:
+    if apply is None or not values[0].is_cpu or values[0].dtype is torch.float64:
         return NotImplemented
     return _results(apply(*values, None), None)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 try:
     from . import _C
@@ -16,44 +15,31 @@ except ImportError:  # built for another Python
     _C = None  # type: ignore[assignment]
 
 
-def functions(library: Path) -> dict[str, Callable[..., Any]]:
+class Door(NamedTuple):
+    """An operator. call takes the arguments of the schema by position or name, and returns a tuple,
+    or NotImplemented for what is not an ordinary tensor. plain takes all of them as one tuple, and
+    how many of the results to make. It also returns NotImplemented for float64, which the reference
+    runs, where a variable of the environment chooses a backend or asks for checks, and where torch
+    would do more than to run the call; None where it would record a gradient."""
+
+    call: Callable[..., Any]
+    plain: Callable[[tuple[Any, ...], int], Any]
+
+
+def functions(library: Path) -> dict[str, Door]:
     """The operators of a loaded library by name; none where torch has no table of DLPack's C
-    functions that we know. They take the arguments of the schema by position or name, and return a
-    tuple, or NotImplemented for what is not an ordinary tensor."""
+    functions that we know, or cannot be asked what it does with a call."""
     if _C is None:
         return {}
     try:
-        return _C.operators(str(library))
+        return {name: Door(*found) for name, found in _C.operators(str(library)).items()}
     except (AttributeError, ImportError):
         return {}
 
 
-# Names of this module: an attribute of torch._C costs as much as the call.
-_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_func_transforms = torch._C._are_functorch_transforms_active
-_autocast = torch._C._is_any_autocast_enabled
-_tracing = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
+compiling = torch.compiler.is_compiling  # an attribute of torch.compiler costs as much as the call
 
 
 def is_open() -> bool:
     """Whether a call may skip the dispatcher. Gradients are the caller's matter."""
-    if _compiling():
-        return False
-    return not (
-        _dispatch_modes()
-        or _function_modes()
-        or _func_transforms()
-        or forward_ad._current_level >= 0
-        or _autocast()
-        or _tracing() is not None
-        or _profiling()
-    )
-
-
-def environment_asks() -> bool:
-    """Whether a variable of the environment chooses a backend or asks for checks."""
-    assert _C
-    return _C.environment_asks()
+    return not (compiling() or _C.is_watched())

@@ -159,12 +159,19 @@ class TorchOp:
         """The operator as module _C has it; None where this build has no native one."""
         if namespace == EMULATED_NAMESPACE:
             _load_emulated()
-        return _direct.get(namespace, {}).get(self.name)
+        found = _direct.get(namespace, {}).get(self.name)
+        return found and found.call
+
+    @functools.cached_property
+    def short(self) -> Callable[[tuple[Any, ...], int], Any] | None:
+        """The same for plain calls (_door.Door) of torch.ops.tokenmill."""
+        found = _direct[NAMESPACE].get(self.name)
+        return found and found.plain
 
     def run_direct(self, namespace: str, values: Sequence[Any]) -> Any:
         """The results of a call without dispatcher, as torch.ops gives them, or NotImplemented."""
-        run = self.direct(namespace) if _door.is_open() else None
-        results = run(*values) if run else NotImplemented
+        run = self.direct(namespace)
+        results = run(*values) if run and _door.is_open() else NotImplemented
         if results is NotImplemented or len(results) > 1:
             return results
         return results[0] if results else None

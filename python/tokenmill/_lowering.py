@@ -13,7 +13,7 @@ from ._check import as_number
 def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:
     """1 / sqrt(D) for None."""
     if scale is None:
-        return 1.0 / math.sqrt(max(int(q.size(-1)), 1)) if q.dim() else 1.0
+        return 1.0 / math.sqrt(int(q.size(-1)) or 1) if q.dim() else 1.0
     return as_number(op, "scale", scale)
 
 

@@ -213,6 +213,14 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
+    if post_decay is None:
+        lowered = lower(
+            q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
+            softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            return_lse, precision,
+        )  # fmt: skip
+        results = call(SPEC, lowered, backend, used=2 if return_lse else 1)
+        return results[:2] if return_lse else results[0]
     options: dict[str, Any] = {
         "kind": kind,
         "normalize": normalize,
@@ -233,11 +241,8 @@ def attention(
         "return_lse": return_lse,
         "precision": precision,
     }
-    if post_decay is not None:
-        run = functools.partial(call, SPEC, backend=backend)
-        out, lse = decayed_attention(run, lower, q, k, v, post_decay, options)
-    else:
-        out, lse = call(SPEC, lower(q, k, v, **options), backend)
+    run = functools.partial(call, SPEC, backend=backend)
+    out, lse = decayed_attention(run, lower, q, k, v, post_decay, options)
     return (out, lse) if return_lse else out
 
 
@@ -245,7 +250,6 @@ def lower(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     kind: str = "softmax",
     normalize: str | None = None,
     scale: float | None = None,
@@ -298,9 +302,9 @@ def lower(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    lowered_mask = NO_MASK
+    mask_ranges, mask_q_spans, mask_k_spans = NO_MASK
     if mask is not None and k.dim() > 2:
-        lowered_mask = lower_mask(
+        mask_ranges, mask_q_spans, mask_k_spans = lower_mask(
             OP,
             mask,
             q,
@@ -309,18 +313,26 @@ def lower(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    return (
+    per_head, constant, neg_log_n = lower_score_bias(OP, score_bias, q)
+    width, distance, reach = NO_GRID if alibi_grid is None else _lower_grid(alibi_grid)
+    return (  # without *, which costs as much as a check
         q,
         k,
         v,
         kind,
         normalize,
         scale,
-        *lower_score_bias(OP, score_bias, q),
+        per_head,
+        constant,
+        neg_log_n,
         bias,
-        *lowered_mask,
+        mask_ranges,
+        mask_q_spans,
+        mask_k_spans,
         None if alibi_slopes is None else widen(alibi_slopes, q),
-        *_lower_grid(alibi_grid),
+        width,
+        distance,
+        reach,
         None if sink is None else widen(sink, q),
         softcap,
         causal,
@@ -334,9 +346,10 @@ def lower(
     )
 
 
-def _lower_grid(grid: Grid | None) -> tuple[int, str, int]:
-    if grid is None:
-        return 0, "chebyshev", -1
+NO_GRID = (0, "chebyshev", -1)
+
+
+def _lower_grid(grid: Grid) -> tuple[int, str, int]:
     check(isinstance(grid, Grid), OP, "alibi_grid", "must be a tokenmill.masks.grid", grid)
     width, distance, window = masks.grid(grid.width, grid.distance, window=grid.window)
     return width, distance, -1 if window is None else window

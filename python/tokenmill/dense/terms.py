@@ -43,11 +43,11 @@ def lower_score_bias(
     op: str, score_bias: float | str | Tensor | None, q: Tensor
 ) -> tuple[Tensor | None, float, bool]:
     """As a tensor, a number and whether to subtract the logarithm of the number of keys."""
+    if score_bias is None:
+        return None, 0.0, False
     if isinstance(score_bias, Tensor):
         check_tensor(op, "score_bias", score_bias)
         return widen(score_bias, q), 0.0, False
-    if score_bias is None:
-        return None, 0.0, False
     if isinstance(score_bias, str) and score_bias == "neg_log_n":
         return None, 0.0, True
     rule = "must be a number, 'neg_log_n' or a tensor"

@@ -95,21 +95,19 @@ def topk_select(
         ([[0, 1, 3, 4, -1, -1]], [4])
     """
     lowered = lower(
-        scores, k, lengths=lengths, row_starts=row_starts, tie=tie, order=order,
-        force_first=force_first, force_last=force_last, block_table=block_table,
-        page_size=page_size, row_to_batch=row_to_batch, return_values=return_values,
+        scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
+        row_to_batch, return_values,
     )  # fmt: skip
-    indices, counts, values, physical = call(SPEC, lowered, backend)
-    found: tuple[Tensor, ...] = (indices, counts)
-    if return_values:
-        found += (values,)
-    return found if block_table is None else (*found, physical)
+    if block_table is not None:
+        indices, counts, values, physical = call(SPEC, lowered, backend)
+        return (indices, counts, *([values] if return_values else []), physical)
+    used = 3 if return_values else 2
+    return call(SPEC, lowered, backend, used=used)[:used]
 
 
 def lower(
     scores: Tensor,
     k: int,
-    *,
     lengths: Tensor | None = None,
     row_starts: Tensor | None = None,
     tie: str = "low",
@@ -122,14 +120,19 @@ def lower(
     return_values: bool = False,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "scores", scores)
-    for name, t in (("lengths", lengths), ("row_starts", row_starts), ("block_table", block_table),
-                    ("row_to_batch", row_to_batch)):  # fmt: skip
-        check_tensor(OP, name, t, optional=True)
+    if lengths is not None:
+        check_tensor(OP, "lengths", lengths, optional=True)
+    if row_starts is not None:
+        check_tensor(OP, "row_starts", row_starts, optional=True)
+    if block_table is not None:
+        check_tensor(OP, "block_table", block_table, optional=True)
+    if row_to_batch is not None:
+        check_tensor(OP, "row_to_batch", row_to_batch, optional=True)
     k, page_size = as_int(OP, "k", k), as_int(OP, "page_size", page_size)
     force_first = as_int(OP, "force_first", force_first)
     force_last = as_int(OP, "force_last", force_last)
-    for name, text in (("tie", tie), ("order", order)):
-        check_text(OP, name, text)
+    check_text(OP, "tie", tie)
+    check_text(OP, "order", order)
     check_bool(OP, "return_values", return_values)
     return (
         scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
