@@ -1,5 +1,6 @@
 // The k largest of each row. A threshold from part of the row leaves a few candidates in one pass
-// over it; the k-th of them is exact. Ties at the threshold need no candidates.
+// over it; the k-th of them is exact. Ties at the threshold need no candidates. Of short rows and
+// small k the k-th score itself is found, one maximum after the other.
 #include <algorithm>
 #include <cmath>
 
@@ -12,6 +13,7 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr int64_t kMaxSample = 2048, kGroups = 31 * 16, kMaxGroups = 4 * kGroups;
+constexpr int64_t kShort = 1024;  // positions of a row for single maxima
 
 // Positions begin .. end - 1 of a row of scores.
 template <DType kType>
@@ -128,6 +130,38 @@ struct Range {
     return nth_largest(keys, sample, rank);
   }
 
+  // Whether one maximum after the other is quickest: each takes a pass over the range.
+  bool takes_maxima(int64_t wanted) const {
+    return end - begin <= kShort && wanted * (end - begin) <= 512 * kWidth;
+  }
+
+  // The wanted-th largest score of a short range, -inf if there are fewer.
+  float exact_by_maxima(int64_t wanted) const {
+    const vf none = set(kNegInf);
+    float all[kShort];
+    int64_t length = 0;
+    for (int64_t i = begin; i < end; i += kWidth, length += kWidth) {
+      const vf x = end - i < kWidth ? select(lanes(0, end - i),
+                                             Elements<kType>::load_n(scores, i, end - i), none)
+                                    : Elements<kType>::load(scores, i);
+      store(all + length, select(less(none, x), x, none));  // NaN is none
+    }
+    float least = -kNegInf;  // of those that were found
+    for (float found = 0; found < static_cast<float>(wanted);) {
+      vf next = none, count = zero();
+      for (int64_t i = 0; i < length; i += kWidth) {
+        const vf x = load(all + i);
+        const vm below = less(x, set(least));
+        next = max_of(next, select(below, x, none));
+        count = select(below, count, count + set(1));
+      }
+      found = sum_lanes(count);
+      if (found < static_cast<float>(wanted)) least = max_lanes(next);
+      if (least == kNegInf) break;
+    }
+    return least;
+  }
+
   // The wanted-th largest score, by passes over the whole range.
   float exact(int64_t wanted) const {
     uint32_t prefix = 0;
@@ -176,7 +210,9 @@ int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high,
   int32_t* const positions = scratch.positions;
   const int64_t room = scratch.room;
   float threshold = kNegInf;
-  if (wanted < range.end - range.begin) threshold = range.guess(wanted, scratch.keys);
+  if (wanted < range.end - range.begin)
+    threshold = range.takes_maxima(wanted) ? range.exact_by_maxima(wanted)
+                                           : range.guess(wanted, scratch.keys);
   int64_t above = range.above(threshold, positions, room), equals = 0;
   if (above < wanted && threshold > kNegInf) {
     equals = range.equal_to(threshold, tie_high, wanted - above, scratch.ties);

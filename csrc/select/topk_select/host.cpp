@@ -111,7 +111,7 @@ std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
   p.indices = indices.mutable_data<int32_t>();
   p.counts = counts.mutable_data<int32_t>();
   p.values = a.return_values ? values.mutable_data() : nullptr;
-  p.physical = physical.mutable_data<int32_t>();
+  p.physical = a.block_table ? physical.mutable_data<int32_t>() : nullptr;
   if (p.rows > 0) run(p, a.scores);
   return {indices, counts, values, physical};
 }
