@@ -5,6 +5,7 @@
 
 #include "core/driver.h"
 #include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
 
 namespace tokenmill::cuda {
 namespace {
@@ -59,6 +60,10 @@ const char* allow_shared(const void* kernel, int64_t bytes, SharedAllowance& all
 }
 
 }  // namespace
+
+const char* refuse(const char* argument, const char* rule, int64_t value) {
+  return kept(std::string(argument) + ": " + rule + "; got " + std::to_string(value));
+}
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }

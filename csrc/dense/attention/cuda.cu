@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "dense/attention/cuda_launch.cuh"
 #include "dense/attention/kernel_mask.cuh"
 
@@ -15,9 +16,13 @@ extern template const char* launch_forward<float>(const AttentionParams&, const 
 
 const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
   const AttentionParams& p = m.params;
-  if (p.seqlen_q > cuda::kMaxLength || p.seqlen_k > cuda::kMaxLength)
-    return "sequences may have 2^29 tokens at most on CUDA";
-  if (p.batch * p.heads > 0x7fffffff) return "batch * heads may be 2^31 - 1 at most on CUDA";
+  if (p.seqlen_q > cuda::kMaxLength)
+    return cuda::refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
+  if (p.seqlen_k > cuda::kMaxLength)
+    return cuda::refuse("k", "must have at most 2^29 tokens on CUDA", p.seqlen_k);
+  if (p.batch * p.heads > 0x7fffffff)
+    return cuda::refuse("q", "must have at most 2^31 - 1 heads in all sequences on CUDA",
+                        p.batch * p.heads);
   const auto on = static_cast<cudaStream_t>(stream);
   if (p.mask.any())
     if (const char* error = cuda::launch_bounds(p, m.bounds, on)) return error;

@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "dense/attention_decode/cuda_launch.cuh"
 
 namespace tokenmill {
@@ -19,8 +20,10 @@ int64_t workspace_bytes(const DecodeParams& d) {
 
 const char* launch_cuda(const DecodeParams& d, void* stream) {
   if (d.cache.capacity > cuda::kMaxLength)
-    return "a request may have room for 2^29 keys at most on CUDA";
-  if (d.cache.pages > 0x7fffffff) return "a cache may have 2^31 - 1 pages at most on CUDA";
+    return cuda::refuse("k_cache", "must have room for at most 2^29 keys of a request on CUDA",
+                        d.cache.capacity);
+  if (d.cache.pages > 0x7fffffff)
+    return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     return cuda::launch_decode<T>(d, static_cast<cudaStream_t>(stream));
   });

@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
 
 namespace tokenmill {
@@ -97,7 +98,8 @@ int64_t workspace_floats(const Recurrence& p) {
 const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.batch == 0 || p.heads == 0) return nullptr;
-  if (p.seqlen >= kMaxRecurrenceLength) return "too many tokens";
+  if (p.seqlen >= kMaxRecurrenceLength)
+    return refuse("q", "must have fewer than 2^29 tokens on CUDA", p.seqlen);
   RecurrencePlan plan = plan_recurrence(p);
   plan.reverse = reverse;
   const auto launch_parts = [&] {

@@ -6,6 +6,7 @@
 //   dv_j      = sum of w (phi(k)_j . phi(q)_i) dy_i over i >= j  backwards
 //
 // The column of ones of the normaliser is a further feature of the first two.
+#include "cuda/refuse.cuh"
 #include "linear/linear_attention/cuda_launch.cuh"
 #include "linear/linear_attention/kernel_backward.cuh"
 
@@ -208,7 +209,8 @@ const char* launch_decay_gradients(const Backward& of, cudaStream_t stream) {
 const char* launch_backward(const Backward& of, cudaStream_t stream) {
   const BackwardPlan& plan = of.plan;
   const LinearAttentionParams& f = of.p.forward;
-  if (plan.tokens > kMaxGrid) return "too many tokens for a launch";
+  if (plan.tokens > kMaxGrid)
+    return refuse("q", "must have at most 2^31 - 1 tokens in all sequences on CUDA", plan.tokens);
   const HeadWarps warps(plan.tokens, f.heads);
 
   if (plan.dy_zero)

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
 #include "select/hip_block_select/kernel.cuh"
 
 namespace tokenmill {
@@ -20,7 +21,9 @@ const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t 
 template <typename T>
 const char* launch_search(const HipParams& p, cudaStream_t stream) {
   const int64_t columns = p.group * ((std::min(p.block_q, p.queries) - 1) / p.stride_q + 1);
-  if (columns > 0x7fffff00) return "more than 2^31 queries of a block";
+  if (columns > 0x7fffff00)
+    return refuse("q", "must have at most 2^31 - 256 queries of a block for a key head on CUDA",
+                  columns);
   HipPlan plan{};
   plan.wanted = static_cast<int>(p.wanted);
   const bool packed = p.block_k <= kScoreRows / 2 && kScoreRows % p.block_k == 0;

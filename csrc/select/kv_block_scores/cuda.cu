@@ -1,4 +1,5 @@
 #include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
 #include "select/block_pool_keys/kernel.cuh"
 #include "select/kv_block_scores/kernel.cuh"
 #include "select/kv_block_scores/kernel_vote.cuh"
@@ -57,7 +58,11 @@ template <typename T>
 const char* launch_scores(const BlockScoreParams& p, cudaStream_t stream) {
   if (p.heads == 0) return nullptr;
   const int64_t columns = p.rows * p.heads / p.kv_heads * queries_of_row(p);
-  if (p.k.rows > 0x7fffff00 || columns > 0x7fffff00) return "more than 2^31 rows of a head";
+  if (p.k.rows > 0x7fffff00)
+    return refuse(p.k.table ? "block_table" : "k",
+                  "must have at most 2^31 - 256 keys of a request on CUDA", p.k.rows);
+  if (columns > 0x7fffff00)
+    return refuse("q", "must have at most 2^31 - 256 queries for a key head on CUDA", columns);
   ScorePlan plan{};
   plan.group = static_cast<int>(p.heads / p.kv_heads);
   plan.row_queries = static_cast<int>(queries_of_row(p));

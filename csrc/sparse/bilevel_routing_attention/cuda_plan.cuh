@@ -1,5 +1,6 @@
 // How the host cuts a call into blocks, forward and backward.
 #pragma once
+#include "cuda/refuse.cuh"
 #include "sparse/bilevel_routing_attention/kernel_keys.cuh"
 #include "sparse/listed_plan.cuh"
 
@@ -47,10 +48,14 @@ inline const char* check_sizes(const BilevelParams& d) {
   const auto whole = [](const RegionGrid& grid) {  // pixels, if all regions were as the first
     return int64_t{grid.regions()} * grid.region(0).pixels();
   };
-  if (whole(d.queries) * d.heads_together() > kMaxLength)
-    return "maps may have 2^29 queries at most for the heads that share a list on CUDA";
-  if (d.list.entries * d.keys.region(0).pixels() > kMaxLength || whole(d.keys) > kMaxLength)
-    return "maps and lists may have 2^29 keys at most on CUDA";
+  const int64_t queries = whole(d.queries) * d.heads_together(), keys = whole(d.keys);
+  if (queries > kMaxLength)
+    return refuse("q", "must have at most 2^29 queries for the heads that share a list on CUDA",
+                  queries);
+  if (keys > kMaxLength) return refuse("k", "must have at most 2^29 keys on CUDA", keys);
+  const int64_t listed = d.list.entries * d.keys.region(0).pixels();
+  if (listed > kMaxLength)
+    return refuse("indices", "must list at most 2^29 keys of a region on CUDA", listed);
   return nullptr;
 }
 

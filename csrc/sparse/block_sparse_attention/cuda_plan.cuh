@@ -1,5 +1,6 @@
 // How the host cuts a call into blocks, forward and backward.
 #pragma once
+#include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 #include "sparse/listed_plan.cuh"
 
@@ -36,10 +37,13 @@ inline int64_t query_tiles(const BlockSparseLaunch& d) {
 
 inline const char* check_sizes(const BlockSparseParams& d) {
   const AttentionParams& p = d.attention;
-  if (p.seqlen_q > kMaxLength || p.seqlen_k > kMaxLength)
-    return "sequences may have 2^29 tokens at most on CUDA";
-  if (d.list.entries << d.log2_block_k > kMaxLength)
-    return "lists may have 2^29 keys at most on CUDA";
+  if (p.seqlen_q > kMaxLength)
+    return refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
+  if (p.seqlen_k > kMaxLength)
+    return refuse("k", "must have at most 2^29 tokens on CUDA", p.seqlen_k);
+  const int64_t listed = d.list.entries << d.log2_block_k;
+  if (listed > kMaxLength)
+    return refuse("indices", "must list at most 2^29 keys of a block on CUDA", listed);
   return nullptr;
 }
 

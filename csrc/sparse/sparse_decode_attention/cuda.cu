@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "sparse/sparse_decode_attention/cuda_launch.cuh"
 #include "sparse/sparse_decode_attention/kernel_mass.cuh"
 
@@ -51,11 +52,14 @@ const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   cuda::sparse_decode_attention::SparseLaunch d{
       params, nullptr, cuda::sparse_decode_attention::logit_row(params), nullptr, false};
-  if (d.cache.pages > 0x7fffffff) return "a cache may have 2^31 - 1 pages at most on CUDA";
+  if (d.cache.pages > 0x7fffffff)
+    return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
   if (d.cache.capacity > cuda::kMaxLength)
-    return "a request may have room for 2^29 keys at most on CUDA";
-  if (cuda::sparse_decode_attention::listed_keys(d) + d.extra > cuda::kMaxLength)
-    return "lists and extra keys may have 2^29 keys at most on CUDA";
+    return cuda::refuse("k_cache", "must have room for at most 2^29 keys of a request on CUDA",
+                        d.cache.capacity);
+  const int64_t others = cuda::sparse_decode_attention::listed_keys(d) + d.extra;
+  if (others > cuda::kMaxLength)
+    return cuda::refuse("indices", "must list, with extra_k, at most 2^29 keys on CUDA", others);
   if (d.positions == 0) d.cos = d.sin = nullptr;
   d.wide_tables = cuda::is_vectorizable<float>(d.cos, d.pairs, d.cos_stride) &&
                   cuda::is_vectorizable<float>(d.sin, d.pairs, d.sin_stride);

@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "tokens/gather_fuse/kernel.cuh"
 
 namespace tokenmill {
@@ -16,7 +17,7 @@ const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
   // The sum of the weights is wanted also of rows without channels.
   const FusePlan used{plan.slices > 0 ? plan.slices : 1};
   const int64_t blocks = used.slices + ceil_div(p.rows() - 1, kFuseWarps);
-  if (blocks > kMaxGrid) return "too many rows for a launch";
+  if (blocks > kMaxGrid) return refuse("keep", kMostBlocks, blocks);
   return launch<gather_fuse_kernel<T, kVector>>(grid_of(blocks, p.batch), kFuseThreads, 0, stream,
                                                 p, used);
 }
@@ -29,7 +30,8 @@ const char* launch_fuse(const GatherFuseBackwardParams& q, cudaStream_t stream) 
   const int64_t entries = p.kept + p.rest;
   const int64_t blocks = ceil_div(p.prefix + p.patches, kFuseRows);
   const int64_t place_blocks = ceil_div(entries, kFuseThreads);
-  if (blocks > kMaxGrid || place_blocks > kMaxGrid) return "too many rows for a launch";
+  if (blocks > kMaxGrid) return refuse("x", kMostBlocks, blocks);
+  if (place_blocks > kMaxGrid) return refuse("keep", kMostBlocks, place_blocks);
   const int64_t bytes = p.batch * p.patches * sizeof(int32_t);
   if (const char* error = set_bytes(q.places, 0xff, bytes, stream)) return error;  // -1
   if (const char* error =

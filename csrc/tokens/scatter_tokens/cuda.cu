@@ -1,3 +1,4 @@
+#include "cuda/refuse.cuh"
 #include "tokens/scatter_tokens/kernel.cuh"
 
 namespace tokenmill {
@@ -9,7 +10,7 @@ const char* launch_cuda(const ScatterTokensParams& p, void* stream) {
   const int64_t bytes = p.batch * p.tokens * sizeof(int32_t);
   if (const char* error = set_bytes(p.places, 0xff, bytes, s)) return error;  // -1
   const int64_t blocks = ceil_div(p.entries, kRowThreads);
-  if (blocks > kMaxGrid) return "too many indices for a launch";
+  if (blocks > kMaxGrid) return refuse("indices", kMostBlocks, blocks);
   const int64_t sequences = p.sequences < kMostBatches ? p.sequences : kMostBatches;
   const dim3 places(static_cast<unsigned>(blocks), static_cast<unsigned>(sequences));
   if (const char* error = launch<scatter_places_kernel>(places, kRowThreads, 0, s, p)) return error;

@@ -1,4 +1,5 @@
 #include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
 #include "tokens/segment_reduce/kernel.cuh"
 
 namespace tokenmill {
@@ -89,8 +90,9 @@ const char* launch_cuda(const SegmentReduceParams& p, void* stream) {
   using namespace cuda;
   using namespace cuda::segment_reduce;
   const auto s = static_cast<cudaStream_t>(stream);
-  if (make_plan(p).tiles * int64_t{make_plan(p).parts} > kMaxYZ)
-    return "2 million channels at most on CUDA";
+  const SegmentPlan plan = make_plan(p);  // of several parts only if tiles are few
+  if (plan.tiles * int64_t{plan.parts} > kMaxYZ)
+    return refuse("x", "must have at most 65535 tiles of 32 loads of channels on CUDA", plan.tiles);
   return visit_dtype(p.dtype, [&]<typename T>() {
     return vectors<T>(p) ? launch_any<T, 16 / sizeof(T)>(p, s) : launch_any<T, 1>(p, s);
   });

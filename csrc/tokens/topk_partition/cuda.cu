@@ -1,4 +1,5 @@
 #include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
 #include "tokens/topk_partition/kernel.cuh"
 
 namespace tokenmill {
@@ -25,7 +26,7 @@ const char* launch_cuda(const TopkPartitionParams& p, void* stream) {
   const PartitionMemory memory{sort_stride(p) > 0 ? static_cast<uint64_t*>(p.workspace) : nullptr,
                                sort_stride(p)};
   if (memory.sort_stride > int64_t{1} << 30)
-    return "2^30 tokens at most in the order of the scores";
+    return refuse("k", "must be at most 2^30 in the order of the scores on CUDA", p.k);
   return visit_dtype(p.dtype, [&]<typename T>() {
     return launch<topk_partition_kernel<T>>(p.batch < kMaxGrid ? p.batch : kMaxGrid, kTopkThreads,
                                             0, static_cast<cudaStream_t>(stream), p, memory);
