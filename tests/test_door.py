@@ -143,11 +143,12 @@ def test_what_is_no_ordinary_tensor_takes_the_dispatcher(make):
     assert call(make(x), x, x) is NotImplemented
 
 
-@pytest.mark.parametrize("api", ["missing", "of another kind"])
+@pytest.mark.parametrize("api", ["missing", "of another kind", "without a question"])
 def test_a_torch_without_the_table_has_the_dispatcher(api):
     change = {
         "missing": "del torch.Tensor.__dlpack_c_exchange_api__",
         "of another kind": "torch.Tensor.__dlpack_c_exchange_api__ = None",
+        "without a question": "del torch._C._len_torch_function_stack",
     }[api]
     code = f"""import torch
 {change}
@@ -157,6 +158,47 @@ x = torch.ones(1, 3, 1, 4)
 assert torch.equal(tm.attention(x, x, x), x)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plain_calls_take_the_short_way(monkeypatch):
+    op = tm._library.registered("attention")
+    x = torch.randn(1, 4, 2, 8)
+
+    def short(t, used=2):
+        return op.short(tm.registry.get("attention").lower(t, t, t), used)
+
+    out, lse = short(x)
+    for used, want in ((0, ()), (1, (out,)), (9, (out, lse))):
+        found = short(x, used)
+        assert len(found) == len(want) and all(map(torch.equal, found, want))
+    assert short(x.double()) is NotImplemented
+    assert short(torch.nn.Parameter(x, requires_grad=False)) is NotImplemented
+    assert short(x.clone().requires_grad_()) is None
+    with torch.no_grad():
+        assert torch.equal(short(x.clone().requires_grad_())[0], out)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert short(x) is NotImplemented
+    for name in ("TOKENMILL_BACKEND", "TOKENMILL_CHECK"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "1")
+            assert short(x) is NotImplemented
+    for given, rule in (
+        (((x, x, x), 1), f"takes a tuple of {len(op.arguments)} arguments"),
+        (((x, x, x),), "takes all arguments and a number of results"),
+    ):
+        with pytest.raises(TypeError, match=rf"^tokenmill\.attention: {rule}"):
+            op.short(*given)
+
+
+def test_results_without_elements_have_shape_and_memory_of_their_own():
+    op = tm._library.registered("topk_select")
+    scores = torch.randn(3, 5)
+    lowered = tm.registry.get("topk_select").lower(scores, 2)
+    same(op.short(lowered, 4), op.run("tokenmill", lowered))
+    first, second = (op.short(lowered, 4)[2] for _ in range(2))
+    assert first.shape == (0,) and first.is_contiguous() and first is not second
+    empty = op.short(tm.registry.get("topk_select").lower(scores[:0], 2), 2)
+    same(empty, op.run("tokenmill", tm.registry.get("topk_select").lower(scores[:0], 2))[:2])
 
 
 def test_a_lazy_negative_is_negated():

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <memory>
 #include <stdexcept>
 
@@ -438,7 +439,9 @@ PyObject* call_function(PyObject* self, PyObject* const* given, Py_ssize_t count
 
 PyObject* call_plain_function(PyObject* self, PyObject* const* given, Py_ssize_t count) {
   if (count != 2)
-    return PyErr_Format(PyExc_TypeError, "tokenmill: takes arguments and a number of results");
+    return PyErr_Format(PyExc_TypeError,
+                        "tokenmill.%s: takes all arguments and a number of results",
+                        function_in(self)->op.name);
   const size_t wanted = PyLong_AsSize_t(given[1]);
   if (wanted == static_cast<size_t>(-1) && PyErr_Occurred()) return nullptr;
   return function_in(self)->call_plain(given[0], wanted);
