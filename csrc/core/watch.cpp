@@ -47,10 +47,10 @@ const Watch* Watch::make() {
   watch->forward_ad_ = PyImport_ImportModule("torch.autograd.forward_ad");
   watch->level_ = PyUnicode_InternFromString("_current_level");
   watch->grad_mode_ = name_in("torch", "is_grad_enabled");
-  watch->any_requires_grad_ = name_in("torch._C", "_any_requires_grad");
-  const bool found = watch->forward_ad_ && watch->level_ && watch->grad_mode_ &&
-                     watch->any_requires_grad_ &&
-                     PyObject_HasAttr(watch->forward_ad_, watch->level_);
+  watch->tensor_ = name_in("torch", "Tensor");
+  watch->requires_grad_ = PyUnicode_InternFromString("requires_grad");
+  const bool found = watch->forward_ad_ && watch->level_ && watch->grad_mode_ && watch->tensor_ &&
+                     watch->requires_grad_ && PyObject_HasAttr(watch->forward_ad_, watch->level_);
   if (!found && !PyErr_Occurred())
     PyErr_SetString(PyExc_AttributeError, "torch.autograd.forward_ad has no _current_level");
   return found ? watch.release() : nullptr;
@@ -68,7 +68,14 @@ int Watch::any() const {
 
 int Watch::records(PyObject* values) const {
   const int recording = truth(PyObject_CallNoArgs(grad_mode_));
-  return recording == 1 ? truth(PyObject_Call(any_requires_grad_, values, nullptr)) : recording;
+  if (recording <= 0) return recording;
+  auto* const tensor = reinterpret_cast<PyTypeObject*>(tensor_);
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
+    PyObject* const value = PyTuple_GET_ITEM(values, i);
+    if (!PyObject_TypeCheck(value, tensor)) continue;
+    if (const int wanted = truth(PyObject_GetAttr(value, requires_grad_))) return wanted;
+  }
+  return 0;
 }
 
 bool environment_asks() {

@@ -16,7 +16,8 @@ class Watch {
 
   // Whether a mode, a transform, autocast, forward-mode AD, a trace or a profile wants the call.
   int any() const;
-  // Whether gradients are recorded, and a tensor in this tuple wants one.
+  // Whether gradients are recorded, and a tensor in this tuple wants one. torch's own function for
+  // this takes 50 ns for each value, whatever it is.
   int records(PyObject* values) const;
 
  private:
@@ -24,7 +25,7 @@ class Watch {
 
   std::vector<PyObject*> questions_;  // answered by 0, False or None if nothing wants the call
   PyObject *forward_ad_, *level_;     // a module, whose variable of this name is -1 outside
-  PyObject *grad_mode_, *any_requires_grad_;
+  PyObject *grad_mode_, *tensor_, *requires_grad_;
 };
 
 // Whether a variable of the environment chooses a backend or asks for checks.
