@@ -170,7 +170,7 @@ def attention_decode(
         >>> tm.attention_decode(q, k, v, seqlens_k=lengths, block_table=table).shape
         torch.Size([2, 1, 8, 64])
     """
-    out, lse = call(
+    results = call(
         SPEC,
         lower(
             q,
@@ -192,8 +192,9 @@ def attention_decode(
             return_lse=return_lse,
         ),
         backend,
+        used=2 if return_lse else 1,
     )
-    return (out, lse) if return_lse else out
+    return results[:2] if return_lse else results[0]
 
 
 def lower(
