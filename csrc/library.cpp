@@ -51,6 +51,10 @@ TOKENMILL_LIBRARY(library) {
   m.def("merge_attention_states(" + merge + ") -> (Tensor out, Tensor lse)");
   m.def("merge_attention_states_backward(Tensor dout, Tensor? dlse, " + merge +
         ") -> (Tensor douts, Tensor dlses)");
+  const Arguments additive = "Tensor q, Tensor k, Tensor v_weight, *, Tensor? mask=None";
+  m.def("additive_attention(" + additive + ") -> Tensor");
+  m.def("additive_attention_backward(Tensor dscores, " + additive +
+        ") -> (Tensor dq, Tensor dk, Tensor dv_weight)");
 
   // linear: attention as a recurrence over a state
   const Arguments linear =

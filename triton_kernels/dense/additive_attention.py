@@ -1,0 +1,215 @@
+"""additive_attention: scores u_ij = v . tanh(q_i + k_j), and their gradients.
+
+With d = g_ij v (1 - tanh^2): dq_i is the sum of d over keys, dk_j that over queries, each by a
+launch that computes the tangents again: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INF, launch, load_tile, store_tile, tanh
+
+ROWS, KEYS, STEP = 16, 32, 8  # of a tile of scores: queries, keys, elements of A at once
+OWN, OTHER, WIDTH = 8, 16, 32  # of gradients: rows that are summed for, rows summed over, A
+COUNTS = ["rows", "keys", "own_rows", "other_rows"]
+
+
+class Rows(NamedTuple):
+    """[B, S, A] with a contiguous last dimension; strides in elements."""
+
+    data: Tensor
+    batch: int
+    row: int
+
+
+class Pairs(NamedTuple):
+    """[B, T, N]; row and column are those of the side that is summed for and of the other."""
+
+    data: Tensor
+    batch: int
+    row: int
+    column: int
+
+
+@triton.jit
+def load_pairs(pairs, i_b, o_row, o_column, m_pair, other):
+    o_pair = o_row.to(tl.int64)[:, None] * pairs.row + o_column.to(tl.int64)[None, :] * pairs.column
+    return tl.load(pairs.data + i_b * pairs.batch + o_pair, mask=m_pair, other=other)
+
+
+@triton.jit
+def load_side(side, i_b, o_row, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first):
+    p_row = side.data + i_b * side.batch + o_row.to(tl.int64) * side.row
+    return load_tile(p_row, o_row < rows, WIDTH, BLOCK, first).to(tl.float32)
+
+
+@triton.jit
+def load_weight(v, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first):
+    o_a = first + tl.arange(0, BLOCK)
+    return tl.load(v + o_a, mask=o_a < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def scores_kernel(
+    q,
+    k,
+    v,
+    mask,
+    scores,
+    rows,
+    keys,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    tiles_of_keys = tl.cdiv(keys, KEYS)
+    tiles_of_rows = tl.cdiv(rows, ROWS)
+    i = tl.program_id(0)
+    o_j = i % tiles_of_keys * KEYS + tl.arange(0, KEYS)
+    o_i = i // tiles_of_keys % tiles_of_rows * ROWS + tl.arange(0, ROWS)
+    i_b = (i // tiles_of_keys // tiles_of_rows).to(tl.int64)
+    m_pair = (o_i < rows)[:, None] & (o_j < keys)[None, :]
+    b_sum = tl.zeros([ROWS, KEYS], tl.float32)
+    for first in range(0, WIDTH, STEP):
+        b_q = load_side(q, i_b, o_i, rows, WIDTH, STEP, first)
+        b_k = load_side(k, i_b, o_j, keys, WIDTH, STEP, first)
+        b_v = load_weight(v, WIDTH, STEP, first)
+        b_e = tanh(b_q[:, None, :] + b_k[None, :, :])  # [ROWS, KEYS, STEP]
+        b_sum += tl.sum(b_e * b_v[None, None, :], 2)
+    if mask is not None:
+        m_seen = load_pairs(mask, i_b, o_i, o_j, m_pair, 0) != 0
+        b_sum = tl.where(m_seen, b_sum, -INF)
+    p_scores = scores + (i_b * rows + o_i)[:, None] * keys + o_j[None, :]
+    tl.store(p_scores, b_sum, mask=m_pair)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def gradients_kernel(
+    own,
+    other,
+    v,
+    mask,
+    g,
+    d_own,
+    dv,
+    own_rows,
+    other_rows,
+    A: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dv is that of each block of rows, or None."""
+    steps = tl.cdiv(A, WIDTH)
+    tiles = tl.cdiv(own_rows, OWN)
+    i = tl.program_id(0)
+    first = i % steps * WIDTH
+    o_own = i // steps % tiles * OWN + tl.arange(0, OWN)
+    i_b = (i // steps // tiles).to(tl.int64)
+    b_own = load_side(own, i_b, o_own, own_rows, A, WIDTH, first)
+    b_v = load_weight(v, A, WIDTH, first)
+    b_d = tl.zeros([OWN, WIDTH], tl.float32)
+    b_dv = tl.zeros([WIDTH], tl.float32)
+    for begin in range(0, other_rows, OTHER):
+        o_other = begin + tl.arange(0, OTHER)
+        b_other = load_side(other, i_b, o_other, other_rows, A, WIDTH, first)
+        m_pair = (o_own < own_rows)[:, None] & (o_other < other_rows)[None, :]
+        if mask is not None:
+            m_pair = m_pair & (load_pairs(mask, i_b, o_own, o_other, m_pair, 0) != 0)
+        b_g = load_pairs(g, i_b, o_own, o_other, m_pair, 0.0)[:, :, None]  # [OWN, OTHER, 1]
+        b_e = tanh(b_own[:, None, :] + b_other[None, :, :])  # [OWN, OTHER, WIDTH]
+        b_gv = b_g * b_v[None, None, :]
+        m_counts = b_g != 0.0  # whatever e is
+        b_d += tl.sum(tl.where(m_counts, b_gv - b_gv * b_e * b_e, 0.0), 1)
+        if dv is not None:
+            b_dv += tl.sum(tl.sum(tl.where(m_counts, b_g * b_e, 0.0), 1), 0)
+    p_d = d_own + (i_b * own_rows + o_own) * A
+    store_tile(p_d, o_own < own_rows, b_d, A, first)
+    if dv is not None:
+        o_a = first + tl.arange(0, WIDTH)
+        p_dv = dv + (i // steps).to(tl.int64) * A + o_a
+        tl.store(p_dv, b_dv, mask=o_a < A)
+
+
+def rows_of(t: Tensor) -> Rows:
+    return Rows(t, t.stride(0), t.stride(1))
+
+
+def pairs_of(t: Tensor | None, *, transposed: bool = False) -> Pairs | None:
+    if t is None:
+        return None
+    t = t.unsqueeze(1) if t.dim() == 2 else t
+    # The row of a mask [B, N] is that of every query.
+    row, column = 0 if t.shape[1] == 1 else t.stride(1), t.stride(2)
+    t = t.view(torch.uint8) if t.dtype == torch.bool else t
+    return Pairs(t, t.stride(0), *((column, row) if transposed else (row, column)))
+
+
+def additive_attention(q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None) -> Tensor:
+    batch, rows, width = q.shape
+    keys = k.shape[1]
+    scores = q.new_empty((batch, rows, keys), dtype=torch.float32)
+    launch(
+        scores_kernel,
+        batch * triton.cdiv(rows, ROWS) * triton.cdiv(keys, KEYS),
+        q,
+        rows_of(q),
+        rows_of(k),
+        v_weight,
+        pairs_of(mask),
+        scores,
+        rows,
+        keys,
+        WIDTH=width,
+        ROWS=ROWS,
+        KEYS=KEYS,
+        STEP=STEP,
+    )
+    return scores
+
+
+def launch_side(
+    own: Tensor,
+    other: Tensor,
+    v_weight: Tensor,
+    mask: Pairs | None,
+    g: Pairs | None,
+    dv: Tensor | None,
+) -> Tensor:
+    batch, count, width = own.shape
+    gradient = own.new_empty(own.shape)
+    options: dict[str, Any] = {"A": width, "OWN": OWN, "OTHER": OTHER, "WIDTH": WIDTH}
+    launch(
+        gradients_kernel,
+        batch * triton.cdiv(count, OWN) * triton.cdiv(width, WIDTH),
+        own,
+        rows_of(own),
+        rows_of(other),
+        v_weight,
+        mask,
+        g,
+        gradient,
+        dv,
+        count,
+        other.shape[1],
+        **options,
+    )
+    return gradient
+
+
+def additive_attention_backward(
+    dscores: Tensor, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    batch, rows, width = q.shape
+    dv = q.new_empty((batch * triton.cdiv(rows, OWN), width), dtype=torch.float32)
+    dq = launch_side(q, k, v_weight, pairs_of(mask), pairs_of(dscores), dv)
+    g, mask_of_keys = pairs_of(dscores, transposed=True), pairs_of(mask, transposed=True)
+    dk = launch_side(k, q, v_weight, mask_of_keys, g, None)
+    return dq, dk, dv.sum(0).to(v_weight.dtype)
