@@ -7,8 +7,6 @@ namespace tokenmill {
 namespace cuda::additive_attention {
 namespace {
 
-constexpr int64_t kBlocks = 4;  // on each multiprocessor, that a launch should have
-
 unsigned limited(int64_t blocks) { return static_cast<unsigned>(std::min<int64_t>(blocks, 65535)); }
 
 using WholeTile = ScoreTile<16, 16, 4, 4>;

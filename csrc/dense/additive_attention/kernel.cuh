@@ -11,7 +11,8 @@
 namespace tokenmill::cuda::additive_attention {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int kStep = 32;  // elements of A in shared memory at once, a lane each
+constexpr int kBlocks = 4;  // on a multiprocessor: left alone, ptxas spills to fit more
+constexpr int kStep = 32;   // elements of A in shared memory at once, a lane each
 
 // A row's elements from `first` on, one a lane, 0 beyond the width.
 template <typename T>
@@ -44,7 +45,7 @@ __device__ __forceinline__ void load_step(float (&to)[kStep][kTileRows + 1], con
 
 // Blocks: tiles of keys, tiles of queries, sequences.
 template <typename T, typename Tile>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scores_kernel(const __grid_constant__ AdditiveParams p) {
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys;
   __shared__ float q[kStep][Tile::kTileRows + 1], k[kStep][Tile::kTileKeys + 1], v[kStep];
@@ -126,7 +127,7 @@ struct SidePass {
 // Blocks: tiles of the own side and parts of the other, steps of A, sequences. A lane for each
 // element of A.
 template <typename T, bool kDv>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gradients_kernel(const __grid_constant__ AdditiveBackwardParams backward,
                      const __grid_constant__ SidePass pass) {
   __shared__ float other[kOtherTile][kStep], g[kOwnTile][kOtherTile + 1], dvs[kWarps][kStep];
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // out[i] = the sum over parts of in[part][i].
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sum_parts_kernel(const float* in, T* out, int64_t count, int64_t parts) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * kThreads) {
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
 // out[a] = the sum over rows of in[row][a]. A lane for each column, a share of the rows for each
 // warp.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sum_rows_kernel(const float* in, T* out, int64_t rows, int64_t width) {
   __shared__ float sums[kWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;

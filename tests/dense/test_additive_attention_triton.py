@@ -1,0 +1,39 @@
+"""The Triton kernels of additive_attention compiled for GPUs: they fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+
+pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
+
+
+def call():
+    from tokenmill.triton_kernels.dense import additive_attention as kernels
+
+    q, v = torch.zeros(1, 64, 128, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.bfloat16)
+    mask = torch.ones(1, 64, 64, dtype=torch.bool)
+    scores = kernels.additive_attention(q, q, v, mask)
+    kernels.additive_attention_backward(scores, q, q, v, mask)
+
+
+def main(capability):
+    """Prints what ptxas made of each kernel."""
+    found = [resources(kernel, code) for kernel, code in compiled(int(capability), call)]
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("capability", list(SHARED))
+def test_kernels_fit(capability, tmp_path):
+    found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
+    assert {p["kernel"] for p in found} == {"scores_kernel", "gradients_kernel"}
+    for program in found:
+        assert_fits(program, capability)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
