@@ -135,7 +135,9 @@ def test_torch_ops_cast_alike(spec):
     with autocast():
         found = spec.forward.run("tokenmill", lowered)
     found = found if isinstance(found, tuple) else (found,)
-    same([found[0], *written], [wanted[0], *wanted[len(wanted) - len(written) :]])
+    # A public function may round what its operator gives: additive_attention does.
+    first = found[0].to(wanted[0].dtype)
+    same([first, *written], [wanted[0], *wanted[len(wanted) - len(written) :]])
 
 
 COMPILED = ("attention", "bilevel_routing_attention", "hip_block_select", "kv_block_scores")

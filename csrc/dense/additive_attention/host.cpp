@@ -29,9 +29,6 @@ AdditiveParams make_params(const AdditiveAttentionArgs& a) {
   check(a.v_weight.dim() == 1 && a.v_weight.size(0) == p.width, kOp, "v_weight",
         Rule("must have shape [", p.width, "]"), a.v_weight.sizes);
   p.keys = a.k.size(1);
-  check_last_contiguous(kOp, "q", a.q);
-  check_last_contiguous(kOp, "k", a.k);
-  check_last_contiguous(kOp, "v_weight", a.v_weight);
   p.dtype = to_dtype(a.q.dtype);
   p.q = a.q.data();
   p.q_batch = a.q.step(0);
@@ -40,18 +37,21 @@ AdditiveParams make_params(const AdditiveAttentionArgs& a) {
   p.k_batch = a.k.step(0);
   p.k_row = a.k.step(1);
   p.v = a.v_weight.data();
-  if (!a.mask) return p;
-  check(a.mask.dtype == ScalarType::Bool, kOp, "mask", "must be bool", a.mask.dtype);
-  const bool of_pairs = a.mask.sizes == std::vector<int64_t>{p.batch, p.rows, p.keys};
-  check(of_pairs || a.mask.sizes == std::vector<int64_t>{p.batch, p.keys}, kOp, "mask",
-        Rule("must have shape [", p.batch, ", ", p.keys, "] or [", p.batch, ", ", p.rows, ", ",
-             p.keys, "]"),
-        a.mask.sizes);
-  check_device_of_q(kOp, "mask", a.mask, a.q);
-  check_last_contiguous(kOp, "mask", a.mask);
-  p.mask = a.mask.data<uint8_t>();
-  p.mask_batch = a.mask.step(0);
-  p.mask_row = of_pairs ? a.mask.step(1) : 0;
+  if (a.mask) {
+    check(a.mask.dtype == ScalarType::Bool, kOp, "mask", "must be bool", a.mask.dtype);
+    const bool of_pairs = a.mask.sizes == std::vector<int64_t>{p.batch, p.rows, p.keys};
+    check(of_pairs || a.mask.sizes == std::vector<int64_t>{p.batch, p.keys}, kOp, "mask",
+          Rule("must have shape [", p.batch, ", ", p.keys, "] or [", p.batch, ", ", p.rows, ", ",
+               p.keys, "]"),
+          a.mask.sizes);
+    check_device_of_q(kOp, "mask", a.mask, a.q);
+    p.mask = a.mask.data<uint8_t>();
+    p.mask_batch = a.mask.step(0);
+    p.mask_row = of_pairs ? a.mask.step(1) : 0;
+  }
+  for (const auto& [name, t] : {std::pair("q", &a.q), std::pair("k", &a.k),
+                                std::pair("v_weight", &a.v_weight), std::pair("mask", &a.mask)})
+    if (*t) check_last_contiguous(kOp, name, *t);
   return p;
 }
 

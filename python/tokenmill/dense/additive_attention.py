@@ -147,12 +147,17 @@ def _lower(op: str, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None)
     for name, t in (("q", q), ("k", k), ("v_weight", v_weight)):
         check_tensor(op, name, t)
     check_tensor(op, "mask", mask, optional=True)
-    return (*map(_rows_whole, (q, k, v_weight)), None if mask is None else _rows_whole(mask))
+    given = q, k, v_weight, mask
+    if all(map(_is_whole, given)):
+        return given
+    # Beside the tangents copies are nothing, once it is known that they fit each other.
+    _check_shapes(op, *given, float64=True)
+    return tuple(t if t is None or _is_whole(t) else t.contiguous() for t in given)
 
 
-def _rows_whole(t: Tensor) -> Tensor:
-    """With a contiguous last dimension. Beside the tangents a copy is nothing."""
-    return t.contiguous() if t.dim() > 0 and t.shape[-1] > 1 and t.stride(-1) != 1 else t
+def _is_whole(t: Tensor | None) -> bool:
+    """Whether the last dimension is contiguous."""
+    return t is None or t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
 
 
 def _check_alike(op: str, name: str, t: Tensor, q: Tensor) -> None:
@@ -170,6 +175,15 @@ def _check(
     float64: bool = False,
     op: str = OP,
 ) -> None:
+    _check_shapes(op, q, k, v_weight, mask, float64=float64)
+    for name, t in (("q", q), ("k", k), ("v_weight", v_weight), ("mask", mask)):
+        if t is not None:
+            check_last_contiguous(op, name, t)
+
+
+def _check_shapes(
+    op: str, q: Tensor, k: Tensor, v_weight: Tensor, mask: Tensor | None, *, float64: bool
+) -> None:
     check_dtype(op, "q", q, float64=float64)
     check(q.dim() == 3, op, "q", "must have 3 dimensions [B, T, A]", q.dim())
     batch, rows, width = q.shape
@@ -178,8 +192,6 @@ def _check(
     ok = k.dim() == 3 and k.shape[0] == batch and k.shape[2] == width
     check(ok, op, "k", f"must have shape [{batch}, N, {width}]", k.shape)
     check(v_weight.shape == (width,), op, "v_weight", f"must have shape [{width}]", v_weight.shape)
-    for name, t in (("q", q), ("k", k), ("v_weight", v_weight)):
-        check_last_contiguous(op, name, t)
     if mask is None:
         return
     check(mask.dtype == torch.bool, op, "mask", "must be bool", mask.dtype)
@@ -188,7 +200,6 @@ def _check(
         rule = f"must have shape [{batch}, {keys}] or [{batch}, {rows}, {keys}]"
         fail(op, "mask", rule, mask.shape)
     check_device_of(op, "mask", mask, "q", q)
-    check_last_contiguous(op, "mask", mask)
 
 
 def _check_backward(
@@ -216,7 +227,8 @@ def _backward(ops: Any, ctx: Any, dscores: Tensor | None) -> tuple[Any, ...]:
     inputs, _ = kept(ctx)
     if dscores is None:
         return None, None, None, None
-    dq, dk, dv_weight = ops.additive_attention_backward(_rows_whole(dscores), *inputs)
+    dscores = dscores if _is_whole(dscores) else dscores.contiguous()
+    dq, dk, dv_weight = ops.additive_attention_backward(dscores, *inputs)
     return dq, dk, dv_weight, None
 
 

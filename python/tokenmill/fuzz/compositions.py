@@ -101,7 +101,10 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     ),
     additive_attention: (
         lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "values": r(2, 5, 6)},
-        lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "mask": r.bools(2, 5)},
+        lambda r: {
+            "q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "values": r(2, 5, 6),
+            "mask": r.bools(2, 5),
+        },
     ),
     pointer_argmax: (
         lambda r: {"q": r(2, 3, 4), "k": r(2, 5, 4), "v_weight": r(4), "mask": r.bools(2, 3, 5)},

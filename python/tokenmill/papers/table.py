@@ -367,8 +367,8 @@ TABLE = (
         51, "Pointer Networks", "Pointer Networks", "Vinyals et al.", "1506.03134",
         "softmax over inputs of v . tanh(W1 e_j + W2 d_i), and the largest of them",
         ("tokenmill.additive_attention", "tokenmill.pointer_argmax"),
-        "tests/papers/test_51_pointer_networks.py", "examples/papers/sort_numbers.py", PLAIN,
-        note="plain PyTorch, in parts, so that the tangents of all pairs are never in memory",
+        "tests/papers/test_51_pointer_networks.py", "examples/papers/sort_numbers.py", BACKENDS,
+        note="the tangents of all pairs are never in memory",
     ),
     Paper(
         52, "Keyformer", "Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient "
