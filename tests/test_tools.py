@@ -67,7 +67,7 @@ BAD = [
     ("explain attention --device cuda:99", "--device: must be a device of this machine (cpu"),
     ("explain attention --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("explain attention --backend x", "--backend: invalid choice: 'x'"),
-    ("check nosuch", "ops: no operator 'nosuch'; there are attention, "),
+    ("check nosuch", "ops: no operator 'nosuch'; there are additive_attention, attention, "),
     ("check --backend x", "--backend: invalid choice: 'x'"),
     ("check --dtype int8", "--dtype: invalid choice: 'int8'"),
     ("check --backend reference --all-isas", "--all-isas: must go with backend cpu; got reference"),

@@ -368,8 +368,8 @@ TABLE = (
         "softmax over inputs of v . tanh(W1 e_j + W2 d_i), and the largest of them",
         ("tokenmill.additive_attention", "tokenmill.pointer_argmax"),
         "tests/papers/test_51_pointer_networks.py", "examples/papers/sort_numbers.py", BACKENDS,
-        measured="1024 queries and inputs, A = 128: 21.3 times as fast as eager code, which has all "
-        "tangents in memory",
+        measured="1024 queries and inputs, A = 128: 21.3 times as fast as eager code, which has "
+        "all tangents in memory",
         note="the tangents of all pairs are never in memory",
     ),
     Paper(
