@@ -137,9 +137,9 @@ class _Weights(NamedTuple):
         if self.activation == "softmax":
             return s.softmax(-1) * self.norm_scale
         if self.activation == "l2_norm_gelu":
-            return torch.nn.functional.gelu(s * (self.norm_scale / self._norm(s)))
+            return torch.nn.functional.gelu(s * self._factor(_norm(s)))
         g = torch.nn.functional.gelu(s)
-        return g * (self.norm_scale / self._norm(g))
+        return g * self._factor(_norm(g))
 
     def backward(self, s: Tensor, dp: Tensor) -> Tensor:
         """The gradient of s, from that of the weights."""
@@ -148,19 +148,25 @@ class _Weights(NamedTuple):
             dp = dp * self.norm_scale
             return p * (dp - (p * dp).sum(-1, keepdim=True))
         if self.activation == "l2_norm_gelu":
-            unit = s / self._norm(s)
-            return self._through_norm(s, unit, _gelu_backward(dp, self.norm_scale * unit))
+            norm = _norm(s)
+            return self._through_norm(s, norm, _gelu_backward(dp, s * self._factor(norm)))
         g = torch.nn.functional.gelu(s)
-        return _gelu_backward(self._through_norm(g, g / self._norm(g), dp), s)
+        return _gelu_backward(self._through_norm(g, _norm(g), dp), s)
 
-    def _norm(self, t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp(min=self.eps)
+    def _factor(self, norm: Tensor) -> Tensor:
+        return self.norm_scale / norm.clamp(min=self.eps)
 
-    def _through_norm(self, t: Tensor, unit: Tensor, d: Tensor) -> Tensor:
-        """The gradient of t, from d, that of norm_scale t / |t|."""
-        norm = torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True)
-        factor = torch.where(norm > self.eps, self.norm_scale / self._norm(t), 0.0)
-        return factor * (d - unit * (unit * d).sum(-1, keepdim=True))
+    def _through_norm(self, t: Tensor, norm: Tensor, d: Tensor) -> Tensor:
+        """The gradient of t, from d, that of norm_scale t / |t|: norm_scale / |t| (d - u (u.d))
+        with u = t / |t|."""
+        factor = torch.where(norm > self.eps, self._factor(norm), 0.0)
+        least = norm.clamp(min=self.eps)
+        along = torch.linalg.vecdot(t, d).unsqueeze(-1) / least / least
+        return torch.addcmul(factor * d, t, factor * along, value=-1)
+
+
+def _norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(t, dim=-1, keepdim=True)
 
 
 def _gelu_backward(d: Tensor, z: Tensor) -> Tensor:
@@ -173,8 +179,12 @@ CPU_SCORES, GPU_SCORES = 2**20, 2**25
 
 
 def _blocks(x: Tensor, count: int) -> list[slice]:
-    size = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
-    return [slice(i, i + size) for i in range(0, max(x.shape[0], 1), size)]
+    """Of about as many tokens each: a last one of few would cost as much as a whole one."""
+    most = max(1, (CPU_SCORES if x.device.type == "cpu" else GPU_SCORES) // count)
+    tokens = max(x.shape[0], 1)
+    blocks = max(1, (tokens + most // 2) // most)
+    size = -(-tokens // blocks)
+    return [slice(i, i + size) for i in range(0, tokens, size)]
 
 
 class _Pattention(torch.autograd.Function):
@@ -205,7 +215,7 @@ class _Pattention(torch.autograd.Function):
             s = weights.scores(x[block], key_tokens)
             if need_values:
                 p = weights.forward(s).to(x.dtype)
-                dv = _plus(dv, (p.T @ dy[block]).to(s.dtype))
+                dv = _plus_product(dv, p.T, dy[block], s.dtype)
             if not (need_x or need_keys):
                 continue
             ds = weights.backward(s, (dy[block] @ value_tokens.T).to(s.dtype)) * weights.scale
@@ -213,7 +223,7 @@ class _Pattention(torch.autograd.Function):
             if need_x:
                 dx.append(ds @ key_tokens)
             if need_keys:
-                dk = _plus(dk, (ds.T @ x[block]).to(s.dtype))
+                dk = _plus_product(dk, ds.T, x[block], s.dtype)
         return (
             torch.cat(dx) if need_x else None,
             None if dk is None else dk.to(x.dtype),
@@ -222,5 +232,9 @@ class _Pattention(torch.autograd.Function):
         )
 
 
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """total + a b in the dtype `wide`."""
+    if total is not None and a.dtype == wide:
+        return torch.addmm(total, a, b)
+    part = (a @ b).to(wide)
     return part if total is None else total + part
