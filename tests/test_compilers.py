@@ -26,6 +26,8 @@ class Everything(torch.nn.Module):
         kept = linear[0, -1].gather(1, indices.long()).mean()
         cached = decode_from_cache(token, x.detach()) + attend_to_blocks(linear, x)
         cached = cached + move_tokens(x.flatten(2)).unflatten(2, (4, 16))
+        words = x.flatten(2)
+        cached = cached + tm.additive_attention(words, words[:, ::2], words.mean((0, 1))).mean()
         # The mean: a sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
 
