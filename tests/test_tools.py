@@ -39,10 +39,11 @@ def test_info_names_build_machine_and_backends(capsys):
 def test_ops_is_the_table_of_the_registry(capsys):
     assert main(["ops"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["operator", "family", *_dispatch.BACKENDS]
+    assert lines[0].split()[:-3] == ["operator", "family", *_dispatch.BACKENDS]
     rows = {line.split()[0]: line.split()[1:] for line in lines if not line.startswith(" ")}
     assert set(registry.ops()) <= set(rows)
-    assert rows["attention"][:2] == ["dense", "yes"] and rows["attention"][-1] == "yes"
+    assert rows["attention"][:2] == ["dense", "yes"]
+    assert rows["attention"][-3:] == ["yes", "batch,", "heads"]
 
 
 def test_explain_speaks_for_samples(capsys):

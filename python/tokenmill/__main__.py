@@ -65,7 +65,11 @@ def _parser() -> _cli.Parser:
         return sub
 
     command("info", run_info, "versions, compilers, instruction sets, GPUs, environment variables")
-    command("ops", run_ops, "every operator and the backends that it has in this build")
+    command(
+        "ops",
+        run_ops,
+        "every operator, the backends that it has in this build, and how DTensors split",
+    )
     sub = command("explain", run_explain, "which kernel runs a call, and why the others do not")
     sub.add_argument("op", type=_cli.operator, help="the operator")
     sub.add_argument("--sample", help="which of the operator's sample calls (default: the first)")
@@ -123,10 +127,12 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_ops(options: argparse.Namespace) -> int:
-    print(f"{'operator':<26}{'family':<10}" + "".join(f"{b:<11}" for b in _dispatch.BACKENDS))
+    backends = "".join(f"{b:<11}" for b in _dispatch.BACKENDS)
+    print(f"{'operator':<26}{'family':<10}{backends}DTensors split along")
     for spec in registry.ops().values():
         cells = [_dispatch.kernels(spec, backend) for backend in _dispatch.BACKENDS]
-        print(f"{spec.name:<26}{spec.family:<10}" + "".join(f"{c:<11}" for c in cells))
+        columns = "".join(f"{c:<11}" for c in cells)
+        print(f"{spec.name:<26}{spec.family:<10}{columns}{spec.splits_along}")
         print(f"  {spec.paper}")
     return 0
 

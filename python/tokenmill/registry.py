@@ -33,6 +33,41 @@ class Malformed:
     values: bool = False  # breaks a rule on values inside tensors, not on metadata
 
 
+AXES = {"b": "batch", "h": "heads", "r": "rows", "c": "channels"}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Along which dimensions a call falls apart into calls on parts of its arguments.
+
+    A tensor has a letter of AXES for each dimension that may be split, and a point for others:
+    "b.h." for ``[B, S, H, D]``. Of labels divided by a space a tensor takes those of its rank, or
+    else the last ones of the first. "~c" behind them: the axis is not there, and the parts of the
+    call along it have the same of it. Heads may be those of a group, and a dimension of size 1
+    stands for all.
+
+    arguments has the labels by name, or by several divided by spaces (a number that counts an axis
+    has the letter); by "name@other" those in calls that have the argument `other`. What is not
+    listed is the same for all parts. results has the labels of each result. Gradients have those of
+    the argument, cotangents those of the result. Calls with an argument named in `without` do not
+    fall apart.
+    """
+
+    arguments: dict[str, str]
+    results: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        each = {n: labels for names, labels in self.arguments.items() for n in names.split()}
+        object.__setattr__(self, "arguments", each)
+
+    @property
+    def axes(self) -> list[str]:
+        """The words of the axes along which some tensor may be split."""
+        found = "".join((*self.arguments.values(), *self.results))
+        return [word for letter, word in AXES.items() if letter in found]
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One public operator.
@@ -50,6 +85,7 @@ class OpSpec:
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
     the inputs: the baseline of the error budget.
+    sharding says how a call on DTensors falls apart, or why it does not.
     samples and malformed are those of the module <name>_cases beside that of the operator, which
     tests and tools alone load.
     """
@@ -70,6 +106,7 @@ class OpSpec:
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
+    sharding: Sharding | str | None = None
 
     @functools.cached_property
     def samples(self) -> tuple[Sample, ...]:
@@ -81,6 +118,13 @@ class OpSpec:
 
     def _cases(self) -> Any:
         return importlib.import_module(f"{__package__}.{self.family}.{self.name}_cases")
+
+    @property
+    def splits_along(self) -> str:
+        """The axes along which calls on DTensors fall apart, or why there are none."""
+        if isinstance(self.sharding, Sharding):
+            return ", ".join(self.sharding.axes)
+        return f"none: {self.sharding}" if self.sharding else "?"
 
     @property
     def torch_ops(self) -> Iterable[TorchOp]:

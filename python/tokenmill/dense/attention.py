@@ -19,7 +19,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .attention_rules import OP, check_attention, check_attention_values
 from .post_decay import decayed_attention
 from .terms import (
@@ -492,6 +492,16 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
+        sharding=Sharding(
+            {
+                "q k v": "b.h.",
+                "score_bias alibi_slopes sink": "bh",
+                "mask_q_spans mask_k_spans": "b..",
+                "bias": "bh..",
+                "mask_ranges": "bh...",
+            },
+            ("b.h.", "bh."),
+        ),
         paper="FlashAttention-2 (Dao 2023); Sigmoid Self-Attention (Ramapuram et al. 2024)",
         flops=flops,
         backward_flops=backward_flops,

@@ -17,7 +17,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..masks import Masks, lower_mask
 from ..reference.dense import attention_decode as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -352,6 +352,18 @@ SPEC = register_op(
         backward=None,
         differentiable=(),
         logarithms=(1,),
+        sharding=Sharding(
+            {
+                "q k_cache v_cache": "b.h.",
+                "k_cache@block_table v_cache@block_table": "..h.",
+                "seqlens_k": "b",
+                "block_table": "b.",
+                "score_bias alibi_slopes sink": "bh",
+                "mask_q_spans mask_k_spans": "b..",
+                "mask_ranges": "bh...",
+            },
+            ("b.h.", "bh."),
+        ),
         paper="Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024)",
         flops=flops,
     )

@@ -11,7 +11,7 @@ from .._check import check, check_dtype, check_last_contiguous, check_tensor
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.dense import merge_attention_states as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP = "merge_attention_states"
 
@@ -157,6 +157,10 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("outs", "lses"),
         logarithms=(1,),
+        sharding=Sharding(
+            {"outs": ".brh. .rh.", "lses": ".bhr .hr"},
+            ("brh.", "bhr"),
+        ),
         paper="FlashAttention (Dao et al. 2022), LeanAttention (Sanovar et al. 2024)",
         flops=lambda outs, lses: 2.0 * outs.numel(),
     )

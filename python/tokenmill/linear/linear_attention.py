@@ -25,7 +25,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.linear import linear_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import LINEAR_ATTENTION as OP
 from .rules import (
     check_decay_values,
@@ -433,6 +433,14 @@ SPEC = register_op(
         backward=BACKWARD,
         out=OUT,
         differentiable=("q", "k", "v", "log_decay", "initial_state"),
+        sharding=Sharding(
+            {
+                "q k v": "b.h.",
+                "log_decay": "b.h bh",  # of which the second has the gradient of [H]
+                "initial_state": "bh..",
+            },
+            ("b.h.", "bh..", "bh."),
+        ),
         paper="Lightning Attention-2 (Qin et al. 2024); Based (Arora et al. 2024)",
         flops=flops,
         backward_flops=lambda *lowered: 3.0 * flops(*lowered),  # three recurrences

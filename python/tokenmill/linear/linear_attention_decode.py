@@ -12,7 +12,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.linear import linear_attention_decode as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .linear_attention import FeatureMap, flops
 from .rules import DECODE as OP
 from .rules import check_decay_values, check_decode, check_slot_values
@@ -162,6 +162,16 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample: q [3, 1, 4, 32], k and v [3, 1, 2, 32], state [5, 4, 32, 32].
         differentiable=(),
+        sharding=Sharding(
+            {
+                "q k v": "b.h.",
+                "state": "bh..",
+                "state@state_indices": ".h..",
+                "state_indices": "b",
+                "log_decay": "b.h",
+            },
+            ("b.h.",),
+        ),
         paper="Transformers are RNNs (Katharopoulos et al. 2020); MiniMax-01 (2025)",
         flops=_flops,
     )

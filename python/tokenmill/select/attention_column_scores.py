@@ -15,7 +15,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.select import attention_column_scores as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_column_scores"
@@ -237,6 +237,11 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {"q k": "b.h.", "lse": "bh.", "seqlens_k seqlens_q": "b"},
+            ("bh.",),
+            without=("gumbel_tau",),  # whose noise counts requests and heads
+        ),
         paper="Keyformer (Adnan et al. 2024), H2O (Zhang et al. 2023), SnapKV (Li et al. 2024)",
         flops=_flops,
     )

@@ -15,7 +15,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.select import attention_row_scores as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_length_values, check_lse, check_per_request
 
 OP = "attention_row_scores"
@@ -180,6 +180,7 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample: q [2, 1, 3, 64], k [2, 197, 3, 64].
         differentiable=(),
+        sharding=Sharding({"q k": "b.h.", "lse": "bh.", "seqlens_k": "b"}, ("bh.. bh. b.",)),
         paper="EViT (Liang et al. 2022), VTC-CLS (Wang et al. 2024), TOVA (Oren et al. 2024)",
         flops=lambda q, k, *rest: 2.0 * q.numel() * k.shape[1],
     )

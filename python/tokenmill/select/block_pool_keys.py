@@ -22,7 +22,7 @@ from .._library import TorchOp, register
 from .._written import check_written
 from ..reference.select import block_pool_keys as reference
 from ..reference.select import block_pool_keys_update as update_reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     batch_of,
     check_block_table,
@@ -271,6 +271,10 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {"k": "b.hc", "k@block_table": "..hc~b", "lengths": "b", "block_table": "b."},
+            ("b.hc b.h.c",),
+        ),
         paper="Quest (Tang et al. 2024)",
         flops=lambda k, *rest: 1.0 * k.numel(),
     )
@@ -296,6 +300,16 @@ UPDATE_SPEC = register_op(
         forward=UPDATE_FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {
+                "k": "b.hc",
+                "k@block_table": "..hc~b",
+                "pooled": "b.hc b.h.c",
+                "start lengths": "b",
+                "block_table": "b.",
+            },
+            (),
+        ),
         paper="Quest (Tang et al. 2024)",
         flops=lambda k, pooled, block, *rest: 1.0 * k.shape[0] * block * k.shape[2] * k.shape[3],
     )

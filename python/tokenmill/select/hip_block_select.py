@@ -26,7 +26,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.select import hip_block_select as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     batch_of,
     check_block_table,
@@ -371,6 +371,17 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {
+                "q k": "b.h.",
+                "k@block_table": "..h.",
+                "start_indices": "bh..",
+                "start_counts": "bh.",
+                "seqlens_k": "b",
+                "block_table": "b.",
+            },
+            ("bh..", "bh."),
+        ),
         paper="HiP Attention (Lee et al. 2024)",
         flops=_flops,
     )

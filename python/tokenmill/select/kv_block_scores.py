@@ -26,7 +26,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import (
     batch_of,
     check_block_table,
@@ -301,6 +301,16 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {
+                "q": "b.h.",
+                "k": "b.h. b.h..",
+                "k@block_table": "..h. ..h..",
+                "seqlens_k": "b",
+                "block_table": "b.",
+            },
+            ("bh..",),
+        ),
         paper="Quest (Tang et al. 2024), TokenSelect (Wu et al. 2024)",
         flops=_flops,
     )

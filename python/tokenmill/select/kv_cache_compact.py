@@ -27,7 +27,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._written import check_written
 from ..reference.select import kv_cache_compact as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP = "kv_cache_compact"
 
@@ -304,6 +304,17 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {
+                "k_cache v_cache": "b.h.",
+                "k_cache@block_table v_cache@block_table": "..h.",
+                "keep": "bh. b.",
+                "counts": "bh b",
+                "seqlens_k": "b",
+                "block_table": "b.",
+            },
+            ("bh b~h", "bh.", "bh.", "bh"),
+        ),
         paper="StreamingLLM (Xiao et al. 2024), RazorAttention (Tang et al. 2024)",
         flops=lambda k_cache, v_cache, keep, *rest: float(
             keep.numel() * (k_cache.shape[3] + v_cache.shape[3])

@@ -22,7 +22,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.select import query_similarity_gate as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP = "query_similarity_gate"
 
@@ -102,6 +102,7 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding({"q q_ref": "b..."}, ("b",)),
         paper="TokenSelect (Wu et al. 2024)",
         flops=lambda q, q_ref, threshold: 1.0 * q.numel() + q_ref.numel(),
     )

@@ -22,7 +22,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.select import topk_select as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_per_request
 
 OP = "topk_select"
@@ -260,6 +260,15 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        sharding=Sharding(
+            {
+                "scores": "r.",
+                "lengths row_starts row_to_batch": "r",
+                "block_table": "r.",
+                "block_table@row_to_batch": "..",
+            },
+            ("r.", "r", "r.", "r."),
+        ),
         paper="TokenSelect (Wu et al. 2024), TidalDecode (Yang et al. 2024)",
         flops=lambda scores, *rest: 1.0 * scores.numel(),
     )

@@ -20,7 +20,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import bilevel_routing_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .gradients import cotangents, fake_gradients
 from .routing import route
 from .rules import check_list
@@ -369,6 +369,10 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
+        sharding=Sharding(
+            {"q k v": "b..h.", "indices": "bh..", "counts": "bh."},
+            ("b..h.", "bh.."),
+        ),
         paper="BiFormer (Zhu et al. 2023)",
         flops=flops,
         backward_flops=backward_flops,

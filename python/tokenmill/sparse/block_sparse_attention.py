@@ -18,7 +18,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import block_sparse_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from ..select.rules import check_per_request
 from .gradients import cotangents, fake_gradients
 from .rules import check_block, check_list
@@ -352,6 +352,10 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
+        sharding=Sharding(
+            {"q k v": "b.h.", "indices": "bh..", "counts": "bh.", "seqlens_k": "b"},
+            ("b.h.", "bh."),
+        ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,
         backward_flops=backward_flops,

@@ -31,7 +31,7 @@ from .._lowering import scale_or_default, widen
 from ..dense.attention_decode import MAX_SPLITS
 from ..dense.terms import check_scale, check_small, check_terms
 from ..reference.sparse import sparse_decode_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP = "sparse_decode_attention"
 
@@ -443,24 +443,13 @@ def _fake(
     )
 
 
-def flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    *rest: Any,
-) -> float:
+def flops(*lowered: Any) -> float:
     """Operations of the two products over all listed, sink and recent keys."""
-    blocks = float(counts.sum()) if known(counts) else float(indices.numel())
-    listed = blocks * block_k / max(counts.shape[1], 1)
-    keys = listed + counts.shape[0] * (num_sink + num_recent)
-    return 2.0 * q.shape[1] * q.shape[2] * keys * (q.shape[-1] + v.shape[-1])
+    a = FORWARD.record(*lowered)
+    blocks = float(a.counts.sum()) if known(a.counts) else float(a.indices.numel())
+    listed = blocks * a.block_k / max(a.counts.shape[1], 1)
+    keys = listed + a.counts.shape[0] * (a.num_sink + a.num_recent)
+    return 2.0 * a.q.shape[1] * a.q.shape[2] * keys * (a.q.shape[-1] + a.v_cache.shape[-1])
 
 
 FORWARD = register(
@@ -486,6 +475,18 @@ SPEC = register_op(
         backward=None,
         differentiable=(),
         logarithms=(1,),
+        sharding=Sharding(
+            {
+                "q k_cache v_cache extra_k extra_v": "b.h.",
+                "k_cache@block_table v_cache@block_table": "..h.",
+                "indices extra_log_count": "bh.",
+                "counts": "bh",
+                "seqlens_k": "b",
+                "block_table": "b.",
+                "sink": "h",
+            },
+            ("b.h.", "bh.", "bh."),
+        ),
         paper="TokenSelect (Wu et al. 2024), Quest (Tang et al. 2024)",
         flops=flops,
     )

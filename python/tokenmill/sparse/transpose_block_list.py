@@ -10,7 +10,7 @@ from .._check import as_int, check, check_tensor
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.sparse import transpose_block_list as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_list
 
 OP = "transpose_block_list"
@@ -91,6 +91,7 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample.
         differentiable=(),
+        sharding=Sharding({"indices": "bh..", "counts": "bh."}, ("bh.", "bh.")),
         paper="counting sort (Gustavson 1978)",
         flops=lambda *lowered: 0.0,
     )

@@ -13,7 +13,7 @@ from .._check import check, check_bool, check_device_of, check_dtype_of, check_t
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import best_match as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_tokens
 
 OP = "best_match"
@@ -123,6 +123,7 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample.
         differentiable=(),
+        sharding=Sharding({"a": "br.", "b": "b.."}, ("br", "br")),
         paper="ToMe (Bolya et al. 2023)",
         flops=_flops,
     )

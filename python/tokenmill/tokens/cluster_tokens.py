@@ -20,7 +20,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import cluster_tokens as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP = "cluster_tokens"
 MAX_CHANNELS = 4096
@@ -231,6 +231,7 @@ SPEC = register_op(
         backward=BACKWARD,
         # Edits of the first sample.
         differentiable=("x",),
+        sharding=Sharding({"x": "b..."}, ("b...", "b..", "b..", "b...")),
         paper="Expedit (Liang et al. 2022)",
         flops=_flops,
         backward_flops=_backward_flops,

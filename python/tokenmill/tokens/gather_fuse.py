@@ -12,7 +12,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.tokens import gather_fuse as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32, contiguous_rows
 from .rules import check_index_values, check_indices, check_like, check_out, check_tokens
 
@@ -233,6 +233,10 @@ SPEC = register_op(
         backward=BACKWARD,
         out=OUT,
         differentiable=("x", "weight"),
+        sharding=Sharding(
+            {"x": "b.c", "keep rest weight": "b."},
+            ("b.c", "b~c"),
+        ),
         paper="EViT (Liang et al. 2022)",
         flops=lambda x, keep, rest, *others: 2.0 * rest.numel() * x.shape[2],
     )

@@ -12,7 +12,7 @@ from .._dispatch import call
 from .._kv_cache import check_int32
 from .._library import TorchOp, register
 from ..reference.tokens import gather_tokens as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32, as_rows, contiguous_rows
 from .rules import check_index_values, check_movable_tokens, check_out
 
@@ -214,6 +214,7 @@ SPEC = register_op(
         out=OUT,
         lower_out=lower_out,
         differentiable=("x",),
+        sharding=Sharding({"x": "b.c", "indices": "b."}, ("b.c",)),
         paper="Focus-DETR (Zheng et al. 2023)",
         flops=lambda *lowered: 0.0,
     )

@@ -19,7 +19,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import local_pool as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .moving import contiguous_rows
 from .rules import check_like
 
@@ -213,6 +213,7 @@ SPEC = register_op(
         backward=BACKWARD,
         # Edits of the first sample.
         differentiable=("x",),
+        sharding=Sharding({"x": "b..c", "mask": "b.."}, ("b..c",)),
         paper="PoolFormer (Yu et al. 2022)",
         flops=lambda x, mask, ky, kx, *others: 1.0 * x.numel() * (ky + kx),
     )

@@ -108,6 +108,7 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample.
         differentiable=(),
+        sharding="places count through all sequences",
         paper="DToP (Tang et al. 2023)",
         flops=lambda mask, *rest: 1.0 * mask.numel(),
     )

@@ -22,7 +22,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import reconstruct_tokens as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_tokens
 
 OP = "reconstruct_tokens"
@@ -225,6 +225,10 @@ SPEC = register_op(
         backward=BACKWARD,
         # Edits of the first sample.
         differentiable=("values",),
+        sharding=Sharding(
+            {"features": "br.~c", "centroids": "b..", "values": "b.c"},
+            ("brc", "br.~c", "br.~c"),
+        ),
         paper="Expedit (Liang et al. 2022)",
         flops=_flops,
         backward_flops=_backward_flops,

@@ -13,7 +13,7 @@ from .._dispatch import call
 from .._kv_cache import check_int32
 from .._library import TorchOp, register
 from ..reference.tokens import scatter_tokens as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32, as_rows, contiguous_rows
 from .rules import MOVABLE, check_index_values, check_like
 
@@ -174,6 +174,10 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=("y", "base"),
+        sharding=Sharding(
+            {"y": "b.c", "indices": "b.", "base": "b.c", "batch": "b"},
+            ("b.c",),
+        ),
         paper="DToP (Tang et al. 2023)",
         flops=lambda *lowered: 0.0,
     )

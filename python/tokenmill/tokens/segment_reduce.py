@@ -21,7 +21,7 @@ from .._kv_cache import check_int32
 from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.tokens import segment_reduce as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import check_index_values, check_indices, check_like, check_tokens
 
 OP = "segment_reduce"
@@ -260,6 +260,10 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         differentiable=("x", "weight"),
+        sharding=Sharding(
+            {"x": "b.c", "offsets perm weight": "b."},
+            ("b.c", "b.~c", "b.c"),
+        ),
         paper="Learn Your Tokens (Thawani et al. 2023), PoNet (Tan et al. 2022)",
         flops=lambda x, *rest: 2.0 * x.numel(),
     )

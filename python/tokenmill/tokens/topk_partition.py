@@ -20,7 +20,7 @@ from .._check import (
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.tokens import topk_partition as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .moving import as_int32
 from .rules import check_like
 
@@ -202,6 +202,7 @@ SPEC = register_op(
         backward=None,
         # Edits of the first sample.
         differentiable=(),
+        sharding=Sharding({"scores": "b.", "counts": "b", "valid": "b."}, ("b.", "b.")),
         paper="EViT (Liang et al. 2022), Focus-DETR (Zheng et al. 2023)",
         flops=lambda scores, *rest: 1.0 * scores.numel(),
     )
