@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +127,7 @@ def call(
         with torch.autocast(device, enabled=False):
             return call(spec, lowered, backend, out)
     chosen = choose(spec, lowered, backend)
+    sharding = _sharding(lowered)
     checked, arguments = spec.forward, lowered
     if out is not None:
         assert spec.out is not None
@@ -140,11 +143,14 @@ def call(
         if not torch.compiler.is_compiling():  # the dispatcher does so before a kernel
             lowered = checked.resolve_views(lowered)
             arguments = lowered if out is None else (*lowered, out)
+        if sharding:
+            with _mode_of_reference(spec, checked, arguments):
+                return _results(sharding.run_reference(spec, lowered, checked, arguments), out)
         checked.check(*arguments, float64=True)
         spec.forward.check_values(*lowered)
         with _mode_of_reference(spec, checked, arguments):
             return _results(spec.reference(*lowered), out)
-    if chosen != "cpu" and synchronising_checks():
+    if chosen != "cpu" and synchronising_checks() and not sharding:
         checked.check(*arguments)
         spec.forward.check_values(*lowered)
     if out is not None and not _has_out(spec, chosen):
@@ -158,6 +164,17 @@ def call(
     results = below_autograd(checked, namespace(chosen), arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
+
+
+def _sharding(arguments: tuple[Any, ...]) -> Any:
+    """The module that runs calls on DTensors, if this is one; None in a graph, where it is there
+    once tokenmill.distributed is imported."""
+    if torch.compiler.is_compiling():
+        return None
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not any(isinstance(t, tensors.DTensor) for t in arguments):
+        return None
+    return importlib.import_module(f"{__package__}.distributed.sharding")
 
 
 def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:

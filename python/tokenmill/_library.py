@@ -216,6 +216,23 @@ def register(op: TorchOp) -> TorchOp:
     return op
 
 
+_attached: list[tuple[TorchOp, str]] = []
+_subclasses: list[tuple[type, Callable[[TorchOp, str], Callable[..., Any]]]] = []
+
+
+def register_subclass(cls: type, rule: Callable[[TorchOp, str], Callable[..., Any]]) -> None:
+    """Lets rule(op, namespace) run each operator, now and later attached, that gets a tensor of a
+    class with __torch_dispatch__. It takes what torch.library.register_torch_dispatch says."""
+    _subclasses.append((cls, rule))
+    for op, namespace in _attached:
+        _attach_rule(op, namespace, cls, rule(op, namespace))
+
+
+def _attach_rule(op: TorchOp, namespace: str, cls: type, rule: Callable[..., Any]) -> None:
+    qualname = f"{namespace}::{op.name}"
+    torch.library.register_torch_dispatch(qualname, cls, rule, lib=_libraries[namespace])
+
+
 def _define_triton() -> None:
     library = torch.library.Library(TRITON_NAMESPACE, "DEF")
     _libraries[TRITON_NAMESPACE] = library
@@ -235,7 +252,7 @@ def _attach(op: TorchOp, namespace: str) -> None:
     on_views = functools.partial(_call_on_views, op, namespace)
     for key in ("Conjugate", "Negative") if op.written else ():
         _libraries[namespace].impl(op.name, on_views, key)
-    fake = functools.partial(_call_fake, op)
+    fake = functools.partial(call_fake, op)
     torch.library.register_fake(qualname, fake, lib=_libraries[namespace])
     autograd = _derivatives.autograd_kernel(op, namespace)
     _libraries[namespace].impl(op.name, autograd, "Autograd", with_keyset=True)
@@ -245,6 +262,9 @@ def _attach(op: TorchOp, namespace: str) -> None:
         for key in ("AutocastCPU", "AutocastCUDA"):
             kernel = functools.partial(_call_autocast, op, namespace)
             _libraries[namespace].impl(op.name, kernel, key)
+    _attached.append((op, namespace))
+    for cls, rule in _subclasses:
+        _attach_rule(op, namespace, cls, rule(op, namespace))
 
 
 def _call_autocast(op: TorchOp, namespace: str, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +283,7 @@ def _check(op: TorchOp, args: tuple[Any, ...], **options: bool) -> None:
     op.check(*args, **options)
 
 
-def _call_fake(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
+def call_fake(op: TorchOp, *args: Any, **kwargs: Any) -> Any:
     values = op.bind(args, kwargs)
     if not _is_wide_on_meta(values):
         _check(op, values)
