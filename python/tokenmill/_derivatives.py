@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from ._check import fail
+from ._sharded import sharding_of
 
 if TYPE_CHECKING:
     from ._library import TorchOp
@@ -106,6 +107,7 @@ def below_autograd(op: TorchOp, namespace: str, values: Sequence[Any]) -> Any:
     results = op.run_direct(namespace, values)
     if results is not NotImplemented:
         return results
+    sharding_of(values)
     with torch._C._AutoDispatchBelowAutograd():
         return op.run(namespace, values)
 

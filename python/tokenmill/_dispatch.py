@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from . import _autocast, _library
 from ._check import InputError, fail, synchronising_checks
 from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
 from ._door import compiling
+from ._sharded import sharding_of
 
 if TYPE_CHECKING:
     from .registry import OpSpec
@@ -127,7 +126,7 @@ def call(
         with torch.autocast(device, enabled=False):
             return call(spec, lowered, backend, out)
     chosen = choose(spec, lowered, backend)
-    sharding = _sharding(lowered)
+    sharding = sharding_of(lowered)
     checked, arguments = spec.forward, lowered
     if out is not None:
         assert spec.out is not None
@@ -164,17 +163,6 @@ def call(
     results = below_autograd(checked, namespace(chosen), arguments)
     note_writes(checked, arguments)
     return _results(results, None, out)
-
-
-def _sharding(arguments: tuple[Any, ...]) -> Any:
-    """The module that runs calls on DTensors, if this is one; None in a graph, where it is there
-    once tokenmill.distributed is imported."""
-    if torch.compiler.is_compiling():
-        return None
-    tensors = sys.modules.get("torch.distributed.tensor")
-    if tensors is None or not any(isinstance(t, tensors.DTensor) for t in arguments):
-        return None
-    return importlib.import_module(f"{__package__}.distributed.sharding")
 
 
 def _call_and_record(op: _library.TorchOp, values: tuple[Any, ...]) -> Any:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tokenmill import _dispatch, registry
 from tokenmill._check import InputError
-from tokenmill.distributed._parts import labels_of, parse
 from tokenmill.registry import AXES, Sharding
 
 MESH = (2, 2)
@@ -57,7 +56,7 @@ def split(mesh, op, values, axes, alone):
         if not isinstance(t, torch.Tensor):
             continue
         written = name in op.written
-        letters = parse(labels_of(op.name).of(name, given), t.dim()).letters
+        letters = letters_of(labels_of(op).of(name, given), t)
         own = {a for a, n in zip(letters, t.shape, strict=True) if n > 1 or written}
         own &= left if alone and not written else set(axes)
         left -= own
@@ -120,11 +119,24 @@ def differs(got, want, tolerance):
     return ""
 
 
+def labels_of(op):
+    """Labels of arguments by name in a call, labels of results."""
+    from tokenmill.distributed import _parts  # the first scenario does without
+
+    return _parts.labels_of(op.name)
+
+
+def letters_of(labels, t):
+    from tokenmill.distributed import _parts
+
+    return _parts.parse(labels, t.dim()).letters
+
+
 def misplaced(spec, results, axes):
     """The first result that is not split as its labels say, or ""."""
-    labels = labels_of(spec.forward.name).results
+    labels = labels_of(spec.forward).results
     for r, text in zip(results, labels, strict=False):
-        letters = parse(text, r.dim()).letters
+        letters = letters_of(text, r)
         wanted = tuple(
             Shard(letters.index(a)) if a in letters.replace(".", "") else Replicate() for a in axes
         )

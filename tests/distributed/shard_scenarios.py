@@ -4,6 +4,7 @@ rank of four and raises where something is wrong."""
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def compiled_tensor_parallel(mesh):
     split = parallel(split, mesh["model"])
     run = torch.compile(split, fullgraph=True, backend="aot_eager")
     check_training(whole, split, run, x)
+
+
+def compiled_for_any_length(mesh):
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(q):
+        return tm.attention(q, q, q, causal=True)
+
+    for length in (4, 9):
+        (q,) = draw((2, length, 4, 16))
+        got = run(distribute_tensor(q, mesh["model"], [Shard(2)]))
+        torch.testing.assert_close(full(got), tm.attention(q, q, q, causal=True))
 
 
 def fully_sharded(mesh):
@@ -289,12 +301,23 @@ def autocast(mesh):
     assert torch.equal(full(got), want)
 
 
+def rules_come_with_the_first_call(mesh):
+    """Of a process that has not imported tokenmill.distributed."""
+    assert "tokenmill.distributed" not in sys.modules
+    (q,) = draw((2, 5, 4, 16))
+    split = distribute_tensor(q, mesh["model"], [Shard(2)]).requires_grad_()
+    tm.attention(split, split, split).sum().backward()
+    assert split.grad.placements == (Shard(2),)
+
+
 SCENARIOS = {
     f.__name__: f
     for f in (
+        rules_come_with_the_first_call,
         tensor_parallel_attention,
         tensor_parallel_linear_attention,
         compiled_tensor_parallel,
+        compiled_for_any_length,
         fully_sharded,
         fully_sharded_and_tensor_parallel,
         shared_key_heads,

@@ -22,9 +22,11 @@ from tokenmill.distributed import _parts
 
 HERE = Path(__file__).resolve().parent
 SCENARIOS = [
+    "rules_come_with_the_first_call",
     "tensor_parallel_attention",
     "tensor_parallel_linear_attention",
     "compiled_tensor_parallel",
+    "compiled_for_any_length",
     "fully_sharded",
     "fully_sharded_and_tensor_parallel",
     "shared_key_heads",

@@ -3,6 +3,7 @@ answer, or the same error, on every rank."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -381,7 +382,9 @@ def _chunk(size: int, ways: int, rank: int) -> int:
 
 def _global_results(op: TorchOp, values: tuple[Any, ...]) -> list[Tensor]:
     """The results of the whole call without data; raises for one that breaks a rule."""
-    with _disable_current_modes():
+    sizes = [n for v in values if isinstance(v, Meta) for n in v.shape]
+    traced = any(isinstance(n, torch.SymInt) for n in sizes)  # products of them belong to the graph
+    with contextlib.nullcontext() if traced else _disable_current_modes():
         whole = [
             torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
             if isinstance(v, Meta)
