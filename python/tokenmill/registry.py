@@ -53,7 +53,7 @@ class Sharding:
     fall apart.
     """
 
-    arguments: dict[str, str]
+    arguments: dict[str, str] = field(hash=False)
     results: tuple[str, ...]
     without: tuple[str, ...] = ()
 
