@@ -135,7 +135,8 @@ def letters_of(labels, t):
 def misplaced(spec, results, axes):
     """The first result that is not split as its labels say, or ""."""
     labels = labels_of(spec.forward).results
-    for r, text in zip(results, labels, strict=False):
+    there = [(r, text) for r, text in zip(results, labels, strict=False) if r.numel()]
+    for r, text in there:
         letters = letters_of(text, r)
         wanted = tuple(
             Shard(letters.index(a)) if a in letters.replace(".", "") else Replicate() for a in axes
