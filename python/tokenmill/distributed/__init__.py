@@ -1,9 +1,25 @@
-"""Operators on tensors that lie on several devices."""
+"""Operators on sequences that lie on several ranks of torch.distributed.
 
-from __future__ import annotations
+Each rank calls the function with the shard of its tokens (:func:`shard_sequence`); the functions
+move what they must with the collectives of a process group or a device mesh, and are
+differentiable.
+"""
 
+from ._group import PeerError
+from .attention import attention, sigmoid_attention
+from .plan import Cost, plan
+from .sequence import shard_sequence, unshard_sequence
 from .sharding import register_sharding
 
 register_sharding()
 
-__all__ = ["register_sharding"]
+__all__ = [
+    "Cost",
+    "PeerError",
+    "attention",
+    "plan",
+    "register_sharding",
+    "shard_sequence",
+    "sigmoid_attention",
+    "unshard_sequence",
+]

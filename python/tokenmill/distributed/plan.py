@@ -1,0 +1,89 @@
+"""Bytes, steps and operations of each schedule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cost(NamedTuple):
+    """What a rank sends and does in one call."""
+
+    forward_bytes: int  # sent by the rank
+    backward_bytes: int
+    steps: int  # collectives that follow each other in the forward
+    flops: float  # forward, of the rank with the most
+
+
+def plan(
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    ranks: int,
+    itemsize: int = 2,
+    causal: bool = False,
+    order: str = "contiguous",
+) -> dict[str, Cost]:
+    """What each schedule of :func:`attention` costs.
+
+    Args:
+        batch, length, heads, kv_heads, head_dim, value_dim: sizes of the whole call; value_dim None
+            = head_dim.
+        ranks: ranks that share the sequence.
+        itemsize: bytes of an element.
+        causal, order: as in :func:`attention`.
+
+    Returns:
+        A :class:`Cost` for "ring", "allgather" and "ulysses".
+
+    Example:
+        >>> import tokenmill.distributed as tmd
+        >>> costs = tmd.plan(batch=1, length=65536, heads=32, kv_heads=8, head_dim=128, ranks=8)
+        >>> costs["ulysses"].forward_bytes < costs["ring"].forward_bytes
+        True
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    tokens = -(-length // ranks)
+    keys = batch * tokens * kv_heads * (head_dim + value_dim)
+    copies = max(ranks // kv_heads, 1)
+    rows = batch * tokens * heads
+    away = ranks - 1
+    # Elements that leave the rank: a share (P - 1) / P of queries, results and (copied) keys.
+    moved = (rows * (head_dim + value_dim) + keys * copies) * away // ranks
+    pairs = float(tokens) * length
+    if causal:
+        # The last rank of contiguous order has nearly all of its square.
+        pairs *= 1 - 0.5 / ranks if order == "contiguous" else 0.5
+    flops = 2.0 * batch * heads * pairs * (head_dim + value_dim)
+    share = 2.0 * batch * heads * length * length * (0.5 if causal else 1.0) / ranks
+    lse = rows * 4 * away // ranks
+    return {
+        "ring": Cost(keys * itemsize * away, keys * (itemsize * away + 4 * ranks), away, flops),
+        "allgather": Cost(keys * itemsize * away, keys * itemsize * away, 1, flops),
+        "ulysses": Cost(
+            moved * itemsize + lse, moved * itemsize + lse, 2, share * (head_dim + value_dim)
+        ),
+    }
+
+
+def cheapest(able: list[str], q: Tensor, k: Tensor, v: Tensor, ranks: int, length: int) -> str:
+    """Of the schedules that can run a call, that which sends the fewest bytes forward and backward;
+    of two with the same, ring before allgather, for its memory."""
+    if ranks == 1 and "ulysses" in able:
+        return "ulysses"  # which is the plain call
+    costs = plan(
+        batch=q.shape[0] if q.dim() == 4 else 1,
+        length=length,
+        heads=q.shape[-2],
+        kv_heads=k.shape[-2],
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        ranks=ranks,
+        itemsize=q.element_size(),
+    )
+    return min(able, key=lambda name: costs[name].forward_bytes + costs[name].backward_bytes)

@@ -1,0 +1,101 @@
+"""Groups of gloo processes on this machine, which live as long as the test session.
+
+    found = ranks(4).run(function, argument)    # what function(argument) returned on each rank
+
+The function is one of a test module, so that a process finds it; it runs beside its peers in an
+initialised default group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+TIMEOUT = 120.0  # seconds of a run
+
+
+class Failed(Exception):
+    """A function raised on a rank, or its process died."""
+
+
+class Ranks:
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
+        self.size = size
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self._folder.name, "store")
+        pipes = [context.Pipe() for _ in range(size)]
+        self._pipes = [here for here, _ in pipes]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, size, store, there, timeout), daemon=True)
+            for rank, (_, there) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, there in pipes:
+            there.close()
+
+    def run(self, function: Callable[..., Any], *args: Any, survivors: bool = False) -> list[Any]:
+        """The results by rank. survivors: a rank that died or raised gives the text of that."""
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send((function, args))
+        found: list[Any] = [None] * self.size
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        errors = []
+        while waiting:
+            ready = wait([*waiting], TIMEOUT)
+            if not ready:
+                raise Failed(f"ranks {sorted(waiting.values())} do not answer")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    ok, result = pipe.recv()
+                except EOFError:
+                    ok, result = False, "the process died"
+                found[rank] = result
+                if not ok:
+                    errors.append(f"rank {rank} of {self.size}: {result}")
+            if errors and not survivors:
+                raise Failed("\n".join(errors))
+        return found
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+        self._folder.cleanup()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any, timeout: float) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            answer = True, function(*args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
+    dist.destroy_process_group()
