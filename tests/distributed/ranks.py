@@ -64,15 +64,18 @@ class Ranks:
                 if not ok:
                     errors.append(f"rank {rank} of {self.size}: {result}")
             if errors and not survivors:
+                self.close()  # the others wait for it
                 raise Failed("\n".join(errors))
         return found
 
     def close(self) -> None:
+        """Ends the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
-            process.join(5)
+            process.join(0.5)
             process.kill()
+            process.join()
         self._folder.cleanup()
 
 
@@ -91,7 +94,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any, timeout: float) -> None:
     while True:
         try:
             function, args = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             break
         try:
             answer = True, function(*args)

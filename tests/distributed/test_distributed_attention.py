@@ -4,10 +4,12 @@ the order and the sizes of shards, and the same bits on every run."""
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 
 import tokenmill as tm
 import tokenmill.distributed as tmd
@@ -126,3 +128,148 @@ def test_one_key_head_for_all_ranks(ranks):
     args = ((37,), ("causal",), ("ulysses",), ("zigzag",), torch.float32, (4, 1))
     for found in ranks(4).run(on_a_rank, *args):
         assert not found
+
+
+PACKED = (0, 11, 11, 30, 31, 64, 90)
+
+
+def packed_on_a_rank(orders, names):
+    worst = []
+    for name, order in itertools.product(names, orders):
+        case = Case(PACKED[-1], OPTIONS[name], packed=PACKED)
+
+        def cut(x, dim, order=order):
+            return tmd.shard_sequence(x, dim=dim, order=order)
+
+        plain = case.run(tm.attention, whole, cu_seqlens_q=case.ends)
+        for schedule in ("allgather", "ulysses"):
+            found = case.run(
+                tmd.attention, cut, schedule=schedule, order=order, length=PACKED[-1],
+                cu_seqlens=case.ends,
+            )  # fmt: skip
+            for result, x in found.items():
+                want = cut(plain[result], plain[result].dim() - 1 if result == "lse" else 0)
+                if not torch.allclose(x, want, rtol=1e-4, atol=1e-5):
+                    worst.append((schedule, order, name, result, (x - want).abs().max().item()))
+    return worst
+
+
+def test_packed_sequences_cross_ranks(ranks):
+    names = ("softmax", "causal", "window", "causal window", "relu")
+    for found in ranks(4).run(packed_on_a_rank, ("contiguous", "zigzag"), names):
+        assert not found
+
+
+def bits_on_a_rank(size):
+    """Which schedules have the bits that they promise."""
+    case = Case(50, {"causal": True})
+    sizes = (20, 30)
+    layout = tmd.sequence.layout("test", 50, size, "contiguous", sizes).pieces
+    rank = dist.get_rank()
+    begin, end = layout[rank][0]
+
+    def cut(x, dim):
+        return tmd.shard_sequence(x, dim=dim, sizes=sizes)
+
+    runs = [
+        {n: case.run(tmd.attention, cut, schedule=n, sizes=sizes) for n in SCHEDULES}
+        for _ in range(5)
+    ]
+    for other in runs[1:]:
+        for schedule, found in other.items():
+            for name, x in found.items():
+                assert x.equal(runs[0][schedule][name]), (schedule, name)
+    plain = case.run(tm.attention, whole)
+    for name in ("out", "q", "k", "v"):
+        assert runs[0]["ulysses"][name].equal(cut(plain[name], 1)), name
+    # The ring: parts of one process, merged in the order in which they come.
+    out = torch.zeros(2, end - begin, 8, 24)
+    lse = torch.full((2, 8, end - begin), -torch.inf)
+    for step in range(size):
+        first, last = layout[(rank - step) % size][0]
+        if first > begin or first == last or begin == end:
+            continue
+        parts = tm.attention(
+            case.q[:, begin:end], case.k[:, first:last], case.v[:, first:last],
+            causal=first == begin, return_lse=True,
+        )  # fmt: skip
+        both = [torch.stack(pair) for pair in zip((out, lse), parts, strict=True)]
+        out, lse = tm.merge_attention_states(*both)
+    assert runs[0]["ring"]["out"].equal(out)
+    assert runs[0]["ring"]["lse"].equal(lse)
+
+
+def test_bits(ranks):
+    ranks(2).run(bits_on_a_rank, 2)
+
+
+def refusals_on_a_rank():
+    x = torch.randn(1, 8, 4, 16)
+    for text, call in (
+        ("schedule: must be 'auto', 'ring', 'allgather' or 'ulysses'; got 'tree'",
+         lambda: tmd.attention(x, x, x, schedule="tree")),
+        ("order: must be 'contiguous' or 'zigzag'; got 'random'",
+         lambda: tmd.attention(x, x, x, order="random")),
+        ("q: must have 5 tokens on rank", lambda: tmd.attention(x, x, x, length=10)),
+        ("sizes: must be None in zigzag order; got [8, 8]",
+         lambda: tmd.attention(x, x, x, order="zigzag", sizes=[8, 8])),
+        ("schedule: must be another one: 2 ranks do not divide 3 query heads; got 'ulysses'",
+         lambda: tmd.attention(x[:, :, :3], x[:, :, :1], x[:, :, :1], schedule="ulysses")),
+        ("mask needs the whole sequence on a rank", lambda: tmd.attention(
+            x, x, x, mask=tm.masks.prefix(torch.zeros(1, dtype=torch.int32)))),
+        ("k: must have the 8 tokens of q; got 7", lambda: tmd.attention(x, x[:, :7], x[:, :7])),
+        ("cu_seqlens: must end at the number of tokens, 16; got 9", lambda: tmd.attention(
+            x[0], x[0], x[0], cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))),
+        ("window: must be at least -1 on either side; got [-2, 0]",
+         lambda: tmd.attention(x, x, x, window=(-2, 0))),
+        ("mesh: must be a torch.distributed.device_mesh.DeviceMesh; got 3",
+         lambda: tmd.attention(x, x, x, mesh=3)),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert text in str(error.value), error.value
+
+
+def test_bad_calls_are_refused_before_anything_is_sent(ranks):
+    ranks(2).run(refusals_on_a_rank)
+
+
+def mismatch_on_a_rank():
+    x = torch.randn(1, 8, 4, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENMILL_CHECK", "1")
+        with pytest.raises(RuntimeError, match="window: must be that of rank"):
+            tmd.attention(x, x, x, window=(dist.get_rank(), 0), causal=True)
+
+
+def test_what_ranks_must_share_is_compared_on_request(ranks):
+    ranks(2).run(mismatch_on_a_rank)
+
+
+def test_without_a_group():
+    x = torch.randn(1, 8, 4, 16)
+    with pytest.raises(RuntimeError, match="group: needs torch.distributed.init_process_group"):
+        tmd.attention(x, x, x)
+
+
+def dies_on_a_rank(collectives):
+    """Rank 1 of 3 ends within a ring; the others say so."""
+    x = torch.randn(1, 8, 4, 16, requires_grad=True)
+    out = tmd.attention(x, x, x, schedule="ring")
+    if dist.get_rank() == 1:
+        os._exit(1)
+    try:
+        (out if collectives == "backward" else tmd.attention(x, x, x, schedule="ring")).sum().backward()
+    except tmd.PeerError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("collectives", ["forward", "backward"])
+def test_a_rank_that_dies_is_an_error_on_the_others(collectives):
+    group = Ranks(3, timeout=20)
+    found = group.run(dies_on_a_rank, collectives, survivors=True)
+    group.close()
+    assert found[1] == "the process died"
+    for rank in (0, 2):
+        assert f"tokenmill.distributed.attention: group: rank {rank} of 3 in group" in found[rank]

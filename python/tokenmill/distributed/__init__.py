@@ -7,9 +7,11 @@ differentiable.
 
 from ._group import PeerError
 from .attention import attention, sigmoid_attention
+from .attention_decode import attention_decode
 from .plan import Cost, plan
 from .sequence import shard_sequence, unshard_sequence
 from .sharding import register_sharding
+from .topk_select import topk_select
 
 register_sharding()
 
@@ -17,9 +19,11 @@ __all__ = [
     "Cost",
     "PeerError",
     "attention",
+    "attention_decode",
     "plan",
     "register_sharding",
     "shard_sequence",
     "sigmoid_attention",
+    "topk_select",
     "unshard_sequence",
 ]

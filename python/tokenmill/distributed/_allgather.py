@@ -39,7 +39,7 @@ def _together(piece: Piece, call: Call) -> list[list[Part]]:
     of packed sequences with one window."""
     ends = [0, call.where.length] if call.cu_seqlens is None else call.cu_seqlens.tolist()
     groups: list[list[Part]] = []
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in itertools.pairwise(ends):
         rows = Piece(max(begin, piece.first), min(end, piece.end))
         part = visible(rows, Piece(begin, end), call.left, call.right)
         if part is None:

@@ -49,6 +49,7 @@ class Group:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        self.name = f"group '{group.group_name}'"
 
     @contextlib.contextmanager
     def named(self, what: str) -> Iterator[None]:
@@ -96,8 +97,9 @@ class Group:
             dist.all_gather_object(found, values, group=self.group)
         for rank, other in enumerate(found):
             for name, value in values.items():
-                rule = f"must be what rank {rank} of group '{self.group.group_name}' has, {other.get(name)}"
-                check(other.get(name) == value, self.op, name, rule, value)
+                same = other.get(name) == value
+                rule = f"must be that of rank {rank} in {self.name}, {other.get(name)}"
+                check(same, self.op, name, rule, value)
 
 
 class _Exchange(torch.autograd.Function):

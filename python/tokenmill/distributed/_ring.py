@@ -17,15 +17,13 @@ from .._derivatives import below_autograd
 from .._dispatch import call as run
 from .._dispatch import choose, namespace
 from ..dense.attention import BACKWARD, EXTRAS, FORWARD, SPEC, lower
-from ..dense.merge_attention_states import merge_attention_states
 from ..dense.terms import has_row_statistic
 from ._band import Part, visible
 from ._group import Group
+from ._merge import Merge
 
 if TYPE_CHECKING:
     from .attention import Call
-
-SUM_FLOOR = 1e-8  # beside a row sum, as attention divides by it
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -90,42 +88,23 @@ class _Calls:
             **options,
         )
 
-    def merge(self, out: Tensor, statistic: Tensor, part: Tensor, of_part: Tensor) -> None:
-        """Adds the result of a part to out [B, n, H, Dv] and statistic [B, H, n], float32."""
-        if self.kind == "softmax":
-            merged, lse = merge_attention_states(
-                torch.stack([out, part.float()]),
-                torch.stack([statistic, of_part]),
-                backend=self.backend,
-            )
-            out.copy_(merged)
-            statistic.copy_(lse)
-        elif self.normalize == "none":
-            out += part
-        else:
-            out.addcmul_(part.float(), _of_rows(self.divisor(of_part)))
-            statistic += of_part
+    def differentiate(
+        self, of_rows: tuple[Tensor | None, ...], needs: dict[str, bool], lowered: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Gradients of queries, keys, values and of the parameters that are needed, from the
+        gradients, results and statistics of whole rows."""
+        kernels = namespace(choose(SPEC, lowered, self.backend))
+        dq, dk, dv, *grads = below_autograd(
+            BACKWARD, kernels, (*of_rows, *needs.values(), *lowered)
+        )
+        a = FORWARD.record(*lowered)
+        found = zip(needs, grads, strict=True)
+        return dq, dk, dv, {n: g.sum_to_size(getattr(a, n).shape) for n, g in found if needs[n]}
 
     def belongs(self, name: str, step: _Step) -> bool:
         """Whether the gradient of a parameter is one of these keys. Of a softmax it comes from the
         statistics of rows."""
         return step.same or (name == "score_bias" and self.kind != "softmax")
-
-    def divisor(self, statistic: Tensor) -> Tensor:
-        """What attention divides a row by."""
-        if self.normalize == "count":
-            return statistic
-        return statistic.abs().clamp(min=1) if self.kind == "linear" else statistic + SUM_FLOOR
-
-    def finish(self, out: Tensor, statistic: Tensor) -> Tensor:
-        if self.kind == "softmax" or self.normalize == "none":
-            return out
-        return out / _of_rows(self.divisor(statistic).masked_fill(statistic == 0, 1.0))
-
-
-def _of_rows(x: Tensor) -> Tensor:
-    """[B, H, n] beside [B, n, H, D]"""
-    return x.transpose(1, 2)[..., None]
 
 
 class _Shards:
@@ -169,10 +148,8 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         calls = _Calls(call, score_bias, sink)
         shards = _Shards(call.group, call.where.sizes, k, v)
-        batch, tokens, heads, _ = q.shape
-        out = q.new_zeros((batch, tokens, heads, v.shape[-1]), dtype=torch.float32)
-        start = -torch.inf if calls.kind == "softmax" else 0.0
-        statistic = out.new_full((batch, heads, tokens), start)
+        merge = Merge(calls.kind, calls.normalize, calls.backend)
+        out, statistic = merge.start((*q.shape[:3], v.shape[-1]), q)
         buffer = torch.cat([k.flatten(), v.flatten()])
         for step in range(call.group.size):
             last = step + 1 == call.group.size
@@ -181,9 +158,9 @@ class _Ring(torch.autograd.Function):
             for part in _steps(call, shards.source(step)):
                 found = run(SPEC, calls.lower(q, keys, values, part), calls.backend)
                 rows = slice(part.row, part.row + part.part.rows.size)
-                calls.merge(out[:, rows], statistic[:, :, rows], *found)
+                merge.add(out[:, rows], statistic[:, :, rows], *found)
             buffer = following if last else call.group.wait(following)
-        out = calls.finish(out, statistic).to(q.dtype)
+        out = merge.finish(out, statistic).to(q.dtype)
         ctx.save_for_backward(q, k, v, score_bias, sink, out, statistic)
         ctx.call = call
         if not has_row_statistic(calls.kind, calls.normalize):
@@ -211,7 +188,7 @@ class _Ring(torch.autograd.Function):
             if needed
         }
         buffer = torch.cat([k.flatten(), v.flatten()])
-        grads = torch.zeros(buffer.shape, dtype=torch.float32, device=q.device)
+        arriving = torch.zeros(buffer.shape, dtype=torch.float32, device=q.device)
         for step in range(call.group.size):
             last = step + 1 == call.group.size
             following = buffer if last else shards.pass_on(buffer, step)
@@ -219,30 +196,24 @@ class _Ring(torch.autograd.Function):
             found = []
             for part in _steps(call, shards.source(step)):
                 rows = slice(part.row, part.row + part.part.rows.size)
-                lowered = calls.lower(q, keys, values, part)
-                of_rows = [
+                of_rows = (
                     dout[:, rows].contiguous(),
                     None if dlse is None else dlse[:, :, rows].contiguous(),
                     out[:, rows] if keeps and calls.normalize != "count" else None,
                     statistic[:, :, rows].contiguous() if keeps else None,
-                ]
-                needs = [name in extra and calls.belongs(name, part) for name in EXTRAS]
-                back = below_autograd(
-                    BACKWARD,
-                    namespace(choose(SPEC, lowered, calls.backend)),
-                    (*of_rows, *needs, *lowered),
                 )
-                found.append((part, back))
-                dq[:, rows] += back[0]
-                a = FORWARD.record(*lowered)
-                for name, needed, grad in zip(EXTRAS, needs, back[3:], strict=True):
-                    if needed:
-                        extra[name] += grad.sum_to_size(getattr(a, name).shape)
-            if step:
-                grads = call.group.wait(arriving)
-            for part, back in found:
-                for total, grad in zip(shards.views(grads, step), back[1:3], strict=True):
-                    total[:, part.key : part.key + part.part.keys.size] += grad
+                needs = {name: name in extra and calls.belongs(name, part) for name in EXTRAS}
+                lowered = calls.lower(q, keys, values, part)
+                dq_part, dk, dv, more = calls.differentiate(of_rows, needs, lowered)
+                dq[:, rows] += dq_part
+                for name, grad in more.items():
+                    extra[name] += grad
+                found.append((slice(part.key, part.key + part.part.keys.size), dk, dv))
+            grads = call.group.wait(arriving) if step else arriving
+            totals = shards.views(grads, step)
+            for place, *grads_of_part in found:
+                for total, grad in zip(totals, grads_of_part, strict=True):
+                    total[:, place] += grad
             arriving = shards.pass_on(grads, step)
             buffer = following if last else call.group.wait(following)
         dk, dv = shards.views(call.group.wait(arriving), 0)

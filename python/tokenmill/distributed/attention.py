@@ -67,7 +67,7 @@ def attention(
     r"""Exact self-attention of a sequence whose tokens are sharded over ranks.
 
     Each rank has the queries, keys and values of its own tokens, as :func:`shard_sequence` cuts
-    them, and gets the rows of :func:`tokenmill.attention` of the whole sequence for them. Schedules:
+    them, and gets their rows of :func:`tokenmill.attention` of the whole sequence. Schedules:
 
     - "ring": keys and values travel from rank to rank while the rank computes with those that it
       has; memory of one shard. Partial results are merged in float32, softmax by its lse, kinds

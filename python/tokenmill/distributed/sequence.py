@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -45,7 +46,7 @@ class Layout(NamedTuple):
 def equal_pieces(length: int, count: int) -> list[Piece]:
     """`count` neighbours of which the first ones are longer by a token, as torch.tensor_split."""
     ends = [length // count * n + min(length % count, n) for n in range(count + 1)]
-    return [Piece(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    return [Piece(*pair) for pair in itertools.pairwise(ends)]
 
 
 def layout(op: str, length: int, ranks: int, order: str, sizes: Sequence[int] | None) -> Layout:
@@ -60,7 +61,7 @@ def layout(op: str, length: int, ranks: int, order: str, sizes: Sequence[int] | 
         check(all(n >= 0 for n in counts), op, "sizes", "must be 0 or more", sizes)
         check(sum(counts) == length, op, "sizes", f"must sum to the length {length}", sizes)
         ends = [sum(counts[:n]) for n in range(ranks + 1)]
-        pairs = zip(ends, ends[1:], strict=False)
+        pairs = itertools.pairwise(ends)
         return Layout(tuple((Piece(*pair),) for pair in pairs))
     if order == "contiguous":
         return Layout(tuple((piece,) for piece in equal_pieces(length, ranks)))

@@ -1,0 +1,225 @@
+"""attention_decode over a cache whose positions lie on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import masks
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_tensor, check_text, reads_values
+from .._dispatch import call as run
+from ..dense.attention_decode import SPEC, lower
+from ..dense.terms import (
+    NO_WINDOW,
+    Kind,
+    Normalize,
+    ScoreBias,
+    as_window,
+    check_return_lse,
+)
+from ..select.rules import check_length_values, check_per_request
+from ._group import Group
+from ._merge import Merge
+from .sequence import Piece, layout
+
+OP = "distributed.attention_decode"
+
+
+@Autocast(lower=("q",), cache="k_cache").applied
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    mesh: DeviceMesh | None = None,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    kind: Kind = "softmax",
+    normalize: Normalize = None,
+    scale: float | None = None,
+    score_bias: ScoreBias = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    softcap: float = 0.0,
+    window: tuple[int, int] = NO_WINDOW,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Decode with a cache that is sharded over ranks by position.
+
+    Rank r has room for the positions behind those of the ranks before it: a request of n keys has
+    the first ones on rank 0 and is continued on rank 1. Every rank attends to the keys that it has;
+    one gather of results and statistics follows, merged in the order of the ranks: the result is
+    that of :func:`tokenmill.attention_decode`, on every rank, with the same bits on every run.
+
+    Args:
+        q: ``[B, Sq, H, D]``, the same on every rank.
+        k_cache, v_cache: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, n positions of this rank; with
+            block_table pages of this rank, as there.
+        seqlens_k: int32 ``[B]``, keys of each request on all ranks together, the same on all.
+        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
+        sizes: positions of each rank. None: as many on every rank.
+        block_table: int32 ``[B, pages]`` of this rank's positions.
+        kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window, return_lse,
+            backend: as there. Positions are those in the whole cache.
+
+    Returns:
+        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also ``[B, H, Sq]`` float32. Not
+        differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. PeerError: a collective failed.
+
+    Complexity: each rank reads its keys once; B Sq H (Dv + 1) float32 from each rank to all.
+
+    Paper: Flash-Decoding (Dao et al. 2023), with ranks in the place of splits; A Unified View of
+    Long-Sequence Models (Hu et al. 2023), section 4.
+
+    Example:
+        >>> import torch, torch.distributed as dist, tokenmill.distributed as tmd
+        >>> store = dist.HashStore()
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> cache = torch.randn(2, 64, 2, 32)
+        >>> lengths = torch.tensor([64, 11], dtype=torch.int32)
+        >>> tmd.attention_decode(torch.randn(2, 1, 4, 32), cache, cache, seqlens_k=lengths).shape
+        torch.Size([2, 1, 4, 32])
+        >>> dist.destroy_process_group()
+    """
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("seqlens_k", seqlens_k)):
+        check_tensor(OP, name, t)
+    for name, option in (
+        ("block_table", block_table),
+        ("sink", sink),
+        ("alibi_slopes", alibi_slopes),
+    ):
+        check_tensor(OP, name, option, optional=True)
+    check_text(OP, "kind", kind)
+    check_bool(OP, "return_lse", return_lse)
+    if return_lse:
+        check_return_lse(OP, kind, normalize or "none")
+    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
+    check(k_cache.dim() == 4, OP, "k_cache", "must have 4 dimensions", k_cache.dim())
+    check_per_request(OP, "seqlens_k", seqlens_k, q.shape[0], "q", q)
+    kv_heads = k_cache.shape[2]
+    ok = kv_heads > 0 and q.shape[2] % kv_heads == 0
+    check(
+        ok,
+        OP,
+        "k_cache",
+        f"must have a number of heads that divides those of q, {q.shape[2]}",
+        kv_heads,
+    )
+    ranks = Group(OP, mesh, group)
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
+    total = room * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
+    where = layout(OP, total, ranks.size, "contiguous", sizes)
+    own = where.pieces[ranks.rank][0]
+    check(
+        own.size == room,
+        OP,
+        "sizes",
+        f"must be {room} for rank {ranks.rank}, which has room for so many",
+        sizes,
+    )
+    if reads_values(seqlens_k):
+        check_length_values(OP, "seqlens_k", seqlens_k, total)
+    left, right = as_window(OP, window)
+    check(right in (-1, 0), OP, "window", "right must be -1 or 0: no query sees a later key", right)
+    ranks.check_alike(
+        sizes=where.sizes, q=tuple(q.shape), dtype=q.dtype, kind=(kind, normalize), window=left,
+        seqlens_k=seqlens_k.tolist() if reads_values(seqlens_k) else None,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "kind": kind, "normalize": normalize, "scale": scale, "softcap": softcap,
+        "block_table": block_table,
+    }  # fmt: skip
+    part = _on_this_rank(
+        q, k_cache, v_cache, seqlens_k, own, left, score_bias, alibi_slopes,
+        sink if ranks.rank == 0 else None, options, backend,
+    )  # fmt: skip
+    merge = Merge(kind, normalize, backend)
+    out, statistic = _merged(ranks, merge, *part)
+    return (out.to(q.dtype), statistic) if return_lse else out.to(q.dtype)
+
+
+def _on_this_rank(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    own: Piece,
+    left: int,
+    score_bias: ScoreBias,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    options: dict[str, Any],
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Sq, H, Dv] and the statistic [B, H, Sq] of the keys at this rank's positions.
+
+    The queries of a request are heads of one query here, which sees the last key on this rank: what
+    each of them sees is a range of its own.
+    """
+    batch, rows, heads = q.shape[:3]
+    split = (k_cache.shape[2], heads // max(k_cache.shape[2], 1))
+
+    def fold(x: Tensor) -> Tensor:
+        """[B, Sq, H, ...] -> [B, H Sq, ...]"""
+        return x.unflatten(2, split).movedim(1, 3).flatten(1, 3)
+
+    def per_query(x: Tensor) -> Tensor:
+        """[H] or [B, H] as [B, Sq, H]"""
+        return (x if x.dim() == 1 else x[:, None]).float().expand(batch, rows, heads)
+
+    here = (seqlens_k - own.first).clamp(0, own.size)  # keys of each request
+    # Of each query among the positions of this rank [B, Sq].
+    position = (seqlens_k - own.first - rows)[:, None] + torch.arange(rows, device=q.device)
+    terms = []
+    if isinstance(score_bias, Tensor):
+        terms.append(per_query(score_bias))
+    elif score_bias == "neg_log_n":
+        terms.append(-seqlens_k.clamp(min=1).log()[:, None, None])
+    elif score_bias is not None:
+        options["score_bias"] = score_bias
+    if alibi_slopes is not None:  # the operator counts distances from the last key that is here
+        slopes = per_query(alibi_slopes)
+        terms.append(-slopes * (position - here[:, None] + 1)[..., None])
+        options["alibi_slopes"] = fold(slopes)
+    if terms:
+        options["score_bias"] = fold(
+            sum(terms, q.new_zeros((batch, rows, heads), dtype=torch.float32))
+        )
+    if sink is not None:
+        options["sink"] = sink.repeat_interleave(rows)
+    if rows > 1 or left >= 0:
+        begin = (position - left).clamp(min=0) if left >= 0 else torch.zeros_like(position)
+        spans = [
+            fold(x.int()[..., None].expand(-1, -1, heads))[..., None, None]
+            for x in (begin, (position + 1).clamp(0, own.size))
+        ]
+        options["mask"] = masks.ranges(*spans)
+    lowered = lower(fold(q)[:, None], k_cache, v_cache, seqlens_k=here, **options)
+    out, statistic = run(SPEC, lowered, backend)
+    out = out[:, 0].unflatten(1, (*split, rows)).movedim(3, 1).flatten(2, 3)
+    return out, statistic[..., 0].unflatten(1, (heads, rows)) if statistic.dim() == 3 else statistic
+
+
+def _merged(group: Group, merge: Merge, out: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of all ranks, in their order."""
+    total, of_total = merge.start(out.shape, out)
+    if statistic.numel() == 0:
+        statistic = torch.zeros_like(of_total)
+    sent = torch.cat([out.float(), statistic.transpose(1, 2)[..., None]], -1)
+    parts = group.gather(sent[None], 0, [1] * group.size)
+    for part in parts:
+        of_part = part[..., -1].transpose(1, 2).contiguous()
+        merge.add(total, of_total, part[..., :-1], of_part)
+    return merge.finish(total, of_total), of_total

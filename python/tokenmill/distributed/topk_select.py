@@ -1,0 +1,119 @@
+"""topk_select over columns that lie on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._check import as_int, check, check_bool, check_tensor, check_text, reads_values
+from ..select.rules import check_per_request
+from ..select.topk_select import topk_select as select
+from ._group import Group
+from .sequence import layout
+
+OP = "distributed.topk_select"
+
+
+def topk_select(
+    scores: Tensor,
+    k: int,
+    *,
+    mesh: DeviceMesh | None = None,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    lengths: Tensor | None = None,
+    tie: str = "low",
+    order: str = "index",
+    return_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """The k largest scores of each row, whose columns are sharded over ranks, as positions in the
+    whole row.
+
+    Rank r has the columns behind those of the ranks before it. Each rank selects its own k, one
+    gather collects them, and every rank selects among them: exactly the positions of
+    :func:`tokenmill.topk_select` of the joined row, on every rank, ties by position.
+
+    Args:
+        scores: ``[R, n]`` float16, bfloat16 or float32, the n columns of this rank.
+        k: positions wanted of each row, 1 to 65536.
+        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
+        sizes: columns of each rank. None: as many on every rank.
+        lengths: ``[R]`` int32, columns of the joined row to search, from the first; the same on
+            every rank. None: all.
+        tie, order, return_values, backend: as there.
+
+    Returns:
+        (indices, counts[, values]) as there, the same on every rank. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value. PeerError: a collective failed.
+
+    Complexity: that of a selection on each rank; 8 R min(k, n) bytes from each rank to all.
+
+    Paper: as :func:`tokenmill.topk_select`.
+
+    Example:
+        >>> import torch, torch.distributed as dist, tokenmill.distributed as tmd
+        >>> store = dist.HashStore()
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> tmd.topk_select(torch.tensor([[0.1, 0.9, 0.5]]), 2)[0].tolist()
+        [[1, 2]]
+        >>> dist.destroy_process_group()
+    """
+    check_tensor(OP, "scores", scores)
+    check_tensor(OP, "lengths", lengths, optional=True)
+    k = as_int(OP, "k", k)
+    check_text(OP, "tie", tie)
+    check_text(OP, "order", order)
+    check_bool(OP, "return_values", return_values)
+    check(scores.dim() == 2, OP, "scores", "must have 2 dimensions [R, n]", scores.dim())
+    half = (torch.float16, torch.bfloat16, torch.float32)
+    check(scores.dtype in half, OP, "scores", "must be float16, bfloat16 or float32", scores.dtype)
+    rows, columns = scores.shape
+    check_per_request(OP, "lengths", lengths, rows, "scores", scores)
+    ranks = Group(OP, mesh, group)
+    total = columns * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
+    check(total < 2**31, OP, "scores", "must have fewer than 2^31 columns on all ranks", total)
+    where = layout(OP, total, ranks.size, "contiguous", sizes)
+    own = where.pieces[ranks.rank][0]
+    rule = f"must be {columns} for rank {ranks.rank}, which has so many columns"
+    check(own.size == columns, OP, "sizes", rule, sizes)
+    ranks.check_alike(
+        sizes=where.sizes, rows=rows, k=k, dtype=scores.dtype, how=(tie, order),
+        lengths=None if lengths is None or not reads_values(lengths) else lengths.tolist(),
+    )  # fmt: skip
+    if ranks.size == 1:
+        return select(
+            scores, k, lengths=lengths, tie=tie, order=order, return_values=return_values,
+            backend=backend,
+        )  # fmt: skip
+    here = None if lengths is None else (lengths - own.first).clamp(0, columns)
+    positions, _, values = select(
+        scores, k, lengths=here, tie=tie, return_values=True, backend=backend
+    )
+    positions = torch.where(positions < 0, -1, positions + own.first)
+    # At most n of a rank's k places are taken; float32 holds any score. [R, 2 m] int32
+    widths = [min(k, size) for size in where.sizes]
+    most = widths[ranks.rank]
+    sent = torch.cat([positions[:, :most], values[:, :most].float().view(torch.int32)], 1)
+    gathered = ranks.gather(sent.T.contiguous(), 0, [2 * width for width in widths])
+    parts = gathered.split([2 * width for width in widths])
+    blocks = [(part[:width], part[width:]) for part, width in zip(parts, widths, strict=True)]
+    candidates = torch.cat([position for position, _ in blocks]).T.contiguous()
+    floats = torch.cat([value for _, value in blocks]).T.contiguous().view(torch.float32)
+    chosen, counts, *found = select(
+        floats.to(scores.dtype),
+        k,
+        tie=tie,
+        order=order,
+        return_values=return_values,
+        backend=backend,
+    )
+    taken = chosen >= 0
+    indices = torch.where(taken, candidates.gather(1, chosen.clamp(min=0).long()), -1)
+    return indices, counts, *found

@@ -1,0 +1,120 @@
+"""Decode over a sharded cache, and exact top-k over sharded columns."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_distributed_attention import has_statistic
+
+import tokenmill as tm
+import tokenmill.distributed as tmd
+
+OPTIONS = {
+    "softmax": {},
+    "window": {"window": (13, 0)},
+    "sink": {"sink": True, "score_bias": True, "softcap": 4.0},
+    "alibi": {"alibi_slopes": True},
+    "alibi in a window": {"alibi_slopes": True, "window": (20, -1)},
+    "sigmoid": {"kind": "sigmoid", "score_bias": "neg_log_n"},
+    "sum": {"kind": "relu", "normalize": "sum"},
+    "linear": {"kind": "linear", "normalize": "sum"},
+    "count": {"kind": "elu1", "normalize": "count", "window": (30, 0)},
+}
+
+
+def decode_on_a_rank(size, sizes, rows, names, dtype, paged):
+    wrong = []
+    draw = torch.Generator().manual_seed(3)
+    total = sum(sizes)
+    lengths = torch.tensor([total, total // 2, rows, 0, 7, sizes[0]], dtype=torch.int32)
+    batch = len(lengths)
+    q = torch.randn(batch, rows, 4, 16, generator=draw).to(dtype)
+    k, v = (torch.randn(batch, total, 2, n, generator=draw).to(dtype) for n in (16, 24))
+    parameter = torch.rand(4, generator=draw)
+    rank = dist.get_rank()
+    begin = sum(sizes[:rank])
+    own = slice(begin, begin + sizes[rank])
+    for name in names:
+        options = {n: parameter if x is True else x for n, x in OPTIONS[name].items()}
+        statistic = has_statistic(options)
+        how = {"seqlens_k": lengths, "return_lse": statistic, **options}
+        exact = tm.attention_decode(*(x.double() for x in (q, k, v)), backend="reference", **how)
+        plain = tm.attention_decode(q, k, v, **how)
+        cache = [x[:, own] for x in (k, v)]
+        if paged:
+            pages = torch.randperm(batch * sizes[rank] // 4, generator=draw).int().view(batch, -1)
+            how["block_table"] = pages
+            cache = [_in_pages(x, pages, 4) for x in cache]
+        found = tmd.attention_decode(q, *cache, sizes=sizes, **how)
+        again = tmd.attention_decode(q, *cache, sizes=sizes, **how)
+        tuples = [x if statistic else (x,) for x in (found, exact, plain, again)]
+        for got, want, beside, same in zip(*tuples, strict=True):
+            assert got.equal(same) and got.dtype == beside.dtype
+            finite = want.isfinite()
+            assert got.isfinite().equal(finite)
+            floor = 4 * torch.finfo(dtype).eps * want[finite].abs().max()
+            allowed = 3 * (beside - want)[finite].abs().max() + floor
+            error = (got - want)[finite].abs().max()
+            if not error <= allowed:
+                wrong.append((name, error.item(), allowed.item()))
+    return wrong
+
+
+def _in_pages(x, pages, size):
+    """A cache [B, n, ...] as pages [P, size, ...] that the table names."""
+    found = torch.empty(pages.numel(), size, *x.shape[2:], dtype=x.dtype)
+    found[pages.flatten().long()] = x.unflatten(1, (-1, size)).flatten(0, 1)
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decode_is_that_of_one_process(ranks, rows):
+    cases = (
+        ((24, 24), torch.float32, True),
+        ((24, 0, 33), torch.float32, False),
+        ((10, 11, 1, 40), torch.bfloat16, False),
+    )
+    for sizes, dtype, paged in cases:
+        args = (len(sizes), sizes, rows, tuple(OPTIONS), dtype, paged)
+        for found in ranks(len(sizes)).run(decode_on_a_rank, *args):
+            assert not found
+
+
+def topk_on_a_rank(sizes):
+    draw = torch.Generator().manual_seed(1)
+    rank, total = dist.get_rank(), sum(sizes)
+    begin = sum(sizes[:rank])
+    count = 0
+    for dtype, ties in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        scores = torch.randn(9, total, generator=draw)
+        if ties:
+            scores = scores.round()
+        scores[1, ::3] = torch.nan
+        scores[2] = -torch.inf
+        scores[3, 5:] = torch.inf
+        scores[4] = 0.0
+        scores[4, ::2] = -0.0
+        scores = scores.to(dtype)
+        lengths = torch.tensor([total, 5, 3, 0, total, 1, 9, total, 20], dtype=torch.int32)
+        for k, tie, order, bounded in itertools.product(
+            (1, 7, total + 3), ("low", "high"), ("index", "score"), (True, False)
+        ):
+            how = {
+                "tie": tie, "order": order, "return_values": True,
+                "lengths": lengths if bounded else None,
+            }  # fmt: skip
+            own = scores[:, begin : begin + sizes[rank]].contiguous()
+            found = tmd.topk_select(own, k, sizes=sizes, **how)
+            for got, want in zip(found, tm.topk_select(scores, k, **how), strict=True):
+                assert got.dtype == want.dtype
+                assert got.equal(want), (k, how)
+            count += 1
+    return count
+
+
+def test_topk_of_the_union_is_exact(ranks):
+    for sizes in ((20, 21), (30, 0, 11), (1, 2, 3, 60)):
+        assert set(ranks(len(sizes)).run(topk_on_a_rank, sizes)) == {96}
