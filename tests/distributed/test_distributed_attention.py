@@ -248,7 +248,7 @@ def test_what_ranks_must_share_is_compared_on_request(ranks):
 
 def test_without_a_group():
     x = torch.randn(1, 8, 4, 16)
-    with pytest.raises(RuntimeError, match="group: needs torch.distributed.init_process_group"):
+    with pytest.raises(RuntimeError, match=r"group: needs torch\.distributed\.init_process_group"):
         tmd.attention(x, x, x)
 
 
@@ -259,7 +259,9 @@ def dies_on_a_rank(collectives):
     if dist.get_rank() == 1:
         os._exit(1)
     try:
-        (out if collectives == "backward" else tmd.attention(x, x, x, schedule="ring")).sum().backward()
+        (
+            out if collectives == "backward" else tmd.attention(x, x, x, schedule="ring")
+        ).sum().backward()
     except tmd.PeerError as error:
         return str(error)
     return "no error"
