@@ -8,6 +8,7 @@ differentiable.
 from ._group import PeerError
 from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
+from .context import context_parallel
 from .plan import Cost, plan
 from .sequence import shard_sequence, unshard_sequence
 from .sharding import register_sharding
@@ -20,6 +21,7 @@ __all__ = [
     "PeerError",
     "attention",
     "attention_decode",
+    "context_parallel",
     "plan",
     "register_sharding",
     "shard_sequence",

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .._parallel import sharded_attention
 from ..dense.attention import attention
 
 Kind = Literal["softmax", "sigmoid"]
@@ -106,7 +107,8 @@ def attention_forward(
         out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights.
 
     Raises:
-        RuntimeError: for dropout, a head mask or weights asked for.
+        RuntimeError: for dropout, a head mask or weights asked for, and for any mask within
+            :func:`tokenmill.distributed.context_parallel`.
     """
     _refuse(dropout, others)
     q, k, v = _tokens_first(query), _tokens_first(key), _tokens_first(value)
@@ -122,6 +124,16 @@ def attention_forward(
         "window": (reach, 0 if causal else reach),
         "backend": backend,
     }
+    if run := sharded_attention.get():
+        for name, value in (
+            ("attention_mask", attention_mask), ("position_bias", position_bias),
+            ("cu_seq_lens_q", cu_seq_lens_q),
+        ):  # fmt: skip
+            if value is not None:
+                raise RuntimeError(f"tokenmill attention: {name}: must be None in context_parallel")
+        out = run(q, k, v, **options)
+        assert isinstance(out, Tensor)
+        return out, None
     if cu_seq_lens_q is not None and position_bias is None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
@@ -175,6 +187,8 @@ def build_mask(
         last query at the last key, and the keys of a row that are not padding are neighbours; else
         the complete boolean mask ``[B, 1, Sq, Sk]``. True is visible.
     """
+    if sharded_attention.get() and attention_mask is None:
+        return None  # causality and windows are about positions in the whole sequence
     end = kv_offset + kv_length
     plain = allow_is_causal_skip or allow_is_bidirectional_skip
     if allow_is_causal_skip and not (isinstance(q_offset, int) and q_offset + q_length == end):
