@@ -1,4 +1,5 @@
-"""python -m tokenmill info | ops | explain | check | bench | bench report | demo | papers"""
+"""python -m tokenmill info | ops | explain | check | bench | bench report | bench scale | demo |
+papers"""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     command = "tokenmill"
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] == ["bench", "report"]:  # a command of two words
-        argv = ["bench report", *argv[2:]]
+    if argv[:2] in (["bench", "report"], ["bench", "scale"]):  # commands of two words
+        argv = [" ".join(argv[:2]), *argv[2:]]
     try:
         options, others = _parser().parse_known_args(argv)
         command = f"tokenmill {options.command}"
@@ -97,6 +98,12 @@ def _parser() -> _cli.Parser:
 
     sub = command("bench report", report.run, "results of bench --json as Markdown tables")
     report.add_arguments(sub)
+    from .bench import scale
+
+    sub = command(
+        "bench scale", scale.run, "what to expect of sequences on many ranks: a prediction"
+    )
+    scale.add_arguments(sub)
     from . import demo
 
     sub = command(

@@ -35,11 +35,10 @@ def head_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor,
              for t, n in ((q, 1), (k, copies), (v, copies))]  # fmt: skip
     if call.cu_seqlens is not None:
         options["cu_seqlens_q"] = call.cu_seqlens.to(q.device)
-    kind, normalize = options["kind"], options["normalize"]
-    statistic = kind == "softmax" or normalize == "sum"
     window = (-1 if call.left is None else call.left, -1 if call.right is None else call.right)
-    found: Any = attention(*whole, window=window, return_lse=statistic, **options)
-    out, lse = found if statistic else (found, None)
+    q, k, v = whole
+    found: Any = attention(q, k, v, window=window, return_lse=bool(call.return_lse), **options)
+    out, lse = found if call.return_lse else (found, None)
     out = _by_tokens(group, as_held(out, -3, where), where.sizes)
     if lse is None:
         return out, q.new_empty(0, dtype=torch.float32)

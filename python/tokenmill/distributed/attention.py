@@ -47,6 +47,7 @@ class Call(NamedTuple):
     left: int | None  # keys that a query sees to its left; None = all
     right: int | None
     cu_seqlens: Tensor | None
+    return_lse: bool
 
 
 def attention(
@@ -220,6 +221,7 @@ def _prepare(
         None if left < 0 else left,
         0 if causal else None if right < 0 else right,
         cu_seqlens,
+        return_lse,
     )
     chosen = _choose(op, q, k, v, call, schedule)
     ranks.check_alike(

@@ -12,7 +12,7 @@ class Cost(NamedTuple):
 
     forward_bytes: int  # sent by the rank
     backward_bytes: int
-    steps: int  # collectives that follow each other in the forward
+    steps: int  # collectives of the forward, one after the other
     flops: float  # forward, of the rank with the most
 
 
@@ -61,14 +61,22 @@ def plan(
         pairs *= 1 - 0.5 / ranks if order == "contiguous" else 0.5
     flops = 2.0 * batch * heads * pairs * (head_dim + value_dim)
     share = 2.0 * batch * heads * length * length * (0.5 if causal else 1.0) / ranks
-    lse = rows * 4 * away // ranks
+    home = ranks if away else 0  # gradients of keys and values come back, in float32
     return {
-        "ring": Cost(keys * itemsize * away, keys * (itemsize * away + 4 * ranks), away, flops),
+        "ring": Cost(keys * itemsize * away, keys * (itemsize * away + 4 * home), away, flops),
         "allgather": Cost(keys * itemsize * away, keys * itemsize * away, 1, flops),
-        "ulysses": Cost(
-            moved * itemsize + lse, moved * itemsize + lse, 2, share * (head_dim + value_dim)
-        ),
+        "ulysses": Cost(moved * itemsize, moved * itemsize, 4, share * (head_dim + value_dim)),
     }
+
+
+def linear_bytes(batch: int, heads: int, feature_dim: int, value_dim: int, ranks: int) -> int:
+    """That a rank sends in a forward of linear attention: the state of its shard and its decay."""
+    return 4 * batch * heads * (feature_dim * value_dim + 1) * (ranks - 1)
+
+
+def decode_bytes(batch: int, rows: int, heads: int, value_dim: int, ranks: int) -> int:
+    """That a rank sends in a step of decoding: results and statistics in float32."""
+    return 4 * batch * rows * heads * (value_dim + 1) * (ranks - 1)
 
 
 def cheapest(able: list[str], q: Tensor, k: Tensor, v: Tensor, ranks: int, length: int) -> str:
