@@ -26,7 +26,7 @@ def heads_divide(heads: int, kv_heads: int, ranks: int) -> str | None:
 
 def head_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     group, where = call.group, call.where
-    options = dict(call.options)
+    options = call.options | {"return_lse": call.return_lse}
     for name in ("score_bias", "sink", "alibi_slopes"):
         if isinstance(options.get(name), Tensor):  # [..., H]
             options[name] = options[name].chunk(group.size, -1)[group.rank]
@@ -37,7 +37,7 @@ def head_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor,
         options["cu_seqlens_q"] = call.cu_seqlens.to(q.device)
     window = (-1 if call.left is None else call.left, -1 if call.right is None else call.right)
     q, k, v = whole
-    found: Any = attention(q, k, v, window=window, return_lse=bool(call.return_lse), **options)
+    found: Any = attention(q, k, v, window=window, **options)
     out, lse = found if call.return_lse else (found, None)
     out = _by_tokens(group, as_held(out, -3, where), where.sizes)
     if lse is None:

@@ -131,9 +131,7 @@ def attention_forward(
         ):  # fmt: skip
             if value is not None:
                 raise RuntimeError(f"tokenmill attention: {name}: must be None in context_parallel")
-        out = run(q, k, v, **options)
-        assert isinstance(out, Tensor)
-        return out, None
+        return run(q, k, v, **options), None
     if cu_seq_lens_q is not None and position_bias is None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
