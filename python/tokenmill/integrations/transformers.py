@@ -125,11 +125,11 @@ def attention_forward(
         "backend": backend,
     }
     if run := sharded_attention.get():
-        for name, value in (
+        for name, given in (
             ("attention_mask", attention_mask), ("position_bias", position_bias),
             ("cu_seq_lens_q", cu_seq_lens_q),
         ):  # fmt: skip
-            if value is not None:
+            if given is not None:
                 raise RuntimeError(f"tokenmill attention: {name}: must be None in context_parallel")
         return run(q, k, v, **options), None
     if cu_seq_lens_q is not None and position_bias is None:
