@@ -78,3 +78,23 @@ def test_a_model_of_one_process(ranks, window, order, schedule):
 def test_masks_are_refused(ranks):
     pytest.importorskip("transformers")
     ranks(2).run(masks_are_refused_on_a_rank)
+
+
+def test_the_example_repeats_the_losses_of_one_process():
+    """Also decoding from a cache over all ranks."""
+    import re
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    example = Path(__file__).parents[2] / "examples" / "long_context_parallel.py"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    done = subprocess.run(
+        [sys.executable, *launch, example, "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +([\d.e+-]+)$", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["1", "10"] * 2
+    assert all(float(row[3]) < 1e-5 for row in rows)
+    assert float(rows[1][1]) < float(rows[0][1]) and float(rows[3][1]) < float(rows[2][1])
+    assert "the same alone: True" in done.stdout
