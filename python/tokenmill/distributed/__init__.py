@@ -9,6 +9,7 @@ from ._group import PeerError
 from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
 from .context import context_parallel
+from .linear import lightning_attention, linear_attention
 from .plan import Cost, plan
 from .sequence import shard_sequence, unshard_sequence
 from .sharding import register_sharding
@@ -22,6 +23,8 @@ __all__ = [
     "attention",
     "attention_decode",
     "context_parallel",
+    "lightning_attention",
+    "linear_attention",
     "plan",
     "register_sharding",
     "shard_sequence",

@@ -250,26 +250,31 @@ def lightning_attention(
         >>> tm.lightning_attention(ones, ones, ones, torch.tensor([2.0]).log()).flatten()
         tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    for name, t in (("q", q), ("slopes", slopes)):
-        check_tensor(LIGHTNING, name, t)
-    if slopes.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        fail(LIGHTNING, "slopes", "must be float32", slopes.dtype)
-    if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
-        fail(LIGHTNING, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)
-    readable = slopes.device.type == "cpu" or synchronising_checks()
-    if readable and not torch.compiler.is_compiling():
-        negative = slopes[slopes < 0]
-        if negative.numel() > 0:
-            fail(LIGHTNING, "slopes", "must not be negative; least", negative.min().item())
     return linear_attention(
         q,
         k,
         v,
-        log_decay=-slopes,
+        log_decay=decay_of_slopes(LIGHTNING, q, slopes),
         scale=scale,
         return_final_state=return_final_state,  # type: ignore[call-overload]
         **options,
     )
+
+
+def decay_of_slopes(op: str, q: Tensor, slopes: Tensor) -> Tensor:
+    """The log_decay [H] of lightning attention."""
+    for name, t in (("q", q), ("slopes", slopes)):
+        check_tensor(op, name, t)
+    if slopes.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        fail(op, "slopes", "must be float32", slopes.dtype)
+    if q.dim() >= 2 and tuple(slopes.shape) != (q.shape[-2],):
+        fail(op, "slopes", f"must have shape [{q.shape[-2]}]", slopes.shape)
+    readable = slopes.device.type == "cpu" or synchronising_checks()
+    if readable and not torch.compiler.is_compiling():
+        negative = slopes[slopes < 0]
+        if negative.numel() > 0:
+            fail(op, "slopes", "must not be negative; least", negative.min().item())
+    return -slopes
 
 
 def lower(
