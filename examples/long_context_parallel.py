@@ -91,7 +91,7 @@ class Alone:
     def add_up(self, tensors: list[Tensor]) -> None:
         pass
 
-    def mixes(self, setup: Setup, lightning: bool) -> list[Mix]:
+    def mixes(self, setup: Setup, length: int, lightning: bool) -> list[Mix]:
         if not lightning:
             return [lambda q, k, v: tm.attention(q, k, v, causal=True)] * setup.layers
         slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
@@ -114,11 +114,15 @@ class Together(Alone):
         for t in tensors:
             dist.all_reduce(t)
 
-    def mixes(self, setup: Setup, lightning: bool) -> list[Mix]:
+    def mixes(self, setup: Setup, length: int, lightning: bool) -> list[Mix]:
         if not lightning:
-            return [lambda q, k, v: tmd.attention(q, k, v, causal=True)] * setup.layers
+            return [
+                lambda q, k, v: tmd.attention(q, k, v, causal=True, length=length)
+            ] * setup.layers
         slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
-        return [lambda q, k, v, s=s: tmd.lightning_attention(q, k, v, s) for s in slopes]
+        return [
+            lambda q, k, v, s=s: tmd.lightning_attention(q, k, v, s, length=length) for s in slopes
+        ]
 
     def decode(self, q: Tensor, cache: Cache) -> Tensor:
         return tmd.attention_decode(
@@ -133,8 +137,8 @@ class Cache:
     def __init__(self, where: Alone, length: int, room: int):
         last = where.ranks == 1 or dist.get_rank() == where.ranks - 1
         own = where.shard(torch.empty(1, length)).shape[1]
-        self.sizes = [length // where.ranks] * (where.ranks - 1)
-        self.sizes.append(length - sum(self.sizes) + room)
+        self.sizes = [len(x) for x in torch.empty(length).tensor_split(where.ranks)]
+        self.sizes[-1] += room
         self.length = torch.tensor([length], dtype=torch.int32)
         self.next = own if last else None
         self.room = room if last else 0
@@ -154,7 +158,7 @@ def train(model: LanguageModel, setup: Setup, where: Alone, lightning: bool) -> 
     """The loss of each step."""
     codes = text.characters()[0]
     length = setup.lightning if lightning else setup.softmax
-    mixes = where.mixes(setup, lightning)
+    mixes = where.mixes(setup, length, lightning)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(setup.steps):
@@ -177,7 +181,7 @@ def continue_text(model: LanguageModel, setup: Setup, where: Alone) -> str:
     """The likeliest characters behind the validation text, from a cache over all ranks."""
     codes = text.characters()[1][: setup.softmax]
     caches = [Cache(where, len(codes), setup.continued) for _ in range(setup.layers)]
-    mixes = where.mixes(setup, False)
+    mixes = where.mixes(setup, len(codes), False)
 
     def read(q: Tensor, k: Tensor, v: Tensor, cache: Cache, mix: Mix) -> Tensor:
         cache.fill(k, v)
@@ -223,7 +227,9 @@ def main() -> None:
         alone, text_alone, seconds_alone = run(setup, Alone())
         for name, values in losses.items():
             length = getattr(setup, name)
-            print(f"{name}, {length} characters, {length // ranks} of them on each of {ranks} ranks")
+            print(
+                f"{name}, {length} characters, {length // ranks} of them on each of {ranks} ranks"
+            )
             print(f"{'step':>6}{'loss':>12}{'alone':>12}{'difference':>13}")
             for step in sorted({0, min(9, setup.steps - 1), setup.steps - 1}):
                 mine, other = values[step], alone[name][step]
