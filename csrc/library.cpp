@@ -31,7 +31,8 @@ TOKENMILL_LIBRARY(library) {
       "SymInt grid_width=0, str grid_distance=\"chebyshev\", SymInt grid_window=-1, "
       "Tensor? sink=None, float softcap=0.0, bool causal=False, SymInt window_left=-1, "
       "SymInt window_right=-1, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\"";
+      "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\", "
+      "bool post_decay=False";
   m.def("attention(" + attention + ") -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "

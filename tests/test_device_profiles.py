@@ -9,7 +9,7 @@ import torch
 from conftest import backends
 
 import tokenmill as tm
-from tokenmill.dense.attention_cases import draw_tensor
+from tokenmill.dense.attention_draws import draw_tensor
 from tokenmill.registry import Sample
 from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call

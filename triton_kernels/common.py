@@ -71,6 +71,7 @@ class Terms(NamedTuple):
     score_bias_batch: int
     slopes: Tensor | None  # [H] or [B, H]
     slopes_batch: int
+    fades: int | None  # 1: slopes are for weights, and take nothing from z
     chebyshev: int | None  # width of the grid that slopes are over, by its distance
     manhattan: int | None
     grid_window: int | None
@@ -361,12 +362,24 @@ def scores(b_qk, o_i, o_j, terms, head, sequence):
         b_z += tl.load(terms.bias + head.bias + o_bias, mask=m_bias, other=0.0).to(tl.float32)
         # +inf counts as the largest finite score. A comparison lets NaN pass.
         b_z = tl.where(b_z > FLOAT_MAX, FLOAT_MAX, b_z)
-    if terms.slopes is not None:
+    if terms.slopes is not None and terms.fades is None:
         b_distance = distance(o_i, o_j, terms, sequence)
         b_z -= head.slope * b_distance
         if terms.grid_window is not None:
             b_z = tl.where(b_distance > terms.grid_window, -INF, b_z)
     return b_z + head.constant
+
+
+@triton.jit
+def fade_of(o_i, o_j, terms, head, sequence):
+    """What softmax weights are multiplied by once their row has summed them, or None."""
+    b_fade = None
+    if terms.fades is not None:
+        b_distance = distance(o_i, o_j, terms, sequence)
+        b_fade = tl.exp2(b_distance * (head.slope * -LOG2E))
+        if terms.grid_window is not None:
+            b_fade = tl.where(b_distance > terms.grid_window, 0.0, b_fade)
+    return b_fade
 
 
 FAR = 2**30  # beyond any sequence: sums of positions and window ends stay in 32 bits
@@ -388,6 +401,7 @@ def terms_of(
     grid_width: int = 0,
     grid_distance: str = "chebyshev",
     grid_window: int = -1,
+    fades: bool = False,
 ) -> Terms:
     nats = bias is not None or alibi_slopes is not None or kind not in ("softmax", "sigmoid")
     unit = 1.0 if nats else LOG2E.value
@@ -401,6 +415,7 @@ def terms_of(
         _batch_stride(score_bias),
         alibi_slopes,
         _batch_stride(alibi_slopes),
+        1 if fades else None,
         grid_width if grid_width > 0 and grid_distance == "chebyshev" else None,
         grid_width if grid_width > 0 and grid_distance == "manhattan" else None,
         grid_window if grid_width > 0 and grid_window >= 0 else None,

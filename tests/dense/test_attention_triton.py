@@ -36,6 +36,7 @@ CASES = (
     "elu1,sum:float16:64:window:every term",
     "taylor2,sum:float32:64:causal",
     "relu,count:bfloat16:128:plain",
+    "softmax:float16:64:plain:fading",
     "softmax:float16:64:causal:masked",
     "elu1,sum:float16:64:window:every term:masked",
 )
@@ -57,8 +58,10 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     if "masked" in options:  # the most that a mask may be
         spans = empty(batch, tokens, 2, dtype=torch.int32)
         mask = [empty(batch, heads, tokens, 4, 2, dtype=torch.int32), spans, spans]
-    grid = (0, "chebyshev", -1)
-    terms = [None, 0.0, False, None, *mask, None, *grid, None, 0.0]
+    fading = "fading" in options
+    grid = (32, "chebyshev", 9) if fading else (0, "chebyshev", -1)
+    slopes = empty(heads) if fading else None
+    terms = [None, 0.0, False, None, *mask, slopes, *grid, None, 0.0]
     if "every term" in options:
         bias = empty(batch, 1, tokens, tokens, dtype=dtype)
         sink = empty(heads) if kind == "softmax" else None
@@ -66,7 +69,8 @@ def lowered(kind, dtype, head_dim, band, *options, tokens=1024):
     causal, left, right = BANDS[band]
     lengths = (None, None, None, None)
     kind, normalize = (*kind.split(","), "none")[:2]
-    return (q, k, k, kind, normalize, 0.125, *terms, causal, left, right, *lengths, "accurate")
+    band_and_lengths = (causal, left, right, *lengths)
+    return (q, k, k, kind, normalize, 0.125, *terms, *band_and_lengths, "accurate", fading)
 
 
 def compiled(capability, call):

@@ -101,6 +101,50 @@ def test_goes_with_masks_and_a_batch_of_gammas(backend):
     close(out, by_hand(q, k, v, gamma, 6, window=3, visible=(apart >= 0) & (apart <= 9)))
 
 
+@each_backend
+def test_goes_with_every_term_and_the_gradient_of_lse(backend):
+    q, k, v, gamma = inputs(21, backend)
+    g = torch.Generator().manual_seed(5)
+    bias, score_bias, sink = (
+        torch.randn(shape, generator=g).to(q.device).requires_grad_()
+        for shape in ((1, 4, 21, 21), (4,), (4,))
+    )
+    terms = {"bias": bias, "score_bias": score_bias, "sink": sink, "softcap": 2.0, "window": (9, 4)}
+    decay = tm.masks.decay2d(gamma, 4)
+    out, lse = tm.attention(q, k, v, post_decay=decay, **terms, return_lse=True, backend=backend)
+    i = torch.arange(21, device=q.device)
+    apart = torch.maximum(*((c[:, None] - c).abs() for c in (i // 4, i % 4)))
+    k2, v2 = (t.repeat_interleave(2, 2) for t in (k, v))
+    z = 2 * torch.tanh(torch.einsum("bihd,bjhd->bhij", q, k2) / 8) + bias
+    z = (z + score_bias[:, None, None]).masked_fill(
+        (i[:, None] - i > 9) | (i - i[:, None] > 4), -torch.inf
+    )
+    wanted_lse = torch.cat([z, sink[:, None, None].expand(2, 4, 21, 1)], -1).logsumexp(-1)
+    p = (z - wanted_lse[..., None]).exp() * gamma[:, None, None] ** apart
+    wanted = torch.einsum("bhij,bjhd->bihd", p, v2)
+    close(out, wanted)
+    close(lse, wanted_lse)
+    of = [q, k, v, gamma, bias, score_bias, sink]
+    same_gradients(
+        torch.cat([out.flatten(), lse.flatten()]),
+        torch.cat([wanted.flatten(), wanted_lse.flatten()]),
+        of,
+    )
+
+
+@each_backend
+def test_a_key_that_takes_all_weight_still_fades(backend):
+    """A bias of +inf is the largest finite logit: it does not move, but its weight fades."""
+    q, k, v, gamma = inputs(6, backend)
+    bias = torch.zeros(1, 1, 6, 6, device=q.device)
+    bias[..., 4] = torch.inf
+    out = tm.attention(q, k, v, post_decay=tm.masks.decay2d(gamma, 6), bias=bias, backend=backend)
+    apart = (torch.arange(6, device=q.device) - 4).abs()
+    fade = gamma ** apart[:, None]
+    wanted = fade[None, :, :, None] * v[:, 4].repeat_interleave(2, 1)[:, None]
+    close(out, wanted)
+
+
 @examples(20)
 @given(
     rows=st.integers(1, 40),

@@ -62,7 +62,7 @@ LARGE_PLANS = PLANS | {
 def plan_of(
     plans: dict[tuple[int, int], Plan], q: Tensor, value_dim: int, more_terms: bool
 ) -> Plan:
-    """more_terms: a bias, or softcap."""
+    """more_terms: a bias, softcap, or weights that fade."""
     plan = plans[q.element_size(), triton.next_power_of_2(max(64, q.shape[-1], value_dim))]
     if not more_terms:
         return plan
@@ -113,6 +113,7 @@ class Call(NamedTuple):
     max_seqlen_q: int | None
     max_seqlen_k: int | None
     precision: str
+    post_decay: bool
 
     @property
     def packed(self) -> bool:
@@ -153,7 +154,7 @@ class Call(NamedTuple):
             )
             return Plan(*[Tiles(m, n, 4, 1)] * 3)
         plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
-        more_terms = self.bias is not None or self.softcap != 0.0
+        more_terms = self.bias is not None or self.softcap != 0.0 or self.post_decay
         plan = plan_of(plans, self.q, self.v.shape[-1], more_terms)
         if self.kind in ("softmax", "sigmoid") or self.q.element_size() == 4:
             return plan
@@ -189,6 +190,7 @@ class Call(NamedTuple):
             self.grid_width,
             self.grid_distance,
             self.grid_window,
+            self.post_decay,
         )
 
     def window(self) -> Window:

@@ -1,8 +1,8 @@
 """Backward, without atomics: one kernel owns the queries, one the keys, one the tiles of a bias.
 
-softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse. Other kinds, whose weights f(z) a row
-multiplies by norm: dz = f'(z) (norm dP - delta), where delta, of those normalised by their sum s
-alone, is norm rowsum(dO O) - ds.
+softmax: dz = P (dP - delta), delta = rowsum(dO O) - dlse. Where weights fade by F: dz = P (F dP -
+delta), and dv takes P F. Other kinds, whose weights f(z) a row multiplies by norm: dz = f'(z) (norm
+dP - delta), where delta, of those normalised by their sum s alone, is norm rowsum(dO O) - ds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..common import (
     LOG2E,
     distance,
     dot,
+    fade_of,
     head_of,
     load_rows,
     program,
@@ -79,7 +80,12 @@ def gradients(
     b_z = scores(b_qk, o_i, o_j, terms, head, sequence)
     if KIND == "softmax":
         b_p = exponential(b_z - b_norm, head)
-        b_dz = b_p * (b_dp - b_delta)
+        b_fade = fade_of(o_i, o_j, terms, head, sequence)
+        if b_fade is not None:
+            b_dz = b_p * (b_dp * b_fade - b_delta)
+            b_p *= b_fade
+        else:
+            b_dz = b_p * (b_dp - b_delta)
     else:
         b_p, b_slope = weights(b_z, head, KIND, FAST)
         if NORMALIZE != "none":
@@ -214,7 +220,7 @@ def queries_kernel(
             m_seen = None
             if PART != 1:
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
-            _, b_dz = gradients(
+            b_p, b_dz = gradients(
                 b_qk,
                 b_dp,
                 o_i[:, None],
@@ -233,7 +239,10 @@ def queries_kernel(
                 b_bias_sum += tl.sum(b_dz, 1)
             if slope_sums is not None:
                 b_distance = distance(o_i[:, None], o_j[None, :], terms, sequence)
-                b_slope_sum -= tl.sum(b_dz * b_distance, 1)
+                b_moved = b_dz
+                if terms.fades is not None:  # what a weight of 0 does not see may be NaN
+                    b_moved = tl.where(b_p == 0.0, 0.0, b_p * b_dp)
+                b_slope_sum -= tl.sum(b_moved * b_distance, 1)
             b_dq += weighted(through_softcap(b_dz, b_qk, terms), b_k, KIND)
 
     dqs = slice_of(dq, i_b, i_h, sequence.q_start, sequence.q_length)

@@ -12,6 +12,7 @@ from ..common import (
     STEP,
     STEP_COLUMNS,
     dot,
+    fade_of,
     head_of,
     load_rows,
     program,
@@ -64,9 +65,11 @@ def accumulate(
     KIND: tl.constexpr = "softmax",
     NORMALIZE: tl.constexpr = "none",
     FAST: tl.constexpr = False,
+    b_fade=None,
 ):
     """Adds a tile of keys to the sums of each row: of weighted values and of weights, those of
-    softmax relative to the top score; or counts keys instead of weights."""
+    softmax relative to the top score, and as they are before they fade; or counts keys instead of
+    weights."""
     if KIND == "softmax":
         b_new_top = tl.maximum(b_top, tl.max(b_z, 1))
         b_row_max = tl.where(b_new_top == -INF, 0.0, b_new_top)
@@ -76,6 +79,8 @@ def accumulate(
         b_sum, b_sum_lost = add(b_sum * b_shrink, b_sum_lost * b_shrink, tl.sum(b_p, 1))
         b_acc *= b_shrink[:, None]
         b_acc_lost *= b_shrink[:, None]
+        if b_fade is not None:
+            b_p *= b_fade
     else:
         b_p, _ = weights(b_z, head, KIND, FAST)
         if NORMALIZE == "sum":
@@ -96,15 +101,20 @@ def accumulate_seen(
     head,
     KIND: tl.constexpr = "softmax",
     FAST: tl.constexpr = False,
+    b_fade=None,
 ):
     """Adds a tile of keys to the sums of weighted values, relative to the top score of all keys;
     nothing of those whose score is -inf, or whose weight of relu is 0."""
     if KIND == "softmax":
         b_row_max = tl.where(b_top == -INF, 0.0, b_top)
         b_p = exponential(b_z - b_row_max[:, None], head)
+        if b_fade is not None:
+            b_p *= b_fade
     else:
         b_p, _ = weights(b_z, head, KIND, FAST)
     m_seen = b_z != -INF
+    if b_fade is not None:
+        m_seen = m_seen & (b_fade != 0.0)
     if KIND == "relu":  # many of its weights are 0
         m_seen = b_p != 0.0
     b_v, b_rest = split_values(b_v, m_seen)
@@ -218,7 +228,18 @@ def attention_kernel(
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                 b_z = tl.where(m_seen, b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
-                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head, KIND, NORMALIZE, FAST
+                b_z,
+                b_v,
+                b_acc,
+                b_acc_lost,
+                b_sum,
+                b_sum_lost,
+                b_top,
+                head,
+                KIND,
+                NORMALIZE,
+                FAST,
+                fade_of(o_i[:, None], o_j[None, :], terms, head, sequence),
             )
 
     if KIND == "softmax":
@@ -253,8 +274,9 @@ def attention_kernel(
                     b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)
+                    b_fade = fade_of(o_i[:, None], o_j[None, :], terms, head, sequence)
                     b_y, b_y_lost = accumulate_seen(
-                        b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST
+                        b_z, b_v, b_y, b_y_lost, b_top, head, KIND, FAST, b_fade
                     )
                 p_out = outs.data + row_offsets(outs, o_i)
                 store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)

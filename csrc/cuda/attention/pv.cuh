@@ -25,6 +25,41 @@ __device__ __forceinline__ void set_fragments(Fragment<T, 4> (&p)[kBlocks],
   }
 }
 
+// Word i of `to` becomes word j of `from`.
+template <int kFrom>
+__device__ __forceinline__ void copy_word(Fragment<float, 4>& to, int i,
+                                          const Fragment<float, kFrom>& from, int j) {
+  to.high[i] = from.high[j], to.low[i] = from.low[j];
+}
+template <typename T, int kFrom>
+__device__ __forceinline__ void copy_word(Fragment<T, 4>& to, int i, const Fragment<T, kFrom>& from,
+                                          int j) {
+  to.words[i] = from.words[j];
+}
+
+// Weights of set_fragments times factor(h, n): of row g (h = 0) or g + 8 (h = 1), and n keys from
+// the lane's first one on. Word by word, through the first one: for more at once kernels have no
+// registers.
+template <typename T, int kBlocks, typename Factor>
+__device__ __forceinline__ void scale_weights(Fragment<T, 4> (&p)[kBlocks], const Factor& factor) {
+  constexpr int kWords = 4 * kBlocks;
+#pragma unroll 1
+  for (int at = 0; at < kWords; ++at) {
+    Fragment<T, 1> scaled;
+    if constexpr (sizeof(T) == 4) {
+      const float w = __uint_as_float(p[0].high[0]) + __uint_as_float(p[0].low[0]);
+      scaled = make_fragment<T>(__float_as_uint(w * factor(at % 2, at / 4 * 8 + at / 2 % 2)));
+    } else {
+      const float2 w = unpack<T>(p[0].words[0]);
+      const int key = at / 2 * 8;
+      scaled = make_fragment<T>(pack<T>(w.x * factor(at % 2, key), w.y * factor(at % 2, key + 1)));
+    }
+#pragma unroll
+    for (int i = 0; i + 1 < kWords; ++i) copy_word(p[i / 4], i % 4, p[(i + 1) / 4], (i + 1) % 4);
+    copy_word(p[kBlocks - 1], 3, scaled, 0);
+  }
+}
+
 // out[kFirst + m] += weights p[m] x values. before(pair) comes before the values of 16 columns.
 // With kClean values are made finite.
 template <typename T, int kFirst, int kOffset, bool kClean = false, int kRowTiles, int kTiles,

@@ -49,11 +49,19 @@ struct ScoreMod {
     const float dy = fabsf(yi - yj), dx = fabsf(fmaf(-yi, w, i) - fmaf(-yj, w, j));
     return p.grid.manhattan ? dy + dx : fmaxf(dy, dx);
   }
-  // The logit less slope times distance, or -inf beyond the window of a grid.
+  __device__ bool is_beyond(float distance) const {  // the window of a grid
+    return p.grid.window >= 0 && distance > static_cast<float>(p.grid.window);
+  }
+  // Whether slopes are for logits; else they are for weights, which fade.
+  __device__ bool has_alibi() const { return p.alibi_slopes && !p.fades; }
+  // The logit less slope times distance, or -inf beyond the window.
   __device__ float with_alibi(float z, int row, int column) const {
     const float d = distance(row, column);
-    const bool beyond = p.grid.window >= 0 && d > static_cast<float>(p.grid.window);
-    return beyond ? -infinity() : fmaf(-slope, d, z);
+    return is_beyond(d) ? -infinity() : fmaf(-slope, d, z);
+  }
+  // What a softmax weight is multiplied by that its row has summed.
+  __device__ float fade(float distance) const {
+    return is_beyond(distance) ? 0 : exp2_approx(-kLog2e * slope * distance);
   }
 
   __device__ float bias_at(int row, int column) const {
@@ -77,7 +85,7 @@ struct ScoreMod {
       z += bias_at(row, column);
       z = z > kFloatMax ? kFloatMax : z;  // +inf counts as the largest finite logit
     }
-    if (p.alibi_slopes) z = with_alibi(z, row, column);
+    if (has_alibi()) z = with_alibi(z, row, column);
     return z + constant;
   }
 

@@ -155,13 +155,14 @@ struct BackwardScoreMod<Mode::general, kScale> {
     if (p.bias) z = min_or_nan(z + mod.bias_at(query, key), kFloatMax);
     // +inf counts as the largest finite logit, which does not move.
     const bool stuck = p.bias && z >= kFloatMax;
-    if (p.alibi_slopes) z = mod.with_alibi(z, query, key);
+    if (mod.has_alibi()) z = mod.with_alibi(z, query, key);
     z += mod.constant;
     const float odds = fmaf(z, -kLog2e, kScale ? -kHalfScaleLog2 : 0.f);
     Weight w;
     switch (weights_of(p)) {
       case Weights::softmax:
         w.p = w.slope = exp2_approx((z + statistic) * kLog2e);
+        if (p.fades) w.p *= mod.fade(mod.distance(query, key));
         break;
       case Weights::sigmoid:
         w = sigmoid_weight<kScale>(odds);
@@ -179,8 +180,18 @@ struct BackwardScoreMod<Mode::general, kScale> {
         w.slope *= statistic;
     }
     w.through = through;
-    if (stuck) w.slope = 0;
+    if (stuck) w.slope = p.fades ? -w.slope : 0;
     return w;
+  }
+
+  // Of a softmax weight e that fades, the slope of its Weight: dz, and what distance times the
+  // decay of its slope adds. e is negative where the logit does not move.
+  struct Faded {
+    float dz, moved;
+  };
+  __device__ Faded faded(float e, float fade, float dp, float minus_delta) const {
+    const float dz = e <= 0 ? 0 : e * fmaf(fade, dp, minus_delta);
+    return {dz, e == 0 ? 0 : fabsf(e) * fade * dp};
   }
 };
 

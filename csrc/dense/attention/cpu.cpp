@@ -132,6 +132,15 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     }
   }
 
+  if constexpr (!kPlain && kKind == Exponent::softmax) {
+    if (t.score_mod->fades) {
+      const ScoreMod mod = *t.score_mod;  // what is stored cannot change a copy
+      const auto fade = [&](int r, int j) TM_LAMBDA {
+        return mod.fade<kCoarse>(mod.key_distances(i + r, column + j * kWidth));
+      };
+      return store_weights<Op, kKind, kCoarse>(t, row, s, slot, fade);
+    }
+  }
   store_weights<Op, kKind, kCoarse>(t, row, s, slot);
 }
 

@@ -3,6 +3,7 @@
 //
 //   S^T = K Q^T,  dP^T = V dO^T,  then in registers
 //   sigmoid: dS = P (1 - P) dP;   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse
+//   that fades by F: dS = P (F dP - delta), with P F in place of P in dV
 //   others: P = n f(z), dS = f'(z) (n dP - delta), n the factor of the row, delta by its sum
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
@@ -63,8 +64,7 @@ class Worker {
     zero_key_sums(s->k_length);
     for (int64_t g = 0; g < group; ++g) {
       enter_query_head(kv_head * group + g);
-      HeadSums total;
-      add(row_sums(), total);
+      HeadSums total = row_sums();
       for (int64_t part = 0; part < split.count; ++part) {
         const int64_t begin = part * split.keys, end = begin + split.keys;
         add(run_part(begin, end, 0, part == 0 ? dq_total : dq), total);
@@ -252,6 +252,7 @@ class Worker {
                         query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
     const vf odds = set(score_mod.odds), one = set(1.f), factor = set(score_mod.factor);
     vf bias_sum = zero(), slope_sum = zero();
+    const ScoreMod mod = score_mod;  // what is stored cannot change a copy
     TM_UNROLL(8)
     for (int m = 0; m < kTileRows; ++m) {
       vf w[kTileVectors], dz[kTileVectors];
@@ -259,17 +260,18 @@ class Worker {
       for (int n = 0; n < kTileVectors; ++n) {
         vf t = z[m][n], distance = zero();
         if constexpr (!kPlain) {
-          distance = score_mod.query_distances(query + n * kWidth, key + m);
-          const vf b = score_mod.bias ? bias_lanes(query + n * kWidth, key + m) : zero();
-          t = score_mod.exponent(t, b, distance);
+          distance = mod.query_distances(query + n * kWidth, key + m);
+          t = mod.exponent(t, mod.bias ? bias_lanes(query + n * kWidth, key + m) : vf{}, distance);
         } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
           t = t * factor;
         }
         const vf dpn = load(dp_memory[m] + n * kWidth);
         if constexpr (kKind == Exponent::softmax) {
-          const vf dpd = dpn - load(queries.delta + query + n * kWidth);
+          const vf fade = !kPlain && mod.fades ? mod.fade<kCoarse>(distance) : set(1.f);
+          const vf dpd = dpn * fade - load(queries.delta + query + n * kWidth);
           w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
           dz[n] = w[n] * dpd;
+          w[n] = w[n] * fade;
         } else if constexpr (kKind == Exponent::logit) {
           const vf row_factor = load(queries.factor() + query + n * kWidth);
           const vf change = row_factor * dpn - load(queries.delta + query + n * kWidth);
@@ -298,9 +300,9 @@ class Worker {
         }
         if constexpr (!kPlain) {
           bias_sum = bias_sum + dz[n];
-          slope_sum = fma(dz[n], distance, slope_sum);
+          slope_sum = fma(mod.fades ? weighted(w[n], dpn) : dz[n], distance, slope_sum);
           if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key + m);
-          if (score_mod.softcap > 0) dz[n] = dz[n] * score_mod.cap_slope(z[m][n]);
+          if (mod.softcap > 0) dz[n] = dz[n] * mod.cap_slope(z[m][n]);
         }
         z[m][n] = dz[n];
       }

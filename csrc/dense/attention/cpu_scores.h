@@ -57,6 +57,19 @@ TM_INLINE float* lse_of(const AttentionParams& p, const float* lse, int64_t b, i
   return const_cast<float*>(lse) + at;
 }
 
+// 2^t as coarse as 16-bit results allow, or to float32 accuracy.
+template <bool kCoarse>
+TM_INLINE vf power(vf t) {
+  return exp2<kCoarse ? 3 : 5>(t);
+}
+template <bool kCoarse>
+TM_INLINE vf reciprocal(vf x) {
+  return kCoarse ? reciprocal_approx(x) : set(1.f) / x;
+}
+
+// w x; what a weight of 0 does not see may be NaN.
+TM_INLINE vf weighted(vf w, vf x) { return select(equal(w, zero()), zero(), w * x); }
+
 // What lies between scale q.k and the score map, for one head of one sequence.
 struct ScoreMod {
   ScoreMod(const AttentionParams& p, int64_t b, int64_t h, const Sequence& s)
@@ -79,8 +92,9 @@ struct ScoreMod {
     if (p.score_bias) constant += p.score_bias[b * p.score_bias_batch + h];
     if (p.score_bias_neg_log_n && columns > 0)
       constant -= static_cast<float>(std::log(static_cast<double>(columns)));
-    has_slope = p.alibi_slopes != nullptr;
-    plain = softcap == 0 && !bias && !has_slope;
+    fades = p.fades;
+    has_slope = p.alibi_slopes && !fades;
+    plain = softcap == 0 && !bias && !p.alibi_slopes;
     factor = exponent_unit(kind) * scale;
     if (kind == Exponent::softmax) {
       // Softmax does not see a shift of its row: only lse and sink do.
@@ -142,10 +156,18 @@ struct ScoreMod {
     // A finite logit has a finite exponent (-FLT_MAX log2(e) would not); -inf hides the pair.
     if (bias && kind == Exponent::softmax)
       t = select(less(z, set(-kMax)), t, max_of(set(-kMax), min_of(set(kMax), t)));
-    if (grid.window >= 0)
+    if (has_slope && grid.window >= 0)
       t = select(less(set(static_cast<float>(grid.window)), distance), set(hidden_exponent(kind)),
                  t);
     return t;
+  }
+
+  // By what a weight at this distance is multiplied where weights fade.
+  template <bool kCoarse>
+  TM_INLINE vf fade(vf distance) const {
+    const vf f = power<kCoarse>(distance * set(-slope * kLog2e));
+    if (grid.window < 0) return f;
+    return select(less(set(static_cast<float>(grid.window)), distance), zero(), f);
   }
 
   TM_INLINE vf cap(vf z) const {
@@ -192,18 +214,9 @@ struct ScoreMod {
   const void* bias;
   DType bias_dtype;
   int64_t bias_q, bias_k;
-  bool has_slope, plain;  // plain: t = factor qk, and odds or shift hold the constant
+  bool has_slope, fades;  // what slopes are for: logits or weights
+  bool plain;             // plain: t = factor qk, and odds or shift hold the constant
   float factor, shift = 0, odds = 1;
 };
-
-// 2^t as coarse as 16-bit results allow, or to float32 accuracy.
-template <bool kCoarse>
-TM_INLINE vf power(vf t) {
-  return exp2<kCoarse ? 3 : 5>(t);
-}
-template <bool kCoarse>
-TM_INLINE vf reciprocal(vf x) {
-  return kCoarse ? reciprocal_approx(x) : set(1.f) / x;
-}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,6 +1,8 @@
 // From exponents to weights, for forward CPU kernels: a tile of query rows, what is summed for each
 // of them, and the score map in the registers of the first product.
 #pragma once
+#include <type_traits>
+
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_kinds.h"
 
@@ -101,10 +103,13 @@ __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, f
   store(sums, load(sums) * set(factor));
 }
 
-// Rows `row` and on: exponents s to weights, at `slot` of the step.
-template <class Op, Exponent kKind, bool kCoarse, int kRows, int kVectors>
+struct Unfaded {};
+
+// Rows `row` and on: exponents s to weights, at `slot` of the step. fade(r, j): what a softmax
+// weight is multiplied by that its row has summed.
+template <class Op, Exponent kKind, bool kCoarse, int kRows, int kVectors, class Fade = Unfaded>
 TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVectors],
-                             int64_t slot) {
+                             int64_t slot, const Fade& fade = {}) {
   const int64_t ldp = t.ldp;
   float* p = t.p + row * ldp + slot / Op::kPair;
   if constexpr (kKind == Exponent::softmax) {
@@ -141,6 +146,7 @@ TM_INLINE void store_weights(const QueryRows& t, int64_t row, vf (&s)[kRows][kVe
       for (int j = 0; j < kVectors; ++j) {
         s[r][j] = power<kCoarse>(s[r][j] - row_max);
         sum = sum + s[r][j];
+        if constexpr (!std::is_same_v<Fade, Unfaded>) s[r][j] = s[r][j] * fade(r, j);
       }
       store(sums, sum);
     } else if constexpr (kKind == Exponent::logit) {

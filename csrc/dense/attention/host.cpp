@@ -30,6 +30,7 @@ struct AttentionArgs : Record {
   View cu_seqlens_q, cu_seqlens_k;
   Optional<int64_t> max_seqlen_q, max_seqlen_k;
   std::string_view precision;
+  bool post_decay;
 
   bool packed() const { return cu_seqlens_q || cu_seqlens_k; }
 };
@@ -116,6 +117,10 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.score_bias_neg_log_n = a.score_bias_neg_log_n;
   set_score_mod(kOp, p, a.q, a.kind, a.score_bias, a.alibi_slopes, a.sink);
   p.grid = grid_of(a);
+  if (a.post_decay) {
+    check(map == ScoreMap::softmax, kOp, "post_decay", "needs kind 'softmax', not", a.kind);
+    check(bool(a.alibi_slopes), kOp, "post_decay", "needs alibi_slopes", a.post_decay);
+  }
   if (a.bias) {
     const View& t = a.bias;
     const std::vector<int64_t> full{p.batch, p.heads,
@@ -143,6 +148,7 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.window_left = a.window_left;
   p.window_right = a.causal ? 0 : a.window_right;
   p.fast = a.precision == "fast";
+  p.fades = a.post_decay;
   if (packed && !a.q.is_cuda) {
     check_values("cu_seqlens_q", a.cu_seqlens_q, "max_seqlen_q", a.max_seqlen_q, p.seqlen_q);
     check_values("cu_seqlens_k", a.cu_seqlens_k, "max_seqlen_k", a.max_seqlen_k, p.seqlen_k);

@@ -104,7 +104,12 @@ __global__ void __launch_bounds__(kBiasThreads, 6)
               if (key < band.begin(query) || key >= band.end(query)) continue;
               if (masked && !HeadMask{p.mask, args.bounds, b, h, s}.sees(query, key)) continue;
               const Weight w = score_mod.weigh(qk[n][i], 0, query, key, statistic);
-              sum[n][i] += w.slope * (dp[n][i] + minus_delta);
+              if (p.fades) {
+                const float fade = score_mod.mod.fade(score_mod.distance(query, key));
+                sum[n][i] += score_mod.faded(w.slope, fade, dp[n][i], minus_delta).dz;
+              } else {
+                sum[n][i] += w.slope * (dp[n][i] + minus_delta);
+              }
             }
           }
         }

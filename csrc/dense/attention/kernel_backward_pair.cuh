@@ -4,6 +4,7 @@
 //   keys:     S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q
 //   queries:  S = Q K^T, dP = dO V^T, dQ += dS K
 //   softmax:  dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
+//   that fades by F: dS = P (F dP - delta), dV += P F dO
 //   others:   P = f(S) / r, dS = f'(S) (dP - delta) / r; of a sum s r = s + 1e-8 and
 //             delta = rowsum(dO O) - r ds, else delta = 0
 //
@@ -355,7 +356,10 @@ struct PairWorker {
     uint32_t packed[kTiles][4];
     unroll<2>([&](auto h) {
       const float2 columns = column_statistics<kRow + 8 * h>(stage.statistics);
-      const auto init = [&](int m, int i) { return kStatistics ? statistic(m, i, columns) : 0.f; };
+      const bool fades = kMode == Mode::general && p.fades;
+      const auto init = [&](int m, int i) {
+        return kStatistics && !fades ? statistic(m, i, columns) : 0.f;
+      };
       bool waited = h > 0;
       multiply_rows<kMasked, kRow + 8 * h>(stage.rows, active, init, [&](auto m, float (&dp)[4]) {
         if (!waited) pair_sync(full);
@@ -368,8 +372,13 @@ struct PairWorker {
         } else {
           load_floats<kSlot<0, 2 * m + h>>(w, exchange);
         }
+        if (fades) {
+          if constexpr (kMode == Mode::general)
+            fade(score_mod, w, dp, m, column + 8 * h + lane % 4 * 2, columns);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dp[i] = kMasked && w[i] == 0 ? 0.f : w[i] * dp[i];
+          for (int i = 0; i < 4; ++i) dp[i] = kMasked && w[i] == 0 ? 0.f : w[i] * dp[i];
+        }
         if constexpr (kMode == Mode::general) {
           if (!kKeys) add_sums(score_mod, dp, m, column + 8 * h + lane % 4 * 2);
           load_floats<kSlot<1, 2 * m + h>>(w, exchange);
@@ -457,6 +466,20 @@ struct PairWorker {
     }
   }
 
+  // dP of block m becomes dz, by the weights e before they fade.
+  __device__ __forceinline__ void fade(const Mod& score_mod, const float (&e)[4], float (&dp)[4],
+                                       int m, int first, float2 columns) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = row_of(m, i), column = first + i % 2;
+      const float d = score_mod.distance(kKeys ? column : row, kKeys ? row : column);
+      const auto faded =
+          score_mod.faded(e[i], score_mod.mod.fade(d), dp[i], statistic(m, i, columns));
+      dp[i] = faded.dz;
+      if (!kKeys) slope_sum -= faded.moved * d;
+    }
+  }
+
   // Gradients of logits dz of block m; `first` is the column of elements 0 and 2.
   __device__ __forceinline__ void add_sums(const Mod& score_mod, const float (&dz)[4], int m,
                                            int first) {
@@ -464,7 +487,7 @@ struct PairWorker {
     for (int i = 0; i < 4; ++i) {
       const int query = row_of(m, i), key = first + i % 2;
       bias_sum += dz[i];
-      slope_sum -= dz[i] * score_mod.distance(query, key);
+      if (!p.fades) slope_sum -= dz[i] * score_mod.distance(query, key);
       if (args.direct_bias && query < score_mod.mod.rows && key < score_mod.mod.columns)
         args.p.dbias[score_mod.batch * args.p.dbias_batch + score_mod.head * args.p.dbias_head +
                      query * args.p.dbias_q + key * args.p.dbias_k] = dz[i];

@@ -254,6 +254,8 @@ class ForwardWarp {
     Fragment<T, 4> p[kCount][kKeys / kDepth];
     if (weights() == Weights::softmax) {
       softmax_weights<kFirst, false>(s, factor_, neg_row_max_, sum_, out_, p);
+      if constexpr (kGeneral)
+        if (score_mod_.p.fades) fade<kFirst>(p[0], key0);
     } else if (weights() == Weights::sigmoid) {
       sigmoid_weights(s, p, tail_ && !cut);
     } else if (weights() == Weights::elementwise) {
@@ -321,6 +323,17 @@ class ForwardWarp {
     each_pair<kFirst, kCount, kKeyTiles>(key0, own, [&](int m, int n, int i, int row, int key) {
       const float z = score_mod_.logit(s[m][n][i], row, key);
       s[m][n][i] = weights() == Weights::softmax ? score_mod_.softmax_exponent(z) : z;
+    });
+  }
+
+  // Softmax weights, once they are summed, by their decay.
+  template <int kFirst, int kBlocks>
+  __device__ __forceinline__ void fade(Fragment<T, 4> (&p)[kBlocks], int key0) const {
+    scale_weights<T>(p, [&](int half, int column) {
+      int lane = threadIdx.x % kWarpSize;
+      keep(lane);
+      const int row = place().first + 16 * kFirst + 8 * half + lane / 4;
+      return score_mod_.fade(score_mod_.distance(row, key0 + column + 2 * (lane % 4)));
     });
   }
 

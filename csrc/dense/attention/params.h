@@ -65,6 +65,9 @@ struct AttentionParams {
   PairMask mask;
   int64_t window_left, window_right;  // -1: no limit; causal is right = 0
   bool fast;
+  // Slopes take nothing from logits: softmax weights are multiplied by e^(-slope distance) once
+  // they are normalised, and lse is that of the weights before.
+  bool fades;
 };
 
 struct AttentionBackwardParams {

@@ -21,7 +21,7 @@ from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from .attention_rules import OP, check_attention, check_attention_values
-from .post_decay import decayed_attention
+from .post_decay import lower_post_decay
 from .terms import (
     NO_WINDOW,
     Kind,
@@ -164,8 +164,7 @@ def attention(
         softcap: 0 = off.
         post_decay: softmax only: weights are multiplied by gamma^distance on a grid after they are
             normalised (:func:`tokenmill.masks.decay2d`), and not normalised again; lse is that of
-            the weights before. Sq = Sk, neither packed nor with alibi_slopes. Two passes: one for
-            the lse, one for the values.
+            the weights before. Sq = Sk, neither packed nor with alibi_slopes.
         causal: query i sees keys j <= i + Sk - Sq (bottom-right aligned).
         window: (left, right) keys beside a query's own position; -1 = no limit.
         cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]``, where packed sequences begin and end;
@@ -213,37 +212,13 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
-    if post_decay is None:
-        lowered = lower(
-            q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
-            softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            return_lse, precision,
-        )  # fmt: skip
-        results = call(SPEC, lowered, backend, used=2 if return_lse else 1)
-        return results[:2] if return_lse else results[0]
-    options: dict[str, Any] = {
-        "kind": kind,
-        "normalize": normalize,
-        "scale": scale,
-        "score_bias": score_bias,
-        "bias": bias,
-        "mask": mask,
-        "alibi_slopes": alibi_slopes,
-        "alibi_grid": alibi_grid,
-        "sink": sink,
-        "softcap": softcap,
-        "causal": causal,
-        "window": window,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "return_lse": return_lse,
-        "precision": precision,
-    }
-    run = functools.partial(call, SPEC, backend=backend)
-    out, lse = decayed_attention(run, lower, q, k, v, post_decay, options)
-    return (out, lse) if return_lse else out
+    lowered = lower(
+        q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
+        softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
+        precision, post_decay,
+    )  # fmt: skip
+    results = call(SPEC, lowered, backend, used=2 if return_lse else 1)
+    return results[:2] if return_lse else results[0]
 
 
 def lower(
@@ -268,6 +243,7 @@ def lower(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     precision: str = "accurate",
+    post_decay: Decay2d | None = None,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "q", q)
     check_tensor(OP, "k", k)
@@ -302,6 +278,15 @@ def lower(
     if cu_seqlens_q is not None and cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    if post_decay is not None:
+        alibi_slopes, alibi_grid = lower_post_decay(
+            post_decay,
+            q,
+            alibi_slopes=alibi_slopes,
+            alibi_grid=alibi_grid,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
     mask_ranges, mask_q_spans, mask_k_spans = NO_MASK
     if mask is not None and k.dim() > 2:
         mask_ranges, mask_q_spans, mask_k_spans = lower_mask(
@@ -343,6 +328,7 @@ def lower(
         max_seqlen_q,
         max_seqlen_k,
         precision,
+        post_decay is not None,
     )
 
 

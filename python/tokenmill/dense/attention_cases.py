@@ -10,6 +10,15 @@ from torch import Tensor
 from .. import masks
 from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
+from .attention_draws import (
+    draw_decay,
+    draw_mask,
+    draw_masks,
+    draw_prefix,
+    draw_ranges,
+    draw_segments,
+    draw_tensor,
+)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -55,61 +64,6 @@ def _packed(lengths_q: list[int], lengths_k: list[int], **options: Any) -> Any:
         return (q[0], k[0], v[0]), lengths | with_options(options, dtype, g)
 
     return make
-
-
-def draw_tensor(*shape: int, positive: bool = False) -> Any:
-    def draw(dtype: torch.dtype, g: torch.Generator) -> Tensor:
-        x = torch.randn(shape, generator=g)
-        return (x.abs() if positive else x).to(dtype)
-
-    return draw
-
-
-def draw_mask(*shape: int) -> Any:
-    def draw(dtype: torch.dtype, g: torch.Generator) -> Tensor:
-        return torch.rand(shape, generator=g) < 0.7
-
-    return draw
-
-
-def draw_integers(*shape: int, low: int = 0, high: int) -> Any:
-    def draw(g: torch.Generator) -> Tensor:
-        return torch.randint(low, high, shape, generator=g, dtype=torch.int32)
-
-    return draw
-
-
-def draw_ranges(*shape: int, keys: int) -> Any:
-    """Some empty, some beyond the keys."""
-
-    def draw(dtype: torch.dtype, g: torch.Generator) -> masks.Ranges:
-        begin = draw_integers(*shape, low=-3, high=keys)(g)
-        return masks.ranges(begin, begin + draw_integers(*shape, low=-1, high=keys // 2 + 2)(g))
-
-    return draw
-
-
-def draw_prefix(*lengths: int) -> Any:
-    return lambda dtype, g: masks.prefix(torch.tensor(lengths, dtype=torch.int32))
-
-
-def draw_segments(
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...] | None = None,
-    sort: bool = True,
-    **options: Any,
-) -> Any:
-    def draw(dtype: torch.dtype, g: torch.Generator) -> masks.Segments:
-        q_ids, k_ids = (draw_integers(*(s or q_shape), high=5)(g) for s in (q_shape, k_shape))
-        if sort:
-            q_ids, k_ids = q_ids.sort(-1)[0], k_ids.sort(-1)[0]
-        return masks.segments(q_ids, k_ids if k_shape else None, **options)
-
-    return draw
-
-
-def draw_masks(*draws: Any) -> Any:
-    return lambda dtype, g: tuple(draw(dtype, g) for draw in draws)
 
 
 SAMPLES = (
@@ -186,6 +140,19 @@ SAMPLES = (
             {},
             alibi_slopes=draw_tensor(4, positive=True),
             alibi_grid=masks.grid(7, "manhattan", window=5),
+        ),
+    ),
+    Sample("weights that fade", _dense({}, post_decay=draw_decay(4, width=5))),
+    Sample(
+        "weights that fade, every term",
+        _dense(
+            {"d": 20, "dv": 12},
+            post_decay=draw_decay(2, 4, width=6, distance="manhattan", window=8),
+            bias=draw_tensor(2, 1, 33, 33),
+            score_bias=draw_tensor(2, 4),
+            sink=draw_tensor(4),
+            softcap=3.0,
+            causal=True,
         ),
     ),
     Sample("segments", _dense({"sq": 150, "sk": 150, "d": 16}, mask=draw_segments((2, 150)))),
@@ -374,6 +341,13 @@ MALFORMED = (
         "grid without slopes",
         "grid_width: needs alibi_slopes; got 3",
         set_options(alibi_grid=masks.grid(3)),
+    ),
+    Malformed(
+        "decay of sigmoid",
+        "post_decay: needs kind 'softmax', not; got 'sigmoid'",
+        set_options(
+            kind="sigmoid", return_lse=False, post_decay=masks.decay2d(torch.ones(4), width=3)
+        ),
     ),
     Malformed(
         "precision",

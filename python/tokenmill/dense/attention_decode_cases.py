@@ -12,15 +12,8 @@ from torch import Tensor
 from .. import masks
 from .._edits import set_argument, set_options
 from ..registry import Malformed, Sample
-from .attention_cases import (
-    MALFORMED_KINDS,
-    Arguments,
-    draw_masks,
-    draw_ranges,
-    draw_segments,
-    draw_tensor,
-    with_options,
-)
+from .attention_cases import MALFORMED_KINDS, Arguments, with_options
+from .attention_draws import draw_masks, draw_ranges, draw_segments, draw_tensor
 
 
 def draw_cache(

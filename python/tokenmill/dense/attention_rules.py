@@ -40,6 +40,9 @@ def check_attention(*lowered: Any, float64: bool = False) -> None:
     batch = _check_cu_seqlens(a.q, a.cu_seqlens_q, a.cu_seqlens_k, a.max_seqlen_q, a.max_seqlen_k)
     check_terms(OP, a.q, batch, a.kind, a.score_bias, a.alibi_slopes, a.sink)
     _check_grid(a, packed)
+    if a.post_decay:
+        check(a.kind == "softmax", OP, "post_decay", "needs kind 'softmax', not", a.kind)
+        check(a.alibi_slopes is not None, OP, "post_decay", "needs alibi_slopes", a.post_decay)
     if a.bias is not None:
         rows, columns = a.q.shape[-3], a.k.shape[-3]
         if packed:

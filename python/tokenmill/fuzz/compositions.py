@@ -12,7 +12,6 @@ from torch import Tensor
 from .. import linear, masks, nn, policies, select, sparse, tokens
 from ..dense import (
     additive_attention,
-    attention,
     pattention,
     pointer_argmax,
     reweighted_attention,
@@ -70,16 +69,6 @@ def int32(*values: int) -> Tensor:
 TABLE = [[0, 2, 4, 6], [1, 3, 5, 7]]  # pages of two requests
 
 COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
-    attention: (
-        lambda r: {
-            **r.qkv(20), "post_decay": masks.decay2d(torch.rand(4, generator=r.g), 5),
-            "return_lse": True,
-        },
-        lambda r: {
-            **r.qkv(15), "post_decay": masks.decay2d(torch.ones(2, 4), 3, "manhattan", 2),
-            "causal": True,
-        },
-    ),
     masks.prefix: (lambda r: {"lengths": int32(3, 0)},),
     masks.segments: (
         lambda r: {"q_ids": r.ints(3, 2, 9), "k_ids": r.ints(3, 1, 9), "rule": "not_after"},

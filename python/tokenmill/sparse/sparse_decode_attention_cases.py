@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._edits import set_argument, set_options
-from ..dense.attention_cases import Arguments, draw_tensor
+from ..dense.attention_cases import Arguments
 from ..dense.attention_decode_cases import draw_cache
+from ..dense.attention_draws import draw_tensor
 from ..registry import Malformed, Sample
 
 

@@ -63,6 +63,13 @@ def cell_distance(sq: int, sk: int, width: int, kind: str, device: torch.device)
     return dy.maximum(dx) if kind == "chebyshev" else dy + dx
 
 
+def decay(slopes: Tensor, distance: Tensor | None, sq: int, sk: int) -> Tensor:
+    """[1 | B, H, Sq, Sk]: e^(-slope distance); None = between positions."""
+    if distance is None:
+        distance = relative_position(sq, sk, slopes.device).abs()
+    return torch.exp(-slopes * distance)
+
+
 def scores(
     q: Tensor,
     k: Tensor,

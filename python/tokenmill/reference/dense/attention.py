@@ -3,6 +3,7 @@ of another kind as they are, divided by their sum or by the number of visible ke
 
     z_ij = softcap tanh(scale q_i . k_j / softcap) + bias_ij - slope |p_i - j| + score_bias
 
+With post_decay the slope leaves z alone, and P_ij is multiplied by e^(-slope |p_i - j|) instead.
 Query i stands at p_i = i + Sk - Sq and sees key j if -right <= p_i - j <= left.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ._common import (
     cell_distance,
+    decay,
     expand_heads,
     masked_pairs,
     normalized,
@@ -54,6 +56,7 @@ def attention(
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     precision: str,
+    post_decay: bool,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -89,17 +92,23 @@ def attention(
         right = 0 if causal else window_right
         visible = visible_pairs(q.shape[1], k.shape[1], window_left, right, q.device)
         visible = masked_pairs(visible, *mask)
-        distance = None
+        distance, near = None, None
         if grid_width > 0:
             distance = cell_distance(q.shape[1], k.shape[1], grid_width, grid_distance, q.device)
-            if grid_window >= 0:
-                visible = visible & (distance <= grid_window)
+            near = distance <= grid_window if grid_window >= 0 else None
         slopes, per_head = rows(alibi_slopes), rows(score_bias)
+        fade = None
+        if post_decay and slopes is not None:
+            fade, slopes = decay(slopes, distance, q.shape[1], k.shape[1]), None
+            fade = fade if near is None else torch.where(near, fade, 0.0)
+        elif near is not None:
+            visible = visible & near
         z = scores(
             q, k, scale, softcap, bias_b, slopes, per_head, constant, upcast, distance=distance
         )
         if kind == "softmax":
             p, lse = softmax(z, visible, sink)
+            p = p if fade is None else p * fade.to(p.dtype)
         else:
             if bias_b is not None:
                 visible = visible & (bias_b != -math.inf)

@@ -70,6 +70,7 @@ def attention_decode(
             max_seqlen_q=None,
             max_seqlen_k=None,
             precision="accurate",
+            post_decay=False,
             upcast=upcast,
         )
         outs.append(out)
