@@ -60,3 +60,7 @@ cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
+cuda_instances(sparse/landmark_attention/cuda_launch.cuh
+  "const char* landmark_attention::launch_landmark<ELEMENT>(const LandmarkParams&, cudaStream_t)")
+cuda_instances(sparse/landmark_attention/cuda_backward_launch.cuh
+  "const char* landmark_attention::launch_landmark<ELEMENT>(const LandmarkBackwardParams&, cudaStream_t)")

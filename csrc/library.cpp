@@ -137,6 +137,10 @@ TOKENMILL_LIBRARY(library) {
   m.def("bilevel_routing_attention(" + bilevel + ") -> (Tensor out, Tensor lse)");
   m.def("bilevel_routing_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
         bilevel + ") -> (Tensor dq, Tensor dk, Tensor dv)");
+  const Arguments landmark = "Tensor q, Tensor k, Tensor v, *, SymInt block=64, float? scale=None";
+  m.def("landmark_attention(" + landmark + ") -> (Tensor out, Tensor lse)");
+  m.def("landmark_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
+        landmark + ") -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "transpose_block_list(Tensor indices, Tensor counts, SymInt num_blocks) -> "
       "(Tensor offsets, Tensor rows)");

@@ -13,6 +13,7 @@ from tokenmill.dense.attention_draws import draw_tensor
 from tokenmill.registry import Sample
 from tokenmill.sparse.bilevel_routing_attention_cases import bilevel_call
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
+from tokenmill.sparse.landmark_attention_cases import landmark_call
 from tokenmill.sparse.sparse_decode_attention_cases import sparse_call
 
 PROFILES = ("sm_86", "sm_90a")
@@ -54,6 +55,10 @@ def regions(d):
     return bilevel_call(size=(4, 6), b=1, h=2, hk=1, d=d, dv=d, topk=2, regions=(2, 2))
 
 
+def landmarks(d):
+    return landmark_call(tokens=40, b=1, h=2, hk=1, d=d, dv=d, block=18)
+
+
 def listed_keys(d, h):
     return sparse_call((37,), h=h, hk=1, d=d, dv=d, lists=1, capacity=40)
 
@@ -79,6 +84,8 @@ CALLS = {
     ],
     "block_sparse_attention": [(F32, lists(128)), (F32, lists(256)), (F16, lists(256))],
     "bilevel_routing_attention": [(F32, regions(128)), (F32, regions(256)), (F16, regions(256))],
+    # a block of several tiles, which have rows beside those of the others
+    "landmark_attention": [(F32, landmarks(256)), (F16, landmarks(256)), (F16, landmarks(64))],
     # stages, and columns of a slice of values
     "linear_attention": [
         (F16, linear_call(128, 64)),

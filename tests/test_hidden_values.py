@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ CALLS = {
     "softcap": functools.partial(tm.attention, causal=True, softcap=5.0),
     "decode": functools.partial(decode, tm.attention_decode),
     "listed": listed,
+    "landmarks": functools.partial(tm.landmark_attention, block=9),
     "listed-decode": functools.partial(decode, listed_decode),
     "linear": tm.linear_attention,
     "taylor": functools.partial(tm.linear_attention, feature_map="taylor2", normalize=True),
@@ -136,7 +138,7 @@ def test_what_is_not_finite_shows_where_it_is_seen(name, dtype, backend):
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("dim", [128, 256])
-@pytest.mark.parametrize("name", ["softmax", "decode", "listed", "linear"])
+@pytest.mark.parametrize("name", ["softmax", "decode", "listed", "landmarks", "linear"])
 def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
     """Each width has a kernel of its own on GPUs."""
     q, k, v = inputs(dtype, backend, dim)
@@ -151,7 +153,7 @@ def test_later_tokens_of_wide_heads(name, dim, dtype, backend):
     assert not out[:, seen:, :, 1::2].isfinite().any()
 
 
-TRITON = list(zip(CALLS, [torch.float32, torch.float16] * 5, strict=True))
+TRITON = list(zip(CALLS, itertools.cycle([torch.float32, torch.float16]), strict=False))
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b == "triton"])

@@ -36,10 +36,10 @@ struct GradientShape {
   static constexpr int kStep = kMmaDepth<T>;  // streamed rows at once
 };
 
-template <typename T, int kBucket, Side kSide>
+template <typename T, int kBucket, Side kSide, typename Shape_ = GradientShape<T, kBucket, kSide>>
 class GradientWarp {
  public:
-  using Shape = GradientShape<T, kBucket, kSide>;
+  using Shape = Shape_;
   using Tile = typename Shape::Tile;
   static constexpr bool kKeys = Shape::kKeys;
   static constexpr int kRowTiles = Shape::kRowTiles;
@@ -153,7 +153,7 @@ class GradientWarp {
     }
   }
 
- private:
+ protected:
   static constexpr int kDepths = Shape::kRowBytes / 32;  // products along a row
   using Left =
       uint32_t[Shape::kLeftInRegisters ? kRowTiles : 1][Shape::kLeftInRegisters ? kDepths : 1][4];

@@ -149,7 +149,6 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "filled": int32(0, 63),
         },
     ),
-    sparse.landmark_attention: (lambda r: {**r.qkv(23), "block": 5, "return_lse": True},),
     sparse.landmark_decode: (
         lambda r: {
             "q": r(2, 1, 4, 16), **r.cache(24), "seqlens_k": int32(24, 11), "block": 5, "topk": 2,

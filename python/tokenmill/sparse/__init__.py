@@ -4,7 +4,8 @@ from .bilevel_routing_attention import bilevel_routing_attention
 from .block_sparse_attention import block_sparse_attention
 from .core_context_attention import CoreContextState, core_context_attention
 from .hip_attention import HipLists, hip_attention
-from .landmark_attention import landmark_attention, landmark_decode
+from .landmark_attention import landmark_attention
+from .landmark_decode import landmark_decode
 from .sparse_decode_attention import sparse_decode_attention
 from .transpose_block_list import transpose_block_list
 

@@ -1,0 +1,147 @@
+"""landmark_decode: a step of decoding over the blocks whose landmarks score highest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._autocast import Autocast
+from .._check import as_int, check, check_bool, check_qkv, check_tensor, reads_values
+from .._lowering import scale_or_default
+from ..dense.attention import attention
+from ..dense.merge_attention_states import merge_attention_states
+from ..select.rules import check_length_values, check_per_request
+from ..select.topk_select import topk_select
+from .landmark_attention import check_block
+
+OP = "landmark_decode"
+
+
+@Autocast(lower=("q",), cache="k_cache").applied
+def landmark_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block: int = 64,
+    topk: int | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One step of decoding with :func:`landmark_attention`, over the blocks whose landmarks score
+    highest.
+
+    The newest token of each request, whose key is in the cache, sees its own block, and of the
+    complete blocks before it the topk with the greatest landmark logits, for each head its own.
+    The weights are those of the grouped softmax over these blocks alone.
+
+    Args:
+        q: ``[B, 1, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256.
+        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H.
+        seqlens_k: ``[B]`` int32, keys of each request, 0 to S.
+        block: tokens of a block with its landmark, at least 2.
+        topk: blocks to retrieve, at least 1. None: all, which is the last row of
+            :func:`landmark_attention`.
+        scale: factor of q.k; None = 1/sqrt(D).
+        return_lse: also return lse.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        out ``[B, 1, H, Dv]`` in the dtype of q; with return_lse also log Z, ``[B, H, 1]`` float32.
+        A request without keys, or whose only key is that of a landmark, has out 0 and lse -inf.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: reads S / block landmarks and (topk + 1) block keys for a head.
+
+    Paper: Landmark Attention (Mohtashami and Jaggi 2023), section 3.2. Positions are those with
+    which keys were written to the cache.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> k, v = (torch.randn(2, 512, 2, 32) for _ in range(2))
+        >>> lengths = torch.tensor([512, 301], dtype=torch.int32)
+        >>> tm.landmark_decode(torch.randn(2, 1, 4, 32), k, v, seqlens_k=lengths, topk=2).shape
+        torch.Size([2, 1, 4, 32])
+    """
+    check_bool(OP, "return_lse", return_lse)
+    check_tensor(OP, "seqlens_k", seqlens_k)
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(OP, name, t)
+    block = as_int(OP, "block", block)
+    check_block(OP, block)
+    check_qkv(OP, q, k_cache, v_cache, 4, True)
+    check(q.shape[1] == 1, OP, "q", "must have 1 token", q.shape[1])
+    check_per_request(OP, "seqlens_k", seqlens_k, q.shape[0], "q", q)
+    if topk is not None:
+        topk = as_int(OP, "topk", topk)
+        check(topk >= 1, OP, "topk", "must be at least 1", topk)
+    if reads_values(seqlens_k):
+        check_length_values(OP, "seqlens_k", seqlens_k, k_cache.shape[1])
+    factor = scale_or_default(OP, scale, q)
+    newest = seqlens_k.long()[:, None] - 1
+    first = newest.clamp(min=0) // block * block  # of the own block
+    chosen, logits = _retrieve(q, k_cache, first, block, topk, factor, backend)
+    own = first[:, :, None].expand(-1, q.shape[2], -1)
+    starts = torch.cat([own, chosen.clamp(min=0) * block], 2)
+    ends = torch.minimum(starts + block - 1, newest[..., None] + 1)
+    outs, lses = _blocks_of_keys(q, k_cache, v_cache, starts, ends, block, factor, backend)
+    lses = torch.cat([lses[:, :, :1], torch.where(chosen < 0, -torch.inf, logits)], 2)
+    out, lse = merge_attention_states(
+        outs.permute(2, 0, 1, 3)[:, :, None], lses.permute(2, 0, 1)[..., None], backend=backend
+    )
+    return (out, lse) if return_lse else out
+
+
+def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float) -> Tensor:
+    """[B, H, Sq, n] of q [B, Sq, H, D] and landmarks [B, n, Hk, D], at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(2, (landmarks.shape[2], -1)).to(wide)
+    return scale * torch.einsum("bihgd,bnhd->bhgin", grouped, landmarks.to(wide)).flatten(1, 2)
+
+
+def _retrieve(
+    q: Tensor, k: Tensor, first: Tensor, block: int, topk: int | None, scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Blocks [B, H, n] for each head, -1 after the last, and the logits of their landmarks."""
+    logits = _landmark_logits(q, k[:, block - 1 :: block], scale)[:, :, 0]
+    count = logits.shape[2]
+    if count == 0:
+        return first.new_zeros((*q.shape[:1], q.shape[2], 0)), logits
+    complete = (first // block).to(torch.int32).expand(-1, q.shape[2])
+    wanted = count if topk is None else min(topk, count)
+    chosen, _ = topk_select(
+        logits.flatten(0, 1), wanted, lengths=complete.flatten().contiguous(), backend=backend
+    )
+    chosen = chosen.long().unflatten(0, (q.shape[0], q.shape[2]))
+    return chosen, logits.gather(2, chosen.clamp(min=0))
+
+
+def _blocks_of_keys(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, block: int, scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of each head to tokens starts .. ends - 1 [B, H, n] of its blocks: [B, H, n, Dv]
+    and lse [B, H, n]."""
+    batch, heads, parts = starts.shape
+    positions = starts[..., None] + torch.arange(min(block - 1, k.shape[1]), device=q.device)
+    request = torch.arange(batch, device=q.device)[:, None, None, None]
+    head = torch.arange(heads, device=q.device) // max(heads // max(k.shape[2], 1), 1)
+    inside = positions.clamp(max=max(k.shape[1] - 1, 0))
+    absent = positions >= ends[..., None]
+    keys, values = (
+        t[request, inside, head[None, :, None, None]].masked_fill(absent[..., None], 0)
+        .flatten(0, 2)[:, :, None] for t in (k, v)
+    )  # fmt: skip
+    queries = q[:, 0, :, None].expand(-1, -1, parts, -1).flatten(0, 2)[:, None, None]
+    hidden = torch.zeros_like(absent, dtype=q.dtype).masked_fill(absent, -torch.inf)
+    out, lse = attention(
+        queries, keys, values, bias=hidden.flatten(0, 2)[:, None, None], scale=scale,
+        return_lse=True, backend=backend,
+    )  # fmt: skip
+    return (out[:, 0, 0].unflatten(0, (batch, heads, parts)),
+            lse[:, 0, 0].unflatten(0, (batch, heads, parts)))  # fmt: skip

@@ -1,0 +1,354 @@
+"""landmark_attention: one program owns a tile of queries of one head and streams past it tiles of
+keys that hold whole blocks, each in as many columns as the next power of two. An earlier block adds
+to its scores l - lse of its ordinary keys, l the score of its landmark: then the rest is causal
+attention without the landmarks. The lse of a block of several tiles comes from a pass of its own.
+
+Scores are in bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    INF,
+    INTERPRETED,
+    MOST_REGISTERS,
+    STEP_COLUMNS,
+    architecture,
+    dot,
+    head_of,
+    launch,
+    load_rows,
+    program,
+    row_offsets,
+    rows_of_nan,
+    scores,
+    slice_of,
+    store_rows,
+    store_tile,
+    terms_of,
+)
+from ..dense.attention import LARGE_PLANS, PLANS, Plan, Tiles, plan_of, tile_options
+from ..dense.attention_decode_merge import rows_of
+from ..dense.attention_forward import accumulate, accumulate_seen, normaliser
+
+SIZES = ["tokens", "block", "heads", "group", "tiles"]  # a new one compiles nothing
+
+
+class Columns(NamedTuple):
+    """The keys of a tile: NB blocks side by side, or a part of one block."""
+
+    o_j: Any  # the number of tokens for a column without a key
+    o_block: Any
+    m_ordinary: Any
+    m_landmark: Any
+
+
+class Statistics(NamedTuple):
+    """[BLOCK_M, NB]: of the ordinary keys of a block their greatest score, the sum of weights and
+    of weights times dp relative to it; and the score of the landmark."""
+
+    b_top: Any
+    b_sum: Any
+    b_mean: Any
+    b_landmark: Any
+
+
+@triton.jit
+def columns_of(first_block, part, block, tokens, NB: tl.constexpr, BLOCK_N: tl.constexpr):
+    o_c = tl.arange(0, BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_N // NB
+    o_block = first_block + o_c // WIDTH
+    o_in = part * BLOCK_N + o_c % WIDTH
+    o_j = tl.where(o_in < block, o_block * block + o_in, tokens)
+    o_j = tl.minimum(o_j, tokens)
+    return Columns(o_j, o_block, (o_in < block - 1) & (o_j < tokens), o_in == block - 1)
+
+
+@triton.jit
+def spread(b_x, BLOCK_N: tl.constexpr):
+    """Of each block to its columns: [BLOCK_M, BLOCK_N]."""
+    M: tl.constexpr = b_x.shape[0]
+    NB: tl.constexpr = b_x.shape[1]
+    b_wide = tl.broadcast_to(b_x[:, :, None], [M, NB, BLOCK_N // NB])
+    return tl.reshape(b_wide, [M, BLOCK_N])
+
+
+@triton.jit
+def blockwise(b_x, NB: tl.constexpr):
+    return tl.reshape(b_x, [b_x.shape[0], NB, b_x.shape[1] // NB])
+
+
+@triton.jit
+def no_statistics(M: tl.constexpr, NB: tl.constexpr):
+    b_zero = tl.zeros([M, NB], tl.float32)
+    return Statistics(b_zero - INF, b_zero, b_zero, b_zero - INF)
+
+
+@triton.jit
+def add_statistics(found, b_z, b_dp, columns, NB: tl.constexpr):
+    """found, and what a tile adds to it. b_dp None: a forward needs none."""
+    N: tl.constexpr = b_z.shape[1]
+    b_w = tl.where(columns.m_ordinary[None, :], b_z, -INF)
+    b_top = tl.maximum(found.b_top, tl.max(blockwise(b_w, NB), 2))
+    b_base = tl.where(b_top == -INF, 0.0, b_top)
+    b_e = tl.exp2(b_w - spread(b_base, N))
+    b_shrink = tl.exp2(found.b_top - b_base)
+    b_sum = found.b_sum * b_shrink + tl.sum(blockwise(b_e, NB), 2)
+    b_mean = found.b_mean
+    if b_dp is not None:
+        b_seen = tl.where(columns.m_ordinary[None, :], b_e * b_dp, 0.0)
+        b_mean = found.b_mean * b_shrink + tl.sum(blockwise(b_seen, NB), 2)
+    b_l = tl.where(columns.m_landmark[None, :], b_z, -INF)
+    b_landmark = tl.maximum(found.b_landmark, tl.max(blockwise(b_l, NB), 2))
+    return Statistics(b_top, b_sum, b_mean, b_landmark)
+
+
+@triton.jit
+def gate_of(found):
+    """What the scores of an earlier block get added."""
+    b_top = tl.where(found.b_top == -INF, 0.0, found.b_top)
+    return found.b_landmark - b_top - tl.log2(tl.where(found.b_sum == 0.0, 1.0, found.b_sum))
+
+
+@triton.jit
+def seen_keys(o_i, columns, block):
+    """Which columns are of an earlier block, and which of these and of the own block are seen."""
+    o_own = (o_i // block)[:, None]
+    m_earlier = columns.o_block[None, :] < o_own
+    m_own = (columns.o_block[None, :] == o_own) & (columns.o_j[None, :] <= o_i[:, None])
+    return m_earlier, (m_earlier | m_own) & columns.m_ordinary[None, :]
+
+
+@triton.jit
+def part_scores(
+    b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM: tl.constexpr,
+    NB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
+    b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
+    b_qk = dot(b_q, tl.trans(b_k))
+    return columns, scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
+
+
+@triton.jit
+def block_statistics(
+    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of one block in several tiles."""
+    found = no_statistics(b_q.shape[0], 1)
+    for part in range(parts):
+        columns, b_z = part_scores(
+            b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM, 1, BLOCK_N,
+            BLOCK_D,
+        )  # fmt: skip
+        b_dp = None
+        if b_dout is not None:
+            o_v = tl.where(columns.m_ordinary, columns.o_j, tokens)
+            b_dp = dot(b_dout, tl.trans(load_rows(values, o_v, VALUE_DIM, BLOCK_V)))
+        found = add_statistics(found, b_z, b_dp, columns, 1)
+    return found
+
+
+@triton.jit
+def weighed_scores(
+    found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NB: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile as those of causal attention, and the rows of its values: none of a
+    landmark. found: of a long block."""
+    columns, b_z = part_scores(
+        b_q, keys, o_i, first_block, part, block, tokens, terms, head, HEAD_DIM, NB, BLOCK_N,
+        BLOCK_D,
+    )  # fmt: skip
+    if not LONG:
+        found = add_statistics(found, b_z, None, columns, NB)
+    m_earlier, m_seen = seen_keys(o_i, columns, block)
+    b_z += tl.where(m_earlier, spread(gate_of(found), BLOCK_N), 0.0)
+    return tl.where(m_seen, b_z, -INF), tl.where(columns.m_ordinary, columns.o_j, tokens)
+
+
+@triton.jit
+def parts_seen(first_block, last, block, NB: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of a block that queries up to `last` see."""
+    WIDTH: tl.constexpr = BLOCK_N // NB
+    return tl.cdiv(tl.minimum(block, last + 1 - first_block * block), WIDTH)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def landmark_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    terms,
+    tokens,
+    block,
+    heads,
+    group,
+    tiles,
+    NB: tl.constexpr,
+    LONG: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_tile, i_h, i_b = program(tiles, heads)
+    # The last queries see most keys: longest programs first.
+    first = (tiles - 1 - i_tile) * BLOCK_M
+    head = head_of(terms, i_b, i_h, tokens)
+    keys = slice_of(k, i_b, i_h // group, 0, tokens)
+    values = slice_of(v, i_b, i_h // group, 0, tokens)
+    o_i = first + tl.arange(0, BLOCK_M)
+    b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
+    last = tl.minimum(first + BLOCK_M, tokens) - 1
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
+    b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    for first_block in range(0, last // block + 1, NB):
+        found = no_statistics(BLOCK_M, NB)
+        parts = 1
+        if LONG:
+            parts = parts_seen(first_block, last, block, NB, BLOCK_N)
+            if first_block < last // block:
+                found = block_statistics(
+                    b_q, None, keys, values, o_i, first_block, parts, block, tokens, terms, head,
+                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+                )  # fmt: skip
+        for part in range(parts):
+            b_z, o_v = weighed_scores(
+                found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG,
+                HEAD_DIM, NB, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
+                b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
+            )
+
+    b_factor, b_lse = normaliser(b_top, b_sum, None, head)
+    o_row = (i_b * heads + i_h) * tokens + o_i
+    tl.store(lse + o_row, b_lse, mask=o_i < tokens)
+    outs = slice_of(out, i_b, i_h, 0, tokens)
+    b_acc *= b_factor[:, None]
+    store_rows(outs, o_i, b_acc, VALUE_DIM)
+
+    m_again = rows_of_nan(b_acc) & (o_i < tokens)
+    if tl.max(m_again.to(tl.int32), 0) != 0:
+        COLUMNS: tl.constexpr = min(BLOCK_V, STEP_COLUMNS)
+        for c in tl.range(0, VALUE_DIM, COLUMNS, num_stages=1):
+            b_y = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+            b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+            for first_block in range(0, last // block + 1, NB):
+                found = no_statistics(BLOCK_M, NB)
+                parts = 1
+                if LONG:
+                    parts = parts_seen(first_block, last, block, NB, BLOCK_N)
+                    if first_block < last // block:
+                        found = block_statistics(
+                            b_q, None, keys, values, o_i, first_block, parts, block, tokens, terms,
+                            head, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+                        )  # fmt: skip
+                for part in range(parts):
+                    b_z, o_v = weighed_scores(
+                        found, b_q, keys, o_i, first_block, part, block, tokens, terms, head, LONG,
+                        HEAD_DIM, NB, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
+                    b_v = load_rows(values, o_v, VALUE_DIM, COLUMNS, c)
+                    b_y, b_y_lost = accumulate_seen(b_z, b_v, b_y, b_y_lost, b_top, head)
+            p_out = outs.data + row_offsets(outs, o_i)
+            store_tile(p_out, m_again, b_y * b_factor[:, None], VALUE_DIM, c)
+
+
+def _half(tiles: Tiles) -> Tiles:
+    return tiles._replace(block_m=max(tiles.block_m // 2, 16))
+
+
+class Call(NamedTuple):
+    """The lowered list, and what the kernels take from it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block: int
+    scale: float
+
+    @property
+    def tokens(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def keys_of_block(self) -> int:
+        """Not more than there are, so that the end of a block is no large number."""
+        return min(self.block, self.tokens + 1)
+
+    def plan(self) -> Plan:
+        if INTERPRETED.value:  # a tile costs milliseconds whatever its size
+            return Plan(*[Tiles(64, 64, 4, 1)] * 3)
+        # Their statistics take the registers of half a tile, or of more.
+        dim = max(self.q.shape[-1], self.v.shape[-1])
+        least = plan_of(PLANS, self.q, self.v.shape[-1], True)
+        large = 90 <= architecture(self.q) < 120
+        plan = plan_of(LARGE_PLANS, self.q, self.v.shape[-1], True) if large else least
+        if dim <= 64 or self.q.element_size() == 4:
+            return plan._replace(keys=_half(least.keys))
+        return plan._replace(queries=_half(plan.queries)) if dim > 128 else plan
+
+    def blocks(self, tiles: Tiles) -> int:
+        """In a tile of keys: a power of two."""
+        return max(tiles.block_n // triton.next_power_of_2(self.keys_of_block), 1)
+
+    def arguments(self, tiles: int) -> tuple[Any, ...]:
+        """What every kernel takes, from terms to tiles."""
+        heads = self.q.shape[2]
+        return (
+            terms_of(self.scale, 0.0, 0.0, False, None, None),
+            self.tokens,
+            self.keys_of_block,
+            heads,
+            heads // self.k.shape[2],
+            tiles,
+        )
+
+    def options(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            "NB": self.blocks(tiles),
+            "LONG": self.keys_of_block > tiles.block_n,
+            **tile_options(tiles, self.q.shape[-1], self.v.shape[-1]),
+            "maxnreg": MOST_REGISTERS,
+        }
+
+
+def landmark_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*lowered)
+    batch, tokens, heads = call.q.shape[:3]
+    out = call.q.new_empty((batch, tokens, heads, call.v.shape[3]))
+    lse = call.q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    plan = call.plan().forward
+    tiles = triton.cdiv(tokens, plan.block_m)
+    launch(
+        landmark_kernel,
+        batch * heads * tiles,
+        call.q,
+        *map(rows_of, (call.q, call.k, call.v, out)),
+        lse,
+        *call.arguments(tiles),
+        **call.options(plan),
+    )
+    return out, lse

@@ -1,0 +1,240 @@
+"""Gradients of landmark_attention, without atomics: one kernel owns the queries, one the keys.
+
+With D the mean of dp over an earlier block by the weights of its own softmax, its landmark's share
+g = P_landmark, and delta = rowsum(dO O) - dlse:
+
+    dz = P (dp - D),  dz_landmark = g (D - delta)     of an earlier block
+    dz = P (dp - delta)                               of the own block
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import dot, head_of, launch, load_rows, program, scores, slice_of, store_rows
+from ..dense.attention_backward import load_lse
+from ..dense.attention_decode_merge import rows_of
+from .landmark_attention import (
+    SIZES,
+    Call,
+    add_statistics,
+    block_statistics,
+    columns_of,
+    gate_of,
+    no_statistics,
+    parts_seen,
+    seen_keys,
+    spread,
+)
+
+
+@triton.jit
+def gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block):
+    """P and dz of a tile [BLOCK_M, BLOCK_N]."""
+    N: tl.constexpr = b_z.shape[1]
+    m_earlier, m_seen = seen_keys(o_i, columns, block)
+    b_mean = found.b_mean / tl.where(found.b_sum == 0.0, 1.0, found.b_sum)
+    b_gate = tl.exp2(found.b_landmark - b_lse[:, None])
+    b_pull = b_gate * (b_mean - b_delta[:, None])
+    b_p = tl.exp2(b_z + tl.where(m_earlier, spread(gate_of(found), N), 0.0) - b_lse[:, None])
+    b_p = tl.where(m_seen, b_p, 0.0)
+    b_dz = b_p * (b_dp - tl.where(m_earlier, spread(b_mean, N), b_delta[:, None]))
+    b_dz = tl.where(m_seen, b_dz, 0.0)
+    m_pulled = m_earlier & columns.m_landmark[None, :]
+    return b_p, tl.where(m_pulled, spread(b_pull, N), b_dz)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def landmark_queries_kernel(
+    dout,
+    dlse,
+    out,
+    lse,
+    delta,
+    q,
+    k,
+    v,
+    dq,
+    terms,
+    tokens,
+    block,
+    heads,
+    group,
+    tiles,
+    NB: tl.constexpr,
+    LONG: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A tile of queries: dq and delta."""
+    i_tile, i_h, i_b = program(tiles, heads)
+    first = (tiles - 1 - i_tile) * BLOCK_M
+    head = head_of(terms, i_b, i_h, tokens)
+    keys = slice_of(k, i_b, i_h // group, 0, tokens)
+    values = slice_of(v, i_b, i_h // group, 0, tokens)
+    o_i = first + tl.arange(0, BLOCK_M)
+    m_i = o_i < tokens
+    b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
+    b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
+    b_out = load_rows(slice_of(out, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
+    o_row = (i_b * heads + i_h) * tokens + o_i
+    b_delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
+    if dlse is not None:
+        b_delta -= tl.load(dlse + o_row, mask=m_i, other=0.0)
+    tl.store(delta + o_row, b_delta, mask=m_i)
+    b_lse = load_lse(lse + o_row, m_i, head)
+    last = tl.minimum(first + BLOCK_M, tokens) - 1
+
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first_block in range(0, last // block + 1, NB):
+        found = no_statistics(BLOCK_M, NB)
+        parts = 1
+        if LONG:
+            parts = parts_seen(first_block, last, block, NB, BLOCK_N)
+            if first_block < last // block:
+                found = block_statistics(
+                    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
+                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+                )  # fmt: skip
+        for part in range(parts):
+            columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
+            b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
+            o_v = tl.where(columns.m_ordinary, columns.o_j, tokens)
+            b_v = load_rows(values, o_v, VALUE_DIM, BLOCK_V)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
+            b_dp = dot(b_dout, tl.trans(b_v))
+            if not LONG:
+                found = add_statistics(found, b_z, b_dp, columns, NB)
+            _, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
+            b_dq += dot(b_dz, b_k)
+
+    store_rows(slice_of(dq, i_b, i_h, 0, tokens), o_i, b_dq * terms.scale, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def landmark_keys_kernel(
+    dout,
+    lse,
+    delta,
+    q,
+    k,
+    v,
+    dk,
+    dv,
+    terms,
+    tokens,
+    block,
+    heads,
+    group,
+    tiles,
+    NB: tl.constexpr,
+    LONG: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dk and dv of a tile of keys, summed over the query heads that read it. A tile that is a part
+    of a block needs the rest of it for each tile of queries."""
+    i_tile, i_kv, i_b = program(tiles, heads // group)
+    parts = 1
+    if LONG:
+        parts = tl.cdiv(block, BLOCK_N)
+    first_block = i_tile // parts * NB
+    part = i_tile % parts
+    columns = columns_of(first_block, part, block, tokens, NB, BLOCK_N)
+    keys = slice_of(k, i_b, i_kv, 0, tokens)
+    values = slice_of(v, i_b, i_kv, 0, tokens)
+    b_k = load_rows(keys, columns.o_j, HEAD_DIM, BLOCK_D)
+    b_v = load_rows(values, tl.where(columns.m_ordinary, columns.o_j, tokens), VALUE_DIM, BLOCK_V)
+
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    begin = (first_block * block + part * BLOCK_N) // BLOCK_M * BLOCK_M
+    count = tl.maximum(tl.cdiv(tokens - begin, BLOCK_M), 0)
+    for n in range(group * count):
+        i_h = i_kv * group + n // count
+        head = head_of(terms, i_b, i_h, tokens)
+        first = begin + n % count * BLOCK_M
+        o_i = first + tl.arange(0, BLOCK_M)
+        m_i = o_i < tokens
+        b_q = load_rows(slice_of(q, i_b, i_h, 0, tokens), o_i, HEAD_DIM, BLOCK_D)
+        b_dout = load_rows(slice_of(dout, i_b, i_h, 0, tokens), o_i, VALUE_DIM, BLOCK_V)
+        o_row = (i_b * heads + i_h) * tokens + o_i
+        b_lse = load_lse(lse + o_row, m_i, head)
+        b_delta = tl.load(delta + o_row, mask=m_i, other=0.0)
+        b_qk = dot(b_q, tl.trans(b_k))
+        b_z = scores(b_qk, o_i[:, None], columns.o_j[None, :], terms, head, None)
+        b_dp = dot(b_dout, tl.trans(b_v))
+        found = no_statistics(BLOCK_M, NB)
+        if LONG:
+            if first_block < (tl.minimum(first + BLOCK_M, tokens) - 1) // block:
+                found = block_statistics(
+                    b_q, b_dout, keys, values, o_i, first_block, parts, block, tokens, terms, head,
+                    HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_V,
+                )  # fmt: skip
+        else:
+            found = add_statistics(found, b_z, b_dp, columns, NB)
+        b_p, b_dz = gradients(b_z, b_dp, b_lse, b_delta, found, o_i, columns, block)
+        b_dv += dot(tl.trans(b_p), b_dout)
+        b_dk += dot(tl.trans(b_dz), b_q)
+
+    store_rows(slice_of(dk, i_b, i_kv, 0, tokens), columns.o_j, b_dk * terms.scale, HEAD_DIM)
+    store_rows(slice_of(dv, i_b, i_kv, 0, tokens), columns.o_j, b_dv, VALUE_DIM)
+
+
+def landmark_attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*lowered)
+    batch, tokens, heads = call.q.shape[:3]
+    dq, dk, dv = (t.new_empty(t.shape) for t in (call.q, call.k, call.v))
+    if call.q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    plan = call.plan()
+    qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
+    delta = torch.empty_like(lse)
+    tiles = triton.cdiv(tokens, plan.queries.block_m)
+    launch(
+        landmark_queries_kernel,
+        batch * heads * tiles,
+        call.q,
+        rows_of(dout),
+        dlse,
+        rows_of(out),
+        lse,
+        delta,
+        *qkv,
+        rows_of(dq),
+        *call.arguments(tiles),
+        **call.options(plan.queries),
+    )
+    width = call.blocks(plan.keys) * call.keys_of_block
+    parts = max(triton.cdiv(call.keys_of_block, plan.keys.block_n), 1)
+    tiles = triton.cdiv(tokens, width) * parts
+    launch(
+        landmark_keys_kernel,
+        batch * call.k.shape[2] * tiles,
+        call.q,
+        rows_of(dout),
+        lse,
+        delta,
+        *qkv,
+        rows_of(dk),
+        rows_of(dv),
+        *call.arguments(tiles),
+        **call.options(plan.keys),
+    )
+    return dq, dk, dv
