@@ -73,6 +73,17 @@ TOKENMILL_LIBRARY(library) {
       "linear_attention_decode(Tensor q, Tensor k, Tensor v, Tensor(a!) state, *, "
       "Tensor? log_decay=None, str feature_map=\"identity\", float? scale=None, "
       "bool normalize=False, Tensor? state_indices=None) -> Tensor");
+  const Arguments titans =
+      "Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor eta, Tensor theta, *, "
+      "SymInt chunk_size=64, Tensor? initial_memory=None, Tensor? initial_momentum=None, "
+      "bool return_final_state=False, Tensor? cu_seqlens=None";
+  m.def("titans_memory(" + titans + ") -> (Tensor out, Tensor memory, Tensor momentum)");
+  m.def(
+      "titans_memory_backward(Tensor? dout, Tensor? dmemory, Tensor? dmomentum, "
+      "bool needs_dinitial_state, " +
+      titans +
+      ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor deta, Tensor dtheta, "
+      "Tensor dinitial_memory, Tensor dinitial_momentum)");
 
   // select: which keys to attend to
   m.def(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, TypedDict, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,23 +15,20 @@ from .._check import (
     as_int,
     check,
     check_bool,
-    check_cu_seqlens,
     check_cu_seqlens_values,
-    check_device_of_q,
-    check_dtype,
-    check_dtype_of,
     check_tensor,
     check_text,
-    fail,
-    reads_values,
-    show,
 )
-from .._derivatives import transformed
+from .._derivatives import keep, kept
+from .._dispatch import call
+from .._library import TorchOp, register
 from .._lowering import widen
-from .titans_chunks import TitansChunks
+from ..reference.linear import titans_memory as reference
+from ..registry import OpSpec, register_op
+from .rules import rows_lie_together
+from .titans_rules import PAIR, check_titans_memory
+from .titans_rules import TITANS_MEMORY as OP
 
-OP = "titans_memory"
-AUTOCAST = Autocast(lower=("q", "k", "v"))
 State = tuple[Tensor, Tensor]
 Loss = Literal["mse"]
 
@@ -43,6 +40,7 @@ class TitansOptions(TypedDict, total=False):
     loss: Loss
     initial_state: State | None
     cu_seqlens: Tensor | None
+    backend: str | None
 
 
 @overload
@@ -73,7 +71,6 @@ def titans_memory(
 ) -> tuple[Tensor, State]: ...
 
 
-@AUTOCAST.applied
 def titans_memory(
     q: Tensor,
     k: Tensor,
@@ -87,6 +84,7 @@ def titans_memory(
     initial_state: State | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     r"""The linear memory of Titans: gradient descent with momentum and forgetting, while it reads.
 
@@ -155,148 +153,167 @@ def titans_memory(
         >>> torch.allclose(torch.cat([first, rest], 1), whole, atol=1e-5)
         True
     """
+    out, memory, momentum = call(
+        SPEC,
+        lower(
+            q,
+            k,
+            v,
+            alpha=alpha,
+            eta=eta,
+            theta=theta,
+            chunk_size=chunk_size,
+            loss=loss,
+            initial_state=initial_state,
+            return_final_state=return_final_state,
+            cu_seqlens=cu_seqlens,
+        ),
+        backend,
+    )
+    return (out, (memory, momentum)) if return_final_state else out
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor,
+    chunk_size: int = 64,
+    loss: str = "mse",
+    initial_state: State | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Any, ...]:
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
-    check_inputs(OP, q, k, v, gates, packed=cu_seqlens is not None)
-    chunk_size = check_chunk_size(OP, chunk_size)
+    for name, t in (("q", q), ("k", k), ("v", v), *gates.items()):
+        check_tensor(OP, name, t)
+    chunk_size = as_int(OP, "chunk_size", chunk_size)
     check_text(OP, "loss", loss)
     check(loss == "mse", OP, "loss", "must be 'mse'", loss)
     check_bool(OP, "return_final_state", return_final_state)
     check_tensor(OP, "cu_seqlens", cu_seqlens, optional=True)
-    sequences = q.shape[0]
-    if cu_seqlens is not None:
-        check_cu_seqlens(OP, "cu_seqlens", cu_seqlens, q)
-        sequences = cu_seqlens.shape[0] - 1
-    heads, dim, width = q.shape[-2], q.shape[-1], v.shape[-1]
-    _check_state(initial_state, (sequences, heads, dim, width), q)
-    if cu_seqlens is not None and reads_values(cu_seqlens):
-        check_cu_seqlens_values(OP, "cu_seqlens", cu_seqlens, q.shape[0])
-
-    operator.index(q.shape[-3])  # a graph of torch.compile has the chunks of one length
-    alpha, eta, theta = (widen(gate, q) for gate in (alpha, eta, theta))
-    if initial_state is None:
-        state = alpha.new_zeros(()).expand(sequences, heads, 2 * dim, width)
-    else:
-        state = torch.cat(initial_state, 2)
-    if cu_seqlens is None:
-        initial = state.flatten(0, 1)[None]
-        leaves = (q, k, v, alpha, eta, theta, initial)
-        save = torch.compiler.is_compiling() or transformed()
-        save = save or (torch.is_grad_enabled() and any(t.requires_grad for t in leaves))
-        out, states = TitansChunks.apply(*leaves, None, None, chunk_size, save)
-        final = states[-1].unflatten(0, (sequences, heads)) if return_final_state else state
-    else:
-        chunk_size = max(1, min(chunk_size, q.shape[0]))
-        packing = _Packing.of(cu_seqlens, q.shape[0], chunk_size)
-        out, final = packing.run((q, k, v, alpha, eta, theta), state, chunk_size)
-    if not return_final_state:
-        return out
-    memory, momentum = final.split(dim, 2)
-    return out, (
-        memory.clone(memory_format=torch.contiguous_format),
-        momentum.clone(memory_format=torch.contiguous_format),
+    memory = momentum = None
+    if initial_state is not None:
+        pair = isinstance(initial_state, Sequence) and len(initial_state) == 2
+        pair = pair and all(isinstance(t, Tensor) for t in initial_state)
+        check(pair, OP, "initial_state", PAIR, initial_state)
+        for t in initial_state:
+            check_tensor(OP, "initial_state", t)
+        memory, momentum = (
+            t if t.dim() != 4 or rows_lie_together(t) else t.contiguous() for t in initial_state
+        )
+    return (
+        *(_last_together(t) for t in (q, k, v)),
+        *(widen(gate, q) for gate in gates.values()),
+        chunk_size,
+        memory,
+        momentum,
+        return_final_state,
+        cu_seqlens,
     )
 
 
-def check_inputs(
-    op: str, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], packed: bool = False
-) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v), *gates.items()):
-        check_tensor(op, name, t)
-    layout = "3 dimensions [T, H, D] (packed)" if packed else "4 dimensions [B, S, H, D]"
-    check(q.dim() == (3 if packed else 4), op, "q", f"must have {layout}", q.dim())
-    check_dtype(op, "q", q, float64=True)
-    check(q.shape[-1] > 0, op, "q", "must have a head dimension of at least 1", q.shape[-1])
-    for name, t in (("k", k), ("v", v)):
-        check_dtype_of(op, name, t, "q", q)
-        check_device_of_q(op, name, t, q)
-    if k.shape != q.shape:
-        fail(op, "k", f"must have the shape of q, {show(q.shape)}", k.shape)
-    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
-        rule = f"must have the shape of q up to the head dimension, {show(q.shape)}"
-        fail(op, "v", rule, v.shape)
-    check(v.shape[-1] > 0, op, "v", "must have a head dimension of at least 1", v.shape[-1])
-    for name, t in gates.items():
-        check(t.is_floating_point(), op, name, "must be a floating-point tensor", t.dtype)
-        if t.shape != q.shape[:-1]:
-            fail(op, name, f"must have shape {show(q.shape[:-1])}", t.shape)
-        check_device_of_q(op, name, t, q)
+def _last_together(t: Tensor) -> Tensor:
+    together = t.dim() == 0 or t.shape[-1] <= 1 or t.stride(-1) == 1
+    return t if together else t.contiguous()
 
 
-def check_chunk_size(op: str, chunk_size: int) -> int:
-    chunk_size = as_int(op, "chunk_size", chunk_size)
-    check(chunk_size > 0, op, "chunk_size", "must be at least 1", chunk_size)
-    return chunk_size
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    if a.cu_seqlens is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens", a.cu_seqlens, a.q.shape[0])
 
 
-def check_wide(op: str, name: str, t: Tensor, q: Tensor) -> None:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    check(t.dtype == wide, op, name, f"must be {show(wide)}", t.dtype)
-    check_device_of_q(op, name, t, q)
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = FORWARD.record(*lowered)
+    shape: tuple[int, ...] = (0,)
+    if a.return_final_state:
+        sequences = a.q.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
+        shape = (sequences, a.q.shape[-2], a.q.shape[-1], a.v.shape[-1])
+    states = (a.alpha.new_empty(shape) for _ in range(2))
+    return (a.v.new_empty(a.v.shape), *states)
 
 
-def _check_state(state: Any, shape: tuple[int, ...], q: Tensor) -> None:
-    if state is None:
-        return
-    pair = isinstance(state, Sequence) and len(state) == 2
-    pair = pair and all(isinstance(t, Tensor) for t in state)
-    check(pair, OP, "initial_state", "must be a pair of tensors (M, S) or None", state)
-    for t in state:
-        check_tensor(OP, "initial_state", t)
-        if tuple(t.shape) != shape:
-            fail(OP, "initial_state", f"must have shape {show(shape)}", t.shape)
-        check_wide(OP, "initial_state", t, q)
+def _check_backward(*arguments: Any) -> None:
+    check_titans_memory(*arguments[-len(FORWARD.arguments) :])
 
 
-class _Packing(NamedTuple):
-    """Where the tokens of packed sequences lie among chunks that no two sequences share.
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BACKWARD.record(*arguments)
+    shape = (0,)
+    if a.needs_dinitial_state and a.initial_memory is not None:
+        shape = a.initial_memory.shape
+    inputs = (a.q, a.k, a.v, a.alpha, a.eta, a.theta)
+    states = (a.alpha.new_empty(shape) for _ in range(2))
+    return (*(t.new_empty(t.shape) for t in inputs), *states)
 
-    The tokens before the first sequence and those behind the last one count as sequences, 0 and
-    N + 1. The number of chunks depends on shapes alone where values are not read.
-    """
 
-    place: Tensor  # [T], of a token
-    sequence: Tensor  # [chunks], to which a chunk belongs
-    restart: Tensor  # [chunks], whether a sequence begins
-    behind: Tensor  # [N + 2], the number of chunks up to the end of a sequence
-    empty: Tensor  # [N + 2]
-    inside: Tensor | None  # [T], whether a token belongs to one of the N; None: all
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    keep(ctx, inputs)
 
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, total: int, chunk: int) -> _Packing:
-        cu = cu_seqlens.long().clamp(0, total).cummax(0).values
-        begin, end = torch.cat([cu.new_zeros(1), cu]), torch.cat([cu, cu.new_full((1,), total)])
-        count = (end - begin + chunk - 1) // chunk
-        behind = count.cumsum(0)
-        read = reads_values(cu_seqlens)
-        chunks = max(int(behind[-1]), 1) if read else total // chunk + begin.shape[0]
-        tokens, numbers = (torch.arange(n, device=cu.device) for n in (total, chunks))
-        of_token = torch.searchsorted(end, tokens, right=True)
-        of_chunk = torch.searchsorted(behind, numbers, right=True).clamp(max=begin.shape[0] - 1)
-        before = behind - count
-        return cls(
-            place=before[of_token] * chunk + tokens - begin[of_token],
-            sequence=of_chunk,
-            restart=before[of_chunk] == numbers,
-            behind=behind,
-            empty=count == 0,
-            inside=None if read else (of_token > 0) & (of_token < begin.shape[0] - 1),
-        )
 
-    def run(self, inputs: Sequence[Tensor], state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        """out [T, H, Dv] of q, k, v, alpha, eta and theta, and the final state, from state [N, H,
-        2 D, Dv]."""
-        places = self.sequence.shape[0] * chunk
-        spread = []
-        for x, rest in zip(inputs, (0, 0, 0, 0, 1, 0), strict=True):  # eta is 1 where no token is
-            if self.inside is not None:
-                shape = (-1, *[1] * (x.dim() - 1))
-                x = torch.where(self.inside.view(shape), x, rest)
-            around = x.new_full((places, *x.shape[1:]), rest)
-            spread.append(around.index_copy(0, self.place, x)[None])
-        live = spread[3].new_zeros(places).index_fill(0, self.place, 1)
-        none = state.new_zeros((1, *state.shape[1:]))
-        states = torch.cat([none, state, none])
-        initial = states.index_select(0, self.sequence)
-        out, found = TitansChunks.apply(*spread, initial, self.restart, live, chunk, True)
-        final = torch.where(self.empty[:, None, None, None], states, found[self.behind])
-        return out[0].index_select(0, self.place), final[1:-1]
+def _backward(
+    ops: Any, ctx: Any, dout: Tensor | None, dmemory: Tensor | None, dmomentum: Tensor | None
+) -> tuple[Any, ...]:
+    lowered, _ = kept(ctx)
+    a = FORWARD.record(*lowered)
+    if dout is not None and dout.stride(-1) != 1:  # e.g. the expanded gradient of a sum
+        dout = dout.contiguous()
+    dstates = [
+        t.contiguous() if t is not None and a.return_final_state else None
+        for t in (dmemory, dmomentum)
+    ]
+    needed = FORWARD.needed_gradients(ctx)
+    of_state = needed["initial_memory"] or needed["initial_momentum"]
+    *found, memory, momentum = ops.titans_memory_backward(dout, *dstates, of_state, *lowered)
+    names = ("q", "k", "v", "alpha", "eta", "theta")
+    extra = {}
+    if needed["initial_memory"]:
+        extra["initial_memory"] = memory
+    if needed["initial_momentum"]:
+        extra["initial_momentum"] = momentum
+    return FORWARD.gradients(**dict(zip(names, found, strict=True)), **extra)
+
+
+def flops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> float:
+    """Operations of error, momentum, memory and query of a token."""
+    return 10.0 * math.prod(q.shape) * v.shape[-1]
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k", "v")),
+        check=check_titans_memory,
+        check_values=_check_values,
+        fake=_fake,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="linear",
+        function=titans_memory,
+        lower=lower,
+        reference=reference.titans_memory,
+        plain=functools.partial(reference.titans_memory_by_token, upcast=False),
+        forward=FORWARD,
+        backward=BACKWARD,
+        differentiable=("q", "k", "v", "alpha", "eta", "theta", "initial_memory",
+                        "initial_momentum"),
+        paper="Titans: Learning to Memorize at Test Time (Behrouz et al. 2025)",
+        flops=flops,
+    )
+)

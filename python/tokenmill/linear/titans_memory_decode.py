@@ -9,7 +9,7 @@ from .._autocast import Autocast
 from .._check import check, check_device_of_q, check_tensor, fail, reads_values
 from .._written import check_written
 from .rules import check_slot_values, check_slots
-from .titans_memory import check_chunk_size, check_inputs, check_wide
+from .titans_rules import check_chunk_size, check_dtype_wide, check_gates, check_queries
 
 OP = "titans_memory_decode"
 AUTOCAST = Autocast(lower=("q", "k", "v"))
@@ -81,7 +81,10 @@ def titans_memory_decode(
     """
     gates = {"alpha": alpha, "eta": eta, "theta": theta}
     states = {"start": start, "memory": memory, "momentum": momentum}
-    check_inputs(OP, q, k, v, gates)
+    for name, t in (("q", q), ("k", k), ("v", v), *gates.items()):
+        check_tensor(OP, name, t)
+    check_queries(OP, q, k, v, float64=True)
+    check_gates(OP, gates, q, wide=False)
     chunk_size = check_chunk_size(OP, chunk_size)
     _check_states(states, filled, q, v)
     batch, slots, wide = q.shape[0], memory.shape[0], memory.dtype
@@ -150,7 +153,8 @@ def _check_states(states: dict[str, Tensor], filled: Tensor, q: Tensor, v: Tenso
         if t.dim() != 4 or tuple(t.shape[1:]) != head:
             rule = f"must have shape [slots, {', '.join(map(str, head))}]"
             fail(OP, name, rule, t.shape)
-        check_wide(OP, name, t, q)
+        check_dtype_wide(OP, name, t, q)
+        check_device_of_q(OP, name, t, q)
         slots = states["start"].shape[0]
         check(t.shape[0] == slots, OP, name, f"must have the slots of start, {slots}", t.shape[0])
     check_tensor(OP, "filled", filled)

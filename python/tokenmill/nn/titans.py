@@ -11,8 +11,9 @@ from torch.func import grad, vmap
 
 from .._autocast import Autocast
 from .._check import as_int, as_number, check, check_float32
-from ..linear.titans_chunks import weights_of
-from ..linear.titans_memory import check_chunk_size, titans_memory
+from ..linear.titans_memory import titans_memory
+from ..linear.titans_rules import check_chunk_size
+from ..reference.linear.titans_memory import weights_of
 from .rules import check_input, check_wide_heads
 
 NAME = "nn.TitansMemory"
