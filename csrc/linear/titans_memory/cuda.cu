@@ -1,7 +1,80 @@
-#include "linear/titans_memory/params.h"
+#include "cuda/launch.cuh"
+#include "linear/titans_memory/kernel_backward.cuh"
+
 namespace tokenmill {
-int64_t workspace_floats(const TitansParams&) { return 0; }
-int64_t workspace_floats(const TitansBackwardParams&) { return 0; }
-const char* launch_cuda(const TitansParams&, void*) { return "no"; }
-const char* launch_cuda(const TitansBackwardParams&, void*) { return "no"; }
+namespace {
+
+using namespace cuda::titans_memory;
+
+constexpr int kWide = 32, kNarrow = 8;  // columns of a slice, for heads of up to 128 and of more
+
+int width_of(const TitansParams& p) { return p.head_dim <= 128 ? kWide : kNarrow; }
+
+int64_t slots_of(const TitansParams& p) { return slots_before(p, p.batch, p.seqlen); }
+
+constexpr int64_t kPlaceFloats = sizeof(Place) / sizeof(float);
+
+int64_t tokens_of(const TitansParams& p) { return p.cu_seqlens ? p.seqlen : p.batch * p.seqlen; }
+
+Kept kept_of(const TitansParams& p) {
+  Kept kept{slots_of(p)};
+  kept.places = reinterpret_cast<Place*>(p.workspace);
+  kept.states = p.workspace + kept.slots * kPlaceFloats;
+  kept.u = kept.states + kept.slots * p.heads * 4 * p.head_dim * p.value_dim;
+  kept.du = kept.u + tokens_of(p) * p.heads * p.value_dim;
+  return kept;
 }
+
+int64_t sweep_blocks(const TitansParams& p) {
+  return (p.batch + (p.cu_seqlens != nullptr)) * p.heads * ceil_div(p.value_dim, width_of(p));
+}
+
+template <typename T, int kWidth>
+const char* launch_backward(const TitansBackwardParams& p, cudaStream_t stream) {
+  const TitansParams& f = p.forward;
+  const Kept kept = kept_of(f);
+  const int64_t bytes = sweep_floats(f.head_dim, kWidth) * 4, blocks = sweep_blocks(f);
+  if (const char* error =
+          cuda::launch<states_kernel<T, kWidth, true>>(blocks, kThreads, bytes, stream, f, kept))
+    return error;
+  if (const char* error =
+          cuda::launch<gradients_kernel<T, kWidth>>(blocks, kThreads, bytes, stream, p, kept))
+    return error;
+  return cuda::launch<block_kernel<T>>((kept.slots + (f.cu_seqlens != nullptr)) * f.heads, kThreads,
+                                       sizeof(BlockShared), stream, p, kept);
+}
+
+constexpr const char* kTooWide = "head_dim 256 at most on CUDA";
+
+}  // namespace
+
+int64_t workspace_floats(const TitansParams&) { return 0; }
+
+int64_t workspace_floats(const TitansBackwardParams& p) {
+  const TitansParams& f = p.forward;
+  return slots_of(f) * (kPlaceFloats + f.heads * 4 * f.head_dim * f.value_dim) +
+         2 * tokens_of(f) * f.heads * f.value_dim;
+}
+
+const char* launch_cuda(const TitansParams& p, void* stream) {
+  if (p.head_dim > cuda::titans_memory::kMaxHeadDim) return kTooWide;
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    const auto s = static_cast<cudaStream_t>(stream);
+    const int64_t bytes = sweep_floats(p.head_dim, width_of(p)) * 4, blocks = sweep_blocks(p);
+    return width_of(p) == kWide
+               ? cuda::launch<states_kernel<T, kWide, false>>(blocks, kThreads, bytes, s, p, Kept{})
+               : cuda::launch<states_kernel<T, kNarrow, false>>(blocks, kThreads, bytes, s, p,
+                                                                Kept{});
+  });
+}
+
+const char* launch_cuda(const TitansBackwardParams& p, void* stream) {
+  if (p.forward.head_dim > cuda::titans_memory::kMaxHeadDim) return kTooWide;
+  return cuda::visit_dtype(p.forward.dtype, [&]<typename T>() {
+    const auto s = static_cast<cudaStream_t>(stream);
+    return width_of(p.forward) == kWide ? launch_backward<T, kWide>(p, s)
+                                        : launch_backward<T, kNarrow>(p, s);
+  });
+}
+
+}  // namespace tokenmill

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from .._autocast import Autocast
 from .._check import (
+    MAX_HEAD_DIM,
     as_int,
     check,
     check_bool,
@@ -278,6 +279,13 @@ def _backward(
     return FORWARD.gradients(**dict(zip(names, found, strict=True)), **extra)
 
 
+def _unsupported(backend: str, *lowered: Any) -> list[str]:
+    dim = FORWARD.record(*lowered).q.shape[-1]
+    if backend in ("cuda", "triton") and dim > MAX_HEAD_DIM:
+        return [f"head dimensions are 1 to {MAX_HEAD_DIM} there; got {dim}"]
+    return []
+
+
 def flops(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> float:
     """Operations of error, momentum, memory and query of a token."""
     return 10.0 * math.prod(q.shape) * v.shape[-1]
@@ -290,6 +298,7 @@ FORWARD = register(
         check=check_titans_memory,
         check_values=_check_values,
         fake=_fake,
+        triton="linear.titans_memory:titans_memory",
         backward=_backward,
         setup_context=_setup_context,
     )
@@ -299,6 +308,7 @@ BACKWARD = register(
         OP + "_backward",
         check=_check_backward,
         fake=_fake_backward,
+        triton="linear.titans_memory:titans_memory_backward",
     )
 )
 SPEC = register_op(
@@ -311,9 +321,18 @@ SPEC = register_op(
         plain=functools.partial(reference.titans_memory_by_token, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
-        differentiable=("q", "k", "v", "alpha", "eta", "theta", "initial_memory",
-                        "initial_momentum"),
+        differentiable=(
+            "q",
+            "k",
+            "v",
+            "alpha",
+            "eta",
+            "theta",
+            "initial_memory",
+            "initial_momentum",
+        ),
         paper="Titans: Learning to Memorize at Test Time (Behrouz et al. 2025)",
         flops=flops,
+        unsupported=_unsupported,
     )
 )

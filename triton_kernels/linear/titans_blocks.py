@@ -1,0 +1,152 @@
+"""Blocks of the tokens of titans_memory: where they lie, and what their gates make of states.
+
+A block is a chunk or, where that is longer than BLOCK_T, a part of it, and has a slot: a sequence
+has those from `slot_of` on. With the memory M and the momentum S that it begins with, and the
+memory G that its chunk begins with, U = K G - V, and after token t
+
+    memory   = memory_t M + momentum_t S - sum_(j <= t) W[t, j] k_j^T u_j
+    momentum =              kept_t S     - sum_(j <= t) E[t, j] k_j^T u_j
+
+Rows of W and E follow from one another as memory and momentum do; nothing is divided.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..common import slice_of, span
+
+# Arguments by which no kernel is specialised: a new length compiles nothing.
+LENGTHS = ["tokens", "sequences", "chunk_size", "parts", "halvings", "heads", "slices"]
+
+
+class Block(NamedTuple):
+    first: Any  # token of the sequence
+    count: Any
+    starts: Any  # whether a chunk begins with it
+    start_slot: Any  # of the block that its chunk begins with, counted from that of the sequence
+
+
+class Factors(NamedTuple):
+    """[BLOCK_T] of the tokens of a block; decay and eta are those of the tokens themselves."""
+
+    decay: Any
+    eta: Any
+    memory: Any
+    momentum: Any
+    kept: Any
+    w_end: Any  # last row of W
+    e_end: Any
+
+
+@triton.jit
+def blocks_of(length, chunk_size, parts, BLOCK_T: tl.constexpr):
+    """How many blocks a sequence has. parts: those of a chunk."""
+    return length // chunk_size * parts + tl.cdiv(length % chunk_size, BLOCK_T)
+
+
+@triton.jit
+def block_of(index, length, chunk_size, parts, BLOCK_T: tl.constexpr):
+    chunk = index // parts
+    part = index % parts
+    first = chunk * chunk_size + part * BLOCK_T
+    count = tl.minimum(tl.minimum(chunk_size - part * BLOCK_T, BLOCK_T), length - first)
+    return Block(first, count, part == 0, chunk * parts)
+
+
+@triton.jit
+def slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T: tl.constexpr):
+    """Packed, a part of a chunk is counted for each sequence that begins or ends in it."""
+    if cu_seqlens is None:
+        slot = i_b * blocks_of(tokens, chunk_size, parts, BLOCK_T)
+    else:
+        start, _ = span(cu_seqlens, tokens, tokens, i_b)
+        slot = (start // chunk_size + i_b) * parts
+    return slot
+
+
+@triton.jit
+def sequence_of_slot(
+    i_slot, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, BLOCK_T: tl.constexpr
+):
+    """The last sequence whose slots begin at or before i_slot."""
+    if cu_seqlens is None:
+        i_b = i_slot // blocks_of(tokens, chunk_size, parts, BLOCK_T)
+    else:
+        i_b = i_slot - i_slot
+        last = i_b + sequences - 1
+        for _ in range(halvings):
+            middle = (i_b + last + 1) // 2
+            m_after = slot_of(cu_seqlens, tokens, middle, chunk_size, parts, BLOCK_T) <= i_slot
+            i_b = tl.where(m_after, middle, i_b)
+            last = tl.where(m_after, last, middle - 1)
+    return i_b
+
+
+@triton.jit
+def gates_of(gates, i_b, i_h, start, o_row, m_row):
+    """[BLOCK_T] of a tensor [B, S, H]."""
+    p_gate = slice_of(gates, i_b, i_h, start, 0)
+    return tl.load(p_gate.data + o_row.to(tl.int64) * p_gate.seq, mask=m_row, other=0.0)
+
+
+@triton.jit
+def at_token(b_x, o_t, t):
+    """Element t of [BLOCK_T], beside each."""
+    return tl.sum(tl.where(o_t == t, b_x, 0.0), 0)
+
+
+@triton.jit
+def row_at(b_x, o_t, t):
+    """Row t of [BLOCK_T, BLOCK_T]."""
+    return tl.sum(tl.where(o_t[:, None] == t, b_x, 0.0), 0)
+
+
+@triton.jit
+def weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T: tl.constexpr):
+    """W and E [BLOCK_T, BLOCK_T], and the factors. Rows past the tokens are 0."""
+    m_t = o_t < block.count
+    o_row = block.first + o_t
+    b_decay = 1.0 - gates_of(alpha, i_b, i_h, start, o_row, m_t)
+    b_eta = gates_of(eta, i_b, i_h, start, o_row, m_t)
+    b_theta = gates_of(theta, i_b, i_h, start, o_row, m_t)
+    b_w = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+    b_e = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+    b_memory = tl.zeros([BLOCK_T], tl.float32)
+    b_momentum = tl.zeros([BLOCK_T], tl.float32)
+    b_kept = tl.zeros([BLOCK_T], tl.float32)
+    b_row_w = tl.zeros([BLOCK_T], tl.float32)
+    b_row_e = tl.zeros([BLOCK_T], tl.float32)
+    b_run_memory = tl.full([BLOCK_T], 1.0, tl.float32)  # the same in each element, as the next two
+    b_run_momentum = tl.zeros([BLOCK_T], tl.float32)
+    b_run_kept = tl.full([BLOCK_T], 1.0, tl.float32)
+    for t in range(block.count):
+        decay = at_token(b_decay, o_t, t)
+        keep = at_token(b_eta, o_t, t)
+        b_row_e = tl.where(o_t < t, keep * b_row_e, tl.where(o_t == t, b_theta, 0.0))
+        b_row_w = tl.where(o_t < t, decay * b_row_w + b_row_e, b_row_e)
+        b_run_kept *= keep
+        b_run_momentum = decay * b_run_momentum + b_run_kept
+        b_run_memory *= decay
+        b_w = tl.where(o_t[:, None] == t, b_row_w[None, :], b_w)
+        b_e = tl.where(o_t[:, None] == t, b_row_e[None, :], b_e)
+        b_memory = tl.where(o_t == t, b_run_memory, b_memory)
+        b_momentum = tl.where(o_t == t, b_run_momentum, b_momentum)
+        b_kept = tl.where(o_t == t, b_run_kept, b_kept)
+    return b_w, b_e, Factors(b_decay, b_eta, b_memory, b_momentum, b_kept, b_row_w, b_row_e)
+
+
+@triton.jit
+def state_tile(o_d, o_c, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr):
+    """Offsets of a tile of a state [HEAD_DIM, VALUE_DIM], and which of it exists."""
+    m_tile = (o_d < HEAD_DIM)[:, None] & (o_c < VALUE_DIM)[None, :]
+    return o_d[:, None] * VALUE_DIM + o_c[None, :], m_tile
+
+
+@triton.jit
+def kept_states(states, i_slot, i_h, heads, SIZE: tl.constexpr):
+    """M, S and their gradients, [4, SIZE], of a block and head."""
+    return states + (tl.cast(i_slot, tl.int64) * heads + i_h) * (4 * SIZE)

@@ -1,0 +1,208 @@
+"""Launches the kernels of titans_memory, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import INTERPRETED, Rows, launch
+from .common import States
+from .titans_memory_kernels import block_kernel, gradients_kernel, states_kernel
+
+BLOCK_T = 32
+
+
+class Call(NamedTuple):
+    """The lowered list, and what the kernels take from it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor
+    eta: Tensor
+    theta: Tensor
+    chunk_size: int
+    initial_memory: Tensor | None
+    initial_momentum: Tensor | None
+    return_final_state: bool
+    cu_seqlens: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.q.shape[-3]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def chunk(self) -> int:
+        return min(self.chunk_size, max(self.tokens, 1))
+
+    @property
+    def parts(self) -> int:
+        return triton.cdiv(self.chunk, BLOCK_T)
+
+    @property
+    def slots(self) -> int:
+        """Of blocks: how many there may be."""
+        if self.packed:
+            return (self.tokens // self.chunk + self.sequences) * self.parts
+        whole, rest = divmod(self.tokens, self.chunk)
+        return self.sequences * (whole * self.parts + triton.cdiv(rest, BLOCK_T))
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return (self.sequences, self.heads, self.q.shape[-1], self.v.shape[-1])
+
+    def new(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An output. Tokens of no packed sequence, to which no program comes, are 0."""
+        allocate = self.q.new_zeros if self.packed else self.q.new_empty
+        return allocate(like.shape, dtype=dtype or like.dtype)
+
+    def float32(self, *shape: int) -> Tensor:
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def rows(self, t: Tensor) -> Rows:
+        return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
+
+    def gates(self, *tensors: Tensor) -> list[Rows]:
+        return [
+            Rows(t, 0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1)) for t in tensors
+        ]
+
+    def sweep(self) -> dict[str, Any]:
+        """Options of the kernels that go over the blocks of a sequence."""
+        wide = self.q.shape[-1] > 128
+        return {
+            **self.options(),
+            "BLOCK_D": max(triton.next_power_of_2(self.q.shape[-1]), 16),
+            "BLOCK_V": self.columns,
+            "num_warps": 8 if wide or self.q.shape[-1] > 64 else 4,
+        }
+
+    @property
+    def columns(self) -> int:
+        """Of a slice."""
+        if INTERPRETED.value:  # a tile costs milliseconds whatever its size
+            return max(triton.next_power_of_2(self.v.shape[-1]), 16)
+        return 16 if self.q.shape[-1] > 64 else 32
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
+            "HEAD_DIM": self.q.shape[-1],
+            "VALUE_DIM": self.v.shape[-1],
+            "BLOCK_T": BLOCK_T,
+            "num_stages": 1,
+        }
+
+    def place(self) -> tuple[Any, ...]:
+        """What every kernel takes, from cu_seqlens to slices."""
+        return (
+            self.cu_seqlens,
+            self.tokens,
+            self.sequences,
+            self.chunk,
+            self.parts,
+            self.sequences.bit_length(),
+            self.heads,
+            triton.cdiv(self.v.shape[-1], self.columns),
+        )
+
+
+def _states(t: Tensor | None) -> States | None:
+    return None if t is None else States(t, t.stride(0), t.stride(1))
+
+
+def _sweep_states(
+    call: Call,
+    out: Tensor | None,
+    final: tuple[Tensor | None, Tensor | None],
+    kept: tuple[Tensor | None, Tensor | None],
+) -> None:
+    states, us = kept
+    launch(
+        states_kernel,
+        call.sequences * call.heads * call.place()[-1],
+        call.q,
+        *(call.rows(t) for t in (call.q, call.k, call.v)),
+        None if out is None else call.rows(out),
+        *call.gates(call.alpha, call.eta, call.theta),
+        *map(_states, (call.initial_memory, call.initial_momentum, *final)),
+        states,
+        None if us is None else call.rows(us),
+        *call.place(),
+        KEEP=out is None,
+        **call.sweep(),
+    )
+
+
+def titans_memory(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*lowered)
+    out = call.new(call.v)
+    shape = call.state_shape if call.return_final_state else (0,)
+    memory, momentum = call.float32(*shape), call.float32(*shape)
+    wanted = (memory, momentum) if call.return_final_state else (None, None)
+    _sweep_states(call, out, wanted, (None, None))
+    return out, memory, momentum
+
+
+def titans_memory_backward(
+    dout: Tensor | None,
+    dmemory: Tensor | None,
+    dmomentum: Tensor | None,
+    needs_dinitial_state: bool,
+    *lowered: Any,
+) -> tuple[Tensor, ...]:
+    call = Call(*lowered)
+    inputs = (call.q, call.k, call.v, call.alpha, call.eta, call.theta)
+    if dout is None:
+        dout = call.v.new_zeros(call.v.shape[-1]).expand(call.v.shape)
+    states = call.float32(call.slots, call.heads, 4, *call.state_shape[2:])
+    us, dus = (call.float32(*call.v.shape) for _ in range(2))
+    _sweep_states(call, None, (None, None), (states, us))
+    dq, dk, dv, dalpha, deta, dtheta = (call.new(t) for t in inputs)
+    wanted = needs_dinitial_state and call.initial_memory is not None
+    shape = call.state_shape if wanted else (0,)
+    dinitial = (call.float32(*shape), call.float32(*shape))
+    gates = call.gates(call.alpha, call.eta, call.theta)
+    launch(
+        gradients_kernel,
+        call.sequences * call.heads * call.place()[-1],
+        call.q,
+        *(call.rows(t) for t in (call.q, call.k, dout, dv)),
+        *gates,
+        *map(_states, (dmemory, dmomentum, *(dinitial if wanted else (None, None)))),
+        states,
+        call.rows(dus),
+        *call.place(),
+        **call.sweep(),
+    )
+    launch(
+        block_kernel,
+        call.slots * call.heads,
+        call.q,
+        *(call.rows(t) for t in (call.q, call.k, dout, dq, dk)),
+        *gates,
+        *call.gates(dalpha, deta, dtheta),
+        states,
+        *(call.rows(t) for t in (us, dus)),
+        *call.place(),
+        **call.options(),
+        BLOCK_D=128 if INTERPRETED.value else 32,
+        BLOCK_V=128 if INTERPRETED.value else 32,
+        num_warps=8,
+    )
+    return dq, dk, dv, dalpha, deta, dtheta, *dinitial

@@ -1,0 +1,304 @@
+"""The kernels of titans_memory. The first two go over the blocks of a sequence, one forwards and
+one backwards, with a slice of the value columns of a head, which depend on no other ones. The third
+has a block and a head, and depends on no other block."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..common import slice_of, span
+from .common import load_tile, product, store_tile
+from .titans_blocks import (
+    LENGTHS,
+    at_token,
+    block_of,
+    blocks_of,
+    kept_states,
+    row_at,
+    sequence_of_slot,
+    slot_of,
+    state_tile,
+    weigh,
+)
+
+
+@triton.jit
+def load_state(state, i_b, i_h, o_tile, m_tile):
+    """Zeros without a state."""
+    b_state = tl.zeros(o_tile.shape, tl.float32)
+    if state is not None:
+        o_state = i_b * state.sequence + tl.cast(i_h, tl.int64) * state.head
+        b_state = tl.load(state.data + o_state + o_tile, mask=m_tile, other=0.0)
+    return b_state
+
+
+@triton.jit
+def store_state(state, i_b, i_h, o_tile, m_tile, b_state):
+    if state is not None:
+        o_state = i_b * state.sequence + tl.cast(i_h, tl.int64) * state.head
+        tl.store(state.data + o_state + o_tile, b_state, mask=m_tile)
+
+
+@triton.jit
+def share_of(heads, slices, BLOCK_V: tl.constexpr):
+    """Sequence, head and columns of a program."""
+    i = tl.program_id(0)
+    i_b = (i // (slices * heads)).to(tl.int64)
+    return i_b, i // slices % heads, i % slices * BLOCK_V + tl.arange(0, BLOCK_V)
+
+
+@triton.jit
+def pair_weights(queries, keys, o_row, o_d, b_w, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[BLOCK_T, BLOCK_T]: -W[t, j] q_t . k_j, 0 for a later token, whatever its key holds."""
+    b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+    b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+    b_pairs = product(b_q, tl.trans(b_k), PRECISION)
+    o_t = tl.arange(0, b_w.shape[0])
+    return tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def states_kernel(
+    q, k, v, out, alpha, eta, theta, initial_memory, initial_momentum, memory, momentum, states, us,
+    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """out and the states behind the last tokens; KEEP: instead the states before each block and U,
+    for the backward."""
+    i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
+    start, length = span(cu_seqlens, tokens, tokens, i_b)
+    slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
+    o_t = tl.arange(0, BLOCK_T)
+    o_d = tl.arange(0, BLOCK_D)
+    o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+    b_memory = load_state(initial_memory, i_b, i_h, o_tile, m_tile)
+    b_momentum = load_state(initial_momentum, i_b, i_h, o_tile, m_tile)
+    b_start = b_memory
+    for i in range(blocks_of(length, chunk_size, parts, BLOCK_T)):
+        block = block_of(i, length, chunk_size, parts, BLOCK_T)
+        if KEEP:
+            p_states = kept_states(states, slot + i, i_h, heads, HEAD_DIM * VALUE_DIM)
+            tl.store(p_states + o_tile, b_memory, mask=m_tile)
+            tl.store(p_states + HEAD_DIM * VALUE_DIM + o_tile, b_momentum, mask=m_tile)
+        b_start = tl.where(block.starts, b_memory, b_start)
+        end = block.first + block.count  # rows past it are 0
+        o_row = block.first + o_t
+        keys = slice_of(k, i_b, i_h, start, end)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_v = load_tile(slice_of(v, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
+        b_u = product(b_k, b_start, PRECISION) - b_v.to(tl.float32)
+        b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        if KEEP:
+            store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
+        else:
+            queries = slice_of(q, i_b, i_h, start, end)
+            b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+            b_out = f.memory[:, None] * product(b_q, b_memory, PRECISION)
+            b_out += f.momentum[:, None] * product(b_q, b_momentum, PRECISION)
+            b_pairs = pair_weights(queries, keys, o_row, o_d, b_w, PRECISION, HEAD_DIM)
+            b_out += product(b_pairs, b_u, PRECISION)
+            store_tile(slice_of(out, i_b, i_h, start, end), o_row, o_c, b_out, VALUE_DIM)
+        b_k = tl.trans(b_k.to(tl.float32))
+        last = block.count - 1
+        to_memory = at_token(f.memory, o_t, last)
+        to_momentum = at_token(f.momentum, o_t, last)
+        b_memory = to_memory * b_memory + to_momentum * b_momentum
+        b_memory -= product(b_k * f.w_end[None, :], b_u, PRECISION)
+        b_momentum = at_token(f.kept, o_t, last) * b_momentum
+        b_momentum -= product(b_k * f.e_end[None, :], b_u, PRECISION)
+    store_state(memory, i_b, i_h, o_tile, m_tile, b_memory)
+    store_state(momentum, i_b, i_h, o_tile, m_tile, b_momentum)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def gradients_kernel(
+    q, k, dout, dv, alpha, eta, theta, dmemory, dmomentum, dinitial_memory, dinitial_momentum,
+    states, dus, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of values and U, and of the states behind each block and before the first tokens."""
+    i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
+    start, length = span(cu_seqlens, tokens, tokens, i_b)
+    slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
+    o_t = tl.arange(0, BLOCK_T)
+    o_d = tl.arange(0, BLOCK_D)
+    o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+    b_dmemory = load_state(dmemory, i_b, i_h, o_tile, m_tile)
+    b_dmomentum = load_state(dmomentum, i_b, i_h, o_tile, m_tile)
+    b_dstart = tl.zeros(o_tile.shape, tl.float32)
+    blocks = blocks_of(length, chunk_size, parts, BLOCK_T)
+    for i_back in range(blocks):
+        i = blocks - 1 - i_back
+        block = block_of(i, length, chunk_size, parts, BLOCK_T)
+        p_states = kept_states(states, slot + i, i_h, heads, HEAD_DIM * VALUE_DIM)
+        tl.store(p_states + 2 * HEAD_DIM * VALUE_DIM + o_tile, b_dmemory, mask=m_tile)
+        tl.store(p_states + 3 * HEAD_DIM * VALUE_DIM + o_tile, b_dmomentum, mask=m_tile)
+        end = block.first + block.count
+        o_row = block.first + o_t
+        queries = slice_of(q, i_b, i_h, start, end)
+        keys = slice_of(k, i_b, i_h, start, end)
+        b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        b_pairs = pair_weights(queries, keys, o_row, o_d, b_w, PRECISION, HEAD_DIM)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
+        b_du = product(tl.trans(b_pairs), b_dout, PRECISION)
+        b_du -= f.w_end[:, None] * product(b_k, b_dmemory, PRECISION)
+        b_du -= f.e_end[:, None] * product(b_k, b_dmomentum, PRECISION)
+        store_tile(slice_of(dv, i_b, i_h, start, end), o_row, o_c, -b_du, VALUE_DIM)
+        store_tile(slice_of(dus, i_b, i_h, start, end), o_row, o_c, b_du, VALUE_DIM)
+        b_dstart += product(tl.trans(b_k.to(tl.float32)), b_du, PRECISION)
+        b_q = tl.trans(load_tile(queries, o_row, o_d, HEAD_DIM).to(tl.float32))
+        last = block.count - 1
+        to_momentum = at_token(f.momentum, o_t, last)
+        b_dmomentum = to_momentum * b_dmemory + at_token(f.kept, o_t, last) * b_dmomentum
+        b_dmomentum += product(b_q * f.momentum[None, :], b_dout, PRECISION)
+        b_dmemory = at_token(f.memory, o_t, last) * b_dmemory
+        b_dmemory += product(b_q * f.memory[None, :], b_dout, PRECISION)
+        b_dmemory += tl.where(block.starts, b_dstart, 0.0)
+        b_dstart = tl.where(block.starts, 0.0, b_dstart)
+    store_state(dinitial_memory, i_b, i_h, o_tile, m_tile, b_dmemory)
+    store_state(dinitial_momentum, i_b, i_h, o_tile, m_tile, b_dmomentum)
+
+
+@triton.jit
+def store_gate(gates, i_b, i_h, start, o_row, m_row, b_x):
+    p_gate = slice_of(gates, i_b, i_h, start, 0)
+    tl.store(p_gate.data + o_row.to(tl.int64) * p_gate.seq, b_x, mask=m_row)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def block_kernel(
+    q, k, dout, dq, dk, alpha, eta, theta, dalpha, deta, dtheta, states, us, dus,
+    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Of queries, keys and gates."""
+    i_h = tl.program_id(0) % heads
+    i_slot = tl.program_id(0) // heads
+    i_b = sequence_of_slot(
+        i_slot, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, BLOCK_T
+    )
+    slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
+    i_b = i_b.to(tl.int64)
+    start, length = span(cu_seqlens, tokens, tokens, i_b)
+    index = i_slot - slot
+    if (index < 0) | (index >= blocks_of(length, chunk_size, parts, BLOCK_T)):
+        return
+    block = block_of(index, length, chunk_size, parts, BLOCK_T)
+    o_t = tl.arange(0, BLOCK_T)
+    o_row = block.first + o_t
+    end = block.first + block.count
+    queries = slice_of(q, i_b, i_h, start, end)
+    keys = slice_of(k, i_b, i_h, start, end)
+    douts = slice_of(dout, i_b, i_h, start, end)
+    errors = slice_of(us, i_b, i_h, start, end)
+    derrors = slice_of(dus, i_b, i_h, start, end)
+
+    b_qk = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+    for d in range(0, HEAD_DIM, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_qk += product(b_q, tl.trans(b_k), PRECISION)
+    b_x = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)  # dout_t . u_j
+    for c in range(0, VALUE_DIM, BLOCK_V):
+        o_c = c + tl.arange(0, BLOCK_V)
+        b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
+        b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
+        b_x += product(b_dout, tl.trans(b_u), PRECISION)
+    b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+    m_seen = o_t[:, None] >= o_t[None, :]
+    b_dw = tl.where(m_seen, -b_qk * b_x, 0.0)
+    b_dqk = tl.where(m_seen, -b_w * b_x, 0.0)
+
+    SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
+    p_states = kept_states(states, i_slot, i_h, heads, SIZE)
+    p_start = kept_states(states, slot + block.start_slot, i_h, heads, SIZE)
+    b_dmemory = tl.zeros([BLOCK_T], tl.float32)  # of the factors of M and S at each token
+    b_dmomentum = tl.zeros([BLOCK_T], tl.float32)
+    b_dw_end = tl.zeros([BLOCK_T], tl.float32)
+    b_de_end = tl.zeros([BLOCK_T], tl.float32)
+    b_of_memory = tl.zeros([BLOCK_D], tl.float32)  # of those behind the block, by rows of the state
+    b_of_momentum = tl.zeros([BLOCK_D], tl.float32)
+    b_of_kept = tl.zeros([BLOCK_D], tl.float32)
+    for d in range(0, HEAD_DIM, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        b_memory_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_momentum_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_memory_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_momentum_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_start_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for c in range(0, VALUE_DIM, BLOCK_V):
+            o_c = c + tl.arange(0, BLOCK_V)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
+            b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
+            b_memory = tl.load(p_states + o_tile, mask=m_tile, other=0.0)
+            b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
+            b_dm = tl.load(p_states + 2 * SIZE + o_tile, mask=m_tile, other=0.0)
+            b_ds = tl.load(p_states + 3 * SIZE + o_tile, mask=m_tile, other=0.0)
+            b_of_memory += tl.sum(b_memory * b_dm, 1)
+            b_of_momentum += tl.sum(b_momentum * b_dm, 1)
+            b_of_kept += tl.sum(b_momentum * b_ds, 1)
+            b_memory_q += product(b_dout, tl.trans(b_memory), PRECISION)
+            b_momentum_q += product(b_dout, tl.trans(b_momentum), PRECISION)
+            b_memory_k += product(b_u, tl.trans(b_dm), PRECISION)
+            b_momentum_k += product(b_u, tl.trans(b_ds), PRECISION)
+            b_start = tl.load(p_start + o_tile, mask=m_tile, other=0.0)
+            b_du = load_tile(derrors, o_row, o_c, VALUE_DIM)
+            b_start_k += product(b_du, tl.trans(b_start), PRECISION)
+        b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_dmemory += tl.sum(b_memory_q * b_q.to(tl.float32), 1)
+        b_dmomentum += tl.sum(b_momentum_q * b_q.to(tl.float32), 1)
+        b_dw_end -= tl.sum(b_memory_k * b_k.to(tl.float32), 1)
+        b_de_end -= tl.sum(b_momentum_k * b_k.to(tl.float32), 1)
+        b_dq = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
+        b_dq += product(b_dqk, b_k, PRECISION)
+        store_tile(slice_of(dq, i_b, i_h, start, end), o_row, o_d, b_dq, HEAD_DIM)
+        b_dk = b_start_k - f.w_end[:, None] * b_memory_k - f.e_end[:, None] * b_momentum_k
+        b_dk += product(tl.trans(b_dqk), b_q, PRECISION)
+        store_tile(slice_of(dk, i_b, i_h, start, end), o_row, o_d, b_dk, HEAD_DIM)
+
+    # Rows of W and E backwards.
+    b_dalpha = tl.zeros([BLOCK_T], tl.float32)
+    b_deta = tl.zeros([BLOCK_T], tl.float32)
+    b_dtheta = tl.zeros([BLOCK_T], tl.float32)
+    b_row_w = b_dw_end
+    b_row_e = b_de_end
+    b_run_memory = tl.zeros([BLOCK_T], tl.float32) + tl.sum(b_of_memory, 0)
+    b_run_momentum = tl.zeros([BLOCK_T], tl.float32) + tl.sum(b_of_momentum, 0)
+    b_run_kept = tl.zeros([BLOCK_T], tl.float32) + tl.sum(b_of_kept, 0)
+    for back in range(block.count):
+        t = block.count - 1 - back
+        if back > 0:
+            decay = at_token(f.decay, o_t, t + 1)
+            keep = at_token(f.eta, o_t, t + 1)
+            b_run_memory *= decay
+            b_run_momentum *= decay
+            b_run_kept *= keep
+            b_row_w *= decay
+            b_row_e *= keep
+        b_run_memory += at_token(b_dmemory, o_t, t)
+        b_run_momentum += at_token(b_dmomentum, o_t, t)
+        b_run_kept += b_run_momentum
+        b_row_w += row_at(b_dw, o_t, t)
+        b_row_e += b_row_w
+        first = tl.where(o_t == 0, tl.where(back == block.count - 1, 1.0, 0.0), 0.0)
+        b_da = tl.sum(tl.where(o_t < t, b_row_w * row_at(b_w, o_t, t - 1), 0.0), 0)
+        b_de = tl.sum(tl.where(o_t < t, b_row_e * row_at(b_e, o_t, t - 1), 0.0), 0)
+        before_memory = at_token(f.memory, o_t, t - 1) + tl.sum(first, 0)
+        before_kept = at_token(f.kept, o_t, t - 1) + tl.sum(first, 0)
+        b_a = b_da + b_run_memory * before_memory
+        b_a += b_run_momentum * at_token(f.momentum, o_t, t - 1)
+        b_dalpha = tl.where(o_t == t, -b_a, b_dalpha)
+        b_deta = tl.where(o_t == t, b_de + b_run_kept * before_kept, b_deta)
+        b_dtheta = tl.where(o_t == t, b_row_e, b_dtheta)
+    m_row = o_t < block.count
+    store_gate(dalpha, i_b, i_h, start, o_row, m_row, b_dalpha)
+    store_gate(deta, i_b, i_h, start, o_row, m_row, b_deta)
+    store_gate(dtheta, i_b, i_h, start, o_row, m_row, b_dtheta)
