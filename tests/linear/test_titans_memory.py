@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from itertools import pairwise
 
 import pytest
 import torch
+from conftest import backends, device_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
 from titans_oracle import GATES, draw, recurrence
 
 import tokenmill as tm
-from tokenmill.testing import assert_accurate
-
-CHUNKS = importlib.import_module("tokenmill.linear.titans_chunks")
-MEMORY = importlib.import_module("tokenmill.linear.titans_memory")
 
 
 def run(q, k, v, alpha, eta, theta, *state, **options):
@@ -32,37 +28,42 @@ def i32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def same(found, wanted, leaves, tolerance=1e-11):
+def with_gradients(results, leaves):
     """The results, and the gradients of one combination of them."""
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     g = torch.Generator().manual_seed(9)
-    weights = [torch.randn(t.shape, generator=g, dtype=t.dtype) for t in wanted]
-    grads = [torch.autograd.grad(ts, leaves, weights) for ts in (found, wanted)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    weights = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in results]
+    weights = [w.to(t.dtype) for w, t in zip(weights, results, strict=True)]
+    return *results, *torch.autograd.grad(results, leaves, weights)
 
 
-@examples(30)
+def is_the_recurrence(length, chunk, *, batch=1, heads=1, d=3, dv=4, begun=True):
+    given = draw(batch, length, heads=heads, d=d, dv=dv, states=batch)
+    with torch.no_grad():
+        given[5].mul_(2 / min(length, chunk))  # else the steps of a chunk diverge
+    given = given if begun else given[:6]
+    wanted = with_gradients(recurrence(*given, chunk=chunk), given)
+    found = with_gradients(run(*given, chunk_size=chunk), given)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    narrow = [t.detach().float().requires_grad_() for t in given]
+    found = with_gradients(run(*narrow, chunk_size=chunk, backend="cpu"), narrow)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * b.abs().max().clamp(min=1e-2)
+
+
+@examples(20)
 @given(
     length=st.integers(1, 40), chunk=st.integers(1, 50), batch=st.integers(1, 2),
-    sizes=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
-    elements=st.sampled_from([1, 400, 2**18]), begun=st.booleans(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)), begun=st.booleans(),
 )  # fmt: skip
-def test_is_the_recurrence_at_any_length_and_chunk_size(
-    length, chunk, batch, sizes, elements, begun
-):
+def test_is_the_recurrence_at_any_length_and_chunk_size(length, chunk, batch, sizes, begun):
     heads, d, dv = sizes
-    given = draw(batch, length, heads=heads, d=d, dv=dv, states=batch)
-    given = given if begun else given[:6]
-    before, CHUNKS.CPU_ELEMENTS = CHUNKS.CPU_ELEMENTS, elements  # blocks of few chunks
-    try:
-        found = run(*given, chunk_size=chunk)
-        same(found, recurrence(*given, chunk=chunk), given)
-        with torch.no_grad():  # keeps the states of no chunk
-            torch.testing.assert_close(run(*given, chunk_size=chunk), found, rtol=0, atol=0)
-    finally:
-        CHUNKS.CPU_ELEMENTS = before
+    is_the_recurrence(length, chunk, batch=batch, heads=heads, d=d, dv=dv, begun=begun)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(65, 64), (150, 130)])
+def test_is_the_recurrence_where_chunks_are_longer_than_blocks(length, chunk):
+    is_the_recurrence(length, chunk)
 
 
 @pytest.mark.parametrize("gates", [(1, 1, 1), (0, 0, 0), (1, 0, 1), (0, 1, 0), (0, 0, 0.5)])
@@ -71,39 +72,15 @@ def test_gates_at_their_ends_are_exact(gates):
     with torch.no_grad():
         for gate, value in zip(given[3:6], gates, strict=True):
             gate.fill_(value)
-    same(run(*given, chunk_size=4), recurrence(*given, chunk=4), given)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_error_budget(dtype):
-    given = draw(1, 150, d=16, dv=16, states=1, dtype=torch.float32)[:6]
-    with torch.no_grad():
-        given[3].mul_(0.05)
-        given[5].mul_(0.1)
-    lowered = [t.detach().to(dtype if i < 3 else t.dtype) for i, t in enumerate(given)]
-    results = []
-    for function, wide in ((tm.titans_memory, None), (recurrence, None), (recurrence, float)):
-        leaves = [t.double() if wide else t.clone() for t in lowered]
-        leaves = [t.requires_grad_() for t in leaves]
-        if function is recurrence:
-            # Rounded to the dtype of q behind each token
-            gates = [g.to(leaves[0].dtype) for g in leaves[3:]]
-            out = recurrence(*leaves[:3], *gates, chunk=64)[0]
-        else:
-            out = function(*leaves[:3], **dict(zip(GATES, leaves[3:], strict=True)))
-        weight = torch.linspace(0.5, 1.5, out.numel()).view_as(out).to(out)
-        results.append([out, *torch.autograd.grad(out, leaves, weight)])
-    for i, (found, plain, exact) in enumerate(zip(*results, strict=True)):
-        assert_accurate(found, exact, plain, gradient=i > 0)
+    wanted = with_gradients(recurrence(*given, chunk=4), given)
+    found = with_gradients(run(*given, chunk_size=4), given)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
 
 
 PACKED = (0, 4, 4, 11, 12)
 
 
-@pytest.mark.parametrize("read", [True, False], ids=["read", "as on a GPU"])
-def test_packed_sequences_are_apart(read, monkeypatch):
-    if not read:
-        monkeypatch.setattr(MEMORY, "reads_values", lambda t: False)
+def test_packed_sequences_are_apart():
     *tensors, memory, momentum = given = draw(12, states=4)
     wanted = [
         recurrence(
@@ -113,13 +90,21 @@ def test_packed_sequences_are_apart(read, monkeypatch):
     ]
     out, *states = zip(*wanted, strict=True)
     wanted = torch.cat(out, 1)[0], *(torch.cat(s) for s in states)
-    found = run(*given, chunk_size=3, cu_seqlens=i32(*PACKED))
-    same(found, wanted, given)
-    del found
+    found = with_gradients(run(*given, chunk_size=3, cu_seqlens=i32(*PACKED)), given)
+    wanted = with_gradients(wanted, given)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_what_is_not_finite_stays_in_its_sequence(backend):
+    device = device_of(backend)
+    given = [t.detach().float().to(device).requires_grad_() for t in draw(12, states=4)]
+    options = {"chunk_size": 3, "cu_seqlens": i32(*PACKED).to(device), "backend": backend}
+    wanted = [t.detach() for t in run(*given, **options)]
     with torch.no_grad():
-        for t in (*tensors, memory, momentum):
+        for t in given:
             (t[4:11] if t.shape[0] == 12 else t[2]).fill_(torch.nan)
-    found = run(*given, chunk_size=3, cu_seqlens=i32(*PACKED))
+    found = run(*given, **options)
     for a, b in zip(found, wanted, strict=True):
         rows = [i for i in range(len(a)) if not (4 <= i < 11 if len(a) == 12 else i == 2)]
         torch.testing.assert_close(a[rows], b[rows])
@@ -128,19 +113,35 @@ def test_packed_sequences_are_apart(read, monkeypatch):
         assert grad[rows].isfinite().all()
 
 
-def test_tokens_of_no_sequence_have_results_and_gradients_0(monkeypatch):
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_tokens_of_no_sequence_have_results_and_gradients_0(backend):
     """Where the values of cu_seqlens are not read, and whatever they are."""
-    monkeypatch.setattr(MEMORY, "reads_values", lambda t: False)
-    given = draw(12, states=2)
+    device = device_of(backend)
+    given = [t.detach().float().to(device).requires_grad_() for t in draw(12, states=2)]
     with torch.no_grad():
         given[2][:2] = torch.nan
-    out, *_ = run(*given, chunk_size=3, cu_seqlens=i32(2, 5, 9))
+    inputs = given[:6]
+    options = {"chunk_size": 3, "backend": backend}
+    out, *_ = run(*given, cu_seqlens=i32(2, 5, 9).to(device), **options)
     inside = torch.zeros(12, dtype=torch.bool).index_fill(0, torch.arange(2, 9), True)
     assert not out[~inside].any() and (out[inside] != 0).all()
-    for grad in torch.autograd.grad(out.sum(), given[:6]):
+    for grad in torch.autograd.grad(out.sum(), inputs):
         assert not grad[~inside].any() and grad[inside].isfinite().all()
-    assert torch.isfinite(run(*given[:6], chunk_size=3, cu_seqlens=i32(2, 90, -4))[0]).all()
-    assert not run(*given[:6], chunk_size=3, cu_seqlens=i32(7))[0].any()
+    out, *_ = run(*inputs, cu_seqlens=i32(2, 90, -4).to(device), **options)
+    torch.autograd.grad(out.sum(), inputs)
+    assert torch.isfinite(out).all()
+    assert not run(*inputs, cu_seqlens=i32(7).to(device), **options)[0].any()
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_later_tokens_are_hidden(backend):
+    device = device_of(backend)
+    inputs = [t.detach().float().to(device) for t in draw(1, 12)[:6]]
+    wanted = run(*inputs, chunk_size=8, backend=backend)[0]
+    for t in inputs[:3]:
+        t[:, 6:] = torch.nan
+    found = run(*inputs, chunk_size=8, backend=backend)[0]
+    torch.testing.assert_close(found[:, :6], wanted[:, :6])
 
 
 def test_batches_are_apart():
@@ -164,8 +165,9 @@ def test_derivatives_of_both_orders(packed):
     assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
 
 
-def test_transforms_and_compilation():
-    q, k, v, alpha, eta, theta = (t.detach() for t in draw(2, 9)[:6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_transforms(dtype):
+    q, k, v, alpha, eta, theta = (t.detach() for t in draw(2, 9, dtype=dtype)[:6])
 
     def call(keys):
         return tm.titans_memory(q, keys, v, alpha=alpha, eta=eta, theta=theta, chunk_size=4)
@@ -186,13 +188,6 @@ def test_transforms_and_compilation():
 
         found = torch.func.vmap(torch.func.grad(loss_of))(torch.stack([2 * t, t]))[1]
         torch.testing.assert_close(found, torch.func.grad(loss_of)(t))
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    dense = [t[:, :3] for t in (q, k, v, alpha, eta, theta)]
-    for tensors, cu_seqlens in ((dense, None), ([t[0] for t in dense], i32(0, 2, 3))):
-        torch._dynamo.reset()  # else the second graph has symbolic sizes, which take longest
-        options = {"chunk_size": 2, "cu_seqlens": cu_seqlens}
-        for a, b in zip(compiled(*tensors, **options), run(*tensors, **options), strict=True):
-            torch.testing.assert_close(a, b)
 
 
 def test_autocast_lowers_queries_keys_and_values():
@@ -301,44 +296,6 @@ def test_decode_compiles():
 
 
 Z = torch.zeros
-
-
-@pytest.mark.parametrize(
-    ("edits", "says"),
-    [
-        ({"q": Z(2, 5, 3)}, r"q: must have 4 dimensions \[B, S, H, D\]; got 3"),
-        ({"q": Z(2, 5, 2, 3).int()}, "q: must be float16, bfloat16 or float32; got int32"),
-        ({"k": Z(2, 5, 2, 3).half()}, "k: must have the dtype of q, float32; got float16"),
-        ({"k": Z(2, 5, 1, 3)}, r"k: must have the shape of q, \[2, 5, 2, 3\]; got \[2, 5, 1, 3\]"),
-        ({"v": Z(2, 4, 2, 3)}, r"v: must have the shape of q up to .*; got \[2, 4, 2, 3\]"),
-        ({"v": Z(2, 5, 2, 0)}, "v: must have a head dimension of at least 1; got 0"),
-        ({"alpha": Z(2, 5)}, r"alpha: must have shape \[2, 5, 2\]; got \[2, 5\]"),
-        ({"eta": 0.5}, "eta: must be a tensor; got 0.5"),
-        ({"theta": Z(2, 5, 2).int()}, "theta: must be a floating-point tensor; got int32"),
-        ({"chunk_size": 0}, "chunk_size: must be at least 1; got 0"),
-        ({"chunk_size": None}, "chunk_size: must be an integer; got None"),
-        ({"loss": "l1"}, "loss: must be 'mse'; got 'l1'"),
-        ({"initial_state": Z(2)}, r"initial_state: must be a pair of tensors \(M, S\) or None.*"),
-        ({"initial_state": (Z(2, 2, 3, 4),) * 2}, r"initial_state: must have shape \[2, 2, 3, 3.*"),
-        ({"initial_state": (Z(2, 2, 3, 3).half(),) * 2}, "initial_state: must be float32; got .*"),
-        ({"return_final_state": 1}, "return_final_state: must be a bool; got 1"),
-    ],
-)  # fmt: skip
-def test_bad_input(edits, says):
-    call = dict.fromkeys(("q", "k", "v"), Z(2, 5, 2, 3)) | dict.fromkeys(GATES, Z(2, 5, 2)) | edits
-    with pytest.raises(RuntimeError, match=f"^tokenmill.titans_memory: {says}$"):
-        tm.titans_memory(**call)
-
-
-def test_bad_packing():
-    call = dict.fromkeys(("q", "k", "v"), Z(5, 2, 3)) | dict.fromkeys(GATES, Z(5, 2))
-    for cu, says in (
-        (i32(0, 4), "must end at the number of tokens, 5; got 4"),
-        (i32(0, 4, 3, 5), "must not decrease; got .*"),
-        (i32(0, 5).long(), "must be int32; got int64"),
-    ):
-        with pytest.raises(RuntimeError, match=f"^tokenmill.titans_memory: cu_seqlens: {says}$"):
-            tm.titans_memory(**call, cu_seqlens=cu)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def states_kernel(
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
         b_v = load_tile(slice_of(v, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
         b_u = product(b_k, b_start, PRECISION) - b_v.to(tl.float32)
-        b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
@@ -140,7 +140,7 @@ def gradients_kernel(
         o_row = block.first + o_t
         queries = slice_of(q, i_b, i_h, start, end)
         keys = slice_of(k, i_b, i_h, start, end)
-        b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
         b_pairs = pair_weights(queries, keys, o_row, o_d, b_w, PRECISION, HEAD_DIM)
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
