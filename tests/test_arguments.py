@@ -29,7 +29,6 @@ def composites():
         tm.sigmoid_attention: ((q, k, k), {}),
         tm.lightning_attention: ((q, k, k, torch.rand(4)), {}),
         tm.lightning_slopes: ((4, 0, 2), {}),
-        tm.titans_memory: ((q, q, q), dict.fromkeys(("alpha", "eta", "theta"), q[..., 0])),
         tm.token_select: ((q[:, :1], k), {"k": 4}),
         tm.core_context_attention: ((q, k, k), {"group": 4, "window": 8}),
         tm.hip_attention: ((q, k, k), {"budget": 8, "block_q": 8}),

@@ -55,7 +55,7 @@ def draw(sample, dtype=torch.float32, seed=0):
 
 
 def outputs(result):
-    return (result,) if isinstance(result, torch.Tensor) else result
+    return tuple(tm.testing.tensors_of(result))
 
 
 def clean(spec, backend=None):

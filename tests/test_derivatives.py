@@ -81,7 +81,7 @@ def function_of_leaves(spec, backend, call=None):
 
 
 def as_tuple(result):
-    return () if result is None else result if isinstance(result, tuple) else (result,)
+    return tuple(tm.testing.tensors_of(result))
 
 
 def penalty(run):

@@ -140,6 +140,19 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """Tensors (also inside tuples, lists and dicts), in their order.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> tm.testing.tensors_of((torch.ones(2), (torch.zeros(1), None)))
+        [tensor([1., 1.]), tensor([0.])]
+    """
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
 def evaluate(
     function: Callable[..., Any],
     args: Sequence[Any],
@@ -150,15 +163,14 @@ def evaluate(
     of all its floating-point tensors, in the order of the call."""
     leaves: list[Tensor] = []
 
-    def leaf(x: Any) -> Any:
+    def leaf(x: Tensor) -> Tensor:
         if cotangents is None or not _is_float(x):
             return x
         leaves.append(x.detach().requires_grad_())
         return leaves[-1]
 
-    result = function(*[leaf(a) for a in args], **{k: leaf(v) for k, v in kwargs.items()})
-    results = (result,) if isinstance(result, Tensor) else result
-    outputs = [r for r in results if r.shape != (0,)]
+    args, kwargs = map_tensors((list(args), kwargs), leaf)
+    outputs = [r for r in tensors_of(function(*args, **kwargs)) if r.shape != (0,)]
     if cotangents is None:
         return outputs, []
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
@@ -238,7 +250,9 @@ def compare(
     given = [*zip(parameters, first.args, strict=False), *first.kwargs.items()]
     names = [f"output {i}" for i in range(len(first.cotangents))]
     if spec.differentiable:
-        names += [f"gradient of {name}" for name, value in given if _is_float(value)]
+        names += [
+            f"gradient of {n}" for n, value in given for t in tensors_of(value) if _is_float(t)
+        ]
     logarithms = [i for i in spec.logarithms if i < len(first.cotangents)]
     lse = max((magnitude(d.wide[i]) for d in draws for i in logarithms), default=0.0)
     result = []

@@ -125,21 +125,19 @@ __device__ __forceinline__ void store_rows(T* to, int64_t seq, const float* from
   }
 }
 
-// sum += a[i * a_step] * b[i * b_step .. + 3]
-__device__ __forceinline__ void multiply(float (&sum)[4], const float* a, int a_step,
-                                         const float* b, int b_step, int n) {
-#pragma unroll 4
-  for (int i = 0; i < n; ++i) {
-    const float x = a[i * a_step];
-    const float4 y = *reinterpret_cast<const float4*>(b + i * b_step);
-    sum[0] = fmaf(x, y.x, sum[0]);
-    sum[1] = fmaf(x, y.y, sum[1]);
-    sum[2] = fmaf(x, y.z, sum[2]);
-    sum[3] = fmaf(x, y.w, sum[3]);
-  }
-}
-
 __device__ __forceinline__ float4& four(float* p) { return *reinterpret_cast<float4*>(p); }
+__device__ __forceinline__ void add(float (&sum)[4], float x, const float4& y) {
+  sum[0] = fmaf(x, y.x, sum[0]);
+  sum[1] = fmaf(x, y.y, sum[1]);
+  sum[2] = fmaf(x, y.z, sum[2]);
+  sum[3] = fmaf(x, y.w, sum[3]);
+}
+// sum += a[i * a_step] * b[i * b_step .. + 3]
+__device__ __forceinline__ void multiply(float (&sum)[4], const float* a, int a_step, float* b,
+                                         int b_step, int n) {
+#pragma unroll 4
+  for (int i = 0; i < n; ++i) add(sum, a[i * a_step], four(b + i * b_step));
+}
 __device__ __forceinline__ float4 sum_of(float4 a, float x, float4 b, float y, float4 c) {
   return {fmaf(x, a.x, fmaf(y, b.x, c.x)), fmaf(x, a.y, fmaf(y, b.y, c.y)),
           fmaf(x, a.z, fmaf(y, b.z, c.z)), fmaf(x, a.w, fmaf(y, b.w, c.w))};
@@ -322,9 +320,10 @@ __global__ void __launch_bounds__(kThreads)
       float m[4] = {}, o[4] = {};
 #pragma unroll 2
       for (int t = 0; t < n; ++t) {
-        const float x = s.k[t * s.step + d], w = -f.w_end[t] * x, e = -f.e_end[t] * x;
-        multiply(m, &w, 0, s.x + t * kWidth + c, 0, 1);
-        multiply(o, &e, 0, s.x + t * kWidth + c, 0, 1);
+        const float x = -s.k[t * s.step + d];
+        const float4 u = four(s.x + t * kWidth + c);
+        add(m, f.w_end[t] * x, u);
+        add(o, f.e_end[t] * x, u);
       }
       float4 &memory = four(s.first + d * kWidth + c), &momentum = four(s.second + d * kWidth + c);
       memory = sum_of(memory, to_memory, momentum, to_momentum, {m[0], m[1], m[2], m[3]});
@@ -389,10 +388,11 @@ __global__ void __launch_bounds__(kThreads)
       float m[4] = {}, o[4] = {}, g[4] = {};
 #pragma unroll 2
       for (int t = 0; t < n; ++t) {
-        const float x = s.q[t * s.step + d], a = f.memory[t] * x, e = f.momentum[t] * x;
-        multiply(m, &a, 0, s.x + t * kWidth + c, 0, 1);
-        multiply(o, &e, 0, s.x + t * kWidth + c, 0, 1);
-        multiply(g, s.k + t * s.step + d, 0, s.y + t * kWidth + c, 0, 1);
+        const float x = s.q[t * s.step + d];
+        const float4 gradient = four(s.x + t * kWidth + c);
+        add(m, f.memory[t] * x, gradient);
+        add(o, f.momentum[t] * x, gradient);
+        add(g, s.k[t * s.step + d], four(s.y + t * kWidth + c));
       }
       float4 &memory = four(s.first + d * kWidth + c), &momentum = four(s.second + d * kWidth + c);
       float4& start = four(s.start + d * kWidth + c);

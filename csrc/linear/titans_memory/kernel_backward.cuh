@@ -54,8 +54,12 @@ __global__ void __launch_bounds__(kThreads)
   if (slot == kept.slots) {  // packed: the tokens of no sequence
     clear_loose<T>(in, p.dq, h, 0, dim, static_cast<int>(dim));
     clear_loose<T>(in, p.dk, h, 0, dim, static_cast<int>(dim));
-    for (const TokenGates* g : {&p.dalpha, &p.deta, &p.dtheta})
-      clear_loose<float>(in, {g->data, 0, g->seq, g->head}, h, 0, 1, 1);
+    const auto clear_gate = [&](const TokenGates& g) {
+      clear_loose<float>(in, {g.data, 0, g.seq, g.head}, h, 0, 1, 1);
+    };
+    clear_gate(p.dalpha);
+    clear_gate(p.deta);
+    clear_gate(p.dtheta);
     return;
   }
   const Place at = kept.places[slot];
@@ -113,7 +117,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
     for (int64_t c = 0; c < columns; c += kTokens) {
       __syncthreads();
-      for (int which : {kMemory, kMomentum, kMemoryGradient, kMomentumGradient})
+#pragma unroll
+      for (int which = 0; which < 4; ++which)
         load_state_tile(s.states[which], state(slot, which), d, c, dim, columns);
       load_state_tile(s.states[4], state(at.start_slot, kMemory), d, c, dim, columns);
       load(s.rows[0], p.dout, c, columns);

@@ -129,14 +129,6 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {"num_heads": 6},
         lambda r: {"num_heads": 4, "layer": 1, "num_layers": 3, "convention": "paper"},
     ),
-    linear.titans_memory: (
-        lambda r: {**r.qkv(21, hk=4), **r.gates(2, 21, 4), "chunk_size": 8},
-        lambda r: {
-            "q": r(9, 4, 16), "k": r(9, 4, 16), "v": r(9, 4, 8), **r.gates(9, 4),
-            "cu_seqlens": int32(0, 4, 9), "chunk_size": 3, "return_final_state": True,
-            "initial_state": (r(2, 4, 16, 8).float(), r(2, 4, 16, 8).float()),
-        },
-    ),
     linear.titans_memory_decode: (
         lambda r: {
             **r.qkv(2, hk=4), **r.gates(2, 2, 4), "start": r(3, 4, 16, 16).float(),
@@ -212,8 +204,7 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 
 # Of products of PyTorch.
 PLAIN: tuple[Any, ...] = (
-    additive_attention, pattention, pointer_argmax, linear.titans_memory,
-    linear.titans_memory_decode, nn.Pattention, nn.AgentAttention, nn.TitansMemory,
+    additive_attention, pattention, pointer_argmax, linear.titans_memory_decode, nn.Pattention, nn.AgentAttention, nn.TitansMemory,
     nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder,

@@ -99,9 +99,8 @@ def titans_memory(
     where :math:`\ell_t(M) = \frac12 |k_t M - v_t|^2`, so :math:`\nabla \ell_t(M_c) = k_t^T (k_t M_c
     - v_t)`. A chunk has chunk_size tokens, and a call, or a packed sequence, begins with a new one.
     With chunk_size 1 each gradient is that at the memory before its token; a larger chunk_size
-    computes something else, faster. Chunks are products of matrices, with nothing divided: alpha =
-    1, eta = 0 and theta = 0 are exact. The products are those of PyTorch on every device, in
-    float32, or float64 beside such q: there is no argument `backend`.
+    computes something else, faster. Chunks are products of matrices, in float32, with nothing
+    divided: alpha = 1, eta = 0 and theta = 0 are exact.
 
     Args:
         q, k: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens; float16, bfloat16, float32
@@ -120,21 +119,21 @@ def titans_memory(
         cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end. On a GPU, which does
             not check these values, tokens before the first sequence and behind the last one have
             out 0 and gradients 0.
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses. CUDA and Triton have heads of
+            up to 256 dimensions, the reference any on every device.
 
     Returns:
         out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
         also (M, S) in the dtype of initial_state. An empty sequence leaves its state as it was.
-        Gradients: q, k, v, alpha, eta, theta, initial_state, through out and state, any number of
-        times.
+        Gradients: q, k, v, alpha, eta, theta, initial_state, through out and state.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
-    Complexity: 2 H S (3 D Dv + 2 D Dv + C (D + Dv)) operations with C = chunk_size, and 2.3 times
-    that for the backward. Extra memory: for the backward, which computes all else again, and for
-    packed sequences 2 D Dv numbers for each chunk and head; and matrices [C, C] of a block of
-    chunks, 2^18 numbers each on a CPU and 2^25 on a GPU. torch.compile makes a graph for each
-    length.
+    Complexity: 2 H S (5 D Dv + n (D + Dv) / 2) operations with n = chunk_size, but at most 64, and
+    2.6 times that for the backward, which computes the states again. It has extra memory for them:
+    on a CPU 2 D Dv numbers for each chunk, or 64 tokens of one, and thread; on a GPU twice as many
+    for each chunk, or 32 tokens of one, and head.
 
     Paper: Titans: Learning to Memorize at Test Time (Behrouz et al. 2025), sections 3.1 and 3.2.
     Its :math:`\ell` has no factor of 1/2: its theta is half of the one here.

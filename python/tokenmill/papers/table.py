@@ -342,9 +342,9 @@ TABLE = (
         "linear M a gated delta rule with momentum",
         ("tokenmill.titans_memory(chunk_size=64)", "tokenmill.titans_memory_decode",
          "tokenmill.nn.TitansMemory(depth=1)"),
-        "tests/papers/test_45_titans.py", "examples/papers/titans.py", PLAIN,
+        "tests/papers/test_45_titans.py", "examples/papers/titans.py", BACKENDS,
         "contexts of more than 2 M tokens",
-        note="plain PyTorch, in chunks; a memory of several layers is slow",
+        note="decoding, and a memory of several layers, which is slow, are plain PyTorch",
     ),
     Paper(
         47, "TokenFormer", "TokenFormer: Rethinking Transformer Scaling with Tokenized Model "
