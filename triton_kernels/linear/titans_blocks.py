@@ -20,7 +20,17 @@ import triton.language as tl
 from ..common import slice_of, span
 
 # Arguments by which no kernel is specialised: a new length compiles nothing.
-LENGTHS = ["tokens", "sequences", "chunk_size", "parts", "halvings", "heads", "slices"]
+LENGTHS = [
+    "tokens",
+    "sequences",
+    "chunk_size",
+    "parts",
+    "halvings",
+    "heads",
+    "slices",
+    "head_dim",  # a bound of loops that ptxas would unroll
+    "value_dim",
+]
 
 
 class Block(NamedTuple):

@@ -82,22 +82,15 @@ class Call(NamedTuple):
             Rows(t, 0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1)) for t in tensors
         ]
 
-    def sweep(self) -> dict[str, Any]:
-        """Options of the kernels that go over the blocks of a sequence."""
-        wide = self.q.shape[-1] > 128
-        return {
-            **self.options(),
-            "BLOCK_D": max(triton.next_power_of_2(self.q.shape[-1]), 16),
-            "BLOCK_V": self.columns,
-            "num_warps": 8 if wide or self.q.shape[-1] > 64 else 4,
-        }
-
     @property
-    def columns(self) -> int:
-        """Of a slice."""
+    def tile(self) -> int:
+        """Rows and columns of tiles of states."""
         if INTERPRETED.value:  # a tile costs milliseconds whatever its size
-            return max(triton.next_power_of_2(self.v.shape[-1]), 16)
-        return 16 if self.q.shape[-1] > 64 else 32
+            return min(max(triton.next_power_of_2(max(self.state_shape[2:])), 16), 128)
+        return 16 if self.q.dtype == torch.float32 else 32
+
+    def scratch(self) -> Tensor:
+        return self.float32(self.sequences, self.heads, 3, *self.state_shape[2:])
 
     def options(self) -> dict[str, Any]:
         return {
@@ -105,11 +98,14 @@ class Call(NamedTuple):
             "HEAD_DIM": self.q.shape[-1],
             "VALUE_DIM": self.v.shape[-1],
             "BLOCK_T": BLOCK_T,
+            "BLOCK_D": self.tile,
+            "BLOCK_V": self.tile,
+            "num_warps": 8,
             "num_stages": 1,
         }
 
     def place(self) -> tuple[Any, ...]:
-        """What every kernel takes, from cu_seqlens to slices."""
+        """What every kernel takes, from cu_seqlens to value_dim."""
         return (
             self.cu_seqlens,
             self.tokens,
@@ -118,8 +114,14 @@ class Call(NamedTuple):
             self.parts,
             self.sequences.bit_length(),
             self.heads,
-            triton.cdiv(self.v.shape[-1], self.columns),
+            self.slices,
+            self.q.shape[-1],
+            self.v.shape[-1],
         )
+
+    @property
+    def slices(self) -> int:
+        return triton.cdiv(self.v.shape[-1], self.tile)
 
 
 def _states(t: Tensor | None) -> States | None:
@@ -135,17 +137,18 @@ def _sweep_states(
     states, us = kept
     launch(
         states_kernel,
-        call.sequences * call.heads * call.place()[-1],
+        call.sequences * call.heads * call.slices,
         call.q,
         *(call.rows(t) for t in (call.q, call.k, call.v)),
         None if out is None else call.rows(out),
         *call.gates(call.alpha, call.eta, call.theta),
         *map(_states, (call.initial_memory, call.initial_momentum, *final)),
+        call.scratch(),
         states,
         None if us is None else call.rows(us),
         *call.place(),
         KEEP=out is None,
-        **call.sweep(),
+        **call.options(),
     )
 
 
@@ -180,15 +183,16 @@ def titans_memory_backward(
     gates = call.gates(call.alpha, call.eta, call.theta)
     launch(
         gradients_kernel,
-        call.sequences * call.heads * call.place()[-1],
+        call.sequences * call.heads * call.slices,
         call.q,
         *(call.rows(t) for t in (call.q, call.k, dout, dv)),
         *gates,
         *map(_states, (dmemory, dmomentum, *(dinitial if wanted else (None, None)))),
+        call.scratch(),
         states,
         call.rows(dus),
         *call.place(),
-        **call.sweep(),
+        **call.options(),
     )
     launch(
         block_kernel,
@@ -201,8 +205,5 @@ def titans_memory_backward(
         *(call.rows(t) for t in (us, dus)),
         *call.place(),
         **call.options(),
-        BLOCK_D=128 if INTERPRETED.value else 32,
-        BLOCK_V=128 if INTERPRETED.value else 32,
-        num_warps=8,
     )
     return dq, dk, dv, dalpha, deta, dtheta, *dinitial

@@ -24,23 +24,6 @@ from .titans_blocks import (
 
 
 @triton.jit
-def load_state(state, i_b, i_h, o_tile, m_tile):
-    """Zeros without a state."""
-    b_state = tl.zeros(o_tile.shape, tl.float32)
-    if state is not None:
-        o_state = i_b * state.sequence + tl.cast(i_h, tl.int64) * state.head
-        b_state = tl.load(state.data + o_state + o_tile, mask=m_tile, other=0.0)
-    return b_state
-
-
-@triton.jit
-def store_state(state, i_b, i_h, o_tile, m_tile, b_state):
-    if state is not None:
-        o_state = i_b * state.sequence + tl.cast(i_h, tl.int64) * state.head
-        tl.store(state.data + o_state + o_tile, b_state, mask=m_tile)
-
-
-@triton.jit
 def share_of(heads, slices, BLOCK_V: tl.constexpr):
     """Sequence, head and columns of a program."""
     i = tl.program_id(0)
@@ -49,118 +32,215 @@ def share_of(heads, slices, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def pair_weights(queries, keys, o_row, o_d, b_w, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[BLOCK_T, BLOCK_T]: -W[t, j] q_t . k_j, 0 for a later token, whatever its key holds."""
-    b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
-    b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
-    b_pairs = product(b_q, tl.trans(b_k), PRECISION)
-    o_t = tl.arange(0, b_w.shape[0])
-    return tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
+def state_at(states, i_b, i_h):
+    return states.data + i_b * states.sequence + tl.cast(i_h, tl.int64) * states.head
+
+
+@triton.jit
+def begin_state(
+    p_state, p_start, given, i_b, i_h, o_c, head_dim, FROM_STATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The state of a program, from the one given or zeros; and where a chunk begins, from it
+    (FROM_STATE) or zeros."""
+    for d in range(0, head_dim, BLOCK_D):
+        o_tile, m_tile = state_tile(d + tl.arange(0, BLOCK_D), o_c, HEAD_DIM, VALUE_DIM)
+        b_state = tl.zeros([BLOCK_D, o_c.shape[0]], tl.float32)
+        if given is not None:
+            b_state = tl.load(state_at(given, i_b, i_h) + o_tile, mask=m_tile, other=0.0)
+        tl.store(p_state + o_tile, b_state, mask=m_tile)
+        if p_start is not None:
+            b_start = tl.zeros([BLOCK_D, o_c.shape[0]], tl.float32)
+            if FROM_STATE:
+                b_start = b_state
+            tl.store(p_start + o_tile, b_start, mask=m_tile)
+
+
+@triton.jit
+def end_state(
+    p_state, wanted, i_b, i_h, o_c, head_dim,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    if wanted is not None:
+        for d in range(0, head_dim, BLOCK_D):
+            o_tile, m_tile = state_tile(d + tl.arange(0, BLOCK_D), o_c, HEAD_DIM, VALUE_DIM)
+            b_state = tl.load(p_state + o_tile, mask=m_tile, other=0.0)
+            tl.store(state_at(wanted, i_b, i_h) + o_tile, b_state, mask=m_tile)
+
+
+@triton.jit
+def nan_from(m_finite, o_t):
+    """For each column NaN from the first token on that is not finite in it, and 0 before."""
+    o_first = tl.min(tl.where(m_finite, m_finite.shape[0], o_t[:, None]), 0)
+    return tl.where(o_t[:, None] >= o_first[None, :], float("nan"), 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def states_kernel(
-    q, k, v, out, alpha, eta, theta, initial_memory, initial_momentum, memory, momentum, states, us,
-    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
-    KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    q, k, v, out, alpha, eta, theta, initial_memory, initial_momentum, memory, momentum, scratch,
+    states, us, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices, head_dim,
+    value_dim, KEEP: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out and the states behind the last tokens; KEEP: instead the states before each block and U,
-    for the backward."""
+    for the backward. scratch holds M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
     slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
     o_t = tl.arange(0, BLOCK_T)
-    o_d = tl.arange(0, BLOCK_D)
-    o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
-    b_memory = load_state(initial_memory, i_b, i_h, o_tile, m_tile)
-    b_momentum = load_state(initial_momentum, i_b, i_h, o_tile, m_tile)
-    b_start = b_memory
+    SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
+    p_memory = scratch + (i_b * heads + i_h) * (3 * SIZE)
+    p_momentum = p_memory + SIZE
+    p_start = p_memory + 2 * SIZE
+    begin_state(
+        p_memory, p_start, initial_memory, i_b, i_h, o_c, head_dim, True, HEAD_DIM, VALUE_DIM,
+        BLOCK_D,
+    )  # fmt: skip
+    begin_state(
+        p_momentum, None, initial_momentum, i_b, i_h, o_c, head_dim, False, HEAD_DIM, VALUE_DIM,
+        BLOCK_D,
+    )  # fmt: skip
     for i in range(blocks_of(length, chunk_size, parts, BLOCK_T)):
+        tl.debug_barrier()  # before threads read what others stored
         block = block_of(i, length, chunk_size, parts, BLOCK_T)
-        if KEEP:
-            p_states = kept_states(states, slot + i, i_h, heads, HEAD_DIM * VALUE_DIM)
-            tl.store(p_states + o_tile, b_memory, mask=m_tile)
-            tl.store(p_states + HEAD_DIM * VALUE_DIM + o_tile, b_momentum, mask=m_tile)
-        b_start = tl.where(block.starts, b_memory, b_start)
         end = block.first + block.count  # rows past it are 0
         o_row = block.first + o_t
+        queries = slice_of(q, i_b, i_h, start, end)
         keys = slice_of(k, i_b, i_h, start, end)
-        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
-        b_v = load_tile(slice_of(v, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
-        b_u = product(b_k, b_start, PRECISION) - b_v.to(tl.float32)
+        b_u = -load_tile(slice_of(v, i_b, i_h, start, end), o_row, o_c, VALUE_DIM).to(tl.float32)
+        b_memory_q = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        b_momentum_q = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        b_pairs = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        for d in range(0, head_dim, BLOCK_D):
+            o_d = d + tl.arange(0, BLOCK_D)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+            b_u += product(b_k, tl.load(p_start + o_tile, mask=m_tile, other=0.0), PRECISION)
+            b_memory = tl.load(p_memory + o_tile, mask=m_tile, other=0.0)
+            b_momentum = tl.load(p_momentum + o_tile, mask=m_tile, other=0.0)
+            if KEEP:
+                p_kept = kept_states(states, slot + i, i_h, heads, SIZE)
+                tl.store(p_kept + o_tile, b_memory, mask=m_tile)
+                tl.store(p_kept + SIZE + o_tile, b_momentum, mask=m_tile)
+            else:
+                b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+                b_memory_q += product(b_q, b_memory, PRECISION)
+                b_momentum_q += product(b_q, b_momentum, PRECISION)
+                b_pairs += product(b_q, tl.trans(b_k), PRECISION)
         b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
-            queries = slice_of(q, i_b, i_h, start, end)
-            b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
-            b_out = f.memory[:, None] * product(b_q, b_memory, PRECISION)
-            b_out += f.momentum[:, None] * product(b_q, b_momentum, PRECISION)
-            b_pairs = pair_weights(queries, keys, o_row, o_d, b_w, PRECISION, HEAD_DIM)
-            b_out += product(b_pairs, b_u, PRECISION)
+            b_out = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
+            # 0 for a later token, whatever its key holds
+            b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
+            m_finite = b_u - b_u == 0.0
+            b_out += product(b_pairs, tl.where(m_finite, b_u, 0.0), PRECISION)
+            b_out += nan_from(m_finite, o_t)
             store_tile(slice_of(out, i_b, i_h, start, end), o_row, o_c, b_out, VALUE_DIM)
-        b_k = tl.trans(b_k.to(tl.float32))
+        tl.debug_barrier()
         last = block.count - 1
         to_memory = at_token(f.memory, o_t, last)
         to_momentum = at_token(f.momentum, o_t, last)
-        b_memory = to_memory * b_memory + to_momentum * b_momentum
-        b_memory -= product(b_k * f.w_end[None, :], b_u, PRECISION)
-        b_momentum = at_token(f.kept, o_t, last) * b_momentum
-        b_momentum -= product(b_k * f.e_end[None, :], b_u, PRECISION)
-    store_state(memory, i_b, i_h, o_tile, m_tile, b_memory)
-    store_state(momentum, i_b, i_h, o_tile, m_tile, b_momentum)
+        stays = at_token(f.kept, o_t, last)
+        next_starts = block_of(i + 1, length, chunk_size, parts, BLOCK_T).starts
+        for d in range(0, head_dim, BLOCK_D):
+            o_d = d + tl.arange(0, BLOCK_D)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_k = tl.trans(load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32))
+            b_memory = tl.load(p_memory + o_tile, mask=m_tile, other=0.0)
+            b_momentum = tl.load(p_momentum + o_tile, mask=m_tile, other=0.0)
+            b_memory = to_memory * b_memory + to_momentum * b_momentum
+            b_memory -= product(b_k * f.w_end[None, :], b_u, PRECISION)
+            b_momentum = stays * b_momentum - product(b_k * f.e_end[None, :], b_u, PRECISION)
+            tl.store(p_memory + o_tile, b_memory, mask=m_tile)
+            tl.store(p_momentum + o_tile, b_momentum, mask=m_tile)
+            if next_starts:
+                tl.store(p_start + o_tile, b_memory, mask=m_tile)
+    tl.debug_barrier()
+    end_state(p_memory, memory, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
+    end_state(p_momentum, momentum, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
     q, k, dout, dv, alpha, eta, theta, dmemory, dmomentum, dinitial_memory, dinitial_momentum,
-    states, dus, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    scratch, states, dus, cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
+    head_dim, value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of values and U, and of the states behind each block and before the first tokens."""
+    """Of values and U, and of the states behind each block and before the first tokens. scratch
+    holds the gradients of M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
     slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
     o_t = tl.arange(0, BLOCK_T)
-    o_d = tl.arange(0, BLOCK_D)
-    o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
-    b_dmemory = load_state(dmemory, i_b, i_h, o_tile, m_tile)
-    b_dmomentum = load_state(dmomentum, i_b, i_h, o_tile, m_tile)
-    b_dstart = tl.zeros(o_tile.shape, tl.float32)
+    SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
+    p_dmemory = scratch + (i_b * heads + i_h) * (3 * SIZE)
+    p_dmomentum = p_dmemory + SIZE
+    p_dstart = p_dmemory + 2 * SIZE
+    begin_state(
+        p_dmemory, p_dstart, dmemory, i_b, i_h, o_c, head_dim, False, HEAD_DIM, VALUE_DIM, BLOCK_D
+    )
+    begin_state(
+        p_dmomentum, None, dmomentum, i_b, i_h, o_c, head_dim, False, HEAD_DIM, VALUE_DIM, BLOCK_D
+    )
     blocks = blocks_of(length, chunk_size, parts, BLOCK_T)
     for i_back in range(blocks):
+        tl.debug_barrier()
         i = blocks - 1 - i_back
         block = block_of(i, length, chunk_size, parts, BLOCK_T)
-        p_states = kept_states(states, slot + i, i_h, heads, HEAD_DIM * VALUE_DIM)
-        tl.store(p_states + 2 * HEAD_DIM * VALUE_DIM + o_tile, b_dmemory, mask=m_tile)
-        tl.store(p_states + 3 * HEAD_DIM * VALUE_DIM + o_tile, b_dmomentum, mask=m_tile)
         end = block.first + block.count
         o_row = block.first + o_t
         queries = slice_of(q, i_b, i_h, start, end)
         keys = slice_of(k, i_b, i_h, start, end)
+        p_kept = kept_states(states, slot + i, i_h, heads, SIZE) + 2 * SIZE
+        b_memory_k = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        b_momentum_k = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+        b_pairs = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
+        for d in range(0, head_dim, BLOCK_D):
+            o_d = d + tl.arange(0, BLOCK_D)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+            b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+            b_dmemory = tl.load(p_dmemory + o_tile, mask=m_tile, other=0.0)
+            b_dmomentum = tl.load(p_dmomentum + o_tile, mask=m_tile, other=0.0)
+            tl.store(p_kept + o_tile, b_dmemory, mask=m_tile)
+            tl.store(p_kept + SIZE + o_tile, b_dmomentum, mask=m_tile)
+            b_memory_k += product(b_k, b_dmemory, PRECISION)
+            b_momentum_k += product(b_k, b_dmomentum, PRECISION)
+            b_pairs += product(b_q, tl.trans(b_k), PRECISION)
         b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
-        b_pairs = pair_weights(queries, keys, o_row, o_d, b_w, PRECISION, HEAD_DIM)
-        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
         b_du = product(tl.trans(b_pairs), b_dout, PRECISION)
-        b_du -= f.w_end[:, None] * product(b_k, b_dmemory, PRECISION)
-        b_du -= f.e_end[:, None] * product(b_k, b_dmomentum, PRECISION)
+        b_du -= f.w_end[:, None] * b_memory_k + f.e_end[:, None] * b_momentum_k
         store_tile(slice_of(dv, i_b, i_h, start, end), o_row, o_c, -b_du, VALUE_DIM)
         store_tile(slice_of(dus, i_b, i_h, start, end), o_row, o_c, b_du, VALUE_DIM)
-        b_dstart += product(tl.trans(b_k.to(tl.float32)), b_du, PRECISION)
-        b_q = tl.trans(load_tile(queries, o_row, o_d, HEAD_DIM).to(tl.float32))
+        tl.debug_barrier()
         last = block.count - 1
+        to_memory = at_token(f.memory, o_t, last)
         to_momentum = at_token(f.momentum, o_t, last)
-        b_dmomentum = to_momentum * b_dmemory + at_token(f.kept, o_t, last) * b_dmomentum
-        b_dmomentum += product(b_q * f.momentum[None, :], b_dout, PRECISION)
-        b_dmemory = at_token(f.memory, o_t, last) * b_dmemory
-        b_dmemory += product(b_q * f.memory[None, :], b_dout, PRECISION)
-        b_dmemory += tl.where(block.starts, b_dstart, 0.0)
-        b_dstart = tl.where(block.starts, 0.0, b_dstart)
-    store_state(dinitial_memory, i_b, i_h, o_tile, m_tile, b_dmemory)
-    store_state(dinitial_momentum, i_b, i_h, o_tile, m_tile, b_dmomentum)
+        stays = at_token(f.kept, o_t, last)
+        for d in range(0, head_dim, BLOCK_D):
+            o_d = d + tl.arange(0, BLOCK_D)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_k = tl.trans(load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32))
+            b_dstart = tl.load(p_dstart + o_tile, mask=m_tile, other=0.0)
+            b_dstart += product(b_k, b_du, PRECISION)
+            b_dmemory = tl.load(p_dmemory + o_tile, mask=m_tile, other=0.0)
+            b_dmomentum = tl.load(p_dmomentum + o_tile, mask=m_tile, other=0.0)
+            b_q = tl.trans(load_tile(queries, o_row, o_d, HEAD_DIM).to(tl.float32))
+            b_dmomentum = to_momentum * b_dmemory + stays * b_dmomentum
+            b_dmomentum += product(b_q * f.momentum[None, :], b_dout, PRECISION)
+            b_dmemory = to_memory * b_dmemory + tl.where(block.starts, b_dstart, 0.0)
+            b_dmemory += product(b_q * f.memory[None, :], b_dout, PRECISION)
+            tl.store(p_dmemory + o_tile, b_dmemory, mask=m_tile)
+            tl.store(p_dmomentum + o_tile, b_dmomentum, mask=m_tile)
+            tl.store(p_dstart + o_tile, tl.where(block.starts, 0.0, b_dstart), mask=m_tile)
+    tl.debug_barrier()
+    end_state(p_dmemory, dinitial_memory, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
+    end_state(p_dmomentum, dinitial_momentum, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -172,8 +252,8 @@ def store_gate(gates, i_b, i_h, start, o_row, m_row, b_x):
 @triton.jit(do_not_specialize=LENGTHS)
 def block_kernel(
     q, k, dout, dq, dk, alpha, eta, theta, dalpha, deta, dtheta, states, us, dus,
-    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    cu_seqlens, tokens, sequences, chunk_size, parts, halvings, heads, slices, head_dim,
+    value_dim, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Of queries, keys and gates."""
@@ -199,13 +279,13 @@ def block_kernel(
     derrors = slice_of(dus, i_b, i_h, start, end)
 
     b_qk = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for d in range(0, HEAD_DIM, BLOCK_D):
+    for d in range(0, head_dim, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
         b_qk += product(b_q, tl.trans(b_k), PRECISION)
     b_x = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)  # dout_t . u_j
-    for c in range(0, VALUE_DIM, BLOCK_V):
+    for c in range(0, value_dim, BLOCK_V):
         o_c = c + tl.arange(0, BLOCK_V)
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
         b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
@@ -225,18 +305,17 @@ def block_kernel(
     b_of_memory = tl.zeros([BLOCK_D], tl.float32)  # of those behind the block, by rows of the state
     b_of_momentum = tl.zeros([BLOCK_D], tl.float32)
     b_of_kept = tl.zeros([BLOCK_D], tl.float32)
-    for d in range(0, HEAD_DIM, BLOCK_D):
+    for d in range(0, head_dim, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_memory_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         b_momentum_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         b_memory_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         b_momentum_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         b_start_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for c in range(0, VALUE_DIM, BLOCK_V):
+        # Loops by operands: together they would not fit the registers.
+        for c in range(0, value_dim, BLOCK_V):
             o_c = c + tl.arange(0, BLOCK_V)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
-            b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
-            b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
             b_memory = tl.load(p_states + o_tile, mask=m_tile, other=0.0)
             b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
             b_dm = tl.load(p_states + 2 * SIZE + o_tile, mask=m_tile, other=0.0)
@@ -244,12 +323,27 @@ def block_kernel(
             b_of_memory += tl.sum(b_memory * b_dm, 1)
             b_of_momentum += tl.sum(b_momentum * b_dm, 1)
             b_of_kept += tl.sum(b_momentum * b_ds, 1)
+        for c in range(0, value_dim, BLOCK_V):
+            o_c = c + tl.arange(0, BLOCK_V)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
+            b_memory = tl.load(p_states + o_tile, mask=m_tile, other=0.0)
             b_memory_q += product(b_dout, tl.trans(b_memory), PRECISION)
+            b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
             b_momentum_q += product(b_dout, tl.trans(b_momentum), PRECISION)
+        for c in range(0, value_dim, BLOCK_V):
+            o_c = c + tl.arange(0, BLOCK_V)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
+            b_dm = tl.load(p_states + 2 * SIZE + o_tile, mask=m_tile, other=0.0)
             b_memory_k += product(b_u, tl.trans(b_dm), PRECISION)
+            b_ds = tl.load(p_states + 3 * SIZE + o_tile, mask=m_tile, other=0.0)
             b_momentum_k += product(b_u, tl.trans(b_ds), PRECISION)
-            b_start = tl.load(p_start + o_tile, mask=m_tile, other=0.0)
+        for c in range(0, value_dim, BLOCK_V):
+            o_c = c + tl.arange(0, BLOCK_V)
+            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_du = load_tile(derrors, o_row, o_c, VALUE_DIM)
+            b_start = tl.load(p_start + o_tile, mask=m_tile, other=0.0)
             b_start_k += product(b_du, tl.trans(b_start), PRECISION)
         b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
         b_k = load_tile(keys, o_row, o_d, HEAD_DIM)

@@ -204,8 +204,9 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 
 # Of products of PyTorch.
 PLAIN: tuple[Any, ...] = (
-    additive_attention, pattention, pointer_argmax, linear.titans_memory_decode, nn.Pattention, nn.AgentAttention, nn.TitansMemory,
-    nn.SigmoidAttention, nn.LightningAttention, nn.TokenAwarePooling, nn.EmbeddingPooling,
+    additive_attention, pattention, pointer_argmax, linear.titans_memory_decode, nn.Pattention,
+    nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.LightningAttention,
+    nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,
     nn.EViTEncoder,
 )  # fmt: skip

@@ -119,8 +119,8 @@ def titans_memory(
         cu_seqlens: int32 ``[N + 1]``, where packed sequences begin and end. On a GPU, which does
             not check these values, tokens before the first sequence and behind the last one have
             out 0 and gradients 0.
-        backend: "cpu", "cuda", "triton" or "reference"; None chooses. CUDA and Triton have heads of
-            up to 256 dimensions, the reference any on every device.
+        backend: "cpu", "cuda", "triton" or "reference"; None chooses. CUDA has heads of up to 256
+            dimensions, the others any.
 
     Returns:
         out ``[B, S, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_final_state
@@ -279,9 +279,9 @@ def _backward(
 
 
 def _unsupported(backend: str, *lowered: Any) -> list[str]:
-    dim = FORWARD.record(*lowered).q.shape[-1]
-    if backend in ("cuda", "triton") and dim > MAX_HEAD_DIM:
-        return [f"head dimensions are 1 to {MAX_HEAD_DIM} there; got {dim}"]
+    shape = FORWARD.record(*lowered).q.shape
+    if backend == "cuda" and shape and shape[-1] > MAX_HEAD_DIM:
+        return [f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {shape[-1]}"]
     return []
 
 
