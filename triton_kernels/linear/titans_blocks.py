@@ -116,8 +116,10 @@ def row_at(b_x, o_t, t):
 
 
 @triton.jit
-def weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T: tl.constexpr):
-    """W and E [BLOCK_T, BLOCK_T], and the factors. Rows past the tokens are 0."""
+def weigh(
+    alpha, eta, theta, i_b, i_h, start, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """W [BLOCK_T, BLOCK_T], with BOTH also E, and the factors. Rows past the tokens are 0."""
     m_t = o_t < block.count
     o_row = block.first + o_t
     b_decay = 1.0 - gates_of(alpha, i_b, i_h, start, o_row, m_t)
@@ -142,7 +144,8 @@ def weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T: tl.constexpr)
         b_run_momentum = decay * b_run_momentum + b_run_kept
         b_run_memory *= decay
         b_w = tl.where(o_t[:, None] == t, b_row_w[None, :], b_w)
-        b_e = tl.where(o_t[:, None] == t, b_row_e[None, :], b_e)
+        if BOTH:
+            b_e = tl.where(o_t[:, None] == t, b_row_e[None, :], b_e)
         b_memory = tl.where(o_t == t, b_run_memory, b_memory)
         b_momentum = tl.where(o_t == t, b_run_momentum, b_momentum)
         b_kept = tl.where(o_t == t, b_run_kept, b_kept)

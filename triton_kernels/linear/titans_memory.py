@@ -12,8 +12,6 @@ from ..common import INTERPRETED, Rows, launch
 from .common import States
 from .titans_memory_kernels import block_kernel, gradients_kernel, states_kernel
 
-BLOCK_T = 32
-
 
 class Call(NamedTuple):
     """The lowered list, and what the kernels take from it."""
@@ -51,8 +49,14 @@ class Call(NamedTuple):
         return min(self.chunk_size, max(self.tokens, 1))
 
     @property
+    def block(self) -> int:
+        """Tokens. With 32 the products in tf32x3 do not fit the registers of compute capability
+        9.0."""
+        return 16 if self.q.dtype == torch.float32 and not INTERPRETED.value else 32
+
+    @property
     def parts(self) -> int:
-        return triton.cdiv(self.chunk, BLOCK_T)
+        return triton.cdiv(self.chunk, self.block)
 
     @property
     def slots(self) -> int:
@@ -60,7 +64,7 @@ class Call(NamedTuple):
         if self.packed:
             return (self.tokens // self.chunk + self.sequences) * self.parts
         whole, rest = divmod(self.tokens, self.chunk)
-        return self.sequences * (whole * self.parts + triton.cdiv(rest, BLOCK_T))
+        return self.sequences * (whole * self.parts + triton.cdiv(rest, self.block))
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -97,7 +101,7 @@ class Call(NamedTuple):
             "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
             "HEAD_DIM": self.q.shape[-1],
             "VALUE_DIM": self.v.shape[-1],
-            "BLOCK_T": BLOCK_T,
+            "BLOCK_T": self.block,
             "BLOCK_D": self.tile,
             "BLOCK_V": self.tile,
             "num_warps": 8,

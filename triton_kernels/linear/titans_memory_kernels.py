@@ -127,7 +127,7 @@ def states_kernel(
                 b_memory_q += product(b_q, b_memory, PRECISION)
                 b_momentum_q += product(b_q, b_momentum, PRECISION)
                 b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, False, BLOCK_T)
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
@@ -210,7 +210,7 @@ def gradients_kernel(
             b_memory_k += product(b_k, b_dmemory, PRECISION)
             b_momentum_k += product(b_k, b_dmomentum, PRECISION)
             b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, False, BLOCK_T)
         b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
         b_du = product(tl.trans(b_pairs), b_dout, PRECISION)
@@ -290,7 +290,7 @@ def block_kernel(
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
         b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
         b_x += product(b_dout, tl.trans(b_u), PRECISION)
-    b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, BLOCK_T)
+    b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, True, BLOCK_T)
     m_seen = o_t[:, None] >= o_t[None, :]
     b_dw = tl.where(m_seen, -b_qk * b_x, 0.0)
     b_dqk = tl.where(m_seen, -b_w * b_x, 0.0)
@@ -305,17 +305,11 @@ def block_kernel(
     b_of_memory = tl.zeros([BLOCK_D], tl.float32)  # of those behind the block, by rows of the state
     b_of_momentum = tl.zeros([BLOCK_D], tl.float32)
     b_of_kept = tl.zeros([BLOCK_D], tl.float32)
+    # Loops by operands: together they would not fit the registers.
     for d in range(0, head_dim, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
-        b_memory_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        b_momentum_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        b_memory_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        b_momentum_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        b_start_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        # Loops by operands: together they would not fit the registers.
         for c in range(0, value_dim, BLOCK_V):
-            o_c = c + tl.arange(0, BLOCK_V)
-            o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
+            o_tile, m_tile = state_tile(o_d, c + tl.arange(0, BLOCK_V), HEAD_DIM, VALUE_DIM)
             b_memory = tl.load(p_states + o_tile, mask=m_tile, other=0.0)
             b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
             b_dm = tl.load(p_states + 2 * SIZE + o_tile, mask=m_tile, other=0.0)
@@ -323,6 +317,9 @@ def block_kernel(
             b_of_memory += tl.sum(b_memory * b_dm, 1)
             b_of_momentum += tl.sum(b_momentum * b_dm, 1)
             b_of_kept += tl.sum(b_momentum * b_ds, 1)
+
+        b_memory_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_momentum_q = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for c in range(0, value_dim, BLOCK_V):
             o_c = c + tl.arange(0, BLOCK_V)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
@@ -331,6 +328,17 @@ def block_kernel(
             b_memory_q += product(b_dout, tl.trans(b_memory), PRECISION)
             b_momentum = tl.load(p_states + SIZE + o_tile, mask=m_tile, other=0.0)
             b_momentum_q += product(b_dout, tl.trans(b_momentum), PRECISION)
+        b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
+        b_dmemory += tl.sum(b_memory_q * b_q.to(tl.float32), 1)
+        b_dmomentum += tl.sum(b_momentum_q * b_q.to(tl.float32), 1)
+        b_dq = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
+        b_dq += product(b_dqk, b_k, PRECISION)
+        store_tile(slice_of(dq, i_b, i_h, start, end), o_row, o_d, b_dq, HEAD_DIM)
+
+        b_memory_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_momentum_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        b_dk = product(tl.trans(b_dqk), b_q, PRECISION)
         for c in range(0, value_dim, BLOCK_V):
             o_c = c + tl.arange(0, BLOCK_V)
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
@@ -344,18 +352,11 @@ def block_kernel(
             o_tile, m_tile = state_tile(o_d, o_c, HEAD_DIM, VALUE_DIM)
             b_du = load_tile(derrors, o_row, o_c, VALUE_DIM)
             b_start = tl.load(p_start + o_tile, mask=m_tile, other=0.0)
-            b_start_k += product(b_du, tl.trans(b_start), PRECISION)
-        b_q = load_tile(queries, o_row, o_d, HEAD_DIM)
-        b_k = load_tile(keys, o_row, o_d, HEAD_DIM)
-        b_dmemory += tl.sum(b_memory_q * b_q.to(tl.float32), 1)
-        b_dmomentum += tl.sum(b_momentum_q * b_q.to(tl.float32), 1)
-        b_dw_end -= tl.sum(b_memory_k * b_k.to(tl.float32), 1)
-        b_de_end -= tl.sum(b_momentum_k * b_k.to(tl.float32), 1)
-        b_dq = f.memory[:, None] * b_memory_q + f.momentum[:, None] * b_momentum_q
-        b_dq += product(b_dqk, b_k, PRECISION)
-        store_tile(slice_of(dq, i_b, i_h, start, end), o_row, o_d, b_dq, HEAD_DIM)
-        b_dk = b_start_k - f.w_end[:, None] * b_memory_k - f.e_end[:, None] * b_momentum_k
-        b_dk += product(tl.trans(b_dqk), b_q, PRECISION)
+            b_dk += product(b_du, tl.trans(b_start), PRECISION)
+        b_k = load_tile(keys, o_row, o_d, HEAD_DIM).to(tl.float32)
+        b_dw_end -= tl.sum(b_memory_k * b_k, 1)
+        b_de_end -= tl.sum(b_momentum_k * b_k, 1)
+        b_dk -= f.w_end[:, None] * b_memory_k + f.e_end[:, None] * b_momentum_k
         store_tile(slice_of(dk, i_b, i_h, start, end), o_row, o_d, b_dk, HEAD_DIM)
 
     # Rows of W and E backwards.

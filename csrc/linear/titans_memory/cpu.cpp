@@ -38,7 +38,11 @@ class Worker {
       const TitansBlock at = titans_block(i, s.length, p.chunk_size, kBlock);
       if (at.starts && apart) std::memcpy(start.data, memory.data, dim * ldv * sizeof(float));
       const int64_t next = at.first + at.tokens;
-      ask_for(b, s.start + next, h, std::min(kBlock, s.length - next));
+      const int64_t ahead = std::min(kBlock, s.length - next);
+      ask_for(p.q, p.dtype, b, s.start + next, h, ahead, dim);
+      ask_for(p.k, p.dtype, b, s.start + next, h, ahead, dim);
+      ask_for(p.v, p.dtype, b, s.start + next, h, ahead, p.value_dim);
+      ask_for<true>(p.out, p.dtype, b, s.start + at.first, h, at.tokens, p.value_dim);
       block(b, s.start + at.first, h, at.tokens, next < s.length || p.memory.data);
     }
     if (!p.memory.data) return;
@@ -47,14 +51,6 @@ class Worker {
   }
 
  private:
-  int64_t bytes() const { return p.dtype == DType::float32 ? 4 : 2; }
-
-  void ask_for(int64_t b, int64_t first, int64_t h, int64_t n) const {
-    for (const Rows* r : {&p.q, &p.k, &p.v})
-      prefetch_rows(row_of(*r, p.dtype, b, first, h), r->seq * bytes(), n,
-                    (r == &p.v ? p.value_dim : dim) * bytes());
-  }
-
   void block(int64_t b, int64_t first, int64_t h, int64_t n, bool advance) {
     const char* keys = row_of(p.k, p.dtype, b, first, h);
     pack_rows<Float32>(row_of(p.q, p.dtype, b, first, h), p.dtype, p.q.seq, n, n, dim, 1.f, q.data,

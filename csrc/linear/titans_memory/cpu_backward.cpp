@@ -57,6 +57,13 @@ class Worker {
     clear(dstart);
     for (int64_t i = titans_blocks(s.length, f.chunk_size, kBlock); i-- > 0;) {
       const TitansBlock at = titans_block(i, s.length, f.chunk_size, kBlock);
+      const int64_t ahead = std::min(kBlock, at.first), next = s.start + at.first - ahead;
+      ask_for(f.q, f.dtype, b, next, h, ahead, dim);
+      ask_for(f.k, f.dtype, b, next, h, ahead, dim);
+      if (p.dout.data) ask_for(p.dout, f.dtype, b, next, h, ahead, f.value_dim);
+      ask_for<true>(p.dq, f.dtype, b, s.start + at.first, h, at.tokens, dim);
+      ask_for<true>(p.dk, f.dtype, b, s.start + at.first, h, at.tokens, dim);
+      ask_for<true>(p.dv, f.dtype, b, s.start + at.first, h, at.tokens, f.value_dim);
       block(i, at, b, s.start + at.first, h);
       if (!at.starts) continue;
       for (int64_t j = 0; j < dim * ldv; j += kWidth)
@@ -95,6 +102,9 @@ class Worker {
     for (int64_t i = 0; i < blocks; ++i) {
       const TitansBlock at = titans_block(i, s.length, f.chunk_size, kBlock);
       const int64_t token = s.start + at.first, n = at.tokens;
+      const int64_t next = at.first + n, ahead = std::min(kBlock, s.length - next);
+      ask_for(f.k, f.dtype, b, s.start + next, h, ahead, dim);
+      ask_for(f.v, f.dtype, b, s.start + next, h, ahead, f.value_dim);
       const Matrix u{us + at.first * ldv, ldv};
       pack(k, f.k, b, token, h, n, dim);
       pack(u, f.v, b, token, h, n, f.value_dim, -1.f);

@@ -173,10 +173,15 @@ TM_INLINE char* row_of(const Rows& r, DType t, int64_t b, int64_t token, int64_t
          (b * r.batch + token * r.seq + h * r.head) * (t == DType::float32 ? 4 : 2);
 }
 
-// Rows of a head lie apart, which no hardware prefetcher follows.
-inline void prefetch_rows(const char* first, int64_t step, int64_t rows, int64_t bytes) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + r * step + i, 0, 2);
+// Asks for rows of a head, which lie apart: no hardware prefetcher follows.
+template <bool kWrite = false>
+inline void ask_for(const Rows& r, DType t, int64_t b, int64_t token, int64_t h, int64_t rows,
+                    int64_t length) {
+  const int64_t size = t == DType::float32 ? 4 : 2;
+  const char* const first = row_of(r, t, b, token, h);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < length * size; c += 64)
+      __builtin_prefetch(first + i * r.seq * size + c, kWrite, 2);
 }
 
 // A state in memory, whose rows lie together, from or to rows `ld` apart.
