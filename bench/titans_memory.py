@@ -77,9 +77,10 @@ def _case(
         theirs = [*(place(t.to(dtype)) for t in (q, k, v)), *gates]
         ours = [t.transpose(1, 2).contiguous() for t in theirs]
 
-        def own(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor) -> Tensor:
-            named = dict(zip(("alpha", "eta", "theta"), gates, strict=True))
-            return tm.titans_memory(q, k, v, **named, chunk_size=chunk)
+        def own(
+            q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor
+        ) -> Tensor:
+            return tm.titans_memory(q, k, v, alpha=alpha, eta=eta, theta=theta, chunk_size=chunk)
 
         def call(function: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
             if not backward:
