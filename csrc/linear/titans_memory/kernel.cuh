@@ -17,6 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 32;             // of a block: a lane each
 constexpr int kPairStep = kTokens + 1;  // between rows of pairs
 constexpr int kMaxHeadDim = 256;
+// Of registers for; without a number ptxas makes room for three on 12.0, and spills.
+constexpr int kBlocksOfMultiprocessor = 2;
 
 // Of a block; first counts all tokens of a batch or of packed sequences. No tokens: no block.
 struct Place {
@@ -255,7 +257,7 @@ __device__ inline void write_places(const TitansParams& p, const Kept& kept, int
 
 // kKeep: for the backward, instead of out.
 template <typename T, int kWidth, bool kKeep>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     states_kernel(const __grid_constant__ TitansParams p, const __grid_constant__ Kept kept) {
   extern __shared__ float4 shared[];
   __shared__ Factors f;
@@ -338,7 +340,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
     gradients_kernel(const __grid_constant__ TitansBackwardParams p,
                      const __grid_constant__ Kept kept) {
   extern __shared__ float4 shared[];
