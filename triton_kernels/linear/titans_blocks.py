@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common import slice_of, span
+from ..common import span
 
 # Arguments by which no kernel is specialised: a new length compiles nothing.
 LENGTHS = [
@@ -97,10 +97,17 @@ def sequence_of_slot(
 
 
 @triton.jit
-def gates_of(gates, i_b, i_h, start, o_row, m_row):
-    """[BLOCK_T] of a tensor [B, S, H]."""
-    p_gate = slice_of(gates, i_b, i_h, start, 0)
-    return tl.load(p_gate.data + o_row.to(tl.int64) * p_gate.seq, mask=m_row, other=0.0)
+def first_gate(cu_seqlens, i_b, i_h, start, tokens, heads):
+    """Offset of a sequence and head in a contiguous [B, S, H], packed [T, H]."""
+    row = tl.cast(start, tl.int64)
+    if cu_seqlens is None:
+        row += i_b * tokens
+    return row * heads + i_h
+
+
+@triton.jit
+def gates_of(gates, o_gate, heads, o_row, m_row):
+    return tl.load(gates + o_gate + o_row.to(tl.int64) * heads, mask=m_row, other=0.0)
 
 
 @triton.jit
@@ -116,15 +123,13 @@ def row_at(b_x, o_t, t):
 
 
 @triton.jit
-def weigh(
-    alpha, eta, theta, i_b, i_h, start, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr
-):
+def weigh(alpha, eta, theta, o_gate, heads, block, o_t, BOTH: tl.constexpr, BLOCK_T: tl.constexpr):
     """W [BLOCK_T, BLOCK_T], with BOTH also E, and the factors. Rows past the tokens are 0."""
     m_t = o_t < block.count
     o_row = block.first + o_t
-    b_decay = 1.0 - gates_of(alpha, i_b, i_h, start, o_row, m_t)
-    b_eta = gates_of(eta, i_b, i_h, start, o_row, m_t)
-    b_theta = gates_of(theta, i_b, i_h, start, o_row, m_t)
+    b_decay = 1.0 - gates_of(alpha, o_gate, heads, o_row, m_t)
+    b_eta = gates_of(eta, o_gate, heads, o_row, m_t)
+    b_theta = gates_of(theta, o_gate, heads, o_row, m_t)
     b_w = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     b_e = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
     b_memory = tl.zeros([BLOCK_T], tl.float32)

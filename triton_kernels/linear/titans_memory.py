@@ -81,10 +81,8 @@ class Call(NamedTuple):
     def rows(self, t: Tensor) -> Rows:
         return Rows(t, 0 if self.packed else t.stride(0), t.stride(-3), t.stride(-2))
 
-    def gates(self, *tensors: Tensor) -> list[Rows]:
-        return [
-            Rows(t, 0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1)) for t in tensors
-        ]
+    def gates(self) -> list[Tensor]:
+        return [t.contiguous() for t in (self.alpha, self.eta, self.theta)]
 
     @property
     def tile(self) -> int:
@@ -145,7 +143,7 @@ def _sweep_states(
         call.q,
         *(call.rows(t) for t in (call.q, call.k, call.v)),
         None if out is None else call.rows(out),
-        *call.gates(call.alpha, call.eta, call.theta),
+        *call.gates(),
         *map(_states, (call.initial_memory, call.initial_momentum, *final)),
         call.scratch(),
         states,
@@ -184,7 +182,7 @@ def titans_memory_backward(
     wanted = needs_dinitial_state and call.initial_memory is not None
     shape = call.state_shape if wanted else (0,)
     dinitial = (call.float32(*shape), call.float32(*shape))
-    gates = call.gates(call.alpha, call.eta, call.theta)
+    gates = call.gates()
     launch(
         gradients_kernel,
         call.sequences * call.heads * call.slices,
@@ -204,7 +202,9 @@ def titans_memory_backward(
         call.q,
         *(call.rows(t) for t in (call.q, call.k, dout, dq, dk)),
         *gates,
-        *call.gates(dalpha, deta, dtheta),
+        dalpha,
+        deta,
+        dtheta,
         states,
         *(call.rows(t) for t in (us, dus)),
         *call.place(),

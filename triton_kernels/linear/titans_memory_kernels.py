@@ -14,6 +14,7 @@ from .titans_blocks import (
     at_token,
     block_of,
     blocks_of,
+    first_gate,
     kept_states,
     row_at,
     sequence_of_slot,
@@ -86,6 +87,7 @@ def states_kernel(
     for the backward. scratch holds M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
+    o_gate = first_gate(cu_seqlens, i_b, i_h, start, tokens, heads)
     slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
     o_t = tl.arange(0, BLOCK_T)
     SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
@@ -127,7 +129,7 @@ def states_kernel(
                 b_memory_q += product(b_q, b_memory, PRECISION)
                 b_momentum_q += product(b_q, b_momentum, PRECISION)
                 b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, False, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, False, BLOCK_T)
         if KEEP:
             store_tile(slice_of(us, i_b, i_h, start, end), o_row, o_c, b_u, VALUE_DIM)
         else:
@@ -173,6 +175,7 @@ def gradients_kernel(
     holds the gradients of M, S and G."""
     i_b, i_h, o_c = share_of(heads, slices, BLOCK_V)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
+    o_gate = first_gate(cu_seqlens, i_b, i_h, start, tokens, heads)
     slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
     o_t = tl.arange(0, BLOCK_T)
     SIZE: tl.constexpr = HEAD_DIM * VALUE_DIM
@@ -210,7 +213,7 @@ def gradients_kernel(
             b_memory_k += product(b_k, b_dmemory, PRECISION)
             b_momentum_k += product(b_k, b_dmomentum, PRECISION)
             b_pairs += product(b_q, tl.trans(b_k), PRECISION)
-        b_w, _, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, False, BLOCK_T)
+        b_w, _, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, False, BLOCK_T)
         b_pairs = tl.where(o_t[:, None] >= o_t[None, :], -b_w * b_pairs, 0.0)
         b_dout = load_tile(slice_of(dout, i_b, i_h, start, end), o_row, o_c, VALUE_DIM)
         b_du = product(tl.trans(b_pairs), b_dout, PRECISION)
@@ -243,12 +246,6 @@ def gradients_kernel(
     end_state(p_dmomentum, dinitial_momentum, i_b, i_h, o_c, head_dim, HEAD_DIM, VALUE_DIM, BLOCK_D)
 
 
-@triton.jit
-def store_gate(gates, i_b, i_h, start, o_row, m_row, b_x):
-    p_gate = slice_of(gates, i_b, i_h, start, 0)
-    tl.store(p_gate.data + o_row.to(tl.int64) * p_gate.seq, b_x, mask=m_row)
-
-
 @triton.jit(do_not_specialize=LENGTHS)
 def block_kernel(
     q, k, dout, dq, dk, alpha, eta, theta, dalpha, deta, dtheta, states, us, dus,
@@ -265,6 +262,7 @@ def block_kernel(
     slot = slot_of(cu_seqlens, tokens, i_b, chunk_size, parts, BLOCK_T)
     i_b = i_b.to(tl.int64)
     start, length = span(cu_seqlens, tokens, tokens, i_b)
+    o_gate = first_gate(cu_seqlens, i_b, i_h, start, tokens, heads)
     index = i_slot - slot
     if (index < 0) | (index >= blocks_of(length, chunk_size, parts, BLOCK_T)):
         return
@@ -290,7 +288,7 @@ def block_kernel(
         b_dout = load_tile(douts, o_row, o_c, VALUE_DIM)
         b_u = load_tile(errors, o_row, o_c, VALUE_DIM)
         b_x += product(b_dout, tl.trans(b_u), PRECISION)
-    b_w, b_e, f = weigh(alpha, eta, theta, i_b, i_h, start, block, o_t, True, BLOCK_T)
+    b_w, b_e, f = weigh(alpha, eta, theta, o_gate, heads, block, o_t, True, BLOCK_T)
     m_seen = o_t[:, None] >= o_t[None, :]
     b_dw = tl.where(m_seen, -b_qk * b_x, 0.0)
     b_dqk = tl.where(m_seen, -b_w * b_x, 0.0)
@@ -394,6 +392,6 @@ def block_kernel(
         b_deta = tl.where(o_t == t, b_de + b_run_kept * before_kept, b_deta)
         b_dtheta = tl.where(o_t == t, b_row_e, b_dtheta)
     m_row = o_t < block.count
-    store_gate(dalpha, i_b, i_h, start, o_row, m_row, b_dalpha)
-    store_gate(deta, i_b, i_h, start, o_row, m_row, b_deta)
-    store_gate(dtheta, i_b, i_h, start, o_row, m_row, b_dtheta)
+    tl.store(dalpha + o_gate + o_row.to(tl.int64) * heads, b_dalpha, mask=m_row)
+    tl.store(deta + o_gate + o_row.to(tl.int64) * heads, b_deta, mask=m_row)
+    tl.store(dtheta + o_gate + o_row.to(tl.int64) * heads, b_dtheta, mask=m_row)
