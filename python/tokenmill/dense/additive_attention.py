@@ -21,7 +21,7 @@ from .._derivatives import keep, kept
 from .._dispatch import call
 from .._library import TorchOp, register
 from ..reference.dense import additive_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 
 OP, POINTER = "additive_attention", "pointer_argmax"
 AUTOCAST = Autocast(lower=("q", "k", "v_weight", "values"))
@@ -266,6 +266,7 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         differentiable=("q", "k", "v_weight"),
+        sharding=Sharding({"q": "br.", "k": "b..", "mask": "br. b."}, ("br.",)),
         paper="Pointer Networks (Vinyals et al. 2015)",
         # Sum, tangent, product and sum of each.
         flops=lambda q, k, v_weight, mask: 4.0 * _tangents(q, k),

@@ -25,7 +25,7 @@ from .._dispatch import call
 from .._library import TorchOp, register
 from .._lowering import widen
 from ..reference.linear import titans_memory as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .rules import rows_lie_together
 from .titans_rules import PAIR, check_titans_memory
 from .titans_rules import TITANS_MEMORY as OP
@@ -329,6 +329,14 @@ SPEC = register_op(
             "theta",
             "initial_memory",
             "initial_momentum",
+        ),
+        sharding=Sharding(
+            {
+                "q k v": "b.h.",
+                "alpha eta theta": "b.h",
+                "initial_memory initial_momentum": "bh..",
+            },
+            ("b.h.", "bh..", "bh.."),
         ),
         paper="Titans: Learning to Memorize at Test Time (Behrouz et al. 2025)",
         flops=flops,

@@ -17,7 +17,7 @@ from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import landmark_attention as reference
-from ..registry import OpSpec, register_op
+from ..registry import OpSpec, Sharding, register_op
 from .gradients import cotangents, fake_gradients
 
 OP = "landmark_attention"
@@ -203,6 +203,7 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
+        sharding=Sharding({"q k v": "b.h."}, ("b.h.", "bh.")),
         paper="Landmark Attention (Mohtashami and Jaggi 2023)",
         flops=flops,
         backward_flops=backward_flops,
