@@ -13,23 +13,22 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from long_context_lm import LanguageModel, Mix
+from long_context_lm import Setup as ModelSetup
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy
 
 import tokenmill as tm
 import tokenmill.distributed as tmd
 from tokenmill.demo import text
 
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values [1, S, H, D]
-
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(ModelSetup):
     width: int = 64
     heads: int = 2
     layers: int = 2
@@ -40,44 +39,6 @@ class Setup:
 
 
 QUICK = Setup(width=32, layers=1, lightning=1024, softmax=256, steps=10, continued=8)
-
-
-class Block(nn.Module):
-    def __init__(self, setup: Setup):
-        super().__init__()
-        self.heads = setup.heads
-        self.norms = nn.ModuleList(nn.RMSNorm(setup.width) for _ in range(2))
-        self.qkvg = nn.Linear(setup.width, 4 * setup.width, bias=False)
-        self.norm_head = nn.RMSNorm(setup.width // setup.heads)
-        self.out = nn.Linear(setup.width, setup.width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(setup.width, 4 * setup.width, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * setup.width, setup.width, bias=False),
-        )
-
-    def forward(self, x: Tensor, mix: Mix) -> Tensor:
-        q, k, v, gate = self.qkvg(self.norms[0](x)).unflatten(-1, (4, self.heads, -1)).unbind(2)
-        mixed = self.norm_head(mix(silu(q), silu(k), v)) * torch.sigmoid(gate)
-        x = x + self.out(mixed.flatten(2))
-        return x + self.mlp(self.norms[1](x))
-
-
-class LanguageModel(nn.Module):
-    """From codes [1, S] to logits. How a layer mixes over time is an argument."""
-
-    def __init__(self, setup: Setup):
-        super().__init__()
-        self.embedding = nn.Embedding(text.VOCABULARY, setup.width)
-        self.blocks = nn.ModuleList(Block(setup) for _ in range(setup.layers))
-        self.norm = nn.RMSNorm(setup.width)
-        self.head = nn.Linear(setup.width, text.VOCABULARY, bias=False)
-
-    def forward(self, codes: Tensor, mixes: list[Mix]) -> Tensor:
-        x = self.embedding(codes)
-        for block, mix in zip(self.blocks, mixes, strict=True):
-            x = block(x, mix)
-        return self.head(self.norm(x))
 
 
 class Alone:
