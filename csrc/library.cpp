@@ -53,7 +53,7 @@ TOKENMILL_LIBRARY(library) {
   m.def("merge_attention_states_backward(Tensor dout, Tensor? dlse, " + merge +
         ") -> (Tensor douts, Tensor dlses)");
   const Arguments additive = "Tensor q, Tensor k, Tensor v_weight, *, Tensor? mask=None";
-  m.def("additive_attention(" + additive + ") -> Tensor");
+  m.def("additive_attention(" + additive + ") -> (Tensor scores)");
   m.def("additive_attention_backward(Tensor dscores, " + additive +
         ") -> (Tensor dq, Tensor dk, Tensor dv_weight)");
 

@@ -266,7 +266,7 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         differentiable=("q", "k", "v_weight"),
-        sharding=Sharding({"q": "br.", "k": "b..", "mask": "br. b."}, ("br.",)),
+        sharding=Sharding({"q": "br.", "k": "b..", "v_weight": ".", "mask": "br. b."}, ("br.",)),
         paper="Pointer Networks (Vinyals et al. 2015)",
         # Sum, tangent, product and sum of each.
         flops=lambda q, k, v_weight, mask: 4.0 * _tangents(q, k),
