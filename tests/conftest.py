@@ -105,3 +105,20 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """The group of gloo processes of a size, started when a test first wants it."""
+    from ranks import Ranks
+
+    groups: dict[int, Ranks] = {}
+
+    def of(size: int) -> Ranks:
+        if size not in groups or not all(p.is_alive() for p in groups[size].processes):
+            groups[size] = Ranks(size)
+        return groups[size]
+
+    yield of
+    for group in groups.values():
+        group.close()
