@@ -28,6 +28,9 @@ class Everything(torch.nn.Module):
         cached = cached + move_tokens(x.flatten(2)).unflatten(2, (4, 16))
         words = x.flatten(2)
         cached = cached + tm.additive_attention(words, words[:, ::2], words.mean((0, 1))).mean()
+        gate = x.mean(-1).sigmoid()
+        memory = tm.titans_memory(x, x, x, alpha=gate, eta=gate, theta=gate / 16, chunk_size=4)
+        cached = cached + memory + tm.landmark_attention(x, x, x, block=4)
         # The mean: a sum of the slots is so large that its rounding shows in the sine.
         return (linear + following + kept + slots.mean()).sin() + cached
 

@@ -383,7 +383,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         "distributed.linear_attention: q: must have 3 tokens on rank 0 of 2, of 5; got 4",
         "distributed.linear_attention: cu_seqlens: must end at the number of tokens, 8; got 7",
         "distributed.lightning_attention: slopes: must not be negative; least; got -1",
-        "distributed.linear_attention: feature_map: must be what rank 1 of group",
+        "distributed.linear_attention: feature_map: must be that of rank 1 in group",
     )
     for found, rule in zip(ranks(2).run(errors_on_a_rank)[0], rules, strict=True):
         assert f"tokenmill.{rule}" in found
