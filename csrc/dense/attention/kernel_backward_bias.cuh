@@ -27,9 +27,12 @@ __device__ __forceinline__ void multiply_tiles(float (&out)[2][4], uint32_t left
   }
 }
 
-template <typename T, int kDim>
 // Blocks of a multiprocessor: for more of them ptxas spills.
-__global__ void __launch_bounds__(kBiasThreads, 6)
+template <typename T, int kDim>
+constexpr int kBiasBlocks = sizeof(T) == 4 && kDim > 128 ? 4 : 6;
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kBiasThreads, kBiasBlocks<T, kDim>)
     bias_kernel(const __grid_constant__ BackwardArgs args, int64_t row_tiles,
                 int64_t column_tiles) {
   using Tile = SharedTile<kDim* static_cast<int>(sizeof(T)), Swizzle::plain>;

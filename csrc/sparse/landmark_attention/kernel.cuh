@@ -78,14 +78,22 @@ class ForwardWarp {
     float s[1][kKeyTiles][4];
     multiply(s);
     const bool cut = find_exponents(s[0], first, count);
-    Fragment<T, 4> p[1][kKeys / kMmaDepth<T>];
-    softmax_weights<0, true>(s, 1.f, neg_row_max_, sum_, out_, p);
-    const auto before = [](auto) {};
-    if (!cut || all_finite<T, kKeys, kTiles>(at_)) {
-      multiply_values<T, 0, 0>(out_, p, at_, before);
-      return;
-    }
-    multiply_values<T, 0, 0, true>(out_, p, at_, before);
+    const bool clean = cut && !all_finite<T, kKeys, kTiles>(at_);
+    unroll<kKeys / kStepKeys>([&](auto step) {
+      float part[1][kStepKeys / 8][4];
+#pragma unroll
+      for (int n = 0; n < kStepKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[0][n][i] = s[0][kStepKeys / 8 * step + n][i];
+      Fragment<T, 4> p[1][kStepKeys / kMmaDepth<T>];
+      softmax_weights<0, true>(part, 1.f, neg_row_max_, sum_, out_, p);
+      const auto before = [](auto) {};
+      if (clean)
+        multiply_values<T, 0, kStepKeys * step, true>(out_, p, at_, before);
+      else
+        multiply_values<T, 0, kStepKeys * step>(out_, p, at_, before);
+    });
+    if (!clean) return;
 #pragma unroll 1
     for (int k = 0; k < kKeys; k += 16)
       add_infinite<T, typename Shape::ValueTile, 16>(
@@ -118,6 +126,8 @@ class ForwardWarp {
 
  private:
   static constexpr int kTiles = kBucket / 8;
+  // Weights of more keys at once leave no registers for float, which holds two parts of each.
+  static constexpr int kStepKeys = Shape::kFloat ? 8 : kKeys;
 
   __device__ __forceinline__ void multiply(float (&s)[1][kKeyTiles][4]) const {
     multiply_shared<T, 0>(s, at_, query_);
