@@ -171,8 +171,9 @@ def test_a_later_token_touches_no_earlier_row_in_triton(name, dtype, backend):
         later_k[:, first:, :, ::3] = later_v[:, first:, :, ::3] = value
         out = call(q, later_k, later_v)
         seen = first - TOKENS + rows
-        bits = 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits)
+        bits = 2 * torch.finfo(dtype).eps  # of sums up to the largest result
+        largest = max(clean[:, :seen].abs().max().item(), 1.0)
+        torch.testing.assert_close(out[:, :seen], clean[:, :seen], rtol=bits, atol=bits * largest)
         assert torch.isnan(out[:, seen:]).any()
 
 
