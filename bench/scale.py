@@ -12,9 +12,11 @@ import torch
 
 from tokenmill import _cli
 from tokenmill.dense.attention import attention
-from tokenmill.distributed.plan import decode_bytes, linear_bytes, plan
 
 from .timing import interleave
+
+# tokenmill.distributed brings torch.distributed, half a second that other commands need not wait:
+# the functions below import it.
 
 
 class Link(NamedTuple):
@@ -53,6 +55,8 @@ def attention_seconds(
     model: Model, machine: Machine, length: int, ranks: int, order: str
 ) -> dict[str, float]:
     """Seconds of a causal forward by schedule. The ring computes while it sends."""
+    from tokenmill.distributed.plan import plan
+
     costs = plan(
         batch=1,
         length=length,
@@ -82,6 +86,8 @@ def attention_seconds(
 
 def linear_seconds(model: Model, machine: Machine, length: int, ranks: int) -> float:
     """A forward of lightning attention: chunks of 64 tokens, and the states of all shards."""
+    from tokenmill.distributed.plan import linear_bytes
+
     chunk = 64
     tokens = -(-length // ranks)
     flops = 4.0 * model.heads * tokens * model.head_dim * (model.head_dim + chunk / 2)
@@ -95,6 +101,8 @@ def linear_seconds(model: Model, machine: Machine, length: int, ranks: int) -> f
 
 def decode_seconds(model: Model, machine: Machine, length: int, ranks: int) -> float:
     """A token over a cache of `length` keys."""
+    from tokenmill.distributed.plan import decode_bytes
+
     cache = 2 * -(-length // ranks) * model.kv_heads * model.head_dim * model.itemsize
     sent = decode_bytes(1, 1, model.heads, model.head_dim, ranks)
     return (
