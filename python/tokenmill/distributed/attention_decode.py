@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import masks
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_tensor, check_text, reads_values
+from .._check import check, check_bool, check_tensor, check_text, reads_values
 from .._dispatch import call as run
+from .._kv_cache import capacity, check_cache, check_lengths
 from ..dense.attention_decode import SPEC, lower
 from ..dense.terms import (
     NO_WINDOW,
@@ -23,10 +24,10 @@ from ..dense.terms import (
     as_window,
     check_return_lse,
 )
-from ..select.rules import check_length_values, check_per_request
+from ..select.rules import check_length_values
 from ._group import Group
 from ._merge import Merge
-from .sequence import Piece, layout
+from .sequence import Piece, layout_of_shard
 
 OP = "distributed.attention_decode"
 
@@ -105,32 +106,14 @@ def attention_decode(
     check_bool(OP, "return_lse", return_lse)
     if return_lse:
         check_return_lse(OP, kind, normalize or "none")
-    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
-    check(k_cache.dim() == 4, OP, "k_cache", "must have 4 dimensions", k_cache.dim())
-    check_per_request(OP, "seqlens_k", seqlens_k, q.shape[0], "q", q)
-    kv_heads = k_cache.shape[2]
-    ok = kv_heads > 0 and q.shape[2] % kv_heads == 0
-    check(
-        ok,
-        OP,
-        "k_cache",
-        f"must have a number of heads that divides those of q, {q.shape[2]}",
-        kv_heads,
-    )
+    check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
+    check_lengths(OP, q, seqlens_k, block_table)
     ranks = Group(OP, mesh, group)
-    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[-1])
-    total = room * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
-    where = layout(OP, total, ranks.size, "contiguous", sizes)
+    room = capacity(k_cache, block_table)
+    where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")
     own = where.pieces[ranks.rank][0]
-    check(
-        own.size == room,
-        OP,
-        "sizes",
-        f"must be {room} for rank {ranks.rank}, which has room for so many",
-        sizes,
-    )
     if reads_values(seqlens_k):
-        check_length_values(OP, "seqlens_k", seqlens_k, total)
+        check_length_values(OP, "seqlens_k", seqlens_k, where.length)
     left, right = as_window(OP, window)
     check(right in (-1, 0), OP, "window", "right must be -1 or 0: no query sees a later key", right)
     ranks.check_alike(

@@ -76,6 +76,7 @@ def layout_of_shard(
     length: int | None,
     order: str,
     sizes: Sequence[int] | None,
+    noun: str = "tokens",
 ) -> Layout:
     """That of a sequence of which this rank has `tokens`, by the rule of :func:`shard_sequence`."""
     op = group.op
@@ -88,7 +89,7 @@ def layout_of_shard(
     found = layout(op, length, group.size, order, sizes)
     expected = found.sizes[group.rank]
     if tokens != expected:
-        rule = f"must have {expected} tokens on rank {group.rank} of {group.size}, of {length}"
+        rule = f"must have {expected} {noun} on rank {group.rank} of {group.size}, of {length}"
         fail(op, name, rule, tokens)
     return found
 
@@ -190,7 +191,6 @@ def _check_dim(op: str, x: Tensor, dim: int) -> int:
 
 def take(x: Tensor, dim: int, pieces: Sequence[Piece]) -> Tensor:
     """Pieces of a whole sequence."""
-
     parts = [x.narrow(dim, piece.first, piece.size) for piece in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -206,7 +206,6 @@ def as_held(x: Tensor, dim: int, where: Layout) -> Tensor:
 
 
 def _arrange(x: Tensor, dim: int, where: Layout, inverse: bool) -> Tensor:
-
     held = [piece for pieces in where.pieces for piece in pieces]
     ordered = sorted(held)
     if held == ordered:

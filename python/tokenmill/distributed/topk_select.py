@@ -13,7 +13,7 @@ from .._check import as_int, check, check_bool, check_tensor, check_text, reads_
 from ..select.rules import check_per_request
 from ..select.topk_select import topk_select as select
 from ._group import Group
-from .sequence import layout
+from .sequence import layout_of_shard
 
 OP = "distributed.topk_select"
 
@@ -77,12 +77,10 @@ def topk_select(
     rows, columns = scores.shape
     check_per_request(OP, "lengths", lengths, rows, "scores", scores)
     ranks = Group(OP, mesh, group)
-    total = columns * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
-    check(total < 2**31, OP, "scores", "must have fewer than 2^31 columns on all ranks", total)
-    where = layout(OP, total, ranks.size, "contiguous", sizes)
+    where = layout_of_shard(ranks, "scores", columns, None, "contiguous", sizes, "columns")
+    rule = "must have fewer than 2^31 columns on all ranks"
+    check(where.length < 2**31, OP, "scores", rule, where.length)
     own = where.pieces[ranks.rank][0]
-    rule = f"must be {columns} for rank {ranks.rank}, which has so many columns"
-    check(own.size == columns, OP, "sizes", rule, sizes)
     ranks.check_alike(
         sizes=where.sizes, rows=rows, k=k, dtype=scores.dtype, how=(tie, order),
         lengths=None if lengths is None or not reads_values(lengths) else lengths.tolist(),
