@@ -1,13 +1,19 @@
-"""Calls on DTensors find their rules here, which cost an import that other calls do not need."""
+"""How calls of one process find what runs them on several ranks, which most need not import."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+
+# Stands in for attention: set by tokenmill.distributed.context_parallel, asked for by integrations.
+sharded_attention: ContextVar[Callable[..., Any] | None] = ContextVar(
+    "sharded_attention", default=None
+)
 
 
 def sharding_of(arguments: Sequence[Any]) -> Any:

@@ -222,6 +222,9 @@ def refusals_on_a_rank():
             x[0], x[0], x[0], cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))),
         ("window: must be at least -1 on either side; got [-2, 0]",
          lambda: tmd.attention(x, x, x, window=(-2, 0))),
+        ("softcap: must be", lambda: tmd.attention(x, x, x, softcap=-1.0, schedule="ring")),
+        ("backend: must be one of", lambda: tmd.attention(x, x, x, backend="gpu")),
+        ("sink: must have", lambda: tmd.attention(x, x, x, sink=torch.zeros(3))),
         ("mesh: must be a torch.distributed.device_mesh.DeviceMesh; got 3",
          lambda: tmd.attention(x, x, x, mesh=3)),
     ):  # fmt: skip

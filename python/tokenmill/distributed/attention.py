@@ -22,7 +22,8 @@ from .._check import (
     check_tensor,
     check_text,
 )
-from ..dense.attention import AttentionOptions
+from .._dispatch import choose
+from ..dense.attention import SPEC, AttentionOptions, lower
 from ..dense.terms import as_window, check_return_lse
 from ._allgather import gathered_attention
 from ._group import Group
@@ -224,6 +225,7 @@ def _prepare(
         return_lse,
     )
     chosen = _choose(op, q, k, v, call, schedule)
+    _check_options(q, k, v, call)
     ranks.check_alike(
         tokens=where.sizes,
         schedule=chosen,
@@ -234,6 +236,19 @@ def _prepare(
         kind=(kind, normalize),
     )
     return RUN[chosen], call
+
+
+def _check_options(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """The rules of a plain call with these options: a call refused on one rank leaves the others
+    waiting."""
+    options = dict(call.options)
+    backend = options.pop("backend", None)
+    if call.cu_seqlens is not None:  # as many sequences, of which the last one has all tokens
+        options["cu_seqlens_q"] = ends = torch.zeros_like(call.cu_seqlens, device=q.device)
+        ends[-1] = q.shape[0]
+    lowered = lower(q, k, v, **options)
+    SPEC.forward.check(*lowered, float64=True)
+    choose(SPEC, lowered, backend)
 
 
 def _choose(op: str, q: Tensor, k: Tensor, v: Tensor, call: Call, schedule: str) -> str:

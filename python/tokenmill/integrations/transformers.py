@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .._parallel import sharded_attention
+from .._sharded import sharded_attention
 from ..dense.attention import attention
 
 Kind = Literal["softmax", "sigmoid"]
