@@ -11,6 +11,7 @@ both side by side. About four minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -52,11 +53,11 @@ class Alone:
     def add_up(self, tensors: list[Tensor]) -> None:
         pass
 
-    def mixes(self, setup: Setup, length: int, lightning: bool) -> list[Mix]:
-        if not lightning:
-            return [lambda q, k, v: tm.attention(q, k, v, causal=True)] * setup.layers
-        slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
-        return [lambda q, k, v, s=s: tm.lightning_attention(q, k, v, s) for s in slopes]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        return tm.attention(q, k, v, causal=True)
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, length: int, slopes: Tensor) -> Tensor:
+        return tm.lightning_attention(q, k, v, slopes)
 
     def decode(self, q: Tensor, cache: Cache) -> Tensor:
         return tm.attention_decode(q, cache.keys, cache.values, seqlens_k=cache.length)
@@ -75,15 +76,11 @@ class Together(Alone):
         for t in tensors:
             dist.all_reduce(t)
 
-    def mixes(self, setup: Setup, length: int, lightning: bool) -> list[Mix]:
-        if not lightning:
-            return [
-                lambda q, k, v: tmd.attention(q, k, v, causal=True, length=length)
-            ] * setup.layers
-        slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
-        return [
-            lambda q, k, v, s=s: tmd.lightning_attention(q, k, v, s, length=length) for s in slopes
-        ]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        return tmd.attention(q, k, v, causal=True, length=length)
+
+    def recur(self, q: Tensor, k: Tensor, v: Tensor, length: int, slopes: Tensor) -> Tensor:
+        return tmd.lightning_attention(q, k, v, slopes, length=length)
 
     def decode(self, q: Tensor, cache: Cache) -> Tensor:
         return tmd.attention_decode(
@@ -115,17 +112,25 @@ class Cache:
         self.length += 1
 
 
+def mixes(setup: Setup, where: Alone, length: int, lightning: bool) -> list[Mix]:
+    """What mixes tokens in each layer."""
+    if not lightning:
+        return [functools.partial(where.attend, length=length)] * setup.layers
+    slopes = [tm.lightning_slopes(setup.heads, n, setup.layers) for n in range(setup.layers)]
+    return [functools.partial(where.recur, length=length, slopes=s) for s in slopes]
+
+
 def train(model: LanguageModel, setup: Setup, where: Alone, lightning: bool) -> list[float]:
     """The loss of each step."""
     codes = text.characters()[0]
     length = setup.lightning if lightning else setup.softmax
-    mixes = where.mixes(setup, length, lightning)
+    mix = mixes(setup, where, length, lightning)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(setup.steps):
         begin = step * 7919 % (len(codes) - length)
         inputs, labels = (where.shard(codes[None, begin + n : begin + n + length]) for n in (0, 1))
-        logits = model(inputs, mixes)
+        logits = model(inputs, mix)
         loss = cross_entropy(logits[0], labels[0], reduction="sum") / length
         optimiser.zero_grad()
         loss.backward()
@@ -142,7 +147,6 @@ def continue_text(model: LanguageModel, setup: Setup, where: Alone) -> str:
     """The likeliest characters behind the validation text, from a cache over all ranks."""
     codes = text.characters()[1][: setup.softmax]
     caches = [Cache(where, len(codes), setup.continued) for _ in range(setup.layers)]
-    mixes = where.mixes(setup, len(codes), False)
 
     def read(q: Tensor, k: Tensor, v: Tensor, cache: Cache, mix: Mix) -> Tensor:
         cache.fill(k, v)
@@ -152,7 +156,7 @@ def continue_text(model: LanguageModel, setup: Setup, where: Alone) -> str:
         cache.append(k, v)
         return where.decode(q, cache)
 
-    pairs = [*zip(caches, mixes, strict=True)]
+    pairs = [*zip(caches, mixes(setup, where, len(codes), False), strict=True)]
     logits = model(where.shard(codes[None]), [lambda *x, p=p: read(*x, *p) for p in pairs])
     last = logits[:, -1:].contiguous()
     if where.ranks > 1:  # the last rank has read the last character
