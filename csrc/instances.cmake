@@ -35,7 +35,7 @@ function(cuda_instances header declaration)
   set(cuda ${cuda} PARENT_SCOPE)
 endfunction()
 
-cuda_instances(dense/attention/cuda_launch.cuh
+cuda_instances(dense/attention/kernel.cuh
   "const char* launch_forward<ELEMENT>(const AttentionParams&, const MaskBounds&, cudaStream_t)")
 # float32 has the general mode alone.
 cuda_instances(dense/attention/kernel_backward_launch.cuh

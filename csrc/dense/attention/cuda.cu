@@ -1,5 +1,5 @@
 #include "cuda/refuse.cuh"
-#include "dense/attention/cuda_launch.cuh"
+#include "dense/attention/kernel.cuh"
 #include "dense/attention/kernel_mask.cuh"
 
 namespace tokenmill {
