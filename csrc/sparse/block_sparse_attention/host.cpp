@@ -3,6 +3,7 @@
 #include "sparse/block_sparse_attention/params.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"
+#include "sparse/gradients.h"
 
 namespace tokenmill {
 namespace {
@@ -44,22 +45,8 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   const int64_t all = a.q.size(1) + a.k.size(1);  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);
   d.num_recent = std::min(a.num_recent, all);
-  AttentionParams& p = d.attention;
-  p.batch = batch;
-  p.seqlen_q = a.q.size(1);
-  p.seqlen_k = a.k.size(1);
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.head_dim = a.q.size(3);
-  p.value_dim = a.v.size(3);
-  p.dtype = to_dtype(a.q.dtype);
-  p.map = ScoreMap::softmax;
-  p.q = rows_of(a.q, false);
-  p.k = rows_of(a.k, false);
-  p.v = rows_of(a.v, false);
-  p.scale = static_cast<float>(scale_of(a));
-  p.softcap = static_cast<float>(a.softcap);
-  p.window_left = p.window_right = -1;
+  set_inputs(d.attention, a);
+  d.attention.softcap = static_cast<float>(a.softcap);
   return d;
 }
 
@@ -72,13 +59,7 @@ void run_forward(const BlockSparseParams& d, const View& q) {
 
 std::tuple<Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& a) {
   BlockSparseParams d = make_params(a);
-  AttentionParams& p = d.attention;
-  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
-  Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);
-  p.out = rows_of(out, false);
-  p.lse = lse.mutable_data<float>();
-  if (out.numel() > 0) run_forward(d, a.q);
-  return {out, lse};
+  return forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
 }
 
 void run_backward(BlockSparseBackwardParams& p, const View& q) {
@@ -95,27 +76,9 @@ struct BlockSparseAttentionBackwardArgs : Record {
 
 std::tuple<Array, Array, Array> block_sparse_attention_backward(
     const BlockSparseAttentionBackwardArgs& a) {
-  const BlockSparseAttentionArgs& in = a.forward;
   BlockSparseBackwardParams p{};
-  p.forward = make_params(in);
-  AttentionParams& f = p.forward.attention;
-  const std::vector<int64_t> like_out{f.batch, f.seqlen_q, f.heads, f.value_dim};
-  const std::vector<int64_t> like_lse{f.batch, f.heads, f.seqlen_q};
-  check_like_out(kOp, "dout", a.dout, like_out, in.q);
-  check_like_out(kOp, "out", a.out, like_out, in.q);
-  p.dout = rows_of(a.dout, false);
-  f.out = rows_of(a.out, false);
-  f.lse = check_like_lse(kOp, "lse", a.lse, like_lse, in.q);
-  if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, like_lse, in.q);
-  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
-  p.dq = rows_of(dq, false);
-  p.dk = rows_of(dk, false);
-  p.dv = rows_of(dv, false);
-  if (in.q.numel() > 0 && in.k.numel() > 0)
-    run_backward(p, in.q);
-  else
-    fill(0, dq, dk, dv);
-  return {dq, dk, dv};
+  p.forward = make_params(a.forward);
+  return gradients_of(kOp, p, p.forward.attention, a, [&] { run_backward(p, a.forward.q); });
 }
 
 const Registration kOperators(

@@ -1,6 +1,6 @@
-#include "core/qkv.h"
 #include "core/stream.h"
 #include "dense/score_mod.h"
+#include "sparse/gradients.h"
 #include "sparse/landmark_attention/params.h"
 
 namespace tokenmill {
@@ -23,20 +23,8 @@ LandmarkParams make_params(const LandmarkAttentionArgs& a) {
   check_scale(kOp, scale_of(a), 0);
   LandmarkParams d{};
   d.block = a.block;
-  AttentionParams& p = d.attention;
-  p.batch = a.q.size(0);
-  p.seqlen_q = p.seqlen_k = tokens;
-  p.heads = a.q.size(2);
-  p.kv_heads = a.k.size(2);
-  p.head_dim = a.q.size(3);
-  p.value_dim = a.v.size(3);
-  p.dtype = to_dtype(a.q.dtype);
-  p.map = ScoreMap::softmax;
-  p.q = rows_of(a.q, false);
-  p.k = rows_of(a.k, false);
-  p.v = rows_of(a.v, false);
-  p.scale = static_cast<float>(scale_of(a));
-  p.window_left = -1;
+  set_inputs(d.attention, a);
+  d.attention.window_right = 0;
   return d;
 }
 
@@ -49,13 +37,7 @@ void run_forward(const LandmarkParams& d, const View& q) {
 
 std::tuple<Array, Array> landmark_attention(const LandmarkAttentionArgs& a) {
   LandmarkParams d = make_params(a);
-  AttentionParams& p = d.attention;
-  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
-  Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);
-  p.out = rows_of(out, false);
-  p.lse = lse.mutable_data<float>();
-  if (out.numel() > 0) run_forward(d, a.q);
-  return {out, lse};
+  return forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
 }
 
 void run_backward(LandmarkBackwardParams& g, const View& q) {
@@ -79,30 +61,12 @@ struct LandmarkAttentionBackwardArgs : Record {
 
 std::tuple<Array, Array, Array> landmark_attention_backward(
     const LandmarkAttentionBackwardArgs& a) {
-  const LandmarkAttentionArgs& in = a.forward;
-  const LandmarkParams d = make_params(in);
+  const LandmarkParams d = make_params(a.forward);
   LandmarkBackwardParams g{};
   g.block = d.block;
-  AttentionBackwardParams& p = g.attention;
-  p.forward = d.attention;
-  AttentionParams& f = p.forward;
-  const std::vector<int64_t> like_out{f.batch, f.seqlen_q, f.heads, f.value_dim};
-  const std::vector<int64_t> like_lse{f.batch, f.heads, f.seqlen_q};
-  check_like_out(kOp, "dout", a.dout, like_out, in.q);
-  check_like_out(kOp, "out", a.out, like_out, in.q);
-  p.dout = rows_of(a.dout, false);
-  f.out = rows_of(a.out, false);
-  f.lse = check_like_lse(kOp, "lse", a.lse, like_lse, in.q);
-  if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, like_lse, in.q);
-  Array dq = empty(in.q.sizes, in.q), dk = empty(in.k.sizes, in.q), dv = empty(in.v.sizes, in.q);
-  p.dq = rows_of(dq, false);
-  p.dk = rows_of(dk, false);
-  p.dv = rows_of(dv, false);
-  if (in.q.numel() > 0)
-    run_backward(g, in.q);
-  else
-    fill(0, dq, dk, dv);
-  return {dq, dk, dv};
+  g.attention.forward = d.attention;
+  return gradients_of(kOp, g.attention, g.attention.forward, a,
+                      [&] { run_backward(g, a.forward.q); });
 }
 
 const Registration kOperators(

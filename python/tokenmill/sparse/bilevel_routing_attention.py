@@ -6,22 +6,19 @@ import functools
 import math
 from typing import Any, Literal, TypedDict, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
 from .._check import as_int, check, check_bool, check_device_of_q, check_qkv, check_tensor, fail
-from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import known
 from .._kv_cache import check_int32
-from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import bilevel_routing_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .gradients import cotangents, fake_gradients
+from .gradients import register_pair
 from .routing import route
 from .rules import check_list
 
@@ -300,31 +297,6 @@ def _check(
     check_list(OP, indices, counts, shape, fits, "q", q)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, height, width, heads = q.shape[:4]
-    return (
-        q.new_empty((batch, height, width, heads, v.shape[-1])),
-        q.new_empty((batch, heads, height, width), dtype=torch.float32),
-    )
-
-
-def _check_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> None:
-    _check(*lowered)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, inputs, *output)
-
-
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    lowered, (out, lse) = kept(ctx)
-    dout, dlse = cotangents(dout, dlse, out)
-    dq, dk, dv = ops.bilevel_routing_attention_backward(dout, dlse, out, lse, *lowered)
-    return FORWARD.gradients(q=dq, k=dk, v=dv)
-
-
 def flops(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, *sizes: Any) -> float:
     """Operations of the two products over all pairs of routed regions of the average size."""
     _, heads, regions, _ = indices.shape
@@ -338,25 +310,7 @@ def backward_flops(*lowered: Any) -> float:
     return 2.5 * flops(*lowered)
 
 
-FORWARD = register(
-    TorchOp(
-        OP,
-        autocast=AUTOCAST,
-        check=_check,
-        fake=_fake,
-        triton="sparse.bilevel_routing_attention:bilevel_routing_attention",
-        backward=_backward,
-        setup_context=_setup_context,
-    )
-)
-BACKWARD = register(
-    TorchOp(
-        OP + "_backward",
-        check=_check_backward,
-        fake=fake_gradients,
-        triton="sparse.bilevel_routing_attention_backward:bilevel_routing_attention_backward",
-    )
-)
+FORWARD, BACKWARD = register_pair(OP, _check, AUTOCAST)
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -11,16 +11,14 @@ from typing_extensions import Unpack
 
 from .._autocast import Autocast
 from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor
-from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known
-from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
 from ..select.rules import check_per_request
-from .gradients import cotangents, fake_gradients
+from .gradients import register_pair
 from .rules import check_block, check_list
 
 OP = "block_sparse_attention"
@@ -244,31 +242,6 @@ def _check(
     check_per_request(OP, "seqlens_k", seqlens_k, batch, "q", q)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, sq, heads = q.shape[:3]
-    return (
-        q.new_empty((batch, sq, heads, v.shape[-1])),
-        q.new_empty((batch, heads, sq), dtype=torch.float32),
-    )
-
-
-def _check_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> None:
-    _check(*lowered)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, inputs, *output)
-
-
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    lowered, (out, lse) = kept(ctx)
-    dout, dlse = cotangents(dout, dlse, out)
-    dq, dk, dv = ops.block_sparse_attention_backward(dout, dlse, out, lse, *lowered)
-    return FORWARD.gradients(q=dq, k=dk, v=dv)
-
-
 def flops(
     q: Tensor,
     k: Tensor,
@@ -321,25 +294,7 @@ def backward_flops(*lowered: Any) -> float:
     return 2.5 * flops(*lowered)
 
 
-FORWARD = register(
-    TorchOp(
-        OP,
-        autocast=Autocast(lower=("q", "k", "v")),
-        check=_check,
-        fake=_fake,
-        triton="sparse.block_sparse_attention:block_sparse_attention",
-        backward=_backward,
-        setup_context=_setup_context,
-    )
-)
-BACKWARD = register(
-    TorchOp(
-        OP + "_backward",
-        check=_check_backward,
-        fake=fake_gradients,
-        triton="sparse.block_sparse_attention_backward:block_sparse_attention_backward",
-    )
-)
+FORWARD, BACKWARD = register_pair(OP, _check, Autocast(lower=("q", "k", "v")))
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from .._autocast import Autocast
 from .._check import as_int, check, check_bool, check_qkv, check_tensor
-from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band
-from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..dense.terms import check_scale
 from ..reference.sparse import landmark_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .gradients import cotangents, fake_gradients
+from .gradients import register_pair
 
 OP = "landmark_attention"
 
@@ -136,31 +133,6 @@ def _check(
     check_scale(OP, scale, 0.0)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads = q.shape[:3]
-    return (
-        q.new_empty((batch, tokens, heads, v.shape[-1])),
-        q.new_empty((batch, heads, tokens), dtype=torch.float32),
-    )
-
-
-def _check_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> None:
-    _check(*lowered)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, inputs, *output)
-
-
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    lowered, (out, lse) = kept(ctx)
-    dout, dlse = cotangents(dout, dlse, out)
-    dq, dk, dv = ops.landmark_attention_backward(dout, dlse, out, lse, *lowered)
-    return FORWARD.gradients(q=dq, k=dk, v=dv)
-
-
 def flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> float:
     """Operations of the two products over the pairs that a causal mask leaves."""
     batch, tokens, heads, dim = q.shape
@@ -172,25 +144,7 @@ def backward_flops(*lowered: Any) -> float:
     return 2.5 * flops(*lowered)
 
 
-FORWARD = register(
-    TorchOp(
-        OP,
-        autocast=Autocast(lower=("q", "k", "v")),
-        check=_check,
-        fake=_fake,
-        triton="sparse.landmark_attention:landmark_attention",
-        backward=_backward,
-        setup_context=_setup_context,
-    )
-)
-BACKWARD = register(
-    TorchOp(
-        OP + "_backward",
-        check=_check_backward,
-        fake=fake_gradients,
-        triton="sparse.landmark_attention_backward:landmark_attention_backward",
-    )
-)
+FORWARD, BACKWARD = register_pair(OP, _check, Autocast(lower=("q", "k", "v")))
 SPEC = register_op(
     OpSpec(
         name=OP,
