@@ -173,7 +173,7 @@ def bits_on_a_rank(size):
 
     runs = [
         {n: case.run(tmd.attention, cut, schedule=n, sizes=sizes) for n in SCHEDULES}
-        for _ in range(5)
+        for _ in range(10)
     ]
     for other in runs[1:]:
         for schedule, found in other.items():
