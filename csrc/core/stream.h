@@ -46,6 +46,15 @@ void launch_on_device(const char* op, const View& first, const Params& p) {
   if (const char* error = launch_cuda(p, scope.stream()))
     throw std::runtime_error("tokenmill." + std::string(op) + ": " + error);
 }
+
+// The same, with workspace_bytes(p) bytes at `workspace`, a field of p.
+template <typename Params, typename T>
+void launch_with_workspace(const char* op, const View& first, Params& p, T*& workspace) {
+  const int64_t bytes = (CudaScope(first), workspace_bytes(p));
+  Array memory = empty({bytes}, first, ScalarType::Byte);
+  workspace = static_cast<T*>(memory.mutable_data());
+  launch_on_device(op, first, p);
+}
 #endif
 
 }  // namespace tokenmill

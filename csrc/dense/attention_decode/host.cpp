@@ -11,12 +11,7 @@ constexpr int64_t kMaxSplits = 1024;
 
 void run(DecodeParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    const int64_t bytes = (CudaScope(q), workspace_bytes(p));
-    Array workspace = empty({bytes}, q, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, q, p);
-  }
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   cpu::attention_decode(p);
 }

@@ -126,10 +126,9 @@ const char* launch_recurrence(const Recurrence& p, bool reverse, void* stream_ha
 
 }  // namespace cuda::linear_attention
 
-int64_t workspace_floats(const LinearAttentionParams& p) {
-  return p.batch == 0 || p.heads == 0
-             ? 0
-             : cuda::linear_attention::workspace_floats(cuda::linear_attention::forward_of(p));
+int64_t workspace_bytes(const LinearAttentionParams& p) {
+  if (p.batch == 0 || p.heads == 0) return 0;
+  return 4 * cuda::linear_attention::workspace_floats(cuda::linear_attention::forward_of(p));
 }
 
 const char* launch_cuda(const LinearAttentionParams& p, void* stream) {

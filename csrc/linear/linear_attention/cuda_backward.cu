@@ -230,11 +230,11 @@ const char* launch_backward(const Backward& of, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda::linear_attention
 
-int64_t workspace_floats(const LinearAttentionBackwardParams& p) {
+int64_t workspace_bytes(const LinearAttentionBackwardParams& p) {
   if (p.forward.batch == 0 || p.forward.heads == 0) return 0;
   LinearAttentionBackwardParams unplaced = p;
   unplaced.forward.workspace = nullptr;
-  return cuda::linear_attention::Backward(unplaced).floats;
+  return 4 * cuda::linear_attention::Backward(unplaced).floats;
 }
 
 const char* launch_cuda(const LinearAttentionBackwardParams& p, void* stream) {

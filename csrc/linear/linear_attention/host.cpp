@@ -82,28 +82,15 @@ void check_values(const LinearAttentionArgs& a) {
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
-#if defined(TOKENMILL_WITH_CUDA)
-LinearAttentionParams& forward_of(LinearAttentionParams& p) { return p; }
-LinearAttentionParams& forward_of(LinearAttentionBackwardParams& p) { return p.forward; }
-
-template <typename Params>
-void run_cuda(Params& p, const View& q) {
-  const int64_t floats = (CudaScope(q), workspace_floats(p));
-  Array workspace = empty({floats}, q, ScalarType::Float);
-  forward_of(p).workspace = float_data(workspace);
-  launch_on_device(kOp, q, p);
-}
-#endif
-
 void run(LinearAttentionParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return run_cuda(p, q);
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   cpu::linear_attention_forward(p);
 }
 void run(LinearAttentionBackwardParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return run_cuda(p, q);
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
 #endif
   cpu::linear_attention_backward(p);
 }

@@ -30,9 +30,9 @@ struct LinearAttentionBackwardParams {
   States dinitial;  // null: not wanted
 };
 
-// Floats of workspace that the CUDA kernels want; shapes and the current device decide.
-int64_t workspace_floats(const LinearAttentionParams&);
-int64_t workspace_floats(const LinearAttentionBackwardParams&);
+// Of the CUDA kernels; shapes and the current device decide.
+int64_t workspace_bytes(const LinearAttentionParams&);
+int64_t workspace_bytes(const LinearAttentionBackwardParams&);
 
 // null, or what went wrong
 const char* launch_cuda(const LinearAttentionParams&, void* stream);

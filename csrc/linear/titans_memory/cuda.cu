@@ -48,12 +48,13 @@ constexpr const char* kTooWide = "head_dim 256 at most on CUDA";
 
 }  // namespace
 
-int64_t workspace_floats(const TitansParams&) { return 0; }
+int64_t workspace_bytes(const TitansParams&) { return 0; }
 
-int64_t workspace_floats(const TitansBackwardParams& p) {
+int64_t workspace_bytes(const TitansBackwardParams& p) {
   const TitansParams& f = p.forward;
-  return slots_of(f) * (kPlaceFloats + f.heads * 4 * f.head_dim * f.value_dim) +
-         2 * tokens_of(f) * f.heads * f.value_dim;
+  const int64_t floats = slots_of(f) * (kPlaceFloats + f.heads * 4 * f.head_dim * f.value_dim) +
+                         2 * tokens_of(f) * f.heads * f.value_dim;
+  return 4 * floats;
 }
 
 const char* launch_cuda(const TitansParams& p, void* stream) {

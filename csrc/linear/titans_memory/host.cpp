@@ -101,28 +101,15 @@ void check_values(const TitansArgs& a) {
     check_cu_seqlens_values(kOp, "cu_seqlens", a.cu_seqlens, a.q.size(0));
 }
 
-#if defined(TOKENMILL_WITH_CUDA)
-TitansParams& forward_of(TitansParams& p) { return p; }
-TitansParams& forward_of(TitansBackwardParams& p) { return p.forward; }
-
-template <typename Params>
-void run_cuda(Params& p, const View& q) {
-  const int64_t floats = (CudaScope(q), workspace_floats(p));
-  Array workspace = empty({floats}, q, ScalarType::Float);
-  forward_of(p).workspace = workspace.mutable_data<float>();
-  launch_on_device(kOp, q, p);
-}
-#endif
-
 void run(TitansParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return run_cuda(p, q);
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   cpu::titans_memory_forward(p);
 }
 void run(TitansBackwardParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return run_cuda(p, q);
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.forward.workspace);
 #endif
   cpu::titans_memory_backward(p);
 }

@@ -33,9 +33,9 @@ struct TitansBackwardParams {
   States dinitial_memory, dinitial_momentum;  // null: not wanted
 };
 
-// Floats of workspace that the CUDA kernels want; shapes decide.
-int64_t workspace_floats(const TitansParams&);
-int64_t workspace_floats(const TitansBackwardParams&);
+// Of the CUDA kernels; shapes decide.
+int64_t workspace_bytes(const TitansParams&);
+int64_t workspace_bytes(const TitansBackwardParams&);
 
 // null, or what went wrong
 const char* launch_cuda(const TitansParams&, void* stream);

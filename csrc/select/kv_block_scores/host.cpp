@@ -19,11 +19,7 @@ constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
 
 void run(BlockScoreParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, q, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, q, p);
-  }
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   cpu::kv_block_scores(p);
 }

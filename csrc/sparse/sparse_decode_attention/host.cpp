@@ -13,12 +13,7 @@ constexpr int64_t kMaxSplits = 1024, kMaxBlock = 128;
 
 void run(SparseDecodeParams& d, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    const int64_t bytes = (CudaScope(q), workspace_bytes(d));
-    Array workspace = empty({bytes}, q, ScalarType::Byte);
-    d.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, q, d);
-  }
+  if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
 #endif
   cpu::sparse_decode_attention(d);
 }

@@ -9,11 +9,7 @@ constexpr const char* kOp = "transpose_block_list";
 
 void run(TransposeBlockListParams& p, const View& indices) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (indices.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, indices, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, indices, p);
-  }
+  if (indices.is_cuda) return launch_with_workspace(kOp, indices, p, p.workspace);
 #endif
   cpu::transpose_block_list(p);
 }

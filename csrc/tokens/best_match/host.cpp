@@ -10,11 +10,7 @@ constexpr int64_t kMaxChannels = 4096;
 
 void run(MatchParams& p, const View& a) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (a.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, a, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, a, p);
-  }
+  if (a.is_cuda) return launch_with_workspace(kOp, a, p, p.workspace);
 #endif
   cpu::best_match(p);
 }

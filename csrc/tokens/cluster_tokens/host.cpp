@@ -62,11 +62,7 @@ template <typename Params, typename Cpu>
 void run(Params& p, const View& x, const Cpu& launch_cpu) {
   if (x.numel() == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
-  if (x.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, x, ScalarType::Byte);
-    forward_of(p).workspace = workspace.mutable_data();
-    return launch_on_device(kOp, x, p);
-  }
+  if (x.is_cuda) return launch_with_workspace(kOp, x, p, forward_of(p).workspace);
 #endif
   launch_cpu(p);
 }

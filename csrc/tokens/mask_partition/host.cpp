@@ -18,11 +18,7 @@ void check_values(const MaskPartitionParams& p) {
 
 void run(MaskPartitionParams& p, const View& mask) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (mask.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, mask, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, mask, p);
-  }
+  if (mask.is_cuda) return launch_with_workspace(kOp, mask, p, p.workspace);
 #endif
   cpu::mask_partition(p);
 }

@@ -67,11 +67,7 @@ ReconstructParams make_params(const ReconstructTokensArgs& a) {
 
 void run(ReconstructParams& p, const View& features) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (features.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, features, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, features, p);
-  }
+  if (features.is_cuda) return launch_with_workspace(kOp, features, p, p.workspace);
 #endif
   cpu::reconstruct_tokens(p);
 }

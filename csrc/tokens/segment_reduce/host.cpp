@@ -87,11 +87,7 @@ void check_values(const SegmentReduceParams& p) {
 
 void run(SegmentReduceParams& p, const View& x) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (x.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, x, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, x, p);
-  }
+  if (x.is_cuda) return launch_with_workspace(kOp, x, p, p.workspace);
 #endif
   cpu::segment_reduce(p);
 }

@@ -9,11 +9,7 @@ constexpr const char* kOp = "topk_partition";
 
 void run(TopkPartitionParams& p, const View& scores) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (scores.is_cuda) {
-    Array workspace = empty({workspace_bytes(p)}, scores, ScalarType::Byte);
-    p.workspace = workspace.mutable_data();
-    return launch_on_device(kOp, scores, p);
-  }
+  if (scores.is_cuda) return launch_with_workspace(kOp, scores, p, p.workspace);
 #endif
   cpu::topk_partition(p);
 }
