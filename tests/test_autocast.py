@@ -205,6 +205,7 @@ def test_a_cache_is_read_as_it_is():
     paged = {"seqlens_k": lengths, "block_table": table, "budget": 16, "num_recent": 16}
     for function, options in (
         (tm.landmark_decode, {"seqlens_k": lengths, "block": 16}),
+        (tm.landmark_decode, {"seqlens_k": lengths, "block_table": table, "block": 16}),
         (tm.attention_decode, {"seqlens_k": lengths}),
         (tm.hip_attention, paged),
     ):

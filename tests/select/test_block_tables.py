@@ -64,6 +64,9 @@ CALLS = {
         ints((4,), (4,), (4,)).to(k.device), seqlens_k=lengths, block_table=table, num_sink=1,
         num_recent=2, backend=backend,
     ),
+    "landmark_decode": lambda k, v, table, lengths, backend: tm.landmark_decode(
+        queries(k), k, v, seqlens_k=lengths, block_table=table, block=3, topk=1, backend=backend
+    ),
     "kv_block_scores": lambda k, v, table, lengths, backend: tm.kv_block_scores(
         queries(k), k, scoring="max_block", block_k=3, seqlens_k=lengths, block_table=table,
         backend=backend,

@@ -1,47 +1,19 @@
-"""landmark_attention against explicit weights, its limits, gradients and decoding."""
+"""landmark_attention against explicit weights, its limits and gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from block_sparse_calls import gradients
-from conftest import backends, device_of
+from conftest import backends
 from hypothesis import given
 from hypothesis import strategies as st
+from landmark_calls import inputs, weights_of
 from tier import examples
 
 import tokenmill as tm
 
 each_backend = pytest.mark.parametrize("backend", backends("reference"))
-
-
-def inputs(backend, length, heads=4, kv_heads=2, b=2, d=8, dv=12, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    shapes = ((heads, d), (kv_heads, d), (kv_heads, dv))
-    tensors = (torch.randn(b, length, *s, generator=g).to(dtype) for s in shapes)
-    return [t.to(device_of(backend)).requires_grad_() for t in tensors]
-
-
-def weights_of(z, i, block, blocks=None):
-    """Of query i over all keys, from its logits z [S], one key after the other; log Z."""
-    own = i // block
-    last = own * block + block - 1
-    logits = {j: z[j] for j in range(own * block, i + 1) if j != last}
-    for b in range(own) if blocks is None else blocks:
-        logits[b * block + block - 1] = z[b * block + block - 1]
-    if not logits:
-        return torch.zeros_like(z), z.new_tensor(-torch.inf)
-    log_z = torch.stack([*logits.values()]).logsumexp(0)
-    w = [z.new_zeros(())] * len(z)
-    for j, logit in logits.items():
-        share = (logit - log_z).exp()
-        if j // block == own:
-            w[j] = share
-            continue
-        first = j - block + 1
-        for m, inner in enumerate(torch.softmax(z[first:j], 0)):
-            w[first + m] = share * inner
-    return torch.stack(w), log_z
 
 
 def by_hand(q, k, v, block):
@@ -154,48 +126,6 @@ def test_half_precision_keeps_the_error_budget(dtype, backend):
     tm.testing.assert_accurate(out.cpu(), wide.cpu(), plain.cpu())
 
 
-@each_backend
-def test_decoding_over_all_blocks_is_the_last_row(backend):
-    q, k, v = (t.detach() for t in inputs(backend, 40, b=3))
-    lengths = torch.tensor([40, 17, 24], dtype=torch.int32, device=q.device)
-    rows = lengths.long() - 1
-    batch = torch.arange(3, device=q.device)
-    got = tm.landmark_decode(
-        q[batch, rows][:, None], k, v, seqlens_k=lengths, block=8, return_lse=True, backend=backend
-    )
-    out, lse = tm.landmark_attention(q, k, v, block=8, return_lse=True, backend=backend)
-    torch.testing.assert_close(got[0][:, 0], out[batch, rows])
-    torch.testing.assert_close(got[1][:, :, 0], lse[batch, :, rows])
-
-
-@each_backend
-def test_decoding_retrieves_the_blocks_of_the_greatest_landmarks(backend):
-    q, k, v = (t.detach() for t in inputs(backend, 43, b=1))
-    row = q[:, -1:]
-    lengths = torch.tensor([43], dtype=torch.int32, device=q.device)
-    options = {"seqlens_k": lengths, "block": 8, "topk": 2, "backend": backend}
-    got = tm.landmark_decode(row, k, v, **options)
-    for h in range(4):
-        z = 8**-0.5 * k[0, :, h // 2] @ row[0, 0, h]
-        best = z[7:40:8].topk(2).indices.tolist()
-        w, _ = weights_of(z, 42, 8, best)
-        torch.testing.assert_close(got[0, 0, h], w @ v[0, :, h // 2], rtol=3e-5, atol=3e-5)
-
-
-@each_backend
-@pytest.mark.parametrize("length", [0, 1, 2])
-def test_requests_with_hardly_a_key(length, backend):
-    q, k, v = (t.detach() for t in inputs(backend, 4, b=1))
-    lengths = torch.tensor([length], dtype=torch.int32, device=q.device)
-    k[:, length:] = torch.nan
-    out, lse = tm.landmark_decode(
-        q[:, :1], k, v, seqlens_k=lengths, block=2, return_lse=True, backend=backend
-    )
-    want = torch.zeros_like(out) if length == 0 else v[:, :1].repeat_interleave(2, 2)
-    torch.testing.assert_close(out, want)
-    assert bool((lse == -torch.inf).all()) == (length == 0)
-
-
 def test_empty_dimensions():
     q, k, v = (t.detach() for t in inputs("cpu", 0))
     assert tm.landmark_attention(q, k, v).shape == (2, 0, 4, 12)
@@ -217,20 +147,3 @@ def test_bad_calls_are_refused(edit, message):
     q, k, v = (t.detach() for t in inputs("cpu", 9))
     with pytest.raises(RuntimeError, match=rf"^tokenmill\.landmark_attention: {message}"):
         tm.landmark_attention(**{"q": q, "k": k, "v": v, **edit})
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ({"topk": 0}, "topk: must be at least 1; got 0"),
-        ({"seqlens_k": torch.tensor([9, 10]).int()}, "seqlens_k: must be 0 to 9; got 10"),
-        ({"seqlens_k": torch.tensor([9]).int()}, r"seqlens_k: must have shape \[2\]"),
-        ({"q": torch.zeros(2, 2, 4, 8)}, "q: must have 1 token; got 2"),
-    ],
-)  # fmt: skip
-def test_bad_steps_are_refused(edit, message):
-    q, k, v = (t.detach() for t in inputs("cpu", 9))
-    lengths = torch.tensor([9, 9], dtype=torch.int32)
-    arguments = {"q": q[:, :1], "k_cache": k, "v_cache": v, "seqlens_k": lengths, "block": 4}
-    with pytest.raises(tm.InputError, match=rf"^tokenmill\.landmark_decode: {message}"):
-        tm.landmark_decode(**{**arguments, **edit})

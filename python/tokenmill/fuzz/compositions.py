@@ -145,6 +145,11 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
         lambda r: {
             "q": r(2, 1, 4, 16), **r.cache(24), "seqlens_k": int32(24, 11), "block": 5, "topk": 2,
         },
+        lambda r: {
+            "q": r(2, 1, 4, 16), **r.cache(8, b=8), "seqlens_k": int32(32, 9),
+            "block_table": torch.tensor(TABLE, dtype=torch.int32), "block": 5, "topk": 2,
+            "return_lse": True,
+        },
     ),
     sparse.core_context_attention: (
         lambda r: {**r.qkv(37), "group": 4, "window": 8, "return_lse": True},

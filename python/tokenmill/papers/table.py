@@ -42,7 +42,7 @@ TABLE = (
         6, "Landmark Attention", "Landmark Attention: Random-Access Infinite Context Length for "
         "Transformers", "Mohtashami and Jaggi", "2305.16300",
         "a grouped softmax: the tokens of an earlier block share the weight of its landmark; in "
-        "decoding, the topk blocks whose landmarks score highest",
+        "decoding, the topk blocks whose landmarks score highest, from a dense or paged cache",
         ("tokenmill.landmark_attention(block=64)", "tokenmill.landmark_decode(block=64)"),
         "tests/sparse/test_landmark_attention.py", None, BACKENDS,
         "LLaMA-7B with a context of 32k, and fewer tokens retrieved",
