@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ._check import as_int, check, check_device_of_q, check_tensor, fail, show
+from ._check import as_int, check, check_device_of_q, check_tensor, check_text, fail, show
 
 Rule = Literal["equal", "not_after"]
 Distance = Literal["chebyshev", "manhattan"]
@@ -129,6 +129,7 @@ def segments(
     op = "masks.segments"
     for name, ids in (("q_ids", q_ids), ("k_ids", k_ids)):
         _check_int32("segments", name, ids, 1, 2)
+    check_text(op, "rule", rule)
     check(rule in ("equal", "not_after"), op, "rule", "must be 'equal' or 'not_after'", rule)
     if shared is not None:
         shared = as_int(op, "shared", shared, "must be an integer or None")
@@ -185,6 +186,7 @@ def grid(width: int, distance: Distance = "chebyshev", *, window: int | None = N
     op = "masks.grid"
     width = as_int(op, "width", width)
     check(1 <= width <= INT32_MAX, op, "width", "must be a positive int32", width)
+    check_text(op, "distance", distance)
     known = distance in ("chebyshev", "manhattan")
     check(known, op, "distance", "must be 'chebyshev' or 'manhattan'", distance)
     if window is not None:

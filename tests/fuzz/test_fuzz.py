@@ -60,6 +60,23 @@ def test_calls_are_valid_before_they_are_changed(target):
     assert made
 
 
+@pytest.mark.parametrize("target", targets("cpu"), ids=lambda t: t.name)
+def test_an_array_is_refused_in_words(target):
+    """A comparison with an array gives an array, whose truth is an error of NumPy."""
+    array = pytest.importorskip("numpy").array([1.0, 2.0])
+    try:
+        given = target.arguments(target.samples[0], torch.float32, torch.Generator().manual_seed(0))
+    except NoCall:
+        return
+    call = case.Case(target, None, "", lambda: given, None)
+    for name in target.known:
+        try:
+            target.run({**given, name: array}, None)
+        except Exception as error:
+            wrong = case._wrong_error(error, call, False)
+            assert not wrong, f"{name}: {wrong}"
+
+
 def planted(run, written=(), **given):
     def arguments(sample, dtype, g):
         return {"x": torch.ones(3), **given}

@@ -99,9 +99,7 @@ def pattention(
     check(width == x.shape[-1] and count > 0, OP, "key_tokens", rule, key_tokens.shape)
     rule = f"must have a row for each key, {count}"
     check(value_tokens.shape[0] == count, OP, "value_tokens", rule, value_tokens.shape[0])
-    check_text(OP, "activation", activation)
-    rule = "must be 'l2_norm_gelu', 'gelu_l2_norm' or 'softmax'"
-    check(activation in ACTIVATIONS, OP, "activation", rule, activation)
+    check_activation(OP, activation)
     if norm_scale is None:
         norm_scale = default_norm_scale(activation, count)
     numbers = {"norm_scale": norm_scale, "scale": scale, "eps": eps}
@@ -113,6 +111,12 @@ def pattention(
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     out: Tensor = _Pattention.apply(rows, key_tokens, value_tokens, weights)
     return out.reshape(*x.shape[:-1], value_tokens.shape[1])
+
+
+def check_activation(op: str, activation: str) -> None:
+    check_text(op, "activation", activation)
+    rule = "must be 'l2_norm_gelu', 'gelu_l2_norm' or 'softmax'"
+    check(activation in ACTIVATIONS, op, "activation", rule, activation)
 
 
 def default_norm_scale(activation: str, count: int) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._check import as_int, check, check_tensor, fail
-from ..dense.pattention import Activation, default_norm_scale, pattention
+from ..dense.pattention import Activation, check_activation, default_norm_scale, pattention
 
 NAME = "nn.Pattention"
 
@@ -56,6 +56,7 @@ class Pattention(nn.Module):
         for name, size in sizes.items():
             sizes[name] = as_int(NAME, name, size)
             check(sizes[name] > 0, NAME, name, "must be above 0", sizes[name])
+        check_activation(NAME, activation)
         self.activation, self.scale = activation, scale
         if norm_scale is None:
             norm_scale = default_norm_scale(activation, sizes["num_tokens"])
