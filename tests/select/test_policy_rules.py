@@ -65,6 +65,15 @@ def test_a_request_alone_is_as_in_company(method, options):
             torch.testing.assert_close(got[0], want[b, : got.shape[1]], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(("method", "options"), [case for case in SPARING if case[1]])
+def test_numbers_fit_lengths(method, options):
+    """A length divided by 2^62 was one divided by 0 in int32."""
+    for name, value in options.items():
+        if isinstance(value, int):
+            with pytest.raises(RuntimeError, match=rf"{name}: must be at most 2147483647; got \d+"):
+                method(new_cache(None), **{**options, name: 2**62})
+
+
 KEEPING = [(method, options) for method, options in SPARING if hasattr(method, "extend")]
 
 

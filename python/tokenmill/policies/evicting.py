@@ -167,6 +167,7 @@ class Keyformer(Policy):
     tau_step: float = 0.01
     seed: int = 0
     _LEAST: ClassVar[dict[str, int]] = {"seed": -(2**63)}
+    _MOST: ClassVar[dict[str, int]] = {"seed": 2**63 - 1}
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None

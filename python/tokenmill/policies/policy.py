@@ -21,6 +21,7 @@ from .._check import (
 )
 from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
+from ..masks import INT32_MAX
 from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
 from .cache import KVCache
@@ -56,7 +57,8 @@ class Policy:
     backend: str | None = None
 
     # The least that a whole number may be, where that is not 0.
-    _LEAST: ClassVar[dict[str, int]] = {}
+    _LEAST: ClassVar[dict[str, int]] = {}  # of whole numbers, if not 0
+    _MOST: ClassVar[dict[str, int]] = {}  # if not the largest int32, as lengths are
 
     def __post_init__(self) -> None:
         self._check_fields()
@@ -81,6 +83,8 @@ class Policy:
                 value = as_int(self._name, name, value)
                 least = self._LEAST.get(name, 0)
                 check(value >= least, self._name, name, f"must be at least {least}", value)
+                most = self._MOST.get(name, INT32_MAX)
+                check(value <= most, self._name, name, f"must be at most {most}", value)
             elif entry.type == "Share":
                 rule = "must be a number of keys or a share of them, 0 to 1"
                 value = as_number(self._name, name, value, rule)
