@@ -13,8 +13,6 @@ from . import (
     dense,
     linear,
     masks,
-    nn,
-    policies,
     reference,
     registry,
     select,
@@ -152,14 +150,15 @@ __all__ = [
 _flops.install([*registry.ops().values()])
 
 if _typing.TYPE_CHECKING:
-    from . import papers
+    from . import nn, papers, policies
 else:
+    _LATER = ("nn", "papers", "policies")  # on top of the operators: loaded at first use
 
     def __getattr__(name: str) -> object:
-        if name == "papers":  # its table is loaded at first use
-            return _importlib.import_module(f"{__name__}.papers")
+        if name in _LATER:
+            return _importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "papers"]
+    return sorted({*globals(), *__all__})
