@@ -179,19 +179,20 @@ def lower(
     head_reduce: str = "none",
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k)):
-        check_tensor(OP, name, t)
+        check_tensor(op, name, t)
     for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
-        check_tensor(OP, name, option, optional=True)
+        check_tensor(op, name, option, optional=True)
     indices, counts = None, None
     if start is not None:
         pair = isinstance(start, tuple | list) and len(start) == 2
         pair = pair and all(isinstance(t, Tensor) for t in start)
-        check(pair, OP, "start", "must be (indices, counts) or None", start)
+        check(pair, op, "start", "must be (indices, counts) or None", start)
         indices, counts = start
     budget, block_q, block_k, stride_q, num_sink, num_recent, restart_span = (
-        as_int(OP, name, number)
+        as_int(op, name, number)
         for name, number in (
             ("budget", budget),
             ("block_q", block_q),
@@ -204,8 +205,8 @@ def lower(
     )
     for name, text in (("representative", representative), ("bound", bound),
                        ("head_reduce", head_reduce)):  # fmt: skip
-        check_text(OP, name, text)
-    check_bool(OP, "causal", causal)
+        check_text(op, name, text)
+    check_bool(op, "causal", causal)
     return (
         q, k, budget, block_q, block_k, stride_q, representative, num_sink, num_recent, bound,
         indices, counts, restart_span, causal, head_reduce, seqlens_k, block_table,
@@ -232,58 +233,59 @@ def _check(
     block_table: Tensor | None,
     *,
     float64: bool = False,
+    op: str = OP,
 ) -> None:
-    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
+    check(q.dim() == 4, op, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
     rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
-    check(k.dim() == 4, OP, "k", rule, k.dim())
-    check_dtype(OP, "q", q, float64=float64)
-    check_dtype_of(OP, "k", k, "q", q)
-    check_device_of(OP, "k", k, "q", q)
+    check(k.dim() == 4, op, "k", rule, k.dim())
+    check_dtype(op, "q", q, float64=float64)
+    check_dtype_of(op, "k", k, "q", q)
+    check_device_of(op, "k", k, "q", q)
     for name, t in (("q", q), ("k", k)):
-        check_last_contiguous(OP, name, t)
+        check_last_contiguous(op, name, t)
     dim = q.shape[3]
-    check(1 <= dim <= MAX_HEAD_DIM, OP, "q", f"must have a head dimension of 1 to {MAX_HEAD_DIM}",
+    check(1 <= dim <= MAX_HEAD_DIM, op, "q", f"must have a head dimension of 1 to {MAX_HEAD_DIM}",
           dim)  # fmt: skip
     if k.shape[3] != dim:
-        fail(OP, "k", f"must have the head dimension of q, {dim}", k.shape[3])
+        fail(op, "k", f"must have the head dimension of q, {dim}", k.shape[3])
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        fail(OP, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-    check_block_table(OP, block_table, k)
+        fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
+    check_block_table(op, block_table, k)
     batch = batch_of(k, block_table)
     name = "k" if block_table is None else "block_table"
     if batch != q.shape[0]:
-        fail(OP, name, f"must have the batch size of q, {q.shape[0]}", batch)
-    check(1 <= block_k <= MAX_BLOCK, OP, "block_k", f"must be 1 to {MAX_BLOCK}", block_k)
+        fail(op, name, f"must have the batch size of q, {q.shape[0]}", batch)
+    check(1 <= block_k <= MAX_BLOCK, op, "block_k", f"must be 1 to {MAX_BLOCK}", block_k)
     for name, size in (("block_q", block_q), ("stride_q", stride_q),
                        ("restart_span", restart_span)):  # fmt: skip
-        check(1 <= size < 2**31, OP, name, "must be 1 to 2^31 - 1", size)
+        check(1 <= size < 2**31, op, name, "must be 1 to 2^31 - 1", size)
     rule = f"must be a multiple of block_k, from 1 to {MAX_BLOCKS} times"
     blocks_ok = budget % block_k == 0 and 1 <= budget // block_k <= MAX_BLOCKS
-    check(blocks_ok, OP, "budget", rule, budget)
+    check(blocks_ok, op, "budget", rule, budget)
     rule = "must be 'first', 'middle' or 'last'"
-    check(representative in REPRESENTATIVES, OP, "representative", rule, representative)
-    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
-    check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
-    check(bound in BOUNDS, OP, "bound", "must be 'sample' or 'minmax'", bound)
+    check(representative in REPRESENTATIVES, op, "representative", rule, representative)
+    check(num_sink >= 0, op, "num_sink", "must not be negative", num_sink)
+    check(num_recent >= 0, op, "num_recent", "must not be negative", num_recent)
+    check(bound in BOUNDS, op, "bound", "must be 'sample' or 'minmax'", bound)
     rule = "must be 'none' or 'group_max'"
-    check(head_reduce in HEAD_REDUCES, OP, "head_reduce", rule, head_reduce)
-    check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)
+    check(head_reduce in HEAD_REDUCES, op, "head_reduce", rule, head_reduce)
+    check_per_request(op, "seqlens_k", seqlens_k, batch, "k", k)
     shape = _list_shape(q, k, budget, block_q, block_k, head_reduce)
     for name, given, wanted in (("start_indices", start_indices, shape),
                             ("start_counts", start_counts, shape[:-1])):  # fmt: skip
         if given is None:
             continue
-        check(bound == "sample", OP, name, "must be None with bound 'minmax'", given)
+        check(bound == "sample", op, name, "must be None with bound 'minmax'", given)
         if list(given.shape) != wanted:
-            fail(OP, name, f"must have the shape of the result, {show(wanted)}", given.shape)
-        check(given.dtype == torch.int32, OP, name, "must be int32", given.dtype)
-        check_last_contiguous(OP, name, given)
-        check_device_of(OP, name, given, "q", q)
+            fail(op, name, f"must have the shape of the result, {show(wanted)}", given.shape)
+        check(given.dtype == torch.int32, op, name, "must be int32", given.dtype)
+        check_last_contiguous(op, name, given)
+        check_device_of(op, name, given, "q", q)
     if start_indices is not None and start_counts is None:
-        fail(OP, "start_counts", "must be given with start_indices", None)
+        fail(op, "start_counts", "must be given with start_indices", None)
     keys = rows_of_request(k, block_table)
-    check(keys < 2**31, OP, "k", "must have less than 2^31 keys of a request", keys)
+    check(keys < 2**31, op, "k", "must have less than 2^31 keys of a request", keys)
 
 
 def _list_shape(

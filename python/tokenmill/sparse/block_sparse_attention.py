@@ -181,16 +181,17 @@ def lower(
     softcap: float = 0.0,
     seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
-        check_tensor(OP, name, t)
-    check_tensor(OP, "seqlens_k", seqlens_k, optional=True)
-    block_q, block_k = as_int(OP, "block_q", block_q), as_int(OP, "block_k", block_k)
-    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
+        check_tensor(op, name, t)
+    check_tensor(op, "seqlens_k", seqlens_k, optional=True)
+    block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
+    num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
     flags = (("causal", causal), ("return_lse", return_lse))
     for name, flag in flags:
-        check_bool(OP, name, flag)
-    softcap = as_number(OP, "softcap", softcap)
+        check_bool(op, name, flag)
+    softcap = as_number(op, "softcap", softcap)
     return (
         q,
         k,
@@ -202,7 +203,7 @@ def lower(
         causal,
         num_sink,
         num_recent,
-        scale_or_default(OP, scale, q),
+        scale_or_default(op, scale, q),
         softcap,
         seqlens_k,
     )
@@ -225,21 +226,22 @@ def _check(
     seqlens_k: Tensor | None,
     *,
     float64: bool = False,
+    op: str = OP,
 ) -> None:
-    check_qkv(OP, q, k, v, 4, float64)
-    check_block(OP, "block_q", block_q)
-    check_block(OP, "block_k", block_k)
+    check_qkv(op, q, k, v, 4, float64)
+    check_block(op, "block_q", block_q)
+    check_block(op, "block_k", block_k)
     for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):
-        check(number >= 0, OP, name, "must not be negative", number)
-    check(num_recent == 0 or causal, OP, "num_recent", "goes with causal alone", num_recent)
-    check_scale(OP, scale, softcap)
+        check(number >= 0, op, name, "must not be negative", number)
+    check(num_recent == 0 or causal, op, "num_recent", "goes with causal alone", num_recent)
+    check_scale(op, scale, softcap)
     batch, sq, heads = q.shape[:3]
     kv_heads, rows = k.shape[2], -(-sq // block_q)
     fits = indices.dim() == 4 and indices.shape[0] == batch and indices.shape[2] == rows
     fits = fits and indices.shape[1] in (1, kv_heads, heads)
     shape = f"[{batch}, 1, {kv_heads} or {heads}, {rows}, K]"
-    check_list(OP, indices, counts, shape, fits, "q", q)
-    check_per_request(OP, "seqlens_k", seqlens_k, batch, "q", q)
+    check_list(op, indices, counts, shape, fits, "q", q)
+    check_per_request(op, "seqlens_k", seqlens_k, batch, "q", q)
 
 
 def flops(

@@ -256,6 +256,7 @@ def lower(
     sink: Tensor | None = None,
     num_splits: int = 0,
     return_mass: bool = False,
+    op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (
         ("q", q),
@@ -265,7 +266,7 @@ def lower(
         ("counts", counts),
         ("seqlens_k", seqlens_k),
     ):
-        check_tensor(OP, name, t)
+        check_tensor(op, name, t)
     for name, option in (
         ("block_table", block_table),
         ("extra_k", extra_k),
@@ -273,19 +274,19 @@ def lower(
         ("extra_log_count", extra_log_count),
         ("sink", sink),
     ):
-        check_tensor(OP, name, option, optional=True)
-    block_k, num_splits = as_int(OP, "block_k", block_k), as_int(OP, "num_splits", num_splits)
-    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
+        check_tensor(op, name, option, optional=True)
+    block_k, num_splits = as_int(op, "block_k", block_k), as_int(op, "num_splits", num_splits)
+    num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
     for name, flag in (("interleaved", interleaved), ("return_mass", return_mass)):
-        check_bool(OP, name, flag)
-    softcap = as_number(OP, "softcap", softcap)
-    check_text(OP, "pos_mode", pos_mode)
+        check_bool(op, name, flag)
+    softcap = as_number(op, "softcap", softcap)
+    check_text(op, "pos_mode", pos_mode)
     cos, sin = None, None
     if rope is not None:
         pair = isinstance(rope, tuple | list) and len(rope) == 2
-        check(pair, OP, "rope", "must be (cos, sin)", type(rope).__name__)
+        check(pair, op, "rope", "must be (cos, sin)", type(rope).__name__)
         for t in rope:
-            check_tensor(OP, "rope", t)
+            check_tensor(op, "rope", t)
         cos, sin = (widen(t, q) for t in rope)
     return (
         q,
@@ -305,7 +306,7 @@ def lower(
         extra_k,
         extra_v,
         None if extra_log_count is None else widen(extra_log_count, q),
-        scale_or_default(OP, scale, q),
+        scale_or_default(op, scale, q),
         softcap,
         None if sink is None else widen(sink, q),
         num_splits,
@@ -339,55 +340,57 @@ def _check(
     return_mass: bool,
     *,
     float64: bool = False,
+    op: str = OP,
 ) -> None:
-    check_cache(OP, q, k_cache, v_cache, block_table is not None, float64)
-    check_scale(OP, scale, softcap)
+    check_cache(op, q, k_cache, v_cache, block_table is not None, float64)
+    check_scale(op, scale, softcap)
     blocks = f"must be a power of two up to {MAX_BLOCK}"
-    check(is_power_of_two(block_k) and block_k <= MAX_BLOCK, OP, "block_k", blocks, block_k)
+    check(is_power_of_two(block_k) and block_k <= MAX_BLOCK, op, "block_k", blocks, block_k)
     for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):
-        check(number >= 0, OP, name, "must not be negative", number)
+        check(number >= 0, op, name, "must not be negative", number)
     splits = f"must be 0 (automatic) to {MAX_SPLITS}"
-    check(0 <= num_splits <= MAX_SPLITS, OP, "num_splits", splits, num_splits)
+    check(0 <= num_splits <= MAX_SPLITS, op, "num_splits", splits, num_splits)
     modes = "must be 'absolute' or 'cache'"
-    check(pos_mode in ("absolute", "cache"), OP, "pos_mode", modes, pos_mode)
+    check(pos_mode in ("absolute", "cache"), op, "pos_mode", modes, pos_mode)
     rule = "'cache' goes with one query token; q has"
-    check(pos_mode == "absolute" or q.shape[1] <= 1, OP, "pos_mode", rule, q.shape[1])
-    check_lengths(OP, q, seqlens_k, block_table)
-    _check_lists(q, k_cache, indices, counts)
+    check(pos_mode == "absolute" or q.shape[1] <= 1, op, "pos_mode", rule, q.shape[1])
+    check_lengths(op, q, seqlens_k, block_table)
+    _check_lists(op, q, k_cache, indices, counts)
     longest = capacity(k_cache, block_table)
     if pos_mode == "cache":
         longest = min(longest, num_sink + indices.shape[2] * block_k + num_recent)
-    _check_rope(q, cos, sin, max(longest, 1))
-    _check_extra(q, k_cache, v_cache, extra_k, extra_v, extra_log_count)
-    check_terms(OP, q, q.shape[0], "softmax", None, None, sink)
+    _check_rope(op, q, cos, sin, max(longest, 1))
+    _check_extra(op, q, k_cache, v_cache, extra_k, extra_v, extra_log_count)
+    check_terms(op, q, q.shape[0], "softmax", None, None, sink)
 
 
-def _check_lists(q: Tensor, k_cache: Tensor, indices: Tensor, counts: Tensor) -> None:
+def _check_lists(op: str, q: Tensor, k_cache: Tensor, indices: Tensor, counts: Tensor) -> None:
     batch, heads = q.shape[0], (1, k_cache.shape[2], q.shape[2])
     rule = f"must have shape [{batch}, 1, {heads[1]} or {heads[2]}, K]"
     shape = indices.dim() == 3 and indices.shape[0] == batch and indices.shape[1] in heads
-    check(shape, OP, "indices", rule, indices.shape)
+    check(shape, op, "indices", rule, indices.shape)
     if counts.shape != indices.shape[:2]:
-        fail(OP, "counts", f"must have shape {show(indices.shape[:2])}", counts.shape)
+        fail(op, "counts", f"must have shape {show(indices.shape[:2])}", counts.shape)
     for name, t in (("indices", indices), ("counts", counts)):
-        check_int32(OP, name, t)
-        check_last_contiguous(OP, name, t)
-        check_device_of_q(OP, name, t, q)
+        check_int32(op, name, t)
+        check_last_contiguous(op, name, t)
+        check_device_of_q(op, name, t, q)
 
 
-def _check_rope(q: Tensor, cos: Tensor | None, sin: Tensor | None, longest: int) -> None:
+def _check_rope(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None, longest: int) -> None:
     if cos is None or sin is None:
         return
     pairs = q.shape[3] // 2
     shape = cos.dim() == 2 and cos.shape[0] >= longest and 1 <= cos.shape[1] <= pairs
     rule = f"must have shape [positions, pairs], {longest} positions or more, 1 to {pairs} pairs"
-    check(shape, OP, "rope", rule, cos.shape)
-    check(sin.shape == cos.shape, OP, "rope", "must have cos and sin of one shape", sin.shape)
+    check(shape, op, "rope", rule, cos.shape)
+    check(sin.shape == cos.shape, op, "rope", "must have cos and sin of one shape", sin.shape)
     for t in (cos, sin):
-        check_small(OP, "rope", t, q)
+        check_small(op, "rope", t, q)
 
 
 def _check_extra(
+    op: str,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -396,25 +399,25 @@ def _check_extra(
     extra_log_count: Tensor | None,
 ) -> None:
     both = (extra_k is None) == (extra_v is None)
-    check(both, OP, "extra_v", "must be given with extra_k, and only then", extra_v is not None)
+    check(both, op, "extra_v", "must be given with extra_k, and only then", extra_v is not None)
     if extra_k is None or extra_v is None:
         if extra_log_count is not None:
-            fail(OP, "extra_log_count", "needs extra_k and extra_v", extra_log_count.shape)
+            fail(op, "extra_log_count", "needs extra_k and extra_v", extra_log_count.shape)
         return
     extras = (("extra_k", extra_k, k_cache), ("extra_v", extra_v, v_cache))
     entries = extra_k.shape[1] if extra_k.dim() == 4 else -1
     for name, t, cache in extras:
         wanted = [q.shape[0], max(entries, 0), *cache.shape[2:]]
         if list(t.shape) != wanted:
-            fail(OP, name, f"must have shape {show(wanted)}", t.shape)
-        check_dtype_of(OP, name, t, "q", q)
-        check_last_contiguous(OP, name, t)
-        check_device_of_q(OP, name, t, q)
+            fail(op, name, f"must have shape {show(wanted)}", t.shape)
+        check_dtype_of(op, name, t, "q", q)
+        check_last_contiguous(op, name, t)
+        check_device_of_q(op, name, t, q)
     if extra_log_count is not None:
         wanted = [q.shape[0], k_cache.shape[2], entries]
         if list(extra_log_count.shape) != wanted:
-            fail(OP, "extra_log_count", f"must have shape {show(wanted)}", extra_log_count.shape)
-        check_small(OP, "extra_log_count", extra_log_count, q)
+            fail(op, "extra_log_count", f"must have shape {show(wanted)}", extra_log_count.shape)
+        check_small(op, "extra_log_count", extra_log_count, q)
 
 
 def _check_values(

@@ -8,13 +8,18 @@ from torch import Tensor
 
 def listed_blocks(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
     """[B, heads, rows, blocks]: the lists as a mask."""
-    batch, heads, rows, entries = indices.shape
-    if entries == 0 or blocks == 0:
-        return indices.new_zeros((batch, heads, rows, blocks), dtype=torch.bool)
+    mask = indices.new_zeros((*indices.shape[:3], blocks + 1), dtype=torch.bool)
+    listed = listed_entries(indices, counts, blocks)
+    mask.scatter_(-1, torch.where(listed, indices, blocks).long(), True)
+    return mask[..., :blocks]
+
+
+def listed_entries(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
+    """[B, heads, rows, K]: which entries of the lists count."""
+    entries = indices.shape[-1]
+    if entries == 0:  # cummax has no result
+        return torch.zeros_like(indices, dtype=torch.bool)
     largest = indices.cummax(-1).values
     before = torch.cat([torch.full_like(largest[..., :1], -1), largest[..., :-1]], -1)
     good = (indices > before.clamp(min=-1)) & (indices < blocks)
-    good &= torch.arange(entries, device=indices.device) < counts[..., None]
-    mask = indices.new_zeros((batch, heads, rows, blocks + 1), dtype=torch.bool)
-    mask.scatter_(-1, torch.where(good, indices, blocks).long(), True)
-    return mask[..., :blocks]
+    return good & (torch.arange(entries, device=indices.device) < counts[..., None])
