@@ -8,6 +8,7 @@ differentiable.
 from ._group import PeerError
 from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
+from .block_sparse_attention import block_sparse_attention
 from .context import context_parallel
 from .linear import lightning_attention, linear_attention
 from .plan import Cost, plan
@@ -22,6 +23,7 @@ __all__ = [
     "PeerError",
     "attention",
     "attention_decode",
+    "block_sparse_attention",
     "context_parallel",
     "lightning_attention",
     "linear_attention",
