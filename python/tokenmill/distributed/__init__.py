@@ -10,10 +10,12 @@ from .attention import attention, sigmoid_attention
 from .attention_decode import attention_decode
 from .block_sparse_attention import block_sparse_attention
 from .context import context_parallel
+from .hip_attention import hip_attention
 from .linear import lightning_attention, linear_attention
 from .plan import Cost, plan
 from .sequence import shard_sequence, unshard_sequence
 from .sharding import register_sharding
+from .sparse_decode_attention import sparse_decode_attention
 from .topk_select import topk_select
 
 register_sharding()
@@ -25,12 +27,14 @@ __all__ = [
     "attention_decode",
     "block_sparse_attention",
     "context_parallel",
+    "hip_attention",
     "lightning_attention",
     "linear_attention",
     "plan",
     "register_sharding",
     "shard_sequence",
     "sigmoid_attention",
+    "sparse_decode_attention",
     "topk_select",
     "unshard_sequence",
 ]

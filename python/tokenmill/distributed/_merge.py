@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dense.merge_attention_states import merge_attention_states
+from ._group import Group
 
 SUM_FLOOR = 1e-8  # beside a row sum, as attention divides by it
 
@@ -43,6 +44,17 @@ class Merge:
         if self.normalize == "count":
             divisor = divisor.clamp(min=1)  # a row that sees nothing has out 0
         return out / _of_rows(divisor)
+
+    def of_ranks(self, group: Group, out: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+        """The result of the parts of all ranks, in their order, on every rank: one gather."""
+        total, of_total = self.start(out.shape, out)
+        if statistic.numel() == 0:
+            statistic = torch.zeros_like(of_total)
+        sent = torch.cat([out.float(), statistic.float().transpose(1, 2)[..., None]], -1)
+        for part in group.gather(sent[None], 0, [1] * group.size):
+            of_part = part[..., -1].transpose(1, 2).contiguous()
+            self.add(total, of_total, part[..., :-1], of_part)
+        return self.finish(total, of_total), of_total
 
     def _divisor(self, statistic: Tensor) -> Tensor:
         """What attention divides a row by."""

@@ -129,7 +129,7 @@ def attention_decode(
         sink if ranks.rank == 0 else None, options, backend,
     )  # fmt: skip
     merge = Merge(kind, normalize, backend)
-    out, statistic = _merged(ranks, merge, *part)
+    out, statistic = merge.of_ranks(ranks, *part)
     return (out.to(q.dtype), statistic) if return_lse else out.to(q.dtype)
 
 
@@ -193,16 +193,3 @@ def _on_this_rank(
     out, statistic = run(SPEC, lowered, backend)
     out = out[:, 0].unflatten(1, (*split, rows)).movedim(3, 1).flatten(2, 3)
     return out, statistic[..., 0].unflatten(1, (heads, rows)) if statistic.dim() == 3 else statistic
-
-
-def _merged(group: Group, merge: Merge, out: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-    """The parts of all ranks, in their order."""
-    total, of_total = merge.start(out.shape, out)
-    if statistic.numel() == 0:
-        statistic = torch.zeros_like(of_total)
-    sent = torch.cat([out.float(), statistic.transpose(1, 2)[..., None]], -1)
-    parts = group.gather(sent[None], 0, [1] * group.size)
-    for part in parts:
-        of_part = part[..., -1].transpose(1, 2).contiguous()
-        merge.add(total, of_total, part[..., :-1], of_part)
-    return merge.finish(total, of_total), of_total

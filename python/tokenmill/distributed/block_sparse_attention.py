@@ -127,8 +127,9 @@ def prepare(
     length: int | None,
     sizes: Sequence[int] | None,
     backend: str | None,
+    **alike: Any,
 ) -> tuple[Group, Layout]:
-    """Checks a call of the operator on the tokens of this rank."""
+    """Checks a call of the operator on the tokens of this rank; `alike` is the same on all."""
     SPEC.forward.check(*lowered, float64=True, op=op)
     a = SPEC.forward.record(*lowered)
     tokens = a.q.shape[1]
@@ -145,6 +146,7 @@ def prepare(
         dtype=a.q.dtype,
         gradients=torch.is_grad_enabled() and (a.k.requires_grad or a.v.requires_grad),
         **{name: getattr(a, name) for name in options},
+        **alike,
     )
     return ranks, where
 

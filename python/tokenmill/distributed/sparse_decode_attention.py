@@ -1,0 +1,301 @@
+"""sparse_decode_attention over a cache whose positions lie on several ranks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .._autocast import Autocast
+from .._check import as_int, check, reads_values
+from .._dispatch import call as run
+from .._dispatch import choose
+from ..select.rules import check_length_values
+from ..sparse.sparse_decode_attention import SPEC, Positions, lower
+from ._group import Group
+from ._merge import Merge
+from .sequence import Layout, Piece, layout
+
+OP = "distributed.sparse_decode_attention"
+MAX_PAGE = 64  # rows of a page of a cache that has none
+
+
+@Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache").applied
+def sparse_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_k: int = 1,
+    seqlens_k: Tensor,
+    mesh: DeviceMesh | None = None,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    block_table: Tensor | None = None,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    pos_mode: Positions = "absolute",
+    rope: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    extra_k: Tensor | None = None,
+    extra_v: Tensor | None = None,
+    extra_log_count: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+    num_splits: int = 0,
+    return_mass: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """Decode over selected, sink and recent keys of a cache that is sharded over ranks by position.
+
+    Positions lie as in :func:`attention_decode`: rank r has room for those behind the positions of
+    the ranks before it. Lists are about the whole cache. Every rank attends to the listed, sink and
+    recent keys that it has; one gather of results and lse follows, merged in the order of the
+    ranks: the result is that of :func:`tokenmill.sparse_decode_attention`, on every rank, with the
+    same bits on every run. No key moves.
+
+    Args:
+        q: ``[B, Sq, H, D]``, the same on every rank.
+        k_cache, v_cache: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, n positions of this rank; with
+            block_table pages of this rank, as there.
+        indices: int32 ``[B, 1 | Hk | H, K]``, positions of the whole cache in blocks of block_k, as
+            there; the same on every rank.
+        counts: int32 ``[B, 1 | Hk | H]``, entries of each list; the same on every rank.
+        block_k: keys of an entry, a power of two up to 128. Every rank with room starts at a
+            multiple of it.
+        seqlens_k: int32 ``[B]``, keys of each request on all ranks together, the same on all.
+        mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
+        sizes: positions of each rank. None: as many on every rank.
+        block_table: int32 ``[B, pages]`` of this rank's positions; a key on a page that does not
+            exist is left out.
+        num_sink, num_recent: sink (first) and recent (last) keys of the whole, always seen.
+        pos_mode: "absolute". With rope "cache" is refused on several ranks: the place of a key in
+            the row of those attended to counts what other ranks have.
+        rope: (cos, sin), float ``[positions, pairs]`` for all positions of all ranks.
+        interleaved, scale, softcap, num_splits, backend: as there.
+        extra_k, extra_v, extra_log_count, sink: as there, the same on every rank; they count once.
+        return_mass: also return the probability that the entries of lists received. Queries are
+            then read one after the other, keys once for each query head, and a second gather sends
+            the mass.
+
+    Returns:
+        (out, lse), with return_mass (out, lse, mass), as there. Not differentiable: inputs that
+        require a gradient are refused unless under no_grad.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything is sent. PeerError: a
+            collective failed. TOKENMILL_CHECK=1 compares what ranks must have in common.
+
+    Complexity: each rank reads its listed keys once; B Sq H (Dv + 1) float32 from each rank to all,
+    with return_mass B K for each list more.
+
+    Paper: as :func:`tokenmill.sparse_decode_attention`; Flash-Decoding (Dao et al. 2023), with
+    ranks in the place of splits.
+
+    Example:
+        >>> import torch, torch.distributed as dist, tokenmill.distributed as tmd
+        >>> store = dist.HashStore()
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> cache = torch.randn(2, 64, 2, 32)
+        >>> lengths = torch.tensor([64, 11], dtype=torch.int32)
+        >>> indices = torch.tensor([[[3, 30]], [[3, -1]]], dtype=torch.int32)
+        >>> counts = torch.tensor([[2], [1]], dtype=torch.int32)
+        >>> out, lse = tmd.sparse_decode_attention(
+        ...     torch.randn(2, 1, 4, 32), cache, cache, indices, counts, seqlens_k=lengths)
+        >>> out.shape
+        torch.Size([2, 1, 4, 32])
+        >>> dist.destroy_process_group()
+    """
+    lowered = lower(
+        q, k_cache, v_cache, indices, counts, block_k=block_k, seqlens_k=seqlens_k,
+        block_table=block_table, num_sink=num_sink, num_recent=num_recent, pos_mode=pos_mode,
+        rope=rope, interleaved=interleaved, extra_k=extra_k, extra_v=extra_v,
+        extra_log_count=extra_log_count, scale=scale, softcap=softcap, sink=sink,
+        num_splits=num_splits, return_mass=return_mass, op=OP,
+    )  # fmt: skip
+    call = SPEC.forward.record(*lowered)
+    ranks, where = _prepare(call, mesh, group, sizes, backend)
+    if ranks.size == 1 or where.length == 0:
+        out, lse, mass = run(SPEC, lowered, backend)
+        return (out, lse, mass) if return_mass else (out, lse)
+    return _on_all_ranks(call, ranks, where, backend)
+
+
+def _prepare(
+    call: Any,
+    mesh: DeviceMesh | None,
+    group: dist.ProcessGroup | None,
+    sizes: Sequence[int] | None,
+    backend: str | None,
+) -> tuple[Group, Layout]:
+    SPEC.forward.check(*call, float64=True, op=OP)
+    choose(SPEC, tuple(call), backend)
+    if torch.is_grad_enabled():
+        for name, value in call._asdict().items():
+            wants = isinstance(value, Tensor) and value.requires_grad
+            check(not wants, OP, name, "must not require a gradient, there is none", True)
+    ranks = Group(OP, mesh, group)
+    table, page = call.block_table, call.k_cache.shape[1]
+    room = page * (1 if table is None else table.shape[1])
+    total = room * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
+    where = layout(OP, total, ranks.size, "contiguous", sizes)
+    rule = f"must be {room} for rank {ranks.rank}, which has room for so many"
+    check(where.sizes[ranks.rank] == room, OP, "sizes", rule, sizes)
+    for rank, (piece,) in enumerate(where.pieces):
+        rule = f"must start each rank at a multiple of block_k, {call.block_k}; rank {rank}"
+        ok = piece.size == 0 or piece.first % call.block_k == 0
+        check(ok, OP, "sizes", rule, piece.first)
+    if ranks.size > 1 and call.cos is not None:
+        rule = "must be 'absolute' on several ranks: places count the keys of the others"
+        check(call.pos_mode == "absolute", OP, "pos_mode", rule, call.pos_mode)
+    if call.cos is not None:
+        rule = f"must have all {total} positions of the cache"
+        check(call.cos.shape[0] >= total, OP, "rope", rule, call.cos.shape[0])
+    values = reads_values(call.seqlens_k)
+    if values:
+        check_length_values(OP, "seqlens_k", call.seqlens_k, total)
+    options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass")
+    ranks.check_alike(
+        sizes=where.sizes,
+        q=tuple(call.q.shape),
+        dtype=call.q.dtype,
+        seqlens_k=call.seqlens_k.tolist() if values else None,
+        indices=tuple(call.indices.shape),
+        checksum_of_indices=_checksum(call.indices) if values else None,
+        counts=call.counts.tolist() if values else None,
+        **{name: getattr(call, name) for name in options},
+    )
+    return ranks, where
+
+
+def _checksum(x: Tensor) -> int:
+    return zlib.crc32(x.cpu().contiguous().numpy().tobytes())
+
+
+def _on_all_ranks(
+    call: Any, ranks: Group, where: Layout, backend: str | None
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    own = where.pieces[ranks.rank][0]
+    merge = Merge("softmax", None, backend)
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    if own.size > 0 and call.q.numel() > 0:
+        call = _keys_of_this_rank(call, own, where.length)
+        part, of_part, mass = (
+            _each_query(call, backend) if call.return_mass else run(SPEC, tuple(call), backend)
+        )
+    else:
+        batch, rows, heads = call.q.shape[:3]
+        part, of_part = merge.start((batch, rows, heads, call.v_cache.shape[3]), call.q)
+        mass = part.new_zeros((rows, batch, heads, call.indices.shape[2]), dtype=wide)
+    out, lse = merge.of_ranks(ranks, part, of_part)
+    out, lse = out.to(call.q.dtype), lse.to(wide)
+    if not call.return_mass:
+        return out, lse
+    # A query that sees nothing has lse -inf, and no mass.
+    share = torch.where(lse.isneginf(), 0, (of_part - lse).exp())
+    mass = (mass * share.movedim(2, 0)[..., None]).sum(0)
+    kv_heads = call.k_cache.shape[2]
+    if call.indices.shape[1] <= kv_heads:
+        mass = mass.unflatten(1, (kv_heads, mass.shape[1] // max(kv_heads, 1))).sum(2)
+    return out, lse, ranks.gather(mass[None].contiguous(), 0, [1] * ranks.size).sum(0)
+
+
+def _keys_of_this_rank(call: Any, own: Piece, total: int) -> Any:
+    """The call with the positions of this rank as 0 to own.size - 1, and those of later ranks as
+    pages that do not exist: queries, recent keys and rotations keep their distances."""
+    if own.first > 0:  # they count once
+        call = call._replace(sink=None, extra_k=None, extra_v=None, extra_log_count=None)
+    if call.cos is not None:
+        call = call._replace(cos=call.cos[own.first :], sin=call.sin[own.first :])
+    # No query is nearer to a key of this rank than the last of its recent keys and its rotation.
+    behind = total - own.end
+    if call.cos is None:
+        behind = min(behind, call.num_recent + call.q.shape[1])
+    lengths = (call.seqlens_k - own.first).clamp(0, own.size + behind)
+    first = own.first // call.block_k
+    indices = call.indices.clamp(min=-1) - first  # ids of other ranks are no blocks here
+    call = call._replace(
+        indices=indices,
+        counts=_until_last(indices, call.counts, -(-own.size // call.block_k)),
+        seqlens_k=lengths,
+        num_sink=max(call.num_sink - own.first, 0),
+    )
+    return _with_room(call, behind) if behind > 0 or call.k_cache.shape[0] == 0 else call
+
+
+def _until_last(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
+    """Counts without the entries after the last one that is a block here."""
+    entries = indices.shape[2]
+    if entries == 0:
+        return counts
+    place = torch.arange(1, entries + 1, dtype=torch.int32, device=indices.device)
+    here = (indices >= 0) & (indices < blocks)
+    return counts.minimum(torch.where(here, place, 0).amax(-1))
+
+
+def _with_room(call: Any, behind: int) -> Any:
+    """The call with a table of pages that names `behind` more positions, which have no page."""
+    k, v, table = call.k_cache, call.v_cache, call.block_table
+    if table is None:
+        k, v, table = _as_pages(k, v)
+    elif k.shape[0] == 0:  # an operator wants a page
+        k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
+        table = torch.full_like(table, -1)
+    table = F.pad(table, (0, -(-behind // k.shape[1])), value=-1)
+    cos, sin = call.cos, call.sin
+    lacking = 0 if cos is None else table.shape[1] * k.shape[1] - cos.shape[0]
+    if lacking > 0:  # the last page is not whole: nobody is there
+        cos, sin = (F.pad(x, (0, 0, 0, lacking)) for x in (cos, sin))
+    return call._replace(k_cache=k, v_cache=v, block_table=table, cos=cos, sin=sin)
+
+
+def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A dense cache [B, n, Hk, *] as pages and their table, without a copy where its rows and
+    requests lie a multiple of a page apart."""
+    batch, tokens = k.shape[:2]
+    size = min(tokens & -tokens, MAX_PAGE)
+
+    def pages_of_request(x: Tensor) -> int:
+        """From one request to the next; 0 where that is no number."""
+        page = x.stride(1) * size
+        if page == 0:
+            return 0
+        return tokens // size if batch == 1 else x.stride(0) // page * (x.stride(0) % page == 0)
+
+    step = pages_of_request(k)
+    if step < tokens // size or step != pages_of_request(v):
+        k, v, step = k.contiguous(), v.contiguous(), tokens // size
+
+    def pages(x: Tensor) -> Tensor:
+        shape = ((batch - 1) * step + tokens // size, size, *x.shape[2:])
+        return x.as_strided(shape, (x.stride(1) * size, *x.stride()[1:]))
+
+    requests = torch.arange(batch, dtype=torch.int32, device=k.device)
+    of_request = torch.arange(tokens // size, dtype=torch.int32, device=k.device)
+    return pages(k), pages(v), requests[:, None] * step + of_request
+
+
+def _each_query(call: Any, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse, and the mass [Sq, B, H, K] of each query and head beside its own lse."""
+    heads, rows = call.q.shape[2], call.q.shape[1]
+    of_list = heads // max(call.indices.shape[1], 1)
+    call = call._replace(
+        indices=call.indices.repeat_interleave(of_list, 1),
+        counts=call.counts.repeat_interleave(of_list, 1),
+    )
+    parts = []
+    for i in range(rows):
+        lengths = (call.seqlens_k - (rows - 1 - i)).clamp(min=0)
+        alone = call._replace(q=call.q[:, i : i + 1], seqlens_k=lengths)
+        parts.append(run(SPEC, tuple(alone), backend))
+    outs, lses, masses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2), torch.stack(masses)
