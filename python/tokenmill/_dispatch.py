@@ -61,11 +61,14 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
     return why + spec.unsupported(backend, *lowered)
 
 
-def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -> str:
+def choose(
+    spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None, op: str | None = None
+) -> str:
     """The backend that runs the call: the one asked for (argument, testing.emulated_cuda, then
     TOKENMILL_BACKEND), or the first of BACKENDS that can. The reference always can; interpreters
-    run only if asked.
+    run only if asked. Errors name op, or the operator itself.
     """
+    op = op or spec.name
     backend = _wanted(backend)
     if backend is None:
         for candidate in BACKENDS:
@@ -73,10 +76,10 @@ def choose(spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None) -
                 return candidate
         raise AssertionError("unreachable: the reference backend runs every call")
     if not isinstance(backend, str) or backend not in ALL_BACKENDS:
-        fail(spec.name, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
+        fail(op, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
         raise InputError(
-            f"tokenmill.{spec.name}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
+            f"tokenmill.{op}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
         )
     return backend
 

@@ -3,12 +3,16 @@ bits on every run, and no byte that a rank does not need."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import tokenmill as tm
 import tokenmill.distributed as tmd
+from tokenmill.distributed._group import Group
+from tokenmill.reference.sparse.block_sparse_attention import visible_keys
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 OPTIONS = {
@@ -116,7 +120,61 @@ def test_listed_blocks_in_bfloat16(ranks):
         assert not found
 
 
+def moved_on_a_rank(sizes):
+    """For each call the elements of keys and values that a rank needs of others, that it gets, and
+    that it sends in the backward."""
+    case, own, rank = Case(sum(sizes), list_heads=4), shard(sizes), dist.get_rank()
+    moved = []
+    send = Group.send
+
+    def counted(self, x, sent, received):
+        if x.dtype == torch.float32:
+            moved.append((sum(sent) - sent[rank], sum(received) - received[rank]))
+        return send(self, x, sent, received)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Group, "send", counted)
+        for options in OPTIONS.values():
+            moved.clear()
+            case.run(tmd.block_sparse_attention, options, own, sizes=sizes)
+            (_, forward), (backward, _) = moved
+            found.append((seen_of_others(case, options, own) * 8 * (16 + 24), forward, backward))
+    return found
+
+
+def seen_of_others(case, options, own):
+    """Blocks, for each key head, of which a query among `own` sees a key that is not among them."""
+    how = {"causal": False, "num_sink": 0, "num_recent": 0, "seqlens_k": None} | BLOCKS | options
+    how = {n: x for n, x in how.items() if n not in ("scale", "softcap")}
+    seen = visible_keys(*case.tokens[:2], *case.lists, **how)[:, :, own].any(2)
+    seen = seen.unflatten(1, (2, 2)).any(2)
+    seen[..., own] = False
+    blocks = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return int(blocks.any(-1).sum())
+
+
+def test_only_blocks_that_a_rank_needs_move(ranks):
+    for of_rank in ranks(3).run(moved_on_a_rank, (32, 16, 37)):
+        assert any(needed for needed, *_ in of_rank)
+        assert all(needed == forward == backward for needed, forward, backward in of_rank)
+
+
 def search_on_a_rank(sizes, dtype):
+    """Lists of one process, and results and gradients within the budget."""
+    lists = []
+    module = sys.modules["tokenmill.distributed.hip_attention"]
+
+    def search(*args, **how):
+        lists.append(tm.hip_block_select(*args, **how))
+        return lists[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "hip_block_select", search)
+        return _search_on_a_rank(sizes, dtype, lists)
+
+
+def _search_on_a_rank(sizes, dtype, lists):
     draw = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(2, sum(sizes), h, 16, generator=draw).to(dtype) for h in (4, 2, 2))
     own = shard(sizes)
@@ -135,6 +193,12 @@ def search_on_a_rank(sizes, dtype):
         wrong += [(name, *what) for what in wrong_results(*results, own, dtype)]
         if not (found[0].equal(again) and all(x.grad.isfinite().all() for x in mine)):
             wrong.append((name, "bits or gradients"))
+        sink = -(-how.get("num_sink", 16) // 4) * 4
+        of_search = {n: x for n, x in how.items() if n != "softcap"} | {"num_sink": sink}
+        rows = slice(own.start // 16, -(-own.stop // 16))
+        whole = [x[:, :, rows] for x in tm.hip_block_select(q, k, **of_search)]
+        if not all(x.equal(y) for x, y in zip(lists[-1], whole, strict=True)):
+            wrong.append((name, "lists"))
     return wrong
 
 
@@ -233,3 +297,128 @@ def in_pages(x, table, size):
 def test_decode_of_listed_keys(ranks, sizes, dtype, form, list_heads, rows):
     for found in ranks(len(sizes)).run(decode_on_a_rank, sizes, rows, dtype, form, list_heads):
         assert not found
+
+
+def forms_on_a_rank():
+    """A group of one, autocast, gradients of one tensor alone, and no double backward."""
+    rank, wrong = dist.get_rank(), []
+    alone = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
+    case = Case(32)
+    how = {**BLOCKS, "causal": True}
+    x, y = (
+        f(*case.tokens, *case.lists, **how, **g)
+        for f, g in (
+            (tmd.block_sparse_attention, {"group": alone}),
+            (tm.block_sparse_attention, {}),
+        )
+    )
+    if not x.equal(y):
+        wrong.append("alone")
+    own = shard((16, 16))
+    tokens = [t[:, own] for t in case.tokens]
+    rows = [t[:, :, rank : rank + 1] for t in case.lists]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tmd.block_sparse_attention(*tokens, *rows, **how)
+    if not found.equal(tmd.block_sparse_attention(*(t.bfloat16() for t in tokens), *rows, **how)):
+        wrong.append("autocast")
+    together = case.run(tmd.block_sparse_attention, {"causal": True}, own)
+    for at, name in enumerate("qkv"):
+        leaves = [t.detach().requires_grad_(i == at) for i, t in enumerate(tokens)]
+        out, lse = tmd.block_sparse_attention(*leaves, *rows, **how, return_lse=True)
+        loss = (out * case.dout[:, own]).sum()
+        (loss + (lse * case.dlse[..., own])[lse.isfinite()].sum()).backward()
+        if not leaves[at].grad.allclose(together["d" + name], atol=1e-5):
+            wrong.append(name)
+    leaf = tokens[2].detach().requires_grad_()
+    out = tmd.block_sparse_attention(*tokens[:2], leaf, *rows, **how)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    try:
+        grad.sum().backward()
+        wrong.append("double backward")
+    except RuntimeError:
+        pass
+    return wrong
+
+
+def test_other_forms_of_the_call(ranks):
+    for wrong in ranks(2).run(forms_on_a_rank):
+        assert not wrong
+
+
+def errors_on_a_rank():
+    x, rank = torch.zeros(1, 32, 2, 8), dist.get_rank()
+    ids = torch.zeros(1, 1, 2, 1, dtype=torch.int32)
+    blocks = (x, x, x, ids, ids[..., 0])
+    decode = (x[:, :1], x, x, ids[:, :, 0], ids[:, :, 0, 0])
+    lengths = torch.tensor([40], dtype=torch.int32)
+    wide = {"block_q": 16, "block_k": 16}
+    rope = torch.zeros(64, 4)
+    calls = [
+        lambda: tmd.block_sparse_attention(*blocks, block_q=16, block_k=64),
+        lambda: tmd.block_sparse_attention(*blocks, block_q=16, block_k=24),
+        lambda: tmd.block_sparse_attention(*blocks, **wide, length=65),
+        lambda: tmd.block_sparse_attention(*blocks, **wide, num_recent=1),
+        lambda: tmd.block_sparse_attention(x, x[:, 1:], x[:, 1:], *blocks[3:], **wide),
+        lambda: tmd.block_sparse_attention(*blocks[:3], ids.long(), ids[..., 0], **wide),
+        lambda: tmd.hip_attention(x, x, x, budget=3),
+        lambda: tmd.hip_attention(x, x, x, block_k=3, budget=3),
+        lambda: tmd.hip_attention(x, x, x.double()),
+        lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths + 25),
+        lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths, sizes=(31, 33)),
+        lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths, block_k=64),
+        lambda: tmd.sparse_decode_attention(
+            *decode, seqlens_k=lengths, rope=(rope, rope), pos_mode="cache"
+        ),
+        lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths, rope=(rope[:50],) * 2),
+        lambda: tmd.sparse_decode_attention(
+            x[:, :1].clone().requires_grad_(), *decode[1:], seqlens_k=lengths
+        ),
+        lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths, backend="gpu"),
+    ]
+    found = []
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            found.append(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENMILL_CHECK", "1")
+        differ = [
+            lambda: tmd.block_sparse_attention(*blocks, **wide, num_sink=rank),
+            lambda: tmd.hip_attention(x, x, x, bound=("sample", "minmax")[rank], block_q=16),
+            lambda: tmd.sparse_decode_attention(*decode[:3], *(decode[3] + rank, decode[4]),
+                                                seqlens_k=lengths),
+        ]  # fmt: skip
+        for call in differ:
+            try:
+                call()
+            except RuntimeError as error:
+                found.append(str(error))
+    return found
+
+
+def test_errors_name_argument_rule_and_value(ranks):
+    starts = "sizes: must start each rank at a multiple of"
+    rules = (
+        f"block_sparse_attention: {starts} block_q and block_k, 64; rank 1; got 32",
+        "block_sparse_attention: block_k: must be a power of two up to 128; got 24",
+        "block_sparse_attention: q: must have 33 tokens on rank 0 of 2, of 65; got 32",
+        "block_sparse_attention: num_recent: goes with causal alone; got 1",
+        "block_sparse_attention: k: must have the 32 tokens of q; got 31",
+        "block_sparse_attention: indices: must be int32; got int64",
+        "hip_attention: budget: must be a multiple of block_k, from 1 to 2048 times; got 3",
+        "hip_attention: block_k: must be a power of two up to 128; got 3",
+        "hip_attention: v: must have the dtype of q, float32; got float64",
+        "sparse_decode_attention: seqlens_k: must be 0 to 64; got 65",
+        "sparse_decode_attention: sizes: must be 32 for rank 0, which has room for so many",
+        f"sparse_decode_attention: {starts} block_k, 64; rank 1; got 32",
+        "sparse_decode_attention: pos_mode: must be 'absolute' on several ranks: places count",
+        "sparse_decode_attention: rope: must have all 64 positions of the cache; got 50",
+        "sparse_decode_attention: q: must not require a gradient, there is none; got True",
+        "sparse_decode_attention: backend: must be one of",
+        "block_sparse_attention: num_sink: must be that of rank 1 in group",
+        "hip_attention: bound: must be that of rank 1 in group",
+        "sparse_decode_attention: checksum_of_indices: must be that of rank 1 in group",
+    )
+    for found, rule in zip(ranks(2).run(errors_on_a_rank)[0], rules, strict=True):
+        assert f"tokenmill.distributed.{rule}" in found

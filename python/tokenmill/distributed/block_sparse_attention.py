@@ -134,7 +134,7 @@ def prepare(
     a = SPEC.forward.record(*lowered)
     tokens = a.q.shape[1]
     check(a.k.shape[1] == tokens, op, "k", f"must have the {tokens} tokens of q", a.k.shape[1])
-    choose(SPEC, lowered, backend)
+    choose(SPEC, lowered, backend, op)
     ranks = Group(op, mesh, group)
     where = layout_of_shard(ranks, "q", tokens, length, "contiguous", sizes)
     _check_starts(op, where, max(a.block_q, a.block_k))

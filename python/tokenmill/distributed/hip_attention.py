@@ -127,7 +127,7 @@ def hip_attention(
     }  # fmt: skip
     lowered = lower_search(q, k, start=start, **search, **both, op=OP)
     SEARCH.forward.check(*lowered, float64=True, op=OP)
-    choose(SEARCH, lowered, backend)
+    choose(SEARCH, lowered, backend, OP)
     check_block(OP, "block_q", block_q)
     rows = -(-q.shape[1] // block_q)
     no_list = q.new_zeros((q.shape[0], 1, rows, 0), dtype=torch.int32)

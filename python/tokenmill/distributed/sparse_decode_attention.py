@@ -138,7 +138,7 @@ def _prepare(
     backend: str | None,
 ) -> tuple[Group, Layout]:
     SPEC.forward.check(*call, float64=True, op=OP)
-    choose(SPEC, tuple(call), backend)
+    choose(SPEC, tuple(call), backend, OP)
     if torch.is_grad_enabled():
         for name, value in call._asdict().items():
             wants = isinstance(value, Tensor) and value.requires_grad
