@@ -19,7 +19,7 @@ OPTIONS = {
     "lists": {},
     "first keys": {"num_sink": 11, "softcap": 5.0},
     "causal": {"causal": True, "scale": 0.3},
-    "first and last keys": {"causal": True, "num_sink": 3, "num_recent": 21},
+    "first and last keys": {"causal": True, "num_sink": 3, "num_recent": 18},
     "all keys are first": {"causal": True, "num_sink": 2**40},
     "all keys are last": {"causal": True, "num_recent": 2**40},
 }
@@ -33,6 +33,7 @@ def lists(draw, batch, heads, tokens, entries=6):
     indices = torch.randint(-2, blocks + 3, shape, generator=draw)
     orderly = torch.rand(shape[:-1], generator=draw)[..., None] < 0.7
     indices = torch.where(orderly, indices.sort(-1).values, indices)
+    indices[:, 0, :, 0] = -(2**31)
     counts = torch.randint(-1, entries + 3, shape[:-1], generator=draw)
     return indices.int(), counts.int()
 
@@ -252,6 +253,7 @@ def decode_on_a_rank(sizes, rows, dtype, form, list_heads):
         indices = torch.randint(-2, total // block_k + 3, shape, generator=draw)
         orderly = torch.rand(shape[:2], generator=draw)[..., None] < 0.7
         indices = torch.where(orderly, indices.sort(-1).values, indices).int()
+        indices[:, 0, 0] = -(2**31)
         counts = torch.randint(-1, 23, shape[:2], generator=draw).int()
         how = {"seqlens_k": lengths, "return_mass": form == "mass"}
         for key, x in options.items():
@@ -357,6 +359,7 @@ def errors_on_a_rank():
         lambda: tmd.block_sparse_attention(*blocks, block_q=16, block_k=64),
         lambda: tmd.block_sparse_attention(*blocks, block_q=16, block_k=24),
         lambda: tmd.block_sparse_attention(*blocks, **wide, length=65),
+        lambda: tmd.block_sparse_attention(*blocks, **wide, sizes=32),
         lambda: tmd.block_sparse_attention(*blocks, **wide, num_recent=1),
         lambda: tmd.block_sparse_attention(x, x[:, 1:], x[:, 1:], *blocks[3:], **wide),
         lambda: tmd.block_sparse_attention(*blocks[:3], ids.long(), ids[..., 0], **wide),
@@ -403,6 +406,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         f"block_sparse_attention: {starts} block_q and block_k, 64; rank 1; got 32",
         "block_sparse_attention: block_k: must be a power of two up to 128; got 24",
         "block_sparse_attention: q: must have 33 tokens on rank 0 of 2, of 65; got 32",
+        "block_sparse_attention: sizes: must be a sequence of integers; got 32",
         "block_sparse_attention: num_recent: goes with causal alone; got 1",
         "block_sparse_attention: k: must have the 32 tokens of q; got 31",
         "block_sparse_attention: indices: must be int32; got int64",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,15 +49,27 @@ def equal_pieces(length: int, count: int) -> list[Piece]:
     return [Piece(*pair) for pair in itertools.pairwise(ends)]
 
 
+def as_sizes(op: str, sizes: Any) -> list[int]:
+    """Tokens of each rank, as a caller names them."""
+    try:
+        return [as_int(op, "sizes", size) for size in sizes]
+    except TypeError:
+        fail(op, "sizes", "must be a sequence of integers", sizes)
+
+
+def total_of(op: str, each: int, ranks: int, sizes: Any) -> int:
+    """Tokens of all ranks: `each` of every one, unless sizes says otherwise."""
+    return each * ranks if sizes is None else sum(as_sizes(op, sizes))
+
+
 def layout(op: str, length: int, ranks: int, order: str, sizes: Sequence[int] | None) -> Layout:
     check_text(op, "order", order)
     check(order in ("contiguous", "zigzag"), op, "order", "must be 'contiguous' or 'zigzag'", order)
     if sizes is not None:
         check(order == "contiguous", op, "sizes", "must be None in zigzag order", sizes)
-        check(
-            len(sizes) == ranks, op, "sizes", f"must have one size for each of {ranks} ranks", sizes
-        )
-        counts = [as_int(op, "sizes", size) for size in sizes]
+        counts = as_sizes(op, sizes)
+        rule = f"must have one size for each of {ranks} ranks"
+        check(len(counts) == ranks, op, "sizes", rule, sizes)
         check(all(n >= 0 for n in counts), op, "sizes", "must be 0 or more", sizes)
         check(sum(counts) == length, op, "sizes", f"must sum to the length {length}", sizes)
         ends = [sum(counts[:n]) for n in range(ranks + 1)]
@@ -81,9 +93,7 @@ def layout_of_shard(
     """That of a sequence of which this rank has `tokens`, by the rule of :func:`shard_sequence`."""
     op = group.op
     if length is None:
-        length = (
-            tokens * group.size if sizes is None else sum(as_int(op, "sizes", n) for n in sizes)
-        )
+        length = total_of(op, tokens, group.size, sizes)
     length = as_int(op, "length", length)
     check(length >= 0, op, "length", "must be 0 or more", length)
     found = layout(op, length, group.size, order, sizes)

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._autocast import Autocast
-from .._check import as_int, check, reads_values
+from .._check import check, reads_values
 from .._dispatch import call as run
 from .._dispatch import choose
 from ..select.rules import check_length_values
 from ..sparse.sparse_decode_attention import SPEC, Positions, lower
 from ._group import Group
 from ._merge import Merge
-from .sequence import Layout, Piece, layout
+from .sequence import Layout, Piece, layout, total_of
 
 OP = "distributed.sparse_decode_attention"
 MAX_PAGE = 64  # rows of a page of a cache that has none
@@ -146,7 +146,7 @@ def _prepare(
     ranks = Group(OP, mesh, group)
     table, page = call.block_table, call.k_cache.shape[1]
     room = page * (1 if table is None else table.shape[1])
-    total = room * ranks.size if sizes is None else sum(as_int(OP, "sizes", n) for n in sizes)
+    total = total_of(OP, room, ranks.size, sizes)
     where = layout(OP, total, ranks.size, "contiguous", sizes)
     rule = f"must be {room} for rank {ranks.rank}, which has room for so many"
     check(where.sizes[ranks.rank] == room, OP, "sizes", rule, sizes)
