@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._autocast import Autocast
-from .._check import check, reads_values
+from .._check import check, reads_values, synchronising_checks
 from .._dispatch import call as run
 from .._dispatch import choose
 from ..select.rules import check_length_values
@@ -157,13 +157,12 @@ def _prepare(
     if ranks.size > 1 and call.cos is not None:
         rule = "must be 'absolute' on several ranks: places count the keys of the others"
         check(call.pos_mode == "absolute", OP, "pos_mode", rule, call.pos_mode)
-    if call.cos is not None:
         rule = f"must have all {total} positions of the cache"
         check(call.cos.shape[0] >= total, OP, "rope", rule, call.cos.shape[0])
-    values = reads_values(call.seqlens_k)
-    if values:
+    if reads_values(call.seqlens_k):
         check_length_values(OP, "seqlens_k", call.seqlens_k, total)
     options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass")
+    values = synchronising_checks()
     ranks.check_alike(
         sizes=where.sizes,
         q=tuple(call.q.shape),
