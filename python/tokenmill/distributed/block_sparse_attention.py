@@ -89,9 +89,9 @@ def block_sparse_attention(
             collective failed, naming rank and group. TOKENMILL_CHECK=1 compares what ranks must
             have in common.
 
-    Complexity: the operations of the rank's rows. A rank sends a byte for each of its B Hk n /
-    block_k blocks to every other, then block_k (D + Dv) elements for each block, request and key
-    head that another needs; as many come back in the backward. The host waits for the masks.
+    Complexity: the operations of the rank's rows. A rank sends the owner of each block B Hk bytes,
+    which say who needs it, and block_k (D + Dv) elements for each block, request and key head that
+    another rank needs; as many come back in the backward. The host waits for the bytes.
 
     Paper: as :func:`tokenmill.block_sparse_attention`.
 
