@@ -12,6 +12,7 @@ import torch.distributed as dist
 import tokenmill as tm
 import tokenmill.distributed as tmd
 from tokenmill.distributed._group import Group
+from tokenmill.distributed.sparse_decode_attention import _as_pages
 from tokenmill.reference.sparse.block_sparse_attention import visible_keys
 
 BLOCKS = {"block_q": 16, "block_k": 8}
@@ -299,6 +300,32 @@ def in_pages(x, table, size):
 def test_decode_of_listed_keys(ranks, sizes, dtype, form, list_heads, rows):
     for found in ranks(len(sizes)).run(decode_on_a_rank, sizes, rows, dtype, form, list_heads):
         assert not found
+
+
+def _layouts(batch, tokens):
+    """Caches [B, tokens, 2, 8] in many kinds of memory, and whether pages are views of it."""
+    x = torch.randn(batch, tokens + 5, 2, 8)
+    yield x[:, :tokens], True
+    yield x[:, 2 : tokens + 2].contiguous(), True
+    yield x[:, :tokens].transpose(1, 2).contiguous().transpose(1, 2), True
+    yield x[:1, :tokens].expand(batch, -1, -1, -1), batch == 1 or tokens == 1
+    yield x[:, :1].expand(-1, tokens, -1, -1), batch == 1 or tokens == 1
+    # Requests that are no whole number of rows apart.
+    odd = torch.randn(batch * (tokens * 16 + 3))
+    odd = odd.as_strided((batch, tokens, 2, 8), (tokens * 16 + 3, 16, 8, 1))
+    yield odd, batch == 1 or tokens == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 192])
+def test_a_cache_as_pages(batch, tokens):
+    for k, view in _layouts(batch, tokens):
+        for v, _ in _layouts(batch, tokens):
+            *pages, table = _as_pages(k, v)
+            for whole, paged in zip((k, v), pages, strict=True):
+                assert paged[table.long()].flatten(1, 2).equal(whole)
+        *pages, _ = _as_pages(k, k)
+        assert all((x.data_ptr() == k.data_ptr()) == view for x in pages)
 
 
 def forms_on_a_rank():

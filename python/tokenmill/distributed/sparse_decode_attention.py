@@ -23,7 +23,7 @@ from ._merge import Merge
 from .sequence import Layout, Piece, layout, total_of
 
 OP = "distributed.sparse_decode_attention"
-MAX_PAGE = 64  # rows of a page of a cache that has none
+PAGES = (64, 32, 16, 8, 4, 2, 1)  # rows of a page of a cache that has none
 
 
 @Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache").applied
@@ -258,29 +258,37 @@ def _with_room(call: Any, behind: int) -> Any:
 
 
 def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A dense cache [B, n, Hk, *] as pages and their table, without a copy where its rows and
-    requests lie a multiple of a page apart."""
+    """A dense cache [B, n, Hk, *] as pages and their table, without a copy where requests lie whole
+    pages apart, as many in k as in v."""
     batch, tokens = k.shape[:2]
-    size = min(tokens & -tokens, MAX_PAGE)
-
-    def pages_of_request(x: Tensor) -> int:
-        """From one request to the next; 0 where that is no number."""
-        page = x.stride(1) * size
-        if page == 0:
-            return 0
-        return tokens // size if batch == 1 else x.stride(0) // page * (x.stride(0) % page == 0)
-
-    step = pages_of_request(k)
-    if step < tokens // size or step != pages_of_request(v):
-        k, v, step = k.contiguous(), v.contiguous(), tokens // size
+    sizes = [size for size in PAGES if tokens % size == 0]
+    able = [size for size in sizes if _apart(k, size) == _apart(v, size) > 0]
+    if not able:
+        k, v, able = k.contiguous(), v.contiguous(), sizes
+    size = able[0]
+    step, each = _apart(k, size), tokens // size
 
     def pages(x: Tensor) -> Tensor:
-        shape = ((batch - 1) * step + tokens // size, size, *x.shape[2:])
-        return x.as_strided(shape, (x.stride(1) * size, *x.stride()[1:]))
+        shape = ((batch - 1) * step + each, size, *x.shape[2:])
+        return x.as_strided(shape, (_stride(x, size), *x.stride()[1:]))
 
     requests = torch.arange(batch, dtype=torch.int32, device=k.device)
-    of_request = torch.arange(tokens // size, dtype=torch.int32, device=k.device)
-    return pages(k), pages(v), requests[:, None] * step + of_request
+    table = requests[:, None] * step + torch.arange(each, dtype=torch.int32, device=k.device)
+    return pages(k), pages(v), table
+
+
+def _stride(cache: Tensor, size: int) -> int:
+    """From one page to the next. That of a dimension of size 1 may be any number."""
+    return cache.stride(1) * size if cache.shape[1] > 1 else cache.stride(0)
+
+
+def _apart(cache: Tensor, size: int) -> int:
+    """Pages from one request to the next; 0 if they are no whole number."""
+    batch, tokens = cache.shape[:2]
+    if batch == 1 or tokens == 1:
+        return tokens // size
+    page = _stride(cache, size)
+    return cache.stride(0) // page if page > 0 and cache.stride(0) % page == 0 else 0
 
 
 def _each_query(call: Any, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
