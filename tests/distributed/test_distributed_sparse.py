@@ -441,7 +441,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         "hip_attention: block_k: must be a power of two up to 128; got 3",
         "hip_attention: v: must have the dtype of q, float32; got float64",
         "sparse_decode_attention: seqlens_k: must be 0 to 64; got 65",
-        "sparse_decode_attention: sizes: must be 32 for rank 0, which has room for so many",
+        "sparse_decode_attention: k_cache: must have 31 positions on rank 0 of 2, of 64; got 32",
         f"sparse_decode_attention: {starts} block_k, 64; rank 1; got 32",
         "sparse_decode_attention: pos_mode: must be 'absolute' on several ranks: places count",
         "sparse_decode_attention: rope: must have all 64 positions of the cache; got 50",

@@ -57,11 +57,6 @@ def as_sizes(op: str, sizes: Any) -> list[int]:
         fail(op, "sizes", "must be a sequence of integers", sizes)
 
 
-def total_of(op: str, each: int, ranks: int, sizes: Any) -> int:
-    """Tokens of all ranks: `each` of every one, unless sizes says otherwise."""
-    return each * ranks if sizes is None else sum(as_sizes(op, sizes))
-
-
 def layout(op: str, length: int, ranks: int, order: str, sizes: Sequence[int] | None) -> Layout:
     check_text(op, "order", order)
     check(order in ("contiguous", "zigzag"), op, "order", "must be 'contiguous' or 'zigzag'", order)
@@ -93,7 +88,7 @@ def layout_of_shard(
     """That of a sequence of which this rank has `tokens`, by the rule of :func:`shard_sequence`."""
     op = group.op
     if length is None:
-        length = total_of(op, tokens, group.size, sizes)
+        length = tokens * group.size if sizes is None else sum(as_sizes(op, sizes))
     length = as_int(op, "length", length)
     check(length >= 0, op, "length", "must be 0 or more", length)
     found = layout(op, length, group.size, order, sizes)

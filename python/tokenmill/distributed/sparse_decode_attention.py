@@ -20,7 +20,7 @@ from ..select.rules import check_length_values
 from ..sparse.sparse_decode_attention import SPEC, Positions, lower
 from ._group import Group
 from ._merge import Merge
-from .sequence import Layout, Piece, layout, total_of
+from .sequence import Layout, Piece, layout_of_shard
 
 OP = "distributed.sparse_decode_attention"
 PAGES = (64, 32, 16, 8, 4, 2, 1)  # rows of a page of a cache that has none
@@ -146,10 +146,7 @@ def _prepare(
     ranks = Group(OP, mesh, group)
     table, page = call.block_table, call.k_cache.shape[1]
     room = page * (1 if table is None else table.shape[1])
-    total = total_of(OP, room, ranks.size, sizes)
-    where = layout(OP, total, ranks.size, "contiguous", sizes)
-    rule = f"must be {room} for rank {ranks.rank}, which has room for so many"
-    check(where.sizes[ranks.rank] == room, OP, "sizes", rule, sizes)
+    where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")
     for rank, (piece,) in enumerate(where.pieces):
         rule = f"must start each rank at a multiple of block_k, {call.block_k}; rank {rank}"
         ok = piece.size == 0 or piece.first % call.block_k == 0
@@ -157,10 +154,10 @@ def _prepare(
     if ranks.size > 1 and call.cos is not None:
         rule = "must be 'absolute' on several ranks: places count the keys of the others"
         check(call.pos_mode == "absolute", OP, "pos_mode", rule, call.pos_mode)
-        rule = f"must have all {total} positions of the cache"
-        check(call.cos.shape[0] >= total, OP, "rope", rule, call.cos.shape[0])
+        rule = f"must have all {where.length} positions of the cache"
+        check(call.cos.shape[0] >= where.length, OP, "rope", rule, call.cos.shape[0])
     if reads_values(call.seqlens_k):
-        check_length_values(OP, "seqlens_k", call.seqlens_k, total)
+        check_length_values(OP, "seqlens_k", call.seqlens_k, where.length)
     options = ("block_k", "num_sink", "num_recent", "scale", "softcap", "return_mass")
     values = synchronising_checks()
     ranks.check_alike(
