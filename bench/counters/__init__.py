@@ -13,16 +13,21 @@ from tokenmill._version import __version__
 
 from ..progress import progress
 from ..results import Results
-from . import attention, decode, linear, select, sparse, tokens
+from . import additive, attention, caches, decode, linear, select, sparse, titans, tokens
 from .case import FIGURES, Counted, CounterCase, measure
 
 OPS: dict[str, Counted] = {
+    "additive_attention": additive.COUNTED,
     "attention": attention.COUNTED,
+    "attention_column_scores": select.COLUMNS_OF_WEIGHTS,
     "attention_decode": decode.DENSE,
+    "attention_row_scores": select.ROWS,
     "kv_block_scores": select.SCORES,
     "linear_attention": linear.COUNTED,
     "sparse_decode_attention": decode.SPARSE,
+    "titans_memory": titans.COUNTED,
     "topk_select": select.TOPK,
+    **caches.COUNTED,
     **sparse.COUNTED,
     **tokens.COUNTED,
 }

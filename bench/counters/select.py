@@ -1,5 +1,5 @@
-"""Cases of topk_select, beside CUB's radix sort and torch's radix select, and of
-kv_block_scores."""
+"""Cases of topk_select, beside CUB's radix sort and torch's radix select, and of the operators that
+score keys."""
 
 from __future__ import annotations
 
@@ -103,7 +103,49 @@ def scores_cases() -> Iterator[CounterCase]:
     )  # fmt: skip
 
 
+def _prefill(with_lse: bool) -> CounterCase:
+    """What each of 512 keys receives from as many queries, causal."""
+    tokens, heads, dim, dtype = 512, 1, 64, torch.float16
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, tokens, heads, dim, generator=generator).to(dtype) for _ in range(2))
+        lse = tm.attention(q, k, k, causal=True, return_lse=True)[1] if with_lse else None
+        return lambda: tm.attention_column_scores(q, k, lse, causal=True, backend="emulated")
+
+    scores = heads * tokens * (tokens + 1) // 2
+    passes = 1 if with_lse else 2
+    return CounterCase(
+        f"S{tokens} D{dim} causal{', lse given' if with_lse else ''}, {str(dtype)[6:]}",
+        scores / 1000,
+        heads * tokens * (2 * dim * dtype.itemsize + (1 + with_lse) * 4),
+        products(passes * scores * dim, dtype),
+        prepare,
+    )
+
+
+def columns_cases() -> Iterator[CounterCase]:
+    yield _prefill(True)
+    yield _prefill(False)
+
+
+def rows_cases() -> Iterator[CounterCase]:
+    keys, dtype = 4096, torch.bfloat16
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(1, 1, H, D, generator=generator).to(dtype)
+        k = torch.randn(1, keys, HK, D, generator=generator).to(dtype)
+        return lambda: tm.attention_row_scores(q, k, backend="emulated")
+
+    least = keys * (HK * D * dtype.itemsize + 4) + H * D * dtype.itemsize
+    yield CounterCase(f"a step over {keys} keys, {str(dtype)[6:]}", keys * HK, least, 0, prepare)
+
+
 TOPK = Counted(
     "32 keys, moves among the instructions", topk_cases, "CUB's sort and torch's radix select"
 )
-SCORES = Counted(f"key of a key head; H={H}, Hk={HK}, D={D}", scores_cases)
+OF_A_CACHE = f"key of a key head; H={H}, Hk={HK}, D={D}"
+SCORES = Counted(OF_A_CACHE, scores_cases)
+ROWS = Counted(OF_A_CACHE, rows_cases)
+COLUMNS_OF_WEIGHTS = Counted("1000 scores; one head", columns_cases)

@@ -1,8 +1,10 @@
-"""Cases of the operators on lists of blocks. Every block of queries reads the keys and values that
-its list names: the least is to read each of them once for every list that names it."""
+"""Cases of the sparse family. On lists of blocks every block of queries reads the keys and values
+that its list names: the least is to read each of them once for every list that names it. Attention
+to landmarks reads those of causal attention."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import tokenmill as tm
 
+from .attention import Shape
 from .case import Counted, CounterCase, products
 
 F16, F32 = torch.float16, torch.float32
@@ -147,9 +150,52 @@ def search_cases() -> Iterator[CounterCase]:
     yield _search("decode, 8 heads of 2 key heads", F16, 1, 8, 2, 128)
 
 
+def _landmarks(dtype: torch.dtype, block: int, backward: bool = False) -> CounterCase:
+    """Scores, bytes and products are those of causal attention, landmarks' own weights included."""
+    dense = Shape(backward, head_dim=64, seqlen=1024, heads=1, kv_heads=1, causal=True)
+
+    def prepare() -> Callable[[], object]:
+        q, k, v = _draw(dtype, 3, 1, dense.seqlen, 1, dense.head_dim, grad=backward)
+        out = functools.partial(tm.landmark_attention, q, k, v, block=block, backend="emulated")
+        if not backward:
+            return out
+        made = out()
+        (cotangent,) = _draw(dtype, 1, *made.shape)
+        return lambda: torch.autograd.grad(made, (q, k, v), cotangent, retain_graph=True)
+
+    rows = 8 if backward else 4  # beside lse
+    least = dense.seqlen * (rows * dense.head_dim * dtype.itemsize + 4)
+    mma = products(dense.least_mma * 2048, dtype)
+    title = f"{dense.title}, blocks of {block}, {str(dtype)[6:]}"
+    return CounterCase(title, dense.scores / 1000, least, mma, prepare)
+
+
+def landmarks_cases() -> Iterator[CounterCase]:
+    for block in (64, 16, 128):
+        yield _landmarks(F16, block)
+    yield _landmarks(F32, 64)
+    yield _landmarks(F16, 64, backward=True)
+
+
+def lists_cases() -> Iterator[CounterCase]:
+    heads, rows, blocks, entries = 2, 64, 256, 32
+
+    def prepare() -> Callable[[], object]:
+        drawn = torch.rand(1, heads, rows, blocks, generator=torch.Generator().manual_seed(1))
+        indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
+        counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
+        return lambda: tm.transpose_block_list(indices, counts, blocks, backend="emulated")
+
+    listed = heads * rows * entries
+    least = 4 * (2 * listed + heads * (rows + blocks + 1))
+    yield CounterCase(f"{rows} lists of {entries} of {blocks}", listed, least, 0, prepare)
+
+
 PER = "1000 scores"
 COUNTED = {
     "bilevel_routing_attention": Counted(f"{PER}; H=2, D=32", regions_cases),
     "block_sparse_attention": Counted(f"{PER}; H=2, D=64", blocks_cases),
     "hip_block_select": Counted(f"{PER}; 256 of 4096 keys, D=64", search_cases),
+    "landmark_attention": Counted(f"{PER}; one head", landmarks_cases),
+    "transpose_block_list": Counted("entry of a list; two heads", lists_cases),
 }

@@ -138,13 +138,38 @@ def match() -> Iterator[CounterCase]:
     yield _case(f"{rows} of {rows} rows of {channels}", least, prepare, mma)
 
 
+def clusters() -> Iterator[CounterCase]:
+    grid, iters = 8, 2
+
+    def prepare() -> Callable[[], object]:
+        x = _draw(1, SIDE, SIDE, C)
+        return lambda: tm.cluster_tokens(x, grid, iters=iters, tau=0.01, backend="emulated")
+
+    least = SIDE * SIDE * (ROW + 4) + grid * grid * (ROW + 4)
+    yield _case(f"{SIDE} x {SIDE} to {grid} x {grid}, {iters} iterations", least, prepare)
+
+
+def reconstruct() -> Iterator[CounterCase]:
+    count, k = 64, 3
+
+    def prepare() -> Callable[[], object]:
+        features, centroids, values = _draw(1, N, C), _draw(1, count, C), _draw(1, count, C)
+        return lambda: tm.reconstruct_tokens(
+            features, centroids, values, k=k, tau=0.01, backend="emulated"
+        )
+
+    yield _case(f"{N} of {count}, {k} each", 2 * (N + count) * ROW + 8 * k * N, prepare)
+
+
 PER = "KiB that must move"
 COUNTED = {
     "best_match": Counted(PER, match),
+    "cluster_tokens": Counted(PER, clusters),
     "gather_fuse": Counted(PER, fuse),
     "gather_tokens": Counted(PER, gather),
     "local_pool": Counted(PER, pool),
     "mask_partition": Counted(PER, mask),
+    "reconstruct_tokens": Counted(PER, reconstruct),
     "scatter_tokens": Counted(PER, scatter),
     "segment_reduce": Counted(PER, segments),
     "topk_partition": Counted(PER, partition),

@@ -1,0 +1,113 @@
+"""Cases of the operators on caches, states and parts of results: how many bytes beyond those that
+must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import tokenmill as tm
+
+from .case import Counted, CounterCase
+
+HEADS, DIM, DTYPE = 8, 128, torch.bfloat16
+ROW = DIM * DTYPE.itemsize
+
+
+def _draw(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _case(
+    title: str, least_bytes: float, prepare: Callable[[], Callable[[], object]]
+) -> CounterCase:
+    return CounterCase(title, least_bytes / 1024, least_bytes, 0, prepare)
+
+
+def merge() -> Iterator[CounterCase]:
+    parts, tokens = 4, 256
+    rows = tokens * HEADS
+
+    def prepare() -> Callable[[], object]:
+        outs = _draw(parts, 1, tokens, HEADS, DIM)
+        lses = _draw(parts, 1, HEADS, tokens, dtype=torch.float32)
+        return lambda: tm.merge_attention_states(outs, lses, backend="emulated")
+
+    yield _case(f"{parts} parts of {tokens} tokens", (parts + 1) * rows * (ROW + 4), prepare)
+
+
+def state() -> Iterator[CounterCase]:
+    batch = 4
+
+    def prepare() -> Callable[[], object]:
+        q, k, v = (_draw(batch, 1, HEADS, DIM) for _ in range(3))
+        memory = _draw(batch, HEADS, DIM, DIM, dtype=torch.float32)
+        decay = -tm.lightning_slopes(HEADS)
+        return lambda: tm.linear_attention_decode(
+            q, k, v, memory, log_decay=decay, backend="emulated"
+        )
+
+    heads = batch * HEADS
+    yield _case(f"a token of {batch} sequences", heads * (2 * DIM * DIM * 4 + 4 * ROW), prepare)
+
+
+def pool() -> Iterator[CounterCase]:
+    tokens, block = 2048, 16
+
+    def prepare(mode: str) -> Callable[[], object]:
+        k = _draw(1, tokens, HEADS, DIM)
+        return lambda: tm.block_pool_keys(k, block, mode=mode, backend="emulated")
+
+    for mode, rows in (("mean", 1), ("minmax", 2)):
+        least = HEADS * ROW * (tokens + rows * tokens // block)
+        yield _case(f"{mode} of {block} of {tokens} tokens", least, lambda mode=mode: prepare(mode))
+
+
+def pool_update() -> Iterator[CounterCase]:
+    tokens, block, new, batch = 2048, 16, 1, 8
+
+    def prepare() -> Callable[[], object]:
+        k = _draw(batch, tokens, HEADS, DIM)
+        pooled = tm.block_pool_keys(k, block)
+        lengths = torch.full((batch,), tokens, dtype=torch.int32)
+        return lambda: tm.block_pool_keys_update(
+            k, pooled, block=block, start=lengths - new, lengths=lengths, backend="emulated"
+        )
+
+    yield _case(f"a token of {batch} requests", batch * HEADS * ROW * (block + 1), prepare)
+
+
+def compact() -> Iterator[CounterCase]:
+    tokens, kept = 2048, 1024
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(1)
+        k, v = _draw(1, tokens, HEADS, DIM), _draw(1, tokens, HEADS, DIM)
+        keep = torch.randperm(tokens, generator=generator)[:kept].sort().values.int()[None]
+        counts = torch.tensor([kept], dtype=torch.int32)
+        return lambda: tm.kv_cache_compact(k, v, keep, counts, backend="emulated")
+
+    yield _case(f"{kept} of {tokens} tokens", kept * (4 * HEADS * ROW + 4), prepare)
+
+
+def gate() -> Iterator[CounterCase]:
+    tokens, batch = 64, 8
+
+    def prepare() -> Callable[[], object]:
+        q, mean = _draw(batch, tokens, HEADS, DIM), _draw(batch, 1, HEADS, DIM)
+        return lambda: tm.query_similarity_gate(q, mean, backend="emulated")
+
+    yield _case(f"{batch} x {tokens} queries", batch * (tokens + 1) * HEADS * ROW, prepare)
+
+
+PER = f"KiB that must move; H={HEADS}, D={DIM}, {str(DTYPE)[6:]}"
+COUNTED = {
+    "block_pool_keys": Counted(PER, pool),
+    "block_pool_keys_update": Counted(PER, pool_update),
+    "kv_cache_compact": Counted(PER, compact),
+    "linear_attention_decode": Counted(PER, state),
+    "merge_attention_states": Counted(PER, merge),
+    "query_similarity_gate": Counted(PER, gate),
+}
