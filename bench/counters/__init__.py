@@ -17,8 +17,8 @@ from . import additive, attention, caches, decode, linear, select, sparse, titan
 from .case import FIGURES, Counted, CounterCase, measure
 
 OPS: dict[str, Counted] = {
-    "additive_attention": additive.COUNTED,
     "attention": attention.COUNTED,
+    "additive_attention": additive.COUNTED,
     "attention_column_scores": select.COLUMNS_OF_WEIGHTS,
     "attention_decode": decode.DENSE,
     "attention_row_scores": select.ROWS,

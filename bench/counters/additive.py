@@ -38,10 +38,11 @@ def _case(rows: int, keys: int, width: int, dtype: torch.dtype, backward: bool) 
 
 
 def cases() -> Iterator[CounterCase]:
-    for backward in (False, True):
+    for backward in (False, True):  # one tile of 64 x 64 forward for each multiprocessor
+        yield _case(768, 704, 32, torch.float16, backward)
+    for backward in (False, True):  # tiles of 4 x 64
         yield _case(96, 128, 128, torch.float16, backward)
     yield _case(96, 128, 128, torch.float32, False)
-    yield _case(768, 704, 32, torch.float16, False)  # one tile of 64 x 64 for each multiprocessor
     yield _case(1, 4096, 128, torch.float16, False)
 
 

@@ -3,6 +3,7 @@ must move."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -62,7 +63,9 @@ def pool() -> Iterator[CounterCase]:
 
     for mode, rows in (("mean", 1), ("minmax", 2)):
         least = HEADS * ROW * (tokens + rows * tokens // block)
-        yield _case(f"{mode} of {block} of {tokens} tokens", least, lambda mode=mode: prepare(mode))
+        yield _case(
+            f"{mode} of {block} of {tokens} tokens", least, functools.partial(prepare, mode)
+        )
 
 
 def pool_update() -> Iterator[CounterCase]:
