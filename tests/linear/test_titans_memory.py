@@ -279,6 +279,29 @@ def test_decode_skips_and_goes_on_from_a_prompt():
     assert not out.any() and all(torch.equal(a, b) for a, b in zip(table, kept, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(torch.float32, b) for b in backends("reference")] + [(torch.bfloat16, "cpu")],
+)
+@torch.no_grad()
+def test_decode_goes_on_from_the_prompt_of_each_backend(dtype, backend):
+    """A prompt of whole chunks; an odd number of tokens follows."""
+    given = [t.detach().float().to(device_of(backend)) for t in draw(2, 13)[:6]]
+    given[:3] = [t.to(dtype) for t in given[:3]]
+    wanted = run(*given, chunk_size=4, backend=backend)
+    begun = run(*(t[:, :8] for t in given), chunk_size=4, backend=backend)
+    state = [torch.full_like(begun[1], torch.nan), *(t.clone() for t in begun[1:])]
+    filled = i32(0, 0).to(given[0].device)
+    q, k, v, *gates = (t[:, 8:] for t in given)
+    out = tm.titans_memory_decode(
+        q, k, v, *state, filled, **dict(zip(GATES, gates, strict=True)), chunk_size=4
+    )
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {}
+    torch.testing.assert_close(out, wanted[0][:, 8:], **tolerance)
+    torch.testing.assert_close(state[1:], [*wanted[1:]], rtol=2e-5, atol=2e-5)
+    assert out.dtype == dtype and filled.tolist() == [1, 1]
+
+
 @torch.no_grad()
 def test_decode_compiles():
     q, k, v, *gates = (t.detach() for t in draw(2, 3)[:6])
@@ -313,19 +336,56 @@ Z = torch.zeros
         ({"state_indices": i32(1, 4)}, r"state_indices: must be -1 .* below 4; got 4"),
         ({"v": Z(2, 1, 2, 4).requires_grad_()}, "v: must not require a gradient.*; got True"),
         ({"memory": Z(1, 2, 3, 4).expand(4, -1, -1, -1)}, "memory: must have each element at .*"),
+        ({"state_indices": i32(1, -2)}, r"state_indices: must be -1 .* below 4; got -2"),
+        ({"state_indices": i32(1)}, r"state_indices: must have shape \[2\]; got \[1\]"),
+        ({"q": Z(2, 1, 3)}, r"q: must have 4 dimensions \[B, S, H, D\]; got 3"),
+        ({"v": Z(2, 1, 3, 4)}, "v: must have the shape of q up to the head dimension, .*"),
+        ({"theta": Z(2, 2)}, r"theta: must have shape \[2, 1, 2\]; got \[2, 2\]"),
+        ({"eta": Z(2, 1, 2).int()}, "eta: must be a floating-point tensor; got int32"),
+        ({"chunk_size": 0}, "chunk_size: must be at least 1; got 0"),
+        ({"filled": None}, "filled: must be a tensor; got None"),
     ],
 )  # fmt: skip
 def test_bad_decode(edits, says):
+    with pytest.raises(RuntimeError, match=f"^tokenmill.titans_memory_decode: {says}$"):
+        decode_of_zeros(**edits)
+
+
+def decode_of_zeros(**edits):
+    """Two requests and four slots."""
     table = dict(zip(("start", "memory", "momentum", "filled"), states(4), strict=True))
     table = {n: t.float() if t.dim() > 1 else t for n, t in table.items()}
     q, v = Z(2, 1, 2, 3), Z(2, 1, 2, 4)
     call = {"q": q, "k": q, "v": v, **table, **dict.fromkeys(GATES, Z(2, 1, 2)), **edits}
-    with pytest.raises(RuntimeError, match=f"^tokenmill.titans_memory_decode: {says}$"):
-        tm.titans_memory_decode(**call)
+    return tm.titans_memory_decode(**call)
 
 
-def test_decode_refuses_states_that_share_memory():
-    q, shared = Z(2, 1, 2, 3), Z(2, 2, 3, 3)
-    options = dict.fromkeys(GATES, Z(2, 1, 2))
-    with pytest.raises(RuntimeError, match="start: must not share memory with memory"):
-        tm.titans_memory_decode(q, q, q, shared, shared, shared.clone(), i32(0, 0), **options)
+ROOM = Z(2, 4, 2, 3, 8)  # of states [4, 2, 3, 4] that lie anywhere in it
+
+
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        ({"start": ROOM[0, ..., :4], "memory": ROOM[0, ..., 2:6]}, "start: .* with memory"),
+        ({"memory": ROOM[0, ..., :4], "momentum": ROOM[0, ..., :4]}, "memory: .* with momentum"),
+        ({"start": ROOM.view(-1)[:96].view(4, 2, 3, 4),
+          "momentum": ROOM.view(-1)[95:191].view(4, 2, 3, 4)}, "start: .* with momentum"),
+        ({"momentum": ROOM[0, ..., :4], "q": ROOM[0, :2, None, :, 0, :3]}, "momentum: .* with q"),
+        ({"memory": ROOM[0, ..., :4], "eta": ROOM[0, :2, None, :, 1, 1]}, "memory: .* with eta"),
+    ],
+)  # fmt: skip
+def test_decode_refuses_states_that_share_memory(edits, says):
+    before = ROOM.clone()
+    with pytest.raises(RuntimeError, match=says.replace(".*", "must not share memory")):
+        decode_of_zeros(**edits)
+    assert torch.equal(ROOM, before)
+
+
+def test_decode_refuses_counts_that_are_its_slots():
+    numbers = i32(0, 1, 2, 3, 0)
+    with pytest.raises(RuntimeError, match="filled: must not share memory with state_indices"):
+        decode_of_zeros(filled=numbers[:4], state_indices=numbers[3:])
+
+
+def test_decode_takes_states_that_lie_between_each_other():
+    decode_of_zeros(memory=ROOM[0, ..., :4], momentum=ROOM[0, ..., 4:], start=ROOM[1, ..., :4])
