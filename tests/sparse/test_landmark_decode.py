@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+from block_sparse_calls import gradients
 from conftest import backends
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,10 +26,15 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def with_room(t, length):
+    return torch.nn.functional.pad(t, (0, 0, 0, 0, 0, length - t.shape[1]), value=torch.nan)
+
+
 def in_pages(k, v, lengths, page_size, behind=-1):
-    """k and v [B, S, ...] in pages that lie in any order, S a multiple of the page size, and the
-    table. Elsewhere pages are NaN, and ids `behind`."""
-    held = k.shape[1] // page_size
+    """k and v [B, S, ...] in pages that lie in any order, and the table, which has room for more.
+    Behind the lengths pages are NaN, and ids `behind`."""
+    held = k.shape[1] // page_size + 1
+    k, v = (with_room(t, held * page_size) for t in (k, v))
     places = torch.randperm(len(k) * held + 2, generator=torch.Generator().manual_seed(1))
     table = places[: len(k) * held].view(len(k), held).to(k.device)
     last = (lengths.long()[:, None] + page_size - 1) // page_size
@@ -100,12 +106,14 @@ def test_requests_with_hardly_a_key(length, backend):
 def test_pages_give_the_bits_of_a_dense_cache(
     lengths, page_size, block, topk, heads, behind, seed, backend
 ):
-    room = -(-max(*lengths, 1) // page_size) * page_size
-    q, k, v = (t.detach() for t in inputs(backend, room, *heads, b=len(lengths), seed=seed))
+    length = max(*lengths, 1)
+    q, k, v = (t.detach() for t in inputs(backend, length, *heads, b=len(lengths), seed=seed))
     n = int32(*lengths).to(q.device)
     options = {"seqlens_k": n, "block": block, "topk": topk, "return_lse": True}
-    want = tm.landmark_decode(q[:, :1], k, v, **options, backend=backend)
     *pages, table = in_pages(k, v, n, page_size, behind)
+    if backend == "reference":  # whose products may depend on how many keys could be there
+        k, v = (with_room(t, table.shape[1] * page_size) for t in (k, v))
+    want = tm.landmark_decode(q[:, :1], k, v, **options, backend=backend)
     got = tm.landmark_decode(q[:, :1], *pages, **options, block_table=table, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -125,6 +133,21 @@ def test_pages_of_other_dtypes_and_layouts(dtype, backend):
     turned = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in pages)
     got = tm.landmark_decode(q[:, :1], *turned, **options, block_table=table)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("topk", [1, None])
+def test_gradients_reach_pages_that_were_read(topk, backend):
+    q, k, v = inputs(backend, 20, b=2)
+    n = int32(20, 9).to(q.device)
+    options = {"seqlens_k": n, "block": 3, "topk": topk, "backend": backend}
+    want = gradients([tm.landmark_decode(q[:, :1], k, v, **options)], [q, k, v])
+    *pages, table = in_pages(k, v, n, 4)
+    out = tm.landmark_decode(q[:, :1], *pages, **options, block_table=table)
+    got = gradients([out], [q, k, v])
+    for a, b in zip(got, want, strict=True):
+        assert b.any() and b.isfinite().all()
+        torch.testing.assert_close(a, b)
 
 
 def test_no_cache_without_pages_or_entries():

@@ -14,6 +14,7 @@ from .._lowering import scale_or_default
 from ..dense.attention import attention
 from ..dense.merge_attention_states import merge_attention_states
 from ..dense.terms import check_scale
+from ..select.kv_block_scores import kv_block_scores
 from ..select.topk_select import topk_select
 from .landmark_attention import check_block
 
@@ -133,12 +134,22 @@ class _Cache(NamedTuple):
         exists = (page >= 0) & (page < pages)  # not of a request without keys
         return page.where(exists, 0), positions % size
 
+    def landmarks(self, count: int, block: int) -> Tensor:
+        """Keys [B, count, Hk, D] of the landmarks of so many blocks."""
+        if self.block_table is None:
+            return self.k[:, block - 1 :: block]
+        last = torch.arange(1, count + 1, device=self.k.device) * block - 1
+        return self.k[self.places(last.expand(len(self.newest), -1))]
 
-def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float) -> Tensor:
+
+def _landmark_logits(q: Tensor, landmarks: Tensor, scale: float, backend: str | None) -> Tensor:
     """[B, H, n] of q [B, 1, H, D] and landmarks [B, n, Hk, D], at least float32."""
+    if not (torch.is_grad_enabled() and (q.requires_grad or landmarks.requires_grad)):
+        # The bits of a score do not depend on how many there are, as those of a product do.
+        return kv_block_scores(q, landmarks, scale=scale, backend=backend)[:, :, 0]
     wide = torch.promote_types(q.dtype, torch.float32)
-    heads, kv_heads = q.shape[2], landmarks.shape[2]
-    grouped = q[:, 0].unflatten(1, (kv_heads, heads // max(kv_heads, 1))).to(wide)
+    kv_heads = landmarks.shape[2]
+    grouped = q[:, 0].unflatten(1, (kv_heads, q.shape[2] // max(kv_heads, 1))).to(wide)
     return scale * torch.einsum("bhgd,bnhd->bhgn", grouped, landmarks.to(wide)).flatten(1, 2)
 
 
@@ -151,9 +162,7 @@ def _retrieve(
     count = capacity(cache.k, cache.block_table) // block
     if count == 0:
         return first.new_zeros((batch, heads, 0)), q.new_zeros((batch, heads, 0))
-    landmarks = torch.arange(1, count + 1, device=q.device) * block - 1
-    keys = cache.k[cache.places(landmarks.expand(batch, -1))]
-    logits = _landmark_logits(q, keys, scale)
+    logits = _landmark_logits(q, cache.landmarks(count, block), scale, backend)
     complete = (first // block).to(torch.int32).expand(-1, heads)
     wanted = count if topk is None else min(topk, count)
     chosen, _ = topk_select(
