@@ -93,9 +93,9 @@ def test_requests_with_hardly_a_key(length, backend):
 
 
 @each_backend
-@examples(6)
+@examples(4)
 @given(
-    lengths=st.lists(st.integers(0, 80), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=2),
     page_size=st.sampled_from([1, 2, 16]),
     block=st.sampled_from([3, 5, 64]),
     topk=st.sampled_from([None, 1, 2, 50]),
