@@ -147,3 +147,12 @@ def test_a_gradient_is_refused():
     start = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="must not require a gradient"):
         tm.block_pool_keys_update(k, torch.zeros(1, 2, 1, 4), 4, start=start)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(9, 4, 2, 0), (9, 4, 0, 16)])
+def test_pages_are_looked_at_where_nothing_is_pooled(shape, backend):
+    table = torch.tensor([[0, 2**30]], dtype=torch.int32)
+    rule = f"block_table: must hold pages below 9 up to the length; got {2**30}"
+    with pytest.raises(RuntimeError, match=rule):
+        tm.block_pool_keys(torch.zeros(shape), 4, block_table=table, backend=backend)

@@ -45,11 +45,11 @@ inline void set_pooled(PoolParams& p, const View& pooled) {
 }
 
 inline void run_pool(const char* op, const PoolParams& p, const View& k) {
+  if (!k.is_cuda) check_block_table_values(op, p.k, p.batch, p.lengths);
   if (p.batch == 0 || p.blocks == 0 || p.kv_heads == 0 || p.head_dim == 0) return;
 #if defined(TOKENMILL_WITH_CUDA)
   if (k.is_cuda) return launch_on_device(op, k, p);
 #endif
-  check_block_table_values(op, p.k, p.batch, p.lengths);
   cpu::block_pool_keys(p);
 }
 
