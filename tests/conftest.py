@@ -11,6 +11,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
 
 from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook
+from tier import QUICK
 
 import tokenmill as tm
 import tokenmill._emulator
@@ -65,7 +66,7 @@ def cpu_variants() -> list[tuple[str, str | None]]:
     """(backend, instruction set) for every kernel; None where there is no choice of set."""
     others: list[tuple[str, str | None]] = [(b, None) for b in backends() if b != "cpu"]
     sets = tm.testing.cpu_isas() if "cpu" in backends() else []
-    return [("cpu", isa) for isa in sets] + others
+    return [("cpu", isa) for isa in (sets[-1:] if QUICK else sets)] + others
 
 
 def in_each_dtype(dtypes, variants):
