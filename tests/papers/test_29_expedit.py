@@ -214,7 +214,7 @@ def test_features_behind_blocks():
         (lambda: blocks(1, 1), "ExpeditedBlocks: end: must be 2 to 3; got 1"),
         (lambda: tm.nn.ExpeditedBlocks([], 0, None, 2),
          "ExpeditedBlocks: blocks: must be one or more mod"),
-        (lambda: blocks(1, partition=0), "ExpeditedBlocks: partition: must be 1 to 2^15 - 1; got"),
+        (lambda: blocks(1, partition=0), "ExpeditedBlocks: partition: must be 1 to 256; got"),
         (lambda: blocks(1)(torch.zeros(1, 4, 4, 8)),
          "ExpeditedBlocks: x: must have shape [B, 1 + Y X, C] with Y X at least 1; got [1, 4, 4, "),
         (lambda: blocks(1)(torch.zeros(1, 13, 8)),

@@ -49,6 +49,8 @@ def head_attention(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor,
 
 def _by_heads(group: Group, x: Tensor, sizes: tuple[int, ...], copies: int) -> Tensor:
     """[..., n, H, D] of all heads -> [..., S, H copies / P, D] of all tokens."""
+    if group.size == 1:
+        return x
     if copies > 1:
         x = x[..., None, :].expand(*x.shape[:-1], copies, x.shape[-1]).flatten(-3, -2)
     heads = x.shape[-2] // group.size
@@ -63,6 +65,8 @@ def _by_heads(group: Group, x: Tensor, sizes: tuple[int, ...], copies: int) -> T
 
 def _by_tokens(group: Group, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """The inverse: [..., S, h, D] -> [..., n, P h, D]."""
+    if group.size == 1:
+        return x
     rows = x.movedim(-3, 0)  # [S, ..., h, D]
     rest = rows.shape[1:]
     each, own = rest.numel(), sizes[group.rank]

@@ -14,6 +14,7 @@ from .._check import as_int, check, check_dtype, check_tensor
 from .clustering import Preset, TokenClustering, TokenReconstruction
 
 NAME = "nn.ExpeditedBlocks"
+MAX_SIDE = 256  # of a window: a small map is filled up to one
 
 
 class ExpeditedBlocks(nn.Module):
@@ -39,10 +40,10 @@ class ExpeditedBlocks(nn.Module):
         iters, tau, window: of the clustering; tau is that of the reconstruction too.
         k, norm: of the reconstruction.
         prefix: tokens in front of the map: 1, a class token; 0, none.
-        partition: side of the windows in which to cluster, as models with attention in windows do;
-            the map is filled up by zeros to whole windows. None = cluster the map. Blocks that
-            attend in windows have to be given the side gy for those of clusters, as the release
-            does.
+        partition: side of the windows in which to cluster, 1 to 256, as models with attention in
+            windows do; the map is filled up by zeros to whole windows. None = cluster the map.
+            Blocks that attend in windows have to be given the side gy for those of clusters, as the
+            release does.
         backend: of the operators (see :func:`tokenmill.explain`).
 
     Shape:
@@ -106,7 +107,8 @@ class ExpeditedBlocks(nn.Module):
         check(0 <= prefix < 2**31, NAME, "prefix", "must be 0 to 2^31 - 1", prefix)
         if partition is not None:
             partition = as_int(NAME, "partition", partition, "must be an integer or None")
-            check(1 <= partition < 2**15, NAME, "partition", "must be 1 to 2^15 - 1", partition)
+            rule = f"must be 1 to {MAX_SIDE}"
+            check(1 <= partition <= MAX_SIDE, NAME, "partition", rule, partition)
         self.blocks = nn.ModuleList(modules)
         self.start, self.end, self.prefix, self.partition = start, end, prefix, partition
         given: dict[str, Any] = {"preset": preset, "tau": tau, "backend": backend}
