@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -77,6 +77,17 @@ class Ranks:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+def refusals(calls: Iterable[Callable[[], Any]]) -> list[str]:
+    """What the calls say that raise."""
+    found = []
+    for call in calls:
+        try:
+            call()
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
 
 
 def _serve(rank: int, size: int, store: str, pipe: Any, timeout: float) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import refusals
 
 import tokenmill as tm
 import tokenmill.distributed as tmd
@@ -405,12 +406,7 @@ def errors_on_a_rank():
         ),
         lambda: tmd.sparse_decode_attention(*decode, seqlens_k=lengths, backend="gpu"),
     ]
-    found = []
-    for call in calls:
-        try:
-            call()
-        except RuntimeError as error:
-            found.append(str(error))
+    found = refusals(calls)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENMILL_CHECK", "1")
         differ = [
@@ -419,12 +415,7 @@ def errors_on_a_rank():
             lambda: tmd.sparse_decode_attention(*decode[:3], *(decode[3] + rank, decode[4]),
                                                 seqlens_k=lengths),
         ]  # fmt: skip
-        for call in differ:
-            try:
-                call()
-            except RuntimeError as error:
-                found.append(str(error))
-    return found
+        return found + refusals(differ)
 
 
 def test_errors_name_argument_rule_and_value(ranks):

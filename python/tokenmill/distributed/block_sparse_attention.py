@@ -18,7 +18,7 @@ from ..reference.sparse._common import listed_entries
 from ..sparse.block_sparse_attention import SPEC, lower
 from ._blocks import arrange
 from ._group import Group
-from .sequence import Layout, Piece, layout_of_shard
+from .sequence import Layout, Piece, check_starts, layout_of_shard
 
 OP = "distributed.block_sparse_attention"
 
@@ -137,7 +137,7 @@ def prepare(
     choose(SPEC, lowered, backend, op)
     ranks = Group(op, mesh, group)
     where = layout_of_shard(ranks, "q", tokens, length, "contiguous", sizes)
-    _check_starts(op, where, max(a.block_q, a.block_k))
+    check_starts(op, where, max(a.block_q, a.block_k), "block_q and block_k")
     options = ("block_q", "block_k", "causal", "num_sink", "num_recent", "scale", "softcap")
     ranks.check_alike(
         tokens=where.sizes,
@@ -149,13 +149,6 @@ def prepare(
         **alike,
     )
     return ranks, where
-
-
-def _check_starts(op: str, where: Layout, step: int) -> None:
-    """step is the larger of two powers of two."""
-    for rank, (piece,) in enumerate(where.pieces):
-        rule = f"must start each rank at a multiple of block_q and block_k, {step}; rank {rank}"
-        check(piece.size == 0 or piece.first % step == 0, op, "sizes", rule, piece.first)
 
 
 def _on_this_rank(call: Any, ranks: Group, where: Layout) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_tensor
+from .._check import as_int, check_bool, check_tensor
 from .._dispatch import choose
 from ..select.hip_block_select import SPEC as SEARCH
 from ..select.hip_block_select import (
@@ -22,6 +22,7 @@ from ..select.hip_block_select import (
 )
 from ..select.hip_block_select import lower as lower_search
 from ..sparse.block_sparse_attention import lower
+from ..sparse.hip_attention import whole_sinks
 from ..sparse.rules import check_block
 from .block_sparse_attention import block_sparse_attention, prepare
 
@@ -114,9 +115,7 @@ def hip_attention(
         check_tensor(OP, name, t)
     check_bool(OP, "return_lse", return_lse)
     block_k, num_sink = as_int(OP, "block_k", block_k), as_int(OP, "num_sink", num_sink)
-    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
-    if block_k >= 1:
-        num_sink = -(-num_sink // block_k) * block_k
+    num_sink = whole_sinks(OP, num_sink, block_k)
     search: dict[str, Any] = {
         "budget": budget, "stride_q": stride_q, "representative": representative, "bound": bound,
         "restart_span": restart_span, "head_reduce": head_reduce,

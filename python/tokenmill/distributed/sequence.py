@@ -99,6 +99,14 @@ def layout_of_shard(
     return found
 
 
+def check_starts(op: str, where: Layout, step: int, names: str) -> None:
+    """Ranks that hold something start at a multiple of step, the larger of the powers of two that
+    are named."""
+    for rank, (piece,) in enumerate(where.pieces):
+        rule = f"must start each rank at a multiple of {names}, {step}; rank {rank}"
+        check(piece.size == 0 or piece.first % step == 0, op, "sizes", rule, piece.first)
+
+
 def shard_sequence(
     x: Tensor,
     mesh: DeviceMesh | None = None,

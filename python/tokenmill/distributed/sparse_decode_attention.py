@@ -20,7 +20,7 @@ from ..select.rules import check_length_values
 from ..sparse.sparse_decode_attention import SPEC, Positions, lower
 from ._group import Group
 from ._merge import Merge
-from .sequence import Layout, Piece, layout_of_shard
+from .sequence import Layout, Piece, check_starts, layout_of_shard
 
 OP = "distributed.sparse_decode_attention"
 PAGES = (64, 32, 16, 8, 4, 2, 1)  # rows of a page of a cache that has none
@@ -147,10 +147,7 @@ def _prepare(
     table, page = call.block_table, call.k_cache.shape[1]
     room = page * (1 if table is None else table.shape[1])
     where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")
-    for rank, (piece,) in enumerate(where.pieces):
-        rule = f"must start each rank at a multiple of block_k, {call.block_k}; rank {rank}"
-        ok = piece.size == 0 or piece.first % call.block_k == 0
-        check(ok, OP, "sizes", rule, piece.first)
+    check_starts(OP, where, call.block_k, "block_k")
     if ranks.size > 1 and call.cos is not None:
         rule = "must be 'absolute' on several ranks: places count the keys of the others"
         check(call.pos_mode == "absolute", OP, "pos_mode", rule, call.pos_mode)

@@ -173,9 +173,7 @@ def hip_attention(
     block_k, num_sink = as_int(OP, "block_k", block_k), as_int(OP, "num_sink", num_sink)
     check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
-    check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
-    if block_k >= 1:
-        num_sink = -(-num_sink // block_k) * block_k
+    num_sink = whole_sinks(OP, num_sink, block_k)
     tokens = q.shape[1]
     decoding = causal and tokens <= block_q and (block_table is not None or tokens <= MAX_DECODE)
     if block_table is not None and not decoding:
@@ -207,6 +205,12 @@ def hip_attention(
         num_sink=num_sink, num_recent=num_recent, scale=scale, softcap=softcap, backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def whole_sinks(op: str, num_sink: int, block_k: int) -> int:
+    """num_sink rounded up to whole blocks; a block size that is refused later changes nothing."""
+    check(num_sink >= 0, op, "num_sink", "must not be negative", num_sink)
+    return -(-num_sink // block_k) * block_k if block_k >= 1 else num_sink
 
 
 def _interval(
