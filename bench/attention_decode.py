@@ -3,6 +3,7 @@ reach. PyTorch gets the layout that it likes best, [B, H, S, D], and equal lengt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -70,6 +71,71 @@ def _case(
     )
 
 
+def _served(name: str, dtype: torch.dtype, requests: Sequence[tuple[int, int]]) -> Case:
+    """requests: (queries, keys) of each, in pages. PyTorch gets one request after the other."""
+    queries, lengths = zip(*requests, strict=True)
+    pages = [-(-n // PAGE_SIZE) for n in lengths]
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return place(torch.randn(shape, generator=generator).to(dtype))
+
+        q = draw(sum(queries), HEADS, HEAD_DIM)
+        k, v = (draw(sum(pages), PAGE_SIZE, KV_HEADS, HEAD_DIM) for _ in range(2))
+        order = torch.randperm(sum(pages), generator=generator)
+        table = torch.zeros(len(requests), max(pages), dtype=torch.int32)
+        for row, own in zip(table, order.split(pages), strict=True):
+            row[: len(own)] = own
+        starts = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+        seqlens_k = torch.tensor(lengths, dtype=torch.int32)
+        seqlens_k, table, starts = (place(t) for t in (seqlens_k, table, starts))
+        masks = [
+            place(torch.arange(sk) <= torch.arange(sk - sq, sk)[:, None]) for sq, sk in requests
+        ]
+
+        def loop(repeat: bool) -> Callable[[], Run]:
+            def one(x: Tensor, b: int) -> Tensor:
+                row, own = table[b, : pages[b]].long(), x
+                own = own[row].flatten(0, 1)[: lengths[b]]
+                if repeat:
+                    own = own.repeat_interleave(HEADS // KV_HEADS, 1)
+                return own.transpose(0, 1)[None]
+
+            def run() -> list[Tensor]:
+                return [
+                    F.scaled_dot_product_attention(
+                        own.transpose(0, 1)[None],
+                        one(k, b),
+                        one(v, b),
+                        attn_mask=masks[b],
+                        enable_gqa=not repeat,
+                    )
+                    for b, own in enumerate(q.split(queries))
+                ]
+
+            return lambda: run
+
+        return (
+            lambda: tm.attention(
+                q, k, v, causal=True, cu_seqlens_q=starts, seqlens_k=seqlens_k, block_table=table
+            ),
+            {"gather, SDPA": loop(False), "gather, repeat, SDPA": loop(True)},
+        )
+
+    pairs = sum(sq * sk - sq * (sq - 1) / 2 for sq, sk in requests)
+    size = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        "attention_decode",
+        f"H={HEADS}/{KV_HEADS} D={HEAD_DIM} {name}",
+        dtype,
+        4.0 * HEADS * HEAD_DIM * pairs,
+        2.0 * sum(lengths) * KV_HEADS * HEAD_DIM * size,
+        prepare,
+    )
+
+
 def cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for length in (8192, 65536):
@@ -78,3 +144,5 @@ def cases() -> Iterator[Case]:
     yield _case("S=8192 4 tokens", torch.bfloat16, (8192,), tokens=4)
     yield _case("S=300..32768", torch.bfloat16, RAGGED)
     yield _case("S=300..32768 pages of 16", torch.bfloat16, RAGGED, paged=True)
+    served = ((256, 4096),) * 4 + ((1, 16384),) * 4
+    yield _served("4 chunks of 256 on 4096, 4 rows on 16384", torch.bfloat16, served)

@@ -46,6 +46,8 @@ cuda_instances(dense/attention/kernel_backward_launch.cuh
   ELEMENTS float MODES general)
 cuda_instances(dense/attention_decode/cuda_launch.cuh
   "const char* launch_decode<ELEMENT>(const DecodeParams&, cudaStream_t)")
+cuda_instances(dense/attention_decode/prefill_launch.cuh
+  "const char* launch_prefill<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
 cuda_instances(linear/linear_attention/cuda_launch.cuh
   "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
 cuda_instances(select/attention_column_scores/cuda_launch.cuh

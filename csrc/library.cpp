@@ -40,14 +40,17 @@ TOKENMILL_LIBRARY(library) {
       attention +
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dscore_bias, Tensor dbias, "
       "Tensor dalibi_slopes, Tensor dsink)");
-  m.def(
-      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, "
+  const Arguments decode =
+      "Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, "
       "Tensor? block_table=None, str kind=\"softmax\", str normalize=\"none\", "
       "float? scale=None, Tensor? score_bias=None, float score_bias_value=0.0, "
       "bool score_bias_neg_log_n=False, Tensor? mask_ranges=None, Tensor? mask_q_spans=None, "
       "Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, Tensor? sink=None, "
-      "float softcap=0.0, SymInt window_left=-1, SymInt num_splits=0, str schedule=\"auto\") -> "
-      "(Tensor out, Tensor lse)");
+      "float softcap=0.0, bool causal=True, SymInt window_left=-1, SymInt window_right=-1, "
+      "Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, SymInt num_splits=0, "
+      "str schedule=\"auto\"";
+  m.def("attention_decode(" + decode + ") -> (Tensor out, Tensor lse)");
+  m.def("attention_decode_out(" + decode + ", Tensor(a!) out) -> (Tensor lse)");
   const Arguments merge = "Tensor outs, Tensor? lses=None";
   m.def("merge_attention_states(" + merge + ") -> (Tensor out, Tensor lse)");
   m.def("merge_attention_states_backward(Tensor dout, Tensor? dlse, " + merge +

@@ -63,6 +63,27 @@ def _dense(
     )  # fmt: skip
 
 
+def _packed(
+    lengths: tuple[int, ...], queries: tuple[int, ...], dtype: torch.dtype = BF16
+) -> CounterCase:
+    """A chunk of prefill beside decode rows, in pages of 16."""
+
+    def prepare() -> Callable[[], object]:
+        make = decode_call(lengths, 1, H, HK, D, D, 16, max(lengths), queries)
+        args, kwargs = _draw(make, dtype)
+        return lambda: tm.attention_decode(*args, **kwargs)
+
+    rows, size = HK * sum(lengths), dtype.itemsize
+    pairs = sum(sq * (2 * sk - sq + 1) // 2 for sq, sk in zip(queries, lengths, strict=True))
+    return CounterCase(
+        f"{str(dtype)[6:]}, keys {lengths}, queries {queries}, pages of 16",
+        rows,
+        2 * rows * D * size + sum(queries) * H * (2 * D * size + 4),
+        products(2 * H * pairs * D, dtype),
+        prepare,
+    )
+
+
 def dense_cases() -> Iterator[CounterCase]:
     for dtype in (BF16, F32):
         for schedule in ("split", "stream_k"):
@@ -72,6 +93,8 @@ def dense_cases() -> Iterator[CounterCase]:
     yield _dense(", pages of 16", (2000, 304), "split", page_size=16)
     yield _dense(", 4 tokens", (2000, 300), "split", tokens=4)
     yield _dense(", D=64", (2000, 300), "split", dim=64)
+    yield _packed((512, 304), (64, 1))
+    yield _packed((512, 304), (64, 1), F32)
 
 
 def listed_rows(

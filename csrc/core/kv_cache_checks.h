@@ -8,14 +8,18 @@
 
 namespace tokenmill {
 
-// q [B, Sq, H, D] against a dense cache [B, S, Hk, D] or pages [P, page size, Hk, D].
-inline void check_cache(const char* op, const View& q, const View& k, const View& v, bool paged) {
+// q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page size,
+// Hk, D]. Returns the number of requests.
+inline int64_t check_cache(const char* op, const View& q, const View& k, const View& v, bool paged,
+                           const View& cu_seqlens_q = {}) {
   const std::pair<const char*, const View*> all[] = {{"q", &q}, {"k_cache", &k}, {"v_cache", &v}};
-  for (auto [name, t] : all)
+  if (cu_seqlens_q)
+    check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim());
+  else
+    check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim());
+  for (auto [name, t] : {all[1], all[2]})
     check(t->dim() == 4, op, name,
-          t == &q ? "must have 4 dimensions [B, Sq, H, D]"
-                  : "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])",
-          t->dim());
+          "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
   check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
   for (auto [name, t] : {all[1], all[2]}) {
     check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
@@ -26,25 +30,27 @@ inline void check_cache(const char* op, const View& q, const View& k, const View
     check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, op, name,
           Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
   }
-  check(k.size(3) == q.size(3), op, "k_cache",
-        Rule("must have the head dimension of q, ", q.size(3)), k.size(3));
+  check(k.size(3) == q.size(-1), op, "k_cache",
+        Rule("must have the head dimension of q, ", q.size(-1)), k.size(3));
   check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v_cache",
         Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
-  const int64_t heads = q.size(2), kv_heads = k.size(2), size = k.size(1);
+  const int64_t heads = q.size(-2), kv_heads = k.size(2), size = k.size(1);
   check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), op, "k_cache",
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
+  if (cu_seqlens_q) check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q);
+  const int64_t batch = cu_seqlens_q ? cu_seqlens_q.size(0) - 1 : q.size(0);
   if (paged)
     check(std::has_single_bit(static_cast<uint64_t>(size)), op, "k_cache",
           "must have pages of a power of two of tokens", size);
   else
-    check(k.size(0) == q.size(0), op, "k_cache", Rule("must have the batch size of q, ", q.size(0)),
+    check(k.size(0) == batch, op, "k_cache", Rule("must have the batch size of q, ", batch),
           k.size(0));
+  return batch;
 }
 
 // The cache as kernels see it.
-inline KvCache make_cache(const char* op, const View& q, const View& k, const View& v,
-                          const View& seqlens, const View& table) {
-  const int64_t batch = q.size(0);
+inline KvCache make_cache(const char* op, const View& q, int64_t batch, const View& k,
+                          const View& v, const View& seqlens, const View& table) {
   const std::vector<int64_t> wanted{batch};
   check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
   check(seqlens.sizes == wanted, op, "seqlens_k", Rule("must have shape ", wanted), seqlens.sizes);
@@ -71,11 +77,11 @@ inline KvCache make_cache(const char* op, const View& q, const View& k, const Vi
 }
 
 // Lengths and page numbers, behind all rules on metadata and on a CPU alone.
-inline void check_cache_values(const char* op, const View& q, const View& k, const KvCache& cache,
+inline void check_cache_values(const char* op, const View& k, int64_t batch, const KvCache& cache,
                                bool pages_may_lack = false) {
-  if (q.is_cuda) return;
+  if (k.is_cuda) return;
   const bool all_pages = cache.block_table && !pages_may_lack;
-  for (int64_t b = 0; b < q.size(0); ++b) {
+  for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = cache.seqlens[b];
     check(length >= 0 && length <= cache.capacity, op, "seqlens_k",
           Rule("must be 0 to what the cache holds of a request, ", cache.capacity), length);

@@ -252,6 +252,8 @@ def explain(op: str | Any, *args: Any, backend: str | None = None, **kwargs: Any
     from . import registry
 
     spec = registry.get(op if isinstance(op, str) else op.__name__)
+    if spec.over_cache and kwargs.get("seqlens_k") is not None:
+        spec = registry.get(spec.over_cache)
     out = kwargs.pop("out", None) if spec.out is not None else None
     try:
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor
 from ._check import (
     MAX_HEAD_DIM,
     check,
+    check_cu_seqlens,
     check_device_of_q,
     check_dtype,
     check_dtype_of,
@@ -19,10 +20,22 @@ from ._check import (
 )
 
 
-def check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool, float64: bool) -> None:
-    """q [B, Sq, H, D] against a dense cache [B, S, Hk, D] or pages [P, page size, Hk, D]."""
+def check_cache(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    paged: bool,
+    float64: bool,
+    cu_seqlens_q: Tensor | None = None,
+) -> int:
+    """q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page
+    size, Hk, D]. Returns the number of requests."""
     caches = (("k_cache", k), ("v_cache", v))
-    check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
+    if cu_seqlens_q is None:
+        check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
+    else:
+        check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
     for name, t in caches:
         rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
         check(t.dim() == 4, op, name, rule, t.dim())
@@ -34,23 +47,28 @@ def check_cache(op: str, q: Tensor, k: Tensor, v: Tensor, paged: bool, float64: 
         check_last_contiguous(op, name, t)
         if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
             fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
-    if k.shape[3] != q.shape[3]:
-        fail(op, "k_cache", f"must have the head dimension of q, {q.shape[3]}", k.shape[3])
+    if k.shape[3] != q.shape[-1]:
+        fail(op, "k_cache", f"must have the head dimension of q, {q.shape[-1]}", k.shape[3])
     if v.shape[:-1] != k.shape[:-1]:
         rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
         fail(op, "v_cache", rule, v.shape)
-    heads, kv_heads, size = q.shape[2], k.shape[2], k.shape[1]
+    heads, kv_heads, size = q.shape[-2], k.shape[2], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
         fail(op, "k_cache", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
+    if cu_seqlens_q is not None:
+        check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if paged:
         rule = "must have pages of a power of two of tokens"
         check(is_power_of_two(size), op, "k_cache", rule, size)
-    elif k.shape[0] != q.shape[0]:
-        fail(op, "k_cache", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
+    elif k.shape[0] != batch:
+        fail(op, "k_cache", f"must have the batch size of q, {batch}", k.shape[0])
+    return batch
 
 
-def check_lengths(op: str, q: Tensor, seqlens_k: Tensor, block_table: Tensor | None) -> None:
-    batch = q.shape[0]
+def check_lengths(
+    op: str, q: Tensor, batch: int, seqlens_k: Tensor, block_table: Tensor | None
+) -> None:
     check_int32(op, "seqlens_k", seqlens_k)
     if list(seqlens_k.shape) != [batch]:
         fail(op, "seqlens_k", f"must have shape [{batch}]", seqlens_k.shape)

@@ -85,6 +85,7 @@ class OpSpec:
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
     every operator. plain is what PyTorch code without care for precision would do in the dtype of
     the inputs: the baseline of the error budget.
+    over_cache names the operator that answers calls of the public function with seqlens_k.
     sharding says how a call on DTensors falls apart, or why it does not.
     samples and malformed are those of the module <name>_cases beside that of the operator, which
     tests and tools alone load.
@@ -103,6 +104,7 @@ class OpSpec:
     flops: Callable[..., float]
     backward_flops: Callable[..., float] | None = None
     out: TorchOp | None = None
+    over_cache: str | None = None
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])

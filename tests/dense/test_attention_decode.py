@@ -79,6 +79,16 @@ def decode_samples(draw, longest, kinds=("softmax", "softmax", "sigmoid"), norma
         "score_bias": draw(st.sampled_from([None, -3.0, "neg_log_n"])),
         "num_splits": draw(st.sampled_from([0, 0, 1, 2, 3, 7, 20])),
     }
+    if draw(st.booleans()):
+        sizes = st.lists(
+            st.one_of(st.sampled_from([0, 1, 4, 5]), st.integers(0, longest // 2)),
+            min_size=len(lengths),
+            max_size=len(lengths),
+        )
+        options["queries"] = draw(sizes)
+    if draw(st.integers(0, 3)) == 0:
+        options["causal"] = False
+        options["window"] = (options["window"][0], draw(st.sampled_from([-1, 0, 3])))
     if options["num_splits"] == 0:
         options["schedule"] = draw(st.sampled_from(["auto", "split", "stream_k"]))
     if normalizers:

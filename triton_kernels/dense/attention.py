@@ -9,11 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
+from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
+from .kv_cache import Cache
 from .masks import (
     COUNTS,
     LISTED,
@@ -81,6 +83,9 @@ def tile_options(tiles: Tiles, head_dim: int, value_dim: int) -> dict[str, Any]:
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
+
+
+NO_LISTS = Lists(None, 0, 0, 1)
 
 
 class Call(NamedTuple):
@@ -204,7 +209,8 @@ class Call(NamedTuple):
             self.cu_seqlens_q,
             self.cu_seqlens_k,
             self.q.shape[-3],
-            self.k.shape[-3],
+            # A cache has pages of keys, and ids for all that a request may have.
+            self.k.shape[-3] if self.mask_k_spans is None else self.mask_k_spans.shape[1],
             self.longest_q,
             self.longest_k,
         )
@@ -225,7 +231,7 @@ class Call(NamedTuple):
         """The tiles of queries for each block of keys, or those of keys for each of queries."""
         mask = self.mask()
         if mask.ranges is None and mask.q_spans is None:
-            return Lists(None, 0, 0, 1)
+            return NO_LISTS
         sides = [
             (self.q.shape[-3], self.longest_q, tiles.block_m, self.heads),
             (self.k.shape[-3], self.longest_k, tiles.block_n, self.kv_heads),
@@ -275,7 +281,20 @@ def _bounded(tokens: int, bound: int | None) -> int:
 
 
 def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*lowered)
+    return forward(Call(*lowered))
+
+
+def attention_cached(
+    call: Call, seqlens_k: Tensor, block_table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of keys and values in a cache, which are k and v of the call."""
+    k, v = (Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
+    stride = 0 if block_table is None else block_table.stride(0)
+    most = capacity(call.k, block_table)
+    return forward(call, Cache(k, v, seqlens_k, block_table, stride, call.k.shape[0], most))
+
+
+def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
     tiles = call.plan().forward
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
@@ -286,12 +305,17 @@ def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
         attention_kernel,
         call.batch * call.heads * blocks,
         call.q,
-        *map(call.rows, (call.q, call.k, call.v, out)),
+        call.rows(call.q),
+        *((call.rows(call.k), call.rows(call.v)) if cache is None else (cache.k, cache.v)),
+        call.rows(out),
         lse,
         call.sink,
-        call.lists(tiles, of_keys=False),
+        # Pairs of a masked call with a cache are told apart one by one.
+        NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
+        cache,
         *call.arguments(),
         blocks,
+        PAGE_SIZE=1 if cache is None or cache.block_table is None else call.k.shape[1],
         **call.options(tiles),
     )
     return out, lse

@@ -21,7 +21,6 @@ from ..common import (
     INF,
     INTERPRETED,
     STEP,
-    Rows,
     Sequence,
     dot,
     head_of,
@@ -34,6 +33,7 @@ from ..common import (
     terms_of,
     window_of,
 )
+from .attention import Call, attention_cached
 from .attention_decode_merge import merge, new_partials, rows_of, store_partials
 from .attention_decode_schedule import (
     NO_STREAM,
@@ -41,7 +41,6 @@ from .attention_decode_schedule import (
     Stream,
     all_steps,
     decode_program,
-    length_of,
     longest_share,
     output_of,
     range_of,
@@ -52,6 +51,7 @@ from .attention_decode_schedule import (
     visible_begin,
 )
 from .attention_forward import accumulate, accumulate_seen
+from .kv_cache import Cache, length_of, load_keys
 from .masks import (
     LISTED,
     allowed,
@@ -62,56 +62,6 @@ from .masks import (
     reached_span,
     rules_of,
 )
-
-
-class Cache(NamedTuple):
-    """Keys and values, dense or in pages."""
-
-    k: Rows
-    v: Rows
-    seqlens: Tensor
-    block_table: Tensor | None
-    table_stride: int
-    pages: int
-    capacity: int
-
-
-@triton.jit
-def page_of(cache, i_b, o_j, m_j, PAGE_SIZE: tl.constexpr):
-    """Pages of keys o_j of a request, negative where there is none. A dense cache has a page for
-    each request."""
-    o_page = i_b + tl.zeros_like(o_j).to(tl.int64)
-    if cache.block_table is not None:
-        p_page = cache.block_table + i_b * cache.table_stride + o_j // PAGE_SIZE
-        o_page = tl.load(p_page, mask=m_j, other=0).to(tl.int64)
-        o_page = tl.where(o_page < cache.pages, o_page, -1)
-    return o_page
-
-
-@triton.jit
-def offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE: tl.constexpr):
-    o_row = o_j
-    if cache.block_table is not None:
-        o_row = o_j % PAGE_SIZE
-    return o_page * rows.batch + o_row.to(tl.int64) * rows.seq + i_kv.to(tl.int64) * rows.head
-
-
-@triton.jit
-def load_keys(
-    rows,
-    cache,
-    i_b,
-    i_kv,
-    o_j,
-    m_j,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-):
-    """Rows of hidden keys and columns beyond DIM are 0. A page that does not exist is page 0."""
-    o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
-    p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
-    return load_tile(p_row, m_j, DIM, BLOCK)
 
 
 @triton.jit
@@ -384,10 +334,22 @@ def attention_decode(
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
+    causal: bool,
     window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
     num_splits: int,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
+    if cu_seqlens_q is not None or (not causal and window_right != 0):
+        call = Call(
+            q, k_cache, v_cache, kind, normalize, scale, score_bias, score_bias_value,
+            score_bias_neg_log_n, None, mask_ranges, mask_q_spans, mask_k_spans, alibi_slopes,
+            0, "chebyshev", -1, sink, softcap, causal, window_left, window_right,
+            cu_seqlens_q, None, max_seqlen_q, None, "accurate", False,
+        )  # fmt: skip
+        return attention_cached(call, seqlens_k, block_table)
     batch, seqlen_q, heads, head_dim = q.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     out = q.new_empty((batch, seqlen_q, heads, value_dim))

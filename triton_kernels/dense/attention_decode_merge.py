@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..common import INF, INTERPRETED, Rows, Terms, head_of, launch, row_pointers, store_tile
 from ..weights import exponential
-from .attention_decode_schedule import NO_STREAM, SIZES, Stream, length_of, share_of, steps_of
+from .attention_decode_schedule import NO_STREAM, SIZES, Stream, share_of, steps_of
 from .attention_forward import normaliser, unscaled
+from .kv_cache import length_of
 
 
 class Partials(NamedTuple):

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import Sequence, Window, launch, lower_bound
+from .kv_cache import length_of
 
 SIZES = ["batch", "kv_heads", "heads", "group", "seqlen_q", "rows", "row_blocks", "splits"]
 SIZES += ["table_stride", "pages", "capacity", "most"]
@@ -55,12 +56,6 @@ def range_of(begin, end, splits, i_split, BLOCK: tl.constexpr):
     first = begin + tl.minimum(i_split, parts) * steps // parts * BLOCK
     last = begin + tl.minimum(i_split + 1, parts) * steps // parts * BLOCK
     return first, tl.minimum(last, end)
-
-
-@triton.jit
-def length_of(seqlens, capacity, i_b):
-    """Lengths outside the cache are cut."""
-    return tl.minimum(tl.maximum(tl.load(seqlens + i_b), 0), capacity)
 
 
 @triton.jit

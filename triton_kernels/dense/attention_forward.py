@@ -11,6 +11,7 @@ from ..common import (
     LOG2E,
     STEP,
     STEP_COLUMNS,
+    Sequence,
     dot,
     fade_of,
     head_of,
@@ -28,6 +29,7 @@ from ..common import (
     visible_parts,
 )
 from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
+from .kv_cache import length_of, load_keys
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
@@ -156,6 +158,34 @@ def unscaled(b_sum, dtype: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.const
     return b_factor
 
 
+@triton.jit
+def cached(sequence, cache, i_b):
+    """The keys of the request, all of which lie in a cache."""
+    length = length_of(cache.seqlens, cache.capacity, i_b)
+    return Sequence(sequence.q_start, sequence.q_length, 0, length, length - sequence.q_length)
+
+
+@triton.jit
+def load_key_rows(
+    rows,
+    part,
+    cache,
+    i_b,
+    i_kv,
+    o_j,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    first_col=0,
+):
+    """Rows o_j of keys or values: of `part`, that of the sequence and head, or in a cache."""
+    if cache is None:
+        return load_rows(part, o_j, DIM, BLOCK, first_col)
+    return load_keys(
+        rows, cache, i_b, i_kv, o_j, o_j < part.length, DIM, BLOCK, PAGE_SIZE, first_col
+    )
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
     q,
@@ -165,6 +195,7 @@ def attention_kernel(
     lse,
     sink,
     lists,
+    cache,
     terms,
     window,
     mask,
@@ -183,6 +214,7 @@ def attention_kernel(
     NORMALIZE: tl.constexpr,
     FAST: tl.constexpr,
     RANGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -196,9 +228,12 @@ def attention_kernel(
     )
     if first >= sequence.q_length:
         return
+    if cache is not None:
+        sequence = cached(sequence, cache, i_b)
     head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
-    keys = slice_of(k, i_b, i_h // group, sequence.k_start, sequence.k_length)
-    values = slice_of(v, i_b, i_h // group, sequence.k_start, sequence.k_length)
+    i_kv = i_h // group
+    keys = slice_of(k, i_b, i_kv, sequence.k_start, sequence.k_length)
+    values = slice_of(v, i_b, i_kv, sequence.k_start, sequence.k_length)
     o_i = first + tl.arange(0, BLOCK_M)
     queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
     b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
@@ -217,14 +252,15 @@ def attention_kernel(
     p_list = list_of(lists, width, cu_seqlens_q, i_b, i_h, blocks, first, sequence.q_start, BLOCK_M)
     parts = listed_parts(p_list, band)
     ENTRY: tl.constexpr = BLOCK_N if lists.data is None else 1
+    MASKED: tl.constexpr = mask.ranges is not None or mask.q_spans is not None
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):
             o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
-            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
-            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_k = load_key_rows(k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+            b_v = load_key_rows(v, values, cache, i_b, i_kv, o_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
-            if PART != 1:
+            if PART != 1 or (cache is not None and MASKED):
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                 b_z = tl.where(m_seen, b_z, -INF)
             b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
@@ -257,7 +293,7 @@ def attention_kernel(
     store_rows(outs, o_i, b_acc, VALUE_DIM)
 
     HIDES: tl.constexpr = (
-        window.left is not None or window.right is not None or lists.data is not None
+        window.left is not None or window.right is not None or lists.data is not None or MASKED
     )
     if HIDES or KIND == "relu":
         m_again = rows_of_nan(b_acc) & (o_i < sequence.q_length)
@@ -268,8 +304,12 @@ def attention_kernel(
                 b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
                 for j in tl.range(band[0], band[3], STEP, num_stages=1):
                     o_j = j + tl.arange(0, STEP)
-                    b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
-                    b_v = load_rows(values, o_j, VALUE_DIM, COLUMNS, c)
+                    b_k = load_key_rows(
+                        k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE
+                    )
+                    b_v = load_key_rows(
+                        v, values, cache, i_b, i_kv, o_j, VALUE_DIM, COLUMNS, PAGE_SIZE, c
+                    )
                     b_qk = dot(b_q, tl.trans(b_k))
                     b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)

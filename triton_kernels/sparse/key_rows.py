@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import dot, lower_bound, rounded
-from ..dense.attention_decode import offsets_of, page_of
-from ..dense.attention_decode_schedule import length_of
+from ..dense.kv_cache import length_of, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
 TILE = tl.constexpr(128)  # entries of a list

@@ -33,13 +33,11 @@ from ..common import (
     scores,
     terms_of,
 )
-from ..dense.attention_decode import (
-    Cache,
-    tile_of,
-)
+from ..dense.attention_decode import tile_of
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
+from ..dense.kv_cache import Cache
 from .key_rows import (
     NOWHERE,
     Places,

@@ -5,9 +5,26 @@
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_weights.h"
+#include "dense/attention_decode/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
+
+// The sequences of a call: those of its tensors, or requests that have their keys in a cache.
+struct Sequences {
+  const AttentionParams& p;
+  const DecodeParams* cached = nullptr;
+
+  const KvCache* cache() const { return cached ? &cached->cache : nullptr; }
+  int64_t count() const { return cached ? cached->num_requests : p.batch; }
+  int64_t number(int64_t n) const { return cached && cached->requests ? cached->requests[n] : n; }
+  // Of number b.
+  Sequence at(int64_t b) const {
+    Sequence s(p, b);
+    if (cached) s.k_length = cached->cache.length(b);
+    return s;
+  }
+};
 
 // One head's keys and values as B operands, packed panel by panel when first needed.
 template <class Op>
@@ -16,7 +33,8 @@ struct PackedHead {
   uint8_t* done;
   int64_t words, width;  // of a k row; of a v row
   const AttentionParams* p;
-  const Sequence* s;
+  const KvCache* cache;  // where the keys lie, or null
+  Sequence s;
   int64_t b, h;
 
   static int64_t k_size(int64_t length, int64_t head_dim) {
@@ -27,30 +45,43 @@ struct PackedHead {
   }
   const float* k_panel(int64_t column) const { return k + column * words; }
   const float* v_rows(int64_t column) const { return v + column / Op::kPair * width; }
-  char* k_row(int64_t j) const { return row_of(p->k, p->dtype, b, s->k_start, j, h); }
-  char* v_row(int64_t j) const { return row_of(p->v, p->dtype, b, s->k_start, j, h); }
+  char* k_row(int64_t j) const { return row(cache ? cache->k : p->k, j); }
+  char* v_row(int64_t j) const { return row(cache ? cache->v : p->v, j); }
+  char* row(const Rows& rows, int64_t j) const {
+    if (!cache) return row_of(rows, p->dtype, b, s.k_start, j, h);
+    const KvCache::Slot at = cache->slot(b, j);
+    return row_of(rows, p->dtype, at.page, 0, at.row, h);
+  }
   int64_t rows_at(int64_t column) const {
-    return s->k_length - column < kPanel ? s->k_length - column : kPanel;
+    return s.k_length - column < kPanel ? s.k_length - column : kPanel;
   }
 
   void ensure(int64_t column) {
     if (done[column / kPanel]) return;
     done[column / kPanel] = 1;
     const int64_t n = rows_at(column);
-    pack_transposed<Op>(k_row(column), p->dtype, p->k.seq, n, p->head_dim, 1.f, k + column * words);
-    pack_reduced_rows<Op>(v_row(column), p->dtype, p->v.seq, n, p->value_dim,
-                          v + column / Op::kPair * width, width);
+    if (!cache) {
+      pack(EvenRows{k_row(column), p->k.seq}, EvenRows{v_row(column), p->v.seq}, column, n);
+    } else {
+      const char *k_rows[kPanel], *v_rows[kPanel];
+      for (int64_t r = 0; r < n; ++r) k_rows[r] = k_row(column + r), v_rows[r] = v_row(column + r);
+      pack(ScatteredRows{k_rows}, ScatteredRows{v_rows}, column, n);
+    }
+  }
+  template <class Source>
+  void pack(const Source k_rows, const Source v_rows, int64_t column, int64_t n) {
+    pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words);
+    pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, v + column / Op::kPair * width, width);
   }
 
   // The panel at `column`, of which the share [part, part + count) of `parts`.
   void prefetch(int64_t column, int64_t part, int64_t count, int64_t parts) const {
-    if (column < s->k_length && !done[column / kPanel])
-      prefetch_rows(*p, *s, b, h, column, part, count, parts);
+    if (column < s.k_length && !done[column / kPanel]) prefetch_rows(column, part, count, parts);
   }
   // Where that panel goes. Under a mask few tiles read a panel, and what it is written over has
   // left the caches.
   void prefetch_packed(int64_t column, int64_t part, int64_t count, int64_t parts) const {
-    if (column >= s->k_length || done[column / kPanel]) return;
+    if (column >= s.k_length || done[column / kPanel]) return;
     const int64_t last = part + count < parts ? part + count : parts;
     const auto ask = [&](const float* panel, int64_t floats) {
       const char* from = reinterpret_cast<const char*>(panel + floats * part / parts);
@@ -59,13 +90,12 @@ struct PackedHead {
     ask(k_panel(column), kPanel * words);
     ask(v_rows(column), kPanel / Op::kPair * width);
   }
-  static void prefetch_rows(const AttentionParams& p, const Sequence& s, int64_t b, int64_t h,
-                            int64_t column, int64_t part, int64_t count, int64_t parts) {
-    const int64_t n = s.k_length - column < kPanel ? s.k_length - column : kPanel;
+  void prefetch_rows(int64_t column, int64_t part, int64_t count, int64_t parts) const {
+    const int64_t n = rows_at(column);
     const int64_t last = part + count < parts ? part + count : parts;
     for (int64_t j = column + part * n / parts; j < column + last * n / parts; ++j) {
-      prefetch_row<false>(row_of(p.k, p.dtype, b, s.k_start, j, h), p.head_dim * size_of(p.dtype));
-      prefetch_row<false>(row_of(p.v, p.dtype, b, s.k_start, j, h), p.value_dim * size_of(p.dtype));
+      prefetch_row<false>(k_row(j), p->head_dim * size_of(p->dtype));
+      prefetch_row<false>(v_row(j), p->value_dim * size_of(p->dtype));
     }
   }
 };
@@ -160,28 +190,32 @@ struct Sizes {
   int64_t longest_q = 0, longest_k = 0;
   double pairs = 0;
 
-  explicit Sizes(const AttentionParams& p) {
-    for (int64_t b = 0; b < (p.cu_seqlens_q ? p.batch : 1); ++b) {
-      const Sequence s(p, b);
+  explicit Sizes(const Sequences& sequences) {
+    const AttentionParams& p = sequences.p;
+    const bool alike = !p.cu_seqlens_q && !sequences.cached;
+    for (int64_t n = 0; n < (alike ? 1 : sequences.count()); ++n) {
+      const Sequence s = sequences.at(sequences.number(n));
       longest_q = s.q_length > longest_q ? s.q_length : longest_q;
       longest_k = s.k_length > longest_k ? s.k_length : longest_k;
       pairs += static_cast<double>(s.q_length) * static_cast<double>(s.k_length);
     }
-    if (!p.cu_seqlens_q) pairs *= static_cast<double>(p.batch);
+    if (alike) pairs *= static_cast<double>(p.batch);
   }
 };
 
 template <class Op, Exponent kKind, bool kCoarse>
 class Worker {
  public:
-  Worker(const AttentionParams& p, const Sizes& sizes, int64_t shares)
-      : p(p),
+  Worker(const Sequences& sequences, const Sizes& sizes, int64_t shares)
+      : sequences(sequences),
+        p(sequences.p),
         shares(shares),
         panels(ceil_div(sizes.longest_k, kPanel)),
         t(tile_of(p)),
         mask(p),
         workspace(floats_needed(sizes)) {
     head.p = &p;
+    head.cache = sequences.cache();
     head.words = t.words;
     head.width = t.width;
     head.k = workspace.take(head.k_size(sizes.longest_k, p.head_dim));
@@ -201,7 +235,7 @@ class Worker {
           n + 1 < tiles.end ? place_of(item, n + 1) : place_of(item + 1, share_of(item + 1).begin);
       if (place.kv != packed) std::memset(head.done, 0, panels);
       packed = place.kv;
-      head.s = &place.s;
+      head.s = place.s;
       head.b = place.b;
       head.h = place.kv % p.kv_heads;
       const ScoreMod score_mod(p, place.b, place.h, place.s);
@@ -229,16 +263,17 @@ class Worker {
   };
 
   Share share_of(int64_t item) const {
-    if (item >= p.batch * p.kv_heads * shares) return {0, 0};
-    const Sequence s(p, item / shares / p.kv_heads);
+    if (item >= sequences.count() * p.kv_heads * shares) return {0, 0};
+    const Sequence s = sequences.at(sequences.number(item / shares / p.kv_heads));
     const int64_t tiles = ceil_div(s.q_length, kQueryTile) * (p.heads / p.kv_heads);
     return {item % shares * tiles / shares, (item % shares + 1) * tiles / shares};
   }
 
   Place place_of(int64_t item, int64_t n) const {
-    const int64_t kv = item / shares, b = kv / p.kv_heads, group = p.heads / p.kv_heads;
-    if (b >= p.batch) return {place.s, place.band, kv, b, 0, 0, 0};
-    const Sequence s(p, b);
+    const int64_t kv = item / shares, n_th = kv / p.kv_heads, group = p.heads / p.kv_heads;
+    if (n_th >= sequences.count()) return {place.s, place.band, kv, 0, 0, 0, 0};
+    const int64_t b = sequences.number(n_th);
+    const Sequence s = sequences.at(b);
     const int64_t tiles = ceil_div(s.q_length, kQueryTile);
     const int64_t h = kv % p.kv_heads * group + (tiles ? n / tiles : 0);
     const int64_t first = tiles ? n % tiles * kQueryTile : 0, left = s.q_length - first;
@@ -349,10 +384,13 @@ class Worker {
       if (r < t.rows) prefetch_row<true>(row_at(p.out, place, r), p.value_dim * size_of(p.dtype));
       if (r < next.rows) prefetch_row<false>(row_at(p.q, next, r), p.head_dim * size_of(p.dtype));
     }
-    if (next.rows > 0 && next.kv != place.kv)
-      PackedHead<Op>::prefetch_rows(p, next.s, next.b, next.kv % p.kv_heads,
-                                    next.band.begin(next.first) / kPanel * kPanel, row, count,
-                                    t.rows);
+    if (next.rows > 0 && next.kv != place.kv) {
+      PackedHead<Op> another = head;
+      another.s = next.s;
+      another.b = next.b;
+      another.h = next.kv % p.kv_heads;
+      another.prefetch_rows(next.band.begin(next.first) / kPanel * kPanel, row, count, t.rows);
+    }
   }
 
   float visible(int64_t i) const {
@@ -376,52 +414,59 @@ class Worker {
     }
   }
 
+  const Sequences& sequences;
   const AttentionParams& p;
   int64_t shares, panels;
   QueryTile t;
   TileMask<Op> mask;
   cpu::Workspace workspace;
-  PackedHead<Op> head;
+  PackedHead<Op> head{.s = Sequence(p, 0)};
   Place place{Sequence(p, 0), {}, 0, 0, 0, 0, 0}, next = place;
   int64_t packed = -1;
 };
 
 template <class Op, Exponent kKind, bool kCoarse>
-void forward(const AttentionParams& p) {
-  const Sizes sizes(p);
+void forward(const Sequences& sequences) {
+  const AttentionParams& p = sequences.p;
+  const Sizes sizes(sequences);
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * sizes.pairs * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
   // An item is a share of the tiles of one KV head; at least four per thread for balance.
   const int64_t tiles = p.heads / p.kv_heads * ceil_div(sizes.longest_q, kQueryTile);
-  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, p.batch * p.kv_heads);
+  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, sequences.count() * p.kv_heads);
   if (shares > tiles) shares = tiles > 0 ? tiles : 1;
-  cpu::parallel_items(p.batch * p.kv_heads * shares, threads, [&](cpu::ItemCounter& items) {
+  const int64_t items = sequences.count() * p.kv_heads * shares;
+  cpu::parallel_items(items, threads, [&](cpu::ItemCounter& counter) {
     FlushDenormals flush;
-    Worker<Op, kKind, kCoarse> worker(p, sizes, shares);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+    Worker<Op, kKind, kCoarse> worker(sequences, sizes, shares);
+    for (int64_t item; (item = counter.next()) >= 0;) worker.run(item);
   });
 }
 
 template <class Op, bool kCoarse>
-void forward(const AttentionParams& p) {
-  switch (exponent_of(p)) {
+void forward(const Sequences& sequences) {
+  switch (exponent_of(sequences.p)) {
     case Exponent::softmax:
-      return forward<Op, Exponent::softmax, kCoarse>(p);
+      return forward<Op, Exponent::softmax, kCoarse>(sequences);
     case Exponent::sigmoid:
-      return forward<Op, Exponent::sigmoid, kCoarse>(p);
+      return forward<Op, Exponent::sigmoid, kCoarse>(sequences);
     case Exponent::logit:
-      return forward<Op, Exponent::logit, kCoarse>(p);
+      return forward<Op, Exponent::logit, kCoarse>(sequences);
   }
+}
+
+void forward(const Sequences& sequences) {
+#if defined(__AVX512BF16__)
+  if (sequences.p.dtype == DType::bfloat16) return forward<BFloat16, true>(sequences);
+#endif
+  sequences.p.dtype == DType::float32 ? forward<Float32, false>(sequences)
+                                      : forward<Float32, true>(sequences);
 }
 
 }  // namespace
 
-void attention_forward(const AttentionParams& p) {
-#if defined(__AVX512BF16__)
-  if (p.dtype == DType::bfloat16) return forward<BFloat16, true>(p);
-#endif
-  p.dtype == DType::float32 ? forward<Float32, false>(p) : forward<Float32, true>(p);
-}
+void attention_forward(const AttentionParams& p) { forward({p}); }
+void attention_prefill(const DecodeParams& d) { forward({d.attention, &d}); }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -3,6 +3,8 @@
 // of a block are split among the query heads of a group, which share those tiles. The host's part,
 // which chooses blocks and launches an instance, follows the kernel.
 #pragma once
+#include "core/kv_cache.h"
+#include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/launch.cuh"
 #include "dense/attention/kernel_store.cuh"
 
@@ -22,6 +24,7 @@ struct ForwardPlan {
   bool inputs_aligned, output_aligned;
   bool inputs_whole;  // aligned, and rows of keys and values fill those of their tiles
   MaskBounds bounds;  // of a call with a mask
+  KvCache cache;      // where keys lie that are cached
 };
 
 // What queries without a sequence get, in a block of heads.
@@ -40,12 +43,28 @@ __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
   }
 }
 
+// Keys of head `head` from key0 on, wherever their pages lie, to a tile; zeros behind `length`.
+template <typename T, typename Tile, int kRows>
+__device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& cache,
+                                                 const Rows& rows, int columns, int b, int head,
+                                                 int key0, int length, bool aligned) {
+  using Copy = RowCopy<T, Tile>;
+#pragma unroll 1
+  for (int r = Copy::first_row(); r < kRows; r += Copy::row_step()) {
+    const int key = key0 + r;
+    const KvCache::Slot at = cache.slot(b, key < length ? key : length - 1);
+    const T* row = static_cast<const T*>(rows.data) + KvCache::offset(rows, at, head);
+    Copy::copy_to(tile, r, row, key < length ? columns : 0, aligned);
+  }
+}
+
 // One block of a multiprocessor is enough for elementwise weights: for two of them ptxas spills on
 // 10.0 and 12.0. 0: ptxas chooses.
-template <typename T, int kBucket, Weights kWeights, bool kGeneral>
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
 __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
                              const __grid_constant__ ForwardPlan plan) {
+  static_assert(kGeneral || !kCached);
   using Shape = ForwardShape<T, kBucket>;
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
@@ -66,7 +85,11 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
       return;
     }
   }
-  const Sequence s = sequence_of(p, place.b, place.rows);
+  Sequence s{place.rows.start, 0, place.rows.length, 0};
+  if constexpr (kCached)
+    s.k_length = static_cast<int>(plan.cache.length(place.b));
+  else
+    s = sequence_of(p, place.b, place.rows);
   // The last queries see most keys under a causal mask: longest blocks first.
   const int first_row = ((s.q_length + block_rows - 1) / block_rows - 1 - place.tile) * block_rows;
   const int last_row = min(first_row + block_rows, s.q_length) - 1;
@@ -101,6 +124,16 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
                         first_row, block_rows, key0, Shape::kTileKeys);
       });
     }
+  const auto load_cached_stage = [&](uint32_t stage, int key0, int b, int length, int head) {
+    const KvCache& cache = plan.cache;
+    copy_cached_rows<T, typename Shape::KeyTile, Shape::kTileKeys>(
+        stage, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+        plan.inputs_aligned);
+    copy_cached_rows<T, typename Shape::ValueTile, Shape::kTileKeys>(
+        stage + Shape::kTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head, key0,
+        length, plan.inputs_aligned);
+    cp_async_commit();
+  };
   Keys load_keys(keys, begin, plan.key_step);
   Values load_values(values, begin, plan.value_step);
   int whole_end = plan.inputs_whole ? s.k_length : 0;
@@ -111,7 +144,7 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   };
   const uint32_t first_stage = stages + (begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
   // Where this thread's first chunk goes: in a tile of keys, and from there in the one of values.
-  const uint32_t own = first_stage + Keys::own_offset();
+  const uint32_t own = first_stage + (kCached ? 0 : Keys::own_offset());
   const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
   const auto load_stage = [&](uint32_t stage, int key0) {
     if (key0 + Shape::kTileKeys <= whole_end) {
@@ -128,7 +161,12 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
     }
     cp_async_commit();
   };
-  if (begin < end) load_stage(own, begin);
+  if (begin < end) {
+    if constexpr (kCached)
+      load_cached_stage(own, begin, place.b, s.k_length, kv_head);
+    else
+      load_stage(own, begin);
+  }
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
@@ -153,7 +191,13 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
     __syncthreads();
     if (key0 + Shape::kTileKeys < block_end()) {
       bool wanted = true;
-      if constexpr (kGeneral) {  // leaves no registers to keep these
+      if constexpr (kCached) {
+        const WarpPlace at_warp = warp.place();
+        if (warp.block_sees(key0 + Shape::kTileKeys))
+          load_cached_stage(next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
+                            at_warp.h / group);
+        wanted = false;
+      } else if constexpr (kGeneral) {  // leaves no registers to keep these
         const WarpPlace at_warp = warp.place();
         const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
         const int head = at_warp.h / group;
@@ -210,21 +254,24 @@ ForwardPlan plan_forward(const AttentionParams& p) {
   return plan;
 }
 
-template <typename T, int kBucket, Weights kWeights, bool kGeneral>
-const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
-                           cudaStream_t stream) {
+// cache: where the keys lie that p does not have, if kCached.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
+const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
+                           const KvCache& cache = {}) {
+  const Rows &k = kCached ? cache.k : p.k, &v = kCached ? cache.v : p.v;
   using Shape = ForwardShape<T, kBucket>;
   ForwardPlan plan = plan_forward<Shape>(p);
   plan.bounds = bounds;
   plan.inputs_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
-                        is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head) &&
-                        is_vectorizable<T>(p.v.data, p.value_dim, p.v.batch, p.v.seq, p.v.head);
+                        is_vectorizable<T>(k.data, p.head_dim, k.batch, k.seq, k.head) &&
+                        is_vectorizable<T>(v.data, p.value_dim, v.batch, v.seq, v.head);
   plan.output_aligned =
       is_vectorizable<T>(p.out.data, p.value_dim, p.out.batch, p.out.seq, p.out.head);
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   plan.inputs_whole = plan.inputs_aligned && p.head_dim == kBucket && p.value_dim == kBucket;
-  plan.key_step = Keys::step(p.k.seq, plan.warps * kWarpSize);
-  plan.value_step = Keys::step(p.v.seq, plan.warps * kWarpSize);
+  plan.key_step = Keys::step(k.seq, plan.warps * kWarpSize);
+  plan.value_step = Keys::step(v.seq, plan.warps * kWarpSize);
+  plan.cache = cache;
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
   const int bytes = kParkedBytes<kGeneral> +
@@ -235,8 +282,9 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
   for (int64_t first = 0; first < head_blocks; first += at_once) {
     plan.first_head_block = static_cast<unsigned>(first);
     const int64_t count = head_blocks - first < at_once ? head_blocks - first : at_once;
-    if (const char* error = launch<attention_forward_kernel<T, kBucket, kWeights, kGeneral>>(
-            count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
+    if (const char* error =
+            launch<attention_forward_kernel<T, kBucket, kWeights, kGeneral, kCached>>(
+                count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
       return error;
   }
   return nullptr;
@@ -265,16 +313,23 @@ const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cu
   }
 }
 
+// visit.operator()<bucket>(), the least that holds rows of keys and of values.
+template <typename Visit>
+const char* visit_forward_bucket(const AttentionParams& p, const Visit& visit) {
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim <= 32) return visit.template operator()<32>();
+  if (dim <= 64) return visit.template operator()<64>();
+  if (dim <= 96) return visit.template operator()<96>();
+  if (dim <= 128) return visit.template operator()<128>();
+  if (dim <= 192) return visit.template operator()<192>();
+  return visit.template operator()<256>();
+}
+
 template <typename T>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
                            cudaStream_t stream) {
-  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  if (dim <= 32) return launch_bucket<T, 32>(p, bounds, stream);
-  if (dim <= 64) return launch_bucket<T, 64>(p, bounds, stream);
-  if (dim <= 96) return launch_bucket<T, 96>(p, bounds, stream);
-  if (dim <= 128) return launch_bucket<T, 128>(p, bounds, stream);
-  if (dim <= 192) return launch_bucket<T, 192>(p, bounds, stream);
-  return launch_bucket<T, 256>(p, bounds, stream);
+  return visit_forward_bucket(
+      p, [&]<int kBucket>() { return launch_bucket<T, kBucket>(p, bounds, stream); });
 }
 
 }  // namespace tokenmill::cuda

@@ -24,10 +24,13 @@ class DenseKeys {
     static constexpr bool turned = false;
   };
 
+  static int64_t requests(const Params& d) { return d.num_requests; }
+  static int64_t request(const Params& d, int64_t n) { return d.requests ? d.requests[n] : n; }
+  static int64_t queries(const Params& d) { return d.queries; }
   static int64_t row_heads(const Params& d) { return d.attention.kv_heads; }
   static int64_t heads(const Params& d) { return heads_together(d.attention.kv_heads); }
   static Row row(const Params& d, int64_t b, int64_t) {
-    return KeyRange::of(decode_band(d.attention, d.cache.length(b)));
+    return KeyRange::of(decode_band(d.attention, d.queries, d.cache.length(b)));
   }
   static KeyRange range(const Row& row) { return row; }
   template <int kRows>
@@ -41,13 +44,14 @@ class DenseKeys {
     const AttentionParams& p = d_.attention;
     b_ = b;
     head_ = head;
-    band_ = decode_band(p, d_.cache.length(b));
+    band_ = decode_band(p, d_.queries, d_.cache.length(b));
+    q_start_ = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
     queries_ = {};
     const int64_t group = p.heads / p.kv_heads;
     // Heads differ in ranges alone.
     const int64_t heads = p.mask.ranges_head ? heads_together(p.kv_heads) * group : 1;
     for (int64_t h = 0; p.mask.any() && h < heads; ++h)
-      for (int64_t i = 0; i < p.seqlen_q; ++i)
+      for (int64_t i = 0; i < d_.queries; ++i)
         mask_of_head(head * group + h).add_query(i, queries_);
   }
 
@@ -131,7 +135,9 @@ class DenseKeys {
  private:
   static constexpr int64_t kElement = kElementBytes<kType>;
 
-  HeadMask mask_of_head(int64_t head) const { return HeadMask(d_.attention.mask, b_, head, 0, 0); }
+  HeadMask mask_of_head(int64_t head) const {
+    return HeadMask(d_.attention.mask, b_, head, q_start_, 0);
+  }
   static int64_t end_of(const KeyRange& range, int64_t key0) {
     return key0 + kStep < range.end ? key0 + kStep : range.end;
   }
@@ -183,7 +189,7 @@ class DenseKeys {
   }
 
   const Params& d_;
-  int64_t b_ = 0, head_ = 0;
+  int64_t b_ = 0, head_ = 0, q_start_ = 0;
   Band band_{};
   QueryHull queries_;  // of all rows of the unit
 };

@@ -7,6 +7,8 @@
 // Keys, of a worker, says what rows are made of:
 //
 //   Params, Row, Step  of the call; of a unit; of kStep keys: StepRows and what else is known
+//   requests, request  how many are answered; the number of the n-th
+//   queries            of each of them
 //   row_heads, heads   heads that have a row, and how many of them one unit has
 //   row, range, kept   the row of a unit; which keys of it any query sees; floats kept for it
 //   begin, find        a unit is about to be read; a step of it
@@ -111,7 +113,8 @@ class DecodeWorker {
       (plan_.unit[middle].first_item <= item ? low : high) = middle;
     }
     unit_ = low;
-    b_ = unit_ / plan_.head_groups;
+    b_ = plan_.request(unit_);
+    q_start_ = p_.cu_seqlens_q ? p_.cu_seqlens_q[b_] : 0;
     first_head_ = unit_ % plan_.head_groups * plan_.heads;
     const auto& unit = plan_.unit[unit_];
     const KeyRange all = plan_.range_of(unit_);
@@ -132,7 +135,7 @@ class DecodeWorker {
   }
   char* row_at(const Rows& rows, Query at) const {
     return static_cast<char*>(rows.data) +
-           (b_ * rows.batch + at.i * rows.seq + at.h * rows.head) * kElement;
+           (b_ * rows.batch + (q_start_ + at.i) * rows.seq + at.h * rows.head) * kElement;
   }
 
   // The constant of a head, of which softmax weights do not see the finite part.
@@ -284,8 +287,9 @@ class DecodeWorker {
     if constexpr (kGeneral) {
       const vf slope = load(block.slope), constant = load(block.constant);
       const vf key = lanes_of_keys<kRows>([](int k) { return static_cast<float>(k); });
-      const vf position = lanes_of<kRows>(
-          [&](int r) { return static_cast<float>(block.query[r] + length_ - p_.seqlen_q - key0); });
+      const vf position = lanes_of<kRows>([&](int r) {
+        return static_cast<float>(block.query[r] + length_ - Keys::queries(plan_.d) - key0);
+      });
       for (int64_t j = 0; j < vectors; ++j) {
         vf z = scores[j] * set(p_.scale);
         if (p_.softcap > 0) z = set(p_.softcap) * tanh(z * set(1 / p_.softcap));
@@ -399,7 +403,7 @@ class DecodeWorker {
         if (p_.normalize == Normalize::count) sum = keys_.visible(i, head);
         scale = {normalizer(p_, sum), sum};
       }
-      if (p_.lse) p_.lse[(b_ * p_.heads + head) * p_.seqlen_q + i] = scale.lse;
+      if (p_.lse) lse_of(p_, p_.lse, b_, q_start_, head)[i] = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
@@ -418,7 +422,7 @@ class DecodeWorker {
   RowBlock<kRows>* block_;
   Keys keys_;
   typename Keys::Placed placed_[kMaxHeads];
-  int64_t unit_, b_, first_head_, part_, parts_, length_;
+  int64_t unit_, b_, q_start_, first_head_, part_, parts_, length_;
   KeyRange range_;
   bool general_ = false;
 };
@@ -440,7 +444,7 @@ void decode_rows(const typename Keys::Params& d) {
 
 template <class Keys>
 void decode(const typename Keys::Params& d) {
-  const int64_t rows = d.attention.heads / Keys::row_heads(d) * d.attention.seqlen_q;
+  const int64_t rows = d.attention.heads / Keys::row_heads(d) * Keys::queries(d);
   if (rows == 1) return decode_rows<Keys, 1>(d);
   rows == 2 ? decode_rows<Keys, 2>(d) : decode_rows<Keys, 4>(d);
 }

@@ -38,7 +38,7 @@ struct DecodePlan {
         heads(Keys::heads(d)),
         head_groups(Keys::row_heads(d) / heads),
         group(p.heads / Keys::row_heads(d)),
-        rows(group * p.seqlen_q),
+        rows(group * Keys::queries(d)),
         head_blocks(ceil_div(rows, kRows)),
         ldo(round_up(p.value_dim, 2 * kWidth)),
         partial_row(ldo + 2),
@@ -48,7 +48,8 @@ struct DecodePlan {
         partials(memory.take(partial_floats)),
         kept(memory.take(kept_floats)) {}
 
-  int64_t units() const { return p.batch * head_groups; }
+  int64_t units() const { return Keys::requests(d) * head_groups; }
+  int64_t request(int64_t u) const { return Keys::request(d, u / head_groups); }
   int64_t items() const { return unit[units()].first_item; }
   KeyRange range_of(int64_t u) const { return Keys::range(unit[u].row); }
   int64_t parts_of(int64_t steps) const {
@@ -82,7 +83,7 @@ struct DecodePlan {
     int64_t items = 0;
     bool any = false;
     for (int64_t u = 0; u < units(); ++u) {
-      unit[u].row = Keys::row(d, u / head_groups, u % head_groups * heads);
+      unit[u].row = Keys::row(d, request(u), u % head_groups * heads);
       unit[u].first_item = items;
       unit[u].kept = kept_floats;
       unit[u].arrived = 0;

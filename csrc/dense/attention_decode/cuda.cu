@@ -1,4 +1,5 @@
 #include "cuda/refuse.cuh"
+#include "dense/attention/kernel_mask.cuh"
 #include "dense/attention_decode/cuda_launch.cuh"
 
 namespace tokenmill {
@@ -8,9 +9,23 @@ extern template const char* launch_decode<__half>(const DecodeParams&, cudaStrea
 extern template const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
 extern template const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
 
+// Of prefill_launch.cuh.
+template <typename T>
+const char* launch_prefill(const DecodeParams&, const MaskBounds&, cudaStream_t);
+extern template const char* launch_prefill<__half>(const DecodeParams&, const MaskBounds&,
+                                                   cudaStream_t);
+extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, const MaskBounds&,
+                                                          cudaStream_t);
+extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&,
+                                                  cudaStream_t);
+
 }  // namespace cuda
 
+// The kernels for a few rows have as many of each request, and see no key behind them.
+static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.window_right != 0; }
+
 int64_t workspace_bytes(const DecodeParams& d) {
+  if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     return cuda::visit_bucket(d.attention, [&]<int kBucket>() {
       return cuda::workspace_bytes(cuda::plan_decode<T, kBucket>(d));
@@ -24,9 +39,20 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
                         d.cache.capacity);
   if (d.cache.pages > 0x7fffffff)
     return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
-  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::launch_decode<T>(d, static_cast<cudaStream_t>(stream));
-  });
+  const AttentionParams& p = d.attention;
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (!prefills(p))
+    return cuda::visit_dtype(p.dtype, [&]<typename T>() { return cuda::launch_decode<T>(d, on); });
+  if (p.seqlen_q > cuda::kMaxLength)
+    return cuda::refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
+  if (p.batch * p.heads > 0x7fffffff)
+    return cuda::refuse("q", "must have at most 2^31 - 1 heads in all requests on CUDA",
+                        p.batch * p.heads);
+  const MaskBounds bounds = MaskBounds::at(p, d.workspace);
+  if (p.mask.any())
+    if (const char* error = cuda::launch_bounds(p, bounds, on)) return error;
+  return cuda::visit_dtype(p.dtype,
+                           [&]<typename T>() { return cuda::launch_prefill<T>(d, bounds, on); });
 }
 
 }  // namespace tokenmill

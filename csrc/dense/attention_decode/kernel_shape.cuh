@@ -78,7 +78,8 @@ constexpr int kLeastSteps = 256 / Shape::kTileKeys;
 // Steps of one output tile of request b: one at least, which stores what there is without keys.
 template <typename Shape>
 __device__ __forceinline__ int steps_of(const DecodeParams& d, int b) {
-  const KeyRange keys = KeyRange::of(decode_band(d.attention, d.cache.length(b)));
+  const AttentionParams& p = d.attention;
+  const KeyRange keys = KeyRange::of(decode_band(p, p.seqlen_q, d.cache.length(b)));
   const int count = static_cast<int>(keys.end - keys.begin);
   return count > 0 ? (count + Shape::kTileKeys - 1) / Shape::kTileKeys : 1;
 }
@@ -136,7 +137,8 @@ class Segments {
       s.parts = static_cast<int>(block_of(first + steps_ - 1) - s.first_block) + 1;
     }
     s.part = static_cast<int>(blockIdx.x - s.first_block);
-    const KeyRange keys = KeyRange::of(decode_band(d_.attention, d_.cache.length(b_)));
+    const AttentionParams& p = d_.attention;
+    const KeyRange keys = KeyRange::of(decode_band(p, p.seqlen_q, d_.cache.length(b_)));
     const KeyRange own = keys.part(step, step + count, Shape::kTileKeys);
     s.begin = static_cast<int>(own.begin);
     s.end = static_cast<int>(own.end);

@@ -67,7 +67,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     const int length = static_cast<int>(d.cache.length(s.b));
     const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
     const int diagonal = length - static_cast<int>(p_.seqlen_q);
-    const Band band = decode_band(p_, length);
+    const Band band = decode_band(p_, p_.seqlen_q, length);
     active_ = first < plan.rows;
     const int last = min(first + 15, plan.rows - 1);
     whole_begin_ = static_cast<int>(band.begin(last / plan.group));

@@ -6,16 +6,21 @@
 namespace tokenmill {
 
 struct DecodeParams {
-  AttentionParams attention;  // k, v and seqlen_k are the cache's; causal, neither bias nor packed
+  AttentionParams attention;  // k, v and seqlen_k are the cache's; no bias
   KvCache cache;
+  // CPU: the requests to answer, or null: all. Kernels for a few rows take those with as many
+  // queries each.
+  const int32_t* requests;
+  int64_t num_requests, queries;
   int64_t num_splits;  // 0: automatic
   bool stream_k;       // CUDA: ranges of equal length over all requests
   void* workspace;     // CUDA
 };
 
-// The keys that each query of a request with `length` keys sees.
-TOKENMILL_HOST_DEVICE inline Band decode_band(const AttentionParams& p, int64_t length) {
-  return Band::of_window(p.window_left, 0, p.seqlen_q, length);
+// The keys that each of `queries` queries of a request with `length` keys sees.
+TOKENMILL_HOST_DEVICE inline Band decode_band(const AttentionParams& p, int64_t queries,
+                                              int64_t length) {
+  return Band::of_window(p.window_left, p.window_right, queries, length);
 }
 
 // The keys that any query of a request sees; part `i` of `parts` of them in whole steps of `step`.
@@ -40,3 +45,4 @@ int64_t workspace_bytes(const DecodeParams&);
 }  // namespace tokenmill
 
 TOKENMILL_CPU_KERNEL(attention_decode, DecodeParams)
+TOKENMILL_CPU_KERNEL(attention_prefill, DecodeParams)  // any number of queries each

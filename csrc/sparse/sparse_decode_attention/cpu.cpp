@@ -30,6 +30,9 @@ class ListedKeys {
     bool turned;
   };
 
+  static int64_t requests(const Params& d) { return d.attention.batch; }
+  static int64_t request(const Params&, int64_t n) { return n; }
+  static int64_t queries(const Params& d) { return d.attention.seqlen_q; }
   static int64_t row_heads(const Params& d) { return d.row_heads(); }
   // Heads that share a list read what lies side by side.
   static int64_t heads(const Params& d) {

@@ -129,7 +129,7 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   check(a.pos_mode == "absolute" || a.q.size(1) <= 1, kOp, "pos_mode",
         "'cache' goes with one query token; q has", a.q.size(1));
   SparseDecodeParams d{};
-  d.cache = make_cache(kOp, a.q, a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
+  d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
   d.log2_block = std::countr_zero(static_cast<uint64_t>(a.block_k));
   d.num_sink = std::min(a.num_sink, d.cache.capacity);  // sums with them stay in range
   d.num_recent = std::min(a.num_recent, d.cache.capacity);
@@ -153,7 +153,7 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   p.softcap = static_cast<float>(a.softcap);
   p.window_left = -1;
   set_score_mod(kOp, p, a.q, "softmax", {}, {}, a.sink);
-  check_cache_values(kOp, a.q, a.k_cache, d.cache, true);
+  check_cache_values(kOp, a.k_cache, a.q.size(0), d.cache, true);
 
   Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
   Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from .. import masks
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_tensor, check_text
+from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
 from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known, masked_pairs
@@ -20,6 +20,7 @@ from .._lowering import scale_or_default, widen
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
+from .attention_decode import attention_decode
 from .attention_rules import OP, check_attention, check_attention_values
 from .post_decay import lower_post_decay
 from .terms import (
@@ -53,6 +54,8 @@ class SigmoidOptions(TypedDict, total=False):
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
+    seqlens_k: Tensor | None
+    block_table: Tensor | None
     precision: Precision
     backend: str | None
 
@@ -110,6 +113,8 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_lse: bool = False,
     precision: Precision = "accurate",
     backend: str | None = None,
@@ -172,6 +177,11 @@ def attention(
             before the first sequence and behind the last one are empty rows: out 0, lse -inf,
             gradients 0.
         max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
+        seqlens_k, block_table: k and v are a KV cache, ``[B, S, Hk, D]`` or pages ``[P, page size,
+            Hk, D]``, of which request b has seqlens_k[b] keys; q is ``[B, Sq, H, D]`` or packed
+            with cu_seqlens_q, without cu_seqlens_k. :func:`attention_decode` with causal as it is
+            given here, and its rules: forward only; neither bias, alibi_grid, post_decay nor
+            precision "fast".
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
@@ -212,6 +222,19 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
+    if seqlens_k is not None or block_table is not None:
+        refused = {
+            "bias": bias, "alibi_grid": alibi_grid, "post_decay": post_decay,
+            "cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k,
+            "precision": None if precision == "accurate" else precision,
+        }  # fmt: skip
+        return _over_cache(
+            q, k, v, refused, seqlens_k=seqlens_k, block_table=block_table, kind=kind,
+            normalize=normalize, scale=scale, score_bias=score_bias, mask=mask,
+            alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, causal=causal, window=window,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=return_lse,
+            backend=backend,
+        )  # fmt: skip
     lowered = lower(
         q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
         softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
@@ -219,6 +242,19 @@ def attention(
     )  # fmt: skip
     results = call(SPEC, lowered, backend, used=2 if return_lse else 1)
     return results[:2] if return_lse else results[0]
+
+
+def _over_cache(
+    q: Tensor, k: Tensor, v: Tensor, refused: dict[str, Any], **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """attention_decode, which has neither of the arguments refused."""
+    for name, value in refused.items():
+        if value is not None:
+            fail(OP, name, "must not be given with a cache (seqlens_k)", value)
+    if options["seqlens_k"] is None:
+        fail(OP, "seqlens_k", "must be given with block_table", None)
+    results: Tensor | tuple[Tensor, Tensor] = attention_decode(q, k, v, **options)
+    return results
 
 
 def lower(
@@ -478,6 +514,7 @@ SPEC = register_op(
         backward=BACKWARD,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
+        over_cache="attention_decode",
         sharding=Sharding(
             {
                 "q k v": "b.h.",

@@ -1,21 +1,36 @@
-"""attention_decode: decode attention of the newest tokens of each request over its KV cache."""
+"""attention_decode: attention of the newest tokens of each request over its KV cache."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_cu_seqlens_values,
+    check_device_of_q,
+    check_dtype_of,
+    check_last_contiguous,
+    check_tensor,
+    check_text,
+    fail,
+    show,
+)
 from .._dispatch import call
-from .._flops import known
-from .._kv_cache import check_cache, check_lengths, check_lengths_values
+from .._flops import band, known
+from .._kv_cache import capacity, check_cache, check_lengths, check_lengths_values
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
-from ..masks import Masks, lower_mask
+from .._written import check_written
+from ..masks import NO_MASK, Lowered, Mask, Masks, Prefix, Segments, lower_mask
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
 from .terms import (
@@ -38,6 +53,9 @@ OP = "attention_decode"
 
 Schedule = Literal["auto", "split", "stream_k"]
 MAX_SPLITS = 1024
+# Tensors that a call reads.
+READ = ("q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges")
+READ += ("mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q")
 
 
 @overload
@@ -56,10 +74,14 @@ def attention_decode(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     softcap: float = ...,
+    causal: bool = ...,
     window: tuple[int, int] = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
     num_splits: int = ...,
     schedule: Schedule = ...,
     return_lse: Literal[False] = ...,
+    out: Tensor | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -80,10 +102,14 @@ def attention_decode(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     softcap: float = ...,
+    causal: bool = ...,
     window: tuple[int, int] = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
     num_splits: int = ...,
     schedule: Schedule = ...,
     return_lse: Literal[True],
+    out: Tensor | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -103,22 +129,28 @@ def attention_decode(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
     window: tuple[int, int] = NO_WINDOW,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     num_splits: int = 0,
     schedule: Schedule = "auto",
     return_lse: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Decode: attention of the newest tokens of each request over its KV cache, dense or paged.
+    r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
     Request b has n = seqlens_k[b] keys, those of its Sq newest tokens included, and its queries are
     the last Sq of n positions: query i sees keys j <= n - Sq + i. The result is that of
     :func:`tokenmill.attention` with causal=True on those keys, request by request. Keys and values
-    are read once for each KV head, whatever H / Hk and Sq.
+    are read once for each KV head, whatever H / Hk and Sq. With cu_seqlens_q each request has
+    queries of its own number: prefill, chunks of it, speculative and decode rows in one call.
 
     Args:
-        q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256. Sq is 1, or a few for speculative tokens.
+        q: ``[B, Sq, H, D]``, or packed ``[T, H, D]`` with cu_seqlens_q; float16, bfloat16 or
+            float32 (float64 on the reference), any strides with a contiguous last dimension, D up
+            to 256.
         k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv
             up to 256; with block_table pages ``[P, page size, Hk, D]`` and ``[P, page size, Hk,
             Dv]``, the page size a power of two. Any strides with a contiguous last dimension, so
@@ -129,25 +161,35 @@ def attention_decode(
             last key may hold anything.
         kind, normalize, scale, alibi_slopes, sink, softcap: as in :func:`tokenmill.attention`.
         score_bias: a float, a tensor ``[H]`` or ``[B, H]``, or "neg_log_n": -log seqlens_k[b].
-        mask: segments or ranges of :mod:`tokenmill.masks`, or both. Ids of keys are those of all
-            positions that the cache has room for, in the order of the request's keys; a prefix,
-            which stands in place of causal, is refused.
-        window: (left, right) keys beside a query's own position; -1 = no limit. As no key is
-            to the right of a query, right is -1 or 0.
+        mask: segments or ranges of :mod:`tokenmill.masks`, or both; packed, ranges alone (a tree of
+            drafts). Ids of keys are those of all positions that the cache has room for, in the
+            order of the request's keys. A prefix is refused.
+        causal: query i sees no key behind its own position. False: all n keys, or those that window
+            leaves.
+        window: (left, right) keys beside a query's own position; -1 = no limit. With causal, right
+            is -1 or 0.
+        cu_seqlens_q: int32 ``[B + 1]``, where the queries of each request begin and end; a request
+            may have none. On a GPU, which does not check these values, tokens of no request are
+            empty rows.
+        max_seqlen_q: a bound on the queries of a request; None = all tokens. On a GPU it chooses
+            between kernels for a few rows and for many, and 1 is a batch of decode rows.
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
             each step of the kernel. With n > 0 a request's result has the same bits in any batch,
-            whatever the other requests are; on the cpu backend that holds for 0 too.
+            whatever the other requests are; on the cpu backend, and packed, that holds for 0 too.
         schedule: how the keys are spread over a GPU. "split" cuts each request into equally many
             ranges, "stream_k" all requests together into equally long ranges, best for unequal
             lengths; "auto" takes stream_k on the cuda backend, unless num_splits is given, and
-            split on triton. The cpu backend has one schedule and takes any of these.
+            split on triton. The cpu backend has one schedule and takes any of these, and so do
+            packed calls.
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension that keep elements apart; it shares no memory with what the call reads.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log, or s of that shape. A query that sees no key has out 0 and lse -inf (with a
-        sink: lse = sink), s 0. NaN
+        out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
+        ``[B, H, Sq]`` (packed ``[H, T]``) float32, natural log, or s of that shape. A query that
+        sees no key has out 0 and lse -inf (with a sink: lse = sink), s 0. NaN
         in one request stays there. The same inputs give the same bits. There is no gradient: inputs
         that require one are refused unless under no_grad.
 
@@ -159,7 +201,8 @@ def attention_decode(
     nothing is allocated but results of ranges, which are summed in the order of the keys.
 
     Paper: Flash-Decoding (Dao et al. 2023); LeanAttention (Sanovar et al. 2024), section 4, for
-    stream_k; PagedAttention (Kwon et al. 2023) for pages.
+    stream_k; PagedAttention (Kwon et al. 2023) for pages; SARATHI (Agrawal et al. 2023) for chunks
+    of prefill beside decode rows.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -169,7 +212,15 @@ def attention_decode(
         >>> lengths = torch.tensor([40, 17], dtype=torch.int32)
         >>> tm.attention_decode(q, k, v, seqlens_k=lengths, block_table=table).shape
         torch.Size([2, 1, 8, 64])
+        >>> starts = torch.tensor([0, 32, 33], dtype=torch.int32)  # a chunk of 32, one decode row
+        >>> q = torch.randn(33, 8, 64)
+        >>> tm.attention_decode(
+        ...     q, k, v, seqlens_k=lengths, block_table=table, cu_seqlens_q=starts
+        ... ).shape
+        torch.Size([33, 8, 64])
     """
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
     results = call(
         SPEC,
         lower(
@@ -186,12 +237,16 @@ def attention_decode(
             alibi_slopes=alibi_slopes,
             sink=sink,
             softcap=softcap,
+            causal=causal,
             window=window,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
             num_splits=num_splits,
             schedule=schedule,
             return_lse=return_lse,
         ),
         backend,
+        out,
         used=2 if return_lse else 1,
     )
     return results[:2] if return_lse else results[0]
@@ -212,7 +267,10 @@ def lower(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float = 0.0,
+    causal: bool = True,
     window: tuple[int, int] = NO_WINDOW,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     num_splits: int = 0,
     schedule: str = "auto",
     return_lse: bool = False,
@@ -228,11 +286,13 @@ def lower(
         ("block_table", block_table),
         ("alibi_slopes", alibi_slopes),
         ("sink", sink),
+        ("cu_seqlens_q", cu_seqlens_q),
     ):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
     check_text(OP, "kind", kind)
     check_text(OP, "schedule", schedule)
+    check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
     normalize = lower_normalize(OP, normalize)
     if return_lse:
@@ -240,10 +300,14 @@ def lower(
     scale = scale_or_default(OP, scale, q)
     softcap = as_number(OP, "softcap", softcap)
     left, right = as_window(OP, window)
-    if right not in (-1, 0):
-        fail(OP, "window", "right must be -1 or 0: no query sees a later key", right)
+    if causal and right not in (-1, 0):
+        rule = "right must be -1 or 0 where queries are causal: none sees a later key"
+        fail(OP, "window", rule, right)
+    if max_seqlen_q is not None:
+        rule = "must be an integer or None"
+        max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
     num_splits = as_int(OP, "num_splits", num_splits)
-    lowered_mask = lower_mask(OP, mask, q, 0, causal=True)
+    lowered_mask = lower_cache_mask(OP, mask, q, causal, cu_seqlens_q)
     return (
         q,
         k_cache,
@@ -258,9 +322,30 @@ def lower(
         None if alibi_slopes is None else widen(alibi_slopes, q),
         None if sink is None else widen(sink, q),
         softcap,
+        causal,
         left,
+        right,
+        cu_seqlens_q,
+        max_seqlen_q,
         num_splits,
         schedule,
+    )
+
+
+def lower_cache_mask(
+    op: str, mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None
+) -> Lowered:
+    """Positions of keys are those of the request: a prefix would need its length."""
+    if mask is None:
+        return NO_MASK
+    several = isinstance(mask, tuple | list) and not isinstance(mask, Mask)
+    for m in mask if several else (mask,):
+        if isinstance(m, Prefix):
+            fail(op, "mask", "must not be a prefix with a cache", "prefix")
+        if cu_seqlens_q is not None and isinstance(m, Segments):
+            fail(op, "mask", "must be ranges alone with cu_seqlens_q", "segments")
+    return lower_mask(
+        op, mask, q, 0, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q
     )
 
 
@@ -283,16 +368,26 @@ def _check(
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
+    causal: bool,
     window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
     num_splits: int,
     schedule: str,
     *,
     float64: bool = False,
 ) -> None:
-    check_cache(OP, q, k_cache, v_cache, block_table is not None, float64)
+    paged = block_table is not None
+    batch = check_cache(OP, q, k_cache, v_cache, paged, float64, cu_seqlens_q)
     check_kind(OP, kind, normalize)
     check_scale(OP, scale, softcap)
-    check(window_left >= -1, OP, "window", "left must be >= -1 (-1 = no limit)", window_left)
+    for side, limit in (("left", window_left), ("right", window_right)):
+        check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
+    if max_seqlen_q is not None:
+        packed = cu_seqlens_q is not None
+        check(packed, OP, "max_seqlen_q", "goes with cu_seqlens_q alone", max_seqlen_q)
+        check(max_seqlen_q >= 0, OP, "max_seqlen_q", "must not be negative", max_seqlen_q)
     splits = f"must be 0 (automatic) to {MAX_SPLITS}"
     check(0 <= num_splits <= MAX_SPLITS, OP, "num_splits", splits, num_splits)
     schedules = "must be 'auto', 'split' or 'stream_k'"
@@ -300,33 +395,77 @@ def _check(
     if num_splits > 0:
         rule = f"must be 'auto' or 'split' with num_splits {num_splits}"
         check(schedule != "stream_k", OP, "schedule", rule, schedule)
-    check_lengths(OP, q, seqlens_k, block_table)
-    check_terms(OP, q, q.shape[0], kind, score_bias, alibi_slopes, sink)
+    check_lengths(OP, q, batch, seqlens_k, block_table)
+    check_terms(OP, q, batch, kind, score_bias, alibi_slopes, sink)
     keys = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    check_mask(OP, q, q.shape[0], keys, mask_ranges, mask_q_spans, mask_k_spans)
+    if cu_seqlens_q is not None:
+        rule = "must not be given with cu_seqlens_q"
+        for name, spans in (("mask_q_spans", mask_q_spans), ("mask_k_spans", mask_k_spans)):
+            if spans is not None:
+                fail(OP, name, rule, spans.shape)
+    check_mask(OP, q, batch, keys, mask_ranges, mask_q_spans, mask_k_spans)
 
 
-def _check_values(
-    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
-) -> None:
-    check_lengths_values(OP, k, seqlens_k, block_table)
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    if a.cu_seqlens_q is not None:
+        ends = check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
+        longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+        if a.max_seqlen_q is not None and a.max_seqlen_q < longest:
+            rule = f"must be at least the longest sequence, {longest}"
+            fail(OP, "max_seqlen_q", rule, a.max_seqlen_q)
+    check_lengths_values(OP, a.k_cache, a.seqlens_k, a.block_table)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    kind, normalize = rest[2:4]
-    lse = (q.shape[0], q.shape[2], q.shape[1]) if has_row_statistic(kind, normalize) else (0,)
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse, dtype=torch.float32)
+def _check_out(*lowered: Any, float64: bool = False) -> None:
+    *arguments, out = lowered
+    _check(*arguments, float64=float64)
+    a = FORWARD.record(*arguments)
+    shape = (*a.q.shape[:-1], a.v_cache.shape[-1])
+    if tuple(out.shape) != shape:
+        fail(OP, "out", f"must have shape {show(shape)}", out.shape)
+    check_dtype_of(OP, "out", out, "q", a.q)
+    check_last_contiguous(OP, "out", out)
+    check_device_of_q(OP, "out", out, a.q)
+    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
 
 
-def flops(
-    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, block_table: Tensor | None, *rest: Any
-) -> float:
-    """Operations of the two products over the keys of each request (without a window)."""
-    if known(seqlens_k):
-        keys = float(seqlens_k.clamp(0).sum())
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
+    a = FORWARD.record(*lowered)
+    return a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1])), _fake_out(*lowered, None)
+
+
+def _fake_out(*arguments: Any) -> Tensor:
+    a = OUT.record(*arguments)
+    q = a.q
+    if not has_row_statistic(a.kind, a.normalize):
+        lse: tuple[int, ...] = (0,)
+    elif q.dim() == 3:
+        lse = (q.shape[1], q.shape[0])
     else:
-        keys = float(q.shape[0] * k.shape[1] * (1 if block_table is None else block_table.shape[1]))
-    return 2.0 * q.shape[1] * q.shape[2] * keys * (q.shape[-1] + v.shape[-1])
+        lse = (q.shape[0], q.shape[2], q.shape[1])
+    empty: Tensor = q.new_empty(lse, dtype=torch.float32)
+    return empty
+
+
+def flops(*lowered: Any) -> float:
+    """Operations of the two products over the keys of each request, without window and mask; causal
+    rows of a packed call over those before them."""
+    a = FORWARD.record(*lowered)
+    room = capacity(a.k_cache, a.block_table)
+    batch = a.seqlens_k.shape[0]
+    lengths = a.seqlens_k.clamp(0).tolist() if known(a.seqlens_k) else [room] * batch
+    if a.cu_seqlens_q is None:
+        pairs = a.q.shape[1] * float(sum(lengths))
+    elif known(a.cu_seqlens_q):
+        sizes = a.cu_seqlens_q.diff().tolist()
+        right = 0 if a.causal else a.window_right
+        pairs = sum(
+            float(band(sq, sk, a.window_left, right)) for sq, sk in zip(sizes, lengths, strict=True)
+        )
+    else:
+        pairs = a.q.shape[0] * float(max(lengths, default=0))
+    return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v_cache.shape[-1])
 
 
 FORWARD = register(
@@ -340,6 +479,7 @@ FORWARD = register(
         refuses_gradients=True,
     )
 )
+OUT = register(TorchOp(OP + "_out", check=_check_out, fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,
@@ -349,6 +489,7 @@ SPEC = register_op(
         reference=reference.attention_decode,
         plain=functools.partial(reference.attention_decode, upcast=False),
         forward=FORWARD,
+        out=OUT,
         backward=None,
         differentiable=(),
         logarithms=(1,),

@@ -3,6 +3,7 @@ refuse."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,11 +57,18 @@ def decode_call(
     dv: int = 32,
     page_size: int | None = None,
     capacity: int = 64,
+    queries: Sequence[int] | None = None,
     **options: Any,
 ) -> Any:
+    """queries: of each request, packed, instead of sq."""
+
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
-        q = torch.randn(len(lengths), sq, h, d, generator=g).to(dtype)
+        shape = (len(lengths), sq) if queries is None else (sum(queries),)
+        q = torch.randn(*shape, h, d, generator=g).to(dtype)
         (k, v), kwargs = draw_cache(lengths, page_size, capacity, ((hk, d), (hk, dv)), dtype, g)
+        if queries is not None:
+            ends = [0, *itertools.accumulate(queries)]
+            kwargs["cu_seqlens_q"] = torch.tensor(ends, dtype=torch.int32)
         return (q, k, v), kwargs | with_options(options, dtype, g)
 
     return make
@@ -175,6 +183,65 @@ SAMPLES = (
             mask=draw_ranges(1, 4, 1, 3, keys=150),
         ),
     ),
+    Sample(
+        "packed",
+        decode_call((70, 3, 0, 128, 40), queries=(40, 1, 0, 3, 1), capacity=128, return_lse=True),
+    ),
+    Sample(
+        "packed, pages, every term",
+        decode_call(
+            (90, 64, 20, 7),
+            queries=(33, 64, 2, 9),
+            h=6,
+            d=24,
+            dv=40,
+            page_size=16,
+            capacity=96,
+            alibi_slopes=draw_tensor(4, 6, positive=True),
+            score_bias=draw_tensor(6),
+            softcap=3.0,
+            sink=draw_tensor(6),
+            window=(30, 0),
+            return_lse=True,
+        ),
+    ),
+    Sample(
+        "packed, sigmoid, not causal",
+        decode_call(
+            (40, 9),
+            queries=(20, 17),
+            page_size=1,
+            kind="sigmoid",
+            score_bias="neg_log_n",
+            causal=False,
+            window=(-1, 4),
+            max_seqlen_q=20,
+        ),
+    ),
+    Sample(
+        "packed, ranges, relu by count",
+        decode_call(
+            (60, 33),
+            queries=(25, 2),
+            page_size=32,
+            kind="relu",
+            normalize="count",
+            mask=draw_ranges(1, 4, 27, 2, keys=60),
+        ),
+    ),
+    Sample(
+        "not causal, segments",
+        decode_call(
+            (50, 7, 0),
+            sq=20,
+            capacity=50,
+            causal=False,
+            mask=draw_segments((3, 20), (3, 50), sort=False),
+            return_lse=True,
+        ),
+    ),
+    Sample("many queries", decode_call((90, 200), sq=70, capacity=200, page_size=8, h=2)),
+    Sample("packed, no requests", decode_call((), queries=())),
     Sample("splits", decode_call((300, 80), capacity=300, num_splits=3)),
     Sample("stream_k", decode_call((300, 1, 130), capacity=300, schedule="stream_k")),
     Sample("wide heads", decode_call((40,), h=3, hk=1, d=200, dv=136)),
@@ -189,6 +256,14 @@ def _caches(change: Any, **options: Any) -> Any:
     def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
         args[1:] = [change(t) for t in args[1:]]
         kwargs.update(options)
+
+    return edit
+
+
+def _packed(starts: Tensor, **options: Any) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[0] = args[0][:, 0]
+        kwargs.update(cu_seqlens_q=starts, **options)
 
     return edit
 
@@ -258,7 +333,7 @@ MALFORMED = (
     *MALFORMED_KINDS,
     Malformed(
         "prefix",
-        "mask: must not be a prefix where queries are causal; got 'prefix'",
+        "mask: must not be a prefix with a cache; got 'prefix'",
         set_options(mask=masks.prefix(torch.zeros(3, dtype=torch.int32))),
     ),
     Malformed(
@@ -286,8 +361,61 @@ MALFORMED = (
     ),
     Malformed(
         "window to the right",
-        "window: right must be -1 or 0: no query sees a later key; got 3",
+        "window: right must be -1 or 0 where queries are causal: none sees a later key; got 3",
         set_options(window=(4, 3)),
+    ),
+    Malformed(
+        "rank of packed queries",
+        "q: must have 3 dimensions [T, H, D] (packed); got 4",
+        set_options(cu_seqlens_q=_ints([0, 1, 2, 3])),
+    ),
+    Malformed(
+        "starts dtype",
+        "cu_seqlens_q: must be int32; got int64",
+        _packed(_ints([0, 1, 2, 3], torch.int64)),
+    ),
+    Malformed(
+        "starts of other requests",
+        "k_cache: must have the batch size of q, 2; got 3",
+        _packed(_ints([0, 1, 3])),
+    ),
+    Malformed(
+        "bound without starts",
+        "max_seqlen_q: goes with cu_seqlens_q alone; got 4",
+        set_options(max_seqlen_q=4),
+    ),
+    Malformed(
+        "negative bound",
+        "max_seqlen_q: must not be negative; got -1",
+        _packed(_ints([0, 1, 2, 3]), max_seqlen_q=-1),
+    ),
+    Malformed(
+        "segments of packed queries",
+        "mask: must be ranges alone with cu_seqlens_q; got 'segments'",
+        _packed(
+            _ints([0, 1, 2, 3]),
+            mask=masks.segments(
+                torch.zeros(3, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+            ),
+        ),
+    ),
+    Malformed(
+        "starts that decrease",
+        "cu_seqlens_q: must not decrease; got [0, 2, 1, 3]",
+        _packed(_ints([0, 2, 1, 3])),
+        values=True,
+    ),
+    Malformed(
+        "starts of fewer tokens",
+        "cu_seqlens_q: must end at the number of tokens, 3; got 2",
+        _packed(_ints([0, 1, 2, 2])),
+        values=True,
+    ),
+    Malformed(
+        "bound below a request",
+        "max_seqlen_q: must be at least the longest sequence, 2; got 1",
+        _packed(_ints([0, 2, 2, 3]), max_seqlen_q=1),
+        values=True,
     ),
     Malformed(
         "splits", "num_splits: must be 0 (automatic) to 1024; got -1", set_options(num_splits=-1)

@@ -107,7 +107,7 @@ def attention_decode(
     if return_lse:
         check_return_lse(OP, kind, normalize or "none")
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
-    check_lengths(OP, q, seqlens_k, block_table)
+    check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
     ranks = Group(OP, mesh, group)
     room = capacity(k_cache, block_table)
     where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")

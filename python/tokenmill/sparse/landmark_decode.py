@@ -92,7 +92,7 @@ def landmark_decode(
     factor = scale_or_default(OP, scale, q)
     if scale is not None:
         check_scale(OP, factor, 0.0)
-    check_lengths(OP, q, seqlens_k, block_table)
+    check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
     if topk is not None:
         topk = as_int(OP, "topk", topk)
         check(topk >= 1, OP, "topk", "must be at least 1", topk)

@@ -354,7 +354,7 @@ def _check(
     check(pos_mode in ("absolute", "cache"), op, "pos_mode", modes, pos_mode)
     rule = "'cache' goes with one query token; q has"
     check(pos_mode == "absolute" or q.shape[1] <= 1, op, "pos_mode", rule, q.shape[1])
-    check_lengths(op, q, seqlens_k, block_table)
+    check_lengths(op, q, q.shape[0], seqlens_k, block_table)
     _check_lists(op, q, k_cache, indices, counts)
     longest = capacity(k_cache, block_table)
     if pos_mode == "cache":

@@ -1,4 +1,4 @@
-"""attention_decode: out_b = attention(q_b, K_b, V_b), causal, with the keys that request b has.
+"""attention_decode: out_b = attention(q_b, K_b, V_b), with the keys that request b has.
 
 K_b = cache[b, :n_b], or row j of it from cache[block_table[b, j // size], j % size]
 """
@@ -29,21 +29,31 @@ def attention_decode(
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     softcap: float,
+    causal: bool,
     window_left: int,
+    window_right: int,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
     num_splits: int,
     schedule: str,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Each request is a causal call of attention on the keys that it has in the cache."""
+    """Each request is a call of attention on the keys that it has in the cache."""
     outs, lses = [], []
+    ends = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     for b, length in enumerate(seqlens_k.tolist()):
         k, v = (request_rows(cache, b, length, block_table) for cache in (k_cache, v_cache))
         per_head = (x if x is None or x.dim() == 1 else x[b] for x in (score_bias, alibi_slopes))
         score_bias_b, slopes = per_head
         k_spans = of_request(mask_k_spans, b)
+        if ends is None:
+            q_b, ranges = q[b : b + 1], of_request(mask_ranges, b)
+        else:
+            rows = slice(ends[b], ends[b + 1])
+            q_b, ranges = q[None, rows], None if mask_ranges is None else mask_ranges[:, :, rows]
         out, lse = attention(
-            q[b : b + 1],
+            q_b,
             k[None],
             v[None],
             kind=kind,
@@ -53,7 +63,7 @@ def attention_decode(
             score_bias_value=score_bias_value,
             score_bias_neg_log_n=score_bias_neg_log_n,
             bias=None,
-            mask_ranges=of_request(mask_ranges, b),
+            mask_ranges=ranges,
             mask_q_spans=of_request(mask_q_spans, b),
             mask_k_spans=k_spans if k_spans is None else k_spans[:, :length],
             alibi_slopes=slopes,
@@ -62,9 +72,9 @@ def attention_decode(
             grid_window=-1,
             sink=sink,
             softcap=softcap,
-            causal=True,
+            causal=causal,
             window_left=window_left,
-            window_right=0,
+            window_right=window_right,
             cu_seqlens_q=None,
             cu_seqlens_k=None,
             max_seqlen_q=None,
@@ -73,14 +83,17 @@ def attention_decode(
             post_decay=False,
             upcast=upcast,
         )
-        outs.append(out)
-        lses.append(lse)
+        outs.append(out if ends is None else out[0])
+        lses.append(lse if ends is None or lse.dim() == 1 else lse[0])
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((0, *q.shape[1:-1], v_cache.shape[-1]))
-    lse = q.new_empty((0, q.shape[2], q.shape[1]), dtype=wide)
     if kind != "softmax" and normalize == "none":
         return torch.cat([out, *outs]), q.new_empty(0, dtype=wide)
-    return torch.cat([out, *outs]), torch.cat([lse, *lses])
+    if ends is None:
+        lse = q.new_empty((0, q.shape[2], q.shape[1]), dtype=wide)
+        return torch.cat([out, *outs]), torch.cat([lse, *lses])
+    lse = q.new_empty((q.shape[1], 0), dtype=wide)
+    return torch.cat([out, *outs]), torch.cat([lse, *lses], 1)
 
 
 def of_request(mask: Tensor | None, b: int) -> Tensor | None:

@@ -1,0 +1,16 @@
+// Any number of queries for each request: the forward of attention, with keys in a cache.
+#pragma once
+#include "dense/attention/kernel.cuh"
+#include "dense/attention_decode/params.h"
+
+namespace tokenmill::cuda {
+
+template <typename T>
+const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, cudaStream_t stream) {
+  const AttentionParams& p = d.attention;
+  return visit_forward_bucket(p, [&]<int kBucket>() {
+    return launch_forward<T, kBucket, Weights::any, true, true>(p, bounds, stream, d.cache);
+  });
+}
+
+}  // namespace tokenmill::cuda
