@@ -116,9 +116,10 @@ inline bool is_kernel_dtype(ScalarType t) {
 }
 
 inline DType to_dtype(ScalarType t) {
-  return t == ScalarType::Half       ? DType::float16
-         : t == ScalarType::BFloat16 ? DType::bfloat16
-                                     : DType::float32;
+  return t == ScalarType::Half            ? DType::float16
+         : t == ScalarType::BFloat16      ? DType::bfloat16
+         : t == ScalarType::Float8_e4m3fn ? DType::float8_e4m3fn
+                                          : DType::float32;
 }
 
 inline bool same_device(const View& a, const View& b) {

@@ -1,0 +1,74 @@
+// float8_e4m3fn by arithmetic on bits: sign, 4 bits of exponent with bias 7, 3 of mantissa. There
+// is no infinity; 0x7f and 0xff are NaN, 448 (0x7e) is the largest number. The float mode
+// (FlushDenormals) changes no result.
+//
+//   load_float8    kWidth codes as floats, exact
+//   store_float8   kWidth floats rounded to nearest even, saturated at +-448; NaN becomes 0x7f
+#pragma once
+#include "cpu/simd.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+typedef int32_t float8_words __attribute__((vector_size(sizeof(vf))));
+typedef uint8_t float8_codes __attribute__((vector_size(kWidth)));
+
+TM_INLINE vf load_float8(const uint8_t* p) {
+  float8_codes codes;
+  std::memcpy(&codes, p, sizeof codes);
+  const auto code = __builtin_convertvector(codes, float8_words);
+  const float8_words magnitude = code & 0x7f, sign = (code & 0x80) << 24;
+  // Below 8 lie 0 and the subnormal numbers, multiples of 2^-9.
+  const auto small = (float8_words)((vf) __builtin_convertvector(magnitude, vf) * set(0x1p-9f));
+  const float8_words normal = (magnitude << 20) + ((127 - 7) << 23);
+  const float8_words bits = magnitude < 8 ? small : normal;
+  return (vf)((magnitude == 0x7f ? float8_words{} + 0x7fc00000 : bits) | sign);
+}
+
+// The low byte of each word.
+TM_INLINE void store_low_bytes(uint8_t* p, float8_words words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 would take them apart
+  const __m128i low = _mm256_castsi256_si128((__m256i)words);
+  const __m128i halves = _mm_packus_epi32(low, _mm256_extracti128_si256((__m256i)words, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+#else
+  const auto bytes = __builtin_convertvector(words, float8_codes);
+  std::memcpy(p, &bytes, sizeof bytes);
+#endif
+}
+
+TM_INLINE void store_float8(uint8_t* p, vf x) {
+  const float8_words bits = (float8_words)x, magnitude = bits & 0x7fffffff;
+  const float8_words most = float8_words{} + 0x43e00000;  // 448
+  const float8_words cut = magnitude < most ? magnitude : most;
+  // Below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
+  const float8_words small = (float8_words)((vf)cut + set(0x1p14f)) - 0x46800000;
+  const float8_words normal = ((cut + 0x7ffff + (cut >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+  const float8_words code = (cut < 0x3c800000 ? small : normal) | (bits >> 24 & 0x80);
+  store_low_bytes(p, magnitude > 0x7f800000 ? float8_words{} + 0x7f : code);
+}
+
+template <>
+struct Elements<DType::float8_e4m3fn> {
+  using type = uint8_t;
+  static constexpr bool kIsBFloat = false;
+  static TM_INLINE vf load(const void* p, int64_t i) {
+    return load_float8(static_cast<const uint8_t*>(p) + i);
+  }
+  static TM_INLINE void store(void* p, int64_t i, vf x) {
+    store_float8(static_cast<uint8_t*>(p) + i, x);
+  }
+  static TM_INLINE vf load_n(const void* p, int64_t i, int64_t n) {
+    if (n >= kWidth) return load(p, i);
+    uint8_t lane[kWidth] = {};
+    for (int64_t l = 0; l < n; ++l) lane[l] = static_cast<const uint8_t*>(p)[i + l];
+    return load(lane, 0);
+  }
+  static TM_INLINE void store_n(void* p, int64_t i, vf x, int64_t n) {
+    if (n >= kWidth) return store(p, i, x);
+    uint8_t lane[kWidth];
+    store(lane, 0, x);
+    for (int64_t l = 0; l < n; ++l) static_cast<uint8_t*>(p)[i + l] = lane[l];
+  }
+};
+
+}  // namespace tokenmill::TOKENMILL_ISA

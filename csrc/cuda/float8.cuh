@@ -1,0 +1,57 @@
+// float8_e4m3fn by arithmetic on bits, for chips of any compute capability: sign, 4 bits of
+// exponent with bias 7, 3 of mantissa. There is no infinity; 0x7f and 0xff are NaN, 448 (0x7e) is
+// the largest number.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/vector.cuh"
+
+namespace tokenmill::cuda {
+
+// Rounded to nearest even, saturated at +-448; NaN becomes 0x7f.
+__device__ __forceinline__ uint32_t float8_code(float x) {
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t cut = min(magnitude, 0x43e00000u);  // 448
+  // Below 2^-6: the last bit of a sum with 2^14 is worth 2^-9.
+  const uint32_t small = __float_as_uint(__fadd_rn(__uint_as_float(cut), 0x1p14f)) - 0x46800000u;
+  const uint32_t normal = ((cut + 0x7ffffu + (cut >> 20 & 1)) >> 20) - ((127 - 7) << 3);
+  const uint32_t code = (cut < 0x3c800000u ? small : normal) | (bits >> 24 & 0x80u);
+  return magnitude > 0x7f800000u ? 0x7fu : code;
+}
+
+// The value of the low byte, exact.
+__device__ __forceinline__ float float8_value(uint32_t code) {
+  const uint32_t magnitude = code & 0x7fu, sign = (code & 0x80u) << 24;
+  // Below 8 lie 0 and the subnormal numbers, multiples of 2^-9.
+  const uint32_t small = __float_as_uint(static_cast<float>(magnitude) * 0x1p-9f);
+  const uint32_t normal = (magnitude << 20) + ((127 - 7) << 23);
+  const uint32_t bits = magnitude < 8 ? small : normal;
+  return __uint_as_float((magnitude == 0x7f ? 0x7fc00000u : bits) | sign);
+}
+
+// An element of a tensor.
+struct Float8 {
+  Float8() = default;
+  __device__ __forceinline__ explicit Float8(float x) : code(float8_code(x)) {}
+  __device__ __forceinline__ explicit operator float() const { return float8_value(code); }
+  uint8_t code;
+};
+
+// Four codes to a word.
+template <int kCount>
+__device__ __forceinline__ void store_floats(Float8* to, const float (&from)[kCount]) {
+  if constexpr (kCount % 4 != 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = Float8(from[i]);
+  } else {
+    Pack<uint32_t, kCount / 4> words;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i)
+      words.x[i] = float8_code(from[4 * i]) | float8_code(from[4 * i + 1]) << 8 |
+                   float8_code(from[4 * i + 2]) << 16 | float8_code(from[4 * i + 3]) << 24;
+    *reinterpret_cast<Pack<uint32_t, kCount / 4>*>(to) = words;
+  }
+}
+
+}  // namespace tokenmill::cuda

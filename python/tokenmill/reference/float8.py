@@ -1,0 +1,15 @@
+"""float8_e4m3fn: sign, 4 bits of exponent with bias 7, 3 of mantissa, no infinity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = 448.0
+
+
+def float8_codes(x: Tensor) -> Tensor:
+    """x as float8_e4m3fn, to nearest even, saturated; NaN is 0x7f. (PyTorch's cast on a CPU makes
+    what is too large NaN.)"""
+    codes = x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+    return torch.where(x.isnan(), 0x7F, codes)
