@@ -92,6 +92,8 @@ def test_sizes_of_zero(spec, backend):
         there, options = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
         found = results(spec, backend, there, options)
         for a, b in zip(found, want, strict=True):
+            if a.dtype == b.dtype == torch.float8_e4m3fn:  # which is compared by its bits alone
+                a, b = a.float(), b.float()
             torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 

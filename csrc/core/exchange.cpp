@@ -378,6 +378,7 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) con
   alignas(Argument) std::byte room[kMostArguments * sizeof(Argument)];
   auto* const arguments = reinterpret_cast<Argument*>(room);
   Call call(torch, library.emulated);
+  bool wide = false;  // some tensor is float64, which the reference alone takes
   for (size_t i = 0; i < count; ++i) {
     const SchemaArgument& a = schema.arguments[i];
     PyObject* const value = slots[i];
@@ -395,9 +396,10 @@ PyObject* Function::run(PyObject* const* slots, size_t wanted, bool float64) con
     } else {
       if (!call.view(value, argument.view) || (argument.view.on_gpu && !library.cuda))
         Py_RETURN_NOTIMPLEMENTED;
+      wide |= argument.view.dtype == ScalarType::Double;
     }
   }
-  if (!float64 && arguments[0].view.dtype == ScalarType::Double) Py_RETURN_NOTIMPLEMENTED;
+  if (wide && !float64) Py_RETURN_NOTIMPLEMENTED;
 
   Array results[kMostResults];
   std::string error;

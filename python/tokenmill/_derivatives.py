@@ -217,7 +217,7 @@ def note_writes(op: TorchOp, arguments: Sequence[Any]) -> None:
     """Lets autograd see that tensors which it saved were overwritten."""
     for name in op.written:
         t = arguments[op.arguments.index(name)]
-        if not t.is_inference():
+        if t is not None and not t.is_inference():
             torch.autograd.graph.increment_version(t)
 
 
@@ -234,7 +234,7 @@ def vmap_kernel(op: TorchOp, namespace: str) -> Callable[..., Any]:
             fail(op.public_name, op.arguments[0], "must have a batch of at least 1 in vmap", size)
         rows = list(arguments)
         for i, (name, dim) in enumerate(zip(op.arguments, in_dims, strict=True)):
-            if name in op.written and dim is None:
+            if name in op.written and dim is None and arguments[i] is not None:
                 why = "must be batched by vmap, as the call writes into it"
                 fail(op.public_name, name, why, arguments[i])
             if isinstance(dim, int):

@@ -185,6 +185,7 @@ def _mode_of_reference(
     if spec.differentiable and not op.written:
         return contextlib.nullcontext()
     written = [arguments[op.arguments.index(name)] for name in op.written]
+    written = [t for t in written if t is not None]
     if not torch.compiler.is_compiling() and any(t.is_inference() for t in written):
         return torch.inference_mode()
     return torch.no_grad()

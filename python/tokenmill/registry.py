@@ -87,6 +87,8 @@ class OpSpec:
     the inputs: the baseline of the error budget.
     over_cache names the operator that answers calls of the public function with seqlens_k.
     sharding says how a call on DTensors falls apart, or why it does not.
+    written names the arguments of the public function that some call writes into, where they are
+    not those of the schema.
     samples and malformed are those of the module <name>_cases beside that of the operator, which
     tests and tools alone load.
     """
@@ -109,6 +111,10 @@ class OpSpec:
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
     sharding: Sharding | str | None = None
+    written: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "written", self.written or self.forward.written)
 
     @functools.cached_property
     def samples(self) -> tuple[Sample, ...]:

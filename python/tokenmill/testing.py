@@ -46,7 +46,8 @@ LSE_FLOOR = 2.0**-22
 
 def magnitude(x: Tensor) -> float:
     """The largest finite absolute value, 0 if there is none."""
-    finite = x[torch.isfinite(x)].double()
+    wide = x.double()
+    finite = wide[torch.isfinite(wide)]
     return finite.abs().max().item() if finite.numel() else 0.0
 
 
@@ -114,10 +115,13 @@ def assert_accurate(
 
 
 def convert(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors (also inside tuples) in another dtype, everything else as it is."""
+    """Floating-point tensors (also inside tuples) in another dtype, everything else as it is. Those
+    of 8 bits, in which nothing is computed, stay too."""
 
     def change(t: Tensor) -> Tensor:
-        return t.detach().to(dtype).requires_grad_(t.requires_grad) if _is_float(t) else t
+        if not _is_float(t) or t.itemsize == 1:
+            return t
+        return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
     return map_tensors(value, change)
 
@@ -184,13 +188,13 @@ def evaluate(
 def without_side_effects(spec: OpSpec, function: Callable[..., Any]) -> Callable[..., Any]:
     """function, which takes the arguments of spec's public function, on copies of those that a call
     writes into. What was written is appended to the results."""
-    written = spec.forward.written
-    if not written:
+    if not spec.written:
         return function
     names = list(inspect.signature(spec.function).parameters)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        written = [name for name in spec.written if given.get(name) is not None]
         for name in written:
             t = given[name]
             given[name] = torch.empty_strided(
@@ -198,7 +202,7 @@ def without_side_effects(spec: OpSpec, function: Callable[..., Any]) -> Callable
             ).copy_(t)
         changed = [given[name] for name, _ in zip(names, args, strict=False)]
         results = function(*changed, **{name: given[name] for name in kwargs})
-        results = (results,) if isinstance(results, Tensor) else results
+        results = results if isinstance(results, tuple) else (results,)
         return (*results, *(given[name] for name in written))
 
     return run
@@ -290,7 +294,9 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
     args, kwargs = sample.make(dtype, generator)
     shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
     cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
-    returned = len(cotangents) - len(spec.forward.written)
+    names = list(inspect.signature(spec.function).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    returned = len(cotangents) - sum(given.get(name) is not None for name in spec.written)
 
     def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         return spec.plain(*spec.lower(*args, **kwargs))[:returned]

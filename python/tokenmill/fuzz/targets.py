@@ -88,7 +88,7 @@ def _function(spec: OpSpec) -> Target:
             found["out"] = torch.zeros_like(result if isinstance(result, Tensor) else result[0])
         return found
 
-    written = (*spec.forward.written, *(["out"] if spec.out else []))
+    written = (*spec.written, *(["out"] if spec.out else []))
     return Target(spec.name, run, spec.samples, arguments, known, written, compared=True)
 
 
