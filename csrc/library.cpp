@@ -108,6 +108,12 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? seqlens_k=None, Tensor? block_table=None, Tensor? rotations=None, "
       "bool interleaved=False, bool compensation=False) -> (Tensor seqlens_k_now, Tensor k_sum, "
       "Tensor v_sum, Tensor dropped)");
+  // A scale of each token ([P, page size, Hk]) is written, any other is read.
+  m.def(
+      "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots, "
+      "*, Tensor? q=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
+      "bool interleaved=False, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor(c!)? k_scale_out=None, Tensor(d!)? v_scale_out=None) -> Tensor");
   // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "block_pool_keys(Tensor k, SymInt block, *, str pooling=\"mean\", Tensor? lengths=None, "

@@ -95,6 +95,31 @@ def compact() -> Iterator[CounterCase]:
     yield _case(f"{kept} of {tokens} tokens", kept * (4 * HEADS * ROW + 4), prepare)
 
 
+def append() -> Iterator[CounterCase]:
+    tokens, pages, size = 256, 32, 16
+    float8 = torch.float8_e4m3fn
+
+    def prepare(dtype: torch.dtype, scale: str) -> Callable[[], object]:
+        k, v = _draw(tokens, HEADS, DIM), _draw(tokens, HEADS, DIM)
+        k_cache, v_cache = torch.zeros(2, pages, size, HEADS, DIM).to(dtype)
+        slots = torch.randperm(pages * size, generator=torch.Generator().manual_seed(1))[:tokens]
+        angle = _draw(tokens, DIM // 2, dtype=torch.float32)
+        shape = (HEADS,) if scale == "heads" else (pages, size, HEADS)
+        k_scale, v_scale = (torch.ones(shape) if scale else None for _ in range(2))
+        rope = (angle.cos(), angle.sin(), torch.arange(tokens))
+        return lambda: tm.kv_cache_append(
+            k_cache, v_cache, k, v, slots, rope=rope, k_scale=k_scale, v_scale=v_scale,
+            backend="emulated",
+        )  # fmt: skip
+
+    rows = 2 * tokens * HEADS
+    for dtype, scale in ((DTYPE, ""), (float8, "heads"), (float8, "tokens")):
+        least = rows * (ROW + DIM * dtype.itemsize) + tokens * (DIM * 4 + 16)
+        least += rows * 4 if scale == "tokens" else 0
+        title = f"{tokens} tokens into {str(dtype)[6:]}" + (f", scales of {scale}" if scale else "")
+        yield _case(title, least, functools.partial(prepare, dtype, scale))
+
+
 def gate() -> Iterator[CounterCase]:
     tokens, batch = 64, 8
 
@@ -109,6 +134,7 @@ PER = f"KiB that must move; H={HEADS}, D={DIM}, {str(DTYPE)[6:]}"
 COUNTED = {
     "block_pool_keys": Counted(PER, pool),
     "block_pool_keys_update": Counted(PER, pool_update),
+    "kv_cache_append": Counted(PER, append),
     "kv_cache_compact": Counted(PER, compact),
     "linear_attention_decode": Counted(PER, state),
     "merge_attention_states": Counted(PER, merge),

@@ -1,5 +1,5 @@
-"""The Triton kernels that score and compact a cache, compiled for GPUs: they fit, and no length
-compiles anew."""
+"""The Triton kernels that score, compact and fill a cache, compiled for GPUs: they fit, and no
+length compiles anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = {
     "rows_kernel", "columns_kernel", "exponents_kernel", "weights_kernel", "reduce_kernel",
-    "sum_kernel", "move_kernel",
+    "sum_kernel", "move_kernel", "append_kernel",
 }  # fmt: skip
 
 
@@ -46,15 +46,32 @@ def compact(dtype, d, length=700, entries=300):
     return lambda: kv_cache_compact(k, k, keep, counts, counts, None, turns, False, True)
 
 
+def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
+    from tokenmill.triton_kernels.select.kv_cache_append import kv_cache_append
+
+    k, q = (
+        torch.zeros(tokens, heads, d, dtype=dtype),
+        torch.zeros(tokens, 2 * heads, d, dtype=dtype),
+    )
+    cache = torch.zeros(pages, size, heads, d).to(torch.float8_e4m3fn)
+    slots, angles = torch.zeros(tokens, dtype=torch.int32), torch.zeros(table, d // 2)
+    each, every = (torch.zeros(pages, size, heads), torch.zeros(heads)) if scale else (None, None)
+    return lambda: kv_cache_append(
+        cache, cache, k, k, slots, q, angles, angles, slots, False, None, every, each, None
+    )
+
+
 def main(capability):
     """Prints what ptxas made of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
         calls = [columns(dtype, d) for d in (64, 128, 256)] + [columns(dtype, 64, True)]
-        calls += [make(dtype, d) for make in (rows, compact) for d in (64, 256)]
+        calls += [make(dtype, d) for make in (rows, compact, append) for d in (64, 256)]
         for call in calls:
             for kernel, code in compiled(int(capability), call):
                 found.append({"case": name, **resources(kernel, code)})
+                if kernel.__name__ == "append_kernel":  # rounds each product: its bits are known
+                    assert "fma.rn.f32" not in code.asm["ptx"]
     print(json.dumps(found))
 
 
@@ -70,13 +87,14 @@ def test_kernels_fit(capability, tmp_path):
 def test_no_length_compiles_anew(tmp_path):
     code = """
 import torch
-from test_cache_scores_triton import columns, compact, compiled, rows
+from test_cache_scores_triton import append, columns, compact, compiled, rows
 
 half = torch.float16
 for calls in (
     [columns(half, 64, True, *n) for n in ((500, 700), (16, 4096), (1001, 77))],
     [rows(half, 64, *n) for n in ((700, 1, 1), (4096, 16, 16), (77, 3, 7))],
     [compact(half, 64, *n) for n in ((700, 300), (4096, 16), (77, 1))],
+    [append(half, 64, *n) for n in ((9, 16, 7, 4, 50), (16, 1, 1, 4, 16), (1, 3, 33, 4, 1))],
 ):
     first, *others = [[code for _, code in compiled(80, c)] for c in calls]
     assert all(a is b for other in others for a, b in zip(first, other, strict=True))

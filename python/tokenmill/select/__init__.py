@@ -6,6 +6,7 @@ from .attention_row_scores import attention_row_scores
 from .block_pool_keys import block_pool_keys, block_pool_keys_update
 from .hip_block_select import hip_block_select
 from .kv_block_scores import kv_block_scores
+from .kv_cache_append import kv_cache_append
 from .kv_cache_compact import kv_cache_compact
 from .query_similarity_gate import query_similarity_gate
 from .token_select import token_select
@@ -19,6 +20,7 @@ __all__ = [
     "gumbel_noise",
     "hip_block_select",
     "kv_block_scores",
+    "kv_cache_append",
     "kv_cache_compact",
     "query_similarity_gate",
     "token_select",

@@ -1,0 +1,54 @@
+#include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
+#include "select/kv_cache_append/kernel.cuh"
+
+namespace tokenmill {
+namespace cuda::kv_cache_append {
+namespace {
+
+constexpr int64_t kMostRows = 65535;  // blocks along y, of a row at least
+
+template <typename T, typename Cache>
+bool is_aligned(const AppendedRows& a) {
+  constexpr int64_t kVector = 16 / sizeof(T);
+  const Rows& to = a.cache;
+  return is_vectorizable<T>(a.rows.data, a.dim, a.rows.seq, a.rows.head) &&
+         reinterpret_cast<uintptr_t>(to.data) % (kVector * sizeof(Cache)) == 0 &&
+         to.batch % kVector == 0 && to.seq % kVector == 0 && to.head % kVector == 0;
+}
+
+template <typename T, typename Cache>
+const char* launch_append(const AppendParams& p, cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool vectors =
+      is_aligned<T, Cache>(p.k) && is_aligned<T, Cache>(p.v) && p.pairs % kVector == 0 &&
+      (p.query_heads == 0 || is_vectorizable<T>(p.q.data, p.k.dim, p.q.seq, p.q.head));
+  const int64_t columns = p.k.dim > p.v.dim ? p.k.dim : p.v.dim;
+  const int64_t units = ceil_div(columns, 2 * (vectors ? kVector : 1));
+  int log2_lanes = 0;
+  while (log2_lanes < 5 && (1 << log2_lanes) < units) ++log2_lanes;
+  const int64_t rows = 2 * p.heads + p.query_heads;
+  if (rows > kMostRows)
+    return refuse("k", "must have at most 65535 heads with those of v and q on CUDA", rows);
+  if (p.tokens > kMaxGrid)
+    return refuse("k", "must have at most 2^31 - 1 tokens on CUDA", p.tokens);
+  const dim3 grid(static_cast<unsigned>(p.tokens),
+                  static_cast<unsigned>(ceil_div(rows << log2_lanes, kAppendThreads)));
+  if (vectors)
+    return launch<append_kernel<T, Cache, kVector>>(grid, kAppendThreads, 0, stream, p, log2_lanes);
+  return launch<append_kernel<T, Cache, 1>>(grid, kAppendThreads, 0, stream, p, log2_lanes);
+}
+
+}  // namespace
+}  // namespace cuda::kv_cache_append
+
+const char* launch_cuda(const AppendParams& p, void* stream) {
+  using namespace cuda::kv_cache_append;
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    auto* const on = static_cast<cudaStream_t>(stream);
+    return p.cache_dtype == p.dtype ? launch_append<T, T>(p, on)
+                                    : launch_append<T, cuda::Float8>(p, on);
+  });
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,193 @@
+// Writes rows of new keys, values and queries, rotated and in the dtype of where they go. A few
+// neighbouring threads own a row, and each holds its part in registers: load, rotate, find the
+// largest, divide, store. Products, sums and quotients are rounded one by one, as on every backend:
+// what float8 rounds then has the same bits everywhere.
+#pragma once
+#include <type_traits>
+
+#include "cuda/float8.cuh"
+#include "cuda/math.cuh"
+#include "cuda/vector.cuh"
+#include "cuda/warp.cuh"
+#include "select/kv_cache_append/params.h"
+
+namespace tokenmill::cuda::kv_cache_append {
+
+constexpr int kAppendThreads = 256, kAppendBlocks = 4;  // of a multiprocessor: 64 registers
+
+// Row `row` of token t: its keys, then its values, then its queries.
+struct AppendRow {
+  enum class Kind { key, value, query, none };
+  Kind kind;
+  int head;
+  AppendParams::Place at;
+
+  __device__ AppendRow(const AppendParams& p, int64_t t, int row) {
+    const int heads = static_cast<int>(p.heads);
+    kind = row < heads                                         ? Kind::key
+           : row < 2 * heads                                   ? Kind::value
+           : row < 2 * heads + static_cast<int>(p.query_heads) ? Kind::query
+                                                               : Kind::none;
+    head = kind == Kind::key ? row : kind == Kind::value ? row - heads : row - 2 * heads;
+    at = p.place(t);
+    if (kind != Kind::query && at.page < 0) kind = Kind::none;
+  }
+  __device__ bool turns(const AppendParams& p) const { return p.cos && kind != Kind::value; }
+  __device__ int dim(const AppendParams& p) const {
+    return kind == Kind::none ? 0 : static_cast<int>(kind == Kind::value ? p.v.dim : p.k.dim);
+  }
+  template <typename T>
+  __device__ const T* source(const AppendParams& p, int64_t t) const {
+    const Rows& rows = kind == Kind::key ? p.k.rows : kind == Kind::value ? p.v.rows : p.q;
+    return static_cast<const T*>(rows.data) + t * rows.seq + head * rows.head;
+  }
+  template <typename T>
+  __device__ T* cached(const Rows& rows) const {
+    return static_cast<T*>(rows.data) + at.page * rows.batch + at.row * rows.seq + head * rows.head;
+  }
+};
+
+// cos and sin of a token's pairs. All rows of a block take them.
+struct Angles {
+  // Of eight pairs the last four lie 80 words further: threads that read four or eight in a row, or
+  // two, meet no bank twice.
+  static constexpr int kFar = 80, kWords = kFar + 64;  // of 128 pairs
+  alignas(16) float cosine[kWords], sine[kWords];
+
+  static __device__ int place(int pair) { return pair / 8 * 4 + pair % 4 + pair / 4 % 2 * kFar; }
+  __device__ void load(const AppendParams& p, int64_t position) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.pairs; i += kAppendThreads) {
+      cosine[place(i)] = p.cos[position * p.cos_stride + i];
+      sine[place(i)] = p.sin[position * p.sin_stride + i];
+    }
+  }
+  // a cos - b sin, b cos + a sin
+  template <int kPairs>
+  __device__ void turn(int first_pair, float* a, float* b, int stride) const {
+    constexpr int kAtOnce = kPairs < 4 ? kPairs : 4;
+#pragma unroll
+    for (int i = 0; i < kPairs; i += kAtOnce) {
+      float c[kAtOnce], s[kAtOnce];
+      load_floats(c, cosine + place(first_pair + i));
+      load_floats(s, sine + place(first_pair + i));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        float &x = a[(i + j) * stride], &y = b[(i + j) * stride];
+        const float old = x;
+        x = __fsub_rn(__fmul_rn(old, c[j]), __fmul_rn(y, s[j]));
+        y = __fadd_rn(__fmul_rn(y, c[j]), __fmul_rn(old, s[j]));
+      }
+    }
+  }
+};
+
+// The columns of a row in units: two chunks of kVector columns, half of a part of the row apart, so
+// that neighbours read neighbouring chunks. The parts are the pairs (i, i + pairs) and the rest.
+// Pairs (2 i, 2 i + 1) lie within a chunk, or are the chunks of a unit (kVector 1).
+template <int kVector>
+struct Columns {
+  int dim, pairs, rest;  // pairs: of columns apart; rest: columns between the chunks behind them
+  bool neighbours;
+
+  __device__ Columns(int dim, int pairs, bool interleaved)
+      : dim(dim),
+        pairs(interleaved ? 0 : pairs),
+        rest(static_cast<int>(round_up((dim - 2 * this->pairs + 1) / 2, kVector))),
+        neighbours(kVector == 1 && interleaved) {}
+
+  // dim or more: there is none
+  __device__ int at(int unit, int chunk) const {
+    const int i = unit * kVector;
+    if (neighbours) return 2 * i + chunk;
+    if (i < pairs) return i + chunk * pairs;
+    return i - pairs < rest ? i + pairs + chunk * rest : dim;
+  }
+};
+
+// T: of k, v and q; Cache: T or Float8. 2^log2_lanes threads, up to a warp, own a row.
+template <typename T, typename Cache, int kVector>
+__global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
+    append_kernel(const __grid_constant__ AppendParams p, int log2_lanes) {
+  constexpr int kUnits = kVector == 1 ? 4 : 1;  // of a thread: 32 of them hold 256 columns
+  constexpr bool kScaled = !std::is_same_v<T, Cache>;
+  using Kind = AppendRow::Kind;
+  const int lanes = 1 << log2_lanes, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int64_t t = blockIdx.x;
+  const AppendRow row(p, t,
+                      static_cast<int>((blockIdx.y * kAppendThreads + threadIdx.x) >> log2_lanes));
+  const int dim = row.dim(p), turned = row.turns(p) ? static_cast<int>(p.pairs) : 0;
+  const Columns<kVector> columns(dim, turned, p.interleaved);
+
+  float x[kUnits][2][kVector] = {};
+  const T* from = row.source<T>(p, t);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+    for (int chunk = 0; chunk < 2; ++chunk)
+      if (const int c = columns.at(lane + u * lanes, chunk); c < dim)
+        load_floats(x[u][chunk], from + c);
+  if (p.cos) {
+    __shared__ Angles angles;
+    angles.load(p, p.position(t));
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int unit = lane + u * lanes;
+      if (kVector == 1 || !p.interleaved) {
+        if (unit * kVector < turned) angles.turn<kVector>(unit * kVector, x[u][0], x[u][1], 1);
+      } else {
+#pragma unroll
+        for (int chunk = 0; chunk < 2; ++chunk)
+          if (const int pair = columns.at(unit, chunk) / 2; pair < turned)
+            angles.turn<kVector == 1 ? 1 : kVector / 2>(pair, x[u][chunk], x[u][chunk] + 1, 2);
+      }
+    }
+  }
+
+  float scale = 1;
+  if constexpr (kScaled) {
+    const AppendedRows& a = row.kind == Kind::value ? p.v : p.k;
+    float most = 0;
+    if (a.token_scale.data) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+        for (int i = 0; i < 2 * kVector; ++i) {
+          const float size = fabsf(x[u][i / kVector][i % kVector]);
+          most = size <= kFloatMax ? fmaxf(most, size) : most;
+        }
+    }
+    if (p.k.token_scale.data || p.v.token_scale.data)
+      for (int offset = lanes / 2; offset > 0; offset /= 2)
+        most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
+    if (row.kind == Kind::key || row.kind == Kind::value) {
+      if (a.token_scale.data) {
+        scale = __fdiv_rn(most, kFloat8Max);
+        if (scale < kLeastScale) scale = 1;
+        if (lane == 0) *row.cached<float>(a.token_scale) = scale;
+      } else if (a.scale) {
+        scale = a.scale[row.head * a.scale_head];
+      }
+    }
+  }
+
+  const int64_t at = (t * p.query_heads + row.head) * dim;  // in q_out
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      const int c = columns.at(lane + u * lanes, chunk);
+      if (c >= dim) continue;
+      float (&y)[kVector] = x[u][chunk];
+      if (row.kind == Kind::query) {
+        store_floats(static_cast<T*>(p.q_out) + at + c, y);
+        continue;
+      }
+      if (kScaled && scale != 1)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) y[i] = __fdiv_rn(y[i], scale);
+      store_floats(row.cached<Cache>(row.kind == Kind::value ? p.v.cache : p.k.cache) + c, y);
+    }
+}
+
+}  // namespace tokenmill::cuda::kv_cache_append

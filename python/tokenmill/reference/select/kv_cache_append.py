@@ -1,0 +1,83 @@
+"""kv_cache_append: row slots[t] of a cache becomes row t of what is new.
+
+    k'_t = R(positions_t) k_t,    (a, b) -> (a cos - b sin, b cos + a sin) for each pair of columns
+    cache_slot = k'_t,            or round(k'_t / scale) in float8_e4m3fn
+
+Where scales are those of tokens, scale = max |k'_t| / 448 over what is finite, and 1 where that is
+no normal number (a row of zeros, or without a finite number).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..float8 import LARGEST, float8_codes
+
+LEAST_SCALE = 2.0**-126
+
+
+def kv_cache_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    q: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_scale_out: Tensor | None,
+    v_scale_out: Tensor | None,
+    *,
+    upcast: bool = True,
+) -> tuple[Tensor]:
+    """upcast=False rotates 16-bit rows in 16 bits: the baseline of the error budget."""
+    keys, turned = _widened(k, upcast), q
+    if cos is not None and sin is not None and positions is not None:
+        rows = cos[positions.long()], sin[positions.long()]
+        keys = _rotated(keys, *rows, interleaved)
+        turned = (
+            None if q is None else _rotated(_widened(q, upcast), *rows, interleaved).to(q.dtype)
+        )
+    there = slots >= 0
+    used, size = slots[there].long(), max(k_cache.shape[1], 1)
+    page, row = used // size, used % size
+    for cache, new, scale, scale_out in (
+        (k_cache, keys, k_scale, k_scale_out),
+        (v_cache, _widened(v, upcast), v_scale, v_scale_out),
+    ):
+        x = new[there]
+        if cache.dtype != torch.float8_e4m3fn:
+            cache[page, row] = x.to(cache.dtype)
+            continue
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if scale_out is not None:
+            finite = torch.where(wide.isfinite(), wide.abs(), 0.0)
+            scale = finite.amax(-1) / LARGEST
+            scale = torch.where(scale < LEAST_SCALE, 1.0, scale)
+            scale_out[page, row] = scale
+        if scale is not None:
+            wide = wide / scale[..., None]
+        cache.view(torch.uint8)[page, row] = float8_codes(wide)
+    return (k.new_empty(0) if turned is None else turned,)
+
+
+def _widened(x: Tensor, upcast: bool) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if upcast else x
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Pairs of the columns of x [T, H, D] rotated by the angles of their token [T, pairs]."""
+    cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
+    pairs = cos.shape[-1]
+    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    a, b = x[..., first], x[..., second]
+    turned = x.clone()
+    turned[..., first] = a * cos - b * sin
+    turned[..., second] = b * cos + a * sin
+    return turned

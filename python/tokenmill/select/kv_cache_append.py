@@ -1,0 +1,344 @@
+"""kv_cache_append: writes new keys and values into a cache, rotated and in its dtype."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import (
+    MAX_HEAD_DIM,
+    check,
+    check_bool,
+    check_device_of,
+    check_dtype,
+    check_dtype_of,
+    check_last_contiguous,
+    check_tensor,
+    fail,
+    show,
+)
+from .._dispatch import call
+from .._library import TorchOp, register
+from .._lowering import widen
+from .._written import check_written
+from ..reference.select import kv_cache_append as reference
+from ..registry import OpSpec, Sharding, register_op
+
+OP = "kv_cache_append"
+
+
+def kv_cache_append(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    q: Tensor | None = None,
+    rope: tuple[Tensor, Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | None:
+    r"""Writes the keys and values of new tokens into a KV cache in place, in one pass: keys rotated
+    by their positions, both rounded to the dtype of the cache.
+
+    A cache in float8_e4m3fn holds x / scale rounded to nearest even, saturated at -448 and 448,
+    infinities too; NaN stays NaN. Rotation and division are done in float32 without fused
+    products, so codes and scales have the same bits on every backend.
+
+    Args:
+        k_cache, v_cache: ``[P, page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, or dense ``[B,
+            S, Hk, ...]``, in the dtype of k or in float8_e4m3fn; any strides with a contiguous last
+            dimension, each element at an address of its own and none in another argument (halves of
+            one tensor are apart). D and Dv up to 256. Overwritten at the slots.
+        k, v: ``[T, Hk, D]`` and ``[T, Hk, Dv]``, float16, bfloat16 or float32 (float64 on the
+            reference), any strides with a contiguous last dimension.
+        slots: int32 or int64 ``[T]``, where each token goes: page * page size + offset (dense: b *
+            S + t), each slot once; -1 leaves the token out.
+        q: ``[T, H, D]``, Hk a divisor of H: queries that are rotated as the keys are, those of
+            tokens without a slot too. Needs rope.
+        rope: (cos, sin, positions): float ``[positions, pairs]`` twice, pairs up to D / 2, and
+            int32 or int64 ``[T]``, the row of each token. Columns after the pairs stay as they are.
+            None: keys are written as they come.
+        interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
+        k_scale, v_scale: for caches in float8_e4m3fn, float32. ``[1]`` or ``[Hk]``: read, x is
+            divided by it. ``[P, page size, Hk]`` (dense ``[B, S, Hk]``): written for each token and
+            head, max|x| / 448 of its row over what is finite, and 1 where that is below the normal
+            numbers (a row of zeros). None: 1.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        q rotated, ``[T, H, D]`` in its dtype; None without q. There is no gradient: inputs that
+        require one are refused unless under no_grad.
+
+    Raises:
+        RuntimeError: naming argument, rule and value, before anything is written. On a GPU a token
+            whose slot is out of range is left out, its position is cut to the tables, and what a
+            slot that is named twice holds afterwards is not defined.
+
+    Complexity: reads k, v and q once and writes as many elements.
+
+    Paper: rotary embedding (Su et al. 2021), section 3.2; pages: PagedAttention (Kwon et al. 2023),
+    section 4; float8_e4m3fn: Micikevicius et al. 2022, section 3.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> cache = torch.zeros(2, 3, 4, 1, 8).to(torch.float8_e4m3fn)  # keys, values; 3 pages of 4
+        >>> k = torch.arange(16.0).view(2, 1, 8)
+        >>> k_scale, v_scale = torch.ones(3, 4, 1), torch.ones(1)
+        >>> slots = torch.tensor([7, 8])  # the last row of page 1, the first of page 2
+        >>> tm.kv_cache_append(*cache, k, k, slots, k_scale=k_scale, v_scale=v_scale)
+        >>> k_scale[1, 3].item() * 448
+        7.0
+        >>> cache[1, 2, 0, 0].float()
+        tensor([ 8.,  9., 10., 11., 12., 13., 14., 15.])
+    """
+    lowered = lower(
+        k_cache, v_cache, k, v, slots, q=q, rope=rope, interleaved=interleaved, k_scale=k_scale,
+        v_scale=v_scale,
+    )  # fmt: skip
+    (turned,) = call(SPEC, lowered, backend)
+    return None if q is None else turned
+
+
+def lower(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    *,
+    q: Tensor | None = None,
+    rope: tuple[Tensor, Tensor, Tensor] | None = None,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Any, ...]:
+    for name, t in (
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        ("k", k),
+        ("v", v),
+        ("slots", slots),
+    ):
+        check_tensor(OP, name, t)
+    for name, option in (("q", q), ("k_scale", k_scale), ("v_scale", v_scale)):
+        check_tensor(OP, name, option, optional=True)
+    check_bool(OP, "interleaved", interleaved)
+    cos, sin, positions = None, None, None
+    if rope is not None:
+        triple = isinstance(rope, tuple | list) and len(rope) == 3
+        check(triple, OP, "rope", "must be (cos, sin, positions)", type(rope).__name__)
+        for t in rope:
+            check_tensor(OP, "rope", t)
+        cos, sin, positions = widen(rope[0], k), widen(rope[1], k), rope[2]
+    k_scales, v_scales = _scales(k_scale), _scales(v_scale)
+    return (
+        k_cache, v_cache, k, v, slots, q, cos, sin, positions, interleaved, k_scales[0],
+        v_scales[0], k_scales[1], v_scales[1],
+    )  # fmt: skip
+
+
+def _scales(scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The one that is read, and the one that is written."""
+    return (None, scale) if scale is not None and scale.dim() == 3 else (scale, None)
+
+
+# csrc/select/kv_cache_append/host.cpp has the same rules in the same order and words.
+def _check(*lowered: Any, float64: bool = False) -> None:
+    a = FORWARD.record(*lowered)
+    _check_caches(a, float64)
+    _check_new("k", a.k, a.k.shape, a.k_cache, a)
+    _check_new("v", a.v, a.k.shape, a.v_cache, a)
+    _check_ints("slots", "must have", a.slots, a)
+    _check_queries(a)
+    _check_rope(a)
+    _check_scale("k_scale", a.k_scale, a.k_scale_out, a)
+    _check_scale("v_scale", a.v_scale, a.v_scale_out, a)
+    names = ("k", "v", "slots", "q", "cos", "sin", "positions", "k_scale", "v_scale")
+    read = {name: getattr(a, name) for name in names}
+    check_written(OP, "k_cache", a.k_cache, read)
+    check_written(OP, "v_cache", a.v_cache, {**read, "k_cache": a.k_cache})
+    read.update(k_cache=a.k_cache, v_cache=a.v_cache)
+    if a.k_scale_out is not None:
+        check_written(OP, "k_scale", a.k_scale_out, read)
+    if a.v_scale_out is not None:
+        # "k_scale" of the call is read or written, never both.
+        taken = a.k_scale if a.k_scale_out is None else a.k_scale_out
+        check_written(OP, "v_scale", a.v_scale_out, {**read, "k_scale": taken})
+
+
+def _check_caches(a: Any, float64: bool) -> None:
+    caches = (("k_cache", a.k_cache), ("v_cache", a.v_cache))
+    for name, t in caches:
+        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+        check(t.dim() == 4, OP, name, rule, t.dim())
+    check_dtype(OP, "k", a.k, float64=float64)
+    if a.k_cache.dtype not in (a.k.dtype, torch.float8_e4m3fn):
+        rule = f"must have the dtype of k, {show(a.k.dtype)}, or float8_e4m3fn"
+        fail(OP, "k_cache", rule, a.k_cache.dtype)
+    check_dtype_of(OP, "v_cache", a.v_cache, "k_cache", a.k_cache)
+    check_device_of(OP, "v_cache", a.v_cache, "k_cache", a.k_cache)
+    for name, t in caches:
+        check_last_contiguous(OP, name, t)
+        rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
+        check(1 <= t.shape[3] <= MAX_HEAD_DIM, OP, name, rule, t.shape[3])
+    if a.v_cache.shape[:3] != a.k_cache.shape[:3]:
+        rule = f"must have the shape of k_cache up to the head dimension, {show(a.k_cache.shape)}"
+        fail(OP, "v_cache", rule, a.v_cache.shape)
+
+
+def _check_new(name: str, t: Tensor, like: torch.Size, cache: Tensor, a: Any) -> None:
+    check(t.dim() == 3, OP, name, "must have 3 dimensions [T, Hk, D]", t.dim())
+    wanted = [like[0], *cache.shape[2:]]
+    if list(t.shape) != wanted:
+        fail(OP, name, f"must have shape {show(wanted)}", t.shape)
+    _check_rows(name, t, a)
+
+
+def _check_rows(name: str, t: Tensor, a: Any) -> None:
+    check_dtype_of(OP, name, t, "k", a.k)
+    check_device_of(OP, name, t, "k_cache", a.k_cache)
+    check_last_contiguous(OP, name, t)
+
+
+def _check_ints(name: str, must: str, t: Tensor, a: Any) -> None:
+    wanted = [a.k.shape[0]]
+    if list(t.shape) != wanted:
+        fail(OP, name, f"{must} shape {show(wanted)}", t.shape)
+    whole = t.dtype in (torch.int32, torch.int64)
+    check(whole, OP, name, f"{must} dtype int32 or int64", t.dtype)
+    check_device_of(OP, name, t, "k_cache", a.k_cache)
+
+
+def _check_queries(a: Any) -> None:
+    if a.q is None:
+        return
+    tokens, heads, dim = a.k.shape
+    if not (a.q.dim() == 3 and a.q.shape[0] == tokens and a.q.shape[2] == dim):
+        fail(OP, "q", f"must have shape [{tokens}, H, {dim}]", a.q.shape)
+    _check_rows("q", a.q, a)
+    queries = a.q.shape[1]
+    if queries != heads and (heads == 0 or queries % heads != 0):
+        fail(OP, "k", f"number of heads must divide that of q, {queries} (GQA)", heads)
+    check(a.cos is not None, OP, "q", "goes with rope alone", a.q.shape)
+
+
+def _check_rope(a: Any) -> None:
+    given = sum(t is not None for t in (a.cos, a.sin, a.positions))
+    check(given in (0, 3), OP, "rope", "must be cos, sin and positions together", given)
+    if given == 0:
+        return
+    most = a.k.shape[2] // 2
+    if not (a.cos.dim() == 2 and a.cos.shape[0] >= 1 and 1 <= a.cos.shape[1] <= most):
+        rule = f"must have shape [positions, pairs], 1 position or more, 1 to {most} pairs"
+        fail(OP, "rope", rule, a.cos.shape)
+    same = a.sin.shape == a.cos.shape
+    check(same, OP, "rope", "must have cos and sin of one shape", a.sin.shape)
+    wide = torch.promote_types(a.k.dtype, torch.float32)
+    for t in (a.cos, a.sin):
+        check(t.dtype == wide, OP, "rope", "must be float32", t.dtype)
+        check_last_contiguous(OP, "rope", t)
+        check_device_of(OP, "rope", t, "k_cache", a.k_cache)
+    _check_ints("rope", "must have positions of", a.positions, a)
+
+
+def _check_scale(name: str, read: Tensor | None, written: Tensor | None, a: Any) -> None:
+    t = written if read is None else read
+    if t is None:
+        return
+    one = read is None or written is None
+    check(one, OP, name, "must be read or written, not both", t.shape)
+    rule = "goes with caches in float8_e4m3fn alone"
+    check(a.k_cache.dtype == torch.float8_e4m3fn, OP, name, rule, a.k_cache.dtype)
+    each, every = [a.k_cache.shape[2]], list(a.k_cache.shape[:3])
+    fits = list(t.shape) == every if read is None else list(t.shape) in ([1], each)
+    if not fits:
+        fail(OP, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
+    wide = torch.promote_types(a.k.dtype, torch.float32)
+    check(t.dtype == wide, OP, name, "must be float32", t.dtype)
+    check_device_of(OP, name, t, "k_cache", a.k_cache)
+
+
+def _check_values(*lowered: Any) -> None:
+    a = FORWARD.record(*lowered)
+    capacity = a.k_cache.shape[0] * a.k_cache.shape[1]
+    slots = a.slots.tolist()
+    for slot in slots:
+        rule = f"must be -1 or below the slots of the cache, {capacity}"
+        check(-1 <= slot < capacity, OP, "slots", rule, slot)
+    taken = sorted(slot for slot in slots if slot >= 0)
+    for slot, other in itertools.pairwise(taken):
+        check(slot != other, OP, "slots", "must not name a slot twice", slot)
+    for at in a.positions.tolist() if a.positions is not None else ():
+        rule = f"must have positions of 0 to below the rows of cos and sin, {a.cos.shape[0]}"
+        check(0 <= at < a.cos.shape[0], OP, "rope", rule, at)
+    for name, scales in (("k_scale", a.k_scale), ("v_scale", a.v_scale)):
+        for scale in scales.tolist() if scales is not None else ():
+            check(0 < scale < math.inf, OP, name, "must be above 0 and finite", scale)
+
+
+def _fake(*lowered: Any) -> Tensor:
+    a = FORWARD.record(*lowered)
+    shape: Any = (0,) if a.q is None else a.q.shape
+    turned: Tensor = a.k.new_empty(shape)
+    return turned
+
+
+def _unsupported(backend: str, *lowered: Any) -> list[str]:
+    """Of a call whose first tensor does not tell."""
+    a = FORWARD.record(*lowered)
+    wide = a.k.dtype == torch.float64 != a.k_cache.dtype
+    return ["float64 runs on the reference backend alone"] if wide else []
+
+
+def flops(*lowered: Any) -> float:
+    """Three operations for each element that turns, one for each that is written."""
+    a = FORWARD.record(*lowered)
+    turned = 0 if a.cos is None else a.k.shape[1] + (0 if a.q is None else a.q.shape[1])
+    pairs = 0 if a.cos is None else a.cos.shape[1]
+    return float(a.k.numel() + a.v.numel() + 6 * a.k.shape[0] * turned * pairs)
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        check=_check,
+        check_values=_check_values,
+        fake=_fake,
+        triton="select.kv_cache_append:kv_cache_append",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=kv_cache_append,
+        lower=lower,
+        reference=reference.kv_cache_append,
+        plain=functools.partial(reference.kv_cache_append, upcast=False),
+        forward=FORWARD,
+        backward=None,
+        differentiable=(),
+        unsupported=_unsupported,
+        sharding=Sharding(
+            {
+                "k_cache v_cache": "..h.",
+                "k v q": ".h.",
+                "k_scale v_scale": "h",
+                "k_scale_out v_scale_out": "..h",
+            },
+            (".h.",),
+        ),
+        written=("k_cache", "v_cache", "k_scale", "v_scale"),
+        paper="rotary embedding (Su et al. 2021), PagedAttention (Kwon et al. 2023)",
+        flops=flops,
+    )
+)
