@@ -49,8 +49,15 @@ def decode_from_cache(q, k):
     listed, _ = tm.sparse_decode_attention(q, k, k, *lists, seqlens_k=lengths, num_recent=2)
     kept = k.clone(), k.clone()
     lengths = tm.kv_cache_compact(*kept, keep, counts)
-    scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean()
-    return tm.attention_decode(q, *kept, seqlens_k=lengths) + listed + scores
+    new, slots = q[:, 0], torch.arange(k.shape[0]) * k.shape[1] + lengths
+    angles = torch.linspace(0, 6, 12 * 8).view(12, 8)
+    rope = angles.cos(), angles.sin(), lengths
+    turned = tm.kv_cache_append(*kept, new, new, slots, q=new, rope=rope)
+    narrow = [torch.zeros(k.shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    scale = torch.zeros(k.shape[:3])
+    tm.kv_cache_append(*narrow, new, new, slots, k_scale=scale)
+    scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean() + scale.mean()
+    return tm.attention_decode(turned[:, None], *kept, seqlens_k=lengths + 1) + listed + scores
 
 
 def attend_to_blocks(q, k):
