@@ -22,6 +22,7 @@ OPS: dict[str, Counted] = {
     "attention_column_scores": select.COLUMNS_OF_WEIGHTS,
     "attention_decode": decode.DENSE,
     "attention_row_scores": select.ROWS,
+    "indexer_topk_select": select.INDEXER,
     "kv_block_scores": select.SCORES,
     "linear_attention": linear.COUNTED,
     "sparse_decode_attention": decode.SPARSE,

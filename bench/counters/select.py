@@ -142,10 +142,47 @@ def rows_cases() -> Iterator[CounterCase]:
     yield CounterCase(f"a step over {keys} keys, {str(dtype)[6:]}", keys * HK, least, 0, prepare)
 
 
+def _indexer(
+    name: str,
+    queries: int,
+    keys: int,
+    topk: int,
+    heads: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> CounterCase:
+    """Of queries that all see all keys."""
+
+    def prepare() -> Callable[[], object]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(1, queries, heads, D, generator=generator).to(dtype)
+        k = torch.randn(1, keys, D, generator=generator).to(dtype)
+        weights = torch.randn(1, queries, heads, generator=generator)
+        return lambda: tm.indexer_topk_select(q, k, weights, topk, causal=False, backend="emulated")
+
+    read = (keys + queries * heads) * D * dtype.itemsize + queries * heads * 4
+    return CounterCase(
+        f"{name}, {str(dtype)[6:]}",
+        queries * keys,
+        read + queries * (topk + 1) * 4,
+        products(queries * keys * heads * D, dtype),
+        prepare,
+    )
+
+
+def indexer_cases() -> Iterator[CounterCase]:
+    yield _indexer("a step over 131072 keys", 1, 131072, 2048)
+    yield _indexer("a step over 16384 keys", 1, 16384, 2048)
+    yield _indexer("a step over 4096 keys", 1, 4096, 512, dtype=torch.float32)
+    yield _indexer("a step over 16384 keys, 8 heads", 1, 16384, 2048, 8)
+    yield _indexer("64 queries, 2048 keys", 64, 2048, 256)
+    yield _indexer("256 queries, 8192 keys", 256, 8192, 256)
+
+
 TOPK = Counted(
     "32 keys, moves among the instructions", topk_cases, "CUB's sort and torch's radix select"
 )
 OF_A_CACHE = f"key of a key head; H={H}, Hk={HK}, D={D}"
 SCORES = Counted(OF_A_CACHE, scores_cases)
 ROWS = Counted(OF_A_CACHE, rows_cases)
+INDEXER = Counted(f"pair of a query and a key; Hi=64, D={D}", indexer_cases)
 COLUMNS_OF_WEIGHTS = Counted("1000 scores; one head", columns_cases)

@@ -1,0 +1,405 @@
+// Panels of keys times rows of queries and heads. The heads of a query are summed where their
+// products leave the registers, so a panel of scores for each query is all that memory sees of
+// them. A query keeps those above a threshold; when it has too many, the best topk give a new one.
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+#include "select/cpu_keys.h"
+#include "select/cpu_rows.h"
+#include "select/indexer_topk_select/params.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+constexpr int64_t kItemRows = 1024;   // of queries and heads, whose words stay in L2
+constexpr int64_t kFewRows = 64;      // with which packing the keys takes a sixth of the time
+constexpr int64_t kMaxQueries = 128;  // of an item
+constexpr int64_t kMaxCandidates = 1 << 20;  // of an item
+constexpr int64_t kPartKeys = 4096;          // of an item, at least
+
+// An item is some queries of a sequence, a tile, and a part of its keys.
+struct IndexerPlan {
+  int64_t list;   // entries that a list can have
+  int64_t limit;  // candidates of a query before they are cut to the list
+  int64_t room;   // candidates of a query in memory
+  int64_t tile_queries, tiles;
+  int64_t part_keys, parts;
+
+  IndexerPlan(const IndexerParams& p, int threads) {
+    list = std::min(p.topk, indexer_blocks(p));
+    limit = list + std::max<int64_t>(list, 512);
+    room = limit + kPanel + kWidth;
+    const int64_t most = std::max<int64_t>(kMaxCandidates / room, 1);
+    const int64_t balanced = ceil_div(p.tokens, 4 * threads), few = ceil_div(kFewRows, p.heads);
+    tile_queries = std::min(kItemRows / p.heads, std::max(balanced, few));
+    tile_queries = std::clamp<int64_t>(tile_queries, 1, std::min(most, kMaxQueries));
+    tiles = 0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      tiles += ceil_div(indexer_sequence(p, b).queries, tile_queries);
+    part_keys = p.k.rows;
+    if (tiles > 0 && tiles < 2 * threads && threads > 1) {
+      const int64_t keys = std::max(ceil_div(p.k.rows * tiles, 4 * threads), kPartKeys);
+      part_keys = round_up(keys, p.block_k == 1 ? kPanel : p.block_k);
+    }
+    parts = ceil_div(p.k.rows, part_keys);
+  }
+};
+
+// Adds M rows of a product with a panel to scores: row i, of head `head` + i modulo `heads`,
+// belongs to the query of the row before or, from head 0 on, to the next one.
+template <class Op, int M, bool kRelu>
+__attribute__((noinline)) void add_heads(float* scores, const float* weights, int64_t head,
+                                         int64_t heads, int64_t rows, const float* a, int64_t lda,
+                                         const float* keys, int64_t words) {
+  constexpr int N = kTileVectors;
+  vf product[M][N], sum[N];
+  clear(product);
+  multiply<Op, false>(product, a, lda, keys, kPanel, words);
+  TM_UNROLL(8)
+  for (int j = 0; j < N; ++j) sum[j] = head > 0 ? load(scores + j * kWidth) : zero();
+  TM_UNROLL(16)
+  for (int i = 0; i < M; ++i) {
+    if (i == rows) break;
+    const vf weight = set(weights[i]);
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j)
+      sum[j] = fma(weight, kRelu ? max_of(zero(), product[i][j]) : product[i][j], sum[j]);
+    const bool last = ++head == heads;
+    if (!last && i + 1 < rows) continue;
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) store(scores + j * kWidth, sum[j]);
+    if (!last) continue;
+    TM_UNROLL(8)
+    for (int j = 0; j < N; ++j) sum[j] = zero();
+    scores += kPanel;
+    head = 0;
+  }
+}
+
+// What may be on the list of a query: scores, none of which is NaN, and ids, which ascend.
+struct Candidates {
+  float* scores;
+  int32_t* ids;
+  int64_t count;
+  float threshold;  // a score is wanted if it is above
+
+  // Takes of ids first .. first + n - 1 what is above the threshold; n is at most kPanel. `from`
+  // has whole vectors.
+  TM_INLINE void add(const float* from, int64_t n, int64_t first) {
+    const vf bound = set(threshold);
+    for (int64_t i = 0; i < n; i += kWidth) {
+      vf x = load(from + i);
+      if (n - i < kWidth) x = select(lanes(0, n - i), x, bound);
+      const vm above = less(bound, x);
+      if (!any(above)) continue;
+      int32_t* const to = ids + count;
+      const int found = store_lane_numbers(to, static_cast<int32_t>(first + i), above);
+      for (int c = 0; c < found; ++c) scores[count + c] = from[to[c] - first];
+      count += found;
+    }
+  }
+
+  // Keeps the `most` best. keys, sorted: memory for `count` numbers each.
+  void cut(int64_t most, uint32_t* keys, uint32_t* sorted) {
+    if (count <= most) return;
+    for (int64_t i = 0; i < count; ++i) keys[i] = sorted[i] = key_of(scores[i]);
+    const uint32_t least = nth_largest(sorted, count, most);
+    int64_t above = 0, kept = 0;
+    for (int64_t i = 0; i < count; ++i) above += keys[i] > least;
+    int64_t ties = most - above;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool tie = keys[i] == least && ties > 0;
+      scores[kept] = scores[i];
+      ids[kept] = ids[i];
+      kept += keys[i] > least || tie;
+      ties -= tie;
+    }
+    count = most;
+    threshold = score_of(least);
+  }
+};
+
+// The lists of parts, until the last part of a tile is done.
+struct PartLists {
+  float* scores;  // [tiles, tile_queries, parts, list]
+  int32_t* ids;
+  int64_t* counts;  // [tiles, tile_queries, parts]
+  int32_t* done;    // [tiles]
+
+  static int64_t entries(const IndexerPlan& plan) {
+    return plan.parts == 1 ? 0 : plan.tiles * plan.tile_queries * plan.parts;
+  }
+  static int64_t floats(const IndexerPlan& plan) {
+    return entries(plan) * (2 * plan.list + 2) + plan.tiles + 4 * 16;
+  }
+  PartLists(cpu::Workspace& memory, const IndexerPlan& plan) {
+    const int64_t lists = entries(plan);
+    scores = memory.take(lists * plan.list);
+    ids = reinterpret_cast<int32_t*>(memory.take(lists * plan.list));
+    counts = reinterpret_cast<int64_t*>(memory.take(2 * lists));
+    done = reinterpret_cast<int32_t*>(memory.take(plan.tiles));
+    std::fill(done, done + plan.tiles, 0);
+  }
+};
+
+template <class Op>
+class Indexer {
+ public:
+  Indexer(const IndexerParams& p, const IndexerPlan& plan, const PartLists& shared)
+      : p(p),
+        plan(plan),
+        shared(shared),
+        words(words_of<Op>(p.head_dim)),
+        ldq(round_up(words, kWidth)),
+        element_size(p.dtype == DType::float32 ? 4 : 2),
+        rows(plan.tile_queries * p.heads),
+        memory((rows + kTileRows) * ldq + rows + kWidth + words * kPanel +
+               plan.tile_queries * (kPanel + 2 * plan.room + kCandidateFloats + 5) + kPanel +
+               2 * plan.room + 2 * kPanel + 16 * 16) {
+    queries = memory.take((rows + kTileRows) * ldq);
+    weights = memory.take(rows + kWidth);
+    keys = memory.take(words * kPanel);
+    scores = memory.take(plan.tile_queries * kPanel);
+    blocks = memory.take(kPanel);
+    open = memory.take(plan.tile_queries);
+    open_ids = reinterpret_cast<int64_t*>(memory.take(2 * plan.tile_queries));
+    ends = reinterpret_cast<int64_t*>(memory.take(2 * plan.tile_queries));
+    offsets = reinterpret_cast<const char**>(memory.take(2 * kPanel));
+    candidates = reinterpret_cast<Candidates*>(memory.take(kCandidateFloats * plan.tile_queries));
+    float* const all = memory.take(2 * plan.tile_queries * plan.room);
+    for (int64_t i = 0; i < plan.tile_queries; ++i) {
+      float* const own = all + 2 * i * plan.room;
+      candidates[i] = {own, reinterpret_cast<int32_t*>(own + plan.room), 0, kNegInf};
+    }
+    order = reinterpret_cast<uint32_t*>(memory.take(plan.room));
+    sorted = reinterpret_cast<uint32_t*>(memory.take(plan.room));
+    // Tiles of the product end up to kTileRows - 1 rows behind the last one.
+    std::fill(queries, queries + (rows + kTileRows) * ldq, 0.f);
+  }
+
+  // Later queries see more keys, so the last tiles come first.
+  void run(int64_t item) {
+    const int64_t tile = plan.tiles - 1 - item / plan.parts, part = item % plan.parts;
+    if (tile != loaded) load_tile(tile);
+    const int64_t first = std::max(part * plan.part_keys, p.num_sink / p.block_k * p.block_k);
+    const int64_t last = std::min((part + 1) * plan.part_keys, ends[count - 1]);
+    for (int64_t i = 0; i < count; ++i) {
+      candidates[i].count = 0;
+      candidates[i].threshold = open[i] = kNegInf;
+    }
+    int64_t query = 0;  // the first that sees a key of the panel
+    for (int64_t row = first; row < last; row += kPanel) {
+      const int64_t n = std::min<int64_t>(kPanel, last - row);
+      while (ends[query] <= row) ++query;
+      pack_keys(row, n);
+      find_next(row + kPanel, last);
+      if (p.relu)
+        multiply_from<true>(query);
+      else
+        multiply_from<false>(query);
+      for (int64_t i = query; i < count; ++i) take_scores(i, row, n);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      close_block(i);
+      candidates[i].cut(plan.list, order, sorted);
+    }
+    if (plan.parts == 1) return write_lists();
+    keep_lists(tile, part);
+    if (__atomic_add_fetch(&shared.done[tile], 1, __ATOMIC_ACQ_REL) < plan.parts) return;
+    merge_lists(tile);
+    write_lists();
+  }
+
+ private:
+  static constexpr int64_t kCandidateFloats = sizeof(Candidates) / sizeof(float);
+
+  void load_tile(int64_t tile) {
+    loaded = tile;
+    for (b = 0;; ++b) {
+      sequence = indexer_sequence(p, b);
+      const int64_t own = ceil_div(sequence.queries, plan.tile_queries);
+      if (tile < own) break;
+      tile -= own;
+    }
+    first_query = tile * plan.tile_queries;
+    count = std::min(plan.tile_queries, sequence.queries - first_query);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t query = first_query + i;
+      ends[i] = seen_keys(p, sequence, query).end;
+      const char* const q = static_cast<const char*>(p.q.data) +
+                            query_offset(p, p.q, sequence, b, query) * element_size;
+      pack_rows<Op>(q, p.dtype, p.q.head, p.heads, p.heads, p.head_dim, 1,
+                    queries + i * p.heads * ldq, ldq);
+      const int64_t at = query_offset(p, p.weights, sequence, b, query);
+      for (int64_t h = 0; h < p.heads; ++h)
+        weights[i * p.heads + h] = scalar_as_float(p.weights.data, p.weight_dtype, at + h);
+    }
+  }
+
+  void pack_keys(int64_t row, int64_t n) {
+    const auto at = [&](const KeyRun& run, int64_t t) {
+      return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * element_size;
+    };
+    const int64_t first = sequence.k_start + row;
+    KeyRun run = key_run(p.k, b, first);
+    if (run.end >= first + n)
+      return pack_transposed<Op>(at(run, 0), p.dtype, p.k.seq, n, p.head_dim, 1, keys);
+    for (int64_t i = 0, begin = 0; i < n; ++i) {
+      if (first + i == run.end) run = key_run(p.k, b, first + (begin = i));
+      offsets[i] = at(run, i - begin);
+    }
+    pack_transposed<Op>(ScatteredRows{offsets}, p.dtype, n, p.head_dim, 1, keys);
+  }
+
+  // What is asked for while panels are multiplied: rows of the next panel, as far as they lie
+  // together. Transposing reads 32 bytes of a row at a time, which no hardware follows.
+  void find_next(int64_t row, int64_t last) {
+    ahead = ahead_end = nullptr;
+    if (row >= last || p.k.seq != p.head_dim) return;
+    const int64_t first = sequence.k_start + row;
+    const KeyRun run = key_run(p.k, b, first);
+    const int64_t n = std::min({kPanel + int64_t{0}, last - row, run.end - first});
+    ahead = static_cast<const char*>(p.k.data) + run.offset * element_size;
+    ahead_end = ahead + n * p.head_dim * element_size;
+  }
+  TM_INLINE void prefetch(int64_t bytes) {
+    const char* const end = std::min(ahead + bytes, ahead_end);
+    for (; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
+  }
+
+  template <bool kRelu>
+  void multiply_from(int64_t query) {
+    const int64_t first = query * p.heads, end = count * p.heads;
+    const int64_t share = round_up((ahead_end - ahead) / ceil_div(end - first, kTileRows), 64) + 64;
+    each_tile(end - first, [&](int64_t r, auto m) TM_LAMBDA {
+      const int64_t row = first + r, i = row / p.heads;
+      prefetch(share);
+      add_heads<Op, decltype(m)::value, kRelu>(
+          scores + i * kPanel, weights + row, row - i * p.heads, p.heads,
+          std::min<int64_t>(end - row, decltype(m)::value), queries + row * ldq, ldq, keys, words);
+    });
+  }
+
+  // Of query i and n keys from `row` on.
+  TM_INLINE void take_scores(int64_t i, int64_t row, int64_t n) {
+    float* const z = scores + i * kPanel;
+    const int64_t from = p.num_sink - row, to = ends[i] - row;
+    if (from > 0 || to < n) {
+      for (int64_t j = 0; j < n; j += kWidth)
+        store(z + j, select(lanes(from - j, to - j), load(z + j), set(kNegInf)));
+    }
+    if (p.block_k == 1) {
+      candidates[i].add(z, n, row);
+    } else {
+      const int64_t block = row / p.block_k, closed = reduce_blocks(i, z, row, n);
+      candidates[i].add(blocks, closed, block);
+    }
+    if (candidates[i].count > plan.limit) candidates[i].cut(plan.list, order, sorted);
+  }
+
+  // Maxima of the blocks that end among these keys, to `blocks`. Returns how many there are.
+  int64_t reduce_blocks(int64_t i, const float* z, int64_t row, int64_t n) {
+    int64_t closed = 0;
+    float most = open[i];
+    for (int64_t j = 0, block = row / p.block_k; j < n; ++block) {
+      const int64_t end = (block + 1) * p.block_k - row, until = std::min(end, n);
+      for (; j < until; ++j) most = most != most || most > z[j] ? most : z[j];
+      open_ids[i] = block;
+      if (until < end) break;
+      blocks[closed++] = most;
+      most = kNegInf;
+    }
+    open[i] = most;
+    return closed;
+  }
+
+  // A block that ends behind the keys.
+  void close_block(int64_t i) {
+    if (open[i] == kNegInf) return;
+    blocks[0] = open[i];
+    candidates[i].add(blocks, 1, open_ids[i]);
+  }
+
+  void keep_lists(int64_t tile, int64_t part) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t list = (tile * plan.tile_queries + i) * plan.parts + part;
+      const Candidates& c = candidates[i];
+      std::copy(c.scores, c.scores + c.count, shared.scores + list * plan.list);
+      std::copy(c.ids, c.ids + c.count, shared.ids + list * plan.list);
+      shared.counts[list] = c.count;
+    }
+  }
+
+  // Parts in their order, so that ids ascend.
+  void merge_lists(int64_t tile) {
+    for (int64_t i = 0; i < count; ++i) {
+      Candidates& c = candidates[i];
+      c.count = 0;
+      for (int64_t part = 0; part < plan.parts; ++part) {
+        const int64_t list = (tile * plan.tile_queries + i) * plan.parts + part;
+        const int64_t more = shared.counts[list], at = list * plan.list;
+        std::copy(shared.scores + at, shared.scores + at + more, c.scores + c.count);
+        std::copy(shared.ids + at, shared.ids + at + more, c.ids + c.count);
+        c.count += more;
+        c.cut(plan.list, order, sorted);
+      }
+    }
+  }
+
+  void write_lists() const {
+    for (int64_t i = 0; i < count; ++i) {
+      const Candidates& c = candidates[i];
+      const int64_t row = sequence.q_start + first_query + i;
+      int32_t* const ids = p.indices + row * p.topk;
+      std::copy(c.ids, c.ids + c.count, ids);
+      std::fill(ids + c.count, ids + p.topk, -1);
+      p.counts[row] = static_cast<int32_t>(c.count);
+      if (!p.values) continue;
+      float* const values = p.values + row * p.topk;
+      std::copy(c.scores, c.scores + c.count, values);
+      std::fill(values + c.count, values + p.topk, kNegInf);
+    }
+  }
+
+  const IndexerParams& p;
+  const IndexerPlan& plan;
+  const PartLists& shared;
+  int64_t words, ldq, element_size, rows;
+  cpu::Workspace memory;
+  float *queries, *weights, *keys;  // words of [query, head] and of a panel
+  float *scores, *blocks, *open;    // [query, kPanel]; closed blocks; the block of a query so far
+  int64_t *open_ids, *ends;         // of that block; of the keys that a query sees
+  const char** offsets;             // rows of a panel
+  Candidates* candidates;
+  uint32_t *order, *sorted;
+  const char *ahead = nullptr, *ahead_end = nullptr;  // of the next panel
+  int64_t loaded = -1, b = 0, first_query = 0, count = 0;
+  IndexerSequence sequence{};
+};
+
+template <class Op>
+void select_keys(const IndexerParams& p, int threads) {
+  const IndexerPlan plan(p, threads);
+  cpu::Workspace memory(PartLists::floats(plan));
+  const PartLists shared(memory, plan);
+  cpu::parallel_items(plan.tiles * plan.parts, threads, [&](cpu::ItemCounter& items) {
+    FlushDenormals flush;
+    Indexer<Op> indexer(p, plan, shared);
+    for (int64_t item; (item = items.next()) >= 0;) indexer.run(item);
+  });
+}
+
+}  // namespace
+
+void indexer_topk_select(const IndexerParams& p) {
+  // Below about 64 Ki products a parallel region costs more than it gains.
+  const int64_t products = p.tokens * p.heads * p.k.rows * p.head_dim;
+  const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::bfloat16) return select_keys<BFloat16>(p, threads);
+#endif
+  select_keys<Float32>(p, threads);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,146 @@
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "cuda/refuse.cuh"
+#include "select/indexer_topk_select/kernel.cuh"
+#include "select/topk_select/params.h"
+
+namespace tokenmill {
+namespace cuda::indexer_topk_select {
+namespace {
+
+constexpr int kMaxShared = 96 * 1024;                    // of a block on every device
+constexpr int64_t kMaxKeys = 0x7fffff00;                 // of a request
+constexpr int64_t kSpareScores = 8192;                   // of a query, beside topk
+constexpr int64_t kLeastRows = 64, kMostRows = 1 << 20;  // of a stripe
+
+int64_t row_scores(const IndexerParams& p) { return round_up(p.k.rows, 4); }
+
+// Rows of a stripe: all of its scores are in memory at once, which is O(topk) for each query.
+int64_t stripe_rows(const IndexerParams& p) {
+  const int64_t rows = p.tokens * (p.topk + kSpareScores) / row_scores(p);
+  return std::min(p.tokens, std::clamp(rows, kLeastRows, kMostRows));
+}
+
+TopkParams topk_params(const IndexerParams& p, const ScorePlan& plan) {
+  TopkParams topk{};
+  topk.rows = plan.rows;
+  topk.columns = indexer_blocks(p);
+  topk.k = p.topk;
+  topk.dtype = DType::float32;
+  topk.scores = plan.blocks;
+  topk.row_stride = plan.ld;
+  topk.lengths = plan.lengths;
+  topk.indices = p.indices + plan.first * p.topk;
+  topk.counts = p.counts + plan.first;
+  topk.values = p.values ? p.values + plan.first * p.topk : nullptr;
+  return topk;
+}
+
+// The workspace: scores, maxima of blocks, lengths, and what topk_select needs.
+struct Memory {
+  int64_t blocks, lengths, topk, bytes;
+
+  explicit Memory(const IndexerParams& p) {
+    const int64_t rows = stripe_rows(p), scores = rows * row_scores(p) * 4;
+    blocks = p.block_k > 1 ? scores : 0;
+    lengths = blocks + scores;
+    topk = round_up(lengths + rows * 4, 16);
+    // The last stripe may be shorter, and its rows be shared by more blocks.
+    bytes = topk;
+    for (const int64_t of : {rows, p.tokens % rows}) {
+      ScorePlan plan{};
+      plan.rows = static_cast<int>(of);
+      bytes = std::max(bytes, topk + workspace_bytes(topk_params(p, plan)));
+    }
+  }
+};
+
+template <typename T, int kUnits, bool kHeld>
+const char* launch_scores(const IndexerParams& p, const ScorePlan& plan, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(plan.rows, plan.tile_tokens);
+  return launch<indexer_kernel<T, kUnits, kHeld>>(tiles * plan.key_groups, kUnits == 1 ? 128 : 256,
+                                                  plan.stages * plan.stage_bytes(), stream, p,
+                                                  plan);
+}
+
+template <typename T>
+const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t stream) {
+  const int64_t sms = multiprocessors();
+  // Queries that share no keys take more keys instead, so that fewer blocks load a query.
+  const bool apart = p.tokens <= 2 * p.batch;
+  const auto set_shape = [&](int round_keys, int64_t blocks) {
+    const int64_t groups = ceil_div(p.k.rows, round_keys), all = plan.rows * groups;
+    plan.rounds = apart ? static_cast<int>(std::min(ceil_div(all, blocks), groups)) : 1;
+    plan.tile_tokens = 1;
+    if (!apart)
+      plan.tile_tokens = static_cast<int>(std::clamp<int64_t>(all / blocks, 1, kTileTokens));
+    plan.key_groups = static_cast<int>(ceil_div(groups, plan.rounds));
+    return all >= blocks;
+  };
+  const bool held = plan.slices <= kSliceBatch;
+  if (held && set_shape(8 * 2 * kUnitKeys, sms)) return launch_scores<T, 2, true>(p, plan, stream);
+  set_shape(4 * kUnitKeys, 2 * sms);
+  return held ? launch_scores<T, 1, true>(p, plan, stream)
+              : launch_scores<T, 1, false>(p, plan, stream);
+}
+
+const char* launch_blocks(const IndexerParams& p, const ScorePlan& plan, cudaStream_t stream) {
+  int lanes = 1;
+  while (2 * lanes <= p.block_k && lanes < kWarpSize) lanes *= 2;
+  const int64_t row_blocks = ceil_div(indexer_blocks(p) * lanes, kBlockThreads);
+  return launch<indexer_block_kernel>(plan.rows * row_blocks, kBlockThreads, 0, stream, p, plan,
+                                      lanes, static_cast<int>(row_blocks));
+}
+
+template <typename T>
+ScorePlan make_plan(const IndexerParams& p) {
+  ScorePlan plan{};
+  plan.ld = row_scores(p);
+  plan.head_tiles = static_cast<int>(ceil_div(p.heads, 8));
+  plan.chunks = static_cast<int>(ceil_div(p.head_dim * sizeof(T), kChunkBytes));
+  plan.slices = static_cast<int>(ceil_div(plan.chunks * kChunkBytes, kSliceBytes));
+  while (kSliceBytes * plan.slices > kChunkBytes << plan.log2_chunks) ++plan.log2_chunks;
+  plan.query_bytes = (plan.slices | 1) * kSliceBytes;
+  plan.stages = kStages * plan.stage_bytes() <= kMaxShared ? kStages : 1;
+  plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
+  plan.keys_aligned = is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq);
+  const Memory memory(p);
+  char* const base = static_cast<char*>(p.workspace);
+  plan.scores = reinterpret_cast<float*>(base);
+  plan.blocks = reinterpret_cast<float*>(base + memory.blocks);
+  plan.lengths = reinterpret_cast<int32_t*>(base + memory.lengths);
+  return plan;
+}
+
+}  // namespace
+}  // namespace cuda::indexer_topk_select
+
+int64_t workspace_bytes(const IndexerParams& p) {
+  using namespace cuda::indexer_topk_select;
+  return p.k.rows > kMaxKeys ? 0 : Memory(p).bytes;
+}
+
+const char* launch_cuda(const IndexerParams& p, void* stream) {
+  using namespace cuda::indexer_topk_select;
+  if (p.k.rows > kMaxKeys)
+    return cuda::refuse(p.k.table ? "block_table" : "k",
+                        "must have at most 2^31 - 256 keys of a request on CUDA", p.k.rows);
+  const auto s = static_cast<cudaStream_t>(stream);
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() -> const char* {
+    ScorePlan plan = make_plan<T>(p);
+    const int64_t stripe = stripe_rows(p);
+    for (; plan.first < p.tokens; plan.first += stripe) {
+      plan.rows = static_cast<int>(std::min(stripe, p.tokens - plan.first));
+      if (const char* error = launch_stripe<T>(p, plan, s)) return error;
+      if (p.block_k > 1)
+        if (const char* error = launch_blocks(p, plan, s)) return error;
+      TopkParams topk = topk_params(p, plan);
+      topk.workspace = static_cast<char*>(p.workspace) + Memory(p).topk;
+      if (const char* error = launch_cuda(topk, stream)) return error;
+    }
+    return nullptr;
+  });
+}
+
+}  // namespace tokenmill

@@ -1,0 +1,163 @@
+#include <algorithm>
+#include <limits>
+
+#include "core/stream.h"
+#include "select/checks.h"
+#include "select/indexer_topk_select/params.h"
+
+namespace tokenmill {
+namespace {
+
+constexpr const char* kOp = "indexer_topk_select";
+constexpr int64_t kMaxHeads = 64, kMaxTopk = 65536;
+constexpr int64_t kFar = int64_t{1} << 31;  // beyond any key
+
+void run(IndexerParams& p, const View& q) {
+#if defined(TOKENMILL_WITH_CUDA)
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
+#endif
+  cpu::indexer_topk_select(p);
+}
+
+struct IndexerTopkSelectArgs : Record {
+  View q, k, weights;
+  int64_t topk;
+  bool causal;
+  std::string_view activation;
+  int64_t block_k, num_sink, num_recent;
+  View seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table;
+  bool return_values;
+};
+
+// The checks are those of python/tokenmill/select/indexer_topk_select.py, in its order and words.
+void check_rows(const IndexerTopkSelectArgs& a) {
+  const bool packed = bool(a.cu_seqlens_q);
+  check(
+      a.q.dim() == (packed ? 3 : 4), kOp, "q",
+      packed ? "must have 3 dimensions [T, H, D] (packed)" : "must have 4 dimensions [B, S, H, D]",
+      a.q.dim());
+  check(a.k.dim() == (a.cu_seqlens_k ? 2 : 3), kOp, "k",
+        a.cu_seqlens_k ? "must have 2 dimensions [T, D] (packed)"
+                       : "must have 3 dimensions [B, S, D] or [pages, page_size, D]",
+        a.k.dim());
+  check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
+  check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype), a.k.dtype);
+  const std::vector<int64_t> wanted(a.q.sizes.begin(), a.q.sizes.end() - 1);
+  check(a.weights.sizes == wanted, kOp, "weights", Rule("must have shape ", wanted),
+        a.weights.sizes);
+  check(a.weights.dtype == ScalarType::Float || a.weights.dtype == a.q.dtype, kOp, "weights",
+        Rule("must be float32 or have the dtype of q, ", a.q.dtype), a.weights.dtype);
+  const std::pair<const char*, const View*> all[] = {
+      {"q", &a.q}, {"k", &a.k}, {"weights", &a.weights}};
+  for (auto [name, t] : {all[1], all[2]}) check_device_of_q(kOp, name, *t, a.q);
+  for (auto [name, t] : all) check_last_contiguous(kOp, name, *t);
+  const int64_t heads = a.q.size(-2), dim = a.q.size(-1);
+  check(heads >= 1 && heads <= kMaxHeads, kOp, "q", Rule("must have 1 to ", kMaxHeads, " heads"),
+        heads);
+  check(dim >= 1 && dim <= kMaxHeadDim, kOp, "q",
+        Rule("must have a head dimension of 1 to ", kMaxHeadDim), dim);
+  check(a.k.size(-1) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
+        a.k.size(-1));
+}
+
+// Returns the number of sequences.
+int64_t check_sequences(const IndexerTopkSelectArgs& a) {
+  if (a.cu_seqlens_k && !a.cu_seqlens_q)
+    fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
+  if (a.cu_seqlens_q) check_cu_seqlens(kOp, "cu_seqlens_q", a.cu_seqlens_q, a.q);
+  const int64_t batch = a.cu_seqlens_q ? a.cu_seqlens_q.size(0) - 1 : a.q.size(0);
+  if (a.cu_seqlens_k) {
+    check_cu_seqlens(kOp, "cu_seqlens_k", a.cu_seqlens_k, a.q);
+    check(a.cu_seqlens_k.size(0) == batch + 1, kOp, "cu_seqlens_k",
+          Rule("must have the length of cu_seqlens_q, ", batch + 1), a.cu_seqlens_k.size(0));
+    for (auto [name, t] : {std::pair{"seqlens_k", &a.seqlens_k}, {"block_table", &a.block_table}})
+      if (*t) fail(kOp, name, "must be None with cu_seqlens_k", show(t->sizes));
+    return batch;
+  }
+  check_block_table(kOp, a.block_table, a.k);
+  const int64_t found = batch_of(a.k, a.block_table);
+  check(found == batch, kOp, a.block_table ? "block_table" : "k",
+        Rule("must have the batch size of q, ", batch), found);
+  return batch;
+}
+
+KeyRows keys_of(const IndexerTopkSelectArgs& a) {
+  const View &k = a.k, &table = a.block_table;
+  if (a.cu_seqlens_k) return {k.data(), 0, k.step(0), 0, k.size(0), nullptr, 0, k.size(0), 0};
+  KeyRows rows{k.data(), k.step(0), k.step(1), 0, k.size(1), nullptr, 0, k.size(1), 0};
+  if (table) {
+    rows.rows = table.size(1) * k.size(1);
+    rows.table = table.data<int32_t>();
+    rows.table_stride = table.step(0);
+    rows.pages = k.size(0);
+  }
+  return rows;
+}
+
+void check_values(const IndexerTopkSelectArgs& a, const IndexerParams& p) {
+  if (a.cu_seqlens_q) check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.tokens);
+  if (a.cu_seqlens_k) check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.k.rows);
+  check_length_values(kOp, "seqlens_k", p.lengths, p.batch, p.k.rows);
+  check_block_table_values(kOp, p.k, p.batch, p.lengths);
+}
+
+IndexerParams make_params(const IndexerTopkSelectArgs& a) {
+  check(a.activation == "relu" || a.activation == "none", kOp, "activation",
+        "must be 'relu' or 'none'", a.activation);
+  check_rows(a);
+  IndexerParams p{};
+  p.batch = check_sequences(a);
+  check(a.topk >= 1 && a.topk <= kMaxTopk, kOp, "topk", Rule("must be 1 to ", kMaxTopk), a.topk);
+  check(a.block_k >= 1 && a.block_k < kFar, kOp, "block_k", "must be 1 to 2^31 - 1", a.block_k);
+  check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
+  check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
+  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
+  p.k = keys_of(a);
+  check(p.k.rows < kFar, kOp, "k", "must have less than 2^31 keys of a request", p.k.rows);
+  const bool packed = bool(a.cu_seqlens_q);
+  p.heads = a.q.size(-2);
+  p.head_dim = a.q.size(-1);
+  p.queries = packed ? 0 : a.q.size(1);
+  p.tokens = packed ? a.q.size(0) : p.batch * p.queries;
+  p.topk = a.topk;
+  p.block_k = std::clamp<int64_t>(p.k.rows, 1, a.block_k);
+  p.causal = a.causal;
+  p.relu = a.activation == "relu";
+  p.dtype = to_dtype(a.q.dtype);
+  p.weight_dtype = to_dtype(a.weights.dtype);
+  p.q = rows_of(a.q, packed);
+  p.weights = {a.weights.mutable_data(), packed ? 0 : a.weights.step(0),
+               a.weights.step(packed ? 0 : 1), 0};
+  if (packed) p.cu_seqlens_q = a.cu_seqlens_q.data<int32_t>();
+  if (a.cu_seqlens_k) p.cu_seqlens_k = a.cu_seqlens_k.data<int32_t>();
+  p.num_sink = std::min(a.num_sink, kFar);
+  p.num_recent = std::min(a.num_recent, kFar);
+  if (!a.q.is_cuda) check_values(a, p);
+  return p;
+}
+
+std::tuple<Array, Array, Array> indexer_topk_select(const IndexerTopkSelectArgs& a) {
+  IndexerParams p = make_params(a);
+  const std::vector<int64_t> rows(a.q.sizes.begin(), a.q.sizes.end() - 2);
+  std::vector<int64_t> lists = rows;
+  lists.push_back(p.topk);
+  Array indices = empty(lists, a.q, ScalarType::Int);
+  Array counts = empty(rows, a.q, ScalarType::Int);
+  Array values = empty(a.return_values ? lists : std::vector<int64_t>{0}, a.q, ScalarType::Float);
+  p.indices = indices.mutable_data<int32_t>();
+  p.counts = counts.mutable_data<int32_t>();
+  p.values = a.return_values ? values.mutable_data<float>() : nullptr;
+  if (p.tokens > 0 && p.k.rows > 0 && p.batch > 0) {
+    run(p, a.q);
+  } else {  // there is nothing to list
+    fill(-1, indices);
+    fill(0, counts);
+    fill(-std::numeric_limits<double>::infinity(), values);
+  }
+  return {indices, counts, values};
+}
+
+const Registration kOperators({&implement<indexer_topk_select>("indexer_topk_select")});
+
+}  // namespace
+}  // namespace tokenmill

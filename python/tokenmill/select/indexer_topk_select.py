@@ -1,0 +1,322 @@
+"""indexer_topk_select: the keys with the largest scores of an indexer, for each query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autocast import Autocast
+from .._check import (
+    MAX_HEAD_DIM,
+    as_int,
+    check,
+    check_bool,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
+    check_device_of_q,
+    check_dtype,
+    check_dtype_of,
+    check_last_contiguous,
+    check_tensor,
+    check_text,
+    fail,
+    show,
+)
+from .._dispatch import call
+from .._flops import band, known
+from .._library import TorchOp, record_of, register
+from ..reference.select import indexer_topk_select as reference
+from ..registry import OpSpec, Sharding, register_op
+from .rules import (
+    batch_of,
+    check_block_table,
+    check_block_table_values,
+    check_length_values,
+    check_per_request,
+    rows_of_request,
+)
+
+OP = "indexer_topk_select"
+MAX_HEADS = 64
+MAX_TOPK = 65536
+Arguments = record_of(OP)
+
+
+def indexer_topk_select(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    *,
+    causal: bool = True,
+    activation: str = "relu",
+    block_k: int = 1,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_values: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    r"""The topk keys that an indexer scores highest, for each query: exact, without the matrix.
+
+    Query i and key j have the score :math:`s_{ij} = \sum_h w_{ih}\, act(q_{ih} \cdot k_j)`, in
+    float32; all heads share one key. Of the n keys of a sequence with Sq queries, query i sees key
+    j if :math:`j \le i + n - Sq` (causal, bottom-right aligned), or all of them. Its list holds the
+    topk largest scores among the keys that it sees, without the first num_sink and the last
+    num_recent of these. Of equal scores the lower position goes first. NaN and -inf are never
+    selected, so a list may have fewer than topk entries, and has where fewer keys are seen.
+
+    Args:
+        q: ``[B, Sq, Hi, D]``, or packed ``[T, Hi, D]`` with cu_seqlens_q; float16, bfloat16 or
+            float32 (float64 on the reference), any strides with a contiguous last dimension; Hi up
+            to 64, D up to 256.
+        k: ``[B, Sk, D]`` in the dtype of q; packed ``[Tk, D]`` with cu_seqlens_k; ``[pages,
+            page_size, D]`` with block_table.
+        weights: ``[B, Sq, Hi]`` (packed ``[T, Hi]``) float32 or in the dtype of q. A scale of the
+            scores is a factor of them.
+        topk: entries of a list, 1 to 65536; more than there are keys is allowed.
+        causal: a query sees no later key.
+        activation: "relu" or "none".
+        block_k: keys of a block. Above 1 lists hold ids of blocks, and topk counts them; the score
+            of a block is the maximum over those of its keys that may be listed, NaN if one is.
+        num_sink: first keys that are left out of the lists, as they are attended to anyway.
+        num_recent: last keys likewise, of those that the query sees (its own included).
+        seqlens_k: int32 ``[B]``, keys of each request in k. None: all.
+        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
+            too, or ``[B, Sk, D]`` or pages. On a GPU, which does not check these values, a token
+            without a sequence gets an empty list.
+        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        block_table: int32 ``[B, P]``, the pages of each request; row t of its keys is row
+            t % page_size of page ``block_table[b, t // page_size]``. Entries beyond the length may
+            be anything. On a GPU, keys whose page is not there are not listed.
+        return_values: also give the scores.
+        backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+
+    Returns:
+        (indices, counts[, values]): ``[B, Sq, topk]`` int32, ascending positions in the sequence
+        with -1 after the last, ``[B, Sq]`` int32, and ``[B, Sq, topk]`` float32 with -inf after the
+        last; packed ``[T, topk]``, ``[T]`` and ``[T, topk]``. Not differentiable.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: 2 Hi D operations for each pair of a query and a key that it sees. Beside the
+    results, memory for O(topk) candidates of each query that is at work on a CPU; on GPUs for
+    O(topk) scores of each query in all, and at least the scores of 64 queries.
+
+    Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), section 2.1: the lightning indexer of DeepSeek
+    Sparse Attention, its index score and top-k selection.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> q, k, weights = torch.ones(1, 4, 2, 8), torch.zeros(1, 4, 8), torch.ones(1, 4, 2)
+        >>> k[0, 1] = 1
+        >>> indices, counts = tm.indexer_topk_select(q, k, weights, 2)
+        >>> indices.tolist(), counts.tolist()
+        ([[[0, -1], [0, 1], [0, 1], [0, 1]]], [[1, 2, 2, 2]])
+        >>> tm.indexer_topk_select(q, k, weights, 1, block_k=2)[0].flatten().tolist()
+        [0, 0, 0, 0]
+    """
+    lowered = lower(
+        q, k, weights, topk, causal=causal, activation=activation, block_k=block_k,
+        num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, block_table=block_table, return_values=return_values,
+    )  # fmt: skip
+    used = 3 if return_values else 2
+    return call(SPEC, lowered, backend, used=used)[:used]
+
+
+def lower(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    *,
+    causal: bool = True,
+    activation: str = "relu",
+    block_k: int = 1,
+    num_sink: int = 0,
+    num_recent: int = 0,
+    seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_values: bool = False,
+) -> tuple[Any, ...]:
+    for name, t in (("q", q), ("k", k), ("weights", weights)):
+        check_tensor(OP, name, t)
+    for name, option in (("seqlens_k", seqlens_k), ("cu_seqlens_q", cu_seqlens_q),
+                         ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table)):  # fmt: skip
+        check_tensor(OP, name, option, optional=True)
+    topk, block_k = as_int(OP, "topk", topk), as_int(OP, "block_k", block_k)
+    num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
+    check_text(OP, "activation", activation)
+    check_bool(OP, "causal", causal)
+    check_bool(OP, "return_values", return_values)
+    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 2:
+        cu_seqlens_k = cu_seqlens_q
+    return (
+        q, k, weights, topk, causal, activation, block_k, num_sink, num_recent, seqlens_k,
+        cu_seqlens_q, cu_seqlens_k, block_table, return_values,
+    )  # fmt: skip
+
+
+def _check(*lowered: Any, float64: bool = False) -> None:
+    a = Arguments(*lowered)
+    known_activation = a.activation in ("relu", "none")
+    check(known_activation, OP, "activation", "must be 'relu' or 'none'", a.activation)
+    _check_rows(a, float64)
+    batch = _check_sequences(a)
+    check(1 <= a.topk <= MAX_TOPK, OP, "topk", f"must be 1 to {MAX_TOPK}", a.topk)
+    check(1 <= a.block_k < 2**31, OP, "block_k", "must be 1 to 2^31 - 1", a.block_k)
+    check(a.num_sink >= 0, OP, "num_sink", "must not be negative", a.num_sink)
+    check(a.num_recent >= 0, OP, "num_recent", "must not be negative", a.num_recent)
+    check_per_request(OP, "seqlens_k", a.seqlens_k, batch, "k", a.k)
+    keys = _keys(a)
+    check(keys < 2**31, OP, "k", "must have less than 2^31 keys of a request", keys)
+
+
+def _check_rows(a: Any, float64: bool) -> None:
+    packed = a.cu_seqlens_q is not None
+    rule = "must have 4 dimensions [B, S, H, D]"
+    if packed:
+        rule = "must have 3 dimensions [T, H, D] (packed)"
+    check(a.q.dim() == (3 if packed else 4), OP, "q", rule, a.q.dim())
+    packed_k = a.cu_seqlens_k is not None
+    rule = "must have 3 dimensions [B, S, D] or [pages, page_size, D]"
+    if packed_k:
+        rule = "must have 2 dimensions [T, D] (packed)"
+    check(a.k.dim() == (2 if packed_k else 3), OP, "k", rule, a.k.dim())
+    check_dtype(OP, "q", a.q, float64=float64)
+    check_dtype_of(OP, "k", a.k, "q", a.q)
+    wanted = a.q.shape[:-1]
+    if a.weights.shape != wanted:
+        fail(OP, "weights", f"must have shape {show(wanted)}", a.weights.shape)
+    if a.weights.dtype not in (torch.float32, a.q.dtype):
+        rule = f"must be float32 or have the dtype of q, {show(a.q.dtype)}"
+        fail(OP, "weights", rule, a.weights.dtype)
+    for name, t in (("k", a.k), ("weights", a.weights)):
+        check_device_of_q(OP, name, t, a.q)
+    for name, t in (("q", a.q), ("k", a.k), ("weights", a.weights)):
+        check_last_contiguous(OP, name, t)
+    heads, dim = a.q.shape[-2:]
+    check(1 <= heads <= MAX_HEADS, OP, "q", f"must have 1 to {MAX_HEADS} heads", heads)
+    rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
+    check(1 <= dim <= MAX_HEAD_DIM, OP, "q", rule, dim)
+    if a.k.shape[-1] != dim:
+        fail(OP, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
+
+
+def _check_sequences(a: Any) -> int:
+    """The number of sequences."""
+    if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
+        fail(OP, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
+    batch: int = a.q.shape[0]
+    if a.cu_seqlens_q is not None:
+        check_cu_seqlens(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q)
+        batch = a.cu_seqlens_q.shape[0] - 1
+    if a.cu_seqlens_k is not None:
+        check_cu_seqlens(OP, "cu_seqlens_k", a.cu_seqlens_k, a.q)
+        if a.cu_seqlens_k.shape[0] != batch + 1:
+            rule = f"must have the length of cu_seqlens_q, {batch + 1}"
+            fail(OP, "cu_seqlens_k", rule, a.cu_seqlens_k.shape[0])
+        for name, t in (("seqlens_k", a.seqlens_k), ("block_table", a.block_table)):
+            if t is not None:
+                fail(OP, name, "must be None with cu_seqlens_k", t.shape)
+        return batch
+    check_block_table(OP, a.block_table, a.k)
+    found = batch_of(a.k, a.block_table)
+    if found != batch:
+        name = "k" if a.block_table is None else "block_table"
+        fail(OP, name, f"must have the batch size of q, {batch}", found)
+    return batch
+
+
+def _keys(a: Any) -> int:
+    """Of a request, at most; of packed sequences all."""
+    if a.cu_seqlens_k is not None:
+        return int(a.k.shape[0])
+    return rows_of_request(a.k, a.block_table)
+
+
+def _check_values(*lowered: Any) -> None:
+    a = Arguments(*lowered)
+    if a.cu_seqlens_q is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
+    if a.cu_seqlens_k is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])
+    check_length_values(OP, "seqlens_k", a.seqlens_k, _keys(a))
+    check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
+
+
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = Arguments(*lowered)
+    rows = a.q.shape[:-2]
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    return (
+        a.q.new_empty((*rows, a.topk), dtype=torch.int32),
+        a.q.new_empty(rows, dtype=torch.int32),
+        a.q.new_empty((*rows, a.topk) if a.return_values else (0,), dtype=wide),
+    )
+
+
+def _flops(*lowered: Any) -> float:
+    """Operations of the product over visible pairs."""
+    a = Arguments(*lowered)
+    starts_q, starts_k, keys = a.cu_seqlens_q, a.cu_seqlens_k, _keys(a)
+    if starts_q is None:
+        queries = [a.q.shape[1]] * a.q.shape[0]
+    else:
+        queries = starts_q.diff().tolist() if known(starts_q) else [a.q.shape[0]]
+    sizes = [keys] * len(queries)
+    if starts_k is not None and known(starts_k) and len(queries) == len(starts_k) - 1:
+        sizes = starts_k.diff().tolist()
+    elif a.seqlens_k is not None and known(a.seqlens_k) and len(queries) == len(a.seqlens_k):
+        sizes = a.seqlens_k.tolist()
+    right = 0 if a.causal else -1
+    pairs = sum(band(sq, sk, -1, right) for sq, sk in zip(queries, sizes, strict=True))
+    return 2.0 * a.q.shape[-2] * a.q.shape[-1] * pairs
+
+
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k", "weights"), cache="k", paged=True),
+        check=_check,
+        fake=_fake,
+        check_values=_check_values,
+        triton="select.indexer_topk_select:indexer_topk_select",
+    )
+)
+SPEC = register_op(
+    OpSpec(
+        name=OP,
+        family="select",
+        function=indexer_topk_select,
+        lower=lower,
+        reference=reference.indexer_topk_select,
+        plain=reference.indexer_topk_select,
+        forward=FORWARD,
+        backward=None,
+        differentiable=(),
+        sharding=Sharding(
+            {
+                "q": "b...",
+                "k": "b..",
+                "k@block_table": "...",
+                "weights": "b..",
+                "seqlens_k": "b",
+                "block_table": "b.",
+            },
+            ("b..", "b.", "b.."),
+            without=("cu_seqlens_q", "cu_seqlens_k"),
+        ),
+        paper="DeepSeek-V3.2-Exp (DeepSeek-AI 2025)",
+        flops=_flops,
+    )
+)

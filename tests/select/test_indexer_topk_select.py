@@ -1,0 +1,278 @@
+"""indexer_topk_select: the definition in loops, lists that do not depend on how work is cut, and
+values that only a synchronisation could refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import backends, cpu_variants, device_of
+from hypothesis import given
+from hypothesis import strategies as st
+from tier import examples
+
+import tokenmill as tm
+from tokenmill.testing import map_tensors
+
+INF, NAN = float("inf"), float("nan")
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def one_list(scores, topk, block_k):
+    """Of the scores of keys by position."""
+    blocks: dict[int, list[float]] = {}
+    for j, x in scores.items():
+        blocks.setdefault(j // block_k, []).append(x)
+    best = {b: NAN if any(x != x for x in row) else max(row) for b, row in blocks.items()}
+    order = sorted((b for b, x in best.items() if x > -INF), key=lambda b: (-best[b], b))
+    return {b: best[b] for b in sorted(order[:topk])}
+
+
+def by_definition(q, k, weights, topk, o):
+    """One sequence: q [Sq, H, D], k [n, D], weights [Sq, H]. A dict of each query."""
+    queries, n = len(q), len(k)
+    lists = []
+    for i in range(queries):
+        end = min(n, i + n - queries + 1 if o["causal"] else n) - o["num_recent"]
+        scores = {}
+        for j in range(o["num_sink"], max(end, 0)):
+            z = (q[i].double() @ k[j].double()).tolist()
+            if o["activation"] == "relu":
+                z = [x if x != x else max(x, 0.0) for x in z]
+            scores[j] = sum(w * x for w, x in zip(weights[i].tolist(), z, strict=True))
+        lists.append(one_list(scores, topk, o["block_k"]))
+    return lists
+
+
+@st.composite
+def calls(draw, longest):
+    """Arguments, options, and the sequences: slices of queries, and keys."""
+    number = st.integers
+    generator = torch.Generator().manual_seed(draw(number(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    heads, dim = draw(st.sampled_from([1, 2, 3, 7, 9])), draw(st.sampled_from([1, 8, 20, 33]))
+    largest = draw(st.sampled_from([1, 4]))  # 1: many ties
+
+    def whole(*shape, low=-largest):
+        return torch.randint(low, largest + 1, shape, generator=generator).to(dtype)
+
+    def spread(t):  # rows with gaps
+        return torch.nn.functional.pad(t, (1, 2))[..., 1 : 1 + t.shape[-1]]
+
+    batch = draw(number(1, 3))
+    lengths = [draw(number(0, longest)) for _ in range(batch)]
+    options = {
+        "causal": draw(st.booleans()),
+        "activation": draw(st.sampled_from(["relu", "none"])),
+        "block_k": draw(st.sampled_from([1, 1, 2, 5, 16, 2**31 - 1])),
+        "num_sink": draw(st.sampled_from([0, 0, 3, 70])),
+        "num_recent": draw(st.sampled_from([0, 0, 2, 70])),
+    }
+    packed_q, keys_in = draw(st.booleans()), draw(st.sampled_from(["rows", "pages", "packed"]))
+    packed_q = packed_q or keys_in == "packed"
+    queries = (
+        [draw(number(0, 9)) for _ in range(batch)] if packed_q else [draw(number(1, 9))] * batch
+    )
+    starts = [sum(queries[:b]) for b in range(batch + 1)]
+    lead = (starts[-1],) if packed_q else (batch, queries[0])
+    q = whole(*lead, heads, dim)
+    weights = whole(*lead, heads, low=-1)
+    if draw(st.booleans()):
+        weights = weights.float()
+    keys = [whole(n, dim) for n in lengths]
+    if draw(number(0, 3)) == 0 and sum(lengths):
+        row = next(x for x in keys if len(x))
+        row[draw(number(0, len(row) - 1)), draw(number(0, dim - 1))] = draw(
+            st.sampled_from([NAN, INF, -INF])
+        )
+    if packed_q:
+        options["cu_seqlens_q"] = ints(*starts)
+    if keys_in == "packed":
+        k = torch.cat(keys)
+        options["cu_seqlens_k"] = ints(*(sum(lengths[:b]) for b in range(batch + 1)))
+    else:
+        size = draw(st.sampled_from([1, 4, 7])) if keys_in == "pages" else max(*lengths, 1)
+        pages = [-(-max(lengths) // size)] * batch if keys_in == "pages" else [1] * batch
+        table = torch.randperm(sum(pages), generator=generator).view(batch, -1).int()
+        k = whole(max(sum(pages), 1), size, dim)
+        for row, own in zip(table, keys, strict=True):
+            for t in range(len(own)):
+                k[row[t // size], t % size] = own[t]
+        options["seqlens_k"] = ints(*lengths)
+        if keys_in == "pages":
+            options["block_table"] = table
+        else:
+            k = k[table[:, 0].long()]
+    if draw(st.booleans()):
+        q, k = spread(q), spread(k)
+    flat = q.flatten(0, -3), weights.flatten(0, -2)
+    sequences = [
+        (*(t[a : a + n] for t in flat), x) for a, n, x in zip(starts, queries, keys, strict=False)
+    ]
+    return (q, k, weights, draw(st.sampled_from([1, 3, 12, 90]))), options, sequences
+
+
+def check(call, backend):
+    args, options, sequences = call
+    topk = args[3]
+    wanted = [row for q, w, k in sequences for row in by_definition(q, k, w, topk, options)]
+    there = map_tensors((args, options), lambda t: t.to(device_of(backend)))
+    found = tm.indexer_topk_select(*there[0], **there[1], return_values=True, backend=backend)
+    indices, counts, values = (t.cpu().flatten(0, args[0].dim() - 3) for t in found)
+    assert counts.tolist() == [len(row) for row in wanted]
+    for row, ids, scores in zip(wanted, indices.tolist(), values.tolist(), strict=True):
+        empty = topk - len(row)
+        assert ids == [*row, *[-1] * empty]
+        assert scores == [*row.values(), *[-INF] * empty]
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
+)
+@examples(60)
+@given(call=calls(longest=150))
+def test_definition_on_every_instruction_set(call, backend, isa):
+    check(call, backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "cpu"])
+@examples(25)
+@given(call=calls(longest=40))
+def test_definition(call, backend):
+    check(call, backend)
+
+
+def row_of_scores(order, n):
+    """One head and a key for each score, in the order of [1, 1, n] keys."""
+    x = {
+        "ascending": torch.arange(n),
+        "descending": n - torch.arange(n),
+        "equal": torch.full((n,), 3),
+        "few": torch.arange(n) * 7919 % 11,
+        "mixed": torch.arange(n) * 7919 % n,
+    }[order]
+    q = torch.ones(1, 1, 1, 2)
+    return q, torch.stack([x // 128 * 128.0, x % 128 * 1.0], 1)[None], torch.ones(1, 1, 1), x
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "few", "mixed"])
+def test_more_candidates_than_are_kept(order, backend, threads):
+    """Whatever the order of the scores, however many parts the keys fall into."""
+    n, topk = 40_001, 300
+    *args, scores = row_of_scores(order, n)
+    best = scores.argsort(stable=True, descending=True)[:topk].sort()[0]
+    for count in (1, 3, 8) if backend == "cpu" else (1,):
+        threads(count)
+        args = [t.to(device_of(backend)) for t in args]
+        indices, counts = tm.indexer_topk_select(*args, topk, backend=backend)
+        assert counts.item() == topk and torch.equal(indices.cpu().flatten(), best.int())
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_queries_in_stripes(backend, monkeypatch):
+    """GPUs score some queries after the others where their rows are long."""
+    queries, n = 70, 8400
+    if backend == "triton":
+        module = pytest.importorskip("tokenmill.triton_kernels.select.indexer_topk_select")
+        monkeypatch.setattr(module, "SPARE_SCORES", 0)
+        monkeypatch.setattr(module, "LEAST_ROWS", 2)
+        queries, n = 5, 150
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-3, 4, (1, queries, 1, 8), generator=generator).half()
+    k = torch.randint(-3, 4, (1, n, 8), generator=generator).half()
+    weights = torch.ones(1, queries, 1)
+    for block_k in (1, 3):
+        want = tm.indexer_topk_select(q, k, weights, 5, block_k=block_k, backend="reference")
+        args = [t.to(device_of(backend)) for t in (q, k, weights)]
+        found = tm.indexer_topk_select(*args, 5, block_k=block_k, backend=backend)
+        for a, b in zip(want, found, strict=True):
+            assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_random_numbers(dtype, backend):
+    """Values keep their budget, and nothing outside a list is clearly larger than what is in it."""
+    generator = torch.Generator().manual_seed(1)
+    heads, n, topk = 8, 200 if backend == "triton" else 1500, 50
+    q = torch.randn(1, 3, heads, 64, generator=generator).to(dtype)
+    k = torch.randn(1, n, 64, generator=generator).to(dtype)
+    weights = torch.randn(1, 3, heads, generator=generator)
+    args = [t.to(device_of(backend)) for t in (q, k, weights)]
+    found = tm.indexer_topk_select(*args, topk, return_values=True, causal=False, backend=backend)
+    indices, counts, values = (t.cpu() for t in found)
+    z = torch.einsum("bihd,bjd->bihj", q.double(), k.double()).relu()
+    scores = (weights.double()[..., None] * z).sum(2)
+    assert (counts == topk).all()
+    tolerance = 1e-5 * scores.abs().max()
+    assert (scores.gather(2, indices.long()) - values).abs().max() < tolerance
+    rest = scores.scatter(2, indices.long(), -INF)
+    assert (rest.amax(2) - values.amin(2)).max() < 2 * tolerance
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_it_is_the_scores_of_a_cache_and_a_selection(backend):
+    """With one head, kv_block_scores and topk_select give the same blocks."""
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randint(-3, 4, (2, 1, 1, 16), generator=generator).float()
+    k = torch.randint(-3, 4, (2, 90, 16), generator=generator).float()
+    q, k, lengths = (t.to(device_of(backend)) for t in (q, k, ints(77, 31)))
+    ends = {"num_sink": 5, "num_recent": 9, "seqlens_k": lengths, "block_k": 4}
+    scores = tm.kv_block_scores(
+        q, k[:, :, None], scoring="max_block", scale=1.0, **ends, backend=backend
+    )
+    want = tm.topk_select(scores.view(2, -1), 6, return_values=True, backend=backend)
+    found = tm.indexer_topk_select(
+        q, k, torch.ones_like(q[..., 0]), 6, activation="none", **ends, return_values=True,
+        backend=backend,
+    )  # fmt: skip
+    for a, b in zip(want, found, strict=True):
+        assert torch.equal(a, b.view_as(a))
+
+
+GPU = [b for b in backends() if b != "cpu"]
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_lengths_and_pages_out_of_range_are_clamped(backend):
+    q, k, weights = torch.ones(4, 2, 1, 8), torch.ones(3, 4, 8), torch.ones(4, 2, 1)
+    table = ints(0, 1, -1, 2, 3, 2**31 - 1, -(2**31), 2).view(4, 2)
+    lengths = ints(-5, 2**31 - 1, 8, 6)
+    args = [t.to(device_of(backend)) for t in (q, k, weights)]
+    there = {"block_table": table.to(args[0].device), "seqlens_k": lengths.to(args[0].device)}
+    indices, counts = tm.indexer_topk_select(*args, 9, **there, causal=False, backend=backend)
+    seen = [[], [4, 5, 6, 7], [], [4, 5]]
+    for row, ids in zip(seen, indices.tolist(), strict=True):
+        assert ids == [[*row, *[-1] * (9 - len(row))]] * 2
+    assert counts.tolist() == [[len(row)] * 2 for row in seen]
+
+
+HOSTILE = [
+    (3, 20, 20, 33), (0, 39, 0, 40), (9, 4, 30, 0), (0, 40, 0, 40), (-(2**31), 2**31 - 1, 0, 5),
+    (2**31 - 1, -(2**31), 7, 7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", GPU)
+@pytest.mark.parametrize("ends", HOSTILE)
+def test_every_list_is_written_whatever_the_ends(ends, backend):
+    q, k, weights = torch.ones(40, 1, 8), torch.ones(40, 8), torch.ones(40, 1)
+    args = [t.to(device_of(backend)) for t in (q, k, weights)]
+    at = ints(*ends).to(args[0].device)
+    indices, counts = tm.indexer_topk_select(
+        *args, 4, cu_seqlens_q=at, cu_seqlens_k=at, backend=backend
+    )
+    valid = torch.arange(4) < counts.cpu()[:, None]
+    assert ((indices.cpu() >= 0) == valid).all() and (indices.cpu() < 40).all()
+    if list(ends) == sorted(ends) and ends[0] >= 0 and ends[-1] <= 40:
+        assert not counts[: ends[0]].any() and not counts[ends[-1] :].any()
+        assert (counts[ends[0] : ends[-1]] > 0).all()
+
+
+def test_inputs_may_require_a_gradient():
+    q, k = torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(1, 9, 8, requires_grad=True)
+    values = tm.indexer_topk_select(q, k, torch.ones(1, 3, 2), 2, return_values=True)[2]
+    assert not values.requires_grad

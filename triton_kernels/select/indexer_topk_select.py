@@ -1,0 +1,175 @@
+"""indexer_topk_select: scores of a stripe of queries, from which topk_select takes the lists. A
+program has all heads of one query and a tile of keys; queries that share the tile follow each
+other."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import INF, Rows, dot, launch, lower_bound
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
+from .topk_select import topk_select
+
+TILE_KEYS = 128
+PIECE_BYTES = 128  # of a row
+SPARE_SCORES = 8192  # of a query in memory, beside topk
+LEAST_ROWS = 64  # of a stripe
+FAR = 2**31 - 1
+SIZES = ["first", "rows", "tokens", "queries", "batch", "halvings", "num_sink", "num_recent", "ld"]
+
+
+@triton.jit
+def packed_span(ends, i_b, rows):
+    """Start and length of a sequence. Ends outside the rows are cut."""
+    start = tl.minimum(tl.maximum(tl.load(ends + i_b), 0), rows).to(tl.int64)
+    end = tl.minimum(tl.maximum(tl.load(ends + i_b + 1), 0), rows).to(tl.int64)
+    return start, tl.maximum(end - start, 0)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *KEY_SIZES])
+def score_kernel(
+    q,
+    k,
+    weights,
+    table,
+    key_count,
+    table_stride,
+    page_size,
+    pages,
+    lengths,
+    ends_q,
+    ends_k,
+    out,
+    first,
+    rows,
+    tokens,
+    queries,
+    batch,
+    halvings,
+    num_sink,
+    num_recent,
+    ld,
+    CAUSAL: tl.constexpr,
+    RELU: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Writes -inf where a query does not see a key, and for keys whose page is not there."""
+    keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
+    i = tl.program_id(0)
+    i_row = (i % rows).to(tl.int64)
+    i_n = (i // rows).to(tl.int64)
+    i_t = first + i_row
+    m_token = i_t >= 0
+    i_b = i_t // queries
+    i_i = i_t % queries
+    count = tl.zeros([], tl.int64) + queries
+    if ends_q is not None:
+        i_b = lower_bound(ends_q, i_t * 0, i_t * 0 + batch + 1, i_t + 1, halvings) - 1
+        m_token = (i_b >= 0) & (i_b < batch)
+        i_b = tl.minimum(tl.maximum(i_b, 0), batch - 1)
+        start, count = packed_span(ends_q, i_b, tokens)
+        i_i = i_t - start
+        m_token = m_token & (i_i >= 0) & (i_i < count)
+        o_query = i_t
+    else:
+        o_query = i_i
+    key_start = tl.zeros([], tl.int64)
+    if ends_k is not None:
+        key_start, length = packed_span(ends_k, i_b, key_count)
+    else:
+        length = length_of(lengths, i_b, key_count)
+    end = length - num_recent
+    if CAUSAL:
+        end += i_i - count + 1
+    end = tl.where(m_token, end, 0)
+
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = (o_n >= num_sink) & (o_n < end)
+    b_s = tl.zeros([BLOCK_N], tl.float32)
+    if (i_n * BLOCK_N < end) & ((i_n + 1) * BLOCK_N > num_sink):
+        o_h = tl.arange(0, BLOCK_H)
+        m_h = o_h < HEADS
+        p_q = q.data + i_b * q.batch + o_query * q.seq + o_h.to(tl.int64) * q.head
+        b_z = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+        m_there = m_n
+        for piece in range((DIM + BLOCK_D - 1) // BLOCK_D):
+            o_d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
+            m_d = o_d < DIM
+            b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
+            b_k, m_there = load_keys(keys, i_b, 0, key_start + o_n, m_n, o_d, m_d)
+            b_z += dot(b_q, tl.trans(b_k))
+        if RELU:
+            b_z = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        p_w = weights.data + i_b * weights.batch + o_query * weights.seq + o_h
+        b_w = tl.load(p_w, mask=m_h, other=0.0).to(tl.float32)
+        b_s = tl.sum(tl.where(m_h[:, None], b_w[:, None] * b_z, 0.0), 0)
+        m_n = m_there
+    tl.store(out + i_row * ld + o_n, tl.where(m_n, b_s, -INF), mask=o_n < ld)
+
+
+def indexer_topk_select(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    topk: int,
+    causal: bool,
+    activation: str,
+    block_k: int,
+    num_sink: int,
+    num_recent: int,
+    seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    return_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = q.shape[:-2]
+    tokens, (heads, dim) = shape.numel(), q.shape[-2:]
+    batch = shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    indices = q.new_full((*shape, topk), -1, dtype=torch.int32)
+    counts = q.new_zeros(shape, dtype=torch.int32)
+    wide = (*shape, topk) if return_values else (0,)
+    values = q.new_full(wide, -torch.inf, dtype=torch.float32)
+    k_batch = k.stride(0)
+    if cu_seqlens_k is not None:
+        k, k_batch = k[None], 0
+    sizes = key_sizes(k, block_table)
+    if tokens == 0 or sizes[0] == 0 or batch == 0:
+        return indices, counts, values
+    block_k = min(block_k, sizes[0])
+    blocks = triton.cdiv(sizes[0], block_k)
+    ld = blocks * block_k
+    stripe = min(tokens, max(tokens * (topk + SPARE_SCORES) // ld, LEAST_ROWS))
+    block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
+    scores = q.new_empty((stripe, ld), dtype=torch.float32)
+    packed = cu_seqlens_q is not None
+    query_rows = Rows(q, 0 if packed else q.stride(0), q.stride(-3), q.stride(-2))
+    weight_rows = Rows(weights, 0 if packed else weights.stride(0), weights.stride(-2), 1)
+    lists = (indices.view(-1, topk), counts.view(-1), values.view(-1, topk))
+    for first in range(0, tokens, stripe):
+        rows = min(stripe, tokens - first)
+        launch(
+            score_kernel, rows * triton.cdiv(ld, TILE_KEYS), q, query_rows,
+            Rows(k, k_batch, k.stride(1), 0), weight_rows, block_table, *sizes, seqlens_k,
+            cu_seqlens_q, cu_seqlens_k, scores, first, rows, tokens, max(q.shape[1], 1), batch,
+            (batch + 1).bit_length(), min(num_sink, FAR), min(num_recent, FAR), ld, CAUSAL=causal,
+            RELU=activation == "relu", HEADS=heads, DIM=dim,
+            BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=TILE_KEYS, BLOCK_D=block_d,
+            num_warps=4,
+        )  # fmt: skip
+        best = scores[:rows]
+        if block_k > 1:
+            best = best.unflatten(1, (blocks, block_k)).amax(2)
+        found = topk_select(
+            best, topk, None, None, "low", "index", 0, 0, None, 1, None, return_values
+        )
+        for to, part in zip(lists, found[: 2 + return_values], strict=False):
+            to[first : first + rows] = part
+    return indices, counts, values
