@@ -134,6 +134,7 @@ def test_more_than_there_is_means_all(backend):
         ),
         (tm.kv_block_scores, (q, k), ends),
         (tm.hip_block_select, (q, k), {"budget": 4, "block_q": 4, **ends}),
+        (tm.indexer_topk_select, (q, k[:, :, 0], q.sum(-1), 4), ends),
     ]
     for function, args, options in calls:
         args, options = map_tensors((args, options), lambda t: t.to(device_of(backend)))

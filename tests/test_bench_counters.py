@@ -149,6 +149,7 @@ def test_a_row_says_what_the_kernel_did(capsys, tmp_path):
 ROWS = {
     "attention_decode": ("^bfloat16, keys 2000, 300, stream_k", {"traffic_over_least": 1.1}),
     "kv_block_scores": ("^maxima of 64 of 8192 tokens", {"traffic_over_least": 1.05}),
+    "indexer_topk_select": ("^a step over 131072 keys", {"traffic_over_least": 1.12}),
     "additive_attention": ("^forward 768", {"traffic_over_least": 1.5, "instructions": 700}),
     "landmark_attention": (
         "^forward .* blocks of 64, float16$",
@@ -188,14 +189,14 @@ ROWS = {
 # Sums over few lanes, and histograms, meet in banks.
 WAVES = {
     "bilevel_routing_attention": 1.02, "cluster_tokens": 1.1, "gather_fuse": 3.3,
-    "hip_block_select": 1.1, "linear_attention_decode": 1.6, "reconstruct_tokens": 1.1,
-    "topk_partition": 1.7, "topk_select": 1.5,
+    "hip_block_select": 1.1, "indexer_topk_select": 1.02, "linear_attention_decode": 1.6,
+    "reconstruct_tokens": 1.1, "topk_partition": 1.7, "topk_select": 1.5,
 }  # fmt: skip
 # Whose products tensor cores compute.
 PRODUCTS = {
     "attention_column_scores", "attention_decode", "best_match", "bilevel_routing_attention",
-    "block_sparse_attention", "hip_block_select", "kv_block_scores", "landmark_attention",
-    "linear_attention", "sparse_decode_attention",
+    "block_sparse_attention", "hip_block_select", "indexer_topk_select", "kv_block_scores",
+    "landmark_attention", "linear_attention", "sparse_decode_attention",
 }  # fmt: skip
 
 

@@ -27,6 +27,13 @@ TOO_LARGE = {
         ),
         "must have at most 2^31 - 256 queries of a block for a key head on CUDA; got 2147483584",
     ),
+    "indexer_topk_select k": (
+        lambda few, many, ints: (
+            (few(1), many(2**31 - 1)[..., 0], few(1)[..., 0], 4),
+            {"block_k": 2**31 - 1},
+        ),
+        "must have at most 2^31 - 256 keys of a request on CUDA; got 2147483647",
+    ),
     "attention k": (
         lambda few, many, ints: ((few(1), many(2**29 + 1), many(2**29 + 1)), {}),
         "must have at most 2^29 tokens on CUDA; got 536870913",

@@ -88,6 +88,10 @@ CALLS = {
     ),
     "block_pool_keys_update": pooled_later,
     "kv_cache_compact": compacted,
+    "indexer_topk_select": lambda k, v, table, lengths, backend: tm.indexer_topk_select(
+        queries(k), k[:, :, 0], queries(k).sum(-1), 3, seqlens_k=lengths, block_table=table,
+        return_values=True, backend=backend,
+    ),
     "topk_select": topk_positions,
 }  # fmt: skip
 

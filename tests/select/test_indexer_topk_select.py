@@ -233,6 +233,21 @@ def test_it_is_the_scores_of_a_cache_and_a_selection(backend):
         assert torch.equal(a, b.view_as(a))
 
 
+def test_lists_are_those_of_block_sparse_attention():
+    """Attention to listed keys is attention with a mask of them (DeepSeek-V3.2-Exp, 2.1)."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 40, 2, 16, generator=generator) for _ in range(3))
+    q_index, k_index = torch.randn(1, 40, 4, 8, generator=generator), k[:, :, 0, :8]
+    indices, counts = tm.indexer_topk_select(q_index, k_index, torch.ones(1, 40, 4), 8)
+    out = tm.block_sparse_attention(
+        q, k, v, indices[:, None], counts[:, None], block_q=1, block_k=1, causal=True
+    )
+    listed = torch.zeros(1, 40, 41, dtype=torch.bool)
+    listed.scatter_(2, torch.where(indices < 0, 40, indices).long(), True)
+    want = tm.attention(q, k, v, bias=listed[:, None, :, :40])
+    torch.testing.assert_close(out, want)
+
+
 GPU = [b for b in backends() if b != "cpu"]
 
 

@@ -77,6 +77,32 @@ __attribute__((noinline)) void add_heads(float* scores, const float* weights, in
   }
 }
 
+// pack_transposed of bfloat16 as floats: pairs of elements are transposed as words, which takes
+// half of the shuffles, and then cut.
+template <class Source>
+inline void pack_pairs(const Source from, int64_t rows, int64_t length, float* dst) {
+  using Bits = uint32_t __attribute__((vector_size(sizeof(vf))));
+  const PairWords pairs;
+  const int64_t words = ceil_div(length, 2);
+  for (int64_t c = 0; c < kPanel; c += kWidth)
+    for (int64_t w = 0; w < words; w += kWidth) {
+      vf block[kWidth];
+      TM_UNROLL(16)
+      for (int i = 0; i < kWidth; ++i)
+        block[i] = c + i < rows ? pairs(from.template at<uint16_t>(c + i), 2 * w, length) : zero();
+      transpose(block);
+      float* const to = dst + 2 * w * kPanel + c;
+      const int64_t there = std::min<int64_t>(length - 2 * w, 2 * kWidth);
+      TM_UNROLL(16)
+      for (int i = 0; i < kWidth; ++i) {
+        const Bits bits = std::bit_cast<Bits>(block[i]);
+        if (2 * i < there) store(to + 2 * i * kPanel, std::bit_cast<vf>(bits << 16));
+        if (2 * i + 1 < there)
+          store(to + (2 * i + 1) * kPanel, std::bit_cast<vf>(bits & 0xffff0000u));
+      }
+    }
+}
+
 // What may be on the list of a query: scores, none of which is NaN, and ids, which ascend.
 struct Candidates {
   float* scores;
@@ -237,19 +263,25 @@ class Indexer {
     }
   }
 
+  // A panel, transposed.
   void pack_keys(int64_t row, int64_t n) {
     const auto at = [&](const KeyRun& run, int64_t t) {
       return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * element_size;
     };
     const int64_t first = sequence.k_start + row;
     KeyRun run = key_run(p.k, b, first);
-    if (run.end >= first + n)
-      return pack_transposed<Op>(at(run, 0), p.dtype, p.k.seq, n, p.head_dim, 1, keys);
+    if (run.end >= first + n) return pack_rows_of(EvenRows{at(run, 0), p.k.seq}, n);
     for (int64_t i = 0, begin = 0; i < n; ++i) {
       if (first + i == run.end) run = key_run(p.k, b, first + (begin = i));
       offsets[i] = at(run, i - begin);
     }
-    pack_transposed<Op>(ScatteredRows{offsets}, p.dtype, n, p.head_dim, 1, keys);
+    pack_rows_of(ScatteredRows{offsets}, n);
+  }
+  template <class Source>
+  void pack_rows_of(const Source from, int64_t n) {
+    if constexpr (Op::kPair == 1)
+      if (p.dtype == DType::bfloat16) return pack_pairs(from, n, p.head_dim, keys);
+    pack_transposed<Op>(from, p.dtype, n, p.head_dim, 1, keys);
   }
 
   // What is asked for while panels are multiplied: rows of the next panel, as far as they lie
