@@ -13,7 +13,7 @@ from ..common import INF, Rows, dot, launch, lower_bound
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 from .topk_select import topk_select
 
-TILE_KEYS = 128
+TILE_BYTES = 256  # of a column of keys: with more, float32 kernels spill
 PIECE_BYTES = 128  # of a row
 SPARE_SCORES = 8192  # of a query in memory, beside topk
 LEAST_ROWS = 64  # of a stripe
@@ -148,6 +148,7 @@ def indexer_topk_select(
     ld = blocks * block_k
     stripe = min(tokens, max(tokens * (topk + SPARE_SCORES) // ld, LEAST_ROWS))
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
+    tile_keys = TILE_BYTES // q.element_size()
     scores = q.new_empty((stripe, ld), dtype=torch.float32)
     packed = cu_seqlens_q is not None
     query_rows = Rows(q, 0 if packed else q.stride(0), q.stride(-3), q.stride(-2))
@@ -156,12 +157,12 @@ def indexer_topk_select(
     for first in range(0, tokens, stripe):
         rows = min(stripe, tokens - first)
         launch(
-            score_kernel, rows * triton.cdiv(ld, TILE_KEYS), q, query_rows,
+            score_kernel, rows * triton.cdiv(ld, tile_keys), q, query_rows,
             Rows(k, k_batch, k.stride(1), 0), weight_rows, block_table, *sizes, seqlens_k,
             cu_seqlens_q, cu_seqlens_k, scores, first, rows, tokens, max(q.shape[1], 1), batch,
             (batch + 1).bit_length(), min(num_sink, FAR), min(num_recent, FAR), ld, CAUSAL=causal,
             RELU=activation == "relu", HEADS=heads, DIM=dim,
-            BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=TILE_KEYS, BLOCK_D=block_d,
+            BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=tile_keys, BLOCK_D=block_d,
             num_warps=4,
         )  # fmt: skip
         best = scores[:rows]
