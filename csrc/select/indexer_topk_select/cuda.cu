@@ -68,7 +68,7 @@ template <typename T>
 const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t stream) {
   const int64_t sms = multiprocessors();
   // Queries that share no keys take more keys instead, so that fewer blocks load a query.
-  const bool apart = p.tokens <= 2 * p.batch;
+  const bool apart = p.cu_seqlens_q ? p.tokens <= p.batch : p.queries == 1;
   const auto set_shape = [&](int round_keys, int64_t blocks) {
     const int64_t groups = ceil_div(p.k.rows, round_keys), all = plan.rows * groups;
     plan.rounds = apart ? static_cast<int>(std::min(ceil_div(all, blocks), groups)) : 1;

@@ -123,7 +123,7 @@ struct KeyTile {
     for (int u = 0; u < kUnits; ++u)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t key = first + kUnitKeys * u + 8 * half + g;
+        const int64_t key = int64_t{first} + (kUnitKeys * u + 8 * half + g);
         rows[u][half] = nullptr;
         if (key >= token.keys) continue;
         const KeyRun run = key_run(p.k, token.b, token.k_start + key);
