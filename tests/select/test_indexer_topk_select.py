@@ -193,6 +193,22 @@ def test_queries_in_stripes(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", backends())
+def test_a_long_sequence_among_short_ones(backend):
+    """CUDA blocks are as many as sequences of the mean length need, and take the rest in turn."""
+    generator = torch.Generator().manual_seed(4)
+    ends_q, ends_k = ints(0, 1, 4, 6, 7), ints(0, 3, 700, 705, 710)
+    q = torch.randint(-3, 4, (7, 2, 8), generator=generator).half()
+    k = torch.randint(-3, 4, (710, 8), generator=generator).half()
+    weights = torch.ones(7, 2)
+    ends = {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k}
+    want = tm.indexer_topk_select(q, k, weights, 30, **ends, backend="reference")
+    args, ends = map_tensors(((q, k, weights), ends), lambda t: t.to(device_of(backend)))
+    found = tm.indexer_topk_select(*args, 30, **ends, backend=backend)
+    for a, b in zip(want, found, strict=True):
+        assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_of_random_numbers(dtype, backend):
     """Values keep their budget, and nothing outside a list is clearly larger than what is in it."""

@@ -17,6 +17,7 @@ TILE_BYTES = 256  # of a column of keys: with more, float32 kernels spill
 PIECE_BYTES = 128  # of a row
 SPARE_SCORES = 8192  # of a query in memory, beside topk
 LEAST_ROWS = 64  # of a stripe
+MOST_SCORES = 2**26  # of a stripe: 256 MB
 FAR = 2**31 - 1
 SIZES = ["first", "rows", "tokens", "queries", "batch", "halvings", "num_sink", "num_recent", "ld"]
 
@@ -43,6 +44,7 @@ def score_kernel(
     ends_q,
     ends_k,
     out,
+    out_lengths,
     first,
     rows,
     tokens,
@@ -60,7 +62,8 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Writes -inf where a query does not see a key, and for keys whose page is not there."""
+    """Writes how many keys of a row count, and of these -inf for what the list is to leave out:
+    sink keys, and keys whose page is not there."""
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     i = tl.program_id(0)
     i_row = (i % rows).to(tl.int64)
@@ -88,7 +91,9 @@ def score_kernel(
     end = length - num_recent
     if CAUSAL:
         end += i_i - count + 1
-    end = tl.where(m_token, end, 0)
+    end = tl.where(m_token & (end > num_sink), end, 0)
+    if i_n == 0:
+        tl.store(out_lengths + i_row, end.to(tl.int32))
 
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = (o_n >= num_sink) & (o_n < end)
@@ -111,7 +116,7 @@ def score_kernel(
         b_w = tl.load(p_w, mask=m_h, other=0.0).to(tl.float32)
         b_s = tl.sum(tl.where(m_h[:, None], b_w[:, None] * b_z, 0.0), 0)
         m_n = m_there
-    tl.store(out + i_row * ld + o_n, tl.where(m_n, b_s, -INF), mask=o_n < ld)
+    tl.store(out + i_row * ld + o_n, tl.where(m_n, b_s, -INF), mask=o_n < end)
 
 
 def indexer_topk_select(
@@ -146,10 +151,12 @@ def indexer_topk_select(
     block_k = min(block_k, sizes[0])
     blocks = triton.cdiv(sizes[0], block_k)
     ld = blocks * block_k
-    stripe = min(tokens, max(tokens * (topk + SPARE_SCORES) // ld, LEAST_ROWS))
+    stripe = min(tokens * (topk + SPARE_SCORES), MOST_SCORES) // ld
+    stripe = min(tokens, max(stripe, LEAST_ROWS))
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
     tile_keys = TILE_BYTES // q.element_size()
     scores = q.new_empty((stripe, ld), dtype=torch.float32)
+    lengths = q.new_empty((stripe,), dtype=torch.int32)
     packed = cu_seqlens_q is not None
     query_rows = Rows(q, 0 if packed else q.stride(0), q.stride(-3), q.stride(-2))
     weight_rows = Rows(weights, 0 if packed else weights.stride(0), weights.stride(-2), 1)
@@ -159,17 +166,19 @@ def indexer_topk_select(
         launch(
             score_kernel, rows * triton.cdiv(ld, tile_keys), q, query_rows,
             Rows(k, k_batch, k.stride(1), 0), weight_rows, block_table, *sizes, seqlens_k,
-            cu_seqlens_q, cu_seqlens_k, scores, first, rows, tokens, max(q.shape[1], 1), batch,
-            (batch + 1).bit_length(), min(num_sink, FAR), min(num_recent, FAR), ld, CAUSAL=causal,
-            RELU=activation == "relu", HEADS=heads, DIM=dim,
+            cu_seqlens_q, cu_seqlens_k, scores, lengths, first, rows, tokens, max(q.shape[1], 1),
+            batch, (batch + 1).bit_length(), min(num_sink, FAR), min(num_recent, FAR), ld,
+            CAUSAL=causal, RELU=activation == "relu", HEADS=heads, DIM=dim,
             BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=tile_keys, BLOCK_D=block_d,
             num_warps=4,
         )  # fmt: skip
-        best = scores[:rows]
+        best, ends = scores[:rows], lengths[:rows]
         if block_k > 1:
-            best = best.unflatten(1, (blocks, block_k)).amax(2)
+            beyond = torch.arange(ld, device=q.device) >= ends[:, None]
+            best = best.masked_fill_(beyond, -torch.inf).unflatten(1, (blocks, block_k)).amax(2)
+            ends = ((ends.long() + (block_k - 1)) // block_k).int()
         found = topk_select(
-            best, topk, None, None, "low", "index", 0, 0, None, 1, None, return_values
+            best, topk, ends, None, "low", "index", 0, 0, None, 1, None, return_values
         )
         for to, part in zip(lists, found[: 2 + return_values], strict=False):
             to[first : first + rows] = part

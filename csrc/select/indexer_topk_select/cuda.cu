@@ -12,14 +12,16 @@ namespace {
 constexpr int kMaxShared = 96 * 1024;                    // of a block on every device
 constexpr int64_t kMaxKeys = 0x7fffff00;                 // of a request
 constexpr int64_t kSpareScores = 8192;                   // of a query, beside topk
+constexpr int64_t kMostScores = 1 << 26;                 // of a stripe: 256 MB
 constexpr int64_t kLeastRows = 64, kMostRows = 1 << 20;  // of a stripe
+constexpr int64_t kBlocksInTurn = 8;  // of a multiprocessor: causal queries have unequal work
 
 int64_t row_scores(const IndexerParams& p) { return round_up(p.k.rows, 4); }
 
 // Rows of a stripe: all of its scores are in memory at once, which is O(topk) for each query.
 int64_t stripe_rows(const IndexerParams& p) {
-  const int64_t rows = p.tokens * (p.topk + kSpareScores) / row_scores(p);
-  return std::min(p.tokens, std::clamp(rows, kLeastRows, kMostRows));
+  const int64_t scores = std::min(p.tokens * (p.topk + kSpareScores), kMostScores);
+  return std::min(p.tokens, std::clamp(scores / row_scores(p), kLeastRows, kMostRows));
 }
 
 TopkParams topk_params(const IndexerParams& p, const ScorePlan& plan) {
@@ -70,12 +72,18 @@ const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t s
   // Queries that share no keys take more keys instead, so that fewer blocks load a query.
   const bool apart = p.cu_seqlens_q ? p.tokens <= p.batch : p.queries == 1;
   const auto set_shape = [&](int round_keys, int64_t blocks) {
-    const int64_t groups = ceil_div(p.k.rows, round_keys), all = plan.rows * groups;
-    plan.rounds = apart ? static_cast<int>(std::min(ceil_div(all, blocks), groups)) : 1;
+    // Of a sequence; if one has more, its blocks take them in turn.
+    const int64_t keys = p.cu_seqlens_k ? ceil_div(p.k.rows, p.batch) : p.k.rows;
+    const int64_t groups = ceil_div(keys, round_keys), all = plan.rows * groups;
+    plan.rounds = 1;
     plan.tile_tokens = 1;
-    if (!apart)
+    if (apart)
+      plan.rounds = static_cast<int>(std::min(ceil_div(all, blocks), groups));
+    else
       plan.tile_tokens = static_cast<int>(std::clamp<int64_t>(all / blocks, 1, kTileTokens));
-    plan.key_groups = static_cast<int>(ceil_div(groups, plan.rounds));
+    const int64_t tiles = ceil_div(plan.rows, plan.tile_tokens);
+    plan.key_groups = static_cast<int>(
+        std::min(ceil_div(groups, plan.rounds), ceil_div(kBlocksInTurn * blocks, tiles)));
     return all >= blocks;
   };
   const bool held = plan.slices <= kSliceBatch;

@@ -265,20 +265,19 @@ __device__ __forceinline__ void store_scores(const IndexerParams& p, const Score
   if (c < 2 * kUnits && key < token.end) scores[key] = key < token.begin ? -infinity() : own;
 }
 
-// A block has up to tile_tokens queries and `rounds` times 16 kUnits keys for each warp. kHeld: the
-// slices of a row of keys fit the registers, and with one round stay there for all queries of a
-// sequence.
+// A block has up to tile_tokens queries, and of their keys every key_groups-th group of `rounds`
+// times 16 kUnits for each warp. kHeld: the slices of a row of keys fit the registers, and with one
+// round stay there for all queries of a sequence.
 template <typename T, int kUnits, bool kHeld>
 __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
     indexer_kernel(const __grid_constant__ IndexerParams p,
                    const __grid_constant__ ScorePlan plan) {
   extern __shared__ uint4 shared[];
   __shared__ IndexerToken tokens[kTileTokens];
-  const int group = static_cast<int>(blockIdx.x) % plan.key_groups;
+  const int first_group = static_cast<int>(blockIdx.x) % plan.key_groups;
   const int row = static_cast<int>(blockIdx.x) / plan.key_groups * plan.tile_tokens;
   const int count = min(plan.tile_tokens, plan.rows - row);
   const int round_keys = static_cast<int>(blockDim.x) / kWarpSize * kUnitKeys * kUnits;
-  const int block_key = group * plan.rounds * round_keys;
   const int stage_bytes = plan.stage_bytes();
   const auto queries_of = [&](int stage) { return shared_address(shared) + stage * stage_bytes; };
   const auto weights_of = [&](int stage) {
@@ -289,63 +288,69 @@ __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
   if (threadIdx.x < count) {
     const int i = threadIdx.x;
     tokens[i] = find_token(p, plan.first + row + i);
-    if (group == 0)
+    if (first_group == 0)
       plan.lengths[row + i] = static_cast<int32_t>(ceil_div(tokens[i].end, p.block_k));
   }
   __syncthreads();
-  // The next query that sees a key of the block.
-  const auto next = [&](int i) {
-    while (i < count && tokens[i].end <= block_key) ++i;
-    return i;
-  };
 
-  KeyTile<T, kUnits> keys;
-  int stage = 0, held = -1;  // the sequence whose keys are there
-  int i = next(0);
-  if (i < count) load_query<T>(p, plan, tokens[i], queries_of(0), weights_of(0));
-  cp_async_commit();
 #pragma unroll 1
-  while (i < count) {
-    const int following = next(i + 1);
-    if (plan.stages > 1 && following < count)
-      load_query<T>(p, plan, tokens[following], queries_of(stage ^ 1), weights_of(stage ^ 1));
+  for (int64_t group = first_group;; group += plan.key_groups) {
+    const int64_t group_key = group * plan.rounds * round_keys;
+    // The next query that sees a key of the group.
+    const auto next = [&](int i) {
+      while (i < count && tokens[i].end <= group_key) ++i;
+      return i;
+    };
+    int i = next(0);
+    if (i == count) break;
+    KeyTile<T, kUnits> keys;
+    int stage = 0, held = -1;  // the sequence whose keys are there
+    load_query<T>(p, plan, tokens[i], queries_of(0), weights_of(0));
     cp_async_commit();
-    const IndexerToken token = tokens[i];
-    const uint32_t queries = queries_of(stage);
-    float* const scores = plan.scores + (row + i) * plan.ld;
-    int first = block_key + static_cast<int>(threadIdx.x) / kWarpSize * kUnitKeys * kUnits;
 #pragma unroll 1
-    for (int round = 0; round < plan.rounds; ++round, first += round_keys) {
-      if (token.b != held || round > 0) {
-        keys.find(p, token, first);
-        if (kHeld) keys.load(p, plan, 0);
-        held = plan.rounds > 1 ? -1 : token.b;
-      }
-      if (round == 0) {
-        cp_async_wait<1>();
-        __syncthreads();
-      }
-      if (first >= token.end) break;
-      float products[kUnits][kHeadTiles][4] = {};
-      if constexpr (kHeld) {
-        multiply_slices(products, keys, plan, queries, 0);
-      } else {
-#pragma unroll 1
-        for (int slice = 0; slice < plan.slices; slice += kSliceBatch) {
-          keys.load(p, plan, slice);
-          multiply_slices(products, keys, plan, queries, slice);
-        }
-      }
-      store_scores(p, plan, products, keys, token, queries, weights_of(stage), first, scores);
-    }
-    __syncthreads();
-    if (plan.stages > 1) {
-      stage ^= 1;
-    } else if (following < count) {
-      load_query<T>(p, plan, tokens[following], queries_of(0), weights_of(0));
+    while (i < count) {
+      const int following = next(i + 1);
+      if (plan.stages > 1 && following < count)
+        load_query<T>(p, plan, tokens[following], queries_of(stage ^ 1), weights_of(stage ^ 1));
       cp_async_commit();
+      const IndexerToken token = tokens[i];
+      const uint32_t queries = queries_of(stage);
+      float* const scores = plan.scores + (row + i) * plan.ld;
+      int first = static_cast<int>(group_key) +
+                  static_cast<int>(threadIdx.x) / kWarpSize * kUnitKeys * kUnits;
+#pragma unroll 1
+      for (int round = 0; round < plan.rounds; ++round, first += round_keys) {
+        if (token.b != held || round > 0) {
+          keys.find(p, token, first);
+          if (kHeld) keys.load(p, plan, 0);
+          held = plan.rounds > 1 ? -1 : token.b;
+        }
+        if (round == 0) {
+          cp_async_wait<1>();
+          __syncthreads();
+        }
+        if (first >= token.end) break;
+        float products[kUnits][kHeadTiles][4] = {};
+        if constexpr (kHeld) {
+          multiply_slices(products, keys, plan, queries, 0);
+        } else {
+#pragma unroll 1
+          for (int slice = 0; slice < plan.slices; slice += kSliceBatch) {
+            keys.load(p, plan, slice);
+            multiply_slices(products, keys, plan, queries, slice);
+          }
+        }
+        store_scores(p, plan, products, keys, token, queries, weights_of(stage), first, scores);
+      }
+      __syncthreads();
+      if (plan.stages > 1) {
+        stage ^= 1;
+      } else if (following < count) {
+        load_query<T>(p, plan, tokens[following], queries_of(0), weights_of(0));
+        cp_async_commit();
+      }
+      i = following;
     }
-    i = following;
   }
 }
 

@@ -107,7 +107,7 @@ def indexer_topk_select(
 
     Complexity: 2 Hi D operations for each pair of a query and a key that it sees. Beside the
     results, memory for O(topk) candidates of each query that is at work on a CPU; on GPUs for
-    O(topk) scores of each query in all, and at least the scores of 64 queries.
+    min(topk + 8192 of each query, 2^26) scores in all, but for those of 64 queries at least.
 
     Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), section 2.1: the lightning indexer of DeepSeek
     Sparse Attention, its index score and top-k selection.
