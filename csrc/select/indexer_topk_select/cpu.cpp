@@ -35,14 +35,17 @@ struct IndexerPlan {
     tile_queries = std::min(kItemRows / p.heads, std::max(balanced, few));
     tile_queries = std::clamp<int64_t>(tile_queries, 1, std::min(most, kMaxQueries));
     tiles = 0;
-    for (int64_t b = 0; b < p.batch; ++b)
-      tiles += ceil_div(indexer_sequence(p, b).queries, tile_queries);
+    for (int64_t b = 0; b < p.batch; ++b) tiles += tiles_of(p, b);
     part_keys = p.k.rows;
     if (tiles > 0 && tiles < 2 * threads && threads > 1) {
       const int64_t keys = std::max(ceil_div(p.k.rows * tiles, 4 * threads), kPartKeys);
       part_keys = round_up(keys, p.block_k == 1 ? kPanel : p.block_k);
     }
     parts = ceil_div(p.k.rows, part_keys);
+  }
+
+  int64_t tiles_of(const IndexerParams& p, int64_t b) const {
+    return ceil_div(indexer_sequence(p, b).queries, tile_queries);
   }
 };
 
@@ -198,6 +201,8 @@ class Indexer {
       float* const own = all + 2 * i * plan.room;
       candidates[i] = {own, reinterpret_cast<int32_t*>(own + plan.room), 0, kNegInf};
     }
+    b = p.batch;
+    tiles_before = plan.tiles;
     order = reinterpret_cast<uint32_t*>(memory.take(plan.room));
     sorted = reinterpret_cast<uint32_t*>(memory.take(plan.room));
     // Tiles of the product end up to kTileRows - 1 rows behind the last one.
@@ -242,13 +247,11 @@ class Indexer {
 
   void load_tile(int64_t tile) {
     loaded = tile;
-    for (b = 0;; ++b) {
-      sequence = indexer_sequence(p, b);
-      const int64_t own = ceil_div(sequence.queries, plan.tile_queries);
-      if (tile < own) break;
-      tile -= own;
-    }
-    first_query = tile * plan.tile_queries;
+    // From the sequence of the tile before: the tiles of a worker follow each other.
+    while (tile < tiles_before) tiles_before -= plan.tiles_of(p, --b);
+    for (int64_t own; tile >= tiles_before + (own = plan.tiles_of(p, b)); ++b) tiles_before += own;
+    sequence = indexer_sequence(p, b);
+    first_query = (tile - tiles_before) * plan.tile_queries;
     count = std::min(plan.tile_queries, sequence.queries - first_query);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t query = first_query + i;
@@ -406,7 +409,8 @@ class Indexer {
   Candidates* candidates;
   uint32_t *order, *sorted;
   const char *ahead = nullptr, *ahead_end = nullptr;  // of the next panel
-  int64_t loaded = -1, b = 0, first_query = 0, count = 0;
+  int64_t b, tiles_before;  // a sequence, and the tiles in front of its own
+  int64_t loaded = -1, first_query = 0, count = 0;
   IndexerSequence sequence{};
 };
 
