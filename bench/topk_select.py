@@ -1,4 +1,4 @@
-"""Cases of topk_select: what attention scores look like, and rows of many ties."""
+"""Cases of topk_select: what attention scores look like, rows of many ties, and hints."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def cases() -> Iterator[Case]:
             yield _case(kind, rows, columns, 512, torch.float32)
     yield _case("normal", ROWS[65536], 65536, 512, torch.bfloat16)
     yield _case("99.9 % ties", 2, 1 << 20, 512, torch.float32)
+    for columns, k in ((8192, 512), (65536, 512), (65536, 2048), (1 << 20, 2048)):
+        yield _hinted(ROWS[columns], columns, k)
 
 
 def scores_of(kind: str, rows: int, columns: int) -> torch.Tensor:
@@ -35,6 +37,34 @@ def scores_of(kind: str, rows: int, columns: int) -> torch.Tensor:
         tied = torch.rand(rows, columns, generator=generator) < 0.999
         return torch.where(tied, 0.5, scores)
     return scores
+
+
+def hints_of(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k largest of each row but for a tenth, which are anywhere, in the order of the
+    positions."""
+    generator = torch.Generator().manual_seed(1)
+    best = tm.topk_select(scores, k)[0].cpu()
+    anywhere = torch.randint(scores.shape[1], best.shape, generator=generator, dtype=torch.int32)
+    wrong = torch.rand(best.shape, generator=generator) < 0.1
+    return torch.where(wrong, anywhere, best).sort(1)[0].to(scores.device)
+
+
+def _hinted(rows: int, columns: int, k: int) -> Case:
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        scores = place(scores_of("normal", rows, columns))
+        hints = hints_of(scores, k)
+        return lambda: tm.topk_select(scores, k, previous=hints), {
+            "without hints": lambda: lambda: tm.topk_select(scores, k),
+        }
+
+    return Case(
+        "topk_select",
+        f"hints, 90 % right, {rows} x {columns} k={k}",
+        torch.float32,
+        float(rows * columns),
+        float(rows * columns * 4 + 2 * rows * k * 4),
+        prepare,
+    )
 
 
 def _case(kind: str, rows: int, columns: int, k: int, dtype: torch.dtype) -> Case:

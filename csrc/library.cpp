@@ -93,8 +93,8 @@ TOKENMILL_LIBRARY(library) {
       "topk_select(Tensor scores, SymInt k, *, Tensor? lengths=None, Tensor? row_starts=None, "
       "str tie=\"low\", str order=\"index\", SymInt force_first=0, SymInt force_last=0, "
       "Tensor? block_table=None, SymInt page_size=1, Tensor? row_to_batch=None, "
-      "bool return_values=False) -> (Tensor indices, Tensor counts, Tensor values, "
-      "Tensor physical)");
+      "bool return_values=False, Tensor? previous=None) -> (Tensor indices, Tensor counts, "
+      "Tensor values, Tensor physical)");
   m.def(
       "attention_column_scores(Tensor q, Tensor k, Tensor? lse=None, *, float? scale=None, "
       "bool causal=False, str reduce=\"sum\", SymInt? window_queries=None, "

@@ -20,6 +20,17 @@ TM_INLINE float score_of(uint32_t key) {
   return std::bit_cast<float>(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
+// The lanes of a mask as bits, lane 0 lowest.
+TM_INLINE uint64_t bits_of(vm m) {
+#if defined(__AVX512F__)
+  return m;
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(m));
+#else
+  return (m[0] & 1u) | (m[1] & 2u) | (m[2] & 4u) | (m[3] & 8u);
+#endif
+}
+
 // The rank-th largest key, rank from 1. Overwrites keys.
 inline uint32_t nth_largest(uint32_t* keys, int64_t count, int64_t rank) {
   int32_t bins[kMaxBins];

@@ -49,6 +49,42 @@ VALUES = {
 }
 
 
+def some_of(best, width):
+    """The first of each row, repeated where there are too few."""
+    rows, n = best.shape
+    if n == 0:
+        return torch.full((rows, width), -1, dtype=torch.int32)
+    return best[:, torch.arange(width) % n].int()
+
+
+def nearly(g, best, width):
+    """The best but for a tenth, which are anywhere."""
+    hints = some_of(best, width)
+    wrong = torch.rand(hints.shape, generator=g) < 0.1
+    anywhere = torch.randint(0, max(best.shape[1], 1), hints.shape, generator=g, dtype=torch.int32)
+    return torch.where(wrong, anywhere, hints)
+
+
+def padded(g, best, width):
+    """In the order of the positions, -1 behind the last."""
+    hints = nearly(g, best, width).sort(1)[0]
+    return torch.cat([hints, torch.full_like(hints[:, :5], -1)], 1)
+
+
+# Lists of positions beside [R, n] positions by descending score.
+HINTS = {
+    "best": lambda g, best, width: some_of(best, width),
+    "nearly": nearly,
+    "padded": padded,
+    "worst": lambda g, best, width: some_of(best.flip(1), width),
+    "repeated": lambda g, best, width: some_of(best[:, :1], width),
+    "anywhere": lambda g, best, width: torch.randint(
+        -(2**31), 2**31 - 1, (len(best), width), generator=g, dtype=torch.int32
+    ),
+    "outside": lambda g, best, width: torch.full((len(best), width), best.shape[1]).int(),
+}
+
+
 @st.composite
 def calls(draw, longest):
     n = draw(st.one_of(st.sampled_from([0, 1, 15, 16, 17, 64, 255]), st.integers(0, longest)))
@@ -76,6 +112,9 @@ def calls(draw, longest):
         options["row_starts"] = torch.tensor(
             [draw(st.integers(0, n)) for _ in range(rows)], dtype=torch.int32
         )
+    if draw(st.booleans()):
+        kind, width = draw(st.sampled_from(list(HINTS))), draw(st.integers(1, 400))
+        options["previous"] = HINTS[kind](generator, wide.argsort(1, descending=True), width)
     return scores, k, options
 
 
@@ -162,6 +201,31 @@ def test_long_rows(kind, n, k, tie, backend):
     order = n - 1 - order if tie == "high" else order
     count = min(k, int((row > -INF).sum()))
     assert positions(found) == [order[:count].sort()[0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [(b, i) for b, i in cpu_variants() if b == "cpu"], indirect=["isa"]
+)
+@pytest.mark.parametrize("hint", HINTS)
+def test_any_hint_gives_the_same(hint, backend, isa):
+    """Rows long enough for a guess from the hints, good and bad ones; the shortest such row has
+    fewer positions than a sample."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = ["normal", "few", "equal", "masked", "nan", "infinite", "ascending", "periodic"]
+    wide = torch.stack([VALUES[kind](generator, 20000) for kind in kinds])
+    for n, k, width in (
+        (66, 44, 50), (110, 90, 90), (20000, 3, 3), (20000, 300, 40), (20000, 1000, 1000),
+        (20000, 1000, 2900),
+    ):  # fmt: skip
+        scores = wide[:, :n]
+        best = scores.nan_to_num(-INF).argsort(1, descending=True)
+        previous = HINTS[hint](generator, best, width)
+        assert previous.dtype == torch.int32
+        options = {"tie": "high", "force_last": 2, "return_values": True, "backend": backend}
+        plain = tm.topk_select(scores, k, **options)
+        hinted = tm.topk_select(scores, k, previous=previous, **options)
+        for a, b in zip(plain, hinted, strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])

@@ -22,7 +22,7 @@ def call(dtype, columns=5000, k=64, everything=False):
     pages = (torch.zeros(4, 9, dtype=torch.int32), 16, ints) if everything else (None, 1, None)
     return lambda: topk_select(
         torch.zeros(4, columns, dtype=dtype), k, *options, "high" if everything else "low",
-        "index", 0, 0, *pages, everything,
+        "index", 0, 0, *pages, everything, None,
     )  # fmt: skip
 
 

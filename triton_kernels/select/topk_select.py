@@ -187,6 +187,7 @@ def topk_select(
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
+    previous: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, columns = scores.shape
     indices = scores.new_empty((count, k), dtype=torch.int32)

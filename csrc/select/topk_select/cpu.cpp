@@ -1,6 +1,7 @@
-// The k largest of each row. A threshold from part of the row leaves a few candidates in one pass
-// over it; the k-th of them is exact. Ties at the threshold need no candidates. Of short rows and
-// small k the k-th score itself is found, one maximum after the other.
+// The k largest of each row. A threshold from part of the row, or from hints, leaves a few
+// candidates in one pass over it; the k-th of them is exact. Ties at the threshold need no
+// candidates. Of short rows and small k the k-th score itself is found, one maximum after the
+// other.
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +13,58 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
+constexpr int64_t kMaxHints = 256;  // whose scores are read
 constexpr int64_t kMaxSample = 2048, kGroups = 31 * 16, kMaxGroups = 4 * kGroups;
+constexpr int kBatch = 64;        // positions of a word of bits
 constexpr int64_t kShort = 1024;  // positions of a row for single maxima
+
+constexpr uint32_t kSeed = 0x9e3779b9;
+
+// A position of interval number s, from a linear congruential generator.
+TM_INLINE int64_t random_in_interval(uint32_t& random, int64_t s, int64_t interval) {
+  random = random * 1664525 + 1013904223;
+  return s * interval + static_cast<int64_t>(uint64_t{random} * interval >> 32);
+}
+
+template <bool kOrEqual>
+TM_INLINE vm above_bound(vf x, vf bound) {
+  return kOrEqual ? either(less(bound, x), equal(bound, x)) : less(bound, x);
+}
+
+// How many of x[0 .. count - 1] are above a bound > -inf, or equal to it. x is padded by -inf.
+template <bool kOrEqual = false>
+inline int64_t count_above(const float* x, int64_t count, float bound) {
+  constexpr int kChains = 4;
+  const vf least = set(bound), one = set(1);
+  vf sums[kChains] = {zero(), zero(), zero(), zero()};
+  for (int64_t i = 0; i < count; i += kChains * kWidth) {
+    TM_UNROLL(4)
+    for (int c = 0; c < kChains; ++c)
+      sums[c] =
+          select(above_bound<kOrEqual>(load(x + i + c * kWidth), least), sums[c] + one, sums[c]);
+  }
+  return static_cast<int64_t>(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
+}
+constexpr int64_t kPadding = 4 * kWidth;
+inline void pad(float* x, int64_t count) { std::fill(x + count, x + count + kPadding, kNegInf); }
+
+// Positions that were selected before. Any numbers may be among them.
+struct Hints {
+  const int32_t* positions;
+  int64_t count;
+
+  bool ascend() const {
+    bool fall = false;
+    for (int64_t j = 1; j < count; ++j) fall |= positions[j] < positions[j - 1];
+    return !fall;
+  }
+};
+
+// Scores around that of the last one wanted: more positions than are wanted, though few more,
+// probably lie above `threshold`, and fewer above `surely`.
+struct Guess {
+  float threshold, surely;
+};
 
 // Positions begin .. end - 1 of a row of scores.
 template <DType kType>
@@ -27,22 +78,25 @@ struct Range {
   }
 
   // Appends, in order, the positions above the threshold to `to`, which has room for `room` of them
-  // and kWidth more. Returns how many, or room + 1 if there are more.
+  // and kBatch more. Returns how many, or room + 1 if there are more.
   int64_t above(float threshold, int32_t* to, int64_t room) const {
-    constexpr int kBatch = 4;
     const vf bound = set(threshold);
     int64_t count = 0, i = begin;
-    for (; i + kBatch * kWidth <= end; i += kBatch * kWidth) {
-      vm m[kBatch];
-      TM_UNROLL(4)
-      for (int b = 0; b < kBatch; ++b)
-        m[b] = less(bound, Elements<kType>::load(scores, i + b * kWidth));
-      if (!any(either(either(m[0], m[1]), either(m[2], m[3])))) continue;
-      TM_UNROLL(4)
-      for (int b = 0; b < kBatch; ++b) {
-        count += store_lane_numbers(to + count, static_cast<int32_t>(i + b * kWidth), m[b]);
-        if (count > room) return room + 1;
-      }
+    for (; i + kBatch <= end; i += kBatch) {
+      uint64_t bits = 0;
+      TM_UNROLL(16)
+      for (int b = 0; b < kBatch; b += kWidth)
+        bits |= bits_of(less(bound, Elements<kType>::load(scores, i + b))) << b;
+      if (bits == 0) continue;
+      int32_t* next = to + count;
+      count += std::popcount(bits);
+      if (count > room) return room + 1;
+      // The first few without a branch for each, which would be mispredicted.
+      TM_UNROLL(5)
+      for (int few = 0; few < 5; ++few, bits &= bits - 1)
+        *next++ = static_cast<int32_t>(i + std::countr_zero(bits | uint64_t{1} << 63));
+      for (; bits != 0; bits &= bits - 1)
+        *next++ = static_cast<int32_t>(i + std::countr_zero(bits));
     }
     for (; i < end; i += kWidth) {
       const int64_t n = std::min<int64_t>(kWidth, end - i);
@@ -121,13 +175,93 @@ struct Range {
 
   // One position of each of `sample` intervals, which a period in the scores does not meet.
   uint32_t largest_of_sample(int64_t rank, int64_t sample, uint32_t* keys) const {
-    uint32_t random = 0x9e3779b9;
-    const uint64_t interval = (end - begin) / sample;
-    for (int64_t s = 0; s < sample; ++s) {
-      random = random * 1664525 + 1013904223;
-      keys[s] = key_of(at(begin + s * interval + static_cast<int64_t>(random * interval >> 32)));
-    }
+    uint32_t random = kSeed;
+    const int64_t interval = (end - begin) / sample;
+    for (int64_t s = 0; s < sample; ++s)
+      keys[s] = key_of(at(begin + random_in_interval(random, s, interval)));
     return nth_largest(keys, sample, rank);
+  }
+
+  // The same from positions that were selected before. Above a score lie some of them, estimated
+  // from one of `stride`, and others, from one vector of each interval of 2^shift positions. If
+  // most hints are right, nearly all of them and few others lie above the score that is looked for,
+  // so that both estimates are close. Hints that repeat others make the threshold too high.
+  Guess guess_from(Hints hints, int64_t wanted, int32_t* sampled, float* hinted,
+                   float* others) const {
+    const int64_t length = end - begin;
+    const int64_t vectors = std::clamp<int64_t>(length / 128, 256, kMaxSample) / kWidth;
+    // A vector fits an interval of a short row too, which then has fewer.
+    const auto each = static_cast<uint64_t>(std::max<int64_t>(length / vectors, kWidth));
+    const int shift = static_cast<int>(std::bit_width(each)) - 1;
+    const int64_t intervals = length >> shift, inside = (int64_t{1} << shift) - kWidth + 1;
+    for (int64_t s = 0; s < intervals; ++s) {
+      const uint32_t random = static_cast<uint32_t>(s) * kSeed;
+      const int64_t offset = static_cast<int64_t>(uint64_t{random} * inside >> 32);
+      sampled[s] = static_cast<int32_t>(begin + (s << shift) + offset);
+      store(others + s * kWidth, Elements<kType>::load(scores, sampled[s]));
+    }
+    hide(hints, sampled, intervals, shift, others);
+    const int64_t sample = intervals * kWidth;
+    const double interval = static_cast<double>(int64_t{1} << shift) / kWidth;
+    const int64_t stride = ceil_div(hints.count, kMaxHints), read = hints.count / stride;
+    for (int64_t s = 0; s < read; ++s) {
+      const int32_t hint = hints.positions[s * stride];
+      const bool repeated = s > 0 && hint == hints.positions[s * stride - 1];
+      hinted[s] = hint >= begin && hint < end && !repeated ? at(hint) : kNegInf;
+    }
+    pad(hinted, read);
+    pad(others, sample);
+    // Between two keys: above the score of `low` probably lie enough, above that of `high` not.
+    struct Above {
+      uint32_t key;
+      int64_t hinted, others;
+    } low{key_of(kNegInf), read, sample}, high{key_of(-kNegInf), 0, 0};
+    float surely = -kNegInf;
+    while (high.key - low.key > 1) {
+      const int64_t between = (low.hinted - high.hinted) * stride;
+      if (between + (low.others - high.others) * interval <= 2 * interval)
+        return {score_of(low.key), surely};
+      Above middle{low.key + (high.key - low.key) / 2, 0, 0};
+      const float bound = score_of(middle.key);
+      middle.hinted = count_above(hinted, read, bound);
+      middle.others = count_above(others, sample, bound);
+      const double of_hints = static_cast<double>(stride * middle.hinted);
+      const double of_others = interval * middle.others;
+      const double missing = std::max(wanted - of_hints, 0.);
+      const double variance =
+          stride > 1 ? of_hints * stride * (read + 1 - middle.hinted) / read : 0;
+      const double margin =
+          3 * std::sqrt(variance + missing * interval) + (missing > 0 ? 2 * interval : 0);
+      const bool enough = of_hints + of_others >= wanted + margin;
+      const double most =
+          of_hints + of_others + interval + 2 * std::sqrt(variance + of_others * interval);
+      if (!enough && most <= wanted) surely = bound;
+      (enough ? low : high) = middle;
+    }
+    return {score_of(high.key), surely};  // many scores are equal to it
+  }
+
+  // Hides the hinted ones of the sampled positions: kWidth from sampled[s] on, in interval s.
+  void hide(Hints hints, int32_t* sampled, int64_t intervals, int shift, float* others) const {
+    if (hints.ascend()) {
+      const int32_t* hint = hints.positions;
+      const int32_t* const last = hint + hints.count;
+      for (int64_t s = 0; s < intervals; ++s) {
+        hint = std::lower_bound(hint, last, sampled[s]);
+        for (; hint < last && *hint < sampled[s] + kWidth; ++hint)
+          others[s * kWidth + *hint - sampled[s]] = kNegInf;
+      }
+      return;
+    }
+    // Hints in no interval are compared with the first position, which is far from all of them.
+    sampled[intervals] = static_cast<int32_t>(begin);
+    const uint32_t first = static_cast<uint32_t>(begin), outside = static_cast<uint32_t>(intervals);
+    for (int64_t j = 0; j < hints.count; ++j) {
+      const uint32_t hint = static_cast<uint32_t>(hints.positions[j]);
+      const uint32_t s = std::min((hint - first) >> shift, outside);
+      const uint32_t lane = hint - static_cast<uint32_t>(sampled[s]);
+      if (lane < kWidth) others[s * kWidth + lane] = kNegInf;
+    }
   }
 
   // Whether one maximum after the other is quickest: each takes a pass over the range.
@@ -181,74 +315,124 @@ struct Range {
   }
 };
 
-// Memory for one row: positions and keys of candidates, and of ties.
+// Memory for one row.
 struct Scratch {
-  int32_t *positions, *ties;
-  uint32_t *keys, *sorted;
+  int32_t *positions, *ties;  // of candidates; of scores equal to the threshold
+  float* scores;              // of candidates, and of hints
+  uint32_t* keys;             // of candidates and samples
+  int32_t* numbers;           // in the memory of keys
+  float* others;              // likewise
   int64_t room;
 
   Scratch(cpu::Workspace& memory, const TopkParams& p) : room(room_of(p)) {
-    positions = reinterpret_cast<int32_t*>(memory.take(room + 2 * kWidth));
-    ties = reinterpret_cast<int32_t*>(memory.take(p.k + kWidth));
-    keys = reinterpret_cast<uint32_t*>(memory.take(std::max(room, kMaxSample)));
-    sorted = reinterpret_cast<uint32_t*>(memory.take(room));
+    positions = reinterpret_cast<int32_t*>(memory.take(room + kBatch));
+    ties = reinterpret_cast<int32_t*>(memory.take(p.k + kPadding));
+    scores = memory.take(room + kPadding);
+    others = memory.take(room + kPadding);
+    keys = reinterpret_cast<uint32_t*>(others);
+    numbers = reinterpret_cast<int32_t*>(others);
   }
+  // Up to 2 kMaxSample samples, and the hints that are read, 2 k, fit too.
   static int64_t room_of(const TopkParams& p) {
-    return std::min(p.columns, 8 * p.k + 16384 + p.columns / 64);
+    return std::max(std::min(p.columns, 8 * p.k + 16384 + p.columns / 64),
+                    std::max(2 * kMaxSample, p.previous ? 2 * p.k : 0));
   }
   static int64_t floats(const TopkParams& p) {
-    return 3 * room_of(p) + kMaxSample + p.k + 4 * 16 + 3 * kWidth;
+    return 3 * room_of(p) + p.k + 4 * (kPadding + 16) + kBatch;
   }
 };
+
+// Of more candidates than are wanted, in the order of the positions.
+inline void select_candidates(int64_t count, int64_t wanted, Guess guess, bool tie_high,
+                              const Scratch& scratch, int32_t* to) {
+  const int32_t* const positions = scratch.positions;
+  const float* const scores = scratch.scores;
+  const auto take_above = [&](float bound) {  // of which there are `wanted`
+    int64_t found = 0;
+    for (int64_t c = 0; c < count; c += kWidth)
+      found += store_lane_numbers(scratch.numbers + found, static_cast<int32_t>(c),
+                                  less(set(bound), load(scores + c)));
+    for (int64_t j = 0; j < wanted; ++j) to[j] = positions[scratch.numbers[j]];
+  };
+  // Between two keys: above the score of `low` lie more than are wanted, above that of `high`,
+  // `larger`, fewer.
+  uint32_t low = key_of(guess.threshold), high = key_of(guess.surely);
+  int64_t larger = count_above(scores, count, guess.surely);
+  if (larger == 0 || larger >= wanted) {
+    vf most = set(guess.threshold);
+    for (int64_t c = 0; c < count; c += kWidth) most = max_of(most, load(scores + c));
+    high = key_of(max_lanes(most));
+    larger = 0;
+  }
+  for (int64_t more = count, step = 0; high - low > 1; ++step) {
+    // Where a straight line through the counts meets `wanted`, or the middle.
+    const double part =
+        step % 3 < 2 ? static_cast<double>(more - wanted) / static_cast<double>(more - larger) : .5;
+    const uint32_t between = static_cast<uint32_t>(part * (high - low));
+    const uint32_t middle = low + std::clamp(between, 1u, high - low - 1);
+    const int64_t some = count_above(scores, count, score_of(middle));
+    if (some == wanted) return take_above(score_of(middle));
+    if (some > wanted)
+      low = middle, more = some;
+    else
+      high = middle, larger = some;
+  }
+  const float least = score_of(high);
+  // Of the candidates with the least score, those number `from` to `from + ties - 1`.
+  const int64_t ties = wanted - larger;
+  const int64_t from = tie_high ? count_above<true>(scores, count, least) - wanted : 0;
+  for (int64_t c = 0, found = 0, seen = 0; c < count && found < wanted; ++c) {
+    const bool tie = scores[c] == least;
+    to[found] = positions[c];
+    found += (scores[c] > least) | (tie & (seen >= from) & (seen < from + ties));
+    seen += tie;
+  }
+}
 
 // The `wanted` largest scores above -inf, in the order of the positions. Returns how many there
 // are.
 template <DType kType>
-int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high,
+int64_t select_range(const Range<kType>& range, int64_t wanted, bool tie_high, Hints hints,
                      const Scratch& scratch, int32_t* to) {
   if (wanted == 0 || range.begin == range.end) return 0;
   int32_t* const positions = scratch.positions;
   const int64_t room = scratch.room;
-  float threshold = kNegInf;
-  if (wanted < range.end - range.begin)
-    threshold = range.takes_maxima(wanted) ? range.exact_by_maxima(wanted)
-                                           : range.guess(wanted, scratch.keys);
-  int64_t above = range.above(threshold, positions, room), equals = 0;
-  if (above < wanted && threshold > kNegInf) {
-    equals = range.equal_to(threshold, tie_high, wanted - above, scratch.ties);
-    if (above + equals < wanted) above = room + 1;
-  }
-  if (above > room) {  // the guess was bad
-    threshold = range.exact(wanted);
+  Guess guess{kNegInf, -kNegInf};
+  int64_t above = 0, equals = 0;
+  // Whether all that are wanted lie above the threshold or are equal to it, and fit.
+  const auto suffices = [&] {
+    const float threshold = guess.threshold;
     above = range.above(threshold, positions, room);
-    equals =
-        threshold > kNegInf ? range.equal_to(threshold, tie_high, wanted - above, scratch.ties) : 0;
+    equals = above < wanted && threshold > kNegInf
+                 ? range.equal_to(threshold, tie_high, wanted - above, scratch.ties)
+                 : 0;
+    return above <= room && (above + equals >= wanted || threshold == kNegInf);
+  };
+  const bool partly = wanted < range.end - range.begin, maxima = range.takes_maxima(wanted);
+  bool done = false;
+  if (partly && !maxima && hints.count > 0) {
+    guess = range.guess_from(hints, wanted, positions, scratch.scores, scratch.others);
+    done = suffices();
+  }
+  if (!done) {
+    guess = {!partly  ? kNegInf
+             : maxima ? range.exact_by_maxima(wanted)
+                      : range.guess(wanted, scratch.keys),
+             -kNegInf};
+    done = suffices();
+  }
+  if (!done) {
+    guess.threshold = range.exact(wanted);
+    suffices();
   }
   if (above <= wanted) {
     std::merge(positions, positions + above, scratch.ties, scratch.ties + equals, to);
     return above + equals;
   }
-  for (int64_t c = 0; c < above; ++c) {
-    scratch.keys[c] = key_of(range.at(positions[c]));
-    scratch.sorted[c] = scratch.keys[c];
-  }
-  const uint32_t least = nth_largest(scratch.sorted, above, wanted);
-  int64_t larger = 0, same = 0;
-  for (int64_t c = 0; c < above; ++c) {
-    larger += scratch.keys[c] > least;
-    same += scratch.keys[c] == least;
-  }
-  // Of the candidates with the least score, those number `from` to `from + wanted - larger - 1`.
-  const int64_t from = tie_high ? same - (wanted - larger) : 0, until = from + wanted - larger;
-  int64_t count = 0, seen = 0;
-  for (int64_t c = 0; c < above; ++c) {
-    const bool tie = scratch.keys[c] == least;
-    to[count] = positions[c];
-    count += scratch.keys[c] > least || (tie && seen >= from && seen < until);
-    seen += tie;
-    if (count == wanted) break;
-  }
-  return count;
+  for (int64_t c = 0; c < above; ++c) scratch.scores[c] = range.at(positions[c]);
+  pad(scratch.scores, above);
+  select_candidates(above, wanted, guess, tie_high, scratch, to);
+  return wanted;
 }
 
 template <DType kType>
@@ -270,8 +454,11 @@ void select_row(const TopkParams& p, int64_t r, const Scratch& scratch) {
   int64_t count = 0;
   for (int64_t i = 0; i < first_end; ++i) to[count++] = static_cast<int32_t>(i);
   const int64_t forced = first_end + window.length - last_begin;
+  // Of long lists the first part is read.
+  Hints hints{p.previous + r * p.hint_stride, p.previous ? std::min(p.hints, 2 * p.k) : 0};
+  while (hints.count > 0 && hints.positions[hints.count - 1] < 0) --hints.count;
   count += select_range(Range<kType>{scores, first_end, last_begin}, p.k - forced, p.tie_high,
-                        scratch, to + count);
+                        hints, scratch, to + count);
   for (int64_t i = last_begin; i < window.length; ++i) to[count++] = static_cast<int32_t>(i);
   if (p.by_score) order_by_score(Range<kType>{scores, 0, window.length}, p.tie_high, to, count);
   std::fill(to + count, to + p.k, -1);

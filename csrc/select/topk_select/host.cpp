@@ -32,6 +32,7 @@ struct TopkSelectArgs : Record {
   int64_t page_size;
   View row_to_batch;
   bool return_values;
+  View previous;
 };
 
 // The checks are those of python/tokenmill/select/topk_select.py, in its order and words.
@@ -86,6 +87,19 @@ std::tuple<Array, Array, Array, Array> topk_select(const TopkSelectArgs& a) {
     fail(kOp, "row_to_batch", "goes with block_table alone", show(a.row_to_batch.sizes));
   }
   p.row_to_batch = per_row("row_to_batch", a.row_to_batch, a.scores);
+  if (a.previous) {
+    const View& t = a.previous;
+    check(t.dim() == 2, kOp, "previous", "must have 2 dimensions [R, K]", t.dim());
+    check(t.dtype == ScalarType::Int, kOp, "previous", "must be int32", t.dtype);
+    check(t.size(0) == p.rows, kOp, "previous",
+          Rule("must have a row for each row of scores, ", p.rows), t.size(0));
+    check(t.size(1) >= 1, kOp, "previous", "must have a column", t.size(1));
+    check_last_contiguous(kOp, "previous", t);
+    check_device_of(kOp, "previous", t, "scores", a.scores);
+    p.previous = t.data<int32_t>();
+    p.hints = t.size(1);
+    p.hint_stride = t.step(0);
+  }
   if (!a.scores.is_cuda) {
     for (int64_t r = 0; r < p.rows; ++r) {
       if (p.row_starts)

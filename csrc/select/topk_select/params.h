@@ -20,10 +20,12 @@ struct TopkParams {
   int64_t page_rows, pages, page_stride;
   int32_t log2_page_size;
   const int32_t* row_to_batch;  // [rows], the row of the block table; null: r
-  int32_t *indices, *counts;    // [rows, k], -1 behind the last; [rows]
-  void* values;                 // [rows, k] of dtype, -inf behind the last; null: not wanted
-  int32_t* physical;            // [rows, k], beside indices; null: not wanted
-  void* workspace;              // of the CUDA kernels
+  const int32_t* previous;      // [rows, hints]: any numbers; null: none
+  int64_t hints, hint_stride;
+  int32_t *indices, *counts;  // [rows, k], -1 behind the last; [rows]
+  void* values;               // [rows, k] of dtype, -inf behind the last; null: not wanted
+  int32_t* physical;          // [rows, k], beside indices; null: not wanted
+  void* workspace;            // of the CUDA kernels
 };
 
 struct TopkWindow {

@@ -43,6 +43,7 @@ def topk_select(
     page_size: int = 1,
     row_to_batch: Tensor | None = None,
     return_values: bool = False,
+    previous: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     r"""The k largest scores of each row, as positions.
@@ -69,6 +70,10 @@ def topk_select(
         page_size: positions of a page, a power of two.
         row_to_batch: ``[R]`` int32, the row of block_table for each row. None: its own, B = R.
         return_values: also give the scores.
+        previous: ``[R, K]`` int32 with K >= 1, positions that were selected before in similar rows,
+            in any order (a hint: results are the same whatever it holds; positions that are not
+            there are skipped). The CPU guesses from it which score the last one has, which pays if
+            most are right; the other backends do not read it.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -96,7 +101,7 @@ def topk_select(
     """
     lowered = lower(
         scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
-        row_to_batch, return_values,
+        row_to_batch, return_values, previous,
     )  # fmt: skip
     if block_table is not None:
         indices, counts, values, physical = call(SPEC, lowered, backend)
@@ -118,6 +123,7 @@ def lower(
     page_size: int = 1,
     row_to_batch: Tensor | None = None,
     return_values: bool = False,
+    previous: Tensor | None = None,
 ) -> tuple[Any, ...]:
     check_tensor(OP, "scores", scores)
     if lengths is not None:
@@ -128,6 +134,8 @@ def lower(
         check_tensor(OP, "block_table", block_table, optional=True)
     if row_to_batch is not None:
         check_tensor(OP, "row_to_batch", row_to_batch, optional=True)
+    if previous is not None:
+        check_tensor(OP, "previous", previous, optional=True)
     k, page_size = as_int(OP, "k", k), as_int(OP, "page_size", page_size)
     force_first = as_int(OP, "force_first", force_first)
     force_last = as_int(OP, "force_last", force_last)
@@ -136,7 +144,7 @@ def lower(
     check_bool(OP, "return_values", return_values)
     return (
         scores, k, lengths, row_starts, tie, order, force_first, force_last, block_table, page_size,
-        row_to_batch, return_values,
+        row_to_batch, return_values, previous,
     )  # fmt: skip
 
 
@@ -153,6 +161,7 @@ def _check(
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
+    previous: Tensor | None,
     *,
     float64: bool = False,
 ) -> None:
@@ -179,6 +188,8 @@ def _check(
     elif row_to_batch is not None:
         fail(OP, "row_to_batch", "goes with block_table alone", row_to_batch.shape)
     check_per_request(OP, "row_to_batch", row_to_batch, rows, "scores", scores)
+    if previous is not None:
+        _check_previous(previous, scores)
 
 
 def _check_block_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | None) -> None:
@@ -189,6 +200,18 @@ def _check_block_table(table: Tensor, scores: Tensor, row_to_batch: Tensor | Non
     if row_to_batch is None and table.shape[0] != scores.shape[0]:
         rule = f"must have a row for each row of scores, {scores.shape[0]}, without row_to_batch"
         fail(OP, "block_table", rule, table.shape[0])
+
+
+def _check_previous(previous: Tensor, scores: Tensor) -> None:
+    check(previous.dim() == 2, OP, "previous", "must have 2 dimensions [R, K]", previous.dim())
+    check(previous.dtype == torch.int32, OP, "previous", "must be int32", previous.dtype)
+    rows, columns = previous.shape
+    if rows != scores.shape[0]:
+        rule = f"must have a row for each row of scores, {scores.shape[0]}"
+        fail(OP, "previous", rule, rows)
+    check(columns >= 1, OP, "previous", "must have a column", columns)
+    check_last_contiguous(OP, "previous", previous)
+    check_device_of(OP, "previous", previous, "scores", scores)
 
 
 def _check_values(
@@ -204,6 +227,7 @@ def _check_values(
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
+    previous: Tensor | None,
 ) -> None:
     columns = scores.shape[1]
     if row_starts is not None:
@@ -230,6 +254,7 @@ def _fake(
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
+    previous: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = scores.shape[0]
     return (
@@ -264,7 +289,7 @@ SPEC = register_op(
             {
                 "scores": "r.",
                 "lengths row_starts row_to_batch": "r",
-                "block_table": "r.",
+                "block_table previous": "r.",
                 "block_table@row_to_batch": "..",
             },
             ("r.", "r", "r.", "r."),

@@ -43,6 +43,11 @@ def _pages(batch: int, pages: int) -> Any:
     return lambda g: torch.randperm(batch * pages, generator=g).int().view(batch, pages)
 
 
+def _hints(rows: int, hints: int, end: int) -> Any:
+    """Numbers from -10 on, some of which are no positions, and others twice there."""
+    return lambda g: torch.randint(-10, end, (rows, hints), generator=g, dtype=torch.int32)
+
+
 SAMPLES = (
     Sample("plain", _sample(4, 300, 17)),
     Sample(
@@ -90,6 +95,11 @@ SAMPLES = (
             page_size=16,
             row_to_batch=_ints(1, 0, 1, 1),
         ),
+    ),
+    Sample("hinted", _sample(3, 400, 40, previous=_hints(3, 30, 400))),
+    Sample(
+        "hinted, not finite",
+        _sample(5, 3000, 300, _hostile, previous=_hints(5, 500, 3100), force_first=2),
     ),
     Sample("more than there are", _sample(2, 5, 9, return_values=True)),
     Sample("one", _sample(3, 40, 1)),
@@ -156,6 +166,31 @@ MALFORMED = (
         "row_to_batch alone",
         "row_to_batch: goes with block_table alone; got [4]",
         lambda a, k: k.update(row_to_batch=torch.zeros(4, dtype=torch.int32)),
+    ),
+    Malformed(
+        "rank of previous",
+        "previous: must have 2 dimensions [R, K]; got 1",
+        lambda a, k: k.update(previous=torch.zeros(4, dtype=torch.int32)),
+    ),
+    Malformed(
+        "dtype of previous",
+        "previous: must be int32; got int64",
+        lambda a, k: k.update(previous=torch.zeros(4, 17, dtype=torch.int64)),
+    ),
+    Malformed(
+        "rows of previous",
+        "previous: must have a row for each row of scores, 4; got 3",
+        lambda a, k: k.update(previous=torch.zeros(3, 17, dtype=torch.int32)),
+    ),
+    Malformed(
+        "no hints",
+        "previous: must have a column; got 0",
+        lambda a, k: k.update(previous=torch.zeros(4, 0, dtype=torch.int32)),
+    ),
+    Malformed(
+        "layout of previous",
+        "previous: must have a contiguous last dimension",
+        lambda a, k: k.update(previous=torch.zeros(17, 4, dtype=torch.int32).t()),
     ),
     Malformed(
         "start",

@@ -21,6 +21,7 @@ def topk_select(
     page_size: int,
     row_to_batch: Tensor | None,
     return_values: bool,
+    previous: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = scores.shape
     start = scores.new_zeros(rows, dtype=torch.int64) if row_starts is None else row_starts.long()
