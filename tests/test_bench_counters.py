@@ -171,7 +171,7 @@ ROWS = {
     "query_similarity_gate": ("", {"traffic_over_least": 1.05}),
     "transpose_block_list": ("", {"traffic_over_least": 14}),
     "sparse_decode_attention": ("^tokens$", {"traffic_over_least": 1.15}),
-    "topk_select": ("^normal 1 x 65536, k=512", {"traffic_over_least": 3, "instructions": 100}),
+    "topk_select": ("^normal 1 x 65536, k=512", {"traffic_over_least": 2.7, "instructions": 400}),
     "bilevel_routing_attention": ("8 x 8, 4 each, float16$", {"traffic_over_least": 1.05}),
     "block_sparse_attention": ("blocks of 2, float16$", {"traffic_over_least": 1.05}),
     "hip_block_select": ("^512 queries, float16$", {"traffic_over_least": 1.05}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
@@ -228,10 +230,55 @@ def test_any_hint_gives_the_same(hint, backend, isa):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def blocks_of(scores, k, **options):
+    """Blocks of each kernel of a call."""
+    with tm._emulator.counting() as launches:
+        tm.topk_select(scores, k, backend="emulated", **options)
+    return [math.prod(launch["grid"]) for launch in launches]
+
+
+@pytest.mark.skipif("emulated" not in backends(), reason="counts on the PTX machine")
+def test_one_row_fills_the_device():
+    """The machine's device has 132 multiprocessors."""
+    row = torch.randn(1, 131072, generator=torch.Generator().manual_seed(0))
+    for scores in (row, row.half()):
+        launches = blocks_of(scores, 512)
+        assert len(launches) == 2 and min(launches) >= 132
+    assert min(blocks_of(row, 5000)) >= 132  # more than one block takes to the end
+    assert blocks_of(row[:, :400].expand(150, 400), 20) == [150]
+
+
+@pytest.mark.skipif("emulated" not in backends(), reason="of the CUDA kernels")
+@pytest.mark.parametrize("n", [16385, 40001])
+def test_lists_of_parts(n):
+    """Each way through a row of several blocks: candidates that are held, too many of them, none,
+    all in one part, and fewer than wanted."""
+    generator = torch.Generator().manual_seed(n)
+    for kind in ("normal", "equal", "masked", "ascending", "nan"):
+        wide = torch.full((2, n + 3), NAN)
+        wide[:, 3:] = VALUES[kind](generator, n)
+        for tie, order in (("low", "index"), ("high", "score")):
+            options = {"tie": tie, "order": order, "force_first": 1, "return_values": True}
+            options["lengths"] = torch.tensor([n, 9000], dtype=torch.int32)
+            found = tm.topk_select(wide[:, 3:], 700, backend="emulated", **options)
+            wanted = tm.topk_select(wide[:, 3:], 700, backend="cpu", **options)
+            for a, b in zip(found, wanted, strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
+@pytest.mark.parametrize("k", [700, 9000])
+def test_long_rows_by_score(k, backend):
+    """Sorted in shared memory, and in the workspace."""
+    row = torch.randn(1, 12000, generator=torch.Generator().manual_seed(k)).mul(50).round()
+    found = tm.topk_select(row.to(device_of(backend)), k, order="score", backend=backend)[0]
+    assert torch.equal(found[0].cpu(), row[0].argsort(descending=True, stable=True)[:k].int())
+
+
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "triton"])
 def test_a_row_in_several_blocks(backend):
-    """One row of more columns than one CUDA block takes; 99.9 % are equal. (Triton has one program
-    for any row.)"""
+    """One row of more columns than CUDA lists candidates of; 99.9 % are equal. (Triton has one
+    program for any row.)"""
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(140001, generator=generator)
     row[torch.rand(140001, generator=generator) < 0.999] = 0.5

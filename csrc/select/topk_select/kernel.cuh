@@ -1,6 +1,7 @@
 // Exact selection by digits of ordered keys, without a sort: histograms find the k-th key, an
 // ordered pass writes the positions. A row takes one block, or several that share histograms in
-// memory.
+// memory: two launches if the first digit probably leaves few candidates, which one block finishes,
+// or else a launch for each digit and two for the ordered pass.
 #pragma once
 #include <cub/block/block_reduce.cuh>
 
@@ -10,7 +11,11 @@
 
 namespace tokenmill::cuda::topk_select {
 
-constexpr int kCandidates = 4096;  // held in shared memory
+// Held in shared memory, of a row of one block and of a row of several.
+constexpr int kCandidates = 4096, kListed = 8192;
+
+// [capacity] keys, then their positions; afterwards the keys of a sort.
+extern __shared__ uint4 topk_dynamic[];
 
 // The part of a row where scores decide.
 template <typename T>
@@ -61,10 +66,12 @@ struct TopkSharedRow {
 
 // The workspace.
 struct TopkMemory {
-  uint64_t* sort_keys;  // sort_stride for each row, if in the order of the scores
+  uint64_t* sort_keys;  // sort_stride for each row; null: a sort, if any, is in shared memory
   int64_t sort_stride;
   TopkSharedRow* rows;  // null: a block per row
-  int2* part_counts;    // [rows, parts], keys above and equal to the threshold
+  int2* part_counts;    // [rows, parts], keys above and equal to the threshold; or candidates, 0
+  uint2* lists;         // [rows, parts, list_stride], candidates: key and position
+  int64_t list_stride;
   int parts;
 };
 
@@ -83,11 +90,11 @@ __device__ void count_row(unsigned* bins, const TopkRow<T>& row, int from, int u
 
 // visit(position, key, above, equal) for the keys above and equal to a threshold, with their ranks
 // among those of their kind, in the order of the positions. load(keys, i) gives kVector keys from
-// i.
+// i. Returns how many are above it.
 template <int kVector, typename Load, typename Visit>
-__device__ void visit_in_order(TopkShared& shared, int from, int until, uint32_t threshold,
-                               unsigned above, unsigned equal, const Load& load,
-                               const Visit& visit) {
+__device__ unsigned visit_in_order(TopkShared& shared, int from, int until, uint32_t threshold,
+                                   unsigned above, unsigned equal, const Load& load,
+                                   const Visit& visit) {
   for (int tile = from; tile < until; tile += kTopkThreads * kVector) {
     const int i = tile + static_cast<int>(threadIdx.x) * kVector;
     uint32_t keys[kVector] = {};
@@ -112,6 +119,7 @@ __device__ void visit_in_order(TopkShared& shared, int from, int until, uint32_t
     equal += total >> 16;
     __syncthreads();
   }
+  return above;
 }
 
 // Writes the position of a key that is above the threshold, or equal to it and among those that are
@@ -169,7 +177,10 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
     indices[i] = i < count ? row.end + i - last : -1;
   if (threadIdx.x == 0) p.counts[r] = count;
   __syncthreads();
-  if (p.by_score) order_by_score(p, row, indices, count, memory.sort_keys + r * memory.sort_stride);
+  if (p.by_score)
+    order_by_score(p, row, indices, count,
+                   memory.sort_keys ? memory.sort_keys + r * memory.sort_stride
+                                    : reinterpret_cast<uint64_t*>(topk_dynamic));
   for (int i = threadIdx.x; i < p.k; i += kTopkThreads) {
     const int position = indices[i];
     if (p.values)
@@ -179,20 +190,68 @@ __device__ void finish_row(const TopkParams& p, const TopkMemory& memory, int64_
   }
 }
 
+// Candidates: keys with the prefix of the first digit or above it, in the order of the positions.
+template <int kCapacity>
+struct TopkCandidates {
+  __device__ static uint32_t* keys() { return reinterpret_cast<uint32_t*>(topk_dynamic); }
+  __device__ static int32_t* positions() {
+    return reinterpret_cast<int32_t*>(topk_dynamic) + kCapacity;
+  }
+  // No key has the lowest prefix but 0.
+  __device__ static uint32_t floor(const TopkState& state) {
+    return (state.prefix << digit_shift(0)) - 1;
+  }
+};
+
+// What follows the first digit: the others, from the candidates if they are held, and the results.
+template <int kCapacity, typename T>
+__device__ void finish_selection(const TopkParams& p, const TopkMemory& memory, int64_t r,
+                                 const TopkRow<T>& row, TopkShared& shared, bool held) {
+  constexpr int kVector = TopkRow<T>::kVector;
+  const uint32_t* const keys = TopkCandidates<kCapacity>::keys();
+  const int32_t* const positions = TopkCandidates<kCapacity>::positions();
+  const int candidates = shared.state.candidates;
+  for (int digit = 1; digit < kDigits; ++digit) {
+    const uint32_t so_far = shared.state.prefix;
+    clear_bins(shared.bins);
+    __syncthreads();
+    if (held) {
+      for (int c = threadIdx.x; c < candidates; c += kTopkThreads)
+        count_key(shared.bins, keys[c], digit, so_far);
+    } else {
+      count_row(shared.bins, row, row.begin, row.end, digit, so_far);
+    }
+    __syncthreads();
+    narrow(shared, digit);
+  }
+  const TopkState state = shared.state;
+  const TopkWriter write(p, r, row.begin, state);
+  if (held) {
+    visit_in_order<1>(
+        shared, 0, candidates, state.prefix, 0, 0,
+        [&](uint32_t (&key)[1], int c) { key[0] = keys[c]; },
+        [&](int c, uint32_t key, unsigned above, unsigned equal) {
+          write(positions[c], key, above, equal);
+        });
+  } else {
+    visit_in_order<kVector>(
+        shared, row.first_position(row.begin), row.end, state.prefix, 0, 0,
+        [&](uint32_t (&some)[kVector], int i) { row.load_keys(some, i, row.begin, row.end); },
+        write);
+  }
+  finish_row(p, memory, r, row, state.candidates - state.equal + state.wanted);
+}
+
 // One block per row.
 template <typename T>
 __global__ void __launch_bounds__(kTopkThreads, 1)
     topk_row_kernel(const __grid_constant__ TopkParams p,
                     const __grid_constant__ TopkMemory memory) {
+  using Candidates = TopkCandidates<kCandidates>;
   constexpr int kVector = TopkRow<T>::kVector;
   __shared__ TopkShared shared;
-  __shared__ uint32_t candidate_keys[kCandidates];
-  __shared__ int32_t candidate_positions[kCandidates];
   for (int64_t r = blockIdx.x; r < p.rows; r += gridDim.x) {
     const TopkRow<T> row(p, r);
-    const auto load = [&](uint32_t (&keys)[kVector], int i) {
-      row.load_keys(keys, i, row.begin, row.end);
-    };
     if (threadIdx.x == 0) shared.state = {0, row.wanted, 0, 0};
     clear_bins(shared.bins);
     __syncthreads();
@@ -201,43 +260,18 @@ __global__ void __launch_bounds__(kTopkThreads, 1)
     narrow(shared, 0);
     const int candidates = shared.state.candidates;
     const bool held = candidates <= kCandidates;
-    const uint32_t prefix = shared.state.prefix;
     if (held && candidates > 0) {
-      const uint32_t floor = (prefix << digit_shift(0)) - 1;  // no key has the lowest prefix but 0
-      visit_in_order<kVector>(shared, row.first_position(row.begin), row.end, floor, 0, 0, load,
-                              [&](int position, uint32_t key, unsigned above, unsigned) {
-                                if (key == floor) return;
-                                candidate_keys[above] = key;
-                                candidate_positions[above] = position;
-                              });
-    }
-    for (int digit = 1; digit < kDigits; ++digit) {
-      const uint32_t so_far = shared.state.prefix;
-      clear_bins(shared.bins);
-      __syncthreads();
-      if (held) {
-        for (int c = threadIdx.x; c < candidates; c += kTopkThreads)
-          count_key(shared.bins, candidate_keys[c], digit, so_far);
-      } else {
-        count_row(shared.bins, row, row.begin, row.end, digit, so_far);
-      }
-      __syncthreads();
-      narrow(shared, digit);
-    }
-    const TopkState state = shared.state;
-    const TopkWriter write(p, r, row.begin, state);
-    if (held) {
-      visit_in_order<1>(
-          shared, 0, candidates, state.prefix, 0, 0,
-          [&](uint32_t (&keys)[1], int c) { keys[0] = candidate_keys[c]; },
-          [&](int c, uint32_t key, unsigned above, unsigned equal) {
-            write(candidate_positions[c], key, above, equal);
+      const uint32_t floor = Candidates::floor(shared.state);
+      visit_in_order<kVector>(
+          shared, row.first_position(row.begin), row.end, floor, 0, 0,
+          [&](uint32_t (&keys)[kVector], int i) { row.load_keys(keys, i, row.begin, row.end); },
+          [&](int position, uint32_t key, unsigned above, unsigned) {
+            if (key == floor) return;
+            Candidates::keys()[above] = key;
+            Candidates::positions()[above] = position;
           });
-    } else {
-      visit_in_order<kVector>(shared, row.first_position(row.begin), row.end, state.prefix, 0, 0,
-                              load, write);
     }
-    finish_row(p, memory, r, row, state.candidates - state.equal + state.wanted);
+    finish_selection<kCandidates>(p, memory, r, row, shared, held);
     __syncthreads();
   }
 }
@@ -248,10 +282,11 @@ struct TopkPart {
 
   template <typename T>
   __device__ TopkPart(const TopkRow<T>& row, int part, int parts) {
-    constexpr int kTile = kTopkThreads * TopkRow<T>::kVector;
-    const int tiles = (row.end - row.begin + kTile - 1) / kTile, each = (tiles + parts - 1) / parts;
-    from = min(row.end, row.begin + part * each * kTile);
-    until = min(row.end, from + each * kTile);
+    constexpr unsigned kVector = TopkRow<T>::kVector;
+    const unsigned length = row.end - row.begin, count = parts;
+    const unsigned each = (length + count * kVector - 1) / (count * kVector) * kVector;
+    from = row.begin + static_cast<int>(min(length, part * each));
+    until = row.begin + static_cast<int>(min(length, (part + 1) * each));
   }
 };
 
@@ -269,6 +304,29 @@ __device__ inline bool is_last(unsigned* ticket, int parts) {
   return last;
 }
 
+// Candidates of all parts of a row, which other blocks have listed, into shared memory. There are
+// no more parts than threads.
+__device__ inline void gather_lists(TopkShared& shared, const TopkMemory& memory, int64_t parts) {
+  using Candidates = TopkCandidates<kListed>;
+  const int thread = static_cast<int>(threadIdx.x);
+  unsigned before, total,
+      count = thread < memory.parts ? __ldcg(&memory.part_counts[parts + thread].x) : 0;
+  TopkShared::Scan(shared.scan).ExclusiveSum(count, before, total);
+  shared.bins[thread] = before;
+  __syncthreads();
+  for (int c = thread; c < static_cast<int>(total); c += kTopkThreads) {
+    int part = 0;  // the last one that begins at c or before
+    for (int step = kTopkThreads / 2; step > 0; step /= 2)
+      if (part + step < memory.parts && shared.bins[part + step] <= static_cast<unsigned>(c))
+        part += step;
+    const uint2 found = __ldcg(memory.lists + (parts + part) * memory.list_stride + c -
+                               static_cast<int>(shared.bins[part]));
+    Candidates::keys()[c] = found.x;
+    Candidates::positions()[c] = static_cast<int32_t>(found.y);
+  }
+  __syncthreads();
+}
+
 // One digit of the wanted-th key of rows that several blocks share: blockIdx.x is the part.
 template <typename T>
 __global__ __launch_bounds__(kTopkThreads) void topk_digit_kernel(
@@ -278,9 +336,10 @@ __global__ __launch_bounds__(kTopkThreads) void topk_digit_kernel(
   TopkSharedRow& all = memory.rows[r];
   const TopkRow<T> row(p, r);
   const TopkPart part(row, static_cast<int>(blockIdx.x), memory.parts);
-  const TopkState state = digit == 0 ? TopkState{0, row.wanted, 0, 0} : all.state;
+  if (threadIdx.x == 0) shared.state = digit == 0 ? TopkState{0, row.wanted, 0, 0} : all.state;
   clear_bins(shared.bins);
   __syncthreads();
+  const TopkState state = shared.state;
   count_row(shared.bins, row, part.from, part.until, digit, state.prefix);
   __syncthreads();
   for (int b = threadIdx.x; b < kBins; b += kTopkThreads)
@@ -290,10 +349,44 @@ __global__ __launch_bounds__(kTopkThreads) void topk_digit_kernel(
     shared.bins[b] = __ldcg(&all.bins[b]);
     all.bins[b] = 0;
   }
-  if (threadIdx.x == 0) shared.state = state;
   __syncthreads();
   narrow(shared, digit);
   if (threadIdx.x == 0) all.state = shared.state;
+}
+
+// The rest of rows whose first digit is known. Each block lists the candidates of its part, and the
+// last one gathers them; if they are too many, the first block takes the whole row.
+template <typename T>
+__global__ void __launch_bounds__(kTopkThreads, 1)
+    topk_list_kernel(const __grid_constant__ TopkParams p,
+                     const __grid_constant__ TopkMemory memory) {
+  using Candidates = TopkCandidates<kListed>;
+  constexpr int kVector = TopkRow<T>::kVector;
+  __shared__ TopkShared shared;
+  const int64_t r = blockIdx.y, parts = r * memory.parts;
+  TopkSharedRow& all = memory.rows[r];
+  const TopkRow<T> row(p, r);
+  if (threadIdx.x == 0) shared.state = all.state;
+  __syncthreads();
+  const TopkState state = shared.state;
+  const bool held = state.candidates <= kListed;
+  if (held) {
+    const TopkPart part(row, static_cast<int>(blockIdx.x), memory.parts);
+    const uint32_t floor = Candidates::floor(state);
+    uint2* const list = memory.lists + (parts + blockIdx.x) * memory.list_stride;
+    const unsigned listed = visit_in_order<kVector>(
+        shared, row.first_position(part.from), part.until, floor, 0, 0,
+        [&](uint32_t (&keys)[kVector], int i) { row.load_keys(keys, i, part.from, part.until); },
+        [&](int position, uint32_t key, unsigned above, unsigned) {
+          if (key != floor) list[above] = {key, static_cast<uint32_t>(position)};
+        });
+    if (threadIdx.x == 0) memory.part_counts[parts + blockIdx.x] = {static_cast<int>(listed), 0};
+    if (!is_last(&all.ticket, memory.parts)) return;
+    gather_lists(shared, memory, parts);
+  } else if (blockIdx.x != 0) {
+    return;
+  }
+  finish_selection<kListed>(p, memory, r, row, shared, held);
 }
 
 template <typename T>
@@ -323,20 +416,24 @@ __global__ __launch_bounds__(kTopkThreads) void topk_count_kernel(
 }
 
 template <typename T>
-__global__ __launch_bounds__(kTopkThreads) void topk_write_kernel(
-    const __grid_constant__ TopkParams p, const __grid_constant__ TopkMemory memory) {
+__global__ void __launch_bounds__(kTopkThreads, 1)
+    topk_write_kernel(const __grid_constant__ TopkParams p,
+                      const __grid_constant__ TopkMemory memory) {
   constexpr int kVector = TopkRow<T>::kVector;
   __shared__ TopkShared shared;
   const int64_t r = blockIdx.y;
   const TopkRow<T> row(p, r);
   const TopkPart part(row, static_cast<int>(blockIdx.x), memory.parts);
-  const TopkState state = memory.rows[r].state;
-  unsigned above = 0, equal = 0;
-  for (unsigned i = 0; i < blockIdx.x; ++i) {
-    const int2 counts = memory.part_counts[r * memory.parts + i];
-    above += counts.x;
-    equal += counts.y;
-  }
+  if (threadIdx.x == 0) shared.state = memory.rows[r].state;
+  // Keys of the parts before; there are no more parts than threads.
+  int2 counts = {0, 0};
+  if (threadIdx.x < blockIdx.x) counts = memory.part_counts[r * memory.parts + threadIdx.x];
+  unsigned before, above, equal;
+  TopkShared::Scan(shared.scan).ExclusiveSum(static_cast<unsigned>(counts.x), before, above);
+  __syncthreads();
+  TopkShared::Scan(shared.scan).ExclusiveSum(static_cast<unsigned>(counts.y), before, equal);
+  __syncthreads();
+  const TopkState state = shared.state;
   visit_in_order<kVector>(
       shared, row.first_position(part.from), part.until, state.prefix, above, equal,
       [&](uint32_t (&keys)[kVector], int i) { row.load_keys(keys, i, part.from, part.until); },

@@ -85,7 +85,7 @@ def topk_select(
         RuntimeError: naming argument, rule and value.
 
     Complexity: one or two passes over the scores and O(k log k) for order="score"; O(k) extra
-    memory.
+    memory, on CUDA 8 bytes for each score of up to 131072 columns where a row takes several blocks.
 
     Paper: exact selection as TokenSelect (Wu et al. 2024, section 4.2), TidalDecode (Yang et al.
     2024, section 3) and Quest (Tang et al. 2024, section 3.3) need it.
