@@ -165,7 +165,7 @@ ROWS = {
     "block_pool_keys": ("^mean", {"traffic_over_least": 1.05}),
     "block_pool_keys_update": ("", {"traffic_over_least": 1.1}),
     "kv_cache_append": ("tokens$", {"traffic_over_least": 1.1}),
-    "kv_cache_compact": ("", {"traffic_over_least": 1.05}),
+    "kv_cache_compact": ("", {"traffic_over_least": 1.1}),
     "linear_attention_decode": ("", {"traffic_over_least": 1.05}),
     "merge_attention_states": ("", {"traffic_over_least": 1.4}),
     "query_similarity_gate": ("", {"traffic_over_least": 1.05}),

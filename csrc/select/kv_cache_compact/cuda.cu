@@ -5,9 +5,16 @@ namespace tokenmill {
 namespace cuda::kv_cache_compact {
 namespace {
 
-CompactPlan plan_of(int64_t units) {
+constexpr int64_t kSectorBytes = 32;
+
+// A block for each group of lanes. Heads that are fewer than multiprocessors have more blocks,
+// whose lanes read a sector of a row at least.
+CompactPlan plan_of(const CompactParams& p, int64_t units, int64_t unit_bytes) {
   int lanes = 1;
   while (lanes < kWarpSize && lanes < units) lanes *= 2;
+  const int64_t heads = p.batch * p.heads;
+  while (lanes * unit_bytes > kSectorBytes && heads * ceil_div(units, lanes) < multiprocessors())
+    lanes /= 2;
   return {lanes, static_cast<int>(units), static_cast<unsigned>(ceil_div(units, lanes))};
 }
 
@@ -16,11 +23,11 @@ int64_t grid_of(const CompactParams& p, unsigned blocks) { return p.batch * p.he
 template <typename T>
 const char* move_rows(const CompactParams& p, const Rows& rows, int64_t dim, cudaStream_t stream) {
   if (is_vectorizable<T>(rows.data, dim, rows.batch, rows.seq, rows.head)) {
-    const CompactPlan plan = plan_of(dim * static_cast<int64_t>(sizeof(T)) / 16);
+    const CompactPlan plan = plan_of(p, dim * static_cast<int64_t>(sizeof(T)) / 16, 16);
     return launch<move_rows_kernel<uint4>>(grid_of(p, plan.blocks), kCompactThreads, 0, stream, p,
                                            rows, plan);
   }
-  const CompactPlan plan = plan_of(dim);
+  const CompactPlan plan = plan_of(p, dim, sizeof(T));
   return launch<move_rows_kernel<T>>(grid_of(p, plan.blocks), kCompactThreads, 0, stream, p, rows,
                                      plan);
 }
@@ -36,7 +43,7 @@ const char* sum_dropped(const CompactParams& p, const Rows& rows, int64_t dim, f
 template <typename T>
 const char* move_keys(const CompactParams& p, cudaStream_t stream) {
   if (!p.turns) return move_rows<T>(p, p.k, p.key_dim, stream);
-  const CompactPlan plan = plan_of(p.key_dim - p.pairs);
+  const CompactPlan plan = plan_of(p, p.key_dim - p.pairs, sizeof(T));
   return launch<turn_rows_kernel<T>>(grid_of(p, plan.blocks), kCompactThreads, 0, stream, p, plan);
 }
 
