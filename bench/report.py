@@ -1,5 +1,5 @@
 """Results as Markdown tables: `python -m tokenmill bench report FILE ... [--update PAGE]`. A file
-has the times of one machine, or what `bench --counters` counted."""
+has the times of one machine, or what `bench --counters` or `bench --launches` counted."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .plot import label
 BEGIN = "<!-- bench report: begin -->"
 END = "<!-- bench report: end -->"
 COLUMNS = ("ms", "GFLOP/s", "% of peak", "GB/s")
+LAUNCH_COLUMNS = 4  # calls side by side
 # Headings of counters where the narrow ones of the command line say too little.
 HEADINGS = {
     "instructions": "instructions",
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="results that bench --json wrote: of one machine each, or of --counters",
+        help="results that bench --json wrote: of one machine each, of --counters or --launches",
     )
     parser.add_argument(
         "--update",
@@ -62,6 +63,8 @@ def update(page: str, tables: str) -> str:
 def markdown(name: str, results: dict[str, Any]) -> str:
     """The section of one file: what was measured, and a table for each operator."""
     rows = results["rows"]
+    if "multiprocessors" in results:
+        return "\n".join([f"### {name}", "", *_launches(results)]) + "\n"
     lines = [f"### {name}", "", *(_counted if "per" in results else _measured)(results)]
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
@@ -110,6 +113,25 @@ def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> l
     return lines + (["", f"Peers: {results['counted_peers'][op]}."] if compared else [])
 
 
+def _launches(results: dict[str, Any]) -> list[str]:
+    """Several calls side by side, in columns from top to bottom."""
+    cells = [
+        [f"`{row['op']}` {row['case']}", ", ".join(map(str, row["blocks"]))]
+        for row in results["rows"]
+    ]
+    height = -(-len(cells) // LAUNCH_COLUMNS)
+    columns = [cells[i : i + height] for i in range(0, len(cells), height)]
+    header = ["call", "blocks"] * len(columns)
+    lines = [_line(header), _line(["---"] * len(header))]
+    for i in range(height):
+        shown = [column[i] if i < len(column) else ["", ""] for column in columns]
+        lines.append(_line([text for pair in shown for text in pair]))
+    made = f"CUDA {results['cuda']}; tokenmill {results['tokenmill']}, {results['date']}"
+    count = results["multiprocessors"]
+    rule = f"Blocks of each launch of a call for one request, of {count} multiprocessors ({made})."
+    return [rule, "", *lines]
+
+
 def _times(op: str, rows: list[dict[str, Any]]) -> list[str]:
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
     lines = [_line([f"`{op}`", *COLUMNS, *peers]), _line(["---"] * (1 + len(COLUMNS) + len(peers)))]
@@ -150,7 +172,7 @@ def _figure(value: float) -> str:
 def _load(name: str) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(Path(name).read_text())
-        if "rows" not in results or not results.keys() & {"machine", "per"}:
+        if "rows" not in results or not results.keys() & {"machine", "per", "multiprocessors"}:
             raise ValueError("no rows, or no machine")
     except (OSError, ValueError, AttributeError) as error:
         rule = "must be results that bench --json wrote"

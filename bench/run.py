@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count what the CUDA kernels do, on the PTX machine (development builds)",
     )
+    parser.add_argument(
+        "--launches",
+        action="store_true",
+        help="count the launches of a request and their blocks, likewise",
+    )
 
 
 def _pattern(value: str) -> re.Pattern[str]:
@@ -83,6 +88,10 @@ def run(options: argparse.Namespace) -> int:
         from . import counters
 
         measure = counters.run
+    elif options.launches:
+        from .counters import launches
+
+        measure = launches.run
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json == "-" else stdout):
         return measure(options, stdout)

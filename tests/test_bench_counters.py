@@ -12,7 +12,7 @@ import torch
 import tokenmill as tm
 from tokenmill.__main__ import main
 from tokenmill.bench import counters
-from tokenmill.bench.counters import attention, case, decode, linear, select
+from tokenmill.bench.counters import attention, case, decode, launches, linear, select
 
 built = pytest.mark.skipif(
     not tm._library.emulated_built(),
@@ -205,6 +205,16 @@ def test_every_operator_with_a_cuda_kernel_has_cases():
     kernels = {name for name, spec in tm.registry.ops().items() if spec.forward.has_emulated()}
     assert kernels == set(counters.OPS)
     assert kernels == {*ROWS, "attention"}
+    assert kernels == set(launches.CALLS)
+
+
+@built
+def test_launches_of_a_request(capsys, tmp_path):
+    target = tmp_path / "launches.json"
+    assert main(["bench", "--launches", "kv_cache_compact", "--json", str(target)]) == 0
+    (row,) = json.loads(target.read_text())["rows"]
+    assert row["op"] == "kv_cache_compact" and row["blocks"] == [1, 64, 64]
+    assert "1, 64, 64" in capsys.readouterr().out
 
 
 @built

@@ -117,6 +117,20 @@ def test_a_report_of_counters_marks_what_is_above_the_peers(tmp_path, capsys):
     ]
 
 
+def test_a_report_of_launches_shows_calls_side_by_side(tmp_path, capsys):
+    rows = [{"op": "a", "case": str(i), "blocks": [i, 2]} for i in range(5)]
+    head = {"tokenmill": "0.1.0", "cuda": "13.0", "date": "2026-01-02", "multiprocessors": 132}
+    name = tmp_path / "launches.json"
+    name.write_text(json.dumps(head | {"rows": rows}))
+    assert main(["bench", "report", str(name)]) == 0
+    assert capsys.readouterr().out.splitlines()[4:] == [
+        "| call | blocks | call | blocks | call | blocks |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `a` 0 | 0, 2 | `a` 2 | 2, 2 | `a` 4 | 4, 2 |",
+        "| `a` 1 | 1, 2 | `a` 3 | 3, 2 |  |  |",
+    ]
+
+
 def test_a_report_refuses_what_is_no_result_and_pages_without_markers(tmp_path, capsys):
     headless, good, page = (tmp_path / name for name in ("h.json", "g.json", "page.md"))
     headless.write_text('{"rows": []}')

@@ -127,6 +127,8 @@ def test_counters_are_refused_without_the_machine(monkeypatch, capsys):
     monkeypatch.setattr(tm._library, "emulated_built", lambda: False)
     assert main(["bench", "--counters"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --counters: needs a development")
+    assert main(["bench", "--launches"]) == 2
+    assert capsys.readouterr().err.startswith("tokenmill bench: --launches: needs a development")
     monkeypatch.setattr(tm._library, "emulated_built", lambda: True)
     assert main(["bench", "--counters", "--plot", "x"]) == 2
     assert capsys.readouterr().err.startswith("tokenmill bench: --plot: draws no counters")
