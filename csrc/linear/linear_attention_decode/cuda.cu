@@ -4,12 +4,21 @@
 namespace tokenmill {
 namespace {
 
+// Of a block, where heads are fewer than multiprocessors: rows of 128 bytes.
+constexpr int64_t kLeastColumns = 32;
+
 template <typename T, int kVector>
 const char* launch_decode(const LinearDecodeParams& p, cudaStream_t stream) {
   const int64_t columns = p.value_dim + p.normalize;
   cuda::linear_attention_decode::DecodePlan plan{1, 1};
   while (plan.lanes < cuda::kWarpSize && plan.lanes * kVector < columns) plan.lanes *= 2;
-  if (!p.normalize) plan.slices = static_cast<int>(ceil_div(columns, plan.lanes * kVector));
+  if (!p.normalize) {
+    const auto slices = [&] { return ceil_div(columns, plan.lanes * kVector); };
+    while (plan.lanes * kVector > kLeastColumns &&
+           p.batch * p.heads * slices() < cuda::multiprocessors())
+      plan.lanes /= 2;
+    plan.slices = static_cast<int>(slices());
+  }
   return cuda::launch<cuda::linear_attention_decode::decode_kernel<T, kVector>>(
       p.batch * p.heads * plan.slices, cuda::linear_attention_decode::kDecodeThreads, 0, stream, p,
       plan);
