@@ -12,7 +12,7 @@ constexpr int kRowChunks = 4;  // loads of a thread that are under way together
 constexpr int64_t kMostBatches = 65535;
 
 // Threads along a row and rows along a block, for rows of `chunks` accesses; a grid of (rows,
-// batch).
+// batch). Blocks of few rows are smaller, so that every multiprocessor has one.
 struct RowGrid {
   dim3 block, grid;
   bool fits;
@@ -20,8 +20,11 @@ struct RowGrid {
   RowGrid(int64_t chunks, int64_t rows, int64_t batch) {
     int lanes = 1;
     while (lanes < kWarpSize && lanes < chunks) lanes *= 2;
-    block = dim3(lanes, kRowThreads / lanes);
-    const int64_t blocks = ceil_div(rows, block.y);
+    int at_once = kRowThreads / lanes;
+    while (at_once * lanes > kWarpSize && ceil_div(rows, at_once) * batch < multiprocessors())
+      at_once /= 2;
+    block = dim3(lanes, at_once);
+    const int64_t blocks = ceil_div(rows, at_once);
     fits = blocks <= kMaxGrid;
     grid = dim3(static_cast<unsigned>(fits ? blocks : 1),
                 static_cast<unsigned>(batch < kMostBatches ? batch : kMostBatches));
