@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, TypedDict, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .._lowering import scale_or_default, widen
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .attention_decode import attention_decode
+from .attention_options import AttentionOptions, Precision
 from .attention_rules import OP, check_attention, check_attention_values
 from .post_decay import lower_post_decay
 from .terms import (
@@ -34,39 +34,6 @@ from .terms import (
     lower_normalize,
     lower_score_bias,
 )
-
-Precision = Literal["accurate", "fast"]
-
-
-class SigmoidOptions(TypedDict, total=False):
-    """Keywords of :func:`sigmoid_attention` beside score_bias."""
-
-    normalize: Normalize
-    scale: float | None
-    bias: Tensor | None
-    mask: Masks
-    alibi_slopes: Tensor | None
-    alibi_grid: Grid | None
-    softcap: float
-    causal: bool
-    window: tuple[int, int]
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    max_seqlen_q: int | None
-    max_seqlen_k: int | None
-    seqlens_k: Tensor | None
-    block_table: Tensor | None
-    precision: Precision
-    backend: str | None
-
-
-class AttentionOptions(SigmoidOptions, total=False):
-    """Keywords of :func:`attention` beside return_lse, on which the type of the result depends."""
-
-    kind: Kind
-    score_bias: ScoreBias
-    sink: Tensor | None
-    post_decay: Decay2d | None
 
 
 @overload
@@ -190,8 +157,7 @@ def attention(
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
         ``[B, H, Sq]`` (packed ``[H, Tq]``) float32, natural log, or the sums s of that shape,
         themselves differentiable. A query that sees no key has out 0 and lse -inf (with a sink:
-        lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink, gamma.
-        Under
+        lse = sink), s 0. Gradients: q, k, v, score_bias, bias, alibi_slopes, sink, gamma. Under
         torch.autocast q, k, v and bias are cast as those of torch's scaled_dot_product_attention.
         Parts over disjoint keys: :func:`merge_attention_states` merges softmax by its lse and sums
         kinds without normalize; with "sum", numerators :math:`(s_i + 10^{-8})\,out_i` and row sums
@@ -253,6 +219,8 @@ def _over_cache(
             fail(OP, name, "must not be given with a cache (seqlens_k)", value)
     if options["seqlens_k"] is None:
         fail(OP, "seqlens_k", "must be given with block_table", None)
+    from .attention_decode import attention_decode  # listed behind attention
+
     results: Tensor | tuple[Tensor, Tensor] = attention_decode(q, k, v, **options)
     return results
 

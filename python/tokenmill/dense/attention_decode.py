@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import (
-    as_int,
-    as_number,
-    check,
-    check_bool,
-    check_cu_seqlens_values,
-    check_device_of_q,
-    check_dtype_of,
-    check_last_contiguous,
-    check_tensor,
-    check_text,
-    fail,
-    show,
-)
+from .._check import as_int, as_number, check_bool, check_tensor, check_text, fail
 from .._dispatch import call
 from .._flops import band, known
-from .._kv_cache import capacity, check_cache, check_lengths, check_lengths_values
+from .._kv_cache import capacity
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
-from .._written import check_written
-from ..masks import NO_MASK, Lowered, Mask, Masks, Prefix, Segments, lower_mask
+from ..masks import Masks
 from ..reference.dense import attention_decode as reference
 from ..registry import OpSpec, Sharding, register_op
+from .attention_decode_rules import (
+    OP,
+    check_decode,
+    check_decode_out,
+    check_decode_values,
+    lower_cache_mask,
+)
 from .terms import (
     NO_WINDOW,
     Kind,
     Normalize,
     ScoreBias,
     as_window,
-    check_kind,
-    check_mask,
     check_return_lse,
-    check_scale,
-    check_terms,
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
 )
 
-OP = "attention_decode"
-
 Schedule = Literal["auto", "split", "stream_k"]
-MAX_SPLITS = 1024
-# Tensors that a call reads.
-READ = ("q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges")
-READ += ("mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q")
 
 
 @overload
@@ -171,8 +153,7 @@ def attention_decode(
         cu_seqlens_q: int32 ``[B + 1]``, where the queries of each request begin and end; a request
             may have none. On a GPU, which does not check these values, tokens of no request are
             empty rows.
-        max_seqlen_q: a bound on the queries of a request; None = all tokens. On a GPU it chooses
-            between kernels for a few rows and for many, and 1 is a batch of decode rows.
+        max_seqlen_q: a bound on the queries of a request; None = all tokens.
         num_splits: 0 = automatic. n cuts the keys of each request into n ranges, at most one for
             each step of the kernel. With n > 0 a request's result has the same bits in any batch,
             whatever the other requests are; on the cpu backend, and packed, that holds for 0 too.
@@ -307,7 +288,7 @@ def lower(
         rule = "must be an integer or None"
         max_seqlen_q = as_int(OP, "max_seqlen_q", max_seqlen_q, rule)
     num_splits = as_int(OP, "num_splits", num_splits)
-    lowered_mask = lower_cache_mask(OP, mask, q, causal, cu_seqlens_q)
+    lowered_mask = lower_cache_mask(mask, q, causal, cu_seqlens_q)
     return (
         q,
         k_cache,
@@ -330,104 +311,6 @@ def lower(
         num_splits,
         schedule,
     )
-
-
-def lower_cache_mask(
-    op: str, mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None
-) -> Lowered:
-    """Positions of keys are those of the request: a prefix would need its length."""
-    if mask is None:
-        return NO_MASK
-    several = isinstance(mask, tuple | list) and not isinstance(mask, Mask)
-    for m in mask if several else (mask,):
-        if isinstance(m, Prefix):
-            fail(op, "mask", "must not be a prefix with a cache", "prefix")
-        if cu_seqlens_q is not None and isinstance(m, Segments):
-            fail(op, "mask", "must be ranges alone with cu_seqlens_q", "segments")
-    return lower_mask(
-        op, mask, q, 0, causal=causal, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q
-    )
-
-
-# csrc/dense/attention_decode/host.cpp has the same rules in the same order and words.
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    kind: str,
-    normalize: str,
-    scale: float,
-    score_bias: Tensor | None,
-    score_bias_value: float,
-    score_bias_neg_log_n: bool,
-    mask_ranges: Tensor | None,
-    mask_q_spans: Tensor | None,
-    mask_k_spans: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    softcap: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | None,
-    num_splits: int,
-    schedule: str,
-    *,
-    float64: bool = False,
-) -> None:
-    paged = block_table is not None
-    batch = check_cache(OP, q, k_cache, v_cache, paged, float64, cu_seqlens_q)
-    check_kind(OP, kind, normalize)
-    check_scale(OP, scale, softcap)
-    for side, limit in (("left", window_left), ("right", window_right)):
-        check(limit >= -1, OP, "window", f"{side} must be >= -1 (-1 = no limit)", limit)
-    if max_seqlen_q is not None:
-        packed = cu_seqlens_q is not None
-        check(packed, OP, "max_seqlen_q", "goes with cu_seqlens_q alone", max_seqlen_q)
-        check(max_seqlen_q >= 0, OP, "max_seqlen_q", "must not be negative", max_seqlen_q)
-    splits = f"must be 0 (automatic) to {MAX_SPLITS}"
-    check(0 <= num_splits <= MAX_SPLITS, OP, "num_splits", splits, num_splits)
-    schedules = "must be 'auto', 'split' or 'stream_k'"
-    check(schedule in ("auto", "split", "stream_k"), OP, "schedule", schedules, schedule)
-    if num_splits > 0:
-        rule = f"must be 'auto' or 'split' with num_splits {num_splits}"
-        check(schedule != "stream_k", OP, "schedule", rule, schedule)
-    check_lengths(OP, q, batch, seqlens_k, block_table)
-    check_terms(OP, q, batch, kind, score_bias, alibi_slopes, sink)
-    keys = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if cu_seqlens_q is not None:
-        rule = "must not be given with cu_seqlens_q"
-        for name, spans in (("mask_q_spans", mask_q_spans), ("mask_k_spans", mask_k_spans)):
-            if spans is not None:
-                fail(OP, name, rule, spans.shape)
-    check_mask(OP, q, batch, keys, mask_ranges, mask_q_spans, mask_k_spans)
-
-
-def _check_values(*lowered: Any) -> None:
-    a = FORWARD.record(*lowered)
-    if a.cu_seqlens_q is not None:
-        ends = check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
-        longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
-        if a.max_seqlen_q is not None and a.max_seqlen_q < longest:
-            rule = f"must be at least the longest sequence, {longest}"
-            fail(OP, "max_seqlen_q", rule, a.max_seqlen_q)
-    check_lengths_values(OP, a.k_cache, a.seqlens_k, a.block_table)
-
-
-def _check_out(*lowered: Any, float64: bool = False) -> None:
-    *arguments, out = lowered
-    _check(*arguments, float64=float64)
-    a = FORWARD.record(*arguments)
-    shape = (*a.q.shape[:-1], a.v_cache.shape[-1])
-    if tuple(out.shape) != shape:
-        fail(OP, "out", f"must have shape {show(shape)}", out.shape)
-    check_dtype_of(OP, "out", out, "q", a.q)
-    check_last_contiguous(OP, "out", out)
-    check_device_of_q(OP, "out", out, a.q)
-    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
@@ -472,14 +355,14 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q",), cache="k_cache"),
-        check=_check,
-        check_values=_check_values,
+        check=check_decode,
+        check_values=check_decode_values,
         fake=_fake,
         triton="dense.attention_decode:attention_decode",
         refuses_gradients=True,
     )
 )
-OUT = register(TorchOp(OP + "_out", check=_check_out, fake=_fake_out))
+OUT = register(TorchOp(OP + "_out", check=check_decode_out, fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .attention import SigmoidOptions, attention
+from .attention import attention
+from .attention_options import SigmoidOptions
 from .terms import ScoreBias
 
 

@@ -23,7 +23,8 @@ from .._check import (
     check_text,
 )
 from .._dispatch import choose
-from ..dense.attention import SPEC, AttentionOptions, lower
+from ..dense.attention import SPEC, lower
+from ..dense.attention_options import AttentionOptions
 from ..dense.terms import as_window, check_return_lse
 from ._allgather import gathered_attention
 from ._group import Group
@@ -195,6 +196,9 @@ def _prepare(
     options = dict(options)
     for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
         rule = "must be None: cu_seqlens has the sequences of the whole"
+        check(options.pop(name, None) is None, op, name, rule, "a value")
+    for name in ("seqlens_k", "block_table"):
+        rule = "must be None: distributed.attention_decode takes caches"
         check(options.pop(name, None) is None, op, name, rule, "a value")
     ranks = Group(op, mesh, group)
     where = layout_of_shard(ranks, "q", tokens, length, order, sizes)

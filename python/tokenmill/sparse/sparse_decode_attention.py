@@ -28,7 +28,7 @@ from .._flops import known
 from .._kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
-from ..dense.attention_decode import MAX_SPLITS
+from ..dense.attention_decode_rules import MAX_SPLITS
 from ..dense.terms import check_scale, check_small, check_terms
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op

@@ -1,0 +1,43 @@
+"""The keywords of attention and of functions that hand them over to it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+from ..masks import Decay2d, Grid, Masks
+from .terms import Kind, Normalize, ScoreBias
+
+Precision = Literal["accurate", "fast"]
+
+
+class SigmoidOptions(TypedDict, total=False):
+    """Keywords of :func:`sigmoid_attention` beside score_bias."""
+
+    normalize: Normalize
+    scale: float | None
+    bias: Tensor | None
+    mask: Masks
+    alibi_slopes: Tensor | None
+    alibi_grid: Grid | None
+    softcap: float
+    causal: bool
+    window: tuple[int, int]
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    seqlens_k: Tensor | None
+    block_table: Tensor | None
+    precision: Precision
+    backend: str | None
+
+
+class AttentionOptions(SigmoidOptions, total=False):
+    """Keywords of :func:`attention` beside return_lse, on which the type of the result depends."""
+
+    kind: Kind
+    score_bias: ScoreBias
+    sink: Tensor | None
+    post_decay: Decay2d | None
