@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import tokenmill as tm
 from tokenmill.__main__ import main
 from tokenmill.bench import report
 
@@ -38,6 +40,24 @@ def test_every_relative_link_leads_somewhere():
             if not path.exists() or (anchor and anchor not in anchors(path)):
                 dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert not dead
+
+
+@sources
+def test_the_code_of_the_page_on_serving_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
+    first, append, cascade, tree = blocks
+    has: dict = {}
+    for block in (first, append, cascade):
+        exec(block, has)
+    lengths = has["rest"]["seqlens_k"] + has["beginning"]["seqlens_k"]
+    pages = has["beginning"]["block_table"].expand(3, -1)
+    table = torch.cat([pages, has["rest"]["block_table"]], 1)
+    caches = has["k_cache"], has["v_cache"]
+    assert torch.equal(caches[0].flatten(0, 1)[128:192], has["k"][:64])
+    whole = tm.attention_decode(has["q"][:, None], *caches, seqlens_k=lengths, block_table=table)
+    torch.testing.assert_close(has["out"], whole[:, 0], rtol=1e-5, atol=1e-5)
+    exec(tree, has)
+    assert has["out"].shape == (5, 8, 64)
 
 
 @sources

@@ -121,6 +121,68 @@ def test_needle(tmp_path):
     assert "loss" not in again and re.search(r"H2O +│ +\d/4", again) and "Quest" not in again
 
 
+def test_serve():
+    pytest.importorskip("rich")
+    out = run(
+        sys.executable, EXAMPLES / "serve.py", "--quick", "--requests", 12, "--new", 12,
+        "--length", 160, "--pages", 30, "--page-size", 8, "--seats", 6, "--budget", 48,
+        "--repeats", 1,
+    )  # fmt: skip
+    first, last = map(float, re.findall(r"loss ([\d.]+) to ([\d.]+)", out)[0])
+    assert last < first
+    rows = re.findall(r"│ (.*?) +│ +[\d.]+ │ +\d+ │ +(\d+) │.*│ +(\d+) of 12 │ +(\S+) │", out)
+    assert [name for name, *_ in rows] == [
+        "pages, 6 at once", "pages, 1 at a time", "PyTorch, 1 at a time"
+    ]  # fmt: skip
+    assert int(rows[0][1]) < int(rows[1][1])
+    assert all(int(same) == 12 and float(apart) < 1e-4 for *_, same, apart in rows)
+    counts = re.findall(r"(\d+) tokens read in .*; (\d+) evictions,\n(\d+) of their", out)
+    assert all(int(count) > 0 for count in counts[0])
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    serve = importlib.import_module("serve")
+    torch.manual_seed(0)
+    setup = serve.Setup(width=16, heads=2, layers=2)
+    model = serve.LanguageModel(setup, "softmax").requires_grad_(False)
+    for weight in model.parameters():  # far from uniform answers
+        weight.mul_(3 if weight.dim() == 2 else 1)
+    return serve, model
+
+
+@pytest.mark.parametrize(
+    ("pages", "page_size", "seats", "budget"),
+    [(3, 8, 8, 8), (24, 1, 4, 30), (40, 4, 8, 11), (6, 4, 1, 5), (2, 16, 3, 64)],
+)
+def test_an_engine_answers_as_each_request_alone(pages, page_size, seats, budget, engine):
+    """Equal prompts, prompts that begin others, one token, all ending at once, too few pages; no
+    row is read that was not written."""
+    serve, model = engine
+    beginning = list(range(40, 64))
+    prompts = [beginning[:n] for n in (16, 16, 16, 1, 23, 8, 9, 24)] + [[7], [7] * 20]
+    requests = [
+        serve.Request(codes, 25 if i % 3 else len(codes) + 1, arrival=i // 4)
+        for i, codes in enumerate(prompts)
+    ]
+    alone = [serve.Request(list(r.codes), r.last, 0) for r in requests]
+    few = serve.Engine(model, pages=pages, page_size=page_size, seats=seats, budget=budget)
+    few.caches.fill_(float("nan"))
+    serve.serve(few, requests, lambda: None)
+    for got, want in zip(requests, alone, strict=True):
+        serve.serve_alone(model, want)
+        assert got.codes == want.codes and len(got.codes) == got.last
+        assert got.logs == pytest.approx(want.logs, abs=1e-4)
+    assert not any(few.pages.users) and sorted(few.pages.free) == list(range(pages))
+    assert {text: page for page, text in few.pages.text_of.items()} == few.pages.page_of
+    with pytest.raises(ValueError, match=r"request: must have a prompt, .* got 3 of 3"):
+        few.submit(serve.Request([1, 2, 3], 3, 0))
+    with pytest.raises(ValueError, match=r"at most \d+ of both; got 1 of"):
+        few.submit(serve.Request([1], pages * page_size + 2, 0))
+
+
 def test_hip_text(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")

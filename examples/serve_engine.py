@@ -1,0 +1,217 @@
+"""The engine of examples/serve.py: which tokens a step of the model has, and where their keys lie.
+
+A step is one pass of the model, and one call of attention in each layer, over the newest token of
+every text that is being continued and the next piece of a prompt. Texts that begin alike share
+pages. When pages run out, the request that came last gives its own back and waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import tokenmill as tm
+from tokenmill.demo.language_model import LanguageModel
+
+# A layer's number and its new q, k, v [T, H, D] to what they attend to, [T, H, D].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Request:
+    """codes: the prompt and what was generated, of which the cache holds the first `held`."""
+
+    codes: list[int]
+    last: int  # its length at the end
+    arrival: int  # the step before which it comes
+    pages: list[int] = field(default_factory=list)
+    held: int = 0
+    logs: list[float] = field(default_factory=list)  # log-probabilities of what was generated
+    evicted: bool = False
+
+
+@torch.inference_mode()
+def greedy(model: LanguageModel, codes: list[int], rows: list[int], attend: Attend) -> Iterator:
+    """What most likely follows the tokens `rows` of codes [T], and its log-probability."""
+    x = model.embedding(torch.tensor(codes))[None]
+    for number, block in enumerate(model.blocks):
+        layer = block.attention
+        q, k, v = (t[0] for t in layer.project(block.norm_attention(x)))
+        x = x + layer.out(layer.norm_head(attend(number, q, k, v)).flatten(1))
+        x = x + block.mlp(block.norm_mlp(x))
+    logits = model.head(model.norm(x[0, rows]))
+    logs, found = torch.log_softmax(logits, -1).max(-1)
+    return zip(found.tolist(), logs.tolist(), strict=True)
+
+
+class Pages:
+    """Which pages, of `size` tokens each, are in use, and by how many. A full page is known by the
+    text up to its end, also when nobody uses it any more, until it is taken for another text."""
+
+    def __init__(self, count: int, size: int):
+        self.size = size
+        self.users = [0] * count
+        self.free = dict.fromkeys(range(count))  # in the order in which they will be taken
+        self.page_of: dict[bytes, int] = {}
+        self.text_of: dict[int, bytes] = {}
+
+    def take(self) -> int:
+        page = next(iter(self.free))
+        del self.free[page]
+        self.page_of.pop(self.text_of.pop(page, b""), None)
+        self.users[page] = 1
+        return page
+
+    def share(self, codes: list[int]) -> list[int]:
+        """The full pages that the beginning of codes is known to be in, with one user more."""
+        found: list[int] = []
+        for end in range(self.size, len(codes) + 1, self.size):
+            page = self.page_of.get(bytes(codes[:end]))
+            if page is None:
+                break
+            found.append(page)
+            self.users[page] += 1
+            self.free.pop(page, None)
+        return found
+
+    def publish(self, codes: list[int], pages: list[int], begin: int) -> None:
+        """Makes known which pages codes fill; those before token `begin` are known."""
+        for number in range(begin // self.size, len(codes) // self.size):
+            known = bytes(codes[: (number + 1) * self.size])
+            if self.page_of.setdefault(known, pages[number]) == pages[number]:
+                self.text_of[pages[number]] = known
+
+    def give_back(self, pages: list[int]) -> None:
+        for page in reversed(pages):  # ends are taken before beginnings, which more texts share
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                self.free[page] = None
+
+
+class Engine:
+    """Serves requests in the order in which they came. All running ones but the last have read
+    their prompts, for nothing is admitted behind a prompt that takes what a step has left."""
+
+    def __init__(self, model: LanguageModel, pages: int, page_size: int, seats: int, budget: int):
+        if not 1 <= seats <= budget:
+            raise ValueError(f"seats: must be 1 to the budget, {budget}; got {seats}")
+        self.model, self.seats, self.budget = model, seats, budget
+        self.pages = Pages(pages, page_size)
+        layers = [block.attention for block in model.blocks]
+        self.slopes = layers[0].slopes
+        head_dim = layers[0].norm_head.normalized_shape[0]
+        self.caches = torch.empty(len(layers), 2, pages, page_size, layers[0].heads, head_dim)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.counts: Counter[str] = Counter()
+
+    def submit(self, request: Request) -> None:
+        room = len(self.pages.users) * self.pages.size  # the last token is never in the cache
+        if not 1 <= len(request.codes) < request.last <= room + 1:
+            rule = f"must have a prompt, tokens to generate, and at most {room + 1} of both"
+            raise ValueError(f"request: {rule}; got {len(request.codes)} of {request.last}")
+        self.waiting.append(request)
+
+    def step(self) -> list[Request]:
+        """One pass of the model. Returns the requests that ended with it."""
+        batch = self.schedule()
+        for (request, count), (code, log) in zip(batch, self.forward(batch), strict=True):
+            request.held += count
+            if request.held == len(request.codes):
+                request.codes.append(code)
+                request.logs.append(log)
+        ended = [request for request, _ in batch if len(request.codes) == request.last]
+        for request in ended:
+            self.running.remove(request)
+            self.release(request)
+        self.counts.update(steps=1, tokens=sum(count for _, count in batch))
+        return ended
+
+    def schedule(self) -> list[tuple[Request, int]]:
+        """The requests of a step, and how many tokens each has in it."""
+        batch: list[tuple[Request, int]] = []
+        left, evictions = self.budget, self.counts["evictions"]
+        while len(batch) < len(self.running):
+            request = self.running[len(batch)]
+            if count := self.allot(request, left):
+                batch.append((request, count))
+                left -= count
+            else:
+                self.evict()  # the last, which may be this one
+        if self.counts["evictions"] > evictions:
+            return batch
+        while left and self.waiting and len(self.running) < self.seats:
+            request = self.waiting[0]
+            # The logits of the last token are needed: it is always computed. Pages that this step
+            # fills may be shared, for a layer has all keys in its cache before it attends.
+            request.pages = self.pages.share(request.codes[:-1])
+            request.held = len(request.pages) * self.pages.size
+            count = self.allot(request, left)
+            if not count:
+                self.release(request)
+                break
+            self.counts["found again" if request.evicted else "shared"] += request.held
+            self.running.append(self.waiting.popleft())
+            batch.append((request, count))
+            left -= count
+        return batch
+
+    def allot(self, request: Request, most: int) -> int:
+        """Takes pages for the next tokens of a request. How many tokens, 0 if pages are lacking."""
+        count = min(len(request.codes) - request.held, most)
+        end = request.held + count
+        need = -(-end // self.pages.size) - len(request.pages)
+        if need > len(self.pages.free):
+            return 0
+        request.pages += [self.pages.take() for _ in range(need)]
+        self.pages.publish(request.codes[:end], request.pages, request.held)
+        return count
+
+    def evict(self) -> None:
+        """The request that came last loses its place in the cache, and is the next to get one."""
+        request = self.running.pop()
+        request.evicted = True
+        self.release(request)
+        self.waiting.appendleft(request)
+        self.counts["evictions"] += 1
+
+    def release(self, request: Request) -> None:
+        self.pages.give_back(request.pages)
+        request.pages, request.held = [], 0
+
+    def forward(self, batch: list[tuple[Request, int]]) -> Iterator[tuple[int, float]]:
+        """The next token of each request."""
+        size = self.pages.size
+        spans = [(request, request.held, request.held + count) for request, count in batch]
+        codes = [code for request, begin, end in spans for code in request.codes[begin:end]]
+        places = [(request, t) for request, begin, end in spans for t in range(begin, end)]
+        slots = torch.tensor([r.pages[t // size] * size + t % size for r, t in places])  # [T]
+        starts = list(itertools.accumulate((count for _, count in batch), initial=0))
+        widest = max(len(request.pages) for request, _ in batch)
+        table = [request.pages + [-1] * (widest - len(request.pages)) for request, _ in batch]
+        cu_seqlens_q, seqlens_k, block_table = (
+            torch.tensor(ints, dtype=torch.int32)
+            for ints in (starts, [end for _, _, end in spans], table)
+        )
+
+        def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_cache, v_cache = self.caches[number]
+            append(k_cache, v_cache, k, v, slots)
+            return tm.attention(
+                q, k_cache, v_cache, causal=True, alibi_slopes=self.slopes,
+                cu_seqlens_q=cu_seqlens_q, seqlens_k=seqlens_k, block_table=block_table,
+            )  # fmt: skip
+
+        return greedy(self.model, codes, [start - 1 for start in starts[1:]], attend)
+
+
+def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Writes keys and values [T, H, D] to slots of pages [P, page size, H, D]: page * page size +
+    offset."""
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        cache.flatten(0, 1)[slots] = rows
