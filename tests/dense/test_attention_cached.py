@@ -126,6 +126,20 @@ def test_no_start_length_or_page_reaches_beyond_its_tensor(backend):
     assert torch.isfinite(tm.attention_decode(*args, **kwargs, backend=backend)[0]).all()
 
 
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
+def test_a_padded_call_has_the_bits_of_the_call(backend):
+    """As a captured graph makes them: room for more tokens and requests than there are."""
+    args, kwargs = drawn(backend, (33, 20), (7, 1), page_size=16)
+    want = tm.attention_decode(*args, **kwargs, backend=backend)
+    q = torch.cat([args[0], torch.ones_like(args[0][:4])])
+    kwargs["cu_seqlens_q"] = ints(0, 7, 8, 8, 8, backend=backend)
+    kwargs["seqlens_k"] = ints(33, 20, 0, 0, backend=backend)
+    kwargs["block_table"] = kwargs["block_table"].repeat(2, 1)
+    out = torch.full_like(q, float("nan"))
+    tm.attention_decode(q, *args[1:], **kwargs, out=out, backend=backend)
+    assert torch.equal(out[:8], want) and torch.all(out[8:] == 0)
+
+
 @each_kernel
 def test_hidden_values_do_not_matter(backend):
     """NaN and inf behind a query's position, in the window's past and between ranges."""
