@@ -190,7 +190,8 @@ class Engine:
         spans = [(request, request.held, request.held + count) for request, count in batch]
         codes = [code for request, begin, end in spans for code in request.codes[begin:end]]
         places = [(request, t) for request, begin, end in spans for t in range(begin, end)]
-        slots = torch.tensor([r.pages[t // size] * size + t % size for r, t in places])  # [T]
+        # [T], page * page size + offset
+        slots = torch.tensor([r.pages[t // size] * size + t % size for r, t in places])
         starts = list(itertools.accumulate((count for _, count in batch), initial=0))
         widest = max(len(request.pages) for request, _ in batch)
         table = [request.pages + [-1] * (widest - len(request.pages)) for request, _ in batch]
@@ -201,17 +202,10 @@ class Engine:
 
         def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k_cache, v_cache = self.caches[number]
-            append(k_cache, v_cache, k, v, slots)
+            tm.kv_cache_append(k_cache, v_cache, k, v, slots)
             return tm.attention(
                 q, k_cache, v_cache, causal=True, alibi_slopes=self.slopes,
                 cu_seqlens_q=cu_seqlens_q, seqlens_k=seqlens_k, block_table=block_table,
             )  # fmt: skip
 
         return greedy(self.model, codes, [start - 1 for start in starts[1:]], attend)
-
-
-def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Writes keys and values [T, H, D] to slots of pages [P, page size, H, D]: page * page size +
-    offset."""
-    for cache, rows in ((k_cache, k), (v_cache, v)):
-        cache.flatten(0, 1)[slots] = rows
