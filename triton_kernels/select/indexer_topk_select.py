@@ -178,7 +178,7 @@ def indexer_topk_select(
             best = best.masked_fill_(beyond, -torch.inf).unflatten(1, (blocks, block_k)).amax(2)
             ends = ((ends.long() + (block_k - 1)) // block_k).int()
         found = topk_select(
-            best, topk, ends, None, "low", "index", 0, 0, None, 1, None, return_values
+            best, topk, ends, None, "low", "index", 0, 0, None, 1, None, return_values, None
         )
         for to, part in zip(lists, found[: 2 + return_values], strict=False):
             to[first : first + rows] = part

@@ -27,8 +27,10 @@ OP = "attention_decode"
 MAX_SPLITS = 1024
 Arguments = record_of(OP)
 # Tensors that a call reads.
-READ = ("q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges")
-READ += ("mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q")
+READ = [
+    "q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges",
+    "mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q",
+]  # fmt: skip
 
 
 def check_decode(*lowered: Any, float64: bool = False) -> None:

@@ -103,7 +103,7 @@ def _lists(
     scores = scores.unflatten(2, (-1, block_k)).amax(3)
 
     found = topk_select(
-        scores.flatten(0, 1), topk, None, None, "low", "index", 0, 0, None, 1, None, True
+        scores.flatten(0, 1), topk, None, None, "low", "index", 0, 0, None, 1, None, True, None
     )
     indices, counts, values = (t.unflatten(0, (batch, queries)) for t in found[:3])
     return indices, counts, values
