@@ -190,25 +190,26 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
     cp_async_wait<0>();
     __syncthreads();
     if (key0 + Shape::kTileKeys < block_end()) {
-      bool wanted = true;
       if constexpr (kCached) {
         const WarpPlace at_warp = warp.place();
         if (warp.block_sees(key0 + Shape::kTileKeys))
           load_cached_stage(next, key0 + Shape::kTileKeys, at_warp.b, at_warp.band.columns,
                             at_warp.h / group);
-        wanted = false;
-      } else if constexpr (kGeneral) {  // leaves no registers to keep these
-        const WarpPlace at_warp = warp.place();
-        const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
-        const int head = at_warp.h / group;
-        wanted = warp.block_sees(key0 + Shape::kTileKeys);
-        load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
-                         key0 + Shape::kTileKeys, plan.key_step);
-        load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
-                             key0 + Shape::kTileKeys, plan.value_step);
-        whole_end = plan.inputs_whole ? length : 0;
+      } else {
+        bool wanted = true;
+        if constexpr (kGeneral) {  // leaves no registers to keep these
+          const WarpPlace at_warp = warp.place();
+          const int b = at_warp.b, start = at_warp.k_start, length = at_warp.band.columns;
+          const int head = at_warp.h / group;
+          wanted = warp.block_sees(key0 + Shape::kTileKeys);
+          load_keys = Keys(input_rows(p.k, p.head_dim, b, start, length, head),
+                           key0 + Shape::kTileKeys, plan.key_step);
+          load_values = Values(input_rows(p.v, p.value_dim, b, start, length, head),
+                               key0 + Shape::kTileKeys, plan.value_step);
+          whole_end = plan.inputs_whole ? length : 0;
+        }
+        if (wanted) load_stage(next, key0 + Shape::kTileKeys);
       }
-      if (wanted) load_stage(next, key0 + Shape::kTileKeys);
     }
     warp.add_tile(at, key0);
     warp.find_sights(key0 + 2 * Shape::kTileKeys);
