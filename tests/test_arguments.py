@@ -30,6 +30,17 @@ def composites():
         tm.lightning_attention: ((q, k, k, torch.rand(4)), {}),
         tm.lightning_slopes: ((4, 0, 2), {}),
         tm.token_select: ((q[:, :1], k), {"k": 4}),
+        tm.indexer_kl_loss: (
+            (
+                q,
+                k[:, :, 0],
+                torch.rand(2, 20, 4),
+                i32([0, 3]).expand(2, 20, 2),
+                i32([2]).expand(2, 20),
+                torch.rand(2, 20, 2),
+            ),
+            {},
+        ),
         tm.core_context_attention: ((q, k, k), {"group": 4, "window": 8}),
         tm.hip_attention: ((q, k, k), {"budget": 8, "block_q": 8}),
         tm.landmark_attention: ((q, k, k), {"block": 8}),

@@ -177,6 +177,13 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "block_table": torch.tensor(TABLE, dtype=torch.int32),
         },
     ),
+    select.indexer_kl_loss: (
+        lambda r: {
+            "q": r(2, 3, 4, 16), "k": r(2, 9, 16), "weights": r(2, 3, 4),
+            "indices": int32(0, 4, 8, -1).repeat(2, 3, 1), "counts": r.ints(4, 2, 3),
+            "target": r(2, 3, 4).abs(),
+        },
+    ),
     tokens.merge_tokens: (
         lambda r: {
             "x": r(2, 9, 8), "assign": r.ints(4, 2, 9) - 1, "num_out": 3, "reduce": "sum",
@@ -209,7 +216,8 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
 
 # Of products of PyTorch.
 PLAIN: tuple[Any, ...] = (
-    additive_attention, pattention, pointer_argmax, linear.titans_memory_decode, nn.Pattention,
+    additive_attention, pattention, pointer_argmax, linear.titans_memory_decode,
+    select.indexer_kl_loss, nn.Pattention,
     nn.AgentAttention, nn.TitansMemory, nn.SigmoidAttention, nn.LightningAttention,
     nn.TokenAwarePooling, nn.EmbeddingPooling,
     nn.WordPooling, nn.FocusScorer, nn.FocusDualAttention, nn.SelectorSummary, nn.BiFormer,

@@ -5,6 +5,7 @@ from .attention_column_scores import attention_column_scores
 from .attention_row_scores import attention_row_scores
 from .block_pool_keys import block_pool_keys, block_pool_keys_update
 from .hip_block_select import hip_block_select
+from .indexer_kl_loss import indexer_kl_loss
 from .indexer_topk_select import indexer_topk_select
 from .kv_block_scores import kv_block_scores
 from .kv_cache_append import kv_cache_append
@@ -20,6 +21,7 @@ __all__ = [
     "block_pool_keys_update",
     "gumbel_noise",
     "hip_block_select",
+    "indexer_kl_loss",
     "indexer_topk_select",
     "kv_block_scores",
     "kv_cache_append",
