@@ -199,6 +199,18 @@ def test_hip_text(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_indexer():
+    out = run(sys.executable, EXAMPLES / "indexer.py", "--quick")
+    divergences = [float(x) for x in re.findall(r"^warm-up .* divergence ([\d.]+) ", out, re.M)]
+    assert divergences[-1] < divergences[0]
+    name = "trained indexer|untrained indexer|largest weights"
+    rows = re.findall(rf"^({name}) +([\d.]+) / [\d.]+ +([\d.]+) / [\d.]+$", out, re.M)
+    held = {name: [float(x) for x in found] for name, *found in rows}
+    assert list(held) == name.split("|")
+    for trained, untrained, most in zip(*held.values(), strict=True):
+        assert untrained + 0.2 < trained <= most <= 1.001
+
+
 def test_biformer_image(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "regions.png"

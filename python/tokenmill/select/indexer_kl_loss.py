@@ -90,8 +90,8 @@ def indexer_kl_loss(
     memory of a block of queries, 2^22 elements on a CPU and 2^26 on a GPU, or of Sk rows and
     of one query if these are more.
 
-    Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), section 2.1: the dense warm-up (lists of all keys)
-    and the sparse training of its lightning indexer.
+    Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), continued pre-training: the dense warm-up (lists of
+    all keys) and the sparse training of its lightning indexer.
 
     Example:
         >>> import torch, tokenmill as tm
