@@ -86,9 +86,9 @@ def indexer_kl_loss(
         RuntimeError: naming argument, rule and value, before anything runs. Values are not looked
             at on GPUs and within the transforms of torch.func.
 
-    Complexity: 2 Hi D operations for each entry of a list, and 8 Hi D for the backward; extra
-    memory of a block of queries, 2^22 elements on a CPU and 2^26 on a GPU, or of Sk rows and
-    of one query if these are more.
+    Complexity: 2 Hi D operations for each entry of a list, and 6 Hi D for the backward; extra
+    memory of a few times a block of queries, which is 2^22 elements on a CPU and 2^26 on a GPU, or
+    Sk entries, or one query, whichever is most.
 
     Paper: DeepSeek-V3.2-Exp (DeepSeek-AI 2025), continued pre-training: the dense warm-up (lists of
     all keys) and the sparse training of its lightning indexer.
@@ -98,7 +98,7 @@ def indexer_kl_loss(
         >>> q, k, weights = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 8), torch.rand(1, 6, 2)
         >>> indices, counts, scores = tm.indexer_topk_select(q, k, weights, 4, return_values=True)
         >>> loss = tm.indexer_kl_loss(q, k, weights, indices, counts, scores.softmax(-1))
-        >>> abs(loss.item()) < 1e-5  # the target is what the indexer has
+        >>> abs(loss.item()) < 1e-4  # the target is what the indexer has
         True
     """
     given = {
