@@ -82,6 +82,15 @@ def _compact() -> object:
     return tm.kv_cache_compact(k, v, keep, _counts(keep))
 
 
+def _append() -> object:
+    caches, new = (_draw(1, 4096, HK, D) for _ in range(2)), _draw(256, HK, D)
+    return tm.kv_cache_append(*caches, new, new, torch.arange(256))
+
+
+def _index() -> object:
+    return tm.indexer_topk_select(_draw(1, 1, 64, D), _draw(1, 131072, D), _draw(1, 1, 64), 2048)
+
+
 def _merge() -> object:
     outs, lses = _draw(8, 1, 1, H, D), _draw(8, 1, H, 1, dtype=torch.float32)
     return tm.merge_attention_states(outs, lses)
@@ -147,7 +156,10 @@ CALLS: dict[str, dict[str, Call]] = {
     "attention_decode": {
         "8192 keys": lambda: _made(
             tm.attention_decode, decode_call((8192,), 1, H, HK, D, D, None, 8192)
-        )
+        ),
+        "a chunk of 256 in pages, 2048 keys": lambda: _made(
+            tm.attention_decode, decode_call((2048,), 1, H, HK, D, D, 16, 2048, (256,))
+        ),
     },
     "attention_row_scores": {"8192 keys": _row_scores},
     "kv_block_scores": {
@@ -169,6 +181,8 @@ CALLS: dict[str, dict[str, Call]] = {
         "8192 keys": lambda: tm.block_pool_keys(_draw(1, 8192, HK, D), 16, mode="minmax")
     },
     "block_pool_keys_update": {"a token": _pool_update},
+    "indexer_topk_select": {"a token, 131072 keys": _index},
+    "kv_cache_append": {"256 tokens": _append},
     "kv_cache_compact": {"2048 of 4096 keys": _compact},
     "merge_attention_states": {"8 parts of a token": _merge},
     "query_similarity_gate": {
