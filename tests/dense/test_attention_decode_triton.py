@@ -37,6 +37,8 @@ CASES = (
     "softmax:bfloat16:128:paged,stream",
     "softmax:bfloat16:256:terms,several,rows,stream,masked",
     "sigmoid:float32:64:several,stream",
+    "softmax:bfloat16:128:paged,packed",
+    "taylor2,sum:float16:64:paged,terms,packed",
 )
 
 
@@ -46,6 +48,9 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     empty = functools.partial(torch.empty, device="meta")
     queries = 16 if "rows" in options else 4 if "several" in options else 1
     q = empty(batch, queries, heads, head_dim, dtype=dtype)
+    starts = None
+    if "packed" in options:
+        q, starts = q.flatten(0, 1), empty(batch + 1, dtype=torch.int32)
     pages = (batch * tokens // 16, 16) if "paged" in options else (batch, tokens)
     cache = empty(*pages, kv_heads, head_dim, dtype=dtype)
     table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None
@@ -61,7 +66,9 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
         terms = [empty(batch, heads), -1.0, True, *mask, empty(heads), sink, 5.0, 1000]
     kind, normalize = (*kind.split(","), "none")[:2]
     schedule = "stream_k" if "stream" in options else "auto"
-    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, 0, schedule)
+    *terms, left = terms
+    band = (True, left, -1, starts, None)
+    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, *band, 0, schedule)
 
 
 def compiled(capability, call):
@@ -91,10 +98,11 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder)
     text = run(__file__, capability, *CASES, folder=folder)
     found = [json.loads(line) for line in text.splitlines()]
     streams = [c for c in CASES if "stream" in c]  # their steps are counted first
-    assert len(found) == 2 * len(CASES) + len(streams)
+    packed = [c for c in CASES if "packed" in c]  # nothing is merged
+    assert len(found) == 2 * len(CASES) + len(streams) - len(packed)
     for program in found:
         assert_fits(program, capability)
-        if program["kernel"] not in ("ranges_kernel", "stream_kernel"):
+        if program["kernel"] not in ("ranges_kernel", "stream_kernel", "attention_kernel"):
             continue
         operand = OPERANDS[program["case"].split(":")[1]]
         assert program["products"], program
@@ -107,7 +115,7 @@ def test_no_length_compiles_anew(folder):
 import torch
 from test_attention_decode_triton import compiled, lowered
 
-for options in ("paged,masked", "paged,stream"):
+for options in ("paged,masked", "paged,stream", "paged,packed"):
     call = ("softmax", torch.float16, 64, options)
     calls = [lowered(*call, tokens=n) for n in (4096, 1024, 16)]
     first, *others = [[code for _, code in compiled(80, call)] for call in calls]

@@ -72,7 +72,8 @@ def make(call: Call, only: str | None) -> None:
     if call.argument:
         given[call.argument] = hostile(given[call.argument], call.values)
     for name in call.target.written:  # once, of a copy
-        given[name] = given[name].clone()
+        if given[name] is not None:
+            given[name] = given[name].clone()
     with tm.testing.cpu_isa(call.isa), Guard(call.end) as guard:
         placed = guard(given) if only is None else {**given, only: guard(given[only])}
         with contextlib.suppress(RuntimeError) if call.argument else contextlib.nullcontext():

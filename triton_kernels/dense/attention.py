@@ -312,7 +312,7 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         call.sink,
         # Pairs of a masked call with a cache are told apart one by one.
         NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
-        cache,
+        *((None, None, 0, 0, 0) if cache is None else cache[2:]),
         *call.arguments(),
         blocks,
         PAGE_SIZE=1 if cache is None or cache.block_table is None else call.k.shape[1],

@@ -29,7 +29,7 @@ from ..common import (
     visible_parts,
 )
 from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
-from .kv_cache import length_of, load_keys
+from .kv_cache import Cache, length_of, load_keys
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
@@ -180,13 +180,14 @@ def load_key_rows(
 ):
     """Rows o_j of keys or values: of `part`, that of the sequence and head, or in a cache."""
     if cache is None:
-        return load_rows(part, o_j, DIM, BLOCK, first_col)
-    return load_keys(
-        rows, cache, i_b, i_kv, o_j, o_j < part.length, DIM, BLOCK, PAGE_SIZE, first_col
-    )
+        b_x = load_rows(part, o_j, DIM, BLOCK, first_col)
+    else:
+        m_j = o_j < part.length
+        b_x = load_keys(rows, cache, i_b, i_kv, o_j, m_j, DIM, BLOCK, PAGE_SIZE, first_col)
+    return b_x
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "table_stride", "pages", "capacity"])
 def attention_kernel(
     q,
     k,
@@ -195,7 +196,11 @@ def attention_kernel(
     lse,
     sink,
     lists,
-    cache,
+    seqlens,
+    block_table,
+    table_stride,
+    pages,
+    capacity,
     terms,
     window,
     mask,
@@ -228,7 +233,9 @@ def attention_kernel(
     )
     if first >= sequence.q_length:
         return
-    if cache is not None:
+    cache = None
+    if seqlens is not None:
+        cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
         sequence = cached(sequence, cache, i_b)
     head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
     i_kv = i_h // group
