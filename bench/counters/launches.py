@@ -83,8 +83,8 @@ def _compact() -> object:
 
 
 def _append() -> object:
-    caches, new = (_draw(1, 4096, HK, D) for _ in range(2)), _draw(256, HK, D)
-    return tm.kv_cache_append(*caches, new, new, torch.arange(256))
+    k, v, new = _draw(1, 4096, HK, D), _draw(1, 4096, HK, D), _draw(256, HK, D)
+    return tm.kv_cache_append(k, v, new, new, torch.arange(256))
 
 
 def _index() -> object:
