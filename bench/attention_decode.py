@@ -97,8 +97,7 @@ def _served(name: str, dtype: torch.dtype, requests: Sequence[tuple[int, int]]) 
 
         def loop(repeat: bool) -> Callable[[], Run]:
             def one(x: Tensor, b: int) -> Tensor:
-                row, own = table[b, : pages[b]].long(), x
-                own = own[row].flatten(0, 1)[: lengths[b]]
+                own = x[table[b, : pages[b]].long()].flatten(0, 1)[: lengths[b]]
                 if repeat:
                     own = own.repeat_interleave(HEADS // KV_HEADS, 1)
                 return own.transpose(0, 1)[None]

@@ -8,6 +8,29 @@
 
 namespace tokenmill {
 
+inline void check_cache_ranks(const char* op, const View& k, const View& v) {
+  for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}})
+    check(t->dim() == 4, op, name,
+          "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
+}
+
+inline void check_cache_shapes(const char* op, const View& k, const View& v) {
+  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v_cache",
+        Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
+}
+
+// Of caches of four dimensions, where no query has checked them.
+inline void check_caches_alike(const char* op, const View& k, const View& v) {
+  check(v.dtype == k.dtype, op, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
+        v.dtype);
+  check_device_of(op, "v_cache", v, "k_cache", k);
+  for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}}) {
+    check_last_contiguous(op, name, *t);
+    check_head_dim(op, name, *t);
+  }
+  check_cache_shapes(op, k, v);
+}
+
 // q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page size,
 // Hk, D]. Returns the number of requests.
 inline int64_t check_cache(const char* op, const View& q, const View& k, const View& v, bool paged,
@@ -17,9 +40,7 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
     check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim());
   else
     check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim());
-  for (auto [name, t] : {all[1], all[2]})
-    check(t->dim() == 4, op, name,
-          "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
+  check_cache_ranks(op, k, v);
   check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
   for (auto [name, t] : {all[1], all[2]}) {
     check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
@@ -27,13 +48,11 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
   }
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, op, name,
-          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
+    check_head_dim(op, name, *t);
   }
   check(k.size(3) == q.size(-1), op, "k_cache",
         Rule("must have the head dimension of q, ", q.size(-1)), k.size(3));
-  check(std::equal(v.sizes.begin(), v.sizes.end() - 1, k.sizes.begin()), op, "v_cache",
-        Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
+  check_cache_shapes(op, k, v);
   const int64_t heads = q.size(-2), kv_heads = k.size(2), size = k.size(1);
   check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), op, "k_cache",
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);

@@ -36,6 +36,11 @@ inline void check_last_contiguous(const char* op, const char* name, const View& 
   check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
 }
 
+inline void check_head_dim(const char* op, const char* name, const View& t) {
+  check(t.size(-1) >= 1 && t.size(-1) <= kMaxHeadDim, op, name,
+        Rule("must have a head dimension of 1 to ", kMaxHeadDim), t.size(-1));
+}
+
 // Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
 inline void check_qkv(const char* op, const View& q, const View& k, const View& v, int64_t rank) {
   const char* layout = rank == 3   ? "[T, H, D] (packed)"
@@ -51,8 +56,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   }
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    check(t->size(-1) >= 1 && t->size(-1) <= kMaxHeadDim, op, name,
-          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(-1));
+    check_head_dim(op, name, *t);
   }
   check(k.size(-1) == q.size(-1), op, "k", Rule("must have the head dimension of q, ", q.size(-1)),
         k.size(-1));
@@ -109,6 +113,14 @@ inline int64_t check_cu_seqlens_values(const char* op, const char* name, const V
   check(ends[n - 1] == total, op, name, Rule("must end at the number of tokens, ", total),
         int64_t{ends[n - 1]});
   return longest;
+}
+
+// The same, with a bound on the longest sequence.
+inline void check_cu_seqlens_values(const char* op, const char* name, const View& cu, int64_t total,
+                                    const char* bound_name, const Optional<int64_t>& bound) {
+  const int64_t longest = check_cu_seqlens_values(op, name, cu, total);
+  check(!bound || *bound >= longest, op, bound_name,
+        Rule("must be at least the longest sequence, ", longest), bound.value_or(0));
 }
 
 inline Rows rows_of(const View& t, bool packed) {

@@ -65,6 +65,13 @@ inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std
   }
 }
 
+// Of lse. Map, normalize and lengths of p must be known.
+inline std::vector<int64_t> lse_sizes(const AttentionParams& p) {
+  if (!has_row_statistic(p)) return {0};
+  if (p.cu_seqlens_q) return {p.heads, p.seqlen_q};
+  return {p.batch, p.heads, p.seqlen_q};
+}
+
 inline void check_integers(const char* op, const char* name, const View& t, const View& q) {
   check(t.dtype == ScalarType::Int, op, name, "must be int32", t.dtype);
   check(t.contiguous(), op, name, "must be contiguous; strides", t.strides);

@@ -6,6 +6,7 @@ two on every malformed call of the registry.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import os
 from collections.abc import Sequence
@@ -117,6 +118,11 @@ def check_dtype(op: str, argument: str, t: torch.Tensor, *, float64: bool) -> No
 MAX_HEAD_DIM = 256
 
 
+def check_head_dim(op: str, argument: str, t: torch.Tensor) -> None:
+    if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
+        fail(op, argument, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+
+
 def check_qkv(
     op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int, float64: bool
 ) -> None:
@@ -132,8 +138,7 @@ def check_qkv(
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_last_contiguous(op, name, t)
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+        check_head_dim(op, name, t)
     if k.shape[-1] != q.shape[-1]:
         fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
     if rank > 3 and k.shape[0] != q.shape[0]:
@@ -180,6 +185,23 @@ def check_cu_seqlens_values(op: str, argument: str, t: torch.Tensor, total: int)
     if ends[-1] != total:
         fail(op, argument, f"must end at the number of tokens, {total}", ends[-1])
     return ends
+
+
+def check_longest(op: str, argument: str, ends: list[int], bound: int | None) -> None:
+    """A bound on the lengths of packed sequences."""
+    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+    if bound is not None and bound < longest:
+        fail(op, argument, f"must be at least the longest sequence, {longest}", bound)
+
+
+def check_like_out(
+    op: str, argument: str, t: torch.Tensor, shape: tuple[int, ...], q: torch.Tensor
+) -> None:
+    if tuple(t.shape) != shape:
+        fail(op, argument, f"must have shape {show(shape)}", t.shape)
+    check_dtype_of(op, argument, t, "q", q)
+    check_last_contiguous(op, argument, t)
+    check_device_of_q(op, argument, t, q)
 
 
 def is_power_of_two(n: int) -> bool:

@@ -7,17 +7,40 @@ import torch
 from torch import Tensor
 
 from ._check import (
-    MAX_HEAD_DIM,
     check,
     check_cu_seqlens,
+    check_device_of,
     check_device_of_q,
     check_dtype,
     check_dtype_of,
+    check_head_dim,
     check_last_contiguous,
     fail,
     is_power_of_two,
     show,
 )
+
+
+def check_cache_ranks(op: str, k: Tensor, v: Tensor) -> None:
+    rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
+    for name, t in (("k_cache", k), ("v_cache", v)):
+        check(t.dim() == 4, op, name, rule, t.dim())
+
+
+def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
+    if v.shape[:-1] != k.shape[:-1]:
+        rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
+        fail(op, "v_cache", rule, v.shape)
+
+
+def check_caches_alike(op: str, k: Tensor, v: Tensor) -> None:
+    """Caches of four dimensions, where no query has checked them."""
+    check_dtype_of(op, "v_cache", v, "k_cache", k)
+    check_device_of(op, "v_cache", v, "k_cache", k)
+    for name, t in (("k_cache", k), ("v_cache", v)):
+        check_last_contiguous(op, name, t)
+        check_head_dim(op, name, t)
+    check_cache_shapes(op, k, v)
 
 
 def check_cache(
@@ -36,22 +59,17 @@ def check_cache(
         check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim())
     else:
         check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
-    for name, t in caches:
-        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
-        check(t.dim() == 4, op, name, rule, t.dim())
+    check_cache_ranks(op, k, v)
     check_dtype(op, "q", q, float64=float64)
     for name, t in caches:
         check_dtype_of(op, name, t, "q", q)
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), *caches):
         check_last_contiguous(op, name, t)
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            fail(op, name, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+        check_head_dim(op, name, t)
     if k.shape[3] != q.shape[-1]:
         fail(op, "k_cache", f"must have the head dimension of q, {q.shape[-1]}", k.shape[3])
-    if v.shape[:-1] != k.shape[:-1]:
-        rule = f"must have the shape of k_cache up to the head dimension, {show(k.shape)}"
-        fail(op, "v_cache", rule, v.shape)
+    check_cache_shapes(op, k, v)
     heads, kv_heads, size = q.shape[-2], k.shape[2], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
         fail(op, "k_cache", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)

@@ -36,13 +36,6 @@ struct AttentionArgs : Record {
 };
 
 // The checks below are those of python/tokenmill/dense/attention_rules.py, in its order and words.
-void check_values(const char* name, const View& cu, const char* bound_name,
-                  const Optional<int64_t>& bound, int64_t total) {
-  const int64_t longest = check_cu_seqlens_values(kOp, name, cu, total);
-  check(!bound || *bound >= longest, kOp, bound_name,
-        Rule("must be at least the longest sequence, ", longest), bound.value_or(0));
-}
-
 // Returns the number of sequences.
 int64_t check_cu_seqlens(const AttentionArgs& a) {
   const std::pair<const char*, const Optional<int64_t>*> bounds[] = {
@@ -150,16 +143,12 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.fast = a.precision == "fast";
   p.fades = a.post_decay;
   if (packed && !a.q.is_cuda) {
-    check_values("cu_seqlens_q", a.cu_seqlens_q, "max_seqlen_q", a.max_seqlen_q, p.seqlen_q);
-    check_values("cu_seqlens_k", a.cu_seqlens_k, "max_seqlen_k", a.max_seqlen_k, p.seqlen_k);
+    check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.seqlen_q, "max_seqlen_q",
+                            a.max_seqlen_q);
+    check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.seqlen_k, "max_seqlen_k",
+                            a.max_seqlen_k);
   }
   return p;
-}
-
-std::vector<int64_t> lse_sizes(const AttentionParams& p) {
-  if (!has_row_statistic(p)) return {0};
-  if (p.cu_seqlens_q) return {p.heads, p.seqlen_q};
-  return {p.batch, p.heads, p.seqlen_q};
 }
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }

@@ -120,12 +120,9 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
 
 void check_values(const AttentionDecodeArgs& a, const DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  if (a.packed() && !a.q.is_cuda) {
-    const int64_t longest =
-        check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.seqlen_q);
-    check(!a.max_seqlen_q || *a.max_seqlen_q >= longest, kOp, "max_seqlen_q",
-          Rule("must be at least the longest sequence, ", longest), a.max_seqlen_q.value_or(0));
-  }
+  if (a.packed() && !a.q.is_cuda)
+    check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.seqlen_q, "max_seqlen_q",
+                            a.max_seqlen_q);
   check_cache_values(kOp, a.k_cache, p.batch, d.cache);
 }
 
@@ -140,10 +137,7 @@ Array answer(DecodeParams& d, const AttentionDecodeArgs& a, const View& out) {
   AttentionParams& p = d.attention;
   out.note(true);
   p.out = rows_of(out, a.packed());
-  std::vector<int64_t> lse_sizes{p.heads, p.seqlen_q};
-  if (!a.packed()) lse_sizes.insert(lse_sizes.begin(), p.batch);
-  if (!has_row_statistic(p)) lse_sizes = {0};
-  Array lse = empty(lse_sizes, a.q, ScalarType::Float);
+  Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
   p.lse = has_row_statistic(p) ? lse.mutable_data<float>() : nullptr;
   if (out.numel() > 0) run(d, a.q);
   return lse;

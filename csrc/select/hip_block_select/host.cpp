@@ -62,8 +62,7 @@ std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   check_last_contiguous(kOp, "q", a.q);
   check_last_contiguous(kOp, "k", a.k);
   const int64_t dim = a.q.size(3);
-  check(dim >= 1 && dim <= kMaxHeadDim, kOp, "q",
-        Rule("must have a head dimension of 1 to ", kMaxHeadDim), dim);
+  check_head_dim(kOp, "q", a.q);
   check(a.k.size(3) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
         a.k.size(3));
   const int64_t heads = a.q.size(2), kv_heads = a.k.size(2);

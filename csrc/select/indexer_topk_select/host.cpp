@@ -54,8 +54,7 @@ void check_rows(const IndexerTopkSelectArgs& a) {
   const int64_t heads = a.q.size(-2), dim = a.q.size(-1);
   check(heads >= 1 && heads <= kMaxHeads, kOp, "q", Rule("must have 1 to ", kMaxHeads, " heads"),
         heads);
-  check(dim >= 1 && dim <= kMaxHeadDim, kOp, "q",
-        Rule("must have a head dimension of 1 to ", kMaxHeadDim), dim);
+  check_head_dim(kOp, "q", a.q);
   check(a.k.size(-1) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
         a.k.size(-1));
 }
@@ -82,16 +81,9 @@ int64_t check_sequences(const IndexerTopkSelectArgs& a) {
 }
 
 KeyRows keys_of(const IndexerTopkSelectArgs& a) {
-  const View &k = a.k, &table = a.block_table;
+  const View& k = a.k;
   if (a.cu_seqlens_k) return {k.data(), 0, k.step(0), 0, k.size(0), nullptr, 0, k.size(0), 0};
-  KeyRows rows{k.data(), k.step(0), k.step(1), 0, k.size(1), nullptr, 0, k.size(1), 0};
-  if (table) {
-    rows.rows = table.size(1) * k.size(1);
-    rows.table = table.data<int32_t>();
-    rows.table_stride = table.step(0);
-    rows.pages = k.size(0);
-  }
-  return rows;
+  return key_rows(k, a.block_table);
 }
 
 void check_values(const IndexerTopkSelectArgs& a, const IndexerParams& p) {

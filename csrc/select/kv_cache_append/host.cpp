@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/qkv.h"
+#include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
 #include "select/kv_cache_append/params.h"
@@ -24,27 +24,12 @@ void check_rows(const char* name, const View& t, const KvCacheAppendArgs& a) {
 }
 
 void check_caches(const KvCacheAppendArgs& a) {
-  const std::pair<const char*, const View*> caches[] = {{"k_cache", &a.k_cache},
-                                                        {"v_cache", &a.v_cache}};
-  for (auto [name, t] : caches)
-    check(t->dim() == 4, kOp, name,
-          "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
+  check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check(is_kernel_dtype(a.k.dtype), kOp, "k", "must be float16, bfloat16 or float32", a.k.dtype);
   check(a.k_cache.dtype == a.k.dtype || a.k_cache.dtype == ScalarType::Float8_e4m3fn, kOp,
         "k_cache", Rule("must have the dtype of k, ", a.k.dtype, ", or float8_e4m3fn"),
         a.k_cache.dtype);
-  check(a.v_cache.dtype == a.k_cache.dtype, kOp, "v_cache",
-        Rule("must have the dtype of k_cache, ", a.k_cache.dtype), a.v_cache.dtype);
-  check_device_of(kOp, "v_cache", a.v_cache, "k_cache", a.k_cache);
-  for (auto [name, t] : caches) {
-    check_last_contiguous(kOp, name, *t);
-    check(t->size(3) >= 1 && t->size(3) <= kMaxHeadDim, kOp, name,
-          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(3));
-  }
-  check(std::equal(a.v_cache.sizes.begin(), a.v_cache.sizes.end() - 1, a.k_cache.sizes.begin()),
-        kOp, "v_cache",
-        Rule("must have the shape of k_cache up to the head dimension, ", a.k_cache.sizes),
-        a.v_cache.sizes);
+  check_caches_alike(kOp, a.k_cache, a.v_cache);
 }
 
 // New keys or values [T, Hk, D] beside their cache.

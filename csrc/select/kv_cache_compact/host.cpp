@@ -1,6 +1,6 @@
 #include <bit>
 
-#include "core/qkv.h"
+#include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
 #include "select/checks.h"
@@ -60,25 +60,10 @@ struct KvCacheCompactArgs : Record {
 
 // The checks are those of python/tokenmill/select/kv_cache_compact.py, in its order and words.
 std::tuple<Array, Array, Array, Array> kv_cache_compact(const KvCacheCompactArgs& a) {
-  const std::pair<const char*, const View*> caches[] = {{"k_cache", &a.k_cache},
-                                                        {"v_cache", &a.v_cache}};
-  for (auto [name, t] : caches)
-    check(t->dim() == 4, kOp, name,
-          "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
+  check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check(is_kernel_dtype(a.k_cache.dtype), kOp, "k_cache", "must be float16, bfloat16 or float32",
         a.k_cache.dtype);
-  check(a.v_cache.dtype == a.k_cache.dtype, kOp, "v_cache",
-        Rule("must have the dtype of k_cache, ", a.k_cache.dtype), a.v_cache.dtype);
-  check_device_of(kOp, "v_cache", a.v_cache, "k_cache", a.k_cache);
-  for (auto [name, t] : caches) {
-    check_last_contiguous(kOp, name, *t);
-    check(t->size(3) >= 1 && t->size(3) <= kMaxHeadDim, kOp, name,
-          Rule("must have a head dimension of 1 to ", kMaxHeadDim), t->size(3));
-  }
-  check(std::equal(a.v_cache.sizes.begin(), a.v_cache.sizes.end() - 1, a.k_cache.sizes.begin()),
-        kOp, "v_cache",
-        Rule("must have the shape of k_cache up to the head dimension, ", a.k_cache.sizes),
-        a.v_cache.sizes);
+  check_caches_alike(kOp, a.k_cache, a.v_cache);
   CompactParams p{};
   p.heads = a.k_cache.size(2);
   check(a.keep.dim() == 2 || (a.keep.dim() == 3 && a.keep.size(1) == p.heads), kOp, "keep",

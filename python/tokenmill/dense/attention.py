@@ -33,6 +33,7 @@ from .terms import (
     has_row_statistic,
     lower_normalize,
     lower_score_bias,
+    row_statistic_like,
 )
 
 
@@ -362,13 +363,7 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
     a = FORWARD.record(*lowered)
     q = a.q
     out = q.new_empty((*q.shape[:-1], a.v.shape[-1]))
-    if not has_row_statistic(a.kind, a.normalize):
-        lse_shape: tuple[int, ...] = (0,)
-    elif q.dim() == 3:
-        lse_shape = (q.shape[1], q.shape[0])
-    else:
-        lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    return out, q.new_empty(lse_shape, dtype=torch.float32)
+    return out, row_statistic_like(q, a.kind, a.normalize)
 
 
 def _fake_backward(

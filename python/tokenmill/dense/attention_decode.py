@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from .._autocast import Autocast
@@ -32,9 +31,9 @@ from .terms import (
     ScoreBias,
     as_window,
     check_return_lse,
-    has_row_statistic,
     lower_normalize,
     lower_score_bias,
+    row_statistic_like,
 )
 
 Schedule = Literal["auto", "split", "stream_k"]
@@ -320,15 +319,7 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_out(*arguments: Any) -> Tensor:
     a = OUT.record(*arguments)
-    q = a.q
-    if not has_row_statistic(a.kind, a.normalize):
-        lse: tuple[int, ...] = (0,)
-    elif q.dim() == 3:
-        lse = (q.shape[1], q.shape[0])
-    else:
-        lse = (q.shape[0], q.shape[2], q.shape[1])
-    empty: Tensor = q.new_empty(lse, dtype=torch.float32)
-    return empty
+    return row_statistic_like(a.q, a.kind, a.normalize)
 
 
 def flops(*lowered: Any) -> float:

@@ -3,7 +3,6 @@ in the same order and words; the contract test compares the two."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +10,9 @@ from torch import Tensor
 from .._check import (
     check,
     check_cu_seqlens_values,
-    check_device_of_q,
-    check_dtype_of,
-    check_last_contiguous,
+    check_like_out,
+    check_longest,
     fail,
-    show,
 )
 from .._kv_cache import check_cache, check_lengths, check_lengths_values
 from .._library import record_of
@@ -65,10 +62,7 @@ def check_decode_values(*lowered: Any) -> None:
     a = Arguments(*lowered)
     if a.cu_seqlens_q is not None:
         ends = check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
-        longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
-        if a.max_seqlen_q is not None and a.max_seqlen_q < longest:
-            rule = f"must be at least the longest sequence, {longest}"
-            fail(OP, "max_seqlen_q", rule, a.max_seqlen_q)
+        check_longest(OP, "max_seqlen_q", ends, a.max_seqlen_q)
     check_lengths_values(OP, a.k_cache, a.seqlens_k, a.block_table)
 
 
@@ -77,11 +71,7 @@ def check_decode_out(*lowered: Any, float64: bool = False) -> None:
     check_decode(*arguments, float64=float64)
     a = Arguments(*arguments)
     shape = (*a.q.shape[:-1], a.v_cache.shape[-1])
-    if tuple(out.shape) != shape:
-        fail(OP, "out", f"must have shape {show(shape)}", out.shape)
-    check_dtype_of(OP, "out", out, "q", a.q)
-    check_last_contiguous(OP, "out", out)
-    check_device_of_q(OP, "out", out, a.q)
+    check_like_out(OP, "out", out, shape, a.q)
     check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
 
 

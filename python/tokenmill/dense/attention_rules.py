@@ -3,7 +3,6 @@ same order and words; the contract test compares the two."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from .._check import (
     check_cu_seqlens_values,
     check_device_of_q,
     check_last_contiguous,
+    check_longest,
     check_qkv,
     fail,
     show,
@@ -118,6 +118,4 @@ def check_attention_values(*lowered: Any) -> None:
         if cu is None:
             continue
         ends = check_cu_seqlens_values(OP, name, cu, total)
-        longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
-        if bound is not None and bound < longest:
-            fail(OP, bound_name, f"must be at least the longest sequence, {longest}", bound)
+        check_longest(OP, bound_name, ends, bound)

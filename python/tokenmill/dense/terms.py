@@ -66,6 +66,14 @@ def has_row_statistic(kind: str, normalize: str) -> bool:
     return kind == "softmax" or normalize != "none"
 
 
+def row_statistic_like(q: Tensor, kind: str, normalize: str) -> Tensor:
+    """[B, H, Sq], packed [H, T], without data; of size 0 if there is none."""
+    shape: tuple[int, ...] = (0,)
+    if has_row_statistic(kind, normalize):
+        shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 def check_return_lse(op: str, kind: str, normalize: str) -> None:
     ok = kind == "softmax" or normalize == "sum" or kind not in KINDS
     check(ok, op, "return_lse", "needs kind 'softmax' or normalize 'sum', not", kind)

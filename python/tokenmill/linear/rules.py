@@ -13,8 +13,8 @@ from .._check import (
     check,
     check_cu_seqlens,
     check_device_of_q,
-    check_dtype_of,
     check_last_contiguous,
+    check_like_out,
     check_qkv,
     fail,
     show,
@@ -70,11 +70,7 @@ def check_linear_attention_out(*lowered: Any, float64: bool = False) -> None:
     check_linear_attention(*call, float64=float64)
     q, v = call[0], call[2]
     op, shape = LINEAR_ATTENTION, (*q.shape[:-1], v.shape[-1])
-    if tuple(out.shape) != shape:
-        fail(op, "out", f"must have shape {show(shape)}", out.shape)
-    check_dtype_of(op, "out", out, "q", q)
-    check_last_contiguous(op, "out", out)
-    check_device_of_q(op, "out", out, q)
+    check_like_out(op, "out", out, shape, q)
     names = {"q": 0, "k": 1, "v": 2, "log_decay": 3, "initial_state": 7, "cu_seqlens": 9}
     check_written(op, "out", out, {name: call[i] for name, i in names.items()})
 

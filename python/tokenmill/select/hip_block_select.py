@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .._autocast import Autocast
 from .._check import (
-    MAX_HEAD_DIM,
     as_int,
     check,
     check_bool,
     check_device_of,
     check_dtype,
     check_dtype_of,
+    check_head_dim,
     check_last_contiguous,
     check_tensor,
     check_text,
@@ -244,8 +244,7 @@ def _check(
     for name, t in (("q", q), ("k", k)):
         check_last_contiguous(op, name, t)
     dim = q.shape[3]
-    check(1 <= dim <= MAX_HEAD_DIM, op, "q", f"must have a head dimension of 1 to {MAX_HEAD_DIM}",
-          dim)  # fmt: skip
+    check_head_dim(op, "q", q)
     if k.shape[3] != dim:
         fail(op, "k", f"must have the head dimension of q, {dim}", k.shape[3])
     heads, kv_heads = q.shape[2], k.shape[2]

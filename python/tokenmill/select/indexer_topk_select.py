@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .._autocast import Autocast
 from .._check import (
-    MAX_HEAD_DIM,
     as_int,
     check,
     check_bool,
@@ -18,6 +17,7 @@ from .._check import (
     check_device_of_q,
     check_dtype,
     check_dtype_of,
+    check_head_dim,
     check_last_contiguous,
     check_tensor,
     check_text,
@@ -206,8 +206,7 @@ def _check_rows(a: Any, float64: bool) -> None:
         check_last_contiguous(OP, name, t)
     heads, dim = a.q.shape[-2:]
     check(1 <= heads <= MAX_HEADS, OP, "q", f"must have 1 to {MAX_HEADS} heads", heads)
-    rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
-    check(1 <= dim <= MAX_HEAD_DIM, OP, "q", rule, dim)
+    check_head_dim(OP, "q", a.q)
     if a.k.shape[-1] != dim:
         fail(OP, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
 

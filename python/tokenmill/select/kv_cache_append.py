@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._check import (
-    MAX_HEAD_DIM,
     check,
     check_bool,
     check_device_of,
@@ -23,6 +22,7 @@ from .._check import (
     show,
 )
 from .._dispatch import call
+from .._kv_cache import check_cache_ranks, check_caches_alike
 from .._library import TorchOp, register
 from .._lowering import widen
 from .._written import check_written
@@ -176,23 +176,12 @@ def _check(*lowered: Any, float64: bool = False) -> None:
 
 
 def _check_caches(a: Any, float64: bool) -> None:
-    caches = (("k_cache", a.k_cache), ("v_cache", a.v_cache))
-    for name, t in caches:
-        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
-        check(t.dim() == 4, OP, name, rule, t.dim())
+    check_cache_ranks(OP, a.k_cache, a.v_cache)
     check_dtype(OP, "k", a.k, float64=float64)
     if a.k_cache.dtype not in (a.k.dtype, torch.float8_e4m3fn):
         rule = f"must have the dtype of k, {show(a.k.dtype)}, or float8_e4m3fn"
         fail(OP, "k_cache", rule, a.k_cache.dtype)
-    check_dtype_of(OP, "v_cache", a.v_cache, "k_cache", a.k_cache)
-    check_device_of(OP, "v_cache", a.v_cache, "k_cache", a.k_cache)
-    for name, t in caches:
-        check_last_contiguous(OP, name, t)
-        rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
-        check(1 <= t.shape[3] <= MAX_HEAD_DIM, OP, name, rule, t.shape[3])
-    if a.v_cache.shape[:3] != a.k_cache.shape[:3]:
-        rule = f"must have the shape of k_cache up to the head dimension, {show(a.k_cache.shape)}"
-        fail(OP, "v_cache", rule, a.v_cache.shape)
+    check_caches_alike(OP, a.k_cache, a.v_cache)
 
 
 def _check_new(name: str, t: Tensor, like: torch.Size, cache: Tensor, a: Any) -> None:

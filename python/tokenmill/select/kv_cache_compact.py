@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from .._check import (
-    MAX_HEAD_DIM,
     as_number,
     check,
     check_bool,
     check_device_of,
     check_dtype,
-    check_dtype_of,
     check_last_contiguous,
     check_tensor,
     fail,
@@ -24,6 +22,7 @@ from .._check import (
     show,
 )
 from .._dispatch import call
+from .._kv_cache import check_cache_ranks, check_caches_alike
 from .._library import TorchOp, register
 from .._written import check_written
 from ..reference.select import kv_cache_compact as reference
@@ -162,20 +161,9 @@ def _check(
     *,
     float64: bool = False,
 ) -> None:
-    caches = (("k_cache", k_cache), ("v_cache", v_cache))
-    for name, t in caches:
-        rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
-        check(t.dim() == 4, OP, name, rule, t.dim())
+    check_cache_ranks(OP, k_cache, v_cache)
     check_dtype(OP, "k_cache", k_cache, float64=float64)
-    check_dtype_of(OP, "v_cache", v_cache, "k_cache", k_cache)
-    check_device_of(OP, "v_cache", v_cache, "k_cache", k_cache)
-    for name, t in caches:
-        check_last_contiguous(OP, name, t)
-        rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM}"
-        check(1 <= t.shape[3] <= MAX_HEAD_DIM, OP, name, rule, t.shape[3])
-    if v_cache.shape[:3] != k_cache.shape[:3]:
-        rule = f"must have the shape of k_cache up to the head dimension, {show(k_cache.shape)}"
-        fail(OP, "v_cache", rule, v_cache.shape)
+    check_caches_alike(OP, k_cache, v_cache)
     size, heads, dim = k_cache.shape[1:]
     if not (keep.dim() == 2 or (keep.dim() == 3 and keep.shape[1] == heads)):
         fail(OP, "keep", f"must have shape [B, K] or [B, {heads}, K]", keep.shape)
