@@ -148,8 +148,8 @@ def register_op(spec: OpSpec) -> OpSpec:
 
 
 def ops() -> dict[str, OpSpec]:
-    """All operators by name, in the order of the documentation."""
-    return dict(_specs)
+    """All operators by name, sorted by family and name, whichever module was imported first."""
+    return dict(sorted(_specs.items(), key=lambda entry: (entry[1].family, entry[0])))
 
 
 class UnknownOperator(KeyError):
