@@ -48,7 +48,7 @@ TOKENMILL_LIBRARY(library) {
       "Tensor? mask_k_spans=None, Tensor? alibi_slopes=None, Tensor? sink=None, "
       "float softcap=0.0, bool causal=True, SymInt window_left=-1, SymInt window_right=-1, "
       "Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, SymInt num_splits=0, "
-      "str schedule=\"auto\"";
+      "str schedule=\"auto\", Tensor? k_scale=None, Tensor? v_scale=None";
   m.def("attention_decode(" + decode + ") -> (Tensor out, Tensor lse)");
   m.def("attention_decode_out(" + decode + ", Tensor(a!) out) -> (Tensor lse)");
   const Arguments merge = "Tensor outs, Tensor? lses=None";
@@ -125,7 +125,7 @@ TOKENMILL_LIBRARY(library) {
       "kv_block_scores(Tensor q, Tensor k, *, str scoring=\"dot\", SymInt block_k=1, "
       "str q_reduce=\"none\", SymInt block_q=1, str head_reduce=\"none\", float? scale=None, "
       "bool causal=False, SymInt num_sink=0, SymInt num_recent=0, Tensor? seqlens_k=None, "
-      "Tensor? block_table=None) -> Tensor");
+      "Tensor? block_table=None, Tensor? k_scale=None) -> Tensor");
   m.def(
       "indexer_topk_select(Tensor q, Tensor k, Tensor weights, SymInt topk, *, bool causal=True, "
       "str activation=\"relu\", SymInt block_k=1, SymInt num_sink=0, SymInt num_recent=0, "
@@ -142,13 +142,16 @@ TOKENMILL_LIBRARY(library) {
       "(Tensor indices, Tensor counts)");
 
   // sparse: attention to selected keys, or to blocks of them
-  m.def(
-      "sparse_decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
+  const Arguments sparse_decode =
+      "Tensor q, Tensor k_cache, Tensor v_cache, Tensor indices, "
       "Tensor counts, *, Tensor seqlens_k, Tensor? block_table=None, SymInt block_k=1, "
       "SymInt num_sink=0, SymInt num_recent=0, str pos_mode=\"absolute\", Tensor? cos=None, "
       "Tensor? sin=None, bool interleaved=False, Tensor? extra_k=None, Tensor? extra_v=None, "
       "Tensor? extra_log_count=None, float? scale=None, float softcap=0.0, Tensor? sink=None, "
-      "SymInt num_splits=0, bool return_mass=False) -> (Tensor out, Tensor lse, Tensor mass)");
+      "SymInt num_splits=0, bool return_mass=False, Tensor? k_scale=None, Tensor? v_scale=None";
+  m.def("sparse_decode_attention(" + sparse_decode + ") -> (Tensor out, Tensor lse, Tensor mass)");
+  m.def("sparse_decode_attention_out(" + sparse_decode +
+        ", Tensor(a!) out) -> (Tensor lse, Tensor mass)");
   const Arguments block_sparse =
       "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, *, SymInt block_q, "
       "SymInt block_k, bool causal=False, SymInt num_sink=0, SymInt num_recent=0, "

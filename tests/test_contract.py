@@ -46,6 +46,7 @@ def each_call(few=(), without=(), others=()):
             for spec, sample in SAMPLES
             for backend in backends(*others)
             if backend not in without and (backend not in few or sample == spec.samples[0])
+            if _dispatch.able(spec, sample, backend)
         ],
     )
 
@@ -88,6 +89,7 @@ def same_bits(a, b):
         for backend, isa in cpu_variants()
         # A serial interpreter runs the same programs in any dtype.
         if backend not in SERIAL or dtype == torch.float32 or sample in spec.samples[:2]
+        if _dispatch.able(spec, sample, backend)
     ],
     indirect=["isa"],
 )

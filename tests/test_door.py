@@ -49,7 +49,7 @@ def test_this_build_has_the_door():
 def test_both_doors_give_the_same_bits(spec, backend):
     namespace = _dispatch.namespace(backend)
     samples = spec.samples if backend != "emulated" else spec.samples[:1]
-    for sample in samples:
+    for sample in (s for s in samples if _dispatch.able(spec, s, backend)):
         values = arguments(spec, sample, backend)
         one, other = copied(values), copied(values)
         found = spec.forward.direct(namespace)(*one)

@@ -8,6 +8,9 @@
 
 namespace tokenmill {
 
+// Latent caches: 512 channels that are the values too, and 64 that carry positions.
+constexpr int64_t kMaxCacheDim = 576, kMaxCacheValueDim = 512;
+
 inline void check_cache_ranks(const char* op, const View& k, const View& v) {
   for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}})
     check(t->dim() == 4, op, name,
@@ -31,6 +34,32 @@ inline void check_caches_alike(const char* op, const View& k, const View& v) {
   check_cache_shapes(op, k, v);
 }
 
+// A cache, or keys of one, beside rows of the dtype that it has or is read in.
+inline void check_cache_dtype(const char* op, const char* name, const View& cache, const View& rows,
+                              const char* of = "q") {
+  check(cache.dtype == rows.dtype || cache.dtype == ScalarType::Float8_e4m3fn, op, name,
+        Rule("must have the dtype of ", of, ", ", rows.dtype, ", or float8_e4m3fn"), cache.dtype);
+}
+
+// Which shapes a scale may have: [1] and [Hk], and [P, page size, Hk].
+enum class ScaleShapes { shared, token, any };
+
+// The scale of keys or values of a cache [P, page size, Hk, D], if there is one.
+inline void check_cache_scale(const char* op, const char* name, const View& t, const char* of,
+                              const View& cache, ScaleShapes shapes = ScaleShapes::any) {
+  if (!t) return;
+  check(cache.dtype == ScalarType::Float8_e4m3fn, op, name,
+        "goes with caches in float8_e4m3fn alone", cache.dtype);
+  const std::vector<int64_t> one{1}, each{cache.size(2)},
+      all(cache.sizes.begin(), cache.sizes.begin() + 3);
+  const bool shared = t.sizes == one || t.sizes == each;
+  check(
+      (shared && shapes != ScaleShapes::token) || (t.sizes == all && shapes != ScaleShapes::shared),
+      op, name, Rule("must have shape [1], ", each, " or ", all), t.sizes);
+  check(t.dtype == ScalarType::Float, op, name, "must be float32", t.dtype);
+  check_device_of(op, name, t, of, cache);
+}
+
 // q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page size,
 // Hk, D]. Returns the number of requests.
 inline int64_t check_cache(const char* op, const View& q, const View& k, const View& v, bool paged,
@@ -42,13 +71,15 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
     check(q.dim() == 4, op, "q", "must have 4 dimensions [B, Sq, H, D]", q.dim());
   check_cache_ranks(op, k, v);
   check(is_kernel_dtype(q.dtype), op, "q", "must be float16, bfloat16 or float32", q.dtype);
-  for (auto [name, t] : {all[1], all[2]}) {
-    check(t->dtype == q.dtype, op, name, Rule("must have the dtype of q, ", q.dtype), t->dtype);
-    check_device_of_q(op, name, *t, q);
-  }
+  check_cache_dtype(op, "k_cache", k, q);
+  check(v.dtype == k.dtype, op, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
+        v.dtype);
+  for (auto [name, t] : {all[1], all[2]}) check_device_of_q(op, name, *t, q);
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    check_head_dim(op, name, *t);
+    const int64_t most = t == &v ? kMaxCacheValueDim : kMaxCacheDim;
+    check(t->size(-1) >= 1 && t->size(-1) <= most, op, name,
+          Rule("must have a head dimension of 1 to ", most), t->size(-1));
   }
   check(k.size(3) == q.size(-1), op, "k_cache",
         Rule("must have the head dimension of q, ", q.size(-1)), k.size(3));
@@ -69,7 +100,8 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
 
 // The cache as kernels see it.
 inline KvCache make_cache(const char* op, const View& q, int64_t batch, const View& k,
-                          const View& v, const View& seqlens, const View& table) {
+                          const View& v, const View& seqlens, const View& table,
+                          const View& k_scale, const View& v_scale) {
   const std::vector<int64_t> wanted{batch};
   check(seqlens.dtype == ScalarType::Int, op, "seqlens_k", "must be int32", seqlens.dtype);
   check(seqlens.sizes == wanted, op, "seqlens_k", Rule("must have shape ", wanted), seqlens.sizes);
@@ -92,7 +124,18 @@ inline KvCache make_cache(const char* op, const View& q, int64_t batch, const Vi
     cache.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
     cache.capacity = cache.pages > 0 ? table.size(1) * k.size(1) : 0;
   }
+  check_cache_scale(op, "k_scale", k_scale, "k_cache", k);
+  check_cache_scale(op, "v_scale", v_scale, "k_cache", k);
   return cache;
+}
+
+// Behind all rules: what the kernels of a backend do not read.
+inline void check_kernels_read(const char* op, const char* name, const View& cache) {
+  check(is_kernel_dtype(cache.dtype), op, name, "must have the dtype of q on this backend",
+        cache.dtype);
+  check(cache.size(-1) <= kMaxHeadDim, op, name,
+        Rule("must have a head dimension of 1 to ", kMaxHeadDim, " on this backend"),
+        cache.size(-1));
 }
 
 // Lengths and page numbers, behind all rules on metadata and on a CPU alone.

@@ -118,9 +118,9 @@ def check_dtype(op: str, argument: str, t: torch.Tensor, *, float64: bool) -> No
 MAX_HEAD_DIM = 256
 
 
-def check_head_dim(op: str, argument: str, t: torch.Tensor) -> None:
-    if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-        fail(op, argument, f"must have a head dimension of 1 to {MAX_HEAD_DIM}", t.shape[-1])
+def check_head_dim(op: str, argument: str, t: torch.Tensor, most: int = MAX_HEAD_DIM) -> None:
+    if not 1 <= t.shape[-1] <= most:
+        fail(op, argument, f"must have a head dimension of 1 to {most}", t.shape[-1])
 
 
 def check_qkv(

@@ -16,7 +16,7 @@ from ._door import compiling
 from ._sharded import sharding_of
 
 if TYPE_CHECKING:
-    from .registry import OpSpec
+    from .registry import OpSpec, Sample
 
 # In order of preference. "emulated" is the CUDA kernel in the PTX machine: it runs only if asked.
 ALL_BACKENDS = ("cpu", "cuda", "triton", "emulated", "reference")
@@ -61,6 +61,15 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
     return why + spec.unsupported(backend, *lowered)
 
 
+def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
+    """Whether the kernels of a backend run a sample."""
+    if backend == "reference" or not spec.partial:
+        return True
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    kernels = "cuda" if backend == "emulated" else backend  # wherever the tensors are
+    return not spec.unsupported(kernels, *spec.lower(*args, **kwargs))
+
+
 def choose(
     spec: OpSpec, lowered: tuple[Any, ...], backend: str | None = None, op: str | None = None
 ) -> str:
@@ -78,6 +87,8 @@ def choose(
     if not isinstance(backend, str) or backend not in ALL_BACKENDS:
         fail(op, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
+        if spec.partial:  # of a malformed call the rule is named
+            spec.forward.check(*lowered, float64=True)
         raise InputError(
             f"tokenmill.{op}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
         )
@@ -114,7 +125,8 @@ def call(
 ) -> tuple[Any, ...]:
     """Runs the lowered call on the backend chosen for it; the first result is written into out. Of
     the results the caller uses so many: a plain call makes no others."""
-    if backend is None and out is None and _asked is None and not compiling():
+    plain = backend is None and out is None and _asked is None and not compiling()
+    if plain and not (spec.partial and spec.unsupported("cpu", *lowered)):
         op = spec.forward
         results = op.short(lowered, used) if op.short else NotImplemented
         if results is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._check import (
+    MAX_HEAD_DIM,
     check,
     check_cu_seqlens,
     check_device_of,
@@ -19,6 +20,9 @@ from ._check import (
     is_power_of_two,
     show,
 )
+
+# Latent caches: 512 channels that are the values too, and 64 that carry positions.
+MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM = 576, 512
 
 
 def check_cache_ranks(op: str, k: Tensor, v: Tensor) -> None:
@@ -43,6 +47,49 @@ def check_caches_alike(op: str, k: Tensor, v: Tensor) -> None:
     check_cache_shapes(op, k, v)
 
 
+def check_cache_dtype(op: str, name: str, cache: Tensor, rows: Tensor, of: str = "q") -> None:
+    """A cache, or keys of one, beside rows of the dtype that it has or is read in."""
+    if cache.dtype not in (rows.dtype, torch.float8_e4m3fn):
+        rule = f"must have the dtype of {of}, {show(rows.dtype)}, or float8_e4m3fn"
+        fail(op, name, rule, cache.dtype)
+
+
+def check_cache_scale(
+    op: str,
+    name: str,
+    t: Tensor | None,
+    of: str,
+    cache: Tensor,
+    rows: Tensor,
+    *,
+    shared: bool = True,
+    token: bool = True,
+) -> None:
+    """The scale of keys or values of a cache [P, page size, Hk, D]: [1] or [Hk], where shared,
+    [P, page size, Hk], where token. Beside rows in float64 it may be that too."""
+    if t is None:
+        return
+    rule = "goes with caches in float8_e4m3fn alone"
+    check(cache.dtype == torch.float8_e4m3fn, op, name, rule, cache.dtype)
+    shape, each, every = list(t.shape), [cache.shape[2]], list(cache.shape[:3])
+    if not ((shared and shape in ([1], each)) or (token and shape == every)):
+        fail(op, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    check(t.dtype in (torch.float32, wide), op, name, "must be float32", t.dtype)
+    check_device_of(op, name, t, of, cache)
+
+
+def unread(backend: str, cache: Tensor, dims: tuple[int, ...], float8: str, wide: str) -> list[str]:
+    """What the kernels of a backend do not read of a call: float8 and wide list the backends that
+    lack caches in float8_e4m3fn, and head dimensions above 256."""
+    found = []
+    if backend in float8.split() and cache.dtype == torch.float8_e4m3fn:
+        found.append("it reads caches in the dtype of q alone")
+    if backend in wide.split() and max(dims, default=0) > MAX_HEAD_DIM:
+        found.append(f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {max(dims)}")
+    return found
+
+
 def check_cache(
     op: str,
     q: Tensor,
@@ -61,12 +108,13 @@ def check_cache(
         check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
     check_cache_ranks(op, k, v)
     check_dtype(op, "q", q, float64=float64)
+    check_cache_dtype(op, "k_cache", k, q)
+    check_dtype_of(op, "v_cache", v, "k_cache", k)
     for name, t in caches:
-        check_dtype_of(op, name, t, "q", q)
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), *caches):
         check_last_contiguous(op, name, t)
-        check_head_dim(op, name, t)
+        check_head_dim(op, name, t, MAX_CACHE_VALUE_DIM if name == "v_cache" else MAX_CACHE_DIM)
     if k.shape[3] != q.shape[-1]:
         fail(op, "k_cache", f"must have the head dimension of q, {q.shape[-1]}", k.shape[3])
     check_cache_shapes(op, k, v)

@@ -141,7 +141,7 @@ def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) 
     for dtype in dtypes:
         for sample in spec.samples:
             for row in rows:  # innermost: the oracle is asked once for all of them
-                if not row.absent:
+                if not row.absent and _dispatch.able(spec, sample, row.place.backend):
                     _compare(row, spec, sample, dtype, verbose)
     return rows
 

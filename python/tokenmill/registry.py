@@ -83,8 +83,9 @@ class OpSpec:
     backward; None = twice as many. Where tensors are shapes alone (meta and fake ones) they count
     bounds.
     unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
-    every operator. plain is what PyTorch code without care for precision would do in the dtype of
-    the inputs: the baseline of the error budget.
+    every operator; partial says that the cpu backend may be one, which a plain call then asks.
+    plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
+    baseline of the error budget.
     over_cache names the operator that answers calls of the public function with seqlens_k.
     sharding says how a call on DTensors falls apart, or why it does not.
     written names the arguments of the public function that some call writes into, where they are
@@ -110,6 +111,7 @@ class OpSpec:
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()
     unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
+    partial: bool = False
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()
 

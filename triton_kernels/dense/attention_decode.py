@@ -51,7 +51,7 @@ from .attention_decode_schedule import (
     visible_begin,
 )
 from .attention_forward import accumulate, accumulate_seen
-from .kv_cache import Cache, length_of, load_keys
+from .kv_cache import Cache, check_read, length_of, load_keys
 from .masks import (
     LISTED,
     allowed,
@@ -341,7 +341,10 @@ def attention_decode(
     max_seqlen_q: int | None,
     num_splits: int,
     schedule: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    check_read("attention_decode", q, k_cache, v_cache)
     if cu_seqlens_q is not None or (not causal and window_right != 0):
         call = Call(
             q, k_cache, v_cache, kind, normalize, scale, score_bias, score_bias_value,

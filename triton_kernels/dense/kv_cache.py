@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._check import InputError
+from tokenmill._kv_cache import unread
+
 from ..common import Rows, load_tile
 
 
@@ -21,6 +24,14 @@ class Cache(NamedTuple):
     table_stride: int
     pages: int
     capacity: int
+
+
+def check_read(op: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Refuses the caches that these kernels do not read."""
+    dims = (q.shape[-1], 0 if v is None else v.shape[-1])
+    if why := unread("triton", k, dims, float8="triton", wide="triton"):
+        text = f"tokenmill.{op}: backend: 'triton' cannot run this call: {'; '.join(why)}"
+        raise InputError(text)
 
 
 @triton.jit

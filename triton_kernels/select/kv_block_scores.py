@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import INF, Rows, dot, launch
+from ..dense.kv_cache import check_read
 from .block_pool_keys import block_pool_keys
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, moved
 
@@ -257,7 +258,9 @@ def kv_block_scores(
     num_recent: int,
     lengths: Tensor | None,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
 ) -> Tensor:
+    check_read("kv_block_scores", q, k)
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
     sizes = key_sizes(k, block_table)

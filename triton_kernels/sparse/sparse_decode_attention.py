@@ -37,7 +37,7 @@ from ..dense.attention_decode import tile_of
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
-from ..dense.kv_cache import Cache
+from ..dense.kv_cache import Cache, check_read
 from .key_rows import (
     NOWHERE,
     Places,
@@ -272,7 +272,10 @@ def sparse_decode_attention(
     sink: Tensor | None,
     num_splits: int,
     return_mass: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_read("sparse_decode_attention", q, k_cache, v_cache)
     batch, seqlen_q, heads, head_dim = q.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     list_heads, entries = indices.shape[1:]

@@ -40,10 +40,16 @@ void run_on_cpu(DecodeParams& d) {
   }
 }
 
-void run(DecodeParams& d, const View& q) {
+void run(DecodeParams& d, const View& q, const View& k, const View& v) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
+  if (q.is_cuda) {
+    check_kernels_read(kOp, "k_cache", k);
+    check_kernels_read(kOp, "v_cache", v);
+    return launch_with_workspace(kOp, q, d, d.workspace);
+  }
 #endif
+  check_kernels_read(kOp, "k_cache", k);
+  check_kernels_read(kOp, "v_cache", v);
   run_on_cpu(d);
 }
 
@@ -62,6 +68,7 @@ struct AttentionDecodeArgs : Record {
   Optional<int64_t> max_seqlen_q;
   int64_t num_splits;
   std::string_view schedule;
+  View k_scale, v_scale;
 
   bool packed() const { return bool(cu_seqlens_q); }
 };
@@ -86,7 +93,8 @@ DecodeParams make_params(const AttentionDecodeArgs& a) {
   check(a.num_splits == 0 || a.schedule != "stream_k", kOp, "schedule",
         Rule("must be 'auto' or 'split' with num_splits ", a.num_splits), a.schedule);
   DecodeParams d{};
-  d.cache = make_cache(kOp, a.q, batch, a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
+  d.cache = make_cache(kOp, a.q, batch, a.k_cache, a.v_cache, a.seqlens_k, a.block_table, a.k_scale,
+                       a.v_scale);
   d.num_splits = a.num_splits;
   d.stream_k = a.num_splits == 0 && a.schedule != "split";
   AttentionParams& p = d.attention;
@@ -139,7 +147,7 @@ Array answer(DecodeParams& d, const AttentionDecodeArgs& a, const View& out) {
   p.out = rows_of(out, a.packed());
   Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
   p.lse = has_row_statistic(p) ? lse.mutable_data<float>() : nullptr;
-  if (out.numel() > 0) run(d, a.q);
+  if (out.numel() > 0) run(d, a.q, a.k_cache, a.v_cache);
   return lse;
 }
 
@@ -172,7 +180,9 @@ Array attention_decode_out(const AttentionDecodeOutArgs& a) {
                  {"mask_k_spans", in.mask_k_spans},
                  {"alibi_slopes", in.alibi_slopes},
                  {"sink", in.sink},
-                 {"cu_seqlens_q", in.cu_seqlens_q}});
+                 {"cu_seqlens_q", in.cu_seqlens_q},
+                 {"k_scale", in.k_scale},
+                 {"v_scale", in.v_scale}});
   check_values(in, d);
   return answer(d, in, a.out);
 }

@@ -1,7 +1,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/qkv.h"
+#include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "select/checks.h"
 #include "select/kv_block_scores/params.h"
@@ -17,10 +17,14 @@ constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
     {"group_mean", HeadReduce::group_mean},
     {"softmax_vote", HeadReduce::softmax_vote}};
 
-void run(BlockScoreParams& p, const View& q) {
+void run(BlockScoreParams& p, const View& q, const View& k) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
+  if (q.is_cuda) {
+    check_kernels_read(kOp, "k", k);
+    return launch_with_workspace(kOp, q, p, p.workspace);
+  }
 #endif
+  check_kernels_read(kOp, "k", k);
   cpu::kv_block_scores(p);
 }
 
@@ -34,7 +38,7 @@ struct KvBlockScoresArgs : Record {
   Optional<double> scale;
   bool causal;
   int64_t num_sink, num_recent;
-  View seqlens_k, block_table;
+  View seqlens_k, block_table, k_scale;
 };
 
 // The checks are those of python/tokenmill/select/kv_block_scores.py, in its order and words.
@@ -48,7 +52,11 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
               : "must have 4 dimensions [B, N, H, D] or [pages, page_size, H, D]",
         a.k.dim());
   check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
-  check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype), a.k.dtype);
+  if (boxes)
+    check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype),
+          a.k.dtype);
+  else
+    check_cache_dtype(kOp, "k", a.k, a.q);
   check_device_of(kOp, "k", a.k, "q", a.q);
   check_last_contiguous(kOp, "q", a.q);
   check_last_contiguous(kOp, "k", a.k);
@@ -79,6 +87,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "k", a.k);
+  check_cache_scale(kOp, "k_scale", a.k_scale, "k", a.k);
   p.batch = batch;
   p.heads = heads;
   p.kv_heads = kv_heads;
@@ -121,9 +130,9 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   if (votes) {
     Array scores = scores_of(heads);
     p.scores = scores.mutable_data<float>();
-    run(p, a.q);
+    run(p, a.q, a.k);
   } else {
-    run(p, a.q);
+    run(p, a.q, a.k);
   }
   return out;
 }

@@ -26,9 +26,7 @@ void check_rows(const char* name, const View& t, const KvCacheAppendArgs& a) {
 void check_caches(const KvCacheAppendArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check(is_kernel_dtype(a.k.dtype), kOp, "k", "must be float16, bfloat16 or float32", a.k.dtype);
-  check(a.k_cache.dtype == a.k.dtype || a.k_cache.dtype == ScalarType::Float8_e4m3fn, kOp,
-        "k_cache", Rule("must have the dtype of k, ", a.k.dtype, ", or float8_e4m3fn"),
-        a.k_cache.dtype);
+  check_cache_dtype(kOp, "k_cache", a.k_cache, a.k, "k");
   check_caches_alike(kOp, a.k_cache, a.v_cache);
 }
 
@@ -101,14 +99,8 @@ void set_scale(AppendedRows& rows, const char* name, const View& read, const Vie
   if (!read && !written) return;
   const View& t = read ? read : written;
   check(!read || !written, kOp, name, "must be read or written, not both", t.sizes);
-  check(a.k_cache.dtype == ScalarType::Float8_e4m3fn, kOp, name,
-        "goes with caches in float8_e4m3fn alone", a.k_cache.dtype);
-  const std::vector<int64_t> one{1}, each{a.k_cache.size(2)},
-      all(a.k_cache.sizes.begin(), a.k_cache.sizes.end() - 1);
-  check(read ? t.sizes == one || t.sizes == each : t.sizes == all, kOp, name,
-        Rule("must have shape [1], ", each, " or ", all), t.sizes);
-  check(t.dtype == ScalarType::Float, kOp, name, "must be float32", t.dtype);
-  check_device_of(kOp, name, t, "k_cache", a.k_cache);
+  check_cache_scale(kOp, name, t, "k_cache", a.k_cache,
+                    read ? ScaleShapes::shared : ScaleShapes::token);
   if (read) {
     rows.scale = t.data<float>();
     rows.scale_head = t.step(0);

@@ -2,6 +2,7 @@
 
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
+#include "core/written.h"
 #include "dense/score_mod.h"
 #include "sparse/sparse_decode_attention/params.h"
 
@@ -11,10 +12,16 @@ namespace {
 constexpr const char* kOp = "sparse_decode_attention";
 constexpr int64_t kMaxSplits = 1024, kMaxBlock = 128;
 
-void run(SparseDecodeParams& d, const View& q) {
+void run(SparseDecodeParams& d, const View& q, const View& k, const View& v) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
+  if (q.is_cuda) {
+    check_kernels_read(kOp, "k_cache", k);
+    check_kernels_read(kOp, "v_cache", v);
+    return launch_with_workspace(kOp, q, d, d.workspace);
+  }
 #endif
+  check_kernels_read(kOp, "k_cache", k);
+  check_kernels_read(kOp, "v_cache", v);
   cpu::sparse_decode_attention(d);
 }
 
@@ -110,11 +117,12 @@ struct SparseDecodeAttentionArgs : Record {
   View sink;
   int64_t num_splits;
   bool return_mass;
+  View k_scale, v_scale;
 };
 
-// The checks are those of python/tokenmill/sparse/sparse_decode_attention.py, in its order and
-// words.
-std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttentionArgs& a) {
+// The checks are those of python/tokenmill/sparse/sparse_decode_attention_rules.py, in its order
+// and words.
+SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
   check_scale(kOp, scale_of(a), a.softcap);
   check(a.block_k >= 1 && a.block_k <= kMaxBlock &&
@@ -129,7 +137,8 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   check(a.pos_mode == "absolute" || a.q.size(1) <= 1, kOp, "pos_mode",
         "'cache' goes with one query token; q has", a.q.size(1));
   SparseDecodeParams d{};
-  d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table);
+  d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table,
+                       a.k_scale, a.v_scale);
   d.log2_block = std::countr_zero(static_cast<uint64_t>(a.block_k));
   d.num_sink = std::min(a.num_sink, d.cache.capacity);  // sums with them stay in range
   d.num_recent = std::min(a.num_recent, d.cache.capacity);
@@ -153,9 +162,19 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   p.softcap = static_cast<float>(a.softcap);
   p.window_left = -1;
   set_score_mod(kOp, p, a.q, "softmax", {}, {}, a.sink);
-  check_cache_values(kOp, a.k_cache, a.q.size(0), d.cache, true);
+  return d;
+}
 
-  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, a.q);
+std::vector<int64_t> out_sizes(const SparseDecodeParams& d) {
+  const AttentionParams& p = d.attention;
+  return {p.batch, p.seqlen_q, p.heads, p.value_dim};
+}
+
+// Writes out; returns lse and mass.
+std::tuple<Array, Array> answer(SparseDecodeParams& d, const SparseDecodeAttentionArgs& a,
+                                const View& out) {
+  AttentionParams& p = d.attention;
+  out.note(true);
   Array lse = empty({p.batch, p.heads, p.seqlen_q}, a.q, ScalarType::Float);
   Array mass = empty(
       a.return_mass ? std::vector{p.batch, d.row_heads(), d.entries} : std::vector<int64_t>{0}, a.q,
@@ -164,13 +183,52 @@ std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttent
   p.lse = lse.mutable_data<float>();
   if (mass.numel() > 0) d.mass = mass.mutable_data<float>();
   if (p.batch > 0 && p.heads > 0 && p.seqlen_q > 0)
-    run(d, a.q);
+    run(d, a.q, a.k_cache, a.v_cache);
   else if (mass.numel() > 0)
     fill(0, mass);
+  return {lse, mass};
+}
+
+std::tuple<Array, Array, Array> sparse_decode_attention(const SparseDecodeAttentionArgs& a) {
+  SparseDecodeParams d = make_params(a);
+  check_cache_values(kOp, a.k_cache, a.q.size(0), d.cache, true);
+  Array out = empty(out_sizes(d), a.q);
+  auto [lse, mass] = answer(d, a, out);
   return {out, lse, mass};
 }
 
-const Registration kOperators({&implement<sparse_decode_attention>("sparse_decode_attention")});
+struct SparseDecodeAttentionOutArgs : Record {
+  SparseDecodeAttentionArgs forward;
+  View out;
+};
+
+std::tuple<Array, Array> sparse_decode_attention_out(const SparseDecodeAttentionOutArgs& a) {
+  const SparseDecodeAttentionArgs& in = a.forward;
+  SparseDecodeParams d = make_params(in);
+  check_like_out(kOp, "out", a.out, out_sizes(d), in.q);
+  check_written(kOp, "out", a.out,
+                {{"q", in.q},
+                 {"k_cache", in.k_cache},
+                 {"v_cache", in.v_cache},
+                 {"indices", in.indices},
+                 {"counts", in.counts},
+                 {"seqlens_k", in.seqlens_k},
+                 {"block_table", in.block_table},
+                 {"cos", in.cos},
+                 {"sin", in.sin},
+                 {"extra_k", in.extra_k},
+                 {"extra_v", in.extra_v},
+                 {"extra_log_count", in.extra_log_count},
+                 {"sink", in.sink},
+                 {"k_scale", in.k_scale},
+                 {"v_scale", in.v_scale}});
+  check_cache_values(kOp, in.k_cache, in.q.size(0), d.cache, true);
+  return answer(d, in, a.out);
+}
+
+const Registration kOperators(
+    {&implement<sparse_decode_attention>("sparse_decode_attention"),
+     &implement<sparse_decode_attention_out>("sparse_decode_attention_out")});
 
 }  // namespace
 }  // namespace tokenmill

@@ -86,6 +86,8 @@ def attention(
     return_lse: bool = False,
     precision: Precision = "accurate",
     backend: str | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention with any score map, without the matrix of scores in memory.
 
@@ -153,6 +155,7 @@ def attention(
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+        k_scale, v_scale: of caches (seqlens_k) in float8_e4m3fn, as in :func:`attention_decode`.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[Tq, H, Dv]``) in the dtype of q; with return_lse also lse
@@ -200,8 +203,11 @@ def attention(
             normalize=normalize, scale=scale, score_bias=score_bias, mask=mask,
             alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, causal=causal, window=window,
             cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=return_lse,
-            backend=backend,
+            backend=backend, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
+    for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if cache_scale is not None:
+            fail(OP, name, "goes with a cache (seqlens_k) alone", cache_scale)
     lowered = lower(
         q, k, v, kind, normalize, scale, score_bias, bias, mask, alibi_slopes, alibi_grid, sink,
         softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
@@ -257,12 +263,9 @@ def lower(
         check_tensor(OP, "bias", bias, optional=True)
     if alibi_slopes is not None:
         check_tensor(OP, "alibi_slopes", alibi_slopes, optional=True)
-    if sink is not None:
-        check_tensor(OP, "sink", sink, optional=True)
-    if cu_seqlens_q is not None:
-        check_tensor(OP, "cu_seqlens_q", cu_seqlens_q, optional=True)
-    if cu_seqlens_k is not None:
-        check_tensor(OP, "cu_seqlens_k", cu_seqlens_k, optional=True)
+    for name, t in (("sink", sink), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if t is not None:
+            check_tensor(OP, name, t, optional=True)
     check_text(OP, "kind", kind)
     check_text(OP, "precision", precision)
     check_bool(OP, "causal", causal)

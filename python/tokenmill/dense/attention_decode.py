@@ -23,6 +23,7 @@ from .attention_decode_rules import (
     check_decode_out,
     check_decode_values,
     lower_cache_mask,
+    unsupported,
 )
 from .terms import (
     NO_WINDOW,
@@ -64,6 +65,8 @@ def attention_decode(
     return_lse: Literal[False] = ...,
     out: Tensor | None = ...,
     backend: str | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -92,6 +95,8 @@ def attention_decode(
     return_lse: Literal[True],
     out: Tensor | None = ...,
     backend: str | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -119,6 +124,8 @@ def attention_decode(
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention of the newest tokens of each request over its KV cache, dense or paged.
 
@@ -131,11 +138,13 @@ def attention_decode(
     Args:
         q: ``[B, Sq, H, D]``, or packed ``[T, H, D]`` with cu_seqlens_q; float16, bfloat16 or
             float32 (float64 on the reference), any strides with a contiguous last dimension, D up
-            to 256.
-        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv
-            up to 256; with block_table pages ``[P, page size, Hk, D]`` and ``[P, page size, Hk,
-            Dv]``, the page size a power of two. Any strides with a contiguous last dimension, so
-            ``[P, Hk, page size, D]`` is passed as its transpose. The new keys must be there.
+            to 576.
+        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` in the dtype of q or in
+            float8_e4m3fn, Hk a divisor of H (GQA, MQA), Dv up to 512; with block_table pages ``[P,
+            page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two. Any
+            strides with a contiguous last dimension, so ``[P, Hk, page size, D]`` is passed as its
+            transpose, and v_cache may be a view of k_cache: ``k_cache[..., :512]`` are the values
+            of a latent cache. The new keys must be there.
         seqlens_k: int32 ``[B]``, keys of each request, from 0 to S (pages: pages times page size).
             Keys beyond them are never read.
         block_table: int32 ``[B, pages]``, the pages of each request in order; entries beyond its
@@ -165,6 +174,10 @@ def attention_decode(
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
             last dimension that keep elements apart; it shares no memory with what the call reads.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+        k_scale, v_scale: of caches in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token
+            ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are the
+            numbers of the cache times their scale, in float32. None = 1. As
+            :func:`kv_cache_append` reads and writes them.
 
     Returns:
         out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
@@ -224,6 +237,8 @@ def attention_decode(
             num_splits=num_splits,
             schedule=schedule,
             return_lse=return_lse,
+            k_scale=k_scale,
+            v_scale=v_scale,
         ),
         backend,
         out,
@@ -254,6 +269,8 @@ def lower(
     num_splits: int = 0,
     schedule: str = "auto",
     return_lse: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Any, ...]:
     for name, t in (
         ("q", q),
@@ -267,6 +284,8 @@ def lower(
         ("alibi_slopes", alibi_slopes),
         ("sink", sink),
         ("cu_seqlens_q", cu_seqlens_q),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
     ):
         if option is not None:
             check_tensor(OP, name, option, optional=True)
@@ -309,6 +328,8 @@ def lower(
         max_seqlen_q,
         num_splits,
         schedule,
+        k_scale,
+        v_scale,
     )
 
 
@@ -367,6 +388,8 @@ SPEC = register_op(
         backward=None,
         differentiable=(),
         logarithms=(1,),
+        unsupported=unsupported,
+        partial=True,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",
@@ -376,6 +399,8 @@ SPEC = register_op(
                 "score_bias alibi_slopes sink": "bh",
                 "mask_q_spans mask_k_spans": "b..",
                 "mask_ranges": "bh...",
+                "k_scale v_scale": "h b.h",
+                "k_scale@block_table v_scale@block_table": "h ..h",
             },
             ("b.h.", "bh."),
         ),

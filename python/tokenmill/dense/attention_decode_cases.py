@@ -1,5 +1,5 @@
-"""Calls of attention_decode that every backend must answer, and calls that every backend must
-refuse."""
+"""Calls of attention_decode that every backend must answer, and (attention_decode_malformed) calls
+that every backend must refuse."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import masks
-from .._edits import set_argument, set_options
-from ..registry import Malformed, Sample
-from .attention_cases import MALFORMED_KINDS, Arguments, with_options
+from ..registry import Sample
+from .attention_cases import Arguments, with_options
+from .attention_decode_malformed import MALFORMED as MALFORMED
 from .attention_draws import draw_masks, draw_ranges, draw_segments, draw_tensor
 
 
@@ -48,6 +47,28 @@ def draw_cache(
     return found, kwargs | {"block_table": table}
 
 
+def draw_scale(kind: str | None, cache: Tensor, g: torch.Generator) -> Tensor | None:
+    """kind: "one", "head" or "token". Those of tokens are NaN where the cache [P, page size, Hk, D]
+    is."""
+    if kind is None:
+        return None
+    scale = 0.5 + torch.rand(cache.shape[:3], generator=g)
+    if kind == "token":
+        scale[cache[..., 0].isnan()] = float("nan")
+        return scale
+    return torch.rand(cache.shape[2] if kind == "head" else 1, generator=g) + 0.5
+
+
+def in_float8(
+    caches: list[Tensor], scales: Sequence[str | None], g: torch.Generator
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Caches of keys and values as float8_e4m3fn, and the scales that a call takes."""
+    named = zip(("k_scale", "v_scale"), scales, caches, strict=True)
+    drawn = {name: draw_scale(kind, cache, g) for name, kind, cache in named}
+    given = {name: scale for name, scale in drawn.items() if scale is not None}
+    return [cache.to(torch.float8_e4m3fn) for cache in caches], given
+
+
 def decode_call(
     lengths: Sequence[int] = (37, 64, 5),
     sq: int = 1,
@@ -58,9 +79,12 @@ def decode_call(
     page_size: int | None = None,
     capacity: int = 64,
     queries: Sequence[int] | None = None,
+    float8: Sequence[str | None] | None = None,
+    latent: bool = False,
     **options: Any,
 ) -> Any:
-    """queries: of each request, packed, instead of sq."""
+    """queries: of each request, packed, instead of sq. float8: what scales caches in float8_e4m3fn
+    have. latent: the values are the first channels of the keys."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         shape = (len(lengths), sq) if queries is None else (sum(queries),)
@@ -69,6 +93,11 @@ def decode_call(
         if queries is not None:
             ends = [0, *itertools.accumulate(queries)]
             kwargs["cu_seqlens_q"] = torch.tensor(ends, dtype=torch.int32)
+        if float8 is not None:
+            (k, v), scales = in_float8([k, v], float8, g)
+            kwargs.update(scales)
+        if latent:
+            v = k[..., :dv]
         return (q, k, v), kwargs | with_options(options, dtype, g)
 
     return make
@@ -249,235 +278,60 @@ SAMPLES = (
     Sample("no room", decode_call((0, 0), capacity=0)),
     Sample("no queries", decode_call(sq=0)),
     Sample("no requests", decode_call(())),
-)
-
-
-def _caches(change: Any, **options: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[1:] = [change(t) for t in args[1:]]
-        kwargs.update(options)
-
-    return edit
-
-
-def _packed(starts: Tensor, **options: Any) -> Any:
-    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
-        args[0] = args[0][:, 0]
-        kwargs.update(cu_seqlens_q=starts, **options)
-
-    return edit
-
-
-def _ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
-def _pages(t: Tensor) -> Tensor:
-    """[3, 64, ...] as 12 pages of 16 tokens."""
-    return t.reshape(12, 16, *t.shape[2:])
-
-
-_TABLE = _ints([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
-
-# Edits of the first sample: q [3, 1, 4, 32], k_cache and v_cache [3, 64, 2, 32], lengths 37, 64, 5.
-MALFORMED = (
-    Malformed(
-        "rank", "q: must have 4 dimensions [B, Sq, H, D]; got 3", set_argument(0, lambda q: q[0])
-    ),
-    Malformed(
-        "cache rank",
-        "v_cache: must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D]); got 5",
-        set_argument(2, lambda v: v[None]),
-    ),
-    Malformed(
-        "dtype",
-        "q: must be float16, bfloat16 or float32; got int64",
-        set_argument(0, lambda q: q.long()),
-    ),
-    Malformed(
-        "cache dtype",
-        "k_cache: must have the dtype of q, float32; got float16",
-        set_argument(1, lambda k: k.half()),
-    ),
-    Malformed(
-        "cache layout",
-        "k_cache: must have a contiguous last dimension; strides; got [4096, 2, 1, 128]",
-        set_argument(1, lambda k: torch.empty_strided(k.shape, (4096, 2, 1, 128)).copy_(k)),
-    ),
-    Malformed(
-        "head dimensions differ",
-        "k_cache: must have the head dimension of q, 32; got 16",
-        set_argument(1, lambda k: k[..., :16]),
-    ),
-    Malformed(
-        "shapes of the caches",
-        "v_cache: must have the shape of k_cache up to the head dimension, [3, 64, 2, 32]; "
-        "got [3, 63, 2, 32]",
-        set_argument(2, lambda v: v[:, 1:]),
-    ),
-    Malformed(
-        "GQA ratio",
-        "k_cache: number of heads must divide that of q, 4 (GQA); got 3",
-        _caches(lambda t: t[:, :, :1].expand(-1, -1, 3, -1)),
-    ),
-    Malformed(
-        "batch",
-        "k_cache: must have the batch size of q, 3; got 2",
-        _caches(lambda t: t[:2]),
-    ),
-    Malformed(
-        "page size",
-        "k_cache: must have pages of a power of two of tokens; got 12",
-        _caches(lambda t: t[:, :12], block_table=_TABLE),
-    ),
-    *MALFORMED_KINDS,
-    Malformed(
-        "prefix",
-        "mask: must not be a prefix with a cache; got 'prefix'",
-        set_options(mask=masks.prefix(torch.zeros(3, dtype=torch.int32))),
-    ),
-    Malformed(
-        "segments of less than the cache",
-        "mask_k_spans: must have shape [3 or 1, 64 or more, 2]; got [1, 9, 2]",
-        set_options(
-            mask=masks.segments(
-                torch.zeros(3, 1, dtype=torch.int32), torch.zeros(1, 9, dtype=torch.int32)
-            )
+    Sample("float8", decode_call(float8=(None, None))),
+    Sample(
+        "float8 in pages, scales of heads",
+        decode_call(
+            (33, 60, 0),
+            sq=3,
+            h=6,
+            page_size=16,
+            float8=("head", "one"),
+            alibi_slopes=draw_tensor(6, positive=True),
+            softcap=3.0,
+            window=(20, 0),
+            return_lse=True,
         ),
     ),
-    Malformed(
-        "lse of sigmoid",
-        "return_lse: needs kind 'softmax' or normalize 'sum', not; got 'sigmoid'",
-        set_options(kind="sigmoid", normalize="count"),
-    ),
-    Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
-    Malformed(
-        "softcap",
-        "softcap: must be finite and not negative (0 = off); got -1",
-        set_options(softcap=-1.0),
-    ),
-    Malformed(
-        "window", "window: left must be >= -1 (-1 = no limit); got -2", set_options(window=(-2, 0))
-    ),
-    Malformed(
-        "window to the right",
-        "window: right must be -1 or 0 where queries are causal: none sees a later key; got 3",
-        set_options(window=(4, 3)),
-    ),
-    Malformed(
-        "rank of packed queries",
-        "q: must have 3 dimensions [T, H, D] (packed); got 4",
-        set_options(cu_seqlens_q=_ints([0, 1, 2, 3])),
-    ),
-    Malformed(
-        "starts dtype",
-        "cu_seqlens_q: must be int32; got int64",
-        _packed(_ints([0, 1, 2, 3], torch.int64)),
-    ),
-    Malformed(
-        "starts of other requests",
-        "k_cache: must have the batch size of q, 2; got 3",
-        _packed(_ints([0, 1, 3])),
-    ),
-    Malformed(
-        "bound without starts",
-        "max_seqlen_q: goes with cu_seqlens_q alone; got 4",
-        set_options(max_seqlen_q=4),
-    ),
-    Malformed(
-        "negative bound",
-        "max_seqlen_q: must not be negative; got -1",
-        _packed(_ints([0, 1, 2, 3]), max_seqlen_q=-1),
-    ),
-    Malformed(
-        "segments of packed queries",
-        "mask: must be ranges alone with cu_seqlens_q; got 'segments'",
-        _packed(
-            _ints([0, 1, 2, 3]),
-            mask=masks.segments(
-                torch.zeros(3, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
-            ),
+    Sample(
+        "float8, scales of tokens, splits",
+        decode_call(
+            (70, 40),
+            d=20,
+            dv=12,
+            capacity=70,
+            float8=("token", "token"),
+            kind="sigmoid",
+            normalize="sum",
+            num_splits=3,
+            return_lse=True,
         ),
     ),
-    Malformed(
-        "starts that decrease",
-        "cu_seqlens_q: must not decrease; got [0, 2, 1, 3]",
-        _packed(_ints([0, 2, 1, 3])),
-        values=True,
+    Sample(
+        "float8, packed, scales of tokens",
+        decode_call(
+            (40, 20, 7),
+            queries=(17, 1, 3),
+            page_size=8,
+            float8=("token", "head"),
+            sink=draw_tensor(4),
+            return_lse=True,
+        ),
     ),
-    Malformed(
-        "starts of fewer tokens",
-        "cu_seqlens_q: must end at the number of tokens, 3; got 2",
-        _packed(_ints([0, 1, 2, 2])),
-        values=True,
-    ),
-    Malformed(
-        "bound below a request",
-        "max_seqlen_q: must be at least the longest sequence, 2; got 1",
-        _packed(_ints([0, 2, 2, 3]), max_seqlen_q=1),
-        values=True,
-    ),
-    Malformed(
-        "splits", "num_splits: must be 0 (automatic) to 1024; got -1", set_options(num_splits=-1)
-    ),
-    Malformed(
-        "schedule",
-        "schedule: must be 'auto', 'split' or 'stream_k'; got 'lean'",
-        set_options(schedule="lean"),
-    ),
-    Malformed(
-        "splits of stream_k",
-        "schedule: must be 'auto' or 'split' with num_splits 2; got 'stream_k'",
-        set_options(num_splits=2, schedule="stream_k"),
-    ),
-    Malformed(
-        "lengths dtype",
-        "seqlens_k: must be int32; got int64",
-        set_options(seqlens_k=_ints([37, 64, 5], torch.int64)),
-    ),
-    Malformed(
-        "lengths shape",
-        "seqlens_k: must have shape [3]; got [2]",
-        set_options(seqlens_k=_ints([37, 64])),
-    ),
-    Malformed(
-        "table shape",
-        "block_table: must have shape [3, pages]; got [2, 4]",
-        _caches(_pages, block_table=_TABLE[:2]),
-    ),
-    Malformed(
-        "table dtype",
-        "block_table: must be int32; got int64",
-        _caches(_pages, block_table=_TABLE.long()),
-    ),
-    Malformed(
-        "score_bias shape",
-        "score_bias: must have shape [4] or [3, 4]; got [3]",
-        set_options(score_bias=torch.zeros(3)),
-    ),
-    Malformed("sink shape", "sink: must have shape [4]; got [1]", set_options(sink=torch.zeros(1))),
-    Malformed(
-        "length",
-        "seqlens_k: must be 0 to what the cache holds of a request, 64; got 65",
-        set_options(seqlens_k=_ints([37, 65, 5])),
-        values=True,
-    ),
-    Malformed(
-        "negative length",
-        "seqlens_k: must be 0 to what the cache holds of a request, 64; got -1",
-        set_options(seqlens_k=_ints([37, 64, -1])),
-        values=True,
-    ),
-    Malformed(
-        "page out of range",
-        "block_table: must name pages below 12 where keys lie; got 12",
-        _caches(_pages, block_table=torch.where(_TABLE == 4, 12, _TABLE)),
-        values=True,
-    ),
-    Malformed(
-        "negative page",
-        "block_table: must name pages below 12 where keys lie; got -1",
-        _caches(_pages, block_table=torch.where(_TABLE == 2, -1, _TABLE)),
-        values=True,
+    Sample("latent", decode_call((30, 7), h=3, hk=1, d=576, dv=512, capacity=32, latent=True)),
+    Sample(
+        "latent, float8, packed",
+        decode_call(
+            (20, 5),
+            queries=(2, 1),
+            h=3,
+            hk=1,
+            d=272,
+            dv=260,
+            page_size=8,
+            capacity=24,
+            float8=("one", None),
+            latent=True,
+        ),
     ),
 )

@@ -14,7 +14,13 @@ from .._check import (
     check_longest,
     fail,
 )
-from .._kv_cache import check_cache, check_lengths, check_lengths_values
+from .._kv_cache import (
+    check_cache,
+    check_cache_scale,
+    check_lengths,
+    check_lengths_values,
+    unread,
+)
 from .._library import record_of
 from .._written import check_written
 from ..masks import NO_MASK, Lowered, Mask, Masks, Prefix, Segments, lower_mask
@@ -26,7 +32,7 @@ Arguments = record_of(OP)
 # Tensors that a call reads.
 READ = [
     "q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges",
-    "mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q",
+    "mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q", "k_scale", "v_scale",
 ]  # fmt: skip
 
 
@@ -50,6 +56,8 @@ def check_decode(*lowered: Any, float64: bool = False) -> None:
         rule = f"must be 'auto' or 'split' with num_splits {a.num_splits}"
         check(a.schedule != "stream_k", OP, "schedule", rule, a.schedule)
     check_lengths(OP, a.q, batch, a.seqlens_k, a.block_table)
+    check_cache_scale(OP, "k_scale", a.k_scale, "k_cache", a.k_cache, a.q)
+    check_cache_scale(OP, "v_scale", a.v_scale, "k_cache", a.k_cache, a.q)
     check_terms(OP, a.q, batch, a.kind, a.score_bias, a.alibi_slopes, a.sink)
     keys = a.k_cache.shape[1] * (a.block_table.shape[1] if paged else 1)
     for name in ("mask_q_spans", "mask_k_spans") if packed else ():
@@ -73,6 +81,12 @@ def check_decode_out(*lowered: Any, float64: bool = False) -> None:
     shape = (*a.q.shape[:-1], a.v_cache.shape[-1])
     check_like_out(OP, "out", out, shape, a.q)
     check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
+
+
+def unsupported(backend: str, *lowered: Any) -> list[str]:
+    a = Arguments(*lowered)
+    dims = (*a.q.shape[-1:], *a.v_cache.shape[-1:])
+    return unread(backend, a.k_cache, dims, float8="cpu cuda triton", wide="cpu cuda triton")
 
 
 def lower_cache_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None) -> Lowered:

@@ -32,6 +32,8 @@ class SigmoidOptions(TypedDict, total=False):
     block_table: Tensor | None
     precision: Precision
     backend: str | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 class AttentionOptions(SigmoidOptions, total=False):

@@ -13,3 +13,14 @@ def float8_codes(x: Tensor) -> Tensor:
     what is too large NaN.)"""
     codes = x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(x.isnan(), 0x7F, codes)
+
+
+def cache_rows(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows [..., D] of a cache in dtype. Codes of float8_e4m3fn are multiplied by their scales, in
+    at least float32."""
+    if rows.dtype != torch.float8_e4m3fn:
+        return rows.to(dtype)
+    wide = rows.to(torch.promote_types(dtype, torch.float32))
+    if scale is not None:
+        wide = wide * scale.to(wide.dtype)[..., None]
+    return wide.to(dtype)

@@ -23,6 +23,7 @@ from .._check import (
     fail,
 )
 from .._dispatch import call
+from .._kv_cache import check_cache_dtype, check_cache_scale, unread
 from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
@@ -57,6 +58,7 @@ def kv_block_scores(
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     r"""Scores of each row of queries against each block of keys: pooled keys, boxes or tokens.
 
@@ -84,9 +86,10 @@ def kv_block_scores(
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
             with a contiguous last dimension, D up to 256.
-        k: ``[B, N, Hk, D]`` in the dtype of q, Hk a divisor of H (GQA): pooled keys or tokens
-            (scoring="dot"), tokens ("max_block"); ``[B, N, Hk, 2, D]``, minima first ("minmax"; see
-            :func:`block_pool_keys`). With block_table ``[pages, page_size, ...]``.
+        k: ``[B, N, Hk, D]`` in the dtype of q or in float8_e4m3fn, Hk a divisor of H (GQA): pooled
+            keys or tokens (scoring="dot"), tokens ("max_block"); ``[B, N, Hk, 2, D]`` in the dtype
+            of q, minima first ("minmax"; see :func:`block_pool_keys`). With block_table ``[pages,
+            page_size, ...]``.
         scoring: "dot", "minmax" or "max_block".
         block_k: tokens of a block.
         q_reduce: "none", "mean" or "max" over the queries of a row; with "none" block_q is 1.
@@ -101,6 +104,9 @@ def kv_block_scores(
         block_table: ``[B, P]`` int32, the pages of each request; row t of k is row t % page_size of
             page ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+        k_scale: of keys in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each row ``[B, N, Hk]``
+            (``[pages, page_size, Hk]``), any strides: keys are the numbers in k times their scale,
+            in float32. None = 1.
 
     Returns:
         float32 (float64 on the reference) ``[B, H, ceil(Sq / block_q), Nb]``, with "group_max" and
@@ -131,7 +137,7 @@ def kv_block_scores(
     lowered = lower(
         q, k, scoring=scoring, block_k=block_k, q_reduce=q_reduce, block_q=block_q,
         head_reduce=head_reduce, scale=scale, causal=causal, num_sink=num_sink,
-        num_recent=num_recent, seqlens_k=seqlens_k, block_table=block_table,
+        num_recent=num_recent, seqlens_k=seqlens_k, block_table=block_table, k_scale=k_scale,
     )  # fmt: skip
     return call(SPEC, lowered, backend)[0]
 
@@ -151,10 +157,15 @@ def lower(
     num_recent: int = 0,
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k)):
         check_tensor(OP, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
+    for name, option in (
+        ("seqlens_k", seqlens_k),
+        ("block_table", block_table),
+        ("k_scale", k_scale),
+    ):
         check_tensor(OP, name, option, optional=True)
     block_k, block_q = as_int(OP, "block_k", block_k), as_int(OP, "block_q", block_q)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
@@ -164,7 +175,7 @@ def lower(
     factor = scale_or_default(OP, scale, q)
     return (
         q, k, scoring, block_k, q_reduce, block_q, head_reduce, factor, causal, num_sink,
-        num_recent, seqlens_k, block_table,
+        num_recent, seqlens_k, block_table, k_scale,
     )  # fmt: skip
 
 
@@ -182,6 +193,7 @@ def _check(
     num_recent: int,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
     *,
     float64: bool = False,
 ) -> None:
@@ -193,7 +205,10 @@ def _check(
         rule = "must have 5 dimensions [B, N, H, 2, D] or [pages, page_size, H, 2, D]"
     check(k.dim() == (5 if scoring == "minmax" else 4), OP, "k", rule, k.dim())
     check_dtype(OP, "q", q, float64=float64)
-    check_dtype_of(OP, "k", k, "q", q)
+    if scoring == "minmax":
+        check_dtype_of(OP, "k", k, "q", q)
+    else:
+        check_cache_dtype(OP, "k", k, q)
     check_device_of(OP, "k", k, "q", q)
     for name, t in (("q", q), ("k", k)):
         check_last_contiguous(OP, name, t)
@@ -223,6 +238,7 @@ def _check(
     check(num_sink >= 0, OP, "num_sink", "must not be negative", num_sink)
     check(num_recent >= 0, OP, "num_recent", "must not be negative", num_recent)
     check_per_request(OP, "seqlens_k", seqlens_k, batch, "k", k)
+    check_cache_scale(OP, "k_scale", k_scale, "k", k, q)
 
 
 def _check_values(
@@ -239,6 +255,7 @@ def _check_values(
     num_recent: int,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
 ) -> None:
     if seqlens_k is not None and scoring != "max_block":  # in rows of k
         seqlens_k = (seqlens_k.long().clamp(min=0) + block_k - 1) // block_k
@@ -259,6 +276,7 @@ def _fake(
     num_recent: int,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
 ) -> Tensor:
     batch, queries, heads, _ = q.shape
     if head_reduce != "none":
@@ -273,6 +291,10 @@ def _fake(
 def _plain(q: Tensor, *lowered: Any) -> tuple[Tensor]:
     arguments: tuple[Any, ...] = (q, *lowered, q.dtype)
     return reference.kv_block_scores(*arguments)
+
+
+def _unsupported(backend: str, q: Tensor, k: Tensor, *lowered: Any) -> list[str]:
+    return unread(backend, k, (), float8="cpu cuda triton", wide="")
 
 
 def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:
@@ -300,6 +322,8 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
+        unsupported=_unsupported,
+        partial=True,
         sharding=Sharding(
             {
                 "q": "b.h.",
@@ -307,6 +331,8 @@ SPEC = register_op(
                 "k@block_table": "..h. ..h..",
                 "seqlens_k": "b",
                 "block_table": "b.",
+                "k_scale": "h b.h",
+                "k_scale@block_table": "h ..h",
             },
             ("bh..",),
         ),

@@ -24,9 +24,11 @@ def _sample(
     d: int = 32,
     pages: tuple[int, int] | None = None,
     change: Any = None,
+    float8: str | None = None,
     **options: Any,
 ) -> Any:
-    """n rows of keys; pages: how many of how many rows there are."""
+    """n rows of keys; pages: how many of how many rows there are; float8: the shape of the scale of
+    keys in float8_e4m3fn."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q = torch.randn(b, sq, h, d, generator=g)
@@ -37,7 +39,11 @@ def _sample(
             k = torch.randn(*lead, hk, d, generator=g)
         if change:
             change(q, k)
-        return (q.to(dtype), k.to(dtype)), dict(options)
+        if float8 is None:
+            return (q.to(dtype), k.to(dtype)), dict(options)
+        shape = {"none": (), "one": (1,), "head": (hk,), "token": (*lead, hk)}[float8]
+        scale = {"k_scale": 0.5 + torch.rand(shape, generator=g)} if shape else {}
+        return (q.to(dtype), k.to(torch.float8_e4m3fn)), {**options, **scale}
 
     return make
 
@@ -120,12 +126,40 @@ SAMPLES = (
     Sample("no keys to vote for", _sample(n=0, head_reduce="softmax_vote")),
     Sample("no queries", _sample(sq=0)),
     Sample("no requests", _sample(b=0)),
+    Sample("float8", _sample(sq=2, float8="none", causal=True)),
+    Sample(
+        "float8 in pages, scales of tokens",
+        _sample(
+            sq=2, h=6, pages=(5, 16), scoring="max_block", block_k=12, causal=True,
+            head_reduce="group_mean", seqlens_k=_ints(41, 20), block_table=TABLE, float8="token",
+        ),
+    ),
+    Sample(
+        "float8, vote, scales of heads",
+        _sample(
+            n=90, h=8, head_reduce="softmax_vote", num_sink=5, num_recent=9,
+            seqlens_k=_ints(80, 30), float8="head",
+        ),
+    ),
 )  # fmt: skip
 
 
 def _three_rows(args: list[Any], kwargs: dict[str, Any]) -> None:
     kwargs["scoring"] = "minmax"
     args[1] = torch.zeros(2, 5, 2, 3, 32)
+
+
+def _float8_boxes(args: list[Any], kwargs: dict[str, Any]) -> None:
+    _three_rows(args, kwargs)
+    args[1] = args[1].to(torch.float8_e4m3fn)
+
+
+def _scaled(scale: torch.Tensor) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[1] = args[1].to(torch.float8_e4m3fn)
+        kwargs.update(k_scale=scale)
+
+    return edit
 
 
 def _set(**changes: Any) -> Any:
@@ -161,8 +195,23 @@ MALFORMED = (
     ),
     Malformed(
         "dtype of k",
-        "k: must have the dtype of q, float32; got float16",
+        "k: must have the dtype of q, float32, or float8_e4m3fn; got float16",
         lambda a, k: a.__setitem__(1, a[1].half()),
+    ),
+    Malformed(
+        "boxes in float8",
+        "k: must have the dtype of q, float32; got float8_e4m3fn",
+        _float8_boxes,
+    ),
+    Malformed(
+        "scale of float32",
+        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        _set(k_scale=torch.ones(1)),
+    ),
+    Malformed(
+        "shape of the scale",
+        "k_scale: must have shape [1], [2] or [2, 50, 2]; got [50]",
+        _scaled(torch.ones(50)),
     ),
     Malformed(
         "layout",

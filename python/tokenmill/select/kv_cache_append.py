@@ -22,7 +22,12 @@ from .._check import (
     show,
 )
 from .._dispatch import call
-from .._kv_cache import check_cache_ranks, check_caches_alike
+from .._kv_cache import (
+    check_cache_dtype,
+    check_cache_ranks,
+    check_cache_scale,
+    check_caches_alike,
+)
 from .._library import TorchOp, register
 from .._lowering import widen
 from .._written import check_written
@@ -178,9 +183,7 @@ def _check(*lowered: Any, float64: bool = False) -> None:
 def _check_caches(a: Any, float64: bool) -> None:
     check_cache_ranks(OP, a.k_cache, a.v_cache)
     check_dtype(OP, "k", a.k, float64=float64)
-    if a.k_cache.dtype not in (a.k.dtype, torch.float8_e4m3fn):
-        rule = f"must have the dtype of k, {show(a.k.dtype)}, or float8_e4m3fn"
-        fail(OP, "k_cache", rule, a.k_cache.dtype)
+    check_cache_dtype(OP, "k_cache", a.k_cache, a.k, "k")
     check_caches_alike(OP, a.k_cache, a.v_cache)
 
 
@@ -245,15 +248,8 @@ def _check_scale(name: str, read: Tensor | None, written: Tensor | None, a: Any)
         return
     one = read is None or written is None
     check(one, OP, name, "must be read or written, not both", t.shape)
-    rule = "goes with caches in float8_e4m3fn alone"
-    check(a.k_cache.dtype == torch.float8_e4m3fn, OP, name, rule, a.k_cache.dtype)
-    each, every = [a.k_cache.shape[2]], list(a.k_cache.shape[:3])
-    fits = list(t.shape) == every if read is None else list(t.shape) in ([1], each)
-    if not fits:
-        fail(OP, name, f"must have shape [1], {show(each)} or {show(every)}", t.shape)
-    wide = torch.promote_types(a.k.dtype, torch.float32)
-    check(t.dtype == wide, OP, name, "must be float32", t.dtype)
-    check_device_of(OP, name, t, "k_cache", a.k_cache)
+    token = read is None
+    check_cache_scale(OP, name, t, "k_cache", a.k_cache, a.k, shared=not token, token=token)
 
 
 def _check_values(*lowered: Any) -> None:

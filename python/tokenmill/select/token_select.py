@@ -27,6 +27,7 @@ def token_select(
     seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
+    k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The k tokens of a cache with the most votes of all heads, beside sink and recent tokens.
 
@@ -45,8 +46,8 @@ def token_select(
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32: a token, or those of a chunk. They are
             taken as seen from the end of the cache, so num_recent should cover a chunk that is in
             it already.
-        k_cache: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H; with block_table ``[pages,
-            page_size, Hk, D]``.
+        k_cache: ``[B, S, Hk, D]`` in the dtype of q or in float8_e4m3fn, Hk a divisor of H; with
+            block_table ``[pages, page_size, Hk, D]``.
         k: tokens wanted, 1 to 65536.
         num_sink: sink (first) tokens, which are not in the list.
         num_recent: recent (last) tokens, which are not in the list.
@@ -57,6 +58,8 @@ def token_select(
         seqlens_k: int32 ``[B]``, tokens of each request; None: all.
         block_table: ``[B, P]`` int32, the pages of each request.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+        k_scale: of a cache in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token ``[B, S,
+            Hk]`` (``[pages, page_size, Hk]``); None = 1.
 
     Returns:
         (indices ``[B, 1, 1, k]`` int32, counts ``[B, 1, 1]`` int32): one list for all heads, of
@@ -89,7 +92,7 @@ def token_select(
     votes = kv_block_scores(
         q, k_cache, q_reduce="mean", block_q=max(q.shape[1], 1), head_reduce="softmax_vote",
         scale=scale, num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k,
-        block_table=block_table, backend=backend,
+        block_table=block_table, backend=backend, k_scale=k_scale,
     )  # fmt: skip
     batch, _, rows, tokens = votes.shape
     votes = votes.view(batch * rows, tokens)

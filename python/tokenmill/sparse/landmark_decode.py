@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_tensor, reads_values
+from .._check import (
+    as_int,
+    check,
+    check_bool,
+    check_dtype_of,
+    check_head_dim,
+    check_tensor,
+    reads_values,
+)
 from .._kv_cache import capacity, check_cache, check_lengths, check_lengths_values
 from .._lowering import scale_or_default
 from ..dense.attention import attention
@@ -88,6 +96,9 @@ def landmark_decode(
     block = as_int(OP, "block", block)
     check_block(OP, block)
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype_of(OP, name, t, "q", q)
+        check_head_dim(OP, name, t)
     check(q.shape[1] == 1, OP, "q", "must have 1 token", q.shape[1])
     factor = scale_or_default(OP, scale, q)
     if scale is not None:

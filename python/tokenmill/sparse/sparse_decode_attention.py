@@ -14,29 +14,24 @@ from .._check import (
     as_number,
     check,
     check_bool,
-    check_device_of_q,
-    check_dtype_of,
-    check_last_contiguous,
     check_tensor,
     check_text,
-    fail,
-    is_power_of_two,
-    show,
 )
 from .._dispatch import call
 from .._flops import known
-from .._kv_cache import capacity, check_cache, check_int32, check_lengths, check_lengths_values
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
-from ..dense.attention_decode_rules import MAX_SPLITS
-from ..dense.terms import check_scale, check_small, check_terms
 from ..reference.sparse import sparse_decode_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-
-OP = "sparse_decode_attention"
+from .sparse_decode_attention_rules import (
+    OP,
+    check_sparse_decode,
+    check_sparse_decode_out,
+    check_sparse_decode_values,
+    unsupported,
+)
 
 Positions = Literal["absolute", "cache"]
-MAX_BLOCK = 128
 
 
 @overload
@@ -63,7 +58,10 @@ def sparse_decode_attention(
     sink: Tensor | None = ...,
     num_splits: int = ...,
     return_mass: Literal[False] = ...,
+    out: Tensor | None = ...,
     backend: str | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -91,7 +89,10 @@ def sparse_decode_attention(
     sink: Tensor | None = ...,
     num_splits: int = ...,
     return_mass: Literal[True],
+    out: Tensor | None = ...,
     backend: str | None = ...,
+    k_scale: Tensor | None = ...,
+    v_scale: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -118,7 +119,10 @@ def sparse_decode_attention(
     sink: Tensor | None = None,
     num_splits: int = 0,
     return_mass: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     r"""Decode over selected, sink and recent keys of a KV cache, with fused RoPE.
 
@@ -135,10 +139,12 @@ def sparse_decode_attention(
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256. Sq is 1, or a few for speculative tokens.
-        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv
-            up to 256; with block_table pages ``[P, page size, Hk, D]`` and ``[P, page size, Hk,
-            Dv]``, the page size a power of two. The new keys must be there.
+            with a contiguous last dimension, D up to 576. Sq is 1, or a few for speculative tokens.
+        k_cache, v_cache: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]`` in the dtype of q or in
+            float8_e4m3fn, Hk a divisor of H (GQA, MQA), Dv up to 512; with block_table pages ``[P,
+            page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, the page size a power of two.
+            v_cache may be a view of k_cache, as in :func:`attention_decode`. The new keys must be
+            there.
         indices: int32 ``[B, 1, K]`` (a list for all heads), ``[B, Hk, K]`` (for each KV head) or
             ``[B, H, K]`` (for each query head: keys of a group are read once for each list).
             Lists ascend, as :func:`topk_select` makes them. An id that is not greater than every id
@@ -159,8 +165,8 @@ def sparse_decode_attention(
             Columns after the pairs stay as they are. None: they are used as they are. Places
             count keys of a block that are left out, and stop at the last row of the tables.
         interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
-        extra_k, extra_v: ``[B, E, Hk, D]`` and ``[B, E, Hk, Dv]``: keys and values from outside the
-            cache that every query sees, never rotated.
+        extra_k, extra_v: ``[B, E, Hk, D]`` and ``[B, E, Hk, Dv]`` in the dtype of q: keys and
+            values from outside the cache that every query sees, never rotated.
         extra_log_count: float ``[B, Hk, E]``: added to their logits, the log of how many keys each
             stands for; -inf: none. None: 0.
         scale: factor of the products, None = 1/sqrt(D).
@@ -169,7 +175,11 @@ def sparse_decode_attention(
         num_splits: 0 = automatic. n cuts each row of keys into n ranges, at most one for each step
             of the kernel. With n > 0 the result of a request has the same bits in any batch.
         return_mass: also return the probability that the entries of lists received.
+        out: where to write the result, as in :func:`attention_decode`.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
+        k_scale, v_scale: of caches in float8_e4m3fn, float32 ``[1]``, ``[Hk]`` or for each token
+            ``[P, page size, Hk]`` (dense ``[B, S, Hk]``), any strides: keys and values are the
+            numbers of the cache times their scale, in float32. None = 1.
 
     Returns:
         (out, lse), with return_mass (out, lse, mass): out ``[B, Sq, H, Dv]`` in the dtype of q; lse
@@ -203,7 +213,8 @@ def sparse_decode_attention(
         >>> out[0, 0, 0, 0].item()  # the mean of 0, 30, 50 and 79
         39.75
     """
-    out, lse, mass = call(
+    check_tensor(OP, "out", out, optional=True)
+    found, lse, mass = call(
         SPEC,
         lower(
             q,
@@ -227,10 +238,13 @@ def sparse_decode_attention(
             sink=sink,
             num_splits=num_splits,
             return_mass=return_mass,
+            k_scale=k_scale,
+            v_scale=v_scale,
         ),
         backend,
+        out,
     )
-    return (out, lse, mass) if return_mass else (out, lse)
+    return (found, lse, mass) if return_mass else (found, lse)
 
 
 def lower(
@@ -256,6 +270,8 @@ def lower(
     sink: Tensor | None = None,
     num_splits: int = 0,
     return_mass: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (
@@ -273,6 +289,8 @@ def lower(
         ("extra_v", extra_v),
         ("extra_log_count", extra_log_count),
         ("sink", sink),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
     ):
         check_tensor(op, name, option, optional=True)
     block_k, num_splits = as_int(op, "block_k", block_k), as_int(op, "num_splits", num_splits)
@@ -311,138 +329,25 @@ def lower(
         None if sink is None else widen(sink, q),
         num_splits,
         return_mass,
+        k_scale,
+        v_scale,
     )
 
 
-# csrc/sparse/sparse_decode_attention/host.cpp has the same rules in the same order and words.
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    block_k: int,
-    num_sink: int,
-    num_recent: int,
-    pos_mode: str,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_log_count: Tensor | None,
-    scale: float,
-    softcap: float,
-    sink: Tensor | None,
-    num_splits: int,
-    return_mass: bool,
-    *,
-    float64: bool = False,
-    op: str = OP,
-) -> None:
-    check_cache(op, q, k_cache, v_cache, block_table is not None, float64)
-    check_scale(op, scale, softcap)
-    blocks = f"must be a power of two up to {MAX_BLOCK}"
-    check(is_power_of_two(block_k) and block_k <= MAX_BLOCK, op, "block_k", blocks, block_k)
-    for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):
-        check(number >= 0, op, name, "must not be negative", number)
-    splits = f"must be 0 (automatic) to {MAX_SPLITS}"
-    check(0 <= num_splits <= MAX_SPLITS, op, "num_splits", splits, num_splits)
-    modes = "must be 'absolute' or 'cache'"
-    check(pos_mode in ("absolute", "cache"), op, "pos_mode", modes, pos_mode)
-    rule = "'cache' goes with one query token; q has"
-    check(pos_mode == "absolute" or q.shape[1] <= 1, op, "pos_mode", rule, q.shape[1])
-    check_lengths(op, q, q.shape[0], seqlens_k, block_table)
-    _check_lists(op, q, k_cache, indices, counts)
-    longest = capacity(k_cache, block_table)
-    if pos_mode == "cache":
-        longest = min(longest, num_sink + indices.shape[2] * block_k + num_recent)
-    _check_rope(op, q, cos, sin, max(longest, 1))
-    _check_extra(op, q, k_cache, v_cache, extra_k, extra_v, extra_log_count)
-    check_terms(op, q, q.shape[0], "softmax", None, None, sink)
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = FORWARD.record(*lowered)
+    out = a.q.new_empty((*a.q.shape[:-1], a.v_cache.shape[-1]))
+    return out, *_fake_out(*lowered, None)
 
 
-def _check_lists(op: str, q: Tensor, k_cache: Tensor, indices: Tensor, counts: Tensor) -> None:
-    batch, heads = q.shape[0], (1, k_cache.shape[2], q.shape[2])
-    rule = f"must have shape [{batch}, 1, {heads[1]} or {heads[2]}, K]"
-    shape = indices.dim() == 3 and indices.shape[0] == batch and indices.shape[1] in heads
-    check(shape, op, "indices", rule, indices.shape)
-    if counts.shape != indices.shape[:2]:
-        fail(op, "counts", f"must have shape {show(indices.shape[:2])}", counts.shape)
-    for name, t in (("indices", indices), ("counts", counts)):
-        check_int32(op, name, t)
-        check_last_contiguous(op, name, t)
-        check_device_of_q(op, name, t, q)
-
-
-def _check_rope(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None, longest: int) -> None:
-    if cos is None or sin is None:
-        return
-    pairs = q.shape[3] // 2
-    shape = cos.dim() == 2 and cos.shape[0] >= longest and 1 <= cos.shape[1] <= pairs
-    rule = f"must have shape [positions, pairs], {longest} positions or more, 1 to {pairs} pairs"
-    check(shape, op, "rope", rule, cos.shape)
-    check(sin.shape == cos.shape, op, "rope", "must have cos and sin of one shape", sin.shape)
-    for t in (cos, sin):
-        check_small(op, "rope", t, q)
-
-
-def _check_extra(
-    op: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    extra_k: Tensor | None,
-    extra_v: Tensor | None,
-    extra_log_count: Tensor | None,
-) -> None:
-    both = (extra_k is None) == (extra_v is None)
-    check(both, op, "extra_v", "must be given with extra_k, and only then", extra_v is not None)
-    if extra_k is None or extra_v is None:
-        if extra_log_count is not None:
-            fail(op, "extra_log_count", "needs extra_k and extra_v", extra_log_count.shape)
-        return
-    extras = (("extra_k", extra_k, k_cache), ("extra_v", extra_v, v_cache))
-    entries = extra_k.shape[1] if extra_k.dim() == 4 else -1
-    for name, t, cache in extras:
-        wanted = [q.shape[0], max(entries, 0), *cache.shape[2:]]
-        if list(t.shape) != wanted:
-            fail(op, name, f"must have shape {show(wanted)}", t.shape)
-        check_dtype_of(op, name, t, "q", q)
-        check_last_contiguous(op, name, t)
-        check_device_of_q(op, name, t, q)
-    if extra_log_count is not None:
-        wanted = [q.shape[0], k_cache.shape[2], entries]
-        if list(extra_log_count.shape) != wanted:
-            fail(op, "extra_log_count", f"must have shape {show(wanted)}", extra_log_count.shape)
-        check_small(op, "extra_log_count", extra_log_count, q)
-
-
-def _check_values(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    *rest: Any,
-) -> None:
-    check_lengths_values(OP, k_cache, seqlens_k, block_table, pages_may_lack=True)
-
-
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries, heads = q.shape[:3]
-    row_heads = heads if indices.shape[1] > k.shape[2] else k.shape[2]
-    mass = (batch, row_heads, indices.shape[2]) if rest[-1] else (0,)
+def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = OUT.record(*arguments)
+    batch, queries, heads = a.q.shape[:3]
+    row_heads = heads if a.indices.shape[1] > a.k_cache.shape[2] else a.k_cache.shape[2]
+    mass = (batch, row_heads, a.indices.shape[2]) if a.return_mass else (0,)
     return (
-        q.new_empty((batch, queries, heads, v.shape[-1])),
-        q.new_empty((batch, heads, queries), dtype=torch.float32),
-        q.new_empty(mass, dtype=torch.float32),
+        a.q.new_empty((batch, heads, queries), dtype=torch.float32),
+        a.q.new_empty(mass, dtype=torch.float32),
     )
 
 
@@ -459,13 +364,14 @@ FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "extra_k", "extra_v"), cache="k_cache"),
-        check=_check,
-        check_values=_check_values,
+        check=check_sparse_decode,
+        check_values=check_sparse_decode_values,
         fake=_fake,
         triton="sparse.sparse_decode_attention:sparse_decode_attention",
         refuses_gradients=True,
     )
 )
+OUT = register(TorchOp(OP + "_out", check=check_sparse_decode_out, fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,
@@ -475,9 +381,12 @@ SPEC = register_op(
         reference=reference.sparse_decode_attention,
         plain=functools.partial(reference.sparse_decode_attention, upcast=False),
         forward=FORWARD,
+        out=OUT,
         backward=None,
         differentiable=(),
         logarithms=(1,),
+        unsupported=unsupported,
+        partial=True,
         sharding=Sharding(
             {
                 "q k_cache v_cache extra_k extra_v": "b.h.",
@@ -487,6 +396,8 @@ SPEC = register_op(
                 "seqlens_k": "b",
                 "block_table": "b.",
                 "sink": "h",
+                "k_scale v_scale": "h b.h",
+                "k_scale@block_table v_scale@block_table": "h ..h",
             },
             ("b.h.", "bh.", "bh."),
         ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._edits import set_argument, set_options
 from ..dense.attention_cases import Arguments
-from ..dense.attention_decode_cases import draw_cache
+from ..dense.attention_decode_cases import draw_cache, in_float8
 from ..dense.attention_draws import draw_tensor
 from ..registry import Malformed, Sample
 
@@ -54,14 +54,22 @@ def sparse_call(
     counted: bool = True,
     pairs: int = 0,
     return_mass: bool = True,
+    float8: Sequence[str | None] | None = None,
+    latent: bool = False,
     **options: Any,
 ) -> Any:
-    """lists: 1, hk or h; pairs > 0: a rotary embedding; extra keys, with counts or without."""
+    """lists: 1, hk or h; pairs > 0: a rotary embedding; extra keys, with counts or without. float8:
+    what scales caches in float8_e4m3fn have. latent: the values are the first channels of keys."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         batch = len(lengths)
         q = torch.randn(batch, sq, h, d, generator=g).to(dtype)
         (k, v), where = draw_cache(lengths, page_size, capacity, ((hk, d), (hk, dv)), dtype, g)
+        if float8 is not None:
+            (k, v), scales = in_float8([k, v], float8, g)
+            where |= scales
+        if latent:
+            v = k[..., :dv]
         indices, counts = draw_lists(lengths, lists, entries, block_k, g)
         kwargs: dict[str, Any] = {**where, "block_k": block_k, "return_mass": return_mass}
         if pairs:
@@ -131,6 +139,54 @@ SAMPLES = (
     Sample("no room", sparse_call((0, 0), capacity=0, num_sink=3, num_recent=3)),
     Sample("no queries", sparse_call(sq=0)),
     Sample("no requests", sparse_call(())),
+    Sample("float8", sparse_call(lists=1, num_recent=5, float8=(None, None))),
+    Sample(
+        "float8 in pages, scales of heads",
+        sparse_call(
+            (50, 0, 61), block_k=4, entries=5, page_size=8, num_sink=5, float8=("one", "head")
+        ),
+    ),
+    Sample(
+        "float8, scales of tokens, every term",
+        sparse_call(
+            (33, 60),
+            sq=3,
+            h=6,
+            entries=10,
+            page_size=16,
+            num_sink=2,
+            num_recent=7,
+            extra=3,
+            pairs=12,
+            softcap=3.0,
+            sink=draw_tensor(6),
+            float8=("token", "token"),
+        ),
+    ),
+    Sample(
+        "latent",
+        sparse_call(
+            (30, 7), h=3, hk=1, lists=1, entries=9, d=576, dv=512, capacity=32, latent=True
+        ),
+    ),
+    Sample(
+        "latent, float8",
+        sparse_call(
+            (20,),
+            h=3,
+            hk=1,
+            lists=3,
+            entries=4,
+            d=272,
+            dv=260,
+            pairs=8,
+            page_size=8,
+            capacity=24,
+            num_recent=2,
+            float8=("token", None),
+            latent=True,
+        ),
+    ),
 )
 
 
@@ -143,6 +199,14 @@ def _ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
+def _scaled(scale: Tensor) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[1:3] = [t.to(torch.float8_e4m3fn) for t in args[1:3]]
+        kwargs.update(k_scale=scale)
+
+    return edit
+
+
 _EXTRA = torch.zeros(3, 2, 2, 32)
 
 # Edits of the first sample: q [3, 1, 4, 32], k_cache and v_cache [3, 64, 2, 32], lengths 37, 64, 5,
@@ -153,8 +217,26 @@ MALFORMED = (
     ),
     Malformed(
         "cache dtype",
-        "k_cache: must have the dtype of q, float32; got float16",
+        "k_cache: must have the dtype of q, float32, or float8_e4m3fn; got float16",
         set_argument(1, lambda k: k.half()),
+    ),
+    Malformed(
+        "wide values",
+        "v_cache: must have a head dimension of 1 to 512; got 513",
+        set_argument(2, lambda v: v.new_zeros(3, 64, 2, 513)),
+    ),
+    Malformed(
+        "scales of float32",
+        "v_scale: goes with caches in float8_e4m3fn alone; got float32",
+        set_options(v_scale=torch.ones(1)),
+    ),
+    Malformed(
+        "shape of scales",
+        "k_scale: must have shape [1], [2] or [3, 64, 2]; got [3]",
+        _scaled(torch.ones(3)),
+    ),
+    Malformed(
+        "dtype of scales", "k_scale: must be float32; got float16", _scaled(torch.ones(2).half())
     ),
     Malformed("scale", "scale: must be finite; got nan", set_options(scale=float("nan"))),
     Malformed(

@@ -1,6 +1,7 @@
 """attention_decode: out_b = attention(q_b, K_b, V_b), with the keys that request b has.
 
-K_b = cache[b, :n_b], or row j of it from cache[block_table[b, j // size], j % size]
+K_b = cache[b, :n_b], or row j of it from cache[block_table[b, j // size], j % size], times its
+scale if the cache is in float8_e4m3fn
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..float8 import cache_rows
 from .attention import attention
 
 
@@ -36,14 +38,21 @@ def attention_decode(
     max_seqlen_q: int | None,
     num_splits: int,
     schedule: str,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Each request is a call of attention on the keys that it has in the cache."""
     outs, lses = [], []
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = wide if upcast else q.dtype
     ends = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     for b, length in enumerate(seqlens_k.tolist()):
-        k, v = (request_rows(cache, b, length, block_table) for cache in (k_cache, v_cache))
+        k, v = (
+            request_rows(cache, scales, b, length, block_table, dtype)
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         per_head = (x if x is None or x.dim() == 1 else x[b] for x in (score_bias, alibi_slopes))
         score_bias_b, slopes = per_head
         k_spans = of_request(mask_k_spans, b)
@@ -85,7 +94,6 @@ def attention_decode(
         )
         outs.append(out if ends is None else out[0])
         lses.append(lse if ends is None or lse.dim() == 1 else lse[0])
-    wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((0, *q.shape[1:-1], v_cache.shape[-1]))
     if kind != "softmax" and normalize == "none":
         return torch.cat([out, *outs]), q.new_empty(0, dtype=wide)
@@ -100,10 +108,22 @@ def of_request(mask: Tensor | None, b: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[b : b + 1]
 
 
-def request_rows(cache: Tensor, b: int, length: int, block_table: Tensor | None) -> Tensor:
+def request_rows(
+    cache: Tensor,
+    scale: Tensor | None,
+    b: int,
+    length: int,
+    block_table: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """[length, Hk, D]: the keys or values of request b, in order."""
-    if block_table is None:
-        return cache[b, :length]
-    size = cache.shape[1]
-    pages = block_table[b, : -(-length // size)].long()
-    return cache[pages].flatten(0, 1)[:length]
+
+    def tokens(x: Tensor) -> Tensor:
+        if block_table is None:
+            return x[b, :length]
+        pages = block_table[b, : -(-length // x.shape[1])].long()
+        return x[pages].flatten(0, 1)[:length]
+
+    if scale is not None and scale.dim() == 3:
+        scale = tokens(scale)
+    return cache_rows(tokens(cache), scale, dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..float8 import cache_rows
 from ._common import lengths_of, rows_of
 from .block_pool_keys import block_pool_keys
 
@@ -29,6 +30,7 @@ def kv_block_scores(
     num_recent: int,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    k_scale: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor]:
     """dtype: of the products, for plain PyTorch; None: at least float32."""
@@ -45,7 +47,9 @@ def kv_block_scores(
             max=queries - 1
         )
     x = q.to(wide).unflatten(2, (kv_heads, heads // kv_heads) if kv_heads else (0, 1))
-    y = keys.to(wide)
+    if k_scale is not None and k_scale.dim() == 3:
+        k_scale = rows_of(k_scale, block_table)
+    y = cache_rows(keys, k_scale, wide)
     if scoring == "minmax":
         low, high = y.unbind(3)
         z = _dots(x.clamp(max=0), low) + _dots(x.clamp(min=0), high)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dense._common import softmax, weighted_sum
+from ..float8 import cache_rows
 
 
 def sparse_decode_attention(
@@ -37,6 +38,8 @@ def sparse_decode_attention(
     sink: Tensor | None,
     num_splits: int,
     return_mass: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +61,11 @@ def sparse_decode_attention(
             length, queries, block_k, num_sink, num_recent,
         )  # fmt: skip
         at = torch.tensor(position, dtype=torch.long, device=q.device)
-        k, v, there = rows_at(k_cache, v_cache, b, kv, at, block_table, dtype)
+        page, row, there = slots_of(k_cache, b, at, block_table)
+        k, v = (
+            rows_at(cache, scales, page, row, there, kv, dtype)
+            for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+        )
         p = torch.arange(queries, device=q.device)[:, None] + length - queries
         is_recent = torch.tensor(recent, dtype=torch.bool, device=q.device)
         visible = there & (at <= p) & ((at > p - num_recent) == is_recent)
@@ -118,26 +125,35 @@ def first_at_least(ids: list[int], least: int) -> int:
     return next((e for e, x in enumerate(ids) if x >= least), len(ids))
 
 
-def rows_at(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    b: int,
-    kv: int,
-    at: Tensor,
-    block_table: Tensor | None,
-    dtype: torch.dtype,
+def slots_of(
+    cache: Tensor, b: int, at: Tensor, block_table: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values at positions of a request, 0 where there are none, and where there are."""
+    """Pages and rows of positions of a request, and where there are such."""
     page, row, there = torch.full_like(at, b), at, at >= 0
     if block_table is not None:
-        size = k_cache.shape[1]
+        size = cache.shape[1]
         page = block_table[b].long()[torch.where(there, at // size, 0)] if len(at) else at
-        there = there & (page >= 0) & (page < k_cache.shape[0])
+        there = there & (page >= 0) & (page < cache.shape[0])
         row = at % size
-    rows = [cache.new_zeros(len(at), cache.shape[3], dtype=dtype) for cache in (k_cache, v_cache)]
-    for to, cache in zip(rows, (k_cache, v_cache), strict=True):
-        to[there] = cache[page[there], row[there], kv].to(dtype)
-    return rows[0], rows[1], there
+    return page, row, there
+
+
+def rows_at(
+    cache: Tensor,
+    scale: Tensor | None,
+    page: Tensor,
+    row: Tensor,
+    there: Tensor,
+    kv: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Keys or values of a head at slots, 0 where there are none."""
+    at = page[there], row[there], kv
+    if scale is not None:
+        scale = scale[at] if scale.dim() == 3 else scale[min(kv, len(scale) - 1)]
+    rows = cache.new_zeros(len(page), cache.shape[3], dtype=dtype)
+    rows[there] = cache_rows(cache[at], scale, dtype)
+    return rows
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
