@@ -86,12 +86,13 @@ def test_nan_shows_where_it_is_seen_alone(where, backend):
     for name in ("decode", "sparse"):
         function, args, kwargs = drawn(name, backend)
         lengths, table = kwargs["seqlens_k"], kwargs.get("block_table")
-        page = (lambda b, j: (b, j)) if table is None else (lambda b, j: (table[b, j // 8], j % 8))
         shape = args[1].shape[:3]
         kwargs = {**kwargs, "v_scale": torch.ones(shape, device=args[1].device)}
         kwargs["k_scale"] = kwargs["v_scale"].clone()
         clean = run(function, args, kwargs, backend)[0]
-        at = *page(0, int(lengths[0]) - 1), 1  # of the second KV head of the first request
+        j = int(lengths[0]) - 1
+        slot = (0, j) if table is None else (int(table[0, j // 8]), j % 8)
+        at = *slot, 1  # of the second KV head of the first request
         if where == "codes":
             args[2] = args[2].clone()
             args[2].view(torch.uint8)[at] = 0x7F

@@ -6,10 +6,23 @@
 
 namespace tokenmill {
 
+// What codes of a cache in float8_e4m3fn are multiplied by, in float32: one number, one for each KV
+// head, or for each token and KV head. Strides in elements, 0 where tokens or heads share it.
+struct CacheScale {
+  const float* data;  // null: 1
+  int64_t page, row, head;
+
+  TOKENMILL_HOST_DEVICE float at(int64_t i_page, int64_t i_row, int64_t i_head) const {
+    return data ? data[i_page * page + i_row * row + i_head * head] : 1.0f;
+  }
+};
+
 // Lengths and page numbers come from tensors that a GPU cannot check without a synchronisation:
 // both are cut to what is there, so that no address lies outside the cache.
 struct KvCache {
-  Rows k, v;                   // [pages, page size, Hk, D]: batch steps from page to page
+  Rows k, v;    // [pages, page size, Hk, D]: batch steps from page to page
+  DType dtype;  // of q, or float8_e4m3fn
+  CacheScale k_scale, v_scale;
   const int32_t* seqlens;      // [B]
   const int32_t* block_table;  // [B, pages of a request], or null: request b has page b alone
   int64_t table_stride;

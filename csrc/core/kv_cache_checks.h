@@ -60,6 +60,15 @@ inline void check_cache_scale(const char* op, const char* name, const View& t, c
   check_device_of(op, name, t, of, cache);
 }
 
+// The same for kernels.
+inline CacheScale make_cache_scale(const char* op, const char* name, const View& t, const char* of,
+                                   const View& cache) {
+  if (!t) return {};
+  check_cache_scale(op, name, t, of, cache);
+  if (t.dim() == 1) return {t.data<float>(), 0, 0, t.step(0)};
+  return {t.data<float>(), t.step(0), t.step(1), t.step(2)};
+}
+
 // q [B, Sq, H, D], packed [T, H, D], against a dense cache [B, S, Hk, D] or pages [P, page size,
 // Hk, D]. Returns the number of requests.
 inline int64_t check_cache(const char* op, const View& q, const View& k, const View& v, bool paged,
@@ -124,8 +133,9 @@ inline KvCache make_cache(const char* op, const View& q, int64_t batch, const Vi
     cache.log2_page_size = std::countr_zero(static_cast<uint64_t>(k.size(1)));
     cache.capacity = cache.pages > 0 ? table.size(1) * k.size(1) : 0;
   }
-  check_cache_scale(op, "k_scale", k_scale, "k_cache", k);
-  check_cache_scale(op, "v_scale", v_scale, "k_cache", k);
+  cache.dtype = to_dtype(k.dtype);
+  cache.k_scale = make_cache_scale(op, "k_scale", k_scale, "k_cache", k);
+  cache.v_scale = make_cache_scale(op, "v_scale", v_scale, "k_cache", k);
   return cache;
 }
 

@@ -87,7 +87,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "k", a.k);
-  check_cache_scale(kOp, "k_scale", a.k_scale, "k", a.k);
+  p.k_scale = make_cache_scale(kOp, "k_scale", a.k_scale, "k", a.k);
   p.batch = batch;
   p.heads = heads;
   p.kv_heads = kv_heads;
@@ -104,6 +104,7 @@ Array kv_block_scores(const KvBlockScoresArgs& a) {
   p.mean_q = a.q_reduce == "mean";
   p.causal = a.causal;
   p.dtype = to_dtype(a.q.dtype);
+  p.k_dtype = to_dtype(a.k.dtype);
   p.scale = static_cast<float>(scale_of(a));
   p.q = rows_of(a.q, false);
   p.num_sink = a.num_sink;

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/rows.h"
+#include "core/kv_cache.h"
 #include "cpu/isa.h"
 #include "select/keys.h"
 
@@ -17,11 +17,12 @@ struct BlockScoreParams {
   int64_t row_tokens;          // of a row of k
   bool boxes, mean_q, causal;  // mean_q: queries are averaged; else the maximum of their scores
   HeadReduce head_reduce;
-  DType dtype;
+  DType dtype, k_dtype;  // of q; of k: the same, or float8_e4m3fn
   float scale;
   Rows q;
   KeyRows k;
-  int64_t k_half;  // from a minimum to its maximum
+  CacheScale k_scale;  // of pages and their rows, or of requests and rows
+  int64_t k_half;      // from a minimum to its maximum
   int64_t num_sink, num_recent;
   const int32_t* lengths;  // [B], tokens, clamped; null: all
   float* out;              // [B, heads of the result, rows, blocks]
