@@ -34,6 +34,7 @@ TOKENMILL_LIBRARY(library) {
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, str precision=\"accurate\", "
       "bool post_decay=False";
   m.def("attention(" + attention + ") -> (Tensor out, Tensor lse)");
+  m.def("attention_out(" + attention + ", Tensor(a!) out) -> (Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor? out, Tensor? lse, "
       "bool needs_dscore_bias, bool needs_dbias, bool needs_dalibi_slopes, bool needs_dsink, " +
@@ -157,6 +158,7 @@ TOKENMILL_LIBRARY(library) {
       "SymInt block_k, bool causal=False, SymInt num_sink=0, SymInt num_recent=0, "
       "float? scale=None, float softcap=0.0, Tensor? seqlens_k=None";
   m.def("block_sparse_attention(" + block_sparse + ") -> (Tensor out, Tensor lse)");
+  m.def("block_sparse_attention_out(" + block_sparse + ", Tensor(a!) out) -> (Tensor lse)");
   m.def("block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, " +
         block_sparse + ") -> (Tensor dq, Tensor dk, Tensor dv)");
   const Arguments bilevel =

@@ -14,6 +14,7 @@ from test_contract import draw
 
 import tokenmill as tm
 from tokenmill import _dispatch, _written, registry
+from tokenmill.testing import map_tensors
 
 IN_PLACE = [spec for spec in registry.ops().values() if spec.forward.written]
 WITH_OUT = [spec for spec in registry.ops().values() if spec.out]
@@ -147,3 +148,43 @@ def test_overlap_is_never_missed(first, second):
         assert not _written._elements_apart(a)
     if here and there and set(here) & set(there):
         assert _written._share_memory(a, b, b.data_ptr() - a.data_ptr())
+
+
+OUT_CALLS = [
+    pytest.param(spec, sample, backend, id=f"{spec.name}-{sample.name}-{backend}")
+    for spec in WITH_OUT
+    for backend in backends("reference")
+    for sample in (spec.samples[:1] if backend in ("emulated", "triton") else spec.samples[::4])
+]
+
+
+@pytest.mark.parametrize(("spec", "sample", "backend"), OUT_CALLS)
+def test_out_gets_the_bits_of_a_new_result(spec, sample, backend):
+    """Also within wider rows, of which nothing else is written."""
+    args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
+    results = tm.testing.tensors_of(spec.function(*args, **kwargs, backend=backend))
+    want = results[0]
+    wide = torch.full((*want.shape[:-1], want.shape[-1] + 3), 7.0, device=want.device)
+    wide = wide.to(want.dtype)
+    out = wide[..., 1:-2]
+    found = tm.testing.tensors_of(spec.function(*args, **kwargs, out=out, backend=backend))
+    assert found[0] is out
+    assert all(torch.equal(a, b) for a, b in zip(found, results, strict=True))
+    assert (wide[..., :1] == 7).all() and (wide[..., -2:] == 7).all()
+    asked = [t for t in tm.testing.tensors_of(args) if t.is_floating_point()]
+    asked[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="must not require a gradient, as the call writes into"):
+        spec.function(*args, **kwargs, out=out, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b not in ("cpu", "triton")])
+@pytest.mark.parametrize("function", [tm.attention, tm.linear_attention])
+def test_tokens_of_no_sequence_are_written_in_place(function, backend):
+    """A GPU does not check that sequences have all tokens."""
+    q = torch.randn(3, 2, 8, device=device_of(backend))
+    starts = torch.zeros(1, dtype=torch.int32, device=q.device)
+    name = "cu_seqlens_q" if function is tm.attention else "cu_seqlens"
+    wide = torch.full((3, 2, 11), 7.0, device=q.device)
+    function(q, q, q, **{name: starts}, out=wide[..., 1:-2], backend=backend)
+    assert (wide[..., 1:-2] == 0).all()
+    assert (wide[..., :1] == 7).all() and (wide[..., -2:] == 7).all()

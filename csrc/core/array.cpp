@@ -40,6 +40,16 @@ Array empty(const std::vector<int64_t>& sizes, const View& like, std::optional<S
 void fill_array(double value, const View& array) {
   const int64_t count = array.numel();
   if (count == 0) return;
+  if (!array.contiguous()) {
+    View part = array;
+    part.sizes = {array.sizes.data() + 1, array.sizes.size() - 1};
+    part.strides = {array.strides.data() + 1, array.strides.size() - 1};
+    for (int64_t i = 0; i < array.size(0); ++i) {
+      part.pointer = array.mutable_data<char>() + i * array.step(0) * array.element_bytes;
+      fill_array(value, part);
+    }
+    return;
+  }
   const uint32_t bits = bits_of(value, array.dtype);
 #if defined(TOKENMILL_WITH_CUDA)
   if (array.is_cuda)

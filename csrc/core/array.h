@@ -97,8 +97,8 @@ class Framework {
 Array empty(const std::vector<int64_t>& sizes, const View& like,
             std::optional<ScalarType> dtype = std::nullopt);
 
-// Sets all elements of contiguous arrays in float32, float16, bfloat16 or int32: of results that no
-// kernel writes, as without queries.
+// Sets all elements of arrays in float32, float16, bfloat16 or int32, with any strides: of results
+// that no kernel writes, as without queries.
 void fill_array(double value, const View& array);
 template <typename... Arrays>
 void fill(double value, const Arrays&... arrays) {

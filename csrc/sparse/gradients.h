@@ -24,14 +24,29 @@ void set_inputs(AttentionParams& p, const Args& a) {
   p.window_left = p.window_right = -1;
 }
 
-// out and lse, written by run().
+template <typename Args>
+std::vector<int64_t> out_sizes(const Args& a) {
+  std::vector<int64_t> sizes = a.q.sizes;
+  sizes.back() = a.v.size(-1);
+  return sizes;
+}
+
+// lse; run() writes it and out.
 template <typename Run>
-std::tuple<Array, Array> forward_of(AttentionParams& p, const View& q, Run run) {
-  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
+Array forward_into(AttentionParams& p, const View& q, const View& out, Run run) {
+  out.note(true);
   Array lse = empty({p.batch, p.heads, p.seqlen_q}, q, ScalarType::Float);
   p.out = rows_of(out, false);
   p.lse = lse.mutable_data<float>();
   if (out.numel() > 0) run();
+  return lse;
+}
+
+// out and lse, written by run().
+template <typename Run>
+std::tuple<Array, Array> forward_of(AttentionParams& p, const View& q, Run run) {
+  Array out = empty({p.batch, p.seqlen_q, p.heads, p.value_dim}, q);
+  Array lse = forward_into(p, q, out, run);
   return {out, lse};
 }
 

@@ -82,7 +82,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
   __device__ __forceinline__ void flush(const Table& table, const Queries& q, bool last) {
     const AttentionParams& p = d_.attention;
     const int c = threadIdx.x % 4, g = threadIdx.x % kWarpSize / 4;
-    const bool fours = p.value_dim % 4 == 0;  // out is contiguous
+    const bool fours = d_.aligned_out;
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
       const int m = r / 2, half = r % 2;

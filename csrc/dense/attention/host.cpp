@@ -2,6 +2,7 @@
 
 #include "core/qkv.h"
 #include "core/stream.h"
+#include "core/written.h"
 #include "dense/attention/band.h"
 #include "dense/attention/mask_bounds.h"
 #include "dense/attention/params.h"
@@ -142,13 +143,15 @@ AttentionParams make_params(const AttentionArgs& a) {
   p.window_right = a.causal ? 0 : a.window_right;
   p.fast = a.precision == "fast";
   p.fades = a.post_decay;
-  if (packed && !a.q.is_cuda) {
-    check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.seqlen_q, "max_seqlen_q",
-                            a.max_seqlen_q);
-    check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.seqlen_k, "max_seqlen_k",
-                            a.max_seqlen_k);
-  }
   return p;
+}
+
+void check_values(const AttentionArgs& a, const AttentionParams& p) {
+  if (!a.packed() || a.q.is_cuda) return;
+  check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.seqlen_q, "max_seqlen_q",
+                          a.max_seqlen_q);
+  check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.seqlen_k, "max_seqlen_k",
+                          a.max_seqlen_k);
 }
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
@@ -170,13 +173,17 @@ void run_forward(const AttentionParams& p, const View& q) {
   cpu::attention_forward(p);
 }
 
-std::tuple<Array, Array> attention(const AttentionArgs& a) {
-  AttentionParams p = make_params(a);
-  std::vector<int64_t> out_sizes = a.q.sizes;
-  out_sizes.back() = p.value_dim;
-  Array out = empty(out_sizes, a.q);
-  Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
+std::vector<int64_t> out_sizes(const AttentionArgs& a) {
+  std::vector<int64_t> sizes = a.q.sizes;
+  sizes.back() = a.v.size(-1);
+  return sizes;
+}
+
+// Writes out; returns lse.
+Array forward(AttentionParams& p, const AttentionArgs& a, const View& out) {
+  out.note(true);
   p.out = rows_of(out, a.packed());
+  Array lse = empty(lse_sizes(p), a.q, ScalarType::Float);
   p.lse = has_row_statistic(p) ? float_data(lse) : nullptr;
   if (p.batch == 0) {
     fill(0, out);
@@ -184,7 +191,41 @@ std::tuple<Array, Array> attention(const AttentionArgs& a) {
   } else if (out.numel() > 0) {
     run_forward(p, a.q);
   }
+  return lse;
+}
+
+std::tuple<Array, Array> attention(const AttentionArgs& a) {
+  AttentionParams p = make_params(a);
+  check_values(a, p);
+  Array out = empty(out_sizes(a), a.q);
+  Array lse = forward(p, a, out);
   return {out, lse};
+}
+
+struct AttentionOutArgs : Record {
+  AttentionArgs forward;
+  View out;
+};
+
+Array attention_out(const AttentionOutArgs& a) {
+  const AttentionArgs& in = a.forward;
+  AttentionParams p = make_params(in);
+  check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
+  check_written(kOp, "out", a.out,
+                {{"q", in.q},
+                 {"k", in.k},
+                 {"v", in.v},
+                 {"score_bias", in.score_bias},
+                 {"bias", in.bias},
+                 {"mask_ranges", in.mask_ranges},
+                 {"mask_q_spans", in.mask_q_spans},
+                 {"mask_k_spans", in.mask_k_spans},
+                 {"alibi_slopes", in.alibi_slopes},
+                 {"sink", in.sink},
+                 {"cu_seqlens_q", in.cu_seqlens_q},
+                 {"cu_seqlens_k", in.cu_seqlens_k}});
+  check_values(in, p);
+  return forward(p, in, a.out);
 }
 
 void run_backward(AttentionBackwardParams& p, const View& q) {
@@ -222,12 +263,12 @@ Gradients attention_backward(const AttentionBackwardArgs& a) {
   const AttentionArgs& in = a.forward;
   AttentionBackwardParams p{};
   p.forward = make_params(in);
+  check_values(in, p.forward);
   const AttentionParams& f = p.forward;
   const bool packed = in.packed();
 
-  std::vector<int64_t> out_sizes = in.q.sizes;
-  out_sizes.back() = f.value_dim;
-  check_like_out(kOp, "dout", a.dout, out_sizes, in.q);
+  const std::vector<int64_t> like_out = out_sizes(in);
+  check_like_out(kOp, "dout", a.dout, like_out, in.q);
   p.dout = rows_of(a.dout, packed);
   if (has_row_statistic(f)) {
     const bool count = f.normalize == Normalize::count;  // needs no out, and is a constant
@@ -238,7 +279,7 @@ Gradients attention_backward(const AttentionBackwardArgs& a) {
                : Rule("must be given with normalize ", show(in.normalize)).text(),
            "None");
     if (!count) {
-      check_like_out(kOp, "out", a.out, out_sizes, in.q);
+      check_like_out(kOp, "out", a.out, like_out, in.q);
       p.forward.out = rows_of(a.out, packed);
       if (a.dlse) p.dlse = check_like_lse(kOp, "dlse", a.dlse, lse_sizes(f), in.q);
     }
@@ -277,6 +318,7 @@ Gradients attention_backward(const AttentionBackwardArgs& a) {
 }
 
 const Registration kOperators({&implement<attention>("attention"),
+                               &implement<attention_out>("attention_out"),
                                &implement<attention_backward>("attention_backward")});
 
 }  // namespace

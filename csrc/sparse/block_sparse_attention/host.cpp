@@ -1,3 +1,4 @@
+#include "core/written.h"
 #include "dense/score_mod.h"
 #include "select/checks.h"
 #include "sparse/block_sparse_attention/params.h"
@@ -62,6 +63,25 @@ std::tuple<Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& 
   return forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
 }
 
+struct BlockSparseAttentionOutArgs : Record {
+  BlockSparseAttentionArgs forward;
+  View out;
+};
+
+Array block_sparse_attention_out(const BlockSparseAttentionOutArgs& a) {
+  const BlockSparseAttentionArgs& in = a.forward;
+  BlockSparseParams d = make_params(in);
+  check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
+  check_written(kOp, "out", a.out,
+                {{"q", in.q},
+                 {"k", in.k},
+                 {"v", in.v},
+                 {"indices", in.indices},
+                 {"counts", in.counts},
+                 {"seqlens_k", in.seqlens_k}});
+  return forward_into(d.attention, in.q, a.out, [&] { run_forward(d, in.q); });
+}
+
 void run_backward(BlockSparseBackwardParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.key_blocks());
@@ -83,6 +103,7 @@ std::tuple<Array, Array, Array> block_sparse_attention_backward(
 
 const Registration kOperators(
     {&implement<block_sparse_attention>("block_sparse_attention"),
+     &implement<block_sparse_attention_out>("block_sparse_attention_out"),
      &implement<block_sparse_attention_backward>("block_sparse_attention_backward")});
 
 }  // namespace

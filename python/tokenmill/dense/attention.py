@@ -14,14 +14,14 @@ from .._autocast import Autocast
 from .._check import as_int, as_number, check, check_bool, check_tensor, check_text, fail
 from .._derivatives import keep, kept
 from .._dispatch import call
-from .._flops import band, known, masked_pairs
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..masks import NO_MASK, Decay2d, Grid, Masks, lower_mask
 from ..reference.dense import attention as reference
 from ..registry import OpSpec, Sharding, register_op
+from .attention_flops import backward_flops, flops
 from .attention_options import AttentionOptions, Precision
-from .attention_rules import OP, check_attention, check_attention_values
+from .attention_rules import OP, check_attention, check_attention_out, check_attention_values
 from .post_decay import lower_post_decay
 from .terms import (
     NO_WINDOW,
@@ -85,6 +85,7 @@ def attention(
     block_table: Tensor | None = None,
     return_lse: bool = False,
     precision: Precision = "accurate",
+    out: Tensor | None = None,
     backend: str | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -154,6 +155,9 @@ def attention(
             precision "fast".
         return_lse: also return lse (softmax), or the row sums s (normalize="sum").
         precision: "fast" allows a hardware tanh for the sigmoid (absolute error 2^-12 in P).
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension that keep elements apart; it shares no memory with what the call reads.
+            Then no input may require a gradient, unless under no_grad.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
         k_scale, v_scale: of caches (seqlens_k) in float8_e4m3fn, as in :func:`attention_decode`.
 
@@ -192,6 +196,8 @@ def attention(
         >>> tm.attention(q, k, v, kind="relu", normalize="count").shape
         torch.Size([2, 100, 8, 64])
     """
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
     if seqlens_k is not None or block_table is not None:
         refused = {
             "bias": bias, "alibi_grid": alibi_grid, "post_decay": post_decay,
@@ -202,7 +208,7 @@ def attention(
             q, k, v, refused, seqlens_k=seqlens_k, block_table=block_table, kind=kind,
             normalize=normalize, scale=scale, score_bias=score_bias, mask=mask,
             alibi_slopes=alibi_slopes, sink=sink, softcap=softcap, causal=causal, window=window,
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=return_lse,
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, return_lse=return_lse, out=out,
             backend=backend, k_scale=k_scale, v_scale=v_scale,
         )  # fmt: skip
     for name, cache_scale in (("k_scale", k_scale), ("v_scale", v_scale)):
@@ -213,7 +219,7 @@ def attention(
         softcap, causal, window, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, return_lse,
         precision, post_decay,
     )  # fmt: skip
-    results = call(SPEC, lowered, backend, used=2 if return_lse else 1)
+    results = call(SPEC, lowered, backend, out, used=2 if return_lse else 1)
     return results[:2] if return_lse else results[0]
 
 
@@ -364,9 +370,12 @@ EXTRAS = ("score_bias", "bias", "alibi_slopes", "sink")
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
     a = FORWARD.record(*lowered)
-    q = a.q
-    out = q.new_empty((*q.shape[:-1], a.v.shape[-1]))
-    return out, row_statistic_like(q, a.kind, a.normalize)
+    return a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), _fake_out(*lowered, None)
+
+
+def _fake_out(*arguments: Any) -> Tensor:
+    a = OUT.record(*arguments)
+    return row_statistic_like(a.q, a.kind, a.normalize)
 
 
 def _fake_backward(
@@ -425,29 +434,6 @@ def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> t
     return FORWARD.gradients(q=dq, k=dk, v=dv, **extra)
 
 
-def flops(*lowered: Any) -> float:
-    """Operations of the two products over visible pairs."""
-    a = FORWARD.record(*lowered)
-    right = 0 if a.causal else a.window_right
-    starts_q, starts_k = a.cu_seqlens_q, a.cu_seqlens_k
-    if starts_q is None:
-        sizes = [(a.q.shape[1], a.k.shape[1])] * a.q.shape[0]
-    elif known(starts_q) and known(starts_k):
-        sizes = [*zip(starts_q.diff().tolist(), starts_k.diff().tolist(), strict=True)]
-    else:
-        sizes = [(a.q.shape[0], a.k.shape[0])]
-    pairs = sum(band(sq, sk, a.window_left, right) for sq, sk in sizes)
-    mask = (a.mask_ranges, a.mask_q_spans, a.mask_k_spans)
-    batch = 1 if starts_q is not None else a.q.shape[0]
-    pairs = min(pairs, masked_pairs(*mask, batch, a.k.shape[-3]))
-    return 2.0 * a.q.shape[-2] * pairs * (a.q.shape[-1] + a.v.shape[-1])
-
-
-def backward_flops(*lowered: Any) -> float:
-    """Five products over visible pairs."""
-    return 2.5 * flops(*lowered)
-
-
 FORWARD = register(
     TorchOp(
         OP,
@@ -460,6 +446,7 @@ FORWARD = register(
         setup_context=_setup_context,
     )
 )
+OUT = register(TorchOp(OP + "_out", check=check_attention_out, fake=_fake_out))
 BACKWARD = register(
     TorchOp(
         OP + "_backward",
@@ -478,6 +465,7 @@ SPEC = register_op(
         plain=functools.partial(reference.attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
+        out=OUT,
         differentiable=("q", "k", "v", "score_bias", "bias", "alibi_slopes", "sink"),
         logarithms=(1,),
         over_cache="attention_decode",

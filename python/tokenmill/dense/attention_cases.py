@@ -464,4 +464,14 @@ MALFORMED = (
         _pack(max_seqlen_q=32),
         values=True,
     ),
+    Malformed(
+        "out shape",
+        "out: must have shape [2, 33, 4, 32]; got [2, 33, 2, 32]",
+        set_options(out=torch.zeros(2, 33, 2, 32)),
+    ),
+    Malformed(
+        "out over q",
+        "out: must not share memory with q; strides; got [4224, 128, 32, 1]",
+        lambda a, k: k.update(out=a[0]),
+    ),
 )

@@ -31,6 +31,7 @@ class SigmoidOptions(TypedDict, total=False):
     seqlens_k: Tensor | None
     block_table: Tensor | None
     precision: Precision
+    out: Tensor | None
     backend: str | None
     k_scale: Tensor | None
     v_scale: Tensor | None

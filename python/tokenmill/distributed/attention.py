@@ -200,6 +200,7 @@ def _prepare(
     for name in ("seqlens_k", "block_table"):
         rule = "must be None: distributed.attention_decode takes caches"
         check(options.pop(name, None) is None, op, name, rule, "a value")
+    check(options.pop("out", None) is None, op, "out", "must be None: results are new", "a value")
     ranks = Group(op, mesh, group)
     where = layout_of_shard(ranks, "q", tokens, length, order, sizes)
     if cu_seqlens is not None:

@@ -10,10 +10,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check, check_bool, check_qkv, check_tensor
+from .._check import (
+    as_int,
+    as_number,
+    check,
+    check_bool,
+    check_like_out,
+    check_qkv,
+    check_tensor,
+)
 from .._dispatch import call
 from .._flops import band, known
+from .._library import TorchOp, register
 from .._lowering import scale_or_default
+from .._written import check_written
 from ..dense.terms import check_scale
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
@@ -22,6 +32,7 @@ from .gradients import register_pair
 from .rules import check_block, check_list
 
 OP = "block_sparse_attention"
+READ = ["q", "k", "v", "indices", "counts", "seqlens_k"]  # tensors that a call reads
 
 
 class BlockSparseOptions(TypedDict, total=False):
@@ -33,6 +44,7 @@ class BlockSparseOptions(TypedDict, total=False):
     scale: float | None
     softcap: float
     seqlens_k: Tensor | None
+    out: Tensor | None
     backend: str | None
 
 
@@ -82,6 +94,7 @@ def block_sparse_attention(
     softcap: float = 0.0,
     seqlens_k: Tensor | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
@@ -116,6 +129,9 @@ def block_sparse_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
         return_lse: also return lse.
+        out: where to write the result: shape and dtype as returned, any strides with a contiguous
+            last dimension that keep elements apart; it shares no memory with what the call reads.
+            Then no input may require a gradient, unless under no_grad.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -142,6 +158,8 @@ def block_sparse_attention(
         >>> out[0, ::64, 0, 0].round(decimals=4).tolist()  # means of keys 0 to 31, and of 0 to 63
         [15.5, 31.5]
     """
+    if out is not None:
+        check_tensor(OP, "out", out, optional=True)
     out, lse = call(
         SPEC,
         lower(
@@ -161,6 +179,7 @@ def block_sparse_attention(
             return_lse=return_lse,
         ),
         backend,
+        out,
     )
     return (out, lse) if return_lse else out
 
@@ -244,6 +263,19 @@ def _check(
     check_per_request(op, "seqlens_k", seqlens_k, batch, "q", q)
 
 
+def _check_out(*lowered: Any, float64: bool = False) -> None:
+    *arguments, out = lowered
+    _check(*arguments, float64=float64)
+    a = FORWARD.record(*arguments)
+    check_like_out(OP, "out", out, (*a.q.shape[:-1], a.v.shape[-1]), a.q)
+    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
+
+
+def _fake_out(*arguments: Any) -> Tensor:
+    q = OUT.record(*arguments).q
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
 def flops(
     q: Tensor,
     k: Tensor,
@@ -297,6 +329,7 @@ def backward_flops(*lowered: Any) -> float:
 
 
 FORWARD, BACKWARD = register_pair(OP, _check, Autocast(lower=("q", "k", "v")))
+OUT = register(TorchOp(OP + "_out", check=_check_out, fake=_fake_out))
 SPEC = register_op(
     OpSpec(
         name=OP,
@@ -307,6 +340,7 @@ SPEC = register_op(
         plain=functools.partial(reference.block_sparse_attention, upcast=False),
         forward=FORWARD,
         backward=BACKWARD,
+        out=OUT,
         differentiable=("q", "k", "v"),
         logarithms=(1,),
         sharding=Sharding(

@@ -185,4 +185,14 @@ MALFORMED = (
         "seqlens_k: must be int32; got int64",
         set_options(seqlens_k=torch.zeros(2, dtype=torch.int64)),
     ),
+    Malformed(
+        "out shape",
+        "out: must have shape [2, 70, 4, 32]; got [2, 70, 2, 32]",
+        set_options(out=torch.zeros(2, 70, 2, 32)),
+    ),
+    Malformed(
+        "out over q",
+        "out: must not share memory with q; strides; got [8960, 128, 32, 1]",
+        lambda a, k: k.update(out=a[0]),
+    ),
 )
