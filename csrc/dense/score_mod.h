@@ -50,19 +50,23 @@ inline const float* per_head(const char* op, const char* name, const View& tenso
   return t.data<float>();
 }
 
+// [H], or null.
+inline const float* sink_of(const char* op, const AttentionParams& p, const View& q,
+                            const View& sink) {
+  if (!sink) return nullptr;
+  const std::vector<int64_t> wanted{p.heads};
+  check(sink.sizes == wanted, op, "sink", Rule("must have shape ", wanted), sink.sizes);
+  check_small(op, "sink", sink, q);
+  return sink.data<float>();
+}
+
 // Batch, heads and map of p must be known.
 inline void set_score_mod(const char* op, AttentionParams& p, const View& q, std::string_view kind,
                           const View& score_bias, const View& alibi_slopes, const View& sink) {
   p.score_bias = per_head(op, "score_bias", score_bias, q, p.batch, p.heads, p.score_bias_batch);
   p.alibi_slopes = per_head(op, "alibi_slopes", alibi_slopes, q, p.batch, p.heads, p.alibi_batch);
-  if (sink) {
-    check(p.map == ScoreMap::softmax, op, "sink", "needs kind 'softmax', not", kind);
-    const View& t = sink;
-    const std::vector<int64_t> wanted{p.heads};
-    check(t.sizes == wanted, op, "sink", Rule("must have shape ", wanted), t.sizes);
-    check_small(op, "sink", t, q);
-    p.sink = t.data<float>();
-  }
+  if (sink) check(p.map == ScoreMap::softmax, op, "sink", "needs kind 'softmax', not", kind);
+  p.sink = sink_of(op, p, q, sink);
 }
 
 // Of lse. Map, normalize and lengths of p must be known.

@@ -60,7 +60,7 @@ class BackwardWorker {
   void run_head(int64_t kv) {
     clear_keys(0, places);
     for (int64_t n = 0; n < tiles.count; ++n) {
-      if (!enter(kv, n)) continue;
+      if (!enter(kv, n, true)) continue;
       for (int64_t part = 0; part < split.count; ++part) {
         run_part(part, part == 0 ? dq_total : dq);
         if (part > 0) add(dq, dq_total);
@@ -74,7 +74,7 @@ class BackwardWorker {
   void run_split(int64_t kv, int64_t part, float* partial) {
     clear_keys(part * split.keys, (part + 1) * split.keys);
     for (int64_t n = 0, row = 0; n < tiles.count; ++n) {
-      if (!enter(kv, n)) continue;
+      if (!enter(kv, n, part == 0)) continue;
       run_part(part, dq);
       std::memcpy(partial + row * width_d, dq, rows.rows * width_d * sizeof(float));
       row += rows.rows;
@@ -110,8 +110,8 @@ class BackwardWorker {
     return dense;
   }
 
-  // Packs the queries of tile n; false if it has none.
-  bool enter(int64_t kv, int64_t n) {
+  // Packs the queries of tile n; false if it has none. One part of a KV head keeps their delta.
+  bool enter(int64_t kv, int64_t n, bool keeps_delta) {
     rows = tiles.at(kv, n);
     if (rows.rows <= 0) return false;
     score_mod = ScoreMod(p, rows.b, rows.head, Sequence(p, rows.b));
@@ -126,6 +126,7 @@ class BackwardWorker {
       queries.pack_statistics(r, lse_of(p, p.lse, rows.b, 0, h)[in_head],
                               g.dlse ? lse_of(p, g.dlse, rows.b, 0, h)[in_head] : 0,
                               score_mod.shift, g_rows[r], walk.query_row(walk.out(), rows.b, i, h));
+      if (keeps_delta) walk.keep_delta(g, rows.b, i, h, queries.delta[r]);
       query[r] = static_cast<float>(i - rows.query);
     }
     for (int64_t i = 0; i < padded; i += kPanel) {

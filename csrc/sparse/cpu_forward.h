@@ -438,7 +438,8 @@ class ForwardWorker {
   void store_rows() {
     RowCursor at(tile);
     for (int64_t r = 0; r < t.rows; ++r, at.next()) {
-      const RowScale scale = t.epilogue(r, sink > -kInf ? &sink : nullptr);
+      const float* logit = p.sink ? p.sink + at.head() : sink > -kInf ? &sink : nullptr;
+      const RowScale scale = t.epilogue(r, logit);
       lse_of(p, p.lse, tile.b, 0, at.head())[walk.lse_at(at.query())] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor,
                 walk.query_row(walk.out(), tile.b, at.query(), at.head()), p.dtype, p.value_dim);

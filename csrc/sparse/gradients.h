@@ -68,7 +68,7 @@ std::tuple<Array, Array, Array> gradients_of(const char* op, Params& p, Attentio
   p.dq = rows_of(dq, false);
   p.dk = rows_of(dk, false);
   p.dv = rows_of(dv, false);
-  if (in.q.numel() > 0 && in.k.numel() > 0)
+  if (in.q.numel() > 0 && (in.k.numel() > 0 || f.sink))
     run();
   else
     fill(0, dq, dk, dv);

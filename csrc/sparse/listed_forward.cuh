@@ -91,9 +91,9 @@ class ListedWarp : public ListedProducts<T, kBucket> {
       total_[r] = (flushed_ ? total_[r] * level : 0) + quad_sum(sum_[m][half]);
       level_neg_row_max_[r] = neg_row_max;
       sum_[m][half] = 0;
-      const RowScale scale = table.keys.epilogue(total_[r], -neg_row_max);
       if (8 * r + g < rows(table)) {
         const int own = first() + 8 * r + g, i = q.query(own), h = q.head_of(own);
+        const RowScale scale = table.keys.epilogue(d_, h, total_[r], -neg_row_max);
         if (last && c == 0 && Products::first_column() == 0)
           p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
         float* to = rows_at<float>(p.out, q.b, i, h);
@@ -142,7 +142,7 @@ class ListedWarp : public ListedProducts<T, kBucket> {
     }
     __syncwarp();
     const int i = q.query(row(q, own)), h = q.head_of(row(q, own));
-    const RowScale scale = table.keys.epilogue(ends[own].sum, ends[own].row_max);
+    const RowScale scale = table.keys.epilogue(d_, h, ends[own].sum, ends[own].row_max);
     if (lane < Shape::kWarpRows) {
       if (lane < rows(table)) p.lse[(q.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
       ends[lane].to = rows_at<T>(p.out, q.b, i, h);

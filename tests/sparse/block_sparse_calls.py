@@ -11,7 +11,7 @@ import tokenmill as tm
 from tokenmill.registry import Sample
 from tokenmill.sparse.block_sparse_attention_cases import block_sparse_call
 
-NAN = float("nan")
+INF, NAN = float("inf"), float("nan")
 
 
 def drawn(backend, dtype=torch.float32, seed=0, **options):
@@ -83,6 +83,7 @@ def block_sparse_samples(draw, longest):
         "scale": draw(st.sampled_from([None, None, 0.0, 0.3, -0.2])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.5])),
         "hostile": draw(st.booleans()),
+        "sink": draw(st.booleans()),
     }
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(-3, longest + 9), min_size=batch, max_size=batch))

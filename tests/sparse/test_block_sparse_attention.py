@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_sparse_calls import NAN, block_sparse_samples, drawn, full_lists, gradients, run
+from block_sparse_calls import INF, NAN, block_sparse_samples, drawn, full_lists, gradients, run
 from conftest import backends, cpu_variants, device_of
 from hypothesis import given
 from tier import examples
@@ -79,12 +79,14 @@ def close(got, want):
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_block_is_attention(backend, causal):
     args, kwargs = drawn(backend, sq=50, sk=70, block_k=8, causal=causal)
-    q, k, v = leaves_of(args)
+    sink = torch.tensor([0.5, -1.0, INF, -INF] if causal else [2.0, 0.0, 1.0, -0.5])
+    leaves = q, k, v, sink = [*leaves_of(args), sink.to(args[0].device).requires_grad_()]
     lists = full_lists(q, k, 16, 8)
-    ours = run(backend, (q, k, v, *lists), kwargs)
-    dense = tm.attention(q, k, v, causal=causal, return_lse=True, backend=backend)
+    ours = run(backend, (q, k, v, *lists), kwargs, sink=sink)
+    options = {"causal": causal, "sink": sink, "return_lse": True, "backend": backend}
+    dense = tm.attention(q, k, v, **options)
     close(ours, dense)
-    close(gradients(ours, (q, k, v)), gradients(dense, (q, k, v)))
+    close(gradients(ours, leaves), gradients(dense, leaves))
 
 
 @each_backend

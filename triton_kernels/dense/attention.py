@@ -434,16 +434,21 @@ def _sum_blocks(call: Call, sums: Tensor | None) -> Tensor:
     return _none(call) if sums is None else sums.sum(2)
 
 
-def _sink_gradient(
-    call: Call, lse: Tensor | None, delta: Tensor | None, sink: Tensor | None
-) -> Tensor:
-    """-sum of P_sink delta, for the sink has no value: [B, H]."""
-    if lse is None or delta is None or sink is None:
-        return _none(call)
+def sink_terms(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
+    """-P_sink delta of each row, [B, H, Sq] or [H, Tq], for the sink has no value."""
     logits = sink[:, None]
     p = torch.where(lse == logits, 1.0, torch.exp(logits - lse))  # also where both are inf
     p = torch.where(lse == float("-inf"), 0.0, p)
-    sums = -(p * delta)  # [B, H, Sq], or [H, Tq]
+    return -(p * delta)
+
+
+def _sink_gradient(
+    call: Call, lse: Tensor | None, delta: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    """[B, H]."""
+    if lse is None or delta is None or sink is None:
+        return _none(call)
+    sums = sink_terms(lse, delta, sink)
     if not call.packed:
         return sums.sum(2)
     dsink = call.q.new_zeros((call.batch, call.heads), dtype=torch.float32)

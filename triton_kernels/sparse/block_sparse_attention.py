@@ -31,6 +31,7 @@ def block_sparse_kernel(
     v,
     out,
     lse,
+    sink,
     lengths,
     ids,
     counts,
@@ -71,8 +72,11 @@ def block_sparse_kernel(
     )  # fmt: skip
     head = head_of(terms, i_b, i_h, length)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
+    b_sink = None
+    if sink is not None:
+        b_sink = tl.load(sink + tile.o_h)
     attend(
-        q, k, v, out, lse, statistics, tile, walk, None, terms, head, i_b, i_h // shared,
+        q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_h // shared,
         HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
 
@@ -93,6 +97,7 @@ class Call(NamedTuple):
     scale: float
     softcap: float
     lengths: Tensor | None
+    sink: Tensor | None
 
     @property
     def listed(self) -> Listed:
@@ -144,6 +149,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
         call.q,
         *map(rows_of, (call.q, call.k, call.v, out)),
         lse,
+        call.sink,
         call.lengths,
         lists.ids,
         lists.counts,

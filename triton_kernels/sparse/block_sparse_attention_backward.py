@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
+from ..dense.attention import sink_terms
 from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention import SIZES, Call
 from .blocks import key_walk, length_of, query_tile, query_walk
@@ -145,15 +146,22 @@ def block_sparse_keys_kernel(
 
 
 def block_sparse_attention_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *lowered: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    needs_dsink: bool,
+    *lowered: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*lowered)
     listed = call.listed
     seqlen_k = call.k.shape[1]
     dq = call.q.new_empty(call.q.shape)
     dk, dv = (t.new_empty(t.shape) for t in (call.k, call.v))
+    wants_sink = needs_dsink and call.sink is not None
+    dsink = lse.new_zeros(lse.shape[:2] if wants_sink else 0)
     if out.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return dq, dk.zero_(), dv.zero_(), dsink
     plan = listed.plan()
     qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
     delta = torch.empty_like(lse)
@@ -209,4 +217,6 @@ def block_sparse_attention_backward(
         WIDTH=width,
         **call.options(plan.keys),
     )
-    return dq, dk, dv
+    if wants_sink:
+        dsink = sink_terms(lse, delta, call.sink).sum(2)
+    return dq, dk, dv, dsink

@@ -83,6 +83,7 @@ struct RegionWalk {
   int64_t lse_at(int64_t query) const {
     return of_queries.y(query) * d.queries.width + of_queries.x(query);
   }
+  void keep_delta(const BilevelBackwardParams&, int64_t, int64_t, int64_t, float) const {}
 
   int64_t most_queries() const { return of_queries.most_pixels(); }
   int64_t first_query(int64_t region) const { return of_queries.first(region); }

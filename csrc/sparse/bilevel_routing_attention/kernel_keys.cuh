@@ -185,7 +185,8 @@ struct RegionKeys {
   }
 
   // A row of weights that sum to `sum` relative to 2^row_max.
-  __device__ __forceinline__ RowScale epilogue(float sum, float row_max) const {
+  __device__ __forceinline__ RowScale epilogue(const RegionLaunch&, int, float sum,
+                                               float row_max) const {
     return softmax_epilogue(sum, row_max, pads > -infinity() ? &pads : nullptr, 0);
   }
 };

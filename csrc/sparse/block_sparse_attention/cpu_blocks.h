@@ -28,6 +28,11 @@ struct BlockWalk {
     return row_of(rows, d.attention.dtype, b, 0, key, h);
   }
   int64_t lse_at(int64_t query) const { return query; }  // in lse of a head
+  void keep_delta(const BlockSparseBackwardParams& g, int64_t b, int64_t query, int64_t h,
+                  float delta) const {
+    const AttentionParams& p = d.attention;
+    if (g.delta) g.delta[(b * p.heads + h) * p.seqlen_q + query] = delta;
+  }
 
   int64_t most_queries() const { return lower(block(), d.attention.seqlen_q); }
   int64_t first_query(int64_t list_row) const { return list_row << d.log2_block_q; }

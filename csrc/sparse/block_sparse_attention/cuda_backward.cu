@@ -1,3 +1,4 @@
+#include "dense/attention/kernel_backward_rows.cuh"
 #include "sparse/block_sparse_attention/cuda_backward_launch.cuh"
 
 namespace tokenmill {
@@ -19,10 +20,15 @@ int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
 
 const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
   if (const char* error = cuda::block_sparse_attention::check_sizes(p.forward)) return error;
-  return cuda::visit_dtype(p.forward.attention.dtype, [&]<typename T>() {
-    return cuda::block_sparse_attention::launch_block_sparse<T>(p,
-                                                                static_cast<cudaStream_t>(stream));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  const AttentionParams& f = p.forward.attention;
+  const char* error = cuda::visit_dtype(f.dtype, [&]<typename T>() {
+    return cuda::block_sparse_attention::launch_block_sparse<T>(p, queue);
   });
+  if (error || !p.dsink) return error;
+  cuda::BackwardArgs args = cuda::block_sparse_attention::statistics_of(p);
+  args.p.dsink = p.dsink;
+  return cuda::launch<cuda::sum_kernel>(f.batch * f.heads, cuda::kSumThreads, 0, queue, args, 1);
 }
 
 }  // namespace tokenmill

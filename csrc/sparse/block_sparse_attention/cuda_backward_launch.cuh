@@ -42,25 +42,30 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
                                                       Keys::shared_bytes(d.row_warps), stream, d);
 }
 
-template <typename T>
-const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
+// Of the rows, in the workspace.
+inline BackwardArgs statistics_of(const BlockSparseBackwardParams& bp) {
   const AttentionParams& p = bp.forward.attention;
-  float* const minus_lse = static_cast<float*>(bp.workspace);
-  float* const minus_delta = minus_lse + p.batch * p.heads * p.seqlen_q;
   BackwardArgs args{};
   args.p.forward = p;
   args.p.dout = bp.dout;
   args.p.dlse = bp.dlse;
-  args.p.minus_lse = minus_lse;
-  args.p.minus_delta = minus_delta;
+  args.p.minus_lse = static_cast<float*>(bp.workspace);
+  args.p.minus_delta = args.p.minus_lse + p.batch * p.heads * p.seqlen_q;
+  return args;
+}
+
+template <typename T>
+const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
+  const AttentionParams& p = bp.forward.attention;
+  const BackwardArgs args = statistics_of(bp);
   if (const char* error = launch_statistics<T>(args, false, stream)) return error;
   BlockSparseGradients d{};
   d.dout = bp.dout;
   d.dq = bp.dq;
   d.dk = bp.dk;
   d.dv = bp.dv;
-  d.minus_lse = minus_lse;
-  d.minus_delta = minus_delta;
+  d.minus_lse = args.p.minus_lse;
+  d.minus_delta = args.p.minus_delta;
   d.offsets = bp.offsets;
   d.listing = bp.rows;
   return visit_bucket(p,

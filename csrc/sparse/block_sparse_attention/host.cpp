@@ -18,7 +18,7 @@ struct BlockSparseAttentionArgs : Record {
   int64_t num_sink, num_recent;
   Optional<double> scale;
   double softcap;
-  View seqlens_k;
+  View seqlens_k, sink;
 };
 
 // The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
@@ -48,6 +48,7 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   d.num_recent = std::min(a.num_recent, all);
   set_inputs(d.attention, a);
   d.attention.softcap = static_cast<float>(a.softcap);
+  d.attention.sink = sink_of(kOp, d.attention, a.q, a.sink);
   return d;
 }
 
@@ -78,7 +79,8 @@ Array block_sparse_attention_out(const BlockSparseAttentionOutArgs& a) {
                  {"v", in.v},
                  {"indices", in.indices},
                  {"counts", in.counts},
-                 {"seqlens_k", in.seqlens_k}});
+                 {"seqlens_k", in.seqlens_k},
+                 {"sink", in.sink}});
   return forward_into(d.attention, in.q, a.out, [&] { run_forward(d, in.q); });
 }
 
@@ -91,14 +93,28 @@ void run_backward(BlockSparseBackwardParams& p, const View& q) {
 
 struct BlockSparseAttentionBackwardArgs : Record {
   View dout, dlse, out, lse;
+  bool needs_dsink;
   BlockSparseAttentionArgs forward;
 };
 
-std::tuple<Array, Array, Array> block_sparse_attention_backward(
+// dsink is the sum of each request's rows, [B, H].
+std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
     const BlockSparseAttentionBackwardArgs& a) {
+  const View& q = a.forward.q;
   BlockSparseBackwardParams p{};
   p.forward = make_params(a.forward);
-  return gradients_of(kOp, p, p.forward.attention, a, [&] { run_backward(p, a.forward.q); });
+  const AttentionParams& f = p.forward.attention;
+  const bool wants_sink = a.needs_dsink && f.sink;
+  Array dsink = zeros(wants_sink ? std::vector<int64_t>{f.batch, f.heads} : std::vector<int64_t>{0},
+                      q, ScalarType::Float);
+  Array delta;
+  if (wants_sink) {
+    p.dsink = dsink.mutable_data<float>();
+    delta = empty({q.is_cuda ? 0 : f.batch * f.heads * f.seqlen_q}, q, ScalarType::Float);
+    p.delta = delta.mutable_data<float>();
+  }
+  auto [dq, dk, dv] = gradients_of(kOp, p, p.forward.attention, a, [&] { run_backward(p, q); });
+  return {dq, dk, dv, dsink};
 }
 
 const Registration kOperators(

@@ -142,8 +142,10 @@ struct TileKeys {
   }
 
   // A row of weights that sum to `sum` relative to 2^row_max.
-  static __device__ RowScale epilogue(float sum, float row_max) {
-    return softmax_epilogue(sum, row_max, nullptr, 0);
+  static __device__ RowScale epilogue(const BlockSparseLaunch& d, int head, float sum,
+                                      float row_max) {
+    const float* sink = d.attention.sink;
+    return softmax_epilogue(sum, row_max, sink ? sink + head : nullptr, 0);
   }
 
  private:

@@ -48,6 +48,8 @@ struct BlockSparseBackwardParams {
   Rows dout;
   const float* dlse;  // like lse, or null
   Rows dq, dk, dv;    // in the dtype of q
+  float* dsink;       // [B, H], sums over the rows of a request, or null
+  float* delta;       // CPU, with dsink: workspace like lse
   // CUDA: the lists seen from the keys, as transpose_block_list makes them, [B, heads, blocks + 1]
   // and [B, heads, rows * entries], and workspace.
   const int32_t *offsets, *rows;

@@ -113,9 +113,14 @@ def check_terms(
         check_small(op, name, t, q)
     if sink is not None:
         check(kind == "softmax", op, "sink", "needs kind 'softmax', not", kind)
-        if list(sink.shape) != [heads]:
-            fail(op, "sink", f"must have shape [{heads}]", sink.shape)
-        check_small(op, "sink", sink, q)
+        check_sink(op, sink, q)
+
+
+def check_sink(op: str, sink: Tensor, q: Tensor) -> None:
+    heads = q.shape[-2]
+    if list(sink.shape) != [heads]:
+        fail(op, "sink", f"must have shape [{heads}]", sink.shape)
+    check_small(op, "sink", sink, q)
 
 
 def check_mask(

@@ -10,29 +10,17 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import (
-    as_int,
-    as_number,
-    check,
-    check_bool,
-    check_like_out,
-    check_qkv,
-    check_tensor,
-)
+from .._check import as_int, as_number, check_bool, check_tensor
+from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known
 from .._library import TorchOp, register
-from .._lowering import scale_or_default
-from .._written import check_written
-from ..dense.terms import check_scale
+from .._lowering import scale_or_default, widen
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from ..select.rules import check_per_request
-from .gradients import register_pair
-from .rules import check_block, check_list
+from .block_sparse_rules import OP, check_block_sparse, check_block_sparse_out
+from .gradients import cotangents
 
-OP = "block_sparse_attention"
-READ = ["q", "k", "v", "indices", "counts", "seqlens_k"]  # tensors that a call reads
 
 
 class BlockSparseOptions(TypedDict, total=False):
@@ -44,6 +32,7 @@ class BlockSparseOptions(TypedDict, total=False):
     scale: float | None
     softcap: float
     seqlens_k: Tensor | None
+    sink: Tensor | None
     out: Tensor | None
     backend: str | None
 
@@ -93,6 +82,7 @@ def block_sparse_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     seqlens_k: Tensor | None = None,
+    sink: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -128,6 +118,7 @@ def block_sparse_attention(
         scale: factor of q.k; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
+        sink: ``[H]``: a learnable logit of each head that takes weight and has no value.
         return_lse: also return lse.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
             last dimension that keep elements apart; it shares no memory with what the call reads.
@@ -136,8 +127,9 @@ def block_sparse_attention(
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log, itself differentiable. A query that sees no key has out 0 and lse -inf, and
-        gets no gradient. Gradients: q, k, v; those of keys that nobody lists are 0.
+        natural log, itself differentiable. A query that sees no key has out 0 and lse -inf (with a
+        sink: lse = sink), and gets no gradient. Gradients: q, k, v, sink; those of keys that nobody
+        lists are 0.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -176,6 +168,7 @@ def block_sparse_attention(
             scale=scale,
             softcap=softcap,
             seqlens_k=seqlens_k,
+            sink=sink,
             return_lse=return_lse,
         ),
         backend,
@@ -199,12 +192,14 @@ def lower(
     scale: float | None = None,
     softcap: float = 0.0,
     seqlens_k: Tensor | None = None,
+    sink: Tensor | None = None,
     return_lse: bool = False,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(op, name, t)
-    check_tensor(op, "seqlens_k", seqlens_k, optional=True)
+    for name, option in (("seqlens_k", seqlens_k), ("sink", sink)):
+        check_tensor(op, name, option, optional=True)
     block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
     num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
     flags = (("causal", causal), ("return_lse", return_lse))
@@ -225,55 +220,45 @@ def lower(
         scale_or_default(op, scale, q),
         softcap,
         seqlens_k,
+        None if sink is None else widen(sink, q),
     )
 
 
-# csrc/sparse/block_sparse_attention/host.cpp has the same rules in the same order and words.
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    scale: float,
-    softcap: float,
-    seqlens_k: Tensor | None,
-    *,
-    float64: bool = False,
-    op: str = OP,
-) -> None:
-    check_qkv(op, q, k, v, 4, float64)
-    check_block(op, "block_q", block_q)
-    check_block(op, "block_k", block_k)
-    for name, number in (("num_sink", num_sink), ("num_recent", num_recent)):
-        check(number >= 0, op, name, "must not be negative", number)
-    check(num_recent == 0 or causal, op, "num_recent", "goes with causal alone", num_recent)
-    check_scale(op, scale, softcap)
-    batch, sq, heads = q.shape[:3]
-    kv_heads, rows = k.shape[2], -(-sq // block_q)
-    fits = indices.dim() == 4 and indices.shape[0] == batch and indices.shape[2] == rows
-    fits = fits and indices.shape[1] in (1, kv_heads, heads)
-    shape = f"[{batch}, 1, {kv_heads} or {heads}, {rows}, K]"
-    check_list(op, indices, counts, shape, fits, "q", q)
-    check_per_request(op, "seqlens_k", seqlens_k, batch, "q", q)
-
-
-def _check_out(*lowered: Any, float64: bool = False) -> None:
-    *arguments, out = lowered
-    _check(*arguments, float64=float64)
-    a = FORWARD.record(*arguments)
-    check_like_out(OP, "out", out, (*a.q.shape[:-1], a.v.shape[-1]), a.q)
-    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
+    q, v = lowered[0], lowered[2]
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), _fake_out(*lowered, None)
 
 
 def _fake_out(*arguments: Any) -> Tensor:
     q = OUT.record(*arguments).q
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, inputs, *output)
+
+
+def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    lowered, (out, lse) = kept(ctx)
+    dout, dlse = cotangents(dout, dlse, out)
+    needs_dsink = FORWARD.needed_gradients(ctx)["sink"]
+    dq, dk, dv, dsink = ops.block_sparse_attention_backward(
+        dout, dlse, out, lse, needs_dsink, *lowered
+    )
+    return FORWARD.gradients(q=dq, k=dk, v=dv, sink=dsink.sum(0) if needs_dsink else None)
+
+
+def _check_backward(*arguments: Any) -> None:
+    check_block_sparse(*arguments[-len(FORWARD.arguments) :])
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    a = BACKWARD.record(*arguments)
+    heads = (a.q.shape[0], a.q.shape[2]) if a.needs_dsink and a.sink is not None else (0,)
+    return (
+        *(t.new_empty(t.shape) for t in (a.q, a.k, a.v)),
+        a.q.new_empty(heads, dtype=torch.float32),
+    )
 
 
 def flops(
@@ -328,8 +313,26 @@ def backward_flops(*lowered: Any) -> float:
     return 2.5 * flops(*lowered)
 
 
-FORWARD, BACKWARD = register_pair(OP, _check, Autocast(lower=("q", "k", "v")))
-OUT = register(TorchOp(OP + "_out", check=_check_out, fake=_fake_out))
+FORWARD = register(
+    TorchOp(
+        OP,
+        autocast=Autocast(lower=("q", "k", "v")),
+        check=check_block_sparse,
+        fake=_fake,
+        triton=f"sparse.{OP}:{OP}",
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+)
+OUT = register(TorchOp(OP + "_out", check=check_block_sparse_out, fake=_fake_out))
+BACKWARD = register(
+    TorchOp(
+        OP + "_backward",
+        check=_check_backward,
+        fake=_fake_backward,
+        triton=f"sparse.{OP}_backward:{OP}_backward",
+    )
+)
 SPEC = register_op(
     OpSpec(
         name=OP,
@@ -341,10 +344,10 @@ SPEC = register_op(
         forward=FORWARD,
         backward=BACKWARD,
         out=OUT,
-        differentiable=("q", "k", "v"),
+        differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
         sharding=Sharding(
-            {"q k v": "b.h.", "indices": "bh..", "counts": "bh.", "seqlens_k": "b"},
+            {"q k v": "b.h.", "indices": "bh..", "counts": "bh.", "seqlens_k": "b", "sink": "h"},
             ("b.h.", "bh."),
         ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",

@@ -51,6 +51,7 @@ def block_sparse_call(
     block_q: int = 16,
     block_k: int = 16,
     hostile: bool = False,
+    sink: bool = False,
     **options: Any,
 ) -> Any:
     """lists: 1, hk or h."""
@@ -65,7 +66,8 @@ def block_sparse_call(
         if hostile:
             indices, counts = hostile_lists(indices, counts, blocks, g)
         sizes = {"block_q": block_q, "block_k": block_k, "return_lse": True}
-        return (q, k, v, indices, counts), sizes | options
+        drawn = {"sink": torch.randn(h, generator=g)} if sink else {}
+        return (q, k, v, indices, counts), sizes | options | drawn
 
     return make
 
@@ -121,6 +123,11 @@ SAMPLES = (
         block_sparse_call(entries=0, causal=True, num_sink=4, num_recent=9),
     ),
     Sample("more queries than keys", block_sparse_call(sq=70, sk=20, causal=True, num_recent=5)),
+    Sample(
+        "sink", block_sparse_call(sq=40, lists=1, sink=True, causal=True, num_sink=1, entries=1)
+    ),
+    Sample("sink, softcap", block_sparse_call(b=1, sq=20, lists=4, sink=True, softcap=1.5)),
+    Sample("sink, no keys", block_sparse_call(sq=9, sk=0, sink=True)),
     Sample("no keys", block_sparse_call(sk=0)),
     Sample("no queries", block_sparse_call(sq=0)),
     Sample("no requests", block_sparse_call(b=0)),
@@ -184,6 +191,9 @@ MALFORMED = (
         "dtype of seqlens_k",
         "seqlens_k: must be int32; got int64",
         set_options(seqlens_k=torch.zeros(2, dtype=torch.int64)),
+    ),
+    Malformed(
+        "shape of sink", "sink: must have shape [4]; got [2]", set_options(sink=torch.zeros(2))
     ),
     Malformed(
         "out shape",

@@ -20,7 +20,7 @@ def register_pair(
 
     def backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         lowered, (out, lse) = kept(ctx)
-        dout, dlse = _cotangents(dout, dlse, out)
+        dout, dlse = cotangents(dout, dlse, out)
         run = getattr(ops, f"{op}_backward")
         dq, dk, dv = run(dout, dlse, out, lse, *lowered)
         return forward.gradients(q=dq, k=dk, v=dv)
@@ -65,7 +65,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     keep(ctx, inputs, *output)
 
 
-def _cotangents(
+def cotangents(
     dout: Tensor | None, dlse: Tensor | None, out: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Cotangents as the operators take them."""

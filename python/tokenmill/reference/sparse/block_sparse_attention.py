@@ -2,6 +2,7 @@
 
     z_ij = softcap tanh(scale q_i . k_j / softcap)
 
+A sink of the head is one more logit, without a value.
 Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the query's
 block has j // block_k. end_i is the length, with causal i + 1 + length - Sq.
 """
@@ -29,6 +30,7 @@ def block_sparse_attention(
     scale: float,
     softcap: float,
     seqlens_k: Tensor | None,
+    sink: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def block_sparse_attention(
         there = torch.arange(k.shape[1], device=k.device) < seqlens_k[:, None]
         k, v = (torch.where(there[..., None, None], x, 0.0) for x in (k, v))
     z = scores(q, k, scale, softcap, None, None, None, 0.0, upcast)
-    p, lse = softmax(z, visible, None)
+    p, lse = softmax(z, visible, sink)
     out = weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype)
     return out, lse.to(torch.promote_types(q.dtype, torch.float32))
 
