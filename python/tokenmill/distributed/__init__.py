@@ -11,6 +11,7 @@ from .attention_decode import attention_decode
 from .block_sparse_attention import block_sparse_attention
 from .context import context_parallel
 from .hip_attention import hip_attention
+from .indexer_topk_select import indexer_topk_select
 from .linear import lightning_attention, linear_attention
 from .plan import Cost, plan
 from .sequence import shard_sequence, unshard_sequence
@@ -28,6 +29,7 @@ __all__ = [
     "block_sparse_attention",
     "context_parallel",
     "hip_attention",
+    "indexer_topk_select",
     "lightning_attention",
     "linear_attention",
     "plan",

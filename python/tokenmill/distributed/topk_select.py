@@ -95,8 +95,29 @@ def topk_select(
         scores, k, lengths=here, tie=tie, return_values=True, backend=backend
     )
     positions = torch.where(positions < 0, -1, positions + own.first)
-    # At most n of a rank's k places are taken; float32 holds any score. [R, 2 m] int32
     widths = [min(k, size) for size in where.sizes]
+    return best_of_ranks(
+        ranks, positions, values, k, widths, tie=tie, order=order, return_values=return_values,
+        backend=backend,
+    )  # fmt: skip
+
+
+def best_of_ranks(
+    ranks: Group,
+    positions: Tensor,
+    values: Tensor,
+    k: int,
+    widths: Sequence[int],
+    *,
+    tie: str = "low",
+    order: str = "index",
+    return_values: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """(indices, counts[, values]) of the k best of all ranks' candidates, positions and values
+    ``[R, K]``, in ascending order on each rank and from rank to rank; those of rank r end after
+    widths[r] at most."""
+    # float32 holds any score. [R, 2 width] int32
     most = widths[ranks.rank]
     sent = torch.cat([positions[:, :most], values[:, :most].float().view(torch.int32)], 1)
     gathered = ranks.gather(sent.T.contiguous(), 0, [2 * width for width in widths])
@@ -105,7 +126,7 @@ def topk_select(
     candidates = torch.cat([position for position, _ in blocks]).T.contiguous()
     floats = torch.cat([value for _, value in blocks]).T.contiguous().view(torch.float32)
     chosen, counts, *found = select(
-        floats.to(scores.dtype),
+        floats.to(values.dtype),
         k,
         tie=tie,
         order=order,
