@@ -43,6 +43,11 @@ def composites():
         ),
         tm.core_context_attention: ((q, k, k), {"group": 4, "window": 8}),
         tm.hip_attention: ((q, k, k), {"budget": 8, "block_q": 8}),
+        tm.moba_attention: ((q, k, k), {"block": 4}),
+        tm.native_sparse_attention: (
+            (q, k, k, torch.rand(2, 20, 4, 3)),
+            {"block": 4, "stride": 2, "select_block": 4, "topk": 3},
+        ),
         tm.landmark_attention: ((q, k, k), {"block": 8}),
         tm.landmark_decode: ((q[:, :1], k, k), {"seqlens_k": i32(20, 3), "block": 8}),
         tm.bipartite_match: ((torch.randn(2, 20, 8), 4), {}),

@@ -184,7 +184,7 @@ def test_rows_are_promoted(spec):
 
 @pytest.mark.parametrize(
     "function",
-    [tm.landmark_attention, tm.core_context_attention, tm.hip_attention],
+    [tm.landmark_attention, tm.core_context_attention, tm.hip_attention, tm.moba_attention],
     ids=lambda f: f.__name__,
 )
 def test_functions_made_of_operators(function):

@@ -65,6 +65,8 @@ from .sparse import (
     hip_attention,
     landmark_attention,
     landmark_decode,
+    moba_attention,
+    native_sparse_attention,
     sparse_decode_attention,
     transpose_block_list,
 )
@@ -125,6 +127,8 @@ __all__ = [
     "masks",
     "merge_attention_states",
     "merge_tokens",
+    "moba_attention",
+    "native_sparse_attention",
     "nn",
     "papers",
     "pattention",

@@ -154,6 +154,23 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
     sparse.core_context_attention: (
         lambda r: {**r.qkv(37), "group": 4, "window": 8, "return_lse": True},
     ),
+    sparse.moba_attention: (
+        lambda r: {
+            **r.qkv(37), "block": 4, "topk": 3, "seqlens_k": int32(37, 9), "return_lse": True,
+        },
+    ),
+    sparse.native_sparse_attention: (
+        lambda r: {
+            **r.qkv(37), "gates": r(2, 37, 4, 3).sigmoid(), "block": 8, "stride": 4,
+            "select_block": 8, "topk": 3, "window": 6, "scale": 0.3,
+        },
+        lambda r: {
+            **r.qkv(37), "gates": r(2, 37, 4, 3).float(), "block": 4, "stride": 4,
+            "select_block": 8, "topk": 4, "window": 9, "k_compressed": r(2, 9, 2, 16),
+            "v_compressed": r(2, 9, 2, 16), "k_window": r(2, 37, 2, 16),
+            "v_window": r(2, 37, 2, 16),
+        },
+    ),
     sparse.hip_attention: (
         lambda r: {
             **r.qkv(40), "budget": 8, "block_q": 8, "block_k": 4, "num_sink": 4, "num_recent": 8,
