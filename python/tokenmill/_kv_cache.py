@@ -85,8 +85,9 @@ def unread(backend: str, cache: Tensor, dims: tuple[int, ...], float8: str, wide
     found = []
     if backend in float8.split() and cache.dtype == torch.float8_e4m3fn:
         found.append("it reads caches in the dtype of q alone")
-    if backend in wide.split() and max(dims, default=0) > MAX_HEAD_DIM:
-        found.append(f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {max(dims)}")
+    widest = max(1, *dims)
+    if backend in wide.split() and widest > MAX_HEAD_DIM:
+        found.append(f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {widest}")
     return found
 
 
