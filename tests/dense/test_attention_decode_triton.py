@@ -39,6 +39,10 @@ CASES = (
     "sigmoid:float32:64:several,stream",
     "softmax:bfloat16:128:paged,packed",
     "taylor2,sum:float16:64:paged,terms,packed",
+    "softmax:bfloat16:128:paged,float8",
+    "softmax:float16:128:terms,several,rows,float8",
+    "sigmoid:float32:64:several,stream,float8",
+    "softmax:bfloat16:128:paged,terms,packed,float8",
 )
 
 
@@ -52,7 +56,9 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     if "packed" in options:
         q, starts = q.flatten(0, 1), empty(batch + 1, dtype=torch.int32)
     pages = (batch * tokens // 16, 16) if "paged" in options else (batch, tokens)
-    cache = empty(*pages, kv_heads, head_dim, dtype=dtype)
+    scale, cache = None, empty(*pages, kv_heads, head_dim, dtype=dtype)
+    if "float8" in options:
+        scale, cache = empty(*pages, kv_heads), cache.to(torch.float8_e4m3fn)
     table = empty(batch, tokens // 16, dtype=torch.int32) if "paged" in options else None
     lengths = empty(batch, dtype=torch.int32)
     mask = [None] * 3
@@ -68,7 +74,8 @@ def lowered(kind, dtype, head_dim, options, tokens=4096):
     schedule = "stream_k" if "stream" in options else "auto"
     *terms, left = terms
     band = (True, left, -1, starts, None)
-    return (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, *band, 0, schedule)
+    call = (q, cache, cache, lengths, table, kind, normalize, 0.125, *terms, *band, 0, schedule)
+    return (*call, scale, scale)
 
 
 def compiled(capability, call):
@@ -104,10 +111,12 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, folder)
         assert_fits(program, capability)
         if program["kernel"] not in ("ranges_kernel", "stream_kernel", "attention_kernel"):
             continue
-        operand = OPERANDS[program["case"].split(":")[1]]
+        operands = {OPERANDS[program["case"].split(":")[1]]}
+        if "float8" in program["case"]:  # values
+            operands.add("tf32")
         assert program["products"], program
         for product in program["products"]:
-            assert f".f32.{operand}.{operand}" in product, program
+            assert any(f".f32.{operand}.{operand}" in product for operand in operands), program
 
 
 def test_no_length_compiles_anew(folder):

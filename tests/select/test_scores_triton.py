@@ -18,6 +18,7 @@ SCORES = {
     "paged": {"paged": True, "causal": True, "head_reduce": "group_max"},
     "boxes": {"scoring": "minmax", "block_k": 16, "head_reduce": "group_mean"},
     "blocks": {"scoring": "max_block", "block_k": 64, "q_reduce": "max", "block_q": 16},
+    "codes": {"scoring": "max_block", "block_k": 64, "paged": True, "float8": True},
     "vote": {"head_reduce": "softmax_vote", "q_reduce": "mean", "block_q": 4},
 }
 
@@ -32,11 +33,14 @@ def scores(dtype, case, tokens=1000, queries=5, dim=128):
     if o.get("paged"):
         k = k.view(-1, 8, *k.shape[2:])
         table = torch.zeros(2, tokens // 8, dtype=torch.int32)
+    scale = None
+    if o.get("float8"):
+        k, scale = k.to(torch.float8_e4m3fn), torch.ones(k.shape[:3])
     lengths = torch.zeros(2, dtype=torch.int32)
     return lambda: kv_block_scores(
         torch.zeros(2, queries, 8, dim, dtype=dtype), k, o.get("scoring", "dot"),
         o.get("block_k", 1), o.get("q_reduce", "none"), o.get("block_q", 1),
-        o.get("head_reduce", "none"), 0.1, o.get("causal", False), 3, 5, lengths, table,
+        o.get("head_reduce", "none"), 0.1, o.get("causal", False), 3, 5, lengths, table, scale,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ CASES = (  # dtype, head dimension, terms
     "float32:64:partial,interleaved,extra,mass",
     "float32:128:paged,rope,terms,several",
     "float32:128:partial,mass",
+    "bfloat16:128:paged,rope,extra,several,float8",
+    "float16:128:partial,float8",
 )
 
 
@@ -38,7 +40,9 @@ def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
     paged, integer = "paged" in options, torch.int32
     q = empty(batch, queries, heads, dim, dtype=dtype)
     pages = (batch * tokens // page_size, page_size) if paged else (batch, tokens)
-    cache = empty(*pages, kv_heads, dim, dtype=dtype)
+    scale, cache = None, empty(*pages, kv_heads, dim, dtype=dtype)
+    if "float8" in options:
+        scale, cache = empty(*pages, kv_heads), cache.to(torch.float8_e4m3fn)
     pairs = dim // 4 if "partial" in options else dim // 2
     turns = "rope" in options or "partial" in options
     table = empty(tokens, pairs) if turns else None
@@ -51,7 +55,7 @@ def lowered(dtype, dim, options, tokens=4096, entries=1024, queries=1, batch=4):
         16 if "block" in options else 1, 4, 100, "cache" if "place" in options else "absolute",
         table, table, "interleaved" in options, extra_k, extra_k,
         empty(batch, kv_heads, extra) if extra_k is not None else None, 0.1,
-        5.0 if terms else 0.0, empty(heads) if terms else None, 0, "mass" in options,
+        5.0 if terms else 0.0, empty(heads) if terms else None, 0, "mass" in options, scale, scale,
     )  # fmt: skip
 
 
@@ -80,10 +84,12 @@ def test_kernels_compile_without_spills_and_use_tensor_cores(capability, tmp_pat
     for program in found:
         assert_fits(program, capability)
         if program["kernel"].startswith("sparse_ranges"):
-            operand = OPERANDS[program["case"].split(":")[0]]
+            operands = {OPERANDS[program["case"].split(":")[0]]}
+            if "float8" in program["case"]:  # values
+                operands.add("tf32")
             assert program["products"], program
             for product in program["products"]:
-                assert f".f32.{operand}.{operand}" in product, program
+                assert any(f".f32.{operand}.{operand}" in product for operand in operands), program
 
 
 def test_no_length_compiles_anew(tmp_path):

@@ -15,7 +15,7 @@ from tokenmill.dense.terms import has_row_statistic
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
-from .kv_cache import Cache
+from .kv_cache import Cache, held, scale_of
 from .masks import (
     COUNTS,
     LISTED,
@@ -62,10 +62,16 @@ LARGE_PLANS = PLANS | {
 
 
 def plan_of(
-    plans: dict[tuple[int, int], Plan], q: Tensor, value_dim: int, more_terms: bool
+    plans: dict[tuple[int, int], Plan],
+    q: Tensor,
+    value_dim: int,
+    more_terms: bool,
+    size: int | None = None,
 ) -> Plan:
-    """more_terms: a bias, softcap, or weights that fade."""
-    plan = plans[q.element_size(), triton.next_power_of_2(max(64, q.shape[-1], value_dim))]
+    """more_terms: a bias, softcap, or weights that fade. size: bytes of the widest operand, None =
+    of q."""
+    size = size or q.element_size()
+    plan = plans[size, triton.next_power_of_2(max(64, q.shape[-1], value_dim))]
     if not more_terms:
         return plan
     # Their values take the registers of half a tile.
@@ -160,8 +166,12 @@ class Call(NamedTuple):
             return Plan(*[Tiles(m, n, 4, 1)] * 3)
         plans = LARGE_PLANS if 90 <= architecture(self.q) < 120 else PLANS
         more_terms = self.bias is not None or self.softcap != 0.0 or self.post_decay
-        plan = plan_of(plans, self.q, self.v.shape[-1], more_terms)
-        if self.kind in ("softmax", "sigmoid") or self.q.element_size() == 4:
+        float8 = self.v.element_size() == 1  # its values are multiplied in float32
+        size = 4 if float8 else self.q.element_size()
+        plan = plan_of(plans, self.q, self.v.shape[-1], more_terms, size)
+        if float8:  # what makes numbers of codes takes registers too
+            plan = plan._replace(forward=plan.forward._replace(num_warps=8))
+        if self.kind in ("softmax", "sigmoid") or size == 4:
             return plan
         # Products of weights without a bound are sums of their own: half the rows for each program.
         return Plan(
@@ -285,13 +295,19 @@ def attention(*lowered: Any) -> tuple[Tensor, Tensor]:
 
 
 def attention_cached(
-    call: Call, seqlens_k: Tensor, block_table: Tensor | None
+    call: Call,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Of keys and values in a cache, which are k and v of the call."""
-    k, v = (Rows(t, t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
+    k, v = (Rows(held(t), t.stride(0), t.stride(1), t.stride(2)) for t in (call.k, call.v))
     stride = 0 if block_table is None else block_table.stride(0)
     most = capacity(call.k, block_table)
-    return forward(call, Cache(k, v, seqlens_k, block_table, stride, call.k.shape[0], most))
+    scales = scale_of(k_scale), scale_of(v_scale)
+    pages = call.k.shape[0]
+    return forward(call, Cache(k, v, seqlens_k, block_table, stride, pages, most, *scales))
 
 
 def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
@@ -312,7 +328,7 @@ def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         call.sink,
         # Pairs of a masked call with a cache are told apart one by one.
         NO_LISTS if cache is not None else call.lists(tiles, of_keys=False),
-        *((None, None, 0, 0, 0) if cache is None else cache[2:]),
+        *((None, None, 0, 0, 0, None, None) if cache is None else cache[2:]),
         *call.arguments(),
         blocks,
         PAGE_SIZE=1 if cache is None or cache.block_table is None else call.k.shape[1],

@@ -22,7 +22,6 @@ from ..common import (
     INTERPRETED,
     STEP,
     Sequence,
-    dot,
     head_of,
     launch,
     load_tile,
@@ -51,7 +50,17 @@ from .attention_decode_schedule import (
     visible_begin,
 )
 from .attention_forward import accumulate, accumulate_seen
-from .kv_cache import Cache, check_read, length_of, load_keys
+from .kv_cache import (
+    Cache,
+    check_read,
+    held,
+    key_products,
+    length_of,
+    load_keys,
+    scale_of,
+    value_parts,
+    value_rows,
+)
 from .masks import (
     LISTED,
     allowed,
@@ -74,8 +83,10 @@ def seen_tile(
     m_j = o_j < sequence.k_length
     b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
     b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
+    b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
     o_key = o_j[None, :]
-    b_z = scores(dot(b_q, tl.trans(b_k)), o_i, o_key, terms, head, sequence)
+    b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+    b_z = scores(b_qk, o_i, o_key, terms, head, sequence)
     m_seen = (o_key < sequence.k_length) & (o_key <= o_i + sequence.diagonal)
     if window.left is not None:
         m_seen = m_seen & (o_key >= o_i + (sequence.diagonal - window.left))
@@ -158,6 +169,8 @@ def ranges_kernel(
     table_stride,
     pages,
     capacity,
+    k_scale,
+    v_scale,
     partials,
     terms,
     window,
@@ -185,7 +198,7 @@ def ranges_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     i_split, i_block, i_kv, i_b = decode_program(tl.program_id(0), splits, row_blocks, kv_heads)
     length = length_of(seqlens, capacity, i_b)
     sequence = Sequence(0, seqlen_q, 0, length, length - seqlen_q)
@@ -220,6 +233,8 @@ def stream_kernel(
     table_stride,
     pages,
     capacity,
+    k_scale,
+    v_scale,
     partials,
     terms,
     window,
@@ -251,7 +266,7 @@ def stream_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """The parts of output tiles that fall into the share of this program."""
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     stream = Stream(counts, batch, tiles, programs, least)
     i_program = tl.program_id(0)
     begin = i_program * share_of(stream)
@@ -301,17 +316,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(q: Tensor, value_dim: int, rows: int, longest: int) -> Tile:
-    """longest: keys that a row may have."""
-    wide = triton.next_power_of_2(max(64, q.shape[3], value_dim))
-    keys, warps, stages = TILES[q.element_size(), wide]
+def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
+    """longest: keys that a row may have. Values in float8 are multiplied in float32."""
+    wide = triton.next_power_of_2(max(64, q.shape[3], v.shape[3]))
+    size = 4 if v.element_size() == 1 else q.element_size()
+    keys, warps, stages = TILES[size, wide]
     if INTERPRETED.value:  # a tile costs milliseconds whatever its size
         keys = min(max(triton.next_power_of_2(longest) // 16, 32), 1024)
     most = 16
-    if q.element_size() == 2:
+    if size == 2:
         most = 64 if wide <= 128 else 32
     block = min(max(triton.next_power_of_2(rows), 16), most)
-    if block == 32 and wide == 256:  # registers of four warps would spill
+    # Registers of four warps would spill.
+    if wide == 256 and (block == 32 or v.element_size() == 1):
         warps = 8
     return Tile(block, keys, warps, stages)
 
@@ -345,6 +362,17 @@ def attention_decode(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_read("attention_decode", q, k_cache, v_cache)
+    if len(parts := value_parts(v_cache)) > 1:
+        results = [
+            attention_decode(
+                q, k_cache, part, seqlens_k, block_table, kind, normalize, scale, score_bias,
+                score_bias_value, score_bias_neg_log_n, mask_ranges, mask_q_spans, mask_k_spans,
+                alibi_slopes, sink, softcap, causal, window_left, window_right, cu_seqlens_q,
+                max_seqlen_q, num_splits, schedule, k_scale, v_scale,
+            )
+            for part in parts
+        ]  # fmt: skip
+        return torch.cat([out for out, _ in results], -1), results[0][1]
     if cu_seqlens_q is not None or (not causal and window_right != 0):
         call = Call(
             q, k_cache, v_cache, kind, normalize, scale, score_bias, score_bias_value,
@@ -352,7 +380,7 @@ def attention_decode(
             0, "chebyshev", -1, sink, softcap, causal, window_left, window_right,
             cu_seqlens_q, None, max_seqlen_q, None, "accurate", False,
         )  # fmt: skip
-        return attention_cached(call, seqlens_k, block_table)
+        return attention_cached(call, seqlens_k, block_table, k_scale, v_scale)
     batch, seqlen_q, heads, head_dim = q.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     out = q.new_empty((batch, seqlen_q, heads, value_dim))
@@ -363,7 +391,7 @@ def attention_decode(
     group = heads // kv_heads
     rows = group * seqlen_q
     most = capacity(k_cache, block_table)
-    tile = tile_of(q, value_dim, rows, most)
+    tile = tile_of(q, v_cache, rows, most)
     row_blocks = triton.cdiv(rows, tile.rows)
     terms = terms_of(
         scale, softcap, score_bias_value, score_bias_neg_log_n, score_bias, alibi_slopes, None, kind
@@ -390,13 +418,15 @@ def attention_decode(
         programs,
         q,
         rows_of(q),
-        rows_of(k_cache),
-        rows_of(v_cache),
+        rows_of(held(k_cache)),
+        rows_of(held(v_cache)),
         seqlens_k,
         block_table,
         0 if block_table is None else block_table.stride(0),
         k_cache.shape[0],
         most,
+        scale_of(k_scale),
+        scale_of(v_scale),
         partials,
         terms,
         window,
@@ -421,5 +451,8 @@ def attention_decode(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge(partials, seqlens_k, most, out, lse, None, sink, terms, group, stream, kind, normalize)
+    merge(
+        partials, seqlens_k, most, out, lse, None, sink, terms, group, stream, kind, normalize,
+        weights_of=torch.float32 if v_cache.element_size() == 1 else q.dtype,
+    )  # fmt: skip
     return out, lse

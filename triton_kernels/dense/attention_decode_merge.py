@@ -15,6 +15,8 @@ from .attention_decode_schedule import NO_STREAM, SIZES, Stream, share_of, steps
 from .attention_forward import normaliser, unscaled
 from .kv_cache import length_of
 
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
 
 class Partials(NamedTuple):
     """Sums of ranges, [splits, B, Hk, rows] or [ranges, rows of a tile]: of weighted values, of
@@ -91,6 +93,7 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -151,7 +154,7 @@ def merge_kernel(
             tl.store(scales + o_x, b_row_max, mask=m_x)
             tl.store(scales + most + o_x, b_factor, mask=m_x)
     else:
-        b_factor = unscaled(b_sum, out.data.dtype.element_ty, KIND, NORMALIZE)
+        b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
     if KIND == "softmax" or NORMALIZE != "none":
         tl.store(lse + (o_b * heads + o_h) * seqlen_q + o_i, b_sum, mask=m_x)
     p_out = row_pointers(out, o_b, o_i, o_h)
@@ -181,7 +184,9 @@ def merge(
     stream: Stream = NO_STREAM,
     kind: str = "softmax",
     normalize: str = "none",
+    weights_of: torch.dtype | None = None,
 ) -> None:
+    """weights_of: the dtype in which weights were multiplied with values, None = that of out."""
     splits, *_, block_m, value_dim = partials.outs.shape
     seqlen_q, heads = out.shape[1:3]
     most = out.shape[0] * seqlen_q * heads
@@ -208,6 +213,7 @@ def merge(
         VALUE_DIM=value_dim,
         KIND=kind,
         NORMALIZE=normalize,
+        WEIGHTS=TYPES[weights_of or out.dtype],
         BLOCK_M=1 if stream.counts is None else block_m,
         BLOCK_R=block_r,
         BLOCK_V=block_v,

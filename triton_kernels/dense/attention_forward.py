@@ -12,7 +12,6 @@ from ..common import (
     STEP,
     STEP_COLUMNS,
     Sequence,
-    dot,
     fade_of,
     head_of,
     load_rows,
@@ -29,7 +28,7 @@ from ..common import (
     visible_parts,
 )
 from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
-from .kv_cache import Cache, length_of, load_keys
+from .kv_cache import Cache, key_products, length_of, load_keys, value_rows
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
@@ -201,6 +200,8 @@ def attention_kernel(
     table_stride,
     pages,
     capacity,
+    k_scale,
+    v_scale,
     terms,
     window,
     mask,
@@ -235,7 +236,7 @@ def attention_kernel(
         return
     cache = None
     if seqlens is not None:
-        cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+        cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
         sequence = cached(sequence, cache, i_b)
     head = head_of(terms, i_b, i_h, sequence.k_length, KIND)
     i_kv = i_h // group
@@ -265,7 +266,9 @@ def attention_kernel(
             o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
             b_k = load_key_rows(k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
             b_v = load_key_rows(v, values, cache, i_b, i_kv, o_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
-            b_qk = dot(b_q, tl.trans(b_k))
+            m_j = o_j < sequence.k_length
+            b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+            b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
             b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
             if PART != 1 or (cache is not None and MASKED):
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
@@ -291,7 +294,8 @@ def attention_kernel(
             b_sink = tl.load(sink + i_h)
         b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
     else:
-        b_factor = unscaled(b_sum, b_q.dtype, KIND, NORMALIZE)
+        WEIGHTS: tl.constexpr = tl.float32 if v.data.dtype.element_ty == tl.uint8 else b_q.dtype
+        b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
     if KIND == "softmax" or NORMALIZE != "none":
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
         tl.store(lse + o_row + o_i, b_sum, mask=o_i < sequence.q_length)
@@ -317,7 +321,9 @@ def attention_kernel(
                     b_v = load_key_rows(
                         v, values, cache, i_b, i_kv, o_j, VALUE_DIM, COLUMNS, PAGE_SIZE, c
                     )
-                    b_qk = dot(b_q, tl.trans(b_k))
+                    m_j = o_j < sequence.k_length
+                    b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+                    b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
                     b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,11 +12,14 @@ from torch import Tensor
 from tokenmill._check import InputError
 from tokenmill._kv_cache import unread
 
-from ..common import Rows, load_tile
+from ..common import INF, Rows, dot, load_tile, rounded
+from ..float8 import float8_values
 
 
 class Cache(NamedTuple):
-    """Keys and values, dense or in pages."""
+    """Keys and values, dense or in pages. Those in float8_e4m3fn are bytes, and each number stands
+    for itself times the scale of its row and head, [P, page size, Hk] with strides that may be 0,
+    or None."""
 
     k: Rows
     v: Rows
@@ -24,12 +28,35 @@ class Cache(NamedTuple):
     table_stride: int
     pages: int
     capacity: int
+    k_scale: Rows | None
+    v_scale: Rows | None
+
+
+def held(t: Tensor) -> Tensor:
+    """A cache as kernels see it."""
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def scale_of(t: Tensor | None) -> Rows | None:
+    """[1], [Hk] or [P, page size, Hk]."""
+    if t is None or t.dim() == 3:
+        return None if t is None else Rows(t, *t.stride())
+    return Rows(t, 0, 0, t.stride(0) if t.shape[0] > 1 else 0)
+
+
+# Columns of values that a launch sums: more would spill registers. Those in float8 are float32.
+VALUE_COLUMNS, FLOAT8_COLUMNS = 256, 128
+
+
+def value_parts(v: Tensor) -> tuple[Tensor, ...]:
+    """Values by columns, for a launch each."""
+    return v.split(FLOAT8_COLUMNS if v.element_size() == 1 else VALUE_COLUMNS, -1)
 
 
 def check_read(op: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """Refuses the caches that these kernels do not read."""
     dims = (q.shape[-1], 0 if v is None else v.shape[-1])
-    if why := unread("triton", k, dims, float8="triton", wide="triton"):
+    if why := unread("triton", k, dims, float8="", wide="triton"):
         text = f"tokenmill.{op}: backend: 'triton' cannot run this call: {'; '.join(why)}"
         raise InputError(text)
 
@@ -71,6 +98,51 @@ def load_keys(
     o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
     p_row = rows.data + offsets_of(rows, cache, o_page, o_j, i_kv, PAGE_SIZE)
     return load_tile(p_row, m_j, DIM, BLOCK, first_col)
+
+
+@triton.jit
+def load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
+    """Of keys o_j, 1 for hidden ones."""
+    o_page = tl.maximum(page_of(cache, i_b, o_j, m_j, PAGE_SIZE), 0)
+    p_scale = scale.data + offsets_of(scale, cache, o_page, o_j, i_kv, PAGE_SIZE)
+    return tl.load(p_scale, mask=m_j, other=1.0)
+
+
+@triton.jit
+def numbers(b_x, dtype: tl.constexpr):
+    """What codes stand for without their scale: exact in 16 bits too. Other numbers stay."""
+    if b_x.dtype == tl.uint8:
+        b_x = rounded(float8_values(b_x), dtype)
+    return b_x
+
+
+@triton.jit
+def scaled(b_qk, b_scale):
+    """Products with keys, [BM, BN], times the scales of keys. Infinity times a row of numbers of
+    both signs is NaN."""
+    b_scale = tl.where(tl.abs(b_scale) < INF, b_scale, float("nan"))
+    return b_qk * b_scale[None, :]
+
+
+@triton.jit
+def key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
+    """q.k of a tile of keys, which lie in a cache unless that is None."""
+    b_qk = dot(b_q, tl.trans(numbers(b_k, b_q.dtype)))
+    scale = None if cache is None else cache.k_scale
+    if scale is not None:
+        b_qk = scaled(b_qk, load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE))
+    return b_qk
+
+
+@triton.jit
+def value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
+    """A tile of values, those of codes in float32: their weights times a scale may lie beyond 16
+    bits."""
+    b_v = numbers(b_v, tl.float32)
+    scale = None if cache is None else cache.v_scale
+    if scale is not None:
+        b_v = b_v * load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)[:, None]
+    return b_v
 
 
 @triton.jit

@@ -70,3 +70,19 @@ def load_keys(keys, i_b, i_h, o_t, m_t, o_d, m_d):
         keys.data + o_row[:, None] + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0
     )
     return b_k, m_t
+
+
+@triton.jit
+def load_scales(scale, keys, i_b, i_h, o_t, m_t):
+    """Of rows o_t of a head: scale lies as keys do, [P, page size, H] with strides that may be 0.
+    1 where masked or where the page is not there."""
+    o_t = o_t.to(tl.int64)
+    i_page = i_b
+    o_row = o_t
+    if keys.table is not None:
+        p_page = keys.table + i_b * keys.table_stride + o_t // keys.page_size
+        i_page = tl.load(p_page, mask=m_t, other=-1).to(tl.int64)
+        m_t = m_t & (i_page >= 0) & (i_page < keys.pages)
+        o_row = o_t % keys.page_size
+    o_scale = i_page * scale.batch + o_row * scale.seq + tl.cast(i_h, tl.int64) * scale.head
+    return tl.load(scale.data + o_scale, mask=m_t, other=1.0)

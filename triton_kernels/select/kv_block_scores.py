@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import INF, Rows, dot, launch
-from ..dense.kv_cache import check_read
+from ..dense.kv_cache import check_read, held, numbers, scale_of, scaled
 from .block_pool_keys import block_pool_keys
-from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, moved
+from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, load_scales, moved
 
 BLOCK_M = 16  # score rows of a program
 TILE_ROWS = 64  # of keys, of a product
@@ -77,7 +77,7 @@ def load_queries(q, i_b, o_h, o_i, m_i, o_d, m_d):
 
 
 @triton.jit
-def tile_scores(q, keys, k_half, pieces, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale,
+def tile_scores(q, keys, k_half, k_scale, pieces, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, scale,
                 BOXES: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """z of a tile, and the rows that are boxes without keys. A row of keys, or both of a box,
     consists of pieces of BLOCK_D columns."""
@@ -92,7 +92,9 @@ def tile_scores(q, keys, k_half, pieces, i_b, i_kh, o_h, o_i, m_i, o_t, m_t, sca
             b_x = b_q.to(tl.float32)
             m_other = tl.where(half == 0, b_x, -b_x) > 0
             b_q = tl.where(m_other, tl.zeros_like(b_q), b_q)
-        b_z += dot(b_q, tl.trans(b_k))
+        b_z += dot(b_q, tl.trans(numbers(b_k, b_q.dtype)))
+    if k_scale is not None:
+        b_z = scaled(b_z, load_scales(k_scale, keys, i_b, i_kh, o_t, m_t))
     m_empty = tl.zeros(o_t.shape, tl.int1)
     if BOXES:
         o_0 = tl.arange(0, 1)
@@ -120,6 +122,7 @@ def score_kernel(
     lengths,
     out,
     k_half,
+    k_scale,
     pieces,
     scale,
     out_batch,
@@ -180,8 +183,8 @@ def score_kernel(
                 o_in = t + o_bt % BLOCK_T
                 o_t = o_block * block_rows + o_in
                 m_t = (o_in < block_rows) & (o_t < end) & (o_t >= begin)
-                b_z, m_empty = tile_scores(q, keys, k_half, pieces, i_b, i_kh, o_h, o_i, m_i, o_t,
-                                           m_t, scale, BOXES, DIM, BLOCK_D)  # fmt: skip
+                b_z, m_empty = tile_scores(q, keys, k_half, k_scale, pieces, i_b, i_kh, o_h, o_i,
+                                           m_i, o_t, m_t, scale, BOXES, DIM, BLOCK_D)  # fmt: skip
                 m_z = (m_t & ~m_empty)[None, :] & (o_t[None, :] < o_end[:, None])
                 b_z = tl.where(m_z & m_i[:, None], b_z, -INF)
                 if BLOCK_T > 1:
@@ -285,12 +288,13 @@ def kv_block_scores(
     m_tiles = triton.cdiv(rows * (1 if grouped else group), BLOCK_M)
     launch(
         score_kernel, batch * kv_heads * m_tiles * n_tiles, q, Rows(q, *q.stride()[:3]),
-        Rows(k, *k.stride()[:3]), block_table, *sizes, *seen, lengths, z,
-        k.stride(3) if scoring == "minmax" else 0, pieces, scale, z.stride(0), rows, blocks,
-        block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles, GROUP=group,
-        GROUPED=grouped, MEAN=head_reduce == "group_mean", MEAN_QUERIES=q_reduce == "mean",
-        CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim, BLOCK_M=BLOCK_M, BLOCK_N=block_n,
-        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4, maxnreg=REGISTERS,
+        Rows(held(k), *k.stride()[:3]), block_table, *sizes, *seen, lengths, z,
+        k.stride(3) if scoring == "minmax" else 0, scale_of(k_scale), pieces, scale, z.stride(0),
+        rows, blocks, block_rows, 1 if q_reduce == "mean" else block_q, kv_heads, m_tiles, n_tiles,
+        GROUP=group, GROUPED=grouped, MEAN=head_reduce == "group_mean",
+        MEAN_QUERIES=q_reduce == "mean", CAUSAL=causal, BOXES=scoring == "minmax", DIM=dim,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     if not votes:
         return z

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import dot, lower_bound, rounded
-from ..dense.kv_cache import length_of, offsets_of, page_of
+from ..dense.kv_cache import length_of, numbers, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
 TILE = tl.constexpr(128)  # entries of a list
@@ -157,15 +157,16 @@ def places_of(rows, extra, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE: t
 
 
 @triton.jit
-def load_columns(places, o_col, m_col):
+def load_columns(places, o_col, m_col, dtype: tl.constexpr):
     """Two loads: where pointers are chosen among, the compiler no longer knows that they are
-    aligned."""
+    aligned. Codes become numbers of dtype, and extra rows beside them."""
     m_tile = places.m_row[:, None] & m_col[None, :]
     b_x = tl.load(places.p_row[:, None] + o_col[None, :], mask=m_tile, other=0.0)
+    b_x = numbers(b_x, dtype)
     if places.p_extra is not None:
         m_extra = places.m_extra[:, None] & m_col[None, :]
         b_extra = tl.load(places.p_extra[:, None] + o_col[None, :], mask=m_extra, other=0.0)
-        b_x = tl.where(m_extra, b_extra, b_x)
+        b_x = tl.where(m_extra, b_extra.to(b_x.dtype), b_x)
     return b_x
 
 
@@ -180,6 +181,7 @@ def load_turned(
     INTERLEAVED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """Rows whose pairs of columns are turned by rows o_turn of the tables, but for extra ones."""
     b_first = None
@@ -190,11 +192,11 @@ def load_turned(
         m_pair = o_pair < PAIRS
         if INTERLEAVED:
             o_col = tl.arange(0, 2 * BLOCK_P)
-            b_xy = load_columns(places, o_col, o_col < 2 * PAIRS)
+            b_xy = load_columns(places, o_col, o_col < 2 * PAIRS, dtype)
             b_x, b_y = tl.split(tl.reshape(b_xy, [b_xy.shape[0], BLOCK_P, 2]))
         else:
-            b_x = load_columns(places, o_pair, m_pair)
-            b_y = load_columns(places, o_pair + PAIRS, m_pair)
+            b_x = load_columns(places, o_pair, m_pair, dtype)
+            b_y = load_columns(places, o_pair + PAIRS, m_pair, dtype)
         o_turn = tl.minimum(tl.maximum(o_turn, 0), positions - 1).to(tl.int64)
         m_table = places.m_row[:, None] & m_pair[None, :]
         p_cos = rope.cos + (o_turn * rope.cos_stride)[:, None] + o_pair[None, :]
@@ -207,7 +209,7 @@ def load_turned(
         b_second = rounded(b_wide_x * b_sin + b_wide_y * b_cos, b_x.dtype)
     if 2 * PAIRS < DIM:
         o_rest = 2 * PAIRS + tl.arange(0, BLOCK_R)
-        b_rest = load_columns(places, o_rest, o_rest < DIM)
+        b_rest = load_columns(places, o_rest, o_rest < DIM, dtype)
     return Columns(b_first, b_second, b_rest)
 
 

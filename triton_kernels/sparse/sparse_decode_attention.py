@@ -37,7 +37,15 @@ from ..dense.attention_decode import tile_of
 from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_partials
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
-from ..dense.kv_cache import Cache, check_read
+from ..dense.kv_cache import (
+    Cache,
+    check_read,
+    held,
+    offsets_of,
+    scale_of,
+    scaled,
+    value_parts,
+)
 from .key_rows import (
     NOWHERE,
     Places,
@@ -75,6 +83,8 @@ def sparse_ranges_kernel(
     table_stride,
     pages,
     capacity,
+    k_scale,
+    v_scale,
     indices,
     counts,
     indices_batch,
@@ -130,7 +140,7 @@ def sparse_ranges_kernel(
         if tl.load(nan + i) == 0:
             return
     STEP_N: tl.constexpr = STEP if AGAIN else BLOCK_N
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity)
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     i_split, i_block, i_h, i_b = decode_program(i, splits, row_blocks, row_heads)
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
@@ -155,7 +165,7 @@ def sparse_ranges_kernel(
     o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
     b_q = load_turned(
         Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
-        BLOCK_P, BLOCK_R,
+        BLOCK_P, BLOCK_R, q.data.dtype.element_ty,
     )  # fmt: skip
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -174,11 +184,18 @@ def sparse_ranges_kernel(
         values = places_of(cache.v, extra_v, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
         o_turn_k = o_t if BY_PLACE else o_j
         b_k = load_turned(
-            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R
-        )
+            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R,
+            q.data.dtype.element_ty,
+        )  # fmt: skip
         o_value = tl.arange(0, BLOCK_V)
-        b_v = load_columns(values, o_value, o_value < VALUE_DIM)
+        b_v = load_columns(values, o_value, o_value < VALUE_DIM, tl.float32)
         b_qk = products(b_q, b_k, HEAD_DIM, PAIRS)
+        if k_scale is not None:
+            p_scale = k_scale.data + offsets_of(k_scale, cache, o_page, o_j, i_kv, PAGE_SIZE)
+            b_qk = scaled(b_qk, tl.load(p_scale, mask=keys.m_row, other=1.0))
+        if v_scale is not None:
+            p_scale = v_scale.data + offsets_of(v_scale, cache, o_page, o_j, i_kv, PAGE_SIZE)
+            b_v = b_v * tl.load(p_scale, mask=keys.m_row, other=1.0)[:, None]
         b_z = scores(b_qk, o_i[:, None], o_t[None, :], terms, head, sequence)
         if log_count is not None:
             p_count = log_count + i_b * log_count_batch + i_kv.to(tl.int64) * log_count_head
@@ -276,6 +293,19 @@ def sparse_decode_attention(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_read("sparse_decode_attention", q, k_cache, v_cache)
+    if len(parts := value_parts(v_cache)) > 1:
+        extra_parts = [None] * len(parts)
+        if extra_v is not None:
+            extra_parts = extra_v.split(parts[0].shape[3], -1)
+        results = [
+            sparse_decode_attention(
+                q, k_cache, part, indices, counts, seqlens_k, block_table, block_k, num_sink,
+                num_recent, pos_mode, cos, sin, interleaved, extra_k, extra, extra_log_count, scale,
+                softcap, sink, num_splits, return_mass and part is parts[0], k_scale, v_scale,
+            )
+            for part, extra in zip(parts, extra_parts, strict=True)
+        ]  # fmt: skip
+        return torch.cat([out for out, *_ in results], -1), *results[0][1:]
     batch, seqlen_q, heads, head_dim = q.shape
     kv_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
     list_heads, entries = indices.shape[1:]
@@ -292,7 +322,7 @@ def sparse_decode_attention(
     extra_count = 0 if extra_k is None else extra_k.shape[1]
     longest = min(num_sink + entries * block_k + num_recent + seqlen_q, FAR) + extra_count
     pairs = 0 if cos is None else cos.shape[1]
-    tile = tile_of(q, value_dim, rows, longest)
+    tile = tile_of(q, v_cache, rows, longest)
     if not INTERPRETED.value:  # where keys lie and how they turn takes registers
         partly = 0 < 2 * pairs < head_dim
         tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
@@ -326,13 +356,15 @@ def sparse_decode_attention(
     programs = batch * row_heads * row_blocks * splits
     inputs = (
         rows_of(q),
-        rows_of(k_cache),
-        rows_of(v_cache),
+        rows_of(held(k_cache)),
+        rows_of(held(v_cache)),
         seqlens_k,
         block_table,
         0 if block_table is None else block_table.stride(0),
         k_cache.shape[0],
         keys,
+        scale_of(k_scale),
+        scale_of(v_scale),
         *lists,
         rope,
         0 if cos is None else cos.shape[0],
