@@ -105,12 +105,14 @@ def oracle(topk: int) -> Choose:
     return choose
 
 
-def sparse(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> Tensor:
-    """Attention to the listed keys. Each query has a list of its own, for all heads."""
-    return tm.block_sparse_attention(
+def sparse(q: Tensor, k: Tensor, v: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
+    """Attention to the listed keys, and what each of them got from all heads, [B, S, K]. Each query
+    has a list of its own, for all heads."""
+    out, mass = tm.block_sparse_attention(
         q, k, v, lists[0][:, None], lists[1][:, None], block_q=1, block_k=1, causal=True,
-        scale=needle.SCALE,
+        scale=needle.SCALE, return_mass=True,
     )  # fmt: skip
+    return out, mass[:, 0]
 
 
 def windows(setup: Setup, steps: int) -> Iterator[Tensor]:
@@ -166,9 +168,9 @@ def train(model: needle.Model, indexers: nn.ModuleList, setup: Setup) -> None:
         def mix(indexer: Indexer, divergences: list = divergences) -> needle.Mix:
             def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 lists = choose(indexer, q, k)
-                target = listed(mass(q, k), lists)
+                out, target = sparse(q, k, v, lists)
                 divergences.append(tm.indexer_kl_loss(*indexer(q, k), *lists, target))
-                return sparse(q, k, v, lists)
+                return out
 
             return attend
 
@@ -198,7 +200,7 @@ def evaluate(
             lists = choose(indexer, q, k)
             held = listed(mass(q, k), lists).sum(-1) / q.shape[2]
             recalls.append(held[:, half:].mean().item())
-            return sparse(q, k, v, lists)
+            return sparse(q, k, v, lists)[0]
 
         return attend
 

@@ -84,6 +84,7 @@ def block_sparse_samples(draw, longest):
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.5])),
         "hostile": draw(st.booleans()),
         "sink": draw(st.booleans()),
+        "return_mass": draw(st.booleans()),
     }
     if draw(st.booleans()):
         lengths = draw(st.lists(st.integers(-3, longest + 9), min_size=batch, max_size=batch))

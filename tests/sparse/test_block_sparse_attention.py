@@ -225,3 +225,44 @@ def test_transposed_lists_hold_the_same_pairs(backend):
         found = [(j, r) for j in range(blocks) for r in listed[ends[j] : ends[j + 1]]]
         assert found == sorted(pairs)
         assert listed[ends[-1] :] == [-1] * (len(listed) - ends[-1])
+
+
+# --- mass ---------------------------------------------------------------------------------------
+
+
+@each_backend
+def test_mass_of_listed_keys_is_their_weight(backend):
+    """Of each head by lists expanded to all heads, and summed over the heads that share a list."""
+    args, kwargs = drawn(
+        backend, sq=3, sk=5, b=1, lists=1, block_q=1, block_k=1, causal=True, sink=True
+    )
+    q, k, v = args[:3]
+    indices, counts = full_lists(q, k, 1, 1)
+    z = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * q.shape[-1] ** -0.5
+    later = torch.ones(z.shape[2:], dtype=torch.bool, device=z.device).triu(3)
+    sink = kwargs["sink"][:, None, None].expand(*z.shape[:3], 1)
+    want = torch.cat([z.masked_fill(later, -INF), sink], -1).softmax(-1)[..., :-1]
+    for lists in (1, 2, 4):
+        own = indices.expand(-1, lists, -1, -1), counts.expand(-1, lists, -1)
+        *plain, mass = run(backend, (q, k, v, *own), kwargs, return_mass=True)
+        close([mass], [want.unflatten(1, (lists, -1)).sum(2)])
+    for a, b in zip(plain, run(backend, (q, k, v, *own), kwargs), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_backend
+def test_mass_counts_what_an_entry_adds(backend):
+    """First and last keys, an id that is repeated and entries behind the count have none."""
+    args, kwargs = drawn(backend, sq=16, sk=48, b=1, h=1, hk=1, lists=1, block_k=4, entries=1)
+    ids = torch.tensor([0, 2, 2, 1, 4, 8, 12, 99, 5], device=args[0].device, dtype=torch.int32)
+    lists = ids.view(1, 1, 1, 9), torch.full((1, 1, 1), 8, dtype=torch.int32, device=ids.device)
+    options = {"causal": True, "num_sink": 4, "num_recent": 9, "return_mass": True}
+    _, lse, mass = run(backend, (*args[:3], *lists), kwargs, **options)
+    assert (mass[0, 0, 0, [0, 2, 3, 6, 7, 8]] == 0).all()
+    assert (mass[0, 0, 0, [1, 4]] > 0).all()
+    listed = mass.sum()
+    ends = run(backend, (*args[:3], lists[0], lists[1] * 0), kwargs, **options)
+    torch.testing.assert_close(listed, (1 - (ends[1] - lse).exp()).sum())
+    q = args[0].requires_grad_()
+    results = run(backend, (q, *args[1:3], *lists), kwargs, **options)
+    assert [r.requires_grad for r in results] == [True, True, False]

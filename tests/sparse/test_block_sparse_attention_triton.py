@@ -27,6 +27,7 @@ CASES = (  # dtype, head dimension, block_q, block_k, options
 KERNELS = {
     "compact_kernel",
     "block_sparse_kernel",
+    "block_sparse_mass_kernel",
     "block_sparse_queries_kernel",
     "block_sparse_keys_kernel",
 }
@@ -47,7 +48,7 @@ def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries
         q, k, k, empty(batch, lists, rows, entries, dtype=torch.int32),
         empty(batch, lists, rows, dtype=torch.int32), block_q, block_k, "causal" in options,
         4 if ends else 0, 100 if ends else 0, 0.1, 5.0 if "softcap" in options else 0.0,
-        empty(batch, dtype=torch.int32) if ends else None, empty(heads) if ends else None,
+        empty(batch, dtype=torch.int32) if ends else None, empty(heads) if ends else None, ends,
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def kernels(capability, *call, **sizes):
 
     def launch():
         args = lowered(*call, **sizes)
-        out, lse = forward.block_sparse_attention(*args)
+        out, lse, _ = forward.block_sparse_attention(*args)
         backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
 
     return compiled(capability, launch)

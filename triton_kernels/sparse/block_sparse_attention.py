@@ -17,6 +17,7 @@ from torch import Tensor
 from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
+from .block_sparse_attention_mass import mass_of
 from .blocks import key_walk, length_of, query_tile
 from .listed import LIST_SIZES, Listed, Statistics, attend
 
@@ -98,6 +99,7 @@ class Call(NamedTuple):
     softcap: float
     lengths: Tensor | None
     sink: Tensor | None
+    return_mass: bool
 
     @property
     def listed(self) -> Listed:
@@ -132,14 +134,14 @@ class Call(NamedTuple):
         }
 
 
-def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*lowered)
     listed = call.listed
     batch, seqlen_q, heads = call.q.shape[:3]
     out = call.q.new_empty((batch, seqlen_q, heads, call.v.shape[3]))
     lse = call.q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
     if out.numel() == 0:
-        return out, lse
+        return out, lse, _mass(call, lse)
     tiles = listed.plan().forward
     lists = listed.compacted()
     entries = call.indices.shape[3]
@@ -159,4 +161,8 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor]:
         listed.query_tiles(tiles),
         **call.options(tiles),
     )
-    return out, lse
+    return out, lse, _mass(call, lse)
+
+
+def _mass(call: Call, lse: Tensor) -> Tensor:
+    return mass_of(call, lse) if call.return_mass else lse.new_empty(0)

@@ -158,8 +158,8 @@ def block_sparse_attention_backward(
     seqlen_k = call.k.shape[1]
     dq = call.q.new_empty(call.q.shape)
     dk, dv = (t.new_empty(t.shape) for t in (call.k, call.v))
-    wants_sink = needs_dsink and call.sink is not None
-    dsink = lse.new_zeros(lse.shape[:2] if wants_sink else 0)
+    sink = call.sink if needs_dsink else None
+    dsink = lse.new_zeros(0 if sink is None else lse.shape[:2])
     if out.numel() == 0:
         return dq, dk.zero_(), dv.zero_(), dsink
     plan = listed.plan()
@@ -217,6 +217,6 @@ def block_sparse_attention_backward(
         WIDTH=width,
         **call.options(plan.keys),
     )
-    if wants_sink:
-        dsink = sink_terms(lse, delta, call.sink).sum(2)
+    if sink is not None:
+        dsink = sink_terms(lse, delta, sink).sum(2)
     return dq, dk, dv, dsink

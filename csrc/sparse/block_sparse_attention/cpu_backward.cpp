@@ -25,8 +25,8 @@ void block_sparse_attention_backward(const BlockSparseBackwardParams& g) {
   const AttentionParams& p = g.forward.attention;
   if (!g.dsink) return;
   for (int64_t head = 0; head < p.batch * p.heads; ++head)
-    g.dsink[head] = sink_gradient(p, head % p.heads, p.lse + head * p.seqlen_q,
-                                  g.delta + head * p.seqlen_q);
+    g.dsink[head] =
+        sink_gradient(p, head % p.heads, p.lse + head * p.seqlen_q, g.delta + head * p.seqlen_q);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,7 +1,7 @@
 #include "core/written.h"
 #include "dense/score_mod.h"
 #include "select/checks.h"
-#include "sparse/block_sparse_attention/params.h"
+#include "sparse/block_sparse_attention/mass.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"
 #include "sparse/gradients.h"
@@ -19,6 +19,7 @@ struct BlockSparseAttentionArgs : Record {
   Optional<double> scale;
   double softcap;
   View seqlens_k, sink;
+  bool return_mass;
 };
 
 // The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
@@ -59,9 +60,31 @@ void run_forward(const BlockSparseParams& d, const View& q) {
   cpu::block_sparse_attention_forward(d);
 }
 
-std::tuple<Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& a) {
+// What the entries of lists got; of size 0 if it is not asked for.
+Array mass_of(const BlockSparseParams& d, const BlockSparseAttentionArgs& a) {
+  const std::vector<int64_t> sizes =
+      a.return_mass ? std::vector<int64_t>(a.indices.sizes) : std::vector<int64_t>{0};
+  Array mass = empty(sizes, a.q, ScalarType::Float);
+  if (mass.numel() == 0) return mass;
+  if (a.q.numel() == 0) {
+    fill(0, mass);
+    return mass;
+  }
+  const BlockSparseMass m{d, mass.mutable_data<float>()};
+#if defined(TOKENMILL_WITH_CUDA)
+  if (a.q.is_cuda) {
+    launch_on_device(kOp, a.q, m);
+    return mass;
+  }
+#endif
+  cpu::block_sparse_attention_mass(m);
+  return mass;
+}
+
+std::tuple<Array, Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& a) {
   BlockSparseParams d = make_params(a);
-  return forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
+  auto [out, lse] = forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
+  return {out, lse, mass_of(d, a)};
 }
 
 struct BlockSparseAttentionOutArgs : Record {
@@ -69,7 +92,7 @@ struct BlockSparseAttentionOutArgs : Record {
   View out;
 };
 
-Array block_sparse_attention_out(const BlockSparseAttentionOutArgs& a) {
+std::tuple<Array, Array> block_sparse_attention_out(const BlockSparseAttentionOutArgs& a) {
   const BlockSparseAttentionArgs& in = a.forward;
   BlockSparseParams d = make_params(in);
   check_like_out(kOp, "out", a.out, out_sizes(in), in.q);
@@ -81,7 +104,8 @@ Array block_sparse_attention_out(const BlockSparseAttentionOutArgs& a) {
                  {"counts", in.counts},
                  {"seqlens_k", in.seqlens_k},
                  {"sink", in.sink}});
-  return forward_into(d.attention, in.q, a.out, [&] { run_forward(d, in.q); });
+  Array lse = forward_into(d.attention, in.q, a.out, [&] { run_forward(d, in.q); });
+  return {lse, mass_of(d, in)};
 }
 
 void run_backward(BlockSparseBackwardParams& p, const View& q) {

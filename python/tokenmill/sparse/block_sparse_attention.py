@@ -22,7 +22,6 @@ from .block_sparse_rules import OP, check_block_sparse, check_block_sparse_out
 from .gradients import cotangents
 
 
-
 class BlockSparseOptions(TypedDict, total=False):
     """Keywords of :func:`block_sparse_attention` beside the sizes of blocks and return_lse."""
 
@@ -48,6 +47,7 @@ def block_sparse_attention(
     block_q: int,
     block_k: int,
     return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
     **options: Unpack[BlockSparseOptions],
 ) -> Tensor: ...
 
@@ -63,8 +63,41 @@ def block_sparse_attention(
     block_q: int,
     block_k: int,
     return_lse: Literal[True],
+    return_mass: Literal[False] = ...,
     **options: Unpack[BlockSparseOptions],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[True],
+    **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    return_lse: Literal[True],
+    return_mass: Literal[True],
+    **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -84,9 +117,10 @@ def block_sparse_attention(
     seqlens_k: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    return_mass: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
     Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
@@ -120,6 +154,7 @@ def block_sparse_attention(
         seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
         sink: ``[H]``: a learnable logit of each head that takes weight and has no value.
         return_lse: also return lse.
+        return_mass: also return the probability that the entries of lists received.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
             last dimension that keep elements apart; it shares no memory with what the call reads.
             Then no input may require a gradient, unless under no_grad.
@@ -127,15 +162,21 @@ def block_sparse_attention(
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log, itself differentiable. A query that sees no key has out 0 and lse -inf (with a
-        sink: lse = sink), and gets no gradient. Gradients: q, k, v, sink; those of keys that nobody
-        lists are 0.
+        natural log, itself differentiable; with return_mass last mass, float32 in the shape of
+        indices: the probabilities of the keys that an entry added, summed over its keys, the
+        queries of its row and the heads that read the list; 0 where it added none (keys among the
+        first and last ones are not the list's). With lists for each query head (expanded, they take
+        no memory) it is that of each head; with block_q = block_k = 1 and lists for all heads the
+        target of :func:`indexer_kl_loss`. There is no gradient through it. A query that sees no
+        key has out 0 and lse -inf (with a sink: lse = sink), and gets no gradient. Gradients: q, k,
+        v, sink; those of keys that nobody lists are 0.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
 
-    Complexity: 2 H (D + Dv) operations for each pair of a query and a key that it sees, backward
-    2.5 to 3.5 times that; memory linear in Sq, Sk and the entries.
+    Complexity: 2 H (D + Dv) operations for each pair of a query and a key that it sees, 2 H D more
+    for those listed with return_mass, backward 2.5 to 3.5 times that; memory linear in Sq, Sk and
+    the entries.
 
     Paper: HiP (Lee et al. 2024), section 3.3; SeerAttention, MInference and native sparse attention
     read such lists too; the softmax is that of FlashAttention-2 (Dao 2023).
@@ -152,7 +193,7 @@ def block_sparse_attention(
     """
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
-    out, lse = call(
+    results = call(
         SPEC,
         lower(
             q,
@@ -170,11 +211,15 @@ def block_sparse_attention(
             seqlens_k=seqlens_k,
             sink=sink,
             return_lse=return_lse,
+            return_mass=return_mass,
         ),
         backend,
         out,
+        used=3 if return_mass else 2 if return_lse else 1,
     )
-    return (out, lse) if return_lse else out
+    asked = (True, return_lse, return_mass)
+    wanted = tuple(r for r, keeps in zip(results, asked, strict=False) if keeps)
+    return wanted if len(wanted) > 1 else wanted[0]
 
 
 def lower(
@@ -194,6 +239,7 @@ def lower(
     seqlens_k: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
+    return_mass: bool = False,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
@@ -202,7 +248,7 @@ def lower(
         check_tensor(op, name, option, optional=True)
     block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
     num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
-    flags = (("causal", causal), ("return_lse", return_lse))
+    flags = (("causal", causal), ("return_lse", return_lse), ("return_mass", return_mass))
     for name, flag in flags:
         check_bool(op, name, flag)
     softcap = as_number(op, "softcap", softcap)
@@ -221,24 +267,32 @@ def lower(
         softcap,
         seqlens_k,
         None if sink is None else widen(sink, q),
+        return_mass,
     )
 
 
-def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, v = lowered[0], lowered[2]
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), _fake_out(*lowered, None)
+    return (q.new_empty((*q.shape[:-1], v.shape[-1])), *_fake_out(*lowered, None))
 
 
-def _fake_out(*arguments: Any) -> Tensor:
-    q = OUT.record(*arguments).q
-    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
+    a = OUT.record(*arguments)
+    batch, sq, heads = a.q.shape[:3]
+    mass = a.indices.shape if a.return_mass else (0,)
+    lse = a.q.new_empty((batch, heads, sq), dtype=torch.float32)
+    return lse, a.q.new_empty(mass, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    keep(ctx, inputs, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, lse, mass = output
+    ctx.mark_non_differentiable(mass)
+    keep(ctx, inputs, out, lse)
 
 
-def _backward(ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ops: Any, ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
     lowered, (out, lse) = kept(ctx)
     dout, dlse = cotangents(dout, dlse, out)
     needs_dsink = FORWARD.needed_gradients(ctx)["sink"]
@@ -348,7 +402,7 @@ SPEC = register_op(
         logarithms=(1,),
         sharding=Sharding(
             {"q k v": "b.h.", "indices": "bh..", "counts": "bh.", "seqlens_k": "b", "sink": "h"},
-            ("b.h.", "bh."),
+            ("b.h.", "bh.", "bh.."),
         ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,

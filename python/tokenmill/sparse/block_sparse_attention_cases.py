@@ -128,6 +128,33 @@ SAMPLES = (
     ),
     Sample("sink, softcap", block_sparse_call(b=1, sq=20, lists=4, sink=True, softcap=1.5)),
     Sample("sink, no keys", block_sparse_call(sq=9, sk=0, sink=True)),
+    Sample(
+        "mass",
+        block_sparse_call(
+            lists=1, entries=5, causal=True, num_sink=5, num_recent=9, return_mass=True, softcap=3.0
+        ),
+    ),
+    Sample(
+        "mass of each head, of wide blocks",
+        block_sparse_call(
+            sq=40,
+            sk=300,
+            b=1,
+            d=72,
+            lists=4,
+            block_k=128,
+            entries=2,
+            sink=True,
+            return_mass=True,
+            seqlens_k=torch.tensor([290], dtype=torch.int32),
+        ),
+    ),
+    Sample(
+        "mass of keys one by one",
+        block_sparse_call(
+            sq=20, block_q=1, block_k=1, entries=17, hostile=True, causal=True, return_mass=True
+        ),
+    ),
     Sample("no keys", block_sparse_call(sk=0)),
     Sample("no queries", block_sparse_call(sq=0)),
     Sample("no requests", block_sparse_call(b=0)),

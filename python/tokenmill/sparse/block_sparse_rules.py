@@ -1,5 +1,5 @@
-"""The rules for a call of block_sparse_attention. csrc/sparse/block_sparse_attention/host.cpp has the
-same rules in the same order and words; the contract test compares the two."""
+"""The rules for a call of block_sparse_attention. Its host.cpp in csrc has the same rules in the
+same order and words; the contract test compares the two."""
 
 from __future__ import annotations
 

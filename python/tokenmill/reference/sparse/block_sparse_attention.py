@@ -2,9 +2,9 @@
 
     z_ij = softcap tanh(scale q_i . k_j / softcap)
 
-A sink of the head is one more logit, without a value.
-Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the query's
-block has j // block_k. end_i is the length, with causal i + 1 + length - Sq.
+A sink of the head is one more logit, without a value. mass_e is what the keys get that entry e
+adds. Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the
+query's block has j // block_k. end_i is the length, with causal i + 1 + length - Sq.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dense._common import expand_heads, scores, softmax, weighted_sum
-from ._common import listed_blocks
+from ._common import listed_blocks, listed_entries
 
 
 def block_sparse_attention(
@@ -31,9 +31,10 @@ def block_sparse_attention(
     softcap: float,
     seqlens_k: Tensor | None,
     sink: Tensor | None,
+    return_mass: bool,
     *,
     upcast: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     visible = visible_keys(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
     )
@@ -43,7 +44,15 @@ def block_sparse_attention(
     z = scores(q, k, scale, softcap, None, None, None, 0.0, upcast)
     p, lse = softmax(z, visible, sink)
     out = weighted_sum(p, expand_heads(v, q.shape[2]).to(p.dtype)).to(q.dtype)
-    return out, lse.to(torch.promote_types(q.dtype, torch.float32))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mass = q.new_zeros(0)
+    if return_mass:
+        added = visible & through_lists(
+            q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
+        )
+        weights = torch.where(added, p.detach(), 0.0)
+        mass = _mass(weights, indices, counts, block_q, block_k)
+    return out, lse.to(wide), mass.to(wide)
 
 
 def visible_keys(
@@ -60,16 +69,63 @@ def visible_keys(
 ) -> Tensor:
     """[B, H, Sq, Sk]: the first keys, the listed ones and the last ones, as far as there are any
     and the query may see them."""
-    batch, sq, heads = q.shape[:3]
-    sk = k.shape[1]
-    at = torch.arange(sk, device=q.device)
+    at = torch.arange(k.shape[1], device=q.device)
+    end = _ends(q, k, causal, seqlens_k)
+    listed = _listed(q, k, indices, counts, block_q, block_k)
+    return (listed | (at < num_sink) | (at >= end - num_recent)) & (at < end)
+
+
+def through_lists(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    num_sink: int,
+    num_recent: int,
+    seqlens_k: Tensor | None,
+) -> Tensor:
+    """[B, H, Sq, Sk]: the keys that lists add to the first and the last ones."""
+    at = torch.arange(k.shape[1], device=q.device)
+    end = _ends(q, k, causal, seqlens_k)
+    listed = _listed(q, k, indices, counts, block_q, block_k)
+    return listed & (at >= num_sink) & (at < end - num_recent)
+
+
+def _ends(q: Tensor, k: Tensor, causal: bool, seqlens_k: Tensor | None) -> Tensor:
+    """[B, 1, Sq, 1]: of the keys that a query may see."""
+    batch, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     n = torch.full((batch,), sk, device=q.device) if seqlens_k is None else seqlens_k.clamp(0, sk)
     end = n[:, None].expand(batch, sq)
     if causal:
         end = end - sq + 1 + torch.arange(sq, device=q.device)
-    end = end[:, None, :, None]  # of what a query may see
+    return end[:, None, :, None]
+
+
+def _listed(
+    q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int
+) -> Tensor:
+    """[B, H, Sq, Sk]: what lists hold."""
+    sq, heads, sk = q.shape[1], q.shape[2], k.shape[1]
     blocks = listed_blocks(indices, counts, -(-sk // block_k))
     blocks = blocks.repeat_interleave(heads // max(blocks.shape[1], 1), 1)
     listed = blocks.repeat_interleave(block_q, 2)[:, :, :sq]
-    listed = listed.repeat_interleave(block_k, 3)[..., :sk]
-    return (listed | (at < num_sink) | (at >= end - num_recent)) & (at < end)
+    return listed.repeat_interleave(block_k, 3)[..., :sk]
+
+
+def _mass(weights: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int) -> Tensor:
+    """Sums of weights [B, H, Sq, Sk] over the rows of each list and the keys of its entries."""
+    batch, heads, sq, sk = weights.shape
+    lists, rows = indices.shape[1:3]
+    blocks = -(-sk // block_k)
+    padding = (0, blocks * block_k - sk, 0, rows * block_q - sq)
+    tiles = torch.nn.functional.pad(weights, padding)
+    sizes = (batch, lists, heads // max(lists, 1), rows, block_q, blocks, block_k)
+    tiles = tiles.reshape(sizes).sum((2, 4, 6))  # [B, lists, rows, blocks]
+    counted = listed_entries(indices, counts, blocks)
+    ids = torch.where(counted, indices, 0).long()
+    if blocks == 0:
+        return tiles.new_zeros(indices.shape)
+    return torch.where(counted, tiles.gather(3, ids), 0.0)

@@ -1,0 +1,37 @@
+#include "cuda/refuse.cuh"
+#include "sparse/block_sparse_attention/kernel_mass.cuh"
+#include "sparse/listed_plan.cuh"
+
+namespace tokenmill {
+namespace cuda::block_sparse_attention {
+namespace {
+
+template <typename T, int kBucket>
+const char* launch_mass(const BlockSparseMass& d, cudaStream_t stream) {
+  using Shape = MassShape<T, kBucket>;
+  const AttentionParams& p = d.attention;
+  MassLaunch m{d};
+  const int64_t block = int64_t{1} << d.log2_block_k;
+  const int64_t owned = block > Shape::kBlockKeys ? block : Shape::kBlockKeys;
+  m.parts = static_cast<int>(ceil_div(d.list.entries << d.log2_block_k, owned));
+  m.aligned = has_whole_chunks<T>(p.q, p.head_dim);
+  m.factor = p.scale * kLog2e;
+  return launch<block_sparse_mass_kernel<T, kBucket>>(
+      p.batch * d.list.heads * d.list.rows * m.parts, kMassThreads, Shape::kSharedBytes, stream, m);
+}
+
+}  // namespace
+}  // namespace cuda::block_sparse_attention
+
+const char* launch_cuda(const BlockSparseMass& d, void* stream) {
+  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    const auto queue = static_cast<cudaStream_t>(stream);
+    const int64_t dim = d.attention.head_dim;
+    using namespace cuda::block_sparse_attention;
+    return dim <= 64    ? launch_mass<T, 64>(d, queue)
+           : dim <= 128 ? launch_mass<T, 128>(d, queue)
+                        : launch_mass<T, 256>(d, queue);
+  });
+}
+
+}  // namespace tokenmill

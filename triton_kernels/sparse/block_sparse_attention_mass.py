@@ -1,0 +1,165 @@
+"""What the entries of the lists of block_sparse_attention got: one program owns keys of one list
+and streams past them the rows that read it, whose scores are computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import (
+    INTERPRETED,
+    dot,
+    head_of,
+    launch,
+    load_rows,
+    load_tile,
+    row_pointers,
+    scores,
+    slice_of,
+)
+from ..dense.attention import tile_options
+from ..dense.attention_backward import load_lse
+from ..dense.attention_decode_merge import rows_of
+from .blocks import length_of, query_tile
+from .listed import LIST_SIZES, Statistics, statistics_at
+
+SIZES = [*LIST_SIZES, "num_sink", "num_recent", "seqlen_q", "seqlen_k", "row_tiles", "heads"]
+SIZES += ["indices_batch", "indices_head", "indices_row", "counts_batch", "counts_head"]
+SIZES += ["counts_row"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def block_sparse_mass_kernel(
+    q,
+    k,
+    lse,
+    mass,
+    lengths,
+    indices,
+    largest,
+    counts,
+    indices_batch,
+    indices_head,
+    indices_row,
+    counts_batch,
+    counts_head,
+    counts_row,
+    list_heads,
+    list_rows,
+    entries,
+    num_sink,
+    num_recent,
+    terms,
+    seqlen_q,
+    seqlen_k,
+    row_heads,
+    shared,
+    heads,
+    row_tiles,
+    tiles,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_N keys of a list. largest: of the ids of a list so far. heads: row heads of a list."""
+    i_row = tl.program_id(0) // tiles
+    i_tile = tl.program_id(0) % tiles
+    i_r = i_row % list_rows
+    i_list = i_row // list_rows % list_heads
+    i_b = (i_row // list_rows // list_heads).to(tl.int64)
+    length = length_of(lengths, seqlen_k, i_b)
+    p_list = indices + i_b * indices_batch + i_list.to(tl.int64) * indices_head
+    p_list += i_r.to(tl.int64) * indices_row
+    p_count = counts + i_b * counts_batch + i_list.to(tl.int64) * counts_head
+    count = tl.load(p_count + i_r.to(tl.int64) * counts_row)
+
+    o_t = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_e = o_t // BLOCK_K
+    o_list = i_row.to(tl.int64) * entries
+    m_e = (o_e < entries) & (o_e < count)
+    b_id = tl.load(p_list + o_e, mask=m_e, other=-1)
+    b_before = tl.load(largest + o_list + o_e - 1, mask=m_e & (o_e > 0), other=-1)
+    m_key = (b_id > tl.maximum(b_before, -1)) & (b_id < tl.cdiv(seqlen_k, BLOCK_K))
+    o_j = tl.where(m_key, b_id, 0) * BLOCK_K + o_t % BLOCK_K
+    m_key = m_key & (o_j >= num_sink) & (o_j < length)
+    o_j = tl.where(m_key, o_j, seqlen_k)
+
+    statistics = Statistics(row_heads * GROUP, seqlen_q)
+    b_mass = tl.zeros([BLOCK_N], tl.float32)
+    for i_h in range(i_list * heads, i_list * heads + heads):
+        head = head_of(terms, i_b, i_h, length)
+        b_k = load_rows(slice_of(k, i_b, i_h // shared, 0, seqlen_k), o_j, HEAD_DIM, BLOCK_D)
+        for i in range(row_tiles):
+            tile = query_tile(i_r, i, i_h, length, seqlen_q, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
+            p_q = row_pointers(q, i_b, tile.o_i, tile.o_h)
+            b_q = load_tile(p_q, tile.m_row, HEAD_DIM, BLOCK_D)
+            o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
+            b_lse = load_lse(lse + o_row, tile.m_row, head)
+            b_qk = dot(b_q, tl.trans(b_k))
+            b_z = scores(b_qk, tile.o_i[:, None], o_j[None, :], terms, head, None)
+            m_seen = tile.m_row[:, None] & m_key[None, :]
+            if CAUSAL:
+                m_seen = m_seen & ((o_j + num_recent)[None, :] < tile.b_end[:, None])
+            b_mass += tl.sum(tl.where(m_seen, tl.exp2(b_z - b_lse[:, None]), 0.0), 0)
+
+    ENTRIES: tl.constexpr = BLOCK_N // BLOCK_K
+    b_sum = tl.sum(tl.reshape(b_mass, [ENTRIES, BLOCK_K]), 1)
+    o_out = i_tile * ENTRIES + tl.arange(0, ENTRIES)
+    tl.store(mass + o_list + o_out, b_sum, mask=o_out < entries)
+
+
+def mass_of(call: Any, lse: Tensor) -> Tensor:
+    """[B, heads, rows, K] of the lists, from the lse of the forward."""
+    listed = call.listed
+    lists, list_rows, entries = call.indices.shape[1:]
+    mass = lse.new_empty(call.indices.shape)
+    if mass.numel() == 0 or lse.numel() == 0:
+        return mass.zero_()
+    tiles = listed.plan().queries
+    block_n = max(1024 if INTERPRETED.value else min(tiles.block_n, 64), call.block_k)
+    parts = triton.cdiv(entries * call.block_k, block_n)
+    num_sink, num_recent, terms, seqlen_q, seqlen_k, row_heads, shared = call.arguments()
+    options = tile_options(tiles._replace(block_n=block_n), call.q.shape[-1], call.v.shape[-1])
+    del options["VALUE_DIM"], options["BLOCK_V"]
+    launch(
+        block_sparse_mass_kernel,
+        call.q.shape[0] * lists * list_rows * parts,
+        call.q,
+        *map(rows_of, (call.q, call.k)),
+        lse,
+        mass,
+        call.lengths,
+        call.indices,
+        call.indices.cummax(-1).values.contiguous(),
+        call.counts,
+        *call.indices.stride()[:3],
+        *call.counts.stride(),
+        lists,
+        list_rows,
+        entries,
+        num_sink,
+        num_recent,
+        terms,
+        seqlen_q,
+        seqlen_k,
+        row_heads,
+        shared,
+        row_heads // lists,
+        listed.query_tiles(tiles),
+        parts,
+        GROUP=listed.group,
+        CAUSAL=call.causal,
+        BLOCK_Q=call.block_q,
+        BLOCK_K=call.block_k,
+        **options,
+    )
+    return mass
