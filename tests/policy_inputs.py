@@ -66,6 +66,40 @@ def new_cache(page: int | None, capacity: int = 64, heads: int = HK) -> policies
     )
 
 
+class TinyIndexer(torch.nn.Module):
+    """Of 3 heads of 8, from what the layer multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.q, self.weights = torch.nn.Linear(H * D, 24), torch.nn.Linear(H * D, 3)
+            self.k = torch.nn.Linear(HK * D, 8)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = q.flatten(2).to(self.k.weight), k.flatten(2).to(self.k.weight)
+        return self.q(q).unflatten(2, (3, 8)), self.k(k), self.weights(q)
+
+
+# Of every policy, with budgets below what there is.
+SPARING: list[tuple[type[policies.Policy], dict[str, Any]]] = [
+    (policies.FullAttention, {}),
+    (policies.TokenSelect, {"k": 8, "num_sink": 2, "num_recent": 4}),
+    (policies.TidalDecode, {"budget": 8, "layer": 2}),
+    (policies.TidalDecode, {"budget": 8, "layer": 2, "lists": "key"}),
+    (policies.Quest, {"budget": 16, "page": 4, "layer": 5}),
+    (policies.HiP, {"budget": 8, "block_q": 4, "num_sink": 2, "num_recent": 8, "layer": 5}),
+    (policies.Indexer, {"topk": 8, "indexer": TinyIndexer()}),
+    (policies.RecycledAttention, {"budget": 8, "stride": 3}),
+    (policies.RecycledAttention, {"budget": 8, "stride": 3, "threshold": 0.5}),
+    (policies.StreamingLLM, {"num_recent": 20}),
+    (policies.H2O, {}),
+    (policies.Keyformer, {}),
+    (policies.SnapKV, {"budget": 16, "window": 8}),
+    (policies.RazorAttention, {"local": 8, "slack": 4, "retrieval": (1,)}),
+]
+
+
 def run(policy: policies.Policy, tokens: Tokens) -> Tensor:
     """[steps, B, H, Dv]"""
     out = policy.prefill(*tokens.prompt, lengths=torch.tensor(LENGTHS, dtype=torch.int32))

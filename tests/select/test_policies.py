@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from policy_inputs import (
     STEPS,
     D,
     H,
+    TinyIndexer,
     attend,
     best,
     draw,
@@ -152,6 +154,36 @@ def test_recycled_attention(page):
     check(
         policies.RecycledAttention(new_cache(page), budget=budget, stride=stride), draw(), literal
     )
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("page", [None, 4])
+def test_indexer(page, given):
+    """Prompts, too: each query attends to the keys that the indexer scores highest for it."""
+    topk, indexer, tokens = 6, TinyIndexer(), draw()
+    exact = copy.deepcopy(indexer).double()
+    policy = policies.Indexer(
+        new_cache(page), topk=topk, indexer=None if given else indexer,
+        index_cache=torch.full((*new_cache(page).k.shape[:2], 8), math.nan) if given else None,
+    )  # fmt: skip
+
+    def beside(q, k):
+        return {"index": indexer(q, k)} if given else {}
+
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    outs = [policy.prefill(*tokens.prompt, lengths=lengths, **beside(*tokens.prompt[:2]))]
+    outs += [policy.step(*step, **beside(*step[:2])) for step in tokens.steps]
+    for b, n in enumerate(LENGTHS):
+        q, k, v = tokens.of(b)
+        index_q, index_k, weights = (t[0] for t in exact(q[None], k[None]))
+        scores = (weights[..., None] * (index_q @ index_k.T[None]).relu()).sum(1)
+        got = torch.cat([outs[0][b, :n], *(out[b] for out in outs[1:])]).double()
+        for i in range(n + STEPS):
+            chosen = best(scores[i, : i + 1], topk)
+            want = over(q[i], k, v, [chosen] * HK)
+            torch.testing.assert_close(got[i], want, rtol=0, atol=2e-5)
+    listed = len(LENGTHS) * topk * HK * (D + DV)
+    assert policy.bytes_read == 4 * (listed + (sum(LENGTHS) + 2 * STEPS) * 8)
 
 
 def turned(x: Tensor, position: int) -> Tensor:

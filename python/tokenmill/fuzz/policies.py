@@ -32,9 +32,14 @@ def _both(**options: Any) -> tuple[Make, ...]:
     return (lambda r: _dense(r, **options), lambda r: _paged(r, **options))
 
 
+def _indexer(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of queries and keys of any shape."""
+    return q[..., :8], k.sum(2)[..., :8], q.sum(3)
+
+
 _RAZOR = {"retrieval": (0,), "num_sink": 1, "local": 6, "slack": 3}
 POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
-    policies.FullAttention: _both(),
+    policies.FullAttention: (*_both(), *_both(padding="left")),
     policies.TokenSelect: (
         *_both(k=4, num_sink=2, num_recent=3),
         lambda r: _dense(
@@ -56,6 +61,10 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         *_both(budget=4, block_q=4, num_sink=2, num_recent=3, refresh_interval=2, dense_layers=0),
         lambda r: _dense(r, budget=4, num_recent=3, refresh_interval=1, layer=3, lists="key"),
     ),
+    policies.Indexer: (
+        *_both(topk=4, indexer=_indexer),
+        lambda r: _dense(r, topk=4, indexer=_indexer, index_cache=r(2, 24, 8)),
+    ),
     policies.RecycledAttention: (
         *_both(budget=5, stride=2),
         *_both(budget=5, threshold=0.5),
@@ -64,9 +73,9 @@ POLICIES: dict[type[policies.Policy], tuple[Make, ...]] = {
         *_both(num_sink=2, num_recent=6),
         lambda r: _dense(r, num_sink=2, num_recent=6, rope=(r(13, 8).float(), r(13, 8).float())),
     ),
-    policies.H2O: (lambda r: _dense(r, heavy=3, recent=3),),
-    policies.Keyformer: (lambda r: _dense(r, budget=6, recent=3),),
-    policies.SnapKV: (lambda r: _dense(r, budget=8, window=4),),
+    policies.H2O: (*_both(heavy=3, recent=3), *_both(heavy=3, recent=3, more=True)),
+    policies.Keyformer: _both(budget=6, recent=3),
+    policies.SnapKV: (*_both(budget=8, window=4), *_both(budget=8, window=4, more=True)),
     policies.RazorAttention: (  # the cache is that of one of two key heads
         lambda r: _dense(r, **_RAZOR, **r.cache(24, hk=1)),
         lambda r: _paged(r, **_RAZOR, k_cache=r(8, 8, 1, 16), v_cache=r(8, 8, 1, 16)),
@@ -91,7 +100,10 @@ def policy_targets() -> list[Target]:
             chosen = {k: v for k, v in arguments.items() if k in options}
             policy = method(cache, **{"backend": backend, **chosen})
             prompt = (arguments[f"prompt_{name}"] for name in "qkv")
-            outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"))]
+            how = {name: arguments[name] for name in ("more", "padding") if name in arguments}
+            outs = [policy.prefill(*prompt, lengths=arguments.get("lengths"), **how)]
+            if arguments.get("more"):
+                policy.prefill(*(arguments[f"step_{name}"] for name in "qkv"))
             for call in ("step", "step", "extend", "correct"):
                 if hasattr(policy, call):
                     new = (arguments[f"step_{name}"] for name in "qkv")
@@ -99,12 +111,12 @@ def policy_targets() -> list[Target]:
             return [*outs[1:], policy.kept]  # rows behind the lengths mean nothing
 
         name = f"policies.{method.__name__}"
-        known, written = (*_INPUTS, *options), ("k_cache", "v_cache")
+        known, written = (*_INPUTS, *options), ("k_cache", "v_cache", "index_cache")
         found.append(Target(name, run, samples_of(makes), given_by, known, written))
     return found
 
 
 _INPUTS = (
-    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "step_q",
-    "step_k", "step_v",
+    "k_cache", "v_cache", "block_table", "prompt_q", "prompt_k", "prompt_v", "lengths", "padding",
+    "more", "step_q", "step_k", "step_v",
 )  # fmt: skip

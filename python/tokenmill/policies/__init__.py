@@ -1,8 +1,9 @@
 """KV selection methods behind one interface, each a short composition of operators.
 
-A policy is one layer's attention: `prefill` reads prompts (with full attention, but where the
-method has more to say) and `step` attends for one new token of each request, to the keys that the
-method chooses. All take grouped query heads, requests of different lengths, and any backend.
+A policy is one layer's attention: `prefill` reads prompts, whole or in chunks (with full attention,
+but where the method has more to say), and `step` attends for the new tokens of each request, one or
+several, to the keys that the method chooses. All take grouped query heads, requests of different
+lengths, padding on either side, caches in pages, and any backend.
 
 | policy | keys attended to | cache |
 |---|---|---|
@@ -11,11 +12,12 @@ method chooses. All take grouped query heads, requests of different lengths, and
 | :class:`TidalDecode` | those that an earlier layer selected | dense or pages |
 | :class:`Quest` | pages with the largest bounds | dense or pages |
 | :class:`HiP` | blocks that a tree search finds, sink, recent | dense or pages |
+| :class:`Indexer` | those that an indexer of the model scores highest | dense or pages |
 | :class:`RecycledAttention` | those of the last full step, new ones | dense or pages |
 | :class:`StreamingLLM` | sink, recent | dense or pages; evicts |
-| :class:`H2O` | those with the most attention so far, recent | dense; evicts |
-| :class:`Keyformer` | the same, with noise | dense; evicts |
-| :class:`SnapKV` | those that the end of the prompt attends to, all later ones | dense; evicts |
+| :class:`H2O` | those with the most attention so far, recent | dense or pages; evicts |
+| :class:`Keyformer` | the same, with noise | dense or pages; evicts |
+| :class:`SnapKV` | those that the prompt's end attends to, later ones | dense or pages; evicts |
 | :class:`RazorAttention` | all in retrieval heads; sink, recent, a mean | dense or pages; evicts |
 
 Example:
@@ -33,6 +35,7 @@ Example:
 from .cache import KVCache
 from .evicting import H2O, Keyformer, RazorAttention, SnapKV, StreamingLLM
 from .hip import HiP
+from .indexer import Indexer
 from .policy import FullAttention, Policy, stack
 from .retrieval import profile_retrieval_heads
 from .selecting import Quest, RecycledAttention, TidalDecode
@@ -42,6 +45,7 @@ __all__ = [
     "H2O",
     "FullAttention",
     "HiP",
+    "Indexer",
     "KVCache",
     "Keyformer",
     "Policy",

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .._check import (
+    as_int,
     check,
     check_device_of,
     check_dtype,
     check_dtype_of,
     check_tensor,
     fail,
+    reads_values,
     show,
     synchronising_checks,
 )
@@ -22,6 +24,7 @@ from .._written import check_written
 from ..select.kv_cache_compact import kv_cache_compact
 
 NAME = "policies.KVCache"
+Back = int | Sequence[int] | Tensor  # tokens to take back, of each request
 
 
 class KVCache:
@@ -93,16 +96,9 @@ class KVCache:
         """Holds the first lengths[b] tokens of k ``[B, S, Hk, D]`` and v; None: all."""
         self._check_tokens(k, v)
         tokens = k.shape[1]
-        check_tensor(NAME, "lengths", lengths, optional=True)
-        if lengths is not None:
-            check_int32(NAME, "lengths", lengths)
-            check_device_of(NAME, "lengths", lengths, "the cache", self.k)
-            rule = f"must have shape {show(self.lengths.shape)}"
-            check(lengths.shape == self.lengths.shape, NAME, "lengths", rule, lengths.shape)
+        own = self.count(tokens, lengths)
         check(tokens <= self.capacity, NAME, "k", f"must fit into {self.capacity}", tokens)
-        full = torch.full_like(self.lengths, tokens)
-        self.lengths = full if lengths is None else lengths.clamp(0, tokens)
-        self.longest = tokens
+        self.lengths, self.longest = own, tokens
         if self.block_table is None:
             self.k[:, :tokens], self.v[:, :tokens] = k.detach(), v.detach()
             return
@@ -117,15 +113,56 @@ class KVCache:
         check(k.shape[1] == 1, NAME, "k", "must have 1 token", k.shape[1])
         self.extend(k, v)
 
-    def extend(self, k: Tensor, v: Tensor) -> None:
-        """Adds tokens to each request, the same number to all: k ``[B, n, Hk, D]``."""
+    def extend(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Adds the first lengths[b] tokens of k ``[B, n, Hk, D]`` and v to each request; None: all.
+        In pages, lengths make the host wait. `longest` grows by n."""
+        self.check_room(k, v)
+        added = self.count(k.shape[1], lengths)
+        slots = self._slots(self._last(0, k.shape[1]))
+        if lengths is None or self.block_table is None:  # dense: what lies beyond means nothing
+            self._write(*slots, k, v)
+        else:
+            there = torch.arange(k.shape[1], device=k.device) < added[:, None]
+            self._write(slots[0][there], slots[1][there], k[there], v[there])
+        self.lengths = self.lengths + added
+        self.longest += k.shape[1]
+
+    def check_room(self, k: Tensor, v: Tensor) -> None:
+        """Raises unless k ``[B, n, Hk, D]`` and v are tokens that can be added."""
         self._check_tokens(k, v)
-        tokens = k.shape[1]
-        longest = self.longest + tokens
+        longest = self.longest + k.shape[1]
         check(longest <= self.capacity, NAME, "k", f"must fit into {self.capacity}", longest)
-        self._write(*self._slots(self._last(0, tokens)), k, v)
-        self.lengths = self.lengths + tokens
-        self.longest = longest
+
+    def rewind(self, tokens: Back) -> None:
+        """Takes back the last tokens of each request: a number, one for each request, or int32
+        ``[B]``. Of a tensor on a GPU the host does not learn how many: `longest` stays."""
+        batch = self.lengths.shape[0]
+        least = 0
+        if isinstance(tokens, Tensor):
+            back = self._checked_lengths(tokens, "tokens").clamp(min=0)
+        else:
+            given = [*tokens] if isinstance(tokens, tuple | list) else [tokens] * batch
+            numbers = [as_int(NAME, "tokens", n) for n in given]
+            rule = f"must be a number or one for each request, {batch}"
+            check(len(numbers) == batch, NAME, "tokens", rule, len(numbers))
+            wrong = [n for n in numbers if not 0 <= n <= self.longest]
+            check(not wrong, NAME, "tokens", f"must be 0 to {self.longest}", wrong and wrong[0])
+            least = min(numbers, default=0)
+            back = torch.tensor(numbers, dtype=torch.int32, device=self.k.device)
+        self.lengths = (self.lengths - back).clamp(min=0)
+        self.longest -= least
+        if reads_values(self.lengths):
+            self.longest = max(self.lengths.tolist(), default=0)
+
+    def count(self, tokens: int, lengths: Tensor | None) -> Tensor:
+        """int32 ``[B]``: how many of so many tokens count for each request."""
+        if lengths is None:
+            return torch.full_like(self.lengths, tokens)
+        return self._checked_lengths(lengths, "lengths").clamp(0, tokens)
+
+    def clear(self) -> None:
+        """Takes all tokens back."""
+        self.lengths, self.longest = torch.zeros_like(self.lengths), 0
 
     def replace(self, k: Tensor, v: Tensor) -> None:
         """Overwrites the last n tokens of each request: k ``[B, n, Hk, D]``. On a GPU it is not
@@ -146,14 +183,47 @@ class KVCache:
         page = page.clamp(0, max(self.k.shape[0] - 1, 0))
         return self.k[page, row], self.v[page, row]
 
+    def dense(self, t: Tensor) -> Tensor:
+        """The cache's k or v as ``[B, capacity, Hk, D]``; of pages a copy."""
+        if self.block_table is None:
+            return t
+        at = torch.arange(self.capacity, device=t.device)
+        page, row = self._slots(at.expand(len(self.lengths), -1))
+        return t[page.clamp(0, max(t.shape[0] - 1, 0)), row]
+
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
-        """Keeps the slots of lists ``[B, K]`` or (dense) ``[B, Hk, K]``; see kv_cache_compact."""
-        kv_cache_compact(
-            self.k, self.v, keep, counts, seqlens_k=self.lengths, block_table=self.block_table,
-            backend=backend,
-        )  # fmt: skip
+        """Keeps the slots of lists ``[B, K]`` or ``[B, Hk, K]``; see kv_cache_compact. In pages,
+        lists of heads make the host wait."""
+        if self.block_table is not None and keep.dim() == 3:
+            self._compact_heads(keep, counts)
+        else:
+            kv_cache_compact(
+                self.k, self.v, keep, counts, seqlens_k=self.lengths, block_table=self.block_table,
+                backend=backend,
+            )  # fmt: skip
         self.lengths = counts if counts.dim() == 1 else counts[:, 0]
         self.longest = min(self.longest, keep.shape[-1])
+
+    def _compact_heads(self, keep: Tensor, counts: Tensor) -> None:
+        """Moves entry i of each head's list to slot i."""
+        place = torch.arange(keep.shape[2], device=keep.device)
+        b, head, slot = torch.where(place < counts[..., None])
+        source, target = keep[b, head, slot].long(), slot
+        size = self.k.shape[1]
+        assert self.block_table is not None
+        table = self.block_table.long()
+        old = table[b, source // size], source % size, head
+        new = table[b, target // size], target % size, head
+        for t in (self.k, self.v):
+            t[new] = t[old]
+
+    def _checked_lengths(self, lengths: Tensor, name: str) -> Tensor:
+        check_tensor(NAME, name, lengths, optional=name == "lengths")
+        check_int32(NAME, name, lengths)
+        check_device_of(NAME, name, lengths, "the cache", self.k)
+        rule = f"must have shape {show(self.lengths.shape)}"
+        check(lengths.shape == self.lengths.shape, NAME, name, rule, lengths.shape)
+        return lengths
 
     def _check_tokens(self, k: Tensor, v: Tensor) -> None:
         batch = self.lengths.shape[0]

@@ -1,4 +1,4 @@
-"""Policies that evict keys. Those with a list for each head need dense caches."""
+"""Policies that evict keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from .._check import as_int, check, check_tensor
-from ..dense.attention import attention
 from ..select.attention_column_scores import attention_column_scores
 from ..select.kv_cache_compact import kv_cache_compact
 from ..select.topk_select import topk_select
@@ -44,26 +43,17 @@ class StreamingLLM(Policy):
     rope: Rope | None = None
     interleaved: bool = False
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        turned_q, turned_k, rope = q, k, self.rope
-        if rope is not None:
-            self._check_prompt(q, k)
-            tokens = q.shape[1]
-            check_rope(self._name, rope, q, tokens, "each token of the prompt")
-            at = torch.arange(tokens, device=q.device)
-            turned_q, turned_k = (rotated(x, rope, at, self.interleaved) for x in (q, k))
-        out, lse = attention(
-            turned_q, turned_k, v, scale=self.scale, causal=True, return_lse=True,
-            backend=self.backend,
-        )  # fmt: skip
-        self.begin(q, k, v, lse, lengths=lengths)
-        return out
+    def _turned(self, x: Tensor, at: Tensor, positions: int) -> Tensor:
+        if self.rope is None:
+            return x
+        check_rope(self._name, self.rope, x, positions, "each token of the prompt")
+        return rotated(x, self.rope, at, self.interleaved)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         if cache.longest == cache.capacity:
             self._evict()
-        self._append(q, k, v)
+        self._append(k, v)
         nothing = cache.lengths.new_zeros(len(cache.lengths), 1)
         out, _ = self._attend(
             q, nothing[..., None], nothing, num_sink=self.num_sink, num_recent=self.num_recent,
@@ -117,7 +107,7 @@ class H2O(Policy):
         self._counts = n[:, None].repeat(1, k.shape[2])
         self._evict(scores)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         if cache.longest == cache.capacity:
             cache.compact(self._list, self._counts, self.backend)
@@ -125,7 +115,7 @@ class H2O(Policy):
                 self._list
             )
         newest = self._counts[..., None].long()
-        self._append(q, k, v)
+        self._append(k, v)
         pad = (*newest.shape[:2], 1)
         slot = (cache.lengths - 1)[:, None, None].expand(pad)
         lists = torch.cat([self._list, slot.new_zeros(pad)], -1).scatter(-1, newest, slot)
@@ -180,12 +170,12 @@ class Keyformer(Policy):
         self._most = min(max(most(self.budget, tokens), 1), self.cache.capacity)
         self._evict(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        self._append(q, k, v)
+        self._append(k, v)
         self._steps += 1
         out = self._attend_all(q)
-        new = self._scores_of(q, cache.k, seqlens_k=cache.lengths)
+        new = self._scores_of(q, cache.dense(cache.k), seqlens_k=cache.lengths)
         new[..., : self._scores.shape[-1]] += self._scores
         self._evict(new)
         self._reads.append((cache.lengths, cache.key_bytes))
@@ -244,8 +234,12 @@ class SnapKV(Policy):
         )  # fmt: skip
         self.cache.compact(keep.unflatten(0, (-1, heads)), counts.view(-1, heads), self.backend)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(q, k, v)
+    @property
+    def _at_once(self) -> bool:
+        return True
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
         return self._attend_all(q)
 
 
@@ -300,7 +294,7 @@ class RazorAttention(Policy):
         for part, own in zip(self._parts, self._heads, strict=True):
             part.begin(q, k[:, :, own], v[:, :, own], lse, lengths=lengths)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, t in (("q", q), ("k", k), ("v", v)):
             check_tensor(self._name, name, t)
             check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, 1, H, D]", t.dim())
@@ -348,12 +342,12 @@ class _Compensated(Policy):
         most = min(self.num_sink + self._width, tokens)
         self.cache.fill(k[:, :most], v[:, :most], counts)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
         if cache.longest == cache.capacity:  # what goes is in the sums
             keep, counts = first_and_last(cache.lengths, self.num_sink, self._local, self._width)
             cache.compact(keep, counts, self.backend)
-        self._append(q, k, v)
+        self._append(k, v)
         self._drop()
         count = self._dropped[:, None, :, None].clamp(min=1)
         last = span((cache.lengths - self._local).clamp(min=0), self._width)[:, None]

@@ -64,9 +64,9 @@ class HiP(Keeping):
         short = self.refresh_interval <= self.num_recent
         check(short, self._name, "refresh_interval", rule, self.refresh_interval)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         if self.layer < self.dense_layers:
-            return super().prefill(q, k, v, lengths=lengths)
+            return super()._first(q, k, v, lengths)
         self._start(q, k, v, lengths)
         if lengths is None:
             return self._hip(q, k, v)
@@ -81,24 +81,46 @@ class HiP(Keeping):
     ) -> None:
         self._start(q, k, v, lengths)
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         if self.layer < self.dense_layers:
-            return super().extend(q, k, v)
+            return super().extend(q, k, v, lengths=lengths)
         self._check_prompt(q, k)
-        before, tokens = self.cache.lengths, q.shape[1]
-        self.cache.extend(k, v)
+        before = self.cache.lengths
+        self.cache.extend(k, v, lengths)
         self._reads, self._found = [], HipLists()
+        if lengths is None:
+            return self._chunk(q, before, slice(None))
+        outs = []
+        for b, n in enumerate((self.cache.lengths - before).tolist()):
+            one = slice(b, b + 1)
+            out = self._chunk(q[one, :n], before[one], one)
+            outs.append(pad(out, (0, 0, 0, 0, 0, q.shape[1] - n)))
+        return torch.cat(outs) if outs else self._chunk(q, before, slice(None))
+
+    def _chunk(self, q: Tensor, before: Tensor, requests: slice) -> Tensor:
+        """Of queries behind the first before[b] tokens of some requests, block by block."""
+        tokens, cache = q.shape[1], self.cache
+        table = cache.block_table
+        keys = (cache.k[requests], cache.v[requests]) if table is None else (cache.k, cache.v)
+        table = None if table is None else table[requests]
         outs = [
-            self._cached(q[:, i : i + self.block_q], before + min(i + self.block_q, tokens))
+            self._hip(
+                q[:, i : i + self.block_q], *keys, before + min(i + self.block_q, tokens), table
+            )
             for i in range(0, max(tokens, 1), self.block_q)
         ]
         return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(q, k, v)
+    @property
+    def _at_once(self) -> bool:
+        return self.layer < self.dense_layers
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
-        out = self._cached(q, self.cache.lengths, self._found)
+        cache = self.cache
+        out = self._hip(q, cache.k, cache.v, cache.lengths, cache.block_table, self._found)
         self._note_reads()
         return out
 
@@ -106,11 +128,6 @@ class HiP(Keeping):
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
         self._found = HipLists()
-
-    def _cached(self, q: Tensor, n: Tensor, found: HipLists | None = None) -> Tensor:
-        """Of queries that are the last of the first n[b] tokens."""
-        cache = self.cache
-        return self._hip(q, cache.k, cache.v, n, cache.block_table, found)
 
     def _hip(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None = None,

@@ -16,15 +16,20 @@ from .._check import (
     check,
     check_bool,
     check_device_of_q,
+    check_dtype,
     check_tensor,
     check_text,
+    fail,
+    reads_values,
+    show,
 )
 from ..dense.attention import attention
 from ..dense.attention_decode import attention_decode
 from ..masks import INT32_MAX
 from ..select.hip_block_select import HeadReduce
 from ..sparse.sparse_decode_attention import sparse_decode_attention
-from .cache import KVCache
+from .cache import Back, KVCache
+from .chunks import Waiting, attend_last, joined, rolled
 
 # Each query head or each key head has a list of its own: the head_reduce of the scores for each.
 Lists = Literal["query", "key"]
@@ -63,6 +68,8 @@ class Policy:
     def __post_init__(self) -> None:
         self._check_fields()
         self._reads: list[tuple[Tensor, int]] = []  # rows, and bytes of one
+        self._waiting: Waiting | None = None  # of a prompt whose last chunk is to come
+        self._token = 0  # of a step of several
         self._list: Tensor  # selected keys [B, 1 | Hk, K], and how many
         self._counts: Tensor
         self._query: Tensor  # for which they were selected [B, 1, H, D]
@@ -98,23 +105,106 @@ class Policy:
                 check_bool(self._name, name, value)
             setattr(self, name, value)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Causal attention over prompts, then :meth:`begin`.
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, more: bool = False,
+        padding: str = "right",
+    ) -> Tensor:  # fmt: skip
+        """Causal attention over prompts, or over their next chunks, then :meth:`begin`.
+
+        A policy that keeps every key reads further chunks at any time: of a prompt, of the next
+        turn. A policy that evicts chooses at the end of a prompt, and must know where that is.
 
         Args:
-            q: ``[B, S, H, D]``, prompts padded on the right with anything finite.
+            q: ``[B, S, H, D]``, prompts padded with anything finite.
             k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``.
-            lengths: int32 ``[B]``, tokens of each prompt; None: S. Rows of the result beyond
-                them mean nothing.
+            lengths: int32 ``[B]``, tokens of each prompt or chunk; None: S. Rows of the result
+                beyond them mean nothing.
+            more: further chunks of these prompts follow. Policies that evict hold the queries, keys
+                and values of a prompt until its last chunk; for the others it means nothing.
+            padding: "right" or "left", the side on which tokens are missing.
 
         Returns:
-            ``[B, S, H, Dv]``.
+            ``[B, S, H, Dv]``, padded as q.
         """
+        self._check_prompt(q, k)
+        check_bool(self._name, "more", more)
+        check_text(self._name, "padding", padding)
+        rule = "must be 'right' or 'left'"
+        check(padding in ("right", "left"), self._name, "padding", rule, padding)
+        count = self._count(q, k, v, lengths)
+        if padding == "right" or lengths is None:
+            return self._prefill(q, k, v, lengths, more)
+        q, k, v = (rolled(x, count - q.shape[1]) for x in (q, k, v))
+        return rolled(self._prefill(q, k, v, lengths, more), q.shape[1] - count)
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
+    ) -> Tensor:
+        """prefill() of prompts padded on the right, by a policy that evicts."""
+        rule = "must be True in all chunks of a prompt but the last, as keys are evicted behind it"
+        check(self.cache.longest == 0, self._name, "more", rule, False)
+        if more or self._waiting is not None:
+            return self._read_chunk_of_prompt(q, k, v, lengths, more)
+        at = torch.arange(q.shape[1], device=q.device)
+        turned_q, turned_k = (self._turned(x, at, q.shape[1]) for x in (q, k))
         out, lse = attention(
-            q, k, v, scale=self.scale, causal=True, return_lse=True, backend=self.backend
-        )
+            turned_q, turned_k, v, scale=self.scale, causal=True, return_lse=True,
+            backend=self.backend,
+        )  # fmt: skip
         self.begin(q, k, v, lse, lengths=lengths)
         return out
+
+    def _turned(self, x: Tensor, at: Tensor, positions: int) -> Tensor:
+        """Queries or keys as prompts attend with them, at positions [S] or [B, S]."""
+        return x
+
+    def _read_chunk_of_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
+    ) -> Tensor:
+        count, tokens, capacity = self._count(q, k, v, lengths), q.shape[1], self.cache.capacity
+        waiting = self._waiting or Waiting.nothing(q, k, v, count)
+        for name, new, old in (("q", q, waiting.q), ("k", k, waiting.k), ("v", v, waiting.v)):
+            same = new.shape[2:] == old.shape[2:] and new.dtype == old.dtype
+            rule = f"must have heads, columns and dtype of the chunks before, {show(old.shape)} of "
+            check(same, self._name, name, rule + show(old.dtype), new.shape)
+        before = waiting.lengths
+        total = before + count
+        if reads_values(total):
+            most = max(total.tolist(), default=0)
+            check(most <= capacity, self._name, "k", f"must fit into {capacity}", most)
+        width = min(waiting.k.shape[1] + tokens, capacity)
+        total = total.clamp(max=width)
+        keys, values = (
+            joined(old, new, before, width) for old, new in ((waiting.k, k), (waiting.v, v))
+        )
+        at = torch.arange(width, device=q.device)
+        own = torch.arange(tokens, device=q.device)
+        asks = self._turned(q, (before[:, None] + own).clamp(max=max(width - 1, 0)), width)
+        out, lse = attend_last(
+            asks, self._turned(keys, at, width), values, total, count, scale=self.scale,
+            backend=self.backend,
+        )  # fmt: skip
+        queries, lses = (
+            joined(old, new, before, width) for old, new in ((waiting.q, q), (waiting.lse, lse))
+        )
+        self._waiting = Waiting(queries, keys, values, lses, total)
+        if not more:
+            self._waiting = None
+            self.begin(queries, keys, values, lses.transpose(1, 2).contiguous(), lengths=total)
+        return out
+
+    def _count(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """int32 [B]: tokens of each request."""
+        check_tensor(self._name, "v", v)
+        check(v.dim() == 4, self._name, "v", "must have 4 dimensions [B, S, H, D]", v.dim())
+        rule = f"must have the tokens of q, {q.shape[1]}"
+        check(v.shape[1] == q.shape[1], self._name, "v", rule, v.shape)
+        batch = len(self.cache.lengths)
+        rule = f"must have the requests of the cache, {batch}"
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            check(t.shape[0] == batch, self._name, name, rule, t.shape)
+            check_device_of_q(self._name, name, t, q)
+        return self.cache.count(q.shape[1], lengths)
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -128,6 +218,7 @@ class Policy:
         for name, t in (("q", q), ("k", k)):
             check_tensor(self._name, name, t)
             check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, S, H, D]", t.dim())
+            check_dtype(self._name, name, t, float64=True)
         check_device_of_q(self._name, "k", k, q)
         rule = f"must have the tokens of q, {q.shape[1]}"
         check(k.shape[1] == q.shape[1], self._name, "k", rule, k.shape)
@@ -135,16 +226,61 @@ class Policy:
         check(k.shape[3] == q.shape[3], self._name, "k", rule, k.shape[3])
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one new token of each request.
+        """Attention of the new tokens of each request: one, or several whose keys are known, as of
+        a draft. The result is that of a step for each token.
 
         Args:
-            q: ``[B, 1, H, D]``.
-            k, v: ``[B, 1, Hk, D]`` and ``[B, 1, Hk, Dv]``.
+            q: ``[B, n, H, D]``.
+            k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
 
         Returns:
-            ``[B, 1, H, Dv]``.
+            ``[B, n, H, Dv]``.
         """
+        self._check_prompt(q, k)
+        tokens = q.shape[1]
+        check(tokens >= 1, self._name, "q", "must have at least 1 token", tokens)
+        rule = "must be False in the last chunk of a prompt, before a step"
+        check(self._waiting is None, self._name, "more", rule, True)
+        self._check_step(k, v)
+        self._token = 0
+        if tokens == 1 or self._at_once:
+            return self._step(q, k, v)
+        self._count(q, k, v, None)
+        outs, reads = [], []
+        for self._token in range(tokens):
+            outs.append(self._step(*(x[:, self._token : self._token + 1] for x in (q, k, v))))
+            reads += self._reads
+        self._reads = reads
+        return torch.cat(outs, 1)
+
+    def _check_step(self, k: Tensor, v: Tensor) -> None:
+        """Raises unless there is room for the tokens of a step."""
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether _step takes several tokens."""
+        return False
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """step() of one token."""
         raise NotImplementedError
+
+    def rewind(self, tokens: Back) -> None:
+        """Takes back the last tokens of each request, as drafts that were refused.
+
+        Args:
+            tokens: a number, one for each request, or int32 ``[B]``. Of a tensor on a GPU the host
+                does not learn how much room it gives back.
+
+        Raises:
+            RuntimeError: of policies that evict, as what made room for a token is gone.
+        """
+        fail(self._name, "tokens", "cannot be taken back from a policy that evicts", tokens)
+
+    def reset(self) -> None:
+        """Takes back everything: the next prompt is the first."""
+        self.cache.clear()
+        self._waiting, self._reads = None, []
 
     @property
     def kept(self) -> Tensor:
@@ -157,11 +293,8 @@ class Policy:
         for all query heads that share them. Waits for the device."""
         return sum(int(rows.sum()) * size for rows, size in self._reads)
 
-    def _append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        check_tensor(self._name, "q", q)
-        one = q.dim() == 4 and q.shape[1] == 1
-        check(one, self._name, "q", "must have shape [B, 1, H, D]", q.shape)
-        self.cache.append(k, v)
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        self.cache.extend(k, v)
         self._reads = []
 
     def _attend_all(self, q: Tensor) -> Tensor:
@@ -226,28 +359,59 @@ def stack(method: type[AnyPolicy], caches: Sequence[KVCache], **options: Any) ->
 class Keeping(Policy):
     """A policy whose cache keeps every key, so that a chunk of tokens can see all before it."""
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, more: bool
+    ) -> Tensor:
+        if self.cache.longest > 0:
+            return self.extend(q, k, v, lengths=lengths)
+        return self._first(q, k, v, lengths)
+
+    def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """prefill() into an empty cache."""
+        return super()._prefill(q, k, v, lengths, False)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Attention of several new tokens of each request: the next chunk of prompts that are read
         in chunks.
 
         Args:
-            q: ``[B, n, H, D]``, the last n tokens of each request.
+            q: ``[B, n, H, D]``, the next tokens of each request.
             k, v: ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``.
+            lengths: int32 ``[B]``, tokens of each chunk, the first of q; None: n. Rows of the
+                result beyond them mean nothing.
 
         Returns:
             ``[B, n, H, Dv]``: causal attention, each token over all before it.
         """
         self._check_prompt(q, k)
-        self.cache.extend(k, v)
+        self.cache.extend(k, v, lengths)
         self._reads = []
-        return self._attend_all(q)
+        if lengths is None:
+            return self._attend_all(q)
+        cache, count = self.cache, self._count(q, k, v, lengths)
+        self._reads.append((cache.lengths, cache.token_bytes))
+        out, _ = attend_last(
+            q, cache.k, cache.v, cache.lengths, count, scale=self.scale, backend=self.backend,
+            block_table=cache.block_table,
+        )  # fmt: skip
+        return out
+
+    def _check_step(self, k: Tensor, v: Tensor) -> None:
+        self.cache.check_room(k, v)
+
+    def rewind(self, tokens: Back) -> None:
+        self.cache.rewind(tokens)
 
 
 class FullAttention(Keeping):
     """Attends to all keys: what the other policies approximate."""
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(q, k, v)
+    @property
+    def _at_once(self) -> bool:
+        return True
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
         return self._attend_all(q)
 
 

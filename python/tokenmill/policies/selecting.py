@@ -14,6 +14,7 @@ from ..select.block_pool_keys import block_pool_keys, block_pool_keys_update
 from ..select.kv_block_scores import kv_block_scores
 from ..select.query_similarity_gate import query_similarity_gate
 from ..select.topk_select import topk_select
+from .cache import Back
 from .policy import HEAD_REDUCE, Keeping, Lists, rows_of, span
 
 
@@ -62,8 +63,10 @@ class TidalDecode(Keeping):
         self._reads = []
         return self._attend_all(q)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(q, k, v)
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
+        if self._token == 0:
+            self._lists: list[tuple[Tensor, Tensor]] = []  # of each token of the step
         if self.layer in (self.first, self.correction):
             return self._select(q)
         if self.layer < self.first:
@@ -72,8 +75,12 @@ class TidalDecode(Keeping):
         if not isinstance(before, TidalDecode):
             rule = "must be the TidalDecode of the layer before (see stack)"
             fail("policies.TidalDecode", "previous", rule, type(before).__name__)
-        self._list, self._counts = before._list, before._counts
-        return self._attend(q, self._list, self._counts, num_recent=1)[0]
+        self._lists.append(before._lists[self._token])
+        return self._attend(q, *self._lists[-1], num_recent=1)[0]
+
+    @property
+    def _at_once(self) -> bool:
+        return self.layer < min(self.first, self.correction)
 
     def _select(self, q: Tensor) -> Tensor:
         cache = self.cache
@@ -84,7 +91,7 @@ class TidalDecode(Keeping):
         )  # fmt: skip
         rows = logits.shape[:2]
         indices, counts = topk_select(logits.flatten(0, 2), self.budget, backend=self.backend)
-        self._list, self._counts = indices.unflatten(0, rows), counts.view(rows)
+        self._lists.append((indices.unflatten(0, rows), counts.view(rows)))
         out = self._attend_all(q)
         self._reads.append((cache.lengths, cache.key_bytes))
         return out
@@ -122,9 +129,13 @@ class Quest(Keeping):
                 block_table=self.cache.block_table, backend=self.backend,
             )  # fmt: skip
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def _at_once(self) -> bool:
+        return self.layer < self.dense_layers
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache, heads = self.cache, self.cache.k.shape[2]
-        self._append(q, k, v)
+        self._append(k, v)
         if self.layer < self.dense_layers:
             return self._attend_all(q)
         self._pool(cache.lengths - 1)
@@ -143,9 +154,9 @@ class Quest(Keeping):
         self._reads.append((pages, 2 * cache.key_bytes))
         return out
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         before = self.cache.lengths
-        out = super().extend(q, k, v)
+        out = super().extend(q, k, v, lengths=lengths)
         if self.layer >= self.dense_layers:
             self._pool(before)
         return out
@@ -192,9 +203,9 @@ class RecycledAttention(Keeping):
         self._list = n.new_zeros(()).expand(q.shape[0], heads, self.budget)
         self._counts = n.new_zeros(q.shape[0], heads)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        self._append(q, k, v)
+        self._append(k, v)
         if self.threshold is not None:
             return self._step_if_alike(q, self.threshold)
         since, self._steps = self._steps % self.stride, self._steps + 1
@@ -205,6 +216,23 @@ class RecycledAttention(Keeping):
         self._list, self._counts = self._best(mass, cache.lengths)
         self._longest = cache.longest
         return out
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        out = super().extend(q, k, v, lengths=lengths)
+        if lengths is not None:  # the next step is full: requests have their own numbers of tokens
+            self._steps = 0
+        return out
+
+    def rewind(self, tokens: Back) -> None:
+        super().rewind(tokens)
+        n = self.cache.lengths
+        there = span(torch.zeros_like(n), self._list.shape[2])[:, None]
+        there = (there < self._counts[..., None]) & (self._list < n[:, None, None])
+        self._counts = there.sum(-1, dtype=torch.int32)
+        self._end = torch.minimum(self._end, n)
+        self._longest = min(self._longest, self.cache.longest)
+        if not isinstance(tokens, int):
+            self._steps = 0
 
     def _everything(self) -> Tensor:
         """[B, 1, S]: a list of all keys."""

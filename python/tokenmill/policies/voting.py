@@ -67,15 +67,15 @@ class TokenSelect(Keeping):
     interleaved: bool = False
     _LEAST: ClassVar[dict[str, int]] = {"k": 1, "chunk": 1, "kernel_size": 1}
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    def _first(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         self._start(q, k, v, lengths)
         begin = torch.zeros_like(self.cache.lengths)
         return self._read(q, k, v, begin, self.cache.lengths, 0)
 
-    def extend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         self._check_prompt(q, k)
         begin, before = self.cache.lengths, self.cache.longest
-        self.cache.extend(k, v)
+        self.cache.extend(k, v, lengths)
         self._reads = []
         return self._read(q, k, v, begin, self.cache.lengths, before)
 
@@ -84,8 +84,8 @@ class TokenSelect(Keeping):
     ) -> None:
         self._start(q, k, v, lengths)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._append(q, k, v)
+    def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._append(k, v)
         serves = query_similarity_gate(q, self._query, self.threshold, backend=self.backend)
         asked = self.cache.lengths.masked_fill(serves, 0)  # without tokens nothing is read
         indices, counts = self._vote(self._from_afar(q), asked, self.num_recent)
