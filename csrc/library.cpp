@@ -139,7 +139,8 @@ TOKENMILL_LIBRARY(library) {
       "SymInt block_k=2, SymInt stride_q=2, str representative=\"middle\", SymInt num_sink=16, "
       "SymInt num_recent=256, str bound=\"sample\", Tensor? start_indices=None, "
       "Tensor? start_counts=None, SymInt restart_span=8, bool causal=True, "
-      "str head_reduce=\"none\", Tensor? seqlens_k=None, Tensor? block_table=None) -> "
+      "str head_reduce=\"none\", Tensor? seqlens_k=None, Tensor? block_table=None, "
+      "Tensor? seqlens_q=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> "
       "(Tensor indices, Tensor counts)");
 
   // sparse: attention to selected keys, or to blocks of them

@@ -34,4 +34,11 @@ TOKENMILL_HOST_DEVICE inline int64_t clamped_length(const int32_t* lengths, int6
   return lengths[b] < 0 ? 0 : lengths[b];
 }
 
+// An end of packed sequences, cut to the rows that there are.
+TOKENMILL_HOST_DEVICE inline int64_t packed_end(const int32_t* cu_seqlens, int64_t i,
+                                                int64_t rows) {
+  const int64_t end = cu_seqlens[i];
+  return end < 0 ? 0 : end > rows ? rows : end;
+}
+
 }  // namespace tokenmill

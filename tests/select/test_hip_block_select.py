@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import backends, cpu_variants, device_of
+from hip_requests import Requests, ends, forms
 from hypothesis import given
 from hypothesis import strategies as st
 from tier import examples
@@ -325,6 +326,34 @@ def test_decoding_selects_what_prefill_does(backend):
         one = select(q[:, i : i + 1], k[:, : 151 + i], backend, **o)
         assert torch.equal(one[0], indices[:, :, i : i + 1])
         assert torch.equal(one[1], counts[:, :, i : i + 1])
+
+
+@pytest.mark.parametrize(("form", "backend"), forms(backends("reference")))
+def test_a_request_has_the_lists_that_it_has_alone(form, backend):
+    """And rows of lists that no request has are empty."""
+    o = {**SMALL, "budget": 16, "head_reduce": "group_max"}
+    requests = Requests(form, backend)
+    indices, counts = select(*requests.tensors[:2], backend, **o, **requests.options)
+    taken = torch.zeros_like(counts)
+    for b, (q, k, _) in enumerate(requests.alone):
+        own = requests.lists(b, o["block_q"])
+        alone = [t[0] for t in select(q, k, backend, **o)]
+        assert torch.equal(indices[own], alone[0]) and torch.equal(counts[own], alone[1])
+        taken[own] = 1
+    assert (indices[taken == 0] == -1).all() and (counts[taken == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+@pytest.mark.parametrize("wrong", [(3, 9, 2, 30), (0, 40, 0, 40), (-(2**31), 2**31 - 1, 5, -1)])
+def test_wrong_ends_lead_nowhere_else(wrong, backend):
+    q, k = torch.randn(40, 2, 8), torch.randn(60, 1, 8)
+    o = {**SMALL, "block_q": 8, "budget": 8}
+    wrong = torch.tensor(wrong, dtype=torch.int32)
+    for cu_seqlens in ((wrong, ends((20, 20, 20))), (ends((9, 31, 0)), wrong)):
+        at = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), cu_seqlens, strict=True))
+        indices, counts = select(q, k, backend, **o, **at)
+        assert ((indices >= -1) & (indices < 30)).all()
+        assert ((indices >= 0).sum(-1) == counts).all()
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["whole", "paged"])

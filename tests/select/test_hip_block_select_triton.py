@@ -16,7 +16,7 @@ CASES = {
     "search": {},
     "restart": {"restart": True, "head_reduce": "group_max", "budget": 4096},
     "paged": {"paged": True, "block_k": 16, "causal": False},
-    "exact": {"bound": "minmax", "representative": "first"},
+    "exact, packed": {"bound": "minmax", "representative": "first", "packed": True},
 }
 
 
@@ -35,10 +35,13 @@ def search(dtype, case, tokens=4096, queries=100, dim=128):
     if o.get("restart"):
         counts = torch.zeros(2, heads, blocks, dtype=torch.int32)
         start = (counts[..., None].expand(-1, -1, -1, budget // block_k).contiguous(), counts)
+    seqlens_k, ends = torch.zeros(2, dtype=torch.int32), None
+    if o.get("packed"):
+        q, k, seqlens_k, ends = q[0], k[0], None, torch.zeros(3, dtype=torch.int32)
     return lambda: hip_block_select(
         q, k, budget, 64, block_k, 2, o.get("representative", "middle"), 16, 256,
         o.get("bound", "sample"), *start, 8, o.get("causal", True), o.get("head_reduce", "none"),
-        torch.zeros(2, dtype=torch.int32), table,
+        seqlens_k, table, None, ends, ends,
     )  # fmt: skip
 
 

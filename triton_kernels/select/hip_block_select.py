@@ -10,12 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import INF, Rows, dot, launch
+from ..common import INF, Rows, dot, launch, span
+from .hip_nodes import (
+    add_blocks,
+    halve,
+    keep_best,
+    largest_of,
+    memory_of,
+    representative,
+)
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 
 TILE_ROWS = 64  # of keys, of a product
 PIECE_BYTES = 128  # of a row
-BINS = tl.constexpr(256)
 REPRESENTATIVES = {"first": 0, "middle": 1, "last": 2}
 
 
@@ -33,13 +40,17 @@ class Lists(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Query block i_block of list i_list: its queries, which count the keys before end (the last
-    query) and from num_sink on, and the admissible blocks of keys."""
+    """Row i_row of list i_list, a query block: its queries, which count the keys before end (the
+    last query) and from num_sink on, and the admissible blocks of keys."""
 
-    i_b: Any
+    i_request: Any  # of the lists
     i_list: Any
-    i_block: Any
-    last: Any  # query
+    i_row: Any
+    i_b: Any
+    q_start: Any  # row of the first query of the request
+    k_start: Any
+    queries: Any  # of the request
+    last: Any  # query of the block
     columns: Any  # queries that speak for the block, of all heads
     rows: Any  # of a head
     length: Any
@@ -48,22 +59,19 @@ class Block(NamedTuple):
     until: Any
 
 
-class Memory(NamedTuple):
-    """Of one program: nodes that were kept, their halves, halves without a score."""
+class Ends(NamedTuple):
+    """int32, or None: queries and keys of requests, and where packed ones begin."""
 
-    kept_begin: Any
-    kept_end: Any
-    half_begin: Any
-    half_end: Any
-    todo: Any
-    kept_score: Any
-    half_score: Any
+    seqlens_q: Any
+    seqlens_k: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
 
 
 class Sizes(NamedTuple):
     """What the search is about."""
 
-    queries: Any
+    queries: Any  # of a request; packed: of all
     block_q: Any
     stride_q: Any
     block_k: Any
@@ -84,51 +92,58 @@ def larger(a, b):
 
 
 @triton.jit
-def representative(b_begin, b_end, REPRESENTATIVE: tl.constexpr):
-    b_block = b_begin
-    if REPRESENTATIVE == 1:
-        b_block = b_begin + (b_end - b_begin) // 2
-    if REPRESENTATIVE == 2:
-        b_block = b_end - 1
-    return b_block
-
-
-@triton.jit
-def end_of(sizes, length, o_query, CAUSAL: tl.constexpr):
+def end_of(sizes, length, queries, o_query, CAUSAL: tl.constexpr):
     """A query counts no key from here on."""
     o_end = length - sizes.num_recent + o_query * 0
     if CAUSAL:
-        o_end += o_query - sizes.queries + 1
+        o_end += o_query - queries + 1
     return o_end
 
 
 @triton.jit
-def block_of(sizes, lengths, key_count, lists, blocks, CAUSAL: tl.constexpr):
-    i = tl.program_id(0)
-    i_block = i % blocks
-    i_list = i // blocks % lists
-    i_b = (i // (blocks * lists)).to(tl.int64)
-    begin = i_block * sizes.block_q
-    last = tl.minimum(begin + sizes.block_q, sizes.queries) - 1
-    rows = (last - begin) // sizes.stride_q + 1
-    length = length_of(lengths, i_b, key_count)
-    end = end_of(sizes, length, last, CAUSAL)
-    some = end > sizes.num_sink
-    first = tl.where(some, sizes.num_sink // sizes.block_k, 0)
-    until = tl.where(some, (end + sizes.block_k - 1) // sizes.block_k, 0).to(tl.int32)
-    return Block(
-        i_b, i_list, i_block, last, rows * sizes.group, rows, length, end, first.to(tl.int32), until
-    )
+def find_sequence(cu_seqlens_q, batch, tokens, block_q, i_row):
+    """The last sequence whose query blocks begin at row i_row or before it."""
+    low = i_row * 0
+    high = low + batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + middle), 0), tokens)
+        begun = start // block_q + middle <= i_row
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
+    return low
 
 
 @triton.jit
-def memory_of(places, values, NODES: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    p = places + i * (8 * NODES)
-    p_value = values + i * (3 * NODES)
-    return Memory(
-        p, p + NODES, p + 2 * NODES, p + 4 * NODES, p + 6 * NODES, p_value, p_value + NODES
-    )
+def block_of(sizes, ends, key_count, batch, lists, blocks, CAUSAL: tl.constexpr):
+    i = tl.program_id(0)
+    i_row = i % blocks
+    i_list = i // blocks % lists
+    i_request = (i // (blocks * lists)).to(tl.int64)
+    i_b = i_request
+    i_block = i_row
+    if ends.cu_seqlens_q is not None:
+        i_seq = find_sequence(ends.cu_seqlens_q, batch, sizes.queries, sizes.block_q, i_row)
+        i_b = i_seq.to(tl.int64)
+        q_start, queries = span(ends.cu_seqlens_q, sizes.queries, sizes.queries, i_b)
+        i_block = i_row - (q_start // sizes.block_q + i_seq)
+    else:
+        q_start = i_row * 0
+        queries = length_of(ends.seqlens_q, i_b, sizes.queries).to(tl.int32)
+    k_start = i_row * 0
+    length = length_of(ends.seqlens_k, i_b, key_count)
+    if ends.cu_seqlens_k is not None:
+        k_start, packed_length = span(ends.cu_seqlens_k, key_count, key_count, i_b)
+        length = packed_length.to(tl.int64)
+    begin = i_block * sizes.block_q
+    last = tl.maximum(tl.minimum(begin + sizes.block_q, queries) - 1, 0)
+    rows = tl.maximum(last - begin, 0) // sizes.stride_q + 1
+    end = end_of(sizes, length, queries, last, CAUSAL)
+    some = (end > sizes.num_sink) & (begin >= 0) & (begin < queries)
+    first = tl.where(some, sizes.num_sink // sizes.block_k, 0)
+    until = tl.where(some, (end + sizes.block_k - 1) // sizes.block_k, 0).to(tl.int32)
+    return Block(i_request, i_list, i_row, i_b, q_start, k_start, queries, last, rows * sizes.group,
+                 rows, length, end, first.to(tl.int32), until)  # fmt: skip
 
 
 @triton.jit
@@ -155,103 +170,23 @@ def score_halves(q, keys, memory, block, sizes, count, REPRESENTATIVE: tl.conste
                 m_m = o_m < block.columns
                 o_query = block.last - o_m % block.rows * sizes.stride_q
                 o_head = block.i_list * sizes.group + o_m // block.rows
-                o_q = block.i_b * q.batch + o_query.to(tl.int64) * q.seq
+                o_q = block.i_b * q.batch + (block.q_start + o_query).to(tl.int64) * q.seq
                 o_q += o_head.to(tl.int64) * q.head
                 b_z = tl.zeros([BLOCK_M, BLOCK_N * BLOCK_T], tl.float32)
                 for i_d in tl.static_range(0, DIM, BLOCK_D):
                     o_d = i_d + tl.arange(0, BLOCK_D)
                     m_q = m_m[:, None] & (o_d < DIM)[None, :]
                     b_q = tl.load(q.data + o_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
-                    b_k, _ = load_keys(
-                        keys, block.i_b, block.i_list // sizes.shared, o_t, m_t, o_d, o_d < DIM
-                    )
+                    b_k, _ = load_keys(keys, block.i_b, block.i_list // sizes.shared,
+                                       block.k_start + o_t, m_t, o_d, o_d < DIM)  # fmt: skip
                     b_z += dot(b_q, tl.trans(b_k))
-                o_end = end_of(sizes, block.length, o_query, CAUSAL)
+                o_end = end_of(sizes, block.length, block.queries, o_query, CAUSAL)
                 m_z = m_m[:, None] & m_t[None, :] & (o_t[None, :] < o_end[:, None])
                 b_z = tl.where(m_z & (b_z == b_z), b_z, -INF)
                 b_tile = tl.reshape(tl.max(b_z, 0), [BLOCK_N, BLOCK_T])
                 b_most = tl.maximum(b_most, tl.max(b_tile, 1))
         p_score = memory.half_score + tl.load(memory.todo + o_n, mask=o_n < count, other=0)
         tl.store(p_score, b_most, mask=o_n < count)
-
-
-@triton.jit
-def bar_of(b_key, m_key, wanted):
-    """The wanted-th key, by digits, and how many of its equals are wanted."""
-    bar = tl.zeros([], tl.uint32)
-    o_bin = tl.arange(0, BINS)
-    for DIGIT in tl.static_range(4):
-        m_digit = m_key
-        if DIGIT > 0:
-            m_digit = m_key & ((b_key >> (32 - 8 * DIGIT)) == bar)
-        b_digit = ((b_key >> (24 - 8 * DIGIT)) & 255).to(tl.int32)
-        b_bins = tl.histogram(b_digit, BINS, mask=m_digit)
-        b_above = tl.sum(b_bins, 0) - tl.cumsum(b_bins, 0)
-        m_bin = (b_above < wanted) & (wanted <= b_above + b_bins)
-        digit = tl.sum(tl.where(m_bin, o_bin, 0), 0)
-        wanted -= tl.sum(tl.where(m_bin, b_above, 0), 0)
-        bar = (bar << 8) | digit.to(tl.uint32)
-    return bar, wanted
-
-
-@triton.jit
-def keep_best(memory, count, wanted, NODES: tl.constexpr):
-    """The best of `count` halves, in order; of equal ones the lower blocks. Returns how many."""
-    o_half = tl.arange(0, 2 * NODES)
-    m_half = o_half < count
-    b_score = tl.load(memory.half_score + o_half, mask=m_half, other=0.0)
-    b_taken = m_half.to(tl.int32)
-    if count > wanted:
-        b_bits = (b_score + 0.0).to(tl.uint32, bitcast=True)  # -0 + 0 = 0
-        b_key = tl.where((b_bits >> 31) != 0, ~b_bits, b_bits | 0x80000000).to(tl.uint32)
-        bar, ties = bar_of(b_key, m_half, wanted)
-        b_tied = (m_half & (b_key == bar)).to(tl.int32)
-        o_tie = tl.cumsum(b_tied, 0) - b_tied
-        b_taken = (m_half & ((b_key > bar) | ((b_tied != 0) & (o_tie < ties)))).to(tl.int32)
-    o_place = tl.cumsum(b_taken, 0) - b_taken
-    m_taken = b_taken != 0
-    b_begin = tl.load(memory.half_begin + o_half, mask=m_half, other=0)
-    b_end = tl.load(memory.half_end + o_half, mask=m_half, other=0)
-    tl.store(memory.kept_begin + o_place, b_begin, mask=m_taken)
-    tl.store(memory.kept_end + o_place, b_end, mask=m_taken)
-    tl.store(memory.kept_score + o_place, b_score, mask=m_taken)
-    tl.debug_barrier()
-    return tl.minimum(count, wanted)
-
-
-@triton.jit
-def halve(memory, count, REPRESENTATIVE: tl.constexpr, NODES: tl.constexpr):
-    """Kept nodes to their halves; a half with the representative of its node has its score. Returns
-    how many there are, and how many have none."""
-    o_node = tl.arange(0, NODES)
-    m_node = o_node < count
-    b_begin = tl.load(memory.kept_begin + o_node, mask=m_node, other=0)
-    b_end = tl.load(memory.kept_end + o_node, mask=m_node, other=0)
-    b_score = tl.load(memory.kept_score + o_node, mask=m_node, other=0.0)
-    b_middle = b_begin + (b_end - b_begin) // 2
-    b_known = representative(b_begin, b_end, REPRESENTATIVE)
-    m_left = m_node & (b_middle > b_begin)
-    m_same_left = representative(b_begin, b_middle, REPRESENTATIVE) == b_known
-    m_same_right = representative(b_middle, b_end, REPRESENTATIVE) == b_known
-    b_left = tl.where(m_same_left, b_score, float("nan"))
-    b_right = tl.where(m_same_right, b_score, float("nan"))
-    b_count = m_node.to(tl.int32) + m_left.to(tl.int32)
-    o_left = tl.cumsum(b_count, 0) - b_count
-    o_right = o_left + m_left.to(tl.int32)
-    tl.store(memory.half_begin + o_left, b_begin, mask=m_left)
-    tl.store(memory.half_end + o_left, b_middle, mask=m_left)
-    tl.store(memory.half_score + o_left, b_left, mask=m_left)
-    tl.store(memory.half_begin + o_right, b_middle, mask=m_node)
-    tl.store(memory.half_end + o_right, b_end, mask=m_node)
-    tl.store(memory.half_score + o_right, b_right, mask=m_node)
-    m_new_left = m_left & (b_left != b_left)
-    m_new_right = m_node & (b_right != b_right)
-    b_new = m_new_left.to(tl.int32) + m_new_right.to(tl.int32)
-    o_new = tl.cumsum(b_new, 0) - b_new
-    tl.store(memory.todo + o_new, o_left, mask=m_new_left)
-    tl.store(memory.todo + o_new + m_new_left.to(tl.int32), o_right, mask=m_new_right)
-    tl.debug_barrier()
-    return tl.sum(b_count, 0), tl.sum(b_new, 0)
 
 
 @triton.jit
@@ -277,11 +212,11 @@ def groups_of(p_list, block, o_i, count, span):
 def list_nodes(memory, lists, block, sizes, NODES: tl.constexpr):
     """The nodes of a list. An id begins one if its group comes behind those of all before it."""
     i_list = block.i_list.to(tl.int64)
-    i_block = block.i_block.to(tl.int64)
-    p_list = lists.indices + block.i_b * lists.indices_batch + i_list * lists.indices_head
-    p_list += i_block * lists.indices_block
-    p_count = lists.counts + block.i_b * lists.counts_batch + i_list * lists.counts_head
-    count = tl.minimum(tl.load(p_count + i_block * lists.counts_block), sizes.wanted)
+    i_row = block.i_row.to(tl.int64)
+    p_list = lists.indices + block.i_request * lists.indices_batch + i_list * lists.indices_head
+    p_list += i_row * lists.indices_block
+    p_count = lists.counts + block.i_request * lists.counts_batch + i_list * lists.counts_head
+    count = tl.minimum(tl.load(p_count + i_row * lists.counts_block), sizes.wanted)
     o_i = tl.arange(0, NODES)
     b_group = groups_of(p_list, block, o_i, count, sizes.restart_span)
     b_before = groups_of(p_list, block, o_i - 1, count, sizes.restart_span)
@@ -297,32 +232,7 @@ def list_nodes(memory, lists, block, sizes, NODES: tl.constexpr):
     return tl.sum(m_new.to(tl.int32), 0)
 
 
-@triton.jit
-def largest_of(memory, count, NODES: tl.constexpr):
-    o_node = tl.arange(0, NODES)
-    b_begin = tl.load(memory.kept_begin + o_node, mask=o_node < count, other=0)
-    b_end = tl.load(memory.kept_end + o_node, mask=o_node < count, other=0)
-    return tl.max(b_end - b_begin, 0)
-
-
-@triton.jit
-def add_blocks(memory, kept, first, more, NODES: tl.constexpr):
-    """Kept blocks, then `more` new ones from `first` on."""
-    o_node = tl.arange(0, NODES)
-    m_kept = o_node < kept
-    b_begin = tl.load(memory.kept_begin + o_node, mask=m_kept, other=0)
-    b_score = tl.load(memory.kept_score + o_node, mask=m_kept, other=0.0)
-    tl.store(memory.half_begin + o_node, b_begin, mask=m_kept)
-    tl.store(memory.half_end + o_node, b_begin + 1, mask=m_kept)
-    tl.store(memory.half_score + o_node, b_score, mask=m_kept)
-    m_more = o_node < more
-    tl.store(memory.half_begin + kept + o_node, first + o_node, mask=m_more)
-    tl.store(memory.half_end + kept + o_node, first + o_node + 1, mask=m_more)
-    tl.store(memory.todo + o_node, kept + o_node, mask=m_more)
-    tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=[*KEY_SIZES, *SIZES, "lists", "blocks"])
+@triton.jit(do_not_specialize=[*KEY_SIZES, *SIZES, "batch", "lists", "blocks"])
 def hip_kernel(
     q,
     k,
@@ -331,7 +241,7 @@ def hip_kernel(
     table_stride,
     page_size,
     pages,
-    lengths,
+    ends,
     start,
     indices,
     counts,
@@ -347,6 +257,7 @@ def hip_kernel(
     group,
     shared,
     restart_span,
+    batch,
     lists,
     blocks,
     REPRESENTATIVE: tl.constexpr,
@@ -362,7 +273,7 @@ def hip_kernel(
     keys = KeyRows(k.data, k.batch, k.seq, k.head, key_count, table, table_stride, page_size, pages)
     sizes = Sizes(queries, block_q, stride_q, block_k, wanted, num_sink, num_recent, group, shared,
                   restart_span)  # fmt: skip
-    block = block_of(sizes, lengths, key_count, lists, blocks, CAUSAL)
+    block = block_of(sizes, ends, key_count, batch, lists, blocks, CAUSAL)
     memory = memory_of(places, values, NODES)
     i = tl.program_id(0).to(tl.int64)
     o_node = tl.arange(0, NODES)
@@ -418,39 +329,55 @@ def hip_block_select(
     head_reduce: str,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    seqlens_q: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, dim = q.shape
-    kv_heads = k.shape[2]
+    heads, dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
     lists = heads if head_reduce == "none" else kv_heads
-    group = heads // max(lists, 1)
-    block_q = min(block_q, max(queries, 1))
-    blocks, wanted = triton.cdiv(queries, block_q), budget // block_k
-    indices = q.new_empty((batch, lists, blocks, wanted), dtype=torch.int32)
-    counts = q.new_empty((batch, lists, blocks), dtype=torch.int32)
+    group, wanted = heads // max(lists, 1), budget // block_k
+    if cu_seqlens_q is None:
+        batch, queries = q.shape[:2]
+        block_q = min(block_q, max(queries, 1))
+        blocks = triton.cdiv(queries, block_q)
+        rows: tuple[int, ...] = batch, lists, blocks
+    else:
+        batch, queries = len(cu_seqlens_q) - 1, len(q)
+        blocks = queries // block_q + batch
+        rows = lists, blocks
+    indices = q.new_empty((*rows, wanted), dtype=torch.int32)
+    counts = q.new_empty(rows, dtype=torch.int32)
     programs = counts.numel()
-    if heads == 0:  # nothing speaks for a list
+    if heads == 0 or batch == 0:  # nothing speaks for a list
         return indices.fill_(-1), counts.zero_()
     if programs == 0:
         return indices, counts
-    sizes = key_sizes(k, block_table)
+    sizes = key_sizes(k, block_table) if cu_seqlens_k is None else (len(k), 0, 1, 0)
     most = sizes[0] + 1  # as good as any larger number of keys
     start = None
     if start_indices is not None and start_counts is not None:
-        start = Lists(start_indices, start_counts, *start_indices.stride()[:3],
-                      *start_counts.stride())  # fmt: skip
+        start = Lists(start_indices, start_counts, *_strides(start_indices[..., 0]),
+                      *_strides(start_counts))  # fmt: skip
     nodes = max(triton.next_power_of_2(wanted), 16)
     places = q.new_empty((programs, 8 * nodes), dtype=torch.int32)
     values = q.new_empty((programs, 3 * nodes), dtype=torch.float32)
     block_t = min(triton.next_power_of_2(block_k), TILE_ROWS)
     block_d = min(max(triton.next_power_of_2(dim), 16), PIECE_BYTES // q.element_size())
+    ends = Ends(seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     launch(
-        hip_kernel, programs, q, Rows(q, *q.stride()[:3]), Rows(k, *k.stride()[:3]), block_table,
-        *sizes, seqlens_k, start, indices, counts, places, values, queries, block_q, stride_q,
-        block_k, wanted, min(num_sink, most), min(num_recent, most), group,
-        max(lists // max(kv_heads, 1), 1), min(restart_span, most), lists, blocks,
+        hip_kernel, programs, q, Rows(q, *_strides(q[..., 0])), Rows(k, *_strides(k[..., 0])),
+        block_table, *sizes, ends, start, indices, counts, places, values, queries, block_q,
+        stride_q, block_k, wanted, min(num_sink, most), min(num_recent, most), group,
+        max(lists // max(kv_heads, 1), 1), min(restart_span, most), batch, lists, blocks,
         REPRESENTATIVE=REPRESENTATIVES[representative], EXACT=bound == "minmax", CAUSAL=causal,
         DIM=dim, NODES=nodes, BLOCK_M=16,
         BLOCK_N=TILE_ROWS // block_t, BLOCK_T=block_t, BLOCK_D=block_d,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     return indices, counts
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Of [B, x, y]; of a packed [x, y] 0 for B."""
+    return (0,) * (3 - t.dim()) + t.stride()

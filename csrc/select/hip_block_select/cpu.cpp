@@ -117,33 +117,34 @@ class Searcher {
 
   // A share of the query blocks of one list.
   void run(int64_t item) {
-    const int64_t list = item / shares % p.lists;
-    b = item / (shares * p.lists);
+    const int64_t list = item / shares % p.lists, request = item / (shares * p.lists);
     kv_head = list * p.kv_heads / p.lists;
-    tokens = clamped_length(p.lengths, b, p.k.rows);
-    for (int64_t block = item % shares; block < p.blocks; block += shares)
-      search((b * p.lists + list) * p.blocks + block, list, block);
+    for (int64_t block = item % shares; block < p.blocks; block += shares) {
+      at = hip_block(p, request, block);
+      search(request, list, block);
+    }
   }
 
  private:
   static constexpr int64_t kProbeFloats = sizeof(Probe) / sizeof(float);
 
-  void search(int64_t at, int64_t list, int64_t block) {
-    const HipRows rows = hip_rows(p, block);
-    end = hip_end(p, tokens, rows.first);
-    const HipNode all = hip_admissible(p, end);
-    int32_t* const indices = p.indices + at * p.wanted;
+  void search(int64_t request, int64_t list, int64_t block) {
+    const int64_t row = (request * p.lists + list) * p.blocks + block;
+    const HipRows rows = hip_rows(p, at);
+    end = hip_end(p, at, rows.first);
+    const HipNode all = hip_admissible(p, rows, end);
+    int32_t* const indices = p.indices + row * p.wanted;
     int64_t found = std::min<int64_t>(all.end - all.begin, p.wanted);
     if (all.end - all.begin <= p.wanted) {
       for (int32_t i = 0; i < found; ++i) indices[i] = all.begin + i;
     } else {
       load_queries(list, rows);
       if (copies && !few) copy_head();
-      found = p.exact ? scan(all) : descend(all, list, block);
+      found = p.exact ? scan(all) : descend(all, request, list, block);
       for (int64_t i = 0; i < found; ++i) indices[i] = nodes[i].begin;
     }
     std::fill(indices + found, indices + p.wanted, -1);
-    p.counts[at] = static_cast<int32_t>(found);
+    p.counts[row] = static_cast<int32_t>(found);
   }
 
   void add(int64_t& count, HipNode node) {
@@ -164,8 +165,8 @@ class Searcher {
     return count;
   }
 
-  int64_t descend(HipNode all, int64_t list, int64_t block) {
-    int64_t count = p.start ? list_nodes(all, list, block) : 0;
+  int64_t descend(HipNode all, int64_t request, int64_t list, int64_t block) {
+    int64_t count = p.start ? list_nodes(all, {request, list, block}) : 0;
     if (count == 0) count = start_nodes(all);
     while (true) {
       int32_t largest = 0;
@@ -187,12 +188,11 @@ class Searcher {
     return count;
   }
 
-  int64_t list_nodes(HipNode all, int64_t list, int64_t block) {
-    const int64_t at[] = {b, list, block};
+  int64_t list_nodes(HipNode all, const int64_t (&row)[3]) {
     const int32_t *ids = p.start, *counts = p.start_counts;
     for (int i = 0; i < 3; ++i) {
-      ids += at[i] * p.start_strides[i];
-      counts += at[i] * p.start_count_strides[i];
+      ids += row[i] * p.start_strides[i];
+      counts += row[i] * p.start_count_strides[i];
     }
     int64_t count = 0;
     int32_t before = -1;
@@ -239,7 +239,7 @@ class Searcher {
       const int64_t t = i < count_queries ? i % rows.rows : 0;
       deficits[i] = p.causal ? static_cast<float>(t * p.stride_q) : 0.f;
       return static_cast<const char*>(p.q.data) +
-             (b * p.q.batch + (rows.first - t * p.stride_q) * p.q.seq +
+             (at.b * p.q.batch + (at.q_start + rows.first - t * p.stride_q) * p.q.seq +
               (list * p.group + h) * p.q.head) *
                  element_size;
     };
@@ -261,17 +261,17 @@ class Searcher {
   }
 
   const char* key(int64_t t) const {
-    const KeyRun run = key_run(p.k, b, t);
+    const KeyRun run = key_run(p.k, at.b, at.k_start + t);
     if (run.offset < 0) return reinterpret_cast<const char*>(zeros);
     return static_cast<const char*>(p.k.data) + (run.offset + kv_head * p.k.head) * element_size;
   }
 
   // The keys of the current head, as words.
   void copy_head() {
-    const int64_t head = b * p.kv_heads + kv_head;
+    const int64_t head = at.b * p.kv_heads + kv_head;
     if (head == copied) return;
-    for (int64_t t = 0; t < tokens; ++t) {
-      prefetch(key(std::min(t + kAhead, tokens - 1)), p.head_dim * element_size);
+    for (int64_t t = 0; t < at.tokens; ++t) {
+      prefetch(key(std::min(t + kAhead, at.tokens - 1)), p.head_dim * element_size);
       pack_rows<Op>(key(t), p.dtype, 0, 1, 1, p.head_dim, 1, copy + t * ldw, ldw);
     }
     copied = head;
@@ -447,14 +447,15 @@ class Searcher {
   float* found_scores;
   int32_t* numbers;
   Probe* probes;
-  int64_t b = 0, kv_head = 0, copied = -1, tokens = 0, end = 0, count_queries = 0, panels = 0;
+  HipBlock at{};
+  int64_t kv_head = 0, copied = -1, end = 0, count_queries = 0, panels = 0;
   float max_deficit = 0;
   bool few = false;
 };
 
 template <class Op>
 void search(const HipParams& p, int threads) {
-  const int64_t lists = p.batch * p.lists;
+  const int64_t lists = p.requests() * p.lists;
   if (lists == 0 || p.blocks == 0) return;
   // At least four items per thread for balance.
   const int64_t shares =
@@ -470,7 +471,7 @@ void search(const HipParams& p, int threads) {
 
 void hip_block_select(const HipParams& p) {
   // Below about 64 Ki products a parallel region costs more than it gains.
-  const int64_t products = p.batch * p.lists * p.group * p.queries * p.k.rows;
+  const int64_t products = p.requests() * p.lists * p.group * p.queries * p.k.rows;
   const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
 #if defined(__AVX512BF16__)
   if (p.dtype == DType::bfloat16) return search<BFloat16>(p, threads);

@@ -14,7 +14,7 @@ static_assert(kMaxShared + sizeof(HipShared) <= 99 * 1024);
 template <typename T, int kColumnTiles>
 const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t stream) {
   return launch<hip_kernel<T, kColumnTiles>>(
-      p.batch * p.lists * p.blocks, kHipThreads,
+      p.requests() * p.lists * p.blocks, kHipThreads,
       HipShape<kColumnTiles>::shared_bytes(plan.query_bytes, plan.wanted), stream, p, plan);
 }
 

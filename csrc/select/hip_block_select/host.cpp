@@ -16,9 +16,10 @@ constexpr int64_t kMaxBlock = 128;    // keys of a block
 constexpr int64_t kMaxBlocks = 2048;  // of a list
 constexpr int64_t kNever = int64_t{1} << 32;
 
-// A list to start from, or its counts: null if not given.
+// Lists to start from, or their counts, whose first `dims` dimensions are those of the counts: null
+// if not given.
 const int32_t* start_list(const char* name, const View& tensor, const std::vector<int64_t>& shape,
-                          bool exact, const View& q, int64_t (&strides)[3]) {
+                          size_t dims, bool exact, const View& q, int64_t (&strides)[3]) {
   if (!tensor) return nullptr;
   const View& t = tensor;
   if (exact)
@@ -27,7 +28,7 @@ const int32_t* start_list(const char* name, const View& tensor, const std::vecto
   check(t.dtype == ScalarType::Int, kOp, name, "must be int32", t.dtype);
   check_last_contiguous(kOp, name, t);
   check_device_of(kOp, name, t, "q", q);
-  for (int i = 0; i < 3; ++i) strides[i] = t.step(i);
+  for (size_t i = 0; i < dims; ++i) strides[3 - dims + i] = t.step(static_cast<int64_t>(i));
   return t.data<int32_t>();
 }
 
@@ -48,86 +49,132 @@ struct HipBlockSelectArgs : Record {
   int64_t restart_span;
   bool causal;
   std::string_view head_reduce;
-  View seqlens_k, block_table;
+  View seqlens_k, block_table, seqlens_q, cu_seqlens_q, cu_seqlens_k;
 };
 
 // The checks are those of python/tokenmill/select/hip_block_select.py, in its order and words.
-std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
-  check(a.q.dim() == 4, kOp, "q", "must have 4 dimensions [B, S, H, D]", a.q.dim());
-  check(a.k.dim() == 4, kOp, "k", "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
-        a.k.dim());
+void check_rows(const HipBlockSelectArgs& a) {
+  constexpr const char* kPacked = "must have 3 dimensions [T, H, D] (packed)";
+  check(a.q.dim() == (a.cu_seqlens_q ? 3 : 4), kOp, "q",
+        a.cu_seqlens_q ? kPacked : "must have 4 dimensions [B, S, H, D]", a.q.dim());
+  check(
+      a.k.dim() == (a.cu_seqlens_k ? 3 : 4), kOp, "k",
+      a.cu_seqlens_k ? kPacked : "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]",
+      a.k.dim());
   check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
   check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype), a.k.dtype);
   check_device_of(kOp, "k", a.k, "q", a.q);
   check_last_contiguous(kOp, "q", a.q);
   check_last_contiguous(kOp, "k", a.k);
-  const int64_t dim = a.q.size(3);
+  const int64_t heads = a.q.size(-2), dim = a.q.size(-1), kv_heads = a.k.size(-2);
   check_head_dim(kOp, "q", a.q);
-  check(a.k.size(3) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
-        a.k.size(3));
-  const int64_t heads = a.q.size(2), kv_heads = a.k.size(2);
+  check(a.k.size(-1) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
+        a.k.size(-1));
   check(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0), kOp, "k",
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
+}
+
+// Returns the number of requests.
+int64_t check_sequences(const HipBlockSelectArgs& a) {
+  if (a.cu_seqlens_k && !a.cu_seqlens_q)
+    fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
+  int64_t batch = a.q.size(0);
+  if (a.cu_seqlens_q) {
+    check_cu_seqlens(kOp, "cu_seqlens_q", a.cu_seqlens_q, a.q);
+    batch = a.cu_seqlens_q.size(0) - 1;
+    if (a.seqlens_q)
+      fail(kOp, "seqlens_q", "must be None with cu_seqlens_q", show(a.seqlens_q.sizes));
+  }
+  if (a.cu_seqlens_k) {
+    check_cu_seqlens(kOp, "cu_seqlens_k", a.cu_seqlens_k, a.q);
+    check(a.cu_seqlens_k.size(0) == batch + 1, kOp, "cu_seqlens_k",
+          Rule("must have the length of cu_seqlens_q, ", batch + 1), a.cu_seqlens_k.size(0));
+    for (auto [name, t] : {std::pair{"seqlens_k", &a.seqlens_k}, {"block_table", &a.block_table}})
+      if (*t) fail(kOp, name, "must be None with cu_seqlens_k", show(t->sizes));
+    return batch;
+  }
   check_block_table(kOp, a.block_table, a.k);
-  const int64_t batch = batch_of(a.k, a.block_table);
-  check(batch == a.q.size(0), kOp, a.block_table ? "block_table" : "k",
-        Rule("must have the batch size of q, ", a.q.size(0)), batch);
+  const int64_t found = batch_of(a.k, a.block_table);
+  check(found == batch, kOp, a.block_table ? "block_table" : "k",
+        Rule("must have the batch size of q, ", batch), found);
+  return batch;
+}
+
+KeyRows keys_of(const HipBlockSelectArgs& a) {
+  const View& k = a.k;
+  if (!a.cu_seqlens_k) return key_rows(k, a.block_table);
+  return {k.data(), 0, k.step(0), k.step(1), k.size(0), nullptr, 0, k.size(0), 0};
+}
+
+void check_values(const HipBlockSelectArgs& a, const HipParams& p) {
+  if (a.cu_seqlens_q) check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.queries);
+  check_length_values(kOp, "seqlens_q", p.query_counts, p.batch, p.queries);
+  if (a.cu_seqlens_k) check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.k.rows);
+  check_length_values(kOp, "seqlens_k", p.lengths, p.batch, p.k.rows);
+  check_block_table_values(kOp, p.k, p.batch, p.lengths);
+}
+
+std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
+  check_rows(a);
+  HipParams p{};
+  p.batch = check_sequences(a);
   check(a.block_k >= 1 && a.block_k <= kMaxBlock, kOp, "block_k", Rule("must be 1 to ", kMaxBlock),
         a.block_k);
   for (const auto& [name, size] : {std::pair{"block_q", a.block_q},
                                    {"stride_q", a.stride_q},
                                    {"restart_span", a.restart_span}})
     check(size >= 1 && size < (int64_t{1} << 31), kOp, name, "must be 1 to 2^31 - 1", size);
-  const int64_t wanted = a.budget / a.block_k;
-  check(a.budget % a.block_k == 0 && wanted >= 1 && wanted <= kMaxBlocks, kOp, "budget",
+  p.wanted = a.budget / a.block_k;
+  check(a.budget % a.block_k == 0 && p.wanted >= 1 && p.wanted <= kMaxBlocks, kOp, "budget",
         Rule("must be a multiple of block_k, from 1 to ", kMaxBlocks, " times"), a.budget);
-  const Representative representative =
-      choose(kOp, "representative", kRepresentatives, a.representative);
+  p.representative = choose(kOp, "representative", kRepresentatives, a.representative);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   check(a.bound == "sample" || a.bound == "minmax", kOp, "bound", "must be 'sample' or 'minmax'",
         a.bound);
   check(a.head_reduce == "none" || a.head_reduce == "group_max", kOp, "head_reduce",
         "must be 'none' or 'group_max'", a.head_reduce);
-  HipParams p{};
-  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "k", a.k);
-  p.batch = batch;
+  const bool packed = bool(a.cu_seqlens_q);
+  const int64_t heads = a.q.size(-2), kv_heads = a.k.size(-2);
+  p.query_counts = per_request(kOp, "seqlens_q", a.seqlens_q, p.batch, "q", a.q);
+  p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
+  if (packed) p.cu_seqlens_q = a.cu_seqlens_q.data<int32_t>();
+  if (a.cu_seqlens_k) p.cu_seqlens_k = a.cu_seqlens_k.data<int32_t>();
   p.lists = a.head_reduce == "none" ? heads : kv_heads;
   p.kv_heads = kv_heads;
-  p.head_dim = dim;
+  p.head_dim = a.q.size(-1);
   p.group = p.lists > 0 ? heads / p.lists : 1;
-  p.queries = a.q.size(1);
+  p.queries = a.q.size(packed ? 0 : 1);
   p.block_q = a.block_q;
-  p.blocks = ceil_div(p.queries, a.block_q);
+  p.blocks = packed ? p.queries / a.block_q + p.batch : ceil_div(p.queries, a.block_q);
   p.stride_q = a.stride_q;
   p.block_k = a.block_k;
-  p.wanted = wanted;
   p.num_sink = std::min(a.num_sink, kNever);
   p.num_recent = std::min(a.num_recent, kNever);
-  p.representative = representative;
   p.exact = a.bound == "minmax";
   p.causal = a.causal;
   p.dtype = to_dtype(a.q.dtype);
-  p.q = rows_of(a.q, false);
-  p.k = key_rows(a.k, a.block_table);
+  p.q = rows_of(a.q, packed);
+  p.k = keys_of(a);
   p.restart_span = a.restart_span;
-  p.start = start_list("start_indices", a.start_indices, {batch, p.lists, p.blocks, wanted},
-                       p.exact, a.q, p.start_strides);
-  p.start_counts = start_list("start_counts", a.start_counts, {batch, p.lists, p.blocks}, p.exact,
-                              a.q, p.start_count_strides);
+  std::vector<int64_t> rows{p.batch, p.lists, p.blocks};
+  if (packed) rows.erase(rows.begin());
+  std::vector<int64_t> lists = rows;
+  lists.push_back(p.wanted);
+  p.start = start_list("start_indices", a.start_indices, lists, rows.size(), p.exact, a.q,
+                       p.start_strides);
+  p.start_counts = start_list("start_counts", a.start_counts, rows, rows.size(), p.exact, a.q,
+                              p.start_count_strides);
   if (a.start_indices && !a.start_counts)
     fail(kOp, "start_counts", "must be given with start_indices", "None");
   check(p.k.rows < (int64_t{1} << 31), kOp, "k", "must have less than 2^31 keys of a request",
         p.k.rows);
-  if (!a.q.is_cuda) {
-    check_length_values(kOp, "seqlens_k", p.lengths, batch, p.k.rows);
-    check_block_table_values(kOp, p.k, batch, p.lengths);
-  }
-  Array indices = empty({batch, p.lists, p.blocks, wanted}, a.q, ScalarType::Int);
-  Array counts = empty({batch, p.lists, p.blocks}, a.q, ScalarType::Int);
+  if (!a.q.is_cuda) check_values(a, p);
+  Array indices = empty(lists, a.q, ScalarType::Int);
+  Array counts = empty(rows, a.q, ScalarType::Int);
   p.indices = indices.mutable_data<int32_t>();
   p.counts = counts.mutable_data<int32_t>();
-  if (heads > 0 && counts.numel() > 0) {
+  if (heads > 0 && p.batch > 0 && counts.numel() > 0) {
     run(p, a.q);
   } else {  // nothing speaks for a list
     fill(-1, indices);

@@ -67,16 +67,16 @@ __device__ __forceinline__ unsigned hip_key(float score) {
   return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 
-// Keys of one key head of one request.
+// Keys of one key head of one request, which begin at row `start`.
 template <typename T>
 struct HipKeys {
   const HipParams& p;
   const HipPlan& plan;
-  int64_t b, kv_head;
+  int64_t b, start, kv_head;
 
   // null: zeros
   __device__ __forceinline__ const T* row(int64_t t) const {
-    const KeyRun run = key_run(p.k, b, t);
+    const KeyRun run = key_run(p.k, b, start + t);
     if (run.offset < 0) return nullptr;
     return static_cast<const T*>(p.k.data) + run.offset + kv_head * p.k.head;
   }
@@ -104,13 +104,11 @@ class HipSearch {
     halves.end = halves.begin + 2 * plan.wanted;
     halves.score = reinterpret_cast<float*>(halves.end + 2 * plan.wanted);
     todo = reinterpret_cast<uint16_t*>(halves.score + 2 * plan.wanted);
-    block = item % p.blocks;
     list = item / p.blocks % p.lists;
-    b = item / (p.blocks * p.lists);
-    rows = hip_rows(p, block);
-    tokens = clamped_length(p.lengths, b, p.k.rows);
-    end = hip_end(p, tokens, rows.first);
-    all = hip_admissible(p, end);
+    at = hip_block(p, item / (p.blocks * p.lists), item % p.blocks);
+    rows = hip_rows(p, at);
+    end = hip_end(p, at, rows.first);
+    all = hip_admissible(p, rows, end);
     columns = static_cast<int>(p.group * rows.rows);
   }
 
@@ -177,12 +175,12 @@ class HipSearch {
 
   // The nodes of a list. An id begins one if its group comes behind those of all ids before it.
   __device__ int list_nodes() {
-    const int64_t at[] = {b, list, block};
+    const int64_t row[] = {item / (p.blocks * p.lists), list, item % p.blocks};
     const int32_t *ids = p.start, *counts = p.start_counts;
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      ids += at[i] * p.start_strides[i];
-      counts += at[i] * p.start_count_strides[i];
+      ids += row[i] * p.start_strides[i];
+      counts += row[i] * p.start_count_strides[i];
     }
     const int count = max(min(*counts, plan.wanted), 0), each = share(count);
     const int first = static_cast<int>(threadIdx.x) * each, last = min(first + each, count);
@@ -252,14 +250,15 @@ class HipSearch {
       const int c = first + i / chunks, chunk = i % chunks;
       uint32_t words[4] = {};
       if (c < columns && chunk < plan.chunks) {
-        const T* const row = static_cast<const T*>(p.q.data) + b * p.q.batch +
-                             query_of(c) * p.q.seq + (list * p.group + c / rows.rows) * p.q.head;
+        const T* const row = static_cast<const T*>(p.q.data) + at.b * p.q.batch +
+                             (at.q_start + query_of(c)) * p.q.seq +
+                             (list * p.group + c / rows.rows) * p.q.head;
         load_chunk(words, row, chunk, static_cast<int>(p.head_dim), plan.queries_aligned);
       }
       store_shared(queries + i / chunks * plan.query_bytes + chunk * kChunkBytes, words);
     }
     for (int i = threadIdx.x; i < kColumns; i += kHipThreads) {
-      const int64_t until = first + i < columns ? hip_end(p, tokens, query_of(first + i)) : 0;
+      const int64_t until = first + i < columns ? hip_end(p, at, query_of(first + i)) : 0;
       ends[i] = until > 0 ? static_cast<int>(until) : 0;
     }
     __syncthreads();
@@ -287,25 +286,25 @@ class HipSearch {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
     const int block_k = static_cast<int>(p.block_k);
     const int span = plan.slots > 1 ? kScoreRows / plan.slots : 8;  // lanes that share a block
-    const HipKeys<T> keys{p, plan, b, list * p.kv_heads / p.lists};
+    const HipKeys<T> keys{p, plan, at.b, at.k_start, list * p.kv_heads / p.lists};
     float most[2] = {-infinity(), -infinity()};
     int number[2];
 #pragma unroll 1
     for (int piece = 0; piece < block_k; piece += kScoreRows) {
       const T* data[2];
-      int64_t at[2];
+      int64_t place[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = g + 8 * i, slot = unit * plan.slots + (plan.slots > 1 ? row / span : 0);
         const int offset = plan.slots > 1 ? row % span : piece + row;
         number[i] = slot < count ? todo[slot] : -1;
         data[i] = nullptr;
-        at[i] = -1;
+        place[i] = -1;
         if (number[i] >= 0 && offset < block_k) {
           const HipNode node{halves.begin[number[i]], halves.end[number[i]]};
           const int64_t t = hip_representative(p, node) * p.block_k + offset;
           if (t >= p.num_sink && t < end) {
-            at[i] = t;
+            place[i] = t;
             data[i] = keys.row(t);
           }
         }
@@ -317,7 +316,7 @@ class HipSearch {
         if (n >= tiles) break;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (at[i / 2] >= 0 && at[i / 2] < ends[8 * n + 2 * c + i % 2])
+          if (place[i / 2] >= 0 && place[i / 2] < ends[8 * n + 2 * c + i % 2])
             most[i / 2] = fmaxf(most[i / 2], s[n][i]);  // not a NaN
       }
     }
@@ -409,7 +408,8 @@ class HipSearch {
   int* ends;  // of columns
   HipNodes kept, halves;
   uint16_t* todo;  // halves without a score
-  int64_t item, b, list, block, tokens, end;
+  int64_t item, list, end;
+  HipBlock at;
   HipRows rows;
   HipNode all;
   int columns;

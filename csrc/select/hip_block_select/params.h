@@ -9,11 +9,13 @@ namespace tokenmill {
 enum class Representative : int32_t { first, middle, last };
 
 // A list is that of one query head, or of the `group` query heads of one key head. Its query block
-// speaks through every stride_q-th of its rows, counted backwards from the last.
+// speaks through every stride_q-th of its rows, counted backwards from the last. Lists of packed
+// queries have no dimension of requests: the blocks of sequence b begin at number
+// cu_seqlens_q[b] / block_q + b, and those that no sequence has are empty.
 struct HipParams {
   int64_t batch, lists, kv_heads, head_dim;
   int64_t group;                     // query heads of a list
-  int64_t queries, block_q, blocks;  // blocks = ceil(Sq / block_q)
+  int64_t queries, block_q, blocks;  // of a request; packed: of all sequences
   int64_t stride_q;
   int64_t block_k, wanted;  // wanted = budget / block_k
   int64_t num_sink, num_recent;
@@ -21,29 +23,69 @@ struct HipParams {
   bool exact, causal;
   DType dtype;
   Rows q;
-  KeyRows k;
-  const int32_t* lengths;  // [B], clamped; null: all
-  const int32_t* start;    // [B, lists, blocks, wanted]; null: search from scratch
+  KeyRows k;                                   // packed: the rows of all sequences
+  const int32_t* lengths;                      // [B], clamped; null: all
+  const int32_t* query_counts;                 // [B], clamped; null: all
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [B + 1]; null unless packed
+  const int32_t* start;  // [B, lists, blocks, wanted]; null: search from scratch
   const int32_t* start_counts;
   int64_t start_strides[3], start_count_strides[3];
   int64_t restart_span;
   int32_t *indices, *counts;  // [B, lists, blocks, wanted], [B, lists, blocks]
+
+  TOKENMILL_HOST_DEVICE int64_t requests() const { return cu_seqlens_q ? 1 : batch; }  // of lists
 };
 
-// Queries first, first - stride_q, ... (`rows` of them) speak for a query block.
+// The query block of a list: where its request begins, and what it has.
+struct HipBlock {
+  int64_t b, block;          // of the request
+  int64_t q_start, queries;  // row of the first query, how many there are
+  int64_t k_start, tokens;   // of keys
+};
+
+// Block number `block` of the lists of request b.
+TOKENMILL_HOST_DEVICE inline HipBlock hip_block(const HipParams& p, int64_t b, int64_t block) {
+  HipBlock at{b, block, 0, p.queries, 0, 0};
+  if (p.cu_seqlens_q) {
+    int64_t low = 0, high = p.batch;  // the last sequence that begins at `block` or before it
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      const bool begun =
+          packed_end(p.cu_seqlens_q, middle, p.queries) / p.block_q + middle <= block;
+      (begun ? low : high) = middle;
+    }
+    at.b = low;
+    at.q_start = packed_end(p.cu_seqlens_q, low, p.queries);
+    at.queries = packed_end(p.cu_seqlens_q, low + 1, p.queries) - at.q_start;
+    at.block = block - (at.q_start / p.block_q + low);
+  } else {
+    at.queries = clamped_length(p.query_counts, b, p.queries);
+  }
+  at.tokens = clamped_length(p.lengths, at.b, p.k.rows);
+  if (p.cu_seqlens_k) {
+    at.k_start = packed_end(p.cu_seqlens_k, at.b, p.k.rows);
+    const int64_t tokens = packed_end(p.cu_seqlens_k, at.b + 1, p.k.rows) - at.k_start;
+    at.tokens = tokens < 0 ? 0 : tokens;
+  }
+  return at;
+}
+
+// Queries first, first - stride_q, ... of the request (`rows` of them) speak for a query block.
 struct HipRows {
   int64_t first, rows;
 };
 
-TOKENMILL_HOST_DEVICE inline HipRows hip_rows(const HipParams& p, int64_t block) {
-  const int64_t begin = block * p.block_q, end = begin + p.block_q;
-  const int64_t last = (end < p.queries ? end : p.queries) - 1;
+TOKENMILL_HOST_DEVICE inline HipRows hip_rows(const HipParams& p, const HipBlock& at) {
+  const int64_t begin = at.block * p.block_q, end = begin + p.block_q;
+  if (begin < 0 || begin >= at.queries) return {0, 0};
+  const int64_t last = (end < at.queries ? end : at.queries) - 1;
   return {last, (last - begin) / p.stride_q + 1};
 }
 
 // A query counts the keys num_sink .. end - 1.
-TOKENMILL_HOST_DEVICE inline int64_t hip_end(const HipParams& p, int64_t tokens, int64_t query) {
-  return tokens - p.num_recent + (p.causal ? query - p.queries + 1 : 0);
+TOKENMILL_HOST_DEVICE inline int64_t hip_end(const HipParams& p, const HipBlock& at,
+                                             int64_t query) {
+  return at.tokens - p.num_recent + (p.causal ? query - at.queries + 1 : 0);
 }
 
 // Half-open intervals of blocks: what is admissible, and the nodes of a search.
@@ -51,8 +93,9 @@ struct HipNode {
   int32_t begin, end;
 };
 
-TOKENMILL_HOST_DEVICE inline HipNode hip_admissible(const HipParams& p, int64_t end) {
-  if (end <= p.num_sink) return {0, 0};
+// Of a query block with `rows`, whose last query counts the keys before `end`.
+TOKENMILL_HOST_DEVICE inline HipNode hip_admissible(const HipParams& p, HipRows rows, int64_t end) {
+  if (rows.rows == 0 || end <= p.num_sink) return {0, 0};
   return {static_cast<int32_t>(p.num_sink / p.block_k),
           static_cast<int32_t>(ceil_div(end, p.block_k))};
 }

@@ -31,13 +31,6 @@ struct IndexerSequence {
   int64_t q_start, queries, k_start, keys;
 };
 
-// An end of packed sequences, cut to the rows that there are.
-TOKENMILL_HOST_DEVICE inline int64_t packed_end(const int32_t* cu_seqlens, int64_t i,
-                                                int64_t rows) {
-  const int64_t end = cu_seqlens[i];
-  return end < 0 ? 0 : end > rows ? rows : end;
-}
-
 TOKENMILL_HOST_DEVICE inline IndexerSequence indexer_sequence(const IndexerParams& p, int64_t b) {
   IndexerSequence s{b * p.queries, p.queries, 0, clamped_length(p.lengths, b, p.k.rows)};
   if (p.cu_seqlens_q) {

@@ -13,6 +13,8 @@ from .._check import (
     as_int,
     check,
     check_bool,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
     check_device_of,
     check_dtype,
     check_dtype_of,
@@ -24,7 +26,8 @@ from .._check import (
     show,
 )
 from .._dispatch import call
-from .._library import TorchOp, register
+from .._flops import known
+from .._library import TorchOp, record_of, register
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
@@ -46,6 +49,7 @@ BOUNDS = ("sample", "minmax")
 HEAD_REDUCES = ("none", "group_max")
 MAX_BLOCK = 128  # keys of a block
 MAX_BLOCKS = 2048  # of a list: a GPU has the nodes of a search in shared memory
+Arguments = record_of(OP)
 
 
 def hip_block_select(
@@ -64,7 +68,10 @@ def hip_block_select(
     restart_span: int = 8,
     causal: bool = True,
     head_reduce: HeadReduce = "none",
+    seqlens_q: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,9 +81,9 @@ def hip_block_select(
     :func:`sparse_decode_attention`), which attends beside it to the first num_sink keys and the
     last num_recent keys that a query sees. So these two kinds of keys are *kept anyway*, and a pair
     of a query and a key *counts* if the query sees the key and does not keep it anyway: query i of
-    request b is at p = seqlens_k[b] - Sq + i and counts the keys num_sink to p - num_recent
-    (causal, bottom-right aligned; not causal: to seqlens_k[b] - 1 - num_recent). Admissible are the
-    n blocks of which the last query of the query block counts a key. With N = budget / block_k:
+    a request with m queries and l keys is at p = l - m + i and counts the keys num_sink to
+    p - num_recent (causal, bottom-right aligned; not causal: to l - 1 - num_recent). Admissible are
+    the n blocks of which the last query of the query block counts a key. With N = budget / block_k:
 
     1. If n <= N, all admissible blocks are selected: list, first and last keys are then all that
        any query of the query block sees.
@@ -102,11 +109,16 @@ def hip_block_select(
     log2(n / N). Ids that are not admissible or not greater than the id before are left out; a list
     without any other is searched from scratch. The list then has at most the blocks of its groups.
 
+    Requests of different lengths are padded (seqlens_q, seqlens_k), packed (cu_seqlens) or, of
+    keys, in pages (block_table). Query blocks begin at the first query of each request, which has
+    the lists that it has alone, bit for bit.
+
     Args:
         q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256. In decoding Sq is 1, or a few tokens.
-        k: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H (GQA); with block_table pages
-            ``[pages, page_size, Hk, D]``.
+            with a contiguous last dimension, D up to 256; packed ``[T, H, D]`` with cu_seqlens_q.
+            In decoding Sq is 1, or a few tokens.
+        k: ``[B, S, Hk, D]`` in the dtype of q, Hk a divisor of H (GQA); packed ``[Tk, Hk, D]`` with
+            cu_seqlens_k; ``[pages, page_size, Hk, D]`` with block_table.
         budget: keys of a list, a multiple of block_k, at most 2048 block_k.
         block_q: queries that share a list; the last block may have fewer.
         block_k: keys of a block, 1 to 128. Block i has the keys i block_k to (i + 1) block_k - 1.
@@ -120,15 +132,23 @@ def hip_block_select(
         causal: a query sees no later key.
         head_reduce: "none" (a list for each query head) or "group_max" (for each key head: scores
             are maxima over its query heads).
-        seqlens_k: ``[B]`` int32, keys of each request, those of its queries included. None: all.
-        block_table: ``[B, P]`` int32, the pages of each request; key t is row t % page_size of page
+        seqlens_q: int32 ``[B]``, the queries of each request, its first rows of q. None: Sq. Query
+            blocks behind them have empty lists.
+        seqlens_k: int32 ``[B]``, keys of each request, those of its queries included. None: all.
+        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
+            too, or ``[B, S, Hk, D]`` or pages.
+        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        block_table: int32 ``[B, P]``, the pages of each request; key t is row t % page_size of page
             ``block_table[b, t // page_size]``. Entries beyond the length may be anything.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
         (indices, counts): int32 ``[B, H, ceil(Sq / block_q), budget / block_k]`` block numbers,
         ascending, -1 after the last, and how many there are, int32 ``[B, H, ceil(Sq / block_q)]``;
-        with "group_max" Hk for H. The same bits in every run. Not differentiable.
+        with "group_max" Hk for H. Of packed queries int32 ``[H, R, budget / block_k]`` and ``[H,
+        R]`` with R = T // block_q + B: query block r of sequence b has row cu_seqlens_q[b] //
+        block_q + b + r, and rows without one are empty. The same bits in every run. Not
+        differentiable.
 
     Raises:
         RuntimeError: naming argument, rule and value. On a GPU lengths are cut to the keys that
@@ -155,7 +175,8 @@ def hip_block_select(
         q, k, budget=budget, block_q=block_q, block_k=block_k, stride_q=stride_q,
         representative=representative, num_sink=num_sink, num_recent=num_recent, bound=bound,
         start=start, restart_span=restart_span, causal=causal, head_reduce=head_reduce,
-        seqlens_k=seqlens_k, block_table=block_table,
+        seqlens_q=seqlens_q, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, block_table=block_table,
     )  # fmt: skip
     indices, counts = call(SPEC, lowered, backend)
     return indices, counts
@@ -177,13 +198,18 @@ def lower(
     restart_span: int = 8,
     causal: bool = True,
     head_reduce: str = "none",
+    seqlens_q: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k)):
         check_tensor(op, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("block_table", block_table)):
+    for name, option in (("seqlens_q", seqlens_q), ("seqlens_k", seqlens_k),
+                         ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k),
+                         ("block_table", block_table)):  # fmt: skip
         check_tensor(op, name, option, optional=True)
     indices, counts = None, None
     if start is not None:
@@ -207,148 +233,144 @@ def lower(
                        ("head_reduce", head_reduce)):  # fmt: skip
         check_text(op, name, text)
     check_bool(op, "causal", causal)
+    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 3:
+        cu_seqlens_k = cu_seqlens_q
     return (
         q, k, budget, block_q, block_k, stride_q, representative, num_sink, num_recent, bound,
-        indices, counts, restart_span, causal, head_reduce, seqlens_k, block_table,
+        indices, counts, restart_span, causal, head_reduce, seqlens_k, block_table, seqlens_q,
+        cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    start_indices: Tensor | None,
-    start_counts: Tensor | None,
-    restart_span: int,
-    causal: bool,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-    *,
-    float64: bool = False,
-    op: str = OP,
-) -> None:
-    check(q.dim() == 4, op, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
-    rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
-    check(k.dim() == 4, op, "k", rule, k.dim())
-    check_dtype(op, "q", q, float64=float64)
-    check_dtype_of(op, "k", k, "q", q)
-    check_device_of(op, "k", k, "q", q)
-    for name, t in (("q", q), ("k", k)):
-        check_last_contiguous(op, name, t)
-    dim = q.shape[3]
-    check_head_dim(op, "q", q)
-    if k.shape[3] != dim:
-        fail(op, "k", f"must have the head dimension of q, {dim}", k.shape[3])
-    heads, kv_heads = q.shape[2], k.shape[2]
-    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
-        fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-    check_block_table(op, block_table, k)
-    batch = batch_of(k, block_table)
-    name = "k" if block_table is None else "block_table"
-    if batch != q.shape[0]:
-        fail(op, name, f"must have the batch size of q, {q.shape[0]}", batch)
-    check(1 <= block_k <= MAX_BLOCK, op, "block_k", f"must be 1 to {MAX_BLOCK}", block_k)
-    for name, size in (("block_q", block_q), ("stride_q", stride_q),
-                       ("restart_span", restart_span)):  # fmt: skip
+# csrc/select/hip_block_select/host.cpp has the same rules in the same order and words.
+def _check(*lowered: Any, float64: bool = False, op: str = OP) -> None:
+    a = Arguments(*lowered)
+    _check_rows(op, a, float64)
+    batch = _check_sequences(op, a)
+    check(1 <= a.block_k <= MAX_BLOCK, op, "block_k", f"must be 1 to {MAX_BLOCK}", a.block_k)
+    for name, size in (("block_q", a.block_q), ("stride_q", a.stride_q),
+                       ("restart_span", a.restart_span)):  # fmt: skip
         check(1 <= size < 2**31, op, name, "must be 1 to 2^31 - 1", size)
     rule = f"must be a multiple of block_k, from 1 to {MAX_BLOCKS} times"
-    blocks_ok = budget % block_k == 0 and 1 <= budget // block_k <= MAX_BLOCKS
-    check(blocks_ok, op, "budget", rule, budget)
+    blocks_ok = a.budget % a.block_k == 0 and 1 <= a.budget // a.block_k <= MAX_BLOCKS
+    check(blocks_ok, op, "budget", rule, a.budget)
     rule = "must be 'first', 'middle' or 'last'"
-    check(representative in REPRESENTATIVES, op, "representative", rule, representative)
-    check(num_sink >= 0, op, "num_sink", "must not be negative", num_sink)
-    check(num_recent >= 0, op, "num_recent", "must not be negative", num_recent)
-    check(bound in BOUNDS, op, "bound", "must be 'sample' or 'minmax'", bound)
+    check(a.representative in REPRESENTATIVES, op, "representative", rule, a.representative)
+    check(a.num_sink >= 0, op, "num_sink", "must not be negative", a.num_sink)
+    check(a.num_recent >= 0, op, "num_recent", "must not be negative", a.num_recent)
+    check(a.bound in BOUNDS, op, "bound", "must be 'sample' or 'minmax'", a.bound)
     rule = "must be 'none' or 'group_max'"
-    check(head_reduce in HEAD_REDUCES, op, "head_reduce", rule, head_reduce)
-    check_per_request(op, "seqlens_k", seqlens_k, batch, "k", k)
-    shape = _list_shape(q, k, budget, block_q, block_k, head_reduce)
-    for name, given, wanted in (("start_indices", start_indices, shape),
-                            ("start_counts", start_counts, shape[:-1])):  # fmt: skip
+    check(a.head_reduce in HEAD_REDUCES, op, "head_reduce", rule, a.head_reduce)
+    check_per_request(op, "seqlens_q", a.seqlens_q, batch, "q", a.q)
+    check_per_request(op, "seqlens_k", a.seqlens_k, batch, "k", a.k)
+    shape = _list_shape(a)
+    for name, given, wanted in (("start_indices", a.start_indices, shape),
+                            ("start_counts", a.start_counts, shape[:-1])):  # fmt: skip
         if given is None:
             continue
-        check(bound == "sample", op, name, "must be None with bound 'minmax'", given)
+        check(a.bound == "sample", op, name, "must be None with bound 'minmax'", given)
         if list(given.shape) != wanted:
             fail(op, name, f"must have the shape of the result, {show(wanted)}", given.shape)
         check(given.dtype == torch.int32, op, name, "must be int32", given.dtype)
         check_last_contiguous(op, name, given)
-        check_device_of(op, name, given, "q", q)
-    if start_indices is not None and start_counts is None:
+        check_device_of(op, name, given, "q", a.q)
+    if a.start_indices is not None and a.start_counts is None:
         fail(op, "start_counts", "must be given with start_indices", None)
-    keys = rows_of_request(k, block_table)
-    check(keys < 2**31, op, "k", "must have less than 2^31 keys of a request", keys)
+    check(_keys(a) < 2**31, op, "k", "must have less than 2^31 keys of a request", _keys(a))
 
 
-def _list_shape(
-    q: Tensor, k: Tensor, budget: int, block_q: int, block_k: int, head_reduce: str
-) -> list[int]:
-    lists = k.shape[2] if head_reduce == "group_max" else q.shape[2]
-    return [q.shape[0], lists, (q.shape[1] + block_q - 1) // block_q, budget // block_k]
+def _check_rows(op: str, a: Any, float64: bool) -> None:
+    packed = "must have 3 dimensions [T, H, D] (packed)"
+    rule = packed if a.cu_seqlens_q is not None else "must have 4 dimensions [B, S, H, D]"
+    check(a.q.dim() == (4 if a.cu_seqlens_q is None else 3), op, "q", rule, a.q.dim())
+    rule = "must have 4 dimensions [B, S, H, D] or [pages, page_size, H, D]"
+    rule = packed if a.cu_seqlens_k is not None else rule
+    check(a.k.dim() == (4 if a.cu_seqlens_k is None else 3), op, "k", rule, a.k.dim())
+    check_dtype(op, "q", a.q, float64=float64)
+    check_dtype_of(op, "k", a.k, "q", a.q)
+    check_device_of(op, "k", a.k, "q", a.q)
+    for name, t in (("q", a.q), ("k", a.k)):
+        check_last_contiguous(op, name, t)
+    heads, dim = a.q.shape[-2:]
+    check_head_dim(op, "q", a.q)
+    if a.k.shape[-1] != dim:
+        fail(op, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
+    kv_heads = a.k.shape[-2]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
+        fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
 
 
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    start_indices: Tensor | None,
-    start_counts: Tensor | None,
-    restart_span: int,
-    causal: bool,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    check_length_values(OP, "seqlens_k", seqlens_k, rows_of_request(k, block_table))
-    check_block_table_values(OP, block_table, k, seqlens_k)
+def _check_sequences(op: str, a: Any) -> int:
+    """The number of requests."""
+    if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
+        fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
+    batch = a.q.shape[0]
+    if a.cu_seqlens_q is not None:
+        check_cu_seqlens(op, "cu_seqlens_q", a.cu_seqlens_q, a.q)
+        batch = a.cu_seqlens_q.shape[0] - 1
+        if a.seqlens_q is not None:
+            fail(op, "seqlens_q", "must be None with cu_seqlens_q", a.seqlens_q.shape)
+    if a.cu_seqlens_k is not None:
+        check_cu_seqlens(op, "cu_seqlens_k", a.cu_seqlens_k, a.q)
+        if a.cu_seqlens_k.shape[0] != batch + 1:
+            rule = f"must have the length of cu_seqlens_q, {batch + 1}"
+            fail(op, "cu_seqlens_k", rule, a.cu_seqlens_k.shape[0])
+        for name, t in (("seqlens_k", a.seqlens_k), ("block_table", a.block_table)):
+            if t is not None:
+                fail(op, name, "must be None with cu_seqlens_k", t.shape)
+        return int(batch)
+    check_block_table(op, a.block_table, a.k)
+    found = batch_of(a.k, a.block_table)
+    name = "k" if a.block_table is None else "block_table"
+    if found != batch:
+        fail(op, name, f"must have the batch size of q, {batch}", found)
+    return int(batch)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    budget: int,
-    block_q: int,
-    block_k: int,
-    stride_q: int,
-    representative: str,
-    num_sink: int,
-    num_recent: int,
-    bound: str,
-    start_indices: Tensor | None,
-    start_counts: Tensor | None,
-    restart_span: int,
-    causal: bool,
-    head_reduce: str,
-    seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    shape = _list_shape(q, k, budget, block_q, block_k, head_reduce)
-    indices = q.new_empty(shape, dtype=torch.int32)
-    return indices, q.new_empty(shape[:-1], dtype=torch.int32)
+def _keys(a: Any) -> int:
+    """Of a request, at most; of packed sequences all."""
+    if a.cu_seqlens_k is not None:
+        return int(a.k.shape[0])
+    return rows_of_request(a.k, a.block_table)
 
 
-def _flops(
-    q: Tensor, k: Tensor, budget: int, block_q: int, block_k: int, stride_q: int, *rest: Any
-) -> float:
-    """Operations of a search whose query blocks all see half the keys."""
-    table = rest[-1]
-    admissible = rows_of_request(k, table) / 2
-    steps = math.ceil(math.log2(max(admissible / budget, 1)))
-    return 4.0 * q.numel() / max(stride_q, 1) * budget * max(steps, 0)
+def _list_shape(a: Any) -> list[int]:
+    lists, entries = a.q.shape[-2], a.budget // a.block_k
+    if a.head_reduce == "group_max":
+        lists = a.k.shape[-2]
+    if a.cu_seqlens_q is not None:
+        return [lists, a.q.shape[0] // a.block_q + a.cu_seqlens_q.shape[0] - 1, entries]
+    return [a.q.shape[0], lists, -(-a.q.shape[1] // a.block_q), entries]
+
+
+def _check_values(*lowered: Any) -> None:
+    a = Arguments(*lowered)
+    if a.cu_seqlens_q is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0])
+    else:
+        check_length_values(OP, "seqlens_q", a.seqlens_q, a.q.shape[1])
+    if a.cu_seqlens_k is not None:
+        check_cu_seqlens_values(OP, "cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])
+        return
+    check_length_values(OP, "seqlens_k", a.seqlens_k, _keys(a))
+    check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
+
+
+def _fake(*lowered: Any) -> tuple[Tensor, Tensor]:
+    a = Arguments(*lowered)
+    shape = _list_shape(a)
+    indices = a.q.new_empty(shape, dtype=torch.int32)
+    return indices, a.q.new_empty(shape[:-1], dtype=torch.int32)
+
+
+def _flops(*lowered: Any) -> float:
+    """Operations of a search whose query blocks all see half the keys, of the longest request."""
+    a = Arguments(*lowered)
+    keys = _keys(a)
+    if a.cu_seqlens_k is not None and known(a.cu_seqlens_k):
+        keys = int(a.cu_seqlens_k.diff().max()) if len(a.cu_seqlens_k) > 1 else 0
+    steps = math.ceil(math.log2(max(keys / 2 / a.budget, 1)))
+    return 4.0 * a.q.numel() / max(a.stride_q, 1) * a.budget * max(steps, 0)
 
 
 FORWARD = register(
@@ -378,10 +400,11 @@ SPEC = register_op(
                 "k@block_table": "..h.",
                 "start_indices": "bh..",
                 "start_counts": "bh.",
-                "seqlens_k": "b",
+                "seqlens_q seqlens_k": "b",
                 "block_table": "b.",
             },
             ("bh..", "bh."),
+            without=("cu_seqlens_q", "cu_seqlens_k"),
         ),
         paper="HiP Attention (Lee et al. 2024)",
         flops=_flops,

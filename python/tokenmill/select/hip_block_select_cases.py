@@ -28,14 +28,17 @@ def _sample(
     change: Any = None,
     **options: Any,
 ) -> Any:
-    """n keys; pages: how many of how many keys there are. Small windows unless options say else."""
+    """n keys; pages: how many of how many keys there are. Packed if options say where sequences
+    begin. Small windows unless options say else."""
     options = {
         "budget": 32, "block_q": 32, "num_sink": 4, "num_recent": 10, **options,
     }  # fmt: skip
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
-        q = torch.randint(-4, 5, (b, sq, h, d), generator=g).to(dtype)
-        k = torch.randint(-4, 5, (*(pages or (b, n)), hk, d), generator=g).to(dtype)
+        rows_q = (sq,) if "cu_seqlens_q" in options else (b, sq)
+        rows_k = (n,) if "cu_seqlens_k" in options else pages or (b, n)
+        q = torch.randint(-4, 5, (*rows_q, h, d), generator=g).to(dtype)
+        k = torch.randint(-4, 5, (*rows_k, hk, d), generator=g).to(dtype)
         if change:
             change(q, k)
         return (q, k), dict(options)
@@ -85,6 +88,22 @@ SAMPLES = (
     )),
     Sample("restart from anything", _sample(start=_list(1, 300, 9, 9, -1, 57, 58, 8))),
     Sample("restart from nothing", _sample(start=_list(1))),
+    Sample("right-padded", _sample(
+        b=3, sq=40, block_q=16, budget=16, seqlens_q=_ints(40, 17, 0), seqlens_k=_ints(150, 90, 60)
+    )),
+    Sample("packed", _sample(
+        sq=53, n=290, block_q=16, cu_seqlens_q=_ints(0, 20, 20, 53),
+        cu_seqlens_k=_ints(0, 150, 160, 290),
+    )),
+    Sample("packed, over pages", _sample(
+        sq=24, pages=(5, 64), num_recent=3, block_q=8, h=4, head_reduce="group_max",
+        cu_seqlens_q=_ints(0, 1, 24), seqlens_k=_ints(170, 128), block_table=TABLE,
+    )),
+    Sample("packed, restart", _sample(
+        sq=12, n=300, block_q=8, cu_seqlens_q=_ints(0, 3, 12), cu_seqlens_k=_ints(0, 140, 300),
+        start=tuple(t[0] for t in _list(3, 2, 9, 20, 21, 50)), restart_span=4,
+    )),
+    Sample("no sequences", _sample(sq=0, n=0, cu_seqlens_q=_ints(0), cu_seqlens_k=_ints(0))),
     Sample("more queries than keys", _sample(sq=60, n=45)),
     Sample("everything kept anyway", _sample(num_recent=1000)),
     Sample("nan", _sample(change=_poison)),
@@ -99,6 +118,19 @@ SAMPLES = (
 
 def _half_a_start(args: list[Any], kwargs: dict[str, Any]) -> None:
     kwargs["start"] = (torch.zeros(2, 2, 1, 16, dtype=torch.int32), None)
+
+
+def _packed(**options: Any) -> Any:
+    """The first sample packed, and what options change."""
+    ends = {"cu_seqlens_q": _ints(0, 20, 40), "cu_seqlens_k": _ints(0, 160, 320)}
+
+    def change(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[:2] = (t.flatten(0, 1) for t in args[:2])
+        if options.get("cu_seqlens_q", 0) is None:
+            args[0] = args[0].unflatten(0, (2, 20))
+        kwargs.update(ends | options)
+
+    return change
 
 
 def _start(shape: tuple[int, ...] = (2, 2, 1, 16), dtype: torch.dtype = torch.int32) -> Any:
@@ -154,6 +186,53 @@ MALFORMED = (
         "batch of the table",
         "block_table: must have the batch size of q, 2; got 3",
         set_options(block_table=torch.zeros(3, 1, dtype=torch.int32)),
+    ),
+    Malformed(
+        "rank of packed queries",
+        "q: must have 3 dimensions [T, H, D] (packed); got 4",
+        set_options(cu_seqlens_q=_ints(0, 20, 40)),
+    ),
+    Malformed(
+        "packed keys alone",
+        "cu_seqlens_q: must be given with cu_seqlens_k; got None",
+        _packed(cu_seqlens_q=None),
+    ),
+    Malformed(
+        "lengths of packed queries",
+        "seqlens_q: must be None with cu_seqlens_q; got [2]",
+        _packed(seqlens_q=_ints(20, 20)),
+    ),
+    Malformed(
+        "lengths of packed keys",
+        "seqlens_k: must be None with cu_seqlens_k; got [2]",
+        _packed(seqlens_k=_ints(160, 160)),
+    ),
+    Malformed(
+        "dtype of cu_seqlens_q",
+        "cu_seqlens_q: must be int32; got int64",
+        _packed(cu_seqlens_q=torch.tensor([0, 20, 40])),
+    ),
+    Malformed(
+        "sequences",
+        "cu_seqlens_k: must have the length of cu_seqlens_q, 3; got 2",
+        _packed(cu_seqlens_k=_ints(0, 320)),
+    ),
+    Malformed(
+        "packed ends",
+        "cu_seqlens_q: must end at the number of tokens, 40; got 39",
+        _packed(cu_seqlens_q=_ints(0, 20, 39)),
+        values=True,
+    ),
+    Malformed(
+        "seqlens_q",
+        "seqlens_q: must have shape [2]; got [1]",
+        set_options(seqlens_q=_ints(20)),
+    ),
+    Malformed(
+        "queries",
+        "seqlens_q: must be 0 to 20; got 21",
+        set_options(seqlens_q=_ints(20, 21)),
+        values=True,
     ),
     Malformed("block_k", "block_k: must be 1 to 128; got 0", set_options(block_k=0)),
     Malformed("block_q", "block_q: must be 1 to 2^31 - 1; got 0", set_options(block_q=0)),

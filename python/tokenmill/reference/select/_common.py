@@ -5,6 +5,8 @@ row j of request b is cache[block_table[b, j // size], j % size]
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,22 @@ def broadcast_lengths(given: Tensor | None, longest: int, q: Tensor) -> Tensor:
     if given is None:
         return torch.full((q.shape[0], 1, 1, 1), longest, device=q.device)
     return given.long()[:, None, None, None]
+
+
+def sequences_of(
+    k: Tensor,
+    seqlens_k: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+) -> list[tuple[int, int, Tensor]]:
+    """Of packed sequences the first query, the end of the queries, and the keys."""
+    ends: list[int] = cu_seqlens_q.tolist()
+    if cu_seqlens_k is not None:
+        ends_k: list[int] = cu_seqlens_k.tolist()
+        keys = [k[a:b] for a, b in itertools.pairwise(ends_k)]
+    else:
+        rows = rows_of(k, block_table)
+        length = lengths_of(seqlens_k, len(rows), rows.shape[1], k.device).tolist()
+        keys = [x[:n] for x, n in zip(rows, length, strict=True)]
+    return [(a, b, x) for (a, b), x in zip(itertools.pairwise(ends), keys, strict=True)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._common import lengths_of, rows_of
+from ._common import lengths_of, rows_of, sequences_of
 
 
 @dataclass
@@ -36,6 +36,17 @@ class _Queries:
         return torch.where(counted, products, -torch.inf).flatten(1).amax(1)
 
 
+@dataclass
+class _Request:
+    """Its queries and keys, the lists of its query blocks, and lists to start from."""
+
+    q: Tensor  # [queries, H, D]
+    keys: Tensor  # [S, Hk, D]
+    indices: Tensor  # [lists, R, wanted]
+    counts: Tensor  # [lists, R]
+    start: tuple[Tensor, Tensor] | None
+
+
 def hip_block_select(
     q: Tensor,
     k: Tensor,
@@ -54,44 +65,93 @@ def hip_block_select(
     head_reduce: str,
     seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    seqlens_q: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    keys = rows_of(k, block_table)
-    batch, tokens, kv_heads, _ = keys.shape
-    queries, heads = q.shape[1:3]
-    wide = torch.promote_types(q.dtype, torch.float32)
     wanted = budget // block_k
+    heads, kv_heads = q.shape[-2], k.shape[-2]
     lists = kv_heads if head_reduce == "group_max" else heads
-    of_list = heads // lists if lists else 1  # query heads that share a list
-    rows = -(-queries // block_q)
-    indices = q.new_full((batch, lists, rows, wanted), -1, dtype=torch.int32)
-    counts = q.new_zeros((batch, lists, rows), dtype=torch.int32)
-    lengths = lengths_of(seqlens_k, batch, tokens, q.device).tolist()
+    if cu_seqlens_q is None:
+        shape = [len(q), lists, -(-q.shape[1] // block_q), wanted]
+    else:
+        shape = [lists, len(q) // block_q + len(cu_seqlens_q) - 1, wanted]
+    indices = q.new_full(shape, -1, dtype=torch.int32)
+    counts = q.new_zeros(shape[:-1], dtype=torch.int32)
+    start = None if start_indices is None or start_counts is None else (start_indices, start_counts)
+    if cu_seqlens_q is None:
+        keys = rows_of(k, block_table)
+        batch, tokens = keys.shape[:2]
+        lengths = lengths_of(seqlens_k, batch, tokens, q.device).tolist()
+        queries = lengths_of(seqlens_q, batch, q.shape[1], q.device).tolist()
+        requests = [
+            _Request(
+                q[b, : queries[b]], keys[b, : lengths[b]], indices[b], counts[b],
+                None if start is None else (start[0][b], start[1][b]),
+            )
+            for b in range(batch)
+        ]  # fmt: skip
+    else:
+        sequences = sequences_of(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
+        requests = []
+        for b, (first, end, keys) in enumerate(sequences):
+            rows = slice(first // block_q + b, None)
+            requests.append(
+                _Request(
+                    q[first:end], keys, indices[:, rows], counts[:, rows],
+                    None if start is None else (start[0][:, rows], start[1][:, rows]),
+                )
+            )  # fmt: skip
+    for request in requests:
+        _search(
+            request, wanted, block_q, block_k, stride_q, representative, num_sink, num_recent,
+            bound, restart_span, causal,
+        )  # fmt: skip
+    return indices, counts
 
-    for b, h, r in itertools.product(range(batch), range(lists), range(rows)):
+
+def _search(
+    x: _Request,
+    wanted: int,
+    block_q: int,
+    block_k: int,
+    stride_q: int,
+    representative: str,
+    num_sink: int,
+    num_recent: int,
+    bound: str,
+    restart_span: int,
+    causal: bool,
+) -> None:
+    """Writes the lists of a request."""
+    device = x.q.device
+    wide = torch.promote_types(x.q.dtype, torch.float32)
+    queries, heads = x.q.shape[:2]
+    lists, kv_heads = len(x.indices), x.keys.shape[1]
+    of_list = heads // lists if lists else 1  # query heads that share a list
+    for h, r in itertools.product(range(lists), range(-(-queries // block_q))):
         last = min((r + 1) * block_q, queries) - 1
-        i = torch.arange(last, r * block_q - 1, -stride_q, device=q.device)
-        ends = lengths[b] - num_recent + (i - queries + 1 if causal else 0 * i)
+        i = torch.arange(last, r * block_q - 1, -stride_q, device=device)
+        ends = len(x.keys) - num_recent + (i - queries + 1 if causal else 0 * i)
         end = int(ends[0])
         if end <= num_sink or of_list == 0:
             continue
         first, until = num_sink // block_k, -(-end // block_k)
         those = slice(h * of_list, (h + 1) * of_list)
-        kv_head = h * kv_heads // lists
-        search = _Queries(
-            q[b, i, those].to(wide), keys[b, :, kv_head].to(wide), ends, num_sink, block_k
-        )
+        keys = x.keys[:, h * kv_heads // lists].to(wide)
+        search = _Queries(x.q[i, those].to(wide), keys, ends, num_sink, block_k)
         if bound == "minmax" or until - first <= wanted:
-            blocks = torch.arange(first, until, device=q.device)
+            blocks = torch.arange(first, until, device=device)
             found = blocks[_best(search.score(blocks), wanted)]
         else:
             nodes = _start_nodes(first, until, wanted)
-            if start_indices is not None and start_counts is not None:
-                given = start_indices[b, h, r, : max(int(start_counts[b, h, r]), 0)].tolist()
+            if x.start is not None:
+                ids, count = x.start[0][h, r], int(x.start[1][h, r])
+                given = ids[: max(count, 0)].tolist()
                 nodes = _list_nodes(given, first, until, restart_span) or nodes
             found = _descend(search, nodes, wanted, representative)
-        indices[b, h, r, : len(found)] = found
-        counts[b, h, r] = len(found)
-    return indices, counts
+        x.indices[h, r, : len(found)] = found
+        x.counts[h, r] = len(found)
 
 
 Nodes = list[tuple[int, int]]  # half-open intervals of blocks, ascending

@@ -8,12 +8,10 @@ num_sink and the last num_recent of them.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from ._common import lengths_of, rows_of
+from ._common import lengths_of, rows_of, sequences_of
 from .topk_select import topk_select
 
 
@@ -41,7 +39,7 @@ def indexer_topk_select(
         lists = _lists(q.to(wide), keys.to(wide), weights.to(wide), length, *options)
         indices, counts, values = lists
     else:
-        sequences = _sequences(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
+        sequences = sequences_of(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
         parts = [
             _lists(q[a:b][None].to(wide), keys[None].to(wide), weights[a:b][None].to(wide),
                    torch.full((1,), len(keys), device=q.device), *options)
@@ -51,25 +49,6 @@ def indexer_topk_select(
             parts = [_nothing(q[None], topk)]
         indices, counts, values = (torch.cat([x[0] for x in t]) for t in zip(*parts, strict=True))
     return indices, counts, values if return_values else q.new_empty(0, dtype=wide)
-
-
-def _sequences(
-    k: Tensor,
-    seqlens_k: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    block_table: Tensor | None,
-) -> list[tuple[int, int, Tensor]]:
-    """First and last query, and keys."""
-    ends: list[int] = cu_seqlens_q.tolist()
-    if cu_seqlens_k is not None:
-        ends_k: list[int] = cu_seqlens_k.tolist()
-        keys = [k[a:b] for a, b in itertools.pairwise(ends_k)]
-    else:
-        rows = rows_of(k, block_table)
-        length = lengths_of(seqlens_k, len(rows), rows.shape[1], k.device).tolist()
-        keys = [x[:n] for x, n in zip(rows, length, strict=True)]
-    return [(a, b, x) for (a, b), x in zip(itertools.pairwise(ends), keys, strict=True)]
 
 
 def _lists(
