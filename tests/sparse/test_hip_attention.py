@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import backends, device_of
+from hip_requests import Requests, forms, int32
 
 import tokenmill as tm
 from tokenmill.sparse import HipLists, hip_attention
@@ -151,8 +152,59 @@ def test_bad_calls_are_refused(message, changes):
     assert message in str(raised.value)
 
 
-def test_prefill_over_pages_is_refused():
-    q, k, v = draw("cpu", 40, 40)
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"block_table: is for decoding: .*; q has; got 40"):
-        hip_attention(q, k, v, **SIZES, block_table=table)
+@pytest.mark.parametrize(("form", "backend"), forms(backends("reference")))
+def test_a_request_has_the_bits_that_it_has_alone(form, backend):
+    """And the result of prefill; rows without a request are empty."""
+    requests = Requests(form, backend)
+    out, lse = hip_attention(
+        *requests.tensors, **SIZES, **requests.options, return_lse=True, backend=backend
+    )
+    lse = lse.transpose(-1, -2)
+    taken = torch.zeros_like(lse[..., 0])
+    for b, (q, k, v) in enumerate(requests.alone):
+        own = requests.rows(b)
+        prefill = hip_attention(
+            q, k, v, **SIZES, seqlens_k=torch.tensor([k.shape[1]], dtype=torch.int32).to(q.device),
+            return_lse=True, backend=backend,
+        )  # fmt: skip
+        close((out[own], lse[own]), (prefill[0][0], prefill[1][0].T))
+        taken[own] = 1
+    assert (out[taken == 0] == 0).all() and (lse[taken == 0] == -torch.inf).all()
+    again = Requests(form, backend, only=0)
+    alone = hip_attention(*again.tensors, **SIZES, **again.options, backend=backend)
+    assert torch.equal(alone[again.rows(0)], out[requests.rows(0)])
+
+
+@each_backend
+def test_right_padding_has_gradients_and_hides_what_it_holds(backend):
+    requests = Requests("padded", backend)
+    q, k, v = (t.requires_grad_() for t in requests.tensors)
+    out = hip_attention(q, k, v, **SIZES, **requests.options, backend=backend)
+    got = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    for b in (0, 2):  # others decode where they are alone
+        leaves = [t.requires_grad_() for t in requests.alone[b]]
+        alone = hip_attention(*leaves, **SIZES, backend=backend)
+        want = torch.autograd.grad(alone, leaves, torch.ones_like(alone))
+        close([t[b, : w.shape[1]] for t, w in zip(got, want, strict=True)], [w[0] for w in want])
+    assert not any(t.isnan().any() for t in got)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("causal: must be True with pages or packed tokens; got False", {"causal": False}),
+        ("max_seqlen_q: must be at least the longest sequence, 27; got 26", {"max_seqlen_q": 26}),
+        ("max_seqlen_k: must not be negative; got -1", {"max_seqlen_k": -1}),
+        ("max_seqlen_k: goes with cu_seqlens_k alone", {"max_seqlen_k": 9, "cu_seqlens_k": None}),
+        ("lists: are for decoding: causal, up to 8 queries; got False", {"lists": HipLists()}),
+        ("cu_seqlens_k: must have the length of cu_seqlens_q", {"cu_seqlens_k": int32(0)}),
+    ],
+)
+def test_bad_packed_calls_are_refused(message, changes):
+    requests = Requests("packed", "cpu")
+    q, k, v = requests.tensors
+    if changes.get("cu_seqlens_k", 0) is None:
+        k, v = k[None], v[None]
+    with pytest.raises(RuntimeError, match=r"tokenmill\.hip") as raised:
+        hip_attention(q, k, v, **{**SIZES, **requests.options, **changes})
+    assert message in str(raised.value)

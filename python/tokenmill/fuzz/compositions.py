@@ -182,6 +182,21 @@ COMPOSITIONS: dict[Callable[..., Any], tuple[Make, ...]] = {
             "block_table": torch.tensor(TABLE, dtype=torch.int32), "lists": sparse.HipLists(),
             "refresh_interval": 3,
         },
+        lambda r: {
+            **r.qkv(40), "budget": 8, "block_q": 8, "num_recent": 8, "seqlens_q": int32(40, 3),
+            "seqlens_k": int32(40, 21), "return_lse": True,
+        },
+        lambda r: {
+            "q": r(20, 4, 16), "k": r(8, 8, 2, 16), "v": r(8, 8, 2, 16), "budget": 8,
+            "block_q": 8, "num_recent": 8, "seqlens_k": int32(32, 9),
+            "cu_seqlens_q": int32(0, 19, 20), "max_seqlen_q": 19,
+            "block_table": torch.tensor(TABLE, dtype=torch.int32), "num_splits": 2,
+        },
+        lambda r: {
+            "q": r(20, 4, 16), "k": r(33, 2, 16), "v": r(33, 2, 16), "budget": 8, "block_q": 8,
+            "num_recent": 8, "cu_seqlens_q": int32(0, 19, 20), "cu_seqlens_k": int32(0, 30, 33),
+            "max_seqlen_k": 30,
+        },
     ),
     select.token_select: (
         lambda r: {

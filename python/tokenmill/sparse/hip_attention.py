@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .._autocast import Autocast
-from .._check import as_int, check, check_bool, check_tensor, fail
+from .._check import (
+    as_int,
+    check,
+    check_bool,
+    check_device_of,
+    check_dtype_of,
+    check_longest,
+    check_tensor,
+    fail,
+    reads_values,
+    show,
+)
 from .._kv_cache import capacity
 from ..select.hip_block_select import Bound, HeadReduce, Representative, hip_block_select
 from .block_sparse_attention import block_sparse_attention
+from .query_blocks import QueryBlocks, pages_of_packed, pages_of_rows
 from .sparse_decode_attention import sparse_decode_attention
 
 OP = "hip_attention"
@@ -48,10 +61,16 @@ def hip_attention(
     scale: float | None = ...,
     softcap: float = ...,
     return_lse: Literal[False] = ...,
+    seqlens_q: Tensor | None = ...,
     seqlens_k: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
     block_table: Tensor | None = ...,
     lists: HipLists | None = ...,
     refresh_interval: int | None = ...,
+    num_splits: int = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -77,10 +96,16 @@ def hip_attention(
     scale: float | None = ...,
     softcap: float = ...,
     return_lse: Literal[True],
+    seqlens_q: Tensor | None = ...,
     seqlens_k: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
     block_table: Tensor | None = ...,
     lists: HipLists | None = ...,
     refresh_interval: int | None = ...,
+    num_splits: int = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -106,53 +131,75 @@ def hip_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     return_lse: bool = False,
+    seqlens_q: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     block_table: Tensor | None = None,
     lists: HipLists | None = None,
     refresh_interval: int | None = None,
+    num_splits: int = 0,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention in O(S log S): to sink keys, recent keys, and blocks that HiP finds.
 
     :func:`hip_block_select`, then :func:`block_sparse_attention` on its lists, or
-    :func:`sparse_decode_attention` where the queries are the newest tokens of a cache (block_table
-    is given, or there are at most 8 of them, causal). A sequence of at most num_sink + budget +
-    num_recent keys gets exact attention, unless lists of an earlier step are reused.
+    :func:`sparse_decode_attention` where queries are the newest tokens of a cache (at most 8 of
+    them, causal) or keys lie in pages. A sequence of at most num_sink + budget + num_recent keys
+    gets exact attention, unless lists of an earlier step are reused.
+
+    Requests of different lengths are padded on the right (seqlens_q and seqlens_k), or packed
+    (cu_seqlens_q), with keys that are packed, in pages or padded. Such a request has the result
+    that it has alone, given in the same way, bit for bit (padded, unless a gradient is wanted).
 
     In decode the next steps can reuse the lists of one step: keep a :class:`HipLists` for each
     layer and say how many tokens may pass until a new search. Tokens that came meanwhile are among
     the last num_recent, so that none of them is missed.
 
     Args:
-        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256.
-        k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H; with block_table pages
-            ``[pages, page_size, Hk, ...]``, page_size a power of two.
+        q: ``[B, Sq, H, D]`` float16, bfloat16 or float32 (float64 on the reference), D up to 256;
+            packed ``[T, H, D]`` with cu_seqlens_q.
+        k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, Hk a divisor of H; packed ``[Tk, Hk, ...]``
+            with cu_seqlens_k; with block_table pages ``[pages, page_size, Hk, ...]``, page_size a
+            power of two.
         budget, stride_q, representative, bound, start, restart_span, head_reduce: of the search
             (:func:`hip_block_select`).
         block_q, block_k: queries that share a list, and keys of a block: powers of two up to 128.
         num_sink, num_recent: sink and recent keys, which every query attends to (num_recent: with
             causal alone). num_sink is rounded up to whole blocks: a block of which it held a part
             would cost the list an entry.
-        causal: a query sees no later key.
+        causal: a query sees no later key. False goes with q and k of four dimensions.
         scale: factor of q·k in the attention; None = 1/sqrt(D).
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         return_lse: also return lse.
+        seqlens_q: ``[B]`` int32, the queries of each request, its first rows of q. None: Sq. Rows
+            behind them have out 0 and lse -inf.
         seqlens_k: ``[B]`` int32, keys of each request, those of its queries included. None: all.
-        block_table: ``[B, P]`` int32, the pages of each request: decoding alone.
+        cu_seqlens_q: ``[B + 1]`` int32, where packed queries begin and end.
+        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: bounds on the lengths of packed sequences; None = all tokens.
+            Where max_seqlen_q is below block_q it saves work, as for decode rows alone (1).
+        block_table: ``[B, P]`` int32, the pages of each request.
         lists: the lists of earlier steps, used again and replaced here (decoding alone).
         refresh_interval: tokens for which lists are used, 1 to num_recent. None: 1.
+        num_splits: of :func:`sparse_decode_attention`. 0 = automatic in decoding, else 1. With n >
+            0 a decoded request, too, has the bits that it has alone.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log. Gradients of q, k and v through the attention (not the choice of keys), except
-        in decoding.
+        out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
+        ``[B, H, Sq]`` (``[H, T]``) float32, natural log. Gradients of q, k and v through the
+        attention (not the choice of keys), except in decoding, over pages and of packed tokens.
 
     Raises:
         RuntimeError: naming argument, rule and value.
 
     Complexity: that of its two parts: 2 (D + Dv) (num_sink + budget + num_recent) operations for a
-    query, and the search.
+    query, and the search. With pages or cu_seqlens also memory for a copy of q, for the lists and
+    for P entries of the table for each query block, and for a copy of packed keys and values; with
+    seqlens_q too, and for a copy of k and v where a gradient is wanted.
 
     Paper: HiP Attention (Lee et al. 2024), sections 3 and 4; mask caching: section 4.2.
 
@@ -168,43 +215,162 @@ def hip_attention(
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(OP, name, t)
-    check(q.dim() == 4, OP, "q", "must have 4 dimensions [B, S, H, D]", q.dim())
+    packed = cu_seqlens_q is not None
+    rule = "must have 4 dimensions [B, S, H, D]"
+    rule = "must have 3 dimensions [T, H, D] (packed)" if packed else rule
+    check(q.dim() == (3 if packed else 4), OP, "q", rule, q.dim())
     block_q, num_recent = as_int(OP, "block_q", block_q), as_int(OP, "num_recent", num_recent)
     block_k, num_sink = as_int(OP, "block_k", block_k), as_int(OP, "num_sink", num_sink)
     check_bool(OP, "causal", causal)
     check_bool(OP, "return_lse", return_lse)
     num_sink = whole_sinks(OP, num_sink, block_k)
-    tokens = q.shape[1]
-    decoding = causal and tokens <= block_q and (block_table is not None or tokens <= MAX_DECODE)
-    if block_table is not None and not decoding:
-        fail(OP, "block_table", "is for decoding: causal, up to block_q queries; q has", tokens)
+    tokens = q.shape[-3]
+    ragged = packed or seqlens_q is not None
+    decoding = causal and not ragged and tokens <= block_q
+    decoding = decoding and (block_table is not None or tokens <= MAX_DECODE)
+    in_blocks = packed or (block_table is not None and not decoding)
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if in_blocks and not causal:
+        fail(OP, "causal", "must be True with pages or packed tokens", causal)
+    if packed and cu_seqlens_k is None and k.dim() == 3:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    most_q = _bound("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    most_k = _bound("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     interval = _interval(lists, refresh_interval, num_recent, decoding)
     kept = lists.lists if lists is not None and lists.age + tokens <= interval else None
     found = kept or hip_block_select(
         q, k, budget=budget, block_q=block_q, block_k=block_k, stride_q=stride_q,
         representative=representative, num_sink=num_sink, num_recent=num_recent, bound=bound,
         start=start, restart_span=restart_span, causal=causal, head_reduce=head_reduce,
-        seqlens_k=seqlens_k, block_table=block_table, backend=backend,
+        seqlens_q=seqlens_q, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, block_table=block_table, backend=backend,
     )  # fmt: skip
     if lists is not None:
         lists.age = tokens + (lists.age if kept else 0)
         lists.lists = found
-    if not decoding or tokens == 0:
-        out, lse = block_sparse_attention(
-            q, k, v, *found, block_q=block_q, block_k=block_k, causal=causal, num_sink=num_sink,
-            num_recent=num_recent, scale=scale, softcap=softcap, seqlens_k=seqlens_k,
-            return_lse=True, backend=backend,
+    sizes: dict[str, Any] = {
+        "block_k": block_k, "num_sink": num_sink, "num_recent": num_recent, "scale": scale,
+        "softcap": softcap, "backend": backend,
+    }  # fmt: skip
+    if in_blocks or (seqlens_q is not None and causal and not learning):
+        requests = _Requests(seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, most_q, most_k,
+                             block_table)  # fmt: skip
+        out, lse = _attend_in_blocks(q, k, v, found, requests, block_q, num_splits, sizes)
+    elif not decoding or tokens == 0:
+        sizes |= {"block_q": block_q, "causal": causal, "return_lse": True}
+        out, lse = _attend_padded(q, k, v, found, seqlens_q, seqlens_k, sizes)
+    else:
+        if seqlens_k is None:
+            most = capacity(k, block_table)
+            seqlens_k = torch.full((q.shape[0],), most, dtype=torch.int32, device=q.device)
+        indices, counts = (t[:, :, 0] for t in found)
+        out, lse = sparse_decode_attention(
+            q, k, v, indices, counts, seqlens_k=seqlens_k, block_table=block_table,
+            num_splits=num_splits, **sizes,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
-    if seqlens_k is None:
-        most = capacity(k, block_table)
-        seqlens_k = torch.full((q.shape[0],), most, dtype=torch.int32, device=q.device)
-    indices, counts = (t[:, :, 0] for t in found)
-    out, lse = sparse_decode_attention(
-        q, k, v, indices, counts, block_k=block_k, seqlens_k=seqlens_k, block_table=block_table,
-        num_sink=num_sink, num_recent=num_recent, scale=scale, softcap=softcap, backend=backend,
-    )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+@dataclass
+class _Requests:
+    seqlens_q: Tensor | None
+    seqlens_k: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    most_q: int | None
+    most_k: int | None
+    block_table: Tensor | None
+
+
+def _attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, Tensor], x: _Requests, block_q: int,
+    num_splits: int, sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each block of queries decodes, as the newest tokens of the keys up to it."""
+    check_values_of(OP, k, v)
+    indices, counts = found
+    batch, table = q.shape[0], x.block_table
+    if x.cu_seqlens_q is not None:
+        batch = len(x.cu_seqlens_q) - 1
+    rows = q if q.dim() == 3 else q.flatten(0, 1)
+    if len(rows) == 0 or batch == 0:
+        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+        lse = torch.full_like(out[..., 0], -torch.inf, dtype=torch.float32)
+        return out, lse.transpose(-1, -2)
+    if x.cu_seqlens_q is not None:
+        blocks = QueryBlocks.packed(x.cu_seqlens_q, len(q), x.most_q, block_q)
+        indices, counts = indices.transpose(0, 1), counts.T
+    else:
+        blocks = QueryBlocks.padded(q, x.seqlens_q, block_q)
+        indices, counts = (t.transpose(1, 2).flatten(0, 1) for t in found)
+    lengths = x.seqlens_k
+    if x.cu_seqlens_k is not None:
+        lengths = x.cu_seqlens_k.diff()
+        most = len(k) if x.most_k is None else min(x.most_k, len(k))
+        k, v, table = pages_of_packed(k, v, x.cu_seqlens_k, most)
+    elif table is None:
+        if lengths is None:
+            lengths = torch.full((batch,), k.shape[1], device=q.device)
+        k, v, table = pages_of_rows(k, v)
+    if lengths is None:
+        lengths = torch.full((batch,), capacity(k, table), device=q.device)
+    out, lse = sparse_decode_attention(
+        blocks.take(rows), k, v, indices, counts.contiguous(), block_table=table[blocks.request],
+        seqlens_k=blocks.keys(lengths.clamp(0, capacity(k, table))), num_splits=max(num_splits, 1),
+        **sizes,
+    )  # fmt: skip
+    out, lse = blocks.give(out, 0.0), blocks.give(lse.transpose(1, 2), -torch.inf)
+    if q.dim() == 4:
+        out, lse = out.unflatten(0, q.shape[:2]), lse.unflatten(0, q.shape[:2])
+    return out, lse.transpose(-1, -2).contiguous()
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, found: tuple[Tensor, Tensor], seqlens_q: Tensor | None,
+    seqlens_k: Tensor | None, sizes: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """With seqlens_q: the rows behind queries and keys are zeros, and there are enough of them that
+    a request whose queries all counted would have its own at the same positions."""
+    if seqlens_q is None:
+        return block_sparse_attention(q, k, v, *found, seqlens_k=seqlens_k, **sizes)
+    check_values_of(OP, k, v)
+    rows, capacity = q.shape[1], k.shape[1]
+    queries = seqlens_q.long().clamp(0, rows)
+    keys = torch.full_like(queries, capacity)
+    if seqlens_k is not None:
+        keys = seqlens_k.long().clamp(0, capacity)
+    row = torch.arange(max(rows, capacity), device=q.device)
+    hidden_q = (row[:rows] >= queries[:, None])[..., None, None]
+    hidden_k = (row[:capacity] >= keys[:, None])[..., None, None]
+    q, k, v = q.masked_fill(hidden_q, 0), k.masked_fill(hidden_k, 0), v.masked_fill(hidden_k, 0)
+    if sizes["causal"]:
+        keys = (keys - queries + rows).clamp(min=0)
+        k, v = (pad(t, (0, 0, 0, 0, 0, rows)) for t in (k, v))
+    out, lse = block_sparse_attention(q, k, v, *found, seqlens_k=keys.int(), **sizes)
+    hidden = hidden_q.squeeze(-1).transpose(1, 2)
+    return out.masked_fill(hidden_q, 0), lse.masked_fill(hidden, -torch.inf)
+
+
+def _bound(name: str, given: int | None, cu_seqlens: Tensor | None) -> int | None:
+    """On the lengths of packed sequences."""
+    if given is None:
+        return None
+    if cu_seqlens is None:
+        fail(OP, name, f"goes with cu_seqlens_{name[-1]} alone", given)
+    given = as_int(OP, name, given)
+    check(given >= 0, OP, name, "must not be negative", given)
+    if reads_values(cu_seqlens):
+        check_longest(OP, name, cu_seqlens.tolist(), given)
+    return given
+
+
+def check_values_of(op: str, k: Tensor, v: Tensor) -> None:
+    if v.shape[:-1] != k.shape[:-1]:
+        rule = f"must have the shape of k up to the head dimension, {show(k.shape)}"
+        fail(op, "v", rule, v.shape)
+    check_dtype_of(op, "v", v, "k", k)
+    check_device_of(op, "v", v, "k", k)
 
 
 def whole_sinks(op: str, num_sink: int, block_k: int) -> int:
