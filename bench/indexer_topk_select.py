@@ -1,5 +1,5 @@
 """Cases of indexer_topk_select in the sizes of DeepSeek-V3.2-Exp (64 heads of 128, 2048 keys): part
-of a prefill, and a step of decoding."""
+of a prefill, and a step of decoding. Peers of float8 keys have them in the dtype of q."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def eager(q: Tensor, k: Tensor, weights: Tensor, topk: int, chunk: int) -> list[
 
 def _case(
     name: str, queries: int, keys: int, dtype: torch.dtype, heads: int = 64, dim: int = 128,
-    topk: int = 2048,
+    topk: int = 2048, float8: bool = False,
 ) -> Case:  # fmt: skip
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         generator = torch.Generator().manual_seed(0)
@@ -45,10 +45,16 @@ def _case(
             peers[f"eager, {CHUNK} queries"] = lambda: lambda: eager(q, k, weights, topk, CHUNK)
         else:
             peers["sum of the keys"] = lambda: k.sum
-        return lambda: tm.indexer_topk_select(q, k, weights, topk), peers
+        if not float8:
+            return lambda: tm.indexer_topk_select(q, k, weights, topk), peers
+        k_scale = k.abs().amax(-1).float() / 448
+        codes = (k.float() / k_scale[..., None]).to(torch.float8_e4m3fn)
+        peers["keys as they were"] = lambda: lambda: tm.indexer_topk_select(q, k, weights, topk)
+        return lambda: tm.indexer_topk_select(q, codes, weights, topk, k_scale=k_scale), peers
 
     pairs = causal_pairs(queries, keys)
-    read = (queries * heads + keys) * dim * dtype.itemsize + queries * heads * 4
+    key = dim + 4 if float8 else dim * dtype.itemsize
+    read = queries * heads * (dim * dtype.itemsize + 4) + keys * key
     return Case(
         "indexer_topk_select", name, dtype, 2.0 * heads * dim * pairs,
         float(read + queries * (topk + 1) * 4), prepare,
@@ -63,4 +69,6 @@ def cases() -> Iterator[Case]:
     yield _case("256 queries of 65536, 16 heads", 256, 65536, half, 16)
     yield _case("a step over 131072", 1, 131072, half)
     yield _case("a step over 131072", 1, 131072, torch.float32)
+    yield _case("256 queries of 16384, float8 keys", 256, 16384, half, float8=True)
+    yield _case("a step over 131072, float8 keys", 1, 131072, half, float8=True)
     yield _case("a step over 131072, 8 heads of 64", 1, 131072, half, 8, 64)

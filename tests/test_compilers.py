@@ -56,7 +56,8 @@ def decode_from_cache(q, k):
     narrow = [torch.zeros(k.shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
     scale = torch.zeros(k.shape[:3])
     tm.kv_cache_append(*narrow, new, new, slots, k_scale=scale)
-    found, _ = tm.indexer_topk_select(q, k[:, :, 0], q.mean(-1), 3)
+    index = {"k_scale": scale[:, :, 0]}
+    found, _ = tm.indexer_topk_select(q, narrow[0][:, :, 0], q.mean(-1), 3, **index)
     scores = blocks.mean() + columns.mean() + rows.mean() + again.float().mean() + scale.mean()
     scores = scores + found.float().mean()
     return tm.attention_decode(turned[:, None], *kept, seqlens_k=lengths + 1) + listed + scores

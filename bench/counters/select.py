@@ -4,6 +4,7 @@ score keys."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -149,6 +150,7 @@ def _indexer(
     topk: int,
     heads: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    float8: bool = False,
 ) -> CounterCase:
     """Of queries that all see all keys."""
 
@@ -157,9 +159,13 @@ def _indexer(
         q = torch.randn(1, queries, heads, D, generator=generator).to(dtype)
         k = torch.randn(1, keys, D, generator=generator).to(dtype)
         weights = torch.randn(1, queries, heads, generator=generator)
-        return lambda: tm.indexer_topk_select(q, k, weights, topk, causal=False, backend="emulated")
+        options: dict[str, Any] = {"causal": False, "backend": "emulated"}
+        if float8:
+            k, options["k_scale"] = k.to(torch.float8_e4m3fn), torch.ones(1, keys)
+        return lambda: tm.indexer_topk_select(q, k, weights, topk, **options)
 
-    read = (keys + queries * heads) * D * dtype.itemsize + queries * heads * 4
+    key = D + 4 if float8 else D * dtype.itemsize
+    read = keys * key + queries * heads * (D * dtype.itemsize + 4)
     return CounterCase(
         f"{name}, {str(dtype)[6:]}",
         queries * keys,
@@ -174,6 +180,7 @@ def indexer_cases() -> Iterator[CounterCase]:
     yield _indexer("a step over 16384 keys", 1, 16384, 2048)
     yield _indexer("a step over 4096 keys", 1, 4096, 512, dtype=torch.float32)
     yield _indexer("a step over 16384 keys, 8 heads", 1, 16384, 2048, 8)
+    yield _indexer("a step over 16384 float8 keys", 1, 16384, 2048, float8=True)
     yield _indexer("64 queries, 2048 keys", 64, 2048, 256)
     yield _indexer("256 queries, 8192 keys", 256, 8192, 256)
 

@@ -87,26 +87,37 @@ def calls(draw, longest):
         row[draw(number(0, len(row) - 1)), draw(number(0, dim - 1))] = draw(
             st.sampled_from([NAN, INF, -INF])
         )
+    if float8 := draw(st.booleans()):
+        keys = [x.to(torch.float8_e4m3fn) for x in keys]
+        odd = torch.tensor([1, 1, 2, 0.25, -1, 0, NAN, INF])
+        scales = [odd[torch.randint(8, x.shape[:1], generator=generator)] for x in keys]
     if packed_q:
         options["cu_seqlens_q"] = ints(*starts)
     if keys_in == "packed":
-        k = torch.cat(keys)
+        k, k_scale = torch.cat(keys), torch.cat(scales) if float8 else None
         options["cu_seqlens_k"] = ints(*(sum(lengths[:b]) for b in range(batch + 1)))
     else:
         size = draw(st.sampled_from([1, 4, 7])) if keys_in == "pages" else max(*lengths, 1)
         pages = [-(-max(lengths) // size)] * batch if keys_in == "pages" else [1] * batch
         table = torch.randperm(sum(pages), generator=generator).view(batch, -1).int()
-        k = whole(max(sum(pages), 1), size, dim)
-        for row, own in zip(table, keys, strict=True):
+        k = whole(max(sum(pages), 1), size, dim).to(keys[0].dtype)
+        k_scale = torch.full(k.shape[:2], NAN)
+        for b, (row, own) in enumerate(zip(table, keys, strict=True)):
             for t in range(len(own)):
                 k[row[t // size], t % size] = own[t]
+                if float8:
+                    k_scale[row[t // size], t % size] = scales[b][t]
         options["seqlens_k"] = ints(*lengths)
         if keys_in == "pages":
             options["block_table"] = table
         else:
-            k = k[table[:, 0].long()]
+            k, k_scale = k[table[:, 0].long()], k_scale[table[:, 0].long()]
+    if float8:
+        options["k_scale"] = k_scale
+        finite = [torch.where(s.isfinite(), s, NAN)[:, None] for s in scales]
+        keys = [x.double() * s for x, s in zip(keys, finite, strict=True)]
     if draw(st.booleans()):
-        q, k = spread(q), spread(k)
+        q, k = spread(q), spread(k.view(torch.uint8)).view(k.dtype) if float8 else spread(k)
     flat = q.flatten(0, -3), weights.flatten(0, -2)
     sequences = [
         (*(t[a : a + n] for t in flat), x) for a, n, x in zip(starts, queries, keys, strict=False)
@@ -227,6 +238,50 @@ def test_scores_of_random_numbers(dtype, backend):
     assert (scores.gather(2, indices.long()) - values).abs().max() < tolerance
     rest = scores.scatter(2, indices.long(), -INF)
     assert (rest.amax(2) - values.amin(2)).max() < 2 * tolerance
+
+
+@pytest.mark.parametrize(
+    ("backend", "isa"), [*cpu_variants(), ("reference", None)], indirect=["isa"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_code_of_float8(dtype, backend, isa):
+    """Times its scale, in the first, the middle and the last dimension."""
+    codes, device = torch.arange(256, dtype=torch.uint8), device_of(backend)
+    for dim, at in ((1, 0), (8, 3), (21, 20)):
+        k = torch.zeros(1, 256, dim, dtype=torch.uint8)
+        k[0, :, at] = codes
+        k = k.view(torch.float8_e4m3fn)
+        q = torch.zeros(1, 1, 1, dim)
+        q[..., at] = 1
+        scale = torch.rand(1, 256, generator=torch.Generator().manual_seed(0)) - 0.5
+        want = k[0, :, at].float() * scale[0]
+        args = [t.to(device) for t in (q.to(dtype), k, torch.ones(1, 1, 1))]
+        ids, counts, values = tm.indexer_topk_select(
+            *args, 256, causal=False, activation="none", k_scale=scale.to(device),
+            return_values=True, backend=backend,
+        )  # fmt: skip
+        assert ids[0, 0, :254].tolist() == (~want.isnan()).nonzero().flatten().tolist()
+        assert counts.item() == 254 and torch.equal(values[0, 0, :254].cpu(), want[~want.isnan()])
+
+
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_keys_of_a_float8_cache(backend):
+    """kv_cache_append writes them and their scales; lists are those of what the cache holds."""
+    generator = torch.Generator().manual_seed(5)
+    k = torch.randn(40, 1, 32, generator=generator)
+    q, weights = torch.randn(1, 3, 4, 32, generator=generator), torch.ones(1, 3, 4)
+    cache = torch.zeros(2, 6, 8, 1, 32).to(torch.float8_e4m3fn)
+    scale, slots = torch.zeros(6, 8, 1), torch.arange(48).view(6, 8).flip(0).flatten()[:40]
+    tm.kv_cache_append(*cache, k, k, slots, k_scale=scale, backend="reference")
+    pages, table = cache[0, :, :, 0], ints(5, 4, 3, 2, 1)[None]
+    rows = (pages.float() * scale).flip(0)[:5].reshape(1, 40, 32)
+    want = tm.indexer_topk_select(q, rows, weights, 9, return_values=True, backend="reference")
+    args = [t.to(device_of(backend)) for t in (q, pages, weights, table, scale[..., 0])]
+    found = tm.indexer_topk_select(
+        *args[:3], 9, block_table=args[3], k_scale=args[4], return_values=True, backend=backend
+    )
+    assert torch.equal(want[0], found[0].cpu())
+    torch.testing.assert_close(found[2].cpu(), want[2])
 
 
 @pytest.mark.parametrize("backend", backends("reference"))

@@ -15,18 +15,18 @@ pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def call(dtype, keys=1000, queries=5, heads=64, paged=False):
+def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
     from tokenmill.triton_kernels.select.indexer_topk_select import indexer_topk_select
 
     ints = torch.zeros(3, dtype=torch.int32)
-    k = torch.zeros(2, keys, 128, dtype=dtype)
+    k = torch.zeros(2, keys, 128, dtype=torch.float8_e4m3fn if float8 else dtype)
     table = None
     if paged:
         k, table = k.view(-1, 8, 128), torch.zeros(2, keys // 8, dtype=torch.int32)
     q = torch.zeros(queries if paged else 2, *(() if paged else (queries,)), heads, 128).to(dtype)
     return lambda: indexer_topk_select(
         q, k, torch.zeros(q.shape[:-1]), 7, True, "relu", 1, 3, 5, ints[:2],
-        ints if paged else None, None, table, False,
+        ints if paged else None, None, table, False, torch.ones(k.shape[:2]) if float8 else None,
     )  # fmt: skip
 
 
@@ -34,8 +34,9 @@ def main(capability):
     """Prints what ptxas made of each kernel."""
     found = []
     for name, dtype in DTYPES.items():
-        for paged in (False, True):
-            for kernel, code in compiled(int(capability), call(dtype, paged=paged)):
+        for paged, float8 in ((False, False), (True, False), (True, True)):
+            made = call(dtype, paged=paged, float8=float8)
+            for kernel, code in compiled(int(capability), made):
                 found.append({"case": name, **resources(kernel, code)})
     print(json.dumps(found))
 
@@ -44,7 +45,7 @@ def main(capability):
 def test_kernels_fit(capability, tmp_path):
     found = json.loads(fresh_process(__file__, __file__, capability, folder=tmp_path))
     scores = [program for program in found if program["kernel"] == "score_kernel"]
-    assert len(scores) == 4
+    assert len(scores) == 6
     for program in scores:
         assert_fits(program, capability)
         assert program["products"], program

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import INF, Rows, dot, launch, lower_bound
+from ..float8 import float8_values
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys
 from .topk_select import topk_select
 
@@ -43,6 +44,7 @@ def score_kernel(
     lengths,
     ends_q,
     ends_k,
+    k_scale,
     out,
     out_lengths,
     first,
@@ -56,6 +58,7 @@ def score_kernel(
     ld,
     CAUSAL: tl.constexpr,
     RELU: tl.constexpr,
+    FLOAT8: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -109,7 +112,16 @@ def score_kernel(
             m_d = o_d < DIM
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
             b_k, m_there = load_keys(keys, i_b, 0, key_start + o_n, m_n, o_d, m_d)
+            if FLOAT8:
+                b_k = float8_values(b_k).to(b_q.dtype)
             b_z += dot(b_q, tl.trans(b_k))
+        if k_scale is not None:
+            scales = KeyRows(k_scale.data, k_scale.batch, k_scale.seq, k_scale.head, key_count,
+                             table, table_stride, page_size, pages)  # fmt: skip
+            o_one = tl.arange(0, 1)
+            b_scale, _ = load_keys(scales, i_b, 0, key_start + o_n, m_n, o_one, o_one == 0)
+            b_scale = tl.reshape(b_scale, [BLOCK_N])
+            b_z *= (b_scale + (b_scale - b_scale))[None, :]  # NaN if it is not finite
         if RELU:
             b_z = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         p_w = weights.data + i_b * weights.batch + o_query * weights.seq + o_h
@@ -117,6 +129,15 @@ def score_kernel(
         b_s = tl.sum(tl.where(m_h[:, None], b_w[:, None] * b_z, 0.0), 0)
         m_n = m_there
     tl.store(out + i_row * ld + o_n, tl.where(m_n, b_s, -INF), mask=o_n < end)
+
+
+def _scale_rows(k_scale: Tensor | None, k: Tensor) -> Rows | None:
+    """Of the keys; strides of 0 if they share a scale."""
+    if k_scale is None:
+        return None
+    if k_scale.shape != k.shape[:-1]:
+        return Rows(k_scale, 0, 0, 0)
+    return Rows(k_scale, k_scale.stride(0) if k.dim() == 3 else 0, k_scale.stride(-1), 0)
 
 
 def indexer_topk_select(
@@ -134,6 +155,7 @@ def indexer_topk_select(
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
     return_values: bool,
+    k_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = q.shape[:-2]
     tokens, (heads, dim) = shape.numel(), q.shape[-2:]
@@ -143,8 +165,11 @@ def indexer_topk_select(
     wide = (*shape, topk) if return_values else (0,)
     values = q.new_full(wide, -torch.inf, dtype=torch.float32)
     k_batch = k.stride(0)
+    scale_rows = _scale_rows(k_scale, k)
     if cu_seqlens_k is not None:
         k, k_batch = k[None], 0
+    float8 = k.dtype == torch.float8_e4m3fn
+    k = k.view(torch.uint8) if float8 else k
     sizes = key_sizes(k, block_table)
     if tokens == 0 or sizes[0] == 0 or batch == 0:
         return indices, counts, values
@@ -166,9 +191,10 @@ def indexer_topk_select(
         launch(
             score_kernel, rows * triton.cdiv(ld, tile_keys), q, query_rows,
             Rows(k, k_batch, k.stride(1), 0), weight_rows, block_table, *sizes, seqlens_k,
-            cu_seqlens_q, cu_seqlens_k, scores, lengths, first, rows, tokens, max(q.shape[1], 1),
-            batch, (batch + 1).bit_length(), min(num_sink, FAR), min(num_recent, FAR), ld,
-            CAUSAL=causal, RELU=activation == "relu", HEADS=heads, DIM=dim,
+            cu_seqlens_q, cu_seqlens_k, scale_rows, scores, lengths, first, rows, tokens,
+            max(q.shape[1], 1), batch, (batch + 1).bit_length(), min(num_sink, FAR),
+            min(num_recent, FAR), ld,
+            CAUSAL=causal, RELU=activation == "relu", FLOAT8=float8, HEADS=heads, DIM=dim,
             BLOCK_H=max(triton.next_power_of_2(heads), 16), BLOCK_N=tile_keys, BLOCK_D=block_d,
             num_warps=4,
         )  # fmt: skip

@@ -7,6 +7,7 @@
 #include "cpu/workspace.h"
 #include "select/cpu_keys.h"
 #include "select/cpu_rows.h"
+#include "select/indexer_topk_select/cpu_pack.h"
 #include "select/indexer_topk_select/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -78,32 +79,6 @@ __attribute__((noinline)) void add_heads(float* scores, const float* weights, in
     scores += kPanel;
     head = 0;
   }
-}
-
-// pack_transposed of bfloat16 as floats: pairs of elements are transposed as words, which takes
-// half of the shuffles, and then cut.
-template <class Source>
-inline void pack_pairs(const Source from, int64_t rows, int64_t length, float* dst) {
-  using Bits = uint32_t __attribute__((vector_size(sizeof(vf))));
-  const PairWords pairs;
-  const int64_t words = ceil_div(length, 2);
-  for (int64_t c = 0; c < kPanel; c += kWidth)
-    for (int64_t w = 0; w < words; w += kWidth) {
-      vf block[kWidth];
-      TM_UNROLL(16)
-      for (int i = 0; i < kWidth; ++i)
-        block[i] = c + i < rows ? pairs(from.template at<uint16_t>(c + i), 2 * w, length) : zero();
-      transpose(block);
-      float* const to = dst + 2 * w * kPanel + c;
-      const int64_t there = std::min<int64_t>(length - 2 * w, 2 * kWidth);
-      TM_UNROLL(16)
-      for (int i = 0; i < kWidth; ++i) {
-        const Bits bits = std::bit_cast<Bits>(block[i]);
-        if (2 * i < there) store(to + 2 * i * kPanel, std::bit_cast<vf>(bits << 16));
-        if (2 * i + 1 < there)
-          store(to + (2 * i + 1) * kPanel, std::bit_cast<vf>(bits & 0xffff0000u));
-      }
-    }
 }
 
 // What may be on the list of a query: scores, none of which is NaN, and ids, which ascend.
@@ -182,10 +157,11 @@ class Indexer {
         words(words_of<Op>(p.head_dim)),
         ldq(round_up(words, kWidth)),
         element_size(p.dtype == DType::float32 ? 4 : 2),
+        key_size(p.key_dtype == DType::float8_e4m3fn ? 1 : element_size),
         rows(plan.tile_queries * p.heads),
         memory((rows + kTileRows) * ldq + rows + kWidth + words * kPanel +
                plan.tile_queries * (kPanel + 2 * plan.room + kCandidateFloats + 5) + kPanel +
-               2 * plan.room + 2 * kPanel + 16 * 16) {
+               2 * plan.room + 3 * kPanel + 16 * 16) {
     queries = memory.take((rows + kTileRows) * ldq);
     weights = memory.take(rows + kWidth);
     keys = memory.take(words * kPanel);
@@ -194,6 +170,7 @@ class Indexer {
     open = memory.take(plan.tile_queries);
     open_ids = reinterpret_cast<int64_t*>(memory.take(2 * plan.tile_queries));
     ends = reinterpret_cast<int64_t*>(memory.take(2 * plan.tile_queries));
+    scales = memory.take(kPanel);
     offsets = reinterpret_cast<const char**>(memory.take(2 * kPanel));
     candidates = reinterpret_cast<Candidates*>(memory.take(kCandidateFloats * plan.tile_queries));
     float* const all = memory.take(2 * plan.tile_queries * plan.room);
@@ -269,9 +246,10 @@ class Indexer {
   // A panel, transposed.
   void pack_keys(int64_t row, int64_t n) {
     const auto at = [&](const KeyRun& run, int64_t t) {
-      return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * element_size;
+      return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * key_size;
     };
     const int64_t first = sequence.k_start + row;
+    if (key_size == 1) load_scales(first, n);
     KeyRun run = key_run(p.k, b, first);
     if (run.end >= first + n) return pack_rows_of(EvenRows{at(run, 0), p.k.seq}, n);
     for (int64_t i = 0, begin = 0; i < n; ++i) {
@@ -280,8 +258,28 @@ class Indexer {
     }
     pack_rows_of(ScatteredRows{offsets}, n);
   }
+  // A scale that is not finite makes its key NaN.
+  void load_scales(int64_t first, int64_t n) {
+    const float* const all = static_cast<const float*>(p.k_scale.data);
+    std::fill(scales, scales + kPanel, 1.f);
+    for (int64_t i = 0; all && i < n;) {
+      const KeyRun run = key_run(p.k_scale, b, first + i);
+      const int64_t until = std::min(n, run.end - first);
+      const float* from = all + run.offset;
+      if (p.k_scale.seq == 1)
+        std::copy(from, from + until - i, scales + i);
+      else
+        for (int64_t j = i; j < until; ++j, from += p.k_scale.seq) scales[j] = *from;
+      i = until;
+    }
+    for (int64_t i = 0; i < kPanel; i += kWidth) {
+      const vf x = load(scales + i);
+      store(scales + i, x + (x - x));
+    }
+  }
   template <class Source>
   void pack_rows_of(const Source from, int64_t n) {
+    if (key_size == 1) return pack_codes<Op>(from, n, p.head_dim, scales, keys);
     if constexpr (Op::kPair == 1)
       if (p.dtype == DType::bfloat16) return pack_pairs(from, n, p.head_dim, keys);
     pack_transposed<Op>(from, p.dtype, n, p.head_dim, 1, keys);
@@ -295,8 +293,8 @@ class Indexer {
     const int64_t first = sequence.k_start + row;
     const KeyRun run = key_run(p.k, b, first);
     const int64_t n = std::min({kPanel + int64_t{0}, last - row, run.end - first});
-    ahead = static_cast<const char*>(p.k.data) + run.offset * element_size;
-    ahead_end = ahead + n * p.head_dim * element_size;
+    ahead = static_cast<const char*>(p.k.data) + run.offset * key_size;
+    ahead_end = ahead + n * p.head_dim * key_size;
   }
   TM_INLINE void prefetch(int64_t bytes) {
     const char* const end = std::min(ahead + bytes, ahead_end);
@@ -319,6 +317,8 @@ class Indexer {
   // Of query i and n keys from `row` on.
   TM_INLINE void take_scores(int64_t i, int64_t row, int64_t n) {
     float* const z = scores + i * kPanel;
+    if (Op::kPair == 2 && key_size == 1)
+      for (int64_t j = 0; j < n; j += kWidth) store(z + j, load(z + j) * load(scales + j));
     const int64_t from = p.num_sink - row, to = ends[i] - row;
     if (from > 0 || to < n) {
       for (int64_t j = 0; j < n; j += kWidth)
@@ -400,11 +400,12 @@ class Indexer {
   const IndexerParams& p;
   const IndexerPlan& plan;
   const PartLists& shared;
-  int64_t words, ldq, element_size, rows;
+  int64_t words, ldq, element_size, key_size, rows;
   cpu::Workspace memory;
   float *queries, *weights, *keys;  // words of [query, head] and of a panel
   float *scores, *blocks, *open;    // [query, kPanel]; closed blocks; the block of a query so far
   int64_t *open_ids, *ends;         // of that block; of the keys that a query sees
+  float* scales;                    // of a panel
   const char** offsets;             // rows of a panel
   Candidates* candidates;
   uint32_t *order, *sorted;

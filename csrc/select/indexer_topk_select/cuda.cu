@@ -58,15 +58,15 @@ struct Memory {
   }
 };
 
-template <typename T, int kUnits, bool kHeld>
+template <typename T, typename Key, int kUnits, bool kHeld>
 const char* launch_scores(const IndexerParams& p, const ScorePlan& plan, cudaStream_t stream) {
   const int64_t tiles = ceil_div(plan.rows, plan.tile_tokens);
-  return launch<indexer_kernel<T, kUnits, kHeld>>(tiles * plan.key_groups, kUnits == 1 ? 128 : 256,
-                                                  plan.stages * plan.stage_bytes(), stream, p,
-                                                  plan);
+  return launch<indexer_kernel<T, Key, kUnits, kHeld>>(
+      tiles * plan.key_groups, kUnits == 1 ? 128 : 256, plan.stages * plan.stage_bytes(), stream, p,
+      plan);
 }
 
-template <typename T>
+template <typename T, typename Key>
 const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t stream) {
   const int64_t sms = multiprocessors();
   // Queries that share no keys take more keys instead, so that fewer blocks load a query.
@@ -87,10 +87,11 @@ const char* launch_stripe(const IndexerParams& p, ScorePlan plan, cudaStream_t s
     return all >= blocks;
   };
   const bool held = plan.slices <= kSliceBatch;
-  if (held && set_shape(8 * 2 * kUnitKeys, sms)) return launch_scores<T, 2, true>(p, plan, stream);
+  if (held && set_shape(8 * 2 * kUnitKeys, sms))
+    return launch_scores<T, Key, 2, true>(p, plan, stream);
   set_shape(4 * kUnitKeys, 2 * sms);
-  return held ? launch_scores<T, 1, true>(p, plan, stream)
-              : launch_scores<T, 1, false>(p, plan, stream);
+  return held ? launch_scores<T, Key, 1, true>(p, plan, stream)
+              : launch_scores<T, Key, 1, false>(p, plan, stream);
 }
 
 const char* launch_blocks(const IndexerParams& p, const ScorePlan& plan, cudaStream_t stream) {
@@ -99,6 +100,14 @@ const char* launch_blocks(const IndexerParams& p, const ScorePlan& plan, cudaStr
   const int64_t row_blocks = ceil_div(indexer_blocks(p) * lanes, kBlockThreads);
   return launch<indexer_block_kernel>(plan.rows * row_blocks, kBlockThreads, 0, stream, p, plan,
                                       lanes, static_cast<int>(row_blocks));
+}
+
+// Rows of codes in pieces of as many bytes as a chunk has elements.
+template <typename T>
+bool has_whole_chunks(const KeyRows& k, int64_t dim) {
+  constexpr int64_t kCount = kChunkBytes / sizeof(T);
+  return reinterpret_cast<uintptr_t>(k.data) % kCount == 0 && dim % kCount == 0 &&
+         k.batch % kCount == 0 && k.seq % kCount == 0;
 }
 
 template <typename T>
@@ -112,7 +121,9 @@ ScorePlan make_plan(const IndexerParams& p) {
   plan.query_bytes = (plan.slices | 1) * kSliceBytes;
   plan.stages = kStages * plan.stage_bytes() <= kMaxShared ? kStages : 1;
   plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
-  plan.keys_aligned = is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq);
+  plan.keys_aligned = p.key_dtype == p.dtype
+                          ? is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq)
+                          : has_whole_chunks<T>(p.k, p.head_dim);
   const Memory memory(p);
   char* const base = static_cast<char*>(p.workspace);
   plan.scores = reinterpret_cast<float*>(base);
@@ -140,7 +151,9 @@ const char* launch_cuda(const IndexerParams& p, void* stream) {
     const int64_t stripe = stripe_rows(p);
     for (; plan.first < p.tokens; plan.first += stripe) {
       plan.rows = static_cast<int>(std::min(stripe, p.tokens - plan.first));
-      if (const char* error = launch_stripe<T>(p, plan, s)) return error;
+      const char* const error = p.key_dtype == p.dtype ? launch_stripe<T, T>(p, plan, s)
+                                                       : launch_stripe<T, cuda::Float8>(p, plan, s);
+      if (error) return error;
       if (p.block_k > 1)
         if (const char* error = launch_blocks(p, plan, s)) return error;
       TopkParams topk = topk_params(p, plan);

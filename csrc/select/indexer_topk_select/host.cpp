@@ -27,6 +27,7 @@ struct IndexerTopkSelectArgs : Record {
   int64_t block_k, num_sink, num_recent;
   View seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table;
   bool return_values;
+  View k_scale;
 };
 
 // The checks are those of python/tokenmill/select/indexer_topk_select.py, in its order and words.
@@ -41,7 +42,8 @@ void check_rows(const IndexerTopkSelectArgs& a) {
                        : "must have 3 dimensions [B, S, D] or [pages, page_size, D]",
         a.k.dim());
   check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
-  check(a.k.dtype == a.q.dtype, kOp, "k", Rule("must have the dtype of q, ", a.q.dtype), a.k.dtype);
+  check(a.k.dtype == a.q.dtype || a.k.dtype == ScalarType::Float8_e4m3fn, kOp, "k",
+        Rule("must have the dtype of q, ", a.q.dtype, ", or float8_e4m3fn"), a.k.dtype);
   const std::vector<int64_t> wanted(a.q.sizes.begin(), a.q.sizes.end() - 1);
   check(a.weights.sizes == wanted, kOp, "weights", Rule("must have shape ", wanted),
         a.weights.sizes);
@@ -86,6 +88,23 @@ KeyRows keys_of(const IndexerTopkSelectArgs& a) {
   return key_rows(k, a.block_table);
 }
 
+void set_scale(IndexerParams& p, const IndexerTopkSelectArgs& a) {
+  if (!a.k_scale) return;
+  const View& t = a.k_scale;
+  check(a.k.dtype == ScalarType::Float8_e4m3fn, kOp, "k_scale",
+        "goes with caches in float8_e4m3fn alone", a.k.dtype);
+  const std::vector<int64_t> one{1}, each(a.k.sizes.begin(), a.k.sizes.end() - 1);
+  check(t.sizes == one || t.sizes == each, kOp, "k_scale", Rule("must have shape [1] or ", each),
+        t.sizes);
+  check(t.dtype == ScalarType::Float, kOp, "k_scale", "must be float32", t.dtype);
+  check_device_of_q(kOp, "k_scale", t, a.q);
+  const bool shared = t.sizes != each;
+  p.k_scale = p.k;
+  p.k_scale.data = t.data();
+  p.k_scale.batch = shared || t.dim() == 1 ? 0 : t.step(0);
+  p.k_scale.seq = shared ? 0 : t.step(t.dim() - 1);
+}
+
 void check_values(const IndexerTopkSelectArgs& a, const IndexerParams& p) {
   if (a.cu_seqlens_q) check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.tokens);
   if (a.cu_seqlens_k) check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.k.rows);
@@ -106,6 +125,7 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
   p.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, p.batch, "k", a.k);
   p.k = keys_of(a);
   check(p.k.rows < kFar, kOp, "k", "must have less than 2^31 keys of a request", p.k.rows);
+  set_scale(p, a);
   const bool packed = bool(a.cu_seqlens_q);
   p.heads = a.q.size(-2);
   p.head_dim = a.q.size(-1);
@@ -116,6 +136,7 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
   p.causal = a.causal;
   p.relu = a.activation == "relu";
   p.dtype = to_dtype(a.q.dtype);
+  p.key_dtype = to_dtype(a.k.dtype);
   p.weight_dtype = to_dtype(a.weights.dtype);
   p.q = rows_of(a.q, packed);
   p.weights = {a.weights.mutable_data(), packed ? 0 : a.weights.step(0),

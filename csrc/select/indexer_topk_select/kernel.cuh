@@ -1,9 +1,11 @@
 // Scores on tensor cores: s[i, j] = sum over heads h of w[i, h] act(q[i, h] . k[j]), rows of one
 // stripe of queries against all keys, which topk_select then reads. A warp holds 16 kUnits rows of
 // keys in registers and multiplies them by the heads of one query after the other, which pass
-// through shared memory.
+// through shared memory. Codes of float8_e4m3fn become T, exactly and but for the magnitude of
+// their scale, which multiplies the sum over heads.
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
+#include "cuda/float8.cuh"
 #include "cuda/load_tile.cuh"
 #include "cuda/math.cuh"
 #include "cuda/warp.cuh"
@@ -110,10 +112,58 @@ __device__ __forceinline__ void load_query(const IndexerParams& p, const ScorePl
     weights[own] = own < heads ? load_weight(p, token.weight + own) : 0.f;
 }
 
+// Chunk `chunk` of a row of codes as 16 bytes of T, zero beyond the columns; whole: all of a row's
+// chunks are there, aligned. A NaN code becomes +-480; true if there is one.
+template <typename T>
+__device__ __forceinline__ bool load_codes(uint32_t (&words)[4], const Float8* row, int chunk,
+                                           int columns, bool whole) {
+  constexpr int kCount = kChunkBytes / sizeof(T);
+  const int column = chunk * kCount;
+  Pack<uint32_t, kCount / 4> codes{};
+  if (whole) {
+    codes = *reinterpret_cast<const Pack<uint32_t, kCount / 4>*>(row + column);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (column + i < columns) codes.x[i / 4] |= uint32_t{row[column + i].code} << 8 * (i % 4);
+  }
+  uint32_t found = 0;  // the high bit of a byte: a NaN
+#pragma unroll
+  for (uint32_t four : codes.x) found |= (four & 0x7f7f7f7fu) + 0x01010101u;
+  // Exponents count from the least of T, whose subnormal numbers are those of the codes; a power of
+  // two corrects that.
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      const uint32_t code = codes.x[0] << (24 - 8 * i);
+      const uint32_t bits = (code & 0x80000000u) | (code & 0x7f000000u) >> 4;
+      words[i] = __float_as_uint(__uint_as_float(bits) * 0x1p120f);
+    } else {
+      // Codes 2 i and 2 i + 1, each in the high byte of a half.
+      const uint32_t code = __byte_perm(codes.x[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
+      constexpr int kShift = std::is_same_v<T, __half> ? 1 : 4;
+      const uint32_t bits = (code & 0x80008000u) | (code & 0x7f007f00u) >> kShift;
+      using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+      constexpr float kPower = std::is_same_v<T, __half> ? 0x1p8f : 0x1p120f;
+      const T power = static_cast<T>(kPower);
+      const Pair pair = __hmul2(reinterpret_cast<const Pair&>(bits), Pair{power, power});
+      words[i] = reinterpret_cast<const uint32_t&>(pair);
+    }
+  }
+  return (found & 0x80808080u) != 0;
+}
+
+// 1 with the sign of a scale, or 0.
+__device__ __forceinline__ float sign_of(float scale) {
+  return scale == 0 ? 0.f : copysignf(1.f, scale);
+}
+
 // Rows g and g + 8 of the units of a warp, from key `first` on.
-template <typename T, int kUnits>
+template <typename T, typename Key, int kUnits>
 struct KeyTile {
-  const T* rows[kUnits][2];  // null: not there
+  static constexpr bool kCodes = !std::is_same_v<T, Key>;
+  const Key* rows[kUnits][2];  // null: not there
+  float scales[kUnits][2];     // of codes; NaN: the key is
   uint32_t words[kUnits][kSliceBatch][2][4];
 
   __device__ __forceinline__ void find(const IndexerParams& p, const IndexerToken& token,
@@ -127,7 +177,15 @@ struct KeyTile {
         rows[u][half] = nullptr;
         if (key >= token.keys) continue;
         const KeyRun run = key_run(p.k, token.b, token.k_start + key);
-        if (run.offset >= 0) rows[u][half] = static_cast<const T*>(p.k.data) + run.offset;
+        if (run.offset >= 0) rows[u][half] = static_cast<const Key*>(p.k.data) + run.offset;
+        if constexpr (kCodes) {
+          scales[u][half] = 1;
+          if (p.k_scale.data && run.offset >= 0) {
+            const float scale = static_cast<const float*>(
+                p.k_scale.data)[key_run(p.k_scale, token.b, token.k_start + key).offset];
+            scales[u][half] = scale + (scale - scale);
+          }
+        }
       }
   }
   __device__ __forceinline__ void load(const IndexerParams& p, const ScorePlan& plan, int slice) {
@@ -141,16 +199,30 @@ struct KeyTile {
           uint32_t (&w)[4] = words[u][j][half];
           const int chunk = 4 * (slice + j) + c;
           w[0] = w[1] = w[2] = w[3] = 0;
-          if (rows[u][half] && chunk < plan.chunks)
-            load_chunk(w, rows[u][half], chunk, static_cast<int>(p.head_dim), plan.keys_aligned);
+          if (!rows[u][half] || chunk >= plan.chunks) continue;
+          const int columns = static_cast<int>(p.head_dim);
+          if constexpr (kCodes) {
+            float& scale = scales[u][half];
+            if (load_codes<T>(w, rows[u][half], chunk, columns, plan.keys_aligned))
+              scale = __int_as_float(0x7fc00000);
+            if (scale <= 0) turn(w, scale);
+          } else {
+            load_chunk(w, rows[u][half], chunk, columns, plan.keys_aligned);
+          }
         }
+  }
+  // Words times the sign of their scale.
+  __device__ static void turn(uint32_t (&w)[4], float scale) {
+    constexpr uint32_t kSigns = sizeof(T) == 4 ? 0x80000000u : 0x80008000u;
+#pragma unroll
+    for (uint32_t& word : w) word = scale == 0 ? 0 : word ^ kSigns;
   }
 };
 
 // products[u][n] += keys of unit u times heads 8 n .. 8 n + 7, slices `first` and the next ones.
-template <typename T, int kUnits>
+template <typename T, typename Key, int kUnits>
 __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadTiles][4],
-                                                const KeyTile<T, kUnits>& keys,
+                                                const KeyTile<T, Key, kUnits>& keys,
                                                 const ScorePlan& plan, uint32_t queries,
                                                 int first) {
   const int lane = threadIdx.x % kWarpSize, slices = plan.slices - first;
@@ -206,20 +278,23 @@ __device__ __forceinline__ void multiply_slices(float (&products)[kUnits][kHeadT
 
 // A row of a key times one of queries in shared memory. Cut into tf32, an infinity is an infinity
 // and NaN, and so is what rounds to one: products that are NaN are computed again.
-__device__ __forceinline__ float multiply_again(const float* key, uint32_t query, int dim) {
+template <typename Key>
+__device__ __forceinline__ float multiply_again(const Key* key, float sign, uint32_t query,
+                                                int dim) {
   float sum = 0;
 #pragma unroll 1
   for (int d = 0; d < dim; ++d)
-    sum = fmaf(key[d], __uint_as_float(load_word<0>(query + 4 * d)), sum);
+    sum =
+        fmaf(sign * static_cast<float>(key[d]), __uint_as_float(load_word<0>(query + 4 * d)), sum);
   return sum;
 }
 
 // Sums over heads of what a warp multiplied, to the scores of the query: lane l of 32 has key
 // `first` + l of 16 kUnits.
-template <typename T, int kUnits>
+template <typename T, typename Key, int kUnits>
 __device__ __forceinline__ void store_scores(const IndexerParams& p, const ScorePlan& plan,
                                              float (&products)[kUnits][kHeadTiles][4],
-                                             const KeyTile<T, kUnits>& keys,
+                                             const KeyTile<T, Key, kUnits>& keys,
                                              const IndexerToken& token, uint32_t queries,
                                              const float* weights, int first, float* scores) {
   const int lane = threadIdx.x % kWarpSize, c = lane % 4;
@@ -245,13 +320,15 @@ __device__ __forceinline__ void store_scores(const IndexerParams& p, const Score
         float z = products[u][n][i];
         if constexpr (sizeof(T) == 4)
           if (z != z && keys.rows[u][i / 2])
-            z = multiply_again(keys.rows[u][i / 2], queries + (h + i % 2) * plan.query_bytes,
-                               static_cast<int>(p.head_dim));
+            z = multiply_again(
+                keys.rows[u][i / 2], keys.kCodes ? sign_of(keys.scales[u][i / 2]) : 1.f,
+                queries + (h + i % 2) * plan.query_bytes, static_cast<int>(p.head_dim));
         sums[2 * u + i / 2] = fmaf(weight[i % 2], max_or_nan(z, floor), sums[2 * u + i / 2]);
       }
   }
 #pragma unroll
   for (int i = 0; i < 2 * kUnits; ++i) {
+    if constexpr (keys.kCodes) sums[i] *= fabsf(keys.scales[i / 2][i % 2]);
     sums[i] += __shfl_xor_sync(kFullWarp, sums[i], 1);
     sums[i] += __shfl_xor_sync(kFullWarp, sums[i], 2);
     if (keys.rows[i / 2][i % 2] == nullptr) sums[i] = -infinity();
@@ -268,7 +345,7 @@ __device__ __forceinline__ void store_scores(const IndexerParams& p, const Score
 // A block has up to tile_tokens queries, and of their keys every key_groups-th group of `rounds`
 // times 16 kUnits for each warp. kHeld: the slices of a row of keys fit the registers, and with one
 // round stay there for all queries of a sequence.
-template <typename T, int kUnits, bool kHeld>
+template <typename T, typename Key, int kUnits, bool kHeld>
 __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
     indexer_kernel(const __grid_constant__ IndexerParams p,
                    const __grid_constant__ ScorePlan plan) {
@@ -303,7 +380,7 @@ __global__ void __launch_bounds__(kUnits == 1 ? 128 : 256, kUnits == 1 ? 3 : 1)
     };
     int i = next(0);
     if (i == count) break;
-    KeyTile<T, kUnits> keys;
+    KeyTile<T, Key, kUnits> keys;
     int stage = 0, held = -1;  // the sequence whose keys are there
     load_query<T>(p, plan, tokens[i], queries_of(0), weights_of(0));
     cp_async_commit();

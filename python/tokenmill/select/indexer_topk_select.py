@@ -16,7 +16,6 @@ from .._check import (
     check_cu_seqlens_values,
     check_device_of_q,
     check_dtype,
-    check_dtype_of,
     check_head_dim,
     check_last_contiguous,
     check_tensor,
@@ -60,6 +59,7 @@ def indexer_topk_select(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     return_values: bool = False,
+    k_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     r"""The topk keys that an indexer scores highest, for each query: exact, without the matrix.
@@ -75,8 +75,8 @@ def indexer_topk_select(
         q: ``[B, Sq, Hi, D]``, or packed ``[T, Hi, D]`` with cu_seqlens_q; float16, bfloat16 or
             float32 (float64 on the reference), any strides with a contiguous last dimension; Hi up
             to 64, D up to 256.
-        k: ``[B, Sk, D]`` in the dtype of q; packed ``[Tk, D]`` with cu_seqlens_k; ``[pages,
-            page_size, D]`` with block_table.
+        k: ``[B, Sk, D]`` in the dtype of q or in float8_e4m3fn; packed ``[Tk, D]`` with
+            cu_seqlens_k; ``[pages, page_size, D]`` with block_table.
         weights: ``[B, Sq, Hi]`` (packed ``[T, Hi]``) float32 or in the dtype of q. A scale of the
             scores is a factor of them.
         topk: entries of a list, 1 to 65536; more than there are keys is allowed.
@@ -95,6 +95,10 @@ def indexer_topk_select(
             t % page_size of page ``block_table[b, t // page_size]``. Entries beyond the length may
             be anything. On a GPU, keys whose page is not there are not listed.
         return_values: also give the scores.
+        k_scale: for keys in float8_e4m3fn, float32, any strides: ``[B, Sk]`` (packed ``[Tk]``, in
+            pages ``[pages, page_size]``), one of each key as :func:`kv_cache_append` writes them,
+            or ``[1]``. Key j is k_scale_j times its code. None: 1. A key whose code or scale is not
+            finite has the score NaN.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -126,6 +130,7 @@ def indexer_topk_select(
         q, k, weights, topk, causal=causal, activation=activation, block_k=block_k,
         num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, block_table=block_table, return_values=return_values,
+        k_scale=k_scale,
     )  # fmt: skip
     used = 3 if return_values else 2
     return call(SPEC, lowered, backend, used=used)[:used]
@@ -147,11 +152,13 @@ def lower(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     return_values: bool = False,
+    k_scale: Tensor | None = None,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("weights", weights)):
         check_tensor(OP, name, t)
     for name, option in (("seqlens_k", seqlens_k), ("cu_seqlens_q", cu_seqlens_q),
-                         ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table)):  # fmt: skip
+                         ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table),
+                         ("k_scale", k_scale)):  # fmt: skip
         check_tensor(OP, name, option, optional=True)
     topk, block_k = as_int(OP, "topk", topk), as_int(OP, "block_k", block_k)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
@@ -162,7 +169,7 @@ def lower(
         cu_seqlens_k = cu_seqlens_q
     return (
         q, k, weights, topk, causal, activation, block_k, num_sink, num_recent, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, block_table, return_values,
+        cu_seqlens_q, cu_seqlens_k, block_table, return_values, k_scale,
     )  # fmt: skip
 
 
@@ -179,6 +186,7 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     check_per_request(OP, "seqlens_k", a.seqlens_k, batch, "k", a.k)
     keys = _keys(a)
     check(keys < 2**31, OP, "k", "must have less than 2^31 keys of a request", keys)
+    _check_scale(a)
 
 
 def _check_rows(a: Any, float64: bool) -> None:
@@ -193,7 +201,9 @@ def _check_rows(a: Any, float64: bool) -> None:
         rule = "must have 2 dimensions [T, D] (packed)"
     check(a.k.dim() == (2 if packed_k else 3), OP, "k", rule, a.k.dim())
     check_dtype(OP, "q", a.q, float64=float64)
-    check_dtype_of(OP, "k", a.k, "q", a.q)
+    if a.k.dtype not in (a.q.dtype, torch.float8_e4m3fn):
+        rule = f"must have the dtype of q, {show(a.q.dtype)}, or float8_e4m3fn"
+        fail(OP, "k", rule, a.k.dtype)
     wanted = a.q.shape[:-1]
     if a.weights.shape != wanted:
         fail(OP, "weights", f"must have shape {show(wanted)}", a.weights.shape)
@@ -234,6 +244,19 @@ def _check_sequences(a: Any) -> int:
         name = "k" if a.block_table is None else "block_table"
         fail(OP, name, f"must have the batch size of q, {batch}", found)
     return batch
+
+
+def _check_scale(a: Any) -> None:
+    if a.k_scale is None:
+        return
+    rule = "goes with caches in float8_e4m3fn alone"
+    check(a.k.dtype == torch.float8_e4m3fn, OP, "k_scale", rule, a.k.dtype)
+    each = list(a.k.shape[:-1])
+    if list(a.k_scale.shape) not in ([1], each):
+        fail(OP, "k_scale", f"must have shape [1] or {show(each)}", a.k_scale.shape)
+    wide = torch.promote_types(a.q.dtype, torch.float32)
+    check(a.k_scale.dtype == wide, OP, "k_scale", "must be float32", a.k_scale.dtype)
+    check_device_of_q(OP, "k_scale", a.k_scale, a.q)
 
 
 def _keys(a: Any) -> int:
@@ -309,6 +332,8 @@ SPEC = register_op(
                 "k": "b..",
                 "k@block_table": "...",
                 "weights": "b..",
+                "k_scale": "b.",
+                "k_scale@block_table": "..",
                 "seqlens_k": "b",
                 "block_table": "b.",
             },

@@ -28,10 +28,12 @@ def _sample(
     keys: tuple[int, ...] | None = None,
     change: Any = None,
     float_weights: bool = False,
+    float8: bool = False,
+    k_scale: str | None = None,
     **options: Any,
 ) -> Any:
     """queries, keys: leading sizes in place of (b, sq) and (b, n), for packed sequences and
-    pages."""
+    pages. Scales are powers of two, a negative one and what makes a key NaN or 0 among them."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         rows = queries or (b, sq)
@@ -42,7 +44,16 @@ def _sample(
             weights = weights.float()
         if change:
             change(q, k, weights)
-        return (q, k, weights, topk), dict(options)
+        given = dict(options)
+        if float8:
+            k = k.to(torch.float8_e4m3fn)
+        if k_scale is not None:
+            shape = (1,) if k_scale == "one" else k.shape[:-1]
+            scale = 2.0 ** torch.randint(-2, 3, shape, generator=g)
+            if k_scale == "hostile":
+                scale[:, 3:8] = torch.tensor([-2, 0, float("nan"), float("inf"), -float("inf")])
+            given["k_scale"] = scale.to(torch.promote_types(dtype, torch.float32))
+        return (q, k, weights, topk), given
 
     return make
 
@@ -54,6 +65,11 @@ def _poison(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
     k[0, 9:12, 1] = inf
     k[0, 20] = -inf
     weights[0, 7, 0] = nan
+
+
+def _poison_row(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
+    k[0, 12, -1] = k[1, 0, 0] = float("nan")
+    q[1, 1, 0, 0] = float("inf")
 
 
 def _zeros(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
@@ -94,6 +110,23 @@ SAMPLES = (
         queries=(7,), keys=(5, 16), cu_seqlens_q=_ints(0, 6, 7), seqlens_k=_ints(41, 20),
         block_table=TABLE,
     )),
+    Sample("float8", _sample(b=1, sq=3, h=3, d=20, float8=True, return_values=True)),
+    Sample("float8, scales of tokens", _sample(
+        sq=3, n=70, h=3, d=33, topk=64, float8=True, k_scale="token", return_values=True
+    )),
+    Sample("float8, hostile scales", _sample(
+        sq=2, n=20, d=16, topk=20, float8=True, k_scale="hostile", change=_poison_row,
+        return_values=True,
+    )),
+    Sample("float8, paged blocks", _sample(
+        sq=1, keys=(5, 16), d=150, seqlens_k=_ints(41, 20), block_table=TABLE, block_k=6, topk=4,
+        float8=True, k_scale="token", return_values=True,
+    )),
+    Sample("float8, packed", _sample(
+        queries=(9,), keys=(40,), cu_seqlens_q=_ints(0, 3, 9), cu_seqlens_k=_ints(0, 5, 40),
+        float8=True, k_scale="token", activation="none",
+    )),
+    Sample("float8, one scale", _sample(b=1, sq=2, d=64, float8=True, k_scale="one")),
     Sample("more queries than keys", _sample(sq=9, n=5)),
     Sample("no keys", _sample(n=0, return_values=True)),
     Sample("no queries", _sample(sq=0)),
@@ -114,6 +147,14 @@ def _pack(**options: Any) -> Any:
 def _packed_keys_alone(args: list[Any], kwargs: dict[str, Any]) -> None:
     args[1] = args[1][0]
     kwargs["cu_seqlens_k"] = _ints(0, 50)
+
+
+def _scaled(k_scale: torch.Tensor) -> Any:
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[1] = args[1].to(torch.float8_e4m3fn)
+        kwargs["k_scale"] = k_scale
+
+    return edit
 
 
 # Edits of the first sample: q [2, 9, 4, 16], k [2, 50, 16], weights [2, 9, 4].
@@ -150,7 +191,7 @@ MALFORMED = (
     ),
     Malformed(
         "dtype of k",
-        "k: must have the dtype of q, float32; got float16",
+        "k: must have the dtype of q, float32, or float8_e4m3fn; got float16",
         set_argument(1, lambda k: k.half()),
     ),
     Malformed(
@@ -238,6 +279,21 @@ MALFORMED = (
         "seqlens_k",
         "seqlens_k: must have shape [2]; got [3]",
         set_options(seqlens_k=_ints(1, 2, 3)),
+    ),
+    Malformed(
+        "scale of wide keys",
+        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
+        set_options(k_scale=torch.ones(2, 50)),
+    ),
+    Malformed(
+        "shape of scales",
+        "k_scale: must have shape [1] or [2, 50]; got [2, 49]",
+        _scaled(torch.ones(2, 49)),
+    ),
+    Malformed(
+        "dtype of scales",
+        "k_scale: must be float32; got float16",
+        _scaled(torch.ones(2, 50, dtype=torch.float16)),
     ),
     Malformed(
         "length",

@@ -2,6 +2,7 @@
 
     s_ij = sum_h w_ih act(q_ih . k_j)
 
+Keys in float8_e4m3fn are codes times a scale, NaN where either is not finite.
 A block has the maximum of its keys that may be listed: those that the query sees, without the first
 num_sink and the last num_recent of them.
 """
@@ -30,18 +31,20 @@ def indexer_topk_select(
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
     return_values: bool,
+    k_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = topk, causal, activation, block_k, num_sink, num_recent
     wide = torch.promote_types(q.dtype, torch.float32)
+    k = _scaled(k, k_scale, wide)
     if cu_seqlens_q is None:
         keys = rows_of(k, block_table)
         length = lengths_of(seqlens_k, len(keys), keys.shape[1], q.device)
-        lists = _lists(q.to(wide), keys.to(wide), weights.to(wide), length, *options)
+        lists = _lists(q.to(wide), keys, weights.to(wide), length, *options)
         indices, counts, values = lists
     else:
         sequences = sequences_of(k, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table)
         parts = [
-            _lists(q[a:b][None].to(wide), keys[None].to(wide), weights[a:b][None].to(wide),
+            _lists(q[a:b][None].to(wide), keys[None], weights[a:b][None].to(wide),
                    torch.full((1,), len(keys), device=q.device), *options)
             for a, b, keys in sequences
         ]  # fmt: skip
@@ -49,6 +52,12 @@ def indexer_topk_select(
             parts = [_nothing(q[None], topk)]
         indices, counts, values = (torch.cat([x[0] for x in t]) for t in zip(*parts, strict=True))
     return indices, counts, values if return_values else q.new_empty(0, dtype=wide)
+
+
+def _scaled(k: Tensor, k_scale: Tensor | None, wide: torch.dtype) -> Tensor:
+    if k_scale is None:
+        return k.to(wide)
+    return k.to(wide) * torch.where(k_scale.isfinite(), k_scale, torch.nan)[..., None]
 
 
 def _lists(
