@@ -44,7 +44,7 @@ def lowered_names(spec):
 
 
 def halve(spec, given):
-    names = lowered_names(spec)
+    names = lowered_names(spec) - {*spec.forward.autocast.wide}  # which are float32 here
     return {n: t.to(HALF) if n in names and t is not None else t for n, t in given.items()}
 
 

@@ -26,14 +26,16 @@ class Autocast:
     """A rule for the arguments of one operator, which it names.
 
     lower become the dtype of autocast, or that of cache, if there is one; with paged, cache is one
-    beside a block_table alone. promote become the widest dtype among them. If the first of them is
-    float64 or no floating-point tensor, all stay as they are.
+    beside a block_table alone. Of lower, those in wide stay if they are float32. promote become the
+    widest dtype among them. If the first of them is float64 or no floating-point tensor, all stay
+    as they are.
     """
 
     lower: tuple[str, ...] = ()
     promote: tuple[str, ...] = ()
     cache: str | None = None
     paged: bool = False
+    wide: tuple[str, ...] = ()
 
     def apply(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments as the operator gets them, in their order."""
@@ -41,6 +43,7 @@ class Autocast:
         if not names or names[0] != (*self.lower, *self.promote)[0]:
             return given
         dtype = self._target(given, names)
+        names = [n for n in names if n not in self.wide or given[n].dtype != torch.float32]
         return {n: t.to(dtype) if n in names else t for n, t in given.items()}
 
     def _target(self, given: dict[str, Any], names: list[str]) -> torch.dtype:

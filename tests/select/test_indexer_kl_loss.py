@@ -232,7 +232,9 @@ def test_large_and_small_targets_are_normalised():
 
 def test_autocast():
     leaves, rest = as_type(*inputs(), torch.float32)
-    halves = [t.detach().bfloat16() for t in leaves]
+    q, k, weights = (t.detach() for t in leaves)
+    halves = [q.bfloat16(), k.bfloat16(), weights]
+    assert not torch.equal(weights, weights.bfloat16().float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = tm.indexer_kl_loss(*leaves, *rest)
     assert found.dtype == torch.float32

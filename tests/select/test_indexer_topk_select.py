@@ -358,6 +358,14 @@ def test_every_list_is_written_whatever_the_ends(ends, backend):
         assert (counts[ends[0] : ends[-1]] > 0).all()
 
 
+def test_weights_of_float32_stay_under_autocast():
+    q, k, weights = torch.ones(1, 1, 1, 8), torch.ones(1, 1, 8), torch.full((1, 1, 1), 1 + 2**-10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype, want in ((torch.float32, 8 + 2**-7), (torch.float16, 8)):
+            args = [t.to(dtype) for t in (q, k, weights)]
+            assert tm.indexer_topk_select(*args, 1, return_values=True)[2].item() == want
+
+
 def test_inputs_may_require_a_gradient():
     q, k = torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(1, 9, 8, requires_grad=True)
     values = tm.indexer_topk_select(q, k, torch.ones(1, 3, 2), 2, return_values=True)[2]

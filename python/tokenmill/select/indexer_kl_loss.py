@@ -29,7 +29,7 @@ from ..tokens.gather_tokens import SPEC as GATHER
 from ..tokens.segment_reduce import SPEC as SEGMENT_REDUCE
 
 OP = "indexer_kl_loss"
-AUTOCAST = Autocast(lower=("q", "k", "weights"))
+AUTOCAST = Autocast(lower=("q", "k", "weights"), wide=("weights",))
 
 
 @AUTOCAST.applied

@@ -308,7 +308,7 @@ def _flops(*lowered: Any) -> float:
 FORWARD = register(
     TorchOp(
         OP,
-        autocast=Autocast(lower=("q", "k", "weights"), cache="k", paged=True),
+        autocast=Autocast(lower=("q", "k", "weights"), cache="k", paged=True, wide=("weights",)),
         check=_check,
         fake=_fake,
         check_values=_check_values,
