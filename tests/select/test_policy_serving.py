@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from policy_inputs import HK, LENGTHS, SPARING, STEPS, draw, new_cache, rotation
+from policy_inputs import HK, LENGTHS, SPARING, STEPS, TinyIndexer, draw, new_cache, rotation
 from torch import Tensor
 
 import tokenmill as tm
@@ -139,6 +139,45 @@ def test_a_step_of_several_layers_passes_a_list_for_each_token():
         for out, layer in zip(outs, alone, strict=True):
             want = layer.step(*tokens.steps[t])
             torch.testing.assert_close(out[:, t : t + 1], want, rtol=0, atol=2e-6)
+
+
+def test_what_the_caller_indexes_is_padded_like_its_tokens():
+    tokens, indexer = draw(), TinyIndexer()
+    outs = []
+    for padding in ("right", "left"):
+        policy, first, found = policies.Indexer(new_cache(4), topk=8), (0, 0), []
+        for chunk in CHUNKS["right"]:
+            q, k, v = (rows(t, first, chunk, padding) for t in tokens.prompt)
+            lengths = torch.tensor(chunk, dtype=torch.int32)
+            out = policy.prefill(
+                q, k, v, lengths=lengths, padding=padding, index=indexer(q, k)
+            )  # fmt: skip
+            first = chunk
+            for b, n in enumerate(chunk):
+                found.append(out[b, :n] if padding == "right" else out[b, out.shape[1] - n :])
+        outs.append(torch.cat(found))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(
+    ("options", "index", "rule"),
+    [
+        ({"topk": 0}, None, "topk: must be at least 1; got 0"),
+        ({"activation": "gelu"}, None, "activation: must be 'relu' or 'none'; got 'gelu'"),
+        ({"indexer": 3}, None, "indexer: must be callable or None; got 3"),
+        ({"index_cache": torch.zeros(2, 9, 4)}, None,
+         "index_cache: must have shape [2, 64, Di]; got [2, 9, 4]"),
+        ({}, None, "index: must be given, as there is no indexer; got None"),
+        ({"indexer": lambda q, k: q}, None, "indexer: must give three tensors: q [B, n, Hi, D], "),
+        ({}, (torch.zeros(2, 37, 1, 4), torch.zeros(2, 37, 5), torch.zeros(2, 37, 1)),
+         "index: must give three tensors: q [B, n, Hi, D], k [B, n, D] and weights [B, n, Hi] of "
+         "[2, 37] tokens; got [[2, 37, 1, 4], [2, 37, 5], [2, 37, 1]]"),
+    ],
+)  # fmt: skip
+def test_malformed_indexers(options, index, rule):
+    with pytest.raises(tm.InputError) as error:
+        policies.Indexer(new_cache(None), **options).prefill(*draw().prompt, index=index)
+    assert str(error.value).startswith(f"tokenmill.policies.Indexer: {rule}")
 
 
 def test_malformed_calls():

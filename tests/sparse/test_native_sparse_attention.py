@@ -120,6 +120,9 @@ def test_stripes_and_16_bits(monkeypatch):
     exact = by_hand(**{n: t.double() for n, t in half.items()}, **{**SIZES, "topk": 9})
     out = tm.native_sparse_attention(**half, **{**SIZES, "topk": 9})
     assert out.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = {n: t.float() for n, t in half.items()}
+        assert torch.equal(tm.native_sparse_attention(**cast, **{**SIZES, "topk": 9}), out)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=4 * 2**-8 * exact.abs().max())
 
 
