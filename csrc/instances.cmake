@@ -46,14 +46,20 @@ cuda_instances(dense/attention/kernel_backward_launch.cuh
   ELEMENTS float MODES general)
 cuda_instances(dense/attention_decode/cuda_launch.cuh
   "const char* launch_decode<ELEMENT>(const DecodeParams&, cudaStream_t)")
+cuda_instances(dense/attention_decode/float8_launch.cuh
+  "const char* launch_float8<ELEMENT>(const DecodeParams&, cudaStream_t)")
 cuda_instances(dense/attention_decode/prefill_launch.cuh
   "const char* launch_prefill<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
+cuda_instances(dense/attention_decode/prefill_float8_launch.cuh
+  "const char* launch_prefill_float8<ELEMENT>(const DecodeParams&, const MaskBounds&, cudaStream_t)")
 cuda_instances(linear/linear_attention/cuda_launch.cuh
   "const char* linear_attention::launch_recurrence<ELEMENT>(const Recurrence&, const RecurrencePlan&, cudaStream_t)")
 cuda_instances(select/attention_column_scores/cuda_launch.cuh
   "const char* attention_column_scores::launch_pass<ELEMENT>(const ColumnScoresParams&, const ScorePlan&, ScorePass, cudaStream_t)")
 cuda_instances(sparse/sparse_decode_attention/cuda_launch.cuh
   "const char* sparse_decode_attention::launch_sparse<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
+cuda_instances(sparse/sparse_decode_attention/float8_launch.cuh
+  "const char* sparse_decode_attention::launch_float8<ELEMENT>(const SparseLaunch&, void*, cudaStream_t)")
 cuda_instances(sparse/bilevel_routing_attention/cuda_launch.cuh
   "const char* bilevel_routing_attention::launch_bilevel<ELEMENT>(const RegionLaunch&, cudaStream_t)")
 cuda_instances(sparse/bilevel_routing_attention/cuda_backward_launch.cuh

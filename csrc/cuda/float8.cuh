@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/math.cuh"
 #include "cuda/vector.cuh"
 
 namespace tokenmill::cuda {
@@ -28,6 +29,51 @@ __device__ __forceinline__ float float8_value(uint32_t code) {
   const uint32_t normal = (magnitude << 20) + ((127 - 7) << 23);
   const uint32_t bits = magnitude < 8 ? small : normal;
   return __uint_as_float((magnitude == 0x7f ? 0x7fc00000u : bits) | sign);
+}
+
+// Products of two halves.
+template <typename T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, __half>) return mul_packed(a, b);
+  uint32_t y;  // -0 keeps the sign of 0
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(0x80008000u));
+  return y;
+}
+
+// 16 bytes of T from as many codes as they have elements, exact.
+//
+// Of 16 bits: exponent and mantissa go to where those of T lie, and a power of two with the sign of
+// the code makes up for the bias. Halves are made by byte permutations and multiplications, which
+// leave the integer units to others; NaN, which would become 480, is looked for in a whole word.
+template <typename T>
+__device__ __forceinline__ void convert_float8(uint32_t (&to)[4],
+                                               const uint32_t (&codes)[4 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = __float_as_uint(float8_value(codes[0] >> 8 * i));
+  } else {
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    constexpr int kShift = kHalf ? 7 : 4;
+    // 2^8 and 2^120 by their bytes, 0x5c00 and 0x7b80.
+    constexpr uint32_t kHigh = kHalf ? 0x5c5c5c5cu : 0x7b7b7b7bu, kLow = kHalf ? 0 : 0x80;
+    uint32_t nan = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t code = codes[i / 2], magnitudes = code & 0x7f7f7f7fu;
+      const uint32_t powers = (code & 0x80808080u) | kHigh;
+      const uint32_t low = i % 2 ? 0x4342 : 0x4140;   // a byte, then 0
+      const uint32_t high = i % 2 ? 0x3424 : 0x1404;  // kLow, then a byte
+      const uint32_t magnitude = __byte_perm(magnitudes, 0, low) << kShift;
+      to[i] = multiply_pair<T>(magnitude, __byte_perm(powers, kLow, high));
+      nan |= magnitudes + 0x01010101u;
+    }
+    if (!(nan & 0x80808080u)) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t code = __byte_perm(codes[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+      to[i] |= (((code & 0x7f007fu) + 0x10001u) >> 7 & 0x10001u) * 0x7fffu;
+    }
+  }
 }
 
 // An element of a tensor.

@@ -6,6 +6,7 @@
 #include "core/kv_cache.h"
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/launch.cuh"
+#include "dense/attention/kernel_float8.cuh"
 #include "dense/attention/kernel_store.cuh"
 
 namespace tokenmill::cuda {
@@ -43,11 +44,14 @@ __device__ void clear_queries(const AttentionParams& p, const ForwardPlan& plan,
   }
 }
 
-// Keys of head `head` from key0 on, wherever their pages lie, to a tile; zeros behind `length`.
+// Keys of head `head` from key0 on, wherever their pages lie, to a tile; zeros behind `length`. The
+// scales that there are follow, to an address of their own.
 template <typename T, typename Tile, int kRows>
 __device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& cache,
                                                  const Rows& rows, int columns, int b, int head,
-                                                 int key0, int length, bool aligned) {
+                                                 int key0, int length, bool aligned,
+                                                 const CacheScale& scale = {},
+                                                 uint32_t scales = 0) {
   using Copy = RowCopy<T, Tile>;
 #pragma unroll 1
   for (int r = Copy::first_row(); r < kRows; r += Copy::row_step()) {
@@ -55,17 +59,20 @@ __device__ __forceinline__ void copy_cached_rows(uint32_t tile, const KvCache& c
     const KvCache::Slot at = cache.slot(b, key < length ? key : length - 1);
     const T* row = static_cast<const T*>(rows.data) + KvCache::offset(rows, at, head);
     Copy::copy_to(tile, r, row, key < length ? columns : 0, aligned);
+    if constexpr (std::is_same_v<T, Float8>)
+      if (Copy::own_lane() == 0 && scale.data)
+        cp_async_word(scales + 4 * r,
+                      scale.data + at.page * scale.page + at.row * scale.row + head * scale.head);
   }
 }
 
-// One block of a multiprocessor is enough for elementwise weights: for two of them ptxas spills on
-// 10.0 and 12.0. 0: ptxas chooses.
-template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
-__global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
-    attention_forward_kernel(const __grid_constant__ AttentionParams p,
-                             const __grid_constant__ ForwardPlan plan) {
+// Cache: of its elements; void: keys are not cached.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
+__device__ __forceinline__ void run_forward(const AttentionParams& p, const ForwardPlan& plan) {
+  constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
   static_assert(kGeneral || !kCached);
-  using Shape = ForwardShape<T, kBucket>;
+  using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
+  using Stages = Float8Stages<T, kBucket>;
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
   using Values = TileLoader<T, typename Shape::ValueTile, Shape::kTileKeys>;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -124,12 +131,27 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
                         first_row, block_rows, key0, Shape::kTileKeys);
       });
     }
+  const uint32_t scales = stages + Stages::kScalesAt;
   const auto load_cached_stage = [&](uint32_t stage, int key0, int b, int length, int head) {
     const KvCache& cache = plan.cache;
-    copy_cached_rows<T, typename Shape::KeyTile, Shape::kTileKeys>(
+    if constexpr (kFloat8) {
+      const int number = Stages::stage(key0);
+      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
+      const uint32_t own_scales = scales + number * Stages::kScales * 4;
+      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
+          codes, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
+          plan.inputs_aligned, cache.k_scale, own_scales);
+      copy_cached_rows<Float8, CodeTile<kBucket>, Shape::kTileKeys>(
+          codes + Stages::kCodeTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head,
+          key0, length, plan.inputs_aligned, cache.v_scale, own_scales + Shape::kTileKeys * 4);
+      cp_async_commit();
+      return;
+    }
+    using Element = std::conditional_t<kCached, Cache, T>;
+    copy_cached_rows<Element, typename Shape::KeyTile, Shape::kTileKeys>(
         stage, cache, cache.k, static_cast<int>(p.head_dim), b, head, key0, length,
         plan.inputs_aligned);
-    copy_cached_rows<T, typename Shape::ValueTile, Shape::kTileKeys>(
+    copy_cached_rows<Element, typename Shape::ValueTile, Shape::kTileKeys>(
         stage + Shape::kTileBytes, cache, cache.v, static_cast<int>(p.value_dim), b, head, key0,
         length, plan.inputs_aligned);
     cp_async_commit();
@@ -142,7 +164,8 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
   const auto to_other_stage = [](int key0) {
     return key0 & Shape::kTileKeys ? -Shape::kStageBytes : Shape::kStageBytes;
   };
-  const uint32_t first_stage = stages + (begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
+  const uint32_t first_stage =
+      stages + (!kFloat8 && begin & Shape::kTileKeys ? Shape::kStageBytes : 0);
   // Where this thread's first chunk goes: in a tile of keys, and from there in the one of values.
   const uint32_t own = first_stage + (kCached ? 0 : Keys::own_offset());
   const int to_values = Shape::kTileBytes + Values::own_offset() - Keys::own_offset();
@@ -161,6 +184,12 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
     }
     cp_async_commit();
   };
+  if constexpr (kFloat8)
+    for (int i = threadIdx.x; i < 2 * Stages::kScales; i += blockDim.x) {
+      const int first = i % Stages::kScales / Shape::kTileKeys;
+      if (!(first == 0 ? plan.cache.k_scale : plan.cache.v_scale).data)
+        store_element(scales + 4 * i, 1.f);
+    }
   if (begin < end) {
     if constexpr (kCached)
       load_cached_stage(own, begin, place.b, s.k_length, kv_head);
@@ -170,16 +199,17 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
 
   const int position = warp_index & ((1 << plan.log2_warps_per_head) - 1);
   const int first = idle ? s.q_length : first_row + position * Shape::kWarpRows;
-  ForwardWarp<T, kBucket, kWeights, kGeneral> warp(p, s, band, place.b, h, first, end, queries,
-                                                   plan.factor, plan.bounds,
-                                                   reinterpret_cast<WarpPlace*>(shared));
-  WarpOutput<T, kBucket, kWeights, kGeneral> output(warp);
+  using Warp = std::conditional_t<kFloat8, Float8Warp<T, kBucket>,
+                                  ForwardWarp<T, kBucket, kWeights, kGeneral, Shape>>;
+  Warp warp(p, s, band, place.b, h, first, end, queries, plan.factor, plan.bounds,
+            reinterpret_cast<WarpPlace*>(shared));
+  WarpOutput<T, kBucket, kWeights, kGeneral, Shape> output(warp);
   const auto output_rows = [&](const WarpPlace& at) {
     return OutputRows<T>{rows_at<T>(p.out, at.b, at.q_start, at.h), p.out.seq,
                          static_cast<int>(p.value_dim), plan.output_aligned};
   };
 
-  typename ForwardWarp<T, kBucket, kWeights, kGeneral>::Addresses at(first_stage);
+  typename Warp::Addresses at(first_stage);
   warp.find_sights(begin);
   warp.find_sights(begin + Shape::kTileKeys);
   uint32_t next = own + to_other_stage(begin);
@@ -211,11 +241,26 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
         if (wanted) load_stage(next, key0 + Shape::kTileKeys);
       }
     }
+    if constexpr (kFloat8) {
+      const int number = Stages::stage(key0);
+      const uint32_t codes = stages + Stages::kCodesAt + number * 2 * Stages::kCodeTileBytes;
+      if (warp.block_sees(key0)) {
+        const auto nothing = [](int, int, uint32_t (&)[4]) {};
+        convert_codes<T, CodeTile<kBucket>, typename Shape::KeyTile, Shape::kTileKeys>(
+            codes, stages, nothing);
+        convert_codes<Float8Value<T>, CodeTile<kBucket>, typename Shape::ValueTile,
+                      Shape::kTileKeys>(codes + Stages::kCodeTileBytes, stages + Shape::kTileBytes,
+                                        nothing);
+      }
+      __syncthreads();
+    }
     warp.add_tile(at, key0);
     warp.find_sights(key0 + 2 * Shape::kTileKeys);
-    const int other = to_other_stage(key0);
-    at.move(other);
-    next -= other;
+    if constexpr (!kFloat8) {
+      const int other = to_other_stage(key0);
+      at.move(other);
+      next -= other;
+    }
     key0 += Shape::kTileKeys;
     if constexpr (Shape::kFloat)
       if ((key0 - begin) % output.kFlushKeys == 0) {
@@ -232,6 +277,29 @@ __global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise 
                  area);
   }
 }
+
+// One block of a multiprocessor is enough for elementwise weights: for two of them ptxas spills on
+// 10.0 and 12.0. 0: ptxas chooses.
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
+__global__ void __launch_bounds__(kMaxThreads, kWeights == Weights::elementwise ? 1 : 0)
+    attention_forward_kernel(const __grid_constant__ AttentionParams p,
+                             const __grid_constant__ ForwardPlan plan) {
+  run_forward<T, kBucket, kWeights, kGeneral, std::conditional_t<kCached, T, void>>(p, plan);
+}
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(kMaxThreads)
+    attention_forward_float8_kernel(const __grid_constant__ AttentionParams p,
+                                    const __grid_constant__ ForwardPlan plan) {
+  run_forward<T, kBucket, Weights::any, true, Float8>(p, plan);
+}
+
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache>
+constexpr auto kForwardKernel =
+    attention_forward_kernel<T, kBucket, kWeights, kGeneral, !std::is_void_v<Cache>>;
+template <typename T, int kBucket>
+constexpr auto kForwardKernel<T, kBucket, Weights::any, true, Float8> =
+    attention_forward_float8_kernel<T, kBucket>;
 
 // Blocks from which on larger ones, which read keys and values less often, still fill a GPU.
 constexpr int64_t kManyBlocks = 256;
@@ -255,17 +323,19 @@ ForwardPlan plan_forward(const AttentionParams& p) {
   return plan;
 }
 
-// cache: where the keys lie that p does not have, if kCached.
-template <typename T, int kBucket, Weights kWeights, bool kGeneral, bool kCached = false>
+// cache: where the keys lie that p does not have, if there is one (Cache as in run_forward).
+template <typename T, int kBucket, Weights kWeights, bool kGeneral, typename Cache = void>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, cudaStream_t stream,
                            const KvCache& cache = {}) {
+  constexpr bool kCached = !std::is_void_v<Cache>, kFloat8 = std::is_same_v<Cache, Float8>;
+  using Element = std::conditional_t<kCached, Cache, T>;
   const Rows &k = kCached ? cache.k : p.k, &v = kCached ? cache.v : p.v;
-  using Shape = ForwardShape<T, kBucket>;
+  using Shape = std::conditional_t<kFloat8, Float8Shape<T, kBucket>, ForwardShape<T, kBucket>>;
   ForwardPlan plan = plan_forward<Shape>(p);
   plan.bounds = bounds;
   plan.inputs_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head) &&
-                        is_vectorizable<T>(k.data, p.head_dim, k.batch, k.seq, k.head) &&
-                        is_vectorizable<T>(v.data, p.value_dim, v.batch, v.seq, v.head);
+                        is_vectorizable<Element>(k.data, p.head_dim, k.batch, k.seq, k.head) &&
+                        is_vectorizable<Element>(v.data, p.value_dim, v.batch, v.seq, v.head);
   plan.output_aligned =
       is_vectorizable<T>(p.out.data, p.value_dim, p.out.batch, p.out.seq, p.out.head);
   using Keys = TileLoader<T, typename Shape::KeyTile, Shape::kTileKeys>;
@@ -275,17 +345,16 @@ const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds, c
   plan.cache = cache;
   plan.factor = ForwardWarp<T, kBucket, kWeights, kGeneral>::factor(p);
   const int staged = plan.warps * Shape::kWarpRows * Shape::kRowBytes;
-  const int bytes = kParkedBytes<kGeneral> +
-                    (Shape::kFloat || staged < Shape::kSharedBytes ? Shape::kSharedBytes : staged);
+  const int work = kFloat8 ? Float8Stages<T, kBucket>::kBytes : Shape::kSharedBytes;
+  const int bytes = kParkedBytes<kGeneral> + (Shape::kFloat || staged < work ? work : staged);
   if (plan.tiles == 0) return nullptr;
   const int64_t at_once = kMaxGrid / plan.tiles;
   const int64_t head_blocks = plan.head_blocks * (p.cu_seqlens_q ? 1 : p.batch);
   for (int64_t first = 0; first < head_blocks; first += at_once) {
     plan.first_head_block = static_cast<unsigned>(first);
     const int64_t count = head_blocks - first < at_once ? head_blocks - first : at_once;
-    if (const char* error =
-            launch<attention_forward_kernel<T, kBucket, kWeights, kGeneral, kCached>>(
-                count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
+    if (const char* error = launch<kForwardKernel<T, kBucket, kWeights, kGeneral, Cache>>(
+            count * plan.tiles, plan.warps * kWarpSize, bytes, stream, p, plan))
       return error;
   }
   return nullptr;

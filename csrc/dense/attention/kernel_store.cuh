@@ -15,10 +15,11 @@ struct OutputRows {
 
 // The output of one warp. float keeps a second level of sums in the output itself, into which
 // `flush` moves what was summed; 16-bit outputs are stored once.
-template <typename T, int kBucket, Weights kWeights, bool kGeneral>
+template <typename T, int kBucket, Weights kWeights, bool kGeneral,
+          typename Shape_ = ForwardShape<T, kBucket>>
 class WarpOutput {
  public:
-  using Warp = ForwardWarp<T, kBucket, kWeights, kGeneral>;
+  using Warp = ForwardWarp<T, kBucket, kWeights, kGeneral, Shape_>;
   using Shape = typename Warp::Shape;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kFlushKeys = 256;

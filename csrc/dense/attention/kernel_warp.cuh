@@ -30,10 +30,11 @@ template <bool kGeneral>
 constexpr int kParkedBytes = kGeneral ? kSightsAt + 128 : kSightsAt;
 static_assert(2 * kMaxWarps * 4 <= 128);
 
-template <typename T, int kBucket, Weights kWeights, bool kGeneral>
+template <typename T, int kBucket, Weights kWeights, bool kGeneral,
+          typename Shape_ = ForwardShape<T, kBucket>>
 class ForwardWarp {
  public:
-  using Shape = ForwardShape<T, kBucket>;
+  using Shape = Shape_;
   static constexpr bool kLean =
       !Shape::kFloat && ((kBucket == 128 && kWeights != Weights::fast_sigmoid) ||
                          (kBucket == 256 && kWeights != Weights::softmax));
@@ -133,21 +134,9 @@ class ForwardWarp {
       }
       return;
     }
-    const WarpPlace own = place();
-#pragma unroll 1
-    for (const int end = key0 + Shape::kTileKeys; key0 < end; key0 += kMaskedKeys) {
-      unroll<kRowTiles>([&](auto m) {
-        const WarpPlace now = recall(own);
-        int row = now.first + 16 * m;
-        keep(row);
-        const int row_end = min(row + 16, now.last + 1);
-        if (row < row_end && key0 < now.band.end(row_end - 1) &&
-            key0 + kMaskedKeys > now.band.begin(row) && sees<m, kPart>(key0))
-          add_step<m, 1, kMaskedKeys, 0, true>(at, key0, own);
-      });
-      at.move(kMaskedKeys * Shape::kRowBytes);
-    }
-    at.move(-Shape::kTileBytes);
+    each_step(at, key0, [&](auto m, int key, const WarpPlace& own) {
+      add_step<m, 1, kMaskedKeys, 0, true>(at, key, own);
+    });
   }
 
   // What the mask shows of a tile: for kMaskedKeys keys and row tile m bits m (some pairs) and
@@ -185,7 +174,7 @@ class ForwardWarp {
   float out_[kRowTiles][kTiles][4];
   float neg_row_max_[kRowTiles][2], sum_[kRowTiles][2];  // of rows g, g + 8; sums of this lane
 
- private:
+ protected:
   static constexpr int kMaskedKeys = Shape::kMaskedKeys;
   static constexpr int kPart = 0, kWhole = 1;  // of what `sees` asks
   static constexpr int kDepth = kMmaDepth<T>;
@@ -206,6 +195,26 @@ class ForwardWarp {
       load_chunk(to.words[h], from, chunk, queries_.columns,
                  queries_.aligned && queries_.columns == kBucket);
     }
+  }
+
+  // step(Index<m>, key, place) of row tile m and kMaskedKeys keys at `at`, if it may see some.
+  template <typename Step>
+  __device__ __forceinline__ void each_step(Addresses& at, int key0, const Step& step) const {
+    const WarpPlace own = place();
+#pragma unroll 1
+    for (const int end = key0 + Shape::kTileKeys; key0 < end; key0 += kMaskedKeys) {
+      unroll<kRowTiles>([&](auto m) {
+        const WarpPlace now = recall(own);
+        int row = now.first + 16 * m;
+        keep(row);
+        const int row_end = min(row + 16, now.last + 1);
+        if (row < row_end && key0 < now.band.end(row_end - 1) &&
+            key0 + kMaskedKeys > now.band.begin(row) && sees<m, kPart>(key0))
+          step(m, key0, own);
+      });
+      at.move(kMaskedKeys * Shape::kRowBytes);
+    }
+    at.move(-Shape::kTileBytes);
   }
 
   // Where registers are short, nothing is kept from the start of a tile on.

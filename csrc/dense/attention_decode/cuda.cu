@@ -9,6 +9,13 @@ extern template const char* launch_decode<__half>(const DecodeParams&, cudaStrea
 extern template const char* launch_decode<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
 extern template const char* launch_decode<float>(const DecodeParams&, cudaStream_t);
 
+// Of float8_launch.cuh.
+template <typename T>
+const char* launch_float8(const DecodeParams&, cudaStream_t);
+extern template const char* launch_float8<__half>(const DecodeParams&, cudaStream_t);
+extern template const char* launch_float8<__nv_bfloat16>(const DecodeParams&, cudaStream_t);
+extern template const char* launch_float8<float>(const DecodeParams&, cudaStream_t);
+
 // Of prefill_launch.cuh.
 template <typename T>
 const char* launch_prefill(const DecodeParams&, const MaskBounds&, cudaStream_t);
@@ -19,6 +26,16 @@ extern template const char* launch_prefill<__nv_bfloat16>(const DecodeParams&, c
 extern template const char* launch_prefill<float>(const DecodeParams&, const MaskBounds&,
                                                   cudaStream_t);
 
+// Of prefill_float8_launch.cuh.
+template <typename T>
+const char* launch_prefill_float8(const DecodeParams&, const MaskBounds&, cudaStream_t);
+extern template const char* launch_prefill_float8<__half>(const DecodeParams&, const MaskBounds&,
+                                                          cudaStream_t);
+extern template const char* launch_prefill_float8<__nv_bfloat16>(const DecodeParams&,
+                                                                 const MaskBounds&, cudaStream_t);
+extern template const char* launch_prefill_float8<float>(const DecodeParams&, const MaskBounds&,
+                                                         cudaStream_t);
+
 }  // namespace cuda
 
 // The kernels for a few rows have as many of each request, and see no key behind them.
@@ -27,8 +44,14 @@ static bool prefills(const AttentionParams& p) { return p.cu_seqlens_q || p.wind
 int64_t workspace_bytes(const DecodeParams& d) {
   if (prefills(d.attention)) return MaskBounds::bytes(d.attention);
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    if (d.cache.dtype == DType::float8_e4m3fn)
+      return cuda::visit_float8_bucket(d.attention, [&]<int kBucket>() {
+        return cuda::workspace_bytes(
+            cuda::plan_decode<cuda::CacheKeys<T, kBucket, true, cuda::Float8>>(d));
+      });
     return cuda::visit_bucket(d.attention, [&]<int kBucket>() {
-      return cuda::workspace_bytes(cuda::plan_decode<T, kBucket>(d));
+      using Keys = cuda::CacheKeys<T, kBucket, kBucket == cuda::kLatentBucket>;
+      return cuda::workspace_bytes(cuda::plan_decode<Keys>(d));
     });
   });
 }
@@ -41,8 +64,15 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
     return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
   const AttentionParams& p = d.attention;
   const auto on = static_cast<cudaStream_t>(stream);
+  const bool float8 = d.cache.dtype == DType::float8_e4m3fn;
   if (!prefills(p))
-    return cuda::visit_dtype(p.dtype, [&]<typename T>() { return cuda::launch_decode<T>(d, on); });
+    return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+      return float8 ? cuda::launch_float8<T>(d, on) : cuda::launch_decode<T>(d, on);
+    });
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim > 256)
+    return cuda::refuse(
+        "q", "must be causal and not packed with head dimensions beyond 256 on CUDA", dim);
   if (p.seqlen_q > cuda::kMaxLength)
     return cuda::refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
   if (p.batch * p.heads > 0x7fffffff)
@@ -51,8 +81,10 @@ const char* launch_cuda(const DecodeParams& d, void* stream) {
   const MaskBounds bounds = MaskBounds::at(p, d.workspace);
   if (p.mask.any())
     if (const char* error = cuda::launch_bounds(p, bounds, on)) return error;
-  return cuda::visit_dtype(p.dtype,
-                           [&]<typename T>() { return cuda::launch_prefill<T>(d, bounds, on); });
+  return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    return float8 ? cuda::launch_prefill_float8<T>(d, bounds, on)
+                  : cuda::launch_prefill<T>(d, bounds, on);
+  });
 }
 
 }  // namespace tokenmill

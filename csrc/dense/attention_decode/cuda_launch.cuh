@@ -59,14 +59,15 @@ bool has_whole_chunks(const Rows& rows, int64_t columns) {
   return is_vectorizable<T>(rows.data, columns, rows.batch, rows.seq, rows.head);
 }
 
-template <typename T, int kBucket>
+template <typename Keys>
 DecodeLaunch plan_decode(const DecodeParams& d) {
+  using Cache = typename Keys::Shape::Cache;
   const AttentionParams& p = d.attention;
   DecodeLaunch launch =
-      plan_decode<CacheKeys<T, kBucket>>(p, p.kv_heads, d.cache.capacity, d.num_splits, d.stream_k);
-  launch.plan.aligned = has_whole_chunks<T>(p.q, p.head_dim) &&
-                        has_whole_chunks<T>(d.cache.k, p.head_dim) &&
-                        has_whole_chunks<T>(d.cache.v, p.value_dim);
+      plan_decode<Keys>(p, p.kv_heads, d.cache.capacity, d.num_splits, d.stream_k);
+  launch.plan.aligned = has_whole_chunks<typename Keys::Element>(p.q, p.head_dim) &&
+                        has_whole_chunks<Cache>(d.cache.k, p.head_dim) &&
+                        has_whole_chunks<Cache>(d.cache.v, p.value_dim);
   return launch;
 }
 
@@ -88,11 +89,16 @@ const char* launch_planned(const Params& d, DecodeLaunch planned, void* workspac
 
 template <typename T, int kBucket>
 const char* launch_decode(const DecodeParams& d, cudaStream_t stream) {
-  const DecodeLaunch planned = plan_decode<T, kBucket>(d);
-  return d.attention.mask.any() ? launch_planned<attention_decode_kernel<T, kBucket, true>>(
-                                      d, planned, d.workspace, stream)
-                                : launch_planned<attention_decode_kernel<T, kBucket, false>>(
-                                      d, planned, d.workspace, stream);
+  constexpr bool kLatent = kBucket == kLatentBucket;
+  const DecodeLaunch planned = plan_decode<CacheKeys<T, kBucket, kLatent>>(d);
+  if constexpr (kLatent)
+    return launch_planned<attention_decode_kernel<T, kBucket, true>>(d, planned, d.workspace,
+                                                                     stream);
+  else
+    return d.attention.mask.any() ? launch_planned<attention_decode_kernel<T, kBucket, true>>(
+                                        d, planned, d.workspace, stream)
+                                  : launch_planned<attention_decode_kernel<T, kBucket, false>>(
+                                        d, planned, d.workspace, stream);
 }
 
 // visit.operator()<bucket>()
@@ -101,7 +107,16 @@ auto visit_bucket(const AttentionParams& p, const Visit& visit) {
   const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   if (dim <= 64) return visit.template operator()<64>();
   if (dim <= 128) return visit.template operator()<128>();
-  return visit.template operator()<256>();
+  if (dim <= 256) return visit.template operator()<256>();
+  return visit.template operator()<kLatentBucket>();
+}
+// The same of Float8 caches: one instance for all that are narrow.
+template <typename Visit>
+auto visit_float8_bucket(const AttentionParams& p, const Visit& visit) {
+  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+  if (dim <= 128) return visit.template operator()<128>();
+  if (dim <= 256) return visit.template operator()<256>();
+  return visit.template operator()<kLatentBucket>();
 }
 
 template <typename T>

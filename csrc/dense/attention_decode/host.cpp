@@ -42,11 +42,7 @@ void run_on_cpu(DecodeParams& d) {
 
 void run(DecodeParams& d, const View& q, const View& k, const View& v) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    check_kernels_read(kOp, "k_cache", k);
-    check_kernels_read(kOp, "v_cache", v);
-    return launch_with_workspace(kOp, q, d, d.workspace);
-  }
+  if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
 #endif
   check_kernels_read(kOp, "k_cache", k);
   check_kernels_read(kOp, "v_cache", v);

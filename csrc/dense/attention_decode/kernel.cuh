@@ -16,8 +16,12 @@ class DecodeBlock {
   using Params = typename Keys::Params;
   using Shape = typename Keys::Shape;
   using Warp = typename Keys::Warp;
-  using KeyCopy = RowCopy<T, typename Shape::KeyTile>;
-  using ValueCopy = RowCopy<T, typename Shape::ValueTile>;
+  using Cache = typename Shape::Cache;
+  static constexpr bool kFloat8 = Shape::kFloat8;
+  using Codes = CodeTile<Shape::kBucket>;
+  using QueryCopy = RowCopy<T, typename Shape::KeyTile>;
+  using KeyCopy = RowCopy<Cache, std::conditional_t<kFloat8, Codes, typename Shape::KeyTile>>;
+  using ValueCopy = RowCopy<Cache, std::conditional_t<kFloat8, Codes, typename Shape::ValueTile>>;
 
   __device__ DecodeBlock(const Params& d, const DecodePlan& plan, unsigned char* shared)
       : d_(d),
@@ -51,14 +55,14 @@ class DecodeBlock {
 
   __device__ __forceinline__ void load_queries() const {
     const AttentionParams& p = d_.attention;
-    const int first = KeyCopy::first_row();
+    const int first = QueryCopy::first_row();
     const int last = s_.row_tile * plan_.tile_rows + rows() - 1;
-    for (int r = first; r < plan_.tile_rows; r += kDecodeThreads / KeyCopy::kLanes) {
+    for (int r = first; r < plan_.tile_rows; r += kDecodeThreads / QueryCopy::kLanes) {
       const int row = s_.row_tile * plan_.tile_rows + r, read = min(row, last);
       const T* from =
           rows_at<T>(p.q, s_.b, read / plan_.group, s_.h * plan_.group + read % plan_.group);
-      KeyCopy::copy(queries_ + Shape::KeyTile::offset(r, KeyCopy::own_lane()), KeyCopy::own_lane(),
-                    from, row <= last ? static_cast<int>(p.head_dim) : 0, plan_.aligned);
+      QueryCopy::copy_to(queries_, r, from, row <= last ? static_cast<int>(p.head_dim) : 0,
+                         plan_.aligned);
     }
   }
 
@@ -74,16 +78,52 @@ class DecodeBlock {
       Copy::copy(to, Copy::own_lane(), keys_.template row<kValues>(s_, place + r),
                  r < count && keys_.exists(place + r) ? static_cast<int>(columns) : 0,
                  plan_.aligned);
-      to += kRowStep * Shape::kRowBytes;
+      to += kRowStep * Copy::Tile::kRowBytes;
     }
   }
 
   // What lies behind `count` keys becomes zero.
   __device__ __forceinline__ void load_stage(uint32_t stage, int place, int count) const {
     const AttentionParams& p = d_.attention;
+    constexpr int kTileBytes = kFloat8 ? Shape::kCodeTileBytes : Shape::kTileBytes;
     load_rows<false, KeyCopy>(p.head_dim, stage, place, count);
-    load_rows<true, ValueCopy>(p.value_dim, stage + Shape::kTileBytes, place, count);
+    load_rows<true, ValueCopy>(p.value_dim, stage + kTileBytes, place, count);
     cp_async_commit();
+  }
+
+  // Where a stage is loaded. Codes lie behind the tiles that are made of them.
+  __device__ __forceinline__ uint32_t stage_at(int stage) const {
+    if constexpr (kFloat8) return stages_ + Shape::kStageBytes + stage * 2 * Shape::kCodeTileBytes;
+    return stages_ + (Shape::kStages > 1 ? stage * Shape::kStageBytes : 0);
+  }
+
+  // Where its tiles are when products read them.
+  __device__ __forceinline__ uint32_t tile_at(int stage) const {
+    return kFloat8 ? stages_ : stage_at(stage);
+  }
+
+  // Codes of a stage to the tiles that products read.
+  __device__ __forceinline__ void convert_stage(uint32_t codes, int place) const {
+    convert_tile<false, T, typename Shape::KeyTile>(codes, stages_, place);
+    convert_tile<true, typename Shape::Value, typename Shape::ValueTile>(
+        codes + Shape::kCodeTileBytes, stages_ + Shape::kTileBytes, place);
+    __syncthreads();
+  }
+  template <bool kValues, typename To, typename Tile>
+  __device__ __forceinline__ void convert_tile(uint32_t codes, uint32_t tile, int place) const {
+    const AttentionParams& p = d_.attention;
+    convert_codes<To, Codes, Tile, Shape::kTileKeys>(
+        codes, tile, [&](int r, int column, uint32_t (&words)[4]) {
+          if constexpr (Keys::kExtras) {
+            const int columns = static_cast<int>(kValues ? p.value_dim : p.head_dim);
+            if (const T* row = keys_.template extra_row<kValues>(s_, place + r)) {
+              if constexpr (std::is_same_v<To, T>)
+                load_elements(words, row, column, columns);
+              else
+                load_part(words, row, column, columns, keys_.is_lost_part(place + r));
+            }
+          }
+        });
   }
 
   // Keys begin .. end - 1 past the queries, which `fresh` ones must be waited for.
@@ -95,7 +135,7 @@ class DecodeBlock {
       keys_.store(Keys::place(tile, begin + tile * Shape::kTileKeys) + own,
                   keys_.find(s_, begin + thread, end));
     __syncthreads();
-    load_stage(stages_, Keys::place(0, begin), end - begin);
+    load_stage(stage_at(0), Keys::place(0, begin), end - begin);
     const int share = Shape::kTileKeys / (Shape::kRowOrKeyWarps >> plan_.log2_row_warps);
     const int offset = (Warp::row_or_key_warp() >> plan_.log2_row_warps) * share;
     auto at = Warp::addresses(stages_, offset);
@@ -107,12 +147,13 @@ class DecodeBlock {
       const int next = key0 + Shape::kTileKeys;
       if constexpr (!Keys::kTurns)
         if (fresh) warp_.load_queries();
-      if (next < end)
-        load_stage(stages_ + (stage ^ 1) * Shape::kStageBytes, Keys::place(stage ^ 1, next),
-                   end - next);
+      if (Shape::kStages > 1 && next < end)
+        load_stage(stage_at(stage ^ 1), Keys::place(stage ^ 1, next), end - next);
+      if constexpr (kFloat8) convert_stage(stage_at(stage), Keys::place(stage, key0));
       if constexpr (Keys::kTurns) {
         unsigned char* const shared = reinterpret_cast<unsigned char*>(sums_);
-        keys_.turn(plan_, s_, shared + stage * Shape::kStageBytes, Keys::place(stage, key0),
+        const int tile = static_cast<int>(tile_at(stage) - stages_);
+        keys_.turn(plan_, s_, shared + tile, Keys::place(stage, key0),
                    fresh ? shared + Shape::kWorkBytes + Keys::kBytes : nullptr);
         if (fresh) warp_.load_queries();
       }
@@ -133,7 +174,12 @@ class DecodeBlock {
         }
         at.move(-k * Shape::kRowBytes);
       }
-      at.move(stage ? -Shape::kStageBytes : Shape::kStageBytes);
+      if constexpr (!kFloat8 && Shape::kStages > 1)
+        at.move(stage ? -Shape::kStageBytes : Shape::kStageBytes);
+      if constexpr (Shape::kStages == 1) {
+        __syncthreads();
+        if (next < end) load_stage(stages_, Keys::place(stage ^ 1, next), end - next);
+      }
       if (fetches) keys_.store(Keys::place(stage, second) + own, ahead);
     }
   }
@@ -197,16 +243,28 @@ class DecodeBlock {
   Warp warp_;
 };
 
+template <typename Keys>
+__device__ __forceinline__ void run_segments(const DecodeParams& d, const DecodePlan& plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  Segments<typename Keys::Shape> segments(d, plan);
+  DecodeBlock<Keys> block(d, plan, shared);
+  for (Segment s; segments.take(s);) block.run(s);
+}
+
 // Two blocks of a multiprocessor are enough with a mask: for more of them ptxas spills. 0: ptxas
 // chooses.
 template <typename T, int kBucket, bool kMasked>
 __global__ void __launch_bounds__(kDecodeThreads, kMasked ? 2 : 0)
     attention_decode_kernel(const __grid_constant__ DecodeParams d,
                             const __grid_constant__ DecodePlan plan) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  Segments<DecodeShape<T, kBucket>> segments(d, plan);
-  DecodeBlock<CacheKeys<T, kBucket, kMasked>> block(d, plan, shared);
-  for (Segment s; segments.take(s);) block.run(s);
+  run_segments<CacheKeys<T, kBucket, kMasked>>(d, plan);
+}
+
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    attention_decode_float8_kernel(const __grid_constant__ DecodeParams d,
+                                   const __grid_constant__ DecodePlan plan) {
+  run_segments<CacheKeys<T, kBucket, true, Float8>>(d, plan);
 }
 
 }  // namespace tokenmill::cuda

@@ -10,7 +10,7 @@ namespace tokenmill::cuda {
 // Sums of one row, the columns lane, lane + 32, ... of a warp.
 template <typename Shape>
 struct RowSums {
-  static constexpr int kColumns = Shape::kBucket / kWarpSize;
+  static constexpr int kColumns = Shape::kValueBucket / kWarpSize;
   float value[kColumns];
   float sum, row_max;
 

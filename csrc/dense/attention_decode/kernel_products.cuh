@@ -1,10 +1,12 @@
 // One warp's part of an output tile: the products of 16 rows of queries with a step of keys, and of
 // their weights with the values. What becomes of the scores in between is not known here.
 #pragma once
+#include "cuda/attention/float8_tile.cuh"
 #include "cuda/attention/hidden_values.cuh"
 #include "cuda/attention/online_softmax.cuh"
 #include "cuda/attention/qk.cuh"
 #include "cuda/attention/stage_addresses.cuh"
+#include "dense/attention_decode/kernel_latent.cuh"
 #include "dense/attention_decode/kernel_shape.cuh"
 
 namespace tokenmill::cuda {
@@ -14,7 +16,7 @@ class DecodeProducts {
  public:
   using Shape = Shape_;
   using Addresses = StageAddresses<Shape, false>;
-  static constexpr int kColumns = kBucket / Shape::kColumnWarps;  // of values
+  static constexpr int kColumns = Shape::kValueBucket / Shape::kColumnWarps;  // of values
   static constexpr int kTiles = kColumns / 8;
   static constexpr int kKeyTiles = Shape::kStepKeys / 8;
 
@@ -23,7 +25,8 @@ class DecodeProducts {
       : DecodeProducts(row_or_key_warp() & ((1 << plan.log2_row_warps) - 1), queries) {}
 
   // Of the 16 rows number row_warp.
-  __device__ DecodeProducts(int row_warp, uint32_t queries) : row_warp_(row_warp) {
+  __device__ DecodeProducts(int row_warp, uint32_t queries)
+      : row_warp_(row_warp), exchange_(queries + 16 * Shape::kRowBytes) {
     // Derived from a copy, or ptxas keeps the swizzle for the addresses of keys.
     int lane = threadIdx.x % kWarpSize;
     keep(lane);
@@ -112,7 +115,9 @@ class DecodeProducts {
 
   __device__ __forceinline__ void multiply_keys(float (&s)[kKeyTiles][4], const Addresses& at) {
     auto& tile = reinterpret_cast<float (&)[1][kKeyTiles][4]>(s);
-    if constexpr (Shape::kQueryInRegisters)
+    if constexpr (Shape::kLatent)
+      multiply_shares<T, kDecodeWarps>(s, at, query_, exchange_);
+    else if constexpr (Shape::kQueryInRegisters)
       multiply_held<T, Shape::kSlices, 0>(tile, at, [&](int, auto j) { return q_[j]; });
     else
       multiply_shared<T, 0>(tile, at, query_);
@@ -144,13 +149,19 @@ class DecodeProducts {
   __device__ __forceinline__ void multiply_values(const float (&e)[kKeyTiles][4],
                                                   const Addresses& at, bool cut, const Sees& sees,
                                                   bool any_sign = false) {
-    Fragment<T, 4> p[1][1];
-    set_fragments(p[0], e);
-    const auto nothing = [](auto) {};
-    if (cut && !all_finite<T, Shape::kStepKeys, kTiles>(at))
-      multiply_seen_values<T, 0, Shape::kStepKeys>(out_, p, at, nothing, sees, any_sign);
-    else
-      cuda::multiply_values<T, 0, 0>(out_, p, at, nothing);
+    using Value = typename Shape::Value;
+    const bool infinite = cut && !all_finite<Value, Shape::kStepKeys, kTiles>(at);
+    if constexpr (Shape::kFloat8) {
+      multiply_scaled<T, Value, 0, Shape::kStepKeys>(out_, e, at, infinite, sees, any_sign);
+    } else {
+      Fragment<T, 4> p[1][1];
+      set_fragments(p[0], e);
+      const auto nothing = [](auto) {};
+      if (infinite)
+        multiply_seen_values<T, 0, Shape::kStepKeys>(out_, p, at, nothing, sees, any_sign);
+      else
+        cuda::multiply_values<T, 0, 0>(out_, p, at, nothing);
+    }
   }
 
   bool active_;
@@ -159,6 +170,7 @@ class DecodeProducts {
   float out_[1][kTiles][4];
 
  private:
+  uint32_t exchange_;  // of latent heads
   SharedQueries<Shape> query_;
   QuerySlice q_[Shape::kQueryInRegisters ? Shape::kSlices : 1];
 };

@@ -6,6 +6,7 @@
 // (stream-K).
 #pragma once
 #include "cuda/arch/mma_sm80.cuh"
+#include "cuda/attention/float8_tile.cuh"
 #include "cuda/attention/score_map.cuh"
 #include "cuda/attention/score_mod.cuh"
 #include "cuda/attention/tile_shape.cuh"
@@ -17,16 +18,36 @@ namespace tokenmill::cuda {
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
+// Of head dimensions beyond 256: few keys a tile, so that two stages fit 99 KB.
 template <typename T, int kBucket>
-struct DecodeShape : TileShape<T, kBucket> {
-  using Tiles = TileShape<T, kBucket>;
+struct LatentTiles : TileShape<T, kBucket> {
+  static constexpr int kTileKeys = sizeof(T) == 4 ? 8 : 16;
+  static constexpr int kTileBytes = kTileKeys * TileShape<T, kBucket>::kRowBytes;
+  static constexpr int kStageBytes = 2 * kTileBytes;
+};
+constexpr int kLatentBucket = 576;
+
+template <typename T, int kBucket>
+using DecodeTiles =
+    std::conditional_t<(kBucket > 256), LatentTiles<T, kBucket>, TileShape<T, kBucket>>;
+
+// A cache of Float8 passes through two stages of codes, which become one of T in turn.
+template <typename T, int kBucket, typename Cache_ = T>
+struct DecodeShape : DecodeTiles<T, kBucket> {
+  using Cache = Cache_;
+  using Tiles = DecodeTiles<T, kBucket>;
   using Tiles::kFloat, Tiles::kRowBytes, Tiles::kTileKeys, Tiles::kStageBytes;
   static constexpr int kStepKeys = kMmaDepth<T>;  // of a warp
+  static constexpr bool kFloat8 = std::is_same_v<Cache, Float8>;
+  using Value = std::conditional_t<kFloat8, Float8Value<T>, T>;  // as a product takes it
   static constexpr bool kQueryInRegisters = kRowBytes <= 256;
+  static constexpr bool kLatent = kBucket > 256;
+  static constexpr int kValueBucket = kLatent ? 512 : kBucket;
 
   // Warps share the keys of a tile if there are few rows, and the rows if there are many. Two warps
-  // share 256 columns of values, whose accumulators would take half of the registers of one.
-  static constexpr int kColumnWarps = kBucket <= 128 ? 1 : 2;
+  // share 256 columns of values, whose accumulators would take half of the registers of one; four
+  // those of latent heads, and the products of their keys with queries (multiply_shares).
+  static constexpr int kColumnWarps = kBucket <= 128 ? 1 : kLatent ? kDecodeWarps : 2;
   static constexpr int kRowOrKeyWarps = kDecodeWarps / kColumnWarps;
   static constexpr int kMinRowWarps =
       kRowOrKeyWarps * kStepKeys <= kTileKeys ? 1 : kRowOrKeyWarps * kStepKeys / kTileKeys;
@@ -35,18 +56,24 @@ struct DecodeShape : TileShape<T, kBucket> {
   // Sums of one row: of the weighted values, of the weights, then their row_max. A few
   // more floats than values keep those rows of an accumulator in different banks that are stored
   // together: two, four floats a lane (kFloat), or four, two floats a lane.
-  static constexpr int kSumAt = kBucket, kRowMaxAt = kBucket + 1;
-  static constexpr int kPartialRow = kBucket + (kFloat ? 4 : 8);
-  static constexpr int kPartialBytes = kDecodeWarps * 16 * kPartialRow * 4;  // of all warps
+  static constexpr int kSumAt = kValueBucket, kRowMaxAt = kValueBucket + 1;
+  static constexpr int kPartialRow = kValueBucket + (kFloat ? 4 : 8);
+  static constexpr int kPartialBytes =  // of all warps
+      (kLatent ? 1 : kDecodeWarps) * 16 * kPartialRow * 4;
 
   // float32 sums over many keys have a second level.
   static constexpr int kChunkKeys = kFloat ? 1024 : 1 << 30;
 
   // Stages, in which partial sums take turns; then what is known of the keys (key_bytes); queries.
-  static constexpr int kWorkBytes =
-      2 * kStageBytes > kPartialBytes ? 2 * kStageBytes : kPartialBytes;
+  static constexpr int kCodeTileBytes = kTileKeys * kBucket;
+  static constexpr int kStages = kLatent && kFloat && !kFloat8 ? 1 : 2;
+  static constexpr int kStagesBytes =
+      kFloat8 ? kStageBytes + 4 * kCodeTileBytes : kStages * kStageBytes;
+  static constexpr int kWorkBytes = kStagesBytes > kPartialBytes ? kStagesBytes : kPartialBytes;
+  static constexpr int kExchangeBytes =
+      kLatent ? kDecodeWarps * kWarpSize * kStepKeys / 8 * 16 : 0;  // of multiply_shares
   static constexpr int shared_bytes(int key_bytes, int row_warps) {
-    return kWorkBytes + key_bytes + row_warps * 16 * kRowBytes;
+    return kWorkBytes + key_bytes + row_warps * 16 * kRowBytes + kExchangeBytes;
   }
 };
 

@@ -6,52 +6,87 @@
 
 namespace tokenmill::cuda {
 
-template <typename T, int kBucket, bool kMasked>
+template <typename Keys>
 class DecodeWarp;
 
+// A key of a Float8 cache.
+struct ScaledKey {
+  KvCache::Slot at;
+  float k_scale, v_scale;
+};
+
 // Key t of a row is key t of the request: where dense and paged caches differ. kMasked_: calls with
-// a mask, which have instances of their own.
-template <typename T, int kBucket, bool kMasked_ = false>
+// a mask, which have instances of their own; Float8 caches and latent heads have one for both.
+template <typename T, int kBucket, bool kMasked_ = false, typename Cache = T>
 class CacheKeys {
  public:
   using Params = DecodeParams;
   using Element = T;
-  using Shape = DecodeShape<T, kBucket>;
-  using Warp = DecodeWarp<T, kBucket, kMasked_>;
-  using Key = KvCache::Slot;
-  static constexpr int kBytes = 2 * Shape::kTileKeys * static_cast<int>(sizeof(Key));
-  static constexpr bool kTurns = false;
+  using Shape = DecodeShape<T, kBucket, Cache>;
+  using Warp = DecodeWarp<CacheKeys>;
+  static constexpr bool kFloat8 = Shape::kFloat8;
+  using Key = std::conditional_t<kFloat8, ScaledKey, KvCache::Slot>;
+  // Of two tiles, or, where scales are read while a tile is worked on, of four: one is worked on,
+  // one is loaded, one is looked up, and slower warps may still work on the one before.
+  static constexpr int kRing = kFloat8 ? 4 : 2;
+  static constexpr int kSlots = kRing * Shape::kTileKeys;
+  static constexpr int kBytes = kSlots * static_cast<int>(sizeof(Key));
+  static constexpr bool kTurns = false, kExtras = false;
   static constexpr bool kMasked = kMasked_;
+  static_assert(kMasked || !(kFloat8 || Shape::kLatent));
 
   __device__ CacheKeys(const DecodeParams& d, unsigned char* shared)
-      : d_(d), slots_(reinterpret_cast<Key*>(shared)) {}
+      : d_(d), slots_(reinterpret_cast<KvCache::Slot*>(shared)) {}
 
   __device__ __forceinline__ Key find(const Segment& s, int t, int end) const {
-    return d_.cache.slot(s.b, min(t, end - 1));
+    const KvCache::Slot at = d_.cache.slot(s.b, min(t, end - 1));
+    if constexpr (kFloat8)
+      return {at, d_.cache.k_scale.at(at.page, at.row, s.h),
+              d_.cache.v_scale.at(at.page, at.row, s.h)};
+    else
+      return at;
   }
 
   // Where in shared memory the keys of a tile are kept, which starts at key `key0`.
-  static __device__ __forceinline__ int place(int stage, int) { return stage * Shape::kTileKeys; }
-  __device__ __forceinline__ void store(int at, Key key) { slots_[at] = key; }
+  static __device__ __forceinline__ int place(int stage, int key0) {
+    return (kFloat8 ? key0 / Shape::kTileKeys % kRing : stage) * Shape::kTileKeys;
+  }
+  __device__ __forceinline__ void store(int at, Key key) {
+    if constexpr (kFloat8) {
+      slots_[at] = key.at;
+      scales()[at] = key.k_scale;
+      scales()[kSlots + at] = key.v_scale;
+    } else {
+      slots_[at] = key;
+    }
+  }
 
   template <bool kValues>
-  __device__ __forceinline__ const T* row(const Segment& s, int at) const {
+  __device__ __forceinline__ const Cache* row(const Segment& s, int at) const {
     const Rows& rows = kValues ? d_.cache.v : d_.cache.k;
-    return static_cast<const T*>(rows.data) + KvCache::offset(rows, slots_[at], s.h);
+    return static_cast<const Cache*>(rows.data) + KvCache::offset(rows, slots_[at], s.h);
   }
+  // Where in shared memory those of the key at a place and of the next ones lie.
+  __device__ uint32_t k_scales(int at) const { return shared_address(scales() + at); }
+  __device__ uint32_t v_scales(int at) const { return shared_address(scales() + kSlots + at); }
   __device__ static bool exists(int) { return true; }
 
  private:
+  __device__ float* scales() const { return reinterpret_cast<float*>(slots_ + kSlots); }
+
   const DecodeParams& d_;
-  Key* slots_;
+  KvCache::Slot* slots_;
 };
 
-template <typename T, int kBucket, bool kMasked>
-class DecodeWarp : public DecodeProducts<T, kBucket> {
+template <typename Keys>
+class DecodeWarp
+    : public DecodeProducts<typename Keys::Element, Keys::Shape::kBucket, typename Keys::Shape> {
  public:
-  using Products = DecodeProducts<T, kBucket>;
+  using T = typename Keys::Element;
+  using Shape = typename Keys::Shape;
+  using Products = DecodeProducts<T, Shape::kBucket, Shape>;
   using typename Products::Addresses;
-  using typename Products::Shape;
+  static constexpr bool kMasked = Keys::kMasked;
 
   __device__ DecodeWarp(const DecodeParams& d, const DecodePlan& plan, uint32_t queries)
       : Products(plan, queries),
@@ -62,8 +97,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
 
   // Rows that do not exist see no key.
   __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
-                                        const DecodeParams& d,
-                                        const CacheKeys<T, kBucket, kMasked>&) {
+                                        const DecodeParams& d, const Keys&) {
     const int length = static_cast<int>(d.cache.length(s.b));
     const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
     const int diagonal = length - static_cast<int>(p_.seqlen_q);
@@ -86,16 +120,19 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
     }
   }
 
-  // Adds the kStepKeys keys from `key` on, at `at`. Nothing behind `end` counts.
-  __device__ __forceinline__ void add_step(const CacheKeys<T, kBucket, kMasked>&,
-                                           const Addresses& at, int, int key, int end) {
+  // Adds the kStepKeys keys from `key` on, at `at`, of which `keys` knows more at `place`. Nothing
+  // behind `end` counts.
+  __device__ __forceinline__ void add_step(const Keys& keys, const Addresses& at, int place,
+                                           int key, int end) {
     unsigned seen = 0;
-    if constexpr (kMasked) {
-      seen = seen_pairs(key, end);
-      if (!__any_sync(kFullWarp, seen)) return;
-    }
+    if constexpr (kMasked)
+      if (masks()) {
+        seen = seen_pairs(key, end);
+        if (!__any_sync(kFullWarp, seen)) return;
+      }
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
+    if constexpr (Shape::kFloat8) scale_scores(s, keys.k_scales(place));
     if (general_) {
       apply_score_mod(s, key);
     } else {
@@ -104,7 +141,7 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
           s, [&](float& x, int half, int) { x = fmaf(x, factor, unit_ * constant_[half]); });
     }
     bool cut = key < whole_begin_ || key + Shape::kStepKeys > min(whole_end_, end);
-    if constexpr (kMasked) {
+    if (masks()) {
       cut = !__all_sync(kFullWarp, seen == (1u << 4 * kKeyTiles) - 1);
       hide_unseen(s, seen);
     } else if (cut) {
@@ -116,16 +153,19 @@ class DecodeWarp : public DecodeProducts<T, kBucket> {
       visit_map<T, true>(p_.map, [&](const auto& map) {
         Products::each_score(s, [&](float& z, int half, int) { sum_[half] += z = map(z); });
       });
-    this->multiply_values(
-        s, at, cut,
-        [&](int half, int k) {
-          return sees(half, key + k, end) && (!kMasked || shows(8 * half, key + k));
-        },
-        p_.map == ScoreMap::linear);
+    const auto sees_key = [&](int half, int k) {
+      return sees(half, key + k, end) && (!masks() || shows(8 * half, key + k));
+    };
+    if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
+    this->multiply_values(s, at, cut, sees_key, p_.map == ScoreMap::linear);
   }
 
  private:
   using Products::active_, Products::row_warp_, Products::sum_, Products::kKeyTiles;
+
+  __device__ __forceinline__ bool masks() const {
+    return kMasked && (!(Shape::kFloat8 || Shape::kLatent) || p_.mask.any());
+  }
 
   __device__ __forceinline__ void apply_score_mod(float (&s)[kKeyTiles][4], int key0) const {
     Products::each_score(s, [&](float& x, int half, int key) {

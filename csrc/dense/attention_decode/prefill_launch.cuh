@@ -9,7 +9,7 @@ template <typename T>
 const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, cudaStream_t stream) {
   const AttentionParams& p = d.attention;
   return visit_forward_bucket(p, [&]<int kBucket>() {
-    return launch_forward<T, kBucket, Weights::any, true, true>(p, bounds, stream, d.cache);
+    return launch_forward<T, kBucket, Weights::any, true, T>(p, bounds, stream, d.cache);
   });
 }
 

@@ -9,6 +9,13 @@ extern template const char* launch_sparse<__half>(const SparseLaunch&, void*, cu
 extern template const char* launch_sparse<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
 extern template const char* launch_sparse<float>(const SparseLaunch&, void*, cudaStream_t);
 
+// Of float8_launch.cuh.
+template <typename T>
+const char* launch_float8(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_float8<__half>(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_float8<__nv_bfloat16>(const SparseLaunch&, void*, cudaStream_t);
+extern template const char* launch_float8<float>(const SparseLaunch&, void*, cudaStream_t);
+
 namespace {
 
 int64_t rows_of_head(const SparseDecodeParams& d) {
@@ -40,8 +47,14 @@ const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
 
 int64_t workspace_bytes(const SparseDecodeParams& d) {
   const int64_t bytes = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::visit_bucket(d.attention, [&]<int kBucket>() {
-      return cuda::workspace_bytes(cuda::sparse_decode_attention::plan_sparse<T, kBucket>(d));
+    using namespace cuda;
+    using namespace cuda::sparse_decode_attention;
+    if (d.cache.dtype == DType::float8_e4m3fn)
+      return visit_float8_bucket(d.attention, [&]<int kBucket>() {
+        return workspace_bytes(plan_sparse<ListedKeys<T, kBucket, Float8>>(d));
+      });
+    return visit_bucket(d.attention, [&]<int kBucket>() {
+      return workspace_bytes(plan_sparse<ListedKeys<T, kBucket>>(d));
     });
   });
   return bytes + 4 * (cuda::sparse_decode_attention::logit_count(d) +
@@ -60,6 +73,7 @@ const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const int64_t others = cuda::sparse_decode_attention::listed_keys(d) + d.extra;
   if (others > cuda::kMaxLength)
     return cuda::refuse("indices", "must list, with extra_k, at most 2^29 keys on CUDA", others);
+  const bool float8 = d.cache.dtype == DType::float8_e4m3fn;
   if (d.positions == 0) d.cos = d.sin = nullptr;
   d.wide_tables = cuda::is_vectorizable<float>(d.cos, d.pairs, d.cos_stride) &&
                   cuda::is_vectorizable<float>(d.sin, d.pairs, d.sin_stride);
@@ -69,8 +83,9 @@ const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const char* error = nullptr;
   if (d.attention.seqlen_q > 0)
     error = cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-      return cuda::sparse_decode_attention::launch_sparse<T>(
-          d, behind + cuda::sparse_decode_attention::listed_count(d), s);
+      float* const sums = behind + cuda::sparse_decode_attention::listed_count(d);
+      if (float8) return cuda::sparse_decode_attention::launch_float8<T>(d, sums, s);
+      return cuda::sparse_decode_attention::launch_sparse<T>(d, sums, s);
     });
   return error || !d.mass ? error : cuda::sparse_decode_attention::launch_mass(d, s);
 }

@@ -12,16 +12,17 @@ inline int64_t cut(int64_t keys, const KvCache& cache) {
   return keys < cache.capacity ? keys : cache.capacity;
 }
 
-template <typename T, int kBucket>
+template <typename Keys>
 DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
+  using T = typename Keys::Element;
+  using Cache = typename Keys::Shape::Cache;
   const AttentionParams& p = d.attention;
   const int64_t first_and_last = cut(d.num_sink, d.cache) + cut(d.num_recent, d.cache);
   const int64_t longest = cut(first_and_last + listed_keys(d) + p.seqlen_q, d.cache) + d.extra;
-  DecodeLaunch launch =
-      plan_decode<ListedKeys<T, kBucket>>(p, d.row_heads(), longest, d.num_splits, false);
+  DecodeLaunch launch = plan_decode<Keys>(p, d.row_heads(), longest, d.num_splits, false);
   launch.plan.aligned =
-      has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(d.cache.k, p.head_dim) &&
-      has_whole_chunks<T>(d.cache.v, p.value_dim) &&
+      has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<Cache>(d.cache.k, p.head_dim) &&
+      has_whole_chunks<Cache>(d.cache.v, p.value_dim) &&
       (d.extra == 0 ||
        (has_whole_chunks<T>(d.extra_k, p.head_dim) && has_whole_chunks<T>(d.extra_v, p.value_dim)));
   return launch;
@@ -29,8 +30,8 @@ DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
 
 template <typename T, int kBucket>
 const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
-  return launch_planned<sparse_decode_kernel<T, kBucket>>(d, plan_sparse<T, kBucket>(d), workspace,
-                                                          stream);
+  return launch_planned<sparse_decode_kernel<T, kBucket>>(d, plan_sparse<ListedKeys<T, kBucket>>(d),
+                                                          workspace, stream);
 }
 
 template <typename T>

@@ -5,13 +5,13 @@
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
-template <typename T, int kBucket>
-class SparseWarp : public DecodeProducts<T, kBucket> {
+template <typename Keys>
+class SparseWarp
+    : public DecodeProducts<typename Keys::Element, Keys::Shape::kBucket, typename Keys::Shape> {
  public:
-  using Products = DecodeProducts<T, kBucket>;
-  using Keys = ListedKeys<T, kBucket>;
+  using Shape = typename Keys::Shape;
+  using Products = DecodeProducts<typename Keys::Element, Shape::kBucket, Shape>;
   using typename Products::Addresses;
-  using typename Products::Shape;
 
   __device__ SparseWarp(const SparseLaunch& d, const DecodePlan& plan, uint32_t queries)
       : Products(plan, queries), d_(d) {}
@@ -37,13 +37,15 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
                                            int key, int) {
     float s[kKeyTiles][4];
     this->multiply_keys(s, at);
+    if constexpr (Shape::kFloat8) scale_scores(s, keys.k_scales(place));
     apply_score_mod(s, keys, place);
     if (key < list_end_ && key + Shape::kStepKeys > list_begin_) store_logits(s, key);
     this->exponentiate(s);
     float least = 1;  // weights of hidden keys are 0
     Products::each_score(s, [&](float& x, int, int) { least = fminf(least, x); });
-    this->multiply_values(s, at, __any_sync(kFullWarp, least == 0),
-                          [&](int half, int k) { return sees(half, keys, place + k); });
+    const auto sees_key = [&](int half, int k) { return sees(half, keys, place + k); };
+    if constexpr (Shape::kFloat8) scale_weights(s, keys.v_scales(place), sees_key);
+    this->multiply_values(s, at, __any_sync(kFullWarp, least == 0), sees_key);
   }
 
  private:
@@ -86,14 +88,27 @@ class SparseWarp : public DecodeProducts<T, kBucket> {
   float* logits_;  // of row g and key 0
 };
 
+template <typename Keys>
+__device__ __forceinline__ void run_listed(const SparseLaunch& d, const DecodePlan& plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  DecodeBlock<Keys> block(d, plan, shared);
+  Segment s;
+  if (block.keys().take(plan, s)) block.run(s);
+}
+
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(kDecodeThreads)
     sparse_decode_kernel(const __grid_constant__ SparseLaunch d,
                          const __grid_constant__ DecodePlan plan) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  DecodeBlock<ListedKeys<T, kBucket>> block(d, plan, shared);
-  Segment s;
-  if (block.keys().take(plan, s)) block.run(s);
+  run_listed<ListedKeys<T, kBucket>>(d, plan);
+}
+
+// For more than two blocks of a multiprocessor ptxas spills.
+template <typename T, int kBucket>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    sparse_decode_float8_kernel(const __grid_constant__ SparseLaunch d,
+                                const __grid_constant__ DecodePlan plan) {
+  run_listed<ListedKeys<T, kBucket, Float8>>(d, plan);
 }
 
 }  // namespace tokenmill::cuda::sparse_decode_attention

@@ -64,17 +64,26 @@ struct ListedKey {
   int turn;          // row of the tables of rotations, -1: none
 };
 
-template <typename T, int kBucket>
+// Of a Float8 cache.
+struct ScaledListedKey : ListedKey {
+  float k_scale, v_scale;
+};
+
+template <typename Keys>
 class SparseWarp;
 
-template <typename T, int kBucket>
+// Extra keys beside a Float8 cache are of T. Their values become bfloat16: those of float16 in two
+// parts, for which a key stands in the row twice, with half of its weight and twice its scale.
+template <typename T, int kBucket, typename Cache = T>
 class ListedKeys {
  public:
   using Params = SparseLaunch;
   using Element = T;
-  using Shape = DecodeShape<T, kBucket>;
-  using Warp = SparseWarp<T, kBucket>;
-  using Key = ListedKey;
+  using Shape = DecodeShape<T, kBucket, Cache>;
+  using Warp = SparseWarp<ListedKeys>;
+  static constexpr bool kFloat8 = Shape::kFloat8, kExtras = kFloat8;
+  static constexpr bool kSplitsExtras = kFloat8 && kTwoWeights<T>;
+  using Key = std::conditional_t<kFloat8, ScaledListedKey, ListedKey>;
   static constexpr int kTile = Shape::kTileKeys;
   // Four tiles: one is worked on, one is loaded, one is looked up, and slower warps may still work
   // on the one before.
@@ -111,7 +120,7 @@ class ListedKeys {
                                                  static_cast<int>(found.last)};
     }
     __syncthreads();
-    const int total = static_cast<int>(found.total);
+    const int total = static_cast<int>(found.total + (kSplitsExtras ? d_.extra : 0));
     const int steps = total > 0 ? (total + kTile - 1) / kTile : 1;
     s.parts = min(plan.splits, steps);
     if (s.part >= s.parts) return false;
@@ -121,15 +130,30 @@ class ListedKeys {
   }
 
   __device__ __forceinline__ Key find(const Segment& s, int t, int end) const {
-    Key key{{0, 0}, {kNever, kNever}, 0, -1};
+    const ListedKey key = find_listed(s, t, end);
+    if constexpr (kFloat8) {
+      if (key.seen_by.x == kNever) return {key, 1, 1};
+      if (key.at.row == RowKey::kExtra) return {key, 1, kSplitsExtras ? 2.f : 1.f};
+      const int64_t h = d_.kv_head(s.h);
+      return {key, d_.cache.k_scale.at(key.at.page, key.at.row, h),
+              d_.cache.v_scale.at(key.at.page, key.at.row, h)};
+    } else {
+      return key;
+    }
+  }
+  __device__ __forceinline__ ListedKey find_listed(const Segment& s, int t, int end) const {
+    ListedKey key{{0, 0}, {kNever, kNever}, 0, -1};
     if (t >= end) return key;
-    const RowKey found = row_->key(d_, s.b, s.h, t);
+    const int number = t - static_cast<int>(row_->cached);  // of an extra key, or of its part
+    const int part = kSplitsExtras && number >= 0 ? number - number / 2 : 0;
+    const RowKey found = row_->key(d_, s.b, s.h, t - part);
     if (found.at.row == RowKey::kExtra) {
       key.at = found.at;
       const float log2_count = extra_log2_count(s, found.at.page);
       if (log2_count == -infinity()) return key;
       key.seen_by.x = -kNever;
       key.log2_count = log2_count;
+      if constexpr (kSplitsExtras) key.at.page = number, key.log2_count -= 1;
       return key;
     }
     if (found.position == RowKey::kNowhere) return key;
@@ -151,21 +175,38 @@ class ListedKeys {
     seen_by_[at] = key.seen_by;
     log2_counts_[at] = key.log2_count;
     turns_[at] = key.turn;
+    if constexpr (kFloat8) scales()[at] = key.k_scale, scales()[kRing + at] = key.v_scale;
   }
 
   template <bool kValues>
-  __device__ __forceinline__ const T* row(const Segment& s, int at) const {
+  __device__ __forceinline__ const Cache* row(const Segment& s, int at) const {
     const KvCache::Slot slot = at_[at];
-    const bool extra = slot.row == RowKey::kExtra;
+    const bool extra = !kFloat8 && slot.row == RowKey::kExtra;
     const Rows& cache = kValues ? d_.cache.v : d_.cache.k;
     const Rows& added = kValues ? d_.extra_v : d_.extra_k;
     const int64_t h = d_.kv_head(s.h);
     const int64_t offset = extra ? s.b * added.batch + slot.page * added.seq + h * added.head
                                  : KvCache::offset(cache, slot, h);
-    return static_cast<const T*>(extra ? added.data : cache.data) + offset;
+    return static_cast<const Cache*>(extra ? added.data : cache.data) + offset;
   }
-  // Rows of keys that nobody sees are not read.
-  __device__ __forceinline__ bool exists(int at) const { return seen_by_[at].x != kNever; }
+  // Rows of keys that nobody sees are not read; those that are no codes are read by extra_row.
+  __device__ __forceinline__ bool exists(int at) const {
+    return seen_by_[at].x != kNever && !(kFloat8 && at_[at].row == RowKey::kExtra);
+  }
+  // Of an extra key beside a Float8 cache, or null.
+  template <bool kValues>
+  __device__ __forceinline__ const T* extra_row(const Segment& s, int at) const {
+    if (at_[at].row != RowKey::kExtra) return nullptr;
+    const Rows& added = kValues ? d_.extra_v : d_.extra_k;
+    const int64_t number = at_[at].page / (kSplitsExtras ? 2 : 1);
+    return static_cast<const T*>(added.data) + s.b * added.batch + number * added.seq +
+           d_.kv_head(s.h) * added.head;
+  }
+  __device__ bool is_lost_part(int at) const { return at_[at].page % 2; }
+
+  // Where in shared memory those of the key at a place and of the next ones lie.
+  __device__ uint32_t k_scales(int at) const { return shared_address(scales() + at); }
+  __device__ uint32_t v_scales(int at) const { return shared_address(scales() + kRing + at); }
 
   __device__ __forceinline__ int2 seen_by(int at) const { return seen_by_[at]; }
   __device__ __forceinline__ float log2_count(int at) const { return log2_counts_[at]; }
@@ -188,6 +229,8 @@ class ListedKeys {
 
  private:
   static constexpr int kNever = 0x7fffffff;
+
+  __device__ float* scales() const { return reinterpret_cast<float*>(turns_ + kRing); }
 
   __device__ __forceinline__ float extra_log2_count(const Segment& s, int n) const {
     if (!d_.extra_log_count) return 0;

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .._check import (
+    MAX_HEAD_DIM,
     check,
     check_cu_seqlens_values,
     check_like_out,
@@ -86,7 +87,12 @@ def check_decode_out(*lowered: Any, float64: bool = False) -> None:
 def unsupported(backend: str, *lowered: Any) -> list[str]:
     a = Arguments(*lowered)
     dims = (*a.q.shape[-1:], *a.v_cache.shape[-1:])
-    return unread(backend, a.k_cache, dims, float8="cpu cuda", wide="cpu cuda triton")
+    found = unread(backend, a.k_cache, dims, float8="cpu", wide="cpu triton")
+    ragged = a.cu_seqlens_q is not None or not a.causal
+    if backend == "cuda" and ragged and max(dims) > MAX_HEAD_DIM:
+        rule = f"beyond {MAX_HEAD_DIM} its queries are causal and not packed; got {max(dims)}"
+        found.append(f"with head dimensions {rule}")
+    return found
 
 
 def lower_cache_mask(mask: Masks, q: Tensor, causal: bool, cu_seqlens_q: Tensor | None) -> Lowered:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._check import (
@@ -141,4 +142,8 @@ def check_sparse_decode_out(*lowered: Any, float64: bool = False) -> None:
 def unsupported(backend: str, *lowered: Any) -> list[str]:
     a = Arguments(*lowered)
     dims = (*a.q.shape[-1:], *a.v_cache.shape[-1:])
-    return unread(backend, a.k_cache, dims, float8="cpu cuda", wide="cpu cuda triton")
+    found = unread(backend, a.k_cache, dims, float8="cpu", wide="cpu triton")
+    extra = a.extra_k is not None and a.k_cache.dtype == torch.float8_e4m3fn
+    if backend == "cuda" and extra and a.q.dtype == torch.float16:
+        found.append("beside caches in float8_e4m3fn its extra keys are bfloat16 or float32")
+    return found

@@ -1,0 +1,15 @@
+// Attention of a few rows to a cache in float8_e4m3fn.
+#pragma once
+#include "dense/attention_decode/cuda_launch.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T>
+const char* launch_float8(const DecodeParams& d, cudaStream_t stream) {
+  return visit_float8_bucket(d.attention, [&]<int kBucket>() {
+    return launch_planned<attention_decode_float8_kernel<T, kBucket>>(
+        d, plan_decode<CacheKeys<T, kBucket, true, Float8>>(d), d.workspace, stream);
+  });
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,18 @@
+// Any number of queries for each request, over a cache in float8_e4m3fn.
+#pragma once
+#include "dense/attention/kernel.cuh"
+#include "dense/attention_decode/params.h"
+
+namespace tokenmill::cuda {
+
+// One instance for all heads that are narrow.
+template <typename T>
+const char* launch_prefill_float8(const DecodeParams& d, const MaskBounds& bounds,
+                                  cudaStream_t stream) {
+  const AttentionParams& p = d.attention;
+  if (p.head_dim <= 128 && p.value_dim <= 128)
+    return launch_forward<T, 128, Weights::any, true, Float8>(p, bounds, stream, d.cache);
+  return launch_forward<T, 256, Weights::any, true, Float8>(p, bounds, stream, d.cache);
+}
+
+}  // namespace tokenmill::cuda

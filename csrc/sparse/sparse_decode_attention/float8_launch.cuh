@@ -1,0 +1,15 @@
+// Attention to listed keys of a cache in float8_e4m3fn.
+#pragma once
+#include "sparse/sparse_decode_attention/cuda_launch.cuh"
+
+namespace tokenmill::cuda::sparse_decode_attention {
+
+template <typename T>
+const char* launch_float8(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
+  return visit_float8_bucket(d.attention, [&]<int kBucket>() {
+    return launch_planned<sparse_decode_float8_kernel<T, kBucket>>(
+        d, plan_sparse<ListedKeys<T, kBucket, Float8>>(d), workspace, stream);
+  });
+}
+
+}  // namespace tokenmill::cuda::sparse_decode_attention
