@@ -49,9 +49,11 @@ const char* launch_scores(const BlockScoreParams& p, ScorePlan plan, cudaStream_
   const int64_t rounds = others * ceil_div(plan.units, kScoreWarps) / (16 * multiprocessors());
   plan.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
   plan.unit_groups = static_cast<int>(ceil_div(plan.units, kScoreWarps * plan.rounds));
-  return launch<score_kernel<T, kColumnTiles>>(others * plan.unit_groups, kScoreThreads,
-                                               Shape::shared_bytes(plan.query_bytes), stream, p,
-                                               plan);
+  const int64_t blocks = others * plan.unit_groups, bytes = Shape::shared_bytes(plan.query_bytes);
+  if (p.k_dtype == DType::float8_e4m3fn)
+    return launch<score_float8_kernel<T, kColumnTiles>>(blocks, kScoreThreads, bytes, stream, p,
+                                                        plan);
+  return launch<score_kernel<T, kColumnTiles>>(blocks, kScoreThreads, bytes, stream, p, plan);
 }
 
 template <typename T>
@@ -77,7 +79,9 @@ const char* launch_scores(const BlockScoreParams& p, cudaStream_t stream) {
   plan.slices = static_cast<int>(ceil_div(plan.chunks * kChunkBytes, kSliceBytes));
   plan.query_bytes = (plan.slices | 1) * kSliceBytes;
   plan.keys_aligned =
-      is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head, p.k_half);
+      p.k_dtype == DType::float8_e4m3fn
+          ? is_vectorizable<Float8>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head)
+          : is_vectorizable<T>(p.k.data, p.head_dim, p.k.batch, p.k.seq, p.k.head, p.k_half);
   plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
   constexpr int kWide = 8;
   if (plan.columns > 8 && ScoreShape<kWide>::shared_bytes(plan.query_bytes) <= kMaxShared)

@@ -19,10 +19,7 @@ constexpr std::pair<std::string_view, HeadReduce> kHeadReduces[] = {
 
 void run(BlockScoreParams& p, const View& q, const View& k) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    check_kernels_read(kOp, "k", k);
-    return launch_with_workspace(kOp, q, p, p.workspace);
-  }
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   check_kernels_read(kOp, "k", k);
   cpu::kv_block_scores(p);

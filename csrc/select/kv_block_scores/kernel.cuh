@@ -2,6 +2,7 @@
 // registers of its fragments, and multiplies them by query rows in shared memory. Boxes are keys of
 // twice the width, whose queries are split by sign.
 #pragma once
+#include "cuda/float8.cuh"
 #include "cuda/math.cuh"
 #include "select/kv_block_scores/params.h"
 #include "select/products.cuh"
@@ -101,12 +102,14 @@ __device__ void load_queries(const BlockScoreParams& p, const ScorePlan& plan, i
   }
 }
 
-// Keys of one key head.
-template <typename T>
+// Keys of one key head, of T or Float8.
+template <typename T, typename Cache>
 struct ScoreKeys {
+  static constexpr bool kFloat8 = std::is_same_v<Cache, Float8>;
   struct Row {
-    const T* data;  // null: zeros
+    const T* data;  // null: zeros; of Float8 an address that load alone reads
     bool hidden;
+    float scale;
   };
 
   const BlockScoreParams& p;
@@ -114,27 +117,54 @@ struct ScoreKeys {
   int64_t b, kv_head;
 
   __device__ __forceinline__ Row row(int i, int end) const {
-    if (i >= end) return {nullptr, true};
+    if (i >= end) return {nullptr, true, 1};
     const KeyRun run = key_run(p.k, b, i);
-    if (run.offset < 0) return {nullptr, false};
-    const T* const data = static_cast<const T*>(p.k.data) + run.offset + kv_head * p.k.head;
-    return {data, p.boxes && static_cast<float>(data[0]) > static_cast<float>(data[p.k_half])};
+    if (run.offset < 0) return {nullptr, false, 1};
+    const Cache* const data = static_cast<const Cache*>(p.k.data) + run.offset + kv_head * p.k.head;
+    if constexpr (kFloat8)
+      return {reinterpret_cast<const T*>(data), false, scale(i)};
+    else
+      return {data, p.boxes && static_cast<float>(data[0]) > static_cast<float>(data[p.k_half]), 1};
+  }
+  // Of a row whose page is there.
+  __device__ __forceinline__ float scale(int i) const {
+    if (!p.k.table) return p.k_scale.at(b, i, kv_head);
+    const int64_t page = i / p.k.page_size;
+    return p.k_scale.at(p.k.table[b * p.k.table_stride + page], i - page * p.k.page_size, kv_head);
   }
   // Of a row and, behind it, its other half.
   __device__ __forceinline__ void load(uint32_t (&words)[4], const T* row, int chunk) const {
     words[0] = words[1] = words[2] = words[3] = 0;
     if (row == nullptr || chunk >= plan.chunks) return;
+    if constexpr (kFloat8) {
+      load_codes(words, reinterpret_cast<const Float8*>(row), chunk);
+      return;
+    }
     const bool high = chunk >= plan.half_chunks;
     load_chunk(words, high ? row + p.k_half : row, high ? chunk - plan.half_chunks : chunk,
                static_cast<int>(p.head_dim), plan.keys_aligned);
   }
+  __device__ __forceinline__ void load_codes(uint32_t (&words)[4], const Float8* row,
+                                             int chunk) const {
+    constexpr int kCount = kChunkBytes / sizeof(T);
+    const int column = chunk * kCount;
+    Pack<Float8, kCount> codes{};
+    if (plan.keys_aligned) {
+      codes = *reinterpret_cast<const Pack<Float8, kCount>*>(row + column);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (column + i < p.head_dim) codes.x[i] = row[column + i];
+    }
+    convert_float8<T>(words, reinterpret_cast<const uint32_t (&)[kCount / 4]>(codes));
+  }
 };
 
 // Scores of one unit with the columns in shared memory: to scores[column * kSlotLd + slot].
-template <typename T, int kColumnTiles>
-__device__ __forceinline__ void score_unit(const ScoreKeys<T>& keys, int unit, int seen_begin,
-                                           int seen_end, uint32_t queries, const int* ends,
-                                           int tiles, float* scores) {
+template <typename T, int kColumnTiles, typename Keys>
+__device__ __forceinline__ void score_unit(const Keys& keys, int unit, int seen_begin, int seen_end,
+                                           uint32_t queries, const int* ends, int tiles,
+                                           float* scores) {
   const BlockScoreParams& p = keys.p;
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
   const int first = unit * keys.plan.unit_rows;
@@ -156,6 +186,7 @@ __device__ __forceinline__ void score_unit(const ScoreKeys<T>& keys, int unit, i
         const int at = row + g + 8 * (i / 2), column = 8 * n + 2 * c + i % 2;
         const bool hidden = i / 2 == 0 ? low.hidden : high.hidden;
         const bool seen = !hidden && at >= seen_begin && at < ends[column];
+        if constexpr (Keys::kFloat8) s[n][i] *= i / 2 == 0 ? low.scale : high.scale;
         s[n][i] = seen ? p.scale * s[n][i] : -infinity();
 #pragma unroll 1
         for (int o = 1; o < span; o *= 2)
@@ -222,10 +253,8 @@ __device__ __forceinline__ void reduce_sets(const BlockScoreParams& p, const Sco
   }
 }
 
-template <typename T, int kColumnTiles>
-__global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
-    score_kernel(const __grid_constant__ BlockScoreParams p,
-                 const __grid_constant__ ScorePlan plan) {
+template <typename T, int kColumnTiles, typename Cache>
+__device__ __forceinline__ void score_blocks(const BlockScoreParams& p, const ScorePlan& plan) {
   using Shape = ScoreShape<kColumnTiles>;
   extern __shared__ uint4 shared[];
   float* const all_scores =
@@ -239,7 +268,7 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
   const int rest = static_cast<int>(blockIdx.x) / plan.unit_groups;
   const int part = rest % plan.parts, head = rest / plan.parts;
   const int64_t b = head / p.kv_heads, kv_head = head % p.kv_heads;
-  const ScoreKeys<T> keys{p, plan, b, kv_head};
+  const ScoreKeys<T, Cache> keys{p, plan, b, kv_head};
   const int part_begin = part * plan.part_columns;
   const int part_end = min(part_begin + plan.part_columns, plan.columns);
   const int last_row = ScoreColumn(p, plan, part_end - 1).row;
@@ -270,6 +299,21 @@ __global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
       }
     }
   }
+}
+
+template <typename T, int kColumnTiles>
+__global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
+    score_kernel(const __grid_constant__ BlockScoreParams p,
+                 const __grid_constant__ ScorePlan plan) {
+  score_blocks<T, kColumnTiles, T>(p, plan);
+}
+
+// Of keys in float8_e4m3fn.
+template <typename T, int kColumnTiles>
+__global__ void __launch_bounds__(kScoreThreads, kColumnTiles == 1 ? 4 : 3)
+    score_float8_kernel(const __grid_constant__ BlockScoreParams p,
+                        const __grid_constant__ ScorePlan plan) {
+  score_blocks<T, kColumnTiles, Float8>(p, plan);
 }
 
 }  // namespace tokenmill::cuda::kv_block_scores
