@@ -17,6 +17,9 @@ from .case import Counted, CounterCase, products
 
 H, HK, D = 32, 8, 128
 F32, BF16 = torch.float32, torch.bfloat16
+FLOAT8: dict[str, Any] = {"float8": ("token", "token")}
+# One key head, of which the values are the first channels.
+LATENT: dict[str, Any] = {"h": 16, "hk": 1, "d": 576, "dv": 512, "latent": True}
 
 
 def _case(
@@ -27,14 +30,33 @@ def _case(
     dim: int,
     dtype: torch.dtype,
     prepare: Callable[[], Callable[[], object]],
+    float8: bool = False,
 ) -> CounterCase:
     """rows are seen by row_queries query rows each; `queries` query rows in all."""
     size = dtype.itemsize
+    row = dim + 4 if float8 else dim * size  # of a key or a value; with its scale
     return CounterCase(
         title,
         rows,
-        2 * rows * dim * size + queries * (2 * dim * size + 4),  # keys, values; q, out, lse
+        2 * rows * row + queries * (2 * dim * size + 4),  # keys, values; q, out, lse
         products(2 * rows * row_queries * dim, dtype),
+        prepare,
+    )
+
+
+def _latent(title: str, op: Any, make: Any, rows: int) -> CounterCase:
+    """rows: keys, which all query heads of one request read."""
+
+    def prepare() -> Callable[[], object]:
+        args, kwargs = _draw(make, BF16)
+        return lambda: op(*args, **kwargs)
+
+    h, dims = LATENT["h"], LATENT["d"] + LATENT["dv"]
+    return CounterCase(
+        title,
+        rows,
+        2 * rows * LATENT["d"] + h * (2 * dims + 4),
+        products(rows * h * dims, BF16),
         prepare,
     )
 
@@ -46,11 +68,11 @@ def _draw(make: Any, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any
 
 def _dense(
     name: str, lengths: tuple[int, ...], schedule: str, dtype: torch.dtype = BF16,
-    tokens: int = 1, page_size: int | None = None, dim: int = D,
+    tokens: int = 1, page_size: int | None = None, dim: int = D, **options: Any,
 ) -> CounterCase:  # fmt: skip
     def prepare() -> Callable[[], object]:
         make = decode_call(
-            lengths, tokens, H, HK, dim, dim, page_size, max(lengths), schedule=schedule
+            lengths, tokens, H, HK, dim, dim, page_size, max(lengths), schedule=schedule, **options
         )
         args, kwargs = _draw(make, dtype)
         return lambda: tm.attention_decode(*args, **kwargs)
@@ -60,25 +82,30 @@ def _dense(
     return _case(
         f"{str(dtype)[6:]}, keys {', '.join(map(str, lengths))}{name}, {schedule}",
         rows, H // HK * tokens, len(lengths) * tokens * H, dim, dtype, prepare,
+        "float8" in options,
     )  # fmt: skip
 
 
 def _packed(
-    lengths: tuple[int, ...], queries: tuple[int, ...], dtype: torch.dtype = BF16
+    lengths: tuple[int, ...],
+    queries: tuple[int, ...],
+    dtype: torch.dtype = BF16,
+    **options: Any,
 ) -> CounterCase:
     """A chunk of prefill beside decode rows, in pages of 16."""
 
     def prepare() -> Callable[[], object]:
-        make = decode_call(lengths, 1, H, HK, D, D, 16, max(lengths), queries)
+        make = decode_call(lengths, 1, H, HK, D, D, 16, max(lengths), queries, **options)
         args, kwargs = _draw(make, dtype)
         return lambda: tm.attention_decode(*args, **kwargs)
 
     rows, size = HK * sum(lengths), dtype.itemsize
     pairs = sum(sq * (2 * sk - sq + 1) // 2 for sq, sk in zip(queries, lengths, strict=True))
+    where = "float8" if options else "pages of 16"
     return CounterCase(
-        f"{str(dtype)[6:]}, keys {lengths}, queries {queries}, pages of 16",
+        f"{str(dtype)[6:]}, keys {lengths}, queries {queries}, {where}",
         rows,
-        2 * rows * D * size + sum(queries) * H * (2 * D * size + 4),
+        2 * rows * (D + 4 if options else D * size) + sum(queries) * H * (2 * D * size + 4),
         products(2 * H * pairs * D, dtype),
         prepare,
     )
@@ -95,6 +122,10 @@ def dense_cases() -> Iterator[CounterCase]:
     yield _dense(", D=64", (2000, 300), "split", dim=64)
     yield _packed((512, 304), (64, 1))
     yield _packed((512, 304), (64, 1), F32)
+    yield _dense(", float8", (2000, 300), "split", **FLOAT8)
+    yield _packed((512, 304), (64, 1), **FLOAT8)
+    latent = decode_call((2000,), capacity=2000, **LATENT)
+    yield _latent("bfloat16, 16 heads on 2000 latent keys", tm.attention_decode, latent, 2000)
 
 
 def listed_rows(
@@ -130,7 +161,7 @@ def _sparse(name: str, dtype: torch.dtype = BF16, dim: int = D, **options: Any) 
     shared = HK // chosen["lists"] if chosen["lists"] < HK else 1
     rows = shared * listed_rows(indices[0], counts[0], chosen["block_k"], length, first, last)
     heads = max(chosen["lists"], HK)
-    return _case(name, rows, H // heads, H, dim, dtype, prepare)
+    return _case(name, rows, H // heads, H, dim, dtype, prepare, "float8" in options)
 
 
 def sparse_cases() -> Iterator[CounterCase]:
@@ -144,6 +175,11 @@ def sparse_cases() -> Iterator[CounterCase]:
     yield _sparse("D=64", dim=64)
     yield _sparse("list of 256 for each query head", lists=H, entries=256)
     yield _sparse("shared list of 256, float32", F32, lists=1, entries=256)
+    yield _sparse("tokens, float8", **FLOAT8)
+    latent = sparse_call((4096,), lists=1, entries=512, capacity=4096, return_mass=False, **LATENT)
+    (*_, indices, counts), _options = _draw(latent, BF16)
+    rows = listed_rows(indices[0], counts[0], 1, 4096, 0, 0)
+    yield _latent("512 latent keys", tm.sparse_decode_attention, latent, rows)
 
 
 DENSE = Counted(f"row; H={H}, Hk={HK}, D={D}", dense_cases)

@@ -56,6 +56,7 @@ H, HK, D = 32, 8, 128
 def _scores(
     name: str, scoring: str, tokens: int, dtype: torch.dtype = torch.bfloat16, block: int = 1,
     queries: int = 1, q_reduce: str = "none", block_q: int = 1, head_reduce: str = "none",
+    float8: bool = False,
 ) -> CounterCase:  # fmt: skip
     keys = tokens if scoring == "max_block" else tokens // block
     half = 2 if scoring == "minmax" else 1
@@ -65,6 +66,7 @@ def _scores(
         q = torch.randn(1, queries, H, D, generator=generator).to(dtype)
         k = torch.randn(1, keys, HK, half, D, generator=generator).sort(3)[0].to(dtype)
         k = k if scoring == "minmax" else k[:, :, :, 0].contiguous()
+        k = k.to(torch.float8_e4m3fn) if float8 else k
         return lambda: tm.kv_block_scores(
             q, k, scoring=scoring, block_k=block, q_reduce=q_reduce, block_q=block_q,
             head_reduce=head_reduce, backend="emulated",
@@ -72,7 +74,8 @@ def _scores(
 
     rows = queries // block_q
     scored = rows if q_reduce == "mean" else queries  # rows of queries
-    read = (keys * half * HK + queries * H) * D * dtype.itemsize
+    size = dtype.itemsize
+    read = (keys * half * HK * (1 if float8 else size) + queries * H * size) * D
     heads = {"none": H, "softmax_vote": 1}.get(head_reduce, HK)
     return CounterCase(
         f"{name}, {str(dtype)[6:]}",
@@ -86,6 +89,7 @@ def _scores(
 def scores_cases() -> Iterator[CounterCase]:
     yield _scores("8192 tokens", "dot", 8192)
     yield _scores("8192 tokens", "dot", 8192, torch.float32)
+    yield _scores("8192 tokens, float8", "dot", 8192, float8=True)
     yield _scores("8192 tokens, vote", "dot", 8192, head_reduce="softmax_vote")
     yield _scores("maxima of 16 of 8192 tokens", "max_block", 8192, block=16)
     yield _scores("maxima of 64 of 8192 tokens", "max_block", 8192, block=64)
