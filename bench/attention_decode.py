@@ -71,6 +71,76 @@ def _case(
     )
 
 
+def _float8(name: str, length: int) -> Case:
+    """A cache in float8_e4m3fn with a scale of each token and head, beside one in bfloat16."""
+    dtype = torch.bfloat16
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+        q = place(torch.randn(1, 1, HEADS, HEAD_DIM, generator=generator).to(dtype))
+        shape = (1, length, KV_HEADS, HEAD_DIM)
+        k, v = (place(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
+        seqlens_k = place(torch.tensor([length], dtype=torch.int32))
+        codes = [torch.zeros_like(t, dtype=torch.float8_e4m3fn) for t in (k, v)]
+        scales = [place(torch.ones(shape[:3])) for _ in range(2)]
+        slots = place(torch.arange(length))
+        tm.kv_cache_append(*codes, k[0], v[0], slots, k_scale=scales[0], v_scale=scales[1])
+
+        def wide() -> Run:
+            return lambda: tm.attention_decode(q, k, v, seqlens_k=seqlens_k)
+
+        return (
+            lambda: tm.attention_decode(
+                q, *codes, seqlens_k=seqlens_k, k_scale=scales[0], v_scale=scales[1]
+            ),
+            {"attention_decode, bfloat16 cache": wide},
+        )
+
+    return Case(
+        "attention_decode",
+        f"B=1 H={HEADS}/{KV_HEADS} D={HEAD_DIM} {name}",
+        dtype,
+        4.0 * HEADS * HEAD_DIM * length,
+        2.0 * length * KV_HEADS * (HEAD_DIM + 4),
+        prepare,
+    )
+
+
+def _latent(name: str, batch: int, length: int, heads: int = 16) -> Case:
+    """One key of 576 channels for all heads, whose first 512 are the value."""
+    dtype, dim, value_dim = torch.bfloat16, 576, 512
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        generator = torch.Generator().manual_seed(0)
+        q = place(torch.randn(batch, 1, heads, dim, generator=generator).to(dtype))
+        cache = place(torch.randn(batch, length, 1, dim, generator=generator).to(dtype))
+        values = cache[..., :value_dim]
+        seqlens_k = place(torch.full((batch,), length, dtype=torch.int32))
+
+        def eager() -> Run:
+            keys, rows = cache[:, :, 0], q[:, 0]
+
+            def run() -> Tensor:
+                scores = torch.bmm(rows, keys.transpose(1, 2)).float() * dim**-0.5
+                return torch.bmm(scores.softmax(-1).to(dtype), keys[..., :value_dim])
+
+            return run
+
+        return (
+            lambda: tm.attention_decode(q, cache, values, seqlens_k=seqlens_k),
+            {"eager matmuls": eager},
+        )
+
+    return Case(
+        "attention_decode",
+        f"B={batch} H={heads}/1 D={dim}/{value_dim} {name}",
+        dtype,
+        2.0 * batch * heads * (dim + value_dim) * length,
+        2.0 * batch * length * dim,
+        prepare,
+    )
+
+
 def _served(name: str, dtype: torch.dtype, requests: Sequence[tuple[int, int]]) -> Case:
     """requests: (queries, keys) of each, in pages. PyTorch gets one request after the other."""
     queries, lengths = zip(*requests, strict=True)
@@ -143,5 +213,7 @@ def cases() -> Iterator[Case]:
     yield _case("S=8192 4 tokens", torch.bfloat16, (8192,), tokens=4)
     yield _case("S=300..32768", torch.bfloat16, RAGGED)
     yield _case("S=300..32768 pages of 16", torch.bfloat16, RAGGED, paged=True)
+    yield _float8("S=8192 float8", 8192)
+    yield _latent("S=8192 latent", 1, 8192)
     served = ((256, 4096),) * 4 + ((1, 16384),) * 4
     yield _served("4 chunks of 256 on 4096, 4 rows on 16384", torch.bfloat16, served)
