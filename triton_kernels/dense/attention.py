@@ -15,7 +15,7 @@ from tokenmill.dense.terms import has_row_statistic
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
-from .kv_cache import Cache, held, scale_of
+from .kv_cache import LONG, Cache, held, scale_of
 from .masks import (
     COUNTS,
     LISTED,
@@ -71,7 +71,8 @@ def plan_of(
     """more_terms: a bias, softcap, or weights that fade. size: bytes of the widest operand, None =
     of q."""
     size = size or q.element_size()
-    plan = plans[size, triton.next_power_of_2(max(64, q.shape[-1], value_dim))]
+    wide = min(triton.next_power_of_2(max(64, q.shape[-1], value_dim)), LONG.value)
+    plan = plans[size, wide]
     if not more_terms:
         return plan
     # Their values take the registers of half a tile.

@@ -51,12 +51,13 @@ from .attention_decode_schedule import (
 )
 from .attention_forward import accumulate, accumulate_seen
 from .kv_cache import (
+    LONG,
     Cache,
-    check_read,
     held,
     key_products,
     length_of,
     load_keys,
+    long_products,
     scale_of,
     value_parts,
     value_rows,
@@ -75,17 +76,21 @@ from .masks import (
 
 @triton.jit
 def seen_tile(
-    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+    b_q, m_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores of keys o_j, -inf where a query does not see one, and their values."""
+    """Scores of keys o_j, -inf where a query does not see one, and their values. b_q: queries, or
+    pointers to the rows m_q of long ones."""
     m_j = o_j < sequence.k_length
-    b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
     b_v = load_keys(cache.v, cache, i_b, i_kv, o_j, m_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
     b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
     o_key = o_j[None, :]
-    b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+    if HEAD_DIM > LONG:
+        b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
+    else:
+        b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+        b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
     b_z = scores(b_qk, o_i, o_key, terms, head, sequence)
     m_seen = (o_key < sequence.k_length) & (o_key <= o_i + sequence.diagonal)
     if window.left is not None:
@@ -113,7 +118,9 @@ def sum_range(
 ):  # fmt: skip
     """Stores the sums of the keys first .. last - 1 for a block of rows."""
     m_row, o_i, o_h = rows_in(i_block, i_kv, group, rows, BLOCK_M)
-    b_q = load_tile(row_pointers(q, i_b, o_i, o_h), m_row, HEAD_DIM, BLOCK_D)
+    b_q = row_pointers(q, i_b, o_i, o_h)
+    if HEAD_DIM <= LONG:
+        b_q = load_tile(b_q, m_row, HEAD_DIM, BLOCK_D)
     o_i = o_i[:, None]
     m_i = m_row[:, None]
     head = head_of(terms, i_b, o_h[:, None], sequence.k_length, KIND)
@@ -136,7 +143,7 @@ def sum_range(
             j = tl.load(p_list + n)
         o_j = j + tl.arange(0, BLOCK_N)
         b_z, b_v = seen_tile(
-            b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+            b_q, m_row, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
         )  # fmt: skip
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
@@ -152,7 +159,8 @@ def sum_range(
             for j in tl.range(first, last, STEP, num_stages=1):
                 o_j = j + tl.arange(0, STEP)
                 b_z, b_v = seen_tile(
-                    b_q, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window, rules,
+                    b_q, m_row, cache, i_b, i_kv, o_i, m_i, o_j, terms, head, sequence, window,
+                    rules,
                     HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PAGE_SIZE, RANGES,
                 )  # fmt: skip
                 b_acc, b_acc_lost = accumulate_seen(b_z, b_v, b_acc, b_acc_lost, b_top, head, KIND)
@@ -318,7 +326,7 @@ class Tile(NamedTuple):
 
 def tile_of(q: Tensor, v: Tensor, rows: int, longest: int) -> Tile:
     """longest: keys that a row may have. Values in float8 are multiplied in float32."""
-    wide = triton.next_power_of_2(max(64, q.shape[3], v.shape[3]))
+    wide = min(triton.next_power_of_2(max(64, q.shape[3], v.shape[3])), LONG.value)
     size = 4 if v.element_size() == 1 else q.element_size()
     keys, warps, stages = TILES[size, wide]
     if INTERPRETED.value:  # a tile costs milliseconds whatever its size
@@ -361,7 +369,6 @@ def attention_decode(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_read("attention_decode", q, k_cache, v_cache)
     if len(parts := value_parts(v_cache)) > 1:
         results = [
             attention_decode(

@@ -15,6 +15,7 @@ from ..common import (
     fade_of,
     head_of,
     load_rows,
+    load_tile,
     program,
     row_offsets,
     rows_of_nan,
@@ -28,7 +29,15 @@ from ..common import (
     visible_parts,
 )
 from ..weights import FLOAT16_SCALE, exponential, inverse, weighted, weights
-from .kv_cache import Cache, key_products, length_of, load_keys, value_rows
+from .kv_cache import (
+    LONG,
+    Cache,
+    key_products,
+    length_of,
+    load_keys,
+    long_products,
+    value_rows,
+)
 from .masks import COUNTS, first_of, list_of, listed_parts, rules_of, seen
 
 
@@ -244,7 +253,10 @@ def attention_kernel(
     values = slice_of(v, i_b, i_kv, sequence.k_start, sequence.k_length)
     o_i = first + tl.arange(0, BLOCK_M)
     queries = slice_of(q, i_b, i_h, sequence.q_start, sequence.q_length)
-    b_q = load_rows(queries, o_i, HEAD_DIM, BLOCK_D)
+    m_q = o_i < queries.length
+    b_q = queries.data + row_offsets(queries, o_i)  # pointers to long ones
+    if HEAD_DIM <= LONG:
+        b_q = load_tile(b_q, m_q, HEAD_DIM, BLOCK_D)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_acc_lost = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -264,11 +276,14 @@ def attention_kernel(
     for PART in tl.static_range(1 if window.left is None or p_list is not None else 0, 3):
         for n in range(parts[PART], parts[PART + 1], ENTRY):
             o_j = first_of(p_list, width, n, PART, BLOCK_N) + tl.arange(0, BLOCK_N)
-            b_k = load_key_rows(k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
             b_v = load_key_rows(v, values, cache, i_b, i_kv, o_j, VALUE_DIM, BLOCK_V, PAGE_SIZE)
             m_j = o_j < sequence.k_length
             b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-            b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+            if HEAD_DIM > LONG:
+                b_qk = long_products(b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE)
+            else:
+                b_k = load_key_rows(k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE)
+                b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
             b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
             if PART != 1 or (cache is not None and MASKED):
                 m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
@@ -294,7 +309,9 @@ def attention_kernel(
             b_sink = tl.load(sink + i_h)
         b_factor, b_sum = normaliser(b_top, b_sum, b_sink, head)
     else:
-        WEIGHTS: tl.constexpr = tl.float32 if v.data.dtype.element_ty == tl.uint8 else b_q.dtype
+        WEIGHTS: tl.constexpr = (
+            tl.float32 if v.data.dtype.element_ty == tl.uint8 else q.data.dtype.element_ty
+        )
         b_factor = unscaled(b_sum, WEIGHTS, KIND, NORMALIZE)
     if KIND == "softmax" or NORMALIZE != "none":
         o_row = statistics_of(cu_seqlens_q, i_b, i_h, heads, tokens_q, sequence.q_start)
@@ -315,15 +332,20 @@ def attention_kernel(
                 b_y_lost = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
                 for j in tl.range(band[0], band[3], STEP, num_stages=1):
                     o_j = j + tl.arange(0, STEP)
-                    b_k = load_key_rows(
-                        k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE
-                    )
                     b_v = load_key_rows(
                         v, values, cache, i_b, i_kv, o_j, VALUE_DIM, COLUMNS, PAGE_SIZE, c
                     )
                     m_j = o_j < sequence.k_length
                     b_v = value_rows(b_v, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
-                    b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
+                    if HEAD_DIM > LONG:
+                        b_qk = long_products(
+                            b_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PAGE_SIZE
+                        )
+                    else:
+                        b_k = load_key_rows(
+                            k, keys, cache, i_b, i_kv, o_j, HEAD_DIM, BLOCK_D, PAGE_SIZE
+                        )
+                        b_qk = key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE)
                     b_z = scores(b_qk, o_i[:, None], o_j[None, :], terms, head, sequence)
                     m_seen = seen(o_i[:, None], o_j[None, :], sequence, window, rules, RANGES)
                     b_z = tl.where(m_seen, b_z, -INF)

@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill._check import InputError
-from tokenmill._kv_cache import unread
-
 from ..common import INF, Rows, dot, load_tile, rounded
 from ..float8 import float8_values
 
@@ -46,19 +43,14 @@ def scale_of(t: Tensor | None) -> Rows | None:
 
 # Columns of values that a launch sums: more would spill registers. Those in float8 are float32.
 VALUE_COLUMNS, FLOAT8_COLUMNS = 256, 128
+# Keys of more columns are multiplied by pieces.
+LONG = tl.constexpr(256)
+PIECE = tl.constexpr(64)
 
 
 def value_parts(v: Tensor) -> tuple[Tensor, ...]:
     """Values by columns, for a launch each."""
     return v.split(FLOAT8_COLUMNS if v.element_size() == 1 else VALUE_COLUMNS, -1)
-
-
-def check_read(op: str, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    """Refuses the caches that these kernels do not read."""
-    dims = (q.shape[-1], 0 if v is None else v.shape[-1])
-    if why := unread("triton", k, dims, float8="", wide="triton"):
-        text = f"tokenmill.{op}: backend: 'triton' cannot run this call: {'; '.join(why)}"
-        raise InputError(text)
 
 
 @triton.jit
@@ -131,6 +123,21 @@ def key_products(b_q, b_k, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE: tl.constexpr):
     scale = None if cache is None else cache.k_scale
     if scale is not None:
         b_qk = scaled(b_qk, load_scale(scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE))
+    return b_qk
+
+
+@triton.jit
+def long_products(
+    p_q, m_q, cache, i_b, i_kv, o_j, m_j, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr
+):  # fmt: skip
+    """q.k of rows of more than LONG columns, a piece of them at a time."""
+    b_qk = tl.zeros([p_q.shape[0], o_j.shape[0]], tl.float32)
+    for c in range(0, HEAD_DIM, PIECE):
+        b_q = load_tile(p_q, m_q, HEAD_DIM, PIECE, c)
+        b_k = load_keys(cache.k, cache, i_b, i_kv, o_j, m_j, HEAD_DIM, PIECE, PAGE_SIZE, c)
+        b_qk += dot(b_q, tl.trans(numbers(b_k, b_q.dtype)))
+    if cache.k_scale is not None:
+        b_qk = scaled(b_qk, load_scale(cache.k_scale, cache, i_b, i_kv, o_j, m_j, PAGE_SIZE))
     return b_qk
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import INF, Rows, dot, launch
-from ..dense.kv_cache import check_read, held, numbers, scale_of, scaled
+from ..dense.kv_cache import held, numbers, scale_of, scaled
 from .block_pool_keys import block_pool_keys
 from .keys import KEY_SIZES, KeyRows, key_sizes, length_of, load_keys, load_scales, moved
 
@@ -263,7 +263,6 @@ def kv_block_scores(
     block_table: Tensor | None,
     k_scale: Tensor | None,
 ) -> Tensor:
-    check_read("kv_block_scores", q, k)
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
     sizes = key_sizes(k, block_table)

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import dot, lower_bound, rounded
-from ..dense.kv_cache import length_of, numbers, offsets_of, page_of
+from ..dense.kv_cache import LONG as LONG
+from ..dense.kv_cache import PIECE, length_of, numbers, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position
 TILE = tl.constexpr(128)  # entries of a list
@@ -221,4 +222,16 @@ def products(queries, keys, DIM: tl.constexpr, PAIRS: tl.constexpr):
             b_qk += dot(queries.rest, tl.trans(keys.rest))
     else:
         b_qk = dot(queries.rest, tl.trans(keys.rest))
+    return b_qk
+
+
+@triton.jit
+def long_products(queries, keys, first: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr):
+    """Of columns first to DIM - 1, a piece of them at a time."""
+    b_qk = tl.zeros([queries.p_row.shape[0], keys.p_row.shape[0]], tl.float32)
+    for c in range(first, DIM, PIECE):
+        o_col = c + tl.arange(0, PIECE)
+        b_q = load_columns(queries, o_col, o_col < DIM, dtype)
+        b_k = load_columns(keys, o_col, o_col < DIM, dtype)
+        b_qk += dot(b_q, tl.trans(b_k))
     return b_qk

@@ -39,7 +39,6 @@ from ..dense.attention_decode_schedule import decode_program, range_of, splits_o
 from ..dense.attention_forward import accumulate, add
 from ..dense.kv_cache import (
     Cache,
-    check_read,
     held,
     offsets_of,
     scale_of,
@@ -47,6 +46,7 @@ from ..dense.kv_cache import (
     value_parts,
 )
 from .key_rows import (
+    LONG,
     NOWHERE,
     Places,
     Rope,
@@ -54,6 +54,7 @@ from .key_rows import (
     key_row,
     load_columns,
     load_turned,
+    long_products,
     places_of,
     products,
 )
@@ -163,9 +164,12 @@ def sparse_ranges_kernel(
     o_query = o_i + sequence.diagonal
     p_q = row_pointers(q, i_b, o_i, o_head)
     o_turn_q = tl.zeros_like(o_query) + row.cached - 1 if BY_PLACE else o_query
+    queries = Places(p_q, m_row, None, None)
+    # Of long rows the columns that turn; products with the rest go by pieces.
+    COLUMNS: tl.constexpr = 2 * PAIRS if HEAD_DIM > LONG else HEAD_DIM
     b_q = load_turned(
-        Places(p_q, m_row, None, None), o_turn_q, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED,
-        BLOCK_P, BLOCK_R, q.data.dtype.element_ty,
+        queries, o_turn_q, rope, positions, COLUMNS, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R,
+        q.data.dtype.element_ty,
     )  # fmt: skip
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -184,12 +188,17 @@ def sparse_ranges_kernel(
         values = places_of(cache.v, extra_v, row, cache, i_b, i_kv, o_t, o_j, o_page, PAGE_SIZE)
         o_turn_k = o_t if BY_PLACE else o_j
         b_k = load_turned(
-            keys, o_turn_k, rope, positions, HEAD_DIM, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R,
+            keys, o_turn_k, rope, positions, COLUMNS, PAIRS, INTERLEAVED, BLOCK_P, BLOCK_R,
             q.data.dtype.element_ty,
         )  # fmt: skip
         o_value = tl.arange(0, BLOCK_V)
         b_v = load_columns(values, o_value, o_value < VALUE_DIM, tl.float32)
-        b_qk = products(b_q, b_k, HEAD_DIM, PAIRS)
+        if COLUMNS > 0:
+            b_qk = products(b_q, b_k, COLUMNS, PAIRS)
+        else:
+            b_qk = tl.zeros([BLOCK_M, STEP_N], tl.float32)
+        if HEAD_DIM > LONG:
+            b_qk += long_products(queries, keys, COLUMNS, HEAD_DIM, q.data.dtype.element_ty)
         if k_scale is not None:
             p_scale = k_scale.data + offsets_of(k_scale, cache, o_page, o_j, i_kv, PAGE_SIZE)
             b_qk = scaled(b_qk, tl.load(p_scale, mask=keys.m_row, other=1.0))
@@ -292,7 +301,6 @@ def sparse_decode_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_read("sparse_decode_attention", q, k_cache, v_cache)
     if len(parts := value_parts(v_cache)) > 1:
         extra_parts = [None] * len(parts)
         if extra_v is not None:
@@ -387,7 +395,7 @@ def sparse_decode_attention(
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "BLOCK_P": max(triton.next_power_of_2(pairs), 16),
-        "BLOCK_R": max(triton.next_power_of_2(head_dim - 2 * pairs), 16),
+        "BLOCK_R": max(triton.next_power_of_2(min(head_dim, LONG.value) - 2 * pairs), 16),
         "BLOCK_V": max(triton.next_power_of_2(value_dim), 16),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
