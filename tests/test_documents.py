@@ -45,10 +45,16 @@ def test_every_relative_link_leads_somewhere():
 @sources
 def test_the_code_of_the_page_on_serving_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.DOTALL)
-    first, append, cascade, tree = blocks
+    first, append, narrow, latent, cascade, tree = blocks
     has: dict = {}
-    for block in (first, append, cascade):
+    for block in (first, append, narrow):
         exec(block, has)
+    alone = {name: has["last"][name] for name in ("seqlens_k", "block_table")}
+    wide = tm.attention_decode(has["q"][None, 65:], has["k_cache"], has["v_cache"], **alone)
+    torch.testing.assert_close(has["out8"], wide[0], rtol=0.2, atol=0.2)
+    exec(latent, has)
+    assert has["out"].shape == (71, 8, 512)
+    exec(cascade, has)
     lengths = has["rest"]["seqlens_k"] + has["beginning"]["seqlens_k"]
     pages = has["beginning"]["block_table"].expand(3, -1)
     table = torch.cat([pages, has["rest"]["block_table"]], 1)
