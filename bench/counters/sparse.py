@@ -107,11 +107,33 @@ def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> Counter
     )  # fmt: skip
 
 
+def _mass() -> CounterCase:
+    """A list of 256 keys for each of 8 queries, which 32 heads read, and what its keys got."""
+    heads, dim, tokens, entries = 32, 64, 1024, 256
+    g = torch.Generator().manual_seed(1)
+    drawn = torch.rand(1, 1, 8, tokens, generator=g)
+    indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
+    counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
+
+    def prepare() -> Callable[[], object]:
+        (q,), (k, v) = _draw(F16, 1, 1, 8, heads, dim), _draw(F16, 2, 1, tokens, 1, dim)
+        return lambda: tm.block_sparse_attention(
+            q, k, v, indices, counts, block_q=1, block_k=1, return_mass=True, backend="emulated"
+        )
+
+    scores, row = 8 * heads * entries, 2 * dim
+    # Keys twice, values once; queries twice, out and lse; what was listed and what it got.
+    least = 8 * entries * (3 * row + 8) + 8 * heads * (3 * row + 8)
+    mma = products(3 * scores * dim, F16)
+    return CounterCase(f"mass of 256 of {tokens} keys, float16", scores / 1000, least, mma, prepare)
+
+
 def blocks_cases() -> Iterator[CounterCase]:
     for block_k in (64, 16, 2):
         yield _blocks(F16, block_k)
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
+    yield _mass()
 
 
 def _search(

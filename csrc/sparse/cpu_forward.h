@@ -299,9 +299,8 @@ class ForwardWorker {
 
   // The share [from, to) of `all` of the rows that the coming step packs.
   void prefetch(int64_t from, int64_t to, int64_t all) const {
-    const int64_t keys = coming->count * kWidth;
-    to = to < all ? to : all;
-    for (int64_t i = from * keys / all; i < to * keys / all; ++i) {
+    const int64_t keys = coming->count * kWidth, end = (to < all ? to : all) * keys / all;
+    for (int64_t i = from * keys / all; i < end; ++i) {
       const KeyVector& of = coming->vectors[i / kWidth];
       const int64_t l = i % kWidth;
       if (of.gathered ? l >= of.keys : done[of.at[0] / kWidth]) continue;

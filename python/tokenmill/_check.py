@@ -124,10 +124,16 @@ def check_head_dim(op: str, argument: str, t: torch.Tensor, most: int = MAX_HEAD
 
 
 def check_qkv(
-    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rank: int, float64: bool
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rank: int,
+    float64: bool,
+    paged: bool = False,
 ) -> None:
     """Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and the shapes that queries,
-    keys and values share."""
+    keys and values share. paged: keys lie in pages, of which there may be any number."""
     layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != rank:
@@ -141,7 +147,7 @@ def check_qkv(
         check_head_dim(op, name, t)
     if k.shape[-1] != q.shape[-1]:
         fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
-    if rank > 3 and k.shape[0] != q.shape[0]:
+    if rank > 3 and not paged and k.shape[0] != q.shape[0]:
         fail(op, "k", f"must have the batch size of q, {q.shape[0]}", k.shape[0])
     if v.shape[:-1] != k.shape[:-1]:
         rule = f"must have the shape of k up to the head dimension, {show(k.shape)}"

@@ -266,3 +266,58 @@ def test_mass_counts_what_an_entry_adds(backend):
     q = args[0].requires_grad_()
     results = run(backend, (q, *args[1:3], *lists), kwargs, **options)
     assert [r.requires_grad for r in results] == [True, True, False]
+
+
+# --- pages --------------------------------------------------------------------------------------
+
+PAGED = pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "emulated"])
+
+
+@PAGED
+@pytest.mark.parametrize("block_q, block_k, page", [(16, 8, 4), (1, 1, 16)])
+def test_pages_are_the_keys_that_they_hold(backend, block_q, block_k, page):
+    """With the bits of dense keys, whatever lies in the pages that no request has."""
+    lengths = torch.tensor([45, 0, 17], dtype=torch.int32)
+    args, kwargs = drawn(
+        backend, sq=12 if block_q > 1 else 3, sk=48, b=3, block_q=block_q, block_k=block_k, lists=1,
+        entries=5, sink=True, causal=True, num_sink=2, num_recent=3, page=page, seqlens_k=lengths,
+    )  # fmt: skip
+    q, k, v, *lists = args
+    table = kwargs.pop("block_table")
+    dense = [x[table.long()].flatten(1, 2) for x in (k, v)]
+    unused = torch.ones(len(k), dtype=torch.bool, device=k.device)
+    for b, n in enumerate(lengths.tolist()):
+        unused[table[b, : -(-n // page)].long()] = False
+        table[b, -(-n // page) :] = -7 if backend != "reference" else 0
+    k[unused] = v[unused] = NAN
+    # Pages side by side, of which keys and values are every other one.
+    both = torch.stack([k, v], 1)
+    options = {"return_mass": True}
+    want = run(backend, (q, *dense, *lists), kwargs, **options)
+    got = run(backend, (q, *both.unbind(1), *lists), kwargs, **options, block_table=table)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@PAGED
+def test_pages_must_be_there_and_have_no_gradient(backend):
+    args, kwargs = drawn(
+        backend, sq=4, sk=16, b=2, entries=1, page=8, seqlens_k=torch.tensor([16, 3]).int()
+    )
+    table = kwargs["block_table"]
+    with pytest.raises(RuntimeError, match="seqlens_k: must be given with block_table; got None"):
+        run(backend, args, kwargs, seqlens_k=None)
+    with pytest.raises(RuntimeError, match=r"block_table: must have the batch size of q, 2; got 1"):
+        run(backend, args, kwargs, block_table=table[:1])
+    with pytest.raises(RuntimeError, match="k: must not require a gradient, there is none with bl"):
+        run(backend, (args[0], args[1].requires_grad_(), *args[2:]), kwargs)
+    args[1].requires_grad_(False)
+    if backend != "triton":
+        with pytest.raises(RuntimeError, match="block_table: must hold pages below 4 up to the le"):
+            run(backend, args, kwargs, block_table=table + 4)
+
+
+def test_pages_have_no_cuda_kernel():
+    args, kwargs = drawn("cpu", page=8, sk=16, b=1, seqlens_k=torch.tensor([16]).int())
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot run this call: .*has no block_table"):
+        run("cuda", args, kwargs)

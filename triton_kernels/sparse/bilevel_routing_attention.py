@@ -90,7 +90,7 @@ def bilevel_routing_kernel(
     head = head_of(terms, i_b, i_h, 1)
     statistics = Statistics(row_heads * GROUP, q_height * q_width, q_width)
     attend(
-        q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_h // shared,
+        q, k, v, out, lse, statistics, tile, walk, None, b_sink, terms, head, i_b, i_h // shared,
         HEAD_DIM, VALUE_DIM, False, 1, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
 

@@ -14,18 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._kv_cache import capacity
+
 from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention_mass import mass_of
 from .blocks import key_walk, length_of, query_tile
-from .listed import LIST_SIZES, Listed, Statistics, attend
+from .listed import LIST_SIZES, Listed, Pages, Statistics, attend
 
 # A new length compiles nothing.
 SIZES = [*LIST_SIZES, "halvings", "num_sink", "num_recent", "seqlen_q", "seqlen_k"]
+PAGE_SIZES = ["table_stride", "page_count", "page_size"]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *PAGE_SIZES])
 def block_sparse_kernel(
     q,
     k,
@@ -33,6 +36,10 @@ def block_sparse_kernel(
     out,
     lse,
     sink,
+    table,
+    table_stride,
+    page_count,
+    page_size,
     lengths,
     ids,
     counts,
@@ -76,8 +83,11 @@ def block_sparse_kernel(
     b_sink = None
     if sink is not None:
         b_sink = tl.load(sink + tile.o_h)
+    pages = None
+    if table is not None:
+        pages = Pages(table + i_b * table_stride, page_count, page_size)
     attend(
-        q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_h // shared,
+        q, k, v, out, lse, statistics, tile, walk, pages, b_sink, terms, head, i_b, i_h // shared,
         HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
 
@@ -100,6 +110,17 @@ class Call(NamedTuple):
     lengths: Tensor | None
     sink: Tensor | None
     return_mass: bool
+    block_table: Tensor | None
+
+    @property
+    def seqlen_k(self) -> int:
+        return capacity(self.k, self.block_table)
+
+    @property
+    def pages(self) -> tuple[Any, ...]:
+        """The table of pages, its stride, how many pages there are and of how many keys."""
+        t = self.block_table
+        return (None, 0, 0, 1) if t is None else (t, t.stride(0), *self.k.shape[:2])
 
     @property
     def listed(self) -> Listed:
@@ -107,14 +128,14 @@ class Call(NamedTuple):
             *self[:5],
             self.block_q,
             self.block_k,
-            triton.cdiv(self.k.shape[1], self.block_k),
+            triton.cdiv(self.seqlen_k, self.block_k),
             self.softcap,
             self.num_sink + self.num_recent,
         )
 
     def arguments(self) -> tuple[Any, ...]:
         """What every kernel takes, from num_sink to shared."""
-        seqlen_k = self.k.shape[1]
+        seqlen_k = self.seqlen_k
         return (
             min(self.num_sink, seqlen_k),
             min(self.num_recent, seqlen_k),
@@ -152,6 +173,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         *map(rows_of, (call.q, call.k, call.v, out)),
         lse,
         call.sink,
+        *call.pages,
         call.lengths,
         lists.ids,
         lists.counts,

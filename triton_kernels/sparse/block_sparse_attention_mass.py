@@ -15,7 +15,6 @@ from ..common import (
     dot,
     head_of,
     launch,
-    load_rows,
     load_tile,
     row_pointers,
     scores,
@@ -25,11 +24,11 @@ from ..dense.attention import tile_options
 from ..dense.attention_backward import load_lse
 from ..dense.attention_decode_merge import rows_of
 from .blocks import length_of, query_tile
-from .listed import LIST_SIZES, Statistics, statistics_at
+from .listed import LIST_SIZES, Pages, Statistics, load_keys, statistics_at
 
 SIZES = [*LIST_SIZES, "num_sink", "num_recent", "seqlen_q", "seqlen_k", "row_tiles", "heads"]
 SIZES += ["indices_batch", "indices_head", "indices_row", "counts_batch", "counts_head"]
-SIZES += ["counts_row"]
+SIZES += ["counts_row", "table_stride", "page_count", "page_size"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -38,6 +37,10 @@ def block_sparse_mass_kernel(
     k,
     lse,
     mass,
+    table,
+    table_stride,
+    page_count,
+    page_size,
     lengths,
     indices,
     largest,
@@ -93,11 +96,17 @@ def block_sparse_mass_kernel(
     m_key = m_key & (o_j >= num_sink) & (o_j < length)
     o_j = tl.where(m_key, o_j, seqlen_k)
 
+    pages = None
+    if table is not None:
+        pages = Pages(table + i_b * table_stride, page_count, page_size)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     b_mass = tl.zeros([BLOCK_N], tl.float32)
     for i_h in range(i_list * heads, i_list * heads + heads):
         head = head_of(terms, i_b, i_h, length)
-        b_k = load_rows(slice_of(k, i_b, i_h // shared, 0, seqlen_k), o_j, HEAD_DIM, BLOCK_D)
+        keys = slice_of(k, i_b, i_h // shared, 0, seqlen_k)
+        if pages is not None:
+            keys = slice_of(k, 0, i_h // shared, 0, seqlen_k)
+        b_k = load_keys(keys, k.batch, pages, o_j, HEAD_DIM, BLOCK_D)
         for i in range(row_tiles):
             tile = query_tile(i_r, i, i_h, length, seqlen_q, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
             p_q = row_pointers(q, i_b, tile.o_i, tile.o_h)
@@ -137,6 +146,7 @@ def mass_of(call: Any, lse: Tensor) -> Tensor:
         *map(rows_of, (call.q, call.k)),
         lse,
         mass,
+        *call.pages,
         call.lengths,
         call.indices,
         call.indices.cummax(-1).values.contiguous(),

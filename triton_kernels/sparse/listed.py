@@ -103,15 +103,41 @@ def seen(walk, t, o_t, o_j, b_end, CAUSAL: tl.constexpr):
     return m_seen
 
 
+class Pages(NamedTuple):
+    """Of the keys of a request: key j is row j % size of page table[j // size]."""
+
+    table: Any
+    count: Any
+    size: Any
+
+
+@triton.jit
+def load_keys(rows, page_stride, pages, o_j, DIM: tl.constexpr, BLOCK: tl.constexpr, first_col=0):
+    """Rows beyond the keys and columns beyond DIM are 0. A page that is not there is page 0."""
+    if pages is None:
+        b_x = load_rows(rows, o_j, DIM, BLOCK, first_col)
+    else:
+        m_j = o_j < rows.length
+        b_page = tl.load(pages.table + o_j // pages.size, mask=m_j, other=0)
+        b_page = tl.where((b_page < 0) | (b_page >= pages.count), 0, b_page).to(tl.int64)
+        o_row = (o_j % pages.size).to(tl.int64)
+        p_row = rows.data + b_page * page_stride + o_row * rows.seq
+        b_x = load_tile(p_row, m_j, DIM, BLOCK, first_col)
+    return b_x
+
+
 @triton.jit
 def attend(
-    q, k, v, out, lse, statistics, tile, walk, b_sink, terms, head, i_b, i_kv,
+    q, k, v, out, lse, statistics, tile, walk, pages, b_sink, terms, head, i_b, i_kv,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries: out and lse."""
+    """A tile of queries: out and lse. pages: None, or those in which keys lie."""
     keys = slice_of(k, i_b, i_kv, 0, walk.end)
     values = slice_of(v, i_b, i_kv, 0, walk.end)
+    if pages is not None:
+        keys = slice_of(k, 0, i_kv, 0, walk.end)
+        values = slice_of(v, 0, i_kv, 0, walk.end)
     b_q = load_tile(row_pointers(q, i_b, tile.o_i, tile.o_h), tile.m_row, HEAD_DIM, BLOCK_D)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -125,8 +151,8 @@ def attend(
     for PART in tl.static_range(2):
         for t in range(parts[PART], parts[PART + 1], BLOCK_N):
             o_t = t + tl.arange(0, BLOCK_N)
-            b_k = load_rows(keys, o_j, HEAD_DIM, BLOCK_D)
-            b_v = load_rows(values, o_j, VALUE_DIM, BLOCK_V)
+            b_k = load_keys(keys, k.batch, pages, o_j, HEAD_DIM, BLOCK_D)
+            b_v = load_keys(values, v.batch, pages, o_j, VALUE_DIM, BLOCK_V)
             b_qk = dot(b_q, tl.trans(b_k))
             b_z = scores(b_qk, tile.o_i[:, None], o_j[None, :], terms, head, None)
             if PART == 1:
@@ -152,8 +178,8 @@ def attend(
                 for t in tl.range(0, walk.total, STEP, num_stages=1):
                     o_u = t + tl.arange(0, STEP)
                     o_k = find_keys(walk, o_u, BLOCK_K)
-                    b_k = load_rows(keys, o_k, HEAD_DIM, BLOCK_D)
-                    b_v = load_rows(values, o_k, VALUE_DIM, COLUMNS, c)
+                    b_k = load_keys(keys, k.batch, pages, o_k, HEAD_DIM, BLOCK_D)
+                    b_v = load_keys(values, v.batch, pages, o_k, VALUE_DIM, COLUMNS, c)
                     b_qk = dot(b_q, tl.trans(b_k))
                     b_z = scores(b_qk, tile.o_i[:, None], o_k[None, :], terms, head, None)
                     b_z = tl.where(seen(walk, t, o_u, o_k, tile.b_end, CAUSAL), b_z, -INF)

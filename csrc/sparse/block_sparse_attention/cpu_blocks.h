@@ -1,6 +1,6 @@
 // Blocks of a sequence, for the CPU kernels: places are positions.
 #pragma once
-#include "sparse/block_sparse_attention/params.h"
+#include "sparse/block_sparse_attention/mass.h"
 #include "sparse/cpu_walk.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -8,6 +8,7 @@ namespace tokenmill::TOKENMILL_ISA {
 struct BlockWalk {
   using Params = BlockSparseParams;
   using BackwardParams = BlockSparseBackwardParams;
+  using MassParams = BlockSparseMass;
 
   const BlockSparseParams& d;
 

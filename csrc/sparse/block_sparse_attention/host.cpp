@@ -1,7 +1,7 @@
 #include "core/written.h"
 #include "dense/score_mod.h"
 #include "select/checks.h"
-#include "sparse/block_sparse_attention/mass.h"
+#include "sparse/block_sparse_attention/pages.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"
 #include "sparse/gradients.h"
@@ -20,12 +20,38 @@ struct BlockSparseAttentionArgs : Record {
   double softcap;
   View seqlens_k, sink;
   bool return_mass;
+  View block_table;
 };
+
+// As check_qkv, where pages are not requests: their number is not that of q's.
+void check_paged_qkv(const BlockSparseAttentionArgs& a) {
+  std::vector<int64_t> sizes = a.q.sizes;
+  if (a.q.dim() > 0 && a.k.dim() > 0) sizes[0] = a.k.size(0);
+  View q = a.q;
+  q.sizes = {sizes.data(), sizes.size()};
+  check_qkv(kOp, q, a.k, a.v, 4);
+  check_last_contiguous(kOp, "q", a.q);
+  const int64_t page = a.k.size(1);
+  check(std::has_single_bit(static_cast<uint64_t>(page)), kOp, "k",
+        "must have pages of a power of two of tokens", page);
+}
+
+void check_pages(const BlockSparseAttentionArgs& a) {
+  const View& t = a.block_table;
+  if (!a.seqlens_k) fail(kOp, "seqlens_k", "must be given with block_table", "None");
+  check_block_table(kOp, t, a.k);
+  check(t.size(0) == a.q.size(0), kOp, "block_table",
+        Rule("must have the batch size of q, ", a.q.size(0)), t.size(0));
+  check(!a.q.is_cuda, kOp, "block_table", "must be None for the CUDA kernel", t.sizes);
+}
 
 // The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
 // words.
 BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
-  check_qkv(kOp, a.q, a.k, a.v, 4);
+  if (a.block_table)
+    check_paged_qkv(a);
+  else
+    check_qkv(kOp, a.q, a.k, a.v, 4);
   BlockSparseParams d{};
   d.log2_block_q = check_block(kOp, "block_q", a.block_q);
   d.log2_block_k = check_block(kOp, "block_k", a.block_k);
@@ -44,47 +70,55 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
       "q", a.q);
   d.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "q", a.q);
   d.causal = a.causal;
-  const int64_t all = a.q.size(1) + a.k.size(1);  // sums with it stay in range
-  d.num_sink = std::min(a.num_sink, all);
-  d.num_recent = std::min(a.num_recent, all);
   set_inputs(d.attention, a);
   d.attention.softcap = static_cast<float>(a.softcap);
   d.attention.sink = sink_of(kOp, d.attention, a.q, a.sink);
+  if (a.block_table) {
+    check_pages(a);
+    d.attention.seqlen_k = a.k.size(0) > 0 ? a.block_table.size(1) * a.k.size(1) : 0;
+    check_block_table_values(kOp, key_rows(a.k, a.block_table), batch, d.lengths);
+  }
+  const int64_t all = a.q.size(1) + d.attention.seqlen_k;  // sums with it stay in range
+  d.num_sink = std::min(a.num_sink, all);
+  d.num_recent = std::min(a.num_recent, all);
   return d;
 }
 
-void run_forward(const BlockSparseParams& d, const View& q) {
-#if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_on_device(kOp, q, d);
-#endif
-  cpu::block_sparse_attention_forward(d);
-}
-
-// What the entries of lists got; of size 0 if it is not asked for.
-Array mass_of(const BlockSparseParams& d, const BlockSparseAttentionArgs& a) {
-  const std::vector<int64_t> sizes =
-      a.return_mass ? std::vector<int64_t>(a.indices.sizes) : std::vector<int64_t>{0};
-  Array mass = empty(sizes, a.q, ScalarType::Float);
-  if (mass.numel() == 0) return mass;
-  if (a.q.numel() == 0) {
-    fill(0, mass);
-    return mass;
-  }
-  const BlockSparseMass m{d, mass.mutable_data<float>()};
+// mass is null if it is not asked for.
+void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (a.q.is_cuda) {
-    launch_on_device(kOp, a.q, m);
-    return mass;
+    launch_on_device(kOp, a.q, static_cast<const BlockSparseParams&>(d));
+    if (d.mass) launch_on_device(kOp, a.q, d);
+    return;
   }
 #endif
-  cpu::block_sparse_attention_mass(m);
-  return mass;
+  if (a.block_table) {
+    const View& t = a.block_table;
+    const int32_t log2_page = std::countr_zero(static_cast<uint64_t>(a.k.size(1)));
+    return cpu::block_sparse_attention_pages({d, {t.data<int32_t>(), t.step(0), log2_page}});
+  }
+  cpu::block_sparse_attention_forward(d);
+  if (d.mass) cpu::block_sparse_attention_mass(d);
+}
+
+// Writes out; returns lse and mass, of size 0 if it is not asked for.
+std::tuple<Array, Array> answer(BlockSparseParams& d, const BlockSparseAttentionArgs& a,
+                                const View& out) {
+  std::vector<int64_t> sizes{0};
+  if (a.return_mass) sizes = a.indices.sizes;
+  Array mass = empty(sizes, a.q, ScalarType::Float);
+  if (out.numel() == 0) fill(0, mass);
+  float* const to = mass.numel() > 0 ? mass.mutable_data<float>() : nullptr;
+  Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to}, a); });
+  return {lse, mass};
 }
 
 std::tuple<Array, Array, Array> block_sparse_attention(const BlockSparseAttentionArgs& a) {
   BlockSparseParams d = make_params(a);
-  auto [out, lse] = forward_of(d.attention, a.q, [&] { run_forward(d, a.q); });
-  return {out, lse, mass_of(d, a)};
+  Array out = empty(out_sizes(a), a.q);
+  auto [lse, mass] = answer(d, a, out);
+  return {out, lse, mass};
 }
 
 struct BlockSparseAttentionOutArgs : Record {
@@ -103,9 +137,9 @@ std::tuple<Array, Array> block_sparse_attention_out(const BlockSparseAttentionOu
                  {"indices", in.indices},
                  {"counts", in.counts},
                  {"seqlens_k", in.seqlens_k},
-                 {"sink", in.sink}});
-  Array lse = forward_into(d.attention, in.q, a.out, [&] { run_forward(d, in.q); });
-  return {lse, mass_of(d, in)};
+                 {"sink", in.sink},
+                 {"block_table", in.block_table}});
+  return answer(d, in, a.out);
 }
 
 void run_backward(BlockSparseBackwardParams& p, const View& q) {
@@ -126,6 +160,8 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
     const BlockSparseAttentionBackwardArgs& a) {
   const View& q = a.forward.q;
   BlockSparseBackwardParams p{};
+  check(!a.forward.block_table, kOp, "block_table", "must be None: keys in pages have no gradient",
+        a.forward.block_table.sizes);
   p.forward = make_params(a.forward);
   const AttentionParams& f = p.forward.attention;
   const bool wants_sink = a.needs_dsink && f.sink;

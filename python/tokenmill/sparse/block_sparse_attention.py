@@ -10,15 +10,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check_bool, check_tensor
+from .._check import as_int, as_number, check_bool, check_tensor, fail
 from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known
+from .._kv_cache import capacity
 from .._library import TorchOp, register
 from .._lowering import scale_or_default, widen
 from ..reference.sparse import block_sparse_attention as reference
 from ..registry import OpSpec, Sharding, register_op
-from .block_sparse_rules import OP, check_block_sparse, check_block_sparse_out
+from .block_sparse_rules import (
+    OP,
+    check_block_sparse,
+    check_block_sparse_out,
+    check_block_sparse_values,
+)
 from .gradients import cotangents
 
 
@@ -32,6 +38,7 @@ class BlockSparseOptions(TypedDict, total=False):
     softcap: float
     seqlens_k: Tensor | None
     sink: Tensor | None
+    block_table: Tensor | None
     out: Tensor | None
     backend: str | None
 
@@ -116,6 +123,7 @@ def block_sparse_attention(
     softcap: float = 0.0,
     seqlens_k: Tensor | None = None,
     sink: Tensor | None = None,
+    block_table: Tensor | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
     out: Tensor | None = None,
@@ -153,6 +161,9 @@ def block_sparse_attention(
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         seqlens_k: int32 ``[B]``, keys of each request, clamped to 0 to Sk. None: all.
         sink: ``[H]``: a learnable logit of each head that takes weight and has no value.
+        block_table: int32 ``[B, P]``, the pages of each request in order: k and v are pages
+            ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
+            Entries behind a request's last key may hold anything. Forward only.
         return_lse: also return lse.
         return_mass: also return the probability that the entries of lists received.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
@@ -193,6 +204,11 @@ def block_sparse_attention(
     """
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
+    if block_table is not None and torch.is_grad_enabled():
+        for name, t in (("q", q), ("k", k), ("v", v), ("sink", sink)):
+            if isinstance(t, Tensor) and t.requires_grad:
+                rule = "must not require a gradient, there is none with block_table"
+                fail(OP, name, rule, t.requires_grad)
     results = call(
         SPEC,
         lower(
@@ -212,6 +228,7 @@ def block_sparse_attention(
             sink=sink,
             return_lse=return_lse,
             return_mass=return_mass,
+            block_table=block_table,
         ),
         backend,
         out,
@@ -240,11 +257,13 @@ def lower(
     sink: Tensor | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
+    block_table: Tensor | None = None,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(op, name, t)
-    for name, option in (("seqlens_k", seqlens_k), ("sink", sink)):
+    options = (("seqlens_k", seqlens_k), ("sink", sink), ("block_table", block_table))
+    for name, option in options:
         check_tensor(op, name, option, optional=True)
     block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
     num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
@@ -268,6 +287,7 @@ def lower(
         seqlens_k,
         None if sink is None else widen(sink, q),
         return_mass,
+        block_table,
     )
 
 
@@ -303,6 +323,9 @@ def _backward(
 
 
 def _check_backward(*arguments: Any) -> None:
+    table = arguments[-1]
+    if table is not None:
+        fail(OP, "block_table", "must be None: keys in pages have no gradient", table.shape)
     check_block_sparse(*arguments[-len(FORWARD.arguments) :])
 
 
@@ -331,7 +354,7 @@ def flops(
     """Operations of the two products over what a query sees of listed blocks, and sink and recent
     keys beside them."""
     batch, sq, heads, dim = q.shape
-    sk = k.shape[1]
+    sk = capacity(k, rest[-1])
     if known(counts):
         pairs = _listed_pairs(sq, sk, indices, counts, block_q, block_k, causal)
     else:
@@ -367,11 +390,18 @@ def backward_flops(*lowered: Any) -> float:
     return 2.5 * flops(*lowered)
 
 
+def unsupported(backend: str, *lowered: Any) -> list[str]:
+    if backend == "cuda" and FORWARD.record(*lowered).block_table is not None:
+        return ["the CUDA kernel has no block_table"]
+    return []
+
+
 FORWARD = register(
     TorchOp(
         OP,
         autocast=Autocast(lower=("q", "k", "v")),
         check=check_block_sparse,
+        check_values=check_block_sparse_values,
         fake=_fake,
         triton=f"sparse.{OP}:{OP}",
         backward=_backward,
@@ -401,11 +431,20 @@ SPEC = register_op(
         differentiable=("q", "k", "v", "sink"),
         logarithms=(1,),
         sharding=Sharding(
-            {"q k v": "b.h.", "indices": "bh..", "counts": "bh.", "seqlens_k": "b", "sink": "h"},
-            ("b.h.", "bh.", "bh.."),
+            {
+                "q k v": "b.h.",
+                "k@block_table v@block_table": "..h.",
+                "block_table": "b.",
+                "indices": "bh..",
+                "counts": "bh.",
+                "seqlens_k": "b",
+                "sink": "bh",
+            },
+            ("b.h.", "bh.", "b..."),  # a list may be read by heads of several parts
         ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,
         backward_flops=backward_flops,
+        unsupported=unsupported,
     )
 )

@@ -52,9 +52,10 @@ def block_sparse_call(
     block_k: int = 16,
     hostile: bool = False,
     sink: bool = False,
+    page: int = 0,
     **options: Any,
 ) -> Any:
-    """lists: 1, hk or h."""
+    """lists: 1, hk or h. page: keys lie in pages of so many, in any order."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q, k, v = (
@@ -67,6 +68,10 @@ def block_sparse_call(
             indices, counts = hostile_lists(indices, counts, blocks, g)
         sizes = {"block_q": block_q, "block_k": block_k, "return_lse": True}
         drawn = {"sink": torch.randn(h, generator=g)} if sink else {}
+        if page:
+            order = torch.randperm(b * (sk // page), generator=g)
+            k, v = (x.reshape(-1, page, *x.shape[2:])[order].contiguous() for x in (k, v))
+            drawn["block_table"] = order.argsort().view(b, -1).int()
         return (q, k, v, indices, counts), sizes | options | drawn
 
     return make
@@ -221,6 +226,11 @@ MALFORMED = (
     ),
     Malformed(
         "shape of sink", "sink: must have shape [4]; got [2]", set_options(sink=torch.zeros(2))
+    ),
+    Malformed(
+        "size of pages",
+        "k: must have pages of a power of two of tokens; got 70",
+        set_options(block_table=torch.zeros(2, 1, dtype=torch.int32)),
     ),
     Malformed(
         "out shape",

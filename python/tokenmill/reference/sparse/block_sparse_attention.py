@@ -32,9 +32,12 @@ def block_sparse_attention(
     seqlens_k: Tensor | None,
     sink: Tensor | None,
     return_mass: bool,
+    block_table: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if block_table is not None:
+        k, v = (_of_pages(x, block_table) for x in (k, v))
     visible = visible_keys(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
     )
@@ -53,6 +56,14 @@ def block_sparse_attention(
         weights = torch.where(added, p.detach(), 0.0)
         mass = _mass(weights, indices, counts, block_q, block_k)
     return out, lse.to(wide), mass.to(wide)
+
+
+def _of_pages(x: Tensor, block_table: Tensor) -> Tensor:
+    """[B, keys, Hk, D] of pages [P, page size, Hk, D]. A page that does not exist is page 0."""
+    if x.shape[0] == 0:
+        return x.new_zeros((block_table.shape[0], 0, *x.shape[2:]))
+    there = (block_table >= 0) & (block_table < x.shape[0])
+    return x[torch.where(there, block_table, 0).long()].flatten(1, 2)
 
 
 def visible_keys(
