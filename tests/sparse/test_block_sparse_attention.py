@@ -307,6 +307,8 @@ def test_pages_must_be_there_and_have_no_gradient(backend):
     table = kwargs["block_table"]
     with pytest.raises(RuntimeError, match="seqlens_k: must be given with block_table; got None"):
         run(backend, args, kwargs, seqlens_k=None)
+    with pytest.raises(RuntimeError, match="k: must have pages of a power of two of tokens; got 7"):
+        run(backend, (args[0], args[1][:, :7], args[2][:, :7], *args[3:]), kwargs)
     with pytest.raises(RuntimeError, match=r"block_table: must have the batch size of q, 2; got 1"):
         run(backend, args, kwargs, block_table=table[:1])
     with pytest.raises(RuntimeError, match="k: must not require a gradient, there is none with bl"):

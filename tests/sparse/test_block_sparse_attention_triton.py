@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton]
 CASES = (  # dtype, head dimension, block_q, block_k, options
     "float16:64:64:64:causal,ends",
     "bfloat16:128:128:16:causal",
-    "float16:128:1:128:softcap",
+    "float16:128:1:128:softcap,pages",
     "bfloat16:256:64:2:causal,ends",
     "float32:64:16:64:causal,ends",
     "float32:128:64:8:each",
@@ -43,12 +43,16 @@ def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries
     lists = heads if "each" in options else kv_heads
     q = empty(batch, tokens, heads, dim, dtype=dtype)
     k = empty(batch, tokens, kv_heads, dim, dtype=dtype)
-    ends = "ends" in options
+    ends, table = "ends" in options, None
+    if "pages" in options:
+        k = empty(batch * tokens // 16, 16, kv_heads, dim, dtype=dtype)
+        table = empty(batch, tokens // 16, dtype=torch.int32)
     return (
         q, k, k, empty(batch, lists, rows, entries, dtype=torch.int32),
         empty(batch, lists, rows, dtype=torch.int32), block_q, block_k, "causal" in options,
         4 if ends else 0, 100 if ends else 0, 0.1, 5.0 if "softcap" in options else 0.0,
         empty(batch, dtype=torch.int32) if ends else None, empty(heads) if ends else None, ends,
+        table,
     )  # fmt: skip
 
 
@@ -59,7 +63,8 @@ def kernels(capability, *call, **sizes):
     def launch():
         args = lowered(*call, **sizes)
         out, lse, _ = forward.block_sparse_attention(*args)
-        backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
+        if args[-1] is None:
+            backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
 
     return compiled(capability, launch)
 

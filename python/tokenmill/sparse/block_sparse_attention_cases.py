@@ -228,11 +228,6 @@ MALFORMED = (
         "shape of sink", "sink: must have shape [4]; got [2]", set_options(sink=torch.zeros(2))
     ),
     Malformed(
-        "size of pages",
-        "k: must have pages of a power of two of tokens; got 70",
-        set_options(block_table=torch.zeros(2, 1, dtype=torch.int32)),
-    ),
-    Malformed(
         "out shape",
         "out: must have shape [2, 70, 4, 32]; got [2, 70, 2, 32]",
         set_options(out=torch.zeros(2, 70, 2, 32)),
