@@ -159,7 +159,7 @@ ROWS = {
         "^forward D64 S1024 H2, decay",
         {"traffic_over_least": 1.8, "mma_over_least": 3.32 / 2},
     ),
-    "titans_memory": ("^forward .* of 64, float16$", {"traffic_over_least": 1.6, "waves": 1080}),
+    "titans_memory": ("^forward .* of 64, float16$", {"traffic_over_least": 1.85, "waves": 1080}),
     "attention_column_scores": ("lse given", {"traffic_over_least": 2.9, "mma_over_least": 1.07}),
     "attention_row_scores": ("", {"traffic_over_least": 1.4}),
     "block_pool_keys": ("^mean", {"traffic_over_least": 1.05}),

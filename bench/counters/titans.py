@@ -12,7 +12,7 @@ import tokenmill as tm
 
 from .case import Counted, CounterCase
 
-LENGTH, HEADS, DIM = 256, 2, 64
+LENGTH, HEADS, DIM = 128, 17, 64  # more slices of 8 columns than multiprocessors
 GATES = ((0.0, 0.02), (0.3, 0.8), (0.0, 0.03))  # alpha, eta, theta
 
 

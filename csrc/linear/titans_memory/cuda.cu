@@ -6,9 +6,19 @@ namespace {
 
 using namespace cuda::titans_memory;
 
-constexpr int kWide = 32, kNarrow = 8;  // columns of a slice, for heads of up to 128 and of more
+// Columns of a slice. A sweep is a chain of blocks of tokens, of which a narrow slice does each
+// sooner, and more of all in all: the pairs of tokens are those of every slice.
+constexpr int kWide = 32, kNarrow = 8;
 
-int width_of(const TitansParams& p) { return p.head_dim <= 128 ? kWide : kNarrow; }
+int64_t sweep_blocks(const TitansParams& p, int width) {
+  return (p.batch + (p.cu_seqlens != nullptr)) * p.heads * ceil_div(p.value_dim, width);
+}
+
+// Narrow where a wide slice does not fit, or where each narrow one has a multiprocessor for itself.
+int width_of(const TitansParams& p) {
+  const bool alone = sweep_blocks(p, kNarrow) <= cuda::multiprocessors();
+  return p.head_dim > 128 || alone ? kNarrow : kWide;
+}
 
 int64_t slots_of(const TitansParams& p) { return slots_before(p, p.batch, p.seqlen); }
 
@@ -25,15 +35,11 @@ Kept kept_of(const TitansParams& p) {
   return kept;
 }
 
-int64_t sweep_blocks(const TitansParams& p) {
-  return (p.batch + (p.cu_seqlens != nullptr)) * p.heads * ceil_div(p.value_dim, width_of(p));
-}
-
 template <typename T, int kWidth>
 const char* launch_backward(const TitansBackwardParams& p, cudaStream_t stream) {
   const TitansParams& f = p.forward;
   const Kept kept = kept_of(f);
-  const int64_t bytes = sweep_floats(f.head_dim, kWidth) * 4, blocks = sweep_blocks(f);
+  const int64_t bytes = sweep_floats(f.head_dim, kWidth) * 4, blocks = sweep_blocks(f, kWidth);
   if (const char* error =
           cuda::launch<states_kernel<T, kWidth, true>>(blocks, kThreads, bytes, stream, f, kept))
     return error;
@@ -61,8 +67,9 @@ const char* launch_cuda(const TitansParams& p, void* stream) {
   if (p.head_dim > cuda::titans_memory::kMaxHeadDim) return kTooWide;
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     const auto s = static_cast<cudaStream_t>(stream);
-    const int64_t bytes = sweep_floats(p.head_dim, width_of(p)) * 4, blocks = sweep_blocks(p);
-    return width_of(p) == kWide
+    const int width = width_of(p);
+    const int64_t bytes = sweep_floats(p.head_dim, width) * 4, blocks = sweep_blocks(p, width);
+    return width == kWide
                ? cuda::launch<states_kernel<T, kWide, false>>(blocks, kThreads, bytes, s, p, Kept{})
                : cuda::launch<states_kernel<T, kNarrow, false>>(blocks, kThreads, bytes, s, p,
                                                                 Kept{});

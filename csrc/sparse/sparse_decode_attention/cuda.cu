@@ -35,11 +35,14 @@ int64_t listed_count(const SparseDecodeParams& d) {
   return d.mass ? round_up(2 * d.attention.batch * d.row_heads(), kLogitAlign) : 0;
 }
 
+// Warps are blocks of their own while there are few.
 const char* launch_mass(const SparseLaunch& d, cudaStream_t stream) {
   const int64_t heads = d.attention.batch * d.row_heads();
   const int64_t warps = ceil_div(d.entries, mass_entries(d.log2_block));
-  return launch<sparse_mass_kernel>(ceil_div(heads * warps, kMassWarps), kMassThreads, 0, stream, d,
-                                    static_cast<int>(rows_of_head(d)), warps, heads);
+  const bool few = heads * warps <= 2 * multiprocessors();
+  const int threads = few ? kWarpSize : kMassThreads;
+  return launch<sparse_mass_kernel>(ceil_div(heads * warps * kWarpSize, threads), threads, 0,
+                                    stream, d, static_cast<int>(rows_of_head(d)), warps, heads);
 }
 
 }  // namespace

@@ -4,8 +4,7 @@
 
 namespace tokenmill::cuda::sparse_decode_attention {
 
-constexpr int kMassThreads = 128;
-constexpr int kMassWarps = kMassThreads / kWarpSize;
+constexpr int kMassThreads = 128;  // at most
 
 // Entries of a warp, one key a lane at a time.
 inline int64_t mass_entries(int log2_block) { return log2_block < 5 ? kWarpSize >> log2_block : 1; }
@@ -14,7 +13,7 @@ inline int64_t mass_entries(int log2_block) { return log2_block < 5 ? kWarpSize 
 __global__ void __launch_bounds__(kMassThreads)
     sparse_mass_kernel(const __grid_constant__ SparseLaunch d, int rows, int64_t warps,
                        int64_t heads) {
-  const int64_t warp = int64_t{blockIdx.x} * kMassWarps + threadIdx.x / kWarpSize;
+  const int64_t warp = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
   if (warp >= heads * warps) return;
   const AttentionParams& p = d.attention;
   const int64_t head = warp / warps, b = head / d.row_heads(), h = head % d.row_heads();

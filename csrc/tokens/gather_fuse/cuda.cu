@@ -13,13 +13,17 @@ template <typename T, int kVector>
 const char* launch_fuse(const GatherFuseParams& p, cudaStream_t stream) {
   using namespace cuda;
   using namespace cuda::gather_fuse;
-  const FusePlan plan{static_cast<int>(ceil_div(p.channels, kWarpSize * kVector))};
+  const int64_t slices = ceil_div(p.channels, kWarpSize * kVector);
   // The sum of the weights is wanted also of rows without channels.
-  const FusePlan used{plan.slices > 0 ? plan.slices : 1};
-  const int64_t blocks = used.slices + ceil_div(p.rows() - 1, kFuseWarps);
+  FusePlan plan{static_cast<int>(slices > 0 ? slices : 1), kWarpSize};
+  const auto copy_blocks = [&] { return ceil_div((p.rows() - 1) * plan.copy_lanes, kFuseThreads); };
+  while (plan.copy_lanes < kFuseThreads && plan.copy_lanes * kVector < p.channels &&
+         (plan.slices + copy_blocks()) * p.batch < multiprocessors())
+    plan.copy_lanes *= 2;
+  const int64_t blocks = plan.slices + copy_blocks();
   if (blocks > kMaxGrid) return refuse("keep", kMostBlocks, blocks);
   return launch<gather_fuse_kernel<T, kVector>>(grid_of(blocks, p.batch), kFuseThreads, 0, stream,
-                                                p, used);
+                                                p, plan);
 }
 
 template <typename T, int kVector>

@@ -1,5 +1,6 @@
-// Forward: a block copies rows, a warp each, or sums a slice of f, each warp over every eighth row
-// of rest. Backward: a block for a run of rows of dx, after the lists were turned around.
+// Forward: a block copies rows, one or more warps each, or sums a slice of f, each warp over every
+// eighth row of rest. Backward: a block for a run of rows of dx, after the lists were turned
+// around.
 #pragma once
 #include "cuda/vector.cuh"
 #include "tokens/gather_fuse/params.h"
@@ -12,7 +13,8 @@ constexpr int kFuseThreads = 256, kFuseWarps = kFuseThreads / kWarpSize;
 constexpr int kFuseBlocks = 4, kFuseBackwardBlocks = 2;
 
 struct FusePlan {
-  int slices;  // blocks that sum f; those behind them copy
+  int slices;      // blocks that sum f; those behind them copy
+  int copy_lanes;  // of a row: a power of two of warps
 };
 
 __device__ __forceinline__ bool is_patch(const GatherFuseParams& p, int64_t j) {
@@ -20,14 +22,16 @@ __device__ __forceinline__ bool is_patch(const GatherFuseParams& p, int64_t j) {
 }
 
 template <typename T, int kVector>
-__device__ __forceinline__ void copy_elements(T* to, const T* from, int64_t channels, int lane) {
+__device__ __forceinline__ void copy_elements(T* to, const T* from, int64_t channels, int lane,
+                                              int lanes) {
   using Access = Pack<T, kVector>;
   copy_row(reinterpret_cast<Access*>(to), reinterpret_cast<const Access*>(from), channels / kVector,
-           lane, kWarpSize);
+           lane, lanes);
 }
 
 template <typename T, int kVector>
-__device__ __forceinline__ void fuse_copy(const GatherFuseParams& p, int64_t b, int64_t row) {
+__device__ __forceinline__ void fuse_copy(const GatherFuseParams& p, int64_t b, int64_t row,
+                                          int lanes) {
   if (row >= p.rows() - 1) return;
   const T* x = static_cast<const T*>(p.x) + b * p.x_batch;
   const T* from = nullptr;
@@ -38,7 +42,7 @@ __device__ __forceinline__ void fuse_copy(const GatherFuseParams& p, int64_t b, 
     if (is_patch(p, j)) from = x + (p.prefix + j) * p.x_token;
   }
   T* to = static_cast<T*>(p.out) + b * p.out_batch + row * p.out_row;
-  copy_elements<T, kVector>(to, from, p.channels, threadIdx.x % kWarpSize);
+  copy_elements<T, kVector>(to, from, p.channels, threadIdx.x & (lanes - 1), lanes);
 }
 
 // This warp's part of f, and of the sum of the weights. 32 rows are summed from zero, then added.
@@ -109,13 +113,13 @@ template <typename T, int kVector>
 __global__ void __launch_bounds__(kFuseThreads, kFuseBlocks)
     gather_fuse_kernel(const __grid_constant__ GatherFuseParams p,
                        const __grid_constant__ FusePlan plan) {
-  const int block = static_cast<int>(blockIdx.x);
+  const int block = static_cast<int>(blockIdx.x), lanes = plan.copy_lanes;
+  const int64_t thread = int64_t{block - plan.slices} * kFuseThreads + threadIdx.x;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     if (block < plan.slices)
       fuse_slice<T, kVector>(p, b, block);
     else
-      fuse_copy<T, kVector>(p, b,
-                            int64_t{block - plan.slices} * kFuseWarps + threadIdx.x / kWarpSize);
+      fuse_copy<T, kVector>(p, b, thread >> (31 - __clz(lanes)), lanes);
   }
 }
 
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(kFuseThreads, kFuseBackwardBlocks)
           if (lane == 0) dots[r] += dot;
         } else {
           const T* from = source >= 0 ? dout + source * q.dout_row + c : nullptr;
-          copy_elements<T, kVector>(dx, from, channels, lane);
+          copy_elements<T, kVector>(dx, from, channels, lane, kWarpSize);
         }
       }
       __syncthreads();  // df is read, and dots are written
