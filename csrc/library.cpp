@@ -131,8 +131,8 @@ TOKENMILL_LIBRARY(library) {
       "indexer_topk_select(Tensor q, Tensor k, Tensor weights, SymInt topk, *, bool causal=True, "
       "str activation=\"relu\", SymInt block_k=1, SymInt num_sink=0, SymInt num_recent=0, "
       "Tensor? seqlens_k=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "Tensor? block_table=None, bool return_values=False, Tensor? k_scale=None) -> "
-      "(Tensor indices, Tensor counts, Tensor values)");
+      "Tensor? block_table=None, bool return_values=False, Tensor? k_scale=None, "
+      "Tensor? previous=None) -> (Tensor indices, Tensor counts, Tensor values)");
   m.def("query_similarity_gate(Tensor q, Tensor q_ref, float threshold=0.9) -> Tensor");
   m.def(
       "hip_block_select(Tensor q, Tensor k, *, SymInt budget=512, SymInt block_q=64, "

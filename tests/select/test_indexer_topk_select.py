@@ -168,6 +168,31 @@ def row_of_scores(order, n):
     return q, torch.stack([x // 128 * 128.0, x % 128 * 1.0], 1)[None], torch.ones(1, 1, 1), x
 
 
+@pytest.mark.parametrize("scores", ["whole", "few", "zero", "none"])
+def test_no_hint_changes_a_list(scores, threads):
+    """Good, wrong, short or no numbers of keys at all, on a CPU in one part and in several."""
+    n, topk, generator = 12_000, 40, torch.Generator().manual_seed(6)
+    largest = {"whole": 400, "few": 2, "zero": 0, "none": 1}[scores]
+    k = torch.randint(-largest, largest + 1, (2, n, 4), generator=generator).float()
+    q, weights = torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3)
+    if scores == "none":
+        k[:, torch.randperm(n, generator=generator)[: n - topk // 2]] = NAN
+    seen = {"num_sink": 3, "num_recent": 5, "seqlens_k": ints(n, n - 7)}
+    wanted = tm.indexer_topk_select(q, k, weights, topk, **seen, return_values=True, backend="cpu")
+    good = tm.indexer_topk_select(q, k, weights, 2 * topk, **seen, backend="cpu")[0]
+    strange = torch.randint(-(2**31), 2**31, (2, 1, 300), generator=generator).int()
+    even = torch.arange(0, n, 17)[:700].int().expand(2, 1, -1)
+    hints = (wanted[0], good, good.flip(-1), good[..., :topk], good[..., :7], strange, even,
+             even // 3, even + n - 60, wanted[0] * 0 - 1)  # fmt: skip
+    for count in (1, 3):
+        threads(count)
+        for hint in hints:
+            found = tm.indexer_topk_select(
+                q, k, weights, topk, **seen, return_values=True, previous=hint, backend="cpu"
+            )
+            assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
 @pytest.mark.parametrize("backend", [b for b in backends("reference") if b != "triton"])
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "few", "mixed"])
 def test_more_candidates_than_are_kept(order, backend, threads):

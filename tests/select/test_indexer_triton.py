@@ -27,6 +27,7 @@ def call(dtype, keys=1000, queries=5, heads=64, paged=False, float8=False):
     return lambda: indexer_topk_select(
         q, k, torch.zeros(q.shape[:-1]), 7, True, "relu", 1, 3, 5, ints[:2],
         ints if paged else None, None, table, False, torch.ones(k.shape[:2]) if float8 else None,
+        None,
     )  # fmt: skip
 
 

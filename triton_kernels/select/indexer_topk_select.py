@@ -156,6 +156,7 @@ def indexer_topk_select(
     block_table: Tensor | None,
     return_values: bool,
     k_scale: Tensor | None,
+    previous: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = q.shape[:-2]
     tokens, (heads, dim) = shape.numel(), q.shape[-2:]

@@ -5,8 +5,8 @@
 
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
-#include "select/cpu_keys.h"
 #include "select/cpu_rows.h"
+#include "select/indexer_topk_select/cpu_candidates.h"
 #include "select/indexer_topk_select/cpu_pack.h"
 #include "select/indexer_topk_select/params.h"
 
@@ -18,6 +18,7 @@ constexpr int64_t kFewRows = 64;      // with which packing the keys takes a six
 constexpr int64_t kMaxQueries = 128;  // of an item
 constexpr int64_t kMaxCandidates = 1 << 20;  // of an item
 constexpr int64_t kPartKeys = 4096;          // of an item, at least
+constexpr int64_t kKeysOfHint = 16;          // and thread, at least: a hint is one key more
 
 // An item is some queries of a sequence, a tile, and a part of its keys.
 struct IndexerPlan {
@@ -26,6 +27,7 @@ struct IndexerPlan {
   int64_t room;   // candidates of a query in memory
   int64_t tile_queries, tiles;
   int64_t part_keys, parts;
+  int64_t hints;  // of a query that are looked at
 
   IndexerPlan(const IndexerParams& p, int threads) {
     list = std::min(p.topk, indexer_blocks(p));
@@ -43,6 +45,8 @@ struct IndexerPlan {
       part_keys = round_up(keys, p.block_k == 1 ? kPanel : p.block_k);
     }
     parts = ceil_div(p.k.rows, part_keys);
+    hints = p.previous.data && p.block_k == 1 ? std::min(p.hints, limit) : 0;
+    if (hints < list || hints * kKeysOfHint * (parts > 1 ? threads : 1) > p.k.rows) hints = 0;
   }
 
   int64_t tiles_of(const IndexerParams& p, int64_t b) const {
@@ -81,61 +85,19 @@ __attribute__((noinline)) void add_heads(float* scores, const float* weights, in
   }
 }
 
-// What may be on the list of a query: scores, none of which is NaN, and ids, which ascend.
-struct Candidates {
-  float* scores;
-  int32_t* ids;
-  int64_t count;
-  float threshold;  // a score is wanted if it is above
-
-  // Takes of ids first .. first + n - 1 what is above the threshold; n is at most kPanel. `from`
-  // has whole vectors.
-  TM_INLINE void add(const float* from, int64_t n, int64_t first) {
-    const vf bound = set(threshold);
-    for (int64_t i = 0; i < n; i += kWidth) {
-      vf x = load(from + i);
-      if (n - i < kWidth) x = select(lanes(0, n - i), x, bound);
-      const vm above = less(bound, x);
-      if (!any(above)) continue;
-      int32_t* const to = ids + count;
-      const int found = store_lane_numbers(to, static_cast<int32_t>(first + i), above);
-      for (int c = 0; c < found; ++c) scores[count + c] = from[to[c] - first];
-      count += found;
-    }
-  }
-
-  // Keeps the `most` best. keys, sorted: memory for `count` numbers each.
-  void cut(int64_t most, uint32_t* keys, uint32_t* sorted) {
-    if (count <= most) return;
-    for (int64_t i = 0; i < count; ++i) keys[i] = sorted[i] = key_of(scores[i]);
-    const uint32_t least = nth_largest(sorted, count, most);
-    int64_t above = 0, kept = 0;
-    for (int64_t i = 0; i < count; ++i) above += keys[i] > least;
-    int64_t ties = most - above;
-    for (int64_t i = 0; i < count; ++i) {
-      const bool tie = keys[i] == least && ties > 0;
-      scores[kept] = scores[i];
-      ids[kept] = ids[i];
-      kept += keys[i] > least || tie;
-      ties -= tie;
-    }
-    count = most;
-    threshold = score_of(least);
-  }
-};
-
 // The lists of parts, until the last part of a tile is done.
 struct PartLists {
   float* scores;  // [tiles, tile_queries, parts, list]
   int32_t* ids;
   int64_t* counts;  // [tiles, tile_queries, parts]
   int32_t* done;    // [tiles]
+  float* hinted;    // [tiles], of several parts: thresholds
 
   static int64_t entries(const IndexerPlan& plan) {
     return plan.parts == 1 ? 0 : plan.tiles * plan.tile_queries * plan.parts;
   }
   static int64_t floats(const IndexerPlan& plan) {
-    return entries(plan) * (2 * plan.list + 2) + plan.tiles + 4 * 16;
+    return entries(plan) * (2 * plan.list + 2) + 2 * plan.tiles + 5 * 16;
   }
   PartLists(cpu::Workspace& memory, const IndexerPlan& plan) {
     const int64_t lists = entries(plan);
@@ -143,6 +105,7 @@ struct PartLists {
     ids = reinterpret_cast<int32_t*>(memory.take(lists * plan.list));
     counts = reinterpret_cast<int64_t*>(memory.take(2 * lists));
     done = reinterpret_cast<int32_t*>(memory.take(plan.tiles));
+    hinted = memory.take(plan.tiles);
     std::fill(done, done + plan.tiles, 0);
   }
 };
@@ -186,6 +149,34 @@ class Indexer {
     std::fill(queries, queries + (rows + kTileRows) * ldq, 0.f);
   }
 
+  // A score just below the least of the list, or less, from keys that were on the one before; -inf
+  // for several queries, or where these are too few.
+  float hinted_threshold(int64_t tile) {
+    if (tile != loaded) load_tile(tile);
+    if (count > 1) return kNegInf;
+    const int32_t* const hint = static_cast<const int32_t*>(p.previous.data) +
+                                query_offset(p, p.previous, sequence, b, first_query);
+    int32_t* const ids = candidates[0].ids;
+    int64_t found = 0, highest = p.num_sink - 1;
+    for (int64_t h = 0; h < plan.hints; ++h)
+      if (hint[h] > highest && hint[h] < ends[0]) ids[found++] = highest = hint[h];
+    if (found < plan.list) return kNegInf;
+    ahead = ahead_end = nullptr;
+    for (int64_t c = 0; c < found; c += kPanel) {
+      const int64_t n = std::min<int64_t>(kPanel, found - c);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t key = sequence.k_start + ids[c + i];
+        offsets[i] = key_at(key_run(p.k, b, key), 0);
+        if (key_size == 1) copy_scales(i, key, 1);
+      }
+      pack_rows_of(ScatteredRows{offsets}, n);
+      multiply_all(0);
+      scale_scores(scores, n);
+      for (int64_t i = 0; i < n; ++i) order[c + i] = key_of(scores[i]);
+    }
+    return just_below(score_of(nth_largest(order, found, plan.list)));
+  }
+
   // Later queries see more keys, so the last tiles come first.
   void run(int64_t item) {
     const int64_t tile = plan.tiles - 1 - item / plan.parts, part = item % plan.parts;
@@ -196,16 +187,15 @@ class Indexer {
       candidates[i].count = 0;
       candidates[i].threshold = open[i] = kNegInf;
     }
+    if (plan.hints > 0)
+      candidates[0].threshold = plan.parts > 1 ? shared.hinted[tile] : hinted_threshold(tile);
     int64_t query = 0;  // the first that sees a key of the panel
     for (int64_t row = first; row < last; row += kPanel) {
       const int64_t n = std::min<int64_t>(kPanel, last - row);
       while (ends[query] <= row) ++query;
       pack_keys(row, n);
       find_next(row + kPanel, last);
-      if (p.relu)
-        multiply_from<true>(query);
-      else
-        multiply_from<false>(query);
+      multiply_all(query);
       for (int64_t i = query; i < count; ++i) take_scores(i, row, n);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -243,43 +233,47 @@ class Indexer {
     }
   }
 
+  const char* key_at(const KeyRun& run, int64_t t) const {
+    return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * key_size;
+  }
   // A panel, transposed.
   void pack_keys(int64_t row, int64_t n) {
-    const auto at = [&](const KeyRun& run, int64_t t) {
-      return static_cast<const char*>(p.k.data) + (run.offset + t * p.k.seq) * key_size;
-    };
     const int64_t first = sequence.k_start + row;
-    if (key_size == 1) load_scales(first, n);
+    if (key_size == 1) copy_scales(0, first, n);
     KeyRun run = key_run(p.k, b, first);
-    if (run.end >= first + n) return pack_rows_of(EvenRows{at(run, 0), p.k.seq}, n);
+    if (run.end >= first + n) return pack_rows_of(EvenRows{key_at(run, 0), p.k.seq}, n);
     for (int64_t i = 0, begin = 0; i < n; ++i) {
       if (first + i == run.end) run = key_run(p.k, b, first + (begin = i));
-      offsets[i] = at(run, i - begin);
+      offsets[i] = key_at(run, i - begin);
     }
     pack_rows_of(ScatteredRows{offsets}, n);
   }
-  // A scale that is not finite makes its key NaN.
-  void load_scales(int64_t first, int64_t n) {
+  // Of keys `first` .. first + n - 1, to those of a panel from number `at` on.
+  void copy_scales(int64_t at, int64_t first, int64_t n) {
     const float* const all = static_cast<const float*>(p.k_scale.data);
-    std::fill(scales, scales + kPanel, 1.f);
+    if (!all) std::fill(scales + at, scales + at + n, 1.f);
     for (int64_t i = 0; all && i < n;) {
       const KeyRun run = key_run(p.k_scale, b, first + i);
       const int64_t until = std::min(n, run.end - first);
       const float* from = all + run.offset;
-      if (p.k_scale.seq == 1)
-        std::copy(from, from + until - i, scales + i);
-      else
-        for (int64_t j = i; j < until; ++j, from += p.k_scale.seq) scales[j] = *from;
-      i = until;
-    }
-    for (int64_t i = 0; i < kPanel; i += kWidth) {
-      const vf x = load(scales + i);
-      store(scales + i, x + (x - x));
+      if (p.k_scale.seq == 1) {
+        std::copy(from, from + until - i, scales + at + i);
+        i = until;
+      }
+      for (; i < until; ++i, from += p.k_scale.seq) scales[at + i] = *from;
     }
   }
   template <class Source>
   void pack_rows_of(const Source from, int64_t n) {
-    if (key_size == 1) return pack_codes<Op>(from, n, p.head_dim, scales, keys);
+    if (key_size == 1) {
+      // A scale that is not finite makes its key NaN.
+      std::fill(scales + n, scales + kPanel, 0.f);
+      for (int64_t i = 0; i < kPanel; i += kWidth) {
+        const vf x = load(scales + i);
+        store(scales + i, x + (x - x));
+      }
+      return pack_codes<Op>(from, n, p.head_dim, scales, keys);
+    }
     if constexpr (Op::kPair == 1)
       if (p.dtype == DType::bfloat16) return pack_pairs(from, n, p.head_dim, keys);
     pack_transposed<Op>(from, p.dtype, n, p.head_dim, 1, keys);
@@ -301,6 +295,12 @@ class Indexer {
     for (; ahead < end; ahead += 64) __builtin_prefetch(ahead, 0, 2);
   }
 
+  void multiply_all(int64_t query) {
+    if (p.relu)
+      multiply_from<true>(query);
+    else
+      multiply_from<false>(query);
+  }
   template <bool kRelu>
   void multiply_from(int64_t query) {
     const int64_t first = query * p.heads, end = count * p.heads;
@@ -314,11 +314,16 @@ class Indexer {
     });
   }
 
+  // What pack_codes leaves of the scales.
+  TM_INLINE void scale_scores(float* z, int64_t n) const {
+    if (Op::kPair == 2 && key_size == 1)
+      for (int64_t j = 0; j < n; j += kWidth) store(z + j, load(z + j) * load(scales + j));
+  }
+
   // Of query i and n keys from `row` on.
   TM_INLINE void take_scores(int64_t i, int64_t row, int64_t n) {
     float* const z = scores + i * kPanel;
-    if (Op::kPair == 2 && key_size == 1)
-      for (int64_t j = 0; j < n; j += kWidth) store(z + j, load(z + j) * load(scales + j));
+    scale_scores(z, n);
     const int64_t from = p.num_sink - row, to = ends[i] - row;
     if (from > 0 || to < n) {
       for (int64_t j = 0; j < n; j += kWidth)
@@ -420,6 +425,12 @@ void select_keys(const IndexerParams& p, int threads) {
   const IndexerPlan plan(p, threads);
   cpu::Workspace memory(PartLists::floats(plan));
   const PartLists shared(memory, plan);
+  if (plan.hints > 0 && plan.parts > 1) {
+    FlushDenormals flush;
+    Indexer<Op> indexer(p, plan, shared);
+    for (int64_t tile = 0; tile < plan.tiles; ++tile)
+      shared.hinted[tile] = indexer.hinted_threshold(tile);
+  }
   cpu::parallel_items(plan.tiles * plan.parts, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
     Indexer<Op> indexer(p, plan, shared);

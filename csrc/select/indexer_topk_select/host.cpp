@@ -27,7 +27,7 @@ struct IndexerTopkSelectArgs : Record {
   int64_t block_k, num_sink, num_recent;
   View seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table;
   bool return_values;
-  View k_scale;
+  View k_scale, previous;
 };
 
 // The checks are those of python/tokenmill/select/indexer_topk_select.py, in its order and words.
@@ -105,6 +105,24 @@ void set_scale(IndexerParams& p, const IndexerTopkSelectArgs& a) {
   p.k_scale.seq = shared ? 0 : t.step(t.dim() - 1);
 }
 
+void set_previous(IndexerParams& p, const IndexerTopkSelectArgs& a) {
+  if (!a.previous) return;
+  const View& t = a.previous;
+  const bool packed = bool(a.cu_seqlens_q);
+  check(t.dim() == a.q.dim() - 1, kOp, "previous",
+        packed ? "must have 2 dimensions [T, K] (packed)" : "must have 3 dimensions [B, Sq, K]",
+        t.dim());
+  check(t.dtype == ScalarType::Int, kOp, "previous", "must be int32", t.dtype);
+  const std::vector<int64_t> wanted(a.q.sizes.begin(), a.q.sizes.end() - 2);
+  const std::vector<int64_t> lists(t.sizes.begin(), t.sizes.end() - 1);
+  check(lists == wanted, kOp, "previous", Rule("must have a list for each query, ", wanted), lists);
+  p.hints = t.size(-1);
+  check(p.hints >= 1, kOp, "previous", "must have a column", p.hints);
+  check_last_contiguous(kOp, "previous", t);
+  check_device_of_q(kOp, "previous", t, a.q);
+  p.previous = {t.mutable_data(), packed ? 0 : t.step(0), t.step(packed ? 0 : 1), 0};
+}
+
 void check_values(const IndexerTopkSelectArgs& a, const IndexerParams& p) {
   if (a.cu_seqlens_q) check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, p.tokens);
   if (a.cu_seqlens_k) check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, p.k.rows);
@@ -126,6 +144,7 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
   p.k = keys_of(a);
   check(p.k.rows < kFar, kOp, "k", "must have less than 2^31 keys of a request", p.k.rows);
   set_scale(p, a);
+  set_previous(p, a);
   const bool packed = bool(a.cu_seqlens_q);
   p.heads = a.q.size(-2);
   p.head_dim = a.q.size(-1);

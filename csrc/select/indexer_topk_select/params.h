@@ -18,13 +18,15 @@ struct IndexerParams {
   Rows q, weights;                       // [B, Sq, H, D]; [B, Sq, H]
   KeyRows k;                             // packed: the rows of all sequences
   KeyRows k_scale;                       // float32, of keys in float8_e4m3fn; data null: 1
-  const int32_t* lengths;                // [B], clamped; null: all
-  const int32_t* cu_seqlens_q;           // [B + 1]; null unless packed
-  const int32_t* cu_seqlens_k;           // [B + 1]; null unless keys are packed
-  int64_t num_sink, num_recent;          // at most 2^31
-  int32_t *indices, *counts;             // [tokens, topk], -1 behind the last; [tokens]
-  float* values;                         // [tokens, topk], -inf behind the last; null: not wanted
-  void* workspace;                       // of the CUDA kernels
+  Rows previous;                         // [B, Sq, hints], any numbers; data null: none
+  int64_t hints;
+  const int32_t* lengths;        // [B], clamped; null: all
+  const int32_t* cu_seqlens_q;   // [B + 1]; null unless packed
+  const int32_t* cu_seqlens_k;   // [B + 1]; null unless keys are packed
+  int64_t num_sink, num_recent;  // at most 2^31
+  int32_t *indices, *counts;     // [tokens, topk], -1 behind the last; [tokens]
+  float* values;                 // [tokens, topk], -inf behind the last; null: not wanted
+  void* workspace;               // of the CUDA kernels
 };
 
 // Where the queries and keys of a sequence lie: first number and row, and how many.

@@ -60,6 +60,7 @@ def indexer_topk_select(
     block_table: Tensor | None = None,
     return_values: bool = False,
     k_scale: Tensor | None = None,
+    previous: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     r"""The topk keys that an indexer scores highest, for each query: exact, without the matrix.
@@ -99,6 +100,12 @@ def indexer_topk_select(
             pages ``[pages, page_size]``), one of each key as :func:`kv_cache_append` writes them,
             or ``[1]``. Key j is k_scale_j times its code. None: 1. A key whose code or scale is not
             finite has the score NaN.
+        previous: int32 ``[B, Sq, K]`` (packed ``[T, K]``), K at least 1: a hint, the lists of the
+            step before. Results are the same whatever it holds. In a step of one query for each
+            request, with block_k = 1 and 16 keys or more for each of topk entries, a CPU scores
+            these keys first and begins with the least of their scores as its threshold, which
+            saves most where later keys score higher; ids that are not greater than all before them
+            are skipped. Other backends do not look at it.
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
@@ -130,7 +137,7 @@ def indexer_topk_select(
         q, k, weights, topk, causal=causal, activation=activation, block_k=block_k,
         num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, block_table=block_table, return_values=return_values,
-        k_scale=k_scale,
+        k_scale=k_scale, previous=previous,
     )  # fmt: skip
     used = 3 if return_values else 2
     return call(SPEC, lowered, backend, used=used)[:used]
@@ -153,12 +160,13 @@ def lower(
     block_table: Tensor | None = None,
     return_values: bool = False,
     k_scale: Tensor | None = None,
+    previous: Tensor | None = None,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("weights", weights)):
         check_tensor(OP, name, t)
     for name, option in (("seqlens_k", seqlens_k), ("cu_seqlens_q", cu_seqlens_q),
                          ("cu_seqlens_k", cu_seqlens_k), ("block_table", block_table),
-                         ("k_scale", k_scale)):  # fmt: skip
+                         ("k_scale", k_scale), ("previous", previous)):  # fmt: skip
         check_tensor(OP, name, option, optional=True)
     topk, block_k = as_int(OP, "topk", topk), as_int(OP, "block_k", block_k)
     num_sink, num_recent = as_int(OP, "num_sink", num_sink), as_int(OP, "num_recent", num_recent)
@@ -170,6 +178,7 @@ def lower(
     return (
         q, k, weights, topk, causal, activation, block_k, num_sink, num_recent, seqlens_k,
         cu_seqlens_q, cu_seqlens_k, block_table, return_values, k_scale,
+        previous,
     )  # fmt: skip
 
 
@@ -187,6 +196,7 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     keys = _keys(a)
     check(keys < 2**31, OP, "k", "must have less than 2^31 keys of a request", keys)
     _check_scale(a)
+    _check_previous(a)
 
 
 def _check_rows(a: Any, float64: bool) -> None:
@@ -257,6 +267,23 @@ def _check_scale(a: Any) -> None:
     wide = torch.promote_types(a.q.dtype, torch.float32)
     check(a.k_scale.dtype == wide, OP, "k_scale", "must be float32", a.k_scale.dtype)
     check_device_of_q(OP, "k_scale", a.k_scale, a.q)
+
+
+def _check_previous(a: Any) -> None:
+    t = a.previous
+    if t is None:
+        return
+    rows = a.q.shape[:-2]
+    rule = "must have 3 dimensions [B, Sq, K]"
+    if a.cu_seqlens_q is not None:
+        rule = "must have 2 dimensions [T, K] (packed)"
+    check(t.dim() == len(rows) + 1, OP, "previous", rule, t.dim())
+    check(t.dtype == torch.int32, OP, "previous", "must be int32", t.dtype)
+    if t.shape[:-1] != rows:
+        fail(OP, "previous", f"must have a list for each query, {show(rows)}", t.shape[:-1])
+    check(t.shape[-1] >= 1, OP, "previous", "must have a column", t.shape[-1])
+    check_last_contiguous(OP, "previous", t)
+    check_device_of_q(OP, "previous", t, a.q)
 
 
 def _keys(a: Any) -> int:
@@ -332,6 +359,7 @@ SPEC = register_op(
                 "k": "b..",
                 "k@block_table": "...",
                 "weights": "b..",
+                "previous": "b..",
                 "k_scale": "b.",
                 "k_scale@block_table": "..",
                 "seqlens_k": "b",

@@ -127,6 +127,10 @@ SAMPLES = (
         float8=True, k_scale="token", activation="none",
     )),
     Sample("float8, one scale", _sample(b=1, sq=2, d=64, float8=True, k_scale="one")),
+    Sample("hinted", _sample(
+        sq=1, n=400, h=3, topk=20, float8=True, k_scale="token", return_values=True,
+        previous=torch.stack([17 * torch.arange(23), 400 - 31 * torch.arange(23)])[:, None].int(),
+    )),
     Sample("more queries than keys", _sample(sq=9, n=5)),
     Sample("no keys", _sample(n=0, return_values=True)),
     Sample("no queries", _sample(sq=0)),
@@ -294,6 +298,36 @@ MALFORMED = (
         "dtype of scales",
         "k_scale: must be float32; got float16",
         _scaled(torch.ones(2, 50, dtype=torch.float16)),
+    ),
+    Malformed(
+        "rank of previous",
+        "previous: must have 3 dimensions [B, Sq, K]; got 2",
+        set_options(previous=_ints(1)[None]),
+    ),
+    Malformed(
+        "rank of packed previous",
+        "previous: must have 2 dimensions [T, K] (packed); got 3",
+        _pack(cu_seqlens_k=_ints(0, 50), previous=_ints(1)[None, None]),
+    ),
+    Malformed(
+        "dtype of previous",
+        "previous: must be int32; got int64",
+        set_options(previous=torch.zeros(2, 9, 3, dtype=torch.int64)),
+    ),
+    Malformed(
+        "lists of previous",
+        "previous: must have a list for each query, [2, 9]; got [2, 8]",
+        set_options(previous=torch.zeros(2, 8, 3, dtype=torch.int32)),
+    ),
+    Malformed(
+        "entries of previous",
+        "previous: must have a column; got 0",
+        set_options(previous=torch.zeros(2, 9, 0, dtype=torch.int32)),
+    ),
+    Malformed(
+        "layout of previous",
+        "previous: must have a contiguous last dimension",
+        set_options(previous=torch.zeros(2, 3, 9, dtype=torch.int32).mT),
     ),
     Malformed(
         "length",

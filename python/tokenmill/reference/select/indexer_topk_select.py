@@ -32,6 +32,7 @@ def indexer_topk_select(
     block_table: Tensor | None,
     return_values: bool,
     k_scale: Tensor | None,
+    previous: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = topk, causal, activation, block_k, num_sink, num_recent
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,57 @@
+// The scores and ids of one query above a threshold.
+#pragma once
+#include "select/cpu_keys.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// What may be on a list: scores, none of which is NaN, and ids, which ascend.
+struct Candidates {
+  float* scores;
+  int32_t* ids;
+  int64_t count;
+  float threshold;  // a score is wanted if it is above
+
+  // Takes of ids first .. first + n - 1 what is above the threshold; n is at most kPanel. `from`
+  // has whole vectors.
+  TM_INLINE void add(const float* from, int64_t n, int64_t first) {
+    const vf bound = set(threshold);
+    for (int64_t i = 0; i < n; i += kWidth) {
+      vf x = load(from + i);
+      if (n - i < kWidth) x = select(lanes(0, n - i), x, bound);
+      const vm above = less(bound, x);
+      if (!any(above)) continue;
+      int32_t* const to = ids + count;
+      const int found = store_lane_numbers(to, static_cast<int32_t>(first + i), above);
+      for (int c = 0; c < found; ++c) scores[count + c] = from[to[c] - first];
+      count += found;
+    }
+  }
+
+  // Keeps the `most` best. keys, sorted: memory for `count` numbers each.
+  void cut(int64_t most, uint32_t* keys, uint32_t* sorted) {
+    if (count <= most) return;
+    for (int64_t i = 0; i < count; ++i) keys[i] = sorted[i] = key_of(scores[i]);
+    const uint32_t least = nth_largest(sorted, count, most);
+    int64_t above = 0, kept = 0;
+    for (int64_t i = 0; i < count; ++i) above += keys[i] > least;
+    int64_t ties = most - above;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool tie = keys[i] == least && ties > 0;
+      scores[kept] = scores[i];
+      ids[kept] = ids[i];
+      kept += keys[i] > least || tie;
+      ties -= tie;
+    }
+    count = most;
+    threshold = score_of(least);
+  }
+};
+
+// The threshold that leaves `least` and what is greater. Subnormal numbers compare as 0.
+inline float just_below(float least) {
+  constexpr float kNormal = 0x1p-126f;
+  if (least == kNegInf) return kNegInf;
+  return least > -kNormal && least < kNormal ? -kNormal : score_of(key_of(least) - 1);
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
