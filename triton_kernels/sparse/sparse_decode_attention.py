@@ -334,7 +334,8 @@ def sparse_decode_attention(
     if not INTERPRETED.value:  # where keys lie and how they turn takes registers
         partly = 0 < 2 * pairs < head_dim
         tile = tile._replace(keys=max(tile.keys // (4 if partly else 2), 16))
-        if partly and q.dtype == torch.float32:
+        float8 = v_cache.element_size() == 1  # whose values are float32
+        if partly and (q.dtype == torch.float32 or float8):
             tile = tile._replace(warps=8, stages=1)
         elif interleaved and head_dim > 128:
             tile = tile._replace(warps=8)
