@@ -81,17 +81,17 @@ def _float8(name: str, length: int) -> Case:
         shape = (1, length, KV_HEADS, HEAD_DIM)
         k, v = (place(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
         seqlens_k = place(torch.tensor([length], dtype=torch.int32))
-        codes = [torch.zeros_like(t, dtype=torch.float8_e4m3fn) for t in (k, v)]
-        scales = [place(torch.ones(shape[:3])) for _ in range(2)]
+        k8, v8 = (torch.zeros_like(t, dtype=torch.float8_e4m3fn) for t in (k, v))
+        k_scale, v_scale = (place(torch.ones(shape[:3])) for _ in range(2))
         slots = place(torch.arange(length))
-        tm.kv_cache_append(*codes, k[0], v[0], slots, k_scale=scales[0], v_scale=scales[1])
+        tm.kv_cache_append(k8, v8, k[0], v[0], slots, k_scale=k_scale, v_scale=v_scale)
 
         def wide() -> Run:
             return lambda: tm.attention_decode(q, k, v, seqlens_k=seqlens_k)
 
         return (
             lambda: tm.attention_decode(
-                q, *codes, seqlens_k=seqlens_k, k_scale=scales[0], v_scale=scales[1]
+                q, k8, v8, seqlens_k=seqlens_k, k_scale=k_scale, v_scale=v_scale
             ),
             {"attention_decode, bfloat16 cache": wide},
         )
