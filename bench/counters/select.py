@@ -184,7 +184,7 @@ def indexer_cases() -> Iterator[CounterCase]:
     yield _indexer("a step over 16384 keys", 1, 16384, 2048)
     yield _indexer("a step over 4096 keys", 1, 4096, 512, dtype=torch.float32)
     yield _indexer("a step over 16384 keys, 8 heads", 1, 16384, 2048, 8)
-    yield _indexer("a step over 16384 float8 keys", 1, 16384, 2048, float8=True)
+    yield _indexer("a step over 131072 float8 keys", 1, 131072, 2048, float8=True)
     yield _indexer("64 queries, 2048 keys", 64, 2048, 256)
     yield _indexer("256 queries, 8192 keys", 256, 8192, 256)
 
