@@ -3,6 +3,8 @@
 // (FlushDenormals) changes no result.
 //
 //   load_float8    kWidth codes as floats, exact
+//   load_codes     2 kWidth finite codes as floats, times kCodeUnit, in half of the time
+//   NanCodes       finds what load_codes takes for 480
 //   store_float8   kWidth floats rounded to nearest even, saturated at +-448; NaN becomes 0x7f
 #pragma once
 #include "cpu/simd.h"
@@ -23,6 +25,56 @@ TM_INLINE vf load_float8(const uint8_t* p) {
   const float8_words bits = magnitude < 8 ? small : normal;
   return (vf)((magnitude == 0x7f ? float8_words{} + 0x7fc00000 : bits) | sign);
 }
+
+// A code moved up by 7 bits is a float16 with 2^-8 times its value, subnormal ones too; the
+// conversion of float16 ignores the float mode.
+constexpr float kCodeUnit = 0x1p-8f;
+TM_INLINE void load_codes(const uint8_t* p, vf& low, vf& high) {
+#if defined(__AVX512F__)
+  const __m512i codes =
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i sign_extended = _mm512_slli_epi16(codes, 7);
+  const __m512i halves = _mm512_and_si512(sign_extended, _mm512_set1_epi16(-0x4001));
+  low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+  high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+#elif defined(__AVX2__)
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i sign_extended = _mm256_slli_epi16(codes, 7);
+  const __m256i halves = _mm256_and_si256(sign_extended, _mm256_set1_epi16(-0x4001));
+  low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+#else
+  low = load_float8(p) * set(kCodeUnit);
+  high = load_float8(p + kWidth) * set(kCodeUnit);
+#endif
+}
+
+// Whether there is a NaN among codes, 4 kWidth at a time: adding 1 flips the sign of those alone.
+class NanCodes {
+ public:
+  static constexpr int kCount = sizeof(vf);
+  TM_INLINE void add(const uint8_t* p) {
+    Codes codes;
+    std::memcpy(&codes, p, sizeof codes);
+    flipped_ |= (codes + 1) ^ codes;
+  }
+  TM_INLINE bool any() const {
+#if defined(__AVX512F__)
+    return _mm512_movepi8_mask((__m512i)flipped_) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)flipped_) != 0;
+#else
+    uint64_t halves[2];
+    std::memcpy(halves, &flipped_, sizeof halves);
+    return ((halves[0] | halves[1]) & 0x8080808080808080u) != 0;
+#endif
+  }
+
+ private:
+  typedef uint8_t Codes __attribute__((vector_size(sizeof(vf))));
+  Codes flipped_ = {};
+};
+TM_INLINE bool is_nan_code(uint8_t code) { return (code & 0x7f) == 0x7f; }
 
 // The low byte of each word.
 TM_INLINE void store_low_bytes(uint8_t* p, float8_words words) {
@@ -70,5 +122,16 @@ struct Elements<DType::float8_e4m3fn> {
     for (int64_t l = 0; l < n; ++l) static_cast<uint8_t*>(p)[i + l] = lane[l];
   }
 };
+
+// A row of `length` elements of any type as floats times `factor`, zero-filled to `width`.
+__attribute__((noinline)) inline void widen_row(const void* from, DType type, int64_t length,
+                                                float factor, float* to, int64_t width) {
+  const vf f = set(factor);
+  const auto widen = [&](auto e) TM_LAMBDA {
+    for (int64_t i = 0; i < width; i += kWidth) store(to + i, e.load_n(from, i, length - i) * f);
+  };
+  type == DType::float8_e4m3fn ? widen(Elements<DType::float8_e4m3fn>())
+                               : visit_elements(type, widen);
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,5 +1,5 @@
 #include "dense/attention/cpu_mask.h"
-#include "dense/attention_decode/cpu_engine.h"
+#include "dense/attention_decode/cpu_decode.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
@@ -10,7 +10,7 @@ class DenseKeys {
  public:
   using Op = Products;
   static constexpr DType kType = kElementType, kTurned = kElementType;
-  static constexpr bool kTurns = false;
+  static constexpr bool kTurns = false, kChunks = true;
   using Params = DecodeParams;
   using Row = KeyRange;
   // Ids of the keys of a mask that has any, and their hull.
@@ -21,7 +21,7 @@ class DenseKeys {
   struct Placed {
     const char *const *k, *const *v;
     int64_t k_offset, v_offset;
-    static constexpr bool turned = false;
+    static constexpr bool turned = false, widened = false;
   };
 
   static int64_t requests(const Params& d) { return d.num_requests; }
@@ -32,13 +32,21 @@ class DenseKeys {
   static Row row(const Params& d, int64_t b, int64_t) {
     return KeyRange::of(decode_band(d.attention, d.queries, d.cache.length(b)));
   }
+  // What `count` queries from `first` on see, as far as they exist.
+  static Row row_of_chunk(const Params& d, int64_t b, int64_t first, int64_t count) {
+    const Band band = decode_band(d.attention, d.queries, d.cache.length(b));
+    const int64_t behind = first + count < d.queries ? first + count : d.queries;
+    const int64_t begin = band.begin(first), end = band.end(behind - 1);
+    return {begin, begin < end ? end : begin};
+  }
   static KeyRange range(const Row& row) { return row; }
   template <int kRows>
   static int64_t kept(const Params&, const Row&, int64_t) {
     return 0;
   }
 
-  explicit DenseKeys(const Params& d) : d_(d) {}
+  explicit DenseKeys(const Params& d)
+      : d_(d), element_(element_bytes(d.cache.dtype)), scaled_(has_scales(d.cache)) {}
 
   void begin(int64_t b, int64_t head, const Row&, float*) {
     const AttentionParams& p = d_.attention;
@@ -60,10 +68,13 @@ class DenseKeys {
     for (int64_t i = 0; i < kStep; ++i) {
       const KvCache::Slot at = d_.cache.slot(b_, key0 + i < last ? key0 + i : last);
       const auto row = [&](const Rows& rows) {
-        return static_cast<const char*>(rows.data) + KvCache::offset(rows, at, head_) * kElement;
+        return static_cast<const char*>(rows.data) + KvCache::offset(rows, at, head_) * element_;
       };
       to.k[i] = row(d_.cache.k);
       to.v[i] = row(d_.cache.v);
+      if (!scaled_) continue;
+      to.k_scale[i] = scale_of(d_.cache.k_scale, at, head_);
+      to.v_scale[i] = scale_of(d_.cache.v_scale, at, head_);
     }
     if (!d_.attention.mask.q_spans) return;
     const HeadMask mask = mask_of_head(0);
@@ -80,9 +91,9 @@ class DenseKeys {
                                                            end_of(range, key0)) == Seen::none;
   }
 
-  QueryRow query(const void* row, int64_t) const { return {row, kType}; }
+  QueryRow query(const void* row, int64_t) const { return {row, d_.attention.dtype}; }
   Placed place(const Step& step, int64_t own) const {
-    return {step.k, step.v, own * d_.cache.k.head * kElement, own * d_.cache.v.head * kElement};
+    return {step.k, step.v, own * d_.cache.k.head * element_, own * d_.cache.v.head * element_};
   }
   static bool general(const Step&) { return false; }
   template <int kRows>
@@ -133,8 +144,6 @@ class DenseKeys {
   static void count(const RowBlock<kRows>*, int64_t, int64_t) {}
 
  private:
-  static constexpr int64_t kElement = kElementBytes<kType>;
-
   HeadMask mask_of_head(int64_t head) const {
     return HeadMask(d_.attention.mask, b_, head, q_start_, 0);
   }
@@ -189,6 +198,8 @@ class DenseKeys {
   }
 
   const Params& d_;
+  const int64_t element_;  // bytes, of the cache
+  const bool scaled_;
   int64_t b_ = 0, head_ = 0, q_start_ = 0;
   Band band_{};
   QueryHull queries_;  // of all rows of the unit

@@ -21,11 +21,11 @@
 //   visible            how many keys a query of a head sees, where "count" divides by that
 //   keep, count        weights of a step; what becomes of them once rows are normalised
 #pragma once
-#include "cpu/parallel.h"
 #include "dense/attention/cpu_epilogue.h"
 #include "dense/attention/cpu_kinds.h"
+#include "dense/attention_decode/cpu_codes.h"
 #include "dense/attention_decode/cpu_plan.h"
-#include "dense/attention_decode/cpu_rows.h"
+#include "dense/attention_decode/cpu_tiles.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
@@ -33,59 +33,37 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int64_t kRun = 8;
 // Weights may exceed 1 by this power of two before row_max of a softmax row moves.
 constexpr float kHeadroom = 8;
-constexpr int64_t kSerialBytes = 1 << 17;  // what one thread reads in the time of a parallel region
 
-// A row of queries, of elements that the products take.
-struct QueryRow {
-  const void* elements;
-  DType type;
-};
-
-// kRows rows of one head of a unit, spread over the lanes of a vector of scores.
-template <int kRows>
-struct RowBlock {
-  int64_t query[kRows], head[kRows];
-  bool uneven;  // its queries see different keys of the step, or not all that were read
-  alignas(64) float slope[kWidth], constant[kWidth];
-  alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
-};
-
-// f(r) in the lanes of row r.
-template <int kRows, typename F>
-TM_INLINE vf lanes_of(const F& f) {
-  alignas(64) float x[kWidth];
-  for (int r = 0; r < kRows; ++r)
-    for (int k = 0; k < kKeys<kRows>; ++k) x[r * kKeys<kRows> + k] = f(r);
-  return load(x);
-}
-// f(k) in the lanes of key k.
-template <int kRows, typename F>
-TM_INLINE vf lanes_of_keys(const F& f) {
-  alignas(64) float x[kWidth];
-  for (int l = 0; l < kWidth; ++l) x[l] = f(l % kKeys<kRows>);
-  return load(x);
-}
-
-template <class Keys, int kRows>
+// kTiles: blocks of kWidth rows, and products of cpu_tiles.h, which take a cache of any type.
+template <class Keys, int kRows, bool kTiles>
 class DecodeWorker {
  public:
   using Op = typename Keys::Op;
   static constexpr DType kType = Keys::kType;
 
-  explicit DecodeWorker(const DecodePlan<Keys, kRows>& plan)
+  explicit DecodeWorker(const DecodePlan<Keys, kRows, kTiles>& plan)
       : plan_(plan),
         p_(plan.p),
         kind_(exponent_of(plan.p)),
         blocks_(plan.heads * plan.head_blocks),
         ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
+        element_(element_bytes(plan.d.cache.dtype)),
+        row_element_(element_bytes(p_.dtype)),
+        scaled_(has_scales(plan.d.cache)),
+        words_(plan.d.cache, p_.head_dim, p_.value_dim),
         workspace_(blocks_ * (kRows * (ldq_ + plan.ldo + kStep) + kBlockFloats) +
-                   plan.partial_size() + 5 * 16),
+                   plan.partial_size() + 2 * plan.heads * kStep +
+                   (kTiles ? words_.size() + ldq_ : 0) + 9 * 16),
         keys_(plan.d) {
     q_ = workspace_.take(blocks_ * kRows * ldq_);
     out_ = workspace_.take(blocks_ * kRows * plan.ldo);
     own_ = workspace_.take(plan.partial_size());
     weights_ = workspace_.take(blocks_ * kStep * kRows);
     block_ = reinterpret_cast<RowBlock<kRows>*>(workspace_.take(blocks_ * kBlockFloats));
+    scales_ = workspace_.take(2 * plan.heads * kStep);
+    if constexpr (!kTiles) return;
+    words_.place(workspace_.take(words_.size()));
+    row_ = workspace_.take(ldq_);
   }
 
   void run(int64_t item) {
@@ -102,8 +80,10 @@ class DecodeWorker {
  private:
   static constexpr int kCount = kKeys<kRows>;
   static constexpr int64_t kBlockFloats = ceil_div(sizeof(RowBlock<kRows>), 64) * 16;
-  static constexpr int64_t kElement = kElementBytes<kType>;
-  static constexpr int kDegree = kType == DType::float32 ? 5 : 3;  // of exp2
+  static_assert(!kTiles || kRows == kWidth);
+  static constexpr bool kCodes = kType == DType::float8_e4m3fn;
+  static constexpr bool kCoarse = kType == DType::float16 || kType == DType::bfloat16;
+  static constexpr int kDegree = kCoarse ? 3 : 5;  // of exp2
   using Step = typename Keys::Step;
 
   void find(int64_t item) {
@@ -116,6 +96,7 @@ class DecodeWorker {
     b_ = plan_.request(unit_);
     q_start_ = p_.cu_seqlens_q ? p_.cu_seqlens_q[b_] : 0;
     first_head_ = unit_ % plan_.head_groups * plan_.heads;
+    first_query_ = plan_.first_query(unit_);
     const auto& unit = plan_.unit[unit_];
     const KeyRange all = plan_.range_of(unit_);
     const int64_t steps = all.steps(kStep);
@@ -131,11 +112,11 @@ class DecodeWorker {
     int64_t i, h;
   };
   Query query_of(int64_t own, int64_t r) const {
-    return {r / plan_.group, (first_head_ + own) * plan_.group + r % plan_.group};
+    return {first_query_ + r / plan_.group, (first_head_ + own) * plan_.group + r % plan_.group};
   }
   char* row_at(const Rows& rows, Query at) const {
     return static_cast<char*>(rows.data) +
-           (b_ * rows.batch + (q_start_ + at.i) * rows.seq + at.h * rows.head) * kElement;
+           (b_ * rows.batch + (q_start_ + at.i) * rows.seq + at.h * rows.head) * row_element_;
   }
 
   // The constant of a head, of which softmax weights do not see the finite part.
@@ -158,10 +139,13 @@ class DecodeWorker {
       for (int r = 0; r < kRows; ++r) {
         // Rows that do not exist repeat the last one.
         const int64_t row = n % plan_.head_blocks * kRows + r;
-        const auto [i, head] =
+        const auto [at, head] =
             query_of(n / plan_.head_blocks, row < plan_.rows ? row : plan_.rows - 1);
+        const int64_t last = Keys::queries(plan_.d) - 1, i = at < last ? at : last;
         const auto [from, type] = keys_.query(row_at(p_.q, {i, head}), i);
-        pack_rows<Op>(from, type, 0, 1, 1, p_.head_dim, 1.f, q_ + (n * kRows + r) * ldq_, ldq_);
+        float* const words = kTiles ? row_ : q_ + (n * kRows + r) * ldq_;
+        pack_rows<Op>(from, type, 0, 1, 1, p_.head_dim, 1.f, words, ldq_);
+        for (int64_t w = 0; kTiles && w < ldq_; ++w) q_[(n * ldq_ + w) * kRows + r] = words[w];
         block.query[r] = i;
         block.head[r] = head;
         const float slope = p_.alibi_slopes ? p_.alibi_slopes[b_ * p_.alibi_batch + head] : 0;
@@ -175,7 +159,6 @@ class DecodeWorker {
       for (int l = 0; l < kWidth; ++l)
         block.row_max[l] = block.sums[l] = 0, block.raise_above[l] = -kInf;
     }
-
     for (int64_t i = 0; i < blocks_ * kRows * plan_.ldo; i += kWidth) store(out_ + i, zero());
   }
 
@@ -205,25 +188,81 @@ class DecodeWorker {
   void add_step(const Step& step, int64_t key0, int64_t count, const Step* next) {
     const KvCache& cache = plan_.d.cache;
     const int64_t vectors = ceil_div(count, 2 * kCount) * 2, keys = round_up(count, Op::kPair);
-    for (int64_t own = 0; own < plan_.heads; ++own) placed_[own] = keys_.place(step, own);
-    for (int64_t j = 0; j < vectors; ++j)
-      for (int64_t own = 0; own < plan_.heads; ++own) {
-        if (next) ask_for(next->k + j * kCount, kCount, own * cache.k.head, p_.head_dim);
-        multiply_head(step, own, j);
-      }
-    for (int64_t n = 0; n < blocks_; ++n) weigh(n, step, key0, vectors);
-    const int64_t run = plan_.heads > 1 ? kRun : kStep;
-    for (int64_t key = 0; key < keys; key += run)
-      for (int64_t own = 0; own < plan_.heads; ++own) {
-        if (next) ask_for(next->v + key, run, own * cache.v.head, p_.value_dim);
-        add_values(own, key, keys - key < run ? keys - key : run);
-      }
+    for (int64_t own = 0; own < plan_.heads; ++own) {
+      placed_[own] = keys_.place(step, own);
+      if (scaled_) load_scales(step, own);
+    }
+    if constexpr (kTiles) {
+      for (int64_t own = 0; own < plan_.heads; ++own) add_tiles(step, own, key0, count, next);
+    } else {
+      for (int64_t j = 0; j < vectors; ++j)
+        for (int64_t own = 0; own < plan_.heads; ++own) {
+          if (next) ask_for(next->k + j * kCount, kCount, own * cache.k.head, p_.head_dim);
+          multiply_head(step, own, j);
+        }
+      for (int64_t n = 0; n < blocks_; ++n) weigh(n, step, key0, vectors);
+      const int64_t run = plan_.heads > 1 ? kRun : kStep;
+      for (int64_t key = 0; key < keys; key += run)
+        for (int64_t own = 0; own < plan_.heads; ++own) {
+          if (next) ask_for(next->v + key, run, own * cache.v.head, p_.value_dim);
+          add_values(own, key, keys - key < run ? keys - key : run);
+        }
+    }
   }
 
-  static void ask_for(const char* const* rows, int64_t count, int64_t column, int64_t columns) {
+  int64_t element() const { return kTiles ? element_ : element_bytes(kType); }
+  void ask_for(const char* const* rows, int64_t count, int64_t column, int64_t columns) const {
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t at = 0; at < columns * kElement; at += 64)
-        __builtin_prefetch(rows[i] + column * kElement + at, 0, 2);
+      for (int64_t at = 0; at < columns * element(); at += 64)
+        __builtin_prefetch(rows[i] + column * element() + at, 0, 2);
+  }
+
+  // Null if the cache has none.
+  float* key_scales(int64_t own) const { return scaled_ ? scales_ + 2 * own * kStep : nullptr; }
+  float* value_scales(int64_t own) const { return key_scales(own) + (scaled_ ? kStep : 0); }
+  void load_scales(const Step& step, int64_t own) {
+    const KvCache& cache = plan_.d.cache;
+    const auto scale = [own](const float* first, int64_t head) {
+      return first == &kUnscaled ? kUnscaled : first[own * head];
+    };
+    for (int64_t i = 0; i < kStep; ++i) {
+      key_scales(own)[i] = scale(step.k_scale[i], cache.k_scale.head);
+      value_scales(own)[i] = scale(step.v_scale[i], cache.v_scale.head);
+    }
+  }
+
+  // A step of one head with the products of cpu_tiles.h.
+  void add_tiles(const Step& step, int64_t own, int64_t key0, int64_t count, const Step* next) {
+    const KvCache& cache = plan_.d.cache;
+    const typename Keys::Placed& placed = placed_[own];
+    const int64_t keys = round_up(count, kTileHeight), vectors = round_up(count, 2);
+    const int64_t first = own * plan_.head_blocks, blocks = plan_.head_blocks;
+    if constexpr (Keys::kTurns)
+      if (placed.turned) keys_.turn(step, own, 0, keys);
+    words_.load_keys(placed, key_scales(own), keys, placed.turned ? Keys::kTurned : cache.dtype);
+    RowsAhead ahead;
+    if (next) ahead = {next->k, own * cache.k.head * element_, p_.head_dim * element_};
+    multiply_key_tiles<Op>(words_.keys(), words_.ld(), keys, words_of<Op>(p_.head_dim),
+                           q_ + first * kRows * ldq_, kRows * ldq_, blocks,
+                           weights_ + first * kStep * kRows, kStep * kRows, ahead);
+    for (int64_t n = first; n < first + blocks; ++n) weigh(n, step, key0, vectors);
+    const bool shared = words_.shared() && !placed.turned && !placed.widened;
+    if (!shared)
+      words_.load_values(placed, value_scales(own), vectors,
+                         placed.widened ? DType::float32 : cache.dtype);
+    const float* const values = shared ? words_.keys() : words_.values();
+    ahead = {};
+    if (next && !shared) ahead = {next->v, own * cache.v.head * element_, p_.value_dim * element_};
+    constexpr int64_t kColumns = kTileColumns * kWidth;
+    const int64_t lines = ceil_div(ahead.left(), plan_.ldo / kColumns * blocks);
+    for (int64_t column = 0; column < plan_.ldo; column += kColumns)
+      for (int64_t n = first; n < first + blocks; ++n) {
+        ahead.ask(lines);
+        for (int64_t r = 0; r < kRows; r += kTileHeight)
+          multiply_value_tile<Op>(weights_ + n * kStep * kRows + r, values + column, words_.ld(),
+                                  vectors / Op::kPair, block_[n].uneven,
+                                  out_ + (n * kRows + r) * plan_.ldo + column, plan_.ldo);
+      }
   }
 
   // The scores of kCount keys.
@@ -237,6 +276,8 @@ class DecodeWorker {
       float* to = weights_ + n * kStep * kRows + j * kWidth;
       if (Keys::kTurns && placed.turned)
         store(to, multiply_keys<Op, Keys::kTurned, kRows>(q, ldq_, k, 0, p_.head_dim));
+      else if constexpr (kCodes)
+        store(to, multiply_key_codes<kRows>(q, ldq_, k, placed.k_offset, p_.head_dim));
       else
         store(to, multiply_keys<Op, kType, kRows>(q, ldq_, k, placed.k_offset, p_.head_dim));
     }
@@ -249,7 +290,12 @@ class DecodeWorker {
     vf scores[kStep / kCount];
     for (int64_t j = 0; j < vectors; ++j) scores[j] = load(weights + j * kWidth);
     const bool hides = keys_.template hides<kRows>(block, step, key0, vectors);
-    block.uneven = hides && (block.query[0] != block.query[kRows - 1] || keys_.holes());
+    block.uneven = hides && (kTiles || Keys::queries(plan_.d) > 1 || keys_.holes());
+    if constexpr (kCodes) {
+      const float* const scales = key_scales(n / plan_.head_blocks);
+      for (int64_t j = 0; scaled_ && j < vectors; ++j)
+        scores[j] = scores[j] * by_key<kRows>(scales, j);
+    }
     general_ || keys_.general(step) ? exponents<true>(n, scores, step, key0, vectors, hides)
                                     : exponents<false>(n, scores, step, key0, vectors, hides);
     switch (kind_) {
@@ -263,17 +309,35 @@ class DecodeWorker {
         weigh_logits(n, scores, vectors);
     }
     keys_.keep(key0, n, blocks_, block, scores, vectors);
+    if constexpr (kCodes) {
+      const float* const scales = value_scales(n / plan_.head_blocks);
+      const bool widened = placed_[n / plan_.head_blocks].widened;
+      for (int64_t j = 0; scaled_ && !widened && !block.uneven && j < vectors; ++j)
+        scores[j] = weighted(scores[j], by_key<kRows>(scales, j));
+    }
     for (int64_t j = 0; j < vectors; j += 2)
-      store_weights<Op>(weights, j, scores[j], scores[j + 1]);
+      kTiles ? store_weight_rows<Op>(weights, j, scores[j], scores[j + 1])
+             : store_weights<Op>(weights, j, scores[j], scores[j + 1]);
   }
 
   void add_values(int64_t own, int64_t key, int64_t count) {
     const typename Keys::Placed& placed = placed_[own];
     for (int64_t n = own * plan_.head_blocks; n < (own + 1) * plan_.head_blocks; ++n) {
-      const auto product = block_[n].uneven ? &multiply_values<Op, kType, kRows, true>
-                                            : &multiply_values<Op, kType, kRows, false>;
-      product(weights_ + (n * kStep + key / Op::kPair) * kRows, placed.v + key, placed.v_offset,
-              count, p_.value_dim, out_ + n * kRows * plan_.ldo, plan_.ldo);
+      constexpr DType kRow = kCodes ? DType::float32 : kType;
+      const float* const weights = weights_ + (n * kStep + key / Op::kPair) * kRows;
+      float* const out = out_ + n * kRows * plan_.ldo;
+      if constexpr (kCodes) {
+        if (!placed.widened) {
+          const auto product = block_[n].uneven ? &multiply_value_codes<kRows, true>
+                                                : &multiply_value_codes<kRows, false>;
+          product(weights, value_scales(own) + key, placed.v + key, placed.v_offset, count,
+                  p_.value_dim, out, plan_.ldo);
+          continue;
+        }
+      }
+      const auto product = block_[n].uneven ? &multiply_values<Op, kRow, kRows, true>
+                                            : &multiply_values<Op, kRow, kRows, false>;
+      product(weights, placed.v + key, placed.v_offset, count, p_.value_dim, out, plan_.ldo);
     }
   }
 
@@ -343,7 +407,7 @@ class DecodeWorker {
     const vf one = set(1.f);
     for (int64_t j = 0; j < vectors; ++j) {
       const vf x = one + exp2<kDegree>(scores[j]);
-      scores[j] = kType == DType::float32 ? one / x : reciprocal_approx(x);
+      scores[j] = kCoarse ? reciprocal_approx(x) : one / x;
     }
   }
 
@@ -352,7 +416,7 @@ class DecodeWorker {
     vf sum = zero();
     visit_map(p_.map, [&](auto map) TM_LAMBDA {
       for (int64_t j = 0; j < vectors; ++j) {
-        scores[j] = weight_of<decltype(map)::value, kType != DType::float32>(scores[j]).value;
+        scores[j] = weight_of<decltype(map)::value, kCoarse>(scores[j]).value;
         sum = sum + scores[j];
       }
     });
@@ -367,7 +431,7 @@ class DecodeWorker {
         float sum = 0;
         for (int k = 0; k < kCount; ++k) sum += block.sums[lane + k];
         float* from = out_ + (n * kRows + row % kRows) * plan_.ldo;
-        restore_order<Op>(from, plan_.ldo);
+        if constexpr (!kTiles) restore_order<Op>(from, plan_.ldo);
         for (int64_t c = 0; c < plan_.ldo; c += kWidth) store(to + c, load(from + c));
         to[plan_.ldo] = sum;
         to[plan_.ldo + 1] = block.raise_above[lane] > -kInf ? block.row_max[lane] : -kInf;
@@ -381,6 +445,7 @@ class DecodeWorker {
     for (int64_t row = 0; row < plan_.heads * plan_.rows; ++row, first += plan_.partial_row) {
       const int64_t own = row / plan_.rows, r = row % plan_.rows;
       const auto [i, head] = query_of(own, r);
+      if (i >= Keys::queries(plan_.d)) continue;
       const auto row_max_of = [&](int64_t n) { return first[n * between + plan_.ldo + 1]; };
       float top = -kInf;
       for (int64_t n = 0; n < parts_; ++n) top = row_max_of(n) > top ? row_max_of(n) : top;
@@ -404,7 +469,7 @@ class DecodeWorker {
         scale = {normalizer(p_, sum), sum};
       }
       if (p_.lse) lse_of(p_, p_.lse, b_, q_start_, head)[i] = scale.lse;
-      store_row(out_, scale.factor, row_at(p_.out, {i, head}), kType, p_.value_dim);
+      store_row(out_, scale.factor, row_at(p_.out, {i, head}), p_.dtype, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
       for (int l = r % kRows * kCount; l < (r % kRows + 1) * kCount; ++l)
@@ -413,57 +478,23 @@ class DecodeWorker {
     keys_.template count<kRows>(block_, plan_.heads, plan_.head_blocks);
   }
 
-  const DecodePlan<Keys, kRows>& plan_;
+  const DecodePlan<Keys, kRows, kTiles>& plan_;
   const AttentionParams& p_;
   const Exponent kind_;
   int64_t blocks_, ldq_;
+  const int64_t element_, row_element_;  // bytes, of the cache and of queries
+  const bool scaled_;
+  StepWords<Op> words_;  // of tiles
   cpu::Workspace workspace_;
   float *q_, *out_, *own_, *weights_;
+  float* scales_;  // of keys and values of a step, of each head
+  float* row_;     // of tiles: a query
   RowBlock<kRows>* block_;
   Keys keys_;
   typename Keys::Placed placed_[kMaxHeads];
-  int64_t unit_, b_, q_start_, first_head_, part_, parts_, length_;
+  int64_t unit_, b_, q_start_, first_head_, first_query_, part_, parts_, length_;
   KeyRange range_;
   bool general_ = false;
 };
-
-template <class Keys, int kRows>
-void decode_rows(const typename Keys::Params& d) {
-  const DecodePlan<Keys, kRows> plan(d);
-  const AttentionParams& p = d.attention;
-  int64_t keys = 0;
-  for (int64_t u = 0; u < plan.units(); ++u) keys += plan.range_of(u).end - plan.range_of(u).begin;
-  const int64_t bytes = keys * plan.heads * (p.head_dim + p.value_dim) * kElementBytes<Keys::kType>;
-  const int threads = bytes < kSerialBytes ? 1 : cpu::num_threads();
-  cpu::parallel_items(plan.items(), threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    DecodeWorker<Keys, kRows> worker(plan);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
-  });
-}
-
-template <class Keys>
-void decode(const typename Keys::Params& d) {
-  const int64_t rows = d.attention.heads / Keys::row_heads(d) * Keys::queries(d);
-  if (rows == 1) return decode_rows<Keys, 1>(d);
-  rows == 2 ? decode_rows<Keys, 2>(d) : decode_rows<Keys, 4>(d);
-}
-
-// KeysOf<Op, element type> for the elements at hand.
-template <template <class, DType> class KeysOf, class Params>
-void decode_elements(const Params& d) {
-  switch (d.attention.dtype) {
-    case DType::float16:
-      return decode<KeysOf<Float32, DType::float16>>(d);
-    case DType::bfloat16:
-#if defined(__AVX512BF16__)
-      return decode<KeysOf<BFloat16, DType::bfloat16>>(d);
-#else
-      return decode<KeysOf<Float32, DType::bfloat16>>(d);
-#endif
-    default:
-      return decode<KeysOf<Float32, DType::float32>>(d);
-  }
-}
 
 }  // namespace tokenmill::TOKENMILL_ISA

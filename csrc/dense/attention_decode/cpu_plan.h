@@ -11,9 +11,20 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int64_t kShortRange = 64, kLongRange = 256, kRanges = 16;
 // Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
 constexpr int64_t kMaxHeads = 8;
+// Rows of a head that tiles take together, so that their outputs stay in L2.
+constexpr int64_t kTileRowsTogether = 256;
 
-template <DType kType>
-constexpr int64_t kElementBytes = kType == DType::float32 ? 4 : 2;
+TM_INLINE int64_t element_bytes(DType t) {
+  return t == DType::float32 ? 4 : t == DType::float8_e4m3fn ? 1 : 2;
+}
+
+// Where the scale of a row lies, of which one stands for all that have none.
+constexpr float kUnscaled = 1;
+TM_INLINE const float* scale_of(const CacheScale& scale, KvCache::Slot at, int64_t head) {
+  if (!scale.data) return &kUnscaled;
+  return scale.data + at.page * scale.page + at.row * scale.row + head * scale.head;
+}
+TM_INLINE bool has_scales(const KvCache& cache) { return cache.k_scale.data || cache.v_scale.data; }
 
 // The largest divisor of a number of heads up to kMaxHeads.
 TM_INLINE int64_t heads_together(int64_t all) {
@@ -22,8 +33,8 @@ TM_INLINE int64_t heads_together(int64_t all) {
   return heads;
 }
 
-// What all workers share.
-template <class Keys, int kRows>
+// What all workers share. A unit has all queries of a request, or with tiles a chunk of them.
+template <class Keys, int kRows, bool kTiles>
 struct DecodePlan {
   using Params = typename Keys::Params;
   struct Unit {
@@ -38,7 +49,9 @@ struct DecodePlan {
         heads(Keys::heads(d)),
         head_groups(Keys::row_heads(d) / heads),
         group(p.heads / Keys::row_heads(d)),
-        rows(group * Keys::queries(d)),
+        chunk(queries_together()),
+        chunks(ceil_div(Keys::queries(d), chunk)),
+        rows(group * chunk),
         head_blocks(ceil_div(rows, kRows)),
         ldo(round_up(p.value_dim, 2 * kWidth)),
         partial_row(ldo + 2),
@@ -48,8 +61,9 @@ struct DecodePlan {
         partials(memory.take(partial_floats)),
         kept(memory.take(kept_floats)) {}
 
-  int64_t units() const { return Keys::requests(d) * head_groups; }
-  int64_t request(int64_t u) const { return Keys::request(d, u / head_groups); }
+  int64_t units() const { return Keys::requests(d) * chunks * head_groups; }
+  int64_t request(int64_t u) const { return Keys::request(d, u / (chunks * head_groups)); }
+  int64_t first_query(int64_t u) const { return u / head_groups % chunks * chunk; }
   int64_t items() const { return unit[units()].first_item; }
   KeyRange range_of(int64_t u) const { return Keys::range(unit[u].row); }
   int64_t parts_of(int64_t steps) const {
@@ -66,7 +80,9 @@ struct DecodePlan {
   const Params& d;
   const AttentionParams& p;
   int64_t heads, head_groups;  // of a unit; units of a request
-  int64_t group, rows;         // of one head
+  int64_t group;               // query heads of one head
+  int64_t chunk, chunks;       // queries of a unit; units of these
+  int64_t rows;                // of one head
   int64_t head_blocks;         // RowBlocks of one head
   int64_t ldo, partial_row;
   cpu::Workspace unit_memory;
@@ -77,6 +93,12 @@ struct DecodePlan {
   float* kept;
 
  private:
+  int64_t queries_together() const {
+    const int64_t queries = Keys::queries(d);
+    if (!kTiles || !Keys::kChunks || queries * group <= kTileRowsTogether) return queries;
+    return group < kTileRowsTogether ? kTileRowsTogether / group : 1;
+  }
+
   // Returns the floats that partials and what is kept take; partials are needed only where a unit
   // has several ranges.
   int64_t describe_units() {
@@ -84,6 +106,8 @@ struct DecodePlan {
     bool any = false;
     for (int64_t u = 0; u < units(); ++u) {
       unit[u].row = Keys::row(d, request(u), u % head_groups * heads);
+      if constexpr (Keys::kChunks)
+        if (chunks > 1) unit[u].row = Keys::row_of_chunk(d, request(u), first_query(u), chunk);
       unit[u].first_item = items;
       unit[u].kept = kept_floats;
       unit[u].arrived = 0;

@@ -12,10 +12,62 @@ constexpr int kStep = 32;  // keys
 template <int kRows>
 constexpr int kKeys = kWidth / kRows;
 
-// Where the rows of one step lie; those behind its last key repeat it.
+// Where the rows of one step lie; those behind its last key repeat it. Of a cache with scales:
+// where those of the first head lie.
 struct StepRows {
   const char *k[kStep], *v[kStep];
+  const float *k_scale[kStep], *v_scale[kStep];
 };
+
+// A row of queries, of elements that the products take.
+struct QueryRow {
+  const void* elements;
+  DType type;
+};
+
+// kRows rows of one head of a unit, spread over the lanes of a vector of scores.
+template <int kRows>
+struct RowBlock {
+  int64_t query[kRows], head[kRows];
+  bool uneven;  // some of its queries may not see all keys that were read of the step
+  alignas(64) float slope[kWidth], constant[kWidth];
+  alignas(64) float row_max[kWidth], raise_above[kWidth], sums[kWidth];
+};
+
+// f(r) in the lanes of row r.
+template <int kRows, typename F>
+TM_INLINE vf lanes_of(const F& f) {
+  alignas(64) float x[kWidth];
+  for (int r = 0; r < kRows; ++r)
+    for (int k = 0; k < kKeys<kRows>; ++k) x[r * kKeys<kRows> + k] = f(r);
+  return load(x);
+}
+// f(k) in the lanes of key k.
+template <int kRows, typename F>
+TM_INLINE vf lanes_of_keys(const F& f) {
+  alignas(64) float x[kWidth];
+  for (int l = 0; l < kWidth; ++l) x[l] = f(l % kKeys<kRows>);
+  return load(x);
+}
+// x[k] in the lanes of key k of vector j of a step.
+template <int kRows>
+TM_INLINE vf by_key(const float* x, int64_t j) {
+  constexpr int kCount = kKeys<kRows>;
+  if constexpr (kRows == 1) {
+    return load(x + j * kWidth);
+  } else if constexpr (kCount == 1) {
+    return set(x[j]);
+#if defined(__AVX512F__)
+  } else if constexpr (kCount == 4) {
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(x + j * kCount));
+#endif
+  } else {
+    alignas(64) float lane[kWidth];
+    for (int r = 0; r < kRows; ++r)
+      std::memcpy(lane + r * kCount, x + j * kCount, kCount * sizeof(float));
+    return load(lane);
+  }
+}
 
 // A row of keys as words of Op, of which `words` exist.
 template <class Op, DType kType>

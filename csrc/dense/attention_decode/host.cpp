@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <vector>
 
@@ -19,7 +20,8 @@ constexpr int64_t kFewRows = 64;
 // What a request gets depends on its own number of queries alone.
 void run_on_cpu(DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  const int64_t few = kFewRows / (p.heads / p.kv_heads);
+  const bool packs = d.cache.dtype == p.dtype && std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
+  const int64_t few = packs ? kFewRows / (p.heads / p.kv_heads) : p.seqlen_q;
   if (!p.cu_seqlens_q) {
     d.num_requests = p.batch;
     d.queries = p.seqlen_q;
@@ -44,8 +46,6 @@ void run(DecodeParams& d, const View& q, const View& k, const View& v) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, d, d.workspace);
 #endif
-  check_kernels_read(kOp, "k_cache", k);
-  check_kernels_read(kOp, "v_cache", v);
   run_on_cpu(d);
 }
 

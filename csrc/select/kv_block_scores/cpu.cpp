@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/float8.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
@@ -52,18 +53,22 @@ class Scorer {
         halves(p.boxes ? 2 : 1),
         words(words_of<Op>(p.head_dim)),
         ldq(round_up(words, kWidth)),
-        element_size(p.dtype == DType::float32 ? 4 : 2),
+        codes(p.k_dtype == DType::float8_e4m3fn),
+        query_size(p.dtype == DType::float32 ? 4 : 2),
+        key_size(codes ? 1 : query_size),
         few(std::min(columns, plan.sets * plan.set) <= kFewColumns),
         block_ld(round_up(std::min(plan.panel_blocks, p.blocks), kWidth)),
         memory(halves * (p.kv_heads * columns * ldq + words * kPanel + kPanel * row_floats()) +
                columns * (p.kv_heads * (block_ld + (few ? kPanel : 0)) + kPanel + 2) +
-               4 * row_floats() + 7 * kPanel + 16 * 16) {
+               4 * row_floats() + 10 * kPanel + 18 * 16) {
     queries = memory.take(halves * p.kv_heads * columns * ldq);
     keys = memory.take(halves * words * kPanel);
     gathered = reinterpret_cast<char*>(memory.take(halves * kPanel * row_floats()));
     products = memory.take(columns * kPanel * (few ? p.kv_heads : 1));
     blocks = memory.take(p.kv_heads * columns * block_ld);
     offsets = reinterpret_cast<int64_t*>(memory.take(2 * kPanel));
+    scale_offsets = reinterpret_cast<int64_t*>(memory.take(2 * kPanel));
+    key_scales = memory.take(kPanel);
     ends = reinterpret_cast<int64_t*>(memory.take(2 * columns));
     for (float*& row : rows) row = memory.take(row_floats());
     hidden = memory.take(kPanel);
@@ -84,7 +89,7 @@ class Scorer {
   int64_t row_floats() const { return p.head_dim + kWidth; }
   const char* query_row(int64_t h, int64_t i) const {
     return static_cast<const char*>(p.q.data) +
-           (b * p.q.batch + i * p.q.seq + h * p.q.head) * element_size;
+           (b * p.q.batch + i * p.q.seq + h * p.q.head) * query_size;
   }
 
   // The columns of a part as words, and where their queries see keys.
@@ -162,6 +167,7 @@ class Scorer {
       if (few) multiply_few();
       for (int64_t h = 0; h < p.kv_heads; ++h) {
         if (p.boxes) find_empty_boxes(h);
+        if (p.k_scale.data) load_scales(h);
         if (!few) {
           transpose_keys(h);
           multiply_many(h);
@@ -186,13 +192,26 @@ class Scorer {
     for (int64_t i = 0, page = row; i < seen; ++i) {
       if (row + i == run.end) run = key_run(p.k, b, page = row + i);
       offsets[i] = run.offset + (row + i - page) * p.k.seq;
+      if (p.k_scale.data) scale_offsets[i] = scale_offset(row + i);
     }
     std::fill(offsets + seen, offsets + panel, offsets[seen - 1]);
+    if (p.k_scale.data)
+      std::fill(scale_offsets + seen, scale_offsets + panel, scale_offsets[seen - 1]);
     whole = key_run(p.k, b, row).end >= row + panel;
   }
   const char* key(int64_t i, int64_t h, int half) const {
     return static_cast<const char*>(p.k.data) +
-           (offsets[i] + h * p.k.head + half * p.k_half) * element_size;
+           (offsets[i] + h * p.k.head + half * p.k_half) * key_size;
+  }
+  // Of the first head's scale of a row, whose page is there.
+  int64_t scale_offset(int64_t row) const {
+    if (!p.k.table) return b * p.k_scale.page + row * p.k_scale.row;
+    const int64_t page = p.k.table[b * p.k.table_stride + row / p.k.page_size];
+    return page * p.k_scale.page + row % p.k.page_size * p.k_scale.row;
+  }
+  void load_scales(int64_t h) {
+    for (int64_t i = 0; i < width; ++i)
+      key_scales[i] = p.k_scale.data[scale_offsets[std::min(i, panel - 1)] + h * p.k_scale.head];
   }
 
   void find_empty_boxes(int64_t h) {
@@ -216,14 +235,20 @@ class Scorer {
     for (int half = 0; half < halves; ++half) {
       const char* from = key(0, h, half);
       int64_t stride = p.k.seq;
-      if (!whole) {
+      if (codes) {
+        stride = row_floats();
+        float* const rows_of_floats = reinterpret_cast<float*>(gathered);
+        for (int64_t i = 0; i < panel; ++i)
+          widen_row(key(i, h, half), p.k_dtype, p.head_dim, 1, rows_of_floats + i * stride,
+                    round_up(p.head_dim, kWidth));
+        from = gathered;
+      } else if (!whole) {
         stride = row_floats();
         for (int64_t i = 0; i < panel; ++i)
-          std::memcpy(gathered + i * stride * element_size, key(i, h, half),
-                      p.head_dim * element_size);
+          std::memcpy(gathered + i * stride * key_size, key(i, h, half), p.head_dim * key_size);
         from = gathered;
       }
-      pack_transposed<Op>(from, p.dtype, stride, panel, p.head_dim, 1,
+      pack_transposed<Op>(from, codes ? DType::float32 : p.dtype, stride, panel, p.head_dim, 1,
                           keys + half * words * kPanel);
     }
   }
@@ -235,10 +260,19 @@ class Scorer {
     if (p.kv_heads * p.head_dim * halves != p.k.seq) return;
     const bool known = i + kAheadRows + count <= panel;
     if (p.k.table && !known) return;
-    const int64_t row_bytes = p.k.seq * element_size, bytes = count * row_bytes / p.kv_heads;
+    const int64_t row_bytes = p.k.seq * key_size, bytes = count * row_bytes / p.kv_heads;
     const char* at = known ? key(i + kAheadRows, 0, 0) : key(i, 0, 0) + kAheadRows * row_bytes;
     at += h * bytes;
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  }
+
+  template <typename Visit>
+  TM_INLINE void visit_keys(const Visit& visit) const {
+    if constexpr (Op::kPair == 1)
+      if (codes)
+        return visit(static_cast<const uint8_t*>(p.k.data),
+                     FloatWords<DType::float8_e4m3fn>{set(1.f)});
+    visit_words<Op>(p.k.data, p.dtype, 1, visit);
   }
 
   // Columns first .. last - 1 of all heads, kCount at a time. A vector of sums for each of kWidth
@@ -246,7 +280,7 @@ class Scorer {
   template <int kCount>
   __attribute__((noinline)) void multiply_rows_of(int64_t first, int64_t last) {
     constexpr int kKeys = kWidth / kCount;
-    visit_words<Op>(p.k.data, p.dtype, 1, [&]<typename T>(const T*, const auto words_at) TM_LAMBDA {
+    visit_keys([&]<typename T>(const T*, const auto words_at) TM_LAMBDA {
       for (int64_t i = 0; i < panel; i += kKeys)
         for (int64_t h = 0; h < p.kv_heads; ++h) {
           prefetch(i, h, kKeys);
@@ -313,6 +347,7 @@ class Scorer {
     const vf scale = set(p.scale), nothing = set(-__builtin_inff());
     for (int64_t i = 0; i < width; i += kWidth) {
       vf x = load(z + i) * scale;
+      if (p.k_scale.data) x = x * load(key_scales + i);
       if (any_hidden) x = select(less(zero(), load(hidden + i)), nothing, x);
       if (from > i || to < i + kWidth) x = select(lanes(from - i, to - i), x, nothing);
       store(z + i, x);
@@ -365,12 +400,15 @@ class Scorer {
 
   const BlockScoreParams& p;
   const ScorePlan plan;
-  int64_t columns, halves, words, ldq, element_size;
-  bool few;  // columns, of all parts
+  int64_t columns, halves, words, ldq;
+  bool codes;                    // of keys
+  int64_t query_size, key_size;  // of elements
+  bool few;                      // columns, of all parts
   int64_t block_ld;
   cpu::Workspace memory;
   float *queries, *keys, *products, *blocks, *rows[4], *hidden, *total;
-  int64_t *ends, *offsets;  // of columns, of the rows of a panel
+  float* key_scales;                        // of a panel
+  int64_t *ends, *offsets, *scale_offsets;  // of columns; of the rows of a panel
   char* gathered;
   int64_t loaded = -1, b = 0, first_set = 0, count = 0, begin = 0, end = 0;
   int64_t panel = 0, width = 0;  // rows of keys; columns of products
@@ -395,7 +433,7 @@ void kv_block_scores(const BlockScoreParams& p) {
   const int64_t products = p.batch * p.heads * p.queries * p.k.rows * p.head_dim;
   const int threads = products < (1 << 16) ? 1 : cpu::num_threads();
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::bfloat16)
+  if (p.k_dtype == DType::bfloat16)
     score<BFloat16>(p, threads);
   else
 #endif

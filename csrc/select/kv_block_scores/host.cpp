@@ -21,7 +21,6 @@ void run(BlockScoreParams& p, const View& q, const View& k) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
-  check_kernels_read(kOp, "k", k);
   cpu::kv_block_scores(p);
 }
 

@@ -1,4 +1,5 @@
-#include "dense/attention_decode/cpu_engine.h"
+#include "cpu/float8.h"
+#include "dense/attention_decode/cpu_decode.h"
 #include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -13,7 +14,7 @@ class ListedKeys {
   static constexpr DType kType = kElementType;
   // What was turned in float32 is rounded to what the products take.
   static constexpr DType kTurned = Op::kPair == 2 ? DType::bfloat16 : DType::float32;
-  static constexpr bool kTurns = true;
+  static constexpr bool kTurns = true, kChunks = false;
   using Params = SparseDecodeParams;
   using Row = KeyRow;
 
@@ -27,7 +28,8 @@ class ListedKeys {
   struct Placed {
     const char *const *k, *const *v;
     int64_t k_offset, v_offset;
-    bool turned;
+    bool turned;   // keys are rows of kTurned that `turn` makes
+    bool widened;  // values are rows of floats, times their scales
   };
 
   static int64_t requests(const Params& d) { return d.attention.batch; }
@@ -48,9 +50,15 @@ class ListedKeys {
   explicit ListedKeys(const Params& d)
       : d_(d),
         p_(d.attention),
+        element_(element_bytes(d.cache.dtype)),
+        extra_element_(element_bytes(p_.dtype)),
+        scaled_(has_scales(d.cache)),
+        mixes_(d.extra > 0 && d.cache.dtype != p_.dtype),
         ldk_(round_up(p_.head_dim, 2 * kWidth)),
+        ldv_(round_up(p_.value_dim, 2 * kWidth)),
         workspace_(round_up(p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim, 16) +
-                   (heads(d) * kStep + 3) * ldk_ + 4 * 16) {
+                   (heads(d) * kStep + 3) * ldk_ + (mixes_ ? heads(d) * kStep * ldv_ : 0) +
+                   5 * 16) {
     const int64_t widest = p_.head_dim > p_.value_dim ? p_.head_dim : p_.value_dim;
     float* zeros = workspace_.take(widest);
     for (int64_t i = 0; i < widest; ++i) zeros[i] = 0;
@@ -58,6 +66,7 @@ class ListedKeys {
     loaded_ = workspace_.take(ldk_);
     moved_ = workspace_.take(ldk_);
     turned_ = reinterpret_cast<char*>(workspace_.take((heads(d) * kStep + 1) * ldk_));
+    if (mixes_) widened_ = workspace_.take(heads(d) * kStep * ldv_);
   }
 
   void begin(int64_t b, int64_t head, const Row& row, float* kept) {
@@ -77,6 +86,7 @@ class ListedKeys {
       to.k[i] = to.v[i] = zeros_;
       to.from[i] = static_cast<float>(p_.seqlen_q);
       to.until[i] = 0;
+      to.k_scale[i] = to.v_scale[i] = &kUnscaled;
       to.turn[i] = to.extra[i] = -1;
       if (t >= range.end) {
         to.all_cached = false;
@@ -97,8 +107,12 @@ class ListedKeys {
       to.from[i] = static_cast<float>(first > 0 ? first : 0);
       to.until[i] = static_cast<float>(last < p_.seqlen_q ? last : p_.seqlen_q);
       to.all_seen &= first <= 0 && last >= p_.seqlen_q;
-      to.k[i] = row_at(d_.cache.k, key.at);
-      to.v[i] = row_at(d_.cache.v, key.at);
+      to.k[i] = row_at(d_.cache.k, key.at, element_);
+      to.v[i] = row_at(d_.cache.v, key.at, element_);
+      if (scaled_) {
+        to.k_scale[i] = scale_of(d_.cache.k_scale, key.at, d_.kv_head(head_));
+        to.v_scale[i] = scale_of(d_.cache.v_scale, key.at, d_.kv_head(head_));
+      }
       if (d_.cos) to.turn[i] = table_row(d_.cache_positions ? t : key.position);
     }
     // Rows lie on pages of their own: their translations are asked for at once.
@@ -118,16 +132,18 @@ class ListedKeys {
 
   static bool skips(const KeyRange&, int64_t) { return false; }
   QueryRow query(const void* row, int64_t i) {
-    if (!d_.cos) return {row, kType};
+    if (!d_.cos) return {row, p_.dtype};
     const int64_t position = row_.length - p_.seqlen_q + i;
     char* to = turned_row(heads(d_), 0);
-    turn_row(row, table_row(d_.cache_positions ? row_.cached - 1 : position), to);
+    turn_row(row, p_.dtype, table_row(d_.cache_positions ? row_.cached - 1 : position), to);
     return {to, kTurned};
   }
 
   Placed place(const Step& step, int64_t own) {
-    Placed to{step.k, step.v, own * d_.cache.k.head * kElement, own * d_.cache.v.head * kElement,
-              d_.cos != nullptr};
+    const bool mixed = mixes_ && !step.all_cached;
+    Placed to{
+        step.k,          step.v, own * d_.cache.k.head * element_, own * d_.cache.v.head * element_,
+        d_.cos || mixed, mixed};
     Rearranged& mine = rearranged_[own];
     if (!step.all_cached) {
       for (int64_t i = 0; i < kStep; ++i) {
@@ -142,7 +158,16 @@ class ListedKeys {
       to.v = mine.v;
       to.k_offset = to.v_offset = 0;
     }
-    if (d_.cos) {
+    if (mixed) {
+      for (int64_t i = 0; i < kStep; ++i) {
+        float* const row = widened_ + (own * kStep + i) * ldv_;
+        const bool cached = step.extra[i] < 0 && step.v_scale[i] != &kUnscaled;
+        const float scale = cached ? step.v_scale[i][own * d_.cache.v_scale.head] : 1;
+        widen_row(mine.v[i], type_of(step, i), p_.value_dim, scale, row, ldv_);
+        mine.v[i] = reinterpret_cast<const char*>(row);
+      }
+    }
+    if (to.turned) {
       for (int64_t i = 0; i < kStep; ++i) {
         mine.unturned[i] = to.k[i] + to.k_offset;
         mine.turned[i] = turned_row(own, i);
@@ -155,7 +180,7 @@ class ListedKeys {
 
   void turn(const Step& step, int64_t own, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i)
-      turn_row(rearranged_[own].unturned[i], step.turn[i], turned_row(own, i));
+      turn_row(rearranged_[own].unturned[i], type_of(step, i), step.turn[i], turned_row(own, i));
   }
 
   bool general(const Step& step) const { return d_.extra_log_count && !step.all_cached; }
@@ -219,8 +244,7 @@ class ListedKeys {
   }
 
  private:
-  static constexpr int64_t kElement = kElementBytes<kType>;
-  static constexpr int64_t kTurnedBytes = kElementBytes<kTurned>;
+  static constexpr int64_t kTurnedBytes = kTurned == DType::float32 ? 4 : 2;
   template <int kRows>
   static constexpr int64_t kKept = kStep * kRows + kWidth;  // of a block and a step
 
@@ -259,19 +283,16 @@ class ListedKeys {
     }
   }
 
-  // x[k] in the lanes of key k of vector j of a step.
-  template <int kRows>
-  static vf by_key(const float* x, int64_t j) {
-    if constexpr (kRows == 1) return load(x + j * kWidth);
-    return lanes_of_keys<kRows>([&](int k) { return x[j * kKeys<kRows> + k]; });
-  }
-
-  const char* row_at(const Rows& rows, KvCache::Slot at) const {
+  const char* row_at(const Rows& rows, KvCache::Slot at, int64_t element) const {
     return static_cast<const char*>(rows.data) +
-           KvCache::offset(rows, at, d_.kv_head(head_)) * kElement;
+           KvCache::offset(rows, at, d_.kv_head(head_)) * element;
   }
   int64_t extra_offset(const Rows& rows, int64_t extra, int64_t own) const {
-    return extra < 0 ? 0 : own * rows.head * kElement;
+    return extra < 0 ? 0 : own * rows.head * extra_element_;
+  }
+  // Of a row of a step; keys that are nowhere are zeros of any type.
+  DType type_of(const Step& step, int64_t i) const {
+    return step.extra[i] < 0 ? d_.cache.dtype : p_.dtype;
   }
   float log_count(int64_t extra, int64_t own) const {
     if (extra < 0 || !d_.extra_log_count) return 0;
@@ -286,19 +307,18 @@ class ListedKeys {
   void find_extra(Step& to, int64_t i, int64_t extra) const {
     to.all_cached = false;
     const KvCache::Slot at{static_cast<int32_t>(b_), static_cast<int32_t>(extra)};
-    to.k[i] = row_at(d_.extra_k, at);
-    to.v[i] = row_at(d_.extra_v, at);
+    to.k[i] = row_at(d_.extra_k, at, extra_element_);
+    to.v[i] = row_at(d_.extra_v, at, extra_element_);
     to.extra[i] = static_cast<int32_t>(extra);
     to.from[i] = 0;
     to.until[i] = static_cast<float>(p_.seqlen_q);
   }
 
   // A row of elements with its pairs of columns turned; `at` < 0: as it is.
-  void turn_row(const void* from, int64_t at, void* to) {
+  void turn_row(const void* from, DType type, int64_t at, void* to) {
     const int64_t dim = p_.head_dim, pairs = d_.pairs;
     float* __restrict x = loaded_, * __restrict y = moved_;
-    for (int64_t c = 0; c < dim; c += kWidth)
-      store(x + c, Elements<kType>::load_n(from, c, dim - c));
+    widen_row(from, type, dim, 1, x, round_up(dim, kWidth));
     const float* result = x;
     if (at >= 0) {
       const float* __restrict cos = d_.cos + at * d_.cos_stride;
@@ -323,11 +343,15 @@ class ListedKeys {
 
   const Params& d_;
   const AttentionParams& p_;
-  int64_t ldk_;
+  const int64_t element_, extra_element_;  // bytes, of the cache and of extra keys
+  const bool scaled_;
+  const bool mixes_;  // extra keys have another type than the cache
+  int64_t ldk_, ldv_;
   cpu::Workspace workspace_;
   const char* zeros_;
   float *loaded_, *moved_;  // rows that are being turned
   char* turned_;            // kStep rows of keys of each head, and one of queries
+  float* widened_;          // kStep rows of values of each head
   Rearranged rearranged_[kMaxHeads];
   int64_t b_ = 0, head_ = 0;
   Row row_{};

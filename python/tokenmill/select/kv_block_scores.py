@@ -23,7 +23,7 @@ from .._check import (
     fail,
 )
 from .._dispatch import call
-from .._kv_cache import check_cache_dtype, check_cache_scale, unread
+from .._kv_cache import check_cache_dtype, check_cache_scale
 from .._library import TorchOp, register
 from .._lowering import scale_or_default
 from ..reference.select import kv_block_scores as reference
@@ -293,10 +293,6 @@ def _plain(q: Tensor, *lowered: Any) -> tuple[Tensor]:
     return reference.kv_block_scores(*arguments)
 
 
-def _unsupported(backend: str, q: Tensor, k: Tensor, *lowered: Any) -> list[str]:
-    return unread(backend, k, (1,), float8="cpu", wide="")
-
-
 def _flops(q: Tensor, k: Tensor, *lowered: Any) -> float:
     return 2.0 * q.shape[1] * q.shape[2] * k.numel() / max(k.shape[2], 1)
 
@@ -322,8 +318,6 @@ SPEC = register_op(
         forward=FORWARD,
         backward=None,
         differentiable=(),
-        unsupported=_unsupported,
-        partial=True,
         sharding=Sharding(
             {
                 "q": "b.h.",
