@@ -50,7 +50,7 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
             why.append(f"the tensors are on {device}")
         if not spec.forward.has_emulated():
             why.append("no native CUDA kernel in this build")
-        return why + spec.unsupported("cuda", *lowered)
+        return why + unsupported(spec, "cuda", lowered)
     else:
         if spec.forward.triton is None:
             why.append("the operator has no Triton kernel")
@@ -58,16 +58,21 @@ def reasons(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
             why.append("Triton is not installed (pip install tokenmill[triton])")
         elif device == "cpu" and not _library.triton_interpreted():
             why.append("the tensors are on cpu (TRITON_INTERPRET=1 runs the kernel's interpreter)")
-    return why + spec.unsupported(backend, *lowered)
+    return why + unsupported(spec, backend, lowered)
+
+
+def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
+    """Why the kernels of a backend do not run a call, wherever its tensors are."""
+    return spec.unsupported(backend, *lowered) if spec.unsupported else []
 
 
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
     """Whether the kernels of a backend run a sample."""
-    if backend == "reference" or not spec.partial:
+    if backend == "reference" or not spec.unsupported:
         return True
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     kernels = "cuda" if backend == "emulated" else backend  # wherever the tensors are
-    return not spec.unsupported(kernels, *spec.lower(*args, **kwargs))
+    return not unsupported(spec, kernels, spec.lower(*args, **kwargs))
 
 
 def choose(
@@ -87,7 +92,7 @@ def choose(
     if not isinstance(backend, str) or backend not in ALL_BACKENDS:
         fail(op, "backend", f"must be one of {', '.join(BACKENDS)} or None", backend)
     if why := reasons(spec, backend, lowered):
-        if spec.partial:  # of a malformed call the rule is named
+        if spec.unsupported:  # of a malformed call the rule is named
             spec.forward.check(*lowered, float64=True)
         raise InputError(
             f"tokenmill.{op}: backend: '{backend}' cannot run this call: {'; '.join(why)}"
@@ -126,7 +131,7 @@ def call(
     """Runs the lowered call on the backend chosen for it; the first result is written into out. Of
     the results the caller uses so many: a plain call makes no others."""
     plain = backend is None and out is None and _asked is None and not compiling()
-    if plain and not (spec.partial and spec.unsupported("cpu", *lowered)):
+    if plain:
         op = spec.forward
         results = op.short(lowered, used) if op.short else NotImplemented
         if results is None:

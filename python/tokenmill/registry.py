@@ -82,8 +82,8 @@ class OpSpec:
     flops counts the operations of a forward call by the lowered list, backward_flops those of its
     backward; None = twice as many. Where tensors are shapes alone (meta and fake ones) they count
     bounds.
-    unsupported(backend, *lowered) lists why a backend cannot run a call, beyond what holds for
-    every operator; partial says that the cpu backend may be one, which a plain call then asks.
+    unsupported(backend, *lowered) lists why CUDA or Triton cannot run a call, beyond what holds for
+    every operator. The cpu backend runs all calls.
     plain is what PyTorch code without care for precision would do in the dtype of the inputs: the
     baseline of the error budget.
     over_cache names the operator that answers calls of the public function with seqlens_k.
@@ -110,8 +110,7 @@ class OpSpec:
     over_cache: str | None = None
     lower_out: Callable[..., torch.Tensor] = field(default=lambda out, *lowered: out)
     logarithms: tuple[int, ...] = ()
-    unsupported: Callable[..., list[str]] = field(default=lambda backend, *lowered: [])
-    partial: bool = False
+    unsupported: Callable[..., list[str]] | None = None
     sharding: Sharding | str | None = None
     written: tuple[str, ...] = ()
 

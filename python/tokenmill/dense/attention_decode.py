@@ -389,7 +389,6 @@ SPEC = register_op(
         differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,
-        partial=True,
         sharding=Sharding(
             {
                 "q k_cache v_cache": "b.h.",

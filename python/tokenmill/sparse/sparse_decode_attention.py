@@ -386,7 +386,6 @@ SPEC = register_op(
         differentiable=(),
         logarithms=(1,),
         unsupported=unsupported,
-        partial=True,
         sharding=Sharding(
             {
                 "q k_cache v_cache extra_k extra_v": "b.h.",
