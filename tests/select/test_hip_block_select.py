@@ -344,6 +344,17 @@ def test_a_request_has_the_lists_that_it_has_alone(form, backend):
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+def test_blocks_of_few_warps_find_what_those_of_many_do(backend):
+    """Lists have many warps each while a multiprocessor has one list."""
+    q, k = torch.randn(1, 1, 160, 4), torch.randn(1, 60, 160, 4)
+    o = {**SMALL, "budget": 16}
+    indices, counts = select(q, k, backend, **o)
+    for few in (slice(0, 3), slice(157, 160)):
+        own = select(q[:, :, few], k[:, :, few], backend, **o)
+        assert torch.equal(own[0], indices[:, few]) and torch.equal(own[1], counts[:, few])
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 @pytest.mark.parametrize("wrong", [(3, 9, 2, 30), (0, 40, 0, 40), (-(2**31), 2**31 - 1, 5, -1)])
 def test_wrong_ends_lead_nowhere_else(wrong, backend):
     q, k = torch.randn(40, 2, 8), torch.randn(60, 1, 8)

@@ -9,12 +9,18 @@ namespace cuda::hip_block_select {
 namespace {
 
 constexpr int kMaxShared = 97 * 1024;  // of a block on every device, beside what is static
-static_assert(kMaxShared + sizeof(HipShared) <= 99 * 1024);
+static_assert(kMaxShared + sizeof(HipShared<kFewWarps * kWarpSize>) <= 99 * 1024);
+// 256 columns of float32, 2048 blocks of a list.
+static_assert(HipShape<1>::shared_bytes(17 * kSliceBytes, 2048) +
+                  sizeof(HipShared<kManyWarps * kWarpSize>) <=
+              99 * 1024);
 
-template <typename T, int kColumnTiles>
+int64_t blocks_of(const HipParams& p) { return p.requests() * p.lists * p.blocks; }
+
+template <typename T, int kColumnTiles, int kWarps>
 const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t stream) {
-  return launch<hip_kernel<T, kColumnTiles>>(
-      p.requests() * p.lists * p.blocks, kHipThreads,
+  return launch<hip_kernel<T, kColumnTiles, kWarps>>(
+      blocks_of(p), kWarps * kWarpSize,
       HipShape<kColumnTiles>::shared_bytes(plan.query_bytes, plan.wanted), stream, p, plan);
 }
 
@@ -37,8 +43,9 @@ const char* launch_search(const HipParams& p, cudaStream_t stream) {
   plan.queries_aligned = is_vectorizable<T>(p.q.data, p.head_dim, p.q.batch, p.q.seq, p.q.head);
   constexpr int kWide = 8;
   if (columns > 8 && HipShape<kWide>::shared_bytes(plan.query_bytes, plan.wanted) <= kMaxShared)
-    return launch_search<T, kWide>(p, plan, stream);
-  return launch_search<T, 1>(p, plan, stream);
+    return launch_search<T, kWide, kFewWarps>(p, plan, stream);
+  return blocks_of(p) <= multiprocessors() ? launch_search<T, 1, kManyWarps>(p, plan, stream)
+                                           : launch_search<T, 1, kFewWarps>(p, plan, stream);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@
 
 namespace tokenmill::cuda::hip_block_select {
 
-constexpr int kHipWarps = 4;
-constexpr int kHipThreads = kHipWarps * kWarpSize;
+// Of a block: few where the device has several blocks for each multiprocessor, else many, so that
+// the keys of as many units are on their way to it.
+constexpr int kFewWarps = 4, kManyWarps = 16;
 constexpr int kHipDigitBits = 8;
 constexpr int kHipBins = 1 << kHipDigitBits;
 
@@ -29,7 +30,7 @@ struct HipShape {
   static constexpr int kColumns = 8 * kColumnTiles;  // queries in shared memory
 
   // Nodes that were kept and their halves have a beginning, an end and a score each.
-  static int shared_bytes(int query_bytes, int wanted) {
+  static constexpr int shared_bytes(int query_bytes, int wanted) {
     return kColumns * (query_bytes + 4) + 3 * wanted * 12 + 2 * wanted * 2;
   }
 };
@@ -44,9 +45,10 @@ struct HipNodes {
   }
 };
 
+template <int kThreads>
 struct HipShared {
-  using Scan = cub::BlockScan<unsigned, kHipThreads>;
-  using MaxScan = cub::BlockScan<int, kHipThreads>;
+  using Scan = cub::BlockScan<unsigned, kThreads>;
+  using MaxScan = cub::BlockScan<int, kThreads>;
 
   union {
     typename Scan::TempStorage sum;
@@ -88,12 +90,14 @@ struct HipKeys {
 };
 
 // One query block: all methods by all threads of a block, which meet at the end of each.
-template <typename T, int kColumnTiles>
+template <typename T, int kColumnTiles, int kWarps>
 class HipSearch {
  public:
   static constexpr int kColumns = HipShape<kColumnTiles>::kColumns;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  using Shared = HipShared<kThreads>;
 
-  __device__ HipSearch(const HipParams& p, const HipPlan& plan, HipShared& shared, void* memory)
+  __device__ HipSearch(const HipParams& p, const HipPlan& plan, Shared& shared, void* memory)
       : p(p), plan(plan), shared(shared), item(blockIdx.x) {
     queries = shared_address(memory);
     ends = reinterpret_cast<int*>(static_cast<char*>(memory) + kColumns * plan.query_bytes);
@@ -120,7 +124,7 @@ class HipSearch {
       count = p.exact ? scan_all() : descend();
     }
     int32_t* const indices = p.indices + item * plan.wanted;
-    for (int i = threadIdx.x; i < plan.wanted; i += kHipThreads)
+    for (int i = threadIdx.x; i < plan.wanted; i += kThreads)
       indices[i] = i >= count ? -1 : whole ? all.begin + i : kept.begin[i];
     if (threadIdx.x == 0) p.counts[item] = count;
   }
@@ -131,7 +135,7 @@ class HipSearch {
     if (p.start) count = list_nodes();
     if (count == 0) {
       const int64_t n = all.end - all.begin;
-      for (int i = threadIdx.x; i < plan.wanted; i += kHipThreads)
+      for (int i = threadIdx.x; i < plan.wanted; i += kThreads)
         kept.set(i,
                  {static_cast<int>(all.begin + n * i / plan.wanted),
                   static_cast<int>(all.begin + n * (i + 1) / plan.wanted)},
@@ -157,9 +161,9 @@ class HipSearch {
 #pragma unroll 1
     for (int first = all.begin; first < all.end; first += plan.wanted) {
       const int more = min(plan.wanted, all.end - first);
-      for (int i = threadIdx.x; i < count; i += kHipThreads)
+      for (int i = threadIdx.x; i < count; i += kThreads)
         halves.set(i, {kept.begin[i], kept.end[i]}, kept.score[i]);
-      for (int i = threadIdx.x; i < more; i += kHipThreads) {
+      for (int i = threadIdx.x; i < more; i += kThreads) {
         halves.set(count + i, {first + i, first + i + 1}, quiet_nan());
         todo[i] = static_cast<uint16_t>(count + i);
       }
@@ -171,7 +175,7 @@ class HipSearch {
   }
 
   // How many of `count` things each thread takes, side by side.
-  __device__ static int share(int count) { return (count + kHipThreads - 1) / kHipThreads; }
+  __device__ static int share(int count) { return (count + kThreads - 1) / kThreads; }
 
   // The nodes of a list. An id begins one if its group comes behind those of all ids before it.
   __device__ int list_nodes() {
@@ -191,7 +195,7 @@ class HipSearch {
     };
     int most = -1, before;
     for (int i = first; i < last; ++i) most = max(most, group_of(i));
-    HipShared::MaxScan(shared.scan.most).ExclusiveScan(most, before, -1, Most());
+    typename Shared::MaxScan(shared.scan.most).ExclusiveScan(most, before, -1, Most());
     __syncthreads();
     unsigned nodes = 0, place, total;
     most = before;
@@ -200,7 +204,7 @@ class HipSearch {
       nodes += group > most;
       most = max(most, group);
     }
-    HipShared::Scan(shared.scan.sum).ExclusiveSum(nodes, place, total);
+    typename Shared::Scan(shared.scan.sum).ExclusiveSum(nodes, place, total);
     for (int i = first; i < last; ++i) {
       const int group = group_of(i);
       if (group > before) kept.set(place++, hip_restart_node(p, all, ids[i]), quiet_nan());
@@ -230,7 +234,7 @@ class HipSearch {
     };
     unsigned sums = 0, before, total;  // halves in the low half, unknown ones in the high one
     visit([&](HipNode, float value) { sums += value == value ? 1u : 0x10001u; });
-    HipShared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
+    typename Shared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
     int to = static_cast<int>(before & 0xffff), place = static_cast<int>(before >> 16);
     visit([&](HipNode part, float value) {
       if (!(value == value)) todo[place++] = static_cast<uint16_t>(to);
@@ -246,7 +250,7 @@ class HipSearch {
   __device__ void load_queries(int first) {
     const int chunks = plan.slices * (kSliceBytes / kChunkBytes);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kColumns * chunks; i += kHipThreads) {
+    for (int i = threadIdx.x; i < kColumns * chunks; i += kThreads) {
       const int c = first + i / chunks, chunk = i % chunks;
       uint32_t words[4] = {};
       if (c < columns && chunk < plan.chunks) {
@@ -257,7 +261,7 @@ class HipSearch {
       }
       store_shared(queries + i / chunks * plan.query_bytes + chunk * kChunkBytes, words);
     }
-    for (int i = threadIdx.x; i < kColumns; i += kHipThreads) {
+    for (int i = threadIdx.x; i < kColumns; i += kThreads) {
       const int64_t until = first + i < columns ? hip_end(p, at, query_of(first + i)) : 0;
       ends[i] = until > 0 ? static_cast<int>(until) : 0;
     }
@@ -275,7 +279,7 @@ class HipSearch {
       if (columns > kColumns) load_queries(first);
       const int tiles = (min(columns - first, kColumns) + 7) / 8;
 #pragma unroll 1
-      for (int unit = threadIdx.x / kWarpSize; unit < units; unit += kHipWarps)
+      for (int unit = threadIdx.x / kWarpSize; unit < units; unit += kWarps)
         score_unit(unit, count, tiles, first == 0);
       __syncthreads();
     }
@@ -353,7 +357,7 @@ class HipSearch {
     const auto key = [&](int i) { return count > plan.wanted ? hip_key(halves.score[i]) : 1u; };
     unsigned sums = 0, before, total;  // above the bar in the low half, equal to it in the high one
     for (int i = first; i < last; ++i) sums += key(i) > bar ? 1u : key(i) == bar ? 0x10000u : 0u;
-    HipShared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
+    typename Shared::Scan(shared.scan.sum).ExclusiveSum(sums, before, total);
     unsigned above = before & 0xffff, equal = before >> 16;
     for (int i = first; i < last; ++i) {
       const unsigned x = key(i);
@@ -369,15 +373,15 @@ class HipSearch {
 
   // The wanted-th key of the halves (shared.prefix), and how many of its equals are wanted.
   __device__ void find_bar(int count) {
-    constexpr int kEach = kHipBins / kHipThreads;
+    constexpr int kEach = (kHipBins + kThreads - 1) / kThreads;
     if (threadIdx.x == 0) shared.prefix = 0, shared.wanted = plan.wanted;
 #pragma unroll 1
     for (int shift = 32 - kHipDigitBits; shift >= 0; shift -= kHipDigitBits) {
-      for (int i = threadIdx.x; i < kHipBins; i += kHipThreads) shared.bins[i] = 0;
+      for (int i = threadIdx.x; i < kHipBins; i += kThreads) shared.bins[i] = 0;
       __syncthreads();
       const unsigned prefix = shared.prefix;
       const unsigned wanted = static_cast<unsigned>(shared.wanted);
-      for (int i = threadIdx.x; i < count; i += kHipThreads) {
+      for (int i = threadIdx.x; i < count; i += kThreads) {
         const unsigned key = hip_key(halves.score[i]) >> shift;
         if (shift + kHipDigitBits == 32 || key >> kHipDigitBits == prefix)
           atomicAdd(&shared.bins[key % kHipBins], 1u);
@@ -386,9 +390,12 @@ class HipSearch {
       // Bins from the highest on.
       unsigned counts[kEach], sum = 0, before;
 #pragma unroll
-      for (int i = 0; i < kEach; ++i)
-        sum += counts[i] = shared.bins[kHipBins - 1 - (threadIdx.x * kEach + i)];
-      HipShared::Scan(shared.scan.sum).ExclusiveSum(sum, before);
+      for (int i = 0; i < kEach; ++i) {
+        const bool has_bin = kThreads <= kHipBins || threadIdx.x < kHipBins;
+        counts[i] = has_bin ? shared.bins[kHipBins - 1 - (threadIdx.x * kEach + i)] : 0;
+        sum += counts[i];
+      }
+      typename Shared::Scan(shared.scan.sum).ExclusiveSum(sum, before);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         if (before < wanted && wanted <= before + counts[i]) {
@@ -403,7 +410,7 @@ class HipSearch {
 
   const HipParams& p;
   const HipPlan& plan;
-  HipShared& shared;
+  Shared& shared;
   uint32_t queries;
   int* ends;  // of columns
   HipNodes kept, halves;
@@ -416,15 +423,17 @@ class HipSearch {
 };
 
 // Of a multiprocessor.
-template <typename T, int kColumnTiles>
-constexpr int kHipBlocks = (kColumnTiles == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
+template <typename T, int kColumnTiles, int kWarps>
+constexpr int kHipBlocks =
+    kWarps == kManyWarps ? 1 : (kColumnTiles == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
 
-template <typename T, int kColumnTiles>
-__global__ void __launch_bounds__(kHipThreads, kHipBlocks<T, kColumnTiles>)
+template <typename T, int kColumnTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kHipBlocks<T, kColumnTiles, kWarps>)
     hip_kernel(const __grid_constant__ HipParams p, const __grid_constant__ HipPlan plan) {
   extern __shared__ uint4 memory[];
-  __shared__ HipShared shared;
-  HipSearch<T, kColumnTiles>(p, plan, shared, memory).run();
+  using Search = HipSearch<T, kColumnTiles, kWarps>;
+  __shared__ typename Search::Shared shared;
+  Search(p, plan, shared, memory).run();
 }
 
 }  // namespace tokenmill::cuda::hip_block_select
