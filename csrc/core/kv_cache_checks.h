@@ -139,15 +139,6 @@ inline KvCache make_cache(const char* op, const View& q, int64_t batch, const Vi
   return cache;
 }
 
-// Behind all rules: what the kernels of a backend do not read.
-inline void check_kernels_read(const char* op, const char* name, const View& cache) {
-  check(is_kernel_dtype(cache.dtype), op, name, "must have the dtype of q on this backend",
-        cache.dtype);
-  check(cache.size(-1) <= kMaxHeadDim, op, name,
-        Rule("must have a head dimension of 1 to ", kMaxHeadDim, " on this backend"),
-        cache.size(-1));
-}
-
 // Lengths and page numbers, behind all rules on metadata and on a CPU alone.
 inline void check_cache_values(const char* op, const View& k, int64_t batch, const KvCache& cache,
                                bool pages_may_lack = false) {

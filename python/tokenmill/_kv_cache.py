@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ._check import (
-    MAX_HEAD_DIM,
     check,
     check_cu_seqlens,
     check_device_of,
@@ -77,18 +76,6 @@ def check_cache_scale(
     wide = torch.promote_types(rows.dtype, torch.float32)
     check(t.dtype in (torch.float32, wide), op, name, "must be float32", t.dtype)
     check_device_of(op, name, t, of, cache)
-
-
-def unread(backend: str, cache: Tensor, dims: tuple[int, ...], float8: str, wide: str) -> list[str]:
-    """What the kernels of a backend do not read of a call: float8 and wide list the backends that
-    lack caches in float8_e4m3fn, and head dimensions above 256."""
-    found = []
-    if backend in float8.split() and cache.dtype == torch.float8_e4m3fn:
-        found.append("it reads caches in the dtype of q alone")
-    widest = max(1, *dims)
-    if backend in wide.split() and widest > MAX_HEAD_DIM:
-        found.append(f"its head dimensions are 1 to {MAX_HEAD_DIM}; got {widest}")
-    return found
 
 
 def check_cache(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._check import (
@@ -141,11 +140,7 @@ def check_sparse_decode_out(*lowered: Any, float64: bool = False) -> None:
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:
     a = Arguments(*lowered)
-    found = []
-    extra = a.extra_k is not None and a.k_cache.dtype == torch.float8_e4m3fn
-    if backend == "cuda" and extra and a.q.dtype == torch.float16:
-        found.append("beside caches in float8_e4m3fn its extra keys are bfloat16 or float32")
     turned = 0 if a.cos is None else 2 * a.cos.shape[-1]
     if backend == "triton" and a.q.shape[-1] > MAX_HEAD_DIM and turned > MAX_HEAD_DIM:
-        found.append(f"of wider keys it turns at most {MAX_HEAD_DIM} columns; got {turned}")
-    return found
+        return [f"of wider keys it turns at most {MAX_HEAD_DIM} columns; got {turned}"]
+    return []
