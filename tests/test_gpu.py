@@ -14,23 +14,24 @@ from test_contract import (
     DTYPES,
     SAMPLES,
     draw,
-    each_sample,
     same_bits,
     tensors,
 )
 
 import tokenmill as tm
+from tokenmill import _dispatch
 from tokenmill.testing import map_tensors
 
 GPU = torch.cuda.is_available()
 BACKEND = next((b for b in ("cuda", "emulated") if b in backends()), None)
 pytestmark = pytest.mark.skipif(BACKEND is None, reason="neither a GPU nor the PTX machine")
 needs_gpu = pytest.mark.skipif(not GPU, reason="the machine has neither graphs nor streams")
-each_packed = pytest.mark.parametrize(
-    ("spec", "sample"),
-    [(spec, sample) for spec, sample in SAMPLES if "cu_seqlens_q" in draw(sample)[1]],
-    ids=lambda x: x.name,
+ABLE = [(o, s) for o, s in SAMPLES if _dispatch.able(o, s, BACKEND or "cuda")]
+PACKED = [(spec, sample) for spec, sample in ABLE if "cu_seqlens_q" in draw(sample)[1]]
+each_sample = pytest.mark.parametrize(
+    ("spec", "sample"), ABLE, ids=[f"{spec.name}-{sample.name}" for spec, sample in ABLE]
 )
+each_packed = pytest.mark.parametrize(("spec", "sample"), PACKED, ids=lambda x: x.name)
 
 
 def placed(sample, dtype=torch.float32, seed=0, backend=BACKEND):

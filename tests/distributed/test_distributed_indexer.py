@@ -98,7 +98,7 @@ def errors_on_a_rank():
 def test_errors_name_argument_rule_and_value(ranks):
     rules = (
         "k: must have 3 dimensions [B, S, D] or [pages, page_size, D]; got 2",
-        "k: must have the dtype of q, float32; got float64",
+        "k: must have the dtype of q, float32, or float8_e4m3fn; got float64",
         "topk: must be 1 to 65536; got 0",
         "sizes: must start each rank at a multiple of block_k, 32; rank 1; got 16",
         "k: must have 15 positions on rank 0 of 2, of 32; got 16",

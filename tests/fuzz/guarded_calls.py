@@ -71,14 +71,14 @@ def make(call: Call, only: str | None) -> None:
     if call.argument:
         given[call.argument] = hostile(given[call.argument], call.values)
     for name in call.target.written:  # once, of a copy
-        if given[name] is not None:
+        if given.get(name) is not None:
             given[name] = given[name].clone()
     with tm.testing.cpu_isa(call.isa), Guard(call.end) as guard:
         placed = guard(given) if only is None else {**given, only: guard(given[only])}
         try:
             call.target.run(placed, None)
-        except RuntimeError as error:
-            if not call.argument and "on this backend" not in str(error):
+        except RuntimeError:
+            if not call.argument:
                 raise
 
 
