@@ -164,7 +164,7 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
         a.forward.block_table.sizes);
   p.forward = make_params(a.forward);
   const AttentionParams& f = p.forward.attention;
-  const bool wants_sink = a.needs_dsink && f.sink;
+  const bool wants_sink = a.needs_dsink && a.forward.sink;
   Array dsink = zeros(wants_sink ? std::vector<int64_t>{f.batch, f.heads} : std::vector<int64_t>{0},
                       q, ScalarType::Float);
   Array delta;
