@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._check import fail
+from ._check import check_like_out, fail
 
 
 def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:
@@ -28,6 +29,14 @@ def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None])
         begin = None if x is None else _address(x)
         if x is not None and begin is not None and _share_memory(t, x, begin - address):
             fail(op, name, f"must not share memory with {other}; strides", t.stride())
+
+
+def check_out(op: str, out: Tensor, shape: tuple[int, ...], arguments: Any) -> None:
+    """The result of a call with these arguments, a record, in the dtype and on the device of q."""
+    given: dict[str, Any] = arguments._asdict()
+    read = {name: t if isinstance(t, Tensor) else None for name, t in given.items()}
+    check_like_out(op, "out", out, shape, arguments.q)
+    check_written(op, "out", out, read)
 
 
 def _address(t: Tensor) -> int | None:

@@ -11,7 +11,6 @@ from .._check import (
     MAX_HEAD_DIM,
     check,
     check_cu_seqlens_values,
-    check_like_out,
     check_longest,
     fail,
 )
@@ -22,18 +21,13 @@ from .._kv_cache import (
     check_lengths_values,
 )
 from .._library import record_of
-from .._written import check_written
+from .._written import check_out
 from ..masks import NO_MASK, Lowered, Mask, Masks, Prefix, Segments, lower_mask
 from .terms import check_kind, check_mask, check_scale, check_terms
 
 OP = "attention_decode"
 MAX_SPLITS = 1024
 Arguments = record_of(OP)
-# Tensors that a call reads.
-READ = [
-    "q", "k_cache", "v_cache", "seqlens_k", "block_table", "score_bias", "mask_ranges",
-    "mask_q_spans", "mask_k_spans", "alibi_slopes", "sink", "cu_seqlens_q", "k_scale", "v_scale",
-]  # fmt: skip
 
 
 def check_decode(*lowered: Any, float64: bool = False) -> None:
@@ -78,9 +72,7 @@ def check_decode_out(*lowered: Any, float64: bool = False) -> None:
     *arguments, out = lowered
     check_decode(*arguments, float64=float64)
     a = Arguments(*arguments)
-    shape = (*a.q.shape[:-1], a.v_cache.shape[-1])
-    check_like_out(OP, "out", out, shape, a.q)
-    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
+    check_out(OP, out, (*a.q.shape[:-1], a.v_cache.shape[-1]), a)
 
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:

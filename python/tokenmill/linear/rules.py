@@ -14,15 +14,16 @@ from .._check import (
     check_cu_seqlens,
     check_device_of_q,
     check_last_contiguous,
-    check_like_out,
     check_qkv,
     fail,
     show,
 )
-from .._written import check_written
+from .._library import record_of
+from .._written import check_out, check_written
 
 LINEAR_ATTENTION = "linear_attention"
 DECODE = "linear_attention_decode"
+Arguments = record_of(LINEAR_ATTENTION)
 FEATURE_MAPS = ("identity", "elu1", "relu", "silu", "taylor2")
 MAX_TAYLOR_HEAD_DIM = 32
 
@@ -66,13 +67,10 @@ def check_linear_attention(
 
 
 def check_linear_attention_out(*lowered: Any, float64: bool = False) -> None:
-    *call, out = lowered
-    check_linear_attention(*call, float64=float64)
-    q, v = call[0], call[2]
-    op, shape = LINEAR_ATTENTION, (*q.shape[:-1], v.shape[-1])
-    check_like_out(op, "out", out, shape, q)
-    names = {"q": 0, "k": 1, "v": 2, "log_decay": 3, "initial_state": 7, "cu_seqlens": 9}
-    check_written(op, "out", out, {name: call[i] for name, i in names.items()})
+    *arguments, out = lowered
+    check_linear_attention(*arguments, float64=float64)
+    a = Arguments(*arguments)
+    check_out(LINEAR_ATTENTION, out, (*a.q.shape[:-1], a.v.shape[-1]), a)
 
 
 def check_decode(
