@@ -1,5 +1,6 @@
 // How the work of a decode is cut up: units, and items, which are ranges of their keys.
 #pragma once
+#include "cpu/element_bytes.h"
 #include "cpu/workspace.h"
 #include "dense/attention_decode/cpu_rows.h"
 #include "dense/attention_decode/params.h"
@@ -13,10 +14,6 @@ constexpr int64_t kShortRange = 64, kLongRange = 256, kRanges = 16;
 constexpr int64_t kMaxHeads = 8;
 // Rows of a head that tiles take together, so that their outputs stay in L2.
 constexpr int64_t kTileRowsTogether = 256;
-
-TM_INLINE int64_t element_bytes(DType t) {
-  return t == DType::float32 ? 4 : t == DType::float8_e4m3fn ? 1 : 2;
-}
 
 // Where the scale of a row lies, of which one stands for all that have none.
 constexpr float kUnscaled = 1;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/element_bytes.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
@@ -85,7 +86,7 @@ class Searcher {
   Searcher(const HipParams& p, int64_t shares)
       : p(p),
         shares(shares),
-        element_size(p.dtype == DType::float32 ? 4 : 2),
+        element_size(element_bytes(p.dtype)),
         words(words_of<Op>(p.head_dim)),
         ldw(round_up(words, kWidth)),
         row_floats(round_up(p.head_dim, 16) + 16),

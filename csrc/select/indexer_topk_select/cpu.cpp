@@ -3,6 +3,7 @@
 // them. A query keeps those above a threshold; when it has too many, the best topk give a new one.
 #include <algorithm>
 
+#include "cpu/element_bytes.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "select/cpu_rows.h"
@@ -119,8 +120,8 @@ class Indexer {
         shared(shared),
         words(words_of<Op>(p.head_dim)),
         ldq(round_up(words, kWidth)),
-        element_size(p.dtype == DType::float32 ? 4 : 2),
-        key_size(p.key_dtype == DType::float8_e4m3fn ? 1 : element_size),
+        element_size(element_bytes(p.dtype)),
+        key_size(element_bytes(p.key_dtype)),
         rows(plan.tile_queries * p.heads),
         memory((rows + kTileRows) * ldq + rows + kWidth + words * kPanel +
                plan.tile_queries * (kPanel + 2 * plan.room + kCandidateFloats + 5) + kPanel +

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cpu/element_bytes.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
@@ -41,7 +42,7 @@ class Matcher {
         lda(round_up(words, kWidth)),
         slice(std::min(words, kSliceWords)),
         whole(words == slice),
-        element_size(p.dtype == DType::float32 ? 4 : 2),
+        element_size(element_bytes(p.dtype)),
         memory(chunk * (lda + 2 * kWidth + 1) + (whole ? kTileRows : chunk) * kPanel +
                kPanel * (slice + 1) + 6 * 16) {
     a = memory.take(chunk * lda);

@@ -1,5 +1,6 @@
 // Bound by memory: the tokens of a sequence are read once and in their order, which the hardware
 // foresees, and each is copied to its place or added to f.
+#include "cpu/element_bytes.h"
 #include "tokens/cpu_rows.h"
 #include "tokens/gather_fuse/params.h"
 
@@ -11,8 +12,6 @@ constexpr int kRowsOfChunk = 64;                     // summed from zero, then a
 // A line so far ahead is fetched, of x and of out, so that the translations of their addresses are
 // there in time.
 constexpr int64_t kTokensAhead = 4, kBytesAhead = 3 * kPageBytes;
-
-int64_t element_bytes(DType t) { return t == DType::float32 ? 4 : 2; }
 
 float sum_of_weights(const GatherFuseParams& p, int64_t b) {
   double sum = 0;
