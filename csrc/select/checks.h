@@ -57,6 +57,34 @@ inline void check_block_table(const char* op, const View& block_table, const Vie
   check_device_of(op, "block_table", t, "k", k);
 }
 
+// The number of requests of queries that are packed or not, over keys that are packed, padded or in
+// pages.
+inline int64_t check_sequences(const char* op, const View& q, const View& k, const View& seqlens_k,
+                               const View& cu_seqlens_q, const View& cu_seqlens_k,
+                               const View& block_table, const View& seqlens_q = {}) {
+  if (cu_seqlens_k && !cu_seqlens_q)
+    fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
+  int64_t batch = q.size(0);
+  if (cu_seqlens_q) {
+    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q);
+    batch = cu_seqlens_q.size(0) - 1;
+    if (seqlens_q) fail(op, "seqlens_q", "must be None with cu_seqlens_q", show(seqlens_q.sizes));
+  }
+  if (cu_seqlens_k) {
+    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q);
+    check(cu_seqlens_k.size(0) == batch + 1, op, "cu_seqlens_k",
+          Rule("must have the length of cu_seqlens_q, ", batch + 1), cu_seqlens_k.size(0));
+    for (auto [name, t] : {std::pair{"seqlens_k", &seqlens_k}, {"block_table", &block_table}})
+      if (*t) fail(op, name, "must be None with cu_seqlens_k", show(t->sizes));
+    return batch;
+  }
+  check_block_table(op, block_table, k);
+  const int64_t found = batch_of(k, block_table);
+  check(found == batch, op, block_table ? "block_table" : "k",
+        Rule("must have the batch size of q, ", batch), found);
+  return batch;
+}
+
 // k [B, S, H, ...] or [pages, page_size, H, ...]
 inline KeyRows key_rows(const View& k, const View& block_table) {
   KeyRows rows{k.data(), k.step(0), k.step(1), k.step(2), k.size(1), nullptr, 0, k.size(1), 0};

@@ -74,32 +74,6 @@ void check_rows(const HipBlockSelectArgs& a) {
         Rule("number of heads must divide that of q, ", heads, " (GQA)"), kv_heads);
 }
 
-// Returns the number of requests.
-int64_t check_sequences(const HipBlockSelectArgs& a) {
-  if (a.cu_seqlens_k && !a.cu_seqlens_q)
-    fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
-  int64_t batch = a.q.size(0);
-  if (a.cu_seqlens_q) {
-    check_cu_seqlens(kOp, "cu_seqlens_q", a.cu_seqlens_q, a.q);
-    batch = a.cu_seqlens_q.size(0) - 1;
-    if (a.seqlens_q)
-      fail(kOp, "seqlens_q", "must be None with cu_seqlens_q", show(a.seqlens_q.sizes));
-  }
-  if (a.cu_seqlens_k) {
-    check_cu_seqlens(kOp, "cu_seqlens_k", a.cu_seqlens_k, a.q);
-    check(a.cu_seqlens_k.size(0) == batch + 1, kOp, "cu_seqlens_k",
-          Rule("must have the length of cu_seqlens_q, ", batch + 1), a.cu_seqlens_k.size(0));
-    for (auto [name, t] : {std::pair{"seqlens_k", &a.seqlens_k}, {"block_table", &a.block_table}})
-      if (*t) fail(kOp, name, "must be None with cu_seqlens_k", show(t->sizes));
-    return batch;
-  }
-  check_block_table(kOp, a.block_table, a.k);
-  const int64_t found = batch_of(a.k, a.block_table);
-  check(found == batch, kOp, a.block_table ? "block_table" : "k",
-        Rule("must have the batch size of q, ", batch), found);
-  return batch;
-}
-
 KeyRows keys_of(const HipBlockSelectArgs& a) {
   const View& k = a.k;
   if (!a.cu_seqlens_k) return key_rows(k, a.block_table);
@@ -117,7 +91,8 @@ void check_values(const HipBlockSelectArgs& a, const HipParams& p) {
 std::tuple<Array, Array> hip_block_select(const HipBlockSelectArgs& a) {
   check_rows(a);
   HipParams p{};
-  p.batch = check_sequences(a);
+  p.batch = check_sequences(kOp, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k,
+                            a.block_table, a.seqlens_q);
   check(a.block_k >= 1 && a.block_k <= kMaxBlock, kOp, "block_k", Rule("must be 1 to ", kMaxBlock),
         a.block_k);
   for (const auto& [name, size] : {std::pair{"block_q", a.block_q},

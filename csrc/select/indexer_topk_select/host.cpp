@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "select/checks.h"
 #include "select/indexer_topk_select/params.h"
@@ -42,8 +43,7 @@ void check_rows(const IndexerTopkSelectArgs& a) {
                        : "must have 3 dimensions [B, S, D] or [pages, page_size, D]",
         a.k.dim());
   check(is_kernel_dtype(a.q.dtype), kOp, "q", "must be float16, bfloat16 or float32", a.q.dtype);
-  check(a.k.dtype == a.q.dtype || a.k.dtype == ScalarType::Float8_e4m3fn, kOp, "k",
-        Rule("must have the dtype of q, ", a.q.dtype, ", or float8_e4m3fn"), a.k.dtype);
+  check_cache_dtype(kOp, "k", a.k, a.q);
   const std::vector<int64_t> wanted(a.q.sizes.begin(), a.q.sizes.end() - 1);
   check(a.weights.sizes == wanted, kOp, "weights", Rule("must have shape ", wanted),
         a.weights.sizes);
@@ -59,27 +59,6 @@ void check_rows(const IndexerTopkSelectArgs& a) {
   check_head_dim(kOp, "q", a.q);
   check(a.k.size(-1) == dim, kOp, "k", Rule("must have the head dimension of q, ", dim),
         a.k.size(-1));
-}
-
-// Returns the number of sequences.
-int64_t check_sequences(const IndexerTopkSelectArgs& a) {
-  if (a.cu_seqlens_k && !a.cu_seqlens_q)
-    fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
-  if (a.cu_seqlens_q) check_cu_seqlens(kOp, "cu_seqlens_q", a.cu_seqlens_q, a.q);
-  const int64_t batch = a.cu_seqlens_q ? a.cu_seqlens_q.size(0) - 1 : a.q.size(0);
-  if (a.cu_seqlens_k) {
-    check_cu_seqlens(kOp, "cu_seqlens_k", a.cu_seqlens_k, a.q);
-    check(a.cu_seqlens_k.size(0) == batch + 1, kOp, "cu_seqlens_k",
-          Rule("must have the length of cu_seqlens_q, ", batch + 1), a.cu_seqlens_k.size(0));
-    for (auto [name, t] : {std::pair{"seqlens_k", &a.seqlens_k}, {"block_table", &a.block_table}})
-      if (*t) fail(kOp, name, "must be None with cu_seqlens_k", show(t->sizes));
-    return batch;
-  }
-  check_block_table(kOp, a.block_table, a.k);
-  const int64_t found = batch_of(a.k, a.block_table);
-  check(found == batch, kOp, a.block_table ? "block_table" : "k",
-        Rule("must have the batch size of q, ", batch), found);
-  return batch;
 }
 
 KeyRows keys_of(const IndexerTopkSelectArgs& a) {
@@ -135,7 +114,8 @@ IndexerParams make_params(const IndexerTopkSelectArgs& a) {
         "must be 'relu' or 'none'", a.activation);
   check_rows(a);
   IndexerParams p{};
-  p.batch = check_sequences(a);
+  p.batch =
+      check_sequences(kOp, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table);
   check(a.topk >= 1 && a.topk <= kMaxTopk, kOp, "topk", Rule("must be 1 to ", kMaxTopk), a.topk);
   check(a.block_k >= 1 && a.block_k < kFar, kOp, "block_k", "must be 1 to 2^31 - 1", a.block_k);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);

@@ -13,7 +13,6 @@ from .._check import (
     as_int,
     check,
     check_bool,
-    check_cu_seqlens,
     check_cu_seqlens_values,
     check_device_of,
     check_dtype,
@@ -31,11 +30,10 @@ from .._library import TorchOp, record_of, register
 from ..reference.select import hip_block_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
-    batch_of,
-    check_block_table,
     check_block_table_values,
     check_length_values,
     check_per_request,
+    check_sequences,
     rows_of_request,
 )
 
@@ -246,7 +244,9 @@ def lower(
 def _check(*lowered: Any, float64: bool = False, op: str = OP) -> None:
     a = Arguments(*lowered)
     _check_rows(op, a, float64)
-    batch = _check_sequences(op, a)
+    batch = check_sequences(
+        op, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table, a.seqlens_q
+    )
     check(1 <= a.block_k <= MAX_BLOCK, op, "block_k", f"must be 1 to {MAX_BLOCK}", a.block_k)
     for name, size in (("block_q", a.block_q), ("stride_q", a.stride_q),
                        ("restart_span", a.restart_span)):  # fmt: skip
@@ -298,33 +298,6 @@ def _check_rows(op: str, a: Any, float64: bool) -> None:
     kv_heads = a.k.shape[-2]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads != 0):
         fail(op, "k", f"number of heads must divide that of q, {heads} (GQA)", kv_heads)
-
-
-def _check_sequences(op: str, a: Any) -> int:
-    """The number of requests."""
-    if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
-        fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
-    batch = a.q.shape[0]
-    if a.cu_seqlens_q is not None:
-        check_cu_seqlens(op, "cu_seqlens_q", a.cu_seqlens_q, a.q)
-        batch = a.cu_seqlens_q.shape[0] - 1
-        if a.seqlens_q is not None:
-            fail(op, "seqlens_q", "must be None with cu_seqlens_q", a.seqlens_q.shape)
-    if a.cu_seqlens_k is not None:
-        check_cu_seqlens(op, "cu_seqlens_k", a.cu_seqlens_k, a.q)
-        if a.cu_seqlens_k.shape[0] != batch + 1:
-            rule = f"must have the length of cu_seqlens_q, {batch + 1}"
-            fail(op, "cu_seqlens_k", rule, a.cu_seqlens_k.shape[0])
-        for name, t in (("seqlens_k", a.seqlens_k), ("block_table", a.block_table)):
-            if t is not None:
-                fail(op, name, "must be None with cu_seqlens_k", t.shape)
-        return int(batch)
-    check_block_table(op, a.block_table, a.k)
-    found = batch_of(a.k, a.block_table)
-    name = "k" if a.block_table is None else "block_table"
-    if found != batch:
-        fail(op, name, f"must have the batch size of q, {batch}", found)
-    return int(batch)
 
 
 def _keys(a: Any) -> int:

@@ -12,7 +12,6 @@ from .._check import (
     as_int,
     check,
     check_bool,
-    check_cu_seqlens,
     check_cu_seqlens_values,
     check_device_of_q,
     check_dtype,
@@ -25,15 +24,15 @@ from .._check import (
 )
 from .._dispatch import call
 from .._flops import band, known
+from .._kv_cache import check_cache_dtype
 from .._library import TorchOp, record_of, register
 from ..reference.select import indexer_topk_select as reference
 from ..registry import OpSpec, Sharding, register_op
 from .rules import (
-    batch_of,
-    check_block_table,
     check_block_table_values,
     check_length_values,
     check_per_request,
+    check_sequences,
     rows_of_request,
 )
 
@@ -187,7 +186,9 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     known_activation = a.activation in ("relu", "none")
     check(known_activation, OP, "activation", "must be 'relu' or 'none'", a.activation)
     _check_rows(a, float64)
-    batch = _check_sequences(a)
+    batch = check_sequences(
+        OP, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table
+    )
     check(1 <= a.topk <= MAX_TOPK, OP, "topk", f"must be 1 to {MAX_TOPK}", a.topk)
     check(1 <= a.block_k < 2**31, OP, "block_k", "must be 1 to 2^31 - 1", a.block_k)
     check(a.num_sink >= 0, OP, "num_sink", "must not be negative", a.num_sink)
@@ -211,9 +212,7 @@ def _check_rows(a: Any, float64: bool) -> None:
         rule = "must have 2 dimensions [T, D] (packed)"
     check(a.k.dim() == (2 if packed_k else 3), OP, "k", rule, a.k.dim())
     check_dtype(OP, "q", a.q, float64=float64)
-    if a.k.dtype not in (a.q.dtype, torch.float8_e4m3fn):
-        rule = f"must have the dtype of q, {show(a.q.dtype)}, or float8_e4m3fn"
-        fail(OP, "k", rule, a.k.dtype)
+    check_cache_dtype(OP, "k", a.k, a.q)
     wanted = a.q.shape[:-1]
     if a.weights.shape != wanted:
         fail(OP, "weights", f"must have shape {show(wanted)}", a.weights.shape)
@@ -229,31 +228,6 @@ def _check_rows(a: Any, float64: bool) -> None:
     check_head_dim(OP, "q", a.q)
     if a.k.shape[-1] != dim:
         fail(OP, "k", f"must have the head dimension of q, {dim}", a.k.shape[-1])
-
-
-def _check_sequences(a: Any) -> int:
-    """The number of sequences."""
-    if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
-        fail(OP, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
-    batch: int = a.q.shape[0]
-    if a.cu_seqlens_q is not None:
-        check_cu_seqlens(OP, "cu_seqlens_q", a.cu_seqlens_q, a.q)
-        batch = a.cu_seqlens_q.shape[0] - 1
-    if a.cu_seqlens_k is not None:
-        check_cu_seqlens(OP, "cu_seqlens_k", a.cu_seqlens_k, a.q)
-        if a.cu_seqlens_k.shape[0] != batch + 1:
-            rule = f"must have the length of cu_seqlens_q, {batch + 1}"
-            fail(OP, "cu_seqlens_k", rule, a.cu_seqlens_k.shape[0])
-        for name, t in (("seqlens_k", a.seqlens_k), ("block_table", a.block_table)):
-            if t is not None:
-                fail(OP, name, "must be None with cu_seqlens_k", t.shape)
-        return batch
-    check_block_table(OP, a.block_table, a.k)
-    found = batch_of(a.k, a.block_table)
-    if found != batch:
-        name = "k" if a.block_table is None else "block_table"
-        fail(OP, name, f"must have the batch size of q, {batch}", found)
-    return batch
 
 
 def _check_scale(a: Any) -> None:
