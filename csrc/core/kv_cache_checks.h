@@ -86,9 +86,7 @@ inline int64_t check_cache(const char* op, const View& q, const View& k, const V
   for (auto [name, t] : {all[1], all[2]}) check_device_of_q(op, name, *t, q);
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    const int64_t most = t == &v ? kMaxCacheValueDim : kMaxCacheDim;
-    check(t->size(-1) >= 1 && t->size(-1) <= most, op, name,
-          Rule("must have a head dimension of 1 to ", most), t->size(-1));
+    check_head_dim(op, name, *t, t == &v ? kMaxCacheValueDim : kMaxCacheDim);
   }
   check(k.size(3) == q.size(-1), op, "k_cache",
         Rule("must have the head dimension of q, ", q.size(-1)), k.size(3));

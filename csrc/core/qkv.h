@@ -36,9 +36,10 @@ inline void check_last_contiguous(const char* op, const char* name, const View& 
   check(t.last_contiguous(), op, name, "must have a contiguous last dimension; strides", t.strides);
 }
 
-inline void check_head_dim(const char* op, const char* name, const View& t) {
-  check(t.size(-1) >= 1 && t.size(-1) <= kMaxHeadDim, op, name,
-        Rule("must have a head dimension of 1 to ", kMaxHeadDim), t.size(-1));
+inline void check_head_dim(const char* op, const char* name, const View& t,
+                           int64_t most = kMaxHeadDim) {
+  check(t.size(-1) >= 1 && t.size(-1) <= most, op, name,
+        Rule("must have a head dimension of 1 to ", most), t.size(-1));
 }
 
 // Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.

@@ -1,16 +1,15 @@
-#include <bit>
-
 #include "core/kv_cache_checks.h"
 #include "core/stream.h"
 #include "core/written.h"
 #include "dense/score_mod.h"
+#include "sparse/checks.h"
 #include "sparse/sparse_decode_attention/params.h"
 
 namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "sparse_decode_attention";
-constexpr int64_t kMaxSplits = 1024, kMaxBlock = 128;
+constexpr int64_t kMaxSplits = 1024;
 
 void run(SparseDecodeParams& d, const View& q, const View& k, const View& v) {
 #if defined(TOKENMILL_WITH_CUDA)
@@ -119,9 +118,7 @@ struct SparseDecodeAttentionArgs : Record {
 SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   check_cache(kOp, a.q, a.k_cache, a.v_cache, bool(a.block_table));
   check_scale(kOp, scale_of(a), a.softcap);
-  check(a.block_k >= 1 && a.block_k <= kMaxBlock &&
-            std::has_single_bit(static_cast<uint64_t>(a.block_k)),
-        kOp, "block_k", Rule("must be a power of two up to ", kMaxBlock), a.block_k);
+  const int32_t log2_block = check_block(kOp, "block_k", a.block_k);
   check(a.num_sink >= 0, kOp, "num_sink", "must not be negative", a.num_sink);
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   check(a.num_splits >= 0 && a.num_splits <= kMaxSplits, kOp, "num_splits",
@@ -133,7 +130,7 @@ SparseDecodeParams make_params(const SparseDecodeAttentionArgs& a) {
   SparseDecodeParams d{};
   d.cache = make_cache(kOp, a.q, a.q.size(0), a.k_cache, a.v_cache, a.seqlens_k, a.block_table,
                        a.k_scale, a.v_scale);
-  d.log2_block = std::countr_zero(static_cast<uint64_t>(a.block_k));
+  d.log2_block = log2_block;
   d.num_sink = std::min(a.num_sink, d.cache.capacity);  // sums with them stay in range
   d.num_recent = std::min(a.num_recent, d.cache.capacity);
   d.num_splits = a.num_splits;

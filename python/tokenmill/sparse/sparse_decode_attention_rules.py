@@ -13,9 +13,7 @@ from .._check import (
     check_device_of_q,
     check_dtype_of,
     check_last_contiguous,
-    check_like_out,
     fail,
-    is_power_of_two,
     show,
 )
 from .._kv_cache import (
@@ -27,18 +25,13 @@ from .._kv_cache import (
     check_lengths_values,
 )
 from .._library import record_of
-from .._written import check_written
+from .._written import check_out
 from ..dense.attention_decode_rules import MAX_SPLITS
 from ..dense.terms import check_scale, check_small, check_terms
+from .rules import check_block
 
 OP = "sparse_decode_attention"
-MAX_BLOCK = 128
 Arguments = record_of(OP)
-# Tensors that a call reads.
-READ = [
-    "q", "k_cache", "v_cache", "indices", "counts", "seqlens_k", "block_table", "cos", "sin",
-    "extra_k", "extra_v", "extra_log_count", "sink", "k_scale", "v_scale",
-]  # fmt: skip
 
 
 def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> None:
@@ -46,9 +39,7 @@ def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> N
     q, k_cache = a.q, a.k_cache
     check_cache(op, q, k_cache, a.v_cache, a.block_table is not None, float64)
     check_scale(op, a.scale, a.softcap)
-    blocks = f"must be a power of two up to {MAX_BLOCK}"
-    known = is_power_of_two(a.block_k) and a.block_k <= MAX_BLOCK
-    check(known, op, "block_k", blocks, a.block_k)
+    check_block(op, "block_k", a.block_k)
     for name, number in (("num_sink", a.num_sink), ("num_recent", a.num_recent)):
         check(number >= 0, op, name, "must not be negative", number)
     splits = f"must be 0 (automatic) to {MAX_SPLITS}"
@@ -134,8 +125,7 @@ def check_sparse_decode_out(*lowered: Any, float64: bool = False) -> None:
     *arguments, out = lowered
     check_sparse_decode(*arguments, float64=float64)
     a = Arguments(*arguments)
-    check_like_out(OP, "out", out, (*a.q.shape[:-1], a.v_cache.shape[-1]), a.q)
-    check_written(OP, "out", out, {name: getattr(a, name) for name in READ})
+    check_out(OP, out, (*a.q.shape[:-1], a.v_cache.shape[-1]), a)
 
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:
