@@ -14,7 +14,7 @@ import tokenmill as tm
 import tokenmill.distributed as tmd
 from tokenmill.distributed._group import Group
 from tokenmill.distributed.sparse_decode_attention import _as_pages
-from tokenmill.reference.sparse.block_sparse_attention import visible_keys
+from tokenmill.reference.sparse.block_sparse_attention import visible_and_added
 
 BLOCKS = {"block_q": 16, "block_k": 8}
 OPTIONS = {
@@ -150,7 +150,8 @@ def seen_of_others(case, options, own):
     """Blocks, for each key head, of which a query among `own` sees a key that is not among them."""
     how = {"causal": False, "num_sink": 0, "num_recent": 0, "seqlens_k": None} | BLOCKS | options
     how = {n: x for n, x in how.items() if n not in ("scale", "softcap")}
-    seen = visible_keys(*case.tokens[:2], *case.lists, **how)[:, :, own].any(2)
+    seen, _ = visible_and_added(*case.tokens[:2], *case.lists, **how)
+    seen = seen[:, :, own].any(2)
     seen = seen.unflatten(1, (2, 2)).any(2)
     seen[..., own] = False
     blocks = torch.nn.functional.pad(seen, (0, -seen.shape[-1] % 8)).unflatten(-1, (-1, 8))

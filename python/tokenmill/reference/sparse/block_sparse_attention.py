@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dense._common import expand_heads, scores, softmax, weighted_sum
+from ..select._common import rows_of
 from ._common import listed_blocks, listed_entries
 
 
@@ -36,9 +37,8 @@ def block_sparse_attention(
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if block_table is not None:
-        k, v = (_of_pages(x, block_table) for x in (k, v))
-    visible = visible_keys(
+    k, v = (rows_of(x, block_table) for x in (k, v))
+    visible, added = visible_and_added(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
     )
     if seqlens_k is not None:  # what lies behind them may be anything
@@ -50,23 +50,12 @@ def block_sparse_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     mass = q.new_zeros(0)
     if return_mass:
-        added = visible & through_lists(
-            q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
-        )
         weights = torch.where(added, p.detach(), 0.0)
         mass = _mass(weights, indices, counts, block_q, block_k)
     return out, lse.to(wide), mass.to(wide)
 
 
-def _of_pages(x: Tensor, block_table: Tensor) -> Tensor:
-    """[B, keys, Hk, D] of pages [P, page size, Hk, D]. A page that does not exist is page 0."""
-    if x.shape[0] == 0:
-        return x.new_zeros((block_table.shape[0], 0, *x.shape[2:]))
-    there = (block_table >= 0) & (block_table < x.shape[0])
-    return x[torch.where(there, block_table, 0).long()].flatten(1, 2)
-
-
-def visible_keys(
+def visible_and_added(
     q: Tensor,
     k: Tensor,
     indices: Tensor,
@@ -77,32 +66,14 @@ def visible_keys(
     num_sink: int,
     num_recent: int,
     seqlens_k: Tensor | None,
-) -> Tensor:
-    """[B, H, Sq, Sk]: the first keys, the listed ones and the last ones, as far as there are any
-    and the query may see them."""
+) -> tuple[Tensor, Tensor]:
+    """[B, H, Sq, Sk]: the keys that a query sees, and those that lists add to the first and the
+    last ones among them."""
     at = torch.arange(k.shape[1], device=q.device)
     end = _ends(q, k, causal, seqlens_k)
-    listed = _listed(q, k, indices, counts, block_q, block_k)
-    return (listed | (at < num_sink) | (at >= end - num_recent)) & (at < end)
-
-
-def through_lists(
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    seqlens_k: Tensor | None,
-) -> Tensor:
-    """[B, H, Sq, Sk]: the keys that lists add to the first and the last ones."""
-    at = torch.arange(k.shape[1], device=q.device)
-    end = _ends(q, k, causal, seqlens_k)
-    listed = _listed(q, k, indices, counts, block_q, block_k)
-    return listed & (at >= num_sink) & (at < end - num_recent)
+    listed = _listed(q, k, indices, counts, block_q, block_k) & (at < end)
+    kept = (at < num_sink) | (at >= end - num_recent)
+    return listed | (kept & (at < end)), listed & ~kept
 
 
 def _ends(q: Tensor, k: Tensor, causal: bool, seqlens_k: Tensor | None) -> Tensor:
