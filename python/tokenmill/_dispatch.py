@@ -130,8 +130,7 @@ def call(
 ) -> tuple[Any, ...]:
     """Runs the lowered call on the backend chosen for it; the first result is written into out. Of
     the results the caller uses so many: a plain call makes no others."""
-    plain = backend is None and out is None and _asked is None and not compiling()
-    if plain:
+    if backend is None and out is None and _asked is None and not compiling():
         op = spec.forward
         results = op.short(lowered, used) if op.short else NotImplemented
         if results is None:

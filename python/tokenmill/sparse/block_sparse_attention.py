@@ -292,8 +292,8 @@ def lower(
 
 
 def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, v = lowered[0], lowered[2]
-    return (q.new_empty((*q.shape[:-1], v.shape[-1])), *_fake_out(*lowered, None))
+    a = FORWARD.record(*lowered)
+    return (a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1])), *_fake_out(*lowered, None))
 
 
 def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -323,7 +323,7 @@ def _backward(
 
 
 def _check_backward(*arguments: Any) -> None:
-    table = arguments[-1]
+    table = BACKWARD.record(*arguments).block_table
     if table is not None:
         fail(OP, "block_table", "must be None: keys in pages have no gradient", table.shape)
     check_block_sparse(*arguments[-len(FORWARD.arguments) :])
@@ -338,31 +338,20 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def flops(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    num_sink: int,
-    num_recent: int,
-    *rest: Any,
-) -> float:
+def flops(*lowered: Any) -> float:
     """Operations of the two products over what a query sees of listed blocks, and sink and recent
     keys beside them."""
-    batch, sq, heads, dim = q.shape
-    sk = capacity(k, rest[-1])
-    if known(counts):
-        pairs = _listed_pairs(sq, sk, indices, counts, block_q, block_k, causal)
+    a = FORWARD.record(*lowered)
+    batch, sq, heads, dim = a.q.shape
+    sk = capacity(a.k, a.block_table)
+    if known(a.counts):
+        pairs = _listed_pairs(sq, sk, a.indices, a.counts, a.block_q, a.block_k, a.causal)
     else:
-        pairs = float(indices.numel() * block_q * block_k)
-    pairs *= heads / max(indices.shape[1], 1)
-    pairs += batch * heads * sq * (num_sink + num_recent)
-    most = batch * heads * band(sq, sk, -1, 0 if causal else -1)
-    return 2.0 * min(pairs, most) * (dim + v.shape[-1])
+        pairs = float(a.indices.numel() * a.block_q * a.block_k)
+    pairs *= heads / max(a.indices.shape[1], 1)
+    pairs += batch * heads * sq * (a.num_sink + a.num_recent)
+    most = batch * heads * band(sq, sk, -1, 0 if a.causal else -1)
+    return float(2.0 * min(pairs, most) * (dim + a.v.shape[-1]))
 
 
 def _listed_pairs(
