@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import dot, lower_bound, rounded
-from ..dense.kv_cache import LONG as LONG
 from ..dense.kv_cache import PIECE, length_of, numbers, offsets_of, page_of
 
 NOWHERE = tl.constexpr(2147483647)  # for a position

@@ -38,6 +38,7 @@ from ..dense.attention_decode_merge import merge, new_partials, rows_of, store_p
 from ..dense.attention_decode_schedule import decode_program, range_of, splits_of
 from ..dense.attention_forward import accumulate, add
 from ..dense.kv_cache import (
+    LONG,
     Cache,
     held,
     offsets_of,
@@ -46,7 +47,6 @@ from ..dense.kv_cache import (
     value_parts,
 )
 from .key_rows import (
-    LONG,
     NOWHERE,
     Places,
     Rope,
