@@ -4,8 +4,10 @@ Environment: TOKENMILL_CPU_ONLY=1 leaves CUDA out; TOKENMILL_CUDA_ARCHS ("80-rea
 replaces the default list and makes a missing nvcc an error; TOKENMILL_TORCH_ROOT names a torch
 package to build against, TOKENMILL_CUTLASS the headers of CUTLASS; TOKENMILL_CPU_ISAS=native (or
 "avx2;avx512") builds the CPU kernels for fewer instruction sets; MAX_JOBS limits parallel
-compilers. For development: TOKENMILL_PTXVM=1 adds the PTX machine, TOKENMILL_OPS
-("select/topk_select;dense/attention") builds the kernels of these operators alone,
+compilers. For wheels: TOKENMILL_MANYLINUX=1 needs no library younger than manylinux_2_28 has;
+TOKENMILL_PREBUILT names an _ops.so of the same sources and options, beside which the bindings of
+another Python are built alone. For development: TOKENMILL_PTXVM=1 adds the PTX machine,
+TOKENMILL_OPS ("select/topk_select;dense/attention") builds the kernels of these operators alone,
 TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 """
 
@@ -45,6 +47,7 @@ class BuildPy(build_py):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        check_platform()
         import pybind11
 
         torch_root = find_torch()
@@ -67,7 +70,10 @@ class CMakeBuild(build_ext):
             "TOKENMILL_VERSION": self.distribution.get_version(),
             "TOKENMILL_CPU_ISAS": os.environ.get("TOKENMILL_CPU_ISAS", ""),
             "TOKENMILL_OPS": os.environ.get("TOKENMILL_OPS", ""),
-            "TOKENMILL_SANITIZE": "ON" if os.environ.get("TOKENMILL_SANITIZE") == "1" else "OFF",
+            **{
+                name: "ON" if os.environ.get(name) == "1" else "OFF"
+                for name in ("TOKENMILL_MANYLINUX", "TOKENMILL_SANITIZE")
+            },
             **cuda_options(),
         }
         if launcher := shutil.which("ccache"):
@@ -76,7 +82,27 @@ class CMakeBuild(build_ext):
         flags = [f"-D{key}={value}" for key, value in options.items()]
         flags += [f"-U{key}" for key in ("TOKENMILL_CUDA_ARCHS",) if key not in options]
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *flags])
-        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", "install"])
+        prebuilt = os.environ.get("TOKENMILL_PREBUILT")
+        target = "_C" if prebuilt else "all"
+        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs, "--target", target])
+        part = ["--component", "bindings"] if prebuilt else []
+        subprocess.check_call(["cmake", "--install", str(build), *part])
+        if prebuilt:
+            shutil.copy(prebuilt, install / "_ops.so")
+
+
+def check_platform() -> None:
+    """Ends a build that cannot succeed in one line."""
+    if not sys.platform.startswith("linux"):
+        raise SystemExit(
+            f"tokenmill build: platform: kernels are built on Linux alone; got {sys.platform}"
+        )
+    named = os.environ.get("CXX", "").split()
+    if not any(shutil.which(name) for name in (*named, "c++", "g++", "clang++")):
+        raise SystemExit(
+            "tokenmill build: C++ compiler: none was found; install g++ 12 or later "
+            "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX"
+        )
 
 
 def cuda_options() -> dict[str, object]:

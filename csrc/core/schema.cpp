@@ -1,6 +1,9 @@
 #include <charconv>
+#include <locale>
 #include <map>
+#include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "core/door.h"
 
@@ -27,6 +30,15 @@ Kind kind_of_type(std::string_view type) {
   throw std::logic_error("tokenmill: no argument of an operator is of type " + std::string(type));
 }
 
+// std::from_chars takes numbers with a point since GLIBCXX_3.4.29 alone.
+double number_of(std::string_view text) {
+  std::istringstream stream{std::string(text)};
+  stream.imbue(std::locale::classic());
+  double number = 0;
+  stream >> number;
+  return number;
+}
+
 // "SymInt? max_total=None"
 SchemaArgument argument_of(std::string_view text) {
   SchemaArgument a{};
@@ -49,7 +61,7 @@ SchemaArgument argument_of(std::string_view text) {
   else if (a.kind == Kind::integer)
     std::from_chars(value.data(), value.data() + value.size(), a.value.integer);
   else
-    std::from_chars(value.data(), value.data() + value.size(), a.value.number);
+    a.value.number = number_of(value);
   return a;
 }
 

@@ -1,0 +1,140 @@
+// For wheels of manylinux_2_28, which load where glibc is 2.28 and libstdc++ has GLIBCXX_3.4.24 and
+// CXXABI_1.3.11: what these lack, or have under an older version of its symbol, is defined here,
+// and the linker, which finds it here first, does not bind the younger symbol of the building
+// machine. Compiled as C++17: C++20 gives std::stringbuf::str a younger symbol.
+#include <exception>
+#include <new>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#define TM_HIDDEN __attribute__((visibility("hidden")))
+
+// `name` goes on to the symbol of that version, which every later glibc has kept.
+#if defined(__x86_64__)
+#define TM_OLDEST "2.2.5"
+#define TM_JUMP(to) "jmp *" to "@GOTPCREL(%rip)\n"
+#elif defined(__aarch64__)
+#define TM_OLDEST "2.17"
+#define TM_JUMP(to) "adrp x16, :got:" to "\nldr x16, [x16, :got_lo12:" to "]\nbr x16\n"
+#else
+#error "no versions of symbols are known for this processor"
+#endif
+#define TM_BIND(name, version)                                                              \
+  __asm__(".text\n.globl " #name "\n.hidden " #name "\n.type " #name ", %function\n" #name  \
+          ":\n" TM_JUMP("tokenmill_old_" #name) ".size " #name ", .-" #name                 \
+                                                "\n.symver tokenmill_old_" #name ", " #name \
+                                                "@GLIBC_" version "\n");
+
+// 2.29 moved the handling of errors out of them.
+TM_BIND(exp, TM_OLDEST)
+TM_BIND(log, TM_OLDEST)
+
+// 2.34 moved libpthread, libdl and librt into libc. The static CUDA runtime needs most of these.
+#if defined(__x86_64__)
+TM_BIND(dlmopen, "2.3.4")
+#else
+TM_BIND(dlmopen, TM_OLDEST)
+#endif
+TM_BIND(dlclose, TM_OLDEST)
+TM_BIND(dlerror, TM_OLDEST)
+TM_BIND(dlopen, TM_OLDEST)
+TM_BIND(dlsym, TM_OLDEST)
+TM_BIND(dlvsym, TM_OLDEST)
+TM_BIND(pthread_condattr_setpshared, TM_OLDEST)
+TM_BIND(pthread_create, TM_OLDEST)
+TM_BIND(pthread_detach, TM_OLDEST)
+TM_BIND(pthread_getspecific, TM_OLDEST)
+TM_BIND(pthread_join, TM_OLDEST)
+TM_BIND(pthread_key_create, TM_OLDEST)
+TM_BIND(pthread_key_delete, TM_OLDEST)
+TM_BIND(pthread_kill, TM_OLDEST)
+TM_BIND(pthread_mutex_trylock, TM_OLDEST)
+TM_BIND(pthread_mutexattr_destroy, TM_OLDEST)
+TM_BIND(pthread_mutexattr_init, TM_OLDEST)
+TM_BIND(pthread_mutexattr_setpshared, TM_OLDEST)
+TM_BIND(pthread_mutexattr_settype, TM_OLDEST)
+TM_BIND(pthread_once, TM_OLDEST)
+TM_BIND(pthread_rwlock_destroy, TM_OLDEST)
+TM_BIND(pthread_rwlock_init, TM_OLDEST)
+TM_BIND(pthread_rwlock_rdlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_timedrdlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_timedwrlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_tryrdlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_trywrlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_unlock, TM_OLDEST)
+TM_BIND(pthread_rwlock_wrlock, TM_OLDEST)
+TM_BIND(pthread_rwlockattr_destroy, TM_OLDEST)
+TM_BIND(pthread_rwlockattr_init, TM_OLDEST)
+TM_BIND(pthread_rwlockattr_setpshared, TM_OLDEST)
+TM_BIND(pthread_setspecific, TM_OLDEST)
+TM_BIND(pthread_spin_destroy, TM_OLDEST)
+TM_BIND(pthread_spin_init, TM_OLDEST)
+TM_BIND(pthread_spin_lock, TM_OLDEST)
+TM_BIND(pthread_spin_trylock, TM_OLDEST)
+TM_BIND(pthread_spin_unlock, TM_OLDEST)
+TM_BIND(sem_destroy, TM_OLDEST)
+TM_BIND(sem_init, TM_OLDEST)
+TM_BIND(sem_post, TM_OLDEST)
+TM_BIND(sem_timedwait, TM_OLDEST)
+TM_BIND(sem_trywait, TM_OLDEST)
+TM_BIND(sem_wait, TM_OLDEST)
+TM_BIND(shm_open, TM_OLDEST)
+TM_BIND(shm_unlink, TM_OLDEST)
+
+extern "C" {
+
+// 2.32. Zero makes std::shared_ptr count atomically.
+TM_HIDDEN char __libc_single_threaded = 0;
+
+// 2.38 reads binary numbers ("0b1"), too.
+long old_strtol(const char*, char**, int) __asm__("strtol");
+TM_HIDDEN long __isoc23_strtol(const char* text, char** end, int base) {
+  return old_strtol(text, end, base);
+}
+
+// GLIBCXX_3.4.26
+TM_HIDDEN void new_stringstream(void* self) __asm__(
+    "_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev");
+void new_stringstream(void* self) { new (self) std::stringstream(std::ios::in | std::ios::out); }
+TM_HIDDEN void new_ostringstream(void* self) __asm__(
+    "_ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEEC1Ev");
+void new_ostringstream(void* self) { new (self) std::ostringstream(std::ios::out); }
+
+// GLIBCXX_3.4.29
+[[noreturn]] TM_HIDDEN void throw_bad_array_new_length() __asm__(
+    "_ZSt28__throw_bad_array_new_lengthv");
+void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
+
+}  // extern "C"
+
+TM_HIDDEN std::string text_of(const std::stringbuf* self) __asm__(
+    "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string text_of(const std::stringbuf* self) { return self->str(); }
+TM_HIDDEN std::string take_text_of(std::stringbuf* self) __asm__(
+    "_ZNOSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string take_text_of(std::stringbuf* self) {
+  std::string text = self->str();
+  self->str("");
+  return text;
+}
+
+// CXXABI_1.3.13. Copies count references, so one that is never destroyed is the count.
+using ExceptionPtr = std::exception_ptr;
+extern "C" {
+void copy_exception(void* self, const ExceptionPtr* other) __asm__(
+    "_ZNSt15__exception_ptr13exception_ptrC1ERKS0_");
+void destroy_exception(ExceptionPtr* self) __asm__("_ZNSt15__exception_ptr13exception_ptrD1Ev");
+TM_HIDDEN void add_reference(ExceptionPtr* self) __asm__(
+    "_ZNSt15__exception_ptr13exception_ptr9_M_addrefEv");
+void add_reference(ExceptionPtr* self) {
+  alignas(ExceptionPtr) char copy[sizeof(ExceptionPtr)];
+  copy_exception(copy, self);
+}
+TM_HIDDEN void release(ExceptionPtr* self) __asm__(
+    "_ZNSt15__exception_ptr13exception_ptr10_M_releaseEv");
+void release(ExceptionPtr* self) {
+  destroy_exception(self);
+  new (self) ExceptionPtr();
+}
+}
