@@ -154,6 +154,26 @@ class KVCache:
         if reads_values(self.lengths):
             self.longest = max(self.lengths.tolist(), default=0)
 
+    def grow(self, slots: int) -> None:
+        """Makes room for so many tokens of each request in a dense cache: its k and v are new."""
+        rule = "cannot grow in pages: give the block table more columns"
+        check(self.block_table is None, NAME, "slots", rule, slots)
+        more = slots - self.capacity
+        if more > 0:
+            self.k, self.v = (
+                torch.cat([t, t.new_zeros(t.shape[0], more, *t.shape[2:])], 1)
+                for t in (self.k, self.v)
+            )
+
+    def reorder(self, requests: Tensor) -> None:
+        """Request i becomes what requests[i] was, of a dense cache: int64 ``[B']`` names requests
+        as often as wanted."""
+        rule = "cannot be reordered in pages: reorder the block table"
+        check(self.block_table is None, NAME, "requests", rule, requests.shape)
+        self.k, self.v = self.k.index_select(0, requests), self.v.index_select(0, requests)
+        self.lengths = self.lengths.index_select(0, requests)
+        self.requests = torch.arange(len(requests), device=self.k.device)
+
     def count(self, tokens: int, lengths: Tensor | None) -> Tensor:
         """int32 ``[B]``: how many of so many tokens count for each request."""
         if lengths is None:

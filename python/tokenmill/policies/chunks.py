@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class Waiting:
         wide = torch.promote_types(q.dtype, torch.float32)
         lse = q.new_zeros(q.shape[0], 0, q.shape[2], dtype=wide)
         return cls(q[:, :0], k[:, :0], v[:, :0], lse, torch.zeros_like(like))
+
+    def reordered(self, requests: Tensor) -> Waiting:
+        every = (self.q, self.k, self.v, self.lse, self.lengths)
+        return Waiting(*(t.index_select(0, requests) for t in every))
 
 
 def joined(old: Tensor, new: Tensor, before: Tensor, width: int) -> Tensor:
@@ -49,14 +54,13 @@ def of_rows(x: Tensor, at: Tensor) -> Tensor:
 
 
 def attend_last(
-    q: Tensor, k: Tensor, v: Tensor, n: Tensor, count: Tensor, *, scale: float | None,
-    backend: str | None, block_table: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, n: Tensor, count: Tensor, *,
+    block_table: Tensor | None = None, **scoring: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal attention of queries [B, S, H, D], of which the first count[b] are the last of n[b]
     tokens: out [B, S, H, Dv], and lse [B, S, H]."""
     missing = q.shape[1] - count
     out, lse = attention_decode(
-        rolled(q, missing), k, v, seqlens_k=n, block_table=block_table, scale=scale,
-        return_lse=True, backend=backend,
-    )  # fmt: skip
+        rolled(q, missing), k, v, seqlens_k=n, block_table=block_table, return_lse=True, **scoring
+    )
     return rolled(out, -missing), rolled(lse.transpose(1, 2), -missing)

@@ -65,6 +65,9 @@ class StreamingLLM(Policy):
     def kept(self) -> Tensor:
         return self.cache.lengths.clamp(max=self.num_sink + self.num_recent)
 
+    def slots(self, tokens: int) -> int | None:
+        return max(tokens, self.num_sink + self.num_recent) + 1
+
     def _evict(self) -> None:
         """Evicts all but what the next step, which adds a token, attends to."""
         recent = max(self.num_recent - 1, 0)
@@ -90,6 +93,10 @@ class H2O(Policy):
 
     heavy: Share = 0.1
     recent: Share = 0.1
+    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_scores", "_budget", "_recent")
+
+    def slots(self, tokens: int) -> int | None:
+        return max(tokens, most(self.heavy, tokens) + max(most(self.recent, tokens), 1)) + 1
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -97,8 +104,8 @@ class H2O(Policy):
         super().begin(q, k, v, lse, lengths=lengths)
         n, tokens = self.cache.lengths, q.shape[1]
         scores = attention_column_scores(
-            q, k, lse, causal=True, scale=self.scale, head_reduce="group_mean", seqlens_k=n,
-            seqlens_q=n, backend=self.backend,
+            q, k, self._for_scores(lse), causal=True, scale=self.scale, head_reduce="group_mean",
+            seqlens_k=n, seqlens_q=n, backend=self.backend,
         )  # fmt: skip
         self._recent = amount(self.recent, n).clamp(min=1)
         self._budget = amount(self.heavy, n) + self._recent
@@ -156,8 +163,17 @@ class Keyformer(Policy):
     tau: float = 1.0
     tau_step: float = 0.01
     seed: int = 0
+    _ROWS: ClassVar[tuple[str, ...]] = ("_scores", "_budget", "_recent")
     _LEAST: ClassVar[dict[str, int]] = {"seed": -(2**63)}
     _MOST: ClassVar[dict[str, int]] = {"seed": 2**63 - 1}
+
+    def slots(self, tokens: int) -> int | None:
+        return max(tokens, most(self.budget, tokens)) + 1
+
+    def grow(self, slots: int) -> None:
+        super().grow(slots)
+        if "_wanted" in vars(self):
+            self._most = min(self._wanted, self.cache.capacity)
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -167,7 +183,8 @@ class Keyformer(Policy):
         self._steps = 0
         self._budget = amount(self.budget, n).clamp(min=1)
         self._recent = amount(self.recent, self._budget).clamp(min=1)
-        self._most = min(max(most(self.budget, tokens), 1), self.cache.capacity)
+        self._wanted = max(most(self.budget, tokens), 1)
+        self._most = min(self._wanted, self.cache.capacity)
         self._evict(self._scores_of(q, k, causal=True, seqlens_k=n, seqlens_q=n))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,8 +240,9 @@ class SnapKV(Policy):
         n, heads = self.cache.lengths, k.shape[2]
         check(self.kernel % 2 == 1, self._name, "kernel", "must be odd", self.kernel)
         scores = attention_column_scores(
-            q, k, lse, causal=True, scale=self.scale, reduce="mean", window_queries=self.window,
-            head_reduce="group_mean", seqlens_k=n, seqlens_q=n, backend=self.backend,
+            q, k, self._for_scores(lse), causal=True, scale=self.scale, reduce="mean",
+            window_queries=self.window, head_reduce="group_mean", seqlens_k=n, seqlens_q=n,
+            backend=self.backend,
         )  # fmt: skip
         own = span(self.window - n, q.shape[1])[:, None] >= 0
         scores = avg_pool1d(scores.masked_fill(own, 0), self.kernel, 1, self.kernel // 2)
@@ -286,13 +304,21 @@ class RazorAttention(Policy):
         ]
         short = self.num_sink + max(self.local, k.shape[1] // self.share) + max(self.slack, 1)
         cache = KVCache.like(k[:, :, : len(others)], v[:, :, : len(others)], short)
-        rest = _Compensated(
-            cache, scale=self.scale, backend=self.backend, num_sink=self.num_sink,
-            local=self.local, share=self.share,
-        )  # fmt: skip
-        self._parts = (FullAttention(self.cache, scale=self.scale, backend=self.backend), rest)
+        self._parts = (
+            FullAttention(self.cache, **self._scoring),
+            _Compensated(
+                cache, num_sink=self.num_sink, local=self.local, share=self.share, **self._scoring
+            ),
+        )
         for part, own in zip(self._parts, self._heads, strict=True):
+            if self.sink is not None:
+                part.sink = self.sink.unflatten(0, (k.shape[2], -1))[own].flatten()
             part.begin(q, k[:, :, own], v[:, :, own], lse, lengths=lengths)
+
+    def reorder(self, requests: Tensor) -> None:
+        super().reorder(requests)
+        if "_parts" in vars(self):
+            self._parts[1].reorder(requests)  # the cache of the first is that of the policy
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for name, t in (("q", q), ("k", k), ("v", v)):
@@ -326,6 +352,7 @@ class _Compensated(Policy):
     num_sink: int = 4
     local: int = 4000
     share: int = 5
+    _ROWS: ClassVar[tuple[str, ...]] = ("_local", "_k_sum", "_v_sum", "_dropped")
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,6 +81,12 @@ class HiP(Keeping):
     ) -> None:
         self._start(q, k, v, lengths)
 
+    def reorder(self, requests: Tensor) -> None:
+        super().reorder(requests)
+        if (found := self._found.lists) is not None:
+            indices, counts = (t.index_select(0, requests) for t in found)
+            self._found.lists = indices, counts
+
     def extend(self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         if self.layer < self.dense_layers:
             return super().extend(q, k, v, lengths=lengths)
@@ -133,14 +139,19 @@ class HiP(Keeping):
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None = None,
         block_table: Tensor | None = None, found: HipLists | None = None,
     ) -> Tensor:  # fmt: skip
-        return hip_attention(
-            q, k, v, budget=self.budget, block_q=self.block_q, block_k=self.block_k,
-            stride_q=self.stride_q, num_sink=self.num_sink, num_recent=self.num_recent,
-            head_reduce=HEAD_REDUCE[self.lists], scale=self.scale,
-            seqlens_k=n, block_table=block_table, lists=found,
-            refresh_interval=None if found is None else self.refresh_interval,
-            backend=self.backend,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "budget": self.budget, "block_q": self.block_q, "block_k": self.block_k,
+            "stride_q": self.stride_q, "num_sink": self.num_sink, "num_recent": self.num_recent,
+            "head_reduce": HEAD_REDUCE[self.lists], "scale": self.scale, "softcap": self.softcap,
+            "seqlens_k": n, "block_table": block_table, "lists": found,
+            "refresh_interval": None if found is None else self.refresh_interval,
+            "backend": self.backend,
+        }  # fmt: skip
+        if self.sink is None:
+            return hip_attention(q, k, v, **options)
+        out, lse = hip_attention(q, k, v, return_lse=True, **options)
+        share = torch.sigmoid(lse - self.sink.to(lse)[:, None])  # of the keys, [B, H, S]
+        return (out * share.transpose(1, 2)[..., None]).to(out.dtype)
 
     def _note_reads(self) -> None:
         """Of a step; of the search as many keys as it looks at, if it visits none again."""

@@ -75,7 +75,7 @@ class Indexer(Keeping):
         known = self.activation in ("relu", "none")
         check(known, self._name, "activation", "must be 'relu' or 'none'", self.activation)
         check_tensor(self._name, "index_cache", self.index_cache, optional=True)
-        if self.index_cache is not None:
+        if self.index_cache is not None and self.cache is not None:
             wanted = self.cache.k.shape[:2]
             fits = self.index_cache.dim() == 3 and self.index_cache.shape[:2] == wanted
             rule = f"must have shape {show([*wanted])[:-1]}, Di]"
@@ -127,6 +127,15 @@ class Indexer(Keeping):
         super().rewind(tokens)
         self._keys.lengths, self._keys.longest = self.cache.lengths, self.cache.longest
 
+    def grow(self, slots: int) -> None:
+        super().grow(slots)
+        if "_keys" in vars(self):
+            self._keys.grow(slots)
+
+    def reorder(self, requests: Tensor) -> None:
+        super().reorder(requests)
+        self._keys.reorder(requests)
+
     @property
     def _at_once(self) -> bool:
         return True
@@ -135,13 +144,13 @@ class Indexer(Keeping):
         index = self._index(q, k, self._of_call(q, lengths))
         self._start(index, k, v, lengths)
         if q.shape[1] <= self.topk:
-            return attention(q, k, v, scale=self.scale, causal=True, backend=self.backend)
+            return attention(q, k, v, causal=True, **self._scoring)
         indices, counts = indexer_topk_select(
             *index, self.topk, activation=self.activation, backend=self.backend
         )
         return block_sparse_attention(
             q, k, v, indices[:, None], counts[:, None], block_q=1, block_k=1, causal=True,
-            scale=self.scale, backend=self.backend,
+            **self._scoring,
         )  # fmt: skip
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -183,15 +192,14 @@ class Indexer(Keeping):
         if cache.block_table is None:
             return block_sparse_attention(
                 q, cache.k, cache.v, indices[:, None], counts[:, None], block_q=1, block_k=1,
-                causal=True, scale=self.scale, seqlens_k=cache.lengths, backend=self.backend,
+                causal=True, seqlens_k=cache.lengths, **self._scoring,
             )  # fmt: skip
         behind = torch.arange(1 - tokens, 1, dtype=torch.int32, device=q.device)
         n = (cache.lengths[:, None] + behind).clamp(min=0)
         out, _ = sparse_decode_attention(  # each query as a request of its own
             q.flatten(0, 1)[:, None], cache.k, cache.v, indices.flatten(0, 1)[:, None],
             counts.flatten()[:, None], seqlens_k=n.flatten(),
-            block_table=cache.block_table.repeat_interleave(tokens, 0), scale=self.scale,
-            backend=self.backend,
+            block_table=cache.block_table.repeat_interleave(tokens, 0), **self._scoring,
         )  # fmt: skip
         return out[:, 0].unflatten(0, (q.shape[0], tokens))
 

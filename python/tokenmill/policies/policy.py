@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -44,26 +45,33 @@ class Policy:
     are given into the cache. Nothing in a step waits for the device.
 
     Args:
-        cache: where the layer's keys and values go; empty.
+        cache: where the layer's keys and values go; empty. None: the policy is a description for
+            :func:`tokenmill.integrations.transformers.apply_policy`, and cannot attend.
         layer: the layer's number, from 0, for policies that treat layers differently.
         previous: the policy of the layer before, for those that pass a selection on
             (:func:`stack` sets both).
         scale: factor of the products, None = 1/sqrt(D).
         backend: of all operators, None = the best available.
+        softcap: logits become softcap * tanh(logits / softcap) where keys are attended to; 0: off.
+            What chooses keys reads the logits before that.
+        sink: float ``[H]``, a logit of each head that takes weight and has no value; None: none.
 
     Raises:
         RuntimeError: naming argument, rule and value, here and in every method.
     """
 
-    cache: KVCache
+    cache: KVCache = None  # type: ignore[assignment]  # methods check it
     layer: int = 0
     previous: Policy | None = field(default=None, repr=False)
     scale: float | None = None
     backend: str | None = None
+    softcap: float = 0.0
+    sink: Tensor | None = field(default=None, repr=False)
 
     # The least that a whole number may be, where that is not 0.
     _LEAST: ClassVar[dict[str, int]] = {}  # of whole numbers, if not 0
     _MOST: ClassVar[dict[str, int]] = {}  # if not the largest int32, as lengths are
+    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query")  # with a row for each request
 
     def __post_init__(self) -> None:
         self._check_fields()
@@ -80,7 +88,8 @@ class Policy:
 
     def _check_fields(self) -> None:
         """Numbers of NumPy become those of Python."""
-        check(isinstance(self.cache, KVCache), self._name, "cache", "must be a KVCache", self.cache)
+        known = self.cache is None or isinstance(self.cache, KVCache)
+        check(known, self._name, "cache", "must be a KVCache or None", self.cache)
         known = self.previous is None or isinstance(self.previous, Policy)
         check(known, self._name, "previous", "must be a policy or None", self.previous)
         for entry in fields(self):
@@ -104,6 +113,17 @@ class Policy:
             elif entry.type == "bool":
                 check_bool(self._name, name, value)
             setattr(self, name, value)
+        rule = "must be finite and at least 0"
+        check(0 <= self.softcap < math.inf, self._name, "softcap", rule, self.softcap)
+        check_tensor(self._name, "sink", self.sink, optional=True)
+
+    @property
+    def _scoring(self) -> dict[str, Any]:
+        """Arguments of every operator that attends."""
+        return {
+            "scale": self.scale, "softcap": self.softcap, "sink": self.sink,
+            "backend": self.backend,
+        }  # fmt: skip
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, more: bool = False,
@@ -147,10 +167,7 @@ class Policy:
             return self._read_chunk_of_prompt(q, k, v, lengths, more)
         at = torch.arange(q.shape[1], device=q.device)
         turned_q, turned_k = (self._turned(x, at, q.shape[1]) for x in (q, k))
-        out, lse = attention(
-            turned_q, turned_k, v, scale=self.scale, causal=True, return_lse=True,
-            backend=self.backend,
-        )  # fmt: skip
+        out, lse = attention(turned_q, turned_k, v, causal=True, return_lse=True, **self._scoring)
         self.begin(q, k, v, lse, lengths=lengths)
         return out
 
@@ -181,9 +198,8 @@ class Policy:
         own = torch.arange(tokens, device=q.device)
         asks = self._turned(q, (before[:, None] + own).clamp(max=max(width - 1, 0)), width)
         out, lse = attend_last(
-            asks, self._turned(keys, at, width), values, total, count, scale=self.scale,
-            backend=self.backend,
-        )  # fmt: skip
+            asks, self._turned(keys, at, width), values, total, count, **self._scoring
+        )
         queries, lses = (
             joined(old, new, before, width) for old, new in ((waiting.q, q), (waiting.lse, lse))
         )
@@ -214,7 +230,13 @@ class Policy:
         self._check_prompt(q, k)
         self.cache.fill(k, v, lengths)
 
+    def _for_scores(self, lse: Tensor) -> Tensor | None:
+        """The lse with which column scores, whose logits have no cap, are normalised."""
+        return lse if self.softcap == 0 else None
+
     def _check_prompt(self, q: Tensor, k: Tensor) -> None:
+        rule = "must be given to a policy that attends"
+        check(self.cache is not None, self._name, "cache", rule, self.cache)
         for name, t in (("q", q), ("k", k)):
             check_tensor(self._name, name, t)
             check(t.dim() == 4, self._name, name, "must have 4 dimensions [B, S, H, D]", t.dim())
@@ -277,6 +299,28 @@ class Policy:
         """
         fail(self._name, "tokens", "cannot be taken back from a policy that evicts", tokens)
 
+    def grow(self, slots: int) -> None:
+        """Makes room for so many tokens of each request in a dense cache."""
+        self.cache.grow(slots)
+
+    def reorder(self, requests: Tensor) -> None:
+        """Request i becomes what requests[i] was, as beams do.
+
+        Args:
+            requests: int64 ``[B']``; a request may be named several times, or never.
+        """
+        self.cache.reorder(requests)
+        for name in self._ROWS:
+            if name in vars(self):
+                setattr(self, name, getattr(self, name).index_select(0, requests))
+        if self._waiting is not None:
+            self._waiting = self._waiting.reordered(requests)
+
+    def slots(self, tokens: int) -> int | None:
+        """The slots that a cache needs for a prompt of so many tokens and any number of steps;
+        None: for each token one."""
+        return None
+
     def reset(self) -> None:
         """Takes back everything: the next prompt is the first."""
         self.cache.clear()
@@ -303,7 +347,7 @@ class Policy:
         self._reads.append((cache.lengths, cache.token_bytes))
         return attention_decode(
             q, cache.k, cache.v, seqlens_k=cache.lengths, block_table=cache.block_table,
-            scale=self.scale, backend=self.backend,
+            **self._scoring,
         )  # fmt: skip
 
     def _attend(
@@ -320,7 +364,7 @@ class Policy:
         self._reads.append((listed, cache.token_bytes // max(shared, 1)))
         return sparse_decode_attention(
             q, cache.k, cache.v, indices, counts, seqlens_k=cache.lengths,
-            block_table=cache.block_table, scale=self.scale, backend=self.backend, **options,
+            block_table=cache.block_table, **self._scoring, **options,
         )  # fmt: skip
 
 
@@ -391,8 +435,8 @@ class Keeping(Policy):
         cache, count = self.cache, self._count(q, k, v, lengths)
         self._reads.append((cache.lengths, cache.token_bytes))
         out, _ = attend_last(
-            q, cache.k, cache.v, cache.lengths, count, scale=self.scale, backend=self.backend,
-            block_table=cache.block_table,
+            q, cache.k, cache.v, cache.lengths, count, block_table=cache.block_table,
+            **self._scoring,
         )  # fmt: skip
         return out
 

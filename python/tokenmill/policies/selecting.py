@@ -47,6 +47,10 @@ class TidalDecode(Keeping):
     lists: Lists = "query"
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "first": -1, "correction": -1}
 
+    def reorder(self, requests: Tensor) -> None:
+        super().reorder(requests)
+        vars(self).pop("_lists", None)  # a step makes its own
+
     def correct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Recomputes the last tokens of each request: full attention in every layer, whose keys and
         values replace those in the cache.
@@ -118,6 +122,15 @@ class Quest(Keeping):
     page: int = 16
     dense_layers: int = 2
     _LEAST: ClassVar[dict[str, int]] = {"page": 1}
+    _ROWS: ClassVar[tuple[str, ...]] = ("_boxes",)
+
+    def grow(self, slots: int) -> None:
+        super().grow(slots)
+        boxes = getattr(self, "_boxes", None)
+        if boxes is not None:
+            pages = -(-self.cache.capacity // self.page)
+            more = boxes.new_zeros(boxes.shape[0], pages - boxes.shape[1], *boxes.shape[2:])
+            self._boxes = torch.cat([boxes, more], 1)
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -190,6 +203,7 @@ class RecycledAttention(Keeping):
     stride: int = 50
     threshold: float | None = None
     _LEAST: ClassVar[dict[str, int]] = {"budget": 1, "stride": 1}
+    _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query", "_since", "_end")
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None

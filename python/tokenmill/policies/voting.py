@@ -175,7 +175,7 @@ class TokenSelect(Keeping):
             most = len(self.rope[0]) - 1  # for rows beyond a prompt, which mean nothing
             q = rotated(q, self.rope, places.clamp(max=most), self.interleaved)
             k = rotated(k, self.rope, order.clamp(max=most), self.interleaved)
-        return attention(q, k, v, scale=self.scale, causal=True, bias=bias, backend=self.backend)
+        return attention(q, k, v, causal=True, bias=bias, **self._scoring)
 
     def _before(
         self, q: Tensor, begin: Tensor, lengths: Tensor, before: int
