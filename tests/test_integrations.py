@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -312,14 +314,46 @@ def test_views_are_passed_without_copies(monkeypatch):
 
 def test_what_needs_the_weights_is_refused(tokenmill):
     q, k, v = torch.randn(3, 1, 2, 5, 8)
-    with pytest.raises(RuntimeError, match=r"no dropout; got 0\.1"):
-        forward(q, k, v, dropout=0.1)
+    for option in ({"kind": "sigmoid"}, {"softcap": 2.0}, {"s_aux": torch.zeros(2)}):
+        with pytest.raises(RuntimeError, match=r"dropout: must be 0 with .*; got 0\.1"):
+            forward(q, k, v, dropout=0.1, **option)
     with pytest.raises(RuntimeError, match="head_mask"):
         forward(q, k, v, head_mask=torch.ones(2))
     with pytest.raises(RuntimeError, match="output_attentions"):
         forward(q, k, v, output_attentions=True)
-    config = transformers.BertConfig(**SMALL, attn_implementation=tokenmill)
-    model = transformers.BertModel(config).train()
-    with pytest.raises(RuntimeError, match="attention_probs_dropout_prob"):
-        model(torch.zeros(1, 3, dtype=torch.int64))
-    model.eval()(torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "hole"])
+@pytest.mark.parametrize("build", [bert, llama, mistral, t5])
+def test_dropout_is_that_of_sdpa(build, padding, tokenmill):
+    """Kernels have none: the same rows, gradients and random numbers, and one notice."""
+    model, ids, mask = build().train(), torch.randint(40, (3, 11)), padding_mask(padding)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.5)
+    cotangent = torch.randn(3, 11, 48)
+    integration._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(1)
+        out, grads = run(model, tokenmill, ids, mask, cotangent)
+    notices = [w for w in caught if "no kernel drops weights" in str(w.message)]
+    torch.manual_seed(1)
+    expected, expected_grads = run(model, "sdpa", ids, mask, cotangent)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
+    assert len(notices) == 1
+
+
+def test_dropout_of_packed_sequences():
+    """Of 4, 1 and 6 tokens whose last 2, 1 and 5 ask: as in each of them alone."""
+    ends_q, ends_k = torch.tensor([0, 2, 3, 8]).int(), torch.tensor([0, 4, 5, 11]).int()
+    mask = integration._complete(None, 8, 11, True, 3, ends_q, ends_k, torch.device("cpu"))
+    for (q0, q1), (k0, k1) in zip(ends_q.unfold(0, 2, 1), ends_k.unfold(0, 2, 1), strict=True):
+        sizes = int(q1 - q0), int(k1 - k0)
+        alone = integration._complete(None, *sizes, True, 3, None, None, torch.device("cpu"))
+        assert torch.equal(mask[..., q0:q1, k0:k1], alone)
+        assert mask[..., q0:q1, :].sum() == alone.sum()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,11 +15,23 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .._sharded import sharded_attention
 from ..dense.attention import attention
+from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, register_beside
 
+__all__ = [
+    "AppliedPolicy",
+    "PolicyCache",
+    "apply_policy",
+    "attention_forward",
+    "build_mask",
+    "register",
+]
+
+TO_SDPA = "no kernel drops weights, and scaled_dot_product_attention runs in place of one"
 Kind = Literal["softmax", "sigmoid"]
 UNSUPPORTED = {
     "head_mask": "a mask over heads needs the weights, which are never in memory",
@@ -91,7 +104,8 @@ def attention_forward(
             causality; or a complete mask that broadcasts to ``[B, H, Sq, Sk]``, boolean (True is
             visible) or additive.
         scaling: None = 1/sqrt(D).
-        dropout: must be 0.
+        dropout: of the weights, in training. No kernel drops weights: the call goes to
+            scaled_dot_product_attention, and a warning says so once.
         kind, backend: as in :func:`register`.
         is_causal: None = what module says.
         sliding_window: the number of keys up to its own that a query sees (if not causal, as many
@@ -107,10 +121,11 @@ def attention_forward(
         out ``[B, Sq, H, Dv]``, 0 for a query that sees no key, and None for the weights.
 
     Raises:
-        RuntimeError: for dropout, a head mask or weights asked for, and for any mask within
+        RuntimeError: for a head mask or weights asked for, for dropout of sigmoid attention or with
+            a soft cap or a sink, and for any mask or dropout within
             :func:`tokenmill.distributed.context_parallel`.
     """
-    _refuse(dropout, others)
+    _refuse(others)
     q, k, v = _tokens_first(query), _tokens_first(key), _tokens_first(value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     reach = sliding_window - 1 if sliding_window is not None else -1
@@ -127,11 +142,30 @@ def attention_forward(
     if run := sharded_attention.get():
         for name, given in (
             ("attention_mask", attention_mask), ("position_bias", position_bias),
-            ("cu_seq_lens_q", cu_seq_lens_q),
+            ("cu_seq_lens_q", cu_seq_lens_q), ("dropout", dropout or None),
         ):  # fmt: skip
             if given is not None:
                 raise RuntimeError(f"tokenmill attention: {name}: must be None in context_parallel")
         return run(q, k, v, **options), None
+    if dropout > 0:
+        for name, given in (
+            ("kind", kind != "softmax"), ("softcap", softcap), ("s_aux", s_aux is not None),
+        ):  # fmt: skip
+            if given:
+                raise RuntimeError(
+                    f"tokenmill attention: dropout: must be 0 with {name}, as {TO_SDPA}; got "
+                    f"{dropout:g}: set attention_dropout (BERT: attention_probs_dropout_prob) of "
+                    "the configuration to 0"
+                )
+        _say_once(f"tokenmill attention: dropout: {TO_SDPA}")
+        mask = _complete(
+            attention_mask, q.shape[1], k.shape[1], causal, sliding_window, cu_seq_lens_q,
+            cu_seq_lens_k, q.device,
+        )  # fmt: skip
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal,
+            position_bias=position_bias,
+        )  # fmt: skip
     if cu_seq_lens_q is not None and position_bias is None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
@@ -217,12 +251,42 @@ def build_mask(
     )
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
-    if dropout > 0:
-        raise RuntimeError(
-            f"tokenmill attention has no dropout; got {dropout:g}: set attention_dropout "
-            "(BERT: attention_probs_dropout_prob) of the configuration to 0"
+@functools.lru_cache
+def _say_once(notice: str) -> None:
+    warnings.warn(notice, stacklevel=4)
+
+
+def _complete(
+    mask: Tensor | None, sq: int, sk: int, causal: bool, sliding_window: int | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device,
+) -> Tensor | None:  # fmt: skip
+    """A mask of attention_forward with all that hides keys in it, None for plain causality."""
+    if cu_seqlens_q is None and (mask.dim() == 4 if mask is not None else sliding_window is None):
+        return None if mask is None else mask[..., :sk]
+    query = torch.arange(sq, device=device)[:, None]
+    key = torch.arange(sk, device=device)
+    visible = torch.ones(1, 1, sq, sk, dtype=torch.bool, device=device)
+    if cu_seqlens_q is not None:
+        ends_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        of_q, of_k = (
+            torch.searchsorted(ends, at.flatten(), right=True)
+            for ends, at in ((cu_seqlens_q, query.int()), (ends_k, key.int()))
         )
+        visible &= of_q[:, None] == of_k
+        # The last query of a sequence is at its last key.
+        query = query + (ends_k[of_q] - cu_seqlens_q[of_q])[:, None]
+    else:
+        query = query + sk - sq
+        if mask is not None:
+            visible = visible & mask[:, None, None]
+    if causal:
+        visible = visible & (key <= query)
+    if sliding_window is not None and mask is None:
+        visible = visible & ((key - query).abs() < sliding_window)
+    return visible
+
+
+def _refuse(others: dict[str, Any]) -> None:
     for name, reason in UNSUPPORTED.items():
         if (value := others.get(name)) is not None and value is not False:
             raise RuntimeError(f"tokenmill attention: {name}: {reason}")
@@ -288,3 +352,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
     return mask.to(torch.promote_types(mask.dtype, dtype)).contiguous()
+
+
+register_beside(attention_forward, build_mask)

@@ -1,0 +1,399 @@
+"""The cache of transformers whose layers attend as a policy says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .._check import check, fail
+from ..policies import KVCache, Policy
+from ..policies.evicting import RazorAttention
+from ..policies.policy import Keeping
+
+NAME = "integrations.transformers.apply_policy"
+IMPLEMENTATION = "tokenmill_policy"
+SLACK = 64  # slots that a new cache has beside those of the prompt
+
+# The layer whose keys the model has just computed: its attention comes next.
+_pending: ContextVar[PolicyLayer | None] = ContextVar("_pending", default=None)
+_prompt_end: ContextVar[int | None] = ContextVar("_prompt_end", default=None)  # in columns
+_generates: ContextVar[bool] = ContextVar("_generates", default=False)
+_applied: weakref.WeakKeyDictionary[torch.nn.Module, AppliedPolicy] = weakref.WeakKeyDictionary()
+
+
+class _Offset(int):
+    """The offset of the keys of a PolicyLayer, by which its mask is known."""
+
+
+class PolicyLayer(CacheLayerMixin):
+    """One layer's keys and values, in the cache of its policy."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, recipe: Policy, number: int, previous: PolicyLayer | None):
+        super().__init__()
+        self.recipe, self.number, self.previous = recipe, number, previous
+        self.is_croppable = isinstance(recipe, Keeping)
+        self.policy: Policy | None = None
+        self.columns = 0  # tokens so far, those of the padding among them
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The policy is made by the first attention, which knows the queries."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the new tokens alone: the policy holds those before."""
+        self.columns += key_states.shape[2]
+        _pending.set(self)
+        return key_states, value_states
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, scoring: dict[str, Any]
+    ) -> Tensor:
+        """[B, n, H, D] -> [B, n, H, Dv], where there [B, n] is True; 0 elsewhere. None: all."""
+        if self.policy is None:
+            self._make(q, k, v, scoring)
+        policy = self.policy
+        assert policy is not None
+        empty = policy.cache.longest == 0 or policy._waiting is not None
+        keeps = isinstance(policy, Keeping)
+        reads = _prompt_end.get() is not None or (not _generates.get() and q.shape[1] > 1)
+        if not empty and not (keeps and (reads or there is not None)):
+            if there is not None:
+                rule = "must be True for the tokens of a step"
+                fail(NAME, "attention_mask", f"{rule} of policies.{type(policy).__name__}", False)
+            self._make_room(q.shape[1])
+            return policy.step(q, k, v)
+        end = _prompt_end.get() or self.columns
+        more = end > self.columns
+        self._make_room(q.shape[1] + (0 if keeps else end - self.columns))
+        if there is None:
+            return policy.prefill(q, k, v, more=more)
+        order = torch.argsort(~there, dim=1, stable=True)  # tokens first, in their order
+        row = torch.arange(len(order), device=order.device)[:, None]
+        lengths = there.sum(1, dtype=torch.int32)
+        packed = policy.prefill(*(x[row, order] for x in (q, k, v)), lengths=lengths, more=more)
+        out = torch.empty_like(packed)
+        out[row, order] = packed
+        return out.masked_fill(~there[..., None, None], 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, _Offset(self.columns)
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.policy, self.columns = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        back = abs(tokens_to_remove)
+        if back and self.policy is not None:
+            self.policy.rewind(back)
+            self.columns -= back
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.policy is not None:
+            requests = self.policy.cache.requests
+            self.policy.reorder(requests.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.policy is not None:
+            requests = self.policy.cache.requests
+            self.policy.reorder(requests[indices.to(requests.device)])
+
+    def offload(self) -> None:
+        fail(NAME, "cache_implementation", "must not be offloaded", "offloaded")
+
+    def _make(self, q: Tensor, k: Tensor, v: Tensor, scoring: dict[str, Any]) -> None:
+        recipe = self.recipe
+        heads = len(recipe.retrieval) if isinstance(recipe, RazorAttention) else k.shape[2]
+        end = _prompt_end.get() or self.columns
+        slots = [max(end, self.columns) + SLACK, heads]
+        cache = KVCache(*(t.new_zeros(t.shape[0], *slots, t.shape[3]) for t in (k, v)))
+        previous = None if self.previous is None else self.previous.policy
+        self.policy = dataclasses.replace(
+            recipe, cache=cache, layer=self.number, previous=previous, **scoring
+        )
+        self._most = recipe.slots(end)
+
+    def _make_room(self, tokens: int) -> None:
+        """Before the policy adds tokens: it makes room itself in a cache of _most slots."""
+        assert self.policy is not None
+        cache = self.policy.cache
+        wanted = cache.longest + tokens
+        if self.policy._waiting is not None:
+            wanted += self.policy._waiting.k.shape[1]
+        if wanted > cache.capacity:
+            wanted = max(wanted, cache.capacity * 3 // 2)
+            if cache.longest > 0 and self._most is not None:
+                wanted = min(wanted, self._most)
+            if wanted > cache.capacity:
+                self.policy.grow(wanted)
+
+
+class PolicyCache(Cache):
+    """The cache of a model under a policy: layers with full attention have it, others their own.
+
+    Args:
+        config: of the model, whose DynamicCache says which layers there are.
+        recipes: the policy of each layer with full attention, without a cache.
+    """
+
+    def __init__(self, config: Any, recipes: Sequence[Policy]):
+        layers = DynamicCache(config=config).layers
+        of_policy: list[PolicyLayer] = []
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                number = len(of_policy)
+                before = of_policy[-1] if of_policy else None
+                of_policy.append(PolicyLayer(recipes[number], number, before))
+                layers[i] = of_policy[-1]
+        super().__init__(layers=layers)
+        self._of_policy = of_policy
+
+    @property
+    def policies(self) -> list[Policy]:
+        """Of the layers with full attention, once they have read a token."""
+        return [layer.policy for layer in self._of_policy if layer.policy is not None]
+
+
+class AppliedPolicy:
+    """A policy in a model, until `remove` or the end of a with statement.
+
+    Attributes:
+        cache: the newest cache made for the model, None before its first call; `cache.policies`
+            has `kept` and `bytes_read` of each layer.
+    """
+
+    def __init__(self, model: Any, recipes: list[Policy], config: Any):
+        self.model, self._recipes, self._config = model, recipes, config
+        self.cache: PolicyCache | None = None
+        parameters = inspect.signature(model.forward).parameters
+        self._argument = "cache" if "cache" in parameters else "past_key_values"
+        self._configs = [
+            (m.config, m.config._attn_implementation)
+            for m in model.modules()
+            if hasattr(getattr(m, "config", None), "_attn_implementation")
+        ]
+        model.set_attn_implementation(IMPLEMENTATION)
+        self._hook = model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        self._read_prompt: Any = getattr(model, "_prefill", None)
+        if self._read_prompt is not None:
+            model.generate = _marked(model.generate)
+            model._prefill = self._prefill
+        _applied[model] = self
+
+    def __enter__(self) -> AppliedPolicy:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Gives the model its own attention back. A second call does nothing."""
+        if _applied.get(self.model) is not self:
+            return
+        del _applied[self.model]
+        self._hook.remove()
+        for name in ("generate", "_prefill"):
+            vars(self.model).pop(name, None)
+        for config, implementation in self._configs:
+            config._attn_implementation_internal = implementation
+
+    def _give_cache(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before each call of the model: its cache is new, or that of a policy."""
+        uses = kwargs.get("use_cache")
+        uses = self._config.use_cache if uses is None else uses
+        given = kwargs.get(self._argument)
+        fresh = type(given) is DynamicCache and given.get_seq_length() == 0
+        if uses and not model.training and (given is None or fresh):
+            self.cache = PolicyCache(self._config, self._recipes)
+            kwargs = {**kwargs, self._argument: self.cache}
+        return args, kwargs
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any],
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """generate() reads a prompt, whole or in chunks: how long it is, the layers must know."""
+        cache = model_kwargs.get(self._argument)
+        fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
+        if fresh and not generation_config.is_assistant:
+            cache = model_kwargs[self._argument] = PolicyCache(self._config, self._recipes)
+        if not isinstance(cache, PolicyCache):
+            return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        self.cache = cache
+        mask = model_kwargs.get("attention_mask")
+        end = cache.get_seq_length() + input_ids.shape[1] if mask is None else mask.shape[-1]
+        token = _prompt_end.set(end)
+        try:
+            return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            _prompt_end.reset(token)
+
+
+def _marked(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        token = _generates.set(True)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            _generates.reset(token)
+
+    return marked
+
+
+def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy:
+    """Generates with a policy: the layers of a model attend to the keys that it chooses.
+
+    Works with :meth:`generate` (greedy, sampling, beams, prompt lookup and other drafts, chunked
+    prefill, padding on either side) and with calls of the model. There is one copy of keys and
+    values, that of the policies. Layers with a window or a state keep their own attention and
+    cache; scales, soft caps and sinks of the model are those of the policy.
+
+    A call with several tokens behind a prompt is a step in generate(), which has drafts, and else
+    the next chunk of the prompt, but for policies that evict, to which it is a step.
+
+    Args:
+        model: a decoder of transformers 5.4 or later (:class:`LlamaForCausalLM` and its like).
+        policy: one without a cache, as ``policies.Quest(budget=1024)``, of which each layer gets a
+            copy; or one for each layer with full attention.
+
+    Returns:
+        A context manager; `remove` does what leaving it does. A cache made under the policy has the
+        attribute `policies`.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tokenmill.integrations.transformers import apply_policy
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> ids = torch.randint(50, (2, 40))
+        >>> with apply_policy(model, tm.policies.SnapKV(budget=16, window=8)) as applied:
+        ...     out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        >>> out.shape, applied.cache.policies[0].kept.tolist()
+        (torch.Size([2, 44]), [19, 19])
+    """
+    config = getattr(model, "config", None)
+    decodes = hasattr(config, "get_text_config") and hasattr(model, "set_attn_implementation")
+    rule = "must be a model of transformers"
+    check(decodes, NAME, "model", rule, type(model).__name__)
+    assert config is not None
+    encoder = getattr(config, "is_encoder_decoder", False)
+    check(not encoder, NAME, "model", "must be a decoder without an encoder", type(model).__name__)
+    check(model not in _applied, NAME, "model", "must have no policy yet", type(model).__name__)
+    config = config.get_text_config(decoder=True)
+    layers = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
+    rule = "must have layers with full attention"
+    check(any(layers), NAME, "model", rule, type(model).__name__)
+    recipes = [policy] * sum(layers) if isinstance(policy, Policy) else policy
+    several = isinstance(recipes, list | tuple) and all(isinstance(p, Policy) for p in recipes)
+    rule = f"must be a policy, or one for each of {sum(layers)} layers with full attention"
+    check(several, NAME, "policy", rule, policy)
+    check(len(recipes) == sum(layers), NAME, "policy", rule, len(recipes))
+    for recipe in recipes:
+        rule = "must have no {}, as the model brings its own"
+        for name in ("cache", "rope", "index_cache", "sink"):
+            value = getattr(recipe, name, None)
+            if value is not None:
+                fail(NAME, "policy", rule.format(name), type(value).__name__)
+    return AppliedPolicy(model, [*recipes], config)
+
+
+def register_beside(attention: Callable[..., Any], build_mask: Callable[..., Any]) -> None:
+    """Adds the implementation of models under a policy, whose other layers have attention."""
+    AttentionInterface.register(IMPLEMENTATION, functools.partial(_attend, attention=attention))
+    AttentionMaskInterface.register(
+        IMPLEMENTATION, functools.partial(_build_mask, build_mask=build_mask)
+    )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    attention: Callable[..., Any],
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention of one layer, `[B, H, n, D]` -> `[B, n, H, Dv]`."""
+    layer = _pending.get()
+    _pending.set(None)
+    if layer is None:
+        options |= {"kind": "softmax", "backend": None}
+        return attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+        )
+    for name in ("position_bias", "head_mask", "layer_head_mask", "output_attentions"):
+        if (given := options.get(name)) is not None and given is not False:
+            fail(NAME, name, "must be None, as a policy has none", type(given).__name__)
+    if attention_mask is not None and attention_mask.dim() != 2:
+        fail(NAME, "attention_mask", "must have shape [B, S], of padding", attention_mask.shape)
+    needs = any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled()
+    rule = "must need no gradient, as a policy has none: call the model in torch.no_grad()"
+    check(not needs, NAME, "model", rule, needs)
+    # Under autocast a rotary embedding makes queries and keys of another dtype than values.
+    q, k, v = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+    recipe, sink = layer.recipe, options.get("s_aux")
+    scoring = {
+        "scale": scaling if recipe.scale is None else recipe.scale,
+        "softcap": recipe.softcap or options.get("softcap") or 0.0,
+        "sink": None if sink is None else sink.detach(),
+    }
+    return layer.attend(q, k, v, attention_mask, scoring), None
+
+
+def _build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    *,
+    build_mask: Callable[..., Any],
+    **options: Any,
+) -> Tensor | None:
+    """Of a PolicyLayer [B, n], True for new tokens that are no padding, or None: all are. Of other
+    layers what build_mask says."""
+    if not isinstance(kv_offset, _Offset):
+        return build_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    if not options.get("allow_is_causal_skip", True):
+        fail(NAME, "attention_mask", "must be causal, but for padding", "another")
+    padding = options.get("attention_mask")
+    if padding is None:
+        return None
+    there = padding[:, int(kv_offset) : int(kv_offset) + q_length]
+    there = torch.nn.functional.pad(there, (0, q_length - there.shape[1]), value=True)
+    return None if bool(there.all()) else there

@@ -1,0 +1,287 @@
+"""Models of transformers, random and tiny, that generate under a policy."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+
+from tokenmill import policies
+
+transformers = pytest.importorskip("transformers", minversion="5.4")
+integration = pytest.importorskip("tokenmill.integrations.transformers")
+apply_policy = integration.apply_policy
+
+PLAIN = {
+    "vocab_size": 40, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "initializer_range": 0.2,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+SIZES = PLAIN | {"head_dim": 8}
+WINDOW = SIZES | {"sliding_window": 4}
+ONE_WIDE = ["sliding_attention", "full_attention"]
+NEW = 5
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(
+        **WINDOW, layer_types=ONE_WIDE, num_local_experts=2, num_experts_per_tok=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**PLAIN)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=None)
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**WINDOW, layer_types=ONE_WIDE, attn_logit_softcapping=1.5)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**WINDOW, layer_types=ONE_WIDE)
+    ),
+    "gpt_oss": gpt_oss,
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**PLAIN)),
+}
+
+
+def index(q, k):
+    """An indexer of one head: the first of the layer."""
+    return q[:, :, :1], k[:, :, 0], torch.ones(*q.shape[:2], 1)
+
+
+RECIPES = [
+    policies.FullAttention(),
+    policies.TokenSelect(k=4, num_sink=1, num_recent=3, chunk=4),
+    policies.TidalDecode(budget=6, first=0, correction=5),
+    policies.Quest(budget=6, page=2, dense_layers=1),
+    policies.HiP(budget=4, block_q=4, num_sink=1, num_recent=4, refresh_interval=2, dense_layers=1),
+    policies.Indexer(topk=5, indexer=index),
+    policies.RecycledAttention(budget=6, stride=2),
+    policies.StreamingLLM(num_sink=2, num_recent=6),
+    policies.H2O(heavy=4, recent=4),
+    policies.Keyformer(budget=8, recent=3),
+    policies.SnapKV(budget=8, window=3, kernel=3),
+    policies.RazorAttention(retrieval=(), num_sink=1, local=6, slack=2),
+]
+NAMES = [type(recipe).__name__ for recipe in RECIPES]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return MODELS["llama"]().eval()
+
+
+def prompts():
+    """Of 17 and 12 tokens, the second padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (2, 17), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return ids, mask
+
+
+def generate(model, ids, mask=None, **options):
+    options = {"max_new_tokens": NEW, "do_sample": False, "output_scores": True} | options
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.scores, 1)
+
+
+def assert_alike(actual, expected):
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_full_attention_is_the_model(name):
+    model, (ids, mask) = MODELS[name]().eval(), prompts()
+    model.set_attn_implementation("eager")
+    for options in ({}, {"num_beams": 2}):
+        expected = generate(model, ids, mask, **options)
+        with apply_policy(model, policies.FullAttention()) as applied:
+            assert_alike(generate(model, ids, mask, **options), expected)
+        assert model.config._attn_implementation == "eager"
+        wide = 1 if name in ("gemma2", "gemma3", "gpt_oss") else 2
+        assert len(applied.cache.policies) == wide
+    assert_alike(generate(model, ids, mask, num_beams=2), expected)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        policies.TokenSelect(k=64, num_sink=0, num_recent=1, threshold=2.0),
+        policies.TidalDecode(budget=64, first=0),
+        policies.Quest(budget=64, page=2, dense_layers=0),
+        policies.HiP(budget=64, num_recent=4, refresh_interval=1, dense_layers=0),
+        policies.Indexer(topk=64, indexer=index),
+        policies.RecycledAttention(budget=64, stride=1),
+        policies.StreamingLLM(num_recent=64),
+        policies.H2O(heavy=64),
+        policies.Keyformer(budget=64),
+        policies.SnapKV(budget=64, window=3),
+        policies.RazorAttention(retrieval=(0,)),
+    ],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_caps_and_sinks_are_those_of_the_model(name, recipe):
+    """A budget for all keys is full attention, with what the model does to its logits."""
+    model, (ids, mask) = MODELS[name]().eval(), prompts()
+    model.set_attn_implementation("eager")
+    expected = generate(model, ids, mask, max_new_tokens=3)
+    with apply_policy(model, recipe):
+        assert_alike(generate(model, ids, mask, max_new_tokens=3), expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_rows_chunks_and_beams(recipe, llama, monkeypatch):
+    """Padding, chunks of prompts, beams and a cache that grows change nothing about a row."""
+    ids, mask = prompts()
+    fixed = isinstance(recipe, policies.HiP | policies.TokenSelect)  # chunks from the first token
+    noisy = isinstance(recipe, policies.Keyformer)  # the noise is that of a request's number
+    with apply_policy(llama, recipe) as applied:
+        together = generate(llama, ids, mask)
+        if isinstance(recipe, policies.StreamingLLM | policies.SnapKV | policies.H2O):
+            assert all(policy.kept.max() < 16 for policy in applied.cache.policies)
+        for b in (0,) if noisy else (0, 1):
+            alone = generate(llama, ids[b : b + 1, 5 * b :])
+            assert_alike([x[b : b + 1] for x in together], alone)
+        if fixed:
+            ids, mask = ids[:1], mask[:1]
+            together = [x[:1] for x in together]
+        assert_alike(generate(llama, ids, mask, prefill_chunk_size=8), together)
+        monkeypatch.setattr("tokenmill.integrations._policy_cache.SLACK", 0)
+        assert_alike(generate(llama, ids, mask), together)
+        if noisy:
+            return
+        options = {"num_beams": 3, "max_new_tokens": NEW, "output_scores": True}
+        out = llama.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+        for b in range(len(ids)):
+            found = followed(llama, ids[b : b + 1, 5 * b :], out.sequences[b, ids.shape[1] :])
+            torch.testing.assert_close(out.sequences_scores[b] * NEW, found, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def followed(model, ids, tokens):
+    """The log probability of tokens behind a prompt, one step at a time."""
+    out, total = model(ids, use_cache=True), 0.0
+    for token in tokens:
+        total = total + out.logits[0, -1].log_softmax(-1)[token]
+        out = model(token.view(1, 1), cache=out.cache, use_cache=True)
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_calls_of_the_model(recipe, llama):
+    """Prompts padded on the right and with a hole, then a second prompt of several tokens."""
+    ids, _ = prompts()
+    rows = torch.tensor([[1] * 17, [1] * 6 + [0] * 3 + [1] * 6 + [0] * 2])
+    place = (rows.cumsum(1) - 1).clamp(min=0)
+    more, then = ids[:, :3], 3 + place.max(1, keepdim=True).values - 2
+    with apply_policy(llama, recipe):
+        out = llama(ids, attention_mask=rows, position_ids=place, use_cache=True)
+        full = torch.cat([rows, torch.ones(2, 3, dtype=rows.dtype)], 1)
+        second = llama(
+            more, attention_mask=full, position_ids=then + torch.arange(3), cache=out.cache
+        )
+        for b in (0,) if isinstance(recipe, policies.Keyformer) else (0, 1):
+            own = rows[b].bool()
+            alone = llama(ids[b : b + 1, own], use_cache=True)
+            torch.testing.assert_close(out.logits[b, own], alone.logits[0], rtol=0, atol=2e-5)
+            alone = llama(more[b : b + 1], cache=alone.cache)
+            torch.testing.assert_close(second.logits[b], alone.logits[0], rtol=0, atol=2e-5)
+
+
+def test_drafts_and_second_turns(llama):
+    ids = prompts()[0][:1].repeat(1, 2)
+    expected = generate(llama, ids)
+    with apply_policy(llama, policies.FullAttention()) as applied:
+        drafted = llama.generate(
+            ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3
+        )
+        assert torch.equal(drafted[:, ids.shape[1] :], expected[0])
+        generate(llama, ids[:, :9], max_new_tokens=2)
+        cache = applied.cache
+        seen = cache.get_seq_length()
+        cache.crop(9 - seen)
+        assert_alike(generate(llama, ids, cache=cache), expected)
+    evicting = policies.StreamingLLM(num_sink=1, num_recent=8)
+    with apply_policy(llama, [evicting, policies.Quest(budget=6, page=2)]) as applied:
+        with pytest.raises(ValueError, match="can be cropped"):
+            llama.generate(ids, max_new_tokens=NEW, prompt_lookup_num_tokens=3)
+        generate(llama, ids[:, :9], max_new_tokens=2)
+        generate(llama, ids, cache=applied.cache)
+        assert [p.kept.item() for p in applied.cache.policies] == [9, ids.shape[1] + NEW - 1]
+
+
+def test_autocast_and_a_function_instead_of_a_context(llama):
+    ids, mask = prompts()
+    applied = apply_policy(llama, policies.Quest(budget=6, page=2))
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(llama, ids, mask)
+    assert applied.cache.policies[0].cache.k.dtype == torch.bfloat16
+    applied.remove()
+    applied.remove()
+    assert llama.config._attn_implementation == "sdpa"
+    assert not {"generate", "_prefill"} & {*vars(llama)}
+
+
+def test_what_cannot_be_is_refused(llama):
+    ids, mask = prompts()
+    rule = r"^tokenmill.integrations.transformers.apply_policy: "
+    empty = policies.KVCache(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    for model, policy, words in (
+        (torch.nn.Identity(), RECIPES[0], r"model: must be a model of transformers; got 'Iden"),
+        (llama, "Quest", r"policy: must be a policy, or one for each of 2 layers with full atte"),
+        (llama, RECIPES[:1], r"policy: must be a policy, or one for each of 2 layers .*; got 1"),
+        (
+            llama,
+            policies.FullAttention(empty),
+            r"policy: must have no cache, as the model brings its own; got 'KVCache'",
+        ),
+        (
+            transformers.MistralForCausalLM(transformers.MistralConfig(**WINDOW)),
+            RECIPES[0],
+            r"model: must have layers with full attention; got 'MistralForCausalLM'",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=rule + words):
+            apply_policy(model, policy)
+    with apply_policy(llama, policies.SnapKV(budget=8, window=3)):
+        with pytest.raises(RuntimeError, match=rule + r"model: must have no policy yet; got"):
+            apply_policy(llama, RECIPES[0])
+        with pytest.raises(RuntimeError, match=rule + r"model: must need no gradient, as a policy"):
+            llama(ids)
+        with torch.no_grad():
+            cache = llama(ids).cache
+            late = torch.cat([mask, torch.tensor([[1], [0]])], 1)
+            with pytest.raises(RuntimeError, match=rule + r"attention_mask: must be True for the"):
+                llama(ids[:, :1], attention_mask=late, cache=cache)
+            with pytest.raises(RuntimeError, match=rule + r"attention_mask: must have shape"):
+                llama(ids, attention_mask=torch.ones(2, 1, 17, 17))
+        assert llama(ids, use_cache=False).logits.requires_grad  # the model's own attention
+    with pytest.raises(RuntimeError, match=r"policies.Quest: cache: must be given to a policy"):
+        policies.Quest().prefill(*torch.zeros(3, 1, 1, 1, 1))
+    with pytest.raises(RuntimeError, match=r"policies.KVCache: slots: cannot grow in pages"):
+        paged = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.zeros(1, 1).int()
+        policies.KVCache(*paged).grow(2)
+    with pytest.raises(
+        RuntimeError, match=r"policies.KVCache: requests: cannot be reordered in pa"
+    ):
+        policies.KVCache(*paged).reorder(torch.zeros(2).long())
+
+
+def test_its_example_runs():
+    (example,) = doctest.DocTestFinder(recurse=False).find(apply_policy, globs={})
+    assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0
