@@ -1,4 +1,5 @@
-"""Every attention layer of a Hugging Face transformers model on :func:`tokenmill.attention`.
+"""Models of Hugging Face transformers: their attention on :func:`tokenmill.attention` (register),
+generate() under a policy (apply_policy), fewer tokens in vision transformers (patch).
 
 Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys.
 """
@@ -12,15 +13,22 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .._sharded import sharded_attention
 from ..dense.attention import attention
+from ._needs import needs
+
+try:
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+except ModuleNotFoundError as missing:
+    raise needs("transformers", missing) from missing
+
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, register_beside
+from ._vision import patch, unpatch
 
 __all__ = [
     "AppliedPolicy",
@@ -28,7 +36,9 @@ __all__ = [
     "apply_policy",
     "attention_forward",
     "build_mask",
+    "patch",
     "register",
+    "unpatch",
 ]
 
 TO_SDPA = "no kernel drops weights, and scaled_dot_product_attention runs in place of one"

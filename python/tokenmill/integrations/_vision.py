@@ -1,0 +1,92 @@
+"""Fewer tokens in the vision transformers of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.deit.modeling_deit import DeiTLayer
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from .._check import check
+from ._reduction import Reduction, install, make_reduction, uninstall
+
+NAME = "integrations.transformers.patch"
+
+
+def patch(
+    model: nn.Module, merge: int | Sequence[int] | None = None, *,
+    keep_rate: float | None = None, layers: Sequence[int] | None = None, fuse: bool = True,
+    backend: str | None = None,
+) -> Reduction:  # fmt: skip
+    """Merges or drops tokens in the layers of a ViT or a DeiT, between attention and MLP.
+
+    The weights stay as they are, and attention is :func:`tokenmill.attention`; dropout of its
+    weights, in training, is that of PyTorch. The last hidden states have the rows that are left,
+    the class and distillation tokens in front.
+
+    Args:
+        model: a ViT or DeiT of transformers, with any head that reads its class tokens.
+        merge: ToMe: tokens that each layer merges, one number or one for each layer. Keys of merged
+            tokens count in attention as often as there are tokens in them.
+        keep_rate: EViT: share of the patches that the given layers keep, those that the class token
+            attends to most.
+        layers: those, from 0; None: a quarter, a half and three quarters down (3, 6 and 9 of 12).
+        fuse: the dropped patches become one token.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Returns:
+        Its `source` and `size` say after each call of the model what became of the tokens.
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Papers: ToMe (Bolya et al. 2023), section 3; EViT (Liang et al. 2022), section 3.
+
+    Example:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTModel
+        >>> from tokenmill.integrations.transformers import patch, unpatch
+        >>> model = ViTModel(ViTConfig(hidden_size=48, num_attention_heads=4)).eval()
+        >>> reduction = patch(model, merge=13)
+        >>> with torch.no_grad():
+        ...     out = model(torch.randn(1, 3, 224, 224)).last_hidden_state
+        >>> out.shape, reduction.unmerge(out).shape
+        (torch.Size([1, 41, 48]), torch.Size([1, 197, 48]))
+        >>> unpatch(model)
+    """
+    found = [m for m in model.modules() if type(m) in (ViTLayer, DeiTLayer)]
+    rule = "must have layers of ViT or DeiT"
+    check(len(found) > 0, NAME, "model", rule, type(model).__name__)
+    known = all(hasattr(layer.attention, "q_proj") for layer in found)
+    check(known, NAME, "model", "must be of a newer transformers, with q_proj in layers", "none")
+    prefix = 2 if type(found[0]) is DeiTLayer else 1
+    reduction = make_reduction(
+        NAME, len(found), prefix, True, merge, keep_rate, layers, fuse, backend
+    )
+    install(NAME, model, found, reduction, _forward)
+    return reduction
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives the layers their own forward back."""
+    uninstall("integrations.transformers.unpatch", model)
+
+
+def _forward(
+    layer: Any, number: int, reduction: Reduction, hidden_states: Tensor,
+    attention_mask: Tensor | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    check(attention_mask is None, NAME, "attention_mask", "must be None", "a mask")
+    attn, x = layer.attention, hidden_states
+    h = layer.layernorm_before(x)
+    q, k, v = (
+        linear(h).unflatten(2, (attn.num_attention_heads, attn.head_dim))
+        for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    dropout = attn.attention_dropout if attn.training else 0.0
+    out = reduction.attend(number, q, k, v, attn.scaling, dropout).flatten(2)
+    x = layer.dropout(attn.o_proj(out)) + x
+    x = reduction.reduce(number, x, q, k, attn.scaling)
+    return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x

@@ -1,0 +1,225 @@
+"""Vision transformers of transformers and timm, random and tiny, with fewer tokens."""
+
+from __future__ import annotations
+
+import doctest
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tokenmill as tm
+
+transformers = pytest.importorskip("transformers", minversion="5.4")
+ours = pytest.importorskip("tokenmill.integrations.transformers")
+SMALL = {
+    "image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32,
+    "num_attention_heads": 3, "num_hidden_layers": 4, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def vit():
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)), ours
+
+
+def deit():
+    config = transformers.DeiTConfig(**SMALL)
+    model = transformers.DeiTForImageClassificationWithTeacher(config)
+    torch.nn.init.normal_(model.deit.embeddings.cls_token)
+    torch.nn.init.normal_(model.deit.embeddings.distillation_token)
+    return model, ours
+
+
+def of_timm(**options):
+    pytest.importorskip("timm")
+    from timm.models import VisionTransformer
+
+    from tokenmill.integrations import timm
+
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3}
+    model = VisionTransformer(**sizes, num_classes=5, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model, timm
+
+
+MODELS = {
+    "vit": vit,
+    "deit": deit,
+    "timm": of_timm,
+    "timm_registers": lambda: of_timm(reg_tokens=4, init_values=0.5, qk_norm=True),
+    "timm_mean": lambda: of_timm(global_pool="avg", class_token=False, mlp_ratio=2),
+}
+
+
+def logits(model, images):
+    out = model(images)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def without_positions(model):
+    for name, parameter in model.named_parameters():
+        if "pos" in name:
+            torch.nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_duplicates_are_the_model(name):
+    """Tokens that are equal stay equal: a row that counts as often as they are does the same."""
+    torch.manual_seed(0)
+    model, library = MODELS[name]()
+    model.eval()
+    without_positions(model)
+    patches = torch.randn(2, 3, 4, 4).repeat(1, 1, 4, 2)  # of two kinds, eight of each
+    images = torch.cat([patches, torch.randn(2, 3, 4, 8).repeat(1, 1, 4, 1)], 3)
+    expected = logits(model, images)
+    reduction = library.patch(model, merge=[0, 4, 2, 2])
+    torch.testing.assert_close(logits(model, images), expected, rtol=1e-4, atol=1e-5)
+    tokens = reduction.source.shape[1]
+    assert reduction.size.shape == (2, tokens - 8)
+    assert reduction.size.sum(1).tolist() == [tokens, tokens]
+    front = torch.arange(reduction.prefix, dtype=torch.int32)
+    assert torch.equal(reduction.source[:, : len(front)], front.expand(2, -1))
+    assert (reduction.size[:, : len(front)] == 1).all()
+    counts = torch.zeros_like(reduction.size)
+    counts.scatter_add_(1, reduction.source.long(), torch.ones(2, tokens))
+    assert torch.equal(counts, reduction.size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_unpatch_restores_the_bits_and_training_works(name):
+    torch.manual_seed(0)
+    model, library = MODELS[name]()
+    images = torch.randn(2, 3, 16, 16)
+    before = logits(model.eval(), images)
+    library.patch(model, merge=0)
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-4, atol=1e-5)
+    library.unpatch(model)
+    reduction = library.patch(model.train(), merge=2)
+    logits(model, images).sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None and "mask_token" not in n]
+    assert not [n for n in missing if "pooler" not in n]
+    out = torch.randn(2, reduction.size.shape[1], 3)
+    assert reduction.unmerge(out).shape == (2, reduction.source.shape[1], 3)
+    assert (images.shape, reduction.prefix + 16 - 8) == (images.shape, reduction.size.shape[1])
+    library.unpatch(model)
+    assert torch.equal(logits(model.eval(), images), before)
+    assert not [m for m in model.modules() if {"forward", "pool"} & {*vars(m)}]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", ["vit", "timm"])
+def test_keep_rate_is_that_of_the_encoder(name, fuse):
+    torch.manual_seed(0)
+    model, library = MODELS[name]()
+    model.eval()
+    encoder = tm.nn.EViTEncoder(24, 3, 4, layers=(1, 2, 3), fuse=fuse, mlp_ratio=32 / 24)
+    images = torch.randn(2, 3, 16, 16)
+    reduction = library.patch(model, keep_rate=0.6, fuse=fuse)
+    with torch.no_grad():
+        if name == "vit":
+            actual = model.vit(images).last_hidden_state
+            x, norm = model.vit.embeddings(images), model.vit.layernorm
+            for mine, theirs in zip(encoder.blocks, model.vit.layers, strict=True):
+                attn, mlp = theirs.attention, theirs.mlp
+                mine.norm1, mine.norm2 = theirs.layernorm_before, theirs.layernorm_after
+                three = (attn.q_proj, attn.k_proj, attn.v_proj)
+                for part in ("weight", "bias"):
+                    joined = torch.cat([getattr(linear, part) for linear in three])
+                    getattr(mine.attn["qkv"], part).copy_(joined)
+                mine.attn["proj"], mine.mlp.fc1, mine.mlp.fc2 = attn.o_proj, mlp.fc1, mlp.fc2
+        else:
+            encoder = tm.nn.EViTEncoder(24, 3, 4, layers=(1, 2, 3), fuse=fuse)
+            encoder.blocks.load_state_dict(model.blocks.state_dict())
+            actual = model.forward_features(images)
+            x, norm = model._pos_embed(model.patch_embed(images)), model.norm
+        y, source = encoder(x, keep_rate=0.6)
+    torch.testing.assert_close(actual, norm(y), rtol=1e-4, atol=1e-5)
+    assert torch.equal(reduction.source, source)
+
+
+def test_keep_rate_with_a_distillation_token():
+    """The class token alone chooses; the other token of the prefix stays behind it."""
+    torch.manual_seed(0)
+    model, images = deit()[0].eval(), torch.randn(2, 3, 16, 16)
+    seen = []
+    layer = model.deit.layers[1]
+    layer.layernorm_after.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    model(images)
+    reduction = ours.patch(model, keep_rate=0.5, layers=[1], fuse=False)
+    model(images)
+    whole, kept = seen
+    rows = torch.cat([torch.tensor([[0, 1]] * 2), 2 + reduction.source], 1)
+    expected = whole.gather(1, rows.long()[..., None].expand(-1, -1, 24))
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
+    assert reduction.source.shape == (2, 8)
+
+
+def test_dropout_of_weights_and_checkpoints():
+    """Dropout is that of PyTorch; a block that runs again finds the sizes that it found before."""
+    torch.manual_seed(0)
+    model = transformers.ViTModel(transformers.ViTConfig(**SMALL)).train()
+    ours.patch(model, merge=2)
+    images, grads = torch.randn(2, 3, 16, 16), []
+    for again in (False, True):
+        if again:
+            for layer in model.layers:
+                plain = layer.forward
+                layer.forward = partial(checkpoint, plain, use_reentrant=False)
+        model.zero_grad()
+        model(images).last_hidden_state.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*grads)
+    for layer in model.layers:
+        layer.attention.attention_dropout = 0.5
+    first, second = (model(images).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_what_cannot_be_is_refused():
+    model = vit()[0].eval()
+    name = r"^tokenmill.integrations.transformers.patch: "
+    for options, words in (
+        ({}, r"merge: must be given, or keep_rate, and not both; got None"),
+        (
+            {"merge": 1, "keep_rate": 0.5},
+            r"merge: must be given, or keep_rate, and not both; got 1",
+        ),
+        ({"merge": [1, 2]}, r"merge: must be one, or 4; got 2"),
+        ({"merge": -1}, r"merge: must not be negative; got -1"),
+        ({"merge": 1, "layers": [1]}, r"layers: goes with keep_rate"),
+        ({"keep_rate": 1.5}, r"keep_rate: must be above 0 and at most 1; got 1.5"),
+        ({"keep_rate": 0.5, "layers": [4]}, r"layers: must be blocks from 0 to 3"),
+    ):
+        with pytest.raises(RuntimeError, match=name + words):
+            ours.patch(model, **options)
+    ours.patch(model, merge=1)
+    with pytest.raises(RuntimeError, match=name + r"model: must not be patched yet; got 'ViTFor"):
+        ours.patch(model, merge=1)
+    with pytest.raises(RuntimeError, match=r"patch: attention_mask: must be None; got"):
+        model.vit(torch.zeros(1, 3, 16, 16), attention_mask=torch.zeros(1, 17))
+    ours.unpatch(model)
+    with pytest.raises(RuntimeError, match=r"transformers.unpatch: model: must be patched; got"):
+        ours.unpatch(model)
+    with pytest.raises(RuntimeError, match=name + r"model: must have layers of ViT or DeiT; got"):
+        ours.patch(torch.nn.Identity(), merge=1)
+
+
+def test_what_cannot_be_is_refused_of_timm():
+    model, library = of_timm(global_pool="avg", class_token=False)
+    name = r"^tokenmill.integrations.timm.patch: "
+    with pytest.raises(RuntimeError, match=name + r"model: must have a class token for keep_rate"):
+        library.patch(model, keep_rate=0.5)
+    with pytest.raises(RuntimeError, match=name + r"model: must be a VisionTransformer; got"):
+        library.patch(torch.nn.Identity(), merge=1)
+    with pytest.raises(RuntimeError, match=name + r"model: must pool by its class token, by a"):
+        library.patch(of_timm(global_pool="map")[0], merge=1)
+    model.blocks[1] = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match=name + r"model: must have blocks Block with Attention"):
+        library.patch(model, merge=1)
+
+
+def test_the_example_runs():
+    (example,) = doctest.DocTestFinder(recurse=False).find(ours.patch, globs={})
+    assert doctest.DocTestRunner().run(example).failed == 0
