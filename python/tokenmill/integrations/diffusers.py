@@ -1,0 +1,165 @@
+"""Fewer tokens in the self-attention of diffusers' image models.
+
+Example:
+    >>> import torch
+    >>> from diffusers import UNet2DConditionModel
+    >>> from tokenmill.integrations.diffusers import patch, unpatch
+    >>> unet = UNet2DConditionModel(
+    ...     block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16,
+    ...     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    ...     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=8)
+    >>> patch(unet, ratio=0.5)
+    >>> with torch.no_grad():
+    ...     unet(torch.randn(1, 4, 16, 16), 1, torch.randn(1, 7, 16)).sample.shape
+    torch.Size([1, 4, 16, 16])
+    >>> unpatch(unet)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._check import as_int, as_number, check, fail
+from ._needs import needs
+
+try:
+    from diffusers.models.attention import BasicTransformerBlock
+except ModuleNotFoundError as missing:
+    raise needs("diffusers", missing) from missing
+
+from ..tokens.bipartite_match import bipartite_match
+from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
+
+__all__ = ["patch", "unpatch"]
+
+NAME = "integrations.diffusers.patch"
+KEEP = "_tokenmill_merging"
+
+
+@dataclass(eq=False)
+class _Merging:
+    """Of one model."""
+
+    ratio: float
+    cell: tuple[int, int]
+    max_downsample: int
+    generator: torch.Generator | None
+    backend: str | None
+    attentions: list[Any]
+    hook: Any = None
+    sample: tuple[int, int] = (0, 0)  # rows and columns of the latest input
+    finest: int = 0  # tokens of the first self-attention of the latest call
+
+    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        if isinstance(given, Tensor) and given.dim() >= 4:
+            self.sample = given.shape[-2], given.shape[-1]
+        self.finest = 0
+
+    def grid(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of a layer, which halve those of the input."""
+        rows, columns = self.sample
+        while rows * columns > tokens:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        rule = f"must be those of an input {list(self.sample)} halved some times"
+        check(rows * columns == tokens, NAME, "tokens", rule, tokens)
+        return rows, columns
+
+    def attend(self, attn: Any, plain: Any, x: Tensor, args: tuple[Any, ...], options: Any) -> Any:
+        others = (*args, options.get("encoder_hidden_states"), options.get("attention_mask"))
+        alone = x.dim() == 3 and all(other is None for other in others)
+        if not alone:  # attention to a text, or with a mask of the tokens as they were
+            return plain(x, *args, **options)
+        tokens = x.shape[1]
+        self.finest = max(self.finest, tokens)
+        if tokens * self.max_downsample**2 < self.finest:
+            return plain(x, *args, **options)
+        assign, rows, _ = bipartite_match(
+            x.detach(), int(self.ratio * tokens), partition="grid", grid=self.grid(tokens),
+            cell=self.cell, generator=self.generator, backend=self.backend,
+        )  # fmt: skip
+        merged, _ = merge_tokens(x, assign, rows, backend=self.backend)
+        return unmerge_tokens(plain(merged, **options), assign, backend=self.backend)
+
+
+def patch(
+    pipe_or_model: Any, ratio: float = 0.5, *, cell: tuple[int, int] = (2, 2),
+    max_downsample: int = 1, generator: torch.Generator | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
+    """Merges similar tokens before each self-attention of an image model, and copies each row of
+    its result to the tokens that are in it.
+
+    Args:
+        pipe_or_model: a pipeline with a unet or a transformer, or such a model, with layers of the
+            class BasicTransformerBlock (UNets of Stable Diffusion, DiT, PixArt).
+        ratio: share of the tokens to merge, 0 to 1; at most all but one of each cell are.
+        cell: rows and columns of a cell, one token of which others are merged into.
+        max_downsample: layers whose grid of tokens is smaller than the finest of the model by more
+            than this factor on a side stay as they are.
+        generator: which token of a cell; None: the first.
+        backend: of the operators (see :func:`tokenmill.explain`).
+
+    Raises:
+        RuntimeError: naming argument, rule and value.
+
+    Complexity: N^2 C / 2 operations to match N tokens with a quarter of them, instead of the share
+    of N^2 C that attention saves.
+
+    Paper: ToMe for Stable Diffusion (Bolya and Hoffman 2023), section 4. Tokens are compared behind
+    the norm of the block.
+    """
+    model = _model(NAME, pipe_or_model)
+    ratio = as_number(NAME, "ratio", ratio)
+    check(0 <= ratio <= 1, NAME, "ratio", "must be 0 to 1", ratio)
+    rule = "must be (rows, columns), at least 1"
+    check(isinstance(cell, tuple | list) and len(cell) == 2, NAME, "cell", rule, cell)
+    sizes = tuple(as_int(NAME, "cell", n, rule) for n in cell)
+    check(min(sizes) >= 1, NAME, "cell", rule, cell)
+    max_downsample = as_int(NAME, "max_downsample", max_downsample)
+    check(max_downsample >= 1, NAME, "max_downsample", "must be at least 1", max_downsample)
+    check(KEEP not in vars(model), NAME, "model", "must not be patched yet", type(model).__name__)
+    blocks = [m for m in model.modules() if type(m) is BasicTransformerBlock]
+    attentions: list[Any] = [b.attn1 for b in blocks if not b.only_cross_attention]
+    rule = "must have self-attention in blocks BasicTransformerBlock"
+    check(len(attentions) > 0, NAME, "model", rule, type(model).__name__)
+    merging = _Merging(ratio, (sizes[0], sizes[1]), max_downsample, generator, backend, attentions)
+    for attn in attentions:
+        attn.forward = _bound(merging, attn, attn.forward)
+    merging.hook = model.register_forward_pre_hook(merging.see, with_kwargs=True)
+    vars(model)[KEEP] = merging
+
+
+def unpatch(pipe_or_model: Any) -> None:
+    """Gives the layers their own attention back."""
+    name = "integrations.diffusers.unpatch"
+    model = _model(name, pipe_or_model)
+    merging = vars(model).pop(KEEP, None)
+    check(merging is not None, name, "model", "must be patched", type(model).__name__)
+    merging.hook.remove()
+    for attn in merging.attentions:
+        del attn.forward
+
+
+def _bound(merging: _Merging, attn: Any, plain: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        return merging.attend(attn, plain, hidden_states, args, options)
+
+    return forward
+
+
+def _model(name: str, given: Any) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    for part in ("unet", "transformer"):
+        if isinstance(model := getattr(given, part, None), nn.Module):
+            return model
+    fail(
+        name,
+        "pipe_or_model",
+        "must be a model, or have a unet or transformer",
+        type(given).__name__,
+    )
