@@ -282,6 +282,28 @@ def test_what_cannot_be_is_refused(llama):
         policies.KVCache(*paged).reorder(torch.zeros(2).long())
 
 
-def test_its_example_runs():
-    (example,) = doctest.DocTestFinder(recurse=False).find(apply_policy, globs={})
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_continuous_batching(name):
+    """Requests of different lengths, in pages and chunks, are as each alone."""
+    model, prompts = MODELS[name]().eval(), [[5, 9, 2], [*range(1, 24)], [7] * 9]
+    model.set_attn_implementation("eager")
+    alone = [generate(model, torch.tensor([prompt]))[0][0].tolist() for prompt in prompts]
+    with integration.continuous_batching(model):
+        found = model.generate_batch(
+            prompts,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=NEW, do_sample=False, eos_token_id=-1
+            ),
+            continuous_batching_config=transformers.ContinuousBatchingConfig(
+                num_blocks=16, max_batch_tokens=16, page_size=4
+            ),
+            progress_bar=False,
+        )
+    assert [result.generated_tokens for result in found.values()] == alone
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("function", [apply_policy, integration.continuous_batching])
+def test_its_example_runs(function):
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, globs={})
     assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example).failed == 0

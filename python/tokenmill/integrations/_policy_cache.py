@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .._check import check, fail
@@ -189,11 +194,7 @@ class AppliedPolicy:
         self.cache: PolicyCache | None = None
         parameters = inspect.signature(model.forward).parameters
         self._argument = "cache" if "cache" in parameters else "past_key_values"
-        self._configs = [
-            (m.config, m.config._attn_implementation)
-            for m in model.modules()
-            if hasattr(getattr(m, "config", None), "_attn_implementation")
-        ]
+        self._configs = [(m.config, m.config._attn_implementation) for m in pretrained(model)]
         model.set_attn_implementation(IMPLEMENTATION)
         self._hook = model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
         self._read_prompt: Any = getattr(model, "_prefill", None)
@@ -251,6 +252,11 @@ class AppliedPolicy:
             return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             _prompt_end.reset(token)
+
+
+def pretrained(model: torch.nn.Module) -> list[Any]:
+    """The models of transformers in a model, itself among them."""
+    return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
 def _marked(generate: Callable[..., Any]) -> Callable[..., Any]:

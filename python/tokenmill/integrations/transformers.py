@@ -6,10 +6,11 @@ Needs transformers 5.4 or later, whose masks are built from the lengths of queri
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ try:
 except ModuleNotFoundError as missing:
     raise needs("transformers", missing) from missing
 
-from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, register_beside
+from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, pretrained, register_beside
 from ._vision import patch, unpatch
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "apply_policy",
     "attention_forward",
     "build_mask",
+    "continuous_batching",
     "patch",
     "register",
     "unpatch",
@@ -79,6 +81,41 @@ def register(name: str = "tokenmill", *, backend: str | None = None, kind: Kind 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, build_mask)
     return name
+
+
+@contextlib.contextmanager
+def continuous_batching(model: torch.nn.Module, *, backend: str | None = None) -> Iterator[None]:
+    """A with statement in which ``generate_batch`` and its like attend on tokenmill.
+
+    transformers keeps keys and values in pages, gathers those of each request, and calls attention
+    with packed sequences. (It hands block tables to flash-attn alone.) It accepts implementations
+    by their names, "sdpa" and what has "flash" in it, which set_attn_implementation does not.
+
+    Args:
+        model: a decoder of transformers.
+        backend: as in :func:`register`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from tokenmill.integrations.transformers import continuous_batching
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=4)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> with continuous_batching(model):
+        ...     model.config._attn_implementation
+        'tokenmill_flash'
+    """
+    name = "tokenmill_flash" if backend is None else f"tokenmill_{backend}_flash"
+    register(name, backend=backend)
+    before = {id(m.config): (m.config, m.config._attn_implementation) for m in pretrained(model)}
+    for config, _ in before.values():
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for config, implementation in before.values():
+            config._attn_implementation_internal = implementation
 
 
 def attention_forward(
