@@ -168,7 +168,7 @@ def grid(width: int, distance: Distance = "chebyshev", *, window: int | None = N
 
     Args:
         width: cells of a row, from 1.
-        distance: "chebyshev": max(|dy|, |dx|); "manhattan": |dy| + |dx|.
+        distance: "chebyshev": ``max(|dy|, |dx|)``; "manhattan": ``|dy| + |dx|``.
         window: pairs farther apart are hidden; None = none is.
 
     Raises:

@@ -69,15 +69,17 @@ def attention_decode(
         mesh, group: a device mesh of one dimension, or a process group; None = all ranks.
         sizes: positions of each rank. None: as many on every rank.
         block_table: int32 ``[B, pages]`` of this rank's positions.
-        kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window, return_lse,
-            backend: as there. Positions are those in the whole cache.
+        kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window: as there, with the
+            positions in the whole cache.
+        return_lse, backend: as there.
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also ``[B, H, Sq]`` float32. Not
         differentiable.
 
     Raises:
-        RuntimeError: naming argument, rule and value. PeerError: a collective failed.
+        RuntimeError: naming argument, rule and value.
+        PeerError: a collective failed.
 
     Complexity: each rank reads its keys once; B Sq H (Dv + 1) float32 from each rank to all.
 

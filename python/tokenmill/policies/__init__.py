@@ -3,22 +3,24 @@
 A policy is one layer's attention: `prefill` reads prompts, whole or in chunks (with full attention,
 but where the method has more to say), and `step` attends for the new tokens of each request, one or
 several, to the keys that the method chooses. All take grouped query heads, requests of different
-lengths, padding on either side, caches in pages, and any backend.
+lengths, padding on either side, caches dense or in pages, and any backend.
 
-| policy | keys attended to | cache |
-|---|---|---|
-| :class:`FullAttention` | all | dense or pages |
-| :class:`TokenSelect` | those that the heads vote for, sink, recent | dense or pages |
-| :class:`TidalDecode` | those that an earlier layer selected | dense or pages |
-| :class:`Quest` | pages with the largest bounds | dense or pages |
-| :class:`HiP` | blocks that a tree search finds, sink, recent | dense or pages |
-| :class:`Indexer` | those that an indexer of the model scores highest | dense or pages |
-| :class:`RecycledAttention` | those of the last full step, new ones | dense or pages |
-| :class:`StreamingLLM` | sink, recent | dense or pages; evicts |
-| :class:`H2O` | those with the most attention so far, recent | dense or pages; evicts |
-| :class:`Keyformer` | the same, with noise | dense or pages; evicts |
-| :class:`SnapKV` | those that the prompt's end attends to, later ones | dense or pages; evicts |
-| :class:`RazorAttention` | all in retrieval heads; sink, recent, a mean | dense or pages; evicts |
+==========================  ==================================================  ======
+policy                      keys attended to                                    cache
+==========================  ==================================================  ======
+:class:`FullAttention`      all
+:class:`TokenSelect`        those that the heads vote for, sink, recent
+:class:`TidalDecode`        those that an earlier layer selected
+:class:`Quest`              pages with the largest bounds
+:class:`HiP`                blocks that a tree search finds, sink, recent
+:class:`Indexer`            those that an indexer of the model scores highest
+:class:`RecycledAttention`  those of the last full step, new ones
+:class:`StreamingLLM`       sink, recent                                        evicts
+:class:`H2O`                those with the most attention so far, recent        evicts
+:class:`Keyformer`          the same, with noise                                evicts
+:class:`SnapKV`             those that the prompt's end attends to, later ones  evicts
+:class:`RazorAttention`     all in retrieval heads; sink, recent, a mean        evicts
+==========================  ==================================================  ======
 
 Example:
     >>> import torch
