@@ -1,0 +1,28 @@
+"""What the side bar of the site lists: documents by the names of their files in docs/."""
+
+NAVIGATION = {
+    "First steps": ["start", "choose", "papers", "glossary"],
+    "Operators": ["dense", "linear", "sparse", "select", "tokens", "modules"],
+    "Guides": [
+        "models",
+        "generate",
+        "policies",
+        "vit",
+        "long-training",
+        "serving",
+        "frameworks",
+        "new-gpu",
+        "distributed",
+        "sharding",
+        "scale",
+    ],
+    "Reference": ["api/index", "numerics", "performance", "changes"],
+    "Development": [
+        "contributing",
+        "abi",
+        "ptxvm",
+        "adding-an-op",
+        "adding-an-argument",
+        "notebook/README",
+    ],
+}
