@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    tables = "\n".join(markdown(Path(name).stem, _load(name)) for name in options.files)
+    tables = "\n".join(markdown(Path(name).stem, load(name)) for name in options.files)
     if options.update is None:
         print(tables, end="")
         return 0
@@ -82,8 +82,8 @@ def _measured(results: dict[str, Any]) -> list[str]:
     # Results from before --device have none: they are a CPU's.
     machine = label(results["machine"], results.get("device", "cpu"), results["threads"])
     peaks = {r["dtype"]: r["flops"] / r["peak_share"] / 1e9 for r in rows if r.get("peak_share")}
-    ceilings = [f"{dtype} {_figure(peak)} GFLOP/s" for dtype, peak in peaks.items()]
-    ceilings += [f"copy {_figure(results['copy_bandwidth'] / 1e9)} GB/s"]
+    ceilings = [f"{dtype} {figure(peak)} GFLOP/s" for dtype, peak in peaks.items()]
+    ceilings += [f"copy {figure(results['copy_bandwidth'] / 1e9)} GB/s"]
     return [
         f"{machine}; tokenmill {results['tokenmill']}, {results['date']}.",
         f"Measured ceilings: {', '.join(ceilings)}.",
@@ -106,9 +106,9 @@ def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> l
             for key in FIGURES:
                 peer = row["against"].get(key)
                 above = peer is not None and round(row[key], 2) > round(peer, 2)
-                cells.append(f"**{_figure(row[key])}**" if above else _figure(row[key]))
+                cells.append(f"**{figure(row[key])}**" if above else figure(row[key]))
                 if key in compared:
-                    cells.append("" if peer is None else _figure(peer))
+                    cells.append("" if peer is None else figure(peer))
         lines.append(_line([row["case"], *cells]))
     return lines + (["", f"Peers: {results['counted_peers'][op]}."] if compared else [])
 
@@ -140,18 +140,18 @@ def _times(op: str, rows: list[dict[str, Any]]) -> list[str]:
             cells = [f"failed: {row['error']}"] + [""] * (len(COLUMNS) - 1 + len(peers))
         else:
             cells = [
-                _figure(row["seconds"] * 1e3),
-                _figure(row["flops"] / 1e9),
+                figure(row["seconds"] * 1e3),
+                figure(row["flops"] / 1e9),
                 f"{row['peak_share']:.0%}",
-                _figure(row["bytes_per_second"] / 1e9),
+                figure(row["bytes_per_second"] / 1e9),
             ]
-            shown = {name: _figure(peer["ratio"]) for name, peer in row["peers"].items()}
+            shown = {name: figure(peer["ratio"]) for name, peer in row["peers"].items()}
             cells += [shown.get(name, "") for name in peers]
         lines.append(_line([row["case"], *cells]))
     means = []
     for name in peers:
         ratios = [row["peers"][name]["ratio"] for row in rows if name in row.get("peers", ())]
-        means.append(_figure(geometric_mean(ratios)) if len(ratios) > 1 else "")
+        means.append(figure(geometric_mean(ratios)) if len(ratios) > 1 else "")
     if any(means):
         lines.append(_line(["geometric mean", *[""] * len(COLUMNS), *means]))
     absent = {(n, why): None for row in rows for n, why in row.get("absent", {}).items()}
@@ -164,17 +164,22 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three significant digits, or all of a longer whole number."""
     return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
 
 
-def _load(name: str) -> dict[str, Any]:
+def load(name: str, *, checks: bool = False) -> dict[str, Any]:
+    """What is in a file of bench --json; with checks also of check --json."""
     try:
         results: dict[str, Any] = json.loads(Path(name).read_text())
-        if "rows" not in results or not results.keys() & {"machine", "per", "multiprocessors"}:
+        checked = checks and "checks" in results and "machine" in results
+        if not checked and (
+            "rows" not in results or not results.keys() & {"machine", "per", "multiprocessors"}
+        ):
             raise ValueError("no rows, or no machine")
     except (OSError, ValueError, AttributeError) as error:
-        rule = "must be results that bench --json wrote"
+        wrote = "bench --json or check --json" if checks else "bench --json"
+        rule = f"must be results that {wrote} wrote"
         raise _cli.UsageError(f"FILE: {rule}; got '{name}' ({_cli.one_line(error)})") from None
     return results

@@ -18,7 +18,9 @@ from tokenmill.bench import plot, progress, run
 from tokenmill.bench.case import Absent, Case
 from tokenmill.bench.results import Results
 
-COMMANDS = ("info", "ops", "explain", "check", "bench", "bench report", "demo", "papers")
+COMMANDS = (
+    "info", "ops", "explain", "check", "bench", "bench report", "report", "demo", "papers",
+)  # fmt: skip
 HAS_GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 plots = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="no matplotlib")

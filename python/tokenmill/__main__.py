@@ -1,5 +1,5 @@
-"""python -m tokenmill info | ops | explain | check | bench | bench report | bench scale | demo |
-papers"""
+"""python -m tokenmill info | ops | explain | check | bench | bench report | bench scale | report |
+demo | papers"""
 
 from __future__ import annotations
 
@@ -104,6 +104,10 @@ def _parser() -> _cli.Parser:
         "bench scale", scale.run, "what to expect of sequences on many ranks: a prediction"
     )
     scale.add_arguments(sub)
+    from .bench import page
+
+    sub = command("report", page.run, "results of bench and check as one HTML file")
+    page.add_arguments(sub)
     from . import demo
 
     sub = command(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import registry
 
@@ -76,6 +77,14 @@ def writable_folder(argument: str, folder: Path) -> Path:
     except OSError as error:
         raise UsageError(unwritable(argument, folder, error)) from None
     return folder
+
+
+def write_json(argument: str, path: Path, document: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(unwritable(argument, path, error)) from None
+    print(f"wrote {path}")
 
 
 def unwritable(argument: str, path: Path | str | None, error: OSError) -> str:

@@ -68,11 +68,16 @@ def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[st
 
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
     """Whether the kernels of a backend run a sample."""
+    return not missing(spec, sample, backend)
+
+
+def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
+    """Why the kernels of a backend do not run a sample."""
     if backend == "reference" or not spec.unsupported:
-        return True
+        return []
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     kernels = "cuda" if backend == "emulated" else backend  # wherever the tensors are
-    return not unsupported(spec, kernels, spec.lower(*args, **kwargs))
+    return unsupported(spec, kernels, spec.lower(*args, **kwargs))
 
 
 def choose(

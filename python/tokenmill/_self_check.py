@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import _cli, _dispatch, fuzz, registry, testing
+from . import _cli, _dispatch, _info, fuzz, registry, testing
+from ._version import __version__
 from .registry import OpSpec, Sample
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="backend cpu with every instruction set of this machine, not the best alone",
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor")
+    parser.add_argument("--json", metavar="FILE", help="write what was found as JSON")
     fuzz.add_arguments(parser)
 
 
@@ -47,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         return fuzz.run(options)
     from .bench.progress import progress
 
+    if options.json:
+        _cli.writable_folder("--json", Path(options.json).parent)
     ops = list(dict.fromkeys(options.ops)) or list(registry.ops())
     dtypes = list(dict.fromkeys(options.dtype or DTYPES))
     places = _places(options)
@@ -63,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
             rows += found
     print()
     _summary(rows)
+    if options.json:
+        _write(Path(options.json), rows)
     return 0 if all(row.ok for row in rows) and any(row.compared for row in rows) else 1
 
 
@@ -97,6 +107,8 @@ class Row:
     failed: int = 0  # calls
     worst: float = 0.0  # largest share of an error budget
     problems: list[str] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)  # worst, by dtype
+    left_out: dict[str, str] = field(default_factory=dict)  # samples, and why kernels lack them
 
     @property
     def ok(self) -> bool:
@@ -141,7 +153,11 @@ def _check(spec: OpSpec, places: list[Place], dtypes: list[str], verbose: bool) 
     for dtype in dtypes:
         for sample in spec.samples:
             for row in rows:  # innermost: the oracle is asked once for all of them
-                if not row.absent and _dispatch.able(spec, sample, row.place.backend):
+                if row.absent:
+                    continue
+                if why := _dispatch.missing(spec, sample, row.place.backend):
+                    row.left_out[sample.name] = "; ".join(why)
+                else:
                     _compare(row, spec, sample, dtype, verbose)
     return rows
 
@@ -156,7 +172,8 @@ def _compare(row: Row, spec: OpSpec, sample: Sample, dtype: str, verbose: bool) 
         row.problems.append(f"{call}: {_cli.one_line(error)}")
         return
     row.compared += len(found)
-    row.worst = max([row.worst, *(c.share for c in found)])
+    row.shares[dtype] = max([row.shares.get(dtype, 0.0), *(c.share for c in found)])
+    row.worst = max(row.worst, row.shares[dtype])
     for c in found:
         if verbose:
             print(f"    {place}, {call}: {c.name} {c.error:.2e} of {c.allowed:.2e}")
@@ -174,3 +191,29 @@ def _summary(rows: list[Row]) -> None:
         counts = "".join(f"{verdicts.count(h):>8}" for h in headings)
         compared, wrong = sum(row.compared for row in here), sum(row.wrong for row in here)
         print(f"{place!s:<18}{counts}   {compared - wrong} of {compared}")
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """What `tokenmill report` reads."""
+    places = dict.fromkeys(row.place for row in rows)
+    document: dict[str, Any] = {
+        "machine": _info.machine(),
+        "tokenmill": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "backends": _dispatch.backends(),
+        "places": [str(place) for place in places],
+        "checks": [
+            {
+                "op": row.op,
+                "place": str(row.place),
+                "verdict": row.verdict,
+                "tensors": row.compared,
+                # None: an error where none is allowed, or NaN
+                "shares": {k: v if math.isfinite(v) else None for k, v in row.shares.items()},
+                "problems": row.problems,
+                "left_out": row.left_out,
+            }
+            for row in rows
+        ],
+    }
+    _cli.write_json("--json", path, document)

@@ -1,0 +1,260 @@
+"""One HTML file of results: `python -m tokenmill report FILE ... [--out PAGE]`. A file has what
+`bench --json`, `check --json`, `bench --counters` or `bench --launches` wrote. Machines stand side
+by side, never in one table. The page loads nothing and runs no script."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tokenmill import _cli, registry
+
+from . import report
+from .case import geometric_mean
+from .roofline import Point, Roof, roofline
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em; }
+table { border-collapse: collapse; font-size: 13px; margin: .6em 0; }
+th, td { border: 1px solid #ddd; padding: 2px 7px; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+th { background: #f3f4f6; }
+.side { display: flex; flex-wrap: wrap; gap: 1em 2.5em; align-items: flex-start; }
+.side > div { flex: 1 1 32em; min-width: 0; overflow-x: auto; }
+.why { text-align: left; } .none { color: #777; }
+.ok { background: #e3f1e3; } .bad { background: #f7d4d0; }
+.bar { display: inline-block; height: 9px; background: #4c78a8; } .slow { background: #c8553d; }
+svg { max-width: 100%; height: auto; } pre { overflow-x: auto; }
+svg text { font: 11px system-ui, sans-serif; }
+"""
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Machine:
+    """What is known of one machine: a column of the page."""
+
+    name: str
+    facts: dict[str, str]
+    bench: dict[str, Any] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> Rows:
+        rows: Rows = self.bench.get("rows", [])
+        return rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="what bench --json or check --json wrote"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="PAGE",
+        help="the page (default report.html)",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    files = [(Path(name).stem, report.load(name, checks=True)) for name in options.files]
+    text = page(machines(files), [(n, d) for n, d in files if "machine" not in d])
+    _cli.writable_folder("--out", options.out.parent)
+    try:
+        options.out.write_text(text)
+    except OSError as error:
+        raise _cli.UsageError(_cli.unwritable("--out", options.out, error)) from None
+    print(f"wrote {options.out}")
+    return 0
+
+
+def machines(files: list[tuple[str, dict[str, Any]]]) -> list[Machine]:
+    """A machine for each file of times. Two of them may have the same facts and not be the same
+    machine, so a check joins the one whose facts it has only where there is no other such."""
+    times = [(n, d) for n, d in files if "machine" in d and "checks" not in d]
+    found = [Machine(_title(name, d), d["machine"], d) for name, d in times]
+    for name, document in files:
+        if "checks" in document:
+            alike = [m for m in found if m.facts == document["machine"]]
+            if len(alike) != 1:
+                alike = [Machine(_title(name, document), document["machine"])]
+                found += alike
+            alike[0].checks.append(document)
+    return found
+
+
+def _title(name: str, document: dict[str, Any]) -> str:
+    gpu = document.get("device") == "cuda" or {"cuda", "triton"} & {*document.get("places", ())}
+    facts = document["machine"]
+    return f"{name}: {facts['gpu'] if gpu and facts['gpu'] != 'none' else facts['cpu']}"
+
+
+def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> str:
+    sections = (
+        ("Machines", _facts),
+        ("Correct?", _checks),
+        ("Roofline", _roofline),
+        ("Ratio to peers", _peers),
+        ("Times", _times),
+        ("What could not run", _absent),
+    )
+    body = "".join(_section(title, make, columns) for title, make in sections)
+    body += "".join(_counts(name, document) for name, document in counts)
+    names = ", ".join([*(m.name for m in columns), *(name for name, _ in counts)])
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>tokenmill: {escape(names)}</title><style>{STYLE}</style></head>\n"
+        f"<body><h1>tokenmill report</h1>\n{body}</body></html>\n"
+    )
+
+
+def _section(title: str, make: Any, columns: list[Machine]) -> str:
+    """The parts of all machines side by side, if one of them has something to say."""
+    parts = [make(machine) for machine in columns]
+    if not any(parts):
+        return ""
+    cells = "".join(
+        f"<div><h3>{escape(m.name)}</h3>{part or '<p class=none>not in the files</p>'}</div>"
+        for m, part in zip(columns, parts, strict=True)
+    )
+    return f'<h2>{title}</h2>\n<div class="side">{cells}</div>\n'
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Cells are HTML; one that begins with a class in brackets, "[ok]1", gets it."""
+
+    def cell(text: str) -> str:
+        kind, found, rest = text[1:].partition("]") if text.startswith("[") else ("", "", text)
+        return f'<td class="{kind}">{rest}</td>' if found else f"<td>{text}</td>"
+
+    head = "".join(f"<th>{h}</th>" for h in header)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
+    return f"<table><tr>{head}</tr>\n{body}</table>\n"
+
+
+def _facts(machine: Machine) -> str:
+    rows = [[escape(k), escape(str(v))] for k, v in machine.facts.items()]
+    for kind, documents in (("measured", [machine.bench]), ("checked", machine.checks)):
+        for document in filter(None, documents):
+            threads = f", {document['threads']} thread(s)" if "threads" in document else ""
+            made = f"{document['date']}, tokenmill {document['tokenmill']}{threads}"
+            rows.append([kind, escape(made)])
+    return table(["", ""], rows)
+
+
+def _checks(machine: Machine) -> str:
+    """Operator x backend x dtype: the largest share of an error budget that a tensor took."""
+    checks = [check for document in machine.checks for check in document["checks"]]
+    if not checks:
+        return ""
+    dtypes = list(dict.fromkeys(d for check in checks for d in check["shares"]))
+    places = list(dict.fromkeys(check["place"] for check in checks))
+    by = {(check["op"], check["place"]): check for check in checks}
+    rows = []
+    for op in dict.fromkeys(check["op"] for check in checks):
+        cells = [_share(by.get((op, place)), dtype) for place in places for dtype in dtypes]
+        rows.append([f"<code>{escape(op)}</code>", *cells])
+    header = ["error / budget", *(f"{escape(p)}<br>{d}" for p in places for d in dtypes)]
+    problems = "".join(
+        f"<li><code>{escape(c['op'])}</code>, {escape(c['place'])}: {escape(text)}</li>"
+        for c in checks
+        for text in c["problems"]
+    )
+    return table(header, rows) + (f"<ul>{problems}</ul>" if problems else "")
+
+
+def _share(check: dict[str, Any] | None, dtype: str) -> str:
+    if check is None or check["verdict"] == "absent":
+        return "[none]-"
+    if dtype not in check["shares"]:
+        return "[bad]failed" if check["verdict"] == "FAILED" else "[none]-"
+    share = check["shares"][dtype]
+    return "[bad]∞" if share is None else f"[{'ok' if share <= 1 else 'bad'}]{share:.2f}"
+
+
+def _roofline(machine: Machine) -> str:
+    """Each operator at its fastest case, below what the same run measured."""
+    rows = [row for row in machine.rows if row.get("bytes_per_second")]
+    peaks = {row["dtype"]: row["flops"] / row["peak_share"] for row in rows if row["peak_share"]}
+    points, moves = [], []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        best = max(of_op, key=lambda row: (row["flops"], row["bytes_per_second"]))
+        if not best["flops"]:
+            moves.append(f"{op} {report.figure(best['bytes_per_second'] / 1e9)} GB/s")
+            continue
+        family = registry.ops()[op].family if op in registry.ops() else ""
+        intensity = best["flops"] / best["bytes_per_second"]
+        points.append(Point(op, f"{op}: {best['case']}", family, intensity, best["flops"]))
+    roofs = [Roof(dtype, peak) for dtype, peak in peaks.items()]
+    text = roofline(points, roofs, machine.bench["copy_bandwidth"]) if points and roofs else ""
+    return text + (f"<p>Without operations: {escape(', '.join(moves))}.</p>" if moves else "")
+
+
+def _peers(machine: Machine) -> str:
+    """Geometric means over the cases of an operator: their time / ours."""
+    rows = [row for row in machine.rows if row.get("peers")]
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        for name in dict.fromkeys(name for row in of_op for name in row["peers"]):
+            ratios = [row["peers"][name]["ratio"] for row in of_op if name in row["peers"]]
+            mean = geometric_mean(ratios)
+            width = min(round(12 * mean), 240)
+            kind = "bar" if mean >= 1 else "bar slow"
+            bar = f'[why]<span class="{kind}" style="width:{width}px"></span>'
+            cells = [f"{mean:.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}", str(len(ratios))]
+            lines.append([f"<code>{escape(op)}</code>", escape(name), *cells, bar])
+    if not lines:
+        return ""
+    return table(["", "peer", "mean", "least", "most", "cases", "their time / ours"], lines)
+
+
+def _times(machine: Machine) -> str:
+    lines = []
+    for row in machine.rows:
+        if "error" in row:
+            continue
+        peers = ", ".join(f"{name} {peer['ratio']:.2f}" for name, peer in row["peers"].items())
+        lines.append(
+            [
+                f"<code>{escape(row['op'])}</code> {escape(row['case'])}",
+                report.figure(row["seconds"] * 1e3),
+                report.figure(row["flops"] / 1e9),
+                f"{row['peak_share']:.0%}",
+                report.figure(row["bytes_per_second"] / 1e9),
+                escape(peers),
+            ]
+        )
+    return table(["case", *report.COLUMNS, "their time / ours"], lines) if lines else ""
+
+
+def _counts(name: str, document: dict[str, Any]) -> str:
+    """The tables of counters or launches, as `bench report` has them."""
+    text = report.markdown(name, document).partition("\n")[2].strip()
+    return f"<h2>{escape(name)}</h2><pre>{escape(text)}</pre>\n"
+
+
+def _absent(machine: Machine) -> str:
+    """What is missing, and why: backends, operators, samples, cases and peers."""
+    lines: dict[tuple[str, str], None] = {}
+    for document in machine.checks:
+        for backend, state in document["backends"].items():
+            if not state.startswith(("available", "interpreter")):
+                lines[f"backend {backend}", state] = None
+        for check in document["checks"]:
+            what = f"{check['op']} on {check['place']}"
+            if check["verdict"] == "absent":
+                lines[what, "no kernel in this build"] = None
+            for sample, why in check["left_out"].items():
+                lines[f"{what}: {sample}", why] = None
+    for row in machine.rows:
+        if "error" in row:
+            lines[f"{row['op']}: {row['case']}", row["error"]] = None
+        for name, why in row.get("absent", {}).items():
+            lines[f"peer {name} of {row['op']}", why] = None
+    rows = [[escape(what), f"[why]{escape(why)}"] for what, why in lines]
+    return table(["what", "why"], rows) if rows else ""
