@@ -1,4 +1,4 @@
-"""Cases of kv_cache_append: a prompt, or a token of many requests, goes into pages."""
+"""Cases of kv_cache_append: a prompt, or a token of many requests, goes into pages; latent rows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def cases() -> Iterator[Case]:
         yield _case("4096 tokens", 4096, bfloat16, FLOAT8, scale)
     for scale in ("head", "token"):
         yield _case("64 tokens, 32 query heads", 64, bfloat16, FLOAT8, scale, 32)
+    for cache_dtype in (bfloat16, FLOAT8):
+        yield _latent("4096 latent rows", 4096, bfloat16, cache_dtype)
 
 
 def _case(
@@ -72,6 +74,53 @@ def _case(
     return Case("kv_cache_append", name + held, dtype, work, moved, prepare)
 
 
+def _latent(name: str, tokens: int, dtype: torch.dtype, to: torch.dtype) -> Case:
+    """Rows of one head, 512 latent columns and 64 that turn, with a scale each in float8."""
+    wide, turned = 576, 64
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        g = torch.Generator().manual_seed(0)
+        rows = place(torch.randn(tokens, 1, wide, generator=g).to(dtype))
+        cache = place(torch.zeros(2 * tokens // PAGE, PAGE, 1, wide).to(to))
+        slots = place(torch.randperm(2 * tokens, generator=g)[:tokens])
+        angle = torch.rand(tokens, turned // 2, generator=g) * 6.28
+        rope = place(angle.cos()), place(angle.sin()), place(torch.arange(tokens))
+        scale = place(torch.ones(cache.shape[:3])) if to == FLOAT8 else None
+
+        def run() -> object:
+            return tm.kv_cache_append(
+                cache, None, rows, None, slots, rope=rope, rope_offset=wide - turned, k_scale=scale
+            )
+
+        def eager() -> None:
+            cos, sin = (t[rope[2]][:, None] for t in rope[:2])
+            a, b = rows[..., wide - turned :].float().chunk(2, -1)
+            parts = rows[..., : wide - turned].float(), a * cos - b * sin, b * cos + a * sin
+            _put(cache, slots, torch.cat(parts, -1), scale)
+
+        return run, {"eager": lambda: eager}
+
+    held = f" into {str(to)[6:]}" + (", a scale each" if to == FLOAT8 else "")
+    moved = tokens * (wide * (dtype.itemsize + to.itemsize) + turned * 4.0)
+    return Case("kv_cache_append", name + held, dtype, 4.0 * tokens * wide, moved, prepare)
+
+
+def _put(cache: Tensor, slots: Tensor, rows: Tensor, scale: Tensor | None) -> None:
+    """Copies rows in float32, as bytes into float8, as index_copy_ takes no float8."""
+    flat = cache.view(-1, *cache.shape[2:])
+    if cache.dtype != FLOAT8:
+        flat.index_copy_(0, slots, rows.to(cache.dtype))
+        return
+    if scale is not None and scale.dim() == 3:
+        each = (rows.abs().amax(-1) / 448).clamp_min(1e-12)
+        scale.view(-1, scale.shape[2]).index_copy_(0, slots, each)
+        rows = rows / each[..., None]
+    elif scale is not None:
+        rows = rows / scale[:, None]
+    codes = rows.clamp(-448, 448).to(FLOAT8).view(torch.uint8)
+    flat.view(torch.uint8).index_copy_(0, slots, codes)
+
+
 def _eager(
     caches: list[Tensor],
     k: Tensor,
@@ -81,7 +130,7 @@ def _eager(
     rope: tuple[Tensor, Tensor, Tensor],
     scales: list[Tensor | None],
 ) -> object:
-    """Rotates, casts and copies rows of bytes, as index_copy_ takes no float8."""
+    """Rotates, casts and copies rows."""
     cos, sin = (t[rope[2]][:, None] for t in rope[:2])
 
     def turned(x: Tensor) -> Tensor:
@@ -89,17 +138,5 @@ def _eager(
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
     for cache, rows, scale in zip(caches, (turned(k), v), scales, strict=True):
-        flat = cache.view(-1, HEADS, DIM)
-        if cache.dtype != FLOAT8:
-            flat.index_copy_(0, slots, rows)
-            continue
-        x = rows.float()
-        if scale is not None and scale.dim() == 3:
-            each = (x.abs().amax(-1) / 448).clamp_min(1e-12)
-            scale.view(-1, HEADS).index_copy_(0, slots, each)
-            x = x / each[..., None]
-        elif scale is not None:
-            x = x / scale[:, None]
-        codes = x.clamp(-448, 448).to(FLOAT8).view(torch.uint8)
-        flat.view(torch.uint8).index_copy_(0, slots, codes)
+        _put(cache, slots, rows if cache.dtype == rows.dtype else rows.float(), scale)
     return None if q is None else turned(q)

@@ -111,10 +111,11 @@ TOKENMILL_LIBRARY(library) {
       "Tensor v_sum, Tensor dropped)");
   // A scale of each token ([P, page size, Hk]) is written, any other is read.
   m.def(
-      "kv_cache_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slots, "
+      "kv_cache_append(Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor k, Tensor? v, Tensor slots, "
       "*, Tensor? q=None, Tensor? cos=None, Tensor? sin=None, Tensor? positions=None, "
       "bool interleaved=False, Tensor? k_scale=None, Tensor? v_scale=None, "
-      "Tensor(c!)? k_scale_out=None, Tensor(d!)? v_scale_out=None) -> Tensor");
+      "Tensor(c!)? k_scale_out=None, Tensor(d!)? v_scale_out=None, SymInt rope_offset=0) "
+      "-> Tensor");
   // Not `mode`: torch takes that name for itself where it functionalizes a call.
   m.def(
       "block_pool_keys(Tensor k, SymInt block, *, str pooling=\"mean\", Tensor? lengths=None, "

@@ -118,6 +118,25 @@ def append() -> Iterator[CounterCase]:
         least += rows * 4 if scale == "tokens" else 0
         title = f"{tokens} tokens into {str(dtype)[6:]}" + (f", scales of {scale}" if scale else "")
         yield _case(title, least, functools.partial(prepare, dtype, scale))
+    yield from latent_append()
+
+
+def latent_append() -> Iterator[CounterCase]:
+    """Rows of one head, of which the last 64 columns turn."""
+    tokens, pages, size, wide, turned = 512, 64, 16, 576, 64
+
+    def prepare() -> Callable[[], object]:
+        rows, cache = _draw(tokens, 1, wide), torch.zeros(pages, size, 1, wide, dtype=DTYPE)
+        slots = torch.randperm(pages * size, generator=torch.Generator().manual_seed(1))[:tokens]
+        angle = _draw(tokens, turned // 2, dtype=torch.float32)
+        rope = (angle.cos(), angle.sin(), torch.arange(tokens))
+        return lambda: tm.kv_cache_append(
+            cache, None, rows, None, slots, rope=rope, rope_offset=wide - turned,
+            backend="emulated",
+        )  # fmt: skip
+
+    least = tokens * (2 * wide * DTYPE.itemsize + turned * 4 + 16)
+    yield _case(f"{tokens} latent rows", least, prepare)
 
 
 def gate() -> Iterator[CounterCase]:

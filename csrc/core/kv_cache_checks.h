@@ -11,9 +11,10 @@ namespace tokenmill {
 // Latent caches: 512 channels that are the values too, and 64 that carry positions.
 constexpr int64_t kMaxCacheDim = 576, kMaxCacheValueDim = 512;
 
+// v may not be given where k holds the values too.
 inline void check_cache_ranks(const char* op, const View& k, const View& v) {
   for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}})
-    check(t->dim() == 4, op, name,
+    check(!*t || t->dim() == 4, op, name,
           "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])", t->dim());
 }
 
@@ -22,14 +23,20 @@ inline void check_cache_shapes(const char* op, const View& k, const View& v) {
         Rule("must have the shape of k_cache up to the head dimension, ", k.sizes), v.sizes);
 }
 
-// Of caches of four dimensions, where no query has checked them.
-inline void check_caches_alike(const char* op, const View& k, const View& v) {
+// Of caches of four dimensions, where no query has checked them. A v that is not given is k's.
+inline void check_caches_alike(const char* op, const View& k, const View& v,
+                               int64_t most = kMaxHeadDim, int64_t most_v = kMaxHeadDim) {
+  if (!v) {
+    check_last_contiguous(op, "k_cache", k);
+    check_head_dim(op, "k_cache", k, most);
+    return;
+  }
   check(v.dtype == k.dtype, op, "v_cache", Rule("must have the dtype of k_cache, ", k.dtype),
         v.dtype);
   check_device_of(op, "v_cache", v, "k_cache", k);
   for (auto [name, t] : {std::pair{"k_cache", &k}, std::pair{"v_cache", &v}}) {
     check_last_contiguous(op, name, *t);
-    check_head_dim(op, name, *t);
+    check_head_dim(op, name, *t, t == &v ? most_v : most);
   }
   check_cache_shapes(op, k, v);
 }

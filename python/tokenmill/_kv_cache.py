@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._check import (
+    MAX_HEAD_DIM,
     check,
     check_cu_seqlens,
     check_device_of,
@@ -24,10 +25,12 @@ from ._check import (
 MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM = 576, 512
 
 
-def check_cache_ranks(op: str, k: Tensor, v: Tensor) -> None:
+def check_cache_ranks(op: str, k: Tensor, v: Tensor | None) -> None:
+    """v is None where k holds the values too."""
     rule = "must have 4 dimensions [B, S, Hk, D] (in pages: [P, page size, Hk, D])"
     for name, t in (("k_cache", k), ("v_cache", v)):
-        check(t.dim() == 4, op, name, rule, t.dim())
+        if t is not None:
+            check(t.dim() == 4, op, name, rule, t.dim())
 
 
 def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
@@ -36,13 +39,19 @@ def check_cache_shapes(op: str, k: Tensor, v: Tensor) -> None:
         fail(op, "v_cache", rule, v.shape)
 
 
-def check_caches_alike(op: str, k: Tensor, v: Tensor) -> None:
-    """Caches of four dimensions, where no query has checked them."""
+def check_caches_alike(
+    op: str, k: Tensor, v: Tensor | None, most: int = MAX_HEAD_DIM, most_v: int = MAX_HEAD_DIM
+) -> None:
+    """Caches of four dimensions, where no query has checked them. A v of None is k's."""
+    if v is None:
+        check_last_contiguous(op, "k_cache", k)
+        check_head_dim(op, "k_cache", k, most)
+        return
     check_dtype_of(op, "v_cache", v, "k_cache", k)
     check_device_of(op, "v_cache", v, "k_cache", k)
-    for name, t in (("k_cache", k), ("v_cache", v)):
+    for name, t, widest in (("k_cache", k, most), ("v_cache", v, most_v)):
         check_last_contiguous(op, name, t)
-        check_head_dim(op, name, t)
+        check_head_dim(op, name, t, widest)
     check_cache_shapes(op, k, v)
 
 

@@ -57,7 +57,7 @@ def append(dtype, d, pages=9, size=16, tokens=7, heads=3, table=50, scale=True):
     slots, angles = torch.zeros(tokens, dtype=torch.int32), torch.zeros(table, d // 2)
     each, every = (torch.zeros(pages, size, heads), torch.zeros(heads)) if scale else (None, None)
     return lambda: kv_cache_append(
-        cache, cache, k, k, slots, q, angles, angles, slots, False, None, every, each, None
+        cache, cache, k, k, slots, q, angles, angles, slots, False, None, every, each, None, 0
     )
 
 

@@ -36,11 +36,16 @@ def calls(draw):
     hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = st.one_of(st.integers(1, 48), st.sampled_from([64, 128, 200, 256]))
     d, dv = draw(sizes), draw(sizes)
+    if draw(st.integers(0, 3)) == 0:  # one row holds both
+        d, dv = draw(st.sampled_from([d, 300, 401, 576])), None
     tokens = draw(st.integers(1, 5))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     kind = draw(st.sampled_from([torch.int32, torch.int64]))
     narrow, interleaved = draw(st.integers(0, 3)) > 0, draw(st.booleans())
-    pairs = draw(st.one_of(st.none(), st.integers(1, d // 2))) if d > 1 else None
+    offset = draw(st.one_of(st.just(0), st.sampled_from([1, 3, 8, d // 2, d - 2])))
+    offset = min(max(offset, 0), max(d - 2, 0))
+    pairs = st.one_of(st.integers(1, (d - offset) // 2), st.just(max((d - offset) // 16 * 8, 1)))
+    pairs = draw(st.one_of(st.none(), pairs)) if d > 1 else None
     with_q = pairs is not None and draw(st.booleans())
     scales = [draw(st.sampled_from(["token", "one", "head", None])) for _ in range(2)]
     hostile = draw(st.booleans())
@@ -57,19 +62,23 @@ def calls(draw):
                 x = x.copy_(torch.where(torch.rand(x.shape, generator=g) < 0.3, values, x))
             return x.to(dtype)
 
-        caches = [torch.randn(pages, page_size, hk, n, generator=g) for n in (d, dv)]
+        widths = [n for n in (d, dv) if n is not None]
+        caches = [torch.randn(pages, page_size, hk, n, generator=g) for n in widths]
         caches = [float8(c) if narrow else c.to(dtype) for c in caches]
+        new = [rows(tokens, hk, n) for n in widths]
+        if dv is None:
+            caches, new = [*caches, None], [*new, None]
         slots = torch.randperm(pages * page_size, generator=g)[:tokens]
         slots = torch.cat([slots, slots.new_full((tokens - len(slots),), -1)])
-        args = (*caches, rows(tokens, hk, d), rows(tokens, hk, dv), slots.to(kind))
+        args = (*caches, *new, slots.to(kind))
         options = {"interleaved": interleaved}
         if pairs is not None:
             at = torch.randint(7, (tokens,), generator=g).to(kind)
-            options["rope"] = (*rotation(7, pairs), at)
+            options.update(rope=(*rotation(7, pairs), at), rope_offset=offset)
         if with_q:
             options["q"] = rows(tokens, hk * group, d)
         for name, shape in zip(("k_scale", "v_scale"), scales, strict=True):
-            if narrow and shape is not None:
+            if narrow and shape is not None and (dv or name == "k_scale"):
                 size = {"one": (1,), "head": (hk,), "token": (pages, page_size, hk)}[shape]
                 options[name] = torch.rand(size, generator=g) + 1e-3
         return args, options

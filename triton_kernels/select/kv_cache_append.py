@@ -53,6 +53,7 @@ def append_kernel(
     scale_head,
     DIM: tl.constexpr,
     PAIRS: tl.constexpr,
+    OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     FLOAT8: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -82,14 +83,15 @@ def append_kernel(
     if rope is not None:
         i_at = tl.load(rope.positions + i_t * positions_stride).to(tl.int64)
         i_at = tl.minimum(tl.maximum(i_at, 0), table - 1)
-        m_pair = o_d < 2 * PAIRS
+        m_pair = (o_d >= OFFSET) & (o_d < OFFSET + 2 * PAIRS)
+        o_turn = tl.where(m_pair, o_d - OFFSET, 0)
         if INTERLEAVED:
-            o_pair = o_d // 2
-            m_first = o_d % 2 == 0
+            o_pair = o_turn // 2
+            m_first = o_turn % 2 == 0
             o_other = tl.where(m_first, o_d + 1, o_d - 1)
         else:
-            m_first = o_d < PAIRS
-            o_pair = tl.where(m_first, o_d, o_d - PAIRS)
+            m_first = o_turn < PAIRS
+            o_pair = tl.where(m_first, o_turn, o_turn - PAIRS)
             o_other = tl.where(m_first, o_d + PAIRS, o_d - PAIRS)
         b_cos = tl.load(rope.cos + i_at * rope.cos_stride + o_pair, mask=m_pair, other=1.0)
         b_sin = tl.load(rope.sin + i_at * rope.sin_stride + o_pair, mask=m_pair, other=0.0)
@@ -121,9 +123,9 @@ def append_kernel(
 
 def kv_cache_append(
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     slots: Tensor,
     q: Tensor | None,
     cos: Tensor | None,
@@ -134,30 +136,31 @@ def kv_cache_append(
     v_scale: Tensor | None,
     k_scale_out: Tensor | None,
     v_scale_out: Tensor | None,
+    rope_offset: int,
 ) -> Tensor:
     turned = k.new_empty(0 if q is None else q.shape)
     rope, pairs, table, positions_stride = None, 0, 0, 0
     if cos is not None and sin is not None and positions is not None:
         rope = Rope(cos, sin, cos.stride(0), sin.stride(0), positions)
         (table, pairs), positions_stride = cos.shape, positions.stride(0)
-    turn = (rope, positions_stride, table)
-    stay = (None, 0, 0)
+    turn = (rope, positions_stride, table), (pairs, rope_offset, interleaved)
+    stay = (None, 0, 0), (0, 0, False)
     for cache, new, turns, scale, scale_out in (
         (k_cache, k, turn, k_scale, k_scale_out),
         (v_cache, v, stay, v_scale, v_scale_out),
     ):
+        if cache is None or new is None:
+            continue
         float8 = cache.dtype == torch.float8_e4m3fn
         held = cache.view(torch.uint8) if float8 else cache
         to = Rows(held, cache.stride(0), cache.stride(1), cache.stride(2))
         scale_head = scale.stride(0) if scale is not None and scale.shape[0] > 1 else 0
         steps = (0, 0, scale_head) if scale_out is None else scale_out.stride()
-        _launch(
-            new, to, (slots, slots.stride(0), *cache.shape[:2]), turns,
-            (scale, scale_out, *steps), pairs if cache is k_cache else 0, interleaved, float8,
-        )  # fmt: skip
+        places = (slots, slots.stride(0), *cache.shape[:2])
+        _launch(new, to, places, *turns, (scale, scale_out, *steps), float8)
     if q is not None:
         to = Rows(turned, 0, turned.stride(0), turned.stride(1))
-        _launch(q, to, (None, 0, 0, 1), turn, (None, None, 0, 0, 0), pairs, interleaved, False)
+        _launch(q, to, (None, 0, 0, 1), *turn, (None, None, 0, 0, 0), False)
     return turned
 
 
@@ -166,12 +169,11 @@ def _launch(
     to: Rows,
     places: tuple[Any, ...],
     turns: tuple[Any, ...],
+    columns: tuple[int, int, bool],
     scales: tuple[Any, ...],
-    pairs: int,
-    interleaved: bool,
     float8: bool,
 ) -> None:
-    tokens, heads, dim = new.shape
+    (tokens, heads, dim), (pairs, offset, interleaved) = new.shape, columns
     if new.numel() == 0:
         return
     block_d = triton.next_power_of_2(dim)
@@ -181,6 +183,6 @@ def _launch(
         # Without fusion: a product is rounded before it is added to.
         append_kernel[(tokens, triton.cdiv(heads, block_h))](
             rows, to, *places, heads, *turns, *scales, DIM=dim, PAIRS=pairs,
-            INTERLEAVED=interleaved, FLOAT8=float8, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
-            enable_fp_fusion=False,
+            OFFSET=offset, INTERLEAVED=interleaved, FLOAT8=float8, BLOCK_H=block_h,
+            BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

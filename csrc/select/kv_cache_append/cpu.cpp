@@ -1,4 +1,4 @@
-// A row is widened to float32, rotated, scaled and rounded while it lies in the L1 cache. Products
+// What turns or is scaled of a row is widened to float32 and rounded in the L1 cache. Products
 // and sums of the rotation are rounded one by one (CMakeLists.txt: no contraction), as on every
 // backend: what float8 rounds then has the same bits everywhere.
 #include <cstring>
@@ -10,7 +10,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kRoom = 256 + kWidth;  // of a row: the largest head dimension, in whole vectors
+constexpr int64_t kRoom = 576 + kWidth;  // of a row: the largest head dimension, in whole vectors
 constexpr int64_t kTokensAtOnce = 8;     // of a worker
 
 template <DType kType, DType kCache>
@@ -30,6 +30,7 @@ struct Worker {
     for (int64_t i = 0; i < dim; i += kWidth) store(x + i, E::load_n(from, i, dim - i));
   }
 
+  // x: the columns that turn
   void rotate(int64_t t, float* x) const {
     using F = Elements<DType::float32>;
     const float* cosine = p.cos + p.position(t) * p.cos_stride;
@@ -66,23 +67,38 @@ struct Worker {
     for (int64_t i = 0; i < dim; i += kWidth) to(i, load(x + i), dim - i);
   }
 
+  // A row in its own dtype; columns that do not turn keep their bits.
+  void copy(int64_t t, const typename E::type* from, int64_t dim, bool rotated,
+            typename E::type* to) const {
+    const int64_t before = rotated ? p.rope_offset : dim, turning = 2 * p.pairs;
+    std::memcpy(to, from, before * sizeof *from);
+    if (!rotated) return;
+    float x[kRoom];
+    widen(from + before, turning, x);
+    rotate(t, x);
+    auto* turned = to + before;
+    narrow(x, turning, [&](int64_t i, vf y, int64_t n) TM_LAMBDA { E::store_n(turned, i, y, n); });
+    const int64_t after = before + turning;
+    std::memcpy(to + after, from + after, (dim - after) * sizeof *from);
+  }
+
   void append(const AppendedRows& a, int64_t t, AppendParams::Place at, bool rotated) const {
     for (int64_t h = 0; h < p.heads; ++h) {
       const auto* from = row<const typename E::type>(a.rows, 0, t, h);
       auto* to = row<typename C::type>(a.cache, at.page, at.row, h);
-      if (!kScaled && !rotated) {
-        std::memcpy(to, from, a.dim * sizeof *from);
+      if constexpr (!kScaled) {
+        copy(t, from, a.dim, rotated, to);
         continue;
       }
       float x[kRoom];
       widen(from, a.dim, x);
-      if (rotated) rotate(t, x);
+      if (rotated) rotate(t, x + p.rope_offset);
       float scale = 1;
-      if (kScaled && a.token_scale.data)
+      if (a.token_scale.data)
         scale = *row<float>(a.token_scale, at.page, at.row, h) = scale_of_row(x, a.dim);
-      else if (kScaled && a.scale)
+      else if (a.scale)
         scale = a.scale[h * a.scale_head];
-      if (kScaled && scale != 1)
+      if (scale != 1)
         narrow(x, a.dim,
                [&](int64_t i, vf y, int64_t n) TM_LAMBDA { C::store_n(to, i, y / set(scale), n); });
       else
@@ -91,20 +107,16 @@ struct Worker {
   }
 
   void rotate_queries(int64_t t) const {
-    for (int64_t h = 0; h < p.query_heads; ++h) {
-      float x[kRoom];
-      widen(row<const typename E::type>(p.q, 0, t, h), p.k.dim, x);
-      rotate(t, x);
-      auto* to = static_cast<typename E::type*>(p.q_out) + (t * p.query_heads + h) * p.k.dim;
-      narrow(x, p.k.dim, [&](int64_t i, vf y, int64_t n) TM_LAMBDA { E::store_n(to, i, y, n); });
-    }
+    for (int64_t h = 0; h < p.query_heads; ++h)
+      copy(t, row<const typename E::type>(p.q, 0, t, h), p.k.dim, true,
+           static_cast<typename E::type*>(p.q_out) + (t * p.query_heads + h) * p.k.dim);
   }
 
   void run(int64_t t) const {
     const AppendParams::Place at = p.place(t);
     if (at.page >= 0) {
       append(p.k, t, at, p.cos);
-      append(p.v, t, at, false);
+      if (p.value_heads > 0) append(p.v, t, at, false);
     }
     rotate_queries(t);
   }
@@ -112,7 +124,7 @@ struct Worker {
 
 template <DType kType, DType kCache>
 void append(const AppendParams& p) {
-  const double rows = static_cast<double>(p.tokens * (2 * p.heads + p.query_heads));
+  const double rows = static_cast<double>(p.tokens * (p.heads + p.value_heads + p.query_heads));
   const Worker<kType, kCache> worker{p};
   cpu::parallel_items(ceil_div(p.tokens, kTokensAtOnce),
                       rows * static_cast<double>(p.k.dim) < 1e5 ? 1 : cpu::num_threads(),

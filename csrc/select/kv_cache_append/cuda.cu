@@ -22,21 +22,32 @@ const char* launch_append(const AppendParams& p, cudaStream_t stream) {
   constexpr int kVector = 16 / sizeof(T);
   const bool vectors =
       is_aligned<T, Cache>(p.k) && is_aligned<T, Cache>(p.v) && p.pairs % kVector == 0 &&
+      p.rope_offset % kVector == 0 &&
       (p.query_heads == 0 || is_vectorizable<T>(p.q.data, p.k.dim, p.q.seq, p.q.head));
   const int64_t columns = p.k.dim > p.v.dim ? p.k.dim : p.v.dim;
   const int64_t units = ceil_div(columns, 2 * (vectors ? kVector : 1));
   int log2_lanes = 0;
   while (log2_lanes < 5 && (1 << log2_lanes) < units) ++log2_lanes;
-  const int64_t rows = 2 * p.heads + p.query_heads;
+  const int64_t rows = p.heads + p.value_heads + p.query_heads;
   if (rows > kMostRows)
     return refuse("k", "must have at most 65535 heads with those of v and q on CUDA", rows);
   if (p.tokens > kMaxGrid)
     return refuse("k", "must have at most 2^31 - 1 tokens on CUDA", p.tokens);
+  // A latent token has one row: whole warps, and no more of them than have rows.
+  const int64_t lanes = rows << log2_lanes;
+  const int threads =
+      static_cast<int>(lanes < kAppendThreads ? round_up(lanes, 32) : kAppendThreads);
   const dim3 grid(static_cast<unsigned>(p.tokens),
-                  static_cast<unsigned>(ceil_div(rows << log2_lanes, kAppendThreads)));
-  if (vectors)
-    return launch<append_kernel<T, Cache, kVector>>(grid, kAppendThreads, 0, stream, p, log2_lanes);
-  return launch<append_kernel<T, Cache, 1>>(grid, kAppendThreads, 0, stream, p, log2_lanes);
+                  static_cast<unsigned>(ceil_div(lanes, kAppendThreads)));
+  // A thread has as many units as 256 columns need, or those of a latent cache: 576.
+  const auto append = [&]<int kCount, int kUnits>() {
+    constexpr int kMost = static_cast<int>(ceil_div(288, 32 * kCount));
+    if (units <= 32 * kUnits)
+      return launch<append_kernel<T, Cache, kCount, kUnits>>(grid, threads, 0, stream, p,
+                                                             log2_lanes);
+    return launch<append_kernel<T, Cache, kCount, kMost>>(grid, threads, 0, stream, p, log2_lanes);
+  };
+  return vectors ? append.template operator()<kVector, 1>() : append.template operator()<1, 4>();
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct KvCacheAppendArgs : Record {
   View k_cache, v_cache, k, v, slots, q, cos, sin, positions;
   bool interleaved;
   View k_scale, v_scale, k_scale_out, v_scale_out;
+  int64_t rope_offset;
 };
 
 void check_rows(const char* name, const View& t, const KvCacheAppendArgs& a) {
@@ -27,7 +28,7 @@ void check_caches(const KvCacheAppendArgs& a) {
   check_cache_ranks(kOp, a.k_cache, a.v_cache);
   check(is_kernel_dtype(a.k.dtype), kOp, "k", "must be float16, bfloat16 or float32", a.k.dtype);
   check_cache_dtype(kOp, "k_cache", a.k_cache, a.k, "k");
-  check_caches_alike(kOp, a.k_cache, a.v_cache);
+  check_caches_alike(kOp, a.k_cache, a.v_cache, kMaxCacheDim, kMaxCacheValueDim);
 }
 
 // New keys or values [T, Hk, D] beside their cache.
@@ -43,6 +44,16 @@ AppendedRows check_new(const char* name, const View& t, const View& cache,
   rows.rows = rows_of(t, true);
   rows.cache = rows_of(cache, false);
   return rows;
+}
+
+// New values, or none where rows of k hold them.
+AppendedRows check_new_values(const KvCacheAppendArgs& a) {
+  if (!a.v_cache) {
+    check(!a.v, kOp, "v", "goes with v_cache alone", a.v.sizes);
+    return {};
+  }
+  if (!a.v) fail(kOp, "v", "must be given with v_cache", "None");
+  return check_new("v", a.v, a.v_cache, a);
 }
 
 // An integer of each token. `must` begins the rules.
@@ -72,9 +83,16 @@ void set_queries(AppendParams& p, const KvCacheAppendArgs& a) {
 void set_rope(AppendParams& p, const KvCacheAppendArgs& a) {
   const int64_t given = int64_t{bool(a.cos)} + bool(a.sin) + bool(a.positions);
   check(given == 0 || given == 3, kOp, "rope", "must be cos, sin and positions together", given);
-  if (!a.cos) return;
+  const int64_t offset = a.rope_offset;
+  if (!a.cos) {
+    check(offset == 0, kOp, "rope_offset", "goes with rope alone", offset);
+    return;
+  }
+  const int64_t last = std::max<int64_t>(p.k.dim - 2, 0);
+  check(offset >= 0 && offset <= last, kOp, "rope_offset",
+        Rule("must be 0 to ", last, ", two columns or more before the end"), offset);
   const View &c = a.cos, &s = a.sin;
-  const int64_t pairs = p.k.dim / 2;
+  const int64_t pairs = (p.k.dim - offset) / 2;
   check(c.dim() == 2 && c.size(0) >= 1 && c.size(1) >= 1 && c.size(1) <= pairs, kOp, "rope",
         Rule("must have shape [positions, pairs], 1 position or more, 1 to ", pairs, " pairs"),
         c.sizes);
@@ -91,6 +109,7 @@ void set_rope(AppendParams& p, const KvCacheAppendArgs& a) {
   p.sin_stride = s.step(0);
   p.table = c.size(0);
   p.pairs = c.size(1);
+  p.rope_offset = offset;
   p.interleaved = a.interleaved;
 }
 
@@ -99,6 +118,7 @@ void set_scale(AppendedRows& rows, const char* name, const View& read, const Vie
   if (!read && !written) return;
   const View& t = read ? read : written;
   check(!read || !written, kOp, name, "must be read or written, not both", t.sizes);
+  check(rows.dim > 0, kOp, name, "goes with v_cache alone", t.sizes);
   check_cache_scale(kOp, name, t, "k_cache", a.k_cache,
                     read ? ScaleShapes::shared : ScaleShapes::token);
   if (read) {
@@ -115,8 +135,9 @@ void check_memory(const KvCacheAppendArgs& a) {
       positions{"positions", a.positions}, k_scale{"k_scale", a.k_scale},
       v_scale{"v_scale", a.v_scale};
   check_written(kOp, "k_cache", a.k_cache, {k, v, slots, q, cos, sin, positions, k_scale, v_scale});
-  check_written(kOp, "v_cache", a.v_cache,
-                {k, v, slots, q, cos, sin, positions, k_scale, v_scale, k_cache});
+  if (a.v_cache)
+    check_written(kOp, "v_cache", a.v_cache,
+                  {k, v, slots, q, cos, sin, positions, k_scale, v_scale, k_cache});
   if (a.k_scale_out)
     check_written(kOp, "k_scale", a.k_scale_out,
                   {k, v, slots, q, cos, sin, positions, k_scale, v_scale, k_cache, v_cache});
@@ -178,9 +199,10 @@ Array kv_cache_append(const KvCacheAppendArgs& a) {
   check_caches(a);
   AppendParams p{};
   p.k = check_new("k", a.k, a.k_cache, a);
-  p.v = check_new("v", a.v, a.v_cache, a);
+  p.v = check_new_values(a);
   p.tokens = a.k.size(0);
   p.heads = a.k_cache.size(2);
+  p.value_heads = a.v_cache ? p.heads : 0;
   p.pages = a.k_cache.size(0);
   p.page_size = a.k_cache.size(1);
   p.dtype = to_dtype(a.k.dtype);

@@ -13,7 +13,8 @@
 
 namespace tokenmill::cuda::kv_cache_append {
 
-constexpr int kAppendThreads = 256, kAppendBlocks = 4;  // of a multiprocessor: 64 registers
+// Of a block at most, and blocks of a multiprocessor: 64 registers.
+constexpr int kAppendThreads = 256, kAppendBlocks = 4;
 
 // Row `row` of token t: its keys, then its values, then its queries.
 struct AppendRow {
@@ -23,12 +24,12 @@ struct AppendRow {
   AppendParams::Place at;
 
   __device__ AppendRow(const AppendParams& p, int64_t t, int row) {
-    const int heads = static_cast<int>(p.heads);
-    kind = row < heads                                         ? Kind::key
-           : row < 2 * heads                                   ? Kind::value
-           : row < 2 * heads + static_cast<int>(p.query_heads) ? Kind::query
-                                                               : Kind::none;
-    head = kind == Kind::key ? row : kind == Kind::value ? row - heads : row - 2 * heads;
+    const int keys = static_cast<int>(p.heads), cached = keys + static_cast<int>(p.value_heads);
+    kind = row < keys                                       ? Kind::key
+           : row < cached                                   ? Kind::value
+           : row < cached + static_cast<int>(p.query_heads) ? Kind::query
+                                                            : Kind::none;
+    head = kind == Kind::key ? row : kind == Kind::value ? row - keys : row - cached;
     at = p.place(t);
     if (kind != Kind::query && at.page < 0) kind = Kind::none;
   }
@@ -49,14 +50,14 @@ struct AppendRow {
 
 // cos and sin of a token's pairs. All rows of a block take them.
 struct Angles {
-  // Of eight pairs the last four lie 80 words further: threads that read four or eight in a row, or
-  // two, meet no bank twice.
-  static constexpr int kFar = 80, kWords = kFar + 64;  // of 128 pairs
+  // Of eight pairs the last four lie 144 words further: threads that read four or eight in a row,
+  // or two, meet no bank twice.
+  static constexpr int kFar = 144, kWords = kFar + 144;  // of 288 pairs
   alignas(16) float cosine[kWords], sine[kWords];
 
   static __device__ int place(int pair) { return pair / 8 * 4 + pair % 4 + pair / 4 % 2 * kFar; }
   __device__ void load(const AppendParams& p, int64_t position) {
-    for (int i = static_cast<int>(threadIdx.x); i < p.pairs; i += kAppendThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.pairs; i += static_cast<int>(blockDim.x)) {
       cosine[place(i)] = p.cos[position * p.cos_stride + i];
       sine[place(i)] = p.sin[position * p.sin_stride + i];
     }
@@ -81,42 +82,46 @@ struct Angles {
   }
 };
 
-// The columns of a row in units: two chunks of kVector columns, half of a part of the row apart, so
-// that neighbours read neighbouring chunks. The parts are the pairs (i, i + pairs) and the rest.
-// Pairs (2 i, 2 i + 1) lie within a chunk, or are the chunks of a unit (kVector 1).
+// The columns of a row in units of two chunks of kVector columns. The pairs (i, i + pairs) are
+// first: their halves are the chunks of a unit. Of the other columns, on both sides of them, the
+// chunks lie half of all apart, so that neighbours read neighbouring chunks. Pairs (2 i, 2 i + 1)
+// lie within a chunk like other columns, or are the chunks of a unit (kVector 1).
 template <int kVector>
 struct Columns {
-  int dim, pairs, rest;  // pairs: of columns apart; rest: columns between the chunks behind them
+  int dim, offset, pairs, rest;  // pairs: that are units; rest: columns between chunks of others
   bool neighbours;
 
-  __device__ Columns(int dim, int pairs, bool interleaved)
+  __device__ Columns(int dim, int offset, int pairs, bool interleaved)
       : dim(dim),
-        pairs(interleaved ? 0 : pairs),
+        offset(offset),
+        pairs(kVector > 1 && interleaved ? 0 : pairs),
         rest(static_cast<int>(round_up((dim - 2 * this->pairs + 1) / 2, kVector))),
         neighbours(kVector == 1 && interleaved) {}
 
   // dim or more: there is none
   __device__ int at(int unit, int chunk) const {
     const int i = unit * kVector;
-    if (neighbours) return 2 * i + chunk;
-    if (i < pairs) return i + chunk * pairs;
-    return i - pairs < rest ? i + pairs + chunk * rest : dim;
+    if (i < pairs) return offset + (neighbours ? 2 * i + chunk : i + chunk * pairs);
+    if (i - pairs >= rest) return dim;
+    const int other = i - pairs + chunk * rest;
+    return other < offset ? other : other + 2 * pairs;
   }
 };
 
-// T: of k, v and q; Cache: T or Float8. 2^log2_lanes threads, up to a warp, own a row.
-template <typename T, typename Cache, int kVector>
+// T: of k, v and q; Cache: T or Float8. 2^log2_lanes threads, up to a warp, own a row, each of them
+// kUnits units.
+template <typename T, typename Cache, int kVector, int kUnits>
 __global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
     append_kernel(const __grid_constant__ AppendParams p, int log2_lanes) {
-  constexpr int kUnits = kVector == 1 ? 4 : 1;  // of a thread: 32 of them hold 256 columns
   constexpr bool kScaled = !std::is_same_v<T, Cache>;
   using Kind = AppendRow::Kind;
   const int lanes = 1 << log2_lanes, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int64_t t = blockIdx.x;
   const AppendRow row(p, t,
-                      static_cast<int>((blockIdx.y * kAppendThreads + threadIdx.x) >> log2_lanes));
+                      static_cast<int>((blockIdx.y * blockDim.x + threadIdx.x) >> log2_lanes));
   const int dim = row.dim(p), turned = row.turns(p) ? static_cast<int>(p.pairs) : 0;
-  const Columns<kVector> columns(dim, turned, p.interleaved);
+  const int offset = static_cast<int>(p.rope_offset);
+  const Columns<kVector> columns(dim, offset, turned, p.interleaved);
 
   float x[kUnits][2][kVector] = {};
   const T* from = row.source<T>(p, t);
@@ -138,8 +143,8 @@ __global__ void __launch_bounds__(kAppendThreads, kAppendBlocks)
       } else {
 #pragma unroll
         for (int chunk = 0; chunk < 2; ++chunk)
-          if (const int pair = columns.at(unit, chunk) / 2; pair < turned)
-            angles.turn<kVector == 1 ? 1 : kVector / 2>(pair, x[u][chunk], x[u][chunk] + 1, 2);
+          if (const int c = columns.at(unit, chunk) - offset; c >= 0 && c < 2 * turned)
+            angles.turn<kVector == 1 ? 1 : kVector / 2>(c / 2, x[u][chunk], x[u][chunk] + 1, 2);
       }
     }
   }

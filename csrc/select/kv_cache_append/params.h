@@ -32,8 +32,8 @@ struct AppendedRows {
 };
 
 struct AppendParams {
-  int64_t tokens, heads;
-  DType dtype, cache_dtype;  // the same, or the cache is of float8_e4m3fn
+  int64_t tokens, heads, value_heads;  // value_heads: as many, or 0: no values
+  DType dtype, cache_dtype;            // the same, or the cache is of float8_e4m3fn
   AppendedRows k, v;
   Rows q;  // [T, H, D], rotated into q_out, which is contiguous
   void* q_out;
@@ -43,8 +43,9 @@ struct AppendParams {
   // Row positions[t] of [table, pairs] turns the pairs of a row; cos null: they stay.
   const float *cos, *sin;
   int64_t cos_stride, sin_stride, table, pairs;
+  int64_t rope_offset;  // the first of 2 pairs columns
   Ints positions;
-  bool interleaved;  // pairs (2 i, 2 i + 1), or (i, i + pairs)
+  bool interleaved;  // pairs (2 i, 2 i + 1) of these columns, or (i, i + pairs)
 
   struct Place {
     int64_t page, row;

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._check import (
+    as_int,
     check,
     check_bool,
     check_device_of,
@@ -23,6 +24,8 @@ from .._check import (
 )
 from .._dispatch import call
 from .._kv_cache import (
+    MAX_CACHE_DIM,
+    MAX_CACHE_VALUE_DIM,
     check_cache_dtype,
     check_cache_ranks,
     check_cache_scale,
@@ -39,13 +42,14 @@ OP = "kv_cache_append"
 
 def kv_cache_append(
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     slots: Tensor,
     *,
     q: Tensor | None = None,
     rope: tuple[Tensor, Tensor, Tensor] | None = None,
+    rope_offset: int = 0,
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
@@ -62,17 +66,21 @@ def kv_cache_append(
         k_cache, v_cache: ``[P, page size, Hk, D]`` and ``[P, page size, Hk, Dv]``, or dense ``[B,
             S, Hk, ...]``, in the dtype of k or in float8_e4m3fn; any strides with a contiguous last
             dimension, each element at an address of its own and none in another argument (halves of
-            one tensor are apart). D and Dv up to 256. Overwritten at the slots.
+            one tensor are apart). D up to 576, Dv up to 512. Overwritten at the slots. v_cache is
+            None where one row holds key and value (latent caches, whose values are a view of
+            k_cache).
         k, v: ``[T, Hk, D]`` and ``[T, Hk, Dv]``, float16, bfloat16 or float32 (float64 on the
-            reference), any strides with a contiguous last dimension.
+            reference), any strides with a contiguous last dimension. v is None with v_cache.
         slots: int32 or int64 ``[T]``, where each token goes: page * page size + offset (dense: b *
             S + t), each slot once; -1 leaves the token out.
         q: ``[T, H, D]``, Hk a divisor of H: queries that are rotated as the keys are, those of
             tokens without a slot too. Needs rope.
-        rope: (cos, sin, positions): float ``[positions, pairs]`` twice, pairs up to D / 2, and
-            int32 or int64 ``[T]``, the row of each token. Columns after the pairs stay as they are.
-            None: keys are written as they come.
-        interleaved: pairs are columns (2 i, 2 i + 1), not (i, i + pairs).
+        rope: (cos, sin, positions): float ``[positions, pairs]`` twice, pairs up to (D -
+            rope_offset) / 2, and int32 or int64 ``[T]``, the row of each token. Columns before and
+            after the pairs stay as they are. None: keys are written as they come.
+        rope_offset: the first column of the pairs, 0 to D - 2; 512 of a latent row ``[latent 512 |
+            rotated 64]``. Needs rope.
+        interleaved: pairs are columns (2 i, 2 i + 1) behind it, not (i, i + pairs).
         k_scale, v_scale: for caches in float8_e4m3fn, float32. ``[1]`` or ``[Hk]``: read, x is
             divided by it. ``[P, page size, Hk]`` (dense ``[B, S, Hk]``): written for each token and
             head, max|x| / 448 of its row over what is finite, and 1 where that is below the normal
@@ -91,7 +99,8 @@ def kv_cache_append(
     Complexity: reads k, v and q once and writes as many elements.
 
     Paper: rotary embedding (Su et al. 2021), section 3.2; pages: PagedAttention (Kwon et al. 2023),
-    section 4; float8_e4m3fn: Micikevicius et al. 2022, section 3.
+    section 4; float8_e4m3fn: Micikevicius et al. 2022, section 3; latent rows: DeepSeek-V2
+    (DeepSeek-AI 2024), section 2.1.
 
     Example:
         >>> import torch, tokenmill as tm
@@ -106,8 +115,8 @@ def kv_cache_append(
         tensor([ 8.,  9., 10., 11., 12., 13., 14., 15.])
     """
     lowered = lower(
-        k_cache, v_cache, k, v, slots, q=q, rope=rope, interleaved=interleaved, k_scale=k_scale,
-        v_scale=v_scale,
+        k_cache, v_cache, k, v, slots, q=q, rope=rope, rope_offset=rope_offset,
+        interleaved=interleaved, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     (turned,) = call(SPEC, lowered, backend)
     return None if q is None else turned
@@ -115,27 +124,30 @@ def kv_cache_append(
 
 def lower(
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     slots: Tensor,
     *,
     q: Tensor | None = None,
     rope: tuple[Tensor, Tensor, Tensor] | None = None,
+    rope_offset: int = 0,
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    for name, t in (
-        ("k_cache", k_cache),
-        ("v_cache", v_cache),
-        ("k", k),
-        ("v", v),
-        ("slots", slots),
+    for name, t, optional in (
+        ("k_cache", k_cache, False),
+        ("v_cache", v_cache, True),
+        ("k", k, False),
+        ("v", v, True),
+        ("slots", slots, False),
+        ("q", q, True),
+        ("k_scale", k_scale, True),
+        ("v_scale", v_scale, True),
     ):
-        check_tensor(OP, name, t)
-    for name, option in (("q", q), ("k_scale", k_scale), ("v_scale", v_scale)):
-        check_tensor(OP, name, option, optional=True)
+        check_tensor(OP, name, t, optional=optional)
+    offset = as_int(OP, "rope_offset", rope_offset)
     check_bool(OP, "interleaved", interleaved)
     cos, sin, positions = None, None, None
     if rope is not None:
@@ -147,7 +159,7 @@ def lower(
     k_scales, v_scales = _scales(k_scale), _scales(v_scale)
     return (
         k_cache, v_cache, k, v, slots, q, cos, sin, positions, interleaved, k_scales[0],
-        v_scales[0], k_scales[1], v_scales[1],
+        v_scales[0], k_scales[1], v_scales[1], offset,
     )  # fmt: skip
 
 
@@ -161,16 +173,21 @@ def _check(*lowered: Any, float64: bool = False) -> None:
     a = FORWARD.record(*lowered)
     _check_caches(a, float64)
     _check_new("k", a.k, a.k.shape, a.k_cache, a)
-    _check_new("v", a.v, a.k.shape, a.v_cache, a)
+    if a.v_cache is None:
+        check(a.v is None, OP, "v", "goes with v_cache alone", getattr(a.v, "shape", None))
+    else:
+        check(a.v is not None, OP, "v", "must be given with v_cache", None)
+        _check_new("v", a.v, a.k.shape, a.v_cache, a)
     _check_ints("slots", "must have", a.slots, a)
     _check_queries(a)
     _check_rope(a)
     _check_scale("k_scale", a.k_scale, a.k_scale_out, a)
-    _check_scale("v_scale", a.v_scale, a.v_scale_out, a)
+    _check_scale("v_scale", a.v_scale, a.v_scale_out, a, a.v_cache is not None)
     names = ("k", "v", "slots", "q", "cos", "sin", "positions", "k_scale", "v_scale")
     read = {name: getattr(a, name) for name in names}
     check_written(OP, "k_cache", a.k_cache, read)
-    check_written(OP, "v_cache", a.v_cache, {**read, "k_cache": a.k_cache})
+    if a.v_cache is not None:
+        check_written(OP, "v_cache", a.v_cache, {**read, "k_cache": a.k_cache})
     read.update(k_cache=a.k_cache, v_cache=a.v_cache)
     if a.k_scale_out is not None:
         check_written(OP, "k_scale", a.k_scale_out, read)
@@ -184,7 +201,7 @@ def _check_caches(a: Any, float64: bool) -> None:
     check_cache_ranks(OP, a.k_cache, a.v_cache)
     check_dtype(OP, "k", a.k, float64=float64)
     check_cache_dtype(OP, "k_cache", a.k_cache, a.k, "k")
-    check_caches_alike(OP, a.k_cache, a.v_cache)
+    check_caches_alike(OP, a.k_cache, a.v_cache, MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM)
 
 
 def _check_new(name: str, t: Tensor, like: torch.Size, cache: Tensor, a: Any) -> None:
@@ -226,9 +243,14 @@ def _check_queries(a: Any) -> None:
 def _check_rope(a: Any) -> None:
     given = sum(t is not None for t in (a.cos, a.sin, a.positions))
     check(given in (0, 3), OP, "rope", "must be cos, sin and positions together", given)
+    offset = a.rope_offset
     if given == 0:
+        check(offset == 0, OP, "rope_offset", "goes with rope alone", offset)
         return
-    most = a.k.shape[2] // 2
+    last = max(a.k.shape[2] - 2, 0)
+    rule = f"must be 0 to {last}, two columns or more before the end"
+    check(0 <= offset <= last, OP, "rope_offset", rule, offset)
+    most = (a.k.shape[2] - offset) // 2
     if not (a.cos.dim() == 2 and a.cos.shape[0] >= 1 and 1 <= a.cos.shape[1] <= most):
         rule = f"must have shape [positions, pairs], 1 position or more, 1 to {most} pairs"
         fail(OP, "rope", rule, a.cos.shape)
@@ -242,12 +264,15 @@ def _check_rope(a: Any) -> None:
     _check_ints("rope", "must have positions of", a.positions, a)
 
 
-def _check_scale(name: str, read: Tensor | None, written: Tensor | None, a: Any) -> None:
+def _check_scale(
+    name: str, read: Tensor | None, written: Tensor | None, a: Any, cached: bool = True
+) -> None:
     t = written if read is None else read
     if t is None:
         return
     one = read is None or written is None
     check(one, OP, name, "must be read or written, not both", t.shape)
+    check(cached, OP, name, "goes with v_cache alone", t.shape)
     token = read is None
     check_cache_scale(OP, name, t, "k_cache", a.k_cache, a.k, shared=not token, token=token)
 
@@ -289,7 +314,8 @@ def flops(*lowered: Any) -> float:
     a = FORWARD.record(*lowered)
     turned = 0 if a.cos is None else a.k.shape[1] + (0 if a.q is None else a.q.shape[1])
     pairs = 0 if a.cos is None else a.cos.shape[1]
-    return float(a.k.numel() + a.v.numel() + 6 * a.k.shape[0] * turned * pairs)
+    written = a.k.numel() + (0 if a.v is None else a.v.numel())
+    return float(written + 6 * a.k.shape[0] * turned * pairs)
 
 
 FORWARD = register(

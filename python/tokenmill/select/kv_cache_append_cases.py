@@ -14,7 +14,7 @@ def _sample(
     page_size: int = 4,
     hk: int = 2,
     d: int = 16,
-    dv: int = 16,
+    dv: int | None = 16,
     slots: tuple[int, ...] = (7, -1, 0, 8, 5),
     heads: int | None = None,
     pairs: int | None = None,
@@ -29,11 +29,12 @@ def _sample(
             return torch.randn(*shape, generator=g).to(dtype)
 
         tokens = len(slots)
-        caches = [draw(pages, page_size, hk, n) for n in (d, dv)]
-        if float8:
-            caches = [cache.to(torch.float8_e4m3fn) for cache in caches]
         kind = torch.int64 if wide else torch.int32
-        args = (*caches, draw(tokens, hk, d), draw(tokens, hk, dv), torch.tensor(slots, dtype=kind))
+        caches = [None if n is None else draw(pages, page_size, hk, n) for n in (d, dv)]
+        if float8:
+            caches = [t if t is None else t.to(torch.float8_e4m3fn) for t in caches]
+        rows = [None if n is None else draw(tokens, hk, n) for n in (d, dv)]
+        args = (*caches, *rows, torch.tensor(slots, dtype=kind))
         given = dict(options)
         if heads is not None:
             given["q"] = draw(tokens, heads, d)
@@ -72,6 +73,29 @@ SAMPLES = (
         "wide heads",
         _sample(hk=1, d=256, dv=250, pairs=128, slots=(5,), float8=True, v_scale="token"),
     ),
+    Sample(
+        "latent, float8",
+        _sample(
+            hk=1,
+            d=576,
+            dv=None,
+            slots=(7, -1),
+            heads=2,
+            pairs=32,
+            rope_offset=512,
+            float8=True,
+            k_scale="token",
+        ),
+    ),
+    Sample(
+        "latent, its parts apart",
+        _sample(hk=1, d=64, dv=512, slots=(3,), pairs=16, rope_offset=32, interleaved=True),
+    ),
+    Sample("in the middle", _sample(d=21, dv=None, heads=4, pairs=7, rope_offset=3)),
+    Sample(
+        "in the middle, interleaved",
+        _sample(d=40, dv=None, heads=2, pairs=8, rope_offset=8, interleaved=True, float8=True),
+    ),
     Sample("dense", _sample(pages=2, page_size=7, slots=(7, 13, 0), wide=True)),
     Sample("no tokens", _sample(slots=(), heads=4, pairs=8, float8=True, k_scale="token")),
     Sample("all left out", _sample(slots=(-1, -1), heads=4, pairs=8)),
@@ -93,8 +117,12 @@ def _float8(args: list[Any], kwargs: dict[str, Any]) -> None:
     args[:2] = [t.to(torch.float8_e4m3fn) for t in args[:2]]
 
 
-def _scaled(scale: torch.Tensor, float8: bool = True) -> Any:
+def _scaled(scale: torch.Tensor, float8: bool = True, values: bool = True) -> Any:
     def change(args: list[Any], kwargs: dict[str, Any]) -> None:
+        if not values:
+            args[0], args[1], args[3] = args[0].to(torch.float8_e4m3fn), None, None
+            kwargs.update(v_scale=scale)
+            return
         if float8:
             _float8(args, kwargs)
         kwargs.update(v_scale=scale)
@@ -106,6 +134,8 @@ def _turned(rows: int = 9, pairs: int = 8, positions: Any = (0, 1, 2, 3, 4), **o
     def change(args: list[Any], kwargs: dict[str, Any]) -> None:
         at = torch.tensor(positions, dtype=options.get("dtype", torch.int32))
         kwargs.update(rope=(torch.ones(rows, pairs), torch.zeros(rows, 8), at))
+        if "offset" in options:
+            kwargs.update(rope_offset=options["offset"])
         if "heads" in options:
             kwargs.update(q=torch.zeros(5, options["heads"], 16))
 
@@ -143,6 +173,31 @@ MALFORMED = (
         "rank of k",
         "k: must have 3 dimensions [T, Hk, D]; got 2",
         lambda a, k: a.__setitem__(2, a[2][0]),
+    ),
+    Malformed(
+        "values without a cache",
+        "v: goes with v_cache alone; got [5, 2, 16]",
+        lambda a, k: a.__setitem__(1, None),
+    ),
+    Malformed(
+        "no values",
+        "v: must be given with v_cache; got None",
+        lambda a, k: a.__setitem__(3, None),
+    ),
+    Malformed(
+        "scales of no values",
+        "v_scale: goes with v_cache alone; got [2]",
+        _scaled(torch.ones(2), values=False),
+    ),
+    Malformed(
+        "wide keys",
+        "k_cache: must have a head dimension of 1 to 576; got 577",
+        lambda a, k: a.__setitem__(slice(0, 2), [torch.zeros(3, 4, 2, 577), None]),
+    ),
+    Malformed(
+        "wide values",
+        "v_cache: must have a head dimension of 1 to 512; got 513",
+        lambda a, k: a.__setitem__(1, torch.zeros(3, 4, 2, 513)),
     ),
     Malformed(
         "shape of k",
@@ -187,6 +242,26 @@ MALFORMED = (
         "pairs",
         "rope: must have shape [positions, pairs], 1 position or more, 1 to 8 pairs; got [9, 9]",
         _turned(pairs=9),
+    ),
+    Malformed(
+        "pairs behind an offset",
+        "rope: must have shape [positions, pairs], 1 position or more, 1 to 6 pairs; got [9, 8]",
+        _turned(offset=3),
+    ),
+    Malformed(
+        "offset",
+        "rope_offset: must be 0 to 14, two columns or more before the end; got 15",
+        _turned(offset=15),
+    ),
+    Malformed(
+        "negative offset",
+        "rope_offset: must be 0 to 14, two columns or more before the end; got -1",
+        _turned(offset=-1),
+    ),
+    Malformed(
+        "offset without rope",
+        "rope_offset: goes with rope alone; got 2",
+        lambda a, k: k.update(rope_offset=2),
     ),
     Malformed("sin", "rope: must have cos and sin of one shape; got [9, 8]", _turned(pairs=4)),
     Malformed(

@@ -1,6 +1,7 @@
 """kv_cache_append: row slots[t] of a cache becomes row t of what is new.
 
     k'_t = R(positions_t) k_t,    (a, b) -> (a cos - b sin, b cos + a sin) for each pair of columns
+                                  from rope_offset on
     cache_slot = k'_t,            or round(k'_t / scale) in float8_e4m3fn
 
 Where scales are those of tokens, scale = max |k'_t| / 448 over what is finite, and 1 where that is
@@ -19,9 +20,9 @@ LEAST_SCALE = 2.0**-126
 
 def kv_cache_append(
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     slots: Tensor,
     q: Tensor | None,
     cos: Tensor | None,
@@ -32,6 +33,7 @@ def kv_cache_append(
     v_scale: Tensor | None,
     k_scale_out: Tensor | None,
     v_scale_out: Tensor | None,
+    rope_offset: int,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor]:
@@ -39,18 +41,19 @@ def kv_cache_append(
     keys, turned = _widened(k, upcast), q
     if cos is not None and sin is not None and positions is not None:
         rows = cos[positions.long()], sin[positions.long()]
-        keys = _rotated(keys, *rows, interleaved)
-        turned = (
-            None if q is None else _rotated(_widened(q, upcast), *rows, interleaved).to(q.dtype)
-        )
+        keys = _rotated(keys, *rows, rope_offset, interleaved)
+        if q is not None:
+            turned = _rotated(_widened(q, upcast), *rows, rope_offset, interleaved).to(q.dtype)
     there = slots >= 0
     used, size = slots[there].long(), max(k_cache.shape[1], 1)
     page, row = used // size, used % size
     for cache, new, scale, scale_out in (
         (k_cache, keys, k_scale, k_scale_out),
-        (v_cache, _widened(v, upcast), v_scale, v_scale_out),
+        (v_cache, v, v_scale, v_scale_out),
     ):
-        x = new[there]
+        if cache is None or new is None:
+            continue
+        x = _widened(new[there], upcast)
         if cache.dtype != torch.float8_e4m3fn:
             cache[page, row] = x.to(cache.dtype)
             continue
@@ -70,12 +73,13 @@ def _widened(x: Tensor, upcast: bool) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if upcast else x
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, offset: int, interleaved: bool) -> Tensor:
     """Pairs of the columns of x [T, H, D] rotated by the angles of their token [T, pairs]."""
     cos, sin = (t[:, None].to(x.dtype) for t in (cos, sin))
     pairs = cos.shape[-1]
-    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
-    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    middle, end = offset + pairs, offset + 2 * pairs
+    first = slice(offset, end, 2) if interleaved else slice(offset, middle)
+    second = slice(offset + 1, end, 2) if interleaved else slice(middle, end)
     a, b = x[..., first], x[..., second]
     turned = x.clone()
     turned[..., first] = a * cos - b * sin
