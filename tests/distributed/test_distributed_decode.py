@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import refusals
 from test_distributed_attention import has_statistic
 
 import tokenmill as tm
@@ -23,6 +24,9 @@ OPTIONS = {
     "linear": {"kind": "linear", "normalize": "sum"},
     "count": {"kind": "elu1", "normalize": "count", "window": (30, 0)},
 }
+FLOAT8 = torch.float8_e4m3fn
+# Shapes of k_scale and v_scale beside a float8 cache.
+SCALES = {"softmax": ("token", "token"), "sink": ("head", "one"), "sum": ("token", None)}
 
 
 def decode_on_a_rank(size, sizes, rows, names, dtype, paged):
@@ -61,6 +65,84 @@ def decode_on_a_rank(size, sizes, rows, names, dtype, paged):
             if not error <= allowed:
                 wrong.append((name, error.item(), allowed.item()))
     return wrong
+
+
+def float8_on_a_rank(sizes, paged):
+    """Wrong results of caches in float8, against one of the numbers that they stand for."""
+    draw, rank, total, wrong = torch.Generator().manual_seed(3), dist.get_rank(), sum(sizes), []
+    lengths = torch.tensor([total, total // 2, 0, sizes[0]], dtype=torch.int32)
+    batch = len(lengths)
+    q = torch.randn(batch, 2, 4, 16, generator=draw)
+    whole = [torch.randn(batch, total, 2, n, generator=draw).to(FLOAT8) for n in (16, 24)]
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    table = torch.randperm(batch * (sizes[rank] // 4)).int().view(batch, sizes[rank] // 4)
+    indices = torch.arange(0, total, 3, dtype=torch.int32).expand(batch, 1, -1).contiguous()
+    counts = torch.full((batch, 1), indices.shape[2], dtype=torch.int32)
+    for name, shapes in SCALES.items():
+        full, mine = {}, {}
+        for key, shape in zip(("k_scale", "v_scale"), shapes, strict=True):
+            if shape is not None:
+                size = {"one": (1,), "head": (2,), "token": (batch, total, 2)}[shape]
+                full[key] = torch.rand(size, generator=draw) + 0.1
+                mine[key] = full[key][:, own] if shape == "token" else full[key]
+        if "v_scale" in mine:  # in steps of its own, unlike the cache
+            mine["v_scale"] = mine["v_scale"].contiguous()
+        cache = [x[:, own] for x in whole]
+        how = {n: torch.ones(4) if x is True else x for n, x in OPTIONS[name].items()}
+        how["seqlens_k"], here = lengths, {"sizes": sizes}
+        if paged:
+            here["block_table"] = table
+            cache = [_in_pages(x, table, 4) for x in cache]
+            mine = {n: x if x.dim() == 1 else _in_pages(x, table, 4) for n, x in mine.items()}
+        cases = [(tmd.attention_decode, tm.attention_decode, (), how)]
+        if name != "sum":
+            options = {"seqlens_k": lengths, "num_sink": 2, "num_recent": 3}
+            options["return_mass"] = name == "sink"
+            lists = (tmd.sparse_decode_attention, tm.sparse_decode_attention, (indices, counts))
+            cases.append((*lists, options))
+        for ours, plain, more, options in cases:
+            found = ours(q, *cache, *more, **mine, **here, **options)
+            want = plain(q, *whole, *more, **full, **options)
+            pairs = [(found, want)] if torch.is_tensor(found) else zip(found, want, strict=True)
+            for got, right in pairs:
+                if not torch.allclose(got, right, rtol=1e-5, atol=2e-6):
+                    wrong.append((name, ours.__name__, (got - right).abs().max().item()))
+    return wrong
+
+
+@pytest.mark.parametrize(("sizes", "paged"), [((20, 24), True), ((12, 0, 13), False)])
+def test_caches_in_float8(ranks, sizes, paged):
+    for found in ranks(len(sizes)).run(float8_on_a_rank, sizes, paged):
+        assert not found
+
+
+def scales_on_a_rank():
+    q, cache = torch.zeros(1, 1, 4, 16), torch.zeros(1, 8, 2, 16).to(FLOAT8)
+    n, lists = torch.tensor([9], dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32)
+    few, half = torch.ones(3), torch.ones(2).half()
+
+    def sparse(keys, **scales):
+        return tmd.sparse_decode_attention(q, keys, keys, lists, lists[0], seqlens_k=n, **scales)
+
+    calls = [
+        lambda: tmd.attention_decode(q, cache, cache, seqlens_k=n, k_scale=few),
+        lambda: tmd.attention_decode(q, cache, cache, seqlens_k=n, v_scale=half),
+        lambda: sparse(cache.float(), v_scale=few),
+        lambda: sparse(cache, k_scale=few),
+    ]
+    return refusals(calls)
+
+
+def test_scales_that_do_not_fit(ranks):
+    shape = "must have shape [1], [2] or [1, 8, 2]; got [3]"
+    rules = (
+        f"attention_decode: k_scale: {shape}",
+        "attention_decode: v_scale: must be float32; got float16",
+        "sparse_decode_attention: v_scale: goes with caches in float8_e4m3fn alone; got float32",
+        f"sparse_decode_attention: k_scale: {shape}",
+    )
+    for found in ranks(2).run(scales_on_a_rank):
+        assert [f"tokenmill.distributed.{rule}" for rule in rules] == found
 
 
 def _in_pages(x, pages, size):

@@ -76,6 +76,30 @@ def test_lists_are_those_of_one_process(ranks, sizes, rows, dtype, form):
         assert not wrong
 
 
+def float8_on_a_rank(sizes, rows, paged):
+    """Keys in float8 with a power of two as the scale of each: scores are exact."""
+    rank, total = dist.get_rank(), sum(sizes)
+    q, k, weights = tensors(4, rows, total, torch.float32)
+    scale = 2.0 ** torch.randint(-2, 3, k.shape[:2], generator=torch.Generator().manual_seed(1))
+    codes, own = k.to(torch.float8_e4m3fn), slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    how = {"topk": 5, "num_sink": 1, "return_values": True}
+    want = tm.indexer_topk_select(q, codes, weights, k_scale=scale, **how)
+    mine, each = {"k_scale": scale[:, own]}, codes[:, own]
+    if paged:
+        each, mine["k_scale"] = (
+            x.unflatten(1, (-1, 4)).flatten(0, 1).flip(0) for x in (each, mine["k_scale"])
+        )
+        mine["block_table"] = torch.arange(len(each)).flip(0).int().view(4, -1)
+    found = tmd.indexer_topk_select(q, each, weights, sizes=sizes, **mine, **how)
+    return [x.equal(y) for x, y in zip(found, want, strict=True)]
+
+
+@pytest.mark.parametrize(("sizes", "rows", "paged"), [((20, 21), 1, False), ((4, 16), 6, True)])
+def test_keys_in_float8(ranks, sizes, rows, paged):
+    for same in ranks(len(sizes)).run(float8_on_a_rank, sizes, rows, paged):
+        assert all(same)
+
+
 def errors_on_a_rank():
     q, k, weights = torch.zeros(1, 2, 3, 8), torch.zeros(1, 16, 8), torch.zeros(1, 2, 3)
     far = torch.tensor([33], dtype=torch.int32)
@@ -87,6 +111,7 @@ def errors_on_a_rank():
         lambda: tmd.indexer_topk_select(q, k, weights, 4, sizes=(15, 17)),
         lambda: tmd.indexer_topk_select(q, k, weights, 4, seqlens_k=far),
         lambda: tmd.indexer_topk_select(q, k, weights, 4, backend="gpu"),
+        lambda: tmd.indexer_topk_select(q, k, weights, 4, k_scale=weights[0]),
     ]
     found = refusals(calls)
     with pytest.MonkeyPatch.context() as patch:
@@ -104,6 +129,7 @@ def test_errors_name_argument_rule_and_value(ranks):
         "k: must have 15 positions on rank 0 of 2, of 32; got 16",
         "seqlens_k: must be 0 to 32; got 33",
         "backend: must be one of",
+        "k_scale: goes with caches in float8_e4m3fn alone; got float32",
         "topk: must be that of rank 1 in group",
     )
     for found, rule in zip(ranks(2).run(errors_on_a_rank)[0], rules, strict=True):

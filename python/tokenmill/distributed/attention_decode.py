@@ -14,7 +14,7 @@ from .. import masks
 from .._autocast import Autocast
 from .._check import check, check_bool, check_tensor, check_text, reads_values
 from .._dispatch import call as run
-from .._kv_cache import capacity, check_cache, check_lengths
+from .._kv_cache import capacity, check_cache, check_cache_scale, check_lengths
 from ..dense.attention_decode import SPEC, lower
 from ..dense.terms import (
     NO_WINDOW,
@@ -52,6 +52,8 @@ def attention_decode(
     softcap: float = 0.0,
     window: tuple[int, int] = NO_WINDOW,
     return_lse: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode with a cache that is sharded over ranks by position.
@@ -72,6 +74,8 @@ def attention_decode(
         kind, normalize, scale, score_bias, alibi_slopes, sink, softcap, window: as there, with the
             positions in the whole cache.
         return_lse, backend: as there.
+        k_scale, v_scale: as there, of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or
+            for each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
 
     Returns:
         out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also ``[B, H, Sq]`` float32. Not
@@ -102,6 +106,8 @@ def attention_decode(
         ("block_table", block_table),
         ("sink", sink),
         ("alibi_slopes", alibi_slopes),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
     ):
         check_tensor(OP, name, option, optional=True)
     check_text(OP, "kind", kind)
@@ -110,6 +116,8 @@ def attention_decode(
         check_return_lse(OP, kind, normalize or "none")
     check_cache(OP, q, k_cache, v_cache, block_table is not None, True)
     check_lengths(OP, q, q.shape[0], seqlens_k, block_table)
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check_cache_scale(OP, name, scales, "k_cache", k_cache, q)
     ranks = Group(OP, mesh, group)
     room = capacity(k_cache, block_table)
     where = layout_of_shard(ranks, "k_cache", room, None, "contiguous", sizes, "positions")
@@ -124,7 +132,7 @@ def attention_decode(
     )  # fmt: skip
     options: dict[str, Any] = {
         "kind": kind, "normalize": normalize, "scale": scale, "softcap": softcap,
-        "block_table": block_table,
+        "block_table": block_table, "k_scale": k_scale, "v_scale": v_scale,
     }  # fmt: skip
     part = _on_this_rank(
         q, k_cache, v_cache, seqlens_k, own, left, score_bias, alibi_slopes,

@@ -48,6 +48,7 @@ def indexer_topk_select(
     seqlens_k: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
     return_values: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
@@ -72,6 +73,8 @@ def indexer_topk_select(
             None: all positions.
         cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end; the same on every rank.
         block_table: int32 ``[B, P]``, the pages of this rank's positions.
+        k_scale: for keys in float8_e4m3fn, as there: ``[1]`` or one of each key of this rank,
+            ``[B, n]``, in pages ``[pages, page_size]``.
         causal, activation, num_sink, num_recent, return_values, backend: as there, about the whole.
 
     Returns:
@@ -106,7 +109,8 @@ def indexer_topk_select(
         lowered = lower(
             q, k, weights, topk, causal=causal, activation=activation, block_k=block_k,
             num_sink=num_sink, num_recent=num_recent, seqlens_k=seqlens_k,
-            cu_seqlens_q=cu_seqlens_q, block_table=block_table, return_values=return_values,
+            cu_seqlens_q=cu_seqlens_q, block_table=block_table, k_scale=k_scale,
+            return_values=return_values,
         )  # fmt: skip
         SPEC.forward.check(*lowered)
         choose(SPEC, lowered, backend, OP)
@@ -121,7 +125,6 @@ def indexer_topk_select(
         check_length_values(OP, "seqlens_k", seqlens_k, where.length)
     if cu_seqlens_q is not None and reads_values(cu_seqlens_q):
         check_cu_seqlens_values(OP, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    options = ("topk", "causal", "activation", "block_k", "num_sink", "num_recent")
     values = synchronising_checks()
     options = ("topk", "causal", "activation", "block_k", "num_sink", "num_recent")
     ranks.check_alike(
@@ -136,8 +139,8 @@ def indexer_topk_select(
         return select(
             q, k, weights, call.topk, causal=causal, activation=activation, block_k=call.block_k,
             num_sink=call.num_sink, num_recent=call.num_recent, seqlens_k=seqlens_k,
-            cu_seqlens_q=cu_seqlens_q, block_table=block_table, return_values=return_values,
-            backend=backend,
+            cu_seqlens_q=cu_seqlens_q, block_table=block_table, k_scale=k_scale,
+            return_values=return_values, backend=backend,
         )  # fmt: skip
     own = where.pieces[ranks.rank][0]
     positions, scores = _lists_of_this_rank(call, own, where.length, backend)
@@ -172,7 +175,7 @@ def _lists_of_this_rank(
         return q.new_full(shape, -1, dtype=torch.int32), q.new_full(shape, -torch.inf, dtype=wide)
     options: dict[str, Any] = {
         "activation": call.activation, "block_k": call.block_k, "return_values": True,
-        "num_sink": max(call.num_sink - own.first, 0), "backend": backend,
+        "num_sink": max(call.num_sink - own.first, 0), "k_scale": call.k_scale, "backend": backend,
     }  # fmt: skip
     n = call.seqlens_k
     n = torch.full((batch,), total, dtype=torch.int32, device=q.device) if n is None else n

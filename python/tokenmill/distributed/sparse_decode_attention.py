@@ -53,6 +53,8 @@ def sparse_decode_attention(
     sink: Tensor | None = None,
     num_splits: int = 0,
     return_mass: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Decode over selected, sink and recent keys of a cache that is sharded over ranks by position.
@@ -86,6 +88,8 @@ def sparse_decode_attention(
         return_mass: also return the probability that the entries of lists received. Queries are
             then read one after the other, keys once for each query head, and a second gather sends
             the mass.
+        k_scale, v_scale: as there, of this rank's cache in float8_e4m3fn: ``[1]``, ``[Hk]``, or
+            for each of its tokens ``[B, n, Hk]`` (``[P, page size, Hk]``).
 
     Returns:
         (out, lse), with return_mass (out, lse, mass), as there. Not differentiable: inputs that
@@ -120,7 +124,7 @@ def sparse_decode_attention(
         block_table=block_table, num_sink=num_sink, num_recent=num_recent, pos_mode=pos_mode,
         rope=rope, interleaved=interleaved, extra_k=extra_k, extra_v=extra_v,
         extra_log_count=extra_log_count, scale=scale, softcap=softcap, sink=sink,
-        num_splits=num_splits, return_mass=return_mass, op=OP,
+        num_splits=num_splits, return_mass=return_mass, k_scale=k_scale, v_scale=v_scale, op=OP,
     )  # fmt: skip
     call = SPEC.forward.record(*lowered)
     ranks, where = _prepare(call, mesh, group, sizes, backend)
@@ -238,17 +242,25 @@ def _until_last(indices: Tensor, counts: Tensor, blocks: int) -> Tensor:
 def _with_room(call: Any, behind: int) -> Any:
     """The call with a table of pages that names `behind` more positions, which have no page."""
     k, v, table = call.k_cache, call.v_cache, call.block_table
+    scales = [call.k_scale, call.v_scale]
     if table is None:
         k, v, table = _as_pages(k, v)
+        scales = [x if x is None or x.dim() == 1 else _as_pages_of(table, x, k) for x in scales]
     elif k.shape[0] == 0:  # an operator wants a page
         k, v = (x.new_zeros(1, *x.shape[1:]) for x in (k, v))
+        scales = [
+            x if x is None or x.dim() == 1 else x.new_zeros(1, *x.shape[1:]) for x in scales
+        ]  # fmt: skip
         table = torch.full_like(table, -1)
     table = F.pad(table, (0, -(-behind // k.shape[1])), value=-1)
     cos, sin = call.cos, call.sin
     lacking = 0 if cos is None else table.shape[1] * k.shape[1] - cos.shape[0]
     if lacking > 0:  # the last page is not whole: nobody is there
         cos, sin = (F.pad(x, (0, 0, 0, lacking)) for x in (cos, sin))
-    return call._replace(k_cache=k, v_cache=v, block_table=table, cos=cos, sin=sin)
+    return call._replace(
+        k_cache=k, v_cache=v, block_table=table, cos=cos, sin=sin, k_scale=scales[0],
+        v_scale=scales[1],
+    )  # fmt: skip
 
 
 def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,13 +274,26 @@ def _as_pages(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = able[0]
     step, each = _apart(k, size), tokens // size
 
-    def pages(x: Tensor) -> Tensor:
-        shape = ((batch - 1) * step + each, size, *x.shape[2:])
-        return x.as_strided(shape, (_stride(x, size), *x.stride()[1:]))
-
     requests = torch.arange(batch, dtype=torch.int32, device=k.device)
     table = requests[:, None] * step + torch.arange(each, dtype=torch.int32, device=k.device)
-    return pages(k), pages(v), table
+    count = (batch - 1) * step + each
+    return _pages_in_place(k, count, size), _pages_in_place(v, count, size), table
+
+
+def _as_pages_of(table: Tensor, scales: Tensor, k: Tensor) -> Tensor:
+    """Scales [B, n, Hk] of the tokens of a dense cache that became pages k."""
+    batch, each = table.shape
+    count, size = k.shape[:2]
+    if batch > 0 and _apart(scales, size) * (batch - 1) + each == count:
+        return _pages_in_place(scales, count, size)
+    found = scales.new_ones(count, size, scales.shape[2])
+    found[table.flatten().long()] = scales.unflatten(1, (each, size)).flatten(0, 1)
+    return found
+
+
+def _pages_in_place(x: Tensor, count: int, size: int) -> Tensor:
+    """x [B, n, ...] as pages [count, size, ...], also of what lies between requests."""
+    return x.as_strided((count, size, *x.shape[2:]), (_stride(x, size), *x.stride()[1:]))
 
 
 def _stride(cache: Tensor, size: int) -> int:
