@@ -76,6 +76,32 @@ def test_a_request_in_company_is_as_alone(method, options, padding):
         torch.testing.assert_close(torch.cat(found[b]), torch.cat(want), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("page", [None, 4])
+def test_requests_of_hip_have_the_bits_that_they_have_alone(page):
+    """A prompt and a chunk, of which requests have tokens of their own number, or none."""
+    options = {"budget": 8, "block_q": 4, "num_sink": 2, "num_recent": 8, "layer": 5}
+    tokens, chunks = draw(), ((16, 0), (21, 22))
+    batch, table = [], new_cache(page).block_table
+    alone = [[] for _ in LENGTHS]
+    for own in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        cache = new_cache(page)
+        keys = [cache.k, cache.v] if page else [cache.k[own], cache.v[own]]
+        cache = policies.KVCache(*keys, table[own] if page else None)
+        policy, first = policies.HiP(cache, **options), (0, 0)
+        for chunk in chunks:
+            lengths = torch.tensor(chunk, dtype=torch.int32)[own]
+            q, k, v = (rows(t, first, chunk, "right")[own] for t in tokens.prompt)
+            out = policy.prefill(q, k, v, lengths=lengths)
+            first = chunk
+            if own == slice(0, 2):
+                batch.append(out)
+            else:
+                alone[own.start].append(out[0])
+    for chunk, out, *others in zip(chunks, batch, *alone, strict=True):
+        for b, n in enumerate(chunk):
+            assert torch.equal(out[b, :n], others[b][:n])
+
+
 @pytest.mark.parametrize(("method", "options"), EVICTING)
 def test_eviction_knows_the_end_of_a_prompt(method, options):
     tokens, policy = draw(), new(method, options)

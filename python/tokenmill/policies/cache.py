@@ -21,6 +21,7 @@ from .._check import (
 )
 from .._kv_cache import capacity, check_int32
 from .._written import check_written
+from ..select.kv_cache_append import kv_cache_append
 from ..select.kv_cache_compact import kv_cache_compact
 
 NAME = "policies.KVCache"
@@ -31,7 +32,7 @@ class KVCache:
     r"""The KV cache of one layer for some requests, dense or paged.
 
     Lengths live on the device; the longest that any may be is known on the host, so that nothing
-    here waits for the device (but :meth:`fill` of a cache in pages).
+    here waits for the device.
 
     Args:
         k, v: ``[B, S, Hk, D]`` and ``[B, S, Hk, Dv]``, or with block_table pages ``[P, page size,
@@ -104,8 +105,7 @@ class KVCache:
             return
         at = torch.arange(tokens, device=k.device)
         there = at < self.lengths[:, None]
-        page, row = self._slots(at.expand_as(there))
-        self._write(page[there], row[there], k[there], v[there])
+        self._write(*self._slots(at.expand_as(there)), k, v, there)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Adds a token to each request: k ``[B, 1, Hk, D]``, v ``[B, 1, Hk, Dv]``."""
@@ -115,15 +115,13 @@ class KVCache:
 
     def extend(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Adds the first lengths[b] tokens of k ``[B, n, Hk, D]`` and v to each request; None: all.
-        In pages, lengths make the host wait. `longest` grows by n."""
+        `longest` grows by n."""
         self.check_room(k, v)
         added = self.count(k.shape[1], lengths)
-        slots = self._slots(self._last(0, k.shape[1]))
-        if lengths is None or self.block_table is None:  # dense: what lies beyond means nothing
-            self._write(*slots, k, v)
-        else:
-            there = torch.arange(k.shape[1], device=k.device) < added[:, None]
-            self._write(slots[0][there], slots[1][there], k[there], v[there])
+        there = None
+        if lengths is not None and self.block_table is not None:  # dense: what lies beyond means
+            there = torch.arange(k.shape[1], device=k.device) < added[:, None]  # nothing
+        self._write(*self._slots(self._last(0, k.shape[1])), k, v, there)
         self.lengths = self.lengths + added
         self.longest += k.shape[1]
 
@@ -212,8 +210,7 @@ class KVCache:
         return t[page.clamp(0, max(t.shape[0] - 1, 0)), row]
 
     def compact(self, keep: Tensor, counts: Tensor, backend: str | None) -> None:
-        """Keeps the slots of lists ``[B, K]`` or ``[B, Hk, K]``; see kv_cache_compact. In pages,
-        lists of heads make the host wait."""
+        """Keeps the slots of lists ``[B, K]`` or ``[B, Hk, K]``; see kv_cache_compact."""
         if self.block_table is not None and keep.dim() == 3:
             self._compact_heads(keep, counts)
         else:
@@ -227,15 +224,14 @@ class KVCache:
     def _compact_heads(self, keep: Tensor, counts: Tensor) -> None:
         """Moves entry i of each head's list to slot i."""
         place = torch.arange(keep.shape[2], device=keep.device)
-        b, head, slot = torch.where(place < counts[..., None])
-        source, target = keep[b, head, slot].long(), slot
-        size = self.k.shape[1]
-        assert self.block_table is not None
-        table = self.block_table.long()
-        old = table[b, source // size], source % size, head
-        new = table[b, target // size], target % size, head
-        for t in (self.k, self.v):
-            t[new] = t[old]
+        for head in range(keep.shape[1]):
+            page, row = self._slots(keep[:, head].long().clamp(min=0))
+            page = page.clamp(0, max(self.k.shape[0] - 1, 0))
+            one = slice(head, head + 1)
+            k, v = self.k[:, :, one], self.v[:, :, one]
+            there = place < counts[:, head, None]
+            target = self._slots(place.expand_as(there))
+            _write_some(k, v, *target, k[page, row], v[page, row], there)
 
     def _checked_lengths(self, lengths: Tensor, name: str) -> Tensor:
         check_tensor(NAME, name, lengths, optional=name == "lengths")
@@ -267,14 +263,30 @@ class KVCache:
         page = (at // size).clamp(max=self.block_table.shape[1] - 1)
         return self.block_table.long().gather(1, page), at % size
 
-    def _write(self, page: Tensor, row: Tensor, k: Tensor, v: Tensor) -> None:
-        paged = self.block_table is not None
-        if paged and (self.k.device.type == "cpu" or synchronising_checks()):
+    def _write(
+        self, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor | None = None
+    ) -> None:
+        """Tokens [B, n], of which those count that are there."""
+        if self.block_table is not None and reads_values(page):
             pages = self.k.shape[0]
-            wrong = page[(page < 0) | (page >= pages)].tolist()
+            bad = (page < 0) | (page >= pages)
+            wrong = page[bad if there is None else bad & there].tolist()
             rule = f"must name pages below {pages} where tokens go"
             check(not wrong, NAME, "block_table", rule, wrong and wrong[0])
-        self.k[page, row], self.v[page, row] = k.detach(), v.detach()
+        if there is None:
+            self.k[page, row], self.v[page, row] = k.detach(), v.detach()
+        else:
+            _write_some(self.k, self.v, page, row, k, v, there)
+
+
+def _write_some(
+    k_cache: Tensor, v_cache: Tensor, page: Tensor, row: Tensor, k: Tensor, v: Tensor, there: Tensor
+) -> None:
+    """Rows [B, n, Hk, D] into pages, those that are there; which, the host need not know."""
+    slots = torch.where(there, page * k_cache.shape[1] + row, -1).flatten()
+    k, v = (t.detach().flatten(0, 1).contiguous() for t in (k, v))
+    values = (v_cache, v) if v.shape[2] > 0 else (None, None)
+    kv_cache_append(k_cache, values[0], k, values[1], slots)
 
 
 def _check_like(name: str, t: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .._check import check
 from ..sparse.hip_attention import HipLists, hip_attention
@@ -35,7 +34,8 @@ class HiP(Keeping):
             one, of the blocks with the largest product with any of them.
 
     Complexity: 2 (D + Dv) (num_sink + budget + num_recent) operations for a query and head, and the
-    search. Prompts of different lengths are read one after the other, which waits for the device.
+    search. Prompts and chunks of different lengths are one call, of which each request has the bits
+    that it has alone.
 
     Paper: HiP Attention (Lee et al. 2024), sections 3 and 4: three dense layers, and masks that are
     refreshed every 8 steps. The released code of that version shares masks in batches of equal
@@ -68,13 +68,8 @@ class HiP(Keeping):
         if self.layer < self.dense_layers:
             return super()._first(q, k, v, lengths)
         self._start(q, k, v, lengths)
-        if lengths is None:
-            return self._hip(q, k, v)
-        outs = []
-        for b, n in enumerate(self.cache.lengths.tolist()):
-            queries, keys, values = (x[b : b + 1, :n] for x in (q, k, v))
-            outs.append(pad(self._hip(queries, keys, values), (0, 0, 0, 0, 0, q.shape[1] - n)))
-        return torch.cat(outs) if outs else self._hip(q, k, v)
+        own = None if lengths is None else self.cache.lengths
+        return self._hip(q, k, v, own, queries=own)
 
     def begin(
         self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, *, lengths: Tensor | None = None
@@ -91,31 +86,11 @@ class HiP(Keeping):
         if self.layer < self.dense_layers:
             return super().extend(q, k, v, lengths=lengths)
         self._check_prompt(q, k)
-        before = self.cache.lengths
-        self.cache.extend(k, v, lengths)
+        cache = self.cache
+        cache.extend(k, v, lengths)
         self._reads, self._found = [], HipLists()
-        if lengths is None:
-            return self._chunk(q, before, slice(None))
-        outs = []
-        for b, n in enumerate((self.cache.lengths - before).tolist()):
-            one = slice(b, b + 1)
-            out = self._chunk(q[one, :n], before[one], one)
-            outs.append(pad(out, (0, 0, 0, 0, 0, q.shape[1] - n)))
-        return torch.cat(outs) if outs else self._chunk(q, before, slice(None))
-
-    def _chunk(self, q: Tensor, before: Tensor, requests: slice) -> Tensor:
-        """Of queries behind the first before[b] tokens of some requests, block by block."""
-        tokens, cache = q.shape[1], self.cache
-        table = cache.block_table
-        keys = (cache.k[requests], cache.v[requests]) if table is None else (cache.k, cache.v)
-        table = None if table is None else table[requests]
-        outs = [
-            self._hip(
-                q[:, i : i + self.block_q], *keys, before + min(i + self.block_q, tokens), table
-            )
-            for i in range(0, max(tokens, 1), self.block_q)
-        ]
-        return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+        own = None if lengths is None else cache.count(q.shape[1], lengths)
+        return self._hip(q, cache.k, cache.v, cache.lengths, cache.block_table, queries=own)
 
     @property
     def _at_once(self) -> bool:
@@ -126,7 +101,8 @@ class HiP(Keeping):
         if self.layer < self.dense_layers:
             return self._attend_all(q)
         cache = self.cache
-        out = self._hip(q, cache.k, cache.v, cache.lengths, cache.block_table, self._found)
+        at = (cache.lengths, cache.block_table)
+        out = self._hip(q, cache.k, cache.v, *at, found=self._found)
         self._note_reads()
         return out
 
@@ -137,13 +113,14 @@ class HiP(Keeping):
 
     def _hip(
         self, q: Tensor, k: Tensor, v: Tensor, n: Tensor | None = None,
-        block_table: Tensor | None = None, found: HipLists | None = None,
+        block_table: Tensor | None = None, queries: Tensor | None = None,
+        found: HipLists | None = None,
     ) -> Tensor:  # fmt: skip
         options: dict[str, Any] = {
             "budget": self.budget, "block_q": self.block_q, "block_k": self.block_k,
             "stride_q": self.stride_q, "num_sink": self.num_sink, "num_recent": self.num_recent,
             "head_reduce": HEAD_REDUCE[self.lists], "scale": self.scale, "softcap": self.softcap,
-            "seqlens_k": n, "block_table": block_table, "lists": found,
+            "seqlens_q": queries, "seqlens_k": n, "block_table": block_table, "lists": found,
             "refresh_interval": None if found is None else self.refresh_interval,
             "backend": self.backend,
         }  # fmt: skip
