@@ -208,6 +208,36 @@ def test_a_request_that_grows_in_pages_is_one_that_was_there(backend):
     torch.testing.assert_close(found, want)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", backends("reference"))
+def test_a_latent_row_is_its_parts(backend, interleaved):
+    """Columns from rope_offset on turn as if they were a key, the latent ones before as a value."""
+    g, device = torch.Generator().manual_seed(0), device_of(backend)
+    rows, q = (torch.randn(3, h, 40, generator=g).to(device) for h in (1, 2))
+    whole, apart = torch.zeros(2, 2, 4, 1, 40, device=device)
+    at = torch.arange(3, device=device)
+    rope = (*(t.to(device) for t in rotation(3, 6)), at)
+    how = {"rope": rope, "interleaved": interleaved, "backend": backend}
+    turned = tm.kv_cache_append(whole, None, rows, None, at + 2, q=q, rope_offset=24, **how)
+    parts = [t[..., part] for part in (slice(24, 40), slice(24)) for t in (apart, rows)]
+    beside = tm.kv_cache_append(*parts[::2], *parts[1::2], at + 2, q=q[..., 24:], **how)
+    assert torch.equal(whole, apart) and whole.count_nonzero() == rows.numel()
+    assert torch.equal(turned, torch.cat([q[..., :24], beside], -1))
+
+
+def test_a_latent_row_in_float8_has_one_scale():
+    """It is read as key and value."""
+    g = torch.Generator().manual_seed(0)
+    rows, q = (torch.randn(5, h, 40, generator=g) for h in (1, 2))
+    cache, scale = float8(torch.zeros(2, 4, 1, 40)), torch.zeros(2, 4, 1)
+    tm.kv_cache_append(cache, None, rows, None, torch.arange(5), k_scale=scale)
+    how = {"seqlens_k": torch.tensor([5]).int(), "block_table": torch.tensor([[0, 1]]).int()}
+    scales = {"k_scale": scale, "v_scale": scale}
+    out = tm.attention_decode(q[None, -1:], cache, cache[..., :24], **how, **scales)
+    want = tm.attention(q[None, -1:], rows[None], rows[None, ..., :24])
+    torch.testing.assert_close(out, want, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_bad_slots_are_left_out_and_bad_positions_cut(backend):
     device = device_of(backend)
