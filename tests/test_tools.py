@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -202,7 +204,10 @@ def table(capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_operator_checks_out_on_kernels_and_reference(dtype, threads, capsys):
+def test_every_operator_checks_out_on_kernels_and_reference(dtype, threads, capsys, monkeypatch):
+    """On one sample: tests/test_contract.py takes all."""
+    for spec in registry.ops().values():
+        monkeypatch.setitem(spec.__dict__, "samples", spec.samples[:1])
     threads(1)
     assert main(["check", "--backend", "cpu", "--backend", "reference", "--dtype", dtype]) == 0
     rows, summary = table(capsys)
@@ -227,6 +232,23 @@ def test_a_wrong_result_is_shown_and_fails_the_check(monkeypatch, capsys):
     assert main(["check", "merge_attention_states", "--backend", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out and "allowed 1e-30" in out
+
+
+def test_one_draw_decides_as_four_do():
+    spec, said = registry.get("local_pool"), set()
+    for off in (0.0, *(3.0**-n for n in range(9, 16)), float("nan")):
+
+        @functools.wraps(spec.function)
+        def wrong(*args, off=off, **kwargs):
+            return spec.function(*args, **kwargs) + off
+
+        other = dataclasses.replace(spec, function=wrong)
+        found = [testing.compare(other, spec.samples[0], "cpu", torch.float32, draws=n)
+                 for n in (None, 4)]  # fmt: skip
+        one, four = (all(c.ok for c in of) for of in found)
+        assert one == four
+        said.add(one)
+    assert said == {True, False}
 
 
 def test_a_call_that_fails_is_a_row_and_the_others_go_on(monkeypatch, capsys):

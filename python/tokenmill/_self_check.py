@@ -166,7 +166,9 @@ def _compare(row: Row, spec: OpSpec, sample: Sample, dtype: str, verbose: bool) 
     place, call = row.place, f"{sample.name}, {dtype}"
     try:
         with place.chosen():
-            found = testing.compare(spec, sample, place.backend, DTYPES[dtype], device=place.device)
+            found = testing.compare(
+                spec, sample, place.backend, DTYPES[dtype], device=place.device, draws=4
+            )
     except Exception as error:  # a call that fails leaves the others to be checked
         row.failed += 1
         row.problems.append(f"{call}: {_cli.one_line(error)}")
