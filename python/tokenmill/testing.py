@@ -161,10 +161,11 @@ def evaluate(
     function: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    cotangents: Sequence[Tensor] | None = None,
+    cotangents: Sequence[Tensor] | Callable[[list[Tensor]], Sequence[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of a call (without those that it does not have) and, given cotangents, the gradients
-    of all its floating-point tensors, in the order of the call."""
+    """Outputs of a call (without those that it does not have) and, given cotangents or what draws
+    them for the outputs, the gradients of all its floating-point tensors, in the order of the
+    call."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -177,6 +178,8 @@ def evaluate(
     outputs = [r for r in tensors_of(function(*args, **kwargs)) if r.shape != (0,)]
     if cotangents is None:
         return outputs, []
+    if callable(cotangents):
+        cotangents = cotangents(outputs)
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     grads = torch.autograd.grad(
         [o for o, _ in pairs], leaves, [c.to(o) for o, c in pairs], allow_unused=True
@@ -303,8 +306,18 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
     reference = without_side_effects(spec, oracle(op))
     generator = torch.Generator().manual_seed(seed)
     args, kwargs = sample.make(dtype, generator)
-    shapes = [o.shape for o in evaluate(reference, args, kwargs)[0]]
-    cotangents = [torch.randn(shape, generator=generator) for shape in shapes]
+    wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
+    cotangents: list[Tensor] = []
+
+    def weigh(outputs: list[Tensor]) -> list[Tensor]:
+        cotangents.extend(torch.randn(o.shape, generator=generator) for o in outputs)
+        return cotangents
+
+    if spec.differentiable:
+        wide = evaluate(reference, wide_args, wide_kwargs, weigh)
+    else:
+        wide = evaluate(reference, wide_args, wide_kwargs)
+        weigh(wide[0])
     names = list(inspect.signature(spec.function).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     returned = len(cotangents) - sum(given.get(name) is not None for name in spec.written)
@@ -313,8 +326,6 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
         return spec.plain(*spec.lower(*args, **kwargs))[:returned]
 
     weights = cotangents if spec.differentiable else None
-    wide_args, wide_kwargs = convert((args, kwargs), torch.float64)
-    wide = evaluate(reference, wide_args, wide_kwargs, weights)
     plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)
     return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 
