@@ -1,7 +1,10 @@
-"""The checks of Triton's interpreter that tests/triton_interpreter.py replaces."""
+"""The checks and operations of Triton's interpreter that tests/triton_interpreter.py replaces."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE
@@ -32,3 +35,71 @@ def test_an_overflow_of_32_bits_is_an_error(dtype):
         else:
             with pytest.raises(Exception, match="int32 overflow detected for operation mul"):
                 kernel[(1,)](x, out)
+
+
+OPERATIONS = (
+    "add", "sub", "mul", "truediv", "and_", "or_", "xor_", "less_than", "less_equal",
+    "greater_than", "greater_equal", "equal", "not_equal", "where",
+)  # fmt: skip
+SHAPES = [((), ()), ((), (4,)), ((4, 1), (1, 2)), ((2, 4), (4,)), ((4,), (2,))]
+NUMBERS = [0, 1, -1, 200, 2**31, 2**40, 2**64, 0.0, -0.0, 2.5, 1e300, float("nan"), True]
+
+
+def operands():
+    """Pairs of tensors of any two types, and tensors beside numbers."""
+    dtypes = ("int1", "uint8", "int32", "uint32", "int64", "fp16", "bf16", "fp32", "fp64")
+    types = {getattr(tl, n.replace("fp", "float").replace("bf", "bfloat")): n for n in dtypes}
+    random = np.random.default_rng(0)
+
+    def draw(scalar, shape):
+        dtype = triton.runtime.interpreter._get_np_dtype(scalar)
+        data = (random.integers(0, 3, shape or (1,)) - (dtype.kind in "if")).astype(dtype)
+        handle = triton.runtime.interpreter.TensorHandle(data, scalar)
+        return tl.tensor(handle, tl.block_type(scalar, list(shape)) if shape else scalar)
+
+    for left, right in itertools.product(types, repeat=2):
+        for shapes in SHAPES:
+            yield draw(left, shapes[0]), draw(right, shapes[1])
+    for scalar, number in itertools.product(types, NUMBERS):
+        yield draw(scalar, (4,)), number
+        yield number, draw(scalar, ())
+    pointers = draw(tl.pointer_type(tl.float32), (4,))
+    for offset in (draw(tl.int32, (2, 4)), draw(tl.int64, ()), draw(tl.uint8, (4,)), 3, -2, 2.5):
+        yield pointers, offset
+        yield offset, pointers
+
+
+def outcome(operation, left, right):
+    """Bits and type of the result, or the error."""
+    semantic = triton.runtime.interpreter.interpreter_semantic
+    function = getattr(semantic, operation)
+    more = (True,) if operation in ("add", "sub", "mul") else ()
+    if operation == "where":
+        function, more = semantic.where, (right,)
+        left, right = semantic.to_tensor(True), left
+    try:
+        found = function(left, right, *more)
+    except Exception as error:
+        return type(error).__name__
+    data = found.handle.data
+    return str(found.type), str(data.dtype), data.shape, data.tobytes()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the interpreter")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_operations_are_those_of_triton(operation, monkeypatch):
+    import triton_operations
+
+    pairs = list(operands())
+    patched = triton.runtime.interpreter._patch_lang(kernel.fn)
+    try:
+        found = [outcome(operation, *pair) for pair in pairs]
+        for name, original in triton_operations.ORIGINAL.items():
+            monkeypatch.setattr(triton.language.semantic.TritonSemantic, name, original)
+        want = [outcome(operation, *pair) for pair in pairs]
+    finally:
+        patched.restore()
+    for pair, one, other in zip(pairs, found, want, strict=True):
+        assert one == other, pair
+    assert sum(isinstance(one, tuple) for one in found) > 20

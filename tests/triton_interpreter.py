@@ -2,7 +2,7 @@
 every operation: looking through the whole language for what to replace, which the launch has done,
 building tables of types, types of blocks and shapes that it has built before, and a dozen
 operations of the language beside each one of integers, to see that it does not overflow. Nine
-tenths of the time of a test went there.
+tenths of the time of a test went there. The operations are those of triton_operations.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 
 import numpy as np
 import triton.language as tl
+import triton_operations
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
@@ -85,19 +86,21 @@ def keep_numpy_types() -> None:
 
 
 def keep_block_types() -> None:
-    """One state for each pair of element type and shape, and with it what its tensors say of it."""
+    """One object for each pair of element type and shape, and in it what its tensors say of it."""
     make_type = tl.block_type.__init__
     known = {}
     scalar = tl.tuple([]), tl.constexpr(1)
 
-    def init_type(self, element_ty, shape):
-        sizes = tuple(s.value if isinstance(s, tl.constexpr) else s for s in shape)
-        key = id(element_ty), sizes  # the state holds element_ty: no other has its id
+    def new_type(cls, element_ty=None, shape=()):
+        sizes = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
+        key = id(element_ty), sizes  # a type holds its element_ty: no other has its id
         if key not in known:
-            make_type(self, element_ty, shape)
-            of_tensor = tl.tuple([tl.constexpr(s) for s in sizes]), tl.constexpr(self.numel)
-            known[key] = {**self.__dict__, "of_tensor": of_tensor}
-        self.__dict__.update(known[key])
+            made = object.__new__(cls)
+            make_type(made, element_ty, shape)
+            made.sizes = sizes
+            made.of_tensor = tl.tuple([tl.constexpr(s) for s in sizes]), tl.constexpr(made.numel)
+            known[key] = made
+        return known[key]
 
     def init_tensor(self, handle, type):
         self.handle = handle
@@ -105,23 +108,32 @@ def keep_block_types() -> None:
         self.dtype = type.scalar
         self.shape, self.numel = type.of_tensor if type.is_block() else scalar
 
-    tl.block_type.__init__ = init_type
+    tl.block_type.__new__ = new_type
+    tl.block_type.__init__ = lambda self, element_ty=None, shape=(): None
     tl.tensor.__init__ = init_tensor
 
 
-def pass_like_operands() -> None:
-    """Operands of one type need no cast and no broadcast; a quotient may need a wider type."""
-    check = TritonSemantic.binary_op_type_checking_impl
+def keep_types_of_arguments() -> None:
+    """One object for each type of a kernel's arguments."""
+    make_type, known = tl.str_to_ty, {}
 
-    def check_types(self, left, right, *options, **others):
-        divides = options[3:] == (True,) or others.get("div_or_mod")
-        if type(left) is tl.tensor and type(right) is tl.tensor and not divides:
-            dtype = left.dtype
-            if dtype is right.dtype and left.shape is right.shape and not dtype.is_ptr():
-                return left, right
-        return check(self, left, right, *options, **others)
+    def str_to_ty(name, c):
+        if not isinstance(name, str) or c is not None:
+            return make_type(name, c)
+        if name not in known:
+            known[name] = make_type(name, c)
+        return known[name]
 
-    TritonSemantic.binary_op_type_checking_impl = check_types
+    tl.str_to_ty = str_to_ty
+
+
+def check_sizes_at_once() -> None:
+    def post_init(self):
+        dtype = self.dtype
+        if type(dtype) is tl.dtype and self.data.itemsize * 8 > max(8, dtype.primitive_bitwidth):
+            raise ValueError(f"elements of {self.data.itemsize} bytes are none of {dtype}")
+
+    interpreter.TensorHandle.__post_init__ = post_init
 
 
 def check_overflow_at_once() -> None:
@@ -153,6 +165,8 @@ def hasten() -> None:
         keep_numpy_types()
     if list(inspect.signature(tl.block_type).parameters) == ["element_ty", "shape"]:
         keep_block_types()
-        pass_like_operands()
+        keep_types_of_arguments()
+        check_sizes_at_once()
+        triton_operations.hasten()
     if hasattr(TritonSemantic, "binary_op_sanitize_overflow_impl"):
         check_overflow_at_once()
