@@ -94,3 +94,10 @@ def fresh_process(test, *arguments, folder, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def without_code(test, script, *, folder):
+    """Runs a script in which a kernel is compiled to nothing: to one object for each key under
+    which Triton would keep its code."""
+    nothing = "import triton.compiler\n\ntriton.compiler.compile = lambda *_, **__: object()\n"
+    return fresh_process(test, "-c", nothing + script, folder=folder)

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import triton_compiler
-from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources
+from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
 
 import tokenmill as tm
 
@@ -135,7 +135,7 @@ for options in ("paged,masked", "paged,stream", "paged,packed"):
     first, *others = [[code for _, code in compiled(80, call)] for call in calls]
     assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
-    run("-c", code, folder=folder)
+    without_code(__file__, code, folder=folder)
 
 
 @pytest.mark.parametrize(

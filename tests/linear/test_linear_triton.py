@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 import triton_compiler
-from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources
+from triton_compiler import OPERANDS, SHARED, assert_fits, fresh_process, resources, without_code
 
 import tokenmill as tm
 from tokenmill.linear.rules import feature_dim
@@ -140,7 +140,7 @@ for case in (
     first, *others = [[c for _, c in compiled(80, case, tokens=n)] for n in (1024, 1023, 130)]
     assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
 """
-    run("-c", code, folder=folder)
+    without_code(__file__, code, folder=folder)
 
 
 def test_import_needs_no_gpu_and_starts_none(folder):

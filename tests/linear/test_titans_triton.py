@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 import triton_compiler
-from triton_compiler import SHARED, assert_fits, fresh_process, resources
+from triton_compiler import SHARED, assert_fits, fresh_process, resources, without_code
 
 pytest.importorskip("triton")
 
@@ -80,7 +80,7 @@ for case in ("bfloat16:64:64:packed", "bfloat16:64:64"):
     first, *others = [[c for _, c in compiled(80, case, tokens=n)] for n in (1024, 1023, 130)]
     assert all(a is b for other in others for a, b in zip(first, other, strict=True)), case
 """
-    run("-c", code, folder=folder)
+    without_code(__file__, code, folder=folder)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -61,7 +61,7 @@ calls = [call(torch.bfloat16, n, s) for n, s in ((1000, 5), (4096, 16), (72, 17)
 first, *others = [compiled(80, c)[0] for c in calls]
 assert first[0].__name__ == "score_kernel" and all(first[1] is code for _, code in others)
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -53,7 +53,7 @@ calls = [call(torch.float32, n, k, True) for n, k in ((5000, 64), (4096, 1), (70
 first, *others = [[code for _, code in compiled(80, c)] for c in calls]
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import (
+    OPERANDS,
+    SHARED,
+    assert_fits,
+    compiled,
+    fresh_process,
+    resources,
+    without_code,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -101,7 +109,7 @@ for side, *sizes in (8, 2, (56, 56), 4), (7, 1, (43, 50), 7), (8, 3, (9, 7), 1):
 first, *others = calls
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 @given(n=st.integers(1, 2**31 - 1), x=st.integers(0, 2**31 - 1))

@@ -12,7 +12,15 @@ import sys
 
 import pytest
 import torch
-from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import (
+    OPERANDS,
+    SHARED,
+    assert_fits,
+    compiled,
+    fresh_process,
+    resources,
+    without_code,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -107,7 +115,7 @@ calls = [
 first, *others = calls
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 if __name__ == "__main__":

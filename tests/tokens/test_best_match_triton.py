@@ -7,7 +7,15 @@ import sys
 
 import pytest
 import torch
-from triton_compiler import OPERANDS, SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import (
+    OPERANDS,
+    SHARED,
+    assert_fits,
+    compiled,
+    fresh_process,
+    resources,
+    without_code,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -51,7 +59,7 @@ calls = [call(torch.float16, *sizes) for sizes in ((99, 98), (1, 4096), (640, 17
 first, *others = [[code for _, code in compiled(80, c)] for c in calls]
 assert all(set(map(id, other)) == set(map(id, first)) for other in others)
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 if __name__ == "__main__":

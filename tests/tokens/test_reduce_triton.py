@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources
+from triton_compiler import SHARED, assert_fits, compiled, fresh_process, resources, without_code
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
@@ -73,7 +73,7 @@ first, *others = [
 ]
 assert all(a is b for other in others for a, b in zip(first, other, strict=True))
 """
-    fresh_process(__file__, "-c", code, folder=tmp_path)
+    without_code(__file__, code, folder=tmp_path)
 
 
 if __name__ == "__main__":
