@@ -13,6 +13,7 @@ import torch
 from conftest import backends, cpu_variants, device_of
 from hypothesis import given
 from hypothesis import strategies as st
+from options import telling
 from tier import examples
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,14 +37,15 @@ INTERPRETERS = [b for b in ("triton", "emulated") if device_of(b) == "cpu"]
 SERIAL = [b for b in INTERPRETERS if b == "triton"]
 
 
-def each_call(few=(), without=(), others=()):
-    """Each sample on each backend, of which `few` take the first sample of an operator alone: what
-    is tested there is the same for all backends."""
+def each_call(few=(), without=(), others=(), of=lambda op: registry.get(op).samples):
+    """Each sample `of` an operator on each backend, of which `few` take the first sample alone:
+    what is tested there is the same for all backends."""
     return pytest.mark.parametrize(
         ("spec", "sample", "backend"),
         [
             pytest.param(spec, sample, backend, id=f"{spec.name}-{sample.name}-{backend}")
-            for spec, sample in SAMPLES
+            for spec in SPECS
+            for sample in of(spec.name)
             for backend in backends(*others)
             if backend not in without and (backend not in few or sample == spec.samples[0])
             if _dispatch.able(spec, sample, backend)
@@ -101,7 +103,7 @@ def test_results_and_gradients_keep_the_error_budget(spec, sample, dtype, backen
 
 @pytest.mark.parametrize(
     ("spec", "sample"),
-    [(spec, sample) for spec, sample in SAMPLES if spec.differentiable],
+    [(spec, sample) for spec in SPECS if spec.differentiable for sample in telling(spec.name)],
     ids=lambda x: x.name,
 )
 def test_reference_gradcheck(spec, sample):
@@ -196,13 +198,13 @@ def test_opcheck(spec, sample, backend):
         checks.remove("test_schema")  # it compares with a tolerance, which float8 has none of
     # Backends share the fake kernels and the autograd of which graphs are made.
     first = sample == spec.samples[0]
-    if backend not in INTERPRETERS or first:
+    if first or (backend not in INTERPRETERS and sample in telling(spec.name)):
         checks.append("test_aot_dispatch_dynamic")
     if spec.out and spec.out.has_native("CPU") and backend == "cpu":
         out = torch.zeros_like(outputs(spec.function(*args, **kwargs))[0])
         call = as_call(spec.out, (*lowered, out))
         op = spec.out.overload(_dispatch.namespace(backend))
-        of_out = checks if first else checks[:-1]
+        of_out = checks if first else [c for c in checks if c != "test_aot_dispatch_dynamic"]
         torch.library.opcheck(op, *call, test_utils=of_out, raise_exception=True)
     lowered = [
         t.requires_grad_(bool(spec.differentiable))
@@ -213,9 +215,14 @@ def test_opcheck(spec, sample, backend):
     op = spec.forward.overload(_dispatch.namespace(backend))
     call = as_call(spec.forward, lowered)
     torch.library.opcheck(op, *call, test_utils=checks, raise_exception=True)
+    if backend == "cpu" and spec.backward and checks[-1] == "test_faketensor":
+        lowered = backward_arguments(spec, lowered)
+        op, call = spec.backward.overload(), as_call(spec.backward, lowered)
+        torch.library.opcheck(op, *call, test_utils=checks[-1], raise_exception=True)
 
 
-@each_call(few=INTERPRETERS)  # backends share what graphs are made of
+# Backends share what graphs are made of.
+@each_call(few=INTERPRETERS, of=telling)
 def test_compiles_as_one_graph(spec, sample, backend):
     args, kwargs = map_tensors(draw(sample), lambda t: t.to(device_of(backend)))
     torch._dynamo.reset()
