@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from integer_forms import integer_forms
 from machine import Module, machine
+from tier import FULL
 
-COUNT = 10240  # operands of a form
+COUNT = 10240 if FULL else 3072  # operands of a form
 FORMS = [*integer_forms(), *bit_forms(), *float_forms()]
 TYPES = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 
