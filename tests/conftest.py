@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 
@@ -48,6 +49,16 @@ def pytest_configure(config):
     _selected[:] = config.getoption("--backend")
     if tm._library.emulated_built():  # races and values that nobody set, beside the bounds
         tm._emulator.configure("check=1")
+
+
+def pytest_collection_finish(session):
+    """Tens of thousands of tests live as long as the session: garbage is not looked for there."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session):
+    gc.unfreeze()
 
 
 def backends(*others: str) -> list[str]:
