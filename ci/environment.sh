@@ -9,20 +9,37 @@ command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || PATH=/usr/loc
 
 step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
-# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement.
+# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement. Torch is
+# unpacked once, into .venv-torch-*: the others begin with links to its files, which pip replaces
+# and never changes.
 make_venv() {
-  local torch=${TOKENMILL_TORCH:-torch>=2.10}
+  local python=${PYTHON:-python3} torch=${TOKENMILL_TORCH:-torch>=2.10} base from to
+  local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
   VENV=$ROOT/.venv-$1
   step "virtual environment $VENV"
-  [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
+  if [ ! -x "$VENV/bin/python" ]; then
+    base=$ROOT/.venv-torch-$("$python" -c 'import platform; print(platform.python_version())')
+    if [ ! -x "$base/bin/python" ]; then
+      "$python" -m venv "$base"
+      "$base/bin/python" -m pip install -q --upgrade pip
+    fi
+    install_torch "$base/bin/python" "$torch"
+    "$python" -m venv --without-pip "$VENV"
+    from=$("$base/bin/python" -c "$folder") to=$("$VENV/bin/python" -c "$folder")
+    cp -Rl "$from/." "$to" 2>/dev/null || cp -R "$from/." "$to"
+  fi
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
-  python -m pip install -q --upgrade pip
-  step "$torch"
-  # A wheel that PIP_FIND_LINKS offers (a CPU build, say) is taken before the index is asked, whose
-  # newest torch for Linux brings gigabytes of CUDA.
-  python -m pip install -q --no-index --no-deps "$torch" 2>/dev/null || true
-  python -m pip install -q "$torch"
+  install_torch python "$torch"
   python -c 'import importlib.metadata as m; print("torch", m.version("torch"))'
+}
+
+pip() { python -m pip "$@"; } # the environments have no script of that name
+
+# install_torch PYTHON REQUIREMENT. A wheel that PIP_FIND_LINKS offers (a CPU build, say) is taken
+# before the index is asked, whose newest torch for Linux brings gigabytes of CUDA.
+install_torch() {
+  "$1" -m pip install -q --no-index --no-deps "$2" 2>/dev/null || true
+  "$1" -m pip install -q "$2"
 }
 
 # The workers share the cores: a thread of OpenMP that spins while it waits takes those of others.
