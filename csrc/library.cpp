@@ -159,7 +159,8 @@ TOKENMILL_LIBRARY(library) {
       "Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, *, SymInt block_q, "
       "SymInt block_k, bool causal=False, SymInt num_sink=0, SymInt num_recent=0, "
       "float? scale=None, float softcap=0.0, Tensor? seqlens_k=None, Tensor? sink=None, "
-      "bool return_mass=False, Tensor? block_table=None";
+      "bool return_mass=False, Tensor? block_table=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None";
   m.def("block_sparse_attention(" + block_sparse + ") -> (Tensor out, Tensor lse, Tensor mass)");
   m.def("block_sparse_attention_out(" + block_sparse +
         ", Tensor(a!) out) -> (Tensor lse, Tensor mass)");

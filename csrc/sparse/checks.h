@@ -17,7 +17,8 @@ inline int32_t check_block(const char* op, const char* name, int64_t value) {
   return std::countr_zero(static_cast<uint64_t>(value));
 }
 
-// indices [B, heads, rows, K]; fits: they have the shape that `shape` names.
+// indices [B, heads, rows, K] or, packed, [heads, rows, K]; fits: they have the shape that `shape`
+// names.
 template <typename... Parts>
 BlockList check_list(const char* op, const View& indices, const View& counts,
                      const Rule<Parts...>& shape, bool fits, const char* other, const View& first) {
@@ -30,12 +31,14 @@ BlockList check_list(const char* op, const View& indices, const View& counts,
     check_last_contiguous(op, name, *t);
     check_device_of(op, name, *t, other, first);
   }
-  const int64_t entries = indices.size(2) * indices.size(3);
+  const int64_t entries = indices.size(-2) * indices.size(-1);
   check(entries < int64_t{1} << 31, op, "indices", "must have fewer than 2^31 entries for a head",
         entries);
-  return {indices.data<int32_t>(), counts.data<int32_t>(), indices.step(0), indices.step(1),
-          indices.step(2),         counts.step(0),         counts.step(1),  counts.step(2),
-          indices.size(1),         indices.size(2),        indices.size(3)};
+  const bool packed = indices.dim() == 3;
+  return {indices.data<int32_t>(), counts.data<int32_t>(), packed ? 0 : indices.step(0),
+          indices.step(-3),        indices.step(-2),       packed ? 0 : counts.step(0),
+          counts.step(-2),         counts.step(-1),        indices.size(-3),
+          indices.size(-2),        indices.size(-1)};
 }
 
 }  // namespace tokenmill

@@ -7,6 +7,7 @@
 // rows in order, and dQ is the sum over the parts in order, whatever thread does which.
 #pragma once
 #include <cstring>
+#include <optional>
 
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_backward_operands.h"
@@ -120,13 +121,12 @@ class BackwardWorker {
     const char *q_rows[kQueryBlock], *g_rows[kQueryBlock];
     RowCursor at(rows);
     for (int64_t r = 0; r < rows.rows; ++r, at.next()) {
-      const int64_t i = at.query(), h = at.head(), in_head = walk.lse_at(i);
+      const int64_t i = at.query(), h = at.head(), lse = walk.lse_at(rows.b, h, i);
       q_rows[r] = walk.query_row(walk.q(), rows.b, i, h);
       g_rows[r] = walk.query_row(walk.dout(g), rows.b, i, h);
-      queries.pack_statistics(r, lse_of(p, p.lse, rows.b, 0, h)[in_head],
-                              g.dlse ? lse_of(p, g.dlse, rows.b, 0, h)[in_head] : 0,
-                              score_mod.shift, g_rows[r], walk.query_row(walk.out(), rows.b, i, h));
-      if (keeps_delta) walk.keep_delta(g, rows.b, i, h, queries.delta[r]);
+      queries.pack_statistics(r, p.lse[lse], g.dlse ? g.dlse[lse] : 0, score_mod.shift, g_rows[r],
+                              walk.query_row(walk.out(), rows.b, i, h));
+      if (keeps_delta) walk.keep_delta(g, lse, queries.delta[r]);
       query[r] = static_cast<float>(i - rows.query);
     }
     for (int64_t i = 0; i < padded; i += kPanel) {
@@ -307,46 +307,80 @@ class BackwardWorker {
   int64_t padded = 0, first_run = 0, origin = 0, keys_end = 0;
 };
 
-template <class Op, bool kCoarse, class Walk>
-void backward_on(const Walk& walk, const typename Walk::BackwardParams& g) {
-  const AttentionParams& p = walk.d.attention;
-  const int64_t heads = p.batch * p.kv_heads, parts = Split(walk.key_places()).count;
-  const int threads =
-      walk.d.most_pairs() * static_cast<double>(p.head_dim) < 5e5 ? 1 : cpu::num_threads();
-  const bool whole_head = threads == 1 || parts == 1 || heads >= 2 * threads;
-  const int64_t part_size =
-      walk.query_places() * (p.kv_heads ? p.heads / p.kv_heads : 0) * round_up(p.head_dim, kWidth);
-  cpu::Workspace shared(whole_head ? 0 : heads * (parts * part_size + 1) + 2 * 16);
-  float* partials = shared.take(whole_head ? 0 : heads * parts * part_size);
-  auto* finished = reinterpret_cast<int32_t*>(shared.take(whole_head ? 0 : heads));
-  if (!whole_head) std::memset(finished, 0, heads * sizeof(int32_t));
+// How the keys of a walk are cut, and the dQ of the parts of its KV heads.
+template <class Walk>
+struct KeyParts {
+  int64_t count, part_size;  // floats of a part
 
-  cpu::parallel_items(whole_head ? heads : heads * parts, threads, [&](cpu::ItemCounter& items) {
+  explicit KeyParts(const Walk& walk) : count(Split(walk.key_places()).count) {
+    const AttentionParams& p = walk.d.attention;
+    part_size = walk.query_places() * (p.kv_heads ? p.heads / p.kv_heads : 0) *
+                round_up(p.head_dim, kWidth);
+  }
+  int64_t floats() const { return count * part_size; }
+};
+
+template <class Op, bool kCoarse, class Walk>
+void backward_on(const Walk* walks, const typename Walk::BackwardParams* each, int64_t count) {
+  const AttentionParams& p = walks[0].d.attention;
+  const int64_t heads = p.batch * p.kv_heads;
+  double pairs = 0;
+  int64_t most_parts = 1, floats = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const KeyParts<Walk> parts(walks[r]);
+    most_parts = parts.count > most_parts ? parts.count : most_parts;
+    floats += heads * parts.floats();
+    pairs += walks[r].d.most_pairs();
+  }
+  const int threads = pairs * static_cast<double>(p.head_dim) < 5e5 ? 1 : cpu::num_threads();
+  const bool whole_head = threads == 1 || most_parts == 1 || heads * count >= 2 * threads;
+  cpu::Workspace shared(whole_head ? 0 : floats + heads * count + 2 * 16);
+  float* partials = shared.take(whole_head ? 0 : floats);
+  auto* finished = reinterpret_cast<int32_t*>(shared.take(whole_head ? 0 : heads * count));
+  if (!whole_head) std::memset(finished, 0, heads * count * sizeof(int32_t));
+
+  const auto items_of = [&](int64_t r) {
+    return whole_head ? heads : heads * KeyParts<Walk>(walks[r]).count;
+  };
+  int64_t all_items = 0;
+  for (int64_t r = 0; r < count; ++r) all_items += items_of(r);
+  cpu::parallel_items(all_items, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    BackwardWorker<Op, kCoarse, Walk> worker(walk, g, whole_head);
-    for (int64_t item; (item = items.next()) >= 0;) {
+    std::optional<BackwardWorker<Op, kCoarse, Walk>> worker;
+    float* of_walk = partials;
+    // Items come in order.
+    for (int64_t next, r = 0, first = 0; (next = items.next()) >= 0;) {
+      for (; next - first >= items_of(r); worker.reset()) {
+        of_walk += whole_head ? 0 : heads * KeyParts<Walk>(walks[r]).floats();
+        first += items_of(r++);
+      }
+      if (!worker) worker.emplace(walks[r], each[r], whole_head);
+      const int64_t item = next - first;
       if (whole_head) {
-        worker.run_head(item);
+        worker->run_head(item);
         continue;
       }
-      const int64_t kv = item / parts, part = item % parts;
-      float* all = partials + kv * parts * part_size;
-      worker.run_split(kv, part, all + part * part_size);
+      const KeyParts<Walk> parts(walks[r]);
+      const int64_t kv = item / parts.count, part = item % parts.count;
+      float* of_head = of_walk + kv * parts.floats();
+      worker->run_split(kv, part, of_head + part * parts.part_size);
       // The last part to finish adds all of them up.
-      if (__atomic_add_fetch(finished + kv, 1, __ATOMIC_ACQ_REL) == parts)
-        worker.reduce(kv, all, part_size);
+      if (__atomic_add_fetch(finished + r * heads + kv, 1, __ATOMIC_ACQ_REL) == parts.count)
+        worker->reduce(kv, of_head, parts.part_size);
     }
   });
 }
 
+// Of `count` walks, as listed_forward.
 template <class Walk>
-void listed_backward(const typename Walk::BackwardParams& g) {
-  const Walk walk(g.forward);
+void listed_backward(const Walk* walks, const typename Walk::BackwardParams* each, int64_t count) {
+  if (count == 0) return;
+  const DType dtype = walks[0].d.attention.dtype;
 #if defined(__AVX512BF16__)
-  if (g.forward.attention.dtype == DType::bfloat16) return backward_on<BFloat16, true>(walk, g);
+  if (dtype == DType::bfloat16) return backward_on<BFloat16, true>(walks, each, count);
 #endif
-  g.forward.attention.dtype == DType::float32 ? backward_on<Float32, false>(walk, g)
-                                              : backward_on<Float32, true>(walk, g);
+  dtype == DType::float32 ? backward_on<Float32, false>(walks, each, count)
+                          : backward_on<Float32, true>(walks, each, count);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

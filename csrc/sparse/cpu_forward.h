@@ -6,6 +6,7 @@
 // another page, and tiles read it again and again.
 #pragma once
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "cpu/parallel.h"
@@ -439,7 +440,7 @@ class ForwardWorker {
     for (int64_t r = 0; r < t.rows; ++r, at.next()) {
       const float* logit = p.sink ? p.sink + at.head() : sink > -kInf ? &sink : nullptr;
       const RowScale scale = t.epilogue(r, logit);
-      lse_of(p, p.lse, tile.b, 0, at.head())[walk.lse_at(at.query())] = scale.lse;
+      p.lse[walk.lse_at(tile.b, at.head(), at.query())] = scale.lse;
       store_row(t.out + r * t.ldo, scale.factor,
                 walk.query_row(walk.out(), tile.b, at.query(), at.head()), p.dtype, p.value_dim);
     }
@@ -470,31 +471,45 @@ class ForwardWorker {
 };
 
 template <class Op, bool kCoarse, class Walk>
-void forward_on(const Walk& walk) {
-  const AttentionParams& p = walk.d.attention;
-  const RowTiles<Walk> tiles(walk, kRowsOfTile, kTileRows);
+void forward_on(const Walk* walks, int64_t count) {
+  const AttentionParams& p = walks[0].d.attention;
+  double pairs = 0;
+  int64_t most_tiles = 1;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t tiles = RowTiles<Walk>(walks[r], kRowsOfTile, kTileRows).count;
+    most_tiles = tiles > most_tiles ? tiles : most_tiles;
+    pairs += walks[r].d.most_pairs();
+  }
   // A parallel region costs about as much as 2 Mflop on one thread.
-  const double work = 2 * walk.d.most_pairs() * static_cast<double>(p.head_dim + p.value_dim);
+  const double work = 2 * pairs * static_cast<double>(p.head_dim + p.value_dim);
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
   // An item is a share of the tiles of one KV head; at least four per thread for balance.
   const int64_t heads = p.batch * p.kv_heads;
-  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, heads);
-  if (shares > tiles.count) shares = tiles.count > 0 ? tiles.count : 1;
-  cpu::parallel_items(heads * shares, threads, [&](cpu::ItemCounter& items) {
+  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, heads * count);
+  if (shares > most_tiles) shares = most_tiles;
+  cpu::parallel_items(count * heads * shares, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    ForwardWorker<Op, kCoarse, Walk> worker(walk, shares);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+    std::optional<ForwardWorker<Op, kCoarse, Walk>> worker;
+    for (int64_t item, walk = -1; (item = items.next()) >= 0;) {
+      if (item / (heads * shares) != walk) {
+        walk = item / (heads * shares);
+        worker.emplace(walks[walk], shares);
+      }
+      worker->run(item % (heads * shares));
+    }
   });
 }
 
+// Of `count` walks, which have batch, heads, head dimensions and dtype in common.
 template <class Walk>
-void listed_forward(const typename Walk::Params& d) {
-  const Walk walk(d);
+void listed_forward(const Walk* walks, int64_t count) {
+  if (count == 0) return;
+  const DType dtype = walks[0].d.attention.dtype;
 #if defined(__AVX512BF16__)
-  if (d.attention.dtype == DType::bfloat16) return forward_on<BFloat16, true>(walk);
+  if (dtype == DType::bfloat16) return forward_on<BFloat16, true>(walks, count);
 #endif
-  d.attention.dtype == DType::float32 ? forward_on<Float32, false>(walk)
-                                      : forward_on<Float32, true>(walk);
+  dtype == DType::float32 ? forward_on<Float32, false>(walks, count)
+                          : forward_on<Float32, true>(walks, count);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -6,7 +6,7 @@
 namespace tokenmill {
 
 struct ListedAttention {
-  AttentionParams attention;  // softmax with softcap; no other term, neither window nor packed
+  AttentionParams attention;  // softmax with softcap; no other term, no window
   BlockList list;
 
   // Heads that share a list and keys: the query heads h with the same h / heads_together().

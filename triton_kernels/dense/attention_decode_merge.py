@@ -162,7 +162,8 @@ def merge_kernel(
 
 
 def rows_of(t: Tensor) -> Rows:
-    return Rows(t, t.stride(0), t.stride(1), t.stride(2))
+    """[B, S, H, D], or packed [T, H, D]."""
+    return Rows(t, *(0, *t.stride())[-4:-1])
 
 
 def new_partials(q: Tensor, *shape: int, value_dim: int) -> Partials:

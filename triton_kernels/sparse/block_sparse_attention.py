@@ -20,12 +20,12 @@ from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention_mass import mass_of
-from .blocks import key_walk, length_of, query_tile
+from .blocks import key_walk, query_tile, request_of, rows_from
 from .listed import LIST_SIZES, Listed, Pages, Statistics, attend
 
 # A new length compiles nothing.
 SIZES = [*LIST_SIZES, "halvings", "num_sink", "num_recent", "seqlen_q", "seqlen_k"]
-PAGE_SIZES = ["table_stride", "page_count", "page_size"]
+PAGE_SIZES = ["table_stride", "page_count", "page_size", "requests"]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *PAGE_SIZES])
@@ -40,6 +40,9 @@ def block_sparse_kernel(
     table_stride,
     page_count,
     page_size,
+    ends_q,
+    ends_k,
+    requests,
     lengths,
     ids,
     counts,
@@ -70,22 +73,31 @@ def block_sparse_kernel(
     # The last queries see most keys under a causal mask: longest programs first.
     i_block = list_rows * tiles - 1 - i_block
     i_r = i_block // tiles
-    length = length_of(lengths, seqlen_k, i_b)
-    tile = query_tile(i_r, i_block % tiles, i_h, length, seqlen_q, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
-    if tile.first >= seqlen_q:
+    x = request_of(
+        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r, BLOCK_Q
+    )
+    tile = query_tile(
+        x.i_r, i_block % tiles, i_h, x.length, x.queries, GROUP, CAUSAL, BLOCK_Q, BLOCK_M
+    )
+    if tile.first >= x.queries:
         return
     walk = key_walk(
         ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
-        tl.minimum(i_h, list_heads - 1), i_r, tile, length, BLOCK_K, BLOCK_N,
+        tl.minimum(i_h, list_heads - 1), i_r, tile, x.length, BLOCK_K, BLOCK_N,
     )  # fmt: skip
-    head = head_of(terms, i_b, i_h, length)
+    head = head_of(terms, i_b, i_h, x.length)
+    if ends_q is not None:
+        q, out = rows_from(q, i_b, x.q_start), rows_from(out, i_b, x.q_start)
+        lse += x.q_start
+        if table is None:
+            k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     b_sink = None
     if sink is not None:
         b_sink = tl.load(sink + tile.o_h)
     pages = None
     if table is not None:
-        pages = Pages(table + i_b * table_stride, page_count, page_size)
+        pages = Pages(table + x.i_b * table_stride, page_count, page_size)
     attend(
         q, k, v, out, lse, statistics, tile, walk, pages, b_sink, terms, head, i_b, i_h // shared,
         HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_K, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
@@ -111,10 +123,26 @@ class Call(NamedTuple):
     sink: Tensor | None
     return_mass: bool
     block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
 
     @property
     def seqlen_k(self) -> int:
+        if self.cu_seqlens_k is not None:
+            return self.k.shape[0]
         return capacity(self.k, self.block_table)
+
+    @property
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """[B, heads, rows, ...]; of packed requests B is 1."""
+        lists = self.indices, self.counts
+        return lists if self.cu_seqlens_q is None else (lists[0][None], lists[1][None])
+
+    @property
+    def packed(self) -> tuple[Any, ...]:
+        """Where packed requests end, and how many there are."""
+        ends = self.cu_seqlens_q
+        return ends, self.cu_seqlens_k, 1 if ends is None else len(ends) - 1
 
     @property
     def pages(self) -> tuple[Any, ...]:
@@ -125,7 +153,8 @@ class Call(NamedTuple):
     @property
     def listed(self) -> Listed:
         return Listed(
-            *self[:5],
+            *self[:3],
+            *self.lists,
             self.block_q,
             self.block_k,
             triton.cdiv(self.seqlen_k, self.block_k),
@@ -140,7 +169,7 @@ class Call(NamedTuple):
             min(self.num_sink, seqlen_k),
             min(self.num_recent, seqlen_k),
             terms_of(self.scale, self.softcap, 0.0, False, None, None),
-            self.q.shape[1],
+            self.q.shape[-3],
             seqlen_k,
             self.listed.row_heads,
             self.listed.shared,
@@ -158,14 +187,16 @@ class Call(NamedTuple):
 def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*lowered)
     listed = call.listed
-    batch, seqlen_q, heads = call.q.shape[:3]
-    out = call.q.new_empty((batch, seqlen_q, heads, call.v.shape[3]))
-    lse = call.q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
-    if out.numel() == 0:
+    out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
+    lse = call.q.new_empty(call.q[..., 0].transpose(-1, -2).shape, dtype=torch.float32)
+    if call.cu_seqlens_q is not None:  # tokens without a request are empty rows
+        out.zero_()
+        lse.fill_(-torch.inf)
+    if out.numel() == 0 or call.packed[-1] == 0:
         return out, lse, _mass(call, lse)
     tiles = listed.plan().forward
     lists = listed.compacted()
-    entries = call.indices.shape[3]
+    entries = call.indices.shape[-1]
     launch(
         block_sparse_kernel,
         listed.programs(tiles),
@@ -174,10 +205,11 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         lse,
         call.sink,
         *call.pages,
+        *call.packed,
         call.lengths,
         lists.ids,
         lists.counts,
-        *call.indices.shape[1:],
+        *call.indices.shape[-3:],
         entries.bit_length(),
         *call.arguments(),
         listed.query_tiles(tiles),

@@ -23,12 +23,12 @@ from ..common import (
 from ..dense.attention import tile_options
 from ..dense.attention_backward import load_lse
 from ..dense.attention_decode_merge import rows_of
-from .blocks import length_of, query_tile
+from .blocks import query_tile, request_of, rows_from
 from .listed import LIST_SIZES, Pages, Statistics, load_keys, statistics_at
 
 SIZES = [*LIST_SIZES, "num_sink", "num_recent", "seqlen_q", "seqlen_k", "row_tiles", "heads"]
 SIZES += ["indices_batch", "indices_head", "indices_row", "counts_batch", "counts_head"]
-SIZES += ["counts_row", "table_stride", "page_count", "page_size"]
+SIZES += ["counts_row", "table_stride", "page_count", "page_size", "requests"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -41,6 +41,9 @@ def block_sparse_mass_kernel(
     table_stride,
     page_count,
     page_size,
+    ends_q,
+    ends_k,
+    requests,
     lengths,
     indices,
     largest,
@@ -79,7 +82,10 @@ def block_sparse_mass_kernel(
     i_r = i_row % list_rows
     i_list = i_row // list_rows % list_heads
     i_b = (i_row // list_rows // list_heads).to(tl.int64)
-    length = length_of(lengths, seqlen_k, i_b)
+    x = request_of(
+        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r, BLOCK_Q
+    )
+    length = x.length
     p_list = indices + i_b * indices_batch + i_list.to(tl.int64) * indices_head
     p_list += i_r.to(tl.int64) * indices_row
     p_count = counts + i_b * counts_batch + i_list.to(tl.int64) * counts_head
@@ -98,7 +104,12 @@ def block_sparse_mass_kernel(
 
     pages = None
     if table is not None:
-        pages = Pages(table + i_b * table_stride, page_count, page_size)
+        pages = Pages(table + x.i_b * table_stride, page_count, page_size)
+    if ends_q is not None:
+        q = rows_from(q, i_b, x.q_start)
+        lse += x.q_start
+        if table is None:
+            k = rows_from(k, x.i_b, x.k_start)
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     b_mass = tl.zeros([BLOCK_N], tl.float32)
     for i_h in range(i_list * heads, i_list * heads + heads):
@@ -108,7 +119,7 @@ def block_sparse_mass_kernel(
             keys = slice_of(k, 0, i_h // shared, 0, seqlen_k)
         b_k = load_keys(keys, k.batch, pages, o_j, HEAD_DIM, BLOCK_D)
         for i in range(row_tiles):
-            tile = query_tile(i_r, i, i_h, length, seqlen_q, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
+            tile = query_tile(x.i_r, i, i_h, length, x.queries, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
             p_q = row_pointers(q, i_b, tile.o_i, tile.o_h)
             b_q = load_tile(p_q, tile.m_row, HEAD_DIM, BLOCK_D)
             o_row = statistics_at(statistics, i_b, tile.o_i, tile.o_h)
@@ -129,9 +140,10 @@ def block_sparse_mass_kernel(
 def mass_of(call: Any, lse: Tensor) -> Tensor:
     """[B, heads, rows, K] of the lists, from the lse of the forward."""
     listed = call.listed
-    lists, list_rows, entries = call.indices.shape[1:]
+    indices, counts = call.lists
+    lists, list_rows, entries = indices.shape[1:]
     mass = lse.new_empty(call.indices.shape)
-    if mass.numel() == 0 or lse.numel() == 0:
+    if mass.numel() == 0 or lse.numel() == 0 or call.packed[-1] == 0:
         return mass.zero_()
     tiles = listed.plan().queries
     block_n = max(1024 if INTERPRETED.value else min(tiles.block_n, 64), call.block_k)
@@ -141,18 +153,19 @@ def mass_of(call: Any, lse: Tensor) -> Tensor:
     del options["VALUE_DIM"], options["BLOCK_V"]
     launch(
         block_sparse_mass_kernel,
-        call.q.shape[0] * lists * list_rows * parts,
+        indices.shape[0] * lists * list_rows * parts,
         call.q,
         *map(rows_of, (call.q, call.k)),
         lse,
         mass,
         *call.pages,
+        *call.packed,
         call.lengths,
-        call.indices,
-        call.indices.cummax(-1).values.contiguous(),
-        call.counts,
-        *call.indices.stride()[:3],
-        *call.counts.stride(),
+        indices,
+        indices.cummax(-1).values.contiguous(),
+        counts,
+        *indices.stride()[:3],
+        *counts.stride(),
         lists,
         list_rows,
         entries,

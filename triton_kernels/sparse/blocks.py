@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common import FAR, lower_bound
+from ..common import FAR, Rows, lower_bound, span
+from ..select.hip_block_select import find_sequence
 
 NOWHERE = tl.constexpr(FAR)  # for a position
 
@@ -46,6 +47,44 @@ def length_of(lengths, seqlen_k, i_b):
     if lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths + i_b), 0), seqlen_k)
     return length
+
+
+class Request(NamedTuple):
+    """Of packed ones: where its queries and packed keys begin. Otherwise one of a batch."""
+
+    i_b: Any
+    i_r: Any  # of its blocks of queries
+    q_start: Any
+    queries: Any
+    k_start: Any
+    length: Any
+
+
+@triton.jit
+def request_of(
+    ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r,
+    BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """That has row i_r of the lists. A row that no request has is behind all of its queries."""
+    q_start = i_r - i_r
+    queries = seqlen_q
+    if ends_q is not None:
+        i_seq = find_sequence(ends_q, requests, seqlen_q, BLOCK_Q, i_r)
+        q_start, queries = span(ends_q, seqlen_q, seqlen_q, i_seq)
+        i_r -= q_start // BLOCK_Q + i_seq
+        i_r = tl.where(i_r < 0, list_rows, i_r)
+        i_b = i_seq.to(tl.int64)
+    length = length_of(lengths, seqlen_k, i_b)
+    k_start = q_start - q_start
+    if ends_k is not None:
+        k_start, length = span(ends_k, seqlen_k, seqlen_k, i_b)
+    return Request(i_b, i_r, q_start, queries, k_start, length)
+
+
+@triton.jit
+def rows_from(rows, i_b, start):
+    offset = i_b * rows.batch + start.to(tl.int64) * rows.seq
+    return Rows(rows.data + offset, 0, rows.seq, rows.head, rows.line)
 
 
 @triton.jit

@@ -347,7 +347,7 @@ class Listed(NamedTuple):
         return triton.cdiv(self.queries * self.group, tiles.block_m)
 
     def programs(self, tiles: Tiles) -> int:
-        lists = self.q.shape[0] * self.row_heads * self.indices.shape[2]
+        lists = self.indices.shape[0] * self.row_heads * self.indices.shape[2]
         return lists * self.query_tiles(tiles)
 
     def factor(self, tiles: Tiles) -> int:

@@ -3,6 +3,9 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-void bilevel_routing_attention_forward(const BilevelParams& d) { listed_forward<RegionWalk>(d); }
+void bilevel_routing_attention_forward(const BilevelParams& d) {
+  const RegionWalk walk(d);
+  listed_forward(&walk, 1);
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -5,7 +5,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 void bilevel_routing_attention_backward(const BilevelBackwardParams& g) {
-  listed_backward<RegionWalk>(g);
+  const RegionWalk walk(g.forward);
+  listed_backward(&walk, &g, 1);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -80,10 +80,11 @@ struct RegionWalk {
   char* key_row(const MapRows& rows, int64_t b, int64_t key, int64_t h) const {
     return of_keys.row(rows, d.attention.dtype, b, key, h);
   }
-  int64_t lse_at(int64_t query) const {
-    return of_queries.y(query) * d.queries.width + of_queries.x(query);
+  int64_t lse_at(int64_t b, int64_t h, int64_t query) const {
+    const int64_t pixel = of_queries.y(query) * d.queries.width + of_queries.x(query);
+    return (b * d.attention.heads + h) * d.attention.seqlen_q + pixel;
   }
-  void keep_delta(const BilevelBackwardParams&, int64_t, int64_t, int64_t, float) const {}
+  void keep_delta(const BilevelBackwardParams&, int64_t, float) const {}
 
   int64_t most_queries() const { return of_queries.most_pixels(); }
   int64_t first_query(int64_t region) const { return of_queries.first(region); }

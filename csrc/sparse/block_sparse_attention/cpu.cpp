@@ -3,6 +3,8 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-void block_sparse_attention_forward(const BlockSparseParams& d) { listed_forward<BlockWalk>(d); }
+void block_sparse_attention_forward(const BlockSparseCalls& calls) {
+  listed_forward(walks_of<BlockWalk>(calls).data(), calls.count);
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -20,13 +20,19 @@ float sink_gradient(const AttentionParams& p, int64_t head, const float* lse, co
 
 }  // namespace
 
-void block_sparse_attention_backward(const BlockSparseBackwardParams& g) {
-  listed_backward<BlockWalk>(g);
-  const AttentionParams& p = g.forward.attention;
-  if (!g.dsink) return;
-  for (int64_t head = 0; head < p.batch * p.heads; ++head)
-    g.dsink[head] =
-        sink_gradient(p, head % p.heads, p.lse + head * p.seqlen_q, g.delta + head * p.seqlen_q);
+void block_sparse_attention_backward(const BlockSparseBackwardCalls& calls) {
+  std::vector<BlockWalk> walks;
+  walks.reserve(calls.count);
+  for (int64_t r = 0; r < calls.count; ++r) walks.emplace_back(calls.each[r].forward);
+  listed_backward(walks.data(), calls.each, calls.count);
+  for (int64_t r = 0; r < calls.count; ++r) {
+    const BlockSparseBackwardParams& g = calls.each[r];
+    const AttentionParams& p = g.forward.attention;
+    for (int64_t head = 0; g.dsink && head < p.batch * p.heads; ++head) {
+      const int64_t lse = head * g.forward.lse_rows;
+      g.dsink[head] = sink_gradient(p, head % p.heads, p.lse + lse, g.delta + lse);
+    }
+  }
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

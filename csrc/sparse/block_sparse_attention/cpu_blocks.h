@@ -1,6 +1,8 @@
 // Blocks of a sequence, for the CPU kernels: places are positions.
 #pragma once
-#include "sparse/block_sparse_attention/mass.h"
+#include <vector>
+
+#include "sparse/block_sparse_attention/requests.h"
 #include "sparse/cpu_walk.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -8,7 +10,6 @@ namespace tokenmill::TOKENMILL_ISA {
 struct BlockWalk {
   using Params = BlockSparseParams;
   using BackwardParams = BlockSparseBackwardParams;
-  using MassParams = BlockSparseMass;
 
   const BlockSparseParams& d;
 
@@ -28,11 +29,11 @@ struct BlockWalk {
   char* key_row(const Rows& rows, int64_t b, int64_t key, int64_t h) const {
     return row_of(rows, d.attention.dtype, b, 0, key, h);
   }
-  int64_t lse_at(int64_t query) const { return query; }  // in lse of a head
-  void keep_delta(const BlockSparseBackwardParams& g, int64_t b, int64_t query, int64_t h,
-                  float delta) const {
-    const AttentionParams& p = d.attention;
-    if (g.delta) g.delta[(b * p.heads + h) * p.seqlen_q + query] = delta;
+  int64_t lse_at(int64_t b, int64_t h, int64_t query) const {
+    return (b * d.attention.heads + h) * d.lse_rows + query;
+  }
+  void keep_delta(const BlockSparseBackwardParams& g, int64_t lse_at, float delta) const {
+    if (g.delta) g.delta[lse_at] = delta;
   }
 
   int64_t most_queries() const { return lower(block(), d.attention.seqlen_q); }
@@ -80,5 +81,10 @@ struct BlockWalk {
     return static_cast<int32_t>(i < 0 ? 0 : lower(i, SeenBy::kNever));
   }
 };
+
+template <class Walk>
+std::vector<Walk> walks_of(const BlockSparseCalls& calls) {
+  return {calls.each, calls.each + calls.count};
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

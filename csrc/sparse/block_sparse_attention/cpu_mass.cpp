@@ -2,6 +2,6 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-void block_sparse_attention_mass(const BlockSparseMass& d) { listed_mass<BlockWalk>(d); }
+void block_sparse_attention_mass(const BlockSparseCalls& calls) { listed_mass<BlockWalk>(calls); }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -3,6 +3,8 @@
 //
 //   mass_e = sum over rows r and keys j of e: 2^(t_rj - lse_r)
 #pragma once
+#include <optional>
+
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "sparse/block_sparse_attention/cpu_blocks.h"
@@ -23,7 +25,7 @@ struct KeyPanel {
 template <class Walk>
 class MassWorker {
  public:
-  explicit MassWorker(const typename Walk::MassParams& d)
+  explicit MassWorker(const BlockSparseMass& d)
       : d(d),
         p(d.attention),
         walk(d),
@@ -40,7 +42,7 @@ class MassWorker {
     list_row = item % d.list.rows;
     list_head = item / d.list.rows % d.list.heads;
     b = item / d.list.rows / d.list.heads;
-    mass = d.mass + item * d.list.entries;
+    mass = d.mass + (item / d.list.rows * d.mass_rows + list_row) * d.list.entries;
     for (int64_t e = 0; e < d.list.entries; ++e) mass[e] = 0;
     const int64_t all = p.heads / d.list.heads, group = p.heads / p.kv_heads;
     const int64_t together = all < group ? all : group;
@@ -63,7 +65,7 @@ class MassWorker {
       const int64_t i = walk.first_query(list_row) + (first + r) % queries_of_block;
       const int64_t h = head + (first + r) / queries_of_block;
       rows[r] = walk.query_row(p.q, b, i, h);
-      const float x = lse_of(p, p.lse, b, 0, h)[i];
+      const float x = p.lse[walk.lse_at(b, h, i)];
       lse[r] = x == -kInf ? kInf : x * kLog2e;  // a row that saw nothing has P = 0
       place[r] = static_cast<float>((first + r) % queries_of_block);
     }
@@ -129,7 +131,7 @@ class MassWorker {
     }
   }
 
-  const typename Walk::MassParams& d;
+  const BlockSparseMass& d;
   const AttentionParams& p;
   Walk walk;
   int64_t words, ld;
@@ -145,14 +147,27 @@ class MassWorker {
 };
 
 template <class Walk>
-void listed_mass(const typename Walk::MassParams& d) {
-  const AttentionParams& p = d.attention;
-  const double work = 2 * d.most_pairs() * static_cast<double>(p.head_dim);
-  const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  cpu::parallel_items(p.batch * d.list.heads * d.list.rows, threads, [&](cpu::ItemCounter& items) {
+void listed_mass(const BlockSparseCalls& calls) {
+  double pairs = 0;
+  int64_t lists = 0;
+  const auto lists_of = [&](int64_t r) {
+    const BlockSparseParams& d = calls.each[r];
+    return d.attention.batch * d.list.heads * d.list.rows;
+  };
+  for (int64_t r = 0; r < calls.count; ++r) {
+    pairs += calls.each[r].most_pairs() * static_cast<double>(calls.each[r].attention.head_dim);
+    lists += lists_of(r);
+  }
+  const int threads = 2 * pairs < 2e6 ? 1 : cpu::num_threads();
+  cpu::parallel_items(lists, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;
-    MassWorker<Walk> worker(d);
-    for (int64_t item; (item = items.next()) >= 0;) worker.run(item);
+    std::optional<MassWorker<Walk>> worker;
+    // Items come in order.
+    for (int64_t item, r = 0, first = 0; (item = items.next()) >= 0;) {
+      for (; item - first >= lists_of(r); worker.reset()) first += lists_of(r++);
+      if (!worker) worker.emplace(calls.each[r]);
+      worker->run(item - first);
+    }
   });
 }
 

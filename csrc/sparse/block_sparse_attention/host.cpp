@@ -1,7 +1,7 @@
 #include "core/written.h"
 #include "dense/score_mod.h"
 #include "select/checks.h"
-#include "sparse/block_sparse_attention/pages.h"
+#include "sparse/block_sparse_attention/requests.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"
 #include "sparse/gradients.h"
@@ -20,38 +20,78 @@ struct BlockSparseAttentionArgs : Record {
   double softcap;
   View seqlens_k, sink;
   bool return_mass;
-  View block_table;
+  View block_table, cu_seqlens_q, cu_seqlens_k;
 };
 
-// As check_qkv, where pages are not requests: their number is not that of q's.
-void check_paged_qkv(const BlockSparseAttentionArgs& a) {
-  std::vector<int64_t> sizes = a.q.sizes;
+// As check_qkv, where keys are pages, or of requests whose queries are packed: their number is not
+// that of q's batch.
+void check_rows(const BlockSparseAttentionArgs& a) {
+  if (a.cu_seqlens_k && !a.cu_seqlens_q)
+    fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
+  if (a.cu_seqlens_k) return check_qkv(kOp, a.q, a.k, a.v, 3);
+  if (!a.cu_seqlens_q && !a.block_table) return check_qkv(kOp, a.q, a.k, a.v, 4);
+  std::vector<int64_t> sizes = a.q.sizes, strides = a.q.strides;
+  if (a.cu_seqlens_q) {
+    check(a.q.dim() == 3, kOp, "q", "must have 3 dimensions [T, H, D] (packed)", a.q.dim());
+    check_last_contiguous(kOp, "q", a.q);
+    sizes.insert(sizes.begin(), 0);
+    strides.insert(strides.begin(), 0);
+  }
   if (a.q.dim() > 0 && a.k.dim() > 0) sizes[0] = a.k.size(0);
   View q = a.q;
   q.sizes = {sizes.data(), sizes.size()};
+  q.strides = {strides.data(), strides.size()};
   check_qkv(kOp, q, a.k, a.v, 4);
   check_last_contiguous(kOp, "q", a.q);
+  if (!a.block_table) return;
   const int64_t page = a.k.size(1);
   check(std::has_single_bit(static_cast<uint64_t>(page)), kOp, "k",
         "must have pages of a power of two of tokens", page);
 }
 
-void check_pages(const BlockSparseAttentionArgs& a) {
+void check_pages(const BlockSparseAttentionArgs& a, int64_t batch) {
   const View& t = a.block_table;
   if (!a.seqlens_k) fail(kOp, "seqlens_k", "must be given with block_table", "None");
   check_block_table(kOp, t, a.k);
-  check(t.size(0) == a.q.size(0), kOp, "block_table",
-        Rule("must have the batch size of q, ", a.q.size(0)), t.size(0));
+  check(t.size(0) == batch, kOp, "block_table", Rule("must have the batch size of q, ", batch),
+        t.size(0));
   check(!a.q.is_cuda, kOp, "block_table", "must be None for the CUDA kernel", t.sizes);
 }
 
-// The checks are those of python/tokenmill/sparse/block_sparse_attention.py, in its order and
-// words.
-BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
+BlockList check_lists(const BlockSparseAttentionArgs& a, int64_t batch) {
+  const int64_t heads = a.q.size(-2), kv_heads = a.k.size(-2), tokens = a.q.size(-3);
+  const bool packed(a.cu_seqlens_q);
+  const int64_t rows = packed ? tokens / a.block_q + batch : ceil_div(tokens, a.block_q);
+  const View& t = a.indices;
+  bool fits = t.dim() == (packed ? 3 : 4) && (packed || t.size(0) == batch) && t.size(-2) == rows;
+  fits = fits && (t.size(-3) == 1 || t.size(-3) == kv_heads || t.size(-3) == heads);
+  if (packed)
+    return check_list(kOp, t, a.counts,
+                      Rule("must have shape [1, ", kv_heads, " or ", heads, ", ", rows, ", K]"),
+                      fits, "q", a.q);
+  return check_list(
+      kOp, t, a.counts,
+      Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
+      "q", a.q);
+}
+
+// On the CPU alone.
+void check_values(const BlockSparseAttentionArgs& a, const BlockSparseParams& d) {
+  if (a.cu_seqlens_q)
+    check_cu_seqlens_values(kOp, "cu_seqlens_q", a.cu_seqlens_q, d.attention.seqlen_q);
+  if (a.cu_seqlens_k)
+    check_cu_seqlens_values(kOp, "cu_seqlens_k", a.cu_seqlens_k, d.attention.seqlen_k);
   if (a.block_table)
-    check_paged_qkv(a);
-  else
-    check_qkv(kOp, a.q, a.k, a.v, 4);
+    check_block_table_values(kOp, key_rows(a.k, a.block_table), d.attention.batch, d.lengths);
+}
+
+// The checks are those of python/tokenmill/sparse/block_sparse_rules.py, in its order and words.
+BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
+  check_rows(a);
+  int64_t batch = a.q.size(0);
+  if (a.cu_seqlens_q)
+    batch =
+        check_sequences(kOp, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table);
   BlockSparseParams d{};
   d.log2_block_q = check_block(kOp, "block_q", a.block_q);
   d.log2_block_k = check_block(kOp, "block_k", a.block_k);
@@ -59,47 +99,56 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
   check(a.num_recent >= 0, kOp, "num_recent", "must not be negative", a.num_recent);
   check(a.num_recent == 0 || a.causal, kOp, "num_recent", "goes with causal alone", a.num_recent);
   check_scale(kOp, scale_of(a), a.softcap);
-  const int64_t batch = a.q.size(0), heads = a.q.size(2), kv_heads = a.k.size(2);
-  const int64_t rows = (a.q.size(1) + a.block_q - 1) / a.block_q;
-  const bool fits =
-      a.indices.dim() == 4 && a.indices.size(0) == batch && a.indices.size(2) == rows &&
-      (a.indices.size(1) == 1 || a.indices.size(1) == kv_heads || a.indices.size(1) == heads);
-  d.list = check_list(
-      kOp, a.indices, a.counts,
-      Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
-      "q", a.q);
+  d.list = check_lists(a, batch);
   d.lengths = per_request(kOp, "seqlens_k", a.seqlens_k, batch, "q", a.q);
   d.causal = a.causal;
   set_inputs(d.attention, a);
+  d.attention.batch = batch;
+  if (a.cu_seqlens_q) d.attention.cu_seqlens_q = a.cu_seqlens_q.data<int32_t>();
+  if (a.cu_seqlens_k) d.attention.cu_seqlens_k = a.cu_seqlens_k.data<int32_t>();
+  d.lse_rows = d.attention.seqlen_q;
   d.attention.softcap = static_cast<float>(a.softcap);
   d.attention.sink = sink_of(kOp, d.attention, a.q, a.sink);
   if (a.block_table) {
-    check_pages(a);
-    d.attention.seqlen_k = a.k.size(0) > 0 ? a.block_table.size(1) * a.k.size(1) : 0;
-    check_block_table_values(kOp, key_rows(a.k, a.block_table), batch, d.lengths);
+    check_pages(a, batch);
+    const View& t = a.block_table;
+    d.attention.seqlen_k = a.k.size(0) > 0 ? t.size(1) * a.k.size(1) : 0;
+    d.pages = {t.data<int32_t>(), t.step(0), a.k.size(0),
+               std::countr_zero(static_cast<uint64_t>(a.k.size(1)))};
   }
-  const int64_t all = a.q.size(1) + d.attention.seqlen_k;  // sums with it stay in range
+  if (a.cu_seqlens_q && a.q.is_cuda)
+    fail(kOp, "cu_seqlens_q", "must be None for the CUDA kernel", show(a.cu_seqlens_q.sizes));
+  if (!a.q.is_cuda) check_values(a, d);
+  const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);
   d.num_recent = std::min(a.num_recent, all);
   return d;
 }
 
+// The calls of a call, in the memory that `requests` has.
+template <typename Calls, typename Params>
+Calls calls_of(const Params& d, const AttentionParams& p, std::vector<Params>& requests) {
+  if (!p.cu_seqlens_q) return {&d, 1};
+  requests.reserve(p.batch);
+  for (int64_t b = 0; b < p.batch; ++b)
+    requests.push_back(block_sparse_attention::request_of(d, b));
+  return {requests.data(), p.batch};
+}
+
 // mass is null if it is not asked for.
-void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
+void run_forward(const BlockSparseMass& d, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (a.q.is_cuda) {
-    launch_on_device(kOp, a.q, static_cast<const BlockSparseParams&>(d));
-    if (d.mass) launch_on_device(kOp, a.q, d);
+  if (q.is_cuda) {
+    launch_on_device(kOp, q, static_cast<const BlockSparseParams&>(d));
+    if (d.mass) launch_on_device(kOp, q, d);
     return;
   }
 #endif
-  if (a.block_table) {
-    const View& t = a.block_table;
-    const int32_t log2_page = std::countr_zero(static_cast<uint64_t>(a.k.size(1)));
-    return cpu::block_sparse_attention_pages({d, {t.data<int32_t>(), t.step(0), log2_page}});
-  }
-  cpu::block_sparse_attention_forward(d);
-  if (d.mass) cpu::block_sparse_attention_mass(d);
+  std::vector<BlockSparseMass> requests;
+  const auto calls = calls_of<BlockSparseCalls>(d, d.attention, requests);
+  if (d.pages.table) return cpu::block_sparse_attention_pages(calls);
+  cpu::block_sparse_attention_forward(calls);
+  if (d.mass) cpu::block_sparse_attention_mass(calls);
 }
 
 // Writes out; returns lse and mass, of size 0 if it is not asked for.
@@ -108,9 +157,9 @@ std::tuple<Array, Array> answer(BlockSparseParams& d, const BlockSparseAttention
   std::vector<int64_t> sizes{0};
   if (a.return_mass) sizes = a.indices.sizes;
   Array mass = empty(sizes, a.q, ScalarType::Float);
-  if (out.numel() == 0) fill(0, mass);
+  if (out.numel() == 0 || a.cu_seqlens_q) fill(0, mass);  // also lists without queries
   float* const to = mass.numel() > 0 ? mass.mutable_data<float>() : nullptr;
-  Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to}, a); });
+  Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to, d.list.rows}, a.q); });
   return {lse, mass};
 }
 
@@ -138,7 +187,9 @@ std::tuple<Array, Array> block_sparse_attention_out(const BlockSparseAttentionOu
                  {"counts", in.counts},
                  {"seqlens_k", in.seqlens_k},
                  {"sink", in.sink},
-                 {"block_table", in.block_table}});
+                 {"block_table", in.block_table},
+                 {"cu_seqlens_q", in.cu_seqlens_q},
+                 {"cu_seqlens_k", in.cu_seqlens_k}});
   return answer(d, in, a.out);
 }
 
@@ -146,7 +197,9 @@ void run_backward(BlockSparseBackwardParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
   if (q.is_cuda) return launch_with_transposed_lists(kOp, q, p, p.forward.key_blocks());
 #endif
-  cpu::block_sparse_attention_backward(p);
+  std::vector<BlockSparseBackwardParams> requests;
+  cpu::block_sparse_attention_backward(
+      calls_of<BlockSparseBackwardCalls>(p, p.forward.attention, requests));
 }
 
 struct BlockSparseAttentionBackwardArgs : Record {
@@ -170,7 +223,8 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
   Array delta;
   if (wants_sink) {
     p.dsink = dsink.mutable_data<float>();
-    delta = empty({q.is_cuda ? 0 : f.batch * f.heads * f.seqlen_q}, q, ScalarType::Float);
+    const int64_t rows = f.cu_seqlens_q ? f.seqlen_q : f.batch * f.seqlen_q;
+    delta = empty({q.is_cuda ? 0 : f.heads * rows}, q, ScalarType::Float);
     p.delta = delta.mutable_data<float>();
   }
   auto [dq, dk, dv] = gradients_of(kOp, p, p.forward.attention, a, [&] { run_backward(p, q); });

@@ -4,12 +4,12 @@
 
 namespace tokenmill {
 
-struct BlockSparseMass : BlockSparseParams {  // lse as the forward left it
-  float* mass;                                // [B, heads, rows, entries] of the lists
+// lse as the forward left it.
+struct BlockSparseMass : BlockSparseParams {
+  float* mass;        // [B, heads, rows, entries] of the lists, null: not asked for
+  int64_t mass_rows;  // of a head: of all requests where they are packed
 };
 
 const char* launch_cuda(const BlockSparseMass&, void* stream);
 
 }  // namespace tokenmill
-
-TOKENMILL_CPU_KERNEL(block_sparse_attention_mass, BlockSparseMass)

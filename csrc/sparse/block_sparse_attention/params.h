@@ -1,6 +1,5 @@
 // Attention of blocks of queries to listed blocks of keys. Free of torch.
 #pragma once
-#include "cpu/isa.h"
 #include "sparse/listed.h"
 
 namespace tokenmill {
@@ -11,8 +10,22 @@ struct SeenKeys {
   int64_t sinks, listed, end;
 };
 
+// Key x of a request is row x % 2^log2_size of a page. Pages are Rows::batch apart.
+struct KeyPages {
+  const int32_t* table;  // [B, pages of a request], null: keys are not in pages
+  int64_t stride, count;
+  int32_t log2_size;
+
+  TOKENMILL_HOST_DEVICE int64_t page(int64_t b, int64_t x) const {
+    return table[b * stride + (x >> log2_size)];
+  }
+  TOKENMILL_HOST_DEVICE int64_t row(int64_t x) const { return x & ((int64_t{1} << log2_size) - 1); }
+};
+
 struct BlockSparseParams : ListedAttention {
+  KeyPages pages;
   const int32_t* lengths;  // [B], or null: all keys
+  int64_t lse_rows;        // of a head in lse: queries of all requests where they are packed
   int32_t log2_block_q, log2_block_k;
   bool causal;
   int64_t num_sink, num_recent;  // num_recent with causal alone
@@ -34,8 +47,12 @@ struct BlockSparseParams : ListedAttention {
     return keys * static_cast<double>(p.batch * p.heads * p.seqlen_q);
   }
   TOKENMILL_HOST_DEVICE SeenKeys seen(int64_t b, int64_t i) const {
-    int64_t end = length(b);
-    if (causal) end += i + 1 - attention.seqlen_q;
+    const int64_t n = length(b);
+    return seen_from(n - attention.seqlen_q + i, n);
+  }
+  // By a query at a position, of a request of n keys.
+  TOKENMILL_HOST_DEVICE SeenKeys seen_from(int64_t position, int64_t n) const {
+    int64_t end = causal ? position + 1 : n;
     if (end < 0) end = 0;
     const int64_t sinks = num_sink < end ? num_sink : end;
     const int64_t listed = causal && num_recent > 0 ? end - num_recent : end;
@@ -62,6 +79,3 @@ const char* launch_cuda(const BlockSparseBackwardParams&, void* stream);
 int64_t workspace_bytes(const BlockSparseBackwardParams&);
 
 }  // namespace tokenmill
-
-TOKENMILL_CPU_KERNEL(block_sparse_attention_forward, BlockSparseParams)
-TOKENMILL_CPU_KERNEL(block_sparse_attention_backward, BlockSparseBackwardParams)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -39,6 +41,8 @@ class BlockSparseOptions(TypedDict, total=False):
     seqlens_k: Tensor | None
     sink: Tensor | None
     block_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
     out: Tensor | None
     backend: str | None
 
@@ -124,6 +128,8 @@ def block_sparse_attention(
     seqlens_k: Tensor | None = None,
     sink: Tensor | None = None,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
     out: Tensor | None = None,
@@ -132,8 +138,8 @@ def block_sparse_attention(
     r"""Softmax attention of blocks of queries to listed blocks of keys, with gradients.
 
     Queries block_q * r to block_q * (r + 1) - 1 share the list of row r. Request b has n =
-    seqlens_k[b] keys, and query i is at position p = n - Sq + i. It sees of the keys j < n (and j
-    <= p if causal) those
+    seqlens_k[b] keys, and query i of its m is at position p = n - m + i. It sees of the keys j < n
+    (and j <= p if causal) those
 
     - in the blocks of its list: keys id * block_k to (id + 1) * block_k - 1,
     - among the first num_sink,
@@ -142,16 +148,22 @@ def block_sparse_attention(
     each once, whatever overlaps. Lists and counts stay on the device: nothing is planned on the
     host, and what is launched depends on shapes alone.
 
+    Requests may be packed (cu_seqlens_q), their keys packed too, padded or in pages. Each has the
+    result that it has alone, bit for bit.
+
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256.
+            with a contiguous last dimension, D up to 256; packed ``[T, H, D]``.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv up to
-            256.
+            256; packed ``[Tk, Hk, D]`` and ``[Tk, Hk, Dv]`` with cu_seqlens_k.
         indices: int32 ``[B, 1, R, K]`` (lists for all heads), ``[B, Hk, R, K]`` (for each KV head)
-            or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). Lists ascend, as
-            :func:`topk_select` makes them: an id counts if it is that of a block and greater than
-            every id before it.
-        counts: int32 ``[B, 1 | Hk | H, R]``, entries of each list, clamped to 0 to K.
+            or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). Of packed
+            queries ``[1 | Hk | H, R, K]`` with R = T // block_q + B, as :func:`hip_block_select`
+            makes them: row r of request b is row cu_seqlens_q[b] // block_q + b + r, other rows
+            are not read. Lists ascend, as :func:`topk_select` makes them: an id counts if it is
+            that of a block and greater than every id before it.
+        counts: int32 ``[B, 1 | Hk | H, R]`` (packed ``[1 | Hk | H, R]``), entries of each list,
+            clamped to 0 to K.
         block_q, block_k: queries of a row and keys of an entry, powers of two up to 128. Sq and Sk
             need not be multiples.
         causal: a query sees no later key.
@@ -164,6 +176,9 @@ def block_sparse_attention(
         block_table: int32 ``[B, P]``, the pages of each request in order: k and v are pages
             ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
             Entries behind a request's last key may hold anything. Forward only.
+        cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
+            too, or ``[B, Sk, Hk, ...]`` or pages.
+        cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
         return_lse: also return lse.
         return_mass: also return the probability that the entries of lists received.
         out: where to write the result: shape and dtype as returned, any strides with a contiguous
@@ -172,15 +187,16 @@ def block_sparse_attention(
         backend: "cpu", "cuda", "triton", "reference" or None (see :func:`tokenmill.explain`).
 
     Returns:
-        out ``[B, Sq, H, Dv]`` in the dtype of q; with return_lse also lse ``[B, H, Sq]`` float32,
-        natural log, itself differentiable; with return_mass last mass, float32 in the shape of
-        indices: the probabilities of the keys that an entry added, summed over its keys, the
-        queries of its row and the heads that read the list; 0 where it added none (keys among the
-        first and last ones are not the list's). With lists for each query head (expanded, they take
-        no memory) it is that of each head; with block_q = block_k = 1 and lists for all heads the
-        target of :func:`indexer_kl_loss`. There is no gradient through it. A query that sees no
-        key has out 0 and lse -inf (with a sink: lse = sink), and gets no gradient. Gradients: q, k,
-        v, sink; those of keys that nobody lists are 0.
+        out ``[B, Sq, H, Dv]`` (packed ``[T, H, Dv]``) in the dtype of q; with return_lse also lse
+        ``[B, H, Sq]`` (``[H, T]``) float32, natural log, itself differentiable; with return_mass
+        last mass, float32 in the shape of indices: the probabilities of the keys that an entry
+        added, summed over its keys, the queries of its row and the heads that read the list; 0
+        where it added none (keys among the first and last ones are not the list's). With lists for
+        each query head (expanded, they take no memory) it is that of each head; with block_q =
+        block_k = 1 and lists for all heads the target of :func:`indexer_kl_loss`. There is no
+        gradient through it. A query that sees no key has out 0 and lse -inf (with a sink: lse =
+        sink), and gets no gradient. Gradients: q, k, v, sink; those of keys that nobody lists are
+        0.
 
     Raises:
         RuntimeError: naming argument, rule and value, before anything runs.
@@ -229,6 +245,8 @@ def block_sparse_attention(
             return_lse=return_lse,
             return_mass=return_mass,
             block_table=block_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         ),
         backend,
         out,
@@ -258,13 +276,18 @@ def lower(
     return_lse: bool = False,
     return_mass: bool = False,
     block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     op: str = OP,
 ) -> tuple[Any, ...]:
     for name, t in (("q", q), ("k", k), ("v", v), ("indices", indices), ("counts", counts)):
         check_tensor(op, name, t)
-    options = (("seqlens_k", seqlens_k), ("sink", sink), ("block_table", block_table))
-    for name, option in options:
+    for name, option in (("seqlens_k", seqlens_k), ("sink", sink), ("block_table", block_table),
+                         ("cu_seqlens_q", cu_seqlens_q),
+                         ("cu_seqlens_k", cu_seqlens_k)):  # fmt: skip
         check_tensor(op, name, option, optional=True)
+    if cu_seqlens_q is not None and cu_seqlens_k is None and k.dim() == 3:
+        cu_seqlens_k = cu_seqlens_q
     block_q, block_k = as_int(op, "block_q", block_q), as_int(op, "block_k", block_k)
     num_sink, num_recent = as_int(op, "num_sink", num_sink), as_int(op, "num_recent", num_recent)
     flags = (("causal", causal), ("return_lse", return_lse), ("return_mass", return_mass))
@@ -288,6 +311,8 @@ def lower(
         None if sink is None else widen(sink, q),
         return_mass,
         block_table,
+        cu_seqlens_q,
+        cu_seqlens_k,
     )
 
 
@@ -298,9 +323,9 @@ def _fake(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_out(*arguments: Any) -> tuple[Tensor, Tensor]:
     a = OUT.record(*arguments)
-    batch, sq, heads = a.q.shape[:3]
     mass = a.indices.shape if a.return_mass else (0,)
-    lse = a.q.new_empty((batch, heads, sq), dtype=torch.float32)
+    shape = a.q[..., 0].transpose(-1, -2).shape
+    lse = a.q.new_empty(shape, dtype=torch.float32)
     return lse, a.q.new_empty(mass, dtype=torch.float32)
 
 
@@ -331,7 +356,8 @@ def _check_backward(*arguments: Any) -> None:
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     a = BACKWARD.record(*arguments)
-    heads = (a.q.shape[0], a.q.shape[2]) if a.needs_dsink and a.sink is not None else (0,)
+    requests = a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1
+    heads = (requests, a.q.shape[-2]) if a.needs_dsink and a.sink is not None else (0,)
     return (
         *(t.new_empty(t.shape) for t in (a.q, a.k, a.v)),
         a.q.new_empty(heads, dtype=torch.float32),
@@ -342,16 +368,38 @@ def flops(*lowered: Any) -> float:
     """Operations of the two products over what a query sees of listed blocks, and sink and recent
     keys beside them."""
     a = FORWARD.record(*lowered)
-    batch, sq, heads, dim = a.q.shape
-    sk = capacity(a.k, a.block_table)
-    if known(a.counts):
-        pairs = _listed_pairs(sq, sk, a.indices, a.counts, a.block_q, a.block_k, a.causal)
+    heads, dim = a.q.shape[-2:]
+    sizes = (a.block_q, a.block_k, a.causal)
+    pairs = more = most = 0.0
+    for sq, sk, indices, counts in _requests(a):
+        if known(a.counts):
+            pairs += _listed_pairs(sq, sk, indices, counts, *sizes)
+        else:
+            pairs += float(indices.numel() * a.block_q * a.block_k)
+        requests = indices.shape[0]
+        more += requests * heads * sq * (a.num_sink + a.num_recent)
+        most += requests * heads * band(sq, sk, -1, 0 if a.causal else -1)
+    pairs *= heads / max(a.indices.shape[-3], 1)
+    return float(2.0 * min(pairs + more, most) * (dim + a.v.shape[-1]))
+
+
+def _requests(a: Any) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Queries, keys and lists of requests that have as many of each; packed ones whose lengths are
+    not known count as one."""
+    sq = a.q.shape[-3]
+    sk = a.k.shape[0] if a.cu_seqlens_k is not None else capacity(a.k, a.block_table)
+    if a.cu_seqlens_q is None:
+        yield sq, sk, a.indices, a.counts
+    elif not known(a.cu_seqlens_q):
+        yield sq, sk, a.indices[None], a.counts[None]
     else:
-        pairs = float(a.indices.numel() * a.block_q * a.block_k)
-    pairs *= heads / max(a.indices.shape[1], 1)
-    pairs += batch * heads * sq * (a.num_sink + a.num_recent)
-    most = batch * heads * band(sq, sk, -1, 0 if a.causal else -1)
-    return float(2.0 * min(pairs, most) * (dim + a.v.shape[-1]))
+        ends = a.cu_seqlens_q.tolist()
+        ends_k = None if a.cu_seqlens_k is None else a.cu_seqlens_k.tolist()
+        for b, (first, end) in enumerate(itertools.pairwise(ends)):
+            row = first // a.block_q + b
+            rows = slice(row, row + -(-(end - first) // a.block_q))
+            keys = sk if ends_k is None else ends_k[b + 1] - ends_k[b]
+            yield end - first, keys, a.indices[None, :, rows], a.counts[None, :, rows]
 
 
 def _listed_pairs(
@@ -380,8 +428,11 @@ def backward_flops(*lowered: Any) -> float:
 
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:
-    if backend == "cuda" and FORWARD.record(*lowered).block_table is not None:
+    a = FORWARD.record(*lowered)
+    if backend == "cuda" and a.block_table is not None:
         return ["the CUDA kernel has no block_table"]
+    if backend in ("cuda", "triton") and a.cu_seqlens_q is not None:
+        return ["packed requests have a kernel on the CPU alone"]
     return []
 
 
@@ -430,6 +481,7 @@ SPEC = register_op(
                 "sink": "bh",
             },
             ("b.h.", "bh.", "b..."),  # a list may be read by heads of several parts
+            without=("cu_seqlens_q", "cu_seqlens_k"),
         ),
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,

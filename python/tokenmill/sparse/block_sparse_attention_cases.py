@@ -53,9 +53,12 @@ def block_sparse_call(
     hostile: bool = False,
     sink: bool = False,
     page: int = 0,
+    ends_q: tuple[int, ...] = (),
+    ends_k: tuple[int, ...] = (),
     **options: Any,
 ) -> Any:
-    """lists: 1, hk or h. page: keys lie in pages of so many, in any order."""
+    """lists: 1, hk or h. page: keys lie in pages of so many, in any order. ends_q, ends_k: where
+    packed requests end, of which there are b; without ends_k each has sk keys of its own."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q, k, v = (
@@ -63,7 +66,9 @@ def block_sparse_call(
             for shape in ((b, sq, h, d), (b, sk, hk, d), (b, sk, hk, dv))
         )
         rows, blocks = -(-sq // block_q), -(-sk // block_k)
-        indices, counts = draw_lists(b, lists, rows, entries, blocks, g)
+        if ends_q:
+            rows = b * sq // block_q + b
+        indices, counts = draw_lists(1 if ends_q else b, lists, rows, entries, blocks, g)
         if hostile:
             indices, counts = hostile_lists(indices, counts, blocks, g)
         sizes = {"block_q": block_q, "block_k": block_k, "return_lse": True}
@@ -72,6 +77,14 @@ def block_sparse_call(
             order = torch.randperm(b * (sk // page), generator=g)
             k, v = (x.reshape(-1, page, *x.shape[2:])[order].contiguous() for x in (k, v))
             drawn["block_table"] = order.argsort().view(b, -1).int()
+        if ends_q:
+            q, indices, counts = q.flatten(0, 1)[: ends_q[-1]], indices[0], counts[0]
+            rows = len(q) // block_q + b
+            indices, counts = indices[:, :rows].contiguous(), counts[:, :rows].contiguous()
+            drawn["cu_seqlens_q"] = torch.tensor([0, *ends_q], dtype=torch.int32)
+        if ends_k:
+            k, v = (x.flatten(0, 1)[: ends_k[-1]] for x in (k, v))
+            drawn["cu_seqlens_k"] = torch.tensor([0, *ends_k], dtype=torch.int32)
         return (q, k, v, indices, counts), sizes | options | drawn
 
     return make
@@ -160,10 +173,63 @@ SAMPLES = (
             sq=20, block_q=1, block_k=1, entries=17, hostile=True, causal=True, return_mass=True
         ),
     ),
+    Sample(
+        "packed",
+        block_sparse_call(
+            b=4,
+            ends_q=(20, 20, 57, 100),
+            ends_k=(50, 60, 61, 140),
+            causal=True,
+            num_sink=3,
+            num_recent=6,
+            sink=True,
+            return_mass=True,
+        ),
+    ),
+    Sample(
+        "packed, not to be trusted",
+        block_sparse_call(
+            b=3,
+            ends_q=(1, 34, 70),
+            ends_k=(0, 40, 130),
+            lists=4,
+            block_q=32,
+            block_k=2,
+            entries=20,
+            hostile=True,
+            softcap=3.0,
+        ),
+    ),
+    Sample(
+        "packed queries of padded keys, one by one",
+        block_sparse_call(
+            b=3,
+            sk=40,
+            ends_q=(5, 12, 30),
+            lists=1,
+            block_q=1,
+            block_k=1,
+            entries=9,
+            causal=True,
+            num_recent=2,
+            seqlens_k=torch.tensor([40, 3, 33], dtype=torch.int32),
+        ),
+    ),
     Sample("no keys", block_sparse_call(sk=0)),
     Sample("no queries", block_sparse_call(sq=0)),
     Sample("no requests", block_sparse_call(b=0)),
 )
+
+
+def packed(ends: Tensor) -> Any:
+    """The first request of the first sample, as packed queries of the keys of both."""
+
+    def edit(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[0], args[3], args[4] = (args[i][0] for i in (0, 3, 4))
+        kwargs["cu_seqlens_q"] = ends
+
+    return edit
+
 
 # Edits of the first sample: q [2, 70, 4, 32], k and v [2, 70, 2, 32], indices [2, 2, 5, 3].
 MALFORMED = (
@@ -226,6 +292,31 @@ MALFORMED = (
     ),
     Malformed(
         "shape of sink", "sink: must have shape [4]; got [2]", set_options(sink=torch.zeros(2))
+    ),
+    Malformed(
+        "packed keys alone",
+        "cu_seqlens_q: must be given with cu_seqlens_k; got None",
+        set_options(cu_seqlens_k=torch.tensor([0, 70], dtype=torch.int32)),
+    ),
+    Malformed(
+        "rank of packed queries",
+        "q: must have 3 dimensions [T, H, D] (packed); got 4",
+        set_options(cu_seqlens_q=torch.tensor([0, 70], dtype=torch.int32)),
+    ),
+    Malformed(
+        "requests of packed queries",
+        "k: must have the batch size of q, 3; got 2",
+        packed(torch.tensor([0, 30, 50, 70], dtype=torch.int32)),
+    ),
+    Malformed(
+        "dtype of cu_seqlens_q",
+        "cu_seqlens_q: must be int32; got int64",
+        packed(torch.tensor([0, 30, 70])),
+    ),
+    Malformed(
+        "rows of packed lists",
+        "indices: must have shape [1, 2 or 4, 6, K]; got [2, 5, 3]",
+        packed(torch.tensor([0, 30, 70], dtype=torch.int32)),
     ),
     Malformed(
         "out shape",

@@ -5,11 +5,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._check import check, check_qkv, fail, is_power_of_two
+from .._check import (
+    check,
+    check_cu_seqlens_values,
+    check_last_contiguous,
+    check_qkv,
+    fail,
+    is_power_of_two,
+)
 from .._library import record_of
 from .._written import check_out
 from ..dense.terms import check_scale, check_sink
-from ..select.rules import check_block_table, check_block_table_values, check_per_request
+from ..select.rules import (
+    check_block_table,
+    check_block_table_values,
+    check_per_request,
+    check_sequences,
+)
 from .rules import check_block, check_list
 
 OP = "block_sparse_attention"
@@ -18,11 +30,12 @@ Arguments = record_of(OP)
 
 def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> None:
     a = Arguments(*lowered)
-    paged = a.block_table is not None
-    check_qkv(op, a.q, a.k, a.v, 4, float64, paged)
-    if paged:
-        page, rule = a.k.shape[1], "must have pages of a power of two of tokens"
-        check(is_power_of_two(page), op, "k", rule, page)
+    _check_rows(op, a, float64)
+    batch = int(a.q.shape[0])
+    if a.cu_seqlens_q is not None:
+        batch = check_sequences(
+            op, a.q, a.k, a.seqlens_k, a.cu_seqlens_q, a.cu_seqlens_k, a.block_table
+        )
     check_block(op, "block_q", a.block_q)
     check_block(op, "block_k", a.block_k)
     for name, number in (("num_sink", a.num_sink), ("num_recent", a.num_recent)):
@@ -30,16 +43,17 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
     alone = a.num_recent == 0 or a.causal
     check(alone, op, "num_recent", "goes with causal alone", a.num_recent)
     check_scale(op, a.scale, a.softcap)
-    batch, sq, heads = a.q.shape[:3]
-    kv_heads, rows = a.k.shape[2], -(-sq // a.block_q)
-    fits = a.indices.dim() == 4 and a.indices.shape[0] == batch and a.indices.shape[2] == rows
-    fits = fits and a.indices.shape[1] in (1, kv_heads, heads)
-    shape = f"[{batch}, 1, {kv_heads} or {heads}, {rows}, K]"
-    check_list(op, a.indices, a.counts, shape, fits, "q", a.q)
+    shape = list_shape(a, batch)
+    fits = a.indices.dim() == len(shape) + 1
+    fits = fits and [*a.indices.shape[:-3], a.indices.shape[-2]] == [*shape[:-2], shape[-1]]
+    fits = fits and a.indices.shape[-3] in (1, a.k.shape[-2], a.q.shape[-2])
+    heads = f"1, {a.k.shape[-2]} or {a.q.shape[-2]}"
+    text = ", ".join([*map(str, shape[:-2]), heads, str(shape[-1])])
+    check_list(op, a.indices, a.counts, f"[{text}, K]", fits, "q", a.q)
     check_per_request(op, "seqlens_k", a.seqlens_k, batch, "q", a.q)
     if a.sink is not None:
         check_sink(op, a.sink, a.q)
-    if paged:
+    if a.block_table is not None:
         if a.seqlens_k is None:
             fail(op, "seqlens_k", "must be given with block_table", None)
         check_block_table(op, a.block_table, a.k)
@@ -48,8 +62,39 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
               requests)  # fmt: skip
 
 
+def _check_rows(op: str, a: Any, float64: bool) -> None:
+    """Queries alone may be packed; keys may be pages."""
+    q = a.q
+    if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
+        fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
+    if a.cu_seqlens_k is not None:
+        return check_qkv(op, q, a.k, a.v, 3, float64)
+    if a.cu_seqlens_q is not None:
+        check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
+        check_last_contiguous(op, "q", q)
+        q = q[None]
+    paged = a.block_table is not None
+    check_qkv(op, q, a.k, a.v, 4, float64, paged or a.cu_seqlens_q is not None)
+    if paged:
+        page, rule = a.k.shape[1], "must have pages of a power of two of tokens"
+        check(is_power_of_two(page), op, "k", rule, page)
+
+
+def list_shape(a: Any, batch: int) -> list[int]:
+    """[B, H, R], or of packed queries [H, R], where a request's lists begin behind a row for each
+    whole block of queries in front of it, and one for each request."""
+    tokens, heads = a.q.shape[-3:-1]
+    if a.cu_seqlens_q is not None:
+        return [heads, tokens // a.block_q + batch]
+    return [batch, heads, -(-tokens // a.block_q)]
+
+
 def check_block_sparse_values(*lowered: Any) -> None:
     a = Arguments(*lowered)
+    for name, ends, tokens in (("cu_seqlens_q", a.cu_seqlens_q, a.q.shape[0]),
+                               ("cu_seqlens_k", a.cu_seqlens_k, a.k.shape[0])):  # fmt: skip
+        if ends is not None:
+            check_cu_seqlens_values(OP, name, ends, tokens)
     check_block_table_values(OP, a.block_table, a.k, a.seqlens_k)
 
 

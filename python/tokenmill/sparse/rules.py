@@ -25,7 +25,8 @@ def check_list(
     other: str,
     first: Tensor,
 ) -> None:
-    """indices [B, heads, rows, K]: fits says whether they have the right shape."""
+    """indices [B, heads, rows, K] or, packed, [heads, rows, K]: fits says whether they have the
+    right shape."""
     check(fits, op, "indices", f"must have shape {shape}", indices.shape)
     if counts.shape != indices.shape[:-1]:
         fail(op, "counts", f"must have shape {show(indices.shape[:-1])}", counts.shape)
@@ -33,5 +34,5 @@ def check_list(
         check_int32(op, name, t)
         check_last_contiguous(op, name, t)
         check_device_of(op, name, t, other, first)
-    entries = indices.shape[2] * indices.shape[3]
+    entries = indices.shape[-2] * indices.shape[-1]
     check(entries < 2**31, op, "indices", "must have fewer than 2^31 entries for a head", entries)

@@ -4,7 +4,8 @@
 
 A sink of the head is one more logit, without a value. mass_e is what the keys get that entry e
 adds. Key j is visible if j < end_i, and j < num_sink, j >= end_i - num_recent, or the list of the
-query's block has j // block_k. end_i is the length, with causal i + 1 + length - Sq.
+query's block has j // block_k. end_i is the length, with causal i + 1 + length - Sq. Packed
+requests are calls of their own: the lists of request b begin at row first_query // block_q + b.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dense._common import expand_heads, scores, softmax, weighted_sum
-from ..select._common import rows_of
+from ..select._common import rows_of, sequences_of
 from ._common import listed_blocks, listed_entries
 
 
@@ -34,9 +35,32 @@ def block_sparse_attention(
     sink: Tensor | None,
     return_mass: bool,
     block_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     *,
     upcast: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if cu_seqlens_q is not None:
+        keys, values = (
+            sequences_of(x, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table) for x in (k, v)
+        )
+        out = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        lse = [q[:0, :, 0].T.to(wide)]
+        mass = q.new_zeros(indices.shape if return_mass else 0, dtype=wide)
+        for b, ((first, end, own_k), (_, _, own_v)) in enumerate(zip(keys, values, strict=True)):
+            row = first // block_q + b
+            rows = slice(row, row + -(-(end - first) // block_q))
+            own = (q[first:end], own_k, own_v, indices[:, rows], counts[:, rows])
+            found = block_sparse_attention(
+                *(x[None] for x in own), block_q, block_k, causal, num_sink, num_recent, scale,
+                softcap, None, sink, return_mass, None, None, None, upcast=upcast,
+            )  # fmt: skip
+            out.append(found[0][0])
+            lse.append(found[1][0])
+            if return_mass:
+                mass[:, rows] = found[2][0]
+        return torch.cat(out), torch.cat(lse, 1), mass
     k, v = (rows_of(x, block_table) for x in (k, v))
     visible, added = visible_and_added(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
