@@ -112,6 +112,49 @@ def _case(dtype: torch.dtype, block_k: int, percent: int, backward: bool = False
     )
 
 
+def _packed_case(dtype: torch.dtype) -> Case:
+    """Requests of many lengths, causal, with the lists of hip_block_select."""
+    lengths = (4096, 2048, 1024, 512, 256, 128, *(1,) * 16)
+    options: dict[str, Any] = {"block_q": BLOCK_Q, "block_k": 16, "num_sink": 16, "num_recent": 64}
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens, listed = int(ends[-1]), 256
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (place(torch.randn(tokens, H, D, generator=g).to(dtype)) for _ in range(3))
+        at = place(ends)
+        lists = tm.hip_block_select(q, k, budget=listed, cu_seqlens_q=at, **options)
+
+        def each() -> list[Tensor]:
+            outs, first = [], 0
+            for b, n in enumerate(lengths):
+                row = first // BLOCK_Q + b
+                own = (t[None, :, row : row + -(-n // BLOCK_Q)] for t in lists)
+                qkv = (t[None, first : first + n] for t in (q, k, v))
+                outs.append(tm.block_sparse_attention(*qkv, *own, causal=True, **options))
+                first += n
+            return outs
+
+        packed = {"cu_seqlens_q": at, "causal": True}
+        peers: dict[str, Callable[[], Run]] = {
+            "a call for each request": lambda: each,
+            "dense": lambda: lambda: tm.attention(q, k, v, cu_seqlens_k=at, **packed),
+        }
+        return lambda: tm.block_sparse_attention(q, k, v, *lists, **options, **packed), peers
+
+    size = torch.empty((), dtype=dtype).element_size()
+    seen = sum(min(i + 1, listed + 80) for n in lengths for i in range(n))
+    return Case(
+        "block_sparse_attention",
+        f"packed, 22 requests of 1 to 4096 tokens D={D} blocks {BLOCK_Q}x16",
+        dtype,
+        4.0 * H * D * seen,
+        float(4 * H * tokens * D * size),
+        prepare,
+        "forward",
+    )
+
+
 def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for percent in (5, 20, 50):
@@ -121,3 +164,4 @@ def cases() -> Iterator[Case]:
             yield _case(dtype, block_k, 20)
         yield _case(dtype, 64, 20, backward=True)
         yield _case(dtype, 2, 20, backward=True)
+        yield _packed_case(dtype)

@@ -66,6 +66,8 @@ cuda_instances(sparse/bilevel_routing_attention/cuda_backward_launch.cuh
   "const char* bilevel_routing_attention::launch_bilevel<ELEMENT>(const RegionGradients&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
+cuda_instances(sparse/block_sparse_attention/cuda_requests_launch.cuh
+  "const char* block_sparse_attention::launch_requests<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
 cuda_instances(sparse/landmark_attention/cuda_launch.cuh

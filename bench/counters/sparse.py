@@ -107,6 +107,30 @@ def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> Counter
     )  # fmt: skip
 
 
+def _requests(dtype: torch.dtype) -> CounterCase:
+    """Half of 512 keys for each block of 64 queries of two requests, packed, with keys in pages."""
+    heads, dim, tokens, block, page = 2, 64, 1024, 64, 16
+    g = torch.Generator().manual_seed(1)
+    rows, entries = tokens // block + 2, 4
+    drawn = torch.rand(heads, rows, 8, generator=g)
+    indices = drawn.argsort(2)[..., :entries].sort(2).values.int()
+    counts = torch.full(indices.shape[:2], entries, dtype=torch.int32)
+    ends = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+    table = torch.arange(tokens // page, dtype=torch.int32).view(2, -1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pages = (t.view(-1, page, heads, dim) for t in (k, v))
+        return tm.block_sparse_attention(
+            q[0], *pages, indices, counts, block_q=block, block_k=block, cu_seqlens_q=ends,
+            seqlens_k=ends.diff(), block_table=table, backend="emulated",
+        )  # fmt: skip
+
+    return _listed(
+        f"packed, 256 of 512 keys in pages of {page}", dtype, call, (1, tokens, heads, dim),
+        tokens * heads, entries, 256, block, False,
+    )  # fmt: skip
+
+
 def _mass() -> CounterCase:
     """A list of 256 keys for each of 8 queries, which 32 heads read, and what its keys got."""
     heads, dim, tokens, entries = 32, 64, 1024, 256
@@ -133,6 +157,7 @@ def blocks_cases() -> Iterator[CounterCase]:
         yield _blocks(F16, block_k)
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
+    yield _requests(F16)
     yield _mass()
 
 

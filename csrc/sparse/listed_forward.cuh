@@ -336,7 +336,7 @@ __device__ __forceinline__ void listed_forward(const typename Walk::Launch& d) {
     if constexpr (!Warp::kForgets) at.move(stage ? -Shape::kStageBytes : Shape::kStageBytes);
   });
   if (warp.rows(table) <= 0) return;
-  const auto end = Warp::kForgets ? Walk::Queries::of(d) : q;
+  const auto end = Warp::kForgets ? Walk::Keys::queries_again(d, table.keys) : q;
   if constexpr (Shape::kFloat) {
     warp.flush(table, end, true);
   } else {

@@ -119,8 +119,8 @@ __device__ __forceinline__ void find_keys(const typename Walk::Launch& d,
   using T = std::remove_const_t<std::remove_pointer_t<decltype(Table::k)>>;
   if (threadIdx.x == 0) {
     const int64_t kv_head = d.kv_head(q.head);
-    table.k = row_at<const T>(d.k(), q.b, 0, kv_head);
-    table.v = row_at<const T>(d.v(), q.b, 0, kv_head);
+    table.k = q.template first_key<const T>(d.k(), kv_head);
+    table.v = q.template first_key<const T>(d.v(), kv_head);
     table.rows = q.rows;
   }
   Table::Keys::find(d, q, &table.keys, table.counters);
@@ -174,7 +174,8 @@ struct KeySource {
   }
 
   __device__ __forceinline__ void store(int t) {
-    const int place = table.keys.place(d, t, table.ring.fetched.at(t)), row = max(place, 0);
+    const int place = table.keys.place(d, t, table.ring.fetched.at(t));
+    const int row = table.keys.row_of(d, max(place, 0));
     typename decltype(table.ring)::Row at{static_cast<uint32_t>(row), 0};
     if (d.compact) at = {chunks_to<kCount>(d.k(), row), chunks_to<kCount>(d.v(), row)};
     table.ring.store(t, at, table.keys.seen_by(d, t, place));
@@ -199,9 +200,9 @@ struct KeySource {
 #pragma unroll 1
     for (int r = KeyCopy::first_row(); r < Shape::kTileRows; r += KeyCopy::row_step()) {
       const auto at = table.ring.row(first + r);
-      const int place = static_cast<int>(at.x);
-      const T* key = table.k + (d.compact ? int64_t{at.x} * kCount : step_to(d.k(), place));
-      const T* value = table.v + (d.compact ? int64_t{at.y} * kCount : step_to(d.v(), place));
+      const int row = static_cast<int>(at.x);
+      const T* key = table.k + (d.compact ? int64_t{at.x} * kCount : step_to(d.k(), row));
+      const T* value = table.v + (d.compact ? int64_t{at.y} * kCount : step_to(d.v(), row));
       const bool exists = table.ring.seen_by(first + r).begin != Seeing::kNobody;
       KeyCopy::copy_to(tile, r, key, exists ? static_cast<int>(p.head_dim) : 0, d.aligned);
       ValueCopy::copy_to(tile + Shape::kTileBytes, r, value,

@@ -67,17 +67,22 @@ def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[st
 
 
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
-    """Whether the kernels of a backend run a sample."""
+    """Whether the kernels of a backend run a sample, and its gradients."""
     return not missing(spec, sample, backend)
 
 
 def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
-    """Why the kernels of a backend do not run a sample."""
+    """Why the kernels of a backend do not run a sample, or not with gradients."""
     if backend == "reference" or not spec.unsupported:
         return []
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     kernels = "cuda" if backend == "emulated" else backend  # wherever the tensors are
-    return unsupported(spec, kernels, spec.lower(*args, **kwargs))
+    lowered = spec.lower(*args, **kwargs)
+    call = spec.forward.record(*lowered)
+    leaves = [getattr(call, name) for name in spec.differentiable]
+    for leaf in (t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()):
+        leaf.requires_grad_()
+    return unsupported(spec, kernels, lowered)
 
 
 def choose(

@@ -28,6 +28,7 @@ CASES = (  # dtype, head dimension, block_q, block_k, options
     "float16:64:64:64:causal,ends",
     "bfloat16:128:128:16:causal",
     "float16:128:1:128:softcap,pages",
+    "float16:128:64:64:causal,ends,packed",
     "bfloat16:256:64:2:causal,ends",
     "float32:64:16:64:causal,ends",
     "float32:128:64:8:each",
@@ -55,12 +56,17 @@ def lowered(dtype, dim, block_q, block_k, options, batch=2, tokens=4096, entries
     if "pages" in options:
         k = empty(batch * tokens // 16, 16, kv_heads, dim, dtype=dtype)
         table = empty(batch, tokens // 16, dtype=torch.int32)
+    indices = empty(batch, lists, rows, entries, dtype=torch.int32)
+    counts = empty(batch, lists, rows, dtype=torch.int32)
+    cu = None
+    if "packed" in options:
+        cu = empty(batch + 1, dtype=torch.int32)
+        q, k, indices, counts = q[0], k[0], indices[0], counts[0]
     return (
-        q, k, k, empty(batch, lists, rows, entries, dtype=torch.int32),
-        empty(batch, lists, rows, dtype=torch.int32), block_q, block_k, "causal" in options,
+        q, k, k, indices, counts, block_q, block_k, "causal" in options,
         4 if ends else 0, 100 if ends else 0, 0.1, 5.0 if "softcap" in options else 0.0,
-        empty(batch, dtype=torch.int32) if ends else None, empty(heads) if ends else None, ends,
-        table,
+        empty(batch, dtype=torch.int32) if ends and cu is None else None,
+        empty(heads) if ends else None, ends, table, cu, cu,
     )  # fmt: skip
 
 
@@ -71,7 +77,7 @@ def kernels(capability, *call, **sizes):
     def launch():
         args = lowered(*call, **sizes)
         out, lse, _ = forward.block_sparse_attention(*args)
-        if args[-1] is None:
+        if args[-3] is None and args[-1] is None:  # pages and packed requests have a forward alone
             backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
 
     return compiled(capability, launch)

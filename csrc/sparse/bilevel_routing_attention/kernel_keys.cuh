@@ -116,6 +116,10 @@ struct RegionQueries {
     return q;
   }
 
+  template <typename T>
+  __device__ T* first_key(const MapRows& rows, int64_t kv_head) const {
+    return row_at<T>(rows, b, 0, kv_head);
+  }
   __device__ int place(int r) const {
     return d.query_map.place(region, d.together.divide(first + r));
   }
@@ -180,6 +184,11 @@ struct RegionKeys {
   }
 
   // All queries see a key, or none.
+  static __device__ __forceinline__ RegionQueries queries_again(const RegionLaunch& d,
+                                                                const RegionKeys&) {
+    return RegionQueries::of(d);
+  }
+  static __device__ __forceinline__ int row_of(const RegionLaunch&, int place) { return place; }
   __device__ __forceinline__ static Seeing seen_by(const RegionLaunch&, int, int place) {
     return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
   }

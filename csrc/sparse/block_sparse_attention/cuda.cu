@@ -1,4 +1,5 @@
 #include "sparse/block_sparse_attention/cuda_launch.cuh"
+#include "sparse/block_sparse_attention/requests.cuh"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
@@ -12,9 +13,11 @@ extern template const char* launch_block_sparse<float>(const BlockSparseParams&,
 
 const char* launch_cuda(const BlockSparseParams& d, void* stream) {
   if (const char* error = cuda::block_sparse_attention::check_sizes(d)) return error;
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (cuda::block_sparse_attention::has_requests(d))
+    return cuda::block_sparse_attention::launch_forward_of_requests(d, queue);
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::block_sparse_attention::launch_block_sparse<T>(d,
-                                                                static_cast<cudaStream_t>(stream));
+    return cuda::block_sparse_attention::launch_block_sparse<T>(d, queue);
   });
 }
 

@@ -9,13 +9,7 @@ template <typename T, int kBucket>
 const char* launch_forward(const BlockSparseParams& d, cudaStream_t stream) {
   using Shape = ListedShape<T, kBucket>;
   using Memory = ForwardMemory<T, kBucket, TileKeys>;
-  const AttentionParams& p = d.attention;
-  BlockSparseLaunch plan =
-      plan_queries(d, Shape::kWarpRows, Shape::kMinRowWarps, Shape::kMaxRowWarps);
-  plan.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
-                 has_whole_chunks<T>(p.v, p.value_dim);
-  plan.compact = has_compact_keys<T>(plan);
-  plan.aligned_out = has_whole_chunks<T>(p.out, p.value_dim);
+  const BlockSparseLaunch plan = plan_forward<T, kBucket>(d);
   return launch<block_sparse_forward_kernel<T, kBucket>>(
       query_tiles(plan), plan.row_warps * Shape::kColumnWarps * kWarpSize,
       Memory::bytes(plan.row_warps), stream, plan);

@@ -1,5 +1,6 @@
 #include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/kernel_mass.cuh"
+#include "sparse/block_sparse_attention/requests.cuh"
 #include "sparse/listed_plan.cuh"
 
 namespace tokenmill {
@@ -11,13 +12,19 @@ const char* launch_mass(const BlockSparseMass& d, cudaStream_t stream) {
   using Shape = MassShape<T, kBucket>;
   const AttentionParams& p = d.attention;
   MassLaunch m{d};
+  m.keys = KeyRows::of<T>(p.k, d.pages);
   const int64_t block = int64_t{1} << d.log2_block_k;
   const int64_t owned = block > Shape::kBlockKeys ? block : Shape::kBlockKeys;
   m.parts = static_cast<int>(ceil_div(d.list.entries << d.log2_block_k, owned));
+  m.blocks = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, int64_t{1} << d.log2_block_q);
   m.aligned = has_whole_chunks<T>(p.q, p.head_dim);
   m.factor = p.scale * kLog2e;
-  return launch<block_sparse_mass_kernel<T, kBucket>>(
-      p.batch * d.list.heads * d.list.rows * m.parts, kMassThreads, Shape::kSharedBytes, stream, m);
+  const int64_t blocks = (p.cu_seqlens_q ? 1 : p.batch) * d.list.heads * m.blocks * m.parts;
+  const int bytes = Shape::kSharedBytes;
+  return has_requests(d) ? launch<block_sparse_mass_kernel<T, kBucket, MassRequests>>(
+                               blocks, kMassThreads, bytes, stream, m)
+                         : launch<block_sparse_mass_kernel<T, kBucket, MassBlocks>>(
+                               blocks, kMassThreads, bytes, stream, m);
 }
 
 }  // namespace

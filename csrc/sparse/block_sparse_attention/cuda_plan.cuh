@@ -3,6 +3,7 @@
 #include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/kernel_keys.cuh"
 #include "sparse/listed_plan.cuh"
+#include "sparse/listed_products.cuh"
 
 namespace tokenmill::cuda::block_sparse_attention {
 
@@ -27,12 +28,28 @@ inline BlockSparseLaunch plan_queries(const BlockSparseParams& d, int warp_rows,
 template <typename T>
 bool has_compact_keys(const BlockSparseLaunch& d) {
   const AttentionParams& p = d.attention;
-  return d.aligned && is_compact<T>(p.seqlen_k * p.k.seq) && is_compact<T>(p.seqlen_k * p.v.seq);
+  const auto end = [&](const Rows& rows) {
+    return d.pages.table ? d.pages.count * rows.batch : p.seqlen_k * rows.seq;
+  };
+  return d.aligned && is_compact<T>(end(p.k)) && is_compact<T>(end(p.v));
+}
+
+template <typename T, int kBucket>
+BlockSparseLaunch plan_forward(const BlockSparseParams& d) {
+  using Shape = ListedShape<T, kBucket>;
+  const AttentionParams& p = d.attention;
+  BlockSparseLaunch plan =
+      plan_queries(d, Shape::kWarpRows, Shape::kMinRowWarps, Shape::kMaxRowWarps);
+  plan.aligned = has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<T>(p.k, p.head_dim) &&
+                 has_whole_chunks<T>(p.v, p.value_dim);
+  plan.compact = has_compact_keys<T>(plan);
+  plan.aligned_out = has_whole_chunks<T>(p.out, p.value_dim);
+  return plan;
 }
 
 inline int64_t query_tiles(const BlockSparseLaunch& d) {
   const AttentionParams& p = d.attention;
-  return p.batch * (p.heads / d.heads_together()) * d.query_blocks * d.tiles;
+  return (p.cu_seqlens_q ? 1 : p.batch) * (p.heads / d.heads_together()) * d.query_blocks * d.tiles;
 }
 
 inline const char* check_sizes(const BlockSparseParams& d) {
@@ -41,6 +58,9 @@ inline const char* check_sizes(const BlockSparseParams& d) {
     return refuse("q", "must have at most 2^29 tokens on CUDA", p.seqlen_q);
   if (p.seqlen_k > kMaxLength)
     return refuse("k", "must have at most 2^29 tokens on CUDA", p.seqlen_k);
+  if (d.pages.table && d.pages.count << d.pages.log2_size > kMaxLength)
+    return refuse("k", "must have at most 2^29 tokens in pages on CUDA",
+                  d.pages.count << d.pages.log2_size);
   const int64_t listed = d.list.entries << d.log2_block_k;
   if (listed > kMaxLength)
     return refuse("indices", "must list at most 2^29 keys of a block on CUDA", listed);

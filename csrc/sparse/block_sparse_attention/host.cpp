@@ -55,7 +55,6 @@ void check_pages(const BlockSparseAttentionArgs& a, int64_t batch) {
   check_block_table(kOp, t, a.k);
   check(t.size(0) == batch, kOp, "block_table", Rule("must have the batch size of q, ", batch),
         t.size(0));
-  check(!a.q.is_cuda, kOp, "block_table", "must be None for the CUDA kernel", t.sizes);
 }
 
 BlockList check_lists(const BlockSparseAttentionArgs& a, int64_t batch) {
@@ -116,8 +115,6 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
     d.pages = {t.data<int32_t>(), t.step(0), a.k.size(0),
                std::countr_zero(static_cast<uint64_t>(a.k.size(1)))};
   }
-  if (a.cu_seqlens_q && a.q.is_cuda)
-    fail(kOp, "cu_seqlens_q", "must be None for the CUDA kernel", show(a.cu_seqlens_q.sizes));
   if (!a.q.is_cuda) check_values(a, d);
   const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);
@@ -216,6 +213,9 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
   check(!a.forward.block_table, kOp, "block_table", "must be None: keys in pages have no gradient",
         a.forward.block_table.sizes);
   p.forward = make_params(a.forward);
+  if (a.forward.cu_seqlens_q)
+    check(!q.is_cuda, kOp, "cu_seqlens_q", "must be None for gradients on CUDA",
+          a.forward.cu_seqlens_q.sizes);
   const AttentionParams& f = p.forward.attention;
   const bool wants_sink = a.needs_dsink && a.forward.sink;
   Array dsink = zeros(wants_sink ? std::vector<int64_t>{f.batch, f.heads} : std::vector<int64_t>{0},

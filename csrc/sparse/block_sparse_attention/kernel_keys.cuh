@@ -50,6 +50,11 @@ struct QueryTile {
     return q;
   }
 
+  template <typename T>
+  __device__ T* first_key(const Rows& rows, int64_t kv_head) const {
+    return row_at<T>(rows, b, 0, kv_head);
+  }
+  __device__ SeenKeys seen(const BlockSparseLaunch& d, int r) const { return d.seen(b, query(r)); }
   __device__ int query(int r) const { return first_query + (first + r) / together; }
   __device__ int place(int r) const { return query(r); }
   __device__ int head_of(int r) const { return head + (first + r) % together; }
@@ -71,12 +76,13 @@ struct TileKeys {
 
   // All threads of a block together; `shared` is room for one. The list is read once: where it
   // ascends, how many ids lie before an end is where that end is.
-  __device__ static void find(const BlockSparseLaunch& d, const QueryTile& q, TileKeys* shared,
+  template <typename Queries>
+  __device__ static void find(const BlockSparseLaunch& d, const Queries& q, TileKeys* shared,
                               int* counters) {
     const int64_t h = d.list_head(q.head);
     const int32_t* list = d.list.at(q.b, h, q.block);
     const int count = static_cast<int>(d.list.count(q.b, h, q.block));
-    const SeenKeys of_first = d.seen(q.b, q.query(0)), of_last = d.seen(q.b, q.query(q.rows - 1));
+    const SeenKeys of_first = q.seen(d, 0), of_last = q.seen(d, q.rows - 1);
     const int begin = static_cast<int>(of_last.sinks), end = static_cast<int>(of_last.listed);
     if (threadIdx.x < 2) counters[threadIdx.x] = 0;
     __syncthreads();
@@ -115,6 +121,12 @@ struct TileKeys {
     __syncthreads();
   }
 
+  // As they were found.
+  static __device__ __forceinline__ QueryTile queries_again(const BlockSparseLaunch& d,
+                                                            const TileKeys&) {
+    return QueryTile::of(d);
+  }
+
   // The id that key t comes from; null: none.
   __device__ __forceinline__ const int32_t* id_at(const BlockSparseLaunch& d, int t) const {
     return is_listed(t) ? list + entry(d, t) : nullptr;
@@ -131,6 +143,10 @@ struct TileKeys {
     const int in_block = (t - sinks) & ((1 << d.log2_block_k) - 1);
     const int position = (id << d.log2_block_k) + in_block;
     return position >= listed_begin && position < listed_end ? position : kNowhere;
+  }
+
+  static __device__ __forceinline__ int row_of(const BlockSparseLaunch&, int place) {
+    return place;
   }
 
   // Of key t, which lies at `position`.

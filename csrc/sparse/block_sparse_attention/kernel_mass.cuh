@@ -11,6 +11,7 @@
 #include "cuda/attention/stage_addresses.cuh"
 #include "cuda/attention/tile_shape.cuh"
 #include "cuda/math.cuh"
+#include "sparse/block_sparse_attention/kernel_requests.cuh"
 #include "sparse/block_sparse_attention/mass.h"
 
 namespace tokenmill::cuda::block_sparse_attention {
@@ -38,26 +39,61 @@ struct MassShape : TileShape<T, kBucket> {
 };
 
 struct MassLaunch : BlockSparseMass {
-  int parts;     // blocks of a list
-  bool aligned;  // rows of queries and keys are whole 16-byte chunks
-  float factor;  // of products in exponents of 2
+  KeyRows keys;
+  int parts;       // blocks of a list
+  int64_t blocks;  // of queries, of a head
+  bool aligned;    // rows of queries and keys are whole 16-byte chunks
+  float factor;    // of products in exponents of 2
+};
+
+// As RequestBlock, of a batch whose keys are positions.
+struct QueryBlock {
+  int b, block;
+  int first_query, queries;
+  int diagonal, length;
+
+  __device__ static QueryBlock of(const BlockSparseParams& d, int b, int64_t index) {
+    const int64_t tokens = d.attention.seqlen_q, first = index << d.log2_block_q;
+    const int queries = static_cast<int>(min(int64_t{1} << d.log2_block_q, tokens - first));
+    const int length = static_cast<int>(d.length(b));
+    return {b,       static_cast<int>(index),           static_cast<int>(first),
+            queries, length - static_cast<int>(tokens), length};
+  }
+  __device__ static constexpr bool exists() { return true; }
+  template <typename T>
+  __device__ T* first_key(const BlockSparseParams&, const Rows& rows, int64_t kv_head) const {
+    return rows_at<T>(rows, b, 0, kv_head);
+  }
+};
+
+struct MassBlocks {
+  using Block = QueryBlock;
+  static constexpr bool kPaged = false;
+  static __device__ const Rows& keys(const MassLaunch& d) { return d.attention.k; }
+};
+
+// Of packed requests, and of keys in pages.
+struct MassRequests {
+  using Block = RequestBlock;
+  static constexpr bool kPaged = true;
+  static __device__ const KeyRows& keys(const MassLaunch& d) { return d.keys; }
 };
 
 // The list of a block, and the keys that it owns there: number x of a list is a key of its entry
 // x >> log2_block_k.
 template <int kBlockKeys>
 struct MassPlace {
-  int64_t b, list_head, list_row, item;
+  int64_t b, list_head, block;
   int64_t first;   // key of the list
   int64_t passes;  // over kBlockKeys keys, of one entry where there are several
 
   __device__ explicit MassPlace(const MassLaunch& d) {
-    item = blockIdx.x / d.parts;
-    list_row = item % d.list.rows;
-    list_head = item / d.list.rows % d.list.heads;
-    b = item / d.list.rows / d.list.heads;
-    const int64_t block = int64_t{1} << d.log2_block_k;
-    passes = block > kBlockKeys ? block / kBlockKeys : 1;
+    const int64_t item = blockIdx.x / d.parts;
+    block = item % d.blocks;
+    list_head = item / d.blocks % d.list.heads;
+    b = item / d.blocks / d.list.heads;
+    const int64_t keys = int64_t{1} << d.log2_block_k;
+    passes = keys > kBlockKeys ? keys / kBlockKeys : 1;
     first = int64_t{blockIdx.x % static_cast<unsigned>(d.parts)} * kBlockKeys * passes;
   }
 };
@@ -77,21 +113,21 @@ __device__ inline int mass_key(const MassLaunch& d, const int32_t* ids, int64_t 
   return static_cast<int>(at);
 }
 
-template <typename T, int kBucket>
+template <typename T, int kBucket, typename Walk>
 class MassWarp {
  public:
   using Shape = MassShape<T, kBucket>;
   using Row = typename Shape::Row;
   static constexpr int kTiles = Shape::kOwnTiles;
 
-  // `keys` are where those of this warp lie.
-  __device__ MassWarp(const MassLaunch& d, const T* head, const int* keys)
-      : d_(d), head_(head), keys_(keys) {
+  // `keys` are the positions of those of this warp, `rows` where they lie.
+  __device__ MassWarp(const MassLaunch& d, const T* head, const int* keys, const int* rows)
+      : d_(d), head_(head), rows_(rows) {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        key_[m][half] = keys_[own(m, half)];
+        key_[m][half] = keys[own(m, half)];
         sum_[m][half] = 0;
       }
       if constexpr (Shape::kOwnInRegisters)
@@ -146,9 +182,9 @@ class MassWarp {
     const int chunk = 4 * slice + static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int key = keys_[own(m, half)];
-      const T* row = head_ + int64_t{max(key, 0)} * d_.attention.k.seq;
-      load_chunk(to.words[half], row, chunk, key < 0 ? 0 : static_cast<int>(d_.attention.head_dim),
+      const int at = rows_[own(m, half)];
+      const T* row = head_ + step_to(Walk::keys(d_), max(at, 0));
+      load_chunk(to.words[half], row, chunk, at < 0 ? 0 : static_cast<int>(d_.attention.head_dim),
                  false);
     }
   }
@@ -176,7 +212,7 @@ class MassWarp {
 
   const MassLaunch& d_;
   const T* head_;
-  const int* keys_;
+  const int* rows_;
   int key_[kTiles][2];
   float sum_[kTiles][2];  // of this lane
   QuerySlice slices_[Shape::kOwnInRegisters ? kTiles : 1]
@@ -217,7 +253,7 @@ __device__ __forceinline__ void load_rows(uint32_t tile, typename MassShape<T, k
 }
 
 // For a third block of a multiprocessor ptxas would spill.
-template <typename T, int kBucket>
+template <typename T, int kBucket, typename Walk>
 __global__ void __launch_bounds__(kMassThreads, 2)
     block_sparse_mass_kernel(const __grid_constant__ MassLaunch d) {
   using Shape = MassShape<T, kBucket>;
@@ -226,21 +262,20 @@ __global__ void __launch_bounds__(kMassThreads, 2)
   const uint32_t stages = shared_address(shared);
   Row* const rows_of_stage = reinterpret_cast<Row*>(shared + 2 * Shape::kTileBytes);
   float* const sums = reinterpret_cast<float*>(rows_of_stage + 2 * Shape::kTileRows);
-  __shared__ int keys[Shape::kBlockKeys];
+  __shared__ int keys[Shape::kBlockKeys], rows_of_keys[Walk::kPaged ? Shape::kBlockKeys : 1];
+  int* const places = Walk::kPaged ? rows_of_keys : keys;
 
   const AttentionParams& p = d.attention;
   const MassPlace<Shape::kBlockKeys> place(d);
-  const int64_t length = d.length(place.b);
-  const int32_t* ids = d.list.at(place.b, place.list_head, place.list_row);
-  const int64_t count = d.list.count(place.b, place.list_head, place.list_row);
+  const auto block = Walk::Block::of(d, static_cast<int>(place.b), place.block);
+  if (!block.exists()) return;
+  const int32_t* ids = d.list.at(place.b, place.list_head, block.block);
+  const int64_t count = d.list.count(place.b, place.list_head, block.block);
   const int group = static_cast<int>(p.heads / p.kv_heads);
   const int all = static_cast<int>(p.heads / d.list.heads), together = min(all, group);
-  MassRows rows{place.b, 0, place.list_row << d.log2_block_q};
-  rows.queries =
-      static_cast<int>(min(int64_t{1} << d.log2_block_q, int64_t{p.seqlen_q} - rows.first_query));
-  rows.rows = rows.queries * together;
+  MassRows rows{place.b, 0, block.first_query, block.queries, block.queries * together};
   // Query i sees key j through the list if i + diagonal >= j; without a mask any does.
-  const int diagonal = static_cast<int>(length - p.seqlen_q - d.num_recent);
+  const int diagonal = block.diagonal - static_cast<int>(d.num_recent);
   const auto sees = [&](int key, int query) {
     return key >= 0 && query >= 0 && (!d.causal || query + diagonal >= key);
   };
@@ -255,17 +290,23 @@ __global__ void __launch_bounds__(kMassThreads, 2)
 #pragma unroll 1
   for (int64_t pass = 0; pass < place.passes; ++pass) {
     __syncthreads();
-    for (int x = threadIdx.x; x < Shape::kBlockKeys; x += blockDim.x)
-      keys[x] =
-          mass_key(d, ids, count, ascends, length, place.first + pass * Shape::kBlockKeys + x);
+    for (int x = threadIdx.x; x < Shape::kBlockKeys; x += blockDim.x) {
+      keys[x] = mass_key(d, ids, count, ascends, block.length,
+                         place.first + pass * Shape::kBlockKeys + x);
+      if constexpr (Walk::kPaged) {
+        const int32_t* table = block.page_table(d);
+        places[x] = table && keys[x] >= 0 ? row_of_key(d.pages, table, keys[x]) : keys[x];
+      }
+    }
     bool any = false;
     for (int x = threadIdx.x; x < Shape::kBlockKeys; x += blockDim.x) any |= keys[x] >= 0;
     if (!__syncthreads_or(any)) continue;
 #pragma unroll 1
     for (int head = 0; head < all; head += together) {
       rows.head = place.list_head * all + head;
-      MassWarp<T, kBucket> own(d, rows_at<const T>(p.k, place.b, 0, rows.head / group),
-                               keys + warp * Shape::kOwnKeys);
+      MassWarp<T, kBucket, Walk> own(
+          d, block.template first_key<const T>(d, p.k, rows.head / group),
+          keys + warp * Shape::kOwnKeys, places + warp * Shape::kOwnKeys);
       __syncthreads();
       load_rows<T, kBucket>(stages, rows_of_stage, d, rows, 0);
       cp_async_commit();
@@ -289,7 +330,9 @@ __global__ void __launch_bounds__(kMassThreads, 2)
   }
   const int64_t entry = (place.first >> d.log2_block_k) + threadIdx.x;
   if (threadIdx.x < entries && entry < d.list.entries)
-    d.mass[place.item * d.list.entries + entry] = total;
+    d.mass[((place.b * d.list.heads + place.list_head) * d.list.rows + block.block) *
+               d.list.entries +
+           entry] = total;
 }
 
 }  // namespace tokenmill::cuda::block_sparse_attention

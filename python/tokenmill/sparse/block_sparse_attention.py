@@ -177,7 +177,7 @@ def block_sparse_attention(
             ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
             Entries behind a request's last key may hold anything. Forward only.
         cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, Sk, Hk, ...]`` or pages.
+            too, or ``[B, Sk, Hk, ...]`` or pages. With gradients on cpu and the reference alone.
         cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
         return_lse: also return lse.
         return_mass: also return the probability that the entries of lists received.
@@ -429,10 +429,11 @@ def backward_flops(*lowered: Any) -> float:
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:
     a = FORWARD.record(*lowered)
-    if backend == "cuda" and a.block_table is not None:
-        return ["the CUDA kernel has no block_table"]
-    if backend in ("cuda", "triton") and a.cu_seqlens_q is not None:
-        return ["packed requests have a kernel on the CPU alone"]
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (a.q, a.k, a.v, a.sink)
+    )
+    if backend in ("cuda", "triton") and a.cu_seqlens_q is not None and learns:
+        return ["packed requests have gradients on the CPU alone"]
     return []
 
 
