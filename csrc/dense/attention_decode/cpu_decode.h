@@ -35,26 +35,9 @@ void decode(const typename Keys::Params& d) {
   rows == 2 ? decode_rows<Keys, 2>(d) : decode_rows<Keys, 4>(d);
 }
 
-// KeysOf<Op, element type> for the elements at hand. Rows of latent heads and float8 share words of
-// keys if they fill more than half of a block.
 template <template <class, DType> class KeysOf, class Params>
-void decode_elements(const Params& d) {
-  using Floats = KeysOf<Float32, DType::float32>;
-  const AttentionParams& p = d.attention;
-  const bool codes = d.cache.dtype == DType::float8_e4m3fn;
-  const bool latent = p.head_dim > kLongHead || p.value_dim > kLongHead;
-  if ((codes || latent) && rows_of_head<Floats>(d) > kWidth / 2) {
-#if defined(__AVX512BF16__)
-    if (d.cache.dtype == DType::bfloat16)
-      return decode_rows<KeysOf<BFloat16, DType::bfloat16>, kWidth, true>(d);
-#endif
-    return decode_rows<Floats, kWidth, true>(d);
-  }
-  if (codes) {
-    using Codes = KeysOf<Float32, DType::float8_e4m3fn>;
-    return rows_of_head<Codes>(d) == 1 ? decode_rows<Codes, 1>(d) : decode_rows<Codes, 4>(d);
-  }
-  switch (p.dtype) {
+void decode_narrow(const Params& d) {
+  switch (d.attention.dtype) {
     case DType::float16:
       return decode<KeysOf<Float32, DType::float16>>(d);
     case DType::bfloat16:
@@ -66,6 +49,37 @@ void decode_elements(const Params& d) {
     default:
       return decode<KeysOf<Float32, DType::float32>>(d);
   }
+}
+template <template <class, DType> class KeysOf, class Params>
+void decode_tiles(const Params& d) {
+#if defined(__AVX512BF16__)
+  if (d.cache.dtype == DType::bfloat16)
+    return decode_rows<KeysOf<BFloat16, DType::bfloat16>, kWidth, true>(d);
+#endif
+  decode_rows<KeysOf<Float32, DType::float32>, kWidth, true>(d);
+}
+
+// KeysOf<Op, element type> for the elements at hand. Rows of latent heads and float8 share words of
+// keys if they fill more than half of a block.
+template <template <class, DType> class KeysOf, class Params>
+void decode_elements(const Params& d) {
+  using Floats = KeysOf<Float32, DType::float32>;
+  const AttentionParams& p = d.attention;
+  const bool codes = d.cache.dtype == DType::float8_e4m3fn;
+  const bool latent = p.head_dim > kLongHead || p.value_dim > kLongHead;
+  if ((codes || latent) && rows_of_head<Floats>(d) > kWidth / 2) return decode_tiles<KeysOf>(d);
+  if (codes) {
+    using Codes = KeysOf<Float32, DType::float8_e4m3fn>;
+    return rows_of_head<Codes>(d) == 1 ? decode_rows<Codes, 1>(d) : decode_rows<Codes, 4>(d);
+  }
+  decode_narrow<KeysOf>(d);
+}
+
+// The same of latent heads whose keys are of the type of q.
+template <template <class, DType> class KeysOf, class Params>
+void decode_latent(const Params& d) {
+  const bool tiles = rows_of_head<KeysOf<Float32, DType::float32>>(d) > kWidth / 2;
+  tiles ? decode_tiles<KeysOf>(d) : decode_narrow<KeysOf>(d);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -103,7 +103,7 @@ class DecodeWorker {
     parts_ = plan_.parts_of(steps);
     part_ = item - unit.first_item;
     range_ = all.part(part_ * steps / parts_, (part_ + 1) * steps / parts_, kStep);
-    length_ = plan_.d.cache.length(b_);
+    length_ = plan_.d.length(b_);
     keys_.begin(b_, first_head_, unit.row, plan_.kept + unit.kept);
   }
 
@@ -115,8 +115,13 @@ class DecodeWorker {
     return {first_query_ + r / plan_.group, (first_head_ + own) * plan_.group + r % plan_.group};
   }
   char* row_at(const Rows& rows, Query at) const {
+    const QueryPlace to = plan_.d.place(b_, at.i);
     return static_cast<char*>(rows.data) +
-           (b_ * rows.batch + (q_start_ + at.i) * rows.seq + at.h * rows.head) * row_element_;
+           (to.b * rows.batch + (q_start_ + to.i) * rows.seq + at.h * rows.head) * row_element_;
+  }
+  float* lse_at(Query at) const {
+    if (p_.cu_seqlens_q) return lse_of(p_, p_.lse, b_, q_start_, at.h) + at.i;
+    return p_.lse + plan_.d.lse_at(b_, at.i, at.h);
   }
 
   // The constant of a head, of which softmax weights do not see the finite part.
@@ -468,7 +473,7 @@ class DecodeWorker {
         if (p_.normalize == Normalize::count) sum = keys_.visible(i, head);
         scale = {normalizer(p_, sum), sum};
       }
-      if (p_.lse) lse_of(p_, p_.lse, b_, q_start_, head)[i] = scale.lse;
+      if (p_.lse) *lse_at({i, head}) = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), p_.dtype, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];

@@ -59,8 +59,8 @@ class DecodeBlock {
     const int last = s_.row_tile * plan_.tile_rows + rows() - 1;
     for (int r = first; r < plan_.tile_rows; r += kDecodeThreads / QueryCopy::kLanes) {
       const int row = s_.row_tile * plan_.tile_rows + r, read = min(row, last);
-      const T* from =
-          rows_at<T>(p.q, s_.b, read / plan_.group, s_.h * plan_.group + read % plan_.group);
+      const QueryPlace at = d_.place(s_.b, read / plan_.group);
+      const T* from = rows_at<T>(p.q, at.b, at.i, s_.h * plan_.group + read % plan_.group);
       QueryCopy::copy_to(queries_, r, from, row <= last ? static_cast<int>(p.head_dim) : 0,
                          plan_.aligned);
     }

@@ -66,10 +66,10 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
   const int i = in_head / plan.group, h = s.h * plan.group + in_head % plan.group;
   float factor = 1 / scale_of<T>(p.map);
   if (p.map == ScoreMap::softmax) {
-    const float shift = constant_of(p, s.b, h, static_cast<int>(d.cache.length(s.b)));
+    const float shift = constant_of(p, s.b, h, static_cast<int>(d.length(s.b)));
     const RowScale scale =
         softmax_epilogue(sums.sum, sums.row_max, p.sink ? p.sink + h : nullptr, shift);
-    if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = scale.lse;
+    if (lane == 0) p.lse[d.lse_at(s.b, i, h)] = scale.lse;
     factor = scale.factor;
   } else if (p.normalize != Normalize::none) {
     const Band band = decode_band(p, p.seqlen_q, d.cache.length(s.b));
@@ -78,10 +78,11 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
                           : static_cast<float>(max(band.end(i) - band.begin(i), int64_t{0}));
     if constexpr (kMasked)
       if (p.normalize == Normalize::count) statistic = seen_keys(p, s.b, h, i, band);
-    if (lane == 0) p.lse[(s.b * p.heads + h) * p.seqlen_q + i] = statistic;
+    if (lane == 0) p.lse[d.lse_at(s.b, i, h)] = statistic;
     factor *= inverse_of_row(p.map, p.normalize, statistic);
   }
-  T* out = rows_at<T>(p.out, s.b, i, h);
+  const QueryPlace at = d.place(s.b, i);
+  T* out = rows_at<T>(p.out, at.b, at.i, h);
 #pragma unroll
   for (int c = 0; c < sums.kColumns; ++c) {
     const int column = lane + c * kWarpSize;

@@ -5,9 +5,27 @@
 
 namespace tokenmill {
 
-struct DecodeParams {
+// Where a query lies in q and out.
+struct QueryPlace {
+  int64_t b, i;
+};
+
+// Queries of requests against the cache of each. Where a query is a request of its own, a record
+// that derives from this one says where it lies, and hides these functions.
+struct CacheAttention {
   AttentionParams attention;  // k, v and seqlen_k are the cache's; no bias
   KvCache cache;
+
+  TOKENMILL_HOST_DEVICE int64_t length(int64_t b) const { return cache.length(b); }
+  // Query i of request b.
+  TOKENMILL_HOST_DEVICE QueryPlace place(int64_t b, int64_t i) const { return {b, i}; }
+  // Of head h, in lse that is not packed.
+  TOKENMILL_HOST_DEVICE int64_t lse_at(int64_t b, int64_t i, int64_t h) const {
+    return (b * attention.heads + h) * attention.seqlen_q + i;
+  }
+};
+
+struct DecodeParams : CacheAttention {
   // CPU: the requests to answer, or null: all. Kernels for a few rows take those with as many
   // queries each.
   const int32_t* requests;

@@ -9,15 +9,16 @@ template <typename Keys>
 class SparseWarp
     : public DecodeProducts<typename Keys::Element, Keys::Shape::kBucket, typename Keys::Shape> {
  public:
+  using Params = typename Keys::Params;
   using Shape = typename Keys::Shape;
   using Products = DecodeProducts<typename Keys::Element, Shape::kBucket, Shape>;
   using typename Products::Addresses;
 
-  __device__ SparseWarp(const SparseLaunch& d, const DecodePlan& plan, uint32_t queries)
+  __device__ SparseWarp(const Params& d, const DecodePlan& plan, uint32_t queries)
       : Products(plan, queries), d_(d) {}
 
-  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s,
-                                        const SparseLaunch& d, const Keys& keys) {
+  __device__ __forceinline__ void start(const DecodePlan& plan, const Segment& s, const Params& d,
+                                        const Keys& keys) {
     const KeyRow& row = keys.row();
     const int first = s.row_tile * plan.tile_rows + row_warp_ * 16;
     active_ = first < plan.rows;
@@ -81,7 +82,7 @@ class SparseWarp
     }
   }
 
-  const SparseLaunch& d_;
+  const Params& d_;
   int position_[2];  // of the queries of rows g and g + 8, in the request
   int rows_;         // from row g on
   int list_begin_, list_end_;
@@ -89,7 +90,7 @@ class SparseWarp
 };
 
 template <typename Keys>
-__device__ __forceinline__ void run_listed(const SparseLaunch& d, const DecodePlan& plan) {
+__device__ __forceinline__ void run_listed(const typename Keys::Params& d, const DecodePlan& plan) {
   extern __shared__ __align__(128) unsigned char shared[];
   DecodeBlock<Keys> block(d, plan, shared);
   Segment s;

@@ -6,7 +6,8 @@
 namespace tokenmill::cuda::sparse_decode_attention {
 
 // What the host adds to a call.
-struct SparseLaunch : SparseDecodeParams {
+template <class Params>
+struct ListedLaunch : Params {
   // Exponents in base 2 of what the list adds, for mass: a row of `logit_row` of them for each row
   // of each list head. Null without mass.
   float* logits;
@@ -14,13 +15,15 @@ struct SparseLaunch : SparseDecodeParams {
   int2* listed;      // [B, row heads], the entries that each list adds: first and last + 1
   bool wide_tables;  // four rotations at once can be read
 };
+struct SparseLaunch : ListedLaunch<SparseDecodeParams> {};
 
 // Of the first key in a row of logits: whole steps of the kernel are stored.
 constexpr int kLogitAlign = 16;
 
 // KeyRow::of by all threads of a block. Each warp searches for both ends of the list at once, four
 // halvings at a time: half a warp reads the 15 entries that these may ask for.
-__device__ inline KeyRow find_row(const SparseDecodeParams& d, int64_t b, int64_t h) {
+template <class Params>
+__device__ __forceinline__ KeyRow find_row(const Params& d, int64_t b, int64_t h) {
   const int lane = threadIdx.x % kWarpSize, node = lane % 16;
   const KeyRow::Listed listed = KeyRow::Listed::of(d, b);
   const int64_t key = lane < 16 ? listed.first_block(d.log2_block) : listed.end;
@@ -74,10 +77,10 @@ class SparseWarp;
 
 // Extra keys beside a Float8 cache are of T. Their values become bfloat16: those of float16 in two
 // parts, for which a key stands in the row twice, with half of its weight and twice its scale.
-template <typename T, int kBucket, typename Cache = T>
+template <typename T, int kBucket, typename Cache = T, typename Launch = SparseLaunch>
 class ListedKeys {
  public:
-  using Params = SparseLaunch;
+  using Params = Launch;
   using Element = T;
   using Shape = DecodeShape<T, kBucket, Cache>;
   using Warp = SparseWarp<ListedKeys>;

@@ -3,15 +3,13 @@
 // The keys that a list head attends to stand in a row: the first tokens of the request, the blocks
 // of its list, the last tokens, and keys from outside the cache. Kernels stream over that row.
 #pragma once
-#include "core/kv_cache.h"
 #include "cpu/isa.h"
-#include "dense/attention/params.h"
+#include "dense/attention_decode/params.h"
 
 namespace tokenmill {
 
-struct SparseDecodeParams {
-  AttentionParams attention;  // softmax; neither bias, score bias, ALiBi, window nor packed
-  KvCache cache;
+// attention: softmax; neither bias, score bias, ALiBi, window nor packed.
+struct SparseDecodeParams : CacheAttention {
   const int32_t* indices;  // [B, list heads, entries] with strides
   int64_t indices_batch, indices_head, entries;
   const int32_t* counts;  // [B, list heads] with strides
@@ -46,6 +44,9 @@ struct SparseDecodeParams {
     const int64_t n = counts[b * counts_batch + (list_heads == 1 ? 0 : h) * counts_head];
     return n < 0 ? 0 : n > entries ? entries : n;
   }
+  TOKENMILL_HOST_DEVICE KvCache::Slot find(int64_t b, int64_t position) const {
+    return cache.find(b, position);
+  }
 };
 
 // Where a key of a row lies, and its position in the request.
@@ -71,8 +72,9 @@ struct KeyRow {
   struct Listed {
     int64_t begin, end;
 
-    TOKENMILL_HOST_DEVICE static Listed of(const SparseDecodeParams& d, int64_t b) {
-      const int64_t length = d.cache.length(b);
+    template <class Params>
+    TOKENMILL_HOST_DEVICE static Listed of(const Params& d, int64_t b) {
+      const int64_t length = d.length(b);
       const int64_t old = length > d.num_recent ? length - d.num_recent : 0;
       return {d.num_sink < old ? d.num_sink : old, old};
     }
@@ -82,7 +84,9 @@ struct KeyRow {
     }
   };
 
-  static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t h) {
+  // Always inlined: a copy in an object of one instruction set would be weak.
+  template <class Params>
+  __attribute__((always_inline)) static KeyRow of(const Params& d, int64_t b, int64_t h) {
     const Listed listed = Listed::of(d, b);
     const int32_t* list = d.list(b, h);
     const int64_t count = d.count(b, h), first_block = listed.first_block(d.log2_block);
@@ -96,11 +100,12 @@ struct KeyRow {
   }
 
   // With what search or scan found.
-  TOKENMILL_HOST_DEVICE static KeyRow of(const SparseDecodeParams& d, int64_t b, int64_t first,
-                                         int64_t last, bool ascends) {
+  template <class Params>
+  TOKENMILL_HOST_DEVICE static KeyRow of(const Params& d, int64_t b, int64_t first, int64_t last,
+                                         bool ascends) {
     KeyRow row{};
     row.ascends = ascends;
-    row.length = d.cache.length(b);
+    row.length = d.length(b);
     row.sinks = Listed::of(d, b).begin;
     row.first = first;
     row.last = last < first ? first : last;
@@ -150,8 +155,8 @@ struct KeyRow {
 
   // Number t of the row. Entries that do not count, keys that the request does not have and pages
   // that do not exist are nowhere.
-  TOKENMILL_HOST_DEVICE RowKey key(const SparseDecodeParams& d, int64_t b, int64_t h,
-                                   int64_t t) const {
+  template <class Params>
+  TOKENMILL_HOST_DEVICE RowKey key(const Params& d, int64_t b, int64_t h, int64_t t) const {
     if (t >= cached) return {{static_cast<int32_t>(t - cached), RowKey::kExtra}, 0};
     int64_t position = t;
     if (t >= list_end) {
@@ -163,7 +168,7 @@ struct KeyRow {
       position = list[entry] * block + ((t - list_begin) & (block - 1));
       if (position < sinks || position >= length || !counts(list, entry)) return {};
     }
-    const KvCache::Slot at = d.cache.find(b, position);
+    const KvCache::Slot at = d.find(b, position);
     if (at.page < 0) return {};
     return {at, static_cast<int32_t>(position)};
   }
