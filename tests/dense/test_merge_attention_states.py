@@ -64,3 +64,14 @@ def test_a_finite_mask_over_all_keys_gives_the_mean_of_the_parts(backend):
     outs, lses = (torch.stack(t) for t in zip(*parts, strict=True))
     out, _ = merge(backend, outs, lses)
     torch.testing.assert_close(out.cpu(), v.mean(1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_row_alone_has_the_bits_that_it_has_among_many(backend, dtype):
+    outs, lses = torch.randn(3, 1, 1, 2, 72).to(dtype), torch.randn(3, 1, 2, 1)
+    lses[1, 0, 0] = -torch.inf
+    alone = merge(backend, outs, lses)
+    many = merge(backend, outs.expand(-1, -1, 70, -1, -1), lses.expand(-1, -1, -1, 70))
+    assert torch.equal(alone[0].expand_as(many[0]), many[0])
+    assert torch.equal(alone[1].expand_as(many[1]), many[1])

@@ -4,42 +4,62 @@
 namespace tokenmill {
 namespace {
 
-template <auto kKernel, typename Params>
-const char* launch_rows(const Params& params, const MergeParams& p, void* stream) {
+using namespace cuda::merge_attention_states;
+using cuda::kWarpSize;
+
+dim3 grid_of(const MergeParams& p) {
   const auto limited = [](int64_t blocks) {
     return static_cast<unsigned>(blocks < 65535 ? blocks : 65535);
   };
-  const dim3 grid(limited(p.heads),
-                  limited(ceil_div(p.seqlen, cuda::merge_attention_states::kMergeWarps)),
-                  limited(p.batch));
-  return cuda::launch<kKernel>(grid, cuda::merge_attention_states::kMergeThreads, 0,
-                               static_cast<cudaStream_t>(stream), params);
+  return {limited(p.heads), limited(ceil_div(p.seqlen, kMergeWarps)), limited(p.batch)};
+}
+
+// Rows fewer than multiprocessors are cut into slices, until there is one for each of these. A
+// slice has a sector of memory at least.
+template <typename T, int kVector>
+const char* launch_merge(const MergeParams& p, cudaStream_t stream) {
+  constexpr int64_t kSector = 32 / sizeof(T);
+  const int64_t rows = p.rows(), wanted = cuda::multiprocessors();
+  if (rows >= wanted)
+    return cuda::launch<merge_kernel<T, kVector>>(grid_of(p), kMergeThreads, 0, stream, p);
+  const int64_t narrow = p.dim / ceil_div(wanted, rows) / kSector * kSector;
+  const int64_t slice = narrow > kSector ? narrow : kSector;
+  const auto slices = static_cast<unsigned>(p.dim > slice ? ceil_div(p.dim, slice) : 1);
+  const dim3 grid(static_cast<unsigned>(p.heads) * slices, static_cast<unsigned>(p.seqlen),
+                  static_cast<unsigned>(p.batch));
+  return cuda::launch<merge_slices_kernel<T, kVector>>(grid, kWarpSize, 0, stream, p, slices,
+                                                       slice);
+}
+
+template <typename T, int kVector>
+const char* launch_backward(const MergeBackwardParams& q, cudaStream_t stream) {
+  const MergeParams& p = q.forward;
+  return cuda::launch<merge_backward_kernel<T, kVector>>(grid_of(p), kMergeThreads, 0, stream, q);
 }
 
 }  // namespace
 
 const char* launch_cuda(const MergeParams& p, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
     return cuda::is_vectorizable<T>(p.outs, p.dim, p.outs_part, p.outs_batch, p.outs_seq,
                                     p.outs_head)
-               ? launch_rows<cuda::merge_attention_states::merge_kernel<T, kVector>>(p, p, stream)
-               : launch_rows<cuda::merge_attention_states::merge_kernel<T, 1>>(p, p, stream);
+               ? launch_merge<T, kVector>(p, s)
+               : launch_merge<T, 1>(p, s);
   });
 }
 
 const char* launch_cuda(const MergeBackwardParams& q, void* stream) {
   const MergeParams& p = q.forward;
+  const auto s = static_cast<cudaStream_t>(stream);
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
     constexpr int kVector = 16 / sizeof(T);
     const bool vector =
         cuda::is_vectorizable<T>(p.outs, p.dim, p.outs_part, p.outs_batch, p.outs_seq,
                                  p.outs_head) &&
         cuda::is_vectorizable<T>(q.dout, p.dim, q.dout_batch, q.dout_seq, q.dout_head);
-    return vector ? launch_rows<cuda::merge_attention_states::merge_backward_kernel<T, kVector>>(
-                        q, p, stream)
-                  : launch_rows<cuda::merge_attention_states::merge_backward_kernel<T, 1>>(q, p,
-                                                                                           stream);
+    return vector ? launch_backward<T, kVector>(q, s) : launch_backward<T, 1>(q, s);
   });
 }
 

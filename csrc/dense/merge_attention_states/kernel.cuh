@@ -61,28 +61,50 @@ struct MergeScale {
   }
 };
 
+// Channels of the row from `first` on, `step` apart.
+template <typename T, int kVector>
+__device__ __forceinline__ void merge_channels(const MergeParams& p, const MergeRow& row,
+                                               const MergeScale& scale, int64_t first, int64_t end,
+                                               int64_t step) {
+  const T* outs = static_cast<const T*>(p.outs);
+  T* out = static_cast<T*>(p.out);
+  for (int64_t d = first; d < end; d += step) {
+    float sum[kVector] = {}, x[kVector];
+    for (int64_t i = 0; i < p.parts; ++i) {
+      const float w = scale.weight(p, row, i);
+      if (w == 0) continue;
+      load_floats(x, outs + row.outs + i * p.outs_part + d);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sum[j] = fmaf(w, x[j], sum[j]);
+    }
+    store_floats(out + row.index * p.dim + d, sum);
+  }
+}
+
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks)
     merge_kernel(const __grid_constant__ MergeParams p) {
   const int lane = threadIdx.x % kWarpSize;
-  const T* outs = static_cast<const T*>(p.outs);
-  T* out = static_cast<T*>(p.out);
   visit_rows(p, [&](int64_t b, int64_t s, int64_t h) {
     const MergeRow row(p, b, s, h);
     const MergeScale scale(p, row);
     if (p.lses && lane == 0) p.lse[row.lse] = scale.row_max + logf(scale.sum);
-    for (int64_t d = lane * kVector; d < p.dim; d += kWarpSize * kVector) {
-      float sum[kVector] = {}, x[kVector];
-      for (int64_t i = 0; i < p.parts; ++i) {
-        const float w = scale.weight(p, row, i);
-        if (w == 0) continue;
-        load_floats(x, outs + row.outs + i * p.outs_part + d);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) sum[j] = fmaf(w, x[j], sum[j]);
-      }
-      store_floats(out + row.index * p.dim + d, sum);
-    }
+    merge_channels<T, kVector>(p, row, scale, lane * kVector, p.dim, kWarpSize * kVector);
   });
+}
+
+// The same for few rows. Blocks of one warp: slices of `slice` channels of heads, positions, batch.
+// An element is summed over the parts in the same order whatever its slice.
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kWarpSize)
+    merge_slices_kernel(const __grid_constant__ MergeParams p, unsigned slices, int64_t slice) {
+  const int lane = threadIdx.x;
+  const unsigned h = blockIdx.x / slices;
+  const int64_t begin = (blockIdx.x - h * slices) * slice, end = min(p.dim, begin + slice);
+  const MergeRow row(p, blockIdx.z, blockIdx.y, h);
+  const MergeScale scale(p, row);
+  if (p.lses && begin == 0 && lane == 0) p.lse[row.lse] = scale.row_max + logf(scale.sum);
+  merge_channels<T, kVector>(p, row, scale, begin + lane * kVector, end, kWarpSize * kVector);
 }
 
 // With delta_i = dout.outs_i and delta = sum_i w_i delta_i:
