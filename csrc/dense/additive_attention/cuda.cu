@@ -24,6 +24,15 @@ const char* launch_scores(const AdditiveParams& p, cudaStream_t stream) {
   return launch<scores_kernel<T, Tile>>(grid_of<Tile>(p), kThreads, 0, stream, p);
 }
 
+// For one or two queries, of whose tile of 4 most threads would have none.
+template <typename T>
+const char* launch_rows(const AdditiveParams& p, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(p.keys, kRowTile);
+  if (tiles > kMaxGrid) return "2^31 - 1 blocks at most on CUDA";
+  const dim3 grid(static_cast<unsigned>(tiles), limited(p.rows), limited(p.batch));
+  return launch<row_scores_kernel<T>>(grid, kThreads, 0, stream, p);
+}
+
 // How the other side is cut, so that the blocks fill the device.
 SidePass pass_of(const AdditiveParams& p, const Side& own, const Side& other) {
   SidePass pass{own, other};
@@ -90,6 +99,7 @@ const char* launch_cuda(const AdditiveParams& p, void* stream) {
       ceil_div(p.keys, WholeTile::kTileKeys) * ceil_div(p.rows, WholeTile::kTileRows) * p.batch;
   const bool low = p.rows <= 2 * LowTile::kTileRows || blocks < cuda::multiprocessors();
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {
+    if (p.rows <= 2) return launch_rows<T>(p, s);
     return low ? launch_scores<T, LowTile>(p, s) : launch_scores<T, WholeTile>(p, s);
   });
 }

@@ -106,6 +106,67 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 }
 
+// Tiles of one query. A warp takes kStep elements of A, a lane each, of kRowWarpKeys keys; tangents
+// pass through shared memory to the thread that sums those of its key, in the order of
+// scores_kernel.
+constexpr int kRowTile = 16, kRowSteps = 4, kRowWarpKeys = kRowTile * kRowSteps / kWarps;
+constexpr int kRowStep = kRowSteps * kStep;  // elements of A in shared memory at once
+constexpr int kRowPitch = kRowStep + 4;      // 16 bytes of each of 8 keys lie in different banks
+constexpr int kRowBlocks = 3;                // on a multiprocessor: for 4, ptxas spills
+
+// Blocks: tiles of keys, queries, sequences.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kRowBlocks)
+    row_scores_kernel(const __grid_constant__ AdditiveParams p) {
+  __shared__ __align__(16) float tangents[kRowTile][kRowPitch], v[kRowStep];
+  const int own = threadIdx.x, warp = own / kWarpSize;
+  const int first_key = warp / kRowSteps * kRowWarpKeys;
+  const int64_t j0 = int64_t{blockIdx.x} * kRowTile;
+  const int keys = static_cast<int>(min(p.keys - j0, int64_t{kRowTile}));
+  for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
+    for (int64_t i = blockIdx.y; i < p.rows; i += gridDim.y) {
+      const bool seen =
+          own < keys && (!p.mask || p.mask[b * p.mask_batch + i * p.mask_row + j0 + own]);
+      float sum = 0;
+      // Nothing to do where the mask hides all of the tile.
+      const int64_t width = __syncthreads_or(seen) ? p.width : 0;
+#pragma unroll 1
+      for (int64_t a0 = 0; a0 < width; a0 += kRowStep) {
+        const int64_t first = a0 + warp % kRowSteps * kStep;
+        const float query = element<T>(p.q, b * p.q_batch + i * p.q_row, first, width);
+        float key[kRowWarpKeys];
+#pragma unroll
+        for (int c = 0; c < kRowWarpKeys; ++c) {
+          const int64_t j = j0 + min(first_key + c, keys - 1);
+          key[c] = element<T>(p.k, b * p.k_batch + j * p.k_row, first, width);
+        }
+        if (warp < kRowSteps) v[own] = element<T>(p.v, 0, first, width);
+#pragma unroll
+        for (int c = 0; c < kRowWarpKeys; ++c)
+          tangents[first_key + c][own % kRowStep] = tanh_accurate(query + key[c]);
+        __syncthreads();
+        if (seen) {
+          const int elements = static_cast<int>(min(width - a0, int64_t{kRowStep}));
+          // Four at once; behind the width nothing may be added, not even 0 to a sum of -0.
+          int a = 0;
+#pragma unroll 4
+          for (; a + 4 <= elements; a += 4) {
+            const float4 e = *reinterpret_cast<const float4*>(&tangents[own][a]);
+            const float4 w = *reinterpret_cast<const float4*>(&v[a]);
+            sum = fmaf(w.x, e.x, sum);
+            sum = fmaf(w.y, e.y, sum);
+            sum = fmaf(w.z, e.z, sum);
+            sum = fmaf(w.w, e.w, sum);
+          }
+#pragma unroll 1
+          for (; a < elements; ++a) sum = fmaf(v[a], tangents[own][a], sum);
+        }
+        __syncthreads();
+      }
+      if (own < keys) p.scores[(b * p.rows + i) * p.keys + j0 + own] = seen ? sum : -infinity();
+    }
+}
+
 constexpr int kOwn = 4;                  // rows of a warp whose gradients are summed
 constexpr int kOwnTile = kWarps * kOwn;  // those of a block
 constexpr int kOtherTile = 32;           // rows on the other side, in shared memory at once
