@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -346,6 +348,17 @@ def test_dropout_is_that_of_sdpa(build, padding, tokenmill):
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
     assert len(notices) == 1
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm", "diffusers", "jax"])
+def test_a_missing_library_names_its_extra(library, monkeypatch):
+    for name in [*sys.modules]:
+        if name.split(".")[0] == library:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"tokenmill.integrations.{library}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install 'tokenmill\["):
+        importlib.import_module(f"tokenmill.integrations.{library}")
 
 
 def test_dropout_of_packed_sequences():

@@ -214,8 +214,16 @@ def test_drafts_and_second_turns(llama):
         generate(llama, ids[:, :9], max_new_tokens=2)
         cache = applied.cache
         seen = cache.get_seq_length()
-        cache.crop(9 - seen)
+        cache.crop(10 - seen)
+        cache.crop(9)
         assert_alike(generate(llama, ids, cache=cache), expected)
+    hybrid = MODELS["gemma3"]().eval()
+    expected = generate(hybrid, ids)
+    with apply_policy(hybrid, policies.Indexer(topk=64, indexer=index)):
+        drafted = hybrid.generate(
+            ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    assert torch.equal(drafted[:, ids.shape[1] :], expected[0])
     evicting = policies.StreamingLLM(num_sink=1, num_recent=8)
     with apply_policy(llama, [evicting, policies.Quest(budget=6, page=2)]) as applied:
         with pytest.raises(ValueError, match="can be cropped"):
@@ -270,6 +278,9 @@ def test_what_cannot_be_is_refused(llama):
                 llama(ids[:, :1], attention_mask=late, cache=cache)
             with pytest.raises(RuntimeError, match=rule + r"attention_mask: must have shape"):
                 llama(ids, attention_mask=torch.ones(2, 1, 17, 17))
+        words = r"cache: must be None, or come from the model under a policy; got 'StaticCache'"
+        with pytest.raises(RuntimeError, match=rule + words):
+            generate(llama, ids, cache_implementation="static")
         assert llama(ids, use_cache=False).logits.requires_grad  # the model's own attention
     with pytest.raises(RuntimeError, match=r"policies.Quest: cache: must be given to a policy"):
         policies.Quest().prefill(*torch.zeros(3, 1, 1, 1, 1))

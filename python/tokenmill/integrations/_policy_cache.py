@@ -107,8 +107,9 @@ class PolicyLayer(CacheLayerMixin):
         self.policy, self.columns = None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        back = abs(tokens_to_remove)
-        if back and self.policy is not None:
+        # Older versions of transformers name the length that is left.
+        back = -tokens_to_remove if tokens_to_remove <= 0 else self.columns - tokens_to_remove
+        if back > 0 and self.policy is not None:
             self.policy.rewind(back)
             self.columns -= back
 
@@ -225,26 +226,36 @@ class AppliedPolicy:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before each call of the model: its cache is new, or that of a policy."""
         uses = kwargs.get("use_cache")
-        uses = self._config.use_cache if uses is None else uses
+        uses = getattr(self._config, "use_cache", True) if uses is None else uses
         given = kwargs.get(self._argument)
-        fresh = type(given) is DynamicCache and given.get_seq_length() == 0
-        if uses and not model.training and (given is None or fresh):
-            self.cache = PolicyCache(self._config, self._recipes)
-            kwargs = {**kwargs, self._argument: self.cache}
+        if given is not None or (uses and not model.training):
+            kwargs = {**kwargs, self._argument: self._cache_for(given)}
         return args, kwargs
+
+    def _cache_for(self, given: Any) -> PolicyCache:
+        """The cache given, or a new one in the place of none or of an empty one of generate()."""
+        if not isinstance(given, PolicyCache):
+            fresh = given is None
+            if type(given) is DynamicCache:
+                fresh = not given.offloading and given.get_seq_length() == 0
+            rule = "must be None, or come from the model under a policy"
+            check(fresh, NAME, self._argument, rule, type(given).__name__)
+            cache = PolicyCache(self._config, self._recipes)
+            if any(getattr(layer, "record_past", False) for layer in getattr(given, "layers", ())):
+                cache.activate_past_recording()
+            given = cache
+        self.cache = given
+        return given
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any],
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """generate() reads a prompt, whole or in chunks: how long it is, the layers must know."""
-        cache = model_kwargs.get(self._argument)
-        fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
-        if fresh and not generation_config.is_assistant:
-            cache = model_kwargs[self._argument] = PolicyCache(self._config, self._recipes)
-        if not isinstance(cache, PolicyCache):
+        if model_kwargs.get(self._argument) is None:  # use_cache=False
             return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        self.cache = cache
+        cache = self._cache_for(model_kwargs[self._argument])
+        model_kwargs[self._argument] = cache
         mask = model_kwargs.get("attention_mask")
         end = cache.get_seq_length() + input_ids.shape[1] if mask is None else mask.shape[-1]
         token = _prompt_end.set(end)
