@@ -131,7 +131,9 @@ class PolicyLayer(CacheLayerMixin):
 
     def _make(self, q: Tensor, k: Tensor, v: Tensor, scoring: dict[str, Any]) -> None:
         recipe = self.recipe
-        heads = len(recipe.retrieval) if isinstance(recipe, RazorAttention) else k.shape[2]
+        heads = k.shape[2]
+        if isinstance(recipe, RazorAttention) and isinstance(recipe.retrieval, tuple | list):
+            heads = len(recipe.retrieval)
         end = _prompt_end.get() or self.columns
         slots = [max(end, self.columns) + SLACK, heads]
         cache = KVCache(*(t.new_zeros(t.shape[0], *slots, t.shape[3]) for t in (k, v)))

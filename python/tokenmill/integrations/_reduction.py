@@ -43,6 +43,8 @@ class Reduction:
 
     @property
     def source(self) -> Tensor:
+        rule = "is known after a call of the model"
+        check(len(self._sources) > 0, "integrations.Reduction", "source", rule, None)
         return self._sources[max(self._sources)]
 
     @property
