@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 from typing import Any
+
+from fresh import context
 
 TIMEOUT = 120.0  # seconds of a run
 
@@ -28,7 +29,6 @@ class Failed(Exception):
 class Ranks:
     def __init__(self, size: int, timeout: float = 60.0) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
         pipes = [context.Pipe() for _ in range(size)]

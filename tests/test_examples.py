@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_script
 from tier import full_only
 
 import tokenmill as tm
@@ -34,13 +35,13 @@ def test_readme():
 @pytest.mark.parametrize("library", ["numpy", "jax"])
 def test_arrays_through_dlpack(library):
     pytest.importorskip(library)
-    out = run(sys.executable, EXAMPLES / f"{library}_dlpack.py")
+    out = run_script(EXAMPLES / f"{library}_dlpack.py")
     difference = re.search(r"(?:NumPy|JAX) ([\d.e+-]+)", out)
     assert difference and float(difference[1]) < 1e-5
 
 
 def test_a_pointer_network_sorts():
-    out = run(sys.executable, EXAMPLES / "papers" / "sort_numbers.py", "--numbers", 3,
+    out = run_script(EXAMPLES / "papers" / "sort_numbers.py", "--numbers", 3,
               "--steps", 120)  # fmt: skip
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", out)]
     assert losses[-1] < losses[0] / 2
@@ -49,7 +50,7 @@ def test_a_pointer_network_sorts():
 
 def test_layers_grow():
     pytest.importorskip("sklearn")
-    out = run(sys.executable, EXAMPLES / "papers" / "grow_layers.py", "--epochs", 1)
+    out = run_script(EXAMPLES / "papers" / "grow_layers.py", "--epochs", 1)
     rows = re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+% +([\de.+-]+)$", out, re.M)
     assert [tokens for tokens, *_ in rows] == ["16", "32", "64"]
     assert all(float(change) < 1e-5 for *_, change in rows)
@@ -59,7 +60,7 @@ def test_layers_grow():
 def test_digits():
     pytest.importorskip("sklearn")
     names = ("soft_causal", "decay", "agent", "tokenformer")
-    out = run(sys.executable, EXAMPLES / "papers" / "digits.py", *names, "--epochs", 1)
+    out = run_script(EXAMPLES / "papers" / "digits.py", *names, "--epochs", 1)
     rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+%", out, re.M)
     assert [name for name, *_ in rows] == [*names]
     assert all(float(last) < float(first) for _, first, last in rows)
@@ -67,13 +68,13 @@ def test_digits():
 
 def test_extrapolation():
     path = EXAMPLES / "papers" / "extrapolation.py"
-    out = run(sys.executable, path, "--steps", 60, "--texts", 6, "--lengths", 1024)
+    out = run_script(path, "--steps", 60, "--texts", 6, "--lengths", 1024)
     ((full, streaming, selected),) = re.findall(r"^ +1024 +(\d+)% +(\d+)% +(\d+)%$", out, re.M)
     assert int(selected) >= 75 and max(int(full), int(streaming)) <= 50
 
 
 def test_titans():
-    out = run(sys.executable, EXAMPLES / "papers" / "titans.py", "--steps", 8)
+    out = run_script(EXAMPLES / "papers" / "titans.py", "--steps", 8)
     rows = re.findall(r"^(\w+) +([\d.]+) -> ([\d.]+) +[\d.]+ +[\d.]+ +\d+$", out, re.M)
     assert [name for name, *_ in rows] == ["window", "memory"]
     assert all(float(last) < float(first) for _, first, last in rows)
@@ -82,7 +83,7 @@ def test_titans():
 def test_long_context(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "speed.png"
-    out = run(sys.executable, EXAMPLES / "long_context_lm.py", "--quick", "--plot", plot)
+    out = run_script(EXAMPLES / "long_context_lm.py", "--quick", "--plot", plot)
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  \d+ s", out)]
     assert losses[-1] < losses[0]
     rows = re.findall(r"^ +(\d+) +[\d.]+ +\d+/s +\d+/s  (\d+) KiB / (\d+) KiB", out, re.M)
@@ -96,14 +97,8 @@ def test_needle(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     plot = tmp_path / "plots" / "needle.png"
-    command = (
-        sys.executable,
-        EXAMPLES / "needle.py",
-        "--quick",
-        "--checkpoint",
-        tmp_path / "model",
-    )
-    out = run(*command, "--plot", plot)
+    command = (EXAMPLES / "needle.py", "--quick", "--checkpoint", tmp_path / "model")
+    out = run_script(*command, "--plot", plot)
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  of answers", out)]
     assert losses[-1] < losses[0]
     found = re.findall(r"(\w+) +│ +(\d)/4 │ +[█·]{4} │ +(\d+) │ +(\d+) │ +(\d+) │", out)
@@ -116,15 +111,15 @@ def test_needle(tmp_path):
     kept = {name: kept for name, (_, kept) in rows.items()}
     assert kept["full"] == kept["Quest"] > kept["Razor"] > kept["H2O"] == kept["StreamingLLM"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    again = run(*command, "--policy", "full", "--policy", "H2O", "--heads")
+    again = run_script(*command, "--policy", "full", "--policy", "H2O", "--heads")
     assert len(re.findall(r"^layer \d: heads copy( \d+%){4}$", again, re.M)) == 2
     assert "loss" not in again and re.search(r"H2O +│ +\d/4", again) and "Quest" not in again
 
 
 def test_serve():
     pytest.importorskip("rich")
-    out = run(
-        sys.executable, EXAMPLES / "serve.py", "--quick", "--requests", 12, "--new", 12,
+    out = run_script(
+        EXAMPLES / "serve.py", "--quick", "--requests", 12, "--new", 12,
         "--length", 160, "--pages", 30, "--page-size", 8, "--seats", 6, "--budget", 48,
         "--repeats", 1,
     )  # fmt: skip
@@ -187,8 +182,8 @@ def test_hip_text(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("rich")
     plot = tmp_path / "plots" / "hip.png"
-    out = run(
-        sys.executable, EXAMPLES / "hip_text.py", "--quick", "--no-encoder", "--plot", plot
+    out = run_script(
+        EXAMPLES / "hip_text.py", "--quick", "--no-encoder", "--plot", plot
     )  # fmt: skip
     rows = re.findall(r"│ (HiP|HiP, exact|window|random) +│ ([\d.]+) / [\d.]+ │ ([\d.]+) /", out)
     recall = {name: [float(x) for x in found] for name, *found in rows}
@@ -200,7 +195,7 @@ def test_hip_text(tmp_path):
 
 
 def test_indexer():
-    out = run(sys.executable, EXAMPLES / "indexer.py", "--quick")
+    out = run_script(EXAMPLES / "indexer.py", "--quick")
     divergences = [float(x) for x in re.findall(r"^warm-up .* divergence ([\d.]+) ", out, re.M)]
     assert divergences[-1] < divergences[0]
     name = "trained indexer|untrained indexer|largest weights"
@@ -214,7 +209,7 @@ def test_indexer():
 def test_biformer_image(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "regions.png"
-    out = run(sys.executable, EXAMPLES / "biformer_image.py", "--quick", "--plot", plot)
+    out = run_script(EXAMPLES / "biformer_image.py", "--quick", "--plot", plot)
     assert "224x224 pixels, map 56x56" in out
     rows = re.findall(r"^  (tokenmill|gather)(, backward too)? +[\d.]+ ms", out, re.M)
     assert len(rows) == 4
@@ -224,7 +219,7 @@ def test_biformer_image(tmp_path):
 def test_tome_image(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plots" / "merged.png"
-    out = run(sys.executable, EXAMPLES / "tome_image.py", "--quick", "--plot", plot)
+    out = run_script(EXAMPLES / "tome_image.py", "--quick", "--plot", plot)
     rows = re.findall(r"^ +(\d+) tokens: ([\d.]+) dB, at random ([\d.]+) dB", out, re.M)
     counts = [int(row[0]) for row in rows]
     assert len(rows) == 8 and counts == sorted(counts, reverse=True)
@@ -238,7 +233,7 @@ def test_vit_tokens(tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     plot = tmp_path / "plots" / "tokens.png"
-    out = run(sys.executable, EXAMPLES / "vit_tokens.py", "--quick", "--plot", plot)
+    out = run_script(EXAMPLES / "vit_tokens.py", "--quick", "--plot", plot)
     rows = re.findall(r"^  (all tokens|EViT, keep|ToMe, r) .*?(\d+) tokens +[\d.]+ %", out, re.M)
     # 36 patches and the class token; EViT keeps ceil(rate n) of n and one for the others.
     left = {name: [int(n) for kind, n in rows if kind == name] for name, _ in rows}
@@ -256,7 +251,7 @@ def test_vit_tokens(tmp_path):
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_cpp_through_aot_inductor(tmp_path):
     model = tmp_path / "model.pt2"
-    want = run(sys.executable, EXAMPLES / "aoti" / "export.py", model).split()[-1]
+    want = run_script(EXAMPLES / "aoti" / "export.py", model).split()[-1]
     root = Path(torch.__file__).parent
     run(
         "c++", "-O0", "-std=c++20", EXAMPLES / "aoti" / "main.cpp", "-o", tmp_path / "main",
