@@ -138,3 +138,20 @@ def test_no_order_of_blocks_changes_a_bit(order):
     with _emulator.configured(f"order={order},seed=3"):
         got = (*run(args, kwargs), *gradients(args, kwargs))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [65, 200])
+def test_wide_heads_of_packed_requests_fit_a_device_with_little_shared_memory(dim, dtype):
+    options = {
+        "sq": 20, "sk": 32, "b": 2, "h": 2, "hk": 1, "d": dim, "dv": dim, "lists": 1, "entries": 2,
+        "page": 8, "ends_q": (3, 21), "seqlens_k": torch.tensor([5, 32], dtype=torch.int32),
+        "return_mass": True, "causal": True,
+    }  # fmt: skip
+    args, kwargs = drawn(dtype, **options)
+    with _emulator.configured("device=sm_86"):
+        got = run(args, kwargs)
+    want = tm.block_sparse_attention(*args, **kwargs, backend="reference")
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-3
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
