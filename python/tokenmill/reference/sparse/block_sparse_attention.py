@@ -44,10 +44,10 @@ def block_sparse_attention(
         keys, values = (
             sequences_of(x, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table) for x in (k, v)
         )
-        out = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
-        wide = torch.promote_types(q.dtype, torch.float32)
-        lse = [q[:0, :, 0].T.to(wide)]
-        mass = q.new_zeros(indices.shape if return_mass else 0, dtype=wide)
+        outs = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
+        wide_dtype = torch.promote_types(q.dtype, torch.float32)
+        lses = [q[:0, :, 0].T.to(wide_dtype)]
+        masses = q.new_zeros(indices.shape if return_mass else 0, dtype=wide_dtype)
         for b, ((first, end, own_k), (_, _, own_v)) in enumerate(zip(keys, values, strict=True)):
             row = first // block_q + b
             rows = slice(row, row + -(-(end - first) // block_q))
@@ -56,11 +56,11 @@ def block_sparse_attention(
                 *(x[None] for x in own), block_q, block_k, causal, num_sink, num_recent, scale,
                 softcap, None, sink, return_mass, None, None, None, upcast=upcast,
             )  # fmt: skip
-            out.append(found[0][0])
-            lse.append(found[1][0])
+            outs.append(found[0][0])
+            lses.append(found[1][0])
             if return_mass:
-                mass[:, rows] = found[2][0]
-        return torch.cat(out), torch.cat(lse, 1), mass
+                masses[:, rows] = found[2][0]
+        return torch.cat(outs), torch.cat(lses, 1), masses
     k, v = (rows_of(x, block_table) for x in (k, v))
     visible, added = visible_and_added(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
