@@ -1,5 +1,6 @@
 // Backwards on the device that find the queries of a block of keys.
 #pragma once
+#include "core/parts.h"
 #include "core/stream.h"
 #include "sparse/transpose_block_list/params.h"
 
@@ -13,20 +14,19 @@ void launch_with_transposed_lists(const char* op, const View& q, Params& p, int6
   TransposeBlockListParams t{f.list, f.attention.batch, blocks};
   const auto [sort_bytes, bytes] =
       (CudaScope(q), std::pair(workspace_bytes(t), workspace_bytes(p)));
-  const auto take = [&](std::vector<int64_t> sizes, ScalarType dtype) {
-    return empty(sizes, q, dtype);
-  };
-  Array offsets = take({t.batch, f.list.heads, t.blocks + 1}, ScalarType::Int);
-  Array rows = take({t.batch, f.list.heads, f.list.rows * f.list.entries}, ScalarType::Int);
-  Array sort = take({sort_bytes}, ScalarType::Byte);
-  Array workspace = take({bytes}, ScalarType::Byte);
-  t.offsets = offsets.mutable_data<int32_t>();
-  t.rows = rows.mutable_data<int32_t>();
-  t.workspace = sort.mutable_data();
+  constexpr int64_t kInt = sizeof(int32_t);
+  Parts parts;
+  const int64_t offsets = parts.add(t.batch * f.list.heads * (t.blocks + 1) * kInt);
+  const int64_t rows = parts.add(t.batch * f.list.heads * f.list.rows * f.list.entries * kInt);
+  const int64_t sort = parts.add(sort_bytes), workspace = parts.add(bytes);
+  parts.allocate(q);
+  t.offsets = parts.at<int32_t>(offsets);
+  t.rows = parts.at<int32_t>(rows);
+  t.workspace = parts.at(sort);
   launch_on_device(op, q, t);
   p.offsets = t.offsets;
   p.rows = t.rows;
-  p.workspace = workspace.mutable_data();
+  p.workspace = parts.at(workspace);
   launch_on_device(op, q, p);
 }
 #endif

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "core/parts.h"
 #include "core/qkv.h"
 #include "core/stream.h"
 #include "core/written.h"
@@ -156,19 +157,13 @@ void check_values(const AttentionArgs& a, const AttentionParams& p) {
 
 float* float_data(const View& t) { return t.mutable_data<float>(); }
 
-#if defined(TOKENMILL_WITH_CUDA)
-// p: of the forward, or within params.
-template <typename Params>
-void run_on_device(const AttentionParams& p, const Params& params, const View& q) {
-  Array bounds;
-  if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
-  launch_on_device(kOp, q, Masked<Params>{params, MaskBounds::at(p, bounds.mutable_data())});
-}
-#endif
-
 void run_forward(const AttentionParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return run_on_device(p, p, q);
+  if (q.is_cuda) {
+    Array bounds;
+    if (p.mask.any()) bounds = empty({MaskBounds::bytes(p)}, q, ScalarType::Byte);
+    return launch_on_device(kOp, q, Masked{p, MaskBounds::at(p, bounds.mutable_data())});
+  }
 #endif
   cpu::attention_forward(p);
 }
@@ -237,14 +232,19 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
         f.cu_seqlens_q ? f.heads * blocks_of_sums(f) : f.batch * f.heads * blocks_of_sums(f);
     const bool wants_sums = (p.dscore_bias && f.map != ScoreMap::softmax) || p.dalibi_slopes;
     const bool statistic = has_backward_statistics(f);
-    Array statistics = empty({statistic ? 2 * rows : 0}, q, ScalarType::Float);
-    Array partial = empty({wants_sums ? 2 * sums : 0}, q, ScalarType::Float);
+    constexpr int64_t kTwo = 2 * sizeof(float);
+    Parts parts;
+    const int64_t statistics = parts.add(statistic ? kTwo * rows : 0);
+    const int64_t partial = parts.add(wants_sums ? kTwo * sums : 0);
+    const int64_t bounds = parts.add(f.mask.any() ? MaskBounds::bytes(f) : 0);
+    parts.allocate(q);
     if (statistic) {
-      p.minus_lse = float_data(statistics);
+      p.minus_lse = parts.at<float>(statistics);
       p.minus_delta = p.minus_lse + rows;
     }
-    if (wants_sums) p.sums = float_data(partial);
-    return run_on_device(f, p, q);
+    if (wants_sums) p.sums = parts.at<float>(partial);
+    return launch_on_device(
+        kOp, q, Masked{p, MaskBounds::at(f, f.mask.any() ? parts.at(bounds) : nullptr)});
   }
 #endif
   cpu::attention_backward(p);

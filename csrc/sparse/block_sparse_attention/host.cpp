@@ -223,9 +223,11 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
   Array delta;
   if (wants_sink) {
     p.dsink = dsink.mutable_data<float>();
-    const int64_t rows = f.cu_seqlens_q ? f.seqlen_q : f.batch * f.seqlen_q;
-    delta = empty({q.is_cuda ? 0 : f.heads * rows}, q, ScalarType::Float);
-    p.delta = delta.mutable_data<float>();
+    if (!q.is_cuda) {
+      const int64_t rows = f.cu_seqlens_q ? f.seqlen_q : f.batch * f.seqlen_q;
+      delta = empty({f.heads * rows}, q, ScalarType::Float);
+      p.delta = delta.mutable_data<float>();
+    }
   }
   auto [dq, dk, dv] = gradients_of(kOp, p, p.forward.attention, a, [&] { run_backward(p, q); });
   return {dq, dk, dv, dsink};

@@ -1,0 +1,28 @@
+// Workspace of several parts in one allocation.
+#pragma once
+#include "core/array.h"
+#include "core/dtype.h"
+
+namespace tokenmill {
+
+// Parts of one allocation, each where an allocation of its own could begin.
+class Parts {
+ public:
+  // Where `bytes` bytes will lie.
+  int64_t add(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ = round_up(bytes_ + bytes, 256);
+    return at;
+  }
+  void allocate(const View& like) { memory_ = empty({bytes_}, like, ScalarType::Byte); }
+  template <typename T = void>
+  T* at(int64_t offset) {
+    return reinterpret_cast<T*>(static_cast<unsigned char*>(memory_.mutable_data()) + offset);
+  }
+
+ private:
+  int64_t bytes_ = 0;
+  Array memory_;
+};
+
+}  // namespace tokenmill
