@@ -68,6 +68,8 @@ cuda_instances(sparse/block_sparse_attention/cuda_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_requests_launch.cuh
   "const char* block_sparse_attention::launch_requests<ELEMENT>(const BlockSparseParams&, cudaStream_t)")
+cuda_instances(sparse/block_sparse_attention/cuda_latent_launch.cuh
+  "const char* block_sparse_attention::launch_latent<ELEMENT>(const LatentLaunch&, void*, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
 cuda_instances(sparse/landmark_attention/cuda_launch.cuh

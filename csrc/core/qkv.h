@@ -42,8 +42,14 @@ inline void check_head_dim(const char* op, const char* name, const View& t,
         Rule("must have a head dimension of 1 to ", most), t.size(-1));
 }
 
+// The widest heads of q and k, and of v.
+struct HeadDims {
+  int64_t most = kMaxHeadDim, most_value = kMaxHeadDim;
+};
+
 // Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and shapes.
-inline void check_qkv(const char* op, const View& q, const View& k, const View& v, int64_t rank) {
+inline void check_qkv(const char* op, const View& q, const View& k, const View& v, int64_t rank,
+                      HeadDims dims = {}) {
   const char* layout = rank == 3   ? "[T, H, D] (packed)"
                        : rank == 4 ? "[B, S, H, D]"
                                    : "[B, Y, X, H, D]";
@@ -57,7 +63,7 @@ inline void check_qkv(const char* op, const View& q, const View& k, const View& 
   }
   for (auto [name, t] : all) {
     check_last_contiguous(op, name, *t);
-    check_head_dim(op, name, *t);
+    check_head_dim(op, name, *t, t == &v ? dims.most_value : dims.most);
   }
   check(k.size(-1) == q.size(-1), op, "k", Rule("must have the head dimension of q, ", q.size(-1)),
         k.size(-1));

@@ -131,9 +131,12 @@ def check_qkv(
     rank: int,
     float64: bool,
     paged: bool = False,
+    most: int = MAX_HEAD_DIM,
+    most_value: int = MAX_HEAD_DIM,
 ) -> None:
     """Rank (3: packed, 4: sequences, 5: maps), dtype, device, layout and the shapes that queries,
-    keys and values share. paged: keys lie in pages, of which there may be any number."""
+    keys and values share. paged: keys lie in pages, of which there may be any number. most and
+    most_value: the widest heads of q and k, and of v."""
     layout = {3: "[T, H, D] (packed)", 4: "[B, S, H, D]", 5: "[B, Y, X, H, D]"}[rank]
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != rank:
@@ -144,7 +147,7 @@ def check_qkv(
         check_device_of_q(op, name, t, q)
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_last_contiguous(op, name, t)
-        check_head_dim(op, name, t)
+        check_head_dim(op, name, t, most_value if name == "v" else most)
     if k.shape[-1] != q.shape[-1]:
         fail(op, "k", f"must have the head dimension of q, {q.shape[-1]}", k.shape[-1])
     if rank > 3 and not paged and k.shape[0] != q.shape[0]:

@@ -16,7 +16,9 @@ struct PagedWalk : BlockWalk {
 
 void block_sparse_attention_pages(const BlockSparseCalls& calls) {
   listed_forward(walks_of<PagedWalk>(calls).data(), calls.count);
-  if (calls.count > 0 && calls.each[0].mass) listed_mass<PagedWalk>(calls);
+}
+void block_sparse_attention_pages_mass(const BlockSparseCalls& calls) {
+  listed_mass<PagedWalk>(calls);
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -37,7 +37,8 @@ const char* launch_cuda(const BlockSparseMass& d, void* stream) {
     using namespace cuda::block_sparse_attention;
     return dim <= 64    ? launch_mass<T, 64>(d, queue)
            : dim <= 128 ? launch_mass<T, 128>(d, queue)
-                        : launch_mass<T, 256>(d, queue);
+           : dim <= 256 ? launch_mass<T, 256>(d, queue)
+                        : launch_mass<T, 576>(d, queue);  // latent heads
   });
 }
 

@@ -1,6 +1,8 @@
+#include "core/kv_cache_checks.h"
 #include "core/written.h"
 #include "dense/score_mod.h"
 #include "select/checks.h"
+#include "sparse/block_sparse_attention/latent.h"
 #include "sparse/block_sparse_attention/requests.h"
 #include "sparse/checks.h"
 #include "sparse/device_backward.h"
@@ -23,13 +25,22 @@ struct BlockSparseAttentionArgs : Record {
   View block_table, cu_seqlens_q, cu_seqlens_k;
 };
 
+// Of latent caches, forward only.
+bool is_latent(const BlockSparseAttentionArgs& a) {
+  return std::max(a.q.size(-1), a.v.size(-1)) > kMaxHeadDim;
+}
+
+HeadDims head_dims(const BlockSparseAttentionArgs& a) {
+  return a.block_q == 1 ? HeadDims{kMaxCacheDim, kMaxCacheValueDim} : HeadDims{};
+}
+
 // As check_qkv, where keys are pages, or of requests whose queries are packed: their number is not
 // that of q's batch.
 void check_rows(const BlockSparseAttentionArgs& a) {
   if (a.cu_seqlens_k && !a.cu_seqlens_q)
     fail(kOp, "cu_seqlens_q", "must be given with cu_seqlens_k", "None");
-  if (a.cu_seqlens_k) return check_qkv(kOp, a.q, a.k, a.v, 3);
-  if (!a.cu_seqlens_q && !a.block_table) return check_qkv(kOp, a.q, a.k, a.v, 4);
+  if (a.cu_seqlens_k) return check_qkv(kOp, a.q, a.k, a.v, 3, head_dims(a));
+  if (!a.cu_seqlens_q && !a.block_table) return check_qkv(kOp, a.q, a.k, a.v, 4, head_dims(a));
   std::vector<int64_t> sizes = a.q.sizes, strides = a.q.strides;
   if (a.cu_seqlens_q) {
     check(a.q.dim() == 3, kOp, "q", "must have 3 dimensions [T, H, D] (packed)", a.q.dim());
@@ -41,7 +52,7 @@ void check_rows(const BlockSparseAttentionArgs& a) {
   View q = a.q;
   q.sizes = {sizes.data(), sizes.size()};
   q.strides = {strides.data(), strides.size()};
-  check_qkv(kOp, q, a.k, a.v, 4);
+  check_qkv(kOp, q, a.k, a.v, 4, head_dims(a));
   check_last_contiguous(kOp, "q", a.q);
   if (!a.block_table) return;
   const int64_t page = a.k.size(1);
@@ -116,6 +127,8 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
                std::countr_zero(static_cast<uint64_t>(a.k.size(1)))};
   }
   if (!a.q.is_cuda) check_values(a, d);
+  check(!(a.q.is_cuda && a.cu_seqlens_q && is_latent(a)), kOp, "cu_seqlens_q",
+        "must be None for latent heads on CUDA", a.cu_seqlens_q.sizes);
   const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);
   d.num_recent = std::min(a.num_recent, all);
@@ -132,20 +145,67 @@ Calls calls_of(const Params& d, const AttentionParams& p, std::vector<Params>& r
   return {requests.data(), p.batch};
 }
 
+LatentBlockSparse latent_call(const BlockSparseParams& d) {
+  const BlockList& list = d.list;
+  LatentBlockSparse l{};
+  l.attention = d.attention;
+  l.attention.batch = d.attention.batch * d.attention.seqlen_q;
+  l.attention.seqlen_q = 1;
+  l.queries = d.attention.seqlen_q;
+  l.lse_rows = d.lse_rows;
+  l.causal = d.causal;
+  l.cache.k = d.attention.k;
+  l.cache.v = d.attention.v;
+  l.cache.dtype = d.attention.dtype;
+  l.cache.seqlens = d.lengths;
+  l.cache.pages = d.pages.table ? d.pages.count : d.attention.batch;
+  l.cache.capacity = d.attention.seqlen_k;
+  l.cache.block_table = d.pages.table;
+  l.cache.table_stride = d.pages.stride;
+  l.cache.log2_page_size = d.pages.log2_size;
+  l.indices = list.indices;
+  l.indices_batch = list.indices_batch;
+  l.indices_head = list.indices_head;
+  l.indices_row = list.indices_row;
+  l.counts = list.counts;
+  l.counts_batch = list.counts_batch;
+  l.counts_head = list.counts_head;
+  l.counts_row = list.counts_row;
+  l.list_heads = list.heads;
+  l.entries = list.entries;
+  l.log2_block = d.log2_block_k;
+  l.num_sink = d.num_sink;
+  l.num_recent = d.num_recent;
+  return l;
+}
+
 // mass is null if it is not asked for.
-void run_forward(const BlockSparseMass& d, const View& q) {
+void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) {
-    launch_on_device(kOp, q, static_cast<const BlockSparseParams&>(d));
-    if (d.mass) launch_on_device(kOp, q, d);
+  if (a.q.is_cuda) {
+    if (is_latent(a)) {
+      LatentBlockSparse l = latent_call(d);
+      launch_with_workspace(kOp, a.q, l, l.workspace);
+    } else {
+      launch_on_device(kOp, a.q, static_cast<const BlockSparseParams&>(d));
+    }
+    if (d.mass) launch_on_device(kOp, a.q, d);
     return;
   }
 #endif
   std::vector<BlockSparseMass> requests;
   const auto calls = calls_of<BlockSparseCalls>(d, d.attention, requests);
-  if (d.pages.table) return cpu::block_sparse_attention_pages(calls);
-  cpu::block_sparse_attention_forward(calls);
-  if (d.mass) cpu::block_sparse_attention_mass(calls);
+  if (is_latent(a)) {
+    for (int64_t n = 0; n < calls.count; ++n)
+      cpu::block_sparse_attention_latent(latent_call(calls.each[n]));
+  } else if (d.pages.table) {
+    cpu::block_sparse_attention_pages(calls);
+  } else {
+    cpu::block_sparse_attention_forward(calls);
+  }
+  if (!d.mass) return;
+  d.pages.table ? cpu::block_sparse_attention_pages_mass(calls)
+                : cpu::block_sparse_attention_mass(calls);
 }
 
 // Writes out; returns lse and mass, of size 0 if it is not asked for.
@@ -156,7 +216,7 @@ std::tuple<Array, Array> answer(BlockSparseParams& d, const BlockSparseAttention
   Array mass = empty(sizes, a.q, ScalarType::Float);
   if (out.numel() == 0 || a.cu_seqlens_q) fill(0, mass);  // also lists without queries
   float* const to = mass.numel() > 0 ? mass.mutable_data<float>() : nullptr;
-  Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to, d.list.rows}, a.q); });
+  Array lse = forward_into(d.attention, a.q, out, [&] { run_forward({d, to, d.list.rows}, a); });
   return {lse, mass};
 }
 
@@ -213,6 +273,9 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
   check(!a.forward.block_table, kOp, "block_table", "must be None: keys in pages have no gradient",
         a.forward.block_table.sizes);
   p.forward = make_params(a.forward);
+  for (auto [name, t] : {std::pair{"q", &q}, {"v", &a.forward.v}})
+    check(t->size(-1) <= kMaxHeadDim, kOp, name,
+          Rule("must have a head dimension of 1 to ", kMaxHeadDim, " for a gradient"), t->size(-1));
   if (a.forward.cu_seqlens_q)
     check(!q.is_cuda, kOp, "cu_seqlens_q", "must be None for gradients on CUDA",
           a.forward.cu_seqlens_q.sizes);

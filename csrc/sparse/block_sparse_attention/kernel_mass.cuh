@@ -26,7 +26,7 @@ struct MassShape : TileShape<T, kBucket> {
   static constexpr int kOwnTiles = kBucket <= (Base::kFloat ? 64 : 128) ? 2 : 1;
   static constexpr int kOwnKeys = 16 * kOwnTiles;  // of a warp
   static constexpr int kBlockKeys = kMassWarps * kOwnKeys;
-  static constexpr bool kOwnInRegisters = !Base::kFloat || kBucket <= 128;
+  static constexpr bool kOwnInRegisters = kBucket <= (Base::kFloat ? 128 : 256);
   static constexpr int kStep = 16;  // streamed rows at once
 
   // A streamed row: what is added to its exponents (minus its lse), and its query.

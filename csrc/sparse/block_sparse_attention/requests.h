@@ -95,5 +95,6 @@ inline BlockSparseBackwardParams request_of(BlockSparseBackwardParams g, int64_t
 
 TOKENMILL_CPU_KERNEL(block_sparse_attention_forward, BlockSparseCalls)
 TOKENMILL_CPU_KERNEL(block_sparse_attention_pages, BlockSparseCalls)
+TOKENMILL_CPU_KERNEL(block_sparse_attention_pages_mass, BlockSparseCalls)
 TOKENMILL_CPU_KERNEL(block_sparse_attention_mass, BlockSparseCalls)
 TOKENMILL_CPU_KERNEL(block_sparse_attention_backward, BlockSparseBackwardCalls)

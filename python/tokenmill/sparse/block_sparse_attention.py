@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._autocast import Autocast
-from .._check import as_int, as_number, check_bool, check_tensor, fail
+from .._check import MAX_HEAD_DIM, as_int, as_number, check, check_bool, check_tensor, fail
 from .._derivatives import keep, kept
 from .._dispatch import call
 from .._flops import band, known
@@ -26,6 +26,7 @@ from .block_sparse_rules import (
     check_block_sparse,
     check_block_sparse_out,
     check_block_sparse_values,
+    is_wide,
 )
 from .gradients import cotangents
 
@@ -153,9 +154,12 @@ def block_sparse_attention(
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
-            with a contiguous last dimension, D up to 256; packed ``[T, H, D]``.
+            with a contiguous last dimension, D up to 256; with block_q = 1 up to 576; packed
+            ``[T, H, D]``.
         k, v: ``[B, Sk, Hk, D]`` and ``[B, Sk, Hk, Dv]``, Hk a divisor of H (GQA, MQA), Dv up to
-            256; packed ``[Tk, Hk, D]`` and ``[Tk, Hk, Dv]`` with cu_seqlens_k.
+            256; with block_q = 1 up to 512; packed ``[Tk, Hk, D]`` and ``[Tk, Hk, Dv]`` with
+            cu_seqlens_k. v may be a view of k, as in a latent cache, which all heads share
+            (Hk = 1). Heads wider than 256 are forward only.
         indices: int32 ``[B, 1, R, K]`` (lists for all heads), ``[B, Hk, R, K]`` (for each KV head)
             or ``[B, H, R, K]`` (for each query head), with R = ceil(Sq / block_q). Of packed
             queries ``[1 | Hk | H, R, K]`` with R = T // block_q + B, as :func:`hip_block_select`
@@ -220,10 +224,13 @@ def block_sparse_attention(
     """
     if out is not None:
         check_tensor(OP, "out", out, optional=True)
-    if block_table is not None and torch.is_grad_enabled():
+    forward_only = "block_table" if block_table is not None else ""
+    if is_wide(q) or is_wide(v):
+        forward_only = "latent heads"
+    if forward_only and torch.is_grad_enabled():
         for name, t in (("q", q), ("k", k), ("v", v), ("sink", sink)):
             if isinstance(t, Tensor) and t.requires_grad:
-                rule = "must not require a gradient, there is none with block_table"
+                rule = f"must not require a gradient, there is none with {forward_only}"
                 fail(OP, name, rule, t.requires_grad)
     results = call(
         SPEC,
@@ -352,6 +359,10 @@ def _check_backward(*arguments: Any) -> None:
     if table is not None:
         fail(OP, "block_table", "must be None: keys in pages have no gradient", table.shape)
     check_block_sparse(*arguments[-len(FORWARD.arguments) :])
+    a = BACKWARD.record(*arguments)
+    rule = f"must have a head dimension of 1 to {MAX_HEAD_DIM} for a gradient"
+    for name, t in (("q", a.q), ("v", a.v)):
+        check(t.shape[-1] <= MAX_HEAD_DIM, OP, name, rule, t.shape[-1])
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -429,12 +440,14 @@ def backward_flops(*lowered: Any) -> float:
 
 def unsupported(backend: str, *lowered: Any) -> list[str]:
     a = FORWARD.record(*lowered)
+    if backend not in ("cuda", "triton") or a.cu_seqlens_q is None:
+        return []
+    if is_wide(a.q) or is_wide(a.v):
+        return ["latent heads of packed requests have kernels on the CPU alone"]
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (a.q, a.k, a.v, a.sink)
     )
-    if backend in ("cuda", "triton") and a.cu_seqlens_q is not None and learns:
-        return ["packed requests have gradients on the CPU alone"]
-    return []
+    return ["packed requests have gradients on the CPU alone"] if learns else []
 
 
 FORWARD = register(

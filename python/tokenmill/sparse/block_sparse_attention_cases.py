@@ -53,12 +53,14 @@ def block_sparse_call(
     hostile: bool = False,
     sink: bool = False,
     page: int = 0,
+    latent: bool = False,
     ends_q: tuple[int, ...] = (),
     ends_k: tuple[int, ...] = (),
     **options: Any,
 ) -> Any:
-    """lists: 1, hk or h. page: keys lie in pages of so many, in any order. ends_q, ends_k: where
-    packed requests end, of which there are b; without ends_k each has sk keys of its own."""
+    """lists: 1, hk or h. page: keys lie in pages of so many, in any order. latent: values are the
+    first channels of the keys. ends_q, ends_k: where packed requests end, of which there are b;
+    without ends_k each has sk keys of its own."""
 
     def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         q, k, v = (
@@ -85,6 +87,8 @@ def block_sparse_call(
         if ends_k:
             k, v = (x.flatten(0, 1)[: ends_k[-1]] for x in (k, v))
             drawn["cu_seqlens_k"] = torch.tensor([0, *ends_k], dtype=torch.int32)
+        if latent:
+            v = k[..., :dv]
         return (q, k, v, indices, counts), sizes | options | drawn
 
     return make

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from .._check import (
+    MAX_HEAD_DIM,
     check,
     check_cu_seqlens_values,
     check_last_contiguous,
@@ -13,6 +16,7 @@ from .._check import (
     fail,
     is_power_of_two,
 )
+from .._kv_cache import MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM
 from .._library import record_of
 from .._written import check_out
 from ..dense.terms import check_scale, check_sink
@@ -26,6 +30,11 @@ from .rules import check_block, check_list
 
 OP = "block_sparse_attention"
 Arguments = record_of(OP)
+
+
+def is_wide(t: Any) -> bool:
+    """q or v has heads as latent caches have them, which are forward only."""
+    return isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] > MAX_HEAD_DIM
 
 
 def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> None:
@@ -65,16 +74,17 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
 def _check_rows(op: str, a: Any, float64: bool) -> None:
     """Queries alone may be packed; keys may be pages."""
     q = a.q
+    most = (MAX_CACHE_DIM, MAX_CACHE_VALUE_DIM) if a.block_q == 1 else (MAX_HEAD_DIM, MAX_HEAD_DIM)
     if a.cu_seqlens_k is not None and a.cu_seqlens_q is None:
         fail(op, "cu_seqlens_q", "must be given with cu_seqlens_k", None)
     if a.cu_seqlens_k is not None:
-        return check_qkv(op, q, a.k, a.v, 3, float64)
+        return check_qkv(op, q, a.k, a.v, 3, float64, False, *most)
     if a.cu_seqlens_q is not None:
         check(q.dim() == 3, op, "q", "must have 3 dimensions [T, H, D] (packed)", q.dim())
         check_last_contiguous(op, "q", q)
         q = q[None]
     paged = a.block_table is not None
-    check_qkv(op, q, a.k, a.v, 4, float64, paged or a.cu_seqlens_q is not None)
+    check_qkv(op, q, a.k, a.v, 4, float64, paged or a.cu_seqlens_q is not None, *most)
     if paged:
         page, rule = a.k.shape[1], "must have pages of a power of two of tokens"
         check(is_power_of_two(page), op, "k", rule, page)

@@ -1,0 +1,37 @@
+#include "cuda/refuse.cuh"
+#include "sparse/block_sparse_attention/cuda_latent_launch.cuh"
+
+namespace tokenmill {
+namespace cuda::block_sparse_attention {
+
+extern template const char* launch_latent<__half>(const LatentLaunch&, void*, cudaStream_t);
+extern template const char* launch_latent<__nv_bfloat16>(const LatentLaunch&, void*, cudaStream_t);
+extern template const char* launch_latent<float>(const LatentLaunch&, void*, cudaStream_t);
+
+}  // namespace cuda::block_sparse_attention
+
+int64_t workspace_bytes(const LatentBlockSparse& d) {
+  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return cuda::workspace_bytes(cuda::block_sparse_attention::plan_latent<T>(d));
+  });
+}
+
+const char* launch_cuda(const LatentBlockSparse& d, void* stream) {
+  constexpr int64_t kMaxNumber = 0x7fffffff;
+  const int64_t listed = cuda::sparse_decode_attention::listed_keys(d);
+  if (d.attention.batch > kMaxNumber)
+    return cuda::refuse("q", "must have at most 2^31 - 1 tokens on CUDA", d.attention.batch);
+  if (d.cache.pages > kMaxNumber)
+    return cuda::refuse("k", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
+  if (d.cache.capacity > cuda::kMaxLength)
+    return cuda::refuse("k", "must have at most 2^29 tokens on CUDA", d.cache.capacity);
+  if (listed > cuda::kMaxLength)
+    return cuda::refuse("indices", "must list at most 2^29 keys of a query on CUDA", listed);
+  const cuda::block_sparse_attention::LatentLaunch launch{{d, nullptr, 0, nullptr, false}};
+  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return cuda::block_sparse_attention::launch_latent<T>(launch, d.workspace,
+                                                          static_cast<cudaStream_t>(stream));
+  });
+}
+
+}  // namespace tokenmill
