@@ -19,7 +19,9 @@ from tokenmill._kv_cache import capacity
 from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
+from ..dense.kv_cache import LONG
 from .block_sparse_attention_mass import mass_of
+from .block_sparse_latent import latent_attention
 from .blocks import key_walk, query_tile, request_of, rows_from
 from .listed import LIST_SIZES, Listed, Pages, Statistics, attend
 
@@ -194,6 +196,8 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         lse.fill_(-torch.inf)
     if out.numel() == 0 or call.packed[-1] == 0:
         return out, lse, _mass(call, lse)
+    if max(call.q.shape[-1], call.v.shape[-1]) > LONG.value:
+        return latent_attention(call)
     tiles = listed.plan().forward
     lists = listed.compacted()
     entries = call.indices.shape[-1]

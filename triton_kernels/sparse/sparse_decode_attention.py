@@ -63,7 +63,7 @@ from .key_rows import (
 SIZES = ["indices_batch", "indices_head", "counts_batch", "counts_head", "entries", "num_sink"]
 SIZES += ["num_recent", "seqlen_q", "extra_count", "table_stride", "pages", "capacity"]
 SIZES += ["log_count_batch", "log_count_head", "positions", "batch", "row_heads", "shared", "group"]
-SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks"]
+SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks", "per_cache"]
 
 
 @triton.jit
@@ -116,6 +116,7 @@ def sparse_ranges_kernel(
     rows,
     row_blocks,
     splits,
+    per_cache,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -132,7 +133,8 @@ def sparse_ranges_kernel(
 ):
     """Rows of queries past a range of keys. logits [B, row heads, rows, entries, BLOCK_K], if asked
     for: the scores of listed keys. nan, of several queries: of each program, whether a row is NaN.
-    AGAIN: those rows of one query, from what that sees."""
+    AGAIN: those rows of one query, from what that sees. per_cache: so many requests that follow
+    each other read one cache; None: each has its own."""
     i = tl.program_id(0)
     query = None
     if AGAIN:
@@ -177,8 +179,11 @@ def sparse_ranges_kernel(
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
+    i_cache = i_b
+    if per_cache is not None:
+        i_cache = i_b // per_cache
     # A step early: keys are found through two loads, one upon the other.
-    o_j, o_page = find(row, cache, i_b, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
+    o_j, o_page = find(row, cache, i_cache, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
     for t in range(first, last, STEP_N):
         o_t = t + tl.arange(0, STEP_N)
         if AGAIN:
@@ -221,7 +226,7 @@ def sparse_ranges_kernel(
         b_acc, b_acc_lost, b_sum, b_sum_lost, b_top = accumulate(
             b_z, b_v, b_acc, b_acc_lost, b_sum, b_sum_lost, b_top, head
         )
-        o_j, o_page = find(row, cache, i_b, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
+        o_j, o_page = find(row, cache, i_cache, o_t + STEP_N, BLOCK_K, PAGE_SIZE)
 
     store_partials(partials, o_partial, m_row, b_acc, b_sum, b_top, VALUE_DIM)
     if nan is not None and not AGAIN:
@@ -300,7 +305,9 @@ def sparse_decode_attention(
     return_mass: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    per_cache: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """per_cache: so many requests that follow each other read one cache, or row of block_table."""
     if len(parts := value_parts(v_cache)) > 1:
         extra_parts = [None] * len(parts)
         if extra_v is not None:
@@ -310,6 +317,7 @@ def sparse_decode_attention(
                 q, k_cache, part, indices, counts, seqlens_k, block_table, block_k, num_sink,
                 num_recent, pos_mode, cos, sin, interleaved, extra_k, extra, extra_log_count, scale,
                 softcap, sink, num_splits, return_mass and part is parts[0], k_scale, v_scale,
+                per_cache,
             )
             for part, extra in zip(parts, extra_parts, strict=True)
         ]  # fmt: skip
@@ -385,6 +393,7 @@ def sparse_decode_attention(
         0 if extra_log_count is None else extra_log_count.stride(1),
     )
     sizes = (batch, row_heads, row_heads // kv_heads, group, seqlen_q, rows, row_blocks, splits)
+    sizes += (per_cache,)
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,

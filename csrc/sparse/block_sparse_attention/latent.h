@@ -9,7 +9,7 @@ namespace tokenmill {
 // attention.batch counts queries and attention.seqlen_q is 1. What belongs to a request is that of
 // the request of the query.
 struct LatentBlockSparse : SparseDecodeParams {
-  int64_t queries;  // of a request: query i of request b is number b * queries + i
+  int64_t queries;   // of a request: query i of request b is number b * queries + i
   int64_t lse_rows;  // of a head in lse
   bool causal;
   int64_t indices_row, counts_row;  // from query to query
