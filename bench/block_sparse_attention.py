@@ -123,24 +123,29 @@ def _packed_case(dtype: torch.dtype) -> Case:
         g = torch.Generator().manual_seed(0)
         q, k, v = (place(torch.randn(tokens, H, D, generator=g).to(dtype)) for _ in range(3))
         at = place(ends)
-        lists = tm.hip_block_select(q, k, budget=listed, cu_seqlens_q=at, **options)
+        indices, counts = tm.hip_block_select(q, k, budget=listed, cu_seqlens_q=at, **options)
 
         def each() -> list[Tensor]:
-            outs, first = [], 0
+            outs: list[Tensor] = []
+            first = 0
             for b, n in enumerate(lengths):
-                row = first // BLOCK_Q + b
-                own = (t[None, :, row : row + -(-n // BLOCK_Q)] for t in lists)
-                qkv = (t[None, first : first + n] for t in (q, k, v))
-                outs.append(tm.block_sparse_attention(*qkv, *own, causal=True, **options))
+                row, own = first // BLOCK_Q + b, slice(first, first + n)
+                rows = slice(row, row + -(-n // BLOCK_Q))
+                out = tm.block_sparse_attention(
+                    q[None, own], k[None, own], v[None, own], indices[None, :, rows],
+                    counts[None, :, rows], causal=True, **options,
+                )  # fmt: skip
+                outs.append(out)
                 first += n
             return outs
 
-        packed = {"cu_seqlens_q": at, "causal": True}
+        packed: dict[str, Any] = {"cu_seqlens_q": at, "causal": True}
         peers: dict[str, Callable[[], Run]] = {
             "a call for each request": lambda: each,
             "dense": lambda: lambda: tm.attention(q, k, v, cu_seqlens_k=at, **packed),
         }
-        return lambda: tm.block_sparse_attention(q, k, v, *lists, **options, **packed), peers
+        sizes = options | packed
+        return lambda: tm.block_sparse_attention(q, k, v, indices, counts, **sizes), peers
 
     size = torch.empty((), dtype=dtype).element_size()
     seen = sum(min(i + 1, listed + 80) for n in lengths for i in range(n))

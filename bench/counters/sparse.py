@@ -119,9 +119,9 @@ def _requests(dtype: torch.dtype) -> CounterCase:
     table = torch.arange(tokens // page, dtype=torch.int32).view(2, -1)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pages = (t.view(-1, page, heads, dim) for t in (k, v))
+        k, v = k.view(-1, page, heads, dim), v.view(-1, page, heads, dim)
         return tm.block_sparse_attention(
-            q[0], *pages, indices, counts, block_q=block, block_k=block, cu_seqlens_q=ends,
+            q[0], k, v, indices, counts, block_q=block, block_k=block, cu_seqlens_q=ends,
             seqlens_k=ends.diff(), block_table=table, backend="emulated",
         )  # fmt: skip
 

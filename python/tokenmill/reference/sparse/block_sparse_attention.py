@@ -10,6 +10,8 @@ requests are calls of their own: the lists of request b begin at row first_query
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,23 +46,17 @@ def block_sparse_attention(
         keys, values = (
             sequences_of(x, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_table) for x in (k, v)
         )
-        outs = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
-        wide_dtype = torch.promote_types(q.dtype, torch.float32)
-        lses = [q[:0, :, 0].T.to(wide_dtype)]
-        masses = q.new_zeros(indices.shape if return_mass else 0, dtype=wide_dtype)
-        for b, ((first, end, own_k), (_, _, own_v)) in enumerate(zip(keys, values, strict=True)):
-            row = first // block_q + b
-            rows = slice(row, row + -(-(end - first) // block_q))
-            own = (q[first:end], own_k, own_v, indices[:, rows], counts[:, rows])
-            found = block_sparse_attention(
-                *(x[None] for x in own), block_q, block_k, causal, num_sink, num_recent, scale,
+
+        def alone(b: int, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            first, end, own_k = keys[b]
+            return block_sparse_attention(
+                q[None, first:end], own_k[None], values[b][2][None], indices[None, :, rows],
+                counts[None, :, rows], block_q, block_k, causal, num_sink, num_recent, scale,
                 softcap, None, sink, return_mass, None, None, None, upcast=upcast,
             )  # fmt: skip
-            outs.append(found[0][0])
-            lses.append(found[1][0])
-            if return_mass:
-                masses[:, rows] = found[2][0]
-        return torch.cat(outs), torch.cat(lses, 1), masses
+
+        places = [(first, end) for first, end, _ in keys]
+        return _packed(q, v, indices if return_mass else None, places, block_q, alone)
     k, v = (rows_of(x, block_table) for x in (k, v))
     visible, added = visible_and_added(
         q, k, indices, counts, block_q, block_k, causal, num_sink, num_recent, seqlens_k
@@ -77,6 +73,31 @@ def block_sparse_attention(
         weights = torch.where(added, p.detach(), 0.0)
         mass = _mass(weights, indices, counts, block_q, block_k)
     return out, lse.to(wide), mass.to(wide)
+
+
+def _packed(
+    q: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    places: list[tuple[int, int]],
+    block_q: int,
+    alone: Callable[[int, slice], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results that requests with queries `first` to `end` - 1 have alone, each with its rows of
+    the lists; mass where there are indices."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    outs = [q[:0, :, :1].expand(-1, -1, v.shape[-1])]
+    lses = [q[:0, :, 0].T.to(wide)]
+    masses = q.new_zeros(0 if indices is None else indices.shape, dtype=wide)
+    for b, (first, end) in enumerate(places):
+        row = first // block_q + b
+        rows = slice(row, row + -(-(end - first) // block_q))
+        out, lse, mass = alone(b, rows)
+        outs.append(out[0])
+        lses.append(lse[0])
+        if indices is not None:
+            masses[:, rows] = mass[0]
+    return torch.cat(outs), torch.cat(lses, 1), masses
 
 
 def visible_and_added(
