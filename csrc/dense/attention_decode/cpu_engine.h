@@ -29,11 +29,6 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Keys whose values are read before those of the next head, where there is one.
-constexpr int64_t kRun = 8;
-// Weights may exceed 1 by this power of two before row_max of a softmax row moves.
-constexpr float kHeadroom = 8;
-
 // kTiles: blocks of kWidth rows, and products of cpu_tiles.h, which take a cache of any type.
 template <class Keys, int kRows, bool kTiles>
 class DecodeWorker {

@@ -14,6 +14,10 @@ constexpr int64_t kShortRange = 64, kLongRange = 256, kRanges = 16;
 constexpr int64_t kMaxHeads = 8;
 // Rows of a head that tiles take together, so that their outputs stay in L2.
 constexpr int64_t kTileRowsTogether = 256;
+// Keys whose values are read before those of the next head, where there is one.
+constexpr int64_t kRun = 8;
+// Weights may exceed 1 by this power of two before row_max of a softmax row moves.
+constexpr float kHeadroom = 8;
 
 // Where the scale of a row lies, of which one stands for all that have none.
 constexpr float kUnscaled = 1;

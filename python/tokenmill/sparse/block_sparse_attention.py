@@ -27,6 +27,7 @@ from .block_sparse_rules import (
     check_block_sparse_out,
     check_block_sparse_values,
     is_wide,
+    unsupported,
 )
 from .gradients import cotangents
 
@@ -436,18 +437,6 @@ def _listed_pairs(
 def backward_flops(*lowered: Any) -> float:
     """Operations of the five products."""
     return 2.5 * flops(*lowered)
-
-
-def unsupported(backend: str, *lowered: Any) -> list[str]:
-    a = FORWARD.record(*lowered)
-    if backend not in ("cuda", "triton") or a.cu_seqlens_q is None:
-        return []
-    if is_wide(a.q) or is_wide(a.v):
-        return ["latent heads of packed requests have kernels on the CPU alone"]
-    learns = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (a.q, a.k, a.v, a.sink)
-    )
-    return ["packed requests have gradients on the CPU alone"] if learns else []
 
 
 FORWARD = register(
