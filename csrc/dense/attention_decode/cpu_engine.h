@@ -43,7 +43,6 @@ class DecodeWorker {
         blocks_(plan.heads * plan.head_blocks),
         ldq_(round_up(words_of<Op>(p_.head_dim), kWidth)),
         element_(element_bytes(plan.d.cache.dtype)),
-        row_element_(element_bytes(p_.dtype)),
         scaled_(has_scales(plan.d.cache)),
         words_(plan.d.cache, p_.head_dim, p_.value_dim),
         workspace_(blocks_ * (kRows * (ldq_ + plan.ldo + kStep) + kBlockFloats) +
@@ -111,12 +110,7 @@ class DecodeWorker {
   }
   char* row_at(const Rows& rows, Query at) const {
     const QueryPlace to = plan_.d.place(b_, at.i);
-    return static_cast<char*>(rows.data) +
-           (to.b * rows.batch + (q_start_ + to.i) * rows.seq + at.h * rows.head) * row_element_;
-  }
-  float* lse_at(Query at) const {
-    if (p_.cu_seqlens_q) return lse_of(p_, p_.lse, b_, q_start_, at.h) + at.i;
-    return p_.lse + plan_.d.lse_at(b_, at.i, at.h);
+    return row_of(rows, p_.dtype, to.b, q_start_, to.i, at.h);
   }
 
   // The constant of a head, of which softmax weights do not see the finite part.
@@ -468,7 +462,7 @@ class DecodeWorker {
         if (p_.normalize == Normalize::count) sum = keys_.visible(i, head);
         scale = {normalizer(p_, sum), sum};
       }
-      if (p_.lse) *lse_at({i, head}) = scale.lse;
+      if (p_.lse) *lse_at(plan_.d, b_, q_start_, i, head) = scale.lse;
       store_row(out_, scale.factor, row_at(p_.out, {i, head}), p_.dtype, p_.value_dim);
       // Its sums are no longer needed: the block says by what its weights are multiplied.
       RowBlock<kRows>& block = block_[own * plan_.head_blocks + r / kRows];
@@ -482,7 +476,7 @@ class DecodeWorker {
   const AttentionParams& p_;
   const Exponent kind_;
   int64_t blocks_, ldq_;
-  const int64_t element_, row_element_;  // bytes, of the cache and of queries
+  const int64_t element_;  // bytes, of the cache
   const bool scaled_;
   StepWords<Op> words_;  // of tiles
   cpu::Workspace workspace_;

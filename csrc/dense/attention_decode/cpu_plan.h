@@ -34,6 +34,14 @@ TM_INLINE int64_t heads_together(int64_t all) {
   return heads;
 }
 
+// Of query i of request b in head h. Packed sequences, of which this one begins at `start`, lie
+// behind each other.
+template <class Params>
+TM_INLINE float* lse_at(const Params& d, int64_t b, int64_t start, int64_t i, int64_t h) {
+  const AttentionParams& p = d.attention;
+  return p.lse + (p.cu_seqlens_q ? h * p.seqlen_q + start + i : d.lse_at(b, i, h));
+}
+
 // What all workers share. A unit has all queries of a request, or with tiles a chunk of them.
 template <class Keys, int kRows, bool kTiles>
 struct DecodePlan {
