@@ -160,6 +160,57 @@ def _packed_case(dtype: torch.dtype) -> Case:
     )
 
 
+def _latent(dtype: torch.dtype, queries: int, heads: int, tokens: int, entries: int) -> Case:
+    """The last queries of a prompt, each with a list of latent keys for all heads: 576 channels, of
+    which the first 512 are the value."""
+    dim, value_dim = 576, 512
+
+    def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
+        g = torch.Generator().manual_seed(0)
+        q = place(torch.randn(1, queries, heads, dim, generator=g).to(dtype))
+        k = place(torch.randn(1, tokens, 1, dim, generator=g).to(dtype))
+        v = k[..., :value_dim]
+        drawn = torch.rand(1, 1, queries, tokens - queries, generator=g)
+        indices = place(drawn.argsort(-1)[..., :entries].sort(-1).values.int())
+        counts = place(torch.full((1, 1, queries), entries, dtype=torch.int32))
+        lengths = place(torch.tensor([tokens], dtype=torch.int32))
+        rows = indices[0, 0].long()
+
+        def gathered() -> Tensor:
+            keys = k[0, :, 0][rows]  # [queries, entries, D]
+            scores = torch.bmm(q[0], keys.transpose(1, 2)).float() * dim**-0.5
+            return torch.bmm(scores.softmax(-1).to(dtype), keys[..., :value_dim])
+
+        def each_query() -> Tensor:
+            outs = []
+            for row, ids in zip(q[0], rows, strict=True):
+                keys = k[0, :, 0][ids]
+                scores = (row @ keys.T).float() * dim**-0.5
+                outs.append(scores.softmax(-1).to(dtype) @ keys[:, :value_dim])
+            return torch.stack(outs)
+
+        return (
+            lambda: tm.block_sparse_attention(
+                q, k, v, indices, counts, block_q=1, block_k=1, causal=True
+            ),
+            {
+                "gather, eager matmuls": lambda: gathered,
+                "a gather and matmuls for each query": lambda: each_query,
+                "dense": lambda: lambda: tm.attention_decode(q, k, v, seqlens_k=lengths),
+            },
+        )
+
+    size = torch.empty((), dtype=dtype).element_size()
+    return Case(
+        "block_sparse_attention",
+        f"Sq={queries} Sk={tokens} H={heads}/1 D={dim}/{value_dim}, lists of {entries}",
+        dtype,
+        2.0 * queries * heads * entries * (dim + value_dim),
+        float(size * (queries * heads * (dim + value_dim) + tokens * dim)),
+        prepare,
+    )
+
+
 def cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for percent in (5, 20, 50):
@@ -170,3 +221,5 @@ def cases() -> Iterator[Case]:
         yield _case(dtype, 64, 20, backward=True)
         yield _case(dtype, 2, 20, backward=True)
         yield _packed_case(dtype)
+        yield _latent(dtype, 256, 16, 4096, 512)
+        yield _latent(dtype, 64, 128, 8192, 2048)

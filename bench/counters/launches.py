@@ -108,6 +108,14 @@ def _blocks() -> object:
     )
 
 
+def _latent() -> object:
+    q, k = _draw(1, 1, 16, 576), _draw(1, 8192, 1, 576)
+    indices = _some(2048, 8192, 1, 1, 1)
+    return tm.block_sparse_attention(
+        q, k, k[..., :512], indices, _counts(indices), block_q=1, block_k=1
+    )
+
+
 def _search(queries: int) -> object:
     q, k = _draw(1, queries, H, D), _draw(1, 8192, HK, D)
     return tm.hip_block_select(q, k, budget=512, head_reduce="group_max")
@@ -189,7 +197,10 @@ CALLS: dict[str, dict[str, Call]] = {
         "a token": lambda: tm.query_similarity_gate(_draw(1, 1, H, D), _draw(1, 1, H, D))
     },
     "bilevel_routing_attention": {"map of 56 x 56, H=2": _regions},
-    "block_sparse_attention": {"2048 tokens, H=8": _blocks},
+    "block_sparse_attention": {
+        "2048 tokens, H=8": _blocks,
+        "a token, 2048 of 8192 latent keys": _latent,
+    },
     "hip_block_select": {"a token": lambda: _search(1), "512 tokens": lambda: _search(512)},
     "landmark_attention": {"1024 tokens, H=8": _landmarks},
     "transpose_block_list": {"64 x 256 blocks, H=8": _lists},

@@ -152,6 +152,29 @@ def _mass() -> CounterCase:
     return CounterCase(f"mass of 256 of {tokens} keys, float16", scores / 1000, least, mma, prepare)
 
 
+def _latent() -> CounterCase:
+    """A list of 512 latent keys for each of 4 queries, which 16 heads read."""
+    heads, dim, value_dim, tokens, queries, entries = 16, 576, 512, 4096, 4, 512
+    g = torch.Generator().manual_seed(1)
+    drawn = torch.rand(1, 1, queries, tokens, generator=g)
+    indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
+    counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
+
+    def prepare() -> Callable[[], object]:
+        (q,), (k,) = _draw(F16, 1, 1, queries, heads, dim), _draw(F16, 1, 1, tokens, 1, dim)
+        return lambda: tm.block_sparse_attention(
+            q, k, k[..., :value_dim], indices, counts, block_q=1, block_k=1, backend="emulated"
+        )
+
+    scores = queries * heads * entries
+    # Keys and ids; queries, out and lse. A block copies keys and values, which are the same.
+    least = queries * entries * (2 * dim + 4) + queries * heads * (2 * (dim + value_dim) + 4)
+    mma = products(scores * (dim + value_dim), F16)
+    return CounterCase(
+        f"{entries} of {tokens} latent keys, float16", scores / 1000, least, mma, prepare
+    )
+
+
 def blocks_cases() -> Iterator[CounterCase]:
     for block_k in (64, 16, 2):
         yield _blocks(F16, block_k)
@@ -159,6 +182,7 @@ def blocks_cases() -> Iterator[CounterCase]:
     yield _blocks(F16, 64, backward=True)
     yield _requests(F16)
     yield _mass()
+    yield _latent()
 
 
 def _search(
