@@ -170,13 +170,13 @@ ROWS = {
     "merge_attention_states": ("", {"traffic_over_least": 1.4}),
     "query_similarity_gate": ("", {"traffic_over_least": 1.05}),
     "transpose_block_list": ("", {"traffic_over_least": 14}),
-    "sparse_decode_attention": ("^tokens$", {"traffic_over_least": 1.15}),
+    "sparse_decode_attention": ("^tokens$", {"traffic_over_least": 1.9}),  # sums of 19 parts
     "topk_select": ("^normal 1 x 65536, k=512", {"traffic_over_least": 2.7, "instructions": 400}),
     "bilevel_routing_attention": ("8 x 8, 4 each, float16$", {"traffic_over_least": 1.05}),
     "block_sparse_attention": ("blocks of 2, float16$", {"traffic_over_least": 1.05}),
     "hip_block_select": ("^512 queries, float16$", {"traffic_over_least": 1.05}),
     "best_match": ("", {"traffic_over_least": 6.6}),
-    "cluster_tokens": ("", {"traffic_over_least": 180}),  # rows of a window of cells for each pixel
+    "cluster_tokens": ("", {"traffic_over_least": 61}),  # a window of clusters for each cell
     "gather_fuse": ("kept$", {"traffic_over_least": 1.1}),
     "gather_tokens": ("", {"traffic_over_least": 1.1}),
     "local_pool": ("^mean", {"traffic_over_least": 5.3}),  # a window through L1

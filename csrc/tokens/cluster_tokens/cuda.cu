@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "tokens/cluster_tokens/kernel.cuh"
 #include "tokens/nearest.cuh"
 
@@ -5,6 +7,8 @@ namespace tokenmill {
 namespace cuda::cluster_tokens {
 namespace {
 
+constexpr int64_t kStagedBytes = 24
+                                 << 10;  // of pixels in shared memory: four blocks fit any device
 constexpr int64_t kSlabFloats = int64_t{1} << 24;  // of weights in memory, if a row of cells fits
 
 unsigned limited(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
@@ -23,6 +27,11 @@ ClusterPlan make_plan(const ClusterParams& p) {
   while (rows > 1 && line * lines_of(p, rows) > kSlabFloats) rows = ceil_div(rows, 2);
   plan.slab_rows = static_cast<int>(rows);
   plan.slab_lines = lines_of(p, rows);
+  const int64_t size = p.dtype == DType::float32 ? 4 : 2, row = round_up(p.channels * size, 16);
+  const int64_t most = ceil_div(p.height, p.grid_y) * ceil_div(p.width, p.grid_x);
+  const int64_t fit = row <= kStagedBytes ? kStagedBytes / row : kCellPixels;
+  plan.measured = static_cast<int>(std::min({most, fit, int64_t{kMeasured}}));
+  plan.pitch = row <= kStagedBytes ? row / size : 0;
   return plan;
 }
 
@@ -70,7 +79,8 @@ dim3 cells_of(const ClusterParams& p, const Slab& slab) {
 template <typename T, bool kAligned, bool kLabels>
 const char* weigh(const ClusterParams& p, const ClusterPlan& plan, const Slab& slab,
                   const float* centroids, cudaStream_t s) {
-  return launch<weigh_kernel<T, kAligned, kLabels>>(cells_of(p, slab), kClusterThreads, 0, s, p,
+  const int64_t bytes = plan.measured * plan.pitch * static_cast<int64_t>(sizeof(T));
+  return launch<weigh_kernel<T, kAligned, kLabels>>(cells_of(p, slab), kClusterThreads, bytes, s, p,
                                                     plan, slab, centroids);
 }
 

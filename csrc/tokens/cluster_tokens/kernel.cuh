@@ -1,8 +1,10 @@
-// Pixels with the same home share the clusters that they weigh: a block measures a few of them at
-// once, and their weights go to memory, a row of window_y window_x for each pixel. A warp then has
-// a few neighbouring clusters and adds up the pixels that reach them, in order. A slab, some rows
-// of cells of all images, is what memory holds of weights at a time.
+// Pixels with the same home share the clusters that they weigh: a block measures some of them at
+// once, from shared memory, and their weights go to memory, a row of window_y window_x for each
+// pixel. A warp then has a few neighbouring clusters and adds up the pixels that reach them, in
+// order. A slab, some rows of cells of all images, is what memory holds of weights at a time.
 #pragma once
+#include <type_traits>
+
 #include "cuda/math.cuh"
 #include "cuda/vector.cuh"
 #include "cuda/warp.cuh"
@@ -11,15 +13,17 @@
 namespace tokenmill::cuda::cluster_tokens {
 
 constexpr int kClusterWarps = 4, kClusterThreads = kClusterWarps * kWarpSize;
-constexpr int kCellPixels = 4;  // of a cell that are measured together, one for each warp
+constexpr int kMeasured = 16;   // pixels of a cell that are measured together, at most
+constexpr int kCellPixels = 4;  // that are spread to together
 constexpr int kSpan = 4;        // neighbouring clusters of a warp
-static_assert(kCellPixels == kClusterWarps);
 
 struct ClusterPlan {
   int window;         // clusters of a row of weights
   int slab_rows;      // rows of cells of a slab
   int slab_lines;     // lines of pixels of a slab, at most
   int channel_tiles;  // of 32 lanes
+  int measured;       // pixels of a cell at once
+  int64_t pitch;      // elements between these in shared memory, 0: they are not there
   float* centroids;   // [B, gy, gx, C]
   float* weights;     // [B, slab_lines, X, window]
   float* sums;        // [B, gy, gx, C] and ...
@@ -127,32 +131,57 @@ struct HomeCell {
   }
 };
 
-// Distances of pixels first .. first + kCellPixels - 1 of a cell to the clusters that they weigh.
+// Pixels first .. first + count - 1 of a cell, in shared memory if they fit.
+template <typename T>
+struct MeasuredPixels {
+  int first, count;
+  T* staged;  // [count, pitch], or null
+  int64_t pitch;
+
+  __device__ __forceinline__ const T* global(const ClusterParams& p, const HomeCell& cell,
+                                             int i) const {
+    return static_cast<const T*>(p.x) + p.x_at(cell.b, cell.y_of(first + i), cell.x_of(first + i));
+  }
+
+  // By all threads.
+  template <bool kAligned>
+  __device__ __forceinline__ void stage(const ClusterParams& p, const HomeCell& cell) const {
+    using Word = std::conditional_t<kAligned, uint4, T>;
+    constexpr int kVector = sizeof(Word) / sizeof(T);
+    if (!staged) return;
+    for (int i = threadIdx.x / kWarpSize; i < count; i += kClusterWarps) {
+      const T* const from = global(p, cell, i);
+      T* const to = staged + i * pitch;
+      for (int64_t c = threadIdx.x % kWarpSize * kVector; c < p.channels; c += kWarpSize * kVector)
+        *reinterpret_cast<Word*>(to + c) = *reinterpret_cast<const Word*>(from + c);
+    }
+    __syncthreads();
+  }
+};
+
+// Their distances to the clusters that they weigh.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const ClusterPlan& plan,
                                                const Slab& slab, const HomeCell& cell,
-                                               const float* centroids, int first) {
+                                               const float* centroids,
+                                               const MeasuredPixels<T>& pixels) {
   constexpr int kVector = kLaneChannels<T>;
   const int lane = threadIdx.x % kWarpSize;
-  const T* pixels[kCellPixels];
-#pragma unroll
-  for (int i = 0; i < kCellPixels; ++i) {
-    const int pixel = first + i < cell.pixels ? first + i : first;
-    pixels[i] = static_cast<const T*>(p.x) + p.x_at(cell.b, cell.y_of(pixel), cell.x_of(pixel));
-  }
-  const int mine = first + lane;  // the pixel whose distances this lane stores
+  const int mine = pixels.first + lane;  // the pixel whose distances this lane stores
   float* to = nullptr;
-  if (lane < kCellPixels && mine < cell.pixels)
-    to = weights_at(p, plan, slab, cell.b, cell.y_of(mine), cell.x_of(mine));
+  if (lane < pixels.count) to = weights_at(p, plan, slab, cell.b, cell.y_of(mine), cell.x_of(mine));
   for (int k = threadIdx.x / kWarpSize; k < cell.count; k += kClusterWarps) {
     const float* const row = centroids + (cell.b * p.clusters() + cell.cluster(p, k)) * p.channels;
-    float sum[kCellPixels] = {};
+    float sum[kMeasured] = {};
     for (int64_t c = lane * kVector; c < p.channels; c += kWarpSize * kVector) {
       float centroid[kVector], x[kVector];
       load_part<kAligned>(centroid, row, c, p.channels);
 #pragma unroll
-      for (int i = 0; i < kCellPixels; ++i) {
-        load_part<kAligned>(x, pixels[i], c, p.channels);
+      for (int i = 0; i < kMeasured; ++i) {
+        if (i >= pixels.count) break;
+        load_part<kAligned>(
+            x, pixels.staged ? pixels.staged + i * pixels.pitch : pixels.global(p, cell, i), c,
+            p.channels);
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float difference = x[v] - centroid[v];
@@ -162,7 +191,8 @@ __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const Clu
     }
     float own = 0;
 #pragma unroll
-    for (int i = 0; i < kCellPixels; ++i) {
+    for (int i = 0; i < kMeasured; ++i) {
+      if (i >= pixels.count) break;
       const float whole = warp_sum(sum[i]);
       own = lane == i ? whole : own;
     }
@@ -212,23 +242,28 @@ template <typename T, bool kAligned, bool kLabels>
 __global__ void __launch_bounds__(kClusterThreads, 4)
     weigh_kernel(const __grid_constant__ ClusterParams p, const __grid_constant__ ClusterPlan plan,
                  const __grid_constant__ Slab slab, const float* centroids) {
-  const int warp = threadIdx.x / kWarpSize;
+  extern __shared__ __align__(16) unsigned char shared[];
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z)
     for (int64_t cell_y = slab.first + blockIdx.y; cell_y <= slab.last; cell_y += gridDim.y) {
       const HomeCell cell(p, b, cell_y, blockIdx.x);
 #pragma unroll 1
-      for (int first = 0; first < cell.pixels; first += kCellPixels) {
-        measure_pixels<T, kAligned>(p, plan, slab, cell, centroids, first);
+      for (int first = 0; first < cell.pixels; first += plan.measured) {
+        const MeasuredPixels<T> pixels{first, min(plan.measured, cell.pixels - first),
+                                       plan.pitch ? reinterpret_cast<T*>(shared) : nullptr,
+                                       plan.pitch};
+        pixels.template stage<kAligned>(p, cell);
+        measure_pixels<T, kAligned>(p, plan, slab, cell, centroids, pixels);
         __syncthreads();  // the distances are in memory
-        const int pixel = first + warp;
-        if (pixel >= cell.pixels) continue;
-        const int y = cell.y_of(pixel), x = cell.x_of(pixel);
-        float* const weights = weights_at(p, plan, slab, b, y, x);
-        if constexpr (kLabels) {
-          const int64_t label = cell.cluster(p, nearest_weighed(weights, cell.count));
-          p.labels[(b * p.height + y) * p.width + x] = static_cast<int32_t>(label);
-        } else {
-          weigh_pixel(p, weights, cell.count);
+#pragma unroll 1
+        for (int i = threadIdx.x / kWarpSize; i < pixels.count; i += kClusterWarps) {
+          const int y = cell.y_of(first + i), x = cell.x_of(first + i);
+          float* const weights = weights_at(p, plan, slab, b, y, x);
+          if constexpr (kLabels) {
+            const int64_t label = cell.cluster(p, nearest_weighed(weights, cell.count));
+            p.labels[(b * p.height + y) * p.width + x] = static_cast<int32_t>(label);
+          } else {
+            weigh_pixel(p, weights, cell.count);
+          }
         }
       }
     }
