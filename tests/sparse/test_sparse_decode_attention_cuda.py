@@ -35,7 +35,7 @@ def test_keys_are_read_once_for_the_rows_of_a_head(block_k, pairs, lists, dtype)
     args, kwargs = drawn(
         dtype, lengths=(length,), h=heads, hk=kv_heads, d=dim, dv=dim, lists=lists,
         entries=listed // block_k, block_k=block_k, capacity=length, num_recent=32, pairs=pairs,
-        return_mass=False,
+        return_mass=False, num_splits=3,
     )  # fmt: skip
     with _emulator.counting() as launches:
         run(args, kwargs)
@@ -87,3 +87,17 @@ def test_no_order_of_blocks_changes_a_bit(order):
     with _emulator.configured(f"order={order},seed=3"):
         got = run(args, kwargs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_request_fills_the_device():
+    """Blocks of 32 keys, which begin within a tile of 64."""
+    args, kwargs = drawn(
+        torch.float16, lengths=(512,), h=8, hk=8, d=128, dv=128, lists=8, entries=500, capacity=512,
+        return_mass=False,
+    )  # fmt: skip
+    with _emulator.counting() as launches:
+        out = run(args, kwargs)
+    (launch,) = launches
+    assert launch["grid"][0] == 8 * 16
+    want = run(args, kwargs | {"num_splits": 1})
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)

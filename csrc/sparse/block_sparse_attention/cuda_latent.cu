@@ -12,7 +12,8 @@ extern template const char* launch_latent<float>(const LatentLaunch&, void*, cud
 
 int64_t workspace_bytes(const LatentBlockSparse& d) {
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::workspace_bytes(cuda::block_sparse_attention::plan_latent<T>(d));
+    using Keys = cuda::block_sparse_attention::LatentKeys<T>;
+    return cuda::workspace_bytes(cuda::sparse_decode_attention::plan_sparse<Keys>(d));
   });
 }
 
@@ -27,7 +28,7 @@ const char* launch_cuda(const LatentBlockSparse& d, void* stream) {
     return cuda::refuse("k", "must have at most 2^29 tokens on CUDA", d.cache.capacity);
   if (listed > cuda::kMaxLength)
     return cuda::refuse("indices", "must list at most 2^29 keys of a query on CUDA", listed);
-  const cuda::block_sparse_attention::LatentLaunch launch{{d, nullptr, 0, nullptr, false}};
+  const cuda::block_sparse_attention::LatentLaunch launch{{d, nullptr, 0, nullptr, false, 0}};
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
     return cuda::block_sparse_attention::launch_latent<T>(launch, d.workspace,
                                                           static_cast<cudaStream_t>(stream));

@@ -6,13 +6,9 @@
 namespace tokenmill::cuda::block_sparse_attention {
 
 template <typename T>
-DecodeLaunch plan_latent(const LatentBlockSparse& d) {
-  return sparse_decode_attention::plan_sparse<LatentKeys<T>>(d);
-}
-
-template <typename T>
 const char* launch_latent(const LatentLaunch& d, void* workspace, cudaStream_t stream) {
-  return launch_planned<block_sparse_latent_kernel<T>>(d, plan_latent<T>(d), workspace, stream);
+  using sparse_decode_attention::launch_listed;
+  return launch_listed<block_sparse_latent_kernel<T>, LatentKeys<T>>(d, workspace, stream);
 }
 
 }  // namespace tokenmill::cuda::block_sparse_attention

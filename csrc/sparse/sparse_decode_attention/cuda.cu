@@ -67,7 +67,7 @@ int64_t workspace_bytes(const SparseDecodeParams& d) {
 const char* launch_cuda(const SparseDecodeParams& params, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   cuda::sparse_decode_attention::SparseLaunch d{
-      {params, nullptr, cuda::sparse_decode_attention::logit_row(params), nullptr, false}};
+      {params, nullptr, cuda::sparse_decode_attention::logit_row(params), nullptr, false, 0}};
   if (d.cache.pages > 0x7fffffff)
     return cuda::refuse("k_cache", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
   if (d.cache.capacity > cuda::kMaxLength)

@@ -12,14 +12,28 @@ inline int64_t cut(int64_t keys, const KvCache& cache) {
   return keys < cache.capacity ? keys : cache.capacity;
 }
 
+struct ListedPlan : DecodeLaunch {
+  int cut_keys;  // ListedLaunch's
+};
+
+// Rows of keys are short: where blocks of 256 keys are fewer than multiprocessors, they get fewer.
 template <typename Keys>
-DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
+ListedPlan plan_sparse(const SparseDecodeParams& d) {
   using T = typename Keys::Element;
   using Cache = typename Keys::Shape::Cache;
   const AttentionParams& p = d.attention;
   const int64_t first_and_last = cut(d.num_sink, d.cache) + cut(d.num_recent, d.cache);
   const int64_t longest = cut(first_and_last + listed_keys(d) + p.seqlen_q, d.cache) + d.extra;
-  DecodeLaunch launch = plan_decode<Keys>(p, d.row_heads(), longest, d.num_splits, false);
+  constexpr int kTileKeys = Keys::Shape::kTileKeys;
+  const auto plan = [&](int64_t splits) {
+    return plan_decode<Keys>(p, d.row_heads(), longest, splits, false);
+  };
+  ListedPlan launch{plan(d.num_splits), kTileKeys};
+  for (int least = 128; d.num_splits == 0 && least >= kLeastCut; least /= 2) {
+    const int64_t splits = ceil_div(longest, least);
+    if (launch.blocks >= multiprocessors() || splits > kMaxAutoSplits) break;
+    if (splits > launch.plan.splits) launch = {plan(splits), least < kTileKeys ? least : kTileKeys};
+  }
   launch.plan.aligned =
       has_whole_chunks<T>(p.q, p.head_dim) && has_whole_chunks<Cache>(d.cache.k, p.head_dim) &&
       has_whole_chunks<Cache>(d.cache.v, p.value_dim) &&
@@ -28,10 +42,17 @@ DecodeLaunch plan_sparse(const SparseDecodeParams& d) {
   return launch;
 }
 
+template <auto kKernel, typename Keys, typename Launch>
+const char* launch_listed(Launch d, void* workspace, cudaStream_t stream) {
+  const ListedPlan planned = plan_sparse<Keys>(d);
+  d.cut_keys = planned.cut_keys;
+  return launch_planned<kKernel>(d, planned, workspace, stream);
+}
+
 template <typename T, int kBucket>
 const char* launch_sparse(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
-  return launch_planned<sparse_decode_kernel<T, kBucket>>(d, plan_sparse<ListedKeys<T, kBucket>>(d),
-                                                          workspace, stream);
+  return launch_listed<sparse_decode_kernel<T, kBucket>, ListedKeys<T, kBucket>>(d, workspace,
+                                                                                 stream);
 }
 
 template <typename T>

@@ -7,8 +7,8 @@ namespace tokenmill::cuda::sparse_decode_attention {
 template <typename T>
 const char* launch_float8(const SparseLaunch& d, void* workspace, cudaStream_t stream) {
   return visit_float8_bucket(d.attention, [&]<int kBucket>() {
-    return launch_planned<sparse_decode_float8_kernel<T, kBucket>>(
-        d, plan_sparse<ListedKeys<T, kBucket, Float8>>(d), workspace, stream);
+    return launch_listed<sparse_decode_float8_kernel<T, kBucket>, ListedKeys<T, kBucket, Float8>>(
+        d, workspace, stream);
   });
 }
 

@@ -14,8 +14,12 @@ struct ListedLaunch : Params {
   int64_t logit_row;
   int2* listed;      // [B, row heads], the entries that each list adds: first and last + 1
   bool wide_tables;  // four rotations at once can be read
+  int cut_keys;      // blocks begin at its multiples in the row: a tile, or a part of one
 };
 struct SparseLaunch : ListedLaunch<SparseDecodeParams> {};
+
+// The fewest keys of a block, half of a step of all warps.
+constexpr int kLeastCut = 32;
 
 // Of the first key in a row of logits: whole steps of the kernel are stored.
 constexpr int kLogitAlign = 16;
@@ -124,11 +128,11 @@ class ListedKeys {
     }
     __syncthreads();
     const int total = static_cast<int>(found.total + (kSplitsExtras ? d_.extra : 0));
-    const int steps = total > 0 ? (total + kTile - 1) / kTile : 1;
+    const int cut = d_.cut_keys, steps = total > 0 ? (total + cut - 1) / cut : 1;
     s.parts = min(plan.splits, steps);
     if (s.part >= s.parts) return false;
-    s.begin = static_cast<int>(int64_t{s.part} * steps / s.parts) * kTile;
-    s.end = min(static_cast<int>(int64_t{s.part + 1} * steps / s.parts) * kTile, total);
+    s.begin = static_cast<int>(int64_t{s.part} * steps / s.parts) * cut;
+    s.end = min(static_cast<int>(int64_t{s.part + 1} * steps / s.parts) * cut, total);
     return true;
   }
 
@@ -171,7 +175,7 @@ class ListedKeys {
     return key;
   }
 
-  static __device__ __forceinline__ int place(int, int key0) { return key0 & (kRing - 1); }
+  static __device__ __forceinline__ int place(int, int key0) { return key0 & (kRing - kTile); }
 
   __device__ __forceinline__ void store(int at, const Key& key) {
     at_[at] = key.at;
