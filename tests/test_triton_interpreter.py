@@ -39,7 +39,8 @@ def test_an_overflow_of_32_bits_is_an_error(dtype):
 
 OPERATIONS = (
     "add", "sub", "mul", "truediv", "and_", "or_", "xor_", "less_than", "less_equal",
-    "greater_than", "greater_equal", "equal", "not_equal", "where",
+    "greater_than", "greater_equal", "equal", "not_equal", "shl", "lshr", "ashr", "mod", "floordiv",
+    "where",
 )  # fmt: skip
 SHAPES = [((), ()), ((), (4,)), ((4, 1), (1, 2)), ((2, 4), (4,)), ((4,), (2,))]
 NUMBERS = [0, 1, -1, 200, 2**31, 2**40, 2**64, 0.0, -0.0, 2.5, 1e300, float("nan"), True]

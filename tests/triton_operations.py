@@ -25,8 +25,8 @@ LEAST, MOST = -(2**63), 2**63 - 1  # of a number that an element type is asked a
 # What this file replaces; a release of Triton that lacks one keeps the others too.
 REPLACED = (
     "add", "sub", "mul", "truediv", "and_", "or_", "xor_", "less_than", "less_equal",
-    "greater_than", "greater_equal", "equal", "not_equal", "cast", "where", "broadcast_impl_value",
-    "expand_dims", "to_tensor",
+    "greater_than", "greater_equal", "equal", "not_equal", "shl", "lshr", "ashr", "cast", "where",
+    "broadcast_impl_value", "binary_op_type_checking_impl", "expand_dims", "to_tensor",
 )  # fmt: skip
 ORIGINAL = {n: getattr(TritonSemantic, n) for n in REPLACED if hasattr(TritonSemantic, n)}
 
@@ -37,7 +37,14 @@ def make(data, scalar, kind):
     """A tensor of type `kind`, of whose elements the type is `scalar`."""
     handle = object.__new__(TensorHandle)
     handle.data, handle.dtype, handle.attr = data, scalar, {}
-    return tensor(handle, kind)
+    made = object.__new__(tensor)
+    try:
+        made.__dict__.update(kind.said)
+    except AttributeError:  # the first of its type
+        tensor.__init__(made, None, kind)
+        kind.said = dict(made.__dict__)
+    made.handle = handle
+    return made
 
 
 def kept(plan):
@@ -173,6 +180,9 @@ OPERATIONS = [
     Operation("and_", np.bitwise_and, BITS),
     Operation("or_", np.bitwise_or, BITS),
     Operation("xor_", np.bitwise_xor, BITS),
+    Operation("shl", np.left_shift, INTS),
+    Operation("lshr", np.right_shift, INTS),
+    Operation("ashr", np.right_shift, INTS[:4]),
     Operation("less_than", np.less, ALL, compares=True),
     Operation("less_equal", np.less_equal, ALL, compares=True),
     Operation("greater_than", np.greater, ALL, compares=True),
@@ -270,6 +280,46 @@ def select_at_once(slow):
     return where
 
 
+def spread(x, kind):
+    data = np.empty(shape_of(kind) or (1,), x.handle.data.dtype)
+    data[...] = x.handle.data
+    return make(data, x.handle.dtype.scalar, kind)
+
+
+def operands_at_once(slow):
+    """Of operations that have no class here."""
+
+    def plans(divides):
+        def plan(left, right):
+            scalar = common_scalar(left.scalar, right.scalar, divides)
+            shape = common_shape(left, right)
+            return None if scalar is None or shape is None else (scalar, block(scalar, shape))
+
+        return kept(plan)
+
+    plan_of = {divides: plans(divides) for divides in (False, True)}
+
+    def settled(x, scalar, kind):
+        if x.type is kind:
+            return x
+        if x.dtype is not scalar:
+            own = block(scalar, shape_of(x.type))
+            x = make(x.handle.data.astype(NUMPY[scalar]), scalar, own)
+        return x if x.type is kind else spread(x, kind)
+
+    def check(
+        self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True,
+        div_or_mod=False,
+    ):  # fmt: skip
+        if arithmetic_check and type(lhs) is tensor and type(rhs) is tensor:
+            found = plan_of[div_or_mod](lhs.type, rhs.type)
+            if found is not None:
+                return settled(lhs, *found), settled(rhs, *found)
+        return slow(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    return check
+
+
 def broadcast_at_once(slow):
     def plan(left, right):
         shape = common_shape(left, right)
@@ -279,18 +329,14 @@ def broadcast_at_once(slow):
 
     plan_of = kept(plan)
 
-    def spread(x, kind):
-        if kind is None:
-            return x
-        data = np.empty(kind.sizes, x.handle.data.dtype)
-        data[...] = x.handle.data
-        return make(data, x.handle.dtype.scalar, kind)
-
     def broadcast(self, lhs, rhs):
         found = plan_of(lhs.type, rhs.type)
         if found is None:
             return slow(self, lhs, rhs)
-        return spread(lhs, found[0]), spread(rhs, found[1])
+        return tuple(
+            x if kind is None else spread(x, kind)
+            for x, kind in zip((lhs, rhs), found, strict=True)
+        )
 
     return broadcast
 
@@ -373,6 +419,7 @@ def hasten() -> None:
         "cast": cast_at_once,
         "where": select_at_once,
         "broadcast_impl_value": broadcast_at_once,
+        "binary_op_type_checking_impl": operands_at_once,
         "expand_dims": expand_at_once,
         "to_tensor": numbers_at_once,
     }.items():
