@@ -51,7 +51,7 @@ def test_tiles_and_parts_of_the_cpu(shape, backend, isa):
     assert_right(draw(*shape), backend)
 
 
-# A grid that fills the device has tiles of 64 x 64, others have 4 x 64.
+# A grid that fills the device has tiles of 64 x 64, others have 4 x 64, two queries at most 1 x 16.
 @pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
 def test_tiles_of_the_grid(backend):
     assert_right(draw(132, 9, 2, 2), backend)
@@ -128,3 +128,12 @@ def test_pointers_on_each_backend(backend):
     found = tm.pointer_argmax(q, k, v, mask=mask, backend=backend)
     assert torch.equal(found[0], scores[0].argmax(-1))
     assert found[1].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+def test_a_query_alone_has_the_bits_that_it_has_among_others(backend):
+    q, k, v = (t.detach().to(device_of(backend)) for t in draw(2, 3, 21, 133))
+    mask = torch.rand(2, 3, 21, device=q.device) < 0.7
+    among = tm.additive_attention(q, k, v, mask=mask, backend=backend)
+    alone = tm.additive_attention(q[:, 1:2], k, v, mask=mask[:, 1:2], backend=backend)
+    assert torch.equal(alone, among[:, 1:2])
