@@ -392,8 +392,8 @@ def sparse_decode_attention(
         0 if extra_log_count is None else extra_log_count.stride(0),
         0 if extra_log_count is None else extra_log_count.stride(1),
     )
-    sizes = (batch, row_heads, row_heads // kv_heads, group, seqlen_q, rows, row_blocks, splits)
-    sizes += (per_cache,)
+    shared = row_heads // kv_heads
+    sizes = (batch, row_heads, shared, group, seqlen_q, rows, row_blocks, splits, per_cache)
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
