@@ -114,6 +114,33 @@ def test_mass_of_listed_keys_is_their_weight(backend):
 
 
 @each_backend
+def test_mass_of_keys_in_pages_is_that_of_dense_ones(backend):
+    sizes = {"b": 2, "sq": 2, "sk": 16, "h": 2, "lists": 1, "block_k": 2, "entries": 5, "page": 8}
+    args, kwargs = drawn(backend, **LATENT, **sizes, causal=True)
+    q, k, v, *lists = args
+    kwargs["seqlens_k"] = torch.tensor([16, 11], dtype=torch.int32, device=q.device)
+    found = run(backend, args, kwargs, return_mass=True)
+    k, v = (x[kwargs["block_table"].long()].flatten(1, 2) for x in (k, v))
+    wanted = run(backend, (q, k, v, *lists), kwargs, block_table=None, return_mass=True)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b not in ("cpu", "reference")])
+def test_keys_on_a_page_that_is_not_there_have_no_mass(backend):
+    """As they add nothing to lse. On a CPU such a page is an error."""
+    sizes = {"b": 1, "sq": 1, "sk": 16, "h": 2, "lists": 1, "block_k": 1, "page": 8}
+    args, kwargs = drawn(backend, **LATENT, **sizes)
+    q, k, v = args[:3]
+    kwargs["seqlens_k"] = torch.tensor([16], dtype=torch.int32, device=q.device)
+    kwargs["block_table"][0, 0] = -1
+    lists = full_lists(q, k.flatten(0, 1)[None], 1, 1)
+    mass = run(backend, (q, k, v, *lists), kwargs, return_mass=True)[-1][0, 0, 0]
+    assert (mass[:8] == 0).all()
+    torch.testing.assert_close(mass.sum(), torch.tensor(2.0, device=q.device))
+
+
+@each_backend
 def test_what_nobody_sees_is_not_read(backend):
     args, kwargs = drawn(backend, **CASES["pages"])
     want = run(backend, args, kwargs)

@@ -221,3 +221,42 @@ def test_gradients_of_packed_requests_are_refused_on_gpus(backend):
     args, kwargs = packed(backend, **TINY, ends_q=(1, 2), ends_k=(1, 2))
     with pytest.raises(RuntimeError, match="packed requests have gradients on the CPU alone"):
         run(backend, (args[0].requires_grad_(), *args[1:]), kwargs)
+
+
+LATENT = {
+    "d": 576, "dv": 512, "h": 3, "hk": 1, "lists": 1, "latent": True, "block_q": 1, "block_k": 2,
+    "entries": 5, "causal": True, "num_sink": 1, "sink": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("reference") if b not in ON_GPUS])
+@pytest.mark.parametrize("page", [0, 8])
+def test_latent_heads_of_a_request_have_the_bits_that_they_have_alone(backend, page):
+    lengths = torch.tensor([48, 17, 0, 33], dtype=torch.int32)
+    args, kwargs = packed(
+        backend, ends_q=(2, 2, 5, 8), ends_k=(), page=page, seqlens_k=lengths, return_mass=True,
+        **LATENT,
+    )  # fmt: skip
+    results = run(backend, args, kwargs)
+    for b in range(4):
+        own, own_kwargs, queries, _, rows = alone(backend, args, kwargs, b)
+        found = results[0][queries], results[1][:, queries], results[2][:, rows]
+        for got, want in zip(found, run(backend, own, own_kwargs), strict=True):
+            assert torch.equal(got, want[0])
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ON_GPUS])
+def test_kernels_refuse_what_they_cannot_do_with_packed_requests(backend):
+    kernels = getattr(torch.ops, tm._dispatch.namespace(backend))
+    sizes = {"ends_q": (1, 2), "ends_k": (1, 2)}
+    args, kwargs = packed(backend, **LATENT, **sizes)
+    with pytest.raises(RuntimeError, match="latent heads of packed requests have kernels on the"):
+        run(backend, args, kwargs)
+    del kwargs["return_lse"]
+    with pytest.raises(RuntimeError, match="cu_seqlens_q: must be None for latent heads on CUDA"):
+        kernels.block_sparse_attention(*args, **kwargs)
+    args, kwargs = packed(backend, **TINY, **sizes)
+    out, lse = run(backend, args, kwargs)
+    del kwargs["return_lse"]
+    with pytest.raises(RuntimeError, match="cu_seqlens_q: must be None for gradients on CUDA"):
+        kernels.block_sparse_attention_backward(out, None, out, lse, False, *args, **kwargs)

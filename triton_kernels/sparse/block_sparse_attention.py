@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._check import fail
 from tokenmill._kv_cache import capacity
 
 from ..common import head_of, launch, program, terms_of
@@ -189,6 +190,10 @@ class Call(NamedTuple):
 def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*lowered)
     listed = call.listed
+    latent = max(call.q.shape[-1], call.v.shape[-1]) > LONG.value
+    if latent and call.cu_seqlens_q is not None:
+        rule = "must be None for latent heads on CUDA"
+        fail("block_sparse_attention", "cu_seqlens_q", rule, call.cu_seqlens_q.shape)
     out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
     lse = call.q.new_empty(call.q[..., 0].transpose(-1, -2).shape, dtype=torch.float32)
     if call.cu_seqlens_q is not None:  # tokens without a request are empty rows
@@ -196,7 +201,7 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         lse.fill_(-torch.inf)
     if out.numel() == 0 or call.packed[-1] == 0:
         return out, lse, _mass(call, lse)
-    if max(call.q.shape[-1], call.v.shape[-1]) > LONG.value:
+    if latent:
         return latent_attention(call)
     tiles = listed.plan().forward
     lists = listed.compacted()

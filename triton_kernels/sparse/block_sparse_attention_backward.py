@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokenmill._check import fail
+
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from ..dense.attention import sink_terms
 from ..dense.attention_decode_merge import rows_of
@@ -154,6 +156,9 @@ def block_sparse_attention_backward(
     *lowered: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*lowered)
+    if call.cu_seqlens_q is not None:
+        rule = "must be None for gradients on CUDA"
+        fail("block_sparse_attention", "cu_seqlens_q", rule, call.cu_seqlens_q.shape)
     listed = call.listed
     seqlen_k = call.k.shape[1]
     dq = call.q.new_empty(call.q.shape)

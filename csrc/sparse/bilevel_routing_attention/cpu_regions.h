@@ -57,7 +57,6 @@ class RegionOrder {
 };
 
 struct RegionWalk {
-  using Params = BilevelParams;
   using BackwardParams = BilevelBackwardParams;
 
   const BilevelParams& d;

@@ -183,12 +183,12 @@ struct RegionKeys {
     return d.key_map.place(id, t - n * d.key_slot.value);
   }
 
-  // All queries see a key, or none.
   static __device__ __forceinline__ RegionQueries queries_again(const RegionLaunch& d,
                                                                 const RegionKeys&) {
     return RegionQueries::of(d);
   }
   static __device__ __forceinline__ int row_of(const RegionLaunch&, int place) { return place; }
+  // All queries see a key, or none.
   __device__ __forceinline__ static Seeing seen_by(const RegionLaunch&, int, int place) {
     return {place < 0 ? Seeing::kNobody : -Seeing::kFar, Seeing::kFar};
   }

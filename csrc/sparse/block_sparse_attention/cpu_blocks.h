@@ -8,7 +8,6 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 struct BlockWalk {
-  using Params = BlockSparseParams;
   using BackwardParams = BlockSparseBackwardParams;
 
   const BlockSparseParams& d;

@@ -24,6 +24,9 @@ const char* launch_cuda(const LatentBlockSparse& d, void* stream) {
     return cuda::refuse("q", "must have at most 2^31 - 1 tokens on CUDA", d.attention.batch);
   if (d.cache.pages > kMaxNumber)
     return cuda::refuse("k", "must have at most 2^31 - 1 pages on CUDA", d.cache.pages);
+  if (d.cache.block_table && d.cache.pages << d.cache.log2_page_size > cuda::kMaxLength)
+    return cuda::refuse("k", "must have at most 2^29 tokens in pages on CUDA",
+                        d.cache.pages << d.cache.log2_page_size);
   if (d.cache.capacity > cuda::kMaxLength)
     return cuda::refuse("k", "must have at most 2^29 tokens on CUDA", d.cache.capacity);
   if (listed > cuda::kMaxLength)

@@ -18,6 +18,7 @@ const char* launch_mass(const BlockSparseMass& d, cudaStream_t stream) {
   m.parts = static_cast<int>(ceil_div(d.list.entries << d.log2_block_k, owned));
   m.blocks = max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, int64_t{1} << d.log2_block_q);
   m.aligned = has_whole_chunks<T>(p.q, p.head_dim);
+  m.leaves_out = p.head_dim > 256 || p.value_dim > 256;  // latent heads
   m.factor = p.scale * kLog2e;
   const int64_t blocks = (p.cu_seqlens_q ? 1 : p.batch) * d.list.heads * m.blocks * m.parts;
   const int bytes = Shape::kSharedBytes;

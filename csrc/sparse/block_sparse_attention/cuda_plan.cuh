@@ -29,7 +29,8 @@ template <typename T>
 bool has_compact_keys(const BlockSparseLaunch& d) {
   const AttentionParams& p = d.attention;
   const auto end = [&](const Rows& rows) {
-    return d.pages.table ? d.pages.count * rows.batch : p.seqlen_k * rows.seq;
+    const int64_t page = rows.batch * d.pages.count + (rows.seq << d.pages.log2_size);
+    return d.pages.table ? page : p.seqlen_k * rows.seq;
   };
   return d.aligned && is_compact<T>(end(p.k)) && is_compact<T>(end(p.v));
 }

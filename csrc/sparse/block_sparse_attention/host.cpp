@@ -195,7 +195,7 @@ void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #endif
   std::vector<BlockSparseMass> requests;
   const auto calls = calls_of<BlockSparseCalls>(d, d.attention, requests);
-  if (is_latent(a)) {
+  if (is_latent(a)) {  // a parallel region for each packed request
     for (int64_t n = 0; n < calls.count; ++n)
       cpu::block_sparse_attention_latent(latent_call(calls.each[n]));
   } else if (d.pages.table) {

@@ -40,10 +40,11 @@ struct MassShape : TileShape<T, kBucket> {
 
 struct MassLaunch : BlockSparseMass {
   KeyRows keys;
-  int parts;       // blocks of a list
-  int64_t blocks;  // of queries, of a head
-  bool aligned;    // rows of queries and keys are whole 16-byte chunks
-  float factor;    // of products in exponents of 2
+  int parts;        // blocks of a list
+  int64_t blocks;   // of queries, of a head
+  bool aligned;     // rows of queries and keys are whole 16-byte chunks
+  bool leaves_out;  // keys on pages that are not there, as the forward of latent heads does
+  float factor;     // of products in exponents of 2
 };
 
 // As RequestBlock, of a batch whose keys are positions.
@@ -295,6 +296,10 @@ __global__ void __launch_bounds__(kMassThreads, 2)
                          place.first + pass * Shape::kBlockKeys + x);
       if constexpr (Walk::kPaged) {
         const int32_t* table = block.page_table(d);
+        if (d.leaves_out && table && keys[x] >= 0) {
+          const int page = table[keys[x] >> d.pages.log2_size];
+          if (page < 0 || page >= d.pages.count) keys[x] = -1;
+        }
         places[x] = table && keys[x] >= 0 ? row_of_key(d.pages, table, keys[x]) : keys[x];
       }
     }

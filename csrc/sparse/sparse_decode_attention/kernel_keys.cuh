@@ -18,7 +18,7 @@ struct ListedLaunch : Params {
 };
 struct SparseLaunch : ListedLaunch<SparseDecodeParams> {};
 
-// The fewest keys of a block, half of a step of all warps.
+// The fewest keys of a block where the host cuts for more blocks.
 constexpr int kLeastCut = 32;
 
 // Of the first key in a row of logits: whole steps of the kernel are stored.

@@ -182,7 +182,8 @@ def block_sparse_attention(
             ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
             Entries behind a request's last key may hold anything. Forward only.
         cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, Sk, Hk, ...]`` or pages. With gradients on cpu and the reference alone.
+            too, or ``[B, Sk, Hk, ...]`` or pages. With gradients, and with heads wider
+            than 256, on cpu and the reference alone.
         cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
         return_lse: also return lse.
         return_mass: also return the probability that the entries of lists received.
