@@ -91,7 +91,7 @@ def same_bits(a, b):
         for backend, isa in cpu_variants()
         # A serial interpreter runs the same programs in any dtype.
         if backend not in SERIAL or dtype == torch.float32 or sample in spec.samples[:2]
-        if _dispatch.able(spec, sample, backend)
+        if not _dispatch.missing(spec, sample, backend)
     ],
     indirect=["isa"],
 )

@@ -66,23 +66,36 @@ def unsupported(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[st
     return spec.unsupported(backend, *lowered) if spec.unsupported else []
 
 
+def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
+    """Why the kernels of a backend do not run a sample."""
+    return unsupported(spec, _kernels_of(backend), _lowered(spec, sample))
+
+
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
     """Whether the kernels of a backend run a sample, and its gradients."""
-    return not missing(spec, sample, backend)
-
-
-def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
-    """Why the kernels of a backend do not run a sample, or not with gradients."""
     if backend == "reference" or not spec.unsupported:
-        return []
-    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
-    kernels = "cuda" if backend == "emulated" else backend  # wherever the tensors are
-    lowered = spec.lower(*args, **kwargs)
+        return True
+    return not unsupported_gradients(spec, backend, _lowered(spec, sample))
+
+
+def unsupported_gradients(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> list[str]:
+    """Why the kernels of a backend do not run a call whose inputs all require gradients."""
     call = spec.forward.record(*lowered)
-    leaves = [getattr(call, name) for name in spec.differentiable]
-    for leaf in (t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()):
-        leaf.requires_grad_()
-    return unsupported(spec, kernels, lowered)
+    learning = {
+        name: t.detach().requires_grad_()
+        for name in spec.differentiable
+        if isinstance(t := getattr(call, name), torch.Tensor) and t.is_floating_point()
+    }
+    return unsupported(spec, _kernels_of(backend), tuple(call._replace(**learning)))
+
+
+def _kernels_of(backend: str) -> str:
+    return "cuda" if backend == "emulated" else backend  # wherever the tensors are
+
+
+def _lowered(spec: OpSpec, sample: Sample) -> tuple[Any, ...]:
+    args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
+    return spec.lower(*args, **kwargs)
 
 
 def choose(

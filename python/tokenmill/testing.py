@@ -241,7 +241,8 @@ def compare(
     seed: int = 0,
     draws: int | None = None,
 ) -> list[Comparison]:
-    """Outputs and gradients of one sample on one backend, each against its error budget.
+    """Outputs and gradients of one sample on one backend, each against its error budget. Outputs
+    alone where the backend has no gradients of such a call.
 
     The magnitude of a tensor, which is the unit of its errors, and the error of plain PyTorch are
     the largest over a few draws of the sample: one draw of a small tensor may cancel to nearly
@@ -261,13 +262,16 @@ def compare(
     first = several[0]
     there, options = map_tensors((first.args, first.kwargs), lambda t: t.to(device))
     run = without_side_effects(spec, functools.partial(spec.function, backend=backend))
-    weights = first.cotangents if spec.differentiable else None
+    learns = bool(spec.differentiable) and not _dispatch.unsupported_gradients(
+        spec, backend, spec.lower(*first.args, **first.kwargs)
+    )
+    weights = first.cotangents if learns else None
     actual = chain(*evaluate(run, there, options, weights))
 
     parameters = inspect.signature(spec.function).parameters
     given = [*zip(parameters, first.args, strict=False), *first.kwargs.items()]
     names = [f"output {i}" for i in range(len(first.cotangents))]
-    if spec.differentiable:
+    if learns:
         names += [
             f"gradient of {n}" for n, value in given for t in tensors_of(value) if _is_float(t)
         ]
