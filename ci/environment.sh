@@ -9,24 +9,25 @@ command -v nvcc >/dev/null || [ ! -x /usr/local/cuda/bin/nvcc ] || PATH=/usr/loc
 
 step() { printf '\n[%(%H:%M:%S)T] %s\n' -1 "$*"; }
 
-# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement. Torch is
-# unpacked once, into .venv-torch-*: the others begin with links to its files, which pip replaces
-# and never changes.
+# make_venv NAME: .venv-NAME with pip and torch. TOKENMILL_TORCH names another requirement. Each
+# torch is unpacked once, into .venv-torch-*: the others begin with links to its files, which pip
+# replaces and never changes.
 make_venv() {
   local python=${PYTHON:-python3} torch=${TOKENMILL_TORCH:-torch>=2.10} base from to
   local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
   VENV=$ROOT/.venv-$1
   step "virtual environment $VENV"
-  if [ ! -x "$VENV/bin/python" ]; then
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     base=$ROOT/.venv-torch-$("$python" -c 'import platform; print(platform.python_version())')
-    if [ ! -x "$base/bin/python" ]; then
+    base+=-${torch//[^0-9.]/}
+    if ! "$base/bin/python" -m pip --version >/dev/null 2>&1; then
       "$python" -m venv "$base"
       "$base/bin/python" -m pip install -q --upgrade pip
     fi
     install_torch "$base/bin/python" "$torch"
     "$python" -m venv --without-pip "$VENV"
     from=$("$base/bin/python" -c "$folder") to=$("$VENV/bin/python" -c "$folder")
-    cp -Rl "$from/." "$to" 2>/dev/null || cp -R "$from/." "$to"
+    cp -Rlf "$from/." "$to" 2>/dev/null || cp -R --remove-destination "$from/." "$to"
   fi
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV
   install_torch python "$torch"

@@ -84,7 +84,7 @@ def faults(site: Path) -> list[str]:
         found.append("searchindex.js: does not know attention_decode")
     for name in ("dense", "linear", "sparse", "select", "tokens"):
         page = pages.get(site / f"{name}.html")
-        if page and not (page.formulas and any("images/" in url for url in page.loaded)):
+        if not page or not (page.formulas and any("images/" in url for url in page.loaded)):
             found.append(f"{name}.html: no formula or no picture")
     return found
 
