@@ -60,7 +60,11 @@ MUTATIONS = {
 
 
 def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
-    environment = os.environ | {"TOKENMILL_EMULATED": str(_library.EMULATED_PATH)}
+    # The rows of merge_case fill so many multiprocessors: merge_kernel runs, not that for few rows.
+    environment = os.environ | {
+        "TOKENMILL_EMULATED": str(_library.EMULATED_PATH),
+        "PTXVM_SMS": "16",
+    }
     done = subprocess.run(
         [sys.executable, str(HERE / "mutant_runner.py")],
         input=json.dumps([[m.kernel, m.kind, m.seed] for m in mutations]),
