@@ -245,7 +245,7 @@ def test_gradients_are_counted_apart(tmp_path):
 def test_work_of_lists(tmp_path):
     """Tensor cores multiply what lists name, and nothing else; heads of 32 are filled up to 64."""
     least = {"block_sparse_attention": 1, "hip_block_select": 1, "bilevel_routing_attention": 2}
-    rows = rows_of("^(256|512|16 regions of 8).*, float16$", list(least), tmp_path)
+    rows = rows_of("^(256|512 queries|16 regions of 8).*, float16$", list(least), tmp_path)
     assert {row["op"] for row in rows} == set(least)
     for row in rows:
         backward = "backward" in row["case"]
