@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 
 import pytest
 import torch
@@ -201,6 +202,34 @@ def test_calls_of_the_model(recipe, llama):
             torch.testing.assert_close(out.logits[b, own], alone.logits[0], rtol=0, atol=2e-5)
             alone = llama(more[b : b + 1], cache=alone.cache)
             torch.testing.assert_close(second.logits[b], alone.logits[0], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_every_way_to_give_the_cache(llama):
+    """Steps with the cache by either name, or by its place, are one call."""
+    ids, names = prompts()[0], [*inspect.signature(llama.forward).parameters]
+    assert names.index("cache") == 3
+    with apply_policy(llama, policies.FullAttention()) as applied:
+        whole = llama(ids, use_cache=True).logits
+        for spelling in ("cache", "past_key_values", None):
+            out = llama(ids[:, :9])
+            cache, logits = out.cache, [out.logits]
+            for t in range(9, 17):
+                step = (ids[:, t : t + 1], None, None)
+                if spelling is None:
+                    out = llama(*step, cache)
+                else:
+                    out = llama(*step, **{spelling: getattr(out, spelling)})
+                assert out.cache is cache is applied.cache
+                logits.append(out.logits)
+            torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=0, atol=2e-5)
+        rule = r"^tokenmill.integrations.transformers.apply_policy: cache: "
+        for others in ((None, None, cache), (None, None, None)):
+            named = {} if others[2] is cache else {"cache": cache}
+            with pytest.raises(RuntimeError, match=rule + "must be given once; got 2"):
+                llama(ids, *others[: 3 - len(named)], past_key_values=cache, **named)
+        with pytest.raises(RuntimeError, match=rule + "must be None, or come from the model under"):
+            llama(ids, cache=transformers.DynamicCache())  # which would stay empty
 
 
 def test_drafts_and_second_turns(llama):

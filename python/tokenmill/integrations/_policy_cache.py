@@ -195,8 +195,8 @@ class AppliedPolicy:
     def __init__(self, model: Any, recipes: list[Policy], config: Any):
         self.model, self._recipes, self._config = model, recipes, config
         self.cache: PolicyCache | None = None
-        parameters = inspect.signature(model.forward).parameters
-        self._argument = "cache" if "cache" in parameters else "past_key_values"
+        self._parameters = [*inspect.signature(model.forward).parameters]
+        self._argument = "cache" if "cache" in self._parameters else "past_key_values"
         self._configs = [(m.config, m.config._attn_implementation) for m in pretrained(model)]
         model.set_attn_implementation(IMPLEMENTATION)
         self._hook = model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
@@ -227,18 +227,29 @@ class AppliedPolicy:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before each call of the model: its cache is new, or that of a policy."""
-        uses = kwargs.get("use_cache")
+        by_place = dict(zip(self._parameters, args, strict=False))
+        spellings = {self._argument, "past_key_values"}
+        given = [by_place.get(self._argument), *(kwargs.get(name) for name in spellings)]
+        given = [cache for cache in given if cache is not None]
+        check(len(given) <= 1, NAME, self._argument, "must be given once", len(given))
+        kwargs = {name: value for name, value in kwargs.items() if name not in spellings}
+        uses = by_place.get("use_cache", kwargs.get("use_cache"))
         uses = getattr(self._config, "use_cache", True) if uses is None else uses
-        given = kwargs.get(self._argument)
-        if given is not None or (uses and not model.training):
-            kwargs = {**kwargs, self._argument: self._cache_for(given)}
+        cache = None
+        if given or (uses and not model.training):
+            cache = self._cache_for(given[0] if given else None)
+        if self._argument in by_place:
+            by_place[self._argument] = cache
+            return (*by_place.values(), *args[len(by_place) :]), kwargs
+        if cache is not None:
+            kwargs[self._argument] = cache
         return args, kwargs
 
     def _cache_for(self, given: Any) -> PolicyCache:
         """The cache given, or a new one in the place of none or of an empty one of generate()."""
         if not isinstance(given, PolicyCache):
             fresh = given is None
-            if type(given) is DynamicCache:
+            if type(given) is DynamicCache and _generates.get():
                 fresh = not given.offloading and given.get_seq_length() == 0
             rule = "must be None, or come from the model under a policy"
             check(fresh, NAME, self._argument, rule, type(given).__name__)
@@ -293,7 +304,9 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     cache; scales, soft caps and sinks of the model are those of the policy.
 
     A call with several tokens behind a prompt is a step in generate(), which has drafts, and else
-    the next chunk of the prompt, but for policies that evict, to which it is a step.
+    the next chunk of the prompt, but for policies that evict, to which it is a step. The cache of
+    the next call is that of the result of the last; one of another class would not be filled, and
+    is refused.
 
     Args:
         model: a decoder of transformers 5.4 or later (:class:`LlamaForCausalLM` and its like).
