@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import inspect
 
@@ -311,6 +312,9 @@ def test_what_cannot_be_is_refused(llama):
         with pytest.raises(RuntimeError, match=rule + words):
             generate(llama, ids, cache_implementation="static")
         assert llama(ids, use_cache=False).logits.requires_grad  # the model's own attention
+    words = r"cache: must go to a model under the policy, as this attention .*; got 'sdpa'"
+    with pytest.raises(RuntimeError, match=rule + words):
+        llama(ids[:, :1], cache=cache)
     with pytest.raises(RuntimeError, match=r"policies.Quest: cache: must be given to a policy"):
         policies.Quest().prefill(*torch.zeros(3, 1, 1, 1, 1))
     with pytest.raises(RuntimeError, match=r"policies.KVCache: slots: cannot grow in pages"):
@@ -320,6 +324,40 @@ def test_what_cannot_be_is_refused(llama):
         RuntimeError, match=r"policies.KVCache: requests: cannot be reordered in pa"
     ):
         policies.KVCache(*paged).reorder(torch.zeros(2).long())
+
+
+@torch.no_grad()
+def test_attention_that_never_comes(monkeypatch):
+    """Keys of a policy are attended to by their own layer or by none."""
+    rule = r"^tokenmill.integrations.transformers.apply_policy: model: "
+    bloom = transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)
+    bloom = transformers.BloomForCausalLM(bloom)
+    before = bloom.config._attn_implementation
+    with pytest.raises(RuntimeError, match=rule + "must have attention that transformers can repl"):
+        apply_policy(bloom, policies.FullAttention())
+    assert bloom.config._attn_implementation == before
+    model, ids = MODELS["llama"]().eval(), prompts()[0]
+    attention = model.model.layers[0].self_attn
+    with apply_policy(model, policies.FullAttention()):
+        expected = model(ids).logits
+        with monkeypatch.context() as m:
+            update = integration.PolicyCache.update
+
+            def fails(*args, **kwargs):
+                update(*args, **kwargs)
+                raise KeyboardInterrupt
+
+            m.setattr(integration.PolicyCache, "update", fails)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids)
+        assert torch.equal(model(ids).logits, expected)
+        own = attention.config
+        attention.config = copy.copy(own)
+        attention.config._attn_implementation_internal = "eager"
+        with pytest.raises(RuntimeError, match=rule + "must have layers that attend as their conf"):
+            model(ids)
+        attention.config = own
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])

@@ -46,9 +46,10 @@ class PolicyLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, recipe: Policy, number: int, previous: PolicyLayer | None):
+    def __init__(self, recipe: Policy, number: int, previous: PolicyLayer | None, config: Any):
         super().__init__()
         self.recipe, self.number, self.previous = recipe, number, previous
+        self.config = config
         self.is_croppable = isinstance(recipe, Keeping)
         self.policy: Policy | None = None
         self.columns = 0  # tokens so far, those of the padding among them
@@ -60,6 +61,13 @@ class PolicyLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Returns the new tokens alone: the policy holds those before."""
+        found = self.config._attn_implementation
+        rule = "must go to a model under the policy, as this attention knows no keys before"
+        check(found == IMPLEMENTATION, NAME, "cache", rule, found)
+        if _pending.get() is not None:
+            _pending.set(None)
+            rule = "must have layers that attend as their configuration says"
+            fail(NAME, "model", rule, "keys to which no layer has attended")
         self.columns += key_states.shape[2]
         _pending.set(self)
         return key_states, value_states
@@ -173,7 +181,7 @@ class PolicyCache(Cache):
             if type(layer) is DynamicLayer:
                 number = len(of_policy)
                 before = of_policy[-1] if of_policy else None
-                of_policy.append(PolicyLayer(recipes[number], number, before))
+                of_policy.append(PolicyLayer(recipes[number], number, before, config))
                 layers[i] = of_policy[-1]
         super().__init__(layers=layers)
         self._of_policy = of_policy
@@ -199,6 +207,11 @@ class AppliedPolicy:
         self._argument = "cache" if "cache" in self._parameters else "past_key_values"
         self._configs = [(m.config, m.config._attn_implementation) for m in pretrained(model)]
         model.set_attn_implementation(IMPLEMENTATION)
+        found = config._attn_implementation
+        if found != IMPLEMENTATION:
+            self._restore()
+            rule = "must have attention that transformers can replace"
+            fail(NAME, "model", rule, f"{type(model).__name__} with {found}")
         self._hook = model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
         self._read_prompt: Any = getattr(model, "_prefill", None)
         if self._read_prompt is not None:
@@ -220,6 +233,9 @@ class AppliedPolicy:
         self._hook.remove()
         for name in ("generate", "_prefill"):
             vars(self.model).pop(name, None)
+        self._restore()
+
+    def _restore(self) -> None:
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
 
@@ -227,6 +243,7 @@ class AppliedPolicy:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before each call of the model: its cache is new, or that of a policy."""
+        _pending.set(None)  # of a call that has failed
         by_place = dict(zip(self._parameters, args, strict=False))
         spellings = {self._argument, "past_key_values"}
         given = [by_place.get(self._argument), *(kwargs.get(name) for name in spellings)]
@@ -388,7 +405,9 @@ def _attend(
         return attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
-    for name in ("position_bias", "head_mask", "layer_head_mask", "output_attentions"):
+    for name in (
+        "position_bias", "head_mask", "layer_head_mask", "output_attentions", "sliding_window",
+    ):  # fmt: skip
         if (given := options.get(name)) is not None and given is not False:
             fail(NAME, name, "must be None, as a policy has none", type(given).__name__)
     if attention_mask is not None and attention_mask.dim() != 2:
