@@ -122,6 +122,13 @@ def test_topk_select_has_no_gradient():
     assert grad.tolist() == [[0.0, 1.0, 0.0, 1.0]]
 
 
+def test_arrays_of_numpy_have_the_dtypes_of_jax():
+    arrays = draw("attention")[0]
+    out = library.attention(*(np.asarray(x, np.float64) for x in arrays))
+    assert out.dtype == jnp.float32
+    assert np.array_equal(out, library.attention(*arrays))
+
+
 def test_wrong_arguments_are_refused_while_tracing():
     q, k, v = draw("attention")[0]
     with pytest.raises(RuntimeError, match=r"tokenmill.attention: k: "):

@@ -68,6 +68,8 @@ def _in_jax(name: str, *, differentiable: bool = True) -> Callable[..., Any]:
         for key, value in arrays.items():
             rule = f"must be one of {', '.join(DTYPES)}"
             check(str(value.dtype) in DTYPES, public, key, rule, str(value.dtype))
+        # As JAX takes them: float64 of NumPy becomes float32 unless jax_enable_x64 is set.
+        arrays = {key: jax.numpy.asarray(value) for key, value in arrays.items()}
         check("out" not in arrays, public, "out", "must be None, as arrays are not written", "out")
         if not differentiable:
             arrays = {key: jax.lax.stop_gradient(value) for key, value in arrays.items()}
