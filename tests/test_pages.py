@@ -15,7 +15,8 @@ from tokenmill import _cli
 from tokenmill.__main__ import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
-ELSEWHERE = {"serving.md"}  # tests/test_documents.py looks at its results, too
+# tests/test_documents.py and tests/test_models_page.py look at their results, too.
+ELSEWHERE = {"serving.md", "models.md"}
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^(?:    )+((?:python|torchrun) .*)$", re.MULTILINE)
 OPTIONAL = {"cupy", "diffusers", "jax", "numpy", "timm", "transformers"}
