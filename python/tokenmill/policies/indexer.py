@@ -134,7 +134,8 @@ class Indexer(Keeping):
 
     def reorder(self, requests: Tensor) -> None:
         super().reorder(requests)
-        self._keys.reorder(requests)
+        if "_keys" in vars(self):
+            self._keys.reorder(requests)
 
     @property
     def _at_once(self) -> bool:

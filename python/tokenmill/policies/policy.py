@@ -69,7 +69,7 @@ class Policy:
     sink: Tensor | None = field(default=None, repr=False)
 
     # The least that a whole number may be, where that is not 0.
-    _LEAST: ClassVar[dict[str, int]] = {}  # of whole numbers, if not 0
+    _LEAST: ClassVar[dict[str, int]] = {}
     _MOST: ClassVar[dict[str, int]] = {}  # if not the largest int32, as lengths are
     _ROWS: ClassVar[tuple[str, ...]] = ("_list", "_counts", "_query")  # with a row for each request
 
