@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5.4")
+pytest.importorskip("transformers", minversion="5.24")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import doctest
+import functools
+import gc
 import inspect
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tokenmill import policies
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
 apply_policy = integration.apply_policy
 
@@ -296,6 +300,12 @@ def test_what_cannot_be_is_refused(llama):
     ):
         with pytest.raises(RuntimeError, match=rule + words):
             apply_policy(model, policy)
+    for family in ("Gemma3n", "Gemma4"):
+        config = getattr(transformers, f"{family}TextConfig")(num_hidden_layers=4)
+        config.num_kv_shared_layers = 2
+        stub = SimpleNamespace(config=config, set_attn_implementation=None)
+        with pytest.raises(RuntimeError, match=rule + r"model: must have keys of its own in each"):
+            apply_policy(stub, RECIPES[0])
     with apply_policy(llama, policies.SnapKV(budget=8, window=3)):
         with pytest.raises(RuntimeError, match=rule + r"model: must have no policy yet; got"):
             apply_policy(llama, RECIPES[0])
@@ -324,6 +334,30 @@ def test_what_cannot_be_is_refused(llama):
         RuntimeError, match=r"policies.KVCache: requests: cannot be reordered in pa"
     ):
         policies.KVCache(*paged).reorder(torch.zeros(2).long())
+
+
+@torch.no_grad()
+def test_copies_and_what_a_model_had_before():
+    """A deep copy has a policy of its own; what belongs to the instance comes back."""
+    model, ids = MODELS["llama"]().eval(), prompts()[0]
+    model.generate = own = functools.partial(type(model).generate, model)
+    dead = weakref.ref(model.model)
+    applied = apply_policy(model, policies.FullAttention())
+    before = generate(model, ids)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+    changed = generate(twin, ids)
+    assert not torch.equal(changed[1], before[1])
+    assert_alike(generate(model, ids), before)
+    fresh = MODELS["llama"]().eval()
+    fresh.load_state_dict(twin.state_dict())
+    assert_alike(generate(fresh, ids), changed)
+    applied.remove()
+    assert model.generate is own and vars(twin)["_tokenmill_policy"].model is twin
+    apply_policy(model, policies.FullAttention())
+    del model, own, applied
+    gc.collect()
+    assert dead() is None  # a policy that was not removed holds no model
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -24,16 +24,17 @@ from .._check import check, fail
 from ..policies import KVCache, Policy
 from ..policies.evicting import RazorAttention
 from ..policies.policy import Keeping
+from ._needs import check_version
 
 NAME = "integrations.transformers.apply_policy"
 IMPLEMENTATION = "tokenmill_policy"
+KEEP = "_tokenmill_policy"
 SLACK = 64  # slots that a new cache has beside those of the prompt
 
 # The layer whose keys the model has just computed: its attention comes next.
 _pending: ContextVar[PolicyLayer | None] = ContextVar("_pending", default=None)
 _prompt_end: ContextVar[int | None] = ContextVar("_prompt_end", default=None)  # in columns
 _generates: ContextVar[bool] = ContextVar("_generates", default=False)
-_applied: weakref.WeakKeyDictionary[torch.nn.Module, AppliedPolicy] = weakref.WeakKeyDictionary()
 
 
 class _Offset(int):
@@ -205,19 +206,25 @@ class AppliedPolicy:
         self.cache: PolicyCache | None = None
         self._parameters = [*inspect.signature(model.forward).parameters]
         self._argument = "cache" if "cache" in self._parameters else "past_key_values"
-        self._configs = [(m.config, m.config._attn_implementation) for m in pretrained(model)]
-        model.set_attn_implementation(IMPLEMENTATION)
-        found = config._attn_implementation
-        if found != IMPLEMENTATION:
-            self._restore()
+        configs = _with_parts([*(m.config for m in pretrained(model)), config])
+        self._configs = [(c, c._attn_implementation) for c in configs]
+        try:
+            model.set_attn_implementation(IMPLEMENTATION)
+            found = config._attn_implementation
             rule = "must have attention that transformers can replace"
-            fail(NAME, "model", rule, f"{type(model).__name__} with {found}")
+            shown = f"{type(model).__name__} with {found}"
+            check(found == IMPLEMENTATION, NAME, "model", rule, shown)
+        except BaseException:
+            self._restore()
+            raise
         self._hook = model.register_forward_pre_hook(self._give_cache, with_kwargs=True)
+        self._own = {n: vars(model)[n] for n in ("generate", "_prefill") if n in vars(model)}
         self._read_prompt: Any = getattr(model, "_prefill", None)
         if self._read_prompt is not None:
-            model.generate = _marked(model.generate)
+            marked = functools.partial(_marked, model.generate)
+            model.generate = functools.update_wrapper(marked, model.generate)
             model._prefill = self._prefill
-        _applied[model] = self
+        vars(model)[KEEP] = self
 
     def __enter__(self) -> AppliedPolicy:
         return self
@@ -227,12 +234,13 @@ class AppliedPolicy:
 
     def remove(self) -> None:
         """Gives the model its own attention back. A second call does nothing."""
-        if _applied.get(self.model) is not self:
+        if vars(self.model).get(KEEP) is not self:
             return
-        del _applied[self.model]
+        del vars(self.model)[KEEP]
         self._hook.remove()
         for name in ("generate", "_prefill"):
             vars(self.model).pop(name, None)
+        vars(self.model).update(self._own)
         self._restore()
 
     def _restore(self) -> None:
@@ -300,16 +308,23 @@ def pretrained(model: torch.nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, PreTrainedModel)]
 
 
-def _marked(generate: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(generate)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        token = _generates.set(True)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            _generates.reset(token)
+def _with_parts(configs: list[Any]) -> list[Any]:
+    """Each of these and of the configurations in them once, those of no module among them."""
+    found: dict[int, Any] = {}
+    while configs:
+        config = configs.pop(0)
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            configs += [getattr(config, name, None) for name in config.sub_configs]
+    return [*found.values()]
 
-    return marked
+
+def _marked(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    token = _generates.set(True)
+    try:
+        return generate(*args, **kwargs)
+    finally:
+        _generates.reset(token)
 
 
 def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy:
@@ -326,7 +341,8 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     is refused.
 
     Args:
-        model: a decoder of transformers 5.4 or later (:class:`LlamaForCausalLM` and its like).
+        model: a decoder of transformers 5.24 or later (:class:`LlamaForCausalLM` and its like).
+            Layers that read the keys of others (Gemma 3n, Gemma 4) are refused.
         policy: one without a cache, as ``policies.Quest(budget=1024)``, of which each layer gets a
             copy; or one for each layer with full attention.
 
@@ -351,6 +367,7 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
         >>> out.shape, applied.cache.policies[0].kept.tolist()
         (torch.Size([2, 44]), [19, 19])
     """
+    check_version(NAME, "transformers", transformers.__version__, 5, 24)
     config = getattr(model, "config", None)
     decodes = hasattr(config, "get_text_config") and hasattr(model, "set_attn_implementation")
     rule = "must be a model of transformers"
@@ -358,8 +375,14 @@ def apply_policy(model: Any, policy: Policy | Sequence[Policy]) -> AppliedPolicy
     assert config is not None
     encoder = getattr(config, "is_encoder_decoder", False)
     check(not encoder, NAME, "model", "must be a decoder without an encoder", type(model).__name__)
-    check(model not in _applied, NAME, "model", "must have no policy yet", type(model).__name__)
     config = config.get_text_config(decoder=True)
+    free = KEEP not in vars(model) and config._attn_implementation != IMPLEMENTATION
+    check(free, NAME, "model", "must have no policy yet", type(model).__name__)
+    shares = getattr(config, "num_kv_shared_layers", None)
+    if not shares:
+        shares = any("reuse" in str(m) for m in getattr(config, "kv_sharing_modes", None) or ())
+    rule = "must have keys of its own in each layer"
+    check(not shares, NAME, "model", rule, f"{type(model).__name__}, whose layers share keys")
     layers = [type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers]
     rule = "must have layers with full attention"
     check(any(layers), NAME, "model", rule, type(model).__name__)

@@ -1,7 +1,8 @@
 """Models of Hugging Face transformers: their attention on :func:`tokenmill.attention` (register),
 generate() under a policy (apply_policy), fewer tokens in vision transformers (patch).
 
-Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys.
+Needs transformers 5.4 or later, whose masks are built from the lengths of queries and keys;
+apply_policy and patch need 5.24.
 """
 
 from __future__ import annotations
