@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,25 @@ def test_tokens_are_merged_around_attention(build):
 
 
 @torch.no_grad()
+def test_a_deep_copy_is_a_model_of_its_own():
+    torch.manual_seed(0)
+    model, inputs, _ = dit()
+    library.patch(model)
+    before = model(*inputs).sample
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.mul_(1.5)
+    changed = twin(*inputs).sample
+    assert torch.equal(model(*inputs).sample, before) and not torch.equal(changed, before)
+    fresh = dit()[0]
+    fresh.load_state_dict(twin.state_dict())
+    library.patch(fresh)
+    assert torch.equal(fresh(*inputs).sample, changed)
+    library.unpatch(twin)
+    assert torch.equal(model(*inputs).sample, before)
+
+
+@torch.no_grad()
 def test_a_ratio_of_0_and_coarse_layers():
     torch.manual_seed(0)
     model, inputs, _ = unet()
@@ -109,6 +129,9 @@ def test_what_cannot_be_is_refused():
     library.patch(model)
     with pytest.raises(RuntimeError, match=name + r"model: must not be patched yet; got"):
         library.patch(model)
+    part = torch.nn.ModuleList([model])
+    with pytest.raises(RuntimeError, match=name + r"model: must have blocks with the forward of"):
+        library.patch(part)
     library.unpatch(model)
     with pytest.raises(RuntimeError, match=r"diffusers.unpatch: model: must be patched; got"):
         library.unpatch(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tokenmill as tm
 
-transformers = pytest.importorskip("transformers", minversion="5.4")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 ours = pytest.importorskip("tokenmill.integrations.transformers")
 SMALL = {
     "image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32,
@@ -93,8 +94,9 @@ def test_unpatch_restores_the_bits_and_training_works(name):
     model, library = MODELS[name]()
     images = torch.randn(2, 3, 16, 16)
     before = logits(model.eval(), images)
-    library.patch(model, merge=0)
+    reduction = library.patch(model, merge=0)
     torch.testing.assert_close(logits(model, images), before, rtol=1e-4, atol=1e-5)
+    assert (reduction.size == 1).all() and reduction.size.shape == reduction.source.shape
     library.unpatch(model)
     reduction = library.patch(model.train(), merge=2)
     logits(model, images).sum().backward()
@@ -102,7 +104,7 @@ def test_unpatch_restores_the_bits_and_training_works(name):
     assert not [n for n in missing if "pooler" not in n]
     out = torch.randn(2, reduction.size.shape[1], 3)
     assert reduction.unmerge(out).shape == (2, reduction.source.shape[1], 3)
-    assert (images.shape, reduction.prefix + 16 - 8) == (images.shape, reduction.size.shape[1])
+    assert reduction.size.shape[1] == reduction.prefix + 16 - 8
     library.unpatch(model)
     assert torch.equal(logits(model.eval(), images), before)
     assert not [m for m in model.modules() if {"forward", "pool"} & {*vars(m)}]
@@ -160,21 +162,44 @@ def test_dropout_of_weights_and_checkpoints():
     """Dropout is that of PyTorch; a block that runs again finds the sizes that it found before."""
     torch.manual_seed(0)
     model = transformers.ViTModel(transformers.ViTConfig(**SMALL)).train()
-    ours.patch(model, merge=2)
+    reduction = ours.patch(model, merge=2)
     images, grads = torch.randn(2, 3, 16, 16), []
     for again in (False, True):
         if again:
             for layer in model.layers:
                 plain = layer.forward
                 layer.forward = partial(checkpoint, plain, use_reentrant=False)
+            found = reduction.size
         model.zero_grad()
         model(images).last_hidden_state.square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*grads)
+    assert sorted(reduction._sizes) == [0, 1, 2, 3] and torch.equal(reduction.size, found)
     for layer in model.layers:
         layer.attention.attention_dropout = 0.5
     first, second = (model(images).last_hidden_state for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "timm_mean"])
+def test_a_deep_copy_is_a_model_of_its_own(name):
+    torch.manual_seed(0)
+    model, library = MODELS[name]()
+    images = torch.randn(2, 3, 16, 16)
+    library.patch(model.eval(), merge=2)
+    before = logits(model, images)
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.mul_(1.5)
+    changed = logits(twin, images)
+    assert torch.equal(logits(model, images), before) and not torch.equal(changed, before)
+    fresh = MODELS[name]()[0].eval()
+    fresh.load_state_dict(twin.state_dict())
+    library.patch(fresh, merge=2)
+    assert torch.equal(logits(fresh, images), changed)
+    library.unpatch(twin)
+    assert torch.equal(logits(model, images), before)
 
 
 def test_what_cannot_be_is_refused():
@@ -199,9 +224,17 @@ def test_what_cannot_be_is_refused():
         ours.patch(model, merge=1)
     with pytest.raises(RuntimeError, match=r"patch: attention_mask: must be None; got"):
         model.vit(torch.zeros(1, 3, 16, 16), attention_mask=torch.zeros(1, 17))
+    with pytest.raises(RuntimeError, match=r"patch: output_attentions: must be False, as the we"):
+        model.vit(torch.zeros(1, 3, 16, 16), output_attentions=True)
+    with pytest.raises(RuntimeError, match=name + r"model: must have blocks with the forward of"):
+        ours.patch(model.vit, merge=1)
     ours.unpatch(model)
     with pytest.raises(RuntimeError, match=r"transformers.unpatch: model: must be patched; got"):
         ours.unpatch(model)
+    assert not any("forward" in vars(layer) for layer in model.vit.layers)
+    two = torch.nn.ModuleList([model, vit()[0]])
+    with pytest.raises(RuntimeError, match=name + r"model: must have one stack of such layers: .*"):
+        ours.patch(two, merge=1)
     with pytest.raises(RuntimeError, match=name + r"model: must have layers of ViT or DeiT; got"):
         ours.patch(torch.nn.Identity(), merge=1)
 
@@ -215,6 +248,9 @@ def test_what_cannot_be_is_refused_of_timm():
         library.patch(torch.nn.Identity(), merge=1)
     with pytest.raises(RuntimeError, match=name + r"model: must pool by its class token, by a"):
         library.patch(of_timm(global_pool="map")[0], merge=1)
+    model.pool = model.pool
+    with pytest.raises(RuntimeError, match=name + r"model: must have the pool of its class; got"):
+        library.patch(model, merge=1)
     model.blocks[1] = torch.nn.Identity()
     with pytest.raises(RuntimeError, match=name + r"model: must have blocks Block with Attention"):
         library.patch(model, merge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,9 @@ class Reduction:
         source: int32. With merge ``[B, N]``, the row of the result in which each token is; with
             keep_rate ``[B, rows - prefix]``, the patch that a row is, -1 for what was fused.
         size: float32 ``[B, rows]`` with merge, the tokens in each row.
+
+    Checkpoints (blocks that run again in backward) find what the last call of the model found:
+    backward must come before the next call.
     """
 
     merge: list[int] | None
@@ -61,7 +65,8 @@ class Reduction:
     ) -> Tensor:
         """[B, N, H, D], each key as often as there are tokens in it."""
         size = self._sizes.get(block - 1) if block > 0 else None
-        bias = None if size is None else size.log()[:, None, None]
+        alone = self.merge is None or not any(self.merge[:block])  # each token in a row of its own
+        bias = None if size is None or alone else size.log()[:, None, None]
         if dropout > 0:  # no kernel drops weights
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             mask = None if bias is None else bias.to(q.dtype)
@@ -75,7 +80,9 @@ class Reduction:
 
     def reduce(self, block: int, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """x [B, N, C] behind the attention of a block, with fewer rows."""
-        if block == 0:
+        # A block that runs again, in backward, keeps what those behind it have found.
+        compiles = torch.compiler.is_compiling()
+        if block == 0 and (compiles or torch._C._current_graph_task_id() == -1):
             self._sizes, self._sources = {}, {}
         if self.keep_rate is not None:
             return self._keep(block, x, q, k, scale, self.keep_rate[block])
@@ -85,7 +92,8 @@ class Reduction:
     def _merge(self, block: int, x: Tensor, k: Tensor, r: int) -> Tensor:
         n = self.prefix
         size, source = self._sizes.get(block - 1), self._sources.get(block - 1)
-        if source is None:
+        if size is None or source is None:
+            size = torch.ones(x.shape[:2], device=x.device)
             every = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
             source = every.expand(x.shape[0], -1)
         self._sizes[block], self._sources[block] = size, source
@@ -100,8 +108,6 @@ class Reduction:
         assign = assign + n - before
         assign[:, :n] = torch.arange(n, dtype=torch.int32, device=x.device)
         x = x if x.stride(2) == 1 else x.contiguous()
-        if size is None:
-            size = torch.ones(x.shape[:2], device=x.device)
         y, self._sizes[block] = merge_tokens(x, assign, rows, weight=size, backend=self.backend)
         self._sources[block] = assign.gather(1, source.long())
         return y
@@ -160,8 +166,9 @@ def install(
 ) -> None:  # fmt: skip
     """Puts forward(block, number, reduction, ...) in the place of that of each block."""
     check(KEEP not in vars(model), name, "model", "must not be patched yet", type(model).__name__)
+    check_own_forward(name, blocks)
     for number, block in enumerate(blocks):
-        block.forward = _bound(forward, block, number, reduction)
+        block.forward = functools.partial(forward, block, number, reduction)
     vars(model)[KEEP] = (reduction, blocks)
 
 
@@ -172,10 +179,9 @@ def uninstall(name: str, model: nn.Module) -> None:
         del block.forward
 
 
-def _bound(
-    forward: Callable[..., Any], block: nn.Module, number: int, reduction: Reduction
-) -> Callable[..., Any]:
-    def bound(*args: Any, **kwargs: Any) -> Any:
-        return forward(block, number, reduction, *args, **kwargs)
-
-    return bound
+def check_own_forward(name: str, modules: Sequence[nn.Module]) -> None:
+    """That no patch, hook or wrapper is in the place of the forward of their classes."""
+    for module in modules:
+        free = "forward" not in vars(module)
+        rule = "must have blocks with the forward of their class"
+        check(free, name, "model", rule, f"{type(module).__name__} with another")

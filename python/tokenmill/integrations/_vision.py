@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
-from transformers.models.deit.modeling_deit import DeiTLayer
-from transformers.models.vit.modeling_vit import ViTLayer
 
 from .._check import check
+from ._needs import check_version
 from ._reduction import Reduction, install, make_reduction, uninstall
 
 NAME = "integrations.transformers.patch"
@@ -27,7 +27,8 @@ def patch(
     the class and distillation tokens in front.
 
     Args:
-        model: a ViT or DeiT of transformers, with any head that reads its class tokens.
+        model: a ViT or DeiT of transformers 5.24 or later, with any head that reads its class
+            tokens.
         merge: ToMe: tokens that each layer merges, one number or one for each layer. Keys of merged
             tokens count in attention as often as there are tokens in them.
         keep_rate: EViT: share of the patches that the given layers keep, those that the class token
@@ -56,11 +57,19 @@ def patch(
         (torch.Size([1, 41, 48]), torch.Size([1, 197, 48]))
         >>> unpatch(model)
     """
-    found = [m for m in model.modules() if type(m) in (ViTLayer, DeiTLayer)]
+    check_version(NAME, "transformers", transformers.__version__, 5, 24)
+    from transformers.models.deit.modeling_deit import DeiTLayer
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    def layers_in(module: nn.Module) -> list[nn.Module]:
+        return [m for m in module.children() if type(m) in (ViTLayer, DeiTLayer)]
+
+    stacks = [stack for stack in map(layers_in, model.modules()) if stack]
     rule = "must have layers of ViT or DeiT"
-    check(len(found) > 0, NAME, "model", rule, type(model).__name__)
-    known = all(hasattr(layer.attention, "q_proj") for layer in found)
-    check(known, NAME, "model", "must be of a newer transformers, with q_proj in layers", "none")
+    check(len(stacks) > 0, NAME, "model", rule, type(model).__name__)
+    rule = "must have one stack of such layers: patch one encoder at a time"
+    check(len(stacks) == 1, NAME, "model", rule, len(stacks))
+    found = stacks[0]
     prefix = 2 if type(found[0]) is DeiTLayer else 1
     reduction = make_reduction(
         NAME, len(found), prefix, True, merge, keep_rate, layers, fuse, backend
@@ -80,6 +89,9 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     check(attention_mask is None, NAME, "attention_mask", "must be None", "a mask")
     attn, x = layer.attention, hidden_states
+    wanted = options.get("output_attentions") or attn.config.output_attentions
+    rule = "must be False, as the weights are never in memory"
+    check(not wanted, NAME, "output_attentions", rule, wanted)
     h = layer.layernorm_before(x)
     q, k, v = (
         linear(h).unflatten(2, (attn.num_attention_heads, attn.head_dim))

@@ -17,6 +17,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ except ModuleNotFoundError as missing:
 
 from ..tokens.bipartite_match import bipartite_match
 from ..tokens.merge_tokens import merge_tokens, unmerge_tokens
+from ._reduction import check_own_forward
 
 __all__ = ["patch", "unpatch"]
 
@@ -69,7 +71,8 @@ class _Merging:
         check(rows * columns == tokens, NAME, "tokens", rule, tokens)
         return rows, columns
 
-    def attend(self, attn: Any, plain: Any, x: Tensor, args: tuple[Any, ...], options: Any) -> Any:
+    def attend(self, plain: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        x = hidden_states
         others = (*args, options.get("encoder_hidden_states"), options.get("attention_mask"))
         alone = x.dim() == 3 and all(other is None for other in others)
         if not alone:  # attention to a text, or with a mask of the tokens as they were
@@ -126,9 +129,11 @@ def patch(
     attentions: list[Any] = [b.attn1 for b in blocks if not b.only_cross_attention]
     rule = "must have self-attention in blocks BasicTransformerBlock"
     check(len(attentions) > 0, NAME, "model", rule, type(model).__name__)
+    check_own_forward(NAME, attentions)
     merging = _Merging(ratio, (sizes[0], sizes[1]), max_downsample, generator, backend, attentions)
     for attn in attentions:
-        attn.forward = _bound(merging, attn, attn.forward)
+        # Not a closure: a deep copy of the model has layers of its own in it.
+        attn.forward = functools.partial(merging.attend, attn.forward)
     merging.hook = model.register_forward_pre_hook(merging.see, with_kwargs=True)
     vars(model)[KEEP] = merging
 
@@ -142,13 +147,6 @@ def unpatch(pipe_or_model: Any) -> None:
     merging.hook.remove()
     for attn in merging.attentions:
         del attn.forward
-
-
-def _bound(merging: _Merging, attn: Any, plain: Any) -> Any:
-    def forward(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        return merging.attend(attn, plain, hidden_states, args, options)
-
-    return forward
 
 
 def _model(name: str, given: Any) -> nn.Module:

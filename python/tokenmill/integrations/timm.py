@@ -14,6 +14,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,9 +83,11 @@ def patch(
         NAME, len(blocks), prefix, bool(model.has_class_token), merge, keep_rate, layers, fuse,
         backend,
     )  # fmt: skip
+    own = "pool" not in vars(model)
+    check(own, NAME, "model", "must have the pool of its class", f"{kind} with another")
     install(NAME, model, blocks, reduction, _forward)
     if merge is not None and model.global_pool == "avg":
-        _weigh_mean(model, reduction)
+        vars(model)["pool"] = functools.partial(_pool, model, reduction)
     return reduction
 
 
@@ -94,18 +97,14 @@ def unpatch(model: nn.Module) -> None:
     vars(model).pop("pool", None)
 
 
-def _weigh_mean(model: VisionTransformer, reduction: Reduction) -> None:
-    plain = model.pool
-
-    def pool(x: Tensor, pool_type: str | None = None) -> Tensor:
-        size = reduction.size
-        if (pool_type or "avg") != "avg" or size is None:
-            return plain(x, pool_type)
-        first = 0 if model.pool_include_prefix else model.num_prefix_tokens
-        weight = size[:, first:, None].to(x.dtype)
-        return (x[:, first:] * weight).sum(1) / weight.sum(1)
-
-    model.pool = pool
+def _pool(model: Any, reduction: Reduction, x: Tensor, pool_type: str | None = None) -> Tensor:
+    """A mean over patches, each row as often as there are tokens in it."""
+    size = reduction.size
+    if (pool_type or "avg") != "avg" or size is None:
+        return type(model).pool(model, x, pool_type)
+    first = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    weight = size[:, first:, None].to(x.dtype)
+    return (x[:, first:] * weight).sum(1) / weight.sum(1)
 
 
 def _forward(
@@ -120,8 +119,9 @@ def _forward(
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = attn.norm(reduction.attend(number, q, k, v, attn.scale, dropout).flatten(2))
-    if attn.gate is not None:
-        out = out * torch.sigmoid(attn.gate(h))
+    gate = getattr(attn, "gate", None)  # timm 1.0.20 has none
+    if gate is not None:
+        out = out * torch.sigmoid(gate(h))
     out = attn.proj_drop(attn.proj(out))
     x = x + block.drop_path1(block.ls1(out))
     x = reduction.reduce(number, x, q, k, attn.scale)
