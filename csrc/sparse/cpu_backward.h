@@ -219,35 +219,49 @@ class BackwardWorker {
     bool masked = false;
     for (int m = 0; m < kTileRows; ++m)
       masked |= keys.from[r + m] > lowest || keys.until[r + m] <= highest;
-    const vf factor = set(score_mod.factor);
-    vf place[N];
-    TM_UNROLL(4)
-    for (int n = 0; n < N; ++n) place[n] = load(query + c + n * kWidth);
-    TM_UNROLL(8)
-    for (int m = 0; m < kTileRows; ++m) {
-      const vf from = set(keys.from[r + m]), until = set(keys.until[r + m]);
-      vf w[N], dz[N];
-      TM_UNROLL(4)
-      for (int n = 0; n < N; ++n) {
-        vf t = z[m][n];
-        if constexpr (!kPlain)
-          t = score_mod.exponent(t, zero(), zero());
-        else if constexpr (Op::kPair != 1)  // else qt holds the factor
-          t = t * factor;
-        w[n] = power<kCoarse>(t - load(queries.lse + c + n * kWidth));
-        dz[n] = w[n] * (load(dp[m] + n * kWidth) - load(queries.delta + c + n * kWidth));
-        if (masked) [[unlikely]] {
-          const vm early = less(place[n], from), there = less(place[n], until);
-          w[n] = select(early, zero(), select(there, w[n], zero()));
-          dz[n] = select(early, zero(), select(there, dz[n], zero()));
-        }
-        if constexpr (!kPlain)
-          if (score_mod.softcap > 0) dz[n] = dz[n] * score_mod.cap_slope(z[m][n]);
-        z[m][n] = dz[n];
+    if constexpr (kPlain) {
+      TM_UNROLL(8)
+      for (int m = 0; m < kTileRows; ++m) score_row<true>(z[m], dp[m], r + m, c, masked);
+      scores.store_pairs(r, c, z);
+    } else {
+      // One copy of a row's code: z itself would leave its registers where it is indexed.
+      vf rows_z[kTileRows][N];
+      TM_UNROLL(8)
+      for (int m = 0; m < kTileRows; ++m) {
+        TM_UNROLL(4)
+        for (int n = 0; n < N; ++n) rows_z[m][n] = z[m][n];
       }
-      scores.store_key(r + m, c, w, dz);
+      TM_UNROLL(1)
+      for (int m = 0; m < kTileRows; ++m) score_row<false>(rows_z[m], dp[m], r + m, c, masked);
+      scores.store_pairs(r, c, rows_z);
     }
-    scores.store_pairs(r, c, z);
+  }
+
+  // The weights of key r and N vectors of queries from c on; z becomes the gradient of their q.k.
+  template <bool kPlain, int N>
+  TM_INLINE void score_row(vf (&z)[N], const float* dp, int64_t r, int64_t c, bool masked) {
+    const vf from = set(keys.from[r]), until = set(keys.until[r]), factor = set(score_mod.factor);
+    vf w[N], dz[N];
+    TM_UNROLL(4)
+    for (int n = 0; n < N; ++n) {
+      vf t = z[n];
+      if constexpr (!kPlain)
+        t = score_mod.exponent(t, zero(), zero());
+      else if constexpr (Op::kPair != 1)  // else qt holds the factor
+        t = t * factor;
+      w[n] = power<kCoarse>(t - load(queries.lse + c + n * kWidth));
+      dz[n] = w[n] * (load(dp + n * kWidth) - load(queries.delta + c + n * kWidth));
+      if (masked) [[unlikely]] {
+        const vf place = load(query + c + n * kWidth);
+        const vm early = less(place, from), there = less(place, until);
+        w[n] = select(early, zero(), select(there, w[n], zero()));
+        dz[n] = select(early, zero(), select(there, dz[n], zero()));
+      }
+      if constexpr (!kPlain)
+        if (score_mod.softcap > 0) dz[n] = dz[n] * score_mod.cap_slope(z[n]);
+      z[n] = dz[n];
+    }
+    scores.store_key(r, c, w, dz);
   }
 
   void add(const float* from, float* to) const {

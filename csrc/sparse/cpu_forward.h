@@ -33,11 +33,10 @@ __attribute__((noinline)) void score_tile(const SparseRows& t, int64_t row, cons
   multiply_panels<Op>(s, t.q + row * t.ldq, t.ldq, panels, t.words);
 
   if constexpr (!kPlain) {
-    TM_UNROLL(8)
-    for (int r = 0; r < kRows; ++r) {
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j) s[r][j] = t.score_mod->exponent(s[r][j], zero(), zero());
-    }
+    through_memory(s, [&](vf* tile) TM_LAMBDA {
+      for (int x = 0; x < kRows * kVectors; ++x)
+        tile[x] = t.score_mod->exponent(tile[x], zero(), zero());
+    });
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
     const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)

@@ -116,6 +116,14 @@ struct QueryTile : QueryRows {
   }
 };
 
+// Hides those of a register tile's pairs that a mask hides.
+__attribute__((noinline)) void hide_pairs(const PairTest& cut, float hidden, vf* s, int rows,
+                                          int vectors, int64_t i, int64_t column) {
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < vectors; ++j, ++s)
+      *s = select(cut.seen(i + r, column + j * kWidth), *s, set(hidden));
+}
+
 // Weights of kRows queries and kVectors vectors of keys from `column` on, at `slot` of the
 // step. `panel` points at the first of these keys in its packed panel.
 template <class Op, Exponent kKind, bool kCoarse, bool kPlain, int kRows, int kVectors>
@@ -127,12 +135,9 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
 
   const int64_t i = t.first + row;
   if constexpr (!kPlain) {
-    TM_UNROLL(8)
-    for (int r = 0; r < kRows; ++r) {
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j)
-        s[r][j] = t.score_mod->exponent(s[r][j], i + r, column + j * kWidth);
-    }
+    through_memory(s, [&](vf* tile) TM_LAMBDA {
+      apply_score_mod(*t.score_mod, tile, kRows, kVectors, i, column);
+    });
   } else if constexpr (Op::kPair != 1) {  // else q holds the factor
     const vf factor = set(t.score_mod->factor);
     TM_UNROLL(8)
@@ -153,21 +158,16 @@ __attribute__((noinline)) void score_tile(const QueryTile& t, int64_t row, const
     }
   }
   if (t.cut) [[unlikely]] {
-    TM_UNROLL(8)
-    for (int r = 0; r < kRows; ++r) {
-      TM_UNROLL(4)
-      for (int j = 0; j < kVectors; ++j)
-        s[r][j] =
-            select(t.cut->seen(i + r, column + j * kWidth), s[r][j], set(hidden_exponent(kKind)));
-    }
+    through_memory(s, [&](vf* tile) TM_LAMBDA {
+      hide_pairs(*t.cut, hidden_exponent(kKind), tile, kRows, kVectors, i, column);
+    });
   }
 
   if constexpr (!kPlain && kKind == Exponent::softmax) {
     if (t.score_mod->fades) {
-      const ScoreMod mod = *t.score_mod;  // what is stored cannot change a copy
-      const auto fade = [&](int r, int j) TM_LAMBDA {
-        return mod.fade<kCoarse>(mod.key_distances(i + r, column + j * kWidth));
-      };
+      vf fades[kRows * kVectors];
+      fades_of<kCoarse>(*t.score_mod, fades, kRows, kVectors, i, column);
+      const auto fade = [&](int r, int j) TM_LAMBDA { return fades[r * kVectors + j]; };
       return store_weights<Op, kKind, kCoarse>(t, row, s, slot, fade);
     }
   }

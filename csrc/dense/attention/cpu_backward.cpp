@@ -244,75 +244,100 @@ class Worker {
   template <bool kPlain>
   __attribute__((noinline)) void score_tile(int64_t r, int64_t i, int64_t c, HeadSums& sums) {
     vf z[kTileRows][kTileVectors];
-    alignas(64) float dp_memory[kTileRows][kPanel];
-    multiply_scores<Op>(z, dp_memory, tile, r, queries, i + c);
+    alignas(64) float dp[kTileRows][kPanel];
+    multiply_scores<Op>(z, dp, tile, r, queries, i + c);
 
     const int64_t query = i + c, key = first_key + r;
     const bool masked = query < seen_by.begin(key + kTileRows - 1) ||
                         query + kPanel > seen_by.end(key) || key + kTileRows > s->k_length;
-    const vf odds = set(score_mod.odds), one = set(1.f), factor = set(score_mod.factor);
-    vf bias_sum = zero(), slope_sum = zero();
     const ScoreMod mod = score_mod;  // what is stored cannot change a copy
-    TM_UNROLL(8)
-    for (int m = 0; m < kTileRows; ++m) {
-      vf w[kTileVectors], dz[kTileVectors];
-      TM_UNROLL(4)
-      for (int n = 0; n < kTileVectors; ++n) {
-        vf t = z[m][n], distance = zero();
-        if constexpr (!kPlain) {
-          distance = mod.query_distances(query + n * kWidth, key + m);
-          t = mod.exponent(t, mod.bias ? bias_lanes(query + n * kWidth, key + m) : vf{}, distance);
-        } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
-          t = t * factor;
-        }
-        const vf dpn = load(dp_memory[m] + n * kWidth);
-        if constexpr (kKind == Exponent::softmax) {
-          const vf fade = !kPlain && mod.fades ? mod.fade<kCoarse>(distance) : set(1.f);
-          const vf dpd = dpn * fade - load(queries.delta + query + n * kWidth);
-          w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
-          dz[n] = w[n] * dpd;
-          w[n] = w[n] * fade;
-        } else if constexpr (kKind == Exponent::logit) {
-          const vf row_factor = load(queries.factor() + query + n * kWidth);
-          const vf change = row_factor * dpn - load(queries.delta + query + n * kWidth);
-          visit_map(score_mod.map, [&](auto map) TM_LAMBDA {
-            const Weight f = weight_of<decltype(map)::value, kCoarse>(t);
-            w[n] = f.value * row_factor;
-            // What a weight of slope 0 does not see may be NaN.
-            dz[n] = select(equal(f.slope, zero()), zero(), f.slope * change);
-          });
-        } else {
-          const vf e = min_of(set(kMaxOdds), power<kCoarse>(t) * odds);
-          w[n] = reciprocal<kCoarse>(one + e);
-          dz[n] = w[n] * (e * w[n]) * dpn;
-        }
-        if (masked) [[unlikely]] {
-          const int64_t from = seen_by.begin(key + m) - query - n * kWidth;
-          const int64_t to = key + m < s->k_length ? seen_by.end(key + m) - query - n * kWidth : 0;
-          const vm seen = lanes(from, to);
-          w[n] = select(seen, w[n], zero());
-          dz[n] = select(seen, dz[n], zero());
-        }
-        if (cut && key + m < s->k_length) [[unlikely]] {
-          const vm seen = mask.seen(query + n * kWidth, key + m);
-          w[n] = select(seen, w[n], zero());
-          dz[n] = select(seen, dz[n], zero());
-        }
-        if constexpr (!kPlain) {
-          bias_sum = bias_sum + dz[n];
-          slope_sum = fma(mod.fades ? weighted(w[n], dpn) : dz[n], distance, slope_sum);
-          if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key + m);
-          if (mod.softcap > 0) dz[n] = dz[n] * mod.cap_slope(z[m][n]);
-        }
-        z[m][n] = dz[n];
+    LaneSums lane_sums;
+    if constexpr (kPlain) {
+      TM_UNROLL(8)
+      for (int m = 0; m < kTileRows; ++m)
+        score_row<true>(mod, z[m], dp[m], r + m, query, c, masked, lane_sums);
+      scores.store_pairs(r, c, z);
+    } else {
+      // One copy of a row's code: z itself would leave its registers where it is indexed.
+      vf rows[kTileRows][kTileVectors];
+      TM_UNROLL(8)
+      for (int m = 0; m < kTileRows; ++m) {
+        TM_UNROLL(4)
+        for (int n = 0; n < kTileVectors; ++n) rows[m][n] = z[m][n];
       }
-      scores.store_key(r + m, c, w, dz);
+      TM_UNROLL(1)
+      for (int m = 0; m < kTileRows; ++m)
+        score_row<false>(mod, rows[m], dp[m], r + m, query, c, masked, lane_sums);
+      scores.store_pairs(r, c, rows);
+      if constexpr (kKind != Exponent::softmax) sums.score_bias += sum_lanes(lane_sums.score_bias);
+      sums.alibi_slopes -= sum_lanes(lane_sums.alibi_slopes);
     }
-    scores.store_pairs(r, c, z);
-    if constexpr (!kPlain) {
-      if constexpr (kKind != Exponent::softmax) sums.score_bias += sum_lanes(bias_sum);
-      sums.alibi_slopes -= sum_lanes(slope_sum);
+  }
+
+  struct LaneSums {
+    vf score_bias = zero(), alibi_slopes = zero();
+  };
+
+  // The weights of key r of the tile and kPanel queries from `query` on; z becomes the gradient of
+  // their q.k.
+  template <bool kPlain>
+  TM_INLINE void score_row(const ScoreMod& mod, vf (&z)[kTileVectors], const float* dp, int64_t r,
+                           int64_t query, int64_t c, bool masked, LaneSums& lane_sums) {
+    const int64_t key = first_key + r;
+    const vf odds = set(mod.odds), one = set(1.f), factor = set(mod.factor);
+    vf w[kTileVectors], dz[kTileVectors];
+    TM_UNROLL(4)
+    for (int n = 0; n < kTileVectors; ++n) {
+      vf t = z[n], distance = zero();
+      if constexpr (!kPlain) {
+        distance = mod.query_distances(query + n * kWidth, key);
+        t = mod.exponent(t, mod.bias ? bias_lanes(query + n * kWidth, key) : vf{}, distance);
+      } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
+        t = t * factor;
+      }
+      const vf dpn = load(dp + n * kWidth);
+      if constexpr (kKind == Exponent::softmax) {
+        const vf fade = !kPlain && mod.fades ? mod.fade<kCoarse>(distance) : set(1.f);
+        const vf dpd = dpn * fade - load(queries.delta + query + n * kWidth);
+        w[n] = power<kCoarse>(t - load(queries.lse + query + n * kWidth));
+        dz[n] = w[n] * dpd;
+        w[n] = w[n] * fade;
+      } else if constexpr (kKind == Exponent::logit) {
+        const vf row_factor = load(queries.factor() + query + n * kWidth);
+        const vf change = row_factor * dpn - load(queries.delta + query + n * kWidth);
+        visit_map(mod.map, [&](auto map) TM_LAMBDA {
+          const Weight f = weight_of<decltype(map)::value, kCoarse>(t);
+          w[n] = f.value * row_factor;
+          // What a weight of slope 0 does not see may be NaN.
+          dz[n] = select(equal(f.slope, zero()), zero(), f.slope * change);
+        });
+      } else {
+        const vf e = min_of(set(kMaxOdds), power<kCoarse>(t) * odds);
+        w[n] = reciprocal<kCoarse>(one + e);
+        dz[n] = w[n] * (e * w[n]) * dpn;
+      }
+      if (masked) [[unlikely]] {
+        const int64_t from = seen_by.begin(key) - query - n * kWidth;
+        const int64_t to = key < s->k_length ? seen_by.end(key) - query - n * kWidth : 0;
+        const vm seen = lanes(from, to);
+        w[n] = select(seen, w[n], zero());
+        dz[n] = select(seen, dz[n], zero());
+      }
+      if (cut && key < s->k_length) [[unlikely]] {
+        const vm seen = mask.seen(query + n * kWidth, key);
+        w[n] = select(seen, w[n], zero());
+        dz[n] = select(seen, dz[n], zero());
+      }
+      if constexpr (!kPlain) {
+        lane_sums.score_bias = lane_sums.score_bias + dz[n];
+        lane_sums.alibi_slopes =
+            fma(mod.fades ? weighted(w[n], dpn) : dz[n], distance, lane_sums.alibi_slopes);
+        if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key);
+        if (mod.softcap > 0) dz[n] = dz[n] * mod.cap_slope(z[n]);
+      }
+      z[n] = dz[n];
     }
+    scores.store_key(r, c, w, dz);
   }
 
   // Biases of queries query .. query + kWidth - 1 for one key: a column of the bias.

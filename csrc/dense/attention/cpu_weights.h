@@ -103,6 +103,40 @@ __attribute__((noinline)) void update_row_max(const QueryRows& t, int64_t row, f
   store(sums, load(sums) * set(factor));
 }
 
+// A register tile [kRows][kVectors] in memory and back, so that code that is long has one copy, in
+// a loop. s itself would leave its registers where it is indexed.
+template <int kRows, int kVectors, class Each>
+TM_INLINE void through_memory(vf (&s)[kRows][kVectors], const Each& each) {
+  vf tile[kRows * kVectors];
+  TM_UNROLL(8)
+  for (int r = 0; r < kRows; ++r) {
+    TM_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) tile[r * kVectors + j] = s[r][j];
+  }
+  each(tile);
+  TM_UNROLL(8)
+  for (int r = 0; r < kRows; ++r) {
+    TM_UNROLL(4)
+    for (int j = 0; j < kVectors; ++j) s[r][j] = tile[r * kVectors + j];
+  }
+}
+
+// s = exponents of queries i .. i + rows - 1 and of the keys from `column` on.
+__attribute__((noinline)) inline void apply_score_mod(const ScoreMod& mod, vf* s, int rows,
+                                                      int vectors, int64_t i, int64_t column) {
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < vectors; ++j, ++s) *s = mod.exponent(*s, i + r, column + j * kWidth);
+}
+
+// By what the weights of these pairs are multiplied.
+template <bool kCoarse>
+__attribute__((noinline)) void fades_of(const ScoreMod& mod, vf* fade, int rows, int vectors,
+                                        int64_t i, int64_t column) {
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < vectors; ++j, ++fade)
+      *fade = mod.fade<kCoarse>(mod.key_distances(i + r, column + j * kWidth));
+}
+
 struct Unfaded {};
 
 // Rows `row` and on: exponents s to weights, at `slot` of the step. fade(r, j): what a softmax
