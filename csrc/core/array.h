@@ -63,7 +63,7 @@ struct View {
 
   // Tells the PTX machine of the elements that the strides reach: not of the rest of the storage.
   void note(bool writable) const {
-    if constexpr (emulated::kEnabled) {
+    if constexpr (emulated::kBuilt) {
       int64_t last = 0;
       for (int64_t i = 0; i < dim(); ++i) last += (size(i) - 1) * strides[i];
       if (numel() > 0) emulated::note(pointer, (last + 1) * element_bytes, writable);

@@ -4,9 +4,11 @@
 #include <mutex>
 #include <vector>
 
+#include "core/stream.h"
 #include "ptxvm/host_api.h"
 
-namespace tokenmill::emulated {
+namespace tokenmill {
+namespace emulated {
 namespace {
 
 struct Extent {
@@ -48,16 +50,20 @@ void note(const void* base, int64_t bytes, bool writable) {
   if (begin && bytes > 0) notes.push_back({begin, begin + bytes, writable});
 }
 
-Registration::Registration() {
-  machine().lock();
-  for (const Extent& e : disjoint(notes))
+}  // namespace emulated
+
+CudaScope::CudaScope(const View& on) : on_(on) {
+  emulated::machine().lock();
+  for (const emulated::Extent& e : emulated::disjoint(emulated::notes))
     ptxvm_register(e.begin, static_cast<size_t>(e.end - e.begin), e.writable);
 }
 
-Registration::~Registration() {
+CudaScope::~CudaScope() {
   ptxvm_recover();  // a call that failed has said so, and is no matter of the next one
   ptxvm_unregister_all();
-  machine().unlock();
+  emulated::machine().unlock();
 }
 
-}  // namespace tokenmill::emulated
+void* CudaScope::stream() const { return nullptr; }
+
+}  // namespace tokenmill

@@ -1,13 +1,14 @@
 // What the PTX machine must know to check every access of a kernel: the memory of the tensors that
-// an operator reads and writes. core/door.h notes them, core/stream.h hands them over around the
-// launch. Nothing but empty functions unless TOKENMILL_EMULATED.
+// an operator reads and writes. core/door.h notes them, CudaScope (core/stream.h) hands them over
+// around a launch. Nothing but empty functions in a build without the machine; in one with it,
+// core/emulated.cpp of the emulated library notes, core/stream.cpp of the other does not.
 #pragma once
 #include <cstdint>
 
 namespace tokenmill::emulated {
 
-#if defined(TOKENMILL_EMULATED)
-inline constexpr bool kEnabled = true;
+#if defined(TOKENMILL_PTXVM)
+inline constexpr bool kBuilt = true;
 
 // Forgets the notes of this thread at both ends of an operator's call.
 struct Frame {
@@ -16,17 +17,8 @@ struct Frame {
 };
 
 void note(const void* base, int64_t bytes, bool writable);
-
-// While it lives the machine knows what was noted, and this thread alone uses the machine.
-class Registration {
- public:
-  Registration();
-  ~Registration();
-  Registration(const Registration&) = delete;
-  Registration& operator=(const Registration&) = delete;
-};
 #else
-inline constexpr bool kEnabled = false;
+inline constexpr bool kBuilt = false;
 
 struct Frame {};
 

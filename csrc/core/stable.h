@@ -1,7 +1,7 @@
 // torch's stable ABI (torch >= 2.10), and the namespace of the operators, which is written here and
-// in python/tokenmill/_library.py alone. Compiled with TOKENMILL_EMULATED, the same files make a
-// second library in which what is there for CUDA serves CPU tensors: its kernels run on the PTX
-// machine (csrc/ptxvm).
+// in python/tokenmill/_library.py alone. What is compiled with TOKENMILL_EMULATED makes a second
+// library of the same operators, in which what is there for CUDA serves CPU tensors: its kernels
+// run on the PTX machine (csrc/ptxvm).
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -7,38 +7,22 @@
 
 namespace tokenmill {
 
-#if defined(TOKENMILL_EMULATED)
+#if defined(TOKENMILL_WITH_CUDA)
+// For its lifetime the device of an array is current. In the emulated library, the machine knows
+// what was noted and this thread alone uses it.
 class CudaScope {
  public:
-  explicit CudaScope(const View&) {}
-  void* stream() const { return nullptr; }
-
- private:
-  emulated::Registration registration_;
-};
-#elif defined(TOKENMILL_WITH_CUDA)
-// In cuda/launch.cu. The first makes a device current and returns the one that was; it throws.
-int use_device(int device);
-void restore_device(int device);
-
-// Makes the device of an array current for its lifetime.
-class CudaScope {
- public:
-  explicit CudaScope(const View& on) : before_(use_device(on.device)), on_(on) {}
-  ~CudaScope() {
-    if (before_ != on_.device) restore_device(before_);
-  }
+  explicit CudaScope(const View& on);
+  ~CudaScope();
   CudaScope(const CudaScope&) = delete;
   CudaScope& operator=(const CudaScope&) = delete;
-  void* stream() const { return on_.framework->stream(on_.device); }
+  void* stream() const;
 
  private:
-  int before_;
+  int before_ = 0;
   const View& on_;
 };
-#endif
 
-#if defined(TOKENMILL_WITH_CUDA)
 // launch_cuda(p, stream), which returns what went wrong or null.
 template <typename Params>
 void launch_on_device(const char* op, const View& first, const Params& p) {

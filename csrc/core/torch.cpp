@@ -10,6 +10,12 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 namespace tokenmill {
 namespace {
 
+#if defined(TOKENMILL_EMULATED)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 using torch::stable::Tensor;
 using torch::stable::detail::StableLibrary;
 
@@ -35,7 +41,7 @@ View view_of(const Tensor& t, bool written) {
   v.dtype = t.scalar_type();
   v.element_bytes = static_cast<int32_t>(t.element_size());
   v.on_gpu = t.is_cuda();
-  v.is_cuda = emulated::kEnabled || v.on_gpu;
+  v.is_cuda = kEmulated || v.on_gpu;
   v.device = t.get_device_index();
   v.pointer = written ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr());
   v.framework = &kTorch;

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
-#if defined(TOKENMILL_EMULATED)
-#include <stdexcept>
-#endif
+
+// In the params.h of an operator, TOKENMILL_CPU_KERNEL declares the copies of its kernel, each in
+// the namespace of its set, and defines the function that host.cpp calls.
 
 #if !defined(__CUDACC__)
 #include "cpu/built_isas.h"  // of CMakeLists.txt: TOKENMILL_EACH_BUILT_ISA(X, ...)
@@ -30,16 +30,9 @@ bool select_isa(const char* name);  // false: unknown, not built, or not here; "
     return isa::fn(p);
 
 // Declares `void fn(const Params&)` in each namespace and defines the chooser
-// `tokenmill::cpu::fn(const Params&)`. The emulated library has no CPU kernels, a .cu calls none.
+// `tokenmill::cpu::fn(const Params&)`. A .cu calls none.
 #if defined(__CUDACC__)
 #define TOKENMILL_CPU_KERNEL(fn, Params)
-#elif defined(TOKENMILL_EMULATED)
-#define TOKENMILL_CPU_KERNEL(fn, Params)                                             \
-  namespace tokenmill {                                                              \
-  namespace cpu {                                                                    \
-  [[noreturn]] inline void fn(const Params&) { throw std::logic_error("not CUDA"); } \
-  }                                                                                  \
-  }
 #else
 #define TOKENMILL_CPU_KERNEL(fn, Params)                           \
   namespace tokenmill {                                            \
