@@ -16,3 +16,8 @@ full_only = pytest.mark.skipif(not FULL, reason="ci/test --full runs it")
 def examples(daily: int) -> settings:
     """Hypothesis draws so many examples, with --full ten times as many, with --quick a third."""
     return settings(max_examples=daily * 10 if FULL else -(-daily // 3) if QUICK else daily)
+
+
+def daily(*cases: str, full: tuple[str, ...]) -> tuple[str, ...]:
+    """What is tested every day; with --full, `full` too."""
+    return (*cases, *full) if FULL else cases

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tier import daily
 from triton_compiler import (
     OPERANDS,
     SHARED,
@@ -26,16 +27,18 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = (  # dtype, head dimension, side of a region, lists
-    "float16:32:8:shared",
+CASES = daily(  # dtype, head dimension, side of a region, lists
     "float16:32:2:shared",
-    "bfloat16:64:2:shared",
-    "float16:64:5:each",
     "float16:128:18:each",
     "bfloat16:256:8:shared",
-    "float32:32:2:each",
-    "float32:64:18:shared",
     "float32:128:2:shared",
+    full=(
+        "float16:32:8:shared",
+        "bfloat16:64:2:shared",
+        "float16:64:5:each",
+        "float32:32:2:each",
+        "float32:64:18:shared",
+    ),
 )
 KERNELS = {
     "compact_kernel",

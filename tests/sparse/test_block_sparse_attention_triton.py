@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from tier import daily
 from triton_compiler import (
     OPERANDS,
     SHARED,
@@ -24,14 +25,16 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = (  # dtype, head dimension, block_q, block_k, options
+CASES = daily(  # dtype, head dimension, block_q, block_k, options
     "float16:64:64:64:causal,ends",
-    "bfloat16:128:128:16:causal",
     "float16:128:1:128:softcap,pages",
     "float16:128:64:64:causal,ends,packed",
-    "bfloat16:256:64:2:causal,ends",
-    "float32:64:16:64:causal,ends",
     "float32:128:64:8:each",
+    full=(
+        "bfloat16:128:128:16:causal",
+        "bfloat16:256:64:2:causal,ends",
+        "float32:64:16:64:causal,ends",
+    ),
 )
 KERNELS = {
     "compact_kernel",

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from tier import daily
 from triton_compiler import (
     OPERANDS,
     SHARED,
@@ -24,16 +25,18 @@ from triton_compiler import (
 
 pytest.importorskip("triton", reason="Triton is not installed (tokenmill[triton])")
 
-CASES = (  # dtype, head dimension, terms
-    "float16:64:several",
+CASES = daily(  # dtype, head dimension, terms
     "bfloat16:128:paged,block,rope,extra,terms,mass",
     "bfloat16:256:rope,interleaved,several",
-    "float16:128:paged,partial,place,mass",
-    "float32:64:partial,interleaved,extra,mass",
     "float32:128:paged,rope,terms,several",
-    "float32:128:partial,mass",
     "bfloat16:128:paged,rope,extra,several,float8",
-    "float16:128:partial,float8",
+    full=(
+        "float16:64:several",
+        "float16:128:paged,partial,place,mass",
+        "float32:64:partial,interleaved,extra,mass",
+        "float32:128:partial,mass",
+        "float16:128:partial,float8",
+    ),
 )
 
 
