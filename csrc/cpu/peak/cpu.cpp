@@ -29,7 +29,70 @@ void spin(const PeakParams& p) {
   *p.flops = p.iterations * kTileRows * kTileVectors * kWidth * 2 * Op::kPair;
 }
 
+constexpr int kChains = 8;
+
+// The compiler may not carry memory from one pass to the next.
+TM_INLINE void forget() { asm volatile("" ::: "memory"); }
+
+void read(const RateParams& p) {
+  const int64_t count = p.bytes / static_cast<int64_t>(sizeof(float));
+  vf sum[kChains];
+  for (vf& x : sum) x = zero();
+  for (int64_t pass = 0; pass < p.passes; ++pass) {
+    for (int64_t i = 0; i < count; i += kChains * kWidth) {
+      TM_UNROLL(8)
+      for (int j = 0; j < kChains; ++j) sum[j] = sum[j] + load(p.memory + i + j * kWidth);
+    }
+    forget();
+  }
+  vf total = zero();
+  for (vf x : sum) total = total + x;
+  *p.sink = sum_lanes(total);
+  *p.done = p.passes * p.bytes;
+}
+
+// The first half to the second.
+void copy(const RateParams& p) {
+  const int64_t half = p.bytes / static_cast<int64_t>(2 * sizeof(float));
+  for (int64_t pass = 0; pass < p.passes; ++pass) {
+    for (int64_t i = 0; i < half; i += kChains * kWidth) {
+      vf x[kChains];
+      TM_UNROLL(8)
+      for (int j = 0; j < kChains; ++j) x[j] = load(p.memory + i + j * kWidth);
+      TM_UNROLL(8)
+      for (int j = 0; j < kChains; ++j) store(p.memory + half + i + j * kWidth, x[j]);
+    }
+    forget();
+  }
+  *p.sink = p.memory[half];
+  *p.done = p.passes * p.bytes;
+}
+
+// x = 2^-x stays between 1/2 and 1.
+void exponentials(const RateParams& p) {
+  constexpr int64_t kSteps = 1024;
+  vf x[kChains];
+  for (int j = 0; j < kChains; ++j) x[j] = set(0.5f + 0.01f * static_cast<float>(j));
+  for (int64_t i = 0; i < p.passes * kSteps; ++i) {
+    TM_UNROLL(8)
+    for (int j = 0; j < kChains; ++j) {
+      asm volatile("" : "+x"(x[j]));  // else equal chains become one
+      x[j] = exp2<5>(zero() - x[j]);
+    }
+  }
+  vf total = zero();
+  for (vf y : x) total = total + y;
+  *p.sink = sum_lanes(total);
+  *p.done = p.passes * kSteps * kChains * kWidth;
+}
+
 }  // namespace
+
+void rate(const RateParams& p) {
+  if (p.of == RateParams::Of::read) return read(p);
+  if (p.of == RateParams::Of::copy) return copy(p);
+  exponentials(p);
+}
 
 void peak(const PeakParams& p) {
 #if defined(__AVX512BF16__)

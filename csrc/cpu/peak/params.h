@@ -1,4 +1,4 @@
-// Measured peak of this core's multiply-add units: the roofline of the benchmarks.
+// Measured peaks of this core: the ceilings of the benchmarks.
 #pragma once
 #include "core/dtype.h"
 #include "cpu/isa.h"
@@ -12,6 +12,18 @@ struct PeakParams {
   float* sink;         // out: keeps the compiler honest
 };
 
+struct RateParams {
+  enum class Of : int32_t { read, copy, exp } of;
+  float* memory;   // of read and copy, aligned to 64 bytes
+  int64_t bytes;   // of memory, a multiple of kRateStep
+  int64_t passes;  // over the memory, or 1024 steps of independent chains of exp
+  int64_t* done;   // out: bytes read and written, or values of exp
+  float* sink;     // out: keeps the compiler honest
+};
+
+constexpr int64_t kRateStep = 2048;  // bytes; two of 16 vectors of any instruction set
+
 }  // namespace tokenmill
 
 TOKENMILL_CPU_KERNEL(peak, PeakParams)
+TOKENMILL_CPU_KERNEL(rate, RateParams)
