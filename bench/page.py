@@ -1,10 +1,12 @@
 """One HTML file of results: `python -m tokenmill report FILE ... [--out PAGE]`. A file has what
-`bench --json`, `check --json`, `bench --counters` or `bench --launches` wrote. Machines stand side
+`bench --json`, `bench primitives --json`, `check --json`, `bench --counters` or `bench --launches`
+wrote. Machines stand side
 by side, never in one table. The page loads nothing and runs no script."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,6 +16,7 @@ from tokenmill import _cli, registry
 
 from . import report
 from .case import geometric_mean
+from .ceilings import from_primitives, row_bound
 from .roofline import Point, Roof, roofline
 
 STYLE = """
@@ -41,16 +44,26 @@ class Machine:
     facts: dict[str, str]
     bench: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)  # primitives
 
     @property
     def rows(self) -> Rows:
         rows: Rows = self.bench.get("rows", [])
         return rows
 
+    @property
+    def primitives(self) -> Rows:
+        """Of files of their own, or else those that the times were compared with."""
+        own = [row for document in self.measured for row in document["rows"]]
+        return own or self.bench.get("primitives", [])
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="what bench --json or check --json wrote"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="what bench --json, bench primitives --json or check --json wrote",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="PAGE",
@@ -72,17 +85,25 @@ def run(options: argparse.Namespace) -> int:
 
 def machines(files: list[tuple[str, dict[str, Any]]]) -> list[Machine]:
     """A machine for each file of times. Two of them may have the same facts and not be the same
-    machine, so a check joins the one whose facts it has only where there is no other such."""
-    times = [(n, d) for n, d in files if "machine" in d and "checks" not in d]
+    machine, so a check, or primitives, join the one whose facts they have only where there is no
+    other such."""
+    times = [(n, d) for n, d in files if "machine" in d and _joins(d) is None]
     found = [Machine(_title(name, d), d["machine"], d) for name, d in times]
     for name, document in files:
-        if "checks" in document:
+        if (what := _joins(document)) is not None:
             alike = [m for m in found if m.facts == document["machine"]]
             if len(alike) != 1:
                 alike = [Machine(_title(name, document), document["machine"])]
                 found += alike
-            alike[0].checks.append(document)
+            getattr(alike[0], what).append(document)
     return found
+
+
+def _joins(document: dict[str, Any]) -> str | None:
+    """The list of a machine that takes a document which is not one of times."""
+    if "checks" in document:
+        return "checks"
+    return "measured" if document.get("kind") == "primitives" else None
 
 
 def _title(name: str, document: dict[str, Any]) -> str:
@@ -96,6 +117,7 @@ def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> st
         ("Machines", _facts),
         ("Correct?", _checks),
         ("Roofline", _roofline),
+        ("Primitives", _primitives),
         ("Ratio to peers", _peers),
         ("Times", _times),
         ("What could not run", _absent),
@@ -137,12 +159,41 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def _facts(machine: Machine) -> str:
     rows = [[escape(k), escape(str(v))] for k, v in machine.facts.items()]
-    for kind, documents in (("measured", [machine.bench]), ("checked", machine.checks)):
+    kinds = {
+        "measured": [machine.bench], "primitives": machine.measured, "checked": machine.checks
+    }  # fmt: skip
+    for kind, documents in kinds.items():
         for document in filter(None, documents):
             threads = f", {document['threads']} thread(s)" if "threads" in document else ""
             made = f"{document['date']}, tokenmill {document['tokenmill']}{threads}"
             rows.append([kind, escape(made)])
+    for name, state in machine.bench.get("peers", {}).items():
+        if not state.startswith("absent"):
+            rows.append([f"peer {escape(name)}", escape(state)])
+    if machine.bench.get("sensors", "none") != "none":
+        rows.append(["clocks and power", escape(_clocks(machine))])
     return table(["", ""], rows)
+
+
+def _clocks(machine: Machine) -> str:
+    """Least and most of all cases, and every reason why clocks fell."""
+    read = [row["sensors"] for row in machine.rows if "sensors" in row]
+    parts = []
+    for name, unit in (("sm_mhz", "MHz"), ("memory_mhz", "MHz, memory"), ("watts", "W"),
+                       ("celsius", "C")):  # fmt: skip
+        values = [value for one in read for value in one.get(name, ())]
+        if values:
+            parts.append(f"{min(values):.0f}-{max(values):.0f} {unit}")
+    reasons = dict.fromkeys(text for one in read for text in one.get("throttled", ()))
+    parts += [f"clocks lowered: {text}" for text in reasons]
+    return ", ".join(parts) or machine.bench["sensors"]
+
+
+def _primitives(machine: Machine) -> str:
+    from .primitives import table_cells
+
+    rows = [[escape(cell) for cell in table_cells(row)] for row in machine.primitives]
+    return table(["primitive", "best", "unit", "95 % of the median"], rows) if rows else ""
 
 
 def _checks(machine: Machine) -> str:
@@ -176,12 +227,24 @@ def _share(check: dict[str, Any] | None, dtype: str) -> str:
 
 
 def _roofline(machine: Machine) -> str:
-    """Each operator at its fastest case, below what the same run measured."""
+    """Each operator at its fastest case, below the primitives or what the same run measured: in
+    operations per second, and as a bar where memory bounds it."""
     rows = [row for row in machine.rows if row.get("bytes_per_second")]
     peaks = {row["dtype"]: row["flops"] / row["peak_share"] for row in rows if row["peak_share"]}
-    points, moves = [], []
+    bandwidth = machine.bench.get("copy_bandwidth", 0.0)
+    if rows and machine.primitives:
+        with contextlib.suppress(ValueError):
+            device = machine.bench.get("device", "cpu")
+            found = from_primitives(machine.primitives, device, machine.bench["threads"])
+            peaks = {dtype: found.flops.get(dtype, peak) for dtype, peak in peaks.items()}
+            bandwidth = found.memory
+    points, moves, bars = [], [], []
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
+        limited = [row for row in of_op if row_bound(row, machine.bench).of == "memory"]
+        if limited:
+            fastest = max(limited, key=lambda row: row_bound(row, machine.bench).share)
+            bars.append(_bandwidth_bar(op, fastest, machine.bench))
         best = max(of_op, key=lambda row: (row["flops"], row["bytes_per_second"]))
         if not best["flops"]:
             moves.append(f"{op} {report.figure(best['bytes_per_second'] / 1e9)} GB/s")
@@ -190,8 +253,23 @@ def _roofline(machine: Machine) -> str:
         intensity = best["flops"] / best["bytes_per_second"]
         points.append(Point(op, f"{op}: {best['case']}", family, intensity, best["flops"]))
     roofs = [Roof(dtype, peak) for dtype, peak in peaks.items()]
-    text = roofline(points, roofs, machine.bench["copy_bandwidth"]) if points and roofs else ""
+    text = roofline(points, roofs, bandwidth) if points and roofs else ""
+    if bars:
+        header = ["bound by memory", "GB/s", "of a copy", "case", ""]
+        text += table(header, bars)
     return text + (f"<p>Without operations: {escape(', '.join(moves))}.</p>" if moves else "")
+
+
+def _bandwidth_bar(op: str, row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    share = row_bound(row, results).share
+    width = min(round(200 * share), 240)
+    return [
+        f"<code>{escape(op)}</code>",
+        report.figure(row["bytes_per_second"] / 1e9),
+        f"{share:.0%}",
+        f"[why]{escape(row['case'])}",
+        f'[why]<span class="bar" style="width:{width}px"></span>',
+    ]
 
 
 def _peers(machine: Machine) -> str:
@@ -222,14 +300,13 @@ def _times(machine: Machine) -> str:
         lines.append(
             [
                 f"<code>{escape(row['op'])}</code> {escape(row['case'])}",
-                report.figure(row["seconds"] * 1e3),
-                report.figure(row["flops"] / 1e9),
-                f"{row['peak_share']:.0%}",
-                report.figure(row["bytes_per_second"] / 1e9),
+                *report.cells_of(row, machine.bench),
                 escape(peers),
             ]
         )
-    return table(["case", *report.COLUMNS, "their time / ours"], lines) if lines else ""
+    if not lines:
+        return ""
+    return table(["case", *report.columns(machine.bench), "their time / ours"], lines)
 
 
 def _counts(name: str, document: dict[str, Any]) -> str:
@@ -251,7 +328,16 @@ def _absent(machine: Machine) -> str:
                 lines[what, "no kernel in this build"] = None
             for sample, why in check["left_out"].items():
                 lines[f"{what}: {sample}", why] = None
+    for row in machine.primitives:
+        if "absent" in row:
+            lines[row["title"], row["absent"]] = None
+    for name, state in machine.bench.get("peers", {}).items():
+        if state.startswith("absent") and machine.bench.get("device") == "cuda":
+            lines[f"peer {name}", state.removeprefix("absent ").strip("()")] = None
     for row in machine.rows:
+        for method in report.METHODS:
+            if "absent" in row.get(method, {}):
+                lines[f"{row['op']}: {row['case']}, {method}", row[method]["absent"]] = None
         if "error" in row:
             lines[f"{row['op']}: {row['case']}", row["error"]] = None
         for name, why in row.get("absent", {}).items():

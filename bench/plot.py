@@ -1,18 +1,25 @@
-"""PNGs of benchmark results: rates beside peers and the measured peak."""
+"""PNGs of benchmark results: rates beside peers and the ceiling that bounds them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from .ceilings import row_bound
+
 COLOURS = ("#c8553d", "#2d5d7b", "#8f9f8b", "#d9a441")
+RATES = {
+    "compute": ("flops", "GFLOP/s of useful work"),
+    "memory": ("bytes_per_second", "GB/s that must move at least"),
+}
 
 
-def label(machine: dict[str, str], device: str, threads: int) -> str:
-    """The machine that was measured."""
+def label(machine: dict[str, str], device: str, threads: int | None) -> str:
+    """The machine that was measured; threads=None leaves their number to the rows."""
     if device == "cuda":
         return f"{machine['gpu']}, torch {machine['torch']}"
-    return f"{machine['cpu']}, {machine['isa']}, {threads} thread(s), torch {machine['torch']}"
+    count = "" if threads is None else f" {threads} thread(s),"
+    return f"{machine['cpu']}, {machine['isa']},{count} torch {machine['torch']}"
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -73,15 +80,44 @@ def _draw_lengths(results: dict[str, Any], op: str, path: Path) -> Path:
 
 
 def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
+    """Rows that arithmetic bounds in GFLOP/s, rows that memory bounds in GB/s, each kind in a panel
+    of its own with the ceiling of each row."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in results["rows"] if row["op"] == op][::-1]
     names = ["tokenmill", *dict.fromkeys(name for row in rows for name in row["peers"])]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(rows)), layout="constrained")
+    kinds = {
+        kind: [row for row in rows if row_bound(row, results).of == kind]
+        for kind in ("compute", "memory")
+    }
+    kinds = {kind: of_kind for kind, of_kind in kinds.items() if of_kind}
+    figure, panels = plt.subplots(
+        len(kinds), 1, figsize=(10, 1.2 + 0.5 * len(kinds) + 0.42 * len(rows)),
+        height_ratios=[len(of_kind) + 0.4 for of_kind in kinds.values()], squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for (axes,), (kind, of_kind) in zip(panels, kinds.items(), strict=True):
+        _draw_bars(axes, kind, of_kind, names, results)
+    lines, words = panels[0][0].get_legend_handles_labels()
+    figure.legend(
+        lines, words, loc="outside lower center", ncols=len(names) + 1, fontsize=8, frameon=False
+    )
+    # Results from before --device have none: they are a CPU's.
+    measured = label(results["machine"], results.get("device", "cpu"), results["threads"])
+    panels[0][0].set_title(f"{op}: {measured}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _draw_bars(
+    axes: Any, kind: str, rows: list[dict[str, Any]], names: list[str], results: dict[str, Any]
+) -> None:
+    field, unit = RATES[kind]
     height = 0.8 / len(names)
     for k, name in enumerate(names):
         present = [
-            (i, (row if name == "tokenmill" else row["peers"][name])["flops"] / 1e9)
+            (i, row[field] / (1.0 if name == "tokenmill" else row["peers"][name]["ratio"]) / 1e9)
             for i, row in enumerate(rows)
             if name == "tokenmill" or name in row["peers"]
         ]
@@ -93,17 +129,10 @@ def _draw_op(results: dict[str, Any], op: str, path: Path) -> Path:
             color=COLOURS[k % len(COLOURS)],
         )
     for i, row in enumerate(rows):
-        peak = row["flops"] / row["peak_share"] / 1e9
+        peak = row[field] / row_bound(row, results).share / 1e9
         axes.plot([peak, peak], [i - 0.42, i + 0.42], color="black", linewidth=1)
-    axes.plot([], [], color="black", linewidth=1, label="multiply-add peak")
+    axes.plot([], [], color="black", linewidth=1, label="measured ceiling")
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=8)
-    axes.set_xlabel("GFLOP/s of useful work")
+    axes.set_xlabel(unit)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(names) + 1, fontsize=8, frameon=False)
-    # Results from before --device have none: they are a CPU's.
-    measured = label(results["machine"], results.get("device", "cpu"), results["threads"])
-    axes.set_title(f"{op}: {measured}", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path

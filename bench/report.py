@@ -1,5 +1,6 @@
 """Results as Markdown tables: `python -m tokenmill bench report FILE ... [--update PAGE]`. A file
-has the times of one machine, or what `bench --counters` or `bench --launches` counted."""
+has the times or the primitives of one machine, or what `bench --counters` or `bench --launches`
+counted."""
 
 from __future__ import annotations
 
@@ -11,11 +12,12 @@ from typing import Any
 from tokenmill import _cli
 
 from .case import geometric_mean
+from .ceilings import row_bound
 from .plot import label
 
 BEGIN = "<!-- bench report: begin -->"
 END = "<!-- bench report: end -->"
-COLUMNS = ("ms", "GFLOP/s", "% of peak", "GB/s")
+METHODS = {"graph": "graph ms", "kernels": "kernels ms"}  # of a GPU, beside the call
 LAUNCH_COLUMNS = 4  # calls side by side
 # Headings of counters where the narrow ones of the command line say too little.
 HEADINGS = {
@@ -31,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files",
         nargs="+",
         metavar="FILE",
-        help="results that bench --json wrote: of one machine each, of --counters or --launches",
+        help="results that bench --json or bench primitives --json wrote: of one machine each, of "
+        "--counters or --launches",
     )
     parser.add_argument(
         "--update",
@@ -65,10 +68,12 @@ def markdown(name: str, results: dict[str, Any]) -> str:
     rows = results["rows"]
     if "multiprocessors" in results:
         return "\n".join([f"### {name}", "", *_launches(results)]) + "\n"
+    if results.get("kind") == "primitives":
+        return "\n".join([f"### {name}", "", *_primitives(results)]) + "\n"
     lines = [f"### {name}", "", *(_counted if "per" in results else _measured)(results)]
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
-        lines += ["", *(_counters(op, of_op, results) if "per" in results else _times(op, of_op))]
+        lines += ["", *(_counters if "per" in results else _times)(op, of_op, results)]
     return "\n".join(lines) + "\n"
 
 
@@ -81,13 +86,23 @@ def _measured(results: dict[str, Any]) -> list[str]:
     rows = results["rows"]
     # Results from before --device have none: they are a CPU's.
     machine = label(results["machine"], results.get("device", "cpu"), results["threads"])
-    peaks = {r["dtype"]: r["flops"] / r["peak_share"] / 1e9 for r in rows if r.get("peak_share")}
-    ceilings = [f"{dtype} {figure(peak)} GFLOP/s" for dtype, peak in peaks.items()]
+    peaks = {r["dtype"]: r["flops"] / r["peak_share"] for r in rows if r.get("peak_share")}
+    ceilings = [f"{dtype} {figure(peak / 1e9)} GFLOP/s" for dtype, peak in peaks.items()]
     ceilings += [f"copy {figure(results['copy_bandwidth'] / 1e9)} GB/s"]
     return [
         f"{machine}; tokenmill {results['tokenmill']}, {results['date']}.",
         f"Measured ceilings: {', '.join(ceilings)}.",
     ]
+
+
+def _primitives(results: dict[str, Any]) -> list[str]:
+    from .primitives import table_cells
+
+    machine = label(results["machine"], results["device"], None)
+    made = f"{machine}; tokenmill {results['tokenmill']}, {results['date']}."
+    header = ["primitive", "best", "unit", "95 % of the median"]
+    lines = [made, "", _line(header), _line(["---"] * len(header))]
+    return lines + [_line([*table_cells(row)]) for row in results["rows"]]
 
 
 def _counters(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
@@ -132,19 +147,50 @@ def _launches(results: dict[str, Any]) -> list[str]:
     return [rule, "", *lines]
 
 
-def _times(op: str, rows: list[dict[str, Any]]) -> list[str]:
+def columns(results: dict[str, Any]) -> list[str]:
+    """Headings of the figures of a row: results of schema 1 have no intervals, those of a CPU no
+    other times."""
+    found = ["ms"]
+    if results.get("schema", 1) > 1:
+        found.append("95 % of the median")
+    found += ["GFLOP/s", "% of peak", "GB/s"]
+    return found + ([*METHODS.values()] if results.get("device") == "cuda" else [])
+
+
+def cells_of(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """The figures of a row, in these columns. The peak is the one that bounds the row: arithmetic,
+    or, marked GB/s, bandwidth."""
+    nearer = row_bound(row, results)
+    cells = {
+        "ms": figure(row["seconds"] * 1e3),
+        "95 % of the median": interval(row) if "interval" in row else "",
+        "GFLOP/s": figure(row["flops"] / 1e9) if row["flops"] else "",
+        "GB/s": figure(row["bytes_per_second"] / 1e9),
+        "% of peak": f"{nearer.share:.0%}" + (" GB/s" if nearer.of == "memory" else ""),
+    }
+    for method, heading in METHODS.items():
+        timed = row.get(method, {})
+        cells[heading] = figure(timed["seconds"] * 1e3) if "seconds" in timed else ""
+    return [cells[heading] for heading in columns(results)]
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Of the median, in ms: "4.75-4.93", and the coverage where it is less than 95 %."""
+    low, high = (figure(seconds * 1e3) for seconds in row["interval"])
+    covered = "" if row["coverage"] >= 0.95 else f" ({100 * row['coverage']:.0f} %)"
+    return f"{low}-{high}{covered}"
+
+
+def _times(op: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", ())))
-    lines = [_line([f"`{op}`", *COLUMNS, *peers]), _line(["---"] * (1 + len(COLUMNS) + len(peers)))]
+    headings = columns(results)
+    width = len(headings)
+    lines = [_line([f"`{op}`", *headings, *peers]), _line(["---"] * (1 + width + len(peers)))]
     for row in rows:
         if "error" in row:
-            cells = [f"failed: {row['error']}"] + [""] * (len(COLUMNS) - 1 + len(peers))
+            cells = [f"failed: {row['error']}"] + [""] * (width - 1 + len(peers))
         else:
-            cells = [
-                figure(row["seconds"] * 1e3),
-                figure(row["flops"] / 1e9),
-                f"{row['peak_share']:.0%}",
-                figure(row["bytes_per_second"] / 1e9),
-            ]
+            cells = cells_of(row, results)
             shown = {name: figure(peer["ratio"]) for name, peer in row["peers"].items()}
             cells += [shown.get(name, "") for name in peers]
         lines.append(_line([row["case"], *cells]))
@@ -153,7 +199,7 @@ def _times(op: str, rows: list[dict[str, Any]]) -> list[str]:
         ratios = [row["peers"][name]["ratio"] for row in rows if name in row.get("peers", ())]
         means.append(figure(geometric_mean(ratios)) if len(ratios) > 1 else "")
     if any(means):
-        lines.append(_line(["geometric mean", *[""] * len(COLUMNS), *means]))
+        lines.append(_line(["geometric mean", *[""] * width, *means]))
     absent = {(n, why): None for row in rows for n, why in row.get("absent", {}).items()}
     if absent:
         lines += ["", f"Absent: {'; '.join(f'{name} ({why})' for name, why in absent)}."]

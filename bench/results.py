@@ -1,7 +1,15 @@
-"""Where the results of a run go while it runs."""
+"""Where the results of a run go while it runs, and what a later run takes from them.
+
+The document is `{head..., "rows": [...]}`. Schema 2 has, in the head, what was measured and how
+(`schema`, `build`, `machine`, `device`, `threads`, `options`, ceilings), and in a row of times the
+median with its interval and the ceiling that bounds it. Files without `schema` are of schema 1.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import stat
@@ -10,68 +18,151 @@ from typing import Any, BinaryIO, TextIO
 
 from tokenmill import _cli
 
-END = b"\n]}\n"
+SCHEMA = 2
+END = "\n]}\n"
+# What two runs must share for rows of one to stand beside rows of the other.
+SAME = ("schema", "build", "machine", "device", "threads", "options")
 
 
 class Results:
-    """The rows of a run, and the JSON of `{head..., "rows": [...]}` with a line for each row.
+    """The rows of a run, and their JSON with a line for each row.
 
-    A file is a whole document after every row, so that a run which is cut off keeps what it has
-    measured. A stream ("-" is stdout), which cannot be written again, gets its end when the run
-    ends.
+    A file is replaced as a whole after every row, so that a run which is cut off, at any moment,
+    leaves a document with all that it has measured. A stream ("-" is stdout), which cannot be
+    written again, gets its end when the run ends.
     """
 
-    def __init__(self, path: str | None, stdout: TextIO) -> None:
-        """Opens the file, if one is named, and leaves what it holds until begin."""
+    def __init__(self, path: str | None, stdout: TextIO, argument: str = "--json") -> None:
+        """Makes sure that the file, if one is named, can be written, and leaves what it holds until
+        begin."""
         self.head: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.path = path
+        self._argument = argument
+        self._lines: list[str] = []
         self._out: BinaryIO | None = None
-        self._whole = False
+        self._file: Path | None = None
         if path == "-":
             self._out = stdout.buffer
         elif path:
             try:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    os.close(descriptor)
+                    self._file = Path(os.path.realpath(path))
+                    self._part.touch()
+                    self._part.unlink()
+                else:
+                    self._out = os.fdopen(descriptor, "wb")
             except OSError as error:
-                raise _cli.UsageError(_cli.unwritable("--json", path, error)) from None
-            self._out = os.fdopen(descriptor, "wb")
-            self._whole = stat.S_ISREG(os.fstat(descriptor).st_mode)
+                raise self._unwritable(error) from None
 
     @property
     def document(self) -> dict[str, Any]:
         return self.head | {"rows": self.rows}
 
+    @property
+    def _part(self) -> Path:
+        assert self._file is not None
+        return self._file.with_name(f".{self._file.name}.part")
+
     def begin(self, head: dict[str, Any]) -> None:
         self.head = head
-        if self._whole and self._out:
-            self._out.truncate(0)
         text = json.dumps(self.document, indent=1).removesuffix("]\n}")
-        self._write(text.encode())
+        self._lines = [text]
+        self._write(text)
 
     def add(self, row: dict[str, Any]) -> None:
-        self._write((",\n" if self.rows else "\n").encode() + json.dumps(row).encode())
+        text = (",\n" if self.rows else "\n") + json.dumps(row)
         self.rows.append(row)
+        self._lines.append(text)
+        self._write(text)
 
     def end(self) -> None:
-        if self._out and not self._whole:
-            self._out.write(END)
+        if self._out:
+            self._out.write(END.encode())
             self._out.flush()
-        if self._out and self.path != "-":
-            self._out.close()
+            if self.path != "-":
+                self._out.close()
+        if self.path and self.path != "-":
             print(f"wrote {self.path}")
 
-    def _write(self, data: bytes) -> None:
-        """At the end of the rows. A file gets its end in the same call of the system."""
-        if not self._out:
-            return
+    def _write(self, text: str) -> None:
+        """At the end of the rows: of a stream, or of a new file that takes the place of the old."""
         try:
-            self._out.write(data + END if self._whole else data)
-            self._out.flush()
+            if self._out:
+                self._out.write(text.encode())
+                self._out.flush()
+            elif self._file:
+                with self._part.open("w") as part:
+                    part.write("".join([*self._lines, END]))
+                    part.flush()
+                    os.fsync(part.fileno())
+                with contextlib.suppress(OSError):
+                    os.chmod(self._part, stat.S_IMODE(self._file.stat().st_mode))
+                os.replace(self._part, self._file)
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise _cli.UsageError(_cli.unwritable("--json", self.path, error)) from None
-        if self._whole:
-            self._out.seek(-len(END), os.SEEK_CUR)
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> _cli.UsageError:
+        return _cli.UsageError(_cli.unwritable(self._argument, self.path, error))
+
+
+@functools.cache
+def build_digest() -> str:
+    """Of the native library and the Python files of the package: two runs with the same one
+    measured the same code."""
+    folder = Path(_cli.__file__).parent
+    digest = hashlib.sha256()
+    files = [*folder.glob("*.so"), *folder.rglob("*.py")]
+    for name in ("bench", "triton_kernels"):  # links in a source tree, which rglob does not follow
+        files += (folder / name).rglob("*.py")
+    for path in sorted(set(files)):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def earlier(path: str, head: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The document that a run goes on with, and of its rows those that were measured. UsageError if
+    they were not measured as this run measures. A file that is not there, or empty, has no rows."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        raise _cli.UsageError(f"--resume: must be readable; got '{path}' ({error})") from None
+    if not text.strip():
+        return {}, []
+    document = parse(text, "--resume", path)
+    # As JSON has it: lists for tuples.
+    wanted = json.loads(json.dumps({key: head.get(key) for key in SAME}))
+    other = [key for key in SAME if document.get(key) != wanted[key]]
+    if other:
+        rule = "must hold results of the same build, device and options (--json starts anew)"
+        what = ", ".join(_difference(key, document.get(key), wanted[key]) for key in other)
+        raise _cli.UsageError(f"--resume: {rule}; got '{path}' ({what})")
+    return document, [row for row in document["rows"] if "error" not in row]
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        parts = [k for k in here.keys() | there.keys() if there.get(k) != here.get(k)]
+        return ", ".join(f"{k} {there.get(k)}, now {here.get(k)}" for k in sorted(parts))
+    return f"{key} {there}, now {here}"
+
+
+def parse(text: str, argument: str, path: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+        if not isinstance(document["rows"], list) or "machine" not in document:
+            raise ValueError("no machine")
+    except (ValueError, TypeError, KeyError) as error:
+        rule = "must be results that bench --json wrote"
+        raise _cli.UsageError(
+            f"{argument}: {rule}; got '{path}' ({_cli.one_line(error)})"
+        ) from None
+    return document

@@ -18,15 +18,16 @@ from tokenmill import _cli, _info, registry
 from tokenmill._version import __version__
 
 from . import case as cases_module
-from . import plot
-from .case import Absent, Case, cases, geometric_mean
+from . import ceilings, peers, plot
+from .budget import Budget
+from .case import Case, cases, geometric_mean
+from .ceilings import Ceilings
+from .gpu import CudaDevice
+from .lines import Lines
+from .measure import Bench, few, key, measure, row_of
 from .progress import progress
-from .results import Results
-from .timing import copy_bandwidth, interleave, peak_flops, use_threads
-
-HEADER = ("case", "ms", "GFLOP/s", "% peak", "GB/s", "ratio to peers (their time / ours)")
-WIDTHS = (58, 9, 8, 7, 6, 0)
-OURS = "tokenmill"
+from .results import SCHEMA, Results, build_digest, earlier, parse
+from .sensors import Sensors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +51,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads, up to the number of cores (default 1: see the docs)",
     )
-    parser.add_argument(
+    spent = parser.add_mutually_exclusive_group()
+    spent.add_argument(
         "--seconds", type=_cli.seconds, default=3.0, help="time per case (default 3)"
+    )
+    spent.add_argument(
+        "--time-budget",
+        type=_cli.duration,
+        metavar="TIME",
+        help="time for all cases (90s, 10m, 1h30m), which share it",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
         help="write results as JSON, each row as it is measured; - writes them to stdout and the "
         "table to stderr",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="skip the rows of this file, which the same build measured with the same options, and "
+        "add those that are missing (to --json, if it is given)",
+    )
+    parser.add_argument(
+        "--primitives",
+        metavar="FILE",
+        help="take the ceilings from what bench primitives --json wrote on this machine",
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs into this folder")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -83,18 +102,17 @@ def _pattern(value: str) -> re.Pattern[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0, or 1 if a case failed; the others are measured all the same."""
-    measure = _run
-    if options.counters:
+    measure_all = _run
+    if options.counters or options.launches:
         from . import counters
-
-        measure = counters.run
-    elif options.launches:
         from .counters import launches
 
-        measure = launches.run
+        if options.resume:
+            raise _cli.UsageError("--resume: goes on with times; leave it out beside counts")
+        measure_all = counters.run if options.counters else launches.run
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json == "-" else stdout):
-        return measure(options, stdout)
+        return measure_all(options, stdout)
 
 
 def _run(options: argparse.Namespace, stdout: TextIO) -> int:
@@ -116,47 +134,138 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         return 1 if failed else 0
     if options.plot:
         _cli.writable_folder("--plot", options.plot)
-    results = Results(options.json, stdout)
-    machine = _info.machine()
-    print(plot.label(machine, options.device, options.threads))
-    units = 1 if gpu else options.threads
-    peaks = {dtype: peak_flops(dtype, gpu) * units for dtype in {c.dtype for c in chosen}}
-    for dtype, peak in sorted(peaks.items(), key=str):
-        print(f"multiply-add peak for {str(dtype)[6:]}: {peak / 1e9:.1f} GFLOP/s")
-    bandwidth = copy_bandwidth(gpu)
-    print(f"copy bandwidth{'' if gpu else ' (one thread)'}: {bandwidth / 1e9:.1f} GB/s\n")
-    print(_line(HEADER))
-    results.begin(
-        {
-            "machine": machine,
-            "tokenmill": __version__,
-            "date": time.strftime("%Y-%m-%d"),
-            "device": options.device,
-            "threads": options.threads,
-            "copy_bandwidth": bandwidth,
-        }
-    )
+    head = _head(options)
+    document, kept = earlier(options.resume, head) if options.resume else ({}, [])
+    target, argument = (options.json, "--json") if options.json else (options.resume, "--resume")
+    results = Results(target, stdout, argument)
+    limits = _ceilings(options, document, chosen, head["machine"])
+    sensors = Sensors() if gpu else None
+    bench = Bench(options.threads, limits, CudaDevice() if gpu else None, sensors)
+    head |= {
+        "statistic": bench.statistic,
+        "ceilings": {"flops": limits.flops, "from": limits.source},
+        "copy_bandwidth": limits.memory,
+        "primitives": document.get("primitives", []),
+        "peers": peers.status(gpu),
+        "sensors": "none" if sensors is None else sensors.absent or "NVML",
+    }
+    if options.primitives:
+        head["primitives"] = _primitives(options.primitives, head["machine"])
+    _print_head(head, gpu)
+    done = {key(row) for row in kept}
+    wanted = [case for case in chosen if key(row_of(case)) not in done]
+    if options.resume:
+        print(f"--resume: {len(chosen) - len(wanted)} of {len(chosen)} cases are measured already")
+    lines = Lines(gpu)
+    print(lines.header(), flush=True)
+    results.begin(head)
+    for row in kept:
+        results.add(row)
     for row in failed:
         results.add(row)
-        print(_line(_cells(row)), flush=True)
-    with progress(len(chosen)) as advance:
-        for case in chosen:
-            row = {"op": case.op, "case": case.title, "dtype": str(case.dtype)[6:]}
-            if case.length is not None:
-                row["length"] = case.length
-            try:
-                row |= _measure(case, options, peaks[case.dtype], advance)
-            except Exception as error:
-                row["error"] = _cli.one_line(error)
-            advance(done=True)
-            results.add(row)
-            print(_line(_cells(row)), flush=True)
-    _summary(results.rows)
+        print(lines.line(row), flush=True)
+    try:
+        left_out = _measure_all(options, wanted, bench, results, lines)
+    except KeyboardInterrupt:
+        results.end()
+        raise
+    _summary(results.rows, left_out, options)
     results.end()
     if options.plot:
         for path in plot.draw(results.document, options.plot):
             print(f"wrote {path}")
     return 1 if any("error" in row for row in results.rows) else 0
+
+
+def _measure_all(
+    options: argparse.Namespace, wanted: list[Case], bench: Bench, results: Results, lines: Lines
+) -> list[Case]:
+    """Adds a row for each case, and returns those for which no time was left."""
+    budget = Budget(options.seconds, options.time_budget, len(wanted))
+    left_out = []
+    with progress(len(wanted)) as advance:
+        for case in wanted:
+            advance(start=f"{case.op}, {case.title}")
+            seconds = budget.next()
+            if seconds is None:
+                left_out.append(case)
+                continue
+            row = row_of(case)
+            try:
+                row |= measure(case, bench, seconds, budget.limited, advance)
+            except Exception as error:
+                row["error"] = _cli.one_line(error)
+            advance(done=True)
+            results.add(row)
+            print(lines.line(row), flush=True)
+    return left_out
+
+
+def _head(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured and how, before anything is."""
+    return {
+        "schema": SCHEMA,
+        "build": build_digest() if options.json or options.resume else "",
+        "machine": _info.machine(),
+        "tokenmill": __version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "device": options.device,
+        "threads": options.threads,
+        "options": {"seconds": options.seconds, "time_budget": options.time_budget},
+    }
+
+
+def _ceilings(
+    options: argparse.Namespace,
+    document: dict[str, Any],
+    chosen: list[Case],
+    machine: dict[str, str],
+) -> Ceilings:
+    """Of --primitives, of the run that this one goes on with, or measured now."""
+    gpu, threads = options.device == "cuda", options.threads
+    dtypes = sorted({case.dtype for case in chosen}, key=str)
+    rows = document.get("primitives", [])
+    if options.primitives:
+        rows = _primitives(options.primitives, machine)
+    if rows:
+        try:
+            found = ceilings.from_primitives(rows, options.device, threads)
+        except ValueError as error:
+            rule = "must have the ceilings of this device and number of threads"
+            name = options.primitives or options.resume
+            raise _cli.UsageError(f"--primitives: {rule}; got '{name}' ({error})") from None
+    elif document:
+        there = document["ceilings"]
+        sizes = ((float("inf"), document["copy_bandwidth"]),)
+        found = Ceilings(there["flops"], sizes, there["from"])
+    else:
+        return ceilings.measured(dtypes, gpu, threads)
+    return ceilings.with_dtypes(found, dtypes, gpu, threads)
+
+
+def _primitives(path: str, machine: dict[str, str]) -> list[dict[str, Any]]:
+    try:
+        document = parse(Path(path).read_text(), "--primitives", path)
+    except OSError as error:
+        rule = "must be readable"
+        raise _cli.UsageError(f"--primitives: {rule}; got '{path}' ({error.strerror})") from None
+    if document.get("kind") != "primitives" or document["machine"] != machine:
+        rule = "must be what bench primitives --json wrote on this machine"
+        raise _cli.UsageError(f"--primitives: {rule}; got '{path}'")
+    rows: list[dict[str, Any]] = document["rows"]
+    return rows
+
+
+def _print_head(head: dict[str, Any], gpu: bool) -> None:
+    print(plot.label(head["machine"], head["device"], head["threads"]))
+    source = head["ceilings"]["from"]
+    for dtype, peak in sorted(head["ceilings"]["flops"].items()):
+        print(f"multiply-add peak for {dtype}: {peak / 1e9:.1f} GFLOP/s ({source})")
+    print(f"copy bandwidth: {head['copy_bandwidth'] / 1e9:.1f} GB/s ({source})")
+    if gpu:
+        print(f"clocks and power: {head['sensors']}")
+        print("peers: " + ", ".join(f"{name} {state}" for name, state in head["peers"].items()))
+    print()
 
 
 def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]]]:
@@ -170,78 +279,7 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]
     return chosen, failed
 
 
-def _measure(case: Case, options: argparse.Namespace, peak: float, advance: Any) -> dict[str, Any]:
-    gpu = options.device == "cuda"
-    absent = {}
-
-    def leave_out(name: str, error: Exception) -> None:
-        if name == OURS:
-            raise error
-        # A peer that fails is a fact about the peer.
-        absent[name] = str(error) if isinstance(error, Absent) else _cli.one_line(error)[:100]
-
-    with use_threads(options.threads):
-        ours, builders = case.prepare()
-        runs = {OURS: ours}
-        for name, build in builders.items():
-            try:
-                runs[name] = build()
-            except Exception as error:
-                leave_out(name, error)
-        timings = interleave(
-            runs,
-            threads=options.threads,
-            seconds=options.seconds,
-            tick=advance,
-            on_error=leave_out,
-            gpu=gpu,
-        )
-
-    def figure(name: str) -> float:
-        return timings[name].median if gpu or options.threads == 1 else timings[name].best
-
-    seconds = figure(OURS)
-    return {
-        "seconds": seconds,
-        "rounds": timings[OURS].rounds,
-        "flops": case.work / seconds,
-        "peak_share": case.work / seconds / peak,
-        "bytes_per_second": case.moved / seconds,
-        "peers": {
-            name: {
-                "seconds": figure(name),
-                "flops": case.work / figure(name),
-                "ratio": figure(name) / seconds,
-            }
-            for name in timings
-            if name != OURS
-        },
-        "absent": absent,
-    }
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    if "error" in row:
-        return (row["case"], "", "", "", "", f"failed: {row['error']}")
-    peers = [f"{name} {p['ratio']:.2f}x" for name, p in row["peers"].items()]
-    peers += [f"{name} absent ({why})" for name, why in row["absent"].items()]
-    return (
-        row["case"],
-        f"{row['seconds'] * 1e3:.2f}",
-        f"{row['flops'] / 1e9:.1f}",
-        f"{row['peak_share']:.0%}",
-        f"{row['bytes_per_second'] / 1e9:.1f}",
-        ", ".join(peers),
-    )
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    first, *numbers, last = cells
-    middle = "".join(f"{n:>{w}}" for n, w in zip(numbers, WIDTHS[1:], strict=False))
-    return f"{first:<{WIDTHS[0]}}{middle}  {last}"
-
-
-def _summary(rows: list[dict[str, Any]]) -> None:
+def _summary(rows: list[dict[str, Any]], left_out: list[Case], options: argparse.Namespace) -> None:
     measured = [row for row in rows if "error" not in row]
     names = dict.fromkeys(name for row in measured for name in row["peers"])
     for name in names:
@@ -249,3 +287,9 @@ def _summary(rows: list[dict[str, Any]]) -> None:
         print(f"geometric mean against {name}: {geometric_mean(ratios):.2f}x ({len(ratios)} cases)")
     if len(measured) < len(rows):
         print(f"{len(rows) - len(measured)} of {len(rows)} cases failed")
+    for row in filter(few, measured):
+        print(f"few repetitions for lack of time: {row['op']}, {row['case']}: {row['rounds']}")
+    for case in left_out:
+        print(f"not measured for lack of time: {case.op}, {case.title}")
+    if left_out and (name := options.json or options.resume) and name != "-":
+        print(f"--resume {name} goes on with them")

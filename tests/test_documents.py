@@ -83,7 +83,7 @@ def test_the_tables_of_the_performance_page_are_those_of_the_results(tmp_path):
 
 ROW = {
     "op": "gather_tokens", "case": "a | b", "dtype": "float32", "seconds": 0.0123456, "flops": 2e9,
-    "peak_share": 0.5, "bytes_per_second": 1.234e12,
+    "peak_share": 0.5, "bytes_per_second": 1.234e9,
     "peers": {"good": {"seconds": 0.0246912, "flops": 1e9, "ratio": 2.0}},
     "absent": {"other": "not installed"},
 }  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_report_names_the_machine_failures_and_absent_peers(tmp_path, capsys):
         "",
         "| `gather_tokens` | ms | GFLOP/s | % of peak | GB/s | good |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| a \\| b | 12.3 | 2.00 | 50% | 1234 | 2.00 |",
+        "| a \\| b | 12.3 | 2.00 | 50% | 1.23 | 2.00 |",
         "| c | failed: ValueError: x |  |  |  |  |",
         "",
         "Absent: other (not installed).",

@@ -16,12 +16,13 @@ import torch
 import tokenmill as tm
 from tokenmill import _cli, _dispatch, demo, registry, testing
 from tokenmill.__main__ import main
-from tokenmill.bench import plot, progress, run
+from tokenmill.bench import ceilings, plot, progress, run
 from tokenmill.bench.case import Absent, Case
 from tokenmill.bench.results import Results
 
 COMMANDS = (
-    "info", "ops", "explain", "check", "bench", "bench report", "report", "demo", "papers",
+    "info", "ops", "explain", "check", "bench", "bench primitives", "bench report", "report",
+    "demo", "papers",
 )  # fmt: skip
 HAS_GPU = torch.cuda.is_available()
 no_gpu = pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
@@ -88,6 +89,16 @@ BAD = [
     ("bench --device tpu", "--device: invalid choice: 'tpu'"),
     ("bench gather_tokens --json /dev/null/x", "--json: must be writable; got '/dev/null/x' ("),
     ("bench gather_tokens --json /", "--json: must be writable; got '/' ("),
+    ("bench gather_tokens --resume /", "--resume: must be readable; got '/' ("),
+    ("bench gather_tokens --primitives /", "--primitives: must be readable; got '/' ("),
+    ("bench --time-budget 0s", "--time-budget: must be a time of more than 0 such as 90s, 10m"),
+    ("bench --time-budget 1x", "--time-budget: must be a time of more than 0 such as 90s, 10m"),
+    ("bench --time-budget 1m --seconds 1", "--seconds: not allowed with argument --time-budget"),
+    ("bench --counters --resume x", "--resume: goes on with times"),
+    ("bench primitives --device tpu", "--device: invalid choice: 'tpu'"),
+    ("bench primitives --filter (", "--filter: must be a regular expression; got '(' ("),
+    ("bench primitives --filter nosuch", "--filter: no primitive matches; got 'nosuch'"),
+    ("bench primitives --filter exp --json /", "--json: must be writable; got '/' ("),
     ("demo --steps 0", "--steps: must be a whole number of at least 1; got '0'"),
     ("demo --steps x", "--steps: must be a whole number of at least 1; got 'x'"),
     ("demo --seed -1", "--seed: must be a whole number from 0 to "),
@@ -103,6 +114,7 @@ NO_GPU = [
     ("explain attention --device cuda", "--device: must be a device of this machine (cpu: there"),
     ("check --backend cuda", "--backend: must be a backend of this machine ("),
     ("bench --device cuda", "--device: must be a device of this machine (cpu: there is no GPU)"),
+    ("bench primitives --device cuda", "--device: must be a device of this machine (cpu: there"),
 ]
 
 
@@ -123,7 +135,9 @@ def test_a_bad_argument_is_one_line_and_status_2(line, message, monkeypatch, cap
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and message in err
-    program = " ".join(["tokenmill", *(word for word in line.split() if word in COMMANDS)])
+    words = line.split()
+    command = [" ".join(words[:2])] if " ".join(words[:2]) in COMMANDS else words
+    program = " ".join(["tokenmill", *(word for word in command if word in COMMANDS)])
     assert err.startswith(f"{program}: ")
 
 
@@ -285,8 +299,8 @@ def test_share_of_a_budget_of_nothing():
 @pytest.fixture
 def quick(monkeypatch):
     """Sets the cases of a run, whose peaks are made up."""
-    monkeypatch.setattr(run, "peak_flops", lambda dtype, gpu: 1e9)
-    monkeypatch.setattr(run, "copy_bandwidth", lambda gpu: 1e9)
+    made_up = ceilings.Ceilings({"float32": 1e9}, ((1e9, 1e9),), "quick")
+    monkeypatch.setattr(ceilings, "measured", lambda dtypes, gpu, threads: made_up)
 
     def use(*prepares):
         found = [
@@ -410,27 +424,37 @@ def test_the_bar_leaves_what_is_printed_to_a_file_alone(monkeypatch, capsys):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress.progress(2, "counting sheep") as advance:
+        advance(start="a sheep [0]")
         advance(done=True)
         print("a row")
     assert capsys.readouterr().out == "a row\n"
-    assert "counting sheep" in terminal.getvalue() and "a row" not in terminal.getvalue()
+    assert (
+        "counting sheep: a sheep [0]" in terminal.getvalue() and "a row" not in terminal.getvalue()
+    )
 
 
-def test_no_bar_without_rich(monkeypatch):
+def test_lines_where_rich_is_missing(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with progress.progress(1) as advance:
+    with progress.progress(2) as advance:
+        advance(start="a sheep [0]")
+        advance()
         advance(done=True)
-    assert terminal.getvalue() == ""
+    assert terminal.getvalue() == "[1/2] a sheep [0]\n"
 
 
 def test_plots_of_results_that_were_cut_off(tmp_path):
     pytest.importorskip("matplotlib")
-    row = {"op": "f", "case": "c", "seconds": 1.0, "flops": 1.0, "peak_share": 0.5, "peers": {}}
+    row = {
+        "op": "f", "case": "c", "seconds": 1.0, "flops": 1.0, "peak_share": 0.5,
+        "bytes_per_second": 1.0, "peers": {},
+    }  # fmt: skip
     machine = {"cpu": "c", "isa": "i", "torch": "t"}
     rows = [row, {"op": "f", "case": "d", "error": "E: e"}]
     document = {"machine": machine, "device": "cpu", "threads": 1, "rows": rows}
+    document["copy_bandwidth"] = 1.0  # both ceilings bound a row: one picture has both panels
+    rows.append(row | {"bytes_per_second": 2.0})
     assert plot.draw(document, tmp_path) == [tmp_path / "f.png"]
 
 

@@ -1,5 +1,5 @@
-"""python -m tokenmill info | ops | explain | check | bench | bench report | bench scale | report |
-demo | papers"""
+"""python -m tokenmill info | ops | explain | check | bench | bench primitives | bench report |
+bench scale | report | demo | papers"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._self_check import DTYPES
 
 BROKEN_PIPE = 128 + 13  # the status of a program that the signal ends
 INTERRUPTED = 128 + 2
+TWO_WORDS = (["primitives"], ["report"], ["scale"])  # that may follow "bench"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     command = "tokenmill"
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] in (["bench", "report"], ["bench", "scale"]):  # commands of two words
+    if argv[:1] == ["bench"] and argv[1:2] in TWO_WORDS:
         argv = [" ".join(argv[:2]), *argv[2:]]
     try:
         options, others = _parser().parse_known_args(argv)
@@ -94,6 +95,14 @@ def _parser() -> _cli.Parser:
 
     sub = command("bench", bench.run, "named cases against named peers, in one process")
     bench.add_arguments(sub)
+    from .bench import primitives
+
+    sub = command(
+        "bench primitives",
+        primitives.run,
+        "the ceilings of this machine: rates, memories, latencies",
+    )
+    primitives.add_arguments(sub)
     from .bench import report
 
     sub = command("bench report", report.run, "results of bench --json as Markdown tables")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,19 @@ def seconds(value: str) -> float:
     if not (math.isfinite(number) and number >= 0):
         raise argparse.ArgumentTypeError(f"must be a number of at least 0; got '{value}'")
     return number
+
+
+def duration(value: str) -> float:
+    """Seconds of "90", "90s", "10m" or "1h30m"."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", value)
+    total = 0.0
+    if found:
+        hours, minutes, rest = (float(part or 0) for part in found.groups())
+        total = 3600 * hours + 60 * minutes + rest
+    if not 0 < total < math.inf:
+        rule = "must be a time of more than 0 such as 90s, 10m or 1h30m"
+        raise argparse.ArgumentTypeError(f"{rule}; got '{value}'")
+    return total
 
 
 def writable_folder(argument: str, folder: Path) -> Path:

@@ -1,0 +1,105 @@
+"""Primitives of a CPU: on one thread, and on all cores."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .primitives import Probe
+from .timing import Run, interleave, use_threads
+
+SIZES = [1 << k for k in (15, 18, 20, 22, 24, 26, 28)]  # bytes of a working set
+LARGEST = 1 << 30
+STEP = 2048  # of torch.ops.tokenmill.cpu_rate
+PRODUCT = 1024  # rows and columns of matrices
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def probes() -> Iterator[Probe]:
+    cores = os.cpu_count() or 1
+    for threads in dict.fromkeys((1, cores)):
+        yield from _arithmetic(threads)
+        for of in ("read", "copy"):
+            for size in sizes():
+                yield _memory(of, size, threads)
+    yield Probe("parallel region", "s", _regions(cores), {"threads": cores})
+
+
+def sizes() -> list[int]:
+    """Working sets from the first cache to memory: the largest is twice the last cache."""
+    try:
+        cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (ValueError, OSError):
+        cache = 0
+    largest = SIZES[-1]
+    while largest < min(2 * cache, LARGEST):
+        largest *= 2
+    return SIZES if largest == SIZES[-1] else [*SIZES, largest]
+
+
+def _arithmetic(threads: int) -> Iterator[Probe]:
+    loops = ["float32"]
+    if torch.ops.tokenmill.cpu_isa() == "avx512_bf16":
+        loops.append("bfloat16")
+    for dtype in loops:
+        peak = _together(threads, functools.partial(torch.ops.tokenmill.cpu_peak_flops, dtype, 1))
+        facts = {"dtype": dtype, "threads": threads, "how": "from registers"}
+        yield Probe("fma", "FLOP/s", peak, facts)
+    for kind in DTYPES:
+        facts = {"dtype": str(kind)[6:], "threads": threads, "how": f"torch, n = {PRODUCT}"}
+        yield Probe("matmul", "FLOP/s", _product(kind, threads), facts)
+    values = _together(threads, lambda: torch.ops.tokenmill.cpu_rate("exp", 0, 1))
+    yield Probe("exp", "1/s", values, {"dtype": "float32", "threads": threads})
+
+
+def _memory(of: str, size: int, threads: int) -> Probe:
+    """Each thread has its part of the working set."""
+    part = max(size // threads // STEP * STEP, STEP)
+    rate = _together(threads, lambda: torch.ops.tokenmill.cpu_rate(of, part, 1))
+    return Probe(of, "B/s", rate, {"bytes": size, "threads": threads})
+
+
+def _together(threads: int, rate: Callable[[], float]) -> Callable[[float], list[float]]:
+    """Samples of the sum over threads that measure at the same time, each by its processor time."""
+
+    def measure(seconds: float) -> list[float]:
+        with ThreadPoolExecutor(threads) as pool:
+
+            def sample() -> float:
+                return sum(pool.map(lambda _: rate(), range(threads)))
+
+            return _samples(sample, seconds)
+
+    return measure
+
+
+def _samples(sample: Callable[[], float], seconds: float) -> list[float]:
+    sample()
+    found, end = [sample()], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        found.append(sample())
+    return found
+
+
+def _product(dtype: torch.dtype, threads: int) -> Callable[[float], list[float]]:
+    def measure(seconds: float) -> list[float]:
+        x = torch.randn(PRODUCT, PRODUCT).to(dtype)
+        runs: dict[str, Run] = {"product": lambda: x @ x}
+        timing = interleave(runs, seconds=seconds, threads=threads, limited=True)["product"]
+        return [2.0 * PRODUCT**3 / t for t in timing.samples]
+
+    return measure
+
+
+def _regions(threads: int) -> Callable[[float], list[float]]:
+    def measure(seconds: float) -> list[float]:
+        with use_threads(threads):
+            rates = _samples(lambda: torch.ops.tokenmill.cpu_rate("region", 0, 1), seconds)
+        return [1 / rate for rate in rates]
+
+    return measure

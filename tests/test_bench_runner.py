@@ -1,0 +1,505 @@
+"""The runner of the benchmarks: intervals, budgets of time, runs that go on, ceilings, timing on a
+GPU that is made up. No test looks at a time that was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from tokenmill.__main__ import main
+from tokenmill._cli import duration
+from tokenmill.bench import (
+    case,
+    ceilings,
+    gpu,
+    measure,
+    peers,
+    primitives,
+    primitives_cpu,
+    primitives_cuda,
+    results,
+    run,
+    sensors,
+    timing,
+)
+from tokenmill.bench.budget import Budget
+from tokenmill.bench.case import Absent, Case
+from tokenmill.bench.interval import median_interval
+
+MADE_UP = ceilings.Ceilings({"float32": 1e9}, ((1e3, 8e9), (1e9, 1e9)), "quick")
+
+
+def test_the_interval_of_a_median_is_between_order_statistics():
+    """Coverage by counting every sequence of coins, and by its normal limit."""
+    for n in (1, 2, 5, 6, 9, 13):
+        found = median_interval([float(i) for i in range(n, 0, -1)])
+        outside = sum(
+            2 for coins in range(2**n) if coins.bit_count() < found.low
+        )  # fewer heads than the rank of the lower end, or as few tails
+        assert found.coverage == 1 - outside / 2**n or n == 1
+        assert found.low + found.high == n + 1
+        assert found.coverage >= 0.95 or found.low == 1
+    assert median_interval([1.0]).coverage == 0
+    near, far = (median_interval([*range(n)]) for n in (1000, 1001))
+    assert abs(near.coverage - far.coverage) < 0.005 and far.coverage > 0.95
+    assert abs(near.low - far.low) <= 1 and abs(near.high - far.high) <= 1
+
+
+def test_a_budget_is_shared_by_the_cases_that_are_left():
+    now = [0.0]
+    budget = Budget(3.0, 100.0, 4, clock=lambda: now[0])
+    assert budget.limited and budget.next() == 25
+    now[0] = 10  # the first took 10 of its 25
+    assert budget.next() == 30
+    now[0] = 99
+    assert budget.next() == 0.5
+    now[0] = 101
+    assert budget.next() is None
+    assert Budget(3.0, None, 4).next() == 3 and not Budget(3.0, None, 4).limited
+
+
+def test_times_are_read_with_units():
+    texts = ("90", "90s", "1.5", "10m", "1h30m", "1m1s")
+    assert [duration(text) for text in texts] == [90, 90, 1.5, 600, 5400, 61]
+
+
+def test_a_limited_run_is_content_with_one_round():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    found = timing.interleave(runs, seconds=0.0, limited=True)
+    assert calls == ["a", "b", "a", "b"] and found["a"].rounds == 1
+    assert timing.interleave(runs, seconds=0.0)["a"].rounds == timing.ROUNDS
+
+
+# Runs that go on
+
+
+def work():
+    return sum(range(100))
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Runs `bench gather_tokens` on made-up cases and ceilings; returns status and output."""
+    monkeypatch.setattr(ceilings, "measured", lambda dtypes, gpu, threads: MADE_UP)
+    prepared = []
+
+    def prepare(i):
+        prepared.append(i)
+        if i == bench_of.broken:
+            raise bench_of.error
+        return work, {"good": lambda: work}
+
+    def made(i):
+        return Case(
+            "gather_tokens", f"case {i}", torch.float32, 1.0, 1e6, lambda: prepare(i), length=i
+        )
+
+    def bench_of(*words):
+        prepared.clear()
+        status = main(["bench", "gather_tokens", "--seconds", "0", *map(str, words)])
+        return types.SimpleNamespace(status=status, prepared=[*prepared], **_captured(capsys))
+
+    bench_of.broken, bench_of.error = None, RuntimeError("no such shape")
+    monkeypatch.setattr(run, "cases", lambda ops: [made(i) for i in range(3)])
+    return bench_of
+
+
+def _captured(capsys):
+    out, err = capsys.readouterr()
+    return {"out": out, "err": err}
+
+
+def test_a_run_goes_on_where_it_was_cut_off(bench, tmp_path):
+    target = tmp_path / "r.json"
+    bench.broken, bench.error = 1, KeyboardInterrupt()
+    first = bench("--json", target)
+    assert first.status == 130 and f"wrote {target}" in first.out
+    whole = json.loads(target.read_text())
+    assert [row["length"] for row in whole["rows"]] == [0]
+    bench.error = RuntimeError("no such shape")
+    second = bench("--resume", target)
+    assert second.status == 1 and second.prepared == [1, 2]
+    assert "--resume: 1 of 3 cases are measured already" in second.out
+    bench.broken = None
+    copy = tmp_path / "copy.json"
+    third = bench("--resume", target, "--json", copy)  # a row that failed is measured again
+    assert third.status == 0 and third.prepared == [1]
+    rows = json.loads(copy.read_text())["rows"]
+    assert [row["length"] for row in rows] == [0, 2, 1]
+    assert rows[0] == whole["rows"][0]
+    assert "error" in json.loads(target.read_text())["rows"][1]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_does_not_go_on_with_what_was_measured_otherwise(bench, tmp_path):
+    target = tmp_path / "r.json"
+    assert bench("--resume", target).status == 0  # there is none: a new run
+    text = target.read_text()
+    for changed, words in (
+        ({"build": "0"}, "build 0, now "),
+        ({"schema": 1}, "schema 1, now 2"),
+        ({"threads": 7}, "threads 7, now 1"),
+        ({"options": {"seconds": 3.0}}, "seconds 3.0, now 0.0"),
+        ({"machine": {}}, "cpu None, now "),
+    ):
+        target.write_text(json.dumps(json.loads(text) | changed))
+        found = bench("--resume", target)
+        assert found.status == 2 and words in found.err and not found.prepared
+        assert "--resume: must hold results of the same build, device and options" in found.err
+    target.write_text("[]")
+    found = bench("--resume", target)
+    assert found.status == 2 and "must be results that bench --json wrote" in found.err
+    assert target.read_text() == "[]"
+
+
+def test_a_crash_while_a_row_is_written_leaves_the_rows_before(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    out = results.Results(str(path), None)
+    out.begin({"machine": "m"})
+    out.add({"op": "a"})
+
+    def crash(*_):
+        raise SystemExit
+
+    monkeypatch.setattr(results.os, "replace", crash)
+    with pytest.raises(SystemExit):
+        out.add({"op": "b"})
+    assert json.loads(path.read_text()) == {"machine": "m", "rows": [{"op": "a"}]}
+
+
+def test_no_time_is_left_for_the_last_cases(bench, monkeypatch, tmp_path):
+    shares = iter([1.0, 0.0, None])
+    monkeypatch.setattr(Budget, "next", lambda self: next(shares))
+    monkeypatch.setattr(Budget, "limited", True)
+    found = bench("--json", tmp_path / "r.json")
+    assert found.prepared == [0, 1]
+    assert (
+        "few repetitions for lack of time: gather_tokens, case 1, float32, forward: 1" in found.out
+    )
+    assert "not measured for lack of time: gather_tokens, case 2, float32, forward" in found.out
+    assert f"--resume {tmp_path / 'r.json'} goes on with them" in found.out
+
+
+def test_a_row_has_its_interval_and_the_ceiling_that_bounds_it(bench, tmp_path):
+    target = tmp_path / "r.json"
+    assert bench("--json", target).status == 0
+    document = json.loads(target.read_text())
+    assert document["schema"] == 2 and document["ceilings"]["flops"] == {"float32": 1e9}
+    row = document["rows"][0]
+    for timed in (row, row["peers"]["good"]):
+        low, high = timed["interval"]
+        assert low <= timed["seconds"] <= high
+        assert timed["coverage"] == 0.9375 and timed["rounds"] == 5
+    assert row["bound"] == "memory"
+    assert math.isclose(row["bound_share"], row["bytes_per_second"] / 1e9)
+    assert math.isclose(row["peak_share"], row["flops"] / 1e9)
+
+
+# Ceilings
+
+
+def primitive(name, value, **facts):
+    return {"primitive": name, "title": name, "unit": "B/s", "value": value, "threads": 1} | facts
+
+
+PRIMITIVES = [
+    primitive("fma", 5.0, dtype="float32"),
+    primitive("matmul", 7.0, dtype="float32"),
+    primitive("matmul", 3.0, dtype="bfloat16"),
+    primitive("copy", 9.0, bytes=100),
+    primitive("copy", 4.0, bytes=1000),
+    primitive("copy", 99.0, bytes=1000, threads=2),
+    {"primitive": "exp", "title": "exp", "unit": "1/s", "absent": "E: none"},
+]
+
+
+def test_ceilings_of_primitives():
+    found = ceilings.from_primitives(PRIMITIVES, "cpu", 1)
+    assert found.flops == {"float32": 7, "bfloat16": 7}  # which may be computed as float32
+    assert [found.bytes_per_second(n) for n in (1, 100, 101, 1e9)] == [9, 9, 4, 4]
+    assert found.memory == 4
+    assert ceilings.from_primitives(PRIMITIVES, "cuda", 8).bytes_per_second(1) == 4
+    with pytest.raises(ValueError, match="no rates and copies of 2 thread"):
+        ceilings.from_primitives(PRIMITIVES, "cpu", 2)
+
+
+def test_bench_takes_ceilings_from_primitives(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(ceilings, "measured", lambda *_: pytest.fail("they were measured"))
+    measured = tmp_path / "p.json"
+    words = ["--json", str(measured), "--seconds", "0"]
+    assert main(["bench", "primitives", *words, "--filter", "(fma|copy 32 KiB).* 1 thread"]) == 0
+    target = tmp_path / "r.json"
+    assert bench("--primitives", measured, "--json", target).status == 0
+    document = json.loads(target.read_text())
+    assert document["ceilings"]["from"] == "primitives"
+    assert {row["primitive"] for row in document["primitives"]} == {"fma", "copy"}
+    assert bench("--resume", target).status == 0  # they are in the file
+    page = tmp_path / "page.html"
+    assert main(["report", str(target), str(measured), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "<h2>Primitives</h2>" in text and "bound by memory" in text
+    assert main(["bench", "report", str(measured)]) == 0
+    measured.write_text(target.read_text())
+    found = bench("--primitives", measured)
+    assert found.status == 2 and "must be what bench primitives --json wrote" in found.err
+
+
+def test_primitives_of_this_cpu(monkeypatch):
+    monkeypatch.setattr(primitives_cpu, "PRODUCT", 16)
+    monkeypatch.setattr(primitives_cpu, "SIZES", [1 << 15])
+    monkeypatch.setattr(primitives_cpu, "LARGEST", 0)
+    monkeypatch.setattr(primitives_cpu.os, "cpu_count", lambda: 2)
+    rows = [primitives.measured(probe, 0.0) for probe in primitives_cpu.probes()]
+    assert all(row["value"] > 0 for row in rows)
+    assert {(row["primitive"], row["threads"]) for row in rows} >= {
+        *(
+            (name, threads)
+            for name in ("fma", "matmul", "exp", "read", "copy")
+            for threads in (1, 2)
+        ),
+        ("parallel region", 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("write",), "of: must be 'read', 'copy', 'exp' or 'region'; got 'write'"),
+        (("read", 100), "bytes: must be a multiple of 2048 up to 2^34; got 100"),
+        (("copy",), "bytes: must be a multiple of 2048 up to 2^34; got 0"),
+        (("exp", 0, 0), "repeats: must be at least 1; got 0"),
+    ],
+)
+def test_rates_refuse_what_they_cannot_measure(arguments, message):
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.tokenmill.cpu_rate(*arguments)
+    assert f"tokenmill.cpu_rate: {message}" in str(error.value)
+
+
+# A GPU
+
+
+class Clock:
+    """Events of a device on which time passes as its runs say."""
+
+    def __init__(self):
+        self.now, self.flushed, self.log = 0.0, 0, []
+
+    def event(self):
+        device = self
+
+        class Event:
+            def record(self):
+                self.at = device.now
+                device.log.append("record")
+
+            def synchronize(self):
+                device.log.append("wait")
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        return Event()
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def flush(self):
+        self.flushed += 1
+        self.log.append("flush")
+
+    def capture(self, run):
+        if getattr(run, "syncs", False):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        run()
+
+        def replay():
+            before = self.now
+            run()
+            self.now = before + (self.now - before) / 2  # without the launches
+
+        return replay
+
+    def kernel_seconds(self, run):
+        before = self.now
+        run()
+        if getattr(run, "untraced", False):
+            raise RuntimeError("the profiler saw no kernel")
+        return (self.now - before) / 4e3
+
+    def takes(self, milliseconds, **facts):
+        def call():
+            self.log.append("run")
+            self.now += milliseconds
+
+        for name, value in facts.items():
+            setattr(call, name, value)
+        return call
+
+
+def test_a_call_on_a_gpu_is_timed_alone_and_cold():
+    device = Clock()
+    assert gpu.event_seconds(device)(device.takes(3.0)) == 3e-3
+    assert device.log == ["flush", "synchronize", "record", "run", "record", "wait"]
+
+
+def test_three_times_of_a_gpu_and_what_is_missing():
+    device = Clock()
+    slow = device.takes(8.0, syncs=True, untraced=True)
+
+    def fails():
+        raise RuntimeError("no kernel image")
+
+    case = Case(
+        "gather_tokens", "c", torch.float32, 1.0, 1.0,
+        lambda: (device.takes(4.0), {"slow": lambda: slow, "broken": lambda: fails}),
+    )  # fmt: skip
+    bench = measure.Bench(2, MADE_UP, device)
+    row = measure.measure(case, bench, 0.0, False, lambda: None)
+    assert (row["seconds"], row["graph"]["seconds"], row["kernels"]["seconds"]) == (
+        4e-3,
+        2e-3,
+        1e-3,
+    )
+    assert row["graph"]["rounds"] == 5 and row["kernels"]["rounds"] == gpu.PROFILED
+    other = row["peers"]["slow"]
+    assert other["ratio"] == 2 and row["absent"] == {"broken": "RuntimeError: no kernel image"}
+    assert other["graph"]["absent"] == "operation not permitted when stream is capturing"
+    assert other["kernels"]["absent"] == "the profiler saw no kernel"
+    limited = measure.measure(case, bench, 0.0, True, lambda: None)
+    assert limited["rounds"] == 1 and limited["graph"] == {"absent": "no time was left"}
+
+
+class Nvml:
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self):
+        self.watts = iter([100e3, 300e3, 200e3])
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetClockInfo(self, handle, which):
+        assert handle == "the GPU"
+        return {1: 1500, 2: 2600}[which]
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return next(self.watts)
+
+    def nvmlDeviceGetTemperature(self, handle, which):
+        raise RuntimeError("not supported")
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return 0x4 | 0x1
+
+
+def test_sensors_are_read_between_repetitions(monkeypatch):
+    monkeypatch.setattr(sensors, "_handle", lambda nvml: "the GPU")
+    board = sensors.Sensors(Nvml())
+    for now in (0.0, 0.01, 0.2, 0.4):  # the second comes too soon
+        board.read(now)
+    assert board.summary() == {
+        "sm_mhz": [1500, 1500], "memory_mhz": [2600, 2600], "watts": [100, 300],
+        "throttled": ["power cap"],
+    }  # fmt: skip
+    assert board.summary() == {}
+
+
+def test_sensors_say_why_they_are_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    board = sensors.Sensors()
+    assert board.absent == "pynvml is not installed (pip install nvidia-ml-py)"
+    board.read()
+    assert board.summary() == {}
+
+
+def test_primitives_of_a_gpu_are_asked_of_torch():
+    """On CPU tensors and a clock that stands still but for the events."""
+
+    class Ticking(Clock):
+        def synchronize(self):
+            self.now += 1.0
+
+        def capture(self, run):
+            run()
+            return run
+
+        def event(self):
+            self.now += 1.0
+            return super().event()
+
+    class Passing(Ticking):
+        def event(self):
+            event = super().event()
+            event.elapsed_time = lambda end: 1.0
+            return event
+
+    sizes = primitives_cuda.Sizes(memory=64, cache=64, product=32, updates=4, launches=2)
+    probes = [*primitives_cuda.probes(Passing(), "cpu", sizes)]
+    rows = {probe.title: primitives.measured(probe, 0.0) for probe in probes}
+    assert len(rows) == len(probes)
+    absent = {title: row["absent"] for title, row in rows.items() if "absent" in row}
+    assert {*absent} - {"matmul int8", "matmul float8_e4m3fn"} == {
+        "shared memory read",
+        "grid sync",
+    }
+    assert "torch has no call for it" in absent["grid sync"]
+    assert rows["copy 128 B, cold"]["value"] == 128 / 1e-3
+    assert rows["matmul float16"]["value"] == 2 * 32**3 / 1e-3
+    found = ceilings.from_primitives(rows.values(), "cuda", 1)
+    assert found.memory == 128e3 and found.flops["float32"] == 2 * 32**3 / 1e-3
+
+
+# Peers
+
+
+def test_peers_are_listed_with_the_reason_why_they_are_absent(monkeypatch):
+    assert {*peers.status(gpu=False).values()} == {"absent (needs --device cuda)"}
+    monkeypatch.setattr(peers, "_installed", lambda peer: peer.module.startswith("torch"))
+    found = peers.status(gpu=True)
+    assert found["flash-attn"] == "absent (not installed: pip install flash-attn)"
+    assert found["sdpa flash"] == found["flex"] == torch.__version__
+
+
+def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
+    q, k, v = torch.randn(3, 1, 8, 2, 16).unbind()
+    ours = peers._sdpa("MATH")(causal=True, left=-1)
+    made = {
+        "same": ours,
+        "other": lambda q, k, v: v,
+        "narrow": lambda q, k, v: v[..., :1],
+    }
+    calls = {"attention": lambda name: lambda **options: made[name]}
+    every = [
+        peers.Peer(name, "torch", "torch", {"attention": calls["attention"](name)}) for name in made
+    ]
+    every.append(peers.Peer("gone", "no_such_module", "gone", {"attention": None}))
+    monkeypatch.setattr(peers, "PEERS", every)
+
+    def built():
+        def wrap(forward, tensors):
+            return lambda: forward(*tensors)
+
+        return peers.builders(
+            "attention", [q, k, v], lambda: ours(q, k, v), wrap, causal=True, left=-1
+        )
+
+    assert built() == {}  # on a CPU
+    monkeypatch.setattr(case, "device", types.SimpleNamespace(type="cuda"))
+    found = built()
+    torch.testing.assert_close(found["same"]()(), ours(q, k, v))
+    for name, why in (
+        ("other", "another result: "),
+        ("narrow", "another result: shape"),
+        ("gone", "not installed"),
+    ):
+        with pytest.raises(Absent, match=why):
+            found[name]()
+    with pytest.raises(Absent, match="no window"):
+        peers._sdpa("MATH")(causal=True, left=3)
