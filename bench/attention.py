@@ -14,7 +14,8 @@ from torch import Tensor
 import tokenmill as tm
 
 from . import case
-from .case import Absent, Case, Run, causal_pairs, place
+from .case import Case, Run, causal_pairs, place
+from .peers import builders, compiled_flex, windowed_flex
 
 SHORT, MIDDLE, LONG, WINDOWED = 512, 2048, 4096, 8192
 # Lengths of the documents of a sequence.
@@ -48,29 +49,14 @@ def sdpa_documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_document_matrix(lengths))
 
 
-def _compiled_flex(length: int, visible: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    except ImportError as error:
-        raise Absent(f"flex_attention: {error}") from None
-    mask = create_block_mask(visible, None, None, length, length, device=case.device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=mask)
-
-
-@functools.cache
-def _windowed_flex(length: int, left: int) -> Callable[..., Tensor]:
-    return _compiled_flex(length, lambda b, h, i, j: (j <= i) & (i - j <= left))
-
-
 @functools.cache
 def _documents_flex(lengths: tuple[int, ...]) -> Callable[..., Tensor]:
     ids = document_ids(lengths)[0]
-    return _compiled_flex(len(ids), lambda b, h, i, j: ids[i] == ids[j])
+    return compiled_flex(len(ids), lambda b, h, i, j: ids[i] == ids[j])
 
 
 def flex_window(q: Tensor, k: Tensor, v: Tensor, left: int) -> Tensor:
-    return _windowed_flex(q.shape[2], left)(q, k, v)
+    return windowed_flex(q.shape[2], left)(q, k, v)
 
 
 def flex_documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -126,9 +112,13 @@ def _case(
             run()  # compiles, or shows that the peer cannot
             return run
 
-        return call(forward, ours), {
-            name: functools.partial(peer, function) for name, function in peers.items()
-        }
+        others: dict[str, Callable[[], Run]]
+        others = {name: functools.partial(peer, function) for name, function in peers.items()}
+        if kind == "softmax" and not documents:
+            others |= builders(
+                "attention", ours, lambda: forward(*ours), call, causal=causal, left=left
+            )
+        return call(forward, ours), others
 
     mask = f"window {left + 1}" if left >= 0 else "causal" if causal else "dense"
     if documents:
@@ -144,7 +134,18 @@ def _case(
     )
 
 
+def _gpu_cases() -> Iterator[Case]:
+    """Sizes at which other packages are compared with each other."""
+    for dtype in (F16, BF16):
+        for length in (4096, 16384):
+            shape: dict[str, Any] = {"causal": True, "head_dim": 128, "heads": 16}
+            yield _case("softmax", dtype, length, {}, **shape)
+            yield _case("softmax", dtype, length, {}, **shape, backward=True)
+
+
 def cases() -> Iterator[Case]:
+    if case.device.type == "cuda":
+        yield from _gpu_cases()
     dense = {"sdpa": functools.partial(sdpa, causal=False)}
     triangle = {"sdpa": functools.partial(sdpa, causal=True)}
     eager = {"eager": functools.partial(eager_sigmoid, causal=False)}

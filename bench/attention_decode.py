@@ -13,6 +13,7 @@ from torch import Tensor
 import tokenmill as tm
 
 from .case import Absent, Case, Run, place
+from .peers import builders
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 RAGGED = (300, 1200, 2500, 5000, 9000, 14000, 20000, 32768)
@@ -56,10 +57,16 @@ def _case(
             parts = [t[b, :n].view(torch.int32) for t in (k, v) for b, n in enumerate(lengths)]
             return lambda: [part.amax() for part in parts]
 
-        return (
-            lambda: tm.attention_decode(q, *ours, seqlens_k=seqlens_k, block_table=table),
-            {"SDPA": sdpa, "read of k and v": read},
-        )
+        def decode() -> Tensor:
+            return tm.attention_decode(q, *ours, seqlens_k=seqlens_k, block_table=table)
+
+        def call(forward: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
+            return lambda: forward(*tensors)
+
+        installed = {}
+        if not paged:
+            installed = builders("attention_decode", [q, k, v], decode, call, seqlens_k=seqlens_k)
+        return decode, {"SDPA": sdpa, "read of k and v": read, **installed}
 
     return Case(
         "attention_decode",

@@ -14,6 +14,7 @@ import tokenmill as tm
 
 from .attention import sdpa
 from .case import Case, Run, place
+from .peers import builders
 
 HEADS, HEAD_DIM = 8, 64
 CHUNK = 64  # of the useful work
@@ -92,9 +93,13 @@ def _case(
         own = forward
         if not backward:
             own = functools.partial(forward, out=torch.empty_like(ours[2]))
-        return call(own, ours), {
-            name: functools.partial(call, function, theirs) for name, function in peers.items()
-        }
+        others: dict[str, Callable[[], Run]]
+        others = {name: functools.partial(call, f, theirs) for name, f in peers.items()}
+        if not options:
+            others |= builders(
+                "linear_attention", ours, lambda: forward(*ours), call, slopes=on_device
+            )
+        return call(own, ours), others
 
     return Case(
         "linear_attention",
