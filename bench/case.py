@@ -21,6 +21,10 @@ def place(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device)
 
 
+# Compositions of operators that are measured as one, with their family: modules of this package.
+RECIPES = {"moba_attention": "sparse", "native_sparse_attention": "sparse"}
+
+
 class Absent(Exception):
     """A peer that cannot run here, with the reason."""
 
@@ -50,15 +54,16 @@ class Case:
 
 
 def cases(ops: list[str] | None = None) -> Iterator[Case]:
-    """All cases of the operators named (None: of all): those of the module of this package that
-    has the operator's name, or else its samples."""
-    for spec in registry.ops().values():
-        if ops and spec.name not in ops:
+    """All cases of the operators and recipes named (None: of all): those of the module of this
+    package that has the name, or else the operator's samples."""
+    for name in (*registry.ops(), *RECIPES):
+        if ops and name not in ops:
             continue
-        module = f"{__package__}.{spec.name}"
+        module = f"{__package__}.{name}"
         if importlib.util.find_spec(module):
             yield from importlib.import_module(module).cases()
         else:
+            spec = registry.ops()[name]
             yield from (_sample_case(spec, sample) for sample in spec.samples)
 
 

@@ -59,7 +59,8 @@ def measure(
         if name == OURS:
             raise error
         # A peer that fails is a fact about the peer.
-        absent[name] = str(error) if isinstance(error, Absent) else _cli.one_line(error)[:100]
+        plain = isinstance(error, Absent | TimeoutError)
+        absent[name] = str(error) if plain else _cli.one_line(error)[:100]
 
     def watch() -> None:
         tick()

@@ -15,7 +15,7 @@ from typing import Any
 from tokenmill import _cli, registry
 
 from . import report
-from .case import geometric_mean
+from .case import RECIPES, geometric_mean
 from .ceilings import from_primitives, row_bound
 from .roofline import Point, Roof, roofline
 
@@ -249,7 +249,7 @@ def _roofline(machine: Machine) -> str:
         if not best["flops"]:
             moves.append(f"{op} {report.figure(best['bytes_per_second'] / 1e9)} GB/s")
             continue
-        family = registry.ops()[op].family if op in registry.ops() else ""
+        family = registry.ops()[op].family if op in registry.ops() else RECIPES.get(op, "")
         intensity = best["flops"] / best["bytes_per_second"]
         points.append(Point(op, f"{op}: {best['case']}", family, intensity, best["flops"]))
     roofs = [Roof(dtype, peak) for dtype, peak in peaks.items()]

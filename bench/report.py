@@ -175,7 +175,10 @@ def cells_of(row: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
 
 def interval(row: dict[str, Any]) -> str:
-    """Of the median, in ms: "4.75-4.93", and the coverage where it is less than 95 %."""
+    """Of the median, in ms: "4.75-4.93", and the coverage where it is less than 95 %. One
+    repetition has none."""
+    if not row["coverage"]:
+        return "-"
     low, high = (figure(seconds * 1e3) for seconds in row["interval"])
     covered = "" if row["coverage"] >= 0.95 else f" ({100 * row['coverage']:.0f} %)"
     return f"{low}-{high}{covered}"

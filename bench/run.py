@@ -20,7 +20,7 @@ from tokenmill._version import __version__
 from . import case as cases_module
 from . import ceilings, peers, plot
 from .budget import Budget
-from .case import Case, cases, geometric_mean
+from .case import RECIPES, Case, cases, geometric_mean
 from .ceilings import Ceilings
 from .gpu import CudaDevice
 from .lines import Lines
@@ -32,7 +32,10 @@ from .sensors import Sensors
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ops", nargs="*", type=_cli.operator, help="operators to run (default: all)"
+        "ops",
+        nargs="*",
+        type=lambda name: name if name in RECIPES else _cli.operator(name),
+        help=f"operators to run, or {', '.join(RECIPES)} (default: all)",
     )
     parser.add_argument(
         "--filter",
@@ -271,7 +274,7 @@ def _print_head(head: dict[str, Any], gpu: bool) -> None:
 def _cases(options: argparse.Namespace) -> tuple[list[Case], list[dict[str, Any]]]:
     """The cases asked for, and a row for each operator whose cases cannot be made."""
     chosen, failed = [], []
-    for op in dict.fromkeys(options.ops or registry.ops()):
+    for op in dict.fromkeys(options.ops or (*registry.ops(), *RECIPES)):
         try:
             chosen += [c for c in cases([op]) if options.filter.search(c.title)]
         except Exception as error:

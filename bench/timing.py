@@ -72,7 +72,7 @@ def interleave(
     """Times the runs in turn, A B C A B C ..., for about `seconds` and at least ROUNDS rounds; slow
     ones take part in the first two. One whose first call fails is left out, unless on_error raises.
     measure: what times a call; None: the clock of this many threads. limited: the first calls are
-    part of the time, and one round is enough."""
+    part of the time, runs that would begin after it are left out, and one round is enough."""
     measure = measure or cpu_seconds(threads)
     samples: dict[str, list[float]] = {}
     with use_threads(threads):
@@ -80,6 +80,8 @@ def interleave(
         slow = set()
         for name, run in runs.items():
             try:
+                if limited and samples and time.perf_counter() > end:
+                    raise TimeoutError("no time was left")
                 if measure(run) > SLOW:
                     slow.add(name)
             except Exception as error:

@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+import tokenmill as tm
 from tokenmill.__main__ import main
 from tokenmill._cli import duration
 from tokenmill.bench import (
@@ -18,6 +19,8 @@ from tokenmill.bench import (
     ceilings,
     gpu,
     measure,
+    moba_attention,
+    native_sparse_attention,
     peers,
     primitives,
     primitives_cpu,
@@ -71,8 +74,8 @@ def test_times_are_read_with_units():
 def test_a_limited_run_is_content_with_one_round():
     calls = []
     runs = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    found = timing.interleave(runs, seconds=0.0, limited=True)
-    assert calls == ["a", "b", "a", "b"] and found["a"].rounds == 1
+    found = timing.interleave(runs, seconds=1e-9, limited=True, on_error=lambda *_: None)
+    assert calls == ["a", "a"] and found["a"].rounds == 1  # no time was left for b
     assert timing.interleave(runs, seconds=0.0)["a"].rounds == timing.ROUNDS
 
 
@@ -374,6 +377,7 @@ def test_three_times_of_a_gpu_and_what_is_missing():
     assert other["kernels"]["absent"] == "the profiler saw no kernel"
     limited = measure.measure(case, bench, 0.0, True, lambda: None)
     assert limited["rounds"] == 1 and limited["graph"] == {"absent": "no time was left"}
+    assert limited["absent"]["slow"] == "no time was left"
 
 
 class Nvml:
@@ -503,3 +507,25 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
             found[name]()
     with pytest.raises(Absent, match="no window"):
         peers._sdpa("MATH")(causal=True, left=3)
+
+
+def test_the_peers_of_recipes_compute_the_same():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 8, generator=draw) for _ in range(3))
+    ours = tm.moba_attention(*(t.transpose(1, 2) for t in (q, k, v)), block=16, topk=2)
+    theirs = moba_attention.masked(q, k, v, 16, 2)
+    torch.testing.assert_close(theirs.transpose(1, 2), ours, rtol=1e-4, atol=1e-5)
+    assert moba_attention.pairs(64, 16, 2) == 4 * 136 + 3 * 256
+    q, gates = torch.randn(1, 4, 64, 8, generator=draw), torch.rand(1, 4, 64, 3, generator=draw)
+    sizes = native_sparse_attention.SIZES | {
+        "block": 8, "stride": 4, "select_block": 8, "topk": 4, "window": 20
+    }  # fmt: skip
+    ours = tm.native_sparse_attention(*(t.transpose(1, 2) for t in (q, k, v, gates)), **sizes)
+    theirs = native_sparse_attention.masked(q, k, v, gates, **sizes)
+    torch.testing.assert_close(theirs.transpose(1, 2), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_recipes_are_named_beside_operators(capsys):
+    assert main(["bench", "--list", *case.RECIPES]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert {line.partition(":")[0] for line in listed} == {*case.RECIPES}
