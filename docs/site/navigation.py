@@ -12,6 +12,7 @@ NAVIGATION = {
         "serving",
         "frameworks",
         "new-gpu",
+        "bench",
         "distributed",
         "sharding",
         "scale",
