@@ -236,4 +236,7 @@ TOKENMILL_LIBRARY(library) {
   library.def("cpu_isa(str? select=None) -> str");
   library.def("cpu_peak_flops(str dtype, int repeats=5) -> float");
   library.def("cpu_rate(str of, int bytes=0, int repeats=5) -> float");
+
+  // tuning
+  library.def("knob(str name, int? set=None) -> int");
 }

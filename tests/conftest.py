@@ -9,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TOKENMILL_TUNE_CACHE"] = os.devnull  # the choices of an untuned machine
 
 from hypothesis import HealthCheck, settings
 from shares import pytest_terminal_summary  # noqa: F401 a hook

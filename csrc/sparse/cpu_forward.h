@@ -9,6 +9,7 @@
 #include <optional>
 #include <utility>
 
+#include "core/knobs.h"
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_weights.h"
 #include "sparse/cpu_key_vectors.h"
@@ -438,9 +439,10 @@ void forward_on(const Walk* walks, int64_t count) {
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * pairs * static_cast<double>(p.head_dim + p.value_dim);
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  // An item is a share of the tiles of one KV head; at least four per thread for balance.
+  // An item is a share of the tiles of one KV head; several per thread for balance.
   const int64_t heads = p.batch * p.kv_heads;
-  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, heads * count);
+  const int64_t per_thread = knob(Knob::block_sparse_attention_shares);
+  int64_t shares = threads == 1 ? 1 : ceil_div(per_thread * threads, heads * count);
   if (shares > most_tiles) shares = most_tiles;
   cpu::parallel_items(count * heads * shares, threads, [&](cpu::ItemCounter& items) {
     FlushDenormals flush;

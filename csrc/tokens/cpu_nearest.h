@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "core/knobs.h"
 #include "tokens/cpu_screen.h"
 
 namespace tokenmill::TOKENMILL_ISA {
@@ -70,7 +71,8 @@ class NearestFinder {
  public:
   // Rows that share a panel of the set: they stay in the second-level cache.
   static int64_t chunk_rows(int64_t rows, int64_t channels, int threads) {
-    const int64_t cached = std::clamp<int64_t>(64 * 1024 / round_up(channels, kWidth), 48, 768);
+    const int64_t cached =
+        std::clamp<int64_t>(knob(Knob::nearest_floats) / round_up(channels, kWidth), 48, 768);
     const int64_t shared = std::max<int64_t>(ceil_div(rows, 4 * threads), 48);
     return round_up(std::min({cached, shared, rows}), kTileRows);
   }

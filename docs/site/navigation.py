@@ -13,6 +13,7 @@ NAVIGATION = {
         "frameworks",
         "new-gpu",
         "bench",
+        "tuning",
         "distributed",
         "sharding",
         "scale",

@@ -10,6 +10,7 @@ import typing as _typing
 
 from . import (
     _flops,
+    _knobs,
     dense,
     linear,
     masks,
@@ -158,6 +159,7 @@ __all__ = [
 ]
 
 _flops.install([*registry.ops().values()])
+_knobs.load()
 
 if _typing.TYPE_CHECKING:
     from . import nn, papers, policies

@@ -1,5 +1,5 @@
 """python -m tokenmill info | ops | explain | check | bench | bench primitives | bench report |
-bench scale | report | demo | papers"""
+bench scale | tune | report | demo | papers"""
 
 from __future__ import annotations
 
@@ -113,6 +113,10 @@ def _parser() -> _cli.Parser:
         "bench scale", scale.run, "what to expect of sequences on many ranks: a prediction"
     )
     scale.add_arguments(sub)
+    from .bench import tune
+
+    sub = command("tune", tune.run, "try launch parameters of kernels here, and keep the best")
+    tune.add_arguments(sub)
     from .bench import page
 
     sub = command("report", page.run, "results of bench and check as one HTML file")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 from typing import Any
@@ -17,6 +18,7 @@ ENVIRONMENT = {
     "TOKENMILL_CHECK": "1: check values inside GPU tensors too, synchronising",
     "TOKENMILL_EMULATED": "_emulated.so of a development build, if not beside the package",
     "TOKENMILL_CPU_ISA": "baseline, avx2, avx512 or avx512_bf16, if the machine has it",
+    "TOKENMILL_TUNE_CACHE": "file of tuned values, if not ~/.cache/tokenmill/tune.json",
     "TRITON_INTERPRET": "1: Triton kernels run in Triton's interpreter, on CPU tensors too",
 }
 
@@ -46,7 +48,7 @@ def machine() -> dict[str, str]:
     """The machine, as results of benchmarks name it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": str(os.cpu_count()),
         "isa": _library.native.cpu_isa(),
         "gpu": gpu,
@@ -67,7 +69,8 @@ def _driver() -> str:
     return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _cpu_model() -> str:
+@functools.cache
+def cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as f:
             for line in f:

@@ -380,6 +380,11 @@ _FilledAtFirstUse(TRITON_NAMESPACE, _define_triton)
 _emulated = _FilledAtFirstUse(EMULATED_NAMESPACE, _fill_emulated) if emulated_built() else None
 
 
+def loaded_emulated() -> Any:
+    """The namespace of the emulated library, or None before its first use."""
+    return _emulated if _emulated_ops else None
+
+
 def _load_emulated() -> set[str]:
     """The operators of the emulated library. A trace, which asks too, can neither load it nor take
     a lock to see that it is loaded."""

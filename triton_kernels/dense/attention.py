@@ -13,6 +13,7 @@ from tokenmill._kv_cache import capacity
 from tokenmill.dense.terms import has_row_statistic
 
 from ..common import INTERPRETED, Rows, Terms, Window, architecture, launch, terms_of, window_of
+from ..tuned import tuned
 from .attention_backward import bias_kernel, keys_kernel, queries_kernel
 from .attention_forward import attention_kernel
 from .kv_cache import LONG, Cache, held, scale_of
@@ -126,6 +127,12 @@ class Call(NamedTuple):
     max_seqlen_k: int | None
     precision: str
     post_decay: bool
+
+    @property
+    def plain(self) -> bool:
+        terms = self.bias is not None or self.softcap != 0.0 or self.post_decay
+        masks = self.mask_ranges is not None or self.mask_q_spans is not None
+        return not (terms or masks) and self.kind in ("softmax", "sigmoid")
 
     @property
     def packed(self) -> bool:
@@ -312,7 +319,8 @@ def attention_cached(
 
 
 def forward(call: Call, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
-    tiles = call.plan().forward
+    plain = call.plain and cache is None
+    tiles = tuned("attention", call.plan().forward, call.q, call.v.shape[-1], plain)
     blocks = triton.cdiv(call.longest_q, tiles.block_m)
     out = call.new((*call.q.shape[:-1], call.v.shape[-1]))
     statistic = has_row_statistic(call.kind, call.normalize)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..common import INTERPRETED, MOST_REGISTERS, Rows, launch
+from ..tuned import tuned
 from .common import States, log_decay_of
 from .decay_gradient import decay_kernel, sum_chunks_kernel
 from .linear_attention_backward import delta_kernel, keys_kernel, queries_kernel, values_kernel
@@ -270,7 +271,8 @@ def linear_attention(
         cu_seqlens,
         chunk_size,
     )
-    tiles = call.plan().forward
+    plain = feature_map != "taylor2"
+    tiles = tuned("linear_attention", call.plan().forward, q, v.shape[-1], plain)
     out = call.new((*q.shape[:-1], v.shape[-1]))
     normalizer = call.new(call.statistics_shape, torch.float32) if normalize else None
     final_state = call.float32(*call.state_shape) if return_final_state else None

@@ -21,6 +21,7 @@ from ..common import head_of, launch, program, terms_of
 from ..dense.attention import Tiles
 from ..dense.attention_decode_merge import rows_of
 from ..dense.kv_cache import LONG
+from ..tuned import tuned
 from .block_sparse_attention_mass import mass_of
 from .block_sparse_latent import latent_attention
 from .blocks import key_walk, query_tile, request_of, rows_from
@@ -203,7 +204,9 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
         return out, lse, _mass(call, lse)
     if latent:
         return latent_attention(call)
-    tiles = listed.plan().forward
+    plain = call.softcap == 0.0 and call.block_table is None
+    width = call.v.shape[-1]
+    tiles = tuned("block_sparse_attention", listed.plan().forward, call.q, width, plain)
     lists = listed.compacted()
     entries = call.indices.shape[-1]
     launch(

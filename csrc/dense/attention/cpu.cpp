@@ -2,6 +2,7 @@
 // score map is applied in the registers of the first product, and P goes to the second through L1.
 #include <cstring>
 
+#include "core/knobs.h"
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_weights.h"
@@ -432,9 +433,11 @@ void forward(const Sequences& sequences) {
   // A parallel region costs about as much as 2 Mflop on one thread.
   const double work = 2 * sizes.pairs * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   const int threads = work < 2e6 ? 1 : cpu::num_threads();
-  // An item is a share of the tiles of one KV head; at least four per thread for balance.
+  // An item is a share of the tiles of one KV head; several per thread for balance.
   const int64_t tiles = p.heads / p.kv_heads * ceil_div(sizes.longest_q, kQueryTile);
-  int64_t shares = threads == 1 ? 1 : ceil_div(4 * threads, sequences.count() * p.kv_heads);
+  const int64_t per_thread = knob(Knob::attention_shares);
+  int64_t shares =
+      threads == 1 ? 1 : ceil_div(per_thread * threads, sequences.count() * p.kv_heads);
   if (shares > tiles) shares = tiles > 0 ? tiles : 1;
   const int64_t items = sequences.count() * p.kv_heads * shares;
   cpu::parallel_items(items, threads, [&](cpu::ItemCounter& counter) {

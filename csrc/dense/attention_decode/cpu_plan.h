@@ -1,5 +1,6 @@
 // How the work of a decode is cut up: units, and items, which are ranges of their keys.
 #pragma once
+#include "core/knobs.h"
 #include "cpu/element_bytes.h"
 #include "cpu/workspace.h"
 #include "dense/attention_decode/cpu_rows.h"
@@ -8,8 +9,9 @@
 namespace tokenmill::TOKENMILL_ISA {
 
 // Steps of an automatic range of one head: short ones until there are kRanges for threads to
-// share, then longer ones, as nobody asks for the first keys of a range ahead of time.
-constexpr int64_t kShortRange = 64, kLongRange = 256, kRanges = 16;
+// share, then longer ones (Knob::attention_decode_range), as nobody asks for the first keys of a
+// range ahead of time.
+constexpr int64_t kShortRange = 64, kRanges = 16;
 // Heads of a unit: what they have of a token lies together, and memory is read in longer runs.
 constexpr int64_t kMaxHeads = 8;
 // Rows of a head that tiles take together, so that their outputs stay in L2.
@@ -64,6 +66,7 @@ struct DecodePlan {
         head_blocks(ceil_div(rows, kRows)),
         ldo(round_up(p.value_dim, 2 * kWidth)),
         partial_row(ldo + 2),
+        long_range(knob(Knob::attention_decode_range)),
         unit_memory(ceil_div((units() + 1) * sizeof(Unit), 4)),
         unit(reinterpret_cast<Unit*>(unit_memory.take(0))),
         memory(describe_units()),
@@ -79,7 +82,7 @@ struct DecodePlan {
     int64_t wanted = d.num_splits;
     if (wanted <= 0) {
       const int64_t most = ceil_div(steps * heads, kShortRange);
-      const int64_t least = ceil_div(steps * heads, kLongRange);
+      const int64_t least = ceil_div(steps * heads, long_range);
       wanted = most < kRanges ? most : least > kRanges ? least : kRanges;
     }
     return wanted < steps ? wanted : steps > 1 ? steps : 1;
@@ -94,6 +97,7 @@ struct DecodePlan {
   int64_t rows;                // of one head
   int64_t head_blocks;         // RowBlocks of one head
   int64_t ldo, partial_row;
+  int64_t long_range;
   cpu::Workspace unit_memory;
   Unit* unit;  // and one behind the last, which has first_item alone
   int64_t partial_floats = 0, kept_floats = 0;

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "core/knobs.h"
 #include "cuda/launch.cuh"
 #include "cuda/refuse.cuh"
 #include "select/hip_block_select/kernel.cuh"
@@ -44,8 +45,9 @@ const char* launch_search(const HipParams& p, cudaStream_t stream) {
   constexpr int kWide = 8;
   if (columns > 8 && HipShape<kWide>::shared_bytes(plan.query_bytes, plan.wanted) <= kMaxShared)
     return launch_search<T, kWide, kFewWarps>(p, plan, stream);
-  return blocks_of(p) <= multiprocessors() ? launch_search<T, 1, kManyWarps>(p, plan, stream)
-                                           : launch_search<T, 1, kFewWarps>(p, plan, stream);
+  return blocks_of(p) <= knob(Knob::hip_fill) * multiprocessors()
+             ? launch_search<T, 1, kManyWarps>(p, plan, stream)
+             : launch_search<T, 1, kFewWarps>(p, plan, stream);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // them. A query keeps those above a threshold; when it has too many, the best topk give a new one.
 #include <algorithm>
 
+#include "core/knobs.h"
 #include "cpu/element_bytes.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -14,14 +15,14 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-constexpr int64_t kItemRows = 1024;   // of queries and heads, whose words stay in L2
 constexpr int64_t kFewRows = 64;      // with which packing the keys takes a sixth of the time
 constexpr int64_t kMaxQueries = 128;  // of an item
 constexpr int64_t kMaxCandidates = 1 << 20;  // of an item
 constexpr int64_t kPartKeys = 4096;          // of an item, at least
 constexpr int64_t kKeysOfHint = 16;          // and thread, at least: a hint is one key more
 
-// An item is some queries of a sequence, a tile, and a part of its keys.
+// An item is some queries of a sequence, a tile, and a part of its keys. The rows of the tile, of
+// queries and heads, are so few (Knob::indexer_rows) that their words stay in L2.
 struct IndexerPlan {
   int64_t list;   // entries that a list can have
   int64_t limit;  // candidates of a query before they are cut to the list
@@ -36,7 +37,7 @@ struct IndexerPlan {
     room = limit + kPanel + kWidth;
     const int64_t most = std::max<int64_t>(kMaxCandidates / room, 1);
     const int64_t balanced = ceil_div(p.tokens, 4 * threads), few = ceil_div(kFewRows, p.heads);
-    tile_queries = std::min(kItemRows / p.heads, std::max(balanced, few));
+    tile_queries = std::min(knob(Knob::indexer_rows) / p.heads, std::max(balanced, few));
     tile_queries = std::clamp<int64_t>(tile_queries, 1, std::min(most, kMaxQueries));
     tiles = 0;
     for (int64_t b = 0; b < p.batch; ++b) tiles += tiles_of(p, b);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/knobs.h"
 #include "cpu/element_bytes.h"
 #include "cpu/parallel.h"
 #include "cpu/tile.h"
@@ -15,7 +16,6 @@ namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 constexpr int64_t kSliceWords = 512;              // of a reduction, which is summed at a time
-constexpr int64_t kChunkWords = 64 * 1024;        // of rows of a: a part of the second-level cache
 constexpr int64_t kMinRows = 96, kMaxRows = 768;  // of a, that share a panel
 
 float factor_of(float squares) {
@@ -23,10 +23,10 @@ float factor_of(float squares) {
   return squares <= kMostSquares ? 1 / std::sqrt(squares) : __builtin_nanf("");
 }
 
-// Rows of a that one item takes: fewer where there would not be items for all threads, which costs
-// another transposition of b and changes no result.
+// Rows of a that one item takes: a part of the second-level cache, and fewer where there would not
+// be items for all threads, which costs another transposition of b. It changes no result.
 int64_t chunk_rows(const MatchParams& p, int64_t words, int threads) {
-  const int64_t cached = std::clamp(kChunkWords / words, kMinRows, kMaxRows);
+  const int64_t cached = std::clamp(knob(Knob::best_match_words) / words, kMinRows, kMaxRows);
   const int64_t shared = ceil_div(p.rows * p.batch, threads);
   const int64_t rows = std::min({cached, std::max(shared, kMinRows), p.rows});
   return round_up(rows, kTileRows);

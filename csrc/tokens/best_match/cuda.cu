@@ -1,3 +1,4 @@
+#include "core/knobs.h"
 #include "cuda/launch.cuh"
 #include "tokens/best_match/kernel.cuh"
 
@@ -56,7 +57,7 @@ const char* launch_cuda(const MatchParams& p, void* stream) {
     // Smaller blocks where larger ones would be half empty, or leave a GPU so.
     const bool large = p.rows > cuda::best_match::MatchShape<1>::kRows &&
                        p.batch * ceil_div(p.rows, cuda::best_match::MatchShape<2>::kRows) >=
-                           2 * cuda::multiprocessors();
+                           knob(Knob::best_match_fill) * cuda::multiprocessors();
     return large ? cuda::best_match::launch_match<T, 2>(p, plan, s)
                  : cuda::best_match::launch_match<T, 1>(p, plan, s);
   });

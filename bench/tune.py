@@ -1,0 +1,288 @@
+"""Tries the values of knobs on this machine and keeps the best: `python -m tokenmill tune [op]`.
+
+A value is taken if it is faster than the standard one in the mean of the knob's benchmarks, slower
+in none of them, and both again in a second measurement: the best of several noisy figures is too
+good. Else the standard value stays. A knob is tried with what was found for those before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenmill import _cli, _dispatch, _knobs, registry
+from tokenmill._knobs import KNOBS, Knob
+
+from . import case as cases_module
+from .case import Case, cases, geometric_mean
+from .progress import progress
+from .timing import interleave, use_threads
+
+LEAST_GAIN = 1.02  # of the mean, in both measurements
+MOST_LOSS = 1.03  # of a single benchmark
+SECONDS = 0.2, 4.0  # of a measurement: at least, at most
+HEADER = ("knob", "standard", "best", "gain", "of the benchmarks")
+Ratios = dict[int, list[float]]  # by value: time / time of the standard value, for each benchmark
+
+
+@dataclass(frozen=True)
+class Found:
+    knob: Knob
+    best: int
+    gain: float = 1.0
+    ratios: tuple[float, ...] = ()
+    note: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "ops", nargs="*", type=_cli.operator, help="operators to tune (default: all with knobs)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to tune for (default: the GPU if there is one)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_cli.integer(1, os.cpu_count()),
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="threads of the CPU kernels (default: what torch uses)",
+    )
+    parser.add_argument(
+        "--time-budget",
+        type=_cli.seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="for all knobs together (default 120); those not reached keep what they have",
+    )
+    parser.add_argument(
+        "--allow-order",
+        action="store_true",
+        help="also knobs that change the order of sums, and so the last bits of results",
+    )
+    parser.add_argument("--list", action="store_true", help="show the knobs and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="measure and show, and write nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status: 0, or 1 if a knob could not be measured."""
+    wanted = [k for k in KNOBS.values() if not options.ops or k.op in options.ops]
+    if not wanted:
+        having = ", ".join(dict.fromkeys(k.op for k in KNOBS.values()))
+        raise _cli.UsageError(f"op: must be one with knobs ({having}); got {options.ops[0]!r}")
+    if options.list:
+        _list(wanted)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        rule = "must be a device of this machine (cpu: there is no GPU)"
+        raise _cli.UsageError(f"--device: {rule}; got 'cuda'")
+    device = _knobs.device_name(options.device)
+    if not device:
+        raise _cli.UsageError(
+            "--device: GPUs must be of one kind, or CUDA_VISIBLE_DEVICES name one"
+        )
+    cases_module.device = torch.device(options.device)
+    found = _tune([k for k in wanted if _usable(k, options)], options, device)
+    if not found:
+        print(f"nothing to tune: {options.device} has no such knob (tune --list shows all)")
+    elif not options.dry_run:
+        print(f"wrote {_knobs.path()}")
+    return 1 if any(f.note.startswith("failed") for f in found) else 0
+
+
+def _list(knobs: list[Knob]) -> None:
+    print(f"{'knob':<36}{'runs on':<9}{'value':>8}{'standard':>10}  candidates")
+    for knob in knobs:
+        standard, value = (
+            "table" if knob.backend == "triton" and n == _knobs.TABLE else str(n)
+            for n in (knob.standard, _knobs.value(knob.name))
+        )
+        order = "; order of sums: --allow-order" if knob.order else ""
+        tried = " ".join(map(str, knob.candidates))
+        print(f"{knob.name:<36}{knob.backend:<9}{value:>8}{standard:>10}  {tried}")
+        print(f"    {knob.what}{order}")
+    print(f"cache: {_knobs.path()}")
+
+
+def _usable(knob: Knob, options: argparse.Namespace) -> bool:
+    if knob.order and not options.allow_order:
+        return False
+    backends = ("cpu",) if options.device == "cpu" else ("cuda", "triton")
+    if knob.backend not in backends:
+        return False
+    return _dispatch.kernels(registry.get(knob.op), knob.backend) != "-"
+
+
+def _tune(knobs: list[Knob], options: argparse.Namespace, device: str) -> list[Found]:
+    """Tunes operator after operator; what is found for one is written before the next one."""
+    plans = [(k, [c for c in cases([k.op]) if re.search(k.cases, c.title)]) for k in knobs]
+    for knob in knobs:
+        _knobs.put(knob.name, knob.standard)
+    measurements = sum(2 * len(chosen) for _, chosen in plans)
+    share = options.time_budget / max(measurements, 1)
+    clock = Clock(options, min(max(share, SECONDS[0]), SECONDS[1]))
+    found: list[Found] = []
+    if plans:
+        print(f"{device}, {_threads(options)}")
+        print(_line(HEADER))
+    with progress(sum(len(chosen) for _, chosen in plans), "tuning") as advance:
+        for op in dict.fromkeys(k.op for k in knobs):
+            of_op = [plan for plan in plans if plan[0].op == op]
+            results = []
+            for knob, chosen in of_op:
+                results.append(_tune_knob(knob, chosen, clock, advance))
+                _knobs.put(knob.name, results[-1].best)
+                print(_line(_cells(results[-1])), flush=True)
+            found += results
+            if not options.dry_run and any(f.ratios for f in results):
+                _write(device, op, results, options)
+    return found
+
+
+def _threads(options: argparse.Namespace) -> str:
+    return f"{options.threads} thread(s)" if options.device == "cpu" else "one call at a time"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How times are measured, and until when."""
+
+    options: argparse.Namespace
+    seconds: float  # of a measurement
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() - self.start > self.options.time_budget
+
+    def times(self, knob: Knob, case: Case, values: list[int]) -> dict[int, float]:
+        """Seconds of a case with each value that runs."""
+        gpu = self.options.device == "cuda"
+        threads = self.options.threads
+        failed: dict[str, Exception] = {}
+        with _backend(knob), use_threads(threads):
+            call, _ = case.prepare()
+            runs = {str(v): _with(knob, v, call) for v in values}
+            timings = interleave(
+                runs, threads=threads, seconds=self.seconds, on_error=failed.__setitem__, gpu=gpu
+            )
+        if error := failed.get(str(knob.standard)):
+            raise error
+        middle = gpu or threads == 1
+        return {int(v): t.median if middle else t.best for v, t in timings.items()}
+
+
+@contextlib.contextmanager
+def _backend(knob: Knob) -> Iterator[None]:
+    """Calls go to the backend of the knob: a GPU has two."""
+    before = os.environ.get("TOKENMILL_BACKEND")
+    os.environ["TOKENMILL_BACKEND"] = knob.backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENMILL_BACKEND"]
+        else:
+            os.environ["TOKENMILL_BACKEND"] = before
+
+
+def _with(knob: Knob, value: int, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        _knobs.put(knob.name, value)
+        return call()
+
+    return run
+
+
+def _tune_knob(knob: Knob, chosen: list[Case], clock: Clock, advance: Any) -> Found:
+    if clock.over:
+        return Found(knob, knob.standard, note="not reached")
+    values = list(dict.fromkeys((knob.standard, *knob.candidates)))
+    try:
+        ratios = _measure(knob, chosen, values, clock, advance)
+        best = choose(knob.standard, ratios)
+        if best == knob.standard:
+            return Found(knob, best, ratios=(1.0,) * len(chosen))
+        again = _measure(knob, chosen, [knob.standard, best], clock)
+        if choose(knob.standard, again) != best:
+            return Found(knob, knob.standard, ratios=(1.0,) * len(chosen), note="not confirmed")
+        gains = tuple(1 / r for r in again[best])
+        return Found(knob, best, geometric_mean(list(gains)), gains)
+    except Exception as error:
+        return Found(knob, knob.standard, note=f"failed: {_cli.one_line(error)}")
+    finally:
+        _knobs.put(knob.name, knob.standard)
+
+
+def _measure(
+    knob: Knob,
+    chosen: list[Case],
+    values: list[int],
+    clock: Clock,
+    advance: Callable[..., None] = lambda **_: None,
+) -> Ratios:
+    """Of the values that run every benchmark."""
+    ratios: Ratios = {v: [] for v in values}
+    for case in chosen:
+        times = clock.times(knob, case, values)
+        for value in values:
+            if value not in times:
+                ratios.pop(value, None)
+            elif value in ratios:
+                ratios[value].append(times[value] / times[knob.standard])
+        values = [*ratios]
+        advance(done=True)
+    return ratios
+
+
+def choose(standard: int, ratios: Ratios) -> int:
+    """The fastest value, or the standard one where none is faster beyond doubt."""
+    best = min(ratios, key=lambda value: (geometric_mean(ratios[value]), value != standard))
+    if max(ratios[best], default=1.0) > MOST_LOSS:
+        return standard
+    return best if geometric_mean(ratios[best]) <= 1 / LEAST_GAIN else standard
+
+
+def _write(device: str, op: str, found: list[Found], options: argparse.Namespace) -> None:
+    entry: dict[str, Any] = {
+        "knobs": {f.knob.name: f.best for f in found if f.best != f.knob.standard},
+        "gain": {f.knob.name: round(f.gain, 3) for f in found if f.best != f.knob.standard},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if options.device == "cpu":
+        entry["threads"] = options.threads
+    try:
+        _knobs.write(_knobs.path(), device, op, entry)
+    except OSError as error:
+        name = _knobs.VARIABLE
+        raise _cli.UsageError(_cli.unwritable(name, _knobs.path(), error)) from None
+
+
+def _cells(found: Found) -> tuple[str, ...]:
+    if found.note:
+        return (found.knob.name, str(found.knob.standard), str(found.best), "", found.note)
+    gains = " ".join(f"{r:.2f}" for r in found.ratios)
+    return (
+        found.knob.name, str(found.knob.standard), str(found.best), f"{found.gain:.2f}x", gains,
+    )  # fmt: skip
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    name, standard, best, gain, rest = cells
+    return f"{name:<36}{standard:>9}{best:>9}{gain:>8}  {rest}"

@@ -1,0 +1,22 @@
+// Whole numbers with which kernels cut up their work, in the order of the table in knobs.cpp. A
+// launch reads a knob once: another thread may set it meanwhile.
+#pragma once
+#include <cstdint>
+
+namespace tokenmill {
+
+enum class Knob : int {
+  attention_shares,
+  block_sparse_attention_shares,
+  attention_decode_range,
+  indexer_rows,
+  best_match_words,
+  nearest_floats,
+  best_match_fill,
+  hip_fill,
+  count,
+};
+
+int64_t knob(Knob k);
+
+}  // namespace tokenmill
