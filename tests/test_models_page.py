@@ -17,11 +17,12 @@ def test_the_code_of_the_page_on_models_runs():
     """Blocks of libraries that are not here are left out."""
     has: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         libraries = set(re.findall(r"(?:from|import) (timm|diffusers|jax)\b", block))
         if all(find_spec(library) for library in libraries):
             exec(block, has)
+    assert has["route"].served == 2
     assert has["out"].shape == has["beams"].shape == has["chunks"].shape == (2, 308)
     assert (has["out"] == has["chunks"]).all()
     assert len(has["read"]) == 2
