@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import masks
 from .._sharded import sharded_attention
-from ..dense.attention import attention
+from ..dense.attention import NO_WINDOW, attention
 from ._needs import needs
 
 try:
@@ -218,9 +219,14 @@ def attention_forward(
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
 
+    if position_bias is None and _few_queries(q, k, v, s_aux, attention_mask, kind):
+        if attention_mask is not None:
+            options["window"] = NO_WINDOW
+        return _decoded(q, k, v, attention_mask, **options), None
+
     biases = [] if position_bias is None else [_additive(position_bias, q.dtype)]
     if attention_mask is not None:
-        options["window"] = (-1, -1)
+        options["window"] = NO_WINDOW
         if attention_mask.dim() == 4:
             options["causal"] = False
             mask = attention_mask[..., : k.shape[1]]
@@ -344,6 +350,34 @@ def _tokens_first(x: Tensor) -> Tensor:
     """[B, H, S, D] -> [B, S, H, D], a view unless D is not contiguous."""
     x = x.transpose(1, 2)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _few_queries(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None, kind: Kind
+) -> bool:
+    """Whether the call is a step of generate() that the kernel of attention_decode runs sooner: it
+    reads keys once for all heads that share them, and divides long rows of keys."""
+    sq, sk = q.shape[1], k.shape[1]
+    if kind != "softmax" or not 0 < sq <= 8 or sk < 256 * sq:
+        return False
+    if mask is not None and (mask.dim() != 2 or sq > 1):
+        return False
+    inputs = (q, k, v) if sink is None else (q, k, v, sink)
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+
+
+def _decoded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, **options: Any) -> Tensor:
+    """Attention of the newest tokens to a cache; padding [B, Sk] is True on one run of each row."""
+    visible = None
+    if padding is None:
+        seqlens = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
+    else:
+        begin = padding.int().argmax(1)
+        seqlens = (begin + padding.sum(1)).int()
+        visible = masks.ranges(begin.int().view(-1, 1, 1, 1), seqlens.view(-1, 1, 1, 1))
+    out = attention(q, k, v, seqlens_k=seqlens, mask=visible, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options: Any) -> Tensor:
