@@ -17,6 +17,7 @@ from tokenmill import policies
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 integration = pytest.importorskip("tokenmill.integrations.transformers")
+_pages = pytest.importorskip("tokenmill.integrations._pages")
 apply_policy = integration.apply_policy
 
 PLAIN = {
@@ -394,13 +395,20 @@ def test_attention_that_never_comes(monkeypatch):
         assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_continuous_batching(name):
+@pytest.mark.parametrize(
+    ("name", "pages"), [("llama", True), ("llama", False), ("gemma2", True), ("gpt_oss", True)]
+)
+def test_continuous_batching(name, pages, monkeypatch):
     """Requests of different lengths, in pages and chunks, are as each alone."""
+    in_place = []
+    attend = _pages.attention
+    monkeypatch.setattr(
+        _pages, "attention", lambda *a, **o: in_place.append(o["window"]) or attend(*a, **o)
+    )
     model, prompts = MODELS[name]().eval(), [[5, 9, 2], [*range(1, 24)], [7] * 9]
     model.set_attn_implementation("eager")
     alone = [generate(model, torch.tensor([prompt]))[0][0].tolist() for prompt in prompts]
-    with integration.continuous_batching(model):
+    with integration.continuous_batching(model, pages=pages):
         found = model.generate_batch(
             prompts,
             generation_config=transformers.GenerationConfig(
@@ -412,6 +420,8 @@ def test_continuous_batching(name):
             progress_bar=False,
         )
     assert [result.generated_tokens for result in found.values()] == alone
+    assert set(in_place) == ({(-1, 0)} if pages else set())  # layers with a window gather
+    assert not model._forward_pre_hooks
     assert model.config._attn_implementation == "eager"
 
 

@@ -30,6 +30,7 @@ try:
 except ModuleNotFoundError as missing:
     raise needs("transformers", missing) from missing
 
+from ._pages import Pages, attend_to_pages, give_pages
 from ._policy_cache import AppliedPolicy, PolicyCache, apply_policy, pretrained, register_beside
 from ._vision import patch, unpatch
 
@@ -86,16 +87,21 @@ def register(name: str = "tokenmill", *, backend: str | None = None, kind: Kind 
 
 
 @contextlib.contextmanager
-def continuous_batching(model: torch.nn.Module, *, backend: str | None = None) -> Iterator[None]:
+def continuous_batching(
+    model: torch.nn.Module, *, backend: str | None = None, pages: bool = True
+) -> Iterator[None]:
     """A with statement in which ``generate_batch`` and its like attend on tokenmill.
 
-    transformers keeps keys and values in pages, gathers those of each request, and calls attention
-    with packed sequences. (It hands block tables to flash-attn alone.) It accepts implementations
-    by their names, "sdpa" and what has "flash" in it, which set_attn_implementation does not.
+    transformers keeps keys and values in pages. It hands block tables to flash-attn alone, and
+    gathers the keys of each request for all other attention, which it calls with packed sequences.
+    It accepts implementations by their names, "sdpa" and what has "flash" in it, which
+    set_attn_implementation does not.
 
     Args:
         model: a decoder of transformers.
         backend: as in :func:`register`.
+        pages: layers with full attention read their pages in place (transformers 5.24 or later);
+            False, layers with a window, and older releases gather.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,9 +119,12 @@ def continuous_batching(model: torch.nn.Module, *, backend: str | None = None) -
     before = {id(m.config): (m.config, m.config._attn_implementation) for m in pretrained(model)}
     for config, _ in before.values():
         config._attn_implementation_internal = name
+    read_pages = model.register_forward_pre_hook(give_pages, with_kwargs=True) if pages else None
     try:
         yield
     finally:
+        if read_pages is not None:
+            read_pages.remove()
         for config, implementation in before.values():
             config._attn_implementation_internal = implementation
 
@@ -140,6 +149,7 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    tokenmill_pages: Pages | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of one layer, as transformers calls it.
@@ -164,6 +174,8 @@ def attention_forward(
         position_bias: broadcasts to ``[B, H, Sq, Sk]``, differentiable.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: where the sequences of a packed
             batch (B = 1) begin; they take the place of a mask.
+        tokenmill_pages: where the keys and values of these sequences are, in place of key and
+            value; within :func:`continuous_batching`.
         others: ignored, except what would change the result.
 
     Returns:
@@ -215,6 +227,11 @@ def attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal,
             position_bias=position_bias,
         )  # fmt: skip
+    if tokenmill_pages is not None:
+        assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
+        return attend_to_pages(
+            q, tokenmill_pages, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **options
+        ), None
     if cu_seq_lens_q is not None and position_bias is None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
