@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from build_backend import find_cutlass, find_torch
+from build_backend import check_platform, find_cutlass, find_torch
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -89,20 +89,6 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--install", str(build), *part])
         if prebuilt:
             shutil.copy(prebuilt, install / "_ops.so")
-
-
-def check_platform() -> None:
-    """Ends a build that cannot succeed in one line."""
-    if not sys.platform.startswith("linux"):
-        raise SystemExit(
-            f"tokenmill build: platform: kernels are built on Linux alone; got {sys.platform}"
-        )
-    named = os.environ.get("CXX", "").split()
-    if not any(shutil.which(name) for name in (*named, "c++", "g++", "clang++")):
-        raise SystemExit(
-            "tokenmill build: C++ compiler: none was found; install g++ 12 or later "
-            "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX"
-        )
 
 
 def cuda_options() -> dict[str, object]:

@@ -87,7 +87,22 @@ def wants_cuda() -> bool:
     )
 
 
+def check_platform() -> None:
+    """Ends a build that cannot succeed in one line."""
+    if not sys.platform.startswith("linux"):
+        raise SystemExit(
+            f"tokenmill build: platform: kernels are built on Linux alone; got {sys.platform}"
+        )
+    named = os.environ.get("CXX", "").split()
+    if not any(shutil.which(name) for name in (*named, "c++", "g++", "clang++")):
+        raise SystemExit(
+            "tokenmill build: C++ compiler: none was found; install g++ 12 or later "
+            "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX"
+        )
+
+
 def _requirements() -> list[str]:
+    check_platform()  # before anything is downloaded
     wanted = [] if find_torch() else [f"torch>={'.'.join(map(str, MIN_TORCH))}"]
     if wants_cuda() and not find_cutlass():
         wanted.append(CUTLASS_REQUIREMENT)

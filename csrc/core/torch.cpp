@@ -97,8 +97,8 @@ struct Taken {
       texts.push_back(torch::stable::detail::to<StringHandle>(slot));
       const char* data = nullptr;
       size_t length = 0;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(texts.back(), &length));
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(texts.back(), &data));
+      TORCH_ERROR_CODE_CHECK(torch_string_length(texts.back(), &length));
+      TORCH_ERROR_CODE_CHECK(torch_string_c_str(texts.back(), &data));
       a.text = {data, length};
     } else if (schema.kind == Kind::integer) {
       const auto given = value<int64_t>(slot, schema.optional);
