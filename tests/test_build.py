@@ -1,5 +1,6 @@
 """The source tree: which torch and CUTLASS the build backend takes, what the sdist holds, the
-rules of ci/rules and the chips for which ci/gpu builds. Runs in a source tree alone."""
+project that ci/hub writes, the rules of ci/rules and the chips for which ci/gpu builds. Runs in a
+source tree alone."""
 
 from __future__ import annotations
 
@@ -96,6 +97,21 @@ def test_an_explicit_cutlass_must_be_good(backend, monkeypatch, tmp_path):
     assert backend.find_cutlass() == tmp_path / "include"
 
 
+@pytest.mark.parametrize(
+    ("platform", "compiler", "line"),
+    [
+        ("darwin", "/usr/bin/c++", "platform: kernels are built on Linux alone; got darwin"),
+        ("win32", None, "platform: kernels are built on Linux alone; got win32"),
+        ("linux", None, r"C\+\+ compiler: none was found; install g\+\+ 12 or later"),
+    ],
+)
+def test_a_build_that_cannot_succeed_ends_in_a_line(backend, monkeypatch, platform, compiler, line):
+    monkeypatch.setattr(backend.sys, "platform", platform)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: compiler)
+    with pytest.raises(SystemExit, match=f"^tokenmill build: {line}"):
+        backend.get_requires_for_build_wheel()
+
+
 def git_files(*folders: str) -> list[str]:
     """Files of the tree as it stands, those of the next commit too."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
@@ -158,6 +174,31 @@ def script(name, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loader.exec_module(module)
     return module
+
+
+def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
+    """Each exists, each kernel for each instruction set and backend, each once for its backend."""
+    tomllib = pytest.importorskip("tomllib")  # CPython 3.11
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake writes the instances of CUDA kernels")
+    hub = script("hub", monkeypatch)
+    monkeypatch.setattr(hub, "PROJECT", tmp_path)
+    monkeypatch.delenv("TOKENMILL_OPS", raising=False)
+    hub.write_project()
+    build = tomllib.loads((tmp_path / "build.toml").read_text())
+    assert (tmp_path / "torch-ext" / build["general"]["name"] / "__init__.py").exists()
+    sources = {b: list(build["torch"]["src"]) for b in build["general"]["backends"]}
+    for kernel in build["kernel"].values():
+        sources[kernel["backend"]] += kernel["src"]
+    kernels = [p.relative_to(hub.ROOT / "csrc") for p in (hub.ROOT / "csrc").glob("*/*/cpu*.cpp")]
+    sets = {"baseline", "avx2", "avx512", "avx512_bf16"}
+    assert hub.instruction_sets().keys() == sets
+    for listed in sources.values():
+        assert len(listed) == len(set(listed))
+        assert not [s for s in listed if not (tmp_path / s).exists()]
+        assert {f"built/{isa}/{k}" for isa in sets for k in kernels} <= set(listed)
+    cuda = set(sources["cuda"]) - set(sources["cpu"])
+    assert cuda and all(s.endswith(".cu") for s in cuda)
 
 
 @pytest.fixture

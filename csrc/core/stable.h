@@ -9,6 +9,8 @@
 
 #if defined(TOKENMILL_EMULATED)
 #define TOKENMILL_NAMESPACE tokenmill_emulated
+#elif defined(TORCH_EXTENSION_NAME)  // of a build by kernel-builder (ci/hub)
+#define TOKENMILL_NAMESPACE TORCH_EXTENSION_NAME
 #else
 #define TOKENMILL_NAMESPACE tokenmill
 #endif
