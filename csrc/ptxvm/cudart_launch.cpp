@@ -94,7 +94,7 @@ PTXVM_EXPORT void __cudaRegisterManagedVar(void** handle, void** pointer, char*,
                                            int, size_t, int, int) {
   const std::lock_guard lock(runtime().mutex);
   auto* const loaded = reinterpret_cast<LoadedModule*>(handle);
-  Module* const module = loaded->open();
+  const Module* const module = loaded->open().module.get();
   if (!module) return;
   const auto found = module->variables.find(name);
   if (found != module->variables.end()) *pointer = found->second.memory;
@@ -218,7 +218,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   attributes->maxThreadsPerBlock =
       static_cast<int>(kernel.max_threads ? kernel.max_threads : kMaxThreadsPerBlock);
   attributes->numRegs = static_cast<int>(kernel.registers);
-  attributes->ptxVersion = kInstructionSet;
+  attributes->ptxVersion = static_cast<int>(device().newest_ptx);
   attributes->binaryVersion = device().major * 10 + device().minor;
   attributes->maxDynamicSharedSizeBytes = static_cast<int>(dynamic_shared_limit(kernel));
   return cudaSuccess;

@@ -108,10 +108,10 @@ cudaError_t find_variable(const void* symbol, const Variable*& variable) {
   const auto record = runtime().variables.find(symbol);
   if (record == runtime().variables.end())
     return refuse(cudaErrorInvalidSymbol, "no such variable is registered");
-  LoadedModule& loaded = *record->second.loaded;
+  const Image& image = record->second.loaded->open();
   const std::string& name = record->second.name;
-  Module* const module = loaded.open();
-  if (!module) return refuse(static_cast<cudaError_t>(loaded.error), name + ": " + loaded.report);
+  const Module* const module = image.module.get();
+  if (!module) return refuse(static_cast<cudaError_t>(image.error), name + ": " + image.report);
   const auto found = module->variables.find(name);
   if (found == module->variables.end() || !found->second.memory)
     return refuse(cudaErrorInvalidSymbol, name + ": the module has no such variable");

@@ -1,12 +1,9 @@
-// The devices that the machine can present. Whatever their limits, it executes the instructions of
-// compute capability 8.0.
+// The devices that the machine can present: limits, and the newest PTX that each takes.
 #pragma once
 #include <cstdint>
 #include <string>
 
 namespace ptxvm {
-
-constexpr int kInstructionSet = 80;  // the newest PTX that the machine takes from a binary
 
 // What no supported device has otherwise.
 constexpr uint32_t kMaxThreadsPerBlock = 1024;
@@ -15,6 +12,7 @@ constexpr uint32_t kMaxGridExtent[3] = {0x7fffffff, 65535, 65535};
 constexpr uint32_t kRegistersPerMultiprocessor = 65536;
 constexpr uint32_t kSharedPerBlock = 48 * 1024;  // bytes, without an attribute
 constexpr uint32_t kSharedReserved = 1024;       // bytes, by the system, per block
+constexpr uint32_t kMaxCluster = 16, kMaxPortableCluster = 8;  // blocks
 
 // CUDA C++ Programming Guide, technical specifications per compute capability.
 struct Device {
@@ -24,7 +22,10 @@ struct Device {
   uint32_t threads_per_multiprocessor, blocks_per_multiprocessor;
   uint32_t shared_per_multiprocessor;  // bytes
   uint32_t level2;                     // bytes
+  uint32_t newest_ptx;  // compute capability times 10
+  bool specific;        // takes PTX of its own architecture, compute_90a
   uint32_t shared_per_block() const { return shared_per_multiprocessor - kSharedReserved; }
+  bool has_clusters() const { return major >= 9; }
 };
 
 constexpr int kDevices = 5;

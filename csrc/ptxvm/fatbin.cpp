@@ -13,6 +13,7 @@ namespace {
 constexpr uint32_t kWrapperMagic = 0x466243b1;
 constexpr uint32_t kContainerMagic = 0xba55ed50;
 constexpr uint64_t kFlagLz4 = 0x2000, kFlagZstd = 0x8000;
+constexpr uint64_t kFlagSpecific = 0x100000;  // compute_90a: of this architecture alone
 
 struct Wrapper {
   uint32_t magic, version;
@@ -88,45 +89,74 @@ void read_registers(const std::string& image, std::map<std::string, uint32_t>& r
   }
 }
 
-}  // namespace
-
-FatBinary read_fat_binary(const void* pointer) {
-  FatBinary result;
+// Calls with each entry of the container and its data; false if it is no container.
+template <typename Visit>
+bool visit_entries(const void* pointer, Visit visit) {
   Wrapper wrapper;
   std::memcpy(&wrapper, pointer, sizeof wrapper);
   Container container;
-  if (wrapper.magic == kWrapperMagic) std::memcpy(&container, wrapper.data, sizeof container);
-  if (wrapper.magic != kWrapperMagic || container.magic != kContainerMagic) {
-    result.error = "the module's container is not one that the machine knows";
-    return result;
-  }
-  constexpr uint32_t kArchitecture = kInstructionSet;
-  uint32_t best_ptx = 0, best_elf = 0, other_ptx = 0;
+  if (wrapper.magic != kWrapperMagic) return false;
+  std::memcpy(&container, wrapper.data, sizeof container);
+  if (container.magic != kContainerMagic) return false;
   const char* at = wrapper.data + container.header_bytes;
   const char* const end = at + container.bytes;
   while (at + sizeof(Entry) <= end) {
     Entry entry;
     std::memcpy(&entry, at, sizeof entry);
-    const char* const data = at + entry.header_bytes;
-    const bool runs = entry.architecture <= kArchitecture;
-    if (entry.kind == Entry::ptx && !runs) other_ptx = entry.architecture;
-    if (entry.kind == Entry::ptx && runs && entry.architecture > best_ptx) {
-      best_ptx = entry.architecture;
+    visit(entry, at + entry.header_bytes);
+    at += entry.header_bytes + entry.payload_bytes;
+  }
+  return true;
+}
+
+// How well an entry suits the device; 0 if it does not run there.
+uint32_t rank(const Entry& entry) {
+  const bool specific = entry.flags & kFlagSpecific;
+  const bool runs = specific ? device().specific && entry.architecture == device().newest_ptx
+                             : entry.architecture <= device().newest_ptx;
+  return runs ? 2 * entry.architecture + specific : 0;
+}
+
+}  // namespace
+
+const void* place_of_ptx(const void* wrapper) {
+  const void* place = nullptr;
+  uint32_t best = 0;
+  visit_entries(wrapper, [&](const Entry& entry, const char* data) {
+    if (entry.kind != Entry::ptx || rank(entry) <= best) return;
+    best = rank(entry);
+    place = data;
+  });
+  return place;
+}
+
+FatBinary read_fat_binary(const void* wrapper) {
+  FatBinary result;
+  uint32_t best_elf = 0, other_ptx = 0;
+  const void* const place = place_of_ptx(wrapper);
+  const bool is_container = visit_entries(wrapper, [&](const Entry& entry, const char* data) {
+    if (entry.kind == Entry::ptx && !rank(entry)) other_ptx = entry.architecture;
+    if (data == place) {
       result.ptx = payload(entry, data, result.error);
       result.ptx.resize(std::strlen(result.ptx.c_str()));  // the payload is padded with zeros
     }
-    if (entry.kind == Entry::elf && runs && entry.architecture > best_elf) {
+    if (entry.kind == Entry::elf && rank(entry) > best_elf) {
       std::string ignored;
-      best_elf = entry.architecture;
+      best_elf = rank(entry);
       read_registers(payload(entry, data, ignored), result.registers);
     }
-    at = data + entry.payload_bytes;
+  });
+  if (!is_container) {
+    result.error = "the module's container is not one that the machine knows";
+    return result;
   }
+  const std::string newest = std::to_string(device().newest_ptx);
   if (result.ptx.empty() && result.error.empty())
-    result.error = "the module holds no PTX for compute_" + std::to_string(kArchitecture) +
-                   " or below" +
-                   (other_ptx ? ", only for compute_" + std::to_string(other_ptx) : "") +
-                   "; build it with -gencode arch=compute_80,code=compute_80";
+    result.error =
+        "the module holds no PTX for compute_" + newest + " or below" +
+        (other_ptx ? ", only for compute_" + std::to_string(other_ptx) : "") +
+        "; build it with -gencode arch=compute_" + (device().specific ? newest + "a" : "80") +
+        ",code=compute_" + (device().specific ? newest + "a" : "80");
   return result;
 }
 

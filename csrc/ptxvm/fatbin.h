@@ -12,7 +12,10 @@ struct FatBinary {
   std::map<std::string, uint32_t> registers;  // per kernel, of the machine code beside the PTX
 };
 
-// `wrapper` is what __cudaRegisterFatBinary gets.
+// Of the PTX that the device takes. `wrapper` is what __cudaRegisterFatBinary gets.
 FatBinary read_fat_binary(const void* wrapper);
+
+// Where the container holds that PTX: the same for devices that take the same. Null if it has none.
+const void* place_of_ptx(const void* wrapper);
 
 }  // namespace ptxvm

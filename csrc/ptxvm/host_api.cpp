@@ -116,7 +116,8 @@ void ptxvm_unregister_all(void) {
   // What the machine itself owns stays known.
   for (const auto& [base, bytes] : state.allocations) register_memory(base, bytes, true);
   for (const auto& loaded : state.modules)
-    if (loaded->module) register_variables(*loaded->module);
+    for (const auto& [place, image] : loaded->images)
+      if (image.module) register_variables(*image.module);
 }
 
 int ptxvm_configure(const char* settings) {

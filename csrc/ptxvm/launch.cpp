@@ -97,24 +97,28 @@ KernelRecord* Runtime::find(const void* function) {
   return nullptr;
 }
 
-Module* LoadedModule::open() {
-  if (!fat_binary) return module.get();
-  FatBinary binary = read_fat_binary(std::exchange(fat_binary, nullptr));
-  registers = std::move(binary.registers);
-  report = binary.error;
-  error = report.empty() ? cudaSuccess : cudaErrorInvalidKernelImage;
-  if (!error) try {
-      module = load_module(binary.ptx);
+Image& LoadedModule::open() {
+  const auto [entry, is_new] =
+      images.try_emplace(fat_binary ? place_of_ptx(fat_binary) : nullptr);
+  Image& image = entry->second;
+  // Devices for which there is nothing differ in the report.
+  if (!fat_binary || (!is_new && entry->first)) return image;
+  FatBinary binary = read_fat_binary(fat_binary);
+  image.registers = std::move(binary.registers);
+  image.report = binary.error;
+  image.error = image.report.empty() ? cudaSuccess : cudaErrorInvalidKernelImage;
+  if (!image.error) try {
+      image.module = load_module(binary.ptx);
     } catch (const Fault& fault) {
-      error = cudaErrorInvalidPtx;
-      report = fault.what();
+      image.error = cudaErrorInvalidPtx;
+      image.report = fault.what();
     }
-  return module.get();
+  return image;
 }
 
 LoadedModule* load(const std::string& ptx) {
   auto loaded = std::make_unique<LoadedModule>();
-  loaded->module = load_module(ptx);
+  loaded->images[nullptr].module = load_module(ptx);
   runtime().modules.push_back(std::move(loaded));
   return runtime().modules.back().get();
 }
@@ -165,16 +169,16 @@ uint32_t dynamic_shared_limit(const Kernel& kernel) {
 
 int prepare(KernelRecord* record) {
   if (!record) return fail(cudaErrorInvalidDeviceFunction, "no such kernel is registered");
-  if (!record->kernel) {
-    LoadedModule& loaded = *record->loaded;
-    Module* const module = loaded.open();
-    if (!module) return fail(loaded.error, record->name + ": " + loaded.report);
+  Image& image = record->loaded->open();
+  Module* const module = image.module.get();
+  if (!module) return fail(image.error, record->name + ": " + image.report);
+  if (!record->kernel || record->kernel->module != module) {
     const auto found = module->kernels.find(record->name);
     if (found == module->kernels.end())
       return fail(cudaErrorInvalidKernelImage, record->name + ": the module has no such kernel");
     record->kernel = found->second.get();
-    const auto registers = loaded.registers.find(record->name);
-    if (registers != loaded.registers.end()) record->kernel->registers = registers->second;
+    const auto registers = image.registers.find(record->name);
+    if (registers != image.registers.end()) record->kernel->registers = registers->second;
   }
   try {
     decode(*record->kernel);

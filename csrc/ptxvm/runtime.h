@@ -10,22 +10,28 @@
 
 namespace ptxvm {
 
-// A module is read when one of its kernels or variables is used first: a library may bring many.
-struct LoadedModule {
-  const void* fat_binary = nullptr;  // until it is read
+// What a fat binary holds for a device, or raw text for all.
+struct Image {
   std::unique_ptr<Module> module;
   int error = 0;  // a CUDA error, if there is no module
   std::string report;
   std::map<std::string, uint32_t> registers;
+};
 
-  Module* open();  // null if there is an error
+// An image is read when one of its kernels or variables is used first on a device: a library may
+// bring many.
+struct LoadedModule {
+  const void* fat_binary = nullptr;       // null: raw text
+  std::map<const void*, Image> images;    // by the place of their text
+
+  Image& open();  // of the device
 };
 
 // What a kernel handle points to.
 struct KernelRecord {
   LoadedModule* loaded;
   std::string name;
-  Kernel* kernel = nullptr;  // once it is used
+  Kernel* kernel = nullptr;  // of the device where it was used last
 };
 
 struct VariableRecord {
