@@ -22,7 +22,12 @@ int capability_of(const Statement& s) {
   const std::string& base = s.opcode[0];
   const bool brain = has_any(s, {"bf16", "bf16x2"});
   const bool memory = is_in(base, {"ld", "st", "atom", "red", "fence"});
-  if (base == "elect" || (memory && s.has("cluster"))) return 90;
+  if (is_in(base, {"elect", "stmatrix", "mapa", "getctarank", "griddepcontrol"}) ||
+      (memory && has_any(s, {"cluster", "shared::cluster", "async", "mbarrier_init"})) ||
+      (is_in(base, {"mbarrier", "barrier"}) && has_any(s, {"cluster", "shared::cluster"})) ||
+      (base == "cp" && s.has("bulk")) || (base == "prefetch" && s.has("tensormap")))
+    return 90;
+  if (base == "mbarrier" && has_any(s, {"try_wait", "expect_tx", "complete_tx"})) return 90;
   if (is_in(base, {"atom", "red"}) && (brain || has_any(s, {"v2", "v4", "v8"}))) return 90;
   if (brain && is_in(base, {"add", "sub", "mul", "set", "setp", "ex2", "tanh"})) return 90;
   if (is_in(base, {"add", "min", "max"}) && has_any(s, {"u16x2", "s16x2"})) return 90;
@@ -36,6 +41,9 @@ int capability_of(const Statement& s) {
 }  // namespace
 
 void check_capability(const Decoder& decoder, const Statement& statement) {
+  const std::string& base = statement.opcode[0];
+  if (is_in(base, {"wgmma", "setmaxnreg"}) && !device().specific)
+    decoder.fail(std::string("this form needs sm_90a; this is ") + device().name);
   const int needed = capability_of(statement), given = device().major * 10 + device().minor;
   if (given < needed)
     decoder.fail("this form needs sm_" + std::to_string(needed) + " or a newer device; this is " +

@@ -15,8 +15,10 @@ namespace {
 // these do not race with one another), and 1 + the warp or kSeveral. Two warps that meet in one
 // epoch had no barrier between them.
 constexpr int kEpochShift = 9;
+// A bulk copy in flight is a strong one, which no copy of cp.async is.
 constexpr uint32_t kUnset = 256, kCopying = 128, kStrong = 64, kWho = 63, kSeveral = 63;
-constexpr uint32_t kUnit = 64;  // bytes of the register file per entry of Warp::defined
+constexpr uint32_t kSettled = 0;  // as a stamp: written before every epoch
+constexpr uint32_t kUnit = 64;    // bytes of the register file per entry of Warp::defined
 
 bool is_strong(Access kind) { return kind >= Access::strong_read; }
 bool is_read(Access kind) { return kind == Access::read || kind == Access::strong_read; }
@@ -46,6 +48,9 @@ void explain(Warp& warp, const Instruction& instruction, uint64_t offset, int la
     const auto broke = [&](const char* rule, const std::string& what) {
       broke_rule(warp, instruction, lane, rule, what);
     };
+    if (writers[b] & kCopying && writers[b] & kStrong)
+      return broke("copy", act + " while a bulk copy of " + who(writers[b]) +
+                               " into it is in flight (its mbarrier has not completed)");
     if (writers[b] & kCopying)
       return broke("copy", act + " while a cp.async of " + who(writers[b]) +
                                " into it is in flight (no cp.async.wait_group or wait_all since)");
@@ -163,6 +168,59 @@ void copy_issued(Warp& warp, const Instruction& instruction, const AsyncCopy& co
 void copy_landed(Warp& warp, const AsyncCopy& copy) {
   uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
   std::fill_n(writers, copy.bytes, stamp(warp, Access::write));
+}
+
+void bulk_issued(Warp& warp, const Instruction& instruction, int lane, Block& target,
+                 uint32_t offset, uint32_t bytes) {
+  if (!target.shadow) return;
+  const bool own = &target == warp.block;
+  uint32_t* writers = target.shadow->writers.data();
+  for (uint32_t at = offset, size = 0; at < offset + bytes; at += size) {
+    size = at % 16 == 0 && at + 16 <= offset + bytes ? 16 : 1;
+    uint64_t offsets[kLanes];
+    offsets[lane] = at;
+    if (own) shadow_shared(warp, instruction, offsets, Mask{1} << lane, size, Access::write);
+    for (uint32_t b = at; b < at + size; ++b) {
+      if (!own && writers[b] & kCopying)
+        explain(warp, instruction, b, lane, 1, kSettled, true, false, writers + b,
+                target.shadow->readers.data() + b);
+      writers[b] = stamp(warp, Access::write) | kCopying | kStrong;
+    }
+  }
+}
+
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes) {
+  if (target.shadow) std::fill_n(target.shadow->writers.data() + offset, bytes, kSettled);
+}
+
+void bulk_read(Warp& warp, const Instruction& instruction, int lane, uint64_t offset,
+               uint32_t bytes) {
+  if (!warp.block->shadow) return;
+  const uint32_t mine = stamp(warp, Access::read);
+  const uint32_t* writers = warp.block->shadow->writers.data() + offset;
+  const uint32_t* readers = warp.block->shadow->readers.data() + offset;
+  for (uint32_t b = 0; b < bytes; ++b)
+    if (writers[b] & (kCopying | kUnset) || conflict(writers[b], mine))
+      return explain(warp, instruction, offset + b, lane, 1, mine, false, true, writers + b,
+                     readers + b);
+}
+
+void shadow_remote(Warp& warp, const Instruction& instruction, Block& target, uint64_t offset,
+                   int lane, uint32_t bytes, Access kind) {
+  uint32_t* writers = target.shadow->writers.data() + offset;
+  const uint32_t* readers = target.shadow->readers.data() + offset;
+  const bool writes = !is_read(kind), reads_now = kind == Access::atomic;
+  for (uint32_t b = 0; b < bytes; ++b)
+    if (writers[b] & kCopying || (reads_now && writers[b] & kUnset))
+      return explain(warp, instruction, offset, lane, bytes, kSettled, writes, reads_now, writers,
+                     readers);
+  if (writes) {
+    for (uint32_t b = 0; b < bytes; ++b)
+      writers[b] = kSettled | (stores_unset(warp, instruction, lane, b) ? kUnset : 0);
+  } else if (std::any_of(writers, writers + bytes, [](uint32_t w) { return w & kUnset; })) {
+    load_unset(warp, instruction, lane, static_cast<int>(bytes),
+               [&](int b) { return writers[b] & kUnset; });
+  }
 }
 
 void fence_executed(Warp& warp) {

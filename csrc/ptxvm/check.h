@@ -17,11 +17,26 @@ char* access(Warp&, const Instruction&, Space, uint64_t address, int lane, uint3
 // become those of the first lane in mask, so that reading them is harmless.
 void resolve(Warp&, const Instruction&, Space, uint64_t* addresses, Mask, uint32_t bytes, Access);
 
+// Bytes of global memory, any number of them, that must lie in one allocation.
+void require_global(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes,
+                    uint32_t alignment, Access);
+
 // An asynchronous copy into shared memory between its issue and the wait that completes it. Race
 // checks see a write at both ends and an error in every access between them. No-ops unless
 // checking.
 void copy_issued(Warp&, const Instruction&, const AsyncCopy&);
 void copy_landed(Warp&, const AsyncCopy&);
+
+// The same of a bulk copy into shared memory of a block of the cluster. Its source in shared memory
+// must hold values.
+void bulk_issued(Warp&, const Instruction&, int lane, Block& target, uint32_t offset,
+                 uint32_t bytes);
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes);
+void bulk_read(Warp&, const Instruction&, int lane, uint64_t offset, uint32_t bytes);
+
+// The block whose shared memory an address of Space::cluster names; the address becomes an offset
+// in it. A fault if there is none or if it has finished.
+Block& block_of(Warp&, const Instruction&, int lane, uint64_t& address);
 
 // A fence may belong to a synchronisation that the race check does not follow (a flag in memory):
 // what came before it is forgotten.
@@ -31,6 +46,10 @@ void fence_executed(Warp&);
 // counting.
 void count_request(Warp&, const Instruction&, Space, const uint64_t* addresses, Mask,
                    uint32_t bytes, Traffic);
+// Counts a bulk copy: contiguous bytes, read or written, of global and of shared memory.
+void count_bulk(uint32_t global_bytes, uint32_t shared_bytes);
+// Counts bytes of shared memory that wgmma reads as A, and as B once for the four warps.
+void count_operands(uint32_t a_bytes, uint32_t b_bytes);
 
 // Global allocations, as the host registers them. Unregistered memory faults.
 void register_memory(const void* base, size_t bytes, bool writable);
@@ -51,5 +70,12 @@ void barrier_released(Block&);
 void check_guard(Warp&, const Instruction&, Mask);
 void check_registers(Warp&, const Instruction&, Mask);
 void define_registers(Warp&, const Instruction&, Mask);
+
+// Registers of a wgmma, of which accumulators come first among the destinations: they hold no value
+// from the issue to the wait. lost: lanes that get none, per accumulator. No-ops unless checking.
+void missing_values(Warp&, const uint32_t* slots, int count, Mask* lost);
+void accumulators_issued(Warp&, const Instruction&, int count);
+void accumulators_landed(Warp&, const Instruction&, int count, bool accumulates, const Mask* lost);
+void accumulators_waited(Warp&, uint64_t keep);  // all groups but the last `keep`
 
 }  // namespace ptxvm

@@ -94,6 +94,7 @@ void decode_trap(Decoder& decoder, const Statement& statement, Instruction& inst
 // bar is barrier.aligned; the suffix .cta changes nothing.
 void decode_barrier(Decoder& decoder, const Statement& statement, Instruction& instruction) {
   const auto& operands = statement.operands;
+  if (statement.has("cluster")) return decode_cluster_barrier(decoder, statement, instruction);
   if (statement.has("warp")) {
     only(decoder, statement, {"warp", "sync"}, 1);
     decoder.read(operands[0], 32);

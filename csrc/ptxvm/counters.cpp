@@ -19,7 +19,9 @@ struct Requests {
 
 struct Totals {
   std::array<Requests, 5> global, shared;  // by Traffic
+  Requests bulk_global, bulk_shared;
   uint64_t local_requests = 0;
+  uint64_t a_bytes = 0, b_bytes = 0;  // operands of wgmma
 };
 Totals totals;
 std::vector<std::string> launches;
@@ -124,15 +126,15 @@ Class classify(const std::vector<std::string_view>& parts) {
   if (any_of(base, {"mov", "cvta"}) || (base == "ld" && (has("param") || has("const"))) ||
       (base == "st" && has("param")))
     return move;
-  if (base == "mma") return tensor;
-  if (any_of(base,
-             {"ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "membar", "fence", "prefetch",
-              "prefetchu", "discard", "applypriority", "createpolicy", "isspacep"}))
+  if (base == "mma" || (base == "wgmma" && has("mma_async"))) return tensor;
+  if (any_of(base, {"ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "membar", "fence",
+                    "prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "isspacep",
+                    "stmatrix", "mapa", "getctarank"}))
     return memory;
   if (any_of(base, {"shfl", "vote", "match", "redux", "activemask", "elect", "movmatrix"}))
     return warp;
-  if (any_of(base,
-             {"bra", "brx", "call", "ret", "exit", "bar", "barrier", "trap", "brkpt", "nanosleep"}))
+  if (any_of(base, {"bra", "brx", "call", "ret", "exit", "bar", "barrier", "trap", "brkpt",
+                    "nanosleep", "mbarrier", "wgmma", "setmaxnreg", "griddepcontrol"}))
     return control;
   if (any_of(base, {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "sin", "cos"}) ||
       (base == "div" && is_float(type)))
@@ -148,6 +150,10 @@ Class classify(const std::vector<std::string_view>& parts) {
 
 // Tensor-core time in units of one m16n8k16 of 16-bit operands.
 double mma_weight(const std::vector<std::string_view>& parts) {
+  if (parts[0] == "wgmma") {  // m64nNk..., of which a warp has a quarter
+    const std::string shape(parts[4]);
+    return std::stod(shape.substr(4)) / 8;
+  }
   for (const std::string_view part : parts) {
     if (part == "m16n8k32" || part == "m16n8k16" || part == "m16n8k8" || part == "m16n8k4") {
       const double k = std::stod(std::string(part.substr(6)));
@@ -167,15 +173,17 @@ std::string list(const uint32_t values[3]) {
   return "[" + text(values[0]) + ", " + text(values[1]) + ", " + text(values[2]) + "]";
 }
 
-std::string describe(const std::array<Requests, 5>& rows, const char* unit) {
+std::string describe(const char* name, const Requests& r, const char* unit) {
+  return std::string("\"") + name + "\": {\"requests\": " + text(r.requests) +
+         ", \"lanes\": " + text(r.lanes) + ", \"bytes\": " + text(r.bytes) + ", \"" + unit +
+         "\": " + text(r.units) + ", \"ideal\": " + text(r.ideal) + "}";
+}
+
+std::string describe(const std::array<Requests, 5>& rows, const Requests& bulk, const char* unit) {
   std::string json = "{";
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const Requests& r = rows[i];
-    json += std::string(i ? ", " : "") + "\"" + kTraffic[i] +
-            "\": {\"requests\": " + text(r.requests) + ", \"lanes\": " + text(r.lanes) +
-            ", \"bytes\": " + text(r.bytes) + ", \"" + unit + "\": " + text(r.units) +
-            ", \"ideal\": " + text(r.ideal) + "}";
-  }
+  for (size_t i = 0; i < rows.size(); ++i)
+    json += (i ? ", " : "") + describe(kTraffic[i], rows[i], unit);
+  if (bulk.requests) json += ", " + describe("bulk", bulk, unit);
   return json + "}";
 }
 
@@ -201,9 +209,29 @@ void count_request(Warp&, const Instruction&, Space space, const uint64_t* addre
             : window == kParamWindow ? Space::param
                                      : Space::global;
   }
-  if (space == Space::shared) count_shared(addresses, mask, bytes, traffic);
+  if (space == Space::shared || space == Space::cluster)
+    count_shared(addresses, mask, bytes, traffic);
   if (space == Space::global) count_global(addresses, mask, bytes, traffic);
   if (space == Space::local) ++totals.local_requests;
+}
+
+void count_bulk(uint32_t global_bytes, uint32_t shared_bytes) {
+  if (!options.count) return;
+  const auto add = [](Requests& r, uint64_t bytes, uint64_t unit) {
+    if (!bytes) return;
+    ++r.requests;
+    ++r.lanes;
+    r.bytes += bytes;
+    r.units += (bytes + unit - 1) / unit;
+    r.ideal += (bytes + unit - 1) / unit;
+  };
+  add(totals.bulk_global, global_bytes, kSectorBytes);
+  add(totals.bulk_shared, shared_bytes, kWaveBytes);
+}
+
+void count_operands(uint32_t a_bytes, uint32_t b_bytes) {
+  totals.a_bytes += a_bytes;
+  totals.b_bytes += b_bytes;
 }
 
 void start_counting(Kernel& kernel) {
@@ -258,9 +286,13 @@ void finish_counting(const Kernel& kernel, const uint32_t grid[3], const uint32_
     json += std::string(i ? ", " : "") + "\"" + kClasses[i] +
             "\": {\"instructions\": " + text(classes[i].issued) +
             ", \"lanes\": " + text(classes[i].active) + "}";
-  json += "}, \"shared\": " + describe(totals.shared, "waves") +
-          ", \"global\": " + describe(totals.global, "sectors") +
-          ", \"local_requests\": " + text(totals.local_requests) + ", \"opcodes\": {";
+  json += "}, \"shared\": " + describe(totals.shared, totals.bulk_shared, "waves") +
+          ", \"global\": " + describe(totals.global, totals.bulk_global, "sectors") +
+          ", \"local_requests\": " + text(totals.local_requests);
+  if (totals.b_bytes)
+    json += ", \"wgmma\": {\"a_bytes\": " + text(totals.a_bytes) +
+            ", \"b_bytes\": " + text(totals.b_bytes) + "}";
+  json += ", \"opcodes\": {";
   bool first = true;
   for (const auto& [opcode, row] : opcodes) {
     json += std::string(first ? "" : ", ") + "\"" + opcode +

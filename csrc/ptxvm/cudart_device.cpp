@@ -170,6 +170,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal) {
   properties->maxBlocksPerMultiProcessor = static_cast<int>(device.blocks_per_multiprocessor);
   properties->concurrentKernels = properties->unifiedAddressing = properties->managedMemory = 1;
   properties->cooperativeLaunch = 1;
+  properties->clusterLaunch = device.has_clusters();
   properties->l2CacheSize = static_cast<int>(device.level2);
   return cudaSuccess;
 }
@@ -248,16 +249,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMemoryPoolsSupported:
       *value = 1;
       break;
+    case cudaDevAttrClusterLaunch:
+      *value = properties.clusterLaunch;
+      break;
     default:
       *value = 0;
   }
-  return cudaSuccess;
-}
-
-PTXVM_EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned,
-                                                          unsigned long long,
-                                                          cudaDriverEntryPointQueryResult* result) {
-  *function = nullptr;
-  if (result) *result = cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

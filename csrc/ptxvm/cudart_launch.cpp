@@ -27,17 +27,17 @@ struct AtEnd {
 } at_end;
 
 cudaError_t launch_record(KernelRecord* record, dim3 grid, dim3 block, void** arguments,
-                          size_t dynamic_shared) {
+                          size_t dynamic_shared, const uint32_t* cluster = nullptr) {
   const uint32_t grid_size[3] = {grid.x, grid.y, grid.z};
   const uint32_t block_size[3] = {block.x, block.y, block.z};
   return static_cast<cudaError_t>(
-      launch_on_device(record, grid_size, block_size, dynamic_shared, arguments));
+      launch_on_device(record, grid_size, block_size, dynamic_shared, arguments, cluster));
 }
 
 cudaError_t launch_function(const void* function, dim3 grid, dim3 block, void** arguments,
-                            size_t dynamic_shared) {
+                            size_t dynamic_shared, const uint32_t* cluster = nullptr) {
   const std::lock_guard lock(runtime().mutex);
-  return launch_record(runtime().find(function), grid, block, arguments, dynamic_shared);
+  return launch_record(runtime().find(function), grid, block, arguments, dynamic_shared, cluster);
 }
 
 cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_t dynamic_shared) {
@@ -166,13 +166,13 @@ PTXVM_EXPORT cudaError_t cudaLaunchCooperativeKernel_ptsz(const void* function, 
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
+  uint32_t cluster[3] = {};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) {
-      const auto& cluster = attribute.val.clusterDim;
-      if (cluster.x * cluster.y * cluster.z != 1)
-        return refuse(cudaErrorNotSupported,
-                      "launch: clusters of more than one block need compute capability 9.0");
+      cluster[0] = attribute.val.clusterDim.x;
+      cluster[1] = attribute.val.clusterDim.y;
+      cluster[2] = attribute.val.clusterDim.z;
     }
     if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative)
       if (const auto error = check_cooperative(function, config->gridDim, config->blockDim,
@@ -180,7 +180,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
         return error;
   }
   return launch_function(function, config->gridDim, config->blockDim, arguments,
-                         config->dynamicSmemBytes);
+                         config->dynamicSmemBytes, cluster[0] ? cluster : nullptr);
 }
 
 PTXVM_EXPORT cudaError_t cudaLaunchKernelExC_ptsz(const cudaLaunchConfig_t* config,
@@ -193,8 +193,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (const auto error = finish()) return error;
   KernelRecord* const record = runtime().find(function);
   if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   Kernel& kernel = *record->kernel;
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) kernel.any_cluster = value != 0;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   const int limit =
       static_cast<int>(device().shared_per_block()) - static_cast<int>(kernel.static_shared);
   if (value < 0 || value > limit)
@@ -252,4 +253,25 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           int threads, size_t dynamic_shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads,
                                                                 dynamic_shared, 0);
+}
+
+// Clusters that the multiprocessors hold at a time, were they all of one processing cluster.
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
+                                           const cudaLaunchConfig_t* config) {
+  uint64_t blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      const auto& cluster = config->attrs[i].val.clusterDim;
+      blocks = std::max(uint64_t{cluster.x} * cluster.y * cluster.z, uint64_t{1});
+    }
+  int each = 0;
+  const dim3& shape = config->blockDim;
+  if (const auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+          &each, function, static_cast<int>(shape.x * shape.y * shape.z), config->dynamicSmemBytes))
+    return error;
+  const bool fits = device().has_clusters() && blocks <= kMaxCluster;
+  *clusters =
+      fits ? static_cast<int>(uint64_t{multiprocessors()} * static_cast<uint64_t>(each) / blocks)
+           : 0;
+  return cudaSuccess;
 }

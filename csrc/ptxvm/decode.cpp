@@ -314,6 +314,8 @@ const OpcodeTable& opcode_table() {
     add_memory(all);
     add_tensor(all);
     add_control(all);
+    add_cluster(all);
+    add_wgmma(all);
     return all;
   }();
   return table;
@@ -329,6 +331,7 @@ void decode_into(Kernel& kernel) {
   kernel.constants.clear();
   kernel.specials.clear();
   kernel.local_bytes = 0;
+  kernel.scratch = kNoSlot;
   state.decode_body(state.enter(function));
   Statement end;  // a body may end without ret
   end.line = function.statements.empty() ? function.line : function.statements.back().line;

@@ -52,6 +52,10 @@ void add_warp(OpcodeTable&);     // ops_warp.cpp: shfl, vote, match, redux, acti
 void add_memory(OpcodeTable&);   // ops_memory.cpp: ld, st, atom, red, cp.async, ldmatrix, fences
 void add_tensor(OpcodeTable&);   // ops_tensor.cpp: mma
 void add_control(OpcodeTable&);  // control.cpp: bra, ret, exit, bar, barrier, trap, call
+void add_cluster(OpcodeTable&);  // ops_cluster.cpp: mapa, getctarank, setmaxnreg, griddepcontrol
+void add_wgmma(OpcodeTable&);    // ops_wgmma.cpp
+
+void decode_cluster_barrier(Decoder&, const Statement&, Instruction&);  // ops_cluster.cpp
 
 // Fills in the code of a kernel, unless it is there already. Throws Fault.
 void decode(Kernel&);

@@ -215,10 +215,20 @@ void follow(const Step& step, Mask* values) {
     for (int i = 1; i < in.reads && i <= 8; ++i) values[i - 1] = step.missing_in(i);
     return;
   }
+  if (step.base == "stmatrix") {
+    step.require_sources(0, 1);
+    for (int i = 1; i < in.reads; ++i) values[i - 1] = step.missing_in(i);
+    return;
+  }
+  if (step.base == "wgmma") {  // descriptors and scale-d; the rest is for accumulators_landed
+    const bool has_registers = in.reads == in.writes + 6;
+    step.require_sources(has_registers ? in.reads - 2 : in.writes, in.reads);
+    return;
+  }
   if (in.control == Control::branch || in.control == Control::exit) return;
   if (in.control == Control::barrier || in.control == Control::indirect ||
       is_in(step.base, {"ld", "ldu", "ldmatrix", "atom", "red", "cp", "vote", "match", "redux",
-                        "nanosleep", "isspacep"})) {
+                        "nanosleep", "isspacep", "mbarrier"})) {
     step.require_sources(0, in.reads);
     return;
   }
@@ -257,8 +267,48 @@ void check_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   warp.undefined = undefined;
 }
 
+void missing_values(Warp& warp, const uint32_t* slots, int count, Mask* lost) {
+  for (int i = 0; i < count; ++i) lost[i] = warp.defined.empty() ? 0 : missing(warp, slots[i]);
+}
+
+void accumulators_issued(Warp& warp, const Instruction& instruction, int count) {
+  if (warp.defined.empty()) return;
+  for (int i = 0; i < count; ++i) {
+    const uint32_t slot = instruction.slots[i];
+    if (slot == kNoSlot) continue;
+    warp.flights.try_emplace(slot, Warp::Flight{defined(warp, slot), 0}).first->second.group =
+        warp.product_groups;
+    defined(warp, slot) = 0;
+    warp.origins[slot / kUnit] = &instruction;
+  }
+}
+
+void accumulators_landed(Warp& warp, const Instruction& instruction, int count, bool accumulates,
+                         const Mask* lost) {
+  if (warp.defined.empty()) return;
+  for (int i = 0; i < count; ++i) {
+    const auto flight = warp.flights.find(instruction.slots[i]);
+    if (flight == warp.flights.end()) continue;
+    Mask& settled = flight->second.settled;
+    settled = (accumulates ? settled : kFullMask) & ~lost[i];
+  }
+}
+
+void accumulators_waited(Warp& warp, uint64_t keep) {
+  std::erase_if(warp.flights, [&](const auto& flight) {
+    if (flight.second.group + keep >= warp.product_groups) return false;
+    defined(warp, flight.first) = flight.second.settled;
+    return true;
+  });
+}
+
 void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
+  if (!warp.flights.empty() && warp.flights.contains(instruction.slots[0]) &&
+      opcode_of(instruction).starts_with("wgmma")) {
+    warp.undefined.by = nullptr;
+    return;
+  }
   const bool all = warp.undefined.by != &instruction;
   for (int i = 0; i < instruction.writes; ++i) {
     const uint32_t slot = instruction.slots[i];

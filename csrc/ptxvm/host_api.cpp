@@ -53,6 +53,17 @@ void set_option(const std::string& name, const std::string& value) {
     if (!choose_device(value))
       throw Fault("ptxvm_configure: device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got " +
                   value);
+  } else if (name == "async") {
+    if (value == "latest") {
+      options.async = Options::Async::latest;
+    } else if (value == "earliest") {
+      options.async = Options::Async::earliest;
+    } else if (value.rfind("seed:", 0) == 0 &&
+               parse_literal(value.substr(5), 64, options.async_seed)) {
+      options.async = Options::Async::seeded;
+    } else {
+      throw Fault("ptxvm_configure: async: must be latest, earliest or seed:N; got " + value);
+    }
   } else if (name == "order") {
     if (value == "forward")
       options.order = Options::Order::forward;
@@ -78,8 +89,9 @@ void configure(const std::string& settings) {
 
 // PTXVM_CHECK=1 and so on: the same names in capitals.
 const bool configured = [] {
-  for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED",
-                           "RESIDENT_BLOCKS", "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT"}) {
+  for (const char* name :
+       {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED", "RESIDENT_BLOCKS", "FUEL",
+        "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;

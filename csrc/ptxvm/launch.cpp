@@ -82,6 +82,30 @@ Refusal check_shape(const Kernel& kernel, const uint32_t grid[3], const uint32_t
   return {};
 }
 
+Refusal check_cluster(const Kernel& kernel, const uint32_t grid[3], const uint32_t cluster[3]) {
+  const uint32_t blocks = cluster[0] * cluster[1] * cluster[2];
+  if (blocks == 1) return {};
+  if (!device().has_clusters())
+    return {cudaErrorNotSupported,
+            "clusters of more than one block need compute capability 9.0; this is " +
+                std::string(device().name)};
+  if (kernel.cluster[0] && !std::equal(cluster, cluster + 3, kernel.cluster))
+    return {cudaErrorInvalidClusterSize, "the kernel requires clusters of " +
+                                             extent(kernel.cluster) + "; got " + extent(cluster)};
+  const uint32_t limit = kernel.any_cluster ? kMaxCluster : kMaxPortableCluster;
+  if (blocks == 0 || blocks > limit)
+    return {
+        cudaErrorInvalidClusterSize,
+        "a cluster has from 1 to " + std::to_string(limit) + " blocks" +
+            (kernel.any_cluster ? "" : " without cudaFuncAttributeNonPortableClusterSizeAllowed") +
+            "; got " + extent(cluster)};
+  for (int i = 0; i < 3; ++i)
+    if (grid[i] % cluster[i])
+      return {cudaErrorInvalidClusterSize,
+              "grid " + extent(grid) + " must be a multiple of the cluster " + extent(cluster)};
+  return {};
+}
+
 }  // namespace
 
 Runtime& runtime() {
@@ -98,8 +122,7 @@ KernelRecord* Runtime::find(const void* function) {
 }
 
 Image& LoadedModule::open() {
-  const auto [entry, is_new] =
-      images.try_emplace(fat_binary ? place_of_ptx(fat_binary) : nullptr);
+  const auto [entry, is_new] = images.try_emplace(fat_binary ? place_of_ptx(fat_binary) : nullptr);
   Image& image = entry->second;
   // Devices for which there is nothing differ in the report.
   if (!fat_binary || (!is_new && entry->first)) return image;
@@ -189,10 +212,10 @@ int prepare(KernelRecord* record) {
 }
 
 int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
-                     size_t dynamic_shared, void** arguments) {
+                     size_t dynamic_shared, void** arguments, const uint32_t* cluster) {
   const std::lock_guard lock(runtime().mutex);
   if (device_fault) return device_fault;
-  const int error = launch(record, grid, block, dynamic_shared, arguments);
+  const int error = launch(record, grid, block, dynamic_shared, arguments, cluster);
   if (error == cudaErrorLaunchFailure || error == cudaErrorAssert) {
     device_fault = error;
     device_report = thread_report;
@@ -201,11 +224,15 @@ int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_
 }
 
 int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
-           size_t dynamic_shared, void** arguments) {
+           size_t dynamic_shared, void** arguments, const uint32_t* cluster) {
   const std::lock_guard lock(runtime().mutex);
   if (const int error = prepare(record)) return error;
   Kernel& kernel = *record->kernel;
   if (const Refusal refusal = check_shape(kernel, grid, block, dynamic_shared); refusal.error)
+    return fail(refusal.error, kernel.name + ": launch: " + refusal.rule);
+  const uint32_t alone[3] = {1, 1, 1};
+  if (!cluster) cluster = kernel.cluster[0] ? kernel.cluster : alone;
+  if (const Refusal refusal = check_cluster(kernel, grid, cluster); refusal.error)
     return fail(refusal.error, kernel.name + ": launch: " + refusal.rule);
   std::vector<char> parameters(kernel.parameter_bytes + 16);
   for (size_t i = 0; i < kernel.parameters.size(); ++i)
@@ -215,6 +242,7 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   run.kernel = &kernel;
   std::copy_n(grid, 3, run.grid);
   std::copy_n(block, 3, run.block);
+  std::copy_n(cluster, 3, run.cluster);
   run.dynamic_shared = static_cast<uint32_t>(dynamic_shared);
   run.parameters = parameters.data();
   const DefaultRounding rounding;

@@ -16,7 +16,8 @@ namespace ptxvm {
 constexpr int kLanes = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 constexpr uint32_t kNoSlot = 0xffffffffu;
-using Mask = uint32_t;  // one bit per lane
+constexpr uint32_t kScratchBytes = 7 * 4 * kLanes;  // ops_wgmma.cpp: fragments of A and B, zeros
+using Mask = uint32_t;                              // one bit per lane
 
 // A program that the machine refuses, or a kernel that broke a rule. What it says names kernel, PTX
 // line and instruction text; thrown through the launch, which turns it into a CUDA error.
@@ -47,6 +48,7 @@ enum class Control : uint8_t {
   barrier,   // bar, barrier: blocks the warp until the barrier releases it
   converge,  // waits for all live lanes named by the member mask in slot `member` (kNoSlot: the
              // whole warp, the .aligned instructions), then runs once for all of them
+  await,     // lanes that the handler leaves in Warp::asleep run it again when something wakes them
 };
 
 struct Instruction {
@@ -68,11 +70,15 @@ struct Instruction {
 };
 
 // Address spaces. A generic address is a host pointer (global), or lies in one of these windows.
-enum class Space : uint8_t { generic, global, shared, local, param, constant };
+// Shared memory of other blocks of the cluster (Space::cluster) has their rank + 1 above the
+// offset.
+enum class Space : uint8_t { generic, global, shared, local, param, constant, cluster };
 constexpr uint64_t kSharedWindow = uint64_t{1} << 60;
 constexpr uint64_t kLocalWindow = uint64_t{2} << 60;
 constexpr uint64_t kParamWindow = uint64_t{3} << 60;
 constexpr uint64_t kWindowMask = uint64_t{0xf} << 60;
+constexpr int kRankShift = 24;  // of addresses in shared memory; 0 in the bits above: the own block
+constexpr uint64_t kRankMask = 0x1f;
 
 struct Parameter {
   std::string name;
@@ -102,6 +108,9 @@ struct Kernel {
   uint32_t parameter_bytes = 0;
   uint32_t max_threads = 0;                    // .maxntid, 0 if none
   uint32_t required[3] = {};                   // .reqntid, 0 if none
+  uint32_t cluster[3] = {};                    // .reqnctapercluster, 0 if none
+  bool any_cluster = false;                    // by attribute: of more than 8 blocks too
+  uint32_t min_blocks = 1;                     // .minnctapersm
   uint32_t static_shared = 0;                  // bytes
   uint32_t dynamic_offset = 0;                 // of .extern .shared
   uint32_t local_bytes = 0;                    // per lane
@@ -112,6 +121,7 @@ struct Kernel {
   std::vector<char> texts;                     // of all instructions
   std::vector<std::vector<uint32_t>> tables;   // targets of indirect branches
   uint32_t file_bytes = 0;                     // size of one warp's register file
+  uint32_t scratch = kNoSlot;                  // of kScratchBytes, where a kernel has wgmma
   struct Constant {  // slots filled before the first instruction: immediates and addresses
     uint32_t slot;
     int bits;
@@ -133,7 +143,7 @@ struct Group {
   uint32_t pc;
   Mask mask;
   enum class Wait : uint8_t { none, barrier, converge, sleep } wait = Wait::none;
-  uint32_t barrier = 0;
+  uint32_t barrier = 0;  // or what a sleeping group waits for, of async.h
 };
 
 // A pending cp.async copy of one lane.
@@ -143,6 +153,8 @@ struct AsyncCopy {
   uint8_t bytes, source_bytes, lane;
   uint32_t group;
   const Instruction* from;
+  uint32_t number;      // among those of the warp
+  bool landed = false;  // the data is there, though nothing says so yet
 };
 
 // Check mode: what the instruction that runs does with values that were never set.
@@ -152,6 +164,8 @@ struct Undefined {
   Mask loaded = 0;                      // lanes that read memory that was never written (ldmatrix)
   Mask values[8] = {};                  // per destination, or per value that is stored
 };
+
+struct Product;  // ops_wgmma.cpp: a wgmma that has not taken effect
 
 struct Warp {
   char* file;  // registers
@@ -164,7 +178,24 @@ struct Warp {
   Mask carry = 0;      // CC.CF, the condition code of add.cc and its kin
   std::vector<Group> others;
   std::vector<AsyncCopy> copies;
+  uint32_t copies_issued = 0;
   uint32_t copy_groups[kLanes] = {};  // commit_group instructions executed per lane
+  uint32_t bulk_groups[kLanes] = {};  // the same of cp.async.bulk
+  Mask asleep = 0;                    // lanes for which the handler that ran must wait ...
+  uint32_t asleep_for = 0;            // ... and what for, of async.h
+  Mask timed_out = 0;                 // lanes whose wait must end without what they waited for
+  uint32_t polls = 0;                 // mbarrier.test_wait that found nothing
+  Mask cluster_arrived = 0, cluster_phase = 0;  // at barrier.cluster, and in which of two phases
+  uint32_t registers = 0;                       // per lane, by setmaxnreg
+  std::vector<std::shared_ptr<Product>> products;
+  // Check mode: slots that products which nothing has waited for write; lanes that will hold a
+  // value after those that have landed, and the group of the last.
+  struct Flight {
+    Mask settled;
+    uint32_t group;
+  };
+  std::map<uint32_t, Flight> flights;
+  uint32_t product_groups = 0;  // wgmma.commit_group executed
   // Check mode: lanes of each 64-byte unit of the file that hold a value, and where the others lost
   // theirs (null: they never had one).
   std::vector<Mask> defined;
@@ -173,6 +204,7 @@ struct Warp {
 };
 
 struct SharedShadow;  // check.cpp: readers, writers and initialised bytes of shared memory
+struct Cluster;       // async.h
 
 struct Block {
   const Kernel* kernel;
@@ -184,6 +216,8 @@ struct Block {
   char* local;  // threads x local_bytes
   const char* parameters;
   std::vector<Warp> warps;
+  Cluster* cluster;
+  uint32_t rank = 0;                     // in the cluster
   uint32_t exited = 0;                   // threads
   uint32_t epoch = 1;                    // counts releases of barriers
   std::shared_ptr<SharedShadow> shadow;  // check mode
@@ -224,6 +258,9 @@ struct Options {
   uint32_t resident_blocks = 8;  // blocks that run interleaved
   uint32_t fuel = 20000;         // instructions before another warp gets its turn (seeded: at most)
   uint64_t watchdog = 4000;      // million instructions without a finished block that mean a hang
+  // When what is asynchronous takes effect, between its issue and the wait that orders it.
+  enum class Async : uint8_t { latest, earliest, seeded } async = Async::latest;
+  uint64_t async_seed = 0;
 };
 extern Options options;
 

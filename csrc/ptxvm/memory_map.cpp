@@ -5,6 +5,7 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "ptxvm/async.h"
 #include "ptxvm/check.h"
 #include "ptxvm/shadow.h"
 
@@ -121,6 +122,7 @@ std::string describe_global(uint64_t address, uint32_t bytes, Access kind) {
 const char* space_name(Space space) {
   switch (space) {
     case Space::shared:
+    case Space::cluster:
       return "shared";
     case Space::local:
       return "local";
@@ -136,8 +138,10 @@ const char* space_name(Space space) {
 // The window decides for generic addresses; a variable of a call's parameters lies in local memory.
 Space real_space(Space space, uint64_t address) {
   const uint64_t window = address & kWindowMask;
+  const Space shared = address >> kRankShift & kRankMask ? Space::cluster : Space::shared;
+  if (space == Space::cluster) return shared;
   if (space == Space::generic)
-    return window == kSharedWindow  ? Space::shared
+    return window == kSharedWindow  ? shared
            : window == kLocalWindow ? Space::local
            : window == kParamWindow ? Space::param
                                     : Space::global;
@@ -158,7 +162,42 @@ Place windowed(Warp& warp, Space space, int lane) {
   return {block.local + bytes * (warp.index * kLanes + lane), bytes};
 }
 
+std::string beyond(uint64_t offset, uint32_t bytes, uint64_t extent) {
+  return offset + bytes > extent ? format(" bytes, the access ends %" PRIu64 " bytes past its end",
+                                          offset + bytes - extent)
+                                 : std::string(" bytes");
+}
+
+char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t address, int lane,
+                     uint32_t bytes, Access kind) {
+  Block& target = block_of(warp, instruction, lane, address);
+  if (address + bytes > target.shared_bytes)
+    fault(warp, instruction, lane,
+          format("%s of %u bytes at shared address 0x%" PRIx64
+                 " of block %u of the cluster: its shared memory has %u",
+                 verb(kind), bytes, address, target.rank, target.shared_bytes) +
+              beyond(address, bytes, target.shared_bytes));
+  if (target.shadow) shadow_remote(warp, instruction, target, address, lane, bytes, kind);
+  return target.shared + address;
+}
+
 }  // namespace
+
+Block& block_of(Warp& warp, const Instruction& instruction, int lane, uint64_t& address) {
+  const uint64_t rank = address >> kRankShift & kRankMask;
+  address &= (uint64_t{1} << kRankShift) - 1;
+  if (!rank) return *warp.block;
+  const Cluster& cluster = *warp.block->cluster;
+  if (rank > cluster.blocks.size())
+    fault(warp, instruction, lane,
+          format("block %u of a cluster of %u", static_cast<unsigned>(rank - 1),
+                 static_cast<unsigned>(cluster.blocks.size())));
+  Block& block = *cluster.blocks[rank - 1];
+  if (block.exited == block.threads)
+    fault(warp, instruction, lane,
+          format("shared memory of block %u of the cluster, which has finished", block.rank));
+  return block;
+}
 
 void register_memory(const void* base, size_t bytes, bool can_write) {
   allocations.push_back({{reinterpret_cast<uint64_t>(base), bytes}, can_write});
@@ -187,6 +226,16 @@ Where locate(const void* base, size_t bytes, Access kind) {
   return Where::outside;
 }
 
+void require_global(Warp& warp, const Instruction& instruction, int lane, uint64_t address,
+                    uint32_t bytes, uint32_t alignment, Access kind) {
+  if (address % alignment)
+    fault(warp, instruction, lane,
+          format("misaligned %s: global address 0x%" PRIx64 " is not a multiple of %u bytes",
+                 verb(kind), address, alignment));
+  if (!reachable(kind).find(address, bytes))
+    fault(warp, instruction, lane, describe_global(address, bytes, kind));
+}
+
 char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t address, int lane,
              uint32_t bytes, Access kind) {
   space = real_space(space, address);
@@ -194,6 +243,7 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
     fault(warp, instruction, lane,
           format("misaligned %s: %s address 0x%" PRIx64 " is not a multiple of %u bytes",
                  verb(kind), space_name(space), address, bytes));
+  if (space == Space::cluster) return access_cluster(warp, instruction, address, lane, bytes, kind);
   if (space == Space::global || space == Space::constant) {
     if (!reachable(kind).find(address, bytes))
       fault(warp, instruction, lane, describe_global(address, bytes, kind));
@@ -233,7 +283,7 @@ void resolve(Warp& warp, const Instruction& instruction, Space space, uint64_t* 
       begin = host = extent->begin;
       size = extent->bytes;
     }
-  } else if (real != Space::local) {
+  } else if (real != Space::local && real != Space::cluster) {
     const Place place = windowed(warp, real, first);
     host = reinterpret_cast<uint64_t>(place.host);
     size = place.bytes;

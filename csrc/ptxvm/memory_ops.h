@@ -8,9 +8,18 @@
 
 namespace ptxvm {
 
-void add_atomics(OpcodeTable&);  // ops_atomic.cpp
-void add_copies(OpcodeTable&);   // ops_copy.cpp: cp.async, ldmatrix
-void add_hints(OpcodeTable&);    // ops_hints.cpp: fences, prefetches, isspacep
+void add_atomics(OpcodeTable&);   // ops_atomic.cpp
+void add_copies(OpcodeTable&);    // ops_copy.cpp: cp.async
+void add_matrices(OpcodeTable&);  // ops_matrix.cpp: ldmatrix, stmatrix, movmatrix
+void add_hints(OpcodeTable&);     // ops_hints.cpp: fences, prefetches, isspacep
+void add_mbarrier(OpcodeTable&);
+
+// Of cp, by the words behind cp.async: mbarrier (ops_mbarrier.cpp) and bulk (ops_bulk.cpp).
+void decode_copy_arrive(Decoder&, const Statement&, Instruction&);
+void decode_bulk(Decoder&, const Statement&, Instruction&);
+
+// An 8 x 8 matrix of 16-bit elements, row after row.
+void transpose(const uint16_t* from, uint16_t* to);
 
 // Bits of Instruction::flags; Instruction::variant is the Space.
 constexpr uint8_t kWide = 1;     // the base register of the address has 64 bits

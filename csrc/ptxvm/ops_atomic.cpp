@@ -151,8 +151,9 @@ Handler vectors(int vector) {
 Handler pick_add(const std::string& type, int vector, Space space) {
   if (type == "f32" && space == Space::generic && vector == 1) return add_generic_float<1>;
   if (type == "f32")
-    return space == Space::shared ? vectors<float, AddFloat<false>>(vector)
-                                  : vectors<float, AddFloat<true>>(vector);
+    return space == Space::shared || space == Space::cluster
+               ? vectors<float, AddFloat<false>>(vector)
+               : vectors<float, AddFloat<true>>(vector);
   if (type == "f16") return vectors<Half, AddHalf<Half>>(vector);
   if (type == "bf16") return vectors<BFloat, AddHalf<BFloat>>(vector);
   if (type == "f16x2") return vectors<Pair<Half>, AddPair<Half>>(vector);
@@ -208,9 +209,10 @@ void decode_atomic(Decoder& decoder, const Statement& statement, Instruction& in
   const bool half = words.type.find("f16") != std::string::npos;
   if (statement.has("noftz") != half)
     decoder.fail(".noftz belongs to f16 and bf16 types, and to no other");
-  if (words.space != Space::generic && words.space != Space::global && words.space != Space::shared)
+  if (words.space != Space::generic && words.space != Space::global &&
+      words.space != Space::shared && words.space != Space::cluster)
     decoder.fail("atomics need global, shared or generic addresses");
-  if (words.vector > 1 && words.space == Space::shared)
+  if (words.vector > 1 && (words.space == Space::shared || words.space == Space::cluster))
     decoder.fail("vector atomics need global addresses");
   in.run = pick(op, words.type, words.vector, words.space);
   if (!in.run || (!returns && (op == "exch" || op == "cas")))

@@ -1,11 +1,9 @@
-// cp.async and ldmatrix. A copy takes effect only at the wait that completes it, which is the
-// latest moment that PTX allows: a kernel that reads too early reads what was there before.
+// cp.async. A copy takes effect only at the wait that completes it, which is the latest moment that
+// PTX allows: a kernel that reads too early reads what was there before. Options::async chooses
+// other moments.
 #include <algorithm>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
+#include "ptxvm/async.h"
 #include "ptxvm/memory_ops.h"
 #include "ptxvm/parse.h"
 
@@ -13,6 +11,20 @@ namespace ptxvm {
 namespace {
 
 constexpr uint8_t kIgnoreSource = 8, kIgnoreNegated = 16, kSourceSize = 32, kSourceWide = 64;
+
+void move(const Warp& warp, AsyncCopy& copy) {
+  if (copy.landed) return;
+  char* to = warp.block->shared + copy.destination;
+  std::memcpy(to, reinterpret_cast<const void*>(copy.source), copy.source_bytes);
+  std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+  copy.landed = true;
+}
+
+void move_some(Warp& warp) {
+  if (options.async != Options::Async::seeded) return;
+  for (AsyncCopy& copy : warp.copies)
+    if (warp.block->cluster->random.below(4) == 0) move(warp, copy);
+}
 
 uint64_t shared_offset(uint64_t address) { return address & ~kWindowMask; }
 
@@ -86,35 +98,41 @@ void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
                          static_cast<uint8_t>(sizes[i]),
                          static_cast<uint8_t>(i),
                          warp.copy_groups[i],
-                         &in};
+                         &in,
+                         warp.copies_issued};
     if (warp.block->shadow) copy_issued(warp, in, copy);
     warp.copies.push_back(copy);
+    if (options.async == Options::Async::earliest) move(warp, warp.copies.back());
   }
+  ++warp.copies_issued;
+  move_some(warp);
 }
 
 void commit_copies(Warp& warp, const Instruction&, Mask mask) {
+  move_some(warp);
   for (int i = 0; i < kLanes; ++i) warp.copy_groups[i] += mask >> i & 1;
 }
 
-void land(Warp& warp, const AsyncCopy& copy) {
-  char* to = warp.block->shared + copy.destination;
-  std::memcpy(to, reinterpret_cast<const void*>(copy.source), copy.source_bytes);
-  std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
-  if (warp.block->shadow) copy_landed(warp, copy);
+template <typename Choose>
+void land_chosen(Warp& warp, Choose choose) {
+  auto kept = warp.copies.begin();
+  for (AsyncCopy& copy : warp.copies) {
+    if (!choose(copy)) {
+      *kept++ = copy;
+      continue;
+    }
+    move(warp, copy);
+    if (warp.block->shadow) copy_landed(warp, copy);
+  }
+  warp.copies.erase(kept, warp.copies.end());
 }
 
 // Completes the copies of the lanes in mask but those of their last `offset` groups.
 void wait_copies(Warp& warp, const Instruction& in, Mask mask) {
   const uint64_t keep = static_cast<uint64_t>(in.offset);
-  auto kept = warp.copies.begin();
-  for (const AsyncCopy& copy : warp.copies) {
-    const bool done = mask >> copy.lane & 1 && copy.group + keep < warp.copy_groups[copy.lane];
-    if (done)
-      land(warp, copy);
-    else
-      *kept++ = copy;
-  }
-  warp.copies.erase(kept, warp.copies.end());
+  land_chosen(warp, [&](const AsyncCopy& copy) {
+    return mask >> copy.lane & 1 && copy.group + keep < warp.copy_groups[copy.lane];
+  });
 }
 
 void wait_all_copies(Warp& warp, const Instruction& in, Mask mask) {
@@ -125,7 +143,12 @@ void wait_all_copies(Warp& warp, const Instruction& in, Mask mask) {
 void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   const auto& operands = statement.operands;
-  if (parts.size() < 3 || parts[1] != "async") decoder.fail("only cp.async is known of cp");
+  const bool reduces = parts.size() > 4 && parts[1] == "reduce";
+  if (parts.size() < 3 || (parts[1] != "async" && !reduces))
+    decoder.fail("only cp.async and cp.reduce.async are known of cp");
+  if (parts[2 + reduces] == "bulk") return decode_bulk(decoder, statement, in);
+  if (reduces) decoder.fail("unknown form of cp.reduce");
+  if (parts[2] == "mbarrier") return decode_copy_arrive(decoder, statement, in);
   if (parts[2] == "commit_group" || parts[2] == "wait_all" || parts[2] == "wait_group") {
     const bool counted = parts[2] == "wait_group";
     if (parts.size() != 3 || operands.size() != counted) decoder.fail("malformed");
@@ -166,113 +189,14 @@ void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
   in.run = issue_copy;
 }
 
-// An 8 x 8 matrix of 16-bit elements, row after row.
-void transpose(const uint16_t* from, uint16_t* to) {
-#if defined(__SSE2__)
-  __m128i rows[8], pairs[8], quads[8];
-  for (int i = 0; i < 8; ++i)
-    rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i));
-  for (int i = 0; i < 4; ++i) {
-    pairs[2 * i] = _mm_unpacklo_epi16(rows[2 * i], rows[2 * i + 1]);
-    pairs[2 * i + 1] = _mm_unpackhi_epi16(rows[2 * i], rows[2 * i + 1]);
-  }
-  for (int i = 0; i < 2; ++i)
-    for (int j = 0; j < 2; ++j) {
-      quads[4 * i + 2 * j] = _mm_unpacklo_epi32(pairs[4 * i + j], pairs[4 * i + 2 + j]);
-      quads[4 * i + 2 * j + 1] = _mm_unpackhi_epi32(pairs[4 * i + j], pairs[4 * i + 2 + j]);
-    }
-  for (int i = 0; i < 4; ++i) {
-    auto* out = reinterpret_cast<__m128i*>(to + 16 * i);
-    _mm_storeu_si128(out, _mm_unpacklo_epi64(quads[i], quads[4 + i]));
-    _mm_storeu_si128(out + 1, _mm_unpackhi_epi64(quads[i], quads[4 + i]));
-  }
-#else
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) to[8 * i + j] = from[8 * j + i];
-#endif
-}
-
-// From the lanes whose rows hold no value to those that get elements of these rows.
-template <int count, bool transposes>
-void spread_rows(Undefined& undefined) {
-  for (int i = 0; i < 8 * count; ++i) {
-    if (!(undefined.loaded >> i & 1)) continue;
-    const int row = i % 8;
-    undefined.values[i / 8] |= transposes ? Mask{0x11111111} << (row / 2) : Mask{0xf} << (4 * row);
-  }
-  undefined.loaded = 0;
-}
-
-// Lane 8j + r holds the address of row r of matrix j; row r goes to lanes 4r to 4r + 3 of register
-// j, two elements each, of the matrix or of its transpose.
-template <int count, bool transposes>
-void load_matrices(Warp& warp, const Instruction& in, Mask mask) {
-  if (mask != kFullMask)
-    fault(warp, in, __builtin_ctz(~mask), "ldmatrix without all 32 lanes of the warp");
-  alignas(64) uint64_t addresses[kLanes];
-  lane_addresses(warp, in.slots[count], in.offset, in.flags & kWide, addresses);
-  constexpr Mask rows = kFullMask >> (kLanes - 8 * count);
-  if (options.count) count_request(warp, in, Space::shared, addresses, rows, 16, Traffic::matrix);
-  resolve(warp, in, space_of(in), addresses, rows, 16, Access::read);
-  if (warp.undefined.by == &in) spread_rows<count, transposes>(warp.undefined);
-  alignas(64) uint16_t values[count][64];
-  for (int j = 0; j < count; ++j) {
-    alignas(64) uint16_t matrix[64];
-    uint16_t* plain = transposes ? matrix : values[j];
-    for (int r = 0; r < 8; ++r)
-      std::memcpy(plain + 8 * r, reinterpret_cast<const void*>(addresses[8 * j + r]), 16);
-    if (transposes) transpose(matrix, values[j]);
-  }
-  for (int j = 0; j < count; ++j)
-    if (in.slots[j] != kNoSlot)
-      std::memcpy(lanes<uint32_t>(warp, in.slots[j]), values[j], sizeof values[j]);
-}
-
-void decode_ldmatrix(Decoder& decoder, const Statement& statement, Instruction& in) {
-  const Words words =
-      read_words(decoder, statement, {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans"});
-  const int count = statement.has("x4") ? 4 : statement.has("x2") ? 2 : 1;
-  if (words.type != "b16" || !statement.has("m8n8") || !statement.has("sync") ||
-      !statement.has("aligned") || (words.space != Space::shared && words.space != Space::generic))
-    decoder.fail("unknown form of ldmatrix");
-  if (statement.operands.size() != 2) decoder.fail("wrong number of operands");
-  const auto values = Decoder::elements(statement.operands[0]);
-  if (values.size() != static_cast<size_t>(count))
-    decoder.fail("the vector of registers does not have the size of the opcode");
-  for (const std::string& value : values) decoder.write(value, 32);
-  read_memory_operand(decoder, statement.operands[1], words, in);
-  in.control = Control::converge;
-  const bool transposes = statement.has("trans");
-  in.run = count == 4   ? (transposes ? load_matrices<4, true> : load_matrices<4, false>)
-           : count == 2 ? (transposes ? load_matrices<2, true> : load_matrices<2, false>)
-                        : (transposes ? load_matrices<1, true> : load_matrices<1, false>);
-}
-
-void move_matrix(Warp& warp, const Instruction& in, Mask mask) {
-  if (mask != kFullMask)
-    fault(warp, in, __builtin_ctz(~mask), "movmatrix without all 32 lanes of the warp");
-  alignas(64) uint16_t values[64];
-  transpose(lanes<const uint16_t>(warp, in.slots[1]), values);
-  std::memcpy(lanes<uint16_t>(warp, in.slots[0]), values, sizeof values);
-}
-
-void decode_movmatrix(Decoder& decoder, const Statement& statement, Instruction& in) {
-  if (statement.opcode !=
-          std::vector<std::string>{"movmatrix", "sync", "aligned", "m8n8", "trans", "b16"} ||
-      statement.operands.size() != 2)
-    decoder.fail("unknown form of movmatrix");
-  decoder.write(statement.operands[0], 32);
-  decoder.read(statement.operands[1], 32);
-  in.control = Control::converge;
-  in.run = move_matrix;
-}
-
 }  // namespace
 
-void add_copies(OpcodeTable& table) {
-  table["cp"] = decode_cp;
-  table["ldmatrix"] = decode_ldmatrix;
-  table["movmatrix"] = decode_movmatrix;
+void land_copies(Warp& warp, int lane, uint32_t end) {
+  land_chosen(warp, [&](const AsyncCopy& copy) {
+    return copy.lane == lane && static_cast<int32_t>(copy.number - end) < 0;
+  });
 }
+
+void add_copies(OpcodeTable& table) { table["cp"] = decode_cp; }
 
 }  // namespace ptxvm

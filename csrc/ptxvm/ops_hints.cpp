@@ -31,7 +31,14 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
       parts.size() == 3 && is_in(parts[1], {"sc", "acq_rel", "acquire", "release"});
   const bool has_scope =
       (parts.size() == 2 || has_order) && is_in(parts.back(), {"cta", "cluster", "gpu", "sys"});
-  require(decoder, has_scope && statement.operands.empty());
+  // What is between proxies is ordered here by every fence.
+  const bool is_proxy =
+      parts.size() == 3 && parts[1] == "proxy" && is_in(parts[2], {"alias", "async"});
+  const bool is_async = parts.size() == 4 && parts[1] == "proxy" && parts[2] == "async" &&
+                        is_in(parts[3], {"global", "shared::cta", "shared::cluster"});
+  const bool is_init = parts.size() == 4 && parts[1] == "mbarrier_init" && parts[2] == "release" &&
+                       parts[3] == "cluster";
+  require(decoder, (has_scope || is_proxy || is_async || is_init) && statement.operands.empty());
   in.run = run_fence;
 }
 
@@ -40,6 +47,14 @@ void decode_prefetch(Decoder& decoder, const Statement& statement, Instruction& 
   const auto& parts = statement.opcode;
   const std::string& level = parts.back();
   const bool is_uniform = parts[0] == "prefetchu";
+  if (!is_uniform && level == "tensormap") {
+    require(decoder, statement.operands.size() == 1 &&
+                         (parts.size() == 2 ||
+                          (parts.size() == 3 && is_in(parts[1], {"param", "const", "global"}))));
+    decoder.read_address(statement.operands[0]);
+    in.run = nothing;
+    return;
+  }
   require(decoder,
           statement.operands.size() == 1 &&
               (parts.size() == 2 || (parts.size() == 3 && is_in(parts[1], {"global", "local"}))) &&
@@ -94,7 +109,7 @@ void decode_isspacep(Decoder& decoder, const Statement& statement, Instruction& 
   require(decoder, statement.opcode.size() == 2 && statement.operands.size() == 2);
   const std::string& space = statement.opcode[1];
   require(decoder, is_in(space, {"global", "shared", "shared::cta", "local", "const", "param",
-                                 "param::entry"}));
+                                 "param::entry", "shared::cluster"}));
   in.variant = static_cast<uint8_t>(space == "global"  ? Space::global
                                     : space == "local" ? Space::local
                                     : space == "const" ? Space::constant

@@ -209,6 +209,8 @@ Words read_words(Decoder& decoder, const Statement& statement,
       words.space = Space::global;
     } else if (is_in(word, {"shared", "shared::cta"})) {
       words.space = Space::shared;
+    } else if (word == "shared::cluster") {
+      words.space = Space::cluster;
     } else if (word == "local") {
       words.space = Space::local;
     } else if (is_in(word, {"param", "param::entry", "param::func"})) {
@@ -271,6 +273,8 @@ void add_memory(OpcodeTable& table) {
   table["st"] = decode_access<false>;
   add_atomics(table);
   add_copies(table);
+  add_matrices(table);
+  add_mbarrier(table);
   add_hints(table);
 }
 

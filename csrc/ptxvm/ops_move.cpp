@@ -121,7 +121,7 @@ void decode_cvta(Decoder& decoder, const Statement& statement, Instruction& in) 
   const std::string space = modifiers.take_first("space");
   modifiers.finish();
   in.run = to_space ? from_generic : to_generic;
-  if (space == "shared" || space == "shared::cta")
+  if (space == "shared" || space == "shared::cta" || space == "shared::cluster")
     in.offset = kSharedWindow;
   else if (space == "local")
     in.offset = kLocalWindow;

@@ -59,6 +59,24 @@ struct TF32 {
   static constexpr int per = 1, step = 4;
   static float get(uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); }
 };
+// e4m3 has no infinity and one NaN of each sign, e5m2 is the upper half of f16.
+struct E4M3 {
+  static constexpr int per = 4, step = 16;
+  static float get(uint32_t bits, int j) {
+    const uint32_t x = bits >> (8 * j) & 0xff, exponent = x >> 3 & 15, fraction = x & 7;
+    if (exponent == 15 && fraction == 7) return std::bit_cast<float>(kNaN32);
+    const float size =
+        exponent ? std::ldexp(static_cast<float>(8 + fraction), static_cast<int>(exponent) - 10)
+                 : std::ldexp(static_cast<float>(fraction), -9);
+    return x >> 7 ? -size : size;
+  }
+};
+struct E5M2 {
+  static constexpr int per = 4, step = 16;
+  static float get(uint32_t bits, int j) {
+    return to_float(Half{static_cast<uint16_t>((bits >> (8 * j) & 0xff) << 8)});
+  }
+};
 template <typename T>
 struct Int8 {
   static constexpr int per = 4;
@@ -119,14 +137,14 @@ struct Packed {
   }
 };
 
-template <typename T, int k, typename Accumulators>
+template <typename T, int k, typename Accumulators, typename B = T>
 void multiply(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
-  if constexpr (k == 8 * T::per && std::is_same_v<Accumulators, Single>)
+  if constexpr (k == 8 * T::per && T::per < 4 && std::is_same_v<Accumulators, Single>)
     if (!options.coarse_sums && multiply_fast<T::type>(warp, in.slots)) return;
   const Slots<k, T::per> slots(in.slots, Accumulators::count);
   float a[kRows][k], b[kColumns][k], d[kLanes][4];
-  read_operands<T, T>(warp, slots, a, b);
+  read_operands<T, B>(warp, slots, a, b);
   for (int lane = 0; lane < kLanes; ++lane)
     for (int index = 0; index < 4; ++index) {
       const Place place = place_in_c(lane, index);
@@ -241,6 +259,28 @@ void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
 }
 
 }  // namespace
+
+Handler wgmma_block(uint32_t kind, bool packed) {
+  using S8 = Int8<int8_t>;
+  using U8 = Int8<uint8_t>;
+  static constexpr Handler kSingle[] = {
+      multiply<F16, 16, Single>,        multiply<BF16, 16, Single>,
+      multiply<TF32, 8, Single>,        multiply<E4M3, 32, Single>,
+      multiply<E4M3, 32, Single, E5M2>, multiply<E5M2, 32, Single, E4M3>,
+      multiply<E5M2, 32, Single>,       multiply_int8<S8, S8, 32, false>,
+      multiply_int8<S8, U8, 32, false>, multiply_int8<U8, S8, 32, false>,
+      multiply_int8<U8, U8, 32, false>, multiply_int8<S8, S8, 32, true>,
+      multiply_int8<S8, U8, 32, true>,  multiply_int8<U8, S8, 32, true>,
+      multiply_int8<U8, U8, 32, true>};
+  static constexpr Handler kPacked[] = {multiply<F16, 16, Packed>,
+                                        nullptr,
+                                        nullptr,
+                                        multiply<E4M3, 32, Packed>,
+                                        multiply<E4M3, 32, Packed, E5M2>,
+                                        multiply<E5M2, 32, Packed, E4M3>,
+                                        multiply<E5M2, 32, Packed>};
+  return packed ? kPacked[kind] : kSingle[kind];
+}
 
 void add_tensor(OpcodeTable& table) { table["mma"] = decode_mma; }
 

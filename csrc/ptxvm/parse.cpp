@@ -278,6 +278,8 @@ class Parser {
       kernel->parameter_bytes = function->parameter_bytes;
       kernel->max_threads = function->max_threads;
       std::copy_n(function->required, 3, kernel->required);
+      std::copy_n(function->cluster, 3, kernel->cluster);
+      kernel->min_blocks = function->min_blocks;
       module_.kernels[function->name] = std::move(kernel);
     }
     known = std::move(function);
@@ -302,8 +304,13 @@ class Parser {
         numbers(values);
         function.max_threads = values[0] * values[1] * values[2];
         if (attribute == ".reqntid") std::copy_n(values, 3, function.required);
-      } else if (attribute == ".minnctapersm" || attribute == ".maxnreg" ||
-                 attribute == ".maxclusterrank") {
+      } else if (attribute == ".reqnctapercluster") {
+        numbers(values);
+        std::copy_n(values, 3, function.cluster);
+      } else if (attribute == ".minnctapersm") {
+        numbers(values);
+        function.min_blocks = std::max(values[0], 1u);
+      } else if (attribute == ".maxnreg" || attribute == ".maxclusterrank") {
         numbers(values);
       } else if (attribute == ".pragma") {
         until(";");
@@ -311,7 +318,7 @@ class Parser {
       } else if (attribute == ".attribute") {
         until(")");
         ++at_;
-      } else if (attribute != ".noreturn") {
+      } else if (attribute != ".noreturn" && attribute != ".explicitcluster") {
         fail(begin, "unknown attribute of a function");
       }
       if (at_ >= text_.size()) fail(begin, "the function has no body");

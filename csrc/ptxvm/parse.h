@@ -39,6 +39,8 @@ struct Function {
   uint32_t parameter_bytes = 0;
   uint32_t max_threads = 0;
   uint32_t required[3] = {};
+  uint32_t cluster[3] = {};
+  uint32_t min_blocks = 1;
   // Of the body, only while a kernel is decoded: they are many times larger than the text.
   std::vector<Scope> scopes;
   std::vector<Statement> statements;

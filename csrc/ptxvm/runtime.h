@@ -21,8 +21,8 @@ struct Image {
 // An image is read when one of its kernels or variables is used first on a device: a library may
 // bring many.
 struct LoadedModule {
-  const void* fat_binary = nullptr;       // null: raw text
-  std::map<const void*, Image> images;    // by the place of their text
+  const void* fat_binary = nullptr;     // null: raw text
+  std::map<const void*, Image> images;  // by the place of their text
 
   Image& open();  // of the device
 };
@@ -71,11 +71,12 @@ void recover();
 // Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
 int prepare(KernelRecord*);
 
-// Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device.
+// Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device. A
+// cluster is that of the kernel where it is null.
 int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
-           void** arguments);
+           void** arguments, const uint32_t* cluster = nullptr);
 int launch_on_device(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
-                     size_t dynamic_shared, void** arguments);
+                     size_t dynamic_shared, void** arguments, const uint32_t* cluster = nullptr);
 
 // Dynamic shared memory that a launch may ask for.
 uint32_t dynamic_shared_limit(const Kernel&);

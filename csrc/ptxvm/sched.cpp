@@ -4,9 +4,11 @@
 #include <list>
 #include <numeric>
 
+#include "ptxvm/async.h"
 #include "ptxvm/check.h"
 #include "ptxvm/device.h"
 #include "ptxvm/parse.h"
+#include "ptxvm/random.h"
 #include "ptxvm/special.h"
 #include "ptxvm/warps.h"
 
@@ -22,22 +24,6 @@ std::string place(const Block& block) {
   return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
          std::to_string(block.z) + ")";
 }
-
-// SplitMix64 (Steele, Lea, Flood, 2014).
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t z = state_ += 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  uint64_t below(uint64_t bound) { return next() % bound; }
-
- private:
-  uint64_t state_;
-};
 
 std::unique_ptr<char[]> allocate(uint64_t bytes, char*& aligned) {
   constexpr uint64_t kAlignment = 1024;
@@ -58,13 +44,18 @@ class Grid {
       : launch_(launch), kernel_(*launch.kernel), random_(options.seed) {
     threads_ = launch.block[0] * launch.block[1] * launch.block[2];
     warps_ = (threads_ + kLanes - 1) / kLanes;
-    blocks_ = uint64_t{launch.grid[0]} * launch.grid[1] * launch.grid[2];
+    for (int i = 0; i < 3; ++i) {
+      cluster_[i] = std::max(launch.cluster[i], 1u);
+      clusters_[i] = launch.grid[i] / cluster_[i];
+    }
+    cluster_blocks_ = cluster_[0] * cluster_[1] * cluster_[2];
+    blocks_ = uint64_t{clusters_[0]} * clusters_[1] * clusters_[2];
     shared_bytes_ = kernel_.dynamic_offset + launch.dynamic_shared;
     capacity_ =
         std::max<uint64_t>(uint64_t{multiprocessors()} *
                                blocks_per_multiprocessor(kernel_, threads_, launch.dynamic_shared),
-                           options.resident_blocks);
-    // Steps of a stride that shares no factor with the number of blocks visit each of them.
+                           std::max(options.resident_blocks, cluster_blocks_));
+    // Steps of a stride that shares no factor with the number of clusters visit each of them.
     do {
       stride_ = 1 + random_.below(blocks_);
     } while (std::gcd(stride_, blocks_) != 1);
@@ -80,12 +71,20 @@ class Grid {
         continue;
       }
       for (auto resident = residents_.begin(); resident != residents_.end();) {
-        run_block(**resident);
+        Block& block = (*resident)->block;
         if ((*resident)->unfinished > 0) {
+          run_block(**resident);
+          if ((*resident)->unfinished == 0) {
+            finish_transfers(block);
+            if (--block.cluster->unfinished == 0) finish_transfers(*block.cluster);
+          }
+        }
+        // The memory of a block stays until the last block of its cluster has finished.
+        if (block.cluster->unfinished > 0) {
           ++resident;
           continue;
         }
-        block_finished((*resident)->block);
+        block_finished(block);
         spare_.splice(spare_.end(), residents_, resident++);
         rounds_ = 0;
         since_finish_ = 0;
@@ -101,14 +100,33 @@ class Grid {
   }
 
  private:
+  // All blocks of a cluster at once.
   void admit() {
-    std::list<std::unique_ptr<Resident>> fresh;
-    if (!spare_.empty())
-      fresh.splice(fresh.end(), spare_, spare_.begin());
-    else
-      fresh.push_back(make_resident());
-    start(*fresh.front(), block_at(next_++));
-    residents_.splice(residents_.end(), fresh);
+    const uint64_t index = block_at(next_++);
+    const uint64_t at[3] = {index % clusters_[0], index / clusters_[0] % clusters_[1],
+                            index / clusters_[0] / clusters_[1]};
+    const auto cluster = std::make_shared<Cluster>();
+    std::copy_n(cluster_, 3, cluster->shape);
+    cluster->random = Random(options.async_seed ^ index << 20);
+    cluster->unfinished = cluster_blocks_;
+    for (uint32_t rank = 0; rank < cluster_blocks_; ++rank) {
+      std::list<std::unique_ptr<Resident>> fresh;
+      if (!spare_.empty())
+        fresh.splice(fresh.end(), spare_, spare_.begin());
+      else
+        fresh.push_back(make_resident());
+      Resident& resident = *fresh.front();
+      resident.cluster = cluster;
+      Block& block = resident.block;
+      block.cluster = cluster.get();
+      block.rank = rank;
+      block.x = static_cast<uint32_t>(at[0] * cluster_[0] + rank % cluster_[0]);
+      block.y = static_cast<uint32_t>(at[1] * cluster_[1] + rank / cluster_[0] % cluster_[1]);
+      block.z = static_cast<uint32_t>(at[2] * cluster_[2] + rank / cluster_[0] / cluster_[1]);
+      cluster->blocks.push_back(&block);
+      start(resident);
+      residents_.splice(residents_.end(), fresh);
+    }
   }
 
   uint64_t block_at(uint64_t position) const {
@@ -168,11 +186,8 @@ class Grid {
     }
   }
 
-  void start(Resident& resident, uint64_t index) {
+  void start(Resident& resident) {
     Block& block = resident.block;
-    block.x = static_cast<uint32_t>(index % launch_.grid[0]);
-    block.y = static_cast<uint32_t>(index / launch_.grid[0] % launch_.grid[1]);
-    block.z = static_cast<uint32_t>(index / launch_.grid[0] / launch_.grid[1]);
     block.exited = 0;
     block.epoch = 1;
     block.shadow.reset();
@@ -190,6 +205,12 @@ class Grid {
       warp.others.clear();
       warp.copies.clear();
       std::fill(std::begin(warp.copy_groups), std::end(warp.copy_groups), 0);
+      std::fill(std::begin(warp.bulk_groups), std::end(warp.bulk_groups), 0);
+      warp.products.clear();
+      warp.flights.clear();
+      warp.product_groups = warp.polls = 0;
+      warp.timed_out = warp.cluster_arrived = 0;
+      warp.registers = registers_at_start(kernel_, warps_);
       set_specials(warp);
     }
     block_started(block);
@@ -215,13 +236,42 @@ class Grid {
       issued_in_all += issued;
       since_finish_ += issued;
       used += issued;
-      if (issued == 0) report_deadlock(resident.block);
+      Cluster& cluster = *resident.block.cluster;
+      if (issued > 0) {
+        cluster.stalled = 0;
+      } else {
+        // What may free a block: another of the cluster, a transfer, the end of a patience.
+        if (++cluster.stalled < cluster.unfinished) return;
+        cluster.stalled = 0;
+        if (!land_oldest(cluster) && !cut_waits_short(cluster)) report_deadlock(cluster);
+        if (cluster.unfinished > 1) return;
+      }
     }
   }
 
-  [[noreturn]] void report_deadlock(const Block& block) const {
-    std::string text = kernel_.name + ": deadlock in " + place(block) + "\n";
-    for (const Warp& warp : block.warps) text += describe(warp);
+  // A wait for an mbarrier may end without its phase, as on hardware after some time. False if
+  // nothing waits so, or nothing has come of it for long.
+  static bool cut_waits_short(Cluster& cluster) {
+    if (++cluster.impatience > kPatience) return false;
+    bool any = false;
+    for (Block* block : cluster.blocks)
+      for (Warp& warp : block->warps)
+        for (Group& group : warp.others)
+          if (group.wait == Group::Wait::sleep && group.barrier < kRegisters) {
+            warp.timed_out |= group.mask;
+            group.wait = Group::Wait::none;
+            any = true;
+          }
+    return any;
+  }
+
+  [[noreturn]] void report_deadlock(const Cluster& cluster) const {
+    std::string text;
+    for (const Block* block : cluster.blocks) {
+      if (block->exited == block->threads) continue;
+      text += (text.empty() ? kernel_.name + ": deadlock in " : "and in ") + place(*block) + "\n";
+      for (const Warp& warp : block->warps) text += describe(warp);
+    }
     throw Fault(text);
   }
 
@@ -243,7 +293,8 @@ class Grid {
   Kernel& kernel_;
   Random random_;
   uint32_t threads_, warps_, shared_bytes_;
-  uint64_t blocks_, capacity_, stride_, first_;
+  uint32_t cluster_[3], clusters_[3], cluster_blocks_;
+  uint64_t blocks_, capacity_, stride_, first_;  // blocks_ and the rest count clusters
   uint64_t next_ = 0, rounds_ = 0, since_finish_ = 0;
   std::list<std::unique_ptr<Resident>> residents_, spare_;
 };

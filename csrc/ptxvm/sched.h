@@ -7,6 +7,7 @@ namespace ptxvm {
 struct Launch {
   Kernel* kernel;
   uint32_t grid[3], block[3];
+  uint32_t cluster[3];      // blocks, of which the grid has multiples
   uint32_t dynamic_shared;  // bytes
   const char* parameters;   // kernel->parameter_bytes bytes
 };

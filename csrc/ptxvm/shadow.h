@@ -14,6 +14,9 @@ struct SharedShadow {
 // Accesses within bounds, of the lanes in the mask and of one lane.
 void shadow_shared(Warp&, const Instruction&, const uint64_t* offsets, Mask, uint32_t bytes,
                    Access);
+// Of another block: values alone, for the warps of two blocks have no order that epochs show.
+void shadow_remote(Warp&, const Instruction&, Block&, uint64_t offset, int lane, uint32_t bytes,
+                   Access);
 void shadow_local(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
 
 }  // namespace ptxvm

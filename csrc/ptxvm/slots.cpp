@@ -133,13 +133,34 @@ class Liveness {
   std::vector<BasicBlock> blocks_;
 };
 
+// Accumulators of wgmma, which are written after the instruction: their slots are never another's.
+std::vector<bool> written_late(const Decoder::State& state) {
+  std::vector<bool> late(state.values.size(), false);
+  if (state.kernel.scratch == kNoSlot) return late;
+  for (const Instruction& instruction : state.kernel.code) {
+    if (!std::strstr(instruction.text, "wgmma.mma_async")) continue;
+    const uint32_t* slots = state.kernel.slots.data() + reinterpret_cast<size_t>(instruction.slots);
+    for (int i = 0; i < instruction.writes; ++i)
+      if (slots[i] != kNoSlot) late[slots[i]] = true;
+  }
+  return late;
+}
+
 // Linear scan over the live ranges, with free slots kept by the width of their values.
 void share(const Decoder::State& state, std::vector<uint32_t>& slots, uint32_t& top) {
   const std::vector<Range> ranges = Liveness(state).ranges();
+  const std::vector<bool> late = written_late(state);
   std::vector<uint32_t> order;
-  for (uint32_t value = 0; value < ranges.size(); ++value)
-    if (state.values[value].kind == Value::Kind::variable && ranges[value].begin != UINT32_MAX)
+  for (uint32_t value = 0; value < ranges.size(); ++value) {
+    if (state.values[value].kind != Value::Kind::variable || ranges[value].begin == UINT32_MAX)
+      continue;
+    if (!late[value]) {
       order.push_back(value);
+    } else {
+      slots[value] = top;
+      top += slot_bytes(state.values[value].bits);
+    }
+  }
   std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
     return std::pair(ranges[a].begin, a) < std::pair(ranges[b].begin, b);
   });
@@ -186,6 +207,10 @@ void place_slots(Decoder::State& state) {
           {slots[value], static_cast<int>(entry.bits_of_constant), entry.bits});
   }
   share(state, slots, top);
+  if (kernel.scratch != kNoSlot) {
+    kernel.scratch = top;
+    top += kScratchBytes;
+  }
   kernel.file_bytes = top;
   for (uint32_t& slot : kernel.slots)
     if (slot != kNoSlot) slot = slots[slot];

@@ -3,6 +3,7 @@
 
 #include <iterator>
 
+#include "ptxvm/async.h"
 #include "ptxvm/decode_state.h"
 #include "ptxvm/device.h"
 
@@ -40,7 +41,22 @@ enum Index {
   clock64,
   globaltimer,
   globaltimer_lo,
-  globaltimer_hi
+  globaltimer_hi,
+  clusterid_x,
+  clusterid_y,
+  clusterid_z,
+  nclusterid_x,
+  nclusterid_y,
+  nclusterid_z,
+  cluster_ctaid_x,
+  cluster_ctaid_y,
+  cluster_ctaid_z,
+  cluster_nctaid_x,
+  cluster_nctaid_y,
+  cluster_nctaid_z,
+  cluster_ctarank,
+  cluster_nctarank,
+  is_explicit_cluster
 };
 
 struct Entry {
@@ -49,26 +65,57 @@ struct Entry {
 };
 
 // In the order of Index.
-constexpr Entry kEntries[] = {{"%tid.x", 32},           {"%tid.y", 32},
-                              {"%tid.z", 32},           {"%ntid.x", 32},
-                              {"%ntid.y", 32},          {"%ntid.z", 32},
-                              {"%ctaid.x", 32},         {"%ctaid.y", 32},
-                              {"%ctaid.z", 32},         {"%nctaid.x", 32},
-                              {"%nctaid.y", 32},        {"%nctaid.z", 32},
-                              {"%laneid", 32},          {"%warpid", 32},
-                              {"%nwarpid", 32},         {"%smid", 32},
-                              {"%nsmid", 32},           {"%gridid", 64},
-                              {"%lanemask_eq", 32},     {"%lanemask_lt", 32},
-                              {"%lanemask_le", 32},     {"%lanemask_gt", 32},
-                              {"%lanemask_ge", 32},     {"%dynamic_smem_size", 32},
-                              {"%total_smem_size", 32}, {"%clock", 32},
-                              {"%clock_hi", 32},        {"%clock64", 64},
-                              {"%globaltimer", 64},     {"%globaltimer_lo", 32},
-                              {"%globaltimer_hi", 32}};
-static_assert(std::size(kEntries) == globaltimer_hi + 1);
+constexpr Entry kEntries[] = {{"%tid.x", 32},
+                              {"%tid.y", 32},
+                              {"%tid.z", 32},
+                              {"%ntid.x", 32},
+                              {"%ntid.y", 32},
+                              {"%ntid.z", 32},
+                              {"%ctaid.x", 32},
+                              {"%ctaid.y", 32},
+                              {"%ctaid.z", 32},
+                              {"%nctaid.x", 32},
+                              {"%nctaid.y", 32},
+                              {"%nctaid.z", 32},
+                              {"%laneid", 32},
+                              {"%warpid", 32},
+                              {"%nwarpid", 32},
+                              {"%smid", 32},
+                              {"%nsmid", 32},
+                              {"%gridid", 64},
+                              {"%lanemask_eq", 32},
+                              {"%lanemask_lt", 32},
+                              {"%lanemask_le", 32},
+                              {"%lanemask_gt", 32},
+                              {"%lanemask_ge", 32},
+                              {"%dynamic_smem_size", 32},
+                              {"%total_smem_size", 32},
+                              {"%clock", 32},
+                              {"%clock_hi", 32},
+                              {"%clock64", 64},
+                              {"%globaltimer", 64},
+                              {"%globaltimer_lo", 32},
+                              {"%globaltimer_hi", 32},
+                              {"%clusterid.x", 32},
+                              {"%clusterid.y", 32},
+                              {"%clusterid.z", 32},
+                              {"%nclusterid.x", 32},
+                              {"%nclusterid.y", 32},
+                              {"%nclusterid.z", 32},
+                              {"%cluster_ctaid.x", 32},
+                              {"%cluster_ctaid.y", 32},
+                              {"%cluster_ctaid.z", 32},
+                              {"%cluster_nctaid.x", 32},
+                              {"%cluster_nctaid.y", 32},
+                              {"%cluster_nctaid.z", 32},
+                              {"%cluster_ctarank", 32},
+                              {"%cluster_nctarank", 32},
+                              {"%is_explicit_cluster", 1}};
+static_assert(std::size(kEntries) == is_explicit_cluster + 1);
 
 uint64_t value_of(int index, const Warp& warp, uint32_t lane, uint64_t time) {
   const Block& block = *warp.block;
+  const uint32_t* cluster = block.cluster->shape;
   const uint32_t thread = warp.index * kLanes + lane;
   const uint32_t bit = 1u << lane;
   switch (index) {
@@ -129,12 +176,46 @@ uint64_t value_of(int index, const Warp& warp, uint32_t lane, uint64_t time) {
     case clock_hi:
     case globaltimer_hi:
       return time >> 32;
+    case clusterid_x:
+      return block.x / cluster[0];
+    case clusterid_y:
+      return block.y / cluster[1];
+    case clusterid_z:
+      return block.z / cluster[2];
+    case nclusterid_x:
+      return block.grid[0] / cluster[0];
+    case nclusterid_y:
+      return block.grid[1] / cluster[1];
+    case nclusterid_z:
+      return block.grid[2] / cluster[2];
+    case cluster_ctaid_x:
+      return block.x % cluster[0];
+    case cluster_ctaid_y:
+      return block.y % cluster[1];
+    case cluster_ctaid_z:
+      return block.z % cluster[2];
+    case cluster_nctaid_x:
+      return cluster[0];
+    case cluster_nctaid_y:
+      return cluster[1];
+    case cluster_nctaid_z:
+      return cluster[2];
+    case cluster_ctarank:
+      return block.rank;
+    case cluster_nctarank:
+      return cluster[0] * cluster[1] * cluster[2];
+    case is_explicit_cluster:
+      return cluster[0] * cluster[1] * cluster[2] > 1;
     default:
       return 0;
   }
 }
 
 void fill(Warp& warp, const Kernel::Special& special, uint64_t time) {
+  if (special.bits == 1) {
+    predicate(warp, special.slot) = value_of(special.index, warp, 0, time) ? kFullMask : 0;
+    return;
+  }
   for (int lane = 0; lane < kLanes; ++lane) {
     const uint64_t value = value_of(special.index, warp, static_cast<uint32_t>(lane), time);
     if (special.bits == 16)
@@ -146,7 +227,7 @@ void fill(Warp& warp, const Kernel::Special& special, uint64_t time) {
   }
 }
 
-bool is_clock(int index) { return index >= clock32; }
+bool is_clock(int index) { return index >= clock32 && index <= globaltimer_hi; }
 
 }  // namespace
 

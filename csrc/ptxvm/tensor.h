@@ -35,4 +35,9 @@ enum class Operand : uint8_t { f16, bf16, tf32 };
 template <Operand type>
 bool multiply_fast(Warp&, const uint32_t* slots);
 
+// The mma that a wgmma is for 8 columns, by the types of A and B: f16, bf16, tf32, the pairs of
+// e4m3 and e5m2, the pairs of s8 and u8, and those again with saturation. packed: D is f16.
+constexpr int kFirstInteger = 7, kIntegers = 4;
+Handler wgmma_block(uint32_t kind, bool packed);
+
 }  // namespace ptxvm

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "ptxvm/async.h"
 #include "ptxvm/check.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/special.h"
@@ -46,6 +47,8 @@ class Runner {
   template <bool kCheck>
   void converge(const Instruction&, Mask active);
   void arrive(const Instruction&, Mask active);
+  template <bool kCheck, bool kCount>
+  void await(const Instruction&, Mask active);
   Mask gather(const Instruction&, Mask lanes_here, Mask needed, uint32_t value);
   void enter_barrier(const Instruction&, Mask mask);
   void complete(Barrier&, uint32_t number);
@@ -150,12 +153,14 @@ uint64_t Runner::run(uint64_t fuel) {
       active &= instruction.guard_negated ? ~guard : guard;
     }
     if constexpr (kCount) {
-      ++kernel_.issued[pc];
-      kernel_.active[pc] += static_cast<uint64_t>(count(active));
+      if (instruction.control != Control::await || !active) ++kernel_.issued[pc];
+      if (instruction.control != Control::await)
+        kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
     // Lanes that converge are looked at together, when all are here.
     if constexpr (kCheck)
-      if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
+      if (instruction.control != Control::converge && instruction.control != Control::await)
+        check_registers(warp_, instruction, active);
     if (instruction.control == Control::none) [[likely]] {
       ++pc;
       if (!active) continue;
@@ -219,6 +224,9 @@ uint64_t Runner::run(uint64_t fuel) {
       case Control::converge:
         converge<kCheck>(instruction, active);
         break;
+      case Control::await:
+        await<kCheck, kCount>(instruction, active);
+        break;
       default:
         arrive(instruction, active);
     }
@@ -241,7 +249,9 @@ void Runner::exit_lanes(Mask mask) {
   for (Group& group : warp_.others)
     if (group.wait == Group::Wait::converge) group.wait = Group::Wait::none;
   if (!warp_.live) --resident_.unfinished;
+  happened(resident_.block);
   complete_if_all_arrived();
+  complete_cluster_barrier(resident_.block);
 }
 
 // Lanes that wait at this instruction for the same set join `here`; if all that are needed are
@@ -323,6 +333,33 @@ void Runner::arrive(const Instruction& instruction, Mask active) {
   ++warp_.pc;
 }
 
+// Lanes that sleep come back to the instruction; it is counted when it lets them pass.
+template <bool kCheck, bool kCount>
+void Runner::await(const Instruction& instruction, Mask active) {
+  const uint32_t pc = warp_.pc;
+  if (instruction.flags & kAwaitsAligned) {
+    active = gather(instruction, active, warp_.live, kFullMask);
+    if (!active) {
+      ++warp_.pc;
+      return;
+    }
+  }
+  if constexpr (kCheck) check_registers(warp_, instruction, active);
+  warp_.asleep = 0;
+  instruction.run(warp_, instruction, active);
+  const Mask passed = active & ~warp_.asleep;
+  if constexpr (kCheck) define_registers(warp_, instruction, passed);
+  if constexpr (kCount) {
+    kernel_.issued[pc] += passed != 0;
+    kernel_.active[pc] += static_cast<uint64_t>(count(passed));
+  }
+  if (warp_.asleep) {
+    warp_.others.push_back({pc, warp_.asleep, Group::Wait::sleep, warp_.asleep_for});
+    warp_.mask &= ~warp_.asleep;
+  }
+  ++warp_.pc;
+}
+
 void Runner::enter_barrier(const Instruction& instruction, Mask mask) {
   const uint32_t number = uniform(warp_, instruction, instruction.writes, mask, "barrier number");
   const int lane = __builtin_ctz(mask);
@@ -396,6 +433,7 @@ void Runner::complete(Barrier& barrier, uint32_t number) {
       if (options.check) define_registers(warp, instruction, group.mask);
     }
   barrier = {};
+  happened(resident_.block);
   barrier_released(resident_.block);
 }
 
@@ -424,6 +462,13 @@ std::string describe(const Warp& warp) {
       case Group::Wait::converge:
         line(group.pc, group.mask,
              "waits for other lanes of the warp, of which " + in_hex(warp.live) + " live");
+        break;
+      case Group::Wait::sleep:
+        line(group.pc, group.mask,
+             group.barrier == kClusterBarrier ? "waits at the barrier of the cluster"
+             : group.barrier == kRegisters
+                 ? "waits for registers of the block"
+                 : "waits for " + describe_mbarrier(*warp.block, group.barrier));
         break;
       default:
         line(group.pc, group.mask, "ready");

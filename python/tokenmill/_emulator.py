@@ -89,6 +89,7 @@ _DEFAULTS = {  # of csrc/ptxvm/machine.h
     "fuel": "20000",
     "watchdog": "4000",
     "device": "sm_80",
+    "async": "latest",
     "on_fault": "stop",
 }
 

@@ -105,6 +105,7 @@ class Machine:
             "fuel": 20000,
             "watchdog": 4000,
             "on_fault": "stop",
+            "async": "latest",
             "device": os.environ.get("PTXVM_DEVICE", "sm_80"),
         }
         self.configure(**options)

@@ -1,0 +1,52 @@
+// What linear bulk copies (ops_bulk.cpp) and those of tensors (ops_bulk_tensor.cpp) share.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "ptxvm/async.h"
+#include "ptxvm/decode.h"
+
+namespace ptxvm {
+
+// Slots: address in shared memory (a source or a destination), address in the other memory or of a
+// tensor map, mbarrier, size, mask of blocks, cache policy, coordinates.
+enum BulkSlot : uint8_t { kNear, kFar, kSignal, kSize, kBlocks, kPolicy, kFirstCoordinate };
+constexpr uint8_t kNearWide = 1, kFarWide = 2, kSignalWide = 4;  // Instruction::flags
+
+// Instruction::variant. From global memory or from the own block's to shared memory, from shared to
+// global memory, and into the cache alone.
+enum class Bulk : uint8_t { load, send, store, prefetch };
+
+// Instruction::width: what a reduction does, above the type of a linear one or the rank of a
+// tensor.
+constexpr uint8_t packed(Transfer::Combine combine, int low) {
+  return static_cast<uint8_t>(static_cast<int>(combine) << 4 | low);
+}
+inline Transfer::Combine combine_of(const Instruction& in) {
+  return static_cast<Transfer::Combine>(in.width >> 4);
+}
+
+// The words of an opcode and the operands behind the first two.
+struct BulkForm {
+  Bulk kind = Bulk::load;
+  bool multicast = false, policy = false;
+  Transfer::Combine combine = Transfer::Combine::copy;
+};
+
+// Reads the words of any bulk copy; those in `own` are left to the caller.
+BulkForm read_bulk_words(Decoder&, const Statement&, std::initializer_list<const char*> own);
+
+// A place in shared memory of a block of the cluster, within bounds.
+struct SharedPlace {
+  Block* block;
+  uint32_t offset;
+};
+SharedPlace shared_place(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes,
+                         uint32_t alignment, const char* what);
+
+// Completes a load: its targets are the block of `place`, or those of the mask in slot kBlocks.
+void add_targets(Warp&, const Instruction&, int lane, const SharedPlace& place, Transfer&);
+
+void decode_bulk_tensor(Decoder&, const Statement&, Instruction&);
+
+}  // namespace ptxvm
