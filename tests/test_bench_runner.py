@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import types
 
 import pytest
@@ -17,21 +16,16 @@ from tokenmill._cli import duration
 from tokenmill.bench import (
     case,
     ceilings,
-    gpu,
-    measure,
     moba_attention,
     native_sparse_attention,
-    peers,
     primitives,
     primitives_cpu,
-    primitives_cuda,
     results,
     run,
-    sensors,
     timing,
 )
 from tokenmill.bench.budget import Budget
-from tokenmill.bench.case import Absent, Case
+from tokenmill.bench.case import Case
 from tokenmill.bench.interval import median_interval
 
 MADE_UP = ceilings.Ceilings({"float32": 1e9}, ((1e3, 8e9), (1e9, 1e9)), "quick")
@@ -283,230 +277,6 @@ def test_rates_refuse_what_they_cannot_measure(arguments, message):
     with pytest.raises(RuntimeError) as error:
         torch.ops.tokenmill.cpu_rate(*arguments)
     assert f"tokenmill.cpu_rate: {message}" in str(error.value)
-
-
-# A GPU
-
-
-class Clock:
-    """Events of a device on which time passes as its runs say."""
-
-    def __init__(self):
-        self.now, self.flushed, self.log = 0.0, 0, []
-
-    def event(self):
-        device = self
-
-        class Event:
-            def record(self):
-                self.at = device.now
-                device.log.append("record")
-
-            def synchronize(self):
-                device.log.append("wait")
-
-            def elapsed_time(self, end):
-                return end.at - self.at
-
-        return Event()
-
-    def synchronize(self):
-        self.log.append("synchronize")
-
-    def flush(self):
-        self.flushed += 1
-        self.log.append("flush")
-
-    def capture(self, run):
-        if getattr(run, "syncs", False):
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        run()
-
-        def replay():
-            before = self.now
-            run()
-            self.now = before + (self.now - before) / 2  # without the launches
-
-        return replay
-
-    def kernel_seconds(self, run):
-        before = self.now
-        run()
-        if getattr(run, "untraced", False):
-            raise RuntimeError("the profiler saw no kernel")
-        return (self.now - before) / 4e3
-
-    def takes(self, milliseconds, **facts):
-        def call():
-            self.log.append("run")
-            self.now += milliseconds
-
-        for name, value in facts.items():
-            setattr(call, name, value)
-        return call
-
-
-def test_a_call_on_a_gpu_is_timed_alone_and_cold():
-    device = Clock()
-    assert gpu.event_seconds(device)(device.takes(3.0)) == 3e-3
-    assert device.log == ["flush", "synchronize", "record", "run", "record", "wait"]
-
-
-def test_three_times_of_a_gpu_and_what_is_missing():
-    device = Clock()
-    slow = device.takes(8.0, syncs=True, untraced=True)
-
-    def fails():
-        raise RuntimeError("no kernel image")
-
-    case = Case(
-        "gather_tokens", "c", torch.float32, 1.0, 1.0,
-        lambda: (device.takes(4.0), {"slow": lambda: slow, "broken": lambda: fails}),
-    )  # fmt: skip
-    bench = measure.Bench(2, MADE_UP, device)
-    row = measure.measure(case, bench, 0.0, False, lambda: None)
-    assert (row["seconds"], row["graph"]["seconds"], row["kernels"]["seconds"]) == (
-        4e-3,
-        2e-3,
-        1e-3,
-    )
-    assert row["graph"]["rounds"] == 5 and row["kernels"]["rounds"] == gpu.PROFILED
-    other = row["peers"]["slow"]
-    assert other["ratio"] == 2 and row["absent"] == {"broken": "RuntimeError: no kernel image"}
-    assert other["graph"]["absent"] == "operation not permitted when stream is capturing"
-    assert other["kernels"]["absent"] == "the profiler saw no kernel"
-    limited = measure.measure(case, bench, 0.0, True, lambda: None)
-    assert limited["rounds"] == 1 and limited["graph"] == {"absent": "no time was left"}
-    assert limited["absent"]["slow"] == "no time was left"
-
-
-class Nvml:
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    def __init__(self):
-        self.watts = iter([100e3, 300e3, 200e3])
-
-    def nvmlInit(self):
-        pass
-
-    def nvmlDeviceGetClockInfo(self, handle, which):
-        assert handle == "the GPU"
-        return {1: 1500, 2: 2600}[which]
-
-    def nvmlDeviceGetPowerUsage(self, handle):
-        return next(self.watts)
-
-    def nvmlDeviceGetTemperature(self, handle, which):
-        raise RuntimeError("not supported")
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
-        return 0x4 | 0x1
-
-
-def test_sensors_are_read_between_repetitions(monkeypatch):
-    monkeypatch.setattr(sensors, "_handle", lambda nvml: "the GPU")
-    board = sensors.Sensors(Nvml())
-    for now in (0.0, 0.01, 0.2, 0.4):  # the second comes too soon
-        board.read(now)
-    assert board.summary() == {
-        "sm_mhz": [1500, 1500], "memory_mhz": [2600, 2600], "watts": [100, 300],
-        "throttled": ["power cap"],
-    }  # fmt: skip
-    assert board.summary() == {}
-
-
-def test_sensors_say_why_they_are_absent(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    board = sensors.Sensors()
-    assert board.absent == "pynvml is not installed (pip install nvidia-ml-py)"
-    board.read()
-    assert board.summary() == {}
-
-
-def test_primitives_of_a_gpu_are_asked_of_torch():
-    """On CPU tensors and a clock that stands still but for the events."""
-
-    class Ticking(Clock):
-        def synchronize(self):
-            self.now += 1.0
-
-        def capture(self, run):
-            run()
-            return run
-
-        def event(self):
-            self.now += 1.0
-            return super().event()
-
-    class Passing(Ticking):
-        def event(self):
-            event = super().event()
-            event.elapsed_time = lambda end: 1.0
-            return event
-
-    sizes = primitives_cuda.Sizes(memory=64, cache=64, product=32, updates=4, launches=2)
-    probes = [*primitives_cuda.probes(Passing(), "cpu", sizes)]
-    rows = {probe.title: primitives.measured(probe, 0.0) for probe in probes}
-    assert len(rows) == len(probes)
-    absent = {title: row["absent"] for title, row in rows.items() if "absent" in row}
-    assert {*absent} - {"matmul int8", "matmul float8_e4m3fn"} == {
-        "shared memory read",
-        "grid sync",
-    }
-    assert "torch has no call for it" in absent["grid sync"]
-    assert rows["copy 128 B, cold"]["value"] == 128 / 1e-3
-    assert rows["matmul float16"]["value"] == 2 * 32**3 / 1e-3
-    found = ceilings.from_primitives(rows.values(), "cuda", 1)
-    assert found.memory == 128e3 and found.flops["float32"] == 2 * 32**3 / 1e-3
-
-
-# Peers
-
-
-def test_peers_are_listed_with_the_reason_why_they_are_absent(monkeypatch):
-    assert {*peers.status(gpu=False).values()} == {"absent (needs --device cuda)"}
-    monkeypatch.setattr(peers, "_installed", lambda peer: peer.module.startswith("torch"))
-    found = peers.status(gpu=True)
-    assert found["flash-attn"] == "absent (not installed: pip install flash-attn)"
-    assert found["sdpa flash"] == found["flex"] == torch.__version__
-
-
-def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
-    q, k, v = torch.randn(3, 1, 8, 2, 16).unbind()
-    ours = peers._sdpa("MATH")(causal=True, left=-1)
-    made = {
-        "same": ours,
-        "other": lambda q, k, v: v,
-        "narrow": lambda q, k, v: v[..., :1],
-    }
-    calls = {"attention": lambda name: lambda **options: made[name]}
-    every = [
-        peers.Peer(name, "torch", "torch", {"attention": calls["attention"](name)}) for name in made
-    ]
-    every.append(peers.Peer("gone", "no_such_module", "gone", {"attention": None}))
-    monkeypatch.setattr(peers, "PEERS", every)
-
-    def built():
-        def wrap(forward, tensors):
-            return lambda: forward(*tensors)
-
-        return peers.builders(
-            "attention", [q, k, v], lambda: ours(q, k, v), wrap, causal=True, left=-1
-        )
-
-    assert built() == {}  # on a CPU
-    monkeypatch.setattr(case, "device", types.SimpleNamespace(type="cuda"))
-    found = built()
-    torch.testing.assert_close(found["same"]()(), ours(q, k, v))
-    for name, why in (
-        ("other", "another result: "),
-        ("narrow", "another result: shape"),
-        ("gone", "not installed"),
-    ):
-        with pytest.raises(Absent, match=why):
-            found[name]()
-    with pytest.raises(Absent, match="no window"):
-        peers._sdpa("MATH")(causal=True, left=3)
 
 
 def test_the_peers_of_recipes_compute_the_same():
