@@ -374,7 +374,7 @@ def test_dropout_is_that_of_sdpa(build, padding, tokenmill):
     assert len(notices) == 1
 
 
-@pytest.mark.parametrize("library", ["transformers", "timm", "diffusers", "jax"])
+@pytest.mark.parametrize("library", ["transformers", "timm", "diffusers", "jax", "kvpress"])
 def test_a_missing_library_names_its_extra(library, monkeypatch):
     for name in [*sys.modules]:
         if name.split(".")[0] == library:

@@ -17,9 +17,10 @@ def test_the_code_of_the_page_on_models_runs():
     """Blocks of libraries that are not here are left out."""
     has: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         libraries = set(re.findall(r"(?:from|import) (timm|diffusers|jax)\b", block))
+        libraries |= set(re.findall(r"integrations\.(kvpress)\b", block))
         if all(find_spec(library) for library in libraries):
             exec(block, has)
     assert has["route"].served == 2
