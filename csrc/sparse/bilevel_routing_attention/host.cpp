@@ -66,10 +66,10 @@ BilevelParams make_params(const BilevelRoutingAttentionArgs& a) {
   const bool fits =
       a.indices.dim() == 4 && a.indices.size(0) == batch && a.indices.size(2) == regions &&
       (a.indices.size(1) == 1 || a.indices.size(1) == kv_heads || a.indices.size(1) == heads);
-  d.list = check_list(
-      kOp, a.indices, a.counts,
-      Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", regions, ", K]"),
-      fits, "q", a.q);
+  d.list = check_list(kOp, a.indices, a.counts,
+                      Rule("must have shape [", batch, ", heads, ", regions, ", K] with 1, ",
+                           kv_heads, " or ", heads, " heads"),
+                      fits, "q", a.q);
   d.pads_count = !a.mask_padding;
   AttentionParams& p = d.attention;
   p.batch = batch;

@@ -76,13 +76,14 @@ BlockList check_lists(const BlockSparseAttentionArgs& a, int64_t batch) {
   bool fits = t.dim() == (packed ? 3 : 4) && (packed || t.size(0) == batch) && t.size(-2) == rows;
   fits = fits && (t.size(-3) == 1 || t.size(-3) == kv_heads || t.size(-3) == heads);
   if (packed)
-    return check_list(kOp, t, a.counts,
-                      Rule("must have shape [1, ", kv_heads, " or ", heads, ", ", rows, ", K]"),
-                      fits, "q", a.q);
-  return check_list(
-      kOp, t, a.counts,
-      Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", ", rows, ", K]"), fits,
-      "q", a.q);
+    return check_list(
+        kOp, t, a.counts,
+        Rule("must have shape [heads, ", rows, ", K] with 1, ", kv_heads, " or ", heads, " heads"),
+        fits, "q", a.q);
+  return check_list(kOp, t, a.counts,
+                    Rule("must have shape [", batch, ", heads, ", rows, ", K] with 1, ", kv_heads,
+                         " or ", heads, " heads"),
+                    fits, "q", a.q);
 }
 
 // On the CPU alone.

@@ -23,7 +23,8 @@ void set_lists(SparseDecodeParams& d, const View& q, const View& k, const View& 
   const int64_t batch = q.size(0), heads = q.size(2), kv_heads = k.size(2);
   check(indices.dim() == 3 && indices.size(0) == batch &&
             (indices.size(1) == 1 || indices.size(1) == kv_heads || indices.size(1) == heads),
-        kOp, "indices", Rule("must have shape [", batch, ", 1, ", kv_heads, " or ", heads, ", K]"),
+        kOp, "indices",
+        Rule("must have shape [", batch, ", heads, K] with 1, ", kv_heads, " or ", heads, " heads"),
         indices.sizes);
   const std::vector<int64_t> wanted{batch, indices.size(1)};
   check(counts.sizes == wanted, kOp, "counts", Rule("must have shape ", wanted), counts.sizes);

@@ -235,7 +235,7 @@ def _fits(lists: Tensor, q: Tensor, k: Tensor, regions: int) -> tuple[str, bool]
     batch, heads, kv_heads = q.shape[0], q.shape[3], k.shape[3]
     fits = lists.dim() == 4 and lists.shape[0] == batch and lists.shape[2] == regions
     fits = fits and lists.shape[1] in (1, kv_heads, heads)
-    return f"[{batch}, 1, {kv_heads} or {heads}, {regions}, K]", fits
+    return f"[{batch}, heads, {regions}, K] with 1, {kv_heads} or {heads} heads", fits
 
 
 def _check_graph(graph: Tensor, q: Tensor, k: Tensor, regions: int) -> None:

@@ -137,7 +137,7 @@ MALFORMED = (
     Malformed("topk beside a graph", "topk: goes without region_graph; got 3", set_options(topk=3)),
     Malformed(
         "shape of the graph",
-        "region_graph: must have shape [2, 1, 2 or 4, 6, K]; got [2, 6, 3]",
+        "region_graph: must have shape [2, heads, 6, K] with 1, 2 or 4 heads; got [2, 6, 3]",
         lambda args, kwargs: kwargs.update(region_graph=kwargs["region_graph"][:, 0]),
     ),
     Malformed(

@@ -260,17 +260,17 @@ MALFORMED = (
     Malformed("scale", "scale: must be finite; got inf", set_options(scale=float("inf"))),
     Malformed(
         "rank of lists",
-        "indices: must have shape [2, 1, 2 or 4, 5, K]; got [2, 5, 3]",
+        "indices: must have shape [2, heads, 5, K] with 1, 2 or 4 heads; got [2, 5, 3]",
         set_argument(3, lambda t: t[:, 0]),
     ),
     Malformed(
         "heads of lists",
-        "indices: must have shape [2, 1, 2 or 4, 5, K]; got [2, 3, 5, 3]",
+        "indices: must have shape [2, heads, 5, K] with 1, 2 or 4 heads; got [2, 3, 5, 3]",
         set_argument(3, lambda t: t[:, :1].repeat(1, 3, 1, 1)),
     ),
     Malformed(
         "rows of lists",
-        "indices: must have shape [2, 1, 2 or 4, 3, K]; got [2, 2, 5, 3]",
+        "indices: must have shape [2, heads, 3, K] with 1, 2 or 4 heads; got [2, 2, 5, 3]",
         set_options(block_q=32),
     ),
     Malformed(
@@ -319,7 +319,7 @@ MALFORMED = (
     ),
     Malformed(
         "rows of packed lists",
-        "indices: must have shape [1, 2 or 4, 6, K]; got [2, 5, 3]",
+        "indices: must have shape [heads, 6, K] with 1, 2 or 4 heads; got [2, 5, 3]",
         packed(torch.tensor([0, 30, 70], dtype=torch.int32)),
     ),
     Malformed(

@@ -57,8 +57,8 @@ def check_block_sparse(*lowered: Any, float64: bool = False, op: str = OP) -> No
     fits = fits and [*a.indices.shape[:-3], a.indices.shape[-2]] == [*shape[:-2], shape[-1]]
     fits = fits and a.indices.shape[-3] in (1, a.k.shape[-2], a.q.shape[-2])
     heads = f"1, {a.k.shape[-2]} or {a.q.shape[-2]}"
-    text = ", ".join([*map(str, shape[:-2]), heads, str(shape[-1])])
-    check_list(op, a.indices, a.counts, f"[{text}, K]", fits, "q", a.q)
+    text = ", ".join([*map(str, shape[:-2]), "heads", str(shape[-1])])
+    check_list(op, a.indices, a.counts, f"[{text}, K] with {heads} heads", fits, "q", a.q)
     check_per_request(op, "seqlens_k", a.seqlens_k, batch, "q", a.q)
     if a.sink is not None:
         check_sink(op, a.sink, a.q)

@@ -267,12 +267,12 @@ MALFORMED = (
     ),
     Malformed(
         "rank of lists",
-        "indices: must have shape [3, 1, 2 or 4, K]; got [3, 12]",
+        "indices: must have shape [3, heads, K] with 1, 2 or 4 heads; got [3, 12]",
         set_argument(3, lambda t: t[:, 0]),
     ),
     Malformed(
         "heads of lists",
-        "indices: must have shape [3, 1, 2 or 4, K]; got [3, 3, 12]",
+        "indices: must have shape [3, heads, K] with 1, 2 or 4 heads; got [3, 3, 12]",
         set_argument(3, lambda t: t[:, :1].repeat(1, 3, 1)),
     ),
     Malformed(

@@ -62,7 +62,7 @@ def check_sparse_decode(*lowered: Any, float64: bool = False, op: str = OP) -> N
 
 def _check_lists(op: str, q: Tensor, k_cache: Tensor, indices: Tensor, counts: Tensor) -> None:
     batch, heads = q.shape[0], (1, k_cache.shape[2], q.shape[2])
-    rule = f"must have shape [{batch}, 1, {heads[1]} or {heads[2]}, K]"
+    rule = f"must have shape [{batch}, heads, K] with 1, {heads[1]} or {heads[2]} heads"
     shape = indices.dim() == 3 and indices.shape[0] == batch and indices.shape[1] in heads
     check(shape, op, "indices", rule, indices.shape)
     if counts.shape != indices.shape[:2]:
