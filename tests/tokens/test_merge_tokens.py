@@ -131,6 +131,9 @@ def test_compiles_as_one_graph():
         ({"assign": torch.zeros(2, 12, dtype=torch.int32)}, "assign: must have shape [2, 13]"),
         ({"assign": torch.zeros(2, 13)}, "assign: must be int32 or int64; got float32"),
         ({"num_out": 4}, "assign: must be -1 to 3; got 4"),
+        ({"x": torch.zeros(2, 9, 13).mT}, "x: must have a contiguous last dimension; strides"),
+        ({"weight": torch.zeros(2, 12)}, "weight: must have shape [2, 13]; got [2, 12]"),
+        ({"weight": torch.zeros(13, 2).T}, "weight: must have a contiguous last dimension"),
     ],
 )
 def test_bad_calls_are_refused(edit, message):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._check import as_int, check, check_tensor, fail, reads_values
 from ..sparse.transpose_block_list import transpose_block_list
 from .gather_tokens import gather_tokens
-from .rules import check_index_values
+from .rules import check_index_values, check_like, check_tokens
 from .segment_reduce import segment_reduce
 
 OP = "merge_tokens"
@@ -81,6 +81,10 @@ def merge_tokens(
             reduce=reduce, backend=backend,
         )  # fmt: skip
         return y[0], total[0]
+    check_tokens(OP, "x", x, float64=True)
+    if weight is not None:
+        check(weight.is_floating_point(), OP, "weight", "must be of a floating type", weight.dtype)
+        check_like(OP, "weight", weight, list(x.shape[:2]), weight.dtype, "x", x)
     lists = assign.to(torch.int32)[:, None, :, None]
     offsets, rows = transpose_block_list(
         lists, lists.new_ones(lists.shape[:-1]), num_out, backend=backend
