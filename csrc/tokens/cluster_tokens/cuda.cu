@@ -7,8 +7,9 @@ namespace tokenmill {
 namespace cuda::cluster_tokens {
 namespace {
 
-constexpr int64_t kStagedBytes = 24
-                                 << 10;  // of pixels in shared memory: four blocks fit any device
+// Of pixels in shared memory: four blocks fit any device.
+constexpr int64_t kStagedBytes = 24 << 10;
+static_assert(kStagedBytes >= kMaxClusterChannels * 4);
 constexpr int64_t kSlabFloats = int64_t{1} << 24;  // of weights in memory, if a row of cells fits
 
 unsigned limited(int64_t blocks) { return static_cast<unsigned>(blocks < 65535 ? blocks : 65535); }
@@ -29,9 +30,8 @@ ClusterPlan make_plan(const ClusterParams& p) {
   plan.slab_lines = lines_of(p, rows);
   const int64_t size = p.dtype == DType::float32 ? 4 : 2, row = round_up(p.channels * size, 16);
   const int64_t most = ceil_div(p.height, p.grid_y) * ceil_div(p.width, p.grid_x);
-  const int64_t fit = row <= kStagedBytes ? kStagedBytes / row : kCellPixels;
-  plan.measured = static_cast<int>(std::min({most, fit, int64_t{kMeasured}}));
-  plan.pitch = row <= kStagedBytes ? row / size : 0;
+  plan.measured = static_cast<int>(std::min({most, kStagedBytes / row, int64_t{kMeasured}}));
+  plan.pitch = row / size;
   return plan;
 }
 

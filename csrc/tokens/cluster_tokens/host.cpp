@@ -9,7 +9,7 @@ namespace tokenmill {
 namespace {
 
 constexpr const char* kOp = "cluster_tokens";
-constexpr int64_t kMaxChannels = 4096, kMaxIters = 1000;
+constexpr int64_t kMaxIters = 1000;
 
 struct ClusterTokensArgs : Record {
   View x;
@@ -26,8 +26,8 @@ ClusterParams make_params(const ClusterTokensArgs& a) {
   check_last_contiguous(kOp, "x", a.x);
   const int64_t pixels = a.x.size(0) * a.x.size(1) * a.x.size(2), channels = a.x.size(3);
   check(pixels < int64_t{1} << 31, kOp, "x", "must have fewer than 2^31 pixels in all", pixels);
-  check(channels >= 1 && channels <= kMaxChannels, kOp, "x",
-        Rule("must have 1 to ", kMaxChannels, " channels"), channels);
+  check(channels >= 1 && channels <= kMaxClusterChannels, kOp, "x",
+        Rule("must have 1 to ", kMaxClusterChannels, " channels"), channels);
   check(a.grid_y >= 1 && a.grid_y <= a.x.size(1), kOp, "grid",
         Rule("must be 1 to ", a.x.size(1), " along Y"), a.grid_y);
   check(a.grid_x >= 1 && a.grid_x <= a.x.size(2), kOp, "grid",

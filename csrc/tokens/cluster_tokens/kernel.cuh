@@ -23,7 +23,7 @@ struct ClusterPlan {
   int slab_lines;     // lines of pixels of a slab, at most
   int channel_tiles;  // of 32 lanes
   int measured;       // pixels of a cell at once
-  int64_t pitch;      // elements between these in shared memory, 0: they are not there
+  int64_t pitch;      // elements between these in shared memory
   float* centroids;   // [B, gy, gx, C]
   float* weights;     // [B, slab_lines, X, window]
   float* sums;        // [B, gy, gx, C] and ...
@@ -131,26 +131,21 @@ struct HomeCell {
   }
 };
 
-// Pixels first .. first + count - 1 of a cell, in shared memory if they fit.
+// Pixels first .. first + count - 1 of a cell, in shared memory.
 template <typename T>
 struct MeasuredPixels {
   int first, count;
-  T* staged;  // [count, pitch], or null
+  T* staged;  // [count, pitch]
   int64_t pitch;
-
-  __device__ __forceinline__ const T* global(const ClusterParams& p, const HomeCell& cell,
-                                             int i) const {
-    return static_cast<const T*>(p.x) + p.x_at(cell.b, cell.y_of(first + i), cell.x_of(first + i));
-  }
 
   // By all threads.
   template <bool kAligned>
   __device__ __forceinline__ void stage(const ClusterParams& p, const HomeCell& cell) const {
     using Word = std::conditional_t<kAligned, uint4, T>;
     constexpr int kVector = sizeof(Word) / sizeof(T);
-    if (!staged) return;
     for (int i = threadIdx.x / kWarpSize; i < count; i += kClusterWarps) {
-      const T* const from = global(p, cell, i);
+      const int y = cell.y_of(first + i), x = cell.x_of(first + i);
+      const T* const from = static_cast<const T*>(p.x) + p.x_at(cell.b, y, x);
       T* const to = staged + i * pitch;
       for (int64_t c = threadIdx.x % kWarpSize * kVector; c < p.channels; c += kWarpSize * kVector)
         *reinterpret_cast<Word*>(to + c) = *reinterpret_cast<const Word*>(from + c);
@@ -179,9 +174,7 @@ __device__ __forceinline__ void measure_pixels(const ClusterParams& p, const Clu
 #pragma unroll
       for (int i = 0; i < kMeasured; ++i) {
         if (i >= pixels.count) break;
-        load_part<kAligned>(
-            x, pixels.staged ? pixels.staged + i * pixels.pitch : pixels.global(p, cell, i), c,
-            p.channels);
+        load_part<kAligned>(x, pixels.staged + i * pixels.pitch, c, p.channels);
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
           const float difference = x[v] - centroid[v];
@@ -249,8 +242,7 @@ __global__ void __launch_bounds__(kClusterThreads, 4)
 #pragma unroll 1
       for (int first = 0; first < cell.pixels; first += plan.measured) {
         const MeasuredPixels<T> pixels{first, min(plan.measured, cell.pixels - first),
-                                       plan.pitch ? reinterpret_cast<T*>(shared) : nullptr,
-                                       plan.pitch};
+                                       reinterpret_cast<T*>(shared), plan.pitch};
         pixels.template stage<kAligned>(p, cell);
         measure_pixels<T, kAligned>(p, plan, slab, cell, centroids, pixels);
         __syncthreads();  // the distances are in memory

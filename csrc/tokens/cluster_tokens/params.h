@@ -5,6 +5,8 @@
 
 namespace tokenmill {
 
+constexpr int64_t kMaxClusterChannels = 4096;
+
 // x [B, Y, X, C] with a contiguous last dimension; strides in elements. Clusters are cells of a
 // grid; a pixel weighs those at most `reach` rows and columns from its home.
 struct ClusterParams {
