@@ -72,6 +72,8 @@ cuda_instances(sparse/block_sparse_attention/cuda_latent_launch.cuh
   "const char* block_sparse_attention::launch_latent<ELEMENT>(const LatentLaunch&, void*, cudaStream_t)")
 cuda_instances(sparse/block_sparse_attention/cuda_backward_launch.cuh
   "const char* block_sparse_attention::launch_block_sparse<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
+cuda_instances(sparse/block_sparse_attention/cuda_requests_backward_launch.cuh
+  "const char* block_sparse_attention::launch_requests<ELEMENT>(const BlockSparseBackwardParams&, cudaStream_t)")
 cuda_instances(sparse/landmark_attention/cuda_launch.cuh
   "const char* landmark_attention::launch_landmark<ELEMENT>(const LandmarkParams&, cudaStream_t)")
 cuda_instances(sparse/landmark_attention/cuda_backward_launch.cuh

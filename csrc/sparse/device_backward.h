@@ -7,11 +7,12 @@
 namespace tokenmill {
 
 #if defined(TOKENMILL_WITH_CUDA)
-// With the lists of p.forward seen from `blocks` blocks of keys, and workspace.
+// With the lists of p.forward seen from `blocks` blocks of keys, and workspace. Lists of packed
+// requests have no batch.
 template <typename Params>
 void launch_with_transposed_lists(const char* op, const View& q, Params& p, int64_t blocks) {
   const auto& f = p.forward;
-  TransposeBlockListParams t{f.list, f.attention.batch, blocks};
+  TransposeBlockListParams t{f.list, f.attention.cu_seqlens_q ? 1 : f.attention.batch, blocks};
   const auto [sort_bytes, bytes] =
       (CudaScope(q), std::pair(workspace_bytes(t), workspace_bytes(p)));
   constexpr int64_t kInt = sizeof(int32_t);

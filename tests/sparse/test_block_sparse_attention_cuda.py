@@ -85,10 +85,12 @@ def test_backward_multiplies_covered_tiles():
         assert waves <= 1.02 * ideal and launch["local_requests"] == 0
 
 
-@pytest.mark.parametrize("lists, group", [(1, 1), (1, 2), (2, 2)])
-def test_windows_of_blocks_of_queries(lists, group):
+@pytest.mark.parametrize("lists, group, packed", [(1, 1, False), (1, 2, True), (2, 2, False)])
+def test_windows_of_blocks_of_queries(lists, group, packed):
     """More blocks of queries than a block of the kernel holds at once."""
     options = {"sq": 1100, "sk": 40, "b": 1, "h": group, "hk": 1, "d": 16, "dv": 16}
+    if packed:
+        options |= {"b": 2, "sq": 350, "ends_q": (30, 700), "ends_k": (25, 65)}
     sample = Sample(
         "windows",
         block_sparse_call(**options, lists=lists, block_q=1, block_k=4, entries=3, num_sink=1),
@@ -129,11 +131,13 @@ def test_parts_of_the_rows_of_transposed_lists(rows, entries, blocks):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("order", ["reverse", "seeded"])
-def test_no_order_of_blocks_changes_a_bit(order):
+@pytest.mark.parametrize("order, packed", [("reverse", True), ("seeded", False)])
+def test_no_order_of_blocks_changes_a_bit(order, packed):
+    ends = {"ends_q": (70, 130), "ends_k": (150, 180)} if packed else {}
     args, kwargs = drawn(
-        sq=80, sk=150, h=4, hk=2, block_k=4, entries=20, causal=True, num_sink=3, num_recent=20
-    )
+        sq=80, sk=150, h=4, hk=2, block_k=4, entries=20, causal=True, num_sink=3, num_recent=20,
+        **ends,
+    )  # fmt: skip
     want = (*run(args, kwargs), *gradients(args, kwargs))
     with _emulator.configured(f"order={order},seed=3"):
         got = (*run(args, kwargs), *gradients(args, kwargs))

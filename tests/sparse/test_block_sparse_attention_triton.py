@@ -80,7 +80,7 @@ def kernels(capability, *call, **sizes):
     def launch():
         args = lowered(*call, **sizes)
         out, lse, _ = forward.block_sparse_attention(*args)
-        if args[-3] is None and args[-1] is None:  # pages and packed requests have a forward alone
+        if args[-3] is None:  # pages have a forward alone
             backward.block_sparse_attention_backward(out, lse, out, lse, True, *args)
 
     return compiled(capability, launch)

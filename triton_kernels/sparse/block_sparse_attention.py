@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill._check import fail
 from tokenmill._kv_cache import capacity
 
 from ..common import head_of, launch, program, terms_of
@@ -166,6 +165,12 @@ class Call(NamedTuple):
             self.num_sink + self.num_recent,
         )
 
+    def key_tiles(self, block_n: int) -> int:
+        """Of a request, or room for those of all packed ones."""
+        if self.cu_seqlens_k is not None:
+            return self.seqlen_k // block_n + len(self.cu_seqlens_k) - 1
+        return triton.cdiv(self.seqlen_k, block_n)
+
     def arguments(self) -> tuple[Any, ...]:
         """What every kernel takes, from num_sink to shared."""
         seqlen_k = self.seqlen_k
@@ -192,9 +197,6 @@ def block_sparse_attention(*lowered: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*lowered)
     listed = call.listed
     latent = max(call.q.shape[-1], call.v.shape[-1]) > LONG.value
-    if latent and call.cu_seqlens_q is not None:
-        rule = "must be None for latent heads on CUDA"
-        fail("block_sparse_attention", "cu_seqlens_q", rule, call.cu_seqlens_q.shape)
     out = call.q.new_empty((*call.q.shape[:-1], call.v.shape[-1]))
     lse = call.q.new_empty(call.q[..., 0].transpose(-1, -2).shape, dtype=torch.float32)
     if call.cu_seqlens_q is not None:  # tokens without a request are empty rows

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenmill._check import fail
-
 from ..common import head_of, launch, load_rows, program, slice_of, store_rows
 from ..dense.attention import sink_terms
 from ..dense.attention_decode_merge import rows_of
 from .block_sparse_attention import SIZES, Call
-from .blocks import key_walk, length_of, query_tile, query_walk
+from .blocks import key_tile_request, key_walk, query_tile, query_walk, request_of, rows_from
 from .listed import KeyTile, Statistics, add_key_gradients, query_gradients
 from .transpose_block_list import transposed
+
+SIZES = [*SIZES, "requests"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,6 +33,9 @@ def block_sparse_queries_kernel(
     k,
     v,
     dq,
+    ends_q,
+    ends_k,
+    requests,
     lengths,
     ids,
     counts,
@@ -64,15 +67,27 @@ def block_sparse_queries_kernel(
     # The last queries see most keys under a causal mask: longest programs first.
     i_block = list_rows * tiles - 1 - i_block
     i_r = i_block // tiles
-    length = length_of(lengths, seqlen_k, i_b)
-    tile = query_tile(i_r, i_block % tiles, i_h, length, seqlen_q, GROUP, CAUSAL, BLOCK_Q, BLOCK_M)
-    if tile.first >= seqlen_q:
+    x = request_of(
+        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, list_rows, i_b, i_r, BLOCK_Q
+    )
+    tile = query_tile(
+        x.i_r, i_block % tiles, i_h, x.length, x.queries, GROUP, CAUSAL, BLOCK_Q, BLOCK_M
+    )
+    if tile.first >= x.queries:
         return
     walk = key_walk(
         ids, counts, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
-        tl.minimum(i_h, list_heads - 1), i_r, tile, length, BLOCK_K, BLOCK_N,
+        tl.minimum(i_h, list_heads - 1), i_r, tile, x.length, BLOCK_K, BLOCK_N,
     )  # fmt: skip
-    head = head_of(terms, i_b, i_h, length)
+    head = head_of(terms, i_b, i_h, x.length)
+    if ends_q is not None:
+        q, out = rows_from(q, i_b, x.q_start), rows_from(out, i_b, x.q_start)
+        dq, dout = rows_from(dq, i_b, x.q_start), rows_from(dout, i_b, x.q_start)
+        k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
+        lse += x.q_start
+        delta += x.q_start
+        if dlse is not None:
+            dlse += x.q_start
     statistics = Statistics(row_heads * GROUP, seqlen_q)
     query_gradients(
         dout, dlse, out, lse, delta, q, k, v, dq, statistics, tile, walk, terms, head, i_b,
@@ -90,6 +105,9 @@ def block_sparse_keys_kernel(
     v,
     dk,
     dv,
+    ends_q,
+    ends_k,
+    requests,
     lengths,
     offsets,
     rows,
@@ -121,8 +139,20 @@ def block_sparse_keys_kernel(
 ):
     """dk and dv of a tile of keys, summed over the query heads that read it."""
     i_tile, i_kv, i_b = program(tiles, row_heads // shared)
-    first = i_tile * BLOCK_N
-    length = length_of(lengths, seqlen_k, i_b)
+    x = key_tile_request(
+        ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, i_b, i_tile, BLOCK_Q, BLOCK_N
+    )
+    length = x.length
+    first = x.i_tile * BLOCK_N
+    if first >= x.keys:
+        return
+    if ends_q is not None:
+        q, dout = rows_from(q, i_b - i_b, x.q_start), rows_from(dout, i_b - i_b, x.q_start)
+        k, v = rows_from(k, x.i_b, x.k_start), rows_from(v, x.i_b, x.k_start)
+        dk, dv = rows_from(dk, x.i_b, x.k_start), rows_from(dv, x.i_b, x.k_start)
+        lse += x.q_start
+        delta += x.q_start
+        i_b = i_b - i_b
     o_j = first + tl.arange(0, BLOCK_N)
     tile = KeyTile(o_j, (o_j - first) // BLOCK_K)
     b_k = load_rows(slice_of(k, i_b, i_kv, 0, length), o_j, HEAD_DIM, BLOCK_D)
@@ -135,7 +165,7 @@ def block_sparse_keys_kernel(
     for i_h in range(i_kv * shared, i_kv * shared + shared):
         walk = query_walk(
             offsets, rows, bits, wide, list_heads, list_rows, entries, halvings, num_sink,
-            num_recent, i_b, tl.minimum(i_h, list_heads - 1), first, length, seqlen_q,
+            num_recent, i_b, tl.minimum(i_h, list_heads - 1), first, length, x.queries, x.first_row,
             GROUP, CAUSAL, BLOCK_Q, WIDTH, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         b_dk, b_dv = add_key_gradients(
@@ -143,8 +173,8 @@ def block_sparse_keys_kernel(
             i_h, GROUP, HEAD_DIM, VALUE_DIM, CAUSAL, BLOCK_Q, BLOCK_M, BLOCK_D, BLOCK_V,
         )  # fmt: skip
 
-    store_rows(slice_of(dk, i_b, i_kv, 0, seqlen_k), o_j, b_dk * terms.scale, HEAD_DIM)
-    store_rows(slice_of(dv, i_b, i_kv, 0, seqlen_k), o_j, b_dv, VALUE_DIM)
+    store_rows(slice_of(dk, i_b, i_kv, 0, x.keys), o_j, b_dk * terms.scale, HEAD_DIM)
+    store_rows(slice_of(dv, i_b, i_kv, 0, x.keys), o_j, b_dv, VALUE_DIM)
 
 
 def block_sparse_attention_backward(
@@ -156,22 +186,23 @@ def block_sparse_attention_backward(
     *lowered: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*lowered)
-    if call.cu_seqlens_q is not None:
-        rule = "must be None for gradients on CUDA"
-        fail("block_sparse_attention", "cu_seqlens_q", rule, call.cu_seqlens_q.shape)
     listed = call.listed
-    seqlen_k = call.k.shape[1]
+    packed = call.cu_seqlens_q is not None
     dq = call.q.new_empty(call.q.shape)
     dk, dv = (t.new_empty(t.shape) for t in (call.k, call.v))
     sink = call.sink if needs_dsink else None
-    dsink = lse.new_zeros(0 if sink is None else lse.shape[:2])
-    if out.numel() == 0:
-        return dq, dk.zero_(), dv.zero_(), dsink
+    requests = call.packed[-1] if packed else call.q.shape[0]
+    dsink = lse.new_zeros(0 if sink is None else (requests, call.q.shape[-2]))
+    delta = torch.empty_like(lse)
+    if packed or out.numel() == 0:  # tokens without a request
+        for t in (dq, dk, dv, delta):
+            t.zero_()
+    if out.numel() == 0 or requests == 0:
+        return dq, dk, dv, dsink
     plan = listed.plan()
     qkv = tuple(map(rows_of, (call.q, call.k, call.v)))
-    delta = torch.empty_like(lse)
     lists = listed.compacted()
-    list_heads, list_rows, entries = call.indices.shape[1:]
+    list_heads, list_rows, entries = listed.indices.shape[1:]
     launch(
         block_sparse_queries_kernel,
         listed.programs(plan.queries),
@@ -183,6 +214,7 @@ def block_sparse_attention_backward(
         delta,
         *qkv,
         rows_of(dq),
+        *call.packed,
         call.lengths,
         lists.ids,
         lists.counts,
@@ -197,10 +229,10 @@ def block_sparse_attention_backward(
     width = max(plan.keys.block_n, call.block_k)
     wide_lists = listed.compacted(listed.factor(plan.keys))
     offsets, rows, bits = transposed(wide_lists)
-    blocks = triton.cdiv(seqlen_k, plan.keys.block_n)
+    batch, blocks = 1 if call.k.dim() == 3 else call.k.shape[0], call.key_tiles(plan.keys.block_n)
     launch(
         block_sparse_keys_kernel,
-        call.q.shape[0] * listed.kv_heads * blocks,
+        batch * listed.kv_heads * blocks,
         call.q,
         rows_of(dout),
         lse,
@@ -208,6 +240,7 @@ def block_sparse_attention_backward(
         *qkv,
         rows_of(dk),
         rows_of(dv),
+        *call.packed,
         call.lengths,
         offsets,
         rows,
@@ -223,5 +256,9 @@ def block_sparse_attention_backward(
         **call.options(plan.keys),
     )
     if sink is not None:
-        dsink = sink_terms(lse, delta, sink).sum(2)
+        terms = sink_terms(lse, delta, sink)
+        if packed:
+            dsink[:1] = terms.sum(1)  # that of all requests
+        else:
+            dsink = terms.sum(2)
     return dq, dk, dv, dsink

@@ -4,7 +4,7 @@ cache ends behind the last key that it sees.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,60 +15,123 @@ from .sparse_decode_attention import sparse_decode_attention
 MOST_LOGITS = 1 << 26
 
 
+class Queries(NamedTuple):
+    """N queries as requests of decode."""
+
+    q: Tensor  # [N, 1, H, D]
+    indices: Tensor  # [N, lists, K]
+    counts: Tensor  # [N, lists]
+    ends: Tensor  # [N] int32: behind the last key that each sees
+    requests: Tensor  # [N] int32: whose keys it reads
+    starts: Tensor | None = None  # [N] int32: where these begin among packed ones
+
+
 def latent_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Sq, H, Dv], lse [B, H, Sq] and mass, in the shape of the lists."""
+    """out [B, Sq, H, Dv], lse [B, H, Sq] and mass, in the shape of the lists; packed [T, H, Dv],
+    [H, T]."""
+    if call.cu_seqlens_q is not None:
+        return packed_attention(call)
     batch, seqlen_q, heads = call.q.shape[:3]
-    if not call.return_mass:
-        out, lse, mass = attend(call, slice(0, batch), slice(0, seqlen_q))
-        return out, lse, mass
-    lists, _, entries = call.indices.shape[1:]
-    together = max(MOST_LOGITS // max(heads * entries * call.block_k, 1), 1)
-    requests = []
-    for b in range(batch):
-        parts = [
-            attend(call, slice(b, b + 1), slice(i, min(i + together, seqlen_q)))
-            for i in range(0, seqlen_q, together)
-        ]
-        outs, lses, masses = zip(*parts, strict=True)
-        requests.append((torch.cat(outs, 1), torch.cat(lses, 2), torch.cat(masses, 2)))
-    outs, lses, masses = zip(*requests, strict=True)
-    mass = torch.cat(masses)
-    if lists == 1:  # a list of all heads: the sum over those of the cache
-        mass = mass.sum(1, keepdim=True)
-    return torch.cat(outs), torch.cat(lses), mass
-
-
-def attend(call: Any, b: slice, i: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries i of requests b. mass [B, heads of the cache or of the lists, Sq, K]."""
-    q, ends = call.q[b, i], ends_of(call)[b, i]
-    indices, counts = call.indices[b, :, i].transpose(1, 2), call.counts[b, :, i].transpose(1, 2)
-    k, v, table = call.k, call.v, call.block_table
-    if table is None:
-        k, v = k[b], v[b]
-    else:
-        table = table[b]
-    requests, queries = q.shape[:2]
-    out, lse, mass = sparse_decode_attention(
-        q.reshape(-1, 1, *q.shape[2:]), k, v, indices.reshape(-1, *indices.shape[2:]),
-        counts.reshape(-1, counts.shape[2]), ends.flatten(), table, call.block_k, call.num_sink,
-        call.num_recent, "absolute", None, None, False, None, None, None, call.scale, call.softcap,
-        call.sink, 0, call.return_mass, None, None, queries,
-    )  # fmt: skip
-    out = out.view(requests, queries, *out.shape[2:])
-    lse = lse.view(requests, queries, -1).transpose(1, 2).contiguous()
+    queries = Queries(
+        call.q.reshape(-1, 1, *call.q.shape[2:]),
+        call.indices.transpose(1, 2).flatten(0, 1),
+        call.counts.transpose(1, 2).flatten(0, 1),
+        ends_of(call).flatten(),
+        torch.arange(batch, dtype=torch.int32, device=call.q.device).repeat_interleave(seqlen_q),
+    )
+    parts = [slice(None)]
     if call.return_mass:
-        mass = mass.view(requests, queries, *mass.shape[1:]).transpose(1, 2)
+        first, step = range(0, batch * seqlen_q, seqlen_q), together(call)
+        parts = [
+            slice(b + i, b + min(i + step, seqlen_q))
+            for b in first
+            for i in range(0, seqlen_q, step)
+        ]
+    out, lse, mass = attend_in_parts(call, queries, parts)
+    if call.return_mass:
+        mass = mass.unflatten(0, (batch, seqlen_q)).transpose(1, 2)
+    lse = lse.view(batch, seqlen_q, heads).transpose(1, 2).contiguous()
+    return out.view(batch, seqlen_q, heads, -1), lse, mass.contiguous()
+
+
+def packed_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    ends, ends_k, tokens = call.cu_seqlens_q, call.cu_seqlens_k, call.q.shape[0]
+    at = torch.arange(tokens, dtype=torch.int32, device=ends.device)
+    requests = torch.searchsorted(ends, at, right=True, out_int32=True) - 1
+    requests = requests.clamp(0, len(ends) - 2)
+    loose = (at < ends[requests]) | (at >= ends[requests + 1])
+    if ends_k is not None:
+        ends_k = ends_k.clamp(0, call.seqlen_k)
+        starts = ends_k[requests]
+        keys = ends_k[requests + 1] - starts
+    else:
+        starts, keys = None, lengths_of(call, len(ends) - 1)[requests]
+    if call.causal:
+        keys = keys - (ends[requests + 1] - 1 - at)
+    rows = at + requests  # of the lists: a request has one more than queries
+    queries = Queries(
+        call.q[:, None],
+        call.indices[:, rows].transpose(0, 1),
+        call.counts[:, rows].T,
+        torch.where(loose, 0, keys).clamp(min=0),
+        requests,
+        starts,
+    )
+    parts = [slice(None)]
+    if call.return_mass:
+        step = together(call)
+        parts = [slice(i, i + step) for i in range(0, tokens, step)]
+    out, lse, own = attend_in_parts(call, queries, parts)
+    mass = own
+    if call.return_mass:
+        mass = own.new_zeros(call.indices.shape)
+        mass[:, rows] = own.transpose(0, 1)
+    lse = torch.where(loose, -torch.inf, lse[..., 0].T)
+    return out[:, 0], lse, mass
+
+
+def together(call: Any) -> int:
+    """Queries of a launch that sums mass."""
+    logits = call.q.shape[-2] * call.indices.shape[-1] * call.block_k
+    return max(MOST_LOGITS // max(logits, 1), 1)
+
+
+def attend_in_parts(
+    call: Any, queries: Queries, parts: list[slice]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [N, 1, H, Dv], lse [N, H, 1] and mass [N, lists, K]."""
+    results = [attend(call, *(None if t is None else t[i] for t in queries)) for i in parts]
+    out, lse, mass = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
+    if call.return_mass and call.indices.shape[-3] == 1:
+        mass = mass.sum(1, keepdim=True)  # of a list of all heads, over those of the cache
     return out, lse, mass
+
+
+def attend(
+    call: Any, q: Tensor, indices: Tensor, counts: Tensor, ends: Tensor, requests: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    k, v = call.k, call.v
+    if starts is not None:
+        k, v = k[None], v[None]
+    return sparse_decode_attention(
+        q, k, v, indices, counts, ends, call.block_table, call.block_k, call.num_sink,
+        call.num_recent, "absolute", None, None, False, None, None, None, call.scale, call.softcap,
+        call.sink, 0, call.return_mass, None, None, requests, starts,
+    )  # fmt: skip
+
+
+def lengths_of(call: Any, batch: int) -> Tensor:
+    """[B] int32: keys of each request."""
+    if call.lengths is None:
+        return call.counts.new_full((batch,), call.seqlen_k)
+    return call.lengths.clamp(0, call.seqlen_k)
 
 
 def ends_of(call: Any) -> Tensor:
     """[B, Sq] int32: behind the last key that each query sees."""
     batch, seqlen_q = call.q.shape[:2]
-    if call.lengths is None:
-        ends = call.counts.new_full((batch,), call.seqlen_k)
-    else:
-        ends = call.lengths.clamp(0, call.seqlen_k)
-    ends = ends[:, None].expand(batch, seqlen_q)
+    ends = lengths_of(call, batch)[:, None].expand(batch, seqlen_q)
     if call.causal:
         ends = ends + torch.arange(1 - seqlen_q, 1, dtype=torch.int32, device=ends.device)
     return ends.clamp(min=0).int()

@@ -81,6 +81,46 @@ def request_of(
     return Request(i_b, i_r, q_start, queries, k_start, length)
 
 
+class KeyTileRequest(NamedTuple):
+    """Of a tile of keys; where the queries, keys and rows of lists of a packed one begin."""
+
+    i_b: Any
+    i_tile: Any  # of its keys
+    q_start: Any
+    queries: Any
+    k_start: Any
+    keys: Any  # rows of k, and
+    length: Any  # how many of them there are
+    first_row: Any  # None: 0
+
+
+@triton.jit
+def key_tile_request(
+    ends_q, ends_k, requests, lengths, seqlen_q, seqlen_k, i_b, i_tile,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """That has tile i_tile of the keys of batch i_b. A tile that no request has is behind all of
+    its keys. Tiles of packed keys are numbered as rows of lists are."""
+    k_start = i_tile - i_tile
+    keys = seqlen_k
+    if ends_k is not None:
+        i_seq = find_sequence(ends_k, requests, seqlen_k, BLOCK_N, i_tile)
+        k_start, keys = span(ends_k, seqlen_k, seqlen_k, i_seq)
+        i_tile -= k_start // BLOCK_N + i_seq
+        i_tile = tl.where(i_tile < 0, tl.cdiv(keys, BLOCK_N), i_tile)
+        i_b = i_seq.to(tl.int64)
+    length = keys
+    if ends_k is None:
+        length = length_of(lengths, seqlen_k, i_b)
+    q_start = k_start - k_start
+    queries = seqlen_q
+    first_row = None
+    if ends_q is not None:
+        q_start, queries = span(ends_q, seqlen_q, seqlen_q, i_b)
+        first_row = q_start // BLOCK_Q + i_b.to(tl.int32)
+    return KeyTileRequest(i_b, i_tile, q_start, queries, k_start, keys, length, first_row)
+
+
 @triton.jit
 def rows_from(rows, i_b, start):
     offset = i_b * rows.batch + start.to(tl.int64) * rows.seq
@@ -184,6 +224,7 @@ class QueryWalk(NamedTuple):
 
     p_rows: Any
     p_bits: Any
+    first_row: Any  # of the lists of a packed request, None: 0
     begin: Any  # first query of those that see some as first or last keys
     ends: Any  # how many rows they have
     listed: Any  # the lists begin here: whole tiles
@@ -199,11 +240,12 @@ class QueryWalk(NamedTuple):
 @triton.jit
 def query_walk(
     offsets, rows, bits, wide, list_heads, list_rows, entries, halvings, num_sink, num_recent, i_b,
-    i_list, first, length, seqlen_q,
+    i_list, first, length, seqlen_q, first_row,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of the tile of keys that begins with the first."""
+    """Of the tile of keys that begins with the first. first_row: of the request's lists, None: it
+    has all."""
     last = tl.minimum(first + BLOCK_N, length) - 1
     # Queries begin .. end - 1 see some key as one of the first or of the last keys.
     begin = first - first
@@ -230,6 +272,10 @@ def query_walk(
     b_first = tl.load(p_offset)
     b_last = tl.load(p_offset + 1)
     b_row = tl.where(o_part == 0, some_row, full_row)
+    if first_row is not None:
+        end_row = first_row + tl.cdiv(seqlen_q, BLOCK_Q)
+        b_last = lower_bound(rows + o_rows, b_first, b_last, end_row, halvings)
+        b_row = tl.minimum(first_row + b_row, end_row)
     b_at = lower_bound(rows + o_rows, b_first, b_last, b_row, halvings)
     some_at = tl.sum(tl.where(o_part == 0, b_at, 0), 0)
     full_at = tl.maximum(tl.sum(tl.where(o_part == 1, b_at, 0), 0), some_at)
@@ -246,8 +292,8 @@ def query_walk(
     else:
         p_bits = bits + o_rows + some_at
     return QueryWalk(
-        rows + o_rows + some_at, p_bits, begin, ends, listed, full, total, num_sink, num_recent,
-        seqlen_q, length,
+        rows + o_rows + some_at, p_bits, first_row, begin, ends, listed, full, total, num_sink,
+        num_recent, seqlen_q, length,
     )  # fmt: skip
 
 
@@ -260,6 +306,8 @@ def find_listed_queries(walk, o_u, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
     o_entry = o_query // BLOCK_Q
     b_row = tl.load(walk.p_rows + o_entry, mask=m_list, other=0)
     b_bits = b_row
+    if walk.first_row is not None:
+        b_row -= walk.first_row
     if walk.p_bits is not None:
         b_bits = tl.load(walk.p_bits + o_entry, mask=m_list, other=0)
     o_i = tl.where(m_list, b_row * BLOCK_Q + o_query % BLOCK_Q, walk.begin + o_query)

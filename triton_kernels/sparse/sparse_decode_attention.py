@@ -46,6 +46,7 @@ from ..dense.kv_cache import (
     scaled,
     value_parts,
 )
+from .blocks import rows_from
 from .key_rows import (
     NOWHERE,
     Places,
@@ -63,7 +64,7 @@ from .key_rows import (
 SIZES = ["indices_batch", "indices_head", "counts_batch", "counts_head", "entries", "num_sink"]
 SIZES += ["num_recent", "seqlen_q", "extra_count", "table_stride", "pages", "capacity"]
 SIZES += ["log_count_batch", "log_count_head", "positions", "batch", "row_heads", "shared", "group"]
-SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks", "per_cache"]
+SIZES += ["rows", "row_blocks", "splits", "halvings", "most", "blocks"]
 
 
 @triton.jit
@@ -116,7 +117,8 @@ def sparse_ranges_kernel(
     rows,
     row_blocks,
     splits,
-    per_cache,
+    caches,
+    starts,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -133,8 +135,8 @@ def sparse_ranges_kernel(
 ):
     """Rows of queries past a range of keys. logits [B, row heads, rows, entries, BLOCK_K], if asked
     for: the scores of listed keys. nan, of several queries: of each program, whether a row is NaN.
-    AGAIN: those rows of one query, from what that sees. per_cache: so many requests that follow
-    each other read one cache; None: each has its own."""
+    AGAIN: those rows of one query, from what that sees. caches: of each request, the one that it
+    reads; None: its own. starts: where its keys begin in rows of packed ones."""
     i = tl.program_id(0)
     query = None
     if AGAIN:
@@ -143,8 +145,11 @@ def sparse_ranges_kernel(
         if tl.load(nan + i) == 0:
             return
     STEP_N: tl.constexpr = STEP if AGAIN else BLOCK_N
-    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     i_split, i_block, i_h, i_b = decode_program(i, splits, row_blocks, row_heads)
+    if starts is not None:
+        start = tl.load(starts + i_b)
+        k, v = rows_from(k, 0, start), rows_from(v, 0, start)
+    cache = Cache(k, v, seqlens, block_table, table_stride, pages, capacity, k_scale, v_scale)
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < rows
     o_partial = ((i_split * batch + i_b) * row_heads + i_h) * rows + o_row
@@ -180,8 +185,8 @@ def sparse_ranges_kernel(
     b_sum_lost = tl.zeros([BLOCK_M], tl.float32)
     b_top = tl.full([BLOCK_M], -INF, tl.float32)
     i_cache = i_b
-    if per_cache is not None:
-        i_cache = i_b // per_cache
+    if caches is not None:
+        i_cache = tl.load(caches + i_b).to(tl.int64)
     # A step early: keys are found through two loads, one upon the other.
     o_j, o_page = find(row, cache, i_cache, first + tl.arange(0, STEP_N), BLOCK_K, PAGE_SIZE)
     for t in range(first, last, STEP_N):
@@ -305,9 +310,11 @@ def sparse_decode_attention(
     return_mass: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-    per_cache: int | None = None,
+    caches: Tensor | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """per_cache: so many requests that follow each other read one cache, or row of block_table."""
+    """caches: int32 [B], the cache, or row of block_table, that each request reads; None: its own.
+    starts: int32 [B], where its keys begin in a cache [1, S, Hk, D] that all share."""
     if len(parts := value_parts(v_cache)) > 1:
         extra_parts = [None] * len(parts)
         if extra_v is not None:
@@ -317,7 +324,7 @@ def sparse_decode_attention(
                 q, k_cache, part, indices, counts, seqlens_k, block_table, block_k, num_sink,
                 num_recent, pos_mode, cos, sin, interleaved, extra_k, extra, extra_log_count, scale,
                 softcap, sink, num_splits, return_mass and part is parts[0], k_scale, v_scale,
-                per_cache,
+                caches, starts,
             )
             for part, extra in zip(parts, extra_parts, strict=True)
         ]  # fmt: skip
@@ -393,7 +400,8 @@ def sparse_decode_attention(
         0 if extra_log_count is None else extra_log_count.stride(1),
     )
     shared = row_heads // kv_heads
-    sizes = (batch, row_heads, shared, group, seqlen_q, rows, row_blocks, splits, per_cache)
+    sizes = (batch, row_heads, shared, group, seqlen_q, rows, row_blocks, splits)
+    reads = (caches, starts)
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
@@ -415,12 +423,27 @@ def sparse_decode_attention(
         nan = q.new_empty(programs, dtype=torch.int32)
     arguments = (q, *inputs, partials, nan)
     launch(
-        sparse_ranges_kernel, programs, *arguments, logits, terms, *sizes, **options, AGAIN=False
+        sparse_ranges_kernel,
+        programs,
+        *arguments,
+        logits,
+        terms,
+        *sizes,
+        *reads,
+        **options,
+        AGAIN=False,
     )
     if nan is not None:  # a program for each query
         options |= {"AGAIN": True, "maxnreg": MOST_REGISTERS}
         launch(
-            sparse_ranges_kernel, programs * seqlen_q, *arguments, None, terms, *sizes, **options
+            sparse_ranges_kernel,
+            programs * seqlen_q,
+            *arguments,
+            None,
+            terms,
+            *sizes,
+            *reads,
+            **options,
         )
     merge(partials, seqlens_k, keys, out, lse, scales, sink, terms, heads // row_heads)
     if logits is not None:

@@ -1,5 +1,5 @@
 #include "dense/attention/kernel_backward_rows.cuh"
-#include "sparse/block_sparse_attention/cuda_backward_launch.cuh"
+#include "sparse/block_sparse_attention/cuda_requests_backward_launch.cuh"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
@@ -10,12 +10,15 @@ extern template const char* launch_block_sparse<__nv_bfloat16>(const BlockSparse
                                                                cudaStream_t);
 extern template const char* launch_block_sparse<float>(const BlockSparseBackwardParams&,
                                                        cudaStream_t);
+extern template const char* launch_requests<__half>(const BlockSparseBackwardParams&, cudaStream_t);
+extern template const char* launch_requests<__nv_bfloat16>(const BlockSparseBackwardParams&,
+                                                           cudaStream_t);
+extern template const char* launch_requests<float>(const BlockSparseBackwardParams&, cudaStream_t);
 
 }  // namespace cuda::block_sparse_attention
 
 int64_t workspace_bytes(const BlockSparseBackwardParams& p) {
-  const AttentionParams& f = p.forward.attention;
-  return 2 * sizeof(float) * f.batch * f.heads * f.seqlen_q;
+  return 2 * sizeof(float) * cuda::block_sparse_attention::statistics_rows(p.forward.attention);
 }
 
 const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
@@ -23,10 +26,12 @@ const char* launch_cuda(const BlockSparseBackwardParams& p, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   const AttentionParams& f = p.forward.attention;
   const char* error = cuda::visit_dtype(f.dtype, [&]<typename T>() {
-    return cuda::block_sparse_attention::launch_block_sparse<T>(p, queue);
+    using namespace cuda::block_sparse_attention;
+    return f.cu_seqlens_q ? launch_requests<T>(p, queue) : launch_block_sparse<T>(p, queue);
   });
   if (error || !p.dsink) return error;
-  cuda::BackwardArgs args = cuda::block_sparse_attention::statistics_of(p);
+  using namespace cuda::block_sparse_attention;
+  cuda::BackwardArgs args = statistics_of(with_ends_of_keys(p));
   args.p.dsink = p.dsink;
   return cuda::launch<cuda::sum_kernel>(f.batch * f.heads, cuda::kSumThreads, 0, queue, args, 1);
 }

@@ -14,11 +14,11 @@ inline int key_row_warps(const BlockSparseParams& d, int most) {
   return warps;
 }
 
+// Blocks of the kernel on queries.
 template <typename T, int kBucket>
-const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSparseGradients& g,
-                             cudaStream_t stream) {
+BlockSparseGradients plan_query_side(const BlockSparseBackwardParams& bp,
+                                     const BlockSparseGradients& g) {
   using Queries = QuerySideShape<T, kBucket>;
-  using Keys = BlockSparseKeySide<T, kBucket>;
   const AttentionParams& p = bp.forward.attention;
   BlockSparseGradients d = g;
   static_cast<BlockSparseLaunch&>(d) =
@@ -30,16 +30,28 @@ const char* launch_gradients(const BlockSparseBackwardParams& bp, const BlockSpa
     return d.heads_together() * rows.head + p.seqlen_q * rows.seq;
   };
   d.compact_queries = d.aligned && is_compact<T>(end(p.q)) && is_compact<T>(end(d.dout));
-  if (const char* error = launch<block_sparse_queries_kernel<T, kBucket>>(
-          query_tiles(d), d.row_warps * kWarpSize,
-          Queries::template shared_bytes<TileKeys>(d.row_warps), stream, d))
+  return d;
+}
+
+// kQueries(d), then kKeys(d).
+template <typename T, int kBucket, typename Keys, auto kQueries, auto kKeys>
+const char* launch_gradients(BlockSparseGradients d, cudaStream_t stream) {
+  using Queries = QuerySideShape<T, kBucket>;
+  const AttentionParams& p = d.attention;
+  if (const char* error =
+          launch<kQueries>(query_tiles(d), d.row_warps * kWarpSize,
+                           Queries::template shared_bytes<TileKeys>(d.row_warps), stream, d))
     return error;
   d.row_warps = key_row_warps(d, Keys::kMaxRowWarps);
   d.tile_rows = Keys::kWarpRows * d.row_warps;
-  d.tiles = static_cast<int>(ceil_div(p.seqlen_k, d.tile_rows));
-  return launch<block_sparse_keys_kernel<T, kBucket>>(p.batch * p.kv_heads * d.tiles,
-                                                      d.row_warps * Keys::kColumnWarps * kWarpSize,
-                                                      Keys::shared_bytes(d.row_warps), stream, d);
+  d.tiles = static_cast<int>(max_tiles(p.cu_seqlens_k, p.batch, p.seqlen_k, d.tile_rows));
+  return launch<kKeys>((p.cu_seqlens_k ? 1 : p.batch) * p.kv_heads * d.tiles,
+                       d.row_warps * Keys::kColumnWarps * kWarpSize,
+                       Keys::shared_bytes(d.row_warps), stream, d);
+}
+
+inline int64_t statistics_rows(const AttentionParams& p) {
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.seqlen_q;
 }
 
 // Of the rows, in the workspace.
@@ -50,16 +62,16 @@ inline BackwardArgs statistics_of(const BlockSparseBackwardParams& bp) {
   args.p.dout = bp.dout;
   args.p.dlse = bp.dlse;
   args.p.minus_lse = static_cast<float*>(bp.workspace);
-  args.p.minus_delta = args.p.minus_lse + p.batch * p.heads * p.seqlen_q;
+  args.p.minus_delta = args.p.minus_lse + statistics_rows(p);
   return args;
 }
 
+// What both kernels read, once the statistics of the rows are known.
 template <typename T>
-const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
-  const AttentionParams& p = bp.forward.attention;
+const char* launch_statistics(const BlockSparseBackwardParams& bp, cudaStream_t stream,
+                              BlockSparseGradients& d) {
   const BackwardArgs args = statistics_of(bp);
-  if (const char* error = launch_statistics<T>(args, false, stream)) return error;
-  BlockSparseGradients d{};
+  d = {};
   d.dout = bp.dout;
   d.dq = bp.dq;
   d.dk = bp.dk;
@@ -68,8 +80,19 @@ const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_
   d.minus_delta = args.p.minus_delta;
   d.offsets = bp.offsets;
   d.listing = bp.rows;
-  return visit_bucket(p,
-                      [&]<int kBucket>() { return launch_gradients<T, kBucket>(bp, d, stream); });
+  return cuda::launch_statistics<T>(args, false, stream);
+}
+
+template <typename T>
+const char* launch_block_sparse(const BlockSparseBackwardParams& bp, cudaStream_t stream) {
+  BlockSparseGradients d;
+  if (const char* error = launch_statistics<T>(bp, stream, d)) return error;
+  return visit_bucket(bp.forward.attention, [&]<int kBucket>() {
+    return launch_gradients<T, kBucket, BlockSparseKeySide<T, kBucket>,
+                            block_sparse_queries_kernel<T, kBucket>,
+                            block_sparse_keys_kernel<T, kBucket>>(
+        plan_query_side<T, kBucket>(bp, d), stream);
+  });
 }
 
 }  // namespace tokenmill::cuda::block_sparse_attention

@@ -1,5 +1,6 @@
 #include "cuda/refuse.cuh"
 #include "sparse/block_sparse_attention/cuda_latent_launch.cuh"
+#include "sparse/block_sparse_attention/kernel_latent_requests.cuh"
 
 namespace tokenmill {
 namespace cuda::block_sparse_attention {
@@ -8,13 +9,28 @@ extern template const char* launch_latent<__half>(const LatentLaunch&, void*, cu
 extern template const char* launch_latent<__nv_bfloat16>(const LatentLaunch&, void*, cudaStream_t);
 extern template const char* launch_latent<float>(const LatentLaunch&, void*, cudaStream_t);
 
+namespace {
+
+int64_t decode_bytes(const LatentBlockSparse& d) {
+  return visit_dtype(d.attention.dtype, [&]<typename T>() {
+    return workspace_bytes(sparse_decode_attention::plan_sparse<LatentKeys<T>>(d));
+  });
+}
+
+// Of packed requests; behind what the decode kernel takes of the workspace.
+const char* find_requests(LatentBlockSparse& d, cudaStream_t stream) {
+  auto* const to = reinterpret_cast<int32_t*>(static_cast<char*>(d.workspace) + decode_bytes(d));
+  d.requests = to;
+  return launch<block_sparse_find_requests_kernel>(ceil_div(d.attention.batch, kFindThreads),
+                                                   kFindThreads, 0, stream, d, to);
+}
+
+}  // namespace
 }  // namespace cuda::block_sparse_attention
 
 int64_t workspace_bytes(const LatentBlockSparse& d) {
-  return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    using Keys = cuda::block_sparse_attention::LatentKeys<T>;
-    return cuda::workspace_bytes(cuda::sparse_decode_attention::plan_sparse<Keys>(d));
-  });
+  const int64_t requests = d.cu_seqlens_q ? d.attention.batch * sizeof(int32_t) : 0;
+  return cuda::block_sparse_attention::decode_bytes(d) + requests;
 }
 
 const char* launch_cuda(const LatentBlockSparse& d, void* stream) {
@@ -31,10 +47,13 @@ const char* launch_cuda(const LatentBlockSparse& d, void* stream) {
     return cuda::refuse("k", "must have at most 2^29 tokens on CUDA", d.cache.capacity);
   if (listed > cuda::kMaxLength)
     return cuda::refuse("indices", "must list at most 2^29 keys of a query on CUDA", listed);
-  const cuda::block_sparse_attention::LatentLaunch launch{{d, nullptr, 0, nullptr, false, 0}};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  cuda::block_sparse_attention::LatentLaunch launch{{d, nullptr, 0, nullptr, false, 0}};
+  if (d.cu_seqlens_q)
+    if (const char* error = cuda::block_sparse_attention::find_requests(launch, queue))
+      return error;
   return cuda::visit_dtype(d.attention.dtype, [&]<typename T>() {
-    return cuda::block_sparse_attention::launch_latent<T>(launch, d.workspace,
-                                                          static_cast<cudaStream_t>(stream));
+    return cuda::block_sparse_attention::launch_latent<T>(launch, d.workspace, queue);
   });
 }
 

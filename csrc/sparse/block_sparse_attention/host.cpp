@@ -128,8 +128,6 @@ BlockSparseParams make_params(const BlockSparseAttentionArgs& a) {
                std::countr_zero(static_cast<uint64_t>(a.k.size(1)))};
   }
   if (!a.q.is_cuda) check_values(a, d);
-  check(!(a.q.is_cuda && a.cu_seqlens_q && is_latent(a)), kOp, "cu_seqlens_q",
-        "must be None for latent heads on CUDA", a.cu_seqlens_q.sizes);
   const int64_t all = d.attention.seqlen_q + d.attention.seqlen_k;  // sums with it stay in range
   d.num_sink = std::min(a.num_sink, all);
   d.num_recent = std::min(a.num_recent, all);
@@ -150,9 +148,13 @@ LatentBlockSparse latent_call(const BlockSparseParams& d) {
   const BlockList& list = d.list;
   LatentBlockSparse l{};
   l.attention = d.attention;
-  l.attention.batch = d.attention.batch * d.attention.seqlen_q;
+  l.attention.batch = (d.attention.cu_seqlens_q ? 1 : d.attention.batch) * d.attention.seqlen_q;
   l.attention.seqlen_q = 1;
+  l.attention.cu_seqlens_q = l.attention.cu_seqlens_k = nullptr;
   l.queries = d.attention.seqlen_q;
+  l.cu_seqlens_q = d.attention.cu_seqlens_q;
+  l.cu_seqlens_k = d.attention.cu_seqlens_k;
+  l.num_requests = d.attention.batch;
   l.lse_rows = d.lse_rows;
   l.causal = d.causal;
   l.cache.k = d.attention.k;
@@ -180,6 +182,14 @@ LatentBlockSparse latent_call(const BlockSparseParams& d) {
   return l;
 }
 
+void run_latent_on_cpu(LatentBlockSparse l) {
+  std::vector<int32_t> requests;
+  for (int64_t n = 0; l.cu_seqlens_q && n < l.attention.batch; ++n)
+    requests.push_back(l.find_request(n));
+  l.requests = requests.data();
+  cpu::block_sparse_attention_latent(l);
+}
+
 // mass is null if it is not asked for.
 void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #if defined(TOKENMILL_WITH_CUDA)
@@ -196,9 +206,8 @@ void run_forward(const BlockSparseMass& d, const BlockSparseAttentionArgs& a) {
 #endif
   std::vector<BlockSparseMass> requests;
   const auto calls = calls_of<BlockSparseCalls>(d, d.attention, requests);
-  if (is_latent(a)) {  // a parallel region for each packed request
-    for (int64_t n = 0; n < calls.count; ++n)
-      cpu::block_sparse_attention_latent(latent_call(calls.each[n]));
+  if (is_latent(a)) {
+    run_latent_on_cpu(latent_call(d));
   } else if (d.pages.table) {
     cpu::block_sparse_attention_pages(calls);
   } else {
@@ -277,9 +286,6 @@ std::tuple<Array, Array, Array, Array> block_sparse_attention_backward(
   for (auto [name, t] : {std::pair{"q", &q}, {"v", &a.forward.v}})
     check(t->size(-1) <= kMaxHeadDim, kOp, name,
           Rule("must have a head dimension of 1 to ", kMaxHeadDim, " for a gradient"), t->size(-1));
-  if (a.forward.cu_seqlens_q)
-    check(!q.is_cuda, kOp, "cu_seqlens_q", "must be None for gradients on CUDA",
-          a.forward.cu_seqlens_q.sizes);
   const AttentionParams& f = p.forward.attention;
   const bool wants_sink = a.needs_dsink && a.forward.sink;
   Array dsink = zeros(wants_sink ? std::vector<int64_t>{f.batch, f.heads} : std::vector<int64_t>{0},

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(QuerySideShape<T, kBucket>::kMaxThreads, 1)
 }
 
 template <typename T, int kBucket>
-using BlockSparseKeySide = KeySideShape<T, kBucket, BlockListing<T, kBucket>>;
+using BlockSparseKeySide = KeySideShape<T, kBucket, BlockListing<T, kBucket, BatchQueries>>;
 
 template <typename T, int kBucket>
 __global__ void __launch_bounds__(BlockSparseKeySide<T, kBucket>::kMaxThreads, 1)

@@ -60,7 +60,8 @@ struct WarpKeys {
   };
 
   // From number `offset` of the tile on.
-  __device__ WarpKeys(const BlockSparseLaunch& d, const BlockKeyTile& tile, int offset)
+  template <typename KeyTile>
+  __device__ WarpKeys(const BlockSparseLaunch& d, const KeyTile& tile, int offset)
       : first(tile.first + offset),
         last(min(first + 16, tile.first + tile.seen) - 1),
         whole(first + 16 <= tile.first + tile.seen),
@@ -98,32 +99,42 @@ struct WarpKeys {
   unsigned mask;
 };
 
+// The queries of a request: rows start() ... end() - 1 of batch b, whose lists are `blocks()` from
+// row list_row() on, and from a row to its position.
+struct BatchQueries {
+  const BlockSparseGradients& d;
+  int b, diagonal;
+
+  __device__ BatchQueries(const BlockSparseGradients& d, const BlockKeyTile& tile)
+      : d(d), b(tile.b), diagonal(static_cast<int>(d.length(tile.b) - d.attention.seqlen_q)) {}
+
+  __device__ static constexpr int start() { return 0; }
+  __device__ static constexpr int list_row() { return 0; }
+  __device__ int end() const { return static_cast<int>(d.attention.seqlen_q); }
+  __device__ int blocks() const { return static_cast<int>(d.query_blocks); }
+};
+
 // Queries that may see a tile of keys, window by window.
-template <typename T, int kBucket>
+template <typename T, int kBucket, typename Queries>
 class BlockListing {
  public:
   using Place = ListingQuery;
   static constexpr int kWindow = kBucket * sizeof(T) > 512 ? 64 : 512;
   using Window = QueryWindow<kWindow>;
 
-  __device__ BlockListing(const BlockSparseGradients& d, Window& window, const BlockKeyTile& tile)
-      : d_(d),
-        b_(tile.b),
-        window_(window),
-        kv_head_(tile.kv_head),
-        first_key_(tile.first),
-        last_key_(tile.first + tile.seen - 1),
-        together_(static_cast<int>(d.heads_together())),
-        diagonal_(static_cast<int>(d.length(tile.b) - d.attention.seqlen_q)) {}
+  template <typename KeyTile>
+  __device__ BlockListing(const BlockSparseGradients& d, Window& window, const KeyTile& tile)
+      : BlockListing(d, window, tile, Queries(d, tile)) {}
 
   // Lists of the heads of the group follow each other, and so do windows of their blocks of
   // queries. All threads of the block together.
   template <typename Visit>
   __device__ __forceinline__ void each_window(const Visit& visit) {
     const int group = static_cast<int>(d_.attention.heads / d_.attention.kv_heads);
-    const int blocks = static_cast<int>(d_.query_blocks);
-    // The first query that may see the first key.
-    const int begin = d_.causal ? max(first_key_ - diagonal_, 0) >> d_.log2_block_q : 0;
+    const int blocks = queries_.blocks();
+    // The block of the first query that may see the first key.
+    const int first_query = first_key_ - queries_.diagonal - queries_.start();
+    const int begin = d_.causal ? max(first_query, 0) >> d_.log2_block_q : 0;
 #pragma unroll 1
     for (int head = 0; head < group; head += together_) {
       head_ = kv_head_ * group + head;
@@ -144,15 +155,15 @@ class BlockListing {
     const int n = t / block_rows(), row = t - n * block_rows();
     if (n >= window_.count) return {-1, 0, 0};
     const int block = window_.active[n], i = row / together_;
-    const int query = ((first_ + block) << d_.log2_block_q) + i;
-    if (query >= d_.attention.seqlen_q) return {-1, 0, 0};
+    const int query = queries_.start() + ((first_ + block) << d_.log2_block_q) + i;
+    if (query >= queries_.end()) return {-1, 0, 0};
     return {query, static_cast<short>(row - i * together_), static_cast<short>(block)};
   }
 
   __device__ __forceinline__ WarpKeys::Column column(const ListingQuery& place,
                                                      const WarpKeys& keys) const {
     const unsigned bits = window_.bits[place.block][keys.word] >> keys.shift;
-    return {place.query, place.query + diagonal_, bits & keys.mask};
+    return {place.query, place.query + queries_.diagonal, bits & keys.mask};
   }
 
  protected:
@@ -161,6 +172,18 @@ class BlockListing {
   int head_ = 0;  // of the list at hand
 
  private:
+  template <typename KeyTile>
+  __device__ BlockListing(const BlockSparseGradients& d, Window& window, const KeyTile& tile,
+                          const Queries& queries)
+      : d_(d),
+        b_(queries.b),
+        window_(window),
+        queries_(queries),
+        kv_head_(tile.kv_head),
+        first_key_(tile.first),
+        last_key_(tile.first + tile.seen - 1),
+        together_(static_cast<int>(d.heads_together())) {}
+
   __device__ int block_rows() const { return together_ << d_.log2_block_q; }
 
   // Blocks first_ ... end - 1 of queries. Lists of blocks of keys ascend: where one window ends
@@ -177,7 +200,7 @@ class BlockListing {
       int low = offsets[j], high = offsets[j + 1];
       while (low < high) {
         const int middle = low + (high - low) / 2;
-        listing[middle] < first_ ? low = middle + 1 : high = middle;
+        listing[middle] - queries_.list_row() < first_ ? low = middle + 1 : high = middle;
       }
       window_.cursors[j] = low;
     }
@@ -188,7 +211,8 @@ class BlockListing {
       int cursor = window_.cursors[j];
       const int list_end = offsets[j + 1];
       for (int found = kWarpSize; found == kWarpSize;) {
-        const int block = cursor + lane < list_end ? listing[cursor + lane] : end;
+        const bool exists = cursor + lane < list_end;
+        const int block = exists ? listing[cursor + lane] - queries_.list_row() : end;
         if (block < end) atomicOr(&window_.bits[block - first_][j / 32], 1u << j % 32);
         found = __popc(__ballot_sync(kFullWarp, block < end));
         cursor += found;
@@ -215,17 +239,17 @@ class BlockListing {
 
   // Any query of a block may see any key of the tile as one of its first or last ones.
   __device__ bool sees_without_list(int block) const {
-    const int first = (block << d_.log2_block_q) + diagonal_;
-    const int last =
-        min(first + (1 << d_.log2_block_q), static_cast<int>(d_.attention.seqlen_q) + diagonal_) -
-        1;
+    const int diagonal = queries_.diagonal;
+    const int first = queries_.start() + (block << d_.log2_block_q) + diagonal;
+    const int last = min(first + (1 << d_.log2_block_q), queries_.end() + diagonal) - 1;
     if (d_.causal && last < first_key_) return false;
     return first_key_ < d_.num_sink || (d_.num_recent > 0 && first < last_key_ + d_.num_recent);
   }
 
   Window& window_;
+  Queries queries_;
   int kv_head_, first_key_, last_key_;
-  int together_, diagonal_;
+  int together_;
   int first_ = 0;  // block of the window
 };
 
@@ -234,7 +258,7 @@ struct BlockGradientWalk : BlockWalk {
   using KeyTile = BlockKeyTile;
   using WarpKeys = block_sparse_attention::WarpKeys;
   template <typename T, int kBucket>
-  using Listing = BlockListing<T, kBucket>;
+  using Listing = BlockListing<T, kBucket, BatchQueries>;
 };
 
 }  // namespace tokenmill::cuda::block_sparse_attention

@@ -107,7 +107,7 @@ struct TileNumber {
   int tile;
   int64_t block;
 
-  __device__ static TileNumber of(const RequestLaunch& d) {
+  __device__ static TileNumber of(const BlockSparseLaunch& d) {
     const int together = static_cast<int>(d.heads_together());
     const int heads = static_cast<int>(d.attention.heads) / together;
     const unsigned index = block_index(), head_blocks = index / d.tiles;
@@ -120,15 +120,15 @@ struct TileNumber {
 
 // As QueryTile.
 struct RequestTile : RequestBlock {
-  const RequestLaunch& d;
+  const BlockSparseLaunch& d;
   int head, together;
   int first, rows;  // of the block's rows
 
-  __device__ static RequestTile of(const RequestLaunch& d) {
+  __device__ static RequestTile of(const BlockSparseLaunch& d) {
     const TileNumber number = TileNumber::of(d);
     return of(d, number, RequestBlock::of(d, number.b, number.block));
   }
-  __device__ static RequestTile of(const RequestLaunch& d, const TileNumber& number,
+  __device__ static RequestTile of(const BlockSparseLaunch& d, const TileNumber& number,
                                    const RequestBlock& block) {
     RequestTile q{block, d, number.head, static_cast<int>(d.heads_together()),
                   number.tile * d.tile_rows};
@@ -138,7 +138,11 @@ struct RequestTile : RequestBlock {
 
   template <typename T>
   __device__ T* first_key(const KeyRows& keys, int64_t kv_head) const {
-    return RequestBlock::first_key<T>(d, keys.rows, kv_head);
+    return first_key<T>(keys.rows, kv_head);
+  }
+  template <typename T>
+  __device__ T* first_key(const Rows& keys, int64_t kv_head) const {
+    return RequestBlock::first_key<T>(d, keys, kv_head);
   }
   __device__ SeenKeys seen(const BlockSparseLaunch&, int r) const {
     return d.seen_from(position(r), length);
@@ -176,9 +180,9 @@ struct RequestWalk {
   using Keys = RequestKeys;
 };
 
-// Whether the block of threads owns packed queries that no request has, which it makes empty rows.
-template <typename T>
-__device__ __forceinline__ bool fill_loose_rows(const RequestLaunch& d) {
+// Whether the block of threads owns packed queries that no request has: then fill(rows, head).
+template <typename Fill>
+__device__ __forceinline__ bool fill_loose_rows(const BlockSparseLaunch& d, const Fill& fill) {
   const AttentionParams& p = d.attention;
   if (!p.cu_seqlens_q) return false;
   const TileNumber number = TileNumber::of(d);
@@ -187,10 +191,7 @@ __device__ __forceinline__ bool fill_loose_rows(const RequestLaunch& d) {
   if (place.b >= 0) return false;
   if (number.tile > 0) return true;
   const LooseRows loose(place, p.seqlen_q, size);
-  for (int64_t h = number.head; h < number.head + d.heads_together(); ++h) {
-    loose.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
-    loose.fill(p.lse + h * p.seqlen_q, 1, 1, -infinity());
-  }
+  for (int64_t h = number.head; h < number.head + d.heads_together(); ++h) fill(loose, h);
   return true;
 }
 
@@ -198,7 +199,12 @@ template <typename T, int kBucket>
 __global__ void __launch_bounds__(ListedShape<T, kBucket>::kMaxThreads,
                                   ListedShape<T, kBucket>::kMinBlocks)
     block_sparse_requests_kernel(const __grid_constant__ RequestLaunch d) {
-  if (!fill_loose_rows<T>(d)) listed_forward<T, kBucket, RequestWalk>(d);
+  const auto make_empty = [&](const LooseRows& loose, int64_t h) {
+    const AttentionParams& p = d.attention;
+    loose.fill(rows_at<T>(p.out, 0, 0, h), p.out.seq, p.value_dim, 0);
+    loose.fill(p.lse + h * p.seqlen_q, 1, 1, -infinity());
+  };
+  if (!fill_loose_rows(d, make_empty)) listed_forward<T, kBucket, RequestWalk>(d);
 }
 
 }  // namespace tokenmill::cuda::block_sparse_attention

@@ -13,8 +13,14 @@ struct LatentBlockSparse : SparseDecodeParams {
   int64_t lse_rows;  // of a head in lse
   bool causal;
   int64_t indices_row, counts_row;  // from query to query
+  // Of packed requests, else null. Numbers of queries are tokens; requests[n] is the request of
+  // query n, -1: none. On CUDA the launch makes it.
+  const int32_t *cu_seqlens_q, *cu_seqlens_k, *requests;
+  int64_t num_requests;
 
+  // In q, out and lse.
   TOKENMILL_HOST_DEVICE QueryPlace place(int64_t n) const {
+    if (cu_seqlens_q) return {0, n};
 #if defined(__CUDA_ARCH__)  // fewer than 2^31 queries
     const uint32_t all = static_cast<uint32_t>(n), each = static_cast<uint32_t>(queries);
     return {all / each, all % each};
@@ -27,24 +33,58 @@ struct LatentBlockSparse : SparseDecodeParams {
     const QueryPlace at = place(n);
     return (at.b * attention.heads + h) * lse_rows + at.i;
   }
+  TOKENMILL_HOST_DEVICE int64_t request(int64_t n) const {
+    return cu_seqlens_q ? requests[n] : place(n).b;
+  }
   TOKENMILL_HOST_DEVICE int64_t length(int64_t n) const {
-    const QueryPlace at = place(n);
-    const int64_t keys = cache.seqlens ? cache.length(at.b) : cache.capacity;
-    const int64_t end = causal ? keys + at.i + 1 - queries : keys;
-    return end < 0 ? 0 : end;
+    const int64_t b = request(n);
+    if (b < 0) return 0;
+    int64_t keys = cache.seqlens ? cache.length(b) : cache.capacity;
+    if (cu_seqlens_k) keys = first_key(b + 1) - first_key(b);
+    if (causal) keys -= queries_behind(b, n);
+    return keys < 0 ? 0 : keys;
   }
   TOKENMILL_HOST_DEVICE KvCache::Slot find(int64_t n, int64_t position) const {
-    return cache.find(place(n).b, position);
+    if (cu_seqlens_k) return {0, static_cast<int32_t>(first_key(request(n)) + position)};
+    return cache.find(request(n), position);
   }
   TOKENMILL_HOST_DEVICE const int32_t* list(int64_t n, int64_t h) const {
-    const QueryPlace at = place(n);
+    const QueryPlace at = list_place(n);
     return SparseDecodeParams::list(at.b, h) + at.i * indices_row;
   }
   TOKENMILL_HOST_DEVICE int64_t count(int64_t n, int64_t h) const {
-    const QueryPlace at = place(n);
+    const QueryPlace at = list_place(n);
     const int64_t head = list_heads == 1 ? 0 : h;
     const int64_t own = counts[at.b * counts_batch + head * counts_head + at.i * counts_row];
     return own < 0 ? 0 : own > entries ? entries : own;
+  }
+
+  // The packed request of query n. Whatever cu_seqlens_q says, the request found ends behind the
+  // query and does not begin behind it.
+  TOKENMILL_HOST_DEVICE int32_t find_request(int64_t n) const {
+    if (n < cu_seqlens_q[0] || n >= cu_seqlens_q[num_requests]) return -1;
+    int64_t low = 0, high = num_requests;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      n < cu_seqlens_q[middle] ? high = middle : low = middle;
+    }
+    return static_cast<int32_t>(low);
+  }
+
+ private:
+  TOKENMILL_HOST_DEVICE int64_t queries_behind(int64_t b, int64_t n) const {
+    return cu_seqlens_q ? cu_seqlens_q[b + 1] - n - 1 : queries - place(n).i - 1;
+  }
+  // Of request b, among packed keys.
+  TOKENMILL_HOST_DEVICE int64_t first_key(int64_t b) const {
+    const int64_t at = cu_seqlens_k[b];
+    return at < 0 ? 0 : at > cache.capacity ? cache.capacity : at;
+  }
+  // A packed request has a row of lists more than queries.
+  TOKENMILL_HOST_DEVICE QueryPlace list_place(int64_t n) const {
+    if (!cu_seqlens_q) return place(n);
+    const int64_t b = request(n);
+    return {0, n + (b < 0 ? 0 : b)};
   }
 };
 

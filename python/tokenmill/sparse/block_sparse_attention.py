@@ -27,7 +27,6 @@ from .block_sparse_rules import (
     check_block_sparse_out,
     check_block_sparse_values,
     is_wide,
-    unsupported,
 )
 from .gradients import cotangents
 
@@ -151,7 +150,8 @@ def block_sparse_attention(
     host, and what is launched depends on shapes alone.
 
     Requests may be packed (cu_seqlens_q), their keys packed too, padded or in pages. Each has the
-    result that it has alone, bit for bit.
+    result and the gradients that it has alone, bit for bit; with heads wider than 256 on a GPU, up
+    to the order of sums.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
@@ -182,8 +182,7 @@ def block_sparse_attention(
             ``[pages, page_size, Hk, ...]``, page_size a power of two, and seqlens_k must be given.
             Entries behind a request's last key may hold anything. Forward only.
         cu_seqlens_q: int32 ``[B + 1]``, where packed queries begin and end. Their keys are packed
-            too, or ``[B, Sk, Hk, ...]`` or pages. With gradients, and with heads wider
-            than 256, on cpu and the reference alone.
+            too, or ``[B, Sk, Hk, ...]`` or pages.
         cu_seqlens_k: the same of packed keys. None with a packed k: cu_seqlens_q.
         return_lse: also return lse.
         return_mass: also return the probability that the entries of lists received.
@@ -490,6 +489,5 @@ SPEC = register_op(
         paper="HiP (Lee et al. 2024); FlashAttention-2 (Dao 2023)",
         flops=flops,
         backward_flops=backward_flops,
-        unsupported=unsupported,
     )
 )

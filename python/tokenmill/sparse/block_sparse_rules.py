@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 
 from .._check import (
     MAX_HEAD_DIM,
@@ -113,15 +113,3 @@ def check_block_sparse_out(*lowered: Any, float64: bool = False) -> None:
     check_block_sparse(*arguments, float64=float64)
     a = Arguments(*arguments)
     check_out(OP, out, (*a.q.shape[:-1], a.v.shape[-1]), a)
-
-
-def unsupported(backend: str, *lowered: Any) -> list[str]:
-    a = Arguments(*lowered)
-    if backend not in ("cuda", "triton") or a.cu_seqlens_q is None:
-        return []
-    if is_wide(a.q) or is_wide(a.v):
-        return ["latent heads of packed requests have kernels on the CPU alone"]
-    learns = is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (a.q, a.k, a.v, a.sink)
-    )
-    return ["packed requests have gradients on the CPU alone"] if learns else []
