@@ -107,8 +107,9 @@ def _blocks(dtype: torch.dtype, block_k: int, backward: bool = False) -> Counter
     )  # fmt: skip
 
 
-def _requests(dtype: torch.dtype) -> CounterCase:
-    """Half of 512 keys for each block of 64 queries of two requests, packed, with keys in pages."""
+def _requests(dtype: torch.dtype, backward: bool = False) -> CounterCase:
+    """Half of 512 keys for each block of 64 queries of two requests, packed, with keys in pages;
+    backward with packed keys."""
     heads, dim, tokens, block, page = 2, 64, 1024, 64, 16
     g = torch.Generator().manual_seed(1)
     rows, entries = tokens // block + 2, 4
@@ -117,17 +118,19 @@ def _requests(dtype: torch.dtype) -> CounterCase:
     counts = torch.full(indices.shape[:2], entries, dtype=torch.int32)
     ends = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     table = torch.arange(tokens // page, dtype=torch.int32).view(2, -1)
+    pages = {"seqlens_k": ends.diff(), "block_table": table}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = k.view(-1, page, heads, dim), v.view(-1, page, heads, dim)
+        shape = (-1, heads, dim) if backward else (-1, page, heads, dim)
         return tm.block_sparse_attention(
-            q[0], k, v, indices, counts, block_q=block, block_k=block, cu_seqlens_q=ends,
-            seqlens_k=ends.diff(), block_table=table, backend="emulated",
+            q[0], k.view(shape), v.view(shape), indices, counts, block_q=block, block_k=block,
+            cu_seqlens_q=ends, **({} if backward else pages), backend="emulated",
         )  # fmt: skip
 
+    keys = f"in blocks of {block}" if backward else f"in pages of {page}"
     return _listed(
-        f"packed, 256 of 512 keys in pages of {page}", dtype, call, (1, tokens, heads, dim),
-        tokens * heads, entries, 256, block, False,
+        f"packed, 256 of 512 keys {keys}", dtype, call, (1, tokens, heads, dim),
+        tokens * heads, entries, 256, block, backward,
     )  # fmt: skip
 
 
@@ -152,27 +155,40 @@ def _mass() -> CounterCase:
     return CounterCase(f"mass of 256 of {tokens} keys, float16", scores / 1000, least, mma, prepare)
 
 
-def _latent() -> CounterCase:
-    """A list of 512 latent keys for each of 4 queries, which 16 heads read."""
+def _latent(packed: bool = False) -> CounterCase:
+    """A list of 512 latent keys for each of 4 queries, which 16 heads read; packed: of two requests
+    of 2 queries, whose keys are packed too."""
     heads, dim, value_dim, tokens, queries, entries = 16, 576, 512, 4096, 4, 512
     g = torch.Generator().manual_seed(1)
     drawn = torch.rand(1, 1, queries, tokens, generator=g)
     indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
     counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
+    ends = {
+        "cu_seqlens_q": torch.tensor([0, queries // 2, queries], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32),
+    }
 
     def prepare() -> Callable[[], object]:
         (q,), (k,) = _draw(F16, 1, 1, queries, heads, dim), _draw(F16, 1, 1, tokens, 1, dim)
+        arguments, options = (q, k, k[..., :value_dim], indices, counts), {}
+        if packed:
+            k = torch.cat([k[0], k[0]])
+            rows = torch.tensor([0, 1, 3, 4])  # of the lists: a request has one more than queries
+            wide = (indices.new_zeros(1, queries + 2, entries), counts.new_zeros(1, queries + 2))
+            lists = (
+                w.index_copy(1, rows, t[0]) for w, t in zip(wide, (indices, counts), strict=True)
+            )
+            arguments, options = (q[0], k, k[..., :value_dim], *lists), ends
         return lambda: tm.block_sparse_attention(
-            q, k, k[..., :value_dim], indices, counts, block_q=1, block_k=1, backend="emulated"
+            *arguments, block_q=1, block_k=1, **options, backend="emulated"
         )
 
     scores = queries * heads * entries
     # Keys and ids; queries, out and lse. A block copies keys and values, which are the same.
     least = queries * entries * (2 * dim + 4) + queries * heads * (2 * (dim + value_dim) + 4)
     mma = products(scores * (dim + value_dim), F16)
-    return CounterCase(
-        f"{entries} of {tokens} latent keys, float16", scores / 1000, least, mma, prepare
-    )
+    name = f"{'packed, ' if packed else ''}{entries} of {tokens} latent keys, float16"
+    return CounterCase(name, scores / 1000, least, mma, prepare)
 
 
 def blocks_cases() -> Iterator[CounterCase]:
@@ -181,8 +197,10 @@ def blocks_cases() -> Iterator[CounterCase]:
     yield _blocks(F32, 64)
     yield _blocks(F16, 64, backward=True)
     yield _requests(F16)
+    yield _requests(F16, backward=True)
     yield _mass()
     yield _latent()
+    yield _latent(packed=True)
 
 
 def _search(
