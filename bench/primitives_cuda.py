@@ -1,4 +1,5 @@
-"""Primitives of a GPU, through torch."""
+"""Primitives of a GPU: through torch, and what it has no call for through
+torch.ops.tokenmill.gpu_probe."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from .gpu import Device, event_seconds
 from .primitives import Probe
 from .timing import Measure, Run, interleave
 
+THREADS, CHAINS = 256, 8  # of a block of gpu_probe; independent chains of a thread
 NODES = 100  # of a graph, so that its own launch does not count
 
 
@@ -24,11 +26,14 @@ class Sizes:
     product: int  # rows and columns of matrices
     updates: int  # atomic additions
     launches: int
+    multiprocessors: int
+    steps: int  # of a probe's loop
 
     @staticmethod
     def of_this_device() -> Sizes:
-        cache = torch.cuda.get_device_properties().L2_cache_size
-        return Sizes(1 << 30, max(cache // 8, 1 << 18), 8192, 1 << 22, 1000)
+        device = torch.cuda.get_device_properties()
+        cache = max(device.L2_cache_size // 8, 1 << 18)
+        return Sizes(1 << 30, cache, 8192, 1 << 22, 1000, device.multi_processor_count, 1 << 14)
 
 
 def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
@@ -59,12 +64,29 @@ def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
     yield Probe("launch and wait", "s", _waits(device, where), {})
     yield Probe("graph launch and wait", "s", _replays(device, where), {"how": "of one kernel"})
     yield Probe("graph node", "s", _nodes(device, where), {"how": f"of {NODES} kernels"})
-    for name, unit in (("shared memory read", "B/s"), ("grid sync", "s")):
-        yield Probe(name, unit, _needs_a_kernel, {})
+    yield from _own_kernels(device, where, sizes)
 
 
-def _needs_a_kernel(seconds: float) -> list[float]:
-    raise NotImplementedError("torch has no call for it, and this package no kernel")
+def _own_kernels(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
+    """Warm: they do not read memory."""
+    warm, blocks = _warm(device), 4 * sizes.multiprocessors
+    work = float(blocks * THREADS * sizes.steps)
+    read = _rate(warm, lambda: _probe("shared", blocks, sizes.steps, where), 16 * work)
+    yield Probe("shared memory read", "B/s", read, {"how": "16 bytes a lane"})
+    exps = _rate(warm, lambda: _probe("exp2", blocks, sizes.steps, where), CHAINS * work)
+    yield Probe("exp2", "1/s", exps, {"dtype": "float32", "how": "special function unit"})
+
+    def barriers(seconds: float) -> list[float]:
+        run = _probe("barrier", sizes.multiprocessors, sizes.steps, where)
+        timing = interleave({"run": run}, seconds=seconds, measure=warm)["run"]
+        return [t / (sizes.steps + 1) for t in timing.samples]
+
+    yield Probe("grid barrier", "s", barriers, {"how": "a block for each multiprocessor"})
+
+
+def _probe(of: str, blocks: int, steps: int, where: str) -> Run:
+    x = torch.full((4 * THREADS,), 0.5, device=where)
+    return lambda: torch.ops.tokenmill.gpu_probe(x, of=of, blocks=blocks, steps=steps)
 
 
 def _rate(measure: Measure, make: Callable[[], Run], work: float) -> Callable[[float], list[float]]:

@@ -233,6 +233,7 @@ TOKENMILL_LIBRARY(library) {
         ") -> Tensor dvalues");
 
   // introspection
+  m.def("gpu_probe(Tensor x, *, str of=\"shared\", SymInt blocks=1, SymInt steps=1) -> Tensor");
   library.def("cpu_isa(str? select=None) -> str");
   library.def("cpu_peak_flops(str dtype, int repeats=5) -> float");
   library.def("cpu_rate(str of, int bytes=0, int repeats=5) -> float");

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+import tokenmill as tm
 from tokenmill.bench import (
     case,
     ceilings,
@@ -180,16 +181,17 @@ def test_primitives_of_a_gpu_are_asked_of_torch():
             event.elapsed_time = lambda end: 1.0
             return event
 
-    sizes = primitives_cuda.Sizes(memory=64, cache=64, product=32, updates=4, launches=2)
+    sizes = primitives_cuda.Sizes(
+        64, 64, product=32, updates=4, launches=2, multiprocessors=2, steps=2
+    )
     probes = [*primitives_cuda.probes(Passing(), "cpu", sizes)]
     rows = {probe.title: primitives.measured(probe, 0.0) for probe in probes}
     assert len(rows) == len(probes)
     absent = {title: row["absent"] for title, row in rows.items() if "absent" in row}
-    assert {*absent} - {"matmul int8", "matmul float8_e4m3fn"} == {
-        "shared memory read",
-        "grid sync",
-    }
-    assert "torch has no call for it" in absent["grid sync"]
+    own = {"shared memory read", "exp2", "grid barrier"}
+    assert {rows[title]["primitive"] for title in absent} - {"matmul"} == own
+    refused = absent["grid barrier, a block for each multiprocessor"]
+    assert refused == "RuntimeError: tokenmill.gpu_probe: x: must be on CUDA; got 'cpu'"
     assert rows["copy 128 B, cold"]["value"] == 128 / 1e-3
     assert rows["matmul float16"]["value"] == 2 * 32**3 / 1e-3
     found = ceilings.from_primitives(rows.values(), "cuda", 1)
@@ -197,6 +199,51 @@ def test_primitives_of_a_gpu_are_asked_of_torch():
 
 
 # Peers
+
+
+@pytest.fixture
+def probe():
+    """gpu_probe on the PTX machine."""
+    if not tm._library.emulated_built():
+        pytest.skip("needs a development build")
+    return torch.ops.tokenmill_emulated.gpu_probe
+
+
+def test_probes_do_what_they_count(probe):
+    """Every block and thread has the result of all steps."""
+    x = torch.arange(1024.0)
+    for steps in (0, 1, 9):
+        read = probe(x, of="shared", blocks=2, steps=steps)
+        quads = x.view(256, 4).sum(1)
+        expected = sum((quads.roll(-s) for s in range(steps)), torch.zeros(256))
+        torch.testing.assert_close(read, expected.expand(2, 256))
+        met = probe(x, of="barrier", blocks=3, steps=steps)
+        last = (torch.arange(3.0) + steps) % 3 + steps
+        torch.testing.assert_close(met, last[:, None].expand(3, 256))
+    y = torch.linspace(0, 1, 1024)
+    chained = y.repeat(2).view(256, 8)
+    for _ in range(3):
+        chained = torch.exp2(-chained)
+    found = probe(y, of="exp2", blocks=2, steps=3)
+    torch.testing.assert_close(found, chained.sum(1).expand(2, 256), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.zeros(8), {}, "x: must have shape [1024]; got [8]"),
+        (torch.zeros(1024).half(), {}, "x: must be float32; got float16"),
+        (torch.zeros(2048)[::2], {}, "x: must "),
+        (torch.zeros(1024), {"of": "tea"}, "of: must be 'shared', 'exp2' or 'barrier'; got 'tea'"),
+        (torch.zeros(1024), {"blocks": 0}, "blocks: must be 1 to 2^20; got 0"),
+        (torch.zeros(1024), {"steps": -1}, "steps: must be 0 to 2^20; got -1"),
+        (torch.zeros(1024), {"of": "barrier", "blocks": 5000}, "a block for each multiprocessor"),
+    ],
+)
+def test_probes_refuse_what_they_cannot_do(probe, x, options, message):
+    with pytest.raises(RuntimeError) as error:
+        probe(x, **options)
+    assert "tokenmill.gpu_probe: " in str(error.value) and message in str(error.value)
 
 
 def test_peers_are_listed_with_the_reason_why_they_are_absent(monkeypatch):
