@@ -110,8 +110,10 @@ def run(options: argparse.Namespace) -> int:
         from . import counters
         from .counters import launches
 
-        if options.resume:
-            raise _cli.UsageError("--resume: goes on with times; leave it out beside counts")
+        for name in ("resume", "primitives", "time_budget"):
+            if getattr(options, name):
+                flag = name.replace("_", "-")
+                raise _cli.UsageError(f"--{flag}: is for times; leave it out beside counts")
         measure_all = counters.run if options.counters else launches.run
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if options.json == "-" else stdout):
@@ -137,6 +139,8 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         return 1 if failed else 0
     if options.plot:
         _cli.writable_folder("--plot", options.plot)
+    if options.resume == "-":
+        raise _cli.UsageError("--resume: must be a file; got '-'")
     head = _head(options)
     document, kept = earlier(options.resume, head) if options.resume else ({}, [])
     target, argument = (options.json, "--json") if options.json else (options.resume, "--resume")
