@@ -191,12 +191,13 @@ def read(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise Damaged(f"its format is not '{FORMAT}'")
     devices = document.get("devices")
-    if not _nested(devices, 3):
+    if not isinstance(devices, dict) or not _nested(devices, 3):
         raise Damaged("devices, versions and operators are not where they belong")
-    return dict(devices)
+    return devices
 
 
 def _nested(value: Any, levels: int) -> bool:
+    """Whether value is objects in objects, so many levels of them below it."""
     if not isinstance(value, dict):
         return False
     return levels == 0 or all(_nested(v, levels - 1) for v in value.values())
