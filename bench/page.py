@@ -1,7 +1,7 @@
 """One HTML file of results: `python -m tokenmill report FILE ... [--out PAGE]`. A file has what
 `bench --json`, `bench primitives --json`, `check --json`, `bench --counters` or `bench --launches`
-wrote. Machines stand side
-by side, never in one table. The page loads nothing and runs no script."""
+wrote, or the steps of `ci/gpu`. Machines stand side by side, never in one table. The page loads
+nothing and runs no script."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ th, td { border: 1px solid #ddd; padding: 2px 7px; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { background: #f3f4f6; }
 .side { display: flex; flex-wrap: wrap; gap: 1em 2.5em; align-items: flex-start; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 .side > div { flex: 1 1 32em; min-width: 0; overflow-x: auto; }
-.why { text-align: left; } .none { color: #777; }
+td.why, th.why { text-align: left; } .none { color: #777; }
 .ok { background: #e3f1e3; } .bad { background: #f7d4d0; }
 .bar { display: inline-block; height: 9px; background: #4c78a8; } .slow { background: #c8553d; }
 svg { max-width: 100%; height: auto; } pre { overflow-x: auto; }
@@ -73,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     files = [(Path(name).stem, report.load(name, checks=True)) for name in options.files]
-    text = page(machines(files), [(n, d) for n, d in files if "machine" not in d])
+    others = [(n, d) for n, d in files if "machine" not in d]
+    text = page(machines(files), others)
     _cli.writable_folder("--out", options.out.parent)
     try:
         options.out.write_text(text)
@@ -123,7 +125,8 @@ def page(columns: list[Machine], counts: list[tuple[str, dict[str, Any]]]) -> st
         ("What could not run", _absent),
     )
     body = "".join(_section(title, make, columns) for title, make in sections)
-    body += "".join(_counts(name, document) for name, document in counts)
+    body = "".join(_steps(d) for _, d in counts if "steps" in d) + body
+    body += "".join(_counts(name, document) for name, document in counts if "steps" not in document)
     names = ", ".join([*(m.name for m in columns), *(name for name, _ in counts)])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -146,15 +149,17 @@ def _section(title: str, make: Any, columns: list[Machine]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML; one that begins with a class in brackets, "[ok]1", gets it."""
+    """Cells are HTML; one that begins with a class in brackets, "[ok]1", gets it. A header without
+    words has no row."""
 
-    def cell(text: str) -> str:
+    def cell(text: str, tag: str = "td") -> str:
         kind, found, rest = text[1:].partition("]") if text.startswith("[") else ("", "", text)
-        return f'<td class="{kind}">{rest}</td>' if found else f"<td>{text}</td>"
+        return f'<{tag} class="{kind}">{rest}</{tag}>' if found else f"<{tag}>{text}</{tag}>"
 
-    head = "".join(f"<th>{h}</th>" for h in header)
+    head = "".join(cell(h, "th") for h in header)
+    head = f"<tr>{head}</tr>\n" if any(header) else ""
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>\n"
+    return f"<table>{head}{body}</table>\n"
 
 
 def _facts(machine: Machine) -> str:
@@ -172,7 +177,7 @@ def _facts(machine: Machine) -> str:
             rows.append([f"peer {escape(name)}", escape(state)])
     if machine.bench.get("sensors", "none") != "none":
         rows.append(["clocks and power", escape(_clocks(machine))])
-    return table(["", ""], rows)
+    return table(["", ""], [row for n, row in enumerate(rows) if row not in rows[:n]])
 
 
 def _clocks(machine: Machine) -> str:
@@ -307,6 +312,20 @@ def _times(machine: Machine) -> str:
     if not lines:
         return ""
     return table(["case", *report.columns(machine.bench), "their time / ours"], lines)
+
+
+def _steps(document: dict[str, Any]) -> str:
+    """What a run of ci/gpu did, step by step."""
+    rows = []
+    for step in document["steps"]:
+        kind = "ok" if step["status"] == "ok" else "bad"
+        title = f'<span title="{escape(step["command"])}">{escape(step["title"])}</span>'
+        cells = [escape(step["stage"]), f"[why]{title}", f"[{kind}]{escape(step['status'])}"]
+        rows.append([*cells, f"{step['seconds']:.0f}", f"[why]{escape(step['last'])}"])
+    made = f"{document['device']}, {document['date']}"
+    header = ["stage", "[why]step", "status", "s", "[why]last line of its log"]
+    body = table(header, rows)
+    return f'<h2>Steps</h2>\n<p>{escape(made)}</p><div class="wide">{body}</div>\n'
 
 
 def _counts(name: str, document: dict[str, Any]) -> str:

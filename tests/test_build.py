@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -263,3 +264,74 @@ def test_a_chip_newer_than_nvcc_gets_ptx_with_a_notice(ci_gpu, capsys, capabilit
 def test_a_chip_that_cannot_run_the_kernels_is_refused(ci_gpu):
     with pytest.raises(SystemExit, match=r"8\.0 or later is needed; this GPU has 7\.5"):
         ci_gpu.architectures((7, 5), ["sm_75", "sm_80"])
+
+
+class Machine:
+    """What a run of ci/gpu needs of one, in a folder of its own."""
+
+    name, dry, jobs = "A GPU", True, "1"
+
+    def __init__(self, folder):
+        self.folder, self.out, self.environment = folder, folder / "out", dict(os.environ)
+
+
+def runner(ci_gpu, monkeypatch, tmp_path, **options):
+    monkeypatch.setattr(ci_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(ci_gpu, "sources_hash", lambda: "sources")
+    return ci_gpu.Runner(Machine(tmp_path), **{"again": False, "limit": 60.0, **options})
+
+
+def test_steps_are_recorded_as_they_end_and_resumed(ci_gpu, monkeypatch, tmp_path, capsys):
+    run = runner(ci_gpu, monkeypatch, tmp_path)
+    run.stage = "check"
+    result = tmp_path / "deep" / "result"
+    write = [sys.executable, "-c", f"open({str(result)!r}, 'a').write('x'); print('wrote it')"]
+    run.step("good one", write, result)
+    run.step("bad one", [sys.executable, "-c", "import sys; sys.exit('no such luck')"])
+    run.step("absent", [tmp_path / "nothing"])
+    assert run.failed == ["bad one", "absent"]
+    entries = json.loads(run.record.read_text())["steps"]
+    found = [(e["title"], e["status"], e["stage"]) for e in entries]
+    assert found[:2] == [("good one", "ok", "check"), ("bad one", "failed (1)", "check")]
+    assert found[2][1] == "failed (not started)"
+    assert [e["last"] for e in entries[:2]] == ["wrote it", "no such luck"]
+    assert (tmp_path / entries[1]["log"]).read_text() == "no such luck\n"
+
+    again = runner(ci_gpu, monkeypatch, tmp_path)
+    again.step("good one", write, result)
+    assert "good one: done before" in capsys.readouterr().out
+    assert result.read_text() == "x" and len(again.entries) == 3
+    result.unlink()  # what it wrote is gone: it runs again
+    again.step("good one", write, result)
+    assert result.read_text() == "x" and not again.failed
+
+
+def test_a_step_that_hangs_is_ended_with_its_children(ci_gpu, monkeypatch, tmp_path):
+    run = runner(ci_gpu, monkeypatch, tmp_path, limit=1.0)
+    child = tmp_path / "child"
+    run.step("hangs", ["sh", "-c", f"sleep 60 & echo $! > {child}; wait"])
+    assert run.entries["hangs"]["status"] == "failed (more than 1 s)"
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_rows_of_operators_become_one_file(ci_gpu, tmp_path):
+    machine = Machine(tmp_path)
+    machine.results = tmp_path / "all.json"
+    files = [tmp_path / f"{n}.json" for n in range(3)]
+    ci_gpu.gather_results(machine, files)
+    assert not machine.results.exists()
+    files[0].write_text('{"date": "old", "rows": [1, 2]}')
+    files[1].write_text('{"date": "new", "rows": [3')
+    files[2].write_text('{"date": "new", "rows": [4]}')
+    ci_gpu.gather_results(machine, files)
+    assert json.loads(machine.results.read_text()) == {"date": "new", "rows": [1, 2, 4]}
+
+
+def test_operators_are_those_of_the_registry(ci_gpu):
+    from tokenmill import registry
+
+    for family in ci_gpu.FAMILIES:
+        names = {n for n, spec in registry.ops().items() if spec.family == family}
+        assert set(ci_gpu.operators(family)) == names
+        assert names & set(ci_gpu.DRY_OPS)

@@ -123,6 +123,17 @@ def test_counts_have_their_own_sections(report):
     assert "Correct?" not in text
 
 
+def test_steps_come_first(report):
+    step = {"stage": "check", "title": "check <all>", "status": "ok", "seconds": 12.3}
+    step |= {"last": "a & b", "log": "x.log", "command": 'run "it"'}
+    bad = step | {"title": "bench", "status": "failed (more than 480 s)"}
+    text, page = report(times=measured(ROW), steps={"device": "A GPU", "date": "2026-01-02",
+                                                    "steps": [step, bad]})  # fmt: skip
+    assert ["check", "check <all>", "ok", "12", "a & b"] in page.rows
+    assert text.index("<h2>Steps</h2>") < text.index("<h2>Machines</h2>")
+    assert ("td", {"class": "bad"}) in page.tags
+
+
 def test_a_report_refuses_what_is_no_result(tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text('{"checks": []}')
