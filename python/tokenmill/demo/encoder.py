@@ -60,6 +60,27 @@ class Agreement:
     stock_attention: float
 
 
+QUESTIONS = (
+    "How do I catch an exception?",
+    "What does the with statement do?",
+    "How are operators of a class defined?",
+    "What is a lambda?",
+)
+PASSAGES, WORDS = 200, 30  # of the manual
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The passage whose embedding is nearest that of a question, and whether the stock
+    implementation finds the same."""
+
+    question: str
+    passage: str
+    score: float
+    same: bool
+    passages: int
+
+
 class Stopwatch:
     """An attention implementation of transformers registered again, adding up the time it takes."""
 
@@ -130,6 +151,27 @@ def compare(
     encoder = Encoder(backend, device)
     for batch in batches:
         yield _compare(encoder, batch, backend, seconds)
+
+
+def search(
+    backend: str, device: str, *, questions: tuple[str, ...] = QUESTIONS, passages: int = PASSAGES
+) -> list[Answer]:
+    """The best passage for each question, embedded on one backend."""
+    encoder = Encoder(backend, device)
+    texts = text.passages(passages, WORDS)
+    parts = [encoder.tokens(part) for part in (list(questions), texts)]
+
+    def scores_of(implementation: str) -> Tensor:
+        asked, found = (encoder.embed(part, implementation)[0] for part in parts)
+        return asked @ found.T
+
+    scores, stock = scores_of(backend), scores_of(STOCK)
+    best = scores.argmax(1).tolist()
+    same = (scores.argmax(1) == stock.argmax(1)).tolist()
+    return [
+        Answer(question, texts[i], scores[n, i].item(), same[n], len(texts))
+        for n, (question, i) in enumerate(zip(questions, best, strict=True))
+    ]
 
 
 def _compare(encoder: Encoder, batch: Batch, backend: str, seconds: float) -> Agreement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import _cli, _dispatch, _info
-from . import encoder, language_model, picture, text
+from . import encoder, generate, language_model, page, picture, text, vision
 from .encoder import Agreement
+from .generate import FULL, LLAMA, Generated, Llama
 from .language_model import KINDS, Run, Setup
 
-SECONDS = 1.5  # of measuring each batch
+SECONDS = 1.0  # of measuring each batch
 MAX_LOSS_RATIO = 1.03  # of sigmoid to softmax
+MAX_READ = 0.8  # of the bytes of a step with full attention
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,32 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     _cli.writable_folder("--out", out)
     console = Console()
     machine = _info.machine()
-    console.print(
+    facts = (
         f"{machine['cpu']}, {machine['isa']}, torch {machine['torch']}, "
-        f"{torch.get_num_threads()} thread(s), backends: {', '.join(backends)}",
-        highlight=False,
+        f"{torch.get_num_threads()} thread(s), backends: {', '.join(backends)}"
     )
+    console.print(facts, highlight=False)
     agreements = show_encoder(console, backends)
+    device = device_of(backends[0])
+    answers = encoder.search(backends[0], device)
     runs = show_training(console, setup, backends[0])
-    path = out / "language_model.png"
-    picture.draw(runs, path)
-    console.print(f"wrote {path}\n", highlight=False)
-    checks = [*encoder_checks(agreements), *training_checks(runs)]
+    if importlib.util.find_spec("matplotlib"):
+        path = out / "language_model.png"
+        picture.draw(runs, path)
+        console.print(f"wrote {path}\n", highlight=False)
+    llama, generated = show_generation(console, backends[0])
+    merged = show_vision(console, backends[0])
+    checks = [*encoder_checks(agreements), *training_checks(runs), *generation_checks(generated)]
     console.print(summary(checks))
     good = sum(check.ok for check in checks)
     seconds = time.perf_counter() - begin
+    prompt = "".join(map(chr, generate.prompt().tolist()))
+    found = page.Found(
+        machine, facts, agreements, answers, runs, llama, prompt, generated, merged, checks, seconds
+    )
+    (out / "index.html").write_text(page.page(found))
     console.print(f"{good} of {len(checks)} checks hold; {seconds:.0f} s", highlight=False)
+    console.print(f"wrote {out / 'index.html'}", highlight=False)
     return 0 if good == len(checks) else 1
 
 
@@ -148,6 +162,43 @@ def show_training(console: Console, setup: Setup, backend: str) -> list[Run]:
         )
     console.print(table)
     return runs
+
+
+def show_generation(console: Console, backend: str) -> tuple[Llama, list[Generated]]:
+    with progress(console) as bar:
+        task = bar.add_task("training a Llama", total=LLAMA.steps)
+        advance = functools.partial(bar.advance, task)
+        run = generate.train(LLAMA, backend=backend, device=device_of(backend), after_step=advance)
+        task = bar.add_task("generate() with policies", total=len(generate.POLICIES))
+        found = generate.generate(run, after=functools.partial(bar.advance, task))
+    console.print(
+        f"\nLlama over characters, {LLAMA.steps} steps in {run.seconds:.0f} s, "
+        f"loss {run.losses[-1]:.2f}: generate() of {generate.NEW} behind {generate.PROMPT}\n",
+        highlight=False,
+    )
+    table = new_table(["policy"], ["tokens/s", "KiB read\na step", "as full\nattention"])
+    for g in found:
+        table.add_row(g.policy, f"{g.rate:.0f}", f"{g.read / 1024:.0f}", f"{g.agreement:.0%}")
+    console.print(table)
+    return run, found
+
+
+def show_vision(console: Console, backend: str) -> vision.Merged:
+    found = vision.merge(device=device_of(backend), backend=backend)
+    console.print(
+        f"\nViT with random weights, ToMe merging {vision.MERGE} tokens a layer: "
+        f"{found.stock_rate:.1f} -> {found.rate:.1f} images/s\n",
+        highlight=False,
+    )
+    return found
+
+
+def generation_checks(generated: list[Generated]) -> Iterator[Check]:
+    full = next(g.read for g in generated if g.policy == FULL)
+    for g in generated:
+        if g.policy != FULL:
+            name, share = f"{g.policy}: bytes read a step / all", g.read / full
+            yield Check(name, f"{share:.2f}", f"< {MAX_READ}", share < MAX_READ)
 
 
 def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:

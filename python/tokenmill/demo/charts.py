@@ -1,0 +1,142 @@
+"""Pictures of the page: lines and bars as SVG, images as PNG, none of which needs a library."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from torch import Tensor
+
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36
+# Of a map from 0 to 1: dark, purple, orange, pale.
+RAMP = ((0.0, 0.0, 0.02), (0.45, 0.07, 0.42), (0.93, 0.41, 0.15), (0.99, 0.95, 0.75))
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: str
+    pale: bool = False
+    dotted: bool = False
+
+
+def lines(curves: Sequence[Line], x_name: str, y_name: str) -> str:
+    """Curves over linear axes, named in a legend below."""
+    xs = [x for c in curves for x, _ in c.points]
+    ys = [y for c in curves for _, y in c.points]
+    x_ticks, y_ticks = _ticks(0.0, max(xs)), _ticks(min(ys), max(ys))
+    low, high = min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1])
+
+    def x(value: float) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * value / (max(xs) or 1.0), 1)
+
+    def y(value: float) -> float:
+        share = (value - low) / ((high - low) or 1.0)
+        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share, 1)
+
+    parts = []
+    for tick in y_ticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(LEFT - 6, y(tick) + 4, f"{tick:g}", "end"))
+    for tick in x_ticks:
+        parts.append(_text(x(tick), HEIGHT - BOTTOM + 18, f"{tick:g}", "middle"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, x_name, "end"))
+    for curve in curves:
+        path = " ".join(f"{x(a)} {y(b)}" for a, b in curve.points)
+        style = 'opacity=".4" stroke-width="1"' if curve.pale else 'stroke-width="2.2"'
+        style += ' stroke-dasharray="2 5"' if curve.dotted else ""
+        title = f"<title>{escape(curve.name)}</title>"
+        parts.append(
+            f'<path d="M{path}" fill="none" stroke="{curve.colour}" {style}>{title}</path>'
+        )
+    legend = "".join(
+        f'<span><i style="background:{c.colour}"></i>{escape(c.name)}</span>'
+        for c in curves
+        if not c.pale
+    )
+    return (
+        f'<p class="axis">{escape(y_name)}</p>{_svg(WIDTH, HEIGHT, parts)}'
+        f'<p class="legend">{legend}</p>'
+    )
+
+
+def bars(rows: Sequence[tuple[str, float, str]], colours: Sequence[str]) -> str:
+    """A bar for each (name, value, what stands behind it). They grow with the page."""
+    most = max(value for _, value, _ in rows) or 1.0
+    body = "".join(
+        f'<span>{escape(name)}</span><span class="track"><i style="width:{100 * value / most:.1f}%;'
+        f'background:{colour}"></i></span><b>{escape(shown)}</b>'
+        for (name, value, shown), colour in zip(rows, colours, strict=True)
+    )
+    return f'<div class="bars">{body}</div>'
+
+
+def cells(colours: Tensor, groups: Tensor, size: int = 16) -> str:
+    """A square map of patches [n, n, 3], with lines between those of different groups [n, n]."""
+    n = len(groups)
+    parts, edges = [], []
+    for i in range(n):
+        for j in range(n):
+            red, green, blue = (int(255 * c) for c in colours[i, j].tolist())
+            place = f'x="{j * size}" y="{i * size}" width="{size + 0.5}" height="{size + 0.5}"'
+            parts.append(f'<rect {place} fill="#{red:02x}{green:02x}{blue:02x}"/>')
+            if j and groups[i, j] != groups[i, j - 1]:
+                edges.append(f"M{j * size} {i * size}v{size}")
+            if i and groups[i, j] != groups[i - 1, j]:
+                edges.append(f"M{j * size} {i * size}h{size}")
+    parts.append(f'<path d="{"".join(edges)}" stroke="#fff" stroke-opacity=".75" fill="none"/>')
+    return _svg(n * size, n * size, parts)
+
+
+def heat(values: Tensor) -> str:
+    """Weights [rows, columns] from 0 to 1 as an image, on a scale of square roots."""
+    ramp = torch.tensor(RAMP)
+    place = values.clamp(0, 1).sqrt() * (len(ramp) - 1)
+    low = place.floor().long().clamp(max=len(ramp) - 2)
+    share = (place - low)[..., None]
+    return image((ramp[low] * (1 - share) + ramp[low + 1] * share).permute(2, 0, 1))
+
+
+def image(picture: Tensor) -> str:
+    """The address of a PNG of [3, height, width], 0 to 1."""
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+    png += chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers from low to high."""
+    span = (high - low) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= min((k for k in (1, 2, 5, 10) if span / (k * step) <= 6), default=10)
+    first = int(-(-low // step))
+    return [round(n * step, 10) for n in range(first, int(high // step) + 1)] or [low]
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    body = "\n".join(parts)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'xmlns="http://www.w3.org/2000/svg">\n{body}\n</svg>'
+    )
+
+
+def _text(x: float, y: float, words: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(words)}</text>'

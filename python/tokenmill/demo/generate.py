@@ -1,0 +1,146 @@
+"""A small Llama over characters, trained here, and `generate()` under several policies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import policies
+from . import text
+from .language_model import Setup, learning_rate
+
+LLAMA = Setup(width=128, heads=4, layers=4, context=512, batch=4, steps=200)
+KEY_HEADS = 2
+PROMPT, NEW = 384, 96  # characters, within the context of training
+BUDGET = 128  # keys that a policy may read in a step
+POLICIES: dict[str, Any] = {
+    "FullAttention": policies.FullAttention(),
+    "Quest": policies.Quest(budget=BUDGET, dense_layers=1),
+    "StreamingLLM": policies.StreamingLLM(num_sink=4, num_recent=BUDGET - 4),
+    "SnapKV": policies.SnapKV(budget=BUDGET, window=32),
+}
+FULL = "FullAttention"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one policy made of the prompt."""
+
+    policy: str
+    words: str
+    rate: float  # tokens a second, behind the prompt
+    read: float  # bytes of the cache that the last step read, in all layers
+    agreement: float  # share of characters before the first that full attention does not write
+
+
+@dataclass
+class Llama:
+    """The trained model and how it got there."""
+
+    model: Any
+    setup: Setup
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def train(
+    setup: Setup,
+    *,
+    backend: str | None = None,
+    device: str = "cpu",
+    after_step: Callable[[], None] = lambda: None,
+) -> Llama:
+    """Trains a LlamaForCausalLM on our attention; the seed decides parameters and batches."""
+    import transformers
+
+    from ..integrations.transformers import register
+
+    torch.manual_seed(setup.seed)
+    config: Any = transformers.LlamaConfig(
+        vocab_size=text.VOCABULARY,
+        hidden_size=setup.width,
+        intermediate_size=3 * setup.width,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=setup.heads,
+        num_key_value_heads=min(KEY_HEADS, setup.heads),
+        max_position_embeddings=setup.context,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model: Any = transformers.LlamaForCausalLM(config)
+    model = model.to(device)
+    model.set_attn_implementation(register(f"tokenmill-{backend}", backend=backend))
+    codes = text.characters()[0].to(device)
+    run = Llama(model, setup)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95))
+    begins = torch.randint(len(codes) - setup.context, (setup.steps, setup.batch))
+    start = time.perf_counter()
+    for step, begin in enumerate(begins[:, :, None] + torch.arange(setup.context)):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, setup)
+        windows = codes[begin.to(device)]
+        optimiser.zero_grad()
+        loss = model(windows, labels=windows).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        run.losses.append(loss.item())
+        after_step()
+    run.seconds = time.perf_counter() - start
+    model.eval()
+    return run
+
+
+def prompt(length: int = PROMPT) -> Tensor:
+    """The first characters of the validation text from the beginning of a paragraph on."""
+    validation = text.characters()[1]
+    breaks = (validation[:-1] == 10) & (validation[1:] == 10)
+    start = int(breaks.nonzero()[0]) + 2 if breaks.any() else 0
+    return validation[start : start + length]
+
+
+def generate(
+    run: Llama, *, length: int = PROMPT, new: int = NEW, after: Callable[[], None] = lambda: None
+) -> list[Generated]:
+    """The likeliest continuation of one prompt under each policy, FullAttention first."""
+    ids = prompt(length)[None].to(run.model.device)
+    found: list[Generated] = []
+    first: Tensor | None = None
+    for name, policy in POLICIES.items():
+        result, seconds, read = _generate(run.model, ids, new, policy)
+        first = result if first is None else first
+        same = (result == first).cumprod(0).double().mean().item()
+        words = "".join(map(chr, result.tolist()))
+        found.append(Generated(name, words, (new - 1) / seconds, read, same))
+        after()
+    return found
+
+
+@torch.inference_mode()
+def _generate(model: Any, ids: Tensor, new: int, policy: Any) -> tuple[Tensor, float, float]:
+    """New characters, the seconds of all steps but the first (the prompt), and the bytes read."""
+    from ..integrations.transformers import apply_policy
+
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": True,
+    }
+    with apply_policy(model, policy) as applied:
+        seconds = []
+        for count in (1, new):  # the time of the prompt, and of the prompt and the steps
+            start = time.perf_counter()
+            out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        cache: Any = applied.cache
+        read = float(sum(p.bytes_read for p in cache.policies))
+    return out[0, ids.shape[1] :].cpu(), max(seconds[1] - seconds[0], 1e-9), read
