@@ -23,7 +23,7 @@ struct KvCache {
   Rows k, v;    // [pages, page size, Hk, D]: batch steps from page to page
   DType dtype;  // of q, or float8_e4m3fn
   CacheScale k_scale, v_scale;
-  const int32_t* seqlens;      // [B]
+  const int32_t* seqlens;      // [B], or null
   const int32_t* block_table;  // [B, pages of a request], or null: request b has page b alone
   int64_t table_stride;
   int64_t pages;

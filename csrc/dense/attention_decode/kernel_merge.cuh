@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_result(const Params& d, const DecodePlan& 
     if (lane == 0) p.lse[d.lse_at(s.b, i, h)] = scale.lse;
     factor = scale.factor;
   } else if (p.normalize != Normalize::none) {
-    const Band band = decode_band(p, p.seqlen_q, d.cache.length(s.b));
+    const Band band = decode_band(p, p.seqlen_q, d.length(s.b));
     float statistic = p.normalize == Normalize::sum
                           ? sums.sum * factor
                           : static_cast<float>(max(band.end(i) - band.begin(i), int64_t{0}));
