@@ -95,19 +95,39 @@ def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[s
     within(out, exact, 1e-3 if dtype is torch.float16 else 8e-3)
 
 
-def test_cutlass_gemm(tmp_path: Path) -> None:
+GEMMS = {
+    "cutlass_gemm.cu": ("80", 5, [{}, {"PTXVM_CHECK": "1"}, {"PTXVM_ORDER": "reverse"}]),
+    "cutlass_gemm_sm90.cu": (
+        "90a",
+        2,
+        [
+            {"PTXVM_CHECK": "1"},
+            {"PTXVM_ASYNC": "earliest", "PTXVM_ORDER": "reverse"},
+            *({"PTXVM_ASYNC": f"seed:{i}", "PTXVM_ORDER": "seeded"} for i in range(3)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_cutlass_gemm(name: str, tmp_path: Path) -> None:
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
     library = find_library()
     if nvcc is None or include is None or library is None:
         pytest.skip("needs nvcc and the CUTLASS headers")
+    architecture, shapes, modes = GEMMS[name]
+    utilities = include.parent / "tools" / "util" / "include"
+    if architecture == "90a" and not utilities.is_dir():
+        pytest.skip("needs the utilities of CUTLASS")
     program = tmp_path / "gemm"
+    target = f"compute_{architecture}"
     flags = ["-std=c++20", "-O1", "-w", "-cudart=shared", "--compress-mode=none"]
-    flags += ["-gencode=arch=compute_80,code=compute_80", f"-I{include}"]
-    source = str(HERE / "cutlass_gemm.cu")
-    subprocess.run([nvcc, *flags, source, "-o", str(program)], check=True)
-    for mode in ({}, {"PTXVM_CHECK": "1"}, {"PTXVM_ORDER": "reverse"}):
+    flags += [f"-gencode=arch={target},code={target}", f"-I{include}", f"-I{utilities}"]
+    subprocess.run([nvcc, *flags, str(HERE / name), "-o", str(program)], check=True)
+    for mode in modes:
         environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)} | mode
+        environment["PTXVM_DEVICE"] = f"sm_{architecture}"
         done = subprocess.run([program], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         wrong = [line.split()[3] for line in done.stdout.splitlines()]
-        assert wrong == ["0"] * 5, mode
+        assert wrong == ["0"] * shapes, mode
