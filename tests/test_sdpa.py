@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -20,6 +21,8 @@ OPTIONS = {
     "visible": {"attn_mask": torch.arange(9)[:, None] > torch.arange(9) - 2},
     "a row that sees nothing": {"attn_mask": torch.arange(9)[:, None].expand(9, 9) != 3},
     "bias of each head": {"attn_mask": torch.linspace(-2, 2, 324).view(1, 4, 9, 9)},
+    "a transposed bias": {"attn_mask": torch.linspace(-2, 2, 81).view(9, 9).t()},
+    "a bias of each query": {"attn_mask": torch.linspace(-2, 2, 9)[:, None].expand(9, 9)},
     "scale": {"scale": 0.1},
     "gqa": {"enable_gqa": True, "heads": 2},
 }
@@ -55,6 +58,23 @@ def test_values_and_gradients_are_as_good_as_those_of_torch(name, dtype):
         tm.testing.assert_accurate(grad, wanted, other, gradient=True)
     assert found[0].stride() == plain[0].stride()
     assert all(map(torch.equal, run(tensors, **options), plain))  # torch's kernels are back
+
+
+@pytest.mark.parametrize("ours", [(True, False), (False, True)], ids=["forward", "backward"])
+def test_one_half_of_a_call_may_be_that_of_torch(ours):
+    """Row 3 sees nothing: torch gives it lse 0."""
+    mask = OPTIONS["a row that sees nothing"]["attn_mask"]
+    tensors = [x.requires_grad_() for x in inputs()]
+    expected = torch.autograd.grad(torch_sdpa(*tensors, attn_mask=mask).square().sum(), tensors)
+    with contextlib.ExitStack() as stack:
+        if ours[0]:
+            with sdpa.enable():
+                out = torch_sdpa(*tensors, attn_mask=mask)
+        else:
+            out = torch_sdpa(*tensors, attn_mask=mask)
+            stack.enter_context(sdpa.enable())
+        found = torch.autograd.grad(out.square().sum(), tensors)
+    torch.testing.assert_close(found, expected)
 
 
 def layer_and_grads(layer, x, **masks):
@@ -101,8 +121,9 @@ def test_attention_of_a_module_in_a_graph_under_autocast():
         (lambda: inputs(keys=5), {"is_causal": True}, "more queries than keys"),
         (lambda: inputs(torch.float64), {}, "float64"),
         (lambda: [torch.randn(1, 1, 3, 257)] * 3, {}, "1 to 256"),
+        (inputs, {"scale": float("inf")}, "scale must be finite"),
     ],
-    ids=["causal", "float64", "wide"],
+    ids=["causal", "float64", "wide", "scale"],
 )
 def test_what_is_not_taken_runs_on_torch_with_one_notice(make, options, reason):
     tensors = make()
@@ -110,9 +131,20 @@ def test_what_is_not_taken_runs_on_torch_with_one_notice(make, options, reason):
     with warnings.catch_warnings(record=True) as caught, sdpa.enable() as route:
         warnings.simplefilter("always")
         found = run(tensors, **options)
-    assert all(map(torch.equal, found, expected))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     assert route.served == 0 and list(route.passed.values()) == [2]
     assert len(caught) == 1 and reason in str(caught[0].message)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_a_backend_of_the_environment_that_has_no_kernel_here(backend, monkeypatch):
+    tensors = inputs()
+    expected = run(tensors)
+    monkeypatch.setenv("TOKENMILL_BACKEND", backend)
+    with sdpa.enable() as route, pytest.warns(UserWarning, match="torch's kernel runs"):
+        found = run(tensors)
+    assert all(map(torch.equal, found, expected)) and route.served == 0
 
 
 def test_routes_nest_and_end():

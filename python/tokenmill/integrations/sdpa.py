@@ -15,6 +15,8 @@ them and that tokenmill does not take goes on to torch's kernel, with a warning 
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +27,7 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from .._check import MAX_HEAD_DIM, fail
+from .._check import MAX_HEAD_DIM, InputError, fail
 from .._derivatives import below_autograd
 from .._dispatch import choose, namespace, reasons
 from ..dense.attention import BACKWARD, FORWARD, OUT, SPEC, lower
@@ -52,10 +54,11 @@ class Route:
 
     def remove(self) -> None:
         """Takes this route back; a second call does nothing."""
-        if self in _routes:
-            _routes.remove(self)
-            if not _routes:
-                _restore()
+        with _lock:
+            if self in _routes:
+                _routes.remove(self)
+                if not _routes:
+                    _restore()
 
     def __enter__(self) -> Route:
         return self
@@ -74,6 +77,7 @@ class Route:
         self.passed[reason] += 1
 
 
+_lock = threading.RLock()  # of what is enabled: torch's registry calls remove() of _Kernels
 _routes: list[Route] = []  # the last one counts
 _before: str | None = None  # the implementation of flash attention that was active
 
@@ -107,14 +111,15 @@ def enable(*, backend: str | None = None) -> Route:
         fail(OP, "backend", "must be cpu, cuda, triton or None", backend)
     if not hasattr(torch.library, "get_kernel"):
         fail(OP, "torch", "must have torch.library.get_kernel (2.10)", torch.__version__)
-    if not _routes:
-        _before = torch.nn.attention.current_flash_attention_impl() if REGISTRY else None
-        if not REGISTRY:
-            _install()
-        elif _before != NAME:
-            torch.nn.attention.activate_flash_attention_impl(NAME)
     route = Route(backend)
-    _routes.append(route)
+    with _lock:
+        if not _routes:
+            _before = torch.nn.attention.current_flash_attention_impl() if REGISTRY else None
+            if not REGISTRY:
+                _install()
+            elif _before != NAME:
+                torch.nn.attention.activate_flash_attention_impl(NAME)
+        _routes.append(route)
     return route
 
 
@@ -146,6 +151,8 @@ class _Kernels:
         self.own: dict[str, Kernel] = {}
 
     def install(self) -> _Kernels:
+        if self.library is not None:
+            return self
         library = torch.library.Library("aten", "IMPL")
         for name, (key, kernel) in OVERRIDES.items():
             try:
@@ -161,8 +168,9 @@ class _Kernels:
 
     def remove(self) -> None:
         """The registry of torch calls this too, when another implementation is activated."""
-        self.library = None
-        _routes.clear()
+        with _lock:
+            self.library = None
+            _routes.clear()
 
 
 def _install() -> _Kernels:
@@ -186,6 +194,7 @@ def _cpu_forward(
             keys, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )
     out, lse = call.forward()
+    lse = lse.masked_fill(lse == -torch.inf, 0)  # torch's of a row that sees nothing
     return out, lse.mT.contiguous().mT  # the strides that torch's shape rule states
 
 
@@ -288,7 +297,7 @@ class _Call:
         self.tensors = query, key, value
         self.dropout, self.causal, self.mask, self.scale = dropout, causal, mask, scale
         self.seen = min(query.shape[2], key.shape[2]) if causal else key.shape[2]
-        self.route = _routes[-1] if _routes else _default
+        self.route = (_routes[-1:] or [_default])[0]
 
     def served(self, debug_mask: bool = False) -> bool:
         """Whether the call is ours; if not, the route notes why."""
@@ -301,8 +310,15 @@ class _Call:
         if asked and (why := reasons(SPEC, asked, self.lowered)):
             self.route.refuses(f"backend {asked}: {'; '.join(why)}")
             return False
-        self.namespace = namespace(choose(SPEC, self.lowered, asked))
-        self.route.served += 1
+        try:
+            chosen = choose(SPEC, self.lowered, asked)
+        except InputError as error:  # TOKENMILL_BACKEND
+            self.route.refuses(str(error))
+            return False
+        if chosen == "reference":
+            self.route.refuses("no kernel runs the call (tokenmill.explain says why)")
+            return False
+        self.namespace = namespace(chosen)
         return True
 
     def _reason(self) -> str | None:
@@ -317,6 +333,10 @@ class _Call:
             return f"heads must have 1 to {MAX_HEAD_DIM} dimensions"
         if not key.shape[1] or query.shape[1] % key.shape[1]:
             return "the number of key heads must divide that of query heads"
+        if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
+            return "tensors must agree in batch, key heads and keys"
+        if self.scale is not None and not math.isfinite(self.scale):
+            return "scale must be finite"
         if self.mask is not None and self.mask.dtype not in (query.dtype, torch.float32):
             return "a mask must have the dtype of the query or float32"
         return None
@@ -324,7 +344,9 @@ class _Call:
     def _lower(self) -> tuple[Any, ...]:
         q, k, v = (_last_contiguous(x.detach().transpose(1, 2)) for x in self.tensors)
         k, v = k[:, : self.seen], v[:, : self.seen]
-        mask = None if self.mask is None else self.mask.detach()[..., : self.seen]
+        mask = None
+        if self.mask is not None:
+            mask = _last_contiguous(self.mask.detach()[..., : self.seen])
         return lower(q, k, v, scale=self.scale, bias=mask, causal=self.causal)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -336,6 +358,7 @@ class _Call:
             out.copy_(result.transpose(1, 2))
         else:
             lse = below_autograd(OUT, self.namespace, (*self.lowered, out.transpose(1, 2)))
+        self.route.served += 1
         return out, lse
 
     def backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,6 +368,7 @@ class _Call:
         dq, dk, dv, *_ = below_autograd(
             BACKWARD, self.namespace, (grad, None, out, lse.contiguous(), *needs, *self.lowered)
         )
+        self.route.served += 1
         if unseen := self.tensors[1].shape[2] - self.seen:
             dk, dv = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, unseen)) for x in (dk, dv))
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
