@@ -310,6 +310,15 @@ def test_a_step_with_many_keys_runs_as_decode(padding, monkeypatch):
     torch.testing.assert_close(found, [step() for step in steps])
 
 
+def test_autocast_casts_a_step_with_many_keys_too():
+    """Rotary embedding leaves q and k in float32 beside v."""
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = forward(q, k, v.bfloat16(), is_causal=True)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), forward(q, k, v, is_causal=True), rtol=0, atol=0.02)
+
+
 def test_a_complete_mask_decides_alone():
     q, k, v = torch.randn(3, 2, 4, 11, 8)
     visible = torch.rand(2, 4, 11, 15) < 0.5

@@ -50,22 +50,25 @@ class _CacheInPlace(_Cache):
         of gathering them."""
         allocator = self.layer_to_allocator[layer_idx]
         read_index = kwargs["read_index"][allocator.index]
-        # Without an index all keys are new ones, and there is nothing to gather.
-        if not allocator.supports_block_table or read_index.numel() == 0:
+        in_place = allocator.supports_block_table and read_index.numel() > 0
+        if in_place:  # without an index all keys are new ones, and there is nothing to gather
+            k_cache, v_cache = allocator.get_cache_for_block_table(layer_idx)
+            size = k_cache.shape[1]
+            in_place = size & (size - 1) == 0  # of tokenmill.attention
+        if not in_place:
             gathered: tuple[Tensor, Tensor] = super().update(
                 key_states, value_states, layer_idx, kwargs
             )
             return gathered
         kwargs["cu_seq_lens_k"] = kwargs["cu_seq_lens_k"][allocator.layer_type].to(torch.int32)
         kwargs["max_length_k"] = kwargs["max_length_k"][allocator.layer_type]
-        k_cache, v_cache = allocator.get_cache_for_block_table(layer_idx)
         slots = kwargs["write_index"][allocator.index]
-        rows = slots // k_cache.shape[1], slots % k_cache.shape[1]
+        rows = slots // size, slots % size
         for pages, new in ((k_cache, key_states), (v_cache, value_states)):
             pages.index_put_(rows, new.squeeze(0).transpose(0, 1))
         if allocator.index not in self.tables:
             self.tables[allocator.index] = block_table(
-                read_index, kwargs["cu_seq_lens_k"], kwargs["max_length_k"], k_cache.shape[1]
+                read_index, kwargs["cu_seq_lens_k"], kwargs["max_length_k"], size
             )
         kwargs["tokenmill_pages"] = Pages(k_cache, v_cache, self.tables[allocator.index])
         return key_states, value_states

@@ -100,8 +100,9 @@ def continuous_batching(
     Args:
         model: a decoder of transformers.
         backend: as in :func:`register`.
-        pages: layers with full attention read their pages in place (transformers 5.24 or later);
-            False, layers with a window, and older releases gather.
+        pages: layers with full attention read their pages in place (transformers 5.24 or later)
+            where a page has a power of two of tokens; False, layers with a window, other pages and
+            older releases gather.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -227,12 +228,14 @@ def attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal,
             position_bias=position_bias,
         )  # fmt: skip
+    if cu_seq_lens_q is not None and position_bias is not None:
+        raise RuntimeError("tokenmill attention: position_bias: must be None with packed sequences")
     if tokenmill_pages is not None:
         assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
         return attend_to_pages(
             q, tokenmill_pages, cu_seq_lens_q, cu_seq_lens_k, max_length_q, **options
         ), None
-    if cu_seq_lens_q is not None and position_bias is None:
+    if cu_seq_lens_q is not None:
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _packed(q, k, v, *lengths, **options), None
 
@@ -376,6 +379,8 @@ def _few_queries(
     reads keys once for all heads that share them, and divides long rows of keys."""
     sq, sk = q.shape[1], k.shape[1]
     if kind != "softmax" or not 0 < sq <= 8 or sk < 256 * sq:
+        return False
+    if torch.is_autocast_enabled(q.device.type):  # attention casts, attention_decode does not
         return False
     if mask is not None and (mask.dim() != 2 or sq > 1):
         return False
