@@ -125,8 +125,14 @@ def test_streaming_ties_and_scores_that_are_no_numbers(presses):
     k, _ = press.compress(layer, hidden, keys, *rest)
     assert torch.equal(k, keys[:, :, :2])
     assert presses.SnapKVPress(0.0).compress(layer, hidden, keys, *rest)[0] is keys
+    keys = keys.clone()
+    keys[0, 0, 3] = torch.nan  # the window stays, in this row and in the others
+    k, _ = presses.SnapKVPress(0.5, 5, 3).compress(layer, hidden, keys, *rest)
+    assert torch.equal(k[:, :, -5:], keys[:, :, -5:])
     for press, rule in (
         (presses.SnapKVPress(0.5), "SnapKVPress: window_size: .* 30; got 64"),
+        (presses.SnapKVPress(0.5, 5, 4), "SnapKVPress: kernel_size: must be odd .*; got 4"),
+        (presses.StreamingLLMPress(0.5, n_sink=-2), "n_sink: must not be negative; got -2"),
         (presses.QuestPress(0.5, window_size=0), "QuestPress: window_size: must be positive"),
         (presses.StreamingLLMPress(0.5, n_sink=30), "n_sink: must be less than .* 30; got 30"),
     ):

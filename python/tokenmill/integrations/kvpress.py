@@ -99,7 +99,8 @@ class _Press(ScorerPress):
 
 def _with_window(scores: Tensor, window: int) -> Tensor:
     """Scores [B, Hk, Sk - window], and behind them higher ones of the newest tokens."""
-    newest = (scores.amax() + 1).expand(*scores.shape[:2], window)
+    top = scores.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).amax()
+    newest = torch.maximum(top + 1, top * 2).expand(*scores.shape[:2], window)
     return torch.cat([scores, newest], dim=-1)
 
 
@@ -113,7 +114,9 @@ class SnapKVPress(_Press):
         kernel_size: positions over which scores are averaged, odd.
         backend: as in :func:`tokenmill.attention_column_scores`.
 
-    The keys are those of kvpress's SnapKVPress, up to ties and rounding.
+    The keys are those of kvpress's SnapKVPress, up to ties and rounding, where the scale of the
+    model is 1/sqrt(head dimension): theirs knows no other. Under ChunkPress the queries of a chunk
+    are turned by the last positions of the prompt, as theirs are.
 
     Paper: SnapKV (Li et al. 2024), section 4.
 
@@ -138,6 +141,9 @@ class SnapKVPress(_Press):
         kwargs: dict[str, Any],
     ) -> Tensor:
         self._check_window(self.window_size, hidden_states.shape[1])
+        odd = self.kernel_size > 0 and self.kernel_size % 2 == 1
+        op = "integrations.kvpress.SnapKVPress"
+        check(odd, op, "kernel_size", "must be odd and positive", self.kernel_size)
         scores = attention_column_scores(
             self._queries(module, hidden_states, kwargs, self.window_size),
             keys.transpose(1, 2),
@@ -227,8 +233,9 @@ class StreamingLLMPress(_Press):
         kwargs: dict[str, Any],
     ) -> Tensor:
         length = keys.shape[2]
+        op = "integrations.kvpress.StreamingLLMPress"
+        check(self.n_sink >= 0, op, "n_sink", "must not be negative", self.n_sink)
         if length <= self.n_sink:
-            op = f"integrations.kvpress.{type(self).__name__}"
             fail(op, "n_sink", f"must be less than the number of tokens, {length}", self.n_sink)
         scores = torch.arange(length, dtype=torch.float32, device=keys.device)
         scores[: self.n_sink] = length
