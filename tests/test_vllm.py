@@ -38,6 +38,10 @@ class AttentionBackend:
     def supports_kv_cache_dtype(cls, kv_cache_dtype):
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
+    @staticmethod
+    def get_supported_kernel_block_sizes():
+        return [1]
+
 
 class AttentionImpl:
     pass
@@ -230,6 +234,7 @@ def test_encoders_profiling_runs_and_what_is_refused(custom):
         backend.get_impl_cls()(4, 16, 1.0, attn_type=AttentionType.ENCODER_DECODER)
     with pytest.raises(NotImplementedError, match=r"kv_cache_dtype: .*; got fp8_e5m2"):
         backend.get_impl_cls()(4, 16, 1.0, kv_cache_dtype="fp8_e5m2")
+    assert 528 not in backend.get_supported_kernel_block_sizes()  # which vLLM divides into these
     assert backend.supports_head_size(80) and not backend.supports_head_size(257)
     assert not backend.supports_compute_capability(SimpleNamespace(major=7, minor=5))
     builder = backend.get_builder_cls()(None, [], None, torch.device("cpu"))

@@ -90,7 +90,8 @@ class TokenmillImpl(AttentionImpl):
         sinks: Tensor | None = None,
     ) -> None:
         if not TokenmillBackend.supports_attn_type(attn_type):
-            raise NotImplementedError(f"tokenmill vllm: attn_type: has no kernel; got {attn_type}")
+            rule = "must be decoder, encoder or encoder_only"
+            raise NotImplementedError(f"tokenmill vllm: attn_type: {rule}; got {attn_type}")
         if not TokenmillBackend.supports_kv_cache_dtype(kv_cache_dtype):
             raise NotImplementedError(
                 f"tokenmill vllm: kv_cache_dtype: has no kernel; got {kv_cache_dtype}"
@@ -130,7 +131,7 @@ class TokenmillImpl(AttentionImpl):
         if output is None:
             raise ValueError("tokenmill vllm: output: must be given; got None")
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("tokenmill vllm: output_scale: must be None")
+            raise NotImplementedError("tokenmill vllm: output_scale: must be None; got a tensor")
         if attn_metadata is None:  # a run that measures memory
             return output.fill_(0)
         step = attn_metadata
@@ -202,6 +203,10 @@ class TokenmillBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[TokenmillMetadataBuilder]:
         return TokenmillMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes() -> list[int]:
+        return [16, 32, 64, 128, 256]  # pages have a power of two of tokens
 
     @staticmethod
     def get_kv_cache_shape(
