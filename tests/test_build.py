@@ -198,6 +198,10 @@ def test_the_hub_project_has_every_source(monkeypatch, tmp_path):
         assert len(listed) == len(set(listed))
         assert not [s for s in listed if not (tmp_path / s).exists()]
         assert {f"built/{isa}/{k}" for isa in sets for k in kernels} <= set(listed)
+    left = {"bindings", "emulated", "exchange", "old_libraries", "watch"}  # of _C and of wheels
+    shared = [p for d in ("core", "cpu") for p in (hub.ROOT / "csrc" / d).glob("*.cpp")]
+    wanted = {str(p.relative_to(hub.ROOT)) for p in shared if p.stem not in left}
+    assert wanted <= set(sources["cpu"]) & set(sources["cuda"])
     cuda = set(sources["cuda"]) - set(sources["cpu"])
     assert cuda and all(s.endswith(".cu") for s in cuda)
 
