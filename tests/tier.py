@@ -13,9 +13,9 @@ QUICK = os.environ.get("TOKENMILL_TEST_QUICK") == "1"
 full_only = pytest.mark.skipif(not FULL, reason="ci/test --full runs it")
 
 
-def examples(daily: int) -> settings:
+def examples(count: int) -> settings:
     """Hypothesis draws so many examples, with --full ten times as many, with --quick a third."""
-    return settings(max_examples=daily * 10 if FULL else -(-daily // 3) if QUICK else daily)
+    return settings(max_examples=count * 10 if FULL else -(-count // 3) if QUICK else count)
 
 
 def daily(*cases: str, full: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,9 +30,9 @@ CASES = daily(  # dtype, head dimension, terms
     "bfloat16:256:rope,interleaved,several",
     "float32:128:paged,rope,terms,several",
     "bfloat16:128:paged,rope,extra,several,float8",
+    "float16:128:paged,partial,place,mass",
     full=(
         "float16:64:several",
-        "float16:128:paged,partial,place,mass",
         "float32:64:partial,interleaved,extra,mass",
         "float32:128:partial,mass",
         "float16:128:partial,float8",
