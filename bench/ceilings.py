@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +11,27 @@ import torch
 
 from .timing import Run, interleave
 
+TRAFFIC = ("read", "copy")
 RATES = ("fma", "matmul")  # primitives whose better one is the ceiling of a dtype
 
 
 @dataclass(frozen=True)
 class Ceilings:
     flops: dict[str, float]  # per second, by dtype
-    bandwidth: tuple[tuple[float, float], ...]  # of working sets up to so many bytes; ascending
+    bandwidth: tuple[tuple[float, float], ...]  # of working sets of so many bytes; ascending
     source: str
 
     def bytes_per_second(self, working_set: float) -> float:
+        """Between two sizes that were measured, on the line over their logarithms."""
+        below, rate_below = self.bandwidth[0]
         for size, rate in self.bandwidth:
             if working_set <= size:
-                return rate
-        return self.bandwidth[-1][1]
+                if below == size:
+                    return rate
+                part = math.log(working_set / below) / math.log(size / below)
+                return rate_below + part * (rate - rate_below)
+            below, rate_below = size, rate
+        return rate_below
 
     @property
     def memory(self) -> float:
@@ -56,8 +64,8 @@ def row_bound(row: dict[str, Any], results: dict[str, Any]) -> Bound:
 
 
 def from_primitives(rows: Iterable[dict[str, Any]], device: str, threads: int) -> Ceilings:
-    """ValueError if they lack what rows of this device and number of threads need. A GPU is
-    measured with a cold L2 cache, so the largest copy is its bandwidth."""
+    """ValueError if they lack what rows of this device and number of threads need. Bandwidth of a
+    size is the better one of a read and a copy; a GPU, whose L2 cache is cold, has one."""
     units = 1 if device == "cuda" else threads
     rows = [row for row in rows if "value" in row and row.get("threads", 1) == units]
     flops: dict[str, float] = {}
@@ -66,12 +74,14 @@ def from_primitives(rows: Iterable[dict[str, Any]], device: str, threads: int) -
             flops[row["dtype"]] = max(row["value"], flops.get(row["dtype"], 0.0))
     for narrow in {"float16", "bfloat16"} & {*flops}:  # may be computed as float32
         flops[narrow] = max(flops[narrow], flops.get("float32", 0.0))
-    sizes = sorted((row["bytes"], row["value"]) for row in rows if row["primitive"] == "copy")
+    sizes: dict[float, float] = {}
+    for row in rows:
+        if row["primitive"] in TRAFFIC:
+            size = math.inf if device == "cuda" else row["bytes"]
+            sizes[size] = max(row["value"], sizes.get(size, 0.0))
     if not flops or not sizes:
         raise ValueError(f"no rates and copies of {units} thread(s)")
-    if device == "cuda":
-        sizes = sizes[-1:]
-    return Ceilings(flops, tuple(sizes), "primitives")
+    return Ceilings(flops, tuple(sorted(sizes.items())), "primitives")
 
 
 def measured(dtypes: Iterable[torch.dtype], gpu: bool, threads: int) -> Ceilings:
@@ -79,7 +89,7 @@ def measured(dtypes: Iterable[torch.dtype], gpu: bool, threads: int) -> Ceilings
     units = 1 if gpu else threads
     flops = {str(dtype)[6:]: peak_flops(dtype, gpu) * units for dtype in dtypes}
     rate = copy_bandwidth(gpu, threads)
-    return Ceilings(flops, ((float("inf"), rate),), "quick")
+    return Ceilings(flops, ((math.inf, rate),), "quick")
 
 
 def with_dtypes(ceilings: Ceilings, dtypes: Sequence[torch.dtype], gpu: bool, threads: int) -> Any:

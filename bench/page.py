@@ -260,7 +260,7 @@ def _roofline(machine: Machine) -> str:
     roofs = [Roof(dtype, peak) for dtype, peak in peaks.items()]
     text = roofline(points, roofs, bandwidth) if points and roofs else ""
     if bars:
-        header = ["bound by memory", "GB/s", "of a copy", "case", ""]
+        header = ["bound by memory", "GB/s", "of the ceiling", "case", ""]
         text += table(header, bars)
     return text + (f"<p>Without operations: {escape(', '.join(moves))}.</p>" if moves else "")
 

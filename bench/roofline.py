@@ -70,7 +70,7 @@ def roofline(points: list[Point], roofs: list[Roof], bandwidth: float) -> str:
         parts.append(f'<circle {centre} r="4" fill="{colour}">{title}</circle>')
         parts.append(_text(x(p.intensity) + 5, y(p.rate) - 4, str(number)))
     names = ", ".join(f"{n} {escape(p.name)}" for n, p in enumerate(points, 1))
-    names = f"Slope: {bandwidth / 1e9:.3g} GB/s, a copy. Points: {names}."
+    names = f"Slope: {bandwidth / 1e9:.3g} GB/s of memory. Points: {names}."
     picture = "\n".join(parts)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '

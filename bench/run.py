@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -243,7 +244,7 @@ def _ceilings(
             raise _cli.UsageError(f"--primitives: {rule}; got '{name}' ({error})") from None
     elif document:
         there = document["ceilings"]
-        sizes = ((float("inf"), document["copy_bandwidth"]),)
+        sizes = ((math.inf, document["copy_bandwidth"]),)
         found = Ceilings(there["flops"], sizes, there["from"])
     else:
         return ceilings.measured(dtypes, gpu, threads)
@@ -268,7 +269,7 @@ def _print_head(head: dict[str, Any], gpu: bool) -> None:
     source = head["ceilings"]["from"]
     for dtype, peak in sorted(head["ceilings"]["flops"].items()):
         print(f"multiply-add peak for {dtype}: {peak / 1e9:.1f} GFLOP/s ({source})")
-    print(f"copy bandwidth: {head['copy_bandwidth'] / 1e9:.1f} GB/s ({source})")
+    print(f"memory bandwidth: {head['copy_bandwidth'] / 1e9:.1f} GB/s ({source})")
     if gpu:
         print(f"clocks and power: {head['sensors']}")
         print("peers: " + ", ".join(f"{name} {state}" for name, state in head["peers"].items()))

@@ -194,7 +194,7 @@ def test_a_row_has_its_interval_and_the_ceiling_that_bounds_it(bench, tmp_path):
         assert low <= timed["seconds"] <= high
         assert timed["coverage"] == 0.9375 and timed["rounds"] == 5
     assert row["bound"] == "memory"
-    assert math.isclose(row["bound_share"], row["bytes_per_second"] / 1e9)
+    assert math.isclose(row["bound_share"], row["bytes_per_second"] / 4.5e9)
     assert math.isclose(row["peak_share"], row["flops"] / 1e9)
 
 
@@ -211,6 +211,7 @@ PRIMITIVES = [
     primitive("matmul", 3.0, dtype="bfloat16"),
     primitive("copy", 9.0, bytes=100),
     primitive("copy", 4.0, bytes=1000),
+    primitive("read", 5.0, bytes=1000),
     primitive("copy", 99.0, bytes=1000, threads=2),
     {"primitive": "exp", "title": "exp", "unit": "1/s", "absent": "E: none"},
 ]
@@ -219,9 +220,10 @@ PRIMITIVES = [
 def test_ceilings_of_primitives():
     found = ceilings.from_primitives(PRIMITIVES, "cpu", 1)
     assert found.flops == {"float32": 7, "bfloat16": 7}  # which may be computed as float32
-    assert [found.bytes_per_second(n) for n in (1, 100, 101, 1e9)] == [9, 9, 4, 4]
-    assert found.memory == 4
-    assert ceilings.from_primitives(PRIMITIVES, "cuda", 8).bytes_per_second(1) == 4
+    assert [found.bytes_per_second(n) for n in (1, 100, 1000, 1e9)] == [9, 9, 5, 5]
+    assert math.isclose(found.bytes_per_second(1000**0.5 * 10), 7)  # half way, by the logarithm
+    assert found.memory == 5
+    assert ceilings.from_primitives(PRIMITIVES, "cuda", 8).bytes_per_second(1) == 9
     with pytest.raises(ValueError, match="no rates and copies of 2 thread"):
         ceilings.from_primitives(PRIMITIVES, "cpu", 2)
 
