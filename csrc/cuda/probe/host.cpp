@@ -29,14 +29,15 @@ Array gpu_probe(const ProbeArgs& a) {
   constexpr int64_t kMost = 1 << 20;
   check(a.blocks > 0 && a.blocks <= kMost, kOp, "blocks", "must be 1 to 2^20", a.blocks);
   check(a.steps >= 0 && a.steps <= kMost, kOp, "steps", "must be 0 to 2^20", a.steps);
+  Array out = empty({a.blocks, kProbeThreads}, a.x, ScalarType::Float);
+#if defined(TOKENMILL_WITH_CUDA)
+  using Of = ProbeParams::Of;
   ProbeParams p{};
-  p.of = shared ? ProbeParams::Of::shared : exp2 ? ProbeParams::Of::exp2 : ProbeParams::Of::barrier;
+  p.of = shared ? Of::shared : exp2 ? Of::exp2 : Of::barrier;
   p.blocks = a.blocks;
   p.steps = a.steps;
   p.x = a.x.data<float>();
-  Array out = empty({a.blocks, kProbeThreads}, a.x, ScalarType::Float);
   p.out = out.mutable_data<float>();
-#if defined(TOKENMILL_WITH_CUDA)
   launch_with_workspace(kOp, a.x, p, p.workspace);
 #endif
   return out;
