@@ -2,7 +2,11 @@
 // CXXABI_1.3.11: what these lack, or have under an older version of its symbol, is defined here,
 // and the linker, which finds it here first, does not bind the younger symbol of the building
 // machine. Compiled as C++17: C++20 gives std::stringbuf::str a younger symbol.
+#include <cxxabi.h>
+
+#include <cstring>
 #include <exception>
+#include <ios>
 #include <new>
 #include <sstream>
 #include <string>
@@ -105,6 +109,28 @@ void new_ostringstream(void* self) { new (self) std::ostringstream(std::ios::out
 [[noreturn]] TM_HIDDEN void throw_bad_array_new_length() __asm__(
     "_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
+
+// GLIBCXX_3.4.32: g++ 13 and later leave std::cout and its like to the library.
+TM_HIDDEN void init_streams() __asm__("_ZSt21ios_base_library_initv");
+void init_streams() { static std::ios_base::Init init; }
+
+// CXXABI_1.3.15: g++ 14 and later end with it where an exception would leave a noexcept function.
+[[noreturn]] TM_HIDDEN void end_in_noexcept(void* exception) __asm__("__cxa_call_terminate");
+void end_in_noexcept(void* exception) {
+  if (exception) abi::__cxa_begin_catch(exception);
+  std::terminate();
+}
+
+// GLIBCXX_3.4.31: std::string::replace in place, from text that may be a part of the string: the
+// `before` characters at `at`, which `behind` characters follow, become the `size` of `text`.
+TM_HIDDEN void
+replace(void*, char* at, size_t before, const char* text, size_t size, size_t behind) __asm__(
+    "_ZNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEE15_M_replace_coldEPcmPKcmm");
+void replace(void*, char* at, size_t before, const char* text, size_t size, size_t behind) {
+  const std::string copy(text, size);
+  std::memmove(at + size, at + before, behind);
+  std::memcpy(at, copy.data(), size);
+}
 
 }  // extern "C"
 
