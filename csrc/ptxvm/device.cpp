@@ -12,12 +12,11 @@ namespace {
 
 // An A100 with the multiprocessors of an H100, and the largest chip of each other capability.
 // The machine knows no instruction that came after compute capability 9.0.
-constexpr Device kAll[] = {
-    {"sm_80", 8, 0, 132, 2048, 32, 164 << 10, 50 << 20, 80, false},
-    {"sm_86", 8, 6, 84, 1536, 16, 100 << 10, 6 << 20, 86, false},
-    {"sm_89", 8, 9, 128, 1536, 24, 100 << 10, 72 << 20, 89, false},
-    {"sm_90a", 9, 0, 132, 2048, 32, 228 << 10, 50 << 20, 90, true},
-    {"sm_120", 12, 0, 170, 1536, 24, 100 << 10, 96 << 20, 90, false}};
+constexpr Device kAll[] = {{"sm_80", 8, 0, 132, 2048, 32, 164 << 10, 50 << 20, 80, false},
+                           {"sm_86", 8, 6, 84, 1536, 16, 100 << 10, 6 << 20, 86, false},
+                           {"sm_89", 8, 9, 128, 1536, 24, 100 << 10, 72 << 20, 89, false},
+                           {"sm_90a", 9, 0, 132, 2048, 32, 228 << 10, 50 << 20, 90, true},
+                           {"sm_120", 12, 0, 170, 1536, 24, 100 << 10, 96 << 20, 90, false}};
 static_assert(std::size(kAll) == kDevices);
 
 // Positions by ordinal. Options are set while the machine's variables are made: a function.

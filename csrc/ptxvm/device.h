@@ -10,8 +10,8 @@ constexpr uint32_t kMaxThreadsPerBlock = 1024;
 constexpr uint32_t kMaxBlockExtent[3] = {1024, 1024, 64};
 constexpr uint32_t kMaxGridExtent[3] = {0x7fffffff, 65535, 65535};
 constexpr uint32_t kRegistersPerMultiprocessor = 65536;
-constexpr uint32_t kSharedPerBlock = 48 * 1024;  // bytes, without an attribute
-constexpr uint32_t kSharedReserved = 1024;       // bytes, by the system, per block
+constexpr uint32_t kSharedPerBlock = 48 * 1024;                // bytes, without an attribute
+constexpr uint32_t kSharedReserved = 1024;                     // bytes, by the system, per block
 constexpr uint32_t kMaxCluster = 16, kMaxPortableCluster = 8;  // blocks
 
 // CUDA C++ Programming Guide, technical specifications per compute capability.
@@ -22,8 +22,8 @@ struct Device {
   uint32_t threads_per_multiprocessor, blocks_per_multiprocessor;
   uint32_t shared_per_multiprocessor;  // bytes
   uint32_t level2;                     // bytes
-  uint32_t newest_ptx;  // compute capability times 10
-  bool specific;        // takes PTX of its own architecture, compute_90a
+  uint32_t newest_ptx;                 // compute capability times 10
+  bool specific;                       // takes PTX of its own architecture, compute_90a
   uint32_t shared_per_block() const { return shared_per_multiprocessor - kSharedReserved; }
   bool has_clusters() const { return major >= 9; }
 };

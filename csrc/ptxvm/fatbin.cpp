@@ -152,11 +152,11 @@ FatBinary read_fat_binary(const void* wrapper) {
   }
   const std::string newest = std::to_string(device().newest_ptx);
   if (result.ptx.empty() && result.error.empty())
-    result.error =
-        "the module holds no PTX for compute_" + newest + " or below" +
-        (other_ptx ? ", only for compute_" + std::to_string(other_ptx) : "") +
-        "; build it with -gencode arch=compute_" + (device().specific ? newest + "a" : "80") +
-        ",code=compute_" + (device().specific ? newest + "a" : "80");
+    result.error = "the module holds no PTX for compute_" + newest + " or below" +
+                   (other_ptx ? ", only for compute_" + std::to_string(other_ptx) : "") +
+                   "; build it with -gencode arch=compute_" +
+                   (device().specific ? newest + "a" : "80") + ",code=compute_" +
+                   (device().specific ? newest + "a" : "80");
   return result;
 }
 

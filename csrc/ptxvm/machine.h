@@ -149,12 +149,12 @@ struct Group {
 // A pending cp.async copy of one lane.
 struct AsyncCopy {
   uint32_t destination;  // shared address
+  uint32_t number;       // among those of the warp
   uint64_t source;
-  uint8_t bytes, source_bytes, lane;
-  uint32_t group;
   const Instruction* from;
-  uint32_t number;      // among those of the warp
-  bool landed = false;  // the data is there, though nothing says so yet
+  uint32_t group;
+  uint8_t bytes, source_bytes, lane;
+  bool landed;  // the data is there, though nothing says so yet
 };
 
 // Check mode: what the instruction that runs does with values that were never set.

@@ -93,13 +93,14 @@ void issue_copy(Warp& warp, const Instruction& in, Mask mask) {
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     const AsyncCopy copy{static_cast<uint32_t>(shared_offset(to[i])),
+                         warp.copies_issued,
                          from[i],
+                         &in,
+                         warp.copy_groups[i],
                          in.width,
                          static_cast<uint8_t>(sizes[i]),
                          static_cast<uint8_t>(i),
-                         warp.copy_groups[i],
-                         &in,
-                         warp.copies_issued};
+                         false};
     if (warp.block->shadow) copy_issued(warp, in, copy);
     warp.copies.push_back(copy);
     if (options.async == Options::Async::earliest) move(warp, warp.copies.back());

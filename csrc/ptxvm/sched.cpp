@@ -105,10 +105,14 @@ class Grid {
     const uint64_t index = block_at(next_++);
     const uint64_t at[3] = {index % clusters_[0], index / clusters_[0] % clusters_[1],
                             index / clusters_[0] / clusters_[1]};
-    const auto cluster = std::make_shared<Cluster>();
+    // The state of a cluster of one block stays with the block.
+    const bool reuses = cluster_blocks_ == 1 && !spare_.empty();
+    const auto cluster = reuses ? spare_.front()->cluster : std::make_shared<Cluster>();
     std::copy_n(cluster_, 3, cluster->shape);
+    cluster->blocks.clear();
     cluster->random = Random(options.async_seed ^ index << 20);
     cluster->unfinished = cluster_blocks_;
+    cluster->arrived = cluster->phase = cluster->stalled = cluster->impatience = 0;
     for (uint32_t rank = 0; rank < cluster_blocks_; ++rank) {
       std::list<std::unique_ptr<Resident>> fresh;
       if (!spare_.empty())

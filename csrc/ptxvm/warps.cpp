@@ -153,14 +153,12 @@ uint64_t Runner::run(uint64_t fuel) {
       active &= instruction.guard_negated ? ~guard : guard;
     }
     if constexpr (kCount) {
-      if (instruction.control != Control::await || !active) ++kernel_.issued[pc];
-      if (instruction.control != Control::await)
-        kernel_.active[pc] += static_cast<uint64_t>(count(active));
+      ++kernel_.issued[pc];
+      kernel_.active[pc] += static_cast<uint64_t>(count(active));
     }
     // Lanes that converge are looked at together, when all are here.
     if constexpr (kCheck)
-      if (instruction.control != Control::converge && instruction.control != Control::await)
-        check_registers(warp_, instruction, active);
+      if (instruction.control != Control::converge) check_registers(warp_, instruction, active);
     if (instruction.control == Control::none) [[likely]] {
       ++pc;
       if (!active) continue;
@@ -333,7 +331,7 @@ void Runner::arrive(const Instruction& instruction, Mask active) {
   ++warp_.pc;
 }
 
-// Lanes that sleep come back to the instruction; it is counted when it lets them pass.
+// Lanes that sleep come back to the instruction; it counts when it lets them pass.
 template <bool kCheck, bool kCount>
 void Runner::await(const Instruction& instruction, Mask active) {
   const uint32_t pc = warp_.pc;
@@ -344,14 +342,13 @@ void Runner::await(const Instruction& instruction, Mask active) {
       return;
     }
   }
-  if constexpr (kCheck) check_registers(warp_, instruction, active);
   warp_.asleep = 0;
   instruction.run(warp_, instruction, active);
   const Mask passed = active & ~warp_.asleep;
   if constexpr (kCheck) define_registers(warp_, instruction, passed);
   if constexpr (kCount) {
-    kernel_.issued[pc] += passed != 0;
-    kernel_.active[pc] += static_cast<uint64_t>(count(passed));
+    kernel_.issued[pc] -= passed == 0;
+    kernel_.active[pc] -= static_cast<uint64_t>(count(warp_.asleep));
   }
   if (warp_.asleep) {
     warp_.others.push_back({pc, warp_.asleep, Group::Wait::sleep, warp_.asleep_for});

@@ -3,16 +3,16 @@
 // shape, the number of wrong elements. Operands are small multiples of 1/64, so that every sum is
 // exact in f32, whatever its order.
 #include <cuda_runtime.h>
-#include <cutlass/epilogue/collective/collective_builder.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
-#include <cutlass/gemm/kernel/gemm_universal.hpp>
-#include <cutlass/util/packed_stride.hpp>
 
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+#include <cutlass/util/packed_stride.hpp>
 #include <vector>
 
 extern "C" __attribute__((weak)) const char* ptxvm_last_report();  // of the stand-in runtime
@@ -30,8 +30,7 @@ using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Half, RowMajor, 8, Half, ColumnMajor, 8,
     float, BlockTile, Cluster, _2, cutlass::gemm::KernelTmaWarpSpecialized>::CollectiveOp;
-using Kernel =
-    cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
+using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
 void check(cudaError_t error) {

@@ -18,20 +18,29 @@ from machine import find_library, machine
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compile_programs(tmp_path_factory: pytest.TempPathFactory, capability: int) -> Path:
     """PTX of triton_programs.py, by a process whose Triton compiles and does not interpret."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("triton")
+    folder = tmp_path_factory.mktemp(f"triton{capability}")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     subprocess.run(
-        [sys.executable, str(HERE / "triton_programs.py"), str(folder)],
+        [sys.executable, str(HERE / "triton_programs.py"), str(folder), str(capability)],
         env=environment,
         check=True,
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_programs(tmp_path_factory, 80)
+
+
+@pytest.fixture(scope="module")
+def programs_sm90(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_programs(tmp_path_factory, 90)
 
 
 def launch(programs: Path, name: str, *arguments: Any, grid: tuple[int, ...]) -> None:
@@ -55,15 +64,15 @@ def within(got: torch.Tensor, exact: torch.Tensor, share: float) -> None:
 
 
 MODES = [{}, {"check": 1}, {"order": "reverse"}, {"order": "seeded", "seed": 5}, {"coarse_sums": 1}]
+# With wgmma.
+MODES_SM90 = [
+    {"device": "sm_90a"} | mode
+    for mode in ({"check": 1}, {"async": "earliest"}, {"async": "seed:1", "order": "seeded"})
+]
+MATMULS = [(torch.float16, 1e-6), (torch.bfloat16, 1e-6), (torch.float32, 2e-3)]
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "share"),
-    [(torch.float16, 1e-6), (torch.bfloat16, 1e-6), (torch.float32, 2e-3)],
-    ids=["fp16", "bf16", "tf32"],
-)
-def test_matmul(programs: Path, dtype: torch.dtype, share: float, mode: dict[str, Any]) -> None:
+def run_matmul(programs: Path, dtype: torch.dtype, share: float, mode: dict[str, Any]) -> None:
     m, n, k, pad = 150, 144, 272, 16
     torch.manual_seed(0)
     a = torch.randn(m, k + pad).to(dtype)
@@ -76,10 +85,7 @@ def test_matmul(programs: Path, dtype: torch.dtype, share: float, mode: dict[str
     within(c, a[:, :k].double() @ b[:, :n].double(), share * (8 if "coarse_sums" in mode else 1))
 
 
-@pytest.mark.parametrize("mode", [*MODES, {"approximate": 1}, {"approximate": -1}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("length", [200, 257])
-def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[str, Any]) -> None:
+def run_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[str, Any]) -> None:
     heads, depth = 2, 64
     torch.manual_seed(1)
     q, k, v = (torch.randn(heads, length, depth).to(dtype) for _ in range(3))
@@ -93,6 +99,33 @@ def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[s
         q.double(), k.double(), v.double(), is_causal=True
     )
     within(out, exact, 1e-3 if dtype is torch.float16 else 8e-3)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("dtype", "share"), MATMULS, ids=["fp16", "bf16", "tf32"])
+def test_matmul(programs: Path, dtype: torch.dtype, share: float, mode: dict[str, Any]) -> None:
+    run_matmul(programs, dtype, share, mode)
+
+
+@pytest.mark.parametrize("mode", [*MODES, {"approximate": 1}, {"approximate": -1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("length", [200, 257])
+def test_attention(programs: Path, dtype: torch.dtype, length: int, mode: dict[str, Any]) -> None:
+    run_attention(programs, dtype, length, mode)
+
+
+@pytest.mark.parametrize("mode", MODES_SM90, ids=str)
+@pytest.mark.parametrize(("dtype", "share"), MATMULS, ids=["fp16", "bf16", "tf32"])
+def test_matmul_sm90(
+    programs_sm90: Path, dtype: torch.dtype, share: float, mode: dict[str, Any]
+) -> None:
+    run_matmul(programs_sm90, dtype, share, mode)
+
+
+@pytest.mark.parametrize("mode", MODES_SM90, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_attention_sm90(programs_sm90: Path, dtype: torch.dtype, mode: dict[str, Any]) -> None:
+    run_attention(programs_sm90, dtype, 200, mode)
 
 
 GEMMS = {

@@ -1,6 +1,7 @@
-"""Triton kernels compiled for sm_80 without a GPU.
+"""Triton kernels compiled without a GPU.
 
-python triton_programs.py FOLDER writes NAME.ptx and NAME.json: kernel name, threads, shared memory.
+python triton_programs.py FOLDER CAPABILITY (80 or 90) writes NAME.ptx and NAME.json: kernel name,
+threads, shared memory.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def attention(
     tl.store(out + base + rows[:, None] * D + depth[None, :], total / weight[:, None], mask=inside)
 
 
-def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str, int]) -> Any:
+def compile_kernel(
+    function: Any, signature: dict[str, str], constants: dict[str, int], capability: int
+) -> Any:
     """Pointers and the sizes in ALIGNED are multiples of 16, so that copies are asynchronous."""
     aligned = [
         i for i, name in enumerate(signature) if signature[name][0] == "*" or name in ALIGNED
@@ -86,10 +89,10 @@ def compile_kernel(function: Any, signature: dict[str, str], constants: dict[str
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": 4, "num_stages": 3}
-    return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, capability: int) -> None:
     integers = dict.fromkeys(("m", "n", "k", "lda", "ldb", "ldc"), "i32")
     programs = {}
     for dtype in ("fp16", "bf16", "fp32"):
@@ -105,7 +108,7 @@ def main(folder: Path) -> None:
             {"D": 64, "BM": 64, "BN": 64},
         )
     for name, (function, signature, constants) in programs.items():
-        compiled = compile_kernel(function, signature, constants)
+        compiled = compile_kernel(function, signature, constants, capability)
         metadata = compiled.metadata
         (folder / f"{name}.ptx").write_text(compiled.asm["ptx"])
         facts = {"name": metadata.name, "threads": 128, "shared": metadata.shared}
@@ -113,4 +116,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
