@@ -14,6 +14,7 @@
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 #include "dense/attention/cpu_backward_operands.h"
+#include "dense/attention/cpu_bias_backward.h"
 #include "dense/attention/cpu_kinds.h"
 #include "dense/attention/cpu_mask_backward.h"
 
@@ -291,7 +292,7 @@ class Worker {
       vf t = z[n], distance = zero();
       if constexpr (!kPlain) {
         distance = mod.query_distances(query + n * kWidth, key);
-        t = mod.exponent(t, mod.bias ? bias_lanes(query + n * kWidth, key) : vf{}, distance);
+        t = mod.exponent(t, mod.bias ? bias_column(mod, query + n * kWidth, key) : vf{}, distance);
       } else if constexpr (Op::kPair != 1) {  // else qt holds the factor
         t = t * factor;
       }
@@ -332,40 +333,12 @@ class Worker {
         lane_sums.score_bias = lane_sums.score_bias + dz[n];
         lane_sums.alibi_slopes =
             fma(mod.fades ? weighted(w[n], dpn) : dz[n], distance, lane_sums.alibi_slopes);
-        if (bp.dbias) add_dbias(dz[n], query + n * kWidth, key);
+        if (bp.dbias) add_to_column(dz[n], mod, bp, b, h, query + n * kWidth, key);
         if (mod.softcap > 0) dz[n] = dz[n] * mod.cap_slope(z[n]);
       }
       z[n] = dz[n];
     }
     scores.store_key(r, c, w, dz);
-  }
-
-  // Biases of queries query .. query + kWidth - 1 for one key: a column of the bias.
-  vf bias_lanes(int64_t query, int64_t key) const {
-    if (key >= score_mod.columns) return zero();
-    const int64_t at = key * score_mod.bias_k;
-    if (score_mod.bias_q == 0)
-      return set(scalar_as_float(score_mod.bias, score_mod.bias_dtype, at));
-    return visit_elements(score_mod.bias_dtype, [&](auto e) TM_LAMBDA {
-      using T = typename decltype(e)::type;
-      T lane[kWidth] = {};
-      for (int64_t l = 0; l < kWidth && query + l < score_mod.rows; ++l)
-        lane[l] = static_cast<const T*>(score_mod.bias)[at + (query + l) * score_mod.bias_q];
-      return e.load(lane, 0);
-    });
-  }
-
-  void add_dbias(vf dz, int64_t query, int64_t key) const {
-    if (key >= score_mod.columns) return;
-    float* column = bp.dbias + b * bp.dbias_batch + h * bp.dbias_head + key * bp.dbias_k;
-    if (bp.dbias_q == 0) {
-      *column += sum_lanes(dz);
-      return;
-    }
-    float lane[kWidth];
-    store(lane, dz);
-    for (int64_t l = 0; l < kWidth && query + l < score_mod.rows; ++l)
-      column[(query + l) * bp.dbias_q] += lane[l];
   }
 
   static void add(const HeadSums& from, HeadSums& to) {

@@ -1,0 +1,36 @@
+// Columns of a bias and of its gradient, for the backward CPU kernel: lanes are queries.
+#pragma once
+#include "dense/attention/cpu_scores.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// Of queries query .. query + kWidth - 1 and one key.
+inline vf bias_column(const ScoreMod& mod, int64_t query, int64_t key) {
+  if (key >= mod.columns) return zero();
+  const int64_t at = key * mod.bias_k;
+  if (mod.bias_q == 0) return set(scalar_as_float(mod.bias, mod.bias_dtype, at));
+  return visit_elements(mod.bias_dtype, [&](auto e) TM_LAMBDA {
+    using T = typename decltype(e)::type;
+    T lane[kWidth] = {};
+    for (int64_t l = 0; l < kWidth && query + l < mod.rows; ++l)
+      lane[l] = static_cast<const T*>(mod.bias)[at + (query + l) * mod.bias_q];
+    return e.load(lane, 0);
+  });
+}
+
+// The same column of dbias of head h of batch b. Queries may share one element.
+inline void add_to_column(vf dz, const ScoreMod& mod, const AttentionBackwardParams& bp, int64_t b,
+                          int64_t h, int64_t query, int64_t key) {
+  if (key >= mod.columns) return;
+  float* column = bp.dbias + b * bp.dbias_batch + h * bp.dbias_head + key * bp.dbias_k;
+  if (bp.dbias_q == 0) {
+    *column += sum_lanes(dz);
+    return;
+  }
+  float lane[kWidth];
+  store(lane, dz);
+  for (int64_t l = 0; l < kWidth && query + l < mod.rows; ++l)
+    column[(query + l) * bp.dbias_q] += lane[l];
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
