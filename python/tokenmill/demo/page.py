@@ -246,7 +246,7 @@ def _generated(found: Found) -> str:
     colours = [OTHER, *[OURS] * (len(bars) - 1)]
     note = (
         '<p class="pale">As full attention: characters before the first that full attention does '
-        "not write.</p>"
+        "not write, with the same random draws.</p>"
     )
     body = table(header, rows) + note + f'<div class="texts">{texts}</div>'
     return words + charts.bars(bars, colours) + body

@@ -45,7 +45,15 @@ def passages(count: int, words: int) -> list[str]:
 
 def characters() -> tuple[Tensor, Tensor]:
     """The text as codes below VOCABULARY: nine tenths to train on, the last tenth to validate."""
-    whole = "\n\n".join(paragraphs())
+    return _codes("\n\n".join(paragraphs()))
+
+
+def sentences() -> tuple[Tensor, Tensor]:
+    """The same of the prose alone, on one line."""
+    return _codes(" ".join(" ".join(prose()).split()))
+
+
+def _codes(whole: str) -> tuple[Tensor, Tensor]:
     codes = torch.frombuffer(bytearray(whole, "ascii"), dtype=torch.uint8).long()
     split = len(codes) * 9 // 10
     return codes[:split], codes[split:]
