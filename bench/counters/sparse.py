@@ -118,13 +118,13 @@ def _requests(dtype: torch.dtype, backward: bool = False) -> CounterCase:
     counts = torch.full(indices.shape[:2], entries, dtype=torch.int32)
     ends = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
     table = torch.arange(tokens // page, dtype=torch.int32).view(2, -1)
-    pages = {"seqlens_k": ends.diff(), "block_table": table}
+    pages: dict[str, Any] = {"seqlens_k": ends.diff(), "block_table": table}
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shape = (-1, heads, dim) if backward else (-1, page, heads, dim)
         return tm.block_sparse_attention(
             q[0], k.view(shape), v.view(shape), indices, counts, block_q=block, block_k=block,
-            cu_seqlens_q=ends, **({} if backward else pages), backend="emulated",
+            cu_seqlens_q=ends, backend="emulated", **({} if backward else pages),
         )  # fmt: skip
 
     keys = f"in blocks of {block}" if backward else f"in pages of {page}"
@@ -163,25 +163,23 @@ def _latent(packed: bool = False) -> CounterCase:
     drawn = torch.rand(1, 1, queries, tokens, generator=g)
     indices = drawn.argsort(3)[..., :entries].sort(3).values.int()
     counts = torch.full(indices.shape[:3], entries, dtype=torch.int32)
-    ends = {
+    ends: dict[str, Any] = {
         "cu_seqlens_q": torch.tensor([0, queries // 2, queries], dtype=torch.int32),
         "cu_seqlens_k": torch.tensor([0, tokens, 2 * tokens], dtype=torch.int32),
     }
 
     def prepare() -> Callable[[], object]:
         (q,), (k,) = _draw(F16, 1, 1, queries, heads, dim), _draw(F16, 1, 1, tokens, 1, dim)
-        arguments, options = (q, k, k[..., :value_dim], indices, counts), {}
+        lists, lengths, options = indices, counts, {}
         if packed:
-            k = torch.cat([k[0], k[0]])
+            q, k, options = q[0], torch.cat([k[0], k[0]]), ends
             rows = torch.tensor([0, 1, 3, 4])  # of the lists: a request has one more than queries
-            wide = (indices.new_zeros(1, queries + 2, entries), counts.new_zeros(1, queries + 2))
-            lists = (
-                w.index_copy(1, rows, t[0]) for w, t in zip(wide, (indices, counts), strict=True)
-            )
-            arguments, options = (q[0], k, k[..., :value_dim], *lists), ends
+            lists = lists.new_zeros(1, queries + 2, entries).index_copy(1, rows, lists[0])
+            lengths = lengths.new_zeros(1, queries + 2).index_copy(1, rows, lengths[0])
         return lambda: tm.block_sparse_attention(
-            *arguments, block_q=1, block_k=1, **options, backend="emulated"
-        )
+            q, k, k[..., :value_dim], lists, lengths, block_q=1, block_k=1, backend="emulated",
+            **options,
+        )  # fmt: skip
 
     scores = queries * heads * entries
     # Keys and ids; queries, out and lse. A block copies keys and values, which are the same.

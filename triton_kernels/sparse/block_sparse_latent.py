@@ -25,6 +25,11 @@ class Queries(NamedTuple):
     requests: Tensor  # [N] int32: whose keys it reads
     starts: Tensor | None = None  # [N] int32: where these begin among packed ones
 
+    def part(self, rows: slice) -> Queries:
+        q, indices, counts, ends, requests, starts = self
+        own = None if starts is None else starts[rows]
+        return Queries(q[rows], indices[rows], counts[rows], ends[rows], requests[rows], own)
+
 
 def latent_attention(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, Sq, H, Dv], lse [B, H, Sq] and mass, in the shape of the lists; packed [T, H, Dv],
@@ -100,17 +105,15 @@ def attend_in_parts(
     call: Any, queries: Queries, parts: list[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [N, 1, H, Dv], lse [N, H, 1] and mass [N, lists, K]."""
-    results = [attend(call, *(None if t is None else t[i] for t in queries)) for i in parts]
+    results = [attend(call, queries.part(rows)) for rows in parts]
     out, lse, mass = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
     if call.return_mass and call.indices.shape[-3] == 1:
         mass = mass.sum(1, keepdim=True)  # of a list of all heads, over those of the cache
     return out, lse, mass
 
 
-def attend(
-    call: Any, q: Tensor, indices: Tensor, counts: Tensor, ends: Tensor, requests: Tensor,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def attend(call: Any, queries: Queries) -> tuple[Tensor, Tensor, Tensor]:
+    q, indices, counts, ends, requests, starts = queries
     k, v = call.k, call.v
     if starts is not None:
         k, v = k[None], v[None]
