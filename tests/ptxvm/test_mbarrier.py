@@ -211,7 +211,10 @@ def test_deadlock_names_the_mbarrier() -> None:
         ("mbarrier.inval.shared.b64 [bar]; mbarrier.arrive.shared.b64 _, [bar];", "no mbarrier"),
         ("mbarrier.try_wait.parity.shared.b64 %p3, [bar], 2;", "parity: must be 0 or 1; got 2"),
         ("mbarrier.test_wait.shared.b64 %p3, [bar], 7;", "the state is none of an mbarrier"),
-        ("mbarrier.frob.shared.b64 [bar];", ": mbarrier.frob.shared.b64 [bar]: unknown form"),
+        (
+            "mbarrier.frob.shared.b64 [bar];",
+            "line 20: mbarrier.frob.shared.b64 [bar]: unknown modifier .frob",
+        ),
         ("mbarrier.arrive.global.b64 _, [bar];", "unknown form of mbarrier"),
         ("mbarrier.arrive.noComplete.shared.b64 %d1, [bar];", "unknown form of mbarrier"),
     ],
