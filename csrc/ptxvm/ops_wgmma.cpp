@@ -8,6 +8,7 @@
 
 #include "ptxvm/async.h"
 #include "ptxvm/check.h"
+#include "ptxvm/control.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/memory_ops.h"
 #include "ptxvm/parse.h"
@@ -244,14 +245,28 @@ void run_fence(Warp& warp, const Instruction& in, Mask mask) {
 void run_commit(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
   ++warp.product_groups;
+  wake(*warp.block, kWarpgroup);
+  happened(*warp.block);
   land_some_products(warp);
 }
 
 void run_wait(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
   const uint64_t keep = static_cast<uint64_t>(in.offset);
-  while (!warp.products.empty() && warp.products.front()->group + keep < warp.product_groups)
-    land_first(warp);
+  const uint64_t due = warp.product_groups - std::min<uint64_t>(keep, warp.product_groups);
+  // A product is one of the whole warpgroup: when a warp knows that it is complete, the others have
+  // read their operands too, and one warp frees the memory for all.
+  auto& warps = warp.block->warps;
+  const size_t first = warp.index / 4 * 4, end = std::min<size_t>(first + 4, warps.size());
+  for (size_t i = first; i < end; ++i)
+    if (warps[i].live && warps[i].product_groups < due) {
+      warp.asleep = mask;
+      warp.asleep_for = kWarpgroup;
+      return;
+    }
+  for (size_t i = first; i < end; ++i)
+    while (!warps[i].products.empty() && warps[i].products.front()->group < due)
+      land_first(warps[i]);
   accumulators_waited(warp, keep);
 }
 
@@ -340,6 +355,10 @@ void decode_wgmma(Decoder& decoder, const Statement& statement, Instruction& in)
     decoder.fail("unknown form of wgmma");
   in.offset = static_cast<int64_t>(groups);
   in.run = waits ? run_wait : parts[1] == "fence" ? run_fence : run_commit;
+  if (waits) {
+    in.control = Control::await;
+    in.flags = kAwaitsAligned;
+  }
 }
 
 }  // namespace

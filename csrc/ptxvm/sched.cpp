@@ -261,7 +261,7 @@ class Grid {
     for (Block* block : cluster.blocks)
       for (Warp& warp : block->warps)
         for (Group& group : warp.others)
-          if (group.wait == Group::Wait::sleep && group.barrier < kRegisters) {
+          if (group.wait == Group::Wait::sleep && group.barrier < kWarpgroup) {
             warp.timed_out |= group.mask;
             group.wait = Group::Wait::none;
             any = true;

@@ -463,6 +463,7 @@ std::string describe(const Warp& warp) {
       case Group::Wait::sleep:
         line(group.pc, group.mask,
              group.barrier == kClusterBarrier ? "waits at the barrier of the cluster"
+             : group.barrier == kWarpgroup    ? "waits for wgmma of other warps of the warpgroup"
              : group.barrier == kRegisters
                  ? "waits for registers of the block"
                  : "waits for " + describe_mbarrier(*warp.block, group.barrier));
