@@ -49,6 +49,7 @@ class Knob:
 
 SHARES = (1, 2, 4, 8, 16)
 ATTENTION_CASES = r"(sigmoid causal|softmax dense) S=2048 D=64, (float32|bfloat16), forward$"
+PLAIN = r"(sigmoid|softmax) \w+"  # other kinds and windows of attention keep the table
 SPARSE_CASES = r"S=8192 D=64 blocks 64x(64|16) 20 %, \w+, forward$"
 
 
@@ -112,9 +113,9 @@ KNOBS = {
             r"lists, \w+, forward$",
         ),
         *_triton(
-            "attention", 64, r"S=2048 D=64, (bfloat16|float16), forward$", tiles=True
+            "attention", 64, rf"{PLAIN} S=2048 D=64, (bfloat16|float16), forward$", tiles=True
         ),
-        *_triton("attention", 128, r"S=2048 D=128, bfloat16, forward$", tiles=True),
+        *_triton("attention", 128, rf"{PLAIN} S=2048 D=128, bfloat16, forward$", tiles=True),
         *_triton("linear_attention", 64, r"S=8192 D=64, (bfloat16|float16), forward$", tiles=False),
         *_triton("block_sparse_attention", 64, r"64x(64|16) 20 %, bfloat16, forward$", tiles=False),
     )
