@@ -9,9 +9,11 @@ last bits from those with its standard value; the others change no bit.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -176,9 +178,10 @@ class Damaged(Exception):
 
 
 def read(file: Path) -> dict[str, Any]:
-    """{device: {version: {op: entry}}}; nothing of a file that is missing or empty."""
+    """{device: {version: {op: entry}}}; nothing of a file that is missing or empty, or of what is
+    no file: a pipe would never end."""
     try:
-        text = file.read_text()
+        text = file.read_text() if file.is_file() else ""
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -267,9 +270,32 @@ def _take(values: dict[str, int], backends: tuple[str, ...]) -> None:
             put(name, number)
 
 
+def entry_of(file: Path, device: str, op: str) -> dict[str, Any]:
+    """What the cache holds for an operator on a device, of this version; nothing of damage."""
+    try:
+        entry = read(file).get(device, {}).get(__version__, {}).get(op, {})
+    except Damaged:
+        return {}
+    return entry if _sound(op, entry) else {}
+
+
+def prepare(file: Path) -> Path:
+    """The regular file that the cache is, or will be, behind links, in a folder that takes it.
+    OSError if there is none."""
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=file.parent):
+        return file
+
+
 def write(file: Path, device: str, op: str, entry: dict[str, Any]) -> None:
     """Adds the entry of an operator on a device to the cache, in one step: a reader sees the file
-    before or after. What other versions and devices have stays; what is damaged goes."""
+    before or after. What other versions and devices have stays; what is damaged goes. Others may
+    read a new file; one that is there keeps its mode."""
+    file = prepare(file)
+    mode = stat.S_IMODE(file.stat().st_mode) if file.exists() else 0o644
     try:
         devices = read(file)
     except Damaged:
@@ -279,12 +305,12 @@ def write(file: Path, device: str, op: str, entry: dict[str, Any]) -> None:
         for name in [name for name, old in entries.items() if not _sound(name, old)]:
             del entries[name]
     devices.setdefault(device, {}).setdefault(__version__, {})[op] = entry
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "devices": devices}, indent=1) + "\n"
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:
         with os.fdopen(descriptor, "w") as to:
             to.write(text)
+            os.fchmod(descriptor, mode)
         os.replace(name, file)
     except BaseException:
         Path(name).unlink(missing_ok=True)
