@@ -1,8 +1,9 @@
 """Tries the values of knobs on this machine and keeps the best: `python -m tokenmill tune [op]`.
 
-A value is taken if it is faster than the standard one in the mean of the knob's benchmarks, slower
-in none of them, and both again in a second measurement: the best of several noisy figures is too
-good. Else the standard value stays. A knob is tried with what was found for those before it.
+A value is taken if it is at least 2 % faster than the standard one in the mean of the knob's
+benchmarks and more than 3 % slower in none of them, and both again in a second measurement: the
+best of several noisy figures is too good. Else the standard value stays. A knob is tried with what
+was found for those before it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from tokenmill._knobs import KNOBS, Knob
 
 from . import case as cases_module
 from .case import Case, cases, geometric_mean
+from .gpu import CudaDevice, event_seconds
 from .progress import progress
-from .timing import interleave, use_threads
+from .timing import Measure, interleave, use_threads
 
 LEAST_GAIN = 1.02  # of the mean, in both measurements
 MOST_LOSS = 1.03  # of a single benchmark
@@ -61,10 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-budget",
-        type=_cli.seconds,
+        type=_cli.duration,
         default=120.0,
-        metavar="SECONDS",
-        help="for all knobs together (default 120); those not reached keep what they have",
+        metavar="TIME",
+        help="for all knobs together (90s, 10m, 1h30m; default 2m): none begins after it, those "
+        "not reached keep what they have, and one that has begun is finished",
     )
     parser.add_argument(
         "--allow-order",
@@ -79,10 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0, or 1 if a knob could not be measured."""
+    having = list(dict.fromkeys(k.op for k in KNOBS.values()))
+    for op in options.ops:
+        if op not in having:
+            rule = f"must be one with knobs ({', '.join(having)})"
+            raise _cli.UsageError(f"op: {rule}; got {op!r}")
     wanted = [k for k in KNOBS.values() if not options.ops or k.op in options.ops]
-    if not wanted:
-        having = ", ".join(dict.fromkeys(k.op for k in KNOBS.values()))
-        raise _cli.UsageError(f"op: must be one with knobs ({having}); got {options.ops[0]!r}")
     if options.list:
         _list(wanted)
         return 0
@@ -94,16 +99,33 @@ def run(options: argparse.Namespace) -> int:
         raise _cli.UsageError(
             "--device: GPUs must be of one kind, or CUDA_VISIBLE_DEVICES name one"
         )
+    usable = [k for k in wanted if _usable(k, options.device)]
+    chosen = [k for k in usable if options.allow_order or not k.order]
+    if not chosen:
+        why = f"{options.device} has no such knob (tune --list shows all)"
+        if usable:
+            why = f"those of {options.device} change the order of sums: --allow-order"
+        print(f"nothing to tune: {why}")
+        return 0
+    if not options.dry_run:
+        try:
+            _knobs.prepare(_knobs.path())
+        except OSError as error:
+            raise _unwritable(error) from None
     cases_module.device = torch.device(options.device)
-    found = _tune([k for k in wanted if _usable(k, options)], options, device)
-    if not found:
-        print(f"nothing to tune: {options.device} has no such knob (tune --list shows all)")
-    elif not options.dry_run:
+    found = _tune(chosen, options, device)
+    if not options.dry_run and any(f.ratios for f in found):
         print(f"wrote {_knobs.path()}")
     return 1 if any(f.note.startswith("failed") for f in found) else 0
 
 
+def _unwritable(error: OSError) -> _cli.UsageError:
+    return _cli.UsageError(_cli.unwritable(_knobs.VARIABLE, _knobs.path(), error))
+
+
 def _list(knobs: list[Knob]) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.init()  # which puts the values of the GPU in force
     print(f"{'knob':<36}{'runs on':<9}{'value':>8}{'standard':>10}  candidates")
     for knob in knobs:
         standard, value = (
@@ -117,10 +139,8 @@ def _list(knobs: list[Knob]) -> None:
     print(f"cache: {_knobs.path()}")
 
 
-def _usable(knob: Knob, options: argparse.Namespace) -> bool:
-    if knob.order and not options.allow_order:
-        return False
-    backends = ("cpu",) if options.device == "cpu" else ("cuda", "triton")
+def _usable(knob: Knob, device: str) -> bool:
+    backends = ("cpu",) if device == "cpu" else ("cuda", "triton")
     if knob.backend not in backends:
         return False
     return _dispatch.kernels(registry.get(knob.op), knob.backend) != "-"
@@ -129,21 +149,26 @@ def _usable(knob: Knob, options: argparse.Namespace) -> bool:
 def _tune(knobs: list[Knob], options: argparse.Namespace, device: str) -> list[Found]:
     """Tunes operator after operator; what is found for one is written before the next one."""
     plans = [(k, [c for c in cases([k.op]) if re.search(k.cases, c.title)]) for k in knobs]
+    ops = list(dict.fromkeys(k.op for k in knobs))
+    kept: dict[str, int] = {}
+    for op in ops:
+        kept |= _knobs.entry_of(_knobs.path(), device, op).get("knobs", {})
     for knob in knobs:
         _knobs.put(knob.name, knob.standard)
     measurements = sum(2 * len(chosen) for _, chosen in plans)
     share = options.time_budget / max(measurements, 1)
-    clock = Clock(options, min(max(share, SECONDS[0]), SECONDS[1]))
+    measure = event_seconds(CudaDevice()) if options.device == "cuda" else None
+    clock = Clock(options, min(max(share, SECONDS[0]), SECONDS[1]), measure)
     found: list[Found] = []
-    if plans:
-        print(f"{device}, {_threads(options)}")
-        print(_line(HEADER))
+    print(f"{device}, {_threads(options)}")
+    print(_line(HEADER))
     with progress(sum(len(chosen) for _, chosen in plans), "tuning") as advance:
-        for op in dict.fromkeys(k.op for k in knobs):
+        for op in ops:
             of_op = [plan for plan in plans if plan[0].op == op]
             results = []
             for knob, chosen in of_op:
-                results.append(_tune_knob(knob, chosen, clock, advance))
+                before = kept.get(knob.name, knob.standard)
+                results.append(_tune_knob(knob, before, chosen, clock, advance))
                 _knobs.put(knob.name, results[-1].best)
                 print(_line(_cells(results[-1])), flush=True)
             found += results
@@ -162,10 +187,8 @@ class Clock:
 
     options: argparse.Namespace
     seconds: float  # of a measurement
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "start", time.monotonic())
+    measure: Measure | None = None  # of a GPU
+    start: float = field(default_factory=time.monotonic)
 
     @property
     def over(self) -> bool:
@@ -173,18 +196,18 @@ class Clock:
 
     def times(self, knob: Knob, case: Case, values: list[int]) -> dict[int, float]:
         """Seconds of a case with each value that runs."""
-        gpu = self.options.device == "cuda"
         threads = self.options.threads
         failed: dict[str, Exception] = {}
         with _backend(knob), use_threads(threads):
             call, _ = case.prepare()
             runs = {str(v): _with(knob, v, call) for v in values}
             timings = interleave(
-                runs, threads=threads, seconds=self.seconds, on_error=failed.__setitem__, gpu=gpu
-            )
+                runs, threads=threads, seconds=self.seconds, on_error=failed.__setitem__,
+                measure=self.measure,
+            )  # fmt: skip
         if error := failed.get(str(knob.standard)):
             raise error
-        middle = gpu or threads == 1
+        middle = self.measure is not None or threads == 1
         return {int(v): t.median if middle else t.best for v, t in timings.items()}
 
 
@@ -210,9 +233,12 @@ def _with(knob: Knob, value: int, call: Callable[[], object]) -> Callable[[], ob
     return run
 
 
-def _tune_knob(knob: Knob, chosen: list[Case], clock: Clock, advance: Any) -> Found:
+def _tune_knob(knob: Knob, before: int, chosen: list[Case], clock: Clock, advance: Any) -> Found:
+    """before: the value of a knob that was not tried to the end."""
     if clock.over:
-        return Found(knob, knob.standard, note="not reached")
+        for _ in chosen:
+            advance(done=True)
+        return Found(knob, before, note="not reached")
     values = list(dict.fromkeys((knob.standard, *knob.candidates)))
     try:
         ratios = _measure(knob, chosen, values, clock, advance)
@@ -225,7 +251,7 @@ def _tune_knob(knob: Knob, chosen: list[Case], clock: Clock, advance: Any) -> Fo
         gains = tuple(1 / r for r in again[best])
         return Found(knob, best, geometric_mean(list(gains)), gains)
     except Exception as error:
-        return Found(knob, knob.standard, note=f"failed: {_cli.one_line(error)}")
+        return Found(knob, before, note=f"failed: {_cli.one_line(error)}")
     finally:
         _knobs.put(knob.name, knob.standard)
 
@@ -240,6 +266,7 @@ def _measure(
     """Of the values that run every benchmark."""
     ratios: Ratios = {v: [] for v in values}
     for case in chosen:
+        advance(start=f"{knob.name}, {case.title}")
         times = clock.times(knob, case, values)
         for value in values:
             if value not in times:
@@ -260,9 +287,13 @@ def choose(standard: int, ratios: Ratios) -> int:
 
 
 def _write(device: str, op: str, found: list[Found], options: argparse.Namespace) -> None:
+    """Knobs of the operator that were not tried to the end keep what the cache has."""
+    tried = {f.knob.name for f in found if f.ratios}
+    better = [f for f in found if f.ratios and f.best != f.knob.standard]
+    old = _knobs.entry_of(_knobs.path(), device, op)
     entry: dict[str, Any] = {
-        "knobs": {f.knob.name: f.best for f in found if f.best != f.knob.standard},
-        "gain": {f.knob.name: round(f.gain, 3) for f in found if f.best != f.knob.standard},
+        "knobs": _without(old.get("knobs"), tried) | {f.knob.name: f.best for f in better},
+        "gain": _without(old.get("gain"), tried) | {f.knob.name: round(f.gain, 3) for f in better},
         "date": time.strftime("%Y-%m-%d"),
     }
     if options.device == "cpu":
@@ -270,8 +301,11 @@ def _write(device: str, op: str, found: list[Found], options: argparse.Namespace
     try:
         _knobs.write(_knobs.path(), device, op, entry)
     except OSError as error:
-        name = _knobs.VARIABLE
-        raise _cli.UsageError(_cli.unwritable(name, _knobs.path(), error)) from None
+        raise _unwritable(error) from None
+
+
+def _without(values: Any, names: set[str]) -> dict[str, Any]:
+    return {n: v for n, v in values.items() if n not in names} if isinstance(values, dict) else {}
 
 
 def _cells(found: Found) -> tuple[str, ...]:

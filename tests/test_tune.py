@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import tokenmill as tm
-from tokenmill import _knobs, _library, registry
+from tokenmill import _emulator, _knobs, _library, registry
 from tokenmill.__main__ import main
-from tokenmill._knobs import KNOBS
+from tokenmill._knobs import KNOBS, Knob
 from tokenmill._version import __version__
 from tokenmill.bench import tune
 from tokenmill.bench.case import cases
@@ -63,19 +66,23 @@ def test_a_bad_knob_is_an_error(name, number, message):
 def test_every_knob_has_benchmarks():
     titles = {op: [c.title for c in cases([op])] for op in {k.op for k in KNOBS.values()}}
     for knob in KNOBS.values():
-        assert any(re.search(knob.cases, title) for title in titles[knob.op]), knob.name
+        found = [title for title in titles[knob.op] if re.search(knob.cases, title)]
+        assert found, knob.name
+        if knob.name.startswith("attention.triton"):  # tiles of these two alone are tuned
+            assert all(re.match(r"(sigmoid|softmax) \w+ S", title) for title in found), found
 
 
 def calls(dtype=torch.float32):
-    """A call of each operator with a native knob, large enough for several items of work."""
+    """A call of each operator with a native knob, which the least and the largest value cut up
+    differently."""
     torch.manual_seed(0)
     q, k = torch.randn(1, 200, 4, 64, dtype=dtype), torch.randn(1, 200, 2, 64, dtype=dtype)
     indices = torch.arange(4, dtype=torch.int32).expand(1, 2, 4, 4).contiguous()
     counts = torch.full((1, 2, 4), 4, dtype=torch.int32)
-    scores = torch.randn(1, 200, 4, 32, dtype=dtype)
-    keys, weights = torch.randn(1, 200, 32, dtype=dtype), torch.randn(1, 200, 4)
+    scores = torch.randn(1, 600, 4, 32, dtype=dtype)
+    keys, weights = torch.randn(1, 600, 32, dtype=dtype), torch.randn(1, 600, 4)
     a, b = torch.randn(2, 300, 64, dtype=dtype), torch.randn(2, 200, 64, dtype=dtype)
-    features = torch.randn(1, 400, 40, dtype=dtype)
+    features = torch.randn(1, 800, 320, dtype=dtype)
     return {
         "attention": lambda: tm.attention(q, k, k, causal=True),
         "block_sparse_attention": lambda: tm.block_sparse_attention(
@@ -114,14 +121,29 @@ def test_a_range_of_a_decode_changes_the_order_of_sums_alone(threads):
 
 
 @pytest.mark.skipif(not _library.emulated_built(), reason="no CUDA kernels here")
-def test_knobs_of_cuda_change_no_bit():
-    a, b = torch.randn(1, 70, 16), torch.randn(1, 40, 16)
-    with emulated_cuda():
-        expected = tm.best_match(a, b)
-        assert _library.loaded_emulated().knob("best_match.fill") == 2
-        with _knobs.override(best_match__fill=1):
-            assert _library.loaded_emulated().knob("best_match.fill") == 1
-            torch.testing.assert_close(tm.best_match(a, b), expected, rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("name", "values"), [("best_match.fill", (1, 2)), ("hip_block_select.fill", (0, 1))]
+)
+def test_knobs_of_cuda_change_no_bit(name, values):
+    """Both values, between which the choice of the kernel changes."""
+    multiprocessors = int(os.environ.get("PTXVM_SMS", "132"))
+    a, b = torch.randn(multiprocessors, 65, 8), torch.randn(multiprocessors, 3, 8)
+    q, k = torch.randn(1, 16, 1, 8), torch.randn(1, 80, 1, 8)
+    sizes = {"block_q": 16, "block_k": 2, "stride_q": 2, "budget": 16}
+    call = {
+        "best_match.fill": lambda: tm.best_match(a, b),
+        "hip_block_select.fill": lambda: tm.hip_block_select(q, k, **sizes),
+    }[name]
+    assert _library.registered(name.partition(".")[0]).has_emulated()  # which loads the machine
+    results, kernels = [], []
+    for number in values:
+        with emulated_cuda(), _knobs.override(**{name.replace(".", "__"): number}):
+            with _emulator.counting() as launches:
+                results.append(call())
+            assert _library.loaded_emulated().knob(name) == number
+            kernels.append([launch["kernel"] for launch in launches])
+    assert kernels[0] != kernels[1]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def entry(**knobs):
@@ -139,6 +161,32 @@ def test_the_cache_keeps_what_others_wrote(cache):
     assert sorted(_knobs.read(cache)) == sorted(["another", cpu])
     _knobs.load()
     assert _knobs.value("attention.shares") == 16 and _knobs.value("best_match.words") == 32768
+
+
+def test_others_may_read_the_cache_and_a_link_to_it_stays(cache, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(cache)
+    _knobs.write(link, "cpu", "attention", entry(attention__shares=8))
+    assert link.is_symlink() and stat.S_IMODE(cache.stat().st_mode) == 0o644
+    cache.chmod(0o600)
+    _knobs.write(link, "cpu", "attention", entry(attention__shares=2))
+    assert _knobs.entry_of(cache, "cpu", "attention") == entry(attention__shares=2)
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+
+
+def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path, monkeypatch, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path, Path(os.devnull)):
+        assert _knobs.read(path) == {}
+        with pytest.raises(OSError, match="not a regular file"):
+            _knobs.write(path, "cpu", "attention", entry(attention__shares=8))
+    assert [*tmp_path.iterdir()] == [pipe] and pipe.is_fifo() and not Path(os.devnull).is_file()
+    monkeypatch.setenv(_knobs.VARIABLE, str(pipe))
+    monkeypatch.setattr(tune, "_tune", lambda *_: pytest.fail("it was measured"))
+    assert main(["tune", "best_match", "--device", "cpu"]) == 2
+    message = f"TOKENMILL_TUNE_CACHE: must be writable; got '{pipe}' (not a regular file)"
+    assert message in capsys.readouterr().err
 
 
 def test_values_of_other_versions_and_devices_are_not_taken(cache):
@@ -274,16 +322,48 @@ def test_luck_is_not_kept(cache, monkeypatch, capsys):
 def test_a_dry_run_and_a_spent_budget_write_nothing(cache, monkeypatch, capsys):
     fake_times(monkeypatch, lambda knob, value, _: 1 / value)
     assert main(["tune", "best_match", "--device", "cpu", "--dry-run"]) == 0
-    assert "4.00x" in capsys.readouterr().out
-    assert main(["tune", "attention", "--device", "cpu", "--time-budget", "0"]) == 0
-    assert "not reached" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4.00x" in out and "wrote" not in out
+    assert main(["tune", "attention", "--device", "cpu", "--time-budget", "0.000001"]) == 0
+    out = capsys.readouterr().out
+    assert "not reached" in out and "wrote" not in out
     assert not cache.exists()
+
+
+def test_a_knob_that_was_not_tried_keeps_what_it_has(cache, monkeypatch, capsys):
+    """Of three knobs of an operator the second fails and the third is not reached."""
+    name, names = _knobs.device_name("cpu"), [f"test.{part}" for part in "abcd"]
+    knobs = {n: Knob(n, "best_match", "cpu", 1, (2, 3), "", "C=64") for n in names}
+    knobs["test.d"] = replace(knobs["test.d"], order=True)
+    now = dict.fromkeys(knobs, 1)
+    monkeypatch.setattr(_knobs, "put", now.__setitem__)
+    for module in (_knobs, tune):
+        monkeypatch.setattr(module, "KNOBS", knobs)
+    old = {"knobs": dict.fromkeys(names, 3), "gain": dict.fromkeys(names, 1.5)}
+    _knobs.write(cache, name, "best_match", old)
+
+    def seconds(knob, value, _):
+        if knob.name == "test.b":
+            monkeypatch.setattr(tune.Clock, "over", True)
+            raise MemoryError
+        return abs(value - 2) + 1.0
+
+    fake_times(monkeypatch, seconds)
+    assert main(["tune", "best_match", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"test.a +1 +2 +2.00x", out) and re.search(r"test.c +1 +3 +not reached", out)
+    assert "failed: MemoryError" in out and f"wrote {cache}" in out
+    found = _knobs.entry_of(cache, name, "best_match")
+    assert found["knobs"] == {n: 2 if n == "test.a" else 3 for n in names}
+    assert found["gain"] == {n: 2.0 if n == "test.a" else 1.5 for n in names}
+    assert [now[n] for n in names[:3]] == [2, 3, 3]
 
 
 def test_order_is_asked_for(cache, monkeypatch, capsys):
     fake_times(monkeypatch, lambda knob, value, _: 1 / value)
     assert main(["tune", "attention_decode", "--device", "cpu"]) == 0
-    assert "nothing to tune" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing to tune: those of cpu change the order of sums: --allow-order" in out
     assert main(["tune", "attention_decode", "--device", "cpu", "--allow-order"]) == 0
     assert "attention_decode.range" in capsys.readouterr().out
     assert _knobs.value("attention_decode.range") == 1024
@@ -302,6 +382,8 @@ def test_a_value_that_cannot_run_is_left_out(wrong, monkeypatch):
                 clock.times(knob, case, [4, 8])
         else:
             assert list(clock.times(knob, case, [4, 8])) == [4]
+            clock = replace(clock, measure=lambda run: run() and 7.0)  # as of a GPU
+            assert clock.times(knob, case, [4, 8]) == {4: 7.0}
     assert "TOKENMILL_BACKEND" not in os.environ
 
 
@@ -315,7 +397,8 @@ def test_the_list_names_every_knob(capsys):
     ("arguments", "message"),
     [
         (["merge_attention_states"], "op: must be one with knobs (attention, "),
-        (["attention", "--time-budget", "-1"], "--time-budget: must be a number of at least 0"),
+        (["attention", "merge_attention_states"], "got 'merge_attention_states'"),
+        (["attention", "--time-budget", "0"], "--time-budget: must be a time of more than 0 such"),
         (["attention", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
     ],
 )
