@@ -92,7 +92,9 @@ def measured(dtypes: Iterable[torch.dtype], gpu: bool, threads: int) -> Ceilings
     return Ceilings(flops, ((math.inf, rate),), "quick")
 
 
-def with_dtypes(ceilings: Ceilings, dtypes: Sequence[torch.dtype], gpu: bool, threads: int) -> Any:
+def with_dtypes(
+    ceilings: Ceilings, dtypes: Sequence[torch.dtype], gpu: bool, threads: int
+) -> Ceilings:
     """The ceilings, with a quick measurement of each dtype that they lack."""
     names = {str(dtype)[6:]: dtype for dtype in dtypes}
     lacking = [dtype for name, dtype in names.items() if name not in ceilings.flops]
@@ -104,7 +106,8 @@ def peak_flops(dtype: torch.dtype, gpu: bool = False) -> float:
     """Measured multiply-add peak for the arithmetic that serves a dtype: of one thread, or a GPU's
     rate in a large product of matrices (float32 in TF32, as our kernels compute it)."""
     if gpu:
-        return _gpu_product_rate(dtype)
+        # CUDA has no product of integers; float32 serves what they are compared for.
+        return _gpu_product_rate(dtype if dtype.is_floating_point else torch.float32)
     isa = torch.ops.tokenmill.cpu_isa()
     wide = dtype == torch.bfloat16 and isa == "avx512_bf16"
     return torch.ops.tokenmill.cpu_peak_flops("bfloat16" if wide else "float32")
