@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def probes() -> Iterator[Probe]:
-    cores = os.cpu_count() or 1
-    for threads in dict.fromkeys((1, cores)):
+    most = cores()
+    for threads in dict.fromkeys((1, most)):
         yield from _arithmetic(threads)
+        # Each thread has its part of the working set.
+        parts = [max(size // threads // STEP * STEP, STEP) for size in sizes()]
         for of in ("read", "copy"):
-            for size in sizes():
-                yield _memory(of, size, threads)
-    yield Probe("parallel region", "s", _regions(cores), {"threads": cores})
+            for part in dict.fromkeys(parts):
+                yield _memory(of, part, threads)
+    yield Probe("parallel region", "s", _regions(most), {"threads": most})
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def sizes() -> list[int]:
@@ -57,21 +67,25 @@ def _arithmetic(threads: int) -> Iterator[Probe]:
     yield Probe("exp", "1/s", values, {"dtype": "float32", "threads": threads})
 
 
-def _memory(of: str, size: int, threads: int) -> Probe:
-    """Each thread has its part of the working set."""
-    part = max(size // threads // STEP * STEP, STEP)
+def _memory(of: str, part: int, threads: int) -> Probe:
     rate = _together(threads, lambda: torch.ops.tokenmill.cpu_rate(of, part, 1))
-    return Probe(of, "B/s", rate, {"bytes": size, "threads": threads})
+    return Probe(of, "B/s", rate, {"bytes": part * threads, "threads": threads})
 
 
 def _together(threads: int, rate: Callable[[], float]) -> Callable[[float], list[float]]:
     """Samples of the sum over threads that measure at the same time, each by its processor time."""
 
     def measure(seconds: float) -> list[float]:
+        begin = threading.Barrier(threads)
+
+        def one(_: int) -> float:
+            begin.wait()  # so that no thread takes the work of two
+            return rate()
+
         with ThreadPoolExecutor(threads) as pool:
 
             def sample() -> float:
-                return sum(pool.map(lambda _: rate(), range(threads)))
+                return sum(pool.map(one, range(threads)))
 
             return _samples(sample, seconds)
 
