@@ -208,7 +208,9 @@ def builders(
             raise Absent("not installed")
         forward = peer.calls[op](**options)
         agree(forward(*tensors), expected())
-        return wrap(forward, tensors)
+        run = wrap(forward, tensors)
+        run()  # compiles the backward too
+        return run
 
     return {p.name: functools.partial(build, p) for p in PEERS if op in p.calls}
 

@@ -269,9 +269,11 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
     every.append(peers.Peer("gone", "no_such_module", "gone", {"attention": None}))
     monkeypatch.setattr(peers, "PEERS", every)
 
+    wrapped = []
+
     def built():
         def wrap(forward, tensors):
-            return lambda: forward(*tensors)
+            return lambda: wrapped.append(1) or forward(*tensors)
 
         return peers.builders(
             "attention", [q, k, v], lambda: ours(q, k, v), wrap, causal=True, left=-1
@@ -280,7 +282,9 @@ def test_a_peer_is_timed_at_the_same_task_or_not_at_all(monkeypatch):
     assert built() == {}  # on a CPU
     monkeypatch.setattr(case, "device", types.SimpleNamespace(type="cuda"))
     found = built()
-    torch.testing.assert_close(found["same"]()(), ours(q, k, v))
+    run = found["same"]()
+    assert wrapped == [1]  # it ran once, which compiles
+    torch.testing.assert_close(run(), ours(q, k, v))
     for name, why in (
         ("other", "another result: "),
         ("narrow", "another result: shape"),
