@@ -53,6 +53,8 @@ def measure(
 ) -> dict[str, Any]:
     """limited: seconds are for all of it, and one repetition is enough."""
     begin = time.perf_counter()
+    if bench.sensors:
+        bench.sensors.summary()  # drops the readings of a case that failed
     absent: dict[str, str] = {}
 
     def leave_out(name: str, error: Exception) -> None:
@@ -99,10 +101,7 @@ def _figures(
     seconds = bench.figure(call[OURS])
     row = _timed(bench, call[OURS])
     row |= {"flops": case.work / seconds, "bytes_per_second": case.moved / seconds}
-    peak = bench.ceilings.flops[str(case.dtype)[6:]]
-    row["peak_share"] = row["flops"] / peak
-    nearer = bound(row, peak, bench.ceilings.bytes_per_second(case.moved))
-    row |= {"bound": nearer.of, "bound_share": nearer.share}
+    row |= shares(row, str(case.dtype)[6:], bench.ceilings)
     row |= _methods(OURS, bench, times, missing)
     row["peers"] = {
         name: _timed(bench, timing)
@@ -112,6 +111,15 @@ def _figures(
         if name != OURS
     }
     return row
+
+
+def shares(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> dict[str, Any]:
+    """What a row with seconds, flops and bytes_per_second reaches of the ceilings."""
+    peak = ceilings.flops[dtype]
+    nearer = bound(row, peak, ceilings.bytes_per_second(row["bytes_per_second"] * row["seconds"]))
+    return {
+        "peak_share": row["flops"] / peak, "bound": nearer.of, "bound_share": nearer.share
+    }  # fmt: skip
 
 
 def _timed(bench: Bench, timing: Timing) -> dict[str, Any]:

@@ -58,6 +58,13 @@ class Machine:
         own = [row for document in self.measured for row in document["rows"]]
         return own or self.bench.get("primitives", [])
 
+    @property
+    def ceilings(self) -> Rows:
+        """Primitives of the device that the times are of."""
+        device = self.bench.get("device", "cpu")
+        own = [row for d in self.measured if d.get("device") == device for row in d["rows"]]
+        return own or self.bench.get("primitives", [])
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -237,10 +244,10 @@ def _roofline(machine: Machine) -> str:
     rows = [row for row in machine.rows if row.get("bytes_per_second")]
     peaks = {row["dtype"]: row["flops"] / row["peak_share"] for row in rows if row["peak_share"]}
     bandwidth = machine.bench.get("copy_bandwidth", 0.0)
-    if rows and machine.primitives:
+    if rows and machine.ceilings:
         with contextlib.suppress(ValueError):
             device = machine.bench.get("device", "cpu")
-            found = from_primitives(machine.primitives, device, machine.bench["threads"])
+            found = from_primitives(machine.ceilings, device, machine.bench["threads"])
             peaks = {dtype: found.flops.get(dtype, peak) for dtype, peak in peaks.items()}
             bandwidth = found.memory
     points, moves, bars = [], [], []

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -21,6 +22,7 @@ from tokenmill import _cli
 SCHEMA = 2
 END = "\n]}\n"
 # What two runs must share for rows of one to stand beside rows of the other.
+KEPT = ("op", "case", "dtype", "seconds", "flops", "bytes_per_second")  # of a row, at least
 SAME = ("schema", "build", "machine", "device", "threads", "options")
 
 
@@ -65,19 +67,24 @@ class Results:
     @property
     def _part(self) -> Path:
         assert self._file is not None
-        return self._file.with_name(f".{self._file.name}.part")
+        return self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
 
-    def begin(self, head: dict[str, Any]) -> None:
+    def begin(self, head: dict[str, Any], rows: Iterable[dict[str, Any]] = ()) -> None:
+        """The rows that are there before the first is measured are written with the head, so that
+        no moment leaves a document without them."""
         self.head = head
-        text = json.dumps(self.document, indent=1).removesuffix("]\n}")
-        self._lines = [text]
-        self._write(text)
+        self._lines = [json.dumps(self.document, indent=1).removesuffix("]\n}")]
+        for row in rows:
+            self._append(row)
+        self._write("".join(self._lines))
 
     def add(self, row: dict[str, Any]) -> None:
-        text = (",\n" if self.rows else "\n") + json.dumps(row)
+        self._append(row)
+        self._write(self._lines[-1])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._lines.append((",\n" if self.rows else "\n") + json.dumps(row))
         self.rows.append(row)
-        self._lines.append(text)
-        self._write(text)
 
     def end(self) -> None:
         if self._out:
@@ -129,15 +136,10 @@ def build_digest() -> str:
 def earlier(path: str, head: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The document that a run goes on with, and of its rows those that were measured. UsageError if
     they were not measured as this run measures. A file that is not there, or empty, has no rows."""
-    try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        return {}, []
-    except OSError as error:
-        raise _cli.UsageError(f"--resume: must be readable; got '{path}' ({error})") from None
+    text = _text(path, "--resume") if os.path.exists(path) else ""
     if not text.strip():
         return {}, []
-    document = parse(text, "--resume", path)
+    document = _parse(text, "--resume", path)
     # As JSON has it: lists for tuples.
     wanted = json.loads(json.dumps({key: head.get(key) for key in SAME}))
     other = [key for key in SAME if document.get(key) != wanted[key]]
@@ -145,7 +147,10 @@ def earlier(path: str, head: dict[str, Any]) -> tuple[dict[str, Any], list[dict[
         rule = "must hold results of the same build, device and options (--json starts anew)"
         what = ", ".join(_difference(key, document.get(key), wanted[key]) for key in other)
         raise _cli.UsageError(f"--resume: {rule}; got '{path}' ({what})")
-    return document, [row for row in document["rows"] if "error" not in row]
+    rows = [row for row in document["rows"] if "error" not in row]
+    if not {"ceilings", "copy_bandwidth"} <= {*document} or not all({*KEPT} <= {*r} for r in rows):
+        raise _not_ours("--resume", path, ValueError("ceilings, or figures of a row, are missing"))
+    return document, rows
 
 
 def _difference(key: str, there: Any, here: Any) -> str:
@@ -155,14 +160,29 @@ def _difference(key: str, there: Any, here: Any) -> str:
     return f"{key} {there}, now {here}"
 
 
-def parse(text: str, argument: str, path: str) -> dict[str, Any]:
+def load(path: str, argument: str) -> dict[str, Any]:
+    """A document with a machine and rows, or a UsageError."""
+    return _parse(_text(path, argument), argument, path)
+
+
+def _text(path: str, argument: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise _cli.UsageError(f"{argument}: must be readable; got '{path}' ({why})") from None
+
+
+def _parse(text: str, argument: str, path: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
-        if not isinstance(document["rows"], list) or "machine" not in document:
-            raise ValueError("no machine")
-    except (ValueError, TypeError, KeyError) as error:
-        rule = "must be results that bench --json wrote"
-        raise _cli.UsageError(
-            f"{argument}: {rule}; got '{path}' ({_cli.one_line(error)})"
-        ) from None
+        if "machine" not in document or not all(isinstance(r, dict) for r in document["rows"]):
+            raise ValueError("no machine, or a row that is no object")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _not_ours(argument, path, error) from None
     return document
+
+
+def _not_ours(argument: str, path: str, error: Exception) -> _cli.UsageError:
+    rule = "must be results that bench --json wrote"
+    return _cli.UsageError(f"{argument}: {rule}; got '{path}' ({_cli.one_line(error)})")

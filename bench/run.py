@@ -25,9 +25,9 @@ from .case import RECIPES, Case, cases, geometric_mean
 from .ceilings import Ceilings
 from .gpu import CudaDevice
 from .lines import Lines
-from .measure import Bench, few, key, measure, row_of
+from .measure import Bench, few, key, measure, row_of, shares
 from .progress import progress
-from .results import SCHEMA, Results, build_digest, earlier, parse
+from .results import SCHEMA, Results, build_digest, earlier, load
 from .sensors import Sensors
 
 
@@ -146,7 +146,10 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     document, kept = earlier(options.resume, head) if options.resume else ({}, [])
     target, argument = (options.json, "--json") if options.json else (options.resume, "--resume")
     results = Results(target, stdout, argument)
-    limits = _ceilings(options, document, chosen, head["machine"])
+    dtypes = sorted({str(case.dtype)[6:] for case in chosen} | {row["dtype"] for row in kept})
+    limits = _ceilings(options, document, dtypes, head["machine"])
+    if options.primitives:  # rows that are kept were compared with other ceilings
+        kept = [row | shares(row, row["dtype"], limits) for row in kept]
     sensors = Sensors() if gpu else None
     bench = Bench(options.threads, limits, CudaDevice() if gpu else None, sensors)
     head |= {
@@ -158,7 +161,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         "sensors": "none" if sensors is None else sensors.absent or "NVML",
     }
     if options.primitives:
-        head["primitives"] = _primitives(options.primitives, head["machine"])
+        head["primitives"] = _primitives(options.primitives, options.device, head["machine"])
     _print_head(head, gpu)
     done = {key(row) for row in kept}
     wanted = [case for case in chosen if key(row_of(case)) not in done]
@@ -166,13 +169,10 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         print(f"--resume: {len(chosen) - len(wanted)} of {len(chosen)} cases are measured already")
     lines = Lines(gpu)
     print(lines.header(), flush=True)
-    results.begin(head)
-    for row in kept:
-        results.add(row)
-    for row in failed:
-        results.add(row)
-        print(lines.line(row), flush=True)
     try:
+        results.begin(head, [*kept, *failed])
+        for row in failed:
+            print(lines.line(row), flush=True)
         left_out = _measure_all(options, wanted, bench, results, lines)
     except KeyboardInterrupt:
         results.end()
@@ -226,15 +226,15 @@ def _head(options: argparse.Namespace) -> dict[str, Any]:
 def _ceilings(
     options: argparse.Namespace,
     document: dict[str, Any],
-    chosen: list[Case],
+    names: list[str],
     machine: dict[str, str],
 ) -> Ceilings:
     """Of --primitives, of the run that this one goes on with, or measured now."""
     gpu, threads = options.device == "cuda", options.threads
-    dtypes = sorted({case.dtype for case in chosen}, key=str)
+    dtypes = [getattr(torch, name) for name in names]
     rows = document.get("primitives", [])
     if options.primitives:
-        rows = _primitives(options.primitives, machine)
+        rows = _primitives(options.primitives, options.device, machine)
     if rows:
         try:
             found = ceilings.from_primitives(rows, options.device, threads)
@@ -251,14 +251,11 @@ def _ceilings(
     return ceilings.with_dtypes(found, dtypes, gpu, threads)
 
 
-def _primitives(path: str, machine: dict[str, str]) -> list[dict[str, Any]]:
-    try:
-        document = parse(Path(path).read_text(), "--primitives", path)
-    except OSError as error:
-        rule = "must be readable"
-        raise _cli.UsageError(f"--primitives: {rule}; got '{path}' ({error.strerror})") from None
-    if document.get("kind") != "primitives" or document["machine"] != machine:
-        rule = "must be what bench primitives --json wrote on this machine"
+def _primitives(path: str, device: str, machine: dict[str, str]) -> list[dict[str, Any]]:
+    document = load(path, "--primitives")
+    made = document.get("kind"), document.get("device"), document["machine"]
+    if made != ("primitives", device, machine):
+        rule = "must be what bench primitives --json wrote on this machine for this device"
         raise _cli.UsageError(f"--primitives: {rule}; got '{path}'")
     rows: list[dict[str, Any]] = document["rows"]
     return rows

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import types
 
 import pytest
 import torch
 
 import tokenmill as tm
+from tokenmill import registry
 from tokenmill.__main__ import main
 from tokenmill._cli import duration
 from tokenmill.bench import (
@@ -18,6 +20,7 @@ from tokenmill.bench import (
     ceilings,
     moba_attention,
     native_sparse_attention,
+    page,
     primitives,
     primitives_cpu,
     results,
@@ -149,16 +152,35 @@ def test_a_run_does_not_go_on_with_what_was_measured_otherwise(bench, tmp_path):
         found = bench("--resume", target)
         assert found.status == 2 and words in found.err and not found.prepared
         assert "--resume: must hold results of the same build, device and options" in found.err
-    target.write_text("[]")
+    target.write_text(json.dumps(json.loads(text) | {"rows": [{"op": "a", "case": "b"}]}))
     found = bench("--resume", target)
-    assert found.status == 2 and "must be results that bench --json wrote" in found.err
-    assert target.read_text() == "[]"
+    assert found.status == 2 and "figures of a row, are missing" in found.err
+
+
+@pytest.mark.parametrize("argument", ["--resume", "--primitives"])
+@pytest.mark.parametrize(
+    ("damage", "rule"),
+    [
+        (b"[]", "must be results that bench --json wrote"),
+        (b"[" * 100_000, "must be results that bench --json wrote"),
+        (b'{"machine": {}, "rows": [1]}', "must be results that bench --json wrote"),
+        (b"\xff", "must be readable"),
+    ],
+    ids=["list", "depth", "row", "bytes"],
+)
+def test_a_damaged_file_is_named_and_left(bench, tmp_path, argument, damage, rule):
+    target = tmp_path / "r.json"
+    target.write_bytes(damage)
+    found = bench(argument, target)
+    assert found.status == 2 and f"{argument}: {rule}; got '{target}' (" in found.err
+    assert target.read_bytes() == damage
 
 
 def test_a_crash_while_a_row_is_written_leaves_the_rows_before(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     out = results.Results(str(path), None)
-    out.begin({"machine": "m"})
+    out.begin({"machine": "m"}, [{"op": "kept"}])
+    assert json.loads(path.read_text()) == {"machine": "m", "rows": [{"op": "kept"}]}
     out.add({"op": "a"})
 
     def crash(*_):
@@ -167,7 +189,8 @@ def test_a_crash_while_a_row_is_written_leaves_the_rows_before(tmp_path, monkeyp
     monkeypatch.setattr(results.os, "replace", crash)
     with pytest.raises(SystemExit):
         out.add({"op": "b"})
-    assert json.loads(path.read_text()) == {"machine": "m", "rows": [{"op": "a"}]}
+    rows = [{"op": "kept"}, {"op": "a"}]
+    assert json.loads(path.read_text()) == {"machine": "m", "rows": rows}
 
 
 def test_no_time_is_left_for_the_last_cases(bench, monkeypatch, tmp_path):
@@ -228,6 +251,52 @@ def test_ceilings_of_primitives():
         ceilings.from_primitives(PRIMITIVES, "cpu", 2)
 
 
+def test_a_gpu_is_asked_for_products_that_it_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ceilings, "_gpu_product_rate", lambda dtype: asked.append(dtype) or 1.0)
+    monkeypatch.setattr(ceilings, "copy_bandwidth", lambda gpu, threads: 1.0)
+    dtypes = [*{c.dtype for c in case.cases(registry.ops())}]
+    assert torch.int32 in dtypes
+    found = ceilings.measured(dtypes, True, 1)
+    assert ceilings.with_dtypes(MADE_UP, dtypes, True, 1).flops.keys() == found.flops.keys()
+    assert all(dtype.is_floating_point for dtype in asked)
+
+
+def test_rows_that_are_kept_are_compared_with_new_ceilings(bench, tmp_path):
+    target, measured = tmp_path / "r.json", tmp_path / "p.json"
+    assert bench("--resume", target).status == 0
+    before = json.loads(target.read_text())
+    rows = [primitive("fma", 2e9, dtype="float32"), primitive("copy", 1e12, bytes=1000)]
+    head = {"kind": "primitives", "machine": before["machine"], "device": "cpu", "rows": rows}
+    measured.write_text(json.dumps(head))
+    assert bench("--resume", target, "--primitives", measured).prepared == []
+    for old, row in zip(before["rows"], json.loads(target.read_text())["rows"], strict=True):
+        assert math.isclose(row["peak_share"], old["peak_share"] / 2)
+        assert row["bound"] == "memory"
+        assert math.isclose(row["bound_share"], row["bytes_per_second"] / 1e12)
+    measured.write_text(json.dumps(head | {"device": "cuda"}))
+    found = bench("--primitives", measured)
+    assert found.status == 2 and "on this machine for this device" in found.err
+    times = page.Machine("m", {}, {"device": "cuda", "rows": []}, measured=[head])
+    assert times.primitives == rows and times.ceilings == []
+
+
+def test_threads_measure_at_the_same_time():
+    """Each is a thread of its own, however soon another is done."""
+    seen = []
+    rates = primitives_cpu._together(3, lambda: seen.append(threading.get_ident()) or 1.0)(0.0)
+    assert {*rates} == {3.0}
+    for i in range(0, len(seen), 3):
+        assert len({*seen[i : i + 3]}) == 3
+
+
+def test_parts_of_a_working_set_are_reported_as_they_are(monkeypatch):
+    monkeypatch.setattr(primitives_cpu, "cores", lambda: 64)
+    sets = [p.facts["bytes"] for p in primitives_cpu.probes() if p.primitive == "copy"]
+    assert sets[len(sets) // 2] == 64 * primitives_cpu.STEP  # 128 KiB, not 32
+    assert len({*sets}) >= 7
+
+
 def test_bench_takes_ceilings_from_primitives(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "measured", lambda *_: pytest.fail("they were measured"))
     measured = tmp_path / "p.json"
@@ -253,7 +322,7 @@ def test_primitives_of_this_cpu(monkeypatch):
     monkeypatch.setattr(primitives_cpu, "PRODUCT", 16)
     monkeypatch.setattr(primitives_cpu, "SIZES", [1 << 15])
     monkeypatch.setattr(primitives_cpu, "LARGEST", 0)
-    monkeypatch.setattr(primitives_cpu.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(primitives_cpu, "cores", lambda: 2)
     rows = [primitives.measured(probe, 0.0) for probe in primitives_cpu.probes()]
     assert all(row["value"] > 0 for row in rows)
     assert {(row["primitive"], row["threads"]) for row in rows} >= {
