@@ -308,6 +308,28 @@ def test_steps_are_recorded_as_they_end_and_resumed(ci_gpu, monkeypatch, tmp_pat
     result.unlink()  # what it wrote is gone: it runs again
     again.step("good one", write, result)
     assert result.read_text() == "x" and not again.failed
+    again.step("goes on", write, resumed=result)
+    assert result.read_text() == "xx"
+    again.step("goes on", write, resumed=result)
+    assert result.read_text() == "xx"
+    anew = runner(ci_gpu, monkeypatch, tmp_path, again=True)
+    anew.step("goes on", write, resumed=result)
+    assert result.read_text() == "x"
+
+
+def test_what_another_build_measured_is_forgotten(ci_gpu, tmp_path):
+    here = ["build", {"cpu": "a"}]
+    texts = {
+        "mine": '{"build": "build", "machine": {"cpu": "a"}, "rows": []}',
+        "build": '{"build": "other", "machine": {"cpu": "a"}, "rows": []}',
+        "machine": '{"build": "build", "machine": {"cpu": "b"}, "rows": []}',
+        "cut off": '{"build": "build", "mach',
+    }
+    files = [tmp_path / name for name in texts]
+    for file, text in zip(files, texts.values(), strict=True):
+        file.write_text(text)
+    ci_gpu.drop_others([tmp_path / "none", *files], here)
+    assert [*tmp_path.iterdir()] == [tmp_path / "mine"]
 
 
 def test_a_step_that_hangs_is_ended_with_its_children(ci_gpu, monkeypatch, tmp_path):
