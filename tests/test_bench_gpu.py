@@ -151,6 +151,13 @@ def test_sensors_are_read_between_repetitions(monkeypatch):
     }  # fmt: skip
     assert board.summary() == {}
 
+    board = sensors.Sensors(Nvml())
+    board.read(0.0)  # 100 W, for a case that failed
+    made = Case("op", "case", torch.float32, 1.0, 1.0, lambda: (lambda: None, {}))
+    bench = measure.Bench(1, MADE_UP, sensors=board)
+    row = measure.measure(made, bench, 0.0, False, lambda: None)
+    assert row["sensors"]["watts"][0] >= 200
+
 
 def test_sensors_say_why_they_are_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
