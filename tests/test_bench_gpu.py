@@ -244,7 +244,7 @@ def test_probes_do_what_they_count(probe):
         (torch.zeros(1024), {"of": "tea"}, "of: must be 'shared', 'exp2' or 'barrier'; got 'tea'"),
         (torch.zeros(1024), {"blocks": 0}, "blocks: must be 1 to 2^20; got 0"),
         (torch.zeros(1024), {"steps": -1}, "steps: must be 0 to 2^20; got -1"),
-        (torch.zeros(1024), {"of": "barrier", "blocks": 5000}, "a block for each multiprocessor"),
+        (torch.zeros(1024), {"of": "barrier", "blocks": 5000}, "blocks: must be at most the "),
     ],
 )
 def test_probes_refuse_what_they_cannot_do(probe, x, options, message):

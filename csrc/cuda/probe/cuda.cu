@@ -1,5 +1,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/probe/kernel.cuh"
+#include "cuda/refuse.cuh"
 
 namespace tokenmill {
 
@@ -16,7 +17,8 @@ const char* launch_cuda(const ProbeParams& p, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (p.of == ProbeParams::Of::shared) return launch<read_shared>(p.blocks, kProbeThreads, 0, s, p);
   if (p.of == ProbeParams::Of::exp2) return launch<chain_exp2>(p.blocks, kProbeThreads, 0, s, p);
-  if (p.blocks > multiprocessors()) return "a block for each multiprocessor at most";
+  if (p.blocks > multiprocessors())
+    return refuse("blocks", "must be at most the number of multiprocessors", p.blocks);
   auto* const values = static_cast<float*>(p.workspace);
   auto* const arrived = reinterpret_cast<unsigned*>(values + 2 * p.blocks);
   if (const char* error = set_bytes(arrived, 0, sizeof(unsigned), s)) return error;

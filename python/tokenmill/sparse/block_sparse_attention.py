@@ -150,8 +150,8 @@ def block_sparse_attention(
     host, and what is launched depends on shapes alone.
 
     Requests may be packed (cu_seqlens_q), their keys packed too, padded or in pages. Each has the
-    result and the gradients that it has alone, bit for bit; with heads wider than 256 on a GPU, up
-    to the order of sums.
+    result and the gradients that it has alone, bit for bit; gradients of the reference, and heads
+    wider than 256 on a GPU, up to the order of sums.
 
     Args:
         q: ``[B, Sq, H, D]``, float16, bfloat16 or float32 (float64 on the reference), any strides
