@@ -122,8 +122,7 @@ void read_source(Transfer& transfer) {
       std::memcpy(at, reinterpret_cast<const void*>(piece.from), piece.bytes);
     else
       fill(transfer, at, piece.bytes);
-    if (transfer.element == Element::tf32 && !transfer.targets.empty())
-      round_to_tf32(at, piece.bytes);
+    if (transfer.element == Element::tf32 && !transfer.to_global) round_to_tf32(at, piece.bytes);
     at += piece.bytes;
   }
 }
@@ -139,7 +138,7 @@ void land(Transfer transfer) {
   read_source(transfer);
   const char* at = transfer.data.data();
   for (const auto& piece : transfer.pieces) {
-    if (transfer.targets.empty()) {
+    if (transfer.to_global) {
       if (transfer.combine == Combine::copy)
         std::memcpy(reinterpret_cast<void*>(piece.to), at, piece.bytes);
       else
@@ -197,7 +196,7 @@ void start_transfer(Warp& warp, Transfer transfer) {
 void finish_groups(Warp& warp, Mask mask, uint32_t keep, bool reads_only) {
   Cluster& cluster = *warp.block->cluster;
   const auto waited_for = [&](const Transfer& t) {
-    return t.targets.empty() && t.warp == &warp && mask >> t.lane & 1 &&
+    return t.to_global && t.warp == &warp && mask >> t.lane & 1 &&
            t.group + uint64_t{keep} < warp.bulk_groups[t.lane];
   };
   if (!reads_only) return land_chosen(cluster, waited_for);
@@ -207,7 +206,7 @@ void finish_groups(Warp& warp, Mask mask, uint32_t keep, bool reads_only) {
 
 bool land_oldest(Cluster& cluster) {
   const auto found = std::find_if(cluster.transfers.begin(), cluster.transfers.end(),
-                                  [](const Transfer& t) { return !t.targets.empty(); });
+                                  [](const Transfer& t) { return !t.to_global; });
   if (found == cluster.transfers.end()) return false;
   land_at(cluster, static_cast<size_t>(found - cluster.transfers.begin()));
   return true;
@@ -222,7 +221,7 @@ void land_some(Warp& warp) {
 
 void finish_transfers(Block& block) {
   land_chosen(*block.cluster, [&](const Transfer& t) {
-    if (!t.targets.empty() || t.warp->block != &block) return false;
+    if (!t.to_global || t.warp->block != &block) return false;
     const bool reads_shared = in_shared(block, t.pieces);
     if (block.shadow && t.data.empty() && reads_shared)
       broke_rule(*t.warp, *t.from, t.lane, "unread",

@@ -31,7 +31,8 @@ struct Transfer {
   const Instruction* from = nullptr;
   int lane = 0;
   std::vector<Piece> pieces;
-  std::vector<Target> targets;  // empty: into global memory
+  bool to_global = false;
+  std::vector<Target> targets;  // of what goes into shared memory
   uint32_t bytes = 0;           // that the mbarriers get
   uint32_t group = 0;           // bulk group of the thread, where it completes by one
   bool fill_nan = false;

@@ -65,6 +65,7 @@ void run_bulk(Warp& warp, const Instruction& in, Mask mask) {
       } else {
         bulk_read(warp, in, lane, place.offset, bytes);
         transfer.pieces = {{far[lane], shared, bytes}};
+        transfer.to_global = true;
         transfer.group = warp.bulk_groups[lane];
       }
       count_bulk(bytes,
@@ -205,6 +206,7 @@ void add_targets(Warp& warp, const Instruction& in, int lane, const SharedPlace&
   }
   const auto& blocks = warp.block->cluster->blocks;
   const uint32_t mask = lanes<const uint16_t>(warp, in.slots[kBlocks])[lane];
+  if (!mask) fault(warp, in, lane, "multicast to no block (mask 0)");
   if (mask >> blocks.size())
     fault(warp, in, lane,
           "multicast to blocks of mask " + std::to_string(mask) + " in a cluster of " +

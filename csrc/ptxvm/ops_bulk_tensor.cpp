@@ -124,6 +124,7 @@ void store_box(Warp& warp, const Instruction& in, int lane, const Box& box, uint
     transfer.pieces.push_back(
         {host, reinterpret_cast<uint64_t>(place.block->shared + offset), bytes});
   });
+  transfer.to_global = true;
   transfer.group = warp.bulk_groups[lane];
   count_bulk(transfer.bytes, transfer.bytes);
   start_transfer(warp, std::move(transfer));

@@ -233,6 +233,10 @@ DONE: {meet}"""
         (f"{LOAD} [%r2+1024], [%d0], 64, [bar];", "64 bytes at shared address 1024"),
         (f"{LOAD} [%r2], [%d0], 16, [bar+8];", "0x408: no mbarrier"),
         (f"{LOAD}.multicast::cluster [%r2], [%d0], 16, [bar], %h1;", "mask 6 in a cluster of 1"),
+        (
+            f"mov.b16 %h1, 0; {LOAD}.multicast::cluster [%r2], [%d0], 16, [bar], %h1;",
+            "multicast to no block (mask 0)",
+        ),
         (f"{STORE} [%d0+512], [%r2], 16;", "outside every allocation"),
         (f"{STORE} [%d0], [%r2], 16, [bar];", "wrong number of operands"),
         (f"{LOAD}.frob [%r2], [%d0], 16, [bar];", "unknown modifier .frob"),
