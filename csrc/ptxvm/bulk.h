@@ -26,6 +26,11 @@ inline Transfer::Combine combine_of(const Instruction& in) {
   return static_cast<Transfer::Combine>(in.width >> 4);
 }
 
+// Whether a reduction exists: PTX has fewer of them into shared memory than into global memory, and
+// others for tensors.
+enum class Reduced : uint8_t { shared, global, tensor };  // the destination
+bool reduces(Transfer::Combine, Transfer::Element, Reduced);
+
 // The words of an opcode and the operands behind the first two.
 struct BulkForm {
   Bulk kind = Bulk::load;

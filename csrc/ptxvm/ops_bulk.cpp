@@ -1,5 +1,6 @@
 // cp.async.bulk and cp.reduce.async.bulk of contiguous bytes, and the groups of bulk copies.
 #include <algorithm>
+#include <utility>
 
 #include "ptxvm/bulk.h"
 #include "ptxvm/memory_ops.h"
@@ -85,25 +86,22 @@ void wait_bulk(Warp& warp, const Instruction& in, Mask mask) {
   fence_executed(warp);
 }
 
-// The type of a reduction: which combinations have it depends on the destination.
+// The type of a reduction.
 Element element_of(Decoder& decoder, const Statement& statement, const BulkForm& form) {
+  static constexpr std::pair<const char*, Element> kTypes[] = {
+      {"b32", Element::u32},   {"b64", Element::u64}, {"u32", Element::u32}, {"s32", Element::s32},
+      {"u64", Element::u64},   {"s64", Element::s64}, {"f16", Element::f16}, {"bf16", Element::bf16},
+      {"f32", Element::f32}, {"f64", Element::f64}};
   const std::string& type = statement.opcode.back();
   const Combine how = form.combine;
-  const bool global = form.kind == Bulk::store, adds = how == Combine::add;
-  const bool bits = how >= Combine::bit_and, order = how == Combine::min || how == Combine::max;
-  const bool counts = how == Combine::inc || how == Combine::dec;
   const bool half = type == "f16" || type == "bf16";
-  if (statement.has("noftz") != (half && adds))
+  if (statement.has("noftz") != (half && how == Combine::add))
     decoder.fail(".noftz belongs to .add of f16 and bf16, and to nothing else");
-  if ((type == "b32" || (type == "b64" && global)) && bits)
-    return type == "b32" ? Element::u32 : Element::u64;
-  if (type == "u32" && (adds || order || counts)) return Element::u32;
-  if (type == "s32" && (adds || order)) return Element::s32;
-  if (type == "u64" && (adds || (order && global))) return Element::u64;
-  if (type == "s64" && order && global) return Element::s64;
-  if (half && global && (adds || order)) return type == "f16" ? Element::f16 : Element::bf16;
-  if (type == "f32" && global && adds) return Element::f32;
-  if (type == "f64" && global && adds) return Element::f64;
+  const auto where = form.kind == Bulk::store ? Reduced::global : Reduced::shared;
+  for (const auto& [name, element] : kTypes)
+    if (type == name && (type[0] == 'b' && !half) == (how >= Combine::bit_and) &&
+        reduces(how, element, where))
+      return element;
   decoder.fail("no such reduction for type ." + type);
 }
 
@@ -121,6 +119,30 @@ void decode_groups(Decoder& decoder, const Statement& statement, Instruction& in
 }
 
 }  // namespace
+
+bool reduces(Combine how, Element element, Reduced where) {
+  const auto is = [&](std::initializer_list<Element> list) {
+    return std::find(list.begin(), list.end(), element) != list.end();
+  };
+  const bool far = where != Reduced::shared;
+  switch (how) {
+    case Combine::copy:
+      return true;
+    case Combine::add:
+      return is({Element::u32, Element::s32, Element::u64}) ||
+             (far && is({Element::f16, Element::bf16, Element::f32})) ||
+             (where == Reduced::global && element == Element::f64);
+    case Combine::min:
+    case Combine::max:
+      return is({Element::u32, Element::s32}) ||
+             (far && is({Element::u64, Element::s64, Element::f16, Element::bf16}));
+    case Combine::inc:
+    case Combine::dec:
+      return element == Element::u32;
+    default:
+      return is({Element::u32, Element::s32}) || (far && is({Element::u64, Element::s64}));
+  }
+}
 
 BulkForm read_bulk_words(Decoder& decoder, const Statement& statement,
                          std::initializer_list<const char*> own) {

@@ -15,6 +15,10 @@ using Element = Transfer::Element;
 constexpr uint32_t kAlignment = 128;  // bytes, of a box in shared memory
 constexpr uint32_t kUnit = 16;        // bytes that a swizzle keeps together
 
+// By Transfer::Element.
+const char* const kNames[] = {"u8 or u16", "u32",  "s32", "u64",  "s64",
+                              "f16",       "bf16", "f32", "tf32", "f64"};
+
 TensorMap map_at(Warp& warp, const Instruction& in, int lane, uint64_t address) {
   char bytes[128];
   if (address % 64)
@@ -148,8 +152,8 @@ void run_tensor(Warp& warp, const Instruction& in, Mask mask) {
     transfer.combine = combine_of(in);
     transfer.element = static_cast<Element>(map.element);
     transfer.fill_nan = map.fill_nan;
-    if (transfer.combine >= Combine::bit_and && transfer.element > Element::s64)
-      fault(warp, in, lane, "a bitwise reduction of floating-point elements");
+    if (!reduces(transfer.combine, transfer.element, Reduced::tensor))
+      fault(warp, in, lane, "no such reduction for a tensor of " + std::string(kNames[map.element]));
     if (kind == Bulk::load)
       load_box(warp, in, lane, box, near[lane], std::move(transfer));
     else

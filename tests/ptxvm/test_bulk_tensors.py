@@ -233,6 +233,20 @@ def test_reductions(type_: str, op: str) -> None:
     assert np.array_equal(array.view(np.uint8), after.view(np.uint8))
 
 
+@pytest.mark.parametrize(
+    ("type_", "op"),
+    [("f32", "min"), ("f64", "add"), ("f16", "inc"), ("s32", "inc"), ("u8", "add"), ("s64", "add"),
+     ("u16", "max"), ("bf16", "and"), ("tf32", "add")],
+)  # fmt: skip
+def test_reductions_that_do_not_exist(type_: str, op: str) -> None:
+    array = aligned((4, 16), TYPES[type_][1])
+    _, map_ = encode(array, (4, 16), type_)
+    before, memory = array.tobytes(), np.zeros(4096, np.uint8)
+    with pytest.raises(MachineError, match=f"no such reduction for a tensor of .*{type_}"):
+        run(map_, memory, (0, 0), array, array.nbytes, f"reduce.{op}")
+    assert array.tobytes() == before
+
+
 def test_tf32_is_rounded() -> None:
     array = aligned((8, 8), np.float32)
     error, map_ = encode(array, (8, 8), "tf32")
