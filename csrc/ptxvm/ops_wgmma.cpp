@@ -288,6 +288,17 @@ bool is_one(Decoder& decoder, const std::string& text, const char* one, const ch
   return text == other;
 }
 
+// A vector of registers, all of which exist.
+std::vector<std::string> registers_of(Decoder& decoder, const std::string& operand, int count,
+                                      const std::string& what) {
+  auto names = Decoder::elements(operand);
+  if (names.size() != static_cast<size_t>(count))
+    decoder.fail(what + " needs " + std::to_string(count) + " registers");
+  if (std::find(names.begin(), names.end(), "_") != names.end())
+    decoder.fail(what + " needs a register, not '_'");
+  return names;
+}
+
 void decode_product(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   const auto& operands = statement.operands;
@@ -314,15 +325,12 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
   const bool registers = operands.size() > 1 && operands[1][0] == '{';
   const size_t expected = 4 + (integer ? 0 : 2) + (half ? 2 - registers : 0);
   if (operands.size() != expected) decoder.fail("wrong number of operands");
-  const auto accumulators = Decoder::elements(operands[0]);
-  if (accumulators.size() != static_cast<size_t>(Form(in).registers()))
-    decoder.fail("D needs " + std::to_string(Form(in).registers()) + " registers");
+  const auto accumulators = registers_of(decoder, operands[0], Form(in).registers(), "D");
   for (const auto& name : accumulators) decoder.write(name, 32);
   for (const auto& name : accumulators) decoder.read(name, 32);
   if (registers) {
-    const auto fragments = Decoder::elements(operands[1]);
-    if (fragments.size() != kFragmentsA) decoder.fail("A needs 4 registers");
-    for (const auto& name : fragments) decoder.read(name, 32);
+    for (const auto& name : registers_of(decoder, operands[1], kFragmentsA, "A"))
+      decoder.read(name, 32);
     in.flags |= kRegisters;
   } else {
     decoder.read(operands[1], 64);

@@ -290,6 +290,14 @@ def test_counters() -> None:
         ("m64n8k16.f16.bf16.bf16 {%f0}, %d1, %d2, %p0, 1, 1, 0, 0;", "no wgmma of these types"),
         ("m64n8k32.f32.e4m3.f16 {%f0}, %d1, %d2, %p0, 1, 1;", "no wgmma of these types"),
         ("m64n8k16.f32.f16.f16 {%f0}, %d1, %d2, %p0, 1, 1, 0, 0;", "D needs 4 registers"),
+        (
+            "m64n8k16.f32.f16.f16 {_,%f1,%f2,%f3}, %d1, %d2, %p0, 1, 1, 0, 0;",
+            "D needs a register, not '_'",
+        ),
+        (
+            "m64n8k16.f32.f16.f16 {%f0,%f1,%f2,%f3}, {%r1,_,%r1,%r1}, %d2, %p0, 1, 1, 0;",
+            "A needs a register, not '_'",
+        ),
         ("m64n8k16.f32.f16.f16 {%f0,%f1,%f2,%f3}, %d1, %d2, %p0, 2, 1, 0, 0;", "1 or -1; got 2"),
         ("m64n8k8.f32.tf32.tf32 {%f0,%f1,%f2,%f3}, %d1, %d2, %p0, 1, 1, 0;", "number of operands"),
     ],
