@@ -86,7 +86,8 @@ std::string describe_mbarrier(const Block&, uint32_t offset);
 // ops_copy.cpp: lands the copies of cp.async of a lane that have a number below `end`.
 void land_copies(Warp&, int lane, uint32_t end);
 
-// ops_cluster.cpp: threads that exit count as arrived at barrier.cluster from then on.
+// ops_cluster.cpp: threads that exit are not waited for at barrier.cluster, nor counted.
+void leave_cluster_barrier(Warp&, Mask exiting);
 void complete_cluster_barrier(Block&);
 
 }  // namespace ptxvm

@@ -74,12 +74,16 @@ void run_cluster_arrive(Warp& warp, const Instruction& in, Mask mask) {
   complete_cluster_barrier(*warp.block);
 }
 
+// Lanes that arrived, if they did, in the phase that is not complete.
+Mask in_this_phase(const Warp& warp) {
+  const Mask now = warp.block->cluster->phase & 1 ? kFullMask : 0;
+  return ~(warp.cluster_phase ^ now);
+}
+
 void run_cluster_wait(Warp& warp, const Instruction& in, Mask mask) {
-  const Cluster& cluster = *warp.block->cluster;
   if (const Mask none = mask & ~warp.cluster_arrived)
     fault(warp, in, __builtin_ctz(none), "barrier.cluster.wait without an arrival");
-  const Mask now = cluster.phase & 1 ? kFullMask : 0;
-  const Mask waiting = mask & ~(warp.cluster_phase ^ now);
+  const Mask waiting = mask & in_this_phase(warp);
   warp.asleep = waiting;
   warp.asleep_for = kClusterBarrier;
   warp.cluster_arrived &= ~(mask & ~waiting);
@@ -146,6 +150,13 @@ uint32_t registers_at_start(const Kernel& kernel, uint32_t warps) {
   if (kernel.registers) return (kernel.registers + 7) / 8 * 8;
   const uint32_t all = kRegistersPerMultiprocessor / kLanes / kernel.min_blocks / warps;
   return std::min(all / 8 * 8, 256u);
+}
+
+void leave_cluster_barrier(Warp& warp, Mask exiting) {
+  const Mask counted = exiting & warp.cluster_arrived & in_this_phase(warp);
+  warp.block->cluster->arrived -= static_cast<uint32_t>(__builtin_popcount(counted));
+  warp.cluster_arrived &= ~exiting;
+  complete_cluster_barrier(*warp.block);
 }
 
 void complete_cluster_barrier(Block& block) {

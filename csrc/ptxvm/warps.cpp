@@ -249,7 +249,7 @@ void Runner::exit_lanes(Mask mask) {
   if (!warp_.live) --resident_.unfinished;
   happened(resident_.block);
   complete_if_all_arrived();
-  complete_cluster_barrier(resident_.block);
+  leave_cluster_barrier(warp_, mask);
 }
 
 // Lanes that wait at this instruction for the same set join `here`; if all that are needed are

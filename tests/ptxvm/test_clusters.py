@@ -110,6 +110,26 @@ barrier.cluster.arrive.relaxed; barrier.cluster.wait;
     assert out[0] == 1
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_arrival_counts_for_its_own_thread(order: str) -> None:
+    """Warp 0 arrives and exits; warp 1 must still wait for warp 2."""
+    body = f"""
+mov.u32 %r5, 0;
+@%p1 bra GONE;
+@%p2 bra READ;
+SPIN: add.u32 %r5, %r5, 1; setp.lt.u32 %p4, %r5, 200; @%p4 bra SPIN;
+st.shared.u32 [%r2], 7;
+{MEET}
+ret;
+GONE: barrier.cluster.arrive.aligned; ret;
+READ: {MEET}
+ld.shared.u32 %r6, [%r2]; st.global.u32 [%d0], %r6;"""
+    out = np.zeros(1, np.uint32)
+    with sm90(order=order, fuel=20):
+        machine.run(kernel(body), "k", out, block=96)
+    assert out[0] == 7
+
+
 def test_deadlock_names_all_blocks() -> None:
     body = "setp.eq.u32 %p3, %r1, 1;\n@%p3 bar.sync 1, 64;\n" + MEET
     with sm90(), pytest.raises(MachineError) as error:
