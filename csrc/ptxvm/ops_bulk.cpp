@@ -89,8 +89,8 @@ void wait_bulk(Warp& warp, const Instruction& in, Mask mask) {
 // The type of a reduction.
 Element element_of(Decoder& decoder, const Statement& statement, const BulkForm& form) {
   static constexpr std::pair<const char*, Element> kTypes[] = {
-      {"b32", Element::u32},   {"b64", Element::u64}, {"u32", Element::u32}, {"s32", Element::s32},
-      {"u64", Element::u64},   {"s64", Element::s64}, {"f16", Element::f16}, {"bf16", Element::bf16},
+      {"b32", Element::u32}, {"b64", Element::u64}, {"u32", Element::u32}, {"s32", Element::s32},
+      {"u64", Element::u64}, {"s64", Element::s64}, {"f16", Element::f16}, {"bf16", Element::bf16},
       {"f32", Element::f32}, {"f64", Element::f64}};
   const std::string& type = statement.opcode.back();
   const Combine how = form.combine;

@@ -153,7 +153,8 @@ void run_tensor(Warp& warp, const Instruction& in, Mask mask) {
     transfer.element = static_cast<Element>(map.element);
     transfer.fill_nan = map.fill_nan;
     if (!reduces(transfer.combine, transfer.element, Reduced::tensor))
-      fault(warp, in, lane, "no such reduction for a tensor of " + std::string(kNames[map.element]));
+      fault(warp, in, lane,
+            "no such reduction for a tensor of " + std::string(kNames[map.element]));
     if (kind == Bulk::load)
       load_box(warp, in, lane, box, near[lane], std::move(transfer));
     else
