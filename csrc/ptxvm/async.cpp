@@ -245,7 +245,10 @@ void wake(Block& block, uint32_t what) {
       if (group.wait == Group::Wait::sleep && group.barrier == what) group.wait = Group::Wait::none;
 }
 
-void happened(Block& block) { block.cluster->impatience = 0; }
+void happened(Block& block) {
+  block.cluster->impatience = 0;
+  block.cluster->quiet = 0;
+}
 
 Mask sleep_unless_timed_out(Warp& warp, Mask waiting, uint32_t what) {
   const Mask gives_up = waiting & warp.timed_out;

@@ -53,9 +53,11 @@ struct Cluster {
   Random random{0};
   // barrier.cluster: threads that arrived, and the phase, of which one bit counts.
   uint32_t arrived = 0, phase = 0;
-  // Turns in a row in which no block of the cluster ran an instruction, and how often waits were
-  // cut short since the last event (arrivals, exits, transfers) on which anything could depend.
+  // Turns in a row in which no block of the cluster ran an instruction. Since the last event
+  // (arrivals, exits, transfers) on which anything could depend: how often waits were cut short,
+  // and instructions of its blocks.
   uint32_t stalled = 0, impatience = 0;
+  uint64_t quiet = 0;
 };
 
 // Issues a transfer: its source and destination must not be touched from now on.

@@ -74,6 +74,7 @@ class Grid {
         Block& block = (*resident)->block;
         if ((*resident)->unfinished > 0) {
           run_block(**resident);
+          land_for_those_that_poll(*block.cluster);
           if ((*resident)->unfinished == 0) {
             finish_transfers(block);
             if (--block.cluster->unfinished == 0) finish_transfers(*block.cluster);
@@ -113,6 +114,7 @@ class Grid {
     cluster->random = Random(options.async_seed ^ index << 20);
     cluster->unfinished = cluster_blocks_;
     cluster->arrived = cluster->phase = cluster->stalled = cluster->impatience = 0;
+    cluster->quiet = 0;
     for (uint32_t rank = 0; rank < cluster_blocks_; ++rank) {
       std::list<std::unique_ptr<Resident>> fresh;
       if (!spare_.empty())
@@ -240,6 +242,7 @@ class Grid {
       issued_in_all += issued;
       since_finish_ += issued;
       used += issued;
+      resident.block.cluster->quiet += issued;
       Cluster& cluster = *resident.block.cluster;
       if (issued > 0) {
         cluster.stalled = 0;
@@ -251,6 +254,13 @@ class Grid {
         if (cluster.unfinished > 1) return;
       }
     }
+  }
+
+  // Warps that poll memory never wait: what they poll for may depend on a transfer.
+  static void land_for_those_that_poll(Cluster& cluster) {
+    if (cluster.quiet < kLongQuiet) return;
+    cluster.quiet = 0;
+    land_oldest(cluster);
   }
 
   // A wait for an mbarrier may end without its phase, as on hardware after some time. False if
@@ -291,7 +301,8 @@ class Grid {
     throw Fault(text);
   }
 
-  static constexpr uint64_t kPatience = 16;  // turns of all blocks without a finished one
+  static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
+  static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished one
 
   const Launch& launch_;
   Kernel& kernel_;

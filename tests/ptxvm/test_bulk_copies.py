@@ -51,6 +51,26 @@ bar.sync 0;
     assert np.array_equal(out, [*data, data[-1]])
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("space", ["shared", "global"])
+def test_a_warp_that_polls_a_flag(space: str, mode: str) -> None:
+    """Warp 0 never waits, and the warp that sets its flag waits for a copy."""
+    flag = "%r2+512" if space == "shared" else "%d0+512"
+    body = f"""{init(1)}
+@%p0 st.shared.u32 [%r2+512], 0;
+bar.sync 0;
+@%p2 bra COPY;
+POLL: ld.relaxed.gpu.{space}.u32 %r5, [{flag}]; setp.eq.u32 %p4, %r5, 0; @%p4 bra POLL;
+ret;
+COPY: setp.eq.u32 %p3, %r0, 32;
+@%p3 mbarrier.arrive.expect_tx.shared.b64 _, [bar], 16;
+@%p3 {LOAD} [%r2], [%d0], 16, [bar];
+{wait("0")}
+@%p3 st.relaxed.gpu.{space}.u32 [{flag}], 1;"""
+    with sm90(**{"async": mode, "watchdog": 1, "fuel": 100}):
+        machine.run(kernel(body), "k", np.zeros(129, np.uint32), block=64)
+
+
 def test_moments() -> None:
     """What a kernel sees that does not wait: the old bytes at the latest moment, the new ones at
     the earliest, either at a seeded one."""
