@@ -55,9 +55,9 @@ struct Cluster {
   uint32_t arrived = 0, phase = 0;
   // Turns in a row in which no block of the cluster ran an instruction. Since the last event
   // (arrivals, exits, transfers) on which anything could depend: how often waits were cut short,
-  // and instructions of its blocks.
+  // and instructions of its blocks; and instructions since waits were cut short last.
   uint32_t stalled = 0, impatience = 0;
-  uint64_t quiet = 0;
+  uint64_t quiet = 0, worked = 0;
 };
 
 // Issues a transfer: its source and destination must not be touched from now on.

@@ -205,6 +205,7 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
       land_oldest(*warp.block->cluster);
     }
   }
+  warp.timed_out &= ~mask;  // the time of this wait, not of the next
   if (done) fence_executed(warp);
   Mask& holds = predicate(warp, in.slots[0]);
   holds = (holds & ~mask) | done;

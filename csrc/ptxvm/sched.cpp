@@ -114,7 +114,7 @@ class Grid {
     cluster->random = Random(options.async_seed ^ index << 20);
     cluster->unfinished = cluster_blocks_;
     cluster->arrived = cluster->phase = cluster->stalled = cluster->impatience = 0;
-    cluster->quiet = 0;
+    cluster->quiet = cluster->worked = 0;
     for (uint32_t rank = 0; rank < cluster_blocks_; ++rank) {
       std::list<std::unique_ptr<Resident>> fresh;
       if (!spare_.empty())
@@ -244,13 +244,17 @@ class Grid {
       used += issued;
       resident.block.cluster->quiet += issued;
       Cluster& cluster = *resident.block.cluster;
+      cluster.worked += issued;
       if (issued > 0) {
         cluster.stalled = 0;
       } else {
         // What may free a block: another of the cluster, a transfer, the end of a patience.
         if (++cluster.stalled < cluster.unfinished) return;
         cluster.stalled = 0;
-        if (!land_oldest(cluster) && !cut_waits_short(cluster)) report_deadlock(cluster);
+        if (!land_oldest(cluster)) {
+          if (are_all_stuck(cluster) || !cut_waits_short(cluster)) report_deadlock(cluster);
+          return;  // what it looks at instead may depend on another block
+        }
         if (cluster.unfinished > 1) return;
       }
     }
@@ -263,10 +267,23 @@ class Grid {
     land_oldest(cluster);
   }
 
+  // Whether the waits of all clusters, of which this one comes first, were cut short many times and
+  // nothing came of it, though no block finished and none can begin.
+  bool are_all_stuck(const Cluster& cluster) const {
+    const auto is_stuck = [&](const Cluster& each) {
+      return each.impatience >= kRefusals && each.worked < kShortWork * warps_;
+    };
+    return is_stuck(cluster) && rounds_ >= kRefusals &&
+           (next_ >= blocks_ || residents_.size() >= capacity_) &&
+           std::all_of(residents_.begin(), residents_.end(),
+                       [&](const auto& resident) { return is_stuck(*resident->cluster); });
+  }
+
   // A wait for an mbarrier may end without its phase, as on hardware after some time. False if
-  // nothing waits so, or nothing has come of it for long.
+  // nothing waits so.
   static bool cut_waits_short(Cluster& cluster) {
-    if (++cluster.impatience > kPatience) return false;
+    ++cluster.impatience;
+    cluster.worked = 0;
     bool any = false;
     for (Block* block : cluster.blocks)
       for (Warp& warp : block->warps)
@@ -303,6 +320,9 @@ class Grid {
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished one
+
+  static constexpr uint32_t kRefusals = 1000;    // waits cut short that mean a deadlock
+  static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them
 
   const Launch& launch_;
   Kernel& kernel_;

@@ -185,6 +185,26 @@ DONE:"""
     assert out[0] == 2
 
 
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_wait_beside_a_flag_of_another_block(order: str) -> None:
+    """Block 0 ends its phase itself when it sees the flag, between refusals; or after 100."""
+    body = f"""
+setp.eq.u32 %p3, %r1, 1; @%p3 bra OTHER;
+@!%p0 bra DONE;
+mbarrier.init.shared.b64 [bar], 1;
+AGAIN: mbarrier.try_wait.parity.shared.b64 %p4, [bar], 0; @%p4 bra DONE;
+ld.relaxed.gpu.global.u32 %r5, [%d0]; setp.eq.u32 %p5, %r5, 0; @%p5 bra AGAIN;
+mbarrier.arrive.shared.b64 _, [bar]; bra AGAIN;
+OTHER: mov.u32 %r5, 0; @!%p0 bra DONE;
+mbarrier.init.shared.b64 [bar], 1;
+SPIN: mbarrier.try_wait.parity.shared.b64 %p4, [bar], 0;
+add.u32 %r5, %r5, 1; setp.lt.u32 %p5, %r5, 100; @%p5 bra SPIN;
+st.relaxed.gpu.global.u32 [%d0], 1;
+DONE:"""
+    with sm90(order=order, resident_blocks=1):
+        machine.run(kernel(body), "k", np.zeros(1, np.uint32), grid=2)
+
+
 def test_deadlock_names_the_mbarrier() -> None:
     body = init(3) + "@%p2 mbarrier.arrive.expect_tx.shared.b64 _, [bar], 96;\n@%p2 ret;\n"
     body = body.replace("@%p2 mb", "setp.eq.u32 %p3, %r0, 32;\n@%p3 mb")
