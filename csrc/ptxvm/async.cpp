@@ -150,7 +150,8 @@ void land(Transfer transfer) {
       else
         combine(transfer, reinterpret_cast<uint64_t>(target.block->shared + piece.to), at,
                 piece.bytes);
-      bulk_landed(*target.block, static_cast<uint32_t>(piece.to), piece.bytes);
+      bulk_landed(*target.block, static_cast<uint32_t>(piece.to), piece.bytes,
+                  transfer.combine != Combine::copy);
     }
     at += piece.bytes;
   }
@@ -187,7 +188,7 @@ void start_transfer(Warp& warp, Transfer transfer) {
   for (const auto& target : transfer.targets)
     for (const auto& piece : transfer.pieces)
       bulk_issued(warp, *transfer.from, transfer.lane, *target.block,
-                  static_cast<uint32_t>(piece.to), piece.bytes);
+                  static_cast<uint32_t>(piece.to), piece.bytes, transfer.combine != Combine::copy);
   if (options.async == Options::Async::earliest) return land(std::move(transfer));
   warp.block->cluster->transfers.push_back(std::move(transfer));
   land_some(warp);

@@ -170,9 +170,28 @@ void copy_landed(Warp& warp, const AsyncCopy& copy) {
   std::fill_n(writers, copy.bytes, stamp(warp, Access::write));
 }
 
+namespace {
+
+// Reductions come from other blocks.
+void reduction_issued(Warp& warp, const Instruction& instruction, int lane, Block& target,
+                      uint32_t offset, uint32_t bytes) {
+  SharedShadow& shadow = *target.shadow;
+  shadow.reductions.resize(target.shared_bytes);
+  for (uint32_t b = offset; b < offset + bytes; ++b) {
+    uint32_t& writer = shadow.writers[b];
+    if (writer & kUnset || (writer & kCopying && !shadow.reductions[b]))
+      explain(warp, instruction, b, lane, 1, kSettled, true, true, &writer, &shadow.readers[b]);
+    writer = stamp(warp, Access::write) | kCopying | kStrong;
+    ++shadow.reductions[b];
+  }
+}
+
+}  // namespace
+
 void bulk_issued(Warp& warp, const Instruction& instruction, int lane, Block& target,
-                 uint32_t offset, uint32_t bytes) {
+                 uint32_t offset, uint32_t bytes, bool reduces) {
   if (!target.shadow) return;
+  if (reduces) return reduction_issued(warp, instruction, lane, target, offset, bytes);
   const bool own = &target == warp.block;
   uint32_t* writers = target.shadow->writers.data();
   for (uint32_t at = offset, size = 0; at < offset + bytes; at += size) {
@@ -189,8 +208,11 @@ void bulk_issued(Warp& warp, const Instruction& instruction, int lane, Block& ta
   }
 }
 
-void bulk_landed(Block& target, uint32_t offset, uint32_t bytes) {
-  if (target.shadow) std::fill_n(target.shadow->writers.data() + offset, bytes, kSettled);
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces) {
+  if (!target.shadow) return;
+  SharedShadow& shadow = *target.shadow;
+  for (uint32_t b = offset; b < offset + bytes; ++b)
+    if (!reduces || --shadow.reductions[b] == 0) shadow.writers[b] = kSettled;
 }
 
 void bulk_read(Warp& warp, const Instruction& instruction, int lane, uint64_t offset,
@@ -238,6 +260,7 @@ void block_started(Block& block) {
   }
   block.shadow->writers.assign(block.shared_bytes, kUnset);
   block.shadow->readers.assign(block.shared_bytes, 0);
+  block.shadow->reductions.clear();
   block.shadow->local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
   for (Warp& warp : block.warps) {
     warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);

@@ -28,10 +28,10 @@ void copy_issued(Warp&, const Instruction&, const AsyncCopy&);
 void copy_landed(Warp&, const AsyncCopy&);
 
 // The same of a bulk copy into shared memory of a block of the cluster. Its source in shared memory
-// must hold values.
+// must hold values; of a reduction its destination too, which others may reduce into meanwhile.
 void bulk_issued(Warp&, const Instruction&, int lane, Block& target, uint32_t offset,
-                 uint32_t bytes);
-void bulk_landed(Block& target, uint32_t offset, uint32_t bytes);
+                 uint32_t bytes, bool reduces);
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces);
 void bulk_read(Warp&, const Instruction&, int lane, uint64_t offset, uint32_t bytes);
 
 // The block whose shared memory an address of Space::cluster names; the address becomes an offset

@@ -8,6 +8,8 @@ namespace ptxvm {
 struct SharedShadow {
   // Per byte of shared memory, who wrote and read it last: a stamp as of check.cpp.
   std::vector<uint32_t> writers, readers;
+  // Bulk reductions in flight into each byte; empty before the first.
+  std::vector<uint16_t> reductions;
   std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
 };
 

@@ -238,9 +238,44 @@ ld.shared.v4.u32 {{%r10, %r11, %r12, %r13}}, [%r4]; add.u64 %d11, %d1, %d10;
 st.global.v4.u32 [%d11], {{%r10, %r11, %r12, %r13}};
 DONE: {meet}"""
     result = np.zeros_like(old)
-    with sm90():
+    with sm90(check=1):
         machine.run(kernel(body, 2, cluster=2), "k", both, result, grid=2)
     assert np.array_equal(result, reduced(op, type_, old, new))
+
+
+def sums_in_block_0(blocks: int, unset: bool = False, **options: object) -> np.ndarray:
+    """Each other block adds its 512 bytes to those of block 0, which may hold nothing."""
+    meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;\n"
+    fill = FILL.replace("st.shared", "@%p5 st.shared") if unset else FILL
+    body = f"""setp.ne.u32 %p5, %r1, 0; {fill}{init(1)}
+and.pred %p4, %p5, %p0; setp.eq.u32 %p6, %r1, 0; and.pred %p6, %p6, %p0;
+@%p6 mbarrier.arrive.expect_tx.shared.b64 _, [bar], {512 * (blocks - 1)};
+{meet}
+mov.u32 %r5, 0; mov.u32 %r6, bar;
+mapa.shared::cluster.u32 %r7, %r2, %r5; mapa.shared::cluster.u32 %r8, %r6, %r5;
+@%p4 cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u32
+ [%r7], [%r2], 512, [%r8];
+@%p5 bra DONE;
+{wait("0")}
+ld.shared.v4.u32 {{%r10, %r11, %r12, %r13}}, [%r4]; add.u64 %d11, %d1, %d10;
+st.global.v4.u32 [%d11], {{%r10, %r11, %r12, %r13}};
+DONE: {meet}"""
+    out = np.zeros(128, np.uint32)
+    with sm90(check=1, **options):
+        machine.run(
+            kernel(body, 2, cluster=blocks), "k", np.arange(128, dtype=np.uint32), out, grid=blocks
+        )
+    return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reductions_overlap(mode: str) -> None:
+    assert np.array_equal(sums_in_block_0(4, **{"async": mode}), 4 * np.arange(128))
+
+
+def test_reduction_into_bytes_without_a_value() -> None:
+    with pytest.raises(MachineError, match="read of uninitialised shared address 0x0"):
+        sums_in_block_0(2, unset=True)
 
 
 @pytest.mark.parametrize(
