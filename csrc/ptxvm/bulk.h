@@ -11,7 +11,7 @@ namespace ptxvm {
 // Slots: address in shared memory (a source or a destination), address in the other memory or of a
 // tensor map, mbarrier, size, mask of blocks, cache policy, coordinates.
 enum BulkSlot : uint8_t { kNear, kFar, kSignal, kSize, kBlocks, kPolicy, kFirstCoordinate };
-constexpr uint8_t kNearWide = 1, kFarWide = 2, kSignalWide = 4;  // Instruction::flags
+constexpr uint8_t kNearWide = 1, kFarWide = 2, kSignalWide = 4, kNearOwn = 8;  // Instruction::flags
 
 // Instruction::variant. From global memory or from the own block's to shared memory, from shared to
 // global memory, and into the cache alone.
@@ -35,6 +35,7 @@ bool reduces(Transfer::Combine, Transfer::Element, Reduced);
 struct BulkForm {
   Bulk kind = Bulk::load;
   bool multicast = false, policy = false;
+  bool near_own = false;  // kNear is in the own block: a source, or named .shared::cta
   Transfer::Combine combine = Transfer::Combine::copy;
 };
 
@@ -42,12 +43,16 @@ struct BulkForm {
 BulkForm read_bulk_words(Decoder&, const Statement&, std::initializer_list<const char*> own);
 
 // A place in shared memory of a block of the cluster, within bounds.
+enum class Whose : uint8_t { any, own, other };  // blocks that it may be in
 struct SharedPlace {
   Block* block;
   uint32_t offset;
 };
 SharedPlace shared_place(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes,
-                         uint32_t alignment, const char* what);
+                         uint32_t alignment, Whose, const char* what);
+inline Whose near_block(const Instruction& in) {
+  return in.flags & kNearOwn ? Whose::own : Whose::any;
+}
 
 // Completes a load: its targets are the block of `place`, or those of the mask in slot kBlocks.
 void add_targets(Warp&, const Instruction&, int lane, const SharedPlace& place, Transfer&);

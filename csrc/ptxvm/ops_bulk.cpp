@@ -41,10 +41,10 @@ void run_bulk(Warp& warp, const Instruction& in, Mask mask) {
     transfer.combine = combine_of(in);
     transfer.element = static_cast<Element>(in.width & 15);
     if (kind == Bulk::send) {  // kNear is the destination, kFar the source in the own block
-      const SharedPlace to =
-          shared_place(warp, in, lane, near[lane], bytes, kUnit, "destination of a bulk copy");
-      const SharedPlace from =
-          shared_place(warp, in, lane, far[lane], bytes, kUnit, "source of a bulk copy");
+      const SharedPlace to = shared_place(warp, in, lane, near[lane], bytes, kUnit, Whose::other,
+                                          "destination of a bulk copy");
+      const SharedPlace from = shared_place(warp, in, lane, far[lane], bytes, kUnit, Whose::own,
+                                            "source of a bulk copy");
       bulk_read(warp, in, lane, from.offset, bytes);
       transfer.pieces = {
           {to.offset, reinterpret_cast<uint64_t>(from.block->shared + from.offset), bytes}};
@@ -53,7 +53,7 @@ void run_bulk(Warp& warp, const Instruction& in, Mask mask) {
     } else {
       const bool loads = kind == Bulk::load;
       const SharedPlace place =
-          shared_place(warp, in, lane, near[lane], bytes, kUnit,
+          shared_place(warp, in, lane, near[lane], bytes, kUnit, near_block(in),
                        loads ? "destination of a bulk copy" : "source of a bulk copy");
       require_global(warp, in, lane, far[lane], bytes, kUnit,
                      loads                               ? Access::read
@@ -186,6 +186,7 @@ BulkForm read_bulk_words(Decoder& decoder, const Statement& statement,
   } else {
     decoder.fail("unknown form of a bulk copy");
   }
+  form.near_own = form.kind == Bulk::store || (to_shared && spaces[0] == "shared::cta");
   if (statement.has("reduce") != (form.combine != Combine::copy))
     decoder.fail("a reduction has one operation");
   const bool reduces = form.combine != Combine::copy;
@@ -197,10 +198,15 @@ BulkForm read_bulk_words(Decoder& decoder, const Statement& statement,
 }
 
 SharedPlace shared_place(Warp& warp, const Instruction& in, int lane, uint64_t address,
-                         uint32_t bytes, uint32_t alignment, const char* what) {
+                         uint32_t bytes, uint32_t alignment, Whose whose, const char* what) {
   uint64_t offset = address & ~kWindowMask;
   const uint64_t named = offset;
   Block& block = block_of(warp, in, lane, offset);
+  if (whose != Whose::any && (whose == Whose::own) != (&block == warp.block))
+    fault(warp, in, lane,
+          std::string(what) + ": in block " + std::to_string(block.rank) +
+              " of the cluster; must be in " +
+              (whose == Whose::own ? "the own block (.shared::cta)" : "another block"));
   if (offset % alignment)
     fault(warp, in, lane,
           std::string(what) + ": shared address " + std::to_string(offset) +
@@ -219,7 +225,7 @@ void add_targets(Warp& warp, const Instruction& in, int lane, const SharedPlace&
   lane_addresses(warp, in.slots[kSignal], static_cast<int32_t>(in.target), in.flags & kSignalWide,
                  signals);
   const SharedPlace signal =
-      shared_place(warp, in, lane, signals[lane], 8, 8, "mbarrier of a bulk copy");
+      shared_place(warp, in, lane, signals[lane], 8, 8, near_block(in), "mbarrier of a bulk copy");
   if (in.slots[kBlocks] == kNoSlot) {
     if (signal.block != place.block)
       fault(warp, in, lane, "the mbarrier of a bulk copy must be in the block of its destination");
@@ -255,6 +261,7 @@ void decode_bulk(Decoder& decoder, const Statement& statement, Instruction& in) 
   in.width = packed(form.combine,
                     static_cast<int>(reduces ? element_of(decoder, statement, form) : Element::b8));
   in.variant = static_cast<uint8_t>(form.kind);
+  in.flags = form.near_own ? kNearOwn : 0;
   in.run = run_bulk;
   const bool prefetches = form.kind == Bulk::prefetch, stores = form.kind == Bulk::store;
   const size_t first = prefetches ? 1 : 2;  // addresses

@@ -108,7 +108,7 @@ class Box {
 void load_box(Warp& warp, const Instruction& in, int lane, const Box& box, uint64_t near,
               Transfer transfer) {
   const SharedPlace place = shared_place(warp, in, lane, near, transfer.bytes, kAlignment,
-                                         "destination of a bulk copy of a tensor");
+                                         near_block(in), "destination of a bulk copy of a tensor");
   box.visit(place, Access::read, [&](uint32_t offset, uint64_t host, uint32_t bytes) {
     transfer.pieces.push_back({offset, host, bytes});
   });
@@ -120,7 +120,7 @@ void load_box(Warp& warp, const Instruction& in, int lane, const Box& box, uint6
 void store_box(Warp& warp, const Instruction& in, int lane, const Box& box, uint64_t near,
                Transfer transfer) {
   const SharedPlace place = shared_place(warp, in, lane, near, transfer.bytes, kAlignment,
-                                         "source of a bulk copy of a tensor");
+                                         near_block(in), "source of a bulk copy of a tensor");
   const Access kind = transfer.combine == Combine::copy ? Access::write : Access::atomic;
   box.visit(place, kind, [&](uint32_t offset, uint64_t host, uint32_t bytes) {
     if (!host) return;
@@ -180,6 +180,7 @@ void decode_bulk_tensor(Decoder& decoder, const Statement& statement, Instructio
   if (operands.size() != addresses + form.multicast + form.policy)
     decoder.fail("wrong number of operands");
   in.variant = static_cast<uint8_t>(form.kind);
+  in.flags = form.near_own ? kNearOwn : 0;
   in.width = packed(form.combine, rank);
   in.run = run_tensor;
 

@@ -9,6 +9,7 @@ from machine import MachineError, machine
 
 LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE = "cp.async.bulk.global.shared::cta.bulk_group"
+SEND = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
 FILL = """mul.wide.u32 %d10, %r0, 16; add.u64 %d11, %d0, %d10;
 ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%d11]; mad.lo.u32 %r4, %r0, 16, %r2;
 st.shared.v4.u32 [%r4], {%r10, %r11, %r12, %r13};
@@ -310,6 +311,27 @@ def test_misuse(statement: str, report: str) -> None:
     body = f"{init(1)}@!%p0 bra DONE;\nmov.b16 %h1, 6;\n{statement}\n{DRAIN}{wait('0')}DONE:"
     with sm90(), pytest.raises(MachineError) as error:
         machine.run(kernel(body), "k", np.zeros(128, np.uint32))
+    assert report in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("statement", "report"),
+    [
+        (f"{STORE} [%d0], [%r5], 16;", "source of a bulk copy: in block 1"),
+        (f"{LOAD.replace('::cluster', '::cta')} [%r5], [%d0], 16, [%r7];", "own block (.shared::c"),
+        (f"{SEND} [%r5], [%r5+512], 16, [%r7];", "source of a bulk copy: in block 1 of the cluste"),
+        (f"{SEND} [%r2], [%r2+512], 16, [bar];", "in block 0 of the cluster; must be in another"),
+    ],
+)
+def test_blocks_of_the_operands(statement: str, report: str) -> None:
+    meet = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;\n"
+    body = f"""{init(1)}{meet}
+mov.u32 %r4, 1; mov.u32 %r6, bar; setp.eq.u32 %p3, %r1, 0; and.pred %p3, %p3, %p0;
+mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.shared::cluster.u32 %r7, %r6, %r4;
+@%p3 {statement}
+{meet}"""
+    with sm90(), pytest.raises(MachineError) as error:
+        machine.run(kernel(body, cluster=2), "k", np.zeros(16, np.uint32), grid=2)
     assert report in str(error.value)
 
 
