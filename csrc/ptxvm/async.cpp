@@ -38,7 +38,8 @@ T combine_integers(Combine how, T old, T value) {
   }
 }
 
-// A NaN loses to a number, as in min and max of PTX.
+// A NaN loses to a number, as in min and max of PTX. Sums of f32 flush subnormal inputs and results
+// to zeros of their sign: so PTX says of contiguous bytes, and nothing of tensors.
 template <typename T>
 T combine_floats(Combine how, T old, T value) {
   if constexpr (std::is_class_v<T>) {
@@ -47,6 +48,8 @@ T combine_floats(Combine how, T old, T value) {
     if (is_nan(old) || is_nan(value)) return is_nan(old) ? value : old;
     const bool below = b < a || (a == b && std::signbit(b));
     return (how == Combine::min) == below ? value : old;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return flush(canonical(flush(old) + flush(value)));
   } else {
     return canonical(old + value);
   }
