@@ -98,6 +98,11 @@ CUresult encode_tiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ran
   if (map.swizzle && row > 16u << map.swizzle)
     return reject("a row of the box must not exceed the " + std::to_string(16u << map.swizzle) +
                   " bytes of the swizzle" + got(row));
+  // It would leave gaps between the rows in shared memory.
+  if (map.swizzle && row < 16u << map.swizzle)
+    return reject("a row of the box shorter than the " + std::to_string(16u << map.swizzle) +
+                      " bytes of the swizzle is not supported" + got(row),
+                  CUDA_ERROR_NOT_SUPPORTED);
   *out = {};
   std::copy_n(reinterpret_cast<const char*>(&map), sizeof map, reinterpret_cast<char*>(out));
   return CUDA_SUCCESS;

@@ -158,7 +158,7 @@ BOXES = [
     ("f32", (9, 12), (8, 8), (-8, 20), 0),
     ("u32", (5, 6, 8), (3, 4, 4), (3, -1, 2), 0),
     ("bf16", (3, 9, 64), (1, 8, 64), (2, 4, 0), 3),
-    ("u64", (3, 4, 5, 6), (2, 2, 3, 2), (2, 3, -1, 5), 1),
+    ("u64", (3, 4, 5, 6), (2, 2, 3, 4), (2, 3, -1, 5), 1),
     ("f64", (2, 3, 3, 3, 4), (2, 1, 2, 3, 2), (-1, 2, 2, 0, 3), 0),
     ("s32", (2, 2, 3, 4, 8), (1, 2, 3, 2, 8), (1, 0, -1, 3, -4), 1),
 ]
@@ -268,6 +268,7 @@ def test_tf32_is_rounded() -> None:
         ({"box": (4, 300)}, 1, "box of dimension 0: must be from 1 to 256; got 300"),
         ({"box": (4, 6)}, 1, "a row of the box must be a multiple of 16 bytes; got 24"),
         ({"swizzle": 1, "box": (4, 16)}, 1, "must not exceed the 32 bytes of the swizzle; got 64"),
+        ({"swizzle": 2}, 801, "shorter than the 64 bytes of the swizzle is not supported; got 32"),
         (
             {"strides": (40,)},
             1,
