@@ -138,6 +138,12 @@ void land(Transfer transfer) {
     const auto& target = transfer.targets[0];
     return arrive_at(warp, *transfer.from, transfer.lane, *target.block, target.mbarrier);
   }
+  for (const auto& target : transfer.targets)
+    if (target.block->shadow && target.block->exited == target.block->threads)
+      broke_rule(warp, *transfer.from, transfer.lane, "landed in a finished block",
+                 "block " + std::to_string(target.block->rank) +
+                     " of the cluster finished while this copy into its shared memory was in "
+                     "flight");
   read_source(transfer);
   const char* at = transfer.data.data();
   for (const auto& piece : transfer.pieces) {

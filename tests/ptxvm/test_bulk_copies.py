@@ -379,6 +379,21 @@ def test_checks(body: str, report: str) -> None:
             assert report in str(error.value)
 
 
+def test_copy_into_a_block_that_finished() -> None:
+    """Block 0 copies to block 1, which does not wait, and then waits for a copy of its own."""
+    body = f"""{init(1)}
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+setp.eq.u32 %p3, %r1, 0; and.pred %p4, %p3, %p0; mov.u32 %r6, bar; mov.u32 %r4, 1;
+mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.shared::cluster.u32 %r7, %r6, %r4;
+@%p4 {LOAD} [%r5], [%d0], 16, [%r7];
+@!%p3 ret;
+@%p4 mbarrier.arrive.expect_tx.shared.b64 _, [bar], 16;
+@%p4 {LOAD} [%r2], [%d0], 16, [bar];
+{wait("0")}"""
+    with sm90(check=1), pytest.raises(MachineError, match="block 1 of the cluster finished while"):
+        machine.run(kernel(body, cluster=2), "k", np.zeros(4, np.uint32), grid=2)
+
+
 def test_counters() -> None:
     body = f"""{init(1)}{expect(512)}
 @%p0 {LOAD} [%r2], [%d0], 512, [bar];
