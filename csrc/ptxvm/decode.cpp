@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ptxvm/decode_state.h"
+#include "ptxvm/device.h"
 
 namespace ptxvm {
 
@@ -362,7 +363,8 @@ void decode_into(Kernel& kernel) {
 }  // namespace
 
 void decode(Kernel& kernel) {
-  if (!kernel.code.empty()) return;
+  if (!kernel.code.empty() && kernel.device == &device()) return;
+  kernel.device = &device();
   try {
     decode_into(kernel);
   } catch (...) {

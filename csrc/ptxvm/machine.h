@@ -35,6 +35,7 @@ struct Block;
 struct Kernel;
 struct Module;
 struct Instruction;
+struct Device;
 
 // Executes one instruction for the lanes in `mask`, which is never 0.
 using Handler = void (*)(Warp&, const Instruction&, Mask mask);
@@ -117,6 +118,7 @@ struct Kernel {
   std::map<int, uint32_t> max_dynamic_shared;  // by device, set by cudaFuncSetAttribute
   uint32_t registers = 0;                      // of the cubin beside the PTX, 0 if unknown
   std::vector<Instruction> code;               // empty until the first launch decodes it
+  const Device* device = nullptr;              // for which it was decoded
   std::vector<uint32_t> slots;                 // of all instructions
   std::vector<char> texts;                     // of all instructions
   std::vector<std::vector<uint32_t>> tables;   // targets of indirect branches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hopper import kernel, sm90
 from machine import MachineError, machine
 
 DEVICES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 120: "sm_120"}
@@ -63,3 +65,12 @@ def test_forms_need_a_device(form: str) -> None:
         report = str(error.value)
         assert f"k, line 4: {form.rstrip(';')}: this form needs sm_{FORMS[form]}" in report
         assert report.endswith(f"this is {name}")
+
+
+def test_a_module_that_a_newer_device_has_run() -> None:
+    module = machine.load(kernel("setmaxnreg.dec.sync.aligned.u32 24;"))
+    for _ in range(2):
+        with sm90():
+            module.launch("k", np.zeros(1))
+        with pytest.raises(MachineError, match="this form needs sm_90a; this is sm_80"):
+            module.launch("k", np.zeros(1))
