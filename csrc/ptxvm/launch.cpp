@@ -83,9 +83,10 @@ Refusal check_shape(const Kernel& kernel, const uint32_t grid[3], const uint32_t
 }
 
 Refusal check_cluster(const Kernel& kernel, const uint32_t grid[3], const uint32_t cluster[3]) {
-  const uint32_t blocks = cluster[0] * cluster[1] * cluster[2];
-  if (blocks == 1) return {};
-  if (!device().has_clusters())
+  const bool small = std::all_of(cluster, cluster + 3, [](uint32_t n) { return n <= kMaxCluster; });
+  const uint32_t blocks = small ? cluster[0] * cluster[1] * cluster[2] : UINT32_MAX;
+  if (blocks == 1 && !kernel.cluster[0]) return {};
+  if (blocks != 1 && !device().has_clusters())
     return {cudaErrorNotSupported,
             "clusters of more than one block need compute capability 9.0; this is " +
                 std::string(device().name)};

@@ -186,6 +186,12 @@ def test_rules_of_a_launch(grid: int, cluster: int, device: str, report: str) ->
         machine.run(kernel("", cluster=cluster), "k", np.zeros(1), grid=grid)
 
 
+def test_a_cluster_whose_size_overflows() -> None:
+    text = kernel("", cluster=2).replace("2, 1, 1", "3, 2863311531, 1")  # 2^33 + 1 blocks
+    with sm90(), pytest.raises(MachineError, match="a cluster has from 1 to 8 blocks"):
+        machine.run(text, "k", np.zeros(1), grid=3)
+
+
 def test_setmaxnreg() -> None:
     """Warps that ask for more wait until others have given registers back."""
     body = """
