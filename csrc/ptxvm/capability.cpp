@@ -18,6 +18,11 @@ bool has_any(const Statement& statement, std::initializer_list<const char*> word
   return std::any_of(words.begin(), words.end(), [&](const char* w) { return statement.has(w); });
 }
 
+bool names_cluster(const std::string& operand) {
+  return operand.starts_with("%cluster") || operand.starts_with("%ncluster") ||
+         operand == "%is_explicit_cluster";
+}
+
 int capability_of(const Statement& s) {
   const std::string& base = s.opcode[0];
   const bool brain = has_any(s, {"bf16", "bf16x2"});
@@ -28,6 +33,11 @@ int capability_of(const Statement& s) {
       (base == "cp" && s.has("bulk")) || (base == "prefetch" && s.has("tensormap")))
     return 90;
   if (base == "mbarrier" && has_any(s, {"try_wait", "expect_tx", "complete_tx"})) return 90;
+  // An arrival of several that may complete the phase.
+  if (base == "mbarrier" && has_any(s, {"arrive", "arrive_drop"}) && !s.has("noComplete") &&
+      s.operands.size() > 2)
+    return 90;
+  if (std::any_of(s.operands.begin(), s.operands.end(), names_cluster)) return 90;
   if (is_in(base, {"atom", "red"}) && (brain || has_any(s, {"v2", "v4", "v8"}))) return 90;
   if (brain && is_in(base, {"add", "sub", "mul", "set", "setp", "ex2", "tanh"})) return 90;
   if (is_in(base, {"add", "min", "max"}) && has_any(s, {"u16x2", "s16x2"})) return 90;

@@ -304,7 +304,7 @@ void accumulators_waited(Warp& warp, uint64_t keep) {
 
 void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
-  if (!warp.flights.empty() && warp.flights.contains(instruction.slots[0]) &&
+  if (instruction.writes && !warp.flights.empty() && warp.flights.contains(instruction.slots[0]) &&
       opcode_of(instruction).starts_with("wgmma")) {
     warp.undefined.by = nullptr;
     return;

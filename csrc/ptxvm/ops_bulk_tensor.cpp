@@ -48,8 +48,8 @@ class Box {
       first_[d] = lanes<const int32_t>(warp, in.slots[kFirstCoordinate + d])[lane];
   }
 
-  uint32_t bytes() const {
-    uint32_t product = map_.element_bytes;
+  uint64_t bytes() const {
+    uint64_t product = map_.element_bytes;
     for (int d = 0; d < map_.rank; ++d) product *= map_.box[d];
     return product;
   }
@@ -148,7 +148,12 @@ void run_tensor(Warp& warp, const Instruction& in, Mask mask) {
     Transfer transfer;
     transfer.from = &in;
     transfer.lane = lane;
-    transfer.bytes = box.bytes();
+    if (box.bytes() > warp.block->shared_bytes)
+      fault(warp, in, lane,
+            "a box of " + std::to_string(box.bytes()) +
+                " bytes: the shared memory of the block has " +
+                std::to_string(warp.block->shared_bytes));
+    transfer.bytes = static_cast<uint32_t>(box.bytes());
     transfer.combine = combine_of(in);
     transfer.element = static_cast<Element>(map.element);
     transfer.fill_nan = map.fill_nan;

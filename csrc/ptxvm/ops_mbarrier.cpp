@@ -70,7 +70,8 @@ class Object {
       fail("arrival of " + std::to_string(count) + " at an mbarrier that lacks " +
            std::to_string(state_.pending));
     state_.pending -= count;
-    if (!completes && state_.pending == 0) fail("a .noComplete arrival that completes the phase");
+    if (!completes && state_.pending == 0 && state_.bytes == 0)
+      fail("a .noComplete arrival that completes the phase");
   }
   // Ends the operation: the phase may be complete now.
   void store() {
@@ -104,6 +105,11 @@ class Object {
 
 // The mbarrier of a lane's address.
 Object find(Warp& warp, const Instruction& in, int lane, uint64_t address) {
+  const uint64_t rank = address >> kRankShift & kRankMask;
+  if (rank && space_of(in) != Space::cluster)
+    fault(warp, in, lane,
+          "an mbarrier of block " + std::to_string(rank - 1) +
+              " of the cluster needs .shared::cluster");
   access(warp, in, space_of(in), address, lane, 8, Access::atomic);
   uint64_t offset = address & ~kWindowMask;
   Block& block = block_of(warp, in, lane, offset);
@@ -314,10 +320,13 @@ void decode_mbarrier(Decoder& decoder, const Statement& statement, Instruction& 
   const Words words = read_words(decoder, statement,
                                  {"init", "inval", "arrive", "arrive_drop", "expect_tx",
                                   "complete_tx", "noComplete", "test_wait", "try_wait", "parity"});
+  const bool waits = op == "test_wait" || op == "try_wait";
+  const bool arrives = op == "arrive" || op == "arrive_drop";
   for (size_t i = 2; i < parts.size(); ++i)
     need(decoder, parts[i] == "b64" || parts[i] == "cta" || parts[i] == "cluster" ||
                       parts[i] == "release" || parts[i] == "acquire" || parts[i] == "relaxed" ||
-                      parts[i] == "parity" || parts[i] == "noComplete" || parts[i] == "expect_tx" ||
+                      (waits && parts[i] == "parity") ||
+                      (arrives && (parts[i] == "noComplete" || parts[i] == "expect_tx")) ||
                       parts[i].rfind("shared", 0) == 0);
   if (op == "init" || op == "inval") {
     need(decoder, operands.size() == (op == "init" ? 2u : 1u));
@@ -329,10 +338,10 @@ void decode_mbarrier(Decoder& decoder, const Statement& statement, Instruction& 
     read_object(decoder, operands[0], words, true, in);
     decoder.read(operands[1], 32);
     in.run = run_complete;
-  } else if (op == "test_wait" || op == "try_wait") {
+  } else if (waits) {
     decode_wait(decoder, statement, words, in);
   } else {
-    need(decoder, op == "arrive" || op == "arrive_drop" || op == "expect_tx");
+    need(decoder, arrives || op == "expect_tx");
     decode_arrive(decoder, statement, words, in);
   }
 }

@@ -282,18 +282,26 @@ def test_rules_of_a_map(changes: dict[str, Any], error: int, report: str) -> Non
     arguments: dict[str, Any] = {"box": (4, 8)} | changes
     assert encode(aligned((8, 32), np.uint32), **arguments)[0] == error
     assert report in machine.library.ptxvm_last_report().decode()
-    machine.library.cudaGetLastError()
+    assert machine.library.cudaGetLastError() == 0
 
 
 def test_im2col_is_refused() -> None:
     assert driver("cuTensorMapEncodeIm2col")() == 801
     assert b"im2col is not supported" in machine.library.ptxvm_last_report()
-    machine.library.cudaGetLastError()
+    assert machine.library.cudaGetLastError() == 0
     assert driver("cuTensorMapReplaceAddress") is None
     form = "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
     text = kernel(f"{form} [%r2], [%d0, {{%r1, %r1, %r1, %r1}}], [bar], {{%h1, %h1}};")
     with sm90(), pytest.raises(MachineError, match="im2col is not supported"):
         machine.run(text, "k", np.zeros(16, np.uint64))
+
+
+def test_box_of_4_gib() -> None:
+    array = aligned((2, 2, 2, 32), np.uint8)
+    error, map_ = encode(array, (256, 256, 256, 256), "u8")
+    assert error == 0
+    with pytest.raises(MachineError, match="a box of 4294967296 bytes: the shared memory of the"):
+        run(map_, np.zeros(4096, np.uint8), (0, 0, 0, 0), array, 0, "load")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ DEVICES = {80: "sm_80", 86: "sm_86", 89: "sm_89", 90: "sm_90a", 120: "sm_120"}
 # The least capability for which ptxas 13.0 assembles a form.
 FORMS = {
     "elect.sync %r1|%p1, 0xffffffff;": 90,
+    "mbarrier.arrive.shared.b64 %d2, [%d1], 2;": 90,
+    "mbarrier.arrive.noComplete.shared.b64 %d2, [%d1], 2;": 80,
+    "mov.u32 %r1, %cluster_ctarank;": 90,
     "atom.global.add.noftz.bf16x2 %r1, [%d1], %r2;": 90,
     "red.global.add.noftz.bf16x2 [%d1], %r2;": 90,
     "atom.global.add.noftz.bf16 %h1, [%d1], %h2;": 90,

@@ -104,6 +104,24 @@ DONE:"""
     assert out.tolist() == [3, 1, 0, 1]
 
 
+def test_no_complete_arrival_before_the_bytes() -> None:
+    """Bytes that have not come keep the phase open."""
+    body = """@!%p0 bra DONE;
+mbarrier.init.shared.b64 [bar], 2;
+mbarrier.expect_tx.shared.b64 [bar], 16;
+mbarrier.arrive.noComplete.shared.b64 %d1, [bar], 2;
+mbarrier.test_wait.parity.shared.b64 %p3, [bar], 0;
+mbarrier.complete_tx.shared.b64 [bar], 16;
+mbarrier.test_wait.parity.shared.b64 %p4, [bar], 0;
+selp.u32 %r7, 1, 0, %p3; selp.u32 %r8, 1, 0, %p4;
+st.global.v2.u32 [%d0], {%r7, %r8};
+DONE:"""
+    out = np.zeros(2, np.uint32)
+    with sm90():
+        machine.run(kernel(body), "k", out)
+    assert out.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("form", ["try_wait", "test_wait"])
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_producer_and_consumer(order: str, form: str) -> None:
@@ -236,6 +254,12 @@ def test_deadlock_names_the_mbarrier() -> None:
             "line 20: mbarrier.frob.shared.b64 [bar]: unknown modifier .frob",
         ),
         ("mbarrier.arrive.global.b64 _, [bar];", "unknown form of mbarrier"),
+        ("mbarrier.test_wait.parity.expect_tx.shared.b64 %p3, [bar], 1;", "unknown form of mba"),
+        (
+            "mov.u32 %r5, bar; mov.u32 %r4, 0; mapa.shared::cluster.u32 %r6, %r5, %r4; "
+            "cvt.u64.u32 %d2, %r6; cvta.shared.u64 %d3, %d2; mbarrier.arrive.b64 _, [%d3];",
+            "an mbarrier of block 0 of the cluster needs .shared::cluster",
+        ),
         ("mbarrier.arrive.noComplete.shared.b64 %d1, [bar];", "unknown form of mbarrier"),
     ],
 )
