@@ -197,6 +197,8 @@ void land_some_products(Warp& warp) {
 void require_full(Warp& warp, const Instruction& in, Mask mask) {
   if (mask != kFullMask)
     fault(warp, in, __builtin_ctz(~mask), "wgmma without all 32 lanes of the warp");
+  if (warp.index / 4 * 4 + 4 > warp.block->warps.size())
+    fault(warp, in, 0, "wgmma by a warpgroup of fewer than four warps");
 }
 
 uint64_t uniform(Warp& warp, const Instruction& in, uint32_t slot) {

@@ -246,7 +246,10 @@ void Runner::exit_lanes(Mask mask) {
   // Those that wait for lanes that are gone look again.
   for (Group& group : warp_.others)
     if (group.wait == Group::Wait::converge) group.wait = Group::Wait::none;
-  if (!warp_.live) --resident_.unfinished;
+  if (!warp_.live) {
+    --resident_.unfinished;
+    wake(resident_.block, kWarpgroup);
+  }
   happened(resident_.block);
   complete_if_all_arrived();
   leave_cluster_barrier(warp_, mask);

@@ -386,7 +386,10 @@ barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
 setp.eq.u32 %p3, %r1, 0; and.pred %p4, %p3, %p0; mov.u32 %r6, bar; mov.u32 %r4, 1;
 mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.shared::cluster.u32 %r7, %r6, %r4;
 @%p4 {LOAD} [%r5], [%d0], 16, [%r7];
-@!%p3 ret;
+mov.u32 %r8, 0; @%p3 bra WAIT;
+SPIN: add.u32 %r8, %r8, 1; setp.lt.u32 %p5, %r8, 20000; @%p5 bra SPIN;
+ret;
+WAIT:
 @%p4 mbarrier.arrive.expect_tx.shared.b64 _, [bar], 16;
 @%p4 {LOAD} [%r2], [%d0], 16, [bar];
 {wait("0")}"""

@@ -206,7 +206,7 @@ DONE:"""
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_a_wait_beside_a_flag_of_another_block(order: str) -> None:
     """Block 0 ends its phase itself when it sees the flag, between refusals; or after 100."""
-    body = f"""
+    body = """
 setp.eq.u32 %p3, %r1, 1; @%p3 bra OTHER;
 @!%p0 bra DONE;
 mbarrier.init.shared.b64 [bar], 1;

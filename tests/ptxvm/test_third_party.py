@@ -136,7 +136,10 @@ GEMMS = {
         [
             {"PTXVM_CHECK": "1"},
             {"PTXVM_ASYNC": "earliest", "PTXVM_ORDER": "reverse"},
-            *({"PTXVM_ASYNC": f"seed:{i}", "PTXVM_ORDER": "seeded"} for i in range(3)),
+            *(
+                {"PTXVM_ASYNC": f"seed:{i}", "PTXVM_ORDER": "seeded", "PTXVM_FUEL": "200"}
+                for i in range(3)
+            ),
         ],
     ),
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toolchain
-from hopper import MODES, kernel, sm90
+from hopper import MODES, kernel, sm90, wait
 from machine import MachineError, machine
 from test_bulk_tensors import swizzle_rows
 
@@ -327,7 +327,77 @@ def test_misuse(body: str, report: str) -> None:
         + "\nwgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
     ).replace("setp.eq.u32 %p0, %r0, 0;", "setp.eq.u32 %p0, 0, 0;")
     with sm90(), pytest.raises(MachineError, match=report):
-        machine.run(text, "k", np.zeros(1))
+        machine.run(text, "k", np.zeros(1), block=128)
+
+
+@pytest.mark.parametrize("block", [32, 96, 160])
+def test_warpgroup_of_fewer_warps(block: int) -> None:
+    text = kernel("wgmma.fence.sync.aligned;")
+    with sm90(), pytest.raises(MachineError, match="by a warpgroup of fewer than four warps"):
+        machine.run(text, "k", np.zeros(1), block=block)
+
+
+def test_warps_that_have_exited_are_not_waited_for() -> None:
+    """Warp 1 exits when the others already wait for its product."""
+    body = """@%p2 bra GONE;
+wgmma.fence.sync.aligned; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+@%p0 st.global.u32 [%d0], 1;
+ret;
+GONE: mov.u32 %r5, 0;
+SPIN: add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, 100; @%p3 bra SPIN;"""
+    out = np.zeros(1, np.uint32)
+    with sm90():
+        machine.run(kernel(body), "k", out, block=128)
+    assert out[0] == 1
+
+
+@pytest.mark.parametrize("mode", MODES[:3])
+def test_one_warp_frees_the_stage_of_all(mode: str) -> None:
+    """Thread 0 alone tells the producer that B has been read, after its own wait, while the other
+    warps of its warpgroup may lag behind."""
+    tiles = 6
+    random = np.random.default_rng(0)
+    a = random.integers(-2, 3, (64, 16)).astype(np.float64)
+    b = random.integers(-2, 3, (tiles, 8, 16)).astype(np.float64)
+    image = Image(a, "f16", 0, False)
+    images = [Image(x, "f16", 0, False) for x in b]
+    size = len(image.bytes)
+    memory = np.concatenate([image.bytes, *(x.bytes[:256] for x in images)])
+    load = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    form = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16"
+    body = f"""
+@%p0 mbarrier.init.shared.b64 [bar], 1; @%p0 mbarrier.init.shared.b64 [bar+8], 1;
+@%p0 mbarrier.init.shared.b64 [bar+16], 1; bar.sync 0;
+setp.ge.u32 %p4, %r0, 128; mov.u32 %r5, 0;
+@%p4 bra PRODUCE;
+{"".join(f"mov.f32 %f{i}, 0f00000000;" for i in range(4))}
+{wait("0", "bar+16")}
+setp.eq.u32 %p5, 0, 0;
+mov.b64 %d5, {image.descriptor(0, 0)}; mov.b64 %d6, {images[0].descriptor(size, 0)};
+CONSUME: and.b32 %r6, %r5, 1;
+{wait("%r6")}
+wgmma.fence.sync.aligned;
+{form} {{%f0,%f1,%f2,%f3}}, %d5, %d6, %p5, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+@%p0 mbarrier.arrive.shared.b64 _, [bar+8];
+add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, {tiles}; @%p3 bra CONSUME;
+mad.wide.u32 %d8, %r0, 16, %d1; st.global.v4.f32 [%d8], {{%f0,%f1,%f2,%f3}};
+ret;
+PRODUCE: setp.eq.u32 %p6, %r0, 128; @!%p6 ret;
+mbarrier.arrive.expect_tx.shared.b64 _, [bar+16], {size};
+{load} [data], [%d0], {size}, [bar+16];
+add.u64 %d3, %d0, {size};
+NEXT: and.b32 %r6, %r5, 1; xor.b32 %r6, %r6, 1;
+{wait("%r6", "bar+8")}
+mbarrier.arrive.expect_tx.shared.b64 _, [bar], 256;
+{load} [data+{size}], [%d3], 256, [bar];
+add.u64 %d3, %d3, 256; add.u32 %r5, %r5, 1; setp.lt.u32 %p3, %r5, {tiles}; @%p3 bra NEXT;"""
+    text = kernel(body, 2, shared=size + 256)
+    for seed in range(6):
+        out = np.zeros((128, 4), np.uint32)
+        with sm90(**{"async": mode, "check": 1, "order": "seeded", "seed": seed, "fuel": 8}):
+            machine.run(text, "k", memory, out, block=160)
+        assert np.array_equal(unpack(out, 8, "f32"), sum(a @ x.T for x in b)), seed
 
 
 def test_layouts_are_what_cute_says(tmp_path: Path) -> None:
