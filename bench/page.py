@@ -84,11 +84,7 @@ def run(options: argparse.Namespace) -> int:
     others = [(n, d) for n, d in files if "machine" not in d]
     text = page(machines(files), others)
     _cli.writable_folder("--out", options.out.parent)
-    try:
-        options.out.write_text(text)
-    except OSError as error:
-        raise _cli.UsageError(_cli.unwritable("--out", options.out, error)) from None
-    print(f"wrote {options.out}")
+    _cli.write_text("--out", options.out, text)
     return 0
 
 

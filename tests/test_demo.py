@@ -169,7 +169,7 @@ def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(show.text, "pair_loss", lambda: pairs)
     status = show.run(["cpu"], out=tmp_path / "out", setup=TINY)
     assert status == (0 if fails is None else 1)
-    page = (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)
     assert ("FAILED" in page) == (fails is not None) and "&lt;why?&gt;" in page
     for words in ("StreamingLLM", "16 tokens/s", "2 &lt;b&gt;", "1.50x", "4 patches end as 2"):

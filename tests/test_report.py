@@ -67,7 +67,7 @@ def report(tmp_path, capsys):
         out = tmp_path / "new" / "page.html"
         assert main(["report", *files, "--out", str(out)]) == 0
         assert capsys.readouterr().out == f"wrote {out}\n"
-        text = out.read_text()
+        text = out.read_text(encoding="utf-8")
         page = Page(text)
         assert not page.open
         assert not re.search(r"(src|href)=|@import|url\(|<script", text)

@@ -94,8 +94,12 @@ def writable_folder(argument: str, folder: Path) -> Path:
 
 
 def write_json(argument: str, path: Path, document: dict[str, Any]) -> None:
+    write_text(argument, path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(argument: str, path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(unwritable(argument, path, error)) from None
     print(f"wrote {path}")

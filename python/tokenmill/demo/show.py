@@ -69,9 +69,8 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     found = page.Found(
         machine, facts, agreements, answers, runs, llama, prompt, generated, merged, checks, seconds
     )
-    (out / "index.html").write_text(page.page(found))
     console.print(f"{good} of {len(checks)} checks hold; {seconds:.0f} s", highlight=False)
-    console.print(f"wrote {out / 'index.html'}", highlight=False)
+    _cli.write_text("--out", out / "index.html", page.page(found))
     return 0 if good == len(checks) else 1
 
 
