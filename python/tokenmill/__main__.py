@@ -124,7 +124,10 @@ def _parser() -> _cli.Parser:
     from . import demo
 
     sub = command(
-        "demo", demo.run, "a pretrained encoder and a small language model on our kernels"
+        "demo",
+        demo.run,
+        "a pretrained encoder, small language models, generate() and a vision transformer on one "
+        "page",
     )
     demo.add_arguments(sub)
     from .papers import show
