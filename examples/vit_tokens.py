@@ -9,7 +9,7 @@ tokens that are left, and draws which patches EViT keeps and what ToMe merges.
 Then all-MiniLM-L6-v2 embeds long passages while each layer merges tokens: cosine to the embedding
 of all tokens, and passages per second.
 
-    python examples/vit_tokens.py --plot tokens.png     # needs tokenmill[demo]
+    python examples/vit_tokens.py --plot tokens.png     # needs tokenmill[bench], tokenmill[demo]
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import _cli, _dispatch, _info
-from . import encoder, generate, language_model, page, picture, text, vision
+from . import encoder, generate, language_model, page, text, vision
 from .encoder import Agreement
 from .generate import FULL, LLAMA, Generated, Llama
 from .language_model import KINDS, Run, Setup
@@ -55,10 +54,6 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
     device = device_of(backends[0])
     answers = encoder.search(backends[0], device)
     runs = show_training(console, setup, backends[0])
-    if importlib.util.find_spec("matplotlib"):
-        path = out / "language_model.png"
-        picture.draw(runs, path)
-        console.print(f"wrote {path}\n", highlight=False)
     llama, generated = show_generation(console, backends[0])
     merged = show_vision(console, backends[0])
     checks = [*encoder_checks(agreements), *training_checks(runs), *generation_checks(generated)]
