@@ -29,9 +29,19 @@ class Line:
 
 
 def lines(curves: Sequence[Line], x_name: str, y_name: str) -> str:
-    """Curves over linear axes, named in a legend below."""
-    xs = [x for c in curves for x, _ in c.points]
-    ys = [y for c in curves for _, y in c.points]
+    """Curves over linear axes, named in a legend below. Points that are not finite are left out,
+    and so are the axes where no point is left."""
+    finite = [[p for p in c.points if all(map(math.isfinite, p))] for c in curves]
+    legend = "".join(
+        f'<span><i style="background:{c.colour}"></i>{escape(c.name)}</span>'
+        for c in curves
+        if not c.pale
+    )
+    head, tail = f'<p class="axis">{escape(y_name)}</p>', f'<p class="legend">{legend}</p>'
+    xs = [x for points in finite for x, _ in points]
+    ys = [y for points in finite for _, y in points]
+    if not xs:
+        return head + tail
     x_ticks, y_ticks = _ticks(0.0, max(xs)), _ticks(min(ys), max(ys))
     low, high = min(min(ys), y_ticks[0]), max(max(ys), y_ticks[-1])
 
@@ -49,32 +59,28 @@ def lines(curves: Sequence[Line], x_name: str, y_name: str) -> str:
     for tick in x_ticks:
         parts.append(_text(x(tick), HEIGHT - BOTTOM + 18, f"{tick:g}", "middle"))
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, x_name, "end"))
-    for curve in curves:
-        path = " ".join(f"{x(a)} {y(b)}" for a, b in curve.points)
+    for curve, points in zip(curves, finite, strict=True):
+        if not points:
+            continue
+        path = " ".join(f"{x(a)} {y(b)}" for a, b in points)
         style = 'opacity=".4" stroke-width="1"' if curve.pale else 'stroke-width="2.2"'
         style += ' stroke-dasharray="2 5"' if curve.dotted else ""
         title = f"<title>{escape(curve.name)}</title>"
         parts.append(
             f'<path d="M{path}" fill="none" stroke="{curve.colour}" {style}>{title}</path>'
         )
-    legend = "".join(
-        f'<span><i style="background:{c.colour}"></i>{escape(c.name)}</span>'
-        for c in curves
-        if not c.pale
-    )
-    return (
-        f'<p class="axis">{escape(y_name)}</p>{_svg(WIDTH, HEIGHT, parts)}'
-        f'<p class="legend">{legend}</p>'
-    )
+    return f"{head}{_svg(WIDTH, HEIGHT, parts)}{tail}"
 
 
 def bars(rows: Sequence[tuple[str, float, str]], colours: Sequence[str]) -> str:
-    """A bar for each (name, value, what stands behind it). They grow with the page."""
-    most = max(value for _, value, _ in rows) or 1.0
+    """A bar for each (name, value, what stands behind it), none for a value that is not finite.
+    They grow with the page."""
+    values = [value if math.isfinite(value) else 0.0 for _, value, _ in rows]
+    most = max(values, default=0.0) or 1.0
     body = "".join(
         f'<span>{escape(name)}</span><span class="track"><i style="width:{100 * value / most:.1f}%;'
         f'background:{colour}"></i></span><b>{escape(shown)}</b>'
-        for (name, value, shown), colour in zip(rows, colours, strict=True)
+        for (name, _, shown), value, colour in zip(rows, values, colours, strict=True)
     )
     return f'<div class="bars">{body}</div>'
 
@@ -97,9 +103,9 @@ def cells(colours: Tensor, groups: Tensor, size: int = 16) -> str:
 
 
 def heat(values: Tensor) -> str:
-    """Weights [rows, columns] from 0 to 1 as an image, on a scale of square roots."""
+    """Weights [rows, columns] from 0 to 1 as an image, on a scale of square roots; NaN is 0."""
     ramp = torch.tensor(RAMP)
-    place = values.clamp(0, 1).sqrt() * (len(ramp) - 1)
+    place = values.nan_to_num(0).clamp(0, 1).sqrt() * (len(ramp) - 1)
     low = place.floor().long().clamp(max=len(ramp) - 2)
     share = (place - low)[..., None]
     return image((ramp[low] * (1 - share) + ramp[low + 1] * share).permute(2, 0, 1))
