@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ POLICIES: dict[str, Any] = {
     "SnapKV": policies.SnapKV(budget=BUDGET, window=32),
 }
 FULL = "FullAttention"
+ROUNDS = 3  # of timing, over all policies in turn
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Generated:
 
     policy: str
     words: str
-    rate: float  # tokens a second, behind the prompt
+    rate: float  # tokens a second, behind the prompt; NaN where the steps take no time
     read: float  # bytes of the cache that the last step read, in all layers
     agreement: float  # share of characters before the first that full attention does not write
 
@@ -107,43 +110,64 @@ def prompt(length: int = PROMPT) -> Tensor:
 
 
 def generate(
-    run: Llama, *, length: int = PROMPT, new: int = NEW, after: Callable[[], None] = lambda: None
+    run: Llama,
+    *,
+    backend: str | None = None,
+    length: int = PROMPT,
+    new: int = NEW,
+    after: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
-    """What each policy writes behind one prompt with the same draws, FullAttention first."""
+    """What each policy writes behind one prompt with the same draws, FullAttention first. `after`
+    is called after each of the 1 + ROUNDS turns of a policy; the first, without a clock, warms up.
+    """
     ids = prompt(length)[None].to(run.model.device)
-    found: list[Generated] = []
-    first: Tensor | None = None
-    for name, policy in POLICIES.items():
-        result, seconds, read = _generate(run.model, ids, new, policy)
-        first = result if first is None else first
-        same = (result == first).cumprod(0).double().mean().item()
-        words = "".join(map(chr, result.tolist()))
-        found.append(Generated(name, words, (new - 1) / seconds, read, same))
+    chosen = {name: dataclasses.replace(p, backend=backend) for name, p in POLICIES.items()}
+    results, reads = {}, {}
+    for name, policy in chosen.items():
+        results[name], _, reads[name] = _generate(run.model, ids, new, policy)
         after()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
+    for _ in range(ROUNDS):
+        for name, policy in chosen.items():
+            of_prompt, whole = (_generate(run.model, ids, n, policy)[1] for n in (1, new))
+            times[name].append((of_prompt, whole))
+            after()
+    found = []
+    for name, result in results.items():
+        of_prompt, whole = map(min, zip(*times[name], strict=True))
+        rate = (new - 1) / (whole - of_prompt) if whole > of_prompt else math.nan
+        same = (result == results[FULL]).cumprod(0).double().mean().item()
+        found.append(Generated(name, printable(result), rate, reads[name], same))
     return found
+
+
+def printable(codes: Tensor) -> str:
+    """Codes [n] as characters: lines stay, other control characters are replaced."""
+    found = map(chr, codes.tolist())
+    return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in found)
 
 
 @torch.inference_mode()
 def _generate(model: Any, ids: Tensor, new: int, policy: Any) -> tuple[Tensor, float, float]:
-    """New characters, the seconds of all steps but the first (the prompt), and the bytes read."""
+    """New characters, the seconds of the call, and the bytes that the last step read."""
     from ..integrations.transformers import apply_policy
 
-    options = {
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": True,
-        "temperature": TEMPERATURE,
-        "pad_token_id": 0,
-        "use_cache": True,
-    }
     with apply_policy(model, policy) as applied:
-        seconds = []
-        for count in (1, new):  # the time of the prompt, and of the prompt and the steps
-            torch.manual_seed(SEED)
-            start = time.perf_counter()
-            out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-            if ids.is_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+        torch.manual_seed(SEED)
+        start = time.perf_counter()
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
         cache: Any = applied.cache
         read = float(sum(p.bytes_read for p in cache.policies))
-    return out[0, ids.shape[1] :].cpu(), max(seconds[1] - seconds[0], 1e-9), read
+    return out[0, ids.shape[1] :].cpu(), seconds, read
