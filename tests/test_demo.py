@@ -11,17 +11,19 @@ import subprocess
 import sys
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tokenmill import demo
+from tokenmill import _dispatch, demo
 from tokenmill._cli import UsageError
 from tokenmill.demo import charts, generate, language_model, text, vision
 from tokenmill.demo.generate import Generated
 from tokenmill.demo.language_model import KINDS, LanguageModel, Setup, train
 
+ROOT = Path(__file__).parents[1]
 TINY = Setup(width=16, heads=2, layers=2, context=24, batch=4, steps=6)
 
 
@@ -38,10 +40,22 @@ def short_text(monkeypatch):
 
 
 def test_options():
-    assert options().backend is None and options().steps == Setup.steps
+    assert options().backend is None and options().steps is None
     assert options("--backend", "cpu", "--backend", "reference").backend == ["cpu", "reference"]
-    with pytest.raises(SystemExit):
-        options("--steps", "0")
+    for bad in (("--steps", "0"), ("--backend", "emulated")):
+        with pytest.raises(SystemExit):
+            options(*bad)
+
+
+@pytest.mark.parametrize("given", [(), ("--steps", "7", "--seed", "5")])
+def test_steps_and_seed_are_those_of_every_training(given, monkeypatch):
+    found = {}
+    monkeypatch.setattr(show_module(), "run", lambda *_, **options: found.update(options))
+    monkeypatch.setattr(demo, "EXTRAS", ())
+    demo.run(options(*given))
+    steps, seed = ((7, 7), 5) if given else ((Setup.steps, generate.LLAMA.steps), 0)
+    assert (found["setup"].steps, found["llama"].steps) == steps
+    assert found["setup"].seed == found["llama"].seed == seed
 
 
 def test_the_command_is_imported_without_the_extras():
@@ -151,35 +165,64 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("fails", [None, "cosine", "ratio", "pairs"])
+def assert_balanced(page):
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.open
+
+
+@pytest.mark.parametrize("fails", [None, "cosine", "nan", "ratio", "pairs", "bytes"])
 def test_exit_status_and_page(fails, short_text, tmp_path, monkeypatch, capsys):
     show = show_module()
     answer = show.encoder.Answer("<why?>", "So.", 0.5, True, 9)
     monkeypatch.setattr(show.encoder, "search", lambda *_: [answer])
-    monkeypatch.setattr(show, "show_generation", lambda *_: (LLAMA_RUN, GENERATED))
+    full, streaming = GENERATED
+    if fails == "bytes":
+        streaming = dataclasses.replace(streaming, read=full.read)
+    monkeypatch.setattr(show, "show_generation", lambda *_: (LLAMA_RUN, [full, streaming]))
     monkeypatch.setattr(show, "show_vision", lambda *_: MERGED)
-    cosine = 0.9 if fails == "cosine" else 1.0
+    last = {"cosine": 0.9, "nan": float("nan")}.get(fails, 1.0)
     figures = {"padding": 0.5, "model": 2.0, "stock_model": 3.0, "attention": 1.0}
-    agreement = show.Agreement(
-        "short", "cpu", (2, 9), cosine=cosine, stock_attention=2.0, **figures
-    )
-    monkeypatch.setattr(show.encoder, "compare", lambda *_, **__: iter([agreement]))
+    agreements = [
+        show.Agreement(name, "cpu", (2, 9), cosine=cosine, stock_attention=2.0, **figures)
+        for name, cosine in (("short", 1.0), ("long", last))
+    ]
+    monkeypatch.setattr(show.encoder, "compare", lambda *_, **__: iter(agreements))
     monkeypatch.setattr(show, "MAX_LOSS_RATIO", 0.5 if fails == "ratio" else 2.0)
     pairs = 0.1 if fails == "pairs" else 10.0
     monkeypatch.setattr(show.text, "pair_loss", lambda: pairs)
-    status = show.run(["cpu"], out=tmp_path / "out", setup=TINY)
+    status = show.run(["cpu"], out=tmp_path / "out", setup=TINY, llama=TINY)
     assert status == (0 if fails is None else 1)
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)
     assert ("FAILED" in page) == (fails is not None) and "&lt;why?&gt;" in page
     for words in ("StreamingLLM", "16 tokens/s", "2 &lt;b&gt;", "1.50x", "4 patches end as 2"):
         assert words in page
-    parser = Balanced()
-    parser.feed(page)
-    assert not parser.open
+    assert_balanced(page)
     printed = capsys.readouterr().out
     assert ("FAILED" in printed) == (fails is not None)
     assert "1.50x" in printed and "2.00x" in printed
+
+
+def test_parts_that_fail_are_checks_of_the_page(short_text, tmp_path, monkeypatch):
+    """Losses of NaN are drawn without their points, and the page of an earlier run goes first."""
+    show = show_module()
+    (tmp_path / "index.html").write_text("all checks hold")
+
+    def fail(*_, **__):
+        assert not (tmp_path / "index.html").exists()
+        raise ValueError("[bold] <i>")
+
+    for name in ("show_encoder", "show_generation", "show_vision"):
+        monkeypatch.setattr(show, name, fail)
+    monkeypatch.setattr(show.encoder, "search", fail)
+    setup = dataclasses.replace(TINY, learning_rate=float("nan"))
+    assert show.run(["cpu"], out=tmp_path, setup=setup, llama=TINY) == 1
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("ValueError: [bold] &lt;i&gt;</td>") == 4
+    assert page.count("<h2>") == 3 and "softmax, validation: nan" in page  # checks, losses, machine
+    assert page.count("<figure>") == 2 * TINY.heads
+    assert_balanced(page)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "nonsense"])
@@ -188,7 +231,7 @@ def test_a_backend_that_cannot_run_is_explained(backend, tmp_path):
     if backend == "cuda" and show.refusal("cuda") is None:
         pytest.skip("this machine runs the CUDA backend")
     with pytest.raises(UsageError, match=f"^--backend: .*{backend}"):
-        show.run([backend], out=tmp_path, setup=TINY)
+        show.run([backend], out=tmp_path, setup=TINY, llama=TINY)
     assert not list(tmp_path.iterdir())
 
 
@@ -215,16 +258,47 @@ def test_an_old_transformers_is_refused(monkeypatch):
 
 
 def test_generation_under_policies(monkeypatch):
-    """Twice the same text under full attention, and policies that read less."""
+    """Policies read less than full attention, all on the backend asked for; ci/demo builds it."""
     pytest.importorskip("transformers", minversion="5.24")
     setup = dataclasses.replace(generate.LLAMA, width=32, layers=2, context=48, batch=1, steps=2)
     run = generate.train(setup, backend="cpu")
     assert len(run.losses) == 2
-    found = generate.generate(run, length=300, new=3)
+    asked, called, turns = set(), set(), []
+    choose = _dispatch.choose
+
+    def note(spec, lowered, backend=None, op=None):
+        asked.add(backend)
+        called.add(spec.name)
+        return choose(spec, lowered, backend, op)
+
+    monkeypatch.setattr(_dispatch, "choose", note)
+    found = generate.generate(
+        run, backend="reference", length=300, new=3, after=lambda: turns.append(1)
+    )
+    built = set(re.findall(r"\w+/(\w+)", (ROOT / "ci/demo").read_text()))
+    assert len(called) > 5 and called <= built
+    assert asked == {"reference"} and len(turns) == len(found) * (1 + generate.ROUNDS)
     assert [g.policy for g in found] == [*generate.POLICIES]
     full, *others = found
-    assert full.agreement == 1 and all(len(g.words) == 3 and g.rate > 0 for g in found)
+    assert full.agreement == 1 and all(len(g.words) == 3 for g in found)
     assert all(0 < g.read < full.read for g in others)
+
+
+def test_a_rate_is_of_the_best_times(monkeypatch):
+    """Of the prompt and of all; where the steps take no time there is none."""
+    calls = {name: {1: [3.0, 2.0, 9.0], 5: [0.0, 6.0, 8.0, 4.0]} for name in generate.POLICIES}
+    calls["SnapKV"][5] = [0.0, 2.0, 2.0, 2.0]
+    names = {type(policy): name for name, policy in generate.POLICIES.items()}
+    codes = torch.tensor([7, 10, 65, 127, 66])
+
+    def timed(model, ids, new, policy):
+        return codes[:new], calls[names[type(policy)]][new].pop(0), 8.0
+
+    monkeypatch.setattr(generate, "_generate", timed)
+    found = generate.generate(SimpleNamespace(model=SimpleNamespace(device="cpu")), new=5)
+    *rates, last = (g.rate for g in found)
+    assert rates == [2.0] * 3 and last != last
+    assert {g.words for g in found} == {"\ufffd\nA\ufffdB"}
 
 
 def test_merging_of_a_vision_transformer():
@@ -241,7 +315,17 @@ def test_a_png_holds_its_pixels():
     rows = zlib.decompress(data[begin : data.index(b"IEND") - 8])
     expected = (picture * 255).round().byte().permute(1, 2, 0)
     assert rows == b"".join(b"\0" + bytes(row.flatten().tolist()) for row in expected)
-    assert charts.heat(torch.tensor([[0.0, 1.0]])).startswith("data:image/png;base64,")
+    weights = torch.tensor([[0.0, 1.0, torch.nan, torch.inf]])
+    assert charts.heat(weights) == charts.heat(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+
+
+def test_points_that_are_not_finite_are_left_out():
+    curve = charts.Line("<loss>", [(0.0, 1.0), (1.0, torch.nan), (2.0, 3.0)], "red")
+    finite = dataclasses.replace(curve, points=[(0.0, 1.0), (2.0, 3.0)])
+    none = dataclasses.replace(curve, points=[(0.0, torch.inf)])
+    assert charts.lines([curve], "x", "y") == charts.lines([finite], "x", "y")
+    assert "<svg" not in (alone := charts.lines([none], "x", "y")) and "&lt;loss&gt;" in alone
+    assert "width:0.0%" in charts.bars([("a", torch.nan, "-")], ["red"])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 300), (1.31, 4.9), (0, 1), (2.0, 2.0), (-3, 1e-3)])

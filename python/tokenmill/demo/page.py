@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -73,9 +74,11 @@ class Found:
 
     machine: dict[str, str]
     facts: str
+    backend: str  # of all but the table of the encoder
     agreements: list[Agreement]
     answers: list[Answer]
     runs: list[Run]
+    maps: str = ""  # of the last layers of the runs, HTML
     llama: Llama | None = None
     prompt: str = ""
     generated: list[Generated] = field(default_factory=list)
@@ -127,6 +130,8 @@ def _checks(found: Found) -> str:
 
 
 def _encoder(found: Found) -> str:
+    if not (found.agreements or found.answers):
+        return ""
     rows, bars = [], []
     for a in found.agreements:
         ratio = a.stock_model / a.model
@@ -160,12 +165,16 @@ def _encoder(found: Found) -> str:
         count = found.answers[0].passages
         answers = (
             f"<p>Retrieval: the best of {count} passages of Python's manual for each question, by "
-            f"the cosine of the embeddings.</p><dl>{answers}</dl>"
+            f"the cosine of the embeddings on backend {escape(found.backend)}.</p>"
+            f"<dl>{answers}</dl>"
         )
-    return text_ + charts.bars(bars, colours) + table(header, rows) + answers
+    times = charts.bars(bars, colours) + table(header, rows) if rows else ""
+    return text_ + times + answers
 
 
 def _training(found: Found) -> str:
+    if not found.runs:
+        return ""
     curves = []
     for run in found.runs:
         colour = COLOURS[run.kind]
@@ -180,10 +189,10 @@ def _training(found: Found) -> str:
     words = (
         f"<p>A model over characters ({setup.layers} layers of {setup.heads} heads, width "
         f"{setup.width}) learns the same text with softmax and with sigmoid attention, forward and "
-        "backward on our kernels.</p>"
+        f"backward on backend {escape(found.backend)}.</p>"
     )
     chart = charts.lines(curves, "step", "cross-entropy, nats per character")
-    return f'{words}<div class="split"><div>{chart}</div><div>{_maps(found.runs)}</div></div>'
+    return f'{words}<div class="split"><div>{chart}</div><div>{found.maps}</div></div>'
 
 
 def _smooth(losses: Sequence[float]) -> list[tuple[float, float]]:
@@ -193,15 +202,18 @@ def _smooth(losses: Sequence[float]) -> list[tuple[float, float]]:
 
 
 @torch.inference_mode()
-def _maps(runs: Sequence[Run]) -> str:
+def maps(runs: Sequence[Run]) -> str:
     """What the heads of the last layers look at, in one window of validation text."""
+    if not runs:
+        return ""
     parts = []
     for run in runs:
         window = text.characters()[1][: run.setup.context][None]
         weights = run.model.weights(window.to(run.model.head.weight.device))[-1, 0].cpu()
         for head, of_head in enumerate(weights[:4], 1):
             seen = of_head[torch.ones_like(of_head, dtype=torch.bool).tril()]
-            brightest = seen.quantile(BRIGHTEST).clamp(min=1e-6)
+            seen = seen[seen.isfinite()]
+            brightest = seen.quantile(BRIGHTEST).clamp(min=1e-6) if len(seen) else 1.0
             name = f"{run.kind}, head {head}"
             picture = f'<img alt="{name}" src="{charts.heat(of_head / brightest)}">'
             parts.append(f"<figure>{picture}<figcaption>{name}</figcaption></figure>")
@@ -220,7 +232,8 @@ def _generated(found: Found) -> str:
     words = (
         f"<p>A Llama of {count / 1e6:.1f} million parameters over characters, trained here for "
         f"{setup.steps} steps ({found.llama.seconds:.0f} s, loss {found.llama.losses[-1]:.2f}), "
-        f"writes {len(first.words)} characters behind a prompt of {len(found.prompt)}. "
+        f"writes {len(first.words)} characters behind a prompt of {len(found.prompt)} on backend "
+        f"{escape(found.backend)}. "
         f"<code>apply_policy</code> gives each layer a policy, which may read {BUDGET} keys a step "
         "(the first layer of Quest reads all). So small a model spends its time elsewhere: tokens "
         "a second show what a policy costs, bytes what it saves where the cache is long.</p>"
@@ -228,7 +241,7 @@ def _generated(found: Found) -> str:
     rows = [
         [
             escape(g.policy),
-            f"{g.rate:.0f}",
+            rate(g),
             f"{g.read / 1024:.0f}",
             f"{g.read / max(first.read, 1):.0%}",
             f"{g.agreement:.0%}",
@@ -242,7 +255,7 @@ def _generated(found: Found) -> str:
         "</div>"
         for g in found.generated
     )
-    bars = [(g.policy, g.rate, f"{g.rate:.0f} tokens/s") for g in found.generated]
+    bars = [(g.policy, g.rate, f"{rate(g)} tokens/s") for g in found.generated]
     colours = [OTHER, *[OURS] * (len(bars) - 1)]
     note = (
         '<p class="pale">As full attention: characters before the first that full attention does '
@@ -250,6 +263,11 @@ def _generated(found: Found) -> str:
     )
     body = table(header, rows) + note + f'<div class="texts">{texts}</div>'
     return words + charts.bars(bars, colours) + body
+
+
+def rate(g: Generated) -> str:
+    """Tokens a second; a dash where none were measured."""
+    return f"{g.rate:.0f}" if math.isfinite(g.rate) else "-"
 
 
 def _vision(found: Found) -> str:
@@ -261,7 +279,8 @@ def _vision(found: Found) -> str:
     colours = avg_pool2d(m.image[None], side // n)[0].permute(1, 2, 0)
     mean = _mean_of_groups(colours.reshape(n * n, 3), m.source).view(n, n, 3)
     words = (
-        f"<p>ToMe in a ViT of 12 layers and width 192 (<code>patch(vit, merge={MERGE})</code>). "
+        f"<p>ToMe in a ViT of 12 layers and width 192 (<code>patch(vit, merge={MERGE})</code>) "
+        f"on backend {escape(found.backend)}. "
         "The weights are random: the time is real, and so is the trace of the tokens, but merged "
         "patches are those that look alike to random projections, and nothing is said of "
         f"accuracy. {n * n} patches end as {m.rows} tokens.</p>"

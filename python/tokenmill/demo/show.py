@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import _cli, _dispatch, _info
 from . import encoder, generate, language_model, page, text, vision
 from .encoder import Agreement
-from .generate import FULL, LLAMA, Generated, Llama
+from .generate import FULL, Generated, Llama
 from .language_model import KINDS, Run, Setup
 
 SECONDS = 1.0  # of measuring each batch
 MAX_LOSS_RATIO = 1.03  # of sigmoid to softmax
 MAX_READ = 0.8  # of the bytes of a step with full attention
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,18 @@ class Check:
     ok: bool
 
 
-def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
+def run(backends: list[str] | None, *, out: Path, setup: Setup, llama: Setup) -> int:
     """Prints and draws everything; exit status as in :func:`tokenmill.demo.run`."""
     begin = time.perf_counter()
     backends = list(dict.fromkeys(backends or default_backends()))
     for backend in backends:
         if error := refusal(backend):
             raise _cli.UsageError(f"--{error.removeprefix('tokenmill.attention: ')}")
-    _cli.writable_folder("--out", out)
+    path = _cli.writable_folder("--out", out) / "index.html"
+    try:
+        path.unlink(missing_ok=True)  # a run that is interrupted leaves no other run's page
+    except OSError as error:
+        raise _cli.UsageError(_cli.unwritable("--out", path, error)) from None
     console = Console()
     machine = _info.machine()
     facts = (
@@ -50,22 +57,51 @@ def run(backends: list[str] | None, *, out: Path, setup: Setup) -> int:
         f"{torch.get_num_threads()} thread(s), backends: {', '.join(backends)}"
     )
     console.print(facts, highlight=False)
-    agreements = show_encoder(console, backends)
-    device = device_of(backends[0])
-    answers = encoder.search(backends[0], device)
-    runs = show_training(console, setup, backends[0])
-    llama, generated = show_generation(console, backends[0])
-    merged = show_vision(console, backends[0])
-    checks = [*encoder_checks(agreements), *training_checks(runs), *generation_checks(generated)]
+    failures: list[Check] = []
+
+    def part(name: str, make: Callable[[], T]) -> T | None:
+        """What a part found; of one that fails nothing is left but a check that does not hold."""
+        try:
+            return make()
+        except Exception as error:
+            check = Check(f"{name}: {_cli.one_line(error)}", "failed", "runs", False)
+            console.print(check.name, markup=False, highlight=False)
+            failures.append(check)
+            return None
+
+    first, device = backends[0], device_of(backends[0])
+    agreements = part("pretrained encoder", lambda: show_encoder(console, backends)) or []
+    answers = part("retrieval", lambda: encoder.search(first, device)) or []
+    runs = part("training", lambda: show_training(console, setup, first)) or []
+    maps = part("attention maps", lambda: page.maps(runs)) or ""
+    written = part("generate()", lambda: show_generation(console, llama, first))
+    model, generated = written or (None, [])
+    merged = part("vision transformer", lambda: show_vision(console, first))
+    checks = [
+        *encoder_checks(agreements),
+        *training_checks(runs),
+        *generation_checks(generated),
+        *failures,
+    ]
     console.print(summary(checks))
     good = sum(check.ok for check in checks)
-    seconds = time.perf_counter() - begin
-    prompt = "".join(map(chr, generate.prompt().tolist()))
     found = page.Found(
-        machine, facts, agreements, answers, runs, llama, prompt, generated, merged, checks, seconds
+        machine=machine,
+        facts=facts,
+        backend=first,
+        agreements=agreements,
+        answers=answers,
+        runs=runs,
+        maps=maps,
+        llama=model,
+        prompt=generate.printable(generate.prompt()),
+        generated=generated,
+        merged=merged,
+        checks=checks,
+        seconds=time.perf_counter() - begin,
     )
-    console.print(f"{good} of {len(checks)} checks hold; {seconds:.0f} s", highlight=False)
-    _cli.write_text("--out", out / "index.html", page.page(found))
+    console.print(f"{good} of {len(checks)} checks hold; {found.seconds:.0f} s", highlight=False)
+    _cli.write_text("--out", path, page.page(found))
     return 0 if good == len(checks) else 1
 
 
@@ -158,21 +194,24 @@ def show_training(console: Console, setup: Setup, backend: str) -> list[Run]:
     return runs
 
 
-def show_generation(console: Console, backend: str) -> tuple[Llama, list[Generated]]:
+def show_generation(console: Console, setup: Setup, backend: str) -> tuple[Llama, list[Generated]]:
     with progress(console) as bar:
-        task = bar.add_task("training a Llama", total=LLAMA.steps)
+        task = bar.add_task("training a Llama", total=setup.steps)
         advance = functools.partial(bar.advance, task)
-        run = generate.train(LLAMA, backend=backend, device=device_of(backend), after_step=advance)
-        task = bar.add_task("generate() with policies", total=len(generate.POLICIES))
-        found = generate.generate(run, after=functools.partial(bar.advance, task))
+        run = generate.train(setup, backend=backend, device=device_of(backend), after_step=advance)
+        turns = len(generate.POLICIES) * (1 + generate.ROUNDS)
+        task = bar.add_task("generate() with policies", total=turns)
+        advance = functools.partial(bar.advance, task)
+        found = generate.generate(run, backend=backend, after=advance)
     console.print(
-        f"\nLlama over characters, {LLAMA.steps} steps in {run.seconds:.0f} s, "
-        f"loss {run.losses[-1]:.2f}: generate() of {generate.NEW} behind {generate.PROMPT}\n",
+        f"\nLlama over characters, {setup.steps} steps in {run.seconds:.0f} s, "
+        f"loss {run.losses[-1]:.2f}:\n"
+        f"generate() of {generate.NEW} behind {generate.PROMPT} on backend {backend}\n",
         highlight=False,
     )
     table = new_table(["policy"], ["tokens/s", "KiB read\na step", "as full\nattention"])
     for g in found:
-        table.add_row(g.policy, f"{g.rate:.0f}", f"{g.read / 1024:.0f}", f"{g.agreement:.0%}")
+        table.add_row(g.policy, page.rate(g), f"{g.read / 1024:.0f}", f"{g.agreement:.0%}")
     console.print(table)
     return run, found
 
@@ -188,22 +227,25 @@ def show_vision(console: Console, backend: str) -> vision.Merged:
 
 
 def generation_checks(generated: list[Generated]) -> Iterator[Check]:
-    full = next(g.read for g in generated if g.policy == FULL)
+    full = next((g.read for g in generated if g.policy == FULL), 0.0)
     for g in generated:
         if g.policy != FULL:
-            name, share = f"{g.policy}: bytes read a step / all", g.read / full
+            name, share = f"{g.policy}: bytes read a step / all", g.read / max(full, 1.0)
             yield Check(name, f"{share:.2f}", f"< {MAX_READ}", share < MAX_READ)
 
 
 def encoder_checks(agreements: list[Agreement]) -> Iterator[Check]:
     for backend in dict.fromkeys(a.backend for a in agreements):
-        least = min(a.cosine for a in agreements if a.backend == backend)
+        cosines = [a.cosine for a in agreements if a.backend == backend]
+        least = min(cosines, key=lambda c: (c == c, c))  # NaN is less than all
         limit = encoder.MIN_COSINE
         name = f"embeddings on {backend}: least cosine with {encoder.STOCK}"
         yield Check(name, f"{least:.7f}", f">= {limit}", least >= limit)
 
 
 def training_checks(runs: list[Run]) -> Iterator[Check]:
+    if not runs:
+        return
     pairs = text.pair_loss()
     for r in runs:
         name = f"{r.kind}: validation loss below character pairs"
@@ -222,7 +264,7 @@ def summary(checks: list[Check]) -> Table:
     table = new_table(["check"], ["value", "limit", ""])
     for check in checks:
         verdict = "[green]ok[/green]" if check.ok else "[bold red]FAILED[/bold red]"
-        table.add_row(check.name, check.value, check.limit, verdict)
+        table.add_row(escape(check.name), check.value, check.limit, verdict)
     return table
 
 
