@@ -12,7 +12,8 @@
 namespace ptxvm {
 
 // What a sleeping group waits for: the mbarrier at an offset of shared memory of its block, or ...
-constexpr uint32_t kClusterBarrier = 0xffffffff, kRegisters = 0xfffffffe;
+// (kWarpgroup: a wgmma that others of its warpgroup have not issued)
+constexpr uint32_t kClusterBarrier = 0xffffffff, kRegisters = 0xfffffffe, kWarpgroup = 0xfffffffd;
 
 // A bulk copy between its issue and its end. Its addresses have been checked.
 struct Transfer {
@@ -84,6 +85,12 @@ Mask sleep_unless_timed_out(Warp&, Mask, uint32_t what);
 void complete_bytes(Warp&, const Instruction&, int lane, Block&, uint32_t offset, uint32_t bytes);
 void arrive_at(Warp&, const Instruction&, int lane, Block&, uint32_t offset);
 std::string describe_mbarrier(const Block&, uint32_t offset);
+
+// ops_wgmma.cpp: what the warps of a warpgroup do alike and in one order, wgmma and setmaxnreg,
+// with two values. A fault for a warp that does otherwise, or when all have exited and some did
+// not.
+void do_alike(Warp&, const Instruction&, uint64_t a, uint64_t b);
+void require_alike(Warp& exited);
 
 // ops_copy.cpp: lands the copies of cp.async of a lane that have a number below `end`.
 void land_copies(Warp&, int lane, uint32_t end);

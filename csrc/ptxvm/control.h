@@ -11,9 +11,6 @@ constexpr uint8_t kConvergesAnywhere = 4;  // with the same instruction at anoth
 // Of Control::await: the whole warp executes it together.
 constexpr uint8_t kAwaitsAligned = 128;
 
-// What a warp sleeps for that waits for a wgmma which others of its warpgroup have not issued.
-constexpr uint32_t kWarpgroup = 0xfffffffd;
-
 // A barrier of a block. Slots of the instructions: [result,] number, threads [, predicate].
 struct Barrier {
   enum Kind : uint8_t { sync, arrive, sum, all, any };  // Instruction::variant

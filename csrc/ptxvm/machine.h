@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -198,6 +199,15 @@ struct Warp {
   };
   std::map<uint32_t, Flight> flights;
   uint32_t product_groups = 0;  // wgmma.commit_group executed
+  // What warps of a warpgroup do alike (async.h): how often this one did; in the first of them,
+  // what some have done and others have not, after those that all have.
+  struct Alike {
+    const Instruction* by;
+    uint64_t a, b;
+    uint32_t warps;
+  };
+  std::deque<Alike> alike;
+  uint64_t alike_done = 0, alike_by_all = 0;
   // Check mode: lanes of each 64-byte unit of the file that hold a value, and where the others lost
   // theirs (null: they never had one).
   std::vector<Mask> defined;

@@ -111,6 +111,7 @@ void run_registers(Warp& warp, const Instruction& in, Mask mask) {
     warp.asleep_for = kRegisters;
     return;
   }
+  do_alike(warp, in, asked, 0);
   warp.registers = asked;
   happened(*warp.block);
   if (!more) wake(*warp.block, kRegisters);

@@ -231,6 +231,9 @@ void run_product(Warp& warp, const Instruction& in, Mask mask) {
   if (scale != 0 && scale != kFullMask)
     fault(warp, in, __builtin_ctz(~scale), "scale-d differs within the warp");
   product->accumulates = scale != 0;
+  do_alike(warp, in,
+           (in.flags & kRegisters ? 0 : product->a) ^ uint64_t{product->accumulates} << 63,
+           product->b);
   if (options.count)
     count_operands(in.flags & kRegisters ? 0 : 16 * 32, warp.index % 4 ? 0 : form.n * 32);
   accumulators_issued(warp, in, form.registers());
@@ -372,6 +375,36 @@ void decode_wgmma(Decoder& decoder, const Statement& statement, Instruction& in)
 }
 
 }  // namespace
+
+void do_alike(Warp& warp, const Instruction& in, uint64_t a, uint64_t b) {
+  auto& warps = warp.block->warps;
+  const size_t first = warp.index / 4 * 4;
+  Warp& lead = warps[first];
+  const size_t at = warp.alike_done++ - lead.alike_by_all;
+  if (at == lead.alike.size()) lead.alike.push_back({&in, a, b, 0});
+  Warp::Alike& other = lead.alike[at];
+  if (other.by != &in)
+    fault(warp, in, 0,
+          "the warps of a warpgroup differ: another executed line " +
+              std::to_string(other.by->line) + ": " + other.by->text);
+  if (other.a != a || other.b != b)
+    fault(warp, in, 0, "the warps of a warpgroup differ in a descriptor or scale-d");
+  if (++other.warps < std::min<size_t>(4, warps.size() - first)) return;
+  lead.alike.pop_front();
+  ++lead.alike_by_all;
+}
+
+void require_alike(Warp& exited) {
+  auto& warps = exited.block->warps;
+  const size_t first = exited.index / 4 * 4, end = std::min(first + 4, warps.size());
+  if (warps[first].alike.empty()) return;
+  for (size_t i = first; i < end; ++i)
+    if (warps[i].live) return;
+  const Warp::Alike& left = warps[first].alike.front();
+  fault(exited, *left.by, 0,
+        "executed by " + std::to_string(left.warps) + " of the " + std::to_string(end - first) +
+            " warps of the warpgroup");
+}
 
 void add_wgmma(OpcodeTable& table) { table["wgmma"] = decode_wgmma; }
 

@@ -215,6 +215,8 @@ class Grid {
       warp.products.clear();
       warp.flights.clear();
       warp.product_groups = warp.polls = 0;
+      warp.alike.clear();
+      warp.alike_done = warp.alike_by_all = 0;
       warp.timed_out = warp.cluster_arrived = 0;
       warp.registers = registers_at_start(kernel_, warps_);
       set_specials(warp);

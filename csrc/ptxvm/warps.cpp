@@ -249,6 +249,7 @@ void Runner::exit_lanes(Mask mask) {
   if (!warp_.live) {
     --resident_.unfinished;
     wake(resident_.block, kWarpgroup);
+    require_alike(warp_);
   }
   happened(resident_.block);
   complete_if_all_arrived();

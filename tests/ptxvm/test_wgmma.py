@@ -337,6 +337,32 @@ def test_warpgroup_of_fewer_warps(block: int) -> None:
         machine.run(text, "k", np.zeros(1), block=block)
 
 
+@pytest.mark.parametrize(
+    ("body", "report"),
+    [
+        ("shr.u32 %r9, %r0, 5; cvt.u64.u32 %d5, %r9; X", "differ in a descriptor or scale-d"),
+        ("setp.ge.u32 %p5, %r0, 32; X", "differ in a descriptor or scale-d"),
+        ("@!%p2 ret; X", "executed by 1 of the 4 warps of the warpgroup"),
+        ("@!%p2 ret; setmaxnreg.dec.sync.aligned.u32 24;", "executed by 1 of the 4 warps"),
+        (
+            "@%p2 setmaxnreg.dec.sync.aligned.u32 24; @!%p2 setmaxnreg.dec.sync.aligned.u32 32;",
+            "another executed line",
+        ),
+    ],
+)
+def test_warps_of_a_warpgroup_differ(body: str, report: str) -> None:
+    form = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16"
+    body = body.replace(
+        "X",
+        f"{form} {{%f0,%f1,%f2,%f3}}, %d5, %d5, %p5, 1, 1, 0, 0;\n"
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;",
+    )
+    text = kernel(f"mov.b64 %d5, 0; setp.eq.u32 %p5, 0, 1;\n{body}")
+    with sm90(), pytest.raises(MachineError) as error:
+        machine.run(text, "k", np.zeros(1), block=128)
+    assert report in str(error.value)
+
+
 def test_warps_that_have_exited_are_not_waited_for() -> None:
     """Warp 1 exits when the others already wait for its product."""
     body = """@%p2 bra GONE;
