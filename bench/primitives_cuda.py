@@ -37,7 +37,7 @@ class Sizes:
 
 
 def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
-    cold = event_seconds(device)
+    cold, warm = event_seconds(device), event_seconds(device, cold=False)
     for of in ("copy", "read"):
         moved = sizes.memory * (2 if of == "copy" else 1)
         facts = {"bytes": moved, "how": "cold"}
@@ -45,15 +45,13 @@ def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
     for of in ("copy", "read"):
         moved = sizes.cache * (2 if of == "copy" else 1)
         graph = _graph(device, _traffic(of, sizes.cache, where))
-        warm = _rate(_warm(device), graph, moved * NODES)
-        yield Probe(f"L2 {of}", "B/s", warm, {"bytes": moved, "how": f"graph of {NODES}"})
+        read = _rate(warm, graph, moved * NODES)
+        yield Probe(f"L2 {of}", "B/s", read, {"bytes": moved, "how": f"graph of {NODES}"})
     yield from _products(cold, where, sizes.product)
     count = sizes.cache // 4
     exps = _graph(device, lambda: _in_place(torch.exp_, torch.zeros(count, device=where)))
     how = f"torch, L2, graph of {NODES}: at least"
-    yield Probe(
-        "exp", "1/s", _rate(_warm(device), exps, count * NODES), {"dtype": "float32", "how": how}
-    )
+    yield Probe("exp", "1/s", _rate(warm, exps, count * NODES), {"dtype": "float32", "how": how})
     for spread in (1, 1 << 16):
         added = _atomics(sizes.updates, spread, where)
         facts = {"how": f"float32, {spread} address(es)", "dtype": "float32"}
@@ -69,7 +67,7 @@ def probes(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
 
 def _own_kernels(device: Device, where: str, sizes: Sizes) -> Iterator[Probe]:
     """Warm: they do not read memory."""
-    warm, blocks = _warm(device), 4 * sizes.multiprocessors
+    warm, blocks = event_seconds(device, cold=False), 4 * sizes.multiprocessors
     work = float(blocks * THREADS * sizes.steps)
     read = _rate(warm, lambda: _probe("shared", blocks, sizes.steps, where), 16 * work)
     yield Probe("shared memory read", "B/s", read, {"how": "16 bytes a lane"})
@@ -108,21 +106,6 @@ def _traffic(of: str, size: int, where: str) -> Callable[[], Run]:
         return lambda: target.copy_(source)
 
     return make
-
-
-def _warm(device: Device) -> Measure:
-    """Between events on an idle device, whose caches hold what the run before left there."""
-
-    def measure(run: Run) -> float:
-        device.synchronize()
-        start, end = device.event(), device.event()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return measure
 
 
 def _graph(device: Device, make: Callable[[], Run]) -> Callable[[], Run]:
@@ -231,7 +214,9 @@ def _replays(device: Device, where: str) -> Callable[[float], list[float]]:
 def _nodes(device: Device, where: str) -> Callable[[float], list[float]]:
     def measure(seconds: float) -> list[float]:
         replay = _graph(device, lambda: _tiny(where))()
-        timing = interleave({"run": replay}, seconds=seconds, measure=_warm(device))["run"]
+        timing = interleave(
+            {"run": replay}, seconds=seconds, measure=event_seconds(device, cold=False)
+        )["run"]
         return [t / NODES for t in timing.samples]
 
     return measure
