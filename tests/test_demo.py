@@ -257,27 +257,38 @@ def test_an_old_transformers_is_refused(monkeypatch):
         demo.run(options())
 
 
-def test_generation_under_policies(monkeypatch):
-    """Policies read less than full attention, all on the backend asked for; ci/demo builds it."""
+@pytest.fixture
+def asked(monkeypatch):
+    """Operators that are called, and on which backend."""
+    seen, choose = set(), _dispatch.choose
+
+    def note(spec, lowered, backend=None, op=None):
+        seen.add((spec.name, backend))
+        return choose(spec, lowered, backend, op)
+
+    monkeypatch.setattr(_dispatch, "choose", note)
+    return seen
+
+
+def assert_ci_demo_builds(asked):
+    built = set(re.findall(r"\w+/(\w+)", (ROOT / "ci/demo").read_text()))
+    assert {name for name, _ in asked} <= built
+
+
+def test_generation_under_policies(asked):
+    """Policies read less than full attention, all on the backend asked for."""
     pytest.importorskip("transformers", minversion="5.24")
     setup = dataclasses.replace(generate.LLAMA, width=32, layers=2, context=48, batch=1, steps=2)
     run = generate.train(setup, backend="cpu")
     assert len(run.losses) == 2
-    asked, called, turns = set(), set(), []
-    choose = _dispatch.choose
-
-    def note(spec, lowered, backend=None, op=None):
-        asked.add(backend)
-        called.add(spec.name)
-        return choose(spec, lowered, backend, op)
-
-    monkeypatch.setattr(_dispatch, "choose", note)
+    asked.clear()
+    turns = []
     found = generate.generate(
         run, backend="reference", length=300, new=3, after=lambda: turns.append(1)
     )
-    built = set(re.findall(r"\w+/(\w+)", (ROOT / "ci/demo").read_text()))
-    assert len(called) > 5 and called <= built
-    assert asked == {"reference"} and len(turns) == len(found) * (1 + generate.ROUNDS)
+    assert len(asked) > 5 and {backend for _, backend in asked} == {"reference"}
+    assert_ci_demo_builds(asked)
+    assert len(turns) == len(found) * (1 + generate.ROUNDS)
     assert [g.policy for g in found] == [*generate.POLICIES]
     full, *others = found
     assert full.agreement == 1 and all(len(g.words) == 3 for g in found)
@@ -301,9 +312,11 @@ def test_a_rate_is_of_the_best_times(monkeypatch):
     assert {g.words for g in found} == {"\ufffd\nA\ufffdB"}
 
 
-def test_merging_of_a_vision_transformer():
+def test_merging_of_a_vision_transformer(asked):
     pytest.importorskip("transformers", minversion="5.24")
-    found = vision.merge(seconds=0, side=64, layers=2, batch=1)
+    found = vision.merge(backend="cpu", seconds=0, side=64, layers=2, batch=1)
+    assert len(asked) > 3 and {backend for _, backend in asked} == {"cpu"}
+    assert_ci_demo_builds(asked)
     assert found.grid == 4 and found.rows == 16 - 2 * 5 and found.rate > 0
     assert found.image.min() >= 0 and found.image.max() <= 1
 
