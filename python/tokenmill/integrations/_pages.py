@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..dense.attention import attention
 
-_Cache: Any
 try:  # transformers 5.24
-    from transformers.generation.continuous_batching import PagedAttentionCache as _Cache
+    from transformers.generation.continuous_batching import PagedAttentionCache
     from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
 
+    _Cache: Any = PagedAttentionCache
     HAS_ALLOCATORS = hasattr(CacheAllocator, "get_cache_for_block_table")
 except ImportError:
     _Cache = object
