@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -338,7 +339,17 @@ def test_a_step_that_hangs_is_ended_with_its_children(ci_gpu, monkeypatch, tmp_p
     run.step("hangs", ["sh", "-c", f"sleep 60 & echo $! > {child}; wait"])
     assert run.entries["hangs"]["status"] == "failed (more than 1 s)"
     state = Path(f"/proc/{child.read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+    def ended() -> bool:
+        try:
+            return state.read_text().split()[2] == "Z"
+        except OSError:
+            return True
+
+    deadline = time.monotonic() + 10  # the signal has been sent; the child sleeps for 60 s
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended()
 
 
 def test_rows_of_operators_become_one_file(ci_gpu, tmp_path):
