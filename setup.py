@@ -8,6 +8,7 @@ compilers. For wheels: TOKENMILL_MANYLINUX=1 needs no library younger than manyl
 TOKENMILL_PREBUILT names an _ops.so of the same sources and options, beside which the bindings of
 another Python are built alone. For development: TOKENMILL_PTXVM=1 adds the PTX machine,
 TOKENMILL_OPS ("select/topk_select;dense/attention") builds the kernels of these operators alone,
+TOKENMILL_HEAD_DIMS ("64;128;256") attention's CUDA kernels for these head dimensions alone,
 TOKENMILL_SANITIZE=1 lets AddressSanitizer watch the CPU kernels (run with libasan preloaded).
 """
 
@@ -70,6 +71,7 @@ class CMakeBuild(build_ext):
             "TOKENMILL_VERSION": self.distribution.get_version(),
             "TOKENMILL_CPU_ISAS": os.environ.get("TOKENMILL_CPU_ISAS", ""),
             "TOKENMILL_OPS": os.environ.get("TOKENMILL_OPS", ""),
+            "TOKENMILL_HEAD_DIMS": os.environ.get("TOKENMILL_HEAD_DIMS", ""),
             **{
                 name: "ON" if os.environ.get(name) == "1" else "OFF"
                 for name in ("TOKENMILL_MANYLINUX", "TOKENMILL_SANITIZE")

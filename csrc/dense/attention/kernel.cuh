@@ -6,6 +6,7 @@
 #include "core/kv_cache.h"
 #include "cuda/attention/gmem_to_smem.cuh"
 #include "cuda/launch.cuh"
+#include "dense/attention/head_dim.cuh"
 #include "dense/attention/kernel_float8.cuh"
 #include "dense/attention/kernel_store.cuh"
 
@@ -383,23 +384,17 @@ const char* launch_bucket(const AttentionParams& p, const MaskBounds& bounds, cu
   }
 }
 
-// visit.operator()<bucket>(), the least that holds rows of keys and of values.
+// visit(Index<kBucket>{}) with what holds rows of keys and of values.
 template <typename Visit>
 const char* visit_forward_bucket(const AttentionParams& p, const Visit& visit) {
-  const int64_t dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-  if (dim <= 32) return visit.template operator()<32>();
-  if (dim <= 64) return visit.template operator()<64>();
-  if (dim <= 96) return visit.template operator()<96>();
-  if (dim <= 128) return visit.template operator()<128>();
-  if (dim <= 192) return visit.template operator()<192>();
-  return visit.template operator()<256>();
+  return visit_head_dim(p.head_dim > p.value_dim ? p.head_dim : p.value_dim, visit);
 }
 
 template <typename T>
 const char* launch_forward(const AttentionParams& p, const MaskBounds& bounds,
                            cudaStream_t stream) {
   return visit_forward_bucket(
-      p, [&]<int kBucket>() { return launch_bucket<T, kBucket>(p, bounds, stream); });
+      p, [&]<int kBucket>(Index<kBucket>) { return launch_bucket<T, kBucket>(p, bounds, stream); });
 }
 
 }  // namespace tokenmill::cuda

@@ -1,6 +1,7 @@
 // Launches the kernels of one element type and mode.
 #pragma once
 #include "cuda/launch.cuh"
+#include "dense/attention/head_dim.cuh"
 #include "dense/attention/kernel_backward.cuh"
 
 namespace tokenmill::cuda {
@@ -26,17 +27,6 @@ const char* launch_side(BackwardArgs args, cudaStream_t stream) {
   args.whole = args.vectors && p.head_dim == kDim && p.value_dim == kDim;
   return launch<backward_kernel<T, kDim, kSide, kMode>>(blocks, 2 * pairs * kWarpSize,
                                                         Shape::shared_bytes(pairs), stream, args);
-}
-
-// visit(Index<kDim>{}) with the least head dimension that holds `dim`.
-template <typename Visit>
-auto visit_head_dim(int64_t dim, const Visit& visit) {
-  if (dim <= 32) return visit(Index<32>{});
-  if (dim <= 64) return visit(Index<64>{});
-  if (dim <= 96) return visit(Index<96>{});
-  if (dim <= 128) return visit(Index<128>{});
-  if (dim <= 192) return visit(Index<192>{});
-  return visit(Index<256>{});
 }
 
 // Rarer modes have fewer instances, and not the largest ones.

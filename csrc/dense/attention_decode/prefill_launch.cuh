@@ -8,7 +8,7 @@ namespace tokenmill::cuda {
 template <typename T>
 const char* launch_prefill(const DecodeParams& d, const MaskBounds& bounds, cudaStream_t stream) {
   const AttentionParams& p = d.attention;
-  return visit_forward_bucket(p, [&]<int kBucket>() {
+  return visit_forward_bucket(p, [&]<int kBucket>(Index<kBucket>) {
     return launch_forward<T, kBucket, Weights::any, true, T>(p, bounds, stream, d.cache);
   });
 }
