@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/driver.h"
+#include "cuda/capability.h"
 #include "cuda/launch.cuh"
 #include "cuda/refuse.cuh"
 
@@ -65,6 +66,10 @@ const char* refuse(const char* argument, const char* rule, int64_t value) {
   return kept(std::string(argument) + ": " + rule + "; got " + std::to_string(value));
 }
 
+int compute_capability() {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+         attribute(cudaDevAttrComputeCapabilityMinor);
+}
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int shared_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 

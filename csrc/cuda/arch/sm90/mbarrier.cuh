@@ -1,0 +1,52 @@
+// Barriers in shared memory that count arrivals of threads and bytes of copies.
+#pragma once
+#include "cuda/arch/shared_memory.cuh"
+
+namespace tokenmill::cuda {
+
+// A phase ends when all that it expects has arrived. Phase n has parity n % 2, and a wait for the
+// parity of the phase before the first one returns at once.
+class Mbarrier {
+ public:
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(arrivals));
+  }
+  __device__ void arrive() {
+    asm volatile(
+        "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(address())
+        : "memory");
+  }
+  // Arrives, and makes the phase wait for so many bytes of copies that name this barrier.
+  __device__ void arrive_expecting(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()),
+                 "r"(bytes)
+                 : "memory");
+  }
+  __device__ void wait(unsigned parity) {
+    while (!has_ended(parity)) continue;
+  }
+  // As the copies take it.
+  __device__ uint64_t* word() { return &word_; }
+
+ private:
+  __device__ uint32_t address() const { return shared_address(&word_); }
+  __device__ bool has_ended(unsigned parity) {
+    uint32_t ended;
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(ended)
+        : "r"(address()), "r"(parity)
+        : "memory");
+    return ended;
+  }
+
+  uint64_t word_;
+};
+
+// Makes initialised barriers visible to copies. The threads of the block meet behind it.
+__device__ inline void publish_mbarriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+}  // namespace tokenmill::cuda

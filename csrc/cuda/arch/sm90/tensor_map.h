@@ -1,0 +1,26 @@
+// Tensor maps, by which the copy engine finds the rows of a tensor.
+#pragma once
+#include <cuda.h>
+
+#include "core/dtype.h"
+#include "core/rows.h"
+
+namespace tokenmill::cuda {
+
+constexpr int kBoxColumns = 64;  // of 16 bits
+constexpr int kBoxRowBytes = kBoxColumns * 2;
+
+// A tensor of 16-bit elements as the maps see it.
+struct MappedRows {
+  Rows rows;
+  int64_t batch, tokens, heads, columns;
+};
+
+// Addresses and strides must be multiples of 16 bytes, and rows must not lie on each other.
+bool can_map(const MappedRows& tensor);
+
+// A map of boxes of box_rows tokens and kBoxColumns columns, in the layout of tma.cuh. null, or
+// what went wrong.
+const char* encode_map(CUtensorMap& map, const MappedRows& tensor, DType dtype, int box_rows);
+
+}  // namespace tokenmill::cuda
