@@ -2,10 +2,13 @@
 # An operator's cuda*.cu declares them `extern template`.
 set(ELEMENTS __half __nv_bfloat16 float)
 
-# cuda_instances(header declaration [ELEMENTS element ...] [MODES mode ...])
-# `declaration` names ELEMENT, and MODE where there are some. Appends to `cuda`.
+# cuda_instances(header declaration [ELEMENTS element ...] [MODES mode ...] [INTO sources])
+# `declaration` names ELEMENT, and MODE where there are some. Appends to `sources`, else to `cuda`.
 function(cuda_instances header declaration)
-  cmake_parse_arguments(PARSE_ARGV 2 only "" "" "ELEMENTS;MODES")
+  cmake_parse_arguments(PARSE_ARGV 2 only "" "INTO" "ELEMENTS;MODES")
+  if(NOT only_INTO)
+    set(only_INTO cuda)
+  endif()
   if(NOT only_ELEMENTS)
     set(only_ELEMENTS ${ELEMENTS})
   endif()
@@ -29,14 +32,17 @@ function(cuda_instances header declaration)
       set(source ${CMAKE_BINARY_DIR}/built/${folder}/${name}.cu)
       file(CONFIGURE OUTPUT ${source} @ONLY CONTENT
            "#include \"${header}\"\n\nnamespace tokenmill::cuda {\ntemplate ${instance};\n}\n")
-      list(APPEND cuda ${source})
+      list(APPEND ${only_INTO} ${source})
     endforeach()
   endforeach()
-  set(cuda ${cuda} PARENT_SCOPE)
+  set(${only_INTO} ${${only_INTO}} PARENT_SCOPE)
 endfunction()
 
 cuda_instances(dense/attention/kernel.cuh
   "const char* launch_forward<ELEMENT>(const AttentionParams&, const MaskBounds&, cudaStream_t)")
+cuda_instances(dense/attention/kernel_sm90.cuh
+  "const char* launch_forward_sm90<ELEMENT, Weights::MODE>(const AttentionParams&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid INTO cuda_sm90)
 # float32 has the general mode alone.
 cuda_instances(dense/attention/kernel_backward_launch.cuh
   "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _autocast, _library
+from . import _autocast, _emulator, _library
 from ._check import InputError, fail, synchronising_checks
 from ._derivatives import below_autograd, note_writes, refuse_gradient, transformed
 from ._door import compiling
+from ._info import build_info
 from ._sharded import sharding_of
 
 if TYPE_CHECKING:
@@ -328,12 +329,30 @@ def kernel_name(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
     if backend == "cpu":
         return f"csrc/{spec.family}/{spec.name}, {_library.native.cpu_isa()}, {dtype}"
     if backend == "cuda":
-        return f"csrc/{spec.family}/{spec.name}, {dtype}"
+        return f"{_cuda_kernel(spec, backend, lowered)}, {dtype}"
     if backend == "emulated":
-        return f"csrc/{spec.family}/{spec.name} in the PTX machine, {dtype}"
+        return f"{_cuda_kernel(spec, backend, lowered)} in the PTX machine, {dtype}"
     if backend == "triton":
         return f"triton_kernels/{spec.forward.triton}, {dtype}"
     return f"reference/{spec.family}/{spec.name}, plain PyTorch, {dtype}"
+
+
+def _cuda_kernel(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
+    name = f"csrc/{spec.family}/{spec.name}"
+    if spec.unsupported_sm90 is None or not _is_sm90(backend, lowered):
+        return name
+    if backend == "cuda" and not any(a.startswith("90a") for a in build_info()["cuda_archs"]):
+        return f"{name} (not kernel_sm90: the build has no 90a)"
+    why = spec.unsupported_sm90(*lowered)
+    return f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
+
+
+def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:
+    """Whether the device has compute capability 9.0."""
+    if backend == "emulated":
+        return _emulator.device() == "sm_90a"
+    device = next(t for t in lowered if isinstance(t, torch.Tensor)).device
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def kernels(spec: OpSpec, backend: str) -> str:

@@ -26,10 +26,21 @@ def machine() -> ctypes.CDLL:
     return found
 
 
+_chosen: dict[str, str] = {}  # by configure
+
+
 def configure(settings: str) -> None:
     """Sets options of the machine: "check=1,order=reverse,seed=7" (docs/ptxvm.md lists them)."""
     if machine().ptxvm_configure(settings.encode()):
         raise ValueError(f"tokenmill.emulator: {machine().ptxvm_last_report().decode()}")
+    _chosen.update(
+        (n.strip(), v.strip()) for n, _, v in (s.partition("=") for s in settings.split(","))
+    )
+
+
+def device() -> str:
+    """The device whose limits apply: "sm_80"."""
+    return _chosen.get("device", _initial("device"))
 
 
 @contextlib.contextmanager
@@ -94,11 +105,15 @@ _DEFAULTS = {  # of csrc/ptxvm/machine.h
 }
 
 
+def _initial(option: str) -> str:
+    return os.environ.get(f"PTXVM_{option.upper()}", _DEFAULTS[option])
+
+
 @contextlib.contextmanager
 def configured(settings: str) -> Iterator[None]:
     """Sets options for a while; afterwards those named are as the environment set them."""
     names = [setting.split("=")[0].strip() for setting in settings.split(",")]
-    before = {n: os.environ.get(f"PTXVM_{n.upper()}", _DEFAULTS[n]) for n in names}
+    before = {n: _initial(n) for n in names}
     configure(settings)
     try:
         yield

@@ -1,6 +1,8 @@
+#include "cuda/capability.h"
 #include "cuda/refuse.cuh"
 #include "dense/attention/kernel.cuh"
 #include "dense/attention/kernel_mask.cuh"
+#include "dense/attention/launch_sm90.h"
 
 namespace tokenmill {
 namespace cuda {
@@ -11,6 +13,21 @@ extern template const char* launch_forward<__nv_bfloat16>(const AttentionParams&
                                                           cudaStream_t);
 extern template const char* launch_forward<float>(const AttentionParams&, const MaskBounds&,
                                                   cudaStream_t);
+
+#if defined(TOKENMILL_SM90)
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
+template <typename T>
+const char* launch_on_sm90(const AttentionParams& p, cudaStream_t stream) {
+  if constexpr (kHasSm90) {
+    if (p.map == ScoreMap::softmax) return launch_forward_sm90<T, Weights::softmax>(p, stream);
+    return launch_forward_sm90<T, Weights::sigmoid>(p, stream);
+  }
+  return nullptr;
+}
 
 }  // namespace cuda
 
@@ -24,6 +41,9 @@ const char* launch_cuda(const Masked<AttentionParams>& m, void* stream) {
     return cuda::refuse("q", "must have at most 2^31 - 1 heads in all sequences on CUDA",
                         p.batch * p.heads);
   const auto on = static_cast<cudaStream_t>(stream);
+  if (cuda::kHasSm90 && cuda::takes_sm90(p) && cuda::compute_capability() == 90)
+    return p.dtype == DType::float16 ? cuda::launch_on_sm90<__half>(p, on)
+                                     : cuda::launch_on_sm90<__nv_bfloat16>(p, on);
   if (p.mask.any())
     if (const char* error = cuda::launch_bounds(p, m.bounds, on)) return error;
   return cuda::visit_dtype(p.dtype,

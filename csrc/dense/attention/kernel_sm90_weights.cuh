@@ -1,0 +1,198 @@
+// From scores to weights, in the registers of a warpgroup on compute capability 9.0a. A lane has
+// rows g and g + 8 of the 16 rows of its warp: element 4 n + i of `s` is of row g + 8 (i / 2).
+#pragma once
+#include "cuda/attention/epilogue.cuh"
+#include "cuda/attention/online_softmax.cuh"
+#include "cuda/attention/score_map.cuh"
+#include "cuda/attention/score_mod.cuh"
+#include "dense/attention/kernel_sm90_shape.cuh"
+
+namespace tokenmill::cuda {
+
+// What a mask hides: pairs outside columns begin[h] .. end[h] - 1 of row g + 8 h, counted from the
+// lane's first column.
+struct RowBounds {
+  int begin[2], end[2];
+
+  // left, right: some row does not see the first, the last column.
+  template <int kCount>
+  __device__ __forceinline__ void hide(float (&s)[kCount], bool left, bool right) const {
+    if (left) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i / 4 * 8 + i % 2 < begin[i / 2 % 2]) s[i] = -infinity();
+    }
+    if (right) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) s[i] = -infinity();
+    }
+  }
+};
+
+// A class of weights makes those of 64 rows and 2 kCount keys from scores, in their place. `pack`
+// then makes words of two, the left operand of the next product: no word may be written while a
+// product that reads others runs.
+template <typename T, Weights kWeights>
+class RowWeights;
+
+// p = 2^(factor s - row_max). row_max moves when an exponent exceeds it by kHeadroom: the sums of a
+// row are rarely rescaled, and whether they are depends on that row alone.
+template <typename T>
+class RowWeights<T, Weights::softmax> {
+ public:
+  // The constant of the head, `shift`, is left out of the exponents.
+  __device__ RowWeights(const Sm90Plan& plan, float) : plan_(plan) {}
+
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = -infinity();
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) top = fmaxf(top, s[i / 2 * 4 + 2 * h + i % 2]);
+      top = quad_max(top * plan_.factor);
+      shrink_[h] = 1;
+      if (top + neg_row_max_[h] > kHeadroom) {
+        shrink_[h] = exp2_approx(-neg_row_max_[h] - top);
+        neg_row_max_[h] = -top;
+      }
+      sum_[h] *= shrink_[h];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      s[i] = exp2_approx(fmaf(s[i], plan_.factor, neg_row_max_[i / 2 % 2]));
+      sum_[i / 2 % 2] += s[i];
+    }
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return cuda::pack<T>(low, high);
+  }
+
+  // What was summed before the weights of the last `weigh`.
+  template <int kCount>
+  __device__ __forceinline__ void rescale(float (&o)[kCount]) const {
+    if (!__any_sync(kFullWarp, shrink_[0] != 1 || shrink_[1] != 1)) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) o[i] *= shrink_[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ RowScale finish(int h, const float* sink, float shift) const {
+    return softmax_epilogue(quad_sum(sum_[h]), -neg_row_max_[h], sink, shift);
+  }
+
+ private:
+  const Sm90Plan& plan_;
+  // The first weights overflow this one, see ForwardWarp.
+  float neg_row_max_[2] = {kFloatMax, kFloatMax};
+  float sum_[2] = {0, 0}, shrink_[2];
+};
+
+// p = 1 / (1 + e^-z), z = scale s + shift, times kScale<T>. Nothing is summed over a row.
+template <typename T>
+class RowWeights<T, Weights::sigmoid> {
+ public:
+  __device__ RowWeights(const Sm90Plan& plan, float shift) : plan_(plan) {
+    offset_ = shift * (plan_.fast ? 0.5f : kLog2e);
+    // A hidden pair, whose logit is -inf, stays hidden.
+    offset_ = offset_ > kFloatMax ? kFloatMax : offset_ < -kFloatMax ? -kFloatMax : offset_;
+    if (!plan_.fast) offset_ += kLog2Scale<T>;
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void weigh(float (&s)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kStep) weigh_step(reinterpret_cast<float (&)[kStep]>(s[i]));
+  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    if constexpr (!kPairs) return cuda::pack<T>(low, high);
+    const uint32_t weights = __float_as_uint(low);
+    return fma_packed(__float_as_uint(high), weights, weights);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void rescale(float (&)[kCount]) const {}
+
+  __device__ __forceinline__ RowScale finish(int, const float*, float) const {
+    return {plan_.fast ? 1 : 1 / kScale<T>, 0};
+  }
+
+ private:
+  static constexpr int kStep = 16;  // scores of a lane of 32 keys
+  // float16 has the digits to compute small weights in pairs: `low` then has two words e, `high`
+  // two words r of weights e + r e.
+  static constexpr bool kPairs = std::is_same_v<T, __half>;
+  static constexpr float kLargest = kScale<T> / 5;  // that is small
+
+  __device__ __forceinline__ void weigh_step(float (&s)[kStep]) const {
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) s[i] = fmaf(s[i], plan_.factor, offset_);
+    if (plan_.fast) {
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) s[i] = fmaf(tanh_approx(s[i]), 0.5f, 0.5f);
+#pragma unroll
+      for (int i = 0; i < kStep; i += 2) set_weights(s[i], s[i + 1], s[i], s[i + 1]);
+      return;
+    }
+    uint32_t e[kStep / 2], top[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < kStep / 2; ++i) {
+      s[2 * i] = exp2_approx(s[2 * i]);
+      s[2 * i + 1] = exp2_approx(s[2 * i + 1]);
+      e[i] = cuda::pack<T>(s[2 * i], s[2 * i + 1]);
+      top[i % 2] = max_packed<T>(top[i % 2], e[i]);
+    }
+    if (!__any_sync(kFullWarp, is_large(max_packed<T>(top[0], top[1])))) {
+#pragma unroll
+      for (int i = 0; i < kStep / 2; ++i) set_small_weights(s[2 * i], s[2 * i + 1], e[i]);
+      return;
+    }
+    // Each row decides by its own scores.
+    const bool large[2] = {is_large(quad_max_packed(top[0])), is_large(quad_max_packed(top[1]))};
+#pragma unroll
+    for (int i = 0; i < kStep / 2; ++i)
+      if (large[i % 2])
+        set_weights(s[2 * i], s[2 * i + 1], weight(s[2 * i]), weight(s[2 * i + 1]));
+      else
+        set_small_weights(s[2 * i], s[2 * i + 1], e[i]);
+  }
+
+  // e / (1 + e) of e = e^z, both times kScale. A second special function. e is cut where that
+  // makes no difference: infinity times 0 would be NaN.
+  static __device__ __forceinline__ float weight(float e) {
+    e = min_or_nan(e, 0x1p126f);
+    return e * reciprocal_approx(fmaf(e, 1 / kScale<T>, 1.f));
+  }
+  static __device__ __forceinline__ void set_weights(float& low, float& high, float w0, float w1) {
+    low = kPairs ? __uint_as_float(cuda::pack<T>(w0, w1)) : w0;
+    high = kPairs ? 0 : w1;
+  }
+
+  // The same as e + e^2 (a + b e), with a relative error of 2^-12 up to e = 0.2.
+  static __device__ __forceinline__ void set_small_weights(float& low, float& high, uint32_t both) {
+    constexpr float kA = -0.98670116f, kB = 0.77178835f;
+    constexpr uint32_t kInverseScale2 = 0x02000200, kA2 = 0xbbe5bbe5, kB2 = 0x3a2d3a2d;
+    if constexpr (kPairs) {
+      const uint32_t e = mul_packed(both, kInverseScale2);
+      low = __uint_as_float(both);
+      high = __uint_as_float(mul_packed(fma_packed(e, kB2, kA2), e));
+    } else {
+      low = fmaf(low * low, fmaf(low, kB, kA), low);
+      high = fmaf(high * high, fmaf(high, kB, kA), high);
+    }
+  }
+  // These are not negative: their bits compare like integers. A NaN that is not seen is a weight
+  // already.
+  static __device__ __forceinline__ bool is_large(uint32_t e) {
+    return max(e & 0xffff, e >> 16) > cuda::pack<T>(kLargest, 0);
+  }
+  static __device__ __forceinline__ uint32_t quad_max_packed(uint32_t e) {
+    e = max_packed<T>(e, __shfl_xor_sync(kFullWarp, e, 1));
+    return max_packed<T>(e, __shfl_xor_sync(kFullWarp, e, 2));
+  }
+
+  const Sm90Plan& plan_;
+  float offset_;
+};
+
+}  // namespace tokenmill::cuda

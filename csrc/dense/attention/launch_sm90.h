@@ -1,0 +1,43 @@
+// Which calls the forward of compute capability 9.0a takes, and their launch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "cuda/arch/sm90/tensor_map.h"
+#include "cuda/attention/score_map.cuh"
+#include "cuda/sequences.cuh"
+
+namespace tokenmill::cuda {
+
+struct Sm90Tensors {
+  MappedRows q, k, v, out;
+
+  explicit Sm90Tensors(const AttentionParams& p) : Sm90Tensors(p, p.cu_seqlens_q ? 1 : p.batch) {}
+
+ private:
+  Sm90Tensors(const AttentionParams& p, int64_t batch)
+      : q{p.q, batch, p.seqlen_q, p.heads, p.head_dim},
+        k{p.k, batch, p.seqlen_k, p.kv_heads, p.head_dim},
+        v{p.v, batch, p.seqlen_k, p.kv_heads, p.value_dim},
+        out{p.out, batch, p.seqlen_q, p.heads, p.value_dim} {}
+};
+
+// With fewer queries most of a tile of 64 rows would be idle.
+constexpr int64_t kLeastSm90Queries = 32;
+
+// The rules of python/tokenmill/dense/attention_kernels.py, in its order.
+inline bool takes_sm90(const AttentionParams& p) {
+  const bool head_dim = p.head_dim == p.value_dim && (p.head_dim == 64 || p.head_dim == 128);
+  if (p.dtype == DType::float32 || !head_dim) return false;
+  if (weights_of(p) == Weights::elementwise) return false;
+  if (p.mask.any() || p.bias || p.alibi_slopes || !(p.scale > 0)) return false;
+  if (p.seqlen_q < kLeastSm90Queries || p.seqlen_k < 1) return false;
+  const Sm90Tensors t(p);
+  if (max_tiles(p.cu_seqlens_q, p.batch, p.seqlen_q, 64) * t.q.batch * p.heads > 1 << 30)
+    return false;
+  return can_map(t.q) && can_map(t.k) && can_map(t.v) && can_map(t.out);
+}
+
+template <typename T, Weights kWeights>
+const char* launch_forward_sm90(const AttentionParams& p, cudaStream_t stream);
+
+}  // namespace tokenmill::cuda
