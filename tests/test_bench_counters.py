@@ -36,6 +36,7 @@ def launch(**changes):
     [
         ("tensor", {"mma": 8}),
         ("shared", {"shared": {"load": {"waves": 5}, "store": {"waves": 3}}}),
+        ("shared", {"wgmma": {"a_bytes": 256, "b_bytes": 768}}),
         ("issue", {"instructions_without_moves": 32}),
         ("l2", {"global": {"load": {"sectors": 12}, "store": {"sectors": 4}}}),
     ],
@@ -134,8 +135,9 @@ def rows_of(pattern, ops, tmp_path):
 
 
 @built
-def test_a_row_says_what_the_kernel_did(capsys, tmp_path):
-    title = "forward D64 S512 causal softmax"
+@pytest.mark.parametrize("device", ["", "sm_90a "])
+def test_a_row_says_what_the_kernel_did(device, capsys, tmp_path):
+    title = f"{device}forward D64 S512 causal softmax"
     (row,) = rows_of(f"^{title}$", ["attention"], tmp_path)
     assert row["case"] == title and row["op"] == "attention"
     assert title in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Cases of attention, beside FlashAttention-2 and FlashSigmoid."""
+"""Cases of attention, beside FlashAttention-2 and FlashSigmoid, and of its forward for compute
+capability 9.0a, beside FlashAttention-3."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 
 import tokenmill as tm
+from tokenmill import _emulator
 
 from .case import Counted, CounterCase, peer_rows
 
 COMPARED = ("FlashAttention-2", "FlashSigmoid")
+COMPARED_SM90 = ("FlashAttention-3",)
 PEER_UNITS = ("tensor", "mufu", "fp32", "alu", "shared", "issue")  # l2 is not an on-chip bound
 
 
@@ -124,14 +127,26 @@ def prepare(shape: Shape, variant: Variant) -> Callable[[], object]:
     return lambda: torch.autograd.grad(out, (q, k, v), cotangent)
 
 
-def bounds(shape: Shape, variant: Variant) -> dict[str, float]:
+def prepare_sm90(shape: Shape, variant: Variant) -> Callable[[], object]:
+    call = prepare(shape, variant)
+
+    def on_sm90() -> object:
+        with _emulator.configured("device=sm_90a"):
+            return call()
+
+    return on_sm90
+
+
+def bounds(
+    shape: Shape, variant: Variant, compared: tuple[str, ...] = COMPARED
+) -> dict[str, float]:
     """The figures of the peers that a row is held against."""
     if not variant.has_peers:
         return {}
     rows = {
         row["peer"]: row
         for row in peer_rows("attention")
-        if row["peer"] in COMPARED
+        if row["peer"] in compared
         and row["dtype"] == "float16"
         and (row["pass"] == "backward") == shape.backward
         and all(
@@ -146,10 +161,13 @@ def bounds(shape: Shape, variant: Variant) -> dict[str, float]:
     def traffic_share(row: dict[str, Any]) -> float:
         return (row["read_kib"] + row["write_kib"] + row["atomic_kib"]) / row["floor_kib"]
 
+    def row_of(peer: str) -> dict[str, Any]:
+        return rows[peer if len(compared) > 1 else compared[0]]
+
     return {
         "binding_cycles": min(map(binding, rows.values())),
-        "instructions": rows[variant.instruction_peer]["lean_per_1000_scores"],
-        "traffic_over_least": traffic_share(rows[variant.map_peer]),
+        "instructions": row_of(variant.instruction_peer)["lean_per_1000_scores"],
+        "traffic_over_least": traffic_share(row_of(variant.map_peer)),
     }
 
 
@@ -165,6 +183,23 @@ def cases() -> Iterator[CounterCase]:
                 bounds(shape, variant),
                 held=variant.bias or variant.kind == "softmax",
             )
+    for shape in shapes():
+        for variant in VARIANTS:
+            if shape.backward or shape.heads > 1 or not variant.has_peers:
+                continue
+            yield CounterCase(
+                f"sm_90a {shape.title} {variant.title}",
+                shape.scores / 1000,
+                shape.least_bytes(variant.kind),
+                shape.least_mma,
+                functools.partial(prepare_sm90, shape, variant),
+                bounds(shape, variant, COMPARED_SM90),
+                held=variant.bias or variant.kind == "softmax",
+            )
 
 
-COUNTED = Counted("1000 useful scores", cases, "FlashAttention-2 and FlashSigmoid")
+COUNTED = Counted(
+    "1000 useful scores",
+    cases,
+    "FlashAttention-2 and FlashSigmoid, on sm_90a FlashAttention-3",
+)

@@ -107,11 +107,16 @@ def cycles(launches: Launches, units: float) -> dict[str, float]:
         "special": lanes("special") / 16,
         "fp32": lanes("fp32") / 128,
         "alu": lanes("integer", "select", "convert") / 64,
-        "shared": sum(r["waves"] for r in _shared(launches)),
+        "shared": sum(r["waves"] for r in _shared(launches)) + operands(launches) / 128,
         "issue": sum(launch["instructions_without_moves"] for launch in launches) / 4,
         "l2": traffic(launches) / 64,
     }
     return {unit: totals[unit] / units for unit in UNITS}
+
+
+def operands(launches: Launches) -> int:
+    """Bytes of shared memory that wgmma reads, 128 in a cycle."""
+    return sum(sum(launch.get("wgmma", {}).values()) for launch in launches)
 
 
 def traffic(launches: Launches) -> int:
