@@ -22,6 +22,7 @@ NAVIGATION = {
     "Development": [
         "contributing",
         "abi",
+        "hopper",
         "ptxvm",
         "adding-an-op",
         "adding-an-argument",
