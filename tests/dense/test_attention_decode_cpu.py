@@ -47,6 +47,18 @@ def test_float8_with_few_and_many_rows(dims, rows, dtype, isa):
 
 @each_isa
 @each_dtype
+@pytest.mark.parametrize("packed", [False, True])
+def test_float8_with_so_many_queries_that_keys_are_packed(packed, dtype, isa):
+    options = {"queries": (70, 3)} if packed else {"sq": 70, "window": (30, 0), "softcap": 3.0}
+    call = decode_call(
+        (90, 70), d=40, dv=72, page_size=8, capacity=96, float8=("token", "head"),
+        return_lse=True, **options,
+    )  # fmt: skip
+    keeps_the_budget("attention_decode", call, dtype)
+
+
+@each_isa
+@each_dtype
 @pytest.mark.parametrize("h", [3, 18])
 @pytest.mark.parametrize("float8", [None, ("token", "token")], ids=str)
 def test_latent_heads_with_few_and_many_rows(float8, h, dtype, isa):

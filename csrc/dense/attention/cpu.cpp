@@ -5,8 +5,8 @@
 #include "core/knobs.h"
 #include "cpu/parallel.h"
 #include "dense/attention/cpu_mask_forward.h"
+#include "dense/attention/cpu_packed_head.h"
 #include "dense/attention/cpu_weights.h"
-#include "dense/attention_decode/params.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
@@ -24,80 +24,6 @@ struct Sequences {
     Sequence s(p, b);
     if (cached) s.k_length = cached->cache.length(b);
     return s;
-  }
-};
-
-// One head's keys and values as B operands, packed panel by panel when first needed.
-template <class Op>
-struct PackedHead {
-  float *k, *v;
-  uint8_t* done;
-  int64_t words, width;  // of a k row; of a v row
-  const AttentionParams* p;
-  const KvCache* cache;  // where the keys lie, or null
-  Sequence s;
-  int64_t b, h;
-
-  static int64_t k_size(int64_t length, int64_t head_dim) {
-    return round_up(length, kPanel) * words_of<Op>(head_dim);
-  }
-  static int64_t v_size(int64_t length, int64_t width) {
-    return round_up(length, kPanel) / Op::kPair * width;
-  }
-  const float* k_panel(int64_t column) const { return k + column * words; }
-  const float* v_rows(int64_t column) const { return v + column / Op::kPair * width; }
-  char* k_row(int64_t j) const { return row(cache ? cache->k : p->k, j); }
-  char* v_row(int64_t j) const { return row(cache ? cache->v : p->v, j); }
-  char* row(const Rows& rows, int64_t j) const {
-    if (!cache) return row_of(rows, p->dtype, b, s.k_start, j, h);
-    const KvCache::Slot at = cache->slot(b, j);
-    return row_of(rows, p->dtype, at.page, 0, at.row, h);
-  }
-  int64_t rows_at(int64_t column) const {
-    return s.k_length - column < kPanel ? s.k_length - column : kPanel;
-  }
-
-  void ensure(int64_t column) {
-    if (done[column / kPanel]) return;
-    done[column / kPanel] = 1;
-    const int64_t n = rows_at(column);
-    if (!cache) {
-      pack(EvenRows{k_row(column), p->k.seq}, EvenRows{v_row(column), p->v.seq}, column, n);
-    } else {
-      const char *k_rows[kPanel], *v_rows[kPanel];
-      for (int64_t r = 0; r < n; ++r) k_rows[r] = k_row(column + r), v_rows[r] = v_row(column + r);
-      pack(ScatteredRows{k_rows}, ScatteredRows{v_rows}, column, n);
-    }
-  }
-  template <class Source>
-  void pack(const Source k_rows, const Source v_rows, int64_t column, int64_t n) {
-    pack_transposed<Op>(k_rows, p->dtype, n, p->head_dim, 1.f, k + column * words);
-    pack_reduced_rows<Op>(v_rows, p->dtype, n, p->value_dim, v + column / Op::kPair * width, width);
-  }
-
-  // The panel at `column`, of which the share [part, part + count) of `parts`.
-  void prefetch(int64_t column, int64_t part, int64_t count, int64_t parts) const {
-    if (column < s.k_length && !done[column / kPanel]) prefetch_rows(column, part, count, parts);
-  }
-  // Where that panel goes. Under a mask few tiles read a panel, and what it is written over has
-  // left the caches.
-  void prefetch_packed(int64_t column, int64_t part, int64_t count, int64_t parts) const {
-    if (column >= s.k_length || done[column / kPanel]) return;
-    const int64_t last = part + count < parts ? part + count : parts;
-    const auto ask = [&](const float* panel, int64_t floats) {
-      const char* from = reinterpret_cast<const char*>(panel + floats * part / parts);
-      prefetch_row<true>(from, floats * (last - part) / parts * sizeof(float));
-    };
-    ask(k_panel(column), kPanel * words);
-    ask(v_rows(column), kPanel / Op::kPair * width);
-  }
-  void prefetch_rows(int64_t column, int64_t part, int64_t count, int64_t parts) const {
-    const int64_t n = rows_at(column);
-    const int64_t last = part + count < parts ? part + count : parts;
-    for (int64_t j = column + part * n / parts; j < column + last * n / parts; ++j) {
-      prefetch_row<false>(k_row(j), p->head_dim * size_of(p->dtype));
-      prefetch_row<false>(v_row(j), p->value_dim * size_of(p->dtype));
-    }
   }
 };
 
@@ -222,6 +148,7 @@ class Worker {
     head.k = workspace.take(head.k_size(sizes.longest_k, p.head_dim));
     head.v = workspace.take(head.v_size(sizes.longest_k, t.width));
     head.done = reinterpret_cast<uint8_t*>(workspace.take(ceil_div(panels, 4)));
+    head.place(workspace);
     t.place(workspace, kQueryTile);
     mask.place(workspace, sizes.longest_k);
   }
@@ -295,7 +222,8 @@ class Worker {
 
   int64_t floats_needed(const Sizes& sizes) const {
     return head.k_size(sizes.longest_k, p.head_dim) + head.v_size(sizes.longest_k, t.width) +
-           ceil_div(panels, 4) + t.size(kQueryTile) + mask.size(sizes.longest_k) + 3 * 16;
+           ceil_div(panels, 4) + PackedHead<Op>::codes_size(sequences.cache(), t.words) +
+           t.size(kQueryTile) + mask.size(sizes.longest_k) + 4 * 16;
   }
 
   char* row_at(const Rows& rows, const Place& at, int64_t row) const {
@@ -461,7 +389,8 @@ void forward(const Sequences& sequences) {
 
 void forward(const Sequences& sequences) {
 #if defined(__AVX512BF16__)
-  if (sequences.p.dtype == DType::bfloat16) return forward<BFloat16, true>(sequences);
+  const bool codes = sequences.cached && holds_codes(sequences.cached->cache);
+  if (sequences.p.dtype == DType::bfloat16 && !codes) return forward<BFloat16, true>(sequences);
 #endif
   sequences.p.dtype == DType::float32 ? forward<Float32, false>(sequences)
                                       : forward<Float32, true>(sequences);

@@ -20,7 +20,7 @@ constexpr int64_t kFewRows = 64;
 // What a request gets depends on its own number of queries alone.
 void run_on_cpu(DecodeParams& d) {
   const AttentionParams& p = d.attention;
-  const bool packs = d.cache.dtype == p.dtype && std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
+  const bool packs = std::max(p.head_dim, p.value_dim) <= kMaxHeadDim;
   const int64_t few = packs ? kFewRows / (p.heads / p.kv_heads) : p.seqlen_q;
   if (!p.cu_seqlens_q) {
     d.num_requests = p.batch;
