@@ -4,6 +4,7 @@
 
 #include "core/knobs.h"
 #include "cpu/parallel.h"
+#include "dense/attention/cpu_few_rows.h"
 #include "dense/attention/cpu_mask_forward.h"
 #include "dense/attention/cpu_packed_head.h"
 #include "dense/attention/cpu_weights.h"
@@ -398,7 +399,10 @@ void forward(const Sequences& sequences) {
 
 }  // namespace
 
-void attention_forward(const AttentionParams& p) { forward({p}); }
+void attention_forward(const AttentionParams& p) {
+  if (has_few_rows(p)) return attend_few_rows(p);
+  forward({p});
+}
 void attention_prefill(const DecodeParams& d) { forward({d.attention, &d}); }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -376,9 +376,12 @@ def _few_queries(
     q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor | None, kind: Kind
 ) -> bool:
     """Whether the call is a step of generate() that the kernel of attention_decode runs sooner: it
-    reads keys once for all heads that share them, and divides long rows of keys."""
+    reads keys once for all heads that share them, and divides long rows of keys. On a CPU attention
+    does so itself, but for padding, with which sequences would be packed."""
     sq, sk = q.shape[1], k.shape[1]
     if kind != "softmax" or not 0 < sq <= 8 or sk < 256 * sq:
+        return False
+    if mask is None and q.device.type == "cpu":
         return False
     if torch.is_autocast_enabled(q.device.type):  # attention casts, attention_decode does not
         return False
