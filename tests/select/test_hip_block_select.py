@@ -420,6 +420,33 @@ def test_nan_comes_after_every_number(backend):
     assert more == sorted([*numbers, 1, 2])
 
 
+@pytest.mark.parametrize("heads", [6, 24], ids=["every block", "the first levels"])
+@pytest.mark.parametrize("representative", ["first", "middle", "last"])
+@pytest.mark.parametrize("backend", [b for b in backends() if b in ("cuda", "emulated")])
+def test_nodes_scored_ahead_change_no_list(backend, representative, heads, monkeypatch):
+    """6 lists leave 132 multiprocessors room for four levels of a tree of five, 24 for two; the
+    second request has a tree of two levels, the third none."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (whole((3, n, heads // 3, 8), generator) for n in (1, 210))
+    k[1, ::9, 0] = NAN
+    o = {
+        **SMALL, "block_k": 1, "budget": 8, "num_sink": 3, "num_recent": 2,
+        "representative": representative,
+        "seqlens_k": torch.tensor([210, 34, 11], dtype=torch.int32),
+    }  # fmt: skip
+    want = select(q, k, "reference", **o)
+    monkeypatch.setenv("TOKENMILL_CHECK", "1")
+    found = [select(q, k, backend, **o)]
+    if backend == "emulated":
+        from tokenmill import _emulator
+
+        with _emulator.configured("order=reverse"), _emulator.counting() as launches:
+            found.append(select(q, k, backend, **o))
+        assert len(launches) == 2
+    for lists in found:
+        assert all(torch.equal(a, b) for a, b in zip(lists, want, strict=True))
+
+
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "cpu"])
 def test_pages_out_of_range_count_as_zeros(backend):
     q, k = torch.ones(1, 1, 1, 8), -torch.ones(3, 4, 1, 8)

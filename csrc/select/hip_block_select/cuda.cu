@@ -17,6 +17,27 @@ static_assert(HipShape<1>::shared_bytes(17 * kSliceBytes, 2048) +
               99 * 1024);
 
 int64_t blocks_of(const HipParams& p) { return p.requests() * p.lists * p.blocks; }
+int64_t key_blocks(const HipParams& p) { return ceil_div(p.k.rows, p.block_k); }
+// Of query columns.
+int64_t columns_of(const HipParams& p) {
+  return p.group * ((std::min(p.block_q, p.queries) - 1) / p.stride_q + 1);
+}
+// Whether each list has a multiprocessor for itself.
+bool is_alone(const HipParams& p) {
+  return blocks_of(p) <= knob(Knob::hip_fill) * multiprocessors();
+}
+
+// How many levels of the tree all multiprocessors score in about the time in which those of the
+// lists score one. A single level would not pay for its launch, nor would a tree of one.
+int levels_ahead(const HipParams& p) {
+  constexpr int64_t kMostScores = int64_t{1} << 23;  // 32 MiB
+  const int64_t lists = blocks_of(p);
+  if (p.exact || p.start || columns_of(p) > HipShape<1>::kColumns) return 0;
+  if (lists == 0 || key_blocks(p) <= 2 * p.wanted || key_blocks(p) > kMostScores / lists) return 0;
+  int levels = 0;
+  while ((lists << (levels + 1)) <= multiprocessors()) ++levels;
+  return levels > 1 ? levels : 0;
+}
 
 template <typename T, int kColumnTiles, int kWarps>
 const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t stream) {
@@ -26,8 +47,21 @@ const char* launch_search(const HipParams& p, const HipPlan& plan, cudaStream_t 
 }
 
 template <typename T>
+const char* launch_ahead(const HipParams& p, HipPlan& plan, cudaStream_t stream) {
+  const int64_t nodes = p.wanted * ((2 << plan.levels) - 2);
+  const int64_t units = ceil_div(std::min(nodes, key_blocks(p)), plan.slots);
+  plan.parts =
+      static_cast<int>(std::min(ceil_div(units, kManyWarps), multiprocessors() / blocks_of(p)));
+  plan.blocks = key_blocks(p);
+  plan.ahead = static_cast<float*>(p.workspace);
+  return launch<hip_ahead_kernel<T, 1, kManyWarps>>(
+      blocks_of(p) * plan.parts, kManyWarps * kWarpSize,
+      HipShape<1>::shared_bytes(plan.query_bytes, plan.wanted), stream, p, plan);
+}
+
+template <typename T>
 const char* launch_search(const HipParams& p, cudaStream_t stream) {
-  const int64_t columns = p.group * ((std::min(p.block_q, p.queries) - 1) / p.stride_q + 1);
+  const int64_t columns = columns_of(p);
   if (columns > 0x7fffff00)
     return refuse("q", "must have at most 2^31 - 256 queries of a block for a key head on CUDA",
                   columns);
@@ -45,13 +79,20 @@ const char* launch_search(const HipParams& p, cudaStream_t stream) {
   constexpr int kWide = 8;
   if (columns > 8 && HipShape<kWide>::shared_bytes(plan.query_bytes, plan.wanted) <= kMaxShared)
     return launch_search<T, kWide, kFewWarps>(p, plan, stream);
-  return blocks_of(p) <= knob(Knob::hip_fill) * multiprocessors()
-             ? launch_search<T, 1, kManyWarps>(p, plan, stream)
-             : launch_search<T, 1, kFewWarps>(p, plan, stream);
+  if (!is_alone(p)) return launch_search<T, 1, kFewWarps>(p, plan, stream);
+  plan.levels = levels_ahead(p);
+  if (plan.levels > 0)
+    if (const char* error = launch_ahead<T>(p, plan, stream)) return error;
+  return launch_search<T, 1, kManyWarps>(p, plan, stream);
 }
 
 }  // namespace
 }  // namespace cuda::hip_block_select
+
+int64_t workspace_bytes(const HipParams& p) {
+  namespace hip = cuda::hip_block_select;
+  return hip::levels_ahead(p) > 0 ? hip::blocks_of(p) * hip::key_blocks(p) * sizeof(float) : 0;
+}
 
 const char* launch_cuda(const HipParams& p, void* stream) {
   return cuda::visit_dtype(p.dtype, [&]<typename T>() {

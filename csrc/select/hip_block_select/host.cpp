@@ -32,9 +32,9 @@ const int32_t* start_list(const char* name, const View& tensor, const std::vecto
   return t.data<int32_t>();
 }
 
-void run(const HipParams& p, const View& q) {
+void run(HipParams& p, const View& q) {
 #if defined(TOKENMILL_WITH_CUDA)
-  if (q.is_cuda) return launch_on_device(kOp, q, p);
+  if (q.is_cuda) return launch_with_workspace(kOp, q, p, p.workspace);
 #endif
   cpu::hip_block_select(p);
 }

@@ -1,93 +1,13 @@
 // The search of one query block by one block of threads. Nodes are in shared memory; a warp scores
 // 16 keys of representatives at a time, straight from memory, against queries in shared memory; the
 // best nodes are found by digits of their scores and stay in order by a scan.
+//
+// Where lists are few, blocks of threads of the whole device first score every node of the tree's
+// first levels, of which a search needs some.
 #pragma once
-#include <cub/block/block_scan.cuh>
-
-#include "cuda/math.cuh"
-#include "select/hip_block_select/params.h"
-#include "select/products.cuh"
+#include "select/hip_block_select/kernel_shape.cuh"
 
 namespace tokenmill::cuda::hip_block_select {
-
-// Of a block: few where the device has several blocks for each multiprocessor, else many, so that
-// the keys of as many units are on their way to it.
-constexpr int kFewWarps = 4, kManyWarps = 16;
-constexpr int kHipDigitBits = 8;
-constexpr int kHipBins = 1 << kHipDigitBits;
-
-struct HipPlan {
-  int wanted;
-  int slots;           // blocks of keys among 16 rows; 1: a block is taken 16 rows at a time
-  int chunks, slices;  // 16 and 64 bytes of a row
-  int query_bytes;     // between columns in shared memory
-  int rounds;          // of a search from a list
-  bool keys_aligned, queries_aligned;
-};
-
-template <int kColumnTiles>
-struct HipShape {
-  static constexpr int kColumns = 8 * kColumnTiles;  // queries in shared memory
-
-  // Nodes that were kept and their halves have a beginning, an end and a score each.
-  static constexpr int shared_bytes(int query_bytes, int wanted) {
-    return kColumns * (query_bytes + 4) + 3 * wanted * 12 + 2 * wanted * 2;
-  }
-};
-
-// Nodes by number. A score that is not known is NaN.
-struct HipNodes {
-  int *begin, *end;
-  float* score;
-
-  __device__ void set(int i, HipNode node, float value) const {
-    begin[i] = node.begin, end[i] = node.end, score[i] = value;
-  }
-};
-
-template <int kThreads>
-struct HipShared {
-  using Scan = cub::BlockScan<unsigned, kThreads>;
-  using MaxScan = cub::BlockScan<int, kThreads>;
-
-  union {
-    typename Scan::TempStorage sum;
-    typename MaxScan::TempStorage most;
-  } scan;
-  unsigned bins[kHipBins];
-  unsigned prefix;
-  int wanted;  // of the scores that begin with the prefix
-};
-
-struct Most {
-  __device__ int operator()(int a, int b) const { return a > b ? a : b; }
-};
-
-// Unsigned integers in the order of the scores.
-__device__ __forceinline__ unsigned hip_key(float score) {
-  const unsigned bits = __float_as_uint(score);
-  return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
-}
-
-// Keys of one key head of one request, which begin at row `start`.
-template <typename T>
-struct HipKeys {
-  const HipParams& p;
-  const HipPlan& plan;
-  int64_t b, start, kv_head;
-
-  // null: zeros
-  __device__ __forceinline__ const T* row(int64_t t) const {
-    const KeyRun run = key_run(p.k, b, start + t);
-    if (run.offset < 0) return nullptr;
-    return static_cast<const T*>(p.k.data) + run.offset + kv_head * p.k.head;
-  }
-  __device__ __forceinline__ void load(uint32_t (&words)[4], const T* row, int chunk) const {
-    words[0] = words[1] = words[2] = words[3] = 0;
-    if (row == nullptr || chunk >= plan.chunks) return;
-    load_chunk(words, row, chunk, static_cast<int>(p.head_dim), plan.keys_aligned);
-  }
-};
 
 // One query block: all methods by all threads of a block, which meet at the end of each.
 template <typename T, int kColumnTiles, int kWarps>
@@ -97,8 +17,9 @@ class HipSearch {
   static constexpr int kThreads = kWarps * kWarpSize;
   using Shared = HipShared<kThreads>;
 
-  __device__ HipSearch(const HipParams& p, const HipPlan& plan, Shared& shared, void* memory)
-      : p(p), plan(plan), shared(shared), item(blockIdx.x) {
+  __device__ HipSearch(const HipParams& p, const HipPlan& plan, Shared& shared, void* memory,
+                       int64_t item)
+      : p(p), plan(plan), shared(shared), item(item) {
     queries = shared_address(memory);
     ends = reinterpret_cast<int*>(static_cast<char*>(memory) + kColumns * plan.query_bytes);
     kept.begin = ends + kColumns;
@@ -129,26 +50,71 @@ class HipSearch {
     if (threadIdx.x == 0) p.counts[item] = count;
   }
 
+  // Part `part` of the blocks whose scores the search finds in plan.ahead: those that represent the
+  // nodes of its first levels, or all.
+  __device__ void score_ahead(int part) {
+    if (all.end - all.begin <= plan.wanted) return;
+    if (columns <= kColumns) load_queries(0);
+    float* const scores = plan.ahead + item * plan.blocks;
+    const bool each = levels_ahead() == rounds_of_tree();
+    score(
+        each ? all.end - all.begin : plan.wanted * ((2 << plan.levels) - 2), part, plan.parts,
+        [&](int slot) { return each ? all.begin + slot : representative_of(slot); },
+        [](int block) { return block; }, [&](int block) -> float& { return scores[block]; });
+  }
+
  private:
+  // The tree begins with `wanted` nodes.
+  __device__ HipNode start_node(int i) const { return {start_of(i), start_of(i + 1)}; }
+  __device__ int start_of(int i) const {  // n i / wanted, whose product may not be an int
+    const int n = all.end - all.begin, each = n / plan.wanted, more = n % plan.wanted;
+    return all.begin + each * i + more * i / plan.wanted;
+  }
+  // Of ceil(n / wanted) blocks, the most that a node has.
+  __device__ int rounds_of_tree() const {
+    return 32 - __clz((all.end - all.begin - 1) / plan.wanted);
+  }
+  // All blocks are about as many as the nodes of one level less.
+  __device__ int levels_ahead() const {
+    if (kColumnTiles > 1 || plan.levels == 0) return 0;
+    const int rounds = rounds_of_tree();
+    return rounds <= plan.levels + 1 ? rounds : plan.levels;
+  }
+
+  // The block that represents node `slot` of the levels from the first on, in which node i has the
+  // halves 2 i and 2 i + 1 of the next one: two levels follow, so that none is a block yet. -1: it
+  // represents the node's parent, too.
+  __device__ int representative_of(int slot) const {
+    const int level = 31 - __clz(slot / plan.wanted + 2);
+    const int number = slot - plan.wanted * ((1 << level) - 2);
+    HipNode node = start_node(number >> level);
+    int before = -1;
+#pragma unroll 1
+    for (int step = level - 1; step >= 0; --step) {
+      if (step == 0 && level > 1) before = hip_representative(p, node);
+      const int middle = node.begin + (node.end - node.begin) / 2;
+      (number >> step & 1 ? node.begin : node.end) = middle;
+    }
+    const int block = hip_representative(p, node);
+    return block == before ? -1 : block;
+  }
+
   __device__ int descend() {
     int count = 0, rounds = plan.rounds;
+    const int ahead = levels_ahead();
     if (p.start) count = list_nodes();
     if (count == 0) {
-      const int64_t n = all.end - all.begin;
       for (int i = threadIdx.x; i < plan.wanted; i += kThreads)
-        kept.set(i,
-                 {static_cast<int>(all.begin + n * i / plan.wanted),
-                  static_cast<int>(all.begin + n * (i + 1) / plan.wanted)},
-                 quiet_nan());
+        kept.set(i, start_node(i), quiet_nan());
       __syncthreads();
       count = plan.wanted;
-      // Of ceil(n / wanted) blocks, the most that a node has.
-      rounds = 32 - __clz(static_cast<int>((n - 1) / plan.wanted));
+      rounds = rounds_of_tree();
     }
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       unsigned unknown;
-      const int all_halves = halve(count, unknown);
+      const float* const scores = round < ahead ? plan.ahead + item * plan.blocks : nullptr;
+      const int all_halves = halve(count, scores, unknown);
       if (all_halves > plan.wanted) score(static_cast<int>(unknown));
       count = keep_best(all_halves);
     }
@@ -214,9 +180,10 @@ class HipSearch {
     return static_cast<int>(total);
   }
 
-  // Kept nodes to their halves; a half with the representative of its node has its score. Returns
-  // how many there are; `unknown` of them are to be scored.
-  __device__ int halve(int count, unsigned& unknown) {
+  // Kept nodes to their halves; a half with the representative of its node has its score, and any
+  // has that of its representative in `scores`, unless null. Returns how many there are; `unknown`
+  // of them are to be scored.
+  __device__ int halve(int count, const float* scores, unsigned& unknown) {
     const int each = share(count), first = static_cast<int>(threadIdx.x) * each;
     const int last = min(first + each, count);
     const auto visit = [&](const auto& half) {
@@ -226,7 +193,8 @@ class HipSearch {
         const int known = hip_representative(p, node);
         const float value = kept.score[i];
         const auto one = [&](HipNode part) {
-          half(part, hip_representative(p, part) == known ? value : quiet_nan());
+          const int block = hip_representative(p, part);
+          half(part, scores ? scores[block] : block == known ? value : quiet_nan());
         };
         if (middle > node.begin) one({node.begin, middle});
         one({middle, node.end});
@@ -273,20 +241,36 @@ class HipSearch {
 
   // Scores of the halves that are to be done.
   __device__ void score(int count) {
+    score(
+        count, 0, 1, [&](int slot) { return todo[slot]; },
+        [&](int number) {
+          return hip_representative(p, {halves.begin[number], halves.end[number]});
+        },
+        [&](int number) -> float& { return halves.score[number]; });
+  }
+
+  // Part `part` of `count` slots. number_of(slot) is -1 or what block_of, a block of keys, and
+  // score_of, where its score goes, are asked for.
+  template <typename NumberOf, typename BlockOf, typename ScoreOf>
+  __device__ __forceinline__ void score(int count, int part, int parts, const NumberOf& number_of,
+                                        const BlockOf& block_of, const ScoreOf& score_of) {
     const int units = (count + plan.slots - 1) / plan.slots;
 #pragma unroll 1
     for (int first = 0; first < columns; first += kColumns) {
       if (columns > kColumns) load_queries(first);
       const int tiles = (min(columns - first, kColumns) + 7) / 8;
 #pragma unroll 1
-      for (int unit = threadIdx.x / kWarpSize; unit < units; unit += kWarps)
-        score_unit(unit, count, tiles, first == 0);
+      for (int unit = part * kWarps + threadIdx.x / kWarpSize; unit < units; unit += parts * kWarps)
+        score_unit(unit, count, tiles, first == 0, number_of, block_of, score_of);
       __syncthreads();
     }
   }
 
   // 16 rows of keys, or all rows of a block, with the queries in shared memory.
-  __device__ __forceinline__ void score_unit(int unit, int count, int tiles, bool fresh) {
+  template <typename NumberOf, typename BlockOf, typename ScoreOf>
+  __device__ __forceinline__ void score_unit(int unit, int count, int tiles, bool fresh,
+                                             const NumberOf& number_of, const BlockOf& block_of,
+                                             const ScoreOf& score_of) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, c = lane % 4;
     const int block_k = static_cast<int>(p.block_k);
     const int span = plan.slots > 1 ? kScoreRows / plan.slots : 8;  // lanes that share a block
@@ -301,12 +285,11 @@ class HipSearch {
       for (int i = 0; i < 2; ++i) {
         const int row = g + 8 * i, slot = unit * plan.slots + (plan.slots > 1 ? row / span : 0);
         const int offset = plan.slots > 1 ? row % span : piece + row;
-        number[i] = slot < count ? todo[slot] : -1;
+        number[i] = slot < count ? number_of(slot) : -1;
         data[i] = nullptr;
         place[i] = -1;
         if (number[i] >= 0 && offset < block_k) {
-          const HipNode node{halves.begin[number[i]], halves.end[number[i]]};
-          const int64_t t = hip_representative(p, node) * p.block_k + offset;
+          const int64_t t = block_of(number[i]) * p.block_k + offset;
           if (t >= p.num_sink && t < end) {
             place[i] = t;
             data[i] = keys.row(t);
@@ -338,7 +321,7 @@ class HipSearch {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (number[i] < 0 || (i == 1 && plan.slots == 1)) continue;
-        float& score = halves.score[number[i]];
+        float& score = score_of(number[i]);
         score = fresh ? most[i] + 0.f : fmaxf(score, most[i] + 0.f);  // not -0
       }
     }
@@ -433,7 +416,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kHipBlocks<T, kColumnTiles,
   extern __shared__ uint4 memory[];
   using Search = HipSearch<T, kColumnTiles, kWarps>;
   __shared__ typename Search::Shared shared;
-  Search(p, plan, shared, memory).run();
+  Search(p, plan, shared, memory, blockIdx.x).run();
+}
+
+// plan.parts blocks for each list.
+template <typename T, int kColumnTiles, int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarpSize, kHipBlocks<T, kColumnTiles, kWarps>)
+    hip_ahead_kernel(const __grid_constant__ HipParams p, const __grid_constant__ HipPlan plan) {
+  extern __shared__ uint4 memory[];
+  using Search = HipSearch<T, kColumnTiles, kWarps>;
+  __shared__ typename Search::Shared shared;
+  Search(p, plan, shared, memory, blockIdx.x / plan.parts).score_ahead(blockIdx.x % plan.parts);
 }
 
 }  // namespace tokenmill::cuda::hip_block_select

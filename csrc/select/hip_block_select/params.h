@@ -32,6 +32,7 @@ struct HipParams {
   int64_t start_strides[3], start_count_strides[3];
   int64_t restart_span;
   int32_t *indices, *counts;  // [B, lists, blocks, wanted], [B, lists, blocks]
+  void* workspace;            // CUDA
 
   TOKENMILL_HOST_DEVICE int64_t requests() const { return cu_seqlens_q ? 1 : batch; }  // of lists
 };
@@ -116,6 +117,7 @@ TOKENMILL_HOST_DEVICE inline HipNode hip_restart_node(const HipParams& p, HipNod
 
 // null, or what went wrong
 const char* launch_cuda(const HipParams&, void* stream);
+int64_t workspace_bytes(const HipParams&);
 
 }  // namespace tokenmill
 
