@@ -56,12 +56,12 @@ def calls(sample, pairs):
             yield call, cut(args, kwargs, dims, 0)
 
 
-def results(spec, backend, args, kwargs):
+def results(spec, sample, backend, args, kwargs):
     """Outputs and gradients, none where the backend has none."""
     function = without_side_effects(spec, functools.partial(spec.function, backend=backend))
     outputs, _ = evaluate(function, args, kwargs)
     lowered = spec.lower(*args, **kwargs)
-    if not spec.differentiable or _dispatch.unsupported_gradients(spec, backend, lowered):
+    if not spec.gradients_of(sample) or _dispatch.unsupported_gradients(spec, backend, lowered):
         return outputs, []
     return evaluate(function, args, kwargs, [torch.ones_like(o) for o in outputs])
 
@@ -74,7 +74,8 @@ def wanted(op):
         for either in calls(sample, pairs=sample is spec.samples[0]):
             for args, kwargs in either:
                 try:
-                    found.append((args, kwargs, results(spec, "reference", args, kwargs)))
+                    want = results(spec, sample, "reference", args, kwargs)
+                    found.append((sample, args, kwargs, want))
                     break
                 except RuntimeError as error:
                     assert str(error).startswith("tokenmill."), error
@@ -90,11 +91,11 @@ def test_sizes_of_zero(spec, backend):
         numbers = [sum(t.numel() for part in want for t in part) for *_, want in tried]
         order = sorted((n, i) for i, n in enumerate(numbers) if n)
         tried = [tried[i] for _, i in order[:3]]
-    for args, kwargs, want in tried:
+    for sample, args, kwargs, want in tried:
         there, options = map_tensors((args, kwargs), lambda t: t.to(device_of(backend)))
         if spec.unsupported and _dispatch.reasons(spec, backend, spec.lower(*there, **options)):
             continue
-        outputs, gradients = results(spec, backend, there, options)
+        outputs, gradients = results(spec, sample, backend, there, options)
         pairs = [*zip(outputs, want[0], strict=True)]
         if gradients:
             pairs += zip(gradients, want[1], strict=True)

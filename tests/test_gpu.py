@@ -38,11 +38,11 @@ def placed(sample, dtype=torch.float32, seed=0, backend=BACKEND):
     return map_tensors(draw(sample, dtype, seed), lambda t: t.to(device_of(backend)))
 
 
-def forward_and_backward(spec, args, kwargs, backend=BACKEND):
+def forward_and_backward(spec, sample, args, kwargs, backend=BACKEND):
     """A function that computes outputs, what is written, and gradients where there are any."""
     call = tm.testing.without_side_effects(spec, functools.partial(spec.function, backend=backend))
     cotangents = None
-    if spec.differentiable:
+    if spec.gradients_of(sample):
         outputs = tm.testing.evaluate(call, args, kwargs)[0]
         cotangents = [torch.ones(o.shape, device=device_of(backend)) for o in outputs]
 
@@ -80,18 +80,18 @@ def overwrite(old, new):
 @each_sample
 def test_a_graph_follows_the_values_of_its_inputs(spec, sample):
     args, kwargs = placed(sample)
-    replay = captured(forward_and_backward(spec, args, kwargs))
+    replay = captured(forward_and_backward(spec, sample, args, kwargs))
     replay()
     other = placed(sample, seed=1)
     overwrite((args, kwargs), other)
-    assert same_bits(replay(), forward_and_backward(spec, *other)())
+    assert same_bits(replay(), forward_and_backward(spec, sample, *other)())
 
 
 @needs_gpu
 @each_packed
 def test_a_graph_follows_the_lengths_of_its_sequences(spec, sample):
     args, kwargs = placed(sample)
-    replay = captured(forward_and_backward(spec, args, kwargs))
+    replay = captured(forward_and_backward(spec, sample, args, kwargs))
     replay()
     other_args, other_kwargs = placed(sample)
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
@@ -99,13 +99,13 @@ def test_a_graph_follows_the_lengths_of_its_sequences(spec, sample):
         other_kwargs[name][1:] = lengths.cumsum(0)
         assert not torch.equal(other_kwargs[name], kwargs[name])
     overwrite((args, kwargs), (other_args, other_kwargs))
-    assert same_bits(replay(), forward_and_backward(spec, other_args, other_kwargs)())
+    assert same_bits(replay(), forward_and_backward(spec, sample, other_args, other_kwargs)())
 
 
 @needs_gpu
 @each_sample
 def test_nothing_synchronises(spec, sample):
-    run = forward_and_backward(spec, *placed(sample))
+    run = forward_and_backward(spec, sample, *placed(sample))
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -120,10 +120,10 @@ def test_nothing_synchronises(spec, sample):
 def test_the_device_agrees_with_the_machine(spec, sample, dtype):
     from tokenmill import _emulator
 
-    on_device = forward_and_backward(spec, *placed(sample, dtype))()
+    on_device = forward_and_backward(spec, sample, *placed(sample, dtype))()
     there = placed(sample, dtype, backend="emulated")
     with _emulator.configured("order=reverse"):
-        on_machine = forward_and_backward(spec, *there, backend="emulated")()
+        on_machine = forward_and_backward(spec, sample, *there, backend="emulated")()
     if not GPU:  # the machine in both orders of warps and blocks
         assert same_bits(on_device, on_machine)
         return

@@ -173,7 +173,8 @@ def test_out_gets_the_bits_of_a_new_result(spec, sample, backend):
     assert (wide[..., :1] == 7).all() and (wide[..., -2:] == 7).all()
     asked = [t for t in tm.testing.tensors_of(args) if t.is_floating_point()]
     asked[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="must not require a gradient, as the call writes into"):
+    why = "there is none" if sample.forward_only else "as the call writes into"
+    with pytest.raises(RuntimeError, match=f"must not require a gradient, {why}"):
         spec.function(*args, **kwargs, out=out, backend=backend)
 
 

@@ -73,9 +73,11 @@ def missing(spec: OpSpec, sample: Sample, backend: str) -> list[str]:
 
 
 def able(spec: OpSpec, sample: Sample, backend: str) -> bool:
-    """Whether the kernels of a backend run a sample, and its gradients."""
+    """Whether the kernels of a backend run a sample, and its gradients if it has any."""
     if backend == "reference" or not spec.unsupported:
         return True
+    if not spec.gradients_of(sample):
+        return not missing(spec, sample, backend)
     return not unsupported_gradients(spec, backend, _lowered(spec, sample))
 
 

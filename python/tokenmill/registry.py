@@ -17,10 +17,12 @@ from ._library import TorchOp
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call of a public function. `make` draws fresh tensors from a generator."""
+    """Arguments of one call of a public function. `make` draws fresh tensors from a generator.
+    forward_only: an operator that has gradients has none of this call."""
 
     name: str
     make: Callable[[torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    forward_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ class OpSpec:
     @functools.cached_property
     def malformed(self) -> tuple[Malformed, ...]:
         return self._cases().MALFORMED
+
+    def gradients_of(self, sample: Sample) -> tuple[str, ...]:
+        """The arguments with a gradient in calls like the sample."""
+        return () if sample.forward_only else self.differentiable
 
     def _cases(self) -> Any:
         return importlib.import_module(f"{__package__}.{self.family}.{self.name}_cases")

@@ -262,7 +262,7 @@ def compare(
     first = several[0]
     there, options = map_tensors((first.args, first.kwargs), lambda t: t.to(device))
     run = without_side_effects(spec, functools.partial(spec.function, backend=backend))
-    learns = bool(spec.differentiable) and not _dispatch.unsupported_gradients(
+    learns = bool(spec.gradients_of(sample)) and not _dispatch.unsupported_gradients(
         spec, backend, spec.lower(*first.args, **first.kwargs)
     )
     weights = first.cotangents if learns else None
@@ -317,7 +317,7 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
         cotangents.extend(torch.randn(o.shape, generator=generator) for o in outputs)
         return cotangents
 
-    if spec.differentiable:
+    if spec.gradients_of(sample):
         wide = evaluate(reference, wide_args, wide_kwargs, weigh)
     else:
         wide = evaluate(reference, wide_args, wide_kwargs)
@@ -329,7 +329,7 @@ def _draw(op: str, sample: Sample, dtype: torch.dtype, seed: int) -> _Draw:
     def plainly(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         return spec.plain(*spec.lower(*args, **kwargs))[:returned]
 
-    weights = cotangents if spec.differentiable else None
+    weights = cotangents if spec.gradients_of(sample) else None
     plain = evaluate(without_side_effects(spec, plainly), args, kwargs, weights)
     return _Draw(args, kwargs, cotangents, [*chain(*wide)], [*chain(*plain)])
 

@@ -67,12 +67,12 @@ def split(mesh, op, values, axes, alone):
     return None if left else [placed.get(name, v) for name, v in given.items()]
 
 
-def run(spec, values, cotangents):
+def run(spec, sample, values, cotangents):
     """Results with what was written, and gradients."""
     op = spec.forward
     written = [op.arguments.index(name) for name in op.written]
     written = [i for i in written if values[i] is not None]
-    leaves = [op.arguments.index(name) for name in spec.differentiable]
+    leaves = [op.arguments.index(name) for name in spec.gradients_of(sample)]
     values = list(values)
     for i in written:
         values[i] = values[i].clone()
@@ -93,7 +93,7 @@ def draw(spec, sample):
     """A call of the sample on whole tensors."""
     args, kwargs = sample.make(torch.float32, torch.Generator().manual_seed(0))
     values = spec.lower(*args, **kwargs)
-    results, gradients = run(spec, values, noise)
+    results, gradients = run(spec, sample, values, noise)
     return Call(values, noise(results), results, gradients)
 
 
@@ -157,7 +157,7 @@ def outcome(mesh, spec, sample, drawn, axes, alone):
         return Outcome(*head, "nothing to split", "")
     try:
         results, grads = run(
-            spec, placed, lambda _: [on_every_rank(c, mesh) for c in call.cotangents]
+            spec, sample, placed, lambda _: [on_every_rank(c, mesh) for c in call.cotangents]
         )
     except InputError as error:
         return Outcome(*head, str(error), "")

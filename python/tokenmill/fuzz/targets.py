@@ -131,10 +131,13 @@ def _raw(spec: OpSpec, op: TorchOp, backend: str) -> Target:
             lowered = (*lowered, spec.lower_out(out, *lowered))
         return dict(zip(op.arguments, lowered, strict=True))
 
+    samples = spec.samples
+    if op is spec.backward:
+        samples = tuple(sample for sample in samples if spec.gradients_of(sample))
     return Target(
         f"torch.ops.{namespace}.{op.name}",
         lambda arguments, _: overload(**arguments),
-        spec.samples,
+        samples,
         arguments,
         op.arguments,
         op.written,

@@ -94,6 +94,10 @@ def block_sparse_call(
     return make
 
 
+LATENT: dict[str, Any] = {
+    "h": 3, "hk": 1, "d": 272, "dv": 264, "lists": 1, "block_q": 1, "latent": True,
+}  # fmt: skip
+
 SAMPLES = (
     Sample("list of each KV head", block_sparse_call()),
     Sample("list of each query head", block_sparse_call(lists=4, causal=True)),
@@ -218,6 +222,50 @@ SAMPLES = (
             num_recent=2,
             seqlens_k=torch.tensor([40, 3, 33], dtype=torch.int32),
         ),
+    ),
+    Sample(
+        "pages",
+        block_sparse_call(
+            sk=64,
+            sq=20,
+            page=16,
+            lists=1,
+            causal=True,
+            num_recent=3,
+            seqlens_k=torch.tensor([64, 33], dtype=torch.int32),
+        ),
+        forward_only=True,
+    ),
+    Sample(
+        "latent",
+        block_sparse_call(
+            **LATENT,
+            sq=5,
+            sk=40,
+            block_k=1,
+            entries=9,
+            hostile=True,
+            causal=True,
+            num_recent=2,
+            softcap=3.0,
+        ),
+        forward_only=True,
+    ),
+    Sample(
+        "latent, packed, pages",
+        block_sparse_call(
+            **LATENT,
+            b=2,
+            sk=32,
+            page=8,
+            ends_q=(2, 3),
+            block_k=2,
+            entries=6,
+            sink=True,
+            return_mass=True,
+            seqlens_k=torch.tensor([32, 9], dtype=torch.int32),
+        ),
+        forward_only=True,
     ),
     Sample("no keys", block_sparse_call(sk=0)),
     Sample("no queries", block_sparse_call(sq=0)),
