@@ -339,11 +339,22 @@ def _spans(op: str, segments: Segments, packed: bool) -> Lowered:
     q_spans, k_spans = torch.stack((first, q_ids), -1), torch.stack((k_ids, k_ids), -1)
     if segments.shared is not None:
         everything = torch.tensor([INT32_MIN, INT32_MAX], dtype=torch.int32, device=q_ids.device)
+        everything = _beside(q_ids, everything)
         q_spans, k_spans = (
             torch.where((ids == segments.shared)[..., None], everything, spans)
             for ids, spans in ((q_ids, q_spans), (k_ids, k_spans))
         )
     return Lowered(None, q_spans, k_spans)
+
+
+def _beside(of: Tensor, t: Tensor) -> Tensor:
+    """t as a DTensor that all ranks have, where `of` is a DTensor."""
+    mesh = None if type(of) is Tensor else getattr(of, "device_mesh", None)
+    if mesh is None:
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _prefix_end(
@@ -361,7 +372,8 @@ def _prefix_end(
         fail(op, "mask", f"lengths of prefix must have shape [{batch}]", leading.lengths.shape)
     i = torch.arange(rows, device=q.device, dtype=torch.int32)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return (i + (keys - rows + 1)).maximum(leading.lengths[:, None])
+        causal = _beside(leading.lengths, i + (keys - rows + 1))
+        return causal.maximum(leading.lengths[:, None])
     if batch == 0:
         return torch.zeros_like(i)[None]
     b = torch.bucketize(i, cu_seqlens_q[1:], right=True).clamp(max=batch - 1)

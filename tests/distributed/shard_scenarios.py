@@ -175,6 +175,17 @@ def uneven_shards(mesh):
             torch.testing.assert_close(full(s.grad), w.grad)
 
 
+def masks_of_requests(mesh):
+    (x,) = draw((4, 6, 4, 16))
+    lengths = torch.tensor([3, 0, 6, 1], dtype=torch.int32)
+    ids = torch.tensor([[0, 0, 1, 1, 2, 2]] * 4, dtype=torch.int32)
+    masks = tm.masks.prefix(lengths), tm.masks.segments(ids, shared=1)
+    own = [distribute_tensor(t, mesh["model"], [Shard(0)]) for t in (x, lengths, ids)]
+    for split in (masks, (tm.masks.prefix(own[1]), tm.masks.segments(own[2], shared=1))):
+        got = tm.attention(own[0], own[0], own[0], mask=split)
+        torch.testing.assert_close(full(got), tm.attention(x, x, x, mask=masks))
+
+
 def cotangents_come_as_they_are(mesh):
     """Partial inputs are reduced, and a gradient may be split otherwise than its result."""
     q, k, v = draw(*((2, 8, 4, 16),) * 3)
@@ -322,6 +333,7 @@ SCENARIOS = {
         fully_sharded_and_tensor_parallel,
         shared_key_heads,
         uneven_shards,
+        masks_of_requests,
         cotangents_come_as_they_are,
         written_arguments,
         refusals,

@@ -31,6 +31,7 @@ SCENARIOS = [
     "fully_sharded_and_tensor_parallel",
     "shared_key_heads",
     "uneven_shards",
+    "masks_of_requests",
     "cotangents_come_as_they_are",
     "written_arguments",
     "refusals",
