@@ -122,8 +122,14 @@ def test_parts_of_one_tensor_are_apart(backend):
     k, v = torch.randn(2, 2, 8, 3, 4, device=device)
     want = k.clone(), v.clone()
     tm.kv_cache_compact(*want, keep, counts, backend=backend)
-    for dim in range(4):
-        parts = torch.stack([k, v], dim).unbind(dim)
+    gap = torch.zeros(2, 2 * 8 * 3 * 4 + 5, device=device)  # behind each page
+    for dim in (*range(4), None):
+        if dim is None:
+            parts = gap[:, :-5].view(2, 8, 3, 2, 4).unbind(3)
+            for part, x in zip(parts, (k, v), strict=True):
+                part.copy_(x)
+        else:
+            parts = torch.stack([k, v], dim).unbind(dim)
         tm.kv_cache_compact(*parts, keep, counts, backend=backend)
         for found, wanted in zip(parts, want, strict=True):
             assert torch.equal(found, wanted)

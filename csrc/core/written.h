@@ -36,10 +36,33 @@ inline bool elements_apart(const Places& t) {
   return true;
 }
 
+// Multiples of a stride.
+struct Step {
+  int64_t stride, least, most;
+};
+
+// Whether `at` plus a multiple of each stride from the largest one on lies in low .. high, or
+// whether that takes more than `left` steps to see.
+inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t low, int64_t high,
+                  int& left) {
+  if (i == steps.size()) return low <= at && at <= high;
+  int64_t least = at, most = at;  // with all that follows
+  for (size_t j = i + 1; j < steps.size(); ++j) {
+    least += steps[j].stride * steps[j].least;
+    most += steps[j].stride * steps[j].most;
+  }
+  const int64_t stride = steps[i].stride;
+  const auto floor = [stride](int64_t x) { return x / stride - (x % stride < 0); };
+  const int64_t last = std::min(steps[i].most, floor(high - least));
+  for (int64_t n = std::max(steps[i].least, -floor(most - low)); n <= last; ++n)
+    if (--left < 0 || meets(steps, i + 1, at + n * stride, low, high, left)) return true;
+  return false;
+}
+
 // Whether an element of a may lie where one of b lies. For every cut the strides from it on step by
 // multiples of their greatest common divisor; what the others span is compared modulo that. This
 // tells apart what was cut from one tensor along any dimension, such as interleaved keys and
-// values.
+// values. What it leaves is searched: pages with a gap between them.
 inline bool share_memory(const Places& a, const Places& b) {
   if (a.none() || b.none()) return false;
   const int64_t apart = b.begin - a.begin;
@@ -64,7 +87,18 @@ inline bool share_memory(const Places& a, const Places& b) {
   for (const Places* t : {&a, &b})
     for (int64_t i = 0; i < t->view.dim(); ++i)
       if (t->view.step(i) > 0 && separate(t->view.step(i) * t->width)) return false;
-  return true;
+  std::vector<Step> steps;
+  for (const Places* t : {&a, &b})
+    for (int64_t i = 0; i < t->view.dim(); ++i) {
+      const int64_t last = t->view.size(i) - 1, stride = t->view.step(i) * t->width;
+      if (stride <= 0) continue;
+      auto at = std::find_if(steps.begin(), steps.end(),
+                             [&](const Step& step) { return step.stride <= stride; });
+      if (at == steps.end() || at->stride < stride) at = steps.insert(at, {stride, 0, 0});
+      (t == &a ? at->least : at->most) += t == &a ? -last : last;
+    }
+  int left = 4096;  // SEARCHED
+  return meets(steps, 0, apart, 1 - b.width, a.width - 1, left);
 }
 
 struct Read {

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ._check import check_like_out, fail
 
+SEARCHED = 4096  # multiples of strides, of a pair of tensors
+
 
 def check_written(op: str, name: str, t: Tensor, read: dict[str, Tensor | None]) -> None:
     """No lazy negative or conjugate, each element at an address of its own, and none where one lies
@@ -66,7 +68,8 @@ def _share_memory(a: Tensor, b: Tensor, apart: int) -> bool:
 
     For every cut the strides from it on step by multiples of their greatest common divisor; what
     the others span is compared modulo that. This tells apart what was cut from one tensor along any
-    dimension, such as interleaved keys and values.
+    dimension, such as interleaved keys and values. What it leaves is searched: pages with a gap
+    between them.
     """
     steps_a, steps_b = (
         [(s * t.itemsize, n - 1) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
@@ -85,4 +88,27 @@ def _share_memory(a: Tensor, b: Tensor, apart: int) -> bool:
         return begin >= span_a and begin + span_b <= step
 
     cuts = [math.inf, *(stride for stride, _ in (*steps_a, *steps_b) if stride > 0)]
-    return not any(separate(cut) for cut in cuts)
+    if any(separate(cut) for cut in cuts):
+        return False
+    strides = sorted({s for s, _ in (*steps_a, *steps_b) if s}, reverse=True)
+    dims = [
+        (s, -sum(n for t, n in steps_a if t == s), sum(n for t, n in steps_b if t == s))
+        for s in strides
+    ]
+    return _meets(dims, apart, 1 - b.itemsize, a.itemsize - 1, [SEARCHED])
+
+
+def _meets(dims: list[tuple[int, int, int]], at: int, low: int, high: int, left: list[int]) -> bool:
+    """Whether `at` plus a multiple of each stride lies in low .. high, or whether that takes more
+    than left[0] steps to see. dims: (stride, least multiple, most), from the largest stride on."""
+    if not dims:
+        return low <= at <= high
+    (stride, least, most), *others = dims
+    behind = sum(s * n for s, n, _ in others), sum(s * n for s, _, n in others)
+    first = max(least, -((at + behind[1] - low) // stride))
+    last = min(most, (high - at - behind[0]) // stride)
+    for n in range(first, last + 1):
+        left[0] -= 1
+        if left[0] < 0 or _meets(others, at + n * stride, low, high, left):
+            return True
+    return False
