@@ -472,3 +472,17 @@ def test_shapes_are_refused_before_values(backend):
     slopes = torch.ones(3)
     with pytest.raises(RuntimeError, match="attention: alibi_slopes: must have shape"):
         tm.attention(q, q, q, cu_seqlens_q=bad, alibi_slopes=slopes, backend=backend)
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="no CPU backend")
+def test_heads_that_share_a_bias_take_turns(threads):
+    """The partial sums of 341 of these heads fit in memory together; on one thread there are none."""
+    q, k, v = (torch.randn(345, n, 1, 8, requires_grad=True) for n in (130, 970, 970))
+    bias = torch.randn(1, 1, 1, 970, requires_grad=True)
+
+    def gradients(count):
+        threads(count)
+        out = tm.attention(q, k, v, bias=bias)
+        return torch.autograd.grad(out, (q, k, v, bias), torch.ones_like(out))
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(2), strict=True))

@@ -9,6 +9,7 @@
 //
 // Of softmax a row of dS adds up to dlse + P_sink delta. The gradient of score_bias is taken from
 // that: the sum itself cancels, down to the errors of P and dP.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/parallel.h"
@@ -21,10 +22,8 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// Sums over the pairs of one head. Doubles: there may be 2^32 of them.
-struct HeadSums {
-  double score_bias = 0, alibi_slopes = 0, sink = 0;
-};
+// 16 MiB: what the parts of heads may take that add to the same dbias.
+constexpr int64_t kPartFloats = int64_t{1} << 22;
 
 // What one part of one head leaves for the head's total.
 struct Partials {
@@ -68,7 +67,7 @@ class Worker {
       HeadSums total = row_sums();
       for (int64_t part = 0; part < split.count; ++part) {
         const int64_t begin = part * split.keys, end = begin + split.keys;
-        add(run_part(begin, end, 0, part == 0 ? dq_total : dq), total);
+        total.add(run_part(begin, end, 0, part == 0 ? dq_total : dq));
         add_part(part == 0 ? dq_total : dq, queries_of(begin, end), part == 0);
       }
       finish_queries(dq_total, total);
@@ -86,7 +85,7 @@ class Worker {
     for (int64_t g = 0; g < group; ++g) {
       enter_query_head(kv_head * group + g);
       partials[g].sums = run_part(begin, end, begin, partials[g].dq);
-      if (part == 0) add(row_sums(), partials[g].sums);
+      if (part == 0) partials[g].sums.add(row_sums());
     }
     store_keys(begin, end < s->k_length ? end : s->k_length, begin);
   }
@@ -100,7 +99,7 @@ class Worker {
       HeadSums total;
       for (int64_t part = 0; part < split.count; ++part) {
         const Partials& one = partials[part * group + g];
-        add(one.sums, total);
+        total.add(one.sums);
         add_part(one.dq, queries_of(part * split.keys, (part + 1) * split.keys), part == 0);
       }
       finish_queries(dq_total, total);
@@ -341,12 +340,6 @@ class Worker {
     scores.store_key(r, c, w, dz);
   }
 
-  static void add(const HeadSums& from, HeadSums& to) {
-    to.score_bias += from.score_bias;
-    to.alibi_slopes += from.alibi_slopes;
-    to.sink += from.sink;
-  }
-
   void zero_rows(float* rows, Range r) const {
     std::memset(rows + r.begin * width_d, 0, (r.end - r.begin) * width_d * sizeof(float));
   }
@@ -435,43 +428,52 @@ void backward(const AttentionBackwardParams& bp) {
   const bool share_batch = bp.dbias && bp.dbias_batch == 0,
              share_head = bp.dbias && bp.dbias_head == 0;
   const int64_t batches = share_batch ? 1 : p.batch, heads = share_head ? 1 : p.kv_heads;
+  const int64_t heads_of_item = share_head ? p.kv_heads : 1;
+  const int64_t of_item = heads_of_item * (share_batch ? p.batch : 1);
   const int64_t parts = Split(longest_k).count, group = p.heads / p.kv_heads;
   const bool whole_head =
       threads == 1 || parts == 1 || batches * heads >= 2 * threads || (bp.dbias && bp.dbias_k == 0);
   const int64_t parts_apart = whole_head ? 1 : parts;
 
   using W = Worker<Op, kKind, kCoarse>;
-  const int64_t entries = whole_head ? 0 : p.batch * p.kv_heads * parts * group;
   const int64_t dq_size = W::padded(longest_q) * round_up(p.head_dim, kWidth);
+  // Heads of an item whose parts are in memory together.
+  const int64_t one_of_each = batches * heads * parts * group * dq_size;
+  const int64_t together =
+      whole_head ? of_item : std::clamp<int64_t>(kPartFloats / (one_of_each + 1), 1, of_item);
+  const int64_t in_flight = batches * heads * together;
+  const int64_t entries = whole_head ? 0 : in_flight * parts * group;
   constexpr int64_t kEntryFloats = sizeof(Partials) / sizeof(float);
-  cpu::Workspace shared(entries * (dq_size + kEntryFloats) + p.batch * p.kv_heads + 3 * 16);
+  cpu::Workspace shared(entries * (dq_size + kEntryFloats) + in_flight + 3 * 16);
   auto* partials = reinterpret_cast<Partials*>(shared.take(entries * kEntryFloats));
   float* dq = shared.take(entries * dq_size);
   for (int64_t i = 0; i < entries; ++i) partials[i] = {dq + i * dq_size, {}};
-  auto* finished = reinterpret_cast<int32_t*>(shared.take(p.batch * p.kv_heads));
-  std::memset(finished, 0, p.batch * p.kv_heads * sizeof(int32_t));
+  auto* finished = reinterpret_cast<int32_t*>(shared.take(in_flight));
 
-  cpu::parallel_items(batches * heads * parts_apart, threads, [&](cpu::ItemCounter& items) {
-    FlushDenormals flush;
-    W worker(bp, longest_q, longest_k, whole_head);
-    for (int64_t item; (item = items.next()) >= 0;) {
-      const int64_t part = item % parts_apart, h0 = item / parts_apart % heads;
-      const int64_t b0 = item / parts_apart / heads;
-      for (int64_t b = b0; b < (share_batch ? p.batch : b0 + 1); ++b)
-        for (int64_t h = h0; h < (share_head ? p.kv_heads : h0 + 1); ++h) {
+  for (int64_t first = 0; first < of_item; first += together) {
+    const int64_t last = std::min(first + together, of_item);
+    std::memset(finished, 0, in_flight * sizeof(int32_t));
+    cpu::parallel_items(batches * heads * parts_apart, threads, [&](cpu::ItemCounter& items) {
+      FlushDenormals flush;
+      W worker(bp, longest_q, longest_k, whole_head);
+      for (int64_t item; (item = items.next()) >= 0;) {
+        const int64_t part = item % parts_apart, own = item / parts_apart;
+        for (int64_t n = first; n < last; ++n) {
+          const int64_t b = own / heads + n / heads_of_item, h = own % heads + n % heads_of_item;
           if (whole_head) {
             worker.run_head(b, h);
             continue;
           }
-          const int64_t head = b * p.kv_heads + h;
+          const int64_t head = own * together + n - first;
           Partials* all = partials + head * parts * group;
           worker.run_split(b, h, part, all + part * group);
           // The last part to finish adds all of them up.
           if (__atomic_add_fetch(finished + head, 1, __ATOMIC_ACQ_REL) == parts)
             worker.reduce(b, h, all);
         }
-    }
-  });
+      }
+    });
+  }
 }
 
 template <class Op, bool kCoarse>

@@ -4,6 +4,17 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
+// Sums over the pairs of one head. Doubles: there may be 2^32 of them.
+struct HeadSums {
+  double score_bias = 0, alibi_slopes = 0, sink = 0;
+
+  void add(const HeadSums& other) {
+    score_bias += other.score_bias;
+    alibi_slopes += other.alibi_slopes;
+    sink += other.sink;
+  }
+};
+
 // Of queries query .. query + kWidth - 1 and one key.
 inline vf bias_column(const ScoreMod& mod, int64_t query, int64_t key) {
   if (key >= mod.columns) return zero();
