@@ -63,3 +63,21 @@ def test_without_a_sink_only_lse_sees_it(dtype, backend):
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     (grad,) = torch.autograd.grad((out, lse), score_bias, (dout, dlse))
     torch.testing.assert_close(grad, dlse.sum((0, 2)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("backend", backends())
+def test_a_score_bias_that_is_not_finite(backend, kind, value):
+    g = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(1, n, 2, 16, generator=g) for n in (3, 5, 5)]
+
+    def results(backend):
+        bias = torch.tensor([value, 0.5])
+        leaves = [t.to(device_of(backend)).requires_grad_() for t in (*drawn, bias)]
+        q, k, v, score_bias = leaves
+        out = tm.attention(q, k, v, kind=kind, score_bias=score_bias, causal=True, backend=backend)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        return [t.detach().cpu() for t in (out, *grads)]
+
+    torch.testing.assert_close(results(backend), results("reference"), equal_nan=True)

@@ -198,6 +198,7 @@ def queries_kernel(
         if dlse is not None:
             b_bias_sum += tl.load(dlse + o_row + o_i, mask=m_i, other=0.0)
         b_bias_sum = tl.where(b_nats == -INF, 0.0, b_bias_sum)
+        b_bias_sum = tl.where(b_nats == b_nats, b_bias_sum, b_nats)  # NaN
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_slope_sum = tl.zeros([BLOCK_M], tl.float32)

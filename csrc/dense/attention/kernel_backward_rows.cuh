@@ -59,6 +59,7 @@ static __global__ void __launch_bounds__(kSumThreads)
         sink += static_cast<double>(weight) * minus_delta[i];
       }
       if (dlse) bias += dlse[i];
+      if (lse[i] != lse[i]) bias += lse[i];  // NaN
     }
     sink = block_sum(sink);
     bias = block_sum(bias);

@@ -127,7 +127,8 @@ def attention(
             of keys that the query sees (after all masks, a bias of -inf included).
         scale: factor of q.k; None = 1/sqrt(D).
         score_bias: added to every score of a head: a float, "neg_log_n" (-log Sk; packed: of each
-            sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0.
+            sequence), or a tensor ``[H]`` or ``[B, H]``. None = 0. +inf gives the weights 1 in
+            sigmoid, and NaN in softmax, with lse and all gradients of the head.
         bias: broadcastable to ``[B, H, Sq, Sk]`` (packed: ``[B, H, max_seqlen_q, max_seqlen_k]``),
             in the dtype of q or float32. -inf hides a pair; +inf is the largest finite logit. Or
             bool, as the attn_mask of scaled_dot_product_attention: True = visible. A mask is made
