@@ -32,6 +32,8 @@ int capability_of(const Statement& s) {
       (is_in(base, {"mbarrier", "barrier"}) && has_any(s, {"cluster", "shared::cluster"})) ||
       (base == "cp" && s.has("bulk")) || (base == "prefetch" && s.has("tensormap")))
     return 90;
+  if (base == "mma" && has_any(s, {"e4m3", "e5m2"})) return 89;
+  if (base == "mma" && s.has("f64") && !s.has("m8n8k4")) return 90;
   if (base == "mbarrier" && has_any(s, {"try_wait", "expect_tx", "complete_tx"})) return 90;
   // An arrival of several that may complete the phase.
   if (base == "mbarrier" && has_any(s, {"arrive", "arrive_drop"}) && !s.has("noComplete") &&

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
+#include <cstdio>
 #include <map>
 
 #include "ptxvm/check.h"
@@ -126,8 +128,9 @@ Class classify(const std::vector<std::string_view>& parts) {
   if (any_of(base, {"mov", "cvta"}) || (base == "ld" && (has("param") || has("const"))) ||
       (base == "st" && has("param")))
     return move;
-  if (base == "mma" || (base == "wgmma" && has("mma_async"))) return tensor;
-  if (any_of(base, {"ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "membar", "fence",
+  if (base == "mma" || (base == "wgmma" && has("mma_async")) || (base == "wmma" && has("mma")))
+    return tensor;
+  if (any_of(base, {"wmma", "ld", "ldu", "st", "atom", "red", "cp", "ldmatrix", "membar", "fence",
                     "prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "isspacep",
                     "stmatrix", "mapa", "getctarank"}))
     return memory;
@@ -148,23 +151,27 @@ Class classify(const std::vector<std::string_view>& parts) {
   return is_float(type) ? half : integer;
 }
 
-// Tensor-core time in units of one m16n8k16 of 16-bit operands.
+// Tensor-core time in units of one m16n8k16 of 16-bit operands. m8n8k4 of f16 is four products;
+// what a sparse A does not hold takes no time.
 double mma_weight(const std::vector<std::string_view>& parts) {
   if (parts[0] == "wgmma") {  // m64nNk..., of which a warp has a quarter
     const std::string shape(parts[4]);
     return std::stod(shape.substr(4)) / 8;
   }
+  double m = 0, n = 0, k = 0, bits = 16;
+  bool is_sparse = false;
   for (const std::string_view part : parts) {
-    if (part == "m16n8k32" || part == "m16n8k16" || part == "m16n8k8" || part == "m16n8k4") {
-      const double k = std::stod(std::string(part.substr(6)));
-      const auto operand = parts[parts.size() - 3];
-      const double bytes = any_of(operand, {"s8", "u8"}) || any_of(parts.back(), {"s8", "u8"}) ? 1
-                           : operand == "tf32"                                                 ? 4
-                                                                                               : 2;
-      return k * bytes / 32;
-    }
+    if (part[0] == 'm' && part.size() > 5 && std::isdigit(static_cast<unsigned char>(part[1])))
+      std::sscanf(std::string(part).c_str(), "m%lfn%lfk%lf", &m, &n, &k);
+    if (any_of(part, {"s8", "u8", "e4m3", "e5m2"})) bits = 8;
+    if (any_of(part, {"s4", "u4"})) bits = 4;
+    if (part == "b1") bits = 1;
+    if (part == "tf32") bits = 32;
+    if (part == "f64") bits = 64;
+    is_sparse |= part.starts_with("sp");
   }
-  return 1;
+  const bool is_quad = m == 8 && n == 8 && k == 4 && bits == 16;
+  return m * n * k * bits / (16 * 8 * 16 * 16) * (is_sparse ? 0.5 : 1) * (is_quad ? 4 : 1);
 }
 
 std::string text(uint64_t value) { return std::to_string(value); }

@@ -317,6 +317,7 @@ const OpcodeTable& opcode_table() {
     add_control(all);
     add_cluster(all);
     add_wgmma(all);
+    add_wmma(all);
     return all;
   }();
   return table;

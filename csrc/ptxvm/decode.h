@@ -54,6 +54,7 @@ void add_tensor(OpcodeTable&);   // ops_tensor.cpp: mma
 void add_control(OpcodeTable&);  // control.cpp: bra, ret, exit, bar, barrier, trap, call
 void add_cluster(OpcodeTable&);  // ops_cluster.cpp: mapa, getctarank, setmaxnreg, griddepcontrol
 void add_wgmma(OpcodeTable&);    // ops_wgmma.cpp
+void add_wmma(OpcodeTable&);     // ops_wmma.cpp
 
 void decode_cluster_barrier(Decoder&, const Statement&, Instruction&);  // ops_cluster.cpp
 

@@ -10,6 +10,7 @@
 #include "ptxvm/counters.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/reports.h"
+#include "ptxvm/tiles.h"
 
 namespace ptxvm {
 namespace {
@@ -93,6 +94,23 @@ void spread_matrices(const Step& step, Mask* values) {
       if (step.missing_in(a_count + i) >> lane & 1) add(column, -1, lane / 4 % 2);
   }
   for (int i = 0; i < d; ++i) values[i] |= step.missing_in(a_count + b_count + i);
+}
+
+void spread_tile(const Step& step, const Tile& tile, Mask* values) {
+  Mask lost[32];
+  for (int i = 0; i < step.instruction.reads; ++i) lost[i] = step.missing_in(i);
+  spread_tile(tile, lost, values);
+}
+
+// wmma: loads need address and stride, stores to global memory values.
+void follow_wmma(const Step& step, Mask* values) {
+  const Instruction& in = step.instruction;
+  if (const Tile* tile = wmma_of(in)) return spread_tile(step, *tile, values);
+  if (in.writes) return step.require_sources(0, in.reads);
+  step.require_sources(0, 1);
+  step.require_sources(in.reads - 1, in.reads);
+  if (stores_to_global(step)) step.require_sources(1, in.reads - 1);
+  for (int i = 1; i < in.reads - 1; ++i) values[i - 1] = step.missing_in(i);
 }
 
 // Shuffles whether there is a value in place of the value.
@@ -232,7 +250,11 @@ void follow(const Step& step, Mask* values) {
     step.require_sources(0, in.reads);
     return;
   }
-  if (step.base == "mma") return spread_matrices(step, values);
+  if (step.base == "wmma") return follow_wmma(step, values);
+  if (step.base == "mma") {
+    const Tile* const tile = tile_of(in);
+    return tile ? spread_tile(step, *tile, values) : spread_matrices(step, values);
+  }
   if (step.base == "shfl") return spread_shuffle(step, values);
   if (step.base == "movmatrix") {
     values[0] = kFullMask;

@@ -35,8 +35,10 @@ void set_option(const std::string& name, const std::string& value) {
     if (value != "-1" && value != "0" && value != "1")
       throw Fault("ptxvm_configure: approximate: must be -1, 0 or 1; got " + value);
     options.approximate = std::atoi(value.c_str());
-  } else if (name == "coarse_sums") {
-    options.coarse_sums = number(0, 1);
+  } else if (name == "mma") {
+    if (value != "exact" && value != "hardware")
+      throw Fault("ptxvm_configure: mma: must be exact or hardware; got " + value);
+    options.hardware_mma = value == "hardware";
   } else if (name == "seed") {
     options.seed = number(0, UINT64_MAX);
   } else if (name == "resident_blocks") {
@@ -89,9 +91,8 @@ void configure(const std::string& settings) {
 
 // PTXVM_CHECK=1 and so on: the same names in capitals.
 const bool configured = [] {
-  for (const char* name :
-       {"CHECK", "COUNT", "APPROXIMATE", "COARSE_SUMS", "SEED", "RESIDENT_BLOCKS", "FUEL",
-        "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
+  for (const char* name : {"CHECK", "COUNT", "APPROXIMATE", "MMA", "SEED", "RESIDENT_BLOCKS",
+                           "FUEL", "WATCHDOG", "ORDER", "DEVICE", "ON_FAULT", "ASYNC"}) {
     const char* value = std::getenv(("PTXVM_" + std::string(name)).c_str());
     if (!value) continue;
     std::string lower = name;

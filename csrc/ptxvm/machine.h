@@ -17,7 +17,7 @@ namespace ptxvm {
 constexpr int kLanes = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 constexpr uint32_t kNoSlot = 0xffffffffu;
-constexpr uint32_t kScratchBytes = 7 * 4 * kLanes;  // ops_wgmma.cpp: fragments of A and B, zeros
+constexpr uint32_t kScratchBytes = 8 * 4 * kLanes;  // fragments of wgmma, or D of wmma
 using Mask = uint32_t;                              // one bit per lane
 
 // A program that the machine refuses, or a kernel that broke a rule. What it says names kernel, PTX
@@ -124,7 +124,7 @@ struct Kernel {
   std::vector<char> texts;                     // of all instructions
   std::vector<std::vector<uint32_t>> tables;   // targets of indirect branches
   uint32_t file_bytes = 0;                     // size of one warp's register file
-  uint32_t scratch = kNoSlot;                  // of kScratchBytes, where a kernel has wgmma
+  uint32_t scratch = kNoSlot;                  // of kScratchBytes, where a kernel has w(g)mma
   struct Constant {  // slots filled before the first instruction: immediates and addresses
     uint32_t slot;
     int bits;
@@ -227,6 +227,7 @@ struct Block {
   uint32_t shared_bytes;
   char* local;  // threads x local_bytes
   const char* parameters;
+  const void* workspace;  // of a cooperative launch, else null
   std::vector<Warp> warps;
   Cluster* cluster;
   uint32_t rank = 0;                     // in the cluster
@@ -264,7 +265,7 @@ struct Options {
   bool count = false;  // counters.h
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up
-  bool coarse_sums = false;  // tensor-core sums truncated as hardware may
+  bool hardware_mma = false;  // tensor cores add as those of the device do, not exactly: tensor.h
   enum class Order : uint8_t { forward, reverse, seeded } order = Order::forward;
   uint64_t seed = 0;
   uint32_t resident_blocks = 8;  // blocks that run interleaved

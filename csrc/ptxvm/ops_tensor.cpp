@@ -1,89 +1,17 @@
-// mma for every shape of sm_80 that 8-, 16- and 32-bit operands have.
+// mma of 16 x 8 accumulators and 8-, 16- and 32-bit operands; tiles.cpp has the rest.
 #include <algorithm>
-#include <cmath>
+#include <string_view>
 
 #include "ptxvm/decode.h"
-#include "ptxvm/floats.h"
+#include "ptxvm/elements.h"
 #include "ptxvm/tensor.h"
+#include "ptxvm/tiles.h"
 
 namespace ptxvm {
-
-float ordered_sum(const float* a, const float* b, int k, float c) {
-  float even = c, odd = 0;
-  for (int i = 0; i < k; i += 2) {
-    even = std::fma(a[i], b[i], even);
-    odd = std::fma(a[i + 1], b[i + 1], odd);
-  }
-  return canonical(even + odd);
-}
-
-float coarse_sum(const float* a, const float* b, int k, int step, float c) {
-  for (int begin = 0; begin < k; begin += step) {
-    double terms[17] = {c}, largest = std::abs(c);
-    for (int i = 0; i < step; ++i) {
-      terms[1 + i] = static_cast<double>(a[begin + i]) * b[begin + i];
-      largest = std::max(largest, std::abs(terms[1 + i]));
-      if (!std::isfinite(terms[1 + i])) return ordered_sum(a, b, k, c);
-    }
-    if (!std::isfinite(c)) return ordered_sum(a, b, k, c);
-    if (largest == 0) continue;
-    const double quantum = std::ldexp(1.0, std::ilogb(largest) - 23);
-    double sum = 0;
-    for (int i = 0; i <= step; ++i) sum += std::trunc(terms[i] / quantum);
-    c = from_bits<float>(narrow<float>(sum * quantum, Rounding::zero));
-  }
-  return c;
-}
 
 namespace {
 
 constexpr int kRows = 16, kColumns = 8;
-
-struct F16 {
-  static constexpr Operand type = Operand::f16;
-  static constexpr int per = 2, step = 8;
-  static float get(uint32_t bits, int j) {
-    return to_float(Half{static_cast<uint16_t>(bits >> (16 * j))});
-  }
-};
-struct BF16 {
-  static constexpr Operand type = Operand::bf16;
-  static constexpr int per = 2, step = 8;
-  static float get(uint32_t bits, int j) {
-    return to_float(BFloat{static_cast<uint16_t>(bits >> (16 * j))});
-  }
-};
-// The hardware ignores the low 13 bits.
-struct TF32 {
-  static constexpr Operand type = Operand::tf32;
-  static constexpr int per = 1, step = 4;
-  static float get(uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); }
-};
-// e4m3 has no infinity and one NaN of each sign, e5m2 is the upper half of f16.
-struct E4M3 {
-  static constexpr int per = 4, step = 16;
-  static float get(uint32_t bits, int j) {
-    const uint32_t x = bits >> (8 * j) & 0xff, exponent = x >> 3 & 15, fraction = x & 7;
-    if (exponent == 15 && fraction == 7) return std::bit_cast<float>(kNaN32);
-    const float size =
-        exponent ? std::ldexp(static_cast<float>(8 + fraction), static_cast<int>(exponent) - 10)
-                 : std::ldexp(static_cast<float>(fraction), -9);
-    return x >> 7 ? -size : size;
-  }
-};
-struct E5M2 {
-  static constexpr int per = 4, step = 16;
-  static float get(uint32_t bits, int j) {
-    return to_float(Half{static_cast<uint16_t>((bits >> (8 * j) & 0xff) << 8)});
-  }
-};
-template <typename T>
-struct Int8 {
-  static constexpr int per = 4;
-  static int32_t get(uint32_t bits, int j) {
-    return static_cast<T>(static_cast<uint8_t>(bits >> (8 * j)));
-  }
-};
 
 // Slots of an instruction in the order of its operands.
 template <int k, int per>
@@ -141,8 +69,9 @@ template <typename T, int k, typename Accumulators, typename B = T>
 void multiply(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
   if constexpr (k == 8 * T::per && T::per < 4 && std::is_same_v<Accumulators, Single>)
-    if (!options.coarse_sums && multiply_fast<T::type>(warp, in.slots)) return;
+    if (!options.hardware_mma && multiply_fast<T::type>(warp, in.slots)) return;
   const Slots<k, T::per> slots(in.slots, Accumulators::count);
+  const Adder adder = adder_of(T::type, std::string_view(in.text).starts_with("wgmma"));
   float a[kRows][k], b[kColumns][k], d[kLanes][4];
   read_operands<T, B>(warp, slots, a, b);
   for (int lane = 0; lane < kLanes; ++lane)
@@ -150,8 +79,9 @@ void multiply(Warp& warp, const Instruction& in, Mask mask) {
       const Place place = place_in_c(lane, index);
       const float c = Accumulators::get(warp, slots.c, lane, index);
       const float *row = a[place.row], *column = b[place.column];
-      d[lane][index] = options.coarse_sums ? coarse_sum(row, column, k, std::min(k, T::step), c)
-                                           : ordered_sum(row, column, k, c);
+      d[lane][index] = options.hardware_mma ? hardware_sum(row, column, k, adder, c, T::least,
+                                                           B::least, Accumulators::count == 2)
+                                            : ordered_sum(row, column, k, c);
     }
   for (int lane = 0; lane < kLanes; ++lane)
     for (int index = 0; index < 4; ++index)
@@ -184,6 +114,13 @@ Handler pick_int8(int k, bool saturates) {
   return nullptr;
 }
 
+template <typename A, typename B>
+Handler pick_float8(int k, bool packed) {
+  if (k == 16) return packed ? multiply<A, 16, Packed, B> : multiply<A, 16, Single, B>;
+  if (k == 32) return packed ? multiply<A, 32, Packed, B> : multiply<A, 32, Single, B>;
+  return nullptr;
+}
+
 struct Shape {
   int k, bits;
   std::string d, a, b, c;
@@ -196,6 +133,14 @@ Handler pick(const Shape& s) {
   };
   using S8 = Int8<int8_t>;
   using U8 = Int8<uint8_t>;
+  if (s.bits == 8 && (s.a[0] == 'e' || s.b[0] == 'e')) {
+    const bool a_wide = s.a == "e5m2", b_wide = s.b == "e5m2", packed = s.d == "f16";
+    if (s.a[0] != s.b[0] || s.saturates || s.c != s.d || (s.d != "f16" && s.d != "f32"))
+      return nullptr;
+    if (a_wide)
+      return b_wide ? pick_float8<E5M2, E5M2>(s.k, packed) : pick_float8<E5M2, E4M3>(s.k, packed);
+    return b_wide ? pick_float8<E4M3, E5M2>(s.k, packed) : pick_float8<E4M3, E4M3>(s.k, packed);
+  }
   if (s.d == "s32" && s.c == "s32" && s.bits == 8) {
     const bool a_signed = s.a == "s8", b_signed = s.b == "s8";
     if (a_signed)
@@ -217,7 +162,7 @@ Handler pick(const Shape& s) {
 int operand_bits(const std::string& type) {
   if (type == "f16" || type == "bf16") return 16;
   if (type == "tf32") return 32;
-  return type == "s8" || type == "u8" ? 8 : 0;
+  return type == "s8" || type == "u8" || type == "e4m3" || type == "e5m2" ? 8 : 0;
 }
 
 // k of "m16n8k16", 0 for other shapes.
@@ -229,6 +174,7 @@ int depth_of(const std::string& shape) {
 
 void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
+  if (decode_tile(decoder, statement, in)) return;
   const bool saturates = parts.size() == 11 && parts[6] == "satfinite";
   if (parts.size() != 10u + saturates || parts[1] != "sync" || parts[2] != "aligned" ||
       !depth_of(parts[3]) || parts[4] != "row" || parts[5] != "col")
@@ -259,6 +205,12 @@ void decode_mma(Decoder& decoder, const Statement& statement, Instruction& in) {
 }
 
 }  // namespace
+
+Handler find_mma(int k, const std::string& d, const std::string& a, const std::string& b,
+                 const std::string& c, bool saturates) {
+  const int bits = operand_bits(b);
+  return bits && bits == operand_bits(a) ? pick({k, bits, d, a, b, c, saturates}) : nullptr;
+}
 
 Handler wgmma_block(uint32_t kind, bool packed) {
   using S8 = Int8<int8_t>;

@@ -21,19 +21,43 @@ constexpr Place place_in_c(int lane, int index) {
   return {lane / 4 + 8 * (index / 2), lane % 4 * 2 + index % 2};
 }
 
-// Sum of c and k products, in the one order that every build uses: even and odd k in a chain of
-// fused multiply-adds each, then both added.
+// Sum of c and an even number k of products, in the one order that every build uses: even and odd k
+// in a chain of fused multiply-adds each, then both added.
 float ordered_sum(const float* a, const float* b, int k, float c);
 
-// The same as coarsely as hardware may: in steps of `step` products, all terms of a step are cut to
-// 24 bits below the largest, and so is what the step leaves.
-float coarse_sum(const float* a, const float* b, int k, int step, float c);
+enum class Operand : uint8_t { f16, bf16, tf32, f8 };
+
+// How the tensor cores of the device add (mma=hardware): `step` products and what is there are
+// brought to the largest exponent among them, cut `bits` bits below it and added exactly; the sum
+// is cut to a fraction of `kept` bits. The exponent of a product is the sum of those of its
+// factors.
+struct Adder {
+  int step, bits, kept;
+  bool in_halves;  // of every four of k, two come in a first pass over k, two in a second
+};
+Adder adder_of(Operand, bool of_wgmma);
+
+// The same sum as such an adder makes it. least: exponents of the least normal numbers of A and B.
+// half: the accumulator is f16, to which each step rounds to nearest.
+float hardware_sum(const float* a, const float* b, int k, const Adder&, float c, int least_a,
+                   int least_b, bool half);
 
 // D = A B + C with f32 accumulators, for m16n8k16 of f16 and bf16 and m16n8k8 of tf32, which all
 // have the slots d 4, a 4, b 2, c 4. False if this build has no vector instructions for it.
-enum class Operand : uint8_t { f16, bf16, tf32 };
 template <Operand type>
 bool multiply_fast(Warp&, const uint32_t* slots);
+
+// B of a wgmma as f32, for the four warps that share it: for every 8 columns and k the columns of
+// even numbers, then those of odd ones.
+struct Panel {
+  alignas(64) float values[256 * 16];
+};
+// Puts a core matrix, 8 columns with 16 bytes of k each, in its place: `half` counts such bytes.
+// False, here and below, if this build has no vector instructions for it.
+bool widen_core(Operand, const uint32_t* core, uint32_t column, uint32_t half, Panel&);
+// D = A B + D, or A B, for the rows of a warp, with the sums of multiply_fast. a: four fragments.
+bool multiply_panel(Operand, Warp&, const uint32_t* d, const uint32_t* const* a, const Panel&,
+                    uint32_t columns, bool accumulates);
 
 // The mma that a wgmma is for 8 columns, by the types of A and B: f16, bf16, tf32, the pairs of
 // e4m3 and e5m2, the pairs of s8 and u8, and those again with saturation. packed: D is f16.

@@ -93,7 +93,7 @@ _DEFAULTS = {  # of csrc/ptxvm/machine.h
     "check": "0",
     "count": "0",
     "approximate": "0",
-    "coarse_sums": "0",
+    "mma": "exact",
     "order": "forward",
     "seed": "0",
     "resident_blocks": "8",

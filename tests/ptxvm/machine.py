@@ -98,7 +98,7 @@ class Machine:
             "check": 0,
             "count": 0,
             "approximate": 0,
-            "coarse_sums": 0,
+            "mma": "exact",
             "order": "forward",
             "seed": 0,
             "resident_blocks": 8,

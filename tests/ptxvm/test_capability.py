@@ -44,6 +44,13 @@ FORMS = {
     "fence.acq_rel.cluster;": 90,
     "fence.acq_rel.gpu;": 80,
     "atom.global.cas.b16 %h1, [%d1], %h2, %h3;": 80,
+    "mma.sync.aligned.m16n8k16.row.col.f32.e4m3.e5m2.f32 {%f1, %f2, %f3, %f4}, {%r1, %r2}, {%r3},"
+    " {%f1, %f2, %f3, %f4};": 89,
+    "mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%d1, %d2, %d3, %d4}, {%d1, %d2}, {%d3},"
+    " {%d1, %d2, %d3, %d4};": 90,
+    "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1, %d2}, {%d1}, {%d3}, {%d1, %d2};": 80,
+    "wmma.mma.sync.aligned.row.col.m8n8k4.rz.f64.f64.f64.f64 {%d1, %d2}, {%d1}, {%d3},"
+    " {%d1, %d2};": 80,
 }
 
 
