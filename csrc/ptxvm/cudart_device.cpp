@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <unordered_set>
 
-#include "ptxvm/cudart.h"
 #include "ptxvm/device.h"
+#include "ptxvm/streams.h"
 
 using namespace ptxvm;
 
@@ -90,7 +90,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = device_count();
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return finish(); }
+cudaError_t cudaDeviceSynchronize() {
+  const auto error = forbid_in_capture("cudaDeviceSynchronize");
+  return error ? error : finish();
+}
 cudaError_t cudaDeviceReset() { return finish(); }
 cudaError_t cudaSetDeviceFlags(unsigned) { return finish(); }
 PTXVM_EXPORT cudaError_t cudaProfilerStart() { return finish(); }

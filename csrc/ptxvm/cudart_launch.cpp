@@ -1,8 +1,8 @@
 // Registration of modules by compiled host code, and launches.
 #include <algorithm>
 
-#include "ptxvm/cudart.h"
 #include "ptxvm/device.h"
+#include "ptxvm/streams.h"
 
 using namespace ptxvm;
 
@@ -26,18 +26,44 @@ struct AtEnd {
   ~AtEnd() { process_ends = true; }
 } at_end;
 
-cudaError_t launch_record(KernelRecord* record, dim3 grid, dim3 block, void** arguments,
-                          size_t dynamic_shared, const uint32_t* cluster = nullptr) {
-  const uint32_t grid_size[3] = {grid.x, grid.y, grid.z};
-  const uint32_t block_size[3] = {block.x, block.y, block.z};
-  return static_cast<cudaError_t>(
-      launch_on_device(record, grid_size, block_size, dynamic_shared, arguments, cluster));
+struct Call {
+  dim3 grid, block;
+  size_t dynamic_shared = 0;
+  cudaStream_t stream = nullptr;
+  dim3 cluster = {0, 0, 0};  // 0: that of the kernel
+  bool cooperative = false;
+};
+
+cudaError_t run(KernelRecord* record, const Call& call, void** arguments) {
+  const uint32_t grid[3] = {call.grid.x, call.grid.y, call.grid.z};
+  const uint32_t block[3] = {call.block.x, call.block.y, call.block.z};
+  const uint32_t cluster[3] = {call.cluster.x, call.cluster.y, call.cluster.z};
+  return static_cast<cudaError_t>(launch_on_device(record, grid, block, call.dynamic_shared,
+                                                   arguments, cluster[0] ? cluster : nullptr,
+                                                   call.cooperative));
 }
 
-cudaError_t launch_function(const void* function, dim3 grid, dim3 block, void** arguments,
-                            size_t dynamic_shared, const uint32_t* cluster = nullptr) {
+// At once, or with a copy of its arguments when a graph is launched.
+cudaError_t launch_record(KernelRecord* record, const Call& call, void** arguments) {
   const std::lock_guard lock(runtime().mutex);
-  return launch_record(runtime().find(function), grid, block, arguments, dynamic_shared, cluster);
+  if (const CUstream_st* const stream = object_of(call.stream); !stream || !stream->capture)
+    return submit(call.stream, [&] { return run(record, call, arguments); });
+  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
+  std::vector<std::vector<char>> values;
+  for (const Parameter& parameter : record->kernel->parameters) {
+    const auto* const value = static_cast<const char*>(arguments[values.size()]);
+    values.emplace_back(value, value + parameter.bytes);
+  }
+  return submit(call.stream, [record, call, values]() mutable {
+    std::vector<void*> pointers;
+    for (auto& value : values) pointers.push_back(value.data());
+    return run(record, call, pointers.data());
+  });
+}
+
+cudaError_t launch_function(const void* function, const Call& call, void** arguments) {
+  const std::lock_guard lock(runtime().mutex);
+  return launch_record(runtime().find(function), call, arguments);
 }
 
 cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_t dynamic_shared) {
@@ -128,33 +154,36 @@ PTXVM_EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* funct
 }
 
 PTXVM_EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block,
-                                            void** arguments, size_t dynamic_shared, cudaStream_t) {
-  return launch_record(reinterpret_cast<KernelRecord*>(kernel), grid, block, arguments,
-                       dynamic_shared);
+                                            void** arguments, size_t dynamic_shared,
+                                            cudaStream_t stream) {
+  return launch_record(reinterpret_cast<KernelRecord*>(kernel),
+                       {grid, block, dynamic_shared, stream}, arguments);
 }
 
 PTXVM_EXPORT cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block,
                                                  void** arguments, size_t dynamic_shared,
-                                                 cudaStream_t) {
-  return launch_record(reinterpret_cast<KernelRecord*>(kernel), grid, block, arguments,
-                       dynamic_shared);
+                                                 cudaStream_t stream) {
+  return __cudaLaunchKernel(kernel, grid, block, arguments, dynamic_shared, stream);
 }
 
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t dynamic_shared, cudaStream_t) {
-  return launch_function(function, grid, block, arguments, dynamic_shared);
+                             size_t dynamic_shared, cudaStream_t stream) {
+  return launch_function(function, {grid, block, dynamic_shared, stream}, arguments);
 }
 
 PTXVM_EXPORT cudaError_t cudaLaunchKernel_ptsz(const void* function, dim3 grid, dim3 block,
                                                void** arguments, size_t dynamic_shared,
-                                               cudaStream_t) {
-  return launch_function(function, grid, block, arguments, dynamic_shared);
+                                               cudaStream_t stream) {
+  return cudaLaunchKernel(function, grid, block, arguments, dynamic_shared, stream);
 }
 
 cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block,
-                                        void** arguments, size_t dynamic_shared, cudaStream_t) {
+                                        void** arguments, size_t dynamic_shared,
+                                        cudaStream_t stream) {
   if (const auto error = check_cooperative(function, grid, block, dynamic_shared)) return error;
-  return launch_function(function, grid, block, arguments, dynamic_shared);
+  Call call{grid, block, dynamic_shared, stream};
+  call.cooperative = true;
+  return launch_function(function, call, arguments);
 }
 
 PTXVM_EXPORT cudaError_t cudaLaunchCooperativeKernel_ptsz(const void* function, dim3 grid,
@@ -166,21 +195,21 @@ PTXVM_EXPORT cudaError_t cudaLaunchCooperativeKernel_ptsz(const void* function, 
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) {
-  uint32_t cluster[3] = {};
+  Call call{config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension) {
-      cluster[0] = attribute.val.clusterDim.x;
-      cluster[1] = attribute.val.clusterDim.y;
-      cluster[2] = attribute.val.clusterDim.z;
+      const auto& cluster = attribute.val.clusterDim;
+      call.cluster = {cluster.x, cluster.y, cluster.z};
     }
-    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative)
+    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative) {
+      call.cooperative = true;
       if (const auto error = check_cooperative(function, config->gridDim, config->blockDim,
                                                config->dynamicSmemBytes))
         return error;
+    }
   }
-  return launch_function(function, config->gridDim, config->blockDim, arguments,
-                         config->dynamicSmemBytes, cluster[0] ? cluster : nullptr);
+  return launch_function(function, call, arguments);
 }
 
 PTXVM_EXPORT cudaError_t cudaLaunchKernelExC_ptsz(const cudaLaunchConfig_t* config,

@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "ptxvm/check.h"
-#include "ptxvm/cudart.h"
+#include "ptxvm/streams.h"
 
 using namespace ptxvm;
 
@@ -16,6 +16,7 @@ constexpr size_t kPitch = 512;      // of cudaMallocPitch, bytes
 cudaError_t allocate(void** pointer, size_t bytes) {
   *pointer = nullptr;
   if (const auto error = finish(); error || bytes == 0) return error;
+  if (const auto error = forbid_in_capture("cudaMalloc")) return error;
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   void* const memory = std::aligned_alloc(kAlignment, rounded);
   if (!memory)
@@ -31,6 +32,7 @@ cudaError_t allocate(void** pointer, size_t bytes) {
 
 cudaError_t release(void* pointer) {
   if (!pointer) return finish();
+  if (const auto error = forbid_in_capture("cudaFree")) return error;
   const std::lock_guard lock(runtime().mutex);
   if (!runtime().allocations.erase(pointer))
     return refuse(cudaErrorInvalidValue, "cudaFree: the pointer is not one of cudaMalloc");
@@ -210,50 +212,54 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 }
 
 cudaError_t cudaMemcpy(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind) {
-  return copy(destination, source, bytes, kind);
+  return submit(nullptr, [=] { return copy(destination, source, bytes, kind); });
 }
 cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes,
-                            cudaMemcpyKind kind, cudaStream_t) {
-  return copy(destination, source, bytes, kind);
+                            cudaMemcpyKind kind, cudaStream_t stream) {
+  return submit(stream, [=] { return copy(destination, source, bytes, kind); });
 }
 cudaError_t cudaMemcpy2D(void* destination, size_t destination_pitch, const void* source,
                          size_t source_pitch, size_t width, size_t height, cudaMemcpyKind kind) {
-  return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
+  return submit(nullptr, [=] {
+    return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
+  });
 }
 cudaError_t cudaMemcpy2DAsync(void* destination, size_t destination_pitch, const void* source,
                               size_t source_pitch, size_t width, size_t height, cudaMemcpyKind kind,
-                              cudaStream_t) {
-  return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
+                              cudaStream_t stream) {
+  return submit(stream, [=] {
+    return copy_rows(destination, destination_pitch, source, source_pitch, width, height, kind);
+  });
 }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
-  return fill(pointer, value, bytes);
+  return submit(nullptr, [=] { return fill(pointer, value, bytes); });
 }
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  return fill(pointer, value, bytes);
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+  return submit(stream, [=] { return fill(pointer, value, bytes); });
 }
 cudaError_t cudaMemset2D(void* pointer, size_t pitch, int value, size_t width, size_t height) {
-  return fill_rows(pointer, pitch, value, width, height);
+  return submit(nullptr, [=] { return fill_rows(pointer, pitch, value, width, height); });
 }
 cudaError_t cudaMemset2DAsync(void* pointer, size_t pitch, int value, size_t width, size_t height,
-                              cudaStream_t) {
-  return fill_rows(pointer, pitch, value, width, height);
+                              cudaStream_t stream) {
+  return submit(stream, [=] { return fill_rows(pointer, pitch, value, width, height); });
 }
 
 cudaError_t cudaMemcpyToSymbol(const void* symbol, const void* source, size_t bytes, size_t offset,
                                cudaMemcpyKind) {
-  return copy_to_symbol(symbol, source, bytes, offset);
+  return submit(nullptr, [=] { return copy_to_symbol(symbol, source, bytes, offset); });
 }
 cudaError_t cudaMemcpyToSymbolAsync(const void* symbol, const void* source, size_t bytes,
-                                    size_t offset, cudaMemcpyKind, cudaStream_t) {
-  return copy_to_symbol(symbol, source, bytes, offset);
+                                    size_t offset, cudaMemcpyKind, cudaStream_t stream) {
+  return submit(stream, [=] { return copy_to_symbol(symbol, source, bytes, offset); });
 }
 cudaError_t cudaMemcpyFromSymbol(void* destination, const void* symbol, size_t bytes, size_t offset,
                                  cudaMemcpyKind) {
-  return copy_from_symbol(destination, symbol, bytes, offset);
+  return submit(nullptr, [=] { return copy_from_symbol(destination, symbol, bytes, offset); });
 }
 cudaError_t cudaMemcpyFromSymbolAsync(void* destination, const void* symbol, size_t bytes,
-                                      size_t offset, cudaMemcpyKind, cudaStream_t) {
-  return copy_from_symbol(destination, symbol, bytes, offset);
+                                      size_t offset, cudaMemcpyKind, cudaStream_t stream) {
+  return submit(stream, [=] { return copy_from_symbol(destination, symbol, bytes, offset); });
 }
 cudaError_t cudaGetSymbolAddress(void** pointer, const void* symbol) {
   char* memory = nullptr;

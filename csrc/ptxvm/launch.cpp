@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
@@ -30,6 +31,13 @@ class DefaultRounding {
 
  private:
   unsigned saved_;
+};
+
+// What blocks of a cooperative grid meet at: its size, a counter. %envreg1 and 2 hold its address.
+struct Workspace {
+  uint32_t bytes = sizeof(Workspace), barrier = 0;
+  Workspace() { register_memory(this, sizeof *this, true); }
+  ~Workspace() { unregister_memory(this); }
 };
 
 std::string extent(const uint32_t size[3]) {
@@ -213,10 +221,11 @@ int prepare(KernelRecord* record) {
 }
 
 int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
-                     size_t dynamic_shared, void** arguments, const uint32_t* cluster) {
+                     size_t dynamic_shared, void** arguments, const uint32_t* cluster,
+                     bool cooperative) {
   const std::lock_guard lock(runtime().mutex);
   if (device_fault) return device_fault;
-  const int error = launch(record, grid, block, dynamic_shared, arguments, cluster);
+  const int error = launch(record, grid, block, dynamic_shared, arguments, cluster, cooperative);
   if (error == cudaErrorLaunchFailure || error == cudaErrorAssert) {
     device_fault = error;
     device_report = thread_report;
@@ -225,7 +234,7 @@ int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_
 }
 
 int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
-           size_t dynamic_shared, void** arguments, const uint32_t* cluster) {
+           size_t dynamic_shared, void** arguments, const uint32_t* cluster, bool cooperative) {
   const std::lock_guard lock(runtime().mutex);
   if (const int error = prepare(record)) return error;
   Kernel& kernel = *record->kernel;
@@ -246,6 +255,8 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   std::copy_n(cluster, 3, run.cluster);
   run.dynamic_shared = static_cast<uint32_t>(dynamic_shared);
   run.parameters = parameters.data();
+  const Workspace workspace;
+  if (cooperative) run.workspace = &workspace;
   const DefaultRounding rounding;
   try {
     if (options.count) start_counting(kernel);

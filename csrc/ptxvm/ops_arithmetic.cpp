@@ -19,6 +19,7 @@ void add_arithmetic(OpcodeTable& table) {
     table[name] = decode_by_type;
   for (const char* name : {"addc", "subc", "madc", "mul24", "mad24", "rem", "sad", "dp4a", "dp2a"})
     table[name] = decode_integer;
+  table["vabsdiff4"] = decode_video;
   for (const char* name : {"copysign", "testp"}) table[name] = decode_float;
   add_bit_operations(table);
   add_compare(table);

@@ -115,6 +115,7 @@ Handler with_bits(int bits, F f) {
 }
 
 void decode_integer(Decoder&, const Statement&, Instruction&);  // ops_integer.cpp
+void decode_video(Decoder&, const Statement&, Instruction&);    // ops_integer.cpp: vabsdiff4
 void decode_float(Decoder&, const Statement&, Instruction&);    // ops_float.cpp: f32, f64
 void decode_half(Decoder&, const Statement&, Instruction&);     // ops_half.cpp: f16, bf16, pairs
 void add_bit_operations(OpcodeTable&);                          // ops_bit.cpp

@@ -1,5 +1,5 @@
-// Integer arithmetic: add sub mul mad min max neg abs div rem sad mul24 mad24 dp4a dp2a and the
-// extended-precision forms with CC.CF. Wraps modulo 2^n unless .sat.
+// Integer arithmetic: add sub mul mad min max neg abs div rem sad mul24 mad24 dp4a dp2a vabsdiff4
+// and the extended-precision forms with CC.CF. Wraps modulo 2^n unless .sat.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -331,6 +331,29 @@ void decode_24_bits(Decoder& decoder, const Statement& statement, Instruction& i
   read_operands(decoder, statement, add ? 4 : 3, 32);
 }
 
+// vabsdiff4: differences of the bytes of a and b, which bits of the flags call signed; with .add
+// the sum of those and of c.
+template <bool sums>
+void differences(Warp& warp, const Instruction& in, Mask mask) {
+  const auto *a = lanes<const uint32_t>(warp, in.slots[1]),
+             *b = lanes<const uint32_t>(warp, in.slots[2]),
+             *c = lanes<const uint32_t>(warp, in.slots[3]);
+  const auto byte = [](uint32_t word, int j, bool is_signed) {
+    const auto bits = static_cast<uint8_t>(word >> (8 * j));
+    return is_signed ? static_cast<int8_t>(bits) : bits;
+  };
+  alignas(64) uint32_t values[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    values[i] = sums ? c[i] : 0;
+    for (int j = 0; j < 4; ++j) {
+      const int difference = byte(a[i], j, in.flags & 1) - byte(b[i], j, in.flags & 2);
+      const auto size = static_cast<uint32_t>(difference < 0 ? -difference : difference);
+      values[i] += sums ? size : (size & 255) << (8 * j);
+    }
+  }
+  assign(lanes<uint32_t>(warp, in.slots[0]), values, mask);
+}
+
 }  // namespace
 
 void decode_integer(Decoder& decoder, const Statement& statement, Instruction& in) {
@@ -373,6 +396,19 @@ void decode_integer(Decoder& decoder, const Statement& statement, Instruction& i
   modifiers.finish();
   if (!in.run || type[0] == 'b') decoder.fail("type ." + type + " is not supported here");
   read_operands(decoder, statement, operands, bits_of_type(type));
+}
+
+void decode_video(Decoder& decoder, const Statement& statement, Instruction& in) {
+  Modifiers modifiers(decoder, statement);
+  const bool sums = modifiers.take("add");
+  for (int i = 0; i < 3; ++i) {
+    const std::string type = modifiers.take_first("type");
+    if (type != "u32" && type != "s32") decoder.fail("type ." + type + " is not supported here");
+    if (i > 0) in.flags |= static_cast<uint8_t>((type == "s32") << (i - 1));
+  }
+  modifiers.finish();
+  in.run = sums ? differences<true> : differences<false>;
+  read_operands(decoder, statement, 4, 32);
 }
 
 }  // namespace ptxvm

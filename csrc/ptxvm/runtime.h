@@ -72,11 +72,12 @@ void recover();
 int prepare(KernelRecord*);
 
 // Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device. A
-// cluster is that of the kernel where it is null.
+// cluster is that of the kernel where it is null. Blocks of a cooperative launch run together.
 int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,
-           void** arguments, const uint32_t* cluster = nullptr);
+           void** arguments, const uint32_t* cluster = nullptr, bool cooperative = false);
 int launch_on_device(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
-                     size_t dynamic_shared, void** arguments, const uint32_t* cluster = nullptr);
+                     size_t dynamic_shared, void** arguments, const uint32_t* cluster = nullptr,
+                     bool cooperative = false);
 
 // Dynamic shared memory that a launch may ask for.
 uint32_t dynamic_shared_limit(const Kernel&);

@@ -64,7 +64,8 @@ class Grid {
 
   void run() {
     const bool seeded = options.order == Options::Order::seeded;
-    admit();
+    do admit();
+    while (launch_.workspace && next_ < blocks_);  // cooperative: all at once
     while (!residents_.empty()) {
       if (seeded && residents_.size() < options.resident_blocks && next_ < blocks_) {
         admit();
@@ -155,6 +156,7 @@ class Grid {
     std::copy_n(launch_.block, 3, block.shape);
     block.threads = threads_;
     block.parameters = launch_.parameters;
+    block.workspace = launch_.workspace;
     block.shared_bytes = shared_bytes_;
     resident->shared = allocate(shared_bytes_, block.shared);
     resident->local = allocate(uint64_t{threads_} * kernel_.local_bytes, block.local);
@@ -227,7 +229,8 @@ class Grid {
   // A turn of the block: its warps in turns, until it has finished or had its share.
   void run_block(Resident& resident) {
     const bool seeded = options.order == Options::Order::seeded;
-    uint64_t share = uint64_t{options.fuel} * warps_;
+    const uint64_t most = launch_.workspace ? std::min(options.fuel, kShortTurn) : options.fuel;
+    uint64_t share = most * warps_;
     if (seeded) share = 1 + random_.below(share);
     for (uint64_t used = 0; used < share && resident.unfinished > 0;) {
       uint64_t issued = 0;
@@ -238,7 +241,7 @@ class Grid {
         Warp& warp = resident.block.warps[index];
         if (!warp.live) continue;
         set_clocks(warp, issued_in_all + issued);
-        const uint64_t fuel = seeded ? 1 + random_.below(options.fuel) : options.fuel;
+        const uint64_t fuel = seeded ? 1 + random_.below(most) : most;
         issued += run_warp(resident, warp, kernel_, fuel);
       }
       issued_in_all += issued;
@@ -322,6 +325,8 @@ class Grid {
 
   static constexpr uint64_t kLongQuiet = 300000;  // instructions of a cluster without an event
   static constexpr uint64_t kPatience = 16;       // turns of all blocks without a finished one
+
+  static constexpr uint32_t kShortTurn = 500;  // instructions: blocks that meet poll until the last
 
   static constexpr uint32_t kRefusals = 1000;    // waits cut short that mean a deadlock
   static constexpr uint64_t kShortWork = 10000;  // instructions of a warp between two of them

@@ -10,6 +10,7 @@ struct Launch {
   uint32_t cluster[3];      // blocks, of which the grid has multiples
   uint32_t dynamic_shared;  // bytes
   const char* parameters;   // kernel->parameter_bytes bytes
+  const void* workspace;    // where the blocks of a cooperative launch meet, else null
 };
 
 // Runs all blocks of a decoded kernel. Throws Fault; nothing of the launch is left then.

@@ -56,7 +56,10 @@ enum Index {
   cluster_nctaid_z,
   cluster_ctarank,
   cluster_nctarank,
-  is_explicit_cluster
+  is_explicit_cluster,
+  envreg0,
+  envreg1,
+  envreg2
 };
 
 struct Entry {
@@ -110,8 +113,11 @@ constexpr Entry kEntries[] = {{"%tid.x", 32},
                               {"%cluster_nctaid.z", 32},
                               {"%cluster_ctarank", 32},
                               {"%cluster_nctarank", 32},
-                              {"%is_explicit_cluster", 1}};
-static_assert(std::size(kEntries) == is_explicit_cluster + 1);
+                              {"%is_explicit_cluster", 1},
+                              {"%envreg0", 32},
+                              {"%envreg1", 32},
+                              {"%envreg2", 32}};
+static_assert(std::size(kEntries) == envreg2 + 1);
 
 uint64_t value_of(int index, const Warp& warp, uint32_t lane, uint64_t time) {
   const Block& block = *warp.block;
@@ -206,6 +212,10 @@ uint64_t value_of(int index, const Warp& warp, uint32_t lane, uint64_t time) {
       return cluster[0] * cluster[1] * cluster[2];
     case is_explicit_cluster:
       return cluster[0] * cluster[1] * cluster[2] > 1;
+    case envreg1:
+      return reinterpret_cast<uint64_t>(block.workspace) >> 32;
+    case envreg2:
+      return reinterpret_cast<uint64_t>(block.workspace);
     default:
       return 0;
   }
