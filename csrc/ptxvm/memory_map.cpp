@@ -7,6 +7,8 @@
 
 #include "ptxvm/async.h"
 #include "ptxvm/check.h"
+#include "ptxvm/counters.h"
+#include "ptxvm/reports.h"
 #include "ptxvm/shadow.h"
 
 namespace ptxvm {
@@ -162,6 +164,22 @@ Place windowed(Warp& warp, Space space, int lane) {
   return {block.local + bytes * (warp.index * kLanes + lane), bytes};
 }
 
+// An access that no memory answers: a fault, or, where kernels go on, bytes that hold NaN for a
+// read and that nobody reads for a write.
+char* no_memory(Warp& warp, const Instruction& instruction, int lane, Access kind,
+                const std::string& what) {
+  const std::string_view opcode = opcode_of(instruction), base = opcode.substr(0, opcode.find('.'));
+  const bool may_go_on = base == "ld" || base == "ldu" || base == "st" || base == "atom" ||
+                         base == "red" || base == "ldmatrix" || base == "stmatrix" ||
+                         base == "wmma";
+  if (!options.go_on || !may_go_on) fault(warp, instruction, lane, what);
+  broke_rule(warp, instruction, lane, "memory", what);
+  alignas(16) thread_local char bytes[2][16];
+  char* const place = bytes[kind == Access::read || kind == Access::strong_read];
+  std::memset(place, 0xff, sizeof bytes[0]);
+  return place;
+}
+
 std::string beyond(uint64_t offset, uint32_t bytes, uint64_t extent) {
   return offset + bytes > extent ? format(" bytes, the access ends %" PRIu64 " bytes past its end",
                                           offset + bytes - extent)
@@ -172,11 +190,11 @@ char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t addres
                      uint32_t bytes, Access kind) {
   Block& target = block_of(warp, instruction, lane, address);
   if (address + bytes > target.shared_bytes)
-    fault(warp, instruction, lane,
-          format("%s of %u bytes at shared address 0x%" PRIx64
-                 " of block %u of the cluster: its shared memory has %u",
-                 verb(kind), bytes, address, target.rank, target.shared_bytes) +
-              beyond(address, bytes, target.shared_bytes));
+    return no_memory(warp, instruction, lane, kind,
+                     format("%s of %u bytes at shared address 0x%" PRIx64
+                            " of block %u of the cluster: its shared memory has %u",
+                            verb(kind), bytes, address, target.rank, target.shared_bytes) +
+                         beyond(address, bytes, target.shared_bytes));
   if (target.shadow) shadow_remote(warp, instruction, target, address, lane, bytes, kind);
   return target.shared + address;
 }
@@ -240,24 +258,25 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
              uint32_t bytes, Access kind) {
   space = real_space(space, address);
   if (address & (bytes - 1))
-    fault(warp, instruction, lane,
-          format("misaligned %s: %s address 0x%" PRIx64 " is not a multiple of %u bytes",
-                 verb(kind), space_name(space), address, bytes));
+    return no_memory(warp, instruction, lane, kind,
+                     format("misaligned %s: %s address 0x%" PRIx64 " is not a multiple of %u bytes",
+                            verb(kind), space_name(space), address, bytes));
   if (space == Space::cluster) return access_cluster(warp, instruction, address, lane, bytes, kind);
   if (space == Space::global || space == Space::constant) {
     if (!reachable(kind).find(address, bytes))
-      fault(warp, instruction, lane, describe_global(address, bytes, kind));
+      return no_memory(warp, instruction, lane, kind, describe_global(address, bytes, kind));
     return reinterpret_cast<char*>(address);
   }
   const uint64_t offset = address & ~kWindowMask;
   const Place place = windowed(warp, space, lane);
   if (offset > place.bytes || place.bytes - offset < bytes)
-    fault(warp, instruction, lane,
-          format("%s of %u bytes at %s address 0x%" PRIx64 ": the %s memory of the %s has %" PRIu64
-                 " bytes, the access ends %" PRIu64 " bytes past its end",
-                 verb(kind), bytes, space_name(space), offset, space_name(space),
-                 space == Space::local ? "thread" : "block", place.bytes,
-                 offset + bytes - place.bytes));
+    return no_memory(
+        warp, instruction, lane, kind,
+        format("%s of %u bytes at %s address 0x%" PRIx64 ": the %s memory of the %s has %" PRIu64
+               " bytes, the access ends %" PRIu64 " bytes past its end",
+               verb(kind), bytes, space_name(space), offset, space_name(space),
+               space == Space::local ? "thread" : "block", place.bytes,
+               offset + bytes - place.bytes));
   if (warp.block->shadow) {
     uint64_t offsets[kLanes];
     offsets[lane] = offset;

@@ -266,8 +266,8 @@ def test_reports_are_counted_and_the_kernel_goes_on(capfd):
     with machine.options(check=1, on_fault="report"):
         assert run(body + "@%p2 st.global.b32 [%d0+4], 1;\n").view(np.int32)[1] == 1
         run(body)
-        with pytest.raises(MachineError, match="outside every allocation"):
-            run("ld.global.b32 %r5, [%d0+4096];\n")
+        with pytest.raises(MachineError, match="stopped itself"):
+            run("trap;\n")
     printed = capfd.readouterr().err.splitlines()
     lines = machine.library.ptxvm_reports().decode().splitlines()
     assert machine.library.ptxvm_reports() == b""
@@ -276,6 +276,31 @@ def test_reports_are_counted_and_the_kernel_goes_on(capfd):
     (unset,) = (r for r in reports if "depends on an uninitialised value: source 2" in r)
     assert reports[unset] == str(2 * WARPS)
     assert sum("race: " in report for report in reports) == len(reports) - 1 >= 1
+
+
+def test_accesses_without_memory_are_reported_and_lost(capfd):
+    """A read gives NaN, a write nothing, of one lane as of all."""
+    machine.library.ptxvm_reports()
+    body = """ld.global.b32 %r5, [%d0+65536];
+@%p2 st.global.b32 [%d0+65536], %r5;
+ld.shared.b32 %r6, [%r2+1];
+atom.global.add.u32 %r7, [%d0+65536], 1;
+and.b32 %r5, %r5, %r6;
+st.global.b32 [%d0], %r5;
+"""
+    with machine.options(on_fault="report"):
+        data = run(body).view(np.uint32)
+        with pytest.raises(MachineError, match="thread count 1 is no multiple of 32"):
+            run("bar.sync 0, 1;\n")
+    assert data[0] == 0xFFFFFFFF and not data[1:].any()
+    lines = machine.library.ptxvm_reports().decode().splitlines()
+    counts = [int(line.split("\t")[0]) for line in lines]
+    assert counts == [32 * WARPS, 1, 32 * WARPS, 32 * WARPS]
+    for line, words in zip(
+        lines, ("outside every", "outside every", "misaligned read: shared", "atomic"), strict=True
+    ):
+        assert words in line
+    assert len(capfd.readouterr().err.splitlines()) == 4
 
 
 def test_blocks_do_not_meet():
