@@ -134,7 +134,49 @@ Mask lanes_of_columns(uint8_t columns, int parity) {
   return mask;
 }
 
-void land(Warp& warp, const Product& product) {
+// B of the product that was landed last, for other warps that take effect at the same moment.
+struct SharedPanel {
+  const Instruction* from = nullptr;
+  uint64_t b = 0;
+  Panel panel;
+};
+
+// The vectorised products of f32 accumulators. False if this is none, or none that needs checks.
+bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
+  const Instruction& in = *product.from;
+  const Form form(in);
+  if (warp.block->shadow || options.hardware_mma || form.kind > 2 || form.packed) return false;
+  const auto type = static_cast<Operand>(form.kind);
+  const uint32_t scratch = warp.block->kernel->scratch;
+  Loader loader(warp, product);
+  if (shared.from != &in || shared.b != product.b) {
+    const Descriptor matrix(product.b, in.flags & kTransposeB);
+    shared.from = nullptr;
+    for (uint32_t n = 0; n < form.n; n += 8)
+      for (uint32_t i = 0; i < kFragmentsB; ++i) {
+        loader.load(matrix, n, i, scratch);
+        if (in.flags & kNegateB) negate(warp, scratch, form.kind);
+        if (!widen_core(type, lanes<uint32_t>(warp, scratch), n, i, shared.panel)) return false;
+      }
+    shared.from = &in;
+    shared.b = product.b;
+  }
+  const uint32_t* fragments[kFragmentsA];
+  for (uint32_t i = 0; i < kFragmentsA; ++i) {
+    const uint32_t slot = scratch + i * kSlotBytes;
+    if (in.flags & kRegisters)
+      std::memcpy(lanes<uint32_t>(warp, slot), product.fragments[i], kSlotBytes);
+    else
+      loader.load(Descriptor(product.a, in.flags & kTransposeA), warp.index % 4 * 16 + i % 2 * 8,
+                  i / 2, slot);
+    if (in.flags & kNegateA) negate(warp, slot, form.kind);
+    fragments[i] = lanes<uint32_t>(warp, slot);
+  }
+  return multiply_panel(type, warp, in.slots, fragments, shared.panel, form.n, product.accumulates);
+}
+
+void land(Warp& warp, const Product& product, SharedPanel& shared) {
+  if (land_panel(warp, product, shared)) return;
   const Instruction& in = *product.from;
   const Form form(in);
   const uint32_t scratch = warp.block->kernel->scratch;
@@ -182,10 +224,15 @@ void land(Warp& warp, const Product& product) {
   accumulators_landed(warp, in, form.registers(), product.accumulates, lost.data());
 }
 
-void land_first(Warp& warp) {
+void land_first(Warp& warp, SharedPanel& shared) {
   const auto product = warp.products.front();
   warp.products.erase(warp.products.begin());
-  land(warp, *product);
+  land(warp, *product, shared);
+}
+
+void land_first(Warp& warp) {
+  SharedPanel shared;
+  land_first(warp, shared);
 }
 
 void land_some_products(Warp& warp) {
@@ -269,9 +316,15 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
       warp.asleep_for = kWarpgroup;
       return;
     }
-  for (size_t i = first; i < end; ++i)
-    while (!warps[i].products.empty() && warps[i].products.front()->group < due)
-      land_first(warps[i]);
+  for (bool any = true; any;) {
+    any = false;
+    SharedPanel shared;  // of the product that is the next of each warp
+    for (size_t i = first; i < end; ++i)
+      if (!warps[i].products.empty() && warps[i].products.front()->group < due) {
+        land_first(warps[i], shared);
+        any = true;
+      }
+  }
   accumulators_waited(warp, keep);
 }
 

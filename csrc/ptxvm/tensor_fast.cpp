@@ -1,6 +1,9 @@
 // mma without leaving the layout of the fragments. A group of 4 lanes is a row of D, so that
 // an element of A is broadcast within 128 bits and a row of B is the same in each 128 bits; every
 // accumulator takes its products in the order of ordered_sum.
+#include <cstring>
+
+#include "ptxvm/memory_ops.h"
 #include "ptxvm/tensor.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -105,6 +108,120 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
   return true;
 }
 
+namespace {
+
+template <Operand type>
+constexpr int kDepth = 8 * kPer<type>;  // k of a wgmma
+
+// Rows of k from columns of 16 bytes.
+template <Operand type>
+void widen_columns(const uint32_t* core, float* rows) {
+  if constexpr (type == Operand::tf32) {
+    const auto masked = [&](int c) {
+      return _mm_castsi128_ps(
+          _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(core + 4 * c)),
+                        _mm_set1_epi32(kTf32Bits)));
+    };
+    for (int parity = 0; parity < 2; ++parity) {
+      __m128 c[4] = {masked(parity), masked(2 + parity), masked(4 + parity), masked(6 + parity)};
+      _MM_TRANSPOSE4_PS(c[0], c[1], c[2], c[3]);
+      for (int k = 0; k < 4; ++k) _mm_storeu_ps(rows + 8 * k + 4 * parity, c[k]);
+    }
+  } else {
+    alignas(16) uint16_t columns[64], turned[64];
+    for (int c = 0; c < 8; ++c) std::memcpy(columns + 8 * (c % 2 * 4 + c / 2), core + 4 * c, 16);
+    transpose(columns, turned);
+    for (int k = 0; k < 8; ++k) {
+      const __m128i row = _mm_load_si128(reinterpret_cast<const __m128i*>(turned + 8 * k));
+      const __m256 wide =
+          type == Operand::f16
+              ? _mm256_cvtph_ps(row)
+              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(row), 16));
+      _mm256_storeu_ps(rows + 8 * k, wide);
+    }
+  }
+}
+
+// The accumulators of 8 columns: of upper and lower rows, of 16 lanes, of even and odd columns.
+template <Operand type>
+void multiply_columns(Warp& warp, const uint32_t* slots, const __m512 (*a)[4], const float* b,
+                      bool accumulates) {
+  const auto place = [&](int rows, int parity) {
+    return lanes<float>(warp, slots[rows / 2 * 2 + parity]) + 16 * (rows % 2);
+  };
+  __m512 chain[2][4][2];
+  for (int rows = 0; rows < 4; ++rows)
+    for (int parity = 0; parity < 2; ++parity) {
+      chain[0][rows][parity] =
+          accumulates ? _mm512_loadu_ps(place(rows, parity)) : _mm512_setzero_ps();
+      chain[1][rows][parity] = _mm512_setzero_ps();
+    }
+#pragma GCC unroll 2
+  for (int k = 0; k < kDepth<type>; ++k) {
+    const __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(b + 8 * k));
+    const __m512 odd = _mm512_broadcast_f32x4(_mm_load_ps(b + 8 * k + 4));
+#pragma GCC unroll 4
+    for (int rows = 0; rows < 4; ++rows) {
+      auto& sums = chain[k % 2][rows];
+      sums[0] = _mm512_fmadd_ps(a[k][rows], even, sums[0]);
+      sums[1] = _mm512_fmadd_ps(a[k][rows], odd, sums[1]);
+    }
+  }
+  const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+#pragma GCC unroll 4
+  for (int rows = 0; rows < 4; ++rows) {
+    __m512 sums[2];
+    for (int parity = 0; parity < 2; ++parity)
+      sums[parity] = _mm512_add_ps(chain[0][rows][parity], chain[1][rows][parity]);
+    if (_mm512_cmp_ps_mask(sums[0], sums[1], _CMP_UNORD_Q)) [[unlikely]]
+      for (__m512& sum : sums)
+        sum = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), sum, nan);
+    for (int parity = 0; parity < 2; ++parity) _mm512_storeu_ps(place(rows, parity), sums[parity]);
+  }
+}
+
+// An element of A is the same in the four lanes of its row.
+template <Operand type>
+void multiply_rows(Warp& warp, const uint32_t* d, const uint32_t* const* fragments,
+                   const Panel& panel, uint32_t columns, bool accumulates) {
+  constexpr int per = kPer<type>;
+  __m512 a[kDepth<type>][4];
+  for (int i = 0; i < 8; ++i) {  // fragment, 16 lanes of it
+    const int slot = i / 2, rows = slot % 2 * 2 + i % 2;
+    __m512 elements[per];
+    widen<type>(_mm512_loadu_si512(fragments[slot] + 16 * (i % 2)), elements);
+    for (int e = 0; e < per; ++e) {
+      const int k = slot / 2 * 4 * per + e;
+      a[k][rows] = _mm512_permute_ps(elements[e], 0x00);
+      a[k + per][rows] = _mm512_permute_ps(elements[e], 0x55);
+      a[k + 2 * per][rows] = _mm512_permute_ps(elements[e], 0xaa);
+      a[k + 3 * per][rows] = _mm512_permute_ps(elements[e], 0xff);
+    }
+  }
+  for (uint32_t block = 0; block < columns / 8; ++block)
+    multiply_columns<type>(warp, d + 4 * block, a, panel.values + 8 * kDepth<type> * block,
+                           accumulates);
+}
+
+}  // namespace
+
+bool widen_core(Operand type, const uint32_t* core, uint32_t column, uint32_t half, Panel& panel) {
+  float* const place = panel.values + (type == Operand::tf32 ? 64 : 128) * (column / 8);
+  if (type == Operand::f16) widen_columns<Operand::f16>(core, place + 64 * half);
+  if (type == Operand::bf16) widen_columns<Operand::bf16>(core, place + 64 * half);
+  if (type == Operand::tf32) widen_columns<Operand::tf32>(core, place + 32 * half);
+  return type != Operand::f8;
+}
+
+bool multiply_panel(Operand type, Warp& warp, const uint32_t* d, const uint32_t* const* a,
+                    const Panel& panel, uint32_t columns, bool accumulates) {
+  const auto multiply = type == Operand::f16    ? multiply_rows<Operand::f16>
+                        : type == Operand::bf16 ? multiply_rows<Operand::bf16>
+                                                : multiply_rows<Operand::tf32>;
+  multiply(warp, d, a, panel, columns, accumulates);
+  return type != Operand::f8;
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 namespace {
@@ -201,6 +318,16 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
 
 template <Operand type>
 bool multiply_fast(Warp&, const uint32_t*) {
+  return false;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+
+bool widen_core(Operand, const uint32_t*, uint32_t, uint32_t, Panel&) { return false; }
+bool multiply_panel(Operand, Warp&, const uint32_t*, const uint32_t* const*, const Panel&, uint32_t,
+                    bool) {
   return false;
 }
 

@@ -255,9 +255,22 @@ def test_saturation(sign: int) -> None:
     assert (run(a, b, types, start=start) == start + sign * 128 - sign * 2**32).all()
 
 
-def test_coarse_sums() -> None:
-    a, b = operands(8, 64, ("f16", "f16"))
-    assert np.array_equal(run(a, b, ("f16", "f16", "f32"), coarse_sums=1), a @ b.T)
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("type_", ["f16", "bf16", "tf32"])
+def test_bits_with_and_without_checks(type_: str, registers: bool) -> None:
+    """A product of the warpgroup at once has the bits of one of 8 columns after the other."""
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((64, 64)), rng.standard_normal((64, 64))
+    a[3, 5], b[7, 9], b[8, 11] = np.inf, -np.inf, np.nan
+    if type_ == "bf16":  # bits() cuts
+        a, b = (x.astype(np.float32) for x in (a, b))
+    types, form = (type_, type_, "f32"), {"registers": registers, "signs": (1, -1)}
+    got = run(a, b, types, **form)
+    with np.errstate(invalid="ignore"):
+        assert np.allclose(got, -(a @ b.T), atol=0.3, equal_nan=True)
+    for options in ({"check": 1}, {"async": "earliest"}, {"async": "seed:3"}):
+        again = run(a, b, types, **form, **options)
+        assert np.array_equal(again.view(np.uint64), got.view(np.uint64))
 
 
 def test_moments() -> None:
