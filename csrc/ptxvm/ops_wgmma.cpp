@@ -84,6 +84,12 @@ class Loader {
  public:
   Loader(Warp& warp, const Product& product) : warp_(warp), in_(*product.from) {}
 
+  // The rows of a core matrix, where all memory holds values.
+  void find(const Descriptor& matrix, uint32_t first, uint32_t chunk, const char** rows) {
+    uint8_t lost = 0;
+    for (uint32_t r = 0; r < 8; ++r) rows[r] = row_at(matrix.row_of_core(first, chunk, r), lost, r);
+  }
+
   // Returns the rows (of M or N) that hold no value; of a transposed matrix all, if one is missing.
   uint8_t load(const Descriptor& matrix, uint32_t first, uint32_t chunk, uint32_t slot) {
     alignas(16) uint16_t plain[64];
@@ -154,9 +160,10 @@ bool land_panel(Warp& warp, const Product& product, SharedPanel& shared) {
     shared.from = nullptr;
     for (uint32_t n = 0; n < form.n; n += 8)
       for (uint32_t i = 0; i < kFragmentsB; ++i) {
-        loader.load(matrix, n, i, scratch);
-        if (in.flags & kNegateB) negate(warp, scratch, form.kind);
-        if (!widen_core(type, lanes<uint32_t>(warp, scratch), n, i, shared.panel)) return false;
+        const char* rows[8];
+        loader.find(matrix, n, i, rows);
+        if (!widen_core(type, rows, matrix.transposed(), in.flags & kNegateB, n, i, shared.panel))
+          return false;
       }
     shared.from = &in;
     shared.b = product.b;

@@ -52,9 +52,11 @@ bool multiply_fast(Warp&, const uint32_t* slots);
 struct Panel {
   alignas(64) float values[256 * 16];
 };
-// Puts a core matrix, 8 columns with 16 bytes of k each, in its place: `half` counts such bytes.
-// False, here and below, if this build has no vector instructions for it.
-bool widen_core(Operand, const uint32_t* core, uint32_t column, uint32_t half, Panel&);
+// Puts a core matrix in its place: 8 columns with 16 bytes of k each, of which `half` is the
+// number, or, if it is transposed, 8 rows of k with 16 bytes of columns. False, here and below, if
+// this build has no vector instructions for it.
+bool widen_core(Operand, const char* const* from, bool transposed, bool negated, uint32_t column,
+                uint32_t half, Panel&);
 // D = A B + D, or A B, for the rows of a warp, with the sums of multiply_fast. a: four fragments.
 bool multiply_panel(Operand, Warp&, const uint32_t* d, const uint32_t* const* a, const Panel&,
                     uint32_t columns, bool accumulates);

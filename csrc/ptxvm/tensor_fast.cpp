@@ -9,6 +9,11 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define PTXVM_PANELS 1
+#else
+#define PTXVM_PANELS 0
+#endif
 
 namespace ptxvm {
 namespace {
@@ -108,19 +113,39 @@ bool multiply_fast(Warp& warp, const uint32_t* slots) {
   return true;
 }
 
+#if PTXVM_PANELS
+
 namespace {
 
 template <Operand type>
 constexpr int kDepth = 8 * kPer<type>;  // k of a wgmma
 
-// Rows of k from columns of 16 bytes.
+// Four rows of 128 bits.
+__m512i join(const char* a, const char* b, const char* c, const char* d) {
+  const auto load = [](const char* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load(a)), load(b), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load(c)), load(d), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// 16 elements of 16 bits.
 template <Operand type>
-void widen_columns(const uint32_t* core, float* rows) {
+__m512 widen(__m256i bits) {
+  if constexpr (type == Operand::f16) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// Rows of k, even columns before odd ones, from columns or, if it is transposed, rows of 16 bytes.
+template <Operand type>
+void widen_columns(const char* const* from, bool transposed, uint32_t sign, float* rows) {
+  const __m512 flip = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(sign)));
   if constexpr (type == Operand::tf32) {
     const auto masked = [&](int c) {
-      return _mm_castsi128_ps(
-          _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(core + 4 * c)),
-                        _mm_set1_epi32(kTf32Bits)));
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[c]));
+      return _mm_xor_ps(_mm_castsi128_ps(_mm_and_si128(bits, _mm_set1_epi32(kTf32Bits))),
+                        _mm512_castps512_ps128(flip));
     };
     for (int parity = 0; parity < 2; ++parity) {
       __m128 c[4] = {masked(parity), masked(2 + parity), masked(4 + parity), masked(6 + parity)};
@@ -128,55 +153,79 @@ void widen_columns(const uint32_t* core, float* rows) {
       for (int k = 0; k < 4; ++k) _mm_storeu_ps(rows + 8 * k + 4 * parity, c[k]);
     }
   } else {
-    alignas(16) uint16_t columns[64], turned[64];
-    for (int c = 0; c < 8; ++c) std::memcpy(columns + 8 * (c % 2 * 4 + c / 2), core + 4 * c, 16);
-    transpose(columns, turned);
-    for (int k = 0; k < 8; ++k) {
-      const __m128i row = _mm_load_si128(reinterpret_cast<const __m128i*>(turned + 8 * k));
-      const __m256 wide =
-          type == Operand::f16
-              ? _mm256_cvtph_ps(row)
-              : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(row), 16));
-      _mm256_storeu_ps(rows + 8 * k, wide);
+    __m512i four[2];  // rows of k
+    if (transposed) {
+      const __m512i order = _mm512_broadcast_i32x4(
+          _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+      four[0] = _mm512_shuffle_epi8(join(from[0], from[1], from[2], from[3]), order);
+      four[1] = _mm512_shuffle_epi8(join(from[4], from[5], from[6], from[7]), order);
+    } else {
+      // Word k of each 128 bits of both.
+      const __m512i even = join(from[0], from[2], from[4], from[6]);
+      const __m512i odd = join(from[1], from[3], from[5], from[7]);
+      const __m512i columns = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 8, 16, 24, 32, 40, 48, 56));
+      const __m512i k = _mm512_set_epi64(0x3000300030003, 0x3000300030003, 0x2000200020002,
+                                         0x2000200020002, 0x1000100010001, 0x1000100010001, 0, 0);
+      const __m512i first = _mm512_add_epi16(columns, k);
+      four[0] = _mm512_permutex2var_epi16(even, first, odd);
+      four[1] = _mm512_permutex2var_epi16(even, _mm512_add_epi16(first, _mm512_set1_epi16(4)), odd);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const __m512 low = widen<type>(_mm512_castsi512_si256(four[half]));
+      const __m512 high = widen<type>(_mm512_extracti64x4_epi64(four[half], 1));
+      _mm512_storeu_ps(rows + 32 * half, _mm512_xor_ps(low, flip));
+      _mm512_storeu_ps(rows + 32 * half + 16, _mm512_xor_ps(high, flip));
     }
   }
 }
 
-// The accumulators of 8 columns: of upper and lower rows, of 16 lanes, of even and odd columns.
+// Sums of 8 columns: of 16 lanes each the upper and lower rows, of even and of odd columns.
+struct Sums {
+  __m512 even[4], odd[4];
+};
+
+// One of k. b: even columns, odd columns.
+inline void add_products(Sums& sums, const __m512* a, const float* b) {
+  const __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(b));
+  const __m512 odd = _mm512_broadcast_f32x4(_mm_load_ps(b + 4));
+#pragma GCC unroll 4
+  for (int rows = 0; rows < 4; ++rows) {
+    sums.even[rows] = _mm512_fmadd_ps(a[rows], even, sums.even[rows]);
+    sums.odd[rows] = _mm512_fmadd_ps(a[rows], odd, sums.odd[rows]);
+  }
+}
+
 template <Operand type>
 void multiply_columns(Warp& warp, const uint32_t* slots, const __m512 (*a)[4], const float* b,
                       bool accumulates) {
   const auto place = [&](int rows, int parity) {
     return lanes<float>(warp, slots[rows / 2 * 2 + parity]) + 16 * (rows % 2);
   };
-  __m512 chain[2][4][2];
-  for (int rows = 0; rows < 4; ++rows)
-    for (int parity = 0; parity < 2; ++parity) {
-      chain[0][rows][parity] =
-          accumulates ? _mm512_loadu_ps(place(rows, parity)) : _mm512_setzero_ps();
-      chain[1][rows][parity] = _mm512_setzero_ps();
-    }
-#pragma GCC unroll 2
-  for (int k = 0; k < kDepth<type>; ++k) {
-    const __m512 even = _mm512_broadcast_f32x4(_mm_load_ps(b + 8 * k));
-    const __m512 odd = _mm512_broadcast_f32x4(_mm_load_ps(b + 8 * k + 4));
-#pragma GCC unroll 4
-    for (int rows = 0; rows < 4; ++rows) {
-      auto& sums = chain[k % 2][rows];
-      sums[0] = _mm512_fmadd_ps(a[k][rows], even, sums[0]);
-      sums[1] = _mm512_fmadd_ps(a[k][rows], odd, sums[1]);
-    }
-  }
-  const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  Sums first, second;  // of even and odd k
 #pragma GCC unroll 4
   for (int rows = 0; rows < 4; ++rows) {
-    __m512 sums[2];
-    for (int parity = 0; parity < 2; ++parity)
-      sums[parity] = _mm512_add_ps(chain[0][rows][parity], chain[1][rows][parity]);
-    if (_mm512_cmp_ps_mask(sums[0], sums[1], _CMP_UNORD_Q)) [[unlikely]]
-      for (__m512& sum : sums)
-        sum = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), sum, nan);
-    for (int parity = 0; parity < 2; ++parity) _mm512_storeu_ps(place(rows, parity), sums[parity]);
+    first.even[rows] = accumulates ? _mm512_loadu_ps(place(rows, 0)) : _mm512_setzero_ps();
+    first.odd[rows] = accumulates ? _mm512_loadu_ps(place(rows, 1)) : _mm512_setzero_ps();
+    second.even[rows] = second.odd[rows] = _mm512_setzero_ps();
+  }
+  for (int k = 0; k < kDepth<type>; k += 2) {
+    add_products(first, a[k], b + 8 * k);
+    add_products(second, a[k + 1], b + 8 * k + 8);
+  }
+  const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
+  const auto canonical = [&](__m512 sum) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), sum, nan);
+  };
+#pragma GCC unroll 4
+  for (int rows = 0; rows < 4; ++rows) {
+    __m512 even = _mm512_add_ps(first.even[rows], second.even[rows]);
+    __m512 odd = _mm512_add_ps(first.odd[rows], second.odd[rows]);
+    if (_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q)) [[unlikely]] {
+      even = canonical(even);
+      odd = canonical(odd);
+    }
+    _mm512_storeu_ps(place(rows, 0), even);
+    _mm512_storeu_ps(place(rows, 1), odd);
   }
 }
 
@@ -205,11 +254,14 @@ void multiply_rows(Warp& warp, const uint32_t* d, const uint32_t* const* fragmen
 
 }  // namespace
 
-bool widen_core(Operand type, const uint32_t* core, uint32_t column, uint32_t half, Panel& panel) {
-  float* const place = panel.values + (type == Operand::tf32 ? 64 : 128) * (column / 8);
-  if (type == Operand::f16) widen_columns<Operand::f16>(core, place + 64 * half);
-  if (type == Operand::bf16) widen_columns<Operand::bf16>(core, place + 64 * half);
-  if (type == Operand::tf32) widen_columns<Operand::tf32>(core, place + 32 * half);
+bool widen_core(Operand type, const char* const* from, bool transposed, bool negated,
+                uint32_t column, uint32_t half, Panel& panel) {
+  float* const place = panel.values + (type == Operand::tf32 ? 64 : 128) * (column / 8) +
+                       (type == Operand::tf32 ? 32 : 64) * half;
+  const uint32_t sign = negated ? 0x80000000u : 0;
+  if (type == Operand::f16) widen_columns<Operand::f16>(from, transposed, sign, place);
+  if (type == Operand::bf16) widen_columns<Operand::bf16>(from, transposed, sign, place);
+  if (type == Operand::tf32) widen_columns<Operand::tf32>(from, transposed, sign, place);
   return type != Operand::f8;
 }
 
@@ -221,6 +273,8 @@ bool multiply_panel(Operand type, Warp& warp, const uint32_t* d, const uint32_t*
   multiply(warp, d, a, panel, columns, accumulates);
   return type != Operand::f8;
 }
+
+#endif
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -323,9 +377,11 @@ bool multiply_fast(Warp&, const uint32_t*) {
 
 #endif
 
-#if !defined(__AVX512F__)
+#if !PTXVM_PANELS
 
-bool widen_core(Operand, const uint32_t*, uint32_t, uint32_t, Panel&) { return false; }
+bool widen_core(Operand, const char* const*, bool, bool, uint32_t, uint32_t, Panel&) {
+  return false;
+}
 bool multiply_panel(Operand, Warp&, const uint32_t*, const uint32_t* const*, const Panel&, uint32_t,
                     bool) {
   return false;

@@ -265,12 +265,14 @@ def test_bits_with_and_without_checks(type_: str, registers: bool) -> None:
     if type_ == "bf16":  # bits() cuts
         a, b = (x.astype(np.float32) for x in (a, b))
     types, form = (type_, type_, "f32"), {"registers": registers, "signs": (1, -1)}
-    got = run(a, b, types, **form)
-    with np.errstate(invalid="ignore"):
-        assert np.allclose(got, -(a @ b.T), atol=0.3, equal_nan=True)
-    for options in ({"check": 1}, {"async": "earliest"}, {"async": "seed:3"}):
-        again = run(a, b, types, **form, **options)
-        assert np.array_equal(again.view(np.uint64), got.view(np.uint64))
+    for transposed in (False, True)[: 1 + (type_ != "tf32")]:
+        form["transposed"] = (False, transposed)
+        got = run(a, b, types, **form)
+        with np.errstate(invalid="ignore"):
+            assert np.allclose(got, -(a @ b.T), atol=0.3, equal_nan=True)
+        for options in ({"check": 1}, {"async": "earliest"}, {"async": "seed:3"}):
+            again = run(a, b, types, **form, **options)
+            assert np.array_equal(again.view(np.uint64), got.view(np.uint64))
 
 
 def test_moments() -> None:
