@@ -318,6 +318,7 @@ const OpcodeTable& opcode_table() {
     add_cluster(all);
     add_wgmma(all);
     add_wmma(all);
+    add_stack(all);
     return all;
   }();
   return table;
@@ -332,7 +333,7 @@ void decode_into(Kernel& kernel) {
   kernel.tables.clear();
   kernel.constants.clear();
   kernel.specials.clear();
-  kernel.local_bytes = 0;
+  kernel.local_bytes = kernel.stack = 0;
   kernel.scratch = kNoSlot;
   state.decode_body(state.enter(function));
   Statement end;  // a body may end without ret

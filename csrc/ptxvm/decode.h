@@ -55,6 +55,7 @@ void add_control(OpcodeTable&);  // control.cpp: bra, ret, exit, bar, barrier, t
 void add_cluster(OpcodeTable&);  // ops_cluster.cpp: mapa, getctarank, setmaxnreg, griddepcontrol
 void add_wgmma(OpcodeTable&);    // ops_wgmma.cpp
 void add_wmma(OpcodeTable&);     // ops_wmma.cpp
+void add_stack(OpcodeTable&);    // ops_stack.cpp: alloca, stacksave, stackrestore, pmevent
 
 void decode_cluster_barrier(Decoder&, const Statement&, Instruction&);  // ops_cluster.cpp
 

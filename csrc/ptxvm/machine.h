@@ -116,6 +116,7 @@ struct Kernel {
   uint32_t static_shared = 0;                  // bytes
   uint32_t dynamic_offset = 0;                 // of .extern .shared
   uint32_t local_bytes = 0;                    // per lane
+  uint32_t stack = 0;                          // of alloca, in local memory, 0 if there is none
   std::map<int, uint32_t> max_dynamic_shared;  // by device, set by cudaFuncSetAttribute
   uint32_t registers = 0;                      // of the cubin beside the PTX, 0 if unknown
   std::vector<Instruction> code;               // empty until the first launch decodes it

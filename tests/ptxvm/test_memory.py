@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from machine import machine
+from machine import MachineError, machine
 from memory_kernels import (
     BYTES,
     FILL,
@@ -275,3 +275,28 @@ st.global.b32 [%d12], %r3;
     machine.load(kernel(body, parameters=2)).launch("k", data, out)
     assert np.array_equal(out[:16], data[:16])
     assert (out[16:] == 0xFFFFFFFF).all()
+
+
+def test_a_stack_of_each_lane():
+    """alloca, in lanes that want different sizes; the stack goes back to what was saved."""
+    text = """.visible .entry k(.param .u64 p, .param .u64 extra) {
+.reg .b32 %r<8>; .reg .b64 %d<12>; .reg .pred %p<2>; .local .align 8 .b8 mine[8];
+ld.param.u64 %d0, [p]; ld.param.u64 %d9, [extra]; mov.u32 %r0, %tid.x;
+mad.wide.u32 %d1, %r0, 16, %d0; mul.wide.u32 %d2, %r0, 8; add.u64 %d2, %d2, %d9;
+stacksave.u64 %d3;
+alloca.u64 %d4, %d2;
+alloca.u64 %d5, 4, 64;
+st.local.u32 [%d5], %r0; st.local.u64 [mine], %d2;
+stackrestore.u64 %d3;
+alloca.u64 %d6, 12, 4;
+st.local.u32 [%d6+8], 7;
+ld.local.u32 %r1, [%d5]; ld.local.u32 %r2, [%d6+8];
+sub.u64 %d7, %d6, %d4; cvt.u32.u64 %r3, %d7; and.b64 %d8, %d5, 63; cvt.u32.u64 %r4, %d8;
+st.global.v4.u32 [%d1], {%r1, %r2, %r3, %r4};
+ret; }"""
+    out = np.zeros((32, 4), np.uint32)
+    with machine.options(check=1):
+        machine.run(text, "k", out, np.uint64(16))
+    assert (out == np.stack([np.arange(32), *np.full((3, 32), [[7], [0], [0]])], 1)).all()
+    with pytest.raises(MachineError, match=r"alloca of 4097 bytes: a stack has 4096, 0 of them"):
+        machine.run(text, "k", out, np.uint64(4097))
