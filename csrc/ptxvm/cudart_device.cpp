@@ -96,6 +96,11 @@ cudaError_t cudaDeviceSynchronize() {
 }
 cudaError_t cudaDeviceReset() { return finish(); }
 cudaError_t cudaSetDeviceFlags(unsigned) { return finish(); }
+cudaError_t cudaGetDeviceFlags(unsigned* flags) {
+  *flags = 0;
+  return finish();
+}
+cudaError_t cudaDeviceSetCacheConfig(cudaFuncCache) { return finish(); }
 PTXVM_EXPORT cudaError_t cudaProfilerStart() { return finish(); }
 PTXVM_EXPORT cudaError_t cudaProfilerStop() { return finish(); }
 

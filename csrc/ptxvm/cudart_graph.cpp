@@ -20,6 +20,7 @@ namespace ptxvm {
 
 struct Capture {
   cudaGraph_t graph;
+  bool is_new;  // else the caller's
   cudaStream_t origin;
   cudaStreamCaptureMode mode;
   const void* thread;  // that began it
@@ -52,6 +53,11 @@ Capture::Member* member_of(Capture& capture, cudaStream_t stream) {
   const auto found = std::find_if(capture.members.begin(), capture.members.end(),
                                   [&](const auto& member) { return member.stream == stream; });
   return found == capture.members.end() ? nullptr : &*found;
+}
+
+void drop_graph(Capture& capture) {
+  if (capture.is_new) delete capture.graph;
+  capture.graph = nullptr;
 }
 
 void draw_in(const std::shared_ptr<Capture>& capture, cudaStream_t stream) {
@@ -122,9 +128,22 @@ cudaError_t wait_in_capture(cudaStream_t stream, cudaEvent_t event) {
     return invalidate(*capture, cudaErrorStreamCaptureIsolation,
                       "cudaStreamWaitEvent: the event belongs to another capture");
   draw_in(capture, stream);
-  if (event->stream != stream) member_of(*capture, event->stream)->joined = true;
+  auto* const other = member_of(*capture, event->stream);
+  if (other && event->stream != stream) other->joined = true;
   member_of(*capture, stream)->joined = false;
   return finish();
+}
+
+void leave_capture(CUstream_st& stream) {
+  const std::lock_guard lock(runtime().mutex);
+  const auto capture = stream.capture;
+  if (!capture) return;
+  capture->invalid = true;
+  std::erase_if(capture->members, [&](const auto& member) { return member.stream == &stream; });
+  if (capture->origin != &stream) return;
+  for (const auto& member : capture->members) member.stream->capture.reset();
+  std::erase(active(), capture);
+  drop_graph(*capture);
 }
 
 }  // namespace ptxvm
@@ -142,6 +161,7 @@ cudaError_t begin(cudaStream_t stream, cudaGraph_t graph, cudaStreamCaptureMode 
     return refuse(cudaErrorIllegalState, "cudaStreamBeginCapture: the stream is captured already");
   const auto capture = std::make_shared<Capture>();
   capture->graph = graph ? graph : new CUgraph_st;
+  capture->is_new = !graph;
   capture->origin = stream;
   capture->mode = mode;
   capture->thread = &thread_mark;
@@ -199,8 +219,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   for (const auto& member : capture->members) member.stream->capture.reset();
   std::erase(active(), capture);
   if (capture->invalid || unjoined) {
-    delete capture->graph;
-    capture->graph = nullptr;
+    drop_graph(*capture);
     return capture->invalid
                ? refuse(cudaErrorStreamCaptureInvalidated,
                         "cudaStreamEndCapture: a call before it made the capture invalid")

@@ -206,6 +206,14 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return finish();
 }
 
+// All memory is near.
+cudaError_t cudaMemPrefetchAsync(const void*, size_t, cudaMemLocation, unsigned, cudaStream_t) {
+  return finish();
+}
+cudaError_t cudaMemAdvise(const void*, size_t, cudaMemoryAdvise, cudaMemLocation) {
+  return finish();
+}
+
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   *available = *total = size_t{8} << 30;
   return finish();

@@ -32,7 +32,10 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   return cudaStreamCreateWithPriority(stream, 0, 0);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete stream;
+  if (CUstream_st* const object = object_of(stream)) {
+    leave_capture(*object);
+    delete object;
+  }
   return finish();
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -56,6 +59,14 @@ cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) {
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
   return submit(stream, [function, data] {
     function(data);
+    return finish();
+  });
+}
+
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void* data,
+                                  unsigned) {
+  return submit(stream, [=] {
+    function(stream, finish(), data);
     return finish();
   });
 }

@@ -65,17 +65,6 @@ class Words {
 
 int pieces(int elements, const Fragment& fragment) { return elements / kLanes / fragment.per(); }
 
-void read_registers(Decoder& decoder, const std::string& operand, const Fragment& fragment,
-                    bool writes) {
-  const auto names = Decoder::elements(operand);
-  if (names.size() != static_cast<size_t>(fragment.registers))
-    decoder.fail("operand " + operand + " needs " + std::to_string(fragment.registers) +
-                 " registers");
-  const int bits = fragment.type == Type::f64 ? 64 : 32;
-  for (const std::string& name : names)
-    writes ? decoder.write(name, bits) : decoder.read(name, bits);
-}
-
 bool may_accumulate(const Tile& tile, bool quads) {
   const Type d = tile.d.type, c = tile.c.type;
   if (tile.a.type == Type::f64) return d == Type::f64 && c == Type::f64;
@@ -99,6 +88,19 @@ void lay_out_quads(Tile& tile, bool a_rows, bool b_rows) {
 }
 
 }  // namespace
+
+void read_registers(Decoder& decoder, const std::string& operand, const Fragment& fragment,
+                    bool writes) {
+  const auto names = Decoder::elements(operand);
+  if (names.size() != static_cast<size_t>(fragment.registers))
+    decoder.fail("operand " + operand + " needs " + std::to_string(fragment.registers) +
+                 " registers");
+  const int bits = fragment.type == Type::f64 ? 64 : 32;
+  if (std::find(names.begin(), names.end(), "_") != names.end())
+    decoder.fail("operand " + operand + " needs registers, not '_'");
+  for (const std::string& name : names)
+    writes ? decoder.write(name, bits) : decoder.read(name, bits);
+}
 
 Tile make_tile(int m, int n, int k, Type d, Type a, Type b, Type c) {
   Tile tile;

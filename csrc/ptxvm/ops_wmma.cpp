@@ -197,17 +197,6 @@ void require(Decoder& decoder, bool holds) {
   if (!holds) decoder.fail("unknown form of wmma");
 }
 
-void read_values(Decoder& decoder, const std::string& operand, const Fragment& fragment,
-                 bool writes) {
-  const auto names = Decoder::elements(operand);
-  if (names.size() != static_cast<size_t>(fragment.registers))
-    decoder.fail("operand " + operand + " needs " + std::to_string(fragment.registers) +
-                 " registers");
-  const int bits = fragment.type == Type::f64 ? 64 : 32;
-  for (const std::string& name : names)
-    writes ? decoder.write(name, bits) : decoder.read(name, bits);
-}
-
 // Types of A and B and of C and D that go together with a type of either.
 bool types_of(const std::string& role, Type type, const std::string& shape, Tile& whole) {
   if (role == "a" || role == "b") {
@@ -260,13 +249,13 @@ void decode_transfer(Decoder& decoder, const Statement& statement, Instruction& 
     transfer.has_stride ? decoder.read(operands[2], 32) : decoder.skip();
   };
   if (loads) {
-    read_values(decoder, operands[0], transfer.fragment, true);
+    read_registers(decoder, operands[0], transfer.fragment, true);
     read_memory_operand(decoder, operands[1], words, in);
     read_stride();
     in.run = load_fragment;
   } else {
     read_memory_operand(decoder, operands[0], words, in);
-    read_values(decoder, operands[1], transfer.fragment, false);
+    read_registers(decoder, operands[1], transfer.fragment, false);
     read_stride();
     in.width = 2;
     in.run = store_fragment;
@@ -318,10 +307,10 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
     product.tile = add_tile(one);
     product.block = multiply_tile;
   }
-  read_values(decoder, statement.operands[0], product.whole.d, true);
-  read_values(decoder, statement.operands[1], product.whole.a, false);
-  read_values(decoder, statement.operands[2], product.whole.b, false);
-  read_values(decoder, statement.operands[3], product.whole.c, false);
+  read_registers(decoder, statement.operands[0], product.whole.d, true);
+  read_registers(decoder, statement.operands[1], product.whole.a, false);
+  read_registers(decoder, statement.operands[2], product.whole.b, false);
+  read_registers(decoder, statement.operands[3], product.whole.c, false);
   decoder.kernel().scratch = 0;  // slots.cpp places it
   products().push_back(product);
   in.target = static_cast<uint32_t>(products().size() - 1);

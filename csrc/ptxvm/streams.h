@@ -44,5 +44,7 @@ inline CUstream_st* object_of(cudaStream_t stream) {
 // into which the stream is then drawn.
 bool record_in_capture(cudaEvent_t, cudaStream_t);
 cudaError_t wait_in_capture(cudaStream_t, cudaEvent_t);
+// A stream is destroyed: a capture that it is part of ends without a graph.
+void leave_capture(CUstream_st&);
 
 }  // namespace ptxvm

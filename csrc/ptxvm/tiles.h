@@ -47,6 +47,9 @@ Tile make_tile(int m, int n, int k, Type d, Type a, Type b, Type c);
 bool parse_shape(const std::string& shape, int& m, int& n, int& k);
 bool take_rounding(const std::string& word, Rounding&);
 
+// Reads "{a, b}", the registers of an operand.
+void read_registers(Decoder&, const std::string& operand, const Fragment&, bool writes);
+
 // Decodes a form of mma that ops_tensor.cpp has not. False if it is none.
 bool decode_tile(Decoder&, const Statement&, Instruction&);
 

@@ -446,6 +446,7 @@ wmma.store.d.sync.aligned.row.m16n16k16.global.f32 [%d1], {lists[2]}, 16; ret; }
 
 
 REFUSED = [
+    "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1,_}, {%d3}, {%d4}, {%d5,%d6};",
     "mma.sync.aligned.m8n8k4.row.row.f64.f64.f64.f64 {%d1,%d2}, {%d3}, {%d4}, {%d5,%d6};",
     "mma.sync.aligned.m8n8k4.row.col.f16.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r1,%r2}, {%r1,%r2},"
     " {%r1,%r2,%r3,%r4,%r5,%r6,%r7,%r8};",
