@@ -203,3 +203,25 @@ def test_tensor_work_of_documents_is_that_of_their_tiles(dtype, rule):
 
     one = work(1)
     assert copies * one <= work(copies) <= 1.1 * copies * one
+
+
+@built
+@pytest.mark.parametrize("device", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("attention", "causal, more keys"),
+        ("attention", "sigmoid"),
+        ("attention_decode", "wide heads"),
+    ],
+)
+def test_budgets_hold_where_tensor_cores_truncate(op, name, device):
+    """mma=hardware (docs/ptxvm.md): the error budget of half precision has room for it."""
+    from tokenmill import _emulator
+
+    spec = tm.registry.get(op)
+    sample = next(s for s in spec.samples if s.name == name)
+    with _emulator.configured(f"mma=hardware,device={device}"):
+        for dtype in (torch.float16, torch.bfloat16):
+            found = tm.testing.compare(spec, sample, "emulated", dtype, device="cpu")
+            assert found and not [c for c in found if not c.ok]

@@ -68,8 +68,9 @@ def counting() -> Iterator[list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def reporting() -> Iterator[dict[str, int]]:
-    """Lets kernels inside go on after they break a rule of check mode (docs/ptxvm.md). The dict is
-    filled at the end: the first report of each rule at each line, and how often it was broken.
+    """Lets kernels inside go on after they break a rule of check mode or leave their memory
+    (docs/ptxvm.md). The dict is filled at the end: the first report of each rule at each line, and
+    how often it was broken.
 
     Example:
         >>> import torch, tokenmill as tm
