@@ -71,7 +71,8 @@ void multiply(Warp& warp, const Instruction& in, Mask mask) {
   if constexpr (k == 8 * T::per && T::per < 4 && std::is_same_v<Accumulators, Single>)
     if (!options.hardware_mma && multiply_fast<T::type>(warp, in.slots)) return;
   const Slots<k, T::per> slots(in.slots, Accumulators::count);
-  const Adder adder = adder_of(T::type, std::string_view(in.text).starts_with("wgmma"));
+  const bool of_wgmma = options.hardware_mma && std::string_view(in.text).starts_with("wgmma");
+  const Adder adder = options.hardware_mma ? adder_of(T::type, of_wgmma) : Adder{};
   float a[kRows][k], b[kColumns][k], d[kLanes][4];
   read_operands<T, B>(warp, slots, a, b);
   for (int lane = 0; lane < kLanes; ++lane)

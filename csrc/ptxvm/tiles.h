@@ -63,7 +63,8 @@ void multiply_tile(Warp&, const Instruction&, Mask);
 Handler find_mma(int k, const std::string& d, const std::string& a, const std::string& b,
                  const std::string& c, bool saturates);
 
-// Lanes of the registers of D that depend on lanes that miss a value, of A, B and C in this order.
+// Lanes of the registers of D that depend on lanes that miss a value, of A, B, C and metadata in
+// this order.
 void spread_tile(const Tile&, const Mask* missing, Mask* values);
 
 // wmma.mma: its fragments; null if the instruction is none.
