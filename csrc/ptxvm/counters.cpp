@@ -315,6 +315,8 @@ std::string counters_json() {
   return json + "\n]}";
 }
 
+const std::string& last_launch() { return launches.back(); }
+
 void reset_counters() { launches.clear(); }
 
 }  // namespace ptxvm

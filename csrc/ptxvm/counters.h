@@ -15,6 +15,7 @@ void finish_counting(const Kernel&, const uint32_t grid[3], const uint32_t block
 
 // One object per launch since the last reset, in order, as {"launches": [...]}.
 std::string counters_json();
+const std::string& last_launch();  // the last of these objects
 void reset_counters();
 
 // "ld.global.v4.b32" of an instruction's text, which may begin with a guard.

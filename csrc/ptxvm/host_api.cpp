@@ -48,9 +48,10 @@ void set_option(const std::string& name, const std::string& value) {
   } else if (name == "watchdog") {
     options.watchdog = number(0, UINT32_MAX);
   } else if (name == "on_fault") {
-    if (value != "stop" && value != "report")
-      throw Fault("ptxvm_configure: on_fault: must be stop or report; got " + value);
-    options.go_on = value == "report";
+    if (value != "stop" && value != "report" && value != "collect")
+      throw Fault("ptxvm_configure: on_fault: must be stop, report or collect; got " + value);
+    options.go_on = value != "stop";
+    options.quiet = value == "collect";
   } else if (name == "device") {
     if (!choose_device(value))
       throw Fault("ptxvm_configure: device: must be sm_80, sm_86, sm_89, sm_90a or sm_120; got " +
@@ -87,6 +88,31 @@ void configure(const std::string& settings) {
       throw Fault("ptxvm_configure: '" + setting + "' is not of the form name=value");
     set_option(trim(setting.substr(0, equals)), trim(setting.substr(equals + 1)));
   }
+}
+
+std::string settings() {
+  constexpr const char* kOrders[] = {"forward", "reverse", "seeded"};
+  constexpr const char* kMoments[] = {"latest", "earliest", "seed:"};
+  const auto moment = static_cast<size_t>(options.async);
+  const std::pair<const char*, std::string> all[] = {
+      {"check", std::to_string(options.check)},
+      {"count", std::to_string(options.count)},
+      {"approximate", std::to_string(options.approximate)},
+      {"coarse_sums", std::to_string(options.coarse_sums)},
+      {"seed", std::to_string(options.seed)},
+      {"resident_blocks", std::to_string(options.resident_blocks)},
+      {"fuel", std::to_string(options.fuel)},
+      {"watchdog", std::to_string(options.watchdog)},
+      {"on_fault", options.quiet   ? "collect"
+                   : options.go_on ? "report"
+                                   : "stop"},
+      {"device", device().name},
+      {"async", kMoments[moment] + (moment == 2 ? std::to_string(options.async_seed) : "")},
+      {"order", kOrders[static_cast<size_t>(options.order)]}};
+  std::string text;
+  for (const auto& [name, value] : all)
+    text += (text.empty() ? "" : ",") + std::string(name) + "=" + value;
+  return text;
 }
 
 // PTXVM_CHECK=1 and so on: the same names in capitals.
@@ -147,6 +173,13 @@ int ptxvm_configure(const char* settings) {
     return -1;
   }
   return 0;
+}
+
+const char* ptxvm_options(void) {
+  thread_local std::string text;
+  const std::lock_guard lock(runtime().mutex);
+  text = settings();
+  return text.c_str();
 }
 
 void ptxvm_recover(void) { recover(); }

@@ -16,6 +16,9 @@ void ptxvm_unregister_all(void);
 // Returns 0, or -1 and leaves a message for ptxvm_last_report.
 int ptxvm_configure(const char* settings);
 
+// All options as ptxvm_configure takes them, valid until the next call in this thread.
+const char* ptxvm_options(void);
+
 // Calls of the CUDA runtime return the error of a kernel that failed until this is called, for
 // which there is no other way than a new process on a GPU. ptxvm_launch neither needs it nor calls
 // for it.
@@ -24,8 +27,10 @@ void ptxvm_recover(void);
 // What the last failed launch or call of this thread reported; empty if none failed since.
 const char* ptxvm_last_report(void);
 
-// With on_fault=report: "count<tab>report" of each rule that was broken at a line, a line each.
-// They are forgotten; those that nobody asked for are printed when the process ends.
+// With on_fault=report or collect: each rule that was broken at a line, as a list of JSON of
+// objects with kernel, line, rule, count, and report, which is that of the first time. Valid until
+// the next call in this thread. They are forgotten; those that nobody asked for are printed when
+// the process ends, unless on_fault is collect.
 const char* ptxvm_reports(void);
 
 // Counters of all launches since the last reset as JSON text, valid until the next call.

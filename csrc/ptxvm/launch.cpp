@@ -10,6 +10,7 @@
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
 #include "ptxvm/fatbin.h"
+#include "ptxvm/log.h"
 #include "ptxvm/runtime.h"
 #include "ptxvm/sched.h"
 
@@ -115,6 +116,20 @@ Refusal check_cluster(const Kernel& kernel, const uint32_t grid[3], const uint32
   return {};
 }
 
+// Of a launch that has finished.
+void log_launch(const Launch& run) {
+  if (!has_log()) return;
+  const auto list = [](const uint32_t size[3]) {
+    return "[" + std::to_string(size[0]) + ", " + std::to_string(size[1]) + ", " +
+           std::to_string(size[2]) + "]";
+  };
+  log_event("{\"launch\": " +
+            (options.count ? last_launch()
+                           : "{\"kernel\": " + quoted(run.kernel->name) + ", \"grid\": " +
+                                 list(run.grid) + ", \"block\": " + list(run.block) + "}") +
+            "}");
+}
+
 }  // namespace
 
 Runtime& runtime() {
@@ -165,6 +180,8 @@ void unload(LoadedModule* loaded) {
 int fail(int error, const std::string& report) {
   thread_report = report;
   thread_error = reported_error = error;
+  if (has_log())
+    log_event("{\"error\": " + std::to_string(error) + ", \"report\": " + quoted(report) + "}");
   return error;
 }
 
@@ -262,6 +279,7 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
     if (options.count) start_counting(kernel);
     run_grid(run);
     if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared);
+    log_launch(run);
   } catch (const FailedAssertion& assertion) {
     return fail(cudaErrorAssert, assertion.what());
   } catch (const Fault& fault) {

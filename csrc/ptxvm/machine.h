@@ -263,6 +263,7 @@ std::string report_of(const Warp&, const Instruction&, int lane, const std::stri
 struct Options {
   bool check = false;  // everything of check.h beyond bounds and alignment, which are always on
   bool go_on = false;  // after a broken rule of check mode: reports.h
+  bool quiet = false;  // reports are taken or logged, not printed
   bool count = false;  // counters.h
   int approximate =
       0;  // -1, 0, 1: ex2, rcp, ... as good as can be, or off by their bound down or up

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <vector>
 
+#include "ptxvm/log.h"
+
 namespace ptxvm {
 namespace {
 
@@ -12,11 +14,17 @@ struct Entry {
   uint32_t line;
   std::string rule, report;
   uint64_t count;
+
+  std::string members() const {  // of an object of JSON
+    return "\"kernel\": " + quoted(kernel) + ", \"line\": " + std::to_string(line) +
+           ", \"rule\": " + quoted(rule) + ", \"report\": " + quoted(report);
+  }
 };
 
 struct Entries {
   std::vector<Entry> list;
   ~Entries() {
+    if (options.quiet) return;
     for (const Entry& entry : list)
       std::fprintf(stderr, "ptxvm: %llu x %s\n", static_cast<unsigned long long>(entry.count),
                    entry.report.c_str());
@@ -38,15 +46,17 @@ void broke_rule(Warp& warp, const Instruction& instruction, int lane, const std:
     return;
   }
   list.push_back({kernel, instruction.line, rule, report_of(warp, instruction, lane, what), 1});
-  std::fprintf(stderr, "ptxvm: %s\n", list.back().report.c_str());
+  if (!options.quiet) std::fprintf(stderr, "ptxvm: %s\n", list.back().report.c_str());
+  log_event("{\"broken\": {" + list.back().members() + "}}");
 }
 
 std::string take_reports() {
-  std::string text;
+  std::string json = "[";
   for (const Entry& entry : entries.list)
-    text += std::to_string(entry.count) + "\t" + entry.report + "\n";
+    json += (json.size() > 1 ? ", {" : "{") + entry.members() +
+            ", \"count\": " + std::to_string(entry.count) + "}";
   entries.list.clear();
-  return text;
+  return json + "]";
 }
 
 }  // namespace ptxvm

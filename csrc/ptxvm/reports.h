@@ -10,8 +10,8 @@ namespace ptxvm {
 void broke_rule(Warp&, const Instruction&, int lane, const std::string& rule,
                 const std::string& what);
 
-// "count<tab>first report" of each, a line each, in the order of the first; forgets them. What is
-// left when the process ends is printed.
+// A list of JSON, in the order of the first reports: kernel, line, rule, report and count of each.
+// Forgets them. What is left when the process ends is printed.
 std::string take_reports();
 
 }  // namespace ptxvm

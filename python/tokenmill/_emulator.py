@@ -1,122 +1,84 @@
-"""The PTX machine of a development build seen from Python: its options, checks and counters."""
+"""The PTX machine inside the emulated library of a development build: its options, checks and
+counters. `tokenmill.ptx` is the machine for other kernels; options of the two are apart."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import json
-import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _library
 
+if TYPE_CHECKING:
+    from .ptx.vm import Machine, Report
+
 
 @functools.cache
-def machine() -> ctypes.CDLL:
-    """The machine inside the emulated library, through the functions of csrc/ptxvm/host_api.h."""
+def machine() -> Machine:
+    """The machine inside the emulated library."""
     if not _library.emulated_built():
         raise RuntimeError("tokenmill.emulator: not in this build (TOKENMILL_PTXVM=1)")
-    found = ctypes.CDLL(str(_library.EMULATED_PATH))
-    found.ptxvm_configure.argtypes = [ctypes.c_char_p]
-    found.ptxvm_last_report.restype = ctypes.c_char_p
-    found.ptxvm_counters.restype = ctypes.c_char_p
-    found.ptxvm_reports.restype = ctypes.c_char_p
-    return found
+    from .ptx.vm import Machine  # not a name of tokenmill before it is asked for
 
-
-_chosen: dict[str, str] = {}  # by configure
+    return Machine(_library.EMULATED_PATH)
 
 
 def configure(settings: str) -> None:
     """Sets options of the machine: "check=1,order=reverse,seed=7" (docs/ptxvm.md lists them)."""
-    if machine().ptxvm_configure(settings.encode()):
-        raise ValueError(f"tokenmill.emulator: {machine().ptxvm_last_report().decode()}")
-    _chosen.update(
-        (n.strip(), v.strip()) for n, _, v in (s.partition("=") for s in settings.split(","))
-    )
+    try:
+        machine().configure(**_options(settings))
+    except RuntimeError as error:
+        raise ValueError(f"tokenmill.emulator: {error}") from None
 
 
 def device() -> str:
     """The device whose limits apply: "sm_80"."""
-    return _chosen.get("device", _initial("device"))
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[list[dict[str, Any]]]:
-    """Counts what the kernels inside do. The list is filled at the end, one entry per launch.
-
-    Example:
-        >>> import torch, tokenmill as tm
-        >>> from tokenmill import emulator, library
-        >>> x = torch.randn(2, 1, 16, 2, 64)
-        >>> if library.emulated_built():
-        ...     with emulator.counting() as launches:
-        ...         out = tm.merge_attention_states(x, None, backend="emulated")
-        ...     assert launches[0]["instructions"] > 0
-    """
-    launches: list[dict[str, Any]] = []
-    machine().ptxvm_reset_counters()
-    try:
-        with configured("count=1"):
-            yield launches
-        launches += json.loads(machine().ptxvm_counters())["launches"]
-    finally:
-        machine().ptxvm_reset_counters()
-
-
-@contextlib.contextmanager
-def reporting() -> Iterator[dict[str, int]]:
-    """Lets kernels inside go on after they break a rule of check mode or leave their memory
-    (docs/ptxvm.md). The dict is filled at the end: the first report of each rule at each line, and
-    how often it was broken.
-
-    Example:
-        >>> import torch, tokenmill as tm
-        >>> from tokenmill import emulator, library
-        >>> x = torch.randn(2, 1, 16, 2, 64)
-        >>> if library.emulated_built():
-        ...     with emulator.configured("check=1"), emulator.reporting() as reports:
-        ...         out = tm.merge_attention_states(x, None, backend="emulated")
-        ...     assert not reports
-    """
-    reports: dict[str, int] = {}
-    machine().ptxvm_reports()
-    with configured("on_fault=report"):
-        yield reports
-    for line in machine().ptxvm_reports().decode().splitlines():
-        count, report = line.split("\t", 1)
-        reports[report] = int(count)
-
-
-_DEFAULTS = {  # of csrc/ptxvm/machine.h
-    "check": "0",
-    "count": "0",
-    "approximate": "0",
-    "mma": "exact",
-    "order": "forward",
-    "seed": "0",
-    "resident_blocks": "8",
-    "fuel": "20000",
-    "watchdog": "4000",
-    "device": "sm_80",
-    "async": "latest",
-    "on_fault": "stop",
-}
-
-
-def _initial(option: str) -> str:
-    return os.environ.get(f"PTXVM_{option.upper()}", _DEFAULTS[option])
+    return machine().settings["device"]
 
 
 @contextlib.contextmanager
 def configured(settings: str) -> Iterator[None]:
-    """Sets options for a while; afterwards those named are as the environment set them."""
-    names = [setting.split("=")[0].strip() for setting in settings.split(",")]
-    before = {n: _initial(n) for n in names}
+    """Sets options for a while; afterwards those named are what they were."""
+    before = machine().settings
     configure(settings)
     try:
         yield
     finally:
-        configure(",".join(f"{name}={value}" for name, value in before.items()))
+        machine().configure(**{name: before[name] for name in _options(settings)})
+
+
+def _options(settings: str) -> dict[str, int | str]:
+    named = (setting.split("=", 1) for setting in settings.split(","))
+    return {name.strip(): "".join(value).strip() for name, *value in named}
+
+
+def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
+    """Counts what the kernels inside do. The list is filled at the end, one entry per launch.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from tokenmill import _emulator, _library
+        >>> x = torch.randn(2, 1, 16, 2, 64)
+        >>> if _library.emulated_built():
+        ...     with _emulator.counting() as launches:
+        ...         out = tm.merge_attention_states(x, None, backend="emulated")
+        ...     assert launches[0]["instructions"] > 0
+    """
+    return machine().counting()
+
+
+def reporting() -> contextlib.AbstractContextManager[list[Report]]:
+    """Lets kernels inside go on after they break a rule of check mode or leave their memory
+    (docs/ptxvm.md). The list is filled at the end, an entry for each rule at each line.
+
+    Example:
+        >>> import torch, tokenmill as tm
+        >>> from tokenmill import _emulator, _library
+        >>> x = torch.randn(2, 1, 16, 2, 64)
+        >>> if _library.emulated_built():
+        ...     with _emulator.configured("check=1"), _emulator.reporting() as reports:
+        ...         out = tm.merge_attention_states(x, None, backend="emulated")
+        ...     assert not reports
+    """
+    return machine().reporting()

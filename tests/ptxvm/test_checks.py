@@ -261,7 +261,7 @@ def test_silent(name, order):
 
 
 def test_reports_are_counted_and_the_kernel_goes_on(capfd):
-    machine.library.ptxvm_reports()
+    machine.reports()
     body = "add.u32 %r5, %r7, 1;\nst.global.b32 [%d0], %r5;\n" + FILL + STORE + LOAD_NEXT
     with machine.options(check=1, on_fault="report"):
         assert run(body + "@%p2 st.global.b32 [%d0+4], 1;\n").view(np.int32)[1] == 1
@@ -269,13 +269,13 @@ def test_reports_are_counted_and_the_kernel_goes_on(capfd):
         with pytest.raises(MachineError, match="stopped itself"):
             run("trap;\n")
     printed = capfd.readouterr().err.splitlines()
-    lines = machine.library.ptxvm_reports().decode().splitlines()
-    assert machine.library.ptxvm_reports() == b""
-    reports = dict(reversed(line.split("\t", 1)) for line in lines)
-    assert printed == [f"ptxvm: {report}" for report in reports]
-    (unset,) = (r for r in reports if "depends on an uninitialised value: source 2" in r)
-    assert reports[unset] == str(2 * WARPS)
-    assert sum("race: " in report for report in reports) == len(reports) - 1 >= 1
+    reports = machine.reports()
+    assert machine.reports() == []
+    assert printed == [f"ptxvm: {report.report}" for report in reports]
+    (unset,) = (r for r in reports if "depends on an uninitialised value: source 2" in r.report)
+    assert unset.count == 2 * WARPS and unset.kernel == "k"
+    assert f"k, line {unset.line}: " in unset.report
+    assert sum("race: " in r.report for r in reports) == len(reports) - 1 >= 1
 
 
 def test_accesses_without_memory_are_reported_and_lost(capfd):

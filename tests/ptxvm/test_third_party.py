@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toolchain
 import torch
-from machine import find_library, machine
+from machine import LIBRARY, machine
 
 HERE = Path(__file__).parent
 
@@ -151,23 +151,29 @@ GEMMS = {
 }
 
 
-@pytest.mark.parametrize("name", GEMMS)
-def test_cutlass_gemm(name: str, tmp_path: Path) -> None:
+def compile_gemm(name: str, folder: Path) -> Path:
+    """A program with the PTX of its architecture, not compressed."""
     nvcc, include = toolchain.nvcc(), toolchain.cutlass_include()
-    library = find_library()
-    if nvcc is None or include is None or library is None:
+    if nvcc is None or include is None:
         pytest.skip("needs nvcc and the CUTLASS headers")
-    architecture, shapes, modes = GEMMS[name]
+    architecture = GEMMS[name][0]
     utilities = include.parent / "tools" / "util" / "include"
     if architecture == "90a" and not utilities.is_dir():
         pytest.skip("needs the utilities of CUTLASS")
-    program = tmp_path / "gemm"
+    program = folder / "gemm"
     target = f"compute_{architecture}"
     flags = ["-std=c++20", "-O1", "-w", "-cudart=shared", "--compress-mode=none"]
     flags += [f"-gencode=arch={target},code={target}", f"-I{include}", f"-I{utilities}"]
     subprocess.run([nvcc, *flags, str(HERE / name), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_cutlass_gemm(name: str, tmp_path: Path) -> None:
+    architecture, shapes, modes = GEMMS[name]
+    program = compile_gemm(name, tmp_path)
     for mode in modes:
-        environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)} | mode
+        environment = os.environ | {"LD_LIBRARY_PATH": str(LIBRARY.parent)} | mode
         environment["PTXVM_DEVICE"] = f"sm_{architecture}"
         done = subprocess.run([program], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -1,0 +1,18 @@
+// What a process does on the machine, for another process that reads it: an object of JSON for each
+// event, a line each, appended at once to the file that PTXVM_LOG names.
+//
+//   {"launch": {"kernel": ..., "grid": [...], "block": [...], ...}}      counters too, if counted
+//   {"broken": {"kernel": ..., "line": ..., "rule": ..., "report": ...}} the first time at a line
+//   {"error": code, "report": ...}                                       of a call that failed
+#pragma once
+#include <string>
+
+namespace ptxvm {
+
+bool has_log();
+void log_event(const std::string& object);
+
+// The text as a string of JSON.
+std::string quoted(const std::string& text);
+
+}  // namespace ptxvm
