@@ -98,7 +98,7 @@ std::string settings() {
       {"check", std::to_string(options.check)},
       {"count", std::to_string(options.count)},
       {"approximate", std::to_string(options.approximate)},
-      {"coarse_sums", std::to_string(options.coarse_sums)},
+      {"mma", options.hardware_mma ? "hardware" : "exact"},
       {"seed", std::to_string(options.seed)},
       {"resident_blocks", std::to_string(options.resident_blocks)},
       {"fuel", std::to_string(options.fuel)},

@@ -1,5 +1,5 @@
 """python -m tokenmill info | ops | explain | check | bench | bench primitives | bench report |
-bench scale | tune | report | demo | papers"""
+bench scale | tune | report | demo | papers | ptx run | ptx check | ptx count"""
 
 from __future__ import annotations
 
@@ -42,8 +42,14 @@ def _run(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"] and argv[1:2] in TWO_WORDS:
         argv = [" ".join(argv[:2]), *argv[2:]]
+    behind: list[str] = []
+    if argv[:1] == ["ptx"] and "--" in argv:  # of the program that it runs
+        at = argv.index("--")
+        argv, behind = argv[:at], argv[at + 1 :]
     try:
         options, others = _parser().parse_known_args(argv)
+        if behind:
+            options.args = behind
         command = f"tokenmill {options.command}"
         if others:
             raise _cli.UsageError(f"unrecognized arguments: {' '.join(others)}")
@@ -134,6 +140,10 @@ def _parser() -> _cli.Parser:
 
     sub = command("papers", show.run, "the papers behind the package, and what computes each")
     show.add_arguments(sub)
+    from .ptx import command as ptx
+
+    sub = command("ptx", ptx.run, "CUDA kernels on a CPU: run them, check them, count what they do")
+    ptx.add_arguments(sub)
     return parser
 
 

@@ -1,0 +1,182 @@
+"""Arguments of a kernel as text: 3, f32=0.5, f32[1024]=arange, bf16[64,128]=random:7,
+"const i32[10]=lengths.npy", and bytes:00ff for a struct that goes by value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .text import Kernel, Parameter
+
+TYPES: dict[str, Any] = {
+    **{f"{kind}{bits}": np.dtype(f"{name}{bits}") for bits in (8, 16, 32, 64)
+       for kind, name in (("i", "int"), ("s", "int"), ("u", "uint"), ("b", "uint"))},
+    **{f"f{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "bf16": np.dtype("uint16"),
+}  # fmt: skip
+FORM = "must be VALUE, TYPE=VALUE or [const ]TYPE[SIZES]=CONTENTS"
+CONTENTS = "zeros, ones, nan, arange, random[:SEED], a number, FILE.npy or bytes:HEX"
+_ARRAY = re.compile(r"(?P<const>const\s+)?(?P<type>\w+)\[(?P<sizes>[\d,\s]+)\]=(?P<value>.+)")
+_SCALAR = re.compile(r"((?P<type>[a-z]+\d+)=)?(?P<value>[^=]+)")
+_MOST_BYTES = 1 << 34
+ALIGNMENT = 256  # bytes
+
+
+class BadArgument(ValueError):
+    """`rule; got value`."""
+
+
+def make(text: str, parameter: Parameter | None) -> Any:
+    """A NumPy array, which the kernel gets as a pointer, or a scalar of the parameter's type."""
+    if found := _ARRAY.fullmatch(text):
+        return _array(text, found)
+    if found := _SCALAR.fullmatch(text):
+        return _scalar(text, found, parameter)
+    raise BadArgument(f"{FORM}; got '{text}'")
+
+
+def _dtype(name: str) -> Any:
+    if name not in TYPES:
+        raise BadArgument(f"type must be one of {', '.join(TYPES)}; got '{name}'")
+    return TYPES[name]
+
+
+def _scalar(text: str, found: re.Match[str], parameter: Parameter | None) -> Any:
+    kind = found["type"] or (parameter and parameter.type)
+    if parameter and parameter.count and not found["type"]:
+        size = parameter.count * TYPES[parameter.type].itemsize
+        return _filled(np.empty(1, f"V{size}"), parameter.type, found["value"])[0]
+    if not kind:
+        raise BadArgument(f"must name its type (TYPE=VALUE); got '{text}'")
+    return _filled(np.empty(1, _dtype(kind)), kind, found["value"])[0]
+
+
+def _array(text: str, found: re.Match[str]) -> Any:
+    dtype = _dtype(found["type"])
+    sizes = [int(size) for size in found["sizes"].split(",") if size.strip()]
+    if not sizes or math.prod(sizes) * dtype.itemsize > _MOST_BYTES:
+        raise BadArgument(f"sizes must be whole numbers of at most 16 GB in all; got '{text}'")
+    array = _filled(_allocated(sizes, dtype), found["type"], found["value"].strip())
+    array.flags.writeable = found["const"] is None
+    return array
+
+
+def _allocated(sizes: list[int], dtype: Any) -> Any:
+    """An array with the alignment of cudaMalloc, so that counters are the same in every run."""
+    size = math.prod(sizes) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(sizes)
+
+
+def _filled(array: Any, kind: str, contents: str) -> Any:
+    """The array with what the text says."""
+    word, _, rest = contents.partition(":")
+    if array.dtype.kind == "V" and word != "bytes":
+        raise BadArgument(f"must be bytes:HEX, {array.nbytes} bytes; got '{contents}'")
+    if contents.endswith(".npy"):
+        array[...] = _loaded(array, contents)
+    elif word == "bytes":
+        array[...] = _bytes(array, rest)
+    elif word == "random" and re.fullmatch(r"\d*", rest):
+        array[...] = _converted(kind, _random(kind, array.shape, int(rest or 0)))
+    elif contents == "arange":
+        array[...] = _converted(kind, np.arange(array.size).reshape(array.shape))
+    else:
+        array[...] = _converted(kind, _number(kind, contents))
+    return array
+
+
+def _random(kind: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Normal for floating point; else from 0 to 99."""
+    generator = np.random.default_rng(seed)
+    if "f" in kind:
+        return generator.standard_normal(shape)
+    return generator.integers(0, 100, shape)
+
+
+def _number(kind: str, text: str) -> Any:
+    named = {"zeros": "0", "ones": "1"}.get(text, text)
+    parse: Callable[[str], Any] = float if "f" in kind else lambda x: int(x, 0)
+    try:
+        value = parse(named)
+        if "f" not in kind:
+            np.array(value, TYPES[kind])  # OverflowError
+        return value
+    except (ValueError, OverflowError):
+        raise BadArgument(f"must be {CONTENTS}, of {kind}; got '{text}'") from None
+
+
+def _loaded(array: Any, name: str) -> Any:
+    try:
+        loaded = np.load(Path(name), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadArgument(f"must be a readable .npy file; got '{name}' ({error})") from None
+    if loaded.shape != array.shape or loaded.dtype.itemsize != array.itemsize:
+        raise BadArgument(
+            f"must hold {array.dtype}{list(array.shape)}; got '{name}' with "
+            f"{loaded.dtype}{list(loaded.shape)}"
+        )
+    return np.ascontiguousarray(loaded).view(array.dtype)
+
+
+def _bytes(array: Any, text: str) -> Any:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if len(data) != array.nbytes:
+        raise BadArgument(f"must be {array.nbytes} bytes in hexadecimal; got 'bytes:{text}'")
+    return np.frombuffer(data, array.dtype).reshape(array.shape)
+
+
+def _converted(kind: str, values: Any) -> Any:
+    """Values for an array of the kind; bf16 is rounded to nearest even, as the bits of u16."""
+    if kind != "bf16":
+        return np.asarray(values).astype(TYPES[kind])
+    bits = np.atleast_1d(np.asarray(values, np.float32)).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    narrow = np.where(nan, 0x7FC0, rounded).astype(np.uint16)
+    return narrow.reshape(np.shape(values)) if np.ndim(values) else narrow[0]
+
+
+def readable(array: Any, kind: str) -> Any:
+    """The values of an array of the kind: those of bf16 as float32."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else array
+
+
+def kind_of(text: str) -> str:
+    """The type that an argument names; "" where it names none."""
+    found = re.match(r"(?:const\s+)?(\w+)(?:\[[\d,\s]+\])?=", text)
+    return found[1] if found else ""
+
+
+def for_kernel(kernel: Kernel, texts: list[str]) -> list[Any]:
+    """The arguments of a call, as many as the kernel has parameters."""
+    if len(texts) != len(kernel.parameters):
+        raise BadArgument(f"must be given once for each parameter of {kernel}; got {len(texts)}")
+    made = []
+    for i, (text, parameter) in enumerate(zip(texts, kernel.parameters, strict=True)):
+        try:
+            value = make(text, parameter)
+        except BadArgument as error:
+            raise BadArgument(f"number {i} ({parameter}) {error}") from None
+        _check_size(i, text, value, parameter)
+        made.append(value)
+    return made
+
+
+def _check_size(i: int, text: str, value: Any, parameter: Parameter) -> None:
+    element = TYPES.get(parameter.type)
+    if element is None:
+        return
+    size = element.itemsize * max(parameter.count, 1)
+    given = 8 if isinstance(value, np.ndarray) else value.nbytes
+    if given != size:
+        raise BadArgument(f"number {i} ({parameter}) must have {size} bytes; got '{text}'")

@@ -1,0 +1,98 @@
+"""Runs of a program: a child process for each mode, with the machine as its CUDA runtime."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import _cli
+from . import binary
+from .command import machine_options
+from .findings import Mode, Run, read_log
+
+CALL = "import ctypes, sys; sys.exit(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])() & 255)"
+LINK = "link it with nvcc -cudart shared -gencode arch=compute_80,code=compute_80"
+LOADER_FAILED = 127
+
+
+def runs(options: argparse.Namespace, modes: Sequence[Mode], library: Path) -> list[Run]:
+    if options.arg or options.kernel or options.launch or options.grid or options.block:
+        raise _cli.UsageError("--kernel, --launch, --grid, --block, --arg: are for PTX text")
+    command = _command(options, library)
+    with tempfile.TemporaryDirectory() as folder:
+        done = [
+            _run(options, command, mode, library, Path(folder) / f"{i}.log")
+            for i, mode in enumerate(modes)
+        ]
+    if not done[0].kernels:
+        said = [*done[0].refused, *done[0].output.strip().splitlines()[-1:]]
+        raise _cli.UsageError(
+            f"FILE: must launch a kernel on the machine; '{options.file}' launched none"
+            + (f" (exit status {done[0].status})" if done[0].status else "")
+            + (f": {said[0]}" if said else "")
+        )
+    return done
+
+
+def _command(options: argparse.Namespace, library: Path) -> list[str]:
+    path = shutil.which(options.file) or options.file
+    found = binary.read(Path(path)) if Path(path).is_file() else None
+    if found:
+        _check_runtime(options.file, found, library)
+    if found and not found.is_program:
+        if not options.entry:
+            rule = "must be given for a shared object: a function that takes nothing"
+            raise _cli.UsageError(f"--entry: {rule}; got '{options.file}'")
+        return [sys.executable, "-c", CALL, str(Path(path).resolve()), options.entry, *options.args]
+    if options.entry:
+        raise _cli.UsageError(f"--entry: is for shared objects; got '{options.file}'")
+    if not os.access(path, os.X_OK):
+        raise _cli.UsageError(f"FILE: must be executable; got '{options.file}'")
+    return [str(Path(path).resolve()), *options.args]
+
+
+def _check_runtime(name: str, found: binary.Binary, library: Path) -> None:
+    """Whether the loader will give it the machine."""
+    if found.runtime is None and found.has_kernels:
+        raise _cli.UsageError(
+            f"FILE: must be linked with the shared CUDA runtime, whose place the machine takes; "
+            f"'{name}' has the static one: {LINK}"
+        )
+    if found.runtime not in (None, library.name):
+        raise _cli.UsageError(
+            f"FILE: must be linked with {library.name} (CUDA 13); '{name}' needs {found.runtime}"
+        )
+
+
+def _run(
+    options: argparse.Namespace, command: list[str], mode: Mode, library: Path, log: Path
+) -> Run:
+    """What a program prints is shown by `run` alone; others keep it for when it fails."""
+    chosen = machine_options(options) | mode.options
+    paths = [str(library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
+    environment = os.environ | {f"PTXVM_{name.upper()}": str(v) for name, v in chosen.items()}
+    environment["LD_LIBRARY_PATH"] = ":".join(filter(None, paths))
+    environment["PTXVM_LOG"] = str(log)
+    shows = options.action == "run" and not options.json
+    sys.stdout.flush()
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdout=None if shows else subprocess.PIPE,
+        stderr=None if shows else subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    run = read_log(log, mode)
+    run.status, run.output = done.returncode, done.stdout or ""
+    if not run.kernels and run.status == LOADER_FAILED:
+        raise _cli.UsageError(f"FILE: {run.output.strip() or 'could not be loaded'}")
+    if not log.exists() and "PTXVM_" in run.output and run.status == 2:
+        raise _cli.UsageError(run.output.strip().splitlines()[0])
+    return run
