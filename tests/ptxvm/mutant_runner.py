@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mutate import Change, Mutation, mutate
+from mutate import Change, Mutation, mutate, sections
 
 import tokenmill as tm
 from tokenmill import _emulator, _library
+from tokenmill.dense.attention_decode_cases import decode_call
 
 Tensors = list[torch.Tensor]
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "f": torch.float32}
@@ -145,6 +146,45 @@ def packed_attention_case(
     return run
 
 
+def call_case(op: str, make: Callable[..., Any]) -> Callable[[str], Tensors]:
+    """A call of an operator with the arguments of one of its samples."""
+    args, kwargs = make(torch.float32, torch.Generator().manual_seed(0))
+
+    def run(backend: str) -> Tensors:
+        def given(value: Any) -> Any:
+            is_wide = backend == "reference" and isinstance(value, torch.Tensor)
+            return value.double() if is_wide and value.is_floating_point() else value
+
+        found = getattr(tm, op)(
+            *map(given, args), **{k: given(v) for k, v in kwargs.items()}, backend=backend
+        )
+        return list(found) if isinstance(found, tuple) else [found]
+
+    return run
+
+
+def topk_call(dtype: torch.dtype, g: torch.Generator) -> Any:
+    """One row for all multiprocessors."""
+    return (torch.randint(5000, (1, 40001), generator=g).to(dtype), 700), {}
+
+
+def recurrence_call(dtype: torch.dtype, g: torch.Generator) -> Any:
+    """Parts of one sequence, each for a block, which hand on their state."""
+    q, k, v = (torch.randn(1, 700, 2, d, generator=g).to(dtype) for d in (12, 12, 20))
+    decay = torch.tensor([-0.01, -0.2])
+    return (q, k, v), {"log_decay": decay, "return_final_state": True}
+
+
+CALLS = {
+    "topk_": ("topk_select", topk_call),
+    "23attention_decode_kernel": (
+        "attention_decode",
+        decode_call((300, 1, 900), 1, 8, 2, 64, 64, None, 1024, schedule="stream_k"),
+    ),
+    "recurrence_kernel": ("linear_attention", recurrence_call),
+}
+
+
 def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
     """What exercises a kernel, from its mangled name; short calls first, which find most faults."""
     element = r"I(?:\d+_*(?:nv_)?)?(half|bfloat16|f)L"
@@ -176,6 +216,8 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
         yield attention_case(dtype, 200, 333, (dim, dim), True, causal=True)
         yield attention_case(dtype, 300, 200, (dim - 8, dim), True, window=(70, 20))
         yield packed_attention_case(dtype, PACKED, dim, True)
+    elif found := next((call for name, call in CALLS.items() if name in kernel), None):
+        yield call_case(*found)
     else:
         raise LookupError(f"no case for kernel {kernel}")
 
@@ -183,8 +225,8 @@ def cases(kernel: str) -> Iterator[Callable[[str], Tensors]]:
 def wrong(got: Tensors, wanted: Tensors) -> str:
     """Rounding of f32 adds up over a row; that of halves happens once, at the end."""
     for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
-        scale = w[torch.isfinite(w)].abs().max()
-        allowed = (64 if g.dtype is torch.float32 else 2) * torch.finfo(g.dtype).eps * scale
+        eps = torch.finfo(g.dtype).eps if g.is_floating_point() else 0
+        allowed = (64 if g.dtype is torch.float32 else 2) * eps * w[torch.isfinite(w)].abs().max()
         same = (g.double() == w) | ((g.double() - w).abs() <= allowed) | (g.isnan() & w.isnan())
         if not same.all():
             return f"result {i}: {int((~same).sum())} of {g.numel()} elements"
@@ -208,13 +250,6 @@ def judge_original(kernel: str, wanted: list[Tensors]) -> tuple[str, str]:
         verdict = judge(kernel, wanted)
     launched = any(kernel in launch["kernel"] for launch in launches)
     return verdict if launched else ("wrong", "the kernel was not launched")
-
-
-def sections(image: bytes) -> Iterator[tuple[int, str]]:
-    """PTX texts in a library, with their offsets."""
-    for found in re.finditer(rb"\.version \d", image):
-        start = image.rfind(b"\0", 0, found.start()) + 1
-        yield start, image[start : image.find(b"\0", start)].decode("latin1")
 
 
 class Library:

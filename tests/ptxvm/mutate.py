@@ -1,14 +1,19 @@
 """Seeded faults in the PTX of a kernel: what a slip in a kernel's source would leave there.
 
-An edit keeps the length of the text, so that it can also be made inside a compiled library.
+An edit keeps the length of the text, so that it can also be made inside a compiled library or
+program whose PTX is not compressed:
+
+    python mutate.py FILE KIND NUMBER      # of the place, from 0
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 Edit = Callable[[re.Match[str], random.Random], str]
 
@@ -64,12 +69,48 @@ def _swap(found: re.Match[str], _: random.Random) -> str:
     return text[:i] + text[k:m] + text[j:k] + text[i:j] + text[m:]
 
 
+def _padded(new: str, old: str) -> str:
+    return new.ljust(len(old)) if len(new) <= len(old) else old
+
+
+def _without_bytes(found: re.Match[str], _: random.Random) -> str:
+    """An arrival that expects no bytes."""
+    plain = re.sub(r"\.expect_tx|(?<=\]), [^;,]*(?=;)", "", found[0])
+    return _padded(plain, found[0])
+
+
+def _other_phase(found: re.Match[str], choice: random.Random) -> str:
+    """A wait for a phase that is always the same."""
+    start = found.start("n") - found.start()
+    return found[0][:start] + _padded(choice.choice("01"), found["n"])
+
+
+def _other_count(found: re.Match[str], _: random.Random) -> str:
+    """One arrival more, of a constant, or three, of a register."""
+    start = found.start("n") - found.start()
+    new = "3" if found["n"][0] == "%" else str(int(found["n"]) + 1)
+    return found[0][:start] + _padded(new, found["n"]) + ";"
+
+
+def _word(**words: str) -> Edit:
+    """Another word of the same length in place of one."""
+
+    def edit(found: re.Match[str], _: random.Random) -> str:
+        word = found["w"]
+        start = found.start("w") - found.start()
+        return found[0][:start] + words[word] + found[0][start + len(word) :]
+
+    return edit
+
+
 _COMPARISONS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
 
 
 def _compare(found: re.Match[str], _: random.Random) -> str:
     return found[0].replace(f".{found['op']}.", f".{_COMPARISONS[found['op']]}.", 1)
 
+
+_GUARD = r"(@!?%?\w+[ \t]+)?"  # goes with what it guards
 
 KINDS: dict[str, tuple[str, Edit]] = {
     "barrier dropped": (r"(bar\.sync|barrier\.sync)[^;]*;", _blank),
@@ -102,18 +143,43 @@ KINDS: dict[str, tuple[str, Edit]] = {
         _swap,
     ),
     "matrix": (r"ldmatrix[^;{]*\{\s*(?P<a>%\w+),\s*(?P<b>%\w+)[^;]*;", _swap),
+    # What waits for what: mbarriers, what is asynchronous, and blocks among each other.
+    "arrive dropped": (_GUARD + r"mbarrier\.arrive\.(?!expect_tx)[^;]*;", _blank),
+    "bytes not expected": (r"mbarrier\.arrive\.expect_tx[^;]*;", _without_bytes),
+    "arrivals": (r"mbarrier\.init[^;]*, (?P<n>%?\w+);", _other_count),
+    "phase": (r"mbarrier\.(try|test)_wait\.parity[^;\[]*\[[^\]]*\], (?P<n>%\w+)", _other_phase),
+    # The loop of a wait, not the first look.
+    "wait skipped": (r"mbarrier\.try_wait[^;]*;\s*@P1 bra DONE;\s*bra\s+LAB_WAIT;", _blank),
+    "proxy fence dropped": (_GUARD + r"fence\.proxy\.async[^;]*;", _blank),
+    "products awaited late": (
+        r"wgmma\.wait_group\.sync\.aligned[ \t]+(?P<n>\d+)",
+        _digits(lambda n, _: n + 1),
+    ),
+    "products not awaited": (_GUARD + r"wgmma\.wait_group[^;]*;", _blank),
+    "bulk wait dropped": (_GUARD + r"cp\.async\.bulk\.wait_group[^;]*;", _blank),
+    "cluster barrier dropped": (_GUARD + r"barrier\.cluster\.(arrive|wait)[^;]*;", _blank),
+    "fence dropped": (_GUARD + r"(membar\.(gl|sys)|fence\.(acq_rel|sc)\.\w+)[^;]*;", _blank),
+    "order relaxed": (
+        r"(ld|st|atom|red)\.(?P<w>release|acquire|acq_rel)\.",
+        _word(release="relaxed", acquire="relaxed", acq_rel="relaxed"),
+    ),
+    "scope lowered": (
+        r"(ld|st|atom|red|fence)\.\w+\.(?P<w>gpu|sys)\b",
+        _word(gpu="cta", sys="cta"),
+    ),
 }
 
 
 def bodies(text: str) -> dict[str, tuple[int, int]]:
-    """Where the body of each entry lies."""
-    entries = list(re.finditer(r"\.entry[ \t]+(\w+)", text))
+    """Where each entry lies, to the brace that closes its body."""
     found = {}
-    for i, entry in enumerate(entries):
-        name, start = entry[1], entry.start()
-        end = entries[i + 1].start() if i + 1 < len(entries) else len(text)
-        close = text.find("\n}", start, end)
-        found[name] = (start, close if close >= 0 else end)
+    for entry in re.finditer(r"\.entry[ \t]+(\w+)", text):
+        depth = 0
+        for brace in re.compile(r"[{}]").finditer(text, entry.end()):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                found[entry[1]] = (entry.start(), brace.start())
+                break
     return found
 
 
@@ -136,16 +202,61 @@ def places(text: str, kernel: str, kind: str) -> list[re.Match[str]]:
     return found
 
 
+def _at(text: str, found: re.Match[str], kind: str, choice: random.Random) -> tuple[str, Change]:
+    """The text with a fault of the kind at a place; the text itself where there is none."""
+    new = KINDS[kind][1](found, choice)
+    if len(new) != len(found[0]):
+        new = found[0]
+    line = text.count("\n", 0, found.start()) + 1
+    changed = text[: found.start()] + new + text[found.end() :]
+    return changed, Change(line, found[0].strip(), new.strip())
+
+
 def mutate(text: str, mutation: Mutation) -> tuple[str, Change]:
     """The text with one fault; the same one every time."""
     choice = random.Random(str(mutation))
-    edit = KINDS[mutation.kind][1]
     candidates = places(text, mutation.kernel, mutation.kind)
     choice.shuffle(candidates)
     for found in candidates[mutation.seed % max(len(candidates), 1) :] + candidates:
-        new = edit(found, choice)
-        if new != found[0] and len(new) == len(found[0]):
-            line = text.count("\n", 0, found.start()) + 1
-            changed = text[: found.start()] + new + text[found.end() :]
-            return changed, Change(line, found[0].strip(), new.strip())
+        changed, change = _at(text, found, mutation.kind, choice)
+        if changed != text:
+            return changed, change
     raise LookupError(f"{mutation}: no such place")
+
+
+def mutants(text: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, str, Change]]:
+    """Kind, number of the place, text and change of every fault of these kinds."""
+    for kind in kinds:
+        for number, found in enumerate(places(text, "", kind)):
+            changed, change = _at(text, found, kind, random.Random(number))
+            if changed != text:
+                yield kind, number, changed, change
+
+
+def sections(image: bytes) -> Iterator[tuple[int, str]]:
+    """PTX texts in a library or program, with their offsets."""
+    for found in re.finditer(rb"\.version \d", image):
+        start = image.rfind(b"\0", 0, found.start()) + 1
+        yield start, image[start : image.find(b"\0", start)].decode("latin1")
+
+
+def write_text(path: Path, number: int, text: str) -> None:
+    """Puts a text of the same length in place of section number `number`."""
+    image = path.read_bytes()
+    start, old = list(sections(image))[number]
+    assert len(text) == len(old)
+    path.write_bytes(image[:start] + text.encode("latin1") + image[start + len(old) :])
+
+
+def main(path: Path, kind: str, wanted: int) -> None:
+    for at, (_, text) in enumerate(sections(path.read_bytes())):
+        for _, number, changed, change in mutants(text, [kind]):
+            if number == wanted:
+                write_text(path, at, changed)
+                print(f"line {change.line}: {change.before} => {change.after or 'nothing'}")
+                return
+    raise LookupError(f"{path}: no such place")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grid_kernels import needs_clocks
 from mutate import KINDS, Mutation, mutate
+from tier import full_only
 
 pytest.importorskip("tokenmill")
 from tokenmill import _library
@@ -35,6 +37,9 @@ OTHERS = (  # clean and right, but not mutated
     "attention_forward_kernelIfLi64ELNS0_7WeightsE4ELb0E",
 )
 BACKWARD = [f"15backward_kernelI6__halfLi64ELNS0_4SideE{side}ELNS0_4ModeE0E" for side in (0, 1)]
+# Blocks that wait for each other: faults that leave the result right where all see one order.
+GRID = ("topk_list_kernelIf", "23attention_decode_kernelIfLi64ELb0", "topk_digit_kernelIf")
+CHAIN = "recurrence_kernelIfLi64ELb0"
 SURVIVORS = 10  # one in so many, at most
 
 MERGE_KINDS = ("address", "constant", "comparison", "operands", "addend", "lane")
@@ -57,6 +62,17 @@ MUTATIONS = {
         for seed in range(min(count, 3))
     ],
 }
+
+
+GRID_MUTATIONS = [
+    *(Mutation(kernel, "fence dropped", seed) for kernel in GRID[:2] for seed in (0, 1)),
+    Mutation(GRID[2], "fence dropped", 0),  # both seeds choose one place
+    *(
+        Mutation(CHAIN, kind, seed)
+        for kind in ("order relaxed", "scope lowered")
+        for seed in (0, 1)
+    ),
+]
 
 
 def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
@@ -97,6 +113,15 @@ def test_mutants_are_found(family: str) -> None:
     assert len(survivors) * SURVIVORS <= len(rows), f"survivors:\n{listed}"
 
 
+@full_only
+@needs_clocks
+def test_faults_between_blocks_are_reported() -> None:
+    originals = [Mutation(kernel, "original", 0) for kernel in (*GRID, CHAIN)]
+    rows = run([*originals, *GRID_MUTATIONS])
+    wanted = ["survived"] * len(originals) + ["report"] * len(GRID_MUTATIONS)
+    assert [row["verdict"] for row in rows] == wanted, rows
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mutation_is_the_same_every_time_and_keeps_the_length(kind: str) -> None:
     text = """
@@ -115,6 +140,18 @@ sub.f32 %f1, %f2, %f30;
 fma.rn.f32 %f1, %f2, %f3, %f40;
 mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1}, {%r1,%r2}, {%r5}, {%f1};
 ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];
+mbarrier.init.shared::cta.b64 [%r1], %r2;
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], %r2;
+mbarrier.arrive.shared::cta.b64 _, [%r1];
+LAB_WAIT: mbarrier.try_wait.parity.shared::cta.b64 P1, [%r1], %r2;
+@P1 bra DONE;
+bra LAB_WAIT;
+DONE: fence.proxy.async.shared::cta;
+wgmma.wait_group.sync.aligned 1;
+cp.async.bulk.wait_group.read 0;
+barrier.cluster.arrive.aligned;
+membar.gl;
+st.release.gpu.global.u32 [%rd1], %r1;
 ret;
 }
 """
