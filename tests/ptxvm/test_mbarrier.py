@@ -122,6 +122,25 @@ DONE:"""
     assert out.tolist() == [0, 1]
 
 
+def test_one_look_may_be_in_vain_at_a_random_moment() -> None:
+    """A try_wait without a loop, before the arrival of another warp."""
+    body = f"""{init(32)}
+@!%p2 bra LOOK;
+mbarrier.arrive.shared.b64 _, [bar];
+bra DONE;
+LOOK: mbarrier.try_wait.parity.shared.b64 %p3, [bar], 0;
+selp.u32 %r7, 1, 2, %p3;
+@%p0 st.global.u32 [%d0], %r7;
+DONE:"""
+    seen = {}
+    for moment in ("latest", "earliest", *(f"seed:{i}" for i in range(16))):
+        out = np.zeros(1, np.uint32)
+        with sm90(**{"async": moment, "order": "reverse"}):
+            machine.run(kernel(body), "k", out, block=64)
+        seen.setdefault(moment.partition(":")[0], set()).add(int(out[0]))
+    assert seen == {"latest": {1}, "earliest": {1}, "seed": {1, 2}}
+
+
 @pytest.mark.parametrize("form", ["try_wait", "test_wait"])
 @pytest.mark.parametrize("order", ["forward", "reverse", "seeded"])
 def test_producer_and_consumer(order: str, form: str) -> None:
