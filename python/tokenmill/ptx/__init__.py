@@ -26,7 +26,6 @@ Example:
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
@@ -48,10 +47,14 @@ def find_library() -> Path | None:
     return path if path.exists() else None
 
 
-@functools.cache
+_loaded: dict[Path, Machine] = {}
+
+
 def machine() -> Machine:
     """The machine of this process. Raises RuntimeError where there is none."""
     library = find_library()
     if library is None:
         raise RuntimeError(f"tokenmill.ptx: {HOW_TO_GET_IT}")
-    return Machine(library)
+    if library not in _loaded:
+        _loaded[library] = Machine(library)
+    return _loaded[library]
