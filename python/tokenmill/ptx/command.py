@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CLEAN, FOUND = 0, 1  # exit statuses; a command that could not run has 2
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 MOST_OF_A_NAME = 48
+HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
 ORDERS = ("forward", "reverse", "seeded")
 
 GUIDE = """\
@@ -307,7 +309,8 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
         for row in text.around(ptx, report.line) if ptx else []:
             print(f"  {row}")
         print()
-    if findings and ptx is not None and not text.has_source_lines(ptx):
+    said = [finding.report.report for finding in findings if finding.report.line]
+    if said and not any(map(HAS_SOURCE_LINE.search, said)):
         print("hint: nvcc -lineinfo adds the lines of the source to reports\n")
 
 

@@ -45,11 +45,6 @@ def kernels(ptx: str) -> dict[str, Kernel]:
     return found
 
 
-def has_source_lines(ptx: str) -> bool:
-    """Whether nvcc -lineinfo wrote it."""
-    return re.search(r"^\s*\.loc\s", ptx, re.MULTILINE) is not None
-
-
 def around(ptx: str, line: int, margin: int = 2) -> list[str]:
     """A line of the text and its neighbours, numbered."""
     lines = ptx.splitlines()
