@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -326,6 +328,32 @@ def test_options() -> None:
         assert machine.library.ptxvm_configure(settings.encode()) == -1
         assert report in machine.library.ptxvm_last_report().decode()
         assert machine.library.ptxvm_last_report() == b""
+
+
+def test_options_are_told_as_they_are_set() -> None:
+    """Nested, each goes back to what it was; all of them can be set at once."""
+    before = machine.settings
+    with machine.options(check=1, order="seeded", **{"async": "seed:7"}):
+        with machine.options(check=0, on_fault="collect", device="sm_90a"):
+            inner = machine.settings
+        assert machine.settings["check"] == "1" and machine.settings["device"] == before["device"]
+    told = {"check": "0", "order": "seeded", "async": "seed:7", "on_fault": "collect"}
+    assert told | {"device": "sm_90a"} == {n: inner[n] for n in (*told, "device")}
+    assert machine.settings == before
+    machine.configure(**before)
+
+
+def test_the_machine_includes_nothing_of_the_package() -> None:
+    folder = Path(__file__).parents[2] / "csrc" / "ptxvm"
+    if not folder.is_dir():
+        pytest.skip("the sources are not beside the tests")
+    included = {
+        name
+        for path in folder.iterdir()
+        if path.suffix in (".cpp", ".h")
+        for name in re.findall(r'#include "([^"]+)"', path.read_text())
+    }
+    assert included and all(name.startswith("ptxvm/") for name in included)
 
 
 def test_launches_from_several_threads() -> None:
