@@ -1,5 +1,5 @@
 """Faults in what kernels of compute capability 9.0a wait for: Triton's matmul and attention, and a
-GEMM of CUTLASS. Which of them survive, and why, is in docs/ptxvm.md, section Mutants."""
+GEMM of CUTLASS. Which of them survive, and why, is in docs/notebook/ptxvm.md."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CUTLASS_KINDS = (
     "products not awaited",
     "bulk wait dropped",
 )
-# Faults that nothing can show, by program, kind and number of the place: docs/ptxvm.md says why.
+# Faults that nothing can show, by program, kind and number of the place: docs/notebook/ptxvm.md says why.
 WITHOUT_EFFECT = {
     ("matmul_fp16", "barrier dropped", 1),
     ("matmul_fp16", "barrier dropped", 2),

@@ -1,6 +1,6 @@
 """Faults put into kernels on purpose: the machine's checks or a wrong result must show them.
 
-Which of them survive, and why, is in docs/ptxvm.md, section Mutants.
+Which of them survive, and why, is in docs/notebook/ptxvm.md.
 """
 
 from __future__ import annotations

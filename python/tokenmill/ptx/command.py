@@ -309,8 +309,8 @@ def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str
         for row in text.around(ptx, report.line) if ptx else []:
             print(f"  {row}")
         print()
-    said = [finding.report.report for finding in findings if finding.report.line]
-    if said and not any(map(HAS_SOURCE_LINE.search, said)):
+    at_lines = [finding.report.report for finding in findings if finding.report.line]
+    if at_lines and not any(map(HAS_SOURCE_LINE.search, at_lines)):
         print("hint: nvcc -lineinfo adds the lines of the source to reports\n")
 
 

@@ -29,7 +29,8 @@ def text_of(name: str) -> str | None:
         if shutil.which(name):
             return None
         raise _cli.UsageError(f"FILE: must be a program or PTX text; got '{name}'")
-    start = path.read_bytes()[:4]
+    with path.open("rb") as file:
+        start = file.read(4)
     if start == b"\x7fELF" or start[:2] == b"#!":
         return None
     try:
