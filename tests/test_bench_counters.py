@@ -135,14 +135,14 @@ def rows_of(pattern, ops, tmp_path):
 
 
 @built
-@pytest.mark.parametrize(("device", "most_mma"), [("", 1.2), ("sm_90a ", 1.25)])
-def test_a_row_says_what_the_kernel_did(device, most_mma, capsys, tmp_path):
+@pytest.mark.parametrize("device", ["", "sm_90a "])
+def test_a_row_says_what_the_kernel_did(device, capsys, tmp_path):
     title = f"{device}forward D64 S512 causal softmax"
     (row,) = rows_of(f"^{title}$", ["attention"], tmp_path)
     assert row["case"] == title and row["op"] == "attention"
     assert title in capsys.readouterr().out
     # no kernel does less than the least, and ours neither spills nor meets conflicts of banks
-    assert 1 <= row["mma_over_least"] < most_mma and 1 <= row["traffic_over_least"] < 4
+    assert 1 <= row["mma_over_least"] < 1.2 and 1 <= row["traffic_over_least"] < 4
     assert row["waves_over_ideal"] == 1 and row["local_requests"] == 0
     assert row["binding_cycles"] == max(c for u, c in row["cycles"].items() if u != "l2")
 

@@ -106,10 +106,12 @@ class Sm90Rows {
       for (int key0 = tile.begin; key0 < tile.end;) {
         if (!sees(key0))
           skip_tile(key0);
-        else if (!is_whole(key0))
-          add_cut_tile(key0, weights);
-        else
+        else if (is_whole(key0))
           add_whole_tiles(key0, weights);
+        else if (band_.end(last()) > key0 + kKeys / 2)
+          add_cut_tile<kKeys>(key0, weights);
+        else
+          add_cut_tile<kKeys / 2>(key0, weights);
       }
       release(shared_.q_empty);
       keep(round);  // found again: what the loop does not need takes none of its registers
@@ -163,59 +165,61 @@ class Sm90Rows {
     ++number_;
   }
 
-  // A tile that a mask or the end of the keys cuts.
+  // A tile that a mask or the end of the keys cuts, of which rows see some of the first kSeen keys.
+  template <int kSeen>
   __device__ __forceinline__ void add_cut_tile(int& key0, RowWeights<T, kWeights>& weights) {
-    float s[kKeys / 2];
-    uint32_t p[kKeys / 4];
+    float s[kSeen / 2];
+    uint32_t p[kSeen / 4];
     multiply_keys(s, number_);
     finish_keys<0>(s, number_);
     const int seen_begin = band_.begin(last()) - key0, seen_end = band_.end(first_) - key0;
-    bounds(key0).hide(s, seen_begin > 0, seen_end < kKeys);
+    bounds(key0).hide(s, seen_begin > 0, seen_end < kSeen);
     weights.weigh(s);
     weights.rescale(o_);
     pack_weights(p, s, weights);
     const Stage<Shape> stage(number_);
     shared_.v_full[stage.index].wait(stage.parity);
-    const bool infinite = has_infinite_values(stage.index, seen_begin, seen_end);
+    const bool infinite = has_infinite_values<kSeen>(stage.index, seen_begin, seen_end);
     if (any_in_warpgroup(warpgroup_, infinite))
       multiply_seen_values(p, key0, stage.index);
     else
-      start_pv<T>(o_, p, shared_address(shared_.v[stage.index]));
+      start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
     finish_values(number_);
     ++number_;
     key0 += kKeys;
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 2], unsigned number) {
+  template <int kCount>
+  __device__ __forceinline__ void multiply_keys(float (&s)[kCount], unsigned number) {
     const Stage<Shape> stage(number);
     shared_.k_full[stage.index].wait(stage.parity);
-    start_qk<T, kHeadDim>(s, shared_address(shared_.q[warpgroup_]),
-                          shared_address(shared_.k[stage.index]));
+    start_qk<T, kHeadDim, kKeys>(s, shared_address(shared_.q[warpgroup_]),
+                                 shared_address(shared_.k[stage.index]));
   }
-  template <int kPending>
-  __device__ __forceinline__ void finish_keys(float (&s)[kKeys / 2], unsigned number) {
+  template <int kPending, int kCount>
+  __device__ __forceinline__ void finish_keys(float (&s)[kCount], unsigned number) {
     wait_for_product<kPending>(s);
     release(shared_.k_empty[Stage<Shape>(number).index]);
     if (plan_.cap_scale == 0) return;
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) s[i] = tanh_accurate(s[i] * plan_.cap_scale);
+    for (int i = 0; i < kCount; ++i) s[i] = tanh_accurate(s[i] * plan_.cap_scale);
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&p)[kKeys / 4], unsigned number) {
     const Stage<Shape> stage(number);
     shared_.v_full[stage.index].wait(stage.parity);
-    start_pv<T>(o_, p, shared_address(shared_.v[stage.index]));
+    start_pv<T, kKeys>(o_, p, shared_address(shared_.v[stage.index]));
   }
   __device__ __forceinline__ void finish_values(unsigned number) {
     wait_for_product<0>(o_);
     release(shared_.v_empty[Stage<Shape>(number).index]);
   }
 
-  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kKeys / 4],
-                                                      float (&s)[kKeys / 2],
+  template <int kCount>
+  __device__ __forceinline__ static void pack_weights(uint32_t (&p)[kCount / 2], float (&s)[kCount],
                                                       const RowWeights<T, kWeights>& weights) {
     fence_accumulators(s);
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) p[i] = weights.pack(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kCount / 2; ++i) p[i] = weights.pack(s[2 * i], s[2 * i + 1]);
   }
 
   // The warp is done with a tile.
@@ -238,10 +242,12 @@ class Sm90Rows {
             {band_.end(rows[0]) - own, band_.end(rows[1]) - own}};
   }
 
-  // Of a stage, those that this thread looks at; not keys that all rows see, whole 16 of them.
+  // Of the first kSeen keys of a stage, those that this thread looks at; not keys that all rows
+  // see, whole 16 of them.
+  template <int kSeen>
   __device__ __forceinline__ bool has_infinite_values(int stage, int seen_begin,
                                                       int seen_end) const {
-    constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kKeys / 16;
+    constexpr int kBytes = kWarpgroupThreads * 16, kSteps = kSeen / 16;
     uint32_t found = 0, at = shared_address(shared_.v[stage]) + thread() * 16;
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i, at += kBytes) {
@@ -257,15 +263,16 @@ class Sm90Rows {
   }
 
   // O += P V where V has values that are not finite, see hidden_values.cuh: products with finite
-  // ones in their place, by halves of the tile in the memory of `out`, then what rows see of them.
-  __device__ __forceinline__ void multiply_seen_values(const uint32_t (&p)[kKeys / 4], int key0,
+  // ones in their place, 64 keys at a time in the memory of `out`, then what rows see of them.
+  template <int kCount>
+  __device__ __forceinline__ void multiply_seen_values(const uint32_t (&p)[kCount], int key0,
                                                        int stage) {
     static_assert(kKeys == 2 * kRows);
     constexpr int kBlock = kRows * kBoxRowBytes;  // of 64 columns
     const uint32_t values = shared_address(shared_.v[stage]);
     const uint32_t clean = shared_address(shared_.out[warpgroup_]);
     if (is_first_thread()) wait_for_stores();
-    unroll<2>([&](auto half) {
+    unroll<4 * kCount / kRows>([&](auto half) {
       sync_warpgroup(warpgroup_);  // all are done with the memory
 #pragma unroll 1
       for (int at = thread() * 16; at < Shape::kQueryBytes; at += kWarpgroupThreads * 16) {
@@ -278,13 +285,13 @@ class Sm90Rows {
       fence_stores();
       sync_warpgroup(warpgroup_);
       constexpr int kWords = kRows / 4;
-      start_pv<T>(o_, reinterpret_cast<const uint32_t (&)[kWords]>(p[half * kWords]), clean);
+      start_pv<T, kRows>(o_, reinterpret_cast<const uint32_t (&)[kWords]>(p[half * kWords]), clean);
       wait_for_product<0>(o_);
     });
     const int c = threadIdx.x % 4;
     const RowBounds seen = bounds(key0 - 2 * c);
 #pragma unroll 1
-    for (int key = 0; key < kKeys; ++key) {
+    for (int key = 0; key < 4 * kCount; ++key) {
       const bool sees[2] = {key >= seen.begin[0] && key < seen.end[0],
                             key >= seen.begin[1] && key < seen.end[1]};
       unroll<kHeadDim / 8>([&](auto n) {

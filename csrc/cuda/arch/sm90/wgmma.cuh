@@ -73,8 +73,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], bool adds, const Opera
   }(std::make_integer_sequence<int, kCount>{});
 }
 
-// Starts s [64, kKeys] = q [64, kHeadDim] k [kKeys, kHeadDim]^T.
-template <typename T, int kHeadDim, int kCount>
+// Starts s [64, kKeys] = q [64, kHeadDim] k [kKeys, kHeadDim]^T, of the first keys of a tile of
+// kTileKeys.
+template <typename T, int kHeadDim, int kTileKeys, int kCount>
 __device__ __forceinline__ void start_qk(float (&s)[kCount], uint32_t q, uint32_t k) {
   constexpr int kKeys = 2 * kCount;
   const uint64_t rows = wgmma_operand(q), columns = wgmma_operand(k);
@@ -85,19 +86,19 @@ __device__ __forceinline__ void start_qk(float (&s)[kCount], uint32_t q, uint32_
     constexpr int bytes = i * kWgmmaDepth % kBoxColumns * 2;
     wgmma<typename WgmmaAtoms<T, kKeys>::Rows>(
         s, i > 0, rows + (block * 64 * kBoxRowBytes + bytes) / 16,
-        columns + (block * kKeys * kBoxRowBytes + bytes) / 16);
+        columns + (block * kTileKeys * kBoxRowBytes + bytes) / 16);
   });
   cute::warpgroup_commit_batch();
   fence_accumulators(s);
 }
 
-// Starts o [64, kHeadDim] += p [64, kKeys] v [kKeys, kHeadDim]. The words of p stay as they are
-// until the product is done.
-template <typename T, int kCount, int kWords>
+// Starts o [64, kHeadDim] += p [64, kKeys] v [kKeys, kHeadDim], of the first keys of a tile of
+// kTileKeys. The words of p stay as they are until the product is done.
+template <typename T, int kTileKeys, int kCount, int kWords>
 __device__ __forceinline__ void start_pv(float (&o)[kCount], const uint32_t (&p)[kWords],
                                          uint32_t v) {
   constexpr int kKeys = 4 * kWords;
-  const uint64_t values = wgmma_operand(v, kKeys * kBoxRowBytes);
+  const uint64_t values = wgmma_operand(v, kTileKeys * kBoxRowBytes);
   fence_accumulators(o);
   cute::warpgroup_arrive();
   unroll<kKeys / kWgmmaDepth>([&](auto i) {
