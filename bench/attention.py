@@ -81,8 +81,11 @@ def _case(
     head_dim: int = 64,
     backward: bool = False,
     heads: int = 8,
+    queries: int = 0,
 ) -> Case:
-    pairs = causal_pairs(length, length, left) if causal else float(length) ** 2
+    """queries: 0 = as many as keys."""
+    rows = queries or length
+    pairs = causal_pairs(rows, length, left) if causal else float(rows) * length
     if documents:
         pairs = float(sum(n * n for n in documents))
     size = torch.empty((), dtype=dtype).element_size()
@@ -91,8 +94,8 @@ def _case(
     def prepare() -> tuple[Run, dict[str, Callable[[], Run]]]:
         generator = torch.Generator().manual_seed(0)
         theirs = [
-            place(torch.randn(1, heads, length, head_dim, generator=generator).to(dtype))
-            for _ in range(3)
+            place(torch.randn(1, heads, n, head_dim, generator=generator).to(dtype))
+            for n in (rows, length, length)
         ]
         ours = [t.transpose(1, 2).contiguous() for t in theirs]
         options: dict[str, Any] = {"kind": kind, "causal": causal, "window": (left, -1)}
@@ -125,10 +128,10 @@ def _case(
         mask = f"{len(documents)} {'equal' if len(set(documents)) == 1 else 'ragged'} documents"
     return Case(
         "attention",
-        f"{kind} {mask} S={length} D={head_dim}",
+        f"{kind} {mask} S={length} D={head_dim}{f' Sq={queries}' if queries else ''}",
         dtype,
         2.0 * heads * pairs * 2 * head_dim * (3.5 if backward else 1.0),
-        float(tensors * heads * length * head_dim * size),
+        float(tensors // 2 * heads * (rows + length) * head_dim * size),
         prepare,
         "forward+backward" if backward else "forward",
     )
@@ -164,6 +167,8 @@ def cases() -> Iterator[Case]:
         yield _case("softmax", dtype, MIDDLE, dense)
         flex = {"flex (compiled)": functools.partial(flex_window, left=255)}
         yield _case("softmax", dtype, WINDOWED, flex, causal=True, left=255)
+    for dtype in (F32, BF16):
+        yield _case("softmax", dtype, WINDOWED, dense, queries=1)
     for documents in (EQUAL, RAGGED):
         others = {"sdpa": sdpa_documents, "flex (compiled)": flex_documents}
         bound = {name: functools.partial(f, lengths=documents) for name, f in others.items()}
