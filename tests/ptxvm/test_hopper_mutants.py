@@ -44,7 +44,7 @@ CUTLASS_KINDS = (
     "products not awaited",
     "bulk wait dropped",
 )
-# Faults that nothing can show, by program, kind and number of the place: docs/notebook/ptxvm.md says why.
+# Faults that nothing can show, by program, kind and number of the place; the page says why.
 WITHOUT_EFFECT = {
     ("matmul_fp16", "barrier dropped", 1),
     ("matmul_fp16", "barrier dropped", 2),
