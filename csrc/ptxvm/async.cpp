@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <tuple>
 
 #include "ptxvm/check.h"
 #include "ptxvm/floats.h"
@@ -134,8 +135,15 @@ void land(Transfer transfer) {
   Warp& warp = *transfer.warp;
   happened(*warp.block);
   if (transfer.arrives) {
-    land_copies(warp, transfer.lane, transfer.group);
     const auto& target = transfer.targets[0];
+    uint32_t segment = 0;
+    if (target.block->shadow) {
+      segment = signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::copies, false);
+      const Segment& arrival = ptxvm::segment(segment);
+      warp.timeline->arrivals.push_back(
+          {arrival.agent, arrival.time, transfer.group, transfer.lane});
+    }
+    land_copies(warp, transfer.lane, transfer.group, segment);
     return arrive_at(warp, *transfer.from, transfer.lane, *target.block, target.mbarrier);
   }
   for (const auto& target : transfer.targets)
@@ -145,6 +153,10 @@ void land(Transfer transfer) {
                      " of the cluster finished while this copy into its shared memory was in "
                      "flight");
   read_source(transfer);
+  for (auto& target : transfer.targets)
+    if (target.block->shadow)
+      target.segment = signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::bulk,
+                                      transfer.combine != Combine::copy);
   const char* at = transfer.data.data();
   for (const auto& piece : transfer.pieces) {
     if (transfer.to_global) {
@@ -160,7 +172,7 @@ void land(Transfer transfer) {
         combine(transfer, reinterpret_cast<uint64_t>(target.block->shared + piece.to), at,
                 piece.bytes);
       bulk_landed(*target.block, static_cast<uint32_t>(piece.to), piece.bytes,
-                  transfer.combine != Combine::copy);
+                  transfer.combine != Combine::copy, target.segment);
     }
     at += piece.bytes;
   }
@@ -190,14 +202,38 @@ void land_chosen(Cluster& cluster, Choose choose) {
       ++i;
 }
 
+// Check mode: what the transfer reads and writes from now on.
+void watch(Warp& warp, Transfer& transfer) {
+  const Instruction& in = *transfer.from;
+  const int lane = transfer.lane;
+  const bool reduces = transfer.combine != Combine::copy;
+  uint32_t reads = 0, writes = 0;
+  if (transfer.to_global) std::tie(reads, writes) = group_segments(warp, transfer.group, reduces);
+  for (auto& target : transfer.targets) {
+    target.segment =
+        signal_segment(warp, *target.block, target.mbarrier, Segment::Kind::bulk, reduces);
+    if (!reads) reads = target.segment;
+    for (const auto& piece : transfer.pieces)
+      bulk_issued(warp, in, lane, *target.block, static_cast<uint32_t>(piece.to), piece.bytes,
+                  reduces, target.segment);
+  }
+  const bool from_shared = in_shared(*warp.block, transfer.pieces);
+  for (const auto& piece : transfer.pieces) {
+    if (from_shared)
+      bulk_read(warp, in, lane, piece.from - reinterpret_cast<uint64_t>(warp.block->shared),
+                piece.bytes, reads);
+    else if (piece.from)
+      bulk_global(warp, in, lane, piece.from, piece.bytes, false, false, reads);
+    if (transfer.to_global)
+      bulk_global(warp, in, lane, piece.to, piece.bytes, true, reduces, writes);
+  }
+}
+
 }  // namespace
 
 void start_transfer(Warp& warp, Transfer transfer) {
   transfer.warp = &warp;
-  for (const auto& target : transfer.targets)
-    for (const auto& piece : transfer.pieces)
-      bulk_issued(warp, *transfer.from, transfer.lane, *target.block,
-                  static_cast<uint32_t>(piece.to), piece.bytes, transfer.combine != Combine::copy);
+  if (warp.timeline && !transfer.arrives) watch(warp, transfer);
   if (options.async == Options::Async::earliest) return land(std::move(transfer));
   warp.block->cluster->transfers.push_back(std::move(transfer));
   land_some(warp);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "ptxvm/clocks.h"
 #include "ptxvm/machine.h"
 #include "ptxvm/random.h"
 
@@ -27,6 +28,7 @@ struct Transfer {
   struct Target {  // of a copy into shared memory, with the mbarrier that gets the bytes
     Block* block;
     uint32_t mbarrier;
+    uint32_t segment = 0;  // check mode: the copy's accesses, for those that see its mbarrier
   };
   Warp* warp = nullptr;
   const Instruction* from = nullptr;
@@ -48,6 +50,8 @@ struct Transfer {
 // Blocks that run together, one by default, and what is shared among them.
 struct Cluster {
   std::vector<Block*> blocks;  // by rank
+  uint32_t number = 0;         // in the grid
+  std::shared_ptr<ClusterClocks> clocks;
   uint32_t shape[3] = {1, 1, 1};
   uint32_t unfinished = 0;  // blocks
   std::deque<Transfer> transfers;
@@ -92,8 +96,9 @@ std::string describe_mbarrier(const Block&, uint32_t offset);
 void do_alike(Warp&, const Instruction&, uint64_t a, uint64_t b);
 void require_alike(Warp& exited);
 
-// ops_copy.cpp: lands the copies of cp.async of a lane that have a number below `end`.
-void land_copies(Warp&, int lane, uint32_t end);
+// ops_copy.cpp: lands the copies of cp.async of a lane that have a number below `end`, for those
+// that know of the segment.
+void land_copies(Warp&, int lane, uint32_t end, uint32_t segment);
 
 // ops_cluster.cpp: threads that exit are not waited for at barrier.cluster, nor counted.
 void leave_cluster_barrier(Warp&, Mask exiting);

@@ -4,75 +4,186 @@
 #include <cinttypes>
 #include <cstdio>
 
+#include "ptxvm/async.h"
+#include "ptxvm/parse.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/shadow.h"
 
 namespace ptxvm {
 namespace {
 
-// A stamp: 23 bits of the block's epoch, whether the byte holds no value, whether a copy is in
-// flight, whether all of these accesses were strong (atomic, volatile, relaxed, acquire, release:
-// these do not race with one another), and 1 + the warp or kSeveral. Two warps that meet in one
-// epoch had no barrier between them.
-constexpr int kEpochShift = 9;
-// A bulk copy in flight is a strong one, which no copy of cp.async is.
-constexpr uint32_t kUnset = 256, kCopying = 128, kStrong = 64, kWho = 63, kSeveral = 63;
-constexpr uint32_t kSettled = 0;  // as a stamp: written before every epoch
-constexpr uint32_t kUnit = 64;    // bytes of the register file per entry of Warp::defined
-
 bool is_strong(Access kind) { return kind >= Access::strong_read; }
 bool is_read(Access kind) { return kind == Access::read || kind == Access::strong_read; }
 
-uint32_t stamp(const Warp& warp, Access kind) {
-  return warp.block->epoch << kEpochShift | (is_strong(kind) ? kStrong : 0) | (warp.index + 1);
+// The scope of a strong access; those whose words name none reach everywhere.
+uint8_t reach(const Instruction& in) { return in.order & kIsStrong ? scope_of(in) : kGpu; }
+
+uint32_t index_of(const Warp& warp, const Instruction& in) {
+  return static_cast<uint32_t>(&in - warp.block->kernel->code.data());
 }
 
-bool conflict(uint32_t theirs, uint32_t mine) {
-  return theirs >> kEpochShift == mine >> kEpochShift && (theirs ^ mine) & kWho &&
-         !(theirs & mine & kStrong);
+// Of a reader: the index of its instruction, and which of several it is.
+uint32_t read_info(uint32_t index, uint32_t reader) { return index | reader << kIndexBits; }
+
+// One access to memory of a block or, where there is none, to global memory.
+struct Look {
+  Warp& warp;
+  const Instruction& in;
+  int lane;
+  const Block* block;
+  bool writes, async, strong;
+  uint8_t scope;
+  uint32_t flight;  // bits of what is in flight from now on
+
+  std::string place(uint64_t where) const {
+    char text[64];
+    snprintf(text, sizeof text, "%s address 0x%" PRIx64, block ? "shared" : "global", where);
+    std::string all = text;
+    if (block && block != warp.block) all += " of block " + std::to_string(block->rank);
+    return all;
+  }
+  std::string act(uint64_t where) const {
+    return (writes ? "write to " : "read of ") + place(where);
+  }
+  // " at line 12 (file.cu:3): st.shared.b32 [%r1], %r2"
+  std::string at(uint32_t info) const {
+    const Kernel& kernel = *warp.block->kernel;
+    const Instruction& other = kernel.code[info & ((1u << kIndexBits) - 1)];
+    return " at line " + std::to_string(other.line) + source_of(*kernel.module, other.line) + ": " +
+           other.text;
+  }
+  void broke(const char* rule, const std::string& what) const {
+    broke_rule(warp, in, lane, rule, what);
+  }
+  // Strong accesses do not race if the scope of each holds the other.
+  bool is_race(const Segment& other) const {
+    return !strong || !other.strong || std::min(scope, other.scope) < distance(warp, other);
+  }
+  std::string missing(const Segment& other) const {
+    if (!strong || !other.strong) return remedy(warp, other, async);
+    return "one of them is of " + name_of_scope(std::min(scope, other.scope)) +
+           " scope: " + name_of_scope(distance(warp, other)) + " is needed";
+  }
+};
+
+// The slow way of touch(): what is there is not known to come before.
+void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
+  const Segment& writer = segment(cell.wrote);
+  const std::string who = "warp " + std::to_string(writer.warp);
+  if (cell.write_info & kCopying)
+    return look.broke("copy",
+                      look.act(where) + " while a cp.async of " + who +
+                          " into it is in flight (no cp.async.wait_group or wait_all since)" +
+                          look.at(cell.write_info));
+  look.broke("copy", look.act(where) + " while a bulk copy of " + who +
+                         " into it is in flight (its mbarrier has not completed)" +
+                         look.at(cell.write_info));
 }
 
-std::string who(uint32_t theirs) {
-  if ((theirs & kWho) == kSeveral) return "several warps";
-  return "warp " + std::to_string((theirs & kWho) - 1);
+void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
+  const Segment& s = segment(other);
+  const uint32_t info = wrote ? cell.write_info : cell.read_info;
+  // Of several readers the info is that of the last one.
+  const bool has_info = wrote || info >> kIndexBits == (other & 0xff);
+  const std::string at = has_info ? look.at(info) : std::string();
+  look.broke(wrote ? "race with a write" : "race with a read",
+             "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
+                 name_of(look.warp, s) + at + "; " + look.missing(s));
 }
 
-// Says which byte of an access broke which rule, given the stamps from before it.
-void explain(Warp& warp, const Instruction& instruction, uint64_t offset, int lane, uint32_t bytes,
-             uint32_t mine, bool writes, bool reads, const uint32_t* writers,
-             const uint32_t* readers) {
-  for (uint32_t b = 0; b < bytes; ++b) {
-    char place[64];
-    snprintf(place, sizeof place, "shared address 0x%" PRIx64, offset + b);
-    const std::string act = std::string(writes ? "write to " : "read of ") + place;
-    const auto broke = [&](const char* rule, const std::string& what) {
-      broke_rule(warp, instruction, lane, rule, what);
-    };
-    if (writers[b] & kCopying && writers[b] & kStrong)
-      return broke("copy", act + " while a bulk copy of " + who(writers[b]) +
-                               " into it is in flight (its mbarrier has not completed)");
-    if (writers[b] & kCopying)
-      return broke("copy", act + " while a cp.async of " + who(writers[b]) +
-                               " into it is in flight (no cp.async.wait_group or wait_all since)");
-    if (conflict(writers[b], mine))
-      return broke("race with a write",
-                   "race: " + act + ", written by " + who(writers[b]) + " since the last barrier");
-    if (writes && conflict(readers[b], mine))
-      return broke("race with a read",
-                   "race: " + act + ", read by " + who(readers[b]) + " since the last barrier");
-    if (reads && writers[b] & kUnset)
-      return broke("uninitialised", std::string("read of uninitialised ") + place);
+// The segment that the access races with, 0 if there is none; of several the one that `info` tells.
+uint32_t race_in(const Look& look, uint32_t id, uint32_t info) {
+  const auto races = [&](uint32_t each) {
+    return first_unordered(look.warp, each, look.async) && look.is_race(segment(each));
+  };
+  if (is_over(id)) return 0;
+  if (!(id & kSet)) return races(id) ? id : 0;
+  uint32_t found = 0;
+  for (const uint32_t member : members(id))
+    if (races(member) && (!found || info >> kIndexBits == (member & 0xff))) found = member;
+  return found;
+}
+
+// Whether one of those that have read the bytes since they were written comes before the access: it
+// saw them, so that they were written before.
+bool was_seen(const Look& look, const Cell& cell) {
+  if (look.async || is_over(cell.read)) return false;
+  const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, false); };
+  if (!(cell.read & kSet)) return before(cell.read);
+  const auto& all = members(cell.read);
+  return std::any_of(all.begin(), all.end(), before);
+}
+
+// Whether the same instruction of another lane wrote the bytes: CUTLASS stores by all lanes alike.
+bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
+  return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && are_same(cell.wrote, mine);
+}
+
+[[gnu::noinline]] void settle(const Look& look, Cell& cell, uint64_t where, uint64_t host,
+                              uint32_t mine, uint32_t info) {
+  const bool over = is_over(cell.wrote);
+  const bool both_reduce = look.flight & cell.write_info & kReducing;
+  if (!over && cell.write_info & kInFlight && !both_reduce) {
+    explain_flight(look, cell, where);
+  } else if (!comes_before(look.warp, cell.wrote, look.async) &&
+             !is_of_another_lane(cell, mine, info)) {
+    const uint32_t other = was_seen(look, cell) ? 0 : race_in(look, cell.wrote, 0);
+    if (other) explain_race(look, cell, where, other, true);
+  }
+  if (look.writes) {
+    if (!comes_before(look.warp, cell.read, look.async))
+      if (const uint32_t other = race_in(look, cell.read, cell.read_info))
+        explain_race(look, cell, where, other, false);
+    if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flag(host);
+    cell = {mine, info | (look.strong && !look.async ? kStrongWrite : 0) | look.flight, 0, 0};
+  } else if (cell.read != mine) {
+    const uint32_t readers = join_readers(look.warp, cell.read, mine, look.async);
+    if (readers != cell.read) cell.read_info = read_info(info, mine);
+    cell.read = readers;
   }
 }
 
-// unset: whether byte b of what the lane loads has no value. A load loses the elements that have
-// such a byte (width: bytes of one), an ldmatrix the row.
-template <typename Unset>
-void load_unset(Warp& warp, const Instruction& instruction, int lane, int bytes, Unset unset) {
+// The fast way, for what most accesses find: everything that was there comes before them.
+template <bool writes, bool async>
+inline void touch(const Look& look, Cell& cell, uint64_t where, uint64_t host, uint32_t mine,
+                  uint32_t info) {
+  const Timeline& t = *look.warp.timeline;
+  const auto passed = [&](uint32_t id) {
+    return async ? t.has_passed_async(id) : t.has_passed(id);
+  };
+  if constexpr (writes) {
+    if (passed(cell.wrote) && passed(cell.read) && !(cell.write_info >> kIndexBits) && !look.strong)
+        [[likely]] {
+      cell = {mine, info | look.flight, 0, 0};
+      return;
+    }
+  } else {
+    if (passed(cell.wrote) && !(cell.write_info & kInFlight)) [[likely]] {
+      if (cell.read == mine) return;
+      const Timeline::Joined& joined = t.joined[cell.read % kRemembered];
+      if (passed(cell.read)) {
+        cell.read = mine;
+        cell.read_info = read_info(info, mine);
+        return;
+      }
+      if (joined.set == cell.read && joined.with == mine) {
+        if (joined.result != cell.read) cell.read_info = read_info(info, mine);
+        cell.read = joined.result;
+        return;
+      }
+    }
+  }
+  settle(look, cell, where, host, mine, info);
+}
+
+// unset: bits of the bytes that a lane loads and that have no value. A load loses the elements that
+// have such a byte (width: bytes of one), an ldmatrix the row.
+void load_unset(Warp& warp, const Instruction& instruction, int lane, uint32_t bytes,
+                uint32_t unset) {
   Undefined& undefined = warp.undefined;
   if (undefined.by != &instruction) undefined = {&instruction, &instruction};
-  for (int b = 0; b < bytes; ++b)
-    if (unset(b))
+  for (uint32_t b = 0; b < bytes; ++b)
+    if (unset >> b & 1)
       (instruction.width ? undefined.values[b / instruction.width] : undefined.loaded) |= Mask{1}
                                                                                           << lane;
 }
@@ -83,200 +194,260 @@ bool stores_unset(const Warp& warp, const Instruction& instruction, int lane, ui
   return undefined.by == &instruction && undefined.values[b / instruction.width] >> lane & 1;
 }
 
-// One lane. The stamps are looked at before they change, so that a report shows what was there.
-// Vectors of one stamp per byte, because compilers unroll these loops before they vectorise them;
-// conflict() above says the rule for one byte.
-template <int bytes>
-void shadow_lane(Warp& warp, const Instruction& instruction, uint64_t offset, int lane, Access kind,
-                 uint32_t mine) {
-  using Stamps [[gnu::vector_size(4 * bytes)]] = uint32_t;
-  uint32_t* writers = warp.block->shadow->writers.data() + offset;
-  uint32_t* readers = warp.block->shadow->readers.data() + offset;
-  const bool writes = !is_read(kind), atomic = kind == Access::atomic;
-  Stamps wrote, read, all_mine = Stamps{} + mine;
-  std::memcpy(&wrote, writers, sizeof wrote);
-  std::memcpy(&read, readers, sizeof read);
-  const Stamps now_wrote = reinterpret_cast<Stamps>((wrote ^ all_mine) >> kEpochShift == 0);
-  const Stamps now_read = reinterpret_cast<Stamps>((read ^ all_mine) >> kEpochShift == 0);
-  const Stamps other_wrote = reinterpret_cast<Stamps>(((wrote ^ all_mine) & kWho) != 0);
-  const Stamps other_read = reinterpret_cast<Stamps>(((read ^ all_mine) & kWho) != 0);
-  const Stamps strong_wrote = reinterpret_cast<Stamps>((wrote & all_mine & kStrong) != 0);
-  const Stamps strong_read = reinterpret_cast<Stamps>((read & all_mine & kStrong) != 0);
-  Stamps broken = (now_wrote & other_wrote & ~strong_wrote) | (wrote & kCopying);
-  if (writes) broken |= now_read & other_read & ~strong_read;
-  uint32_t rules[bytes], any_broken = 0, any_unset = 0;
-  std::memcpy(rules, &broken, sizeof rules);
-  for (int b = 0; b < bytes; ++b) any_broken |= rules[b];
-  for (int b = 0; b < bytes; ++b) any_unset |= writers[b] & kUnset;
-  if (any_broken || (any_unset && atomic))
-    explain(warp, instruction, offset, lane, bytes, mine, writes, atomic, writers, readers);
-  const Stamps before = writes ? wrote : read, now = writes ? now_wrote : now_read;
-  const Stamps other = writes ? other_wrote : other_read;
-  const Stamps merged = (all_mine & (before | ~kStrong)) | (other & kSeveral);
-  const Stamps after = (now & merged) | (~now & all_mine);
-  std::memcpy(writes ? writers : readers, &after, sizeof after);
-  if (!writes && any_unset)
-    load_unset(warp, instruction, lane, bytes, [&](int b) { return writers[b] & kUnset; });
-  if (writes && warp.undefined.by == &instruction)
-    for (int b = 0; b < bytes; ++b)
-      if (stores_unset(warp, instruction, lane, b)) writers[b] |= kUnset;
+void report_unset(const Look& look, uint64_t offset, uint32_t unset) {
+  look.broke("uninitialised", "read of uninitialised " + look.place(offset + __builtin_ctz(unset)));
 }
 
-template <int bytes>
-void shadow_lanes(Warp& warp, const Instruction& instruction, const uint64_t* offsets, Mask mask,
-                  Access kind) {
-  const uint32_t mine = stamp(warp, kind);
+template <bool writes>
+void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask mask,
+                  uint32_t bytes, bool atomic, uint32_t mine) {
+  Warp& warp = look.warp;
+  const uint32_t info = index_of(warp, look.in);
+  const bool stores = writes && warp.undefined.by == &look.in;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int lane = __builtin_ctz(rest);
-    shadow_lane<bytes>(warp, instruction, offsets[lane], lane, kind, mine);
+    const uint64_t offset = offsets[lane];
+    Region& region = shadow.regions[offset >> Region::kShift];
+    Cell* cell = region.at(offset, bytes);
+    look.lane = lane;
+    uint64_t where = offset;
+    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
+      touch<writes, false>(look, *cell, where,
+                           reinterpret_cast<uint64_t>(look.block->shared) + where, mine, info);
+    const uint32_t unset = shadow.unset_in(offset, bytes);
+    if (!writes) {
+      if (unset) [[unlikely]]
+        load_unset(warp, look.in, lane, bytes, unset);
+    } else if (unset | uint32_t{stores}) {
+      if (atomic && unset) report_unset(look, offset, unset);
+      uint32_t now = 0;
+      if (stores)
+        for (uint32_t b = 0; b < bytes; ++b)
+          now |= uint32_t{stores_unset(warp, look.in, lane, b)} << b;
+      uint16_t& bits = shadow.unset[offset / 16];
+      bits = static_cast<uint16_t>((bits & ~(((1u << bytes) - 1) << offset % 16)) |
+                                   now << offset % 16);
+    }
   }
 }
 
-// Shadows of blocks that have finished; a launch needs a few and starts many blocks.
-std::vector<std::shared_ptr<SharedShadow>> spare_shadows;
+Look look_of(Warp& warp, const Instruction& in, const Block* block, Access kind) {
+  return {warp, in, 0, block, !is_read(kind), false, is_strong(kind), reach(in), 0};
+}
+uint32_t segment_for(const Look& look) {
+  return look.strong ? strong_segment_of(look.warp, look.scope) : segment_of(look.warp);
+}
+
+// Global memory by pages, made when they are touched first.
+struct Page {
+  static constexpr uint32_t kShift = 16;
+  std::array<Region, (1u << kShift) / Region::kBytes> regions;
+};
+constexpr size_t kMostPages = 4096, kRecent = 64;
+std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
+struct Recent {
+  uint64_t number;
+  Page* page;
+};
+std::array<Recent, kRecent> recent{};
+
+Region& global_region(uint64_t address) {
+  const uint64_t number = address >> Page::kShift;
+  Recent& known = recent[number % kRecent];
+  if (known.number != number || !known.page) [[unlikely]] {
+    auto& page = pages[number];
+    if (!page) page = std::make_unique<Page>();
+    known = {number, page.get()};
+  }
+  return known.page->regions[address >> Region::kShift & (known.page->regions.size() - 1)];
+}
+
+template <bool writes>
+void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t bytes,
+                      uint32_t mine) {
+  const uint32_t info = index_of(look.warp, look.in);
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    look.lane = __builtin_ctz(rest);
+    uint64_t where = addresses[look.lane];
+    Region& region = global_region(where);
+    Cell* cell = region.at(where, bytes);
+    for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
+      touch<writes, false>(look, *cell, where, where, mine, info);
+  }
+}
+
+// Bytes in a row, at any address, that something asynchronous touches.
+template <bool writes, typename Of>
+void touch_range(const Look& look, uint64_t begin, uint64_t bytes, uint32_t mine, Of region_of) {
+  const uint32_t info = index_of(look.warp, look.in);
+  for (uint64_t where = begin; where < begin + bytes;) {
+    Region& region = region_of(where);
+    uint32_t size = 16;
+    while (where % size || where + size > begin + bytes) size /= 2;
+    Cell* cell = region.at(where, size);
+    // Cells up to the end of the region or of the range.
+    const uint64_t region_end = (where | (Region::kBytes - 1)) + 1;
+    const uint64_t end = std::min(region_end, begin + bytes);
+    const uint32_t step = 1u << region.shift;
+    for (; where + step <= end; where += step, ++cell)
+      touch<writes, true>(look, *cell, where, 0, mine, info);
+  }
+}
 
 }  // namespace
 
-void shadow_shared(Warp& warp, const Instruction& instruction, const uint64_t* offsets, Mask mask,
+void shadow_shared(Warp& warp, const Instruction& in, Block& block, const uint64_t* offsets,
+                   Mask mask, uint32_t bytes, Access kind) {
+  const Look look = look_of(warp, in, &block, kind);
+  const uint32_t mine = segment_for(look);
+  const bool atomic = kind == Access::atomic;
+  if (look.writes)
+    shadow_lanes<true>(look, *block.shadow, offsets, mask, bytes, atomic, mine);
+  else
+    shadow_lanes<false>(look, *block.shadow, offsets, mask, bytes, atomic, mine);
+}
+
+void shadow_global(Warp& warp, const Instruction& in, const uint64_t* addresses, Mask mask,
                    uint32_t bytes, Access kind) {
-  const auto run = bytes == 1   ? shadow_lanes<1>
-                   : bytes == 2 ? shadow_lanes<2>
-                   : bytes == 4 ? shadow_lanes<4>
-                   : bytes == 8 ? shadow_lanes<8>
-                                : shadow_lanes<16>;
-  run(warp, instruction, offsets, mask, kind);
+  if (!warp.timeline) return;
+  const Look look = look_of(warp, in, nullptr, kind);
+  const uint32_t mine = segment_for(look);
+  if (look.writes)
+    shadow_addresses<true>(look, addresses, mask, bytes, mine);
+  else
+    shadow_addresses<false>(look, addresses, mask, bytes, mine);
+}
+
+void forget_global_shadow() {
+  pages.clear();
+  recent = {};
+}
+
+void shadow_launched() {
+  if (pages.size() > kMostPages) forget_global_shadow();
 }
 
 void shadow_local(Warp& warp, const Instruction& instruction, uint64_t offset, int lane,
                   uint32_t bytes, Access kind) {
   uint8_t* written = warp.block->shadow->local_written.data() + offset;
-  if (is_read(kind) && std::find(written, written + bytes, 0) != written + bytes)
-    load_unset(warp, instruction, lane, static_cast<int>(bytes),
-               [&](int b) { return !written[b]; });
-  if (!is_read(kind))
+  if (is_read(kind)) {
+    uint32_t unset = 0;
+    for (uint32_t b = 0; b < bytes; ++b) unset |= uint32_t{!written[b]} << b;
+    if (unset) load_unset(warp, instruction, lane, bytes, unset);
+  } else {
     for (uint32_t b = 0; b < bytes; ++b) written[b] = !stores_unset(warp, instruction, lane, b);
-}
-
-void copy_issued(Warp& warp, const Instruction& instruction, const AsyncCopy& copy) {
-  uint64_t offsets[kLanes];
-  offsets[copy.lane] = copy.destination;
-  shadow_shared(warp, instruction, offsets, Mask{1} << copy.lane, copy.bytes, Access::write);
-  uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
-  for (int b = 0; b < copy.bytes; ++b) writers[b] |= kCopying;
-}
-
-void copy_landed(Warp& warp, const AsyncCopy& copy) {
-  uint32_t* writers = warp.block->shadow->writers.data() + copy.destination;
-  std::fill_n(writers, copy.bytes, stamp(warp, Access::write));
-}
-
-namespace {
-
-// Reductions come from other blocks.
-void reduction_issued(Warp& warp, const Instruction& instruction, int lane, Block& target,
-                      uint32_t offset, uint32_t bytes) {
-  SharedShadow& shadow = *target.shadow;
-  shadow.reductions.resize(target.shared_bytes);
-  for (uint32_t b = offset; b < offset + bytes; ++b) {
-    uint32_t& writer = shadow.writers[b];
-    if (writer & kUnset || (writer & kCopying && !shadow.reductions[b]))
-      explain(warp, instruction, b, lane, 1, kSettled, true, true, &writer, &shadow.readers[b]);
-    writer = stamp(warp, Access::write) | kCopying | kStrong;
-    ++shadow.reductions[b];
   }
 }
 
-}  // namespace
+bool holds_values(const Block& block, uint64_t offset, uint32_t bytes) {
+  return !block.shadow || !block.shadow->unset_in(offset, bytes);
+}
 
-void bulk_issued(Warp& warp, const Instruction& instruction, int lane, Block& target,
-                 uint32_t offset, uint32_t bytes, bool reduces) {
+void copy_issued(Warp& warp, const Instruction& in, const AsyncCopy& copy) {
+  Look look = look_of(warp, in, warp.block, Access::write);
+  look.flight = kCopying;
+  uint64_t offsets[kLanes];
+  offsets[copy.lane] = copy.destination;
+  shadow_lanes<true>(look, *warp.block->shadow, offsets, Mask{1} << copy.lane, copy.bytes, false,
+                     segment_of(warp));
+}
+
+// segment: of those that must have waited for the copy.
+void copy_landed(Warp& warp, const AsyncCopy& copy, uint32_t segment) {
+  Region& region = warp.block->shadow->regions[copy.destination >> Region::kShift];
+  Cell* cell = region.at(copy.destination, copy.bytes);
+  const uint32_t mine = segment ? segment : segment_of(warp);
+  for (uint32_t n = copy.bytes >> region.shift; n > 0; --n, ++cell)
+    *cell = {mine, index_of(warp, *copy.from), 0, 0};
+}
+
+void bulk_issued(Warp& warp, const Instruction& in, int lane, Block& target, uint32_t offset,
+                 uint32_t bytes, bool reduces, uint32_t segment) {
   if (!target.shadow) return;
-  if (reduces) return reduction_issued(warp, instruction, lane, target, offset, bytes);
-  const bool own = &target == warp.block;
-  uint32_t* writers = target.shadow->writers.data();
-  for (uint32_t at = offset, size = 0; at < offset + bytes; at += size) {
-    size = at % 16 == 0 && at + 16 <= offset + bytes ? 16 : 1;
-    uint64_t offsets[kLanes];
-    offsets[lane] = at;
-    if (own) shadow_shared(warp, instruction, offsets, Mask{1} << lane, size, Access::write);
-    for (uint32_t b = at; b < at + size; ++b) {
-      if (!own && writers[b] & kCopying)
-        explain(warp, instruction, b, lane, 1, kSettled, true, false, writers + b,
-                target.shadow->readers.data() + b);
-      writers[b] = stamp(warp, Access::write) | kCopying | kStrong;
+  SharedShadow& shadow = *target.shadow;
+  const Look look{warp,
+                  in,
+                  lane,
+                  &target,
+                  true,
+                  true,
+                  reduces,
+                  kClusterScope,
+                  reduces ? kBulk | kReducing : kBulk};
+  if (reduces) shadow.reductions.resize(shadow.unset.size());
+  for (uint32_t at = offset; at < offset + bytes;) {
+    const uint32_t size = std::min(16 - at % 16, offset + bytes - at);
+    if (reduces) {
+      if (const uint32_t unset = shadow.unset_in(at, size)) report_unset(look, at, unset);
+      ++shadow.reductions[at / 16];
+    }
+    shadow.unset[at / 16] &= static_cast<uint16_t>(~(((1u << size) - 1) << at % 16));
+    at += size;
+  }
+  touch_range<true>(look, offset, bytes, segment, [&](uint64_t where) -> Region& {
+    return shadow.regions[where >> Region::kShift];
+  });
+}
+
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment) {
+  if (!target.shadow) return;
+  SharedShadow& shadow = *target.shadow;
+  for (uint32_t at = offset; at < offset + bytes;) {
+    Region& region = shadow.regions[at >> Region::kShift];
+    Cell* cell = region.at(at, 1u << region.shift);
+    const uint32_t end = std::min((at | (Region::kBytes - 1)) + 1, offset + bytes);
+    for (; at < end; at += 1u << region.shift, ++cell) {
+      const uint32_t unit = at / 16;
+      // Where a cell is smaller than 16 bytes its first one counts.
+      if (reduces && at % 16 == 0 && --shadow.reductions[unit] > 0) {
+        const uint32_t skip = 16 >> region.shift;
+        cell += skip - 1;
+        at += 16 - (1u << region.shift);
+        continue;
+      }
+      cell->wrote = segment;
+      cell->write_info &= ~kInFlight;
     }
   }
 }
 
-void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces) {
-  if (!target.shadow) return;
-  SharedShadow& shadow = *target.shadow;
-  for (uint32_t b = offset; b < offset + bytes; ++b)
-    if (!reduces || --shadow.reductions[b] == 0) shadow.writers[b] = kSettled;
-}
-
-void bulk_read(Warp& warp, const Instruction& instruction, int lane, uint64_t offset,
-               uint32_t bytes) {
+void bulk_read(Warp& warp, const Instruction& in, int lane, uint64_t offset, uint32_t bytes,
+               uint32_t segment) {
   if (!warp.block->shadow) return;
-  const uint32_t mine = stamp(warp, Access::read);
-  const uint32_t* writers = warp.block->shadow->writers.data() + offset;
-  const uint32_t* readers = warp.block->shadow->readers.data() + offset;
-  for (uint32_t b = 0; b < bytes; ++b)
-    if (writers[b] & (kCopying | kUnset) || conflict(writers[b], mine))
-      return explain(warp, instruction, offset + b, lane, 1, mine, false, true, writers + b,
-                     readers + b);
-}
-
-void shadow_remote(Warp& warp, const Instruction& instruction, Block& target, uint64_t offset,
-                   int lane, uint32_t bytes, Access kind) {
-  uint32_t* writers = target.shadow->writers.data() + offset;
-  const uint32_t* readers = target.shadow->readers.data() + offset;
-  const bool writes = !is_read(kind), reads_now = kind == Access::atomic;
-  for (uint32_t b = 0; b < bytes; ++b)
-    if (writers[b] & kCopying || (reads_now && writers[b] & kUnset))
-      return explain(warp, instruction, offset, lane, bytes, kSettled, writes, reads_now, writers,
-                     readers);
-  if (writes) {
-    for (uint32_t b = 0; b < bytes; ++b)
-      writers[b] = kSettled | (stores_unset(warp, instruction, lane, b) ? kUnset : 0);
-  } else if (std::any_of(writers, writers + bytes, [](uint32_t w) { return w & kUnset; })) {
-    load_unset(warp, instruction, lane, static_cast<int>(bytes),
-               [&](int b) { return writers[b] & kUnset; });
+  SharedShadow& shadow = *warp.block->shadow;
+  const Look look{warp, in, lane, warp.block, false, true, false, kCta, 0};
+  for (uint64_t at = offset; at < offset + bytes;) {
+    const auto size = static_cast<uint32_t>(std::min(16 - at % 16, offset + bytes - at));
+    if (const uint32_t unset = shadow.unset_in(at, size)) {
+      report_unset(look, at, unset);
+      break;
+    }
+    at += size;
   }
+  touch_range<false>(look, offset, bytes, segment, [&](uint64_t where) -> Region& {
+    return shadow.regions[where >> Region::kShift];
+  });
 }
 
-void fence_executed(Warp& warp) {
-  if (warp.block->shadow) ++warp.block->epoch;
+void bulk_global(Warp& warp, const Instruction& in, int lane, uint64_t address, uint32_t bytes,
+                 bool writes, bool reduces, uint32_t segment) {
+  if (!warp.timeline || (!writes && is_constant(address, bytes))) return;
+  const Look look{warp, in, lane, nullptr, writes, true, reduces, kGpu, 0};
+  const auto region = [](uint64_t where) -> Region& { return global_region(where); };
+  if (writes)
+    touch_range<true>(look, address, bytes, segment, region);
+  else
+    touch_range<false>(look, address, bytes, segment, region);
 }
 
-void block_started(Block& block) {
-  if (!options.check) return;
-  const Kernel& kernel = *block.kernel;
-  if (spare_shadows.empty()) {
-    block.shadow = std::make_shared<SharedShadow>();
-  } else {
-    block.shadow = std::move(spare_shadows.back());
-    spare_shadows.pop_back();
-  }
-  block.shadow->writers.assign(block.shared_bytes, kUnset);
-  block.shadow->readers.assign(block.shared_bytes, 0);
-  block.shadow->reductions.clear();
-  block.shadow->local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
-  for (Warp& warp : block.warps) {
-    warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
-    warp.origins.assign(warp.defined.size(), nullptr);
-    warp.undefined = {};
-    for (const auto& constant : kernel.constants) warp.defined[constant.slot / kUnit] = kFullMask;
-    for (const auto& special : kernel.specials) warp.defined[special.slot / kUnit] = kFullMask;
-  }
+void operand_read(Warp& warp, const Instruction& in, uint64_t offset, uint32_t segment) {
+  SharedShadow& shadow = *warp.block->shadow;
+  const Look look{warp, in, 0, warp.block, false, true, false, kCta, 0};
+  const uint32_t info = index_of(warp, in);
+  Region& region = shadow.regions[offset >> Region::kShift];
+  Cell* cell = region.at(offset, 16);
+  for (uint32_t n = 16 >> region.shift; n > 0; --n, ++cell, offset += 1u << region.shift)
+    touch<false, true>(look, *cell, offset, 0, segment, info);
 }
-
-void block_finished(Block& block) {
-  if (block.shadow) spare_shadows.push_back(std::move(block.shadow));
-}
-
-// Any barrier ends the epoch, also one of some of the warps: what those that stayed away did before
-// it is forgotten, which can hide a race but never invents one.
-void barrier_released(Block& block) { ++block.epoch; }
 
 }  // namespace ptxvm

@@ -22,25 +22,28 @@ void require_global(Warp&, const Instruction&, int lane, uint64_t address, uint3
                     uint32_t alignment, Access);
 
 // An asynchronous copy into shared memory between its issue and the wait that completes it. Race
-// checks see a write at both ends and an error in every access between them. No-ops unless
-// checking.
+// checks see a write at both ends and an error in every access between them. segment (clocks.h): of
+// those that know of the copy; 0: of the warp that waits. No-ops unless checking.
 void copy_issued(Warp&, const Instruction&, const AsyncCopy&);
-void copy_landed(Warp&, const AsyncCopy&);
+void copy_landed(Warp&, const AsyncCopy&, uint32_t segment);
 
 // The same of a bulk copy into shared memory of a block of the cluster. Its source in shared memory
 // must hold values; of a reduction its destination too, which others may reduce into meanwhile.
 void bulk_issued(Warp&, const Instruction&, int lane, Block& target, uint32_t offset,
-                 uint32_t bytes, bool reduces);
-void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces);
-void bulk_read(Warp&, const Instruction&, int lane, uint64_t offset, uint32_t bytes);
+                 uint32_t bytes, bool reduces, uint32_t segment);
+void bulk_landed(Block& target, uint32_t offset, uint32_t bytes, bool reduces, uint32_t segment);
+void bulk_read(Warp&, const Instruction&, int lane, uint64_t offset, uint32_t bytes,
+               uint32_t segment);
+// What it reads or writes of global memory.
+void bulk_global(Warp&, const Instruction&, int lane, uint64_t address, uint32_t bytes, bool writes,
+                 bool reduces, uint32_t segment);
+// 16 bytes of shared memory that wgmma reads from its issue on; whether bytes hold values.
+void operand_read(Warp&, const Instruction&, uint64_t offset, uint32_t segment);
+bool holds_values(const Block&, uint64_t offset, uint32_t bytes);
 
 // The block whose shared memory an address of Space::cluster names; the address becomes an offset
 // in it. A fault if there is none or if it has finished.
 Block& block_of(Warp&, const Instruction&, int lane, uint64_t& address);
-
-// A fence may belong to a synchronisation that the race check does not follow (a flag in memory):
-// what came before it is forgotten.
-void fence_executed(Warp&);
 
 // Counts one warp-wide request: addresses of the lanes in mask, `bytes` each. No-op unless
 // counting.
@@ -63,7 +66,6 @@ Where locate(const void* base, size_t bytes, Access);
 // Called by the scheduler.
 void block_started(Block&);
 void block_finished(Block&);
-void barrier_released(Block&);
 // Before a guard is asked, by the lanes in the mask. Before and after an instruction runs for the
 // lanes in the mask: sources hold values where they must, destinations do where the sources did
 // (definedness.cpp).

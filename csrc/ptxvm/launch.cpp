@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "ptxvm/check.h"
+#include "ptxvm/clocks.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/device.h"
@@ -276,6 +277,7 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   if (cooperative) run.workspace = &workspace;
   const DefaultRounding rounding;
   try {
+    if (options.check) clocks_launched(run.grid, run.cluster);
     if (options.count) start_counting(kernel);
     run_grid(run);
     if (options.count) finish_counting(kernel, run.grid, run.block, run.dynamic_shared);

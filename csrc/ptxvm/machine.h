@@ -68,6 +68,7 @@ struct Instruction {
   bool guard_negated = false;
   Control control = Control::none;
   uint8_t variant = 0, width = 0, flags = 0;  // meaning is the handler's own
+  uint8_t order = 0;                          // of memory: clocks.h
   const char* text = nullptr;                 // as in the PTX, for reports
 };
 
@@ -169,7 +170,8 @@ struct Undefined {
   Mask values[8] = {};                  // per destination, or per value that is stored
 };
 
-struct Product;  // ops_wgmma.cpp: a wgmma that has not taken effect
+struct Product;   // ops_wgmma.cpp: a wgmma that has not taken effect
+struct Timeline;  // clocks.h: what comes before the next access of a warp
 
 struct Warp {
   char* file;  // registers
@@ -214,9 +216,10 @@ struct Warp {
   std::vector<Mask> defined;
   std::vector<const Instruction*> origins;
   Undefined undefined;
+  std::shared_ptr<Timeline> timeline;  // null unless checking
 };
 
-struct SharedShadow;  // check.cpp: readers, writers and initialised bytes of shared memory
+struct SharedShadow;  // shadow.h: readers, writers and initialised bytes of shared memory
 struct Cluster;       // async.h
 
 struct Block {
@@ -233,7 +236,6 @@ struct Block {
   Cluster* cluster;
   uint32_t rank = 0;                     // in the cluster
   uint32_t exited = 0;                   // threads
-  uint32_t epoch = 1;                    // counts releases of barriers
   std::shared_ptr<SharedShadow> shadow;  // check mode
 };
 

@@ -16,6 +16,7 @@ namespace {
 
 struct Extent {
   uint64_t begin = 0, bytes = 0;
+  bool constant = true;  // no part of it may be written
   bool holds(uint64_t address, uint64_t size) const {
     return address - begin <= bytes && bytes - (address - begin) >= size;
   }
@@ -49,7 +50,8 @@ bool outdated = false;
 Reachable unite(bool writable_only) {
   std::vector<Extent> all;
   for (const Allocation& a : allocations)
-    if (a.extent.bytes && (a.writable || !writable_only)) all.push_back(a.extent);
+    if (a.extent.bytes && (a.writable || !writable_only))
+      all.push_back({a.extent.begin, a.extent.bytes, !a.writable});
   std::sort(all.begin(), all.end(),
             [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
   Reachable result;
@@ -58,6 +60,7 @@ Reachable unite(bool writable_only) {
       Extent& back = result.extents.back();
       if (e.begin < back.begin + back.bytes) {
         back.bytes = std::max(back.bytes, e.begin + e.bytes - back.begin);
+        back.constant = back.constant && e.constant;
         continue;
       }
     }
@@ -195,7 +198,11 @@ char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t addres
                             " of block %u of the cluster: its shared memory has %u",
                             verb(kind), bytes, address, target.rank, target.shared_bytes) +
                          beyond(address, bytes, target.shared_bytes));
-  if (target.shadow) shadow_remote(warp, instruction, target, address, lane, bytes, kind);
+  if (target.shadow) {
+    uint64_t offsets[kLanes];
+    offsets[lane] = address;
+    shadow_shared(warp, instruction, target, offsets, Mask{1} << lane, bytes, kind);
+  }
   return target.shared + address;
 }
 
@@ -215,6 +222,11 @@ Block& block_of(Warp& warp, const Instruction& instruction, int lane, uint64_t& 
     fault(warp, instruction, lane,
           format("shared memory of block %u of the cluster, which has finished", block.rank));
   return block;
+}
+
+bool is_constant(uint64_t address, uint32_t bytes) {
+  const Extent* const extent = reachable(Access::read).find(address, bytes);
+  return extent && extent->constant;
 }
 
 void register_memory(const void* base, size_t bytes, bool can_write) {
@@ -263,8 +275,14 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
                             verb(kind), space_name(space), address, bytes));
   if (space == Space::cluster) return access_cluster(warp, instruction, address, lane, bytes, kind);
   if (space == Space::global || space == Space::constant) {
-    if (!reachable(kind).find(address, bytes))
+    const Extent* extent = reachable(kind).find(address, bytes);
+    if (!extent)
       return no_memory(warp, instruction, lane, kind, describe_global(address, bytes, kind));
+    if (!extent->constant && warp.timeline) {
+      uint64_t addresses[kLanes];
+      addresses[lane] = address;
+      shadow_global(warp, instruction, addresses, Mask{1} << lane, bytes, kind);
+    }
     return reinterpret_cast<char*>(address);
   }
   const uint64_t offset = address & ~kWindowMask;
@@ -281,7 +299,7 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
     uint64_t offsets[kLanes];
     offsets[lane] = offset;
     if (space == Space::shared)
-      shadow_shared(warp, instruction, offsets, Mask{1} << lane, bytes, kind);
+      shadow_shared(warp, instruction, *warp.block, offsets, Mask{1} << lane, bytes, kind);
     if (space == Space::local)
       shadow_local(warp, instruction, place.host + offset - warp.block->local, lane, bytes, kind);
   }
@@ -297,10 +315,12 @@ void resolve(Warp& warp, const Instruction& instruction, Space space, uint64_t* 
   }
   const Space real = real_space(space, addresses[first]);
   uint64_t begin = 0, size = 0, host = 0;
+  bool constant = false;
   if (real == Space::global || real == Space::constant) {
     if (const Extent* extent = reachable(kind).find(addresses[first], bytes)) {
       begin = host = extent->begin;
       size = extent->bytes;
+      constant = extent->constant;
     }
   } else if (real != Space::local && real != Space::cluster) {
     const Place place = windowed(warp, real, first);
@@ -317,8 +337,10 @@ void resolve(Warp& warp, const Instruction& instruction, Space space, uint64_t* 
       if (real == Space::shared && warp.block->shadow) {
         uint64_t offsets[kLanes];
         for (int i = 0; i < kLanes; ++i) offsets[i] = addresses[i] - begin;
-        shadow_shared(warp, instruction, offsets, mask, bytes, kind);
+        shadow_shared(warp, instruction, *warp.block, offsets, mask, bytes, kind);
       }
+      if (real == Space::global && !constant && warp.timeline)
+        shadow_global(warp, instruction, addresses, mask, bytes, kind);
       for (int i = 0; i < kLanes; ++i) addresses[i] += host - begin;
       return;
     }

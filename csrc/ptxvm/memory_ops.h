@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "ptxvm/check.h"
+#include "ptxvm/clocks.h"
 #include "ptxvm/decode.h"
 
 namespace ptxvm {
@@ -22,9 +23,7 @@ void decode_bulk(Decoder&, const Statement&, Instruction&);
 void transpose(const uint16_t* from, uint16_t* to);
 
 // Bits of Instruction::flags; Instruction::variant is the Space.
-constexpr uint8_t kWide = 1;     // the base register of the address has 64 bits
-constexpr uint8_t kStrong = 2;   // volatile, relaxed, acquire, release
-constexpr uint8_t kOrdered = 4;  // acquire, release
+constexpr uint8_t kWide = 1;  // the base register of the address has 64 bits
 
 inline Space space_of(const Instruction& in) { return static_cast<Space>(in.variant); }
 
@@ -42,7 +41,7 @@ inline void lane_addresses(Warp& warp, uint32_t slot, int64_t offset, bool wide,
 // What the words of an opcode say about a memory access.
 struct Words {
   Space space = Space::generic;
-  bool strong = false, ordered = false;
+  uint8_t order = 0;  // Instruction::order
   int vector = 1;
   bool cache_hint = false;  // one more operand, a policy
   std::string type;         // the last word

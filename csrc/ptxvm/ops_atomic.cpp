@@ -101,9 +101,8 @@ void run_atomic(Warp& warp, const Instruction& in, Mask mask) {
   lane_addresses(warp, sources[0], in.offset, in.flags & kWide, addresses);
   constexpr uint32_t bytes = sizeof(T) * vector;
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::atomic);
-  if (in.flags & kOrdered) fence_executed(warp);
   resolve(warp, in, space_of(in), addresses, mask, bytes, Access::atomic);
-  if (in.flags & kOrdered) fence_executed(warp);
+  strong_accessed(warp, in, addresses, mask, true, true);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     char* memory = reinterpret_cast<char*>(addresses[i]);
@@ -231,6 +230,7 @@ void decode_atomic(Decoder& decoder, const Statement& statement, Instruction& in
     for (const std::string& value : old) decoder.write(value, bits);
   }
   read_memory_operand(decoder, operands[returns], words, in);
+  in.order |= kIsStrong;
   for (const std::string& value : values) decoder.read(value, bits);
   if (op == "cas") decoder.read(operands[3], bits);
 }

@@ -45,7 +45,6 @@ void run_bulk(Warp& warp, const Instruction& in, Mask mask) {
                                           "destination of a bulk copy");
       const SharedPlace from = shared_place(warp, in, lane, far[lane], bytes, kUnit, Whose::own,
                                             "source of a bulk copy");
-      bulk_read(warp, in, lane, from.offset, bytes);
       transfer.pieces = {
           {to.offset, reinterpret_cast<uint64_t>(from.block->shared + from.offset), bytes}};
       add_targets(warp, in, lane, to, transfer);
@@ -64,7 +63,6 @@ void run_bulk(Warp& warp, const Instruction& in, Mask mask) {
         transfer.pieces = {{place.offset, far[lane], bytes}};
         add_targets(warp, in, lane, place, transfer);
       } else {
-        bulk_read(warp, in, lane, place.offset, bytes);
         transfer.pieces = {{far[lane], shared, bytes}};
         transfer.to_global = true;
         transfer.group = warp.bulk_groups[lane];
@@ -83,7 +81,7 @@ void commit_bulk(Warp& warp, const Instruction&, Mask mask) {
 
 void wait_bulk(Warp& warp, const Instruction& in, Mask mask) {
   finish_groups(warp, mask, static_cast<uint32_t>(in.offset), in.variant);
-  fence_executed(warp);
+  groups_waited(warp, mask, static_cast<uint32_t>(in.offset), in.variant);
 }
 
 // The type of a reduction.

@@ -124,7 +124,6 @@ void store_box(Warp& warp, const Instruction& in, int lane, const Box& box, uint
   const Access kind = transfer.combine == Combine::copy ? Access::write : Access::atomic;
   box.visit(place, kind, [&](uint32_t offset, uint64_t host, uint32_t bytes) {
     if (!host) return;
-    bulk_read(warp, in, lane, offset, bytes);
     transfer.pieces.push_back(
         {host, reinterpret_cast<uint64_t>(place.block->shared + offset), bytes});
   });

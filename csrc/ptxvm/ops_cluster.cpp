@@ -60,10 +60,6 @@ void decode_mapa(Decoder& decoder, const Statement& statement, Instruction& in) 
     in.run = bits == 32 ? run_mapa<uint32_t> : run_mapa<uint64_t>;
 }
 
-void release_all(Cluster& cluster) {
-  for (Block* block : cluster.blocks) barrier_released(*block);
-}
-
 void run_cluster_arrive(Warp& warp, const Instruction& in, Mask mask) {
   Cluster& cluster = *warp.block->cluster;
   if (const Mask twice = mask & warp.cluster_arrived)
@@ -71,6 +67,7 @@ void run_cluster_arrive(Warp& warp, const Instruction& in, Mask mask) {
   warp.cluster_arrived |= mask;
   warp.cluster_phase = (warp.cluster_phase & ~mask) | (cluster.phase & 1 ? mask : 0);
   cluster.arrived += static_cast<uint32_t>(__builtin_popcount(mask));
+  cluster_arrived(warp, in);
   complete_cluster_barrier(*warp.block);
 }
 
@@ -87,6 +84,7 @@ void run_cluster_wait(Warp& warp, const Instruction& in, Mask mask) {
   warp.asleep = waiting;
   warp.asleep_for = kClusterBarrier;
   warp.cluster_arrived &= ~(mask & ~waiting);
+  if (waiting != mask) cluster_passed(warp);
 }
 
 // The registers of a block are a pool that its warps share.
@@ -168,8 +166,8 @@ void complete_cluster_barrier(Block& block) {
   if (cluster.arrived < running) return;
   cluster.arrived = 0;
   ++cluster.phase;
+  cluster_completed(cluster);
   for (Block* each : cluster.blocks) wake(*each, kClusterBarrier);
-  release_all(cluster);
   happened(block);
 }
 
@@ -181,8 +179,8 @@ void decode_cluster_barrier(Decoder& decoder, const Statement& statement, Instru
   if (!waits && !modifiers.take("arrive")) decoder.fail("needs .arrive or .wait");
   if (waits)
     modifiers.take("acquire");
-  else if (!modifiers.take("release"))
-    modifiers.take("relaxed");
+  else if (modifiers.take("release") || !modifiers.take("relaxed"))
+    in.order = kReleases;
   const bool aligned = modifiers.take("aligned");
   modifiers.finish();
   expect_operands(decoder, statement, 0);

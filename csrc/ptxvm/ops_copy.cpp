@@ -114,8 +114,9 @@ void commit_copies(Warp& warp, const Instruction&, Mask mask) {
   for (int i = 0; i < kLanes; ++i) warp.copy_groups[i] += mask >> i & 1;
 }
 
+// segment: as of copy_landed.
 template <typename Choose>
-void land_chosen(Warp& warp, Choose choose) {
+void land_chosen(Warp& warp, uint32_t segment, Choose choose) {
   auto kept = warp.copies.begin();
   for (AsyncCopy& copy : warp.copies) {
     if (!choose(copy)) {
@@ -123,7 +124,7 @@ void land_chosen(Warp& warp, Choose choose) {
       continue;
     }
     move(warp, copy);
-    if (warp.block->shadow) copy_landed(warp, copy);
+    if (warp.block->shadow) copy_landed(warp, copy, segment);
   }
   warp.copies.erase(kept, warp.copies.end());
 }
@@ -131,9 +132,10 @@ void land_chosen(Warp& warp, Choose choose) {
 // Completes the copies of the lanes in mask but those of their last `offset` groups.
 void wait_copies(Warp& warp, const Instruction& in, Mask mask) {
   const uint64_t keep = static_cast<uint64_t>(in.offset);
-  land_chosen(warp, [&](const AsyncCopy& copy) {
+  land_chosen(warp, 0, [&](const AsyncCopy& copy) {
     return mask >> copy.lane & 1 && copy.group + keep < warp.copy_groups[copy.lane];
   });
+  copies_waited(warp);
 }
 
 void wait_all_copies(Warp& warp, const Instruction& in, Mask mask) {
@@ -192,8 +194,8 @@ void decode_cp(Decoder& decoder, const Statement& statement, Instruction& in) {
 
 }  // namespace
 
-void land_copies(Warp& warp, int lane, uint32_t end) {
-  land_chosen(warp, [&](const AsyncCopy& copy) {
+void land_copies(Warp& warp, int lane, uint32_t end, uint32_t segment) {
+  land_chosen(warp, segment, [&](const AsyncCopy& copy) {
     return copy.lane == lane && static_cast<int32_t>(copy.number - end) < 0;
   });
 }

@@ -16,12 +16,19 @@ bool is_in(const std::string& word, std::initializer_list<const char*> words) {
 
 void nothing(Warp&, const Instruction&, Mask) {}
 
-void run_fence(Warp& warp, const Instruction&, Mask) { fence_executed(warp); }
+void run_fence(Warp& warp, const Instruction& in, Mask) { fence_executed(warp, in); }
+
+void run_proxy_fence(Warp& warp, const Instruction&, Mask) { proxy_fence_executed(warp); }
+
+uint8_t scope_named(const std::string& word) {
+  return word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
+}
 
 void decode_membar(Decoder& decoder, const Statement& statement, Instruction& in) {
   const auto& parts = statement.opcode;
   require(decoder,
           parts.size() == 2 && is_in(parts[1], {"cta", "gl", "sys"}) && statement.operands.empty());
+  in.order = kIsStrong | kAcquires | kReleases | kSequential | scope_named(parts[1]);
   in.run = run_fence;
 }
 
@@ -31,7 +38,6 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
       parts.size() == 3 && is_in(parts[1], {"sc", "acq_rel", "acquire", "release"});
   const bool has_scope =
       (parts.size() == 2 || has_order) && is_in(parts.back(), {"cta", "cluster", "gpu", "sys"});
-  // What is between proxies is ordered here by every fence.
   const bool is_proxy =
       parts.size() == 3 && parts[1] == "proxy" && is_in(parts[2], {"alias", "async"});
   const bool is_async = parts.size() == 4 && parts[1] == "proxy" && parts[2] == "async" &&
@@ -39,6 +45,13 @@ void decode_fence(Decoder& decoder, const Statement& statement, Instruction& in)
   const bool is_init = parts.size() == 4 && parts[1] == "mbarrier_init" && parts[2] == "release" &&
                        parts[3] == "cluster";
   require(decoder, (has_scope || is_proxy || is_async || is_init) && statement.operands.empty());
+  if (is_proxy || is_async) {
+    in.run = parts[2] == "async" ? run_proxy_fence : nothing;
+    return;
+  }
+  // Without .sc and the like a fence is .acq_rel. That of mbarrier.init counts for all writes.
+  in.order = scope_named(parts.back()) | (is_init || parts[1] == "release" ? 0 : kAcquires) |
+             (parts[1] == "acquire" ? 0 : kReleases) | (parts[1] == "sc" ? kSequential : 0);
   in.run = run_fence;
 }
 

@@ -82,7 +82,10 @@ class Object {
     }
     const uint64_t bits = state_.bits();
     std::memcpy(block_.shared + offset_, &bits, sizeof bits);
-    if (complete) wake(block_, offset_);
+    if (complete) {
+      mbarrier_completed(block_, offset_);
+      wake(block_, offset_);
+    }
     happened(block_);
   }
   [[noreturn]] void fail(const std::string& what) const {
@@ -103,6 +106,17 @@ class Object {
   State state_;
 };
 
+// A lane's mbarrier: its block, and the offset there.
+struct Place {
+  Block& block;
+  uint32_t offset;
+};
+Place place_of(Warp& warp, const Instruction& in, int lane, uint64_t address) {
+  uint64_t offset = address & ~kWindowMask;
+  Block& block = block_of(warp, in, lane, offset);
+  return {block, static_cast<uint32_t>(offset)};
+}
+
 // The mbarrier of a lane's address.
 Object find(Warp& warp, const Instruction& in, int lane, uint64_t address) {
   const uint64_t rank = address >> kRankShift & kRankMask;
@@ -111,9 +125,8 @@ Object find(Warp& warp, const Instruction& in, int lane, uint64_t address) {
           "an mbarrier of block " + std::to_string(rank - 1) +
               " of the cluster needs .shared::cluster");
   access(warp, in, space_of(in), address, lane, 8, Access::atomic);
-  uint64_t offset = address & ~kWindowMask;
-  Block& block = block_of(warp, in, lane, offset);
-  return {warp, in, lane, block, static_cast<uint32_t>(offset)};
+  const Place place = place_of(warp, in, lane, address);
+  return {warp, in, lane, place.block, place.offset};
 }
 
 template <typename Act>
@@ -155,14 +168,17 @@ constexpr uint8_t kExpects = 8, kNoComplete = 16, kDrops = 32, kArrives = 64;
 
 // Slots: [state,] address, count, bytes. Bytes are expected before the arrival.
 void run_arrive(Warp& warp, const Instruction& in, Mask mask) {
-  fence_executed(warp);
   for_lanes(warp, in, mask, [&](int lane, uint64_t address) {
     Object object = find(warp, in, lane, address);
     const uint64_t before = object.state().bits();
     const uint32_t count = operand(warp, in, 1, lane, 1);
     if (in.flags & kExpects) object.expect(operand(warp, in, 2, lane, 0));
     if (in.flags & kDrops) object.drop(count);
-    if (in.flags & kArrives) object.arrive(count, !(in.flags & kNoComplete));
+    if (in.flags & kArrives) {
+      const Place place = place_of(warp, in, lane, address);
+      object.arrive(count, !(in.flags & kNoComplete));
+      mbarrier_arrived(warp, in, place.block, place.offset);
+    }
     object.store();
     if (in.writes && in.slots[0] != kNoSlot) lanes<uint64_t>(warp, in.slots[0])[lane] = before;
   });
@@ -171,7 +187,6 @@ void run_arrive(Warp& warp, const Instruction& in, Mask mask) {
 
 // Slots: address, bytes.
 void run_complete(Warp& warp, const Instruction& in, Mask mask) {
-  fence_executed(warp);
   for_lanes(warp, in, mask, [&](int lane, uint64_t address) {
     Object object = find(warp, in, lane, address);
     object.expect(-int64_t{operand(warp, in, 1, lane, 0)});
@@ -196,8 +211,11 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
       if (!State::is_valid(bits)) object.fail("the state is none of an mbarrier");
       phase = State::of(bits).parity;
     }
-    if (object.state().parity != phase) done |= Mask{1} << lane;
     offsets[lane] = static_cast<uint32_t>(address & ((1u << kRankShift) - 1));
+    if (object.state().parity == phase) return;
+    done |= Mask{1} << lane;
+    if (done == (Mask{1} << lane) || offsets[lane] != offsets[__builtin_ctz(done)])
+      mbarrier_passed(warp, in, *warp.block, offsets[lane]);
   });
   if (const Mask waiting = mask & ~done) {
     if constexpr (sleeps) {
@@ -215,7 +233,6 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
     }
   }
   warp.timed_out &= ~mask;  // the time of this wait, not of the next
-  if (done) fence_executed(warp);
   Mask& holds = predicate(warp, in.slots[0]);
   holds = (holds & ~mask) | done;
 }
@@ -237,14 +254,13 @@ void run_copy_arrive(Warp& warp, const Instruction& in, Mask mask) {
     Object object = find(warp, in, lane, address);
     if (in.flags & kArrives) object.add_pending(1);
     object.store();
-    uint64_t offset = address & ~kWindowMask;
-    Block& block = block_of(warp, in, lane, offset);
+    const Place place = place_of(warp, in, lane, address);
     Transfer arrival;
     arrival.from = &in;
     arrival.lane = lane;
     arrival.arrives = true;
     arrival.group = warp.copies_issued;
-    arrival.targets.push_back({&block, static_cast<uint32_t>(offset)});
+    arrival.targets.push_back({&place.block, place.offset});
     start_transfer(warp, std::move(arrival));
   });
 }
@@ -260,6 +276,8 @@ void read_object(Decoder& decoder, const std::string& operand, Words words, bool
   need(decoder, words.space == Space::shared || (remote && words.space == Space::cluster));
   read_memory_operand(decoder, operand, words, in);
   in.flags &= kWide;
+  // Accesses to the object itself are strong and reach every thread that may make them.
+  in.order &= static_cast<uint8_t>(~kIsStrong);
 }
 
 // mbarrier.pending_count.b64 count, state.
@@ -280,6 +298,7 @@ void decode_wait(Decoder& decoder, const Statement& statement, const Words& word
   read_object(decoder, operands[1], words, false, in);
   decoder.read(operands[2], parity ? 32 : 64);
   if (operands.size() == 4) decoder.read(operands[3], 32);  // the time limit, a hint
+  if (!statement.has("relaxed")) in.order |= kAcquires;
   in.run = sleeps ? (parity ? run_wait<true, true> : run_wait<false, true>)
                   : (parity ? run_wait<true, false> : run_wait<false, false>);
   if (sleeps) in.control = Control::await;
@@ -309,6 +328,7 @@ void decode_arrive(Decoder& decoder, const Statement& statement, const Words& wo
     values == 2 ? decoder.read(operands.back(), 32) : decoder.skip();
     decoder.skip();
   }
+  if (!only_expects && !statement.has("relaxed")) in.order |= kReleases;
   in.flags |= (expects ? kExpects : 0) | (incomplete ? kNoComplete : 0) | (drops ? kDrops : 0) |
               (only_expects ? 0 : kArrives);
   in.run = run_arrive;

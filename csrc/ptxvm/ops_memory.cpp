@@ -52,8 +52,8 @@ void load(Warp& warp, const Instruction& in, Mask mask) {
   lane_addresses(warp, in.slots[vector], in.offset, in.flags & kWide, addresses);
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::load);
   resolve(warp, in, space_of(in), addresses, mask, bytes,
-          in.flags & kStrong ? Access::strong_read : Access::read);
-  if (in.flags & kOrdered) fence_executed(warp);
+          in.order & kIsStrong ? Access::strong_read : Access::read);
+  if (in.order & kIsStrong) strong_accessed(warp, in, addresses, mask, true, false);
 
   alignas(64) R values[vector][kLanes];
   if constexpr (vector == 1) {
@@ -88,9 +88,9 @@ void store(Warp& warp, const Instruction& in, Mask mask) {
   alignas(64) uint64_t addresses[kLanes];
   lane_addresses(warp, in.slots[0], in.offset, in.flags & kWide, addresses);
   if (options.count) count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::store);
-  if (in.flags & kOrdered) fence_executed(warp);
   resolve(warp, in, space_of(in), addresses, mask, bytes,
-          in.flags & kStrong ? Access::strong_write : Access::write);
+          in.order & kIsStrong ? Access::strong_write : Access::write);
+  if (in.order & kIsStrong) strong_accessed(warp, in, addresses, mask, false, true);
 
   const R* values[vector];
   for (int j = 0; j < vector; ++j) values[j] = lanes<const R>(warp, in.slots[1 + j]);
@@ -199,6 +199,7 @@ void decode_access(Decoder& decoder, const Statement& statement, Instruction& in
 Words read_words(Decoder& decoder, const Statement& statement,
                  std::initializer_list<const char*> own) {
   Words words;
+  uint8_t scope = kGpu;
   const auto& parts = statement.opcode;
   for (size_t i = 1; i < parts.size(); ++i) {
     const std::string& word = parts[i];
@@ -220,16 +221,15 @@ Words read_words(Decoder& decoder, const Statement& statement,
     } else if (is_in(word, {"v2", "v4"})) {
       words.vector = word[1] - '0';
     } else if (is_in(word, {"volatile", "relaxed", "mmio"})) {
-      words.strong = true;
+      words.order |= kIsStrong;
     } else if (is_in(word, {"acquire", "release", "acq_rel"})) {
-      words.strong = words.ordered = true;
+      words.order |=
+          kIsStrong | (word == "release" ? 0 : kAcquires) | (word == "acquire" ? 0 : kReleases);
+    } else if (is_in(word, {"cta", "cluster", "gpu", "sys"})) {
+      scope = word == "cta" ? kCta : word == "cluster" ? kClusterScope : kGpu;
     } else if (word == "L2::cache_hint") {
       words.cache_hint = true;
     } else if (!is_in(word, {"weak",
-                             "cta",
-                             "gpu",
-                             "sys",
-                             "cluster",
                              "ca",
                              "cg",
                              "cs",
@@ -253,6 +253,7 @@ Words read_words(Decoder& decoder, const Statement& statement,
       decoder.fail("unknown modifier ." + word);
     }
   }
+  words.order |= scope;
   return words;
 }
 
@@ -264,8 +265,8 @@ void read_memory_operand(Decoder& decoder, const std::string& operand, const Wor
     decoder.fail("a 32-bit address of a space that needs 64 bits");
   in.offset = address.offset;
   in.variant = static_cast<uint8_t>(words.space);
-  in.flags |=
-      (address.wide ? kWide : 0) | (words.strong ? kStrong : 0) | (words.ordered ? kOrdered : 0);
+  in.flags |= address.wide ? kWide : 0;
+  in.order = words.order;
 }
 
 void add_memory(OpcodeTable& table) {

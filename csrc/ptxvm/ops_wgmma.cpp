@@ -107,12 +107,10 @@ class Loader {
  private:
   const char* row_at(uint64_t address, uint8_t& lost, uint32_t row) {
     const Block& block = *warp_.block;
-    if (!block.shadow && address + 16 <= block.shared_bytes) return block.shared + address;
-    warp_.undefined = {};
-    const char* const place = access(warp_, in_, Space::shared, address, 0, 16, Access::read);
-    if (warp_.undefined.by == &in_) lost |= static_cast<uint8_t>(1 << row);
-    warp_.undefined = {};
-    return place;
+    if (address + 16 > block.shared_bytes)  // a fault
+      return access(warp_, in_, Space::shared, address, 0, 16, Access::read);
+    if (!holds_values(block, address, 16)) lost |= static_cast<uint8_t>(1 << row);
+    return block.shared + address;
   }
 
   Warp& warp_;
@@ -262,6 +260,24 @@ uint64_t uniform(Warp& warp, const Instruction& in, uint32_t slot) {
   return values[0];
 }
 
+// Check mode: rows of core matrices, from the issue on.
+void watch_matrix(Warp& warp, const Instruction& in, const Descriptor& matrix, uint32_t first,
+                  uint32_t rows, uint32_t segment) {
+  for (uint32_t row = 0; row < rows; ++row)
+    for (uint32_t chunk = 0; chunk < 2; ++chunk) {
+      const uint64_t address = matrix.row_of_core(first + row / 8 * 8, chunk, row % 8);
+      if (address + 16 <= warp.block->shared_bytes) operand_read(warp, in, address, segment);
+    }
+}
+
+void watch_operands(Warp& warp, const Instruction& in, const Product& product) {
+  const uint32_t segment = product_segment(warp);
+  if (!(in.flags & kRegisters))
+    watch_matrix(warp, in, Descriptor(product.a, in.flags & kTransposeA), warp.index % 4 * 16, 16,
+                 segment);
+  watch_matrix(warp, in, Descriptor(product.b, in.flags & kTransposeB), 0, Form(in).n, segment);
+}
+
 void run_product(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
   const Form form(in);
@@ -290,6 +306,7 @@ void run_product(Warp& warp, const Instruction& in, Mask mask) {
            product->b);
   if (options.count)
     count_operands(in.flags & kRegisters ? 0 : 16 * 32, warp.index % 4 ? 0 : form.n * 32);
+  if (warp.timeline) watch_operands(warp, in, *product);
   accumulators_issued(warp, in, form.registers());
   warp.products.push_back(product);
   if (options.async == Options::Async::earliest) land_first(warp);
@@ -333,6 +350,7 @@ void run_wait(Warp& warp, const Instruction& in, Mask mask) {
       }
   }
   accumulators_waited(warp, keep);
+  products_waited(warp, static_cast<uint32_t>(due));
 }
 
 // Form::kind of the types of A and B, -1 if there is none.

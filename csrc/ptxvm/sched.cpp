@@ -112,6 +112,7 @@ class Grid {
     const auto cluster = reuses ? spare_.front()->cluster : std::make_shared<Cluster>();
     std::copy_n(cluster_, 3, cluster->shape);
     cluster->blocks.clear();
+    cluster->number = static_cast<uint32_t>(index);
     cluster->random = Random(options.async_seed ^ index << 20);
     cluster->unfinished = cluster_blocks_;
     cluster->arrived = cluster->phase = cluster->stalled = cluster->impatience = 0;
@@ -197,8 +198,9 @@ class Grid {
   void start(Resident& resident) {
     Block& block = resident.block;
     block.exited = 0;
-    block.epoch = 1;
     block.shadow.reset();
+    if (!options.check)
+      for (Warp& warp : block.warps) warp.timeline.reset();
     std::memset(block.shared, 0xff, shared_bytes_);
     std::memset(block.local, 0xff, uint64_t{threads_} * kernel_.local_bytes);
     for (Barrier& barrier : resident.barriers) barrier = {};

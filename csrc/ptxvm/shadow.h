@@ -1,24 +1,69 @@
-// What check mode knows of each byte of a block's shared and local memory. Only memory_map.cpp and
-// check.cpp see it; everybody else goes through check.h.
+// What check mode knows of memory: who wrote and read it last, and which bytes of a block's shared
+// and local memory hold values. Only memory_map.cpp, check.cpp and clocks.cpp see it; everybody
+// else goes through check.h.
 #pragma once
+#include <array>
+#include <unordered_map>
+#include <vector>
+
 #include "ptxvm/check.h"
+#include "ptxvm/clocks.h"
 
 namespace ptxvm {
 
-struct SharedShadow {
-  // Per byte of shared memory, who wrote and read it last: a stamp as of check.cpp.
-  std::vector<uint32_t> writers, readers;
-  // Bulk reductions in flight into each byte; empty before the first.
-  std::vector<uint16_t> reductions;
-  std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
+// Of the bytes of one cell: the segment that wrote them last, and the segment or set that has read
+// them since (clocks.h). The info of each is the index of the instruction, and bits.
+struct Cell {
+  uint32_t wrote = 0, write_info = 0, read = 0, read_info = 0;
+};
+constexpr uint32_t kIndexBits = 24;
+constexpr uint32_t kStrongWrite = 1u << 24;  // a flag may be here
+constexpr uint32_t kCopying = 2u << 24;      // cp.async is in flight
+constexpr uint32_t kBulk = 4u << 24;         // a bulk copy is in flight
+constexpr uint32_t kReducing = 8u << 24;     // bulk reductions are in flight
+constexpr uint32_t kInFlight = kCopying | kBulk | kReducing;
+
+// The cells of aligned bytes. Accesses are aligned to their size, and a cell is as small as the
+// smallest of them, at most 16 bytes: an access covers whole cells.
+struct Region {
+  static constexpr uint32_t kShift = 10, kBytes = 1u << kShift;
+  std::vector<Cell> cells;  // empty before the first access
+  uint32_t shift = 4;
+
+  Cell* at(uint64_t place, uint32_t bytes) {
+    if (cells.empty() || bytes < 1u << shift) [[unlikely]]
+      refine(bytes);
+    return cells.data() + ((place & (kBytes - 1)) >> shift);
+  }
+  void refine(uint32_t bytes);
 };
 
-// Accesses within bounds, of the lanes in the mask and of one lane.
-void shadow_shared(Warp&, const Instruction&, const uint64_t* offsets, Mask, uint32_t bytes,
+struct SharedShadow {
+  const Kernel* kernel = nullptr;
+  std::vector<Region> regions;
+  std::vector<uint16_t> unset;         // of 16 bytes: a bit for each that holds no value
+  std::vector<uint16_t> reductions;    // of 16 bytes: bulk reductions in flight; empty before any
+  std::vector<uint8_t> local_written;  // per byte of the local memory of all threads
+  std::unordered_map<uint32_t, Signal> signals;  // by the place of the mbarrier
+  std::array<Gathered, 16> barriers;
+
+  uint32_t unset_in(uint64_t offset, uint32_t bytes) const {
+    return unset[offset / 16] >> offset % 16 & ((1u << bytes) - 1);
+  }
+};
+
+// Accesses within bounds, of the lanes in the mask: to shared memory of a block, to global memory.
+void shadow_shared(Warp&, const Instruction&, Block&, const uint64_t* offsets, Mask, uint32_t bytes,
                    Access);
-// Of another block: values alone, for the warps of two blocks have no order that epochs show.
-void shadow_remote(Warp&, const Instruction&, Block&, uint64_t offset, int lane, uint32_t bytes,
+void shadow_global(Warp&, const Instruction&, const uint64_t* addresses, Mask, uint32_t bytes,
                    Access);
 void shadow_local(Warp&, const Instruction&, uint64_t offset, int lane, uint32_t bytes, Access);
+
+// Before the shadow of global memory would grow without bounds, or numbers begin again.
+void forget_global_shadow();
+void shadow_launched();
+
+// Whether global memory is only read, as far as the host said.
+bool is_constant(uint64_t address, uint32_t bytes);
 
 }  // namespace ptxvm

@@ -5,6 +5,7 @@
 
 #include "ptxvm/async.h"
 #include "ptxvm/check.h"
+#include "ptxvm/clocks.h"
 #include "ptxvm/parse.h"
 #include "ptxvm/special.h"
 
@@ -386,6 +387,7 @@ void Runner::enter_barrier(const Instruction& instruction, Mask mask) {
     fault(warp_, instruction, lane,
           std::to_string(barrier.arrived) + " threads at barrier " + std::to_string(number) +
               ", which expects " + std::to_string(expected));
+  barrier_entered(warp_, number);
   const auto kind = static_cast<Barrier::Kind>(instruction.variant);
   if (kind != Barrier::sync && kind != Barrier::arrive) {
     const Mask value = predicate(warp_, instruction.slots[instruction.writes + 2]);
@@ -418,6 +420,7 @@ void Runner::complete(Barrier& barrier, uint32_t number) {
     for (Group& group : warp.others) {
       if (group.wait != Group::Wait::barrier || group.barrier != number) continue;
       group.wait = Group::Wait::none;
+      barrier_passed(warp, number);
       const Instruction& instruction = code_[group.pc - 1];
       if (instruction.writes == 0 || instruction.slots[0] == kNoSlot) continue;
       if (instruction.variant == Barrier::sum) {
@@ -435,7 +438,7 @@ void Runner::complete(Barrier& barrier, uint32_t number) {
     }
   barrier = {};
   happened(resident_.block);
-  barrier_released(resident_.block);
+  barrier_emptied(resident_.block, number);
 }
 
 }  // namespace

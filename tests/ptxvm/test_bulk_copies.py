@@ -78,6 +78,7 @@ def test_moments() -> None:
     body = f"""{init(1)}
 @!%p0 bra DONE;
 st.shared.u32 [%r2], 7;
+fence.proxy.async;
 {expect(16)}
 {LOAD} [%r2], [%d0], 16, [bar];
 ld.shared.u32 %r5, [%r2];
@@ -349,8 +350,14 @@ mapa.shared::cluster.u32 %r5, %r2, %r4; mapa.shared::cluster.u32 %r7, %r6, %r4;
 @pytest.mark.parametrize(
     ("body", "report"),
     [
-        (f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];\nld.shared.u32 %r5, [%r2];", "in fli"),
-        (f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];\nst.shared.u32 [%r2], 1;", "in flight"),
+        (
+            f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];\n@%p0 ld.shared.u32 %r5, [%r2];",
+            "in flight",
+        ),
+        (
+            f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];\n@%p0 st.shared.u32 [%r2], 1;",
+            "in flight",
+        ),
         (f"{expect(16)}@%p0 {LOAD} [%r2], [%d0], 16, [bar];", "the blocks finished while"),
         (f"@%p0 {STORE} [%d0], [data+512], 16;\n{DRAIN}", "read of uninitialised shared address"),
         (f"@%p0 {STORE} [%d0], [%r2], 16;", "the block finished while this copy had to read"),
@@ -372,9 +379,8 @@ def test_checks(body: str, report: str) -> None:
                 )
                 continue
             with pytest.raises(MachineError) as error:
-                half = (
-                    f"setp.lt.u32 %p3, %r0, 32; @!%p3 bra NOT; {FILL[: FILL.index('fence')]} NOT:"
-                )
+                filled = FILL[: FILL.index("bar.sync")]
+                half = f"setp.lt.u32 %p3, %r0, 32; @!%p3 bra NOT; {filled} NOT:"
                 machine.run(kernel(half + init(1) + body), "k", data, block=64)
             assert report in str(error.value)
 

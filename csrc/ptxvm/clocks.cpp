@@ -1,0 +1,284 @@
+#include "ptxvm/clocks.h"
+
+#include <algorithm>
+#include <map>
+
+#include "ptxvm/async.h"
+#include "ptxvm/knowledge.h"
+#include "ptxvm/shadow.h"
+
+namespace ptxvm {
+namespace {
+
+constexpr size_t kMostReaders = 12;  // of a set: those behind them are not watched
+constexpr uint32_t kLastNumber = 1u << 30;
+
+// Of the launch.
+uint32_t first_segment = 1, first_set = 1;
+std::vector<Segment> segments;
+std::vector<std::vector<uint32_t>> sets;
+std::map<std::vector<uint32_t>, uint32_t> numbers;  // of sets
+uint32_t clusters[2], shape[3];                     // of the grid in x and y; blocks of a cluster
+
+uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::Kind kind,
+                     bool strong, uint8_t scope) {
+  segments.push_back({warp.timeline->cluster, agent, time, static_cast<uint16_t>(warp.index),
+                      static_cast<uint8_t>(warp.block->rank), kind, strong, scope});
+  return first_segment + static_cast<uint32_t>(segments.size()) - 1;
+}
+
+uint32_t new_agent(const Warp& warp) { return warp.block->cluster->clocks->agents++; }
+
+bool comes_before(const Timeline& t, const Segment& s, bool async) {
+  const Known* known = &t.near;
+  if (s.cluster != t.cluster) {
+    if (!t.far) return false;
+    const auto found = std::lower_bound(t.far->begin(), t.far->end(), s.cluster,
+                                        [](const auto& e, uint32_t c) { return e.first < c; });
+    if (found == t.far->end() || found->first != s.cluster) return false;
+    known = found->second.get();
+  }
+  return at(async && !s.async() ? known->proxied : known->seen, s.agent) >= s.time;
+}
+
+}  // namespace
+
+void clocks_launched(const uint32_t grid[3], const uint32_t cluster[3]) {
+  first_segment += static_cast<uint32_t>(segments.size());
+  first_set += static_cast<uint32_t>(sets.size());
+  if (first_segment > kLastNumber || first_set > kLastNumber) {
+    first_segment = first_set = 1;
+    forget_global_shadow();
+  }
+  shadow_launched();
+  segments.clear();
+  sets.clear();
+  numbers.clear();
+  forget_flags();
+  for (int i = 0; i < 3; ++i) {
+    shape[i] = std::max(cluster[i], 1u);
+    if (i < 2) clusters[i] = grid[i] / shape[i];
+  }
+}
+
+void start_timelines(Block& block) {
+  Cluster& cluster = *block.cluster;
+  const auto warps = static_cast<uint32_t>(block.warps.size());
+  if (!cluster.clocks) cluster.clocks = std::make_shared<ClusterClocks>();
+  if (block.rank == 0) {
+    *cluster.clocks = {};
+    const uint32_t blocks = cluster.shape[0] * cluster.shape[1] * cluster.shape[2];
+    cluster.clocks->agents = blocks * warps;
+  }
+  forget_flags(block);
+  for (Warp& warp : block.warps) {
+    if (!warp.timeline) warp.timeline = std::make_shared<Timeline>();
+    Timeline& t = *warp.timeline;
+    t = {};
+    t.cluster = cluster.number;
+    t.agent = block.rank * warps + warp.index;
+    t.near.seen.assign(cluster.clocks->agents, 0);
+    t.near.seen[t.agent] = 1;
+  }
+}
+
+uint32_t segment_of(Warp& warp) {
+  Timeline& t = *warp.timeline;
+  if (!t.weak) {
+    t.weak = new_segment(warp, t.agent, t.near.seen[t.agent], Segment::Kind::warp, false, 0);
+    t.ordered[t.weak % kRemembered] = t.weak;
+  }
+  return t.weak;
+}
+
+uint32_t strong_segment_of(Warp& warp, uint8_t scope) {
+  Timeline& t = *warp.timeline;
+  uint32_t& id = t.strong[scope];
+  if (!id) {
+    id = new_segment(warp, t.agent, t.near.seen[t.agent], Segment::Kind::warp, true, scope);
+    t.ordered[id % kRemembered] = id;
+  }
+  return id;
+}
+
+const Segment& segment(uint32_t id) { return segments[id - first_segment]; }
+
+bool are_same(uint32_t id, uint32_t other) {
+  const Segment &a = segment(id), &b = segment(other);
+  return a.cluster == b.cluster && a.agent == b.agent && a.time == b.time;
+}
+
+bool is_over(uint32_t id) { return id & kSet ? (id & ~kSet) < first_set : id < first_segment; }
+
+const std::vector<uint32_t>& members(uint32_t set) { return sets[(set & ~kSet) - first_set]; }
+
+uint32_t first_unordered(Warp& warp, uint32_t id, bool async) {
+  if (is_over(id)) return 0;
+  const Timeline& t = *warp.timeline;
+  if (!(id & kSet)) return comes_before(t, segment(id), async) ? 0 : id;
+  for (const uint32_t member : members(id))
+    if (!comes_before(t, segment(member), async)) return member;
+  return 0;
+}
+
+bool comes_before(Warp& warp, uint32_t id, bool async) {
+  if (first_unordered(warp, id, async)) return false;
+  auto& remembered = async ? warp.timeline->async_ordered : warp.timeline->ordered;
+  remembered[id % kRemembered] = id;
+  return true;
+}
+
+uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) {
+  Timeline::Joined& known = warp.timeline->joined[before % kRemembered];
+  if (known.set == before && known.with == reader) return known.result;
+  const Segment& own = segment(reader);
+  std::vector<uint32_t> kept;
+  const auto keep = [&](uint32_t id) {
+    const Segment& s = segment(id);
+    const bool superseded = s.cluster == own.cluster && s.agent == own.agent &&
+                            s.strong == own.strong && s.time <= own.time;
+    if (!superseded && !comes_before(*warp.timeline, s, async)) kept.push_back(id);
+  };
+  if (!is_over(before)) {
+    if (before & kSet)
+      for (const uint32_t id : members(before)) keep(id);
+    else
+      keep(before);
+  }
+  uint32_t result = reader;
+  if (kept.size() >= kMostReaders) {
+    result = before;
+  } else if (!kept.empty()) {
+    kept.insert(std::upper_bound(kept.begin(), kept.end(), reader), reader);
+    const auto next = first_set + static_cast<uint32_t>(sets.size());
+    const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);
+    if (is_new) sets.push_back(std::move(kept));
+    result = entry->second;
+  }
+  known = {before, reader, result};
+  return result;
+}
+
+uint32_t product_segment(Warp& warp) {
+  Timeline& t = *warp.timeline;
+  Timeline& lead = *warp.block->warps[warp.index / 4 * 4].timeline;
+  const uint32_t time = warp.product_groups + 1;
+  if (!lead.product_agent) lead.product_agent = new_agent(warp);
+  if (!t.product_segment || t.product_time != time) {
+    t.product_time = time;
+    // The four warps read as one.
+    t.product_segment =
+        lead.product_time == time && lead.product_segment
+            ? lead.product_segment
+            : new_segment(warp, lead.product_agent, time, Segment::Kind::products, false, 0);
+  }
+  return t.product_segment;
+}
+
+void products_waited(Warp& warp, uint32_t due) {
+  if (!warp.timeline) return;
+  const Timeline& lead = *warp.block->warps[warp.index / 4 * 4].timeline;
+  if (lead.product_agent) raise(warp.timeline->near.seen, lead.product_agent, due);
+}
+
+std::pair<uint32_t, uint32_t> group_segments(Warp& warp, uint32_t group, bool reduces) {
+  uint32_t& agent = warp.timeline->bulk_agent;
+  if (!agent) {
+    agent = new_agent(warp);
+    new_agent(warp);
+  }
+  const uint32_t time = group + 1;
+  return {new_segment(warp, agent, time, Segment::Kind::bulk_reads, false, 0),
+          new_segment(warp, agent + 1, time, Segment::Kind::bulk_writes, reduces, kGpu)};
+}
+
+void groups_waited(Warp& warp, Mask mask, uint32_t keep, bool reads_only) {
+  if (!warp.timeline || !warp.timeline->bulk_agent) return;
+  const uint32_t agent = warp.timeline->bulk_agent;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const uint32_t groups = warp.bulk_groups[__builtin_ctz(rest)];
+    if (groups <= keep) continue;
+    raise(warp.timeline->near.seen, agent, groups - keep);
+    if (!reads_only) raise(warp.timeline->near.seen, agent + 1, groups - keep);
+  }
+}
+
+uint32_t signal_segment(Warp& warp, Block& target, uint32_t mbarrier, Segment::Kind kind,
+                        bool reduces) {
+  Signal& signal = target.shadow->signals[mbarrier];
+  if (!signal.agent) signal.agent = new_agent(warp);
+  return new_segment(warp, signal.agent, signal.phases + 1, kind, reduces, kClusterScope);
+}
+
+void copies_waited(Warp& warp) {
+  if (!warp.timeline) return;
+  std::erase_if(warp.timeline->arrivals, [&](const Timeline::Arrival& arrival) {
+    const bool waits = std::any_of(warp.copies.begin(), warp.copies.end(), [&](const auto& copy) {
+      return copy.lane == arrival.lane && static_cast<int32_t>(copy.number - arrival.copies) < 0;
+    });
+    if (!waits) raise(warp.timeline->near.seen, arrival.agent, arrival.time);
+    return !waits;
+  });
+}
+
+uint8_t distance(const Warp& warp, uint32_t cluster, uint8_t rank) {
+  if (cluster != warp.timeline->cluster) return kGpu;
+  return rank == warp.block->rank ? kCta : kClusterScope;
+}
+uint8_t distance(const Warp& warp, const Segment& s) { return distance(warp, s.cluster, s.rank); }
+
+std::string name_of_scope(uint8_t scope) {
+  static const char* const kNames[] = {".cta", ".cluster", ".gpu"};
+  return kNames[scope];
+}
+
+std::string name_of(const Warp& reader, const Segment& s) {
+  static const char* const kBefore[] = {"",
+                                        "a bulk copy of ",
+                                        "cp.async of ",
+                                        "a bulk copy of ",
+                                        "a bulk copy of ",
+                                        "wgmma of the warpgroup of "};
+  std::string text = kBefore[static_cast<int>(s.kind)] + ("warp " + std::to_string(s.warp));
+  if (distance(reader, s.cluster, s.rank) == kCta) return text;
+  const uint32_t x = s.cluster % clusters[0] * shape[0] + s.rank % shape[0];
+  const uint32_t y =
+      s.cluster / clusters[0] % clusters[1] * shape[1] + s.rank / shape[0] % shape[1];
+  const uint32_t z =
+      s.cluster / clusters[0] / clusters[1] * shape[2] + s.rank / shape[0] / shape[1];
+  return text + " of block (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
+         std::to_string(z) + ")";
+}
+
+std::string remedy(const Warp& warp, const Segment& s, bool async) {
+  const Timeline& t = *warp.timeline;
+  for (const Timeline::Refused& refused : t.refused)
+    if (holds(refused.what, s))
+      return "a release and acquire of " + name_of_scope(refused.has) +
+             " scope does not order them: " + name_of_scope(refused.needs) + " is needed";
+  if (async && comes_before(t, s, false)) return "fence.proxy.async is missing between them";
+  switch (s.kind) {
+    case Segment::Kind::bulk:
+    case Segment::Kind::copies:
+      return "no wait for the mbarrier that it signals lies between them";
+    case Segment::Kind::bulk_reads:
+      return "no cp.async.bulk.wait_group.read, and a barrier after it, lies between them";
+    case Segment::Kind::bulk_writes:
+      return "no cp.async.bulk.wait_group, and a barrier after it, lies between them";
+    case Segment::Kind::products:
+      return "no wgmma.wait_group, and a barrier after it, lies between them";
+    default:
+      break;
+  }
+  switch (distance(warp, s.cluster, s.rank)) {
+    case kCta:
+      return "no barrier, mbarrier, or release and acquire lies between them";
+    case kClusterScope:
+      return "no barrier.cluster, mbarrier, or release and acquire of .cluster scope lies between "
+             "them";
+    default:
+      return "no release and acquire of .gpu scope lies between them";
+  }
+}
+
+}  // namespace ptxvm

@@ -1,0 +1,62 @@
+#include "ptxvm/shadow.h"
+
+#include <algorithm>
+
+namespace ptxvm {
+namespace {
+
+constexpr uint32_t kUnit = 64;  // bytes of the register file per entry of Warp::defined
+
+// Shadows of blocks that have finished; a launch needs a few and starts many blocks.
+std::vector<std::shared_ptr<SharedShadow>> spare_shadows;
+
+}  // namespace
+
+void Region::refine(uint32_t bytes) {
+  uint32_t finer = 0;
+  while (finer < 4 && 2u << finer <= bytes) ++finer;
+  if (cells.empty()) {
+    shift = std::min(shift, finer);
+    cells.assign(kBytes >> shift, {});
+    if (bytes >= 1u << shift) return;
+  }
+  std::vector<Cell> divided(kBytes >> finer);
+  for (size_t i = 0; i < divided.size(); ++i) divided[i] = cells[i >> (shift - finer)];
+  cells = std::move(divided);
+  shift = finer;
+}
+
+void block_started(Block& block) {
+  if (!options.check) return;
+  const Kernel& kernel = *block.kernel;
+  if (spare_shadows.empty()) {
+    block.shadow = std::make_shared<SharedShadow>();
+  } else {
+    block.shadow = std::move(spare_shadows.back());
+    spare_shadows.pop_back();
+  }
+  SharedShadow& shadow = *block.shadow;
+  if (shadow.kernel != &kernel) shadow.regions.clear();
+  shadow.kernel = &kernel;
+  for (Region& region : shadow.regions) std::fill(region.cells.begin(), region.cells.end(), Cell{});
+  shadow.regions.resize((block.shared_bytes + Region::kBytes - 1) / Region::kBytes);
+  shadow.unset.assign((block.shared_bytes + 15) / 16, 0xffff);
+  shadow.reductions.clear();
+  shadow.local_written.assign(size_t{kernel.local_bytes} * block.warps.size() * kLanes, 0);
+  shadow.signals.clear();
+  shadow.barriers = {};
+  start_timelines(block);
+  for (Warp& warp : block.warps) {
+    warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
+    warp.origins.assign(warp.defined.size(), nullptr);
+    warp.undefined = {};
+    for (const auto& constant : kernel.constants) warp.defined[constant.slot / kUnit] = kFullMask;
+    for (const auto& special : kernel.specials) warp.defined[special.slot / kUnit] = kFullMask;
+  }
+}
+
+void block_finished(Block& block) {
+  if (block.shadow) spare_shadows.push_back(std::move(block.shadow));
+}
+
+}  // namespace ptxvm

@@ -1,0 +1,225 @@
+// What publishes and takes over what warps know: barriers, mbarriers, fences, strong accesses.
+#include <algorithm>
+
+#include "ptxvm/async.h"
+#include "ptxvm/knowledge.h"
+#include "ptxvm/shadow.h"
+
+namespace ptxvm {
+namespace {
+
+std::unordered_map<uint64_t, Flag> shared_flags, global_flags;  // by host address
+
+bool is_shared(const Warp& warp, uint64_t place) {
+  for (const Block* block : warp.block->cluster->blocks)
+    if (place - reinterpret_cast<uint64_t>(block->shared) < block->shared_bytes) return true;
+  return false;
+}
+
+}  // namespace
+
+void forget_flags() {
+  shared_flags.clear();
+  global_flags.clear();
+}
+
+void forget_flags(const Block& block) {
+  if (shared_flags.empty()) return;
+  std::erase_if(shared_flags, [&](const auto& entry) {
+    return entry.first - reinterpret_cast<uint64_t>(block.shared) < block.shared_bytes;
+  });
+}
+
+void barrier_entered(Warp& warp, uint32_t number) {
+  if (!warp.timeline) return;
+  gather(warp.block->shadow->barriers[number], *warp.timeline);
+  tick(*warp.timeline);
+}
+
+void barrier_passed(Warp& warp, uint32_t number) {
+  if (warp.timeline) take(*warp.timeline, warp.block->shadow->barriers[number]);
+}
+
+void barrier_emptied(Block& block, uint32_t number) {
+  if (block.shadow) block.shadow->barriers[number] = {};
+}
+
+void cluster_arrived(Warp& warp, const Instruction& in) {
+  if (!warp.timeline) return;
+  Timeline& t = *warp.timeline;
+  Gathered& gathered = warp.block->cluster->clocks->gathering;
+  if (in.order & kReleases) {
+    gather(gathered, t);
+    tick(t);
+  } else {
+    take(t.cluster, gathered.near, gathered.far, t.fences[kClusterScope]);
+  }
+}
+
+void cluster_completed(Cluster& cluster) {
+  if (!cluster.clocks) return;
+  cluster.clocks->complete = std::move(cluster.clocks->gathering);
+  cluster.clocks->gathering = {};
+}
+
+void cluster_passed(Warp& warp) {
+  if (warp.timeline) take(*warp.timeline, warp.block->cluster->clocks->complete);
+}
+
+void mbarrier_arrived(Warp& warp, const Instruction& in, Block& block, uint32_t offset) {
+  if (!warp.timeline || !block.shadow) return;
+  Timeline& t = *warp.timeline;
+  Signal& signal = block.shadow->signals[offset];
+  const bool remote = &block != warp.block;
+  Gathered& gathered = signal.gathering[remote];
+  const uint8_t scope = scope_of(in);
+  if (in.order & kReleases) {
+    if (remote && scope < kClusterScope)
+      refuse(signal.refused, publish(t), scope, kClusterScope);
+    else
+      gather(gathered, t);
+    tick(t);
+  } else {
+    take(t.cluster, gathered.near, gathered.far, t.fences[remote ? kClusterScope : kCta]);
+  }
+}
+
+void mbarrier_completed(Block& block, uint32_t offset) {
+  if (!block.shadow) return;
+  Signal& signal = block.shadow->signals[offset];
+  signal.complete = std::move(signal.gathering);
+  signal.gathering = {};
+  ++signal.phases;
+  if (signal.agent) raise(signal.complete[0].near.seen, signal.agent, signal.phases);
+}
+
+void mbarrier_passed(Warp& warp, const Instruction& in, Block& block, uint32_t offset) {
+  if (!warp.timeline || !block.shadow) return;
+  Timeline& t = *warp.timeline;
+  Signal& signal = block.shadow->signals[offset];
+  for (const auto& refused : signal.refused)
+    refuse(t.refused, refused.what, refused.has, refused.needs);
+  for (const uint8_t remote : {0, 1}) {
+    const Gathered& what = signal.complete[remote];
+    if (!(in.order & kAcquires)) {
+      const Published later = publish(t.cluster, what.near, what.far);
+      for (uint8_t scope = remote; scope < kScopes; ++scope)
+        t.pending[scope] = merge(t.pending[scope], later);
+    } else if (remote <= scope_of(in)) {
+      take(t, what);
+    } else if (!what.near.seen.empty()) {
+      refuse(t.refused, publish(t.cluster, what.near, what.far), scope_of(in), kClusterScope);
+    }
+  }
+  // Bytes that were copied are there for all that see the phase.
+  if (signal.agent) raise(t.near.seen, signal.agent, signal.phases);
+}
+
+void fence_executed(Warp& warp, const Instruction& in) {
+  if (!warp.timeline) return;
+  Timeline& t = *warp.timeline;
+  const uint8_t scope = scope_of(in);
+  if (in.order & kAcquires) {
+    const Published wider = t.pending[kGpu];
+    take(t, t.pending[scope]);
+    if (wider && wider != t.pending[scope]) refuse(t.refused, wider, scope, kGpu);
+    if (in.order & kSequential && scope == kGpu) {
+      take(t, t.met_read);
+      t.met_read = nullptr;
+    }
+    for (uint8_t s = 0; s <= scope; ++s) t.pending[s] = nullptr;
+  }
+  if (in.order & kReleases) {
+    const Published now = publish(t);
+    for (uint8_t s = 0; s <= scope; ++s) t.fences[s] = now;
+    if (in.order & kSequential && scope == kGpu) t.met_release = now;
+    tick(t);
+  }
+}
+
+void proxy_fence_executed(Warp& warp) {
+  if (!warp.timeline) return;
+  Timeline& t = *warp.timeline;
+  t.near.proxied = t.near.seen;
+  if (t.far) {
+    auto fenced = std::make_shared<Far>();
+    for (const auto& [cluster, known] : *t.far)
+      fenced->push_back({cluster, std::make_shared<const Known>(Known{known->seen, known->seen})});
+    t.far = fenced;
+  }
+  tick(t);
+}
+
+namespace {
+
+void read_flag(Warp& warp, const Instruction& in, const Flag& flag) {
+  Timeline& t = *warp.timeline;
+  const uint8_t scope = scope_of(in);
+  const bool acquires = in.order & kAcquires;
+  for (const Flag::Release& release : flag.releases) {
+    const uint8_t needs = release.several ? kGpu : distance(warp, release.cluster, release.rank);
+    if (release.scope < needs || (acquires && scope < needs)) {
+      refuse(t.refused, release.what, std::min(release.scope, acquires ? scope : kGpu), needs);
+    } else if (acquires) {
+      take(t, release.what);
+    } else {
+      for (uint8_t s = 0; s < kScopes; ++s)
+        if (std::min(s, scope) >= needs) t.pending[s] = merge(t.pending[s], release.what);
+    }
+  }
+}
+
+void write_flag(Warp& warp, Flag& flag, uint8_t scope, const Published& what) {
+  if (!what) return;
+  const Timeline& t = *warp.timeline;
+  const auto rank = static_cast<uint8_t>(warp.block->rank);
+  for (Flag::Release& release : flag.releases) {
+    const bool same = release.cluster == t.cluster && release.rank == rank;
+    if (release.scope != scope || (scope < kGpu && !same)) continue;
+    release.several = release.several || !same;
+    release.what = merge(release.what, what);
+    return;
+  }
+  flag.releases.push_back({scope, t.cluster, rank, false, what});
+}
+
+}  // namespace
+
+void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, Mask mask,
+                     bool reads, bool writes) {
+  if (!warp.timeline) return;
+  Timeline& t = *warp.timeline;
+  const uint8_t scope = scope_of(in);
+  const bool releases = writes && in.order & kReleases;
+  const bool publishes = writes && (releases || t.fences[kCta] || t.met_release);
+  if (!publishes && global_flags.empty() && shared_flags.empty()) return;
+  const bool shared = is_shared(warp, places[__builtin_ctz(mask)]);
+  auto& flags = shared ? shared_flags : global_flags;
+  const bool observes = reads && (!writes || in.writes > 0);
+  Published own;
+  for (Mask rest = mask; rest; rest &= rest - 1) {
+    const uint64_t place = places[__builtin_ctz(rest)];
+    const auto found = flags.find(place);
+    if (observes && found != flags.end()) read_flag(warp, in, found->second);
+    if (!writes) continue;
+    if (!publishes && (reads || found == flags.end())) continue;
+    Flag& flag = found != flags.end() ? found->second : flags[place];
+    if (!reads) flag.releases.clear();
+    if (releases) {
+      if (!own) own = publish(t);
+      write_flag(warp, flag, scope, own);
+    } else {
+      for (uint8_t s = 0; s <= scope; ++s)
+        if (s == scope || t.fences[s] != t.fences[s + 1]) write_flag(warp, flag, s, t.fences[s]);
+      if (scope == kGpu) write_flag(warp, flag, kGpu, t.met_release);
+    }
+  }
+  if (releases) tick(t);
+}
+
+void forget_flag(uint64_t place) {
+  shared_flags.erase(place);
+  global_flags.erase(place);
+}
+
+}  // namespace ptxvm
