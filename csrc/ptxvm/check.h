@@ -80,4 +80,9 @@ void accumulators_issued(Warp&, const Instruction&, int count);
 void accumulators_landed(Warp&, const Instruction&, int count, bool accumulates, const Mask* lost);
 void accumulators_waited(Warp&, uint64_t keep);  // all groups but the last `keep`
 
+// The registers of a wgmma are its own from the issue to the wait, and a wgmma.fence lies between
+// what wrote them and the issue.
+void product_registers(Warp&, const Instruction&, const uint32_t* slots, int count);
+void product_fence(Warp&);
+
 }  // namespace ptxvm

@@ -95,6 +95,15 @@ struct Timeline {
     int lane;
   };
   std::vector<Arrival> arrivals;
+  // Registers, where a kernel has wgmma (definedness.cpp), by unit of the register file: the number
+  // of wgmma.fence executed before anything but wgmma wrote it (from 1 on), and the group from 1 on
+  // of the last wgmma that uses it.
+  struct Register {
+    uint32_t fence = 0, group = 0;
+    const Instruction *written_by = nullptr, *used_by = nullptr;
+  };
+  std::vector<Register> registers;
+  uint32_t register_fences = 1, groups_waited = 0;
 
   bool has_passed(uint32_t id) const { return ordered[id % kRemembered] == id; }
   bool has_passed_async(uint32_t id) const { return async_ordered[id % kRemembered] == id; }

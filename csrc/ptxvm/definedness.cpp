@@ -7,6 +7,7 @@
 #include <string>
 
 #include "ptxvm/check.h"
+#include "ptxvm/clocks.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/decode.h"
 #include "ptxvm/reports.h"
@@ -317,12 +318,49 @@ void accumulators_landed(Warp& warp, const Instruction& instruction, int count, 
 }
 
 void accumulators_waited(Warp& warp, uint64_t keep) {
+  if (warp.timeline && warp.product_groups > keep)
+    warp.timeline->groups_waited = warp.product_groups - static_cast<uint32_t>(keep);
   std::erase_if(warp.flights, [&](const auto& flight) {
     if (flight.second.group + keep >= warp.product_groups) return false;
     defined(warp, flight.first) = flight.second.settled;
     return true;
   });
 }
+
+void product_registers(Warp& warp, const Instruction& in, const uint32_t* slots, int count) {
+  if (!warp.timeline) return;
+  Timeline& t = *warp.timeline;
+  for (int i = 0; i < count; ++i) {
+    Timeline::Register& used = t.registers[slots[i] / kUnit];
+    if (used.fence == t.register_fences)
+      broke_rule(warp, in, 0, "wgmma.fence",
+                 "a register of it was written at line " + std::to_string(used.written_by->line) +
+                     ": " + used.written_by->text + ", and no wgmma.fence lies between them");
+    used.group = warp.product_groups + 1;
+    used.used_by = &in;
+  }
+}
+
+void product_fence(Warp& warp) {
+  if (warp.timeline) ++warp.timeline->register_fences;
+}
+
+namespace {
+
+void write_registers(Warp& warp, Timeline& t, const Instruction& in, Mask mask) {
+  for (int i = 0; i < in.writes; ++i) {
+    if (in.slots[i] == kNoSlot) continue;
+    Timeline::Register& written = t.registers[in.slots[i] / kUnit];
+    written.fence = t.register_fences;
+    written.written_by = &in;
+    if (written.group > t.groups_waited)
+      broke_rule(warp, in, __builtin_ctz(mask), "register of wgmma",
+                 "write to a register of wgmma at line " + std::to_string(written.used_by->line) +
+                     ": " + written.used_by->text + ", before its wgmma.wait_group");
+  }
+}
+
+}  // namespace
 
 void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
   if (warp.defined.empty()) return;
@@ -331,6 +369,8 @@ void define_registers(Warp& warp, const Instruction& instruction, Mask mask) {
     warp.undefined.by = nullptr;
     return;
   }
+  if (warp.timeline && !warp.timeline->registers.empty())
+    write_registers(warp, *warp.timeline, instruction, mask);
   const bool all = warp.undefined.by != &instruction;
   for (int i = 0; i < instruction.writes; ++i) {
     const uint32_t slot = instruction.slots[i];

@@ -307,6 +307,8 @@ void run_product(Warp& warp, const Instruction& in, Mask mask) {
   if (options.count)
     count_operands(in.flags & kRegisters ? 0 : 16 * 32, warp.index % 4 ? 0 : form.n * 32);
   if (warp.timeline) watch_operands(warp, in, *product);
+  product_registers(warp, in, in.slots, form.registers());
+  if (in.flags & kRegisters) product_registers(warp, in, sources, kFragmentsA);
   accumulators_issued(warp, in, form.registers());
   warp.products.push_back(product);
   if (options.async == Options::Async::earliest) land_first(warp);
@@ -315,6 +317,7 @@ void run_product(Warp& warp, const Instruction& in, Mask mask) {
 
 void run_fence(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
+  product_fence(warp);
   land_some_products(warp);
 }
 

@@ -50,6 +50,7 @@ void block_started(Block& block) {
     warp.defined.assign(kernel.file_bytes / kUnit + 1, 0);
     warp.origins.assign(warp.defined.size(), nullptr);
     warp.undefined = {};
+    if (kernel.scratch != kNoSlot) warp.timeline->registers.assign(warp.defined.size(), {});
     for (const auto& constant : kernel.constants) warp.defined[constant.slot / kUnit] = kFullMask;
     for (const auto& special : kernel.specials) warp.defined[special.slot / kUnit] = kFullMask;
   }

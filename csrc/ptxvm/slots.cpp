@@ -133,15 +133,20 @@ class Liveness {
   std::vector<BasicBlock> blocks_;
 };
 
-// Accumulators of wgmma, which are written after the instruction: their slots are never another's.
+// Registers of wgmma, which are read and written after the instruction: their slots are never
+// another's.
 std::vector<bool> written_late(const Decoder::State& state) {
   std::vector<bool> late(state.values.size(), false);
   if (state.kernel.scratch == kNoSlot) return late;
   for (const Instruction& instruction : state.kernel.code) {
     if (!std::strstr(instruction.text, "wgmma.mma_async")) continue;
     const uint32_t* slots = state.kernel.slots.data() + reinterpret_cast<size_t>(instruction.slots);
+    // Behind accumulators, as destinations and as sources, come four registers of A or a
+    // descriptor.
+    const int a = instruction.reads == instruction.writes + 6 ? 4 : 0;
     for (int i = 0; i < instruction.writes; ++i)
       if (slots[i] != kNoSlot) late[slots[i]] = true;
+    for (int i = 0; i < a; ++i) late[slots[2 * instruction.writes + i]] = true;
   }
   return late;
 }

@@ -275,6 +275,38 @@ CASES = {
         r"race: write to .*read by wgmma of the warpgroup of warp \d at line.*wgmma\.wait_group",
         block=128,
     ),
+    "wgmma: registers before the fence": Case(
+        OPERANDS
+        + FENCE
+        + "bar.sync 0;\nmov.f32 %f1, 0f00000000;\nHERE"
+        + PRODUCT.partition("\n")[2]
+        + "wgmma.wait_group.sync.aligned 0;\n",
+        "wgmma.fence.sync.aligned;\n",
+        "",
+        r"a register of it was written at line \d+: mov\.f32.*no wgmma\.fence lies between",
+        block=128,
+    ),
+    "wgmma: registers before the wait": Case(
+        OPERANDS
+        + FENCE
+        + "bar.sync 0;\n"
+        + PRODUCT
+        + "HERE\nmov.f32 %f1, 0f00000000;\nwgmma.wait_group.sync.aligned 0;\n",
+        "wgmma.wait_group.sync.aligned 0;",
+        "",
+        r"write to a register of wgmma at line \d+: wgmma.*before its wgmma\.wait_group",
+        block=128,
+    ),
+    "wgmma: A in registers before the wait": Case(
+        OPERANDS + FENCE + "bar.sync 0;\nwgmma.fence.sync.aligned;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, "
+        "{%r20, %r21, %r20, %r21}, %d3, 0, 1, 1, 0;\nwgmma.commit_group.sync.aligned;\n"
+        "HERE\nmov.u32 %r21, 5;\nwgmma.wait_group.sync.aligned 0;\n",
+        "wgmma.wait_group.sync.aligned 0;",
+        "",
+        r"write to a register of wgmma at line \d+: wgmma.*before its wgmma\.wait_group",
+        block=128,
+    ),
     "cluster: arrive.release": Case(
         CLUSTER,
         "release",

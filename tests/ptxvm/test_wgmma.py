@@ -156,6 +156,7 @@ wgmma.fence.sync.aligned;
         if registers:
             body += f"""mad.wide.u32 %d7, %r0, {16 * slices}, %d2;
 ld.global.v4.u32 {{%r20, %r21, %r22, %r23}}, [%d7+{16 * i}];
+wgmma.fence.sync.aligned;
 """
         source = "{%r20, %r21, %r22, %r23}" if registers else "%d5"
         body += (

@@ -122,6 +122,8 @@ def _judge(case: Case, guard: Callable[[Arguments], Arguments]) -> tuple[str, st
     try:
         results = _run(case, arguments, case.backend, poison=True)
     except Exception as error:
+        if _is_race_for_values(error, case):
+            return "refused", ""
         # A policy may have put tokens into its cache before a step is refused.
         written = set() if case.target.compared or case.target.raw else set(case.target.written)
         wrong = (
@@ -134,6 +136,14 @@ def _judge(case: Case, guard: Callable[[Arguments], Arguments]) -> tuple[str, st
     if not extreme:
         wrong = wrong or _second(case, results) or _unlike_reference(case, results)
     return ("wrong", wrong) if wrong else ("done", "")
+
+
+def _is_race_for_values(error: Exception, case: Case) -> bool:
+    """On the PTX machine blocks race for a slot that is named twice, which the reference refuses:
+    the values of tensors are not checked there."""
+    if case.backend != "emulated" or ": race: " not in str(error) or not case.target.compared:
+        return False
+    return isinstance(_reference(case), Exception)
 
 
 def _second(case: Case, results: list[Tensor]) -> str:
