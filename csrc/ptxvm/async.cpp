@@ -202,8 +202,20 @@ void land_chosen(Cluster& cluster, Choose choose) {
       ++i;
 }
 
+// Whether the lane before stores the same by the same instruction: CUTLASS stores by whole warps.
+bool is_alike(const Transfer& a, const Transfer& b) {
+  const auto same = [](const Transfer::Piece& x, const Transfer::Piece& y) {
+    return x.to == y.to && x.from == y.from && x.bytes == y.bytes;
+  };
+  return a.to_global && b.to_global && a.warp == b.warp && a.from == b.from && a.group == b.group &&
+         a.lane + 1 == b.lane && a.pieces.size() == b.pieces.size() && !a.pieces.empty() &&
+         same(a.pieces.front(), b.pieces.front()) && same(a.pieces.back(), b.pieces.back());
+}
+
 // Check mode: what the transfer reads and writes from now on.
 void watch(Warp& warp, Transfer& transfer) {
+  const auto& issued = warp.block->cluster->transfers;
+  if (!issued.empty() && is_alike(issued.back(), transfer)) return;
   const Instruction& in = *transfer.from;
   const int lane = transfer.lane;
   const bool reduces = transfer.combine != Combine::copy;
