@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pytest
-from machine import MachineError, machine
 
 THREADS = 64
 BLOCKS = 5
@@ -244,17 +242,3 @@ def mutant(kernel: str, fault: str) -> str:
     parts = KERNELS[kernel].text.split(before)
     assert len(parts) > time + 1, f"{kernel}: {fault}: no such place"
     return before.join(parts[: time + 1]) + after + before.join(parts[time + 1 :])
-
-
-def _orders_blocks() -> bool:
-    """Whether the machine looks for races in global memory at all."""
-    text = ".visible .entry k(.param .u64 x) { .reg .b64 %d; ld.param.u64 %d, [x];\n"
-    try:
-        with machine.options(check=1):
-            machine.run(text + "st.global.b32 [%d], 0; ret; }", "k", np.zeros(1), grid=2, block=1)
-    except MachineError:
-        return True
-    return False
-
-
-needs_clocks = pytest.mark.skipif(not _orders_blocks(), reason="races of blocks are not looked for")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid_kernels import needs_clocks
 from machine import LIBRARY, MachineError
 from mutate import Change, mutants, sections, write_text
 from test_third_party import compile_gemm, compile_programs, run_attention, run_matmul
@@ -98,7 +97,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_programs(tmp_path_factory, 90)
 
 
-@needs_clocks
 def test_mutants_of_triton_are_reported(programs: Path, tmp_path: Path) -> None:
     texts = {n: (programs / f"{n}.ptx").read_text() for n in ("matmul_fp16", "attention_fp16")}
     faults = [(n, *fault) for n, text in texts.items() for fault in mutants(text, TRITON_KINDS)]
@@ -127,7 +125,6 @@ def judge_program(path: Path) -> tuple[str, str]:
 
 
 @full_only
-@needs_clocks
 def test_mutants_of_cutlass_are_reported(tmp_path: Path) -> None:
     program, mutated = compile_gemm("cutlass_gemm_sm90.cu", tmp_path), tmp_path / "mutated"
     texts = [text for _, text in sections(program.read_bytes())]

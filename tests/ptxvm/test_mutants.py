@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grid_kernels import needs_clocks
 from mutate import KINDS, Mutation, mutate
 from tier import full_only
 
@@ -114,7 +113,6 @@ def test_mutants_are_found(family: str) -> None:
 
 
 @full_only
-@needs_clocks
 def test_faults_between_blocks_are_reported() -> None:
     originals = [Mutation(kernel, "original", 0) for kernel in (*GRID, CHAIN)]
     rows = run([*originals, *GRID_MUTATIONS])
