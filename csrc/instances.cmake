@@ -43,6 +43,9 @@ cuda_instances(dense/attention/kernel.cuh
 cuda_instances(dense/attention/kernel_sm90.cuh
   "const char* launch_forward_sm90<ELEMENT, Weights::MODE>(const AttentionParams&, cudaStream_t)"
   ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid INTO cuda_sm90)
+cuda_instances(dense/attention/kernel_backward_sm90.cuh
+  "const char* launch_backward_sm90<ELEMENT, Weights::MODE>(const Sm90Backward&, cudaStream_t)"
+  ELEMENTS __half __nv_bfloat16 MODES softmax sigmoid INTO cuda_sm90)
 # float32 has the general mode alone.
 cuda_instances(dense/attention/kernel_backward_launch.cuh
   "const char* launch_pairs<ELEMENT, Mode::MODE>(const BackwardArgs&, cudaStream_t)"

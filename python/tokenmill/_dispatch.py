@@ -346,7 +346,13 @@ def _cuda_kernel(spec: OpSpec, backend: str, lowered: tuple[Any, ...]) -> str:
     if backend == "cuda" and not any(a.startswith("90a") for a in build_info()["cuda_archs"]):
         return f"{name} (not kernel_sm90: the build has no 90a)"
     why = spec.unsupported_sm90(*lowered)
-    return f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
+    forward = f"{name} (not kernel_sm90: {'; '.join(why)})" if why else f"{name}/kernel_sm90"
+    tensors = (t for t in lowered if isinstance(t, torch.Tensor))
+    if spec.unsupported_sm90_backward is None or not any(t.requires_grad for t in tensors):
+        return forward
+    why = spec.unsupported_sm90_backward(*lowered)
+    backward = f"backward of every chip, {'; '.join(why)}" if why else "kernel_backward_sm90"
+    return f"{forward} and {backward}"
 
 
 def _is_sm90(backend: str, lowered: tuple[Any, ...]) -> bool:

@@ -1,7 +1,9 @@
+#include "cuda/capability.h"
 #include "dense/attention/kernel_backward_launch.cuh"
 #include "dense/attention/kernel_backward_rows.cuh"
 #include "dense/attention/kernel_backward_statistics.cuh"
 #include "dense/attention/kernel_mask.cuh"
+#include "dense/attention/launch_backward_sm90.h"
 
 namespace tokenmill {
 namespace cuda {
@@ -48,8 +50,24 @@ Mode mode_of(const AttentionBackwardParams& bp, int64_t dim) {
   }
 }
 
+#if defined(TOKENMILL_SM90)
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
 template <typename T>
-const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
+const char* launch_on_sm90(const Sm90Backward& call, cudaStream_t stream) {
+  if constexpr (kHasSm90 && sizeof(T) == 2) {
+    if (call.params.forward.map == ScoreMap::softmax)
+      return launch_backward_sm90<T, Weights::softmax>(call, stream);
+    return launch_backward_sm90<T, Weights::sigmoid>(call, stream);
+  }
+  return nullptr;
+}
+
+template <typename T>
+const char* launch_backward(BackwardArgs args, float* dq_sums, cudaStream_t stream) {
   const AttentionBackwardParams& bp = args.p;
   const AttentionParams& p = bp.forward;
   const auto vectorizable = [&](const Rows& r, int64_t dim) {
@@ -72,7 +90,9 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
   if (has_backward_statistics(p) && p.seqlen_q > 0)
     error = launch_statistics<T>(args, general, stream);
   if (error) return error;
-  if constexpr (sizeof(T) == 2) {
+  if (dq_sums) {
+    error = launch_on_sm90<T>({bp, dq_sums}, stream);
+  } else if constexpr (sizeof(T) == 2) {
     const auto launch_plain = [&]<Mode kMode>(float unit) {
       args.factor = unit * p.scale;
       return launch_pairs<T, kMode>(args, stream);
@@ -83,7 +103,7 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
       error = launch_plain.template operator()<Mode::fast_sigmoid>(0.5f);
     if (mode == Mode::elementwise) error = launch_plain.template operator()<Mode::elementwise>(1);
   }
-  if (general) error = launch_pairs<T, Mode::general>(args, stream);
+  if (general && !dq_sums) error = launch_pairs<T, Mode::general>(args, stream);
   if (!error && bp.dbias && bias_is_broadcast && p.seqlen_q > 0 && p.seqlen_k > 0)
     error = launch_bias(args, stream);
   if (error || !(bp.sums || bp.dsink || bp.dscore_bias)) return error;
@@ -94,9 +114,21 @@ const char* launch_backward(BackwardArgs args, cudaStream_t stream) {
 }  // namespace
 }  // namespace cuda
 
+int64_t workspace_bytes(const AttentionBackwardParams& bp) {
+  const bool sm90 = cuda::kHasSm90 && cuda::takes_sm90(bp) && cuda::compute_capability() == 90;
+  return sm90 ? cuda::sm90_workspace_bytes(bp.forward) : 0;
+}
+
 const char* launch_cuda(const Masked<AttentionBackwardParams>& m, void* stream) {
   return cuda::visit_dtype(m.params.forward.dtype, [&]<typename T>() {
-    return cuda::launch_backward<T>({.p = m.params, .bounds = m.bounds},
+    return cuda::launch_backward<T>({.p = m.params, .bounds = m.bounds}, nullptr,
+                                    static_cast<cudaStream_t>(stream));
+  });
+}
+
+const char* launch_cuda(const Sm90Backward& call, void* stream) {
+  return cuda::visit_dtype(call.params.forward.dtype, [&]<typename T>() {
+    return cuda::launch_backward<T>({.p = call.params}, call.dq_sums,
                                     static_cast<cudaStream_t>(stream));
   });
 }

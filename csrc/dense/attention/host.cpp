@@ -6,7 +6,7 @@
 #include "core/written.h"
 #include "dense/attention/band.h"
 #include "dense/attention/mask_bounds.h"
-#include "dense/attention/params.h"
+#include "dense/attention/params_backward_sm90.h"
 #include "dense/score_mod.h"
 
 namespace tokenmill {
@@ -237,12 +237,15 @@ void run_backward(AttentionBackwardParams& p, const View& q) {
     const int64_t statistics = parts.add(statistic ? kTwo * rows : 0);
     const int64_t partial = parts.add(wants_sums ? kTwo * sums : 0);
     const int64_t bounds = parts.add(f.mask.any() ? MaskBounds::bytes(f) : 0);
+    const int64_t sum_bytes = (CudaScope(q), workspace_bytes(p));
+    const int64_t dq_sums = parts.add(sum_bytes);
     parts.allocate(q);
     if (statistic) {
       p.minus_lse = parts.at<float>(statistics);
       p.minus_delta = p.minus_lse + rows;
     }
     if (wants_sums) p.sums = parts.at<float>(partial);
+    if (sum_bytes > 0) return launch_on_device(kOp, q, Sm90Backward{p, parts.at<float>(dq_sums)});
     return launch_on_device(
         kOp, q, Masked{p, MaskBounds::at(f, f.mask.any() ? parts.at(bounds) : nullptr)});
   }

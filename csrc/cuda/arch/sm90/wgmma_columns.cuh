@@ -1,0 +1,46 @@
+// Products by a warpgroup of two operands that lie with the depth in their rows, see wgmma.cuh.
+#pragma once
+#include "cuda/arch/sm90/wgmma.cuh"
+
+namespace tokenmill::cuda {
+
+template <typename T>
+struct WgmmaByColumns;
+template <>
+struct WgmmaByColumns<__half> {
+  using Atom = gmma::MMA_64x64x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;
+};
+template <>
+struct WgmmaByColumns<__nv_bfloat16> {
+  using Atom = gmma::MMA_64x64x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;
+};
+
+// Starts d [64, 64] = a^T b, of a and b [64 kSlabs, 64]: blocks of 64 columns, 64 rows of which
+// are a slab. slab_bytes: from a slab of b to the next one; those of a follow each other.
+template <typename T, int kSlabs>
+__device__ __forceinline__ void start_by_columns(float (&d)[32], uint32_t a, uint32_t b,
+                                                 int slab_bytes = 0) {
+  constexpr int kSteps = 64 / kWgmmaDepth, kStepBytes = kWgmmaDepth * kBoxRowBytes;
+  const uint64_t left = wgmma_operand(a);
+  const uint64_t right[2] = {wgmma_operand(b), wgmma_operand(b + slab_bytes)};
+  fence_accumulators(d);
+  cute::warpgroup_arrive();
+  unroll<kSlabs * kSteps>([&](auto i) {
+    wgmma<typename WgmmaByColumns<T>::Atom>(d, i > 0, left + i * (kStepBytes / 16),
+                                            right[i / kSteps] + i % kSteps * (kStepBytes / 16));
+  });
+  cute::warpgroup_commit_batch();
+  fence_accumulators(d);
+}
+
+// Words of accumulators of 16 rows and 16 columns, rounded. Lane i gives the address of row i % 16,
+// columns 8 (i / 16) ...
+template <int kOffset>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address),
+      "n"(kOffset), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,418 @@
+// Backward on compute capability 9.0a, of the calls that takes_sm90 lets in: five products.
+//
+//   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q    dQ += dS K
+//   softmax: dS = P (dP - delta), delta = rowsum(dO O) - dlse;   sigmoid: dS = P (1 - P) dP
+//
+// A block owns kBlockKeys keys of a KV head and runs over the tiles of queries, of all heads of the
+// group, that see them. One warp loads Q, dO and the statistics of rows into kStages stages. Each
+// of two warpgroups owns 64 keys: their S^T, P^T, dP^T and dS^T are accumulators, which, rounded,
+// are the left operands of dV and dK as they are. dS goes through shared memory, and each warpgroup
+// makes half of the tile of dQ. Another warp adds it to a sum in float32 in global memory, when the
+// blocks of later keys have added theirs: the order is always the same. A second kernel then rounds
+// the sums.
+#pragma once
+#include "cuda/arch/sm90/bulk_add.cuh"
+#include "cuda/arch/sm90/tma.cuh"
+#include "cuda/arch/sm90/wgmma_columns.cuh"
+#include "cuda/attention/score_mod_backward.cuh"
+#include "cuda/launch.cuh"
+#include "dense/attention/kernel_backward_sm90_shape.cuh"
+#include "dense/attention/kernel_backward_store.cuh"
+#include "dense/attention/launch_backward_sm90.h"
+
+namespace tokenmill::cuda {
+
+// The warp that loads.
+template <typename Shape, bool kStatistics>
+__device__ void load_backward_sm90(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
+                                   Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
+  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries, kHeadDim = Shape::kHeadDim;
+  const AttentionParams& p = bp.forward;
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) {
+    shared.keys_full.arrive_expecting(2 * Shape::kWarpgroups * Shape::kSlabBytes);
+    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+      const BoxPlace at{keys.first + w * kRows, keys.h, keys.b};
+      load_boxes<kRows, kHeadDim>(plan.k, at, shared.k[w], shared.keys_full);
+      load_boxes<kRows, kHeadDim>(plan.v, at, shared.v[w], shared.keys_full);
+    }
+  }
+  unsigned number = 0;
+#pragma unroll 1
+  for (int i = 0; i < plan.group; ++i) {
+    const int head = keys.h * plan.group + i;
+#pragma unroll 1
+    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
+      const Sm90BackwardStage<Shape> stage(number);
+      const int first = tile * kQueries;
+      shared.empty[stage.index].wait(stage.parity ^ 1);
+      if constexpr (kStatistics) {
+        const float* lse = lse_at(p, bp.minus_lse, keys.b, 0, head) + first;
+        const float* delta = lse_at(p, bp.minus_delta, keys.b, 0, head) + first;
+        const int rows = static_cast<int>(p.seqlen_q) - first;
+#pragma unroll
+        for (int j = lane; j < kQueries; j += kWarpSize) {
+          shared.minus_lse[stage.index][j] = j < rows ? lse[j] : 0;
+          shared.minus_delta[stage.index][j] = j < rows ? delta[j] : 0;
+        }
+        __syncwarp();
+      }
+      if (lane > 0) continue;
+      Mbarrier& full = shared.full[stage.index];
+      full.arrive_expecting(2 * Shape::kQueryBytes);
+      const BoxPlace at{first, head, keys.b};
+      load_boxes<kQueries, kHeadDim>(plan.q, at, shared.q[stage.index], full);
+      load_boxes<kQueries, kHeadDim>(plan.dout, at, shared.dout[stage.index], full);
+    }
+  }
+}
+
+// The thread that adds tiles of dQ to the sums, in turns.
+template <typename Shape>
+__device__ void add_queries_sm90(const AttentionParams& p, const Sm90BackwardPlan& plan,
+                                 Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys) {
+  constexpr int kBytes = Shape::kTileFloats * 4;
+  unsigned number = 0;
+#pragma unroll 1
+  for (int i = 0; i < plan.group; ++i) {
+    const int64_t head = (keys.b * p.kv_heads + keys.h) * plan.group + i;
+#pragma unroll 1
+    for (int tile = keys.begin; tile < keys.end; ++tile, ++number) {
+      const int64_t at = head * plan.query_tiles + tile;
+      const unsigned turn = keys.turn<Shape>(p, tile);
+      float* const to = plan.dq + at * Shape::kTileFloats;
+      const uint32_t from = shared_address(shared.dq);
+      shared.dq_full.wait(number % 2);
+      await_turn(plan.turns + at, turn);
+      if (turn == 0)
+        store_bulk(to, from, kBytes);
+      else
+        add_bulk(to, from, kBytes);
+      wait_for_stores();
+      shared.dq_empty.arrive();
+      wait_for_bulk();
+      end_turn(plan.turns + at, turn);
+    }
+  }
+}
+
+// A warpgroup that multiplies: 64 keys.
+template <typename T, typename Shape, Weights kWeights>
+class Sm90Keys {
+ public:
+  static constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
+  static constexpr int kHeadDim = Shape::kHeadDim;
+  static constexpr bool kSoftmax = kWeights == Weights::softmax;
+  static constexpr bool kScales = !kSoftmax && std::is_same_v<T, __half>;  // see kHalfScale
+  // What registers allow: slopes in float32, and dP that runs while weights are made.
+  static constexpr bool kPacked = kQueries > 64, kEarly = kSoftmax || !kPacked;
+
+  __device__ Sm90Keys(const AttentionBackwardParams& bp, const Sm90BackwardPlan& plan,
+                      Sm90BackwardShared<Shape>& shared, const Sm90KeyTile& keys, int warpgroup)
+      : bp_(bp), plan_(plan), shared_(shared), keys_(keys), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dk_[i] = dv_[i] = 0;
+    shared_.keys_full.wait(0);
+    unsigned number = 0;
+#pragma unroll 1
+    for (int i = 0; i < plan_.group; ++i) {
+      const int head = keys_.h * plan_.group + i;
+      if constexpr (!kSoftmax) set_constant(head);
+#pragma unroll 1
+      for (int tile = keys_.begin; tile < keys_.end; ++tile, ++number) {
+        const int first = tile * kQueries;
+        shared_.full[number % Shape::kStages].wait(number / Shape::kStages % 2);
+        if (!keys_.sees<Shape>(warpgroup_, first))
+          meet();
+        else if (keys_.is_whole<Shape>(warpgroup_, first))
+          add_tile<false>(first, number);
+        else
+          add_tile<true>(first, number);
+        add_to_queries(first, number);
+      }
+    }
+    store();
+  }
+
+ private:
+  __device__ int first_key() const { return keys_.first + warpgroup_ * kRows; }
+
+  __device__ void set_constant(int head) {
+    const AttentionParams& p = bp_.forward;
+    constant_ = plan_.fast
+                    ? BackwardScoreMod<Mode::fast_sigmoid, kScales>(p, keys_.b, head).constant
+                    : BackwardScoreMod<Mode::sigmoid, kScales>(p, keys_.b, head).constant;
+  }
+
+  // What a lane's two keys see of a tile, by columns from the lane's first one on.
+  struct Seen {
+    int begin[2], end[2];
+
+    __device__ bool operator()(int h, int column) const {
+      return column >= begin[h] && column < end[h];
+    }
+  };
+  __device__ __forceinline__ Seen seen(int query0) const {
+    Seen s;
+    const MaskBand band = Sm90KeyTile::queries_of(bp_.forward);
+    const int own = query0 + 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = first_key() + row(h);
+      const bool exists = key < keys_.keys;
+      s.begin[h] = exists ? band.begin(key) - own : kQueries;
+      s.end[h] = exists ? band.end(key) - own : 0;
+    }
+    return s;
+  }
+
+  // dV and dK of a tile, and its dS to shared memory. kCut: a mask or an end cuts it.
+  template <bool kCut>
+  __device__ __forceinline__ void add_tile(int query0, unsigned number) {
+    const int stage = number % Shape::kStages;
+    const uint32_t q = shared_address(shared_.q[stage]);
+    const uint32_t dout = shared_address(shared_.dout[stage]);
+    const uint32_t own = threadIdx.x % 4 * 8;
+    float s[kQueries / 2], dp[kQueries / 2];
+    uint32_t p[kQueries / 4], ds[kQueries / 4];  // ds: of packed slopes first
+    start_qk<T, kHeadDim>(s, shared_address(shared_.k[warpgroup_]), q);
+    if constexpr (kEarly) start_qk<T, kHeadDim>(dp, shared_address(shared_.v[warpgroup_]), dout);
+    wait_for_product<kEarly ? 1 : 0>(s);
+    weigh<kCut>(p, ds, s, query0, shared_address(shared_.minus_lse[stage]) + own);
+    if constexpr (!kEarly) start_qk<T, kHeadDim>(dp, shared_address(shared_.v[warpgroup_]), dout);
+    start_pv<T>(dv_, p, dout);
+    wait_for_product<1>(dp);
+    const uint32_t delta = shared_address(shared_.minus_delta[stage]) + own;
+    unroll<kQueries / 8>([&](auto n) {
+      float2 minus_delta{0, 0};
+      if constexpr (kSoftmax) minus_delta = load_float2<n * 32>(delta);
+      unroll<2>([&](auto h) {
+        float2 slope{s[4 * n + 2 * h], s[4 * n + 2 * h + 1]};
+        if constexpr (kPacked) slope = unpack<T>(kSoftmax ? p[2 * n + h] : ds[2 * n + h]);
+        const float x = slope.x * (dp[4 * n + 2 * h] + minus_delta.x);
+        const float y = slope.y * (dp[4 * n + 2 * h + 1] + minus_delta.y);
+        ds[2 * n + h] = pack<T>(kCut && slope.x == 0 ? 0 : x, kCut && slope.y == 0 ? 0 : y);
+      });
+    });
+    start_pv<T>(dk_, ds, q);
+    const int lane = threadIdx.x % kWarpSize;
+    const uint32_t scores = shared_address(shared_.ds[number % 2]) +
+                            (warpgroup_ * kRows + row(0) - lane / 4 + lane % 16) * kBoxRowBytes +
+                            (lane / 16 ^ lane % 8) * 16;
+    constexpr int kBlock = Shape::kBlockKeys * kBoxRowBytes;  // of 64 queries
+    unroll<kQueries / 16>([&](auto n) {
+      store_matrices<n / 4 * kBlock>(scores ^ n % 4 * 32,
+                                     reinterpret_cast<const uint32_t (&)[4]>(ds[4 * n]));
+    });
+    fence_stores();
+    wait_for_product<0>(dk_);
+    fence_accumulators(dv_);
+    meet();
+  }
+
+  // Words of weights from scores, which become slopes of the map or are packed into words of them.
+  // Slopes of a softmax are its weights.
+  template <bool kCut>
+  __device__ __forceinline__ void weigh(uint32_t (&p)[kQueries / 4],
+                                        uint32_t (&slopes)[kQueries / 4], float (&s)[kQueries / 2],
+                                        int query0, uint32_t minus_lse) const {
+    const Seen sees = kCut ? seen(query0) : Seen{};
+    const auto weigh_by = [&](const auto& weight_of) {
+      unroll<kQueries / 8>([&](auto n) {
+        float2 addend{constant_, constant_};
+        if constexpr (kSoftmax) addend = load_float2<n * 32>(minus_lse);
+        unroll<2>([&](auto h) {
+          float &x = s[4 * n + 2 * h], &y = s[4 * n + 2 * h + 1];
+          Weight a = weight_of(fmaf(x, plan_.factor, addend.x));
+          Weight b = weight_of(fmaf(y, plan_.factor, addend.y));
+          if (kCut && !sees(h, n * 8)) a.p = a.slope = 0;
+          if (kCut && !sees(h, n * 8 + 1)) b.p = b.slope = 0;
+          p[2 * n + h] = pack<T>(a.p, b.p);
+          if constexpr (!kPacked) {
+            x = a.slope;
+            y = b.slope;
+          } else if constexpr (!kSoftmax) {
+            slopes[2 * n + h] = pack<T>(a.slope, b.slope);
+          }
+        });
+      });
+    };
+    if constexpr (kSoftmax) {
+      weigh_by([](float x) {
+        const float w = exp2_approx(x);
+        return Weight{w, w, 1};
+      });
+    } else if (plan_.fast) {
+      weigh_by([](float x) { return fast_sigmoid_weight<kScales>(x); });
+    } else {
+      weigh_by([](float x) { return sigmoid_weight<kScales>(x); });
+    }
+  }
+
+  // Our half of the tile's dQ: rows 64 warpgroup_ .. of 64 columns, or columns of 64 rows.
+  __device__ __forceinline__ void add_to_queries(int query0, unsigned number) {
+    constexpr bool kByRows = kQueries > 64;
+    const uint32_t ds = shared_address(shared_.ds[number % 2]) +
+                        (kByRows ? warpgroup_ * Shape::kBlockKeys * kBoxRowBytes : 0);
+    const uint32_t k =
+        shared_address(shared_.k[0]) + (kByRows ? 0 : warpgroup_ * kRows * kBoxRowBytes);
+    float dq[32];
+    const bool others = keys_.sees<Shape>(0, query0);
+    if (others && keys_.sees<Shape>(1, query0)) {
+      start_by_columns<T, 2>(dq, ds, k, Shape::kSlabBytes);
+      wait_for_product<0>(dq);
+    } else {
+      start_by_columns<T, 1>(dq, ds + (others ? 0 : kRows * kBoxRowBytes),
+                             k + (others ? 0 : Shape::kSlabBytes));
+      wait_for_product<0>(dq);
+    }
+    fence_accumulators(dk_);
+    fence_accumulators(dv_);
+    __syncwarp();
+    const bool is_first = threadIdx.x % kWarpSize == 0;
+    if (is_first) shared_.empty[number % Shape::kStages].arrive();
+    shared_.dq_empty.wait(number % 2 ^ 1);
+    const uint32_t to = shared_address(shared_.dq) + warpgroup_ * Shape::kShareFloats * 4 +
+                        threadIdx.x % kWarpgroupThreads * 16;
+    unroll<8>([&](auto n) {
+      store_floats<n * kWarpgroupThreads * 16>(to, reinterpret_cast<const float (&)[4]>(dq[4 * n]));
+    });
+    fence_stores();
+    __syncwarp();
+    if (is_first) shared_.dq_full.arrive();
+  }
+
+  __device__ __forceinline__ void store() const {
+    const int lane = threadIdx.x % kWarpSize, own = first_key() + row(0) - lane / 4;
+    const int rows = keys_.keys - own;
+    const auto store_rows = [&](const Rows& to, const float (&x)[kHeadDim / 2], float factor) {
+      store_accumulators<1, T, 1, kHeadDim / 16>(
+          reinterpret_cast<const float (&)[1][kHeadDim / 8][4]>(x), factor,
+          rows_at<T>(to, keys_.b, own, keys_.h), to.seq, rows, 0, kHeadDim, lane);
+    };
+    store_rows(bp_.dv, dv_, plan_.dv_factor);
+    store_rows(bp_.dk, dk_, plan_.dq_factor);
+  }
+
+  // A row of the accumulators, of 64.
+  static __device__ int row(int h) {
+    return threadIdx.x % kWarpgroupThreads / kWarpSize * 16 + threadIdx.x % kWarpSize / 4 + 8 * h;
+  }
+  // The threads of both warpgroups.
+  static __device__ void meet() {
+    asm volatile("barrier.sync 1, %0;" ::"n"(Shape::kWarpgroups * kWarpgroupThreads) : "memory");
+  }
+
+  const AttentionBackwardParams& bp_;
+  const Sm90BackwardPlan& plan_;
+  Sm90BackwardShared<Shape>& shared_;
+  const Sm90KeyTile& keys_;
+  int warpgroup_;
+  float constant_ = 0;  // sigmoid: of the argument of the map
+  float dk_[kHeadDim / 2], dv_[kHeadDim / 2];
+};
+
+template <typename T, int kHeadDim, Weights kWeights>
+__global__ void __launch_bounds__(Sm90BackwardShape<kHeadDim>::kThreads, 1)
+    attention_backward_sm90_kernel(const __grid_constant__ AttentionBackwardParams bp,
+                                   const __grid_constant__ Sm90BackwardPlan plan) {
+  using Shape = Sm90BackwardShape<kHeadDim>;
+  extern __shared__ __align__(1024) char sm90_shared[];
+  auto& shared = *reinterpret_cast<Sm90BackwardShared<Shape>*>(sm90_shared);
+  if (threadIdx.x == 0) {
+    shared.init_barriers();
+    shared.keys = Sm90KeyTile::of<Shape>(bp.forward, plan, atomicAdd(plan.begun, 1u));
+  }
+  __syncthreads();
+  const Sm90KeyTile& keys = shared.keys;
+  // From the first lane: the compiler then knows that it is the same for a warp.
+  const int warp = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+  if (warp < kWarpgroupThreads / kWarpSize) {
+    shrink_registers<Shape::kLoadRegisters>();
+    if (warp == 0)
+      load_backward_sm90<Shape, kWeights == Weights::softmax>(bp, plan, shared, keys);
+    else if (threadIdx.x == kWarpSize)
+      add_queries_sm90<Shape>(bp.forward, plan, shared, keys);
+  } else {
+    grow_registers<Shape::kMultiplyRegisters>();
+    Sm90Keys<T, Shape, kWeights>(bp, plan, shared, keys, warp / 4 - 1).run();
+  }
+}
+
+// Rounds the sums of a tile of queries. Nobody has added to one that sees no keys.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(2 * kWarpgroupThreads)
+    attention_backward_round_kernel(const __grid_constant__ AttentionBackwardParams bp,
+                                    const __grid_constant__ Sm90BackwardPlan plan) {
+  using Shape = Sm90BackwardShape<kHeadDim>;
+  const AttentionParams& p = bp.forward;
+  const int64_t head = blockIdx.x / plan.query_tiles;
+  const int tile = static_cast<int>(blockIdx.x % plan.query_tiles);
+  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % kWarpSize;
+  const int share = threadIdx.x / kWarpgroupThreads;
+  float sums[1][8][4] = {};
+  if (plan.turns[blockIdx.x] > 0) {
+    const auto* from = reinterpret_cast<const float4*>(plan.dq + blockIdx.x * Shape::kTileFloats +
+                                                       share * Shape::kShareFloats);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float4 x = from[n * kWarpgroupThreads + thread];
+      sums[0][n][0] = x.x, sums[0][n][1] = x.y, sums[0][n][2] = x.z, sums[0][n][3] = x.w;
+    }
+  }
+  constexpr bool kByRows = Shape::kTileQueries > 64;
+  const int64_t row =
+      int64_t{tile} * Shape::kTileQueries + (kByRows ? share * 64 : 0) + thread / kWarpSize * 16;
+  T* const to = rows_at<T>(bp.dq, head / p.heads, row, head % p.heads);
+  store_accumulators<1, T, 1, 4>(sums, plan.dq_factor, to, bp.dq.seq,
+                                 static_cast<int>(p.seqlen_q - row), kByRows ? 0 : share * 64,
+                                 kHeadDim, lane);
+}
+
+template <typename T, int kHeadDim, Weights kWeights>
+const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
+  using Shape = Sm90BackwardShape<kHeadDim>;
+  constexpr int kRows = Shape::kRows, kQueries = Shape::kTileQueries;
+  const AttentionBackwardParams& bp = call.params;
+  const AttentionParams& p = bp.forward;
+  const Sm90BackwardTensors tensors(bp);
+  Sm90BackwardPlan plan{};
+  if (const char* error = encode_map(plan.q, tensors.q, p.dtype, kQueries)) return error;
+  if (const char* error = encode_map(plan.k, tensors.k, p.dtype, kRows)) return error;
+  if (const char* error = encode_map(plan.v, tensors.v, p.dtype, kRows)) return error;
+  if (const char* error = encode_map(plan.dout, tensors.dout, p.dtype, kQueries)) return error;
+  plan.key_tiles = static_cast<int>(ceil_div(p.seqlen_k, Shape::kBlockKeys));
+  plan.query_tiles = static_cast<int>(ceil_div(p.seqlen_q, kQueries));
+  plan.heads = static_cast<int>(p.batch * p.kv_heads);
+  plan.group = static_cast<int>(p.heads / p.kv_heads);
+  plan.fast = p.fast;
+  const bool fast = kWeights == Weights::sigmoid && p.fast;
+  plan.factor = p.scale * (kWeights == Weights::softmax ? kLog2e : fast ? 0.5f : -kLog2e);
+  plan.dq_factor = fast ? 0.25f * p.scale : p.scale;
+  plan.dv_factor = Sm90Keys<T, Shape, kWeights>::kScales ? 1 / kHalfScale : 1;
+  const int64_t tiles = sm90_query_tiles(p);
+  static_assert(Shape::kTileFloats == kSm90TileFloats);
+  plan.dq = call.dq_sums;
+  plan.begun = reinterpret_cast<unsigned*>(call.dq_sums + tiles * Shape::kTileFloats);
+  plan.turns = plan.begun + 1;
+  if (const char* error = set_bytes(plan.begun, 0, (tiles + 1) * sizeof(unsigned), stream))
+    return error;
+  if (const char* error = launch<attention_backward_sm90_kernel<T, kHeadDim, kWeights>>(
+          int64_t{plan.key_tiles} * plan.heads, Shape::kThreads, sizeof(Sm90BackwardShared<Shape>),
+          stream, bp, plan))
+    return error;
+  return launch<attention_backward_round_kernel<T, kHeadDim>>(tiles, 2 * kWarpgroupThreads, 0,
+                                                              stream, bp, plan);
+}
+
+// Defined in a generated source for each element type and map.
+template <typename T, Weights kWeights>
+const char* launch_backward_sm90(const Sm90Backward& call, cudaStream_t stream) {
+  if (call.params.forward.head_dim == 64)
+    return launch_backward_sm90<T, 64, kWeights>(call, stream);
+  return launch_backward_sm90<T, 128, kWeights>(call, stream);
+}
+
+}  // namespace tokenmill::cuda

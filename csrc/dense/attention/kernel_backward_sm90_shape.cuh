@@ -1,0 +1,144 @@
+// Tiles of the backward on compute capability 9.0a, and what its parts share.
+#pragma once
+#include "cuda/arch/sm90/mbarrier.cuh"
+#include "cuda/arch/sm90/tensor_map.h"
+#include "cuda/arch/sm90/warpgroup.cuh"
+#include "cuda/attention/mask.cuh"
+
+namespace tokenmill::cuda {
+
+// A block is one warpgroup that loads and adds to dQ, and two that multiply.
+template <int kHeadDim_>
+struct Sm90BackwardShape {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kRows = 64;  // keys of a warpgroup
+  static constexpr int kBlockKeys = kWarpgroups * kRows;
+  // Queries of a tile. The accumulators of S, dP, dK and dV take kTileQueries + kHeadDim registers
+  // of a thread, the words of P and dS kTileQueries / 2.
+  static constexpr int kTileQueries = kHeadDim <= 64 ? 128 : 64;
+  static constexpr int kStages = 2;
+  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;  // 168 at the launch
+  static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
+  static constexpr int kSlabBytes = kRows * kHeadDim * 2;  // of K, V
+  static constexpr int kQueryBytes = kTileQueries * kHeadDim * 2;
+  static constexpr int kScoreBytes = kBlockKeys * kTileQueries * 2;
+  // A warpgroup makes 64 rows and 64 columns of a tile of dQ: of 128 rows or 128 columns.
+  static constexpr int kShareFloats = 64 * 64;
+  static constexpr int kTileFloats = kWarpgroups * kShareFloats;
+  static_assert(kTileFloats == kTileQueries * kHeadDim);
+};
+
+// What the host chose for a launch.
+struct Sm90BackwardPlan {
+  CUtensorMap q, k, v, dout;
+  int key_tiles, query_tiles;  // of a head
+  int heads, group;            // KV heads of all sequences, query heads of one of them
+  float factor;                // from q.k to the exponent of a weight (fast: the argument of tanh)
+  float dq_factor, dv_factor;  // of the sums; dK has that of dQ
+  bool fast;
+  // [query heads of all sequences, query_tiles, kTileFloats]: sums of dQ, in the order in which
+  // threads hold them.
+  float* dq;
+  // Zeros at first: the number of blocks that have begun, then how many have added to a tile of dq.
+  unsigned *begun, *turns;
+};
+
+// Keys first .. of KV head h of sequence b, and the tiles of queries that see any of them.
+struct Sm90KeyTile {
+  int index, b, h, first, keys;  // keys: of the sequence
+  int begin, end;                // tiles of queries
+  // Queries that see any key of each warpgroup, and those that see all of them.
+  int seen_begin[2], seen_end[2], whole_begin[2], whole_end[2];
+
+  // Blocks begin in the order of their numbers. The last keys come first: then those that a tile
+  // of queries waits for have begun, and under a causal mask its turns need no wait.
+  template <typename Shape>
+  __device__ static Sm90KeyTile of(const AttentionParams& p, const Sm90BackwardPlan& plan,
+                                   unsigned number) {
+    constexpr int kQueries = Shape::kTileQueries, kRows = Shape::kRows;
+    const int head = static_cast<int>(number % plan.heads), kv_heads = static_cast<int>(p.kv_heads);
+    Sm90KeyTile t;
+    t.index = plan.key_tiles - 1 - static_cast<int>(number / plan.heads);
+    t.b = head / kv_heads;
+    t.h = head % kv_heads;
+    t.first = t.index * Shape::kBlockKeys;
+    t.keys = static_cast<int>(p.seqlen_k);
+    const MaskBand band = queries_of(p);
+    const int last = min(t.first + Shape::kBlockKeys, t.keys) - 1;
+    const int begin = band.begin(t.first), end = band.end(last);
+    t.begin = begin / kQueries;
+    t.end = end > begin ? (end + kQueries - 1) / kQueries : t.begin;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+      const int a = t.first + w * kRows, z = min(a + kRows, t.keys) - 1;
+      t.seen_begin[w] = band.begin(a);
+      t.seen_end[w] = z >= a ? band.end(z) : 0;
+      t.whole_begin[w] = band.begin(z);
+      t.whole_end[w] = z - a == kRows - 1 ? band.end(a) : 0;
+    }
+    return t;
+  }
+  // Some of the queries of a tile see some of the keys of a warpgroup; all of them see all of them.
+  template <typename Shape>
+  __device__ bool sees(int warpgroup, int query0) const {
+    return query0 < seen_end[warpgroup] && query0 + Shape::kTileQueries > seen_begin[warpgroup];
+  }
+  template <typename Shape>
+  __device__ bool is_whole(int warpgroup, int query0) const {
+    return query0 >= whole_begin[warpgroup] && query0 + Shape::kTileQueries <= whole_end[warpgroup];
+  }
+  // The turn of this block at a tile of queries that it sees: after those of later keys.
+  template <typename Shape>
+  __device__ unsigned turn(const AttentionParams& p, int tile) const {
+    const int tokens = static_cast<int>(p.seqlen_q);
+    const int last = min((tile + 1) * Shape::kTileQueries, tokens) - 1;
+    const MaskBand band =
+        MaskBand::of(Band::of_window(p.window_left, p.window_right, p.seqlen_q, p.seqlen_k));
+    return (band.end(last) - 1) / Shape::kBlockKeys - index;
+  }
+
+  // Those that a key sees.
+  __device__ static MaskBand queries_of(const AttentionParams& p) {
+    const Band band = Band::of_window(p.window_left, p.window_right, p.seqlen_q, p.seqlen_k);
+    return MaskBand::of(band.transposed(p.seqlen_q));
+  }
+};
+
+// Shared memory of a block. A barrier `full` ends its phase when what it guards is written, `empty`
+// when it is read.
+template <typename Shape>
+struct alignas(1024) Sm90BackwardShared {
+  char k[Shape::kWarpgroups][Shape::kSlabBytes];
+  char v[Shape::kWarpgroups][Shape::kSlabBytes];
+  char q[Shape::kStages][Shape::kQueryBytes];
+  char dout[Shape::kStages][Shape::kQueryBytes];
+  char ds[2][Shape::kScoreBytes];  // [keys, queries], blocks of 64 queries; of tiles in turn
+  float dq[Shape::kTileFloats];
+  float minus_lse[Shape::kStages][Shape::kTileQueries];
+  float minus_delta[Shape::kStages][Shape::kTileQueries];
+  Mbarrier keys_full;
+  Mbarrier full[Shape::kStages], empty[Shape::kStages];
+  Mbarrier dq_full, dq_empty;
+  Sm90KeyTile keys;  // of the block: the loop has no registers to spare
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = Shape::kWarpgroups * kWarpgroupThreads / 32;
+    keys_full.init(1);
+    for (int i = 0; i < Shape::kStages; ++i) full[i].init(1), empty[i].init(kWarps);
+    dq_full.init(kWarps), dq_empty.init(1);
+    publish_mbarriers();
+  }
+};
+
+// Number of a stage's use, and the parity of its phase.
+template <typename Shape>
+struct Sm90BackwardStage {
+  int index;
+  unsigned parity;
+
+  __device__ explicit Sm90BackwardStage(unsigned number)
+      : index(number % Shape::kStages), parity(number / Shape::kStages % 2) {}
+};
+
+}  // namespace tokenmill::cuda

@@ -1,0 +1,175 @@
+"""The backward of attention for compute capability 9.0, on the PTX machine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import backends
+
+import tokenmill as tm
+from tokenmill import _emulator
+from tokenmill.dense.attention import SPEC
+
+pytestmark = pytest.mark.skipif("emulated" not in backends(), reason="not a development build")
+
+F16, BF16 = torch.float16, torch.bfloat16
+KERNEL = "attention_backward_sm90_kernel"
+MODES = (
+    "async=latest",
+    "async=earliest,order=reverse",
+    "async=seed:1,order=seeded,fuel=300,resident_blocks=3",
+)
+
+
+def inputs(sq, sk=None, *, b=1, h=1, hk=1, d=64, dtype=F16):
+    """q, k, v and dout"""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(b, sq, h, d), (b, sk or sq, hk, d), (b, sk or sq, hk, d), (b, sq, h, d)]
+    return tuple(torch.randn(s, generator=g).to(dtype) for s in shapes)
+
+
+def gradients(q, k, v, dout, attend=None, **options):
+    """Of q, k, v and, for a softmax with return_lse, with a gradient of lse."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    found = (attend or tm.attention)(*leaves, **options)
+    out, *lse = found if isinstance(found, tuple) else (found,)
+    cotangents = [dout, *(torch.ones_like(x) for x in lse)]
+    return torch.autograd.grad([out, *lse], leaves, cotangents)
+
+
+def plain(q, k, v, **options):
+    """PyTorch in the dtype of q."""
+    count = 2 if options.get("return_lse") else 1
+    return SPEC.plain(*SPEC.lower(q, k, v, **options))[:count]
+
+
+def run(tensors, mode=MODES[0], kernel=KERNEL, **options):
+    with _emulator.configured(f"device=sm_90a,check=1,{mode}"), _emulator.counting() as launches:
+        found = gradients(*tensors, backend="emulated", **options)
+    assert any(kernel in launch["kernel"] for launch in launches)
+    return found
+
+
+def check_budget(tensors, **options):
+    found = run(tensors, **options)
+    wide = gradients(*(x.double() for x in tensors), backend="reference", **options)
+    eager = gradients(*tensors, attend=plain, **options)
+    for name, actual, oracle, baseline in zip("qkv", found, wide, eager, strict=True):
+        tm.testing.assert_accurate(actual, oracle, baseline, gradient=True, name=f"d{name}")
+    return found
+
+
+CASES = {
+    "softmax": ({"sq": 130, "sk": 260, "h": 2, "b": 2}, {}),
+    "softmax causal, rows that see nothing": ({"sq": 300, "sk": 140}, {"causal": True}),
+    "softmax, wide, three heads of a group": (
+        {"sq": 150, "sk": 300, "h": 3, "d": 128, "dtype": BF16},
+        {"window": (70, 20)},
+    ),
+    "softmax, gradient of lse": ({"sq": 64, "sk": 40, "d": 128}, {"return_lse": True}),
+    "softmax, bfloat16, few queries": (
+        {"sq": 32, "sk": 300, "dtype": BF16},
+        {"window": (30, 0), "scale": 0.5},
+    ),
+    "sigmoid": ({"sq": 130, "sk": 260, "h": 4, "hk": 2}, {"kind": "sigmoid", "causal": True}),
+    "sigmoid, wide": (
+        {"sq": 140, "sk": 200, "d": 128, "h": 2},
+        {"kind": "sigmoid", "score_bias": torch.tensor([-5.0, 1.0])},
+    ),
+    "sigmoid, small weights": (
+        {"sq": 64, "sk": 256, "dtype": BF16},
+        {"kind": "sigmoid", "score_bias": "neg_log_n"},
+    ),
+    "sigmoid, small weights, half": (
+        {"sq": 64, "sk": 130},
+        {"kind": "sigmoid", "score_bias": -math.log(4096)},
+    ),
+    "sigmoid fast": (
+        {"sq": 130, "sk": 130, "d": 128, "dtype": BF16},
+        {"kind": "sigmoid", "precision": "fast", "scale": -0.1, "causal": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_keep_the_budget(name):
+    shapes, options = CASES[name]
+    check_budget(inputs(**shapes), **options)
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [({"d": 128}, {"causal": True}), ({"h": 2}, {"kind": "sigmoid", "window": (200, 90)})],
+    ids=["softmax", "sigmoid"],
+)
+def test_every_order_of_events_and_blocks_gives_the_same_bits(shape, options):
+    """Four blocks add to the tiles of dQ."""
+    tensors = inputs(260, 400, **shape)
+    first, *others = (run(tensors, mode, **options) for mode in MODES)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_keys_and_queries_that_see_nothing_have_no_gradient():
+    dq, dk, dv = run(inputs(340, 300), window=(20, 0))
+    assert (dq[:, :40] == 0).all() and dq[:, 40:].any(dim=-1).all()
+    tensors = inputs(40, 300, d=128)
+    dq, dk, dv = run(tensors, window=(20, 0), kind="sigmoid")
+    assert (dk[:, :240] == 0).all() and (dv[:, :240] == 0).all() and dv[:, 240:].any(dim=-1).all()
+
+
+def test_a_later_token_touches_no_earlier_tile():
+    """NaN of tokens that a causal mask hides from whole tiles."""
+    q, k, v, dout = inputs(300)
+    clean = run((q, k, v, dout), causal=True)
+    for x in (k, v):
+        x[:, 280:] = math.nan
+    dirty = run((q, k, v, dout), causal=True)
+    assert torch.equal(dirty[0][:, :128], clean[0][:, :128]) and dirty[0][:, 280:].isnan().all()
+
+
+def test_strides():
+    """One projection for all; heads in front of tokens."""
+    packed = torch.randn(2, 70, 3, 2, 64, generator=torch.Generator().manual_seed(1)).half()
+    dout = torch.randn(2, 2, 70, 64, generator=torch.Generator().manual_seed(2)).half()
+    check_budget((*packed.unbind(2), dout.transpose(1, 2)), kind="sigmoid")
+
+
+def test_sink():
+    sink = torch.tensor([0.5, -1.0]).requires_grad_()
+    q, k, v, dout = inputs(64, 128, h=2)
+    found = []
+    for backend in ("emulated", "reference"):
+        with _emulator.configured("device=sm_90a"):
+            out = tm.attention(q.requires_grad_(), k, v, sink=sink, backend=backend)
+            found.append(torch.autograd.grad(out, (q, sink), dout))
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-3, atol=2e-3)
+
+
+TAKEN = {
+    "": ({"sq": 32}, {}),
+    "backward of every chip, softcap: must be 0": ({"sq": 32}, {"softcap": 2.0}),
+    "backward of every chip, cu_seqlens_q: must be None": ({"sq": 32}, {"cu": True}),
+    "backward of every chip, score_bias: must not require a gradient": (
+        {"sq": 32},
+        {"kind": "sigmoid", "score_bias": torch.zeros(1, requires_grad=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("why", TAKEN)
+def test_explain_names_the_backward_that_runs(why):
+    shapes, options = TAKEN[why]
+    q, k, v, dout = inputs(**shapes)
+    if options.get("cu"):
+        q, k, v, dout = (x[0] for x in (q, k, v, dout))
+        ends = torch.tensor([0, 32], dtype=torch.int32)
+        options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    run((q, k, v, dout), kernel="backward_kernel" if why else KERNEL, **options)
+    with _emulator.configured("device=sm_90a"):
+        q.requires_grad_()
+        kernel = tm.explain("attention", q, k, v, backend="emulated", **options).kernel
+    assert ("kernel_backward_sm90" in kernel) == (why == "") and why in kernel
