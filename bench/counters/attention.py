@@ -1,4 +1,4 @@
-"""Cases of attention, beside FlashAttention-2 and FlashSigmoid, and of its forward for compute
+"""Cases of attention, beside FlashAttention-2 and FlashSigmoid, and of its kernels for compute
 capability 9.0a, beside FlashAttention-3."""
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def cases() -> Iterator[CounterCase]:
             )
     for shape in shapes():
         for variant in VARIANTS:
-            if shape.backward or shape.heads > 1 or not variant.has_peers:
+            if shape.heads > 1 or not variant.has_peers:
                 continue
             yield CounterCase(
                 f"sm_90a {shape.title} {variant.title}",
