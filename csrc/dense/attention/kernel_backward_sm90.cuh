@@ -177,12 +177,14 @@ class Sm90Keys {
     const uint32_t own = threadIdx.x % 4 * 8;
     float s[kQueries / 2], dp[kQueries / 2];
     uint32_t p[kQueries / 4], ds[kQueries / 4];  // ds: of packed slopes first
-    start_qk<T, kHeadDim>(s, shared_address(shared_.k[warpgroup_]), q);
-    if constexpr (kEarly) start_qk<T, kHeadDim>(dp, shared_address(shared_.v[warpgroup_]), dout);
+    start_qk<T, kHeadDim, kQueries>(s, shared_address(shared_.k[warpgroup_]), q);
+    if constexpr (kEarly)
+      start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
     wait_for_product<kEarly ? 1 : 0>(s);
     weigh<kCut>(p, ds, s, query0, shared_address(shared_.minus_lse[stage]) + own);
-    if constexpr (!kEarly) start_qk<T, kHeadDim>(dp, shared_address(shared_.v[warpgroup_]), dout);
-    start_pv<T>(dv_, p, dout);
+    if constexpr (!kEarly)
+      start_qk<T, kHeadDim, kQueries>(dp, shared_address(shared_.v[warpgroup_]), dout);
+    start_pv<T, kQueries>(dv_, p, dout);
     wait_for_product<1>(dp);
     const uint32_t delta = shared_address(shared_.minus_delta[stage]) + own;
     unroll<kQueries / 8>([&](auto n) {
@@ -196,7 +198,7 @@ class Sm90Keys {
         ds[2 * n + h] = pack<T>(kCut && slope.x == 0 ? 0 : x, kCut && slope.y == 0 ? 0 : y);
       });
     });
-    start_pv<T>(dk_, ds, q);
+    start_pv<T, kQueries>(dk_, ds, q);
     const int lane = threadIdx.x % kWarpSize;
     const uint32_t scores = shared_address(shared_.ds[number % 2]) +
                             (warpgroup_ * kRows + row(0) - lane / 4 + lane % 16) * kBoxRowBytes +
