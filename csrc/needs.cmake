@@ -1,5 +1,5 @@
 # Of a build of some operators (TOKENMILL_OPS): those whose kernels each one calls, by itself or in
-# its gradients.
+# its gradients. The lines are read once: an operator stands before those that it needs.
 macro(needs op)
   if("${op}" IN_LIST TOKENMILL_OPS)
     foreach(needed ${ARGN})
@@ -13,6 +13,8 @@ endmacro()
 needs(dense/attention dense/attention_decode)
 needs(dense/attention_decode dense/attention)
 needs(select/indexer_topk_select select/topk_select)
+needs(sparse/block_sparse_attention sparse/transpose_block_list)
+needs(sparse/bilevel_routing_attention sparse/transpose_block_list)
 needs(tokens/scatter_tokens tokens/gather_tokens)
 needs(tokens/gather_tokens sparse/transpose_block_list tokens/segment_reduce)
 needs(tokens/reconstruct_tokens sparse/transpose_block_list)

@@ -59,10 +59,13 @@ inline bool meets(const std::vector<Step>& steps, size_t i, int64_t at, int64_t 
   return false;
 }
 
+constexpr int kSearched = 4096;  // multiples of strides, of a pair of tensors; as in _written.py
+
 // Whether an element of a may lie where one of b lies. For every cut the strides from it on step by
 // multiples of their greatest common divisor; what the others span is compared modulo that. This
 // tells apart what was cut from one tensor along any dimension, such as interleaved keys and
-// values. What it leaves is searched: pages with a gap between them.
+// values. What it leaves is searched: pages with a gap between them. A search that takes too long
+// counts as sharing.
 inline bool share_memory(const Places& a, const Places& b) {
   if (a.none() || b.none()) return false;
   const int64_t apart = b.begin - a.begin;
@@ -97,7 +100,7 @@ inline bool share_memory(const Places& a, const Places& b) {
       if (at == steps.end() || at->stride < stride) at = steps.insert(at, {stride, 0, 0});
       (t == &a ? at->least : at->most) += t == &a ? -last : last;
     }
-  int left = 4096;  // SEARCHED
+  int left = kSearched;
   return meets(steps, 0, apart, 1 - b.width, a.width - 1, left);
 }
 

@@ -339,9 +339,8 @@ def _spans(op: str, segments: Segments, packed: bool) -> Lowered:
     q_spans, k_spans = torch.stack((first, q_ids), -1), torch.stack((k_ids, k_ids), -1)
     if segments.shared is not None:
         everything = torch.tensor([INT32_MIN, INT32_MAX], dtype=torch.int32, device=q_ids.device)
-        everything = _beside(q_ids, everything)
         q_spans, k_spans = (
-            torch.where((ids == segments.shared)[..., None], everything, spans)
+            torch.where((ids == segments.shared)[..., None], _beside(ids, everything), spans)
             for ids, spans in ((q_ids, q_spans), (k_ids, k_spans))
         )
     return Lowered(None, q_spans, k_spans)

@@ -477,7 +477,7 @@ def test_shapes_are_refused_before_values(backend):
 @pytest.mark.skipif("cpu" not in backends(), reason="no CPU backend")
 def test_heads_that_share_a_bias_take_turns(threads):
     """The partial sums of 341 of these heads fit in memory together; one thread has none."""
-    q, k, v = (torch.randn(345, n, 1, 8, requires_grad=True) for n in (130, 970, 970))
+    q, k, v = (torch.randn(345, n, 1, 16, requires_grad=True) for n in (130, 970, 970))
     bias = torch.randn(1, 1, 1, 970, requires_grad=True)
 
     def gradients(count):

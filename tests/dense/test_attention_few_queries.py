@@ -17,14 +17,14 @@ B, SK, H = 2, 400, 6
 
 OPTIONS = {
     "plain": {"causal": True, "return_lse": True},
-    "window": {"window": (70, 0), "sink": draw_tensor(H), "softcap": 3.0, "return_lse": True},
+    "window": {"window": (170, 0), "sink": draw_tensor(H), "softcap": 3.0, "return_lse": True},
     "slopes": {
         "alibi_slopes": draw_tensor(B, H, positive=True),
         "score_bias": draw_tensor(B, H),
         "causal": True,
     },
     "sigmoid": {"kind": "sigmoid", "score_bias": "neg_log_n", "precision": "fast"},
-    "relu by count": {"kind": "relu", "normalize": "count", "window": (90, 0)},
+    "relu by count": {"kind": "relu", "normalize": "count", "window": (190, 0)},
     "elu1 by sum": {"kind": "elu1", "normalize": "sum", "return_lse": True},
     "masks": {
         "mask": (
@@ -62,12 +62,20 @@ def test_few_queries_keep_the_error_budget(name, dtype, isa):
 def test_few_queries_have_the_bits_of_a_decode():
     """Up to the number of rows that share a key and the number of keys that each needs."""
     g = torch.Generator().manual_seed(0)
-    for sq, keys, same in ((1, 400, True), (2, 400, True), (2, 100, False)):
-        (q, k, v), _ = call(sq, 3, {})(torch.float32, g)
-        k, v = k[:, :keys], v[:, :keys]
+    for sq, h, hk, keys, window, same in (
+        (1, 6, 3, 400, None, True),
+        (1, 36, 1, 130, None, True),
+        (2, 6, 3, 400, None, True),
+        (2, 6, 3, 100, None, False),
+        (2, 6, 3, 400, (100, 0), False),
+        (5, 2, 1, 2570, None, True),
+        (5, 2, 1, 2550, None, False),
+    ):
+        q, k, v = (torch.randn(B, s, n, 24, generator=g) for s, n in ((sq, h), *((keys, hk),) * 2))
         lengths = torch.full((B,), keys, dtype=torch.int32)
-        want = tm.attention_decode(q, k, v, seqlens_k=lengths, return_lse=True)
-        found = tm.attention(q, k, v, causal=True, return_lse=True)
+        options = {"window": window, "return_lse": True}
+        want = tm.attention_decode(q, k, v, seqlens_k=lengths, **options)
+        found = tm.attention(q, k, v, causal=True, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True)) == same
         torch.testing.assert_close(found, want)
 

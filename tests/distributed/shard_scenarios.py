@@ -181,7 +181,11 @@ def masks_of_requests(mesh):
     ids = torch.tensor([[0, 0, 1, 1, 2, 2]] * 4, dtype=torch.int32)
     masks = tm.masks.prefix(lengths), tm.masks.segments(ids, shared=1)
     own = [distribute_tensor(t, mesh["model"], [Shard(0)]) for t in (x, lengths, ids)]
-    for split in (masks, (tm.masks.prefix(own[1]), tm.masks.segments(own[2], shared=1))):
+    segments = [
+        tm.masks.segments(*pair, shared=1)
+        for pair in ((own[2], own[2]), (own[2], ids), (ids, own[2]))
+    ]
+    for split in (masks, *((tm.masks.prefix(own[1]), each) for each in segments)):
         got = tm.attention(own[0], own[0], own[0], mask=split)
         torch.testing.assert_close(full(got), tm.attention(x, x, x, mask=masks))
 

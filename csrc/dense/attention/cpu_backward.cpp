@@ -22,7 +22,7 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// 16 MiB: what the parts of heads may take that add to the same dbias.
+// 16 MiB: what parts of heads that add to the same dbias may take, or one head of each item.
 constexpr int64_t kPartFloats = int64_t{1} << 22;
 
 // What one part of one head leaves for the head's total.

@@ -7,16 +7,20 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
-// Rows that share a key head, and the keys from which on the engine of decode is the faster one:
-// some for a few rows, and so many for each of more rows that packed keys leave L2.
+// Rows that share a key head, and the keys in their window from which on the engine of decode is
+// the faster one: some for a few rows or one query, and so many for each of more rows that packed
+// keys leave L2.
 constexpr int64_t kFewestRows = 8, kSomeKeys = 128;
 constexpr int64_t kFewRows = 32, kKeysOfRow = 256;
 
 inline bool has_few_rows(const AttentionParams& p) {
   if (p.cu_seqlens_q || p.bias || p.grid.width > 0 || p.fades) return false;
   const int64_t rows = p.heads / p.kv_heads * p.seqlen_q;
-  const int64_t least = rows <= kFewestRows ? kSomeKeys : kKeysOfRow * rows;
-  return rows <= kFewRows && p.seqlen_k >= least && p.seqlen_k <= 0x7fffffff;
+  const bool are_fewest = rows <= kFewestRows || p.seqlen_q == 1;
+  const int64_t least = are_fewest ? kSomeKeys : kKeysOfRow * rows;
+  int64_t keys = p.seqlen_k;
+  if (p.window_left >= 0 && p.window_left < keys) keys = std::min(keys, p.window_left + p.seqlen_q);
+  return (are_fewest || rows <= kFewRows) && keys >= least && p.seqlen_k <= 0x7fffffff;
 }
 
 // Tensors as a cache in which each request has a page of its own, and all keys of it.
