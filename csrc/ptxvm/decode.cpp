@@ -1,5 +1,6 @@
 // From statements to instructions: operands get values, labels get targets, calls are inlined.
 #include <algorithm>
+#include <unordered_set>
 
 #include "ptxvm/decode_state.h"
 #include "ptxvm/device.h"
@@ -105,7 +106,6 @@ uint32_t Decoder::State::operand(const std::string& text, int bits) {
   uint32_t value = 0;
   int declared = 0, index = 0;
   const std::string& opcode = statement->opcode[0];
-  if (text == "_") return kNoSlot;
   if (find_register(text, value, declared)) {
     // The only instructions whose operands may be wider than their type.
     const bool may_differ = opcode == "ld" || opcode == "st" || opcode == "cvt" || opcode == "ldu";
@@ -134,9 +134,17 @@ uint32_t Decoder::State::operand(const std::string& text, int bits) {
   Decoder(*this).fail("unknown operand '" + text + "'");
 }
 
+// "_" as a destination: no slot for handlers that expect that, else one that nobody reads.
+uint32_t Decoder::State::sink(int bits) {
+  static const std::unordered_set<std::string> kExpected = {
+      "atom", "elect", "ld", "ldmatrix", "ldu", "lop3", "match", "setp", "shfl"};
+  if (kExpected.contains(statement->opcode[0])) return kNoSlot;
+  return add_value({Value::Kind::variable, bits});
+}
+
 void Decoder::write(const std::string& operand, int bits) {
   if (state_.reads) fail("machine error: a destination after a source");
-  const uint32_t value = state_.operand(operand, bits);
+  const uint32_t value = operand == "_" ? state_.sink(bits) : state_.operand(operand, bits);
   if (value != kNoSlot && state_.values[value].kind != Value::Kind::variable)
     fail("destination '" + operand + "' is no register");
   state_.operands.push_back(value);
@@ -144,6 +152,7 @@ void Decoder::write(const std::string& operand, int bits) {
 }
 
 void Decoder::read(const std::string& operand, int bits) {
+  if (operand == "_") fail("a source cannot be '_'");
   const bool negated = bits == 1 && operand[0] == '!';
   state_.operands.push_back(state_.operand(negated ? trim(operand.substr(1)) : operand, bits));
   ++state_.reads;
@@ -331,6 +340,9 @@ void decode_into(Kernel& kernel) {
   kernel.slots.clear();
   kernel.texts.clear();
   kernel.tables.clear();
+  kernel.tiles.clear();
+  kernel.products.clear();
+  kernel.copies.clear();
   kernel.constants.clear();
   kernel.specials.clear();
   kernel.local_bytes = kernel.stack = 0;

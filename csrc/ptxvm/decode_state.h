@@ -65,6 +65,7 @@ struct Decoder::State {
   uint32_t local_offset(const Variable& variable);
   uint32_t shared_offset(const Variable& variable);
   uint32_t operand(const std::string& text, int bits);
+  uint32_t sink(int bits);
   void decode_body(Frame& body);
   void decode_call();
   void decode_return();

@@ -106,7 +106,7 @@ void spread_tile(const Step& step, const Tile& tile, Mask* values) {
 // wmma: loads need address and stride, stores to global memory values.
 void follow_wmma(const Step& step, Mask* values) {
   const Instruction& in = step.instruction;
-  if (const Tile* tile = wmma_of(in)) return spread_tile(step, *tile, values);
+  if (const Tile* tile = wmma_of(step.warp, in)) return spread_tile(step, *tile, values);
   if (in.writes) return step.require_sources(0, in.reads);
   step.require_sources(0, 1);
   step.require_sources(in.reads - 1, in.reads);
@@ -253,7 +253,7 @@ void follow(const Step& step, Mask* values) {
   }
   if (step.base == "wmma") return follow_wmma(step, values);
   if (step.base == "mma") {
-    const Tile* const tile = tile_of(in);
+    const Tile* const tile = tile_of(step.warp, in);
     return tile ? spread_tile(step, *tile, values) : spread_matrices(step, values);
   }
   if (step.base == "shfl") return spread_shuffle(step, values);

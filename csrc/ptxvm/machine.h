@@ -37,6 +37,9 @@ struct Kernel;
 struct Module;
 struct Instruction;
 struct Device;
+struct Tile;
+struct Wmma;
+struct WmmaCopy;
 
 // Executes one instruction for the lanes in `mask`, which is never 0.
 using Handler = void (*)(Warp&, const Instruction&, Mask mask);
@@ -139,6 +142,10 @@ struct Kernel {
     int bits;
   };
   std::vector<Special> specials;
+  // What mma and wmma have beside their slots, by Instruction::target.
+  std::vector<std::shared_ptr<const Tile>> tiles;
+  std::vector<std::shared_ptr<const Wmma>> products;
+  std::vector<std::shared_ptr<const WmmaCopy>> copies;
   // Counting mode: executions and active lanes per instruction, summed over launches since reset.
   std::vector<uint64_t> issued, active;
 };

@@ -38,8 +38,7 @@ void unpack(Warp& warp, const Instruction& in, Mask mask) {
   alignas(64) E values[count][kLanes];
   for (int k = 0; k < count; ++k)
     for (int i = 0; i < kLanes; ++i) values[k][i] = static_cast<E>(source[i] >> (k * bits));
-  for (int k = 0; k < count; ++k)
-    if (in.slots[k] != kNoSlot) assign(lanes<E>(warp, in.slots[k]), values[k], mask);
+  for (int k = 0; k < count; ++k) assign(lanes<E>(warp, in.slots[k]), values[k], mask);
 }
 
 template <bool Packing>

@@ -96,8 +96,6 @@ void read_registers(Decoder& decoder, const std::string& operand, const Fragment
     decoder.fail("operand " + operand + " needs " + std::to_string(fragment.registers) +
                  " registers");
   const int bits = fragment.type == Type::f64 ? 64 : 32;
-  if (std::find(names.begin(), names.end(), "_") != names.end())
-    decoder.fail("operand " + operand + " needs registers, not '_'");
   for (const std::string& name : names)
     writes ? decoder.write(name, bits) : decoder.read(name, bits);
 }
@@ -191,15 +189,14 @@ bool decode_tile(Decoder& decoder, const Statement& statement, Instruction& in) 
   read_registers(decoder, operands[3], tile.c, false);
   if (sparse) {
     decoder.read(operands[4], 32);
-    // Lanes of four that have metadata.
-    const int given = k / (bits_of(types[1]) == 4 ? 32 : types[1] == Type::tf32 ? 8 : 16);
+    const int given = tile.in_four_lanes();
     uint64_t selector = 0;
     if (!parse_literal(operands[5], 32, selector) || selector >= 4u / static_cast<unsigned>(given))
       decoder.fail("sparsity selector: must be from 0 to " + std::to_string(4 / given - 1) +
                    "; got " + operands[5]);
     tile.selector = static_cast<int>(selector);
   }
-  in.target = add_tile(tile);
+  in.target = add_tile(decoder.kernel(), tile);
   in.run = multiply_tile;
   in.control = Control::converge;
   return true;

@@ -2,13 +2,11 @@
 // m8n8k*; PTX leaves their layout open. A 8 x 32 product is the transpose of a 32 x 8 one. Operands
 // of f16 have eight registers, of which those beyond the elements repeat the first.
 #include <algorithm>
-#include <deque>
 
 #include "ptxvm/memory_ops.h"
 #include "ptxvm/tiles.h"
 
 namespace ptxvm {
-namespace {
 
 // Of a product: the fragments, and the mma of each block. Slots: D, A, B, C.
 struct Wmma {
@@ -16,21 +14,15 @@ struct Wmma {
   Handler block = nullptr;
   uint32_t tile = 0;  // of multiply_tile
 };
-std::deque<Wmma>& products() {
-  static std::deque<Wmma> all;
-  return all;
-}
 
 // Of a load or store. Slots: values first or last, as in the text, then the stride if there is one.
-struct Transfer {
+struct WmmaCopy {
   Fragment fragment;
   bool row_major, has_stride;
   int64_t stride;  // elements, where none is given
 };
-std::deque<Transfer>& transfers() {
-  static std::deque<Transfer> all;
-  return all;
-}
+
+namespace {
 
 bool is_in(Type type, std::initializer_list<Type> types) {
   return std::find(types.begin(), types.end(), type) != types.end();
@@ -69,7 +61,7 @@ bool lay_out(const std::string& shape, Type d, Type a, Type b, Type c, Tile& who
 }
 
 void multiply_blocks(Warp& warp, const Instruction& in, Mask mask) {
-  const Wmma& product = products()[in.target];
+  const Wmma& product = *warp.block->kernel->products[in.target];
   const Tile& whole = product.whole;
   const uint32_t *d = in.slots, *a = d + whole.d.registers, *b = a + whole.a.registers,
                  *c = b + whole.b.registers;
@@ -104,15 +96,14 @@ void multiply_blocks(Warp& warp, const Instruction& in, Mask mask) {
 
 // Calls act(register, byte of it, bytes, addresses) for pieces of memory that cover the fragment.
 template <typename Act>
-void for_pieces(Warp& warp, const Instruction& in, const Transfer& transfer, uint32_t base,
+void for_pieces(Warp& warp, const Instruction& in, const WmmaCopy& copy, uint32_t base,
                 uint32_t stride_slot, Act act) {
-  const Fragment& fragment = transfer.fragment;
+  const Fragment& fragment = copy.fragment;
   alignas(64) uint64_t bases[kLanes];
   lane_addresses(warp, base, in.offset, in.flags & kWide, bases);
   const int bits = bits_of(fragment.type), per = fragment.per();
   const Place one = fragment.place(0, 0, 0), next = fragment.place(0, 0, per > 1 ? 1 : 0);
-  const bool whole =
-      per == 1 || (transfer.row_major ? next.column != one.column : next.row != one.row);
+  const bool whole = per == 1 || (copy.row_major ? next.column != one.column : next.row != one.row);
   const uint32_t bytes = static_cast<uint32_t>(whole ? bits * per / 8 : bits / 8);
   for (int r = 0; r < fragment.unit * fragment.blocks; ++r)
     for (int j = 0; j < (whole ? 1 : per); ++j) {
@@ -120,9 +111,9 @@ void for_pieces(Warp& warp, const Instruction& in, const Transfer& transfer, uin
       for (int lane = 0; lane < kLanes; ++lane) {
         const Place place = fragment.place(lane, r, j);
         const int64_t stride =
-            transfer.has_stride ? lanes<const int32_t>(warp, stride_slot)[lane] : transfer.stride;
-        const int64_t major = transfer.row_major ? place.row : place.column;
-        const int64_t minor = transfer.row_major ? place.column : place.row;
+            copy.has_stride ? lanes<const int32_t>(warp, stride_slot)[lane] : copy.stride;
+        const int64_t major = copy.row_major ? place.row : place.column;
+        const int64_t minor = copy.row_major ? place.column : place.row;
         // Elements of b1 are words, the stride counts bits.
         const int64_t at = fragment.type == Type::b1 ? major * stride + minor * 32
                                                      : (major * stride + minor) * bits;
@@ -139,14 +130,14 @@ void require_full(Warp& warp, const Instruction& in, Mask mask) {
 
 void load_fragment(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
-  const Transfer& transfer = transfers()[in.target];
-  const Fragment& fragment = transfer.fragment;
+  const WmmaCopy& copy = *warp.block->kernel->copies[in.target];
+  const Fragment& fragment = copy.fragment;
   const int distinct = fragment.unit * fragment.blocks;
   const uint32_t size = fragment.type == Type::f64 ? 8 : 4;
   alignas(64) char values[8][8 * kLanes] = {};
   Mask lost[8] = {};
   const Instruction* origin = nullptr;
-  for_pieces(warp, in, transfer, in.slots[in.writes], in.slots[in.writes + 1],
+  for_pieces(warp, in, copy, in.slots[in.writes], in.slots[in.writes + 1],
              [&](int r, uint32_t at, uint32_t bytes, uint64_t* addresses) {
                if (options.count)
                  count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::load);
@@ -167,18 +158,17 @@ void load_fragment(Warp& warp, const Instruction& in, Mask mask) {
   }
   for (int r = 0; r < fragment.registers; ++r) {
     if (origin) warp.undefined.values[r] = lost[r % distinct];
-    if (in.slots[r] != kNoSlot)
-      std::memcpy(lanes<char>(warp, in.slots[r]), values[r % distinct], size * kLanes);
+    std::memcpy(lanes<char>(warp, in.slots[r]), values[r % distinct], size * kLanes);
   }
 }
 
 void store_fragment(Warp& warp, const Instruction& in, Mask mask) {
   require_full(warp, in, mask);
-  const Transfer& transfer = transfers()[in.target];
-  const Fragment& fragment = transfer.fragment;
+  const WmmaCopy& copy = *warp.block->kernel->copies[in.target];
+  const Fragment& fragment = copy.fragment;
   const uint32_t size = fragment.type == Type::f64 ? 8 : 4;
   const Undefined undefined = warp.undefined;
-  for_pieces(warp, in, transfer, in.slots[0], in.slots[1 + fragment.registers],
+  for_pieces(warp, in, copy, in.slots[0], in.slots[1 + fragment.registers],
              [&](int r, uint32_t at, uint32_t bytes, uint64_t* addresses) {
                if (options.count)
                  count_request(warp, in, space_of(in), addresses, mask, bytes, Traffic::store);
@@ -233,39 +223,40 @@ void decode_transfer(Decoder& decoder, const Statement& statement, Instruction& 
   Tile whole;
   if (!find_type(parts.back(), type) || !types_of(role, type, shape, whole))
     decoder.fail("no wmma of this shape and type");
-  Transfer transfer{role == "a"   ? whole.a
-                    : role == "b" ? whole.b
-                                  : whole.c,
-                    parts[5] == "row", operands.size() == 3, 0};
-  if (is_in(type, {Type::s4, Type::u4, Type::b1}) && transfer.row_major != (role == "a"))
+  WmmaCopy copy{role == "a"   ? whole.a
+                : role == "b" ? whole.b
+                              : whole.c,
+                parts[5] == "row", operands.size() == 3, 0};
+  if (is_in(type, {Type::s4, Type::u4, Type::b1}) && copy.row_major != (role == "a"))
     decoder.fail("elements of less than 8 bits need .row for A and .col for B");
   int m = 0, n = 0, k = 0;
   parse_shape(shape, m, n, k);
   const int rows = role == "b" ? k : m, columns = role == "a" ? k : n;
-  transfer.stride = transfer.row_major ? columns : rows;
+  copy.stride = copy.row_major ? columns : rows;
   Words words;
   words.space = space.empty() ? Space::generic : space == "global" ? Space::global : Space::shared;
   const auto read_stride = [&] {
-    transfer.has_stride ? decoder.read(operands[2], 32) : decoder.skip();
+    copy.has_stride ? decoder.read(operands[2], 32) : decoder.skip();
   };
   if (loads) {
-    read_registers(decoder, operands[0], transfer.fragment, true);
+    read_registers(decoder, operands[0], copy.fragment, true);
     read_memory_operand(decoder, operands[1], words, in);
     read_stride();
     in.run = load_fragment;
   } else {
     read_memory_operand(decoder, operands[0], words, in);
-    read_registers(decoder, operands[1], transfer.fragment, false);
+    read_registers(decoder, operands[1], copy.fragment, false);
     read_stride();
     in.width = 2;
     in.run = store_fragment;
   }
   in.control = Control::converge;
-  transfers().push_back(transfer);
-  in.target = static_cast<uint32_t>(transfers().size() - 1);
+  auto& copies = decoder.kernel().copies;
+  copies.push_back(std::make_shared<const WmmaCopy>(copy));
+  in.target = static_cast<uint32_t>(copies.size() - 1);
 }
 
-// wmma.mma{.and.popc}.sync.aligned.row.col.m16n16k16{.rn}.f32{.f16.f16}.f32{.satfinite}
+// wmma.mma{.and.popc}.sync.aligned.row.col.m16n16k16{.rn}.f32{.bf16.bf16}.f32{.satfinite}
 void decode_product(Decoder& decoder, const Statement& statement, Instruction& in) {
   std::vector<std::string> parts(statement.opcode.begin() + 2, statement.opcode.end());
   const bool bitwise = parts.size() > 2 && (parts[0] == "and" || parts[0] == "xor");
@@ -279,7 +270,8 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
   Rounding rounding = Rounding::nearest;
   const bool rounds = parts.size() > 5 && take_rounding(parts[5], rounding);
   if (rounds) parts.erase(parts.begin() + 5);
-  if (parts.size() == 7) parts.insert(parts.begin() + 6, {"f16", "f16"});
+  const bool of_halves = parts.size() == 7;  // which have two types in the text
+  if (of_halves) parts.insert(parts.begin() + 6, {"f16", "f16"});
   const auto is_layout = [](const std::string& word) { return word == "row" || word == "col"; };
   require(decoder, parts.size() == 9 && parts[0] == "sync" && parts[1] == "aligned" &&
                        is_layout(parts[2]) && is_layout(parts[3]) &&
@@ -292,8 +284,9 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
                    : is_in(a, {Type::f16, Type::bf16, Type::tf32}) ? Type::f32
                                                                    : Type::s32;
   const auto accumulates = [&](Type t) { return t == sum || (a == Type::f16 && t == Type::f16); };
-  if (!known || !accumulates(d) || !accumulates(c) || bitwise != (a == Type::b1) ||
-      (rounds && a != Type::f64) || (saturates && (sum != Type::s32 || bitwise)))
+  if (!known || of_halves != (a == Type::f16) || !accumulates(d) || !accumulates(c) ||
+      bitwise != (a == Type::b1) || (rounds && a != Type::f64) ||
+      (saturates && (sum != Type::s32 || bitwise)))
     decoder.fail("no wmma of this shape and these types");
   if (bits_of(a) == 4 || bitwise) require(decoder, parts[2] == "row" && parts[3] == "col");
   int m = 0, n = 0, k = 0;
@@ -304,7 +297,7 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
     one.saturates = saturates;
     one.ands = ands;
     one.rounding = rounding;
-    product.tile = add_tile(one);
+    product.tile = add_tile(decoder.kernel(), one);
     product.block = multiply_tile;
   }
   read_registers(decoder, statement.operands[0], product.whole.d, true);
@@ -312,8 +305,9 @@ void decode_product(Decoder& decoder, const Statement& statement, Instruction& i
   read_registers(decoder, statement.operands[2], product.whole.b, false);
   read_registers(decoder, statement.operands[3], product.whole.c, false);
   decoder.kernel().scratch = 0;  // slots.cpp places it
-  products().push_back(product);
-  in.target = static_cast<uint32_t>(products().size() - 1);
+  auto& products = decoder.kernel().products;
+  products.push_back(std::make_shared<const Wmma>(product));
+  in.target = static_cast<uint32_t>(products.size() - 1);
   in.run = multiply_blocks;
   in.control = Control::converge;
 }
@@ -328,8 +322,9 @@ void decode_wmma(Decoder& decoder, const Statement& statement, Instruction& in) 
 
 }  // namespace
 
-const Tile* wmma_of(const Instruction& in) {
-  return in.run == multiply_blocks ? &products()[in.target].whole : nullptr;
+const Tile* wmma_of(const Warp& warp, const Instruction& in) {
+  if (in.run != multiply_blocks) return nullptr;
+  return &warp.block->kernel->products[in.target]->whole;
 }
 
 void add_wmma(OpcodeTable& table) { table["wmma"] = decode_wmma; }

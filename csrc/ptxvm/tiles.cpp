@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <deque>
 
 #include "ptxvm/elements.h"
 
@@ -24,12 +23,6 @@ constexpr Name kNames[] = {
     {"e5m2", Type::e5m2, 8}, {"s8", Type::s8, 8},      {"u8", Type::u8, 8},
     {"s4", Type::s4, 4},     {"u4", Type::u4, 4},      {"b1", Type::b1, 32},
     {"s32", Type::s32, 32}};
-
-// Tiles of decoded instructions; they stay, for kernels do.
-std::deque<Tile>& tiles() {
-  static std::deque<Tile> all;
-  return all;
-}
 
 double element(Type type, uint64_t bits, int j) {
   const auto word = static_cast<uint32_t>(bits);
@@ -92,32 +85,33 @@ class Metadata {
     const int chunk = single ? i : pairs ? i / 4 : i / 2;
     const uint32_t bits = chunk_of(row, chunk);
     if (single) {
-      if (bits != 14 && bits != 4) refuse(row, bits, "must be 0b1110 or 0b0100");
+      if (bits != 14 && bits != 4) refuse(row, chunk, "must be 0b1110 or 0b0100");
       return 2 * chunk + (bits == 14);
     }
     const int first = bits & 3, second = bits >> 2;
-    if (first == second) refuse(row, bits, "names one element twice");
-    if (tile_.ordered && first > second) refuse(row, bits, "is not in ascending order");
+    if (first == second) refuse(row, chunk, "names one element twice");
+    if (tile_.ordered && first > second) refuse(row, chunk, "is not in ascending order");
     const int place = (pairs ? i / 2 : i) % 2 ? second : first;
     return pairs ? 8 * chunk + 2 * place + i % 2 : 4 * chunk + place;
   }
 
  private:
   int lane_of(int row, int chunk) const {
-    const int chunks = tile_.k / (bits_of(tile_.a.type) == 4   ? 4
-                                  : tile_.a.type == Type::tf32 ? 1
-                                                               : 2);
     const int part = in_two_rows() ? chunk / 4 : 2 * (chunk / 8) + row / 8;
-    return row % 8 * 4 + tile_.selector * (chunks / 4) + part;
+    return row % 8 * 4 + tile_.selector * tile_.in_four_lanes() + part;
   }
   bool in_two_rows() const { return bits_of(tile_.a.type) >= 16; }
   uint32_t chunk_of(int row, int chunk) const {
     const int shift = in_two_rows() ? 4 * (chunk % 4) + 16 * (row / 8) : 4 * (chunk % 8);
     return values_[lane_of(row, chunk)] >> shift & 15;
   }
-  [[noreturn]] void refuse(int row, uint32_t bits, const std::string& why) const {
-    fault(warp_, in_, row % 8 * 4,
-          "metadata of row " + std::to_string(row) + " of A: " + std::to_string(bits) + " " + why);
+  [[noreturn]] void refuse(int row, int chunk, const std::string& why) const {
+    const bool single = tile_.a.type == Type::tf32, pairs = bits_of(tile_.a.type) == 4;
+    const int width = single ? 2 : pairs ? 8 : 4, first = chunk * width;
+    fault(warp_, in_, lane_of(row, chunk),
+          "metadata of row " + std::to_string(row) + ", columns " + std::to_string(first) + " to " +
+              std::to_string(first + width - 1) + " of A: " + std::to_string(chunk_of(row, chunk)) +
+              " " + why);
   }
 
   Warp& warp_;
@@ -237,7 +231,7 @@ Place Fragment::place(int lane, int index, int j) const {
 void multiply_tile(Warp& warp, const Instruction& in, Mask mask) {
   if (mask != kFullMask)
     fault(warp, in, __builtin_ctz(~mask), "mma without all 32 lanes of the warp");
-  const Tile& tile = tiles()[in.target];
+  const Tile& tile = *warp.block->kernel->tiles[in.target];
   const uint32_t* const a_slots = in.slots + tile.d.registers;
   const uint32_t* const b_slots = a_slots + tile.a.registers;
   const uint32_t* const c_slots = b_slots + tile.b.registers;
@@ -271,13 +265,13 @@ void multiply_tile(Warp& warp, const Instruction& in, Mask mask) {
     }
 }
 
-uint32_t add_tile(const Tile& tile) {
-  tiles().push_back(tile);
-  return static_cast<uint32_t>(tiles().size() - 1);
+uint32_t add_tile(Kernel& kernel, const Tile& tile) {
+  kernel.tiles.push_back(std::make_shared<const Tile>(tile));
+  return static_cast<uint32_t>(kernel.tiles.size() - 1);
 }
 
-const Tile* tile_of(const Instruction& in) {
-  return in.run == multiply_tile ? &tiles()[in.target] : nullptr;
+const Tile* tile_of(const Warp& warp, const Instruction& in) {
+  return in.run == multiply_tile ? warp.block->kernel->tiles[in.target].get() : nullptr;
 }
 
 void spread_tile(const Tile& tile, const Mask* missing, Mask* values) {
@@ -285,7 +279,10 @@ void spread_tile(const Tile& tile, const Mask* missing, Mask* values) {
   mark(tile.a, missing, [&](Place place) { lost_rows[place.row] = true; });
   mark(tile.b, missing, [&](Place place) { lost_columns[place.column] = true; });
   mark(tile.c, missing, [&](Place place) { lost[place.row][place.column] = true; });
-  const bool all = tile.sparse && *missing;
+  // Lanes of four whose metadata the selector does not name have none to give.
+  const int given = tile.in_four_lanes();
+  const Mask asked = 0x11111111u * (((1u << given) - 1) << tile.selector * given);
+  const bool all = tile.sparse && *missing & asked;
   for (int r = 0; r < tile.d.registers; ++r)
     for (int lane = 0; lane < kLanes; ++lane)
       for (int j = 0; j < tile.d.per(); ++j) {

@@ -39,6 +39,11 @@ struct Tile {
   bool saturates = false, ands = false, sparse = false, ordered = false;
   int selector = 0;  // of the lanes with metadata
   Rounding rounding = Rounding::nearest;
+
+  // Lanes of four whose metadata says where the elements of a sparse A are.
+  int in_four_lanes() const {
+    return k / (bits_of(a.type) == 4 ? 16 : a.type == Type::tf32 ? 4 : 8);
+  }
 };
 
 // Of one mma of this shape.
@@ -54,8 +59,8 @@ void read_registers(Decoder&, const std::string& operand, const Fragment&, bool 
 bool decode_tile(Decoder&, const Statement&, Instruction&);
 
 // A product that multiply_tile runs, by its Instruction::target; null if the instruction is none.
-uint32_t add_tile(const Tile&);
-const Tile* tile_of(const Instruction&);
+uint32_t add_tile(Kernel&, const Tile&);
+const Tile* tile_of(const Warp&, const Instruction&);
 void multiply_tile(Warp&, const Instruction&, Mask);
 
 // The mma of one block of these types and this shape that ops_tensor.cpp has; null if there is
@@ -68,6 +73,6 @@ Handler find_mma(int k, const std::string& d, const std::string& a, const std::s
 void spread_tile(const Tile&, const Mask* missing, Mask* values);
 
 // wmma.mma: its fragments; null if the instruction is none.
-const Tile* wmma_of(const Instruction&);
+const Tile* wmma_of(const Warp&, const Instruction&);
 
 }  // namespace ptxvm

@@ -268,14 +268,56 @@ def test_sparse(shape: str, types: str, selector: int, variant: str) -> None:
 def test_metadata_that_names_nothing() -> None:
     operands = [np.zeros((32, n), np.uint32) for n in (2, 2, 4, 1)]
     opcode = "sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
-    with pytest.raises(MachineError, match="row 0 of A: 0 names one element twice"):
+    where = "row 0, columns 0 to 3 of A: 0 names one element twice.*thread 0"
+    with pytest.raises(MachineError, match=where):
         run(f"mma.sp.{opcode}", "f32", operands, 4, ", 0")
+    operands[3][:] = 0x44444444
+    operands[3][9] = 0x44044444  # row 10, of selector 1
+    where = "row 10, columns 4 to 7 of A: 0 names one element twice.*thread 9"
+    with pytest.raises(MachineError, match=where):
+        run(f"mma.sp.{opcode}", "f32", operands, 4, ", 1")
     operands[3][:] = 0x11111111  # 1, then 0
     run(f"mma.sp.{opcode}", "f32", operands, 4, ", 0")
     with pytest.raises(MachineError, match="1 is not in ascending order"):
         run(f"mma.sp::ordered_metadata.{opcode}", "f32", operands, 4, ", 0")
     with pytest.raises(MachineError, match="sparsity selector: must be from 0 to 3; got 4"):
         run(f"mma.sp.{opcode}", "f32", operands, 4, ", 4")
+
+
+def test_undefined_metadata() -> None:
+    """Only the lanes that the selector names need metadata."""
+    text = """.visible .entry k(.param .u64 out) {
+.reg .b32 %r<9>; .reg .b64 %d<2>; .reg .pred %p<2>;
+ld.param.u64 %d0, [out]; mov.u32 %r0, %tid.x; mad.wide.u32 %d1, %r0, 4, %d0;
+and.b32 %r1, %r0, 3; setp.eq.u32 %p0, %r1, 2; mov.b32 %r2, 0;
+@%p0 mov.b32 %r6, 0;
+or.b32 %r3, %r6, 0x44444444;
+mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r4, _, %r5, _}, {%r2, %r2}, {%r2, %r2},
+ {%r2, %r2, %r2, %r2}, %r3, {};
+st.global.b32 [%d1], %r4; ret; }"""
+    out = np.ones(32, np.float32)
+    with machine.options(check=1):
+        machine.run(text.replace("{}", "2"), "k", out)
+        assert not out.any()
+        with pytest.raises(MachineError, match="uninitialised value"):
+            machine.run(text.replace("{}", "1"), "k", out)
+
+
+def test_sinks() -> None:
+    """What goes to "_" is dropped, and the rest is what it is without."""
+    body = """mov.b32 %r1, 0x3C003C00; mov.b32 %r2, 0;
+mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {_, _, _, %r3}, {%r1, %r1}, {%r1},
+ {%r2, %r2, %r2, %r2};
+mov.u32 _, %r1; add.u32 _, %r1, %r2; vabsdiff4.u32.u32.u32 _, %r1, %r2, %r2;
+mov.b64 %d1, 0x4100000000; mov.b64 {_, %r4}, %d1;
+ld.global.v2.b32 {%r5, _}, [%d0]; atom.global.add.u32 _, [%d0], 1;"""
+    text = f""".visible .entry k(.param .u64 out) {{ .reg .b32 %r<9>; .reg .b64 %d<3>;
+ld.param.u64 %d0, [out]; {body}
+st.global.b32 [%d0], %r3; st.global.v2.b32 [%d0+8], {{%r4, %r5}}; ret; }}"""
+    out = np.array([5, 7, 0, 0], np.uint32)
+    with machine.options(check=1):
+        machine.run(text, "k", out)
+    assert out.view(np.float32)[0] == 8 and out[1:].tolist() == [7, 0x41, 5]
 
 
 def test_f64_and_integers_round_and_saturate() -> None:
@@ -445,8 +487,15 @@ wmma.store.d.sync.aligned.row.m16n16k16.global.f32 [%d1], {lists[2]}, 16; ret; }
         machine.run(unset, "k", a, out, block=16)
 
 
+EIGHT = "{" + ", ".join(f"%r{i}" for i in range(1, 9)) + "}"
 REFUSED = [
-    "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1,_}, {%d3}, {%d4}, {%d5,%d6};",
+    "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1,%d2}, {_}, {%d4}, {%d5,%d6};",
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r1,%r2}, {%r1},"
+    " {%r1,%r2,%r3,_};",
+    "mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r1,%r2}, {%r1,%r2},"
+    " {%r1,%r2,%r3,%r4}, _, 0;",
+    f"wmma.mma.sync.aligned.row.col.m16n16k16.f32.f16.f16.f32 {EIGHT}, {EIGHT}, {EIGHT}, {EIGHT};",
+    f"wmma.store.d.sync.aligned.row.m16n16k16.global.f32 [%d1], {EIGHT}, _;",
     "mma.sync.aligned.m8n8k4.row.row.f64.f64.f64.f64 {%d1,%d2}, {%d3}, {%d4}, {%d5,%d6};",
     "mma.sync.aligned.m8n8k4.row.col.f16.f16.f16.f32 {%r1,%r2,%r3,%r4}, {%r1,%r2}, {%r1,%r2},"
     " {%r1,%r2,%r3,%r4,%r5,%r6,%r7,%r8};",
