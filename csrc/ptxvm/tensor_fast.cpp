@@ -267,11 +267,12 @@ bool widen_core(Operand type, const char* const* from, bool transposed, bool neg
 
 bool multiply_panel(Operand type, Warp& warp, const uint32_t* d, const uint32_t* const* a,
                     const Panel& panel, uint32_t columns, bool accumulates) {
+  if (type == Operand::f8) return false;
   const auto multiply = type == Operand::f16    ? multiply_rows<Operand::f16>
                         : type == Operand::bf16 ? multiply_rows<Operand::bf16>
                                                 : multiply_rows<Operand::tf32>;
   multiply(warp, d, a, panel, columns, accumulates);
-  return type != Operand::f8;
+  return true;
 }
 
 #endif

@@ -1,8 +1,7 @@
 // How tensor cores add. The hardware's way is after measurements, which NVIDIA does not document:
 // F. Khattak and M. Mikaitis, "Accurate Models of NVIDIA Tensor Cores" (arXiv:2512.07004), and
-// P. Xie et al., "MMA-Sim" (arXiv:2511.10909). What they leave open: products of 0 have no
-// exponent here, f16 accumulators are rounded after each step, and mma.sp adds what is left of A in
-// steps of the same size.
+// P. Xie et al., "MMA-Sim" (arXiv:2511.10909). They leave open how mma.sp groups its products: it
+// adds what is left of A in steps of the same size. Zeros have no exponent here (MMA-Sim: -126).
 #include <algorithm>
 #include <climits>
 #include <cmath>
@@ -49,11 +48,32 @@ Adder adder_of(Operand operand, bool of_wgmma) {
   return is_hopper ? Adder{32, 13, 13, false} : Adder{32, bits, 23, false};
 }
 
+namespace {
+
+// A sum with an operand that is not finite: the sign of its infinities, or NaN.
+float sum_of_infinities(const float* a, const float* b, int k, float c) {
+  bool plus = c > 0 && std::isinf(c), minus = c < 0 && std::isinf(c), none = std::isnan(c);
+  for (int i = 0; i < k; ++i) {
+    if (!std::isinf(a[i]) && !std::isinf(b[i])) {
+      none |= std::isnan(a[i]) || std::isnan(b[i]);
+      continue;
+    }
+    const float product = a[i] * b[i];  // NaN for infinity times 0 too
+    none |= std::isnan(product);
+    plus |= product > 0;
+    minus |= product < 0;
+  }
+  if (none || (plus && minus)) return std::bit_cast<float>(kNaN32);
+  return std::bit_cast<float>(plus ? 0x7f800000u : 0xff800000u);
+}
+
+}  // namespace
+
 float hardware_sum(const float* a, const float* b, int k, const Adder& adder, float c, int least_a,
                    int least_b, bool half) {
   bool is_finite = std::isfinite(c);
   for (int i = 0; i < k; ++i) is_finite &= std::isfinite(a[i]) && std::isfinite(b[i]);
-  if (!is_finite) return ordered_sum(a, b, k, c);
+  if (!is_finite) return sum_of_infinities(a, b, k, c);
   const auto place = [&](int i) {
     return adder.in_halves ? i % (k / 2) / 2 * 4 + i % 2 + i / (k / 2) * 2 : i;
   };

@@ -38,8 +38,8 @@ def numbers(shape: tuple[int, int], type_: str, rng: np.random.Generator) -> tup
         return np.where(codes >> 7, -size, size), codes
     x = rng.standard_normal(shape) * 2.0 ** rng.integers(-9, 9, shape)
     x[rng.random(shape) < 0.1] = 0
+    x[rng.random(shape) < 0.1] *= 2.0 ** (-18 if type_ == "f16" else -130)
     if type_ == "f16":
-        x[rng.random(shape) < 0.1] *= 2.0**-18
         half = x.astype(np.float16)
         return half.astype(float), half.view(np.uint16)
     kept = {"bf16": 0xFFFF0000, "tf32": 0xFFFFE000}[type_]
@@ -191,8 +191,9 @@ def test_sums_that_are_not_finite() -> None:
     _, a_bits = numbers((16, 16), "bf16", rng)
     a_bits = a_bits.copy()
     a_bits[0, 0], a_bits[1, 3], a_bits[2] = 0x7F80, 0x7FC0, 0x7F7F
+    a_bits[3, :2], a_bits[4, :2], a_bits[5, 0] = (0x7F80, 0x7F7F), (0x7F80, 0xFF80), 0x7F80
     b_bits = np.full((16, 8), 0x3F80)
-    b_bits[:, 1] = 0x7F7F
+    b_bits[:, 1], b_bits[1, 2], b_bits[0, 3] = 0x7F7F, 0xFF7F, 0
     operands = [
         pack(a_bits, places_of("a", 16, 16, "bf16"), "bf16"),
         pack(b_bits, places_of("b", 16, 8, "bf16"), "bf16"),
@@ -202,4 +203,6 @@ def test_sums_that_are_not_finite() -> None:
         out = run("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "f32", operands, 4)
     d = unpack(out, 16, 8, "f32")
     assert d[0, 0] == np.inf and np.isnan(d[1]).all() and d[2, 1] == np.inf
-    assert np.isfinite(d[3:, 0]).all()
+    # Infinity beside a product below -2^128, infinities of both signs, infinity times 0.
+    assert d[3, 2] == np.inf and np.isnan(d[4, 0]) and np.isnan(d[5, 3])
+    assert np.isfinite(d[6:, 0]).all()
