@@ -167,20 +167,18 @@ Place windowed(Warp& warp, Space space, int lane) {
   return {block.local + bytes * (warp.index * kLanes + lane), bytes};
 }
 
-// An access that no memory answers: a fault, or, where kernels go on, bytes that hold NaN for a
-// read and that nobody reads for a write.
-char* no_memory(Warp& warp, const Instruction& instruction, int lane, Access kind,
-                const std::string& what) {
+// An access that no memory answers: a fault, or, where kernels go on, bytes of the lane alone: all
+// ones, a NaN, and what it writes there nobody reads.
+char* no_memory(Warp& warp, const Instruction& instruction, int lane, const std::string& what) {
   const std::string_view opcode = opcode_of(instruction), base = opcode.substr(0, opcode.find('.'));
   const bool may_go_on = base == "ld" || base == "ldu" || base == "st" || base == "atom" ||
                          base == "red" || base == "ldmatrix" || base == "stmatrix" ||
                          base == "wmma";
   if (!options.go_on || !may_go_on) fault(warp, instruction, lane, what);
   broke_rule(warp, instruction, lane, "memory", what);
-  alignas(16) thread_local char bytes[2][16];
-  char* const place = bytes[kind == Access::read || kind == Access::strong_read];
-  std::memset(place, 0xff, sizeof bytes[0]);
-  return place;
+  alignas(16) thread_local char bytes[kLanes][16];
+  std::memset(bytes[lane], 0xff, sizeof bytes[lane]);
+  return bytes[lane];
 }
 
 std::string beyond(uint64_t offset, uint32_t bytes, uint64_t extent) {
@@ -193,7 +191,7 @@ char* access_cluster(Warp& warp, const Instruction& instruction, uint64_t addres
                      uint32_t bytes, Access kind) {
   Block& target = block_of(warp, instruction, lane, address);
   if (address + bytes > target.shared_bytes)
-    return no_memory(warp, instruction, lane, kind,
+    return no_memory(warp, instruction, lane,
                      format("%s of %u bytes at shared address 0x%" PRIx64
                             " of block %u of the cluster: its shared memory has %u",
                             verb(kind), bytes, address, target.rank, target.shared_bytes) +
@@ -270,14 +268,14 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
              uint32_t bytes, Access kind) {
   space = real_space(space, address);
   if (address & (bytes - 1))
-    return no_memory(warp, instruction, lane, kind,
+    return no_memory(warp, instruction, lane,
                      format("misaligned %s: %s address 0x%" PRIx64 " is not a multiple of %u bytes",
                             verb(kind), space_name(space), address, bytes));
   if (space == Space::cluster) return access_cluster(warp, instruction, address, lane, bytes, kind);
   if (space == Space::global || space == Space::constant) {
     const Extent* extent = reachable(kind).find(address, bytes);
     if (!extent)
-      return no_memory(warp, instruction, lane, kind, describe_global(address, bytes, kind));
+      return no_memory(warp, instruction, lane, describe_global(address, bytes, kind));
     if (!extent->constant && warp.timeline) {
       uint64_t addresses[kLanes];
       addresses[lane] = address;
@@ -289,7 +287,7 @@ char* access(Warp& warp, const Instruction& instruction, Space space, uint64_t a
   const Place place = windowed(warp, space, lane);
   if (offset > place.bytes || place.bytes - offset < bytes)
     return no_memory(
-        warp, instruction, lane, kind,
+        warp, instruction, lane,
         format("%s of %u bytes at %s address 0x%" PRIx64 ": the %s memory of the %s has %" PRIu64
                " bytes, the access ends %" PRIu64 " bytes past its end",
                verb(kind), bytes, space_name(space), offset, space_name(space),

@@ -284,7 +284,7 @@ def test_reports_are_counted_and_the_kernel_goes_on(capfd):
 
 def test_accesses_without_memory_are_reported_and_lost(capfd):
     """A read gives NaN, a write nothing, of one lane as of all."""
-    machine.library.ptxvm_reports()
+    machine.reports()
     body = """ld.global.b32 %r5, [%d0+65536];
 @%p2 st.global.b32 [%d0+65536], %r5;
 ld.shared.b32 %r6, [%r2+1];
@@ -297,14 +297,20 @@ st.global.b32 [%d0], %r5;
         with pytest.raises(MachineError, match="thread count 1 is no multiple of 32"):
             run("bar.sync 0, 1;\n")
     assert data[0] == 0xFFFFFFFF and not data[1:].any()
-    lines = machine.library.ptxvm_reports().decode().splitlines()
-    counts = [int(line.split("\t")[0]) for line in lines]
-    assert counts == [32 * WARPS, 1, 32 * WARPS, 32 * WARPS]
-    for line, words in zip(
-        lines, ("outside every", "outside every", "misaligned read: shared", "atomic"), strict=True
+    reports = machine.reports()
+    assert [report.count for report in reports] == [32 * WARPS, 1, 32 * WARPS, 32 * WARPS]
+    for report, words in zip(
+        reports,
+        ("outside every", "outside every", "misaligned read: shared", "atomic"),
+        strict=True,
     ):
-        assert words in line
+        assert words in report.report
     assert len(capfd.readouterr().err.splitlines()) == 4
+    body = "atom.global.add.u32 %r7, [%d0+65536], 1;\nmad.wide.u32 %d1, %r0, 4, %d0;\n"
+    with machine.options(on_fault="collect"):
+        data = run(body + "st.global.b32 [%d1], %r7;\n").view(np.uint32)
+    machine.reports()
+    assert (data[: 32 * WARPS] == 0xFFFFFFFF).all()  # no lane reads what another one added
 
 
 def test_blocks_do_not_meet():
