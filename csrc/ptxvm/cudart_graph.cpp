@@ -21,14 +21,14 @@ namespace ptxvm {
 struct Capture {
   cudaGraph_t graph;
   bool is_new;  // else the caller's
-  cudaStream_t origin;
+  CUstream_st* origin;
   cudaStreamCaptureMode mode;
   const void* thread;  // that began it
   unsigned long long id;
   bool invalid = false;
   struct Member {
-    cudaStream_t stream;
-    bool joined;  // all of its work is waited for by another stream of the capture
+    CUstream_st* stream;
+    uint64_t work = 0, joined = 0;  // and what of it another stream of the capture waits for
   };
   std::vector<Member> members;
 };
@@ -49,7 +49,7 @@ cudaError_t invalidate(Capture& capture, cudaError_t error, const std::string& r
   return refuse(error, report);
 }
 
-Capture::Member* member_of(Capture& capture, cudaStream_t stream) {
+Capture::Member* member_of(Capture& capture, const CUstream_st* stream) {
   const auto found = std::find_if(capture.members.begin(), capture.members.end(),
                                   [&](const auto& member) { return member.stream == stream; });
   return found == capture.members.end() ? nullptr : &*found;
@@ -60,9 +60,31 @@ void drop_graph(Capture& capture) {
   capture.graph = nullptr;
 }
 
-void draw_in(const std::shared_ptr<Capture>& capture, cudaStream_t stream) {
+void draw_in(const std::shared_ptr<Capture>& capture, CUstream_st* stream) {
   stream->capture = capture;
-  if (!member_of(*capture, stream)) capture->members.push_back({stream, false});
+  if (!member_of(*capture, stream)) capture->members.push_back({stream});
+}
+
+// One with a stream for which the legacy default stream waits; null if there is none.
+Capture* capture_beside_legacy() {
+  for (const auto& capture : active())
+    for (const auto& member : capture->members)
+      if (!(member.stream->flags & cudaStreamNonBlocking)) return capture.get();
+  return nullptr;
+}
+
+cudaError_t refuse_invalid(const char* function) {
+  return refuse(cudaErrorStreamCaptureInvalidated,
+                std::string(function) + ": the capture of the stream is invalid");
+}
+
+// What a call of the legacy default stream gives: success if it disturbs no capture.
+cudaError_t forbid_legacy(const char* function) {
+  Capture* const capture = capture_beside_legacy();
+  if (!capture) return finish();
+  return invalidate(
+      *capture, cudaErrorStreamCaptureImplicit,
+      std::string(function) + ": the legacy default stream waits for a stream that is captured");
 }
 
 cudaError_t run_all(const std::vector<Work>& work) {
@@ -74,63 +96,103 @@ cudaError_t run_all(const std::vector<Work>& work) {
 }  // namespace
 
 cudaError_t submit(cudaStream_t stream, Work work) {
-  const std::lock_guard lock(runtime().mutex);
-  CUstream_st* const object = object_of(stream);
-  if (!object) {
-    for (const auto& capture : active())
-      if (!(capture->origin->flags & cudaStreamNonBlocking) && stream != cudaStreamPerThread)
-        return invalidate(*capture, cudaErrorStreamCaptureImplicit,
-                          "work of the default stream depends on a stream that is captured");
-    return work();
+  {
+    const std::lock_guard lock(runtime().mutex);
+    CUstream_st* const object = object_of(stream);
+    if (!object && capture_beside_legacy()) return forbid_legacy("work");
+    if (object && object->capture) {
+      Capture& capture = *object->capture;
+      if (capture.invalid) return refuse_invalid("work");
+      ++member_of(capture, object)->work;
+      capture.graph->work.push_back(std::move(work));
+      return finish();
+    }
   }
-  if (!object->capture) return work();
-  Capture& capture = *object->capture;
-  if (capture.invalid)
-    return refuse(cudaErrorStreamCaptureInvalidated, "the capture of the stream is invalid");
-  member_of(capture, stream)->joined = false;
-  capture.graph->work.push_back(std::move(work));
-  return finish();
+  return work();
+}
+
+bool is_captured(cudaStream_t stream) {
+  const std::lock_guard lock(runtime().mutex);
+  const CUstream_st* const object = object_of(stream);
+  return object && object->capture;
 }
 
 cudaError_t forbid_in_capture(const char* function) {
   const std::lock_guard lock(runtime().mutex);
   if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
-  for (const auto& capture : active())
-    if (capture->mode == cudaStreamCaptureModeGlobal ||
-        (capture->mode == cudaStreamCaptureModeThreadLocal && capture->thread == &thread_mark))
+  for (const auto& capture : active()) {
+    const bool everywhere =
+        thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
+    if (capture->mode != cudaStreamCaptureModeRelaxed &&
+        (everywhere || capture->thread == &thread_mark))
       return invalidate(*capture, cudaErrorStreamCaptureUnsupported,
                         std::string(function) + ": not while a stream is captured");
+  }
   return cudaSuccess;
 }
 
 cudaError_t forbid_in_capture(const char* function, cudaStream_t stream) {
   const std::lock_guard lock(runtime().mutex);
   CUstream_st* const object = object_of(stream);
-  if (!object || !object->capture) return finish();
+  if (!object) return forbid_legacy(function);
+  if (!object->capture) return finish();
   return invalidate(*object->capture, cudaErrorStreamCaptureUnsupported,
                     std::string(function) + ": the stream is captured");
 }
 
-bool record_in_capture(cudaEvent_t event, cudaStream_t stream) {
+cudaError_t leave_out_of_capture(const char* function, cudaStream_t stream) {
   const std::lock_guard lock(runtime().mutex);
   CUstream_st* const object = object_of(stream);
-  event->capture = object ? object->capture : nullptr;
-  event->stream = stream;
-  return event->capture != nullptr;
+  if (!object) return forbid_legacy(function);
+  if (!object->capture) return finish();
+  return refuse(cudaErrorNotSupported,
+                std::string(function) + ": graphs have no nodes for memory here");
 }
 
-cudaError_t wait_in_capture(cudaStream_t stream, cudaEvent_t event) {
+cudaError_t record_event(cudaEvent_t event, cudaStream_t stream) {
   const std::lock_guard lock(runtime().mutex);
   CUstream_st* const object = object_of(stream);
-  const auto& capture = event->capture;
-  if (!capture || !capture->graph) return finish();  // or that capture has ended
-  if (!object || (object->capture && object->capture != capture))
+  if (!object)
+    if (const auto error = forbid_legacy("cudaEventRecord")) return error;
+  const auto capture = object ? object->capture : nullptr;
+  if (capture && capture->invalid) return refuse_invalid("cudaEventRecord");
+  event->is_recorded = true;
+  event->capture = capture;
+  event->stream = object;
+  if (capture)
+    event->work = member_of(*capture, object)->work;
+  else
+    event->recorded = std::chrono::steady_clock::now();
+  return finish();
+}
+
+cudaError_t wait_for_event(cudaStream_t stream, cudaEvent_t event) {
+  const std::lock_guard lock(runtime().mutex);
+  constexpr const char* kName = "cudaStreamWaitEvent";
+  CUstream_st* const object = object_of(stream);
+  const auto own = object ? object->capture : nullptr;
+  // That of an event ends with its graph.
+  const auto capture = event->capture && event->capture->graph ? event->capture : nullptr;
+  if ((own && own->invalid) || (capture && capture->invalid)) return refuse_invalid(kName);
+  if (!capture) {
+    if (own && event->is_recorded)
+      return invalidate(*own, cudaErrorStreamCaptureIsolation,
+                        std::string(kName) + ": the event was recorded outside of the capture");
+    return finish();
+  }
+  if (!object)
     return invalidate(*capture, cudaErrorStreamCaptureIsolation,
-                      "cudaStreamWaitEvent: the event belongs to another capture");
-  draw_in(capture, stream);
-  auto* const other = member_of(*capture, event->stream);
-  if (other && event->stream != stream) other->joined = true;
-  member_of(*capture, stream)->joined = false;
+                      std::string(kName) + ": the default stream cannot join a capture");
+  if (own && own != capture) {
+    own->invalid = true;
+    return invalidate(*capture, cudaErrorStreamCaptureMerge,
+                      std::string(kName) + ": the event belongs to another capture");
+  }
+  draw_in(capture, object);
+  if (event->stream != object)
+    if (auto* const other = member_of(*capture, event->stream))
+      other->joined = std::max(other->joined, event->work);
+  ++member_of(*capture, object)->work;
   return finish();
 }
 
@@ -156,17 +218,17 @@ cudaError_t begin(cudaStream_t stream, cudaGraph_t graph, cudaStreamCaptureMode 
   CUstream_st* const object = object_of(stream);
   if (!object)
     return refuse(cudaErrorStreamCaptureUnsupported,
-                  "cudaStreamBeginCapture: a default stream cannot be captured");
+                  "cudaStreamBeginCapture: the legacy default stream cannot be captured");
   if (object->capture)
     return refuse(cudaErrorIllegalState, "cudaStreamBeginCapture: the stream is captured already");
   const auto capture = std::make_shared<Capture>();
   capture->graph = graph ? graph : new CUgraph_st;
   capture->is_new = !graph;
-  capture->origin = stream;
+  capture->origin = object;
   capture->mode = mode;
   capture->thread = &thread_mark;
   capture->id = ++captures_begun;
-  draw_in(capture, stream);
+  draw_in(capture, object);
   active().push_back(capture);
   return cudaSuccess;
 }
@@ -176,6 +238,9 @@ cudaError_t begin(cudaStream_t stream, cudaGraph_t graph, cudaStreamCaptureMode 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   const std::lock_guard lock(runtime().mutex);
   const CUstream_st* const object = object_of(stream);
+  if (!object && capture_beside_legacy())
+    return refuse(cudaErrorStreamCaptureImplicit,
+                  "cudaStreamIsCapturing: a stream is captured that the default stream waits for");
   *status = !object || !object->capture ? cudaStreamCaptureStatusNone
             : object->capture->invalid  ? cudaStreamCaptureStatusInvalidated
                                         : cudaStreamCaptureStatusActive;
@@ -186,10 +251,11 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatu
                                      const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
                                      size_t* dependencies) {
   const std::lock_guard lock(runtime().mutex);
+  *status = cudaStreamCaptureStatusNone;
   const auto error = cudaStreamIsCapturing(stream, status);
   const bool captures = *status == cudaStreamCaptureStatusActive;
-  if (id) *id = captures ? stream->capture->id : 0;
-  if (graph) *graph = captures ? stream->capture->graph : nullptr;
+  if (id) *id = captures ? object_of(stream)->capture->id : 0;
+  if (graph) *graph = captures ? object_of(stream)->capture->graph : nullptr;
   if (nodes) *nodes = nullptr;
   if (edges) *edges = nullptr;
   if (dependencies) *dependencies = 0;
@@ -210,12 +276,15 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!object || !object->capture)
     return refuse(cudaErrorIllegalState, "cudaStreamEndCapture: the stream is not captured");
   const auto capture = object->capture;
-  if (capture->origin != stream)
+  if (capture->origin != object)
     return invalidate(*capture, cudaErrorStreamCaptureUnmatched,
                       "cudaStreamEndCapture: the capture began in another stream");
-  const bool unjoined =
-      std::any_of(capture->members.begin(), capture->members.end(),
-                  [&](const auto& member) { return member.stream != stream && !member.joined; });
+  if (capture->thread != &thread_mark && capture->mode != cudaStreamCaptureModeRelaxed)
+    return refuse(cudaErrorStreamCaptureWrongThread,
+                  "cudaStreamEndCapture: the capture began in another thread");
+  const bool unjoined = std::any_of(
+      capture->members.begin(), capture->members.end(),
+      [&](const auto& member) { return member.stream != object && member.joined != member.work; });
   for (const auto& member : capture->members) member.stream->capture.reset();
   std::erase(active(), capture);
   if (capture->invalid || unjoined) {
@@ -273,6 +342,11 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
 cudaError_t cudaGraphExecUpdate(cudaGraphExec_t executable, cudaGraph_t graph,
                                 cudaGraphExecUpdateResultInfo* result) {
   if (result) *result = {};
+  if (executable->work.size() != graph->work.size()) {
+    if (result) result->result = cudaGraphExecUpdateErrorTopologyChanged;
+    return refuse(cudaErrorGraphExecUpdateFailure,
+                  "cudaGraphExecUpdate: the graph has another number of nodes");
+  }
   executable->work = graph->work;
   return finish();
 }

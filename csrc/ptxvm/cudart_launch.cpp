@@ -34,25 +34,37 @@ struct Call {
   bool cooperative = false;
 };
 
+struct Shape {
+  uint32_t grid[3], block[3], cluster[3];
+  explicit Shape(const Call& call)
+      : grid{call.grid.x, call.grid.y, call.grid.z},
+        block{call.block.x, call.block.y, call.block.z},
+        cluster{call.cluster.x, call.cluster.y, call.cluster.z} {}
+  const uint32_t* given_cluster() const { return cluster[0] ? cluster : nullptr; }
+};
+
 cudaError_t run(KernelRecord* record, const Call& call, void** arguments) {
-  const uint32_t grid[3] = {call.grid.x, call.grid.y, call.grid.z};
-  const uint32_t block[3] = {call.block.x, call.block.y, call.block.z};
-  const uint32_t cluster[3] = {call.cluster.x, call.cluster.y, call.cluster.z};
-  return static_cast<cudaError_t>(launch_on_device(record, grid, block, call.dynamic_shared,
-                                                   arguments, cluster[0] ? cluster : nullptr,
-                                                   call.cooperative));
+  const Shape shape(call);
+  return static_cast<cudaError_t>(launch_on_device(record, shape.grid, shape.block,
+                                                   call.dynamic_shared, arguments,
+                                                   shape.given_cluster(), call.cooperative));
 }
 
 // At once, or with a copy of its arguments when a graph is launched.
 cudaError_t launch_record(KernelRecord* record, const Call& call, void** arguments) {
-  const std::lock_guard lock(runtime().mutex);
-  if (const CUstream_st* const stream = object_of(call.stream); !stream || !stream->capture)
+  if (!is_captured(call.stream))
     return submit(call.stream, [&] { return run(record, call, arguments); });
-  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
   std::vector<std::vector<char>> values;
-  for (const Parameter& parameter : record->kernel->parameters) {
-    const auto* const value = static_cast<const char*>(arguments[values.size()]);
-    values.emplace_back(value, value + parameter.bytes);
+  {
+    const std::lock_guard lock(runtime().mutex);
+    const Shape shape(call);
+    if (const int error = check_launch(record, shape.grid, shape.block, call.dynamic_shared,
+                                       shape.given_cluster(), call.cooperative))
+      return static_cast<cudaError_t>(error);
+    for (const Parameter& parameter : record->kernel->parameters) {
+      const auto* const value = static_cast<const char*>(arguments[values.size()]);
+      values.emplace_back(value, value + parameter.bytes);
+    }
   }
   return submit(call.stream, [record, call, values]() mutable {
     std::vector<void*> pointers;
@@ -61,25 +73,13 @@ cudaError_t launch_record(KernelRecord* record, const Call& call, void** argumen
   });
 }
 
-cudaError_t launch_function(const void* function, const Call& call, void** arguments) {
+KernelRecord* find(const void* function) {
   const std::lock_guard lock(runtime().mutex);
-  return launch_record(runtime().find(function), call, arguments);
+  return runtime().find(function);
 }
 
-cudaError_t check_cooperative(const void* function, dim3 grid, dim3 block, size_t dynamic_shared) {
-  const std::lock_guard lock(runtime().mutex);
-  if (const auto error = finish()) return error;
-  KernelRecord* const record = runtime().find(function);
-  if (const int error = prepare(record)) return static_cast<cudaError_t>(error);
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t capacity = uint64_t{multiprocessors()} *
-                            blocks_per_multiprocessor(*record->kernel, block.x * block.y * block.z,
-                                                      static_cast<uint32_t>(dynamic_shared));
-  if (blocks > capacity)
-    return refuse(cudaErrorCooperativeLaunchTooLarge,
-                  record->name + ": launch: a cooperative grid has at most " +
-                      std::to_string(capacity) + " blocks here; got " + std::to_string(blocks));
-  return cudaSuccess;
+cudaError_t launch_function(const void* function, const Call& call, void** arguments) {
+  return launch_record(find(function), call, arguments);
 }
 
 }  // namespace
@@ -180,7 +180,6 @@ PTXVM_EXPORT cudaError_t cudaLaunchKernel_ptsz(const void* function, dim3 grid, 
 cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3 grid, dim3 block,
                                         void** arguments, size_t dynamic_shared,
                                         cudaStream_t stream) {
-  if (const auto error = check_cooperative(function, grid, block, dynamic_shared)) return error;
   Call call{grid, block, dynamic_shared, stream};
   call.cooperative = true;
   return launch_function(function, call, arguments);
@@ -202,12 +201,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
       const auto& cluster = attribute.val.clusterDim;
       call.cluster = {cluster.x, cluster.y, cluster.z};
     }
-    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative) {
+    if (attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative)
       call.cooperative = true;
-      if (const auto error = check_cooperative(function, config->gridDim, config->blockDim,
-                                               config->dynamicSmemBytes))
-        return error;
-    }
   }
   return launch_function(function, call, arguments);
 }

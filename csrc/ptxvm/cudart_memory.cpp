@@ -13,15 +13,12 @@ namespace {
 constexpr size_t kAlignment = 256;  // of cudaMalloc, bytes
 constexpr size_t kPitch = 512;      // of cudaMallocPitch, bytes
 
-cudaError_t allocate(void** pointer, size_t bytes) {
-  *pointer = nullptr;
-  if (const auto error = finish(); error || bytes == 0) return error;
-  if (const auto error = forbid_in_capture("cudaMalloc")) return error;
+cudaError_t allocate(const char* function, void** pointer, size_t bytes) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   void* const memory = std::aligned_alloc(kAlignment, rounded);
   if (!memory)
     return refuse(cudaErrorMemoryAllocation,
-                  "cudaMalloc: no memory for " + std::to_string(bytes) + " bytes");
+                  std::string(function) + ": no memory for " + std::to_string(bytes) + " bytes");
   std::memset(memory, 0xff, rounded);  // NaN, where a kernel reads what nobody wrote
   const std::lock_guard lock(runtime().mutex);
   runtime().allocations[memory] = bytes;
@@ -30,15 +27,28 @@ cudaError_t allocate(void** pointer, size_t bytes) {
   return cudaSuccess;
 }
 
-cudaError_t release(void* pointer) {
-  if (!pointer) return finish();
-  if (const auto error = forbid_in_capture("cudaFree")) return error;
+cudaError_t release(const char* function, void* pointer) {
   const std::lock_guard lock(runtime().mutex);
   if (!runtime().allocations.erase(pointer))
-    return refuse(cudaErrorInvalidValue, "cudaFree: the pointer is not one of cudaMalloc");
+    return refuse(cudaErrorInvalidValue,
+                  std::string(function) + ": the pointer is not one of cudaMalloc");
   unregister_memory(pointer);
   std::free(pointer);
   return finish();
+}
+
+// Calls that wait for the device.
+cudaError_t allocate_at_once(const char* function, void** pointer, size_t bytes) {
+  *pointer = nullptr;
+  if (const auto error = finish(); error || bytes == 0) return error;
+  if (const auto error = forbid_in_capture(function)) return error;
+  return allocate(function, pointer, bytes);
+}
+
+cudaError_t release_at_once(const char* function, void* pointer) {
+  if (!pointer) return finish();
+  if (const auto error = forbid_in_capture(function)) return error;
+  return release(function, pointer);
 }
 
 // One side of a copy or a fill: within an allocation, or, if that is not asked for, in memory of
@@ -136,6 +146,7 @@ cudaError_t find_symbol(const void* symbol, size_t bytes, size_t offset, char*& 
 }
 
 cudaError_t copy_to_symbol(const void* symbol, const void* source, size_t bytes, size_t offset) {
+  const std::lock_guard lock(runtime().mutex);
   char* memory = nullptr;
   if (const auto error = find_symbol(symbol, bytes, offset, memory)) return error;
   if (const auto error =
@@ -146,6 +157,7 @@ cudaError_t copy_to_symbol(const void* symbol, const void* source, size_t bytes,
 }
 
 cudaError_t copy_from_symbol(void* destination, const void* symbol, size_t bytes, size_t offset) {
+  const std::lock_guard lock(runtime().mutex);
   char* memory = nullptr;
   if (const auto error = find_symbol(symbol, bytes, offset, memory)) return error;
   if (const auto error = check_range("cudaMemcpyFromSymbol: the destination", destination, bytes,
@@ -157,24 +169,33 @@ cudaError_t copy_from_symbol(void* destination, const void* symbol, size_t bytes
 
 }  // namespace
 
-cudaError_t cudaMalloc(void** pointer, size_t bytes) { return allocate(pointer, bytes); }
-cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return allocate(pointer, bytes); }
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  return allocate_at_once("cudaMalloc", pointer, bytes);
+}
+cudaError_t cudaMallocHost(void** pointer, size_t bytes) {
+  return allocate_at_once("cudaMallocHost", pointer, bytes);
+}
 cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) {
-  return allocate(pointer, bytes);
+  return allocate_at_once("cudaHostAlloc", pointer, bytes);
 }
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes, unsigned) {
-  return allocate(pointer, bytes);
+  return allocate_at_once("cudaMallocManaged", pointer, bytes);
 }
-cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t) {
-  return allocate(pointer, bytes);
+cudaError_t cudaMallocAsync(void** pointer, size_t bytes, cudaStream_t stream) {
+  *pointer = nullptr;
+  if (const auto error = leave_out_of_capture("cudaMallocAsync", stream)) return error;
+  return bytes ? allocate("cudaMallocAsync", pointer, bytes) : finish();
 }
 cudaError_t cudaMallocPitch(void** pointer, size_t* pitch, size_t width, size_t height) {
   *pitch = (width + kPitch - 1) / kPitch * kPitch;
-  return allocate(pointer, *pitch * height);
+  return allocate_at_once("cudaMallocPitch", pointer, *pitch * height);
 }
-cudaError_t cudaFree(void* pointer) { return release(pointer); }
-cudaError_t cudaFreeHost(void* pointer) { return release(pointer); }
-cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) { return release(pointer); }
+cudaError_t cudaFree(void* pointer) { return release_at_once("cudaFree", pointer); }
+cudaError_t cudaFreeHost(void* pointer) { return release_at_once("cudaFreeHost", pointer); }
+cudaError_t cudaFreeAsync(void* pointer, cudaStream_t stream) {
+  if (const auto error = leave_out_of_capture("cudaFreeAsync", stream)) return error;
+  return pointer ? release("cudaFreeAsync", pointer) : finish();
+}
 
 cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
   const std::lock_guard lock(runtime().mutex);

@@ -3,6 +3,7 @@
 #include <xmmintrin.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "ptxvm/check.h"
@@ -115,6 +116,26 @@ Refusal check_cluster(const Kernel& kernel, const uint32_t grid[3], const uint32
       return {cudaErrorInvalidClusterSize,
               "grid " + extent(grid) + " must be a multiple of the cluster " + extent(cluster)};
   return {};
+}
+
+// Blocks of a cooperative grid run together.
+Refusal check_cooperative(const Kernel& kernel, const uint32_t grid[3], const uint32_t block[3],
+                          size_t dynamic_shared) {
+  const uint64_t blocks = uint64_t{grid[0]} * grid[1] * grid[2];
+  const uint64_t capacity = uint64_t{multiprocessors()} *
+                            blocks_per_multiprocessor(kernel, block[0] * block[1] * block[2],
+                                                      static_cast<uint32_t>(dynamic_shared));
+  if (blocks <= capacity) return {};
+  return {cudaErrorCooperativeLaunchTooLarge, "a cooperative grid has at most " +
+                                                  std::to_string(capacity) + " blocks here; got " +
+                                                  std::to_string(blocks)};
+}
+
+constexpr uint32_t kAlone[3] = {1, 1, 1};
+
+// Of a launch, or of the kernel.
+const uint32_t* cluster_of(const Kernel& kernel, const uint32_t* cluster) {
+  return cluster ? cluster : kernel.cluster[0] ? kernel.cluster : kAlone;
 }
 
 // Of a launch that has finished.
@@ -238,6 +259,18 @@ int prepare(KernelRecord* record) {
   return cudaSuccess;
 }
 
+int check_launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
+                 size_t dynamic_shared, const uint32_t* cluster, bool cooperative) {
+  const std::lock_guard lock(runtime().mutex);
+  if (const int error = prepare(record)) return error;
+  const Kernel& kernel = *record->kernel;
+  Refusal refusal = check_shape(kernel, grid, block, dynamic_shared);
+  if (!refusal.error) refusal = check_cluster(kernel, grid, cluster_of(kernel, cluster));
+  if (!refusal.error && cooperative)
+    refusal = check_cooperative(kernel, grid, block, dynamic_shared);
+  return refusal.error ? fail(refusal.error, kernel.name + ": launch: " + refusal.rule) : 0;
+}
+
 int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
                      size_t dynamic_shared, void** arguments, const uint32_t* cluster,
                      bool cooperative) {
@@ -254,14 +287,9 @@ int launch_on_device(KernelRecord* record, const uint32_t grid[3], const uint32_
 int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3],
            size_t dynamic_shared, void** arguments, const uint32_t* cluster, bool cooperative) {
   const std::lock_guard lock(runtime().mutex);
-  if (const int error = prepare(record)) return error;
+  if (const int error = check_launch(record, grid, block, dynamic_shared, cluster, cooperative))
+    return error;
   Kernel& kernel = *record->kernel;
-  if (const Refusal refusal = check_shape(kernel, grid, block, dynamic_shared); refusal.error)
-    return fail(refusal.error, kernel.name + ": launch: " + refusal.rule);
-  const uint32_t alone[3] = {1, 1, 1};
-  if (!cluster) cluster = kernel.cluster[0] ? kernel.cluster : alone;
-  if (const Refusal refusal = check_cluster(kernel, grid, cluster); refusal.error)
-    return fail(refusal.error, kernel.name + ": launch: " + refusal.rule);
   std::vector<char> parameters(kernel.parameter_bytes + 16);
   for (size_t i = 0; i < kernel.parameters.size(); ++i)
     std::memcpy(parameters.data() + kernel.parameters[i].offset, arguments[i],
@@ -270,11 +298,11 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   run.kernel = &kernel;
   std::copy_n(grid, 3, run.grid);
   std::copy_n(block, 3, run.block);
-  std::copy_n(cluster, 3, run.cluster);
+  std::copy_n(cluster_of(kernel, cluster), 3, run.cluster);
   run.dynamic_shared = static_cast<uint32_t>(dynamic_shared);
   run.parameters = parameters.data();
-  const Workspace workspace;
-  if (cooperative) run.workspace = &workspace;
+  std::optional<Workspace> workspace;
+  if (cooperative) run.workspace = &workspace.emplace();
   const DefaultRounding rounding;
   try {
     if (options.check) clocks_launched(run.grid, run.cluster);

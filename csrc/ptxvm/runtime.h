@@ -71,6 +71,10 @@ void recover();
 // Decodes a kernel if that is not done. 0, or a CUDA error that is recorded.
 int prepare(KernelRecord*);
 
+// Whether the device can run such a launch. 0, or a CUDA error that is recorded.
+int check_launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3],
+                 size_t dynamic_shared, const uint32_t* cluster, bool cooperative);
+
 // Runs a kernel. 0, or a CUDA error that is recorded; on_device: also as that of the device. A
 // cluster is that of the kernel where it is null. Blocks of a cooperative launch run together.
 int launch(KernelRecord*, const uint32_t grid[3], const uint32_t block[3], size_t dynamic_shared,

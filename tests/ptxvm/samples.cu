@@ -5,8 +5,11 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 
+#include <atomic>
+#include <chrono>
 #include <cuda/barrier>
 #include <cuda/pipeline>
+#include <thread>
 
 namespace cg = cooperative_groups;
 
@@ -135,6 +138,7 @@ __global__ void differences(const unsigned* a, const unsigned* b, unsigned* out)
   out[4] = __vmaxu2(*a, *b);
   out[5] = __vavgu4(*a, *b);
   out[6] = __vabsss2(*a);
+  out[7] = __vabsdiffs4(*a, *b);
 }
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -237,6 +241,130 @@ EXPORT int run_bad_captures(float* x, int* codes) {
   cudaStreamDestroy(other);
   cudaStreamDestroy(stream);
   return n;
+}
+
+// Codes of a call during each capture, and of the end of the capture.
+EXPORT int run_more_captures(float* x, int* codes) {
+  cudaStream_t stream, side, blocking;
+  cudaEvent_t fork, join;
+  cudaGraph_t graph, other;
+  cudaStreamCaptureStatus status;
+  void* memory;
+  cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking);
+  cudaStreamCreate(&blocking);
+  cudaEventCreate(&fork);
+  cudaEventCreate(&join);
+  int n = 0;
+  const auto capture = [&](cudaStream_t origin, auto call) {
+    cudaStreamBeginCapture(origin, cudaStreamCaptureModeGlobal);
+    cudaEventRecord(fork, origin);
+    codes[n++] = call();
+    codes[n++] = cudaStreamEndCapture(origin, &graph);
+    cudaGetLastError();
+  };
+  const auto draw_in = [&](cudaStream_t which) { cudaStreamWaitEvent(which, fork, 0); };
+  capture(stream, [&] {  // work after the event that joins it
+    draw_in(side);
+    cudaEventRecord(join, side);
+    cudaMemsetAsync(x, 0, 4, side);
+    return cudaStreamWaitEvent(stream, join, 0);
+  });
+  cudaEventRecord(join, side);
+  capture(stream, [&] { return cudaStreamWaitEvent(stream, join, 0); });
+  capture(stream, [&] {
+    int error = 0;
+    std::thread([&] { error = cudaStreamEndCapture(stream, &graph); }).join();
+    return error;
+  });
+  capture(stream, [&] {
+    int error = 0;
+    std::thread([&] {
+      auto mode = cudaStreamCaptureModeThreadLocal;
+      cudaThreadExchangeStreamCaptureMode(&mode);
+      error = cudaMalloc(&memory, 16);
+      cudaFree(memory);
+    }).join();
+    return error;
+  });
+  cudaStreamBeginCapture(side, cudaStreamCaptureModeGlobal);
+  capture(stream, [&] { return cudaStreamWaitEvent(side, fork, 0); });
+  codes[n++] = cudaStreamEndCapture(side, &graph);
+  capture(blocking, [&] { return cudaEventRecord(join, nullptr); });
+  capture(blocking, [&] { return cudaStreamSynchronize(nullptr); });
+  capture(blocking, [&] { return cudaStreamIsCapturing(nullptr, &status); });
+  capture(stream, [&] {
+    draw_in(blocking);
+    return cudaMemset(x, 0, 4);
+  });
+  capture(stream, [&] { return cudaEventQuery(join); });
+  capture(stream, [&] {
+    cudaStreamSynchronize(stream);
+    return cudaEventRecord(join, stream);
+  });
+  capture(stream, [&] {
+    cudaStreamSynchronize(stream);
+    return cudaStreamWaitEvent(side, fork, 0);
+  });
+  capture(stream, [&] { return cudaMallocAsync(&memory, 16, stream); });
+  capture(stream, [&] {
+    scale<<<1, 2048, 0, stream>>>(x, 2, 1);
+    return cudaGetLastError();
+  });
+  capture(stream, [&] {
+    scale<<<1, 1, 1 << 20, stream>>>(x, 2, 1);
+    return cudaGetLastError();
+  });
+  capture(cudaStreamPerThread, [&] { return cudaMemsetAsync(x, 0, 4, cudaStreamPerThread); });
+  float time;
+  codes[n++] = cudaEventElapsedTime(&time, fork, fork);
+  cudaGraphExec_t executable;
+  cudaGraphExecUpdateResultInfo info;
+  cudaGraphCreate(&other, 0);
+  cudaGraphInstantiate(&executable, other, 0);
+  codes[n++] = cudaGraphExecUpdate(executable, graph, &info);
+  cudaGraphExecDestroy(executable);
+  // The caller's graph stays the caller's where its capture ends without one.
+  cudaStreamBeginCaptureToGraph(stream, other, nullptr, nullptr, 0, cudaStreamCaptureModeGlobal);
+  cudaStreamSynchronize(stream);
+  codes[n++] = cudaStreamEndCapture(stream, &graph);
+  codes[n++] = cudaGraphDestroy(other);
+  // A stream that is destroyed, of another's capture and then of its own.
+  capture(stream, [&] {
+    draw_in(side);
+    return cudaStreamDestroy(side);
+  });
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
+  cudaEventRecord(fork, stream);
+  draw_in(blocking);
+  codes[n++] = cudaStreamDestroy(stream);
+  codes[n++] = cudaMemsetAsync(x, 0, 4, blocking);
+  cudaGetLastError();
+  cudaEventDestroy(fork);
+  cudaEventDestroy(join);
+  cudaStreamDestroy(blocking);
+  return n;
+}
+
+// A host function for which another thread allocates memory; 0 if that thread ends.
+EXPORT int run_host_function() {
+  static std::atomic<bool> done;
+  done = false;
+  const auto wait = [](void*) {
+    std::thread([] {
+      void* memory;
+      done = !cudaMalloc(&memory, 16) && !cudaFree(memory);
+    }).detach();
+    for (int i = 0; i < 2000 && !done; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  };
+  if (const auto error = cudaLaunchHostFunc(nullptr, wait, nullptr)) return error;
+  return done ? 0 : -1;
+}
+
+EXPORT int run_cooperative(int threads, int kilobytes) {
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(scale), dim3(1), dim3(threads),
+                                     nullptr, static_cast<size_t>(kilobytes) << 10, nullptr);
 }
 
 EXPORT const char* text_of(int error) {

@@ -74,6 +74,49 @@ def test_graphs(samples: Abi) -> None:
     samples.release()
 
 
+CAPTURES = {
+    "work after its join": (0, 904),
+    "event of no capture": (905, 901),
+    "end by another thread": (908, 0),
+    "call of a thread of mode thread-local": (0, 0),
+    "two captures": (902, 901, 901),
+    "record in the legacy stream": (906, 901),
+    "wait for the legacy stream": (906, 901),
+    "status of the legacy stream": (906, 0),
+    "work of the legacy stream beside a blocking member": (906, 901),
+    "query of an event": (900, 901),
+    "record in an invalid capture": (901, 901),
+    "wait for an invalid capture": (901, 901),
+    "memory": (801, 0),
+    "threads": (9, 0),
+    "shared memory": (1, 0),
+    "stream of the thread": (0, 0),
+    "time of captured events": (907,),
+    "update to another number of nodes": (910,),
+    "graph of the caller": (901, 0),
+    "destroyed member": (0, 901),
+    "destroyed origin": (0, 0),
+}
+
+
+def test_captures(samples: Abi) -> None:
+    x, codes = np.ones(4, np.float32), np.full(64, -1, np.int32)
+    count = samples.call("run_more_captures", x, codes)
+    got = iter(codes[:count].tolist())
+    assert {name: tuple(next(got) for _ in c) for name, c in CAPTURES.items()} == CAPTURES
+    assert list(got) == []
+    samples.release()
+
+
+def test_host_functions_run_without_the_lock(samples: Abi) -> None:
+    assert samples.call("run_host_function") == 0
+
+
+def test_cooperative_launches_keep_to_the_rules_of_launches(samples: Abi) -> None:
+    for threads, kilobytes, error in ((2048, 0, 9), (64, 200, 1), (64, 4194303, 1)):
+        assert samples.call("run_cooperative", threads, kilobytes) == error
+
+
 def test_calls_through_pointers_are_faults_of_their_kernel(samples: Abi) -> None:
     out = np.full(1, 3, np.float32)
     for which in range(3):
@@ -85,7 +128,7 @@ def test_calls_through_pointers_are_faults_of_their_kernel(samples: Abi) -> None
 
 def test_simd_in_a_word(samples: Abi) -> None:
     a, b, out = (np.array([v], np.uint32) for v in (0x80FF0102, 0x7F017F80, 0))
-    out = np.zeros(7, np.uint32)
+    out = np.zeros(8, np.uint32)
     assert samples.call("run_differences", a, b, out) == 0, samples.text(719)
     x, y = (v.view(np.uint8).astype(np.int64) for v in (a, b))
     s, t = (v.view(np.int16).astype(np.int64) for v in (a, b))
@@ -97,6 +140,7 @@ def test_simd_in_a_word(samples: Abi) -> None:
         np.maximum(a.view(np.uint16), b.view(np.uint16)),
         ((x + y + 1) // 2).astype(np.uint8),
         np.minimum(np.abs(s), 32767).astype(np.uint16),
+        np.abs(x.astype(np.int8).astype(int) - y.astype(np.int8)).astype(np.uint8),
     ]
     assert out.tolist() == [int(w.view(np.uint32)[0]) for w in wanted]
     samples.release()
