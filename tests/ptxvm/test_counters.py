@@ -157,12 +157,20 @@ MMA = [
     ("m16n8k256.row.col.s32.b1.b1.s32.xor.popc", (4, 4, 2, 4), 1),
     ("m8n8k4.row.col.f32.f16.f16.f32", (8, 2, 2, 8), 0.5),
 ]
+WHOLE = [
+    *((f"mma.sync.aligned.{form}", *rest, "") for form, *rest in MMA),
+    ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64", (2, 1, 1, 2), 0.5, ""),
+    ("mma.sp.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", (4, 2, 2, 4), 0.5, ", %r6, 0"),
+    ("wmma.mma.sync.aligned.row.col.m16n16k16.f32.f32", (8, 8, 8, 8), 2, ""),
+]
 
 
-@pytest.mark.parametrize(("opcode", "registers", "weight"), MMA)
-def test_mma(opcode, registers, weight):
-    lists = ", ".join("{" + ", ".join(["%r5"] * n) + "}" for n in registers)
-    launch = count(f"mov.b32 %r5, 0;\nmma.sync.aligned.{opcode} {lists};\n" * 3, block=64)
+@pytest.mark.parametrize(("opcode", "registers", "weight", "tail"), WHOLE)
+def test_mma(opcode, registers, weight, tail):
+    name = "%d5" if "f64" in opcode else "%r5"
+    lists = ", ".join("{" + ", ".join([name] * n) + "}" for n in registers)
+    body = f"mov.b32 %r5, 0;\nmov.b64 %d5, 0;\nmov.b32 %r6, 0x44444444;\n{opcode} {lists}{tail};\n"
+    launch = count(body * 3, block=64)
     assert launch["mma"] == 2 * 3 * weight
     assert launch["classes"]["tensor"] == {"instructions": 6, "lanes": 6 * 32}
 
