@@ -95,3 +95,13 @@ def test_drawn_operands(data: st.DataObject) -> None:
 def test_every_form_has_its_own_text() -> None:
     texts = [(form.text, form.result) for form in FORMS]
     assert len(set(texts)) == len(texts)
+
+
+def test_differences_of_bytes_of_two_types() -> None:
+    """vabsdiff4 of a without and b with signs; no intrinsic of CUDA mixes them."""
+    text = """.visible .entry k(.param .u64 p) { .reg .b32 %r<5>; .reg .b64 %d<2>;
+ld.param.u64 %d0, [p]; mov.b32 %r1, 0x80FF0102; mov.b32 %r2, 0x7F017F80; mov.b32 %r3, 0;
+vabsdiff4.u32.u32.s32 %r4, %r1, %r2, %r3; st.global.b32 [%d0], %r4; ret; }"""
+    out = np.zeros(1, np.uint32)
+    machine.run(text, "k", out)
+    assert out[0] == 0x01FE7E82
