@@ -13,6 +13,7 @@
 #include "ptxvm/check.h"
 #include "ptxvm/counters.h"
 #include "ptxvm/device.h"
+#include "ptxvm/log.h"
 #include "ptxvm/reports.h"
 #include "ptxvm/runtime.h"
 
@@ -240,4 +241,19 @@ int ptxvm_launch(void* module, const char* name, const uint32_t grid[3], const u
 void ptxvm_unload(void* module) {
   const std::lock_guard lock(runtime().mutex);
   unload(static_cast<LoadedModule*>(module));
+}
+
+const char* ptxvm_kernels(void* module) {
+  thread_local std::string text;
+  const std::lock_guard lock(runtime().mutex);
+  text = "{";
+  for (const auto& [name, kernel] : static_cast<LoadedModule*>(module)->open().module->kernels) {
+    text += (text.size() > 1 ? ", " : "") + quoted(name) + ": [";
+    for (const Parameter& parameter : kernel->parameters)
+      text += (text.back() == '[' ? "" : ", ") + std::string("{\"name\": ") +
+              quoted(parameter.name) + ", \"bytes\": " + std::to_string(parameter.bytes) + "}";
+    text += "]";
+  }
+  text += "}";
+  return text.c_str();
 }

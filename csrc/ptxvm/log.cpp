@@ -1,28 +1,46 @@
 #include "ptxvm/log.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 
 namespace ptxvm {
 namespace {
 
-// Open until the process ends. Processes may share it: a line is one write at the end of the file.
-std::FILE* file() {
-  static std::FILE* const opened = [] {
+// Open until the process ends; -1 if there is none. Processes may share it: each line is one write
+// at the end of the file.
+int file() {
+  static const int opened = [] {
     const char* path = std::getenv("PTXVM_LOG");
-    return path && *path ? std::fopen(path, "ae") : nullptr;
+    if (!path || !*path) return -1;
+    const int descriptor = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    if (descriptor < 0) {
+      std::fprintf(stderr, "PTXVM_LOG: must be writable; got '%s'\n", path);
+      std::exit(2);
+    }
+    return descriptor;
   }();
   return opened;
 }
 
+// Before a kernel runs whose events would be lost.
+[[maybe_unused]] const int opened = file();
+
 }  // namespace
 
-bool has_log() { return file(); }
+bool has_log() { return file() >= 0; }
 
 void log_event(const std::string& object) {
-  if (!file()) return;
-  std::fputs((object + "\n").c_str(), file());
-  std::fflush(file());
+  if (!has_log()) return;
+  const std::string line = object + "\n";
+  for (size_t at = 0; at < line.size();) {
+    const ssize_t written = write(file(), line.data() + at, line.size() - at);
+    if (written < 0 && errno != EINTR) return;
+    at += written > 0 ? static_cast<size_t>(written) : 0;
+  }
 }
 
 std::string quoted(const std::string& text) {

@@ -14,14 +14,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-INVALID_PTX = 218  # cudaErrorInvalidPtx
+INVALID_VALUE, INVALID_PTX = 1, 218  # cudaErrorInvalidValue, cudaErrorInvalidPtx
 
 
 class MachineError(RuntimeError):
@@ -61,6 +62,8 @@ class Module:
     def __init__(self, machine: Machine, handle: int) -> None:
         self._machine = machine
         self._handle = ctypes.c_void_p(handle)
+        kernels = json.loads(machine.library.ptxvm_kernels(self._handle))
+        self.parameters: dict[str, list[dict[str, Any]]] = kernels  # name and bytes, by kernel
 
     def __del__(self) -> None:
         self._machine.library.ptxvm_unload(self._handle)
@@ -78,36 +81,64 @@ class Module:
         Arrays (NumPy, or torch on the CPU) are passed as pointers, and the kernel may touch them
         and nothing else during the launch; it may not write NumPy arrays that are read-only. Other
         arguments are NumPy or ctypes scalars of the parameter's type. Extents are x or (x, y, z);
-        `shared` is the dynamic shared memory of a block in bytes. Raises MachineError.
+        `shared` is the dynamic shared memory of a block in bytes. Raises MachineError, and
+        ValueError where the arguments are not those of the kernel.
         """
+        extents = _three(kernel, "grid", grid), _three(kernel, "block", block)
+        bytes_ = ctypes.c_uint32(_word(kernel, "shared", shared))
+        self._check_number(kernel, arguments)
         library = self._machine.library
         values: list[Any] = []
         registered: list[ctypes.c_void_p] = []
         try:
-            for argument in arguments:
-                pointer, writable = _memory_of(argument)
-                if pointer is None:
-                    values.append(_scalar(argument))
-                    continue
-                registered.append(ctypes.c_void_p(pointer))
-                size = ctypes.c_size_t(argument.nbytes)
-                library.ptxvm_register(registered[-1], size, int(writable))
-                values.append(ctypes.c_uint64(pointer))
+            for i, argument in enumerate(arguments):
+                try:
+                    pointer, writable = _memory_of(argument)
+                    value = _scalar(argument) if pointer is None else ctypes.c_uint64(pointer)
+                    self._check_size(kernel, i, value)
+                except ValueError as error:
+                    named = f"argument {i} ({self._name(kernel, i)})"
+                    raise ValueError(f"{kernel}: {named}: {error}") from None
+                values.append(value)
+                if pointer is not None:
+                    registered.append(ctypes.c_void_p(pointer))
+                    size = ctypes.c_size_t(argument.nbytes)
+                    library.ptxvm_register(registered[-1], size, int(writable))
             pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-            extents = _three(grid), _three(block)
-            bytes_ = ctypes.c_uint32(shared)
-            error = library.ptxvm_launch(self._handle, kernel.encode(), *extents, bytes_, pointers)
+            failed = library.ptxvm_launch(self._handle, kernel.encode(), *extents, bytes_, pointers)
         finally:
             for address in registered:
                 library.ptxvm_unregister(address)
-        self._machine.check(error)
+        self._machine.check(failed)
+
+    def _check_number(self, kernel: str, arguments: Sequence[Any]) -> None:
+        parameters = self.parameters.get(kernel)
+        if parameters is not None and len(arguments) != len(parameters):
+            names = ", ".join(parameter["name"] for parameter in parameters)
+            rule = f"must be {len(parameters)} ({names})"
+            raise ValueError(f"{kernel}: arguments: {rule}; got {len(arguments)}")
+
+    def _name(self, kernel: str, i: int) -> str:
+        return str(self.parameters[kernel][i]["name"]) if kernel in self.parameters else ""
+
+    def _check_size(self, kernel: str, i: int, value: Any) -> None:
+        if kernel in self.parameters:
+            size = self.parameters[kernel][i]["bytes"]
+            if ctypes.sizeof(value) != size:
+                raise ValueError(f"must have {size} bytes; got {ctypes.sizeof(value)}")
 
 
 def _memory_of(argument: Any) -> tuple[int | None, bool]:
     """Address of an array and whether it may be written; (None, False) of what is no array."""
     if hasattr(argument, "data_ptr"):  # torch
+        if argument.device.type != "cpu":
+            raise ValueError(f"must be on the CPU; got {argument.device}")
+        if not argument.is_contiguous():
+            raise ValueError(f"must be contiguous; got strides {tuple(argument.stride())}")
         return argument.data_ptr(), True
     if hasattr(argument, "ctypes"):  # NumPy; its scalars have none
+        if not argument.flags.c_contiguous:
+            raise ValueError(f"must be contiguous; got strides {argument.strides}")
         pointer, read_only = argument.__array_interface__["data"]
         return pointer, not read_only
     return None, False
@@ -117,12 +148,32 @@ def _scalar(argument: Any) -> Any:
     """A ctypes object with the bytes of a scalar."""
     if hasattr(argument, "tobytes"):  # NumPy
         return ctypes.create_string_buffer(argument.tobytes(), argument.nbytes)
+    try:
+        ctypes.addressof(argument)
+    except TypeError:
+        rule = "must be an array, or a scalar of NumPy or ctypes"
+        raise ValueError(f"{rule}; got {argument!r}") from None
     return argument
 
 
-def _three(size: int | Sequence[int]) -> Any:
-    given = [size] if isinstance(size, int) else list(size)
-    return (ctypes.c_uint32 * 3)(*[*given, 1, 1][:3])
+def _word(kernel: str, name: str, value: Any) -> int:
+    """A whole number of 32 bits."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"{kernel}: {name}: must be from 0 to {(1 << 32) - 1}; got {value!r}")
+    return number
+
+
+def _three(kernel: str, name: str, size: Any) -> Any:
+    given = list(size) if isinstance(size, Iterable) else [size]
+    if not 1 <= len(given) <= 3:
+        raise ValueError(f"{kernel}: {name}: must be 1 to 3 extents; got {size!r}")
+    return (ctypes.c_uint32 * 3)(
+        *[_word(kernel, name, extent) for extent in given], *[1] * (3 - len(given))
+    )
 
 
 class Machine:
@@ -133,7 +184,7 @@ class Machine:
         self.path = Path(path)
         self.library = ctypes.CDLL(str(path))
         self.library.ptxvm_load.restype = ctypes.c_void_p
-        for name in ("options", "last_report", "reports", "counters"):
+        for name in ("options", "last_report", "reports", "counters", "kernels"):
             getattr(self.library, f"ptxvm_{name}").restype = ctypes.c_char_p
 
     def check(self, error: int) -> None:
@@ -155,7 +206,8 @@ class Machine:
         """Sets options: configure(check=1, order="reverse"). Raises MachineError for one that there
         is not, and sets none then."""
         settings = ",".join(f"{name}={value}" for name, value in options.items())
-        self.check(self.library.ptxvm_configure(settings.encode()))
+        failed = self.library.ptxvm_configure(settings.encode())
+        self.check(INVALID_VALUE if failed else 0)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -205,6 +257,6 @@ class Machine:
         try:
             with self.options(count=1):
                 yield launches
-            launches += self.counters()
         finally:
+            launches += self.counters()
             self.reset_counters()
