@@ -49,7 +49,7 @@ def _run(argv: list[str] | None) -> int:
     try:
         options, others = _parser().parse_known_args(argv)
         if behind:
-            options.args = behind
+            options.args = [*options.args, *behind]
         command = f"tokenmill {options.command}"
         if others:
             raise _cli.UsageError(f"unrecognized arguments: {' '.join(others)}")

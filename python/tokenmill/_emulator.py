@@ -49,8 +49,13 @@ def configured(settings: str) -> Iterator[None]:
 
 
 def _options(settings: str) -> dict[str, int | str]:
-    named = (setting.split("=", 1) for setting in settings.split(","))
-    return {name.strip(): "".join(value).strip() for name, *value in named}
+    options: dict[str, int | str] = {}
+    for setting in settings.split(","):
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"tokenmill.emulator: settings: must be NAME=VALUE; got '{setting}'")
+        options[name.strip()] = value.strip()
+    return options
 
 
 def counting() -> contextlib.AbstractContextManager[list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toolchain
+import torch
 from machine import LIBRARY
 
 import tokenmill
@@ -142,14 +144,20 @@ def test_count_is_a_table(right, capsys):
 BAD = [
     ([], "must be given once for each parameter of swap(.u64 x, .u64 out, .f32 add); got 0"),
     (["--kernel", "nosuch", "--arg", "1"], "--kernel: must name one kernel; got 'nosuch'"),
-    (["--set", "speed=1", *ARGUMENTS], "unknown option speed"),
+    (
+        ["--set", "check=0", *ARGUMENTS],
+        "--set: must be one of approximate, seed, resident_blocks, ",
+    ),
+    (["--set", "watchdog=x", *ARGUMENTS], "--set: watchdog: must be from 0 to 4294967295; got x"),
+    (["--set", "seed=1,check=0", *ARGUMENTS], "--set: must be NAME=VALUE; got 'seed=1,check=0'"),
     (["--set", "speed", *ARGUMENTS], "--set: must be NAME=VALUE; got 'speed'"),
-    (["--mma", "nosuch", *ARGUMENTS], "mma"),
+    (["--mma", "nosuch", *ARGUMENTS], "--mma: invalid choice: 'nosuch'"),
     (["--grid", "1,2,3,4"], "--grid: must be X, X,Y or X,Y,Z; got '1,2,3,4'"),
     (["--order", "up"], "--order: must be forward, reverse or seeded; got 'up'"),
     (["--async", "latest,earliest"], "--async: must be latest, earliest or seed:N; got 'latest,e"),
     (["--print", "2", *ARGUMENTS], "--print: must be the number of an array; got 2"),
     (["--save", "1=out.txt"], "--save: must be N=FILE.npy; got '1=out.txt'"),
+    (["--save", "1=no/out.npy", *ARGUMENTS], "--save: must be writable; got 'no/out.npy' (No such"),
     (["--launch", "nosuch.json"], "--launch: must be a JSON file; got 'nosuch.json'"),
     (["--shared", "1000000", *ARGUMENTS], "swap: launch: dynamic shared memory is at most"),
     ([*ARGUMENTS, "--", "3"], "ARGS and --entry: are for programs"),
@@ -170,6 +178,13 @@ def test_files_that_are_none(tmp_path, capsys, monkeypatch):
     plain = tmp_path / "plain.txt"
     plain.write_text("no kernel")
     linked = Path(tokenmill.__file__).parent / "_ops.so"
+    orphan, foreign = tmp_path / "orphan", tmp_path / "foreign"
+    orphan.write_text("#!/no/such/interpreter\n")
+    image = bytearray(Path(sys.executable).resolve().read_bytes())
+    image[18:20] = (183).to_bytes(2, "little")  # arm64
+    foreign.write_bytes(image)
+    for program in (orphan, foreign):
+        program.chmod(0o755)
     for words, message in (
         (["nosuch"], "FILE: must be a program or PTX text; got 'nosuch'"),
         ([str(plain)], "FILE: must be a program or PTX text with an .entry; got '"),
@@ -177,17 +192,24 @@ def test_files_that_are_none(tmp_path, capsys, monkeypatch):
         ([str(LIBRARY)], "--entry: must be given for a shared object: a function that takes "),
         (["true"], "FILE: must launch a kernel on the machine; 'true' launched none"),
         (["false", "--", "x"], "'false' launched none (exit status 1)"),
-        (["true", "--grid", "1"], "--kernel, --launch, --grid, --block, --arg: are for PTX text"),
+        (["true", "--grid", "1"], "--grid: is for PTX text; FILE is a program"),
+        (["true", "--shared", "1"], "--shared: is for PTX text; FILE is a program"),
+        (["true", "--set", "nosuch=1"], "--set: must be one of approximate, seed, "),
+        (["x" * 300], "FILE: must be a program or PTX text; got 'xxx"),
+        ([str(orphan)], "orphan' (No such file or directory)"),
+        ([str(foreign)], "FILE: must be a program for x86-64; got '"),
     ):
         if words == [str(linked)] and not binary.read(linked).has_kernels:
             continue
         assert ptx_command("check", *words) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.setenv("PTXVM_LIBRARY", str(tmp_path / "libcudart.so.13"))
-    assert ptx_command("run", str(plain)) == 2
-    assert capsys.readouterr().err.startswith(
-        "tokenmill ptx run: the PTX machine is not in this build: build the package with "
-    )
+    other = tmp_path / "libcudart.so.13"
+    other.write_text("no library")
+    for named in ("nosuch", str(tmp_path), str(plain), str(other)):
+        monkeypatch.setenv("PTXVM_LIBRARY", named)
+        assert ptx_command("run", str(plain)) == 2
+        rule = "PTXVM_LIBRARY: must be libcudart.so.13 of the PTX machine"
+        assert capsys.readouterr().err == f"tokenmill ptx run: {rule}; got '{named}'\n"
 
 
 def test_a_command_whose_children_launch(wrong, tmp_path, capfd):
@@ -216,6 +238,31 @@ def test_a_command_whose_children_launch(wrong, tmp_path, capfd):
     assert "launched ['3']\n" in out and "exit status 3 of " in out
     assert ptx_command("count", sys.executable, "--", str(script), "0") == 0
     assert "  1 launch, grid x block (1, 1, 1) x (64, 1, 1)\n" in capfd.readouterr().out
+
+
+def test_a_program_whose_launch_is_refused(tmp_path, capfd):
+    """Nothing was found, but not everything ran. The program itself ends with status 0."""
+    script = tmp_path / "launches.py"
+    script.write_text(
+        "import ctypes, sys\n"
+        "vm = ctypes.CDLL('libcudart.so.13')\n"
+        "vm.ptxvm_load.restype = ctypes.c_void_p\n"
+        "module = ctypes.c_void_p(vm.ptxvm_load(b'.entry none() { ret; }'))\n"
+        "def launch(threads):\n"
+        "  one, block = (ctypes.c_uint32 * 3)(1, 1, 1), (ctypes.c_uint32 * 3)(threads, 1, 1)\n"
+        "  vm.ptxvm_launch(module, b'none', one, block, ctypes.c_uint32(0), None)\n"
+        "launch(32)\n"
+        "launch(int(sys.argv[1]))\n"
+        "sys.exit(sys.prefix != sys.argv[2])\n"  # a virtual environment stays what it is
+    )
+    modes = ["--order", "forward", "--async", "latest"]
+    command = ["check", sys.executable, *modes, "--", str(script)]
+    assert ptx_command(*command, "32", sys.prefix) == 0
+    assert capfd.readouterr().out.endswith(": 0 findings; 1 run of 2 launches\n")
+    assert ptx_command(*command, "2048", sys.prefix) == 1
+    out = capfd.readouterr().out
+    assert out.startswith("refused: none: launch: ")
+    assert out.endswith(": 0 findings; 1 run of 1 launch; 1 launch refused\n")
 
 
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc is not installed")
@@ -252,6 +299,9 @@ def test_arguments_as_text(tmp_path):
     assert np.isnan(arguments.readable(arguments.make("bf16[1]=nan", None), "bf16")).all()
     draws = [arguments.make(f"f16[100]=random{seed}", None) for seed in ("", ":0", ":1")]
     assert np.array_equal(draws[0], draws[1]) and not np.array_equal(draws[0], draws[2])
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "f.npy", np.float32([1, 2]))
+    assert arguments.make(f"bf16[2]={tmp_path / 'f.npy'}", None).tolist() == [0x3F80, 0x4000]
     for bad in (
         "u8[4]=256",
         "u8[4]=0.5",
@@ -259,6 +309,10 @@ def test_arguments_as_text(tmp_path):
         "i32[99999999999]=0",
         "f32[2]=no.npy",
         "a=b=c",
+        "f16[4]=1e10",
+        f"u8[{','.join(['1'] * 40)}]=0",
+        f"i32[2]={tmp_path / 'empty.npy'}",
+        f"i32[2]={tmp_path / 'f.npy'}",
     ):
         with pytest.raises(arguments.BadArgument, match="must"):
             arguments.make(bad, None)
@@ -291,3 +345,33 @@ def test_examples_run(owner):
     runner = doctest.DocTestRunner()
     for example in doctest.DocTestFinder().find(owner, globs={}):
         assert runner.run(example).failed == 0
+
+
+TWICE = """
+.visible .entry twice(.param .u64 x, .param .u32 n) {
+.reg .b64 %d0; .reg .b32 %r<2>;
+ld.param.u64 %d0, [x]; ld.param.u32 %r0, [n];
+st.global.u32 [%d0], %r0;
+ret; }
+"""
+
+
+def test_a_launch_with_wrong_arguments():
+    module = ptx.machine().load(TWICE)
+    x, n = np.zeros(4, np.int32), np.int32(7)
+    module.launch("twice", x, n, grid=np.int64(1), block=(np.int32(1),))
+    assert x.tolist() == [7, 0, 0, 0]
+    meta = torch.empty(4, device="meta")
+    for given, launch, message in (
+        ((x,), {}, "twice: arguments: must be 2 (x, n); got 1"),
+        ((n, n), {}, "twice: argument 0 (x): must have 8 bytes; got 4"),
+        ((x, np.int64(7)), {}, "twice: argument 1 (n): must have 4 bytes; got 8"),
+        ((x, 7), {}, "twice: argument 1 (n): must be an array, or a scalar of NumPy or ctypes"),
+        ((x[::2], n), {}, "twice: argument 0 (x): must be contiguous; got strides (8,)"),
+        ((meta, n), {}, "twice: argument 0 (x): must be on the CPU; got meta"),
+        ((x, n), {"grid": (1 << 32) + 1}, "twice: grid: must be from 0 to 4294967295; got 4294"),
+        ((x, n), {"grid": (1, 1, 1, 7)}, "twice: grid: must be 1 to 3 extents; got (1, 1, 1, 7)"),
+        ((x, n), {"shared": 1 << 32}, "twice: shared: must be from 0 to 4294967295; got 4294967"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            module.launch("twice", *given, **launch)

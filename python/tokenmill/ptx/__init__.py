@@ -43,8 +43,8 @@ HOW_TO_GET_IT = (
 def find_library() -> Path | None:
     """The machine's library: PTXVM_LIBRARY, or that of this build. None if there is none."""
     named = os.environ.get("PTXVM_LIBRARY")
-    path = Path(named) if named else Path(__file__).parents[1] / "_ptxvm" / LIBRARY
-    return path if path.exists() else None
+    path = Path(named).absolute() if named else Path(__file__).parents[1] / "_ptxvm" / LIBRARY
+    return path if os.path.isfile(path) else None
 
 
 _loaded: dict[Path, Machine] = {}
@@ -52,9 +52,15 @@ _loaded: dict[Path, Machine] = {}
 
 def machine() -> Machine:
     """The machine of this process. Raises RuntimeError where there is none."""
-    library = find_library()
-    if library is None:
+    library, named = find_library(), os.environ.get("PTXVM_LIBRARY")
+    if library is None and not named:
         raise RuntimeError(f"tokenmill.ptx: {HOW_TO_GET_IT}")
-    if library not in _loaded:
-        _loaded[library] = Machine(library)
+    try:
+        if library is None or library.name != LIBRARY:
+            raise OSError
+        if library not in _loaded:
+            _loaded[library] = Machine(library)
+    except (OSError, AttributeError):  # no library, or one without the machine's functions
+        rule = f"PTXVM_LIBRARY: must be {LIBRARY} of the PTX machine"
+        raise RuntimeError(f"tokenmill.ptx: {rule}; got '{named or library}'") from None
     return _loaded[library]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ FORM = "must be VALUE, TYPE=VALUE or [const ]TYPE[SIZES]=CONTENTS"
 CONTENTS = "zeros, ones, nan, arange, random[:SEED], a number, FILE.npy or bytes:HEX"
 _ARRAY = re.compile(r"(?P<const>const\s+)?(?P<type>\w+)\[(?P<sizes>[\d,\s]+)\]=(?P<value>.+)")
 _SCALAR = re.compile(r"((?P<type>[a-z]+\d+)=)?(?P<value>[^=]+)")
-_MOST_BYTES = 1 << 34
+MOST_SIZES = 32  # of NumPy
+COPIES = 4  # of an array: before, after the first run, after another, and while it is made
 ALIGNMENT = 256  # bytes
 
 
@@ -59,8 +61,11 @@ def _scalar(text: str, found: re.Match[str], parameter: Parameter | None) -> Any
 def _array(text: str, found: re.Match[str]) -> Any:
     dtype = _dtype(found["type"])
     sizes = [int(size) for size in found["sizes"].split(",") if size.strip()]
-    if not sizes or math.prod(sizes) * dtype.itemsize > _MOST_BYTES:
-        raise BadArgument(f"sizes must be whole numbers of at most 16 GB in all; got '{text}'")
+    if not 1 <= len(sizes) <= MOST_SIZES:
+        raise BadArgument(f"sizes must be 1 to {MOST_SIZES} whole numbers; got '{text}'")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // COPIES
+    if math.prod(sizes) * dtype.itemsize > most:
+        raise BadArgument(f"must have at most {most} bytes, 1/{COPIES} of memory; got '{text}'")
     array = _filled(_allocated(sizes, dtype), found["type"], found["value"].strip())
     array.flags.writeable = found["const"] is None
     return array
@@ -80,7 +85,7 @@ def _filled(array: Any, kind: str, contents: str) -> Any:
     if array.dtype.kind == "V" and word != "bytes":
         raise BadArgument(f"must be bytes:HEX, {array.nbytes} bytes; got '{contents}'")
     if contents.endswith(".npy"):
-        array[...] = _loaded(array, contents)
+        array[...] = _loaded(array, kind, contents)
     elif word == "bytes":
         array[...] = _bytes(array, rest)
     elif word == "random" and re.fullmatch(r"\d*", rest):
@@ -107,22 +112,26 @@ def _number(kind: str, text: str) -> Any:
         value = parse(named)
         if "f" not in kind:
             np.array(value, TYPES[kind])  # OverflowError
+        elif math.isfinite(value) and not np.isfinite(readable(_converted(kind, value), kind)):
+            raise OverflowError
         return value
     except (ValueError, OverflowError):
         raise BadArgument(f"must be {CONTENTS}, of {kind}; got '{text}'") from None
 
 
-def _loaded(array: Any, name: str) -> Any:
+def _loaded(array: Any, kind: str, name: str) -> Any:
     try:
-        loaded = np.load(Path(name), allow_pickle=False)
+        with Path(name).open("rb") as file:
+            loaded = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise BadArgument(f"must be a readable .npy file; got '{name}' ({error})") from None
-    if loaded.shape != array.shape or loaded.dtype.itemsize != array.itemsize:
+    rounded = kind == "bf16" and loaded.dtype == np.float32  # as readable() makes them
+    if loaded.shape != array.shape or not (rounded or loaded.dtype == array.dtype):
         raise BadArgument(
             f"must hold {array.dtype}{list(array.shape)}; got '{name}' with "
             f"{loaded.dtype}{list(loaded.shape)}"
         )
-    return np.ascontiguousarray(loaded).view(array.dtype)
+    return _converted(kind, loaded) if rounded else loaded
 
 
 def _bytes(array: Any, text: str) -> Any:
@@ -138,8 +147,10 @@ def _bytes(array: Any, text: str) -> Any:
 def _converted(kind: str, values: Any) -> Any:
     """Values for an array of the kind; bf16 is rounded to nearest even, as the bits of u16."""
     if kind != "bf16":
-        return np.asarray(values).astype(TYPES[kind])
-    bits = np.atleast_1d(np.asarray(values, np.float32)).view(np.uint32)
+        with np.errstate(over="ignore"):  # to infinity
+            return np.asarray(values).astype(TYPES[kind])
+    with np.errstate(over="ignore"):
+        bits = np.atleast_1d(np.asarray(values, np.float32)).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     narrow = np.where(nan, 0x7FC0, rounded).astype(np.uint16)
@@ -148,7 +159,7 @@ def _converted(kind: str, values: Any) -> Any:
 
 def readable(array: Any, kind: str) -> Any:
     """The values of an array of the kind: those of bf16 as float32."""
-    return (array.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else array
+    return (np.asarray(array, np.uint32) << 16).view(np.float32) if kind == "bf16" else array
 
 
 def kind_of(text: str) -> str:

@@ -10,6 +10,7 @@ RUNTIME = "libcudart.so"
 _DYNAMIC, _INTERPRETER = 2, 3  # kinds of program headers
 _NEEDED, _STRING_TABLE = 1, 5  # tags of the dynamic section
 _LOADED = 1
+MACHINE = 62  # x86-64, for which the PTX machine is built
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Binary:
 
     needed: tuple[str, ...]  # libraries, by the names that the loader looks for
     has_kernels: bool  # a fat binary of nvcc
+    machine: int  # for which it was made: 62 is x86-64
     is_program: bool  # not a shared object without an interpreter
 
     @property
@@ -33,13 +35,13 @@ def read(path: Path) -> Binary | None:
         return None
     try:
         return _parse(image)
-    except (struct.error, IndexError, ValueError):
+    except (struct.error, IndexError, ValueError, StopIteration):
         return None
 
 
 def _parse(image: bytes) -> Binary:
-    kind, _, _, _, programs, sections, _, _, each, count, size, number, names = struct.unpack_from(
-        "<HHIQQQIHHHHHH", image, 16
+    kind, machine, _, _, programs, sections, _, _, each, count, size, number, names = (
+        struct.unpack_from("<HHIQQQIHHHHHH", image, 16)
     )
     headers = [struct.unpack_from("<IIQQQQQQ", image, programs + i * each) for i in range(count)]
     loaded = [(h[3], h[2], h[5]) for h in headers if h[0] == _LOADED]  # address, offset, bytes
@@ -65,5 +67,6 @@ def _parse(image: bytes) -> Binary:
     return Binary(
         needed=tuple(needed),
         has_kernels=".nv_fatbin" in named,
+        machine=machine,
         is_program=kind == 2 or any(header[0] == _INTERPRETER for header in headers),
     )

@@ -16,12 +16,14 @@ from .. import _cli
 
 if TYPE_CHECKING:
     from .findings import Finding, Mode, Run
+    from .vm import Machine
 
 CLEAN, FOUND = 0, 1  # exit statuses; a command that could not run has 2
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 MOST_OF_A_NAME = 48
 HAS_SOURCE_LINE = re.compile(r", line \d+ \(.+?:\d+\): ")
 ORDERS = ("forward", "reverse", "seeded")
+FLAGS = ("check", "count", "on_fault", "device", "fuel", "mma", "async", "order")  # not of --set
 
 GUIDE = """\
 Runs CUDA kernels on a CPU, in the PTX machine of a development build: no GPU and no driver.
@@ -38,7 +40,8 @@ FILE is a program that was linked with the shared CUDA runtime, or the PTX text 
 A shared object runs by one of its functions, --entry NAME, which takes nothing and returns an int.
 FILE may also be another command, such as python, whose libraries launch kernels.
 
-Exit status: 0 nothing was found, 1 something was, 2 it could not run.
+Exit status: 0 nothing was found; 1 a rule was broken, results differ, a launch was refused or the
+program's own status is not 0; 2 it could not run.
 """
 RUN = """\
 Runs the kernel or program and prints what the kernel wrote. The rules that always hold (bounds,
@@ -99,7 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
     sub.add_argument("file", metavar="FILE", help="a program, or PTX text")
-    sub.add_argument("args", metavar="ARGS", nargs="*", help="of the program, behind --")
+    sub.add_argument(
+        "args", metavar="ARGS", nargs="*", default=[], help="of the program, behind --"
+    )
     machine = sub.add_argument_group("machine (docs/ptxvm.md has all options)")
     machine.add_argument("--device", choices=DEVICES, help="whose limits apply (default sm_80)")
     several = action == "check"
@@ -119,13 +124,16 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
         + (", or several (default latest,earliest,seed:1)" if several else ""),
     )
     machine.add_argument("--fuel", type=_cli.integer(1, 1 << 31), help="instructions in a turn")
+    if several:
+        machine.add_argument(
+            "--on-fault",
+            choices=["stop", "report"],
+            default="report",
+            help="what follows a broken rule of check mode (default report)",
+        )
     machine.add_argument(
-        "--on-fault",
-        choices=["stop", "report"],
-        default="report" if several else "stop",
-        help="what follows a broken rule of check mode",
+        "--mma", choices=["exact", "hardware"], help="sums of tensor cores (default exact)"
     )
-    machine.add_argument("--mma", help="arithmetic of tensor cores")
     machine.add_argument(
         "--set",
         dest="settings",
@@ -189,7 +197,7 @@ def _extents(text: str) -> list[int]:
 
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not (name and equals and value):
+    if not (name and equals and value) or "," in value:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE; got '{text}'")
     return name, value
 
@@ -211,28 +219,45 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from . import HOW_TO_GET_IT, find_library, kernel, program
+    from . import kernel, machine, program
     from .findings import Mode, summarise
 
-    library = find_library()
-    if library is None:
-        raise _cli.UsageError(HOW_TO_GET_IT)
+    try:
+        vm = machine()
+    except RuntimeError as error:
+        raise _cli.UsageError(str(error).removeprefix("tokenmill.ptx: ")) from None
+    _check_settings(options, vm)
     modes = [Mode(order, moment) for order in options.order for moment in options.moments]
     ptx = kernel.text_of(options.file)
     if ptx is None:
-        runs = program.runs(options, modes, library)
+        runs = program.runs(options, modes, vm.path)
     else:
         if options.args or options.entry:
             raise _cli.UsageError("ARGS and --entry: are for programs; FILE is PTX text")
         runs = kernel.runs(options, modes, ptx)
     findings = summarise(runs)
-    failed = any(r.status for r in runs)
+    failed = any(r.status or r.lost for r in runs)
     status = FOUND if findings or failed else CLEAN
     if options.json:
-        print(json.dumps(_document(options, runs, findings, status), indent=1))
+        print(json.dumps(_document(options, runs, findings, status, ptx), indent=1))
     else:
         _print(options, runs, modes, findings, ptx)
     return status
+
+
+def _check_settings(options: argparse.Namespace, vm: Machine) -> None:
+    """The options of the machine, before a program gets them."""
+    from .vm import MachineError
+
+    names = [name for name in vm.settings if name not in FLAGS]
+    for name, _ in options.settings:
+        if name not in names:
+            raise _cli.UsageError(f"--set: must be one of {', '.join(names)}; got '{name}'")
+    try:
+        with vm.options(**machine_options(options)):
+            pass
+    except MachineError as error:
+        raise _cli.UsageError(f"--set: {str(error).removeprefix('ptxvm_configure: ')}") from None
 
 
 def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
@@ -240,8 +265,8 @@ def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
     chosen: dict[str, int | str] = {
         name: int(options.action == name) for name in ("check", "count")
     }
-    prints = options.on_fault == "stop" or options.action == "run"
-    chosen["on_fault"] = options.on_fault if prints else "collect"
+    goes_on = getattr(options, "on_fault", "stop") == "report"
+    chosen["on_fault"] = "collect" if goes_on else "stop"
     for name in ("device", "fuel", "mma"):
         if (value := getattr(options, name)) is not None:
             chosen[name] = value
@@ -249,7 +274,11 @@ def machine_options(options: argparse.Namespace) -> dict[str, int | str]:
 
 
 def _document(
-    options: argparse.Namespace, runs: Sequence[Run], findings: Sequence[Finding], status: int
+    options: argparse.Namespace,
+    runs: Sequence[Run],
+    findings: Sequence[Finding],
+    status: int,
+    ptx: str | None,
 ) -> dict[str, Any]:
     from .findings import as_json
 
@@ -258,10 +287,11 @@ def _document(
         "action": options.action,
         "options": machine_options(options),
         "status": status,
-        "findings": as_json(findings),
+        "findings": as_json(findings, counted=ptx is not None),
         "runs": [
             r.mode.options
             | {"kernels": r.kernels, "status": r.status, "refused": r.refused}
+            | ({"output": r.output} if r.status else {})
             | ({"launches": r.launches} if options.action == "count" else {})
             for r in runs
         ],
@@ -291,7 +321,9 @@ def _print(
         times = f"{runs[0].kernels} launch{'es' if runs[0].kernels != 1 else ''}"
         what = f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
         each = f"{len(modes)} runs" if len(modes) > 1 else "1 run"
-        print(f"{options.file}: {what}; {each} of {times}")
+        lost = max(r.lost for r in runs)
+        refused = f"; {lost} launch{'es' if lost != 1 else ''} refused" if lost else ""
+        print(f"{options.file}: {what}; {each} of {times}{refused}")
 
 
 def _print_findings(findings: Sequence[Finding], modes: Sequence[Mode], ptx: str | None) -> None:

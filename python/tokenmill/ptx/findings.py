@@ -11,6 +11,8 @@ from typing import Any
 
 from .vm import Report
 
+# No such kernel, no image of it, none for the device, PTX that the machine does not run.
+NOT_LAUNCHED = (98, 200, 209, 218)
 FAULTS = (719, 710)  # CUDA errors of a kernel that broke a rule and of a failed assertion
 
 
@@ -36,6 +38,7 @@ class Run:
     mode: Mode
     reports: list[Report] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # calls of the CUDA runtime, not kernels
+    lost: int = 0  # launches among them, which did not run
     launches: list[dict[str, Any]] = field(default_factory=list)
     status: int = 0  # of a program
     output: str = ""
@@ -48,8 +51,9 @@ class Run:
 
 @dataclass
 class Finding:
-    report: Report
+    report: Report  # the first
     modes: list[Mode]
+    count: int = 0  # in all modes together
 
 
 def read_log(path: Path, mode: Mode) -> Run:
@@ -69,6 +73,7 @@ def read_log(path: Path, mode: Mode) -> Run:
             run.reports.append(Report.of_fault(event["report"]))
         else:
             run.refused.append(event["report"])
+            run.lost += event["error"] in NOT_LAUNCHED or ": launch: " in event["report"]
     return run
 
 
@@ -81,6 +86,7 @@ def summarise(runs: Iterable[Run]) -> list[Finding]:
             finding = found.setdefault(
                 (report.kernel, report.line, report.rule), Finding(report, [])
             )
+            finding.count += report.count
             if run.mode not in finding.modes:
                 finding.modes.append(run.mode)
     return [found[key] for key in sorted(found)]
@@ -92,7 +98,13 @@ def modes_in_words(modes: Sequence[Mode], all_modes: Sequence[Mode]) -> str:
     return "; ".join(map(str, modes))
 
 
-def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    return [
-        dataclasses.asdict(f.report) | {"modes": [m.options for m in f.modes]} for f in findings
-    ]
+def as_json(findings: Sequence[Finding], counted: bool) -> list[dict[str, Any]]:
+    """Logs of programs have the first time at a line alone, so no counts."""
+    documents = []
+    for finding in findings:
+        document = dataclasses.asdict(finding.report) | {"count": finding.count}
+        document["rule"] = finding.report.rule.partition(":")[0]
+        if not counted:
+            del document["count"]
+        documents.append(document | {"modes": [m.options for m in finding.modes]})
+    return documents

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +30,19 @@ MOST_SHOWN = 8  # elements of an array in one line
 def text_of(name: str) -> str | None:
     """The text of a PTX file; None if the file is a program."""
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         if shutil.which(name):
             return None
         raise _cli.UsageError(f"FILE: must be a program or PTX text; got '{name}'")
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"\x7fELF" or start[:2] == b"#!":
-        return None
     try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start == b"\x7fELF" or start[:2] == b"#!":
+            return None
         ptx = path.read_text()
+    except OSError as error:
+        rule = "must be readable"
+        raise _cli.UsageError(f"FILE: {rule}; got '{name}' ({error.strerror})") from None
     except UnicodeDecodeError:
         ptx = ""
     if ".entry" not in ptx:
@@ -121,6 +129,8 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
         if number >= len(inputs) or not isinstance(inputs[number], np.ndarray):
             flag = "--print" if number in options.shown else "--save"
             raise _cli.UsageError(f"{flag}: must be the number of an array; got {number}")
+    for _, path in getattr(options, "save", []):
+        _ask_for(path)
     vm = machine()
     done: list[Run] = []
     first: list[Any] = []
@@ -144,6 +154,8 @@ def _arguments(launch: Launch) -> list[Any]:
         return arguments.for_kernel(launch.kernel, launch.arguments)
     except arguments.BadArgument as error:
         raise _cli.UsageError(f"--arg: {error}") from None
+    except MemoryError:
+        raise _cli.UsageError("--arg: must fit in memory") from None
 
 
 def _launch(vm: Machine, module: Module, launch: Launch, mode: Mode, values: list[Any]) -> Run:
@@ -153,13 +165,14 @@ def _launch(vm: Machine, module: Module, launch: Launch, mode: Mode, values: lis
     started = {"kernel": launch.kernel.name, "grid": launch.grid, "block": launch.block}
     with vm.options(**mode.options):
         try:
-            module.launch(
-                launch.kernel.name,
-                *values,
-                grid=launch.grid,
-                block=launch.block,
-                shared=launch.shared,
-            )
+            with _interruptible():
+                module.launch(
+                    launch.kernel.name,
+                    *values,
+                    grid=launch.grid,
+                    block=launch.block,
+                    shared=launch.shared,
+                )
             run.launches = vm.counters() or [started]
         except MachineError as error:
             if error.code not in FAULTS:
@@ -167,6 +180,20 @@ def _launch(vm: Machine, module: Module, launch: Launch, mode: Mode, values: lis
             run.reports.append(Report.of_fault(str(error)))
     run.reports[:0] = vm.reports()
     return run
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends the process: Python sees signals only behind a launch, which may never end."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _differences(
@@ -190,12 +217,14 @@ def _differences(
 
 def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after: list[Any]) -> None:
     """The arrays that the kernel changed, and those that were asked for."""
+    total = 0
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
         if not isinstance(new, np.ndarray):
             continue
         kind = arguments.kind_of(launch.arguments[i])
         bits = np.dtype(f"u{new.itemsize}")
         changed = int((old.view(bits) != new.view(bits)).sum())
+        total += changed
         values = arguments.readable(new, kind)
         if i in options.shown:
             sizes = ",".join(map(str, new.shape))
@@ -205,10 +234,30 @@ def _show(options: argparse.Namespace, launch: Launch, before: list[Any], after:
             start = " ".join(f"{x:.6g}" for x in values.ravel()[:MOST_SHOWN].tolist())
             more = " ..." if new.size > MOST_SHOWN else ""
             say(options, f"argument {i}: {changed} of {new.size} elements changed: {start}{more}")
+    if not total:
+        say(options, "no argument changed")
     for number, path in options.save:
         kind = arguments.kind_of(launch.arguments[number])
         try:
-            np.save(path, arguments.readable(after[number], kind))
+            with _beside(path).open("wb") as file:
+                np.save(file, arguments.readable(after[number], kind))
+            os.replace(_beside(path), path)
         except OSError as error:
             raise _cli.UsageError(_cli.unwritable("--save", path, error)) from None
         say(options, f"wrote {path}")
+
+
+def _beside(path: Path) -> Path:
+    """A file is written here, and takes its name when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _ask_for(path: Path) -> None:
+    """Whether --save can write, before work that would be lost."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _beside(path).touch()
+        _beside(path).unlink()
+    except OSError as error:
+        raise _cli.UsageError(_cli.unwritable("--save", path, error)) from None

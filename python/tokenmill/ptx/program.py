@@ -16,14 +16,23 @@ from . import binary
 from .command import machine_options
 from .findings import Mode, Run, read_log
 
-CALL = "import ctypes, sys; sys.exit(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])() & 255)"
+CALL = (
+    "import ctypes, sys; sys.exit(min(abs(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])()), 255))"
+)
 LINK = "link it with nvcc -cudart shared -gencode arch=compute_80,code=compute_80"
 LOADER_FAILED = 127
+OF_A_LAUNCH = {  # flags and their names in the parsed options
+    **{
+        f"--{name}": name for name in ("launch", "kernel", "grid", "block", "shared", "arg", "save")
+    },
+    "--print": "shown",
+}
 
 
 def runs(options: argparse.Namespace, modes: Sequence[Mode], library: Path) -> list[Run]:
-    if options.arg or options.kernel or options.launch or options.grid or options.block:
-        raise _cli.UsageError("--kernel, --launch, --grid, --block, --arg: are for PTX text")
+    for name in OF_A_LAUNCH:
+        if getattr(options, OF_A_LAUNCH[name], None) not in (None, []):
+            raise _cli.UsageError(f"{name}: is for PTX text; FILE is a program")
     command = _command(options, library)
     with tempfile.TemporaryDirectory() as folder:
         done = [
@@ -41,20 +50,23 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], library: Path) -> l
 
 
 def _command(options: argparse.Namespace, library: Path) -> list[str]:
-    path = shutil.which(options.file) or options.file
-    found = binary.read(Path(path)) if Path(path).is_file() else None
+    is_here = os.path.isfile(options.file)
+    path = os.path.abspath(options.file if is_here else shutil.which(options.file) or options.file)
+    found = binary.read(Path(path)) if os.path.isfile(path) else None
+    if found and found.machine != binary.MACHINE:
+        raise _cli.UsageError(f"FILE: must be a program for x86-64; got '{options.file}'")
     if found:
         _check_runtime(options.file, found, library)
     if found and not found.is_program:
         if not options.entry:
             rule = "must be given for a shared object: a function that takes nothing"
             raise _cli.UsageError(f"--entry: {rule}; got '{options.file}'")
-        return [sys.executable, "-c", CALL, str(Path(path).resolve()), options.entry, *options.args]
+        return [sys.executable, "-c", CALL, path, options.entry, *options.args]
     if options.entry:
         raise _cli.UsageError(f"--entry: is for shared objects; got '{options.file}'")
     if not os.access(path, os.X_OK):
         raise _cli.UsageError(f"FILE: must be executable; got '{options.file}'")
-    return [str(Path(path).resolve()), *options.args]
+    return [path, *options.args]
 
 
 def _check_runtime(name: str, found: binary.Binary, library: Path) -> None:
@@ -81,18 +93,22 @@ def _run(
     environment["PTXVM_LOG"] = str(log)
     shows = options.action == "run" and not options.json
     sys.stdout.flush()
-    done = subprocess.run(
-        command,
-        env=environment,
-        stdout=None if shows else subprocess.PIPE,
-        stderr=None if shows else subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdout=None if shows else subprocess.PIPE,
+            stderr=None if shows else subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:  # of another kind of machine, or a script without its interpreter
+        rule = "must be a program that runs here"
+        raise _cli.UsageError(f"FILE: {rule}; got '{options.file}' ({error.strerror})") from None
     run = read_log(log, mode)
     run.status, run.output = done.returncode, done.stdout or ""
     if not run.kernels and run.status == LOADER_FAILED:
         raise _cli.UsageError(f"FILE: {run.output.strip() or 'could not be loaded'}")
-    if not log.exists() and "PTXVM_" in run.output and run.status == 2:
+    if not run.kernels and run.output.startswith("PTXVM_") and run.status == 2:
         raise _cli.UsageError(run.output.strip().splitlines()[0])
     return run
