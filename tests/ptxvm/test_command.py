@@ -289,6 +289,21 @@ def test_a_shared_object_with_source_lines(tmp_path, capfd):
     assert "nosuch" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc is not installed")
+def test_the_program_of_the_guide(tmp_path, capfd):
+    source, program = Path(__file__).with_name("mailbox.cu"), tmp_path / "mailbox"
+    flags = ["-cudart=shared", "-lineinfo", "-gencode=arch=compute_80,code=compute_80"]
+    flags += ["--compress-mode=none", "-o", str(program)]
+    subprocess.run([toolchain.nvcc(), *flags, str(source)], check=True)
+    assert ptx_command("check", str(program), "--json") == 1
+    document = json.loads(capfd.readouterr().out)
+    (finding,) = document["findings"]
+    assert (
+        finding["rule"] == "race with a write" and "mailbox.cu:12): ld.global" in finding["report"]
+    )
+    assert len(finding["modes"]) == 6 and "count" not in finding
+
+
 def test_arguments_as_text(tmp_path):
     struct = text.Parameter("b8", "p", 4)
     assert arguments.make("bytes:00ff1234", struct).tobytes() == bytes.fromhex("00ff1234")
