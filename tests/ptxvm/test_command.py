@@ -6,6 +6,7 @@ import doctest
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from machine import LIBRARY
 import tokenmill
 from tokenmill import _library, ptx
 from tokenmill.__main__ import main
-from tokenmill.ptx import arguments, binary, text
+from tokenmill.ptx import arguments, binary, kernel, text
 
 if ptx.find_library() is None:
     pytest.skip("no PTX machine: not a development build", allow_module_level=True)
@@ -263,6 +264,9 @@ def test_a_program_whose_launch_is_refused(tmp_path, capfd):
     out = capfd.readouterr().out
     assert out.startswith("refused: none: launch: ")
     assert out.endswith(": 0 findings; 1 run of 1 launch; 1 launch refused\n")
+    assert ptx_command(*command[:-2], "--json", *command[-2:], "32", "nosuch") == 1
+    (run,) = json.loads(capfd.readouterr().out)["runs"]
+    assert run["status"] == 1 and run["output"] == ""
 
 
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc is not installed")
@@ -369,6 +373,18 @@ ld.param.u64 %d0, [x]; ld.param.u32 %r0, [n];
 st.global.u32 [%d0], %r0;
 ret; }
 """
+
+
+def test_an_interrupt_ends_a_launch():
+    before = signal.getsignal(signal.SIGINT)
+    with kernel._interruptible():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_setting_without_a_value():
+    with pytest.raises(ValueError, match="settings: must be NAME=VALUE; got 'check'"):
+        tokenmill._emulator._options("count=1,check")
 
 
 def test_a_launch_with_wrong_arguments():

@@ -148,7 +148,9 @@ def _add_options(sub: argparse.ArgumentParser, action: str) -> None:
     launch.add_argument("--kernel", help="its name or a part of it (default: the only one)")
     launch.add_argument("--grid", type=_extents, help="blocks: X, X,Y or X,Y,Z (default 1)")
     launch.add_argument("--block", type=_extents, help="threads of a block (default 32)")
-    launch.add_argument("--shared", type=_cli.integer(0), help="dynamic shared memory in bytes")
+    launch.add_argument(
+        "--shared", type=_cli.integer(0, (1 << 32) - 1), help="dynamic shared memory in bytes"
+    )
     launch.add_argument("--arg", dest="arg", action="append", help="see below")
     if action == "run":
         launch.add_argument(

@@ -59,7 +59,7 @@ class Finding:
 def read_log(path: Path, mode: Mode) -> Run:
     """A run of a program, from the log that the machine wrote (csrc/ptxvm/log.h)."""
     run = Run(mode)
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
             event = json.loads(line)

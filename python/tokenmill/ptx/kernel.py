@@ -142,8 +142,8 @@ def runs(options: argparse.Namespace, modes: Sequence[Mode], ptx: str) -> list[R
                 done.append(_launch(vm, module, launch, mode, values))
                 first = first or values
                 done[-1].reports += _differences(launch, first, values, done)
-    except MachineError as error:
-        raise _cli.UsageError(str(error).removeprefix("ptxvm_configure: ")) from None
+    except (MachineError, ValueError) as error:  # the launch is not one of the kernel
+        raise _cli.UsageError(str(error)) from None
     if options.action == "run" and not done[0].reports:
         _show(options, launch, inputs, first)
     return done
