@@ -70,6 +70,10 @@ struct Timeline {
   // The same of fence.sc.gpu, by this warp and those that it met at barriers since: these fences
   // are in one order, so that the strong access may be that of another warp across the barrier.
   Published met_release, met_read;
+  // What the warp released at a host address, by scope: a later strong write of its own there goes
+  // on with it.
+  using Releases = std::array<Published, kScopes>;
+  std::unordered_map<uint64_t, Releases> released;
   Published last;  // that was taken over
   // Releases that were seen whose scope, or that of the acquire, was too narrow.
   struct Refused {

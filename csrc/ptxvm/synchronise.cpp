@@ -192,7 +192,7 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
   const uint8_t scope = scope_of(in);
   const bool releases = writes && in.order & kReleases;
   const bool publishes = writes && (releases || t.fences[kCta] || t.met_release);
-  if (!publishes && global_flags.empty() && shared_flags.empty()) return;
+  if (!publishes && t.released.empty() && global_flags.empty() && shared_flags.empty()) return;
   const bool shared = is_shared(warp, places[__builtin_ctz(mask)]);
   auto& flags = shared ? shared_flags : global_flags;
   const bool observes = reads && (!writes || in.writes > 0);
@@ -202,13 +202,21 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
     const auto found = flags.find(place);
     if (observes && found != flags.end()) read_flag(warp, in, found->second);
     if (!writes) continue;
-    if (!publishes && (reads || found == flags.end())) continue;
+    const auto earlier = t.released.find(place);
+    const bool goes_on = earlier != t.released.end();
+    if (!publishes && !goes_on && (reads || found == flags.end())) continue;
     Flag& flag = found != flags.end() ? found->second : flags[place];
     if (!reads) flag.releases.clear();
     if (releases) {
       if (!own) own = publish(t);
       write_flag(warp, flag, scope, own);
+      Timeline::Releases& all = t.released[place];
+      std::fill_n(all.begin(), scope + 1, nullptr);
+      all[scope] = own;
     } else {
+      if (goes_on)
+        for (uint8_t s = 0; s < kScopes; ++s)
+          write_flag(warp, flag, std::min(s, scope), earlier->second[s]);
       for (uint8_t s = 0; s <= scope; ++s)
         if (s == scope || t.fences[s] != t.fences[s + 1]) write_flag(warp, flag, s, t.fences[s]);
       if (scope == kGpu) write_flag(warp, flag, kGpu, t.met_release);

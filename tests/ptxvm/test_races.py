@@ -380,6 +380,13 @@ CASES = {
         rf"race: (read of|write to) global .*{GPU}",
         grid=2,
     ),
+    "flag: a strong store behind the release": Case(
+        flag("HERE st.relaxed.gpu.global.u32", "ld.acquire.gpu.global.u32"),
+        "st.release.gpu.global.u32 [%d0], 1; @%p0",
+        "st.release.cta.global.u32 [%d0], 1; @%p0",
+        rf"race: (read of|write to) global .*({CTA.format('gpu')}|{NARROW})",
+        grid=2,
+    ),
     "ticket: fence before": Case(
         ticket("HERE\nbar.sync 0;", "membar.gl;"),
         "membar.gl;",
