@@ -104,10 +104,17 @@ uint32_t race_in(const Look& look, uint32_t id, uint32_t info) {
   return found;
 }
 
+Timeline::Saw& saw_at(const Look& look, uint64_t host) {
+  return look.warp.timeline->saw[host / 4 % kRemembered];
+}
+
 // Whether one of those that have read the bytes since they were written comes before the access: it
 // saw them, so that they were written before.
-bool was_seen(const Look& look, const Cell& cell) {
-  if (look.async || is_over(cell.read)) return false;
+bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
+  if (look.async) return false;
+  const Timeline::Saw& saw = saw_at(look, host);
+  if (saw.place == host && saw.wrote == cell.wrote) return true;
+  if (is_over(cell.read)) return false;
   const auto before = [&](uint32_t each) { return !first_unordered(look.warp, each, false); };
   if (!(cell.read & kSet)) return before(cell.read);
   const auto& all = members(cell.read);
@@ -127,8 +134,11 @@ bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
     explain_flight(look, cell, where);
   } else if (!comes_before(look.warp, cell.wrote, look.async) &&
              !is_of_another_lane(cell, mine, info)) {
-    const uint32_t other = was_seen(look, cell) ? 0 : race_in(look, cell.wrote, 0);
-    if (other) explain_race(look, cell, where, other, true);
+    const uint32_t other = was_seen(look, cell, host) ? 0 : race_in(look, cell.wrote, 0);
+    if (other)
+      explain_race(look, cell, where, other, true);
+    else if (look.strong && !look.writes && !look.async)
+      saw_at(look, host) = {host, cell.wrote};
   }
   if (look.writes) {
     if (!comes_before(look.warp, cell.read, look.async))

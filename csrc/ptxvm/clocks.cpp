@@ -10,7 +10,7 @@
 namespace ptxvm {
 namespace {
 
-constexpr size_t kMostReaders = 12;  // of a set: those behind them are not watched
+constexpr size_t kMostReaders = 12;  // of a set: the latest
 constexpr uint32_t kLastNumber = 1u << 30;
 
 // Of the launch.
@@ -146,9 +146,8 @@ uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) 
       keep(before);
   }
   uint32_t result = reader;
-  if (kept.size() >= kMostReaders) {
-    result = before;
-  } else if (!kept.empty()) {
+  if (kept.size() >= kMostReaders) kept.erase(kept.begin());
+  if (!kept.empty()) {
     kept.insert(std::upper_bound(kept.begin(), kept.end(), reader), reader);
     const auto next = first_set + static_cast<uint32_t>(sets.size());
     const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);

@@ -91,6 +91,13 @@ struct Timeline {
     uint32_t set, with, result;
   };
   std::array<Joined, kRemembered> joined{};
+  // Strong writes that strong reads of the warp saw, by place: they come before its next access
+  // there.
+  struct Saw {
+    uint64_t place;
+    uint32_t wrote;
+  };
+  std::array<Saw, kRemembered> saw{};
   uint32_t bulk_agent = 0;  // of bulk groups: their reads; their writes are the next agent
   uint32_t product_agent = 0, product_segment = 0, product_time = 0;
   // Arrivals that follow copies of cp.async, with the number of the copies before them.

@@ -417,6 +417,16 @@ CASES = {
         rf"race: write to global .*written by warp \d of block.*{NARROW}",
         grid=2,
     ),
+    "each of many reads again what it saw": Case(
+        "@!%p0 ret; @!%p5 bra READ;\nst.relaxed.HERE.global.u32 [%d0], 1; ret;\n"
+        "READ: ld.relaxed.gpu.global.u32 %r5, [%d0]; setp.eq.u32 %p4, %r5, 0; @%p4 bra READ;\n"
+        "ld.global.u32 %r6, [%d0];\n",
+        "gpu",
+        "cta",
+        rf"race: (read of|write to) global .*{NARROW}",
+        grid=20,
+        block=32,
+    ),
     "blocks that overlap": Case(
         "mul.wide.u32 %d2, %r1, HERE; mad.wide.u32 %d2, %r0, 4, %d2; add.u64 %d2, %d2, %d0;\n"
         "st.global.u32 [%d2], %r0;\n",
