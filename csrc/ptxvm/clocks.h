@@ -37,7 +37,7 @@ using Published = std::shared_ptr<const Far>;
 struct Gathered {
   Known near;
   Published far;
-  Published released, read;  // Timeline::met_release, met_read
+  std::array<Published, kScopes> released, read;  // Timeline::met_release, met_read
 };
 
 // Accesses of one agent between two of its releases. An asynchronous access belongs to an agent of
@@ -67,9 +67,10 @@ struct Timeline {
   std::array<Published, kScopes> fences;
   // What strong reads saw, by the scope of the fence that takes it over.
   std::array<Published, kScopes> pending;
-  // The same of fence.sc.gpu, by this warp and those that it met at barriers since: these fences
-  // are in one order, so that the strong access may be that of another warp across the barrier.
-  Published met_release, met_read;
+  // The same of fence.sc.cluster and fence.sc.gpu, by this warp and those that it met at barriers
+  // since: these fences are in one order, so that the strong access may be that of another warp
+  // across the barrier. Of .cta scope the barrier itself orders.
+  std::array<Published, kScopes> met_release, met_read;
   // What the warp released at a host address, by scope: a later strong write of its own there goes
   // on with it.
   using Releases = std::array<Published, kScopes>;

@@ -107,15 +107,19 @@ void take(Timeline& t, const Published& what) {
 void take(Timeline& t, const Gathered& what) {
   raise(t.near, what.near);
   t.far = merge(t.far, what.far);
-  t.met_release = merge(t.met_release, what.released);
-  t.met_read = merge(t.met_read, what.read);
+  for (uint8_t s = kClusterScope; s < kScopes; ++s) {
+    t.met_release[s] = merge(t.met_release[s], what.released[s]);
+    t.met_read[s] = merge(t.met_read[s], what.read[s]);
+  }
 }
 
 void gather(Gathered& gathered, const Timeline& t) {
   raise(gathered.near, t.near);
   gathered.far = merge(gathered.far, t.far);
-  gathered.released = merge(gathered.released, t.met_release);
-  gathered.read = merge(merge(gathered.read, t.met_read), t.pending[kGpu]);
+  for (uint8_t s = kClusterScope; s < kScopes; ++s) {
+    gathered.released[s] = merge(gathered.released[s], t.met_release[s]);
+    gathered.read[s] = merge(merge(gathered.read[s], t.met_read[s]), t.pending[s]);
+  }
 }
 
 void tick(Timeline& t) {

@@ -123,16 +123,17 @@ void fence_executed(Warp& warp, const Instruction& in) {
     const Published wider = t.pending[kGpu];
     take(t, t.pending[scope]);
     if (wider && wider != t.pending[scope]) refuse(t.refused, wider, scope, kGpu);
-    if (in.order & kSequential && scope == kGpu) {
-      take(t, t.met_read);
-      t.met_read = nullptr;
+    if (in.order & kSequential) {
+      take(t, t.met_read[scope]);
+      for (uint8_t s = 0; s <= scope; ++s) t.met_read[s] = nullptr;
     }
     for (uint8_t s = 0; s <= scope; ++s) t.pending[s] = nullptr;
   }
   if (in.order & kReleases) {
     const Published now = publish(t);
     for (uint8_t s = 0; s <= scope; ++s) t.fences[s] = now;
-    if (in.order & kSequential && scope == kGpu) t.met_release = now;
+    if (in.order & kSequential)
+      for (uint8_t s = kClusterScope; s <= scope; ++s) t.met_release[s] = now;
     tick(t);
   }
 }
@@ -191,7 +192,7 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
   Timeline& t = *warp.timeline;
   const uint8_t scope = scope_of(in);
   const bool releases = writes && in.order & kReleases;
-  const bool publishes = writes && (releases || t.fences[kCta] || t.met_release);
+  const bool publishes = writes && (releases || t.fences[kCta] || t.met_release[kClusterScope]);
   if (!publishes && t.released.empty() && global_flags.empty() && shared_flags.empty()) return;
   const bool shared = is_shared(warp, places[__builtin_ctz(mask)]);
   auto& flags = shared ? shared_flags : global_flags;
@@ -219,7 +220,9 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
           write_flag(warp, flag, std::min(s, scope), earlier->second[s]);
       for (uint8_t s = 0; s <= scope; ++s)
         if (s == scope || t.fences[s] != t.fences[s + 1]) write_flag(warp, flag, s, t.fences[s]);
-      if (scope == kGpu) write_flag(warp, flag, kGpu, t.met_release);
+      for (uint8_t s = kClusterScope; s <= scope; ++s)
+        if (s == scope || t.met_release[s] != t.met_release[s + 1])
+          write_flag(warp, flag, s, t.met_release[s]);
     }
   }
   if (releases) tick(t);

@@ -401,6 +401,17 @@ CASES = {
         rf"race: read of global .*{GPU}",
         grid=4,
     ),
+    "fence.sc of a cluster before a barrier": Case(
+        "@!%p5 bra READ;\n@%p2 st.global.u32 [%d0+256], 7;\nHERE\nbar.sync 0;\n"
+        "@%p0 st.relaxed.cluster.global.u32 [%d0], 1;\nret;\n"
+        "READ: ld.relaxed.cluster.global.u32 %r5, [%d0]; setp.eq.u32 %p4, %r5, 0;\n"
+        "@%p4 bra READ;\nfence.acq_rel.cluster;\nld.global.u32 %r6, [%d0+256];\n",
+        "fence.sc.cluster;",
+        "fence.sc.cta;",
+        r"race: read of global .*written by warp 1 .*\.cluster",
+        grid=2,
+        cluster=2,
+    ),
     "an atomic goes on with the release": Case(
         CHAIN,
         "@%p0 atom.relaxed.gpu.global.add.u32 %r5, [%d0], 1;",
