@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kMostReaders = 12;  // of a set: the latest
 constexpr uint32_t kLastNumber = 1u << 30;
+const char* const kNoNumbers = "check=1: too many accesses between barriers in one launch";
 
 // Of the launch.
 uint32_t first_segment = 1, first_set = 1;
@@ -22,6 +23,7 @@ uint32_t clusters[2], shape[3];                     // of the grid in x and y; b
 
 uint32_t new_segment(const Warp& warp, uint32_t agent, uint32_t time, Segment::Kind kind,
                      bool strong, uint8_t scope) {
+  if (segments.size() >= kLastNumber) throw Fault(kNoNumbers);
   segments.push_back({warp.timeline->cluster, agent, time, static_cast<uint16_t>(warp.index),
                       static_cast<uint8_t>(warp.block->rank), kind, strong, scope});
   return first_segment + static_cast<uint32_t>(segments.size()) - 1;
@@ -151,7 +153,10 @@ uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) 
     kept.insert(std::upper_bound(kept.begin(), kept.end(), reader), reader);
     const auto next = first_set + static_cast<uint32_t>(sets.size());
     const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);
-    if (is_new) sets.push_back(std::move(kept));
+    if (is_new) {
+      if (sets.size() >= kLastNumber) throw Fault(kNoNumbers);
+      sets.push_back(std::move(kept));
+    }
     result = entry->second;
   }
   known = {before, reader, result};

@@ -315,7 +315,8 @@ int launch(KernelRecord* record, const uint32_t grid[3], const uint32_t block[3]
   } catch (const Fault& fault) {
     return fail(cudaErrorLaunchFailure, fault.what());
   } catch (const std::bad_alloc&) {
-    return fail(cudaErrorMemoryAllocation, kernel.name + ": launch: no memory for its blocks");
+    return fail(cudaErrorMemoryAllocation, kernel.name + ": launch: no memory for its blocks" +
+                                               (options.check ? " or for check=1" : ""));
   }
   return cudaSuccess;
 }
