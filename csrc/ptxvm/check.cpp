@@ -25,6 +25,9 @@ uint32_t index_of(const Warp& warp, const Instruction& in) {
 // Of a reader: the index of its instruction, and which of several it is.
 uint32_t read_info(uint32_t index, uint32_t reader) { return index | reader << kIndexBits; }
 
+// Of the last of several writers: which of them it is.
+uint32_t write_info(uint32_t info, uint32_t writer) { return info | (writer & 15) << kWriterShift; }
+
 // One access to memory of a block or, where there is none, to global memory.
 struct Look {
   Warp& warp;
@@ -33,7 +36,8 @@ struct Look {
   const Block* block;
   bool writes, async, strong;
   uint8_t scope;
-  uint32_t flight;  // bits of what is in flight from now on
+  uint32_t flight;    // bits of what is in flight from now on
+  uint64_t host = 0;  // address of what a lane accesses
 
   std::string place(uint64_t where) const {
     char text[64];
@@ -68,7 +72,7 @@ struct Look {
 
 // The slow way of touch(): what is there is not known to come before.
 void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
-  const Segment& writer = segment(cell.wrote);
+  const Segment& writer = segment(cell.wrote & kSet ? members(cell.wrote).back() : cell.wrote);
   const std::string who = "warp " + std::to_string(writer.warp);
   if (cell.write_info & kCopying)
     return look.broke("copy",
@@ -83,16 +87,18 @@ void explain_flight(const Look& look, const Cell& cell, uint64_t where) {
 void explain_race(const Look& look, const Cell& cell, uint64_t where, uint32_t other, bool wrote) {
   const Segment& s = segment(other);
   const uint32_t info = wrote ? cell.write_info : cell.read_info;
-  // Of several readers the info is that of the last one.
-  const bool has_info = wrote || info >> kIndexBits == (other & 0xff);
+  // Of several the info is that of the last one.
+  const bool has_info = wrote ? !(cell.wrote & kSet) || info >> kWriterShift == (other & 15)
+                              : info >> kIndexBits == (other & 0xff);
   const std::string at = has_info ? look.at(info) : std::string();
   look.broke(wrote ? "race with a write" : "race with a read",
              "race: " + look.act(where) + (wrote ? ", written by " : ", read by ") +
                  name_of(look.warp, s) + at + "; " + look.missing(s));
 }
 
-// The segment that the access races with, 0 if there is none; of several the one that `info` tells.
-uint32_t race_in(const Look& look, uint32_t id, uint32_t info) {
+// The segment that the access races with, 0 if there is none; of several the one whose number ends
+// with `last`, below 2^bits.
+uint32_t race_in(const Look& look, uint32_t id, uint32_t last, uint32_t bits) {
   const auto races = [&](uint32_t each) {
     return first_unordered(look.warp, each, look.async) && look.is_race(segment(each));
   };
@@ -100,7 +106,7 @@ uint32_t race_in(const Look& look, uint32_t id, uint32_t info) {
   if (!(id & kSet)) return races(id) ? id : 0;
   uint32_t found = 0;
   for (const uint32_t member : members(id))
-    if (races(member) && (!found || info >> kIndexBits == (member & 0xff))) found = member;
+    if (races(member) && (!found || last == (member & ((1u << bits) - 1)))) found = member;
   return found;
 }
 
@@ -123,7 +129,20 @@ bool was_seen(const Look& look, const Cell& cell, uint64_t host) {
 
 // Whether the same instruction of another lane wrote the bytes: CUTLASS stores by all lanes alike.
 bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
-  return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && are_same(cell.wrote, mine);
+  return ((cell.write_info ^ info) & ((1u << kIndexBits) - 1)) == 0 && !(cell.wrote & kSet) &&
+         are_same(cell.wrote, mine);
+}
+
+// The writer that the access races with. What an acquire takes over here comes before the access.
+uint32_t racing_writer(const Look& look, const Cell& cell, uint64_t host) {
+  if (was_seen(look, cell, host)) return 0;
+  const auto find = [&] {
+    return race_in(look, cell.wrote, cell.write_info >> kWriterShift, 32 - kWriterShift);
+  };
+  const uint32_t other = find();
+  if (!other || !look.strong || look.async || !(look.in.order & kAcquires)) return other;
+  flag_acquired(look.warp, look.in, look.host);
+  return find();
 }
 
 [[gnu::noinline]] void settle(const Look& look, Cell& cell, uint64_t where, uint64_t host,
@@ -134,18 +153,25 @@ bool is_of_another_lane(const Cell& cell, uint32_t mine, uint32_t info) {
     explain_flight(look, cell, where);
   } else if (!comes_before(look.warp, cell.wrote, look.async) &&
              !is_of_another_lane(cell, mine, info)) {
-    const uint32_t other = was_seen(look, cell, host) ? 0 : race_in(look, cell.wrote, 0);
-    if (other)
+    if (const uint32_t other = racing_writer(look, cell, host))
       explain_race(look, cell, where, other, true);
     else if (look.strong && !look.writes && !look.async)
       saw_at(look, host) = {host, cell.wrote};
   }
   if (look.writes) {
     if (!comes_before(look.warp, cell.read, look.async))
-      if (const uint32_t other = race_in(look, cell.read, cell.read_info))
+      if (const uint32_t other = race_in(look, cell.read, cell.read_info >> kIndexBits, 8))
         explain_race(look, cell, where, other, false);
     if (!look.strong && cell.write_info & kStrongWrite && !over) forget_flag(host);
-    cell = {mine, info | (look.strong && !look.async ? kStrongWrite : 0) | look.flight, 0, 0};
+    if (look.strong) {
+      const bool sees = !look.async && observes(look.in);
+      cell.wrote = join_writers(look.warp, cell.wrote, mine, look.async, sees);
+      cell.write_info = write_info(info, mine) | (look.async ? 0 : kStrongWrite) | look.flight;
+    } else {
+      cell.wrote = mine;
+      cell.write_info = info | look.flight;
+    }
+    cell.read = cell.read_info = 0;
   } else if (cell.read != mine) {
     const uint32_t readers = join_readers(look.warp, cell.read, mine, look.async);
     if (readers != cell.read) cell.read_info = read_info(info, mine);
@@ -220,6 +246,7 @@ void shadow_lanes(Look look, SharedShadow& shadow, const uint64_t* offsets, Mask
     Region& region = shadow.regions[offset >> Region::kShift];
     Cell* cell = region.at(offset, bytes);
     look.lane = lane;
+    look.host = reinterpret_cast<uint64_t>(look.block->shared) + offset;
     uint64_t where = offset;
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)
       touch<writes, false>(look, *cell, where,
@@ -278,7 +305,7 @@ void shadow_addresses(Look look, const uint64_t* addresses, Mask mask, uint32_t 
   const uint32_t info = index_of(look.warp, look.in);
   for (Mask rest = mask; rest; rest &= rest - 1) {
     look.lane = __builtin_ctz(rest);
-    uint64_t where = addresses[look.lane];
+    uint64_t where = look.host = addresses[look.lane];
     Region& region = global_region(where);
     Cell* cell = region.at(where, bytes);
     for (uint32_t n = bytes >> region.shift; n > 0; --n, ++cell, where += 1u << region.shift)

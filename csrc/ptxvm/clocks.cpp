@@ -10,7 +10,7 @@
 namespace ptxvm {
 namespace {
 
-constexpr size_t kMostReaders = 12;  // of a set: the latest
+constexpr size_t kMostReaders = 12, kMostWriters = 5;  // of a set: the latest
 constexpr uint32_t kLastNumber = 1u << 30;
 const char* const kNoNumbers = "check=1: too many accesses between barriers in one launch";
 
@@ -130,37 +130,65 @@ bool comes_before(Warp& warp, uint32_t id, bool async) {
   return true;
 }
 
-uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) {
-  Timeline::Joined& known = warp.timeline->joined[before % kRemembered];
-  if (known.set == before && known.with == reader) return known.result;
-  const Segment& own = segment(reader);
+namespace {
+
+// The number of `kept` and `id` together.
+uint32_t number_of(std::vector<uint32_t>& kept, uint32_t id) {
+  if (kept.empty()) return id;
+  kept.insert(std::upper_bound(kept.begin(), kept.end(), id), id);
+  const auto next = first_set + static_cast<uint32_t>(sets.size());
+  const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);
+  if (is_new) {
+    if (sets.size() >= kLastNumber) throw Fault(kNoNumbers);
+    sets.push_back(std::move(kept));
+  }
+  return entry->second;
+}
+
+// Of those that `before` names: all that the predicate keeps and that `own` does not supersede.
+template <typename Keeps>
+std::vector<uint32_t> those_kept(uint32_t before, const Segment& own, Keeps keeps) {
   std::vector<uint32_t> kept;
   const auto keep = [&](uint32_t id) {
     const Segment& s = segment(id);
     const bool superseded = s.cluster == own.cluster && s.agent == own.agent &&
                             s.strong == own.strong && s.time <= own.time;
-    if (!superseded && !comes_before(*warp.timeline, s, async)) kept.push_back(id);
+    if (!superseded && keeps(s)) kept.push_back(id);
   };
-  if (!is_over(before)) {
-    if (before & kSet)
-      for (const uint32_t id : members(before)) keep(id);
-    else
-      keep(before);
-  }
-  uint32_t result = reader;
+  if (is_over(before)) return kept;
+  if (before & kSet)
+    for (const uint32_t id : members(before)) keep(id);
+  else
+    keep(before);
+  return kept;
+}
+
+}  // namespace
+
+uint32_t join_readers(Warp& warp, uint32_t before, uint32_t reader, bool async) {
+  Timeline::Joined& known = warp.timeline->joined[before % kRemembered];
+  if (known.set == before && known.with == reader) return known.result;
+  std::vector<uint32_t> kept = those_kept(before, segment(reader), [&](const Segment& s) {
+    return !comes_before(*warp.timeline, s, async);
+  });
   if (kept.size() >= kMostReaders) kept.erase(kept.begin());
-  if (!kept.empty()) {
-    kept.insert(std::upper_bound(kept.begin(), kept.end(), reader), reader);
-    const auto next = first_set + static_cast<uint32_t>(sets.size());
-    const auto [entry, is_new] = numbers.try_emplace(kept, next | kSet);
-    if (is_new) {
-      if (sets.size() >= kLastNumber) throw Fault(kNoNumbers);
-      sets.push_back(std::move(kept));
-    }
-    result = entry->second;
-  }
-  known = {before, reader, result};
-  return result;
+  known = {before, reader, number_of(kept, reader)};
+  return known.result;
+}
+
+uint32_t join_writers(Warp& warp, uint32_t before, uint32_t writer, bool async, bool sees) {
+  const uint32_t with = writer | (sees ? kSet : 0);
+  Timeline::Joined& known = warp.timeline->joined_writes[before % kRemembered];
+  if (known.set == before && known.with == with) return known.result;
+  std::vector<uint32_t> kept = those_kept(before, segment(writer), [&](const Segment& s) {
+    return !s.strong || !(sees || comes_before(*warp.timeline, s, async));
+  });
+  // At most one is weak.
+  if (kept.size() >= kMostWriters)
+    kept.erase(
+        std::find_if(kept.begin(), kept.end(), [](uint32_t id) { return segment(id).strong; }));
+  known = {before, with, number_of(kept, writer)};
+  return known.result;
 }
 
 uint32_t product_segment(Warp& warp) {

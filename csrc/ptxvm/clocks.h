@@ -54,7 +54,7 @@ struct Segment {
 };
 
 // Segments are numbered through all launches, so that those of earlier ones are known to be over.
-// A number with kSet names a set of segments, of those that read the same bytes.
+// A number with kSet names a set of segments, of those that read or wrote the same bytes.
 constexpr uint32_t kSet = 0x80000000u;
 constexpr uint32_t kRemembered = 64;
 
@@ -86,12 +86,13 @@ struct Timeline {
   uint32_t weak = 0;
   std::array<uint32_t, kScopes> strong{};
   // Segments and sets that come before the next access, of the generic and of the asynchronous
-  // proxy, and what a set of readers becomes when a segment joins it; by number modulo kRemembered.
+  // proxy, and what sets of readers and writers become when a segment joins them (that of a writer
+  // that sees them with kSet); by number modulo kRemembered.
   std::array<uint32_t, kRemembered> ordered{}, async_ordered{};
   struct Joined {
     uint32_t set, with, result;
   };
-  std::array<Joined, kRemembered> joined{};
+  std::array<Joined, kRemembered> joined{}, joined_writes{};
   // Strong writes that strong reads of the warp saw, by place: they come before its next access
   // there.
   struct Saw {
@@ -160,8 +161,10 @@ const std::vector<uint32_t>& members(uint32_t set);
 // first segment that does not.
 bool comes_before(Warp&, uint32_t id, bool async);
 uint32_t first_unordered(Warp&, uint32_t id, bool async);
-// Readers of `before` that are still needed when `reader` joins them.
+// Readers of `before` that are still needed when `reader` joins them. Writers of `before` when the
+// strong `writer` joins them: weak ones, and strong ones unless it sees what they wrote.
 uint32_t join_readers(Warp&, uint32_t before, uint32_t reader, bool async);
+uint32_t join_writers(Warp&, uint32_t before, uint32_t writer, bool async, bool sees);
 
 // Segments of operations beside the warp: wgmma of its warpgroup; a bulk copy that belongs to the
 // bulk group `group`, its reads and its writes; one that signals an mbarrier.
@@ -189,7 +192,10 @@ void proxy_fence_executed(Warp&);
 // An access to host addresses that acquires, releases or is strong.
 void strong_accessed(Warp&, const Instruction&, const uint64_t* places, Mask, bool reads,
                      bool writes);
-void forget_flag(uint64_t place);  // a weak write
+void flag_acquired(Warp&, const Instruction&, uint64_t place);  // the acquire of one of them alone
+void forget_flag(uint64_t place);                               // a weak write
+// Whether a strong access gives the program the value that it finds.
+bool observes(const Instruction&);
 
 // The scope that holds both.
 uint8_t distance(const Warp&, const Segment&);

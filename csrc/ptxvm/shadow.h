@@ -11,8 +11,9 @@
 
 namespace ptxvm {
 
-// Of the bytes of one cell: the segment that wrote them last, and the segment or set that has read
-// them since (clocks.h). The info of each is the index of the instruction, and bits.
+// Of the bytes of one cell: the segment that wrote them last or, where that was strong, a set with
+// those before it that a later access may still race with; the segment or set that has read them
+// since (clocks.h). The info of each is the index of the instruction of the last one, and bits.
 struct Cell {
   uint32_t wrote = 0, write_info = 0, read = 0, read_info = 0;
 };
@@ -21,6 +22,7 @@ constexpr uint32_t kStrongWrite = 1u << 24;  // a flag may be here
 constexpr uint32_t kCopying = 2u << 24;      // cp.async is in flight
 constexpr uint32_t kBulk = 4u << 24;         // a bulk copy is in flight
 constexpr uint32_t kReducing = 8u << 24;     // bulk reductions are in flight
+constexpr uint32_t kWriterShift = 28;        // the lowest bits of the number of the last writer
 constexpr uint32_t kInFlight = kCopying | kBulk | kReducing;
 
 // The cells of aligned bytes. Accesses are aligned to their size, and a cell is as small as the

@@ -196,12 +196,12 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
   if (!publishes && t.released.empty() && global_flags.empty() && shared_flags.empty()) return;
   const bool shared = is_shared(warp, places[__builtin_ctz(mask)]);
   auto& flags = shared ? shared_flags : global_flags;
-  const bool observes = reads && (!writes || in.writes > 0);
+  const bool sees = reads && observes(in);
   Published own;
   for (Mask rest = mask; rest; rest &= rest - 1) {
     const uint64_t place = places[__builtin_ctz(rest)];
     const auto found = flags.find(place);
-    if (observes && found != flags.end()) read_flag(warp, in, found->second);
+    if (sees && found != flags.end()) read_flag(warp, in, found->second);
     if (!writes) continue;
     const auto earlier = t.released.find(place);
     const bool goes_on = earlier != t.released.end();
@@ -227,6 +227,14 @@ void strong_accessed(Warp& warp, const Instruction& in, const uint64_t* places, 
   }
   if (releases) tick(t);
 }
+
+void flag_acquired(Warp& warp, const Instruction& in, uint64_t place) {
+  auto& flags = is_shared(warp, place) ? shared_flags : global_flags;
+  const auto found = flags.find(place);
+  if (found != flags.end() && observes(in)) read_flag(warp, in, found->second);
+}
+
+bool observes(const Instruction& in) { return in.writes > 0; }
 
 void forget_flag(uint64_t place) {
   shared_flags.erase(place);

@@ -99,7 +99,7 @@ RACES = {
         race("7e"),
     ),
     "plain read of what atomics changed": (
-        FILL + "@%p0 red.shared.add.u32 [%r3], %r0;\n@%p1 ld.shared.b32 %r5, [%r3];\n",
+        FILL + "red.shared.add.u32 [%r3], %r0;\n@%p1 ld.shared.b32 %r5, [%r3];\n",
         FILL + "red.shared.add.u32 [%r3], %r0;\nbar.sync 0;\n@%p1 ld.shared.b32 %r5, [%r3];\n",
         race("0"),
     ),

@@ -437,6 +437,7 @@ CASES = {
         rf"race: (read of|write to) global .*{NARROW}",
         grid=20,
         block=32,
+        orders=("forward", "seeded"),
     ),
     "blocks that overlap": Case(
         "mul.wide.u32 %d2, %r1, HERE; mad.wide.u32 %d2, %r0, 4, %d2; add.u64 %d2, %d2, %d0;\n"
@@ -466,14 +467,17 @@ def run(case: Case, text: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "order"), [(name, order) for name, case in CASES.items() for order in case.orders]
-)
-def test_race(name: str, order: str) -> None:
-    case = CASES[name]
+def check(case: Case, order: str, modes: tuple[str, ...] = ("latest", "earliest", "seed:1")) -> None:
     fuel = 7 if order == "seeded" else 20000
-    for mode in ("latest", "earliest", "seed:1"):
+    for mode in modes:
         with sm90(check=1, **{"async": mode}, order=order, seed=3, fuel=fuel, watchdog=1):
             run(case, case.right)
             with pytest.raises(MachineError, match=case.report):
                 run(case, case.wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [(name, order) for name, case in CASES.items() for order in case.orders]
+)
+def test_race(name: str, order: str) -> None:
+    check(CASES[name], order)
